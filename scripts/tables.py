@@ -1,13 +1,12 @@
-"""Prints rows as table, Markdown, CSV or JSON."""
+"""Output of rows, as table or JSON."""
 
-import csv
 import re
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from shutil import get_terminal_size
-from typing import Any, Literal
+from typing import Any
 
 import click
 import orjson
@@ -15,8 +14,6 @@ import orjson
 from .base.files import Row
 from .base.progress import harmless, masked
 from .base.yamlfiles import write_flow
-
-Form = Literal["table", "md", "csv", "json"]
 
 
 @dataclass(frozen=True)
@@ -170,35 +167,6 @@ def _broken(text: str, width: int) -> Iterator[str]:
     ) or [line]
 
 
-def print_markdown(rows: Sequence[Row], title: str | None = None) -> None:
-    """A Markdown table on stdout."""
-    if title:
-        print(f"**{title}**\n")
-    print("| " + " | ".join(rows[0]) + " |")
-    print("|" + " --- |" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(_cell(value).replace("|", "\\|") for value in row.values()) + " |")
-    print()
-
-
-def print_csv(rows: Sequence[Row]) -> None:
-    """CSV on stdout, with a header of all keys; numbers in full."""
-    flat = [dict(_flat(row)) for row in rows]
-    writer = csv.DictWriter(sys.stdout, dict.fromkeys(key for row in flat for key in row), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-
-
-def _flat(row: Row, above: str = "") -> Iterator[tuple[str, Any]]:
-    """The cells of a row for CSV, mappings as dotted keys and lists in one cell."""
-    for key, value in row.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{above}{key}.")
-        else:
-            text = "; ".join(map(str, value)) if isinstance(value, list) else value
-            yield f"{above}{key}", harmless(text) if isinstance(text, str) else text
-
-
 def print_json(value: Any) -> None:
     """JSON on stdout, without secrets."""
     print(orjson.dumps(_masked(value), option=orjson.OPT_INDENT_2).decode())
@@ -207,39 +175,19 @@ def print_json(value: Any) -> None:
 def _masked(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _masked(below) for key, below in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | Iterator):
         return [_masked(below) for below in value]
     return masked(value) if isinstance(value, str) else value
 
 
-def write(
-    rows: Sequence[Row],
-    form: Form,
-    title: str | None = None,
-    empty: bool = False,
-    spare: Sequence[str] = (),
-    below: Sequence[str] = (),
-) -> None:
-    """Rows on stdout in one of the forms; for the other arguments see `print_table`."""
-    match form:
-        case "json":
-            print_json(rows)
-        case "csv":
-            print_csv(rows)
-        case "md":
-            print_markdown(rows, title)
-        case _:
-            print_table(rows, title, empty, spare, below)
-
-
-def show(form: Form, records: Any, tables: Iterable[Table], notes: Iterable[str] = ()) -> None:
-    """Records as JSON or CSV on stdout, or the tables that are made of them, with notes below; empty tables are left
-    out."""
-    if form in ("json", "csv"):
-        write(records, form)
+def show(json: bool, records: Any, tables: Iterable[Table], notes: Iterable[str] = ()) -> None:
+    """Print records as JSON, or else the tables made of them, but for empty ones, with notes below."""
+    if json:
+        print_json(records)
         return
-    for table in (table for table in tables if table.rows):
-        write(table.rows, form, table.title, table.empty, table.spare, table.below)
+    for table in tables:
+        if table.rows:
+            print_table(**vars(table))
     for line in notes:
         print_text(line)
 

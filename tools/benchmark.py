@@ -18,8 +18,8 @@ from pathlib import Path
 import psutil
 import random_models
 import run_folders
+from markdown_table import print_markdown
 
-from qlora_recipes import tables
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.data.sample import usual_sample
 
@@ -159,7 +159,7 @@ def main() -> None:
         ("a prepared row of 1,000,000", "one of 250,000", f"{many / sizes / (few / size):.2f}", memory),
         ("`recipe run` to the first step", "`axolotl train`", f"{ratio:.2f}", f"{ours:.1f} s, {theirs:.1f} s"),
     ]
-    tables.print_markdown([dict(zip(("what", "over", "ratio", machine), row, strict=True)) for row in rows])
+    print_markdown([dict(zip(("what", "over", "ratio", machine), row, strict=True)) for row in rows])
 
 
 if __name__ == "__main__":

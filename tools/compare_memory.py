@@ -14,7 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from qlora_recipes import tables
+from markdown_table import print_markdown
+
 from qlora_recipes.configs import gpus, models
 from qlora_recipes.planning import traces
 from qlora_recipes.planning.memory import trace
@@ -141,7 +142,7 @@ def main() -> None:
                     "fitcheck-llm": f"{other:+.1%}",
                 }
             )
-    tables.print_markdown(rows)
+    print_markdown(rows)
     for name, of in errors.items():
         print(f"{name}: plain loop, n = {len(of)}: mean error {sum(of) / len(of):.2%}, worst {max(of):.2%}")
 

@@ -1,4 +1,4 @@
-"""Where the commands of runs are carried out: on this machine, or in SLURM's queue."""
+"""Backends of runs' commands: this machine, or SLURM's queue."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING

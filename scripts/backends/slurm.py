@@ -45,12 +45,12 @@ class Slurm:
     def __init__(self, rehearsal: bool, jobs: int | None, options: Sequence[str]):
         self.site = site_settings(options)
         self.jobs = jobs
-        self._gpu = gpus.find(self.site.card, "card") if self.site.card and not rehearsal else None
+        self._gpu = gpus.find(self.site.gpu, "gpu") if self.site.gpu and not rehearsal else None
         if isinstance(error := queue([getuser()]), UserError):
             raise error  # what is queued already is not submitted twice, so the queue has to answer
 
     def gpu(self) -> Gpu | None:
-        """The card that the settings name."""
+        """The GPU that the settings name."""
         return self._gpu
 
     def check_size(self, gpus: int, nodes: int) -> None:
@@ -118,7 +118,7 @@ class Slurm:
 
 @dataclass
 class Batch:
-    """The scripts of one submission, in a folder of their own, and the jobs that they became.
+    """The scripts of one submission, in a folder of their own, and their jobs.
 
     Attributes:
         site: how jobs are submitted there.

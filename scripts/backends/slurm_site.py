@@ -42,7 +42,7 @@ class Site(BaseModel):
     """Settings of the jobs at a site.
 
     Attributes:
-        card: the GPU that jobs get, to check and plan for.
+        gpu: the GPU that jobs get, to check and plan for.
         prefix: what stands before `recipe` in a job, such as a container's `apptainer exec --nv IMAGE`; None where jobs
             have the environment of this command.
         setup: shell commands at the start of each job, one or several lines.
@@ -51,7 +51,7 @@ class Site(BaseModel):
         of_step: further options for single steps.
     """
 
-    card: _Line | None = None
+    gpu: _Line | None = None
     prefix: _Line | None = None
     setup: str | list[str] = []
     options: _Options = {}
@@ -94,7 +94,8 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _site(content: dict[str, Any], where: str) -> Site:
-    own = {key: content[key] for key in ("card", "prefix", "setup") if key in content}
+    content = {"gpu" if key == "card" else key: value for key, value in content.items()}  # its name in earlier versions
+    own = {key: content[key] for key in ("gpu", "prefix", "setup") if key in content}
     of_step = {key: content[key] for key in STEPS if key in content}
     options = {key: value for key, value in content.items() if key not in own | of_step}
     try:
@@ -105,7 +106,7 @@ def _site(content: dict[str, Any], where: str) -> Site:
 
 
 def active(jobs: Sequence[Job]) -> dict[str, JobState] | None:
-    """The states of those jobs that have not ended, by id, in their order; None where SLURM does not answer."""
+    """The states of unfinished jobs by id, in order; None without an answer of SLURM."""
     if not jobs:
         return {}
     states = queue(job.user for job in jobs)
@@ -117,7 +118,7 @@ def active(jobs: Sequence[Job]) -> dict[str, JobState] | None:
 
 
 def cancel(jobs: Sequence[Job]) -> list[str]:
-    """Cancel jobs; a message for each. A running training ends at a checkpoint if KillWait leaves it time to."""
+    """Cancel jobs, a running training at a checkpoint if KillWait allows; return messages."""
     if ids := list(active(jobs) or {}):
         ask("scancel", *ids)
         forget_queue()
@@ -125,8 +126,7 @@ def cancel(jobs: Sequence[Job]) -> list[str]:
 
 
 def queue(users: Iterable[str]) -> dict[tuple[str, str], JobState] | UserError:
-    """The states of users' jobs that have not ended, by id and script; an error where SLURM does not answer. It is
-    asked once a minute, since it can be slow."""
+    """The states of users' unfinished jobs by id and script, asked for once a minute; or SLURM's error."""
     return _queue(frozenset(users), int(time.monotonic() / 60))
 
 

@@ -141,6 +141,11 @@ def write_flow(value: Any) -> str:
     return json.dumps(value) if "\n" in text else text  # JSON is YAML too; PyYAML breaks text of several lines
 
 
+def on_one_line(value: Any) -> str | None:
+    """A setting's value as YAML on one line; texts and None as they are."""
+    return value if value is None or isinstance(value, str) else write_flow(value)
+
+
 def line_of(file: Path, key: str | Sequence[str]) -> int:
     """The line, from 1, of a key (dotted, or its parts) in a YAML file, or of what it is part of; 1 if neither is."""
     node = _composed(file.read_text(encoding="utf-8"))

@@ -286,7 +286,7 @@ def _unreadable(name: str, message: str) -> Finding:
     """A finding for what keeps a config from being read; the message may begin with the file and line."""
     match = re.fullmatch(r"(?s)(.+?\.ya?ml)(?::(\d+))?: (.*)", message)
     if not match:
-        return Finding("error", "unreadable", "", message, where=name)
+        return Finding("error", "unreadable", "", message.removeprefix(f"{name}: "), where=name)
     return Finding("error", "unreadable", "", match[3], where=match[1], line=int(match[2]) if match[2] else None)
 
 

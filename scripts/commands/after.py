@@ -1,4 +1,4 @@
-"""What comes after a run and its evaluation: results, report and publish."""
+"""The verbs after an evaluation: results, report and publish."""
 
 import math
 from contextlib import suppress
@@ -12,8 +12,7 @@ from ..base import paths
 from ..base.errors import UserError
 from ..base.files import write_atomically
 from ..base.progress import Bar, say
-from ..tables import Form
-from .help import Verb
+from .help import Verb, next_step
 from .options import (
     ExportedRun,
     Force,
@@ -46,9 +45,6 @@ def results_verb(
     power: Power = None,
     of_ledger: OfLedger = False,
     export: ExportedRun = None,
-    format_: Annotated[
-        Form, typer.Option("--format", rich_help_panel="Output", help="A table, Markdown, CSV with numbers in full.")
-    ] = "table",
     json: Json = False,
 ) -> None:
     """Losses and scores: of all runs, of one, of a study beside the published ones, of a sweep; or two runs compared.
@@ -59,32 +55,33 @@ def results_verb(
     exclusive({"--ledger": of_ledger, "--export": export, "--power": power})
     only_with("--metric", metric, "two runs", len(names) == 2)
     only_with("--rehearse", rehearse, "a study", len(names) == 1)
-    form: Form = "json" if json else format_
     if export:
         _export(export)
     elif of_ledger:
         from ..data import study
         from ..results import ledger
 
-        ledger.show([study.find(name) for name in names] or study.every(), form)
+        ledger.show([study.find(name) for name in names] or study.every(), json)
     elif power:
         from ..data import study
         from ..results import listing, repeats
 
         of_study = study.find(single_name(names, "--power"))
-        listing.show_power(repeats.outlook(of_study, paths.runs(), _difference(power)), of_study, form)
+        listing.show_power(repeats.outlook(of_study, paths.runs(), _difference(power)), of_study, json)
     elif len(names) == 1:
-        _show_one(names[0], rehearse, form)
+        _show_one(names[0], rehearse, json)
+    elif len(names) > 2:
+        raise UserError(f"{' '.join(names)}: name two runs to compare, or a run and a file of predictions")
     elif names:
         from ..results import compare, listing
 
-        pair = _pair(names)
-        listing.show_comparison(compare.comparison(pair, paths.runs(), metric or []), pair, form)
+        pair = (names[0], names[1])
+        listing.show_comparison(compare.comparison(pair, paths.runs(), metric or []), pair, json)
     elif any(paths.runs().rglob("run.json")):
         from ..results import listing
         from ..runs.rundir import all_runs
 
-        listing.show(all_runs(paths.runs()), form)
+        listing.show(all_runs(paths.runs()), json)
     elif json:
         tables.print_json([])
     else:
@@ -115,7 +112,7 @@ def _export(name: str) -> None:
         raise typer.Exit(1)
 
 
-def _show_one(name: str, rehearse: bool, form: Form) -> None:
+def _show_one(name: str, rehearse: bool, json: bool) -> None:
     from ..data.study import Study
     from ..results import listing, verdict
     from ..workflows import sweep_results
@@ -124,12 +121,13 @@ def _show_one(name: str, rehearse: bool, form: Form) -> None:
     thing = find_any(name)
     only_with("--rehearse", rehearse, "a study", isinstance(thing, Study))
     if isinstance(thing, Study):
-        listing.show_study(thing, verdict.rows(thing, paths.runs(), rehearse), rehearse, form)
+        listing.show_study(thing, verdict.rows(thing, paths.runs(), rehearse), rehearse, json)
     elif isinstance(thing, Sweep):
         rows = sweep_results.rows(thing, paths.runs())
-        sweep_results.show(thing, sweep_results.columns(thing, paths.runs()), rows, form)
+        sweep_results.show(thing, sweep_results.columns(thing, paths.runs()), rows, json)
     else:
-        listing.show([thing], form)
+        listing.show([thing], json)
+    next_step("report", name, *["--rehearse"][:rehearse], json=json)
 
 
 def _difference(power: str) -> float | None:
@@ -140,12 +138,6 @@ def _difference(power: str) -> float | None:
         if 0 <= (difference := float(power)) < math.inf:
             return difference
     raise UserError(f"--power {power}: give a difference in the unit of the study's first metric, or tolerance")
-
-
-def _pair(names: list[str]) -> tuple[str, str]:
-    if len(names) > 2:
-        raise UserError(f"{' '.join(names)}: two runs are compared, or a run and a file of predictions")
-    return names[0], names[1]
 
 
 @verbs.command(
@@ -172,7 +164,8 @@ def report_verb(
 
     things = [find_any(name) for name in names or ["latest"]]
     only_with("--rehearse", rehearse, "a study", isinstance(things[0], Study))
-    report.check_file(out)
+    if out.suffix not in (".html", ".htm"):
+        raise UserError(f"-o {out}: name an .html file")
     with Bar(f"writing {out}", 1):
         match things:
             case [Study() as study]:

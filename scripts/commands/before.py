@@ -1,4 +1,4 @@
-"""What comes before a run: check and plan; data is a module of its own."""
+"""The verbs before a run: check and plan; `data.py` has those of data."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -20,7 +20,6 @@ from .options import (
     Names,
     Overrides,
     Profiles,
-    complete_gpus,
     single_name,
 )
 
@@ -61,7 +60,6 @@ def check_verb(
         str | None,
         typer.Option(
             metavar="NAME",
-            autocompletion=complete_gpus,
             help="The GPU it is for, as T4 or sm_75; by default this machine's.",
         ),
     ] = None,
@@ -112,7 +110,7 @@ def check_verb(
 
 
 def _checked(requests: "list[Request]", gpu: "Gpu | None", data: bool, full: bool) -> "list[Report]":
-    """The report of each request; which one is at work is shown where that takes a while."""
+    """Return the report of each request, with progress where that takes a while."""
     from ..checks import check
     from ..planning import plan
 
@@ -151,7 +149,6 @@ def plan_verb(
         str | None,
         typer.Option(
             metavar="NAME",
-            autocompletion=complete_gpus,
             help="The card, as T4, or its memory, as 24GB; by default this machine's, or a table of memory sizes.",
         ),
     ] = None,
@@ -285,7 +282,7 @@ def _print_plans(plans: "dict[str, Plan]") -> None:
 
 
 def _launching(request: "Request") -> list[str]:
-    """The arguments that run a request: as a rehearsal where this machine has no GPU, or not the data."""
+    """The arguments that run a request, as a rehearsal without a GPU or the data."""
     from ..configs import datafiles, gpus
     from ..configs.compose import compose
 

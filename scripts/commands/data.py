@@ -11,7 +11,7 @@ from ..base.errors import meant
 from ..base.paths import find_recipe
 from ..base.progress import Bar, say
 from .help import Verb, Verbs, next_step
-from .options import Json, complete_data_sets, complete_studies
+from .options import Json, complete_studies
 
 if TYPE_CHECKING:
     from ..data.study import Study
@@ -34,7 +34,7 @@ def fetch_verb(
         str | None,
         typer.Argument(
             metavar="[DATA]",
-            autocompletion=complete_data_sets,
+            autocompletion=complete_studies,
             help="The data set, or its study's name; needed where there are several.",
         ),
     ] = None,
@@ -122,7 +122,7 @@ def _print_manifest(made: dict[str, Any], folder: Path) -> None:
 
 
 def _trained(of_study: "Study", folder: Path) -> str | None:
-    """The first of a study's recipes that is trained on the rows in a folder; None where none is."""
+    """The first recipe of a study with training rows in a folder, or None."""
     for name in (*of_study.published, *of_study.variants):
         if Path(yamlfiles.read_yaml(find_recipe(name)[1])["datasets"][0]["path"]).parent == folder:
             return name
@@ -130,8 +130,7 @@ def _trained(of_study: "Study", folder: Path) -> str | None:
 
 
 def _meant_study(name: str | None, raw: list[Path], input_format: str | None) -> "Study":
-    """The study whose data is to be prepared: the one that is named, else the only one with such raw files and such a
-    format of rows.
+    """Find the named study, or the only one with such raw files and format.
 
     Raises:
         UserError: several may be meant.

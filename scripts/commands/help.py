@@ -21,7 +21,7 @@ _NO_BREAK = "\N{NON-BREAKING HYPHEN}"
 
 
 class _Formatter(click.HelpFormatter):
-    """Breaks no name of an option or a file at a hyphen, and says in plainer words which numbers an option takes."""
+    """Formatter that breaks no name at a hyphen, with plainer words for numbers."""
 
     def write(self, string: str) -> None:
         super().write(string.replace(_NO_BREAK, "-"))
@@ -107,18 +107,18 @@ def next_step(*words: str | Path, json: bool = False) -> None:
 
 
 def over(profiles: list[str] | None, sets: list[str] | None) -> list[str]:
-    """The options that lay profiles and values over a recipe."""
+    """The options for profiles and overrides."""
     laid = [("--profile", profiles), ("--set", sets)]
     return [word for option, values in laid for value in values or [] for word in (option, value)]
 
 
 def name_of(folder: "RunDir") -> str:
-    """Name of a run beside --runs: the end of its path, if it is there."""
+    """Name of a run for a command: the end of its path below --runs."""
     return folder.path.name if folder.path.is_relative_to(paths.runs()) else str(folder.path)
 
 
 def after_training(folder: "RunDir", on: str) -> None:
-    """Say what follows a run: its evaluation, or a report where its rows have no answers to compare with."""
+    """Print the command after a run: its evaluation, or a report without reference answers."""
     from ..base import yamlfiles
     from ..scores import evaluation_rows
 

@@ -1,4 +1,4 @@
-"""Arguments and options that several verbs share: completion, values, and which exclude or need one another."""
+"""Shared arguments and options of verbs: completion, values, and their conflicts."""
 
 import re
 from collections.abc import Sequence
@@ -8,19 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ..base import paths, yamlfiles
+from ..base import paths
 from ..base.errors import UserError
 from ..base.files import read_json
 from ..base.paths import find_recipe
 from ..base.progress import say
-from ..tables import Form
 
 if TYPE_CHECKING:
     from ..backends import Backend
 
 
 def whole_name(context: typer.Context, given: str | None) -> str | None:
-    """The whole name of a recipe that was given by a part of it, which is said; anything else as it was given."""
+    """Complete a part of a recipe's name, with a message; return anything else unchanged."""
     if given and not context.resilient_parsing:
         with suppress(UserError):  # which the verb itself reports
             name, file = find_recipe(given)
@@ -31,12 +30,12 @@ def whole_name(context: typer.Context, given: str | None) -> str | None:
 
 
 def whole_names(context: typer.Context, given: list[str] | None) -> list[str]:
-    """As `whole_name`, of several recipes."""
+    """The whole names of several recipes, see `whole_name`."""
     return [whole_name(context, name) or name for name in given or ()]
 
 
 def _beginning(incomplete: str, names: Sequence[str]) -> list[str]:
-    """The names that begin like this; where none does the ends of their paths that do, which stand for them."""
+    """Names with this beginning, or else the ends of their paths that have it."""
     ends = ["/".join(name.split("/")[level:]) for name in names for level in range(1, name.count("/") + 1)]
     whole, parts = ([name for name in dict.fromkeys(some) if name.startswith(incomplete)] for some in (names, ends))
     return whole or parts
@@ -89,16 +88,6 @@ def complete_profiles(incomplete: str) -> list[str]:
     return _beginning(incomplete, [*shipped, *_yaml_files(incomplete)])
 
 
-def complete_gpus(incomplete: str) -> list[str]:
-    """The GPUs in the case that was begun with, without spaces, which would divide them for a shell."""
-    from ..configs.gpus import catalogue
-
-    names = [name.replace(" ", "-") for name in catalogue()]
-    names += [name.removeprefix("RTX-") for name in names]
-    matching = [name for name in names if name.lower().startswith(incomplete.lower())]
-    return [incomplete + name[len(incomplete) :] for name in dict.fromkeys(matching)]
-
-
 def complete_studies(incomplete: str) -> list[str]:
     """The studies."""
     return _beginning(incomplete, [folder.name for folder in paths.studies()])
@@ -107,12 +96,6 @@ def complete_studies(incomplete: str) -> list[str]:
 def complete_keys(incomplete: str) -> list[str]:
     """The keys of Axolotl's configuration, each to be given a value."""
     return _beginning(incomplete, [f"{key}=" for key in read_json(paths.RECIPES / "axolotl.schema.json")["properties"]])
-
-
-def complete_data_sets(incomplete: str) -> list[str]:
-    """The data sets of the studies."""
-    of_studies = (yamlfiles.read_yaml(folder / "study.yaml")["data"] for folder in paths.studies())
-    return _beginning(incomplete, [data["key"] for data in of_studies])
 
 
 WHERE = "Where it runs"
@@ -156,7 +139,6 @@ PlannedGpu = Annotated[
         "--gpu",
         rich_help_panel=WHERE,
         metavar="NAME",
-        autocompletion=complete_gpus,
         help="The GPU to plan for; by default this machine's.",
     ),
 ]
@@ -269,34 +251,29 @@ Power = Annotated[
 ]
 
 
-def exclusive(options: dict[str, object], required: bool = False) -> None:
-    """Refuse more than one of several options, and where one is required also none.
-
-    Args:
-        options: their values by what the user writes.
-        required: whether one of them has to be given.
+def exclusive(options: dict[str, object]) -> None:
+    """Refuse more than one of several options, whose values are given by their names.
 
     Raises:
-        UserError: there are too many of them, or none.
+        UserError: there are too many of them.
     """
-    given = sum(map(bool, options.values()))
-    if given > 1 or (required and not given):
+    if sum(map(bool, options.values())) > 1:
         *names, last = options
-        raise UserError(f"{', '.join(names)} and {last}: give {'just' if required else 'only'} one of them")
+        raise UserError(f"{', '.join(names)} and {last}: give only one of them")
 
 
-def only_with(option: str, given: object, other: str, needed: object, why: str = "") -> None:
-    """Refuse an option that is given without another.
+def only_with(option: str, given: object, other: str, needed: object) -> None:
+    """Refuse an option without another that it needs.
 
     Raises:
-        UserError: it is.
+        UserError: that one is missing.
     """
     if given and not needed:
-        raise UserError(f"{option}: works only with {other}{f'; {why}' if why else ''}")
+        raise UserError(f"{option}: works only with {other}")
 
 
 def backend_of(on: str, rehearsal: bool = False, jobs: int | None = None) -> "Backend":
-    """The backend that --on names, with its own options; a part without = belongs to the value before it.
+    """The backend that --on names, with its options; a part without = continues a value.
 
     Raises:
         UserError: there is no such backend, or it refuses the options.
@@ -311,11 +288,6 @@ def backend_of(on: str, rehearsal: bool = False, jobs: int | None = None) -> "Ba
     from ..backends.slurm import Slurm
 
     return Slurm(rehearsal, jobs, options)
-
-
-def form_of(json: bool) -> Form:
-    """The form that rows are asked for in."""
-    return "json" if json else "table"
 
 
 def single_name(names: list[str] | None, option: str) -> str:

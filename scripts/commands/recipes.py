@@ -40,7 +40,7 @@ def list_verb(
 
 
 def _listed() -> list[Row]:
-    """Every shipped recipe and every variant in the working folder, with published scores as `published_METRIC`.
+    """All shipped recipes and local variants, with published scores as `published_METRIC`.
 
     It reads study.yaml without the models of a study, which take longer to build than all of the rest. What cannot be
     read is reported on stderr.
@@ -85,7 +85,7 @@ def _declared(folder: Path) -> yamlfiles.Config:
 
 
 def _mapping(value: Any) -> Row:
-    """A value if it is a mapping, otherwise an empty one; `recipe study check` reports a malformed value."""
+    """A mapping, empty for any other value; `recipe study check` reports that."""
     return value if isinstance(value, dict) else {}
 
 
@@ -150,13 +150,8 @@ def diff_verb(
     if json:
         tables.print_json(rows)
     elif rows:
-        texts = [{column: _setting(value) for column, value in row.items()} for row in rows]
+        texts = [{column: yamlfiles.on_one_line(value) for column, value in row.items()} for row in rows]
         tables.print_table(texts, below=[*rows[0]][1:])
-
-
-def _setting(value: Any) -> str | None:
-    """A setting as a config writes it; None where there is none."""
-    return value if value is None or isinstance(value, str) else yamlfiles.write_flow(value)
 
 
 @verbs.command(

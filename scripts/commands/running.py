@@ -31,7 +31,6 @@ from .options import (
     complete_keys,
     complete_recipes,
     complete_studies,
-    form_of,
     only_with,
 )
 
@@ -77,10 +76,10 @@ def run_verb(
     set_: Overrides = None,
     gpu_count: Annotated[
         int,
-        typer.Option("--gpus", rich_help_panel=WHERE, help="How many GPUs to train on; with --nodes, on each node."),
+        typer.Option("--gpus", rich_help_panel=WHERE, min=1, help="How many GPUs to train on; with --nodes, on each."),
     ] = 1,
     nodes: Annotated[
-        int, typer.Option(rich_help_panel=WHERE, help="How many machines to train on, with --on slurm.")
+        int, typer.Option(rich_help_panel=WHERE, min=1, help="How many machines to train on, with --on slurm.")
     ] = 1,
     on: On = "local",
     force: Force = None,
@@ -183,30 +182,29 @@ def sweep_verb(
         dry_run=dry_run,
     )
     rows = sweep_results.rows(record, paths.runs())
-    form = form_of(json)
     scored = sweep_results.columns(record, paths.runs())
     records = [sweep_results.record(row) for row in rows]
-    end(results, form, {"sweep": record.label}, records, lambda: sweep_results.show(record, scored, rows, form))
+    end(results, json, {"sweep": record.label}, records, lambda: sweep_results.show(record, scored, rows, json))
     if not dry_run:
         next_step("report" if backend.here else "results", record.label, json=json)
 
 
 def end(
     results: "list[TaskResult]",
-    form: tables.Form,
+    json: bool,
     head: dict[str, Any],
     rows: list[Row],
     show: Callable[[], None],
 ) -> None:
-    """Print the results of recipes or members and their results, and exit with the code that the results give."""
+    """Print steps and results, and exit with the code of the steps."""
     from ..workflows import pipeline
 
     steps = [result.as_row() for result in results]
-    if form == "json":
+    if json:
         steps = [step | {"problem": result.problem} for step, result in zip(steps, results, strict=True)]
         tables.print_json(head | {"steps": steps, "results": rows})
     else:
-        tables.write(steps, form, empty=True, below=["run"])
+        tables.print_table(steps, empty=True, below=["run"])
         print()
         show()
     for result in results:
@@ -263,14 +261,13 @@ def reproduce_verb(
             only_with(option, given, f"a later stage than --from {from_}", False)
     evaluation = EvaluationRequest(metrics=metric or [])
     backend = backend_of(on, request.rehearse, jobs)
-    form = form_of(json)
     if from_ == "predictions":
-        _score_predictions(of_study, only or [], evaluation.judge, form)
+        _score_predictions(of_study, only or [], evaluation.judge, json)
         return
     if dry_run:
         card = gpus.find(gpu) if gpu else None
         outline = reproduce.outline(of_study, request, only or [], evaluation, backend, card, seeds)
-        reproduce.show_outline(outline, form)
+        reproduce.show_outline(outline, json)
         if not json:
             say("next: the same command without --dry-run")
         return
@@ -280,11 +277,11 @@ def reproduce_verb(
         results = reproduce.reproduce(of_study, request, only or [], evaluation, backend, seeds)
     rows = verdict.rows(of_study, paths.runs(), request.rehearse, reproduce.representative_runs(results))
     records = [verdict.record(row, of_study) for row in rows]
-    end(results, form, {}, records, lambda: listing.show_study(of_study, rows, request.rehearse, form))
+    end(results, json, {}, records, lambda: listing.show_study(of_study, rows, request.rehearse, json))
     next_step("report" if backend.here else "results", study, *["--rehearse"][: request.rehearse], json=json)
 
 
-def _score_predictions(of_study: "Study", only: list[str], judge: str | None, form: tables.Form) -> None:
+def _score_predictions(of_study: "Study", only: list[str], judge: str | None, json: bool) -> None:
     """Score the predictions that were published with a study's scores, and print the scores.
 
     Raises:
@@ -293,15 +290,15 @@ def _score_predictions(of_study: "Study", only: list[str], judge: str | None, fo
     from ..workflows import stages
 
     rows, problems = stages.score_predictions(of_study, only, judge)
-    if form == "json":
+    if json:
         tables.print_json({"scores": rows, "problems": problems})
     elif rows:
-        tables.write(rows, form, spare=["verified", "low", "high"])
+        tables.print_table(rows, spare=["verified", "low", "high"])
     for name, problem in problems.items():
         say(f"{name}: {problem}")
     if problems:
         raise typer.Exit(1)
-    next_step("reproduce", of_study.folder.name, json=form == "json")
+    next_step("reproduce", of_study.folder.name, json=json)
 
 
 @verbs.command("cancel", cls=Verb, rich_help_panel=HEADING, epilog="recipe cancel latest\nrecipe cancel lora-tradeoffs")

@@ -1,4 +1,4 @@
-"""What comes after a run, its predictions: evaluate and score."""
+"""The verbs of predictions: evaluate and score."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +21,6 @@ from .options import (
     RunName,
     backend_of,
     exclusive,
-    form_of,
     only_with,
 )
 
@@ -161,7 +160,7 @@ def _print_selection(selection: "CheckpointSelection", json: bool) -> None:
     else:
         notes.append("There are no other rows to test it on, so its score is too good; --data FILE names some.")
     records = vars(selection) | {"column": selection.column.name, "checkpoints": [*map(asdict, selection.checkpoints)]}
-    tables.show(form_of(json), records, [tables.Table(rows)], notes)
+    tables.show(json, records, [tables.Table(rows)], notes)
 
 
 def _print_scores(scores: dict[str, Any], json: bool) -> None:

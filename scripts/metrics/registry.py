@@ -120,14 +120,14 @@ def column(name: str, entry: Mapping[str, Any] | None = None) -> Column:
     Raises:
         WrongMetric: there is no such metric, or a parameter is not one of its.
     """
-    if not _NAME.fullmatch(name) or name in _TAKEN:
-        problem = "means something else in results" if name in _TAKEN else "is no name of letters, digits and _"
-        raise WrongMetric("", f"{name} {problem}; give the column another name")
     given = dict(entry or {})
     kind, label = str(given.pop("metric", name)), given.pop("label", None)
     if kind not in METRICS:
         hint = did_you_mean(kind, METRICS) or f"; there are {', '.join(METRICS)}"
         raise WrongMetric("metric" if "metric" in (entry or {}) else "", f"no metric is called {kind}{hint}")
+    if not _NAME.fullmatch(name) or name in _TAKEN:
+        problem = "means something else in results" if name in _TAKEN else "is no name of letters, digits and _"
+        raise WrongMetric("", f"{name} {problem}; give the column another name")
     if label is not None and not (isinstance(label, str) and label.strip()):
         raise WrongMetric("label", "expected a text")
     parameters = METRICS[kind].parameters

@@ -1,4 +1,4 @@
-"""`recipe report`: runs, a study or a sweep in one HTML file that needs no network."""
+"""Reports of runs, a study or a sweep in one HTML file."""
 
 import gzip
 import hashlib
@@ -31,7 +31,7 @@ from .report_runs import ReportedRun, reported_runs
 
 @dataclass(frozen=True)
 class Section:
-    """What the report of a study or sweep has besides its runs."""
+    """The section of a study or sweep, before its runs."""
 
     key: str
     name: str
@@ -107,20 +107,8 @@ def _without_empty(table: Table) -> Table:
     return replace(table, rows=[{column: row[column] for column in kept} for row in table.rows])
 
 
-def check_file(file: Path) -> None:
-    """Refuse a file that a report cannot be written to, before anything is read.
-
-    Raises:
-        UserError: its name is not that of an HTML file, or its folder is missing.
-    """
-    if file.suffix not in (".html", ".htm"):
-        raise UserError(f"-o {file}: name an .html file")
-    if not file.parent.is_dir():
-        raise UserError(f"-o {file}: there is no folder {file.parent}")
-
-
 def _page(title: str, kind: str, runs: Sequence[ReportedRun], section: Section | None = None) -> str:
-    """The HTML of what all reports have in common, and of a section that this one has besides."""
+    """The HTML of a report, with a further section for a study or sweep."""
     training = [figure for figure in draw.training({r.label: r.folder.read_metrics() for r in runs}) if figure.traces]
     reader = report_runs.reader(runs)
     figures = [*training, *(section.figures if section else [])]
@@ -166,7 +154,7 @@ def _page(title: str, kind: str, runs: Sequence[ReportedRun], section: Section |
 
 
 def _packed(content: bytes) -> str:
-    """Bytes for the page's script to unpack; in this form no text in them can end the element that holds it."""
+    """Bytes for the page's script to unpack; no text in them can end their element."""
     return b64encode(gzip.compress(content, 9, mtime=0)).decode()
 
 

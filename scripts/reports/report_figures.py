@@ -1,4 +1,4 @@
-"""The figures of a report: what Plotly draws, and the same in words for those who cannot see it."""
+"""The figures of a report, for Plotly and in words for those who cannot see them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,6 @@ Trace = dict[str, Any]  # Plotly's JSON
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
-PATTERNS = ("", "/", "x", ".", "-", "|")
 MOST_POINTS = 1000  # of a line; more cannot be distinguished, and are slow to draw
 
 
@@ -49,7 +48,7 @@ class Figure:
         self.says = self.says or "; ".join(map(_sentence, self.traces))
 
     def as_json(self) -> Trace:
-        """What the page draws it from."""
+        """The figure as the page reads it."""
         return {"title": self.title, "traces": self.traces, "layout": {"xaxis": self.x, "yaxis": self.y} | self.layout}
 
 
@@ -93,7 +92,7 @@ def _scatter(name: str, mode: str, points: Sequence[tuple[Any, Any]], **more: An
 
 
 def _points(name: str, rows: Sequence[tuple[float, float, str]], i: int, **more: Any) -> Trace:
-    """Points with their names beside them, alternately above and below, so that those of neighbours can be read."""
+    """Points with their names, alternately above and below."""
     return _scatter(
         name,
         "markers+text",
@@ -118,7 +117,7 @@ def _error_bars(points: Sequence[tuple[float, str]], intervals: Sequence[Any]) -
 
 
 def _curve(name: str, metrics: Sequence[Row], key: str, i: int, points: bool = False) -> Trace:
-    """A value by step; where there are more than can be drawn, means over stretches of equally many steps."""
+    """A value by step; means over stretches of steps if there are too many."""
     known = [(record["step"], y) for record in metrics if (y := record.get(key)) is not None]
     stretches = batched(known, max(-(-len(known) // MOST_POINTS), 1))
     means = [(stretch[-1][0], float(f"{sum(y for _, y in stretch) / len(stretch):.6g}")) for stretch in stretches]
@@ -126,8 +125,7 @@ def _curve(name: str, metrics: Sequence[Row], key: str, i: int, points: bool = F
 
 
 def training(runs: dict[str, list[Row]]) -> Iterator[Figure]:
-    """Losses, learning rate, load, gradient norm and throughput of runs by name, from their metrics; what no run has
-    recorded is left out."""
+    """Recorded losses, learning rate, load, gradient norm and throughput of runs by name."""
     alone = len(runs) == 1
     losses = []
     for i, (name, metrics) in enumerate(runs.items()):

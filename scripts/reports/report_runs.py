@@ -1,4 +1,4 @@
-"""The runs of a report, the rows of its tables, and the predictions that its reader shows."""
+"""The runs of a report, its tables, and the predictions of its reader."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -6,20 +6,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import orjson
 
 from .. import backends, tables
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row, json_rows, sha256
 from ..base.progress import is_secret
-from ..configs import config, gpus
+from ..base.yamlfiles import on_one_line
+from ..configs import config
 from ..metrics import registry
 from ..metrics.metric import Column
-from ..planning import planner
 from ..results import listing
+from ..results.ledger import planned_gib
 from ..results.run_rows import RunResult
 from ..runs.rundir import RunDir
 from ..scores import evaluations
@@ -52,24 +50,20 @@ class ReportedRun(RunResult):
             return yamlfiles.read_yaml(self.folder.config)
         return {}
 
-    @property
-    def planned_gib(self) -> float | None:
-        """The planned memory of its GPU, where a plan is kept."""
-        cards = self.run.provenance.get("gpus") or [{}]
-        capability = cards[0].get("compute_capability")
-        with suppress(UserError):  # some configs cannot be planned
-            return planner.required_gib(self.config, gpus.find(capability) if capability else None)
-        return None
-
     def from_cwd(self, path: str) -> str:
-        """A path relative to the folder that the run was started in, where it is below that."""
+        """A path relative to the run's working folder, if it is below that."""
         return str(Path(path).relative_to(self.run.cwd)) if Path(path).is_relative_to(self.run.cwd) else path
 
     @property
     def differs(self) -> list[Row]:
         """Its differences from its recipe."""
         return [
-            {"setting": d.key, "recipe": _on_one_line(d.recipe), "this run": _on_one_line(d.run), "why": d.why}
+            {
+                "setting": d.key,
+                "recipe": on_one_line(d.recipe),
+                "this run": on_one_line(d.run),
+                "why": d.why,
+            }
             for d in self.run.differences
             if not is_secret(d.key, [d.recipe, d.run])
         ]
@@ -89,7 +83,7 @@ class ReportedRun(RunResult):
         return [
             {
                 "setting": key,
-                "value": _on_one_line(value),
+                "value": on_one_line(value),
                 "source": sources.get(key) or sources.get(key.partition(".")[0]) or "the run's own",
             }
             for key, value in config.flatten(self.config)
@@ -98,7 +92,7 @@ class ReportedRun(RunResult):
 
     @property
     def note(self) -> str:
-        """What to know of the sources."""
+        """Warning about the sources of settings."""
         file = self._recipe_file
         if file.is_file() and sha256(file) == self.run.recipe_sha256:
             return ""
@@ -128,19 +122,19 @@ class ReportedRun(RunResult):
 
     @property
     def records(self) -> dict[str, list[tuple[str, str | None]]]:
-        """The keys and values of its files, without what has its own table, and without secrets."""
+        """The keys and values of its files, without secrets and contents of other tables."""
         apart = {"differences", "of_variant", "data", "launches"}
         files = {"run.json": self.run.model_dump(exclude=apart)}
         if self.evaluation:
             files["scores.json"] = self.evaluation.model_dump()
         return {
-            name: [(key, _on_one_line(value)) for key, value in config.flatten(content) if not is_secret(key, value)]
+            name: [(key, on_one_line(value)) for key, value in config.flatten(content) if not is_secret(key, value)]
             for name, content in files.items()
         }
 
 
 def reported_runs(folders: Sequence[RunDir], labels: Sequence[str] | None = None) -> list[ReportedRun]:
-    """The runs of some folders, each with its own label: its recipe's name, with its folder's where runs share that.
+    """The runs of folders with unique labels: the recipe's name, and the folder's if shared.
 
     Raises:
         UserError: a folder holds no run, or rehearsals and real runs are mixed.
@@ -157,12 +151,12 @@ def reported_runs(folders: Sequence[RunDir], labels: Sequence[str] | None = None
 
 
 def headings(runs: Sequence[ReportedRun]) -> dict[str, Column]:
-    """What some runs are scored with, by headings; two metrics of one name have two."""
+    """The metrics of some runs by headings; two metrics of one name have two."""
     return registry.distinct(column for reported in runs for column in reported.columns.values())
 
 
 def overview(reported: ReportedRun, scored: Mapping[str, Column]) -> Row:
-    """A run's row in the table of several, with a column for the first score of each of these.
+    """A run's row in the table of several runs.
 
     Args:
         reported: the run.
@@ -182,7 +176,7 @@ def overview(reported: ReportedRun, scored: Mapping[str, Column]) -> Row:
             heading: reported.score(column) if column.same_scores(reported.columns.get(column.name)) else None
             for heading, column in scored.items()
         },
-        "planned GiB": reported.planned_gib,
+        "planned GiB": planned_gib(reported),
         "peak GiB": summary.peak_memory,
         "of": summary.memory_kind,
         "tokens/s": summary.tokens_per_second and round(summary.tokens_per_second),
@@ -195,8 +189,7 @@ def overview(reported: ReportedRun, scored: Mapping[str, Column]) -> Row:
 
 
 def scores(runs: Sequence[ReportedRun]) -> list[Row]:
-    """A row for each score, with columns for each run that was evaluated, for its base model if that was, and for the
-    published scores that the run tries for."""
+    """A row for each score, with columns for runs, their base models and published scores."""
     columns: dict[str, dict[str, str | None]] = {}
     by_heading = headings(runs)
     for reported in runs:
@@ -241,11 +234,6 @@ def scored_on(reported: ReportedRun) -> str:
     settings = reported.evaluation.settings
     by = "" if settings.engine == evaluations.REFERENCE else f", predictions by {settings.engine}"
     return f"{settings.rows_in_words} of {reported.from_cwd(settings.data)}{by}"
-
-
-def _on_one_line(value: Any) -> str | None:
-    """A setting's value as YAML has it on one line."""
-    return value if value is None or isinstance(value, str) else orjson.dumps(value).decode()
 
 
 def reader(runs: Sequence[ReportedRun]) -> list[Row]:
@@ -298,7 +286,7 @@ def _columns(
 
 
 def _diffs(reported: ReportedRun, settings: EvaluationSettings) -> tuple[list[str], str]:
-    """The inputs of the rows that were evaluated, in their order, or the reason why they cannot be shown."""
+    """The inputs of the evaluated rows in order, or the reason for their absence."""
     file = Path(reported.run.cwd, settings.data)
     name = reported.from_cwd(settings.data)
     if not file.is_file():

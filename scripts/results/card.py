@@ -1,4 +1,4 @@
-"""The model card of a run: what `recipe publish` puts beside an adapter."""
+"""The model card of a run, beside its adapter."""
 
 import json
 import re
@@ -80,7 +80,7 @@ def card(result: RunResult, evaluation: Evaluation | None, merged: bool, reposit
 
 
 def _facts(result: RunResult, evaluation: Evaluation | None) -> Row:
-    """What a card says of a run's record, config, evaluation and base model, as far as it is public."""
+    """The public part of a run's record, config, evaluation and base model."""
     run, cfg = result.run, yamlfiles.read_yaml(result.folder.config)
     base, is_local = base_model(result.folder, run)
     entries = models.catalogue().items()
@@ -109,12 +109,12 @@ def _template() -> Any:
 
 
 def is_private(key: str) -> bool:
-    """Whether a dotted key is for a secret, a folder of this machine, or the account or host that a run reports to."""
+    """True for the dotted key of a secret, a local folder, an account or a host."""
     return bool(_NOT_SHOWN.match(key)) or is_secret(key)
 
 
 def _sets_private(override: str) -> bool:
-    """Whether a `key=value` sets a key that `is_private`, or one below it."""
+    """True if a `key=value` sets a private key, or one below it."""
     try:
         key, value = config.parse_override(override)
     except UserError:
@@ -130,14 +130,14 @@ def _arguments(decoding: study.Decoding) -> str:
 
 
 def base_model(folder: RunDir, run: Run) -> tuple[str, bool]:
-    """The name of the adapter's base model, and whether that is a folder of this machine."""
+    """The name of the adapter's base model, and True for a local folder."""
     named = read_json(folder.output / "adapter_config.json").get("base_model_name_or_path")
     name = str(named or yamlfiles.read_yaml(folder.config).get("base_model"))
     return name, Path(name).is_absolute() or Path(run.cwd, name).is_dir()
 
 
 def _known(run: Run, data: Data | None) -> dict[str, str]:
-    """What the prompts of a run on a study's data have in common, and an example of the rest.
+    """The constant parts of a run's prompts on a study's data, and an example input.
 
     What they have in common is that of the run's rows, where a manifest records it.
     """
@@ -150,7 +150,7 @@ def _known(run: Run, data: Data | None) -> dict[str, str]:
 def _front_matter(
     facts: Row, columns: Mapping[str, Column], scored_on: str | None, merged: bool, tags: list[str]
 ) -> str:
-    """The metadata that the hub reads from a card, as YAML; where it wants an id of the hub, nothing else is given."""
+    """The metadata of a card for the hub, as YAML; ids of the hub only."""
     from huggingface_hub import EvalResult, ModelCardData
 
     run = facts["run"]
@@ -209,8 +209,7 @@ def _command(run: Row) -> str:
 
 
 def _public(value: Any, cwd: Path, key: str = "") -> Any:
-    """`value` with each path of this machine in it relative to the folder `cwd`, or else cut to its last part; and
-    without secrets."""
+    """`value` without secrets, and with local paths relative to `cwd` or cut to a name."""
     if isinstance(value, dict):
         below_tokens = key == "special_tokens"
         kept = {name: below for name, below in value.items() if below_tokens or not is_secret(str(name))}
@@ -237,16 +236,16 @@ def _code(value: Any) -> str:
 
 
 def _fenced(text: str, language: str) -> str:
-    """A text as a code block in Markdown, which no line of it can end."""
+    """A text as a code block in Markdown, with a safe fence."""
     fence = "`" * (1 + max(map(len, re.findall("``+", text)), default=2))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 def _prose(text: Any) -> str:
-    """A text as it is, on one line: none of it is Markdown or HTML."""
+    """A text on one line, without effect as Markdown or HTML."""
     return re.sub(r"([\\`*_\[\]<>|~&])", r"\\\1", " ".join(str(text).split()))
 
 
 def _address(url: str) -> str:
-    """A web address as the target of a link in Markdown, which nothing in it can end; of another scheme none."""
+    """A web address quoted for a link in Markdown; empty for other schemes."""
     return quote(url, safe="%/:?#=&@+,;~") if re.match("https?://", url) else ""

@@ -1,4 +1,4 @@
-"""Two runs compared, their trainings and their predictions; and a training loss with a published curve."""
+"""Comparisons of two runs' losses and predictions, and of a loss with a published curve."""
 
 import csv
 from collections.abc import Iterable, Sequence
@@ -71,14 +71,14 @@ def _of_run(name: str, runs: Path, named: dict[str, Column]) -> ScoredRows:
 
 
 def _scored(rows: Sequence[Row], columns: dict[str, Column]) -> ScoredRows:
-    """Rows scored with those of some columns that have a score for each row and need no judge."""
+    """Rows scored with the columns of row scores that need no scorer model."""
     judged = declared_models(columns)
     of_rows = {name: column for name, column in columns.items() if column.metric.of_rows and name not in judged}
     return ScoredRows(with_scores(rows, of_rows, {}), of_rows)
 
 
 def pair(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """The rows that two sets of predictions have in common, in the order of the first.
+    """The common rows of two sets of predictions, in the order of the first.
 
     Rows are matched by `idx`, their position in the test file, where all have one of their own, otherwise by order.
 
@@ -102,9 +102,9 @@ def pair(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row, Row]]:
 
 
 def compare(a: ScoredRows, b: ScoredRows) -> list[Row]:
-    """Per score that both have: the means on the rows in common, and how they differ, see `intervals.paired`.
+    """Means and differences of common scores on the common rows, see `intervals.paired`.
 
-    What a judge makes is compared only where the same one made both.
+    Scores of a scorer model compare only if both have the same one.
 
     Raises:
         UserError: they cannot be paired, see `pair`.
@@ -122,7 +122,7 @@ def compare(a: ScoredRows, b: ScoredRows) -> list[Row]:
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far the losses of two trainings, a and b, are equal.
+    """Divergence of the losses of two trainings, a and b.
 
     Attributes:
         first, last: the first and the last step whose loss both have recorded.
@@ -175,7 +175,7 @@ def comparison(pair: tuple[str, str], runs: Path, metrics: Sequence[str] = ()) -
 
 
 def _divergence(folders: Sequence[RunDir]) -> Divergence | None:
-    """Where the losses of two runs diverge; None, with a message, if they have no step in common.
+    """The divergence of two runs; None, with a message, if they share no step.
 
     Raises:
         UserError: one is a rehearsal, and the other a real run.
@@ -203,7 +203,7 @@ def _divergence(folders: Sequence[RunDir]) -> Divergence | None:
 
 
 def _settings(cfg: yamlfiles.Config, run: Run) -> yamlfiles.Config:
-    """What the steps of a run may depend on, by name, as far as it is recorded."""
+    """The recorded settings that the steps of a run may depend on."""
     machine = run.provenance
     gpus = [f"{gpu.get('name')}, driver {gpu.get('driver')}" for gpu in machine.get("gpus") or []]
     kept = {key: value for key, value in cfg.items() if not config.TRACKING.match(key)}
@@ -258,7 +258,7 @@ class CurveGap:
 
 
 def curve_gap(ours: Sequence[Point], curve: Sequence[Point]) -> CurveGap | None:
-    """The distance of a run's points from those of a curve at the same steps; None where there is no point."""
+    """The distance of a run's points from those of a curve; None without points."""
     theirs = dict(curve)
     gaps = {step: loss - theirs[step] for step, loss in ours}
     if not gaps:
@@ -268,7 +268,7 @@ def curve_gap(ours: Sequence[Point], curve: Sequence[Point]) -> CurveGap | None:
 
 
 def over_the_same_steps(metrics: Iterable[Row], curve: Sequence[Point]) -> list[Point]:
-    """A run's training loss at the steps of a curve: the mean since the step before; without those it has not reached.
+    """A run's training loss at the reached steps of a curve: means since the step before.
 
     Args:
         metrics: the run's records by step.

@@ -118,12 +118,12 @@ def _adapter(result: RunResult) -> str | None:
 
 
 def _changes(run: Run) -> yamlfiles.Config:
-    """The keys in which a run differs from its recipe other than by a shipped profile, and which affect the result."""
+    """Changed keys of a run that affect the result, beside those of shipped profiles."""
     return {difference.key: difference.run for difference in run.from_origin if not _allowed(difference)}
 
 
 def _cell_values(run: Run, of_study: Study) -> yamlfiles.Config:
-    """The values of the published cell that a run with other settings than its recipe's is of, if it is of one."""
+    """The values of the published cell that a run's changed settings match; else empty."""
     changes = _changes(run)
     recipe = yamlfiles.read_yaml(paths.recipe_file(run.origin))
     cell = of_study.cell(run.origin, recipe | changes) if changes else None
@@ -131,7 +131,7 @@ def _cell_values(run: Run, of_study: Study) -> yamlfiles.Config:
 
 
 def _allowed(difference: config.Difference) -> bool:
-    """Whether a difference from the recipe is one of a shipped profile, or does not affect the result."""
+    """True for a difference of a shipped profile, or one that leaves the result unaffected."""
     key, (how, _, which) = difference.key, difference.why.partition(" ")
     of_profile = how == "profile" and (paths.PROFILES / f"{which}.yaml").is_file()
     is_data = key.partition(".")[0] in ("datasets", "test_datasets") and key.endswith(".path")
@@ -175,33 +175,35 @@ def record_of_run(result: RunResult) -> ledger.Record:
     }
     if run.published_adapter:
         return ledger.AdapterRecord.model_validate(content)
-    failed = "out of memory" if launch.ran_out_of_memory(result.folder.log) else "failed"
+    lacked_memory = bool(run.launches) and run.launches[-1].problem == launch.OUT_OF_MEMORY
     return ledger.TrainingRecord.model_validate(
         content
         | {
-            "outcome": "finished" if finished else failed,
+            "outcome": "finished" if finished else launch.OUT_OF_MEMORY if lacked_memory else "failed",
             "values": _cell_values(run, result.study),
             "seed": cfg.get("seed", config.AXOLOTL_SEED),
             "steps": summary.step,
             "seconds": summary.train_seconds,
             "tokens_per_second": summary.tokens_per_second,
             "peak_gib": summary.peak_memory,
-            "planned_gib": _planned(run, cfg, card.get("compute_capability")),
+            "planned_gib": planned_gib(result),
             "eval_loss": summary.eval_loss_per_token,
         }
     )
 
 
-def _planned(run: Run, cfg: yamlfiles.Config, capability: str | None) -> float | None:
-    """The GiB that were planned for a run on one GPU; None for others, and where no plan is kept."""
-    if capability and run.ranks == 1 and not any(cfg.get(key) for key in ENGINE_KEYS):
-        with suppress(UserError):  # some configs cannot be planned
-            return planner.required_gib(cfg, gpus.find(capability))
+def planned_gib(result: RunResult) -> float | None:
+    """The planned memory of a run on one GPU, or of a rehearsal; None for others, and without a plan."""
+    with suppress(UserError):  # some configs cannot be planned
+        cfg = yamlfiles.read_yaml(result.folder.config)
+        if result.run.ranks == 1 and not any(cfg.get(key) for key in ENGINE_KEYS):
+            capability = (result.run.provenance.get("gpus") or [{}])[0].get("compute_capability")
+            return planner.required_gib(cfg, gpus.find(capability) if capability else None)
     return None
 
 
 def _scores(result: RunResult, of_study: Study) -> dict[str, ledger.Score]:
-    """The scores by the study's metrics; one by another scorer model than the study's is left out."""
+    """The scores by the study's metrics, without those of another scorer model."""
     found, own = {}, result.evaluation.scores if result.evaluation else {}
     for name, column in of_study.columns.items():
         value, by = result.score(column), model_record(column, own)
@@ -212,14 +214,14 @@ def _scores(result: RunResult, of_study: Study) -> dict[str, ledger.Score]:
     return found
 
 
-def show(studies: Sequence[Study], form: tables.Form) -> None:
-    """Print the status of the published numbers of studies, and their runs with a record; as JSON the records."""
+def show(studies: Sequence[Study], json: bool) -> None:
+    """Print the status of published numbers and the recorded runs; as JSON the records."""
     found = {of_study.folder.name: (of_study, ledger.records(of_study)) for of_study in studies}
-    if form == "json":
-        tables.write([record.model_dump(mode="json") for _, records in found.values() for record in records], form)
+    if json:
+        tables.print_json([record.model_dump(mode="json") for _, records in found.values() for record in records])
         return
     for name, (of_study, records) in found.items():
         statuses = [asdict(status) for status in ledger.statuses(of_study, records)]
-        tables.write(statuses, form, f"Status: {name}", spare=["command", "cell"])
+        tables.print_table(statuses, f"Status: {name}", spare=["command", "cell"])
         if rows := ledger.table(of_study, records):
-            tables.write(rows, form, f"Runs: {name}", spare=["Axolotl", "seed", "hours", "tokens/s"])
+            tables.print_table(rows, f"Runs: {name}", spare=["Axolotl", "seed", "hours", "tokens/s"])

@@ -1,4 +1,4 @@
-"""Printed results: of runs, of a study beside what was published, of two runs compared, and a study's power."""
+"""Printed results of runs, studies and comparisons, and a study's power."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -36,14 +36,14 @@ _HEADINGS = {
 }
 
 
-def show(folders: Sequence[RunDir], form: tables.Form) -> None:
+def show(folders: Sequence[RunDir], json: bool) -> None:
     """Print the results of runs."""
     found = [RunResult(folder, run) for folder, run in readable(folders, backends.read)]
     jobs = {result.folder.path: [*_jobs(result)] for result in found}
     if changed := [result.folder.path for result in found if result.changed]:
         say(f"{len(changed)} evaluations are stale or edited; `recipe evaluate {changed[-1]}` checks that of the last")
-    records = [run_rows.record(result, jobs[result.folder.path]) for result in found]
-    tables.show(form, records, _of_runs(found, jobs))
+    records = (run_rows.record(result, jobs[result.folder.path]) for result in found)
+    tables.show(json, records, _of_runs(found, jobs))
 
 
 def _jobs(result: RunResult) -> Iterator[str]:
@@ -55,8 +55,7 @@ def _jobs(result: RunResult) -> Iterator[str]:
 
 
 def _of_runs(found: Sequence[RunResult], jobs: Mapping[Path, list[str]]) -> Iterator[Table]:
-    """A table for the runs of each study, and of those of no study for each set of metrics, so that no column has
-    numbers of two metrics; rehearsals apart."""
+    """A table for the runs of each study or set of metrics; rehearsals apart."""
     for rehearsal in (False, True):
         groups: dict[str, list[RunResult]] = {}
         for result in (result for result in found if result.run.rehearsal == rehearsal):
@@ -78,8 +77,7 @@ def _of_runs(found: Sequence[RunResult], jobs: Mapping[Path, list[str]]) -> Iter
 
 
 def _cells(result: RunResult, columns: Mapping[str, Column], jobs: Sequence[str]) -> Row:
-    """The cells of a run that fit a terminal; the first of its scores is set beside what it compares with, further
-    decodings among it."""
+    """The cells of a run; its first score with decodings, base model and published value."""
     run, summary, scores = result.run, result.summary, result.scores
     early = ", early stopping" if summary.ended == "early stopping" else ""
     kept = "" if summary.kept_step in (None, summary.step) else f", step {summary.kept_step} kept"
@@ -122,17 +120,17 @@ def _cells(result: RunResult, columns: Mapping[str, Column], jobs: Sequence[str]
     }
 
 
-def show_study(of_study: Study, rows: Sequence[StudyRow], rehearsal: bool, form: tables.Form) -> None:
+def show_study(of_study: Study, rows: Sequence[StudyRow], rehearsal: bool, json: bool) -> None:
     """Print the rows of a study."""
-    if not rows and form != "json":
+    if not rows and not json:
         say("no run of its recipes is rehearsed yet; `recipe reproduce` with --rehearse does that")
         return
     records = [verdict.record(row, of_study) for row in rows]
-    tables.show(form, records, of_rows(of_study, rows, rehearsal), [] if rehearsal else notes(of_study, rows))
+    tables.show(json, records, of_rows(of_study, rows, rehearsal), [] if rehearsal else notes(of_study, rows))
 
 
 def of_rows(of_study: Study, rows: Sequence[StudyRow], rehearsal: bool) -> Iterator[Table]:
-    """The tables of a study: one for each metric, of costs, of other published figures, and of baselines."""
+    """The tables of a study: each metric, costs, curves and baselines."""
     about = REHEARSALS if rehearsal else f"{of_study.cited}; published scores are on {of_study.test_title}"
     for column in of_study.table.values():
         title = about if column == of_study.first else column.label
@@ -167,8 +165,7 @@ def _of_metric(row: StudyRow, column: Column) -> Row:
 
 
 def _of_costs(row: StudyRow, others: Mapping[str, Column], beside: Mapping[str, bool]) -> Row:
-    """The cells of a row of a study by the metrics that have no table of their own, and what the run cost, beside what
-    was published of some of that."""
+    """The cells of a study's row for further metrics and costs, beside published costs."""
     cells: Row = {"recipe": row.recipe}
     cells |= {column.label: row.scores[name].value for name, column in others.items()}
     cells["eval loss"] = row.chosen and row.chosen.summary.eval_loss_per_token
@@ -186,7 +183,7 @@ def _whole(value: float | None) -> str | float | None:
 
 
 def _published(score: PublishedScore | None) -> float | str | None:
-    """A published score in a table: with its ± as text, otherwise as a number, which is aligned."""
+    """A published score in a table: text with its ±, otherwise an aligned number."""
     if score is None or score.spread is None:
         return score.value if score else None
     return tables.plus_minus(score.value, score.spread)
@@ -206,8 +203,7 @@ def baselines(of_study: Study) -> Table:
 
 
 def notes(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
-    """The lines under the tables: what Axolotl does otherwise than the authors, how to read the verdicts, where a run
-    departs from the paper, and what may explain a score that is off."""
+    """The lines under the tables: differences, limits of intervals, and open settings of scores that are off."""
     for difference in of_study.differences:
         yield f"All recipes: {difference}"
     yield from _of_intervals(of_study, rows)
@@ -224,7 +220,7 @@ def notes(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
 
 
 def _of_intervals(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
-    """What the intervals behind the verdicts do not know, and how to have it known."""
+    """Limits of the intervals behind the verdicts, and their remedy."""
     scores = [score for row in rows for score in row.scores.values() if score.verdict]
     methods = [score.interval.method for score in scores if score.interval]
     if several := [row.recipe for row in rows if len(row.runs) > 1]:
@@ -236,21 +232,20 @@ def _of_intervals(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
         yield f"A borrowed spread is that of repeats which the authors published, not of our runs: {seeds}."
 
 
-def show_comparison(compared: Comparison, pair: tuple[str, str], form: tables.Form) -> None:
-    """Print two runs compared; in Markdown and CSV only the scores go to stdout."""
-    if form == "json":
+def show_comparison(compared: Comparison, pair: tuple[str, str], json: bool) -> None:
+    """Print two runs compared."""
+    if json:
         training = compared.training and asdict(compared.training)
         tables.print_json({"training": training, "scores": compared.scores})
         return
     title = f"a: {pair[0]}, b: {pair[1]}"
     if compared.training:
-        print_line = say if form in ("csv", "md") else tables.print_text
-        for line in (f"Trainings, {title}", *_in_words(compared.training), *([""] if form == "table" else [])):
-            print_line(line)
+        for line in (f"Trainings, {title}", *_in_words(compared.training), ""):
+            tables.print_text(line)
     if compared.scores is None:
         say(f"not compared by scores, as not evaluated: {', '.join(compared.unscored)}; `recipe evaluate` comes first")
     else:
-        tables.write(compared.scores, form, title, spare=["equal", "rows", "p_wilcoxon", "better", "worse"])
+        tables.print_table(compared.scores, title, spare=["equal", "rows", "p_wilcoxon", "better", "worse"])
         if len(compared.scores) > 1:
             say(f"{len(compared.scores)} metrics: intervals and p are not corrected for multiple comparisons")
 
@@ -266,7 +261,7 @@ def _in_words(training: Divergence) -> Iterator[str]:
         yield f"{name}: {old} -> {new}"
 
 
-def show_power(found: Outlook, of_study: Study, form: tables.Form) -> None:
+def show_power(found: Outlook, of_study: Study, json: bool) -> None:
     """Print the chance to see a difference from a published score."""
     difference = tables.text_of(found.difference)
     rows = [
@@ -290,5 +285,4 @@ def show_power(found: Outlook, of_study: Study, form: tables.Form) -> None:
         f"The interval of one run is of {found.one_run}.",
         "A false alarm is a difference that is seen where there is none; 5 % are usual.",
     ]
-    records = asdict(found) if form == "json" else [asdict(chance) for chance in found.rows]
-    tables.show(form, records, [Table(rows, title)], lines)
+    tables.show(json, asdict(found), [Table(rows, title)], lines)

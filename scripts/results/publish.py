@@ -1,6 +1,7 @@
 """Publication of a run's adapter: model card, merged model, and push to the hub."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -108,16 +109,9 @@ def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:
 
 
 def _check_push(folder: RunDir, run: Run, repository: str) -> None:
-    """Refuse to push what others could not use, or to an invalid repository."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        raise UserError(f"--push {repository}: {error}") from None
-    if "/" not in repository:
-        raise UserError(f"--push {repository}: name the owner too, as in owner/{repository}")
+    """Refuse to push a model that others could not use, or to an invalid repository."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise UserError(f"--push {repository}: expected OWNER/NAME, of letters, digits, -, _ and .")
     if run.rehearsal:
         raise UserError(f"--push: {folder.path} is a rehearsal with a stand-in model; push a real run")
     base, is_local = base_model(folder, run)

@@ -1,4 +1,4 @@
-"""Runs that repeat one another but for their seed, their interval, and the power of a study of several seeds."""
+"""Repeated runs with other seeds, their interval, and the power of a study."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,8 +29,7 @@ ONE_SEED = " of one seed"
 
 
 def usable(runs: Path, rehearsal: bool) -> list[RunResult]:
-    """The runs below a folder that can represent their recipes: rehearsals or real ones, on the recipe's model and
-    data."""
+    """The real runs, or rehearsals, on their recipe's model and data."""
     found = (RunResult(folder, run) for folder, run in rundir.readable(rundir.all_runs(runs), backends.read))
     return [
         result
@@ -40,9 +39,11 @@ def usable(runs: Path, rehearsal: bool) -> list[RunResult]:
 
 
 def of(chosen: RunResult, candidates: Sequence[RunResult]) -> list[RunResult]:
-    """A run, and behind it those of others that repeat it: finished, trained alike on the same data but for the seed,
-    and evaluated alike on the same rows. Where there are several seeds, only the newest run of each counts: repeating a
-    seed says nothing about others. A run that is not finished and scored has none."""
+    """A run, and behind it its repeats: trained alike but for the seed, and evaluated alike.
+
+    Of several seeds only the newest run of each counts: repeating a seed says nothing about others. A run that is not
+    finished and scored has no repeats.
+    """
     own, trained = chosen.evaluation, _training(chosen)
     if chosen.run.state != "finished" or not chosen.is_scored or chosen.run.published_adapter or trained is None:
         return [chosen]
@@ -62,7 +63,7 @@ def of(chosen: RunResult, candidates: Sequence[RunResult]) -> list[RunResult]:
 
 
 def _training(result: RunResult) -> Any:
-    """What the training of a run depended on, but for its seed; None where its config is gone."""
+    """The inputs of a run's training but for its seed; None without its config."""
     run = result.run
     if not result.folder.config.is_file():
         return None
@@ -89,7 +90,7 @@ def seed(folder: RunDir) -> Any:
 
 
 def scores(column: Column, found: Sequence[RunResult]) -> list[tuple[RunResult, float]]:
-    """Runs with their scores by a metric, those of them that have one that compares with that of the first."""
+    """Runs with their scores by a metric, if these compare with the first's."""
     models = [model_record(column, result.evaluation.scores) if result.evaluation else None for result in found]
     scored = [(result, result.score(column)) for result in found]
     return [
@@ -128,7 +129,7 @@ def interval_cells(name: str, within: intervals.Interval | None) -> Row:
 
 
 def by_row(name: str, found: Sequence[RunResult]) -> list[list[float]] | None:
-    """A score of each row, for each of some runs; None where rows have none, or are not the same in all."""
+    """The scores of each row for each run; None without them, or for other rows."""
     first = found[0].evaluation
     if first is None or not all(_alike(first, result.evaluation, _SAME_ROWS) for result in found):
         return None
@@ -147,7 +148,7 @@ _FEWEST = 10  # rows that a chance is given for
 
 @dataclass(frozen=True)
 class Basis:
-    """What the variances are from, in words, and on how many rows the runs are scored."""
+    """Variances with their origin in words, and the number of scored rows."""
 
     variances: Variances
     rows: int
@@ -156,7 +157,7 @@ class Basis:
 
 @dataclass(frozen=True)
 class Chance:
-    """What so many seeds and rows can see.
+    """Power of so many seeds and rows.
 
     Attributes:
         sees: the chance to see the difference.
@@ -173,7 +174,7 @@ class Chance:
 
 @dataclass(frozen=True)
 class Outlook:
-    """The chance to see a difference from a published score in a study's first metric, by seeds and rows.
+    """Chances to see a difference from a study's published scores, by seeds and rows.
 
     Attributes:
         difference_from: the origin of the difference.
@@ -241,7 +242,7 @@ def _difference(of_study: Study, column: Column, given: float | None) -> tuple[f
 
 
 def _basis(of_study: Study, column: Column, runs: Path) -> Basis:
-    """The variances as the runs there show them; where these are of one seed, the spread of published repeats."""
+    """The variances of the runs; of a single seed, the spread of published repeats."""
     name = of_study.folder.name
     if column.metric.of_rows is None:
         raise UserError(f"--power {name}: {column.label} has no score for each row, so that rows show no noise")
@@ -269,7 +270,7 @@ def _basis(of_study: Study, column: Column, runs: Path) -> Basis:
 
 
 def _groups(of_study: Study, runs: Path) -> list[list[RunResult]]:
-    """The runs of a study whose scores compare with its published ones, those that repeat each other together."""
+    """The runs of a study that compare with published scores, grouped by repeats."""
     recipes = {*of_study.published, *of_study.variants}
     comparable = [
         result

@@ -1,4 +1,4 @@
-"""A run with its results, and the scores that it compares with."""
+"""A run with its results, and the published scores."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class RunScore:
 
     @property
     def gain(self) -> float | None:
-        """What the training gained over the base model."""
+        """Gain of the training over the base model."""
         return None if self.value is None or self.base_model is None else self.value - self.base_model
 
 
@@ -63,7 +63,7 @@ class RunResult:
 
     @cached_property
     def changed(self) -> Changed | None:
-        """What has changed since its evaluation."""
+        """The change since its evaluation."""
         return changed(self.folder.path, self._last_evaluation, self.run)
 
     @property
@@ -73,12 +73,12 @@ class RunResult:
 
     @property
     def is_scored(self) -> bool:
-        """Whether its scores are there: it is evaluated, or all of them are of the eval loss."""
+        """True if it is evaluated, or all its scores are of the eval loss."""
         return self.evaluation is not None or (self.study is not None and not self.study.generates)
 
     @cached_property
     def base_evaluation(self) -> Evaluation | None:
-        """The evaluation of its base model alone; None where that is of other rows, or decoded otherwise."""
+        """The evaluation of its base model alone; None for other rows or another decoding."""
         base, own = current(self.folder.path / "evaluations" / BASE_MODEL), self.evaluation
         if own and base and own.settings.model_dump(include=_ALIKE) != base.settings.model_dump(include=_ALIKE):
             return None
@@ -86,18 +86,18 @@ class RunResult:
 
     @cached_property
     def decoded(self) -> dict[str, Evaluation | None]:
-        """The evaluations of its adapter by further decodings of its study, by name; None where there is none."""
+        """The evaluations of its adapter by further decodings of its study, or None, by name."""
         declared = self.study.decodings if self.study else {}
         return {name: evaluations.decoded(self.folder.path, name, d, self.evaluation) for name, d in declared.items()}
 
     @cached_property
     def evaluated_columns(self) -> dict[str, Column]:
-        """What it was evaluated with."""
+        """The metrics of its evaluation."""
         return self.evaluation.columns if self.evaluation else {}
 
     @cached_property
     def columns(self) -> dict[str, Column]:
-        """What it is scored with: its study's metrics, and those that it was evaluated with beside them."""
+        """Its study's metrics, and further ones of its evaluation."""
         recorded = self.evaluated_columns
         declared = self.study.columns if self.study else {}
         return declared | {name: recorded[name] for name in recorded if name not in declared} or columns_of()
@@ -122,15 +122,17 @@ class RunResult:
         return self.evaluation.scores.get("rows") if self.evaluation else None
 
     def score(self, column: Column) -> float | None:
-        """Its score by a metric; None also where it was scored before the metric was declared as it is now."""
+        """Its score by a metric; None also if the metric's declaration has changed since."""
         if column.metric.of_loss is None:
             return _value(column, self.evaluation, self.evaluated_columns)
         loss = self.summary.eval_loss_per_token
         return None if loss is None else column.metric.of_loss(loss)
 
     def is_comparable(self, column: Column) -> bool:
-        """True if a score compares with a published one: the run is finished, and evaluated on exactly the rows, with
-        the decoding and with the metric of that; its eval loss needs no evaluation."""
+        """True if a score compares with a published one.
+
+        The run is finished, and evaluated with the same rows, decoding and metric; its eval loss needs no evaluation.
+        """
         run, own = self.run, self.evaluation
         if not self.study or run.state != "finished" or run.rehearsal or self.is_of_something_else:
             return False
@@ -163,26 +165,26 @@ class RunResult:
 
     @cached_property
     def aim(self) -> Published | None:
-        """The published results that it tries for; a rehearsal, or a run of something else, tries for none."""
+        """The published results of its recipe; None for rehearsals, other models or other data."""
         if self.study is None or self.run.rehearsal or self.is_of_something_else:
             return None
         return self.study.aimed_at(self.run.origin)
 
     @cached_property
     def other_model(self) -> str | None:
-        """Its base model, where that is neither its recipe's nor a copy of that on the hub."""
+        """Its base model, unless it is its recipe's or a copy of that."""
         changed = next((difference for difference in self.run.from_origin if difference.key == "base_model"), None)
         return str(changed.run) if changed and not models.is_copy(changed.run, changed.recipe) else None
 
     @cached_property
     def other_data(self) -> bool:
-        """Whether it trains on other rows than its recipe: at another place, and not known there as the study's."""
+        """True if it trains on other rows than its recipe, from a file not known as the study's."""
         moved = any(d.key.startswith("datasets") and d.key.endswith("path") for d in self.run.from_origin)
         return moved and not 0 < len(self.run.data) == sum(map(is_the_studys, manifest_entries(self.run)))
 
     @property
     def is_of_something_else(self) -> bool:
-        """Whether it is on another base model or other data than its recipe, so that no published score concerns it."""
+        """True on another base model or other data than the recipe's: no published score concerns it."""
         return bool(self.other_model) or self.other_data
 
 
@@ -197,7 +199,7 @@ def manifest_entries(run: Run) -> list[Config]:
 
 
 def _value(column: Column, evaluation: Evaluation | None, columns: Mapping[str, Column] | None = None) -> float | None:
-    """A score of an evaluation; None also where it was scored before the metric was declared as it is now.
+    """A score of an evaluation; None also if the metric's declaration has changed since.
 
     Args:
         column: the metric.

@@ -89,7 +89,7 @@ class StudyRow:
         return run.summary.train_seconds * run.run.ranks / 3600 if run and self.on_gpu else None
 
     def costs(self) -> dict[str, tuple[float | None, float | None]]:
-        """What the run took, each beside what was published."""
+        """Costs of the run, each beside the published one."""
         published, ours = self.measured, self.chosen.summary if self.chosen else _NOTHING
         return {
             "trainable": (ours.trainable_parameters, published.trainable),
@@ -105,7 +105,7 @@ class StudyRow:
 def verdict(
     ours: float, interval: Interval | None, published: PublishedScore, tolerance: float | None = None
 ) -> str | None:
-    """How a score of ours compares with a published one.
+    """Compare a score of ours with a published one.
 
     It is within the interval where our 95 % interval and the published value, with its ± if it has one, have a value in
     common; without an interval of ours, where that is within the ±. Else it is acceptable if it is nearer than the
@@ -125,7 +125,7 @@ def verdict(
 def rows(
     of_study: Study, runs: Path, rehearsal: bool, representatives: Mapping[str, Path | None] | None = None
 ) -> list[StudyRow]:
-    """For each of a study's recipes its representative run, or none, and how its score compares.
+    """Return a row for each recipe of a study: its representative run and the verdicts.
 
     The run is the newest that was evaluated; a finished one, and one without overrides, is preferred. A run on another
     base model or on other data represents no recipe. Rehearsals are never mixed with real runs, and compared with
@@ -152,8 +152,7 @@ def rows(
 
 
 def _preference(result: RunResult) -> tuple[bool, bool, bool, bool, bool, str]:
-    """Order of preference among a recipe's runs: trained here, finished and evaluated, plain, of its seed, new
-    ones last."""
+    """Preference among a recipe's runs: trained here, finished and evaluated, plain, own seed, newest."""
     run, evaluated = result.run, result.is_scored
     changed = [text for text in run.overrides if not text.startswith(f"{repeats.SEED}=")]
     plain = not changed and not set(run.profiles) - {REHEARSAL, *TRACKERS} and not run.axolotl_arguments
@@ -221,7 +220,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def record(row: StudyRow, of_study: Study) -> Row:
-    """A row as JSON has it: flat, but for lists, with NAME, NAME_low and others for each metric NAME."""
+    """A row for JSON: flat, with NAME, NAME_low and others for each metric NAME."""
     chosen = row.chosen
     own = chosen.evaluation if chosen else None
     scores: Row = {}
@@ -263,7 +262,7 @@ def record(row: StudyRow, of_study: Study) -> Row:
 
 
 def _settings(of_study: Study, recipe: str, chosen: RunResult) -> tuple[list[str], list[str]]:
-    """The settings that the paper states and a run changed, and those that it leaves open, with the run's values.
+    """The stated settings that a run changed, and those that the paper leaves open.
 
     The comment behind a setting in the study's own recipe says which of the two it is; the source of the run's value is
     the comment in its recipe, or the reason for the difference from that.

@@ -1,4 +1,4 @@
-"""Whether training can be resumed from a checkpoint: the manifest of its files, and checks against it."""
+"""Manifests of checkpoints, and checks that training can resume from one."""
 
 import zlib
 from pathlib import Path
@@ -11,7 +11,7 @@ CHUNK = 1 << 22  # bytes
 
 
 def step_of(folder: Path) -> int | None:
-    """The step after which a checkpoint was saved, from its name; None for a folder of another name."""
+    """The step of a checkpoint, from its name; None for another folder."""
     number = folder.name.removeprefix("checkpoint-")
     return int(number) if number.isdecimal() and number != folder.name else None
 
@@ -32,7 +32,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def damage(folder: Path, ranks: int) -> str | None:
-    """What keeps training from being resumed from a checkpoint, as in `optimizer.pt is missing`; None if nothing does.
+    """Return the obstacle to resuming from a checkpoint, as in `optimizer.pt is missing`, or None.
 
     A checkpoint has no manifest if its process was killed before writing one: its files cannot be told to be whole.
 
@@ -50,7 +50,7 @@ def damage(folder: Path, ranks: int) -> str | None:
 
 
 def _missing(folder: Path, ranks: int) -> str | None:
-    """The first file that resuming needs and that is missing, without what an engine writes in its place.
+    """The first missing file that resuming needs, unless an engine's file replaces it.
 
     The trainer itself begins with a new optimizer, schedule or random state where it finds none, without an error.
     `latest` is what DeepSpeed writes last, and `.metadata` what FSDP writes last in each folder of shards.

@@ -1,4 +1,4 @@
-"""Axolotl's processes that train a run: how they are started and stopped, and how their end is recorded."""
+"""Axolotl's training processes: start, stop, and the record of their end."""
 
 import os
 import platform
@@ -34,6 +34,8 @@ _KILLED = (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT)
 _LESS_MEMORY = (
     "end other processes, give a job more, or run anew with --set dataloader_num_workers=0 --set dataset_num_proc=1"
 )
+OUT_OF_MEMORY = "out of memory"
+"""Problem of a launch, as `_problem` finds it."""
 LAST_SECONDS = 15  # for ranks to end by themselves once one of them has failed
 
 
@@ -50,7 +52,7 @@ def require(cwd: Path) -> None:
 
 
 def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None) -> None:
-    """Run the training process of a held run to its end, and record how it ended.
+    """Run the training process of a held run, and record its end.
 
     Args:
         folder: the run's.
@@ -81,7 +83,7 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
         record.state = "running"
         folder.write(record)
         launch.exit_code, stopped = _launch(launch.command, folder, record, folder.log, lock)
-        launch.problem = _no_room(folder, folder.log, logged) if launch.exit_code not in (0, *_KILLED) else None
+        launch.problem = _problem(folder, logged) if launch.exit_code not in (0, *_KILLED) else None
     launch.ended = now()
     metrics = folder.read_metrics()
     if used := next((each["gpus"] for each in reversed(metrics) if each.get("gpus")), None):
@@ -97,14 +99,14 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
 
 
 def _require_finished(folder: RunDir, record: Run, launch: Launch, stopped: bool, logged: int) -> None:
-    """Raise what ended a launch, unless the run is finished.
+    """Raise the error that ended a launch, unless the run is finished.
 
     Args:
         stopped: whether `recipe` was asked to stop it.
         logged: where the launch begins in the run's log, in bytes.
     """
     again = f"`recipe resume {folder.path}{' --on slurm' if this_job(os.environ) else ''}` continues it"
-    if launch.problem:
+    if launch.problem and launch.problem != OUT_OF_MEMORY:
         raise WorkFailed(f"{folder.path}: {record.state}, {launch.problem}; free some, and {again}")
     if record.state == "interrupted":
         if launch.exit_code == -signal.SIGKILL and not stopped:
@@ -122,7 +124,7 @@ def _require_finished(folder: RunDir, record: Run, launch: Launch, stopped: bool
 
 
 def _signal(code: int, stopped: bool) -> str:
-    """By which signal a process ended that was not asked to stop, for a message."""
+    """The signal that ended a process, for a message; empty if it was asked to stop."""
     return f" by signal {-code} ({signal.Signals(-code).name})" if code < 0 and not stopped else ""
 
 
@@ -221,7 +223,7 @@ def _environment(folder: RunDir, record: Run) -> dict[str, str]:
 
 
 def _drop_half_prepared(folder: RunDir, record: Run) -> None:
-    """Remove prepared rows that a killed process did not finish writing, which Axolotl would take for complete.
+    """Remove half-written prepared rows, which Axolotl would take for complete.
 
     Only in the cache or the run's own folder, as the config may be a stranger's.
     datasets writes dataset_info.json last. Whoever is writing holds Axolotl's lock (axolotl/utils/data/lock.py).
@@ -235,23 +237,17 @@ def _drop_half_prepared(folder: RunDir, record: Run) -> None:
                 shutil.rmtree(part)
 
 
-def _no_room(folder: RunDir, log: Path, since: int) -> str | None:
-    """That a disk was full, where that ended a launch whose log begins at a byte of its file."""
-    text, tail = _said(log, since)
+def _problem(folder: RunDir, since: int) -> str | None:
+    """Return the cause of a failed launch that its log names: memory, or a full disk."""
+    text, tail = _said(folder.log, since)
     if _NO_GPU_MEMORY.search(text) or _RANK_KILLED.search(text):
-        return None
+        return OUT_OF_MEMORY
     full = where_full("\n".join(tail), [folder.path, paths.cache(), Path(tempfile.gettempdir())])
     return f"no space left in {full}" if full else None
 
 
-def ran_out_of_memory(log: Path) -> bool:
-    """True if the log of a failed run reports that memory did not suffice."""
-    text, _ = _said(log, 0) if log.is_file() else ("", [])
-    return bool(_NO_GPU_MEMORY.search(text) or _RANK_KILLED.search(text))
-
-
 def _failed(folder: Path, log: Path, code: int = 1, since: int = 0) -> WorkFailed:
-    """What ended a launch that failed with an exit code, whose log begins at a byte of its file."""
+    """The error of a failed launch, whose log begins at a byte of its file."""
     text, tail = _said(log, since)
     if (gpu := bool(_NO_GPU_MEMORY.search(text))) or _RANK_KILLED.search(text):
         problem = f"a rank was killed by signal 9 (SIGKILL); probably memory ran out: {_LESS_MEMORY}"
@@ -265,13 +261,13 @@ def _failed(folder: Path, log: Path, code: int = 1, since: int = 0) -> WorkFaile
 
 
 def _said(log: Path, since: int) -> tuple[str, list[str]]:
-    """What a launch said whose log begins at a byte of its file, and the last lines before torchrun's report of it."""
+    """The output of a launch, from a byte of its log, and its last lines before torchrun's report."""
     text = log.read_bytes()[since:].decode(errors="replace")
     return text, _OF_TORCHRUN.split(text, maxsplit=1)[0].splitlines()[-15:]
 
 
 def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: int) -> tuple[int, bool]:
-    """Run a process of Axolotl to its end: its exit code, and whether it was asked to stop.
+    """Run a process of Axolotl; return its exit code, and True if it was asked to stop.
 
     Args:
         locks: descriptors that it inherits.
@@ -307,7 +303,7 @@ def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: 
 
 
 def _wait(child: "subprocess.Popen[bytes]", stops: list[int], progress: TrainingProgress) -> None:
-    """Show the child's progress until it ends; forward a request to stop, and at the second one kill it."""
+    """Show the child's progress; forward a request to stop, and kill it at the second."""
     asked = False
     while child.poll() is None:
         time.sleep(0.1)

@@ -39,7 +39,7 @@ class RunPlugin(BasePlugin):
     parameters: dict[str, int] | None = None
 
     def register(self, cfg: Any) -> None:
-        """Note the engine that is asked for, before Axolotl overwrites it, and let a rehearsal's ranks use the CPU."""
+        """Note the requested engine before Axolotl overwrites it; let a rehearsal's ranks use the CPU."""
         if ranks.WORLD_SIZE > 1:
             end_with_parent(signal.SIGKILL)  # ranks of a killed launcher would keep training
         self.engine = engine_of(cfg) if ranks.WORLD_SIZE > 1 or any(cfg.get(key) for key in ENGINE_KEYS) else None
@@ -47,7 +47,7 @@ class RunPlugin(BasePlugin):
             ranks.use_cpu(engine_of(cfg))
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
-        """Say that Axolotl loads them now."""
+        """Note that Axolotl loads the rows now."""
         _note_phase(cfg.output_dir, "reading and tokenizing rows")
 
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
@@ -103,7 +103,7 @@ class RunPlugin(BasePlugin):
                 module.support_avx512bf16_for_cpu = False
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Have evaluations and saving say that they begin; measure a loss that depends on no batch.
+        """Note the beginning of evaluations and saving; measure a loss independent of batches.
 
         Mirrors of Llama 3.2 pad on the left (seen in PEFT's pull request 3526), and Meta's tokenizers on the right: so
         do mirrors here, with the same batches as their originals. Recipes set the pad token for both.
@@ -205,7 +205,7 @@ class RunCallback(TrainerCallback):
             self.stopped = control.should_training_stop = control.should_save = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say that it goes on."""
+        """Note that training continues."""
         _note_phase(args.output_dir, "training")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -245,7 +245,7 @@ class RunCallback(TrainerCallback):
             self.vocabulary = None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Record the last step, which the trainer may not have logged, and why it was the last."""
+        """Record the last step, which the trainer may not log, and the reason for the end."""
         ended: dict[str, Any] = {"ended": self._how_it_ended(state, control)}
         if args.load_best_model_at_end and state.best_model_checkpoint:  # which the trainer has loaded by now
             ended["kept_step"] = checkpoints.step_of(Path(state.best_model_checkpoint))
@@ -253,7 +253,7 @@ class RunCallback(TrainerCallback):
         _note_phase(args.output_dir, "saving the model")
 
     def _how_it_ended(self, state: Any, control: Any) -> Ended:
-        """How the training ended. Unless stopped, it is complete, even if packing made fewer steps than planned."""
+        """The end of the training: complete unless stopped, even if packing made fewer steps than planned."""
         if state.global_step >= state.max_steps or not control.should_training_stop:
             return "complete"
         if not state.global_step:  # transformers stops so where an epoch has no batch
@@ -270,7 +270,7 @@ class RunCallback(TrainerCallback):
 
 
 def require_sane(loss: float, vocabulary: int) -> None:
-    """Refuse a first training loss that is worse than guessing: above 1.2 times the logarithm of the vocabulary.
+    """Refuse a first training loss above 1.2 times that of guessing a token.
 
     Raises:
         RuntimeError: it is.

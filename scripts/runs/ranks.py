@@ -1,4 +1,4 @@
-"""A training of several processes (ranks): on a CPU, for rehearsals, what they agree on, and a check of 4-bit weights.
+"""Trainings of several processes (ranks): on a CPU, their exchange, and a check of 4-bit weights.
 
 The check is that packed weights reach the first forward pass as they were loaded: an engine
 that casts parameters to the dtype of the training takes packed codes for numbers, without an error.
@@ -52,7 +52,7 @@ def use_cpu(engine: str) -> None:
 
 
 def engine_in_use(trainer: Any) -> str:
-    """What divides the training, as `gpus.engine_of` calls it, from the objects that do so; or "one process"."""
+    """The engine that divides the training, named as by `gpus.engine_of`, or "one process"."""
     from deepspeed import DeepSpeedEngine
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -26,7 +27,7 @@ callbacks, such as its loss watchdog; no batch is rows that fill none."""
 
 @with_config(strict=True, extra="allow")
 class _Record(TypedDict, total=False):
-    """What `plugin.RunCallback` writes of a step, as far as it is computed with."""
+    """The fields of a record of `plugin.RunCallback` that are computed with."""
 
     step: Required[int]
     max_steps: int | None
@@ -62,7 +63,7 @@ class Git(TypedDict):
 
 @with_config(extra="allow")
 class Provenance(TypedDict, total=False):
-    """What `collect` found; older runs lack some of it."""
+    """The findings of `collect`; older runs lack some."""
 
     git: Git | None
     lock_sha256: str | None
@@ -78,7 +79,7 @@ class Provenance(TypedDict, total=False):
 
 
 class FileState(BaseModel):
-    """Content of a file by its hash; size and time of change show, without reading it, that it is the same."""
+    """Content of a file by its hash, and by size and time to recognize it unread."""
 
     sha256: str
     bytes: int
@@ -91,12 +92,17 @@ class FileState(BaseModel):
         return cls(sha256=digest or sha256(file), bytes=status.st_size, mtime=status.st_mtime)
 
     def differs(self, file: Path) -> bool:
-        """True if a file is there with other content; it is read where its size or time of change is another."""
+        """True for a file with other content; reads it only if size or time differ."""
         if not file.is_file():
             return False
         status = file.stat()
-        same = status.st_size == self.bytes and abs(status.st_mtime - self.mtime) < 1  # parts of seconds get lost
-        return not same and sha256(file) != self.sha256
+        if status.st_size == self.bytes and abs(status.st_mtime - self.mtime) < 1:  # parts of seconds get lost
+            return False
+        if sha256(file) != self.sha256:
+            return True
+        with suppress(OSError):  # a copy; with the recorded time it is not read at the next call
+            os.utime(file, (status.st_atime, self.mtime))
+        return False
 
 
 def _moment(text: str) -> str:
@@ -125,7 +131,7 @@ class Job(BaseModel):
 
 @dataclass(frozen=True)
 class JobState:
-    """What a queue reports about a job that has not ended.
+    """State of a job in a queue.
 
     Attributes:
         kind: unknown where the queue does not answer.
@@ -156,7 +162,7 @@ class Launch(BaseModel):
 
 
 class Summary(BaseModel):
-    """What the metrics say about the training so far. Seconds and GiB; a loss that is not a number is null.
+    """Summary of the training so far, in seconds and GiB; a loss of NaN is null.
 
     Attributes:
         eval_loss, eval_loss_first: Axolotl's own, a mean of the means of batches.
@@ -200,7 +206,6 @@ class Run(BaseModel):
     variant_of: str | None = None  # the shipped recipe
     recipe_file: str
     recipe_sha256: str
-    template_sha256: str | None = None
     digest: str | None = None  # of the config, before a run adds its own keys, and the data
     rehearsal: bool = False
     profiles: list[str] = Field(default_factory=list)
@@ -287,25 +292,18 @@ def _version(package: str) -> str | None:
 
 
 def _git() -> Git | None:
-    """Revision of the checkout that the recipes are from, and whether it had changes; None outside of one, and where
-    git refuses to look, as into one of another owner, which is said."""
+    """Revision and state of the recipes' checkout; None outside of one, or with a message where git refuses to look."""
     if not paths.LOCK.is_file():
         return None  # installed from a wheel; a repository around it would be another's
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(paths.RECIPES), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        return done.stdout.strip()
-
     # GIT_DIR and its like would name another repository; without that lock, status leaves the checkout's index as it is
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    environment["GIT_OPTIONAL_LOCKS"] = "0"
+    command = ["git", "--no-optional-locks", "-C", str(paths.RECIPES), "status", "--porcelain=v2", "--branch"]
     try:
-        return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except OSError as error:
-        problem = str(error)
-    except subprocess.CalledProcessError as error:
-        problem = error.stderr.strip()
-    if "not a git repository" not in problem:
-        say(f"no git revision is recorded: {problem.partition('\n')[0]}")
-    return None
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    except (OSError, subprocess.CalledProcessError) as error:
+        problem = str(getattr(error, "stderr", None) or error).strip()
+        if "not a git repository" not in problem:
+            say(f"no git revision is recorded: {problem.partition('\n')[0]}")
+        return None
+    head, *others = done.stdout.splitlines()
+    return {"revision": head.removeprefix("# branch.oid "), "dirty": not all(line[0] == "#" for line in others)}

@@ -1,4 +1,4 @@
-"""Run folders: record, state, jobs, metrics and checkpoints of one, and the one that a user means."""
+"""Run folders: record, state, jobs, metrics, checkpoints, and their lookup by name."""
 
 import itertools
 import time
@@ -100,8 +100,7 @@ class RunDir:
 
     @contextmanager
     def held(self) -> Iterator[int]:
-        """Hold the run for this process and those that inherit the descriptor, so that its state can be trusted; what a
-        killed process left of run.json is removed.
+        """Hold the run for this process and heirs of the descriptor; remove half-written records.
 
         Raises:
             UserError: another process holds it.
@@ -112,8 +111,9 @@ class RunDir:
             yield lock
 
     def read_metrics(self, since: int = 0) -> list[Row]:
-        """The records of metrics.jsonl by step, without those of steps that a resumed run does again. Damaged lines are
-        left out, which is said on stderr.
+        """The records of metrics.jsonl by step, without repeated steps of a resumed run.
+
+        Damaged lines are left out, with a warning.
 
         Args:
             since: skip this many bytes, which an earlier launch wrote.
@@ -161,17 +161,14 @@ _JOBS = TypeAdapter(list[Job])
 
 
 def this_job(environment: Mapping[str, str]) -> str | None:
-    """The id of the SLURM job, a task of an array, that a process with such an environment belongs to."""
+    """The id of a process's SLURM job, a task of an array, from its environment."""
     array, task = (environment.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
     return f"{array}_{task}" if array and task else None
 
 
 def new_folder(parent: Path, name: str) -> Path:
-    """A new folder <time>-<name> that no other process has."""
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{parent}: cannot be made: {error.strerror}; name another folder with --runs") from None
+    """Make a folder <time>-<name> that no other process has."""
+    parent.mkdir(parents=True, exist_ok=True)
     while True:
         folder = parent / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}"
         try:
@@ -182,7 +179,7 @@ def new_folder(parent: Path, name: str) -> Path:
 
 
 def is_evaluation(record: Row) -> bool:
-    """Whether a metrics record is of an evaluation; Axolotl logs no loss for rows too few for a packed batch."""
+    """True for the record of an evaluation; rows too few for a packed batch have no loss."""
     return "eval_loss" in record or "eval_loss_per_token" in record
 
 
@@ -228,7 +225,7 @@ def summarise(metrics: list[Row]) -> Summary:
 
 
 def _trouble(metrics: Sequence[Row]) -> str | None:
-    """That the last losses are no numbers, which JSON has as null."""
+    """Message if the last losses are NaN, which JSON has as null."""
     losses = [record for record in metrics if "loss" in record]
     steps = [record["step"] for record in itertools.takewhile(lambda each: each["loss"] is None, reversed(losses))]
     return f"the loss is no number (NaN) since step {steps[-1]}" if steps else None
@@ -245,7 +242,7 @@ def is_run(folder: Path) -> bool:
 
 
 def run_names(runs: Path) -> dict[str, RunDir]:
-    """The runs by their paths below a folder, by recipe, whose newest is meant, and the newest of all as `latest`."""
+    """Runs by path below a folder, the newest also by recipe, and of all as `latest`."""
     folders = all_runs(runs)
     named = {run.path.relative_to(runs).as_posix(): run for run in folders}
     named |= {path.rpartition("/")[0]: run for path, run in named.items() if "/" in path}  # the last is the newest
@@ -253,7 +250,7 @@ def run_names(runs: Path) -> dict[str, RunDir]:
 
 
 def find_run(name: str, runs: Path) -> RunDir:
-    """The run given as its folder, or by one of `run_names` or a part of that, see `meant`; which one is then said.
+    """Find a run by its folder, or by one of `run_names` or a part of it, with a message.
 
     Raises:
         UserError: no run, or more than one, matches.
@@ -269,7 +266,7 @@ def find_run(name: str, runs: Path) -> RunDir:
 
 
 def readable(folders: Sequence[RunDir], read: Callable[[RunDir], Run] = RunDir.read) -> Iterator[tuple[RunDir, Run]]:
-    """Runs whose run.json can be read, by `RunDir.read` or `backends.read`; the others are reported on stderr."""
+    """Runs with a readable run.json; the others are reported on stderr."""
     for folder in folders:
         try:
             yield folder, read(folder)

@@ -1,4 +1,4 @@
-"""The commands that bring a run to its end, and what becomes of them."""
+"""The commands that complete a run, and their results."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ DOES = {"run": "the training", "evaluate": "the evaluation"}
 
 @dataclass
 class TaskResult:
-    """What became of a recipe: each step done, skipped because its inputs are as they were, or failed, and why.
+    """Result of a recipe: each step done, skipped for unchanged inputs, or failed, and the reason.
 
     Attributes:
         member: which of a sweep over the recipe it is.
@@ -37,7 +37,7 @@ class TaskResult:
 
     @property
     def label(self) -> str:
-        """How messages name it."""
+        """Its name in messages."""
         return self.member or self.recipe + ("" if self.seed is None else f", seed {self.seed}")
 
     def as_row(self) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class Command:
 
 @dataclass
 class Task:
-    """The commands that bring a run to its end, in order; each is worth carrying out once the one before is done.
+    """The commands that complete a run, in order, each after the one before.
 
     Attributes:
         claim: takes the run's folder, a new one if need be, and returns the commands; called once, when the task is

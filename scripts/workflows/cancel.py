@@ -11,7 +11,7 @@ from .sweep import Sweep, find_any
 
 
 def cancel(names: list[str]) -> list[str]:
-    """Ask runs, and all of sweeps and studies, to stop; a message for each thing that was asked.
+    """Ask runs, and all of sweeps and studies, to stop; return a message for each.
 
     Args:
         names: see `find_any`.

@@ -1,4 +1,4 @@
-"""New run folders: the record of a run, and the config that it hands to Axolotl."""
+"""New run folders: record and launch config."""
 
 import hashlib
 import os
@@ -22,7 +22,7 @@ AUTO_RESUME = "auto_resume_from_checkpoints"
 
 
 def create(composed: Composed, request: Request) -> RunDir:
-    """A new run folder with the config and the record of a run that is yet to be launched.
+    """Make the folder of a run before its launch, with config and record.
 
     Args:
         composed: the run's checked config.
@@ -51,7 +51,7 @@ def create(composed: Composed, request: Request) -> RunDir:
 
 
 def record_of(composed: Composed, request: Request) -> Run:
-    """The record of a run that is yet to be launched, or of what is evaluated as one.
+    """The record of a run before its launch, or of an adapter evaluated as a run.
 
     Args:
         composed: its checked config.
@@ -63,7 +63,6 @@ def record_of(composed: Composed, request: Request) -> Run:
         recipe_file=str(composed.recipe_file),
         recipe_sha256=sha256(composed.recipe_file),
         digest=composed.digest,
-        template_sha256=_template_sha256(composed.recipe),
         rehearsal=composed.rehearsal,
         profiles=composed.profiles,
         overrides=request.overrides,
@@ -83,19 +82,10 @@ def record_of(composed: Composed, request: Request) -> Run:
     return record
 
 
-def _template_sha256(recipe: str) -> str | None:
-    """A hash of everything that a recipe is rendered from; None where it has no template."""
-    written = [templates / f"{recipe}.yaml.j2" for _, templates in paths.homes()]
-    template = next(filter(Path.is_file, written), None)
-    if not template:
-        return None
-    files = [template, *sorted(template.parent.glob("_*.j2")), paths.TEMPLATES / "models.yaml"]
-    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
-
-
 def launch_config(composed: Composed, folder: RunDir) -> Config:
-    """The config with what a run adds to it: its output folder, its plugin, the folder for prepared data, and its name
-    for trackers. Axolotl's own resuming is off, because it would take a damaged checkpoint.
+    """The config with the run's output folder, plugin, prepared data and tracker names.
+
+    Axolotl's own resuming is off, because it would take a damaged checkpoint.
     """
     return _with_tracker_names(composed, folder) | {
         "output_dir": str(folder.output),
@@ -106,7 +96,7 @@ def launch_config(composed: Composed, folder: RunDir) -> Config:
 
 
 def prepared_folder(data: list[DataFile]) -> Path:
-    """The folder for what Axolotl prepares of some files.
+    """The folder for rows that Axolotl prepares from some files.
 
     It keys its cache by settings alone; a hash of the data in the path keeps a changed file from being taken for the
     old one.

@@ -1,4 +1,4 @@
-"""The evaluation of a run, or of an adapter that was not trained here: `recipe evaluate`."""
+"""Evaluation of a run, or of an adapter trained elsewhere."""
 
 import hashlib
 import shutil
@@ -37,7 +37,7 @@ Evaluated = Evaluation | checkpoint_selection.CheckpointSelection | RunDir
 
 
 def of_name(name: str, request: EvaluationRequest, backend: Backend) -> tuple[RunDir, Evaluated]:
-    """Evaluate a run, see `start`, or an adapter under a recipe, in a run folder that is marked as not trained here.
+    """Evaluate a run, see `start`, or an adapter under a recipe, in a run folder of its own.
 
     Args:
         name: a run, see `find_run`; with an adapter also a recipe.
@@ -61,7 +61,7 @@ def _is_recipe(name: str) -> bool:
 
 
 def start(folder: RunDir, request: EvaluationRequest, backend: Backend) -> Evaluated:
-    """Evaluate a run, or queue that behind its training if the run is queued or running there.
+    """Evaluate a run, or queue its evaluation, behind a training in the queue.
 
     Returns:
         The evaluation, of several checkpoints what it comes to, or the run's folder once the evaluation is queued.
@@ -90,7 +90,7 @@ def start(folder: RunDir, request: EvaluationRequest, backend: Backend) -> Evalu
 
 
 def located(adapter: str) -> tuple[Path, str]:
-    """Return the folder of an adapter, fetched where it is on the hub, and its name with its revision.
+    """Return an adapter's folder, fetched from the hub if need be, and its name with revision.
 
     Raises:
         UserError: it is neither a folder nor on the hub, or its files are damaged.
@@ -117,8 +117,10 @@ def located(adapter: str) -> tuple[Path, str]:
 
 
 def request_for(name: str, adapter: Path, force: Sequence[str]) -> Request:
-    """Return the request for a recipe as the base model in an adapter's config asks for it: the recipe's own, the
-    ungated copy of that, or the stand-in of a rehearsal."""
+    """Return the request for a recipe with an adapter's base model.
+
+    That is the recipe's own, its ungated copy, or the stand-in of a rehearsal.
+    """
     base = str(read_json(adapter / CONFIG).get("base_model_name_or_path"))
     own = yamlfiles.read_yaml(find_recipe(name)[1]).get("base_model")
     rehearsal, copied = Path(base).name == substitution.folder().name, models.is_copy(base, own)
@@ -128,7 +130,7 @@ def request_for(name: str, adapter: Path, force: Sequence[str]) -> Request:
 
 
 def checked(request: Request, backend: Backend) -> Composed:
-    """Return the config that an adapter is evaluated under, which is not that of a training from another adapter.
+    """Return the config of an adapter's evaluation, without a start from another adapter.
 
     Raises:
         UserError: something is wrong with it, or this machine lacks the GPU that it needs.

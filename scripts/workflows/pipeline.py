@@ -1,6 +1,5 @@
-"""From a config to its scores, skipping the steps that were done before: for `recipe reproduce` and `recipe sweep`."""
+"""Pipeline from a config to its scores, without repeating steps, for reproductions and sweeps."""
 
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -26,12 +25,11 @@ from ..scores.evaluate import EvaluationRequest, EvaluationTask
 from ..scores.score import columns_of, require_models, scorer_models
 from . import create, run
 
-SETTLING = 120  # seconds to wait for a run to end whose command was killed
 _OF_ROWS = ("datasets", "test_datasets", "base_model", "special_tokens", "sequence_len")  # what the rows depend on
 
 
 def existing_runs(runs: Path, recipe: str) -> dict[str, tuple[RunDir, Run]]:
-    """Runs of a recipe by the digest of config and data: the newest of each, but a finished one before others.
+    """Newest run of a recipe for each digest of config and data; finished ones first.
 
     Runs with several ranks or with arguments for Axolotl are left out: their digests do not cover these.
     """
@@ -50,13 +48,13 @@ def existing_runs(runs: Path, recipe: str) -> dict[str, tuple[RunDir, Run]]:
 
 
 def seeds_of(recipe: str, count: int) -> list[int]:
-    """The seeds that a recipe is run with where it is run so many times: its own, and those behind that."""
+    """So many seeds of a recipe: its own, and the next ones."""
     first = yamlfiles.read_yaml(find_recipe(recipe)[1]).get("seed", config.AXOLOTL_SEED)
     return [first + i for i in range(count)]
 
 
 def exit_code(results: list[TaskResult]) -> int:
-    """0 where all is done or queued, 2 where nothing was started because no recipe could be, otherwise 1."""
+    """Exit code: 0 all done or queued, 2 nothing could be started, otherwise 1."""
     problems = [result for result in results if result.problem]
     refused = all(
         result.problem and FAILED in (result.steps.get("check"), result.steps.get("plan")) for result in results
@@ -108,7 +106,7 @@ class Pipeline:
 
     @property
     def rows(self) -> str:
-        """What it has in common with those that train on the same rows, prepared in the same way."""
+        """Key shared by all that train on the same rows, prepared alike."""
         return yamlfiles.write_yaml({key: self.composed.config.get(key) for key in _OF_ROWS}) if self.composed else ""
 
     def look_up(self) -> None:
@@ -117,14 +115,14 @@ class Pipeline:
             self.existing = existing_runs(paths.runs(), self.result.recipe).get(digest)
 
     def is_finished(self) -> bool:
-        """Whether it was trained before on the data that is there."""
+        """True if it was trained before on the present data."""
         if self.state != "finished":
             return False
         self.result.steps |= {"check": SKIPPED, "plan": SKIPPED}
         return True
 
     def check(self, with_data: bool, starts: bool = True) -> bool:
-        """Whether nothing is wrong with it, as far as can be determined with or without its data.
+        """True if no error is found, with or without reading its data.
 
         Args:
             with_data: whether to read its rows; else Axolotl's own validation is asked where it is about to start.
@@ -151,7 +149,7 @@ class Pipeline:
         return not errors
 
     def plan(self, gpu: Gpu | None = None) -> bool:
-        """Whether it fits a GPU, by default its own, as far as can be determined.
+        """True unless it needs more memory than a GPU, by default its own, has.
 
         For a rehearsal, the recipe itself is planned; that need not fit.
         """
@@ -180,7 +178,7 @@ class Pipeline:
         return self.composed.digest if self.composed and self.composed.data else None
 
     def task(self) -> Task:
-        """What has to be carried out for it, judged by its existing run."""
+        """The remaining steps, judged by its existing run."""
         steps: list[Step] = ["evaluate"]
         if self.state not in ("queued", "running", "finished"):
             steps = ["prepare", "run", "evaluate"] if self._generates() else ["prepare", "run"]
@@ -191,9 +189,12 @@ class Pipeline:
         return Task(self.result, self._claim, gpus, steps=steps)
 
     def _claim(self) -> list[Command]:
-        """The commands still to be carried out; steps done before, or queued, are noted in its result."""
+        """The remaining commands; notes steps that are done or queued in its result."""
         assert self.composed
-        self._settle()
+        self.look_up()
+        if self.existing and self.state in ("created", "running") and not self.existing[0].jobs():
+            where = self.existing[0].path
+            raise UserError(f"{where}: still running; `recipe cancel {where}` stops it at a checkpoint")
         job = backends.job_state(self.existing[0], "run") if self.existing and self.state != "finished" else None
         unknown = job is not None and job.kind == "unknown"
         if self.existing is None or not (unknown or self.state in ("created", "queued", "running", "finished")):
@@ -220,18 +221,8 @@ class Pipeline:
             return []
         return [self._scoring(folder)]
 
-    def _settle(self) -> None:
-        """Look the existing run up again, and wait for one whose command was killed: it ends at a checkpoint."""
-        deadline = time.monotonic() + SETTLING
-        self.look_up()
-        while self.existing and self.state in ("created", "running") and not self.existing[0].jobs():
-            if time.monotonic() > deadline:
-                raise UserError(f"{self.existing[0].path}: is still running; wait for its end, or stop it")
-            time.sleep(0.5)
-            self.look_up()
-
     def _generates(self) -> bool:
-        """Whether its scores need predictions; those of the eval loss are there once it is trained."""
+        """True if its scores need predictions; those of the eval loss do not."""
         assert self.composed
         columns = columns_of(self.composed.origin, self.evaluation.metrics)
         return any(column.metric.of_loss is None for column in columns.values())
@@ -240,7 +231,7 @@ class Pipeline:
         return evaluate.command(folder, self.evaluation)
 
     def _evaluation(self) -> str | None:
-        """The state of its existing run's evaluation: done before, or its job's; None where that is yet to be done.
+        """State of its existing run's evaluation: skipped, or its job's; None before either.
 
         Raises:
             UserError: see `EvaluationTask`.
@@ -262,7 +253,7 @@ class Pipeline:
 def require_scorer_models(
     tasks: Sequence[Task], columns: Mapping[str, Column], evaluation: EvaluationRequest, rehearsal: bool
 ) -> None:
-    """Have the models at hand that are to score what tasks generate, before GPU hours are spent on that.
+    """Load the scorer models of tasks before GPU hours are spent on generating.
 
     Raises:
         UserError, WorkFailed: see `score.require_models`.
@@ -272,7 +263,7 @@ def require_scorer_models(
 
 
 def _is_resumable(folder: RunDir, former_run: Run) -> bool:
-    """Whether an unfinished run is worth resuming: one that failed twice of itself is begun anew."""
+    """True if an unfinished run is worth resuming; one that failed twice is not."""
     launches = former_run.launches
     failed_again = former_run.state == "failed" and len(launches) > 1 and not launches[-1].problem
     return not failed_again and trust.is_own(folder, former_run) and run.hindrance(folder, former_run) is None

@@ -1,4 +1,4 @@
-"""A study from its data to its table, skipping the steps that were done before: `recipe reproduce`."""
+"""Reproduction of a study from its data to its table, without repeating steps."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -31,7 +31,7 @@ from .pipeline import Pipeline, require_scorer_models, seeds_of
 
 
 def chosen(of_study: Study, only: list[str]) -> list[str]:
-    """The recipes of a study to run: those with published scores, or those of its recipes that are named.
+    """The recipes of a study to run: the named ones, or all with published scores.
 
     Raises:
         UserError: a name is not that of a recipe of the study, or it may be that of several.
@@ -49,7 +49,7 @@ def reproduce(
     backend: Backend,
     seeds: int = 1,
 ) -> list[TaskResult]:
-    """Bring every recipe of a study to its scores; what was done before with the same inputs is not done again.
+    """Bring every recipe of a study to its scores, without repeating steps with equal inputs.
 
     All recipes are checked and planned before the first starts. One that fails does not stop the others.
 
@@ -110,7 +110,7 @@ def outline(
     gpu: Gpu | None,
     seeds: int = 1,
 ) -> dict[str, list[Any]]:
-    """What `reproduce` would do with the same arguments; nothing is started, and plans alone are kept, in the cache.
+    """Outline of `reproduce` with the same arguments, without starting anything; plans are cached.
 
     Args:
         gpu: the card to plan for, by default the backend's.
@@ -134,7 +134,7 @@ def outline(
 
 
 def _outlined(pipeline: Pipeline) -> Row:
-    """What would become of one recipe; hours are those of its training alone."""
+    """Outline of one recipe; hours are those of its training alone."""
     row: Row = {"recipe": pipeline.result.label, "training": "new"}
     row |= dict.fromkeys(("steps", "needs GiB", "fits", "hours", "problem"))
     pipeline.look_up()
@@ -157,7 +157,7 @@ def _outlined(pipeline: Pipeline) -> Row:
 
 
 def _outlined_data(of_study: Study, configs: list[Composed]) -> list[str]:
-    """What would be fetched and prepared for some configs."""
+    """Outline of the fetching and preparing for some configs."""
     data = of_study.data
     forms = [form for form in _needed_formats(of_study, configs) if not any(Path(form[1].folder).glob("[!.]*"))]
     sources = missing(data, [*(data.raw_files if forms else ()), *_needed_beside(data, configs)])
@@ -166,9 +166,9 @@ def _outlined_data(of_study: Study, configs: list[Composed]) -> list[str]:
     return lines + [f"{form.folder}: to be prepared, in the format {name}" for name, form in forms]
 
 
-def show_outline(outlined: dict[str, list[Any]], form: tables.Form) -> None:
-    """What `outline` returns, on stdout."""
-    if form == "json":
+def show_outline(outlined: dict[str, list[Any]], json: bool) -> None:
+    """Print an `outline`."""
+    if json:
         tables.print_json(outlined)
         return
     for line in outlined["data"]:
@@ -182,7 +182,7 @@ def lock(name: str) -> Path:
 
 
 def _wanted(of_study: Study, request: Request, only: list[str], seeds: int) -> list[tuple[TaskResult, Request]]:
-    """The runs of a study that are asked for: each recipe, or each of its seeds, with its request.
+    """The requested runs of a study: each recipe, or each of its seeds.
 
     Raises:
         UserError: see `chosen`; or there are several seeds, and the request sets one.
@@ -209,7 +209,7 @@ def request_for(shared: Request, recipe: str) -> Request:
 
 
 def have_data(of_study: Study, configs: list[Composed]) -> None:
-    """Fetch and prepare the study's data in the forms that some configs read, unless they are there.
+    """Fetch and prepare missing data of a study in the formats of some configs.
 
     Raises:
         UserError: the data there is not the study's.
@@ -230,18 +230,18 @@ def have_data(of_study: Study, configs: list[Composed]) -> None:
 
 
 def _fetch(data: Data, files: Iterable[str]) -> None:
-    """Fetch what gives some files of a data set, unless they are there."""
+    """Fetch the sources of missing files of a data set."""
     if sources := missing(data, files):
         fetch.fetch(data, data.raw, only=sources)
 
 
 def missing(data: Data, files: Iterable[str]) -> list[str]:
-    """The sources of a data set that give those of some files that are not there."""
+    """The sources of missing files of a data set."""
     return data.sources_of([file for file in files if not (data.raw / file).is_file()])
 
 
 def _needed_beside(data: Data, configs: list[Composed]) -> list[str]:
-    """The files of a data set that some configs read beside its rows: an adapter that they start from."""
+    """The files of a data set that some configs start from: adapters."""
     starts = [str(composed.config.get("lora_model_dir") or "") for composed in configs]
     return [file for file in data.files if any(Path(data.raw, file).parent == Path(start) for start in starts)]
 

@@ -1,4 +1,4 @@
-"""Runs of recipes, from the request to the trained adapter: `recipe run` and `recipe resume`.
+"""Runs of recipes, from the request to the trained adapter.
 
 On several nodes a scheduler starts `recipe resume` on each of them. The one on the first node holds the run and keeps
 its record; the others only launch their share of the ranks.
@@ -27,7 +27,7 @@ from .create import create
 
 
 def prepare(request: Request, backend: Backend) -> Composed:
-    """The checked config of a run; what is worth knowing about it goes to stderr.
+    """Return the checked config of a run; findings go to stderr.
 
     Args:
         request: the run.
@@ -36,9 +36,6 @@ def prepare(request: Request, backend: Backend) -> Composed:
     Raises:
         UserError: the request or the config is wrong.
     """
-    for option, value in (("--gpus", request.gpus), ("--nodes", request.nodes)):
-        if value < 1:
-            raise UserError(f"{option} {value}: at least 1")
     backend.check_size(1 if request.dry_run or is_rehearsal(request) else request.gpus, request.nodes)
     gpu = backend.gpu()
     composed = compose(request, gpu)
@@ -135,7 +132,7 @@ def resume(
 
 
 def _agree(folder: RunDir, record: Run, force: Sequence[str], own: bool, trusted: bool) -> None:
-    """Refuse a run that is not this user's own, unless it is trusted; trust makes it the user's own."""
+    """Refuse another user's run unless it is trusted; trust makes it this user's own."""
     if not folder.config.is_file():
         return  # see `hindrance`
     if not (own or trusted):
@@ -198,7 +195,7 @@ def hindrance(folder: RunDir, record: Run, in_a_job: bool = False) -> str | None
 
 
 def _check_here(folder: RunDir, record: Run) -> None:
-    """Check a run that was created elsewhere, or a while ago, against the machine that is to train it.
+    """Check an older or moved run against the machine that will train it.
 
     Raises:
         UserError: this machine cannot train it; the run's state is then failed.
@@ -230,5 +227,5 @@ def _check_here(folder: RunDir, record: Run) -> None:
 
 
 def command(folder: RunDir, rows: str = "") -> Command:
-    """The command that trains or resumes a run that is trusted; see `Command` for `rows`."""
+    """The command that trains or resumes a trusted run; see `Command` for `rows`."""
     return Command("run", folder, ["resume", str(folder.path), "--trust"], rows)

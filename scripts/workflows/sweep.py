@@ -1,4 +1,4 @@
-"""Running the members of a sweep, except those done before, and its record: `recipe sweep`."""
+"""Sweeps: their members, their record, and the run of those not done before."""
 
 import itertools
 import re
@@ -65,14 +65,12 @@ class Sweep(BaseModel):
 
     Attributes:
         keys: in whose values its members differ.
-        profiles: what is laid over every member.
     """
 
     name: str
     recipe: str
     rehearsal: bool
     keys: list[str]
-    profiles: list[str] = Field(default_factory=list)
     members: list[SweepMember]
     made: str = Field(default_factory=now)
 
@@ -145,7 +143,6 @@ def sweep(
         recipe=recipe,
         rehearsal=request.rehearse,
         keys=varying(members),
-        profiles=pipelines[0].composed.profiles if pipelines[0].composed else [],
         members=members,
     )
     if not dry_run:
@@ -191,7 +188,7 @@ def _seeded(members: list[SweepMember], recipe: str, seeds: int) -> list[SweepMe
 
 
 def _check(pipelines: list[Pipeline], starts: bool) -> None:
-    """Check every member; then, if they are to start, the rows, once for members trained on the same rows.
+    """Check every member; before a start also the rows, once for members that share them.
 
     Raises:
         UserError: some members are wrong; each problem is given once.
@@ -222,7 +219,7 @@ def _refuse_twins(pipelines: list[Pipeline]) -> None:
 
 
 def of_recipe(recipe: str) -> dict[str, Column]:
-    """What the runs of a recipe, or of a variant of one, are scored with."""
+    """The metrics of the runs of a recipe, or of a variant."""
     origin: str | None = recipe
     with suppress(UserError):  # it is no longer there
         origin = config.origin_of(*paths.find_recipe(recipe))
@@ -230,7 +227,7 @@ def of_recipe(recipe: str) -> dict[str, Column]:
 
 
 def read_members(file: Path | None, sets: Sequence[str]) -> tuple[str, list[SweepMember]]:
-    """The name and the members of a sweep, in order: every entry of `_` with every combination of the lists.
+    """Name and members of a sweep: every entry of `_` with every combination of lists.
 
     Args:
         file: a YAML file in Axolotl's sweep format; an entry of `_` can have a `name`.
@@ -280,7 +277,7 @@ def varying(members: Sequence[SweepMember]) -> list[str]:
 
 
 def find_any(name: str) -> RunDir | Sweep | Study:
-    """The run, sweep or study of a name or a part of it, see `meant`; `latest` is the newest run.
+    """Find a run, sweep or study by a part of its name, see `meant`, or `latest`.
 
     Raises:
         UserError: there is none, or more than one.
@@ -312,7 +309,7 @@ def recorded_sweeps() -> dict[str, Sweep]:
 
 
 def find_sweep_file(name: str) -> Path:
-    """The file of a sweep given by the name of a shipped one or a part of that, or as FILE.
+    """Find a sweep's file, by a part of a shipped one's name or as FILE.
 
     Raises:
         UserError: there is none, or several are meant.

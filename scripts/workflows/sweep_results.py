@@ -11,6 +11,7 @@ from typing import Any
 from .. import tables
 from ..base import paths, yamlfiles
 from ..base.files import Row
+from ..base.yamlfiles import on_one_line
 from ..configs import config
 from ..data import study
 from ..metrics.metric import Column
@@ -59,7 +60,7 @@ class SweepRow:
 
 
 def columns(sweep: Sweep, runs: Path) -> dict[str, Column]:
-    """What a sweep's runs were scored with; where there are none yet, what its recipe's would be."""
+    """The metrics of a sweep's runs; without runs, those of its recipe."""
     found: dict[str, Column] = {}
     for result in _results(sweep, runs).values():
         found |= result.columns
@@ -102,12 +103,12 @@ def _published(sweep: Sweep, values: Mapping[str, Any]) -> dict[str, float | Non
 
 
 def _validates(result: RunResult) -> bool:
-    """True if the run's eval loss is of validation rows, which may choose a member."""
+    """True if the run's eval loss is of validation rows, which may select a member."""
     return evaluation_rows.validation(result.run, yamlfiles.read_yaml(result.folder.config)) is not None
 
 
 def on_front(own: tuple[float, float] | None, all_costs: Sequence[tuple[float, float] | None]) -> bool:
-    """Whether a cost and a loss are on the Pareto front: no others are as good in both, and better in one."""
+    """True for a cost and a loss on the Pareto front: no others dominate them."""
     rivals = [other for other in all_costs if other not in (None, own)]
     return own is not None and not any(rival[0] <= own[0] and rival[1] <= own[1] for rival in rivals if rival)
 
@@ -164,10 +165,10 @@ def record(row: SweepRow) -> Row:
     }
 
 
-def show(sweep: Sweep, scored: Columns, rows: Sequence[SweepRow], form: tables.Form) -> None:
-    """Print `rows` with `columns`, in a form of `tables.Form`."""
+def show(sweep: Sweep, scored: Columns, rows: Sequence[SweepRow], json: bool) -> None:
+    """Print `rows` with the first of `columns`."""
     first = dict(itertools.islice(scored.items(), 1))
-    tables.show(form, [record(row) for row in rows], [table_of(sweep, first, rows)], notes(sweep, scored, rows))
+    tables.show(json, map(record, rows), [table_of(sweep, first, rows)], notes(sweep, scored, rows))
 
 
 def notes(sweep: Sweep, scored: Columns, rows: Sequence[SweepRow]) -> Iterator[str]:
@@ -190,10 +191,10 @@ def table_of(sweep: Sweep, scored: Columns, rows: Sequence[SweepRow]) -> Table:
 
 
 def _cells(sweep: Sweep, scored: Columns, row: SweepRow) -> Row:
-    """A member's row: its values of the keys that vary, its scores, the first with its interval, and its costs."""
+    """A member's cells: varying values, scores, the first with its interval, and costs."""
     first, *others = scored.values()
     member, share = row.member, row.summary.trainable_share
-    values = {key: _yaml(member.values.get(key)) for key in sweep.keys if not member.name.startswith(f"{key}=")}
+    values = {key: on_one_line(member.values.get(key)) for key in sweep.keys if not member.name.startswith(f"{key}=")}
     missing = max(len(row.seeds), 1) - len(row.runs)
     states = Counter([*(result.run.state for result in row.runs), *["not begun"] * missing])
     within = row.scores[first.name][1]
@@ -212,9 +213,3 @@ def _cells(sweep: Sweep, scored: Columns, row: SweepRow) -> Row:
         "minutes": None if row.train_seconds is None else f"{row.train_seconds / 60:.1f}",
         "front": "*" if row.pareto else None,
     }
-
-
-def _yaml(value: Any) -> str | None:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    return None if value is None else yamlfiles.write_flow(value)

@@ -159,7 +159,7 @@ def test_cancelling_a_sweep_takes_it_out_of_the_queue(
         (["slurm,partition=nowhere"], r"slurm\.yaml.*--partition=nowhere"),
         (["slurm,tyme=1:00:00"], "'--tyme"),  # in sbatch's own words
         (["slurm,array=1-5"], "--on slurm,array=1-5: "),
-        (["slurm,card=T4", "--set", "micro_batch_size=4096"], r"T4.*\[too-big"),
+        (["slurm,gpu=T4", "--set", "micro_batch_size=4096"], r"T4.*\[too-big"),
     ],
 )
 def test_what_the_queue_would_not_take_is_told_and_leaves_nothing(
@@ -193,7 +193,7 @@ def test_settings_are_read_as_they_stand(no_settings: Path) -> None:
     found = slurm_site.site_settings(["partition=debug", "evaluate.qos=short"])
     assert found.options == {"partition": "debug", "time": "12:00:00", "gpus-per-node": "a100:{gpus}", "exclusive": ""}
     assert found.of_step == {"evaluate": {"time": "1:00:00", "qos": "short"}}
-    assert (found.card, found.setup) == ("A100", ["module load cuda"])
+    assert (found.gpu, found.setup) == ("A100", ["module load cuda"])
     script = batch(found, gpus=4).script("run", [], 2)
     for line in ("#SBATCH --gpus-per-node=a100:4", "#SBATCH --exclusive", "module load cuda"):
         assert line in script.splitlines()
@@ -203,7 +203,7 @@ def test_settings_are_read_as_they_stand(no_settings: Path) -> None:
     found = slurm_site.site_settings(["gres=nvme:1", "mem-per-gpu=40G"])
     assert "--gres=nvme:1,gpu:4" in (script := batch(found, gpus=4).script("run", [], 2))
     assert "mem-per-gpu" in script and "mem-per-gpu" not in batch(found, gpus=4).script("prepare", [], 2)
-    for broken in ("[gpu]", "partition: [a]", "card: {"):
+    for broken in ("[gpu]", "partition: [a]", "gpu: {"):
         no_settings.write_text(broken)
         with pytest.raises(UserError, match=r"slurm\.yaml"):
             slurm_site.site_settings([])

@@ -9,7 +9,6 @@ import pytest
 from conftest import RECIPE, Recipe
 
 from qlora_recipes.base import paths
-from qlora_recipes.data import study
 
 Complete = Callable[[str], list[str]]
 
@@ -61,9 +60,7 @@ SWEEPS = ["ranks/haider2024/llama-2-7b", "ranks/haider2024/llama-2-7b/rehearsal"
         ("recipe results ran", SWEEPS),
         ("recipe sweep wide ", ["lora-tradeoffs", "rate-and-rank", "targets", "mine.yaml"]),
         ("recipe run wide --profile zero3", ["zero3", "zero3-offload"]),
-        ("recipe plan --gpu 40", ["4000-Ada", "4060", "4070", "4080", "4090"]),
         ("recipe reproduce ", [folder.name for folder in paths.studies()]),
-        ("recipe data fetch ", list(dict.fromkeys(each.data.key for each in study.every()))),
         ("recipe run wide --set lora_alpha", ["lora_alpha=", "lora_alpha_pattern="]),
     ],
 )
@@ -78,7 +75,7 @@ import json, os, sys
 from qlora_recipes import cli
 for words in (["list"], ["show", "{paths.recipe_names()[0]}"], ["--runs", "none", "results"]):
     assert cli.main(words) == 0
-for line in ("recipe run co", "recipe evaluate ", "recipe plan --gpu 40", "recipe run x --set l", "recipe data fetch "):
+for line in ("recipe run co", "recipe evaluate ", "recipe run x --set l"):
     os.environ |= {{"_RECIPE_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}}
     cli.main([])
 print(json.dumps([name for name in {heavy!r} if name in sys.modules]))

@@ -44,6 +44,12 @@ def test_from_prepared_data_to_a_plan(recipe: Recipe, monkeypatch: pytest.Monkey
     assert "next:" not in recipe("check", NAME, "--json").stderr
 
 
+def test_from_results_to_a_report(recipe: Recipe, tmp_path: Path) -> None:
+    a_run(tmp_path / "runs", NAME, "1", 5.0)
+    for name in ("latest", "haider2024"):
+        assert next_of(recipe, "results", name) == ["report", name]
+
+
 @pytest.mark.parametrize(
     ("change", "runs", "says"),
     [

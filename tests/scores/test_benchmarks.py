@@ -129,4 +129,4 @@ def test_a_task_scores_as_by_the_harness_itself_also_when_resumed(
     assert sum(batches) == before + resumed
     (row,) = orjson.loads(recipe("results", "--json").stdout)
     assert row["sums"] == scores["sums"] and row["sums_base_model"] is not None
-    assert "sums, %, gained" in recipe("results", "--format", "md").stdout
+    assert "sums, %, gained" in recipe("results").stdout

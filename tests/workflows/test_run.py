@@ -256,7 +256,7 @@ def test_early_stopping_finishes_a_run_and_is_named(place: Path, tiny_profile: P
     assert sha256(run.output / ADAPTER) == sha256(run.output / "checkpoint-2" / ADAPTER)
     of_step = {each["step"]: each["eval_loss"] for each in run.read_metrics() if "eval_loss" in each}
     assert record.summary.eval_loss == of_step[2] < of_step[4]
-    assert "4/16, early stopping" in finish(start(place, "--runs", "early", "results", "--format", "md"))
+    assert "4/16, early stopping" in finish(start(place, "--runs", "early", "results"))
 
 
 @pytest.mark.parametrize(
