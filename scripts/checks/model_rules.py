@@ -143,6 +143,19 @@ def no_lora_rank(case: Case) -> Problems:
 
 
 @rule
+def changed_base(case: Case) -> Problems:
+    """PiSSA moves part of the base weights into the adapter, and Axolotl saves the adapter without the rest.
+
+    Whoever loads it initializes anew, at random with pissa_niter_N: logits differed by 0.22 (seen).
+    """
+    start = str(case["peft_init_lora_weights"])
+    if case.lora and start.startswith("pissa"):
+        problem = f"{start} changes the base weights and saves the adapter alone, which is then evaluated wrongly"
+        remedy = "take a published residual model as base_model, and its initial adapter as lora_model_dir"
+        yield "error", "peft_init_lora_weights", problem, f"{remedy}, as pissa-metamathqa/llama-2-7b-pissa does"
+
+
+@rule
 def not_quantized(case: Case) -> Problems:
     """Axolotl quantizes to 4 bits for the adapters qlora and mixlora only (axolotl/loaders/model.py)."""
     if case["adapter"] == "lora" and case["load_in_4bit"]:

@@ -263,10 +263,11 @@ def statuses(of_study: Study, found: list[AnyRecord]) -> list[Status]:
 def _numbers(of_study: Study) -> Iterator[tuple[str, yamlfiles.Config, str, str]]:
     """The recipe or baseline, the settings of the cell, the metric and the text of each published number."""
     for name, published in of_study.published.items():
-        own = yamlfiles.read_yaml(paths.recipe_file(name)).items()
+        file = paths.recipe_file(name)
+        own = yamlfiles.read_yaml(file) if file.is_file() else {}  # which `recipe render` has still to write
         yield from ((name, {}, metric, str(score)) for metric, score in published.scores.items())
         for cell in published.cells:
-            if not cell.values.items() <= own:
+            if not cell.values.items() <= own.items():
                 texts = {metric: ", ".join(map(str, scores)) for metric, scores in cell.scores.items()}
                 yield from ((name, cell.values, metric, text) for metric, text in texts.items())
     for baseline in of_study.baselines:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from ..base import yamlfiles
 from ..base.errors import UserError, did_you_mean
 from . import bertscore
+from .answers import METRICS as OF_ANSWERS
 from .metric import Column, Metric, Parameters
 from .text import METRICS as OF_TEXTS
 
@@ -92,7 +93,9 @@ PERPLEXITY = Metric(
     higher_is_better=False,
     of_loss=math.exp,
 )
-METRICS = {metric.name: metric for metric in (*OF_TEXTS, bertscore.METRIC, EVAL_LOSS, PERPLEXITY, BENCHMARK)}
+METRICS = {
+    metric.name: metric for metric in (*OF_TEXTS, *OF_ANSWERS, bertscore.METRIC, EVAL_LOSS, PERPLEXITY, BENCHMARK)
+}
 TASK, SCORER = "benchmark:", "bertscore:"  # before what --metric names
 DEFAULT = ("bleu4", "rouge_l", "bertscore_f1", "sacrebleu")
 """What is computed where neither a study nor the user says what."""

@@ -152,3 +152,49 @@ def test_tinkers_rows_have_the_authors_tokens_and_loss(kind: str, sentencepiece:
         assert tokens.labels == [token if loss else MASKED for ids, loss in parts for token in ids]
     joined = [loaded.tokenizer.encode("".join(text for text, _ in pieces), add_special_tokens=False)]
     assert joined != [made[-1].ids]  # that they are cut apart is seen in the tokens
+
+
+def raw_maths() -> list[dict[str, str]]:
+    """GSM8K's rows in the form of MetaMathQA's, beside their own fields."""
+    return [
+        row | {"query": row["question"], "response": f"{row['answer']}\nThe answer is: {row['answer'].split()[-1]}"}
+        for row in rows()[:200]
+    ]
+
+
+def prepared(name: str, split: str, raw: list[dict[str, Any]], **fields: str) -> list[dict[str, Any]]:
+    """Rows as `recipe data prepare` makes them for a study, with other expressions for some fields."""
+    data = study.find(name).data
+    maker = RowMaker(data.fields_of(split, next(iter(data.formats))) | fields, {}, {}, "0")
+    return [maker.make(row)[0] for row in raw]
+
+
+def test_pissas_rows_have_the_authors_tokens_and_a_newline_before_eos(sentencepiece: Path) -> None:
+    loaded = tokenizer_of("pissa-metamathqa/llama-2-7b-lora", sentencepiece)
+    task = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    newline, eos = loaded.tokenizer.convert_tokens_to_ids("<0x0A>"), loaded.tokenizer.eos_token_id
+    raw = raw_maths()
+    made = loaded.tokenize("datasets.0", prepared("pissa-metamathqa", "train", raw))
+    scored = loaded.tokenize("datasets.0", prepared("pissa-metamathqa", "test", raw))
+    for row, tokens, test in zip(raw, made, scored, strict=True):
+        source = encoded(loaded.tokenizer, f"{task}\n\n### Instruction:\n{row['query']}\n\n### Response:")
+        ids = encoded(
+            loaded.tokenizer, f"{task}\n\n### Instruction:\n{row['query']}\n\n### Response:{row['response']}\n</s>"
+        )
+        assert tokens.ids == ids and tokens.ids[-2:] == [newline, eos]
+        assert tokens.labels == [MASKED] * len(source) + ids[len(source) :]
+        assert test.ids[: test.labels.count(MASKED)] == source
+
+
+def test_loragas_rows_have_the_authors_tokens_and_loss(sentencepiece: Path) -> None:
+    loaded = tokenizer_of("loraga-metamathqa/llama-2-7b-lora", sentencepiece)
+    raw = raw_maths()
+    made = loaded.tokenize("datasets.0", prepared("loraga-metamathqa", "train", raw))
+    scored = loaded.tokenize("datasets.0", prepared("loraga-metamathqa", "test", raw))
+    for row, tokens, test in zip(raw, made, scored, strict=True):
+        question = f"Q: {row['query']}\nA: "
+        ids = encoded(loaded.tokenizer, f"{question} {row['answer']}</s>")
+        masked = len(encoded(loaded.tokenizer, question))
+        assert tokens.ids == ids
+        assert tokens.labels == [MASKED] * masked + ids[masked:]
+        assert test.ids[: test.labels.count(MASKED)] == encoded(loaded.tokenizer, f"{question} ")

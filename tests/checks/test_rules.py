@@ -106,6 +106,12 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
     ),
     (own(format="Q: "), "error", "prompt-format:datasets.0.type.format", "{instruction}"),
     ({"adapter": "lora"}, "error", "not-quantized:adapter", "adapter: qlora"),
+    (
+        {"peft_init_lora_weights": "pissa_niter_16"},
+        "error",
+        "changed-base:peft_init_lora_weights",
+        "pissa-metamathqa/llama-2-7b-pissa",
+    ),
     (FUSED_LOSS, "error", "head-without-lora:liger_fused_linear_cross_entropy", "chunked_cross_entropy"),
     ({"fp16": None, "float16": True, "bf16": "auto"}, "error", "two-precisions:float16", "auto"),
     ({"sample_packing": True, "attn_implementation": None}, "error", "packing-leaks:sample_packing", ""),

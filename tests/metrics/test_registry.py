@@ -52,7 +52,7 @@ def test_a_column_is_a_metric_with_parameters_under_a_name_and_a_label() -> None
         ("blue4", {}, "", "blue4"),
         ("accuracy", {"metric": "numbers"}, "metric", "number?"),
         ("number", {"marker": ["A"]}, "marker", "parser, markers"),
-        ("number", {"parser": "us"}, "parser", "'loftq' or 'peft'"),
+        ("number", {"parser": "us"}, "parser", "'loftq', 'peft'"),
         ("chrf", {"char_order": 99999999}, "char_order", "20"),
         ("rows", {"metric": "bleu4"}, "", "rows"),
     ],

@@ -1,0 +1,174 @@
+"""Metrics of what an answer comes to: its number, or the word that it chooses.
+
+Numbers are found and compared in four ways, ported from descriptions of the authors' code:
+
+- `loftq`: test_gsm8k.py of yxli2123/LoftQ@ae33fd4 (arXiv 2310.08659). Commas are removed. The number is the first
+  behind the first marker, up to a second one; where there is no marker, or no number there, the last of the whole
+  text. Numbers are compared as floats.
+- `peft`: utils.py of method_comparison/MetaMathQA in huggingface/peft@5d602fd. The number is what stands behind the
+  last occurrence of the first marker that is found, up to the end of the line, without spaces and any of .!?$% around
+  it. It is compared as a decimal, or as a fraction of two; a text without a marker has no number.
+- `pissa`: utils/test_acc.py of GraphPKU/PiSSA@87f4db6 (arXiv 2404.02948). The number is the first behind the last
+  marker, digits with at most one of .,/ among them, so that 1,234,567 is 1234. It is rounded, a fraction too; 3/0 is
+  3. A text without a marker has no number.
+- `loraga`: reproduce/eval_gsm8k.py of Outsider565/LoRA-GA@89af7de (arXiv 2407.05000). The number is the digits right
+  behind the first marker that has some; signs, decimals and what follows a comma are lost. Without them it is 0.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from decimal import Decimal, DecimalException
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from .metric import Metric, Pair, Parameters
+
+MARKERS = {
+    "loftq": ("The final answer is: ",),
+    "peft": ("The answer is: ", "The answer is ", "The final answer is: ", "The final answer is ", "#### "),
+    "pissa": ("The answer is: ",),
+    "loraga": ("####",),
+}
+_NUMBER = re.compile(r"-?\d+\.?\d*")
+_SIGNED = re.compile(r"[-+]?\d*[.,/]?\d+")
+
+
+class NumberParameters(Parameters):
+    """How the number is found.
+
+    Attributes:
+        parser: by whose code, see above.
+        markers: the words that the number stands behind, in the order in which they are looked for; by default that
+            code's.
+    """
+
+    parser: Literal["loftq", "peft", "pissa", "loraga"] = "loftq"
+    markers: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] | None = None
+
+    @property
+    def sought(self) -> tuple[str, ...]:
+        """The markers that are looked for."""
+        return self.markers or MARKERS[self.parser]
+
+
+def _marker(text: str, markers: Sequence[str]) -> str | None:
+    return next((marker for marker in markers if marker in text), None)
+
+
+def _by_loftq(text: str, markers: Sequence[str]) -> float | None:
+    text = text.replace(",", "")
+    marker = _marker(text, markers)
+    behind = _NUMBER.search(text.split(marker)[1]) if marker else None
+    found = behind[0] if behind else next(reversed(_NUMBER.findall(text)), None)
+    return float(found) if found else None
+
+
+def _by_peft(text: str, markers: Sequence[str]) -> Decimal | None:
+    marker = _marker(text, markers)
+    if marker is None:
+        return None
+    line = text.rpartition(marker)[2].strip().partition("\n")[0].strip(" .!?$%")
+    try:
+        above, *below = [Decimal(part.strip()) for part in line.split("/")]
+        if len(below) > 1 or not all(part.is_finite() for part in (above, *below)):
+            return None
+        return above / below[0] if below else above
+    except DecimalException:  # no number, or a division by zero
+        return None
+
+
+def _by_pissa(text: str, markers: Sequence[str]) -> int | None:
+    marker = _marker(text, markers)
+    found = _SIGNED.search(text.rpartition(marker)[2]) if marker else None
+    above, _, below = found[0].replace(",", "").partition("/") if found else ("", "", "")
+    if not above.strip("+-"):
+        return None
+    return round(Decimal(above) / (int(below or 1) or 1))
+
+
+def _by_loraga(text: str, markers: Sequence[str]) -> int:
+    found = re.search(rf"(?:{'|'.join(map(re.escape, markers))})\s*(\d+)", text)
+    return int(found[1]) if found else 0
+
+
+_PARSERS: dict[str, Callable[[str, Sequence[str]], float | Decimal | None]] = {
+    "loftq": _by_loftq,
+    "peft": _by_peft,
+    "pissa": _by_pissa,
+    "loraga": _by_loraga,
+}
+
+
+def number_of(text: str, parameters: NumberParameters) -> float | Decimal | None:
+    """The number of an answer; None where there is none."""
+    return _PARSERS[parameters.parser](text, parameters.sought)
+
+
+def number(pairs: Sequence[Pair], parameters: NumberParameters) -> list[float]:
+    """100 for each prediction whose number is that of its reference, otherwise 0."""
+    numbers = ([number_of(text, parameters) for text in pair] for pair in pairs)
+    return [100.0 * (wanted is not None and wanted == given) for wanted, given in numbers]
+
+
+class ChoiceParameters(Parameters):
+    """The words to choose among.
+
+    Attributes:
+        words: sets of words; those of a row are the set that its reference is in, or else the reference alone.
+        behind: the text behind whose last occurrence the choice begins.
+    """
+
+    words: Annotated[tuple[Annotated[tuple[str, ...], Field(strict=False)], ...], Field(strict=False)] = ()
+    behind: Annotated[str, Field(min_length=1)] | None = None
+
+
+def choice(pairs: Sequence[Pair], parameters: ChoiceParameters) -> list[float]:
+    """100 for each prediction in which the first of the words to choose among is the reference, otherwise 0."""
+    scores = []
+    for reference, prediction in pairs:
+        words_of_row = next((words for words in parameters.words if reference in words), (reference,))
+        text = prediction.rpartition(parameters.behind)[2] if parameters.behind else prediction
+        first = re.search("|".join(map(re.escape, words_of_row)), text)
+        scores.append(100.0 * (first is not None and first[0] == reference))
+    return scores
+
+
+def _notes(pairs: Sequence[Pair], parameters: NumberParameters) -> Iterator[str]:
+    """Where a number is not found: that can be for want of the right marker."""
+    remedy = "; `markers` names others" if parameters.markers is None else ""
+    for side, name in enumerate(("references", "predictions")):
+        unread = [pair[side] for pair in pairs if number_of(pair[side], parameters) is None]
+        if unread:
+            marked = sum(_marker(text, parameters.sought) is not None for text in unread)
+            why = f"{marked} have one of {', '.join(map(repr, parameters.sought))}; as in {unread[0].rstrip()[-30:]!r}"
+            yield f"{len(unread)} of {len(pairs)} {name} have no number ({why}), and no such row is right{remedy}"
+
+
+METRICS = (
+    Metric(
+        name="number",
+        label="right numbers",
+        hub_type="accuracy",
+        low=0,
+        high=100,
+        unit="%",
+        source="the code of LoftQ, PEFT's method comparison, PiSSA or LoRA-GA",
+        of_rows=number,
+        all_or_nothing=True,
+        parameters=NumberParameters,
+        notes=_notes,
+    ),
+    Metric(
+        name="choice",
+        label="right choices",
+        hub_type="accuracy",
+        low=0,
+        high=100,
+        unit="%",
+        source="this project",
+        of_rows=choice,
+        all_or_nothing=True,
+        parameters=ChoiceParameters,
+    ),
+)
