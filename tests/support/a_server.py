@@ -12,22 +12,15 @@ Reply = tuple[int, Any] | None
 
 
 class AServer(ThreadingHTTPServer):
-    """Serves the model `m`; `reply` makes its answers to completions.
-
-    Attributes:
-        requests: the bodies that it was sent, with the headers of each below `headers`.
-        asked: the headers of the questions for its models.
-        models: what it answers to a question for its models.
-        headers: that it adds to its answers; by default they ask to try again at once.
-    """
+    """Serves the model `m`; `reply` makes its answers to completions, `models` is the one to GET."""
 
     daemon_threads = True
 
     def __init__(self, reply: Callable[[dict[str, Any]], Reply], port: int = 0):
         super().__init__(("127.0.0.1", port), _Handler)
         self.reply = reply
-        self.requests: list[dict[str, Any]] = []
-        self.asked: list[dict[str, str]] = []
+        self.requests: list[dict[str, Any]] = []  # bodies, each with its headers
+        self.asked: list[dict[str, str]] = []  # headers of each GET
         self.models: Reply = (200, {"data": [{"id": "m", "owned_by": "tests"}, {"id": "another"}]})
         self.headers = {"Retry-After-Ms": "10"}
 

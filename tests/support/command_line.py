@@ -21,11 +21,7 @@ COMMANDS = dict(commands())
 
 
 def parsed(line: str) -> click.Context:
-    """Parse a line that begins with `recipe`; the context of its verb.
-
-    Raises:
-        click.UsageError: there is no such verb or option, or an argument is missing.
-    """
+    """Parse a line that begins with `recipe`; the context of its verb."""
     name, *words = shlex.split(line, comments=True)
     command: click.Command = ALL
     while True:

@@ -3,7 +3,6 @@
 import hashlib
 import re
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,14 +27,12 @@ class Server:
     paths: list[str] = field(default_factory=list)
     etag: str = '"1"'
     ranges: bool = True
-    compares: bool = True  # If-Range
     breaks_after: list[int] = field(default_factory=list)  # bytes, each for one request
     answers: list[int] = field(default_factory=list)  # statuses instead of the file, each for one request
     error_code: str = ""  # of these, as a hub has them
     refusals: dict[str, tuple[int, str, str]] = field(default_factory=dict)  # by the end of a path, as `_refuse` takes
     silent: tuple[str, ...] = ()  # ends of paths that are never answered
     ended: threading.Event = field(default_factory=threading.Event)
-    stalls: float = 0.0  # seconds, where it breaks off
     seen: list[dict[str, str]] = field(default_factory=list)  # the requests' headers
     sent: int = 0
 
@@ -69,7 +66,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         start, size = 0, len(content)
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if asked and orders.ranges and (self.headers["If-Range"] == etag or not orders.compares):
+        if asked and orders.ranges and self.headers["If-Range"] == etag:
             start = int(asked[1])
             if start >= size:
                 self.send_error(416)
@@ -89,8 +86,6 @@ class Handler(BaseHTTPRequestHandler):
             body = body[: orders.breaks_after.pop(0)]
         orders.sent += len(body)
         self.wfile.write(body)
-        if start + len(body) < size:
-            time.sleep(orders.stalls)
 
     do_HEAD = do_GET
 

@@ -46,11 +46,7 @@ def cap_memory() -> None:
 
 
 class Measure(TrainerCallback):
-    """Writes what the second step of a training takes, and the scale of its adapters.
-
-    Fields: allocated, bytes at the peak, as torch.cuda counts them or, on a CPU, those of all storages; on a GPU also
-    reserved, and free, bytes that the driver reports; loaded, bytes of the model before the step; trainable,
-    parameters; scales, the factors that PEFT multiplies with B A.
+    """Writes the memory of the second step of a training, and the scale of its adapters.
 
     On a CPU storages are recorded by the means of a plan's, so that both can be compared byte by byte.
     """
