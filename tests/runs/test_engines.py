@@ -59,7 +59,7 @@ def broken_off(process: "subprocess.Popen[str]", runs: Path, kill: bool) -> RunD
             both[1].kill()
         else:
             process.terminate()
-        psutil.wait_procs(both, timeout=20)
+        psutil.wait_procs(both, timeout=60)
         assert not any(one.is_running() for one in both)
         finish(process, code=1)
     finally:
