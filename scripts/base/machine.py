@@ -166,7 +166,7 @@ def held(file: Path, otherwise: str, timeout: float = LOOK) -> Iterator[int]:
                     f"{file.parent}: its file system does not lock files (flock: {error.strerror}); "
                     "choose a folder on another, for runs with --runs"
                 ) from None
-            with suppress(OSError):  # on a full disk nobody can be told who holds it
+            with suppress(OSError):  # a full disk cannot record the holder
                 os.ftruncate(lock.fileno(), 0)
                 os.write(lock.fileno(), f"{platform.node()} {os.getpid()} {_started(os.getpid())}".encode())
             yield lock.fileno()
@@ -194,7 +194,7 @@ def holder(file: Path) -> int | None:
 
 
 def _started(pid: int) -> str:
-    """When a process started, by which it differs from others that had its id."""
+    """Start time of a process, which distinguishes it from others with its id."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 

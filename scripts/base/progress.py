@@ -4,7 +4,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import cache
@@ -38,68 +38,59 @@ MASK = "[a secret]"
 def is_secret(key: str, value: Any = None) -> bool:
     """True for the dotted key of a secret, and for a value that looks like one.
 
-    Names of tokens that a tokenizer has are none: `special_tokens.pad_token`.
+    A tokenizer's tokens are not secrets: `special_tokens.pad_token`.
     """
     name = key.replace("-", "_")
     if _NAMES_SECRET.search(name):
         return True
     if _NAMES_TOKEN.search(name) and not name.startswith("special_tokens.") and not name.endswith("use_auth_token"):
         return True
-    return any(masked(text) != text for text in _texts(value))
+    text = value if isinstance(value, str) else orjson.dumps(value, default=str).decode()
+    return masked(text) != text
 
 
 def masked(text: str) -> str:
-    """Replace secrets in a text: HF_TOKEN's value, and values given away by their shape or the name before them."""
+    """Mask secrets in a text: HF_TOKEN's value, and values recognized by their form or name."""
     if len(token := os.environ.get("HF_TOKEN", "")) > 3:  # a placeholder such as 0 is in many texts
         text = text.replace(token, MASK)
     return _SECRET_VALUE.sub(lambda found: (found["key"] or "") + MASK, text)
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in a value of JSON, keys among them."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in (*value, *value.values()) if isinstance(value, dict) else value:
-            yield from _texts(item)
-
-
-PART = "QLORA_RECIPES_PART"  # is set for a command that is a step of another, which says what comes after it
+PART = "QLORA_RECIPES_PART"  # set for a command that is a step of another, which suggests the next step
 
 
 _OBEYED = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def harmless(text: str) -> str:
-    """A text of anyone's without secrets and without what a terminal would obey: control characters, but for the end of
-    a line, and marks that turn the order of letters."""
+    """Mask secrets, and replace control characters but line ends, and marks that reverse the order of letters."""
     return _OBEYED.sub(" ", masked(text))
 
 
 def say(text: str) -> None:
-    """A line on stderr; none where nobody reads it any more."""
+    """Write a line to stderr, unless it is closed."""
     with suppress(OSError):
         print(harmless(text), file=sys.stderr, flush=True)
 
 
 @cache
 def say_once(text: str) -> None:
-    """Say it, unless this process has said it before: a damaged file is read by several."""
+    """Log a line once in this process."""
     say(text)
 
 
 @cache
 def _console() -> Any:
-    """The console of all bars: one that is shown while another is there goes below that."""
+    """Console of all bars, which stacks nested ones."""
     from rich.console import Console
 
     return Console(stderr=True)
 
 
 class Bar:
-    """A progress bar on a terminal; elsewhere a line now and then, as suits a log file.
+    """A progress bar on a terminal; elsewhere a line from time to time, as in a log file.
 
-    Without a total, the amount of work is not known, or not yet. Of it, `done` was done before.
+    `total` is None while the amount of work is unknown; `done` was done before.
     """
 
     EVERY = 30.0  # seconds between two lines
@@ -136,12 +127,12 @@ class Bar:
             self._line(after=1.0)
 
     def begin(self, title: str) -> None:
-        """Show the work that begins now."""
+        """Show a new phase of the work."""
         self.progress.update(self.task.id, description=harmless(title))
         self._line()
 
     def update(self, done: int, total: int | None = None, note: str = "") -> None:
-        """Set how far the work is."""
+        """Set the amount of finished work."""
         self.note = note or self.note
         whole = total or self.task.total
         self.progress.update(self.task.id, completed=done, total=whole, note=self._note(done, whole))
@@ -160,7 +151,7 @@ class Bar:
 
 
 class TrainingProgress(Bar):
-    """The bar of a training process, updated from what it appends to metrics.jsonl; `seen` gets each record of that."""
+    """Bar of a training process, updated from metrics.jsonl; `seen` gets each record."""
 
     def __init__(self, metrics: Path, seen: Callable[[Row], None] = lambda record: None):
         super().__init__("starting Axolotl")
@@ -169,7 +160,7 @@ class TrainingProgress(Bar):
         self.position = metrics.stat().st_size if metrics.exists() else 0
 
     def read(self) -> None:
-        """Read what was appended since the last call."""
+        """Read the records since the last call."""
         with suppress(FileNotFoundError), self.metrics.open("rb") as stream:
             stream.seek(self.position)
             whole = b"".join(line for line in stream if line.endswith(b"\n"))

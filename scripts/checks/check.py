@@ -77,7 +77,7 @@ def check(
     """All that is wrong with one recipe or file.
 
     Args:
-        request: the recipe or file, and what is laid over it.
+        request: the recipe or file, with profiles and overrides.
         gpu: the GPU that it is meant for.
         data: also read every row of its data, and tokenize them where the tokenizer is on this machine.
         full: also ask Axolotl's own validation, which loads the plugins that the config lists, others' only if the
@@ -173,9 +173,9 @@ def _profile_compatibility(composed: Composed, gpu: Gpu | None, launching: bool)
         key = next(iter(changes)) if len(changes) == 1 else ""
         problem = f"the profile sets {left}" if left else f"the profile leaves out {', '.join(changes)}"
         yield Finding("note", "unfit", key, f"{problem}, because {why}")
-    laid = [profile for profile in composed.profiles if profile in ADAPTED]
-    if laid and gpu is None and not composed.rehearsal:
-        problem = f"no GPU is known, so that {' and '.join(laid)} are for one from Ampere on"
+    adapted = [profile for profile in composed.profiles if profile in ADAPTED]
+    if adapted and gpu is None and not composed.rehearsal:
+        problem = f"no GPU is known, so that {' and '.join(adapted)} are for one from Ampere on"
         remedy = "for another, name it: --gpu for checks and plans, the setting card for SLURM"
         yield Finding("warning" if launching else "note", "unfit", "", problem, remedy)
 

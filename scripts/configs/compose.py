@@ -1,4 +1,4 @@
-"""From a recipe to the config that Axolotl gets: profiles, overrides and rehearsal laid over it."""
+"""From a recipe to Axolotl's config: profiles, overrides and rehearsal are merged into it."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ TRACKERS = {"tensorboard", "trackio", "mlflow", "wandb"}  # profiles that do not
 
 @dataclass
 class Request:
-    """What the user asked `recipe run` for."""
+    """Request of `recipe run`."""
 
     name: str
     profiles: list[str] = field(default_factory=list)
@@ -44,7 +44,7 @@ class Request:
 
 @dataclass
 class Composed:
-    """A config, and where it comes from.
+    """A config and its origin.
 
     Attributes:
         origin: the shipped recipe that a variant or an edited copy is one of.
@@ -82,12 +82,12 @@ class Composed:
 
 @dataclass
 class _Layers:
-    """A config under composition, laid over by one change after another.
+    """A config under composition, changed step by step.
 
     Attributes:
         reasons: why each key was last changed, and by which file.
         sample: the shipped sample, from a rehearsal's profile.
-        given: what was laid over that profile's values, by dotted key.
+        given: later changes to that profile's values, by dotted key.
     """
 
     config: Config
@@ -95,8 +95,8 @@ class _Layers:
     sample: Config = field(default_factory=dict)
     given: Config = field(default_factory=dict)
 
-    def lay(self, changed: Config, reason: str, source: Path | None = None) -> None:
-        """Take a changed config, and note the reason for each key that differs."""
+    def take(self, changed: Config, reason: str, source: Path | None = None) -> None:
+        """Take a changed config, with the reason for each changed key."""
         self.reasons.update(dict.fromkeys(config.differences(self.config, changed), (reason, source)))
         self.config = changed
 
@@ -105,8 +105,8 @@ class _Layers:
         differing = config.differences(before, self.config).items()
         return [Difference(key=key, recipe=old, run=new, why=self.reasons[key][0]) for key, (old, new) in differing]
 
-    def lay_rehearsal(self, fragment: Config) -> Config:
-        """Note what a rehearsal replaces; the profile as far as it is laid over any recipe."""
+    def rehearsal_changes(self, fragment: Config) -> Config:
+        """Note the shipped sample; return the part of the profile that suits any recipe."""
         folders = {"stand_in": str(substitution.folder()), "sample": str(usual_sample())}
         fragment = filled(fragment, folders) | {"bf16": machine.cpu_has_bf16()}
         self.sample = {key: fragment.pop(key) for key in substitution.OF_SAMPLE}
@@ -115,10 +115,10 @@ class _Layers:
 
 
 def compose(request: Request, gpu: Gpu | None = None) -> Composed:
-    """The config that a request comes to, for a card where that is known, not yet checked.
+    """Compose the config of a request, for a GPU if it is known; not checked yet.
 
     Raises:
-        UserError: a name or file is wrong, or what was asked cannot be laid over the recipe.
+        UserError: a name or file is wrong, or a change cannot be merged into the recipe.
     """
     name, file = paths.find_recipe(request.name)
     recipe = yamlfiles.read_yaml(file)
@@ -132,30 +132,30 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
 
     layers = _Layers(base)
     own = recipe | {key: base.get(key) for key in config.OF_THE_RUN}
-    layers.lay({key: value for key, value in own.items() if value is not None}, paths.shown(file), file)
+    layers.take({key: value for key, value in own.items() if value is not None}, paths.shown(file), file)
     of_variant, of_file = layers.differences(base), layers.config
     if MIRROR in dict(profiles):
-        layers.lay(_mirrored(layers.config), f"profile {MIRROR}")
-    laid = [profile for profile in profiles if profile[0] != MIRROR]
-    for (profile, source), fragment in _fragments(laid, layers.config, request.overrides, gpu, incompatible):
+        layers.take(_mirrored(layers.config), f"profile {MIRROR}")
+    others = [profile for profile in profiles if profile[0] != MIRROR]
+    for (profile, source), fragment in _fragments(others, layers.config, request.overrides, gpu, incompatible):
         if profile == REHEARSAL:
-            fragment = layers.lay_rehearsal(fragment)
+            fragment = layers.rehearsal_changes(fragment)
         elif layers.sample:
             layers.given |= dict(config.flatten(fragment))
-        layers.lay(config.merge(layers.config, fragment), f"profile {profile}", source)
+        layers.take(config.merge(layers.config, fragment), f"profile {profile}", source)
     for text in request.overrides:
         key, value = config.parse_override(text)
         check_not_of_the_run(key, f"--set {text}")
-        layers.lay(config.override(layers.config, key, value), f"--set {text}")
+        layers.take(config.override(layers.config, key, value), f"--set {text}")
         layers.given |= dict(config.flatten({key: value}))
     if rehearsal and request.ranks == 1:
         without = config.merge(layers.config, dict.fromkeys(gpus.ENGINE_KEYS))
-        layers.lay(without, "rehearsal in one process; --gpus 2 rehearses the engine too")
+        layers.take(without, "rehearsal in one process; --gpus 2 rehearses the engine too")
     several = f"--gpus {request.gpus}" + (f" --nodes {request.nodes}" if request.nodes > 1 else "")
-    layers.lay(gpus.divided(layers.config, request.ranks, several), f"{several}: steps of as many rows as on one")
+    layers.take(gpus.divided(layers.config, request.ranks, several), f"{several}: steps of as many rows as on one")
     if rehearsal:
         for changes, reason in substitution.substitutions(layers.config, layers.sample, layers.given, request.ranks):
-            layers.lay(config.merge(layers.config, changes), f"rehearsal: {reason}")
+            layers.take(config.merge(layers.config, changes), f"rehearsal: {reason}")
     files = {key: source for key, (_, source) in layers.reasons.items() if source}
     differences = layers.differences(of_file)
     composed = Composed(name, file, origin, layers.config, differences, files, [*dict(profiles)], rehearsal)
@@ -170,7 +170,7 @@ def _fragments(
     gpu: Gpu | None,
     incompatible: numerics.Incompatible,
 ) -> Iterator[tuple[tuple[str, Path], Config]]:
-    """What profiles lay over a config in turn: of those that are fitted, what suits all else that is laid over it."""
+    """The changes of each profile in turn; adapted profiles suit all else that is merged into the config."""
     before = begun
     for profile, file in profiles:
         fragment = yamlfiles.read_yaml(file)
@@ -180,7 +180,7 @@ def _fragments(
                 if name not in (profile, REHEARSAL):
                     with_others = config.merge(with_others, yamlfiles.read_yaml(other))
             for text in overrides:
-                with suppress(UserError):  # one that is wrong is refused where it is laid
+                with suppress(UserError):  # refused where it is merged
                     with_others = config.override(with_others, *config.parse_override(text))
             fragment = numerics.adapted(fragment, before, with_others, gpu, incompatible)
         before = config.merge(before, fragment)
@@ -188,7 +188,7 @@ def _fragments(
 
 
 def is_rehearsal(request: Request) -> bool:
-    """Whether the run that is asked for only tries the recipe."""
+    """True if the request is for a rehearsal."""
     return request.rehearse or REHEARSAL in (paths.find_profile(profile)[0] for profile in request.profiles)
 
 
@@ -203,7 +203,7 @@ def _mirrored(composed: Config) -> Config:
 
 
 def filled(fragment: Any, values: dict[str, str]) -> Any:
-    """A part of a config with its {placeholders} filled in; those without a value stay."""
+    """Fill in the {placeholders} of a part of a config; keep those without a value."""
     if isinstance(fragment, dict):
         return {key: filled(value, values) for key, value in fragment.items()}
     if isinstance(fragment, list):

@@ -1,4 +1,4 @@
-"""Axolotl configs: changes laid over them, two compared by key, and recipes that are variants of others."""
+"""Axolotl configs: merged changes, differences by key, and variants of recipes."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ OF_THE_RUN = ("output_dir", "dataset_prepared_path", "resume_from_checkpoint")  
 
 
 def merge(config: Config, changes: Config) -> Config:
-    """`config` with `changes` laid over it: mappings merge, anything else replaces, null deletes the key."""
+    """Merge `changes` into `config`: mappings merge, anything else replaces, null deletes the key."""
     merged = config | changes
     for key, value in changes.items():
         if isinstance(value, dict):

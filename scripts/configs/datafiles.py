@@ -67,12 +67,12 @@ def local_files(dataset: Config) -> list[Path]:
 
 
 def jsonl_files(dataset: Config) -> list[Path]:
-    """Those of a data set's local files that exist and hold a JSON row a line."""
+    """A data set's existing local JSONL files."""
     return [file for file in local_files(dataset) if file.suffix == ".jsonl" and file.is_file()]
 
 
 def _looks_local(path: Path) -> bool:
-    """Whether a path that does not exist must have been meant for this machine, and not for a hub."""
+    """True if a missing path must have been meant for this machine, not a hub."""
     in_a_folder = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
     return path.is_absolute() or path.suffix in _SUFFIXES or in_a_folder
 
@@ -144,8 +144,9 @@ def test_file(composed: Config, folder: Path = Path()) -> str | None:
 
 
 def can_be_rehearsed(dataset: Config) -> bool:
-    """Whether Axolotl finds the rows of a data set on this machine and can load some of them: those of a file, or of a
-    folder that `save_to_disk` has not written, which is loaded whole (axolotl/utils/data/shared.py)."""
+    """True if Axolotl can load some rows of a data set from this machine.
+
+    It loads a folder that `save_to_disk` wrote only as a whole (axolotl/utils/data/shared.py)."""
     files = local_files(dataset)
     whole = {"state.json", "dataset_dict.json"} & {file.name for file in files}
     return bool(files) and not whole and all(file.is_file() for file in files) and Path(dataset["path"]).exists()
@@ -162,7 +163,7 @@ def at_most(dataset: Config, rows: int, section: str) -> Config:
 
 
 def first_rows(dataset: Config) -> int | None:
-    """How many rows a split such as `train[:40]` takes; None where it takes all."""
+    """Number of rows in a split such as `train[:40]`; None for all."""
     match = re.fullmatch(r"train\[:(\d+)\]", str(dataset.get("split")))
     return int(match[1]) if match else None
 

@@ -22,7 +22,7 @@ class Gpu:
 
     Attributes:
         capability: its compute capability, as (8, 6).
-        memory: in GiB, as on the label; of a card in this machine that is not listed, as its driver reports it.
+        memory: in GiB, as on the label; of an unlisted GPU in this machine, as its driver reports it.
         tflops: its peak rate in fp16 or bf16, in 10^12 operations a second.
     """
 

@@ -21,22 +21,22 @@ _LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_
 LAYERS = dict.fromkeys(_LIKE_LLAMA, LINEAR_LAYERS) | {"phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}
 """The linear layers in each decoder layer, by model type; from transformers/models/<type>/modeling_<type>.py."""
 NEEDED = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-"""What an entry of models.yaml has to say of a model's config.json to stand in for it."""
+"""Keys of config.json that an entry of models.yaml needs to replace it."""
 
 
 @dataclass
 class Model:
-    """What is known about a base model; None is unknown.
+    """Facts about a base model; None is unknown.
 
     Attributes:
-        gated: whether the hub asks for an accepted licence and a token.
-        weights_here, tokenizer_here: whether they are on this machine, in a folder or in the hub's cache.
-        context: the most tokens that it was made for.
-        layers: how many layers its decoder has.
+        gated: True if the hub asks for an accepted licence and a token.
+        weights_here, tokenizer_here: True if they are on this machine, in a folder or in the hub's cache.
+        context: the largest number of tokens that it was made for.
+        layers: the number of its decoder layers.
         linear: the names of the linear layers in each of them that LoRA can adapt.
         special_tokens: a regular expression for its tokenizer's special tokens.
         pad_token: the padding token that its tokenizer names.
-        chat: whether it was trained to follow a chat template.
+        chat: True if it was trained with a chat template.
         chat_template: the chat template of its tokenizer.
     """
 
@@ -94,7 +94,7 @@ def architecture(composed: Config, download: bool = True) -> Config:
 
     Args:
         composed: the config.
-        download: whether the hub may be asked.
+        download: ask the hub, too.
 
     Raises:
         UserError: it is in none of them, or does not name the type of the model.
@@ -125,7 +125,7 @@ def architecture(composed: Config, download: bool = True) -> Config:
 
 
 def architecture_here(composed: Config) -> Config:
-    """What `architecture` finds without asking the hub; empty where it finds nothing."""
+    """Architecture without asking the hub; empty if it is not found."""
     with suppress(UserError):
         return architecture(composed, download=False)
     return {}
@@ -163,22 +163,22 @@ def _config_file(name: str, revision: Any, download: bool) -> Path:
 
 
 def is_copy(name: Any, of: Any) -> bool:
-    """Whether two names are of the same model, or the first is that of the other's mirror in models.yaml."""
+    """True if the first name is that of the second model, or of its mirror."""
     return name == of or (name is not None and name == catalogue().get(str(of), {}).get("mirror"))
 
 
 def is_mirror(name: str) -> bool:
-    """Whether models.yaml names a model as another's mirror."""
+    """True if a model is another's mirror in models.yaml."""
     return any(entry.get("mirror") == name for entry in catalogue().values())
 
 
 def is_path(name: str) -> bool:
-    """Whether the name of a base model is that of a folder, whether it exists or not, and not of a model on the hub."""
+    """True if the name of a base model is a path, existing or not, and no model of the hub."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def entry_of(name: str) -> Config:
-    """What models.yaml says of a model, or of the one that it is a mirror of; empty where it has neither."""
+    """Entry of a model, or of its original, in models.yaml; empty without one."""
     for entry in catalogue().values():
         if entry.get("mirror") == name:
             return {key: fact for key, fact in entry.items() if key not in ("mirror", "revision")} | {"gated": False}
@@ -200,7 +200,7 @@ SMALL = 2**30
 
 
 def is_small(composed: Config) -> bool:
-    """Whether a config's base model is on this machine, not quantized before, and small enough for a CPU to train."""
+    """True if a base model on this machine is not quantized, and small enough for a CPU."""
     folder = folder_of(composed)
     content = read_json(folder / "config.json") if folder else {}
     if not folder or "model_type" not in content or "quantization_config" in content:
@@ -212,7 +212,7 @@ _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
 
 
 DEFAULT_TOKENS = {"Qwen2Tokenizer": {"pad_token": "<|endoftext|>"}, "GemmaTokenizer": {"pad_token": "<pad>"}}
-"""What these classes of transformers take for a token that no file names."""
+"""Default tokens of these classes of transformers."""
 
 
 def token(folder: Path | None, name: str) -> str | None:

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 
 from ..base.yamlfiles import Config
 from . import models
-from .config import flatten
+from .config import flatten, merge
 from .gpus import Gpu
 
 
 @dataclass(frozen=True)
 class Precision:
-    """What Axolotl makes of bf16, fp16, bfloat16 and float16; dtypes are named as in torch.
+    """Precision that follows from bf16, fp16, bfloat16 and float16; dtypes are named as in torch.
 
     Attributes:
         weights: the dtype that the model is loaded in, and that 4-bit layers compute in.
@@ -43,7 +43,7 @@ def precision(config: Config, on_gpu: bool) -> Precision:
 
     Args:
         config: the config; values of these keys other than the schema's are not expected.
-        on_gpu: whether it is trained on an NVIDIA GPU, and not on a CPU.
+        on_gpu: it is trained on an NVIDIA GPU, not on a CPU.
     """
     bf16, fp16, float16 = config.get("bf16", "auto"), config.get("fp16"), config.get("float16")
     if bf16 == "auto":
@@ -58,7 +58,7 @@ def precision(config: Config, on_gpu: bool) -> Precision:
 
 
 def quantized(config: Config) -> bool:
-    """Whether bitsandbytes quantizes the base model (axolotl/loaders/model.py, _set_quantization_config)."""
+    """True if bitsandbytes quantizes the base model (axolotl/loaders/model.py, _set_quantization_config)."""
     bits = {"qlora": "load_in_4bit", "mixlora": "load_in_4bit", "lora": "load_in_8bit"}.get(str(config.get("adapter")))
     return bool(bits and config.get(bits))
 
@@ -81,7 +81,7 @@ def attention(config: Config) -> str:
 
 
 def takes_varlen(config: Config, model: Config) -> bool:
-    """Whether Axolotl, on a GPU, lets torch's varlen_attn go over each packed row, where sdpa would need a mask.
+    """True if Axolotl, on a GPU, uses torch's varlen_attn for packed rows, where sdpa would need a mask.
 
     It does unless sdpa_varlen is false or the model has what the kernel lacks: a sliding window, heads wider than 256
     or of two widths (loaders/patch_manager.py, _apply_sdpa_varlen_patch), a scale of its own or dropout in attention
@@ -105,7 +105,7 @@ def takes_varlen(config: Config, model: Config) -> bool:
 
 DETERMINISM = "full_determinism"
 ENVIRONMENT = {"PYTHONHASHSEED": "0"}
-"""What the process has to be started with."""
+"""Environment variables of a deterministic process."""
 
 
 def environment(config: Config) -> dict[str, str]:
@@ -130,23 +130,21 @@ _LORA = {
 
 
 def adapted(fragment: Config, before: Config, config: Config, gpu: Gpu | None, incompatible: Incompatible) -> Config:
-    """A profile of `ADAPTED` without what a config or a card does not allow; its plugins join those before it.
+    """Adapt a profile of `ADAPTED` to a config and a GPU; its plugins join those before it.
 
     Args:
         fragment: its content.
-        before: what it is laid over.
-        config: what all else comes to: a recipe, the other profiles, also those behind it, and overrides.
-        gpu: the card; None is any from Ampere on.
+        before: the config that it is merged into.
+        config: the recipe with the other profiles, also later ones, and overrides.
+        gpu: the GPU; None is any from Ampere on.
         incompatible: where to note keys that are left out, or get another value than the profile's.
     """
     fit = dict(fragment)
     for changes, reason in _incompatible(config, gpu):
-        for key, instead in changes.items():
-            if key in fit and fit[key] != instead:
-                incompatible.setdefault(reason, {})[key] = instead
-                fit[key] = instead
-                if instead is None:
-                    del fit[key]
+        differing = {key: instead for key, instead in changes.items() if key in fit and fit[key] != instead}
+        if differing:
+            incompatible.setdefault(reason, {}).update(differing)
+            fit = merge(fit, differing)
     if "plugins" in fit:
         fit["plugins"] = list(dict.fromkeys([*_listed(before, "plugins"), *fit["plugins"]]))
     return fit
@@ -192,7 +190,7 @@ def _incompatible_lora(config: Config, model: Config) -> Iterator[tuple[Config, 
 
 
 def departures(recipe: Config, run: Config) -> Iterator[str]:
-    """How a run computes otherwise than its recipe, by what its config turns on, whether a profile did that or not."""
+    """Differences in computation between a run and its recipe, by the features that its config turns on."""
     turned_on = {key for key, value in run.items() if value and not recipe.get(key)}
     if any(re.match("liger_|cut_cross_entropy$|lora_.*_kernel$", key) for key in turned_on):
         yield "other kernels, which round otherwise"

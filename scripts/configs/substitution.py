@@ -35,12 +35,12 @@ _MOST_ROWS = {"datasets": 32, "test_datasets": 8}  # few enough for a rehearsal 
 
 
 def substitutions(composed: Config, sample: Config, given: Config, ranks: int) -> Iterator[tuple[Config, str]]:
-    """Changes to lay over the config of a rehearsal, each with its reason.
+    """Changes to the config of a rehearsal, each with its reason.
 
     Args:
         composed: the config.
         sample: the shipped sample, as the profile's values of `OF_SAMPLE`.
-        given: by dotted keys, what was laid over the profile's values; it stays.
+        given: the user's changes to the profile's values, by dotted key; they stay.
         ranks: the processes that train.
     """
     for change, reason in _rows(composed, sample, given):
@@ -109,7 +109,7 @@ def _lent(entries: dict[str, Config], sample: list[Config]) -> list[Config]:
 
 
 def _is_elsewhere(entries: dict[str, Config]) -> bool:
-    """Whether data sets are on a hub or in a cloud, and not on this machine under a path that may be misspelt."""
+    """True if all data sets are on a hub or in a cloud, and no path may be misspelt."""
     return bool(entries) and all(entry.get("path") and not datafiles.local_files(entry) for entry in entries.values())
 
 
@@ -133,7 +133,7 @@ def _ends(composed: Config) -> Iterator[tuple[Config, str]]:
 
 
 def lacking(composed: Config) -> Iterator[tuple[Config, str]]:
-    """What a config asks for that no CPU has, as the changes that do without it, each with the reason.
+    """Changes that replace GPU features of a config, each with its reason.
 
     Seen with Axolotl 0.21: nearly all of these end a training on a CPU with an error, most once the model is loaded.
     """
@@ -189,12 +189,12 @@ def _few_steps(composed: Config, gpus: int) -> Config:
 
 
 def folder() -> Path:
-    """Where the stand-in model is, or will be once it is converted."""
+    """Folder of the stand-in model, once it is converted."""
     return paths.cache() / f"{NAME}-{distribution(WEIGHTS).version}"
 
 
 def stands_in(config: Config) -> bool:
-    """Whether a config's base model is the stand-in."""
+    """True if a config's base model is the stand-in."""
     return config.get("base_model") == str(folder())
 
 

@@ -169,7 +169,7 @@ class Split(Strict):
 
 
 class Data(Strict):
-    """Where a study's data is published, and how it is prepared.
+    """Origin and preparation of a study's data.
 
     Attributes:
         key: its name in `recipe data fetch`.

@@ -68,14 +68,10 @@ def fetch(data: Data, out: Path, only: Collection[str] | None = None) -> list[Ro
             with tempfile.TemporaryDirectory(dir=out, prefix=".fetching-") as staging:
                 rows[name] = _fetched(data, name, out, Path(staging))
             record = {"from": source.url or source.hub, "revision": source.revision, "time": now()}
-            _record(out, {name: record}, [row for of_source in rows.values() for row in of_source])
+            sources = read_json(out / RECORD).get("sources", {}) | {name: record}
+            files = [row for of_source in rows.values() for row in of_source]
+            write_json(out / RECORD, {"made_by": f"qlora-recipes {__version__}", "sources": sources, "files": files})
         return [row for name in wanted for row in rows[name]]
-
-
-def _record(out: Path, source: Row, files: list[Row]) -> None:
-    former = read_json(out / RECORD).get("sources", {})
-    record = {"made_by": f"qlora-recipes {__version__}", "sources": former | source, "files": files}
-    write_json(out / RECORD, record)
 
 
 def _present(data: Data, out: Path, wanted: list[str]) -> dict[str, list[Row]]:

@@ -67,11 +67,7 @@ def how_made(of_study: Study, split: str, input_format: str) -> Row:
     made["filters"] = data.filters_of(split)
     if split == "test":
         made["extra_fields"] = data.extra_fields
-    if data.splits[split].shuffle is not None:
-        made["shuffle"] = data.splits[split].shuffle
-    if order := data.splits[split].order:
-        made["order"] = order.model_dump()
-    return made
+    return made | data.splits[split].model_dump(include={"shuffle", "order"}, exclude_none=True)
 
 
 def how_chosen(subset: Subset, folder: Path) -> Row:

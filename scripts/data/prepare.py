@@ -193,12 +193,7 @@ class _Preparation:
 
     def _account(self, name: str, raw: RawFile, counts: _Counts) -> Row:
         split, known = self.study.data.splits[name], self.study.data.files[self.study.data.raw_file(name)]
-        sampled: Row | None = None
-        if split.first and split.first < counts.kept:
-            sampled = {"first": split.first}
-        elif split.sample and split.sample < counts.kept:
-            sampled = {"rows": split.sample, "seed": split.seed if split.shuffle is None else split.shuffle}
-            sampled |= {"sample_from": split.sample_from} if split.sample_from else {}
+        chosen_by = {"sample", "seed", "shuffle", "sample_from"} if split.sample else {"first"}
         checksum = sha256(raw.path)
         unknown = known.sha256 is None and known.rows in (None, raw.read)
         return {
@@ -209,7 +204,7 @@ class _Preparation:
             "read": raw.read,
             "kept": counts.kept,
             "dropped": dict(counts.dropped),
-            "sampled": sampled,
+            "sampled": split.model_dump(include=chosen_by, exclude_none=True),
         }
 
     def _subsets(self, subsets: Mapping[str, Subset], rows: Iterable[PlacedRow], is_study_file: bool) -> Row:

@@ -26,8 +26,10 @@ _OF_SCORES = (
 
 
 class Decoding(Strict):
-    """How predictions are generated, in transformers' terms; those behind do_sample and num_beams matter only when
-    sampling. A top_k of 0 leaves all tokens to choose from."""
+    """Decoding of predictions, in transformers' terms.
+
+    Only sampling uses temperature, top_p, top_k and seed; a top_k of 0 allows all tokens.
+    """
 
     max_new_tokens: int = Field(ge=1)
     do_sample: bool = False
@@ -90,7 +92,7 @@ class Study(Strict):
 
     @property
     def generates(self) -> bool:
-        """Whether one of the metrics is of predictions, and not all of the eval loss."""
+        """True if a metric scores predictions, not only the eval loss."""
         return any(column.metric.of_loss is None for column in self.columns.values())
 
     @property

@@ -45,7 +45,7 @@ class OtherModel:
     Attributes:
         about: what the recipe says of it.
         changes: by top-level key.
-        not_known: what is to be said before it is used, in lines.
+        not_known: lines about missing facts and foreign templates.
     """
 
     about: BaseModel
@@ -59,7 +59,7 @@ class OtherModel:
 
 
 def for_model(base: str, name: str) -> OtherModel:
-    """What has to change in a recipe or file for another base model.
+    """Changes of a recipe or file for another base model.
 
     Args:
         base: the recipe or file.

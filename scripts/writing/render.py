@@ -1,5 +1,4 @@
-"""Recipes from templates, the only way a shipped recipe is written; and what they say of base
-models; and a study of the user's own to begin with."""
+"""Recipes rendered from templates, the facts that they state of base models, and a new study."""
 
 import difflib
 import os
@@ -35,7 +34,7 @@ _SOFT_CAPS = "this project: sdpa leaves out the cap on attention scores that thi
 
 @dataclass
 class BaseModel:
-    """What a recipe says of its base model.
+    """Facts that a recipe states of its base model.
 
     Attributes:
         title: its name in words.
@@ -63,7 +62,7 @@ class BaseModel:
 
 
 def describe(entry: Config, name: str, folder: Path | None = None) -> BaseModel:
-    """What a recipe says of a base model.
+    """Facts that a recipe states of a base model.
 
     Args:
         entry: the facts of models.yaml, none where it has none.
@@ -144,7 +143,7 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
     models = yamlfiles.read_yaml(listed)
 
     def facts(base_model: str) -> BaseModel:
-        """What the templates' models.yaml says of a model.
+        """Facts of a model in the templates' models.yaml.
 
         Raises:
             UserError: it has no entry, or the entry lacks what every recipe states.

@@ -45,7 +45,7 @@ def test_rows_drawn_out_of_a_split_are_not_in_it(tmp_path: Path) -> None:
     valid, train = numbers(of_study, "valid"), numbers(of_study, "train")
     assert len(valid) == 4 and sorted([*valid, *train]) == list(range(20))
     assert (splits["train"]["kept"], splits["train"]["rows"], splits["train"]["moved"]) == (20, 16, {"valid": 4})
-    assert splits["valid"]["sampled"] == {"rows": 4, "seed": 1, "sample_from": "train"}
+    assert splits["valid"]["sampled"] == {"sample": 4, "seed": 1, "sample_from": "train"}
     left_out = {row["file"]: row["left out"] for row in manifest.table({"splits": splits})}
     assert left_out == {
         "train.jsonl": "1 (no answer), 4 (in valid.jsonl)",
