@@ -2,7 +2,6 @@
 
 import re
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from shutil import get_terminal_size
@@ -12,7 +11,7 @@ import click
 import orjson
 
 from .base.files import Row
-from .base.progress import harmless, masked
+from .base.progress import broken, cells_of, harmless, masked
 from .base.yamlfiles import write_flow
 
 
@@ -28,7 +27,7 @@ class Table:
 
 
 _NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]\d+)?( ?%)?|nan|–")  # on the right of their columns
-_GAP = 2  # spaces between columns, and before what stands below a row
+_GAP = 2  # spaces between columns, and before cells below a row
 
 
 def text_of(value: Any) -> str:
@@ -86,21 +85,21 @@ def print_table(
     width = _width()
     columns = [column for column in rows[0] if empty or any(row.get(column) is not None for row in rows)]
     texts = {column: [*map(harmless, (column, *_column([row[column] for row in rows])))] for column in columns}
-    widths = {column: max(map(_length, texts[column])) for column in columns}
+    widths = {column: max(map(cells_of, texts[column])) for column in columns}
     numbers = {column for column in columns if all(map(_NUMBER.fullmatch, texts[column][1:]))}
     above, beside, under, left_out = _arranged(widths, width, spare, below)
     if title:
         print_text(title)
     for i, row in enumerate([dict.fromkeys(columns), *rows]):  # the headings, then the rows
-        for line in _broken(texts[columns[0]][i], width) if above else ():
+        for line in broken(texts[columns[0]][i], width) if above else ():
             click.secho(line, bold=not i or None)
-        fills = {column: " " * (widths[column] - _length(texts[column][i])) for column in beside}
+        fills = {column: " " * (widths[column] - cells_of(texts[column][i])) for column in beside}
         cells = [fills[c] + texts[c][i] if c in numbers else texts[c][i] + fills[c] for c in beside]
         if cells:
             click.secho((" " * _GAP * above + (" " * _GAP).join(cells)).rstrip(), bold=not i or None)
         for column in under:
             if row[column] is not None:
-                for line in _broken(f"{column}: {texts[column][i]}".removeprefix(": "), width - 2 * _GAP):
+                for line in broken(f"{column}: {texts[column][i]}".removeprefix(": "), width - 2 * _GAP):
                     click.echo(" " * _GAP + line)
     if left_out:
         print_text(f"not shown in this width: {', '.join(left_out)}; `| less -S` shows all", dim=True)
@@ -110,7 +109,7 @@ def print_table(
 
 def print_text(text: str, dim: bool = False) -> None:
     """A text of one paragraph on stdout, in lines of the terminal's width."""
-    for line in _broken(text, _width()):
+    for line in broken(text, _width()):
         click.secho(line, dim=dim or None)
 
 
@@ -145,26 +144,6 @@ def _arranged(
     return above, beside, under, left_out
 
 
-def _length(text: str) -> int:
-    """Cells of a terminal that a text takes."""
-    if text.isascii():
-        return len(text)
-    from rich.cells import cell_len
-
-    return cell_len(text)
-
-
-def _broken(text: str, width: int) -> Iterator[str]:
-    """A text in lines, broken after spaces and slashes."""
-    line = ""
-    for piece in re.split(r"(?<=[/\s])", harmless(text)):
-        if line and _length(line + piece.rstrip()) > width:
-            yield line.rstrip()
-            line = " " * _GAP
-        line += piece
-    yield from textwrap.wrap(
-        line, width, subsequent_indent=" " * _GAP, drop_whitespace=False, break_on_hyphens=False
-    ) or [line]
 
 
 def print_json(value: Any) -> None:

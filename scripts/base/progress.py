@@ -3,12 +3,14 @@
 import os
 import re
 import sys
+import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Any, Self
 
 import orjson
@@ -67,10 +69,34 @@ def harmless(text: str) -> str:
     return _OBEYED.sub(" ", masked(text))
 
 
+def cells_of(text: str) -> int:
+    """Cells of a terminal that a text takes."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def broken(text: str, width: int) -> Iterator[str]:
+    """Yield a harmless text in lines of at most `width` cells, broken after spaces and slashes."""
+    indent = line = " " * (len(text) - len(text.lstrip(" ")))
+    for piece in re.split(r"(?<=[/\s])", harmless(text.lstrip(" "))):
+        if line.strip() and cells_of(line + piece.rstrip()) > width:
+            yield line.rstrip()
+            line = f"{indent}  "
+        line += piece
+    yield from textwrap.wrap(
+        line, width, subsequent_indent=f"{indent}  ", drop_whitespace=False, break_on_hyphens=False
+    ) or [line]
+
+
 def say(text: str) -> None:
-    """Write a line to stderr, unless it is closed."""
+    """Write a text to stderr in lines of the terminal's width, unless it is closed."""
+    width = get_terminal_size().columns if sys.stderr.isatty() else sys.maxsize
     with suppress(OSError):
-        print(harmless(text), file=sys.stderr, flush=True)
+        for line in text.split("\n"):
+            print(*broken(line, width), sep="\n", file=sys.stderr, flush=True)
 
 
 @cache

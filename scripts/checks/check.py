@@ -144,7 +144,8 @@ def examine(
     report.add(_replaced(composed))
     report.add(placed(_profile_compatibility(composed, gpu, launching), composed))
     if data:
-        of_rows, report.data = rows.check(usable)
+        wrong = {finding.key.removesuffix(".type") for finding in report.findings if finding.key.endswith(".type")}
+        of_rows, report.data = rows.check(usable, wrong)
         report.add(of_rows)
     return report
 

@@ -3,7 +3,7 @@
 import codecs
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache
@@ -124,7 +124,7 @@ class _File:
         self.first.setdefault((rule, about), (line, example))
 
 
-def check(config: Config) -> tuple[list[Finding], list[Row]]:
+def check(config: Config, skipped: Collection[str] = ()) -> tuple[list[Finding], list[Row]]:
     """Find mistakes in the rows of a config's local JSONL files; return also how many rows and bytes each data set has.
 
     Each file is read once, as a stream; of each row a hash is kept (some 100 bytes), to find rows that repeat
@@ -132,12 +132,15 @@ def check(config: Config) -> tuple[list[Finding], list[Row]]:
 
     Args:
         config: a config without what breaks the schema.
+        skipped: keys of data sets whose type is wrong, so that nobody knows which fields it reads.
     """
     special = models.find(config).special_tokens
     findings: list[Finding] = []
     read: list[Row] = []
     seen: dict[int, str] = {}
     for key, dataset in datafiles.datasets(config):
+        if key in skipped:
+            continue
         reader = _Reader(dataset, special, seen, trained=key.startswith("datasets"))
         files = [_File(key, path) for path in datafiles.jsonl_files(dataset)]
         for file in files:
@@ -199,6 +202,11 @@ class _Reader:
     def _row(self, file: _File, number: int, row: Row) -> None:
         fields = self.fields
         meant = misspelt(tuple(row), self.names)
+        required = [name for name in self.names if name not in fields.optional]
+        if required and not meant and not any(name in row for name in self.names):
+            about = f"none of the fields that the type reads ({', '.join(required)})"
+            file.count("bad-row", about, number, f"fields: {', '.join(row) or 'none'}"[:80])
+            return
         for name in self.names:
             value = row.get(name)
             hint = f", but with {meant[name]}" if name in meant else ""
@@ -208,9 +216,8 @@ class _Reader:
             elif name in meant and name in fields.optional:
                 file.count("misspelt-field", f"{meant[name]}, which is not read; did you mean {name}?", number)
             elif not isinstance(value, str) and (name not in fields.optional or not (value is None or fields.lists)):
-                others = "" if hint or name in row else f"fields: {', '.join(row) or 'none'}"[:80]
                 about = f"{'no text' if name in row else 'nothing'} in the field {name}{hint}"
-                file.count("bad-row", about, number, others)
+                file.count("bad-row", about, number)
             elif name == fields.reference and not (value or "").strip():
                 file.count("empty-reference", name, number)
         if fields.items:
@@ -281,7 +288,8 @@ def _findings(file: _File) -> Iterator[Finding]:
         level, problem, remedy = _WORDS[rule]
         count = file.counts[rule, about]
         if example.startswith("fields: ") and count == file.rows:  # rows of another form, none of which is to blame
-            remedy = "name their fields in the type of the data set, as in type: {field_output: answer}"
+            form = datafiles.form_of(example.removeprefix("fields: ").split(", "))
+            remedy = f"set {yamlfiles.write_flow(form or {'type': {'field_output': 'answer'}})[1:-1]} to read theirs"
         text = problem.format(n="1 row" if count == 1 else f"{count} rows", about=about)
         text += f" ({example})" if example else ""
         yield Finding(level, rule, f"{file.key}.path", text, remedy, str(file.path), line)

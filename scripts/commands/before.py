@@ -11,7 +11,7 @@ import typer
 from .. import tables
 from ..base import yamlfiles
 from ..base.paths import recipe_names
-from ..base.progress import Bar, harmless, say
+from ..base.progress import Bar, say
 from .data import verbs as data_verbs
 from .help import Verb, next_step, over
 from .options import (
@@ -132,7 +132,7 @@ def _print_findings(findings: "Iterable[Finding]") -> None:
         alike.setdefault((finding.level, finding.name, finding.problem, finding.remedy), []).append(finding)
     for first, *more in alike.values():
         others = f" (also in {', '.join(Path(str(other.where)).name for other in more)})" if more else ""
-        print(harmless(f"{first}{others}"))
+        tables.print_text(f"{first}{others}")
 
 
 @verbs.command(
@@ -146,10 +146,10 @@ def plan_verb(
     profile: Profiles = None,
     set_: Overrides = None,
     gpu: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="The card, as T4, or its memory, as 24GB; by default this machine's, or a table of memory sizes.",
+            help="A GPU, as T4, or its memory, as 24GB; by default this machine's, or several sizes. Repeatable.",
         ),
     ] = None,
     gpu_count: Annotated[int, typer.Option("--gpus", min=1, help="How many GPUs to train on.")] = 1,
@@ -162,27 +162,34 @@ def plan_verb(
     from ..configs.compose import Request
     from ..planning import plan
 
-    size = re.fullmatch(r"(\d{1,3}) ?Gi?B", gpu or "", re.IGNORECASE)
-    memory = float(size[1]) if size else None
-    target = None if memory else gpus.find(gpu) if gpu else gpus.here()
+    targets = [_target(name) for name in gpu or []] or [(gpus.here(), None)]
     requests = [
         Request(name, profile or [], set_ or [], gpus=gpu_count, force=force or []) for name in names or recipe_names()
     ]
-    plans = {}
+    plans = []
     with Bar("planning", len(requests)) as bar:
-        for request in requests:
+        for done, request in enumerate(requests, 1):
             bar.begin(f"planning {request.name}")
-            plans[request.name] = plan.of_request(request, target, memory, data)
-            bar.update(len(plans))
+            for target, memory in targets:
+                plans.append((request.name, plan.of_request(request, target, memory, data)))
+            bar.update(done)
     if json:
-        tables.print_json([{"recipe": name, **asdict(planned)} for name, planned in plans.items()])
+        tables.print_json([{"recipe": name, **asdict(planned)} for name, planned in plans])
     elif len(plans) > 1:
         _print_plans(plans)
     else:
-        planned = plans[requests[0].name]
+        planned = plans[0][1]
         _print_plan(planned)
         if any(card.fits for card in planned.cards):
             next_step("run", *_launching(requests[0]))
+
+
+def _target(name: str) -> "tuple[Gpu | None, float | None]":
+    """A GPU by its name, or a size of memory in GiB."""
+    from ..configs import gpus
+
+    size = re.fullmatch(r"(\d{1,3}) ?Gi?B", name, re.IGNORECASE)
+    return (None, float(size[1])) if size else (gpus.find(name), None)
 
 
 def _print_plan(planned: "Plan") -> None:
@@ -241,26 +248,32 @@ def _print_plan(planned: "Plan") -> None:
 
 def _work(work: "Work") -> Iterator[tuple[str, str]]:
     """The lines of a training's work that are known."""
+    up_to = "up to " if work.at_most else ""
+    if work.at_most:
+        yield (
+            "row lengths",
+            "not known: tokens and hours are those of full rows; once the data is prepared, --data counts",
+        )
     yield "rows", f"{work.rows:,} ({work.rows_are})" if work.rows else "not known: the training data is not here"
     if work.tokens:
-        yield "tokens in all epochs", f"{work.tokens:,} ({work.tokens_are})"
+        yield "tokens in all epochs", f"{up_to}{work.tokens:,} ({work.tokens_are})"
     if work.steps:
         yield "optimizer steps", f"{work.steps:,}"
     yield "operations a token", f"{work.flops_per_token:.3g}"
     if work.tokens_per_second:
         yield "tokens a second", f"{work.tokens_per_second:,.0f}"
     if work.hours:
-        yield "hours", f"{work.hours:,.{1 if work.hours >= 1 else 2}f} ({work.hours_are})"
+        yield "hours", f"{up_to}{work.hours:,.{1 if work.hours >= 1 else 2}f} ({work.hours_are})"
 
 
-def _print_plans(plans: "dict[str, Plan]") -> None:
+def _print_plans(plans: "list[tuple[str, Plan]]") -> None:
     """Several plans in a table, a row each."""
     from ..planning.planner import GIB
 
     rows = []
-    for name, planned in plans.items():
+    for name, planned in plans:
         memory, cards = planned.memory, planned.cards
-        row = {
+        row: dict[str, str | None] = {
             "recipe": name,
             "trainable": f"{planned.trainable:,}",
             "share": f"{planned.trainable_share:.2%}",
@@ -271,14 +284,16 @@ def _print_plans(plans: "dict[str, Plan]") -> None:
             "needed GiB": f"{memory.needed / GIB:.2f}",
         }
         if len(cards) == 1:
-            row |= {f"fits {cards[0].card}": "yes" if cards[0].fits else "no", "free GiB": f"{cards[0].free / GIB:.2f}"}
+            card, hours = cards[0], planned.work and planned.work.hours
+            row |= {"GPU": card.card, "fits": "yes" if card.fits else "no", "free GiB": f"{card.free / GIB:.2f}"}
+            row["hours"] = f"{'up to ' if planned.work.at_most else ''}{hours:.3g}" if planned.work and hours else None
         else:
-            row["smallest card"] = next((card.card for card in cards if card.fits), "none")
+            row["smallest GPU"] = next((card.card for card in cards if card.fits), "none")
         rows.append(row)
     tables.print_table(rows, spare=["logits GiB", "reserved GiB", "allocated GiB", "trainable", "share", "micro batch"])
-    for name, planned in plans.items():
-        for note in planned.notes:
-            tables.print_text(f"note: {name}: {note}")
+    notes = [f"note: {name}: {note}" for name, planned in plans for note in planned.notes]
+    for note in dict.fromkeys(notes):
+        tables.print_text(note)
 
 
 def _launching(request: "Request") -> list[str]:

@@ -1,13 +1,14 @@
 """The verbs of predictions: evaluate and score."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .. import tables
-from ..base.files import write_rows
+from ..base import yamlfiles
+from ..base.files import Row, write_rows
 from ..base.progress import Bar, say
 from .after import HEADING
 from .help import Verb, name_of, next_step
@@ -42,6 +43,7 @@ Adapter = Annotated[
         help="Another adapter, under a run's config or, where RUN names a recipe, under that; none is the base model.",
     ),
 ]
+Base = Annotated[bool, typer.Option("--base", help="Also score the base model, in a column beside the adapter.")]
 Checkpoints = Annotated[
     bool,
     typer.Option(
@@ -80,17 +82,19 @@ def evaluate_verb(
     model: ServersModel = None,
     metric: Metrics = None,
     checkpoints: Checkpoints = False,
+    base: Base = False,
     force: Force = None,
     on: On = "local",
     json: Json = False,
 ) -> None:
     """Generate predictions for test rows with a run's adapter, and score them."""
+    from ..configs import datafiles
     from ..runs.rundir import RunDir
     from ..scores import checkpoint_selection, evaluations
-    from ..scores.evaluate import EvaluationRequest
+    from ..scores.evaluate import BASE, EvaluationRequest
     from ..workflows import evaluation
 
-    exclusive({"--checkpoints": checkpoints, "--adapter": adapter})
+    exclusive({"--checkpoints": checkpoints, "--adapter": adapter, "--base": base})
     request = EvaluationRequest(data, limit, adapter, max_new_tokens, batch_size, metric or [], decoding)
     request.checkpoints, request.force, request.engine, request.model = checkpoints, force or [], engine, model
     only_with("--model", model, "--engine URL", request.server)
@@ -101,14 +105,22 @@ def evaluate_verb(
         server.at(request.server)  # an address that has to be refused is noted nowhere
     backend = backend_of(on)
     folder, evaluated = evaluation.of_name(run, request, backend)
+    scores = {"adapter": evaluated.scores} if isinstance(evaluated, evaluations.Evaluation) else {}
+    if base:
+        _, of_base = evaluation.of_name(str(folder.path), replace(request, adapter=BASE), backend)
+        scores |= {"base": of_base.scores} if isinstance(of_base, evaluations.Evaluation) else {}
     if isinstance(evaluated, RunDir):
         print(evaluated.path)
         next_step("results", json=json)
         return
     if isinstance(evaluated, checkpoint_selection.CheckpointSelection):
         _print_selection(evaluated, json)
-    if isinstance(evaluated, evaluations.Evaluation):
-        _print_scores(evaluated.scores, json)
+    elif base and not json:
+        _print_beside_base(scores)
+    else:
+        _print_scores(scores if base else scores["adapter"], json)
+    options = datafiles.chat_options(yamlfiles.read_yaml(folder.config))
+    say(f"chat: axolotl inference {folder.config} --lora-model-dir {folder.output} {options}")
     next_step("report", name_of(folder), json=json)
 
 
@@ -161,6 +173,16 @@ def _print_selection(selection: "CheckpointSelection", json: bool) -> None:
         notes.append("There are no other rows to test it on, so its score is too good; --data FILE names some.")
     records = vars(selection) | {"column": selection.column.name, "checkpoints": [*map(asdict, selection.checkpoints)]}
     tables.show(json, records, [tables.Table(rows)], notes)
+
+
+def _print_beside_base(scores: dict[str, Row]) -> None:
+    """Print scores with a column for the adapter and one for its base model."""
+    names = [name for name, value in scores["adapter"].items() if isinstance(value, int | float)]
+    rows = [{"score": name} | {model: of_model.get(name) for model, of_model in scores.items()} for name in names]
+    tables.print_table(rows)
+    for model, of_model in scores.items():
+        for note in of_model.get("notes", []):
+            say(f"{model}: {note}")
 
 
 def _print_scores(scores: dict[str, Any], json: bool) -> None:

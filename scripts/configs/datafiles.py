@@ -3,7 +3,7 @@
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from glob import glob
@@ -38,6 +38,12 @@ def datasets(composed: Config, *sections: str) -> Iterator[tuple[str, Config]]:
         for i, dataset in enumerate(entries if isinstance(entries, list) else ()):
             if isinstance(dataset, dict):
                 yield f"{section}.{i}", dataset
+
+
+def chat_options(composed: Config) -> str:
+    """Options with which `axolotl inference` asks by the prompt that a config trains on, as far as it has them."""
+    types = {str(dataset.get("type")) for _, dataset in datasets(composed, "datasets")}
+    return {"chat_template": "--chat", "alpaca": "--prompter AlpacaPrompter"}.get("".join(types), "")
 
 
 def local_files(dataset: Config) -> list[Path]:
@@ -96,6 +102,11 @@ _FORMS: list[tuple[set[str], Config]] = [
 """Fields of rows, and the keys of a data set that reads them."""
 
 
+def form_of(fields: Collection[str]) -> Config | None:
+    """The keys of a data set that reads rows with these fields; None for an unknown form."""
+    return next((entry for known, entry in _FORMS if known <= set(fields)), None)
+
+
 def entry_for(file: Path) -> Config:
     """The data set entry for a file of rows, by the fields of its first row.
 
@@ -109,7 +120,7 @@ def entry_for(file: Path) -> Config:
         row = orjson.loads(next(filter(bytes.strip, lines), b"null"))
     if not isinstance(row, dict):
         raise UserError(f'{file}: not a JSON object a line; write each row so, as in {{"messages": [...]}}')
-    entry = next((entry for fields, entry in _FORMS if fields <= row.keys()), None)
+    entry = form_of(row)
     if entry is None:
         known = "; ".join(" and ".join(sorted(fields)) for fields, _ in _FORMS)
         hint = f"known are {known}; name another form by --set 'datasets=[{{path: {file}, type: ...}}]'"

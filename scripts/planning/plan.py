@@ -112,13 +112,11 @@ def of_request(
     found = work.counted(composed, request.force) if data else work.published(composed)
     planned, planner = plan(composed.config, gpu, vram, request.gpus)
     findings = [finding for finding in check.examine(composed, gpu).findings if finding.scope in ("gpu", "code")]
-    planned.notes += [f"{finding.name}: {finding.problem}" for finding in findings]
+    planned.notes += [f"{finding.name}: {finding.problem}; {finding.remedy}".rstrip("; ") for finding in findings]
     if found and found.longest and not composed.config.get("sample_packing"):  # packed batches are always full
         size = Planner(planner.step, planner.rows, found.longest).required
         planned.longest_batch = MicroBatch(planner.rows, found.longest, size)
     planned.work = work.work(composed, planner, gpu, request.gpus, found)
-    if planned.work.hours and not found:
-        planned.notes.append("tokens are an upper bound, every row counted as a full one; --data counts them")
     return planned
 
 
@@ -147,8 +145,8 @@ def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus
         notes.append(f"cards are judged under {engine_of(config)}")
     if memory.paged:  # bitsandbytes allocates it in CUDA's unified memory (cudaMallocManaged)
         notes.append(
-            f"{memory.paged / GIB:.2f} GiB of optimizer state is paged, and not part of what a GPU needs: it stays on "
-            "the GPU while there is room, and moves to main memory, which must hold all of it, when there is none"
+            f"{memory.paged / GIB:.2f} GiB of paged optimizer state moves to main memory when the GPU is full, and is "
+            "not part of what a GPU needs"
         )
     saved = planner.required - engines[engine_of(config)] if engines else 0
     size = vram or (gpu and gpu.memory)

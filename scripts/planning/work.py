@@ -13,6 +13,7 @@ from ..data import study
 from . import steps
 from .planner import Planner
 
+FULL = "every row counted as a full one"
 UTILIZATION = 0.3
 """The share of the peak rate that is assumed."""
 
@@ -65,9 +66,14 @@ class Work:
     hours: float | None
 
     @property
+    def at_most(self) -> bool:
+        """True where the lengths of rows are not known, and every row counts as a full one."""
+        return self.tokens_are.startswith(FULL)
+
+    @property
     def hours_are(self) -> str:
         """What the hours rest on."""
-        return f"speed: {UTILIZATION:.0%} of the GPU's peak; tokens: {self.tokens_are.replace(': ', ', ')}"
+        return f"speed: {UTILIZATION:.0%} of the GPU's peak; tokens: {self.tokens_are}"
 
 
 def counted(composed: Composed, force: Sequence[str] = ()) -> Lengths:
@@ -133,7 +139,7 @@ def work(composed: Composed, planner: Planner, gpu: Gpu | None, gpus: int, lengt
     if all_steps and config.get("max_steps"):  # it wins over the epochs
         taken = all_steps * datafiles.effective_batch(config) * gpus
         if packs:  # of sequences, each with several rows
-            tokens, epochs, tokens_are = length, taken, "at most: every sequence counted as a full one"
+            tokens, epochs, tokens_are = length, taken, FULL
         elif rows:
             epochs = taken / rows
     tokens = round(tokens * epochs) if tokens else None
@@ -151,7 +157,7 @@ def _full(composed: Composed, length: int) -> Lengths | None:
     others = any(change.key.startswith(("datasets", "val_set_size")) for change in composed.from_origin)
     if rows is None and of_study and not others:
         rows, rows_are = of_study.data.rows_of("train"), "the study's data"
-    are = "at most: every row counted as a full one"
+    are = FULL
     return Lengths(rows, rows * length, rows * length, None, are, rows_are) if rows else None
 
 

@@ -57,6 +57,7 @@ def card(result: RunResult, evaluation: Evaluation | None, merged: bool, reposit
         **facts,
         front_matter=_front_matter(facts, evaluation.columns if evaluation else {}, scored_on, merged, tags),
         command=_command(facts["run"]),
+        chat=datafiles.chat_options(facts["config"]),
         merged=merged,
         repository=repository or ".",
         study=of_study,

@@ -291,6 +291,9 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
             notes.append("the rows that it is evaluated on have changed since the run was created")
             say(f"{task.rows.data}: {notes[0]}")
         notes += [settings.note] if settings.note else []
+        if cut := sum(bool(row.get("cut")) for row in rows):
+            most = settings.decoding.max_new_tokens
+            notes.append(f"{cut} of {len(rows)} answers were cut at {most} new tokens; --max-new-tokens raises that")
         if notes:
             scores["notes"] = notes + scores.get("notes", [])
         result = Evaluation(made=now(), rehearsal=rehearsal, scores=scores, version=VERSION, settings=settings)

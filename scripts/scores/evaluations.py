@@ -176,6 +176,7 @@ class Prediction(BaseModel, strict=True, extra="allow"):
     reference: str
     prediction: str
     exact: bool | None = None
+    cut: bool | None = None
 
 
 _PREDICTIONS = TypeAdapter(list[Prediction])

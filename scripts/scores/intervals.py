@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 9_999
+FEWEST = 5  # rows with an interval: a bootstrap of fewer has too few different resamples
 
 
 def _resampled(*columns: np.ndarray) -> list[np.ndarray]:
@@ -39,9 +40,9 @@ def _within(means: np.ndarray) -> list[float]:
 
 def each(columns: Mapping[str, Sequence[float]]) -> dict[str, list[float] | None]:
     """The 95 % bootstrap intervals (percentiles) of means of scores of the same rows, whose resamples are drawn once
-    for all; None for fewer than two rows."""
+    for all; None for fewer than `FEWEST` rows."""
     values = [np.asarray(column, dtype=float) for column in columns.values()]
-    if not values or len(values[0]) < 2:
+    if not values or len(values[0]) < FEWEST:
         return dict.fromkeys(columns)
     return dict(zip(columns, map(_within, _resampled(*values)), strict=True))
 

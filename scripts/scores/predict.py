@@ -6,7 +6,7 @@ An engine with another adapter or prompt differs in most answers, and early.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -137,19 +137,32 @@ def predict(
             known = {"batch_tokens": engine.settings.batch_tokens, "agreement": found}
             settings = settings.model_copy(update=known)
             asked = [as_row(i, row, examples[i].reference) for i, row in enumerate(rows)]
-            _generate(engine, prompts, asked, done, part, _line(settings))
+            _generate(engine, prompts, asked, prompter.ends, done, part, _line(settings))
     return [done[i] for i in range(len(rows))], settings
 
 
 def _generate(
-    engine: Engine, prompts: Sequence[list[int]], asked: Sequence[Row], done: dict[int, Row], part: Path, first: bytes
+    engine: Engine,
+    prompts: Sequence[list[int]],
+    asked: Sequence[Row],
+    ends: Container[int],
+    done: dict[int, Row],
+    part: Path,
+    first: bytes,
 ) -> None:
-    """Add the rows asked for, with their predictions, to those done and to a file, behind a first line."""
+    """Add the rows asked for, with their predictions, to those done and to a file, behind a first line.
+
+    Predictions that reach the limit of new tokens without one of the tokens that end an answer are marked as cut.
+    """
+    most = engine.settings.decoding.max_new_tokens
     with Bar("evaluating", len(asked), len(done)) as bar, naming(part), opened(part, "ab") as stream:
         stream.write(first)
         try:
             for answers in engine.generate(prompts, done):
                 made = {i: asked[i] | {"prediction": answer.text} for i, answer in answers.items()}
+                for i, answer in answers.items():
+                    if len(answer.tokens) >= most and answer.tokens[-1] not in ends:
+                        made[i]["cut"] = True
                 stream.write(b"".join(orjson.dumps(row) + b"\n" for row in made.values()))
                 stream.flush()
                 done |= made
