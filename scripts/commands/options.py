@@ -84,8 +84,7 @@ def complete_sweep_files(incomplete: str) -> list[str]:
 
 def complete_profiles(incomplete: str) -> list[str]:
     """The shipped profiles, and YAML files."""
-    shipped = sorted(file.stem for file in paths.PROFILES.glob("*.yaml"))
-    return _beginning(incomplete, [*shipped, *_yaml_files(incomplete)])
+    return _beginning(incomplete, [*_PROFILES, *_yaml_files(incomplete)])
 
 
 def complete_studies(incomplete: str) -> list[str]:
@@ -99,6 +98,7 @@ def complete_keys(incomplete: str) -> list[str]:
 
 
 WHERE = "Where it runs"
+_PROFILES = sorted({file.stem for file in paths.PROFILES.glob("*.yaml")} - {"rehearsal"})  # which is --rehearse
 Name = Annotated[
     str,
     typer.Argument(
@@ -164,7 +164,7 @@ Profiles = Annotated[
         "--profile",
         metavar="P",
         autocompletion=complete_profiles,
-        help="Lay a profile over it: shipped, as mirror, an ungated copy of a gated model, or a file. Repeatable.",
+        help=f"Lay a profile over it: {', '.join(_PROFILES)}, or a YAML file. Repeatable.",
     ),
 ]
 Overrides = Annotated[

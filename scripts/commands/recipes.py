@@ -192,10 +192,12 @@ def new_verb(
     overrides = [*(new.for_data(from_, data) if data else []), *(set_ or [])]
     other = new.for_model(from_, model) if model else None
     request = compose.Request(from_, overrides=[*(other.overrides if other else []), *overrides])
-    found = check.examine(compose.compose(request)).findings
+    composed = compose.compose(request)
+    found = check.examine(composed).findings
     refuse([finding for finding in found if finding.scope not in ("code", "data", "file")])
     print(new.write(name, from_, overrides, other))
-    for line in [*([f"from {from_}", *overrides] if data else []), *(other.not_known if other else [])]:
+    of_data = new.reasons(from_, composed.config) if data else []
+    for line in [*of_data, *new.of_hardware(from_), *(other.not_known if other else [])]:
         say(line)
     if not model and any(override.startswith("base_model=") for override in overrides):
         say("revision, special tokens, layers and comments are still those of the model before; --model replaces them")

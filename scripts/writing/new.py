@@ -3,6 +3,7 @@
 import os
 import re
 import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -120,6 +121,29 @@ def for_data(base: str, file: Path) -> list[str]:
         changes |= {"test_datasets": None} if recipe.get("test_datasets") else {}
         changes["val_set_size"] = HELD_OUT
     return [f"{key}={yamlfiles.write_flow(value)}" for key, value in changes.items()]
+
+
+def reasons(base: str, composed: Config) -> list[str]:
+    """Lines that say what a variant for other rows has chosen, and why."""
+    entry = {key: value for key, value in composed["datasets"][0].items() if key != "path"}
+    template = composed.get("chat_template")
+    return [
+        f"settings: those of {base}; each line names its source",
+        f"model: {composed['base_model']}; --model names another",
+        f"rows: {yamlfiles.write_flow(entry)[1:-1]}, by the fields of the first row",
+        *([f"chat template: {template}, as the model was trained to chat"] if template else []),
+        f"held out: {composed['val_set_size']} of the rows, for the eval loss and `recipe evaluate`",
+    ]
+
+
+def of_hardware(base: str) -> Iterator[str]:
+    """A line with the settings of a base that its study chose for its own GPU, where study.yaml lists them."""
+    name, file = paths.find_recipe(base)
+    of_study, recipe = study.of(config.origin_of(name, file) or name), yamlfiles.read_yaml(file)
+    keys = of_study.paper.get("hardware_settings", []) if of_study else []
+    if of_study and (chosen := {key: recipe[key] for key in keys if key in recipe}):
+        settings = yamlfiles.write_flow(chosen)[1:-1]
+        yield f"chosen for the paper's {of_study.paper['hardware']}: {settings}; start/qlora has those of a current GPU"
 
 
 def _chat_templates(recipe: Config, folder: Path | None, entry: Config, changes: dict[str, Change]) -> list[str]:
