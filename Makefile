@@ -25,18 +25,17 @@ setup: .venv/.complete  ## The environment of requirements.lock in .venv, with t
 
 sky: .sky/.complete  ## SkyPilot in .sky, for the test of docker/sky.yaml; launching takes one with your cloud's packages
 
-demo: setup  ## Rehearse one recipe on the CPU, from training to scores and a report
-	$(RECIPE) run haider2024/code-llama-7b --rehearse --set datasets.0.split=train
-	$(RECIPE) evaluate latest --adapter none > /dev/null
-	$(RECIPE) evaluate latest
-	$(RECIPE) results
+demo: setup  ## In two minutes, on the CPU: train, score, report, and plan the real run
+	$(RECIPE) run start/qlora --rehearse --set 'datasets.0.split=train[:24]' --set val_set_size=0.33
+	$(RECIPE) evaluate latest --limit 4 --max-new-tokens 24 > /dev/null
 	$(RECIPE) report latest
 	@echo
-	@echo "What happened: SmolLM2-135M, in 4 bits, stood in for Code Llama 7B. It was"
-	@echo "trained on 109 rows with the recipe's own settings; then it wrote comments"
-	@echo "on 12 other rows, once as it was and once with what it learnt. Its eval loss"
-	@echo "falls. Its comments are no use, and their scores mean nothing: it is small,"
-	@echo "and 28 steps are few. Curves, settings and all predictions are in report.html."
+	$(RECIPE) results latest
+	$(RECIPE) plan haider2024/code-llama-7b start/qlora --gpu Quadro-RTX-5000 --gpu T4 --gpu 4090
+	@echo
+	@echo "SmolLM2-135M stood in for Llama 3.2 3B: trained in 4 bits on 16 rows, with the recipe's own"
+	@echo "settings, it predicts the 8 held-out rows better than before. The plans are those of the real"
+	@echo "models. Curves, settings and predictions are in report.html."
 
 vllm:  ## vLLM in .vllm, an environment of its own, for recipe evaluate --engine vllm
 	@$(MAKE) --no-print-directory .vllm/.$(VLLM_LOCK)

@@ -13,7 +13,6 @@ from command_line import ALL, COMMANDS, parsed
 from qlora_recipes.checks.check import RULES
 from qlora_recipes.configs import datafiles
 from qlora_recipes.configs.compose import Request, compose
-from qlora_recipes.scores.evaluate import REHEARSED
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "AGENTS.md", "CONTRIBUTING.md", "templates/README.md")]
@@ -134,13 +133,13 @@ def test_the_demo_does_what_it_says() -> None:
     make = ["make", "--dry-run", "--no-print-directory", "demo"]
     done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     verbs = [parsed(line.partition(" > ")[0]) for line in re.findall(r"(?m)^\S*/(recipe .*)", done)]
-    assert [verb.info_name for verb in verbs] == ["run", "evaluate", "evaluate", "results", "report"]
-    trained, alone, *_, reported = (verb.params for verb in verbs)
-    assert alone["adapter"] == "none" and trained["rehearse"]
-    composed = compose(Request(trained["name"], overrides=trained["set_"], rehearse=True))
+    assert [verb.info_name for verb in verbs] == ["run", "evaluate", "report", "results", "plan"]
+    trained, evaluated, reported, *_ = (verb.params for verb in verbs)
+    composed = compose(Request(trained["name"], overrides=trained["set_"], rehearse=True)).config
+    rows, every = datafiles.training_rows(composed), datafiles.training_rows(composed | {"val_set_size": 0})
+    assert trained["rehearse"] and rows and every and evaluated["limit"] <= every - rows
     shown = " ".join(re.findall(r'(?m)^echo "(.*)"', done))
-    assert f"trained on {datafiles.training_rows(composed.config)} rows" in shown
-    assert f"on {REHEARSED} other rows" in shown
+    assert f"on {rows} rows" in shown and f"the {every - rows} held-out rows" in shown
     assert str(reported["out"]) in shown
 
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.checks import rows
+from qlora_recipes.checks import check, rows
+from qlora_recipes.configs.compose import Request
 
 LLAMA_2, LLAMA_3 = "meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B"
 GOOD = {"instruction": "Review it.", "input": "@@ -1 +1 @@\n-a\n+b", "output": "Why b?"}
@@ -113,6 +115,20 @@ def test_a_system_text_that_only_some_rows_have_is_an_error() -> None:
 def test_rows_with_the_same_mistake_are_one_finding() -> None:
     ((where, says),) = found([GOOD, *({"instruction": str(i)} for i in range(5))])
     assert where == (2, "error", "bad-row") and says.startswith("5 rows")
+
+
+@pytest.mark.parametrize(("row", "form"), [(GOOD_CHAT, "type: chat_template"), ({"q": "a", "a": "b"}, "field_output")])
+def test_rows_of_another_form_are_one_finding_that_names_it(row: Any, form: str) -> None:
+    ((where, says),) = found([row, row | {"more": 1}], {})
+    assert where == (1, "error", "bad-row") and form in says and says.startswith("2 rows")
+
+
+def test_rows_of_a_misspelt_type_are_not_judged() -> None:
+    write("train.jsonl", [GOOD_CHAT])
+    config = {"base_model": LLAMA_2, "datasets": [{"path": "train.jsonl", "type": "chat_tempate"}]}
+    Path("mine.yaml").write_text(yamlfiles.write_yaml(config))
+    findings = check.check(Request("mine.yaml"), data=True).findings
+    assert {finding.name for finding in findings if finding.key.startswith("datasets")} == {"value:datasets.0.type"}
 
 
 def test_evaluation_rows_that_were_trained_on_are_found() -> None:

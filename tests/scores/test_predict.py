@@ -1,6 +1,7 @@
 import re
 from collections.abc import Container, Iterator, Sequence
 from contextlib import nullcontext
+from itertools import cycle
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import predict
 from qlora_recipes.scores.evaluate import EvaluationRequest, EvaluationTask, evaluate
-from qlora_recipes.scores.evaluations import Agreement, Completion, EvaluationSettings
+from qlora_recipes.scores.evaluations import Agreement, Completion, EvaluationSettings, read_predictions
 
 ROWS = 6
 
@@ -94,6 +95,21 @@ def test_another_model_is_recorded_and_does_not_stand_for_the_references(
         evaluate(run, EvaluationRequest(adapter="none", max_new_tokens=6, limit=ROWS, metrics=["bertscore:none"]))
 
 
+def test_answers_at_the_limit_without_an_end_are_cut(
+    run: RunDir, parts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = cycle([[7] * 6, [7] * 5 + [min(parts.prompter.ends)], [7]])
+    other = Changed(parts.reference, lambda _: Completion("another", next(answers)))
+    monkeypatch.setattr(predict, "require", lambda *_: None)
+    monkeypatch.setattr(predict, "started", lambda *_: nullcontext(other))
+    request = EvaluationRequest(adapter="none", max_new_tokens=6, limit=ROWS, metrics=["bertscore:none"])
+    request.engine, request.model = "http://x", "m"
+    done = evaluate(run, request)
+    rows = read_predictions(run.path / "evaluations" / "base-model")
+    assert [row.get("cut", False) for row in rows] == [True, False, False] * 2
+    assert any("2 of 6 " in note and "--max-new-tokens" in note for note in done.scores["notes"])
+
+
 def test_only_greedy_answers_that_mostly_agree_stand_for_the_references(run: RunDir) -> None:
     settings = EvaluationTask(run, EvaluationRequest(adapter="none", limit=ROWS)).settings
     equal = Agreement(rows=4, equal=2)
@@ -126,7 +142,7 @@ def test_an_evaluation_that_was_left_goes_on_and_a_server_is_compared_again(
     done = evaluate(run, request)
     assert 100 - changed.left == ROWS - 2 + (3 if engine == "server" else 0)
     assert done.settings.agreement and done.settings.agreement.equal == 3
-    assert len(done.scores["notes"]) == 1 and "3 of 3 " in done.scores["notes"][0]
+    assert "3 of 3 " in done.scores["notes"][0]
     assert not part.exists()
     whole = evaluate(run, EvaluationRequest(adapter="none", max_new_tokens=6, limit=ROWS, metrics=["bertscore:none"]))
     assert whole == done  # the same model on the same rows, whatever generated

@@ -221,5 +221,7 @@ def test_a_variant_for_rows_of_ones_own(recipe: Recipe, tmp_path: Path, monkeypa
     assert (made["val_set_size"], made["bf16"], made["base_model"]) == (0.05, True, "Qwen/Qwen3-4B")
     of_study = ("--from", "peft-metamathqa/lora-rank32", "--data", "rows.jsonl")
     assert recipe("new", "other", *of_study).returncode == 0
+    done = recipe("new", "third", "--from", "haider2024/llama-3-8b", "--data", "rows.jsonl", "--set", "warmup_steps=0")
+    assert done.returncode == 0 and "fp16: true, bf16: false" in done.stderr and "held out: 0.05" in done.stderr
     other = yamlfiles.read_yaml(tmp_path / "variants" / "other.yaml")
     assert (other["val_set_size"], other.get("test_datasets")) == (new.HELD_OUT, None)
