@@ -144,8 +144,6 @@ def _arranged(
     return above, beside, under, left_out
 
 
-
-
 def print_json(value: Any) -> None:
     """JSON on stdout, without secrets."""
     print(orjson.dumps(_masked(value), option=orjson.OPT_INDENT_2).decode())
