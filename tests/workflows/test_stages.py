@@ -274,24 +274,17 @@ def test_an_adapter_that_cannot_be_evaluated_leaves_nothing(
     assert not (tmp_path / "runs").exists()
 
 
-def test_data_is_fetched_without_what_authors_published_unless_that_is_given_or_named(
+def test_data_is_fetched_without_what_authors_published_unless_that_is_named(
     recipe: Recipe, server: Server, tmp_path: Path
 ) -> None:
     published_study.write(tmp_path, address(server))
-    (mine := tmp_path / "mine").mkdir()
     rows = list(SAMPLE.glob("msg-*.jsonl"))
-    with zipfile.ZipFile(mine / "rows.zip", "w") as archive:
+    with zipfile.ZipFile(packed := tmp_path / "rows.zip", "w") as archive:
         for file in rows:
             archive.write(file, file.name)
-    (mine / "pred.txt").write_bytes(FILES["pred.txt"])
+    server.files["rows.zip"] = packed.read_bytes()
     kept = {file.name for file in rows} | {"fetched.json", ".fetch.lock"}
-    steps = {
-        "": ("--from", mine / "rows.zip"),
-        "pred.txt": ("--from", mine / "pred.txt"),
-        "gold.txt": ("--only", "gold"),
-    }
-    for fetched, words in steps.items():
-        assert not server.paths
+    for fetched, words in ((set(), ()), ({"gold.txt"}, ("--only", "gold"))):
         assert recipe("data", "fetch", "reviews", *words).returncode == 0
-        kept |= {fetched} - {""}
+        kept |= fetched
         assert {file.name for file in (tmp_path / "data" / "reviews-raw").iterdir()} == kept
