@@ -13,7 +13,7 @@ class UserError(Exception):
 
 
 class WorkFailed(Exception):
-    """The request was right, but the work failed: the command prints the message and ends with exit code 1."""
+    """The work failed: the command prints the message and ends with exit code 1."""
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
@@ -24,7 +24,7 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 
 def meant(word: str, choices: Collection[str], what: str, hint: str = "", option: str = "") -> str:
-    """The choice that a word names: by its whole name, or by a part that no other choice has.
+    """Choice of a given name, or of a part that no other choice has.
 
     A part begins where a word of the name begins. If it is a whole piece of paths, those of the fewest levels are
     meant: `x` is `study/x` rather than `study/folder/x`.

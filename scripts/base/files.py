@@ -44,7 +44,9 @@ def replacing(file: Path) -> Iterator[IO[bytes]]:
 
 
 def opened(file: Path, mode: str) -> IO[bytes]:
-    """A file, opened unless it is a symbolic link: a stranger's run folder could point to files of the user's.
+    """Open a file that is no symbolic link.
+
+    Another user's run folder could point to files of this user.
 
     Raises:
         UserError: it is one.
@@ -111,7 +113,7 @@ def write_rows(file: Path, rows: Iterable[Row]) -> None:
 
 
 def read_json(file: Path) -> Row:
-    """The mapping in a JSON file; empty if there is no such file or it holds something else."""
+    """The mapping in a JSON file; empty without one."""
     try:
         content = orjson.loads(file.read_bytes())
     except (OSError, ValueError):
@@ -126,7 +128,7 @@ def write_json(file: Path, value: Any) -> None:
 
 
 def tensor_shapes(file: Path) -> dict[str, list[int]] | None:
-    """The shapes of the tensors in a safetensors file by name; None if it cannot be read or is not whole."""
+    """Shapes of the tensors in a safetensors file, by name; None if it is broken."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -149,7 +151,7 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 def append_line(file: Path, line: bytes) -> None:
-    """Add a line to a file. An unfinished one of a killed process stays a line of its own, for readers to skip."""
+    """Append a line; an unfinished line of a killed process stays, for readers to skip."""
     with naming(file), opened(file, "a+b") as stream:
         if stream.tell():
             stream.seek(-1, os.SEEK_END)
@@ -180,7 +182,7 @@ def free_bytes(path: Path) -> int:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Have an error of the disk within the block name what was being written, which the error of a full one does not.
+    """Add a path to the block's disk errors, which the error of a full disk lacks.
 
     Raises:
         OSError: with the path, also where a library raised an error of its own kind for a full disk.
@@ -199,7 +201,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reserved(folder: Path) -> Iterator[None]:
-    """Keep some room free in a folder for what has to be written there after the block, however full it gets.
+    """Reserve some room in a folder for records that follow the block.
 
     Raises:
         OSError: of the folder, which has not even that room.

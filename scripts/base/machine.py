@@ -34,17 +34,13 @@ class Card(TypedDict, total=False):
 
 def cpu() -> str:
     """The processor's name."""
-    name = re.search(r"^model name\s*:\s*(.+)", _cpuinfo(), re.MULTILINE)
+    name = re.search(r"^model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return name[1].strip() if name else platform.machine()
 
 
 def cpu_has_bf16() -> bool:
     """True if the processor has instructions for bf16, which without them is slower than fp32."""
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(_cpuinfo().split())
-
-
-def _cpuinfo() -> str:
-    return Path("/proc/cpuinfo").read_text()
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(Path("/proc/cpuinfo").read_text().split())
 
 
 def gpus() -> list[Card]:
@@ -91,7 +87,7 @@ def _driver() -> Iterator[list[Any]]:
 
 
 def _handle(name: str, handles: list[Any]) -> Any:
-    """NVML's handle of the GPU, or the part of one, that a name in CUDA_VISIBLE_DEVICES means; None for no GPU."""
+    """NVML's handle of a GPU or its part, by its name in CUDA_VISIBLE_DEVICES."""
     import pynvml
 
     if name.startswith("MIG-"):
@@ -126,7 +122,7 @@ def _card(handle: Any) -> Card:
 
 
 def torch_cuda() -> str | None:
-    """The CUDA that the installed torch is built for, as its own file says: importing torch takes seconds."""
+    """CUDA version of the installed torch, from its file, as importing takes seconds."""
     spec = find_spec("torch")
     source = Path(spec.origin).with_name("version.py").read_text() if spec and spec.origin else ""
     built_for = re.search(r"^cuda\b.*= '([\d.]+)'", source, re.MULTILINE)
@@ -174,7 +170,7 @@ def held(file: Path, otherwise: str, timeout: float = LOOK) -> Iterator[int]:
 
 
 def is_held(file: Path) -> bool:
-    """True if a process holds a lock; False too if this one may not read the lock's file."""
+    """True if a process holds a lock; False if its file is not readable."""
     try:
         with opened(file, "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -199,7 +195,7 @@ def _started(pid: int) -> str:
 
 
 def make_once(folder: Path, make: Callable[[Path], object]) -> Path:
-    """A folder that is made the first time it is needed, and by one process if several need it at once.
+    """Make a folder once, by one process if several need it.
 
     Args:
         folder: the folder; it appears only when it is complete.
@@ -261,7 +257,7 @@ def start_child(command: list[str], **options: Any) -> "subprocess.Popen[bytes]"
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """A list that grows by each signal to stop that arrives within the block; SIGUSR1 is a scheduler's warning."""
+    """List of the signals to stop that arrive within the block; SIGUSR1 is a scheduler's warning."""
     received: list[int] = []
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     handlers = {number: signal.signal(number, lambda n, _: received.append(n)) for number in signals}

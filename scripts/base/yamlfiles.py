@@ -81,7 +81,7 @@ _LEVELS: dict[type[yaml.Event], int] = {
 
 
 def _problem(error: Exception, text: str) -> str:
-    """A mistake in YAML as PyYAML reports it, in one line that begins with the place in a text of several."""
+    """PyYAML's error in one line, after its place in the text."""
     if not isinstance(error, yaml.MarkedYAMLError) or not error.problem_mark:
         return f": not valid YAML: {str(error).partition('\n')[0]}"
     mark, began = error.problem_mark, error.context_mark
@@ -147,7 +147,7 @@ def on_one_line(value: Any) -> str | None:
 
 
 def line_of(file: Path, key: str | Sequence[str]) -> int:
-    """The line, from 1, of a key (dotted, or its parts) in a YAML file, or of what it is part of; 1 if neither is."""
+    """Line of a key (dotted, or its parts) in a YAML file, or of its parent; else 1."""
     node = _composed(file.read_text(encoding="utf-8"))
     line = 1
     for part in key.split(".") if isinstance(key, str) else key:
@@ -166,7 +166,7 @@ def _composed(text: str) -> Any:
 
 
 def inside(node: Any, part: str) -> tuple[Any, Any] | None:
-    """The node of a key in a mapping, and of its value; or a list's node, and that of the item at a position in it."""
+    """Nodes of a key and its value in a mapping; or a list's node and its item's."""
     if isinstance(node, yaml.MappingNode):
         return next((pair for pair in node.value if pair[0].value == part), None)
     if isinstance(node, yaml.SequenceNode) and part.isdecimal() and int(part) < len(node.value):

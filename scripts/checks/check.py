@@ -111,7 +111,7 @@ def check(
 
 
 def by_axolotl(composed: Composed, gpu: Gpu | None) -> list[Finding]:
-    """The findings of Axolotl's own validation, which loads the plugins that a config lists; see `check` for `gpu`."""
+    """Findings of Axolotl's own validation, which loads the config's plugins."""
     with importing_axolotl():
         from . import installed
 
@@ -126,7 +126,7 @@ def examine(
     data: bool = False,
     ask_hub: bool = False,
 ) -> Report:
-    """The findings of the schema and the rules about a config, each with its place. A rehearsal has no GPU.
+    """Findings of the schema and the rules, each with its place. A rehearsal has no GPU.
 
     Args:
         launching: a run is about to start here.
@@ -284,7 +284,7 @@ def _lengths(config: Config, most: int | None, gpus: int = 1) -> tuple[list[Find
 
 
 def _unreadable(name: str, message: str) -> Finding:
-    """A finding for what keeps a config from being read; the message may begin with the file and line."""
+    """Finding for an unreadable config; its message may begin with file and line."""
     match = re.fullmatch(r"(?s)(.+?\.ya?ml)(?::(\d+))?: (.*)", message)
     if not match:
         return Finding("error", "unreadable", "", message.removeprefix(f"{name}: "), where=name)

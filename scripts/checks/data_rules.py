@@ -71,7 +71,7 @@ def missing_file(case: Case) -> Problems:
 
 
 def _near(missing: Path) -> str:
-    """Names beside a path that does not exist that may be meant; of its folder's where that is missing too."""
+    """Similar names beside a missing path, or beside its missing folder."""
     folder = missing.parent
     if folder.is_dir():
         return did_you_mean(missing.name, [file.name for file in folder.iterdir()])

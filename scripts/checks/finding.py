@@ -1,4 +1,6 @@
-"""Findings of a check, and rules, which make them of a config whose keys and values are all allowed.
+"""Findings of a check, and the rules that yield them.
+
+Rules see a config whose keys and values are all allowed.
 
 A rule is a function that yields (level, key, problem, remedy); its name, with hyphens, is the finding's. Its docstring
 gives the reason for the rule and the evidence; "seen" means observed with Axolotl 0.21. Rules may rely on the schema:
@@ -164,7 +166,7 @@ class Case:
 
     @cached_property
     def steps(self) -> int | None:
-        """The optimizer steps of the training, where they can be counted; an upper bound where rows are packed."""
+        """Optimizer steps, if they can be counted; an upper bound for packed rows."""
         return None if self.wrong else datafiles.training_steps(self.config | {"sample_packing": False}, self.gpus)
 
     @property
@@ -185,7 +187,7 @@ class Case:
         return self["adapter"] in ("lora", "qlora")
 
     def is_set(self, *keys: str) -> bool:
-        """True if one of some keys has a value that is neither empty nor false; a wrong one counts."""
+        """True if one of the keys is neither empty nor false; wrong values count."""
         return any(self.config.get(key) or key in self.wrong for key in keys)
 
     def is_installed(self, package: str) -> bool:

@@ -50,7 +50,7 @@ def capabilities(gpu: Gpu = ANY_GPU) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def validated(content: Config, gpu: Gpu = ANY_GPU) -> DictDefault:
-    """A config as Axolotl's own validation for a GPU leaves it. Validators, and plugins that load, raise anything."""
+    """Validate a config by Axolotl for a GPU; validators and plugins raise anything."""
     PluginManager._instance = None  # plugins of a config validated before
     cfg = DictDefault(content)
     prepare_plugins(cfg)
@@ -79,7 +79,7 @@ def validate(content: Config, gpu: Gpu) -> list[Finding]:
 
 @dataclass
 class Tokens:
-    """A tokenized row: token ids, and for each the id that is to be learnt there, or MASKED."""
+    """A tokenized row: token ids, and their labels, or MASKED."""
 
     ids: list[int]
     labels: list[int]
@@ -132,7 +132,7 @@ def taught_ends(cfg: Config, tokenizer: Any) -> set[int]:
 
 
 def as_trained(content: Config) -> Any:
-    """A config as a training has it: validated, with defaults, and each data set's chat template. Raises anything."""
+    """A config as in training: validated, with defaults and chat templates. Raises anything."""
     cfg = validated(content)
     normalize_config(cfg)
     normalize_cfg_datasets(cfg)

@@ -64,7 +64,7 @@ def no_access(case: Case) -> Problems:
 
 
 def _of_the_hub(name: str, level: Level) -> Problems:
-    """Access to a model as the hub states it: that it takes the token, and that the licence is accepted."""
+    """Access to a model by the hub's answer about token and licence."""
     answer = hub.access(name)
     if answer.access == "missing":
         problem = f"the hub has no model {name}, or a private one: {answer.says}"

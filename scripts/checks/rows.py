@@ -90,14 +90,14 @@ def fields_of(dataset: Config) -> Fields | None:
 
 
 def read_template(written: str) -> str:
-    """A chat template that is written out, or the content of the file that it names, as Axolotl takes it."""
+    """Text of a chat template, or of the file that it names, as in Axolotl."""
     is_file = len(written) < 1000 and "\n" not in written and Path(written).is_file()
     return yamlfiles.read_text(Path(written)) if is_file else written
 
 
 @lru_cache(1000)
 def misspelt(names: tuple[str, ...], known: tuple[str, ...]) -> dict[str, str]:
-    """Names of fields that are missing from a row, and of the ones beside them that must have been meant for them.
+    """Missing fields of a row, each with the misspelt field in its place.
 
     A name that is meant resembles the missing one closely: `inptu`, `sytem`, but not `output` for `input`.
     """
@@ -108,7 +108,7 @@ def misspelt(names: tuple[str, ...], known: tuple[str, ...]) -> dict[str, str]:
 
 @dataclass
 class _File:
-    """Counts of one file of a data set; a kind of mistake is a rule, and what in a row breaks it."""
+    """Mistakes in one file of a data set, counted by rule and subject."""
 
     key: str
     path: Path
@@ -125,7 +125,7 @@ class _File:
 
 
 def check(config: Config, skipped: Collection[str] = ()) -> tuple[list[Finding], list[Row]]:
-    """Find mistakes in the rows of a config's local JSONL files; return also how many rows and bytes each data set has.
+    """Find mistakes in local JSONL rows; return also rows and bytes of each data set.
 
     Each file is read once, as a stream; of each row a hash is kept (some 100 bytes), to find rows that repeat
     within the training data, or that evaluation data has in common with it.

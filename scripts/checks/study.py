@@ -39,7 +39,7 @@ def _finding(of_study: Study, level: Level, mistake: Mistake) -> Finding:
 
 
 def _errors(of_study: Study, names: list[str]) -> Iterator[Mistake]:
-    """Names of recipes and settings that do not exist, recipes that are not rendered, and rows that cannot be made."""
+    """Unknown recipes and settings, recipes that are not rendered, and impossible rows."""
     for section in ("published", "variants"):
         for name in getattr(of_study, section):
             yield from undeclared((section, name), name, names)

@@ -55,7 +55,7 @@ class Tokenizer:
         return tokenize(key, self.cfg, dataset, self.tokenizer, rows, longest)
 
     def load(self, key: str) -> list[Row]:
-        """The rows of the data set at a key as Axolotl loads them, from wherever they are: its split, shard and weight.
+        """Rows of a data set as loaded by Axolotl: its split, shard and weight.
 
         That is Axolotl's own code (axolotl/utils/data/sft.py), stopped before it tokenizes them.
 
@@ -79,7 +79,7 @@ class Tokenizer:
         return rows
 
     def held_out(self) -> list[tuple[str, Row]]:
-        """The rows that val_set_size holds out of the training data, in their order, each with the key of its data set.
+        """Rows that val_set_size holds out, in order, each with the key of its data set.
 
         Axolotl divides tokenized rows, after it has merged, shuffled and filtered them. So it is asked for those, which
         it has on disk after a training, and the rows as written are found by their tokens.
@@ -281,7 +281,7 @@ def _unknown_roles(strategy: Any, row: Row) -> set[str]:
 
 
 def _without_batch(cfg: Any, sizes: list[int], gpus: int) -> Iterator[Finding]:
-    """A finding where packed rows fill no micro batch on each GPU, so that Axolotl would train no step.
+    """Finding if packed rows fill no micro batch on each GPU: Axolotl trains no step.
 
     They are packed by Axolotl's own sampler (axolotl/core/trainers/base.py, _create_multipack_sampler).
     """

@@ -22,7 +22,7 @@ from .finding import Case, refuse
 
 
 def seal(folder: RunDir, record: Run) -> str | None:
-    """Keyed hash of a run's config and of what its record has Axolotl do; None where no key can be kept.
+    """Keyed hash of a run's config and Axolotl's arguments; None without a key.
 
     Whoever hands a run on does not have the key."""
     with suppress(OSError, UserError):
@@ -44,7 +44,7 @@ def is_own(folder: RunDir, record: Run) -> bool:
 
 
 def refuse_code(folder: RunDir, record: Run, config: Config, force: Sequence[str] = ()) -> None:
-    """Refuse to load the model of a run whose config names others' code, but for what its user agreed to.
+    """Refuse a run's model if its config names foreign code without consent.
 
     Args:
         folder: the run's.

@@ -42,7 +42,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def override(config: Config, key: str, value: Any) -> Config:
-    """`config` with one dotted key set; a number in the key is a position in a list, null deletes.
+    """Set one dotted key; a number is a position in a list, null deletes.
 
     Raises:
         UserError: the key leads through something that has no keys.
@@ -67,7 +67,7 @@ def _replaced(current: Any, path: str, value: Any, key: str) -> Any:
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted keys and values at the leaves of a config; a list of plain values is one leaf."""
+    """Dotted keys and values of a config; a list of plain values is one."""
     if isinstance(config, dict) and (config or not prefix):
         items: Any = config.items()
     elif isinstance(config, list) and any(isinstance(item, dict | list) for item in config):
@@ -106,7 +106,7 @@ class Difference:
 
 
 def chained(first: Sequence[Difference], second: Sequence[Difference]) -> list[Difference]:
-    """Differences over two steps, such as from a recipe to a variant and from that to a run."""
+    """Chain differences over two steps: recipe to variant, variant to run."""
     before, after = ({difference.key: difference for difference in step} for step in (first, second))
     both = (replace(last, recipe=before.get(key, last).recipe) for key, last in (before | after).items())
     return [difference for difference in both if difference.recipe != difference.run]
@@ -122,13 +122,13 @@ _NAMED = re.compile(r"# (?:\S+: a variant of (\S+)|(\S+): .*)")
 
 
 def ancestors(file: Path) -> list[str]:
-    """The recipes that the comments at the head of a file name as what it is a variant or a copy of, nearest first."""
+    """Originals of a variant or copy, by the comments at its head, nearest first."""
     header = takewhile(lambda line: not line or line.startswith("#"), yamlfiles.read_text(file).splitlines())
     return [named[1] or named[2] for line in header if (named := _NAMED.fullmatch(line))]
 
 
 def origin_of(name: str, file: Path) -> str | None:
-    """The shipped recipe that a file is, or is a variant or an edited copy of; None where it does not say."""
+    """Shipped recipe of a file, variant or edited copy; None if it names none."""
     shipped = paths.recipe_names()
     return next((recipe for recipe in (name, *ancestors(file)) if recipe in shipped), None)
 
@@ -145,14 +145,14 @@ def parent_of(name: str, file: Path) -> str | None:
 
 
 def changed_keys(a: str, b: str) -> dict[str, tuple[Any, Any]]:
-    """The dotted keys in which two recipes or files differ, with both values, except for where they write to."""
+    """Dotted keys in which two recipes differ, with both values; without output folders."""
     first, second = (yamlfiles.read_yaml(paths.find_recipe(name)[1]) for name in (a, b))
     differing = differences(first, second).items()
     return {key: values for key, values in differing if key not in OF_THE_RUN}
 
 
 def recipe_diff(a: str, b: str | None) -> list[dict[str, Any]]:
-    """The keys in which two recipes or configs differ, with both values, except for where they write to.
+    """Keys in which two recipes differ, with both values; without output folders.
 
     Args:
         a: a recipe's name or a file.

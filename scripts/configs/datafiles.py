@@ -47,7 +47,7 @@ def chat_options(composed: Config) -> str:
 
 
 def local_files(dataset: Config) -> list[Path]:
-    """The files of a data set that is meant to be on this machine, existing or not; none of one on a hub or in a cloud.
+    """Files of a local data set, existing or not; empty for hubs and clouds.
 
     They are a single file, those of a folder, or those that `data_files` lists, by name or by pattern.
     """
@@ -148,7 +148,7 @@ def record(composed: Config) -> list[DataFile]:
 
 
 def test_file(composed: Config, folder: Path = Path()) -> str | None:
-    """The test file that lies beside the training file, as `recipe data prepare` writes it, seen from a folder."""
+    """The test file beside the training file, relative to a folder."""
     training_files = (Path(str(dataset.get("path"))) for _, dataset in datasets(composed, "datasets"))
     test = next((file.with_name("test.jsonl") for file in training_files), None)
     return str(test) if test and (folder / test).is_file() else None
@@ -164,7 +164,7 @@ def can_be_rehearsed(dataset: Config) -> bool:
 
 
 def at_most(dataset: Config, rows: int, section: str) -> Config:
-    """A data set of some section with only the first of its rows; one whose split is a share or a sum stays whole."""
+    """Limit a data set to its first rows; a split by share or sum stays whole."""
     only_split = "test" if section == "test_datasets" and Path(dataset["path"]).is_dir() else "train"
     match = re.fullmatch(r"(\w+)(?:\[(\d*):(\d*)\])?", str(dataset.get("split") or only_split))
     if not match:
@@ -180,7 +180,7 @@ def first_rows(dataset: Config) -> int | None:
 
 
 def lines(dataset: Config) -> Iterator[bytes]:
-    """The lines that are not blank of a data set's JSONL files, as far as its split takes them."""
+    """Lines of a data set's JSONL files that its split takes, without blank ones."""
     all_lines = (line for file in jsonl_files(dataset) for line in file.open("rb") if line.strip())
     return islice(all_lines, first_rows(dataset))
 
@@ -198,7 +198,7 @@ def _count_rows(path: Path, mtime_ns: int, size: int) -> int:
 
 
 def training_steps(composed: Config, gpus: int = 1) -> int | None:
-    """The optimizer steps of a config, as `steps_of` counts them; None where its local JSONL rows cannot say."""
+    """Optimizer steps of a config; None without local JSONL rows."""
     return steps_of(composed, training_rows(composed), gpus)
 
 
@@ -215,7 +215,7 @@ def steps_of(composed: Config, rows: int | None, gpus: int = 1) -> int | None:
 
 
 def training_rows(composed: Config) -> int | None:
-    """The rows that are trained on; None where a data set is not one local JSONL file, whole or its first rows."""
+    """Number of training rows; None unless each data set is one local JSONL file."""
     rows = 0
     for _, dataset in datasets(composed, "datasets"):
         files = jsonl_files(dataset)

@@ -50,7 +50,7 @@ def catalogue() -> dict[str, Gpu]:
 
 
 def find(name: str, option: str = "--gpu") -> Gpu:
-    """A GPU by its name or a part of that, in any spelling, or by its compute capability.
+    """Find a GPU by its name, a part of it, or its compute capability.
 
     Args:
         name: the name.
@@ -111,13 +111,8 @@ def offloads(config: Any) -> bool:
     if isinstance(deepspeed, str):
         deepspeed = read_json(Path(deepspeed)) or {"offload_param.device": "offload" in deepspeed}
     keys = flatten({"deepspeed": deepspeed, "fsdp": config.get("fsdp_config")})
-    return any(
-        key.endswith(("offload_param.device", "offload_optimizer.device", "offload_params")) and value not in _NOWHERE
-        for key, value in keys
-    )
-
-
-_NOWHERE = (None, False, "none")
+    devices = ("offload_param.device", "offload_optimizer.device", "offload_params")
+    return any(key.endswith(devices) and value not in (None, False, "none") for key, value in keys)
 
 
 def divided(config: Config, gpus: int, asked: str) -> Config:

@@ -261,7 +261,7 @@ def statuses(of_study: Study, found: list[AnyRecord]) -> list[Status]:
 
 
 def _numbers(of_study: Study) -> Iterator[tuple[str, yamlfiles.Config, str, str]]:
-    """The recipe or baseline, the settings of the cell, the metric and the text of each published number."""
+    """Recipe or baseline, cell, metric and text of each published number."""
     for name, published in of_study.published.items():
         file = paths.recipe_file(name)
         own = yamlfiles.read_yaml(file) if file.is_file() else {}  # which `recipe render` has still to write

@@ -59,7 +59,7 @@ def catalogue() -> Config:
 
 
 def find(composed: Config) -> Model:
-    """The base model of a config: its files where they are on this machine, else what models.yaml says."""
+    """Facts about a config's base model, from its local files, else from models.yaml."""
     name = composed.get("base_model")
     if not isinstance(name, str) or "\0" in name:
         return Model()
@@ -132,7 +132,7 @@ def architecture_here(composed: Config) -> Config:
 
 
 def renamed(targets: list[str], layers: tuple[str, ...]) -> list[str]:
-    """Layers for LoRA under the names that they have in another family; what it has no counterpart for stays.
+    """Names of LoRA layers in another family; layers without a counterpart stay.
 
     A layer that is part of a larger one there becomes that one, and a fused layer its parts.
 
@@ -149,7 +149,7 @@ def renamed(targets: list[str], layers: tuple[str, ...]) -> list[str]:
 
 
 def _config_file(name: str, revision: Any, download: bool) -> Path:
-    """The config.json of a model in the hub's cache, or fetched from the hub, which is waited for 10 s in all."""
+    """config.json of a model from the hub's cache or the hub, within 10 s."""
     cached = _in_hub_cache(name, revision)
     if cached and (cached / "config.json").is_file():
         return cached / "config.json"
@@ -173,7 +173,7 @@ def is_mirror(name: str) -> bool:
 
 
 def is_path(name: str) -> bool:
-    """True if the name of a base model is a path, existing or not, and no model of the hub."""
+    """True if a base model is named by a path, existing or not."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
@@ -186,7 +186,7 @@ def entry_of(name: str) -> Config:
 
 
 def folder_of(composed: Config) -> Path | None:
-    """The folder with the files of a config's base model, its own or that in the hub's cache, or None."""
+    """Folder of a config's base model, local or in the hub's cache, or None."""
     name = str(composed.get("base_model"))
     return Path(name) if Path(name).is_dir() else _in_hub_cache(name, _revision(composed))
 
@@ -230,7 +230,7 @@ def token(folder: Path | None, name: str) -> str | None:
 
 
 def chat_template(folder: Path | None) -> str | None:
-    """The chat template in a model's folder: a file, or in the tokenizer's config, where several can have names."""
+    """Chat template of a model's folder, from its file or the tokenizer's config."""
     if not folder:
         return None
     if (file := folder / "chat_template.jinja").is_file():

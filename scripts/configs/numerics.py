@@ -151,7 +151,7 @@ def adapted(fragment: Config, before: Config, config: Config, gpu: Gpu | None, i
 
 
 def _incompatible(config: Config, gpu: Gpu | None) -> Iterator[tuple[Config, str]]:
-    """Keys that a profile must not change in a config, or must set to another value, and why."""
+    """Keys that a profile must not change, or their other values, with the reason."""
     if gpu and gpu.capability < AMPERE:
         yield dict.fromkeys((*_LIGER, "lora_mlp_kernel")), f"Triton, in which they are written, does not support {gpu}"
         yield {"sdpa_varlen": False}, f"torch's attention over packed rows does not run on {gpu}, and a mask does"
@@ -199,6 +199,6 @@ def departures(recipe: Config, run: Config) -> Iterator[str]:
 
 
 def _listed(config: Config, key: str) -> list[str]:
-    """The names in a list of a config, which was not checked yet; none where its value is another, as an expression."""
+    """Names in a list of an unchecked config; empty for any other value."""
     value = config.get(key)
     return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []

@@ -65,7 +65,7 @@ def substitutions(composed: Config, sample: Config, given: Config, ranks: int) -
 
 
 def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Config, str]]:
-    """A few of the config's own rows where they are on this machine, else those of the sample."""
+    """A few of the config's own local rows, else those of the sample."""
     for section, most in _MOST_ROWS.items():
         entries = dict(datafiles.datasets(composed, section))
         here = {key: entry for key, entry in entries.items() if datafiles.can_be_rehearsed(entry)}
@@ -100,7 +100,7 @@ def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Con
 
 
 def _lent(entries: dict[str, Config], sample: list[Config]) -> list[Config]:
-    """Data sets with rows of their study's sample, or, where one is no study's, those of another sample."""
+    """Data sets with rows of their study's sample, else those of another sample."""
     files = [twin(str(entry.get("path"))) for entry in entries.values()]
     if not files or not all(files):
         return sample
@@ -170,7 +170,7 @@ _LACKING = (  # keys and values, what takes their place, and why
 
 
 def _few_steps(composed: Config, gpus: int) -> Config:
-    """The change that caps the warm-up of a config at a tenth of the steps that its few rows give.
+    """Cap the warm-up at a tenth of the steps of its few rows.
 
     Where rows are packed, or not counted because they are on a hub, the steps are not known before Axolotl has prepared
     the rows. A ratio then takes the place of the number: Axolotl takes it of the steps that it counts itself, after
@@ -218,7 +218,7 @@ def model_folder() -> Path:
 
 
 def restore(model: Path) -> None:
-    """Convert the stand-in model again where it is gone from the cache; other models are left as they are.
+    """Convert the stand-in model again if it is gone from the cache.
 
     Raises:
         UserError: it is the stand-in of another version of its package.

@@ -1,4 +1,4 @@
-"""The data of a study as its study.yaml declares it: where it is published, and how rows are made of it."""
+"""Declaration of a study's data in study.yaml: its origin and preparation."""
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -102,7 +102,7 @@ class PreparedFormat(Strict):
 
 
 class Subset(Strict):
-    """Rows of the test file: those that a file beside study.yaml lists, or a sample with a seed."""
+    """Test rows listed in a file beside study.yaml, or sampled with a seed."""
 
     title: Text
     rows: Count
@@ -261,7 +261,7 @@ class Data(Strict):
         return self.filters if own is None else own
 
     def rows_of(self, split: str) -> int | None:
-        """The number of rows that a split will have; None where that is not known, as some may be left out."""
+        """Number of rows of a split; None if filters may leave some out."""
         if (declared := self.splits.get(split)) is None:
             return None
         if chosen := declared.rows or declared.sample or declared.first:

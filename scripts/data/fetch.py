@@ -35,7 +35,7 @@ class Rejected(Exception):
 
 
 def fetch(data: Data, out: Path, only: Collection[str] | None = None) -> list[Row]:
-    """Put the data set's files into a folder, unless they are there, and record in fetched.json what they are.
+    """Fetch the missing files of a data set into a folder, and record all in fetched.json.
 
     An interrupted download stays as <file>.part, from which the next call resumes; downloads from the hub stay in its
     cache. A file that is not as the study says becomes <file>.rejected. No file of a source is replaced before all of
@@ -214,7 +214,7 @@ def download(url: str, part: Path) -> None:
 
 
 def _receive(url: str, part: Path, bar: Bar) -> str:
-    """Append what a server sends; the reason why the file is not whole yet, or nothing if it is.
+    """Append a server's answer; return the reason for an incomplete file, else nothing.
 
     Beside the file are its address and version, by which another call resumes.
     """

@@ -1,4 +1,4 @@
-"""The manifest beside prepared rows, which accounts for every raw row, and says whether they are a study's."""
+"""Manifest of prepared rows: it accounts for every raw row and its origin."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def update(out: Path, splits: dict[str, Row]) -> Row:
 
 
 def table(manifest: Row) -> list[Row]:
-    """The files of a manifest, a row each: the rows read for it, and those of them that are not in it."""
+    """Files of a manifest, a row each, with the rows read and left out."""
     raw_file = {True: "the study's", False: "not the study's", None: "the study's, as far as is known"}
     rows = []
     for split in manifest["splits"].values():
@@ -79,7 +79,7 @@ def how_chosen(subset: Subset, folder: Path) -> Row:
 
 
 def is_not_prepared(of_study: Study, out: Path, input_format: str) -> str | None:
-    """The reason why a folder does not hold the study's data, by its manifest and the files' checksums."""
+    """Reason why a folder lacks the study's data, by manifest and checksums; else None."""
     splits = entries(out)
     for name in of_study.data.splits:
         entry = splits.get(name)

@@ -1,4 +1,4 @@
-"""Makes a study's rows of its raw files, as its study.yaml declares, and accounts for every one in a manifest."""
+"""Prepares a study's rows from its raw files, and accounts for each in a manifest."""
 
 import hashlib
 import random
@@ -124,7 +124,7 @@ class _Preparation:
         return sorted(rows, key=lambda row: rank[row[0]])
 
     def _kept(self, name: str, counts: _Counts) -> Iterator[PlacedRow]:
-        """The rows to keep as JSON lines, each with its position in the raw file, and its value to be sorted by.
+        """Kept rows as JSON lines, each with its raw position and sort value.
 
         Rows that are to be scored also have that position, as `idx`, and the study's extra fields.
         """
@@ -178,7 +178,7 @@ class _Preparation:
         return entry
 
     def _chosen(self, name: str, gone: set[int], counts: _Counts) -> Iterator[PlacedRow]:
-        """The rows of a split among those kept but for some, which are read to their end, for the counts."""
+        """Rows of a split, without those moved to others; reads all, for the counts."""
         split = self.study.data.splits[name]
         if split.shuffle is not None or name in self.order:
             order = [position for position in self.order.get(name) or self._positions(name) if position not in gone]
@@ -208,7 +208,7 @@ class _Preparation:
         }
 
     def _subsets(self, subsets: Mapping[str, Subset], rows: Iterable[PlacedRow], is_study_file: bool) -> Row:
-        """Write the subsets of the test rows; the manifest's entries of them, and of those that cannot be."""
+        """Write the subsets of the test rows; return their entries, and the reasons for others."""
         entry: Row = {"subsets": {}, "left_out": {}}
         for key, subset in subsets.items():
             chosen = choose(subset, self.study.folder, rows)
@@ -222,7 +222,7 @@ class _Preparation:
         return entry
 
     def _write(self, name: str, rows: Iterable[PlacedRow]) -> Row:
-        """Write a file of rows, which takes its place when the stack is closed; the manifest's entry of it."""
+        """Write a file of rows, put in place when the stack closes; return its entry."""
         file = self.out / f"{name}.jsonl"
         clear_parts(file)
         stream = self.stack.enter_context(replacing(file))
@@ -242,7 +242,7 @@ def _ordered(rows: Iterable[PlacedRow], order: Order | None) -> Iterator[PlacedR
 
 
 def sample(rows: Iterable[PlacedRow], size: int, seed: int) -> list[PlacedRow]:
-    """`size` rows chosen at random, each with the same chance, in their order; all if there are no more."""
+    """Sample `size` rows uniformly, in their order; all if there are fewer."""
     chance = random.Random(seed)
     chosen: list[PlacedRow] = []
     for count, row in enumerate(rows, start=1):
@@ -261,7 +261,7 @@ def shuffled(positions: list[int], seed: int) -> list[int]:
 
 
 def choose(subset: Subset, folder: Path, rows: Iterable[PlacedRow]) -> list[PlacedRow]:
-    """The rows of a subset: sampled, or at the positions that a file in the study's folder lists, in that order."""
+    """Rows of a subset: sampled, or at listed positions, in the list's order."""
     if subset.positions is None:
         return sample(rows, subset.rows, subset.seed or 0)
     by_position = {row[0]: row for row in rows}

@@ -41,7 +41,7 @@ class Measured(Strict):
 
 
 class Texts(Strict):
-    """Texts in one of the data's files: a line each, or a field of rows; a dot reaches below, as in answer.text."""
+    """Texts in a file of the data: a line each, or a field, as in answer.text."""
 
     file: Text
     field: Text | None = None

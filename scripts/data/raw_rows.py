@@ -20,7 +20,7 @@ from .declaration import Data
 
 
 def tagged(patch: str) -> str:
-    """A patch on one line, with a tag before each of its lines, as the authors' code of the first study writes it.
+    """Tagged form of a patch on one line, as in the first study's code.
 
     The hunk header and blank lines are dropped, the others stripped; `<add>` stands for +, `<del>` for -,
     `<keep>` for the rest.
@@ -128,7 +128,7 @@ class RowMaker:
         self._order = Expression("longest_first", order)
 
     def make(self, raw: Row) -> tuple[Row, str | None, Row, float]:
-        """A prepared row, the reason to leave it out, its extra fields, and the number to sort it by.
+        """Prepared row, reason to leave it out, extra fields, and sort value.
 
         Raises:
             BadRow: a field is missing, or an expression fails, or gives neither text nor, for the order, a number.

@@ -33,7 +33,7 @@ def _prepare(of_study: study.Study, input_format: str, out: Path) -> None:
 
 
 def twin(path: str) -> Path | None:
-    """The file of a study's prepared sample that stands for one of its prepared files; None for any other file."""
+    """Sample file that replaces a study's prepared file; None for other files."""
     for of_study, input_format in study.preparing(path):
         if of_study.data.sample:
             file = rehearsal_data(of_study, input_format) / Path(path).name
@@ -42,7 +42,7 @@ def twin(path: str) -> Path | None:
 
 
 def usual_sample() -> Path:
-    """The folder of the sample for recipes that are no study's: the first one with rows of Axolotl's `alpaca` type."""
+    """Sample folder for recipes without a study: the first one of type `alpaca`."""
     studies = [each for each in study.every() if each.data.sample]
     alpaca = [each for each in studies if {"instruction", "output"} <= each.data.fields.keys()]
     first = [*alpaca, *studies][0]
@@ -50,14 +50,14 @@ def usual_sample() -> Path:
 
 
 def length_of(file: Path) -> int:
-    """More tokens than any row of a file has, if a token has two bytes on average; a multiple of 256."""
+    """Upper bound of the tokens in a row, at two bytes each; a multiple of 256."""
     with file.open("rb") as lines:
         longest = max(map(len, lines), default=0)
     return -(-longest // 512) * 256
 
 
 def _with_few_sampled(of_study: study.Study) -> study.Study:
-    """The study, but with at most a quarter of the rows of its sample in each split that is sampled from another."""
+    """The study, with at most a quarter of its sample in each sampled split."""
     splits = dict(of_study.data.splits)
     for name, split in splits.items():
         if split.sample_from and split.sample:

@@ -130,7 +130,7 @@ class Study(Strict):
         return next(filter(None, known), [])
 
     def cell(self, recipe: str, settings: Mapping[str, Any]) -> Cell | None:
-        """The published scores of some settings of a recipe, or of the one that it is a variant of."""
+        """Published scores of some settings of a recipe or its original."""
         published = self.published.get(self.origin(recipe))
         cells = published.cells if published else []
         return next((cell for cell in cells if cell.values.items() <= settings.items()), None)
@@ -247,12 +247,12 @@ def _only(name: str | None, choices: Collection[str], what: str, option: str = "
 
 
 def input_format(path: str) -> str | None:
-    """The format of the rows that `recipe data prepare` writes to a path; None for a file of another origin."""
+    """Format of the prepared rows at a path; None for other files."""
     return next((name for _, name in preparing(path)), None)
 
 
 def fetching(path: str) -> str | None:
-    """The command that fetches a file or folder among a study's raw files; None for any other path."""
+    """Command that fetches a raw file or folder of a study; None for other paths."""
     for study in every():
         raw = study.data.raw
         if Path(path).is_relative_to(raw) and any((raw / file).is_relative_to(path) for file in study.data.files):
@@ -290,7 +290,7 @@ def of(recipe: str) -> Study | None:
 
 
 def of_any(recipe: str) -> Study | None:
-    """The study of one recipe among others, or None; also None where it is malformed, which is reported."""
+    """Study of a recipe, or None; a malformed study is reported."""
     return _loaded(folder) if (folder := _folder(recipe)) else None
 
 

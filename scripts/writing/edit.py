@@ -15,7 +15,7 @@ from ..configs import config
 
 
 def edited(text: str, key: str, value: Any, where: str, source: str | None = None) -> str:
-    """A config's text with one dotted key set as `config.override` sets it, and marked with what it was.
+    """Set one dotted key in a config's text, marked with its former value.
 
     What is deleted, and lines that had comments, are left as comments.
 
@@ -73,7 +73,7 @@ def _is_block(node: Any) -> bool:
 
 
 def _last_line(node: Any, lines: list[str]) -> int:
-    """The last line of a node; what the parser gives for a block reaches to the next token, over comments."""
+    """Last line of a node; the parser's end of a block lies behind comments."""
     if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
         last = node.value[-1]
         return _last_line(last[1] if isinstance(last, tuple) else last, lines)

@@ -33,7 +33,7 @@ _OF_ONE_MODEL = (
 
 @dataclass
 class Change:
-    """A key that is changed, the value (None deletes it), and what the comment says of it; None keeps the comment."""
+    """Change of a key: value (None deletes it) and comment (None keeps the old one)."""
 
     value: Any
     source: str | None = None

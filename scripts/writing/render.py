@@ -187,7 +187,7 @@ def _where(error: Exception, templates: Path, file: Path) -> str:
 
 
 def drift(files: dict[str, str], recipes: Path = paths.RECIPES) -> str:
-    """A unified diff from the files on disk, in a folder of recipes, to the rendered ones; empty where they agree."""
+    """Unified diff from the files on disk to the rendered ones; empty without drift."""
     there = {
         file.relative_to(recipes).as_posix()
         for file in map(paths.recipe_file, paths.recipe_names())
@@ -206,7 +206,7 @@ def drift(files: dict[str, str], recipes: Path = paths.RECIPES) -> str:
 
 
 def write(files: dict[str, str], recipes: Path = paths.RECIPES) -> list[Path]:
-    """Write each file that is not on disk, in a folder of recipes, as rendered; the files written."""
+    """Write each file that differs from the rendered one; return the written files."""
     changed = {recipes / name: text for name, text in files.items() if _on_disk(recipes / name) != text}
     for file, text in changed.items():
         write_atomically(file, text)
@@ -218,7 +218,7 @@ def _on_disk(file: Path) -> str:
 
 
 def write_study(name: str, base_model: str) -> list[Path]:
-    """Write a study that works as it is, below recipes/ and templates/ of the current folder, and render its recipe.
+    """Write a working study below recipes/ and templates/, and render its recipe.
 
     Args:
         name: the study's; it becomes the folders' name.
