@@ -177,7 +177,7 @@ def _profile_compatibility(composed: Composed, gpu: Gpu | None, launching: bool)
     adapted = [profile for profile in composed.profiles if profile in ADAPTED]
     if adapted and gpu is None and not composed.rehearsal:
         problem = f"no GPU is known, so that {' and '.join(adapted)} are for one from Ampere on"
-        remedy = "for another, name it: --gpu for checks and plans, the setting card for SLURM"
+        remedy = "for another, name it: --gpu for checks and plans, the setting gpu for SLURM"
         yield Finding("warning" if launching else "note", "unfit", "", problem, remedy)
 
 

@@ -20,6 +20,7 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError, did_you_mean
 from ..base.files import Row
 from ..base.progress import say
+from ..base.yamlfiles import Config
 from ..data.study import Study
 from .gpus import catalogue
 
@@ -215,12 +216,9 @@ def _undeclared(record: Record, of_study: Study) -> Iterator[str]:
 
 
 def records(of_study: Study, strict: bool = False) -> list[AnyRecord]:
-    """Read the records beside a study's recipes, and those in the same place below recipes/ of the current folder.
+    """Read the records beside a study's recipes, and in the same place below recipes/ of the current folder.
 
-    Args:
-        strict: read only those beside the recipes, and raise the error of a broken one, which otherwise is reported
-            on stderr and left out.
-    """
+    `strict` reads only the former, and raises the error of a broken record, which else is logged."""
     folders = [of_study.folder] if strict else [home / of_study.folder.name for home, _ in paths.homes()]
     found = []
     for file in (file for folder in folders for file in sorted((folder / FOLDER).glob("*.json"))):
@@ -260,7 +258,7 @@ def statuses(of_study: Study, found: list[AnyRecord]) -> list[Status]:
     return [_status(of_study, found, *number) for number in _numbers(of_study)]
 
 
-def _numbers(of_study: Study) -> Iterator[tuple[str, yamlfiles.Config, str, str]]:
+def _numbers(of_study: Study) -> Iterator[tuple[str, Config, str, str]]:
     """Recipe or baseline, cell, metric and text of each published number."""
     for name, published in of_study.published.items():
         file = paths.recipe_file(name)
@@ -274,9 +272,7 @@ def _numbers(of_study: Study) -> Iterator[tuple[str, yamlfiles.Config, str, str]
         yield from ((baseline.name, {}, metric, str(score)) for metric, score in baseline.scores.items())
 
 
-def _status(
-    of_study: Study, found: list[AnyRecord], of: str, values: yamlfiles.Config, metric: str, published: str
-) -> Status:
+def _status(of_study: Study, found: list[AnyRecord], of: str, values: Config, metric: str, published: str) -> Status:
     aims = {name: variant.of for name, variant in of_study.variants.items() if variant.reproduces}
     own = [record for record in found if of in (record.of, aims.get(record.of))]
     own = [record for record in own if getattr(record, "values", {}) == values]
