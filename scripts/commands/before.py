@@ -36,9 +36,7 @@ verbs = typer.Typer()
 verbs.add_typer(data_verbs, name="data", rich_help_panel=HEADING)
 
 
-Measured = Annotated[
-    bool, typer.Option("--data", help="Also measure the rows, and plan for the longest (tokenizes all).")
-]
+Measured = Annotated[bool, typer.Option("--data", help="Also measure the rows (tokenizes all).")]
 ShownTokens = Annotated[
     int | None,
     typer.Option(metavar="N", min=1, help="Show instead what the model is trained on: N rows, learnt tokens marked."),
@@ -216,9 +214,6 @@ def _print_plan(planned: "Plan") -> None:
         *((f"needed on each GPU with {method}", size) for method, size in planned.per_gpu.items()),
     ]
     tables.print_table([{"memory": name, "GiB": f"{size / GIB:.2f}"} for name, size in lines if size])
-    if longest := planned.longest_batch:
-        needed = f"{longest.needed / GIB:.2f} GiB at the longest batch of the data"
-        tables.print_text(f"{needed}, {longest.rows} x {longest.tokens} tokens")
     print()
     tables.print_table(
         [

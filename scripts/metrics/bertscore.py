@@ -1,4 +1,4 @@
-"""BERTScore by the bert-score library, with what transformers 5 broke in it repaired; and the model that scores."""
+"""BERTScore by the bert-score library, repaired for transformers 5, and its scorer model."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ DEFAULT = "roberta-large"  # bert-score's own for English
 
 
 class ScorerModel(Parameters):
-    """The model whose embeddings BERTScore compares.
+    """Model whose embeddings BERTScore compares.
 
     Attributes:
         model: its name on the hub, or its folder.
@@ -28,7 +28,7 @@ class ScorerModel(Parameters):
 
     @property
     def stand_in(self) -> bool:
-        """Whether it only stands in for the study's model, as in a rehearsal."""
+        """True for a rehearsal's model in place of the study's."""
         return False
 
     @property
@@ -37,11 +37,11 @@ class ScorerModel(Parameters):
 
     @property
     def name(self) -> str:
-        """Its name in scores, which names no folder of this machine."""
+        """Its name in scores, without a folder of this machine."""
         return Path(self.model).name if self.is_local else self.model
 
     def local_revision(self) -> str:
-        """The hash that distinguishes the weights in its folder from others of that name."""
+        """Hash that distinguishes the weights in its folder from others of that name."""
         files = sorted([*Path(self.model).glob("*.safetensors"), *Path(self.model).glob("*.bin")])
         return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
 
@@ -53,7 +53,7 @@ class ScorerModel(Parameters):
 
 
 def made_by(by: ScorerModel | None, record: Row | None) -> bool:
-    """Whether the record of a BERTScore is of this model; None is no model and no score."""
+    """True if a record of BERTScore belongs to a model; None is no model and no score."""
     if by is None or record is None:
         return by is None and record is None
     same_weights = not by.is_local or by.local_revision() == record["revision"]
@@ -71,7 +71,7 @@ def _config_of(by: ScorerModel) -> Any:
 
 
 def layer_of(by: ScorerModel) -> int:
-    """The layer that provides a model's embeddings.
+    """Layer that provides a model's embeddings.
 
     Raises:
         UserError: bert-score knows no best layer of the model, or the model has fewer layers.
@@ -88,10 +88,10 @@ def layer_of(by: ScorerModel) -> int:
 
 
 def f1(pairs: Sequence[Pair], by: ScorerModel) -> list[float]:
-    """The F1 of each (reference, prediction), without rescaling, 0 where one of them is empty.
+    """F1 of each (reference, prediction), without rescaling, 0 where one of them is empty.
 
-    The library asks a RoBERTa tokenizer for a space before the first word, which transformers 5 silently ignores,
-    and fails on empty texts: both are handled here, so that scores are those of the library as it was published.
+    The library requests a space before the first word from a RoBERTa tokenizer, which transformers 5 silently ignores,
+    and fails on empty texts. This function handles both, so that scores are those of the library as it was published.
 
     Raises:
         UserError, WorkFailed: see `layer_of`.
@@ -125,7 +125,7 @@ def f1(pairs: Sequence[Pair], by: ScorerModel) -> list[float]:
 
 
 def record(by: ScorerModel) -> Row:
-    """What identifies the model of scores, and bert-score's own hash of its settings."""
+    """Identity of the scorer model, and bert-score's own hash of its settings."""
     config, layer = _config_of(by), layer_of(by)
     with importing_axolotl(offline=by.is_local):
         from bert_score.utils import get_hash

@@ -1,4 +1,4 @@
-"""What a metric is, and a column of scores: a metric with its parameters, under a name."""
+"""Metrics, and columns of scores: a metric with its parameters, under a name."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,34 +11,34 @@ Pair = tuple[str, str]  # reference and prediction
 
 
 class Parameters(BaseModel):
-    """What a metric can be told; this one takes nothing."""
+    """Parameters of a metric without any."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A score of predictions, or of a run.
+    """Score of predictions, or of a run.
 
     It has one of `of_rows`, `of_all`, `of_loss` and `of_model`, and the first two get its parameters too.
 
     Attributes:
-        name: what it is called in study.yaml, options and files.
+        name: its name in study.yaml, options and files.
         label: its name in tables and figures.
         hub_type: its kind as https://huggingface.co/metrics names it.
-        low, high: the least and the greatest value; None where there is no greatest.
-        source: where its definition is from.
-        unit: what it is in, such as %; empty for a plain number.
-        higher_is_better: which of two values is the better one.
+        low, high: the least and the greatest value; None for no greatest.
+        source: source of its definition.
+        unit: its unit, such as %; empty for a plain number.
+        higher_is_better: direction of better values.
         of_rows: a score for each (reference, prediction); the score of all is their mean, and has an interval.
         of_all: one score of all pairs together.
         of_loss: one score of a run, from its eval loss in nats a token; it needs no predictions.
-        of_model: whether lm-evaluation-harness measures it with the run's model.
-        parameters: what it can be told.
-        record: what scores.json says besides of how it was computed.
-        notes: what a reader has to know of the scores of these pairs.
-        judged: whether a model judges, so that its parameters are a `ScorerModel`.
-        all_or_nothing: whether each row has the least value or the greatest, and nothing between.
+        of_model: lm-evaluation-harness measures it with the run's model.
+        parameters: form of its parameters.
+        record: details of its computation for scores.json.
+        notes: notes for a reader on the scores of these pairs.
+        judged: a model scores, so that its parameters are a `ScorerModel`.
+        all_or_nothing: each row has the least value or the greatest, and nothing between.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Column:
-    """A metric with its parameters.
+    """Metric with its parameters.
 
     Attributes:
         name: its key in predictions.jsonl and scores.json, and in study.yaml.
@@ -88,7 +88,7 @@ class Column:
 
     @property
     def meaning(self) -> str:
-        """What its numbers are, in a line: what is averaged, the range, the source, and how it differs from that."""
+        """Description in a line: kind of mean, range, source, and parameters other than the defaults."""
         high = "" if self.metric.high is None else f", {self.metric.low:g} to {self.metric.high:g}"
         given = self.parameters.model_dump(mode="json", exclude_defaults=True)
         with_given = f"; with {', '.join(f'{key} {value}' for key, value in given.items())}" if given else ""
@@ -101,14 +101,14 @@ class Column:
 
     @cached_property
     def entry(self) -> dict[str, Any]:
-        """The metric and its parameters as study.yaml and scores.json have them."""
+        """Metric and parameters in the form of study.yaml and scores.json."""
         label = {"label": self.given_label} if self.given_label else {}
         return {"metric": self.metric.name} | label | self.parameters.model_dump(mode="json", exclude_defaults=True)
 
     def same_scores(self, other: "Column | None") -> bool:
-        """Whether another column has the same scores for the same texts, whatever its label."""
+        """True if another column has the same scores for the same texts, whatever its label."""
         return other is not None and (self.metric, self.parameters) == (other.metric, other.parameters)
 
     def recorded(self, key: str) -> str:
-        """The key in scores.json of a part of the metric's record; with the column's name where several may have it."""
+        """Key in scores.json of a part of the metric's record; with the column's name if that is not the metric's."""
         return key if self.name == self.metric.name else f"{self.name}_{key}"

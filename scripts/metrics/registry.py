@@ -1,4 +1,4 @@
-"""All metrics, and columns of scores from how study.yaml, `--metric` and scores.json write them."""
+"""All metrics, and columns of scores from study.yaml, `--metric` and scores.json."""
 
 import math
 import re
@@ -17,14 +17,14 @@ from .text import METRICS as OF_TEXTS
 
 
 class BenchmarkParameters(Parameters):
-    """A task of the harness, and the number of its results that counts.
+    """Task of the harness, and its result that counts.
 
     Attributes:
         task: its name there, that of a group of tasks, or a YAML file that declares one.
-        result: the metric of that number, with its filter if the task has several, as in `exact_match,strict-match`;
-            by default the first.
-        mean_of_tasks: whether the score of a group is the unweighted mean of its tasks, as published tables often have
-            it; the harness weights some groups by size.
+        result: the metric of the result, with its filter if the task has several, as in `exact_match,strict-match`; by
+            default the first.
+        mean_of_tasks: the score of a group is the unweighted mean of its tasks, as in many published tables; the
+            harness weights some groups by size.
         shots: the number of examples in each prompt; by default the task's.
     """
 
@@ -35,13 +35,13 @@ class BenchmarkParameters(Parameters):
 
 
 class Benchmark(BaseModel):
-    """The score of a task, in percent, and how it was measured.
+    """Score of a task, in percent, and the settings of its measurement.
 
     Attributes:
         version: the task's; a group has its own.
-        filter: how the harness took answers from texts.
-        rows: how many were scored, in all tasks of a group.
-        limit: the most rows of a task that were asked for.
+        filter: the harness's way to take answers from texts.
+        rows: number of scored rows, in all tasks of a group.
+        limit: the most rows of a task.
     """
 
     value: float
@@ -57,7 +57,7 @@ class Benchmark(BaseModel):
 
     @property
     def interval(self) -> list[float] | None:
-        """The 95 % interval of the value, by its standard error."""
+        """95 % interval of the value, by its standard error."""
         return [self.value - 1.96 * self.stderr, self.value + 1.96 * self.stderr] if self.stderr else None
 
 
@@ -98,7 +98,7 @@ METRICS = {
 }
 TASK, SCORER = "benchmark:", "bertscore:"  # before what --metric names
 DEFAULT = ("bleu4", "rouge_l", "bertscore_f1", "sacrebleu")
-"""What is computed where neither a study nor the user says what."""
+"""Metrics without a study and `--metric`."""
 _NAME = re.compile("[A-Za-z][A-Za-z0-9_]*")
 _TAKEN = (
     *("rows", "intervals", "metrics", "notes", "exact", "empty", "repeated", "length_ratio", "bertscore"),  # of scores
@@ -106,11 +106,11 @@ _TAKEN = (
     *("run", "recipe", "variant_of", "study", "state", "jobs", "step", "steps", "ended", "verdict", "differs", "open"),
     *("rehearsal", "test_set", "rows_evaluated", "memory", "time", "member", "values", "runs", "states", "seeds"),
 )
-"""Keys of predictions.jsonl, scores.json and results that are something else."""
+"""Keys of predictions.jsonl, scores.json and results with another meaning."""
 
 
 class WrongMetric(ValueError):
-    """A metric is not declared as it can be: the problem, and the key that it is at, empty for the entry as a whole."""
+    """Mistake in a metric's declaration, and its key, empty for the entry as a whole."""
 
     def __init__(self, key: str, problem: str):
         self.key, self.problem = key, problem
@@ -118,10 +118,10 @@ class WrongMetric(ValueError):
 
 
 def column(name: str, entry: Mapping[str, Any] | None = None) -> Column:
-    """The column of a name, as declared: `metric`, by default its name; `label`; and the metric's parameters.
+    """Column of a name, as declared: `metric`, by default its name; `label`; and the metric's parameters.
 
     Raises:
-        WrongMetric: there is no such metric, or a parameter is not one of its.
+        WrongMetric: the metric or a parameter is unknown, or a value is invalid.
     """
     given = dict(entry or {})
     kind, label = str(given.pop("metric", name)), given.pop("label", None)
@@ -153,19 +153,18 @@ def columns(entries: Mapping[str, Mapping[str, Any] | None] | Iterable[str]) -> 
 
 
 def asked(texts: Iterable[str]) -> dict[str, Column]:
-    """The columns that are named with --metric, as in `bleu4`, `number: {markers: ["A: "]}` or `benchmark:mmlu`.
+    """Columns of --metric, as in `bleu4`, `number: {markers: ["A: "]}` or `benchmark:mmlu`.
 
     Raises:
-        UserError: one is malformed, or two have the same name.
+        UserError: a value is malformed, or two have the same name.
     """
     found: dict[str, Column] = {}
     for text in texts:
         if text.startswith(SCORER):
             continue
-        parsed = yamlfiles.parse(text, f"--metric {text}")
-        if isinstance(parsed, str):
-            parsed = _of_task(text.removeprefix(TASK)) if text.startswith(TASK) else {parsed: None}
-        entries = parsed
+        entries: Any = yamlfiles.parse(text, f"--metric {text}")
+        if isinstance(entries, str):
+            entries = _of_task(text.removeprefix(TASK)) if text.startswith(TASK) else {entries: None}
         well_formed = isinstance(entries, dict) and all(isinstance(e, dict | None) for e in entries.values())
         if not well_formed or not entries:
             raise UserError(f"--metric {text}: expected a metric's name, or as in 'number: {{markers: [\"A: \"]}}'")
@@ -182,20 +181,20 @@ def asked(texts: Iterable[str]) -> dict[str, Column]:
 
 
 def _of_task(task: str) -> dict[str, Any]:
-    """A task of the harness as the declaration of a column of its name."""
+    """Declaration of a column for a task of the harness, under its name."""
     name = re.sub(r"\W+", "_", task.removesuffix(".yaml").rpartition("/")[2])
     return {name: {"metric": BENCHMARK.name, "label": name, "task": task}}
 
 
 def scorer_named(texts: Iterable[str]) -> str | None:
-    """BERTScore's model as --metric names it, `none` to leave it out; None where it does not."""
+    """BERTScore's model in --metric, `none` to leave it out; None without one."""
     return next((text.removeprefix(SCORER) for text in texts if text.startswith(SCORER)), None)
 
 
 def recorded(scores: Mapping[str, Any]) -> dict[str, Column]:
-    """The columns of a scores.json; one from before metrics were declared tells them by its keys.
+    """Columns of a scores.json; one from before metrics were declared has them in its keys.
 
-    What a newer version may have recorded and this one does not know is left out.
+    Unknown metrics of a newer version are left out.
     """
     entries = scores.get("metrics")
     if entries is None:
@@ -209,7 +208,7 @@ def recorded(scores: Mapping[str, Any]) -> dict[str, Column]:
 
 
 def distinct(columns: Iterable[Column]) -> dict[str, Column]:
-    """Those columns that are not the same, by headings that differ: where two share a label, with parameters."""
+    """Distinct columns by distinct headings: where two share a label, with parameters."""
     found: dict[str, Column] = {}
     for column in columns:
         if heading(column, found) is None:
@@ -219,6 +218,6 @@ def distinct(columns: Iterable[Column]) -> dict[str, Column]:
 
 
 def heading(column: Column, headings: Mapping[str, Column]) -> str | None:
-    """The heading of a column among those of `distinct`."""
+    """Heading of a column among those of `distinct`."""
     same = (text for text, c in headings.items() if c.name == column.name and c.same_scores(column))
     return next(same, None)

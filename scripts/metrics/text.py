@@ -11,12 +11,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from ..base.errors import UserError
 from ..base.files import Row
 from .metric import Metric, Pair, Parameters
 
-MOST = 300_000
-"""Most characters of a text for ROUGE-L: time and memory grow with the square, to 2 s and 300 MB here."""
 _WORD = re.compile(r"[^\W_]+|_|[^\w\s]")
 _TINY = sys.float_info.min  # stands in for 0 in logarithms: an empty prediction scores 100 exp(-len(reference))
 
@@ -56,19 +53,19 @@ def _bleu4_of_rows(pairs: Sequence[Pair], _: Parameters) -> list[float]:
 
 
 class RougeParameters(Parameters):
-    """Whether words are compared by their stems, as papers on English text mostly do."""
+    """Parameters of ROUGE-L: compare words by their stems, as papers on English text mostly do."""
 
     stemmed: bool = True
 
 
 @cache
 def _tokenizer(stemmed: bool) -> Callable[[str], list[str]]:
-    """rouge-score's tokens of a text, where each word's stem is computed once: that took two thirds of the time."""
+    """Tokens of a text by rouge-score, which compute each word's stem once: that took two thirds of the time."""
     from rouge_score.tokenize import tokenize
 
     if not stemmed:
         return lambda text: list(tokenize(text, None))
-    # nltk imports these two where they are installed, for what is not used here, and that takes 2 s
+    # nltk imports these two where they are installed, for nothing that is used here, which takes 2 s
     hidden: dict[str, Any] = dict.fromkeys({"scipy", "sklearn"} - sys.modules.keys())
     sys.modules.update(hidden)  # None has an import raise ModuleNotFoundError
     try:
@@ -98,19 +95,12 @@ def _common(reference: Sequence[str], prediction: Sequence[str]) -> int:
 
 
 def rouge_l(pairs: Sequence[Pair], parameters: RougeParameters) -> list[float]:
-    """The F1 of each prediction against its one reference, with rouge-score's tokens and stems.
-
-    Raises:
-        UserError: a text is too long.
-    """
+    """F1 of each prediction against its one reference, with rouge-score's tokens and stems."""
     from rouge_score.scoring import fmeasure
 
     tokens = _tokenizer(parameters.stemmed)
     scores = []
-    for number, pair in enumerate(pairs, start=1):
-        if (longest := max(map(len, pair))) > MOST:
-            where = f"rouge_l: row {number} has a text of {longest:,} characters"
-            raise UserError(f"{where}; shorten it to {MOST:,}, or name other metrics")
+    for pair in pairs:
         reference, prediction = map(tokens, pair)
         common = _common(reference, prediction)
         scores.append(float(fmeasure(common / max(len(prediction), 1), common / max(len(reference), 1))))
@@ -118,7 +108,7 @@ def rouge_l(pairs: Sequence[Pair], parameters: RougeParameters) -> list[float]:
 
 
 class SacrebleuParameters(Parameters):
-    """How texts are divided into tokens, and whether upper and lower case are the same; sacrebleu's defaults."""
+    """Parameters of sacrebleu, with its defaults: tokens, and indifference to case."""
 
     tokenize: Literal["13a", "intl", "char", "zh", "none"] = "13a"
     lowercase: bool = False
@@ -143,7 +133,10 @@ def _signature(parameters: SacrebleuParameters) -> Row:
 
 
 class ChrfParameters(Parameters):
-    """The longest n-grams of characters and of words (2 is chrF++), and the weight of recall; sacrebleu's defaults."""
+    """Parameters of chrF, with sacrebleu's defaults: longest n-grams of characters and words, weight of recall.
+
+    A word order of 2 is chrF++.
+    """
 
     char_order: int = Field(6, ge=1, le=20)
     word_order: int = Field(0, ge=0, le=20)
@@ -151,7 +144,7 @@ class ChrfParameters(Parameters):
 
 
 def chrf(pairs: Sequence[Pair], parameters: ChrfParameters) -> list[float]:
-    """The sentence-level score of each prediction against its one reference, by sacrebleu."""
+    """Sentence-level score of each prediction against its one reference, by sacrebleu."""
     from sacrebleu.metrics.chrf import CHRF
 
     scorer = CHRF(**parameters.model_dump())
@@ -159,14 +152,14 @@ def chrf(pairs: Sequence[Pair], parameters: ChrfParameters) -> list[float]:
 
 
 class ExactMatchParameters(Parameters):
-    """What does not count: upper and lower case, and how much space is between words; around a text it never does."""
+    """Ignored differences: case, and space between words; space around a text is always ignored."""
 
     ignore_case: bool = False
     ignore_space: bool = False
 
 
 def exact_match(pairs: Sequence[Pair], parameters: ExactMatchParameters) -> list[float]:
-    """100 for each prediction that is the same as its reference, otherwise 0."""
+    """100 for each prediction identical to its reference, otherwise 0."""
 
     def plain(text: str) -> str:
         text = " ".join(text.split()) if parameters.ignore_space else text.strip()

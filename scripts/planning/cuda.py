@@ -1,4 +1,4 @@
-"""What a training step allocates on a GPU but not on a CPU: inside kernels, and by operations that only CUDA has."""
+"""Memory of a training step on a GPU but not on a CPU: inside kernels, and by operations of CUDA alone."""
 
 import math
 import weakref
@@ -13,19 +13,21 @@ from .traces import Events
 
 
 class Recorder(TorchDispatchMode):
-    """Records every storage that operations inside the mode make, and when it is freed.
+    """Record of every storage that operations inside the mode make and free.
 
     Attributes:
-        events: what was made and freed.
-        kinds: what each storage holds, by its id.
-        kind: what storages that are made from here on hold.
+        cuda: record memory inside CUDA kernels too, which no tensor outside shows.
+        events: the storages made and freed.
+        kinds: kind of the content of each storage, by its id.
+        kind: kind of the storages made from here on.
         vocabulary: the size of the last dimension by which logits are recognized.
-        storages: how many there were.
+        storages: number of storages.
         paged: bytes of optimizer state that can leave the GPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cuda: bool = False) -> None:
         super().__init__()
+        self.cuda = cuda
         self.events: Events = []
         self.kinds: dict[int, str] = {}
         self.kind = "activations"
@@ -35,7 +37,7 @@ class Recorder(TorchDispatchMode):
         self._live: dict[int, int] = {}
 
     def add(self, tensor: torch.Tensor, kind: str) -> None:
-        """Record what a tensor's storage holds, and that it was made if that was not seen."""
+        """Record the kind of a tensor's storage, and the storage itself if it is new."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._live:
@@ -45,7 +47,7 @@ class Recorder(TorchDispatchMode):
             weakref.finalize(storage, self._freed, key)
 
     def made(self, size: int, kind: str) -> int:
-        """Record that a storage of some bytes was made; returns its id."""
+        """Record a new storage of some bytes; returns its id."""
         self.storages += 1
         self.kinds[self.storages] = kind
         self.events.append((self.storages, size))
@@ -55,21 +57,13 @@ class Recorder(TorchDispatchMode):
         self.events.append((self._live.pop(key), -1))
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operation = getattr(function, "_opname", "") if self.cuda else ""
+        if operation in _BEFORE:
+            self._scratch(_BEFORE[operation](args))
         result = function(*args, **(kwargs or {}))
         for value in tree_iter(result):
             if isinstance(value, torch.Tensor) and value.untyped_storage()._cdata not in self._live:
                 self.add(value, "logits" if value.shape[-1:] == (self.vocabulary,) else self.kind)
-        return result
-
-
-class CudaRecorder(Recorder):
-    """Also records what CUDA kernels allocate inside, which no tensor outside shows."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        operation = getattr(function, "_opname", "")
-        if operation in _BEFORE:
-            self._scratch(_BEFORE[operation](args))
-        result = super().__torch_dispatch__(function, types, args, kwargs)
         if operation in _AFTER:
             self._scratch(_AFTER[operation](args))
         return result
@@ -79,8 +73,11 @@ class CudaRecorder(Recorder):
 
 
 def _dequantized(args: Any) -> int:
-    """The whole weight, and twice its constants where those are quantized too (bitsandbytes/backends/cuda/ops.py,
-    _dequant_linear_fallback, which runs from 1,536 tokens on; below, a kernel may do without)."""
+    """Bytes of the whole weight, and twice its constants where those are quantized too.
+
+    bitsandbytes/backends/cuda/ops.py, _dequant_linear_fallback, which runs from 1,536 tokens on; below, a kernel may do
+    without.
+    """
     inputs, _, shape, constants, block = args[:5]
     size = math.prod(shape)
     nested = constants.numel() * block < size  # the constants are those of the constants then
@@ -88,8 +85,10 @@ def _dequantized(args: Any) -> int:
 
 
 def _attention_backward(args: Any) -> int:
-    """Row sums, and below fp32 accumulators in fp32: of dq, and where a head is wider than 64 of dk and dv
-    (aten/src/ATen/native/transformers/cuda/attention_backward.cu)."""
+    """Bytes of row sums, and below fp32 of accumulators in fp32: of dq, and in heads wider than 64 of dk and dv.
+
+    aten/src/ATen/native/transformers/cuda/attention_backward.cu
+    """
     query = args[1]
     sums = query.shape[:-1].numel() * 4
     accumulators = 0 if query.dtype == torch.float32 else 4 * query.numel() * (3 if query.shape[-1] > 64 else 1)
@@ -118,7 +117,7 @@ def cuda_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """torch's choice among CUDA's kernels: FlashAttention from 8.0 on where there is no mask, else memory-efficient."""
+    """Attention by torch's choice among CUDA's kernels: FlashAttention from 8.0 on without a mask, else efficient."""
     if capability >= (8, 0) and attn_mask is None and query.dtype != torch.float32:
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[
             0
@@ -136,12 +135,12 @@ def cuda_attention(
 
 
 def cuda_dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-    """CUDA keeps a mask of bytes, where the CPU keeps one of the input's type."""
+    """Dropout of CUDA, with a mask of bytes, where the CPU's has the input's type."""
     return torch.native_dropout(input, p, True)[0] if training and p else input
 
 
 def cuda_softmax(input: torch.Tensor, dim: int, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """CUDA casts fp16, and no other type, inside the kernel (aten/src/ATen/native/cuda/SoftMax.cu)."""
+    """Softmax of CUDA, which casts fp16 alone inside the kernel (aten/src/ATen/native/cuda/SoftMax.cu)."""
     if dtype == torch.float32 and input.dtype == torch.float16:
         return torch.ops.aten._softmax(input, dim, True)
     return input.softmax(dim, dtype=dtype)

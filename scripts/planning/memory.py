@@ -1,5 +1,7 @@
-"""What a training step allocates, seen by running it on fake tensors: transformers' model, PEFT's adapters,
-bitsandbytes' layers and the optimizer, without their values, data or a GPU. Importing this imports torch and these.
+"""Memory of a training step, traced by running it on fake tensors.
+
+These are transformers' model, PEFT's adapters, bitsandbytes' layers and the optimizer, without values, data or a GPU.
+Importing this imports torch and these.
 """
 
 import gc
@@ -23,7 +25,7 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, masking_utils
 from transformers.initialization import no_init_weights
 
-from .cuda import CudaRecorder, Recorder, cuda_attention, cuda_dropout, cuda_softmax
+from .cuda import Recorder, cuda_attention, cuda_dropout, cuda_softmax
 from .steps import Step
 from .traces import MIB, Counts, MemoryTrace, Shape, lasting, ordered
 
@@ -65,7 +67,7 @@ def _fake(step: Step) -> Iterator[None]:
 
 
 def _build(step: Step, recorder: Recorder) -> Any:
-    """The model with its adapters, as it is loaded: base weights one after the other, then what makes it trainable."""
+    """Load the model: base weights one after the other, then the adapters."""
     config = AutoConfig.for_model(**json.loads(step.model))
     config.use_cache = False
     config._attn_implementation = "eager" if step.attention == "eager" else "sdpa"
@@ -96,7 +98,7 @@ def _build(step: Step, recorder: Recorder) -> Any:
 
 
 def _quantized(step: Step, layer: nn.Linear, recorder: Recorder) -> nn.Module:
-    """A linear layer as bitsandbytes quantizes it while it is loaded."""
+    """Quantize a linear layer like bitsandbytes while it is loaded."""
     statistics = {"compress_statistics": step.double_quantization, "quant_type": step.quantization}
     quantized = bnb.nn.Linear4bit(
         layer.in_features,
@@ -122,7 +124,7 @@ def _quantized(step: Step, layer: nn.Linear, recorder: Recorder) -> nn.Module:
 
 
 def _trainable(step: Step, model: Any, dtype: torch.dtype) -> Any:
-    """The model as it is trained: with adapters or without, in its dtypes, with checkpointing."""
+    """Make the model trainable: adapters, dtypes and checkpointing."""
     if step.adapter == "qlora":
         model.is_loaded_in_4bit = model.is_quantized = True
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=bool(step.checkpointing))
@@ -153,8 +155,11 @@ def _trainable(step: Step, model: Any, dtype: torch.dtype) -> Any:
 
 
 def _optimizer(step: Step, trained: list[torch.Tensor], recorder: Recorder) -> Any:
-    """The optimizer. One of bitsandbytes' has its state already, which on a GPU a paged one pages for tensors from
-    100,000 values on; torch makes its state in the first step."""
+    """Make the optimizer.
+
+    One of bitsandbytes' gets its state here, which on a GPU a paged one pages for tensors from 100,000 values on; torch
+    makes its state in the first step.
+    """
     if not _uses_bitsandbytes(step.optimizer):
         fused = "fused" in step.optimizer
         return torch.optim.AdamW(trained, fused=fused, foreach=not fused)
@@ -174,12 +179,12 @@ def _optimizer(step: Step, trained: list[torch.Tensor], recorder: Recorder) -> A
 
 
 def _uses_bitsandbytes(optimizer: str) -> bool:
-    """Whether an optimizer is one of bitsandbytes', which update in place."""
+    """True for an optimizer of bitsandbytes', which updates in place."""
     return "8bit" in optimizer or "paged" in optimizer or "bnb" in optimizer
 
 
 def _run(step: Step, recorder: Recorder, model: Any, trained: list[torch.Tensor], optimizer: Any, shape: Shape) -> None:
-    """One micro batch forward and backward, and the optimizer's step."""
+    """Run one micro batch forward and backward, and the optimizer's step."""
     forward = model.forward
     if step.autocast:
         forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype=getattr(torch, step.autocast))(forward))
@@ -212,8 +217,8 @@ def _run(step: Step, recorder: Recorder, model: Any, trained: list[torch.Tensor]
 
 
 def trace(step: Step, shape: Shape) -> MemoryTrace:
-    """What a step allocates, for micro batches of a shape."""
-    recorder = CudaRecorder() if step.capability else Recorder()
+    """Trace the memory of a step, for micro batches of a shape."""
+    recorder = Recorder(cuda=step.capability is not None)
     gc.disable()  # so that what is in a cycle is freed at the same place in every trace
     gc.freeze()  # so that collecting does not go through older objects each time
     try:
@@ -255,7 +260,7 @@ def trace(step: Step, shape: Shape) -> MemoryTrace:
 
 
 def _chunked_loss() -> Any:
-    """Axolotl's loss of eight chunks, here not compiled, so an upper bound."""
+    """Loss of eight chunks as Axolotl's, here not compiled, so an upper bound."""
     with patch("torch.compile", lambda function, **_: function):
         from axolotl.monkeypatch.loss.chunked import get_causal_lm_loss
 
@@ -263,20 +268,21 @@ def _chunked_loss() -> Any:
 
 
 def _workspace(capability: tuple[int, int]) -> int:
-    """Bytes of cuBLAS' workspace (aten/src/ATen/cuda/CublasHandlePool.cpp): on Hopper 32 MiB, elsewhere two pieces of
-    4 MiB and eight of 16 KiB."""
+    """Bytes of cuBLAS' workspace: on Hopper 32 MiB, elsewhere two pieces of 4 MiB and eight of 16 KiB.
+
+    aten/src/ATen/cuda/CublasHandlePool.cpp
+    """
     return 32 * MIB if capability[0] == 9 else 8 * MIB + 128 * 1024
 
 
 def _sizes(config: PreTrainedConfig) -> dict[str, int]:
-    """A model's sizes, with transformers' defaults for what its config.json leaves out."""
+    """Sizes of a model, with transformers' defaults for keys that its config.json lacks."""
     heads = config.num_attention_heads
     return {
         "layers": config.num_hidden_layers,
         "width": config.hidden_size,
         "attention_width": heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
         "vocabulary": config.vocab_size,
-        "context": getattr(config, "max_position_embeddings", None) or 2**20,
     }
 
 

@@ -1,4 +1,4 @@
-"""`recipe plan`: parameters, memory and work of a config before it runs, and whether it fits a GPU's memory."""
+"""`recipe plan`: parameters, memory and work of a config before it runs, and the GPUs that hold it."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -16,7 +16,7 @@ from .traces import Counts, Usage
 from .work import Work
 
 SIZES = (8, 12, 16, 24, 40, 48, 80)
-"""Cards by their memory in GB, for a plan that names none."""
+"""Cards by their memory in GB, for a plan without a GPU."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,12 @@ class Plan:
     """Parameters, memory and work of a config.
 
     Attributes:
-        adapter: qlora, lora, or None where all weights are trained.
+        adapter: qlora, lora, or None for a training of all weights.
         parameters: by the kind of layer.
-        cards: the card that was asked for, or one of each of `SIZES`.
-        changes: the mildest first, where the one card does not hold a step.
+        cards: the requested card, or one of each of `SIZES`.
+        changes: changes to a config that does not fit the requested card, the mildest first.
         per_gpu: bytes on each of several GPUs, by engine.
-        notes: what the figures leave out.
+        notes: limits of the figures.
     """
 
     model: str
@@ -88,7 +88,6 @@ class Plan:
     per_gpu: dict[str, float]
     notes: list[str]
     changes: list[PlannedChange] = field(default_factory=list)
-    longest_batch: MicroBatch | None = None
     work: Work | None = None
 
 
@@ -98,12 +97,12 @@ def of_request(
     vram: float | None = None,
     data: bool = False,
 ) -> Plan:
-    """Parameters, memory and work of a request.
+    """Plan a request: parameters, memory and work.
 
     Args:
-        gpu: the card that it is meant for.
-        vram: its memory in GiB, if different from the card's, or if nothing else is known.
-        data: tokenize all training data, to count its tokens and to plan for its longest row.
+        gpu: the card.
+        vram: its memory in GiB, if different from the card's, or without a card.
+        data: tokenize all training data, to count its tokens.
 
     Raises:
         UserError: it has an error that leaves nothing to plan, or it cannot be planned.
@@ -113,18 +112,15 @@ def of_request(
     planned, planner = plan(composed.config, gpu, vram, request.gpus)
     findings = [finding for finding in check.examine(composed, gpu).findings if finding.scope in ("gpu", "code")]
     planned.notes += [f"{finding.name}: {finding.problem}; {finding.remedy}".rstrip("; ") for finding in findings]
-    if found and found.longest and not composed.config.get("sample_packing"):  # packed batches are always full
-        size = Planner(planner.step, planner.rows, found.longest).required
-        planned.longest_batch = MicroBatch(planner.rows, found.longest, size)
     planned.work = work.work(composed, planner, gpu, request.gpus, found)
     return planned
 
 
 def composed_for(request: Request, gpu: Gpu | None = None) -> Composed:
-    """A request's config, for a card where that is known.
+    """Config of a request, for a card where that is known.
 
     Raises:
-        UserError: it has an error that leaves nothing to plan, or a secret, which what is printed would repeat.
+        UserError: it has an error that leaves nothing to plan, or a secret, which the output would repeat.
     """
     composed = compose(request, gpu)
     findings = check.examine(composed, gpus=request.gpus).findings
@@ -133,7 +129,7 @@ def composed_for(request: Request, gpu: Gpu | None = None) -> Composed:
 
 
 def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus: int = 1) -> tuple[Plan, Planner]:
-    """What a config needs: parameters, bytes of memory at a full micro batch, and the cards that hold it.
+    """Plan a config: parameters, bytes of memory at a full micro batch, and the cards that hold it.
 
     Raises:
         UserError: it cannot be planned.
@@ -179,10 +175,10 @@ def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus
 
 
 def _changes(config: Config, planner: Planner, card: Gpu, usable: float) -> Iterator[PlannedChange]:
-    """What to change where a step does not fit: the mildest first, each on top of those before, until it fits.
+    """Changes until a step fits: the mildest first, each on top of those before.
 
     Args:
-        usable: bytes, with those that an engine saves on each of several cards.
+        usable: bytes, with those saved by an engine on each of several cards.
     """
     step = planner.step
     optimizer = str(config.get("optimizer") or steps.OPTIMIZER)
@@ -224,7 +220,7 @@ def _changes(config: Config, planner: Planner, card: Gpu, usable: float) -> Iter
 
 
 def _with_qlora(config: Config) -> Config:
-    """The settings that give a config QLoRA, on all linear layers where it names none."""
+    """Settings that give a config QLoRA, by default on all linear layers."""
     settings: Config = {"adapter": "qlora", "load_in_4bit": True}
     if not (config.get("lora_target_modules") or config.get("lora_target_linear")):
         settings["lora_target_linear"] = True
@@ -232,20 +228,20 @@ def _with_qlora(config: Config) -> Config:
 
 
 def usable_gib(gpu: Gpu) -> float:
-    """The GiB of a GPU that torch can use; 0 where its size is not known."""
+    """GiB of a GPU for torch; 0 for an unknown size."""
     return (gpu.memory or 0) * USABLE
 
 
 def add_to(report: check.Report, gpu: Gpu | None, gpus: int | None = None, anew: bool = False) -> None:
-    """Add to a check's report whether its config fits a GPU's memory, unless there is an error already.
+    """Add a finding on a GPU's memory to a check's report, unless there is an error already.
 
     A rehearsal has no GPU.
 
     Args:
         report: the check's.
-        gpu: the GPU; None where none is named, and this machine has none.
-        gpus: how many of them; None where that is not known.
-        anew: also plan its memory, in 5 s, where no earlier plan is cached.
+        gpu: the GPU; None without one.
+        gpus: their number; None where that is not known.
+        anew: plan its memory, in 5 s, where no earlier plan is cached.
     """
     composed = report.composed
     if composed and gpu and not composed.rehearsal and not report.count("error"):
@@ -253,14 +249,14 @@ def add_to(report: check.Report, gpu: Gpu | None, gpus: int | None = None, anew:
 
 
 def _findings(content: Config, gpu: Gpu, gpus: int | None, anew: bool) -> list[Finding]:
-    """A finding where a config needs more memory than a GPU has, or where that is not known."""
+    """Finding on a config that needs more memory than a GPU has, or is not planned."""
     if not gpu.memory:
         return []
     needed, key, unplanned = None, "micro_batch_size", "`recipe plan` and --full do that"
     if gpus is None and any(content.get(key) for key in ENGINE_KEYS):
-        unplanned = f"under {engine_of(content)} it depends on how many GPUs there are; `recipe plan --gpus N` plans it"
+        unplanned = f"under {engine_of(content)} it depends on the number of GPUs; `recipe plan --gpus N` plans it"
     elif offloads(content) or any((content.get(key) or 1) > 1 for key in steps.SPLIT):
-        unplanned = "some of it is in main memory, or divided as no plan knows"
+        unplanned = "some of it is in main memory, or divided in an unknown way"
     else:
         try:
             needed = required_gib(content, gpu, anew, gpus or 1)
@@ -271,7 +267,6 @@ def _findings(content: Config, gpu: Gpu, gpus: int | None, anew: bool) -> list[F
     usable = usable_gib(gpu)
     if needed <= usable:
         return []
-    aside = " beside its paged optimizer state" if "paged" in str(content.get("optimizer")) else ""
     each = f" on each of {gpus} GPUs under {engine_of(content)}" if (gpus or 1) > 1 else ""
-    problem = f"a full batch needs {needed:.1f} GiB{each}{aside}, and {usable:.1f} of {gpu} can be used"
+    problem = f"a full batch needs {needed:.1f} GiB{each}, and {usable:.1f} of {gpu} can be used"
     return [Finding("error", "too-big", "micro_batch_size", problem, "`recipe plan` with --gpu says what to change")]

@@ -1,6 +1,6 @@
-"""The memory of a training step at any shape, cached once it was traced, and what a config needs of it.
+"""Memory of a training step at any shape, traced once and cached, and of a config on each GPU.
 
-torch is imported only where a step was not traced before.
+A cached step needs no torch.
 """
 
 import hashlib
@@ -12,7 +12,6 @@ from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
 
 import orjson
 
@@ -28,39 +27,27 @@ from .steps import Step
 from .traces import Counts, MemoryTrace, Shape, Usage, rounded
 
 VERSION = 1
-"""Of the code that computes what is cached; to be raised when it computes something else."""
+"""Version of the code that computes cached memory; raise it when other figures come out."""
 GIB = 2**30
 CONTEXT = 0.14 * GIB
-"""What CUDA itself takes: 133 to 147 MiB, by fitcheck's published runs on a T4, process less allocator."""
+"""Memory of CUDA itself: 133 to 147 MiB, by fitcheck's published runs on a T4, process less allocator."""
 ROUND = 64
-"""Lengths are planned in multiples of so many tokens, to which Axolotl pads unless told otherwise."""
+"""Lengths are planned in multiples of so many tokens, Axolotl's default padding."""
 USABLE = 14.5 / 16
-"""The share of a GPU's memory that is planned with. Of 16 GB, torch finds 14.56 GiB on a T4 (its ECC takes the rest)
+"""Usable share of a GPU's memory. Of 16 GB, torch finds 14.56 GiB on a T4 (its ECC takes the rest)
 and 15.56 GiB on a Quadro RTX 5000; a display, and what the allocator and the driver lose, need room too."""
-
-
-def cache_file(kind: str, *depends: Any) -> Path:
-    """The file for a result that depends on some values, on the packages that train models, and on this code."""
-    content = orjson.dumps([VERSION, packages(), *depends], default=str, option=orjson.OPT_SORT_KEYS)
-    return paths.cache() / kind / f"{hashlib.sha256(content).hexdigest()[:24]}.json"
-
-
-def keep(file: Path, content: dict[str, Any]) -> None:
-    """Cache something, where the cache can be written."""
-    with suppress(OSError):
-        write_atomically(file, orjson.dumps(content).decode())
 
 
 @cache
 def packages() -> dict[str, str]:
-    """The versions of what builds models, tokenizes rows and trains."""
+    """Versions of the packages that build models, tokenize rows and train."""
     names = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes", "accelerate", "axolotl")
     return {name: version(name) for name in names}
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory of a step, in bytes, and what was counted in its trace.
+    """Memory of a step, in bytes, and the counts of its trace.
 
     Attributes:
         usage: its peaks.
@@ -80,7 +67,7 @@ class Memory:
 
 @dataclass
 class Planner:
-    """The memory of one step.
+    """Plan of one step's memory.
 
     Attributes:
         step: the step.
@@ -94,19 +81,21 @@ class Planner:
 
     @property
     def shape(self) -> Shape:
-        """The shape that Axolotl gives the model, its length rounded up."""
+        """Shape of the model's input from Axolotl, its length rounded up."""
         if self.step.flat:
             return 1, rounded(self.rows * self.length, ROUND)
         return self.rows, rounded(self.length, ROUND)
 
     @property
     def file(self) -> Path:
-        """Where its memory is cached."""
-        return cache_file("plans", asdict(self.step), self.shape)
+        """Cache of its memory, by the step, the packages that train models, and the version of this code."""
+        depends = [VERSION, packages(), asdict(self.step), self.shape]
+        content = orjson.dumps(depends, default=str, option=orjson.OPT_SORT_KEYS)
+        return paths.cache() / "plans" / f"{hashlib.sha256(content).hexdigest()[:24]}.json"
 
     @cached_property
     def cached(self) -> Memory | None:
-        """Its memory, where it was planned before."""
+        """Its memory from an earlier plan."""
         with suppress(KeyError, TypeError):  # not kept, or damaged
             content = read_json(self.file)
             return Memory(**content | {"usage": Usage(**content["usage"])})
@@ -123,7 +112,8 @@ class Planner:
             return self.cached
         trace = self._traced()
         memory = Memory(traces.usage(trace), trace.paged, trace.parameters, trace.sizes)
-        keep(self.file, asdict(memory))
+        with suppress(OSError):
+            write_atomically(self.file, orjson.dumps(asdict(memory)).decode())
         return memory
 
     @property
@@ -146,12 +136,12 @@ class Planner:
 
 
 def planner_of(config: Config, gpu: Gpu | None, download: bool = True) -> tuple[Planner, list[str]]:
-    """The planned step of a config, and what of it is not traced.
+    """Planner of a config's step, and notes on its parts that are not traced.
 
     Args:
         config: the config.
-        gpu: the GPU; None takes the oldest that has what the config asks for.
-        download: whether a model's config.json may be fetched from the hub.
+        gpu: the GPU; None takes the oldest that supports the config.
+        download: allow fetching a model's config.json from the hub.
     """
     capability = gpu.capability if gpu else _least_capability(config)
     step, notes = steps.step_of(config, models.architecture(config, download), capability)
@@ -159,8 +149,7 @@ def planner_of(config: Config, gpu: Gpu | None, download: bool = True) -> tuple[
 
 
 def required_gib(config: Config, gpu: Gpu | None = None, anew: bool = False, gpus: int = 1) -> float | None:
-    """GiB that a config needs on each GPU, as `planner_of` plans it; None where it was not planned before, without
-    `anew`.
+    """GiB that a config needs on each GPU; without `anew`, None where it was not planned before.
 
     Raises:
         UserError: it cannot be planned.
@@ -172,8 +161,7 @@ def required_gib(config: Config, gpu: Gpu | None = None, anew: bool = False, gpu
 
 
 def _least_capability(config: Config) -> tuple[int, int]:
-    """The capability of the oldest GPUs that have what a config asks for: Turing's, or Ampere's for bf16 and
-    FlashAttention."""
+    """Capability of the oldest GPUs that support a config: Turing, or Ampere for bf16 and FlashAttention."""
     newer = precision(config, on_gpu=True).weights == "bfloat16" or attention(config) == "flash_attention_2"
     return (8, 0) if newer else (7, 5)
 

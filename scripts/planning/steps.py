@@ -1,4 +1,4 @@
-"""The training step that Axolotl makes of a config, as far as its memory is concerned."""
+"""Training step that Axolotl makes of a config, as far as its memory is concerned."""
 
 import json
 from collections.abc import Iterator
@@ -33,30 +33,30 @@ _TAKE_LESS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What the memory of a training step depends on.
+    """Settings of a training step that its memory depends on.
 
     Attributes:
         model: the content of the model's config.json, as JSON.
-        adapter: qlora, lora, or None where all weights are trained.
-        weights: the dtype of what is not quantized, as torch names it.
+        adapter: qlora, lora, or None for a training of all weights.
+        weights: the dtype of weights that are not quantized, as torch names it.
         autocast: the dtype of the forward pass under autocast; None where there is no autocast.
         targets: the linear layers with LoRA, or a regular expression or all-linear, as in PEFT.
-        saved_modules: what is trained whole beside LoRA.
-        dora: whether LoRA trains the magnitude of each output as well (arXiv 2402.09353).
-        double_quantization: whether the quantization constants are quantized too.
-        checkpointing: whether a layer's activations are computed anew in the backward pass, and how: None, reentrant
-            or non-reentrant.
+        saved_modules: modules trained whole beside LoRA.
+        dora: LoRA trains the magnitude of each output as well (arXiv 2402.09353).
+        double_quantization: the quantization constants are quantized too.
+        checkpointing: way to compute a layer's activations again in the backward pass: None, reentrant or
+            non-reentrant.
         attention: sdpa, eager or flash_attention_2.
-        padded: whether rows of unequal length make a batch, so that attention needs a mask.
-        packed: whether documents share a row, so that sdpa and eager need a mask.
-        flat: whether the rows of a micro batch are laid end to end, as they are where FlashAttention keeps packed
-            documents apart (axolotl/core/trainers/base.py, multipack_real_batches).
-        accumulates: whether there are gradients of an earlier micro batch.
+        padded: rows of unequal length make a batch, so that attention needs a mask.
+        packed: documents share a row, so that sdpa and eager need a mask.
+        flat: the rows of a micro batch are laid end to end, as they are where FlashAttention keeps packed documents
+            apart (axolotl/core/trainers/base.py, multipack_real_batches).
+        accumulates: there are gradients of an earlier micro batch.
         optimizer: its name, as in Axolotl.
-        chunked_loss: whether the loss is computed on an eighth of the tokens at a time.
-        axolotl: whether transformers' Trainer runs it, as Axolotl sets it up; else a plain loop, which keeps the
-            outputs until the next step, has no autocast, and leaves in fp32 what PEFT has put there.
-        capability: the GPU's compute capability; None for the CPU, where what kernels allocate inside is not counted.
+        chunked_loss: the loss is computed on an eighth of the tokens at a time.
+        axolotl: transformers' Trainer runs it, as Axolotl sets it up; else a plain loop, which keeps the outputs until
+            the next step, has no autocast, and leaves PEFT's weights in fp32.
+        capability: the GPU's compute capability; None for the CPU, without memory inside kernels.
     """
 
     model: str
@@ -83,10 +83,10 @@ class Step:
 
 
 def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int, int]) -> tuple[Step, list[str]]:
-    """The training step that Axolotl makes of a config, and what of it cannot be traced.
+    """Training step that Axolotl makes of a config, and notes on its parts that are not traced.
 
     Args:
-        config: a config that `recipe check` finds no error in.
+        config: a config without errors in `recipe check`.
         architecture: the content of the model's config.json.
         capability: the GPU's compute capability.
 
@@ -145,7 +145,7 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
 
 
 def _has_window(architecture: dict[str, Any]) -> bool:
-    """Whether a model's attention has a sliding window, for which sdpa needs a mask once a row is as long."""
+    """True for a model with sliding-window attention, for which sdpa needs a mask once a row is as long."""
     text = architecture.get("text_config", architecture)
     return bool(text.get("sliding_window") and text.get("use_sliding_window", True))
 
@@ -161,7 +161,7 @@ def _refuse_unplannable(config: Config, architecture: dict[str, Any]) -> None:
 
 
 def _not_traced(config: Config, architecture: dict[str, Any]) -> Iterator[str]:
-    """What a config uses that a trace leaves out, and in which direction that puts the figures off."""
+    """Notes on settings that a trace leaves out, and on the direction of the error."""
     yield from (f"{key}: not traced; it takes less" for key in _TAKE_LESS if config.get(key))
     yield from (f"{key}: not planned; as if it were 1" for key in SPLIT if (config.get(key) or 1) > 1)
     if config.get("adapter") and all(config.get(key) is None for key in _KERNELS):
@@ -178,10 +178,10 @@ def _not_traced(config: Config, architecture: dict[str, Any]) -> Iterator[str]:
 
 
 def rows_of(config: Config) -> int:
-    """The rows of a micro batch."""
+    """Rows of a micro batch."""
     return int(config.get("micro_batch_size") or 1)
 
 
 def length_of(config: Config) -> int:
-    """The most tokens of a row."""
+    """Most tokens of a row."""
     return int(config.get("sequence_len") or 512)  # Axolotl's default (utils/schemas/config.py)

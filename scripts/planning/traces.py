@@ -1,5 +1,7 @@
-"""The storages that a training step makes and frees, and what they take on a GPU: `memory.trace` makes a trace, `usage`
-replays it through a model of PyTorch's CUDA caching allocator. Needs no torch."""
+"""Storages that a training step makes and frees, and their memory on a GPU.
+
+`memory.trace` makes a trace, `usage` replays it through a model of PyTorch's CUDA caching allocator. Needs no torch.
+"""
 
 from bisect import bisect_left, insort
 from collections import Counter
@@ -16,7 +18,7 @@ _OWN_SEGMENT = 10 * MIB  # from this size on a segment is made to measure
 
 @dataclass(slots=True, eq=False)
 class Block:
-    """A piece of a segment; `before` and `after` are its neighbours there."""
+    """Piece of a segment; `before` and `after` are its neighbours there."""
 
     size: int
     address: int
@@ -55,7 +57,7 @@ class Pool:
         del self.at[block.address]
 
     def fitting(self, size: int) -> Block | None:
-        """Take the smallest free block of at least some bytes out; None if there is none."""
+        """Take the smallest free block of at least some bytes out; None if no block is that large."""
         position = bisect_left(self.order, (size,))
         return self.at.pop(self.order.pop(position)[1]) if position < len(self.order) else None
 
@@ -81,7 +83,7 @@ class Allocator:
         self._address = 0
 
     def allocate(self, size: int) -> Block:
-        """A block of at least some bytes."""
+        """Allocate a block of at least some bytes."""
         size = max(_ROUND, rounded(size, _ROUND))
         pool = self._small if size <= _SMALL else self._large
         block = pool.fitting(size) or (self._grow(pool, size) if self.expandable else self._segment(pool, size))
@@ -122,14 +124,14 @@ class Allocator:
         self.peak_reserved = max(self.peak_reserved, self.reserved)
 
     def _segment(self, pool: Pool, size: int) -> Block:
-        """A segment of its own for a block that fits nowhere."""
+        """New segment for a block that fits nowhere."""
         length = pool.segment if size < _OWN_SEGMENT else rounded(size, _SMALL_SEGMENT)
         self._reserve(length)
         self._address += length
         return Block(length, self._address - length, pool)
 
     def _grow(self, pool: Pool, size: int) -> Block:
-        """The free end of the pool's growing segment, made long enough."""
+        """Free end of the pool's growing segment, made long enough."""
         block = pool.last
         if block and block.free:
             pool.take(block)
@@ -158,12 +160,12 @@ class Allocator:
 
 
 def rounded(size: int, unit: int) -> int:
-    """A number rounded up to a multiple of a unit."""
+    """Number rounded up to a multiple of a unit."""
     return -(-size // unit) * unit
 
 
 def _split(block: Block, size: int) -> None:
-    """Cut off what a block has more than asked for, where that is worth while."""
+    """Cut the excess off a block, where that is worth while."""
     left = block.size - size
     if left < block.pool.least:
         return
@@ -201,22 +203,22 @@ def lasting(events: Events) -> Events:
 
 
 def ordered(events: Events) -> Events:
-    """Events with what is freed at one time in the order of ids; Python's, in a set, is by chance."""
+    """Events, those of one time of freeing in the order of ids; Python's, in a set, is by chance."""
     groups = groupby(events, key=lambda event: event[1] >= 0)
     return [event for made, group in groups for event in (group if made else sorted(group))]
 
 
 @dataclass
 class MemoryTrace:
-    """What a step allocates.
+    """Storages of a step.
 
     Attributes:
         loaded: the events before the first step: weights, adapters, optimizer state.
         step: the events of a step.
-        kinds: what each storage holds.
-        sizes: the model's: its layers, width, attention_width (heads times their size), vocabulary and context.
+        kinds: kind of the content of each storage.
+        sizes: the model's: its layers, width, attention_width (heads times their size) and vocabulary.
         paged: bytes of optimizer state that can leave the GPU.
-        expandable: whether the allocator's segments are expandable, as Axolotl sets it.
+        expandable: the allocator's segments are expandable, as Axolotl sets it.
     """
 
     loaded: Events
@@ -235,7 +237,7 @@ class Usage:
     Attributes:
         allocated: as torch.cuda.max_memory_allocated counts.
         reserved: as torch.cuda.max_memory_reserved counts.
-        parts: what the allocated bytes hold at their peak.
+        parts: allocated bytes at their peak, by kind.
     """
 
     allocated: int
@@ -244,7 +246,7 @@ class Usage:
 
 
 def usage(trace: MemoryTrace) -> Usage:
-    """The peaks of a step that follows one like it, from a model of CUDA's allocator."""
+    """Peaks of a step that follows one like it, from a model of CUDA's allocator."""
     allocator = Allocator(trace.expandable)
     blocks: dict[int, Block] = {}
     held: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""What a training takes: tokens (counted, as a study says, or at most so many), steps, operations and time."""
+"""Work of a training: tokens (counted, a study's, or an upper bound), steps, operations and time."""
 
 import re
 from collections.abc import Sequence
@@ -15,45 +15,43 @@ from .planner import Planner
 
 FULL = "every row counted as a full one"
 UTILIZATION = 0.3
-"""The share of the peak rate that is assumed."""
+"""Assumed share of the peak rate."""
 
 _DECIDES_TOKENS = re.compile(
     r"base_model|revision|trust_remote|datasets\b|dataset_exact|.*token|.*chat_template|default_system|"
     "train_on_inputs|sequence_len|min_sample_len|excess_length|val_set_size"
 )
-"""Begins the dotted keys that decide which rows are trained on and how many tokens these have, padding aside."""
+"""Begin of the dotted keys that decide the rows of a training and their tokens, padding aside."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """What an epoch has.
+    """Rows and tokens of an epoch.
 
     Attributes:
-        rows: those that are trained on.
-        rows_are: whose data they are.
-        tokens: of these rows.
+        rows: trained rows.
+        rows_are: their owner.
+        tokens: tokens of these rows.
         padded: tokens with the padding of micro batches.
-        longest: the tokens of the longest row; None where rows were not counted.
-        are: where the figures come from.
+        are: source of the figures.
     """
 
     rows: int
     tokens: int
     padded: int
-    longest: int | None
     are: str
     rows_are: str = "the config's data"
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a config's training takes.
+    """Work of a config's training.
 
     Attributes:
-        rows: of an epoch, with whose data they are; None where they are not known.
-        tokens: of all epochs, without padding, with where the figure comes from.
+        rows: rows of an epoch, and their owner; None where they are not known.
+        tokens: tokens of all epochs, without padding, and the source of the figure.
         flops_per_token: floating-point operations, with those on the padding beside it.
-        tokens_per_second: at `UTILIZATION` of the GPUs' peak rate.
+        tokens_per_second: speed at `UTILIZATION` of the GPUs' peak rate.
     """
 
     rows: int | None
@@ -72,25 +70,24 @@ class Work:
 
     @property
     def hours_are(self) -> str:
-        """What the hours rest on."""
+        """Basis of the hours."""
         return f"speed: {UTILIZATION:.0%} of the GPU's peak; tokens: {self.tokens_are}"
 
 
 def counted(composed: Composed, force: Sequence[str] = ()) -> Lengths:
-    """The lengths of the rows that a config trains on, each tokenized as Axolotl does.
+    """Tokenize a config's training rows as Axolotl does, and count them.
 
     Args:
         composed: the config.
-        force: the names of findings that are overridden.
+        force: names of overridden findings.
 
     Raises:
         UserError: rows or tokenizer are not on this machine, or Axolotl refuses them, or leaves none.
     """
     for key, dataset in datafiles.datasets(composed.config, "datasets"):
-        if len(datafiles.jsonl_files(dataset)) != 1:
-            raise UserError(f"--data: the rows of {key} are not in one JSONL file on this machine; leave --data out")
-        if datafiles.training_rows({"datasets": [dataset]}) is None:
-            raise UserError(f"--data: {key} takes none of its file's rows, or others than the first; leave --data out")
+        if len(datafiles.jsonl_files(dataset)) != 1 or datafiles.training_rows({"datasets": [dataset]}) is None:
+            problem = "not the rows, or the first rows, of one JSONL file on this machine"
+            raise UserError(f"--data: {key}: {problem}; leave --data out")
     measured = check.training_lengths(composed, force)
     rows, tokens = (sum(each[f"{what}_trained_on"] for each in measured) for what in ("rows", "tokens"))
     padded = sum(each["tokens_trained_on"] / (1 - (each["padding_share"] or 0)) for each in measured)
@@ -98,12 +95,11 @@ def counted(composed: Composed, force: Sequence[str] = ()) -> Lengths:
     left = (datafiles.training_rows(composed.config) or there) / there  # val_set_size may hold some out
     if round(left * rows) <= 0:
         raise UserError("--data: sequence_len and val_set_size leave none of its rows; leave --data out")
-    longest = max(each["longest_trained_on"] for each in measured)
-    return Lengths(round(left * rows), round(left * tokens), round(left * padded), longest, "counted, without padding")
+    return Lengths(round(left * rows), round(left * tokens), round(left * padded), "counted, without padding")
 
 
 def published(composed: Composed) -> Lengths | None:
-    """What a study says of its own rows under the model's tokenizer, which a mirror has too."""
+    """Counts that a study declares of its own rows under the model's tokenizer, which a mirror has too."""
     of_study = study.of(composed.origin or composed.recipe)
     changed = {change.key: change for change in composed.from_origin if _DECIDES_TOKENS.match(change.key)}
     name = composed.config["base_model"]
@@ -114,18 +110,18 @@ def published(composed: Composed) -> Lengths | None:
     rows = of_study.data.rows_of("train") if of_study else None
     tokens = split.tokens.get(str(name)) if split else None
     are = "the study's, without padding, of which the hours count none"
-    return Lengths(rows, tokens, tokens, None, are, "the study's data") if rows and tokens else None
+    return Lengths(rows, tokens, tokens, are, "the study's data") if rows and tokens else None
 
 
 def work(composed: Composed, planner: Planner, gpu: Gpu | None, gpus: int, lengths: Lengths | None) -> Work:
-    """What a config's training takes.
+    """Estimate the work of a config's training.
 
     Args:
         composed: the config.
         planner: its planned step.
-        gpu: the GPU, if one is named or there.
-        gpus: how many of them.
-        lengths: of the rows, where they are known; else every row counts as a full one.
+        gpu: the GPU, if there is one.
+        gpus: their number.
+        lengths: counts of the rows; without them every row counts as a full one.
     """
     config = composed.config
     length, packs = steps.length_of(config), bool(config.get("sample_packing"))
@@ -151,18 +147,17 @@ def work(composed: Composed, planner: Planner, gpu: Gpu | None, gpus: int, lengt
 
 
 def _full(composed: Composed, length: int) -> Lengths | None:
-    """The lengths of rows of which only the number is known, from the data or the study."""
+    """Upper bound for rows of which only the number is known, from the data or the study."""
     rows, rows_are = datafiles.training_rows(composed.config), "the config's data"
     of_study = study.of(composed.origin or composed.recipe)
     others = any(change.key.startswith(("datasets", "val_set_size")) for change in composed.from_origin)
     if rows is None and of_study and not others:
         rows, rows_are = of_study.data.rows_of("train"), "the study's data"
-    are = FULL
-    return Lengths(rows, rows * length, rows * length, None, are, rows_are) if rows else None
+    return Lengths(rows, rows * length, rows * length, FULL, rows_are) if rows else None
 
 
 def flops_of_token(planner: Planner, length: int) -> float:
-    """Floating-point operations that a training step spends on one token of a full row.
+    """Floating-point operations of a training step for one token of a full row.
 
     A matrix takes 2 for each of its weights forward, as much for the gradient of its input, and again as much for its
     own where it is trained; the head's matrix counts, the embedding's not. Attention takes, in each layer, 4 times

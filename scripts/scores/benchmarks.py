@@ -30,20 +30,20 @@ ROWS = 8
 
 
 def require(columns: Mapping[str, Column]) -> None:
-    """Raise UserError where the harness has no task of a column's, before anything is generated."""
+    """Raise UserError for a task that the harness lacks, before anything is generated."""
     for column in columns.values():
         if column.metric.of_model:
             _located(column)
 
 
 def of_evaluation(evaluation: Evaluation | None) -> dict[str, Column]:
-    """The columns of an evaluation that are benchmarks."""
+    """Benchmarks among the columns of an evaluation."""
     columns = evaluation.columns if evaluation else {}
     return {name: column for name, column in columns.items() if column.metric.of_model}
 
 
 def kept(asked: Mapping[str, Column], former: Evaluation, limit: int | None) -> dict[str, Benchmark]:
-    """Benchmarks of an evaluation of the same model, but for those that are asked for otherwise."""
+    """Benchmarks of an evaluation of the same model, except those requested with other parameters."""
     found = {}
     for name, column in of_evaluation(former).items():
         if column.same_scores(asked.get(name, column)) and f"{name}_benchmark" in former.scores:
@@ -67,13 +67,13 @@ def measured(
     Answers are kept in the cache, by model and adapter, so that an interrupted measurement continues.
 
     Args:
-        columns: those that are benchmarks are measured.
+        columns: metrics, benchmarks among them.
         former: the evaluation of the same model, if there is one.
         settings: the model and adapter.
         cfg: the run's config.
         tokenizer: the folder with its tokenizer.
         limit: the most rows of each task.
-        rehearsal: whether a task is left out where its rows are not on this machine.
+        rehearsal: leave out a task without rows on this machine.
 
     Raises:
         UserError: the harness has no such task, the task no such result, or its rows cannot be read.
@@ -125,17 +125,17 @@ def _measure(
             problem = f"{missing[name].label}: the rows of the task {task} cannot be loaded: {error}"
             if not rehearsal:
                 raise UserError(problem) from None
-            say(f"{problem}; it is left out of the rehearsal")
+            say(f"{problem}; left out of the rehearsal")
             continue
         found[name] = summarise(done, parameters).model_copy(update={"limit": limit})
     return found
 
 
 def _located(column: Column) -> "tuple[str, TaskManager]":
-    """Return the name of a task, and the harness's tasks with those beside its file.
+    """Name of a task, and the harness's tasks with those beside its file.
 
     Raises:
-        UserError: there is no such task.
+        UserError: the harness lacks the task.
     """
     assert isinstance(column.parameters, BenchmarkParameters)
     task, folder = column.parameters.task, None
@@ -149,25 +149,28 @@ def _located(column: Column) -> "tuple[str, TaskManager]":
 
 @cache
 def _tasks(folder: str | None) -> "TaskManager":
-    """Return the harness's tasks, and those in a folder; finding them takes seconds."""
+    """Tasks of the harness, and those in a folder; finding them takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=folder)
 
 
 def summarise(done: Mapping[str, Any], parameters: BenchmarkParameters) -> Benchmark:
-    """Return the score of a task from what the harness reports.
+    """Score of a task from the harness's report.
 
     Raises:
-        UserError: it reports no such result.
+        UserError: the report lacks the result.
     """
     from importlib.metadata import version
 
     results, leaves = done["results"], list(done["configs"])
     name = parameters.task if parameters.task in results else leaves[0]
     counted = leaves if parameters.mean_of_tasks else [name]
-    reported = [key for key, value in results[counted[0]].items() if "," in key and isinstance(value, float | int)]
-    reported = [key for key in reported if "_stderr," not in key]
+    reported = [
+        key
+        for key, value in results[counted[0]].items()
+        if "," in key and "_stderr," not in key and isinstance(value, float | int)
+    ]
     wanted = parameters.result or (reported[0] if reported else "")
     result = next((key for key in reported if wanted in (key, key.partition(",")[0])), None)
     if result is None:

@@ -44,21 +44,21 @@ BUILT_WITH = ("overrides_of_model_config", "eot_tokens")
 
 @dataclass
 class EvaluationRequest:
-    """What to evaluate, and how.
+    """Rows, adapter and engine of an evaluation.
 
     Attributes:
         data: a JSONL file; by default see `evaluation_rows.usual`.
-        limit: evaluate only this many rows, from the first; by default all, or `REHEARSED` of a rehearsal's own.
+        limit: the number of rows, from the first; by default all, or `REHEARSED` of a rehearsal's own.
         adapter: an adapter's folder, or `none` for the base model alone; by default the run's adapter.
         max_new_tokens: by default the study's.
         batch_size: the most rows generated at a time; by default up to 64, as memory allows.
-        metrics: what to score with beside the study's, as --metric takes it; without both `registry.DEFAULT`.
+        metrics: metrics beside the study's, as --metric takes them; without both `registry.DEFAULT`.
         decoding: one of the study's further ways to decode, by name.
-        validation: whether the rows are those that the run validates on.
-        engine: what generates: transformers, vllm, or the address of a server with OpenAI's completions.
+        validation: evaluate the run's validation rows.
+        engine: transformers, vllm, or the address of a vLLM server.
         model: the server's name for the run's model.
-        force: findings about code in the run's config that are overridden, see `trust`.
-        checkpoints: whether it is about every kept checkpoint, see `checkpoint_selection.select`.
+        force: overridden findings about code in the run's config, see `trust`.
+        checkpoints: evaluate every kept checkpoint, see `checkpoint_selection.select`.
     """
 
     data: Path | None = None
@@ -106,12 +106,11 @@ class EvaluationTask:
     """A checked request.
 
     Attributes:
-        request: what was asked for.
         run: the run.
         cfg: its config.
-        rows: the rows, as many as are evaluated: none where no metric is of predictions.
-        settings: what their predictions depend on.
-        columns: what they are scored with.
+        rows: the evaluated rows; empty where no metric needs predictions.
+        settings: settings of their predictions.
+        columns: their metrics.
         where: the folder for predictions and scores.
 
     Raises:
@@ -136,7 +135,6 @@ class EvaluationTask:
         predicts = any(column.metric.of_rows or column.metric.of_all for column in self.columns.values())
         taken = limit if predicts else 0  # the loss is there, and a benchmark has rows of its own
         self.rows = replace(every, rows=every.rows[:taken], keys=every.keys[:taken])
-        evaluation_rows.require_answers(self.rows, self.cfg)
         self.settings = self._settings(adapter)
         if source.file:
             self.settings.test_set = evaluation_rows.test_set(source.file, every.sha256)
@@ -150,7 +148,7 @@ class EvaluationTask:
         return REHEARSED if self.run.rehearsal else self.request.limit
 
     def _adapter(self, folder: RunDir) -> Path | None:
-        """The folder of the adapter; None for the base model alone."""
+        """Folder of the adapter; None for the base model alone."""
         asked = self.request.adapter
         adapter = folder.output if asked is None else Path(asked)
         if asked != BASE and tensor_shapes(adapter / ADAPTER) is None:
@@ -166,7 +164,7 @@ class EvaluationTask:
         return None if asked == BASE else adapter
 
     def _settings(self, adapter: Path | None) -> EvaluationSettings:
-        """What predictions of the rows depend on."""
+        """Settings of the rows' predictions."""
         request, run, cfg = self.request, self.run, self.cfg
         decoding = _decoding(study.of(run.origin), request.decoding)
         if request.engine != REFERENCE and decoding.num_beams > 1:
@@ -220,7 +218,7 @@ def _decoding(of_study: study.Study | None, name: str | None) -> Decoding:
 
 
 def complete(task: EvaluationTask, judged: ScorerModels) -> Evaluation | None:
-    """The evaluation that a task asks for, if it is there: of the same rows, by the same model and code."""
+    """Existing evaluation of a task's rows by the same model and code."""
     former = _same_work(task)
     scored = former.columns if former else {}
     current = (
@@ -240,7 +238,7 @@ def complete(task: EvaluationTask, judged: ScorerModels) -> Evaluation | None:
 
 
 def _same_work(task: EvaluationTask) -> Evaluation | None:
-    """The evaluation in a task's folder, where its predictions are those that the task asks for."""
+    """Existing evaluation with the predictions of a task."""
     former = read_scores(task.where)
     if not former or former.settings.same_work() != task.settings.same_work():
         return None
@@ -286,11 +284,7 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
             own = request.adapter is None  # the eval loss is not that of another adapter
             loss = summary.eval_loss_per_token if own else None
             scores, rows = score(rows, columns, judged, loss, measured)
-        notes = []
-        if evaluation_rows.changed_since(task.run, task.rows):
-            notes.append("the rows that it is evaluated on have changed since the run was created")
-            say(f"{task.rows.data}: {notes[0]}")
-        notes += [settings.note] if settings.note else []
+        notes = [settings.note] if settings.note else []
         if cut := sum(bool(row.get("cut")) for row in rows):
             most = settings.decoding.max_new_tokens
             notes.append(f"{cut} of {len(rows)} answers were cut at {most} new tokens; --max-new-tokens raises that")
@@ -303,7 +297,7 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
 
 
 def _require(task: EvaluationTask, judged: ScorerModels) -> None:
-    """Have all that scores at hand, before hours are spent on what it is to score."""
+    """Load scorer models and tasks, before hours of generation."""
     if any(judged.values()):
         with Bar("looking for BERTScore's model", 1):
             require_models(judged.values())
@@ -313,7 +307,7 @@ def _require(task: EvaluationTask, judged: ScorerModels) -> None:
 
 
 def _kept(task: EvaluationTask, former: Evaluation) -> tuple[list[Row], EvaluationSettings]:
-    """The predictions of an evaluation with the same settings, to be scored anew."""
+    """Predictions of an evaluation with the same settings, for new scores."""
     say(f"{task.where / PREDICTIONS}: complete, made with the same settings; scoring it anew")
     fields = Prediction.model_fields
     rows = [{key: row[key] for key in fields if key in row} for row in read_predictions(task.where)]
@@ -322,7 +316,7 @@ def _kept(task: EvaluationTask, former: Evaluation) -> tuple[list[Row], Evaluati
 
 
 def _predicted(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[Row], EvaluationSettings]:
-    """New predictions. Those of other rows are moved aside, and more of the same rows not lost for fewer."""
+    """Generate predictions; move those of other rows aside, and refuse to replace more rows by fewer."""
     former = read_scores(task.where)
     if former and former.settings.adapter_sha256 == task.settings.adapter_sha256:
         there = former.settings
@@ -343,5 +337,5 @@ def _predicted(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[
 
 
 def command(folder: RunDir, request: EvaluationRequest) -> Command:
-    """The command that evaluates a run as requested."""
+    """Command of a requested evaluation."""
     return Command("evaluate", folder, ["evaluate", str(folder.path), *request.options()])

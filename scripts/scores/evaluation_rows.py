@@ -1,8 +1,7 @@
-"""The rows that a run is evaluated on: which they are, and what is in them."""
+"""Evaluation rows of a run: their source and content."""
 
 import hashlib
 import os
-from collections.abc import Sequence
 from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +28,13 @@ _ELSEWHERE = "name a file with such rows with --data"
 
 @dataclass(frozen=True)
 class RowSource:
-    """Where rows are.
+    """Source of rows.
 
     Attributes:
-        data: their file, or what they are in words.
-        keys: the data sets of the config that they come from, or in whose form they are.
-        file: the JSONL file, if they are all of one.
-        held_out: whether they are those that val_set_size held out of the training data.
+        data: their file, or a description.
+        keys: data sets of the config: their origin, or their form.
+        file: the JSONL file, if there is one for all.
+        held_out: True for rows that val_set_size held out of the training data.
     """
 
     data: str
@@ -46,7 +45,7 @@ class RowSource:
 
 @dataclass
 class EvaluationRows:
-    """Rows of a source, a hash of all of them, and for each its data set in the config, such as `datasets.0`."""
+    """Rows of a source, their hash, and the data set of each in the config, such as `datasets.0`."""
 
     data: str
     sha256: str
@@ -55,8 +54,10 @@ class EvaluationRows:
 
 
 def named(file: Path, cfg: Config, folder: Path) -> RowSource:
-    """A file that the user names, with rows like those of the config's data set of that path, or else of its first for
-    evaluation, or of its first."""
+    """Source of a user's file.
+
+    Its rows have the form of the config's data set of that path, or else of its first for evaluation, or of its first.
+    """
     path = file.resolve()
     entries = dict(datafiles.datasets(cfg, "test_datasets", "datasets"))
     same = (key for key, entry in entries.items() if Path(folder, str(entry.get("path"))).resolve() == path)
@@ -64,10 +65,10 @@ def named(file: Path, cfg: Config, folder: Path) -> RowSource:
 
 
 def usual(run: Run, cfg: Config) -> RowSource | None:
-    """The rows that a run is evaluated on unless others are named; None where there are none.
+    """Default evaluation rows of a run; None without any.
 
-    For a study's prepared data they are the study's test set. Else what the config names counts more than a test.jsonl
-    that happens to lie beside the training data: its test_datasets, or what val_set_size held out.
+    For a study's prepared data they are the study's test set. Otherwise the config's test_datasets and val_set_size
+    have priority over a test.jsonl beside the training data.
     """
     folder = Path(run.cwd)
     of_study = study.of(run.origin)
@@ -82,8 +83,7 @@ def usual(run: Run, cfg: Config) -> RowSource | None:
 
 
 def validation(run: Run, cfg: Config) -> RowSource | None:
-    """The rows that a run validates on, in its training; None where there are none, or where they are its study's test
-    rows."""
+    """Validation rows of a run's training; None without any, or where they are its study's test rows."""
     folder = Path(run.cwd)
     files = (Path(folder, str(entry.get("path"))) for _, entry in datafiles.datasets(cfg, "test_datasets"))
     is_test = any(file.is_file() and _set_of(test_entry(file), sha256(file)) for file in files)
@@ -91,7 +91,7 @@ def validation(run: Run, cfg: Config) -> RowSource | None:
 
 
 def _configured(cfg: Config, folder: Path) -> RowSource | None:
-    """The rows of a config's test_datasets, or those that val_set_size held out of its training data."""
+    """Rows of a config's test_datasets, or those that val_set_size held out of its training data."""
     if tests := dict(datafiles.datasets(cfg, "test_datasets")):
         [entry, *more] = tests.values()
         file = None if more or datafiles.first_rows(entry) else _jsonl(entry, folder)
@@ -104,27 +104,27 @@ def _configured(cfg: Config, folder: Path) -> RowSource | None:
 
 
 def test_entry(file: Path) -> dict[str, Any]:
-    """What the manifest that `recipe data prepare` writes says of the test rows in a file's folder."""
+    """Entry of the test rows in the manifest of a file's folder."""
     return manifest.entries(file.parent).get("test", {})
 
 
 def test_set(file: Path, digest: str) -> str | None:
-    """The name of the study's set that a file holds, which the manifest beside it identifies by its hash."""
+    """Name of the study's test set in a file, by its hash in the manifest beside it."""
     test = test_entry(file)
     return _set_of(test, digest) if is_the_studys(test) else None
 
 
 def _set_of(test: dict[str, Any], digest: str) -> str | None:
-    """The set of a manifest's test rows that has a hash."""
+    """Name of the set of a manifest's test rows with a hash."""
     sets = {"test": test} | test.get("subsets", {})
     return next((name for name, entry in sets.items() if entry.get("sha256") == digest), None)
 
 
 def require_reference(folder: RunDir, cfg: Config, source: RowSource | None) -> RowSource:
-    """The source, if its rows have answers to compare predictions with.
+    """Return the source, if its rows have answers to compare predictions with.
 
     Raises:
-        UserError: they have none, or there is no source.
+        UserError: the rows have no answers, or there is no source.
     """
     entries = [entry for key, entry in datafiles.datasets(cfg) if source is None or key in source.keys]
     without_answers = {
@@ -144,10 +144,10 @@ def require_reference(folder: RunDir, cfg: Config, source: RowSource | None) -> 
 
 
 def read(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> EvaluationRows:
-    """The rows of a source. Those that are not in local JSONL files are loaded by Axolotl, once for a run.
+    """Rows of a source. Axolotl loads those that are not in local JSONL files, once for a run.
 
     Raises:
-        UserError: they cannot be read, or there are none.
+        UserError: they cannot be read, or there are no rows.
     """
     entries = dict(datafiles.datasets(cfg))
     if source.file:
@@ -170,37 +170,8 @@ def read(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> Evaluation
     return read
 
 
-def changed_since(run: Run, rows: EvaluationRows) -> bool:
-    """True if the file of rows is not as it was when the run was created."""
-    known = [*run.data, *([run.test_rows] if run.test_rows else [])]
-    return any(str(Path(run.cwd, file.path).resolve()) == rows.data and file.sha256 != rows.sha256 for file in known)
-
-
-def require_answers(rows: EvaluationRows, cfg: Config) -> None:
-    """Raise UserError for rows whose type has a field for the answer, and that have nothing there."""
-    kinds = {key: fields_of(entry) for key, entry in datafiles.datasets(cfg)}
-    references = [kind.reference if (kind := kinds.get(key)) else None for key in rows.keys]
-    refuse_empty(
-        rows.data,
-        [
-            number
-            for number, (row, name) in enumerate(zip(rows.rows, references, strict=True), start=1)
-            if name and not str(row.get(name) or "").strip()
-        ],
-    )
-
-
-def refuse_empty(data: str, numbers: Sequence[int]) -> None:
-    """Raise UserError for rows without an answer, by their numbers, counted from 1."""
-    if numbers:
-        some = ", ".join(map(str, numbers[:10])) + (f" and {len(numbers) - 10} more" if len(numbers) > 10 else "")
-        which, them = (f"row {some} has", "it") if len(numbers) == 1 else (f"rows {some} have", "them")
-        problem = f"{which} no answer to compare a prediction with"
-        raise UserError(f"{data}: {problem}; leave {them} out of a copy, and name that with --data")
-
-
 def _jsonl(entry: Config, folder: Path) -> Path | None:
-    """The JSONL file that a data set is, whole or its first rows; None where only Axolotl can tell its rows."""
+    """JSONL file of a data set, whole or its first rows; None where only Axolotl knows its rows."""
     file = Path(folder, str(entry.get("path")))
     parts = any(entry.get(key) for key in ("shards", "weight", "preprocess_shards", "name", "ds_type"))
     whole = entry.get("split") in (None, "train") or datafiles.first_rows(entry) is not None
@@ -208,7 +179,7 @@ def _jsonl(entry: Config, folder: Path) -> Path | None:
 
 
 def _in_words(entries: dict[str, Config], folder: Path) -> str:
-    """Data sets by name: a local one by that of its file, one of a hub by its own, with what is taken of each."""
+    """Names of data sets, a local one's without its folder, with the part that the config takes."""
     named = []
     for entry in entries.values():
         path = str(entry.get("path"))
@@ -218,7 +189,7 @@ def _in_words(entries: dict[str, Config], folder: Path) -> str:
 
 
 def _loaded(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> list[tuple[str, Row]]:
-    """The rows of a source with their data sets, as Axolotl loads them."""
+    """Rows of a source with their data sets, as Axolotl loads them."""
     kept = folder.path / KEPT
     if kept.is_file():
         with kept.open("rb") as lines:

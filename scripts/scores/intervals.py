@@ -39,8 +39,7 @@ def _within(means: np.ndarray) -> list[float]:
 
 
 def each(columns: Mapping[str, Sequence[float]]) -> dict[str, list[float] | None]:
-    """The 95 % bootstrap intervals (percentiles) of means of scores of the same rows, whose resamples are drawn once
-    for all; None for fewer than `FEWEST` rows."""
+    """95 % bootstrap intervals (percentiles) of means of scores of the same rows; None for fewer than `FEWEST` rows."""
     values = [np.asarray(column, dtype=float) for column in columns.values()]
     if not values or len(values[0]) < FEWEST:
         return dict.fromkeys(columns)
@@ -57,12 +56,12 @@ def of_few(values: Sequence[float]) -> list[float]:
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
-    """How two systems differ on the same rows.
+    """Difference of two systems on the same rows.
 
     Returns:
         The mean of a - b and its 95 % bootstrap interval; `p_bootstrap`, twice (k + 1) / (B + 1), where k of B
-        resamples are on the rarer side of no difference; `p_wilcoxon` of the two-sided signed-rank test, where equal
-        rows do not count; and in how many rows a is better, equal and worse.
+        resamples are on the rarer side of no difference; `p_wilcoxon` of the two-sided signed-rank test, without equal
+        rows; and the numbers of rows where a is better, equal and worse.
     """
     from scipy.stats import wilcoxon
 
@@ -93,7 +92,7 @@ MANY = 1e6  # degrees of freedom: as good as known
 
 @dataclass(frozen=True)
 class Interval:
-    """A 95 % interval of a mean score, and in a few words what it knows: rows, runs, or a spread that is borrowed."""
+    """95 % interval of a mean score; its method: rows, runs, or a borrowed spread."""
 
     low: float
     high: float
@@ -102,7 +101,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class MeanSquares:
-    """The mean squares of a layout of runs and rows: between runs, between rows, and what is left."""
+    """Mean squares of a layout of runs and rows: between runs, between rows, and the residual."""
 
     of_runs: Any
     of_rows: Any
@@ -165,10 +164,10 @@ def of_runs(
     of_rows: Sequence[float] | None = None,
     repeats: Sequence[float] = (),
 ) -> Interval | None:
-    """The 95 % interval of the mean score of repeats of one run; None where there is nothing to make it from.
+    """95 % interval of the mean score of repeats of one run; None of a single one without row scores and repeats.
 
-    Of a single run it is the interval over its rows. A spread between runs that others published then stands in for
-    that of ours. That counts twice what a rerun changes in single rows, which is in the rows of the run as well.
+    Of a single run it is the interval over its rows. A published spread between runs then stands in for that of ours.
+    That counts twice the changes of a rerun in single rows, which are in the rows of the run as well.
 
     Args:
         scores: each run's.
@@ -196,7 +195,7 @@ def of_runs(
 
 @dataclass(frozen=True)
 class Variances:
-    """The variances of the effects of runs and of rows on a score, and of what is left of a row in a run."""
+    """Variances of the effects of runs and of rows on a score, and of the residual."""
 
     of_runs: float
     of_rows: float
@@ -224,25 +223,25 @@ def _pooled(parts: Sequence[tuple[float, int]]) -> float:
 
 @dataclass(frozen=True)
 class Power:
-    """What so many runs and rows can see: that a score lies at a distance from a value, which its interval excludes.
+    """Power to see that a score differs from a value: its interval excludes the value.
 
     Attributes:
-        halves: the half lengths that the interval may come to.
-        deviation: the standard deviation of our mean.
+        halves: possible half lengths of the interval.
+        deviation: standard deviation of our mean.
     """
 
     halves: Any
     deviation: float
 
     def sees(self, difference: float) -> float:
-        """The chance that the interval excludes a value at a distance from the truth; of 0, a false alarm's."""
+        """Chance that the interval excludes a value at a distance from the truth; at 0, of a false alarm."""
         from scipy.special import ndtr
 
         below = ndtr((-self.halves - difference) / self.deviation)
         return float((below + ndtr((difference - self.halves) / self.deviation)).mean())
 
     def smallest(self, chance: float = 0.8) -> float:
-        """The smallest distance that is seen with a chance."""
+        """Smallest distance that is seen with a chance."""
         low, high = 0.0, 1.0
         while self.sees(high) < chance:
             high *= 2

@@ -1,4 +1,4 @@
-"""The predictions of an evaluation, kept as they are generated, so that an interrupted one can continue.
+"""Predictions of an evaluation, kept as they are generated, so that an interrupted one can continue.
 
 Before an engine other than the reference gets all rows, both answer some of them. Two engines add in different orders,
 so that now and then another of two tokens of nearly the same probability comes first, after which the answers differ.
@@ -30,19 +30,19 @@ KNOWN = {"batch_tokens", "agreement"}  # settings that are known once an engine 
 
 
 def as_row(i: int, row: Row, reference: str) -> Row:
-    """A test row as in predictions.jsonl: its number and reference, and its position and language where known."""
+    """Row of predictions.jsonl without its prediction: number, reference, and position and language where known."""
     known = {"idx": (int, str), "lang": (str,)}  # anybody's data can have something else there, true among it
     kept = {key: row[key] for key, kinds in known.items() if type(row.get(key)) in kinds}
     return {"row": i} | kept | {"reference": reference}
 
 
 def require(settings: EvaluationSettings, server: str | None, on_gpu: bool) -> None:
-    """Refuse an engine that is not there, before anything takes time.
+    """Refuse an unavailable engine, before anything takes time.
 
     Args:
-        settings: which engine and model.
-        server: its address, where that is the engine.
-        on_gpu: whether it is to run on a GPU.
+        settings: the engine and the model.
+        server: address of a server.
+        on_gpu: True for an engine on a GPU.
 
     Raises:
         UserError: it is not installed, or cannot be reached, or does not have the model, or cannot serve the adapter.
@@ -60,13 +60,13 @@ def require(settings: EvaluationSettings, server: str | None, on_gpu: bool) -> N
 def started(
     prompter: "Prompter", prompts: Sequence[list[int]], server: str | None, part: Path
 ) -> AbstractContextManager[Engine]:
-    """The engine that the prompter's settings name; it ends with the block, unless somebody else had started it.
+    """Start the engine of the prompter's settings for the time of the block.
 
     Args:
-        prompter: of the run.
-        prompts: all that it will be asked.
-        server: the address of a server, where that is the engine.
-        part: the file of the predictions, beside which it can leave its log.
+        prompter: the run's.
+        prompts: all prompts.
+        server: address of a server.
+        part: the file of the predictions; the engine's log is beside it.
 
     Raises:
         UserError: it is not installed, or cannot be reached, or has no model of that name.
@@ -97,19 +97,19 @@ def predict(
     server: str | None = None,
     rehearsal: bool = False,
 ) -> tuple[list[Row], EvaluationSettings]:
-    """The test rows with their predictions, and the settings with what became known of the engine.
+    """Generate predictions of test rows; returns the rows, and the settings with those known from the engine.
 
-    vLLM is compared with the reference before it generates all rows, and so is a server where this machine has a GPU or
-    the run is a rehearsal. A rehearsal leaves the GPU alone.
+    Before vLLM generates all rows, its answers are compared with the reference's, and so are a server's where this
+    machine has a GPU or the run is a rehearsal. A rehearsal leaves the GPU alone.
 
     Args:
-        settings: which model generates, and how.
+        settings: the model, engine and decoding.
         test: the rows.
         cfg: the run's config.
-        tokenizer: the folder in which the training left its tokenizer.
-        part: a file that keeps what is generated, from which a second call continues.
-        server: the address of a server, where that is the engine.
-        rehearsal: whether the run is one.
+        tokenizer: the folder of the training's tokenizer.
+        part: the file of predictions, from which a second call continues.
+        server: address of a server.
+        rehearsal: True for a rehearsal's run.
 
     Raises:
         UserError: see `Prompter.examples` and `started`.
@@ -150,7 +150,7 @@ def _generate(
     part: Path,
     first: bytes,
 ) -> None:
-    """Add the rows asked for, with their predictions, to those done and to a file, behind a first line.
+    """Add the rows, with their predictions, to those done and to a file, behind a first line.
 
     Predictions that reach the limit of new tokens without one of the tokens that end an answer are marked as cut.
     """
@@ -168,24 +168,23 @@ def _generate(
                 done |= made
                 bar.update(len(done))
         except WorkFailed as error:
-            kept = f"{len(done):,} of {len(asked):,} rows are kept, and the same command goes on from there"
+            kept = f"{len(done):,} of {len(asked):,} rows are kept; the same command continues"
             raise WorkFailed(f"{error}\n{kept}") from None
 
 
 def _line(settings: EvaluationSettings) -> bytes:
-    """What is known of the engine, as a line between the predictions."""
+    """Settings known from the engine, as a line between the predictions."""
     return orjson.dumps(settings.model_dump(include=KNOWN)) + b"\n"
 
 
 def _continue(part: Path, settings: EvaluationSettings) -> tuple[dict[int, Row], EvaluationSettings]:
-    """The rows of an interrupted evaluation with the same settings, and what it knew of its engine; otherwise a new
-    file for them."""
+    """Read the rows and settings of an interrupted evaluation with the same settings, or begin a new file."""
     asked = {"engine", "model", *(["batch_size"] if settings.engine == REFERENCE else [])}
     header = orjson.dumps(settings.same_work() | settings.model_dump(include=asked))
     first, *lines = part.read_bytes().split(b"\n") if part.is_file() else [b""]
     done: dict[int, Row] = {}
     for line in lines if first == header else ():
-        with suppress(ValueError):  # what a killed process or a machine without power left is made again
+        with suppress(ValueError):  # lines that a killed process or a power cut left are generated again
             row = orjson.loads(line)
             if isinstance(row, dict) and "agreement" in row:
                 known = {key: row.get(key) for key in KNOWN}
@@ -200,12 +199,12 @@ def _continue(part: Path, settings: EvaluationSettings) -> tuple[dict[int, Row],
 
 
 def sampled(prompts: Sequence[list[int]]) -> list[list[int]]:
-    """The prompts of the rows that are compared."""
+    """Prompts of the compared rows."""
     return [prompts[i] for i in sorted({i * len(prompts) // COMPARED for i in range(COMPARED)})]
 
 
 def answers_of_reference(prompter: "Prompter", prompts: Sequence[list[int]]) -> list[Completion]:
-    """The reference's greedy answers; its memory, which the engine may need, is free afterwards."""
+    """Greedy answers of the reference, whose memory is free afterwards."""
     from .reference import Reference
 
     reference = Reference(prompter)

@@ -1,4 +1,4 @@
-"""The prompts of an evaluation: the very ones that the run was trained on."""
+"""Prompts of an evaluation, identical to those of the training."""
 
 import json
 from collections.abc import Sequence
@@ -19,7 +19,6 @@ from ..checks.installed import as_trained, require_one_each, taught_ends, tokeni
 from ..checks.rows import fields_of
 from ..configs import datafiles
 from ..runs.eval_loss import MASKED
-from .evaluation_rows import refuse_empty
 from .evaluations import EvaluationSettings
 
 LOSS_ON_ANSWERS = {  # of a data set of chats, which can have it elsewhere
@@ -32,19 +31,19 @@ LOSS_ON_ANSWERS = {  # of a data set of chats, which can have it elsewhere
 
 @dataclass
 class Example:
-    """A test row: the tokens that the model is given, and the answer that it should give."""
+    """Test row: the tokens of its prompt, and the expected answer."""
 
     prompt: list[int]
     reference: str
 
 
 class Prompter:
-    """Turns rows into the prompts of a run.
+    """Maker of a run's prompts.
 
     Args:
-        settings: the base model, and how many tokens an answer may have.
+        settings: the base model, and the most tokens of an answer.
         cfg: the run's config.
-        tokenizer: the folder in which the training left its tokenizer, special tokens set.
+        tokenizer: the folder of the training's tokenizer, special tokens set.
     """
 
     def __init__(self, settings: EvaluationSettings, cfg: Config, tokenizer: Path):
@@ -67,7 +66,7 @@ class Prompter:
 
     @cached_property
     def quantization(self) -> BitsAndBytesConfig | None:
-        """How the training quantized the base model; None where it did not."""
+        """Quantization of the base model in the training; None without one."""
         if not self.settings.quantized:
             return None
         self._loader._set_quantization_config()
@@ -75,32 +74,25 @@ class Prompter:
 
     @cached_property
     def ends(self) -> set[int]:
-        """The tokens that end an answer: those that the training taught, and the model's own."""
+        """Tokens that end an answer: those that the training taught, and the model's own."""
         try:
             own = GenerationConfig.from_pretrained(self.settings.base_model, revision=self.revision).eos_token_id
         except OSError:  # it has none, so that its config says
             own = GenerationConfig.from_model_config(self.config).eos_token_id
         return {*taught_ends(self.cfg, self.tokenizer), *(own if isinstance(own, list) else [own])} - {None}
 
-    def cache_of(self, tokens: int) -> int:
-        """The bytes that the keys and values of some tokens take in all layers."""
-        model = self.config.get_text_config()
-        heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
-        width = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-        return 2 * model.num_hidden_layers * heads * width * tokens * getattr(torch, self.settings.dtype).itemsize
-
     def examples(self, rows: Sequence[Row], keys: Sequence[str] = ()) -> list[Example]:
-        """Each row's prompt, as Axolotl's own code writes it in training, and its reference.
+        """Prompt of each row, as Axolotl's own code writes it in training, and its reference.
 
         The answer is the last stretch of tokens that carry loss, so in a chat the assistant's last turn; everything
-        before it is the prompt. For this, Axolotl is asked to put loss on the answers only, whatever the training did.
-        The reference is the answer as it is written, where a type has a field for it, otherwise what its tokens say.
+        before it is the prompt. For this, Axolotl puts loss on the answers only, whatever the training did. The
+        reference is the answer's text, where a type has a field for it, otherwise the text of its tokens.
         A prompt that leaves no room for an answer in the model's context is truncated: by Axolotl at its end, where
         that tokenizes prompt and answer separately, else at its beginning.
 
         Args:
             rows: fields by name.
-            keys: the data set in the config whose form each row has; by default the first.
+            keys: the data set in the config with the form of each row; by default the first.
 
         Raises:
             UserError: Axolotl cannot tokenize the rows, or one has no prompt or no answer.
@@ -111,15 +103,15 @@ class Prompter:
             numbers = [number for number, of_row in enumerate(keys) if of_row == key]
             examples |= zip(numbers, self._of_dataset(key, [rows[number] for number in numbers]), strict=True)
         in_order = [examples[number] for number in range(len(rows))]
-        data = self.settings.data
-        refuse_empty(data, [n for n, example in enumerate(in_order, start=1) if not example.reference.strip()])
         for number, example in enumerate(in_order, start=1):
-            if not example.prompt:
-                raise UserError(f"{data}: row {number} is an answer without a prompt; it cannot be evaluated")
+            parts = {"answer": example.reference.strip(), "prompt": example.prompt}
+            if lacking := [part for part, content in parts.items() if not content]:
+                problem = f"row {number} has no {' and no '.join(lacking)}"
+                raise UserError(f"{self.settings.data}: {problem}; name a copy without such rows with --data")
         return in_order
 
     def _of_dataset(self, key: str, rows: Sequence[Row]) -> list[Example]:
-        """Rows of one data set; without an answer the reference is empty, without a prompt that is."""
+        """Examples of one data set; a missing answer or prompt is empty."""
         section, _, position = key.partition(".")
         longest = self.config.get_text_config().max_position_embeddings - self.settings.decoding.max_new_tokens
         data = self.settings.data
@@ -139,7 +131,7 @@ class Prompter:
 
 
 def answer_of(labels: Sequence[int]) -> tuple[int, int]:
-    """Where the last stretch of tokens that carry loss begins and ends; both are 0 where there is none."""
+    """Begin and end of the last stretch of tokens that carry loss; both are 0 without one."""
     end = next((i for i in range(len(labels), 0, -1) if labels[i - 1] != MASKED), 0)
     start = next((i for i in range(end, 0, -1) if labels[i - 1] == MASKED), 0)
     return start, end
@@ -151,13 +143,13 @@ ANSWER = "An answer."
 def as_code(cfg: Config, tokenizer: Path, known: dict[str, str]) -> str | None:
     """Python code that sets `inputs` to a prompt's tokens, as Axolotl wrote them in the training.
 
-    Its text is what Axolotl makes of a row of {placeholders}, and checked: its tokens are the same. None where they are
-    not, for a type that is not known here, or where the tokenizer cannot be loaded.
+    Its text is Axolotl's for a row of {placeholders}. None where its tokens are not those, for an unknown type, or
+    without a tokenizer.
 
     Args:
         cfg: the run's config.
         tokenizer: the folder with its tokenizer.
-        known: texts of some fields; others are left to be filled in.
+        known: texts of some fields; the others stay placeholders.
     """
     dataset = next((dataset for _, dataset in datafiles.datasets(cfg, "datasets")), {})
     row = _placeholders(dataset)
@@ -181,9 +173,9 @@ def as_code(cfg: Config, tokenizer: Path, known: dict[str, str]) -> str | None:
 
 
 def _placeholders(dataset: Config) -> Row:
-    """A row of a data set with {placeholders} for what a prompt is made of; empty for a type that is not known here.
+    """Row of a data set with {placeholders} in the fields of a prompt; empty for an unknown type.
 
-    It has the optional fields that the first row has, as prompts can be worded otherwise without them.
+    It has the optional fields of the first row, because prompts can be worded otherwise without them.
     """
     if dataset.get("type") == "chat_template":
         names = {"role": "role", "content": "content"} | (dataset.get("message_property_mappings") or {})

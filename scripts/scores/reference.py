@@ -1,4 +1,4 @@
-"""The reference: transformers, with the base model quantized as in training, in batches of rows of about one length."""
+"""Reference engine: transformers, the base model quantized as in training, in batches of rows of about one length."""
 
 import gc
 import hashlib
@@ -49,7 +49,7 @@ class Reference:
     """An `Engine`: a run's base model, quantized as in training, with or without an adapter.
 
     Args:
-        prompter: the run's, with the settings that say which model and adapter, and how it decodes.
+        prompter: the run's, with the settings of model, adapter and decoding.
     """
 
     def __init__(self, prompter: Prompter):
@@ -73,7 +73,7 @@ class Reference:
             self.settings = settings.model_copy(update={"batch_tokens": self._room()})
 
     def decoding(self) -> GenerationConfig:
-        """The settings' decoding, and of the model's own only the tokens that end an answer."""
+        """Decoding of the settings, and of the model's own only the tokens that end an answer."""
         decoding = self.settings.decoding
         sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
         return GenerationConfig(
@@ -86,22 +86,26 @@ class Reference:
         )
 
     def _room(self) -> int:
-        """How many tokens' keys and values a batch has room for: half of a GPU's free memory, as a pass needs the other
-        half, or what `SMALL_CACHE` says of a CPU. Each beam of a row has its own.
+        """Tokens in a batch, by the memory for their keys and values; each beam of a row has its own.
 
-        A power of two, so that an evaluation that goes on later mostly comes to the same.
+        That is half of a GPU's free memory, as a pass needs the other half, or `SMALL_CACHE` on a CPU. A power of two,
+        so that a resumed evaluation mostly has the same number.
         """
         if self.device.type == "cuda":
             memory = torch.cuda.mem_get_info()[0] // 2
         else:
             memory = min(SMALL_CACHE, psutil.virtual_memory().available // 4)
-        return 1 << max(memory // self.prompter.cache_of(self.settings.decoding.num_beams), 1).bit_length() - 1
+        model = self.prompter.config.get_text_config()
+        heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
+        width = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+        of_token = 2 * model.num_hidden_layers * heads * width * getattr(torch, self.settings.dtype).itemsize
+        return 1 << max(memory // (of_token * self.settings.decoding.num_beams), 1).bit_length() - 1
 
     def generate(self, prompts: Sequence[list[int]], done: Container[int]) -> Iterator[dict[int, Completion]]:
         """See `Engine`.
 
-        Batches are the same whatever is done: in half precision an answer can depend on the other rows of its batch.
-        One that does not fit the GPU's memory is done in halves.
+        Batches do not depend on the rows done: in half precision an answer can depend on the other rows of its batch.
+        One that does not fit the GPU's memory is halved.
 
         Raises:
             WorkFailed: not even a row fits.
@@ -129,7 +133,7 @@ class Reference:
 
     @torch.inference_mode()
     def answers(self, prompts: Sequence[list[int]], number: int) -> list[list[int]]:
-        """The tokens of one answer per prompt, independent of the batches before; without padding.
+        """Tokens of one answer per prompt, independent of the batches before; without padding.
 
         Args:
             prompts: the tokens of each.
@@ -143,16 +147,16 @@ class Reference:
         return [answer[: next((i + 1 for i, token in enumerate(answer) if token in ends), None)] for answer in answers]
 
     def free(self) -> None:
-        """Give its memory back, which another engine may need; it cannot be used afterwards."""
+        """Free its memory for another engine; it cannot be used afterwards."""
         del self.model
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def batches(lengths: Sequence[int], most: int, tokens: int) -> Iterator[tuple[int, list[int]]]:
-    """Which rows are generated together, the longest first: too little memory shows at once.
+    """Divide rows into batches, the longest first: too little memory shows at once.
 
-    Rows that need about the same room are together, so that little of a batch is padding.
+    Rows of about the same room are together, so that little of a batch is padding.
 
     Args:
         lengths: for each row the tokens of its prompt and of the longest answer.
@@ -169,7 +173,7 @@ def batches(lengths: Sequence[int], most: int, tokens: int) -> Iterator[tuple[in
 
 
 def base_model(prompter: Prompter) -> Any:
-    """A run's base model, configured and quantized as in training, on the GPU if there is one."""
+    """Load a run's base model, configured and quantized as in training, on the GPU if there is one."""
     settings = prompter.settings
     return AutoModelForCausalLM.from_pretrained(
         settings.base_model,
@@ -184,11 +188,11 @@ def base_model(prompter: Prompter) -> Any:
 
 
 def with_adapter(model: Any, folder: str) -> Any:
-    """A model with the adapter of a folder, all of it, on its layers.
+    """Put all of an adapter on a model's layers.
 
     Raises:
-        UserError: the adapter has weights for layers that the model lacks, lacks some of the layers that it names, or
-            changes nothing. PEFT only warns.
+        UserError: the adapter has weights for layers that the model lacks, lacks some of its own layers, or changes
+            nothing. PEFT only warns.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -214,12 +218,12 @@ def grow_embedding(model: PreTrainedModel, tokens: int, adapter: str | None) -> 
     """Give a base model's embedding as many rows as it was trained with, if it has fewer.
 
     Axolotl adds rows for tokens that a config adds to the tokenizer (loaders/model.py); PEFT saves them with the
-    adapter, but does not add them when it loads that.
+    adapter, but does not add them when it loads the adapter.
 
     Args:
         model: the base model.
-        tokens: how many the training's tokenizer has.
-        adapter: the adapter's folder; None where it is not to be loaded.
+        tokens: number of tokens of the training's tokenizer.
+        adapter: the adapter's folder; None for the base model alone.
     """
     saved = embedding_rows(Path(adapter) / ADAPTER) if adapter else None
     if (rows := saved or tokens) > len(model.get_input_embeddings().weight):
@@ -227,7 +231,7 @@ def grow_embedding(model: PreTrainedModel, tokens: int, adapter: str | None) -> 
 
 
 def base_weights(prompter: Prompter) -> dict[str, Any]:
-    """All that the weights of the run's base model depend on: revision, files and quantization among it."""
+    """Identity of the weights of the run's base model: revision, files, quantization and config."""
     settings = prompter.settings
     return {
         "model": settings.base_model,
@@ -242,13 +246,13 @@ def base_weights(prompter: Prompter) -> dict[str, Any]:
 
 
 def weights_folder(prompter: Prompter) -> Path:
-    """The run's base model, quantized as in training and dequantized to the settings' dtype, as a folder.
+    """Folder of the run's base model, quantized as in training and dequantized to the settings' dtype.
 
     At each step a 4-bit layer does the same, unless `bnb_4bit_compute_dtype` is another, so that both compute with
-    identical weights. The folder is made once, in the cache, where it takes as much room as the base model in 16 bit.
+    identical weights. The folder is made once, in the cache, as large as the base model in 16 bit.
 
     Raises:
-        OSError: there is not so much room.
+        OSError: the disk is full.
     """
     settings, model = prompter.settings, Path(prompter.settings.base_model)
     digest = hashlib.sha256(orjson.dumps(base_weights(prompter), option=orjson.OPT_SORT_KEYS)).hexdigest()

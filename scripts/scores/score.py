@@ -37,15 +37,14 @@ class StandIn(ScorerModel):
 
 
 def columns_of(recipe: str | None = None, asked: Iterable[str] = ()) -> dict[str, Column]:
-    """What predictions are scored with: the metrics of the study that a recipe belongs to and those asked for; where
-    there are neither, `registry.DEFAULT`.
+    """Metrics of a recipe's study and of --metric; without both `registry.DEFAULT`.
 
     Args:
-        recipe: the recipe's name, or that of the one it is a variant of; None for predictions of no recipe.
-        asked: what was given to --metric.
+        recipe: name of the recipe, or of the one that it is a variant of; None for predictions of no recipe.
+        asked: values of --metric.
 
     Raises:
-        UserError: one asked for is malformed, or has the name of one of the study's that is declared otherwise.
+        UserError: a value is malformed, or has the name of a metric that the study declares otherwise.
     """
     of_study = study.of(recipe) if recipe else None
     own = of_study.columns if of_study else {}
@@ -66,7 +65,7 @@ def declared_models(columns: Mapping[str, Column]) -> dict[str, ScorerModel]:
 
 
 def scorer_model(asked: str | None, rehearsal: bool = False, declared: ScorerModel | None = None) -> ScorerModel | None:
-    """The scorer model that a user asked for; None where there is to be no BERTScore.
+    """Scorer model of --metric; None leaves BERTScore out.
 
     By default it is the stand-in in a rehearsal, otherwise the declared one if that is on this machine, as it is large.
     """
@@ -85,17 +84,17 @@ def scorer_model(asked: str | None, rehearsal: bool = False, declared: ScorerMod
 def scorer_models(
     columns: Mapping[str, Column], asked: str | None, rehearsal: bool = False, report: bool = False
 ) -> ScorerModels:
-    """The scorer model of each column that needs one, see `scorer_model`; `report` logs those that are not here."""
+    """Scorer model of each column that needs one, see `scorer_model`; `report` logs missing ones."""
     models = {name: scorer_model(asked, rehearsal, declared) for name, declared in declared_models(columns).items()}
     for name, declared in declared_models(columns).items():
         if report and models[name] is None and asked is None:
-            fetched = f"`--metric bertscore:{declared.model}` fetches it"
-            say(f"{columns[name].label} is left out: {declared.model} is not on this machine; {fetched}")
+            problem = f"{columns[name].label}: left out, as {declared.model} is not on this machine"
+            say(f"{problem}; fetch it with `--metric bertscore:{declared.model}`")
     return models
 
 
 def require_models(models: Iterable[ScorerModel | None]) -> None:
-    """Have scorer models at hand, before hours are spent on what they are to score.
+    """Load scorer models, before hours of generation.
 
     Raises:
         UserError, WorkFailed: see `layer_of`.
@@ -105,23 +104,22 @@ def require_models(models: Iterable[ScorerModel | None]) -> None:
 
 
 def model_record(column: Column, scores: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The record of a column's scorer model in scores.json; None where it has none, or the column was left out."""
+    """Record of a column's scorer model in scores.json; None without one, or where the column was left out."""
     record = scores.get(column.recorded("bertscore")) if isinstance(column.parameters, ScorerModel) else None
     return record if isinstance(record, dict) else None
 
 
 def same_models(models: ScorerModels, columns: Mapping[str, Column], scores: Mapping[str, Any]) -> bool:
-    """Whether the same scorer models made scores."""
+    """True if these scorer models made scores."""
     return all(made_by(model, model_record(columns[name], scores)) for name, model in models.items())
 
 
-# Of what scores mean. To be raised with any change after which the same texts score otherwise; scores of another
-# version are computed again.
+# Version of the scores. A change that gives the same texts other scores raises it; older scores are computed again.
 VERSION = 1
 
 
 def read_pairs(file: Path, prediction: str = "prediction", reference: str = "reference") -> list[Row]:
-    """The rows of a JSONL file with the fields reference and prediction, taken from other fields if these are named.
+    """Rows of a JSONL file with the fields reference and prediction, from the named fields.
 
     Args:
         file: the file.
@@ -136,16 +134,14 @@ def read_pairs(file: Path, prediction: str = "prediction", reference: str = "ref
         found = {"reference": below(row, reference), "prediction": below(row, prediction)}
         for (side, text), field in zip(found.items(), (reference, prediction), strict=True):
             if not isinstance(text, str):
-                there = ", ".join(row) or "none"
-                raise UserError(
-                    f"{file}: row {number} needs the text field {field}; it has {there}; --{side}-field names another"
-                )
+                problem = f"row {number} needs the text field {field}; it has {', '.join(row) or 'none'}"
+                raise UserError(f"{file}: {problem}; name another with --{side}-field")
         row |= found
     return rows
 
 
 def below(row: Any, field: str) -> Any:
-    """The value of a field, or of one below others whose names stand before the dots."""
+    """Value of a field, or of a field below others, with dots between the names."""
     if not isinstance(row, dict) or field in row:
         return row.get(field) if isinstance(row, dict) else None
     first, dot, rest = field.partition(".")
@@ -153,10 +149,10 @@ def below(row: Any, field: str) -> Any:
 
 
 def of_predictions(columns: Mapping[str, Column]) -> Mapping[str, Column]:
-    """The columns, none of which is of a run.
+    """Return the columns, all of which measure predictions.
 
     Raises:
-        UserError: one is.
+        UserError: one measures a run.
     """
     for name, column in columns.items():
         if column.metric.of_loss or column.metric.of_model:
@@ -167,14 +163,14 @@ def of_predictions(columns: Mapping[str, Column]) -> Mapping[str, Column]:
 
 
 def with_scores(rows: Sequence[Row], columns: Mapping[str, Column], models: ScorerModels | None = None) -> list[Row]:
-    """Rows with `exact` and the scores of those columns that have one for each row, and without older scores.
+    """Rows with `exact` and the scores of columns with a score of each row, without older scores.
 
     A row is exact where both texts are the same but for space around them.
 
     Args:
         rows: each with `reference` and `prediction`.
-        columns: what to score them with.
-        models: the scorer models of those that need one; by default the ones that they declare.
+        columns: their metrics.
+        models: the scorer models of those that need one; by default the declared ones.
     """
     judged = dict(models or {})
     pairs = [(row["reference"], row["prediction"]) for row in rows]
@@ -197,20 +193,20 @@ def score(
     loss: float | None = None,
     measured: Mapping[str, Benchmark] | None = None,
 ) -> tuple[dict[str, Any], list[Row]]:
-    """The scores of all rows together, and the rows with their own scores.
+    """Scores of all rows together, and the rows with their own scores.
 
     Args:
-        rows: each with `reference` and `prediction`; none where no metric is of predictions.
-        columns: what to score them with.
-        models: the scorer models of those that need one; by default the ones that they declare.
-        loss: the eval loss of the run that made the predictions, for the metrics that are of that.
+        rows: each with `reference` and `prediction`; empty where no metric needs predictions.
+        columns: their metrics.
+        models: the scorer models of those that need one; by default the declared ones.
+        loss: the eval loss of the predictions' run, for metrics of that.
         measured: scores of benchmarks by column.
 
     Returns:
-        The means of the metrics per row with their 95 % intervals; those that are of all rows together, or of the run;
-        what the metrics record of how they were computed, and `metrics`, their declarations; the shares of exact and
-        empty predictions and of those that another row has too; the tokens of all predictions over those of all
-        references; and `notes`, where there is something to know of the scores.
+        The means of the metrics per row with their 95 % intervals; metrics of all rows together, or of the run; the
+        records of the metrics, and `metrics`, their declarations; the shares of exact and empty predictions and of
+        those that another row has too; the tokens of all predictions over those of all references; and `notes` on the
+        scores, if there are any.
     """
     judged = dict(models or declared_models(columns))
     kept = {name: column for name, column in columns.items() if judged.get(name, column.parameters)}
@@ -249,7 +245,7 @@ def score(
 
 
 def _shares(rows: Sequence[Row]) -> dict[str, float | None]:
-    """Shares of rows that are exact, empty, and equal to another, and the length of predictions over references."""
+    """Shares of rows that are exact, empty, and equal to another; length of predictions over references."""
     references, predictions = ([row[key] for row in rows] for key in ("reference", "prediction"))
     times = Counter(map(str.strip, predictions))
     reference_words, prediction_words = (len(words("\n".join(texts))) for texts in (references, predictions))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..base import paths
 from ..base.errors import UserError, WorkFailed
-from ..base.files import embedding_rows, naming, opened, read_json
+from ..base.files import Row, embedding_rows, naming, opened, read_json
 from ..base.machine import start_child
 from ..base.progress import Bar
 from .evaluations import ADAPTER, EvaluationSettings
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 ENVIRONMENT = paths.LOCK.with_name(".vllm")  # where `make vllm` installs it
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that it makes room for
 AT_ONCE = 128  # requests that it gets at a time; it is vLLM that decides how many of them it works on
-PATIENCE = 1800  # seconds until it is ready: a large model has to be read from disk, and compiled on a GPU
+TIMEOUT = 1800  # seconds until it is ready: a large model has to be read from disk, and compiled on a GPU
 PRIVATE = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_COLOR": "0"}
 """Variables of its environment: no usage statistics, and a plain log."""
 ON_CPU = {
@@ -41,14 +41,14 @@ _PLAIN = (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
 
 def require(settings: EvaluationSettings, on_gpu: bool) -> None:
-    """Refuse what vLLM cannot do here.
+    """Refuse adapters and machines that vLLM cannot serve.
 
     Args:
         settings: with the adapter.
-        on_gpu: whether it may use a GPU, and there is one.
+        on_gpu: True for an evaluation on a GPU.
 
     Raises:
-        UserError: it is not installed, or for another kind of machine, or it cannot serve such an adapter.
+        UserError: vLLM is not installed, or for another kind of machine, or cannot serve the adapter.
     """
     if not (ENVIRONMENT / "bin" / "python").exists() or not list(ENVIRONMENT.glob(".*.lock")):
         how = f"is not in {ENVIRONMENT}; `make vllm` installs it there"
@@ -70,12 +70,12 @@ def _lock(on_gpu: bool) -> str:
 
 
 def for_cpu() -> bool:
-    """Whether the vLLM that is installed is the one for processors."""
+    """True if the installed vLLM is the one for processors."""
     return (ENVIRONMENT / f".{_lock(on_gpu=False)}").exists()
 
 
 def _unservable(adapter: Path) -> str | None:
-    """Why vLLM cannot serve an adapter; None if it can."""
+    """Reason why vLLM cannot serve an adapter; None if it can."""
     config = read_json(adapter / "adapter_config.json")
     targets = config.get("target_modules")
     reasons = {
@@ -92,20 +92,18 @@ def _unservable(adapter: Path) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def _rank(config: dict[str, object]) -> int:
-    """The highest rank of an adapter's layers; 0 where its config has none."""
-    own, patterns = config.get("r"), config.get("rank_pattern")
-    others = patterns.values() if isinstance(patterns, dict) else ()
-    return max([rank for rank in (own, *others) if isinstance(rank, int)], default=0)
+def _rank(config: Row) -> int:
+    """Highest rank of an adapter's layers; 0 where its config has none."""
+    return max([config.get("r") or 0, *(config.get("rank_pattern") or {}).values()])
 
 
 @contextmanager
 def started(prompter: "Prompter", prompts: Sequence[list[int]], part: Path) -> Iterator["Server"]:
-    """vLLM with a run's base model and adapter, ready to answer; its log is beside `part`.
+    """Start vLLM with a run's base model and adapter; its log is beside `part`.
 
     Args:
-        prompter: of the run.
-        prompts: all that it will be asked.
+        prompter: the run's.
+        prompts: all prompts.
         part: the file of the predictions.
 
     Raises:
@@ -128,21 +126,19 @@ def started(prompter: "Prompter", prompts: Sequence[list[int]], part: Path) -> I
     try:
         api = Api(f"http://127.0.0.1:{port}/v1/", key, timeout=None)
         with Bar("starting vLLM"):
-            asyncio.run(_wait(api, server, log))
+            asyncio.run(_wait(api, server))
         name = "adapter" if settings.adapter_sha256 else "base"
         yield Server(prompter, api, name, settings.batch_size or AT_ONCE)
     except WorkFailed as error:
-        if server.poll() is None:
-            raise
-        raise WorkFailed(
-            f"{_tail(log)}\nvLLM has ended with code {server.returncode}; the whole log is {log}"
-        ) from error
+        ended = "" if server.poll() is None else f"; vLLM has ended with code {server.returncode}"
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise WorkFailed(f"{tail}\n{error}{ended}; the whole log is {log}") from error
     finally:
         _end(server)
 
 
 def _command(prompter: "Prompter", model: str, longest: int, port: int) -> list[str]:
-    """The command that serves a model as `base`, and with the adapter as `adapter`."""
+    """Command that serves a model as `base`, and with the adapter as `adapter`."""
     settings = prompter.settings
     words = [
         *(str(ENVIRONMENT / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"),
@@ -175,25 +171,21 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-async def _wait(api: "Api", server: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Wait until the server names its models, which it does once it is ready."""
+async def _wait(api: "Api", server: "subprocess.Popen[bytes]") -> None:
+    """Wait until the server lists its models, as it does once it is ready."""
     import openai
 
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while server.poll() is None and time.monotonic() < deadline:
         with suppress(openai.APIError):
             await api.models()
             return
         await asyncio.sleep(0.5)
-    raise WorkFailed(f"{_tail(log)}\nvLLM was not ready in {PATIENCE} s; the whole log is {log}")
-
-
-def _tail(log: Path) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+    raise WorkFailed(f"vLLM was not ready, in {TIMEOUT} s at most")
 
 
 def _end(server: "subprocess.Popen[bytes]") -> None:
-    """End a server and all that it has started."""
+    """End a server and its processes."""
     server.terminate()
     try:
         with suppress(subprocess.TimeoutExpired):
