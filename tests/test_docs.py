@@ -25,7 +25,7 @@ COMMAND = re.compile(
     r"^(?:\$ |!)?(?:timeout .* 10h )?(?:\.venv/bin/)?(recipe (?!.*--help|--install)\S.*)", re.MULTILINE
 )
 OF_OTHERS = {"--env", "--foreground", "--gres", "--secret"}  # options of timeout, sbatch and SkyPilot
-QUESTIONS = 2  # docstrings of scripts/ that begin with a question; the number may only fall
+QUESTIONS = 1  # docstrings of scripts/ that begin with a question; the number may only fall
 
 
 def named(page: Path) -> str:

@@ -1,4 +1,4 @@
-"""Metrics of what an answer comes to: its number, or the word that it chooses.
+"""Metrics of an answer's result: its number, or its choice of a word.
 
 Numbers are found and compared in four ways, ported from descriptions of the authors' code:
 
@@ -35,7 +35,7 @@ _SIGNED = re.compile(r"[-+]?\d*[.,/]?\d+")
 
 
 class NumberParameters(Parameters):
-    """How the number is found.
+    """Way to find the number of an answer.
 
     Attributes:
         parser: by whose code, see above.
@@ -48,7 +48,7 @@ class NumberParameters(Parameters):
 
     @property
     def sought(self) -> tuple[str, ...]:
-        """The markers that are looked for."""
+        """Markers of the search."""
         return self.markers or MARKERS[self.parser]
 
 
@@ -101,7 +101,7 @@ _PARSERS: dict[str, Callable[[str, Sequence[str]], float | Decimal | None]] = {
 
 
 def number_of(text: str, parameters: NumberParameters) -> float | Decimal | None:
-    """The number of an answer; None where there is none."""
+    """Number of an answer; None without one."""
     return _PARSERS[parameters.parser](text, parameters.sought)
 
 
@@ -112,7 +112,7 @@ def number(pairs: Sequence[Pair], parameters: NumberParameters) -> list[float]:
 
 
 class ChoiceParameters(Parameters):
-    """The words to choose among.
+    """Words of the choice.
 
     Attributes:
         words: sets of words; those of a row are the set that its reference is in, or else the reference alone.
@@ -124,7 +124,7 @@ class ChoiceParameters(Parameters):
 
 
 def choice(pairs: Sequence[Pair], parameters: ChoiceParameters) -> list[float]:
-    """100 for each prediction in which the first of the words to choose among is the reference, otherwise 0."""
+    """100 for each prediction whose first word of the choice is the reference, otherwise 0."""
     scores = []
     for reference, prediction in pairs:
         words_of_row = next((words for words in parameters.words if reference in words), (reference,))
@@ -135,7 +135,7 @@ def choice(pairs: Sequence[Pair], parameters: ChoiceParameters) -> list[float]:
 
 
 def _notes(pairs: Sequence[Pair], parameters: NumberParameters) -> Iterator[str]:
-    """Where a number is not found: that can be for want of the right marker."""
+    """Notes on texts without a number, possibly for want of the right marker."""
     remedy = "; `markers` names others" if parameters.markers is None else ""
     for side, name in enumerate(("references", "predictions")):
         unread = [pair[side] for pair in pairs if number_of(pair[side], parameters) is None]
