@@ -61,7 +61,7 @@ class Local:
     def submit(self, tasks: Sequence[Task], title: str) -> None:
         """Carry tasks out, as many at a time as there are devices.
 
-        A request to stop is passed on to the running commands, which end at a checkpoint, and nothing more is begun.
+        A request to stop is passed on to the running commands, which end at a checkpoint, and nothing more is started.
         """
         waiting = deque((f"{n} of {len(tasks)}, {task.result.label}", task) for n, task in enumerate(tasks, start=1))
         with stop_requests() as stops:
@@ -74,7 +74,7 @@ class Local:
                         process.terminate()
                 time.sleep(0.05)
         for _, task in waiting:
-            task.result.problem = f"interrupted before it was begun; {_AGAIN}"
+            task.result.problem = f"interrupted before its start; {_AGAIN}"
 
     def _worker(
         self, device: str | None, waiting: deque[tuple[str, Task]], stops: list[int]

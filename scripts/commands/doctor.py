@@ -84,17 +84,17 @@ def ask_torch() -> Facts:
 
 def check_torch() -> Iterator[Line]:
     """Check that torch can be imported, and that it computes on each GPU."""
-    cards, facts, visible = machine.gpus(), ask_torch(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus, facts, visible = machine.gpus(), ask_torch(), os.environ.get("CUDA_VISIBLE_DEVICES")
     if "error" in facts:
         yield Line("torch", "wrong", f"cannot be imported: {facts['error']}", "reinstall it", install_torch())
         return
     built = f"{facts['version']}, built {'for CUDA ' + facts['cuda'] if facts['cuda'] else 'without CUDA'}"
     yield Line("torch", "ok", built)
-    if not cards:
+    if not gpus:
         found = "no NVIDIA driver with a GPU: rehearsals, checks, plans and reports work; trainings need one"
         yield Line("GPU", "note", found, "if this machine has a GPU, `nvidia-smi` shows why it is not found")
         return
-    kinds = dict.fromkeys(f"{card['name']} ({card['compute_capability']}), driver {card['driver']}" for card in cards)
+    kinds = dict.fromkeys(f"{gpu['name']} ({gpu['compute_capability']}), driver {gpu['driver']}" for gpu in gpus)
     found = "; ".join(kinds)
     if not facts["gpus"] and visible is not None:
         hidden = f"{found}; CUDA_VISIBLE_DEVICES={visible} hides it"
@@ -189,7 +189,7 @@ def check_disks() -> Iterator[Line]:
         "models": (Path(HF_HUB_CACHE), _MODEL_GB, "set HF_HUB_CACHE to a folder with more space"),
     }
     for name, (folder, needed, remedy) in folders.items():
-        parent = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+        parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
         free = shutil.disk_usage(parent).free / 1e9
         text = f"{free:.1f} GB free in {parent}"
         if free >= needed:

@@ -43,8 +43,8 @@ def _beginning(incomplete: str, names: Sequence[str]) -> list[str]:
 
 def _yaml_files(incomplete: str) -> list[str]:
     folder = incomplete.rpartition("/")[0]
-    place = Path(folder or ".")
-    files = sorted(place.iterdir()) if place.is_dir() else []
+    path = Path(folder or ".")
+    files = sorted(path.iterdir()) if path.is_dir() else []
     return [f"{folder}/{file.name}" if folder else file.name for file in files if file.suffix in (".yaml", ".yml")]
 
 

@@ -170,7 +170,7 @@ def sweep_verb(
     request.rehearse = is_rehearsal(request)
     evaluation = EvaluationRequest(limit=limit, metrics=metric or [])
     backend = backend_of(on, request.rehearse, jobs)
-    card = gpus.find(gpu) if gpu else None
+    target = gpus.find(gpu) if gpu else None
     record, results = sweep.sweep(
         sweep_name,
         members,
@@ -178,7 +178,7 @@ def sweep_verb(
         evaluation,
         backend,
         seeds=seeds,
-        gpu=card,
+        gpu=target,
         dry_run=dry_run,
     )
     rows = sweep_results.rows(record, paths.runs())
@@ -265,8 +265,8 @@ def reproduce_verb(
         _score_predictions(of_study, only or [], evaluation.judge, json)
         return
     if dry_run:
-        card = gpus.find(gpu) if gpu else None
-        outline = reproduce.outline(of_study, request, only or [], evaluation, backend, card, seeds)
+        target = gpus.find(gpu) if gpu else None
+        outline = reproduce.outline(of_study, request, only or [], evaluation, backend, target, seeds)
         reproduce.show_outline(outline, json)
         if not json:
             say("next: the same command without --dry-run")
@@ -281,7 +281,7 @@ def reproduce_verb(
     next_step("report" if backend.here else "results", study, *["--rehearse"][: request.rehearse], json=json)
 
 
-def _score_predictions(of_study: "Study", only: list[str], judge: str | None, json: bool) -> None:
+def _score_predictions(of_study: "Study", only: list[str], scorer: str | None, json: bool) -> None:
     """Score the predictions that were published with a study's scores, and print the scores.
 
     Raises:
@@ -289,7 +289,7 @@ def _score_predictions(of_study: "Study", only: list[str], judge: str | None, js
     """
     from ..workflows import stages
 
-    rows, problems = stages.score_predictions(of_study, only, judge)
+    rows, problems = stages.score_predictions(of_study, only, scorer)
     if json:
         tables.print_json({"scores": rows, "problems": problems})
     elif rows:

@@ -144,9 +144,9 @@ def score_verb(
 
     columns = of_predictions(columns_of(None, metric or []))
     rows = read_pairs(file, prediction_field, reference_field)
-    judged = scorer_models(columns, scorer_named(metric or []))
+    models = scorer_models(columns, scorer_named(metric or []))
     with Bar("scoring", 1):
-        scores, rows = score(rows, columns, judged)
+        scores, rows = score(rows, columns, models)
     if out:
         write_rows(out, rows)
     _print_scores(scores, json)
@@ -190,7 +190,7 @@ def _print_scores(scores: dict[str, Any], json: bool) -> None:
         tables.print_json(scores)
         return
     for name, value in scores.items():
-        if isinstance(value, dict) and "model" in value:  # what a judge made
+        if isinstance(value, dict) and "model" in value:  # of a scorer model
             value = f"{value['model']}{' (stands in)' if value['stand_in'] else ''}, {value['hash']}"
         if name == "notes":
             for note in value:

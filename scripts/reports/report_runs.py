@@ -217,11 +217,11 @@ def _column(evaluation: Evaluation, by_heading: Mapping[str, Column]) -> dict[st
     column: dict[str, str | None] = {}
     intervals = evaluation.scores.get("intervals") or {}
     titles = {name: registry.heading(scored, by_heading) for name, scored in evaluation.columns.items()}
-    judged = {c.recorded("bertscore"): c for c in evaluation.columns.values() if model_record(c, evaluation.scores)}
+    by_model = {c.recorded("bertscore"): c for c in evaluation.columns.values() if model_record(c, evaluation.scores)}
     for key, value in evaluation.scores.items():
         title = titles.get(key) or _OTHERS.get(key, key)
-        if key in judged:
-            column[f"{judged[key].label} by"] = str(value.get("model"))
+        if key in by_model:
+            column[f"{by_model[key].label} by"] = str(value.get("model"))
         elif isinstance(value, int | float | str):
             within = f" ({tables.text_of(intervals[key])})" if intervals.get(key) else ""
             column[title] = f"{tables.text_of(value)}{within}"

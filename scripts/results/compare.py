@@ -62,18 +62,18 @@ def _of_run(name: str, runs: Path, named: dict[str, Column]) -> ScoredRows:
         problem = changed(folder, evaluation) or "not evaluated"
         raise UserError(f"{folder}: {problem}; `recipe evaluate {folder}` comes first")
     scored = _scored(rows, columns := evaluation.columns | named)
-    for judged in declared_models(columns):
-        scored.columns[judged] = columns[judged]
-        scored.models[judged] = model_record(columns[judged], evaluation.scores)
+    for name in declared_models(columns):
+        scored.columns[name] = columns[name]
+        scored.models[name] = model_record(columns[name], evaluation.scores)
         for new, row in zip(scored.rows, rows, strict=True):
-            new[judged] = row.get(judged)
+            new[name] = row.get(name)
     return scored
 
 
 def _scored(rows: Sequence[Row], columns: dict[str, Column]) -> ScoredRows:
     """Rows scored with the columns of row scores that need no scorer model."""
-    judged = declared_models(columns)
-    of_rows = {name: column for name, column in columns.items() if column.metric.of_rows and name not in judged}
+    by_model = declared_models(columns)
+    of_rows = {name: column for name, column in columns.items() if column.metric.of_rows and name not in by_model}
     return ScoredRows(with_scores(rows, of_rows, {}), of_rows)
 
 

@@ -152,8 +152,8 @@ def record_of_run(result: RunResult) -> ledger.Record:
     run, own, summary = result.run, result.evaluation, result.summary
     assert result.study
     cfg = yamlfiles.read_yaml(result.folder.config)
-    card = (run.provenance.get("gpus") or [{}])[0]
-    gpu = gpus.named(str(card.get("name")))
+    used = (run.provenance.get("gpus") or [{}])[0]
+    gpu = gpus.named(str(used.get("name")))
     versions = run.provenance.get("packages", {})
     finished = run.state == "finished"
     ended = own.made if own else run.launches[-1].ended if run.launches else None
@@ -170,7 +170,7 @@ def record_of_run(result: RunResult) -> ledger.Record:
         "lock_sha256": run.provenance.get("lock_sha256"),
         "packages": {name: versions[name] for name in get_args(ledger.Package) if versions.get(name)},
         "gpus": run.ranks,
-        "gpu": gpu.name if gpu else f"sm_{card.get('compute_capability')}".replace(".", ""),
+        "gpu": gpu.name if gpu else f"sm_{used.get('compute_capability')}".replace(".", ""),
         "scores": _scores(result, result.study) if finished else {},
     }
     if run.published_adapter:

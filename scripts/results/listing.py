@@ -212,9 +212,9 @@ def notes(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
             yield f"{row.recipe}: scores of the adapter {adapter}, which was not trained here."
         if row.differs:
             yield f"{row.recipe} differs from the paper: {'; '.join(row.differs)}"
-        judged = {of_study.columns[name].label: score.verdict for name, score in row.scores.items()}
-        judged["training loss"] = row.gap_verdict
-        if off := [label for label, found in judged.items() if found == verdict.OFF]:
+        verdicts = {of_study.columns[name].label: score.verdict for name, score in row.scores.items()}
+        verdicts["training loss"] = row.gap_verdict
+        if off := [label for label, found in verdicts.items() if found == verdict.OFF]:
             of_which = "" if off == [of_study.first.label] else f" in {' and '.join(off)}"
             yield f"{row.recipe} is off{of_which}, and the paper leaves open: {'; '.join(row.open)}"
 

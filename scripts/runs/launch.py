@@ -32,7 +32,7 @@ _OF_TORCHRUN = re.compile("^.*torch/distributed/elastic/multiprocessing/api.py",
 _REFUSED = re.compile(r"^(?:([\w.]+)\n)?  (?:Value error, )?(.+?) \[type=\w+, input_value=", re.MULTILINE)  # pydantic's
 _KILLED = (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT)
 _LESS_MEMORY = (
-    "end other processes, give a job more, or run anew with --set dataloader_num_workers=0 --set dataset_num_proc=1"
+    "end other processes, give a job more, or start a run with --set dataloader_num_workers=0 --set dataset_num_proc=1"
 )
 OUT_OF_MEMORY = "out of memory"
 """Problem of a launch, as `_problem` finds it."""
@@ -225,7 +225,7 @@ def _environment(folder: RunDir, record: Run) -> dict[str, str]:
 def _drop_half_prepared(folder: RunDir, record: Run) -> None:
     """Remove half-written prepared rows, which Axolotl would take for complete.
 
-    Only in the cache or the run's own folder, as the config may be a stranger's.
+    Only in the cache or the run's own folder, as the config may be another user's.
     datasets writes dataset_info.json last. Whoever is writing holds Axolotl's lock (axolotl/utils/data/lock.py).
     """
     prepared = Path(record.cwd, str(yamlfiles.read_yaml(folder.config).get("dataset_prepared_path"))).resolve()
@@ -298,7 +298,7 @@ def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: 
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)  # data loader workers outlive a killed parent by seconds
     if not log.exists():
-        raise WorkFailed(f"{folder.path}: was deleted while Axolotl wrote to it; run the recipe anew")
+        raise WorkFailed(f"{folder.path}: was deleted while Axolotl wrote to it; `recipe run` starts another")
     return child.returncode, bool(stops)
 
 

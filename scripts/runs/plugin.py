@@ -174,13 +174,13 @@ class RunCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From here on a checkpoint can be written, so a request to stop waits for one."""
         signal.signal(signal.SIGTERM, self._stop)
-        begun: dict[str, Any] = self.parameters or {}
+        first: dict[str, Any] = self.parameters or {}
         if self.engine:
             ranks.check_engine(self.engine, self.trainer)
-            begun = begun | {"engine": self.engine}
+            first = first | {"engine": self.engine}
         if self.packed:
             self.packed.compare_in_first_pass()
-        self._append(state, begun | {"gpus": _gpus()})
+        self._append(state, first | {"gpus": _gpus()})
         if not args.eval_on_start:
             _note_phase(args.output_dir, "training")
         self.trainer.model.register_forward_pre_hook(self._count, with_kwargs=True)
@@ -290,14 +290,14 @@ def _note_phase(output: str, phase: str) -> None:
 def _gpus() -> list[Card]:
     """The GPUs of this node's ranks, as torch reports them."""
     used = range(int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if torch.cuda.is_available() else 0)
-    cards = [torch.cuda.get_device_properties(i) for i in used]
+    gpus = [torch.cuda.get_device_properties(i) for i in used]
     return [
         {
-            "name": card.name,
-            "memory_gib": round(card.total_memory / GIB, 1),
-            "compute_capability": f"{card.major}.{card.minor}",
+            "name": gpu.name,
+            "memory_gib": round(gpu.total_memory / GIB, 1),
+            "compute_capability": f"{gpu.major}.{gpu.minor}",
         }
-        for card in cards
+        for gpu in gpus
     ]
 
 

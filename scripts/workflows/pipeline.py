@@ -70,7 +70,7 @@ class Pipeline:
         request: the run that is asked for.
         evaluation: how that run is evaluated; in a rehearsal BERTScore's model is the stand-in, unless one is named.
         backend: where its commands are carried out.
-        gpu: the card that it is composed, checked and planned for, by default the backend's.
+        gpu: the GPU that it is composed, checked and planned for, by default the backend's.
 
     Attributes:
         composed: its config; None where it is wrong.
@@ -101,7 +101,7 @@ class Pipeline:
 
     @property
     def state(self) -> str | None:
-        """The state of its existing run; None where there is none."""
+        """The state of its existing run, or None."""
         return self.existing[1].state if self.existing else None
 
     @property
@@ -243,8 +243,8 @@ class Pipeline:
         if self.state == "finished":
             task = EvaluationTask(folder, self.evaluation)
             asked = self.evaluation
-            judged = scorer_models(task.columns, asked.judge, self.request.rehearse)
-            if evaluate.complete(task, judged):
+            models = scorer_models(task.columns, asked.judge, self.request.rehearse)
+            if evaluate.complete(task, models):
                 return SKIPPED
         job = backends.job_state(folder, "evaluate", self._scoring(folder).words)
         return str(job) if job and (job.kind != "unknown" or not self.backend.here) else None

@@ -55,7 +55,7 @@ def reproduce(
 
     Args:
         of_study: the study.
-        request: what is laid over each recipe, with the study's name. A mirror is used only where a model is gated.
+        request: the overrides of each recipe, with the study's name. A mirror is used only where a model is gated.
         only: the recipes to run; by default those with published scores.
         evaluation: how each run is evaluated; BERTScore's model is by default that of the published scores, and the
             stand-in in a rehearsal.
@@ -75,14 +75,14 @@ def reproduce(
         pipelines = [Pipeline(result, asked, evaluation, backend) for result, asked in wanted]
         for pipeline in pipelines:
             pipeline.look_up()
-        begun = [pipeline for pipeline in pipelines if pipeline.is_finished() or pipeline.check(with_data=False)]
-        have_data(of_study, [pipeline.composed for pipeline in begun if pipeline.composed])
-        for pipeline in begun:
+        runnable = [pipeline for pipeline in pipelines if pipeline.is_finished() or pipeline.check(with_data=False)]
+        have_data(of_study, [pipeline.composed for pipeline in runnable if pipeline.composed])
+        for pipeline in runnable:
             if not pipeline.existing:  # without the data it could not be found
                 pipeline.look_up()
         ready = []
-        with Bar("checking and planning", len(begun)) as bar:
-            for done, pipeline in enumerate(begun, start=1):
+        with Bar("checking and planning", len(runnable)) as bar:
+            for done, pipeline in enumerate(runnable, start=1):
                 bar.begin(f"checking and planning {pipeline.result.label}")
                 if pipeline.is_finished() or (pipeline.check(with_data=True) and pipeline.plan()):
                     ready.append(pipeline)
@@ -113,7 +113,7 @@ def outline(
     """Outline of `reproduce` with the same arguments, without starting anything; plans are cached.
 
     Args:
-        gpu: the card to plan for, by default the backend's.
+        gpu: the GPU to plan for, by default the backend's.
 
     Returns:
         `data`, what would be fetched and prepared, in words; and `recipes`, a row each: what would be trained, and what

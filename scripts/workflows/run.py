@@ -183,7 +183,7 @@ def hindrance(folder: RunDir, record: Run, in_a_job: bool = False) -> str | None
     if record.state == "finished":
         return f"the run is finished; `recipe evaluate {folder.path}` comes next"
     if not folder.config.is_file():
-        return "ended before its config was written; run the recipe anew"
+        return "ended before its config was written; `recipe run` starts another"
     output = Path(record.cwd, str(yamlfiles.read_yaml(folder.config).get("output_dir")))
     if output.resolve() != folder.output.resolve():
         return f"the run was moved; it writes to {output}, so move it back there first"

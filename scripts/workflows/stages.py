@@ -21,14 +21,14 @@ Stage = Literal["predictions", "adapter", "training"]
 
 
 def score_predictions(
-    of_study: Study, only: Sequence[str], judge: str | None
+    of_study: Study, only: Sequence[str], scorer: str | None
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Fetch and score the predictions that were published with a study's scores.
 
     Args:
         of_study: the study.
         only: recipes; by default all, and the baselines.
-        judge: BERTScore's model, see `score.scorer_model`.
+        scorer: BERTScore's model, see `score.scorer_model`.
 
     Returns:
         The rows of `published.scores` with `of`, whose predictions they are of, and `verified`, whether the study has
@@ -45,7 +45,7 @@ def score_predictions(
         owners += [(of.name, of.scores, of.predictions, of.test_set) for of in of_study.baselines]
     if not any(predictions for *_, predictions, _ in owners):
         raise UserError(_none_published(of_study, "predictions", only))
-    judged = scorer_models(of_study.columns, judge, report=True)
+    models = scorer_models(of_study.columns, scorer, report=True)
     rows, problems = [], {}
     for name, scores, predictions, test_set in owners:
         if predictions is None or predictions.absent:
@@ -55,7 +55,7 @@ def score_predictions(
             fetched = fetch.fetch(data, data.raw, only=data.sources_of(predictions.files))
             verified = all(row["verified"] for row in fetched if row["file"] in predictions.files)
             own = predictions.test_set or test_set
-            made = published.scores(of_study, predictions, own, scores, judged)
+            made = published.scores(of_study, predictions, own, scores, models)
             rows += [{"of": name} | row | {"verified": verified} for row in made]
         except (UserError, WorkFailed) as error:
             problems[name] = str(error)

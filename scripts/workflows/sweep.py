@@ -112,7 +112,7 @@ def sweep(
     Args:
         name: the sweep's.
         members: see `read_members`.
-        request: what is laid over the recipe for every member.
+        request: the overrides of every member.
         evaluation: how each run is evaluated.
         backend: where the members are carried out.
         seeds: how many seeds each member is run with, from the recipe's own on.
@@ -280,7 +280,7 @@ def find_any(name: str) -> RunDir | Sweep | Study:
     """Find a run, sweep or study by a part of its name, see `meant`, or `latest`.
 
     Raises:
-        UserError: there is none, or more than one.
+        UserError: nothing, or several, match.
     """
     runs = paths.runs()
     if is_run(Path(name)):
@@ -312,7 +312,7 @@ def find_sweep_file(name: str) -> Path:
     """Find a sweep's file, by a part of a shipped one's name or as FILE.
 
     Raises:
-        UserError: there is none, or several are meant.
+        UserError: nothing, or several, match.
     """
     shipped = {file.stem: file for file in sorted((paths.RECIPES / "sweeps").glob("*.yaml"))}
     if name in shipped or Path(name).is_file():

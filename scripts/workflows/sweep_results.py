@@ -196,7 +196,7 @@ def _cells(sweep: Sweep, scored: Columns, row: SweepRow) -> Row:
     member, share = row.member, row.summary.trainable_share
     values = {key: on_one_line(member.values.get(key)) for key in sweep.keys if not member.name.startswith(f"{key}=")}
     missing = max(len(row.seeds), 1) - len(row.runs)
-    states = Counter([*(result.run.state for result in row.runs), *["not begun"] * missing])
+    states = Counter([*(result.run.state for result in row.runs), *["not started"] * missing])
     within = row.scores[first.name][1]
     return {
         "member": member.name,
