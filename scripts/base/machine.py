@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypedDict
@@ -127,6 +128,14 @@ def torch_cuda() -> str | None:
     source = Path(spec.origin).with_name("version.py").read_text() if spec and spec.origin else ""
     built_for = re.search(r"^cuda\b.*= '([\d.]+)'", source, re.MULTILINE)
     return built_for[1] if built_for else None
+
+
+def package_version(name: str) -> str | None:
+    """Version of an installed package, or None."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def now() -> str:

@@ -8,7 +8,6 @@ values that break it have been removed from the config that they get. A rule abo
 one that keeps a plan from being made, has its scope in `_SCOPES`.
 """
 
-import importlib.metadata
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 from ..base.errors import UserError, did_you_mean
+from ..base.machine import package_version
 from ..base.yamlfiles import Config
 from ..configs import datafiles, models
 from ..configs.gpus import Gpu
@@ -192,7 +192,4 @@ class Case:
 
     def is_installed(self, package: str) -> bool:
         """True if a package of that name in the registry is installed."""
-        try:
-            return bool(importlib.metadata.version(package))
-        except importlib.metadata.PackageNotFoundError:
-            return False
+        return package_version(package) is not None

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ import orjson
 from packaging.requirements import Requirement
 
 from ..base import hub, machine, paths, yamlfiles
+from ..base.machine import package_version
 
 OLDER_CUDA = "12.6"
 """CUDA of `make setup CUDA=` for older drivers and GPUs."""
@@ -120,9 +121,9 @@ def check_lock() -> Iterator[Line]:
     in_checkout = paths.LOCK.is_file()
     texts = _locked() if in_checkout else requires("qlora-recipes") or []
     required = [one for one in map(Requirement, texts) if not one.marker or one.marker.evaluate({"extra": ""})]
-    if "+" in (_installed("torch") or ""):  # a build for another CUDA brings its own libraries
+    if "+" in (package_version("torch") or ""):  # a build for another CUDA brings its own libraries
         required = [one for one in required if not _OF_TORCH.match(one.name)]
-    unmet = [f"{one} (installed: {_installed(one.name) or 'none'})" for one in required if not _is_met(one)]
+    unmet = [f"{one} (installed: {package_version(one.name) or 'none'})" for one in required if not _is_met(one)]
     if unmet:
         more = f", and {len(unmet) - _SHOWN} more" if len(unmet) > _SHOWN else ""
         command = "touch requirements.lock && make setup" if in_checkout else "pip install --upgrade qlora-recipes"
@@ -139,15 +140,8 @@ def _locked() -> Iterator[str]:
             yield line.removesuffix("\\").strip()
 
 
-def _installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _is_met(requirement: Requirement) -> bool:
-    installed = _installed(requirement.name)
+    installed = package_version(requirement.name)
     return installed is not None and requirement.specifier.contains(installed, prereleases=True)
 
 

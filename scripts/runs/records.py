@@ -6,7 +6,6 @@ import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Required, Self, TypedDict
 
@@ -15,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, model_valida
 
 from ..base import paths
 from ..base.files import sha256
-from ..base.machine import Card, cpu, now, torch_cuda, visible_gpus
+from ..base.machine import Card, cpu, now, package_version, torch_cuda, visible_gpus
 from ..base.progress import say
 from ..configs.config import Difference, chained
 from ..configs.datafiles import DataFile
@@ -272,7 +271,7 @@ def collect() -> Provenance:
     return {
         "git": _git(),
         "lock_sha256": sha256(paths.LOCK) if paths.LOCK.is_file() else None,
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES},
         "cuda": torch_cuda(),
         "python": platform.python_version(),
         "host": platform.node(),
@@ -282,13 +281,6 @@ def collect() -> Provenance:
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": [*visible_gpus().values()],
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _git() -> Git | None:

@@ -122,7 +122,7 @@ def test_packages_have_to_be_those_of_the_lock(
     if content is not None:
         paths.LOCK.write_text(content)
     if "torch" in (content or ""):
-        monkeypatch.setattr(doctor, "_installed", {"torch": "2.14.1+cu126", "triton": "3.0"}.get)
+        monkeypatch.setattr(doctor, "package_version", {"torch": "2.14.1+cu126", "triton": "3.0"}.get)
     line = lines(recipe, 0 if state == "ok" else 1)["lock"]
     assert (line["state"], found in line["found"], "pytest" in line["found"]) == (state, True, False)
 
