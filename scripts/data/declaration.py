@@ -126,7 +126,7 @@ class Split(Strict):
     """Rows of a raw file, or sampled from another split; by default all that are kept.
 
     Attributes:
-        from_, sample_from: the raw file, or the split that rows are sampled from and removed from.
+        from_, sample_from: the raw file or files, or the split that rows are sampled from and removed from.
         sample: the number of rows to sample at random.
         seed: of that sample.
         shuffle: the seed of the shuffle of the library datasets, whose order the rows are in before the first are
@@ -141,7 +141,7 @@ class Split(Strict):
 
     model_config = ConfigDict(extra="forbid", validate_by_alias=True, validate_by_name=True)
 
-    from_: RowsFile | None = Field(None, alias="from")
+    from_: RowsFile | Annotated[list[RowsFile], Field(min_length=1)] | None = Field(None, alias="from")
     sample_from: str | None = None
     sample: Count | None = None
     seed: int = 42
@@ -240,14 +240,20 @@ class Data(Strict):
         declared = self.splits[split]
         return self.splits.get(str(declared.sample_from), declared)
 
-    def raw_file(self, split: str) -> str:
-        """The name of the raw file that a split's rows are in."""
-        return str(self._made_as(split).from_)
+    def raw_files_of(self, split: str) -> list[str]:
+        """The names of the raw files that a split's rows are in, in their order."""
+        files = self._made_as(split).from_ or []
+        return [files] if isinstance(files, str) else files
+
+    def raw_rows_of(self, split: str) -> int | None:
+        """The number of rows in the raw files of a split; None where that is not known."""
+        known = [self.files[name].rows for name in self.raw_files_of(split)]
+        return None if None in known else sum(filter(None, known))
 
     @property
     def raw_files(self) -> list[str]:
         """The names of the raw files that splits are made of."""
-        return list(dict.fromkeys(map(self.raw_file, self.splits)))
+        return list(dict.fromkeys(name for split in self.splits for name in self.raw_files_of(split)))
 
     def fields_of(self, split: str, input_format: str) -> dict[str, str]:
         """The expressions for the fields of a split's rows."""
@@ -266,7 +272,7 @@ class Data(Strict):
             return None
         if chosen := declared.rows or declared.sample or declared.first:
             return chosen
-        known = self.files[self.raw_file(split)].rows
+        known = self.raw_rows_of(split)
         sampled = sum(other.sample or 0 for other in self.splits.values() if other.sample_from == split)
         return None if known is None or self.filters_of(split) else known - sampled
 
@@ -289,7 +295,8 @@ class Data(Strict):
             yield ("data", "sources"), f"several sources give a file {name}; rename one"
         for split, declared in self.splits.items():
             at = ("data", "splits", split)
-            yield from undeclared((*at, "from"), declared.from_, self.files)
+            for name in self.raw_files_of(split) if declared.from_ else ():
+                yield from undeclared((*at, "from"), name, self.files)
             whole = [other for other in self.splits if other != split and self.splits[other].from_]
             yield from undeclared((*at, "sample_from"), declared.sample_from, whole)
             if declared.subsets and split != "test":

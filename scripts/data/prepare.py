@@ -94,12 +94,14 @@ class _Preparation:
     stack: ExitStack
     sampled: dict[str, tuple[list[PlacedRow], _Counts]] = field(default_factory=dict)
     order: dict[str, list[int]] = field(default_factory=dict)  # positions of shuffled rows, by split
+    read: dict[str, RawFile] = field(default_factory=dict)  # by split
 
     def splits(self) -> dict[str, Row]:
         """The manifest's entries of the splits, whose files take their places when the stack is closed."""
         data = self.study.data
-        there = [name for name in SPLITS if name in data.splits and data.raw_file(name) in self.raw]
+        there = [name for name in SPLITS if name in data.splits and self.raw.keys() >= {*data.raw_files_of(name)}]
         for name in there:
+            self.read[name] = RawFile(*(self.raw[file].path for file in data.raw_files_of(name)))
             if data.splits[name].sample_from:  # before the other split is written without these rows
                 counts = _Counts()
                 self.sampled[name] = self._sampled(name, counts), counts
@@ -129,7 +131,7 @@ class _Preparation:
         Rows that are to be scored also have that position, as `idx`, and the study's extra fields.
         """
         data = self.study.data
-        raw, order, scored = self.raw[data.raw_file(name)], data.splits[name].order, name == "test"
+        raw, order, scored = self.read[name], data.splits[name].order, name == "test"
         maker = RowMaker(
             data.fields_of(name, self.input_format),
             data.filters_of(name),
@@ -138,7 +140,7 @@ class _Preparation:
         )
         for position, row in enumerate(raw.rows()):
             try:
-                made, reason, extra, length = maker.make(row)
+                made, reason, extra, length = maker.make(row, raw.path.name)
                 if reason is not None:
                     counts.dropped[reason] += 1
                     continue
@@ -155,7 +157,7 @@ class _Preparation:
     def _split(self, name: str) -> Row:
         """Write a split's file, and subsets of the test rows; the manifest's entry."""
         data = self.study.data
-        split, raw = data.splits[name], self.raw[data.raw_file(name)]
+        split, raw = data.splits[name], self.read[name]
         moved = {other: rows for other, (rows, _) in self.sampled.items() if data.splits[other].sample_from == name}
         chosen: Iterable[PlacedRow]
         if split.sample_from:
@@ -192,15 +194,17 @@ class _Preparation:
         deque(kept, maxlen=0)
 
     def _account(self, name: str, raw: RawFile, counts: _Counts) -> Row:
-        split, known = self.study.data.splits[name], self.study.data.files[self.study.data.raw_file(name)]
+        data, split = self.study.data, self.study.data.splits[name]
         chosen_by = {"sample", "seed", "shuffle", "sample_from"} if split.sample else {"first"}
-        checksum = sha256(raw.path)
-        unknown = known.sha256 is None and known.rows in (None, raw.read)
+        known = [data.files[file].sha256 for file in data.raw_files_of(name)]
+        checksums = [sha256(path) for path in raw.paths]
+        wrong = any(sha not in (None, checksum) for sha, checksum in zip(known, checksums, strict=True))
+        wrong = wrong or (None in known and data.raw_rows_of(name) not in (None, raw.read))
         return {
-            "source": str(raw.path),
-            "source_sha256": checksum,
-            "source_bytes": raw.path.stat().st_size,
-            "is_the_study_file": None if unknown else checksum == known.sha256,
+            "source": ", ".join(map(str, raw.paths)),
+            "source_sha256": ", ".join(checksums),
+            "source_bytes": sum(path.stat().st_size for path in raw.paths),
+            "is_the_study_file": False if wrong else None if None in known else True,
             "read": raw.read,
             "kept": counts.kept,
             "dropped": dict(counts.dropped),

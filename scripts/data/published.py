@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from ..base.yamlfiles import Config
-from .declaration import Data, Key, Mistake, Strict, Text, undeclared
+from .declaration import Data, Key, Mistake, Name, Strict, Text, undeclared
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """Files that PEFT saves of every adapter."""
@@ -84,6 +84,20 @@ class Cell(Strict):
     scores: dict[str, Annotated[list[float], Field(min_length=1)]]
 
 
+class AdapterFormat(Strict):
+    """The format of an adapter that a fork of PEFT saved.
+
+    Attributes:
+        weights: its file of weights, by torch.save.
+        names: parts of the names of weights, each with PEFT's instead.
+        config: what PEFT's adapter_config.json has otherwise.
+    """
+
+    weights: Name = "adapter_model.bin"
+    names: dict[Text, str]
+    config: Config = Field(default={})
+
+
 class Published(Strict):
     """Results published of one recipe.
 
@@ -93,6 +107,7 @@ class Published(Strict):
         cells: results of its other settings, for sweeps.
         curve: a CSV file beside study.yaml with the columns step and train_loss.
         adapter: the folder, among the data's files, of the adapter that the authors trained.
+        adapter_format: its format, where that is not PEFT's.
     """
 
     scores: dict[str, PublishedScore] = Field(default={})
@@ -103,6 +118,7 @@ class Published(Strict):
     curve: str | None = None
     predictions: PublishedPredictions | None = None
     adapter: Text | None = None
+    adapter_format: AdapterFormat | None = None
 
     def mistakes(self, at: Key, metrics: list[str], data: Data, folder: Path) -> Iterator[Mistake]:
         """Names that it uses and the study does not declare."""
@@ -113,7 +129,9 @@ class Published(Strict):
                 yield from undeclared((*at, *key, name), name, metrics)
         if self.curve and not (folder / self.curve).is_file():
             yield (*at, "curve"), f"no such file beside study.yaml: {self.curve}; add it"
-        for file in ADAPTER_FILES if self.adapter else ():
+        config, weights = ADAPTER_FILES
+        weights = self.adapter_format.weights if self.adapter_format else weights
+        for file in (config, weights) if self.adapter else ():
             yield from undeclared((*at, "adapter"), f"{self.adapter}/{file}", data.files)
         yield from undeclared_predictions(at, self.predictions, data)
 

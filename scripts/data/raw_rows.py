@@ -127,14 +127,19 @@ class RowMaker:
         )
         self._order = Expression("longest_first", order)
 
-    def make(self, raw: Row) -> tuple[Row, str | None, Row, float]:
+    def make(self, raw: Row, file: str = "") -> tuple[Row, str | None, Row, float]:
         """Prepared row, reason to leave it out, extra fields, and sort value.
+
+        Expressions see the raw row's fields; without one of that name, also the prepared fields before them, `row`, the
+        whole of it, for fields whose names are not identifiers, and `file`, the name of its raw file.
 
         Raises:
             BadRow: a field is missing, or an expression fails, or gives neither text nor, for the order, a number.
         """
-        known = {"row": raw} | raw  # the whole row, for fields whose names are not identifiers
-        row = {name: expression.value(known) for name, expression in self._fields.items()}
+        known = {"row": raw, "file": file} | raw
+        row: Row = {}
+        for name, expression in self._fields.items():
+            row[name] = expression.value(row | known)
         both = known | row
         for reason, expression in self._filters.items():
             if expression.value(both):
@@ -150,20 +155,21 @@ class RowMaker:
 
 
 class RawFile:
-    """A raw file.
+    """A raw file, or several as one.
 
     Attributes:
+        path: the one that is being read.
         read: the number of rows that were read.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.read = self._line = 0
+    def __init__(self, *paths: Path):
+        self.paths, self.path = paths, paths[0]
+        self.read = self._line = self._before = 0
 
     @property
     def where(self) -> str:
         """The place of the row that was read last: its line, or its number in an array."""
-        return f"{self.path}:{self._line}" if self._line else f"{self.path}: row {self.read}"
+        return f"{self.path}:{self._line}" if self._line else f"{self.path}: row {self.read - self._before}"
 
     def rows(self) -> Iterator[Row]:
         """Its rows, as a stream; only an array of JSON is read whole.
@@ -171,12 +177,14 @@ class RawFile:
         Raises:
             UserError: a row is not a mapping, or the file is malformed.
         """
-        self.read = self._line = 0
-        parse = {".csv": self._csv_rows, ".json": self._array}.get(self.path.suffix)
-        with self.path.open("rb", 1 << 18) as stream:
-            for row in parse(stream) if parse else json_rows(self._lines(stream), self.path, ()):
-                self.read += 1
-                yield row
+        self.read = 0
+        for path in self.paths:
+            self.path, self._line, self._before = path, 0, self.read
+            parse = {".csv": self._csv_rows, ".json": self._array}.get(self.path.suffix)
+            with self.path.open("rb", 1 << 18) as stream:
+                for row in parse(stream) if parse else json_rows(self._lines(stream), self.path, ()):
+                    self.read += 1
+                    yield row
 
     def _lines(self, stream: IO[bytes]) -> Iterator[bytes]:
         for self._line, line in enumerate(stream, start=1):

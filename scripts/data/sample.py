@@ -61,7 +61,7 @@ def _with_few_sampled(of_study: study.Study) -> study.Study:
     splits = dict(of_study.data.splits)
     for name, split in splits.items():
         if split.sample_from and split.sample:
-            with (folder(of_study) / of_study.data.raw_file(name)).open("rb") as lines:
+            with (folder(of_study) / of_study.data.raw_files_of(name)[0]).open("rb") as lines:
                 few = max(sum(1 for _ in lines) // 4, 1)
             splits[name] = split.model_copy(update={"sample": min(split.sample, few)})
     return of_study.model_copy(update={"data": of_study.data.model_copy(update={"splits": splits})})

@@ -145,7 +145,8 @@ class Study(Strict):
         """Metrics that are declared wrongly, names that are used and not declared, and files that are missing."""
         for name, entry in self.metrics.items():
             try:
-                registry.column(name, entry)
+                averaged = getattr(registry.column(name, entry).parameters, "of", None)
+                yield from undeclared(("metrics", name, "of"), averaged, self.metrics)
             except registry.WrongMetric as error:
                 yield ("metrics", name, *filter(None, error.key.split("."))), error.problem
         yield from self.data.mistakes(self.folder)

@@ -16,8 +16,9 @@ Numbers are found and compared in four ways, ported from descriptions of the aut
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal, DecimalException
+from statistics import fmean, pvariance
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -145,6 +146,26 @@ def _notes(pairs: Sequence[Pair], parameters: NumberParameters) -> Iterator[str]
             yield f"{len(unread)} of {len(pairs)} {name} have no number ({why}), and no such row is right{remedy}"
 
 
+class GroupParameters(Parameters):
+    """The column whose scores are averaged, and the group of rows, by default each one of them, counting alike."""
+
+    of: str
+    group: str | None = None
+
+
+def mean_of_groups(
+    groups: Mapping[str, Sequence[float]], parameters: GroupParameters
+) -> tuple[float, list[float]] | None:
+    """The unweighted mean of the means of groups, and its 95 % interval; None without rows."""
+    chosen = [scores for name, scores in groups.items() if parameters.group in (None, name)]
+    if not chosen:
+        return None
+    mean = fmean(map(fmean, chosen))
+    variance = sum(pvariance(scores) / len(scores) for scores in chosen) / len(chosen) ** 2
+    half = 1.96 * variance**0.5
+    return mean, [mean - half, mean + half]
+
+
 METRICS = (
     Metric(
         name="number",
@@ -170,5 +191,16 @@ METRICS = (
         of_rows=choice,
         all_or_nothing=True,
         parameters=ChoiceParameters,
+    ),
+    Metric(
+        name="mean_of_groups",
+        label="mean of groups",
+        hub_type="accuracy",
+        low=0,
+        high=100,
+        unit="%",
+        source="this project",
+        of_groups=mean_of_groups,
+        parameters=GroupParameters,
     ),
 )

@@ -1,6 +1,6 @@
 """Metrics, and columns of scores: a metric with its parameters, under a name."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,7 @@ class Parameters(BaseModel):
 class Metric:
     """Score of predictions, or of a run.
 
-    It has one of `of_rows`, `of_all`, `of_loss` and `of_model`, and the first two get its parameters too.
+    It has one of `of_rows`, `of_all`, `of_loss`, `of_groups` and `of_model`, and the first two get its parameters too.
 
     Attributes:
         name: its name in study.yaml, options and files.
@@ -33,6 +33,7 @@ class Metric:
         of_rows: a score for each (reference, prediction); the score of all is their mean, and has an interval.
         of_all: one score of all pairs together.
         of_loss: one score of a run, from its eval loss in nats a token; it needs no predictions.
+        of_groups: a score and its interval, from another column's scores of rows by the group of each row.
         of_model: lm-evaluation-harness measures it with the run's model.
         parameters: form of its parameters.
         record: details of its computation for scores.json.
@@ -52,6 +53,7 @@ class Metric:
     of_rows: Callable[[Sequence[Pair], Any], list[float]] | None = None
     of_all: Callable[[Sequence[Pair], Any], float] | None = None
     of_loss: Callable[[float], float] | None = None
+    of_groups: Callable[[Mapping[str, Sequence[float]], Any], tuple[float, list[float]] | None] | None = None
     of_model: bool = False
     parameters: type[Parameters] = Parameters
     record: Callable[[Any], dict[str, Any]] | None = None

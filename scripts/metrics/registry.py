@@ -102,7 +102,7 @@ DEFAULT = ("bleu4", "rouge_l", "bertscore_f1", "sacrebleu")
 _NAME = re.compile("[A-Za-z][A-Za-z0-9_]*")
 _TAKEN = (
     *("rows", "intervals", "metrics", "notes", "exact", "empty", "repeated", "length_ratio", "bertscore"),  # of scores
-    *("row", "idx", "lang", "reference", "prediction", "prompt", "prompt_token_ids"),  # of predictions
+    *("row", "idx", "lang", "group", "reference", "prediction", "prompt", "prompt_token_ids"),  # of predictions
     *("run", "recipe", "variant_of", "study", "state", "jobs", "step", "steps", "ended", "verdict", "differs", "open"),
     *("rehearsal", "test_set", "rows_evaluated", "memory", "time", "member", "values", "runs", "states", "seeds"),
 )

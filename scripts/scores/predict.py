@@ -30,8 +30,9 @@ KNOWN = {"batch_tokens", "agreement"}  # settings that are known once an engine 
 
 
 def as_row(i: int, row: Row, reference: str) -> Row:
-    """Row of predictions.jsonl without its prediction: number, reference, and position and language where known."""
-    known = {"idx": (int, str), "lang": (str,)}  # anybody's data can have something else there, true among it
+    """Row of predictions.jsonl without its prediction: number, reference, position, language and group."""
+    # anybody's data can have something else there, true among it
+    known = {"idx": (int, str), "lang": (str,), "group": (str,)}
     kept = {key: row[key] for key, kinds in known.items() if type(row.get(key)) in kinds}
     return {"row": i} | kept | {"reference": reference}
 

@@ -75,7 +75,7 @@ def read(of_study: Study, predictions: PublishedPredictions, own: str) -> list[R
     file = data.raw / predictions.prediction.file
     if len(written) != len(references):
         raise UserError(f"{file}: {len(written):,} predictions for {len(references):,} references; each needs one")
-    expected = data.files[data.raw_file("test")].rows if own == "test" else data.subsets[own].rows
+    expected = data.raw_rows_of("test") if own == "test" else data.subsets[own].rows
     if expected not in (None, len(written)):
         title = data.title_of(own)
         raise UserError(f"{file}: {len(written):,} predictions, but {title} of the study has {expected:,} rows")

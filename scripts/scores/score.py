@@ -216,12 +216,16 @@ def score(
     others: dict[str, float | None] = {}
     records: dict[str, Any] = {}
     notes: list[str] = []
+    of_groups: dict[str, list[float] | None] = {}
     for name, column in kept.items():
         metric, parameters = column.metric, judged.get(name) or column.parameters
         if metric.of_rows:
             means[name] = [row[name] for row in scored]
         elif metric.of_all:
             others[name] = metric.of_all(pairs, parameters)
+        elif metric.of_groups:
+            found = metric.of_groups(_by_group(scored, column), parameters)
+            others[name], of_groups[name] = found or (None, None)
         elif metric.of_loss:
             others[name] = None if loss is None else metric.of_loss(loss)
         elif metric.of_model and (benchmark := (measured or {}).get(name)):
@@ -235,13 +239,27 @@ def score(
     return {
         "rows": len(rows),
         **{name: sum(values) / len(rows) for name, values in means.items()},
-        "intervals": intervals.each(means) | of_benchmarks,
+        "intervals": intervals.each(means) | of_groups | of_benchmarks,
         **others,
         **records,
         **(_shares(scored) if rows else {}),
         "metrics": {name: column.entry for name, column in kept.items()},
         **({"notes": notes} if notes else {}),
     }, scored
+
+
+def _by_group(rows: Sequence[Row], column: Column) -> dict[str, list[float]]:
+    """The scores that a column averages, by the group of their rows.
+
+    Raises:
+        UserError: no other column of that name has a score for each row.
+    """
+    averaged, groups = column.entry["of"], dict[str, list[float]]()
+    for row in rows:
+        if averaged not in row:
+            raise UserError(f"{column.name}: {averaged} has no score for each row; name another metric in `of`")
+        groups.setdefault(row.get("group") or "", []).append(row[averaged])
+    return groups
 
 
 def _shares(rows: Sequence[Row]) -> dict[str, float | None]:

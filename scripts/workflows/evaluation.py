@@ -6,17 +6,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 
 from .. import backends
 from ..backends import Backend
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, WorkFailed
-from ..base.files import read_json, sha256, tensor_shapes
+from ..base.files import read_json, sha256, tensor_shapes, write_json
 from ..base.hub import importing_axolotl
 from ..base.paths import find_recipe
 from ..base.progress import say
 from ..configs import datafiles, models, substitution
 from ..configs.compose import MIRROR, Composed, Request
+from ..data.published import AdapterFormat
 from ..runs.records import FileState
 from ..runs.rundir import RunDir, find_run
 from ..runs.tasks import Task, TaskResult
@@ -114,6 +116,32 @@ def located(adapter: str) -> tuple[Path, str]:
     if not read_json(folder / CONFIG) or tensor_shapes(folder / ADAPTER) is None:
         raise UserError(f"{folder}: {CONFIG} or {ADAPTER} is missing or damaged; name a folder that PEFT saved")
     return folder, name
+
+
+def as_peft(folder: Path, form: AdapterFormat) -> Path:
+    """Return the folder of an adapter in PEFT's format, which is written below that of a fork's.
+
+    Raises:
+        UserError: its weights are damaged, or more than weights.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    try:
+        theirs = torch.load(folder / form.weights, map_location="cpu", weights_only=True)
+    except (EOFError, RuntimeError, UnpicklingError) as error:
+        problem = f"not weights alone, or damaged: {str(error).partition('\n')[0]}"
+        raise UserError(f"{folder / form.weights}: {problem}") from None
+    weights = {}
+    for name, tensor in theirs.items():
+        for part, own in form.names.items():
+            name = name.replace(part, own)
+        weights[name] = (tensor.flatten() if "magnitude" in name else tensor).contiguous()  # PEFT's is a vector
+    made = folder / "peft"
+    made.mkdir(exist_ok=True)
+    save_file(weights, made / ADAPTER)
+    write_json(made / CONFIG, read_json(folder / CONFIG) | form.config)
+    return made
 
 
 def request_for(name: str, adapter: Path, force: Sequence[str]) -> Request:

@@ -15,7 +15,7 @@ from ..scores import evaluate, published
 from ..scores.evaluate import EvaluationRequest
 from ..scores.score import scorer_models
 from . import reproduce
-from .evaluation import checked, located, run_of
+from .evaluation import as_peft, checked, located, run_of
 
 Stage = Literal["predictions", "adapter", "training"]
 
@@ -81,7 +81,7 @@ def evaluate_adapters(
         UserError: a name is wrong, or no adapter is published.
     """
     chosen = [name for name in reproduce.chosen(of_study, list(only)) if name in of_study.published]
-    named = {name: adapter for name in chosen if (adapter := of_study.published[name].adapter)}
+    named = {name: published.adapter for name in chosen if (published := of_study.published[name]).adapter}
     if not named:
         raise UserError(_none_published(of_study, "adapter", only))
     results = [TaskResult(recipe) for recipe in named]
@@ -100,7 +100,8 @@ def evaluate_adapters(
                 raise UserError(f"{result.recipe}: {problem}")
             if not all(of_study.data.files[file].sha256 for file in files):
                 say(f"{result.recipe}: study.yaml has no checksum of its adapter, which is therefore not verified")
-            folder, _ = located(str(of_study.data.raw / adapter))
+            folder, form = of_study.data.raw / adapter, of_study.published[result.recipe].adapter_format
+            folder, _ = located(str(as_peft(folder, form) if form else folder))
             step = "evaluate"
             with run_of(composed, asked, folder, adapter) as made:
                 evaluate.evaluate(made, evaluation)

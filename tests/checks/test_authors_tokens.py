@@ -198,3 +198,42 @@ def test_loragas_rows_have_the_authors_tokens_and_loss(sentencepiece: Path) -> N
         assert tokens.ids == ids
         assert tokens.labels == [MASKED] * masked + ids[masked:]
         assert test.ids[: test.labels.count(MASKED)] == encoded(loaded.tokenizer, f"{question} ")
+
+
+PAD = " " * 16
+
+
+def written(row: dict[str, str], spaces: str, empty: str) -> str:
+    """A prompt of DoRA's code: the spaces behind its first line, and the line before the response."""
+    return "\n".join(
+        (
+            "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+            + spaces,
+            "",
+            f"{PAD}### Instruction:",
+            f"{PAD}{row['instruction']}",
+            empty,
+            f"{PAD}### Response:",
+            PAD,
+        )
+    )
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "bpe"])
+def test_doras_prompts_have_the_authors_bytes_and_tokens(kind: str, sentencepiece: Path) -> None:
+    model = sentencepiece if kind == "sentencepiece" else substitution.model_folder()
+    loaded = tokenizer_of("dora-commonsense/llama-2-7b-dora", model)
+    raw = [row | {"instruction": f"{row['question']}\n\nAnswer format: true/false"} for row in rows()[:200]]
+    raw = [row | {"output": f"the correct answer is {row['answer']}"} for row in raw]
+    ends = {"bos": repr(loaded.tokenizer.bos_token), "eos": repr(loaded.tokenizer.eos_token)}
+    trained, scored = (prepared("dora-commonsense", split, raw, **ends) for split in ("train", "test"))
+    tokens, tests = (loaded.tokenize("datasets.0", made) for made in (trained, scored))
+    for row, train, test, made, prompt in zip(raw, trained, scored, tokens, tests, strict=True):
+        text = written(row, "  ", PAD) + row["output"]
+        assert "".join(part["text"] for part in train["segments"][1:]) == text + loaded.tokenizer.eos_token
+        assert test["segments"][1]["text"] == written(row, " ", "")
+        assert made.ids == [*encoded(loaded.tokenizer, text), loaded.tokenizer.eos_token_id]
+        assert made.labels == made.ids
+        answer = loaded.tokenizer(row["answer"], add_special_tokens=False).input_ids
+        assert prompt.ids == encoded(loaded.tokenizer, written(row, " ", "")) + answer
+    assert (loaded.cfg.sequence_len, loaded.cfg.excess_length_strategy) == (256, "truncate")

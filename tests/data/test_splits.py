@@ -10,6 +10,7 @@ from datasets import Dataset
 from declared import sums
 
 from qlora_recipes.base import files
+from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.files import write_rows
 from qlora_recipes.data import manifest
 from qlora_recipes.data.prepare import prepare
@@ -97,6 +98,28 @@ def test_a_split_of_another_data_set_has_expressions_of_its_own(tmp_path: Path) 
         {"input": "2\n+2", "output": "4", "idx": 1, "kind": "a, b"},
     ]
     assert split["source_bytes"] == (tmp_path / "test.csv").stat().st_size
+
+
+def test_a_split_of_several_files_has_their_rows_in_order_and_their_names(tmp_path: Path) -> None:
+    for name, part in (("b.json", ROWS[:2]), ("a.json", ROWS[2:5])):
+        (tmp_path / name).write_bytes(orjson.dumps(part))
+    sources = {"b.json": {"url": "https://example.org/b", "rows": 2, "sha256": files.sha256(tmp_path / "b.json")}}
+    sources |= {"a.json": {"url": "https://example.org/a", "rows": 3}}
+    test = {"from": ["b.json", "a.json"], "fields": {"input": "question", "output": "input ~ '!'"}}
+    changes = {"data > sources": sources, "data > splits > test": test, "data > extra_fields": {"group": "file[0]"}}
+    of_study = sums(tmp_path, changes)
+    split = prepared(of_study)["test"]
+    made = read(of_study, "test")
+    assert [(row["output"], row["idx"], row["group"]) for row in made] == [
+        (f"{row['question']}!", i, "b" if i < 2 else "a") for i, row in enumerate(ROWS[:5])
+    ]
+    assert (split["read"], of_study.data.rows_of("test"), split["is_the_study_file"]) == (5, 5, None)
+    (tmp_path / "a.json").write_bytes(orjson.dumps([*ROWS[2:4], {"answer": "2"}]))
+    with pytest.raises(UserError, match=r"a\.json: row 3: "):
+        prepared(of_study)
+    (tmp_path / "b.json").write_bytes(orjson.dumps(ROWS[:1]))
+    (tmp_path / "a.json").write_bytes(orjson.dumps(ROWS[2:5]))
+    assert prepared(of_study)["test"]["is_the_study_file"] is False
 
 
 CSV = "\n".join(["question,answer,kind", *(",".join(row.values()) for row in ROWS)]).encode()

@@ -10,7 +10,7 @@ import compare_memory
 import orjson
 import pytest
 import torch
-from conftest import SMALL, config_with, train_many
+from conftest import SMALL, config_with, recipe_config, train_many
 from families import SHIPPED, TINY
 from memory_plugin import MEMORY, peak
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.yamlfiles import Config
 from qlora_recipes.configs import models
+from qlora_recipes.data import study
 from qlora_recipes.planning import memory, traces
 from qlora_recipes.planning import steps as steps_of
 from qlora_recipes.planning.memory import trace
@@ -57,7 +58,18 @@ def on_the_head(model: str, rank: int) -> Step:
     return Step(model=architecture, rank=rank, targets=(*ALL_LINEAR, "lm_head"))
 
 
+def of_recipe(name: str) -> Step:
+    config = recipe_config(name)
+    return steps_of.step_of(config, models.architecture(config), (8, 0))[0]
+
+
+TRAINED = {  # of the studies' own counts
+    name: published.measured.trainable or 0
+    for of_study in ("dora-commonsense", "loraga-metamathqa", "pissa-metamathqa")
+    for name, published in study.find(of_study).published.items()
+}
 PARAMETERS = [
+    *((of_recipe(name), "trainable", trained) for name, trained in TRAINED.items()),
     *((Step(model=json.dumps(config), targets="all-linear"), "frozen", known) for config, known in SHIPPED.values()),
     *((of_pefts_comparison(change), "trainable", trained) for change, trained, _ in PEFTS_RUNS),
     # thinking-machines-lab/tinker-cookbook@ece68c2a, hyperparam_utils.py; two share a matrix between both ends

@@ -6,7 +6,9 @@ import orjson
 import pytest
 from conftest import SHARED, Recipe
 
+from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.files import read_rows
+from qlora_recipes.metrics import registry
 from qlora_recipes.metrics.text import bleu4
 from qlora_recipes.scores import score
 from qlora_recipes.scores.score import columns_of
@@ -38,6 +40,30 @@ def test_rows_keep_their_own_scores_and_their_means_are_the_scores() -> None:
     assert low <= scores["bleu4"] <= high
     assert "bertscore" not in scores and "bertscore_f1" not in scores
     assert scores["sacrebleu_signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
+
+
+def test_groups_of_rows_count_alike_in_their_mean() -> None:
+    right = {"a": [1, 1, 1, 0], "b": [1, 0], "c": [0]}
+    rows = [
+        {"group": group, "reference": "x", "prediction": "x" if each else "y"}
+        for group, of_group in right.items()
+        for each in of_group
+    ]
+    columns = registry.columns(
+        {
+            "average": {"metric": "mean_of_groups", "of": "exact_match"},
+            "of_b": {"metric": "mean_of_groups", "of": "exact_match", "group": "b"},
+            "of_d": {"metric": "mean_of_groups", "of": "exact_match", "group": "d"},
+            "exact_match": {},
+        }
+    )
+    scores, made = score.score(rows, columns)
+    assert (scores["average"], scores["of_b"], scores["of_d"]) == (pytest.approx(125 / 3), 50, None)
+    half = 1.96 * 100 * ((0.75 * 0.25 / 4 + 0.5 * 0.5 / 2) / 9) ** 0.5
+    assert scores["intervals"]["average"] == pytest.approx([125 / 3 - half, 125 / 3 + half])
+    assert scores["intervals"]["of_d"] is None and "average" not in made[0]
+    with pytest.raises(UserError):
+        score.score(rows, {"average": columns["average"]})
 
 
 def test_older_scores_of_rows_are_dropped() -> None:

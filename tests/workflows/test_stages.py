@@ -233,6 +233,51 @@ def test_a_published_adapter_is_evaluated_once_and_marked(
     assert [run.path for run in rundir.all_runs(tmp_path / "runs")] == [made.path]
 
 
+MAGNITUDE = "weight_m_wdecomp.weight"  # as DoRA's fork of PEFT calls it, with a second dimension of one
+
+
+def test_an_adapter_of_a_fork_makes_the_predictions_of_its_twin(
+    recipe: Recipe, server: Server, tmp_path: Path, tiny: Path, tiny_profile: Path
+) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file, save_file
+    from transformers import LlamaForCausalLM
+
+    published_study.write(tmp_path, address(server))
+    file = tmp_path / "recipes" / "reviews" / "study.yaml"
+    content = yamlfiles.read_yaml(file)
+    of_hub = {"hub": "owner/fork", "kind": "model", "revision": "c" * 40}
+    content["data"]["sources"] |= {"fork/adapter_config.json": of_hub, "fork/adapter_model.bin": of_hub}
+    form = {"names": {MAGNITUDE: "lora_magnitude_vector"}, "config": {"peft_type": "LORA", "use_dora": True}}
+    content["published"]["reviews/other"] |= {"adapter": "fork", "adapter_format": form}
+    file.write_text(yamlfiles.write_yaml(content))
+    study._load.cache_clear()
+    theirs, fork = (tmp_path / "data" / "reviews-raw" / name for name in ("theirs", "fork"))
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, use_dora=True)
+    get_peft_model(LlamaForCausalLM.from_pretrained(tiny), lora).save_pretrained(theirs)
+    weights = load_file(theirs / ADAPTER[1])
+    weights |= {name: -2 * tensor for name, tensor in weights.items() if "magnitude" in name}
+    save_file(weights, theirs / ADAPTER[1])
+    fork.mkdir()
+    of_fork = {}
+    for name, tensor in weights.items():
+        is_vector = name.endswith("lora_magnitude_vector")
+        of_fork[name.replace("lora_magnitude_vector", MAGNITUDE)] = tensor[:, None] if is_vector else tensor
+    torch.save(of_fork, fork / "adapter_model.bin")
+    own = orjson.loads((theirs / ADAPTER[0]).read_bytes())
+    del own["use_dora"]
+    of_fork_alone = {"peft_type": "DORA", "dora_simple": True, "merge_weights": False}
+    (fork / ADAPTER[0]).write_bytes(orjson.dumps(own | of_fork_alone))
+    assert [step["evaluate"] for step in adapters(recipe, tiny_profile)["steps"]] == ["done", "done"]
+    one, other = (read_predictions(run.path) for run in rundir.all_runs(tmp_path / "runs"))
+    assert one == other and any(row["prediction"] for row in one)
+    (fork / "adapter_model.bin").write_bytes(b"")
+    failed = adapters(recipe, tiny_profile, code=1)["steps"][1]
+    assert "adapter_model.bin" in failed["problem"]
+
+
 @pytest.mark.long
 def test_an_adapter_makes_the_predictions_of_the_rehearsal_that_trained_it(
     trains_nothing: Recipe, recipe: Recipe, tmp_path: Path
