@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.base.files import Row, sha256
+from qlora_recipes.commands.scoring import evaluate_verb
 from qlora_recipes.configs import config, substitution
 from qlora_recipes.configs.datafiles import DataFile
 from qlora_recipes.data.study import Decoding
@@ -313,14 +314,19 @@ def test_the_model_is_configured_as_in_training(run: RunDir) -> None:
     assert not torch.allclose(logits(), before, atol=1e-3)
 
 
-def test_an_adapter_that_does_not_apply_is_refused(
-    reference: Callable[..., Reference], tiny: Path, tmp_path: Path
-) -> None:
+def save_adapter(model: Path, folder: Path) -> None:
+    """Save an adapter for a model that changes its answers."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), lora).save_pretrained(tmp_path / "adapter")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model), lora).save_pretrained(folder)
+
+
+def test_an_adapter_that_does_not_apply_is_refused(
+    reference: Callable[..., Reference], tiny: Path, tmp_path: Path
+) -> None:
+    save_adapter(tiny, tmp_path / "adapter")
     settings = {"adapter": str(tmp_path / "adapter"), "adapter_sha256": "x"}
     reference(**settings)
     file = tmp_path / "adapter" / ADAPTER
@@ -356,3 +362,13 @@ def test_bad_test_data_is_told_before_a_model_is_loaded(run: RunDir, tmp_path: P
     with pytest.raises(UserError, match=r"x\.jsonl:1: .*output"):
         evaluated(run, data=tmp_path / "x.jsonl")
     assert not (run.path / "evaluations").exists()
+
+
+def test_the_base_model_is_scored_beside_the_adapter(
+    run: RunDir, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_adapter(tiny, run.output)
+    evaluate_verb(str(run.path), limit=2, max_new_tokens=4, metric=["bertscore:none"], base=True)
+    heading, *scores = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["score", "adapter", "base"] and scores[0].split() == ["rows", "2", "2"]
+    assert read_scores(run.path) and read_scores(run.path / "evaluations" / "base-model")
