@@ -65,6 +65,7 @@ lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-logo --no-cache
+	.venv/bin/python tools/words.py
 
 benchmark: setup  ## How long things take; prints the table of CONTRIBUTING.md
 	PYTHONPATH=tests:tests/support .venv/bin/python tools/benchmark.py

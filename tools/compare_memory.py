@@ -43,7 +43,7 @@ _TRAINER = ("Trainer, by Unsloth", "LLaMA-Factory", "Unsloth")
 
 
 def architecture(name: str) -> dict[str, Any]:
-    """What matters of a model's config.json."""
+    """The sizes in a model's config.json that memory depends on."""
     if name in _STUDY_MODELS:
         return models.architecture({"base_model": _STUDY_MODELS[name]})
     kind, *sizes, vocabulary, tied = _OTHER_MODELS[name]
