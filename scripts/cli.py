@@ -71,9 +71,7 @@ def _options(
     ] = False,
     runs: Annotated[
         str | None,
-        typer.Option(
-            "--runs", metavar="DIR", help=f"The folder that holds the runs; by default that of {paths.RUNS}, or runs."
-        ),
+        typer.Option("--runs", metavar="DIR", help="The folder of the runs; by default QLORA_RUNS, or runs."),
     ] = None,
 ) -> None:
     if runs:

@@ -1,4 +1,4 @@
-"""How long things take: quick commands, a plan, the preparation of data and the start of a training.
+"""Times of quick commands, a plan, the preparation of data and the start of a training.
 
 `make benchmark` prints it; ratios are of two times measured one after the other, and a table of CONTRIBUTING.md.
 """

@@ -6,9 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-DOCSTRING = re.compile(
-    r'^\s*(?:async )?(?:def|class) [^\n]*\n\s+"""(?:What|Which|That|Those|Whether|How)\b', re.MULTILINE
-)
+DOCSTRING = re.compile(r'^\s*"""(?:What|Which|That|Those|Whether|How)\b', re.MULTILINE)
 JINJA = re.compile(r"{%.*?%}|{{.*?}}")  # code in a template
 PHRASE = re.compile(r"\b(?:(?<!there )(?:is|are) none|what of|is said|are told)\b")
 

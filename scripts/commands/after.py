@@ -47,10 +47,7 @@ def results_verb(
     export: ExportedRun = None,
     json: Json = False,
 ) -> None:
-    """Losses and scores: of all runs, of one, of a study beside the published ones, of a sweep; or two runs compared.
-
-    Two runs, or a run and a file of predictions, are compared on the same rows.
-    """
+    """Show losses and scores of runs, a study or a sweep, or compare two runs."""
     names = names or []
     exclusive({"--ledger": of_ledger, "--export": export, "--power": power})
     only_with("--metric", metric, "two runs", len(names) == 2)
@@ -151,11 +148,9 @@ def report_verb(
     rehearse: RehearsalsOfStudy = False,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.html", help="The file.")] = Path("report.html"),
 ) -> None:
-    """One HTML file of runs, a study or a sweep: curves, scores, predictions to read, settings, provenance.
+    """Write one HTML file with curves, scores, predictions, settings and provenance.
 
-    By default it is about the latest run; several are compared.
-    It is self-contained and opens without a network. Mind whom you give it to: it shows the diffs and references
-    of the test data, and names of folders of this machine.
+    Without a name it shows the latest run. It contains test rows, and names of folders of this machine.
     """
     from ..data.study import Study
     from ..reports import report, report_runs
@@ -199,7 +194,7 @@ def publish_verb(
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     force: Force = None,
 ) -> None:
-    """Write a model card beside a run's adapter; merge it, or upload it, only when asked."""
+    """Write a model card; merge or upload the adapter only when asked."""
     from ..results import publish
     from ..runs.rundir import find_run
 

@@ -39,7 +39,7 @@ verbs.add_typer(data_verbs, name="data", rich_help_panel=HEADING)
 Measured = Annotated[bool, typer.Option("--data", help="Also measure the rows (tokenizes all).")]
 ShownTokens = Annotated[
     int | None,
-    typer.Option(metavar="N", min=1, help="Show instead what the model is trained on: N rows, learnt tokens marked."),
+    typer.Option(metavar="N", min=1, help="Show N rows as the model sees them, learnt tokens marked."),
 ]
 
 
@@ -58,19 +58,19 @@ def check_verb(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="The GPU it is for, as T4 or sm_75; by default this machine's.",
+            help="The GPU, as T4 or sm_75; by default this machine's.",
         ),
     ] = None,
     data: Annotated[
         bool,
-        typer.Option("--data", help="Also read every row of the data, and tokenize it if the tokenizer is here."),
+        typer.Option("--data", help="Also read every row, and tokenize it if the tokenizer is here."),
     ] = False,
     full: Annotated[bool, typer.Option("--full", help="Also run Axolotl's own validation (15 s).")] = False,
     show_tokens: ShownTokens = None,
     force: Force = None,
     json: Json = False,
 ) -> None:
-    """All that is wrong with a config, before it reaches a GPU. Exit code 2 if there is an error."""
+    """Find mistakes in a config. Exit code 2 if there is an error."""
     from ..checks import check
     from ..checks.finding import unknown_force
     from ..configs import gpus
@@ -147,7 +147,7 @@ def plan_verb(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="A GPU, as T4, or its memory, as 24GB; by default this machine's, or several sizes. Repeatable.",
+            help="A GPU (T4) or its memory (24GB); by default this machine's. Repeatable.",
         ),
     ] = None,
     gpu_count: Annotated[int, typer.Option("--gpus", min=1, help="How many GPUs to train on.")] = 1,
@@ -155,7 +155,7 @@ def plan_verb(
     force: Force = None,
     json: Json = False,
 ) -> None:
-    """Parameters, memory and work of a config, and the cards that it fits, without a GPU."""
+    """Plan memory, steps and hours without a GPU, and which GPUs fit."""
     from ..configs import gpus
     from ..configs.compose import Request
     from ..planning import plan

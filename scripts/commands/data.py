@@ -42,14 +42,13 @@ def fetch_verb(
         list[str] | None,
         typer.Option(
             metavar="SOURCE",
-            help="Fetch this one of its sources, or a part of its name; by default all that its study's recipes begin "
-            "with. Repeatable.",
+            help="One of its sources, or a part of its name. Repeatable.",
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder; by default data/DATA-raw.")] = None,
     json: Json = False,
 ) -> None:
-    """Download a data set from where it is published, and verify it; an interrupted download is resumed."""
+    """Download a data set and verify it; an interrupted download resumes."""
     from ..data import fetch, study
 
     of_study = study.with_data(name)
@@ -71,7 +70,7 @@ def prepare_verb(
         list[Path] | None,
         typer.Argument(
             metavar="[RAW]...",
-            help="The study's raw files, or folders with them; by default what `data fetch` left.",
+            help="Raw files, or folders with them; by default those of `data fetch`.",
         ),
     ] = None,
     out: Annotated[
@@ -92,7 +91,7 @@ def prepare_verb(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Make the rows that recipes train on of a study's raw files, as its study.yaml says, with a manifest."""
+    """Make a study's training and test rows from its raw files."""
     from ..data import prepare
     from ..data.raw_rows import fetched
 

@@ -17,6 +17,23 @@ from ..base.progress import PART, say
 if TYPE_CHECKING:
     from ..runs.rundir import RunDir
 
+GUIDE = {
+    verb: f"docs/{page}.md"
+    for page, verbs in {
+        "launch": ("list", "show", "run", "resume", "cancel"),
+        "variants": ("diff", "new"),
+        "check": ("check",),
+        "plan": ("plan",),
+        "data": ("data fetch", "data prepare"),
+        "sweep": ("sweep",),
+        "reproduce": ("reproduce",),
+        "evaluate": ("evaluate", "score"),
+        "results": ("results",),
+        "report": ("report", "publish"),
+        "troubleshooting": ("doctor",),
+    }.items()
+    for verb in verbs
+} | dict.fromkeys(("render", "study new", "study check"), "templates/README.md")
 _NO_BREAK = "\N{NON-BREAKING HYPHEN}"
 
 
@@ -75,6 +92,8 @@ class Verb(TyperCommand):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         _write_examples(self.epilog, formatter)
+        if page := GUIDE.get(ctx.command_path.partition(" ")[2]):
+            formatter.write(f"\nGuide: {page}\n")
 
 
 class Verbs(TyperGroup):

@@ -105,7 +105,7 @@ Name = Annotated[
         metavar="NAME|FILE",
         callback=whole_name,
         autocompletion=complete_recipes,
-        help="A recipe's name or a part of it (see `recipe list`), or a YAML file.",
+        help="A recipe's name, a part of it, or a YAML file.",
     ),
 ]
 Names = Annotated[
@@ -114,7 +114,7 @@ Names = Annotated[
         metavar="[NAME|FILE]...",
         callback=whole_names,
         autocompletion=complete_recipes,
-        help="Recipes' names or parts of them, or YAML files; by default all recipes.",
+        help="Recipes, parts of their names, or YAML files; by default all.",
     ),
 ]
 RunName = Annotated[
@@ -122,7 +122,7 @@ RunName = Annotated[
     typer.Argument(
         metavar="RUN",
         autocompletion=complete_runs,
-        help="A run's folder or a part of its name, a recipe for its newest run, or latest.",
+        help="A run's folder or part of its name, a recipe, or latest.",
     ),
 ]
 Things = Annotated[
@@ -130,7 +130,7 @@ Things = Annotated[
     typer.Argument(
         metavar="[RUN|STUDY|SWEEP]...",
         autocompletion=complete_things,
-        help="A run's folder or a part of its name, a recipe for its newest run, latest, a study or a sweep.",
+        help="Runs (folder, part of a name, recipe, latest), a study, a sweep.",
     ),
 ]
 PlannedGpu = Annotated[
@@ -147,7 +147,7 @@ Jobs = Annotated[
     typer.Option(
         rich_help_panel=WHERE,
         min=1,
-        help="Runs to work on at a time, each on a GPU of its own; by default 1 here, all on SLURM.",
+        help="Runs at a time, a GPU each; by default 1 (SLURM: all).",
     ),
 ]
 SweepFile = Annotated[
@@ -155,7 +155,7 @@ SweepFile = Annotated[
     typer.Argument(
         metavar="[SWEEP]",
         autocompletion=complete_sweep_files,
-        help="A YAML file in Axolotl's sweep format, or the name of a shipped one.",
+        help="A YAML file in Axolotl's sweep format, or a shipped sweep.",
     ),
 ]
 Profiles = Annotated[
@@ -164,7 +164,7 @@ Profiles = Annotated[
         "--profile",
         metavar="P",
         autocompletion=complete_profiles,
-        help=f"Lay a profile over it: {', '.join(_PROFILES)}, or a YAML file. Repeatable.",
+        help=f"Merge a YAML file, or a shipped profile: {', '.join(_PROFILES)}. Repeatable.",
     ),
 ]
 Overrides = Annotated[
@@ -184,41 +184,32 @@ Json = Annotated[bool, typer.Option("--json", rich_help_panel="Output", help="Pr
 
 
 Seeds = Annotated[
-    int, typer.Option("--seeds", metavar="N", min=1, help="Run each of them with N seeds, from the recipe's own on.")
+    int, typer.Option("--seeds", metavar="N", min=1, help="Run each with N seeds, from the recipe's own on.")
 ]
 Metrics = Annotated[
     list[str] | None,
     typer.Option(
         "--metric",
         metavar="NAME",
-        help="Score with this, as in rouge_l, or with parameters, as in 'number: {markers: [\"A: \"]}'; benchmark:mmlu "
-        "is a task of lm-evaluation-harness, bertscore:MODEL names BERTScore's model, bertscore:none leaves it out. "
-        "Repeatable.",
+        help="A metric, its parameters, benchmark:TASK or bertscore:MODEL; see docs/evaluate.md. Repeatable.",
     ),
 ]
-BatchSize = Annotated[
-    int | None, typer.Option(min=1, help="The most rows generated at a time; by default up to 64, as memory allows.")
-]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Most rows at a time; by default 64, as memory allows.")]
 On = Annotated[
     str,
     typer.Option(
         "--on",
         rich_help_panel=WHERE,
         metavar="local|slurm[,KEY=VALUE]...",
-        help="Where to run it: here, or in SLURM's queue, which this does not wait for, with options of sbatch, as in "
-        "slurm,time=8:00:00, or of one step, as in slurm,evaluate.time=1:00:00; slurm.yaml in ~/.config/qlora-recipes "
-        "holds those that always apply.",
+        help="Here, or SLURM with options of sbatch: slurm,time=8:00:00; see docs/clusters.md.",
     ),
 ]
-RehearseAll = Annotated[
-    bool, typer.Option("--rehearse", help="Try all of it on the CPU: small model, few rows, no network.")
-]
+RehearseAll = Annotated[bool, typer.Option("--rehearse", help="Try it on the CPU: small model, few rows, no network.")]
 FromStage = Annotated[
     Literal["predictions", "adapter", "training"],
     typer.Option(
         "--from",
-        help="Where to begin: only score the predictions that the authors published, which needs no GPU; also generate "
-        "with their adapters; or train.",
+        help="Begin with the authors' predictions, with their adapters, or with training.",
     ),
 ]
 RehearsalsOfStudy = Annotated[bool, typer.Option("--rehearse", help="Of a study: rehearsals instead.")]
@@ -228,25 +219,24 @@ ExportedRun = Annotated[
         "--export",
         metavar="RUN|STUDY",
         autocompletion=complete_runs,
-        help="Write the record of a run, or of a study's published predictions, to hand in; see CONTRIBUTING.md.",
+        help="Write the record of a run or of a study's published predictions.",
     ),
 ]
 OfLedger = Annotated[
     bool,
-    typer.Option("--ledger", help="The status of each published number, and recorded runs; of all studies or of one."),
+    typer.Option("--ledger", help="The status of each published number, and recorded runs."),
 ]
 
 DecodingName = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Decode in a further way that the study declares; shown beside the usual one."),
+    typer.Option(metavar="NAME", help="Another decoding that the study declares, in a column of its own."),
 ]
 Power = Annotated[
     str | None,
     typer.Option(
         "--power",
         metavar="X|tolerance",
-        help="How many seeds and rows it takes to see a difference of X from a study's published scores, in the unit "
-        "of its first metric, or of its tolerance.",
+        help="Seeds and rows needed to see a difference of X.",
     ),
 ]
 

@@ -22,7 +22,7 @@ verbs = typer.Typer()
 def list_verb(
     json: Json = False,
 ) -> None:
-    """The recipes and your variants, with model, epochs, optimizer and published scores."""
+    """List recipes and variants, with model, epochs, optimizer and published scores."""
     rows = _listed()
     if json:
         tables.print_json(rows)
@@ -103,7 +103,7 @@ def _shown(row: Row) -> Row:
 
 @verbs.command("show", cls=Verb, rich_help_panel=HEADING, epilog="recipe show llama-3.2-3b")
 def show_verb(name: Name, json: Json = False) -> None:
-    """A recipe's YAML, with the source of each setting."""
+    """Print a recipe's YAML, with the source of each setting."""
     recipe, file = paths.find_recipe(name)
     if json:
         from ..data import study
@@ -143,7 +143,7 @@ def diff_verb(
     ] = None,
     json: Json = False,
 ) -> None:
-    """The keys in which two recipes or configs differ, except where they write to."""
+    """Compare two recipes or configs, key by key."""
     from ..configs import config
 
     rows = config.recipe_diff(a, b)
@@ -182,7 +182,7 @@ def new_verb(
     ] = None,
     set_: Overrides = None,
 ) -> None:
-    """Write a variant of a recipe: the whole file with its comments, changed lines marked."""
+    """Write a variant of a recipe, with changed lines marked."""
     from ..base.progress import say
     from ..checks import check
     from ..checks.finding import refuse
@@ -216,7 +216,7 @@ verbs.add_typer(study_verbs, name="study", rich_help_panel=UPKEEP)
 
 @verbs.command("doctor", cls=Verb, rich_help_panel=UPKEEP, epilog="recipe doctor\nrecipe doctor --json")
 def doctor_verb(json: Json = False) -> None:
-    """Find what is wrong with this environment, GPU and disk, and how to repair it."""
+    """Find faults of this environment, GPU and disk, and their remedies."""
     from dataclasses import asdict
 
     from .doctor import examine
@@ -268,7 +268,7 @@ def study_new_verb(
         str, typer.Option(metavar="MODEL", help="The base model of its first recipe.")
     ] = "meta-llama/Llama-3.2-3B",
 ) -> None:
-    """Write a study that works as it is, with comments, below recipes/ and templates/ of this folder."""
+    """Write a working study to edit, below recipes/ and templates/."""
     from ..writing import render
 
     for file in render.write_study(name, model):
@@ -284,7 +284,7 @@ def study_check_verb(
     ],
     json: Json = False,
 ) -> None:
-    """Say what a study lacks or contradicts. Exit code 2 if there is an error."""
+    """Find mistakes in a study. Exit code 2 if there is an error."""
     from ..base import paths
     from ..base.progress import harmless, say
     from ..checks import study as checks

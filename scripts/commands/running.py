@@ -120,7 +120,7 @@ def resume_verb(
     ] = False,
     trust: Annotated[
         bool,
-        typer.Option("--trust", help="Resume a run that you did not create here: like running its author's program."),
+        typer.Option("--trust", help="Resume a run from elsewhere: it may run its author's code."),
     ] = False,
     force: Force = None,
     on: On = "local",
@@ -159,7 +159,7 @@ def sweep_verb(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan all members, and start none.")] = False,
     json: Json = False,
 ) -> None:
-    """Run a recipe with each of several settings, and compare them. What is done already is not done again."""
+    """Run a recipe with several settings and compare them; skip completed steps."""
     from ..configs import gpus
     from ..configs.compose import Request, is_rehearsal
     from ..scores.evaluate import EvaluationRequest
@@ -236,7 +236,7 @@ def reproduce_verb(
     gpu: PlannedGpu = None,
     json: Json = False,
 ) -> None:
-    """Fetch, check, plan, train, evaluate and compare all of a study. What is done already is not done again."""
+    """Fetch, check, plan, train, evaluate and compare a study; skip completed steps."""
     from ..configs import gpus
     from ..configs.compose import Request, is_rehearsal
     from ..data.study import find
@@ -303,7 +303,7 @@ def _score_predictions(of_study: "Study", only: list[str], scorer: str | None, j
 
 @verbs.command("cancel", cls=Verb, rich_help_panel=HEADING, epilog="recipe cancel latest\nrecipe cancel lora-tradeoffs")
 def cancel_verb(names: Things) -> None:
-    """Stop runs, or all of a study or sweep, at a checkpoint, and take queued ones out of the queue."""
+    """Stop runs at a checkpoint, and take their jobs out of the queue."""
     from ..workflows import cancel
 
     for message in cancel.cancel(names or []):

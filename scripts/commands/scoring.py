@@ -30,32 +30,30 @@ if TYPE_CHECKING:
 
 Data = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="JSONL rows; by default the study's test set or the config's own rows."),
+    typer.Option(metavar="FILE", help="JSONL rows; by default the study's test set or held-out rows."),
 ]
 Limit = Annotated[
     int | None,
-    typer.Option(min=1, help="Evaluate at most this many rows, from the first on; by default 12 in a rehearsal."),
+    typer.Option(min=1, help="Only the first N rows; by default all (a rehearsal: 12)."),
 ]
 Adapter = Annotated[
     str | None,
     typer.Option(
         metavar="DIR|HUB ID|none",
-        help="Another adapter, under a run's config or, where RUN names a recipe, under that; none is the base model.",
+        help="Another adapter, also under a recipe; none is the base model.",
     ),
 ]
 Base = Annotated[bool, typer.Option("--base", help="Also score the base model, in a column beside the adapter.")]
 Checkpoints = Annotated[
     bool,
-    typer.Option(
-        "--checkpoints", help="Every kept checkpoint, on the validation rows; the best of them on the test rows."
-    ),
+    typer.Option("--checkpoints", help="Score all checkpoints on validation rows, the best on test rows."),
 ]
 EngineName = Annotated[
     str,
     typer.Option(
         "--engine",
         metavar="transformers|vllm|URL",
-        help="What generates: vllm is much faster, and `make vllm` installs it; URL is a vLLM server of yours.",
+        help="Engine that generates; `make vllm` installs vllm, URL is a vLLM server.",
     ),
 ]
 ServersModel = Annotated[

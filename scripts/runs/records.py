@@ -20,8 +20,8 @@ from ..configs.config import Difference, chained
 from ..configs.datafiles import DataFile
 
 Ended = Literal["complete", "early stopping", "signal", "callback", "no batch"]
-"""How a training ended: with its last step, or before it, stopped by what this says; callback is any other of Axolotl's
-callbacks, such as its loss watchdog; no batch is rows that fill none."""
+"""End of a training: its last step, or the reason before it; `callback` is another callback of Axolotl's, such as its
+loss watchdog; `no batch` means rows that fill none."""
 
 
 @with_config(strict=True, extra="allow")

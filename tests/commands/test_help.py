@@ -9,6 +9,7 @@ from command_line import COMMANDS, parsed
 from conftest import Recipe
 
 from qlora_recipes.base import paths
+from qlora_recipes.commands.help import GUIDE
 
 
 def records(name: str) -> list[tuple[str, str]]:
@@ -57,3 +58,12 @@ def test_the_versions_of_the_package_and_of_axolotl(recipe: Recipe) -> None:
     done = recipe("--version")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"qlora-recipes {version('qlora-recipes')}\naxolotl {version('axolotl')}\n"
+
+
+def test_a_verb_names_its_page_and_an_option_takes_a_dozen_words() -> None:
+    for name, command in COMMANDS.items():
+        page = GUIDE.get(name.partition(" ")[2], "README.md")
+        assert (Path(__file__).parents[2] / page).is_file()
+        long = [text for p in command.params if len((text := getattr(p, "help", None) or "").split()) > 12]
+        assert [text for text in long if "profile" not in text and "completion" not in text] == []
+    assert {verb.partition(" ")[2] for verb in COMMANDS} >= GUIDE.keys()
