@@ -154,6 +154,7 @@ def test_a_study_of_another_kind_goes_to_the_end(
     [
         ("loftq-gsm8k/llama-2-7b-loftq", True, "done", 12),
         ("peft-metamathqa/lora-rank32-dora", True, "done", 12),
+        ("dora-commonsense/llama-2-7b-dora", True, "done", 12),  # beams, eight test sets
         ("tinker-tulu3/llama-3.2-1b-lora", True, None, None),  # a metric of the eval loss needs no predictions
         ("qlora-guanaco/llama-7b", False, "done", 0),  # nor does a benchmark, whose rows are on a hub
     ],

@@ -89,3 +89,20 @@ def test_all_recipes_and_profiles_over_them_pass_with_axolotl_asked(
                 data = gpu == "H100" and profile == []
                 report = check.check(Request(name, profiles=profile), gpus.find(gpu), data=data, full=asked)
                 assert [str(found) for found in report.findings if found.level != "note"] == []
+
+
+def test_peft_splits_weights_anew_as_the_rule_changed_base_says(tiny: Path, tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    tokens = torch.arange(5, 40)[None]
+    difference = {}
+    for start in ("pissa_niter_16", "pissa"):
+        lora = LoraConfig(r=8, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=start)
+        trained = get_peft_model(LlamaForCausalLM.from_pretrained(tiny, dtype=torch.float32), lora)
+        trained.save_pretrained(tmp_path / start)
+        base = LlamaForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+        again = PeftModel.from_pretrained(base, tmp_path / start)
+        difference[start] = (trained(tokens).logits - again(tokens).logits).abs().max().item()
+    assert difference["pissa_niter_16"] > 0.01 and difference["pissa"] < 1e-4

@@ -174,6 +174,7 @@ RIGHT: list[tuple[dict[str, Any], str | None]] = [
     ({"lora_target_modules": ["self_attn.q_proj", "lm_head", "model.layers.31.mlp.up_proj"]}, None),
     ({"lora_target_modules": r".*layers\.(2[0-9]|3[01])\..*"}, None),
     ({"adapter": "lora", "load_in_4bit": None}, None),
+    ({"peft_init_lora_weights": "pissa"}, None),
     ({"sample_packing": True, "attn_implementation": "kernels-community/flash-attn2@v1"}, None),
     ({"optimizer": "paged_adamw_8bit", "deepspeed": {"zero_optimization": {"stage": 2}}}, None),
     ({"deepspeed": {"a": 1}, "bnb_config_kwargs": {"bnb_4bit_quant_storage": "float16"}}, None),

@@ -42,6 +42,8 @@ IN_STUDY_YAML: list[tuple[str, dict[str, Any], str]] = [  # the mistake; the val
     ("missing sample", {"data > sample": "few"}, "data > sample"),
     ("unknown metric", {"metrics > blue": {}}, "metrics > blue"),
     ("misspelt parameter", {"metrics > number": {"marker": ["x"]}}, "metrics > number > marker"),
+    ("mean of an unknown metric", {"metrics > all": {"metric": "mean_of_groups", "of": "x"}}, "metrics > all > of"),
+    ("two files, one misspelt", {f"{TRAIN} > from": ["train.jsonl", "trains.jsonl"]}, f"{TRAIN} > from"),
     ("score of an unknown metric", {f"{RESULTS} > scores > bleu": 5}, f"{RESULTS} > scores > bleu"),
     ("missing curve", {f"{RESULTS} > curve": "c.csv"}, f"{RESULTS} > curve"),
     ("a single repeat", {f"{RESULTS} > repeats > bleu4": [5.0]}, f"{RESULTS} > repeats > bleu4"),
