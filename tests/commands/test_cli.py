@@ -124,7 +124,7 @@ def test_a_rehearsal_lists_every_difference_and_keeps_the_rest(recipe: Recipe) -
             "datasets.0.path",
             "datasets.0.split",
             *({"test_datasets.0.path", "test_datasets.0.split"} if "test_datasets.0.path" in own else ()),
-            "sequence_len",
+            *({"sequence_len"} if own["sequence_len"] > 256 else ()),
             *(key for key in ("warmup_steps", "fp16", "tf32", "chunked_cross_entropy") if own.get(key)),
             *(key for key in ("max_steps", "eval_steps", "save_steps") if own.get(key)),
         }
