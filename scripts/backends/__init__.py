@@ -1,17 +1,34 @@
-"""Backends of runs' commands: this machine, or SLURM's queue."""
+"""Backends of runs' commands: SLURM's queue, or this machine, whose commands the user waits for."""
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
+from ..base import machine
+from ..base.errors import UserError
+from ..base.files import opened
+from ..base.machine import start_child, stop_requests
+from ..base.progress import PART, say
 from ..checks.finding import Finding
+from ..configs import gpus
+from ..configs.gpus import Gpu
 from ..runs.records import JobState, Run
 from ..runs.rundir import RunDir
+from ..runs.tasks import DOES, DONE, Command, Task
 
 if TYPE_CHECKING:
-    from .local import Local
     from .slurm import Slurm
 
 type Backend = "Local | Slurm"
+
+_AGAIN = "run the same command again to continue"
 
 
 def relevant(backend: Backend, found: Iterable[Finding]) -> list[Finding]:
@@ -46,3 +63,112 @@ def job_state(folder: RunDir, step: str, words: Sequence[str] | None = None) -> 
 
     states = active(jobs)
     return JobState("unknown") if states is None else next(iter(states.values()), None)
+
+
+class Local:
+    """This machine.
+
+    Args:
+        rehearsal: whether a rehearsal is to run, which needs no GPU.
+        jobs: how many tasks to carry out at a time, each on a GPU of its own; None for one.
+
+    Raises:
+        UserError: there are fewer GPUs than jobs.
+    """
+
+    here: Literal[True] = True
+
+    def __init__(self, rehearsal: bool, jobs: int | None = None):
+        jobs = jobs or 1
+        visible = [None] * jobs if jobs == 1 or rehearsal else [*machine.visible_gpus()]
+        if jobs > len(visible):
+            raise UserError(f"--jobs {jobs}: one GPU per job, and only {len(visible)} can be used here")
+        self.devices = visible[:jobs]  # the GPU that each job sees; None leaves it to the run
+
+    def gpu(self) -> Gpu | None:
+        """The first GPU of this machine."""
+        return gpus.here()
+
+    def check_size(self, gpus: int, nodes: int) -> None:
+        """Refuse a run on more GPUs than there are.
+
+        Raises:
+            UserError: it is too big.
+        """
+        if nodes > 1:
+            raise UserError(f"--nodes {nodes}: works only with --on slurm, which starts the run on each of them")
+        if gpus > max(available := len(machine.visible_gpus()), 1):
+            raise UserError(f"--gpus {gpus}: only {available} can be used here")
+
+    def submit(self, tasks: Sequence[Task], title: str) -> None:
+        """Carry tasks out, as many at a time as there are devices.
+
+        A request to stop is passed on to the running commands, which end at a checkpoint, and nothing more is started.
+        """
+        waiting = deque((f"{n} of {len(tasks)}, {task.result.label}", task) for n, task in enumerate(tasks, start=1))
+        with stop_requests() as stops:
+            passed_on = 0
+            workers = [self._worker(device, waiting, stops) for device in self.devices]
+            while running := [process for worker in workers if (process := next(worker, None))]:
+                for _ in stops[passed_on:]:
+                    passed_on += 1
+                    for process in running:
+                        process.terminate()
+                time.sleep(0.05)
+        for _, task in waiting:
+            task.result.problem = f"interrupted before its start; {_AGAIN}"
+
+    def _worker(
+        self, device: str | None, waiting: deque[tuple[str, Task]], stops: list[int]
+    ) -> Iterator["subprocess.Popen[bytes]"]:
+        """Carry out waiting tasks, named for messages, on a device, one by one; yields the running process."""
+        while waiting and not stops:
+            yield from self._commands(*waiting.popleft(), device, stops)
+
+    def _commands(
+        self, label: str, task: Task, device: str | None, stops: list[int]
+    ) -> Iterator["subprocess.Popen[bytes]"]:
+        try:
+            commands = task.claim()
+        except UserError as error:
+            task.result.fail("run", str(error))
+            return
+        for command in commands:
+            process = self._start(command, label, device)
+            while process.poll() is None:
+                yield process
+            if not process.returncode:
+                task.result.steps[command.step] = DONE
+                if command.step == "run":
+                    task.result.run = command.folder.path
+            elif not stops:
+                log = self._log(command)
+                where = f"; the messages are in {log}" if log else ""
+                task.result.fail(command.step, f"{DOES[command.step]} failed{where}")
+                return
+            if stops:
+                task.result.problem = f"interrupted; {_AGAIN}"
+                return
+
+    def _start(self, command: Command, label: str, device: str | None) -> "subprocess.Popen[bytes]":
+        log = self._log(command)
+        say(f"{label}: {DOES[command.step]}{f'; its messages are in {log}' if log else ''}")
+        with opened(log, "ab") if log else nullcontext() as stream:
+            return start_child(
+                [str(Path(sys.executable).with_name("recipe")), *command.words],
+                env=os.environ | {PART: "1"} | ({"CUDA_VISIBLE_DEVICES": device} if device else {}),
+                stdout=subprocess.DEVNULL,
+                stderr=stream,
+            )
+
+    def _log(self, command: Command) -> Path | None:
+        """The file for a command's messages where several run at a time; None for the terminal."""
+        return command.folder.path / f"{command.step}.log" if len(self.devices) > 1 else None
+
+
+def stop_holders(locks: Iterable[Path]) -> list[str]:
+    """Ask the processes of this machine that hold some locks to stop; a message for each."""
+    pids = dict.fromkeys(pid for lock in locks if (pid := machine.holder(lock)))
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+    return [f"process {pid} is asked to stop" for pid in pids]

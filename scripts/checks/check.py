@@ -17,7 +17,7 @@ from ..configs.compose import Composed, Request
 from ..configs.gpus import Gpu
 from ..configs.numerics import ADAPTED
 from ..data import study
-from . import data_rules, model_rules, rows, schema, settings_rules  # noqa: F401 (each adds its rules to RULES)
+from . import data_rules, model_rules, schema, settings_rules  # noqa: F401 (each adds its rules to RULES)
 from .finding import LEVELS, RULES, Case, Finding, override_errors, refuse
 
 
@@ -144,6 +144,8 @@ def examine(
     report.add(_replaced(composed))
     report.add(placed(_profile_compatibility(composed, gpu, launching), composed))
     if data:
+        from . import rows
+
         wrong = {finding.key.removesuffix(".type") for finding in report.findings if finding.key.endswith(".type")}
         of_rows, report.data = rows.check(usable, wrong)
         report.add(of_rows)

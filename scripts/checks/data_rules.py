@@ -13,7 +13,7 @@ from ..configs import datafiles, models
 from ..configs.config import flatten
 from ..configs.numerics import precision, takes_varlen
 from ..data import study
-from . import rows, schema
+from . import schema
 from .finding import Case, Problems, rule
 
 
@@ -122,7 +122,7 @@ def chat_template(case: Case) -> Problems:
         written = dataset.get("chat_template_jinja") if own else case["chat_template_jinja"]
         name = own or case["chat_template"] or ("jinja" if written else "tokenizer_default")
         where = f"{key}.chat_template" if own else "chat_template" if case["chat_template"] else f"{key}.type"
-        if name == "jinja" and isinstance(written, str) and "{" not in rows.read_template(written):
+        if name == "jinja" and isinstance(written, str) and "{" not in models.read_template(written):
             yield "error", where, f"chat_template_jinja: {written[:80]} is neither a file nor a template", ""
         elif name == "tokenizer_default" and not case.model.chat_template:
             if case.model.tokenizer_here:

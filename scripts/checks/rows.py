@@ -89,12 +89,6 @@ def fields_of(dataset: Config) -> Fields | None:
     return FIELDS.get(str(kind).partition(":")[0])
 
 
-def read_template(written: str) -> str:
-    """Text of a chat template, or of the file that it names, as in Axolotl."""
-    is_file = len(written) < 1000 and "\n" not in written and Path(written).is_file()
-    return yamlfiles.read_text(Path(written)) if is_file else written
-
-
 @lru_cache(1000)
 def misspelt(names: tuple[str, ...], known: tuple[str, ...]) -> dict[str, str]:
     """Missing fields of a row, each with the misspelt field in its place.

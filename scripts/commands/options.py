@@ -268,7 +268,7 @@ def backend_of(on: str, rehearsal: bool = False, jobs: int | None = None) -> "Ba
     Raises:
         UserError: there is no such backend, or it refuses the options.
     """
-    from ..backends.local import Local
+    from ..backends import Local
 
     if on == "local":
         return Local(rehearsal, jobs)

@@ -35,8 +35,7 @@ def list_verb(
             spare = ["base model", *scores[:0:-1]]  # all but the first score, the last one first
             title = name or "Of no study" if len(by_study) > 1 else None
             tables.print_table(table, title, spare=spare, below=["variant of"])
-    published = next(row["recipe"] for row in rows if any(row[key] for key in row if key.startswith("published_")))
-    next_step("run", published, "--rehearse", json=json)
+    next_step("run", "start/qlora", "--rehearse", json=json)
 
 
 def _listed() -> list[Row]:

@@ -229,6 +229,12 @@ def token(folder: Path | None, name: str) -> str | None:
     return content if isinstance(content, str) else None
 
 
+def read_template(written: str) -> str:
+    """Text of a chat template, or of the file that it names, as in Axolotl."""
+    is_file = len(written) < 1000 and "\n" not in written and Path(written).is_file()
+    return yamlfiles.read_text(Path(written)) if is_file else written
+
+
 def chat_template(folder: Path | None) -> str | None:
     """Chat template of a model's folder, from its file or the tokenizer's config."""
     if not folder:

@@ -1,7 +1,6 @@
 """Stopping runs wherever they are running or queued: `recipe cancel`."""
 
-from ..backends import slurm_site
-from ..backends.local import stop_holders
+from ..backends import slurm_site, stop_holders
 from ..base import paths
 from ..base.errors import UserError
 from ..data.study import Study

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_recipes.backends.local import stop_holders
+from qlora_recipes.backends import stop_holders
 
 HOLDS = """
 import sys

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qlora_recipes.backends.local import Local
+from qlora_recipes.backends import Local
 from qlora_recipes.base import machine
 from qlora_recipes.base.machine import start_child
 from qlora_recipes.configs import gpus

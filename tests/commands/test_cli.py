@@ -7,6 +7,7 @@ import pytest
 from conftest import SAMPLE, Recipe, recipe_config
 
 from qlora_recipes.base import paths
+from qlora_recipes.configs import datafiles
 from qlora_recipes.configs.compose import Request, compose
 from qlora_recipes.configs.config import flatten
 
@@ -129,6 +130,6 @@ def test_a_rehearsal_lists_every_difference_and_keeps_the_rest(recipe: Recipe) -
             *(key for key in ("max_steps", "eval_steps", "save_steps") if own.get(key)),
         }
         assert ("bf16" in changed) == (composed.config["bf16"] and not own.get("bf16"))
-        steps = composed.config["num_epochs"] * (2 if own["micro_batch_size"] == 16 else 4)
+        steps = datafiles.training_steps(composed.config) or 4 * composed.config["num_epochs"]  # packed
         assert composed.config.get("warmup_steps") in (None, min(own.get("warmup_steps") or 0, steps // 10))
         assert "max_steps" not in composed.config

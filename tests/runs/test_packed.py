@@ -12,7 +12,9 @@ from qlora_recipes.base import paths
 from qlora_recipes.runs.plugin import require_sane
 from qlora_recipes.runs.ranks import PackedWeights
 
-IN_FP16 = [name for name in paths.recipe_names() if recipe_config(name).get("fp16")]
+IN_FP16 = [
+    name for name in paths.recipe_names() if recipe_config(name).get("fp16") and recipe_config(name).get("load_in_4bit")
+]
 
 
 def under_fp16(storage: str) -> tuple[torch.nn.Module, torch.nn.Module]:

@@ -53,7 +53,7 @@ def test_a_run_is_scored_with_its_studys_metrics_and_those_asked_for(run: RunDir
     assert list(first.scores["metrics"]) == ["bleu4", "rouge_l", "sacrebleu"]  # BERTScore was asked to be left out
     more = evaluated(run, "ours: {metric: number, parser: peft}", "perplexity")
     assert list(more.columns) == ["ours", "perplexity", "bleu4", "rouge_l", "sacrebleu"]
-    assert more.scores["ours"] == 0 and more.scores["notes"][0].startswith("ours: 3 of 3 ")
+    assert more.scores["ours"] == 0 and more.scores["notes"][-1].startswith("ours: 3 of 3 ")
     assert more.scores["perplexity"] is None  # of a training, which this adapter is not from
     assert len(generated) == 1  # the predictions were there
     assert all(row["ours"] == 0 for row in read_predictions(run.path / "evaluations" / "base-model"))
@@ -91,7 +91,7 @@ def test_a_further_decoding_is_evaluated_beside_the_usual_one(
 
 
 def test_predictions_are_scored_by_other_fields(recipe: Recipe, tmp_path: Path) -> None:
-    write_rows(tmp_path / "answers.jsonl", ANSWERS)
+    write_rows(tmp_path / "answers.jsonl", ANSWERS * 2)
     done = recipe(
         "score", "answers.jsonl", "--metric", 'number: {markers: ["A: "]}', *FIELDS, "--json", "--out", "s.jsonl"
     )
@@ -102,7 +102,7 @@ def test_predictions_are_scored_by_other_fields(recipe: Recipe, tmp_path: Path) 
     assert "bleu4" not in scores
     rows = list(map(orjson.loads, (tmp_path / "s.jsonl").read_bytes().splitlines()))
     assert [row["number"] == 100 for row in rows] == [row["model"]["right"] for row in rows]
-    assert [row["question"] for row in rows] == [row["question"] for row in ANSWERS]
+    assert [row["question"] for row in rows] == [row["question"] for row in ANSWERS * 2]
     compared = recipe("results", "s.jsonl", "s.jsonl", "--metric", "number", "--json")
     assert [row["score"] for row in orjson.loads(compared.stdout)["scores"]] == ["number"]
 

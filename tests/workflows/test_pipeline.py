@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from run_folders import a_run
 
-from qlora_recipes.backends.local import Local
+from qlora_recipes.backends import Local
 from qlora_recipes.base import machine
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import gpus
