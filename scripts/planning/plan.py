@@ -204,7 +204,8 @@ def _changes(config: Config, planner: Planner, card: Gpu, usable: float) -> Iter
             "the same rows a step, one at a time",
             planner.rows > 1,
         ),
-        (_with_qlora(config), "a base in 4 bits", step.adapter != "qlora"),
+        # DoRA needs the weights' norms, which a traced layer in 4 bits does not have
+        (_with_qlora(config), "a base in 4 bits", step.adapter != "qlora" and not config.get("peft_use_dora")),
         *(({"sequence_len": planner.length // part}, "longer rows are lost", True) for part in (2, 4)),
     ]
     changed = config

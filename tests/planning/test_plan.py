@@ -217,6 +217,8 @@ def test_a_full_fine_tuning_that_does_not_fit_gets_an_adapter(small: yamlfiles.C
     lora = {"lora_target_linear": True, "lora_r": 16, "lora_alpha": 32}
     assert qlora == {"adapter": "qlora", "load_in_4bit": True} | lora
     assert plan.plan(full, gpus.Gpu("card", AMPERE, 0.1))[0].changes[-1].fits is False
+    dora = small | {"adapter": "lora", "load_in_4bit": False, "peft_use_dora": True}
+    assert not any("adapter" in change.set for change in plan.plan(dora, gpus.Gpu("card", AMPERE, 0.1))[0].changes)
 
 
 def test_plan_prints(recipe: Recipe, small: yamlfiles.Config, tmp_path: Path, sample: Path) -> None:
