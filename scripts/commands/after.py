@@ -150,7 +150,7 @@ def report_verb(
 ) -> None:
     """Write one HTML file with curves, scores, predictions, settings and provenance.
 
-    Without a name it shows the latest run. It contains test rows, and names of folders of this machine.
+    Default: the latest run. The file contains test rows and local folder names; check it before sharing.
     """
     from ..data.study import Study
     from ..reports import report, report_runs
@@ -189,7 +189,8 @@ def publish_verb(
         bool, typer.Option("--merge", help="Also merge base model and adapter into one model, in output/merged.")
     ] = False,
     push: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to this repository of the hub.")
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Upload the card and the adapter, or the merged model, there."),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     force: Force = None,

@@ -36,10 +36,10 @@ verbs = typer.Typer()
 verbs.add_typer(data_verbs, name="data", rich_help_panel=HEADING)
 
 
-Measured = Annotated[bool, typer.Option("--data", help="Also measure the rows (tokenizes all).")]
+Measured = Annotated[bool, typer.Option("--data", help="Also tokenize all rows to measure their lengths.")]
 ShownTokens = Annotated[
     int | None,
-    typer.Option(metavar="N", min=1, help="Show N rows as the model sees them, learnt tokens marked."),
+    typer.Option(metavar="N", min=1, help="Show N tokenized rows, with the tokens that carry loss marked."),
 ]
 
 
@@ -53,17 +53,19 @@ def check_verb(
     names: Names = None,
     profile: Profiles = None,
     set_: Overrides = None,
-    rehearse: Annotated[bool, typer.Option("--rehearse", help="Check the rehearsal of it.")] = False,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Check the rehearsal that `run --rehearse` would train.")
+    ] = False,
     gpu: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="The GPU, as T4 or sm_75; by default this machine's.",
+            help="Check for this GPU, e.g. T4 or sm_75; default: this machine's.",
         ),
     ] = None,
     data: Annotated[
         bool,
-        typer.Option("--data", help="Also read every row, and tokenize it if the tokenizer is here."),
+        typer.Option("--data", help="Also read every row; tokenize it if the tokenizer is downloaded."),
     ] = False,
     full: Annotated[bool, typer.Option("--full", help="Also run Axolotl's own validation (15 s).")] = False,
     show_tokens: ShownTokens = None,
@@ -147,7 +149,7 @@ def plan_verb(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="A GPU (T4) or its memory (24GB); by default this machine's. Repeatable.",
+            help="A GPU (T4) or its memory (24GB); default: this machine's. Repeatable.",
         ),
     ] = None,
     gpu_count: Annotated[int, typer.Option("--gpus", min=1, help="How many GPUs to train on.")] = 1,
@@ -155,7 +157,7 @@ def plan_verb(
     force: Force = None,
     json: Json = False,
 ) -> None:
-    """Plan memory, steps and hours without a GPU, and which GPUs fit."""
+    """Estimate memory, steps and hours, and show which GPUs fit; needs no GPU."""
     from ..configs import gpus
     from ..configs.compose import Request
     from ..planning import plan

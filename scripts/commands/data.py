@@ -35,17 +35,17 @@ def fetch_verb(
         typer.Argument(
             metavar="[DATA]",
             autocompletion=complete_studies,
-            help="The data set, or its study's name; needed where there are several.",
+            help="Data set or study.",
         ),
     ] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(
             metavar="SOURCE",
-            help="One of its sources, or a part of its name. Repeatable.",
+            help="Fetch only this source (full or partial name). Repeatable.",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder; by default data/DATA-raw.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Output folder; default: data/DATA-raw.")] = None,
     json: Json = False,
 ) -> None:
     """Download a data set and verify it; an interrupted download resumes."""
@@ -70,15 +70,15 @@ def prepare_verb(
         list[Path] | None,
         typer.Argument(
             metavar="[RAW]...",
-            help="Raw files, or folders with them; by default those of `data fetch`.",
+            help="Raw files, or folders with them; default: those of `data fetch`.",
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The folder to write to; by default the input format's.")
+        Path | None, typer.Option(metavar="DIR", help="Output folder; default: the one that the input format declares.")
     ] = None,
     input_format: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="The study's format; by default its first."),
+        typer.Option(metavar="NAME", help="One of the study's input formats; default: the first."),
     ] = None,
     study_name: Annotated[
         str | None,
@@ -86,7 +86,7 @@ def prepare_verb(
             "--study",
             metavar="S",
             autocompletion=complete_studies,
-            help="The study; needed where several have such raw files.",
+            help="Study; required if the raw files match several studies.",
         ),
     ] = None,
     json: Json = False,

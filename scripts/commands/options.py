@@ -122,7 +122,7 @@ RunName = Annotated[
     typer.Argument(
         metavar="RUN",
         autocompletion=complete_runs,
-        help="A run's folder or part of its name, a recipe, or latest.",
+        help="Run folder, part of its name, recipe (newest run), or latest.",
     ),
 ]
 Things = Annotated[
@@ -130,7 +130,7 @@ Things = Annotated[
     typer.Argument(
         metavar="[RUN|STUDY|SWEEP]...",
         autocompletion=complete_things,
-        help="Runs (folder, part of a name, recipe, latest), a study, a sweep.",
+        help="Runs (folder, partial name, recipe or latest), a study, or a sweep.",
     ),
 ]
 PlannedGpu = Annotated[
@@ -147,7 +147,7 @@ Jobs = Annotated[
     typer.Option(
         rich_help_panel=WHERE,
         min=1,
-        help="Runs at a time, a GPU each; by default 1 (SLURM: all).",
+        help="Parallel runs, one GPU each; default: 1 (SLURM: all).",
     ),
 ]
 SweepFile = Annotated[
@@ -164,7 +164,7 @@ Profiles = Annotated[
         "--profile",
         metavar="P",
         autocompletion=complete_profiles,
-        help=f"Merge a YAML file, or a shipped profile: {', '.join(_PROFILES)}. Repeatable.",
+        help=f"Merge a YAML file or shipped profile into the config: {', '.join(_PROFILES)}. Repeatable.",
     ),
 ]
 Overrides = Annotated[
@@ -173,35 +173,40 @@ Overrides = Annotated[
         "--set",
         metavar="KEY=VALUE",
         autocompletion=complete_keys,
-        help="Override a key (a.b.0.c reaches below). Repeatable.",
+        help="Override a config key; a.b.0.c is a nested one. Repeatable.",
     ),
 ]
 Force = Annotated[
     list[str] | None,
-    typer.Option("--force", metavar="FINDING", help="Despite the error of this name in `recipe check`. Repeatable."),
+    typer.Option(
+        "--force", metavar="FINDING", help="Proceed despite this error of `recipe check`, by name. Repeatable."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", rich_help_panel="Output", help="Print JSON.")]
 
 
 Seeds = Annotated[
-    int, typer.Option("--seeds", metavar="N", min=1, help="Run each with N seeds, from the recipe's own on.")
+    int,
+    typer.Option("--seeds", metavar="N", min=1, help="Run each with N consecutive seeds, starting at the recipe's."),
 ]
 Metrics = Annotated[
     list[str] | None,
     typer.Option(
         "--metric",
         metavar="NAME",
-        help="A metric, its parameters, benchmark:TASK or bertscore:MODEL; see docs/evaluate.md. Repeatable.",
+        help="Additional metric, benchmark:TASK or bertscore:MODEL; see docs/evaluate.md. Repeatable.",
     ),
 ]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Most rows at a time; by default 64, as memory allows.")]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Maximum rows per batch; default: 64, fewer if memory is short.")
+]
 On = Annotated[
     str,
     typer.Option(
         "--on",
         rich_help_panel=WHERE,
         metavar="local|slurm[,KEY=VALUE]...",
-        help="Here, or SLURM with options of sbatch: slurm,time=8:00:00; see docs/clusters.md.",
+        help="Run locally, or by SLURM with sbatch options (slurm,time=8:00:00); see docs/clusters.md.",
     ),
 ]
 RehearseAll = Annotated[bool, typer.Option("--rehearse", help="Try it on the CPU: small model, few rows, no network.")]
@@ -209,34 +214,36 @@ FromStage = Annotated[
     Literal["predictions", "adapter", "training"],
     typer.Option(
         "--from",
-        help="Begin with the authors' predictions, with their adapters, or with training.",
+        help="Start from the authors' predictions, the authors' adapters, or training.",
     ),
 ]
-RehearsalsOfStudy = Annotated[bool, typer.Option("--rehearse", help="Of a study: rehearsals instead.")]
+RehearsalsOfStudy = Annotated[
+    bool, typer.Option("--rehearse", help="For a study: show rehearsals instead of real runs.")
+]
 ExportedRun = Annotated[
     str | None,
     typer.Option(
         "--export",
         metavar="RUN|STUDY",
         autocompletion=complete_runs,
-        help="Write the record of a run or of a study's published predictions.",
+        help="Write a record to contribute, of a run or published predictions.",
     ),
 ]
 OfLedger = Annotated[
     bool,
-    typer.Option("--ledger", help="The status of each published number, and recorded runs."),
+    typer.Option("--ledger", help="Show each published number's status, and the contributed records."),
 ]
 
 DecodingName = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Another decoding that the study declares, in a column of its own."),
+    typer.Option(metavar="NAME", help="Use another decoding of the study; shown in an extra column."),
 ]
 Power = Annotated[
     str | None,
     typer.Option(
         "--power",
         metavar="X|tolerance",
-        help="Seeds and rows needed to see a difference of X.",
+        help="Show seeds and rows needed to detect a difference X.",
     ),
 ]
 

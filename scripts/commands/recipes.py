@@ -137,7 +137,7 @@ def diff_verb(
             metavar="[B]",
             callback=whole_name,
             autocompletion=complete_recipes,
-            help="Another; by default what A is a variant of.",
+            help="Second recipe or file; default: the recipe that A is derived from.",
         ),
     ] = None,
     json: Json = False,
@@ -160,7 +160,7 @@ def diff_verb(
     epilog="recipe new mine --data mine.jsonl\nrecipe new wide --from llama-3.2-3b --set lora_r=64",
 )
 def new_verb(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Its name; it is written to variants/NAME.yaml.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the variant, saved as variants/NAME.yaml.")],
     from_: Annotated[
         str,
         typer.Option(
@@ -177,7 +177,7 @@ def new_verb(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Your rows, a JSON object a line; their fields decide the type."),
+        typer.Option(metavar="FILE", help="Your rows (JSONL); their fields determine the dataset type."),
     ] = None,
     set_: Overrides = None,
 ) -> None:
@@ -215,7 +215,7 @@ verbs.add_typer(study_verbs, name="study", rich_help_panel=UPKEEP)
 
 @verbs.command("doctor", cls=Verb, rich_help_panel=UPKEEP, epilog="recipe doctor\nrecipe doctor --json")
 def doctor_verb(json: Json = False) -> None:
-    """Find faults of this environment, GPU and disk, and their remedies."""
+    """Find problems with this environment, GPU and disk, and suggest remedies."""
     from dataclasses import asdict
 
     from .doctor import examine
@@ -242,7 +242,7 @@ def render_verb(
         bool, typer.Option("--check", help="Write nothing; fail with a diff where a recipe has drifted.")
     ] = False,
 ) -> None:
-    """Write the recipes from their templates."""
+    """Regenerate the recipes from their templates."""
     from ..writing import render
 
     drifts = ""
@@ -262,12 +262,12 @@ def render_verb(
 
 @study_verbs.command("new", cls=Verb, epilog="recipe study new smith2026")
 def study_new_verb(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What to call it: a name for its folders.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Study name, also used for its folders.")],
     model: Annotated[
         str, typer.Option(metavar="MODEL", help="The base model of its first recipe.")
     ] = "meta-llama/Llama-3.2-3B",
 ) -> None:
-    """Write a working study to edit, below recipes/ and templates/."""
+    """Create a working study to edit, under recipes/ and templates/."""
     from ..writing import render
 
     for file in render.write_study(name, model):

@@ -45,15 +45,15 @@ Tried = Annotated[
         "--set",
         metavar="KEY=V,V,V",
         autocompletion=complete_keys,
-        help="Try each value of a key, with each of the others. Repeatable.",
+        help="Values of a key to try, in every combination. Repeatable.",
     ),
 ]
 NamedStudy = Annotated[
-    str, typer.Argument(metavar="STUDY", autocompletion=complete_studies, help="A study's name, as haider2024.")
+    str, typer.Argument(metavar="STUDY", autocompletion=complete_studies, help="Study, e.g. haider2024.")
 ]
 OnlyRecipes = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME", autocompletion=complete_recipes, help="Only this recipe. Repeatable."),
+    typer.Option(metavar="NAME", autocompletion=complete_recipes, help="Reproduce only this recipe. Repeatable."),
 ]
 Outlined = Annotated[
     bool, typer.Option("--dry-run", help="Show what would be done, and how long it takes; start nothing.")
@@ -76,10 +76,10 @@ def run_verb(
     set_: Overrides = None,
     gpu_count: Annotated[
         int,
-        typer.Option("--gpus", rich_help_panel=WHERE, min=1, help="How many GPUs to train on; with --nodes, on each."),
+        typer.Option("--gpus", rich_help_panel=WHERE, min=1, help="GPUs to train on; with --nodes, GPUs per node."),
     ] = 1,
     nodes: Annotated[
-        int, typer.Option(rich_help_panel=WHERE, min=1, help="How many machines to train on, with --on slurm.")
+        int, typer.Option(rich_help_panel=WHERE, min=1, help="Machines to train on, with --on slurm.")
     ] = 1,
     on: On = "local",
     force: Force = None,
@@ -120,12 +120,12 @@ def resume_verb(
     ] = False,
     trust: Annotated[
         bool,
-        typer.Option("--trust", help="Resume a run from elsewhere: it may run its author's code."),
+        typer.Option("--trust", help="Trust a run folder from elsewhere; its author's code may execute."),
     ] = False,
     force: Force = None,
     on: On = "local",
 ) -> None:
-    """Resume an interrupted run from its last whole checkpoint."""
+    """Resume an interrupted run from its last complete checkpoint."""
     from ..workflows.run import resume
 
     backend = backend_of(on)
@@ -152,14 +152,15 @@ def sweep_verb(
     on: On = "local",
     gpu: PlannedGpu = None,
     limit: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Evaluate the first N test rows; in a rehearsal 12.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Evaluate only the first N rows; default: all (rehearsal: 12)."),
     ] = None,
     metric: Metrics = None,
     force: Force = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan all members, and start none.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan every run, but start none.")] = False,
     json: Json = False,
 ) -> None:
-    """Run a recipe with several settings and compare them; skip completed steps."""
+    """Run a recipe with several settings and compare them. Completed steps are skipped."""
     from ..configs import gpus
     from ..configs.compose import Request, is_rehearsal
     from ..scores.evaluate import EvaluationRequest
@@ -236,7 +237,7 @@ def reproduce_verb(
     gpu: PlannedGpu = None,
     json: Json = False,
 ) -> None:
-    """Fetch, check, plan, train, evaluate and compare a study; skip completed steps."""
+    """Fetch, check, plan, train, evaluate and compare a study. Completed steps are skipped."""
     from ..configs import gpus
     from ..configs.compose import Request, is_rehearsal
     from ..data.study import find
@@ -303,7 +304,7 @@ def _score_predictions(of_study: "Study", only: list[str], scorer: str | None, j
 
 @verbs.command("cancel", cls=Verb, rich_help_panel=HEADING, epilog="recipe cancel latest\nrecipe cancel lora-tradeoffs")
 def cancel_verb(names: Things) -> None:
-    """Stop runs at a checkpoint, and take their jobs out of the queue."""
+    """Save a checkpoint and stop running jobs; remove queued ones."""
     from ..workflows import cancel
 
     for message in cancel.cancel(names or []):

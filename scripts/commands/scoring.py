@@ -34,16 +34,16 @@ Data = Annotated[
 ]
 Limit = Annotated[
     int | None,
-    typer.Option(min=1, help="Only the first N rows; by default all (a rehearsal: 12)."),
+    typer.Option(min=1, help="Evaluate only the first N rows; default: all (rehearsal: 12)."),
 ]
 Adapter = Annotated[
     str | None,
     typer.Option(
         metavar="DIR|HUB ID|none",
-        help="Another adapter, also under a recipe; none is the base model.",
+        help="Evaluate this adapter, for a run or recipe; none: the base model.",
     ),
 ]
-Base = Annotated[bool, typer.Option("--base", help="Also score the base model, in a column beside the adapter.")]
+Base = Annotated[bool, typer.Option("--base", help="Also score the base model, in a second column.")]
 Checkpoints = Annotated[
     bool,
     typer.Option("--checkpoints", help="Score all checkpoints on validation rows, the best on test rows."),
@@ -53,11 +53,11 @@ EngineName = Annotated[
     typer.Option(
         "--engine",
         metavar="transformers|vllm|URL",
-        help="Engine that generates; `make vllm` installs vllm, URL is a vLLM server.",
+        help="Generation engine; URL: a vLLM server. `make vllm` installs vllm.",
     ),
 ]
 ServersModel = Annotated[
-    str | None, typer.Option("--model", metavar="NAME", help="The server's name for the run's base model and adapter.")
+    str | None, typer.Option("--model", metavar="NAME", help="With --engine URL: the model name that the server uses.")
 ]
 verbs = typer.Typer()
 
@@ -73,7 +73,9 @@ def evaluate_verb(
     data: Data = None,
     limit: Limit = None,
     adapter: Adapter = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="By default the study's.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Maximum tokens to generate per row; default: the study's limit.")
+    ] = None,
     decoding: DecodingName = None,
     batch_size: BatchSize = None,
     engine: EngineName = "transformers",
@@ -128,7 +130,7 @@ def score_verb(
     metric: Metrics = None,
     prediction_field: Annotated[
         str,
-        typer.Option(metavar="FIELD", help="The field with the prediction; a dot reaches below, as in answer.text."),
+        typer.Option(metavar="FIELD", help="The field with the prediction; use dots for nested fields (answer.text)."),
     ] = "prediction",
     reference_field: Annotated[str, typer.Option(metavar="FIELD", help="The field with the reference.")] = "reference",
     out: Annotated[
@@ -136,7 +138,7 @@ def score_verb(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Score predictions made anywhere."""
+    """Score predictions from any source."""
     from ..metrics.registry import scorer_named
     from ..scores.score import columns_of, of_predictions, read_pairs, score, scorer_models
 
