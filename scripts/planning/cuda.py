@@ -1,4 +1,4 @@
-"""Memory of a training step on a GPU but not on a CPU: inside kernels, and by operations of CUDA alone."""
+"""GPU-only memory of a training step: scratch inside kernels, and CUDA-specific operations."""
 
 import math
 import weakref
@@ -13,15 +13,15 @@ from .traces import Events
 
 
 class Recorder(TorchDispatchMode):
-    """Record of every storage that operations inside the mode make and free.
+    """Dispatch mode that records every storage its operations make and free.
 
     Attributes:
-        cuda: record memory inside CUDA kernels too, which no tensor outside shows.
-        events: the storages made and freed.
-        kinds: kind of the content of each storage, by its id.
-        kind: kind of the storages made from here on.
-        vocabulary: the size of the last dimension by which logits are recognized.
-        storages: number of storages.
+        cuda: also record scratch memory inside CUDA kernels, which no tensor shows.
+        events: storages made and freed, in order.
+        kinds: kind of content by storage id.
+        kind: kind assigned to new storages.
+        vocabulary: vocabulary size; a tensor is logits if its last dimension has this size.
+        storages: number of storages recorded.
         paged: bytes of optimizer state that can leave the GPU.
     """
 
@@ -37,7 +37,7 @@ class Recorder(TorchDispatchMode):
         self._live: dict[int, int] = {}
 
     def add(self, tensor: torch.Tensor, kind: str) -> None:
-        """Record the kind of a tensor's storage, and the storage itself if it is new."""
+        """Assign a kind to a tensor's storage, and record the storage if it is new."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._live:
@@ -47,7 +47,7 @@ class Recorder(TorchDispatchMode):
             weakref.finalize(storage, self._freed, key)
 
     def made(self, size: int, kind: str) -> int:
-        """Record a new storage of some bytes; returns its id."""
+        """Record a new storage and return its id."""
         self.storages += 1
         self.kinds[self.storages] = kind
         self.events.append((self.storages, size))
@@ -73,21 +73,22 @@ class Recorder(TorchDispatchMode):
 
 
 def _dequantized(args: Any) -> int:
-    """Bytes of the whole weight, and twice its constants where those are quantized too.
+    """Bytes of the dequantized weight, plus two copies of its constants if they are quantized.
 
-    bitsandbytes/backends/cuda/ops.py, _dequant_linear_fallback, which runs from 1,536 tokens on; below, a kernel may do
-    without.
+    Source: bitsandbytes/backends/cuda/ops.py, _dequant_linear_fallback. It runs from 1,536 tokens on; for fewer tokens
+    a kernel may work without these copies.
     """
     inputs, _, shape, constants, block = args[:5]
     size = math.prod(shape)
-    nested = constants.numel() * block < size  # the constants are those of the constants then
+    nested = constants.numel() * block < size  # the argument then has the second level's constants
     return size * inputs.element_size() + (2 * size // block * 4 if nested else 0)
 
 
 def _attention_backward(args: Any) -> int:
-    """Bytes of row sums, and below fp32 of accumulators in fp32: of dq, and in heads wider than 64 of dk and dv.
+    """Bytes of row sums and fp32 accumulators in the backward pass of efficient attention.
 
-    aten/src/ATen/native/transformers/cuda/attention_backward.cu
+    fp32 inputs need no accumulators. Other inputs need one for dq, and also for dk and dv if heads are wider than 64.
+    Source: aten/src/ATen/native/transformers/cuda/attention_backward.cu
     """
     query = args[1]
     sums = query.shape[:-1].numel() * 4
@@ -95,12 +96,12 @@ def _attention_backward(args: Any) -> int:
     return sums + accumulators
 
 
-# Bytes inside a CUDA kernel, from the arguments of its operation: before the result is allocated, and after.
+# Scratch bytes of CUDA kernels by their arguments, allocated before or after the kernel's result.
 _BEFORE: dict[str, Callable[[Any], int]] = {"gemm_4bit": _dequantized}
 _AFTER: dict[str, Callable[[Any], int]] = {
     # grad * output (aten/src/ATen/native/cuda/SoftMax.cu)
     "_softmax_backward_data": lambda args: args[0].nbytes,
-    # sorted indices and their like (aten/src/ATen/native/cuda/Embedding.cu)
+    # sorted indices and similar buffers (aten/src/ATen/native/cuda/Embedding.cu)
     "embedding_dense_backward": lambda args: args[1].numel() * 8 * 4,
     "_scaled_dot_product_efficient_attention_backward": _attention_backward,
 }
@@ -117,7 +118,7 @@ def cuda_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """Attention by torch's choice among CUDA's kernels: FlashAttention from 8.0 on without a mask, else efficient."""
+    """Attention with the kernel that torch chooses on CUDA: FlashAttention or memory-efficient."""
     if capability >= (8, 0) and attn_mask is None and query.dtype != torch.float32:
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[
             0
@@ -135,12 +136,12 @@ def cuda_attention(
 
 
 def cuda_dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-    """Dropout of CUDA, with a mask of bytes, where the CPU's has the input's type."""
+    """CUDA dropout; its mask has bytes instead of the input's dtype."""
     return torch.native_dropout(input, p, True)[0] if training and p else input
 
 
 def cuda_softmax(input: torch.Tensor, dim: int, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Softmax of CUDA, which casts fp16 alone inside the kernel (aten/src/ATen/native/cuda/SoftMax.cu)."""
+    """CUDA softmax; its kernel casts fp16 but no other dtype (aten/src/ATen/native/cuda/SoftMax.cu)."""
     if dtype == torch.float32 and input.dtype == torch.float16:
         return torch.ops.aten._softmax(input, dim, True)
     return input.softmax(dim, dtype=dtype)

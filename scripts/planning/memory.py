@@ -1,7 +1,7 @@
-"""Memory of a training step, traced by running it on fake tensors.
+"""Memory of a training step, traced by running the step on fake tensors.
 
-These are transformers' model, PEFT's adapters, bitsandbytes' layers and the optimizer, without values, data or a GPU.
-Importing this imports torch and these.
+The trace runs the real model, adapters, quantized layers and optimizer, without values, data or a GPU. Importing this
+module imports torch, transformers, PEFT and bitsandbytes.
 """
 
 import gc
@@ -32,22 +32,22 @@ from .traces import MIB, Counts, MemoryTrace, Shape, lasting, ordered
 
 @contextmanager
 def _fake(step: Step) -> Iterator[None]:
-    """Run the block on fake tensors: on the CPU's, as if they were on a GPU."""
+    """Run the block on fake CPU tensors that behave like GPU tensors."""
     patches: list[AbstractContextManager[Any]] = [
-        catch_warnings(action="ignore"),  # that tensors are fake
+        catch_warnings(action="ignore"),  # warnings about fake tensors
         FakeTensorMode(allow_non_fake_inputs=True),
-        # in nn.Module._apply; fake tensors that are recorded cannot be swapped
+        # for nn.Module._apply: recorded fake tensors cannot be swapped
         patch("torch.utils.swap_tensors", lambda old, new: setattr(old, "data", new.data)),
-        # a Params4bit cannot hold a fake tensor; a plain parameter with its attributes can
+        # a Params4bit cannot hold a fake tensor, unlike a plain parameter with the same attributes
         patch("bitsandbytes.nn.modules.Params4bit", lambda data, **_: nn.Parameter(data, requires_grad=False)),
-        # its 256 values are computed with real ones, and kept for the process
+        # it would compute its 256 values with real tensors and cache them for the process
         patch("bitsandbytes.functional.create_dynamic_map", lambda *_, **__: torch.empty(256)),
         patch.dict(bnb.functional.name2qmap),
         patch("torch.optim.adam._get_value", lambda value: 1.0 if isinstance(value, torch.Tensor) else value),
     ]
-    if not step.packed:  # it takes a fake tensor for one of documents that share a row
+    if not step.packed:  # the function would take any fake tensor for packed rows
         patches.append(patch("transformers.masking_utils.find_packed_sequence_indices", lambda *_, **__: None))
-    if step.attention == "flash_attention_2":  # traced as sdpa, it makes no mask, for a sliding window neither
+    if step.attention == "flash_attention_2":  # traced as sdpa without a mask, even for a sliding window
         masks = masking_utils.AttentionMaskInterface._global_mapping
         patches.append(patch.dict(masks, {"sdpa": lambda *_, **__: None}))
     if step.capability:
@@ -67,7 +67,7 @@ def _fake(step: Step) -> Iterator[None]:
 
 
 def _build(step: Step, recorder: Recorder) -> Any:
-    """Load the model: base weights one after the other, then the adapters."""
+    """Load the model: base weights one by one, then the adapters."""
     config = AutoConfig.for_model(**json.loads(step.model))
     config.use_cache = False
     config._attn_implementation = "eager" if step.attention == "eager" else "sdpa"
@@ -76,7 +76,7 @@ def _build(step: Step, recorder: Recorder) -> Any:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
     for module in model.modules():
-        if getattr(module, "rope_type", None) in ("dynamic", "longrope"):  # its few frequencies depend on positions
+        if getattr(module, "rope_type", None) in ("dynamic", "longrope"):  # frequencies depend on positions
             module.rope_type = "default"
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
@@ -98,7 +98,7 @@ def _build(step: Step, recorder: Recorder) -> Any:
 
 
 def _quantized(step: Step, layer: nn.Linear, recorder: Recorder) -> nn.Module:
-    """Quantize a linear layer like bitsandbytes while it is loaded."""
+    """Quantize a linear layer during loading, as bitsandbytes does."""
     statistics = {"compress_statistics": step.double_quantization, "quant_type": step.quantization}
     quantized = bnb.nn.Linear4bit(
         layer.in_features,
@@ -124,7 +124,7 @@ def _quantized(step: Step, layer: nn.Linear, recorder: Recorder) -> nn.Module:
 
 
 def _trainable(step: Step, model: Any, dtype: torch.dtype) -> Any:
-    """Make the model trainable: adapters, dtypes and checkpointing."""
+    """Prepare the model for training: adapters, dtypes and checkpointing."""
     if step.adapter == "qlora":
         model.is_loaded_in_4bit = model.is_quantized = True
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=bool(step.checkpointing))
@@ -155,10 +155,10 @@ def _trainable(step: Step, model: Any, dtype: torch.dtype) -> Any:
 
 
 def _optimizer(step: Step, trained: list[torch.Tensor], recorder: Recorder) -> Any:
-    """Make the optimizer.
+    """Create the optimizer, and its state if it comes from bitsandbytes.
 
-    One of bitsandbytes' gets its state here, which on a GPU a paged one pages for tensors from 100,000 values on; torch
-    makes its state in the first step.
+    torch creates its state in the first step. On a GPU, a paged optimizer pages state of tensors with 100,000 values or
+    more.
     """
     if not _uses_bitsandbytes(step.optimizer):
         fused = "fused" in step.optimizer
@@ -179,12 +179,12 @@ def _optimizer(step: Step, trained: list[torch.Tensor], recorder: Recorder) -> A
 
 
 def _uses_bitsandbytes(optimizer: str) -> bool:
-    """True for an optimizer of bitsandbytes', which updates in place."""
+    """True for a bitsandbytes optimizer; these update in place."""
     return "8bit" in optimizer or "paged" in optimizer or "bnb" in optimizer
 
 
 def _run(step: Step, recorder: Recorder, model: Any, trained: list[torch.Tensor], optimizer: Any, shape: Shape) -> None:
-    """Run one micro batch forward and backward, and the optimizer's step."""
+    """Run one micro batch forward and backward, then the optimizer step."""
     forward = model.forward
     if step.autocast:
         forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype=getattr(torch, step.autocast))(forward))
@@ -204,7 +204,7 @@ def _run(step: Step, recorder: Recorder, model: Any, trained: list[torch.Tensor]
     outputs = forward(**inputs)
     loss = outputs["loss"]
     if step.axolotl:
-        del outputs, inputs  # they are local to Trainer.compute_loss and training_step
+        del outputs, inputs  # local variables in Trainer.compute_loss and training_step
     loss.backward()
     del loss
     for parameter in trained:
@@ -217,22 +217,22 @@ def _run(step: Step, recorder: Recorder, model: Any, trained: list[torch.Tensor]
 
 
 def trace(step: Step, shape: Shape) -> MemoryTrace:
-    """Trace the memory of a step, for micro batches of a shape."""
+    """Trace the memory of a step with one micro batch shape."""
     recorder = Recorder(cuda=step.capability is not None)
-    gc.disable()  # so that what is in a cycle is freed at the same place in every trace
-    gc.freeze()  # so that collecting does not go through older objects each time
+    gc.disable()  # reference cycles are then freed at the same point in every trace
+    gc.freeze()  # collections then skip older objects
     try:
         with _fake(step):
             model = _build(step, recorder)
             parameters = _count(model)
             sizes = _sizes(model.config.get_text_config())
             if step.capability:
-                for _ in range(2):  # cuBLAS has a workspace for the thread of the forward and of the backward pass
+                for _ in range(2):  # cuBLAS has one workspace per thread: the forward pass's and the backward pass's
                     recorder.made(_workspace(step.capability), "kernels' own")
             trained = [
                 parameter
                 for name, parameter in model.named_parameters()
-                if parameter.requires_grad and _VISION not in name  # rows of text do not reach it
+                if parameter.requires_grad and _VISION not in name  # text rows do not use the vision tower
             ]
             recorder.kind = "optimizer"
             with recorder:
@@ -240,7 +240,7 @@ def trace(step: Step, shape: Shape) -> MemoryTrace:
             recorder.kind = "activations"
             loaded = recorder.events
             recorder.events = []
-            with recorder:  # only the first step makes, for instance, the optimizer's state
+            with recorder:  # the first step also allocates lasting storages, such as optimizer state
                 _run(step, recorder, model, trained, optimizer, (1, 64))
             for value in tree_iter(list(optimizer.state.values())):
                 if isinstance(value, torch.Tensor):
@@ -260,7 +260,7 @@ def trace(step: Step, shape: Shape) -> MemoryTrace:
 
 
 def _chunked_loss() -> Any:
-    """Loss of eight chunks as Axolotl's, here not compiled, so an upper bound."""
+    """Axolotl's loss in eight chunks, not compiled here and therefore an upper bound."""
     with patch("torch.compile", lambda function, **_: function):
         from axolotl.monkeypatch.loss.chunked import get_causal_lm_loss
 
@@ -268,15 +268,15 @@ def _chunked_loss() -> Any:
 
 
 def _workspace(capability: tuple[int, int]) -> int:
-    """Bytes of cuBLAS' workspace: on Hopper 32 MiB, elsewhere two pieces of 4 MiB and eight of 16 KiB.
+    """Bytes of a cuBLAS workspace.
 
-    aten/src/ATen/cuda/CublasHandlePool.cpp
+    32 MiB on Hopper; otherwise 2 * 4 MiB + 8 * 16 KiB (aten/src/ATen/cuda/CublasHandlePool.cpp).
     """
     return 32 * MIB if capability[0] == 9 else 8 * MIB + 128 * 1024
 
 
 def _sizes(config: PreTrainedConfig) -> dict[str, int]:
-    """Sizes of a model, with transformers' defaults for keys that its config.json lacks."""
+    """Sizes of a model; transformers' defaults replace keys missing from config.json."""
     heads = config.num_attention_heads
     return {
         "layers": config.num_hidden_layers,
@@ -287,9 +287,9 @@ def _sizes(config: PreTrainedConfig) -> dict[str, int]:
 
 
 def _count(model: nn.Module) -> Counts:
-    """Trainable and frozen parameters by the name of their layer, those in 4 bits before they were packed.
+    """Counts of trainable and frozen parameters by layer name.
 
-    Of a module that is trained whole beside LoRA, the frozen original is not counted too.
+    4-bit parameters count unpacked. A fully trained module beside LoRA counts once, without its frozen original.
     """
     counts: Counts = {}
     for name, parameter in model.named_parameters():
@@ -305,7 +305,7 @@ def _count(model: nn.Module) -> Counts:
 
 
 _VISION = "vision_tower"
-"""The name of a model's part for images, as Gemma 3 has one."""
+"""Name of a model's image encoder, for example in Gemma 3."""
 
 _LAYER = re.compile(r"(?P<name>\w+)(\.(weight|bias|default|base_layer|modules_to_save|lora_\w+))*$")
-"""A parameter's name from that of its layer on."""
+"""Pattern for a parameter name from the layer's name to the end."""

@@ -1,4 +1,4 @@
-"""`recipe plan`: parameters, memory and work of a config before it runs, and the GPUs that hold it."""
+"""`recipe plan`: parameters, memory and work of a config, and GPUs that it fits."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -16,12 +16,12 @@ from .traces import Counts, Usage
 from .work import Work
 
 SIZES = (8, 12, 16, 24, 40, 48, 80)
-"""Cards by their memory in GB, for a plan without a GPU."""
+"""GPU memory sizes in GB, for a plan without a requested GPU."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A micro batch: its rows, the tokens of each, and the bytes that it needs."""
+    """A micro batch: number of rows, tokens per row, and required bytes."""
 
     rows: int
     tokens: int
@@ -33,9 +33,9 @@ class PeakMemory(Usage):
     """Bytes at the peak of a step.
 
     Attributes:
-        paged: optimizer state that can leave the GPU, not part of the others.
-        context: CUDA's own.
-        needed: reserved and context.
+        paged: optimizer state that can leave the GPU; the other attributes exclude it.
+        context: memory of the CUDA context.
+        needed: sum of `reserved` and `context`.
     """
 
     paged: int
@@ -45,7 +45,7 @@ class PeakMemory(Usage):
 
 @dataclass(frozen=True)
 class Fit:
-    """A card, and the bytes of it that torch can use and that a step leaves free."""
+    """A GPU, its bytes usable by torch, and the bytes that a step leaves free."""
 
     card: str
     usable: float
@@ -55,7 +55,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class PlannedChange:
-    """Settings to change, beside those of the changes before, and the bytes that a step then needs."""
+    """Settings to change in addition to earlier changes, and the resulting required bytes."""
 
     set: Config
     effect: str
@@ -68,10 +68,10 @@ class Plan:
     """Parameters, memory and work of a config.
 
     Attributes:
-        adapter: qlora, lora, or None for a training of all weights.
-        parameters: by the kind of layer.
-        cards: the requested card, or one of each of `SIZES`.
-        changes: changes to a config that does not fit the requested card, the mildest first.
+        adapter: qlora, lora, or None for full fine-tuning.
+        parameters: parameter counts by kind of layer.
+        cards: the requested GPU, or one GPU for each of `SIZES`.
+        changes: changes that make the config fit the requested GPU, mildest first.
         per_gpu: bytes on each of several GPUs, by engine.
         notes: limits of the figures.
     """
@@ -100,12 +100,12 @@ def of_request(
     """Plan a request: parameters, memory and work.
 
     Args:
-        gpu: the card.
-        vram: its memory in GiB, if different from the card's, or without a card.
-        data: tokenize all training data, to count its tokens.
+        gpu: the GPU to plan for.
+        vram: GPU memory in GiB; replaces the memory of `gpu`.
+        data: tokenize all training data to count tokens.
 
     Raises:
-        UserError: it has an error that leaves nothing to plan, or it cannot be planned.
+        UserError: the config has an error that prevents a plan, or planning does not support it.
     """
     composed = composed_for(request, gpu)
     found = work.counted(composed, request.force) if data else work.published(composed)
@@ -117,10 +117,10 @@ def of_request(
 
 
 def composed_for(request: Request, gpu: Gpu | None = None) -> Composed:
-    """Config of a request, for a card where that is known.
+    """Config of a request, composed for a GPU if one is given.
 
     Raises:
-        UserError: it has an error that leaves nothing to plan, or a secret, which the output would repeat.
+        UserError: the config has an error that prevents a plan, or a secret that the output would reveal.
     """
     composed = compose(request, gpu)
     findings = check.examine(composed, gpus=request.gpus).findings
@@ -129,20 +129,20 @@ def composed_for(request: Request, gpu: Gpu | None = None) -> Composed:
 
 
 def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus: int = 1) -> tuple[Plan, Planner]:
-    """Plan a config: parameters, bytes of memory at a full micro batch, and the cards that hold it.
+    """Plan parameters, memory of a full micro batch, and GPUs that a config fits.
 
     Raises:
-        UserError: it cannot be planned.
+        UserError: planning does not support the config.
     """
     planner, notes = planner_of(config, gpu)
     memory = planner.memory
     engines = per_gpu(planner, gpus)
     if gpus > 1:
-        notes.append(f"cards are judged under {engine_of(config)}")
+        notes.append(f"GPUs are compared with the memory needed under {engine_of(config)}")
     if memory.paged:  # bitsandbytes allocates it in CUDA's unified memory (cudaMallocManaged)
         notes.append(
-            f"{memory.paged / GIB:.2f} GiB of paged optimizer state moves to main memory when the GPU is full, and is "
-            "not part of what a GPU needs"
+            f"{memory.paged / GIB:.2f} GiB of paged optimizer state moves to main memory when the GPU is full; the "
+            "required memory excludes it"
         )
     saved = planner.required - engines[engine_of(config)] if engines else 0
     size = vram or (gpu and gpu.memory)
@@ -175,10 +175,10 @@ def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus
 
 
 def _changes(config: Config, planner: Planner, card: Gpu, usable: float) -> Iterator[PlannedChange]:
-    """Changes until a step fits: the mildest first, each on top of those before.
+    """Cumulative changes until a step fits, mildest first.
 
     Args:
-        usable: bytes, with those saved by an engine on each of several cards.
+        usable: bytes usable on the GPU, plus the bytes per GPU that an engine saves.
     """
     step = planner.step
     optimizer = str(config.get("optimizer") or steps.OPTIMIZER)
@@ -187,12 +187,12 @@ def _changes(config: Config, planner: Planner, card: Gpu, usable: float) -> Iter
         ({"gradient_checkpointing": True}, "the same gradients, a third more time", not step.checkpointing),
         (
             {"chunked_cross_entropy": True},
-            "the same loss, of an eighth of the tokens at a time",
-            card.capability >= (8, 0) and not step.chunked_loss,  # compiled with Triton, which asks for 8.0
+            "the same loss, computed on an eighth of the tokens at a time",
+            card.capability >= (8, 0) and not step.chunked_loss,  # compiled with Triton, which requires 8.0
         ),
         (
             {"optimizer": paged},
-            "the same steps; its state leaves the GPU when that is full",
+            "the same steps; optimizer state leaves the GPU when it is full",
             optimizer in steps.OPTIMIZERS and "paged" not in optimizer,
         ),
         (
@@ -201,11 +201,11 @@ def _changes(config: Config, planner: Planner, card: Gpu, usable: float) -> Iter
                 "gradient_accumulation_steps": max(int(datafiles.effective_batch(config)), planner.rows),
                 "batch_size": None,
             },
-            "the same rows a step, one at a time",
+            "the same rows per step, one at a time",
             planner.rows > 1,
         ),
-        # DoRA needs the weights' norms, which a traced layer in 4 bits does not have
-        (_with_qlora(config), "a base in 4 bits", step.adapter != "qlora" and not config.get("peft_use_dora")),
+        # DoRA needs weight norms, which a traced 4-bit layer lacks
+        (_with_qlora(config), "a base model in 4 bits", step.adapter != "qlora" and not config.get("peft_use_dora")),
         *(({"sequence_len": planner.length // part}, "longer rows are lost", True) for part in (2, 4)),
     ]
     changed = config
@@ -221,7 +221,7 @@ def _changes(config: Config, planner: Planner, card: Gpu, usable: float) -> Iter
 
 
 def _with_qlora(config: Config) -> Config:
-    """Settings that give a config QLoRA, by default on all linear layers."""
+    """Settings that switch a config to QLoRA, by default on all linear layers."""
     settings: Config = {"adapter": "qlora", "load_in_4bit": True}
     if not (config.get("lora_target_modules") or config.get("lora_target_linear")):
         settings["lora_target_linear"] = True
@@ -229,20 +229,20 @@ def _with_qlora(config: Config) -> Config:
 
 
 def usable_gib(gpu: Gpu) -> float:
-    """GiB of a GPU for torch; 0 for an unknown size."""
+    """GiB of a GPU usable by torch; 0 for an unknown size."""
     return (gpu.memory or 0) * USABLE
 
 
 def add_to(report: check.Report, gpu: Gpu | None, gpus: int | None = None, anew: bool = False) -> None:
-    """Add a finding on a GPU's memory to a check's report, unless there is an error already.
+    """Add a finding on GPU memory to a check report without errors.
 
-    A rehearsal has no GPU.
+    A rehearsal uses no GPU and gets no finding.
 
     Args:
-        report: the check's.
-        gpu: the GPU; None without one.
-        gpus: their number; None where that is not known.
-        anew: plan its memory, in 5 s, where no earlier plan is cached.
+        report: the report of the check.
+        gpu: the GPU, or None.
+        gpus: number of GPUs; None if unknown.
+        anew: make a plan, in 5 s, if none is cached.
     """
     composed = report.composed
     if composed and gpu and not composed.rehearsal and not report.count("error"):
@@ -250,24 +250,24 @@ def add_to(report: check.Report, gpu: Gpu | None, gpus: int | None = None, anew:
 
 
 def _findings(content: Config, gpu: Gpu, gpus: int | None, anew: bool) -> list[Finding]:
-    """Finding on a config that needs more memory than a GPU has, or is not planned."""
+    """Finding for a config that needs more memory than a GPU has, or has no plan."""
     if not gpu.memory:
         return []
-    needed, key, unplanned = None, "micro_batch_size", "`recipe plan` and --full do that"
+    needed, key, unplanned = None, "micro_batch_size", "`recipe plan` and --full plan it"
     if gpus is None and any(content.get(key) for key in ENGINE_KEYS):
-        unplanned = f"under {engine_of(content)} it depends on the number of GPUs; `recipe plan --gpus N` plans it"
+        unplanned = f"{engine_of(content)} needs the number of GPUs; run `recipe plan --gpus N`"
     elif offloads(content) or any((content.get(key) or 1) > 1 for key in steps.SPLIT):
-        unplanned = "some of it is in main memory, or divided in an unknown way"
+        unplanned = "the config offloads to main memory, or splits the model in a way that is not planned"
     else:
         try:
             needed = required_gib(content, gpu, anew, gpus or 1)
         except UserError as error:
             key, unplanned = "base_model", str(error)
     if needed is None:
-        return [Finding("note", "not-checked", key, f"memory is not planned: {unplanned}")]
+        return [Finding("note", "not-checked", key, f"memory not planned: {unplanned}")]
     usable = usable_gib(gpu)
     if needed <= usable:
         return []
     each = f" on each of {gpus} GPUs under {engine_of(content)}" if (gpus or 1) > 1 else ""
-    problem = f"a full batch needs {needed:.1f} GiB{each}, and {usable:.1f} of {gpu} can be used"
-    return [Finding("error", "too-big", "micro_batch_size", problem, "`recipe plan` with --gpu says what to change")]
+    problem = f"a full batch needs {needed:.1f} GiB{each}; {usable:.1f} GiB of {gpu} are usable"
+    return [Finding("error", "too-big", "micro_batch_size", problem, "`recipe plan` with --gpu lists changes")]

@@ -1,6 +1,6 @@
-"""Memory of a training step at any shape, traced once and cached, and of a config on each GPU.
+"""Cached memory of a training step, and memory of a config on each GPU.
 
-A cached step needs no torch.
+Reading a cached step does not import torch.
 """
 
 import hashlib
@@ -27,15 +27,15 @@ from .steps import Step
 from .traces import Counts, MemoryTrace, Shape, Usage, rounded
 
 VERSION = 1
-"""Version of the code that computes cached memory; raise it when other figures come out."""
+"""Version of the cached figures; raise it when the computation changes."""
 GIB = 2**30
 CONTEXT = 0.14 * GIB
-"""Memory of CUDA itself: 133 to 147 MiB, by fitcheck's published runs on a T4, process less allocator."""
+"""Memory of the CUDA context: process memory minus allocator memory, 133 to 147 MiB in fitcheck's runs on a T4."""
 ROUND = 64
-"""Lengths are planned in multiples of so many tokens, Axolotl's default padding."""
+"""Planned lengths are multiples of this number of tokens, Axolotl's default padding."""
 USABLE = 14.5 / 16
-"""Usable share of a GPU's memory. Of 16 GB, torch finds 14.56 GiB on a T4 (its ECC takes the rest)
-and 15.56 GiB on a Quadro RTX 5000; a display, and what the allocator and the driver lose, need room too."""
+"""Usable share of GPU memory. Of 16 GB, torch finds 14.56 GiB on a T4 (ECC takes the rest) and
+15.56 GiB on a Quadro RTX 5000. A display, allocator losses and the driver need room too."""
 
 
 @cache
@@ -47,10 +47,10 @@ def packages() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of a step, in bytes, and the counts of its trace.
+    """Memory of a step in bytes, and counts from the trace.
 
     Attributes:
-        usage: its peaks.
+        usage: memory peaks of the step.
         paged: optimizer state that can leave the GPU.
         parameters, sizes: see `MemoryTrace`.
     """
@@ -61,18 +61,18 @@ class Memory:
     sizes: dict[str, int]
 
     def total(self, kind: str) -> int:
-        """Parameters that are `frozen` or `trainable`."""
+        """Number of `frozen` or `trainable` parameters."""
         return sum(count[kind] for count in self.parameters.values())
 
 
 @dataclass
 class Planner:
-    """Plan of one step's memory.
+    """Memory planner of one step.
 
     Attributes:
         step: the step.
-        rows: the rows of its micro batch.
-        length: the tokens of each.
+        rows: rows per micro batch.
+        length: maximum number of tokens per row.
     """
 
     step: Step
@@ -81,29 +81,29 @@ class Planner:
 
     @property
     def shape(self) -> Shape:
-        """Shape of the model's input from Axolotl, its length rounded up."""
+        """Shape of the model input that Axolotl makes, with the length rounded up."""
         if self.step.flat:
             return 1, rounded(self.rows * self.length, ROUND)
         return self.rows, rounded(self.length, ROUND)
 
     @property
     def file(self) -> Path:
-        """Cache of its memory, by the step, the packages that train models, and the version of this code."""
+        """Cache file, keyed by step, shape, package versions and `VERSION`."""
         depends = [VERSION, packages(), asdict(self.step), self.shape]
         content = orjson.dumps(depends, default=str, option=orjson.OPT_SORT_KEYS)
         return paths.cache() / "plans" / f"{hashlib.sha256(content).hexdigest()[:24]}.json"
 
     @cached_property
     def cached(self) -> Memory | None:
-        """Its memory from an earlier plan."""
-        with suppress(KeyError, TypeError):  # not kept, or damaged
+        """Memory from an earlier plan, or None."""
+        with suppress(KeyError, TypeError):  # missing or damaged file
             content = read_json(self.file)
             return Memory(**content | {"usage": Usage(**content["usage"])})
         return None
 
     @cached_property
     def memory(self) -> Memory:
-        """Its memory, planned now or earlier.
+        """Memory of the step, from the cache or a new trace.
 
         Raises:
             UserError: the step cannot be traced.
@@ -118,7 +118,7 @@ class Planner:
 
     @property
     def required(self) -> float:
-        """Bytes of required memory: what is reserved at the peak, and CUDA's own."""
+        """Required bytes: peak reserved memory plus the CUDA context."""
         return self.memory.usage.reserved + CONTEXT
 
     def _traced(self) -> MemoryTrace:
@@ -127,21 +127,21 @@ class Planner:
         with importing_axolotl():
             from .memory import trace
 
-            logging.disable(logging.CRITICAL)  # torch would print its own traceback
+            logging.disable(logging.CRITICAL)  # torch would print a traceback
             try:
                 return trace(self.step, self.shape)
-            except Exception as error:  # any model's code runs in it
+            except Exception as error:  # the trace runs the code of any model
                 problem = shorten(f"{type(error).__name__}: {error}", 200)
                 raise UserError(f"this model and adapter cannot be planned: {problem}") from None
 
 
 def planner_of(config: Config, gpu: Gpu | None, download: bool = True) -> tuple[Planner, list[str]]:
-    """Planner of a config's step, and notes on its parts that are not traced.
+    """Planner of a config's step, and notes on settings that it does not trace.
 
     Args:
         config: the config.
-        gpu: the GPU; None takes the oldest that supports the config.
-        download: allow fetching a model's config.json from the hub.
+        gpu: the GPU; None selects the oldest one that supports the config.
+        download: allow fetching the model's config.json from the hub.
     """
     capability = gpu.capability if gpu else _least_capability(config)
     step, notes = steps.step_of(config, models.architecture(config, download), capability)
@@ -149,10 +149,10 @@ def planner_of(config: Config, gpu: Gpu | None, download: bool = True) -> tuple[
 
 
 def required_gib(config: Config, gpu: Gpu | None = None, anew: bool = False, gpus: int = 1) -> float | None:
-    """GiB that a config needs on each GPU; without `anew`, None where it was not planned before.
+    """GiB that a config needs on each GPU; None without a cached plan or `anew`.
 
     Raises:
-        UserError: it cannot be planned.
+        UserError: planning does not support the config.
     """
     planner, _ = planner_of(config, gpu, download=anew)
     if not planner.cached and not anew:
@@ -161,19 +161,19 @@ def required_gib(config: Config, gpu: Gpu | None = None, anew: bool = False, gpu
 
 
 def _least_capability(config: Config) -> tuple[int, int]:
-    """Capability of the oldest GPUs that support a config: Turing, or Ampere for bf16 and FlashAttention."""
+    """Lowest compute capability for a config: Turing, or Ampere for bf16 and FlashAttention."""
     newer = precision(config, on_gpu=True).weights == "bfloat16" or attention(config) == "flash_attention_2"
     return (8, 0) if newer else (7, 5)
 
 
 def per_gpu(planner: Planner, gpus: int) -> dict[str, float]:
-    """Bytes that each of several GPUs needs, by engine, from the parts of the peak on one GPU.
+    """Required bytes on each of several GPUs, by engine, derived from one GPU's peak.
 
-    Data parallelism keeps a second copy of the gradients in its buckets. ZeRO (arXiv 1910.02054) holds trained
-    weights and gradients in 16 bits, and a copy of the weights in fp32 beside the optimizer's state; it divides these
-    two (stage 1), the gradients too (2), and the weights, frozen ones too (3). FSDP trains in fp32 (accelerate) and
-    divides all of it. Stage 3 and FSDP gather a layer, or an embedding, at a time. Activations and logits stay. Other
-    buffers are not counted, nor that stage 3 leaves norms in 16 bits.
+    DDP keeps a second copy of the gradients in buckets. ZeRO (arXiv 1910.02054) holds trained weights and gradients in
+    16 bits, and optimizer state with an fp32 copy of the weights. Stage 1 shards the optimizer state and this copy,
+    stage 2 also the gradients, stage 3 also all weights. FSDP trains in fp32 (accelerate) and shards everything.
+    Stage 3 and FSDP gather one layer or embedding at a time. No engine shards activations and logits. The estimate
+    ignores other buffers, and the norms that stage 3 leaves in 16 bits.
     """
     if gpus == 1:
         return {}

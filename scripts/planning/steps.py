@@ -1,4 +1,4 @@
-"""Training step that Axolotl makes of a config, as far as its memory is concerned."""
+"""Memory-relevant settings of the training step that Axolotl makes from a config."""
 
 import json
 from collections.abc import Iterator
@@ -33,30 +33,29 @@ _TAKE_LESS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Settings of a training step that its memory depends on.
+    """Memory-relevant settings of a training step.
 
     Attributes:
-        model: the content of the model's config.json, as JSON.
-        adapter: qlora, lora, or None for a training of all weights.
-        weights: the dtype of weights that are not quantized, as torch names it.
-        autocast: the dtype of the forward pass under autocast; None where there is no autocast.
-        targets: the linear layers with LoRA, or a regular expression or all-linear, as in PEFT.
-        saved_modules: modules trained whole beside LoRA.
-        dora: LoRA trains the magnitude of each output as well (arXiv 2402.09353).
-        double_quantization: the quantization constants are quantized too.
-        checkpointing: way to compute a layer's activations again in the backward pass: None, reentrant or
-            non-reentrant.
+        model: content of the model's config.json, as JSON.
+        adapter: qlora, lora, or None for full fine-tuning.
+        weights: dtype of unquantized weights, by torch's name.
+        autocast: autocast dtype of the forward pass, or None.
+        targets: linear layers with LoRA, a regular expression, or all-linear, as in PEFT.
+        saved_modules: modules that are fully trained beside LoRA.
+        dora: train the magnitude of each output too (arXiv 2402.09353).
+        double_quantization: quantize the quantization constants.
+        checkpointing: reentrant or non-reentrant recomputation of activations in the backward pass, or None.
         attention: sdpa, eager or flash_attention_2.
-        padded: rows of unequal length make a batch, so that attention needs a mask.
-        packed: documents share a row, so that sdpa and eager need a mask.
-        flat: the rows of a micro batch are laid end to end, as they are where FlashAttention keeps packed documents
-            apart (axolotl/core/trainers/base.py, multipack_real_batches).
-        accumulates: there are gradients of an earlier micro batch.
-        optimizer: its name, as in Axolotl.
-        chunked_loss: the loss is computed on an eighth of the tokens at a time.
-        axolotl: transformers' Trainer runs it, as Axolotl sets it up; else a plain loop, which keeps the outputs until
-            the next step, has no autocast, and leaves PEFT's weights in fp32.
-        capability: the GPU's compute capability; None for the CPU, without memory inside kernels.
+        padded: a batch has rows of unequal length; attention needs a mask.
+        packed: documents share a row; sdpa and eager attention need a mask.
+        flat: concatenate the rows of a micro batch. FlashAttention does this with packed documents, and keeps them
+            apart without a mask (axolotl/core/trainers/base.py, multipack_real_batches).
+        accumulates: gradients of an earlier micro batch exist.
+        optimizer: optimizer name in Axolotl.
+        chunked_loss: compute the loss on an eighth of the tokens at a time.
+        axolotl: train with transformers' Trainer as Axolotl configures it. False means a plain loop: no autocast, PEFT
+            weights in fp32, and outputs kept until the next step.
+        capability: the GPU's compute capability; None for a CPU, which has no memory inside kernels.
     """
 
     model: str
@@ -83,15 +82,15 @@ class Step:
 
 
 def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int, int]) -> tuple[Step, list[str]]:
-    """Training step that Axolotl makes of a config, and notes on its parts that are not traced.
+    """Training step that Axolotl makes from a config, and notes on untraced settings.
 
     Args:
-        config: a config without errors in `recipe check`.
-        architecture: the content of the model's config.json.
+        config: a config that passes `recipe check`.
+        architecture: content of the model's config.json.
         capability: the GPU's compute capability.
 
     Raises:
-        UserError: it cannot be planned.
+        UserError: planning does not support the config.
     """
     _refuse_unplannable(config, architecture)
     adapter = config.get("adapter")
@@ -100,7 +99,7 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
     dtype = formats.weights
     if not adapter and formats.autocast == "float16":
         dtype = "float32"
-        notes.append("weights in fp32: a gradient scaler refuses gradients in fp16")
+        notes.append("weights in fp32: the gradient scaler refuses gradients in fp16")
     optimizer = str(config.get("optimizer") or OPTIMIZER)
     if optimizer not in OPTIMIZERS:
         notes.append(f"optimizer {optimizer}: planned as {OPTIMIZER}")
@@ -145,7 +144,7 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
 
 
 def _has_window(architecture: dict[str, Any]) -> bool:
-    """True for a model with sliding-window attention, for which sdpa needs a mask once a row is as long."""
+    """True for a model with sliding-window attention; sdpa then needs a mask for long rows."""
     text = architecture.get("text_config", architecture)
     return bool(text.get("sliding_window") and text.get("use_sliding_window", True))
 
@@ -153,35 +152,35 @@ def _has_window(architecture: dict[str, Any]) -> bool:
 def _refuse_unplannable(config: Config, architecture: dict[str, Any]) -> None:
     adapter = config.get("adapter")
     if adapter not in (None, "lora", "qlora"):
-        raise UserError(f"adapter: {adapter} cannot be planned; lora, qlora and none can")
+        raise UserError(f"adapter: {adapter} cannot be planned; only lora, qlora or no adapter")
     if config.get("load_in_8bit") or "quantization_config" in architecture:
-        raise UserError("a base model in 8 bits, or quantized before, cannot be planned")
+        raise UserError("base_model: an 8-bit or already quantized model cannot be planned")
     if config.get("rl"):
         raise UserError("rl: preference training cannot be planned")
 
 
 def _not_traced(config: Config, architecture: dict[str, Any]) -> Iterator[str]:
-    """Notes on settings that a trace leaves out, and on the direction of the error."""
-    yield from (f"{key}: not traced; it takes less" for key in _TAKE_LESS if config.get(key))
-    yield from (f"{key}: not planned; as if it were 1" for key in SPLIT if (config.get(key) or 1) > 1)
+    """Notes on untraced settings, and whether training will need less or more memory."""
+    yield from (f"{key}: not traced; needs less memory" for key in _TAKE_LESS if config.get(key))
+    yield from (f"{key}: not planned; counted as 1" for key in SPLIT if (config.get(key) or 1) > 1)
     if config.get("adapter") and all(config.get(key) is None for key in _KERNELS):
-        yield "LoRA kernels, which Axolotl turns on where none of their keys is set: not traced; they take less"
-    yield from (f"{key}: not traced; it takes more" for key in _TAKE_MORE if config.get(key))
+        yield "LoRA kernels, on by default in Axolotl: not traced; they need less memory"
+    yield from (f"{key}: not traced; needs more memory" for key in _TAKE_MORE if config.get(key))
     if takes_varlen(config, architecture):
-        yield "varlen_attn: planned as sdpa with a mask over packed rows; it takes less"
+        yield "varlen_attn: planned as sdpa with a mask over packed rows; needs less memory"
     if config.get("gradient_checkpointing") in ("offload", "offload_disk"):
-        yield "offloading: not traced; it takes less"
+        yield "gradient_checkpointing: offloading is not traced; needs less memory"
     if offloads(config):
-        yield "weights or optimizer state in main memory: not planned; it takes less"
+        yield "weights or optimizer state in main memory: not planned; needs less GPU memory"
     if int(config.get("eval_batch_size") or 0) > rows_of(config):
-        yield "eval_batch_size: evaluation is not traced, and with more rows than training may take more"
+        yield "eval_batch_size: evaluation is not traced; it has more rows than training and may need more memory"
 
 
 def rows_of(config: Config) -> int:
-    """Rows of a micro batch."""
+    """Rows per micro batch."""
     return int(config.get("micro_batch_size") or 1)
 
 
 def length_of(config: Config) -> int:
-    """Most tokens of a row."""
+    """Maximum number of tokens per row."""
     return int(config.get("sequence_len") or 512)  # Axolotl's default (utils/schemas/config.py)

@@ -1,6 +1,6 @@
-"""Storages that a training step makes and frees, and their memory on a GPU.
+"""Memory traces of a training step, and a model of PyTorch's CUDA caching allocator.
 
-`memory.trace` makes a trace, `usage` replays it through a model of PyTorch's CUDA caching allocator. Needs no torch.
+`memory.trace` makes a trace; `usage` replays it through the allocator model. This module does not import torch.
 """
 
 from bisect import bisect_left, insort
@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 MIB = 2**20
-_ROUND = 512  # block sizes are multiples of it
-_SMALL = MIB  # the largest block of the pool for small ones
+_ROUND = 512  # block sizes are multiples of this
+_SMALL = MIB  # largest block in the pool for small blocks
 _SMALL_SEGMENT = 2 * MIB
 _LARGE_SEGMENT = 20 * MIB
-_OWN_SEGMENT = 10 * MIB  # from this size on a segment is made to measure
+_OWN_SEGMENT = 10 * MIB  # a block of this size or more gets a segment of about the same size
 
 
 @dataclass(slots=True, eq=False)
 class Block:
-    """Piece of a segment; `before` and `after` are its neighbours there."""
+    """Piece of a segment; `before` and `after` are the neighbours in the segment."""
 
     size: int
     address: int
@@ -30,14 +30,14 @@ class Block:
 
 @dataclass
 class Pool:
-    """Free blocks.
+    """Pool of free blocks.
 
     Attributes:
-        segment: bytes of a new segment, or by which a segment grows.
-        least: bytes that have to be left over for a block to be split.
-        order: their sizes and addresses, the smallest first; numbers are found in it much sooner than blocks are.
+        segment: size of a new segment, or increment of a growing segment, in bytes.
+        least: minimum number of bytes left over; a block with less is not split.
+        order: sizes and addresses of the blocks, smallest first; searching numbers is faster than searching blocks.
         at: the blocks by address.
-        last: the block at the end of a growing segment.
+        last: the block at the end of a growing segment, free or not.
     """
 
     segment: int
@@ -47,31 +47,31 @@ class Pool:
     last: Block | None = None
 
     def put(self, block: Block) -> None:
-        """Put a free block in."""
+        """Add a free block."""
         self.at[block.address] = block
         insort(self.order, (block.size, block.address))
 
     def take(self, block: Block) -> None:
-        """Take a free block out."""
+        """Remove a free block."""
         self.order.pop(bisect_left(self.order, (block.size, block.address)))
         del self.at[block.address]
 
     def fitting(self, size: int) -> Block | None:
-        """Take the smallest free block of at least some bytes out; None if no block is that large."""
+        """Remove and return the smallest free block of at least `size` bytes, or None."""
         position = bisect_left(self.order, (size,))
         return self.at.pop(self.order.pop(position)[1]) if position < len(self.order) else None
 
 
 class Allocator:
-    """The allocator on one stream, by the rules of c10/cuda/CUDACachingAllocator.cpp in torch 2.14.
+    """Caching allocator for one stream, after c10/cuda/CUDACachingAllocator.cpp in torch 2.14.
 
-    Requests are rounded up to 512 bytes and served from the smallest free block that holds them, of two pools (up to
-    1 MiB, and above). A block is split where enough is left; neighbours that are free become one again. Where none
-    fits, a new segment is reserved; with expandable segments, which Axolotl switches on, one segment a pool grows
-    instead, and every block is split.
+    Sizes are rounded up to 512 bytes. There are two pools: blocks up to 1 MiB, and larger blocks. A request gets the
+    smallest free block that is large enough. If enough is left over, the block is split; adjacent free blocks merge.
+    If no block fits, a new segment is reserved. With expandable segments, which Axolotl switches on, each pool has one
+    growing segment instead, and every block is split.
 
     Attributes:
-        allocated, peak: bytes in blocks that are in use, as torch.cuda.max_memory_allocated counts them.
+        allocated, peak: bytes in used blocks, as torch.cuda.max_memory_allocated counts.
         reserved, peak_reserved: bytes in segments.
     """
 
@@ -83,7 +83,7 @@ class Allocator:
         self._address = 0
 
     def allocate(self, size: int) -> Block:
-        """Allocate a block of at least some bytes."""
+        """Allocate a block of at least `size` bytes."""
         size = max(_ROUND, rounded(size, _ROUND))
         pool = self._small if size <= _SMALL else self._large
         block = pool.fitting(size) or (self._grow(pool, size) if self.expandable else self._segment(pool, size))
@@ -94,7 +94,7 @@ class Allocator:
         return block
 
     def release(self, block: Block) -> None:
-        """Give a block back."""
+        """Free a block, and merge it with free neighbours."""
         self.allocated -= block.size
         for neighbour in (block.before, block.after):
             if neighbour and neighbour.free:
@@ -104,18 +104,18 @@ class Allocator:
         block.pool.put(block)
 
     def empty_cache(self) -> None:
-        """Give segments without a block in use back to the device, and the pages at the end of growing ones."""
+        """Return unused segments to the device, and unused pages at the end of growing segments."""
         for pool in (self._small, self._large):
             if not self.expandable:
                 for block in [block for block in pool.at.values() if not (block.before or block.after)]:
                     pool.take(block)
                     self.reserved -= block.size
             elif pool.last and pool.last.free and pool.last.size >= pool.segment:
-                # a hole in a growing segment is filled again page by page: nothing is lost by forgetting where it was
+                # the real allocator keeps the unmapped range and maps it again page by page: the totals are the same
                 self._shorten(pool, pool.last)
 
     def reset_peaks(self) -> None:
-        """Measure peaks from here on."""
+        """Start measuring new peaks."""
         self.peak = self.allocated
         self.peak_reserved = self.reserved
 
@@ -124,14 +124,14 @@ class Allocator:
         self.peak_reserved = max(self.peak_reserved, self.reserved)
 
     def _segment(self, pool: Pool, size: int) -> Block:
-        """New segment for a block that fits nowhere."""
+        """Reserve a new segment for a block and return it as one block."""
         length = pool.segment if size < _OWN_SEGMENT else rounded(size, _SMALL_SEGMENT)
         self._reserve(length)
         self._address += length
         return Block(length, self._address - length, pool)
 
     def _grow(self, pool: Pool, size: int) -> Block:
-        """Free end of the pool's growing segment, made long enough."""
+        """Extend the pool's growing segment; return a large enough block at its end."""
         block = pool.last
         if block and block.free:
             pool.take(block)
@@ -146,7 +146,7 @@ class Allocator:
         return block
 
     def _shorten(self, pool: Pool, block: Block) -> None:
-        """Give back the whole pages of the free block at the end of a growing segment."""
+        """Return the full pages of the free block at the end of a growing segment."""
         pool.take(block)
         kept = -block.address % pool.segment
         self.reserved -= block.size - kept
@@ -160,12 +160,12 @@ class Allocator:
 
 
 def rounded(size: int, unit: int) -> int:
-    """Number rounded up to a multiple of a unit."""
+    """Size rounded up to a multiple of a unit."""
     return -(-size // unit) * unit
 
 
 def _split(block: Block, size: int) -> None:
-    """Cut the excess off a block, where that is worth while."""
+    """Split the excess off a block, if the pool splits blocks with that much left over."""
     left = block.size - size
     if left < block.pool.least:
         return
@@ -189,36 +189,36 @@ def _joined(first: Block, second: Block) -> Block:
     return first
 
 
-Shape = tuple[int, int]  # the rows of a micro batch, and the tokens of each
+Shape = tuple[int, int]  # rows per micro batch, tokens per row
 Events = list[tuple[int, int]]
-"""Storages being made (their id and size in bytes) and freed (their id and -1), in order."""
+"""Events in order: storage id and size in bytes for a new storage, id and -1 for a freed storage."""
 Counts = dict[str, dict[str, int]]
-"""Frozen and trainable parameters by the kind of layer."""
+"""Counts of frozen and trainable parameters by kind of layer."""
 
 
 def lasting(events: Events) -> Events:
-    """Events without storages that are both made and freed."""
+    """Events of storages that are not both made and freed here."""
     passing = {storage for storage, size in events if size < 0} & {storage for storage, size in events if size >= 0}
     return [event for event in events if event[0] not in passing]
 
 
 def ordered(events: Events) -> Events:
-    """Events, those of one time of freeing in the order of ids; Python's, in a set, is by chance."""
+    """Events with consecutive frees sorted by id, because Python frees set members in random order."""
     groups = groupby(events, key=lambda event: event[1] >= 0)
     return [event for made, group in groups for event in (group if made else sorted(group))]
 
 
 @dataclass
 class MemoryTrace:
-    """Storages of a step.
+    """Memory trace of a step.
 
     Attributes:
-        loaded: the events before the first step: weights, adapters, optimizer state.
-        step: the events of a step.
-        kinds: kind of the content of each storage.
-        sizes: the model's: its layers, width, attention_width (heads times their size) and vocabulary.
+        loaded: events before the first step: weights, adapters, optimizer state.
+        step: events of one step.
+        kinds: kind of content by storage id.
+        sizes: model sizes: layers, width, attention_width (number of heads * head size) and vocabulary.
         paged: bytes of optimizer state that can leave the GPU.
-        expandable: the allocator's segments are expandable, as Axolotl sets it.
+        expandable: use expandable segments, as Axolotl does.
     """
 
     loaded: Events
@@ -235,9 +235,9 @@ class Usage:
     """Peaks of a step, in bytes.
 
     Attributes:
-        allocated: as torch.cuda.max_memory_allocated counts.
-        reserved: as torch.cuda.max_memory_reserved counts.
-        parts: allocated bytes at their peak, by kind.
+        allocated: torch.cuda.max_memory_allocated.
+        reserved: torch.cuda.max_memory_reserved.
+        parts: allocated bytes by kind at the peak of `allocated`.
     """
 
     allocated: int
@@ -246,7 +246,7 @@ class Usage:
 
 
 def usage(trace: MemoryTrace) -> Usage:
-    """Peaks of a step that follows one like it, from a model of CUDA's allocator."""
+    """Peaks of the second of two identical steps, by the allocator model."""
     allocator = Allocator(trace.expandable)
     blocks: dict[int, Block] = {}
     held: Counter[str] = Counter()
@@ -265,5 +265,5 @@ def usage(trace: MemoryTrace) -> Usage:
             if allocator.peak > peak:
                 parts = dict(held)
         if events is trace.loaded:
-            allocator.empty_cache()  # axolotl/loaders/model.py does so once the model is loaded, PEFT before
+            allocator.empty_cache()  # axolotl/loaders/model.py does this after loading the model, PEFT before
     return Usage(allocator.peak, allocator.peak_reserved, parts)

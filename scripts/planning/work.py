@@ -1,4 +1,4 @@
-"""Work of a training: tokens (counted, a study's, or an upper bound), steps, operations and time."""
+"""Training work of a config: tokens, steps, floating-point operations and time."""
 
 import re
 from collections.abc import Sequence
@@ -13,27 +13,27 @@ from ..data import study
 from . import steps
 from .planner import Planner
 
-FULL = "every row counted as a full one"
+FULL = "every row counted at full length"
 UTILIZATION = 0.3
-"""Assumed share of the peak rate."""
+"""Assumed share of the GPU's peak rate."""
 
 _DECIDES_TOKENS = re.compile(
     r"base_model|revision|trust_remote|datasets\b|dataset_exact|.*token|.*chat_template|default_system|"
     "train_on_inputs|sequence_len|min_sample_len|excess_length|val_set_size"
 )
-"""Begin of the dotted keys that decide the rows of a training and their tokens, padding aside."""
+"""Prefixes of dotted keys that determine training rows and tokens, but not padding."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Rows and tokens of an epoch.
+    """Counts of rows and tokens per epoch.
 
     Attributes:
-        rows: trained rows.
-        rows_are: their owner.
-        tokens: tokens of these rows.
-        padded: tokens with the padding of micro batches.
-        are: source of the figures.
+        rows: number of training rows.
+        rows_are: source of the row count.
+        tokens: number of tokens without padding.
+        padded: number of tokens with the padding of micro batches.
+        are: source of the token counts.
     """
 
     rows: int
@@ -45,12 +45,12 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Work:
-    """Work of a config's training.
+    """Training work of a config; None for unknown figures.
 
     Attributes:
-        rows: rows of an epoch, and their owner; None where they are not known.
-        tokens: tokens of all epochs, without padding, and the source of the figure.
-        flops_per_token: floating-point operations, with those on the padding beside it.
+        rows, rows_are: number of rows per epoch, and the source of the count.
+        tokens, tokens_are: number of tokens in all epochs, without padding, and the source of the count.
+        flops_per_token: floating-point operations per token, including a share for padding.
         tokens_per_second: speed at `UTILIZATION` of the GPUs' peak rate.
     """
 
@@ -65,41 +65,44 @@ class Work:
 
     @property
     def at_most(self) -> bool:
-        """True where the lengths of rows are not known, and every row counts as a full one."""
+        """True if row lengths are unknown and every row counts at full length."""
         return self.tokens_are.startswith(FULL)
 
     @property
     def hours_are(self) -> str:
-        """Basis of the hours."""
+        """Assumptions behind the hours."""
         return f"speed: {UTILIZATION:.0%} of the GPU's peak; tokens: {self.tokens_are}"
 
 
 def counted(composed: Composed, force: Sequence[str] = ()) -> Lengths:
-    """Tokenize a config's training rows as Axolotl does, and count them.
+    """Tokenize a config's training rows like Axolotl, and count rows and tokens.
 
     Args:
         composed: the config.
         force: names of overridden findings.
 
     Raises:
-        UserError: rows or tokenizer are not on this machine, or Axolotl refuses them, or leaves none.
+        UserError: rows or tokenizer are missing on this machine, Axolotl refuses the rows, or no rows are left.
     """
     for key, dataset in datafiles.datasets(composed.config, "datasets"):
         if len(datafiles.jsonl_files(dataset)) != 1 or datafiles.training_rows({"datasets": [dataset]}) is None:
-            problem = "not the rows, or the first rows, of one JSONL file on this machine"
+            problem = "not one JSONL file on this machine, used from its first row on"
             raise UserError(f"--data: {key}: {problem}; leave --data out")
     measured = check.training_lengths(composed, force)
     rows, tokens = (sum(each[f"{what}_trained_on"] for each in measured) for what in ("rows", "tokens"))
     padded = sum(each["tokens_trained_on"] / (1 - (each["padding_share"] or 0)) for each in measured)
     there = sum(each["rows_there"] for each in measured)
-    left = (datafiles.training_rows(composed.config) or there) / there  # val_set_size may hold some out
+    left = (datafiles.training_rows(composed.config) or there) / there  # without rows held out by val_set_size
     if round(left * rows) <= 0:
-        raise UserError("--data: sequence_len and val_set_size leave none of its rows; leave --data out")
+        raise UserError("--data: sequence_len and val_set_size leave no training rows; leave --data out")
     return Lengths(round(left * rows), round(left * tokens), round(left * padded), "counted, without padding")
 
 
 def published(composed: Composed) -> Lengths | None:
-    """Counts that a study declares of its own rows under the model's tokenizer, which a mirror has too."""
+    """Row and token counts that a study declares for its data and the model's tokenizer.
+
+    An ungated copy of the model has the same tokenizer.
+    """
     of_study = study.of(composed.origin or composed.recipe)
     changed = {change.key: change for change in composed.from_origin if _DECIDES_TOKENS.match(change.key)}
     name = composed.config["base_model"]
@@ -109,19 +112,19 @@ def published(composed: Composed) -> Lengths | None:
     split = of_study.data.splits.get("train") if of_study and not changed else None
     rows = of_study.data.rows_of("train") if of_study else None
     tokens = split.tokens.get(str(name)) if split else None
-    are = "the study's, without padding, of which the hours count none"
+    are = "declared by the study, without padding; the hours also ignore padding"
     return Lengths(rows, tokens, tokens, are, "the study's data") if rows and tokens else None
 
 
 def work(composed: Composed, planner: Planner, gpu: Gpu | None, gpus: int, lengths: Lengths | None) -> Work:
-    """Estimate the work of a config's training.
+    """Estimate the training work of a config.
 
     Args:
         composed: the config.
-        planner: its planned step.
-        gpu: the GPU, if there is one.
-        gpus: their number.
-        lengths: counts of the rows; without them every row counts as a full one.
+        planner: planner of the config's step.
+        gpu: the GPU, if known.
+        gpus: number of GPUs.
+        lengths: counts of rows and tokens; without them every row counts at full length.
     """
     config = composed.config
     length, packs = steps.length_of(config), bool(config.get("sample_packing"))
@@ -132,9 +135,9 @@ def work(composed: Composed, planner: Planner, gpu: Gpu | None, gpus: int, lengt
     tokens, tokens_are = (lengths.tokens, lengths.are) if lengths else (None, "")
     all_steps = datafiles.steps_of(config, rows, gpus)
     epochs = float(config.get("num_epochs") or 1)
-    if all_steps and config.get("max_steps"):  # it wins over the epochs
+    if all_steps and config.get("max_steps"):  # overrides num_epochs
         taken = all_steps * datafiles.effective_batch(config) * gpus
-        if packs:  # of sequences, each with several rows
+        if packs:  # `taken` counts packed sequences, not rows
             tokens, epochs, tokens_are = length, taken, FULL
         elif rows:
             epochs = taken / rows
@@ -147,7 +150,7 @@ def work(composed: Composed, planner: Planner, gpu: Gpu | None, gpus: int, lengt
 
 
 def _full(composed: Composed, length: int) -> Lengths | None:
-    """Upper bound for rows of which only the number is known, from the data or the study."""
+    """Upper bound of the counts, from the number of rows in the data or the study."""
     rows, rows_are = datafiles.training_rows(composed.config), "the config's data"
     of_study = study.of(composed.origin or composed.recipe)
     others = any(change.key.startswith(("datasets", "val_set_size")) for change in composed.from_origin)
@@ -157,12 +160,12 @@ def _full(composed: Composed, length: int) -> Lengths | None:
 
 
 def flops_of_token(planner: Planner, length: int) -> float:
-    """Floating-point operations of a training step for one token of a full row.
+    """Floating-point operations per token of a training step on full rows.
 
-    A matrix takes 2 for each of its weights forward, as much for the gradient of its input, and again as much for its
-    own where it is trained; the head's matrix counts, the embedding's not. Attention takes, in each layer, 4 times
-    its width times the tokens before, on average half the length, forward, and twice that backward. With
-    checkpointing all of it is computed forward once more. LoRA's matrices are trained ones.
+    Each weight costs 2 operations forward, 2 for the input gradient and, if trained, 2 for the weight gradient. LoRA
+    weights are trained. The output head counts; the embedding does not. In each layer, attention costs 4 * width *
+    length / 2 forward (a token sees half the row on average), and twice as much backward. Checkpointing repeats the
+    forward pass.
     """
     sizes = planner.memory.sizes
     again = bool(planner.step.checkpointing)
@@ -172,7 +175,7 @@ def flops_of_token(planner: Planner, length: int) -> float:
             continue
         passes += 2 * count["frozen"] * (2 + again) + 2 * count["trainable"] * (3 + again)
     head = planner.memory.parameters.get("lm_head", {})
-    if sum(head.values()) < sizes["vocabulary"] * sizes["width"]:  # the embedding's matrix is the head's too
+    if sum(head.values()) < sizes["vocabulary"] * sizes["width"]:  # the head shares the embedding's weights
         passes += 2 * sizes["vocabulary"] * sizes["width"] * (2 + again + (planner.step.adapter is None))
     attention = 4 * sizes["attention_width"] * length / 2 * sizes["layers"]
     return passes + attention * (3 + again)
