@@ -1,4 +1,4 @@
-"""`recipe check`: all that is wrong with a config, found before anything starts."""
+"""`recipe check`: finds the mistakes in a config before anything starts."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,10 +23,11 @@ from .finding import LEVELS, RULES, Case, Finding, override_errors, refuse
 
 @dataclass
 class Report:
-    """The result of checking one recipe or file; `composed` is None where it could not be read.
+    """The result of checking one recipe or file.
 
     Attributes:
-        data: for each data set that was read its files, rows and bytes, and its lengths in tokens where they are known.
+        composed: None if the config could not be read.
+        data: files, rows and bytes of each data set that was read, and its lengths in tokens if they are known.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Report:
         return {"checked": self.name, "findings": findings, "data": self.data}
 
     def data_table(self) -> list[Row]:
-        """Its data sets, a row each: size, lengths in tokens, and what becomes of them."""
+        """A row for each data set: size, lengths in tokens, and shares of long rows and padding."""
         return [
             {
                 "data": ", ".join(read["files"]),
@@ -74,18 +75,15 @@ def check(
     launching: bool = False,
     composed: Composed | None = None,
 ) -> Report:
-    """All that is wrong with one recipe or file.
+    """Find all mistakes in one recipe or file. Import torch only for `data` and `full`.
 
     Args:
         request: the recipe or file, with profiles and overrides.
-        gpu: the GPU that it is meant for.
-        data: also read every row of its data, and tokenize them where the tokenizer is on this machine.
-        full: also ask Axolotl's own validation, which loads the plugins that the config lists, others' only if the
-            request forces that.
+        gpu: the GPU that the config is meant for.
+        data: also read and tokenize every row of the data.
+        full: also run Axolotl's validation. It loads the listed plugins; foreign ones need `--force`.
         launching: a run is about to start here.
-        composed: the request's config, where it is composed already.
-
-    Without data and full no torch is imported.
+        composed: the request's config, if it is composed already.
     """
     report = Report(request.name)
     try:
@@ -99,7 +97,7 @@ def check(
                 finding.level = "warning"  # the config is right; `run` needs them
         report.add([])  # in order again
         if full and not may_run:
-            problem = "Axolotl's own validation would run the code above: it was not asked"
+            problem = "Axolotl's own validation did not run: it would run the code above"
             report.add([Finding("note", "not-checked", "", problem, where=report.name)])
         elif full:
             report.add(by_axolotl(composed, gpu))
@@ -111,7 +109,7 @@ def check(
 
 
 def by_axolotl(composed: Composed, gpu: Gpu | None) -> list[Finding]:
-    """Findings of Axolotl's own validation, which loads the config's plugins."""
+    """Findings of Axolotl's own validation. It loads the config's plugins."""
     with importing_axolotl():
         from . import installed
 
@@ -126,15 +124,16 @@ def examine(
     data: bool = False,
     ask_hub: bool = False,
 ) -> Report:
-    """Findings of the schema and the rules, each with its place. A rehearsal has no GPU.
+    """Findings of the schema and the rules, each with its place.
 
     Args:
+        gpu: the GPU that the config is meant for; ignored for a rehearsal.
         launching: a run is about to start here.
-        data: also read its rows.
-        ask_hub: also ask the hub about a base model that is not here, as before a run.
+        data: also read the rows.
+        ask_hub: also ask the hub about a base model that is not on this machine, as before a run.
 
     Raises:
-        UserError: the recipe's study is malformed.
+        UserError: the recipe's study.yaml is malformed.
     """
     study.of(composed.origin or composed.recipe)
     gpu = None if composed.rehearsal else gpu
@@ -167,9 +166,9 @@ def rule_findings(case: Case) -> Iterator[Finding]:
 
 
 def _profile_compatibility(composed: Composed, gpu: Gpu | None, launching: bool) -> Iterator[Finding]:
-    """Keys of the profiles fast and packed that are left out or changed, and profiles for no GPU in particular.
+    """Findings about the profiles fast and packed: keys left out or changed; no known GPU.
 
-    The latter is a warning before a run; a rehearsal has none.
+    The missing GPU is a warning before a run, otherwise a note. A rehearsal needs no GPU.
     """
     for why, changes in composed.incompatible.items():
         left = ", ".join(f"{key}: {str(value).lower()}" for key, value in changes.items() if value is not None)
@@ -178,13 +177,13 @@ def _profile_compatibility(composed: Composed, gpu: Gpu | None, launching: bool)
         yield Finding("note", "unfit", key, f"{problem}, because {why}")
     adapted = [profile for profile in composed.profiles if profile in ADAPTED]
     if adapted and gpu is None and not composed.rehearsal:
-        problem = f"no GPU is known, so that {' and '.join(adapted)} are for one from Ampere on"
-        remedy = "for another, name it: --gpu for checks and plans, the setting gpu for SLURM"
+        problem = f"no GPU is known: {' and '.join(adapted)} assume Ampere or newer"
+        remedy = "name an older GPU: --gpu for checks and plans, the setting gpu for SLURM"
         yield Finding("warning" if launching else "note", "unfit", "", problem, remedy)
 
 
 def _replaced(composed: Composed) -> Iterator[Finding]:
-    """The user's own data that a rehearsal replaces, as its path may be misspelt."""
+    """Warnings about user data that a rehearsal replaces: the path may be misspelt."""
     for difference in composed.differences:
         own = difference.key.endswith(".path") and not study.input_format(str(difference.recipe))
         if own and substitution.FROM_SAMPLE in difference.why:
@@ -193,14 +192,14 @@ def _replaced(composed: Composed) -> Iterator[Finding]:
 
 
 def tokens_of(request: Request, count: int) -> list[Row]:
-    """The first rows of a config's training data, token by token, as `tokens.by_token` describes them.
+    """First rows of a config's training data, token by token; see `tokens.by_token`.
 
     Raises:
-        UserError: the config, its data or its tokenizer does not allow it.
+        UserError: the config has errors, or its data or tokenizer is missing.
     """
     composed = compose.compose(request)
     refuse(examine(composed).findings, request.force)
-    _need_tokenizer(composed, "--show-tokens", ", --rehearse takes a small model's")
+    _need_tokenizer(composed, "--show-tokens", ", or add --rehearse for a small model's tokenizer")
     with importing_axolotl():
         from . import tokens
 
@@ -213,33 +212,33 @@ def _need_tokenizer(composed: Composed, option: str, instead: str = "") -> None:
         revision = composed.config.get("revision_of_model")
         pinned = f" --revision {revision}" if revision else ""
         raise UserError(
-            f"{option}: the tokenizer of {name} is not on this machine; `hf download {name}{pinned} "
-            f"--include config.json --include 'tokenizer*'` fetches it{instead}"
+            f"{option}: the tokenizer of {name} is not on this machine; run `hf download {name}{pinned} "
+            f"--include config.json --include 'tokenizer*'`{instead}"
         )
 
 
 def has_tokenizer(composed: Composed) -> bool:
-    """True if a config's tokenizer is on this machine; a rehearsal's is put there."""
+    """True if a config's tokenizer is on this machine; creates a rehearsal's."""
     if composed.rehearsal and substitution.stands_in(composed.config):
         substitution.model_folder()
     return models.find(composed.config).tokenizer_here
 
 
 def tokenize(report: Report, composed: Composed, gpus: int = 1, most: int | None = None) -> None:
-    """Add to a report what Axolotl makes of the rows, and their lengths in tokens.
+    """Tokenize the rows with Axolotl; add findings and lengths in tokens to a report.
 
-    Where the tokenizer is not on this machine, the rehearsal's reads some of the rows: lengths are then unknown.
+    Without the config's tokenizer, use the rehearsal's on some of the rows; lengths are then unknown.
 
     Args:
         report: the report.
         composed: the config.
-        gpus: how many train it.
-        most: about how many rows of each data set to tokenize; None for all.
+        gpus: the number of GPUs that train.
+        most: the approximate number of rows to tokenize in each data set; None for all.
     """
     if has_tokenizer(composed):
         findings, measured = _lengths(composed.config, most, gpus)
     else:
-        problem = f"its tokenizer is not here: {substitution.NAME}'s reads up to {SOME} rows, and lengths are unknown"
+        problem = f"the tokenizer is not here: {substitution.NAME}'s reads up to {SOME} rows; lengths are unknown"
         report.add([Finding("note", "not-checked", "base_model", problem, where=report.name)])
         config = {key: value for key, value in composed.config.items() if key not in substitution.OF_MODEL}
         config |= {"base_model": str(substitution.model_folder()), "sequence_len": substitution.CONTEXT}
@@ -253,19 +252,19 @@ def tokenize(report: Report, composed: Composed, gpus: int = 1, most: int | None
 
 
 SOME = 1000
-"""Rows of each data set that are tokenized before a run, or by another model's tokenizer."""
+"""Number of rows of each data set to tokenize before a run, or with another model's tokenizer."""
 
 
 def training_lengths(composed: Composed, force: Sequence[str] = (), most: int | None = None) -> list[Row]:
-    """Lengths in tokens of a config's training data, as `tokens.lengths` describes them.
+    """Lengths in tokens of a config's training data; see `tokens.lengths`.
 
     Args:
         composed: the config.
-        force: the names of findings that are overridden.
-        most: about how many rows of each data set to tokenize; None for all.
+        force: the names of findings to override.
+        most: the approximate number of rows to tokenize in each data set; None for all.
 
     Raises:
-        UserError: the data or the tokenizer is not on this machine, or Axolotl refuses them.
+        UserError: the data or the tokenizer is missing, or Axolotl refuses the rows.
     """
     _need_tokenizer(composed, "--data")
     found = examine(composed).findings
@@ -274,7 +273,7 @@ def training_lengths(composed: Composed, force: Sequence[str] = (), most: int | 
     refuse([finding for finding in failing if finding.rule == "bad-row"])
     measured = [measures for measures in measured if measures["key"].startswith("datasets")]
     if not measured:
-        raise UserError("--data: the config names no local JSONL file to measure")
+        raise UserError("--data: no rows to measure; list a local JSONL file under datasets")
     return measured
 
 
@@ -286,7 +285,7 @@ def _lengths(config: Config, most: int | None, gpus: int = 1) -> tuple[list[Find
 
 
 def _unreadable(name: str, message: str) -> Finding:
-    """Finding for an unreadable config; its message may begin with file and line."""
+    """Finding for an unreadable config; split file and line from the message."""
     match = re.fullmatch(r"(?s)(.+?\.ya?ml)(?::(\d+))?: (.*)", message)
     if not match:
         return Finding("error", "unreadable", "", message.removeprefix(f"{name}: "), where=name)
@@ -294,7 +293,7 @@ def _unreadable(name: str, message: str) -> Finding:
 
 
 def placed(findings: Iterable[Finding], composed: Composed) -> Iterator[Finding]:
-    """The findings with the file and line, or the option, that their key is from."""
+    """Add to each finding the source of its key: file and line, or an option."""
     for finding in findings:
         if finding.where:  # a row of a file
             yield finding
@@ -311,6 +310,6 @@ def placed(findings: Iterable[Finding], composed: Composed) -> Iterator[Finding]
 
 
 def _without_secret(option: str, key: str) -> str:
-    """An option such as `--set key=value`, without a value that is secret."""
+    """An option such as `--set key=value`, with a secret value masked."""
     head, _, value = option.partition("=")
     return f"{head}={MASK}" if value and is_secret(key) else option

@@ -1,6 +1,6 @@
-"""Rules about what a config reads and runs: its data, and code that came with it.
+"""Rules about a config's data, and about the foreign code that it would run.
 
-Code is an error, so that nothing of it is imported before its user has read it and names the finding with --force.
+Foreign code is an error: nothing imports it until the user names the finding with --force.
 """
 
 import re
@@ -26,7 +26,7 @@ def no_data(case: Case) -> Problems:
 
 @rule
 def not_prepared(case: Case) -> Problems:
-    """The study's data, which come in two steps; a check of the config itself does not need them yet."""
+    """A study's data take two steps, fetch and prepare; checking only the config needs neither."""
     missing: dict[str, list[Path]] = {}
     keys: dict[str, str] = {}
     for key, dataset in datafiles.datasets(case.config):
@@ -41,17 +41,17 @@ def not_prepared(case: Case) -> Problems:
         first, *more = files
         names = " and ".join([paths.shown(first), *(file.name for file in more)])
         problem = f"{names} {'are' if more else 'is'} not prepared yet"
-        rehearse = "; --rehearse needs none" if case.launching else ""
+        rehearse = "; --rehearse works without" if case.launching else ""
         yield "error", keys[remedy], problem, f"run {remedy}{rehearse}"
 
 
 @rule
 def missing_file(case: Case) -> Problems:
-    """Axolotl validates a DeepSpeed file's name only (seen); other files fail it once the model is loaded."""
+    """Axolotl validates only the name of a DeepSpeed file (seen); missing files fail after the model is loaded."""
     for key, dataset in datafiles.datasets(case.config):
         name = dataset.get("path")
         if not isinstance(name, str) or not name:
-            yield "error", f"{key}.path", f"{name!r} names no data", "give a file, a folder or a data set of the hub"
+            yield "error", f"{key}.path", f"{name!r} names no data", "give a file, a folder or a data set on the hub"
         elif "\0" not in name and Path(name).is_dir() and not datafiles.local_files(dataset):
             yield "error", f"{key}.path", f"the folder {paths.shown(Path(name))} is empty", "put rows into it"
         for file in datafiles.local_files(dataset):
@@ -65,7 +65,7 @@ def missing_file(case: Case) -> Problems:
         name = case[key]
         if not isinstance(name, str) or Path(name).exists() or study.fetching(name):
             continue
-        if not (key == "lora_model_dir" and name.count("/") == 1):  # of a hub
+        if not (key == "lora_model_dir" and name.count("/") == 1):  # on a hub
             problem = f"{paths.shown(Path(name))} does not exist{_near(Path(name))}"
             yield "error", key, problem, "correct the path or delete the key"
 
@@ -81,9 +81,9 @@ def _near(missing: Path) -> str:
 
 @rule
 def packing_leaks(case: Case) -> Problems:
-    """Rows packed into one then attend to each other; Axolotl only warns (attn_decontaminates_packing).
+    """Packed rows then attend to each other; Axolotl only warns (attn_decontaminates_packing).
 
-    It also warns that sdpa with a mask, in bf16 and before Hopper, can give losses of 0; varlen_attn has no mask.
+    Axolotl also warns of losses of 0 from sdpa with a mask, in bf16, before Hopper; varlen_attn has no mask.
     """
     if case["sample_packing"] and case.attention not in KEEP_DOCUMENTS_APART:
         problem = f"with {case.attention or 'no attn_implementation'}, packed rows see each other"
@@ -92,7 +92,7 @@ def packing_leaks(case: Case) -> Problems:
     in_bf16 = precision(case.config, on_gpu=True).weights == "bfloat16"
     masked = case["sample_packing"] and case.attention == "sdpa" and not takes_varlen(case.config, case.architecture)
     if masked and in_bf16 and before_hopper:
-        problem = f"with a mask in sdpa, and bf16, losses can be 0 on {case.gpu}"
+        problem = f"sdpa with a mask in bf16 can give losses of 0 on {case.gpu}"
         yield "warning", "sample_packing", problem, "set flash_attention_2"
 
 
@@ -105,76 +105,77 @@ KEEP_DOCUMENTS_APART = {
 
 @rule
 def chat_template(case: Case) -> Problems:
-    """Seen: a misspelt name of a template's file is taken for the template itself, so that every prompt is that name,
-    and no row has anything to learn; and a template that is written out in a data set that names none is not used.
+    """Axolotl takes a misspelt file name for the template: each prompt is that name; no token carries loss (seen).
 
-    The template of the tokenizer is the default. Base models have none, but for Qwen's. What a data set names comes
-    before what the config names (utils/chat_templates/base.py and schemas/datasets.py).
+    It ignores a data set's chat_template_jinja if the data set has no chat_template (seen). The tokenizer's template
+    is the default; except for Qwen, base models have none. A data set's key overrides the config's
+    (utils/chat_templates/base.py and schemas/datasets.py).
     """
     for key, dataset in datafiles.datasets(case.config):
         if dataset.get("type") != "chat_template":
             continue
         own = dataset.get("chat_template")
         if dataset.get("chat_template_jinja") and not own:
-            problem = "Axolotl does not use it where the data set names no chat_template"
+            problem = "Axolotl ignores this key if the data set has no chat_template"
             yield "error", f"{key}.chat_template_jinja", problem, "set chat_template: jinja beside it"
             continue
         written = dataset.get("chat_template_jinja") if own else case["chat_template_jinja"]
         name = own or case["chat_template"] or ("jinja" if written else "tokenizer_default")
         where = f"{key}.chat_template" if own else "chat_template" if case["chat_template"] else f"{key}.type"
         if name == "jinja" and isinstance(written, str) and "{" not in models.read_template(written):
-            yield "error", where, f"chat_template_jinja: {written[:80]} is neither a file nor a template", ""
+            yield "error", where, f"chat_template_jinja: {written[:80]} is not a file or a template", ""
         elif name == "tokenizer_default" and not case.model.chat_template:
             if case.model.tokenizer_here:
                 problem = "the tokenizer of the base model has no chat template"
-                yield "error", where, problem, "set chat_template, as chatml"
+                yield "error", where, problem, "set chat_template, for example to chatml"
             elif case.model.chat is False and not str(case["base_model"]).startswith("Qwen/"):
-                problem = "the tokenizer of this model, which is no chat model, may have no chat template"
-                yield "warning", where, problem, "set chat_template, as chatml"
+                problem = "not a chat model: its tokenizer may lack a chat template"
+                yield "warning", where, problem, "set chat_template, for example to chatml"
 
 
 @rule
 def unread_tools(case: Case) -> Problems:
-    """Axolotl 0.21 does not pass field_tools on to what reads the rows (prompt_strategies/chat_template.py; seen)."""
+    """Axolotl 0.21 does not pass field_tools to its row reader (prompt_strategies/chat_template.py; seen)."""
     for key, dataset in datafiles.datasets(case.config):
         if dataset.get("field_tools") not in (None, "tools"):
-            problem = "Axolotl ignores this key, and reads the field tools"
-            yield "error", f"{key}.field_tools", problem, "call the field tools in the rows"
+            problem = "Axolotl ignores this key and reads the field `tools`"
+            yield "error", f"{key}.field_tools", problem, "rename the field of the rows to `tools`"
 
 
 @rule
 def prompt_format(case: Case) -> Problems:
-    """Without its field, no row's text is in the prompt (prompt_strategies/user_defined.py)."""
+    """A format without its field leaves the row's text out of the prompt (prompt_strategies/user_defined.py)."""
     fields = {"format": "{instruction}", "no_input_format": "{instruction}", "system_format": "{system}"}
     for key, dataset in datafiles.datasets(case.config):
         kind = dataset.get("type")
         for name, field in fields.items():
             text = kind.get(name) if isinstance(kind, dict) else None
             if isinstance(text, str) and text and field not in text:
-                yield "error", f"{key}.type.{name}", f"{field} is not in it: no row's text would be", "add it"
+                yield "error", f"{key}.type.{name}", f"{field} is missing: prompts lack the rows' text", "add it"
 
 
-_READ_IT = "read it first; --force with the name in brackets runs it"
+_READ_IT = "read it; to run it, pass the name in brackets to --force"
 _OURS = ("axolotl.integrations.", "qlora_recipes.")
 _NAMES_CODE = ("trainer_cls", "trl.reward_funcs", "trl.rollout_func")
 _KINDS = ("SFT", "DPO", "KTO")
-_OF_KERNELS = "kernels-community/"  # of the hub's own maintainers
+_OF_KERNELS = "kernels-community/"  # run by the hub's maintainers
 
 
 @rule
 def remote_code(case: Case) -> Problems:
-    """transformers and datasets import the Python files that a model or a data set comes with."""
+    """transformers and datasets import the Python files in a model's or data set's repository."""
     for key, value in flatten(case.config):
         if key.rpartition(".")[2] == "trust_remote_code" and value:
-            yield "error", key, "runs the Python code that comes with it", _READ_IT
+            yield "error", key, "runs Python code from the model's or data set's repository", _READ_IT
 
 
 @rule
 def foreign_code(case: Case) -> Problems:
-    """Axolotl imports the modules that these keys name, plugins and prompt strategies even to validate or tokenize;
-    transformers those of an attention that is a repository of the hub."""
+    """Axolotl imports the modules that these keys name; plugins and prompt strategies even to validate or tokenize.
+
+    transformers imports the modules of an attention implementation that is a repository on the hub."""
     for key, name in _named_code(case.config):
-        yield "error", key, f"runs the code of {name}, which is neither Axolotl's nor this project's", _READ_IT
+        yield "error", key, f"runs foreign code: {name} is not part of Axolotl or this project", _READ_IT
 
 
 def _named_code(config: Config) -> list[tuple[str, str]]:
@@ -197,13 +198,14 @@ def _named_code(config: Config) -> list[tuple[str, str]]:
 
 @rule
 def pickled_weights(case: Case) -> Problems:
-    """torch.load unpickles .bin and .pt files. It refuses what is not weights, in the versions without a known hole;
-    safetensors cannot hold code at all."""
+    """torch.load unpickles .bin and .pt files; versions without a known hole refuse anything but weights.
+
+    safetensors files cannot hold code."""
     adapter = case["lora_model_dir"]
     folders = {"base_model": models.folder_of(case.config), "lora_model_dir": Path(str(adapter)) if adapter else None}
     for key, folder in folders.items():
         files = [file.name for file in folder.iterdir()] if folder and folder.is_dir() else []
         pickled = sorted(name for name in files if re.search(r"(model|weights).*\.(bin|pth?)$|\.pt$", name))
         if pickled and not any(name.endswith((".safetensors", ".gguf")) for name in files):
-            problem = f"{pickled[0]} is pickled, which can hold code that runs when it is loaded"
-            yield "error", key, problem, "take a copy in safetensors; --force with the name in brackets loads it"
+            problem = f"{pickled[0]} is a pickle: loading it can run code"
+            yield "error", key, problem, "use a safetensors copy; to load it, pass the name in brackets to --force"

@@ -1,11 +1,10 @@
-"""Findings of a check, and the rules that yield them.
+"""Findings of a check, and the registry of rules.
 
-Rules see a config whose keys and values are all allowed.
+A rule is a function that yields (level, key, problem, remedy). The rule's name, with hyphens, names its findings. The
+docstring of a rule gives the reason and the evidence; "seen" means observed with Axolotl 0.21.
 
-A rule is a function that yields (level, key, problem, remedy); its name, with hyphens, is the finding's. Its docstring
-gives the reason for the rule and the evidence; "seen" means observed with Axolotl 0.21. Rules may rely on the schema:
-values that break it have been removed from the config that they get. A rule about something other than the config, or
-one that keeps a plan from being made, has its scope in `_SCOPES`.
+Rules can rely on the schema: their config lacks the values that break the schema. `_SCOPES` lists rules about anything
+other than the config, and rules whose errors prevent a plan.
 """
 
 import re
@@ -47,16 +46,16 @@ _SCOPES: dict[str, Scope] = {
 
 @dataclass
 class Finding:
-    """One thing that is wrong with a config or its data, or worth knowing.
+    """A mistake in a config or its data, or a note about them.
 
     Attributes:
-        level: error, which keeps a run from starting; warning; or note, which is not a mistake.
-        rule: the name of the rule that was broken; empty where nothing can force a run past it.
-        key: the dotted key that it is about; empty for a whole file.
-        problem: what is wrong.
-        remedy: what to do about it.
-        where: the file, or the option, that the key is from.
-        line: the line of that file, from 1.
+        level: an error stops a run; a warning does not; a note is not a mistake.
+        rule: the name of the rule; empty if `--force` cannot override the finding.
+        key: the dotted key concerned; empty for a complete file.
+        problem: the description of the mistake.
+        remedy: the advice to the user.
+        where: the file or option that sets the key.
+        line: the line number in that file, from 1.
     """
 
     level: Level
@@ -69,16 +68,16 @@ class Finding:
 
     @property
     def scope(self) -> Scope:
-        """Its subject: `step`, the training step, which cannot be planned then; `config`, another setting;
-        `code`, what it runs that is neither Axolotl's nor this project's;
-        `data`, a data file or its rows; `file`, another file; `gpu`, the GPU that the config is meant for; `machine`,
-        the hardware of this machine."""
+        """Subject of the finding.
+
+        `step`: the training step, so that no plan is possible; `config`: another setting; `code`: foreign code;
+        `data`: a data file or its rows; `file`: another file; `gpu`: the intended GPU; `machine`: this machine."""
         scope = _SCOPES.get(self.rule, "config")
         return "data" if self.key.endswith(".path") and scope not in ("step", "code") else scope
 
     @property
     def name(self) -> str:
-        """Its name for `--force`."""
+        """Name of the finding for `--force`."""
         return f"{self.rule}:{self.key}" if self.key else self.rule
 
     def __str__(self) -> str:
@@ -90,29 +89,29 @@ class Finding:
 
 
 _NEVER_FORCED = ("secret:", *(f"value:{key}" for key in ("plugins", "datasets", "test_datasets", "trl", "trust_")))
-"""Prefixes of errors that a run cannot start with, or whose values no rule about code would see."""
+"""Prefixes of errors that `--force` cannot override: secrets, and values hidden from the rules about code."""
 
 
 def override_errors(findings: Iterable[Finding], force: Sequence[str]) -> None:
-    """Make warnings of the errors that --force names."""
+    """Turn the errors named by --force into warnings."""
     for finding in findings:
         if finding.level == "error" and finding.name in force and not finding.name.startswith(_NEVER_FORCED):
             finding.level, finding.remedy = "warning", "overridden by --force"
 
 
 def unknown_force(force: Sequence[str], names: set[str]) -> None:
-    """Raise UserError where --force names none of some findings."""
+    """Raise UserError if --force names a finding that does not exist."""
     for name in force:
         if name not in names:
-            hint = did_you_mean(name, names) or "; names are in brackets"
-            raise UserError(f"--force {name}: no error of this config has that name{hint}")
+            hint = did_you_mean(name, names) or "; errors show their names in brackets"
+            raise UserError(f"--force {name}: this config has no such error{hint}")
 
 
 def refuse(findings: list[Finding], force: Sequence[str] = ()) -> list[Finding]:
-    """The findings that are left to show once the errors that --force names are overridden.
+    """Override the errors named by --force; return the other findings, and overridden ones about code.
 
     Raises:
-        UserError: an error is left, or --force names none.
+        UserError: an error remains, or --force names an error that does not exist.
     """
     unknown_force(force, {finding.name for finding in findings if finding.level == "error"})
     override_errors(findings, force)
@@ -126,7 +125,7 @@ RULES: list[Callable[["Case"], Problems]] = []
 
 
 def rule(function: Callable[["Case"], Problems]) -> Callable[["Case"], Problems]:
-    """Register a function as a rule, which has its name, with hyphens."""
+    """Register a function as a rule; the rule's name is the function's, with hyphens."""
     RULES.append(function)
     return function
 
@@ -138,10 +137,10 @@ class Case:
     Attributes:
         config: the config, without the values that break the schema.
         wrong: the top-level keys from which a value was removed.
-        gpu: the GPU that it is meant for; None where none is named or there.
-        gpus: how many of them.
-        launching: whether a run is about to start here, so that what only this machine lacks is an error.
-        ask_hub: whether the hub may be asked about a model that is not here.
+        gpu: the GPU that the config is meant for; None if the user names no GPU and this machine has none.
+        gpus: the number of GPUs.
+        launching: a run is about to start here, so that anything missing on this machine is an error.
+        ask_hub: rules can ask the hub about a model that is not on this machine.
     """
 
     config: Config
@@ -161,7 +160,7 @@ class Case:
 
     @cached_property
     def architecture(self) -> Config:
-        """The content of the base model's config.json; empty where it is not here."""
+        """Content of the base model's config.json; empty if the file is not on this machine."""
         return models.architecture_here(self.config)
 
     @cached_property
@@ -176,20 +175,22 @@ class Case:
 
     @property
     def plugins(self) -> set[str]:
-        """The classes of the plugins that are on; cut cross entropy's is, once it is listed, unless its key is false
+        """Classes of the active plugins.
+
+        The listed plugin for cut cross entropy is off if cut_cross_entropy is false
         (axolotl/integrations/cut_cross_entropy/args.py)."""
         listed = {re.split("[.:]", str(name))[-1] for name in self["plugins"] or ()}
         return listed - ({"CutCrossEntropyPlugin"} if self["cut_cross_entropy"] is False else set())
 
     @property
     def lora(self) -> bool:
-        """True if an adapter of PEFT's LoRA is trained."""
+        """True if the config trains a LoRA adapter with PEFT."""
         return self["adapter"] in ("lora", "qlora")
 
     def is_set(self, *keys: str) -> bool:
-        """True if one of the keys is neither empty nor false; wrong values count."""
+        """True if one of the keys has a value other than empty or false; wrong values count."""
         return any(self.config.get(key) or key in self.wrong for key in keys)
 
     def is_installed(self, package: str) -> bool:
-        """True if a package of that name in the registry is installed."""
+        """True if a package is installed, by its name in the package index."""
         return package_version(package) is not None

@@ -1,6 +1,6 @@
-"""The installed Axolotl: its validation of configs, and its tokenization of rows.
+"""The installed Axolotl: validation of configs and tokenization of rows.
 
-Importing this imports Axolotl, some 10 s.
+Importing this module imports Axolotl, which takes some 10 s.
 """
 
 import logging
@@ -28,18 +28,18 @@ from ..runs.eval_loss import MASKED
 from .finding import Finding
 
 disable_progress_bar()
-# Axolotl tokenizes in a process that it forks, which would outlive a killed command and keep the locks it inherited
+# Axolotl forks to tokenize; otherwise the child would outlive a killed command and keep inherited locks
 os.register_at_fork(after_in_child=end_with_parent)
 
 
 ANY_GPU = Gpu("H100", (9, 0))
-"""The GPU that a config is validated for where none is named or there."""
+"""Default GPU for validation, if the user names no GPU and this machine has none."""
 
 
 def capabilities(gpu: Gpu = ANY_GPU) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Answers of Axolotl's probe (`axolotl.cli.config.gpu_capabilities`) for one GPU and this environment."""
+    """Results of Axolotl's probe (`axolotl.cli.config.gpu_capabilities`) for one GPU and this environment."""
     of_gpu = {
-        "bf16": True,  # it says so of every GPU, as torch emulates it
+        "bf16": True,  # on every GPU, because torch emulates bf16
         "fp8": gpu.capability >= (9, 0),
         "tf32": gpu.capability >= (8, 0),
         "n_gpu": 1,
@@ -50,15 +50,15 @@ def capabilities(gpu: Gpu = ANY_GPU) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def validated(content: Config, gpu: Gpu = ANY_GPU) -> DictDefault:
-    """Validate a config by Axolotl for a GPU; validators and plugins raise anything."""
-    PluginManager._instance = None  # plugins of a config validated before
+    """Validate a config with Axolotl for a GPU. Validators and plugins can raise any exception."""
+    PluginManager._instance = None  # drop the plugins of the previous config
     cfg = DictDefault(content)
     prepare_plugins(cfg)
     return validate_config(cfg, *capabilities(gpu))
 
 
 def validate(content: Config, gpu: Gpu) -> list[Finding]:
-    """Errors of Axolotl's own validation of a config for a GPU, and what it logs as warnings."""
+    """Errors and logged warnings of Axolotl's own validation for a GPU."""
     findings = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: findings.append(Finding("warning", "axolotl-warning", "", record.getMessage()))
@@ -69,7 +69,7 @@ def validate(content: Config, gpu: Gpu) -> list[Finding]:
             validated(content, gpu)
         except ValidationError as error:
             for problem in error.errors():
-                key = str(problem["loc"][0]) if problem["loc"] else ""  # below, pydantic names its classes too
+                key = str(problem["loc"][0]) if problem["loc"] else ""  # deeper levels include pydantic's class names
                 findings.append(Finding("error", "axolotl", key, problem["msg"].removeprefix("Value error, ")))
         except Exception as error:
             findings.append(Finding("error", "axolotl", "", f"{type(error).__name__}: {error}"))
@@ -79,7 +79,7 @@ def validate(content: Config, gpu: Gpu) -> list[Finding]:
 
 @dataclass
 class Tokens:
-    """A tokenized row: token ids, and their labels, or MASKED."""
+    """A tokenized row: token ids and labels; a label is MASKED if the token carries no loss."""
 
     ids: list[int]
     labels: list[int]
@@ -91,48 +91,48 @@ class Tokens:
 
 
 def tokenize(where: str, cfg: Any, dataset: Any, tokenizer: Any, rows: Sequence[Row], longest: int) -> list[Tokens]:
-    """Rows as Axolotl tokenizes them for training, before it drops or cuts the long ones.
+    """Tokenize rows as Axolotl does for training, before it drops or cuts long rows.
 
     Args:
-        where: what messages call the rows.
+        where: the name of the rows in messages.
         cfg: a config, as Axolotl's DictDefault.
-        dataset: the entry of the rows' data set in it.
+        dataset: the config's entry for the rows' data set.
         tokenizer: the tokenizer.
         rows: fields by name.
-        longest: the most tokens of a prompt, and of an answer, which Axolotl cuts separately.
+        longest: the maximum number of tokens of a prompt, and of an answer; Axolotl cuts each separately.
 
     Raises:
         UserError: Axolotl cannot tokenize them.
     """
     kind = dataset["type"]
     base, _, style = kind.partition(":") if isinstance(kind, str) else ("", "", "")
-    # its | would keep cfg's values; any number of processes, 1 too, would have some started for these few rows
+    # DictDefault's | would keep cfg's values; any number of processes, even 1, would fork for these few rows
     limited = DictDefault({**cfg, "sequence_len": longest, "dataset_num_proc": None})
     fields = dict.fromkeys(name for row in rows for name in row)
     try:
         table = Dataset.from_list([{name: row.get(name) for name in fields} for row in rows])
         tokenized, _ = get_dataset_wrapper(dataset, tokenizer, limited, base, table, style or None)
-    except Exception as error:  # a strategy can raise anything, and so can values of several types in a field
+    except Exception as error:  # strategies, and fields with values of several types, can raise any exception
         problem = f"Axolotl cannot tokenize these rows as {kind}: {type(error).__name__}: {error}"
         raise UserError(f"{where}: {problem}") from None
     return [Tokens(row["input_ids"], row["labels"]) for row in tokenized]
 
 
 def require_one_each(where: str, dataset: Any, rows: Sequence[Any], tokenized: Sequence[Tokens]) -> None:
-    """Raise UserError where a data set's type does not make one training row of each row."""
+    """Raise UserError unless a data set's type makes one training row from each row."""
     if len(tokenized) != len(rows):
-        problem = f"Axolotl makes {len(tokenized)} training rows of {len(rows)} ({dataset['type']})"
-        raise UserError(f"{where}: {problem}; they cannot be evaluated")
+        problem = f"Axolotl turns {len(rows)} rows into {len(tokenized)} training rows ({dataset['type']})"
+        raise UserError(f"{where}: {problem}; evaluation needs one for one")
 
 
 def taught_ends(cfg: Config, tokenizer: Any) -> set[int]:
-    """Tokens that a training teaches as the end of an answer: the end-of-text token and `eot_tokens`."""
+    """Tokens that training teaches as the end of an answer: the end-of-text token and `eot_tokens`."""
     of_turns = tokenizer.convert_tokens_to_ids(list(cfg.get("eot_tokens") or []))
     return ({tokenizer.eos_token_id} | (set(of_turns) - {tokenizer.unk_token_id})) - {None}
 
 
 def as_trained(content: Config) -> Any:
-    """A config as in training: validated, with defaults and chat templates. Raises anything."""
+    """A config as in training: validated, with defaults and chat templates. Can raise any exception."""
     cfg = validated(content)
     normalize_config(cfg)
     normalize_cfg_datasets(cfg)

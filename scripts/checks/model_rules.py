@@ -1,4 +1,4 @@
-"""Rules about the base model: its access, layers, tokens and context."""
+"""Rules about the base model: access, layers, tokens and context."""
 
 import re
 from pathlib import Path
@@ -15,15 +15,15 @@ def beyond_context(case: Case) -> Problems:
     context = case.model.context
     length = case["sequence_len"] or 0
     if context and length > context and not (case["overrides_of_model_config"] or case["model_config"]):
-        yield "error", "sequence_len", f"{length}, but the model was made for {context} tokens", "lower it"
+        yield "error", "sequence_len", f"{length} exceeds the model's context of {context} tokens", "lower it"
 
 
 @rule
 def missing_special_token(case: Case) -> Problems:
-    """Axolotl adds it to the tokenizer and a row to the embedding, which LoRA does not train (loaders/tokenizer.py).
+    """Axolotl adds the token and an embedding row, which LoRA does not train (loaders/tokenizer.py).
 
-    A padding token carries no loss, so that its untrained row does not matter, but whoever loads the adapter has to
-    add the row too; PEFT fails otherwise (seen).
+    The untrained row of a padding token does not matter, because padding carries no loss. But whoever loads the adapter
+    must add the row to the base model; PEFT fails otherwise (seen).
     """
     own = case.model.special_tokens
     if not own or {"embed_tokens", "lm_head"} <= set(case["lora_modules_to_save"] or []):
@@ -32,74 +32,74 @@ def missing_special_token(case: Case) -> Problems:
         if isinstance(token, str) and not re.fullmatch(own, token):
             level: Level = "warning" if name == "pad_token" else "error"
             problem = (
-                f"{token} is not a special token of this model: Axolotl adds it, and a row to an embedding that has no "
-                "spare one, which LoRA does not train, and which has to be added to the base model to load the adapter"
+                f"{token} is not a special token of this model: Axolotl adds it with a new embedding row; LoRA does "
+                "not train that row, and loading the adapter requires adding it to the base model"
             )
-            own_pad = f", as {case.model.pad_token} for padding" if case.model.pad_token else ""
-            remedy = f"name one that it has{own_pad}, or set lora_modules_to_save: [embed_tokens, lm_head]"
+            own_pad = f", such as {case.model.pad_token} for padding" if case.model.pad_token else ""
+            remedy = f"name one of the model's tokens{own_pad}, or set lora_modules_to_save: [embed_tokens, lm_head]"
             yield level, f"special_tokens.{name}", problem, remedy
 
 
 @rule
 def no_access(case: Case) -> Problems:
-    """The hub refuses a gated model without a token, and with one whose owner has not accepted its licence.
+    """The hub refuses a gated model without a token, or if the user has not accepted the licence.
 
-    On a laptop that checks for another machine that is no error. The hub is asked only about a model that is not here,
-    and not about one that models.yaml knows to be ungated.
+    This is an error only before a run: a laptop can check configs for another machine. The rule does not ask the hub
+    about models on this machine, or models that models.yaml lists as not gated.
     """
     level: Level = "error" if case.launching else "warning"
     name = case["base_model"]
     if case.model.weights_here or not isinstance(name, str) or Path(name).is_relative_to(paths.cache()):
-        return  # a stand-in is converted when it is needed
+        return  # the stand-in model is converted on demand
     if Path(name).is_dir():
-        yield "error", "base_model", f"{name} has no weights in it", "give a folder that save_pretrained wrote"
+        yield "error", "base_model", f"{name} contains no weights", "give a folder that save_pretrained wrote"
     elif models.is_path(name):
-        yield "error", "base_model", f"{name} does not exist", "give a folder or a model of the hub as owner/name"
+        yield "error", "base_model", f"{name} does not exist", "give a folder, or a model on the hub as owner/name"
     elif hub.is_offline():
-        yield level, "base_model", f"{name} is not in the hub's cache, and HF_HUB_OFFLINE is set", "fetch it first"
+        yield level, "base_model", f"{name} is not cached, and HF_HUB_OFFLINE is set", "fetch the model first"
     elif case.model.gated and not hub.has_token():
-        yield level, "base_model", f"{name} is gated, and there is no token", _how_to_get(name)
+        yield level, "base_model", f"{name} is gated, and the hub's token is missing", _how_to_get(name)
     elif case.ask_hub and case.model.gated is not False:
         yield from _of_the_hub(name, level)
 
 
 def _of_the_hub(name: str, level: Level) -> Problems:
-    """Access to a model by the hub's answer about token and licence."""
+    """Problems that the hub's answer about a model reveals."""
     answer = hub.access(name)
     if answer.access == "missing":
-        problem = f"the hub has no model {name}, or a private one: {answer.says}"
+        problem = f"the hub has no model {name}, or the model is private: {answer.says}"
         near = did_you_mean(name, models.catalogue())
-        yield "error", "base_model", f"{problem}{near}", "correct the name, or `hf auth login` if it is private"
+        yield "error", "base_model", f"{problem}{near}", "correct the name; for a private model run `hf auth login`"
     elif answer.access in ("gated", "refused"):
         yield level, "base_model", f"the hub refuses {name}: {answer.says}", _how_to_get(name)
 
 
 def _how_to_get(name: str) -> str:
     """Remedy that gives access to a gated model."""
-    mirror = ", or take its ungated copy by --profile mirror" if models.catalogue().get(name, {}).get("mirror") else ""
-    return f"accept its licence at {hub.page(name)} and `hf auth login`{mirror}"
+    mirror = ", or use its ungated copy: --profile mirror" if models.catalogue().get(name, {}).get("mirror") else ""
+    return f"accept the licence at {hub.page(name)} and run `hf auth login`{mirror}"
 
 
 @rule
 def unknown_model(case: Case) -> Problems:
-    """Without a model's config.json and tokenizer some rules find nothing, which must not look as if all were well."""
+    """Some rules need the model's config.json and tokenizer; the note keeps their silence from passing for approval."""
     name = case["base_model"]
     if name and isinstance(name, str) and not models.is_path(name) and case.model == models.Model():
-        problem = f"{name} is not on this machine, so its layers, context and special tokens are not checked"
-        remedy = f"`hf download {name} --include config.json --include 'tokenizer*'` fetches what they are read from"
+        problem = f"{name} is not on this machine: its layers, context and special tokens are not checked"
+        remedy = f"to check them, run `hf download {name} --include config.json --include 'tokenizer*'`"
         yield "note", "base_model", problem, remedy + did_you_mean(name, models.catalogue())
 
 
 @rule
 def no_lora_targets(case: Case) -> Problems:
-    """Axolotl's validation lets it pass; PEFT fails once the model is loaded (NoMatchingPeftModuleError)."""
+    """Axolotl's validation accepts this; PEFT fails after loading the model (NoMatchingPeftModuleError)."""
     if case.lora and not case.is_set("lora_target_modules", "lora_target_linear", "lora_target_parameters"):
-        yield "error", "adapter", "no layers are named for LoRA", "set lora_target_modules or lora_target_linear: true"
+        yield "error", "adapter", "LoRA has no target layers", "set lora_target_modules or lora_target_linear: true"
 
 
 @rule
 def unknown_lora_target(case: Case) -> Problems:
-    """PEFT passes over a name that matches no layer, as long as another does (BaseTuner.inject_adapter)."""
+    """PEFT ignores a name that matches no layer, if another name matches one (BaseTuner.inject_adapter)."""
     targets, linear = case["lora_target_modules"], case.model.linear
     if not (case.lora and targets and linear) or targets == "all-linear":
         return
@@ -117,26 +117,28 @@ def unknown_lora_target(case: Case) -> Problems:
             yield "error", key, f"{name} is not a regular expression: {error}", "use a list of names"
             return
         if name is not None and not is_layer:
-            hint = did_you_mean(name, linear) or f"; it has {', '.join(linear)}"
+            hint = did_you_mean(name, linear) or f"; choose from {', '.join(linear)}"
             yield "error", key, f"no layer of this model is called {name}{hint}", ""
 
 
 @rule
 def head_without_lora(case: Case) -> Problems:
-    """These losses read the head's base weight, and so pass over LoRA on it: Liger's (transformers/model/llama.py), and
-    cut cross entropy until its transformers/utils.py had apply_lce_lm_head, in 2026."""
+    """These losses read the base weight of lm_head and ignore LoRA on it.
+
+    Liger: transformers/model/llama.py. Cut cross entropy: versions whose transformers/utils.py lacks apply_lce_lm_head,
+    which came in 2026."""
     targets = case["lora_target_modules"] or ()
     adapted = case.lora and any(isinstance(name, str) and name.endswith("lm_head") for name in targets)
     levels: dict[str, Level] = {"liger_fused_linear_cross_entropy": "error", "cut_cross_entropy": "warning"}
     for key, level in levels.items():
         if adapted and case[key]:
-            problem = "computes the loss without LoRA on lm_head, which then is not trained"
+            problem = "computes the loss without LoRA on lm_head, so that lm_head is not trained"
             yield level, key, problem, "set chunked_cross_entropy: true instead"
 
 
 @rule
 def no_lora_rank(case: Case) -> Problems:
-    """PEFT gets None and fails once the model is loaded."""
+    """PEFT gets None and fails after loading the model."""
     for key in ("lora_r", "lora_alpha"):
         if case.lora and not case.is_set(key, "lora_model_dir"):
             yield "error", "adapter", f"{key} is not set", f"set {key}"
@@ -144,20 +146,20 @@ def no_lora_rank(case: Case) -> Problems:
 
 @rule
 def changed_base(case: Case) -> Problems:
-    """PiSSA moves part of the base weights into the adapter, and Axolotl saves the adapter without the rest.
+    """PiSSA moves part of the base weights into the adapter; Axolotl saves the adapter without the residual weights.
 
-    PEFT splits the weights anew when it loads that. With pissa_niter_N it does so at random, and logits differed by
-    0.22; with pissa they did not (seen).
+    PEFT splits the weights again when it loads the adapter. The split is random with pissa_niter_N: logits differed by
+    0.22 (seen). With pissa, logits were equal (seen).
     """
     start = str(case["peft_init_lora_weights"])
     if case.lora and start.startswith("pissa_niter") and not case["lora_model_dir"]:
-        problem = f"{start} splits the base weights at random, and saves the adapter alone, which is evaluated wrongly"
-        remedy = "take a published residual model as base_model, and its initial adapter as lora_model_dir"
-        yield "error", "peft_init_lora_weights", problem, f"{remedy}, as pissa-metamathqa/llama-2-7b-pissa does"
+        problem = f"{start} splits the base weights at random; loading the adapter splits them differently"
+        remedy = "set base_model to a published residual model, and lora_model_dir to its initial adapter"
+        yield "error", "peft_init_lora_weights", problem, f"{remedy}, as in pissa-metamathqa/llama-2-7b-pissa"
 
 
 @rule
 def not_quantized(case: Case) -> Problems:
-    """Axolotl quantizes to 4 bits for the adapters qlora and mixlora only (axolotl/loaders/model.py)."""
+    """Axolotl quantizes to 4 bits only for the adapters qlora and mixlora (axolotl/loaders/model.py)."""
     if case["adapter"] == "lora" and case["load_in_4bit"]:
-        yield "error", "adapter", "lora leaves the base in 16 bits, load_in_4bit or not", "set adapter: qlora"
+        yield "error", "adapter", "lora ignores load_in_4bit: the base stays in 16 bits", "set adapter: qlora"

@@ -1,4 +1,4 @@
-"""The rows of a config's data, read as a stream without a tokenizer: JSON, fields, repeated and shared rows."""
+"""Checks of a config's rows without a tokenizer: JSON, fields, repeated and leaked rows."""
 
 import codecs
 import re
@@ -23,12 +23,12 @@ class Fields:
     """The fields that a data set type reads from a row.
 
     Attributes:
-        reference: the text that the model is to learn; None where a row has no one field for it.
-        texts: further fields that have to be there, as text.
-        optional: fields that are read where they are there.
-        lists: fields that have to be there, as lists.
-        items: keys that each mapping in these lists has to have.
-        optional_items: keys that are read where these mappings have them.
+        reference: the text field that the model learns; None if the type has no single one.
+        texts: further required fields, as text.
+        optional: optional fields.
+        lists: required fields, as lists.
+        items: required keys of each mapping in these lists.
+        optional_items: optional keys of each mapping in these lists.
     """
 
     reference: str | None = None
@@ -42,7 +42,7 @@ class Fields:
 _ALPACA = Fields("output", ("instruction",), ("input",))
 _WITH_SYSTEM = Fields("output", ("instruction", "system"), ("input",))
 _ORCA = Fields("response", ("question", "system_prompt"))
-# By type, or by what stands before its colon; from axolotl/prompt_strategies and prompt_tokenizers.py.
+# By type, or the part of the type before the colon; from axolotl/prompt_strategies and prompt_tokenizers.py.
 FIELDS = {
     "alpaca": _ALPACA,
     "alpaca_chat": _ALPACA,
@@ -69,13 +69,13 @@ FIELDS = {
 
 
 def fields_of(dataset: Config) -> Fields | None:
-    """The fields that a data set's type reads; None for a type that is not known here."""
+    """The fields that a data set's type reads; None for an unknown type."""
     kind = dataset.get("type")
     if isinstance(kind, dict):
         named = {name: kind.get(f"field_{name}") or name for name in ("output", "instruction", "input", "system")}
         return Fields(named["output"], (named["instruction"],), (named["input"], named["system"]))
     if kind is None:
-        return Fields(lists=("input_ids", "attention_mask", "labels"))  # tokenized before
+        return Fields(lists=("input_ids", "attention_mask", "labels"))  # tokenized already
     if kind == "completion":
         return Fields(dataset.get("field") or "text")
     if kind == "chat_template":
@@ -91,9 +91,9 @@ def fields_of(dataset: Config) -> Fields | None:
 
 @lru_cache(1000)
 def misspelt(names: tuple[str, ...], known: tuple[str, ...]) -> dict[str, str]:
-    """Missing fields of a row, each with the misspelt field in its place.
+    """Missing fields of a row, each with its misspelt name.
 
-    A name that is meant resembles the missing one closely: `inptu`, `sytem`, but not `output` for `input`.
+    A misspelt name closely resembles the missing one: `inptu`, `sytem`, but not `output` for `input`.
     """
     missing = [name for name in known if name not in names]
     near = {name: get_close_matches(name, missing, 1, 0.75) for name in names if name not in known}
@@ -113,20 +113,20 @@ class _File:
     first: dict[tuple[str, str], tuple[int, str]] = field(default_factory=dict)
 
     def count(self, rule: str, about: str, line: int, example: str = "") -> None:
-        """Count a row with a kind of mistake."""
+        """Count one mistake of a kind."""
         self.counts[rule, about] += 1
         self.first.setdefault((rule, about), (line, example))
 
 
 def check(config: Config, skipped: Collection[str] = ()) -> tuple[list[Finding], list[Row]]:
-    """Find mistakes in local JSONL rows; return also rows and bytes of each data set.
+    """Find mistakes in local JSONL rows; also return rows and bytes of each data set.
 
-    Each file is read once, as a stream; of each row a hash is kept (some 100 bytes), to find rows that repeat
-    within the training data, or that evaluation data has in common with it.
+    Each file is streamed once. A hash of each row (some 100 bytes) stays in memory, to find rows that repeat within
+    the training data, or that the evaluation data shares with the training data.
 
     Args:
-        config: a config without what breaks the schema.
-        skipped: keys of data sets whose type is wrong, so that nobody knows which fields it reads.
+        config: a config without the values that break the schema.
+        skipped: keys of data sets of a wrong type, whose fields are therefore unknown.
     """
     special = models.find(config).special_tokens
     findings: list[Finding] = []
@@ -154,10 +154,10 @@ class _Reader:
     """Reads and checks the rows of one data set.
 
     Args:
-        dataset: its entry in the config.
-        special: a regular expression for the tokenizer's special tokens, where they are known.
-        seen: where a row of the training data was seen first, by the hash of its text.
-        trained: whether it is training data, whose rows are added to `seen`.
+        dataset: the data set's entry in the config.
+        special: a regular expression for the tokenizer's special tokens, if they are known.
+        seen: file and line where each training row first occurs, by the hash of its text.
+        trained: true for training data, whose rows are added to `seen`.
     """
 
     def __init__(self, dataset: Config, special: str | None, seen: dict[int, str], trained: bool):
@@ -165,15 +165,15 @@ class _Reader:
         self.fields = fields_of(dataset) or Fields()
         names = (*self.fields.texts, self.fields.reference, *self.fields.optional, *self.fields.lists)
         self.names = tuple(filter(None, names))
-        # the writer of an input_output row puts special tokens where they belong
+        # the author of an input_output row writes special tokens on purpose
         self.special = re.compile(special) if special and kind != "input_output" else None
-        # what Axolotl makes the prompt of where the type has no format for rows without input (user_defined.py)
+        # without no_input_format, Axolotl uses its own prompt for rows without input (user_defined.py)
         self.needs_input = isinstance(kind, dict) and kind.get("format") and not kind.get("no_input_format")
         self.seen = seen
         self.trained = trained
 
     def read(self, file: _File, limit: int | None) -> None:
-        """Count a file's rows, or only the first ones up to a limit, and their mistakes."""
+        """Count a file's rows, up to a limit, and their mistakes."""
         with file.path.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
                 if limit is not None and file.rows >= limit:
@@ -186,31 +186,31 @@ class _Reader:
                 try:
                     row = orjson.loads(line)
                 except orjson.JSONDecodeError as error:
-                    file.count("bad-row", "not UTF-8" if "UTF-8" in error.msg else "no JSON", number, str(error)[:60])
+                    file.count("bad-row", "not UTF-8" if "UTF-8" in error.msg else "not JSON", number, str(error)[:60])
                     continue
                 if isinstance(row, dict):
                     self._row(file, number, row)
                 else:
-                    file.count("bad-row", "no mapping of fields to values", number)
+                    file.count("bad-row", "not a mapping of fields to values", number)
 
     def _row(self, file: _File, number: int, row: Row) -> None:
         fields = self.fields
         meant = misspelt(tuple(row), self.names)
         required = [name for name in self.names if name not in fields.optional]
         if required and not meant and not any(name in row for name in self.names):
-            about = f"none of the fields that the type reads ({', '.join(required)})"
+            about = f"the type reads other fields: {', '.join(required)}"
             file.count("bad-row", about, number, f"fields: {', '.join(row) or 'none'}"[:80])
             return
         for name in self.names:
             value = row.get(name)
-            hint = f", but with {meant[name]}" if name in meant else ""
+            hint = f", perhaps misspelt as {meant[name]}" if name in meant else ""
             if name in fields.lists:
                 if not value or not isinstance(value, list | str):  # the messages of a chat can be JSON in a text
-                    file.count("bad-row", f"no list in the field {name}{hint}", number)
+                    file.count("bad-row", f"the field {name} is missing or not a list{hint}", number)
             elif name in meant and name in fields.optional:
-                file.count("misspelt-field", f"{meant[name]}, which is not read; did you mean {name}?", number)
+                file.count("misspelt-field", f"{meant[name]}; did you mean {name}?", number)
             elif not isinstance(value, str) and (name not in fields.optional or not (value is None or fields.lists)):
-                about = f"{'no text' if name in row else 'nothing'} in the field {name}{hint}"
+                about = f"the field {name} is {'not text' if name in row else 'missing'}{hint}"
                 file.count("bad-row", about, number)
             elif name == fields.reference and not (value or "").strip():
                 file.count("empty-reference", name, number)
@@ -229,17 +229,17 @@ class _Reader:
         items = row.get(fields.lists[0])
         for item in items if isinstance(items, list) else ():
             if not isinstance(item, dict):
-                file.count("bad-row", f"no mapping in {fields.lists[0]}", number)
+                file.count("bad-row", f"an item of {fields.lists[0]} is not a mapping", number)
                 continue
             meant = misspelt(tuple(item), known)
             for name in known:
-                hint = f", but with {meant[name]}" if name in meant else ""
+                hint = f", perhaps misspelt as {meant[name]}" if name in meant else ""
                 if name in fields.items and item.get(name) is None and not item.get("tool_calls"):
-                    file.count("bad-row", f"nothing in {name} of {fields.lists[0]}{hint}", number)
+                    file.count("bad-row", f"an item of {fields.lists[0]} lacks {name}{hint}", number)
                 elif hint:
                     file.count("misspelt-field", f"{meant[name]} in {fields.lists[0]}; did you mean {name}?", number)
             if isinstance(item.get("label"), str) and "label" in fields.items:
-                file.count("bad-row", "a text in label, which Axolotl takes for true", number)
+                file.count("bad-row", "label is text, which Axolotl reads as true", number)
         if fields.optional and isinstance(items, list) and items and isinstance(items[0], dict):
             system = row.get("system")
             file.has_system = file.has_system or isinstance(system, str)
@@ -255,35 +255,35 @@ class _Reader:
             self.seen.setdefault(hash(text), f"{file.path}:{number}")
 
 
-# level, problem and remedy by rule; {n} rows, {about} what the kind is, {example} of the first row
+# level, problem and remedy by rule; {n}: the number of rows, {about}: the kind of mistake
 _WORDS: dict[str, tuple[Level, str, str]] = {
-    "bad-row": ("error", "{n} with {about}", "correct or drop them"),
-    "empty-reference": ("warning", "{n} with an empty {about}: nothing is learnt from them", "drop them"),
-    "lacks-system": ("error", "{n} without system, which others have: Axolotl makes it None", 'add it, or ""'),
+    "bad-row": ("error", "{n}: {about}", "correct or drop these rows"),
+    "empty-reference": ("warning", "{n} with an empty {about}: the model learns nothing", "drop these rows"),
+    "lacks-system": ("error", "{n} without the field system, which Axolotl fills with None", 'add it, or ""'),
     "no-format": (
         "error",
-        "{n} without {about}: no_input_format is not set, so that Axolotl takes its own prompt, and not format",
-        "set it, too",
+        "{n} without {about}: Axolotl uses its own prompt, not format",
+        "set no_input_format",
     ),
-    "misspelt-field": ("warning", "{n} with the field {about}", ""),
-    "special-token": ("warning", "{n} with the text {about}, which the tokenizer reads as its special token", ""),
-    "repeated-row": ("warning", "{n} seen before", ""),
-    "leaked-row": ("warning", "{n} that the training data has too: their score says little", "drop them there"),
+    "misspelt-field": ("warning", "{n} with the unread field {about}", ""),
+    "special-token": ("warning", "{n} with the text {about}, which the tokenizer reads as a special token", ""),
+    "repeated-row": ("warning", "{n}: repeated", ""),
+    "leaked-row": ("warning", "{n} also in the training data: scores mean little", "drop them from that data"),
 }
 
 
 def _findings(file: _File) -> Iterator[Finding]:
-    """One finding for each kind of mistake in a file, at the first row that has it."""
-    if file.bytes and not file.rows:  # a file of no bytes is a finding already
+    """One finding for each kind of mistake in a file, at the first row concerned."""
+    if file.bytes and not file.rows:  # another rule reports an empty file
         yield Finding("error", "bad-row", f"{file.key}.path", "no rows", where=str(file.path))
     for (rule, about), (line, example) in file.first.items():
         if rule == "lacks-system" and not file.has_system:
             continue
         level, problem, remedy = _WORDS[rule]
         count = file.counts[rule, about]
-        if example.startswith("fields: ") and count == file.rows:  # rows of another form, none of which is to blame
+        if example.startswith("fields: ") and count == file.rows:  # the type is wrong, not the rows
             form = datafiles.form_of(example.removeprefix("fields: ").split(", "))
-            remedy = f"set {yamlfiles.write_flow(form or {'type': {'field_output': 'answer'}})[1:-1]} to read theirs"
+            remedy = f"set {yamlfiles.write_flow(form or {'type': {'field_output': 'answer'}})[1:-1]} to read them"
         text = problem.format(n="1 row" if count == 1 else f"{count} rows", about=about)
         text += f" ({example})" if example else ""
         yield Finding(level, rule, f"{file.key}.path", text, remedy, str(file.path), line)

@@ -1,4 +1,4 @@
-"""The JSON Schema of Axolotl's configuration, which tools/schemas.py writes, applied without importing Axolotl."""
+"""Validation by Axolotl's JSON Schema, which tools/schemas.py writes, without importing Axolotl."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -20,31 +20,32 @@ FILE = RECIPES / "axolotl.schema.json"
 
 @cache
 def load() -> Config:
-    """The schema of the Axolotl that this project was made for."""
+    """The schema of the Axolotl version that this project supports."""
     import orjson
 
     return orjson.loads(FILE.read_bytes())
 
 
 def findings(content: Config) -> Iterator[Finding]:
-    """Each place where a config breaks the schema, in the order of the config's keys."""
+    """Findings for values that break the schema, in the order of the config's keys."""
     import jsonschema
 
     plugins = content.get("plugins")
     names = [name for name in plugins if isinstance(name, str)] if isinstance(plugins, list) else []
-    # plugins that are neither Axolotl's nor this project's: their keys are not known here
+    # plugins from elsewhere, whose keys the schema does not list
     foreign = [name for name in names if name not in load()["x-plugins"] and not name.startswith("qlora_recipes.")]
     for error in jsonschema.Draft202012Validator(load()).iter_errors(content):
         for cause in _closest(error):
             for finding in _as_findings(cause, foreign):
                 if is_secret(finding.key):
-                    finding.problem = "its value is not allowed"  # and stays unsaid
+                    finding.problem = "value not allowed"  # without the value, which is secret
                 yield finding
 
 
 def usable(content: Config, broken: Iterable[Finding]) -> tuple[Config, set[str]]:
-    """A config without the values that break the schema, for rules, and the top-level keys that these are
-    part of. An item of a list becomes None, so that the others keep their positions."""
+    """Remove the values that break the schema; return the config and the top-level keys concerned.
+
+    A removed list item becomes None, so that the other items keep their positions."""
     keys = [finding.key for finding in broken if finding.rule in ("value", "plugin-key")]
     for key in keys:
         with suppress(UserError):  # a key with a dot in it
@@ -53,12 +54,12 @@ def usable(content: Config, broken: Iterable[Finding]) -> tuple[Config, set[str]
 
 
 def _closest(error: Any) -> Iterator[Any]:
-    """The errors behind one of anyOf, in the alternative that the value comes nearest to.
+    """The causes of an anyOf error, in the alternative nearest to the value.
 
-    jsonschema's best_match prefers the deepest error: it takes a misspelt key of a data set for a synthetic one's.
+    jsonschema's best_match prefers the deepest error: it matches a data set with a misspelt key to the synthetic type.
     """
     alternatives = [list(causes) for _, causes in groupby(error.context or (), lambda cause: cause.schema_path[0])]
-    # an alternative of another type says least about what was meant; then the one with the fewest mistakes
+    # prefer alternatives of the value's type, then the fewest mistakes
     nearest = min(alternatives, key=lambda errors: (_is_other_type(errors), sum(map(_mistakes, errors))), default=[])
     if not nearest or _is_other_type(nearest) or error.validator != "anyOf":
         yield error
@@ -68,12 +69,12 @@ def _closest(error: Any) -> Iterator[Any]:
 
 
 def _mistakes(error: Any) -> int:
-    """Number of mistakes that an error stands for: each unknown key is one."""
+    """Number of mistakes in an error; each unknown key counts as one."""
     return len(_unknown(error)) if error.validator == "additionalProperties" else 1
 
 
 def _unknown(error: Any) -> list[str]:
-    """The keys of a mapping that its schema does not have."""
+    """The keys of a mapping that are missing in the schema."""
     return [key for key in error.instance if key not in error.schema.get("properties", {})]
 
 
@@ -82,7 +83,7 @@ def _is_other_type(errors: list[Any]) -> bool:
 
 
 _TYPES = {
-    "integer": "a whole number",
+    "integer": "an integer",
     "number": "a number",
     "string": "text",
     "boolean": "true or false",
@@ -92,28 +93,28 @@ _TYPES = {
 
 
 def _as_findings(error: Any, foreign: list[str]) -> Iterator[Finding]:
-    """One of jsonschema's errors as findings, with near names."""
+    """Convert an error of jsonschema to findings, with similar names as hints."""
     path = ".".join(map(str, error.absolute_path))
     start = f"{path}." if path else ""
     value = error.instance
     if error.validator == "additionalProperties":
         for key in _unknown(error):
             near = did_you_mean(key, error.schema.get("properties", {}))
-            problem = f"no key of Axolotl's{near or '; it would be ignored'}"
+            problem = f"unknown to Axolotl{near or ', which would ignore it'}"
             if value[key] is None:
-                yield Finding("warning", "unknown-key", f"{start}{key}", problem, "it is empty: delete it")
-            elif foreign and not path:  # it may be that plugin's
-                yield Finding("warning", "unknown-key", key, problem, f"or is it one of {foreign[0]}?")
+                yield Finding("warning", "unknown-key", f"{start}{key}", problem, "delete the empty key")
+            elif foreign and not path:  # perhaps a key of that plugin
+                yield Finding("warning", "unknown-key", key, problem, f"or does it belong to {foreign[0]}?")
             else:
                 yield Finding("error", "unknown-key", f"{start}{key}", problem)
     elif "errorMessage" in error.schema:
         yield Finding("error", "plugin-key", path, error.schema["errorMessage"], "add it, or delete the key")
     elif error.validator == "required":
         for key in [key for key in error.validator_value if key not in value]:
-            yield Finding("error", "missing-key", f"{start}{key}", "has to be set")
+            yield Finding("error", "missing-key", f"{start}{key}", "missing; set it")
     elif error.validator == "enum":
         choices = [str(choice) for choice in error.validator_value]
-        near = did_you_mean(str(value), choices) or (f"; one of {', '.join(choices)}" if len(choices) < 40 else "")
+        near = did_you_mean(str(value), choices) or (f"; choose {', '.join(choices)}" if len(choices) < 40 else "")
         yield Finding("error", "value", path, f"{_as_yaml(value)} is not an allowed value{near}", _how_to_write(value))
     elif error.validator in ("anyOf", "type"):
         types = [cause.validator_value for cause in (error, *error.context) if cause.validator == "type"]
@@ -124,13 +125,13 @@ def _as_findings(error: Any, foreign: list[str]) -> Iterator[Finding]:
 
 
 def _as_yaml(value: Any) -> str:
-    """A value as it is written in YAML, shortened."""
+    """A value in YAML notation, shortened."""
     text = yamlfiles.write_flow(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _how_to_write(value: Any) -> str:
-    """The remedy for a value that YAML reads as another type than its writer meant."""
+    """The remedy for a value that YAML reads as an unintended type."""
     if isinstance(value, bool):
         return "YAML reads yes, no, on and off as true or false; put text in quotes"
     if isinstance(value, str) and re.fullmatch(r"[-+.\deE_]+|true|false|null", value):

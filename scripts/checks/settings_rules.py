@@ -1,4 +1,4 @@
-"""Rules about settings: whether they are complete, fit each other, and suit the GPUs and installed packages."""
+"""Rules about settings: missing, contradictory, or unsuited to the GPUs or installed packages."""
 
 import re
 
@@ -12,8 +12,9 @@ from .finding import Case, Level, Problems, rule
 
 @rule
 def two_precisions(case: Case) -> Problems:
-    """bf16 wins and fp16 or float16 is dropped without a message; float16 needs bf16: false, because the default, auto,
-    is on for every GPU (see `precision`). transformers' TrainingArguments refuses fp16 beside bfloat16."""
+    """Axolotl takes bf16 and silently drops fp16 or float16; transformers refuses fp16 beside bfloat16.
+
+    float16 needs bf16: false, because auto, the default, turns bf16 on for every GPU (see `precision`)."""
     ignored = next((key for key in ("fp16", "float16") if case[key]), None)
     if not ignored or precision(case.config, on_gpu=True).weights != "bfloat16":
         return
@@ -26,25 +27,24 @@ def two_precisions(case: Case) -> Problems:
 
 @rule
 def gpu_lacks(case: Case) -> Problems:
-    """Features that a GPU has no hardware for.
+    """Features that the GPU's hardware lacks.
 
-    torch for CUDA 13 is built from compute capability 7.5 on. bf16 came with 8.0; below, torch emulates it slowly and
-    reports it as supported, so that Axolotl's bf16: auto, its default, turns it on (seen). FlashAttention 2 and
-    SageAttention need 8.0, FlashAttention 3 is for 9.0 alone, 4 for 9.0 and newer (their READMEs); torch's varlen_attn,
-    which Axolotl takes for packed rows (loaders/patch_manager.py), is a FlashAttention; transformers refuses tf32 below
-    8.0; Triton, in which Liger, cut cross entropy and the MLP's LoRA kernel are written (SwiGLU and GEGLU), supports
-    cards from 8.0 on (its README).
+    torch for CUDA 13 needs compute capability 7.5. bf16 needs 8.0: below, torch emulates bf16 slowly and reports it as
+    supported, so that Axolotl's default, bf16: auto, turns it on (seen). transformers refuses tf32 below 8.0.
+    FlashAttention 2 and SageAttention need 8.0, FlashAttention 3 exactly 9.0, FlashAttention 4 at least 9.0 (their
+    READMEs). For packed rows Axolotl uses torch's varlen_attn, a FlashAttention (loaders/patch_manager.py). Triton's
+    README asks for 8.0; Liger, cut cross entropy and the LoRA kernel of the MLP (SwiGLU and GEGLU) use Triton.
     """
     if not case.gpu:
         return
     has = case.gpu.capability
     name = str(case.gpu)
     if has < (7, 5) and (torch_cuda() or "").startswith("13."):
-        remedy = "take a GPU from Turing (7.5) on, or torch's build for CUDA 12.6: `make setup CUDA=12.6`"
+        remedy = "use Turing (7.5) or newer, or torch for CUDA 12.6: `make setup CUDA=12.6`"
         yield "error", "base_model", f"torch for CUDA 13 does not run on {name}", remedy
     if has < AMPERE and precision(case.config, on_gpu=True).weights == "bfloat16":
-        default = "" if case["bf16"] is True or case["bfloat16"] else " (auto, the default, turns it on all the same)"
-        problem = f"{name} emulates bf16, slowly{default}"
+        default = "" if case["bf16"] is True or case["bfloat16"] else " (auto, the default, still turns it on)"
+        problem = f"{name} only emulates bf16, slowly{default}"
         yield "error", "bf16", problem, "set fp16: true and bf16: false"
     if has < AMPERE and case["tf32"] is True:
         yield "error", "tf32", f"{name} has no tf32", "set it to false"
@@ -52,15 +52,15 @@ def gpu_lacks(case: Case) -> Problems:
     if not least <= has <= most:
         yield "error", "attn_implementation", f"{case.attention} does not run on {name}", "set sdpa"
     if has < AMPERE and takes_varlen(case.config, case.architecture):
-        problem = f"for packed rows Axolotl takes torch's varlen_attn, which does not run on {name}"
-        yield "error", "sample_packing", problem, "set sdpa_varlen: false, or take the profile packed"
+        problem = f"packed rows use torch's varlen_attn, which does not run on {name}"
+        yield "error", "sample_packing", problem, "set sdpa_varlen: false, or use the profile packed"
     for key, value in case.config.items() if has < AMPERE else ():
         if value and re.fullmatch("liger_.*|cut_cross_entropy|lora_mlp_kernel", key):
-            yield "warning", key, f"Triton, in which its kernels are written, does not support {name}", "delete it"
+            yield "warning", key, f"its kernels need Triton, which does not support {name}", "delete it"
 
 
 _HUB = "kernels-community/"
-_ATTENTION_RUNS_ON = {  # from and to which compute capability
+_ATTENTION_RUNS_ON = {  # lowest and highest compute capability
     **dict.fromkeys(("flash_attention_2", f"{_HUB}flash-attn2"), ((8, 0), (99, 0))),
     **dict.fromkeys(("flash_attention_3", f"{_HUB}flash-attn3", f"{_HUB}vllm-flash-attn3"), ((9, 0), (9, 0))),
     **dict.fromkeys(("flash_attention_4", f"{_HUB}flash-attn4"), ((9, 0), (99, 0))),
@@ -121,27 +121,29 @@ _FROM = {  # where the registry does not have it, or not the one that is needed
 
 @rule
 def no_gpu(case: Case) -> Problems:
-    """A CPU does not train in fp16, into which Axolotl also turns bf16: auto, its default, there; transformers says so
-    once the model is loaded. What else it lacks is in `substitution`, where a rehearsal does without it."""
+    """A CPU lacks GPU features, listed in `substitution`, and does not train in fp16.
+
+    On a CPU Axolotl turns its default, bf16: auto, into fp16; transformers refuses that after loading the model."""
     if not case.launching or case.gpu:
         return
     for change, reason in substitution.lacking(case.config):
         keys = [key for key in change if key not in ("fp16", "float16")]
         if keys:
             key = next(filter(case.__getitem__, keys), keys[0])
-            yield "error", key, f"no NVIDIA GPU was found: {reason}", "--rehearse does without it"
+            yield "error", key, f"no NVIDIA GPU found: {reason}", "add --rehearse, which replaces it"
     if precision(case.config, on_gpu=False).autocast == "float16":
         key = "fp16" if case["fp16"] else "bf16"
-        default = "" if case["fp16"] else ", which bf16: auto, the default, becomes there"
-        problem = f"no NVIDIA GPU was found, and a CPU does not train in fp16{default}"
-        yield "error", key, problem, f"--rehearse tries the recipe with a small model, --set {key}=false trains in fp32"
+        default = "" if case["fp16"] else " (bf16: auto, the default, means fp16 there)"
+        problem = f"no NVIDIA GPU found, and a CPU does not train in fp16{default}"
+        yield "error", key, problem, f"add --rehearse for a small model, or --set {key}=false for fp32"
 
 
 @rule
 def optimizer_and_engine(case: Case) -> Problems:
-    """bitsandbytes' optimizers do not support FSDP2's DTensors; Axolotl refuses only two of them. Where DeepSpeed keeps
-    the optimizer's state in main memory, accelerate puts DeepSpeed's own Adam in the optimizer's place, which decays
-    weights as AdamW does only where it stands for one of 32 bits (map_pytorch_optim_to_deepspeed).
+    """bitsandbytes' optimizers do not support FSDP2's DTensors; Axolotl refuses only two of them.
+
+    With offload_optimizer, accelerate replaces the optimizer by DeepSpeed's Adam. The replacement decays weights like
+    AdamW only if the optimizer was a 32-bit AdamW (map_pytorch_optim_to_deepspeed).
     """
     optimizer = str(case["optimizer"] or "")
     of_bnb = re.search(r"paged|bnb|^(adamw|ademamix|lion|rmsprop)_(8|32)bit$", optimizer)
@@ -151,16 +153,17 @@ def optimizer_and_engine(case: Case) -> Problems:
     offloaded = deepspeed.get("zero_optimization.offload_optimizer.device", "none") != "none"
     replaced = offloaded and deepspeed.get("zero_force_ds_cpu_optimizer", True)
     if replaced and not re.fullmatch("|adamw_torch|adamw_torch_fused|paged_adamw_32bit", optimizer):
-        problem = f"with offload_optimizer, Adam without AdamW's weight decay takes the place of {optimizer}"
-        yield "error", "optimizer", problem, "set adamw_torch, or take the profile zero3-offload"
+        problem = f"offload_optimizer replaces {optimizer} by Adam without AdamW's weight decay"
+        yield "error", "optimizer", problem, "set adamw_torch, or use the profile zero3-offload"
 
 
 @rule
 def packed_weights_cast(case: Case) -> Problems:
-    """Axolotl stores packed 4-bit codes in bfloat16 tensors unless told otherwise (loaders/model.py). DeepSpeed casts
-    each floating-point parameter to the dtype of the training (runtime/engine.py, _cast_module_mixed_precision), FSDP2
-    at each all-gather, and `axolotl inference` casts the whole model: codes are then converted as if they were
-    numbers (seen: loss 4.4 becomes 21.3)."""
+    """Casts destroy packed 4-bit codes, which Axolotl by default stores in bfloat16 tensors (loaders/model.py).
+
+    DeepSpeed casts each floating-point parameter to the training dtype (runtime/engine.py,
+    _cast_module_mixed_precision); FSDP2 casts at each all-gather; `axolotl inference` casts the complete model. Casts
+    treat the codes as numbers (seen: loss 4.4 becomes 21.3)."""
     engine = case["deepspeed"] or case["fsdp_config"]
     of_config = precision(case.config, on_gpu=True)
     trained = of_config.autocast if engine else of_config.weights  # engines cast under autocast only
@@ -169,55 +172,56 @@ def packed_weights_cast(case: Case) -> Problems:
     if not in_four_bits or storage in (trained, "uint8", "int8") or trained is None:
         return
     who = "DeepSpeed" if case["deepspeed"] else "FSDP2" if engine else "`axolotl inference`"
-    problem = f"4-bit weights are stored as {storage}, which {who} casts to {trained}: that destroys them"
+    problem = f"{who} casts the 4-bit weights, stored as {storage}, to {trained} and destroys them"
     level: Level = "error" if engine else "note"
-    yield level, "bnb_config_kwargs", problem, "set its bnb_4bit_quant_storage: uint8, which nothing casts"
+    yield level, "bnb_config_kwargs", problem, "add bnb_4bit_quant_storage: uint8, which nothing casts"
 
 
 @rule
 def engine_needs_gpus(case: Case) -> Problems:
-    """FSDP in one process is silently ignored (accelerate's AcceleratorState)."""
+    """accelerate silently ignores FSDP in a single process (AcceleratorState)."""
     if case.launching and case["fsdp_config"] and case.gpus == 1:
-        yield "error", "fsdp_config", "FSDP2 divides a model among several GPUs, and this run has one", "--gpus N"
+        yield "error", "fsdp_config", "FSDP2 shards a model across GPUs, but this run has one", "pass --gpus N"
 
 
 @rule
 def secret(case: Case) -> Problems:
-    """A run's folder keeps its config, and is meant to be shared."""
+    """A run's folder, which users may share, keeps the config."""
     for key, value in flatten(case.config):
         if isinstance(value, str | list) and is_secret(key, value):
-            what = "" if is_secret(key) else "it holds a secret, which "
-            yield "error", key, f"{what}would be stored in the run's folder", "set it in an environment variable"
+            what = "" if is_secret(key) else "contains a secret, which "
+            yield "error", key, f"{what}would be stored in the run's folder", "use an environment variable instead"
 
 
 @rule
 def no_batch_size(case: Case) -> Problems:
-    """Without it Axolotl trains with one row at a time, in silence (seen)."""
+    """Without micro_batch_size Axolotl silently trains one row at a time (seen)."""
     if not case.is_set("micro_batch_size"):
         yield "error", "micro_batch_size", "not set: Axolotl would take 1", "set it"
 
 
 @rule
 def does_not_divide(case: Case) -> Problems:
-    """The rest is dropped in silence: Axolotl divides batch_size by micro_batch_size and rounds down."""
+    """Axolotl divides batch_size by micro_batch_size and silently rounds down."""
     batch, micro_batch = case["batch_size"], case["micro_batch_size"]
     if batch and micro_batch and batch % micro_batch:
         problem = f"{batch} is not a multiple of micro_batch_size, {micro_batch}"
-        yield "error", "batch_size", problem, "choose one that is"
+        yield "error", "batch_size", problem, "set a multiple"
 
 
 @rule
 def does_not_repeat(case: Case) -> Problems:
-    """Cut cross entropy's own kernels add up gradients under a lock, in whatever order they come to it (tl_lock_add in
-    its cce_backward.py), and torch's switch for deterministic algorithms does not reach them."""
+    """Cut cross entropy's kernels add gradients under a lock, in no fixed order (cce_backward.py, tl_lock_add).
+
+    torch's switch for deterministic algorithms does not affect these kernels."""
     if case["full_determinism"] and (case["cut_cross_entropy"] or "CutCrossEntropyPlugin" in case.plugins):
-        problem = "cut cross entropy adds up gradients in no fixed order, so that runs differ in their last bits"
+        problem = "cut cross entropy adds gradients in no fixed order: runs differ in their last bits"
         yield "warning", "full_determinism", problem, "set cut_cross_entropy: false"
 
 
 @rule
 def scheduler_needs(case: Case) -> Problems:
-    """transformers.get_scheduler fails without these, once the model is loaded."""
+    """transformers.get_scheduler fails without these options, after loading the model."""
     scheduler = case["lr_scheduler"]
     options = case["lr_scheduler_kwargs"] or {}
     needed = _SCHEDULER_NEEDS.get(str(scheduler), ())
@@ -234,36 +238,36 @@ _SCHEDULER_NEEDS = {
 
 @rule
 def never_evaluated(case: Case) -> Problems:
-    """Axolotl evaluates only where there is data for it and a step at which to do so (axolotl/core/builders/base.py).
+    """Axolotl evaluates only with evaluation data and a reachable step (axolotl/core/builders/base.py).
 
-    evals_per_epoch becomes eval_steps = 1 / (evals_per_epoch * num_epochs), a share of the steps, and is dropped in
-    silence where that is 1 or more (axolotl/utils/config, normalize_config).
+    evals_per_epoch becomes eval_steps = 1 / (evals_per_epoch * num_epochs), a share of the steps. Axolotl silently
+    drops a share of 1 or more (axolotl/utils/config, normalize_config).
     """
     asked = [key for key in ("evals_per_epoch", "eval_steps", "eval_strategy") if case[key] and case[key] != "no"]
     has_data = bool(case["test_datasets"] or case["val_set_size"])
     if asked and not case.is_set("test_datasets", "val_set_size"):
-        yield "error", asked[0], "there is no evaluation data", "set test_datasets or val_set_size, or delete the key"
+        yield "error", asked[0], "no evaluation data", "set test_datasets or val_set_size, or delete the key"
     if not has_data or case["eval_strategy"] == "no":
         return
     data = "test_datasets" if case["test_datasets"] else "val_set_size"
     share = (case["evals_per_epoch"] or 0) * case.config.get("num_epochs", 1)
     if not asked and not case.is_set("evals_per_epoch", "eval_steps", "eval_strategy"):
-        yield "warning", data, "nothing says when to evaluate, so it never happens", "set evals_per_epoch"
+        yield "warning", data, "never used: no key sets the time of evaluations", "set evals_per_epoch"
     elif asked == ["evals_per_epoch"] and share <= 1:
-        yield "warning", "evals_per_epoch", "one in all, which Axolotl drops", "write eval_strategy: epoch in its place"
+        yield "warning", "evals_per_epoch", "Axolotl drops a single evaluation", "use eval_strategy: epoch instead"
     elif case.steps and (case["eval_steps"] or 0) > case.steps:
-        yield "warning", "eval_steps", f"the training has at most {case.steps} steps, so it never evaluates", "lower it"
+        yield "warning", "eval_steps", f"no evaluation: training has at most {case.steps} steps", "lower it"
 
 
 @rule
 def never_saved(case: Case) -> Problems:
-    """Without a checkpoint an interrupted run starts over; the adapter is saved at the end in any case."""
+    """Without checkpoints an interrupted run starts over; Axolotl always saves the adapter at the end."""
     if case.steps and (case["save_steps"] or 0) > case.steps:
-        yield "warning", "save_steps", f"the training has at most {case.steps} steps, so it never saves one", "lower it"
+        yield "warning", "save_steps", f"no checkpoint: training has at most {case.steps} steps", "lower it"
 
 
 @rule
 def long_warm_up(case: Case) -> Problems:
-    """The learning rate then never reaches its value."""
+    """The learning rate never reaches its full value during such a warm-up."""
     if case.steps and (case["warmup_steps"] or 0) >= case.steps:
-        yield "error", "warmup_steps", f"as long as the whole training of {case.steps} steps", "lower it"
+        yield "error", "warmup_steps", f"warm-up never ends: training has at most {case.steps} steps", "lower it"

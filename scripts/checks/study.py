@@ -1,4 +1,4 @@
-"""Contradictions between a study's study.yaml, its recipes, its data and its sample."""
+"""Contradictions between study.yaml and the study's recipes, data and sample."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +16,9 @@ from .finding import Finding, Level
 
 
 def findings(of_study: Study) -> list[Finding]:
-    """The faults of a study, errors first.
+    """The mistakes in a study, errors first.
 
-    Mistakes within study.yaml itself are reported when it is loaded, see `study.load`.
+    Loading study.yaml reports the mistakes within that file; see `study.load`.
     """
     names = [name for name in paths.recipe_names() if name.startswith(f"{of_study.folder.name}/")]
     found = [_finding(of_study, "error", mistake) for mistake in _errors(of_study, names)]
@@ -49,19 +49,19 @@ def _errors(of_study: Study, names: list[str]) -> Iterator[Mistake]:
     recipes, templates = next(home for home in paths.homes() if home[0].absolute() == of_study.folder.parent)
     try:
         if render.drift(render.rendered(templates), recipes):
-            yield (), "recipes differ from their templates; `recipe render --check` shows how, `recipe render` mends it"
+            yield (), "recipes differ from their templates; see `recipe render --check`, then run `recipe render`"
     except UserError as error:
-        yield (), f"its templates cannot be rendered: {error}"
+        yield (), f"templates cannot be rendered: {error}"
     try:
         prepare.check_expressions(of_study)
         for input_format in of_study.data.formats if of_study.data.sample else ():
             sample.rehearsal_data(of_study, input_format)
     except UserError as error:
-        yield ("data", "sample" if of_study.data.sample else "fields"), f"no rows can be made: {error}"
+        yield ("data", "sample" if of_study.data.sample else "fields"), f"rows cannot be prepared: {error}"
 
 
 def _warnings(of_study: Study, names: list[str]) -> Iterator[Mistake]:
-    """Recipes that study.yaml does not name, or that train on other rows, and a missing sample."""
+    """Recipes missing in study.yaml, recipes that train on other rows, and a missing sample."""
     data = of_study.data
     made = {Path(form.folder, f"{split}.jsonl") for form in data.formats.values() for split in data.splits}
     for name in names:
@@ -70,6 +70,6 @@ def _warnings(of_study: Study, names: list[str]) -> Iterator[Mistake]:
         for key, entry in datafiles.datasets(yamlfiles.read_yaml(paths.recipe_file(name))):
             if Path(str(entry.get("path"))) not in made:
                 there = ", ".join(map(str, sorted(made)))
-                yield ("data", "splits"), f"{name} has {entry.get('path')} as {key}.path; the splits make {there}"
+                yield ("data", "splits"), f"{name} reads {entry.get('path')} ({key}.path); the splits write {there}"
     if not data.sample:
-        yield ("data",), "no sample: rehearsals use another study's rows; put a few rows into a folder, and name it"
+        yield ("data",), "no sample: rehearsals use another study's rows; set sample to a folder with a few rows"

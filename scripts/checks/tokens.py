@@ -1,4 +1,6 @@
-"""Rows of a config as Axolotl's own code tokenizes them. Importing this imports Axolotl: some 10 s."""
+"""Rows of a config, tokenized by Axolotl's own code.
+
+Importing this module imports Axolotl, which takes some 10 s."""
 
 import math
 import os
@@ -33,7 +35,7 @@ _NO_LIMIT = 2**24  # tokens
 
 
 class Tokenizer:
-    """A config's tokenizer with its special tokens set, as a training has it.
+    """A config's tokenizer with special tokens set as in training.
 
     Raises:
         UserError: Axolotl refuses the config, or the tokenizer is not on this machine.
@@ -43,24 +45,24 @@ class Tokenizer:
         try:
             self.cfg = as_trained(content)
             self.tokenizer = load_tokenizer(self.cfg)
-        except Exception as error:  # plugins, validators and tokenizers can raise anything
-            raise UserError(f"{content.get('base_model')}: its tokenizer cannot be loaded: {error}") from None
+        except Exception as error:  # plugins, validators and tokenizers can raise any exception
+            raise UserError(f"{content.get('base_model')}: cannot load the tokenizer: {error}") from None
 
     def tokenize(self, key: str, rows: Sequence[Row]) -> list[Tokens]:
-        """Rows of the data set at a key such as `datasets.0`, not cut. Raises as `tokenize`."""
+        """Tokenize rows of the data set at a key such as `datasets.0`, without cutting. Raises as `tokenize`."""
         section, _, position = key.partition(".")
         dataset = self.cfg[section][int(position)]
-        pieces = dataset["type"] == "completion"  # which Axolotl makes rows of sequence_len tokens from
+        pieces = dataset["type"] == "completion"  # Axolotl splits these rows into rows of sequence_len tokens
         longest = self.cfg.sequence_len if pieces else _NO_LIMIT
         return tokenize(key, self.cfg, dataset, self.tokenizer, rows, longest)
 
     def load(self, key: str) -> list[Row]:
-        """Rows of a data set as loaded by Axolotl: its split, shard and weight.
+        """Load rows of a data set as Axolotl does, with split, shard and weight.
 
-        That is Axolotl's own code (axolotl/utils/data/sft.py), stopped before it tokenizes them.
+        This calls Axolotl's own code (axolotl/utils/data/sft.py) and skips tokenization.
 
         Raises:
-            UserError: they cannot be loaded.
+            UserError: Axolotl cannot load the rows.
         """
         section, _, position = key.partition(".")
         dataset = self.cfg[section][int(position)]
@@ -73,25 +75,25 @@ class Tokenizer:
                         part, self.cfg, self.tokenizer, split, self.cfg.seed
                     )
                     rows += loaded
-        except Exception as error:  # anything between a file and a hub
-            problem = f"its rows cannot be loaded: {type(error).__name__}: {error}"
+        except Exception as error:  # files, the network and the hub can raise any exception
+            problem = f"cannot load the rows: {type(error).__name__}: {error}"
             raise UserError(f"{key}: {dataset['path']}: {problem}") from None
         return rows
 
     def held_out(self) -> list[tuple[str, Row]]:
         """Rows that val_set_size holds out, in order, each with the key of its data set.
 
-        Axolotl divides tokenized rows, after it has merged, shuffled and filtered them. So it is asked for those, which
-        it has on disk after a training, and the rows as written are found by their tokens.
+        Axolotl splits off tokenized rows, after merging, shuffling and filtering; training leaves them on disk. This
+        method takes the held-out tokens from Axolotl and finds the original rows by their tokens.
 
         Raises:
-            UserError: they cannot be loaded, or distinguished from the others.
+            UserError: the rows cannot be loaded or found.
         """
         try:
-            with patch.dict(os.environ, AXOLOTL_IS_PREPROCESS="1"):  # it need not count the steps of packed rows
+            with patch.dict(os.environ, AXOLOTL_IS_PREPROCESS="1"):  # skips counting the steps of packed rows
                 held_out = prepare_datasets(self.cfg, self.tokenizer)[1]
         except Exception as error:
-            problem = f"the rows that it holds out cannot be had: {type(error).__name__}: {error}"
+            problem = f"cannot load the held-out rows: {type(error).__name__}: {error}"
             raise UserError(f"val_set_size: {problem}") from None
         positions = defaultdict(list)
         for position, ids in enumerate(held_out["input_ids"]):
@@ -109,16 +111,16 @@ class Tokenizer:
                         if same := positions.get(tuple(tokens.ids[:cut])):
                             found[same.pop(0)] = key, row
         if len(found) < len(held_out):
-            raise UserError(f"val_set_size: {len(held_out) - len(found)} rows that it holds out are not in the data")
+            raise UserError(f"val_set_size: {len(held_out) - len(found)} held-out rows are missing in the data")
         return [found[position] for position in range(len(held_out))]
 
 
 def by_token(content: Config, count: int) -> list[Row]:
-    """The first rows of each training data set as they are trained on.
+    """The first rows of each training data set, tokenized as in training.
 
     Returns:
-        For each row the data set's key, the row's number, its length and how many tokens carry loss, whether it is
-        longer than sequence_len, its token ids and labels, and its text, in which ⟪ and ⟫ enclose what carries loss.
+        For each row: key of the data set, row number, length, number of tokens that carry loss, true if longer than
+        sequence_len, token ids, labels, and text. In the text, ⟪ and ⟫ enclose tokens that carry loss.
     """
     tokenizer = Tokenizer(content)
     rows = []
@@ -145,17 +147,17 @@ def by_token(content: Config, count: int) -> list[Row]:
 
 
 def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[list[Finding], list[Row]]:
-    """Judge each data set's rows by their tokens and labels, and measure their lengths.
+    """Check each data set's tokenized rows and measure their lengths.
 
     Args:
         content: the config.
-        most: about how many rows of each data set to tokenize, micro batches from all over it; None for all.
-        gpus: how many train it.
+        most: the approximate number of rows to tokenize in each data set, in evenly spaced micro batches; None for all.
+        gpus: the number of GPUs that train.
 
     Returns:
-        Findings, and for each data set: the rows that are there, those read, and those made of these; of the latter
-        tokens, tokens with loss, percentiles of the length, those longer than sequence_len, and the share of padding in
-        batches of micro_batch_size rows, in the order of one shuffle unless the file's order is kept.
+        Findings, and for each data set: the numbers of rows present, read and tokenized. For tokenized rows: tokens,
+        tokens with loss, percentiles of the length, the number of rows longer than sequence_len, and the share of
+        padding in batches of micro_batch_size rows. Batches follow one shuffle, or the file's order if training does.
     """
     tokenizer = Tokenizer(content)
     cfg = tokenizer.cfg
@@ -199,11 +201,11 @@ def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[li
 
 
 class _Read:
-    """Tokenized rows of one data set, and mistakes in them by rule and subject.
+    """Statistics of one data set's tokenized rows, and mistakes by rule and subject.
 
     Args:
-        tokenizer: the config's.
-        key: the data set's.
+        tokenizer: the config's tokenizer.
+        key: the data set's key.
     """
 
     def __init__(self, tokenizer: Tokenizer, key: str):
@@ -214,16 +216,16 @@ class _Read:
         self.ends = taught_ends(tokenizer.cfg, tokenizer.tokenizer)
         self.rows = self.learnt = 0
         self.sizes: list[int] = []
-        # the writer of an input_output row puts the end of the model's texts there, which the stand-in does not know
+        # the author of an input_output row writes the end token; the stand-in's tokenizer may not know it
         self.learns_end = self.dataset["type"] == "input_output" and stands_in(tokenizer.cfg)
         self.found: dict[tuple[str, str], list[str]] = defaultdict(list)
 
     def add(self, rows: Sequence[tuple[str, Row]]) -> bool:
-        """Tokenize more rows, each with its file and line; False where Axolotl cannot."""
+        """Tokenize more rows, each with file and line; False if Axolotl fails."""
         try:
             tokenized = self.tokenizer.tokenize(self.key, [row for _, row in rows])
         except UserError as error:
-            middle = len(rows) // 2  # halved until the first row that fails is alone, unless only both together fail
+            middle = len(rows) // 2  # bisect to the first failing row, unless the rows fail only together
             if not middle or (self.add(rows[:middle]) and self.add(rows[middle:])):
                 self.found["bad-row", str(error).partition(": ")[2]].append(rows[middle][0])
             return False
@@ -244,36 +246,36 @@ class _Read:
         return True
 
     def findings(self) -> Iterator[Finding]:
-        """The findings, at the first row that has each."""
+        """Findings, each at the first row concerned."""
         cfg, sizes, data = self.tokenizer.cfg, self.sizes, f"{self.key}.path"
         for (rule, about), places in self.found.items():
             file, _, line = places[0].rpartition(":")
             where: tuple[str, int] = (file, int(line))
             rows = "1 row" if len(places) == 1 else f"{len(places)} rows"
             if rule == "bad-row":
-                yield Finding("error", rule, data, about, "correct the rows, or their type or template", *where)
+                yield Finding("error", rule, data, about, "correct the rows, the type or the template", *where)
             elif rule == "unknown-role":
-                problem = f"{rows} with the role {about[:60]}, which neither roles nor the template names"
+                problem = f"{rows} with the role {about[:60]}, unknown to `roles` and the template"
                 near = did_you_mean(about.lower(), [*self.chats.prompter.roles])
-                yield Finding("warning", rule, data, f"{problem}{near}", "correct it, or name it in roles", *where)
+                yield Finding("warning", rule, data, f"{problem}{near}", "correct it, or add it to `roles`", *where)
             else:
                 level: Level = "error" if len(places) == self.rows else "warning"
-                problem = f"{rows} without a token to learn, which Axolotl drops: an empty answer, or another role"
-                yield Finding(level, rule, data, problem, "correct them, or leave them out", *where)
+                problem = f"{rows} without tokens that carry loss (empty answer, or wrong role): Axolotl drops them"
+                yield Finding(level, rule, data, problem, "correct or drop these rows", *where)
         long = sum(size > cfg.sequence_len for size in sizes)
         if long:
             becomes = {"truncate": "cut", "raise": "an error"}.get(cfg.excess_length_strategy, "dropped")
-            problem = f"{long} of {len(sizes)} rows are longer than sequence_len, {cfg.sequence_len}: {becomes}"
+            problem = f"{long} of {len(sizes)} rows exceed sequence_len, {cfg.sequence_len}: {becomes}"
             fatal = becomes == "an error" or (long == len(sizes) and becomes == "dropped")
             longest = f"the longest has {max(sizes)} tokens"
             yield Finding("error" if fatal else "warning", "too-long", data, problem, longest)
         if sizes and not self.learns_end and self.key.startswith("datasets"):
-            problem = "no token that ends a text carries loss in any row: the model would not learn to stop"
-            yield Finding("warning", "eos-masked", f"{self.key}.type", problem, "see --show-tokens")
+            problem = "no end token carries loss: the model would not learn to stop"
+            yield Finding("warning", "eos-masked", f"{self.key}.type", problem, "inspect rows with --show-tokens")
 
 
 def _unknown_roles(strategy: Any, row: Row) -> set[str]:
-    """Roles of a row that neither its data set nor the template names."""
+    """Roles of a row that are unknown to its data set and the template."""
     roles = {strategy.transform_message(message)["role"] for message in strategy._get_messages(row)}
     template = strategy.prompter.chat_template
     known = {*strategy.prompter.roles.values(), *strategy.roles_to_train}
@@ -281,9 +283,9 @@ def _unknown_roles(strategy: Any, row: Row) -> set[str]:
 
 
 def _without_batch(cfg: Any, sizes: list[int], gpus: int) -> Iterator[Finding]:
-    """Finding if packed rows fill no micro batch on each GPU: Axolotl trains no step.
+    """Error if packed rows do not fill a micro batch on each GPU: Axolotl then trains no step.
 
-    They are packed by Axolotl's own sampler (axolotl/core/trainers/base.py, _create_multipack_sampler).
+    Axolotl's own sampler packs the rows (axolotl/core/trainers/base.py, _create_multipack_sampler).
     """
     real = cfg.multipack_real_batches
     apart = not cfg.attn_supports_packing if real is None else real
@@ -298,20 +300,20 @@ def _without_batch(cfg: Any, sizes: list[int], gpus: int) -> Iterator[Finding]:
     sequences, needed = len(sampler), cfg.micro_batch_size if apart else 1
     if sequences < needed * gpus:
         each = f" on each of {gpus} GPUs" if gpus > 1 else ""
-        problem = f"the rows fill {sequences} packed sequences, a micro batch takes {needed}{each}: no step is trained"
+        problem = f"no step: the rows fill {sequences} packed sequences, but a micro batch needs {needed}{each}"
         fewer = f"micro_batch_size={sequences // gpus}" if sequences >= gpus else "sample_packing=false"
-        yield Finding("error", "no-batch", "micro_batch_size", problem, f"--set {fewer}, or more rows")
+        yield Finding("error", "no-batch", "micro_batch_size", problem, f"pass --set {fewer}, or add rows")
 
 
 def _kept(cfg: Any, sizes: list[int]) -> list[int]:
-    """The lengths of the rows that are trained on, once the long ones are dropped or cut."""
+    """Lengths of the training rows after Axolotl drops or cuts long rows."""
     cuts = cfg.excess_length_strategy == "truncate"
     return [min(size, cfg.sequence_len) for size in sizes if cuts or size <= cfg.sequence_len]
 
 
 def _padding(cfg: Any, kept: list[int]) -> float:
-    """The share of padding among all tokens, as Axolotl's collator pads batches (core/builders/causal.py)."""
-    if not cfg.curriculum_sampling:  # which keeps the order of the file
+    """Share of padding among all tokens, with batches padded by Axolotl's collator (core/builders/causal.py)."""
+    if not cfg.curriculum_sampling:  # curriculum sampling keeps the order of the file
         random.Random(cfg.seed).shuffle(kept)
     multiple = (cfg.pad_to_multiple_of or 64) if cfg.pad_to_sequence_len is not False else 1
     padded = 0
@@ -322,8 +324,9 @@ def _padding(cfg: Any, kept: list[int]) -> float:
 
 
 def _numbered(dataset: Config, every: int = 1, batch: int = 1) -> Iterator[tuple[str, Row]]:
-    """The rows of a data set's local JSONL files that its split takes, each with its file and line; of each so many
-    batches of lines only the first one's."""
+    """Rows of a data set's local JSONL files within its split, each with file and line.
+
+    Reads one in `every` batches of `batch` lines."""
     rows = (row for file in datafiles.jsonl_files(dataset) for row in _of_file(file, every, batch))
     first = datafiles.first_rows(dataset)
     return islice(rows, first and math.ceil(first / every))

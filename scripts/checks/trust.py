@@ -1,4 +1,4 @@
-"""Reuse of a run's folder: trust by a keyed hash, consent to code in its config, and a rehearsal's model."""
+"""Trust in an existing run folder: keyed hash, untrusted code, and the rehearsal's model."""
 
 import hashlib
 import hmac
@@ -24,7 +24,7 @@ from .finding import Case, refuse
 def seal(folder: RunDir, record: Run) -> str | None:
     """Keyed hash of a run's config and Axolotl's arguments; None without a key.
 
-    Whoever hands a run on does not have the key."""
+    The key stays with this user, so that nobody else can create a valid hash."""
     with suppress(OSError, UserError):
         key = (make_once(paths.kept() / "seal", _make_key) / "key").read_bytes()
         content = [folder.config.read_text(), record.cwd, record.axolotl_arguments, record.forced]
@@ -38,22 +38,22 @@ def _make_key(folder: Path) -> None:
 
 
 def is_own(folder: RunDir, record: Run) -> bool:
-    """True if a command of this user's created a run, and nothing was changed in it since."""
+    """True if this user created a run, and its hashed files are unchanged."""
     own = seal(folder, record) if record.seal else None
     return own is not None and hmac.compare_digest(own, record.seal or "")
 
 
 def refuse_code(folder: RunDir, record: Run, config: Config, force: Sequence[str] = ()) -> None:
-    """Refuse a run's model if its config names foreign code without consent.
+    """Refuse a run whose config names untrusted code, unless the user overrides the finding.
 
     Args:
-        folder: the run's.
-        record: its record; what it says was agreed to counts only for this user's own run.
-        config: its config.
-        force: the names of findings that are overridden; there may be others.
+        folder: the run's folder.
+        record: the run's record; its overrides count only if this user created the run.
+        config: the run's config.
+        force: the names of findings to override; other names are ignored.
 
     Raises:
-        UserError: something of it needs consent.
+        UserError: a finding about code is not overridden.
     """
     usable, wrong = schema.usable(config, schema.findings(config))
     found = [finding for finding in rule_findings(Case(usable, wrong)) if finding.scope == "code"]
@@ -64,10 +64,10 @@ def refuse_code(folder: RunDir, record: Run, config: Config, force: Sequence[str
 
 
 def restore_stand_in(folder: RunDir, record: Run) -> None:
-    """Convert a rehearsal's stand-in model again where it is gone from the cache.
+    """Restore a rehearsal's stand-in model if the cache lacks it.
 
     Raises:
-        UserError: it is that of another version of its package.
+        UserError: the model comes from another version of its package.
     """
     if record.rehearsal and folder.config.is_file():
         substitution.restore(Path(str(yamlfiles.read_yaml(folder.config).get("base_model"))))
