@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,10 @@ from pathlib import Path
 import click
 import pytest
 from command_line import ALL, COMMANDS, parsed
+from conftest import Recipe
 
+from qlora_recipes.base import paths
+from qlora_recipes.base.files import write_rows
 from qlora_recipes.checks.check import RULES
 from qlora_recipes.configs import datafiles
 from qlora_recipes.configs.compose import Request, compose
@@ -24,6 +28,7 @@ FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(
     r"^(?:\$ |!)?(?:timeout .* 10h )?(?:\.venv/bin/)?(recipe (?!.*--help|--install)\S.*)", re.MULTILINE
 )
+NAME = re.compile(r"\[([a-z-]+:\S+)\]$")  # of a finding
 OF_OTHERS = {"--env", "--foreground", "--gres", "--secret"}  # options of timeout, sbatch and SkyPilot
 
 
@@ -55,6 +60,28 @@ def test_every_command_in_a_block_of_code_parses(tmp_path: Path, monkeypatch: py
             wrong.append(f"{page}: {line}: {error.format_message()}")
     assert wrong == []
     assert len(EXAMPLES) > 100
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_offline_examples_run_and_print_as_shown(page: Path, recipe: Recipe, tmp_path: Path) -> None:
+    offline = {"diff", "list", "new", "render", "show", "study"}
+    chats = {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}
+    write_rows(tmp_path / "mine.jsonl", [chats] * 100)
+    text = (paths.RECIPES / "haider2024" / "llama-3-8b.yaml").read_text()
+    for right, wrong in (("weight_decay:", "weight_decai:"), ("- v_proj", "- v_prj"), ("bf16: false", "bf16: true")):
+        text = text.replace(right, wrong)
+    (tmp_path / "mine.yaml").write_text(text.replace("fp16: true", "fp16: false"))
+    for block in FENCE.findall(page.read_text()):
+        shown = block.splitlines()[2:-1] if block.startswith("```\n$ ") else []
+        for line in COMMAND.findall(block):
+            verb, *words = shlex.split(line, comments=True)[1:]
+            if verb in offline or (shown and verb in {"check", "results"}):
+                done = recipe(verb, *words)
+                assert done.returncode == (2 if verb == "check" else 0), (line, done.stderr)
+                printed = done.stdout.splitlines()
+                names = [{name for row in rows for name in NAME.findall(row)} for rows in (shown, printed)]
+                assert names[0] <= names[1], line
+                assert not shown or names[0] or shown[0].split() in [row.split() for row in printed]
 
 
 def unknown(words: list[str]) -> Iterator[str]:
