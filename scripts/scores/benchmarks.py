@@ -1,4 +1,4 @@
-"""Benchmarks of a run's model by lm-evaluation-harness, with base model and adapter as an evaluation loads them."""
+"""Measure a run's model by lm-evaluation-harness, loaded as for predictions."""
 
 import hashlib
 import math
@@ -26,24 +26,27 @@ if TYPE_CHECKING:
     from .prompter import Prompter
 
 ROWS = 8
-"""Rows of a batch, unless another number is asked for."""
+"""Default number of rows in a batch."""
 
 
 def require(columns: Mapping[str, Column]) -> None:
-    """Raise UserError for a task that the harness lacks, before anything is generated."""
+    """Raise UserError for a task that the harness lacks."""
     for column in columns.values():
         if column.metric.of_model:
             _located(column)
 
 
 def of_evaluation(evaluation: Evaluation | None) -> dict[str, Column]:
-    """Benchmarks among the columns of an evaluation."""
+    """Benchmark columns of an evaluation."""
     columns = evaluation.columns if evaluation else {}
     return {name: column for name, column in columns.items() if column.metric.of_model}
 
 
 def kept(asked: Mapping[str, Column], former: Evaluation, limit: int | None) -> dict[str, Benchmark]:
-    """Benchmarks of an evaluation of the same model, except those requested with other parameters."""
+    """Benchmark results of an evaluation that remain valid.
+
+    A result is dropped if its column is now requested with other parameters or another limit.
+    """
     found = {}
     for name, column in of_evaluation(former).items():
         if column.same_scores(asked.get(name, column)) and f"{name}_benchmark" in former.scores:
@@ -62,21 +65,21 @@ def measured(
     limit: int | None = None,
     rehearsal: bool = False,
 ) -> dict[str, Benchmark]:
-    """Scores of tasks by the harness, unless an evaluation of the same model has them.
+    """Measure benchmarks that an earlier evaluation of the same model lacks.
 
-    Answers are kept in the cache, by model and adapter, so that an interrupted measurement continues.
+    Answers are cached by model and adapter, so that an interrupted measurement continues.
 
     Args:
-        columns: metrics, benchmarks among them.
-        former: the evaluation of the same model, if there is one.
-        settings: the model and adapter.
+        columns: metrics, including benchmarks.
+        former: earlier evaluation of the same model, if any.
+        settings: model and adapter.
         cfg: the run's config.
-        tokenizer: the folder with its tokenizer.
-        limit: the most rows of each task.
-        rehearsal: leave out a task without rows on this machine.
+        tokenizer: folder of the training tokenizer.
+        limit: maximum number of rows in each task.
+        rehearsal: leave out tasks whose rows are not on this machine.
 
     Raises:
-        UserError: the harness has no such task, the task no such result, or its rows cannot be read.
+        UserError: the harness lacks the task, the task lacks the result, or its rows cannot be loaded.
     """
     found = kept(columns, former, limit) if former else {}
     missing = {name: column for name, column in columns.items() if column.metric.of_model and name not in found}
@@ -121,7 +124,7 @@ def _measure(
                 apply_chat_template=any(entry.get("type") == "chat_template" for entry in entries),
                 log_samples=False,
             )
-        except OSError as error:  # of a hub, too
+        except OSError as error:  # includes errors of the hub
             problem = f"{missing[name].label}: the rows of the task {task} cannot be loaded: {error}"
             if not rehearsal:
                 raise UserError(problem) from None
@@ -132,7 +135,7 @@ def _measure(
 
 
 def _located(column: Column) -> "tuple[str, TaskManager]":
-    """Name of a task, and the harness's tasks with those beside its file.
+    """Task name, and a manager of the harness's tasks and of tasks beside a task's file.
 
     Raises:
         UserError: the harness lacks the task.
@@ -149,14 +152,14 @@ def _located(column: Column) -> "tuple[str, TaskManager]":
 
 @cache
 def _tasks(folder: str | None) -> "TaskManager":
-    """Tasks of the harness, and those in a folder; finding them takes seconds."""
+    """Manager of the harness's tasks and of tasks in a folder; slow, hence cached."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=folder)
 
 
 def summarise(done: Mapping[str, Any], parameters: BenchmarkParameters) -> Benchmark:
-    """Score of a task from the harness's report.
+    """Extract a task's score from the harness's report.
 
     Raises:
         UserError: the report lacks the result.
@@ -174,7 +177,7 @@ def summarise(done: Mapping[str, Any], parameters: BenchmarkParameters) -> Bench
     wanted = parameters.result or (reported[0] if reported else "")
     result = next((key for key in reported if wanted in (key, key.partition(",")[0])), None)
     if result is None:
-        raise UserError(f"{parameters.task}: reports no {wanted or 'number'}; it has {', '.join(reported) or 'none'}")
+        raise UserError(f"{parameters.task}: reports no {wanted or 'number'}, only {', '.join(reported) or 'none'}")
     metric, _, filtered = result.partition(",")
     values = [results[each][result] for each in counted]
     errors = [results[each].get(f"{metric}_stderr,{filtered}") for each in counted]

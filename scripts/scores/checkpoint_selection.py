@@ -1,4 +1,4 @@
-"""The kept checkpoints of a run by their scores, and the best of them: `recipe evaluate --checkpoints`."""
+"""Select the best of a run's kept checkpoints: `recipe evaluate --checkpoints`."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +19,11 @@ from .score import columns_of, scorer_models
 
 @dataclass
 class CheckpointScore:
-    """A checkpoint's score on validation rows.
+    """Score of a checkpoint on validation rows.
 
     Attributes:
         interval: 95 % interval of the score.
-        best: True for the selected one.
+        best: True for the selected checkpoint.
     """
 
     checkpoint: str
@@ -34,14 +34,14 @@ class CheckpointScore:
 
 @dataclass
 class CheckpointSelection:
-    """Checkpoints by their scores.
+    """Scores of checkpoints, and the test score of the best.
 
     Attributes:
-        column: the metric of the selection.
-        rows: validation rows, in words.
+        column: metric of the selection.
+        rows: description of the validation rows.
         checkpoints: oldest first.
-        test_rows: test rows of the best, in words; None where there are no rows beside the validation rows.
-        test_score, test_interval: of the best on the test rows.
+        test_rows: description of the test rows; None if there are only validation rows.
+        test_score, test_interval: test score of the best checkpoint, and its 95 % interval.
     """
 
     column: Column
@@ -53,23 +53,23 @@ class CheckpointSelection:
 
     @property
     def best(self) -> CheckpointScore:
-        """Selected checkpoint: of equals the oldest."""
+        """Selected checkpoint."""
         return next(checkpoint for checkpoint in self.checkpoints if checkpoint.best)
 
 
 def select(folder: RunDir, request: EvaluationRequest) -> CheckpointSelection:
-    """Score every kept checkpoint on the run's validation rows, then the best of them on the test rows.
+    """Score checkpoints on validation rows, then the best on test rows.
 
-    The first metric selects the best; of equals the oldest. No test row is read before. Each evaluation is kept like
-    one of another adapter or of other rows, and is not repeated.
+    The first metric selects the best checkpoint; if several are equal, the oldest. Test rows are read only after the
+    selection. Each evaluation is kept, and not repeated.
 
     Args:
-        folder: the run's folder.
-        request: the evaluation of each; its data are the test rows.
+        folder: run folder.
+        request: settings of each evaluation; `data` are the test rows.
 
     Raises:
-        UserError: the run validates on no rows, or on the test rows; no checkpoint was kept; no metric can be scored;
-            or see `evaluate`.
+        UserError: the run has no validation rows, or they are the test rows; no checkpoint was kept; no metric can be
+            scored; or see `evaluate`.
         WorkFailed: see `evaluate`.
     """
     run = folder.read()
@@ -79,8 +79,8 @@ def select(folder: RunDir, request: EvaluationRequest) -> CheckpointSelection:
     own = sha256(folder.output / ADAPTER) if (folder.output / ADAPTER).is_file() else None
     validation = evaluation_rows.validation(run, cfg)
     if validation is None:
-        problem = "the run validates on no rows but the test rows, which must not select a checkpoint"
-        raise UserError(f"{folder.path}: {problem}; `recipe evaluate {folder.path} --adapter DIR` scores one")
+        problem = "the run has no validation rows except test rows, which must not select a checkpoint"
+        raise UserError(f"{folder.path}: {problem}; `recipe evaluate {folder.path} --adapter DIR` scores a checkpoint")
 
     def evaluated(name: str, of_validation: bool) -> Evaluation:
         path, digest = adapters[name]
@@ -97,7 +97,7 @@ def select(folder: RunDir, request: EvaluationRequest) -> CheckpointSelection:
     best = column.better(rows, key=lambda row: row.score)
     best.best = True
     if request.data or evaluation_rows.usual(run, cfg) not in (None, validation):
-        say(f"{best.checkpoint} is the best on {selection.rows}; now its test score")
+        say(f"{best.checkpoint} is the best on {selection.rows}; next: its test score")
         result = evaluated(best.checkpoint, False)
         selection.test_rows = _in_words(result)
         selection.test_score, selection.test_interval = _score(result, column)
@@ -109,7 +109,7 @@ def _in_words(result: Evaluation) -> str:
 
 
 def _column(run: Run, request: EvaluationRequest) -> Column:
-    """First metric of predictions that can be scored here."""
+    """First metric of predictions that this machine can score."""
     columns = columns_of(run.origin, request.metrics)
     judged = scorer_models(columns, request.judge, run.rehearsal)
     for name, column in columns.items():
@@ -119,22 +119,22 @@ def _column(run: Run, request: EvaluationRequest) -> Column:
 
 
 def _adapters(folder: RunDir) -> dict[str, tuple[Path, str]]:
-    """Folders and hashes, by name, of a run's checkpoints, oldest first, and of its final adapter if that differs.
+    """Folders and hashes of distinct adapters by name: checkpoints, oldest first, then the final adapter.
 
-    A truncated one is left out, with a message.
+    Truncated adapters are left out, with a message.
     """
     by_step = {checkpoints.step_of(path): path for path in folder.output.glob("checkpoint-*")}
     found = [(path.name, path) for step, path in sorted((s, p) for s, p in by_step.items() if s is not None)]
     kept: dict[str, tuple[Path, str]] = {}
     for name, path in [*found, ("final", folder.output)]:
         if not tensor_shapes(path / ADAPTER):
-            say(f"{path}: no whole {ADAPTER}; left out")
+            say(f"{path}: no complete {ADAPTER}; left out")
         elif (digest := sha256(path / ADAPTER)) not in [other for _, other in kept.values()]:
             kept[name] = path, digest
     if not kept:
         raise UserError(
-            f"{folder.output}: no checkpoint of an adapter was kept; set saves_per_epoch or save_steps, and "
-            "save_total_limit, for the next run"
+            f"{folder.output}: no checkpoint was kept; set saves_per_epoch or save_steps, and save_total_limit, for "
+            "the next run"
         )
     return kept
 

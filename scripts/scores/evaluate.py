@@ -1,4 +1,4 @@
-"""Predictions of a run's model on test rows, and their scores: `recipe evaluate`."""
+"""Generate and score a run's predictions on test rows: `recipe evaluate`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -37,8 +37,8 @@ from .predict import predict
 from .score import VERSION, ScorerModels, columns_of, require_models, same_models, score, scorer_models
 
 BASE = "none"  # --adapter none: the base model without an adapter
-REHEARSED = 12  # rows, which show that the path works
-# Keys of a config that change a model, or where its answers end, without a field of their own in the settings.
+REHEARSED = 12  # rows of a rehearsal's evaluation, enough to show that the path works
+# Config keys that change the model or the end of answers, and have no field in `EvaluationSettings`.
 BUILT_WITH = ("overrides_of_model_config", "eot_tokens")
 
 
@@ -47,17 +47,17 @@ class EvaluationRequest:
     """Rows, adapter and engine of an evaluation.
 
     Attributes:
-        data: a JSONL file; by default see `evaluation_rows.usual`.
-        limit: the number of rows, from the first; by default all, or `REHEARSED` of a rehearsal's own.
-        adapter: an adapter's folder, or `none` for the base model alone; by default the run's adapter.
-        max_new_tokens: by default the study's.
-        batch_size: the most rows generated at a time; by default up to 64, as memory allows.
-        metrics: metrics beside the study's, as --metric takes them; without both `registry.DEFAULT`.
-        decoding: one of the study's further ways to decode, by name.
+        data: JSONL file; by default see `evaluation_rows.usual`.
+        limit: number of rows, from the first; by default all, or `REHEARSED` if a rehearsal evaluates default data.
+        adapter: adapter folder, or `none` for the base model alone; by default the run's adapter.
+        max_new_tokens: limit for an answer; by default the study's.
+        batch_size: maximum number of rows in a batch; by default up to 64, as memory allows.
+        metrics: values of --metric, added to the study's metrics.
+        decoding: name of another decoding configuration in the study.
         validation: evaluate the run's validation rows.
         engine: transformers, vllm, or the address of a vLLM server.
         model: the server's name for the run's model.
-        force: overridden findings about code in the run's config, see `trust`.
+        force: findings to override about code in the run's config, see `trust`.
         checkpoints: evaluate every kept checkpoint, see `checkpoint_selection.select`.
     """
 
@@ -76,12 +76,12 @@ class EvaluationRequest:
 
     @property
     def server(self) -> str | None:
-        """Address of the server that generates, where one does."""
+        """Server address; None for the other engines."""
         return None if self.engine in (REFERENCE, VLLM) else self.engine
 
     @property
     def judge(self) -> str | None:
-        """BERTScore's model, see `score.scorer_model`."""
+        """Scorer model in --metric, see `score.scorer_model`."""
         return scorer_named(self.metrics)
 
     def options(self) -> list[str]:
@@ -106,15 +106,15 @@ class EvaluationTask:
     """A checked request.
 
     Attributes:
-        run: the run.
-        cfg: its config.
-        rows: the evaluated rows; empty where no metric needs predictions.
-        settings: settings of their predictions.
-        columns: their metrics.
-        where: the folder for predictions and scores.
+        run: evaluated run.
+        cfg: the run's config.
+        rows: evaluated rows; empty if no metric needs predictions.
+        settings: settings of the predictions.
+        columns: metrics by name.
+        where: folder for predictions and scores.
 
     Raises:
-        UserError: a metric, the adapter or the data is missing, or there is no answer to compare a prediction with.
+        UserError: a metric, the adapter or the data is missing, or the rows have no answers.
     """
 
     def __init__(self, folder: RunDir, request: EvaluationRequest):
@@ -133,7 +133,7 @@ class EvaluationTask:
         every = evaluation_rows.read(source, folder, self.run, self.cfg)
         limit = request.limit or (REHEARSED if self.run.rehearsal and request.data is None else None)
         predicts = any(column.metric.of_rows or column.metric.of_all for column in self.columns.values())
-        taken = limit if predicts else 0  # the loss is there, and a benchmark has rows of its own
+        taken = limit if predicts else 0  # the eval loss is known, and benchmarks bring their rows
         self.rows = replace(every, rows=every.rows[:taken], keys=every.keys[:taken])
         self.settings = self._settings(adapter)
         if source.file:
@@ -144,7 +144,7 @@ class EvaluationTask:
 
     @property
     def most_rows(self) -> int | None:
-        """The most rows of a benchmark's task."""
+        """Maximum number of rows for a benchmark task."""
         return REHEARSED if self.run.rehearsal else self.request.limit
 
     def _adapter(self, folder: RunDir) -> Path | None:
@@ -152,26 +152,26 @@ class EvaluationTask:
         asked = self.request.adapter
         adapter = folder.output if asked is None else Path(asked)
         if asked != BASE and tensor_shapes(adapter / ADAPTER) is None:
-            of_run = "" if asked else f", and the run is {self.run.state}; evaluate it once it is finished"
-            remedy = "--adapter takes the folder of a checkpoint instead"
-            raise UserError(f"{adapter / ADAPTER}: damaged, or not there{of_run}; {remedy}")
+            of_run = "" if asked else f", and the run is {self.run.state}; evaluate the run once it is finished"
+            remedy = "name a checkpoint's folder with --adapter"
+            raise UserError(f"{adapter / ADAPTER}: damaged or missing{of_run}; {remedy}")
         if not (folder.output / "tokenizer_config.json").is_file() or "base_model" not in self.cfg:
-            raise UserError(f"{folder.path}: no tokenizer and model there; the run is {self.run.state}")
+            raise UserError(f"{folder.path}: lacks its tokenizer or base_model; the run is {self.run.state}")
         trained = self.run.adapter
         if asked is None and trained and trained.sha256 != sha256(adapter / ADAPTER):
-            problem = "not the adapter that the training ended with"
-            raise UserError(f"{adapter}: {problem}; put that back, or evaluate this one with --adapter {adapter}")
+            problem = "differs from the adapter at the end of training"
+            raise UserError(f"{adapter}: {problem}; restore that, or evaluate this adapter with --adapter {adapter}")
         return None if asked == BASE else adapter
 
     def _settings(self, adapter: Path | None) -> EvaluationSettings:
-        """Settings of the rows' predictions."""
+        """Settings for the predictions."""
         request, run, cfg = self.request, self.run, self.cfg
         decoding = _decoding(study.of(run.origin), request.decoding)
         if request.engine != REFERENCE and decoding.num_beams > 1:
-            problem = f"{decoding.num_beams} beams are asked for"
-            raise UserError(f"{problem}, and only --engine {REFERENCE} decodes with beams")
+            problem = f"--engine: decoding uses {decoding.num_beams} beams"
+            raise UserError(f"{problem}, and only --engine {REFERENCE} supports beams")
         local = Path(run.cwd, str(cfg["base_model"]))
-        # what bf16: auto became in the training; runs from before their GPUs were recorded had one
+        # decides `bf16: auto` as in training; runs without a record of GPUs had one
         on_gpu = not run.rehearsal and bool(run.provenance.get("gpus", True))
         return EvaluationSettings(
             base_model=str(local) if local.is_dir() else cfg["base_model"],
@@ -190,7 +190,7 @@ class EvaluationTask:
         )
 
     def _folder(self, folder: RunDir, beside: bool) -> Path:
-        """The run's folder, or one below evaluations/ for another adapter, decoding or rows beside the usual ones."""
+        """Run folder, or a folder in evaluations/ if adapter, decoding or rows are not the default."""
         settings, labels = self.settings, []
         if self.request.adapter is not None:
             digest = settings.adapter_sha256
@@ -203,22 +203,22 @@ class EvaluationTask:
 
 
 def _decoding(of_study: study.Study | None, name: str | None) -> Decoding:
-    """The study's decoding, or the further one of a name.
+    """Decoding configuration of a name; without a name the study's default.
 
     Raises:
-        UserError: the study declares none of that name.
+        UserError: the study declares no decoding of that name.
     """
     if name is None:
         return of_study.decoding if of_study else study.OF_NO_STUDY
     there = of_study.decodings if of_study else {}
     if name not in there:
-        declared = f"its study declares {', '.join(there)}" if there else "decodings in study.yaml declares some"
+        declared = f"its study declares {', '.join(there)}" if there else "declare it under decodings in study.yaml"
         raise UserError(f"--decoding {name}: no decoding of that name{did_you_mean(name, there)}; {declared}")
     return there[name]
 
 
 def complete(task: EvaluationTask, judged: ScorerModels) -> Evaluation | None:
-    """Existing evaluation of a task's rows by the same model and code."""
+    """Existing evaluation with the predictions and scores that a task requests."""
     former = _same_work(task)
     scored = former.columns if former else {}
     current = (
@@ -227,7 +227,7 @@ def complete(task: EvaluationTask, judged: ScorerModels) -> Evaluation | None:
         and same_models(judged, task.columns, former.scores)
         and all(column.same_scores(scored.get(name)) for name, column in task.columns.items() if name not in judged)
         and (
-            task.run.rehearsal  # which may have left some out
+            task.run.rehearsal  # leaves benchmarks out if their rows are not on this machine
             or {name for name, column in task.columns.items() if column.metric.of_model}
             <= benchmarks.kept(task.columns, former, task.most_rows).keys()
         )
@@ -238,7 +238,7 @@ def complete(task: EvaluationTask, judged: ScorerModels) -> Evaluation | None:
 
 
 def _same_work(task: EvaluationTask) -> Evaluation | None:
-    """Existing evaluation with the predictions of a task."""
+    """Existing evaluation with the predictions that a task requests."""
     former = read_scores(task.where)
     if not former or former.settings.same_work() != task.settings.same_work():
         return None
@@ -246,8 +246,8 @@ def _same_work(task: EvaluationTask) -> Evaluation | None:
         return None
     if changed(task.where, former) == "edited":
         raise UserError(
-            f"{task.where / PREDICTIONS}: edited since it was scored; put it back as it was, or move it and {SCORES} "
-            "away to generate it anew"
+            f"{task.where / PREDICTIONS}: edited since it was scored; restore it, or move it and {SCORES} away to "
+            "generate new predictions"
         )
     return former
 
@@ -255,11 +255,11 @@ def _same_work(task: EvaluationTask) -> Evaluation | None:
 def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
     """Generate a prediction for each test row and score them all.
 
-    An interrupted evaluation continues where it stopped, a complete one is not repeated.
+    An interrupted evaluation continues; a complete one is not repeated.
 
     Raises:
         UserError: see `EvaluationTask`, `score.require_models` and `benchmarks.require`.
-        WorkFailed: BERTScore's model cannot be loaded, or memory does not suffice.
+        WorkFailed: the scorer model cannot be loaded, or memory does not suffice.
     """
     task = EvaluationTask(folder, request)
     judged = scorer_models(task.columns, request.judge, task.run.rehearsal, report=True)
@@ -269,7 +269,7 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
     task.where.mkdir(parents=True, exist_ok=True)
     with held(task.where / evaluations.LOCK, "another evaluation is running"):
         if former := complete(task, judged):
-            how = f"made by {former.settings.engine} and scored with the same settings"
+            how = f"generated by {former.settings.engine} and scored with the same settings"
             say(f"{task.where / PREDICTIONS}: complete, {how}")
             return former
         _require(task, judged)
@@ -281,13 +281,13 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
         rehearsal = task.run.rehearsal
         measured = benchmarks.measured(columns, former, settings, task.cfg, folder.output, task.most_rows, rehearsal)
         with Bar("scoring", 1):
-            own = request.adapter is None  # the eval loss is not that of another adapter
+            own = request.adapter is None  # the run's eval loss does not describe another adapter
             loss = summary.eval_loss_per_token if own else None
             scores, rows = score(rows, columns, judged, loss, measured)
         notes = [settings.note] if settings.note else []
         if cut := sum(bool(row.get("cut")) for row in rows):
             most = settings.decoding.max_new_tokens
-            notes.append(f"{cut} of {len(rows)} answers were cut at {most} new tokens; --max-new-tokens raises that")
+            notes.append(f"{cut} of {len(rows)} answers were cut at {most} new tokens; raise --max-new-tokens")
         if notes:
             scores["notes"] = notes + scores.get("notes", [])
         result = Evaluation(made=now(), rehearsal=rehearsal, scores=scores, version=VERSION, settings=settings)
@@ -297,9 +297,9 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
 
 
 def _require(task: EvaluationTask, judged: ScorerModels) -> None:
-    """Load scorer models and tasks, before hours of generation."""
+    """Check scorer models and benchmark tasks before hours of generation."""
     if any(judged.values()):
-        with Bar("looking for BERTScore's model", 1):
+        with Bar("looking for the scorer model", 1):
             require_models(judged.values())
     if any(column.metric.of_model for column in task.columns.values()):
         with importing_axolotl(offline=task.run.rehearsal):
@@ -307,8 +307,8 @@ def _require(task: EvaluationTask, judged: ScorerModels) -> None:
 
 
 def _kept(task: EvaluationTask, former: Evaluation) -> tuple[list[Row], EvaluationSettings]:
-    """Predictions of an evaluation with the same settings, for new scores."""
-    say(f"{task.where / PREDICTIONS}: complete, made with the same settings; scoring it anew")
+    """Existing predictions with the same settings, for new scores."""
+    say(f"{task.where / PREDICTIONS}: complete, with the same settings; computing new scores")
     fields = Prediction.model_fields
     rows = [{key: row[key] for key in fields if key in row} for row in read_predictions(task.where)]
     kept = former.settings.model_dump(include={"batch_size", *evaluations.ORIGIN})
@@ -316,7 +316,10 @@ def _kept(task: EvaluationTask, former: Evaluation) -> tuple[list[Row], Evaluati
 
 
 def _predicted(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[Row], EvaluationSettings]:
-    """Generate predictions; move those of other rows aside, and refuse to replace more rows by fewer."""
+    """Generate predictions.
+
+    Predictions on other rows are moved aside. Fewer rows never replace more.
+    """
     former = read_scores(task.where)
     if former and former.settings.adapter_sha256 == task.settings.adapter_sha256:
         there = former.settings
@@ -325,11 +328,11 @@ def _predicted(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[
             aside.mkdir(parents=True, exist_ok=True)
             for file in filter(Path.is_file, (task.where / PREDICTIONS, task.where / SCORES)):
                 file.replace(aside / file.name)
-            say(f"{task.where / SCORES}: of other rows; it is now in {aside}")
+            say(f"{task.where / SCORES}: evaluates other rows; moved to {aside}")
         elif there.rows > task.settings.rows or not there.stands_for(task.settings):
             raise UserError(
-                f"{task.where / SCORES}: of {there.rows_in_words} by {there.engine}; move it and {PREDICTIONS} away to "
-                f"evaluate {task.settings.rows} by {task.settings.engine} instead"
+                f"{task.where / SCORES}: evaluates {there.rows_in_words} by {there.engine}; move it and {PREDICTIONS} "
+                f"away to evaluate {task.settings.rows} by {task.settings.engine} instead"
             )
     server, rehearsal = task.request.server, task.run.rehearsal
     with importing_axolotl(offline=rehearsal):
@@ -337,5 +340,5 @@ def _predicted(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[
 
 
 def command(folder: RunDir, request: EvaluationRequest) -> Command:
-    """Command of a requested evaluation."""
+    """Command line of a requested evaluation."""
     return Command("evaluate", folder, ["evaluate", str(folder.path), *request.options()])

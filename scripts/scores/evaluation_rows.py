@@ -1,4 +1,4 @@
-"""Evaluation rows of a run: their source and content."""
+"""Find and read the evaluation rows of a run."""
 
 import hashlib
 import os
@@ -21,19 +21,19 @@ from ..data.manifest import is_the_studys
 from ..runs.records import Run
 from ..runs.rundir import RunDir
 
-# In a run's folder: rows that only Axolotl can load, as they were at the first evaluation, with their data sets.
+# File in a run's folder: rows that only Axolotl can load, saved with their data sets at the first evaluation.
 KEPT = "evaluation-rows.jsonl"
-_ELSEWHERE = "name a file with such rows with --data"
+_ELSEWHERE = "name a file of evaluation rows with --data"
 
 
 @dataclass(frozen=True)
 class RowSource:
-    """Source of rows.
+    """Source of evaluation rows.
 
     Attributes:
-        data: their file, or a description.
-        keys: data sets of the config: their origin, or their form.
-        file: the JSONL file, if there is one for all.
+        data: file of the rows, or a description.
+        keys: data sets in the config that hold the rows, or whose format a file has.
+        file: JSONL file with all rows; None for other sources.
         held_out: True for rows that val_set_size held out of the training data.
     """
 
@@ -45,7 +45,7 @@ class RowSource:
 
 @dataclass
 class EvaluationRows:
-    """Rows of a source, their hash, and the data set of each in the config, such as `datasets.0`."""
+    """Rows of a source, with their hash; `keys` has each row's data set, such as `datasets.0`."""
 
     data: str
     sha256: str
@@ -54,9 +54,10 @@ class EvaluationRows:
 
 
 def named(file: Path, cfg: Config, folder: Path) -> RowSource:
-    """Source of a user's file.
+    """Source for a user's file.
 
-    Its rows have the form of the config's data set of that path, or else of its first for evaluation, or of its first.
+    The rows have the format of the config's data set at that path. Otherwise they have the format of the first
+    evaluation data set, or of the first data set.
     """
     path = file.resolve()
     entries = dict(datafiles.datasets(cfg, "test_datasets", "datasets"))
@@ -65,9 +66,9 @@ def named(file: Path, cfg: Config, folder: Path) -> RowSource:
 
 
 def usual(run: Run, cfg: Config) -> RowSource | None:
-    """Default evaluation rows of a run; None without any.
+    """Default evaluation rows of a run; None if the run has no evaluation rows.
 
-    For a study's prepared data they are the study's test set. Otherwise the config's test_datasets and val_set_size
+    A study's prepared data come with the study's test set. For other data, test_datasets and val_set_size in the config
     have priority over a test.jsonl beside the training data.
     """
     folder = Path(run.cwd)
@@ -83,7 +84,7 @@ def usual(run: Run, cfg: Config) -> RowSource | None:
 
 
 def validation(run: Run, cfg: Config) -> RowSource | None:
-    """Validation rows of a run's training; None without any, or where they are its study's test rows."""
+    """Validation rows of a run; None without any, or if they are the study's test rows."""
     folder = Path(run.cwd)
     files = (Path(folder, str(entry.get("path"))) for _, entry in datafiles.datasets(cfg, "test_datasets"))
     is_test = any(file.is_file() and _set_of(test_entry(file), sha256(file)) for file in files)
@@ -91,7 +92,7 @@ def validation(run: Run, cfg: Config) -> RowSource | None:
 
 
 def _configured(cfg: Config, folder: Path) -> RowSource | None:
-    """Rows of a config's test_datasets, or those that val_set_size held out of its training data."""
+    """Rows of test_datasets, or rows that val_set_size held out of the training data."""
     if tests := dict(datafiles.datasets(cfg, "test_datasets")):
         [entry, *more] = tests.values()
         file = None if more or datafiles.first_rows(entry) else _jsonl(entry, folder)
@@ -104,27 +105,27 @@ def _configured(cfg: Config, folder: Path) -> RowSource | None:
 
 
 def test_entry(file: Path) -> dict[str, Any]:
-    """Entry of the test rows in the manifest of a file's folder."""
+    """Entry of the test rows in the manifest beside a file."""
     return manifest.entries(file.parent).get("test", {})
 
 
 def test_set(file: Path, digest: str) -> str | None:
-    """Name of the study's test set in a file, by its hash in the manifest beside it."""
+    """Name of the study's test set whose hash in the manifest matches a file's."""
     test = test_entry(file)
     return _set_of(test, digest) if is_the_studys(test) else None
 
 
 def _set_of(test: dict[str, Any], digest: str) -> str | None:
-    """Name of the set of a manifest's test rows with a hash."""
+    """Name of the test set with a hash, from a manifest's entry."""
     sets = {"test": test} | test.get("subsets", {})
     return next((name for name, entry in sets.items() if entry.get("sha256") == digest), None)
 
 
 def require_reference(folder: RunDir, cfg: Config, source: RowSource | None) -> RowSource:
-    """Return the source, if its rows have answers to compare predictions with.
+    """Return the source if its rows have answers to compare predictions with.
 
     Raises:
-        UserError: the rows have no answers, or there is no source.
+        UserError: the rows have no answers, or the source is None.
     """
     entries = [entry for key, entry in datafiles.datasets(cfg) if source is None or key in source.keys]
     without_answers = {
@@ -134,20 +135,20 @@ def require_reference(folder: RunDir, cfg: Config, source: RowSource | None) -> 
         "completion data": any(str(entry.get("type")).partition(":")[0] == "completion" for entry in entries),
     }
     if kind := next((kind for kind, given in without_answers.items() if given), None):
-        problem = f"{kind} has no answer to compare a prediction with; its measure is the eval loss in `recipe results`"
-        raise UserError(f"{folder.path}: {problem}, where test_datasets or val_set_size has the run measure it")
+        problem = f"{kind} has no answers to compare predictions with; `recipe results` shows the eval loss"
+        raise UserError(f"{folder.path}: {problem}, if the recipe has test_datasets or val_set_size")
     if source is None:
         problem = "its config has neither test_datasets nor val_set_size, and no test.jsonl is beside its training data"
         remedy = f"{_ELSEWHERE}, and give the recipe test_datasets for the next run"
-        raise UserError(f"{folder.path}: no rows to evaluate it on: {problem}; {remedy}")
+        raise UserError(f"{folder.path}: no evaluation rows: {problem}; {remedy}")
     return source
 
 
 def read(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> EvaluationRows:
-    """Rows of a source. Axolotl loads those that are not in local JSONL files, once for a run.
+    """Read the rows of a source; Axolotl loads rows outside local JSONL files, once per run.
 
     Raises:
-        UserError: they cannot be read, or there are no rows.
+        UserError: the rows cannot be read, or there are no rows.
     """
     entries = dict(datafiles.datasets(cfg))
     if source.file:
@@ -166,12 +167,12 @@ def read(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> Evaluation
         digest = hashlib.sha256(orjson.dumps(pairs)).hexdigest()
         read = EvaluationRows(source.data, digest, [row for _, row in pairs], [key for key, _ in pairs])
     if not read.rows:
-        raise UserError(f"{source.data}: has no rows; {_ELSEWHERE}")
+        raise UserError(f"{source.data}: no rows; {_ELSEWHERE}")
     return read
 
 
 def _jsonl(entry: Config, folder: Path) -> Path | None:
-    """JSONL file of a data set, whole or its first rows; None where only Axolotl knows its rows."""
+    """JSONL file whose rows, all or the first, form a data set; None if Axolotl must load them."""
     file = Path(folder, str(entry.get("path")))
     parts = any(entry.get(key) for key in ("shards", "weight", "preprocess_shards", "name", "ds_type"))
     whole = entry.get("split") in (None, "train") or datafiles.first_rows(entry) is not None
@@ -179,7 +180,7 @@ def _jsonl(entry: Config, folder: Path) -> Path | None:
 
 
 def _in_words(entries: dict[str, Config], folder: Path) -> str:
-    """Names of data sets, a local one's without its folder, with the part that the config takes."""
+    """Description of data sets: names, without local folders, and selected parts."""
     named = []
     for entry in entries.values():
         path = str(entry.get("path"))
@@ -189,14 +190,14 @@ def _in_words(entries: dict[str, Config], folder: Path) -> str:
 
 
 def _loaded(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> list[tuple[str, Row]]:
-    """Rows of a source with their data sets, as Axolotl loads them."""
+    """Rows of a source, loaded by Axolotl, with their data sets."""
     kept = folder.path / KEPT
     if kept.is_file():
         with kept.open("rb") as lines:
             return [(line["dataset"], line["row"]) for line in json_rows(lines, kept, ("dataset",))]
     if source.held_out:
         _require_same_data(run)
-    say(f"loading {source.data}")  # no bar: this forks
+    say(f"loading {source.data}")  # not a Bar: loading forks
     if run.rehearsal:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with importing_axolotl(offline=run.rehearsal), chdir(run.cwd):
@@ -211,7 +212,7 @@ def _loaded(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> list[tu
             pairs = tokenizer.held_out()
         else:
             pairs = [(key, row) for key in source.keys for row in tokenizer.load(key)]
-    # JSON has no dates and no bytes; no text that is trained on is in such a field
+    # JSON lacks dates and bytes; such fields hold no training text
     write_rows(kept, orjson.loads(orjson.dumps([{"dataset": key, "row": row} for key, row in pairs], default=str)))
     return _loaded(source, folder, run, cfg)
 
@@ -221,6 +222,6 @@ def _require_same_data(run: Run) -> None:
         path = Path(run.cwd, file.path)
         if not path.is_file() or sha256(path) != file.sha256:
             raise UserError(
-                f"{path}: not the data that the run trained on, of which val_set_size held rows out; put that back, or "
-                f"{_ELSEWHERE}"
+                f"{path}: missing or changed since training; val_set_size held evaluation rows out of that data; "
+                f"restore the file, or {_ELSEWHERE}"
             )

@@ -1,9 +1,9 @@
-"""Intervals of scores over rows and over runs, tests of differences, and the power of a study of several runs.
+"""Confidence intervals of scores, tests of differences, and power of repeated runs.
 
-The bootstrap is scipy's to the last digit, which is not called for it: importing it takes longer than all else.
+The bootstrap equals scipy's to the last digit, without the slow import of scipy.
 
-A run's score is a mean over test rows, and differs for two reasons: other rows would have been easier or harder, and
-another seed would have given another model. With S runs scored on the same n rows, row j of run i is taken as
+A run's score is a mean over test rows. It varies for two reasons: other rows would be easier or harder, and another
+seed would give another model. For S runs scored on the same n rows, the model of row j in run i is
 mean + a_i + b_j + e_ij: a two-way layout with random effects, one value in each cell.
 """
 
@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 9_999
-FEWEST = 5  # rows with an interval: a bootstrap of fewer has too few different resamples
+FEWEST = 5  # minimum number of rows for an interval: fewer rows have too few different resamples
 
 
 def _resampled(*columns: np.ndarray) -> list[np.ndarray]:
-    """Means of resamples of columns; each resample has the same rows of all columns."""
+    """Means of bootstrap resamples; a resample takes the same rows from all columns."""
     rng = np.random.default_rng(0)
-    rows, batch = len(columns[0]), 20  # which stays in the processor's cache
+    rows, batch = len(columns[0]), 20  # such a batch stays in the processor's cache
     means = []
     for done in range(0, RESAMPLES, batch):
         drawn = rng.integers(0, rows, (min(batch, RESAMPLES - done), rows))
@@ -30,7 +30,7 @@ def _resampled(*columns: np.ndarray) -> list[np.ndarray]:
 
 
 def _within(means: np.ndarray) -> list[float]:
-    """Bounds of the middle 95 % of means, to the last digit those of scipy, unlike numpy's percentiles."""
+    """Bounds of the middle 95 %, equal to scipy's to the last digit, unlike np.percentile."""
     ordered, outside = np.sort(means), (1 - 0.95) / 2
     shares = np.array([outside, 1 - outside])
     places, parts = np.divmod(shares * len(means) + 1 - shares, 1)
@@ -39,7 +39,7 @@ def _within(means: np.ndarray) -> list[float]:
 
 
 def each(columns: Mapping[str, Sequence[float]]) -> dict[str, list[float] | None]:
-    """95 % bootstrap intervals (percentiles) of means of scores of the same rows; None for fewer than `FEWEST` rows."""
+    """95 % bootstrap percentile interval of each column's mean; None below `FEWEST` rows."""
     values = [np.asarray(column, dtype=float) for column in columns.values()]
     if not values or len(values[0]) < FEWEST:
         return dict.fromkeys(columns)
@@ -47,7 +47,7 @@ def each(columns: Mapping[str, Sequence[float]]) -> dict[str, list[float] | None
 
 
 def of_few(values: Sequence[float]) -> list[float]:
-    """Student's 95 % interval of the mean of a few values, for which a bootstrap's is too narrow; of two or more."""
+    """Student's 95 % interval of the mean of two or more values; a bootstrap is too narrow for few."""
     from scipy.special import stdtrit
 
     mean, error = np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5
@@ -56,12 +56,12 @@ def of_few(values: Sequence[float]) -> list[float]:
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
-    """Difference of two systems on the same rows.
+    """Difference between two systems on the same rows.
 
     Returns:
-        The mean of a - b and its 95 % bootstrap interval; `p_bootstrap`, twice (k + 1) / (B + 1), where k of B
-        resamples are on the rarer side of no difference; `p_wilcoxon` of the two-sided signed-rank test, without equal
-        rows; and the numbers of rows where a is better, equal and worse.
+        Mean of a - b with its 95 % bootstrap interval. `p_bootstrap`: 2 (k + 1) / (B + 1) if, of B resamples, k are on
+        the rarer side of 0. `p_wilcoxon`: two-sided signed-rank test without equal rows. Counts of rows in which a
+        has the larger value (`better`), the same, and the smaller.
     """
     from scipy.stats import wilcoxon
 
@@ -83,16 +83,16 @@ def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
     }
 
 
-NORMAL = 1.959964  # between the 2.5 % and the 97.5 % of a normal distribution lie twice as many standard deviations
+NORMAL = 1.959964  # 97.5 % quantile of the standard normal distribution
 DRAWS = 20_000
 ROWS_ONLY = "rows only"
 BORROWED = "a borrowed spread"
-MANY = 1e6  # degrees of freedom: as good as known
+MANY = 1e6  # degrees of freedom of a variance that counts as known
 
 
 @dataclass(frozen=True)
 class Interval:
-    """95 % interval of a mean score; its method: rows, runs, or a borrowed spread."""
+    """95 % interval of a mean score, with a description of its method."""
 
     low: float
     high: float
@@ -101,7 +101,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class MeanSquares:
-    """Mean squares of a layout of runs and rows: between runs, between rows, and the residual."""
+    """Mean squares of a layout: between runs, between rows, and residual."""
 
     of_runs: Any
     of_rows: Any
@@ -110,29 +110,29 @@ class MeanSquares:
     rows: int
 
     def half_width(self) -> Any:
-        """Half the length of the 95 % interval of the mean over runs and rows, see `half_width`."""
+        """Half-width of the 95 % interval of the mean over runs and rows."""
         size = self.runs * self.rows
-        own = np.maximum(self.of_rows - self.rest, 0) / size  # where rows seem to differ by less than nothing
+        own = np.maximum(self.of_rows - self.rest, 0) / size  # an estimated variance can be negative
         return half_width(self.of_runs / size, own, self.runs - 1, self.rows - 1)
 
 
 def half_width(of_runs: Any, of_rows: Any, df_runs: float, df_rows: float) -> Any:
-    """Half the length of the 95 % interval of a mean whose variance has a part for runs and a part for rows.
+    """Half-width of the 95 % interval of a mean over runs and rows.
 
-    With u as the runs' share of the estimated variance, the critical value lies between Student's for the degrees of
-    freedom of rows and that for the f of runs, at (1 - (1 - u)^(1 + 2.5 / f))³ of the way.
+    Let u be the share of runs in the estimated variance, and f their degrees of freedom. The critical value moves from
+    Student's t for rows to Student's t for runs by the fraction (1 - (1 - u)^(1 + 2.5 / f))³.
 
-    That was fitted to its coverage, with known noise of rows and the noise of runs 0.01 to 1,000 times that:
-    93.5 to 96.4 % with two runs, 94.8 to 95.8 % with 3, 5 and 10. Satterthwaite's degrees of freedom, which are usual
-    here, cover 87 % with two runs whose seeds matter most, since two runs are often alike by chance. Rows that are far
-    from normal, such as a mean of 400 log-normal ones, take two points off, as of any interval. And no method makes two
-    runs tell much: theirs is wide.
+    This formula was fitted to the interval's coverage, for known row noise and run noise of 0.01 to 1,000 times as
+    much. It covers 93.5 to 96.4 % with two runs, 94.8 to 95.8 % with 3, 5 and 10. Satterthwaite's degrees of freedom,
+    the standard choice, cover 87 % with two runs whose seeds matter most, because two runs are often alike by chance.
+    Scores far from normal, such as 400 log-normal rows, cost two points of coverage, as for any interval. With any
+    method, two runs give a wide interval.
 
     Args:
-        of_runs: the estimated variance of the mean by runs.
-        of_rows: that by rows.
-        df_runs: the degrees of freedom of the first.
-        df_rows: those of the second.
+        of_runs: estimated variance of the mean due to runs.
+        of_rows: estimated variance of the mean due to rows.
+        df_runs: degrees of freedom of `of_runs`.
+        df_rows: degrees of freedom of `of_rows`.
     """
     from scipy.special import stdtrit
 
@@ -144,7 +144,7 @@ def half_width(of_runs: Any, of_rows: Any, df_runs: float, df_rows: float) -> An
 
 
 def mean_squares(scores: Sequence[Sequence[float]]) -> MeanSquares:
-    """The mean squares of the scores of each run on each row, of two or more of both."""
+    """Mean squares of scores[run][row], for at least two runs and two rows."""
     table = np.asarray(scores, dtype=float)
     runs, rows = table.shape
     by_run, by_row, mean = table.mean(axis=1), table.mean(axis=0), table.mean()
@@ -164,16 +164,17 @@ def of_runs(
     of_rows: Sequence[float] | None = None,
     repeats: Sequence[float] = (),
 ) -> Interval | None:
-    """95 % interval of the mean score of repeats of one run; None of a single one without row scores and repeats.
+    """95 % interval of the mean score of repeated runs.
 
-    Of a single run it is the interval over its rows. A published spread between runs then stands in for that of ours.
-    That counts twice the changes of a rerun in single rows, which are in the rows of the run as well.
+    For a single run the interval covers rows, and published repeats lend it their spread between runs. This counts
+    random changes in single rows twice: the row scores contain them too. None for a single run without row scores and
+    repeats.
 
     Args:
-        scores: each run's.
-        by_row: the scores of each run's rows, in the same order; None where rows have none, or are not the same.
-        of_rows: the interval over the rows of the run, where it is only one.
-        repeats: published scores of repeats of such a run; none, or two or more.
+        scores: score of each run.
+        by_row: row scores of each run, in the same order; None if rows have no scores or differ between runs.
+        of_rows: interval over rows, for a single run.
+        repeats: published scores of repeated runs; empty, or at least two.
     """
     mean = sum(scores) / len(scores)
     if len(scores) > 1:
@@ -195,19 +196,19 @@ def of_runs(
 
 @dataclass(frozen=True)
 class Variances:
-    """Variances of the effects of runs and of rows on a score, and of the residual."""
+    """Variances of a score's run effects, row effects and residual."""
 
     of_runs: float
     of_rows: float
     rest: float
 
     def deviation(self, runs: int, rows: int) -> float:
-        """The standard deviation of the mean over so many runs and rows."""
+        """Standard deviation of the mean over numbers of runs and rows."""
         return (self.of_runs / runs + self.of_rows / rows + self.rest / (runs * rows)) ** 0.5
 
 
 def estimated(layouts: Sequence[MeanSquares]) -> Variances:
-    """The variances in layouts with equally many rows, pooled by degrees of freedom."""
+    """Variances from layouts with equal numbers of rows, pooled by degrees of freedom."""
     rows = layouts[0].rows
     rest = _pooled([(layout.rest, (layout.runs - 1) * (rows - 1)) for layout in layouts])
     return Variances(
@@ -223,25 +224,25 @@ def _pooled(parts: Sequence[tuple[float, int]]) -> float:
 
 @dataclass(frozen=True)
 class Power:
-    """Power to see that a score differs from a value: its interval excludes the value.
+    """Power to show that a score differs from a value outside its interval.
 
     Attributes:
-        halves: possible half lengths of the interval.
-        deviation: standard deviation of our mean.
+        halves: possible half-widths of the interval.
+        deviation: standard deviation of the mean score.
     """
 
     halves: Any
     deviation: float
 
     def sees(self, difference: float) -> float:
-        """Chance that the interval excludes a value at a distance from the truth; at 0, of a false alarm."""
+        """Chance that the interval excludes a value this far from the truth; for 0, of a false alarm."""
         from scipy.special import ndtr
 
         below = ndtr((-self.halves - difference) / self.deviation)
         return float((below + ndtr((difference - self.halves) / self.deviation)).mean())
 
     def smallest(self, chance: float = 0.8) -> float:
-        """Smallest distance that is seen with a chance."""
+        """Smallest difference that the interval shows with a chance."""
         low, high = 0.0, 1.0
         while self.sees(high) < chance:
             high *= 2
@@ -252,10 +253,10 @@ class Power:
 
 
 def power(variances: Variances, runs: int, rows: int, repeats: Sequence[float] = ()) -> Power:
-    """The power of the intervals that `of_runs` gives, if scores vary so and are about normal.
+    """Power of the intervals of `of_runs`, for roughly normal scores with these variances.
 
-    The mean squares of several runs are drawn from their distributions, so that the length of the interval is as
-    uncertain as it will be. Of one run the interval over rows counts as known, and with `repeats` has their spread.
+    For several runs, mean squares are sampled from their distributions: the half-width varies as it will in practice.
+    For one run the interval over rows counts as known, and `repeats` add their spread.
     """
     deviation = variances.deviation(runs, rows)
     if runs == 1:

@@ -1,8 +1,8 @@
-"""Predictions of an evaluation, kept as they are generated, so that an interrupted one can continue.
+"""Generate predictions, kept row by row so that an interrupted evaluation can continue.
 
-Before an engine other than the reference gets all rows, both answer some of them. Two engines add in different orders,
-so that now and then another of two tokens of nearly the same probability comes first, after which the answers differ.
-An engine with another adapter or prompt differs in most answers, and early.
+Before another engine gets all rows, it answers some rows together with the reference. Two engines add numbers in
+different orders. Occasionally this swaps two tokens of nearly equal probability, after which the answers differ. With a
+wrong adapter or prompt most answers differ, and early.
 """
 
 import os
@@ -23,30 +23,30 @@ from .evaluation_rows import EvaluationRows
 from .evaluations import REFERENCE, SERVER, VLLM, Agreement, Completion, Engine, EvaluationSettings, Prediction
 
 if TYPE_CHECKING:
-    from .prompter import Prompter  # with torch and Axolotl, which `require` does without
+    from .prompter import Prompter  # imports torch and Axolotl, which `require` does without
 
-COMPARED = 32  # rows that are compared, at even distances, so that all kinds are among them
-KNOWN = {"batch_tokens", "agreement"}  # settings that are known once an engine has started
+COMPARED = 32  # number of compared rows, evenly spaced to cover all kinds of rows
+KNOWN = {"batch_tokens", "agreement"}  # settings that are known only after an engine has started
 
 
 def as_row(i: int, row: Row, reference: str) -> Row:
-    """Row of predictions.jsonl without its prediction: number, reference, position, language and group."""
-    # anybody's data can have something else there, true among it
+    """Row of predictions.jsonl without its prediction."""
+    # user data can have other types in these fields; type(), because True is an int
     known = {"idx": (int, str), "lang": (str,), "group": (str,)}
     kept = {key: row[key] for key, kinds in known.items() if type(row.get(key)) in kinds}
     return {"row": i} | kept | {"reference": reference}
 
 
 def require(settings: EvaluationSettings, server: str | None, on_gpu: bool) -> None:
-    """Refuse an unavailable engine, before anything takes time.
+    """Refuse an unavailable engine before slow steps.
 
     Args:
-        settings: the engine and the model.
-        server: address of a server.
+        settings: engine and model.
+        server: server address, for engine `SERVER`.
         on_gpu: True for an engine on a GPU.
 
     Raises:
-        UserError: it is not installed, or cannot be reached, or does not have the model, or cannot serve the adapter.
+        UserError: the engine is not installed, is unreachable, lacks the model, or cannot serve the adapter.
     """
     if settings.engine == VLLM:
         from . import vllm
@@ -61,17 +61,17 @@ def require(settings: EvaluationSettings, server: str | None, on_gpu: bool) -> N
 def started(
     prompter: "Prompter", prompts: Sequence[list[int]], server: str | None, part: Path
 ) -> AbstractContextManager[Engine]:
-    """Start the engine of the prompter's settings for the time of the block.
+    """Start the engine in the prompter's settings, for a `with` block.
 
     Args:
-        prompter: the run's.
+        prompter: prompter of the run.
         prompts: all prompts.
-        server: address of a server.
-        part: the file of the predictions; the engine's log is beside it.
+        server: server address, for engine `SERVER`.
+        part: file of the predictions; vLLM's log is written beside it.
 
     Raises:
-        UserError: it is not installed, or cannot be reached, or has no model of that name.
-        WorkFailed: it does not start.
+        UserError: the base model or the address does not suit the engine.
+        WorkFailed: the engine does not start.
     """
     settings = prompter.settings
     if settings.engine == VLLM:
@@ -98,23 +98,26 @@ def predict(
     server: str | None = None,
     rehearsal: bool = False,
 ) -> tuple[list[Row], EvaluationSettings]:
-    """Generate predictions of test rows; returns the rows, and the settings with those known from the engine.
+    """Generate predictions of test rows.
 
-    Before vLLM generates all rows, its answers are compared with the reference's, and so are a server's where this
-    machine has a GPU or the run is a rehearsal. A rehearsal leaves the GPU alone.
+    vLLM's answers are first compared with the reference's. A server's answers are compared if this machine has a GPU or
+    the run is a rehearsal. A rehearsal does not use the GPU.
 
     Args:
-        settings: the model, engine and decoding.
-        test: the rows.
+        settings: model, engine and decoding.
+        test: test rows.
         cfg: the run's config.
-        tokenizer: the folder of the training's tokenizer.
-        part: the file of predictions, from which a second call continues.
-        server: address of a server.
-        rehearsal: True for a rehearsal's run.
+        tokenizer: folder of the training tokenizer.
+        part: file of the predictions; a later call continues from it.
+        server: server address, for engine `SERVER`.
+        rehearsal: True for a run that is a rehearsal.
+
+    Returns:
+        Predictions, and the settings including `KNOWN`.
 
     Raises:
         UserError: see `Prompter.examples` and `started`.
-        WorkFailed: the engine cannot go on.
+        WorkFailed: the engine cannot continue.
     """
     rows = test.rows
     on_gpu = not rehearsal and bool(gpus.here())
@@ -129,7 +132,7 @@ def predict(
             prompter = Prompter(settings, cfg, tokenizer)
             examples = prompter.examples(rows, test.keys)
         prompts = [example.prompt for example in examples]
-        # vLLM that was compared is the same again; what a server has may have changed since
+        # a server's model can change between calls, so that its answers are compared again
         compared_again = settings.engine == SERVER and (on_gpu or rehearsal)
         compares = compared_again or (settings.engine == VLLM and settings.agreement is None)
         expected = answers_of_reference(prompter, sampled(prompts)) if compares else []
@@ -151,9 +154,9 @@ def _generate(
     part: Path,
     first: bytes,
 ) -> None:
-    """Add the rows, with their predictions, to those done and to a file, behind a first line.
+    """Generate missing predictions; add them to `done`, and after the line `first` to the file `part`.
 
-    Predictions that reach the limit of new tokens without one of the tokens that end an answer are marked as cut.
+    A prediction is marked as cut if it reaches the limit of new tokens without a token in `ends`.
     """
     most = engine.settings.decoding.max_new_tokens
     with Bar("evaluating", len(asked), len(done)) as bar, naming(part), opened(part, "ab") as stream:
@@ -169,23 +172,23 @@ def _generate(
                 done |= made
                 bar.update(len(done))
         except WorkFailed as error:
-            kept = f"{len(done):,} of {len(asked):,} rows are kept; the same command continues"
+            kept = f"{len(done):,} of {len(asked):,} rows are kept; repeat the command to continue"
             raise WorkFailed(f"{error}\n{kept}") from None
 
 
 def _line(settings: EvaluationSettings) -> bytes:
-    """Settings known from the engine, as a line between the predictions."""
+    """Line between predictions with the settings known from the engine."""
     return orjson.dumps(settings.model_dump(include=KNOWN)) + b"\n"
 
 
 def _continue(part: Path, settings: EvaluationSettings) -> tuple[dict[int, Row], EvaluationSettings]:
-    """Read the rows and settings of an interrupted evaluation with the same settings, or begin a new file."""
+    """Read rows and settings of an interrupted evaluation; begin a new file if settings differ."""
     asked = {"engine", "model", *(["batch_size"] if settings.engine == REFERENCE else [])}
     header = orjson.dumps(settings.same_work() | settings.model_dump(include=asked))
     first, *lines = part.read_bytes().split(b"\n") if part.is_file() else [b""]
     done: dict[int, Row] = {}
     for line in lines if first == header else ():
-        with suppress(ValueError):  # lines that a killed process or a power cut left are generated again
+        with suppress(ValueError):  # skips lines that a killed process or a power cut truncated
             row = orjson.loads(line)
             if isinstance(row, dict) and "agreement" in row:
                 known = {key: row.get(key) for key in KNOWN}
@@ -205,7 +208,7 @@ def sampled(prompts: Sequence[list[int]]) -> list[list[int]]:
 
 
 def answers_of_reference(prompter: "Prompter", prompts: Sequence[list[int]]) -> list[Completion]:
-    """Greedy answers of the reference, whose memory is free afterwards."""
+    """Greedy answers of the reference; its memory is freed afterwards."""
     from .reference import Reference
 
     reference = Reference(prompter)
@@ -215,7 +218,7 @@ def answers_of_reference(prompter: "Prompter", prompts: Sequence[list[int]]) -> 
 
 
 def agreement(expected: Sequence[Completion], engine: Engine, prompts: Sequence[list[int]]) -> Agreement:
-    """Compare an engine's greedy answers with the reference's, and log the result."""
+    """Compare greedy answers of an engine with expected ones; log the result."""
     name = engine.settings.engine
     answers = _greedily(engine, prompts, f"{name} answers")
     equal = sum(own.text == other.text for own, other in zip(expected, answers, strict=True))

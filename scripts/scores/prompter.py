@@ -1,4 +1,4 @@
-"""Prompts of an evaluation, identical to those of the training."""
+"""Evaluation prompts, identical to the prompts in training."""
 
 import json
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from ..configs import datafiles
 from ..runs.eval_loss import MASKED
 from .evaluations import EvaluationSettings
 
-LOSS_ON_ANSWERS = {  # of a data set of chats, which can have it elsewhere
+LOSS_ON_ANSWERS = {  # settings of chat data sets, which can put loss on other turns
     "roles_to_train": ["assistant"],
     "train_on_eos": "turn",
     "message_field_training": None,
@@ -31,26 +31,26 @@ LOSS_ON_ANSWERS = {  # of a data set of chats, which can have it elsewhere
 
 @dataclass
 class Example:
-    """Test row: the tokens of its prompt, and the expected answer."""
+    """Test row: tokens of the prompt, and the expected answer."""
 
     prompt: list[int]
     reference: str
 
 
 class Prompter:
-    """Maker of a run's prompts.
+    """Writer of prompts for a run.
 
     Args:
-        settings: the base model, and the most tokens of an answer.
+        settings: base model, and maximum number of tokens in an answer.
         cfg: the run's config.
-        tokenizer: the folder of the training's tokenizer, special tokens set.
+        tokenizer: folder of the training tokenizer, special tokens set.
     """
 
     def __init__(self, settings: EvaluationSettings, cfg: Config, tokenizer: Path):
         self.settings = settings
         self.cfg = cfg
         self.revision = cfg.get("revision_of_model", "main")
-        self.remote_code = bool(cfg.get("trust_remote_code"))  # if it is not said, transformers asks on the terminal
+        self.remote_code = bool(cfg.get("trust_remote_code"))  # without a value transformers asks on the terminal
         self.tokenizer = AutoTokenizer.from_pretrained(
             tokenizer, padding_side="left", trust_remote_code=self.remote_code
         )
@@ -58,7 +58,7 @@ class Prompter:
             self.trained = as_trained(cfg | {"base_model": settings.base_model})
             self.trained.torch_dtype = getattr(torch, settings.dtype)
             self._loader = ModelLoader(self.trained, self.tokenizer, inference=True)
-        except (OSError, WorkFailed):  # the hub lacks the model, or does not answer
+        except (OSError, WorkFailed):  # the hub lacks the model or does not respond
             raise
         except Exception as error:  # plugins and validators can raise anything
             raise UserError(f"{settings.data}: Axolotl refuses the run's config: {error}") from None
@@ -66,7 +66,7 @@ class Prompter:
 
     @cached_property
     def quantization(self) -> BitsAndBytesConfig | None:
-        """Quantization of the base model in the training; None without one."""
+        """Quantization of the base model in training; None without quantization."""
         if not self.settings.quantized:
             return None
         self._loader._set_quantization_config()
@@ -74,28 +74,28 @@ class Prompter:
 
     @cached_property
     def ends(self) -> set[int]:
-        """Tokens that end an answer: those that the training taught, and the model's own."""
+        """Tokens that end an answer: from training, and from the base model's config."""
         try:
             own = GenerationConfig.from_pretrained(self.settings.base_model, revision=self.revision).eos_token_id
-        except OSError:  # it has none, so that its config says
+        except OSError:  # the model has no generation config
             own = GenerationConfig.from_model_config(self.config).eos_token_id
         return {*taught_ends(self.cfg, self.tokenizer), *(own if isinstance(own, list) else [own])} - {None}
 
     def examples(self, rows: Sequence[Row], keys: Sequence[str] = ()) -> list[Example]:
-        """Prompt of each row, as Axolotl's own code writes it in training, and its reference.
+        """Prompt and reference of each row, written by Axolotl's code as in training.
 
-        The answer is the last stretch of tokens that carry loss, so in a chat the assistant's last turn; everything
-        before it is the prompt. For this, Axolotl puts loss on the answers only, whatever the training did. The
-        reference is the answer's text, where a type has a field for it, otherwise the text of its tokens.
-        A prompt that leaves no room for an answer in the model's context is truncated: by Axolotl at its end, where
-        that tokenizes prompt and answer separately, else at its beginning.
+        Axolotl puts loss on the answers only, whatever the training did. The answer is the last stretch of tokens that
+        carry loss, in a chat the assistant's last turn. All tokens before the answer are the prompt. The reference is
+        the answer field of the row, or the decoded answer if the data set type has no such field.
+        A prompt that leaves no room for an answer in the model's context is truncated. If Axolotl tokenizes prompt and
+        answer separately, it cuts the end of the prompt; otherwise the beginning is cut.
 
         Args:
             rows: fields by name.
-            keys: the data set in the config with the form of each row; by default the first.
+            keys: for each row the config's data set with its format; by default the first.
 
         Raises:
-            UserError: Axolotl cannot tokenize the rows, or one has no prompt or no answer.
+            UserError: Axolotl cannot tokenize the rows, or a row has no prompt or no answer.
         """
         keys = keys or ["datasets.0"] * len(rows)
         examples: dict[int, Example] = {}
@@ -111,11 +111,11 @@ class Prompter:
         return in_order
 
     def _of_dataset(self, key: str, rows: Sequence[Row]) -> list[Example]:
-        """Examples of one data set; a missing answer or prompt is empty."""
+        """Examples of one data set; missing answers and prompts are empty."""
         section, _, position = key.partition(".")
         longest = self.config.get_text_config().max_position_embeddings - self.settings.decoding.max_new_tokens
         data = self.settings.data
-        cfg = DictDefault({**self.trained, "train_on_inputs": False})  # its | would keep the values that are there
+        cfg = DictDefault({**self.trained, "train_on_inputs": False})  # DictDefault's | would keep existing values
         dataset = DictDefault({**cfg[section][int(position)], **LOSS_ON_ANSWERS})
         tokenized = tokenize(data, cfg, dataset, self.tokenizer, rows, longest)
         require_one_each(data, dataset, rows, tokenized)
@@ -131,7 +131,7 @@ class Prompter:
 
 
 def answer_of(labels: Sequence[int]) -> tuple[int, int]:
-    """Begin and end of the last stretch of tokens that carry loss; both are 0 without one."""
+    """Start and end of the last stretch of tokens that carry loss; 0, 0 without loss."""
     end = next((i for i in range(len(labels), 0, -1) if labels[i - 1] != MASKED), 0)
     start = next((i for i in range(end, 0, -1) if labels[i - 1] == MASKED), 0)
     return start, end
@@ -141,15 +141,15 @@ ANSWER = "An answer."
 
 
 def as_code(cfg: Config, tokenizer: Path, known: dict[str, str]) -> str | None:
-    """Python code that sets `inputs` to a prompt's tokens, as Axolotl wrote them in the training.
+    """Python code that sets `inputs` to the tokens of a training prompt.
 
-    Its text is Axolotl's for a row of {placeholders}. None where its tokens are not those, for an unknown type, or
-    without a tokenizer.
+    Axolotl writes the prompt for a row of {placeholders}. None if the prompt's text gives other tokens, for an unknown
+    data set type, or without a tokenizer.
 
     Args:
         cfg: the run's config.
-        tokenizer: the folder with its tokenizer.
-        known: texts of some fields; the others stay placeholders.
+        tokenizer: folder of the training tokenizer.
+        known: texts for some fields; the other fields stay placeholders.
     """
     dataset = next((dataset for _, dataset in datafiles.datasets(cfg, "datasets")), {})
     row = _placeholders(dataset)
@@ -163,7 +163,7 @@ def as_code(cfg: Config, tokenizer: Path, known: dict[str, str]) -> str | None:
     except (OSError, ValueError, UserError):
         return None
     ids = tokens.ids[: answer_of(tokens.labels)[0]]
-    begun = len(loaded("")["input_ids"])  # tokens that begin every text
+    begun = len(loaded("")["input_ids"])  # number of tokens that begin every text
     text = str(loaded.decode(ids[begun:], skip_special_tokens=False, clean_up_tokenization_spaces=False))
     if loaded(text)["input_ids"] != list(ids):
         return None
@@ -173,9 +173,9 @@ def as_code(cfg: Config, tokenizer: Path, known: dict[str, str]) -> str | None:
 
 
 def _placeholders(dataset: Config) -> Row:
-    """Row of a data set with {placeholders} in the fields of a prompt; empty for an unknown type.
+    """Row with {placeholders} in the prompt's fields; empty for an unknown data set type.
 
-    It has the optional fields of the first row, because prompts can be worded otherwise without them.
+    Optional fields are present if the first row of the data has them, because they can change the prompt's wording.
     """
     if dataset.get("type") == "chat_template":
         names = {"role": "role", "content": "content"} | (dataset.get("message_property_mappings") or {})

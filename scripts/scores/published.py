@@ -1,4 +1,4 @@
-"""Published predictions: read and scored like those of a run."""
+"""Read and score published predictions."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,20 +20,20 @@ def scores(
     published: Mapping[str, PublishedScore],
     judged: ScorerModels,
 ) -> list[dict[str, Any]]:
-    """Score published predictions on their test set and, of all test rows, on the published scores' too.
+    """Score published predictions; complete test sets also on the published scores' subset.
 
     Args:
-        predictions: their files.
-        own: their test set.
-        published: their published scores, by metric, on the study's test set for published scores.
-        judged: the scorer models of the metrics that need one.
+        predictions: files of the predictions.
+        own: test set of the predictions.
+        published: published scores by metric, on the study's `test_set`.
+        judged: scorer models by column name.
 
     Returns:
-        A row for each test set and metric: `test_set`, `rows`, `metric`, `score`, its 95 % interval `low` and `high`,
-        `published`, the `difference` from that, and `agrees`: equal within the last printed digit and the ± beside it.
+        A row for each test set and metric: `test_set`, `rows`, `metric`, `score`, the 95 % interval `low` and `high`,
+        `published`, the `difference`, and `agrees`: equal within the last printed digit plus the published ±.
 
     Raises:
-        UserError: a file is damaged, or has not the rows of the test set.
+        UserError: a file is damaged, or its rows are not those of the test set.
         WorkFailed: a scorer model cannot be loaded.
     """
     by_set = {own: read(of_study, predictions, own)}
@@ -54,7 +54,7 @@ def scores(
 
 
 def _beside(ours: float, theirs: PublishedScore | None, comparable: bool) -> dict[str, Any]:
-    """Published score beside ours of the same texts, from which nothing but rounding may differ."""
+    """Compare with a published score of the same texts: only rounding can make a difference."""
     if theirs is None or not comparable:
         return {"published": None, "difference": None, "agrees": None}
     half_a_digit = 0.5 * 10.0 ** -len(f"{theirs.value!r}".partition(".")[2]) * (1 + 1e-9)
@@ -64,7 +64,7 @@ def _beside(ours: float, theirs: PublishedScore | None, comparable: bool) -> dic
 
 
 def read(of_study: Study, predictions: PublishedPredictions, own: str) -> list[Row]:
-    """Rows with `reference` and `prediction`.
+    """Read rows with `reference` and `prediction`.
 
     Raises:
         UserError: see `scores`.
@@ -74,7 +74,7 @@ def read(of_study: Study, predictions: PublishedPredictions, own: str) -> list[R
     written, references = (_texts(texts, data.raw) for texts in (predictions.prediction, predictions.reference))
     file = data.raw / predictions.prediction.file
     if len(written) != len(references):
-        raise UserError(f"{file}: {len(written):,} predictions for {len(references):,} references; each needs one")
+        raise UserError(f"{file}: {len(written):,} predictions for {len(references):,} references; give equal numbers")
     expected = data.raw_rows_of("test") if own == "test" else data.subsets[own].rows
     if expected not in (None, len(written)):
         title = data.title_of(own)
@@ -83,7 +83,7 @@ def read(of_study: Study, predictions: PublishedPredictions, own: str) -> list[R
 
 
 def _texts(texts: Texts, folder: Path) -> list[str]:
-    """Texts of a file: its lines, with or without an end of the last one, or a field of its rows."""
+    """Read texts from a file: one per line, or from a field of its rows."""
     file = folder / texts.file
     if texts.field is None:
         try:
@@ -93,5 +93,5 @@ def _texts(texts: Texts, folder: Path) -> list[str]:
         return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
     found = [below(row, texts.field) for row in read_rows(file, ())]
     if wrong := next((number for number, text in enumerate(found, start=1) if not isinstance(text, str)), None):
-        raise UserError(f"{file}: row {wrong} has no text field {texts.field}; study.yaml names that field")
+        raise UserError(f"{file}: row {wrong} has no text field {texts.field}; correct the field in study.yaml")
     return found

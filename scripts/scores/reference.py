@@ -1,4 +1,4 @@
-"""Reference engine: transformers, the base model quantized as in training, in batches of rows of about one length."""
+"""Reference engine: transformers, with the base model quantized as in training."""
 
 import gc
 import hashlib
@@ -29,27 +29,27 @@ from .prompter import Prompter
 
 disable_progress_bar()
 
-# Of a batch, unless another number is asked for. Weights are read, and in 4 bit dequantized, once a token for all rows
-# of a batch; beyond some dozens that is little, and rows that have ended wait for those that have not.
+# Default maximum number of rows in a batch. Each token costs one pass over the weights, and dequantization in 4 bit,
+# shared by all rows. Beyond some dozens of rows little is gained, and finished rows wait for the others.
 MOST_ROWS = 64
-# The most rows and tokens of a batch of large models on a CPU, where arithmetic takes the time and larger ones are not
-# faster, and of samples, whose seeds are those of their batches: they are not to depend on how much memory there is.
+# Maximum numbers of rows and tokens in a batch in two cases. Large models on a CPU are bound by arithmetic, so that
+# larger batches are not faster. Sampling is seeded per batch, and must not depend on the available memory.
 FIXED = 16, 8192
 
-# Bytes of memory below which a model is small on a CPU, as those of rehearsals are. Its weights are dequantized once,
-# unless a config has its 4-bit layers compute in another dtype: doing so for each token is slower, and bitsandbytes'
-# kernel for CPUs rounds to bf16, with answers that depend on how many rows are computed at once.
+# Size limit in bytes for a small model on a CPU. A small model is dequantized once, unless its 4-bit layers compute in
+# another dtype. Dequantizing for each token is slower, and bitsandbytes rounds to bf16 on a CPU: answers would depend
+# on the number of rows in a batch.
 SMALL = 4e9
-# The most bytes of keys and values of a small model's batch on a CPU, as far as a quarter of the free memory has room
-# for them.
+# Maximum size in bytes of a batch's keys and values, for a small model on a CPU. A quarter of the free memory is the
+# other limit.
 SMALL_CACHE = 1_000_000_000
 
 
 class Reference:
-    """An `Engine`: a run's base model, quantized as in training, with or without an adapter.
+    """`Engine` in this process: base model, with or without an adapter.
 
     Args:
-        prompter: the run's, with the settings of model, adapter and decoding.
+        prompter: prompter of the run, with settings of model, adapter and decoding.
     """
 
     def __init__(self, prompter: Prompter):
@@ -63,7 +63,7 @@ class Reference:
         how = prompter.quantization
         if small and how and how.load_in_4bit and how.bnb_4bit_compute_dtype == dtype:
             self.model = self.model.dequantize(dtype=dtype)
-        self.model.generation_config = GenerationConfig()  # the model's own decodes in its own way
+        self.model.generation_config = GenerationConfig()  # the published one would change the decoding
         grow_embedding(self.model, len(self.tokenizer), settings.adapter if settings.adapter_sha256 else None)
         if settings.adapter_sha256:
             self.model = with_adapter(self.model, settings.adapter)
@@ -73,7 +73,7 @@ class Reference:
             self.settings = settings.model_copy(update={"batch_tokens": self._room()})
 
     def decoding(self) -> GenerationConfig:
-        """Decoding of the settings, and of the model's own only the tokens that end an answer."""
+        """Decoding from the settings, with the tokens that end an answer."""
         decoding = self.settings.decoding
         sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
         return GenerationConfig(
@@ -86,10 +86,10 @@ class Reference:
         )
 
     def _room(self) -> int:
-        """Tokens in a batch, by the memory for their keys and values; each beam of a row has its own.
+        """Number of tokens whose keys and values fit in memory, with every beam.
 
-        That is half of a GPU's free memory, as a pass needs the other half, or `SMALL_CACHE` on a CPU. A power of two,
-        so that a resumed evaluation mostly has the same number.
+        Keys and values get half of a GPU's free memory, because a pass needs the other half. On a CPU they get
+        `SMALL_CACHE`. The number is a power of two, so that a resumed evaluation mostly has the same.
         """
         if self.device.type == "cuda":
             memory = torch.cuda.mem_get_info()[0] // 2
@@ -102,13 +102,13 @@ class Reference:
         return 1 << max(memory // (of_token * self.settings.decoding.num_beams), 1).bit_length() - 1
 
     def generate(self, prompts: Sequence[list[int]], done: Container[int]) -> Iterator[dict[int, Completion]]:
-        """See `Engine`.
+        """Implement `Engine.generate`.
 
-        Batches do not depend on the rows done: in half precision an answer can depend on the other rows of its batch.
-        One that does not fit the GPU's memory is halved.
+        In half precision an answer can depend on the other rows of the batch, so that rows with answers do not change
+        the batches. A batch that does not fit the GPU's memory is halved.
 
         Raises:
-            WorkFailed: not even a row fits.
+            WorkFailed: a single row does not fit.
         """
         lengths = [len(prompt) + self.settings.decoding.max_new_tokens for prompt in prompts]
         most, tokens = MOST_ROWS, self.settings.batch_tokens
@@ -124,7 +124,7 @@ class Reference:
                 except torch.OutOfMemoryError:
                     if len(part) == 1:
                         raise WorkFailed(f"a row of up to {room} tokens does not fit the GPU's memory") from None
-                    say(f"{len(part)} rows of up to {room} tokens do not fit the GPU's memory; they are halved")
+                    say(f"{len(part)} rows of up to {room} tokens do not fit the GPU's memory; halving the batch")
                     fits = len(part) // 2
                     waiting += [list(half) for half in batched(part, fits)][::-1]
                     continue
@@ -133,11 +133,11 @@ class Reference:
 
     @torch.inference_mode()
     def answers(self, prompts: Sequence[list[int]], number: int) -> list[list[int]]:
-        """Tokens of one answer per prompt, independent of the batches before; without padding.
+        """Tokens of one answer per prompt, without padding.
 
         Args:
-            prompts: the tokens of each.
-            number: the batch's number, which is added to the seed where the decoding samples.
+            prompts: tokens of each prompt.
+            number: batch number; added to the seed, so that sampling does not depend on earlier batches.
         """
         batch = self.tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt").to(self.device)
         set_seed(self.settings.decoding.seed + number)
@@ -147,24 +147,24 @@ class Reference:
         return [answer[: next((i + 1 for i, token in enumerate(answer) if token in ends), None)] for answer in answers]
 
     def free(self) -> None:
-        """Free its memory for another engine; it cannot be used afterwards."""
+        """Free memory for another engine; ends the use of this object."""
         del self.model
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def batches(lengths: Sequence[int], most: int, tokens: int) -> Iterator[tuple[int, list[int]]]:
-    """Divide rows into batches, the longest first: too little memory shows at once.
+    """Group rows into batches, longest first: insufficient memory shows at once.
 
-    Rows of about the same room are together, so that little of a batch is padding.
+    A batch holds rows of similar length, so that little of it is padding.
 
     Args:
-        lengths: for each row the tokens of its prompt and of the longest answer.
-        most: the most rows in a batch.
-        tokens: the most tokens in one of several rows.
+        lengths: number of tokens per row, for prompt and longest answer.
+        most: maximum number of rows in a batch.
+        tokens: maximum number of tokens in a batch of several rows.
 
     Yields:
-        The room, a power of two of tokens, and the positions of the rows.
+        Row length in tokens, rounded up to a power of two, and positions of the rows.
     """
     by_length = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     for room, same in groupby(by_length, key=lambda i: max(1 << (lengths[i] - 1).bit_length(), 256)):
@@ -173,11 +173,11 @@ def batches(lengths: Sequence[int], most: int, tokens: int) -> Iterator[tuple[in
 
 
 def base_model(prompter: Prompter) -> Any:
-    """Load a run's base model, configured and quantized as in training, on the GPU if there is one."""
+    """Load the base model, configured and quantized as in training."""
     settings = prompter.settings
     return AutoModelForCausalLM.from_pretrained(
         settings.base_model,
-        config=deepcopy(prompter.config),  # the model's has more than was asked for
+        config=deepcopy(prompter.config),  # from_pretrained adds keys to it
         revision=prompter.revision,
         trust_remote_code=prompter.remote_code,
         dtype=getattr(torch, settings.dtype),
@@ -188,11 +188,11 @@ def base_model(prompter: Prompter) -> Any:
 
 
 def with_adapter(model: Any, folder: str) -> Any:
-    """Put all of an adapter on a model's layers.
+    """Load an adapter onto a model; refuse partial loads, of which PEFT only warns.
 
     Raises:
-        UserError: the adapter has weights for layers that the model lacks, lacks some of its own layers, or changes
-            nothing. PEFT only warns.
+        UserError: the model lacks layers that the adapter has weights for, the adapter lacks weights for some of its
+            layers, or the adapter changes nothing.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -200,30 +200,30 @@ def with_adapter(model: Any, folder: str) -> Any:
     saved = (tensor_shapes(file) or {}).keys()
     try:
         adapted = PeftModel.from_pretrained(model, folder)
-    except (RuntimeError, ValueError, KeyError) as error:  # of other shapes, or of layers that the model lacks
+    except (RuntimeError, ValueError, KeyError) as error:  # other shapes, or layers that the model lacks
         raise UserError(f"{file}: not this model's adapter: {str(error).strip().partition('\n')[0]}") from error
     own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     every = get_peft_model_state_dict(adapted, save_embedding_layers=True)
     for problem, names in (("layers that the model lacks", saved - every), ("no weights for", own.keys() - saved)):
         if names:
             some = f"{min(names)}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
-            raise UserError(f"{file}: not this model's adapter: {problem}: {some}; name the model's own with --adapter")
+            raise UserError(f"{file}: not this model's adapter: {problem}: {some}; name another with --adapter")
     changes = [tensor for name, tensor in own.items() if "lora_B" in name or "lora_embedding_B" in name]
     if changes and not any(tensor.any() for tensor in changes):
-        raise UserError(f"{file}: changes nothing: LoRA's B is 0 in every layer; evaluate one that was trained")
+        raise UserError(f"{file}: changes nothing: LoRA's B is 0 in every layer; evaluate a trained adapter")
     return adapted
 
 
 def grow_embedding(model: PreTrainedModel, tokens: int, adapter: str | None) -> None:
-    """Give a base model's embedding as many rows as it was trained with, if it has fewer.
+    """Grow a base model's embedding to its size in training.
 
-    Axolotl adds rows for tokens that a config adds to the tokenizer (loaders/model.py); PEFT saves them with the
-    adapter, but does not add them when it loads the adapter.
+    Axolotl adds rows for tokens that a config adds to the tokenizer (loaders/model.py). PEFT saves these rows with the
+    adapter, but does not add rows to the model when it loads the adapter.
 
     Args:
-        model: the base model.
-        tokens: number of tokens of the training's tokenizer.
-        adapter: the adapter's folder; None for the base model alone.
+        model: base model.
+        tokens: number of tokens in the training tokenizer.
+        adapter: adapter folder; None for the base model alone.
     """
     saved = embedding_rows(Path(adapter) / ADAPTER) if adapter else None
     if (rows := saved or tokens) > len(model.get_input_embeddings().weight):
@@ -231,7 +231,7 @@ def grow_embedding(model: PreTrainedModel, tokens: int, adapter: str | None) -> 
 
 
 def base_weights(prompter: Prompter) -> dict[str, Any]:
-    """Identity of the weights of the run's base model: revision, files, quantization and config."""
+    """Identity of the base model's weights: revision, files, quantization and config."""
     settings = prompter.settings
     return {
         "model": settings.base_model,
@@ -246,10 +246,10 @@ def base_weights(prompter: Prompter) -> dict[str, Any]:
 
 
 def weights_folder(prompter: Prompter) -> Path:
-    """Folder of the run's base model, quantized as in training and dequantized to the settings' dtype.
+    """Folder of the base model, quantized as in training and then dequantized.
 
-    At each step a 4-bit layer does the same, unless `bnb_4bit_compute_dtype` is another, so that both compute with
-    identical weights. The folder is made once, in the cache, as large as the base model in 16 bit.
+    A 4-bit layer dequantizes its weights at each step, to the same values unless `bnb_4bit_compute_dtype` differs from
+    the settings' dtype. The folder is created once, in the cache, as large as the base model in 16 bit.
 
     Raises:
         OSError: the disk is full.
@@ -259,10 +259,10 @@ def weights_folder(prompter: Prompter) -> Path:
     made = paths.cache() / f"dequantized-{model.name}-{digest[:16]}"
 
     def make(target: Path) -> None:
-        say(f"dequantizing {model.name}, once, in {made}")
+        say(f"dequantizing {model.name} once, to {made}")
         base_model(prompter).dequantize(dtype=getattr(torch, settings.dtype)).save_pretrained(target)
-        prompter.config.save_pretrained(target)  # as it was: the model's has what was asked for beside it
+        prompter.config.save_pretrained(target)  # replaces the model's config, which has additional keys
         gc.collect()
-        torch.cuda.empty_cache()  # the engine needs it
+        torch.cuda.empty_cache()  # the engine needs the memory
 
     return make_once(made, make)

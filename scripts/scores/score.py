@@ -1,4 +1,4 @@
-"""Scores of predictions against references, the metrics that make them, and the scorer models of BERTScore."""
+"""Score predictions against references; choose metrics and BERTScore's scorer model."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,12 +17,12 @@ from ..metrics.registry import Benchmark
 from ..metrics.text import words
 from . import intervals
 
-# Scorer models by the names of the columns that need one; None where that column is left out.
+# Scorer model by column name; None leaves the column out.
 ScorerModels = Mapping[str, ScorerModel | None]
 
 
 class StandIn(ScorerModel):
-    """The scorer model of a rehearsal."""
+    """Scorer model of rehearsals."""
 
     @property
     def stand_in(self) -> bool:
@@ -37,14 +37,16 @@ class StandIn(ScorerModel):
 
 
 def columns_of(recipe: str | None = None, asked: Iterable[str] = ()) -> dict[str, Column]:
-    """Metrics of a recipe's study and of --metric; without both `registry.DEFAULT`.
+    """Columns from the recipe's study and from --metric.
+
+    `registry.DEFAULT` applies if neither has a metric of texts.
 
     Args:
-        recipe: name of the recipe, or of the one that it is a variant of; None for predictions of no recipe.
+        recipe: recipe name, for a variant its base recipe; None for predictions without a recipe.
         asked: values of --metric.
 
     Raises:
-        UserError: a value is malformed, or has the name of a metric that the study declares otherwise.
+        UserError: a value is malformed, or redefines a metric of the study.
     """
     of_study = study.of(recipe) if recipe else None
     own = of_study.columns if of_study else {}
@@ -52,22 +54,23 @@ def columns_of(recipe: str | None = None, asked: Iterable[str] = ()) -> dict[str
     for name, column in named.items():
         if name in own and not column.same_scores(own[name]):
             raise UserError(
-                f"--metric {name}: {recipe}'s study declares {name} otherwise, and its runs are scored with that; give "
-                f"yours another name, as in 'other: {{metric: {column.metric.name}}}'"
+                f"--metric {name}: {recipe}'s study declares {name} with other parameters; give your metric another "
+                f"name, as in 'other: {{metric: {column.metric.name}}}'"
             )
     texts = own or {name: column for name, column in named.items() if not column.metric.of_model}
     return named | (own if texts else registry.columns(registry.DEFAULT))
 
 
 def declared_models(columns: Mapping[str, Column]) -> dict[str, ScorerModel]:
-    """Scorer models that columns declare, by the names of the columns."""
+    """Declared scorer models by column name."""
     return {name: column.parameters for name, column in columns.items() if isinstance(column.parameters, ScorerModel)}
 
 
 def scorer_model(asked: str | None, rehearsal: bool = False, declared: ScorerModel | None = None) -> ScorerModel | None:
-    """Scorer model of --metric; None leaves BERTScore out.
+    """Scorer model for BERTScore; None leaves BERTScore out.
 
-    By default it is the stand-in in a rehearsal, otherwise the declared one if that is on this machine, as it is large.
+    --metric (`asked`) has priority. Otherwise a rehearsal takes the stand-in, and any other run takes the declared
+    model if this machine has a copy: the model is too large to download unasked.
     """
     declared = declared or ScorerModel()
     if asked:
@@ -84,7 +87,7 @@ def scorer_model(asked: str | None, rehearsal: bool = False, declared: ScorerMod
 def scorer_models(
     columns: Mapping[str, Column], asked: str | None, rehearsal: bool = False, report: bool = False
 ) -> ScorerModels:
-    """Scorer model of each column that needs one, see `scorer_model`; `report` logs missing ones."""
+    """Scorer model for each column that declares one; `report` logs missing models."""
     models = {name: scorer_model(asked, rehearsal, declared) for name, declared in declared_models(columns).items()}
     for name, declared in declared_models(columns).items():
         if report and models[name] is None and asked is None:
@@ -94,7 +97,7 @@ def scorer_models(
 
 
 def require_models(models: Iterable[ScorerModel | None]) -> None:
-    """Load scorer models, before hours of generation.
+    """Check before hours of generation that scorer models can be loaded.
 
     Raises:
         UserError, WorkFailed: see `layer_of`.
@@ -104,27 +107,27 @@ def require_models(models: Iterable[ScorerModel | None]) -> None:
 
 
 def model_record(column: Column, scores: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Record of a column's scorer model in scores.json; None without one, or where the column was left out."""
+    """Scorer model recorded for a column in scores.json; None without a record."""
     record = scores.get(column.recorded("bertscore")) if isinstance(column.parameters, ScorerModel) else None
     return record if isinstance(record, dict) else None
 
 
 def same_models(models: ScorerModels, columns: Mapping[str, Column], scores: Mapping[str, Any]) -> bool:
-    """True if these scorer models made scores."""
+    """True if these scorer models computed the scores."""
     return all(made_by(model, model_record(columns[name], scores)) for name, model in models.items())
 
 
-# Version of the scores. A change that gives the same texts other scores raises it; older scores are computed again.
+# Version of the scoring code. Raise it if the same texts get other scores: older scores are then computed again.
 VERSION = 1
 
 
 def read_pairs(file: Path, prediction: str = "prediction", reference: str = "reference") -> list[Row]:
-    """Rows of a JSONL file with the fields reference and prediction, from the named fields.
+    """Read rows of a JSONL file; set `reference` and `prediction` from the named fields.
 
     Args:
-        file: the file.
-        prediction: the field with the prediction; a dot reaches below, as in `answer.text`.
-        reference: the field with the reference.
+        file: JSONL file.
+        prediction: field with the prediction; dots lead to nested fields, as in `answer.text`.
+        reference: field with the reference, likewise.
 
     Raises:
         UserError: see `read_rows`.
@@ -134,14 +137,14 @@ def read_pairs(file: Path, prediction: str = "prediction", reference: str = "ref
         found = {"reference": below(row, reference), "prediction": below(row, prediction)}
         for (side, text), field in zip(found.items(), (reference, prediction), strict=True):
             if not isinstance(text, str):
-                problem = f"row {number} needs the text field {field}; it has {', '.join(row) or 'none'}"
-                raise UserError(f"{file}: {problem}; name another with --{side}-field")
+                problem = f"row {number} lacks the text field {field}; its fields: {', '.join(row) or 'none'}"
+                raise UserError(f"{file}: {problem}; name another field with --{side}-field")
         row |= found
     return rows
 
 
 def below(row: Any, field: str) -> Any:
-    """Value of a field, or of a field below others, with dots between the names."""
+    """Value of a field; dots in the name lead to nested fields."""
     if not isinstance(row, dict) or field in row:
         return row.get(field) if isinstance(row, dict) else None
     first, dot, rest = field.partition(".")
@@ -149,28 +152,28 @@ def below(row: Any, field: str) -> Any:
 
 
 def of_predictions(columns: Mapping[str, Column]) -> Mapping[str, Column]:
-    """Return the columns, all of which measure predictions.
+    """Return the columns if all of them measure predictions.
 
     Raises:
-        UserError: one measures a run.
+        UserError: a column measures a run.
     """
     for name, column in columns.items():
         if column.metric.of_loss or column.metric.of_model:
             raise UserError(
-                f"--metric {name}: measures a run, not predictions; `recipe evaluate RUN --metric {name}` gives it"
+                f"--metric {name}: measures a run, not predictions; `recipe evaluate RUN --metric {name}` computes it"
             )
     return columns
 
 
 def with_scores(rows: Sequence[Row], columns: Mapping[str, Column], models: ScorerModels | None = None) -> list[Row]:
-    """Rows with `exact` and the scores of columns with a score of each row, without older scores.
+    """Replace row-level scores: add `exact` and the new scores, remove older ones.
 
-    A row is exact where both texts are the same but for space around them.
+    A row is exact if both texts are equal apart from surrounding space.
 
     Args:
         rows: each with `reference` and `prediction`.
-        columns: their metrics.
-        models: the scorer models of those that need one; by default the declared ones.
+        columns: metrics by name.
+        models: scorer models by column name; by default the declared models.
     """
     judged = dict(models or {})
     pairs = [(row["reference"], row["prediction"]) for row in rows]
@@ -193,20 +196,20 @@ def score(
     loss: float | None = None,
     measured: Mapping[str, Benchmark] | None = None,
 ) -> tuple[dict[str, Any], list[Row]]:
-    """Scores of all rows together, and the rows with their own scores.
+    """Score predictions, together and row by row.
 
     Args:
-        rows: each with `reference` and `prediction`; empty where no metric needs predictions.
-        columns: their metrics.
-        models: the scorer models of those that need one; by default the declared ones.
-        loss: the eval loss of the predictions' run, for metrics of that.
-        measured: scores of benchmarks by column.
+        rows: each with `reference` and `prediction`; empty if no metric needs predictions.
+        columns: metrics by name.
+        models: scorer models by column name; by default the declared models.
+        loss: eval loss of the run, for metrics of the loss.
+        measured: benchmark scores by column name.
 
     Returns:
-        The means of the metrics per row with their 95 % intervals; metrics of all rows together, or of the run; the
-        records of the metrics, and `metrics`, their declarations; the shares of exact and empty predictions and of
-        those that another row has too; the tokens of all predictions over those of all references; and `notes` on the
-        scores, if there are any.
+        The content of scores.json, and the rows with row-level scores. The content has means of row-level metrics with
+        95 % intervals, and metrics of all rows or of the run. It has details of the metrics, and their declarations in
+        `metrics`. It has the shares of exact, empty and repeated predictions, and `length_ratio`: words of all
+        predictions per word of the references. `notes` are present if there are any.
     """
     judged = dict(models or declared_models(columns))
     kept = {name: column for name, column in columns.items() if judged.get(name, column.parameters)}
@@ -249,10 +252,10 @@ def score(
 
 
 def _by_group(rows: Sequence[Row], column: Column) -> dict[str, list[float]]:
-    """The scores that a column averages, by the group of their rows.
+    """Row scores that a column averages, by group.
 
     Raises:
-        UserError: no other column of that name has a score for each row.
+        UserError: rows have no score of the averaged column.
     """
     averaged, groups = column.entry["of"], dict[str, list[float]]()
     for row in rows:
@@ -263,7 +266,7 @@ def _by_group(rows: Sequence[Row], column: Column) -> dict[str, list[float]]:
 
 
 def _shares(rows: Sequence[Row]) -> dict[str, float | None]:
-    """Shares of rows that are exact, empty, and equal to another; length of predictions over references."""
+    """Shares of exact, empty and repeated predictions, and the length ratio."""
     references, predictions = ([row[key] for row in rows] for key in ("reference", "prediction"))
     times = Counter(map(str.strip, predictions))
     reference_words, prediction_words = (len(words("\n".join(texts))) for texts in (references, predictions))

@@ -1,4 +1,4 @@
-"""Completions of a vLLM server as an engine, by OpenAI's own client: prompts and answers are tokens, as in training."""
+"""vLLM server as an engine, by OpenAI's client; prompts and answers are tokens."""
 
 import asyncio
 import os
@@ -14,17 +14,17 @@ from ..base.errors import UserError, WorkFailed, did_you_mean
 from .evaluations import Completion
 
 if TYPE_CHECKING:
-    from .prompter import Prompter  # with torch and Axolotl, which `require` does without
+    from .prompter import Prompter  # imports torch and Axolotl, which `require` does without
 
-# In the environment. No variable of another tool, whose key this server may not be meant to get.
+# Environment variable for the server's key. Variables of other tools could send their key to a wrong server.
 KEY = "QLORA_RECIPES_SERVER_KEY"
-RETRIES = 9  # after pauses that the client doubles up to 8 s, for a minute in total, or that the server asks for
-TIMEOUT = 300.0  # seconds that an answer may take; all tries of a request together may take twice as long
-AT_ONCE = 16  # requests that a server gets at a time, unless another number is asked for
+RETRIES = 9  # with pauses that double up to 8 s, a minute in total, or that the server requests
+TIMEOUT = 300.0  # seconds for an answer; all tries of a request together have twice as long
+AT_ONCE = 16  # default number of simultaneous requests
 
 
 class Choice(BaseModel):
-    """Answer of a server, which ended by itself or at its length; `token_ids` is vLLM's."""
+    """Answer of a server, ended by the model or by the length limit; only vLLM has `token_ids`."""
 
     finish_reason: Literal["stop", "length"]
     token_ids: list[int]
@@ -44,12 +44,12 @@ class _Models(BaseModel):
 
 @dataclass
 class Api:
-    """Address of a server.
+    """Access to a server.
 
     Attributes:
-        url: where its protocol begins, with a slash at the end.
-        key: its key; None for a server without one.
-        timeout: of an answer in seconds; None for no limit.
+        url: base URL of the protocol, with a slash at the end.
+        key: the server's key; None for a server without a key.
+        timeout: seconds for an answer; None for no limit.
     """
 
     url: str
@@ -57,11 +57,11 @@ class Api:
     timeout: float | None = TIMEOUT
 
     def client(self, retries: int) -> openai.AsyncOpenAI:
-        """Client that sends this server's key alone, whatever the environment has for OpenAI.
+        """Client that ignores OpenAI's environment variables and sends only this server's key.
 
-        A server on this machine is asked directly, without the environment's proxy.
+        Requests to a server on this machine bypass the environment's proxy.
         """
-        os.environ.pop("OPENAI_CUSTOM_HEADERS", None)  # no argument of the client's leaves these out
+        os.environ.pop("OPENAI_CUSTOM_HEADERS", None)  # the client has no argument to leave these out
         local = urlsplit(self.url).hostname in ("127.0.0.1", "::1", "localhost")
         return openai.AsyncOpenAI(
             api_key=self.key or "none",
@@ -80,7 +80,7 @@ class Api:
         """Names of the server's models.
 
         Raises:
-            openai.APIError, ValidationError: it does not answer, or not in OpenAI's protocol.
+            openai.APIError, ValidationError: the server does not respond, or does not use OpenAI's protocol.
         """
         async with self.client(retries=0) as client:
             response = await client.models.with_raw_response.list()
@@ -90,27 +90,27 @@ class Api:
         """Refuse a model that the server does not have.
 
         Raises:
-            UserError: it has no such model, or refuses the key, or is not a server with OpenAI's protocol.
+            UserError: the server lacks the model, refuses the key, or does not use OpenAI's protocol.
         """
         try:
             models = asyncio.run(self.models())
         except (openai.APIError, ValidationError) as error:
             key = isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError)
-            remedy = f"set {KEY} to a key that the server takes" if key else "start vLLM there, or correct the address"
+            remedy = f"set {KEY} to the server's key" if key else "start vLLM there, or correct the address"
             raise UserError(f"--engine {self.url}: {cause(error)}; {remedy}") from None
         if name not in models:
             wrong = f"--model {name}: not a model of the server" if name else "--engine URL: needs --model"
-            raise UserError(f"{wrong}{did_you_mean(name or '', models)}; it has {', '.join(models) or 'none'}")
+            raise UserError(f"{wrong}{did_you_mean(name or '', models)}; its models: {', '.join(models) or 'none'}")
 
 
 class Server:
-    """An `Engine`: a model on a server, whoever started that.
+    """`Engine` on a server, started by this project or by a user.
 
     Args:
-        prompter: the run's, with the settings.
-        api: the server.
-        model: its name for the model.
-        at_once: how many requests it gets at a time.
+        prompter: prompter of the run, with the settings.
+        api: access to the server.
+        model: name of the model on the server.
+        at_once: number of simultaneous requests.
     """
 
     def __init__(self, prompter: "Prompter", api: Api, model: str, at_once: int):
@@ -122,13 +122,13 @@ class Server:
         self.ends = sorted(prompter.ends)
 
     def generate(self, prompts: Sequence[list[int]], done: Container[int]) -> Iterator[dict[int, Completion]]:
-        """See `Engine`."""
+        """Implement `Engine.generate`."""
         answers = self._answers(prompts, [i for i in range(len(prompts)) if i not in done])
 
         async def following() -> dict[int, Completion] | None:
             return await anext(answers, None)
 
-        with asyncio.Runner() as runner:  # which cancels what is under way when this ends, for whatever reason
+        with asyncio.Runner() as runner:  # cancels open requests whenever the generator ends
             while (answer := runner.run(following())) is not None:
                 yield answer
 
@@ -144,7 +144,7 @@ class Server:
     async def _answer(
         self, client: openai.AsyncOpenAI, free: asyncio.Semaphore, i: int, prompt: list[int]
     ) -> dict[int, Completion]:
-        """Answer to a prompt; the client repeats requests after errors that may pass."""
+        """Answer to a prompt; the client repeats requests after temporary errors."""
         decoding = self.settings.decoding
         extra: dict[str, object] = {"stop_token_ids": self.ends, "return_token_ids": True, "repetition_penalty": 1.0}
         if decoding.do_sample:
@@ -169,13 +169,13 @@ class Server:
 
 
 def at(url: str) -> Api:
-    """Server at a user's address, with the key in the environment.
+    """Access to the server at a user's address, with the key from the environment.
 
     Raises:
         UserError: the address is malformed, or holds a key.
     """
     if set("@?#") & set(url):
-        raise UserError(f"--engine: the address has a user, a password or a query, which others see; set {KEY} instead")
+        raise UserError(f"--engine: the address has a user, password or query, open to others; set {KEY} instead")
     try:
         address = AnyHttpUrl(url)
     except ValidationError:
@@ -184,13 +184,13 @@ def at(url: str) -> Api:
         ) from None
     key = os.environ.get(KEY, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise UserError(f"{KEY}: has characters that no key has, such as line breaks")
+        raise UserError(f"{KEY}: contains characters that are invalid in a key, such as line breaks; correct it")
     path = "" if (address.path or "/") != "/" else "/v1"
     return Api(f"{str(address).rstrip('/')}{path}/", key or None)
 
 
 def cause(error: Exception) -> str:
-    """Reason of an error in a line, with the server's answer where it refuses a request."""
+    """One-line reason for an error, with the server's answer if it refused the request."""
     reason = error.__cause__ or error
     answer = error.response.text if isinstance(error, openai.APIStatusError) else ""
     return " ".join(f"{type(reason).__name__}: {reason} {answer}".split())[:300]

@@ -1,4 +1,4 @@
-"""vLLM as an engine: a server that is started for an evaluation, in an environment of its own, and ends with it."""
+"""vLLM as an engine: a server that runs for one evaluation, in a separate environment."""
 
 import asyncio
 import json
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from .prompter import Prompter  # with torch and Axolotl, which `require` does without
     from .server import Api, Server
 
-ENVIRONMENT = paths.LOCK.with_name(".vllm")  # where `make vllm` installs it
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that it makes room for
-AT_ONCE = 128  # requests that it gets at a time; it is vLLM that decides how many of them it works on
-TIMEOUT = 1800  # seconds until it is ready: a large model has to be read from disk, and compiled on a GPU
+ENVIRONMENT = paths.LOCK.with_name(".vllm")  # `make vllm` installs vLLM there
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
+AT_ONCE = 128  # number of simultaneous requests; vLLM decides how many run together
+TIMEOUT = 1800  # seconds for the start: vLLM reads a large model from disk, and compiles it on a GPU
 PRIVATE = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_COLOR": "0"}
-"""Variables of its environment: no usage statistics, and a plain log."""
+"""Environment variables for vLLM: no usage statistics, plain log."""
 ON_CPU = {
     "VLLM_CPU_KVCACHE_SPACE": "4",  # GiB of keys and values
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
 }
-_ENDS = "embed|lm_head"  # merged where a model has them in one tensor, either would change both
+_ENDS = "embed|lm_head"  # a model can store both in one tensor: merging LoRA into either changes both
 _PLAIN = (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
 
@@ -44,25 +44,25 @@ def require(settings: EvaluationSettings, on_gpu: bool) -> None:
     """Refuse adapters and machines that vLLM cannot serve.
 
     Args:
-        settings: with the adapter.
+        settings: settings with the adapter.
         on_gpu: True for an evaluation on a GPU.
 
     Raises:
-        UserError: vLLM is not installed, or for another kind of machine, or cannot serve the adapter.
+        UserError: vLLM is not installed, is installed for another kind of machine, or cannot serve the adapter.
     """
     if not (ENVIRONMENT / "bin" / "python").exists() or not list(ENVIRONMENT.glob(".*.lock")):
-        how = f"is not in {ENVIRONMENT}; `make vllm` installs it there"
+        how = f"is not installed in {ENVIRONMENT}; run `make vllm`"
         raise UserError(
-            f"--engine vllm: vLLM {how if paths.LOCK.is_file() else 'is started from a checkout only'}; or start it "
-            "yourself, and name its address with --engine"
+            f"--engine vllm: vLLM {how if paths.LOCK.is_file() else 'needs a checkout of this project'}; or start a "
+            "vLLM server yourself, and name its address with --engine"
         )
     if on_gpu == for_cpu():
         raise UserError(
-            f"--engine vllm: {ENVIRONMENT} has vLLM for {'processors' if on_gpu else 'GPUs'}, but this is to run on "
-            f"{'a GPU' if on_gpu else 'the CPU'}; `make vllm VLLM_LOCK={_lock(on_gpu)}` installs the other"
+            f"--engine vllm: {ENVIRONMENT} has vLLM for {'CPUs' if on_gpu else 'GPUs'}, but the evaluation runs on "
+            f"{'a GPU' if on_gpu else 'the CPU'}; run `make vllm VLLM_LOCK={_lock(on_gpu)}`"
         )
     if settings.adapter_sha256 and (reason := _unservable(Path(settings.adapter))):
-        raise UserError(f"--engine vllm: it cannot serve {settings.adapter}, {reason}; leave --engine out")
+        raise UserError(f"--engine vllm: cannot serve {settings.adapter}, {reason}; leave --engine out")
 
 
 def _lock(on_gpu: bool) -> str:
@@ -70,7 +70,7 @@ def _lock(on_gpu: bool) -> str:
 
 
 def for_cpu() -> bool:
-    """True if the installed vLLM is the one for processors."""
+    """True if the installed vLLM is the build for CPUs."""
     return (ENVIRONMENT / f".{_lock(on_gpu=False)}").exists()
 
 
@@ -80,42 +80,42 @@ def _unservable(adapter: Path) -> str | None:
     targets = config.get("target_modules")
     reasons = {
         "whose weights are decomposed (DoRA)": config.get("use_dora"),
-        "which holds whole layers beside LoRA's": config.get("modules_to_save"),
-        "which holds single tokens' embeddings": config.get("trainable_token_indices"),
-        "with an embedding of its own, as tokens were added": embedding_rows(adapter / ADAPTER),
-        "which is no LoRA": config.get("peft_type") != "LORA",
+        "which holds complete layers (modules_to_save)": config.get("modules_to_save"),
+        "which holds embeddings of single tokens": config.get("trainable_token_indices"),
+        "which holds an embedding for added tokens": embedding_rows(adapter / ADAPTER),
+        "which is not a LoRA adapter": config.get("peft_type") != "LORA",
         "which has biases": config.get("bias", "none") != "none" or config.get("lora_bias"),
         "which changes the base model's weights": config.get("init_lora_weights", True) not in _PLAIN,
-        "whose LoRA is on an embedding or a head, which can be one": for_cpu() and re.search(_ENDS, str(targets)),
+        "whose LoRA is on an embedding or head, which can be tied": for_cpu() and re.search(_ENDS, str(targets)),
         f"of rank {config.get('r')}": not 1 <= _rank(config) <= RANKS[-1],
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def _rank(config: Row) -> int:
-    """Highest rank of an adapter's layers; 0 where its config has none."""
+    """Highest rank in an adapter's config; 0 without a rank."""
     return max([config.get("r") or 0, *(config.get("rank_pattern") or {}).values()])
 
 
 @contextmanager
 def started(prompter: "Prompter", prompts: Sequence[list[int]], part: Path) -> Iterator["Server"]:
-    """Start vLLM with a run's base model and adapter; its log is beside `part`.
+    """Start vLLM with a run's base model and adapter, for a `with` block.
 
     Args:
-        prompter: the run's.
+        prompter: prompter of the run.
         prompts: all prompts.
-        part: the file of the predictions.
+        part: file of the predictions; vllm.log is written beside it.
 
     Raises:
-        UserError: the tokenizer has more tokens than the base model, which the training added.
-        WorkFailed: it does not start.
+        UserError: training added tokens to the tokenizer, so that the base model has fewer.
+        WorkFailed: vLLM does not start.
     """
     from .reference import weights_folder
     from .server import Api, Server
 
     settings = prompter.settings
     if len(prompter.tokenizer) > prompter.config.get_text_config().vocab_size:
-        raise UserError("--engine vllm: it cannot serve a base model that the training added tokens to; leave it out")
+        raise UserError("--engine vllm: cannot serve a base model with tokens added in training; leave --engine out")
     longest = max(map(len, prompts)) + settings.decoding.max_new_tokens
     port, key, log = _free_port(), secrets.token_hex(16), part.with_name("vllm.log")
     environment = os.environ | PRIVATE | (ON_CPU if for_cpu() else {}) | {"VLLM_API_KEY": key}
@@ -132,20 +132,20 @@ def started(prompter: "Prompter", prompts: Sequence[list[int]], part: Path) -> I
     except WorkFailed as error:
         ended = "" if server.poll() is None else f"; vLLM has ended with code {server.returncode}"
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        raise WorkFailed(f"{tail}\n{error}{ended}; the whole log is {log}") from error
+        raise WorkFailed(f"{tail}\n{error}{ended}; complete log: {log}") from error
     finally:
         _end(server)
 
 
 def _command(prompter: "Prompter", model: str, longest: int, port: int) -> list[str]:
-    """Command that serves a model as `base`, and with the adapter as `adapter`."""
+    """Command that serves the base model as `base`, and with the adapter as `adapter`."""
     settings = prompter.settings
     words = [
         *(str(ENVIRONMENT / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"),
         *("--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"),
         *("--model", model, "--tokenizer", str(prompter.tokenizer.name_or_path), "--served-model-name", "base"),
         *("--dtype", settings.dtype, "--seed", str(settings.decoding.seed), "--max-model-len", str(longest)),
-        *("--generation-config", "vllm"),  # the model's own would decode in its own way
+        *("--generation-config", "vllm"),  # the model's generation config would change the decoding
     ]
     if model == settings.base_model:
         words += ["--revision", prompter.revision]
@@ -153,7 +153,7 @@ def _command(prompter: "Prompter", model: str, longest: int, port: int) -> list[
             words += ["--hf-overrides", json.dumps(overrides)]
     if for_cpu():
         words.append("--enforce-eager")  # compiling takes longer than it saves
-    else:  # of what is free: this process has a context there
+    else:  # a fraction of free memory: this process too uses the GPU
         import torch
 
         free, total = torch.cuda.mem_get_info()
@@ -172,7 +172,7 @@ def _free_port() -> int:
 
 
 async def _wait(api: "Api", server: "subprocess.Popen[bytes]") -> None:
-    """Wait until the server lists its models, as it does once it is ready."""
+    """Wait until the server lists its models, the sign that it is ready."""
     import openai
 
     deadline = time.monotonic() + TIMEOUT
@@ -181,16 +181,16 @@ async def _wait(api: "Api", server: "subprocess.Popen[bytes]") -> None:
             await api.models()
             return
         await asyncio.sleep(0.5)
-    raise WorkFailed(f"vLLM was not ready, in {TIMEOUT} s at most")
+    raise WorkFailed(f"vLLM ended, or was not ready within {TIMEOUT} s")
 
 
 def _end(server: "subprocess.Popen[bytes]") -> None:
-    """End a server and its processes."""
+    """Stop a server and its processes."""
     server.terminate()
     try:
         with suppress(subprocess.TimeoutExpired):
             server.wait(10)
-    finally:  # also where that is interrupted
+    finally:  # also if the wait is interrupted
         with suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
         server.wait()

@@ -110,7 +110,7 @@ def test_a_truncated_checkpoint_is_left_out_and_a_run_without_any_is_refused(
     damaged = run.output / "checkpoint-4" / ADAPTER
     damaged.write_bytes(damaged.read_bytes()[:-100])
     select(run, EvaluationRequest())
-    assert f"checkpoint-4: no whole {ADAPTER}" in capsys.readouterr().err
+    assert f"checkpoint-4: no complete {ADAPTER}" in capsys.readouterr().err
     assert asked[-1] == "checkpoint-8: test"
     save_file({"other": torch.ones(1)}, run.output / ADAPTER)  # of a later step, as with early stopping
     monkeypatch.setitem(VALUES, "checkpoint-10", (1.0, 1.0))
