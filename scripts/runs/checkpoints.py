@@ -1,4 +1,4 @@
-"""Manifests of checkpoints, and checks that training can resume from one."""
+"""Checkpoint manifests, and checks that training can resume from a checkpoint."""
 
 import zlib
 from pathlib import Path
@@ -11,17 +11,17 @@ CHUNK = 1 << 22  # bytes
 
 
 def step_of(folder: Path) -> int | None:
-    """The step of a checkpoint, from its name; None for another folder."""
+    """Step of a checkpoint, from the folder's name; None for other folders."""
     number = folder.name.removeprefix("checkpoint-")
     return int(number) if number.isdecimal() and number != folder.name else None
 
 
 def write_manifest(folder: Path) -> None:
-    """List all files of a checkpoint with their sizes and checksums, after the last of them was written.
+    """Write the sizes and checksums of all files of a complete checkpoint.
 
-    A crash of the machine can leave a file at its full size with zeros in place of what had not reached the disk, which
-    only a checksum over all of it detects. CRC-32 takes in more than 4 GB/s from the page cache, so that an adapter and
-    its optimizer of some 2 GB delay a save by half a second; SHA-256 would take four times as long.
+    If the machine crashes, a file can keep its full size but contain zeros instead of unwritten data. Only a checksum
+    of all bytes detects this. CRC-32 reads over 4 GB/s from the page cache: an adapter and optimizer of about 2 GB
+    delay a save by half a second. SHA-256 would take four times as long.
     """
     files = {
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "crc32": _crc32(file)}
@@ -32,13 +32,13 @@ def write_manifest(folder: Path) -> None:
 
 
 def damage(folder: Path, ranks: int) -> str | None:
-    """Return the obstacle to resuming from a checkpoint, as in `optimizer.pt is missing`, or None.
+    """Reason not to resume from a checkpoint, such as `optimizer.pt is missing`, or None.
 
-    A checkpoint has no manifest if its process was killed before writing one: its files cannot be told to be whole.
+    A process killed during a save leaves no manifest. The files of this checkpoint may be incomplete.
 
     Args:
         folder: the checkpoint.
-        ranks: the processes that saved it.
+        ranks: number of processes that saved it.
     """
     state = read_json(folder / "trainer_state.json")
     if state.get("global_step") != step_of(folder):
@@ -50,10 +50,10 @@ def damage(folder: Path, ranks: int) -> str | None:
 
 
 def _missing(folder: Path, ranks: int) -> str | None:
-    """The first missing file that resuming needs, unless an engine's file replaces it.
+    """First missing file that resuming needs; some engines write other files instead.
 
-    The trainer itself begins with a new optimizer, schedule or random state where it finds none, without an error.
-    `latest` is what DeepSpeed writes last, and `.metadata` what FSDP writes last in each folder of shards.
+    Without such a file the trainer silently starts a new optimizer, schedule or random state. DeepSpeed writes `latest`
+    last. FSDP writes `.metadata` last in each folder of shards.
     """
     rng_states = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
     needed = [
@@ -66,15 +66,15 @@ def _missing(folder: Path, ranks: int) -> str | None:
 
 
 def _difference(folder: Path, listed: dict[str, Any]) -> str | None:
-    """The first file that differs from what the manifest lists, and how."""
+    """Description of the first file that differs from the manifest, or None."""
     for name, saved in listed.items():
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
         if (size := file.stat().st_size) != saved["bytes"]:
-            return f"{name} has {size:,} bytes, and was saved with {saved['bytes']:,}"
+            return f"{name} has {size:,} bytes instead of {saved['bytes']:,}"
         if _crc32(file) != saved["crc32"]:
-            return f"{name} is not as it was saved"
+            return f"{name} has changed since it was saved"
     return None
 
 

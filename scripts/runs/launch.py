@@ -1,4 +1,4 @@
-"""Axolotl's training processes: start, stop, and the record of their end."""
+"""Axolotl training processes: start, stop, and recording the end."""
 
 import os
 import platform
@@ -27,47 +27,48 @@ from .rundir import RunDir, summarise, this_job
 
 AXOLOTL = Path(sys.executable).with_name("axolotl")
 _NO_GPU_MEMORY = re.compile("CUDA out of memory|CUDA error: out of memory")
-_RANK_KILLED = re.compile(r"exitcode\s*: -9\b")  # as torchrun says it
-_OF_TORCHRUN = re.compile("^.*torch/distributed/elastic/multiprocessing/api.py", re.MULTILINE)  # 50 lines at the end
-_REFUSED = re.compile(r"^(?:([\w.]+)\n)?  (?:Value error, )?(.+?) \[type=\w+, input_value=", re.MULTILINE)  # pydantic's
+_RANK_KILLED = re.compile(r"exitcode\s*: -9\b")  # torchrun's wording
+_OF_TORCHRUN = re.compile("^.*torch/distributed/elastic/multiprocessing/api.py", re.MULTILINE)  # a report of 50 lines
+_REFUSED = re.compile(r"^(?:([\w.]+)\n)?  (?:Value error, )?(.+?) \[type=\w+, input_value=", re.MULTILINE)  # pydantic
 _KILLED = (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT)
 _LESS_MEMORY = (
-    "end other processes, give a job more, or start a run with --set dataloader_num_workers=0 --set dataset_num_proc=1"
+    "end other processes, request more memory for the job, or start a run with --set dataloader_num_workers=0 "
+    "--set dataset_num_proc=1"
 )
 OUT_OF_MEMORY = "out of memory"
-"""Problem of a launch, as `_problem` finds it."""
-LAST_SECONDS = 15  # for ranks to end by themselves once one of them has failed
+"""Problem of a launch that ran out of GPU or main memory, see `_problem`."""
+LAST_SECONDS = 15  # time for the other ranks to exit after one has failed
 
 
 def require(cwd: Path) -> None:
-    """Refuse to start where Axolotl, or the folder that a run is started in, is missing.
+    """Check that Axolotl and the working directory of a run exist.
 
     Raises:
-        UserError: one is.
+        UserError: Axolotl or the working directory is missing.
     """
     if not AXOLOTL.is_file():
-        raise UserError(f"{AXOLOTL}: not there, and trains all runs; install axolotl beside this command")
+        raise UserError(f"{AXOLOTL}: not found; install axolotl in the same environment as this command")
     if not cwd.is_dir():
-        raise UserError(f"{cwd}: the folder that the run was started in is gone; put it back, with what it held")
+        raise UserError(f"{cwd}: not found, but the run was started in this folder; restore it with its contents")
 
 
 def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None) -> None:
-    """Run the training process of a held run, and record its end.
+    """Run the training process of a locked run, and record how it ended.
 
     Args:
-        folder: the run's.
-        record: the content of its run.json.
-        lock: the descriptor that holds it, which the process inherits.
-        checkpoint: where to resume; None for the beginning.
+        folder: the run folder.
+        record: content of run.json.
+        lock: file descriptor of the run's lock; the training process inherits it.
+        checkpoint: checkpoint to resume from; None to start from the beginning.
 
     Raises:
         UserError: see `require`; nothing was recorded.
-        OSError: there is no room for the record of a launch; nothing was recorded.
+        OSError: no disk space for the record of a launch; nothing was recorded.
         WorkFailed: Axolotl failed, or the run was interrupted.
     """
     require(Path(record.cwd))
     if not record.launches:
-        here = collect()  # of the machine that trains it, which may have the sources without their history
+        here = collect()  # provenance of the training machine, whose checkout may lack the git history
         record.provenance = here | {"git": here["git"] or record.provenance.get("git")}
     _drop_half_prepared(folder, record)
     launch = Launch(
@@ -87,10 +88,10 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
     launch.ended = now()
     metrics = folder.read_metrics()
     if used := next((each["gpus"] for each in reversed(metrics) if each.get("gpus")), None):
-        known = (record.provenance.get("gpus") or [{}])[0]  # with the driver, which torch does not know
+        known = (record.provenance.get("gpus") or [{}])[0]  # also has the driver version, unknown to torch
         record.provenance["gpus"] = [known | gpu for gpu in used]
     record.summary = summarise(metrics)
-    record.summary.ended = summarise(folder.read_metrics(since=written)).ended  # not of an earlier launch
+    record.summary.ended = summarise(folder.read_metrics(since=written)).ended  # ignores earlier launches
     adapter = folder.output / "adapter_model.safetensors"
     record.adapter = FileState.of(adapter) if adapter.is_file() else None
     record.state = _state(launch.exit_code, stopped, record.summary.ended, record.adapter is not None)
@@ -102,42 +103,42 @@ def _require_finished(folder: RunDir, record: Run, launch: Launch, stopped: bool
     """Raise the error that ended a launch, unless the run is finished.
 
     Args:
-        stopped: whether `recipe` was asked to stop it.
-        logged: where the launch begins in the run's log, in bytes.
+        stopped: whether `recipe` received a request to stop.
+        logged: offset in bytes at which the launch's log begins.
     """
     again = f"`recipe resume {folder.path}{' --on slurm' if this_job(os.environ) else ''}` continues it"
     if launch.problem and launch.problem != OUT_OF_MEMORY:
-        raise WorkFailed(f"{folder.path}: {record.state}, {launch.problem}; free some, and {again}")
+        raise WorkFailed(f"{folder.path}: {record.state}, {launch.problem}; free some space, then {again}")
     if record.state == "interrupted":
         if launch.exit_code == -signal.SIGKILL and not stopped:
-            how = "killed by signal 9 (SIGKILL), which this command did not send; probably memory ran out"
+            how = "killed by signal 9 (SIGKILL) from outside; memory probably ran out"
             raise WorkFailed(f"{folder.path}: {how}: {_LESS_MEMORY}; {again}")
         raise WorkFailed(f"{folder.path}: interrupted{_signal(launch.exit_code or 0, stopped)}; {again}")
     if record.state == "failed" and record.summary.ended == "callback":
         where = f"step {record.summary.step} of {record.summary.max_steps}"
-        raise WorkFailed(f"{folder.path}: a callback stopped the training at {where}; {folder.log} says why")
+        raise WorkFailed(f"{folder.path}: a callback stopped the training at {where}; see {folder.log} for the reason")
     if record.state == "failed" and record.summary.ended == "no batch":
-        few = "its rows fill no batch, so that no step was trained; more rows, or a smaller micro_batch_size"
+        few = "no step was trained, because the rows do not fill a batch; add rows or lower micro_batch_size"
         raise WorkFailed(f"{folder.path}: {few}")
     if record.state == "failed":
         raise _failed(folder.path, folder.log, launch.exit_code or 0, logged)
 
 
 def _signal(code: int, stopped: bool) -> str:
-    """The signal that ended a process, for a message; empty if it was asked to stop."""
+    """Message part with the signal that ended a process; empty after a requested stop."""
     return f" by signal {-code} ({signal.Signals(-code).name})" if code < 0 and not stopped else ""
 
 
 def _state(code: int, stopped: bool, ended: Ended | None, has_adapter: bool) -> State:
-    """The state of a run whose training process has exited.
+    """State of a run whose training process has exited.
 
-    On SIGINT, Axolotl saves the adapter as it is and exits with code 0, and the training has no recorded end.
+    On SIGINT, Axolotl saves the current adapter and exits with code 0; the process then records no end.
 
     Args:
-        code: the exit code of the process.
-        stopped: whether `recipe` was asked to stop.
-        ended: how the training ended, as the process recorded it.
-        has_adapter: whether there is an adapter in the output folder.
+        code: exit code of the process.
+        stopped: whether `recipe` received a request to stop.
+        ended: end of training that the process recorded.
+        has_adapter: whether the output folder has an adapter.
     """
     trained = ended in ("complete", "early stopping")
     if code == 0 and trained and has_adapter:
@@ -147,10 +148,10 @@ def _state(code: int, stopped: bool, ended: Ended | None, has_adapter: bool) -> 
 
 
 def follow(folder: RunDir) -> None:
-    """Run this node's share of a run that another node holds.
+    """Run this node's ranks of a run that another node has locked.
 
     Raises:
-        WorkFailed: it failed, without having been asked to stop.
+        WorkFailed: the ranks failed without a request to stop.
     """
     record = folder.read()
     log = folder.path / f"node-{os.environ['SLURM_NODEID']}.log"
@@ -161,7 +162,7 @@ def follow(folder: RunDir) -> None:
 
 
 def preprocess(folder: RunDir, record: Run) -> None:
-    """Have Axolotl tokenize the rows of a run and fetch its base model, for which it needs no GPU.
+    """Tokenize the rows of a run and fetch its base model, without a GPU.
 
     Raises:
         UserError: see `require`.
@@ -187,16 +188,16 @@ def _command(folder: RunDir, record: Run, checkpoint: Path | None) -> list[str]:
         torchrun.append("--standalone")
     else:
         head, job, node = (os.environ[f"SLURM_{name}"] for name in ("LAUNCH_NODE_IPADDR", "JOB_ID", "NODEID"))
-        port = 20000 + int(job) % 10000  # jobs that share a node do not share it
+        port = 20000 + int(job) % 10000  # different for jobs on the same node
         torchrun += [f"--nnodes={record.nodes}", f"--node-rank={node}", f"--master-addr={head}"]
         torchrun += [f"--master-port={port}"]
     return [*command, "--launcher", "torchrun", "--", *torchrun]
 
 
 def _environment(folder: RunDir, record: Run) -> dict[str, str]:
-    """The environment of the training process; a rehearsal sees neither GPU nor network.
+    """Environment of the training process; a rehearsal has no GPU and no network.
 
-    Trackers write into the run's folder, or beside all runs where they compare them; Axolotl has no keys for that.
+    Trackers write into the run folder; trackio, which compares runs, writes beside all runs. Axolotl has no key for it.
     """
     path = folder.path.absolute()
     trackers = {
@@ -213,20 +214,20 @@ def _environment(folder: RunDir, record: Run) -> dict[str, str]:
     }
     if record.rehearsal:
         added |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        added["AXOLOTL_DATASET_NUM_PROC"] = "0"  # else a process for each of few rows, which imports torch
+        added["AXOLOTL_DATASET_NUM_PROC"] = "0"  # a rehearsal's few rows do not pay for processes that import torch
         if record.ranks > 1:
             threads = max((os.cpu_count() or 1) // record.gpus_used, 1)
             added |= {CPU_RANKS: "1", "OMP_NUM_THREADS": str(threads)}
-    elif record.ranks == 1:  # with more in sight, transformers would use them all
+    elif record.ranks == 1:  # transformers would use all visible GPUs
         added["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     return trackers | os.environ | added | numerics.environment(yamlfiles.read_yaml(folder.config))
 
 
 def _drop_half_prepared(folder: RunDir, record: Run) -> None:
-    """Remove half-written prepared rows, which Axolotl would take for complete.
+    """Remove half-written prepared rows; Axolotl would use them as complete.
 
-    Only in the cache or the run's own folder, as the config may be another user's.
-    datasets writes dataset_info.json last. Whoever is writing holds Axolotl's lock (axolotl/utils/data/lock.py).
+    The config can be another user's, so only rows in the cache or the run folder are removed. The datasets library
+    writes dataset_info.json last. Axolotl holds a lock while writing (axolotl/utils/data/lock.py).
     """
     prepared = Path(record.cwd, str(yamlfiles.read_yaml(folder.config).get("dataset_prepared_path"))).resolve()
     if not (prepared.is_dir() and any(map(prepared.is_relative_to, (paths.cache().resolve(), folder.path.resolve())))):
@@ -238,7 +239,7 @@ def _drop_half_prepared(folder: RunDir, record: Run) -> None:
 
 
 def _problem(folder: RunDir, since: int) -> str | None:
-    """Return the cause of a failed launch that its log names: memory, or a full disk."""
+    """Cause of a failed launch, if its log shows that memory or disk space ran out."""
     text, tail = _said(folder.log, since)
     if _NO_GPU_MEMORY.search(text) or _RANK_KILLED.search(text):
         return OUT_OF_MEMORY
@@ -247,33 +248,33 @@ def _problem(folder: RunDir, since: int) -> str | None:
 
 
 def _failed(folder: Path, log: Path, code: int = 1, since: int = 0) -> WorkFailed:
-    """The error of a failed launch, whose log begins at a byte of its file."""
+    """Error for a failed launch, with the log's last lines; `since` is the log's offset."""
     text, tail = _said(log, since)
     if (gpu := bool(_NO_GPU_MEMORY.search(text))) or _RANK_KILLED.search(text):
-        problem = f"a rank was killed by signal 9 (SIGKILL); probably memory ran out: {_LESS_MEMORY}"
+        problem = f"a rank was killed by signal 9 (SIGKILL); memory probably ran out: {_LESS_MEMORY}"
         if gpu:
-            changes = f"`recipe plan {folder / 'config.yaml'}` says what needs it, and what to change"
-            problem = f"the GPU's memory did not suffice: {changes}; `nvidia-smi` shows what else is on it"
-        return WorkFailed("\n".join([*tail, f"{folder}: {problem}; the whole log is {log}"]))
+            changes = f"`recipe plan {folder / 'config.yaml'}` lists memory needs and changes"
+            problem = f"out of GPU memory: {changes}; `nvidia-smi` lists other processes on the GPU"
+        return WorkFailed("\n".join([*tail, f"{folder}: {problem}; the full log is {log}"]))
     if refused := [f"{key}: {why}" if key else why for key, why in _REFUSED.findall("\n".join(tail))]:
-        return WorkFailed(f"{folder}: Axolotl refuses the config: {'; '.join(refused)}; the whole log is {log}")
-    return WorkFailed("\n".join([*tail, f"{folder}: Axolotl failed{_signal(code, False)}; the whole log is {log}"]))
+        return WorkFailed(f"{folder}: Axolotl refuses the config: {'; '.join(refused)}; the full log is {log}")
+    return WorkFailed("\n".join([*tail, f"{folder}: Axolotl failed{_signal(code, False)}; the full log is {log}"]))
 
 
 def _said(log: Path, since: int) -> tuple[str, list[str]]:
-    """The output of a launch, from a byte of its log, and its last lines before torchrun's report."""
+    """Log text from an offset on, and the last lines before torchrun's report."""
     text = log.read_bytes()[since:].decode(errors="replace")
     return text, _OF_TORCHRUN.split(text, maxsplit=1)[0].splitlines()[-15:]
 
 
 def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: int) -> tuple[int, bool]:
-    """Run a process of Axolotl; return its exit code, and True if it was asked to stop.
+    """Run an Axolotl process; return its exit code, and whether a stop was requested.
 
     Args:
-        locks: descriptors that it inherits.
+        locks: file descriptors that the process inherits.
 
     Raises:
-        WorkFailed: the run's folder is gone.
+        WorkFailed: the run folder was deleted.
     """
     with stop_requests() as stops, opened(log, "ab") as stream:
         troubled: list[Row] = []
@@ -282,9 +283,9 @@ def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: 
             if "loss" in record and record["loss"] is None and not troubled:
                 troubled.append(record)
                 stop = f"`recipe cancel {folder.path}` stops it at a checkpoint"
-                say(f"  the loss is no number (NaN) since step {record['step']}; {stop}")
+                say(f"  the loss is NaN since step {record['step']}; {stop}")
 
-        progress = TrainingProgress(folder.metrics, seen)  # before the process can write there
+        progress = TrainingProgress(folder.metrics, seen)  # created before the process writes metrics
         child = start_child(
             command,
             cwd=record.cwd,
@@ -298,20 +299,20 @@ def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: 
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)  # data loader workers outlive a killed parent by seconds
     if not log.exists():
-        raise WorkFailed(f"{folder.path}: was deleted while Axolotl wrote to it; `recipe run` starts another")
+        raise WorkFailed(f"{folder.path}: deleted while Axolotl was writing to it; `recipe run` starts a new run")
     return child.returncode, bool(stops)
 
 
 def _wait(child: "subprocess.Popen[bytes]", stops: list[int], progress: TrainingProgress) -> None:
-    """Show the child's progress; forward a request to stop, and kill it at the second."""
+    """Show the child's progress; forward a first stop request, kill on the next one."""
     asked = False
     while child.poll() is None:
         time.sleep(0.1)
         progress.read()
         if stops and not asked:
             asked = True
-            say("stopping after this step, with a checkpoint; once more to stop at once")
-            for process in _training(child):  # not their groups: they need their data loaders for the current step
+            say("stopping after this step, with a checkpoint; a second request stops at once")
+            for process in _training(child):  # not the process groups: the current step needs its data loaders
                 with suppress(psutil.NoSuchProcess):
                     process.terminate()
         if len(stops) > 1:
@@ -322,7 +323,7 @@ def _wait(child: "subprocess.Popen[bytes]", stops: list[int], progress: Training
 
 
 def _training(child: "subprocess.Popen[bytes]") -> "list[psutil.Process]":
-    """The processes that train: the ranks that a launcher has started, else the child itself."""
+    """Training processes: the ranks started by a launcher, or else the child itself."""
     with suppress(psutil.Error):
         process = psutil.Process(child.pid)
         return [rank for rank in process.children() if "LOCAL_RANK" in rank.environ()] or [process]

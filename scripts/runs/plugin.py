@@ -1,6 +1,6 @@
-"""The Axolotl plugin of a run: telemetry, an orderly stop, and what training on a CPU needs.
+"""Axolotl plugin of a run: metrics, stopping at a checkpoint, and training on a CPU.
 
-`recipe run` adds it to the config. No other code of this project runs in the training process.
+`recipe run` adds this plugin to the config. No other code of this project runs in the training process.
 """
 
 import math
@@ -32,32 +32,32 @@ GIB = 2**30
 
 
 class RunPlugin(BasePlugin):
-    """Writes metrics.jsonl beside the run's output folder, lets NF4 train on a CPU, and prepares trackers."""
+    """Plugin that writes metrics.jsonl, prepares trackers, and lets NF4 train on a CPU."""
 
     engine: str | None = None
     packed: PackedWeights | None = None
     parameters: dict[str, int] | None = None
 
     def register(self, cfg: Any) -> None:
-        """Note the requested engine before Axolotl overwrites it; let a rehearsal's ranks use the CPU."""
+        """Record the requested engine before Axolotl overwrites it; put rehearsals on the CPU."""
         if ranks.WORLD_SIZE > 1:
-            end_with_parent(signal.SIGKILL)  # ranks of a killed launcher would keep training
+            end_with_parent(signal.SIGKILL)  # otherwise ranks keep training after their launcher is killed
         self.engine = engine_of(cfg) if ranks.WORLD_SIZE > 1 or any(cfg.get(key) for key in ENGINE_KEYS) else None
         if CPU_RANKS in os.environ:
             ranks.use_cpu(engine_of(cfg))
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
-        """Note that Axolotl loads the rows now."""
+        """Record that Axolotl starts loading rows."""
         _note_phase(cfg.output_dir, "reading and tokenizing rows")
 
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
-        """Arguments of transformers' trainer that Axolotl does not set.
+        """Arguments for transformers' trainer that Axolotl does not set.
 
-        transformers refuses bf16 without a GPU unless `use_cpu` is set. On several GPUs Axolotl has it weigh each GPU's
-        share of a step the same, few tokens or many; here every token weighs the same, as on one GPU. trackio's project
-        is an argument only; and after a push to the hub the run would be published as a Space that nobody asked for.
+        Without a GPU, bf16 needs `use_cpu`. On several GPUs, Axolotl gives each GPU the same weight in a step, whatever
+        its number of tokens; `average_tokens_across_devices` weights all tokens equally, as on one GPU. trackio takes
+        its project only as an argument. Without trackio_static_space_id=False, a push to the hub publishes a Space.
         """
-        args: dict[str, Any] = {"logging_nan_inf_filter": False}  # with it a loss of NaN is logged as 0
+        args: dict[str, Any] = {"logging_nan_inf_filter": False}  # the filter logs a NaN loss as 0
         if not torch.cuda.is_available():
             args["use_cpu"] = True
         if ranks.WORLD_SIZE > 1:
@@ -69,7 +69,7 @@ class RunPlugin(BasePlugin):
         return args
 
     def pre_model_load(self, cfg: Any) -> None:
-        """Open MLflow's store, one run at a time: two runs that create it at the same time break each other."""
+        """Create MLflow's store under a lock; simultaneous creation by two runs fails."""
         _note_phase(cfg.output_dir, "loading the model")
         uri = os.environ.get("MLFLOW_TRACKING_URI", "")  # set by Axolotl from the config
         if not cfg.use_mlflow or not uri.startswith("sqlite:///"):
@@ -81,7 +81,7 @@ class RunPlugin(BasePlugin):
             mlflow.search_experiments(max_results=1)
 
     def post_lora_load(self, cfg: Any, model: Any) -> None:
-        """Count the parameters, before an engine divides them among ranks; PEFT knows how 4-bit weights are packed."""
+        """Count parameters before an engine shards them; PEFT counts 4-bit weights unpacked."""
         if isinstance(model, PeftModel):
             trainable, every = model.get_nb_trainable_parameters()
             self.parameters = {"trainable_parameters": trainable, "parameters": every}
@@ -89,8 +89,8 @@ class RunPlugin(BasePlugin):
     def post_model_load(self, cfg: Any, model: torch.nn.Module) -> None:
         """Keep bitsandbytes from repacking 4-bit weights for CPU inference at the first evaluation.
 
-        On processors with AVX512-BF16, training would continue through the repacked weights, with a kernel
-        that has no gradient, and learn nothing from then on.
+        On processors with AVX512-BF16, training would continue with the repacked weights. Their kernel has no gradient,
+        so the model would stop learning.
         """
         if self.engine:
             self.packed = PackedWeights(model)
@@ -103,10 +103,10 @@ class RunPlugin(BasePlugin):
                 module.support_avx512bf16_for_cpu = False
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Note the beginning of evaluations and saving; measure a loss independent of batches.
+        """Record when evaluations and saves start; add the eval loss per token.
 
-        Mirrors of Llama 3.2 pad on the left (seen in PEFT's pull request 3526), and Meta's tokenizers on the right: so
-        do mirrors here, with the same batches as their originals. Recipes set the pad token for both.
+        Mirrors of Llama 3.2 pad on the left (seen in PEFT's pull request 3526), Meta's tokenizers on the right. This
+        method makes mirrors pad on the right, for the original's batches. Recipes set the same pad token for both.
         """
         if models.is_mirror(cfg.base_model):
             trainer.processing_class.padding_side = "right"
@@ -121,7 +121,7 @@ class RunPlugin(BasePlugin):
         eval_loss.add_to(trainer, lambda: _note_phase(cfg.output_dir, kinds[trainer.state.global_step > 0]))
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
-        """The callback that records and stops."""
+        """Callback that records metrics and stops training on request."""
         file = Path(cfg.output_dir).parent / "metrics.jsonl"
         learns_tokens = not (cfg.rl or cfg.reward_model or cfg.process_reward_model)
         vocabulary = trainer.model.config.get_text_config().vocab_size if learns_tokens else None
@@ -129,26 +129,25 @@ class RunPlugin(BasePlugin):
 
 
 class RunCallback(TrainerCallback):
-    """Appends a record to metrics.jsonl for each thing that the trainer logs.
+    """Trainer callback that appends records to metrics.jsonl, and stops training on SIGTERM.
 
-    Fields: time (seconds since 1970), step, max_steps, epoch, and as the trainer logs them loss, eval_loss,
-    grad_norm, learning_rate; eval_loss_per_token, which the module `eval_loss` measures; for training steps since the
-    last record step_seconds (without evaluation and saving), tokens (padding not counted) and tokens_per_second; memory
-    in GiB, GPU utilization in percent, and cpu_percent, the process's load since the last record, where 100 is one
-    processor. Of several ranks the first one writes; peak_gib_by_rank has the memory of each. A launch's first record
-    has gpus, engine, trainable_parameters, parameters (all of them) and, where it is to repeat bit for bit, the
-    settings that it does so by; its last one `ended`, see `records.Ended`, and kept_step where an earlier checkpoint
-    replaces the last weights. Records of no step have a `phase`, what the process does from then on.
+    Phase records have time (seconds since 1970) and phase, the activity that begins. All others have time, step and
+    max_steps. Records of steps and evaluations add epoch; the trainer's loss, eval_loss, grad_norm and learning_rate;
+    and eval_loss_per_token from the module `eval_loss`. For the steps since the previous record they add step_seconds
+    (without evaluation and saving), tokens (without padding) and tokens_per_second. They also have memory in GiB, GPU
+    utilization in percent, and cpu_percent (100 is one processor). The first rank writes; peak_gib_by_rank has the
+    memory of all ranks. The first record of a launch has gpus, engine, trainable_parameters and parameters (all of
+    them). The last one has `ended`, see `records.Ended`, and kept_step if earlier weights replace the last ones.
 
-    SIGTERM, to any rank, ends training after the current step, with a checkpoint.
+    SIGTERM to any rank ends training after the current step, with a checkpoint.
 
     Args:
         file: metrics.jsonl.
         trainer: the trainer.
-        engine: what is to divide the training, which is checked as it begins; None for one process without an engine.
-        parameters: the fields with their numbers; None without an adapter.
-        packed: 4-bit weights as they were loaded, where an engine wraps them.
-        vocabulary: how many tokens the model has, where the loss is that of choosing among them.
+        engine: the requested engine, checked when training begins; None for one process without an engine.
+        parameters: parameter counts for the first record; None without an adapter.
+        packed: hashes of 4-bit weights as loaded, if an engine wraps them.
+        vocabulary: vocabulary size, if the loss is that of next-token prediction.
     """
 
     def __init__(
@@ -165,14 +164,14 @@ class RunCallback(TrainerCallback):
         self.engine = engine
         self.parameters = parameters
         self.packed = packed
-        self.vocabulary = vocabulary  # until the first loss was compared with it
+        self.vocabulary = vocabulary  # None after the check of the first loss
         self.stop = self.stopped = False
         self.step_started = self.step_seconds = 0.0
-        self.tokens: Any = 0  # without padding, which Axolotl counts; a tensor on the device, so that no step waits
+        self.tokens: Any = 0  # without padding, unlike Axolotl's count; a tensor on the device, so that no step waits
         self.process = psutil.Process()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """From here on a checkpoint can be written, so a request to stop waits for one."""
+        """Start handling SIGTERM, check the engine, and write the first record."""
         signal.signal(signal.SIGTERM, self._stop)
         first: dict[str, Any] = self.parameters or {}
         if self.engine:
@@ -195,38 +194,38 @@ class RunCallback(TrainerCallback):
         self.stop = True
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock of a step."""
+        """Start timing a step."""
         self.step_started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop the clock, and the training if that was requested."""
+        """Stop timing the step; stop training if requested."""
         self.step_seconds += time.perf_counter() - self.step_started
         if any(ranks.of_all(self.stop, args.device)):
             self.stopped = control.should_training_stop = control.should_save = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note that training continues."""
+        """Record that training continues."""
         _note_phase(args.output_dir, "training")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add the manifest to a checkpoint that the trainer has saved."""
-        ranks.of_all(0, args.device)  # a barrier: each rank writes files of its own
+        """Write the manifest of a checkpoint that the trainer has saved."""
+        ranks.of_all(0, args.device)  # a barrier, because each rank writes its own files
         if state.is_world_process_zero:
             checkpoints.write_manifest(Path(args.output_dir, f"checkpoint-{state.global_step}"))
         _note_phase(args.output_dir, "training")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Record what the trainer logs of a step or an evaluation.
+        """Record the trainer's log entry for a step or an evaluation.
 
-        The loss per token does not stay in the trainer's own history: transformers' model card fails where only some
-        evaluations have it, as in a run that began before this loss was measured.
+        The loss per token is removed from the trainer's history. Writing the model card fails if only some evaluations
+        have this loss, as in a run that an earlier version of this project began.
         """
         if state.log_history:
             state.log_history[-1].pop(eval_loss.NAME, None)
         if not logs or not {"loss", "eval_loss", eval_loss.NAME} & logs.keys():
             return
         usage = _usage()
-        if peak := logs.get("memory/max_allocated (GiB)"):  # reading that, Axolotl has reset torch's own
+        if peak := logs.get("memory/max_allocated (GiB)"):  # Axolotl reset torch's peak to read it
             usage["memory_allocated_gib"] = peak
         peaks = ranks.of_all(usage.get("memory_reserved_gib") or usage["rss_peak_gib"], args.device)
         if len(peaks) > 1:
@@ -245,18 +244,18 @@ class RunCallback(TrainerCallback):
             self.vocabulary = None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Record the last step, which the trainer may not log, and the reason for the end."""
+        """Record the last step, which the trainer does not always log, and the reason for the end."""
         ended: dict[str, Any] = {"ended": self._how_it_ended(state, control)}
-        if args.load_best_model_at_end and state.best_model_checkpoint:  # which the trainer has loaded by now
+        if args.load_best_model_at_end and state.best_model_checkpoint:  # already loaded by the trainer
             ended["kept_step"] = checkpoints.step_of(Path(state.best_model_checkpoint))
         self._append(state, ended)
         _note_phase(args.output_dir, "saving the model")
 
     def _how_it_ended(self, state: Any, control: Any) -> Ended:
-        """The end of the training: complete unless stopped, even if packing made fewer steps than planned."""
+        """End of training: `complete` unless stopped, even after fewer steps than planned."""
         if state.global_step >= state.max_steps or not control.should_training_stop:
             return "complete"
-        if not state.global_step:  # transformers stops so where an epoch has no batch
+        if not state.global_step:  # transformers does this if an epoch has no batch
             return "no batch"
         stoppers = [each for each in self.trainer.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
         if any(each.early_stopping_patience_counter >= each.early_stopping_patience for each in stoppers):
@@ -270,14 +269,14 @@ class RunCallback(TrainerCallback):
 
 
 def require_sane(loss: float, vocabulary: int) -> None:
-    """Refuse a first training loss above 1.2 times that of guessing a token.
+    """Refuse a first training loss above 1.2 times the loss of random guessing.
 
     Raises:
-        RuntimeError: it is.
+        RuntimeError: the loss is above this limit.
     """
     if loss > (most := 1.2 * math.log(vocabulary)):
         raise RuntimeError(
-            f"the first training loss is {loss:.4g}, and guessing among {vocabulary:,} tokens gives {most / 1.2:.4g}: "
+            f"the first training loss is {loss:.4g}, but guessing among {vocabulary:,} tokens gives {most / 1.2:.4g}: "
             "the base model is damaged; compare its precision, quantization and tokenizer with the recipe's"
         )
 
@@ -288,7 +287,7 @@ def _note_phase(output: str, phase: str) -> None:
 
 
 def _gpus() -> list[Card]:
-    """The GPUs of this node's ranks, as torch reports them."""
+    """GPUs of this node's ranks, as torch reports them."""
     used = range(int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if torch.cuda.is_available() else 0)
     gpus = [torch.cuda.get_device_properties(i) for i in used]
     return [
@@ -308,6 +307,6 @@ def _usage() -> dict[str, Any]:
         "memory_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
         "memory_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
     }
-    with suppress(NVMLError):  # a slice of a GPU (MIG) does not report it
+    with suppress(NVMLError):  # a GPU slice (MIG) does not report utilization
         usage["gpu_utilization"] = torch.cuda.utilization()
     return usage

@@ -1,7 +1,7 @@
-"""Trainings of several processes (ranks): on a CPU, their exchange, and a check of 4-bit weights.
+"""Training with several processes (ranks): CPU setup, communication, and a check of 4-bit weights.
 
-The check is that packed weights reach the first forward pass as they were loaded: an engine
-that casts parameters to the dtype of the training takes packed codes for numbers, without an error.
+The check compares packed weights in the first forward pass with the loaded weights. An engine that
+casts parameters to the training dtype treats packed codes as numbers, without an error.
 """
 
 import hashlib
@@ -12,16 +12,16 @@ import torch
 import torch.distributed as dist
 from bitsandbytes.nn.modules import Linear4bit
 
-LAYERS = 3  # so many, from the first to the last, are compared
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # the number of ranks, as their launcher sets it
+LAYERS = 3  # maximum number of compared layers, spread over the model
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # number of ranks, set by the launcher
 
 
 def use_cpu(engine: str) -> None:
-    """Have Axolotl and accelerate train with an engine on the CPU, over gloo.
+    """Make Axolotl and accelerate train with an engine on the CPU, over gloo.
 
-    By default Axolotl asks the driver about its GPUs, and gives each rank one. Accelerate on a CPU has only DDP and
-    silently ignores DeepSpeed and FSDP (AcceleratorState). So it is made to see GPUs, with gloo as their backend and
-    the CPU as their device.
+    By default, Axolotl queries the GPU driver and gives each rank a GPU. On a CPU, accelerate supports only DDP and
+    silently ignores DeepSpeed and FSDP (AcceleratorState). The patches make accelerate assume GPUs, with gloo as the
+    communication backend and the CPU as the device.
     """
     import axolotl.utils.trainer
     from accelerate.parallelism_config import ParallelismConfig
@@ -48,11 +48,11 @@ def use_cpu(engine: str) -> None:
     if engine.startswith("ZeRO"):
         import deepspeed
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, for most of a minute
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiling it takes most of a minute
 
 
 def engine_in_use(trainer: Any) -> str:
-    """The engine that divides the training, named as by `gpus.engine_of`, or "one process"."""
+    """Engine that shards the training, with the names of `gpus.engine_of`, or "one process"."""
     from deepspeed import DeepSpeedEngine
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -71,19 +71,19 @@ def engine_in_use(trainer: Any) -> str:
 
 
 def check_engine(asked: str, trainer: Any) -> None:
-    """Stop a training that is not divided as requested, which Axolotl starts without a warning.
+    """Stop training if Axolotl silently uses another engine or number of ranks than requested.
 
     Raises:
-        RuntimeError: it names what was requested, and what is used.
+        RuntimeError: the engine or the number of ranks differs.
     """
     used = engine_in_use(trainer)
     among = trainer.accelerator.num_processes
     if (used, among) != (asked, WORLD_SIZE):
-        raise RuntimeError(f"asked for {asked} among {WORLD_SIZE} processes, but Axolotl uses {used} among {among}")
+        raise RuntimeError(f"requested {asked} on {WORLD_SIZE} processes, but Axolotl uses {used} on {among}")
 
 
 def of_all(value: float, device: torch.device) -> list[float]:
-    """A number of every rank, in their order, the same on each."""
+    """Values of all ranks in rank order, gathered on each rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     mine = torch.tensor([value], dtype=torch.float64, device=device)
@@ -94,14 +94,14 @@ def of_all(value: float, device: torch.device) -> list[float]:
 
 def codes(layer: Linear4bit) -> str:
     """Hash of a layer's packed bytes."""
-    packed = layer.weight.detach().clone()  # numpy would keep an engine from freeing the original
+    packed = layer.weight.detach().clone()  # a numpy view would keep an engine from freeing the original
     return hashlib.sha256(packed.view(torch.uint8).cpu().numpy()).hexdigest()
 
 
 class PackedWeights:
-    """Packed bytes of a few 4-bit layers of a model that was just loaded.
+    """Hashes of a few packed 4-bit layers of a newly loaded model.
 
-    Layers whose weights an engine has divided already are left out.
+    Layers that an engine has already sharded are left out.
     """
 
     def __init__(self, model: torch.nn.Module):
@@ -110,10 +110,10 @@ class PackedWeights:
         self.layers = [(name, layer, codes(layer)) for name, layer in chosen]
 
     def compare_in_first_pass(self) -> None:
-        """Compare each layer in its next pass, after the hooks by which an engine gathers its weights.
+        """Compare each layer in the next forward pass, after an engine's hooks gather weights.
 
         Raises:
-            RuntimeError: in that pass, if bytes differ.
+            RuntimeError: in the forward pass, if bytes differ.
         """
         for name, layer, loaded in self.layers:
             _compare(name, layer, loaded)
@@ -125,7 +125,7 @@ def _compare(name: str, layer: Linear4bit, loaded: str) -> None:
         if codes(layer) != loaded:
             raise RuntimeError(
                 f"{name}: its packed 4-bit weights were cast to {layer.weight.dtype}, which destroys them; "
-                "set bnb_config_kwargs.bnb_4bit_quant_storage: uint8, which no engine casts"
+                "set bnb_config_kwargs.bnb_4bit_quant_storage: uint8; engines do not cast it"
             )
 
     hook = layer.register_forward_pre_hook(compare)

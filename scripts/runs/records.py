@@ -1,4 +1,4 @@
-"""Contents of a run's files: run.json and the provenance in it, jobs.json, a line of metrics.jsonl."""
+"""Schemas of run.json (with provenance), jobs.json, and the lines of metrics.jsonl."""
 
 import os
 import platform
@@ -20,13 +20,13 @@ from ..configs.config import Difference, chained
 from ..configs.datafiles import DataFile
 
 Ended = Literal["complete", "early stopping", "signal", "callback", "no batch"]
-"""End of a training: its last step, or the reason before it; `callback` is another callback of Axolotl's, such as its
-loss watchdog; `no batch` means rows that fill none."""
+"""End of training: the last step, or the reason for an earlier end. `callback` is an Axolotl callback, such as the loss
+watchdog; `no batch` means that the rows do not fill a batch."""
 
 
 @with_config(strict=True, extra="allow")
 class _Record(TypedDict, total=False):
-    """The fields of a record of `plugin.RunCallback` that are computed with."""
+    """Fields of a `plugin.RunCallback` record that this project uses."""
 
     step: Required[int]
     max_steps: int | None
@@ -54,7 +54,7 @@ RECORD = TypeAdapter(_Record)
 
 
 class Git(TypedDict):
-    """The checkout that a run's recipes are from."""
+    """Git state of the checkout with a run's recipe."""
 
     revision: str
     dirty: bool
@@ -62,7 +62,7 @@ class Git(TypedDict):
 
 @with_config(extra="allow")
 class Provenance(TypedDict, total=False):
-    """The findings of `collect`; older runs lack some."""
+    """Provenance from `collect`; older runs lack some fields."""
 
     git: Git | None
     lock_sha256: str | None
@@ -78,7 +78,7 @@ class Provenance(TypedDict, total=False):
 
 
 class FileState(BaseModel):
-    """Content of a file by its hash, and by size and time to recognize it unread."""
+    """Hash of a file's content, with size and time to detect changes without reading it."""
 
     sha256: str
     bytes: int
@@ -86,20 +86,20 @@ class FileState(BaseModel):
 
     @classmethod
     def of(cls, file: Path, digest: str | None = None) -> Self:
-        """State of a file, whose hash may be known."""
+        """State of a file; a known hash saves reading the file."""
         status = file.stat()
         return cls(sha256=digest or sha256(file), bytes=status.st_size, mtime=status.st_mtime)
 
     def differs(self, file: Path) -> bool:
-        """True for a file with other content; reads it only if size or time differ."""
+        """True if a file has other content; reads the file only if size or time differ."""
         if not file.is_file():
             return False
         status = file.stat()
-        if status.st_size == self.bytes and abs(status.st_mtime - self.mtime) < 1:  # parts of seconds get lost
+        if status.st_size == self.bytes and abs(status.st_mtime - self.mtime) < 1:  # fractions of a second get lost
             return False
         if sha256(file) != self.sha256:
             return True
-        with suppress(OSError):  # a copy; with the recorded time it is not read at the next call
+        with suppress(OSError):  # for a copy: the next call then need not read it
             os.utime(file, (status.st_atime, self.mtime))
         return False
 
@@ -111,20 +111,20 @@ def _moment(text: str) -> str:
 
 
 Moment = Annotated[str, AfterValidator(_moment)]
-"""A time as `now` writes it, in a record."""
+"""Time in a record, in the format of `now`."""
 
 State = Literal["created", "queued", "running", "finished", "failed", "interrupted"]
 
 
 class Job(BaseModel):
-    """A command of a run that was submitted to SLURM."""
+    """A SLURM job that carries out a command of a run."""
 
     place: str = "slurm"  # `sky` in runs of earlier versions
     id: str
     step: str
     user: str
-    script: str  # an id alone can be another cluster's, or come again
-    words: list[str] = Field(default_factory=list)  # the command line behind `recipe`
+    script: str  # needed because other clusters can have the same id, and ids are reused
+    words: list[str] = Field(default_factory=list)  # arguments of `recipe`
     submitted: Moment = Field(default_factory=now)
 
 
@@ -133,9 +133,9 @@ class JobState:
     """State of a job in a queue.
 
     Attributes:
-        kind: unknown where the queue does not answer.
-        reason: why it waits, in the queue's own word, where that is informative.
-        job: its id.
+        kind: `unknown` if the queue does not answer.
+        reason: the queue's reason for waiting, if informative.
+        job: the job's id.
     """
 
     kind: Literal["queued", "running", "unknown"]
@@ -144,12 +144,12 @@ class JobState:
 
     def __str__(self) -> str:
         if self.kind == "unknown":
-            return "not known: its queue does not answer"
+            return "unknown: the queue does not answer"
         return f"{self.kind}{f': {self.reason}' if self.reason else ''} (job {self.job})"
 
 
 class Launch(BaseModel):
-    """One start of the training process: a run's first, or to resume it."""
+    """One start of the training process, first or resumed."""
 
     command: list[str]
     host: str | None = None
@@ -157,18 +157,18 @@ class Launch(BaseModel):
     ended: Moment | None = None
     exit_code: int | None = None
     resumed_from: str | None = None
-    problem: str | None = None  # what ended it, where that is known and needs another remedy than its log
+    problem: str | None = None  # the cause of the end, if its remedy is not in the log
 
 
 class Summary(BaseModel):
-    """Summary of the training so far, in seconds and GiB; a loss of NaN is null.
+    """Summary of the training so far, in seconds and GiB; a NaN loss is null.
 
     Attributes:
-        eval_loss, eval_loss_first: Axolotl's own, a mean of the means of batches.
-        eval_loss_per_token, eval_loss_per_token_first: see the module `eval_loss`; runs made before it have none.
-        kept_step: step of the checkpoint with the least eval loss, where its weights were kept instead of the last
-            ones; `eval_loss` and `eval_loss_per_token` are then of that step.
-        trainable_parameters, parameters: as PEFT counts them; older runs, and those without an adapter, have none.
+        eval_loss, eval_loss_first: Axolotl's eval loss, a mean over batch means.
+        eval_loss_per_token, eval_loss_per_token_first: see the module `eval_loss`; older runs have None.
+        kept_step: step of the checkpoint with the lowest eval loss, if its weights replaced the last ones; `eval_loss`
+            and `eval_loss_per_token` then belong to this step.
+        trainable_parameters, parameters: PEFT's counts; None in older runs and without an adapter.
     """
 
     step: int = 0
@@ -184,60 +184,60 @@ class Summary(BaseModel):
     tokens_per_second: float | None = None
     peak_memory: float | None = None
     memory_kind: str | None = None
-    engine: str | None = None  # what divided the training among ranks, as seen from Axolotl's own objects
+    engine: str | None = None  # the engine that sharded the training, detected from Axolotl's objects
     peak_memory_by_rank: list[float] | None = None
     trainable_parameters: int | None = None
     parameters: int | None = None
-    trouble: str | None = None  # that its last losses are no numbers
-    ended: Ended | None = None  # None also for a training that was killed, or that is older than this record
+    trouble: str | None = None  # a message if the last losses are NaN
+    ended: Ended | None = None  # None also after a kill, and in runs older than this field
 
     @property
     def trainable_share(self) -> float | None:
-        """The trainable share of all parameters, where both are recorded."""
+        """Share of trainable parameters, if both counts are recorded."""
         return self.trainable_parameters / self.parameters if self.trainable_parameters and self.parameters else None
 
 
 class Run(BaseModel):
-    """The content of run.json."""
+    """Content of run.json."""
 
     state: State = "created"
     recipe: str
     variant_of: str | None = None  # the shipped recipe
     recipe_file: str
     recipe_sha256: str
-    digest: str | None = None  # of the config, before a run adds its own keys, and the data
+    digest: str | None = None  # hash of the data and of the config without the keys that a run adds
     rehearsal: bool = False
     profiles: list[str] = Field(default_factory=list)
     overrides: list[str] = Field(default_factory=list)
-    forced: list[str] = Field(default_factory=list)  # findings of the check that were overridden
+    forced: list[str] = Field(default_factory=list)  # names of overridden findings
     seal: str | None = None  # see `checks.trust`
-    gpus_used: int = 1  # on each node
+    gpus_used: int = 1  # GPUs per node
     nodes: int = 1
-    axolotl_arguments: list[str] = Field(default_factory=list)  # of earlier versions
-    differences: list[Difference] = Field(default_factory=list)  # from the file that was run
-    of_variant: list[Difference] = Field(default_factory=list)  # of that file from the shipped recipe
+    axolotl_arguments: list[str] = Field(default_factory=list)  # only in runs of earlier versions
+    differences: list[Difference] = Field(default_factory=list)  # between the run's config and the recipe file
+    of_variant: list[Difference] = Field(default_factory=list)  # between the recipe file and the shipped recipe
     data: list[DataFile] = Field(default_factory=list)
     test_data: str | None = None
-    test_rows: DataFile | None = None  # the file that it is evaluated on
+    test_rows: DataFile | None = None  # the file of the run's test rows
     cwd: str
     created: Moment = Field(default_factory=now)
     launches: list[Launch] = Field(default_factory=list)
-    adapter: FileState | None = None  # as the last launch left it
-    published_adapter: str | None = None  # the name of one that was not trained here
-    summary: Summary = Field(default_factory=Summary)  # as of the last launch's end; `RunDir.summary` is up to date
+    adapter: FileState | None = None  # state after the last launch
+    published_adapter: str | None = None  # name of an adapter that was not trained here
+    summary: Summary = Field(default_factory=Summary)  # at the end of the last launch; `RunDir.summary` is current
     provenance: Provenance = Field(default_factory=Provenance)
 
     @model_validator(mode="before")
     @classmethod
     def _brought_up_to_date(cls, content: Any) -> Any:
-        """The record of an earlier version as this one writes it."""
-        if isinstance(content, dict) and content.get("mirror"):  # was an option; now a profile
+        """Upgrade a record of an earlier version."""
+        if isinstance(content, dict) and content.get("mirror"):  # formerly an option, now a profile
             return content | {"profiles": [*content.get("profiles", []), "mirror"]}
         return content
 
     @property
     def origin(self) -> str:
-        """The recipe whose study it belongs to."""
+        """Shipped recipe of the run; its study is the run's study."""
         return self.variant_of or self.recipe
 
     @property
@@ -247,7 +247,7 @@ class Run(BaseModel):
 
     @property
     def ranks(self) -> int:
-        """The processes that train, each with a GPU of its own."""
+        """Number of training processes, one per GPU."""
         return self.gpus_used * self.nodes
 
 
@@ -267,7 +267,7 @@ PACKAGES = [
 
 
 def collect() -> Provenance:
-    """Git state, lock, package versions, the CUDA of torch, and machine, for run.json."""
+    """Provenance for run.json: git state, lock file, versions and machine."""
     return {
         "git": _git(),
         "lock_sha256": sha256(paths.LOCK) if paths.LOCK.is_file() else None,
@@ -284,10 +284,10 @@ def collect() -> Provenance:
 
 
 def _git() -> Git | None:
-    """Revision and state of the recipes' checkout; None outside of one, or with a message where git refuses to look."""
+    """Git state of the recipes' checkout; None outside a checkout, or with a message if git fails."""
     if not paths.LOCK.is_file():
-        return None  # installed from a wheel; a repository around it would be another's
-    # GIT_DIR and its like would name another repository; without that lock, status leaves the checkout's index as it is
+        return None  # installed from a wheel; a repository around it is a different project
+    # GIT_DIR and similar variables would select another repository; --no-optional-locks keeps the index unchanged
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     command = ["git", "--no-optional-locks", "-C", str(paths.RECIPES), "status", "--porcelain=v2", "--branch"]
     try:
@@ -295,7 +295,7 @@ def _git() -> Git | None:
     except (OSError, subprocess.CalledProcessError) as error:
         problem = str(getattr(error, "stderr", None) or error).strip()
         if "not a git repository" not in problem:
-            say(f"no git revision is recorded: {problem.partition('\n')[0]}")
+            say(f"git revision not recorded: {problem.partition('\n')[0]}")
         return None
     head, *others = done.stdout.splitlines()
     return {"revision": head.removeprefix("# branch.oid "), "dirty": not all(line[0] == "#" for line in others)}

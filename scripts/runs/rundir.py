@@ -1,4 +1,4 @@
-"""Run folders: record, state, jobs, metrics, checkpoints, and their lookup by name."""
+"""Run folders: record, state, jobs, metrics, checkpoints, and lookup by name."""
 
 import itertools
 import time
@@ -19,11 +19,11 @@ from . import checkpoints
 from .records import RECORD, Job, JobState, Run, State, Summary
 
 PLUGIN = "qlora_recipes.plugin.RunPlugin"
-"""The name of the plugin in the config of every run."""
+"""Name of the plugin in the config of every run."""
 
 
 class RunDir:
-    """The folder of one run; docs/files.md describes its files."""
+    """Folder of one run; docs/files.md describes the files."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -32,10 +32,10 @@ class RunDir:
         self.log = path / "train.log"
         self.output = path / "output"
         self._json = path / "run.json"
-        self._jobs = path / "jobs.json"  # a file of its own: a job can start, and write run.json, before it is noted
+        self._jobs = path / "jobs.json"  # not in run.json, which a job can write before its id is recorded
 
     def runs(self, recipe: str) -> Path:
-        """The folder of all runs that this one, of a recipe, is in."""
+        """Folder of all runs, derived from the path of this run of a recipe."""
         return self.path.parents[recipe.count("/") + 1]
 
     def write(self, run: Run) -> None:
@@ -43,10 +43,10 @@ class RunDir:
         write_atomically(self._json, run.model_dump_json(indent=1, exclude_none=True) + "\n")
 
     def read(self, job: JobState | None = None) -> Run:
-        """run.json, with the current state: a run that says running but has neither process nor job is interrupted.
+        """Read run.json with the current state: `running` without process or job becomes `interrupted`.
 
         Args:
-            job: the state of the job that is to train it; `backends.read` asks for that, where it has one.
+            job: state of the training job, if the run has one; `backends.read` passes it.
 
         Raises:
             UserError: run.json is missing or damaged.
@@ -56,14 +56,14 @@ class RunDir:
         except (OSError, ValueError) as error:
             at = ".".join(map(str, error.errors()[0]["loc"])) if isinstance(error, ValidationError) else ""
             where = f"{self._json}: missing or damaged{at and f' at {at}'}"
-            raise UserError(f"{where}; the folder does not hold a run") from None
+            raise UserError(f"{where}; the folder has no usable run") from None
         if run.state != "finished":
             run.state = self._state(run, job)
         return run
 
     def _state(self, run: Run, job: JobState | None) -> State:
         is_in_use = is_held(self.path / ".lock")
-        if run.state == "running" and is_in_use:  # what prepares the rows of a run that is queued holds it too
+        if run.state == "running" and is_in_use:  # a queued run is in use too while its rows are prepared
             return "running"
         if job:
             return run.state if job.kind == "unknown" else job.kind
@@ -73,15 +73,15 @@ class RunDir:
         return "interrupted" if is_gone else run.state
 
     def summary(self, run: Run) -> Summary:
-        """The summary of the run's metrics so far, which run.json has for a finished run.
+        """Summary of the run's metrics so far; for a finished run, from run.json.
 
         Args:
-            run: the content of its run.json.
+            run: content of run.json.
         """
         return run.summary if run.state == "finished" else summarise(self.read_metrics())
 
     def jobs(self) -> list[Job]:
-        """The jobs that SLURM was given for the run, oldest first.
+        """SLURM jobs of the run, oldest first.
 
         Raises:
             UserError: jobs.json is damaged.
@@ -91,19 +91,19 @@ class RunDir:
         except FileNotFoundError:
             return []
         except (OSError, ValueError):
-            raise UserError(f"{self._jobs}: damaged; move it away once no job of the run is queued") from None
+            raise UserError(f"{self._jobs}: damaged; move it away when no job of the run is queued") from None
 
     def add_job(self, job: Job) -> None:
-        """Note a job."""
-        with held(self.path / ".jobs.lock", "another process is noting a job", LOCK_TIMEOUT):
+        """Record a job."""
+        with held(self.path / ".jobs.lock", "another process is recording a job", LOCK_TIMEOUT):
             write_atomically(self._jobs, _JOBS.dump_json([*self.jobs(), job], indent=2).decode() + "\n")
 
     @contextmanager
     def held(self) -> Iterator[int]:
-        """Hold the run for this process and heirs of the descriptor; remove half-written records.
+        """Lock the run, and remove half-written records; child processes can inherit the lock.
 
         Raises:
-            UserError: another process holds it.
+            UserError: another process has the lock.
         """
         busy = f"the run is still running; `recipe cancel {self.path}` stops it at a checkpoint"
         with held(self.path / ".lock", busy) as lock:
@@ -111,12 +111,12 @@ class RunDir:
             yield lock
 
     def read_metrics(self, since: int = 0) -> list[Row]:
-        """The records of metrics.jsonl by step, without repeated steps of a resumed run.
+        """Records of metrics.jsonl by step; a resumed run's new records replace repeated steps.
 
-        Damaged lines are left out, with a warning.
+        Damaged lines are skipped with a warning.
 
         Args:
-            since: skip this many bytes, which an earlier launch wrote.
+            since: number of bytes to skip, written by earlier launches.
         """
         try:
             lines = self.metrics.read_bytes()[since:].split(b"\n")
@@ -131,19 +131,19 @@ class RunDir:
                     continue
                 step = RECORD.validate_python(record)["step"]
             except orjson.JSONDecodeError:
-                continue  # the last line of a killed process
+                continue  # last line of a killed process
             except (TypeError, ValidationError):
-                say_once(f"{self.metrics}: has damaged lines; they are left out")
+                say_once(f"{self.metrics}: damaged lines skipped")
                 continue
             if step < previous:
                 records = {key: kept for key, kept in records.items() if key[0] <= step}
             previous = step
-            kind = 0 if "loss" in record else 1 if is_evaluation(record) else 2  # in their order at a step
+            kind = 0 if "loss" in record else 1 if is_evaluation(record) else 2  # order of records within a step
             records[step, kind] = record
         return [records[key] for key in sorted(records)]
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that training can be resumed from, or None; damaged ones are reported on stderr.
+        """Newest complete checkpoint, or None; reports damaged checkpoints on stderr.
 
         Raises:
             UserError: run.json is missing or damaged.
@@ -153,7 +153,7 @@ class RunDir:
             problem = checkpoints.damage(by_step[step], self.read().ranks)
             if problem is None:
                 return by_step[step]
-            say(f"{by_step[step].name} is damaged: {problem}; it is skipped")
+            say(f"{by_step[step].name}: skipped as damaged: {problem}")
         return None
 
 
@@ -161,13 +161,13 @@ _JOBS = TypeAdapter(list[Job])
 
 
 def this_job(environment: Mapping[str, str]) -> str | None:
-    """The id of a process's SLURM job, a task of an array, from its environment."""
+    """Id of the SLURM array task with this environment, or None."""
     array, task = (environment.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
     return f"{array}_{task}" if array and task else None
 
 
 def new_folder(parent: Path, name: str) -> Path:
-    """Make a folder <time>-<name> that no other process has."""
+    """Create a unique folder <time>-<name>."""
     parent.mkdir(parents=True, exist_ok=True)
     while True:
         folder = parent / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}"
@@ -179,7 +179,7 @@ def new_folder(parent: Path, name: str) -> Path:
 
 
 def is_evaluation(record: Row) -> bool:
-    """True for the record of an evaluation; rows too few for a packed batch have no loss."""
+    """True for the record of an evaluation, with either eval loss."""
     return "eval_loss" in record or "eval_loss_per_token" in record
 
 
@@ -187,7 +187,7 @@ _MEMORY = {"memory_reserved_gib": "GPU, reserved", "rss_peak_gib": "resident"}
 
 
 def summarise(metrics: list[Row]) -> Summary:
-    """The summary of a run's metrics."""
+    """Summary of a run's metrics."""
 
     def last(key: str) -> Any:
         return next((record[key] for record in reversed(metrics) if key in record), None)
@@ -200,7 +200,7 @@ def summarise(metrics: list[Row]) -> Summary:
     counted_seconds = sum(record.get("step_seconds") or 0.0 for record in counted)
     memory = next((key for record in metrics for key in _MEMORY if key in record), "")
     of_ranks = [record["peak_gib_by_rank"] for record in metrics if record.get("peak_gib_by_rank")]
-    by_rank = [max(of_rank) for of_rank in zip(*of_ranks, strict=False)]  # a resumed run's processes start over
+    by_rank = [max(of_rank) for of_rank in zip(*of_ranks, strict=False)]  # a resumed run's processes start new peaks
     return Summary(
         step=newest.get("step", 0),
         max_steps=last("max_steps"),
@@ -225,24 +225,24 @@ def summarise(metrics: list[Row]) -> Summary:
 
 
 def _trouble(metrics: Sequence[Row]) -> str | None:
-    """Message if the last losses are NaN, which JSON has as null."""
+    """Message if the last losses are NaN (null in JSON), or None."""
     losses = [record for record in metrics if "loss" in record]
     steps = [record["step"] for record in itertools.takewhile(lambda each: each["loss"] is None, reversed(losses))]
-    return f"the loss is no number (NaN) since step {steps[-1]}" if steps else None
+    return f"the loss is NaN since step {steps[-1]}" if steps else None
 
 
 def all_runs(runs: Path) -> list[RunDir]:
-    """Every run folder below `runs`, oldest first."""
+    """All run folders below `runs`, oldest first."""
     return sorted((RunDir(file.parent) for file in runs.rglob("run.json")), key=lambda run: run.path.name)
 
 
 def is_run(folder: Path) -> bool:
-    """True for a run's folder."""
+    """True for a run folder."""
     return (folder / "run.json").is_file()
 
 
 def run_names(runs: Path) -> dict[str, RunDir]:
-    """Runs by path below a folder, the newest also by recipe, and of all as `latest`."""
+    """Runs by path below `runs`; a recipe's newest run also by recipe, the newest of all as `latest`."""
     folders = all_runs(runs)
     named = {run.path.relative_to(runs).as_posix(): run for run in folders}
     named |= {path.rpartition("/")[0]: run for path, run in named.items() if "/" in path}  # the last is the newest
@@ -250,7 +250,7 @@ def run_names(runs: Path) -> dict[str, RunDir]:
 
 
 def find_run(name: str, runs: Path) -> RunDir:
-    """Find a run by its folder, or by one of `run_names` or a part of it, with a message.
+    """Find a run by its folder, or by all or part of a name in `run_names`; print its path.
 
     Raises:
         UserError: no run, or more than one, matches.
@@ -258,7 +258,7 @@ def find_run(name: str, runs: Path) -> RunDir:
     if is_run(Path(name)):
         return RunDir(Path(name))
     choices = run_names(runs)
-    hint = f" below {runs}/; " + ("`recipe results` lists the runs" if choices else "`recipe run` makes one")
+    hint = f" below {runs}/; " + ("`recipe results` lists the runs" if choices else "`recipe run` starts one")
     found = choices[meant(name.removeprefix(f"{runs}/"), choices, "run", hint)]
     if name != "latest" and found.path != runs / name:
         say(f"run {found.path}")
@@ -266,7 +266,7 @@ def find_run(name: str, runs: Path) -> RunDir:
 
 
 def readable(folders: Sequence[RunDir], read: Callable[[RunDir], Run] = RunDir.read) -> Iterator[tuple[RunDir, Run]]:
-    """Runs with a readable run.json; the others are reported on stderr."""
+    """Runs with a readable run.json; reports the others on stderr."""
     for folder in folders:
         try:
             yield folder, read(folder)

@@ -1,4 +1,4 @@
-"""The commands that complete a run, and their results."""
+"""Commands that complete a run, and their results."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +16,13 @@ DOES = {"run": "the training", "evaluate": "the evaluation"}
 
 @dataclass
 class TaskResult:
-    """Result of a recipe: each step done, skipped for unchanged inputs, or failed, and the reason.
+    """Result of a recipe: state of each step, and the problem if a step failed.
 
     Attributes:
-        member: which of a sweep over the recipe it is.
-        seed: which of several seeds of the recipe it is of.
-        run: its finished run.
+        member: name of the sweep member, or None.
+        steps: done, skipped for unchanged inputs, queued, or failed, by step.
+        run: folder of the finished run.
+        seed: seed, if the recipe is run with several.
     """
 
     recipe: str
@@ -32,30 +33,30 @@ class TaskResult:
     seed: int | None = None
 
     def fail(self, step: str, problem: str) -> None:
-        """Note that a step failed, which is the last then."""
+        """Record that a step failed, with the problem."""
         self.steps[step], self.problem = FAILED, problem
 
     @property
     def label(self) -> str:
-        """Its name in messages."""
+        """Name in messages."""
         return self.member or self.recipe + ("" if self.seed is None else f", seed {self.seed}")
 
     def as_row(self) -> dict[str, Any]:
-        """The row of a summary."""
+        """Row for a summary table."""
         name = {"member" if self.member else "recipe": self.label}
         return name | {step: self.steps.get(step) for step in ("check", "plan", "run", "evaluate")}
 
 
 @dataclass
 class Command:
-    """One command of a run.
+    """A `recipe` command that carries out one step of a run.
 
     Attributes:
-        step: what it does for the run.
-        folder: the run's.
-        words: the arguments of `recipe`.
-        rows: what commands that prepare the same rows for training have in common.
-        result: where its job is noted.
+        step: the step.
+        folder: the run folder.
+        words: arguments of `recipe`.
+        rows: key shared by commands that prepare the same training rows.
+        result: result in which the command's job is recorded.
     """
 
     step: Step
@@ -67,14 +68,14 @@ class Command:
 
 @dataclass
 class Task:
-    """The commands that complete a run, in order, each after the one before.
+    """Commands that complete a run, carried out one after another.
 
     Attributes:
-        claim: takes the run's folder, a new one if need be, and returns the commands; called once, when the task is
-            about to start.
-        gpus: how many its training needs on each node.
-        nodes: how many of those.
-        steps: those that may be among the commands.
+        claim: function that finds or creates the run folder and returns the commands; called once, just before the task
+            starts.
+        gpus: number of GPUs per node for training.
+        nodes: number of nodes for training.
+        steps: steps that the commands can have.
     """
 
     result: TaskResult
