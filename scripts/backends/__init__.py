@@ -1,4 +1,4 @@
-"""Backends of runs' commands: SLURM's queue, or this machine, whose commands the user waits for."""
+"""Backends that carry out the commands of runs: this machine, or SLURM's queue."""
 
 import os
 import signal
@@ -32,26 +32,26 @@ _AGAIN = "run the same command again to continue"
 
 
 def relevant(backend: Backend, found: Iterable[Finding]) -> list[Finding]:
-    """Findings of a check that hold at a backend; a cluster does not need a GPU on this machine."""
+    """Findings that apply to a backend; a cluster needs no GPU on this machine."""
     return [finding for finding in found if backend.here or finding.scope != "machine"]
 
 
 def read(folder: RunDir) -> Run:
-    """The record of a run with its current state, wherever it is trained or queued.
+    """Record of a run with the current state, from processes here and SLURM's queue.
 
     Raises:
-        UserError: run.json is missing, or it or jobs.json damaged.
+        UserError: run.json is missing or damaged, or jobs.json is damaged.
     """
     return folder.read(job_state(folder, "run"))
 
 
 def job_state(folder: RunDir, step: str, words: Sequence[str] | None = None) -> JobState | None:
-    """State of the job that carries out a command of a run; None without a job.
+    """State of the job for one step of a run; None without a job.
 
     Args:
-        folder: the run.
-        step: what the command does.
-        words: its arguments, where only a job with these is meant.
+        folder: the run folder.
+        step: the step.
+        words: arguments of `recipe`; a job must have the same ones. None accepts any arguments.
 
     Raises:
         UserError: jobs.json is damaged.
@@ -69,11 +69,11 @@ class Local:
     """This machine.
 
     Args:
-        rehearsal: whether a rehearsal is to run, which needs no GPU.
-        jobs: how many tasks to carry out at a time, each on a GPU of its own; None for one.
+        rehearsal: whether the runs are rehearsals, which need no GPU.
+        jobs: number of simultaneous tasks, one per GPU; None means one.
 
     Raises:
-        UserError: there are fewer GPUs than jobs.
+        UserError: this machine has fewer GPUs than jobs.
     """
 
     here: Literal[True] = True
@@ -82,28 +82,28 @@ class Local:
         jobs = jobs or 1
         visible = [None] * jobs if jobs == 1 or rehearsal else [*machine.visible_gpus()]
         if jobs > len(visible):
-            raise UserError(f"--jobs {jobs}: one GPU per job, and only {len(visible)} can be used here")
-        self.devices = visible[:jobs]  # the GPU that each job sees; None leaves it to the run
+            raise UserError(f"--jobs {jobs}: each job needs a GPU, and only {len(visible)} can be used here")
+        self.devices = visible[:jobs]  # the GPU of each job; None leaves the choice to the run
 
     def gpu(self) -> Gpu | None:
         """The first GPU of this machine."""
         return gpus.here()
 
     def check_size(self, gpus: int, nodes: int) -> None:
-        """Refuse a run on more GPUs than there are.
+        """Refuse a run that needs more GPUs than this machine has.
 
         Raises:
-            UserError: it is too big.
+            UserError: the run needs too many GPUs or nodes.
         """
         if nodes > 1:
-            raise UserError(f"--nodes {nodes}: works only with --on slurm, which starts the run on each of them")
+            raise UserError(f"--nodes {nodes}: only with --on slurm, which starts the run on each node")
         if gpus > max(available := len(machine.visible_gpus()), 1):
             raise UserError(f"--gpus {gpus}: only {available} can be used here")
 
     def submit(self, tasks: Sequence[Task], title: str) -> None:
-        """Carry tasks out, as many at a time as there are devices.
+        """Carry out tasks, one at a time on each device.
 
-        A request to stop is passed on to the running commands, which end at a checkpoint, and nothing more is started.
+        A request to stop is forwarded to the running commands, which stop at a checkpoint. No further command starts.
         """
         waiting = deque((f"{n} of {len(tasks)}, {task.result.label}", task) for n, task in enumerate(tasks, start=1))
         with stop_requests() as stops:
@@ -121,7 +121,7 @@ class Local:
     def _worker(
         self, device: str | None, waiting: deque[tuple[str, Task]], stops: list[int]
     ) -> Iterator["subprocess.Popen[bytes]"]:
-        """Carry out waiting tasks, named for messages, on a device, one by one; yields the running process."""
+        """Carry out waiting tasks on a device, one by one; yield the running process."""
         while waiting and not stops:
             yield from self._commands(*waiting.popleft(), device, stops)
 
@@ -143,7 +143,7 @@ class Local:
                     task.result.run = command.folder.path
             elif not stops:
                 log = self._log(command)
-                where = f"; the messages are in {log}" if log else ""
+                where = f"; see {log}" if log else ""
                 task.result.fail(command.step, f"{DOES[command.step]} failed{where}")
                 return
             if stops:
@@ -152,7 +152,7 @@ class Local:
 
     def _start(self, command: Command, label: str, device: str | None) -> "subprocess.Popen[bytes]":
         log = self._log(command)
-        say(f"{label}: {DOES[command.step]}{f'; its messages are in {log}' if log else ''}")
+        say(f"{label}: {DOES[command.step]}{f'; log: {log}' if log else ''}")
         with opened(log, "ab") if log else nullcontext() as stream:
             return start_child(
                 [str(Path(sys.executable).with_name("recipe")), *command.words],
@@ -162,12 +162,12 @@ class Local:
             )
 
     def _log(self, command: Command) -> Path | None:
-        """The file for a command's messages where several run at a time; None for the terminal."""
+        """Log file of a command if several run at a time; None for the terminal."""
         return command.folder.path / f"{command.step}.log" if len(self.devices) > 1 else None
 
 
 def stop_holders(locks: Iterable[Path]) -> list[str]:
-    """Ask the processes of this machine that hold some locks to stop; a message for each."""
+    """Ask the local processes that hold any of these locks to stop; return messages."""
     pids = dict.fromkeys(pid for lock in locks if (pid := machine.holder(lock)))
     for pid in pids:
         os.kill(pid, signal.SIGTERM)

@@ -1,8 +1,8 @@
-"""A cluster's queue, SLURM: `--on slurm`.
+"""SLURM backend: `--on slurm`.
 
-Jobs are scripts rendered from templates/slurm.sh.j2, kept with their logs below runs/slurm/, and given to sbatch: an
-array each for preparing the rows, for training, and for evaluating, every task of which waits for its own training. A
-job that nears its time limit, is preempted or requeued resumes from the last whole checkpoint.
+Job scripts are rendered from templates/slurm.sh.j2, stored with logs below runs/slurm/, and submitted with sbatch.
+There is one array each for preparing rows, training and evaluation. Each evaluation task waits for its training task.
+A job near its time limit, or a preempted or requeued job, resumes from the last complete checkpoint.
 """
 
 import shlex
@@ -25,19 +25,19 @@ from ..runs.rundir import RunDir, new_folder
 from ..runs.tasks import Command, Step, Task, TaskResult
 from .slurm_site import STEPS, Site, active, ask, forget_queue, queue, sbatch, settings_file, site_settings
 
-GRACE = 300  # seconds before a time limit in which a training can end at a checkpoint; --on slurm,signal=… sets others
+GRACE = 300  # seconds before the time limit at which training stops at a checkpoint; --on slurm,signal=… changes it
 
 
 class Slurm:
     """The queue of a SLURM cluster.
 
     Args:
-        rehearsal: whether a rehearsal is to run, which needs no GPU.
-        jobs: how many tasks of an array run at a time; None leaves that to the queue.
-        options: of sbatch, as KEY=VALUE.
+        rehearsal: whether the runs are rehearsals, which need no GPU.
+        jobs: maximum number of simultaneous tasks of an array; None sets no limit.
+        options: sbatch options, as KEY=VALUE.
 
     Raises:
-        UserError: a setting is wrong, or SLURM does not answer.
+        UserError: a setting is invalid, or SLURM does not answer.
     """
 
     here: Literal[False] = False
@@ -47,20 +47,20 @@ class Slurm:
         self.jobs = jobs
         self._gpu = gpus.find(self.site.gpu, "gpu") if self.site.gpu and not rehearsal else None
         if isinstance(error := queue([getuser()]), UserError):
-            raise error  # what is queued already is not submitted twice, so the queue has to answer
+            raise error  # the queue must answer, so that no queued run is submitted again
 
     def gpu(self) -> Gpu | None:
-        """The GPU that the settings name."""
+        """GPU in the site's settings, or None."""
         return self._gpu
 
     def check_size(self, gpus: int, nodes: int) -> None:
-        """sbatch checks the size, see `Batch.check`."""
+        """Accept any size here; `Batch.check` has sbatch check it."""
 
     def carry_out(self, task: Task, title: str) -> RunDir:
-        """Submit one task; the run's folder.
+        """Submit one task and return the run folder.
 
         Raises:
-            UserError: SLURM refuses it; nothing was submitted.
+            UserError: SLURM refuses the task; nothing was submitted.
         """
         folders = self.submit([task], title)
         if not folders:
@@ -68,18 +68,18 @@ class Slurm:
         return folders[0]
 
     def submit(self, tasks: Sequence[Task], title: str) -> list[RunDir]:
-        """Submit tasks as arrays that wait for each other; the jobs of each are noted in its result.
+        """Submit tasks as one array per step, and record jobs in the results.
 
         Args:
-            tasks: each is independent of the others.
-            title: a name for all of them.
+            tasks: tasks that do not depend on each other.
+            title: name of this submission.
 
         Returns:
-            The folders of the runs whose jobs are queued.
+            Folders of the queued runs.
 
         Raises:
-            UserError: SLURM refuses them; nothing was submitted.
-            WorkFailed: SLURM accepted only some of them, which are queued.
+            UserError: SLURM refuses the jobs; nothing was submitted.
+            WorkFailed: SLURM accepted only some jobs; these are queued.
         """
         if not tasks:
             return []
@@ -97,8 +97,8 @@ class Slurm:
 
     def _queue(self, batch: "Batch", claimed: Sequence[tuple[TaskResult, list[Command]]]) -> None:
         to_train: list[Command] = []
-        trained: list[Command] = []  # each waits for the one of `to_train` in its place
-        by_training: dict[str | None, list[Command]] = {}  # by the job that trains, or has trained, the run
+        trained: list[Command] = []  # evaluations; each waits for the training with the same index in `to_train`
+        by_training: dict[str | None, list[Command]] = {}  # other evaluations, by the active training job, or None
         for result, commands in claimed:
             by_step = {command.step: replace(command, result=result) for command in commands}
             scoring = by_step.get("evaluate")
@@ -110,7 +110,7 @@ class Slurm:
                 by_training.setdefault(next(iter(earlier or ()), None), []).append(scoring)
         preparing = {each.rows: replace(each, words=[*each.words, "--prepare"]) for each in to_train}
         prepared = batch.submit("prepare", list(preparing.values()))
-        trainings = batch.submit("run", to_train, f"afterany:{prepared}")  # it can prepare for itself
+        trainings = batch.submit("run", to_train, f"afterany:{prepared}")  # training can also prepare the rows
         batch.submit("evaluate", trained, f"aftercorr:{trainings}")
         for job, others in by_training.items():
             batch.submit("evaluate", others, f"afterok:{job}" if job else None)
@@ -118,16 +118,16 @@ class Slurm:
 
 @dataclass
 class Batch:
-    """The scripts of one submission, in a folder of their own, and their jobs.
+    """Scripts and jobs of one submission.
 
     Attributes:
-        site: how jobs are submitted there.
-        jobs: how many tasks of an array run at a time; None leaves that to the queue.
-        title: what is submitted, as file names have it.
-        gpus: how many each training needs on each node.
-        nodes: how many nodes each training needs.
-        folder: the folder of the scripts, once there is one.
-        submitted: the jobs' ids.
+        site: settings of the site.
+        jobs: maximum number of simultaneous tasks of an array; None sets no limit.
+        title: name of the submission, usable in file names.
+        gpus: number of GPUs per node for each training.
+        nodes: number of nodes for each training.
+        folder: folder of the scripts; None until the first script is written.
+        submitted: ids of the submitted jobs.
     """
 
     site: Site
@@ -139,14 +139,14 @@ class Batch:
     submitted: list[str] = field(default_factory=list)
 
     def check(self, steps: Container[Step], tasks: int) -> None:
-        """Ask sbatch whether it would accept the jobs.
+        """Test with sbatch whether SLURM would accept the jobs.
 
         Args:
-            steps: those that there may be jobs for.
-            tasks: the most tasks that each may have.
+            steps: steps that can have jobs.
+            tasks: maximum number of tasks per job array.
 
         Raises:
-            UserError: it would not.
+            UserError: SLURM would refuse a job.
         """
         for step in filter(steps.__contains__, STEPS):
             options = self._options(step, tasks)
@@ -154,16 +154,16 @@ class Batch:
                 ask("sbatch", "--test-only", *options, script=self.script(step, [], tasks))
             except UserError as error:
                 where = f"--on slurm,KEY=VALUE or {settings_file()}"
-                raise UserError(f"{error}; {where} changes the options of {step}: {' '.join(options)}") from None
+                raise UserError(f"{error}; use {where} to change the options of {step}: {' '.join(options)}") from None
 
     def submit(self, step: Step, tasks: Sequence[Command], after: str | None = None) -> str | None:
-        """Submit an array; its id, or None where there is no task.
+        """Submit an array and return its id, or None without tasks.
 
         Args:
-            after: the dependency on earlier jobs.
+            after: dependency on earlier jobs, as sbatch writes it.
 
         Raises:
-            WorkFailed: sbatch now refuses it.
+            WorkFailed: sbatch refuses the array although the check succeeded.
         """
         if not tasks:
             return None
@@ -171,7 +171,7 @@ class Batch:
         file = (self.folder / f"{len(self.submitted) + 1}-{step}.sh").resolve()
         write_atomically(file, self.script(step, tasks, len(tasks)))
         waits = [f"--dependency={after}", "--kill-on-invalid-dep=yes"] if after else []
-        options = self._options(step, len(tasks))  # once more: SBATCH_ variables are stronger than those in a script
+        options = self._options(step, len(tasks))  # repeated here: SBATCH_ variables override options in a script
         try:
             job = sbatch(*options, *waits, str(file))
         except UserError as error:
@@ -188,12 +188,12 @@ class Batch:
         return job
 
     def script(self, step: Step, tasks: Sequence[Command], count: int) -> str:
-        """The script of an array.
+        """Script of an array.
 
         Args:
-            step: what its tasks do.
-            tasks: the tasks.
-            count: how many there are, or will be.
+            step: the step of all tasks.
+            tasks: the tasks; empty for a test of the options.
+            count: number of tasks, also for a test.
         """
         nodes = self.nodes if step == "run" else 1
         prefix = self.site.prefix
@@ -225,7 +225,7 @@ class Batch:
         )
 
     def _options(self, step: Step, count: int) -> list[str]:
-        """The options of sbatch for a step's job."""
+        """sbatch options for a step's array."""
         gpus = {"run": self.gpus, "evaluate": min(self.gpus, 1)}.get(step, 0)
         limit = f"%{self.jobs}" if self.jobs and step in ("run", "evaluate") else ""
         own = self.site.options | self.site.of_step.get(step, {})
@@ -243,7 +243,7 @@ class Batch:
         asks_itself = site.keys() & {"gpus", "gpus-per-node", "gpus-per-task"} or "gpu" in site.get("gres", "")
         if gpus and not asks_itself:
             options["gres"] = ",".join(filter(None, (site.pop("gres", None), f"gpu:{gpus}")))
-        if not gpus and not asks_itself:  # sbatch refuses these without a GPU
+        if not gpus and not asks_itself:  # sbatch refuses these options without a GPU
             site = {key: value for key, value in site.items() if not key.endswith("-per-gpu")}
         options |= {key: value.replace("{gpus}", str(gpus)) for key, value in site.items()}
         return [f"--{key}={value}" if value else f"--{key}" for key, value in options.items()]

@@ -1,4 +1,4 @@
-"""A SLURM site: settings for its jobs, its commands, and the states of the jobs in its queue."""
+"""A SLURM site: settings for jobs, SLURM commands, and job states in the queue."""
 
 import os
 import re
@@ -21,7 +21,7 @@ from ..runs.records import Job, JobState
 from ..runs.tasks import Step
 
 STEPS: tuple[Step, ...] = get_args(Step)
-_OWN = {  # options that this project sets for each job, or that would hide its id
+_OWN = {  # options that this project sets for each job, or that would hide the job's id
     *("array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "nodes", "output"),
     *("clusters", "parsable", "test-only", "wait", "wrap"),
 }
@@ -30,7 +30,7 @@ TIMEOUT = 60  # seconds for a command of SLURM
 
 def _allowed(option: str) -> str:
     if option in _OWN:
-        raise ValueError(f"{option} cannot be set; the command sets it, --nodes for example")
+        raise ValueError(f"{option} cannot be set here; `recipe` sets this option")
     return option
 
 
@@ -42,13 +42,13 @@ class Site(BaseModel):
     """Settings of the jobs at a site.
 
     Attributes:
-        gpu: the GPU that jobs get, to check and plan for.
-        prefix: what stands before `recipe` in a job, such as a container's `apptainer exec --nv IMAGE`; None where jobs
-            have the environment of this command.
+        gpu: GPU of the jobs, used for checks and plans.
+        prefix: text before `recipe` in a job, such as `apptainer exec --nv IMAGE`; None if jobs have this command's
+            environment.
         setup: shell commands at the start of each job, one or several lines.
-        options: sbatch's long options and their values, in which {gpus} stands for the number of GPUs on a node; an
-            empty value gives the option without one.
-        of_step: further options for single steps.
+        options: sbatch's long options by name. In a value, {gpus} is the number of GPUs per node. An empty value gives
+            the option without a value.
+        of_step: additional options for single steps.
     """
 
     gpu: _Line | None = None
@@ -59,12 +59,12 @@ class Site(BaseModel):
 
 
 def settings_file() -> Path:
-    """The user's settings for their clusters."""
+    """File with the user's SLURM settings."""
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "qlora-recipes" / "slurm.yaml"
 
 
 def site_settings(overrides: Sequence[str]) -> Site:
-    """The settings of the user's file, with the options of --on merged in.
+    """Settings from the user's file, overridden by the options of --on.
 
     Raises:
         UserError: the file or an option is malformed.
@@ -83,7 +83,7 @@ def site_settings(overrides: Sequence[str]) -> Site:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """The file's mapping, with values as text: YAML would read 12:00:00 as a number."""
+    """Mapping in a file, with text values: YAML would turn 12:00:00 into a number."""
     try:
         content = yaml.load(yamlfiles.read_text(file), yaml.BaseLoader) or {}
     except yaml.YAMLError as error:
@@ -94,7 +94,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _site(content: dict[str, Any], where: str) -> Site:
-    content = {"gpu" if key == "card" else key: value for key, value in content.items()}  # its name in earlier versions
+    content = {"gpu" if key == "card" else key: value for key, value in content.items()}  # `card` in earlier versions
     own = {key: content[key] for key in ("gpu", "prefix", "setup") if key in content}
     of_step = {key: content[key] for key in STEPS if key in content}
     options = {key: value for key, value in content.items() if key not in own | of_step}
@@ -106,7 +106,7 @@ def _site(content: dict[str, Any], where: str) -> Site:
 
 
 def active(jobs: Sequence[Job]) -> dict[str, JobState] | None:
-    """The states of unfinished jobs by id, in order; None without an answer of SLURM."""
+    """States of unfinished jobs by id, in order; None if SLURM does not answer."""
     if not jobs:
         return {}
     states = queue(job.user for job in jobs)
@@ -118,7 +118,7 @@ def active(jobs: Sequence[Job]) -> dict[str, JobState] | None:
 
 
 def cancel(jobs: Sequence[Job]) -> list[str]:
-    """Cancel jobs, a running training at a checkpoint if KillWait allows; return messages."""
+    """Cancel jobs and return messages; KillWait decides whether training reaches a checkpoint."""
     if ids := list(active(jobs) or {}):
         ask("scancel", *ids)
         forget_queue()
@@ -126,13 +126,13 @@ def cancel(jobs: Sequence[Job]) -> list[str]:
 
 
 def queue(users: Iterable[str]) -> dict[tuple[str, str], JobState] | UserError:
-    """The states of users' unfinished jobs by id and script, asked for once a minute; or SLURM's error."""
+    """States of users' unfinished jobs by id and script, cached for a minute; or an error."""
     return _queue(frozenset(users), int(time.monotonic() / 60))
 
 
-@lru_cache(maxsize=16)  # runs in one folder can be of several users
+@lru_cache(maxsize=16)  # one runs folder can have runs of several users
 def _queue(users: frozenset[str], minute: int) -> dict[tuple[str, str], JobState] | UserError:
-    # %i is a task's id, as 12_0; -r gives each task a line of its own; a script can have any name
+    # %i is a task's id, such as 12_0; -r prints one line per task; %o, the script, can contain any character
     form = "--format=%i|%T|%r|%o"
     try:
         shown = ask("squeue", f"--user={','.join(sorted(users))}", "--noheader", "-r", form)
@@ -143,7 +143,7 @@ def _queue(users: frozenset[str], minute: int) -> dict[tuple[str, str], JobState
 
 
 def forget_queue() -> None:
-    """Have SLURM asked again, once something has changed."""
+    """Forget cached job states after a change."""
     _queue.cache_clear()
 
 
@@ -154,10 +154,10 @@ def _state(job: str, state: str, reason: str) -> JobState:
 
 
 def ask(*command: str, script: str = "") -> str:
-    """The output of one of SLURM's commands, with a script on its stdin.
+    """Run a SLURM command with a script on stdin, and return the output.
 
     Raises:
-        UserError: it is missing, refuses, or does not end.
+        UserError: the command is missing, fails, or does not end in time.
     """
     where = f"--on slurm: {command[0]}"
     try:
@@ -165,7 +165,7 @@ def ask(*command: str, script: str = "") -> str:
     except FileNotFoundError:
         raise UserError(f"{where}: not found on this machine; log in to a machine of the cluster") from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"{where}: no end within {TIMEOUT} s; `squeue --me` shows whether it did its work") from None
+        raise UserError(f"{where}: no answer within {TIMEOUT} s; check with `squeue --me` whether it worked") from None
     if done.returncode:
         problem = done.stderr.strip().replace(f"{command[0]}: error: ", "")
         raise UserError(f"{where}: {'; '.join(problem.splitlines())}")
@@ -173,13 +173,13 @@ def ask(*command: str, script: str = "") -> str:
 
 
 def sbatch(*arguments: str) -> str:
-    """Have sbatch submit a job; its id.
+    """Submit a job with sbatch and return its id.
 
     Raises:
-        UserError: sbatch is missing, refuses, does not end, or names no id.
+        UserError: sbatch is missing, fails, does not end in time, or prints no id.
     """
     output = ask("sbatch", "--parsable", *arguments)
     if found := re.fullmatch(r"(\d+)(;\S+)?", (output.strip().splitlines() or [""])[-1]):
         return found[1]
-    problem = f"printed {output[-200:]!r} and not a job's id; `squeue --me` shows whether the job is queued"
+    problem = f"printed {output[-200:]!r} instead of a job id; check with `squeue --me` whether the job is queued"
     raise UserError(f"--on slurm: sbatch: {problem}")

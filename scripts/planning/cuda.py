@@ -37,7 +37,7 @@ class Recorder(TorchDispatchMode):
         self._live: dict[int, int] = {}
 
     def add(self, tensor: torch.Tensor, kind: str) -> None:
-        """Assign a kind to a tensor's storage, and record the storage if it is new."""
+        """Assign a kind to a tensor's storage; record a new storage."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._live:
@@ -73,7 +73,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _dequantized(args: Any) -> int:
-    """Bytes of the dequantized weight, plus two copies of its constants if they are quantized.
+    """Bytes of the dequantized weight, plus two copies of quantized constants.
 
     Source: bitsandbytes/backends/cuda/ops.py, _dequant_linear_fallback. It runs from 1,536 tokens on; for fewer tokens
     a kernel may work without these copies.

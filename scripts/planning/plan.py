@@ -45,7 +45,7 @@ class PeakMemory(Usage):
 
 @dataclass(frozen=True)
 class Fit:
-    """A GPU, its bytes usable by torch, and the bytes that a step leaves free."""
+    """A GPU, the bytes usable by torch, and the bytes left free."""
 
     card: str
     usable: float
@@ -250,7 +250,7 @@ def add_to(report: check.Report, gpu: Gpu | None, gpus: int | None = None, anew:
 
 
 def _findings(content: Config, gpu: Gpu, gpus: int | None, anew: bool) -> list[Finding]:
-    """Finding for a config that needs more memory than a GPU has, or has no plan."""
+    """Finding for a config that needs too much memory or has no plan."""
     if not gpu.memory:
         return []
     needed, key, unplanned = None, "micro_batch_size", "`recipe plan` and --full plan it"

@@ -30,12 +30,13 @@ VERSION = 1
 """Version of the cached figures; raise it when the computation changes."""
 GIB = 2**30
 CONTEXT = 0.14 * GIB
-"""Memory of the CUDA context: process memory minus allocator memory, 133 to 147 MiB in fitcheck's runs on a T4."""
+"""Memory of the CUDA context: 133 to 147 MiB in fitcheck's published runs on a T4 (process minus allocator)."""
 ROUND = 64
 """Planned lengths are multiples of this number of tokens, Axolotl's default padding."""
 USABLE = 14.5 / 16
-"""Usable share of GPU memory. Of 16 GB, torch finds 14.56 GiB on a T4 (ECC takes the rest) and
-15.56 GiB on a Quadro RTX 5000. A display, allocator losses and the driver need room too."""
+"""Usable share of GPU memory.
+Of 16 GB, torch finds 14.56 GiB on a T4 (ECC takes the rest) and 15.56 GiB on a Quadro RTX 5000. A display, allocator
+losses and the driver need room too."""
 
 
 @cache

@@ -104,7 +104,7 @@ class Allocator:
         block.pool.put(block)
 
     def empty_cache(self) -> None:
-        """Return unused segments to the device, and unused pages at the end of growing segments."""
+        """Return unused segments, and unused end pages of growing segments, to the device."""
         for pool in (self._small, self._large):
             if not self.expandable:
                 for block in [block for block in pool.at.values() if not (block.before or block.after)]:
@@ -146,7 +146,7 @@ class Allocator:
         return block
 
     def _shorten(self, pool: Pool, block: Block) -> None:
-        """Return the full pages of the free block at the end of a growing segment."""
+        """Return full pages of the free block at a growing segment's end."""
         pool.take(block)
         kept = -block.address % pool.segment
         self.reserved -= block.size - kept
@@ -165,7 +165,7 @@ def rounded(size: int, unit: int) -> int:
 
 
 def _split(block: Block, size: int) -> None:
-    """Split the excess off a block, if the pool splits blocks with that much left over."""
+    """Split the excess off a block if it is at least `Pool.least` bytes."""
     left = block.size - size
     if left < block.pool.least:
         return
@@ -191,7 +191,7 @@ def _joined(first: Block, second: Block) -> Block:
 
 Shape = tuple[int, int]  # rows per micro batch, tokens per row
 Events = list[tuple[int, int]]
-"""Events in order: storage id and size in bytes for a new storage, id and -1 for a freed storage."""
+"""Events in order: (id, bytes) for a new storage, (id, -1) for a freed one."""
 Counts = dict[str, dict[str, int]]
 """Counts of frozen and trainable parameters by kind of layer."""
 
@@ -203,7 +203,7 @@ def lasting(events: Events) -> Events:
 
 
 def ordered(events: Events) -> Events:
-    """Events with consecutive frees sorted by id, because Python frees set members in random order."""
+    """Events with consecutive frees sorted by id; Python frees set members in random order."""
     groups = groupby(events, key=lambda event: event[1] >= 0)
     return [event for made, group in groups for event in (group if made else sorted(group))]
 

@@ -99,7 +99,7 @@ def counted(composed: Composed, force: Sequence[str] = ()) -> Lengths:
 
 
 def published(composed: Composed) -> Lengths | None:
-    """Row and token counts that a study declares for its data and the model's tokenizer.
+    """Row and token counts declared by a study for the model's tokenizer.
 
     An ungated copy of the model has the same tokenizer.
     """
@@ -150,7 +150,7 @@ def work(composed: Composed, planner: Planner, gpu: Gpu | None, gpus: int, lengt
 
 
 def _full(composed: Composed, length: int) -> Lengths | None:
-    """Upper bound of the counts, from the number of rows in the data or the study."""
+    """Upper bound of the counts, from the row count of the data or study."""
     rows, rows_are = datafiles.training_rows(composed.config), "the config's data"
     of_study = study.of(composed.origin or composed.recipe)
     others = any(change.key.startswith(("datasets", "val_set_size")) for change in composed.from_origin)

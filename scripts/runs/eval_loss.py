@@ -35,7 +35,7 @@ def add_to(trainer: Any, begins: Callable[[], None]) -> None:
 
 
 def _of_rows(trainer: Any, rows: Any) -> float | None:
-    """Mean loss over the labelled tokens of all ranks; None in the cases that `add_to` lists."""
+    """Mean loss per labelled token over all ranks; None if not measurable, see `add_to`."""
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     if parallelism is not None and parallelism.non_data_parallel_size > 1:
         return None
@@ -66,7 +66,7 @@ def _of_rows(trainer: Any, rows: Any) -> float | None:
 
 
 def _collated(trainer: Any, rows: Sequence[dict[str, Any]], masked: bool) -> dict[str, torch.Tensor]:
-    """Batch of rows padded on the right; the collator for packed training would join them."""
+    """Batch of right-padded rows; the trainer's packing collator would join them."""
     longest = max(len(row["input_ids"]) for row in rows)
     width = -(-longest // _MULTIPLE) * _MULTIPLE
     shape = len(rows), width

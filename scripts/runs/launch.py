@@ -239,7 +239,7 @@ def _drop_half_prepared(folder: RunDir, record: Run) -> None:
 
 
 def _problem(folder: RunDir, since: int) -> str | None:
-    """Cause of a failed launch, if its log shows that memory or disk space ran out."""
+    """Cause of a failed launch, if the log shows lack of memory or disk space."""
     text, tail = _said(folder.log, since)
     if _NO_GPU_MEMORY.search(text) or _RANK_KILLED.search(text):
         return OUT_OF_MEMORY
@@ -248,7 +248,7 @@ def _problem(folder: RunDir, since: int) -> str | None:
 
 
 def _failed(folder: Path, log: Path, code: int = 1, since: int = 0) -> WorkFailed:
-    """Error for a failed launch, with the log's last lines; `since` is the log's offset."""
+    """Error for a failed launch, with the last lines of its log."""
     text, tail = _said(log, since)
     if (gpu := bool(_NO_GPU_MEMORY.search(text))) or _RANK_KILLED.search(text):
         problem = f"a rank was killed by signal 9 (SIGKILL); memory probably ran out: {_LESS_MEMORY}"

@@ -20,8 +20,8 @@ from ..configs.config import Difference, chained
 from ..configs.datafiles import DataFile
 
 Ended = Literal["complete", "early stopping", "signal", "callback", "no batch"]
-"""End of training: the last step, or the reason for an earlier end. `callback` is an Axolotl callback, such as the loss
-watchdog; `no batch` means that the rows do not fill a batch."""
+"""Reason for the end of training.
+`callback`: an Axolotl callback, such as the loss watchdog; `no batch`: the rows do not fill a batch."""
 
 
 @with_config(strict=True, extra="allow")
@@ -78,7 +78,7 @@ class Provenance(TypedDict, total=False):
 
 
 class FileState(BaseModel):
-    """Hash of a file's content, with size and time to detect changes without reading it."""
+    """Hash of a file's content, with size and time for quick comparisons."""
 
     sha256: str
     bytes: int
@@ -91,7 +91,7 @@ class FileState(BaseModel):
         return cls(sha256=digest or sha256(file), bytes=status.st_size, mtime=status.st_mtime)
 
     def differs(self, file: Path) -> bool:
-        """True if a file has other content; reads the file only if size or time differ."""
+        """True for other content; reads the file only if size or time differ."""
         if not file.is_file():
             return False
         status = file.stat()
@@ -284,7 +284,7 @@ def collect() -> Provenance:
 
 
 def _git() -> Git | None:
-    """Git state of the recipes' checkout; None outside a checkout, or with a message if git fails."""
+    """Git state of the recipes' checkout; None without one, or if git fails."""
     if not paths.LOCK.is_file():
         return None  # installed from a wheel; a repository around it is a different project
     # GIT_DIR and similar variables would select another repository; --no-optional-locks keeps the index unchanged

@@ -242,7 +242,7 @@ def is_run(folder: Path) -> bool:
 
 
 def run_names(runs: Path) -> dict[str, RunDir]:
-    """Runs by path below `runs`; a recipe's newest run also by recipe, the newest of all as `latest`."""
+    """Runs by path below `runs`; the newest also by recipe name or as `latest`."""
     folders = all_runs(runs)
     named = {run.path.relative_to(runs).as_posix(): run for run in folders}
     named |= {path.rpartition("/")[0]: run for path, run in named.items() if "/" in path}  # the last is the newest
@@ -250,7 +250,7 @@ def run_names(runs: Path) -> dict[str, RunDir]:
 
 
 def find_run(name: str, runs: Path) -> RunDir:
-    """Find a run by its folder, or by all or part of a name in `run_names`; print its path.
+    """Find a run by folder or by part of a name in `run_names`; print its path.
 
     Raises:
         UserError: no run, or more than one, matches.

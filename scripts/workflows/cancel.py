@@ -1,4 +1,4 @@
-"""Stopping runs wherever they are running or queued: `recipe cancel`."""
+"""`recipe cancel`: stop running and queued runs."""
 
 from ..backends import slurm_site, stop_holders
 from ..base import paths
@@ -10,10 +10,10 @@ from .sweep import Sweep, find_any
 
 
 def cancel(names: list[str]) -> list[str]:
-    """Ask runs, and all of sweeps and studies, to stop; return a message for each.
+    """Ask runs, sweeps and studies to stop; return a message for each process or job.
 
     Args:
-        names: see `find_any`.
+        names: names of runs, sweeps or studies, see `find_any`.
 
     Raises:
         UserError: a name is wrong, or nothing is running or queued.
@@ -27,14 +27,14 @@ def cancel(names: list[str]) -> list[str]:
 def _cancelled(thing: RunDir | Sweep | Study) -> list[str]:
     if isinstance(thing, RunDir):
         folders = [thing]
-    else:  # first the command that would start the next run when one ends
+    else:  # first stop the command that would start the next run
         lock = thing.lock(paths.runs()) if isinstance(thing, Sweep) else reproduce.lock(thing.folder.name)
         if messages := stop_holders([lock]):
             return messages
         folders = _members(thing) if isinstance(thing, Sweep) else _of_study(thing)
     messages = []
     for folder in folders:
-        # a second request to stop would stop a job's training at once
+        # only one request: a second one would stop training without a checkpoint
         asked = slurm_site.cancel(folder.jobs()) or stop_holders(folder.path.rglob("*lock"))
         messages += [f"{folder.path}: {message}" for message in asked]
     return messages

@@ -22,11 +22,11 @@ AUTO_RESUME = "auto_resume_from_checkpoints"
 
 
 def create(composed: Composed, request: Request) -> RunDir:
-    """Make the folder of a run before its launch, with config and record.
+    """Create a run folder with launch config and record.
 
     Args:
         composed: the run's checked config.
-        request: what it was composed from.
+        request: request from which the config was composed.
     """
     if composed.rehearsal and substitution.stands_in(composed.config):
         substitution.model_folder()
@@ -46,16 +46,16 @@ def create(composed: Composed, request: Request) -> RunDir:
     if record.variant_of:
         say(f"  a variant of {record.variant_of}")
     for difference in composed.differences:
-        say_once(f"  {difference}")  # for several runs together where they share it
+        say_once(f"  {difference}")  # once for all runs of this command
     return folder
 
 
 def record_of(composed: Composed, request: Request) -> Run:
-    """The record of a run before its launch, or of an adapter evaluated as a run.
+    """Record of a new run, or of an adapter evaluated as a run.
 
     Args:
-        composed: its checked config.
-        request: what it was composed from.
+        composed: the run's checked config.
+        request: request from which the config was composed.
     """
     record = Run(
         recipe=composed.recipe,
@@ -83,9 +83,9 @@ def record_of(composed: Composed, request: Request) -> Run:
 
 
 def launch_config(composed: Composed, folder: RunDir) -> Config:
-    """The config with the run's output folder, plugin, prepared data and tracker names.
+    """Config with the run's output folder, plugin, prepared data and tracker names.
 
-    Axolotl's own resuming is off, because it would take a damaged checkpoint.
+    Automatic resuming in Axolotl is off, because Axolotl would resume from a damaged checkpoint.
     """
     return _with_tracker_names(composed, folder) | {
         "output_dir": str(folder.output),
@@ -96,22 +96,22 @@ def launch_config(composed: Composed, folder: RunDir) -> Config:
 
 
 def prepared_folder(data: list[DataFile]) -> Path:
-    """The folder for rows that Axolotl prepares from some files.
+    """Folder for rows that Axolotl prepares from these files.
 
-    It keys its cache by settings alone; a hash of the data in the path keeps a changed file from being taken for the
-    old one.
+    Axolotl's cache key covers only settings. A hash of the data in the path prevents the reuse of rows after a file
+    changed.
     """
     content = hashlib.sha256("".join(file.sha256 for file in data).encode()).hexdigest()
     return paths.cache() / "prepared" / content[:16]
 
 
 def _with_tracker_names(composed: Composed, folder: RunDir) -> Config:
-    """The config with the {placeholders} of its trackers' keys filled in.
+    """Config with {placeholders} filled in for tracker keys.
 
-    project is the recipe's study, or the recipe where it has none; rehearsals have one of their own. run is the run's
-    folder below that, the end of its path, so that other verbs find the run by it too; runs is the folder of all runs.
-    Axolotl hands each of these keys to its tracker in the environment variable of the same name. A variable that the
-    user has set takes precedence.
+    {project} is the study's name (the recipe's without a study), with a suffix in rehearsals. {run} is the end of the
+    run folder's path, below the project; it is also a valid run name for other commands. {runs} is the folder of all
+    runs. Axolotl passes each of these keys to the tracker in the environment variable of the same name. A variable set
+    by the user takes precedence.
     """
     runs = folder.runs(composed.recipe)
     study = (composed.origin or composed.recipe).partition("/")[0]

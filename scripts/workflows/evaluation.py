@@ -1,4 +1,4 @@
-"""Evaluation of a run, or of an adapter trained elsewhere."""
+"""Evaluation of a run, or of an external adapter."""
 
 import hashlib
 import shutil
@@ -32,19 +32,19 @@ from .pipeline import Pipeline, existing_runs
 CONFIG = "adapter_config.json"
 TOKENIZER = "tokenizer_config.json"
 SUFFIXES = (".json", ".jinja", ".model", ".txt")
-"""Of an adapter's and a tokenizer's files beside the weights."""
+"""File name suffixes of an adapter and tokenizer, apart from weights."""
 
 
 Evaluated = Evaluation | checkpoint_selection.CheckpointSelection | RunDir
 
 
 def of_name(name: str, request: EvaluationRequest, backend: Backend) -> tuple[RunDir, Evaluated]:
-    """Evaluate a run, see `start`, or an adapter under a recipe, in a run folder of its own.
+    """Evaluate a run, or an adapter under a recipe; see `start`.
 
     Args:
-        name: a run, see `find_run`; with an adapter also a recipe.
-        request: how it is evaluated.
-        backend: where it is evaluated.
+        name: name of a run, see `find_run`, or of a recipe for an adapter, which gets a run folder.
+        request: settings of the evaluation.
+        backend: backend that carries out the evaluation.
     """
     if request.adapter in (None, BASE) or not _is_recipe(name):
         folder = find_run(name, paths.runs())
@@ -63,13 +63,13 @@ def _is_recipe(name: str) -> bool:
 
 
 def start(folder: RunDir, request: EvaluationRequest, backend: Backend) -> Evaluated:
-    """Evaluate a run, or queue its evaluation, behind a training in the queue.
+    """Evaluate a run, or queue the evaluation after a queued training.
 
     Returns:
-        The evaluation, of several checkpoints what it comes to, or the run's folder once the evaluation is queued.
+        The evaluation, the checkpoint selection if there are several checkpoints, or the run folder if queued.
 
     Raises:
-        UserError: it is already queued, see `EvaluationTask`, or the backend refuses it; nothing was started.
+        UserError: the evaluation is already queued, `EvaluationTask` or the backend refuses it; nothing was started.
         WorkFailed: see `evaluate.evaluate`.
     """
     record = folder.read()
@@ -77,9 +77,9 @@ def start(folder: RunDir, request: EvaluationRequest, backend: Backend) -> Evalu
     if not backend.here:
         if not backends.job_state(folder, "run"):
             task = EvaluationTask(folder, request)
-            if task.settings.engine != SERVER:  # a node may reach it, and this machine not
+            if task.settings.engine != SERVER:  # possibly a node can reach the server, but this machine cannot
                 require(task.settings, None, on_gpu=not record.rehearsal)
-        elif request.data:  # all else is not there yet
+        elif request.data:  # other inputs do not exist before training ends
             cfg = yamlfiles.read_yaml(folder.config)
             evaluation_rows.read(evaluation_rows.named(request.data, cfg, Path(record.cwd)), folder, record, cfg)
         if job := backends.job_state(folder, "evaluate", evaluation.words):
@@ -92,10 +92,10 @@ def start(folder: RunDir, request: EvaluationRequest, backend: Backend) -> Evalu
 
 
 def located(adapter: str) -> tuple[Path, str]:
-    """Return an adapter's folder, fetched from the hub if need be, and its name with revision.
+    """Return an adapter's folder and name; fetch the adapter if it is not local.
 
     Raises:
-        UserError: it is neither a folder nor on the hub, or its files are damaged.
+        UserError: the adapter is neither a folder nor a hub repository, or files are missing or damaged.
         WorkFailed: the hub does not answer.
     """
     folder, name = Path(adapter), str(Path(adapter).resolve())
@@ -110,19 +110,19 @@ def located(adapter: str) -> tuple[Path, str]:
             raise UserError(f"--adapter {adapter}: neither a folder nor a repository of the hub") from None
         except (HTTPError, LocalEntryNotFoundError) as error:
             raise WorkFailed(
-                f"--adapter {adapter}: no folder here, and not fetched from the hub: {str(error).splitlines()[0]}"
+                f"--adapter {adapter}: no local folder; fetching it from the hub failed: {str(error).splitlines()[0]}"
             ) from None
         name = f"{adapter}@{folder.name}"
     if not read_json(folder / CONFIG) or tensor_shapes(folder / ADAPTER) is None:
-        raise UserError(f"{folder}: {CONFIG} or {ADAPTER} is missing or damaged; name a folder that PEFT saved")
+        raise UserError(f"{folder}: {CONFIG} or {ADAPTER} is missing or damaged; give a folder saved by PEFT")
     return folder, name
 
 
 def as_peft(folder: Path, form: AdapterFormat) -> Path:
-    """Return the folder of an adapter in PEFT's format, which is written below that of a fork's.
+    """Convert a PEFT fork's adapter to PEFT's format, in a subfolder; return the subfolder.
 
     Raises:
-        UserError: its weights are damaged, or more than weights.
+        UserError: the file is damaged or contains other objects than weights.
     """
     import torch
     from safetensors.torch import save_file
@@ -130,13 +130,13 @@ def as_peft(folder: Path, form: AdapterFormat) -> Path:
     try:
         theirs = torch.load(folder / form.weights, map_location="cpu", weights_only=True)
     except (EOFError, RuntimeError, UnpicklingError) as error:
-        problem = f"not weights alone, or damaged: {str(error).partition('\n')[0]}"
+        problem = f"damaged, or not only weights: {str(error).partition('\n')[0]}"
         raise UserError(f"{folder / form.weights}: {problem}") from None
     weights = {}
     for name, tensor in theirs.items():
         for part, own in form.names.items():
             name = name.replace(part, own)
-        weights[name] = (tensor.flatten() if "magnitude" in name else tensor).contiguous()  # PEFT's is a vector
+        weights[name] = (tensor.flatten() if "magnitude" in name else tensor).contiguous()  # a vector in PEFT
     made = folder / "peft"
     made.mkdir(exist_ok=True)
     save_file(weights, made / ADAPTER)
@@ -147,21 +147,21 @@ def as_peft(folder: Path, form: AdapterFormat) -> Path:
 def request_for(name: str, adapter: Path, force: Sequence[str]) -> Request:
     """Return the request for a recipe with an adapter's base model.
 
-    That is the recipe's own, its ungated copy, or the stand-in of a rehearsal.
+    The base model is the recipe's model, an ungated copy of it, or a rehearsal's stand-in.
     """
     base = str(read_json(adapter / CONFIG).get("base_model_name_or_path"))
     own = yamlfiles.read_yaml(find_recipe(name)[1]).get("base_model")
     rehearsal, copied = Path(base).name == substitution.folder().name, models.is_copy(base, own)
     if not (rehearsal or copied):
-        say(f"{adapter}: trained on {base}; it is evaluated with {own}, as {name} says")
+        say(f"{adapter}: trained on {base}, but evaluated with {own}, the base model of {name}")
     return Request(name, [MIRROR] if copied and base != own else [], rehearse=rehearsal, force=[*force])
 
 
 def checked(request: Request, backend: Backend) -> Composed:
-    """Return the config of an adapter's evaluation, without a start from another adapter.
+    """Return the checked config for evaluating an adapter, without lora_model_dir.
 
     Raises:
-        UserError: something is wrong with it, or this machine lacks the GPU that it needs.
+        UserError: the config has errors, or this machine lacks the required GPU.
     """
     request = replace(request, overrides=[*request.overrides, "lora_model_dir=null"])
     pipeline = Pipeline(TaskResult(request.name), request, EvaluationRequest(), backend)
@@ -172,16 +172,16 @@ def checked(request: Request, backend: Backend) -> Composed:
 
 @contextmanager
 def run_of(composed: Composed, request: Request, adapter: Path, name: str) -> Iterator[RunDir]:
-    """Yield the run folder of an adapter under a config; the same adapter and config have the same folder.
+    """Yield the run folder for an adapter and config; create a missing one.
 
     Args:
         composed: the config, see `checked`.
-        request: what it was composed from.
-        adapter: the folder of the adapter, see `located`.
-        name: its name, which marks the run as one that was not trained here.
+        request: request from which the config was composed.
+        adapter: folder of the adapter, see `located`.
+        name: name of the adapter; it marks the run as not trained here.
 
     Raises:
-        UserError: the data or the tokenizer is not on this machine; or the block raises it, which removes a new folder.
+        UserError: data or tokenizer are missing on this machine, or the block raises it; a new folder is removed.
     """
     composed.data = composed.data or datafiles.record(composed.config)
     digest = hashlib.sha256(f"{composed.digest} {sha256(adapter / ADAPTER)}".encode()).hexdigest()

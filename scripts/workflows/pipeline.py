@@ -1,4 +1,4 @@
-"""Pipeline from a config to its scores, without repeating steps, for reproductions and sweeps."""
+"""Pipeline from a config to scores, without repeated steps, for reproductions and sweeps."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -25,19 +25,19 @@ from ..scores.evaluate import EvaluationRequest, EvaluationTask
 from ..scores.score import columns_of, require_models, scorer_models
 from . import create, run
 
-_OF_ROWS = ("datasets", "test_datasets", "base_model", "special_tokens", "sequence_len")  # what the rows depend on
+_OF_ROWS = ("datasets", "test_datasets", "base_model", "special_tokens", "sequence_len")  # keys that affect rows
 
 
 def existing_runs(runs: Path, recipe: str) -> dict[str, tuple[RunDir, Run]]:
-    """Newest run of a recipe for each digest of config and data; finished ones first.
+    """Newest run of a recipe for each digest of config and data.
 
-    Runs with several ranks or with arguments for Axolotl are left out: their digests do not cover these.
+    Finished runs take precedence. Runs with several ranks or Axolotl arguments, not covered by digests, are left out.
     """
     found: dict[str, tuple[RunDir, Run]] = {}
     for folder in all_runs(runs / recipe):
         try:
             run = backends.read(folder)
-        except UserError:  # damaged, which `recipe results` reports
+        except UserError:  # damaged; `recipe results` reports it
             continue
         plain = run.recipe == recipe and run.ranks == 1 and not run.axolotl_arguments
         if run.digest is None or not plain:
@@ -48,13 +48,13 @@ def existing_runs(runs: Path, recipe: str) -> dict[str, tuple[RunDir, Run]]:
 
 
 def seeds_of(recipe: str, count: int) -> list[int]:
-    """So many seeds of a recipe: its own, and the next ones."""
+    """Consecutive seeds for a recipe, beginning with the recipe's seed."""
     first = yamlfiles.read_yaml(find_recipe(recipe)[1]).get("seed", config.AXOLOTL_SEED)
     return [first + i for i in range(count)]
 
 
 def exit_code(results: list[TaskResult]) -> int:
-    """Exit code: 0 all done or queued, 2 nothing could be started, otherwise 1."""
+    """Exit code: 0 if all is done or queued, 2 if nothing could start, otherwise 1."""
     problems = [result for result in results if result.problem]
     refused = all(
         result.problem and FAILED in (result.steps.get("check"), result.steps.get("plan")) for result in results
@@ -63,19 +63,19 @@ def exit_code(results: list[TaskResult]) -> int:
 
 
 class Pipeline:
-    """A recipe, or a member of a sweep, on its way to its scores.
+    """Steps from a recipe or sweep member to its scores.
 
     Args:
-        result: where the results of its steps are noted.
-        request: the run that is asked for.
-        evaluation: how that run is evaluated; in a rehearsal BERTScore's model is the stand-in, unless one is named.
-        backend: where its commands are carried out.
-        gpu: the GPU that it is composed, checked and planned for, by default the backend's.
+        result: result in which the steps are recorded.
+        request: the requested run.
+        evaluation: settings of the evaluation. A rehearsal scores with the stand-in for BERTScore's model by default.
+        backend: backend that carries out the commands.
+        gpu: GPU for which the config is composed, checked and planned; by default the backend's.
 
     Attributes:
-        composed: its config; None where it is wrong.
-        existing: the newest run of this config on the same data, but a finished one before others; see `look_up`.
-        needed_gib: the memory that it needs, once it is planned.
+        composed: the config; None if it is invalid.
+        existing: newest run with this config and data; a finished run takes precedence. See `look_up`.
+        needed_gib: required memory; None before the plan.
     """
 
     def __init__(
@@ -101,32 +101,32 @@ class Pipeline:
 
     @property
     def state(self) -> str | None:
-        """The state of its existing run, or None."""
+        """State of the existing run, or None."""
         return self.existing[1].state if self.existing else None
 
     @property
     def rows(self) -> str:
-        """Key shared by all that train on the same rows, prepared alike."""
+        """Key shared by pipelines with the same prepared training rows."""
         return yamlfiles.write_yaml({key: self.composed.config.get(key) for key in _OF_ROWS}) if self.composed else ""
 
     def look_up(self) -> None:
-        """Read its existing run from the run folders."""
+        """Find the existing run in the run folders."""
         if digest := self.digest():
             self.existing = existing_runs(paths.runs(), self.result.recipe).get(digest)
 
     def is_finished(self) -> bool:
-        """True if it was trained before on the present data."""
+        """True if a finished run with this config and data exists."""
         if self.state != "finished":
             return False
         self.result.steps |= {"check": SKIPPED, "plan": SKIPPED}
         return True
 
     def check(self, with_data: bool, starts: bool = True) -> bool:
-        """True if no error is found, with or without reading its data.
+        """Check the config or the data; return True without errors.
 
         Args:
-            with_data: whether to read its rows; else Axolotl's own validation is asked where it is about to start.
-            starts: whether it is about to start.
+            with_data: check the data too. False checks only the config, before a start also with Axolotl's validation.
+            starts: whether the run is about to start.
         """
         if self.composed is None:
             return False
@@ -149,9 +149,9 @@ class Pipeline:
         return not errors
 
     def plan(self, gpu: Gpu | None = None) -> bool:
-        """True unless it needs more memory than a GPU, by default its own, has.
+        """Plan the memory; return False if a GPU, by default the pipeline's, is too small.
 
-        For a rehearsal, the recipe itself is planned; that need not fit.
+        For a rehearsal, this plans the recipe itself, which need not fit.
         """
         gpu = gpu or self.gpu
         rehearsal = self.request.rehearse
@@ -165,20 +165,20 @@ class Pipeline:
             return True
         needed = f"{self.needed_gib:.1f} GiB"
         if gpu and gpu.memory and (self.needed_gib or 0) > plan.usable_gib(gpu) and not rehearsal:
-            self.result.fail("plan", f"needs {needed}, more than {gpu} has; `recipe plan` says what to change")
+            self.result.fail("plan", f"needs {needed}, more than {gpu} has; `recipe plan` lists changes")
             return False
         self.result.steps["plan"] = f"{DONE}: {needed}"
         return True
 
     def digest(self) -> str | None:
-        """The hash of its config and data; None where the data is missing."""
+        """Hash of config and data; None if the data is missing."""
         if self.composed and not self.composed.data:
             with suppress(UserError):
                 self.composed.data = datafiles.record(self.composed.config)
         return self.composed.digest if self.composed and self.composed.data else None
 
     def task(self) -> Task:
-        """The remaining steps, judged by its existing run."""
+        """Task with the steps that remain after the existing run."""
         steps: list[Step] = ["evaluate"]
         if self.state not in ("queued", "running", "finished"):
             steps = ["prepare", "run", "evaluate"] if self._generates() else ["prepare", "run"]
@@ -189,7 +189,7 @@ class Pipeline:
         return Task(self.result, self._claim, gpus, steps=steps)
 
     def _claim(self) -> list[Command]:
-        """The remaining commands; notes steps that are done or queued in its result."""
+        """Remaining commands; records done and queued steps in the result."""
         assert self.composed
         self.look_up()
         if self.existing and self.state in ("created", "running") and not self.existing[0].jobs():
@@ -215,14 +215,14 @@ class Pipeline:
             return []
         waits = not self.backend.here and job is not None and job.kind != "unknown"
         if not evaluation and self.state != "finished" and not waits:
-            evaluation = "not queued; run the same command again once this is trained"
+            evaluation = "not queued; run the same command again after the training"
         if evaluation:
             self.result.steps["evaluate"] = evaluation
             return []
         return [self._scoring(folder)]
 
     def _generates(self) -> bool:
-        """True if its scores need predictions; those of the eval loss do not."""
+        """True if any metric needs predictions; eval loss metrics do not."""
         assert self.composed
         columns = columns_of(self.composed.origin, self.evaluation.metrics)
         return any(column.metric.of_loss is None for column in columns.values())
@@ -231,7 +231,7 @@ class Pipeline:
         return evaluate.command(folder, self.evaluation)
 
     def _evaluation(self) -> str | None:
-        """State of its existing run's evaluation: skipped, or its job's; None before either.
+        """Evaluation state of the existing run: skipped, or the job's state; None if neither.
 
         Raises:
             UserError: see `EvaluationTask`.
@@ -253,7 +253,7 @@ class Pipeline:
 def require_scorer_models(
     tasks: Sequence[Task], columns: Mapping[str, Column], evaluation: EvaluationRequest, rehearsal: bool
 ) -> None:
-    """Load the scorer models of tasks before GPU hours are spent on generating.
+    """Load scorer models of tasks, to find errors before spending GPU hours.
 
     Raises:
         UserError, WorkFailed: see `score.require_models`.
@@ -263,7 +263,7 @@ def require_scorer_models(
 
 
 def _is_resumable(folder: RunDir, former_run: Run) -> bool:
-    """True if an unfinished run is worth resuming; one that failed twice is not."""
+    """True if an unfinished run can be resumed and did not fail repeatedly."""
     launches = former_run.launches
     failed_again = former_run.state == "failed" and len(launches) > 1 and not launches[-1].problem
     return not failed_again and trust.is_own(folder, former_run) and run.hindrance(folder, former_run) is None

@@ -1,4 +1,4 @@
-"""Reproduction of a study from its data to its table, without repeating steps."""
+"""Reproduction of a study from data to results table, without repeated steps."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -31,10 +31,10 @@ from .pipeline import Pipeline, require_scorer_models, seeds_of
 
 
 def chosen(of_study: Study, only: list[str]) -> list[str]:
-    """The recipes of a study to run: the named ones, or all with published scores.
+    """Recipes of a study selected by name; without names, all with published scores.
 
     Raises:
-        UserError: a name is not that of a recipe of the study, or it may be that of several.
+        UserError: a name matches no recipe of the study, or several.
     """
     recipes = [*of_study.published, *of_study.variants]
     named = [meant(name, recipes, "recipe of the study", option="--only") for name in only]
@@ -49,36 +49,36 @@ def reproduce(
     backend: Backend,
     seeds: int = 1,
 ) -> list[TaskResult]:
-    """Bring every recipe of a study to its scores, without repeating steps with equal inputs.
+    """Train and score every recipe of a study, without repeating steps with equal inputs.
 
-    All recipes are checked and planned before the first starts. One that fails does not stop the others.
+    All recipes are checked and planned before the first one starts. A failed recipe does not stop the others.
 
     Args:
         of_study: the study.
-        request: the overrides of each recipe, with the study's name. A mirror is used only where a model is gated.
-        only: the recipes to run; by default those with published scores.
-        evaluation: how each run is evaluated; BERTScore's model is by default that of the published scores, and the
+        request: the study's name, and overrides for each recipe. A mirror replaces only gated models.
+        only: recipes to run; by default those with published scores.
+        evaluation: settings of each evaluation. BERTScore's default model is the one of the published scores, or the
             stand-in in a rehearsal.
-        backend: where the recipes are carried out.
-        seeds: how many seeds each recipe is run with, from its own on.
+        backend: backend that carries out the recipes.
+        seeds: number of seeds per recipe, beginning with the recipe's seed.
 
     Raises:
-        UserError: the request is wrong, or the data there is not the study's; nothing was started.
+        UserError: the request is wrong, or existing data differs from the study's; nothing was started.
         WorkFailed: the data cannot be fetched, or BERTScore's model cannot be loaded.
     """
     wanted = _wanted(of_study, request, only, seeds)
     declared = declared_models(of_study.columns)
-    if not request.rehearse and evaluation.judge is None and declared:  # to be fetched where it is not here
+    if not request.rehearse and evaluation.judge is None and declared:  # fetched later if missing
         by = next(iter(declared.values()))
         evaluation.metrics = [*evaluation.metrics, f"{SCORER}{by.model}"]
-    with held(lock(request.name), "another reproduction of it is running there"):
+    with held(lock(request.name), "another reproduction of this study is running"):
         pipelines = [Pipeline(result, asked, evaluation, backend) for result, asked in wanted]
         for pipeline in pipelines:
             pipeline.look_up()
         runnable = [pipeline for pipeline in pipelines if pipeline.is_finished() or pipeline.check(with_data=False)]
         have_data(of_study, [pipeline.composed for pipeline in runnable if pipeline.composed])
         for pipeline in runnable:
-            if not pipeline.existing:  # without the data it could not be found
+            if not pipeline.existing:  # the first search may have lacked the data
                 pipeline.look_up()
         ready = []
         with Bar("checking and planning", len(runnable)) as bar:
@@ -94,7 +94,7 @@ def reproduce(
 
 
 def representative_runs(results: Iterable[TaskResult]) -> dict[str, Path | None]:
-    """Representative run of each recipe: of several seeds the first that finished."""
+    """Representative run of each recipe: the finished run with the first seed."""
     first: dict[str, Path | None] = {}
     for result in results:
         first[result.recipe] = first.get(result.recipe) or result.run
@@ -110,17 +110,17 @@ def outline(
     gpu: Gpu | None,
     seeds: int = 1,
 ) -> dict[str, list[Any]]:
-    """Outline of `reproduce` with the same arguments, without starting anything; plans are cached.
+    """Preview of `reproduce` with the same arguments; starts nothing, but caches plans.
 
     Args:
-        gpu: the GPU to plan for, by default the backend's.
+        gpu: GPU to plan for; by default the backend's.
 
     Returns:
-        `data`, what would be fetched and prepared, in words; and `recipes`, a row each: what would be trained, and what
-        that takes.
+        `data`: lines on data to fetch and prepare. `recipes`: one row per recipe with its training, required memory and
+        time.
 
     Raises:
-        UserError: a recipe that is named is not the study's.
+        UserError: see `chosen`.
     """
     wanted = _wanted(of_study, request, only, seeds)
     pipelines = [Pipeline(result, asked, evaluation, backend, gpu) for result, asked in wanted]
@@ -134,7 +134,7 @@ def outline(
 
 
 def _outlined(pipeline: Pipeline) -> Row:
-    """Outline of one recipe; hours are those of its training alone."""
+    """Preview of one recipe; `hours` covers only training."""
     row: Row = {"recipe": pipeline.result.label, "training": "new"}
     row |= dict.fromkeys(("steps", "needs GiB", "fits", "hours", "problem"))
     pipeline.look_up()
@@ -157,7 +157,7 @@ def _outlined(pipeline: Pipeline) -> Row:
 
 
 def _outlined_data(of_study: Study, configs: list[Composed]) -> list[str]:
-    """Outline of the fetching and preparing for some configs."""
+    """Preview of the data to fetch and prepare for some configs."""
     data = of_study.data
     forms = [form for form in _needed_formats(of_study, configs) if not any(Path(form[1].folder).glob("[!.]*"))]
     sources = missing(data, [*(data.raw_files if forms else ()), *_needed_beside(data, configs)])
@@ -167,7 +167,7 @@ def _outlined_data(of_study: Study, configs: list[Composed]) -> list[str]:
 
 
 def show_outline(outlined: dict[str, list[Any]], json: bool) -> None:
-    """Print an `outline`."""
+    """Print the preview from `outline`."""
     if json:
         tables.print_json(outlined)
         return
@@ -177,21 +177,21 @@ def show_outline(outlined: dict[str, list[Any]], json: bool) -> None:
 
 
 def lock(name: str) -> Path:
-    """The lock that a command holds while it reproduces the study of a name."""
+    """Lock file that a command holds while it reproduces a study."""
     return paths.runs() / f".reproduce-{name.replace('/', '--')}.lock"
 
 
 def _wanted(of_study: Study, request: Request, only: list[str], seeds: int) -> list[tuple[TaskResult, Request]]:
-    """The requested runs of a study: each recipe, or each of its seeds.
+    """Requested runs of a study: one per recipe and seed.
 
     Raises:
-        UserError: see `chosen`; or there are several seeds, and the request sets one.
+        UserError: see `chosen`; or several seeds are requested and an override sets the seed.
     """
     recipes = chosen(of_study, only)
     if seeds == 1:
         return [(TaskResult(recipe), request_for(request, recipe)) for recipe in recipes]
     if any(parse_override(text)[0] == "seed" for text in request.overrides):
-        raise UserError("--seeds: --set seed names one already; leave one of the two out")
+        raise UserError("--seeds: --set already sets seed; leave one of them out")
     return [
         (TaskResult(recipe, seed=seed), replace(asked, overrides=[*asked.overrides, f"seed={seed}"]))
         for recipe in recipes
@@ -201,7 +201,7 @@ def _wanted(of_study: Study, request: Request, only: list[str], seeds: int) -> l
 
 
 def request_for(shared: Request, recipe: str) -> Request:
-    """The request for one recipe, with a mirror only where the model is gated."""
+    """Request for one recipe, with a mirror only if the model is gated."""
     base_model = str(yamlfiles.read_yaml(find_recipe(recipe)[1]).get("base_model"))
     gated = models.entry_of(base_model).get("gated")
     profiles = [name for name in shared.profiles if gated or paths.find_profile(name)[0] != MIRROR]
@@ -209,10 +209,10 @@ def request_for(shared: Request, recipe: str) -> Request:
 
 
 def have_data(of_study: Study, configs: list[Composed]) -> None:
-    """Fetch and prepare missing data of a study in the formats of some configs.
+    """Fetch and prepare missing data of a study in the formats that some configs read.
 
     Raises:
-        UserError: the data there is not the study's.
+        UserError: existing data differs from the study's.
     """
     for name, form in _needed_formats(of_study, configs):
         folder = Path(form.folder)
@@ -222,32 +222,32 @@ def have_data(of_study: Study, configs: list[Composed]) -> None:
             prepare.prepare(fetched(of_study.data), folder, of_study, name, timeout=LOCK_TIMEOUT)
         if reason := manifest.is_not_prepared(of_study, folder, name):
             raise UserError(
-                f"{folder}: not the study's data: {reason}; move it away to have it prepared, or run the recipes on it "
-                "one by one"
+                f"{folder}: differs from the study's data: {reason}; move the folder away and run this command again, "
+                "or run the recipes one by one with this data"
             )
-        say(f"data: {folder} is the study's")
+        say(f"data: {folder} has the study's data")
     _fetch(of_study.data, _needed_beside(of_study.data, configs))
 
 
 def _fetch(data: Data, files: Iterable[str]) -> None:
-    """Fetch the sources of missing files of a data set."""
+    """Fetch the sources of a data set's missing files."""
     if sources := missing(data, files):
         fetch.fetch(data, data.raw, only=sources)
 
 
 def missing(data: Data, files: Iterable[str]) -> list[str]:
-    """The sources of missing files of a data set."""
+    """Sources of a data set's missing files."""
     return data.sources_of([file for file in files if not (data.raw / file).is_file()])
 
 
 def _needed_beside(data: Data, configs: list[Composed]) -> list[str]:
-    """The files of a data set that some configs start from: adapters."""
+    """Files of a data set that belong to the configs' initial adapters."""
     starts = [str(composed.config.get("lora_model_dir") or "") for composed in configs]
     return [file for file in data.files if any(Path(data.raw, file).parent == Path(start) for start in starts)]
 
 
 def _needed_formats(of_study: Study, configs: list[Composed]) -> Iterator[tuple[str, PreparedFormat]]:
-    """The forms of the study's data that some configs read."""
+    """Names and formats of the prepared data that some configs read."""
     entries = [entry for composed in configs for _, entry in datafiles.datasets(composed.config)]
     needed = {Path(str(entry.get("path"))).parent for entry in entries}
     return ((name, form) for name, form in of_study.data.formats.items() if Path(form.folder) in needed)

@@ -1,7 +1,7 @@
-"""Runs of recipes, from the request to the trained adapter.
+"""Runs of recipes, from request to trained adapter.
 
-On several nodes a scheduler starts `recipe resume` on each of them. The one on the first node holds the run and keeps
-its record; the others only launch their share of the ranks.
+With several nodes, a scheduler starts `recipe resume` on each node. The process on the first node locks the run and
+writes the record; the other processes only start their node's ranks.
 """
 
 import os
@@ -27,11 +27,11 @@ from .create import create
 
 
 def prepare(request: Request, backend: Backend) -> Composed:
-    """Return the checked config of a run; findings go to stderr.
+    """Return the checked config of a run; print findings on stderr.
 
     Args:
-        request: the run.
-        backend: where it is to run.
+        request: the requested run.
+        backend: backend of the run.
 
     Raises:
         UserError: the request or the config is wrong.
@@ -49,7 +49,7 @@ def prepare(request: Request, backend: Backend) -> Composed:
             finding.level = "note"  # a dry run only shows the config
     for finding in refuse(backends.relevant(backend, found), request.force):
         say(str(finding))
-    # a job would wait in the queue only to be refused; on a CPU, and in a rehearsal, Axolotl says so at once
+    # Axolotl's validation now saves a wait in the queue; on a CPU or in a rehearsal, Axolotl soon reports errors itself
     if starts and (not backend.here or (gpu and not composed.rehearsal) or composed.config.get("sample_packing")):
         asked = check.Report(composed.recipe, composed, check.by_axolotl(composed, gpu))
         if not asked.count("error") and check.has_tokenizer(composed):
@@ -62,7 +62,7 @@ def prepare(request: Request, backend: Backend) -> Composed:
 
 
 def _add_plan(report: check.Report, gpu: Gpu | None, ranks: int, anew: bool) -> None:
-    if gpu:  # without one nothing is planned
+    if gpu:  # plans need a GPU
         from ..planning import plan
 
         plan.add_to(report, gpu, ranks, anew)
@@ -98,19 +98,19 @@ def resume(
     force: Sequence[str] = (),
     trusted: bool = False,
 ) -> RunDir:
-    """Resume an interrupted or failed run from its last whole checkpoint, in this process or as a job.
+    """Resume an interrupted or failed run from its last complete checkpoint.
 
-    A finished run is left as it is.
+    A finished run is not changed.
 
     Args:
-        name: the run, see `find_run`.
-        backend: where it is to run.
-        prepare_only: only have its rows tokenized and its base model fetched, in this process.
-        force: the names of findings that are overridden, which the run's record then has.
-        trusted: whether a run is resumed that is not this user's own.
+        name: name of the run, see `find_run`.
+        backend: backend of the run.
+        prepare_only: only tokenize rows and fetch the base model, in this process.
+        force: names of findings to override; the run's record lists them.
+        trusted: also resume another user's run.
 
     Raises:
-        UserError: there is no such run, it is still running, it is another user's, or the backend cannot train it.
+        UserError: the run does not exist, is running, belongs to another user, or cannot be trained by the backend.
         WorkFailed: as in `start`.
     """
     folder = find_run(name, paths.runs())
@@ -121,7 +121,7 @@ def resume(
         say(f"{folder.path}: the run is finished")
         return folder
     trust.restore_stand_in(folder, record)
-    if not backend.here:  # here, what holds the run decides
+    if not backend.here:  # on this machine, the run's lock decides
         current = backends.read(folder)
         if reason := "the run is still running" if current.state == "running" else hindrance(folder, current):
             raise UserError(f"{folder.path}: {reason}")
@@ -132,15 +132,15 @@ def resume(
 
 
 def _agree(folder: RunDir, record: Run, force: Sequence[str], own: bool, trusted: bool) -> None:
-    """Refuse another user's run unless it is trusted; trust makes it this user's own."""
+    """Refuse another user's run unless trusted; a trusted run becomes this user's."""
     if not folder.config.is_file():
         return  # see `hindrance`
     if not (own or trusted):
         raise UserError(
-            f"{folder.path}: not created by you on this machine, or changed since; resuming it is like running its "
-            "author's program; --trust does so"
+            f"{folder.path}: not created by you on this machine, or changed since; resuming it can run its author's "
+            "code; if you trust the author, add --trust"
         )
-    if (force or not own) and not this_job(os.environ):  # a job may not have its user's key
+    if (force or not own) and not this_job(os.environ):  # a job possibly lacks the user's key
         with folder.held():
             record.forced = [*record.forced, *force]
             record.seal = trust.seal(folder, record)
@@ -160,45 +160,45 @@ def _resume_here(folder: RunDir, prepare_only: bool, own: bool) -> RunDir:
             launch.preprocess(folder, record)
             return folder
         if record.nodes > 1 and "SLURM_LAUNCH_NODE_IPADDR" not in os.environ:
-            raise UserError(f"{folder.path}: a run on {record.nodes} machines; --on slurm starts it on each of them")
+            raise UserError(f"{folder.path}: the run needs {record.nodes} machines; resume it with --on slurm")
         if not record.launches or not own:
             _check_here(folder, record)
         checkpoint = folder.last_checkpoint()
         if record.launches:
-            begin = checkpoint.name if checkpoint else "the beginning: it has no whole checkpoint"
+            begin = checkpoint.name if checkpoint else "the beginning: it has no complete checkpoint"
             say(f"resume {folder.path} from {begin}")
         launch.train(folder, record, lock, checkpoint)
     return folder
 
 
 def hindrance(folder: RunDir, record: Run, in_a_job: bool = False) -> str | None:
-    """Why a run cannot be resumed; None where it can.
+    """Reason not to resume a run, or None.
 
     Args:
-        in_a_job: whether this process belongs to the job that is to resume it, or to one that prepares for that.
+        in_a_job: whether this process is one of the run's jobs, which trains the run or prepares its rows.
     """
     job = None if in_a_job else backends.job_state(folder, "run")
     if job and job.kind != "unknown":
-        return f"the run is {job}; `recipe cancel {folder.path}` ends that"
+        return f"the run is {job}; cancel it first with `recipe cancel {folder.path}`"
     if record.state == "finished":
-        return f"the run is finished; `recipe evaluate {folder.path}` comes next"
+        return f"the run is finished; evaluate it with `recipe evaluate {folder.path}`"
     if not folder.config.is_file():
-        return "ended before its config was written; `recipe run` starts another"
+        return "ended before its config was written; start a new run with `recipe run`"
     output = Path(record.cwd, str(yamlfiles.read_yaml(folder.config).get("output_dir")))
     if output.resolve() != folder.output.resolve():
-        return f"the run was moved; it writes to {output}, so move it back there first"
+        return f"the run was moved, but writes to {output}; move it back first"
     for file in record.data:
         path = Path(record.cwd, file.path)
         if not path.is_file() or sha256(path) != file.sha256:
-            return f"{path} is not the data that the run began with; a resumed run would mix the two"
+            return f"{path} is missing or has changed since the run began; restore the file, or start a new run"
     return None
 
 
 def _check_here(folder: RunDir, record: Run) -> None:
-    """Check an older or moved run against the machine that will train it.
+    """Check a run that has not been launched, or another user's, against this machine.
 
     Raises:
-        UserError: this machine cannot train it; the run's state is then failed.
+        UserError: this machine cannot train the run; its state becomes failed.
     """
     recipe_file = Path(record.recipe_file)
     composed = Composed(
@@ -214,12 +214,12 @@ def _check_here(folder: RunDir, record: Run) -> None:
     try:
         report = check.examine(composed, gpus.here(), record.ranks, launching=not record.rehearsal)
         _add_plan(report, gpus.here(), record.ranks, anew=True)
-        found = [finding for finding in report.findings if finding.scope != "code"]  # of a run that is trusted
+        found = [finding for finding in report.findings if finding.scope != "code"]  # the run is trusted
         errors = {finding.name for finding in found if finding.level == "error"}
-        forced = [name for name in record.forced if name in errors]  # not those of the rows, or of another GPU
+        forced = [name for name in record.forced if name in errors]  # without findings on rows or another GPU
         refuse(found, forced)
         if not record.rehearsal and record.gpus_used > max(visible := len(machine.visible_gpus()), 1):
-            raise UserError(f"{folder.path}: a run on {record.gpus_used} GPUs, and there are {visible} here")
+            raise UserError(f"{folder.path}: the run needs {record.gpus_used} GPUs, but {visible} can be used here")
     except UserError:
         record.state = "failed"
         folder.write(record)
@@ -227,5 +227,5 @@ def _check_here(folder: RunDir, record: Run) -> None:
 
 
 def command(folder: RunDir, rows: str = "") -> Command:
-    """The command that trains or resumes a trusted run; see `Command` for `rows`."""
+    """Command that trains or resumes a trusted run; see `Command` for `rows`."""
     return Command("run", folder, ["resume", str(folder.path), "--trust"], rows)

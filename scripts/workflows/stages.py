@@ -1,4 +1,4 @@
-"""Stages of a reproduction before the training, by what authors published: `recipe reproduce --from`."""
+"""`recipe reproduce --from`: score published predictions, or evaluate published adapters."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -23,16 +23,16 @@ Stage = Literal["predictions", "adapter", "training"]
 def score_predictions(
     of_study: Study, only: Sequence[str], scorer: str | None
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Fetch and score the predictions that were published with a study's scores.
+    """Fetch and score a study's published predictions.
 
     Args:
         of_study: the study.
-        only: recipes; by default all, and the baselines.
+        only: names of recipes; by default all recipes and the baselines.
         scorer: BERTScore's model, see `score.scorer_model`.
 
     Returns:
-        The rows of `published.scores` with `of`, whose predictions they are of, and `verified`, whether the study has
-        checksums of the files; and by name why predictions cannot be scored, which does not stop the others.
+        The rows of `published.scores`, with `of`, the name of the recipe or baseline, and `verified`, true if the files
+        match the study's checksums; and problems by name. A problem does not stop the others.
 
     Raises:
         UserError: a name is wrong, or no predictions are published.
@@ -65,17 +65,17 @@ def score_predictions(
 def evaluate_adapters(
     of_study: Study, request: Request, only: Sequence[str], evaluation: EvaluationRequest, backend: Backend
 ) -> list[TaskResult]:
-    """Fetch the published adapters of a study's recipes, and evaluate each under its recipe.
+    """Fetch a study's published adapters, and evaluate each under its recipe.
 
     Args:
         of_study: the study.
-        request: what is merged over the recipes, with the study's name.
-        only: the recipes; by default all.
-        evaluation: how an adapter is evaluated.
+        request: the study's name, and overrides for each recipe.
+        only: names of recipes; by default all.
+        evaluation: settings of the evaluations.
         backend: this machine.
 
     Returns:
-        The results; one that fails does not stop the others.
+        Results of the recipes; a failure does not stop the others.
 
     Raises:
         UserError: a name is wrong, or no adapter is published.
@@ -99,7 +99,7 @@ def evaluate_adapters(
                 problem = f"a rehearsal does not fetch the adapter; `recipe data fetch {of_study.data.key} {fetching}`"
                 raise UserError(f"{result.recipe}: {problem}")
             if not all(of_study.data.files[file].sha256 for file in files):
-                say(f"{result.recipe}: study.yaml has no checksum of its adapter, which is therefore not verified")
+                say(f"{result.recipe}: adapter not verified, because study.yaml has no checksum of it")
             folder, form = of_study.data.raw / adapter, of_study.published[result.recipe].adapter_format
             folder, _ = located(str(as_peft(folder, form) if form else folder))
             step = "evaluate"
@@ -113,5 +113,5 @@ def evaluate_adapters(
 
 def _none_published(of_study: Study, what: Stage, only: Sequence[str]) -> str:
     having = [name for name, of in of_study.published.items() if getattr(of, what)]
-    hint = f"there are some of {', '.join(having)}" if having else "templates/README.md says how to declare them"
-    return f"--from {what}: {of_study.folder.name}'s study.yaml has none of {', '.join(only) or 'any recipe'}; {hint}"
+    hint = f"available for {', '.join(having)}" if having else "templates/README.md describes declaring them"
+    return f"--from {what}: {of_study.folder.name}'s study.yaml has none for {', '.join(only) or 'any recipe'}; {hint}"

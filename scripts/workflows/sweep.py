@@ -1,4 +1,4 @@
-"""Sweeps: their members, their record, and the run of those not done before."""
+"""Sweeps: members, records, and runs of unfinished members."""
 
 import itertools
 import re
@@ -34,12 +34,12 @@ PAIRED = "_"
 
 
 class SweepMember(BaseModel):
-    """One config of a sweep; with several seeds there are as many members of a name.
+    """One config of a sweep; several seeds give several members with the same name.
 
     Attributes:
-        values: what it sets, by dotted key.
-        digest: of its config and data; it identifies its run.
-        planned_gib: what the recipe itself needs on a GPU with these values.
+        values: values of the member by dotted key.
+        digest: hash of config and data; identifies the member's run.
+        planned_gib: planned GPU memory of the recipe with these values, never of its rehearsal.
     """
 
     name: str
@@ -50,12 +50,12 @@ class SweepMember(BaseModel):
 
     @property
     def label(self) -> str:
-        """Its name, and its seed where there are several."""
+        """Name, with the seed if there are several."""
         return self.name if self.seed is None else f"{self.name}, seed {self.seed}"
 
     @property
     def overrides(self) -> list[str]:
-        """Its values as --set takes them."""
+        """Values in the format of --set."""
         values = self.values if self.seed is None else self.values | {"seed": self.seed}
         return [_setting(key, value) for key, value in values.items()]
 
@@ -64,7 +64,7 @@ class Sweep(BaseModel):
     """A sweep over a recipe.
 
     Attributes:
-        keys: in whose values its members differ.
+        keys: keys with different values among the members.
     """
 
     name: str
@@ -76,20 +76,20 @@ class Sweep(BaseModel):
 
     @property
     def label(self) -> str:
-        """The name that no other sweep has."""
+        """Unique name of the sweep."""
         return f"{self.name}/{self.recipe}{'/rehearsal' if self.rehearsal else ''}"
 
     def file(self, runs: Path) -> Path:
-        """The file of its record."""
+        """File of the sweep's record."""
         kind = ".rehearsal.json" if self.rehearsal else ".json"
         return runs / "sweeps" / self.name / f"{self.recipe.replace('/', '--')}{kind}"
 
     def lock(self, runs: Path) -> Path:
-        """The lock that a command holds while it carries the sweep out."""
+        """Lock file that a command holds while it carries out the sweep."""
         return self.file(runs).with_suffix(".lock")
 
     def write(self, runs: Path) -> None:
-        """Write its record, replacing that of an earlier start."""
+        """Write the record, replacing an earlier one."""
         write_atomically(self.file(runs), self.model_dump_json(indent=1) + "\n")
 
 
@@ -104,23 +104,23 @@ def sweep(
     gpu: Gpu | None = None,
     dry_run: bool = False,
 ) -> tuple[Sweep, list[TaskResult]]:
-    """Bring every member of a sweep to its scores.
+    """Train and score every member of a sweep.
 
-    All are checked and planned before the first starts. A member that does not fit the GPU, or fails, does not stop the
-    others.
+    All members are checked and planned before the first one starts. A member that does not fit the GPU, or fails, does
+    not stop the others.
 
     Args:
-        name: the sweep's.
+        name: name of the sweep.
         members: see `read_members`.
-        request: the overrides of every member.
-        evaluation: how each run is evaluated.
-        backend: where the members are carried out.
-        seeds: how many seeds each member is run with, from the recipe's own on.
-        gpu: what they are planned for, by default the backend's GPU.
+        request: overrides for every member.
+        evaluation: settings of each evaluation.
+        backend: backend that carries out the members.
+        seeds: number of seeds per member, beginning with the recipe's seed.
+        gpu: GPU to plan for; by default the backend's.
         dry_run: check and plan only.
 
     Raises:
-        UserError: a member is wrong, or two come to the same config; nothing was started.
+        UserError: a member has errors, or two members have the same config; nothing was started.
         WorkFailed: BERTScore's model cannot be loaded.
     """
     recipe, _ = find_recipe(request.name)
@@ -168,7 +168,7 @@ def _carry_out(
     evaluation: EvaluationRequest,
     backend: Backend,
 ) -> None:
-    with held(record.lock(paths.runs()), f"the sweep {record.label} is already running there"):
+    with held(record.lock(paths.runs()), f"the sweep {record.label} is already running"):
         record.write(paths.runs())
         fitting = [pipeline for pipeline in pipelines if not pipeline.result.problem]
         existing = existing_runs(paths.runs(), record.recipe)
@@ -183,15 +183,15 @@ def _seeded(members: list[SweepMember], recipe: str, seeds: int) -> list[SweepMe
     if seeds == 1:
         return members
     if any("seed" in member.values for member in members):
-        raise UserError("--seeds: the sweep sets seed itself")
+        raise UserError("--seeds: the sweep already sets seed; leave one of them out")
     return [member.model_copy(update={"seed": seed}) for member in members for seed in seeds_of(recipe, seeds)]
 
 
 def _check(pipelines: list[Pipeline], starts: bool) -> None:
-    """Check every member; before a start also the rows, once for members that share them.
+    """Check every member, and before a start each distinct set of rows.
 
     Raises:
-        UserError: some members are wrong; each problem is given once.
+        UserError: members have errors; each problem is listed once.
     """
     of_distinct_rows = list({pipeline.rows: pipeline for pipeline in pipelines}.values())
     for some, with_data in ((pipelines, False), (of_distinct_rows if starts else [], True)):
@@ -215,29 +215,29 @@ def _check(pipelines: list[Pipeline], starts: bool) -> None:
 def _refuse_twins(pipelines: list[Pipeline]) -> None:
     for a, b in itertools.combinations(pipelines, 2):
         if a.composed and b.composed and not config.differences(a.composed.config, b.composed.config):
-            raise UserError(f"{a.result.label} and {b.result.label} come to the same config; leave one out")
+            raise UserError(f"{a.result.label} and {b.result.label} have the same config; leave one out")
 
 
 def of_recipe(recipe: str) -> dict[str, Column]:
-    """The metrics of the runs of a recipe, or of a variant."""
+    """Metrics of a recipe or variant."""
     origin: str | None = recipe
-    with suppress(UserError):  # it is no longer there
+    with suppress(UserError):  # deleted recipe
         origin = config.origin_of(*paths.find_recipe(recipe))
     return columns_of(origin)
 
 
 def read_members(file: Path | None, sets: Sequence[str]) -> tuple[str, list[SweepMember]]:
-    """Name and members of a sweep: every entry of `_` with every combination of lists.
+    """Name and members of a sweep: all combinations of `_` entries and listed values.
 
     Args:
         file: a YAML file in Axolotl's sweep format; an entry of `_` can have a `name`.
-        sets: `key=value,value` as given to --set.
+        sets: `key=value,value` from --set.
 
     Raises:
-        UserError: neither is given, one is malformed, or two members have the same name.
+        UserError: both are missing, one is malformed, or two members have the same name.
     """
     if not file and not sets:
-        raise UserError("name a sweep's file, or values to try, as in --set lora_r=16,32")
+        raise UserError("no values to try; give a sweep file, or values as in --set lora_r=16,32")
     content = yamlfiles.read_yaml(file) if file else {}
     paired = content.pop(PAIRED, [{}])
     grid = {}
@@ -262,7 +262,7 @@ def read_members(file: Path | None, sets: Sequence[str]) -> tuple[str, list[Swee
         members.append(SweepMember(name=", ".join(named) or "as it is", values=chosen | own))
     for name, count in Counter(member.name for member in members).items():
         if count > 1:
-            raise UserError(f"{file or '--set'}: two members are called {name}; give each entry of _ its own name")
+            raise UserError(f"{file or '--set'}: two members are called {name}; give each entry of _ a different name")
     return file.stem if file else "+".join(several or grid), members
 
 
@@ -271,16 +271,16 @@ def _setting(key: str, value: Any) -> str:
 
 
 def varying(members: Sequence[SweepMember]) -> list[str]:
-    """The keys in whose values some members differ."""
+    """Keys with different values among the members."""
     keys = dict.fromkeys(key for member in members for key in member.values)
     return [key for key in keys if any(m.values.get(key) != members[0].values.get(key) for m in members)]
 
 
 def find_any(name: str) -> RunDir | Sweep | Study:
-    """Find a run, sweep or study by a part of its name, see `meant`, or `latest`.
+    """Find a run, sweep or study by part of its name, see `meant`.
 
     Raises:
-        UserError: nothing, or several, match.
+        UserError: no name or several names match.
     """
     runs = paths.runs()
     if is_run(Path(name)):
@@ -291,16 +291,16 @@ def find_any(name: str) -> RunDir | Sweep | Study:
     choices = [*named, *sweeps, *folders]
     chosen = meant(name, choices, "run, sweep or study", f" below {runs}/; there are {', '.join([*folders, *sweeps])}")
     also = f"{chosen}/rehearsal"
-    if choices.count(chosen) > 1 or (chosen != name and also in sweeps):  # one of them is not to stop for the other
+    if choices.count(chosen) > 1 or (chosen != name and also in sweeps):  # `cancel` must not stop the wrong one
         several = f"{chosen} or {also}" if also in sweeps else "a run, a sweep or a study"
-        raise UserError(f"{name}: may be {several}; give its whole name, or a run's folder")
+        raise UserError(f"{name}: ambiguous: {several}; give the full name, or a run folder")
     if chosen in folders:
         return study.load(folders[chosen])
     return sweeps[chosen] if chosen in sweeps else find_run(chosen, runs)
 
 
 def recorded_sweeps() -> dict[str, Sweep]:
-    """The sweeps that were started, by label, oldest first."""
+    """Started sweeps by label, oldest first."""
     recorded = []
     for file in paths.runs().glob("sweeps/*/*.json"):
         with suppress(OSError, ValidationError):
@@ -309,10 +309,10 @@ def recorded_sweeps() -> dict[str, Sweep]:
 
 
 def find_sweep_file(name: str) -> Path:
-    """Find a sweep's file, by a part of a shipped one's name or as FILE.
+    """Find a sweep file by path, or a shipped one by part of its name.
 
     Raises:
-        UserError: nothing, or several, match.
+        UserError: no name or several names match.
     """
     shipped = {file.stem: file for file in sorted((paths.RECIPES / "sweeps").glob("*.yaml"))}
     if name in shipped or Path(name).is_file():

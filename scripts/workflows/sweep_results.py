@@ -1,4 +1,4 @@
-"""Results of a sweep: rows of its members, and their tables."""
+"""Results of a sweep: rows and tables."""
 
 import itertools
 from collections import Counter
@@ -31,15 +31,15 @@ Columns = Mapping[str, Column]
 
 @dataclass
 class SweepRow:
-    """The members of a sweep that differ at most in their seed.
+    """Results of a sweep's members with the same name, one per seed.
 
     Attributes:
-        member: the first of them.
-        runs: those that there are.
-        summary: of the first finished run, which stands for what is alike in all.
-        scores: by name the means over finished runs with their 95 % intervals, the eval loss among them.
-        published: the published scores of the member's settings, by metric; empty where the study has none for sweeps.
-        pareto: on the front over peak memory and eval loss.
+        member: the first of the members.
+        runs: existing runs of the members.
+        summary: summary of the first finished run, for values that do not depend on the seed.
+        scores: mean over finished runs and 95 % interval by metric, including the eval loss.
+        published: published scores for the member's settings by metric; empty if the study declares none for sweeps.
+        pareto: whether the row is on the Pareto front over peak memory and eval loss.
     """
 
     member: SweepMember
@@ -54,13 +54,13 @@ class SweepRow:
 
     @property
     def costs(self) -> tuple[float, float] | None:
-        """Peak memory and eval loss, where both are known."""
+        """Peak memory and eval loss; None unless both are known."""
         loss = self.scores[LOSS][0]
         return None if loss is None or self.peak_memory_gib is None else (self.peak_memory_gib, loss)
 
 
 def columns(sweep: Sweep, runs: Path) -> dict[str, Column]:
-    """The metrics of a sweep's runs; without runs, those of its recipe."""
+    """Metrics of a sweep's runs; without runs, the recipe's metrics."""
     found: dict[str, Column] = {}
     for result in _results(sweep, runs).values():
         found |= result.columns
@@ -68,15 +68,15 @@ def columns(sweep: Sweep, runs: Path) -> dict[str, Column]:
 
 
 def _results(sweep: Sweep, runs: Path) -> dict[str, RunResult]:
-    """The runs of a sweep by the digests of their members."""
+    """Results of a sweep's runs by member digest."""
     of_digest = existing_runs(runs, sweep.recipe)
     return {m.digest: RunResult(*of_digest[m.digest]) for m in sweep.members if m.digest in of_digest}
 
 
 def rows(sweep: Sweep, runs: Path) -> list[SweepRow]:
-    """Return a row for each name among the members, with the measurements of its finished runs.
+    """Return one row per member name, with measurements of finished runs.
 
-    Runs that validate on test rows have no Pareto front: such a loss selects no member.
+    Runs without separate validation rows get no Pareto front, because a loss on test rows must not select members.
     """
     scored = columns(sweep, runs)
     results = _results(sweep, runs)
@@ -91,7 +91,7 @@ def rows(sweep: Sweep, runs: Path) -> list[SweepRow]:
 
 
 def _published(sweep: Sweep, values: Mapping[str, Any]) -> dict[str, float | None]:
-    """The published scores of a member's settings; empty where the study has none for sweeps."""
+    """Published scores for a member's settings; empty if the study declares none for sweeps."""
     name, file = paths.find_recipe(sweep.recipe)
     origin = config.origin_of(name, file)
     of_study = study.of_any(origin) if origin and not sweep.rehearsal else None
@@ -103,18 +103,18 @@ def _published(sweep: Sweep, values: Mapping[str, Any]) -> dict[str, float | Non
 
 
 def _validates(result: RunResult) -> bool:
-    """True if the run's eval loss is of validation rows, which may select a member."""
+    """True if the eval loss comes from validation rows and can select a member."""
     return evaluation_rows.validation(result.run, yamlfiles.read_yaml(result.folder.config)) is not None
 
 
 def on_front(own: tuple[float, float] | None, all_costs: Sequence[tuple[float, float] | None]) -> bool:
-    """True for a cost and a loss on the Pareto front: no others dominate them."""
+    """True for costs on the Pareto front: no other costs dominate them."""
     rivals = [other for other in all_costs if other not in (None, own)]
     return own is not None and not any(rival[0] <= own[0] and rival[1] <= own[1] for rival in rivals if rival)
 
 
 def _row(sweep: Sweep, members: Sequence[SweepMember], results: list[RunResult], scored: Columns) -> SweepRow:
-    """The row of the members of a name."""
+    """Row for members with the same name."""
     done = [result for result in results if result.run.state == "finished"]
     of_study = done[0].study if done and not sweep.rehearsal else None
     scores: dict[str, tuple[float | None, Interval | None]] = {}
@@ -142,7 +142,7 @@ def _score(result: RunResult, name: str) -> float | None:
 
 
 def record(row: SweepRow) -> Row:
-    """A row as JSON has it."""
+    """Row in the JSON output."""
     scores: Row = {}
     for name, (value, within) in row.scores.items():
         scores |= {name: value} | repeats.interval_cells(name, within)
@@ -166,32 +166,32 @@ def record(row: SweepRow) -> Row:
 
 
 def show(sweep: Sweep, scored: Columns, rows: Sequence[SweepRow], json: bool) -> None:
-    """Print `rows` with the first of `columns`."""
+    """Print the rows, with the first metric of `scored` in the table."""
     first = dict(itertools.islice(scored.items(), 1))
     tables.show(json, map(record, rows), [table_of(sweep, first, rows)], notes(sweep, scored, rows))
 
 
 def notes(sweep: Sweep, scored: Columns, rows: Sequence[SweepRow]) -> Iterator[str]:
-    """The notes below the table."""
+    """Notes below the table."""
     if front := [row.member.name for row in rows if row.pareto]:
         yield f"Pareto front over peak memory and {LOSS}: {'; '.join(front)}"
     if any(row.member.planned_gib is not None for row in rows):
-        measured = ", measured the rehearsal's process on the CPU" if sweep.rehearsal else ""
-        yield f"Memory planned is the recipe's on a GPU{measured}."
+        measured = "; measured memory is the rehearsal's process on the CPU" if sweep.rehearsal else ""
+        yield f"Planned memory is the recipe's on a GPU{measured}."
     methods = dict.fromkeys(within.method for row in rows for name in scored if (within := row.scores[name][1]))
     if methods:
-        yield f"Intervals are of {'; '.join(methods)}."
+        yield f"Intervals: {'; '.join(methods)}."
 
 
 def table_of(sweep: Sweep, scored: Columns, rows: Sequence[SweepRow]) -> Table:
-    """The members with some of their scores."""
+    """Table of the members with the given metrics."""
     title = f"{sweep.name}: {sweep.recipe}{f'. {REHEARSALS}' if sweep.rehearsal else ''}"
     spare = ("minutes", "trained", "95 %", "planned GiB", "eval loss")
     return Table([_cells(sweep, scored, row) for row in rows], title, spare=spare)
 
 
 def _cells(sweep: Sweep, scored: Columns, row: SweepRow) -> Row:
-    """A member's cells: varying values, scores, the first with its interval, and costs."""
+    """Table cells of a row: varying values, scores, costs, and the first score's interval."""
     first, *others = scored.values()
     member, share = row.member, row.summary.trainable_share
     values = {key: on_one_line(member.values.get(key)) for key in sweep.keys if not member.name.startswith(f"{key}=")}
