@@ -153,7 +153,7 @@ class RunDir:
             problem = checkpoints.damage(by_step[step], self.read().ranks)
             if problem is None:
                 return by_step[step]
-            say(f"{by_step[step].name}: skipped as damaged: {problem}")
+            say(f"{by_step[step].name} is damaged and skipped: {problem}")
         return None
 
 
