@@ -71,7 +71,7 @@ class Plan:
         adapter: qlora, lora, or None for full fine-tuning.
         parameters: parameter counts by kind of layer.
         cards: the requested GPU, or one GPU for each of `SIZES`.
-        changes: changes that make the config fit the requested GPU, mildest first.
+        changes: changes for a config that does not fit the requested GPU, mildest first.
         per_gpu: bytes on each of several GPUs, by engine.
         notes: limits of the figures.
     """
@@ -138,7 +138,7 @@ def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus
     memory = planner.memory
     engines = per_gpu(planner, gpus)
     if gpus > 1:
-        notes.append(f"GPUs are compared with the memory needed under {engine_of(config)}")
+        notes.append(f"fits: computed with the memory per GPU under {engine_of(config)}")
     if memory.paged:  # bitsandbytes allocates it in CUDA's unified memory (cudaMallocManaged)
         notes.append(
             f"{memory.paged / GIB:.2f} GiB of paged optimizer state moves to main memory when the GPU is full; the "

@@ -1,8 +1,8 @@
 """Eval loss per token: the mean over all tokens with a label, equally weighted.
 
 Axolotl's `eval_loss` averages the means of batches. A token in a batch with few labels weighs more, rows that fill up
-the last batch of several ranks count twice, and packing drops rows. `eval_loss` therefore depends on batch size, row
-order and number of ranks; it is comparable only between runs with the same values of all three.
+the last batch of several ranks count twice, and packing drops some rows, or all if they are few. `eval_loss` therefore
+depends on batch size, row order and number of ranks; it is comparable only between runs with the same three settings.
 """
 
 from collections.abc import Callable, Sequence

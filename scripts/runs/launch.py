@@ -197,7 +197,7 @@ def _command(folder: RunDir, record: Run, checkpoint: Path | None) -> list[str]:
 def _environment(folder: RunDir, record: Run) -> dict[str, str]:
     """Environment of the training process; a rehearsal has no GPU and no network.
 
-    Trackers write into the run folder; trackio, which compares runs, writes beside all runs. Axolotl has no key for it.
+    Trackers write into the run folder; trackio compares runs and writes beside them. Axolotl has no keys for this.
     """
     path = folder.path.absolute()
     trackers = {
@@ -240,7 +240,7 @@ def _drop_half_prepared(folder: RunDir, record: Run) -> None:
 
 def _problem(folder: RunDir, since: int) -> str | None:
     """Cause of a failed launch, if the log shows lack of memory or disk space."""
-    text, tail = _said(folder.log, since)
+    text, tail = _log_text(folder.log, since)
     if _NO_GPU_MEMORY.search(text) or _RANK_KILLED.search(text):
         return OUT_OF_MEMORY
     full = where_full("\n".join(tail), [folder.path, paths.cache(), Path(tempfile.gettempdir())])
@@ -249,11 +249,11 @@ def _problem(folder: RunDir, since: int) -> str | None:
 
 def _failed(folder: Path, log: Path, code: int = 1, since: int = 0) -> WorkFailed:
     """Error for a failed launch, with the last lines of its log."""
-    text, tail = _said(log, since)
+    text, tail = _log_text(log, since)
     if (gpu := bool(_NO_GPU_MEMORY.search(text))) or _RANK_KILLED.search(text):
         problem = f"a rank was killed by signal 9 (SIGKILL); memory probably ran out: {_LESS_MEMORY}"
         if gpu:
-            changes = f"`recipe plan {folder / 'config.yaml'}` lists memory needs and changes"
+            changes = f"`recipe plan {folder / 'config.yaml'}` shows what needs memory, and which changes help"
             problem = f"out of GPU memory: {changes}; `nvidia-smi` lists other processes on the GPU"
         return WorkFailed("\n".join([*tail, f"{folder}: {problem}; the full log is {log}"]))
     if refused := [f"{key}: {why}" if key else why for key, why in _REFUSED.findall("\n".join(tail))]:
@@ -261,7 +261,7 @@ def _failed(folder: Path, log: Path, code: int = 1, since: int = 0) -> WorkFaile
     return WorkFailed("\n".join([*tail, f"{folder}: Axolotl failed{_signal(code, False)}; the full log is {log}"]))
 
 
-def _said(log: Path, since: int) -> tuple[str, list[str]]:
+def _log_text(log: Path, since: int) -> tuple[str, list[str]]:
     """Log text from an offset on, and the last lines before torchrun's report."""
     text = log.read_bytes()[since:].decode(errors="replace")
     return text, _OF_TORCHRUN.split(text, maxsplit=1)[0].splitlines()[-15:]

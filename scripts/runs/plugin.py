@@ -244,7 +244,7 @@ class RunCallback(TrainerCallback):
             self.vocabulary = None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Record the last step, not always logged by the trainer, and the end's reason."""
+        """Record why training ended, and the last step, which the trainer does not always log."""
         ended: dict[str, Any] = {"ended": self._how_it_ended(state, control)}
         if args.load_best_model_at_end and state.best_model_checkpoint:  # already loaded by the trainer
             ended["kept_step"] = checkpoints.step_of(Path(state.best_model_checkpoint))

@@ -106,7 +106,7 @@ class FileState(BaseModel):
 
 def _moment(text: str) -> str:
     if datetime.fromisoformat(text).tzinfo is None:
-        raise ValueError(f"{text}: a time without its zone")
+        raise ValueError(f"{text}: a time without a time zone")
     return text
 
 
@@ -202,7 +202,7 @@ class Run(BaseModel):
 
     state: State = "created"
     recipe: str
-    variant_of: str | None = None  # the shipped recipe
+    variant_of: str | None = None  # the shipped recipe that the recipe file changes
     recipe_file: str
     recipe_sha256: str
     digest: str | None = None  # hash of the data and of the config without the keys that a run adds

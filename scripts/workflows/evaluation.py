@@ -77,7 +77,7 @@ def start(folder: RunDir, request: EvaluationRequest, backend: Backend) -> Evalu
     if not backend.here:
         if not backends.job_state(folder, "run"):
             task = EvaluationTask(folder, request)
-            if task.settings.engine != SERVER:  # possibly a node can reach the server, but this machine cannot
+            if task.settings.engine != SERVER:  # a node may reach the server even if this machine cannot
                 require(task.settings, None, on_gpu=not record.rehearsal)
         elif request.data:  # other inputs do not exist before training ends
             cfg = yamlfiles.read_yaml(folder.config)
@@ -107,7 +107,7 @@ def located(adapter: str) -> tuple[Path, str]:
         try:
             folder = Path(snapshot_download(adapter, allow_patterns=[ADAPTER, *(f"*{end}" for end in SUFFIXES)]))
         except (HFValidationError, RepositoryNotFoundError):
-            raise UserError(f"--adapter {adapter}: neither a folder nor a repository of the hub") from None
+            raise UserError(f"--adapter {adapter}: neither a folder nor a hub repository") from None
         except (HTTPError, LocalEntryNotFoundError) as error:
             raise WorkFailed(
                 f"--adapter {adapter}: no local folder; fetching it from the hub failed: {str(error).splitlines()[0]}"

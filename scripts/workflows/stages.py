@@ -113,5 +113,5 @@ def evaluate_adapters(
 
 def _none_published(of_study: Study, what: Stage, only: Sequence[str]) -> str:
     having = [name for name, of in of_study.published.items() if getattr(of, what)]
-    hint = f"available for {', '.join(having)}" if having else "templates/README.md describes declaring them"
+    hint = f"available for {', '.join(having)}" if having else "templates/README.md shows how to declare them"
     return f"--from {what}: {of_study.folder.name}'s study.yaml has none for {', '.join(only) or 'any recipe'}; {hint}"
