@@ -17,25 +17,25 @@ class WorkFailed(Exception):
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """A half-sentence that names the nearest choices, or nothing if none is near."""
+    """A hint with the nearest choices; empty if no choice is near."""
     lower = {choice.lower(): choice for choice in choices}
     near = [lower[choice] for choice in get_close_matches(word.lower(), lower, n=3, cutoff=0.6)]
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def meant(word: str, choices: Collection[str], what: str, hint: str = "", option: str = "") -> str:
-    """Choice of a given name, or of a part that no other choice has.
+    """The choice with a given name, or with a unique part of its name.
 
-    A part begins where a word of the name begins. If it is a whole piece of paths, those of the fewest levels are
-    meant: `x` is `study/x` rather than `study/folder/x`.
+    A part begins at the start of a word. If the part is a complete component of several paths, the shortest path wins:
+    `x` means `study/x` rather than `study/folder/x`.
 
     Args:
-        what: what the choices are, for messages: a recipe.
-        hint: what to do where no choice is near; by default the choices are listed.
-        option: the option that the word was given to, for messages.
+        what: the kind of choice, for messages, such as recipe.
+        hint: the advice if no choice is near; by default a list of the choices.
+        option: the option with the word, for messages.
 
     Raises:
-        UserError: none of them is meant, or several may be.
+        UserError: the word matches no choice or several.
     """
     if word in choices:
         return word
@@ -51,7 +51,7 @@ def meant(word: str, choices: Collection[str], what: str, hint: str = "", option
     given = f"{option} {word or "''"}".strip()
     if found:
         more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-        raise UserError(f"{given}: may be any of {', '.join(sorted(found)[:8])}{more}; give more of its name")
+        raise UserError(f"{given}: matches {', '.join(sorted(found)[:8])}{more}; give more of the name")
     pieces = (piece for choice in choices for piece in re.split("[/ ]", choice))
     near = did_you_mean(word, choices) or did_you_mean(word, pieces)
     raise UserError(f"{given}: no {what} of that name{near or hint or f'; there are {", ".join(choices)}'}")

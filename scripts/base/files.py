@@ -1,4 +1,4 @@
-"""Files that are never seen half-written, what is in them, and the room on their disks."""
+"""Files: atomic writing, reading of rows, and disk space."""
 
 import errno
 import glob
@@ -23,9 +23,10 @@ Row = dict[str, Any]
 
 @contextmanager
 def replacing(file: Path) -> Iterator[IO[bytes]]:
-    """A file to write that replaces `file` when the block ends without an error.
+    """A temporary file that replaces `file` if the block ends without an error.
 
-    Otherwise it is removed. Its folder is made. What is no regular file, such as /dev/stdout, is written to as it is.
+    After an error, the temporary file is removed. Creates the folder. Writes directly to special files such as
+    /dev/stdout.
     """
     if file.exists() and not file.is_file():
         with naming(file), file.open("wb") as stream:
@@ -44,23 +45,23 @@ def replacing(file: Path) -> Iterator[IO[bytes]]:
 
 
 def opened(file: Path, mode: str) -> IO[bytes]:
-    """Open a file that is no symbolic link.
+    """Open a file, but refuse a symbolic link.
 
-    Another user's run folder could point to files of this user.
+    Links in another user's run folder could point to this user's files.
 
     Raises:
-        UserError: it is one.
+        UserError: the file is a symbolic link.
     """
     try:
         return open(file, mode, opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666))
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise UserError(f"{file}: a symbolic link, which is not followed; put a file in its place") from None
+            raise UserError(f"{file}: symbolic links are not followed; put a file in its place") from None
         raise
 
 
 def clear_parts(file: Path) -> None:
-    """Remove what killed processes left of `file`; only while holding the lock of its folder."""
+    """Remove temporary files of `file` from killed processes; hold the folder's lock."""
     for part in file.parent.glob(f".{glob.escape(file.name)}.*.part"):
         part.unlink()
 
@@ -69,12 +70,12 @@ def json_rows(lines: Iterable[bytes], where: Path | str, fields: Sequence[str]) 
     """The rows of a JSONL file; blank lines are skipped.
 
     Args:
-        lines: its lines.
-        where: its name in messages.
+        lines: the lines of the file.
+        where: the name of the file in messages.
         fields: the text fields that every row must have.
 
     Raises:
-        UserError: a line is not such a row.
+        UserError: a line is not a JSON mapping, or lacks a field.
     """
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -82,38 +83,38 @@ def json_rows(lines: Iterable[bytes], where: Path | str, fields: Sequence[str]) 
         try:
             row = orjson.loads(line)
         except orjson.JSONDecodeError as error:
-            raise UserError(f"{where}:{number}: not a JSON row: {error.msg}") from None
+            raise UserError(f"{where}:{number}: not JSON: {error.msg}") from None
         if not isinstance(row, dict):
-            raise UserError(f"{where}:{number}: not a JSON row: a row is a mapping of fields to values")
+            raise UserError(f"{where}:{number}: not a JSON mapping of fields to values")
         for name in fields:
             if not isinstance(row.get(name), str):
-                raise UserError(f"{where}:{number}: a row needs the text field {name}")
+                raise UserError(f"{where}:{number}: the text field {name} is missing")
         yield row
 
 
 def read_rows(file: Path, fields: Sequence[str] = ("reference", "prediction"), hint: str = "") -> list[Row]:
-    """The rows of a JSONL file with some text fields, whatever else they have.
+    """The rows of a JSONL file; each has the given text fields, perhaps others.
 
     Raises:
-        UserError: the file is missing, which `hint` helps with, or empty, or a row lacks a field.
+        UserError: the file is missing (the message ends with `hint`) or empty, or a row lacks a field.
     """
     if not file.is_file():
         raise UserError(f"{file}: no such file{hint}")
     with file.open("rb") as lines:
         rows = list(json_rows(lines, file, fields))
     if not rows:
-        raise UserError(f"{file}: has no rows")
+        raise UserError(f"{file}: no rows")
     return rows
 
 
 def write_rows(file: Path, rows: Iterable[Row]) -> None:
-    """Replace the content of `file` by rows, a JSON line each."""
+    """Replace the content of `file` by rows, one JSON line each."""
     with replacing(file) as stream:
         stream.writelines(orjson.dumps(row) + b"\n" for row in rows)
 
 
 def read_json(file: Path) -> Row:
-    """The mapping in a JSON file; empty without one."""
+    """The mapping in a JSON file; empty if the file is missing or holds no mapping."""
     try:
         content = orjson.loads(file.read_bytes())
     except (OSError, ValueError):
@@ -139,7 +140,7 @@ def tensor_shapes(file: Path) -> dict[str, list[int]] | None:
 
 
 def embedding_rows(adapter: Path) -> int | None:
-    """The rows of the embedding in an adapter's file; None if it has none."""
+    """Number of embedding rows in an adapter's file; None without an embedding."""
     shapes = tensor_shapes(adapter) or {}
     return next((shape[0] for name, shape in shapes.items() if name.endswith("embed_tokens.weight")), None)
 
@@ -166,26 +167,27 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last by a limit on the size of files
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: a limit on the size of files
 RESERVED_BYTES = 1 << 16  # bytes, enough for a run's record
 
 _SAID = r"No space left on device|Disk quota exceeded|os error 28|PytorchStreamWriter failed writing"
-_NO_ROOM = re.compile(rf"(?:{_SAID})(?:[^\n']*: '(/[^'\n]+)')?")  # as Python, safetensors' Rust and torch say it
+_NO_ROOM = re.compile(rf"(?:{_SAID})(?:[^\n']*: '(/[^'\n]+)')?")  # messages of Python, safetensors and torch
 
 
 def free_bytes(path: Path) -> int:
-    """The bytes that this user can still write where a path lies, or would lie; without end where its file system, as
-    /proc, has no size."""
+    """Free bytes for this user on the disk of a path, existing or not.
+
+    sys.maxsize on file systems without a size, such as /proc."""
     usage = shutil.disk_usage(next(parent for parent in (path, *path.absolute().parents) if parent.exists()))
     return usage.free if usage.total else sys.maxsize
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Add a path to the block's disk errors, which the error of a full disk lacks.
+    """Add a path to disk errors within the block; the error of a full disk lacks one.
 
     Raises:
-        OSError: with the path, also where a library raised an error of its own kind for a full disk.
+        OSError: a disk error, with the path; replaces a library's own error for a full disk.
     """
     try:
         yield
@@ -201,28 +203,29 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reserved(folder: Path) -> Iterator[None]:
-    """Reserve some room in a folder for records that follow the block.
+    """Reserve disk space in a folder for records that follow the block.
 
     Raises:
-        OSError: of the folder, which has not even that room.
+        OSError: the folder lacks the space.
     """
     with ExitStack() as stack:
         with naming(folder):
-            # without a name, so that nobody who is killed leaves it
+            # without a name, so that a killed process leaves no file
             file = stack.enter_context(tempfile.TemporaryFile(dir=folder))
-            file.write(os.urandom(RESERVED_BYTES))  # zeros would take no room on some disks
+            file.write(os.urandom(RESERVED_BYTES))  # zeros would take no space on some disks
             file.flush()
-            os.fsync(file.fileno())  # a disk elsewhere says only then that it is full
+            os.fsync(file.fileno())  # a network disk reports a full disk only here
         yield
 
 
 def where_full(log: str, folders: list[Path]) -> Path | None:
-    """Place where a process ran out of room: the file in its log, else the fullest of some folders; None where it
-    did not. The log itself may have had no room for saying so.
+    """Place where a process ran out of disk space; None if it did not.
+
+    The place is the file in the log, otherwise the fullest folder. A full disk can keep the error out of the log.
 
     Args:
-        log: the last lines of what it said: earlier ones can tell of what it could do without.
-        folders: those that it writes to, where `reserved` still holds room, or not.
+        log: the last lines of the process's log; earlier lines can report errors that the process survived.
+        folders: the folders that the process writes to.
     """
     said = _NO_ROOM.search(log)
     if said and said[1]:

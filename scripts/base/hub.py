@@ -1,4 +1,4 @@
-"""The hub, asked for no longer than is worth it, and Axolotl imported without asking it."""
+"""Requests to the hub with a timeout, and imports of Axolotl without the hub."""
 
 import importlib.metadata
 import logging
@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-# transformers and trl ask for it as they are imported, and searching all installed packages twice takes 3 s
+# transformers and trl both call this on import; each search through the installed packages takes seconds
 _packages_distributions = cache(importlib.metadata.packages_distributions)
 
 
 @contextmanager
 def importing_axolotl(offline: bool = True) -> Iterator[None]:
-    """Import and use Axolotl within the block: stdout stays for data, and logs below errors are dropped.
+    """Import and use Axolotl within the block; keep stdout for data, and drop logs below errors.
 
     Args:
-        offline: do not contact the hub, from which bitsandbytes would fetch a kernel on a CPU.
+        offline: do not contact the hub; on a CPU, bitsandbytes would fetch a kernel from there.
     """
     from unittest.mock import patch
 
@@ -54,9 +54,9 @@ class HubAccess:
     """A user's access to a model.
 
     Attributes:
-        access: `open`, it may be downloaded; `gated`, not with this token, or not without one; `missing`, there is none
-            of this name, or a private one; `refused`, the hub takes no request with this token; `unknown`, no answer.
-        says: the hub's own words, or what kept it from answering.
+        access: `open`: can be downloaded; `gated`: needs a token, or a token with access; `missing`: no model of this
+            name, or a private one; `refused`: the hub rejects the token; `unknown`: no answer.
+        says: the hub's message, or the error that prevented an answer.
     """
 
     access: Literal["open", "gated", "missing", "refused", "unknown"]
@@ -69,7 +69,7 @@ _answers: dict[str, HubAccess] = {}
 def access(name: str) -> HubAccess:
     """Access of this user to a model, with the token that huggingface_hub finds.
 
-    The hub is asked once for each model in a process, and no more once it did not answer.
+    Each process asks the hub once for each model, and stops asking after the first missing answer.
     """
     silent = next((answer for answer in _answers.values() if answer.access == "unknown"), None)
     if name not in _answers:
@@ -78,10 +78,10 @@ def access(name: str) -> HubAccess:
 
 
 def _ask(name: str) -> HubAccess:
-    """The answer as huggingface_hub 1.x raises it (utils/_http.py, hf_raise_for_status).
+    """Ask the hub; interpret the errors of huggingface_hub 1.x (utils/_http.py, hf_raise_for_status).
 
-    Without a token the hub answers 401 for a model that does not exist, too, which huggingface_hub takes for missing.
-    A 404 that does not speak of a repository is that of a mirror of the hub which has no such call.
+    Without a token, the hub answers 401 for a model that does not exist; huggingface_hub treats this as missing.
+    A 404 without a repository error comes from a mirror of the hub that lacks this call.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
@@ -91,21 +91,21 @@ def _ask(name: str) -> HubAccess:
     except HfHubHTTPError as error:
         status = error.response.status_code
         says = error.response.headers.get("X-Error-Message") or f"status {status}"
-        if isinstance(error, GatedRepoError):  # which is a RepositoryNotFoundError, too
+        if isinstance(error, GatedRepoError):  # a subclass of RepositoryNotFoundError
             return HubAccess("gated", says)
         if isinstance(error, RepositoryNotFoundError):
             return HubAccess("missing", says)
         return HubAccess("refused" if status in (401, 403) else "unknown", says)
-    except Exception as error:  # of the network, which httpx has many of
+    except Exception as error:  # one of httpx's many network errors
         return HubAccess("unknown", reason(error))
     return HubAccess("open")
 
 
 def within[T](seconds: float, ask: Callable[[], T]) -> T:
-    """The result of a function that asks the hub, or what it raises. When it takes longer its thread is left behind.
+    """Run a function that asks the hub, for at most some seconds; raise its exceptions.
 
     Raises:
-        TimeoutError: it takes longer.
+        TimeoutError: no result in time; the function's thread goes on.
     """
     future: Future[T] = Future()
 
@@ -130,21 +130,21 @@ def reason(error: Exception) -> str:
 
 
 def page(name: str) -> str:
-    """The address of a model's page."""
+    """URL of a model's page."""
     from huggingface_hub.constants import ENDPOINT
 
     return f"{ENDPOINT}/{name}"
 
 
 def has_token() -> bool:
-    """True if there is a token for the hub."""
+    """True if the user has a token for the hub."""
     from huggingface_hub import get_token
 
     return bool(get_token())
 
 
 def is_offline() -> bool:
-    """True if the hub must not be asked."""
+    """True if HF_HUB_OFFLINE forbids requests to the hub."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     return bool(HF_HUB_OFFLINE)

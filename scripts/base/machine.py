@@ -1,4 +1,4 @@
-"""This machine: its clock, processor and GPUs, its processes, and the locks that they share."""
+"""This machine: clock, processor, GPUs, processes and locks."""
 
 import ctypes
 import fcntl
@@ -20,12 +20,12 @@ from typing import Any, TypedDict
 from .errors import UserError
 from .files import naming, opened
 
-LOOK = 0.2  # seconds; `is_held` holds a lock for less
-LOCK_TIMEOUT = 600  # seconds to wait for a process that prepares what this one needs too
+LOOK = 0.2  # seconds to wait for a lock; `is_held` holds one for less
+LOCK_TIMEOUT = 600  # seconds to wait for another process to prepare a shared folder
 
 
 class Card(TypedDict, total=False):
-    """An NVIDIA GPU, or a part of one (MIG)."""
+    """An NVIDIA GPU, or a MIG instance of one."""
 
     name: str
     memory_gib: float
@@ -40,22 +40,22 @@ def cpu() -> str:
 
 
 def cpu_has_bf16() -> bool:
-    """True if the processor has instructions for bf16, which without them is slower than fp32."""
+    """True if the processor has bf16 instructions; without them bf16 is slower than fp32."""
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(Path("/proc/cpuinfo").read_text().split())
 
 
 def gpus() -> list[Card]:
-    """All GPUs of this machine, whatever CUDA_VISIBLE_DEVICES says."""
+    """All GPUs of this machine, regardless of CUDA_VISIBLE_DEVICES."""
     with _driver() as handles:
         return [_card(handle) for handle in handles]
 
 
 def visible_gpus() -> dict[str, Card]:
-    """The GPUs that CUDA shows to this process, in its order, each by its name in CUDA_VISIBLE_DEVICES.
+    """The GPUs visible to CUDA in this process, by their names in CUDA_VISIBLE_DEVICES.
 
-    As in CUDA (CUDA C++ Programming Guide, "CUDA Environment Variables"), the list ends at the first name of no GPU,
-    and a divided GPU (MIG) is its first instance. Numbers are those of CUDA_DEVICE_ORDER=PCI_BUS_ID; without that CUDA
-    puts the fastest first, by an unpublished rule.
+    As in CUDA (CUDA C++ Programming Guide, "CUDA Environment Variables"), the list ends at the first unknown name, and
+    a GPU split by MIG stands for its first instance. Numbers follow CUDA_DEVICE_ORDER=PCI_BUS_ID; CUDA's default order
+    puts the fastest GPU first, by an unpublished rule.
     """
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None and not listed.strip():
@@ -73,7 +73,7 @@ def visible_gpus() -> dict[str, Card]:
 
 @contextmanager
 def _driver() -> Iterator[list[Any]]:
-    """NVML's handles of this machine's GPUs, in their order on the bus; empty without a driver."""
+    """NVML handles of this machine's GPUs, in bus order; empty without a driver."""
     import pynvml
 
     try:
@@ -88,7 +88,7 @@ def _driver() -> Iterator[list[Any]]:
 
 
 def _handle(name: str, handles: list[Any]) -> Any:
-    """NVML's handle of a GPU or its part, by its name in CUDA_VISIBLE_DEVICES."""
+    """NVML handle of a GPU or MIG instance, by its name in CUDA_VISIBLE_DEVICES."""
     import pynvml
 
     if name.startswith("MIG-"):
@@ -101,7 +101,7 @@ def _handle(name: str, handles: list[Any]) -> Any:
         named = [handle for handle in handles if name and pynvml.nvmlDeviceGetUUID(handle).startswith(name)]
     if len(named) != 1:
         return None
-    with suppress(pynvml.NVMLError):  # most cannot be divided
+    with suppress(pynvml.NVMLError):  # most GPUs lack MIG
         if pynvml.nvmlDeviceGetMigMode(named[0])[0]:
             return pynvml.nvmlDeviceGetMigDeviceHandleByIndex(named[0], 0)
     return named[0]
@@ -111,7 +111,7 @@ def _card(handle: Any) -> Card:
     import pynvml
 
     whole = handle
-    with suppress(pynvml.NVMLError):  # it is no part of one
+    with suppress(pynvml.NVMLError):  # not a MIG instance
         whole = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
     major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(whole)
     return {
@@ -123,7 +123,7 @@ def _card(handle: Any) -> Card:
 
 
 def torch_cuda() -> str | None:
-    """CUDA version of the installed torch, from its file, as importing takes seconds."""
+    """CUDA version of the installed torch, read from a file because importing takes seconds."""
     spec = find_spec("torch")
     source = Path(spec.origin).with_name("version.py").read_text() if spec and spec.origin else ""
     built_for = re.search(r"^cuda\b.*= '([\d.]+)'", source, re.MULTILINE)
@@ -145,15 +145,15 @@ def now() -> str:
 
 @contextmanager
 def held(file: Path, otherwise: str, timeout: float = LOOK) -> Iterator[int]:
-    """Hold a lock for this process and those that inherit the yielded descriptor, until the last of them ends.
+    """Hold a lock until this process, and all that inherit the yielded descriptor, release it.
 
     Args:
-        file: the lock's file; its folder is made if need be.
-        otherwise: the message if another process holds it.
+        file: the lock file; its folder is created if necessary.
+        otherwise: the message if another process holds the lock.
         timeout: seconds to wait for that process.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds the lock.
     """
     deadline = time.monotonic() + timeout
     while True:
@@ -168,8 +168,8 @@ def held(file: Path, otherwise: str, timeout: float = LOOK) -> Iterator[int]:
                 continue
             except OSError as error:
                 raise UserError(
-                    f"{file.parent}: its file system does not lock files (flock: {error.strerror}); "
-                    "choose a folder on another, for runs with --runs"
+                    f"{file.parent}: the file system does not support locks (flock: {error.strerror}); "
+                    "use a folder on another file system, for runs with --runs"
                 ) from None
             with suppress(OSError):  # a full disk cannot record the holder
                 os.ftruncate(lock.fileno(), 0)
@@ -189,7 +189,7 @@ def is_held(file: Path) -> bool:
 
 
 def holder(file: Path) -> int | None:
-    """The process of this machine that holds a lock, as the lock says; None without one."""
+    """Process id of a lock's holder on this machine, as recorded in the lock; else None."""
     with suppress(OSError, ValueError, UserError):
         with opened(file, "rb") as lock:
             host, pid, started = lock.read().decode().split()
@@ -199,26 +199,26 @@ def holder(file: Path) -> int | None:
 
 
 def _started(pid: int) -> str:
-    """Start time of a process, which distinguishes it from others with its id."""
+    """Start time of a process, which distinguishes reused process ids."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 
 def make_once(folder: Path, make: Callable[[Path], object]) -> Path:
-    """Make a folder once, by one process if several need it.
+    """Create a folder once, even if several processes need it.
 
     Args:
-        folder: the folder; it appears only when it is complete.
-        make: writes the content into the folder that it is given.
+        folder: the folder; it appears only when complete.
+        make: function that creates and fills a temporary folder.
 
     Raises:
-        UserError: another process has been making it for `LOCK_TIMEOUT` seconds.
+        UserError: another process has been busy with the folder for `LOCK_TIMEOUT` seconds.
     """
     if folder.is_dir():
         return folder
     part = folder.with_name(f".{folder.name}.part")
     lock = folder.with_name(f".{folder.name}.lock")
     with held(lock, f"another process has not finished {folder.name} in {LOCK_TIMEOUT} s", LOCK_TIMEOUT):
-        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(part, ignore_errors=True)  # from a killed process
         if not folder.is_dir():
             try:
                 with naming(folder):
@@ -230,20 +230,20 @@ def make_once(folder: Path, make: Callable[[Path], object]) -> Path:
 
 
 def end_with_parent(by: signal.Signals = signal.SIGTERM) -> None:
-    """Have Linux send this process a signal when its parent has ended, in whatever way."""
+    """Have Linux send this process a signal when the parent process ends."""
     ctypes.CDLL(None).prctl(1, by)
 
 
 def start_child(command: list[str], **options: Any) -> "subprocess.Popen[bytes]":
-    """Start a process that ends with this one, in a session of its own: Ctrl-C reaches only this process.
+    """Start a child that ends with this process, in a new session: Ctrl-C reaches only this process.
 
-    Signals wait until the child no longer has this process's handlers, which would swallow them. A scheduler's
-    warning, SIGUSR1, concerns only this process. No Python below it imports modules from the working directory, as
-    `python -m` and torchrun otherwise do.
+    Signals are blocked until the child resets the inherited handlers, which would swallow the signals. The child
+    ignores SIGUSR1, a scheduler's warning to this process. Python below the child does not import modules from the
+    working directory, unlike `python -m` and torchrun by default.
 
     Args:
         command: the program and its arguments.
-        options: of Popen, but preexec_fn.
+        options: options of Popen, except preexec_fn.
     """
     options["env"] = {**options.get("env", os.environ), "PYTHONSAFEPATH": "1"}
     parent, stops = os.getpid(), (signal.SIGINT, signal.SIGTERM)
@@ -253,7 +253,7 @@ def start_child(command: list[str], **options: Any) -> "subprocess.Popen[bytes]"
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         end_with_parent()
-        if os.getppid() != parent:  # it ended before that
+        if os.getppid() != parent:  # the parent ended before the call above
             signal.raise_signal(signal.SIGTERM)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
 
@@ -266,7 +266,7 @@ def start_child(command: list[str], **options: Any) -> "subprocess.Popen[bytes]"
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """List of the signals to stop that arrive within the block; SIGUSR1 is a scheduler's warning."""
+    """List that collects stop signals within the block; SIGUSR1 is a scheduler's warning."""
     received: list[int] = []
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     handlers = {number: signal.signal(number, lambda n, _: received.append(n)) for number in signals}

@@ -1,4 +1,4 @@
-"""Places of recipes, templates and caches, and the file that a NAME, FILE or profile stands for."""
+"""Paths of recipes, templates and caches; lookup of recipes and profiles by name."""
 
 import os
 from pathlib import Path
@@ -27,12 +27,12 @@ LOCK = _PACKAGE.parent / "requirements.lock"
 
 
 def runs() -> Path:
-    """The folder that holds the runs: that of --runs, or of the environment variable."""
+    """The folder of the runs: from --runs or QLORA_RUNS, by default runs."""
     return Path(os.environ.get(RUNS) or "runs")
 
 
 def cache() -> Path:
-    """Cache directory: stand-in model, prepared data, plans; each is made again where it is missing."""
+    """Cache directory for stand-in model, prepared data and plans; missing parts are recreated."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-recipes"
 
 
@@ -48,8 +48,9 @@ def shown(file: Path) -> str:
 
 
 def homes() -> list[tuple[Path, Path]]:
-    """The folders of recipes and of their templates: the project's, then recipes/ and templates/ of the current folder,
-    where there may be studies of the user's own."""
+    """Folders of recipes and their templates: the project's, then the user's.
+
+    The user's are recipes/ and templates/ in the current folder."""
     own = Path("recipes"), Path("templates")
     return [(RECIPES, TEMPLATES)] + [own] * (own[0].is_dir() and not own[0].samefile(RECIPES))
 
@@ -60,29 +61,30 @@ def studies() -> list[Path]:
 
 
 def recipe_names() -> list[str]:
-    """The starting points and every study's recipes by name: their paths under recipes/ without suffix."""
+    """Names of starting points and studies' recipes: paths under recipes/ without suffix."""
     folders = [*studies(), RECIPES / "start"]
     files = [(folder, file) for folder in folders for file in folder.rglob("*.yaml") if file.name != "study.yaml"]
     return sorted({file.relative_to(folder.parent).with_suffix("").as_posix() for folder, file in files})
 
 
 def recipe_file(name: str) -> Path:
-    """The file of a recipe of that name, whether or not there is one."""
+    """The file for a recipe's name, existing or not."""
     files = [recipes / f"{name}.yaml" for recipes, _ in homes()]
     return next(filter(Path.is_file, files), files[-1])
 
 
 def variant_names() -> list[str]:
-    """Every variant's name: its path under variants/ without suffix."""
+    """Names of all variants: paths under variants/ without suffix."""
     return sorted(file.relative_to(VARIANTS).with_suffix("").as_posix() for file in VARIANTS.rglob("*.yaml"))
 
 
 def find_recipe(name: str) -> tuple[str, Path]:
-    """The name and file of a recipe or variant given as NAME, a part of it (see `meant`) or FILE; a file that is
-    neither is named by its stem.
+    """Find a recipe or variant by name, part of a name (see `meant`) or file; return name and file.
+
+    Any other file has its stem as name.
 
     Raises:
-        UserError: no recipe, variant or file has that name, or the name fits several.
+        UserError: the name matches no recipe, variant or file, or several.
     """
     variants = {variant: VARIANTS / f"{variant}.yaml" for variant in variant_names()}
     files = variants | {recipe: recipe_file(recipe) for recipe in recipe_names()}
@@ -100,10 +102,10 @@ def find_recipe(name: str) -> tuple[str, Path]:
 
 
 def find_profile(name: str) -> tuple[str, Path]:
-    """The name and file of a profile: a shipped one's name, FILE, which is its own name, or a part of a shipped one's.
+    """Find a profile by name, part of a name or file; return name and file.
 
     Raises:
-        UserError: there is none, or several are meant.
+        UserError: the name matches no profile, or several.
     """
     shipped = {file.stem: file for file in sorted(PROFILES.glob("*.yaml"))}
     if name in shipped:
@@ -115,11 +117,11 @@ def find_profile(name: str) -> tuple[str, Path]:
 
 
 def template_environment(folder: Path, escape: bool = False) -> "SandboxedEnvironment":
-    """The environment for the templates of a folder, which can extend the project's.
+    """Jinja environment for a folder's templates, which can extend the project's.
 
     Args:
         folder: the folder.
-        escape: whether they are HTML, in which variables are text.
+        escape: escape variables, for HTML templates.
     """
     import jinja2
     from jinja2.sandbox import SandboxedEnvironment

@@ -22,7 +22,7 @@ _TOKEN = (
     r"|github_pat_\w{10,}|[sp]k(-|_(live|test)_)(?=[\w-]*\d)[\w-]{16,}|glpat-[\w-]{10,}|npm_[A-Za-z0-9]{16,}|pypi-[\w-]{16,}"
     r"|xox[a-z]-[\w-]{10,}|wandb_v\d_\w{10,}|(AKIA|ASIA)[A-Z0-9]{12,}|AIza[\w-]{20,}|eyJ[\w-]{10,}\.[\w-]+))"
 )
-"""Access tokens, by how their issuers have them begin."""
+"""Access tokens, by their issuers' prefixes."""
 _NAMES_SECRET = re.compile(
     r"(api_?key|secret(_key)?|access_key|private_key|passw(or)?d|credentials?|authorization)$", re.IGNORECASE
 )
@@ -53,24 +53,24 @@ def is_secret(key: str, value: Any = None) -> bool:
 
 def masked(text: str) -> str:
     """Mask secrets in a text: HF_TOKEN's value, and values recognized by their form or name."""
-    if len(token := os.environ.get("HF_TOKEN", "")) > 3:  # a placeholder such as 0 is in many texts
+    if len(token := os.environ.get("HF_TOKEN", "")) > 3:  # many texts contain a placeholder such as 0
         text = text.replace(token, MASK)
     return _SECRET_VALUE.sub(lambda found: (found["key"] or "") + MASK, text)
 
 
-PART = "QLORA_RECIPES_PART"  # set for a command that is a step of another, which suggests the next step
+PART = "QLORA_RECIPES_PART"  # set in a command started by another one; only the outer suggests next steps
 
 
 _OBEYED = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def harmless(text: str) -> str:
-    """Mask secrets, and replace control characters but line ends, and marks that reverse the order of letters."""
+    """Mask secrets; replace control characters except line ends, and marks that reverse text."""
     return _OBEYED.sub(" ", masked(text))
 
 
 def cells_of(text: str) -> int:
-    """Cells of a terminal that a text takes."""
+    """Number of terminal cells that a text takes."""
     if text.isascii():
         return len(text)
     from rich.cells import cell_len
@@ -92,7 +92,7 @@ def broken(text: str, width: int) -> Iterator[str]:
 
 
 def say(text: str) -> None:
-    """Write a text to stderr in lines of the terminal's width, unless it is closed."""
+    """Write a text to stderr, wrapped to the terminal's width; ignore a closed stderr."""
     width = get_terminal_size().columns if sys.stderr.isatty() else sys.maxsize
     with suppress(OSError):
         for line in text.split("\n"):
@@ -107,16 +107,16 @@ def say_once(text: str) -> None:
 
 @cache
 def _console() -> Any:
-    """Console of all bars, which stacks nested ones."""
+    """Shared console of all bars, for stacked nested bars."""
     from rich.console import Console
 
     return Console(stderr=True)
 
 
 class Bar:
-    """A progress bar on a terminal; elsewhere a line from time to time, as in a log file.
+    """A progress bar on a terminal; a line every 30 s in a log file.
 
-    `total` is None while the amount of work is unknown; `done` was done before.
+    `total` is None while the amount of work is unknown; `done` is work from before.
     """
 
     EVERY = 30.0  # seconds between two lines
@@ -177,7 +177,7 @@ class Bar:
 
 
 class TrainingProgress(Bar):
-    """Bar of a training process, updated from metrics.jsonl; `seen` gets each record."""
+    """Bar of a training process, updated from metrics.jsonl; calls `seen` with each record."""
 
     def __init__(self, metrics: Path, seen: Callable[[Row], None] = lambda record: None):
         super().__init__("starting Axolotl")
@@ -192,7 +192,7 @@ class TrainingProgress(Bar):
             whole = b"".join(line for line in stream if line.endswith(b"\n"))
             self.position += len(whole)
             for line in filter(None, whole.split(b"\n")):
-                with suppress(orjson.JSONDecodeError):  # a line that another, killed process had begun
+                with suppress(orjson.JSONDecodeError):  # an unfinished line of a killed process
                     self._show(record := orjson.loads(line))
                     self.seen(record)
 

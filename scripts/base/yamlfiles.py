@@ -1,4 +1,4 @@
-"""Reads YAML files strictly, writes them, and finds the line of a key."""
+"""Strict reading of YAML files, writing, and lines of keys."""
 
 import json
 import re
@@ -16,8 +16,9 @@ Config = dict[str, Any]
 
 
 class _Loader(yaml.CSafeLoader):
-    """PyYAML's safe loader, which Axolotl uses too, but a duplicate key is an error, and
-    `2e-4` is a number (PyYAML reads text, which Axolotl turns into that number later)."""
+    """PyYAML's safe loader, as in Axolotl; but duplicate keys are errors and `2e-4` is a number.
+
+    PyYAML alone reads `2e-4` as text, and Axolotl converts it later."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -30,42 +31,42 @@ class _Loader(yaml.CSafeLoader):
 
 
 class _Dumper(yaml.CSafeDumper):
-    """Quotes text that `_Loader` would take for a number."""
+    """PyYAML's dumper; quotes text that `_Loader` would read as a number."""
 
 
 for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
     )
-_OTHER_BASE = re.compile(r"^[-+]?(0[\d_]+|[\d_]+(:[0-5]?\d)+(\.[\d_]*)?)$")  # to YAML 1.1, 012 is 10 and 1:30 is 90
+_OTHER_BASE = re.compile(r"^[-+]?(0[\d_]+|[\d_]+(:[0-5]?\d)+(\.[\d_]*)?)$")  # YAML 1.1 reads 012 as 10, and 1:30 as 90
 for _first in "-+0123456789":
     _Loader.yaml_implicit_resolvers[_first].insert(0, ("tag:yaml.org,2002:str", _OTHER_BASE))
 
 
 _PLAIN = (type(None), bool, int, float, str, list, dict)
-_MOST_VALUES = 100_000  # a config has about a hundred; aliases of aliases make many of a short text
+_MOST_VALUES = 100_000  # a config has about a hundred; nested aliases expand a short text to very many
 _MOST_LEVELS = 50
 
 
 def parse(text: str, where: str) -> Any:
-    """The value of a YAML text: text, numbers, booleans, null, lists, and mappings with text keys.
+    """Parse YAML text: text, numbers, booleans, null, lists, and mappings with text keys.
 
     Raises:
-        UserError: it is not YAML (with line and column) or holds something else.
+        UserError: the text is not YAML (with line and column) or contains another type.
     """
     try:
         depths = accumulate(_LEVELS.get(type(event), 0) for event in yaml.parse(text, _Loader))
-        if any(depth > _MOST_LEVELS for depth in depths):  # loading 10,000 levels would end the process
-            raise UserError(f"{where}: nested too deeply to be a config")
+        if any(depth > _MOST_LEVELS for depth in depths):  # loading 10,000 levels would crash the process
+            raise UserError(f"{where}: nested too deeply for a config; reduce the levels")
         content = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise UserError(f"{where}{_problem(error, text)}") from None
     for number, (value, depth) in enumerate(_values(content)):
         if depth > _MOST_LEVELS or number > _MOST_VALUES:
-            raise UserError(f"{where}: nested too deeply, or too large, to be a config; write out its aliases")
-        too_large = isinstance(value, int | float) and not -(2.0**63) < value < 2.0**63  # nor is NaN in between
+            raise UserError(f"{where}: too large or nested too deeply for a config; write out aliases")
+        too_large = isinstance(value, int | float) and not -(2.0**63) < value < 2.0**63  # also true for NaN
         if not isinstance(value, _PLAIN) or too_large:
-            raise UserError(f"{where}: {value!r:.50} is not a value for a config; put it in quotes if it is text")
+            raise UserError(f"{where}: {value!r:.50} is not allowed in a config; put text in quotes")
         for key in value if isinstance(value, dict) else ():
             if not isinstance(key, str):
                 raise UserError(f"{where}: the key {key!r:.50} is not text; put it in quotes")
@@ -81,7 +82,7 @@ _LEVELS: dict[type[yaml.Event], int] = {
 
 
 def _problem(error: Exception, text: str) -> str:
-    """PyYAML's error in one line, after its place in the text."""
+    """PyYAML's error on one line, after the place in the text."""
     if not isinstance(error, yaml.MarkedYAMLError) or not error.problem_mark:
         return f": not valid YAML: {str(error).partition('\n')[0]}"
     mark, began = error.problem_mark, error.context_mark
@@ -91,7 +92,7 @@ def _problem(error: Exception, text: str) -> str:
 
 
 def _values(value: Any, depth: int = 0) -> Iterator[tuple[Any, int]]:
-    """A value and all within it, each with its depth."""
+    """A value and all nested values, each with its depth."""
     yield value, depth
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         yield from _values(item, depth + 1)
@@ -101,7 +102,7 @@ def read_text(file: Path) -> str:
     """A text file's content.
 
     Raises:
-        UserError: it cannot be read or is not UTF-8.
+        UserError: the file cannot be read or is not UTF-8.
     """
     try:
         return file.read_text(encoding="utf-8")
@@ -115,39 +116,39 @@ def read_yaml(file: Path) -> Config:
     """The mapping in a YAML file.
 
     Raises:
-        UserError: the file cannot be read, is not YAML (with the line), or holds something else.
+        UserError: the file cannot be read, is not YAML (with the line), or is not a mapping.
     """
     content = parse(read_text(file), str(file))
     if not isinstance(content, dict):
-        raise UserError(f"{file}: a config is a mapping of keys to values")
+        raise UserError(f"{file}: not a mapping of keys to values")
     return content
 
 
 def sources(file: Path) -> dict[str, str]:
-    """The comment behind each top-level key of a recipe, which is the setting's source."""
+    """Sources of a recipe's settings: the comment after each top-level key."""
     return dict(re.findall(r"^(\w+):.*?  # (.*)$", read_text(file), re.MULTILINE))
 
 
 def write_yaml(config: Config) -> str:
-    """A config as YAML text, keys in their order."""
+    """A config as YAML text, in the order of its keys."""
     return yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def write_flow(value: Any) -> str:
-    """A value as YAML on one line, valid within brackets too."""
+    """A value as YAML on one line, also valid within brackets."""
     text: str = yaml.dump(
         [value], Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**9, default_flow_style=True
     ).rstrip("\n")[1:-1]
-    return json.dumps(value) if "\n" in text else text  # JSON is YAML too; PyYAML breaks text of several lines
+    return json.dumps(value) if "\n" in text else text  # JSON is YAML too; PyYAML would break multi-line text
 
 
 def on_one_line(value: Any) -> str | None:
-    """A setting's value as YAML on one line; texts and None as they are."""
+    """A setting's value as YAML on one line; text and None unchanged."""
     return value if value is None or isinstance(value, str) else write_flow(value)
 
 
 def line_of(file: Path, key: str | Sequence[str]) -> int:
-    """Line of a key (dotted, or its parts) in a YAML file, or of its parent; else 1."""
+    """Line of a key (dotted, or a sequence) in a YAML file, or of the nearest parent; else 1."""
     node = _composed(file.read_text(encoding="utf-8"))
     line = 1
     for part in key.split(".") if isinstance(key, str) else key:
@@ -160,13 +161,13 @@ def line_of(file: Path, key: str | Sequence[str]) -> int:
     return line
 
 
-@lru_cache(maxsize=8)  # a file with many mistakes is asked for each
+@lru_cache(maxsize=8)  # one call for each mistake in a file
 def _composed(text: str) -> Any:
     return yaml.compose(text, Loader=_Loader)
 
 
 def inside(node: Any, part: str) -> tuple[Any, Any] | None:
-    """Nodes of a key and its value in a mapping; or a list's node and its item's."""
+    """Nodes of a key and its value in a mapping, or of a list and its item."""
     if isinstance(node, yaml.MappingNode):
         return next((pair for pair in node.value if pair[0].value == part), None)
     if isinstance(node, yaml.SequenceNode) and part.isdecimal() and int(part) < len(node.value):
@@ -175,7 +176,7 @@ def inside(node: Any, part: str) -> tuple[Any, Any] | None:
 
 
 def in_words(error: Any) -> str:
-    """A mistake that pydantic found in a value from a YAML file, and the value.
+    """Message for one of pydantic's errors, with the wrong value.
 
     Args:
         error: one of `ValidationError.errors()`.

@@ -1,4 +1,4 @@
-"""From a recipe to Axolotl's config: profiles, overrides and rehearsal are merged into it."""
+"""Composition of Axolotl's config: recipe, profiles, overrides, rehearsal."""
 
 import hashlib
 import json
@@ -19,8 +19,8 @@ from .datafiles import DataFile
 from .gpus import Gpu
 
 REHEARSAL = "rehearsal"
-MIRROR = "mirror"  # the profile that takes an ungated copy of the base model
-TRACKERS = {"tensorboard", "trackio", "mlflow", "wandb"}  # profiles that do not affect the training
+MIRROR = "mirror"  # the profile that replaces the base model by an ungated copy
+TRACKERS = {"tensorboard", "trackio", "mlflow", "wandb"}  # profiles that do not affect training
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Request:
 
     @property
     def ranks(self) -> int:
-        """The processes that train, each with a GPU of its own."""
+        """Number of training processes, one for each GPU."""
         return self.gpus * self.nodes
 
 
@@ -47,12 +47,12 @@ class Composed:
     """A config and its origin.
 
     Attributes:
-        origin: the shipped recipe that a variant or an edited copy is one of.
-        differences: from the file that is run.
-        files: for each key that a variant or a profile changed, its file.
-        data: the data files that it names, once they have been read.
-        incompatible: keys that profiles would set and that do not suit it, by the reason; see `numerics.adapted`.
-        of_variant: the differences of the file that is run from its origin.
+        origin: the shipped recipe of a variant or edited copy.
+        differences: changes from the recipe file to the composed config.
+        files: for each key changed by a variant or profile, the file with the change.
+        data: the data files, once they have been read.
+        incompatible: profile keys that do not suit the config, by reason; see `numerics.adapted`.
+        of_variant: changes from the origin to the recipe file.
     """
 
     recipe: str
@@ -69,12 +69,12 @@ class Composed:
 
     @property
     def from_origin(self) -> list[Difference]:
-        """Differences from the origin."""
+        """Changes from the origin to the composed config."""
         return config.chained(self.of_variant, self.differences)
 
     @property
     def digest(self) -> str:
-        """A hash of the config, without the keys of trackers, and of the data it names."""
+        """Hash of the config, without trackers' keys, and of its data files."""
         cfg = {key: value for key, value in self.config.items() if not config.TRACKING.match(key)}
         content = [cfg, [file.sha256 for file in self.data]]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
@@ -85,7 +85,7 @@ class _Layers:
     """A config under composition, changed step by step.
 
     Attributes:
-        reasons: why each key was last changed, and by which file.
+        reasons: reason and file of the last change of each key.
         sample: the shipped sample, from a rehearsal's profile.
         given: later changes to that profile's values, by dotted key.
     """
@@ -106,7 +106,7 @@ class _Layers:
         return [Difference(key=key, recipe=old, run=new, why=self.reasons[key][0]) for key, (old, new) in differing]
 
     def rehearsal_changes(self, fragment: Config) -> Config:
-        """Note the shipped sample; return the part of the profile that suits any recipe."""
+        """Store the profile's shipped sample; return the keys that apply to this recipe."""
         folders = {"stand_in": str(substitution.folder()), "sample": str(usual_sample())}
         fragment = filled(fragment, folders) | {"bf16": machine.cpu_has_bf16()}
         self.sample = {key: fragment.pop(key) for key in substitution.OF_SAMPLE}
@@ -115,7 +115,7 @@ class _Layers:
 
 
 def compose(request: Request, gpu: Gpu | None = None) -> Composed:
-    """Compose the config of a request, for a GPU if it is known; not checked yet.
+    """Compose the config of a request, for a GPU if known; do not check it.
 
     Raises:
         UserError: a name or file is wrong, or a change cannot be merged into the recipe.
@@ -126,7 +126,7 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     base = recipe if origin in (name, None) else yamlfiles.read_yaml(paths.recipe_file(origin or name))
     profiles = [paths.find_profile(profile) for profile in request.profiles]
     if request.rehearse and REHEARSAL not in dict(profiles):
-        profiles.append(paths.find_profile(REHEARSAL))  # last, so that nothing takes the run off the CPU
+        profiles.append(paths.find_profile(REHEARSAL))  # last, so that no other profile requires a GPU
     rehearsal = REHEARSAL in dict(profiles)
     incompatible: numerics.Incompatible = {}
 
@@ -170,7 +170,7 @@ def _fragments(
     gpu: Gpu | None,
     incompatible: numerics.Incompatible,
 ) -> Iterator[tuple[tuple[str, Path], Config]]:
-    """The changes of each profile in turn; adapted profiles suit all else that is merged into the config."""
+    """Changes of each profile in turn, with fast and packed adapted to all other changes."""
     before = begun
     for profile, file in profiles:
         fragment = yamlfiles.read_yaml(file)
@@ -180,7 +180,7 @@ def _fragments(
                 if name not in (profile, REHEARSAL):
                     with_others = config.merge(with_others, yamlfiles.read_yaml(other))
             for text in overrides:
-                with suppress(UserError):  # refused where it is merged
+                with suppress(UserError):  # `compose` reports it
                     with_others = config.override(with_others, *config.parse_override(text))
             fragment = numerics.adapted(fragment, before, with_others, gpu, incompatible)
         before = config.merge(before, fragment)
@@ -193,17 +193,17 @@ def is_rehearsal(request: Request) -> bool:
 
 
 def _mirrored(composed: Config) -> Config:
-    """The config with its gated base model replaced by a copy that is not gated."""
+    """Replace the gated base model by its ungated copy."""
     model = composed.get("base_model")
     entry = models.catalogue().get(str(model), {})
     if "mirror" not in entry:
-        reason = "it is not gated" if entry.get("gated") is False else f"{paths.TEMPLATES / 'models.yaml'} names none"
+        reason = "not gated" if entry.get("gated") is False else f"{paths.TEMPLATES / 'models.yaml'} lists none"
         raise UserError(f"profile {MIRROR}: no mirror for {model}: {reason}")
     return config.merge(composed, {"base_model": entry["mirror"], "revision_of_model": None})
 
 
 def filled(fragment: Any, values: dict[str, str]) -> Any:
-    """Fill in the {placeholders} of a part of a config; keep those without a value."""
+    """Fill in {placeholders} in a part of a config; keep placeholders without a value."""
     if isinstance(fragment, dict):
         return {key: filled(value, values) for key, value in fragment.items()}
     if isinstance(fragment, list):

@@ -12,9 +12,9 @@ from ..base.errors import UserError
 from ..base.yamlfiles import Config, parse
 
 TRACKING = re.compile("(use_|hf_)?(wandb|mlflow|comet|trackio|swanlab|tensorboard|otel)(_|$)")
-"""Keys that say where a run is tracked, which does not affect the training."""
-AXOLOTL_SEED = 42  # where a config names none
-OF_THE_RUN = ("output_dir", "dataset_prepared_path", "resume_from_checkpoint")  # a run sets these itself
+"""Keys of experiment trackers, which do not affect training."""
+AXOLOTL_SEED = 42  # Axolotl's default
+OF_THE_RUN = ("output_dir", "dataset_prepared_path", "resume_from_checkpoint")  # `recipe run` sets these keys
 
 
 def merge(config: Config, changes: Config) -> Config:
@@ -30,10 +30,10 @@ def merge(config: Config, changes: Config) -> Config:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """The dotted key and the YAML value of a `key=value`, as given to --set.
+    """The dotted key and YAML value in a `key=value` from --set.
 
     Raises:
-        UserError: it has another form.
+        UserError: the text has another form.
     """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
@@ -45,13 +45,13 @@ def override(config: Config, key: str, value: Any) -> Config:
     """Set one dotted key; a number is a position in a list, null deletes.
 
     Raises:
-        UserError: the key leads through something that has no keys.
+        UserError: a part of the key leads to a value without keys.
     """
     return _replaced(config, key, value, key)
 
 
 def _replaced(current: Any, path: str, value: Any, key: str) -> Any:
-    """`current` with `value` at a path below it; `key` is the whole path, for messages."""
+    """`current` with `value` at a path inside; `key` is the complete path, for messages."""
     if not path:
         return value
     part, _, rest = path.partition(".")
@@ -67,7 +67,7 @@ def _replaced(current: Any, path: str, value: Any, key: str) -> Any:
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of a config; a list of plain values is one."""
+    """Dotted keys and values of a config; a list of plain values counts as one value."""
     if isinstance(config, dict) and (config or not prefix):
         items: Any = config.items()
     elif isinstance(config, list) and any(isinstance(item, dict | list) for item in config):
@@ -80,20 +80,20 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
-    """Each dotted key in which two configs differ, with both values; None where one lacks it."""
+    """Dotted keys in which two configs differ, with both values; None for a missing key."""
     left = dict(flatten(a))
     right = dict(flatten(b))
     pairs = {key: (left.get(key), right.get(key)) for key in left | right}
     return {
         key: (old, new)
         for key, (old, new) in pairs.items()
-        if old != new or isinstance(old, bool) != isinstance(new, bool)  # for Python, true equals 1
+        if old != new or isinstance(old, bool) != isinstance(new, bool)  # in Python, True equals 1
     }
 
 
 @dataclass(kw_only=True)
 class Difference:
-    """One key in which a run's config differs from the file that was run, and why."""
+    """A changed key: value in the recipe file, value in the run, and the reason."""
 
     key: str
     recipe: Any = None
@@ -101,40 +101,40 @@ class Difference:
     why: str
 
     def __str__(self) -> str:
-        recipe, run = (str(value).partition("\n")[0] for value in (self.recipe, self.run))  # the others may be many
+        recipe, run = (str(value).partition("\n")[0] for value in (self.recipe, self.run))  # first lines only
         return f"{self.key}: {recipe} -> {run}  ({self.why})"
 
 
 def chained(first: Sequence[Difference], second: Sequence[Difference]) -> list[Difference]:
-    """Chain differences over two steps: recipe to variant, variant to run."""
+    """Combine the differences of two steps: recipe to variant, variant to run."""
     before, after = ({difference.key: difference for difference in step} for step in (first, second))
     both = (replace(last, recipe=before.get(key, last).recipe) for key, last in (before | after).items())
     return [difference for difference in both if difference.recipe != difference.run]
 
 
 def check_not_of_the_run(key: str, where: str) -> None:
-    """Raise UserError for a key that a run sets itself; `where` it was given begins the message."""
+    """Raise UserError for a key of `OF_THE_RUN`; `where` begins the message."""
     if key.partition(".")[0] in OF_THE_RUN:
-        raise UserError(f"{where}: {key} is the run's own; --runs moves runs, `recipe resume` continues one")
+        raise UserError(f"{where}: `recipe run` sets {key}; to move runs use --runs, to continue one `recipe resume`")
 
 
 _NAMED = re.compile(r"# (?:\S+: a variant of (\S+)|(\S+): .*)")
 
 
 def ancestors(file: Path) -> list[str]:
-    """Originals of a variant or copy, by the comments at its head, nearest first."""
+    """Originals of a variant or copy, from the comments in its header, nearest first."""
     header = takewhile(lambda line: not line or line.startswith("#"), yamlfiles.read_text(file).splitlines())
     return [named[1] or named[2] for line in header if (named := _NAMED.fullmatch(line))]
 
 
 def origin_of(name: str, file: Path) -> str | None:
-    """Shipped recipe of a file, variant or edited copy; None if it names none."""
+    """Shipped recipe from which a file, variant or edited copy derives; None if unknown."""
     shipped = paths.recipe_names()
     return next((recipe for recipe in (name, *ancestors(file)) if recipe in shipped), None)
 
 
 def parent_of(name: str, file: Path) -> str | None:
-    """The recipe that another differs from in named keys; None where there is none."""
+    """The recipe from which a variant derives directly; None if it has no parent."""
     if name in paths.recipe_names():
         from ..data import study
 
@@ -155,15 +155,15 @@ def recipe_diff(a: str, b: str | None) -> list[dict[str, Any]]:
     """Keys in which two recipes differ, with both values; without output folders.
 
     Args:
-        a: a recipe's name or a file.
-        b: another; by default what the first is a variant of.
+        a: a recipe's name or file.
+        b: another recipe; by default the parent of the first.
 
     Raises:
-        UserError: there is no such recipe, or the first is not a variant.
+        UserError: a recipe does not exist, or the only one is not a variant.
     """
     if b is None:
         above = parent_of(*paths.find_recipe(a))
         if above is None:
-            raise UserError(f"{a}: not a variant of another recipe; name two")
+            raise UserError(f"{a}: not a variant of another recipe; name a second recipe")
         return recipe_diff(above, a)
     return [{"key": key, a: left, b: right} for key, (left, right) in changed_keys(a, b).items()]

@@ -1,4 +1,4 @@
-"""The data sets that a config names, as far as their files are on this machine."""
+"""A config's data sets and their files on this machine."""
 
 import math
 import re
@@ -23,16 +23,16 @@ _SUFFIXES = {".jsonl", ".json", ".parquet", ".csv", ".arrow", ".text", ".txt", "
 
 
 class DataFile(BaseModel):
-    """A file that a run read: its content, by hash, and its size."""
+    """A data file of a run, with hash and size."""
 
     path: str
     sha256: str
     bytes: int
-    rows: int | None = None  # of JSON lines; other formats are not counted
+    rows: int | None = None  # None for formats other than JSON lines
 
 
 def datasets(composed: Config, *sections: str) -> Iterator[tuple[str, Config]]:
-    """Each data set of some sections of a config, with the key that it stands at."""
+    """Data sets in some sections of a config, each with its key."""
     for section in sections or ("datasets", "test_datasets"):
         entries = composed.get(section)
         for i, dataset in enumerate(entries if isinstance(entries, list) else ()):
@@ -41,7 +41,7 @@ def datasets(composed: Config, *sections: str) -> Iterator[tuple[str, Config]]:
 
 
 def chat_options(composed: Config) -> str:
-    """Options with which `axolotl inference` asks by the prompt that a config trains on, as far as it has them."""
+    """Options that make `axolotl inference` use a config's training prompt; empty if Axolotl lacks them."""
     types = {str(dataset.get("type")) for _, dataset in datasets(composed, "datasets")}
     return {"chat_template": "--chat", "alpaca": "--prompter AlpacaPrompter"}.get("".join(types), "")
 
@@ -49,7 +49,7 @@ def chat_options(composed: Config) -> str:
 def local_files(dataset: Config) -> list[Path]:
     """Files of a local data set, existing or not; empty for hubs and clouds.
 
-    They are a single file, those of a folder, or those that `data_files` lists, by name or by pattern.
+    A data set is a single file, a folder, or the files that `data_files` lists by name or pattern.
     """
     name = dataset.get("path")
     listed = dataset.get("data_files") or []
@@ -61,7 +61,7 @@ def local_files(dataset: Config) -> list[Path]:
     if path.is_dir() and not listed:
         return sorted(file for file in path.rglob("*") if file.is_file())
     if listed and not path.is_dir() and f".{name}" not in _SUFFIXES:
-        return []  # files of a repository on a hub
+        return []  # files in a repository on a hub
     patterns = map(str, listed if isinstance(listed, list) else [listed]) if listed else [name]
     files = [
         Path(file)
@@ -78,7 +78,7 @@ def jsonl_files(dataset: Config) -> list[Path]:
 
 
 def _looks_local(path: Path) -> bool:
-    """True if a missing path must have been meant for this machine, not a hub."""
+    """True if a missing path looks like one on this machine, not on a hub."""
     in_a_folder = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
     return path.is_absolute() or path.suffix in _SUFFIXES or in_a_folder
 
@@ -99,19 +99,19 @@ _FORMS: list[tuple[set[str], Config]] = [
     ),
     ({"text"}, {"type": "completion"}),
 ]
-"""Fields of rows, and the keys of a data set that reads them."""
+"""Forms of rows: the fields, and the data set keys that read them."""
 
 
 def form_of(fields: Collection[str]) -> Config | None:
-    """The keys of a data set that reads rows with these fields; None for an unknown form."""
+    """Data set keys that read rows with these fields; None for an unknown form."""
     return next((entry for known, entry in _FORMS if known <= set(fields)), None)
 
 
 def entry_for(file: Path) -> Config:
-    """The data set entry for a file of rows, by the fields of its first row.
+    """Data set entry for a file of rows, by the fields of the first row.
 
     Raises:
-        UserError: it is not a JSON object a line, or no known form of rows has its fields.
+        UserError: the lines are not JSON objects, or the fields match no known form.
     """
     row: object = None
     if not file.is_file():
@@ -119,12 +119,12 @@ def entry_for(file: Path) -> Config:
     with file.open("rb") as lines, suppress(orjson.JSONDecodeError):
         row = orjson.loads(next(filter(bytes.strip, lines), b"null"))
     if not isinstance(row, dict):
-        raise UserError(f'{file}: not a JSON object a line; write each row so, as in {{"messages": [...]}}')
+        raise UserError(f'{file}: not JSON lines; write one object a line, such as {{"messages": [...]}}')
     entry = form_of(row)
     if entry is None:
         known = "; ".join(" and ".join(sorted(fields)) for fields, _ in _FORMS)
-        hint = f"known are {known}; name another form by --set 'datasets=[{{path: {file}, type: ...}}]'"
-        raise UserError(f"{file}: rows with {', '.join(row)}; {hint}")
+        hint = f"known are {known}; for another form use --set 'datasets=[{{path: {file}, type: ...}}]'"
+        raise UserError(f"{file}: unknown fields {', '.join(row)}; {hint}")
     turns = row.get("conversations")
     if "field_messages" in entry and isinstance(turns, list) and turns and "from" in turns[0]:
         entry = entry | {"message_property_mappings": {"role": "from", "content": "value"}}
@@ -132,7 +132,7 @@ def entry_for(file: Path) -> Config:
 
 
 def record(composed: Config) -> list[DataFile]:
-    """The local data files of a config, each with a hash of its content.
+    """Local data files of a config, with hashes.
 
     Raises:
         UserError: a file does not exist.
@@ -148,23 +148,23 @@ def record(composed: Config) -> list[DataFile]:
 
 
 def test_file(composed: Config, folder: Path = Path()) -> str | None:
-    """The test file beside the training file, relative to a folder."""
+    """Test file beside the training file, relative to a folder; None without one."""
     training_files = (Path(str(dataset.get("path"))) for _, dataset in datasets(composed, "datasets"))
     test = next((file.with_name("test.jsonl") for file in training_files), None)
     return str(test) if test and (folder / test).is_file() else None
 
 
 def can_be_rehearsed(dataset: Config) -> bool:
-    """True if Axolotl can load some rows of a data set from this machine.
+    """True if Axolotl can load a part of a data set from this machine.
 
-    It loads a folder that `save_to_disk` wrote only as a whole (axolotl/utils/data/shared.py)."""
+    Axolotl loads only all of a folder from `save_to_disk` (axolotl/utils/data/shared.py)."""
     files = local_files(dataset)
     whole = {"state.json", "dataset_dict.json"} & {file.name for file in files}
     return bool(files) and not whole and all(file.is_file() for file in files) and Path(dataset["path"]).exists()
 
 
 def at_most(dataset: Config, rows: int, section: str) -> Config:
-    """Limit a data set to its first rows; a split by share or sum stays whole."""
+    """Limit a data set to its first rows; leave splits such as `train[:10%]` unchanged."""
     only_split = "test" if section == "test_datasets" and Path(dataset["path"]).is_dir() else "train"
     match = re.fullmatch(r"(\w+)(?:\[(\d*):(\d*)\])?", str(dataset.get("split") or only_split))
     if not match:
@@ -180,13 +180,13 @@ def first_rows(dataset: Config) -> int | None:
 
 
 def lines(dataset: Config) -> Iterator[bytes]:
-    """Lines of a data set's JSONL files that its split takes, without blank ones."""
+    """Lines of a data set's JSONL files within its split, without blank lines."""
     all_lines = (line for file in jsonl_files(dataset) for line in file.open("rb") if line.strip())
     return islice(all_lines, first_rows(dataset))
 
 
 def count_rows(path: Path) -> int:
-    """The number of lines of a file that are not blank."""
+    """Number of lines in a file, without blank lines."""
     status = path.stat()
     return _count_rows(path, status.st_mtime_ns, status.st_size)
 
@@ -203,10 +203,11 @@ def training_steps(composed: Config, gpus: int = 1) -> int | None:
 
 
 def steps_of(composed: Config, rows: int | None, gpus: int = 1) -> int | None:
-    """The optimizer steps of a config with some rows, as Axolotl counts them (utils/trainer.py,
-    calculate_total_num_steps); None where rows are packed, or the settings make none."""
+    """Optimizer steps for a number of rows, as in Axolotl; None if rows are packed or settings are wrong.
+
+    Axolotl's counting is in utils/trainer.py, calculate_total_num_steps."""
     if most := int(_positive(composed, "max_steps", 0)):
-        return most  # Axolotl lets it win over the epochs
+        return most  # max_steps overrides the epochs
     batch = effective_batch(composed) * gpus
     epochs = _positive(composed, "num_epochs")
     if rows is None or composed.get("sample_packing") or not (batch and epochs):
@@ -228,18 +229,18 @@ def training_rows(composed: Config) -> int | None:
         if len(files) != 1 or is_part:
             return None
         rows += min(count_rows(files[0]), sys.maxsize if first is None else first)
-    held_out = _positive(composed, "val_set_size", 0)  # a number of rows, or a share of them
+    held_out = _positive(composed, "val_set_size", 0)  # a number or a share of rows
     return (rows - math.ceil(held_out * rows if held_out < 1 else held_out)) if rows else None
 
 
 def _positive(composed: Config, key: str, unset: float = 1) -> float:
-    """A setting that has to be a positive number; 0 where it is not."""
+    """Value of a setting that must be a positive number; 0 for any other value."""
     value: Any = composed.get(key, unset)
     return value if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else 0
 
 
 def effective_batch(composed: Config) -> float:
-    """The rows of an optimizer step on one device."""
+    """Number of rows in an optimizer step on one device."""
     if composed.get("batch_size"):
         return _positive(composed, "batch_size")
     return _positive(composed, "micro_batch_size") * _positive(composed, "gradient_accumulation_steps")

