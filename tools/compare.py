@@ -1,4 +1,4 @@
-"""What the project computes, as figures and hashes, beside what it computed before a reduction.
+"""Figures and hashes of the project's results, compared with those before a reduction.
 
     .venv/bin/python tools/compare.py SHARED/data          # prints the differences from tools/comparison.json
     .venv/bin/python tools/compare.py SHARED/data --write  # makes that file anew, with a reason in the commit
