@@ -1,4 +1,4 @@
-"""Declaration of a study's data in study.yaml: its origin and preparation."""
+"""Declaration of a study's data in study.yaml: origin and preparation."""
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -11,9 +11,9 @@ from ..base.errors import did_you_mean
 SPLITS = ("train", "valid", "test")
 
 Key = tuple[str, ...]
-"""Keys of study.yaml, from the outermost one to a value."""
+"""Path of keys in study.yaml, outermost first."""
 Mistake = tuple[Key, str]
-"""The place of a mistake, and its description."""
+"""Place and description of a mistake."""
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -25,25 +25,25 @@ SplitName = Annotated[str, StringConstraints(pattern=r"^(train|valid|test)$")]
 
 
 class Strict(BaseModel):
-    """A part of a study.yaml: a key that it does not know is an error."""
+    """Part of study.yaml; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 def exactly_one(part: BaseModel, first: str, second: str) -> None:
-    """Raise ValueError unless one of two keys is given."""
+    """Raise ValueError unless exactly one of two keys is given."""
     if (getattr(part, first) is None) == (getattr(part, second) is None):
         raise ValueError(f"give either {first.rstrip('_')} or {second}")
 
 
 def undeclared(at: Key, name: str | None, known: Collection[str]) -> Iterator[Mistake]:
-    """A mistake where a name is given that is not a known one."""
+    """Yield a mistake if a name is given and unknown."""
     if name is not None and name not in known:
         yield at, f"{name} is unknown{did_you_mean(name, known) or f'; there are {", ".join([*known][:20])}'}"
 
 
 class SourceFile(Strict):
-    """Facts about a file: its rows, its bytes, and its checksum."""
+    """Facts about a file: number of rows, size in bytes, and checksum."""
 
     rows: Count | None = None
     bytes: Count | None = None
@@ -58,16 +58,16 @@ _KEYS_OF = {
 
 
 class DataSource(SourceFile):
-    """A download of `recipe data fetch`: a file at an address or of a hub's repository, or a data set of a hub.
+    """Download of `recipe data fetch`, from a web address or from the hub.
 
     Attributes:
-        url: the address of a file, which is kept as it is, or of a zip.
-        files: the wanted files of a zip, by their names without folders; its `bytes` are then approximate.
-        hub: the id of a hub's repository.
-        kind: `dataset`, of which a split is written as JSON lines, or `model`, of which one file is taken.
-        file: of a repository of kind `model`, where the source is not named after it.
-        config: of a data set that has several.
-        revision: the commit.
+        url: address of a file, which is kept as it is, or of a zip.
+        files: wanted files in a zip, by name without folders; `bytes` of the zip is then approximate.
+        hub: id of a repository on the hub.
+        kind: `dataset`, to write a split as JSON lines, or `model`, to download one file.
+        file: file of a `model` repository; by default the name of the source.
+        config: configuration of a data set that has several.
+        revision: commit.
     """
 
     url: Annotated[str, StringConstraints(pattern=r"^https?://\S+$")] | None = None
@@ -84,17 +84,17 @@ class DataSource(SourceFile):
         exactly_one(self, "url", "hub")
         kind = "url" if self.url else self.kind
         if others := self.model_fields_set - _KEYS_OF[kind]:
-            raise ValueError(f"{', '.join(sorted(others))}: not a key of a source of kind {kind}; delete it")
+            raise ValueError(f"{', '.join(sorted(others))}: not a key for sources of kind {kind}; delete it")
         if self.hub and self.revision is None:
-            raise ValueError("give revision, the commit; a branch changes")
+            raise ValueError("give revision, a commit; branches change")
         return self
 
 
 class PreparedFormat(Strict):
-    """A format that rows can have, and the folder for them.
+    """Format of prepared rows, and the folder for them.
 
     Attributes:
-        fields: expressions in the place of some of the study's.
+        fields: expressions that replace those of the study, by field.
     """
 
     folder: Text
@@ -116,27 +116,28 @@ class Subset(Strict):
 
 
 class Order(Strict):
-    """Runs of so many rows, each sorted by the value of an expression, longest first."""
+    """Order of written rows: buckets of `buckets` rows, each sorted longest first."""
 
     buckets: Count
     longest_first: Text
 
 
 class Split(Strict):
-    """Rows of a raw file, or sampled from another split; by default all that are kept.
+    """Split: rows from raw files or sampled from another split; by default all kept rows.
 
     Attributes:
-        from_, sample_from: the raw file or files, or the split that rows are sampled from and removed from.
-        sample: the number of rows to sample at random.
-        seed: of that sample.
-        shuffle: the seed of the shuffle of the library datasets, whose order the rows are in before the first are
-            taken; of rows sampled from a split, these are its first, and the others stay in that order.
-        first: the number of rows to take from the beginning.
-        rows: the number of rows, where that is known and follows from nothing else.
-        fields, filters: expressions in the place of all of the study's, for a raw file with other fields.
-        order: the order in which they are written.
-        tokens: of all rows as trained on, without padding, by base_model.
-        subsets: of the test rows, by the names of the files that they become.
+        from_: raw file or files.
+        sample_from: split to sample rows from; sampled rows are removed there.
+        sample: number of rows to sample at random.
+        seed: seed of the sample.
+        shuffle: seed for `Dataset.shuffle` of the library datasets. Rows are shuffled before the first are taken. With
+            `sample_from`, the first shuffled rows are the sample, and the other split keeps the shuffled order.
+        first: number of rows to take from the beginning.
+        rows: number of rows, if it is known and does not follow from other keys.
+        fields, filters: replacements for all expressions of the study, for raw files with other fields.
+        order: order of the written rows.
+        tokens: number of trained tokens without padding, by base_model.
+        subsets: subsets of the test rows, by file name without suffix.
     """
 
     model_config = ConfigDict(extra="forbid", validate_by_alias=True, validate_by_name=True)
@@ -172,15 +173,15 @@ class Data(Strict):
     """Origin and preparation of a study's data.
 
     Attributes:
-        key: its name in `recipe data fetch`.
-        source: the page that it is published on.
-        sources: the downloads, by name.
-        fields: the fields of a prepared row, each as an expression over the raw one.
-        extra_fields: further fields of rows that are scored.
+        key: name of the data in `recipe data fetch`.
+        source: web page of the publication.
+        sources: downloads by name.
+        fields: fields of a prepared row, each an expression over the raw row.
+        extra_fields: additional fields of scored rows.
         filters: rows to leave out: expressions over the raw row and the prepared fields, by reason.
-        input_formats: by name, the default first.
-        test_set: the test set that the published scores are on: `test`, or one of its subsets.
-        sample: a folder beside study.yaml with a few rows for rehearsals, under the names of the raw files.
+        input_formats: formats of prepared rows by name, the default first.
+        test_set: test set of the published scores: `test`, or one of the subsets.
+        sample: folder beside study.yaml with a few rows for rehearsals, in files named like the raw files.
     """
 
     key: Name
@@ -199,12 +200,12 @@ class Data(Strict):
 
     @property
     def raw(self) -> Path:
-        """The folder for the files as they are published."""
+        """Folder for the published files."""
         return Path("data", f"{self.key}-raw")
 
     @property
     def files(self) -> dict[str, SourceFile]:
-        """The files that `recipe data fetch` puts there, by name."""
+        """Files that `recipe data fetch` writes to `raw`, by name."""
         return {
             name: known
             for source_name, source in self.sources.items()
@@ -212,62 +213,62 @@ class Data(Strict):
         }
 
     def sources_of(self, files: Collection[str]) -> list[str]:
-        """The sources that give some files."""
+        """Sources that contain any of some files."""
         return [name for name, source in self.sources.items() if any(file in files for file in source.files or (name,))]
 
     @property
     def formats(self) -> dict[str, PreparedFormat]:
-        """The formats that rows can have; if the study declares none, its only one."""
+        """Formats of prepared rows; a study that declares no format has one, `default`."""
         return self.input_formats or {"default": PreparedFormat(folder=f"data/{self.key}")}
 
     @property
     def subsets(self) -> dict[str, Subset]:
-        """The test set's subsets."""
+        """Subsets of the test rows."""
         return self.splits["test"].subsets if "test" in self.splits else {}
 
     def title_of(self, test_set: str) -> str:
-        """A test set in words."""
+        """Description of a test set."""
         return self.subsets[test_set].title if test_set in self.subsets else "the whole test set"
 
     @property
     def scored_rows(self) -> int | None:
-        """The number of rows that the published scores are on, where that is known."""
+        """Number of rows behind the published scores, if known."""
         subset = self.subsets.get(self.test_set)
         return subset.rows if subset else self.rows_of("test")
 
     def _made_as(self, split: str) -> Split:
-        """The split whose rows are made as another's: itself, or the one that it is sampled from."""
+        """Split whose expressions a split uses: itself, or the split it is sampled from."""
         declared = self.splits[split]
         return self.splits.get(str(declared.sample_from), declared)
 
     def raw_files_of(self, split: str) -> list[str]:
-        """The names of the raw files that a split's rows are in, in their order."""
+        """Names of a split's raw files, in order."""
         files = self._made_as(split).from_ or []
         return [files] if isinstance(files, str) else files
 
     def raw_rows_of(self, split: str) -> int | None:
-        """The number of rows in the raw files of a split; None where that is not known."""
+        """Number of rows in a split's raw files; None if unknown."""
         known = [self.files[name].rows for name in self.raw_files_of(split)]
         return None if None in known else sum(filter(None, known))
 
     @property
     def raw_files(self) -> list[str]:
-        """The names of the raw files that splits are made of."""
+        """Names of all raw files behind the splits."""
         return list(dict.fromkeys(name for split in self.splits for name in self.raw_files_of(split)))
 
     def fields_of(self, split: str, input_format: str) -> dict[str, str]:
-        """The expressions for the fields of a split's rows."""
+        """Expressions for the fields of a split."""
         own = self._made_as(split).fields
         fields = self.fields if own is None else own
         return fields | {name: text for name, text in self.formats[input_format].fields.items() if name in fields}
 
     def filters_of(self, split: str) -> dict[str, str]:
-        """The expressions for the rows that a split is without."""
+        """Expressions for the rows that a split leaves out."""
         own = self._made_as(split).filters
         return self.filters if own is None else own
 
     def rows_of(self, split: str) -> int | None:
-        """Number of rows of a split; None if filters may leave some out."""
+        """Number of rows in a split; None if unknown, as with filters."""
         if (declared := self.splits.get(split)) is None:
             return None
         if chosen := declared.rows or declared.sample or declared.first:
@@ -277,7 +278,7 @@ class Data(Strict):
         return None if known is None or self.filters_of(split) else known - sampled
 
     def expressions(self) -> Iterator[tuple[Key, str]]:
-        """All expressions, with their places."""
+        """All expressions, with their paths of keys."""
         parts: list[tuple[Key, Data | Split | PreparedFormat]] = [(("data",), self)]
         parts += [(("data", "input_formats", name), form) for name, form in self.input_formats.items()]
         parts += [(("data", "splits", name), split) for name, split in self.splits.items()]
@@ -289,7 +290,7 @@ class Data(Strict):
                 yield (*at, "order", "longest_first"), part.order.longest_first
 
     def mistakes(self, folder: Path) -> Iterator[Mistake]:
-        """Contradictions within it, and files that it names and a study's folder does not have."""
+        """Contradictions in the declaration, and files missing in the study's folder."""
         names = [name for key, source in self.sources.items() for name in source.files or (key,)]
         for name in sorted({name for name in names if names.count(name) > 1}):
             yield ("data", "sources"), f"several sources give a file {name}; rename one"
@@ -306,19 +307,19 @@ class Data(Strict):
         for name, form in self.input_formats.items():
             at = ("data", "input_formats", name)
             if folders.count(str(Path(form.folder))) > 1:
-                yield (*at, "folder"), "the folder of other files; choose another"
+                yield (*at, "folder"), "other files use this folder; choose another"
             for field in form.fields:
                 yield from undeclared((*at, "fields", field), field, self.fields)
         for field in sorted(self.fields.keys() & {*self.extra_fields, "idx"}):
-            yield ("data", "fields", field), "scored rows have another field of that name; rename one"
+            yield ("data", "fields", field), "scored rows have another field of this name; rename one"
         for name, subset in self.subsets.items():
             of_subset = ("data", "splits", "test", "subsets", name)
             if name in SPLITS:
-                yield of_subset, "the name of a split; choose another"
+                yield of_subset, "a split has this name; choose another"
             if subset.positions and not (folder / subset.positions).is_file():
                 yield (
                     (*of_subset, "positions"),
-                    f"no such file beside study.yaml: {subset.positions}; it lists rows, from 0",
+                    f"no such file beside study.yaml: {subset.positions}; add it, a list of rows from 0",
                 )
         if self.sample and not any((folder / self.sample / name).is_file() for name in self.raw_files):
             expected = " or ".join(f"{self.sample}/{name}" for name in self.raw_files)

@@ -1,6 +1,6 @@
-"""Fetches a data set's files from where they are published, verifies them, and puts them in place.
+"""Download and verify the published files of a data set.
 
-An interrupted download is resumed.
+Interrupted downloads are resumed.
 """
 
 import re
@@ -23,34 +23,33 @@ from ..base.machine import held, now
 from ..base.progress import Bar, say
 from .declaration import Data, DataSource, SourceFile
 
-TIMEOUT = (15, 60)  # seconds: to connect, and without a byte
-PAUSES = (2, 5, 15, 30, 60)  # seconds before each further try
-CHUNK = 1 << 18  # bytes; at most this many are lost when a connection breaks
+TIMEOUT = (15, 60)  # seconds to connect, and seconds without a byte
+PAUSES = (2, 5, 15, 30, 60)  # seconds before each retry
+CHUNK = 1 << 18  # bytes, the most that a broken connection loses
 RECORD = "fetched.json"
-DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, UnicodeError)  # what zipfile raises for one
+DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, UnicodeError)  # errors of zipfile
 
 
 class Rejected(Exception):
-    """A file's content is not what the study says."""
+    """Content that contradicts study.yaml."""
 
 
 def fetch(data: Data, out: Path, only: Collection[str] | None = None) -> list[Row]:
-    """Fetch the missing files of a data set into a folder, and record all in fetched.json.
+    """Fetch missing files of a data set, and record all files in fetched.json.
 
-    An interrupted download stays as <file>.part, from which the next call resumes; downloads from the hub stay in its
-    cache. A file that is not as the study says becomes <file>.rejected. No file of a source is replaced before all of
-    them are verified.
+    The next call resumes an interrupted download from <file>.part, or from the hub's cache. A file that contradicts
+    study.yaml is renamed to <file>.rejected. The files of a source are replaced only after all of them are verified.
 
     Args:
-        data: the study's data; its sources say where everything is.
-        out: the folder to write to.
-        only: the wanted sources; by default all.
+        data: the study's data, with the sources.
+        out: folder to write to.
+        only: names of wanted sources; by default all.
 
     Returns:
-        A row for each file: `file`, `bytes`, `sha256`, and `verified`, which is None if the study has no checksum.
+        A row for each file: `file`, `bytes`, `sha256`, and `verified`, which is None if study.yaml has no checksum.
 
     Raises:
-        UserError: there is no such source, or a file is damaged or another one.
+        UserError: a server refuses, or a file is damaged or contradicts study.yaml.
         WorkFailed: a server cannot be reached, fails, or breaks off too often.
         OSError: the disk is full.
     """
@@ -60,8 +59,8 @@ def fetch(data: Data, out: Path, only: Collection[str] | None = None) -> list[Ro
         rows = _present(data, out, wanted)
         missing = [name for name in wanted if name not in rows]
         if not missing:
-            say(f"{out}: all files are there, as recorded in {RECORD}; nothing is fetched")
-        for left in out.glob(".fetching-*"):  # by a process that was killed
+            say(f"{out}: all files exist as recorded in {RECORD}; nothing to fetch")
+        for left in out.glob(".fetching-*"):  # leftovers of a killed process
             shutil.rmtree(left, ignore_errors=True)
         for name in missing:
             source = data.sources[name]
@@ -75,8 +74,7 @@ def fetch(data: Data, out: Path, only: Collection[str] | None = None) -> list[Ro
 
 
 def _present(data: Data, out: Path, wanted: list[str]) -> dict[str, list[Row]]:
-    """The rows of the sources whose files are all there, as fetched.json records and the study wants them; reports
-    wanted files that are otherwise."""
+    """Table rows of complete sources; wanted files that differ from fetched.json are reported."""
     recorded = {was["file"]: was["sha256"] for was in read_json(out / RECORD).get("files", [])}
     present = {}
     for source_name, source in data.sources.items():
@@ -89,7 +87,7 @@ def _present(data: Data, out: Path, wanted: list[str]) -> dict[str, list[Row]]:
         if len(rows) == len(files) and all(row["sha256"] == recorded.get(row["file"]) for row in rows):
             present[source_name] = rows
         elif source_name in wanted and (there := [name for name in files if name in recorded or (out / name).exists()]):
-            say(f"{out}: not as recorded in {RECORD}, and fetched again: {', '.join(there)}")
+            say(f"{out}: not as recorded in {RECORD}; fetching again: {', '.join(there)}")
     return present
 
 
@@ -99,20 +97,20 @@ def _row(name: str, file: Path, known: SourceFile) -> Row:
 
 
 def _verified(name: str, file: Path, known: SourceFile) -> Row:
-    """The row of a file.
+    """Table row of a verified file.
 
     Raises:
-        Rejected: it is not the study's.
+        Rejected: size or checksum differ from study.yaml.
     """
     row = _row(name, file, known)
     for key, expected in (("bytes", known.bytes), ("sha256", known.sha256)):
         if expected not in (None, row[key]):
-            raise Rejected(f"{name} is not the study's: {key} {expected} expected, {row[key]} found")
+            raise Rejected(f"{name} differs from study.yaml: {key} {expected} expected, {row[key]} found")
     return row
 
 
 def _fetched(data: Data, name: str, out: Path, staging: Path) -> list[Row]:
-    """Fetch and verify a source, and put its files in place; their rows."""
+    """Fetch and verify a source, move files into place, and return table rows."""
     source, part = data.sources[name], out / f"{name}.part"
     try:
         if source.url:
@@ -128,12 +126,12 @@ def _fetched(data: Data, name: str, out: Path, staging: Path) -> list[Row]:
     except (Rejected, RuntimeError, *DAMAGED_ZIP) as error:  # RuntimeError: encrypted, or packed by another method
         aside = ""
         if part.exists():
-            aside = f"; it is now {part.replace(part.with_suffix('.rejected'))}; the next fetch starts over"
+            aside = f"; moved to {part.replace(part.with_suffix('.rejected'))}; the next fetch starts over"
             _version_file(part).unlink()
         raise UserError(f"{part}: {error}{aside}") from None
     except (UserError, WorkFailed) as error:
         raise type(error)(
-            f"{error}; or run `recipe data fetch {data.key}` on another machine and copy its folder to {out}, or give "
+            f"{error}; or run `recipe data fetch {data.key}` on another machine and copy the folder to {out}, or give "
             f"files from {data.source} to `recipe data prepare`"
         ) from None
     for member, path in found.items():
@@ -145,7 +143,7 @@ def _fetched(data: Data, name: str, out: Path, staging: Path) -> list[Row]:
 
 
 def _from_hub(name: str, source: DataSource, file: Path) -> Path:
-    """Write a file of a hub's repository, or a split of a data set as JSON lines."""
+    """Write a file from the hub, or a split of a data set as JSON lines."""
     if source.kind == "model":
         from huggingface_hub import hf_hub_download
 
@@ -157,7 +155,7 @@ def _from_hub(name: str, source: DataSource, file: Path) -> Path:
     datasets.disable_progress_bars()
     rows = datasets.load_dataset(source.hub, source.config, split=source.split, revision=source.revision)
     if source.rows not in (None, len(rows)):
-        raise Rejected(f"{name} is not the study's: rows {source.rows} expected, {len(rows)} found")
+        raise Rejected(f"{name} differs from study.yaml: rows {source.rows} expected, {len(rows)} found")
     with Bar(f"{name}, rows", len(rows)) as bar, file.open("wb") as stream:
         for count, batch in enumerate(rows.iter(1000), start=1):
             for values in zip(*batch.values(), strict=True):
@@ -167,13 +165,13 @@ def _from_hub(name: str, source: DataSource, file: Path) -> Path:
 
 
 def _extracted(file: Path, source: DataSource, staging: Path) -> dict[str, Path]:
-    """The wanted files of a zip, which are extracted by their names alone."""
+    """Extract wanted files from a zip, by name without folders."""
     _verified(file.name, file, SourceFile(sha256=source.sha256))
     files = {name: staging / name for name in source.files or ()}
     with zipfile.ZipFile(file) as archive:
         members = {name: [m for m in archive.infolist() if PurePath(m.filename).name == name] for name in files}
         if wrong := [name for name, found in members.items() if len(found) != 1]:
-            raise Rejected(f"{', '.join(wrong)}: not in it, or twice")
+            raise Rejected(f"{', '.join(wrong)}: missing in the zip, or present twice")
         for name, (member,) in members.items():
             with archive.open(member) as stream, files[name].open("wb") as copy:
                 shutil.copyfileobj(stream, copy)
@@ -181,12 +179,12 @@ def _extracted(file: Path, source: DataSource, staging: Path) -> dict[str, Path]
 
 
 def _version_file(part: Path) -> Path:
-    """The file with the address and version of a file whose download has begun."""
+    """File with the address and version of a started download."""
     return part.with_name(f"{part.name}.json")
 
 
 def download(url: str, part: Path) -> None:
-    """Download the file at an address, resuming an earlier call's download of the same version.
+    """Download a file; resume an interrupted download of the same version.
 
     Raises:
         UserError: the address is invalid, or the server refuses.
@@ -214,20 +212,20 @@ def download(url: str, part: Path) -> None:
 
 
 def _receive(url: str, part: Path, bar: Bar) -> str:
-    """Append a server's answer; return the reason for an incomplete file, else nothing.
+    """Append a server's answer; return the reason for an incomplete file, else "".
 
-    Beside the file are its address and version, by which another call resumes.
+    Address and version are recorded beside the file, so that another call can resume.
     """
     known = read_json(_version_file(part))
     size = part.stat().st_size if part.exists() and known.get("url") == url and known.get("version") else 0
     if size and size == known["bytes"]:
         return ""
-    headers = {"Accept-Encoding": "identity"}  # so that lengths and ranges are the file's own
+    headers = {"Accept-Encoding": "identity"}  # without compression, lengths and ranges count bytes of the file
     if size:
         headers |= {"Range": f"bytes={size}-", "If-Range": known["version"]}
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         etag = response.headers.get("ETag", "W/")
-        version = response.headers.get("Last-Modified") if etag.startswith("W/") else etag  # If-Range takes no weak one
+        version = response.headers.get("Last-Modified") if etag.startswith("W/") else etag  # must be strong
         rest = rf"bytes {size}-\d+/{known.get('bytes') or '.+'}"
         continues = re.fullmatch(rest, response.headers.get("Content-Range", ""))
         resumes = continues and version in (None, known["version"])
@@ -239,8 +237,8 @@ def _receive(url: str, part: Path, bar: Bar) -> str:
         response.raise_for_status()
         if response.status_code != 206:
             if size:
-                say(f"{part}: starting over; the server has another file now, or cannot send a part of it")
-            part.unlink(missing_ok=True)  # before the new version is recorded, which would else seem to be its own
+                say(f"{part}: starting over; the server's file has changed, or the server cannot send parts")
+            part.unlink(missing_ok=True)  # before the new version is recorded for it
             known = {"url": url, "version": version, "bytes": int(response.headers.get("Content-Length", 0))}
             write_json(_version_file(part), known)
         with naming(part), part.open("ab") as stream:
@@ -251,7 +249,7 @@ def _receive(url: str, part: Path, bar: Bar) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """The cause of an error from requests, whose own text is long and repeats the address."""
+    """Root cause of an error from requests, whose text is long and repeats the address."""
     while error.__context__:
         error = error.__context__
     return getattr(error, "strerror", None) or str(error)
@@ -259,7 +257,7 @@ def _cause(error: BaseException) -> str:
 
 @contextmanager
 def _hub_errors(repository: str) -> Iterator[None]:
-    """Report errors of the hub's clients with the repository."""
+    """Convert errors of the hub's clients; name the repository."""
     from datasets.exceptions import DatasetsError
     from httpx import HTTPError
     from huggingface_hub import errors

@@ -1,4 +1,4 @@
-"""Manifest of prepared rows: it accounts for every raw row and its origin."""
+"""Manifest of prepared rows: accounts for every raw row."""
 
 from pathlib import Path
 
@@ -11,26 +11,26 @@ MANIFEST = "manifest.json"
 
 
 def entries(out: Path) -> dict[str, Row]:
-    """The splits in a folder's manifest; without those of early versions, which have other keys."""
+    """Splits in a folder's manifest; entries of early versions, with other keys, are skipped."""
     splits = read_json(out / MANIFEST).get("splits")
     found = splits if isinstance(splits, dict) else {}
     return {name: entry for name, entry in found.items() if isinstance(entry, dict) and "constants" in entry}
 
 
 def update(out: Path, splits: dict[str, Row]) -> Row:
-    """Put the entries of some splits into the manifest; removes earlier subsets that there are no more."""
+    """Update splits in the manifest; delete subset files that no longer exist in it."""
     former = entries(out)
     clear_parts(out / MANIFEST)
     manifest = {"made_by": f"qlora-recipes {__version__}", "splits": former | splits}
     write_json(out / MANIFEST, manifest)
     if "test" in splits:
         for key in former.get("test", {}).get("subsets", {}).keys() - splits["test"]["subsets"]:
-            (out / f"{key}.jsonl").unlink(missing_ok=True)  # of the test rows before these
+            (out / f"{key}.jsonl").unlink(missing_ok=True)  # a subset of earlier test rows
     return manifest
 
 
 def table(manifest: Row) -> list[Row]:
-    """Files of a manifest, a row each, with the rows read and left out."""
+    """Table of a manifest's files, with counts of rows read and left out."""
     raw_file = {True: "the study's", False: "not the study's", None: "the study's, as far as is known"}
     rows = []
     for split in manifest["splits"].values():
@@ -53,12 +53,12 @@ def table(manifest: Row) -> list[Row]:
 
 
 def is_the_studys(entry: Row) -> bool:
-    """True for rows of the study's raw file, made by its expressions."""
-    return bool(entry.get("is_the_study_file")) and not entry.get("replaced")  # which an earlier option did
+    """True for rows of the study's raw file, prepared by the study's expressions."""
+    return bool(entry.get("is_the_study_file")) and not entry.get("replaced")  # written by an option of old versions
 
 
 def how_made(of_study: Study, split: str, input_format: str) -> Row:
-    """The manifest's record of how a split's rows are made."""
+    """Manifest entry for the preparation of a split."""
     from .raw_rows import constants
 
     data = of_study.data
@@ -71,7 +71,7 @@ def how_made(of_study: Study, split: str, input_format: str) -> Row:
 
 
 def how_chosen(subset: Subset, folder: Path) -> Row:
-    """The manifest's record of how the rows of a subset are chosen; `folder` is the study's."""
+    """Manifest entry for the choice of a subset's rows; `folder` is the study's."""
     if subset.positions is None:
         return {"rows": subset.rows, "seed": subset.seed or 0}
     file = folder / subset.positions
@@ -79,16 +79,16 @@ def how_chosen(subset: Subset, folder: Path) -> Row:
 
 
 def is_not_prepared(of_study: Study, out: Path, input_format: str) -> str | None:
-    """Reason why a folder lacks the study's data, by manifest and checksums; else None."""
+    """Reason why a folder lacks the study's data, by manifest and checksums; None if it has them."""
     splits = entries(out)
     for name in of_study.data.splits:
         entry = splits.get(name)
         if not entry:
             return f"{MANIFEST} lists no {name}.jsonl"
         if not how_made(of_study, name, input_format).items() <= entry.items():
-            return f"{name}.jsonl has another input format, or rows made by other expressions"
+            return f"{name}.jsonl has another input format, or was prepared with other expressions"
         if entry.get("is_the_study_file") is False:
-            return f"{name}.jsonl is made of another file than the study's"
+            return f"{name}.jsonl was prepared from another file than the study's"
     test = splits.get("test", {})
     subsets = test.get("subsets", {})
     for name, subset in of_study.data.subsets.items():
@@ -98,5 +98,5 @@ def is_not_prepared(of_study: Study, out: Path, input_format: str) -> str | None
     for written in (*splits.values(), *subsets.values()):
         file = out / str(written.get("file"))
         if not file.is_file() or sha256(file) != written.get("sha256"):
-            return f"{file.name} is not as {MANIFEST} says"
+            return f"{file.name} is missing or differs from its checksum in {MANIFEST}"
     return None

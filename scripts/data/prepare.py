@@ -1,4 +1,4 @@
-"""Prepares a study's rows from its raw files, and accounts for each in a manifest."""
+"""Prepare a study's rows from raw files, and account for each row in a manifest."""
 
 import hashlib
 import random
@@ -21,7 +21,7 @@ from .raw_rows import BadRow, Expression, RawFile, RowMaker, find
 from .study import Study, refusal
 
 PREPARE_LOCK = ".prepare.lock"
-PlacedRow = tuple[int, bytes, float]  # the row's position in the raw file, its line, and the number to sort it by
+PlacedRow = tuple[int, bytes, float]  # position in the raw file, prepared line, and sort value
 
 
 def prepare(
@@ -31,26 +31,26 @@ def prepare(
     input_format: str,
     timeout: float = LOOK,
 ) -> Row:
-    """Write train.jsonl, valid.jsonl and test.jsonl, those for which there are raw files, and a manifest.
+    """Write the splits that have raw files, and a manifest.
 
-    The study's subsets of test.jsonl are written beside it. Rows are read as a stream; in memory are
-    only those that others are sampled from or sorted with. No file is replaced before every raw file
-    was read without an error.
+    Splits are train.jsonl, valid.jsonl and test.jsonl; subsets of the test rows are written beside them. Rows are
+    streamed; memory holds rows only for sampling and sorting. Files are replaced only after every raw file was read
+    without an error.
 
     Args:
-        raw: the study's raw files, or folders that hold them.
-        out: the folder to write to.
+        raw: raw files of the study, or folders with them.
+        out: folder to write to.
         of_study: the study.
-        input_format: one of the study's.
-        timeout: seconds to wait for another process that is preparing data in the same folder.
+        input_format: name of one of the study's formats.
+        timeout: seconds to wait for another process that prepares data in the same folder.
 
     Returns:
-        The manifest: for each split the rows read, kept and dropped by filter, and checksums of the raw file and of
-        the file written.
+        The manifest: for each split the counts of rows read, kept and dropped by filter, and checksums of the raw files
+        and of the written file.
 
     Raises:
-        UserError: a file is missing, empty, or has a row that no prepared one can be made of, an expression is invalid,
-            or another process is preparing data in the folder.
+        UserError: a file is missing or empty, a row cannot be prepared, an expression is invalid, or another process
+            prepares data in the folder.
     """
     check_expressions(of_study)
     for file in raw:
@@ -59,12 +59,12 @@ def prepare(
     files = find(raw, of_study.data.raw_files)
     with held(out / PREPARE_LOCK, "another preparation is running", timeout), ExitStack() as stack:
         splits = _Preparation(of_study, files, input_format, out, stack).splits()
-        stack.close()  # puts the files in place
+        stack.close()  # moves the files into place
         return manifest.update(out, splits)
 
 
 def check_expressions(of_study: Study) -> None:
-    """Raise UserError, with file and line, for invalid expressions of a study."""
+    """Raise UserError, with file and line, if a study has invalid expressions."""
     mistakes: list[Mistake] = []
     for key, text in of_study.data.expressions():
         try:
@@ -77,7 +77,7 @@ def check_expressions(of_study: Study) -> None:
 
 @dataclass
 class _Counts:
-    """The numbers of raw rows that were dropped, by reason, and of those that were kept."""
+    """Counts of raw rows: dropped, by reason, and kept."""
 
     dropped: Counter[str] = field(default_factory=Counter)
     kept: int = 0
@@ -85,7 +85,7 @@ class _Counts:
 
 @dataclass
 class _Preparation:
-    """The splits of a study that raw files are there for, and where they are written."""
+    """Preparation of a study's splits in one folder."""
 
     study: Study
     raw: dict[str, RawFile]
@@ -97,18 +97,21 @@ class _Preparation:
     read: dict[str, RawFile] = field(default_factory=dict)  # by split
 
     def splits(self) -> dict[str, Row]:
-        """The manifest's entries of the splits, whose files take their places when the stack is closed."""
+        """Write the splits that have raw files; return manifest entries.
+
+        Closing the stack moves the files into place.
+        """
         data = self.study.data
         there = [name for name in SPLITS if name in data.splits and self.raw.keys() >= {*data.raw_files_of(name)}]
         for name in there:
             self.read[name] = RawFile(*(self.raw[file].path for file in data.raw_files_of(name)))
-            if data.splits[name].sample_from:  # before the other split is written without these rows
+            if data.splits[name].sample_from:  # sample before writing the other split without these rows
                 counts = _Counts()
                 self.sampled[name] = self._sampled(name, counts), counts
         return {name: self._split(name) for name in there}
 
     def _sampled(self, name: str, counts: _Counts) -> list[PlacedRow]:
-        """The rows of a split that are sampled from another."""
+        """Rows of a split that is sampled from another split."""
         split = self.study.data.splits[name]
         if split.shuffle is None:
             return sample(self._kept(name, counts), split.sample or 0, split.seed)
@@ -120,15 +123,15 @@ class _Preparation:
         return [row[0] for row in self._kept(name, _Counts())]
 
     def _at(self, positions: Iterable[int], name: str, counts: _Counts) -> list[PlacedRow]:
-        """The rows at some positions, in the order of these."""
+        """Rows at some positions, in the order of the positions."""
         rank = {position: place for place, position in enumerate(positions)}
         rows = [row for row in self._kept(name, counts) if row[0] in rank]
         return sorted(rows, key=lambda row: rank[row[0]])
 
     def _kept(self, name: str, counts: _Counts) -> Iterator[PlacedRow]:
-        """Kept rows as JSON lines, each with its raw position and sort value.
+        """Kept rows as JSON lines, with raw position and sort value.
 
-        Rows that are to be scored also have that position, as `idx`, and the study's extra fields.
+        Test rows also have the position, in the field `idx`, and the study's extra fields.
         """
         data = self.study.data
         raw, order, scored = self.read[name], data.splits[name].order, name == "test"
@@ -150,12 +153,12 @@ class _Preparation:
                     line = orjson.dumps(made | {"idx": position} | extra)
             except BadRow as error:
                 raise UserError(f"{raw.where}: {error}; the row has {', '.join(row) or 'no field'}") from None
-            except TypeError as error:  # orjson's
-                raise UserError(f"{raw.where}: its row cannot be written as JSON: {error}") from None
+            except TypeError as error:  # from orjson
+                raise UserError(f"{raw.where}: the row cannot be written as JSON: {error}") from None
             yield position, line + b"\n", length
 
     def _split(self, name: str) -> Row:
-        """Write a split's file, and subsets of the test rows; the manifest's entry."""
+        """Write the files of a split and its subsets; return the manifest entry."""
         data = self.study.data
         split, raw = data.splits[name], self.read[name]
         moved = {other: rows for other, (rows, _) in self.sampled.items() if data.splits[other].sample_from == name}
@@ -171,7 +174,7 @@ class _Preparation:
             rows = list(rows)
         written = self._write(name, rows)
         if not written["rows"]:
-            raise UserError(f"{raw.path}: no row is left to write; {dict(counts.dropped) or 'it has none'}")
+            raise UserError(f"{raw.path}: no rows left to write; {dict(counts.dropped) or 'the file is empty'}")
         entry = manifest.how_made(self.study, name, self.input_format) | self._account(name, raw, counts) | written
         if moved:
             entry["moved"] = {other: len(rows) for other, rows in moved.items()}
@@ -180,7 +183,7 @@ class _Preparation:
         return entry
 
     def _chosen(self, name: str, gone: set[int], counts: _Counts) -> Iterator[PlacedRow]:
-        """Rows of a split, without those moved to others; reads all, for the counts."""
+        """Rows of a split, except rows moved to other splits; reads all rows, for the counts."""
         split = self.study.data.splits[name]
         if split.shuffle is not None or name in self.order:
             order = [position for position in self.order.get(name) or self._positions(name) if position not in gone]
@@ -212,7 +215,7 @@ class _Preparation:
         }
 
     def _subsets(self, subsets: Mapping[str, Subset], rows: Iterable[PlacedRow], is_study_file: bool) -> Row:
-        """Write the subsets of the test rows; return their entries, and the reasons for others."""
+        """Write subsets of the test rows; return entries, and reasons for those left out."""
         entry: Row = {"subsets": {}, "left_out": {}}
         for key, subset in subsets.items():
             chosen = choose(subset, self.study.folder, rows)
@@ -226,7 +229,7 @@ class _Preparation:
         return entry
 
     def _write(self, name: str, rows: Iterable[PlacedRow]) -> Row:
-        """Write a file of rows, put in place when the stack closes; return its entry."""
+        """Write a file that the stack moves into place; return the manifest entry."""
         file = self.out / f"{name}.jsonl"
         clear_parts(file)
         stream = self.stack.enter_context(replacing(file))
@@ -246,7 +249,7 @@ def _ordered(rows: Iterable[PlacedRow], order: Order | None) -> Iterator[PlacedR
 
 
 def sample(rows: Iterable[PlacedRow], size: int, seed: int) -> list[PlacedRow]:
-    """Sample `size` rows uniformly, in their order; all if there are fewer."""
+    """Sample `size` rows uniformly, in raw order; all rows if there are fewer."""
     chance = random.Random(seed)
     chosen: list[PlacedRow] = []
     for count, row in enumerate(rows, start=1):
@@ -258,14 +261,14 @@ def sample(rows: Iterable[PlacedRow], size: int, seed: int) -> list[PlacedRow]:
 
 
 def shuffled(positions: list[int], seed: int) -> list[int]:
-    """Positions in the order that `Dataset.shuffle` of the library datasets gives rows."""
+    """Shuffle positions as `Dataset.shuffle` of the library datasets does."""
     import numpy
 
     return [positions[place] for place in numpy.random.default_rng(seed).permutation(len(positions))]
 
 
 def choose(subset: Subset, folder: Path, rows: Iterable[PlacedRow]) -> list[PlacedRow]:
-    """Rows of a subset: sampled, or at listed positions, in the list's order."""
+    """Rows of a subset: sampled, or at listed positions in the order of the list."""
     if subset.positions is None:
         return sample(rows, subset.rows, subset.seed or 0)
     by_position = {row[0]: row for row in rows}

@@ -1,4 +1,4 @@
-"""Published results of a study's recipes, as its study.yaml declares them."""
+"""Declaration of published results in study.yaml."""
 
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
@@ -10,13 +10,13 @@ from ..base.yamlfiles import Config
 from .declaration import Data, Key, Mistake, Name, Strict, Text, undeclared
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-"""Files that PEFT saves of every adapter."""
+"""Files of an adapter saved by PEFT."""
 
-TRAIN_LOSS = "train_loss"  # a curve's column; in a study's tolerances the largest acceptable gap to it
+TRAIN_LOSS = "train_loss"  # column of a curve; in tolerances the largest acceptable gap to the curve
 
 
 class PublishedScore(Strict):
-    """A published score, and the ± that it is printed with. A number alone is one without that."""
+    """Published score and the ± printed with it; a plain number is a score without ±."""
 
     value: float
     spread: float | None = Field(default=None, ge=0)
@@ -31,8 +31,7 @@ class PublishedScore(Strict):
 
 
 class Measured(Strict):
-    """Other published figures of a run: the time of its steps, its speed, the memory that its training reserved on the
-    GPU, and the number of parameters that it trained."""
+    """Other published figures of a run; `reserved_bytes` is GPU memory, `trainable` counts parameters."""
 
     train_seconds: float | None = None
     tokens_per_second: float | None = None
@@ -41,18 +40,18 @@ class Measured(Strict):
 
 
 class Texts(Strict):
-    """Texts in a file of the data: a line each, or a field, as in answer.text."""
+    """Texts in a data file: one per line, or in a field such as answer.text."""
 
     file: Text
     field: Text | None = None
 
 
 class PublishedPredictions(Strict):
-    """Predictions that authors published, with the references that they scored them against, in the test rows' order.
+    """Predictions and references that authors published, in the order of the test rows.
 
     Attributes:
-        test_set: the test rows that they belong to; by default those of the scores beside them.
-        absent: the reason why they cannot be had, instead of the files.
+        test_set: test set of the predictions; by default that of the published scores.
+        absent: reason why no files are available.
     """
 
     prediction: Texts | None = None
@@ -63,21 +62,21 @@ class PublishedPredictions(Strict):
     @model_validator(mode="after")
     def _are_there_or_not(self) -> Self:
         if {self.prediction is None, self.reference is None} != {self.absent is not None}:
-            raise ValueError("give prediction and reference, or absent, the reason why there are none")
+            raise ValueError("give prediction and reference, or absent, the reason why they are unavailable")
         return self
 
     @property
     def files(self) -> list[str]:
-        """The files of the data that they are in."""
+        """Data files with the predictions and references."""
         return list(dict.fromkeys(texts.file for texts in (self.prediction, self.reference) if texts))
 
 
 class Cell(Strict):
-    """Scores published of other settings of a recipe.
+    """Grid point: published scores for other settings of a recipe.
 
     Attributes:
-        values: of keys of the recipe.
-        scores: by metric, of each run.
+        values: values of the changed keys.
+        scores: scores of the runs, by metric.
     """
 
     values: Annotated[Config, Field(min_length=1)]
@@ -85,12 +84,12 @@ class Cell(Strict):
 
 
 class AdapterFormat(Strict):
-    """The format of an adapter that a fork of PEFT saved.
+    """Format of an adapter that a fork of PEFT saved.
 
     Attributes:
-        weights: its file of weights, by torch.save.
-        names: parts of the names of weights, each with PEFT's instead.
-        config: what PEFT's adapter_config.json has otherwise.
+        weights: file of weights, written by torch.save.
+        names: replacements in the names of weights, from the fork's parts to PEFT's.
+        config: keys to override in adapter_config.json.
     """
 
     weights: Name = "adapter_model.bin"
@@ -99,15 +98,15 @@ class AdapterFormat(Strict):
 
 
 class Published(Strict):
-    """Results published of one recipe.
+    """Published results of one recipe.
 
     Attributes:
-        scores: by metric, in the unit of that.
-        repeats: by metric, the scores of runs that repeat it, itself among them.
-        cells: results of its other settings, for sweeps.
-        curve: a CSV file beside study.yaml with the columns step and train_loss.
-        adapter: the folder, among the data's files, of the adapter that the authors trained.
-        adapter_format: its format, where that is not PEFT's.
+        scores: scores by metric, in the metric's unit.
+        repeats: scores of all repeated runs, including the reported run, by metric.
+        cells: grid points with other settings, for sweeps.
+        curve: CSV file beside study.yaml with the columns step and train_loss.
+        adapter: folder, in the data files, of the adapter that the authors trained.
+        adapter_format: format of the adapter if PEFT did not save it.
     """
 
     scores: dict[str, PublishedScore] = Field(default={})
@@ -121,7 +120,7 @@ class Published(Strict):
     adapter_format: AdapterFormat | None = None
 
     def mistakes(self, at: Key, metrics: list[str], data: Data, folder: Path) -> Iterator[Mistake]:
-        """Names that it uses and the study does not declare."""
+        """Undeclared names, and a missing curve."""
         scores: dict[Key, Collection[str]] = {("scores",): self.scores, ("repeats",): self.repeats}
         scores |= {("cells", str(i), "scores"): cell.scores for i, cell in enumerate(self.cells)}
         for key, names in scores.items():
@@ -137,11 +136,11 @@ class Published(Strict):
 
 
 class Variant(Strict):
-    """A recipe that is not among the study's own.
+    """Recipe that the authors did not publish.
 
     Attributes:
-        of: the study's recipe that it is a variant of.
-        reproduces: whether its score is meant to be that recipe's published one.
+        of: published recipe that it varies.
+        reproduces: True if the variant should reach the published score of that recipe.
     """
 
     of: str
@@ -149,10 +148,11 @@ class Variant(Strict):
 
 
 class Baseline(Strict):
-    """Scores to compare with, and the test set that they are on.
+    """Published scores of other systems, to compare with.
 
     Attributes:
-        compared: whether runs are compared with it; otherwise it is only there for its predictions.
+        test_set: test set of the scores.
+        compared: True to compare runs with the scores; False if only the predictions matter.
     """
 
     name: str
@@ -162,14 +162,14 @@ class Baseline(Strict):
     compared: bool = True
 
     def mistakes(self, at: Key, metrics: list[str], data: Data) -> Iterator[Mistake]:
-        """Names that it uses and the study does not declare."""
+        """Undeclared names."""
         for name in self.scores:
             yield from undeclared((*at, "scores", name), name, metrics)
         yield from undeclared_predictions(at, self.predictions, data)
 
 
 def undeclared_predictions(at: Key, predictions: PublishedPredictions | None, data: Data) -> Iterator[Mistake]:
-    """Names that published predictions use and the data does not declare."""
+    """Undeclared names in published predictions."""
     if predictions:
         at = (*at, "predictions")
         yield from undeclared((*at, "test_set"), predictions.test_set, ["test", *data.subsets])
@@ -179,12 +179,12 @@ def undeclared_predictions(at: Key, predictions: PublishedPredictions | None, da
 
 
 def adapter_files(data: Data, folder: str) -> list[str]:
-    """The files of the data that are in an adapter's folder."""
+    """Data files in an adapter's folder."""
     return [name for name in data.files if str(PurePosixPath(name).parent) == str(PurePosixPath(folder))]
 
 
 def released(data: Data, published: dict[str, Published], baselines: list[Baseline]) -> set[str]:
-    """The sources of the data that only published predictions and adapters need."""
+    """Sources that only published predictions and adapters need."""
     predictions = [of.predictions for of in published.values()] + [of.predictions for of in baselines]
     files = [file for some in predictions if some for file in some.files]
     files += [file for of in published.values() if of.adapter for file in adapter_files(data, of.adapter)]

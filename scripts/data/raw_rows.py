@@ -1,6 +1,6 @@
-"""Raw rows: the files that they are read from, and the expressions of study.yaml that make values of their fields.
+"""Read raw rows, and prepare rows from them by the expressions in study.yaml.
 
-Expressions are Jinja's, in a sandbox.
+Expressions are Jinja expressions, evaluated in a sandbox.
 """
 
 import csv
@@ -22,8 +22,8 @@ from .declaration import Data
 def tagged(patch: str) -> str:
     """Tagged form of a patch on one line, as in the first study's code.
 
-    The hunk header and blank lines are dropped, the others stripped; `<add>` stands for +, `<del>` for -,
-    `<keep>` for the rest.
+    The hunk header and blank lines are dropped; other lines are stripped. The tags are `<add>` for +, `<del>` for -,
+    and `<keep>` for other lines.
     """
     tags = {"+": "<add>", "-": "<del>"}
     lines = (line for line in patch.splitlines() if line[1:].strip() and not line.startswith("@@"))
@@ -31,14 +31,14 @@ def tagged(patch: str) -> str:
 
 
 def tojson(value: Any) -> str:
-    """A value as JSON; Jinja's own filter of that name writes it for HTML."""
+    """Value as JSON; Jinja's filter of this name would escape it for HTML."""
     return orjson.dumps(value).decode()
 
 
 def role_colon(messages: list[dict[str, str]]) -> list[Row]:
-    """A chat as segments, of which a last answer carries loss, and the `User:` behind it.
+    """Chat as segments `Role:` and content, like the renderer of this name.
 
-    As the renderer of that name in thinking-machines-lab/tinker-cookbook cuts it: `Role:`, then the content.
+    The renderer belongs to thinking-machines-lab/tinker-cookbook. Loss is on the last answer and the `User:` after it.
     """
     segments: list[Row] = []
     for message in messages:
@@ -51,26 +51,26 @@ def role_colon(messages: list[dict[str, str]]) -> list[Row]:
 
 
 FILTERS: dict[str, Callable[..., Any]] = {"tagged": tagged, "tojson": tojson, "role_colon": role_colon}
-"""Filters that expressions have beside Jinja's own."""
+"""Additional filters for expressions."""
 
 _JINJA = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
-_JINJA.globals.clear()  # so that a name is a field's
+_JINJA.globals.clear()  # names are fields only
 _JINJA.filters |= FILTERS
 
 
 class BadRow(Exception):
-    """A raw row that no prepared one can be made of."""
+    """Raw row that cannot be prepared."""
 
 
 class Expression:
-    """A compiled expression.
+    """Compiled expression.
 
     Args:
-        name: its name in messages.
-        text: the expression.
+        name: name for messages.
+        text: source text.
 
     Raises:
-        ValueError: it is not an expression, or names an unknown filter or test.
+        ValueError: the text is not an expression, or names an unknown filter or test.
     """
 
     def __init__(self, name: str, text: str):
@@ -78,10 +78,10 @@ class Expression:
         try:
             self._compiled = _JINJA.compile_expression(text, undefined_to_none=False)
         except jinja2.TemplateError as error:
-            raise ValueError(f"{text!r}: {error.message} (text stands in quotes of its own)") from None
+            raise ValueError(f"{text!r}: {error.message} (put literal text in additional quotes)") from None
 
     def value(self, fields: Mapping[str, Any]) -> Any:
-        """The value for the fields of a row.
+        """Evaluate for the fields of a row.
 
         Raises:
             BadRow: a field is missing, or the expression fails.
@@ -90,33 +90,33 @@ class Expression:
             value = self._compiled(fields)
             if isinstance(value, jinja2.Undefined):
                 str(value)  # raises the error that names the field
-        except Exception as error:  # whatever an expression does with a value that it was not meant for
+        except Exception as error:  # an expression can raise anything on an unexpected value
             raise BadRow(f"{self.label}: {error}") from None
         return value
 
 
 def has_gap(value: Any) -> bool:
-    """True for null, a missing field, and what holds one."""
+    """True for null and missing fields, also inside lists and mappings."""
     if isinstance(value, list | tuple | dict):
         return any(map(has_gap, value.values() if isinstance(value, dict) else value))
     return value is None or isinstance(value, jinja2.Undefined)
 
 
 def constants(fields: Mapping[str, str]) -> dict[str, Any]:
-    """The values of those fields whose expressions name no field of a raw row."""
+    """Values of fields whose expressions use no field of the raw row."""
     parsed = {name: _JINJA.parse(f"{{{{ {text} }}}}") for name, text in fields.items()}
     same = [name for name, tree in parsed.items() if not meta.find_undeclared_variables(tree)]
     return {name: Expression(name, fields[name]).value({}) for name in same}
 
 
 class RowMaker:
-    """Makes prepared rows of raw ones.
+    """Converter of raw rows to prepared rows.
 
     Args:
-        fields: the expressions for the fields of a prepared row.
-        filters: those for the rows to leave out, by reason; they see the prepared fields too.
-        extra_fields: those for further fields, which may be null.
-        order: the expression for the number that rows are sorted by; it sees the prepared fields too.
+        fields: expressions for the prepared fields.
+        filters: expressions for rows to leave out, by reason; prepared fields are available.
+        extra_fields: expressions for additional fields, which can be null.
+        order: expression for the number that rows are sorted by; prepared fields are available.
     """
 
     def __init__(
@@ -128,13 +128,13 @@ class RowMaker:
         self._order = Expression("longest_first", order)
 
     def make(self, raw: Row, file: str = "") -> tuple[Row, str | None, Row, float]:
-        """Prepared row, reason to leave it out, extra fields, and sort value.
+        """Return the prepared row, a reason to leave it out or None, extra fields, and the sort value.
 
-        Expressions see the raw row's fields; without one of that name, also the prepared fields before them, `row`, the
-        whole of it, for fields whose names are not identifiers, and `file`, the name of its raw file.
+        Expressions see the fields of the raw row. Unless the raw row has a field of the name, they also see earlier
+        prepared fields, `row`, the complete raw row, and `file`, the name of the raw file.
 
         Raises:
-            BadRow: a field is missing, or an expression fails, or gives neither text nor, for the order, a number.
+            BadRow: a field is missing, an expression fails, a field is not text, or the order is not a number.
         """
         known = {"row": raw, "file": file} | raw
         row: Row = {}
@@ -146,20 +146,20 @@ class RowMaker:
                 return row, reason, {}, 0
         for name, value in row.items():
             if not isinstance(value, str) and (not isinstance(value, list | tuple | dict) or has_gap(value)):
-                problem = f"{value!r:.60}, not text, or a list or mapping of it; filter such rows out"
+                problem = f"{value!r:.60}, not text, or a list or mapping of texts; filter such rows out"
                 raise BadRow(f"{self._fields[name].label}: {problem}")
         length = self._order.value(both)
         if not isinstance(length, int | float):
-            raise BadRow(f"{self._order.label}: {length!r:.60}, not a number; take one, such as a length")
+            raise BadRow(f"{self._order.label}: {length!r:.60}, not a number; use a number, such as a length")
         return row, None, {name: extra.value(known) for name, extra in self._extra_fields.items()}, length
 
 
 class RawFile:
-    """A raw file, or several as one.
+    """Raw file, or several files read as one.
 
     Attributes:
-        path: the one that is being read.
-        read: the number of rows that were read.
+        path: current file.
+        read: number of rows read so far.
     """
 
     def __init__(self, *paths: Path):
@@ -168,11 +168,11 @@ class RawFile:
 
     @property
     def where(self) -> str:
-        """The place of the row that was read last: its line, or its number in an array."""
+        """Place of the current row: line, or number in an array."""
         return f"{self.path}:{self._line}" if self._line else f"{self.path}: row {self.read - self._before}"
 
     def rows(self) -> Iterator[Row]:
-        """Its rows, as a stream; only an array of JSON is read whole.
+        """Stream rows; only JSON arrays are loaded completely.
 
         Raises:
             UserError: a row is not a mapping, or the file is malformed.
@@ -196,7 +196,7 @@ class RawFile:
         except orjson.JSONDecodeError as error:
             raise UserError(f"{self.path}:{error.lineno}: not JSON: {error.msg}") from None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise UserError(f"{self.path}: not a JSON array of mappings; a file with a row a line ends in .jsonl")
+            raise UserError(f"{self.path}: not a JSON array of mappings; name a file with one row per line .jsonl")
         yield from rows
 
     def _csv_rows(self, stream: IO[bytes]) -> Iterator[Row]:
@@ -205,27 +205,27 @@ class RawFile:
         try:
             names = reader.fieldnames or []
             if len(set(names)) < len(names) or "" in names:
-                raise UserError(f"{self.path}:1: the first line names the fields, each once")
+                raise UserError(f"{self.path}:1: a field without a name, or twice; give each field one name")
             for row in reader:
                 if None in row or None in row.values():
-                    raise UserError(f"{self.where}: has not the {len(names)} fields that the first line names")
+                    raise UserError(f"{self.where}: the row does not have the {len(names)} fields in line 1")
                 yield row
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{self.where}: not CSV in UTF-8: {error}") from None
 
 
 def within(given: Path, names: Collection[str]) -> dict[str, RawFile]:
-    """The raw files of some names at a path: the file itself, or those in a folder."""
+    """Raw files with some names at a path: a file, or files in a folder."""
     if given.is_dir():
         return {name: RawFile(given / name) for name in names if (given / name).is_file()}
     return {name: RawFile(given) for name in names if given.match(name)}
 
 
 def find(raw: Iterable[Path], names: Collection[str]) -> dict[str, RawFile]:
-    """The raw files of some names, among files and in folders that the user names.
+    """Find raw files by name in the user's files and folders.
 
     Raises:
-        UserError: a path does not exist or has no such file, one is empty, or there are two of a name.
+        UserError: a path does not exist, a path has no raw file, or two files have the same name.
     """
     found: dict[str, RawFile] = {}
     for given in raw:
@@ -233,7 +233,7 @@ def find(raw: Iterable[Path], names: Collection[str]) -> dict[str, RawFile]:
             raise UserError(f"{given}: no such file")
         files = within(given, names)
         if not files:
-            raise UserError(f"{given}: no raw file of the study; those are {', '.join(names)}")
+            raise UserError(f"{given}: no raw file of the study, which has {', '.join(names)}")
         for name, file in files.items():
             if name in found:
                 raise UserError(f"{file.path}: a second file for {name}, after {found[name].path}")
@@ -242,13 +242,13 @@ def find(raw: Iterable[Path], names: Collection[str]) -> dict[str, RawFile]:
 
 
 def fetched(data: Data) -> list[Path]:
-    """The raw files that `recipe data fetch` left.
+    """Raw files in the folder of `recipe data fetch`.
 
     Raises:
-        UserError: it left none.
+        UserError: a file is missing.
     """
     files = [data.raw / name for name in data.raw_files]
     if missing := [file for file in files if not file.is_file()]:
-        remedy = f"`recipe data fetch {data.key}` gets it, or name a folder that has it"
+        remedy = f"run `recipe data fetch {data.key}`, or name a folder with the file"
         raise UserError(f"{missing[0]}: no such file; {remedy}")
     return files

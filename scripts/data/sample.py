@@ -1,4 +1,4 @@
-"""Prepares the shipped samples of studies, which rehearsals train on."""
+"""Prepare the shipped samples of studies for rehearsals."""
 
 import hashlib
 from functools import partial
@@ -10,11 +10,11 @@ from ..base.machine import make_once
 from . import study
 
 VERSION = 1
-"""Of the code that makes rows: raise it where the same study and raw files become other rows."""
+"""Version of the preparation code: raise it if the same study and raw files give other rows."""
 
 
 def rehearsal_data(of_study: study.Study, input_format: str) -> Path:
-    """The folder of a study's prepared sample; written to the cache the first time."""
+    """Folder of a study's prepared sample, cached."""
     content = [str(VERSION), of_study.data.model_dump_json(), input_format, *map(sha256, _raw(of_study))]
     key = hashlib.sha256("".join(content).encode()).hexdigest()
     made = paths.cache() / f"sample-{of_study.folder.name}-{input_format}-{key[:16]}"
@@ -22,7 +22,7 @@ def rehearsal_data(of_study: study.Study, input_format: str) -> Path:
 
 
 def _raw(of_study: study.Study) -> list[Path]:
-    """The raw files of a study's sample that are there."""
+    """Existing raw files of a study's sample."""
     return sorted(file for name in of_study.data.raw_files if (file := folder(of_study) / name).is_file())
 
 
@@ -42,7 +42,7 @@ def twin(path: str) -> Path | None:
 
 
 def usual_sample() -> Path:
-    """Sample folder for recipes without a study: the first one of type `alpaca`."""
+    """Sample folder for recipes without a study: the first sample with `alpaca` fields."""
     studies = [each for each in study.every() if each.data.sample]
     alpaca = [each for each in studies if {"instruction", "output"} <= each.data.fields.keys()]
     first = [*alpaca, *studies][0]
@@ -50,14 +50,14 @@ def usual_sample() -> Path:
 
 
 def length_of(file: Path) -> int:
-    """Upper bound of the tokens in a row, at two bytes each; a multiple of 256."""
+    """Upper bound of tokens per row, at two bytes per token; a multiple of 256."""
     with file.open("rb") as lines:
         longest = max(map(len, lines), default=0)
     return -(-longest // 512) * 256
 
 
 def _with_few_sampled(of_study: study.Study) -> study.Study:
-    """The study, with at most a quarter of its sample in each sampled split."""
+    """Copy of a study in which each sampled split has at most a quarter of the sample."""
     splits = dict(of_study.data.splits)
     for name, split in splits.items():
         if split.sample_from and split.sample:

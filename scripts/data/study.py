@@ -1,4 +1,4 @@
-"""A study: the paper behind a folder of recipes, its data, its metrics and its published scores."""
+"""Study behind a folder of recipes: paper, data, metrics and published scores."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache, cached_property
@@ -22,13 +22,13 @@ _OF_SCORES = (
     *("low", "high", "interval", "interval_method", "base_model", "published", "spread", "difference", "verdict"),
     "model",
 )
-"""Suffixes of METRIC_low and so on in results, which no decoding can have as its name."""
+"""Suffixes of keys such as METRIC_low in results; names of decodings must differ from them."""
 
 
 class Decoding(Strict):
-    """Decoding of predictions, in transformers' terms.
+    """Decoding configuration, with the keys of transformers.
 
-    Only sampling uses temperature, top_p, top_k and seed; a top_k of 0 allows all tokens.
+    Only sampling uses temperature, top_p, top_k and seed. A top_k of 0 allows all tokens.
     """
 
     max_new_tokens: int = Field(ge=1)
@@ -41,21 +41,21 @@ class Decoding(Strict):
 
 
 OF_NO_STUDY = Decoding(max_new_tokens=96)
-"""Decoding where no study declares one."""
+"""Decoding for runs without a study."""
 
 
 class Study(Strict):
-    """The content of a study.yaml, and its folder.
+    """Content of study.yaml, and its folder.
 
     Attributes:
-        tags: of the model cards of its runs.
-        decodings: further ways to decode, each reported beside the first, by name.
-        metrics: by name, what its runs are scored with; `columns` are made of them.
+        tags: tags for model cards.
+        decodings: other decoding configurations by name, reported beside the default one.
+        metrics: declarations of the metrics by name, see `columns`.
         variants: recipes that the authors did not publish.
-        comment_prefixes: the beginnings of a recipe's comments behind settings that the authors state.
-        tolerances: by metric, the difference from a published score that is acceptable; for a curve as `train_loss`.
-        differences: what Axolotl does differently from the authors, in words.
-        shown: the metrics that are columns of tables; by default all.
+        comment_prefixes: prefixes of comments in recipes, for settings that the authors state.
+        tolerances: acceptable differences from published scores by metric; `train_loss` for a curve.
+        differences: descriptions of differences between Axolotl and the authors' code.
+        shown: metrics with a column in tables; by default all.
     """
 
     folder: SkipJsonSchema[Path]
@@ -77,72 +77,71 @@ class Study(Strict):
 
     @cached_property
     def columns(self) -> dict[str, Column]:
-        """The metrics that its runs are scored with, the first of which verdicts and sweeps take first."""
+        """Metrics by name; the first decides verdicts and sweeps."""
         return registry.columns(self.metrics)
 
     @property
     def first(self) -> Column:
-        """The first of the metrics."""
+        """First metric."""
         return next(iter(self.columns.values()))
 
     @property
     def table(self) -> dict[str, Column]:
-        """The metrics that are columns of tables."""
+        """Metrics with a column in tables."""
         return {name: self.columns[name] for name in self.shown or self.columns}
 
     @property
     def generates(self) -> bool:
-        """True if a metric scores predictions, not only the eval loss."""
+        """True if a metric uses more than the eval loss."""
         return any(column.metric.of_loss is None for column in self.columns.values())
 
     @property
     def cited(self) -> str:
-        """Its paper in a few words, from what study.yaml gives."""
+        """Short citation of the paper."""
         paper = self.paper
         where = f"arXiv {paper['arxiv']}" if paper.get("arxiv") else paper.get("url")
         return ", ".join(str(part) for part in (paper.get("authors"), where) if part) or self.title
 
     @property
     def test_title(self) -> str:
-        """The rows that the published scores are on."""
+        """Description of the rows behind the published scores."""
         return self.data.title_of(self.data.test_set)
 
     @property
     def compared(self) -> list[Baseline]:
-        """The baselines that runs are compared with."""
+        """Baselines to compare runs with."""
         return [baseline for baseline in self.baselines if baseline.compared]
 
     @property
     def fetched(self) -> list[str]:
-        """The sources that `recipe data fetch` gets by default: all but published predictions and trained adapters."""
+        """Default sources of `recipe data fetch`: all except published predictions and adapters."""
         extra = released(self.data, self.published, self.baselines)
         return [name for name in self.data.sources if name not in extra]
 
     def origin(self, recipe: str) -> str:
-        """The study's own recipe that a recipe is a variant of, or is."""
+        """Published recipe behind a variant; other recipes are returned as they are."""
         return self.variants[recipe].of if recipe in self.variants else recipe
 
     def repeats(self, recipe: str, metric: str) -> list[float]:
-        """The published scores of repeats of a recipe, or of another one of the study where that has none; else
-        empty."""
+        """Published scores of repeated runs: of the recipe, or else of another recipe in the study."""
         recipes = [self.origin(recipe), *self.published]
         known = (self.published[name].repeats.get(metric) for name in recipes if name in self.published)
         return next(filter(None, known), [])
 
     def cell(self, recipe: str, settings: Mapping[str, Any]) -> Cell | None:
-        """Published scores of some settings of a recipe or its original."""
+        """Published grid point that matches some settings of a recipe."""
         published = self.published.get(self.origin(recipe))
         cells = published.cells if published else []
         return next((cell for cell in cells if cell.values.items() <= settings.items()), None)
 
     def aimed_at(self, recipe: str) -> Published | None:
-        """The published results that a recipe aims at."""
+        """Published results that a recipe should reach; None for other recipes."""
         if recipe in self.variants and not self.variants[recipe].reproduces:
             return None
         return self.published.get(self.origin(recipe))
 
     def mistakes(self) -> Iterator[Mistake]:
-        """Metrics that are declared wrongly, names that are used and not declared, and files that are missing."""
+        """Invalid metrics, undeclared names and missing files."""
         for name, entry in self.metrics.items():
             try:
                 averaged = getattr(registry.column(name, entry).parameters, "of", None)
@@ -167,10 +166,10 @@ class Study(Strict):
 
 
 def load(folder: Path) -> Study:
-    """The study of a folder of recipes.
+    """Load the study in a folder of recipes.
 
     Raises:
-        UserError: its study.yaml is malformed; it names every mistake, each with its line.
+        UserError: study.yaml is malformed; the error lists every mistake with its line.
     """
     file = (folder / "study.yaml").absolute()
     return _load(file, file.stat().st_mtime_ns if file.exists() else 0)
@@ -189,29 +188,29 @@ def _load(file: Path, _: int) -> Study:
 
 
 def _mistake(found: Any) -> Mistake:
-    """An error of pydantic's; of a key it names the place of the value."""
+    """Mistake from a pydantic error; an invalid key has the place of its value."""
     place = tuple(str(part) for part in found["loc"] if part != "[key]")
     return place, found["msg"].removeprefix("Value error, ")
 
 
 def refusal(file: Path, mistakes: Iterable[Mistake]) -> UserError:
-    """An error that lists mistakes in a study.yaml in the order of their lines."""
+    """Error that lists mistakes in study.yaml by line."""
     lines = sorted((yamlfiles.line_of(file, key), ".".join(key), problem) for key, problem in mistakes)
     return UserError("\n".join(f"{file}:{line}: {key}: {problem}" for line, key, problem in lines))
 
 
 def find(name: str | None) -> Study:
-    """The study of a name or a part of that; its name is its folder's below recipes/. None means the only one.
+    """Find a study by folder name in recipes/, or a part of the name; None finds the only study.
 
     Raises:
-        UserError: there is none, or several are meant.
+        UserError: no study or several studies match.
     """
     folders = {folder.name: folder for folder in paths.studies()}
     return load(folders[_only(name, folders, "study", "--study")])
 
 
 def every() -> list[Study]:
-    """All studies, in the order of their names, but malformed ones, which are reported."""
+    """All studies by name; malformed ones are reported and left out."""
     return [study for folder in paths.studies() if (study := _loaded(folder))]
 
 
@@ -225,10 +224,12 @@ def _loaded(folder: Path) -> Study | None:
 
 
 def with_data(key: str | None) -> Study:
-    """The first study on a data set, given by its name or a part of that, or by a study's. None means the only one.
+    """Find the first study on a data set; None finds the only data set.
+
+    `key` is the data set's name, a part of it, or a study's name.
 
     Raises:
-        UserError: there is none, or several are meant.
+        UserError: no data set or several data sets match.
     """
     if folder := next((folder for folder in paths.studies() if folder.name == key), None):
         return load(folder)
@@ -262,7 +263,7 @@ def fetching(path: str) -> str | None:
 
 
 def preparation(path: str) -> str | None:
-    """Commands that write a file of prepared rows; None for a file that they do not write."""
+    """Commands that write a file of prepared rows; None for other files."""
     for study, name in preparing(path):
         if Path(path).name not in {f"{split}.jsonl" for split in (*study.data.splits, *study.data.subsets)}:
             continue
@@ -274,7 +275,7 @@ def preparation(path: str) -> str | None:
 
 
 def preparing(path: str) -> Iterator[tuple[Study, str]]:
-    """The studies, and the formats of their rows, that `recipe data prepare` writes to a path's folder."""
+    """Studies and formats whose prepared rows belong in a path's folder."""
     for study in every():
         for name, form in study.data.formats.items():
             if Path(form.folder) == Path(path).parent:
@@ -282,20 +283,20 @@ def preparing(path: str) -> Iterator[tuple[Study, str]]:
 
 
 def of(recipe: str) -> Study | None:
-    """The study that a recipe belongs to by its name, or None.
+    """Study of a recipe, by the recipe's name; None without a study.
 
     Raises:
-        UserError: it is malformed.
+        UserError: the study is malformed.
     """
     return load(folder) if (folder := _folder(recipe)) else None
 
 
 def of_any(recipe: str) -> Study | None:
-    """Study of a recipe, or None; a malformed study is reported."""
+    """Study of a recipe; None without a study, or, with a warning, if it is malformed."""
     return _loaded(folder) if (folder := _folder(recipe)) else None
 
 
 def _folder(recipe: str) -> Path | None:
     name, slash, _ = recipe.partition("/")
-    folders = (recipes / name for recipes, _ in paths.homes() if slash)  # looked up, as listing all takes long for many
+    folders = (recipes / name for recipes, _ in paths.homes() if slash)  # lookup, because listing many is slow
     return next((folder for folder in folders if (folder / "study.yaml").is_file()), None)

@@ -1,18 +1,18 @@
-"""Metrics of an answer's result: its number, or its choice of a word.
+"""Metrics of a final answer: a number, or a choice among words.
 
 Numbers are found and compared in four ways, ported from descriptions of the authors' code:
 
-- `loftq`: test_gsm8k.py of yxli2123/LoftQ@ae33fd4 (arXiv 2310.08659). Commas are removed. The number is the first
-  behind the first marker, up to a second one; where there is no marker, or no number there, the last of the whole
-  text. Numbers are compared as floats.
-- `peft`: utils.py of method_comparison/MetaMathQA in huggingface/peft@5d602fd. The number is what stands behind the
-  last occurrence of the first marker that is found, up to the end of the line, without spaces and any of .!?$% around
-  it. It is compared as a decimal, or as a fraction of two; a text without a marker has no number.
-- `pissa`: utils/test_acc.py of GraphPKU/PiSSA@87f4db6 (arXiv 2404.02948). The number is the first behind the last
-  marker, digits with at most one of .,/ among them, so that 1,234,567 is 1234. It is rounded, a fraction too; 3/0 is
-  3. A text without a marker has no number.
-- `loraga`: reproduce/eval_gsm8k.py of Outsider565/LoRA-GA@89af7de (arXiv 2407.05000). The number is the digits right
-  behind the first marker that has some; signs, decimals and what follows a comma are lost. Without them it is 0.
+- `loftq`: test_gsm8k.py of yxli2123/LoftQ@ae33fd4 (arXiv 2310.08659). Commas are removed. The number is the first one
+  after the first marker, before any second marker. Without a marker, or without such a number, it is the last number in
+  the text. Numbers are compared as floats.
+- `peft`: utils.py of method_comparison/MetaMathQA in huggingface/peft@5d602fd. Of the markers, the first in the list
+  that occurs counts. The number is the rest of the line after its last occurrence, without surrounding spaces and
+  .!?$%. It is compared as a decimal, or as a fraction of two. A text without a marker has no number.
+- `pissa`: utils/test_acc.py of GraphPKU/PiSSA@87f4db6 (arXiv 2404.02948). The number is the first one after the last
+  marker. It consists of digits with at most one of .,/ among them: 1,234,567 gives 1234. Numbers and fractions are
+  rounded; 3/0 gives 3. A text without a marker has no number.
+- `loraga`: reproduce/eval_gsm8k.py of Outsider565/LoRA-GA@89af7de (arXiv 2407.05000). The number is the digits directly
+  after a marker, at the first marker with digits. Signs, decimals and digits after a comma are lost. Otherwise it is 0.
 """
 
 import re
@@ -36,12 +36,11 @@ _SIGNED = re.compile(r"[-+]?\d*[.,/]?\d+")
 
 
 class NumberParameters(Parameters):
-    """Way to find the number of an answer.
+    """Method to find the number in an answer.
 
     Attributes:
-        parser: by whose code, see above.
-        markers: the words that the number stands behind, in the order in which they are looked for; by default that
-            code's.
+        parser: authors' method, see the module.
+        markers: texts before the number, in order of search; by default those of the authors.
     """
 
     parser: Literal["loftq", "peft", "pissa", "loraga"] = "loftq"
@@ -49,7 +48,7 @@ class NumberParameters(Parameters):
 
     @property
     def sought(self) -> tuple[str, ...]:
-        """Markers of the search."""
+        """Markers in order of search."""
         return self.markers or MARKERS[self.parser]
 
 
@@ -75,7 +74,7 @@ def _by_peft(text: str, markers: Sequence[str]) -> Decimal | None:
         if len(below) > 1 or not all(part.is_finite() for part in (above, *below)):
             return None
         return above / below[0] if below else above
-    except DecimalException:  # no number, or a division by zero
+    except DecimalException:  # not a number, or a division by zero
         return None
 
 
@@ -102,22 +101,22 @@ _PARSERS: dict[str, Callable[[str, Sequence[str]], float | Decimal | None]] = {
 
 
 def number_of(text: str, parameters: NumberParameters) -> float | Decimal | None:
-    """Number of an answer; None without one."""
+    """Number in an answer; None without a number."""
     return _PARSERS[parameters.parser](text, parameters.sought)
 
 
 def number(pairs: Sequence[Pair], parameters: NumberParameters) -> list[float]:
-    """100 for each prediction whose number is that of its reference, otherwise 0."""
+    """Score predictions 100 if their number equals the reference's, otherwise 0."""
     numbers = ([number_of(text, parameters) for text in pair] for pair in pairs)
     return [100.0 * (wanted is not None and wanted == given) for wanted, given in numbers]
 
 
 class ChoiceParameters(Parameters):
-    """Words of the choice.
+    """Words to choose from.
 
     Attributes:
-        words: sets of words; those of a row are the set that its reference is in, or else the reference alone.
-        behind: the text behind whose last occurrence the choice begins.
+        words: sets of words. A row uses the set that contains its reference, or else the reference alone.
+        behind: text before the choice; the search starts after its last occurrence.
     """
 
     words: Annotated[tuple[Annotated[tuple[str, ...], Field(strict=False)], ...], Field(strict=False)] = ()
@@ -125,7 +124,7 @@ class ChoiceParameters(Parameters):
 
 
 def choice(pairs: Sequence[Pair], parameters: ChoiceParameters) -> list[float]:
-    """100 for each prediction whose first word of the choice is the reference, otherwise 0."""
+    """Score predictions 100 if the first of the words in them is the reference, otherwise 0."""
     scores = []
     for reference, prediction in pairs:
         words_of_row = next((words for words in parameters.words if reference in words), (reference,))
@@ -136,7 +135,7 @@ def choice(pairs: Sequence[Pair], parameters: ChoiceParameters) -> list[float]:
 
 
 def _notes(pairs: Sequence[Pair], parameters: NumberParameters) -> Iterator[str]:
-    """Notes on texts without a number, possibly for want of the right marker."""
+    """Notes on texts without a number, possibly because a marker is missing."""
     remedy = "; `markers` names others" if parameters.markers is None else ""
     for side, name in enumerate(("references", "predictions")):
         unread = [pair[side] for pair in pairs if number_of(pair[side], parameters) is None]
@@ -147,7 +146,7 @@ def _notes(pairs: Sequence[Pair], parameters: NumberParameters) -> Iterator[str]
 
 
 class GroupParameters(Parameters):
-    """The column whose scores are averaged, and the group of rows, by default each one of them, counting alike."""
+    """Averaged column `of`, and one `group` of rows; by default all groups, with equal weight."""
 
     of: str
     group: str | None = None
@@ -156,7 +155,7 @@ class GroupParameters(Parameters):
 def mean_of_groups(
     groups: Mapping[str, Sequence[float]], parameters: GroupParameters
 ) -> tuple[float, list[float]] | None:
-    """The unweighted mean of the means of groups, and its 95 % interval; None without rows."""
+    """Unweighted mean over group means, with a 95 % interval; None without rows."""
     chosen = [scores for name, scores in groups.items() if parameters.group in (None, name)]
     if not chosen:
         return None

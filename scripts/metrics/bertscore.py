@@ -1,4 +1,4 @@
-"""BERTScore by the bert-score library, repaired for transformers 5, and its scorer model."""
+"""BERTScore by the bert-score library, repaired for transformers 5."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ from ..base.files import Row, sha256
 from ..base.hub import importing_axolotl
 from .metric import Metric, Pair, Parameters
 
-DEFAULT = "roberta-large"  # bert-score's own for English
+DEFAULT = "roberta-large"  # bert-score's default for English
 
 
 class ScorerModel(Parameters):
     """Model whose embeddings BERTScore compares.
 
     Attributes:
-        model: its name on the hub, or its folder.
-        layer: the layer that provides the embeddings; None is the one that bert-score's authors tuned.
+        model: name on the hub, or a folder.
+        layer: layer that provides the embeddings; None is the layer that bert-score's authors tuned.
     """
 
     model: str = DEFAULT
@@ -28,7 +28,7 @@ class ScorerModel(Parameters):
 
     @property
     def stand_in(self) -> bool:
-        """True for a rehearsal's model in place of the study's."""
+        """True for the model that replaces the study's in rehearsals."""
         return False
 
     @property
@@ -37,23 +37,23 @@ class ScorerModel(Parameters):
 
     @property
     def name(self) -> str:
-        """Its name in scores, without a folder of this machine."""
+        """Name in scores, without local folders."""
         return Path(self.model).name if self.is_local else self.model
 
     def local_revision(self) -> str:
-        """Hash that distinguishes the weights in its folder from others of that name."""
+        """Hash of the weights in a local folder."""
         files = sorted([*Path(self.model).glob("*.safetensors"), *Path(self.model).glob("*.bin")])
         return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
 
     def not_loaded(self, error: Exception) -> WorkFailed:
         return WorkFailed(
-            f"BERTScore: {self.model} cannot be loaded: {str(error).splitlines()[0]}; `--metric bertscore:none` leaves "
-            "it out, `--metric bertscore:DIR` takes a model's folder"
+            f"BERTScore: {self.model} cannot be loaded: {str(error).splitlines()[0]}; leave BERTScore out with "
+            "`--metric bertscore:none`, or name a model folder with `--metric bertscore:DIR`"
         )
 
 
 def made_by(by: ScorerModel | None, record: Row | None) -> bool:
-    """True if a record of BERTScore belongs to a model; None is no model and no score."""
+    """True if a record of BERTScore belongs to a model; None means no model, and no record."""
     if by is None or record is None:
         return by is None and record is None
     same_weights = not by.is_local or by.local_revision() == record["revision"]
@@ -83,15 +83,15 @@ def layer_of(by: ScorerModel) -> int:
     layers = getattr(config, "num_hidden_layers", 0)
     layer = by.layer or bert_score.utils.model2layers.get(Path(by.model).name)
     if layer is None or not 0 < layer <= layers:
-        raise UserError(f"bertscore_f1: name one of the {layers} layers of {by.model} with the parameter layer")
+        raise UserError(f"bertscore_f1: set the parameter layer to one of the {layers} layers of {by.model}")
     return int(layer)
 
 
 def f1(pairs: Sequence[Pair], by: ScorerModel) -> list[float]:
-    """F1 of each (reference, prediction), without rescaling, 0 where one of them is empty.
+    """F1 of each (reference, prediction), without rescaling; 0 if either text is empty.
 
-    The library requests a space before the first word from a RoBERTa tokenizer, which transformers 5 silently ignores,
-    and fails on empty texts. This function handles both, so that scores are those of the library as it was published.
+    The library asks RoBERTa tokenizers for a space before the first word, which transformers 5 silently ignores. It
+    also fails on empty texts. This function handles both, so that scores equal those of the published library.
 
     Raises:
         UserError, WorkFailed: see `layer_of`.
@@ -125,7 +125,7 @@ def f1(pairs: Sequence[Pair], by: ScorerModel) -> list[float]:
 
 
 def record(by: ScorerModel) -> Row:
-    """Identity of the scorer model, and bert-score's own hash of its settings."""
+    """Identity of the scorer model, and bert-score's hash of the settings."""
     config, layer = _config_of(by), layer_of(by)
     with importing_axolotl(offline=by.is_local):
         from bert_score.utils import get_hash
@@ -135,7 +135,7 @@ def record(by: ScorerModel) -> Row:
             "stand_in": by.stand_in,
             "layer": layer,
             "revision": by.local_revision() if by.is_local else getattr(config, "_commit_hash", None),
-            # neither weights by idf, nor rescaling, nor a fast tokenizer where the model has another
+            # no idf weights, no rescaling, no custom baseline, no fast tokenizer
             "hash": get_hash(by.name, layer, False, False, False, False),
         }
     }

@@ -1,4 +1,4 @@
-"""Metrics, and columns of scores: a metric with its parameters, under a name."""
+"""Metrics, and columns: named metrics with parameters."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,35 +11,35 @@ Pair = tuple[str, str]  # reference and prediction
 
 
 class Parameters(BaseModel):
-    """Parameters of a metric without any."""
+    """Base class for parameters; used as is for metrics without parameters."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """Score of predictions, or of a run.
+    """Method to score predictions or a run.
 
-    It has one of `of_rows`, `of_all`, `of_loss`, `of_groups` and `of_model`, and the first two get its parameters too.
+    Exactly one of `of_rows`, `of_all`, `of_loss`, `of_groups` and `of_model` is set. All but the loss get parameters.
 
     Attributes:
-        name: its name in study.yaml, options and files.
-        label: its name in tables and figures.
-        hub_type: its kind as https://huggingface.co/metrics names it.
-        low, high: the least and the greatest value; None for no greatest.
-        source: source of its definition.
-        unit: its unit, such as %; empty for a plain number.
-        higher_is_better: direction of better values.
-        of_rows: a score for each (reference, prediction); the score of all is their mean, and has an interval.
-        of_all: one score of all pairs together.
-        of_loss: one score of a run, from its eval loss in nats a token; it needs no predictions.
-        of_groups: a score and its interval, from another column's scores of rows by the group of each row.
-        of_model: lm-evaluation-harness measures it with the run's model.
-        parameters: form of its parameters.
-        record: details of its computation for scores.json.
-        notes: notes for a reader on the scores of these pairs.
-        judged: a model scores, so that its parameters are a `ScorerModel`.
-        all_or_nothing: each row has the least value or the greatest, and nothing between.
+        name: name in study.yaml, options and files.
+        label: name in tables and figures.
+        hub_type: type in https://huggingface.co/metrics.
+        low, high: lowest and highest possible value; None without an upper limit.
+        source: source of the definition.
+        unit: unit, such as %; empty for a plain number.
+        higher_is_better: True if higher values are better.
+        of_rows: computes a score for each (reference, prediction); their mean, with an interval, is the overall score.
+        of_all: computes one score from all pairs together.
+        of_loss: computes a run's score from the eval loss in nats per token, without predictions.
+        of_groups: computes a score and an interval from another column's row scores, by group.
+        of_model: True if lm-evaluation-harness measures the run's model.
+        parameters: class of the parameters.
+        record: returns details of the computation for scores.json.
+        notes: yields notes for readers on the scores of some pairs.
+        judged: True if a scorer model computes the score; parameters are then a `ScorerModel`.
+        all_or_nothing: True if each row scores `low` or `high`, nothing between.
     """
 
     name: str
@@ -64,11 +64,11 @@ class Metric:
 
 @dataclass(frozen=True)
 class Column:
-    """Metric with its parameters.
+    """Named metric with parameters.
 
     Attributes:
-        name: its key in predictions.jsonl and scores.json, and in study.yaml.
-        given_label: its name in tables and figures, where that is not the metric's.
+        name: key in predictions.jsonl, scores.json and study.yaml.
+        given_label: name in tables and figures; None for the metric's label.
     """
 
     name: str
@@ -78,19 +78,19 @@ class Column:
 
     @property
     def label(self) -> str:
-        """Its name in tables and figures, with the unit."""
+        """Name in tables and figures, with the unit."""
         name = self.given_label or self.metric.label
         return f"{name}, {self.metric.unit}" if self.metric.unit else name
 
     @property
     def title(self) -> str:
-        """Its name on a model card."""
+        """Name on a model card."""
         of_what = "mean over rows" if self.metric.of_rows else "of the run" if self.metric.of_loss else ""
         return ", ".join(filter(None, [self.label, of_what]))
 
     @property
     def meaning(self) -> str:
-        """Description in a line: kind of mean, range, source, and parameters other than the defaults."""
+        """One-line description: title, range, source, and parameters that are not the default."""
         high = "" if self.metric.high is None else f", {self.metric.low:g} to {self.metric.high:g}"
         given = self.parameters.model_dump(mode="json", exclude_defaults=True)
         with_given = f"; with {', '.join(f'{key} {value}' for key, value in given.items())}" if given else ""
@@ -98,19 +98,19 @@ class Column:
 
     @property
     def better(self) -> Callable[..., Any]:
-        """`max` or `min`, which takes the better of values."""
+        """`max` or `min`, to select the best value."""
         return max if self.metric.higher_is_better else min
 
     @cached_property
     def entry(self) -> dict[str, Any]:
-        """Metric and parameters in the form of study.yaml and scores.json."""
+        """Declaration as in study.yaml and scores.json."""
         label = {"label": self.given_label} if self.given_label else {}
         return {"metric": self.metric.name} | label | self.parameters.model_dump(mode="json", exclude_defaults=True)
 
     def same_scores(self, other: "Column | None") -> bool:
-        """True if another column has the same scores for the same texts, whatever its label."""
+        """True if another column has the same metric and parameters; labels can differ."""
         return other is not None and (self.metric, self.parameters) == (other.metric, other.parameters)
 
     def recorded(self, key: str) -> str:
-        """Key in scores.json of a part of the metric's record; with the column's name if that is not the metric's."""
+        """Key in scores.json for a key of the metric's record; prefixed if the column has another name."""
         return key if self.name == self.metric.name else f"{self.name}_{key}"

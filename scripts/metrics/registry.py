@@ -1,4 +1,4 @@
-"""All metrics, and columns of scores from study.yaml, `--metric` and scores.json."""
+"""All metrics, and columns from study.yaml, --metric and scores.json."""
 
 import math
 import re
@@ -17,15 +17,15 @@ from .text import METRICS as OF_TEXTS
 
 
 class BenchmarkParameters(Parameters):
-    """Task of the harness, and its result that counts.
+    """Benchmark task, and the result that counts as its score.
 
     Attributes:
-        task: its name there, that of a group of tasks, or a YAML file that declares one.
-        result: the metric of the result, with its filter if the task has several, as in `exact_match,strict-match`; by
-            default the first.
-        mean_of_tasks: the score of a group is the unweighted mean of its tasks, as in many published tables; the
-            harness weights some groups by size.
-        shots: the number of examples in each prompt; by default the task's.
+        task: name of a task or group in lm-evaluation-harness, or a YAML file that declares a task.
+        result: metric, followed by a filter if the task has several, as in `exact_match,strict-match`; by default the
+            first result.
+        mean_of_tasks: score a group by the unweighted mean of its tasks, as in many published tables; the harness
+            weights some groups by size.
+        shots: number of examples in each prompt; by default the task's.
     """
 
     task: str
@@ -38,10 +38,10 @@ class Benchmark(BaseModel):
     """Score of a task, in percent, and the settings of its measurement.
 
     Attributes:
-        version: the task's; a group has its own.
-        filter: the harness's way to take answers from texts.
-        rows: number of scored rows, in all tasks of a group.
-        limit: the most rows of a task.
+        version: version of the task or group.
+        filter: the harness's method to extract answers from texts.
+        rows: number of scored rows, over all tasks of a group.
+        limit: maximum number of rows in a task.
     """
 
     value: float
@@ -57,7 +57,7 @@ class Benchmark(BaseModel):
 
     @property
     def interval(self) -> list[float] | None:
-        """95 % interval of the value, by its standard error."""
+        """95 % interval from the standard error."""
         return [self.value - 1.96 * self.stderr, self.value + 1.96 * self.stderr] if self.stderr else None
 
 
@@ -96,9 +96,9 @@ PERPLEXITY = Metric(
 METRICS = {
     metric.name: metric for metric in (*OF_TEXTS, *OF_ANSWERS, bertscore.METRIC, EVAL_LOSS, PERPLEXITY, BENCHMARK)
 }
-TASK, SCORER = "benchmark:", "bertscore:"  # before what --metric names
+TASK, SCORER = "benchmark:", "bertscore:"  # prefixes in --metric
 DEFAULT = ("bleu4", "rouge_l", "bertscore_f1", "sacrebleu")
-"""Metrics without a study and `--metric`."""
+"""Metrics if neither a study nor --metric names any."""
 _NAME = re.compile("[A-Za-z][A-Za-z0-9_]*")
 _TAKEN = (
     *("rows", "intervals", "metrics", "notes", "exact", "empty", "repeated", "length_ratio", "bertscore"),  # of scores
@@ -106,11 +106,11 @@ _TAKEN = (
     *("run", "recipe", "variant_of", "study", "state", "jobs", "step", "steps", "ended", "verdict", "differs", "open"),
     *("rehearsal", "test_set", "rows_evaluated", "memory", "time", "member", "values", "runs", "states", "seeds"),
 )
-"""Keys of predictions.jsonl, scores.json and results with another meaning."""
+"""Keys with another meaning in predictions.jsonl, scores.json and results."""
 
 
 class WrongMetric(ValueError):
-    """Mistake in a metric's declaration, and its key, empty for the entry as a whole."""
+    """Mistake in a metric's declaration; `key` is empty for the entry itself."""
 
     def __init__(self, key: str, problem: str):
         self.key, self.problem = key, problem
@@ -118,7 +118,7 @@ class WrongMetric(ValueError):
 
 
 def column(name: str, entry: Mapping[str, Any] | None = None) -> Column:
-    """Column of a name, as declared: `metric`, by default its name; `label`; and the metric's parameters.
+    """Column from a declaration: `metric` (by default the name), `label`, and parameters.
 
     Raises:
         WrongMetric: the metric or a parameter is unknown, or a value is invalid.
@@ -129,7 +129,7 @@ def column(name: str, entry: Mapping[str, Any] | None = None) -> Column:
         hint = did_you_mean(kind, METRICS) or f"; there are {', '.join(METRICS)}"
         raise WrongMetric("metric" if "metric" in (entry or {}) else "", f"no metric is called {kind}{hint}")
     if not _NAME.fullmatch(name) or name in _TAKEN:
-        problem = "means something else in results" if name in _TAKEN else "is no name of letters, digits and _"
+        problem = "has another meaning in results" if name in _TAKEN else "must consist of letters, digits and _"
         raise WrongMetric("", f"{name} {problem}; give the column another name")
     if label is not None and not (isinstance(label, str) and label.strip()):
         raise WrongMetric("label", "expected a text")
@@ -143,7 +143,7 @@ def column(name: str, entry: Mapping[str, Any] | None = None) -> Column:
 
 
 def columns(entries: Mapping[str, Mapping[str, Any] | None] | Iterable[str]) -> dict[str, Column]:
-    """Columns by name from a mapping of declarations, or from names.
+    """Columns by name, from declarations or from names alone.
 
     Raises:
         WrongMetric: see `column`.
@@ -153,10 +153,10 @@ def columns(entries: Mapping[str, Mapping[str, Any] | None] | Iterable[str]) -> 
 
 
 def asked(texts: Iterable[str]) -> dict[str, Column]:
-    """Columns of --metric, as in `bleu4`, `number: {markers: ["A: "]}` or `benchmark:mmlu`.
+    """Columns from --metric, such as `bleu4`, `number: {markers: ["A: "]}` or `benchmark:mmlu`.
 
     Raises:
-        UserError: a value is malformed, or two have the same name.
+        UserError: a value is malformed, or two columns have the same name.
     """
     found: dict[str, Column] = {}
     for text in texts:
@@ -167,34 +167,34 @@ def asked(texts: Iterable[str]) -> dict[str, Column]:
             entries = _of_task(text.removeprefix(TASK)) if text.startswith(TASK) else {entries: None}
         well_formed = isinstance(entries, dict) and all(isinstance(e, dict | None) for e in entries.values())
         if not well_formed or not entries:
-            raise UserError(f"--metric {text}: expected a metric's name, or as in 'number: {{markers: [\"A: \"]}}'")
+            raise UserError(f"--metric {text}: expected a metric, or parameters as in 'number: {{markers: [\"A: \"]}}'")
         for name, entry in entries.items():
             try:
                 new = column(name, entry)
             except WrongMetric as error:
                 raise UserError(f"--metric {text}: {error}") from None
             if name in found:
-                raise UserError(f"--metric {text}: {name} is named twice; give one another name, as in "
+                raise UserError(f"--metric {text}: two metrics are called {name}; rename one, as in "
                                 f"'other: {{metric: {new.metric.name}}}'")  # fmt: skip
             found[name] = new
     return found
 
 
 def _of_task(task: str) -> dict[str, Any]:
-    """Declaration of a column for a task of the harness, under its name."""
+    """Declaration of a column for a benchmark task, named after the task."""
     name = re.sub(r"\W+", "_", task.removesuffix(".yaml").rpartition("/")[2])
     return {name: {"metric": BENCHMARK.name, "label": name, "task": task}}
 
 
 def scorer_named(texts: Iterable[str]) -> str | None:
-    """BERTScore's model in --metric, `none` to leave it out; None without one."""
+    """Scorer model in --metric, `none` to leave BERTScore out; None if --metric has neither."""
     return next((text.removeprefix(SCORER) for text in texts if text.startswith(SCORER)), None)
 
 
 def recorded(scores: Mapping[str, Any]) -> dict[str, Column]:
-    """Columns of a scores.json; one from before metrics were declared has them in its keys.
+    """Columns in scores.json.
 
-    Unknown metrics of a newer version are left out.
+    Old files have no declarations: their keys name the metrics. Unknown metrics of newer versions are left out.
     """
     entries = scores.get("metrics")
     if entries is None:
@@ -208,7 +208,7 @@ def recorded(scores: Mapping[str, Any]) -> dict[str, Column]:
 
 
 def distinct(columns: Iterable[Column]) -> dict[str, Column]:
-    """Distinct columns by distinct headings: where two share a label, with parameters."""
+    """Distinct columns by unique heading; a shared label is followed by parameters."""
     found: dict[str, Column] = {}
     for column in columns:
         if heading(column, found) is None:
@@ -218,6 +218,6 @@ def distinct(columns: Iterable[Column]) -> dict[str, Column]:
 
 
 def heading(column: Column, headings: Mapping[str, Column]) -> str | None:
-    """Heading of a column among those of `distinct`."""
+    """Heading of a column in the result of `distinct`."""
     same = (text for text, c in headings.items() if c.name == column.name and c.same_scores(column))
     return next(same, None)

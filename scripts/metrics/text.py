@@ -15,7 +15,7 @@ from ..base.files import Row
 from .metric import Metric, Pair, Parameters
 
 _WORD = re.compile(r"[^\W_]+|_|[^\w\s]")
-_TINY = sys.float_info.min  # stands in for 0 in logarithms: an empty prediction scores 100 exp(-len(reference))
+_TINY = sys.float_info.min  # replaces 0 in logarithms: an empty prediction scores 100 exp(-len(reference))
 
 
 def words(text: str) -> list[str]:
@@ -28,18 +28,18 @@ def _ngrams(text: list[str], n: int) -> Counter[tuple[str, ...]]:
 
 
 def bleu4(reference: str, prediction: str) -> float:
-    """BLEU-4 of one prediction as the papers on CodeReviewer's data compute it, from 0 to 100.
+    """BLEU-4 of one prediction, 0 to 100, as in papers on CodeReviewer's data.
 
-    No setting of sacrebleu's or nltk's BLEU gives it: a smoothed sentence score with its own tokens and brevity
-    penalty, averaged over rows. Its form is that of the smooth_bleu script which came with CodeBERT and CodeReviewer
-    (arXiv 2203.09095), with stop words kept.
+    It is a smoothed sentence score with special tokens and brevity penalty, to be averaged over rows. No setting of
+    BLEU in sacrebleu or nltk gives the same score. It follows the script smooth_bleu of CodeBERT and CodeReviewer
+    (arXiv 2203.09095), but keeps stop words.
     """
     wanted = words(reference)
     given = words(prediction)
     log_precisions = 0.0
     matches = 1
     for n in range(1, 5):
-        # without a match of n words there is none of n + 1
+        # n + 1 words cannot match unless n words do
         matches = matches and (_ngrams(wanted, n) & _ngrams(given, n)).total()
         total = max(len(given) - n + 1, 0)
         smooth = n > 1
@@ -53,21 +53,21 @@ def _bleu4_of_rows(pairs: Sequence[Pair], _: Parameters) -> list[float]:
 
 
 class RougeParameters(Parameters):
-    """Parameters of ROUGE-L: compare words by their stems, as papers on English text mostly do."""
+    """Parameters of ROUGE-L: compare word stems, like most papers on English text."""
 
     stemmed: bool = True
 
 
 @cache
 def _tokenizer(stemmed: bool) -> Callable[[str], list[str]]:
-    """Tokens of a text by rouge-score, which compute each word's stem once: that took two thirds of the time."""
+    """Tokenizer of rouge-score with cached stems; computing stems took two thirds of the time."""
     from rouge_score.tokenize import tokenize
 
     if not stemmed:
         return lambda text: list(tokenize(text, None))
-    # nltk imports these two where they are installed, for nothing that is used here, which takes 2 s
+    # hide optional imports of nltk that take 2 s and are not used here
     hidden: dict[str, Any] = dict.fromkeys({"scipy", "sklearn"} - sys.modules.keys())
-    sys.modules.update(hidden)  # None has an import raise ModuleNotFoundError
+    sys.modules.update(hidden)  # a module that is None raises ModuleNotFoundError
     try:
         from nltk.stem.porter import PorterStemmer
     finally:
@@ -80,22 +80,22 @@ def _tokenizer(stemmed: bool) -> Callable[[str], list[str]]:
 def _common(reference: Sequence[str], prediction: Sequence[str]) -> int:
     """Number of words in the longest common subsequence.
 
-    By bits (Hyyrö 2004, "Bit-parallel LCS-length computation revisited"), since rouge-score's table takes a step of
-    Python for each pair of words.
+    Bit-parallel (Hyyrö 2004, "Bit-parallel LCS-length computation revisited"), because the table in rouge-score takes
+    a Python step for each pair of words.
     """
-    places: dict[str, int] = {}  # of each word, a bit for each place in the reference
+    places: dict[str, int] = {}  # by word, a bit for each place in the reference
     for place, word in enumerate(reference):
         places[word] = places.get(word, 0) | (1 << place)
-    # a row of that table: a 0 at each place where the subsequence with the words so far becomes longer by one
+    # table row for the words so far: 0 marks places at which the subsequence grows by one
     flat = every = (1 << len(reference)) - 1
     for word in prediction:
         found = flat & places.get(word, 0)
-        flat = ((flat + found) | (flat - found)) & every  # the next 0 above a place of the word moves down to it
+        flat = ((flat + found) | (flat - found)) & every  # moves the next 0 above each place of the word to that place
     return len(reference) - flat.bit_count()
 
 
 def rouge_l(pairs: Sequence[Pair], parameters: RougeParameters) -> list[float]:
-    """F1 of each prediction against its one reference, with rouge-score's tokens and stems."""
+    """F1 of each prediction against one reference, with rouge-score's tokens and stems."""
     from rouge_score.scoring import fmeasure
 
     tokens = _tokenizer(parameters.stemmed)
@@ -108,7 +108,7 @@ def rouge_l(pairs: Sequence[Pair], parameters: RougeParameters) -> list[float]:
 
 
 class SacrebleuParameters(Parameters):
-    """Parameters of sacrebleu, with its defaults: tokens, and indifference to case."""
+    """Parameters of sacrebleu, with the library's defaults."""
 
     tokenize: Literal["13a", "intl", "char", "zh", "none"] = "13a"
     lowercase: bool = False
@@ -121,21 +121,21 @@ def _corpus_bleu(parameters: SacrebleuParameters) -> Any:
 
 
 def sacrebleu(pairs: Sequence[Pair], parameters: SacrebleuParameters) -> float:
-    """Corpus BLEU of all predictions, each against its one reference; not the mean of scores of rows."""
+    """Corpus BLEU over all pairs, which differs from a mean of row scores."""
     references, predictions = ([pair[side] for pair in pairs] for side in (0, 1))
     return float(_corpus_bleu(parameters).corpus_score(predictions, [references]).score)
 
 
 def _signature(parameters: SacrebleuParameters) -> Row:
     scorer = _corpus_bleu(parameters)
-    scorer.corpus_score([""], [[""]])  # the signature tells how many references there are
+    scorer.corpus_score([""], [[""]])  # the signature includes the number of references
     return {"sacrebleu_signature": str(scorer.get_signature())}
 
 
 class ChrfParameters(Parameters):
-    """Parameters of chrF, with sacrebleu's defaults: longest n-grams of characters and words, weight of recall.
+    """Parameters of chrF, with sacrebleu's defaults; word_order 2 is chrF++.
 
-    A word order of 2 is chrF++.
+    `char_order` and `word_order` are maximum n-gram lengths; `beta` weights recall.
     """
 
     char_order: int = Field(6, ge=1, le=20)
@@ -144,7 +144,7 @@ class ChrfParameters(Parameters):
 
 
 def chrf(pairs: Sequence[Pair], parameters: ChrfParameters) -> list[float]:
-    """Sentence-level score of each prediction against its one reference, by sacrebleu."""
+    """Sentence chrF of each prediction against one reference, by sacrebleu."""
     from sacrebleu.metrics.chrf import CHRF
 
     scorer = CHRF(**parameters.model_dump())
@@ -152,14 +152,14 @@ def chrf(pairs: Sequence[Pair], parameters: ChrfParameters) -> list[float]:
 
 
 class ExactMatchParameters(Parameters):
-    """Ignored differences: case, and space between words; space around a text is always ignored."""
+    """Ignored differences: case, and space between words. Surrounding space is always ignored."""
 
     ignore_case: bool = False
     ignore_space: bool = False
 
 
 def exact_match(pairs: Sequence[Pair], parameters: ExactMatchParameters) -> list[float]:
-    """100 for each prediction identical to its reference, otherwise 0."""
+    """Score predictions 100 if identical to the reference, otherwise 0."""
 
     def plain(text: str) -> str:
         text = " ".join(text.split()) if parameters.ignore_space else text.strip()

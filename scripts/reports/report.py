@@ -1,4 +1,4 @@
-"""Reports of runs, a study or a sweep in one HTML file."""
+"""Reports on runs, a study or a sweep, each in one HTML file."""
 
 import gzip
 import hashlib
@@ -31,7 +31,7 @@ from .report_runs import ReportedRun, reported_runs
 
 @dataclass(frozen=True)
 class Section:
-    """The section of a study or sweep, before its runs."""
+    """Report section on a study or sweep, before the runs."""
 
     key: str
     name: str
@@ -43,14 +43,14 @@ class Section:
 
 TEMPLATES = paths.TEMPLATES / "report"
 SCRIPTS = ("page.js", "charts.js", "reader.js")
-# Characters that are invisible, or change the direction of the text behind them; reader.js has the same
+# Characters that are invisible or change the direction of text; reader.js has the same pattern
 _MARKS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
 
 
 def of_runs(runs: Sequence[ReportedRun]) -> str:
-    """The report of one run, or of several side by side."""
+    """Report on one run, or on several side by side."""
     if len(runs) == 1:
         return _page(runs[0].run.recipe, f"Run {runs[0].folder.path.name}", runs)
     title = " and ".join(reported.label for reported in runs) if len(runs) == 2 else f"{len(runs)} runs"
@@ -58,17 +58,17 @@ def of_runs(runs: Sequence[ReportedRun]) -> str:
 
 
 def of_study(study: Study, rehearsal: bool, runs: Path) -> str:
-    """The report of a study: its table, and the representative runs of its recipes.
+    """Report on a study: tables, and representative runs of the recipes.
 
     Raises:
-        UserError: it has no run.
+        UserError: the study has no run.
     """
     rows = verdict.rows(study, runs, rehearsal)
     folders = [row.chosen.folder for row in rows if row.chosen]
     name = study.folder.name
     if not folders:
-        kind, other = ("rehearsals", "") if rehearsal else ("runs", "; --rehearse takes its rehearsals")
-        raise UserError(f"{name}: no {kind} of it below {runs}/{other}; `recipe reproduce {name}` makes them")
+        kind, other = ("rehearsals", "") if rehearsal else ("runs", "; --rehearse reports rehearsals")
+        raise UserError(f"{name}: no {kind} in {runs}/{other}; `recipe reproduce {name}` starts them")
     section = Section(
         key="study",
         name="Study",
@@ -81,7 +81,7 @@ def of_study(study: Study, rehearsal: bool, runs: Path) -> str:
 
 
 def of_sweep(sweep: Sweep, runs: Path) -> str:
-    """The report of a sweep: the trade-offs of its members, and their runs.
+    """Report on a sweep: trade-offs of the members, and their runs.
 
     Raises:
         UserError: no member has a run.
@@ -89,7 +89,7 @@ def of_sweep(sweep: Sweep, runs: Path) -> str:
     rows, scored = sweep_results.rows(sweep, runs), sweep_results.columns(sweep, runs)
     labels = {result.folder: row.member.name for row in rows for result in row.runs}
     if not labels:
-        raise UserError(f"{sweep.name}: no member has a run yet; `recipe sweep` makes them")
+        raise UserError(f"{sweep.name}: no member has a run yet; start them with `recipe sweep`")
     section = Section(
         key="sweep",
         name="Trade-offs",
@@ -102,13 +102,13 @@ def of_sweep(sweep: Sweep, runs: Path) -> str:
 
 
 def _without_empty(table: Table) -> Table:
-    """A table without the columns that are empty in all rows."""
+    """Table without columns that are empty in all rows."""
     kept = [column for column in table.rows[0] if any(row[column] not in (None, "") for row in table.rows)]
     return replace(table, rows=[{column: row[column] for column in kept} for row in table.rows])
 
 
 def _page(title: str, kind: str, runs: Sequence[ReportedRun], section: Section | None = None) -> str:
-    """The HTML of a report, with a further section for a study or sweep."""
+    """HTML of a report, with an additional section for a study or sweep."""
     training = [figure for figure in draw.training({r.label: r.folder.read_metrics() for r in runs}) if figure.traces]
     reader = report_runs.reader(runs)
     figures = [*training, *(section.figures if section else [])]
@@ -154,15 +154,15 @@ def _page(title: str, kind: str, runs: Sequence[ReportedRun], section: Section |
 
 
 def _packed(content: bytes) -> str:
-    """Bytes for the page's script to unpack; no text in them can end their element."""
+    """Bytes packed for the page's script; the encoding cannot close the HTML element."""
     return b64encode(gzip.compress(content, 9, mtime=0)).decode()
 
 
 def visible(value: Any) -> str:
-    """A value as text, with the code points of its invisible characters."""
+    """Value as text; invisible characters are shown as code points."""
     return _MARKS.sub(lambda mark: f"⟨U+{ord(mark[0]):04X}⟩", tables.text_of(value))
 
 
 def _note(text: str) -> Markup:
-    """A sentence as HTML, with code between backticks."""
+    """Sentence as HTML; text between backticks becomes code."""
     return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", escape(visible(text))))

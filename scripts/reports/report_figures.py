@@ -1,4 +1,4 @@
-"""The figures of a report, for Plotly and in words for those who cannot see them."""
+"""Figures of a report, for Plotly, with descriptions in words."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,26 +13,26 @@ from ..results.verdict import StudyRow
 from ..workflows.sweep_results import LOSS, SweepRow, on_front
 
 Trace = dict[str, Any]  # Plotly's JSON
-# Okabe and Ito's, which the colour-blind can distinguish too; a line's dash and a point's symbol say it again.
+# Palette of Okabe and Ito, safe for colour-blind readers; dashes and symbols repeat the distinction.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
-MOST_POINTS = 1000  # of a line; more cannot be distinguished, and are slow to draw
+MOST_POINTS = 1000  # maximum number of points in a line; more are indistinguishable and slow to draw
 
 
 @dataclass
 class Figure:
-    """A figure.
+    """Figure of a report.
 
     Attributes:
-        key: its id in the page.
-        title: what it shows.
-        traces: Plotly's traces.
-        x: Plotly's axis.
-        y: Plotly's axis.
-        note: what to know about it.
-        layout: more of Plotly's layout.
-        says: what it shows, in a sentence.
+        key: id in the page.
+        title: title of the figure.
+        traces: Plotly traces.
+        x: Plotly x axis.
+        y: Plotly y axis.
+        note: note for readers.
+        layout: other keys of the Plotly layout.
+        says: description in words.
     """
 
     key: str
@@ -48,12 +48,12 @@ class Figure:
         self.says = self.says or "; ".join(map(_sentence, self.traces))
 
     def as_json(self) -> Trace:
-        """The figure as the page reads it."""
+        """Figure as JSON for the page."""
         return {"title": self.title, "traces": self.traces, "layout": {"xaxis": self.x, "yaxis": self.y} | self.layout}
 
 
 def _sentence(trace: Trace) -> str:
-    """A line by its ends, any other trace point by point."""
+    """Describe a line by its ends and range, any other trace point by point."""
     mode = trace.get("mode", "")
     order = ("y", "x") if trace.get("orientation") == "h" else ("x", "y")
     names = trace["text"] if mode.endswith("text") else [None] * len(trace["x"])
@@ -76,7 +76,7 @@ def _categories() -> Trace:
 
 
 def _style(i: int) -> Trace:
-    """The look of the lines and points of run number i."""
+    """Style of lines and points for run number i."""
     colour = COLOURS[i % len(COLOURS)]
     turn = i + i // len(COLOURS)
     return {
@@ -86,13 +86,13 @@ def _style(i: int) -> Trace:
 
 
 def _scatter(name: str, mode: str, points: Sequence[tuple[Any, Any]], **more: Any) -> Trace:
-    """A trace of points or lines through (x, y)."""
+    """Trace of points or lines through (x, y)."""
     xs, ys = ([point[i] for point in points] for i in (0, 1))
     return {"type": "scatter", "mode": mode, "name": name, "x": xs, "y": ys, **more}
 
 
 def _points(name: str, rows: Sequence[tuple[float, float, str]], i: int, **more: Any) -> Trace:
-    """Points with their names, alternately above and below."""
+    """Trace of points with names, alternately above and below."""
     return _scatter(
         name,
         "markers+text",
@@ -105,7 +105,7 @@ def _points(name: str, rows: Sequence[tuple[float, float, str]], i: int, **more:
 
 
 def _error_bars(points: Sequence[tuple[float, str]], intervals: Sequence[Any]) -> Trace:
-    """Plotly's error bars from intervals (low, high) of values; none where one is not known."""
+    """Plotly error bars from intervals (low, high); length 0 for a missing interval."""
     pairs = [(value, within) for (value, _), within in zip(points, intervals, strict=True)]
     return {
         "type": "data",
@@ -117,7 +117,7 @@ def _error_bars(points: Sequence[tuple[float, str]], intervals: Sequence[Any]) -
 
 
 def _curve(name: str, metrics: Sequence[Row], key: str, i: int, points: bool = False) -> Trace:
-    """A value by step; means over stretches of steps if there are too many."""
+    """Line of a value by step; many steps are averaged in groups."""
     known = [(record["step"], y) for record in metrics if (y := record.get(key)) is not None]
     stretches = batched(known, max(-(-len(known) // MOST_POINTS), 1))
     means = [(stretch[-1][0], float(f"{sum(y for _, y in stretch) / len(stretch):.6g}")) for stretch in stretches]
@@ -125,7 +125,7 @@ def _curve(name: str, metrics: Sequence[Row], key: str, i: int, points: bool = F
 
 
 def training(runs: dict[str, list[Row]]) -> Iterator[Figure]:
-    """Recorded losses, learning rate, load, gradient norm and throughput of runs by name."""
+    """Figures of losses, learning rate, load, gradient norm and throughput."""
     alone = len(runs) == 1
     losses = []
     for i, (name, metrics) in enumerate(runs.items()):
@@ -141,7 +141,7 @@ def training(runs: dict[str, list[Row]]) -> Iterator[Figure]:
     speed = "Padding, evaluation and saving are not counted."
     rate = _axis("learning rate", exponentformat="e", rangemode="tozero")
     panels = [
-        ("rate", "Learning rate", "learning_rate", rate, ""),  # from 0 on, as a constant one has no range of its own
+        ("rate", "Learning rate", "learning_rate", rate, ""),  # axis from 0, because a constant rate has no range
         ("load", "GPU utilization", "gpu_utilization", _axis("%", range=[0, 105]), ""),
         ("load", "CPU load", "cpu_percent", _axis("%", rangemode="tozero"), cpu),
         ("norm", "Gradient norm", "grad_norm", _axis("L2 norm", rangemode="tozero"), ""),
@@ -157,12 +157,12 @@ def training(runs: dict[str, list[Row]]) -> Iterator[Figure]:
 
 
 _FRONT = (
-    "A filled diamond is on the Pareto front: no other member is better in one of the two and as good in the other."
+    "Filled diamonds form the Pareto front: no other member is better in one value and at least as good in the other."
 )
 
 
 def sweep(rows: Sequence[SweepRow]) -> Figure | None:
-    """The members of a sweep by their eval loss and memory, those on the Pareto front set apart."""
+    """Figure of a sweep's members by eval loss and memory, with the Pareto front."""
     kinds = sorted({row.summary.memory_kind for row in rows if row.summary.memory_kind})
     points = {(*costs, row.member.name): costs for row in rows if (costs := row.costs)}
     front = sorted(point for point, costs in points.items() if on_front(costs, [*points.values()]))
@@ -180,7 +180,7 @@ def sweep(rows: Sequence[SweepRow]) -> Figure | None:
 
 
 def study(of_study: Study, rows: Sequence[StudyRow], column: Column) -> Figure | None:
-    """A study's scores by a metric with their intervals, beside the published ones and their ±."""
+    """Figure of a study's scores by one metric, with intervals, beside published scores."""
     names = {row.recipe: row.recipe.removeprefix(f"{of_study.folder.name}/") for row in rows}
     scores = {names[row.recipe]: row.scores[column.name] for row in rows}
     ours = [(score.value, name) for name, score in scores.items() if score.value is not None]

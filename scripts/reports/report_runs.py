@@ -1,4 +1,4 @@
-"""The runs of a report, its tables, and the predictions of its reader."""
+"""Runs of a report, with tables, and predictions for the reader."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -35,28 +35,28 @@ _OTHERS = {
 
 @dataclass(frozen=True)
 class ReportedRun(RunResult):
-    """A run of a report.
+    """Run in a report.
 
     Attributes:
-        label: its name in the report, which no other run has.
+        label: unique name in the report.
     """
 
     label: str
 
     @cached_property
     def config(self) -> yamlfiles.Config:
-        """The config that Axolotl was given; empty where that can no longer be read."""
+        """Config that Axolotl got; empty if it is no longer readable."""
         with suppress(UserError):
             return yamlfiles.read_yaml(self.folder.config)
         return {}
 
     def from_cwd(self, path: str) -> str:
-        """A path relative to the run's working folder, if it is below that."""
+        """Path relative to the run's working folder, if it is inside."""
         return str(Path(path).relative_to(self.run.cwd)) if Path(path).is_relative_to(self.run.cwd) else path
 
     @property
     def differs(self) -> list[Row]:
-        """Its differences from its recipe."""
+        """Differences from the recipe."""
         return [
             {
                 "setting": d.key,
@@ -75,11 +75,11 @@ class ReportedRun(RunResult):
 
     @property
     def settings(self) -> list[Row]:
-        """Its settings with the source of each."""
+        """Settings with their sources."""
         of_recipe = yamlfiles.sources(self._recipe_file) if self._recipe_file.is_file() else {}
         why = {difference.key: difference.why for difference in self.run.differences}
         of_parts = {key.partition(".")[0]: reason for key, reason in why.items()}
-        sources = of_parts | of_recipe | why  # a difference below a key of the recipe is not the source of all of it
+        sources = of_parts | of_recipe | why  # a changed nested key is not the source of its complete parent
         return [
             {
                 "setting": key,
@@ -96,11 +96,11 @@ class ReportedRun(RunResult):
         file = self._recipe_file
         if file.is_file() and sha256(file) == self.run.recipe_sha256:
             return ""
-        return f"{self.run.recipe_file} has changed since the run, or is gone; sources are today's."
+        return f"{self.run.recipe_file} has changed since the run, or is missing; the sources shown are current ones."
 
     @property
     def data(self) -> list[Row]:
-        """Its data files."""
+        """Data files of the run."""
         return [
             {"file": self.from_cwd(file.path), "rows": file.rows, "bytes": f"{file.bytes:,}", "SHA-256": file.sha256}
             for file in self.run.data
@@ -108,7 +108,7 @@ class ReportedRun(RunResult):
 
     @property
     def launches(self) -> list[Row]:
-        """The starts of its training."""
+        """Launches of the training."""
         return [
             {
                 "started": launch.started,
@@ -122,7 +122,7 @@ class ReportedRun(RunResult):
 
     @property
     def records(self) -> dict[str, list[tuple[str, str | None]]]:
-        """The keys and values of its files, without secrets and contents of other tables."""
+        """Keys and values in the run's files, without secrets and contents of other tables."""
         apart = {"differences", "of_variant", "data", "launches"}
         files = {"run.json": self.run.model_dump(exclude=apart)}
         if self.evaluation:
@@ -134,14 +134,14 @@ class ReportedRun(RunResult):
 
 
 def reported_runs(folders: Sequence[RunDir], labels: Sequence[str] | None = None) -> list[ReportedRun]:
-    """The runs of folders with unique labels: the recipe's name, and the folder's if shared.
+    """Read runs; label each by the recipe's name, followed by the folder's name if several share it.
 
     Raises:
         UserError: a folder holds no run, or rehearsals and real runs are mixed.
     """
     runs = [(folder, backends.read(folder)) for folder in folders]
     if len({run.rehearsal for _, run in runs}) > 1:
-        raise UserError("rehearsals and real runs do not compare: a report shows one kind or the other")
+        raise UserError("rehearsals and real runs are not comparable; report on one kind only")
     names = labels or [run.recipe.rpartition("/")[2] for _, run in runs]
     times = Counter(names)
     return [
@@ -151,16 +151,16 @@ def reported_runs(folders: Sequence[RunDir], labels: Sequence[str] | None = None
 
 
 def headings(runs: Sequence[ReportedRun]) -> dict[str, Column]:
-    """The metrics of some runs by headings; two metrics of one name have two."""
+    """Metrics of runs by heading; different metrics with the same name have different headings."""
     return registry.distinct(column for reported in runs for column in reported.columns.values())
 
 
 def overview(reported: ReportedRun, scored: Mapping[str, Column]) -> Row:
-    """A run's row in the table of several runs.
+    """Row for a run in the overview.
 
     Args:
         reported: the run.
-        scored: the scores by their headings.
+        scored: metrics by heading.
     """
     run, summary = reported.run, reported.summary
     loss = summary.eval_loss_per_token
@@ -189,7 +189,7 @@ def overview(reported: ReportedRun, scored: Mapping[str, Column]) -> Row:
 
 
 def scores(runs: Sequence[ReportedRun]) -> list[Row]:
-    """A row for each score, with columns for runs, their base models and published scores."""
+    """Table with a row per score, and columns for runs, base models and published scores."""
     columns: dict[str, dict[str, str | None]] = {}
     by_heading = headings(runs)
     for reported in runs:
@@ -213,7 +213,7 @@ def scores(runs: Sequence[ReportedRun]) -> list[Row]:
 
 
 def _column(evaluation: Evaluation, by_heading: Mapping[str, Column]) -> dict[str, str | None]:
-    """An evaluation's scores as text, with their intervals."""
+    """Scores of an evaluation as text, with intervals."""
     column: dict[str, str | None] = {}
     intervals = evaluation.scores.get("intervals") or {}
     titles = {name: registry.heading(scored, by_heading) for name, scored in evaluation.columns.items()}
@@ -229,7 +229,7 @@ def _column(evaluation: Evaluation, by_heading: Mapping[str, Column]) -> dict[st
 
 
 def scored_on(reported: ReportedRun) -> str:
-    """The rows that the evaluation of a run is of."""
+    """Description of the rows that a run was evaluated on."""
     assert reported.evaluation
     settings = reported.evaluation.settings
     by = "" if settings.engine == evaluations.REFERENCE else f", predictions by {settings.engine}"
@@ -237,7 +237,7 @@ def scored_on(reported: ReportedRun) -> str:
 
 
 def reader(runs: Sequence[ReportedRun]) -> list[Row]:
-    """For each file of test rows its references and diffs, and every model's predictions."""
+    """References, diffs and predictions of all models, for each file of test rows."""
     files: dict[str, Row] = {}
     for reported in runs:
         sources = [(reported.label, reported.evaluation, read_predictions(reported.folder.path))]
@@ -261,7 +261,7 @@ def _columns(
     rows: dict[int, Row],
     models: list[tuple[str, dict[int, Row], dict[str, Column]]],
 ) -> Row:
-    """A file's rows as columns, which are small and quick to search."""
+    """Rows of a file as columns, a small form that is quick to search."""
     numbers = sorted(rows)
     diffs, why = _diffs(reported, settings)
     shown = []
@@ -286,7 +286,7 @@ def _columns(
 
 
 def _diffs(reported: ReportedRun, settings: EvaluationSettings) -> tuple[list[str], str]:
-    """The inputs of the evaluated rows in order, or the reason for their absence."""
+    """Inputs of the evaluated rows in order, or the reason why they are not shown."""
     file = Path(reported.run.cwd, settings.data)
     name = reported.from_cwd(settings.data)
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""The model card of a run, beside its adapter."""
+"""Write the model card of a run."""
 
 import json
 import re
@@ -25,22 +25,22 @@ from ..runs.rundir import PLUGIN, RunDir
 from ..scores.evaluations import ADAPTER, Evaluation, EvaluationSettings
 from .run_rows import REHEARSED, RunResult, manifest_entries
 
-# The licences of https://huggingface.co/docs/hub/repositories-licenses that language models have
+# Licences of language models in https://huggingface.co/docs/hub/repositories-licenses
 _HUB_LICENCES = ("apache-2.0", "mit", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma")
-# Keys for folders of this machine, and for the accounts and hosts that a run reports to
+# Keys for local folders, and for accounts and hosts that a run reports to
 _NOT_SHOWN = re.compile(f"output_dir|dataset_prepared_path|plugins|hub_|{config.TRACKING.pattern}")
 _PATCH = "@@ -1 +1 @@\n-x = 1\n+x = 2"
 _LOCAL_PATH = re.compile(r"(?<![\w.<>/~-])(?:\.\.(?:/[^\s/=,:'\")\]}]+)+|(?:file://)?(?:/[^\s/=,:'\")\]}]+){2,})")
 
 
 def card(result: RunResult, evaluation: Evaluation | None, merged: bool, repository: str | None) -> str:
-    """The text of a model card, without anything that names this machine, its folders or its users.
+    """Text of a model card, without names of this machine, local folders and users.
 
     Args:
         result: the run.
-        evaluation: the evaluation of its adapter.
-        merged: whether the card is that of the merged model.
-        repository: the model's future place on the hub.
+        evaluation: evaluation of the run's adapter.
+        merged: True for the card of the merged model.
+        repository: future repository on the hub.
     """
     folder, run, of_study = result.folder, result.run, study.of(result.run.origin)
     data = None if of_study is None or result.other_data else of_study.data
@@ -81,7 +81,7 @@ def card(result: RunResult, evaluation: Evaluation | None, merged: bool, reposit
 
 
 def _facts(result: RunResult, evaluation: Evaluation | None) -> Row:
-    """The public part of a run's record, config, evaluation and base model."""
+    """Public parts of a run's record, config, evaluation and base model."""
     run, cfg = result.run, yamlfiles.read_yaml(result.folder.config)
     base, is_local = base_model(result.folder, run)
     entries = models.catalogue().items()
@@ -110,12 +110,12 @@ def _template() -> Any:
 
 
 def is_private(key: str) -> bool:
-    """True for the dotted key of a secret, a local folder, an account or a host."""
+    """True if a dotted key holds a secret, a local folder, an account or a host."""
     return bool(_NOT_SHOWN.match(key)) or is_secret(key)
 
 
 def _sets_private(override: str) -> bool:
-    """True if a `key=value` sets a private key, or one below it."""
+    """True if `key=value` sets a private key, possibly a nested one."""
     try:
         key, value = config.parse_override(override)
     except UserError:
@@ -124,23 +124,23 @@ def _sets_private(override: str) -> bool:
 
 
 def _arguments(decoding: study.Decoding) -> str:
-    """A decoding as arguments of transformers' `generate`."""
+    """Decoding as arguments for `generate` of transformers."""
     sampling = ("temperature", "top_p", "top_k") if decoding.do_sample else ()
     names = ("max_new_tokens", "do_sample", *(("num_beams",) if decoding.num_beams > 1 else ()), *sampling)
     return ", ".join(f"{name}={getattr(decoding, name)!r}" for name in names)
 
 
 def base_model(folder: RunDir, run: Run) -> tuple[str, bool]:
-    """The name of the adapter's base model, and True for a local folder."""
+    """Name of the adapter's base model, and True if it is a local folder."""
     named = read_json(folder.output / "adapter_config.json").get("base_model_name_or_path")
     name = str(named or yamlfiles.read_yaml(folder.config).get("base_model"))
     return name, Path(name).is_absolute() or Path(run.cwd, name).is_dir()
 
 
 def _known(run: Run, data: Data | None) -> dict[str, str]:
-    """The constant parts of a run's prompts on a study's data, and an example input.
+    """Constant fields of a run's prompts, and an example input.
 
-    What they have in common is that of the run's rows, where a manifest records it.
+    Constants come from the manifest of the run's rows, or else from the study.
     """
     constants = [entry["constants"] for entry in manifest_entries(run)]
     if data:
@@ -151,7 +151,7 @@ def _known(run: Run, data: Data | None) -> dict[str, str]:
 def _front_matter(
     facts: Row, columns: Mapping[str, Column], scored_on: str | None, merged: bool, tags: list[str]
 ) -> str:
-    """The metadata of a card for the hub, as YAML; ids of the hub only."""
+    """Metadata of a card as YAML; names only models and data on the hub."""
     from huggingface_hub import EvalResult, ModelCardData
 
     run = facts["run"]
@@ -175,7 +175,7 @@ def _front_matter(
         if scores.get(name) is not None
     ]
     qlora = ["qlora"] if facts["config"].get("adapter") == "qlora" else []
-    relation = "finetune" if merged else "adapter"  # what the hub calls a merge is of several models
+    relation = "finetune" if merged else "adapter"  # "merge" means several models on the hub
     return ModelCardData(
         base_model=None if base["local"] else base["name"],
         base_model_relation=None if base["local"] else relation,
@@ -192,7 +192,7 @@ def _front_matter(
 
 
 def _scored_on(settings: EvaluationSettings, of_study: study.Study | None) -> str:
-    """The rows that scores are of."""
+    """Description of the scored rows."""
     if not (settings.test_set and of_study):
         return f"{settings.data_name}, {settings.rows_in_words}"
     subset = of_study.data.subsets.get(settings.test_set)
@@ -200,7 +200,7 @@ def _scored_on(settings: EvaluationSettings, of_study: study.Study | None) -> st
 
 
 def _command(run: Row) -> str:
-    """The command that repeats a run."""
+    """Command that repeats a run."""
     words = ["recipe", "run", run["recipe"] if run["recipe"] in paths.recipe_names() else run["recipe_file"]]
     for option, key in (("--profile", "profiles"), ("--set", "overrides"), ("--force", "forced")):
         words += [word for value in run[key] for word in (option, value)]
@@ -210,7 +210,7 @@ def _command(run: Row) -> str:
 
 
 def _public(value: Any, cwd: Path, key: str = "") -> Any:
-    """`value` without secrets, and with local paths relative to `cwd` or cut to a name."""
+    """`value` without secrets, with local paths made relative to `cwd` or cut to a name."""
     if isinstance(value, dict):
         below_tokens = key == "special_tokens"
         kept = {name: below for name, below in value.items() if below_tokens or not is_secret(str(name))}
@@ -227,7 +227,7 @@ def _public(value: Any, cwd: Path, key: str = "") -> Any:
 
 
 def _code(value: Any) -> str:
-    """A value as code in Markdown, on one line; a dash for None."""
+    """Value as one line of Markdown code; a dash for None."""
     if value is None:
         return "–"
     text = " ".join(value.split()) if isinstance(value, str) else ""
@@ -237,16 +237,16 @@ def _code(value: Any) -> str:
 
 
 def _fenced(text: str, language: str) -> str:
-    """A text as a code block in Markdown, with a safe fence."""
+    """Text as a Markdown code block with a safe fence."""
     fence = "`" * (1 + max(map(len, re.findall("``+", text)), default=2))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 def _prose(text: Any) -> str:
-    """A text on one line, without effect as Markdown or HTML."""
+    """Text on one line, escaped for Markdown and HTML."""
     return re.sub(r"([\\`*_\[\]<>|~&])", r"\\\1", " ".join(str(text).split()))
 
 
 def _address(url: str) -> str:
-    """A web address quoted for a link in Markdown; empty for other schemes."""
+    """Web address quoted for a Markdown link; empty for other schemes."""
     return quote(url, safe="%/:?#=&@+,;~") if re.match("https?://", url) else ""

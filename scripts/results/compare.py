@@ -1,4 +1,4 @@
-"""Comparisons of two runs' losses and predictions, and of a loss with a published curve."""
+"""Compare losses and predictions of two runs, and a loss with a published curve."""
 
 import csv
 from collections.abc import Iterable, Sequence
@@ -25,11 +25,11 @@ from ..scores.score import columns_of, declared_models, model_record, with_score
 
 @dataclass
 class ScoredRows:
-    """Scored rows.
+    """Rows with scores.
 
     Attributes:
-        columns: what each row is scored with, by name.
-        models: the record of the scorer model of each column that has one.
+        columns: metrics of the rows by name.
+        models: records of scorer models, by name of the columns that use one.
     """
 
     rows: list[Row]
@@ -38,13 +38,13 @@ class ScoredRows:
 
 
 def several(names: Sequence[str], runs: Path, asked: Sequence[str] = ()) -> list[ScoredRows]:
-    """The rows of runs, or of JSONL files with the fields reference and prediction, scored.
+    """Score the rows of runs, or of JSONL files with the fields reference and prediction.
 
-    A run's are scored as its evaluation was, a file's as the runs beside it, and both with the metrics asked for too;
-    without either a file's are scored with the usual ones.
+    Runs keep the metrics of their evaluation. Files get the metrics of the compared runs. Both also get the requested
+    metrics. Files without any of these get the default metrics.
 
     Raises:
-        UserError: there is no such run or file, the run was not evaluated, or there is no such metric.
+        UserError: a run, file or metric does not exist, or a run was not evaluated.
     """
     named = columns_of(None, asked) if asked else {}
     found = {name: _of_run(name, runs, named) for name in names if not Path(name).is_file()}
@@ -60,7 +60,7 @@ def _of_run(name: str, runs: Path, named: dict[str, Column]) -> ScoredRows:
     evaluation = read_scores(folder)
     if not rows or not evaluation or changed(folder, evaluation):
         problem = changed(folder, evaluation) or "not evaluated"
-        raise UserError(f"{folder}: {problem}; `recipe evaluate {folder}` comes first")
+        raise UserError(f"{folder}: {problem}; run `recipe evaluate {folder}` first")
     scored = _scored(rows, columns := evaluation.columns | named)
     for name in declared_models(columns):
         scored.columns[name] = columns[name]
@@ -71,19 +71,19 @@ def _of_run(name: str, runs: Path, named: dict[str, Column]) -> ScoredRows:
 
 
 def _scored(rows: Sequence[Row], columns: dict[str, Column]) -> ScoredRows:
-    """Rows scored with the columns of row scores that need no scorer model."""
+    """Score rows with the row-level metrics that need no scorer model."""
     by_model = declared_models(columns)
     of_rows = {name: column for name, column in columns.items() if column.metric.of_rows and name not in by_model}
     return ScoredRows(with_scores(rows, of_rows, {}), of_rows)
 
 
 def pair(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """The common rows of two sets of predictions, in the order of the first.
+    """Pair the common rows of two sets of predictions, in the order of the first.
 
-    Rows are matched by `idx`, their position in the test file, where all have one of their own, otherwise by order.
+    Rows are matched by `idx`, the position in the test file, if each row has a unique one; otherwise by order.
 
     Raises:
-        UserError: they have none in common, or the references of a pair differ.
+        UserError: there are no common rows, rows cannot be matched, or the references of a pair differ.
     """
     by_idx, of_a = ({row.get("idx"): row for row in rows} for rows in (b, a))
     if None not in (*by_idx, *of_a) and (len(by_idx), len(of_a)) == (len(b), len(a)):
@@ -91,23 +91,23 @@ def pair(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row, Row]]:
     elif len(a) == len(b):
         pairs = list(zip(a, b, strict=True))
     else:
-        raise UserError(f"{len(a)} rows and {len(b)}, and not all have a position of their own, idx, to match them by")
+        raise UserError(f"{len(a)} and {len(b)} rows cannot be matched: some lack a unique position in the field idx")
     for row, other in pairs:
         if row["reference"].split() != other["reference"].split():
             where = row.get("idx", row.get("row"))
-            raise UserError(f"row {where} has another reference in each: not predictions for the same rows")
+            raise UserError(f"row {where} has different references; compare predictions for the same rows")
     if not pairs:
-        raise UserError("no row is in both; compare predictions for the same rows")
+        raise UserError("no common rows; compare predictions for the same rows")
     return pairs
 
 
 def compare(a: ScoredRows, b: ScoredRows) -> list[Row]:
-    """Means and differences of common scores on the common rows, see `intervals.paired`.
+    """Compare common scores on common rows, see `intervals.paired`.
 
-    Scores of a scorer model compare only if both have the same one.
+    Scores by a scorer model are compared only if both sides used the same model.
 
     Raises:
-        UserError: they cannot be paired, see `pair`.
+        UserError: the rows cannot be paired, see `pair`.
     """
     pairs = pair(a.rows, b.rows)
     compared = []
@@ -122,13 +122,13 @@ def compare(a: ScoredRows, b: ScoredRows) -> list[Row]:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Divergence of the losses of two trainings, a and b.
+    """Divergence of the losses of two training runs, a and b.
 
     Attributes:
-        first, last: the first and the last step whose loss both have recorded.
-        step: the first of these whose losses differ; None where all are equal, to the last bit.
-        losses: the two losses of that step.
-        differences: the settings in which the runs differ, with the values of a and b.
+        first, last: first and last step with a recorded loss in both runs.
+        step: first step whose losses differ; None if all are equal to the last bit.
+        losses: the two losses at `step`.
+        differences: settings that differ, with the values in a and b.
     """
 
     first: int
@@ -140,12 +140,12 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs compared, or a run and a file of predictions.
+    """Comparison of two runs, or of files of predictions.
 
     Attributes:
-        training: where their losses diverge; None for files, and for trainings without a step in common.
-        scores: see `compare`; None where runs are not evaluated.
-        unscored: the folders of these.
+        training: divergence of the losses; None for files, and for runs without a common step.
+        scores: see `compare`; None if a run is not evaluated.
+        unscored: folders of runs that are not evaluated.
     """
 
     training: Divergence | None
@@ -154,15 +154,15 @@ class Comparison:
 
 
 def comparison(pair: tuple[str, str], runs: Path, metrics: Sequence[str] = ()) -> Comparison:
-    """Compare two runs, or files of predictions. Runs need not be evaluated for where their losses diverge.
+    """Compare two runs, or files of predictions; losses need no evaluation.
 
     Args:
         pair: runs, or files of predictions.
-        runs: the folder of the runs.
-        metrics: what to score with beside what the runs were.
+        runs: folder of the runs.
+        metrics: values of --metric, added to the metrics of the runs.
 
     Raises:
-        UserError: there is no such run or file, they cannot be compared, or nothing of them can.
+        UserError: a run or file does not exist, or the two cannot be compared.
     """
     folders = {name: find_run(name, runs) for name in pair if not Path(name).is_file()}
     names = [str(folders[name].path) if name in folders else name for name in pair]
@@ -175,20 +175,20 @@ def comparison(pair: tuple[str, str], runs: Path, metrics: Sequence[str] = ()) -
 
 
 def _divergence(folders: Sequence[RunDir]) -> Divergence | None:
-    """The divergence of two runs; None, with a message, if they share no step.
+    """Divergence of two runs; None, with a message, without a common step.
 
     Raises:
-        UserError: one is a rehearsal, and the other a real run.
+        UserError: one run is a rehearsal, the other is not.
     """
     a, b = (folder.read() for folder in folders)
     if a.rehearsal != b.rehearsal:
-        raise UserError("one of the runs is a rehearsal, and the other is not; compare two of a kind")
+        raise UserError("one run is a rehearsal, the other is not; compare two rehearsals or two real runs")
     of_a, of_b = (
         {record["step"]: record["loss"] for record in folder.read_metrics() if "loss" in record} for folder in folders
     )
     common = sorted(of_a.keys() & of_b.keys())
     if not common:
-        say("their trainings are not compared: they have recorded the loss of no step in common")
+        say("losses are not compared: the runs have no step with a recorded loss in common")
         return None
     step = next((step for step in common if of_a[step] != of_b[step]), None)
     settings = [_settings(yamlfiles.read_yaml(folder.config), run) for folder, run in zip(folders, (a, b), strict=True)]
@@ -203,7 +203,7 @@ def _divergence(folders: Sequence[RunDir]) -> Divergence | None:
 
 
 def _settings(cfg: yamlfiles.Config, run: Run) -> yamlfiles.Config:
-    """The recorded settings that the steps of a run may depend on."""
+    """Recorded settings that can affect the steps of a run."""
     machine = run.provenance
     gpus = [f"{gpu.get('name')}, driver {gpu.get('driver')}" for gpu in machine.get("gpus") or []]
     kept = {key: value for key, value in cfg.items() if not config.TRACKING.match(key)}
@@ -222,14 +222,14 @@ def _settings(cfg: yamlfiles.Config, run: Run) -> yamlfiles.Config:
     }
 
 
-Point = tuple[int, float]  # a step, and the mean loss of the steps since the point before
+Point = tuple[int, float]  # step, and mean loss since the previous point
 
 
 def published_curve(of_study: Study, of_recipe: Published) -> list[Point]:
-    """The published curve of a recipe; none where it has none.
+    """Read the published curve of a recipe; empty without one.
 
     Raises:
-        UserError: its file is not a CSV file with numbers in the columns step and train_loss.
+        UserError: the file is not CSV with numbers in the columns step and train_loss.
     """
     if not of_recipe.curve:
         return []
@@ -244,12 +244,12 @@ def published_curve(of_study: Study, of_recipe: Published) -> list[Point]:
 
 @dataclass(frozen=True)
 class CurveGap:
-    """Distance of a run's training loss from a published curve.
+    """Gap between a run's training loss and a published curve.
 
     Attributes:
-        mean: ours less theirs.
-        largest: of the absolute values.
-        step: the step with that.
+        mean: mean of our loss minus the published loss.
+        largest: largest absolute gap.
+        step: step with the largest gap.
     """
 
     mean: float
@@ -258,7 +258,7 @@ class CurveGap:
 
 
 def curve_gap(ours: Sequence[Point], curve: Sequence[Point]) -> CurveGap | None:
-    """The distance of a run's points from those of a curve; None without points."""
+    """Gap between a run's points and a curve; None without points."""
     theirs = dict(curve)
     gaps = {step: loss - theirs[step] for step, loss in ours}
     if not gaps:
@@ -268,11 +268,11 @@ def curve_gap(ours: Sequence[Point], curve: Sequence[Point]) -> CurveGap | None:
 
 
 def over_the_same_steps(metrics: Iterable[Row], curve: Sequence[Point]) -> list[Point]:
-    """A run's training loss at the reached steps of a curve: means since the step before.
+    """Mean training losses of a run between the steps of a curve, as far as the run got.
 
     Args:
-        metrics: the run's records by step.
-        curve: the published points.
+        metrics: records of the run's steps.
+        curve: published points.
     """
     losses = [(record["step"], record["loss"]) for record in metrics if record.get("loss") is not None]
     last = max((step for step, _ in losses), default=0)

@@ -1,4 +1,4 @@
-"""Records for a study's ledger: `recipe results --export` makes them, and `--ledger` shows them."""
+"""Records of a study's ledger: `recipe results --export` and `--ledger`."""
 
 import hashlib
 from collections.abc import Sequence
@@ -33,30 +33,28 @@ from .run_rows import RunResult
 
 
 def export(folder: RunDir) -> Path:
-    """Write the record of a run, for its study's ledger, into the current folder.
+    """Write the ledger record of a run to the current folder.
 
     Raises:
-        UserError: the run is not one of a study's recipe that failed, or was finished and evaluated; or it does not
-            record what it ran on.
+        UserError: the run does not belong to a study's recipe, has neither failed nor been finished and evaluated, or
+            lacks a record of its hardware.
     """
     result = RunResult(folder, backends.read(folder))
     if reason := _refused(result):
-        raise UserError(f"{folder.path}: no record is made of it: {reason}")
+        raise UserError(f"{folder.path}: not exported: {reason}")
     try:
         record = record_of_run(result)
     except ValidationError as error:
         wrong = ", ".join(".".join(map(str, found["loc"])) for found in error.errors())
-        raise UserError(
-            f"{folder.path}: no record is made of it: the run does not record {wrong} as expected"
-        ) from None
+        raise UserError(f"{folder.path}: not exported: the run's record of {wrong} is missing or invalid") from None
     return _written(record, result.run.origin.partition("/")[0])
 
 
 def export_predictions(of_study: Study, rows: Sequence[Row]) -> list[Path]:
-    """Write the records of published predictions, for their study's ledger, into the current folder.
+    """Write ledger records of published predictions to the current folder.
 
     Args:
-        rows: their scores, as `stages.score_predictions` returns them; those of other test sets are left out.
+        rows: scores from `stages.score_predictions`; scores on other test sets are left out.
     """
     files = []
     owners = of_study.published | {baseline.name: baseline for baseline in of_study.baselines}
@@ -88,12 +86,12 @@ def _score(value: float, low: float | None, high: float | None) -> ledger.Score:
 def _written(record: ledger.Record, study_name: str) -> Path:
     file = Path(record.file_name())
     write_atomically(file, record.text())
-    say(f"it belongs in recipes/{study_name}/{ledger.FOLDER}/; CONTRIBUTING.md says how to hand it in")
+    say(f"the record belongs in recipes/{study_name}/{ledger.FOLDER}/; CONTRIBUTING.md describes how to submit it")
     return file
 
 
 def _refused(result: RunResult) -> str | None:
-    """The reason why a ledger does not take a run."""
+    """Reason why a ledger refuses a run; None if it accepts the run."""
     run, own = result.run, result.evaluation
     of_study = study.of(run.origin)
     if of_study is None or run.origin not in {*of_study.published, *of_study.variants}:
@@ -101,8 +99,8 @@ def _refused(result: RunResult) -> str | None:
     if run.rehearsal or run.state not in ("finished", "failed"):
         return f"it is {'a rehearsal' if run.rehearsal else run.state}, and a record needs a finished or failed run"
     if run.state == "finished" and not (result.is_comparable(of_study.first) and _adapter(result)):
-        rows = f"a current evaluation of its adapter on {of_study.test_title} as study.yaml says"
-        return f"it needs the recipe's model and data, and {rows}; `recipe evaluate {result.folder.path}` does that"
+        rows = f"a current evaluation of its adapter on {of_study.test_title} with the study's decoding"
+        return f"it needs the recipe's model and data, and {rows}; run `recipe evaluate {result.folder.path}`"
     if own and not own.settings.stands_for(own.settings.model_copy(update={"engine": evaluations.REFERENCE})):
         return f"its predictions were {own.settings.note}"
     if changed := [key for key in _changes(run) if key not in _cell_values(run, of_study)] or run.axolotl_arguments:
@@ -111,19 +109,19 @@ def _refused(result: RunResult) -> str | None:
 
 
 def _adapter(result: RunResult) -> str | None:
-    """The hash of the adapter that was scored."""
+    """Hash of the scored adapter."""
     if result.evaluation:
         return result.evaluation.settings.adapter_sha256
     return result.run.adapter.sha256 if result.run.adapter else None
 
 
 def _changes(run: Run) -> yamlfiles.Config:
-    """Changed keys of a run that affect the result, beside those of shipped profiles."""
+    """Changed keys that affect the result, except those from shipped profiles."""
     return {difference.key: difference.run for difference in run.from_origin if not _allowed(difference)}
 
 
 def _cell_values(run: Run, of_study: Study) -> yamlfiles.Config:
-    """The values of the published cell that a run's changed settings match; else empty."""
+    """Values of the published grid point that a run's changed settings match; else empty."""
     changes = _changes(run)
     recipe = yamlfiles.read_yaml(paths.recipe_file(run.origin))
     cell = of_study.cell(run.origin, recipe | changes) if changes else None
@@ -131,7 +129,7 @@ def _cell_values(run: Run, of_study: Study) -> yamlfiles.Config:
 
 
 def _allowed(difference: config.Difference) -> bool:
-    """True for a difference of a shipped profile, or one that leaves the result unaffected."""
+    """True for a difference that comes from a shipped profile or does not affect the result."""
     key, (how, _, which) = difference.key, difference.why.partition(" ")
     of_profile = how == "profile" and (paths.PROFILES / f"{which}.yaml").is_file()
     is_data = key.partition(".")[0] in ("datasets", "test_datasets") and key.endswith(".path")
@@ -144,10 +142,10 @@ def _revision(made_with: Provenance) -> str | None:
 
 
 def record_of_run(result: RunResult) -> ledger.Record:
-    """The record of a run.
+    """Create the ledger record of a run.
 
     Raises:
-        ValidationError: the run lacks something, or records it in another form.
+        ValidationError: the run's record of something is missing or invalid.
     """
     run, own, summary = result.run, result.evaluation, result.summary
     assert result.study
@@ -193,7 +191,7 @@ def record_of_run(result: RunResult) -> ledger.Record:
 
 
 def planned_gib(result: RunResult) -> float | None:
-    """The planned memory of a run on one GPU, or of a rehearsal; None for others, and without a plan."""
+    """Planned memory of a run on one GPU, or of a rehearsal; None for other runs, or without a plan."""
     with suppress(UserError):  # some configs cannot be planned
         cfg = yamlfiles.read_yaml(result.folder.config)
         if result.run.ranks == 1 and not any(cfg.get(key) for key in ENGINE_KEYS):
@@ -203,7 +201,7 @@ def planned_gib(result: RunResult) -> float | None:
 
 
 def _scores(result: RunResult, of_study: Study) -> dict[str, ledger.Score]:
-    """The scores by the study's metrics, without those of another scorer model."""
+    """Scores by the study's metrics, except scores by other scorer models than the declared ones."""
     found, own = {}, result.evaluation.scores if result.evaluation else {}
     for name, column in of_study.columns.items():
         value, by = result.score(column), model_record(column, own)
@@ -215,7 +213,7 @@ def _scores(result: RunResult, of_study: Study) -> dict[str, ledger.Score]:
 
 
 def show(studies: Sequence[Study], json: bool) -> None:
-    """Print the status of published numbers and the recorded runs; as JSON the records."""
+    """Print the status of published results, and recorded runs; as JSON only records."""
     found = {of_study.folder.name: (of_study, ledger.records(of_study)) for of_study in studies}
     if json:
         tables.print_json([record.model_dump(mode="json") for _, records in found.values() for record in records])

@@ -1,4 +1,4 @@
-"""Printed results of runs, studies and comparisons, and a study's power."""
+"""Print results of runs and studies, comparisons, and the power of a study."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -19,7 +19,7 @@ from .repeats import Outlook
 from .run_rows import RunResult
 from .verdict import StudyRow
 
-AXOLOTL_EVAL_LOSS = "Axolotl's eval loss"  # shown for runs from before there was one per token
+AXOLOTL_EVAL_LOSS = "Axolotl's eval loss"  # shown for old runs without a loss per token
 COSTS = "Other scores, and what the runs took"
 CURVES = "Our training loss less the published one, over the same steps"
 REHEARSALS = "Rehearsals (small stand-in model, few rows; not comparable with any published score)"
@@ -41,13 +41,13 @@ def show(folders: Sequence[RunDir], json: bool) -> None:
     found = [RunResult(folder, run) for folder, run in readable(folders, backends.read)]
     jobs = {result.folder.path: [*_jobs(result)] for result in found}
     if changed := [result.folder.path for result in found if result.changed]:
-        say(f"{len(changed)} evaluations are stale or edited; `recipe evaluate {changed[-1]}` checks that of the last")
+        say(f"{len(changed)} evaluations are stale or edited; `recipe evaluate {changed[-1]}` checks the last one")
     records = (run_rows.record(result, jobs[result.folder.path]) for result in found)
     tables.show(json, records, _of_runs(found, jobs))
 
 
 def _jobs(result: RunResult) -> Iterator[str]:
-    """The jobs that have not ended of a run's next steps, in words."""
+    """Descriptions of unfinished jobs for the next steps of a run."""
     trained = result.run.state == "finished"
     for step, done in {"prepare": trained, "run": trained, "evaluate": result.evaluation}.items():
         if not done and (state := backends.job_state(result.folder, step)):
@@ -55,7 +55,7 @@ def _jobs(result: RunResult) -> Iterator[str]:
 
 
 def _of_runs(found: Sequence[RunResult], jobs: Mapping[Path, list[str]]) -> Iterator[Table]:
-    """A table for the runs of each study or set of metrics; rehearsals apart."""
+    """Tables of runs, by study or set of metrics; rehearsals have separate tables."""
     for rehearsal in (False, True):
         groups: dict[str, list[RunResult]] = {}
         for result in (result for result in found if result.run.rehearsal == rehearsal):
@@ -69,7 +69,7 @@ def _of_runs(found: Sequence[RunResult], jobs: Mapping[Path, list[str]]) -> Iter
             title = REHEARSALS if rehearsal else "Runs"
             if len(groups) > 1:
                 title += f": {of_study.folder.name}" if of_study else ": of no study"
-            spare = [*[column.label for column in columns.values()][:0:-1], *_SPARE]  # but for the first
+            spare = [*[column.label for column in columns.values()][:0:-1], *_SPARE]  # all except the first
             rows = [_cells(result, columns, jobs[result.folder.path]) for result in group]
             yield Table(rows, title, spare=spare, below=_BELOW)
             if of_study and not rehearsal and not all(result.is_of_something_else for result in group):
@@ -77,7 +77,7 @@ def _of_runs(found: Sequence[RunResult], jobs: Mapping[Path, list[str]]) -> Iter
 
 
 def _cells(result: RunResult, columns: Mapping[str, Column], jobs: Sequence[str]) -> Row:
-    """The cells of a run; its first score with decodings, base model and published value."""
+    """Table cells of a run; the first score includes decodings, base model and published value."""
     run, summary, scores = result.run, result.summary, result.scores
     early = ", early stopping" if summary.ended == "early stopping" else ""
     kept = "" if summary.kept_step in (None, summary.step) else f", step {summary.kept_step} kept"
@@ -130,7 +130,7 @@ def show_study(of_study: Study, rows: Sequence[StudyRow], rehearsal: bool, json:
 
 
 def of_rows(of_study: Study, rows: Sequence[StudyRow], rehearsal: bool) -> Iterator[Table]:
-    """The tables of a study: each metric, costs, curves and baselines."""
+    """Tables of a study: one per metric, costs, curves and baselines."""
     about = REHEARSALS if rehearsal else f"{of_study.cited}; published scores are on {of_study.test_title}"
     for column in of_study.table.values():
         title = about if column == of_study.first else column.label
@@ -148,7 +148,7 @@ def of_rows(of_study: Study, rows: Sequence[StudyRow], rehearsal: bool) -> Itera
 
 
 def _of_metric(row: StudyRow, column: Column) -> Row:
-    """The cells of a row of a study by one of its metrics."""
+    """Table cells of a study's row for one metric."""
     score, within = row.scores[column.name], row.scores[column.name].interval
     return {
         "recipe": row.recipe,
@@ -165,7 +165,7 @@ def _of_metric(row: StudyRow, column: Column) -> Row:
 
 
 def _of_costs(row: StudyRow, others: Mapping[str, Column], beside: Mapping[str, bool]) -> Row:
-    """The cells of a study's row for further metrics and costs, beside published costs."""
+    """Table cells of a study's row for other metrics and costs, beside published costs."""
     cells: Row = {"recipe": row.recipe}
     cells |= {column.label: row.scores[name].value for name, column in others.items()}
     cells["eval loss"] = row.chosen and row.chosen.summary.eval_loss_per_token
@@ -178,19 +178,19 @@ def _of_costs(row: StudyRow, others: Mapping[str, Column], beside: Mapping[str, 
 
 
 def _whole(value: float | None) -> str | float | None:
-    """A large number without decimals, in groups of three digits."""
+    """Large numbers without decimals, in groups of three digits; others unchanged."""
     return f"{value:,.0f}" if value is not None and value >= 100 else value
 
 
 def _published(score: PublishedScore | None) -> float | str | None:
-    """A published score in a table: text with its ±, otherwise an aligned number."""
+    """Published score for a table: text if it has a ±, otherwise a number."""
     if score is None or score.spread is None:
         return score.value if score else None
     return tables.plus_minus(score.value, score.spread)
 
 
 def baselines(of_study: Study) -> Table:
-    """A study's baselines."""
+    """Table of a study's baselines."""
     rows = [
         {
             "baseline": baseline.name,
@@ -203,7 +203,7 @@ def baselines(of_study: Study) -> Table:
 
 
 def notes(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
-    """The lines under the tables: differences, limits of intervals, and open settings of scores that are off."""
+    """Notes under the tables: differences, limits of intervals, and open settings if scores are off."""
     for difference in of_study.differences:
         yield f"All recipes: {difference}"
     yield from _of_intervals(of_study, rows)
@@ -220,20 +220,20 @@ def notes(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
 
 
 def _of_intervals(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
-    """Limits of the intervals behind the verdicts, and their remedy."""
+    """Notes on limits of the intervals behind verdicts, with remedies."""
     scores = [score for row in rows for score in row.scores.values() if score.verdict]
     methods = [score.interval.method for score in scores if score.interval]
     if several := [row.recipe for row in rows if len(row.runs) > 1]:
         yield f"Scores are means of runs that differ at most in their seed: of {', '.join(several)}."
     seeds = f"`recipe reproduce {of_study.folder.name} --seeds 3` runs each recipe with three seeds"
     if any(method == intervals.ROWS_ONLY or method.endswith(repeats.ONE_SEED) for method in methods):
-        yield f"An interval of {intervals.ROWS_ONLY}, or of one seed, knows nothing of other seeds: {seeds}."
+        yield f"An interval of {intervals.ROWS_ONLY}, or of one seed, does not cover other seeds: {seeds}."
     if any(intervals.BORROWED in method for method in methods):
-        yield f"A borrowed spread is that of repeats which the authors published, not of our runs: {seeds}."
+        yield f"A borrowed spread comes from published repeats, not from our runs: {seeds}."
 
 
 def show_comparison(compared: Comparison, pair: tuple[str, str], json: bool) -> None:
-    """Print two runs compared."""
+    """Print a comparison of two runs."""
     if json:
         training = compared.training and asdict(compared.training)
         tables.print_json({"training": training, "scores": compared.scores})
@@ -243,7 +243,7 @@ def show_comparison(compared: Comparison, pair: tuple[str, str], json: bool) -> 
         for line in (f"Trainings, {title}", *_in_words(compared.training), ""):
             tables.print_text(line)
     if compared.scores is None:
-        say(f"not compared by scores, as not evaluated: {', '.join(compared.unscored)}; `recipe evaluate` comes first")
+        say(f"scores are not compared; not evaluated: {', '.join(compared.unscored)}; run `recipe evaluate` first")
     else:
         tables.print_table(compared.scores, title, spare=["equal", "rows", "p_wilcoxon", "better", "worse"])
         if len(compared.scores) > 1:
@@ -252,11 +252,11 @@ def show_comparison(compared: Comparison, pair: tuple[str, str], json: bool) -> 
 
 def _in_words(training: Divergence) -> Iterator[str]:
     if training.step is None or training.losses is None:
-        yield f"The losses of steps {training.first} to {training.last}, which both have recorded, are equal."
+        yield f"The recorded losses of steps {training.first} to {training.last} are equal."
     else:
         a, b = training.losses
         yield f"The losses differ from step {training.step} on: {a} in a, {b} in b."
-    yield "What differs between the runs, by their records:" if training.differences else "Their records are the same."
+    yield "Recorded differences between the runs:" if training.differences else "The runs' records are the same."
     for name, (old, new) in training.differences.items():
         yield f"{name}: {old} -> {new}"
 
@@ -279,10 +279,10 @@ def show_power(found: Outlook, of_study: Study, json: bool) -> None:
         tables.text_of, (found.deviation_of_runs, found.deviation_of_rows, found.deviation_of_a_row_in_a_run)
     )
     lines = [
-        f"{difference} is {found.difference_from}. Seen is a score whose 95 % interval excludes one so far away.",
-        f"Rests on {found.rests_on}.",
+        f"{difference} is {found.difference_from}. It is seen if the 95 % interval excludes a value this far away.",
+        f"Based on {found.rests_on}.",
         f"Standard deviations: {by_run} between runs, {by_row} between rows, {rest} of a row between runs.",
         f"The interval of one run is of {found.one_run}.",
-        "A false alarm is a difference that is seen where there is none; 5 % are usual.",
+        "A false alarm is a seen difference that does not exist; 5 % are normal.",
     ]
     tables.show(json, asdict(found), [Table(rows, title)], lines)

@@ -1,4 +1,4 @@
-"""Publication of a run's adapter: model card, merged model, and push to the hub."""
+"""Publish a run's adapter: model card, merged model, push to the hub."""
 
 import os
 import re
@@ -22,7 +22,7 @@ from .card import base_model, card
 from .run_rows import RunResult
 
 CARD = "README.md"
-MERGED_FROM = "adapter.sha256"  # hash of the adapter that is in a merged model
+MERGED_FROM = "adapter.sha256"  # file in a merged model with the adapter's hash
 _TOKENIZER = ["tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"]
 _PUSHED = [CARD, ADAPTER, "adapter_config.json", *_TOKENIZER]
 _PUSHED_MERGED = [CARD, "model*.safetensors*", "config.json", "generation_config.json", *_TOKENIZER,
@@ -32,21 +32,21 @@ _PUSHED_MERGED = [CARD, "model*.safetensors*", "config.json", "generation_config
 def publish(
     folder: RunDir, merge: bool = False, push: str | None = None, private: bool = False, force: Sequence[str] = ()
 ) -> list[str]:
-    """Write a model card beside a finished run's adapter; merge it and push it to the hub if asked to.
+    """Write a model card for a finished run; optionally merge and push.
 
     Args:
-        folder: the run.
-        merge: make one model of base model and adapter, in output/merged; a push then uploads that one.
-        push: the repository on the hub, as owner/name.
-        private: the repository is to be private.
-        force: findings about code in the run's config that are overridden, for a merge.
+        folder: run folder.
+        merge: merge base model and adapter into output/merged; a push then uploads the merged model.
+        push: repository on the hub, as owner/name.
+        private: create a private repository.
+        force: findings to override about code in the run's config, for a merge.
 
     Returns:
-        The cards written, and the repository's address.
+        Written cards, and the address of the repository.
 
     Raises:
-        UserError: the run has nothing to publish or nothing that may be pushed, its config names others' code, or the
-            hub refuses the token.
+        UserError: the run has no adapter to publish or must not be pushed, its config names untrusted code, or the hub
+            refuses the token.
         WorkFailed: Axolotl cannot merge, or the hub cannot be reached or fails.
     """
     run = backends.read(folder)
@@ -55,9 +55,9 @@ def publish(
         first = "wait for its end" if run.state in ("created", "running") else f"`recipe resume {folder.path}` first"
         raise UserError(f"{folder.path}: the run is {run.state}; {first}")
     if run.published_adapter:
-        raise UserError(f"{folder.path}: its adapter {run.published_adapter} was not trained here; publish a run's own")
+        raise UserError(f"{folder.path}: its adapter {run.published_adapter} was not trained here; publish another run")
     if tensor_shapes(adapter) is None:
-        raise UserError(f"{adapter}: damaged, or not there; put a copy there, or `recipe run {run.recipe}` trains one")
+        raise UserError(f"{adapter}: damaged or missing; restore a copy, or train again: `recipe run {run.recipe}`")
     if push is not None:
         _check_push(folder, run, push)
     elif private:
@@ -76,7 +76,7 @@ def publish(
 
 
 def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:
-    """Return the folder of base model and adapter as one model, merged by Axolotl unless it holds this adapter."""
+    """Merge base model and adapter by Axolotl, unless done before; return the folder."""
     merged, log = folder.output / "merged", folder.path / "merge.log"
     digest, merged_from = sha256(folder.output / ADAPTER), merged / MERGED_FROM
     if merged_from.is_file() and merged_from.read_text() == digest:
@@ -88,7 +88,7 @@ def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:
     if run.rehearsal:
         environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-    def make(part: Path) -> None:  # not in the run's output, where Axolotl would replace the training's log
+    def make(part: Path) -> None:  # outside the run's output folder, because Axolotl would replace the training log
         axolotl = [str(Path(sys.executable).with_name("axolotl")), "merge-lora", str(folder.config.resolve())]
         axolotl += ["--lora-model-dir", str(folder.output.resolve()), "--output-dir", str(part.resolve())]
         cwd = run.cwd if Path(run.cwd).is_dir() else None
@@ -97,19 +97,19 @@ def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:
             code = start_child(axolotl, cwd=cwd, env=environment, stdout=stream, stderr=subprocess.STDOUT).wait()
         if code or not any(part.glob("merged/*.safetensors")):
             tail = log.read_text(errors="replace").splitlines()[-15:]
-            raise WorkFailed("\n".join([*tail, f"{folder.path}: Axolotl could not merge; the whole log is {log}"]))
+            raise WorkFailed("\n".join([*tail, f"{folder.path}: Axolotl could not merge; complete log: {log}"]))
         for file in (part / "merged").iterdir():
             file.rename(part / file.name)
         for file in (file for pattern in _TOKENIZER for file in folder.output.glob(pattern)):
-            shutil.copy2(file, part)  # Axolotl copies the base model's, which lacks what the config adds to it
+            shutil.copy2(file, part)  # Axolotl copies the base model's tokenizer, without added tokens
         (part / MERGED_FROM).write_text(digest)
 
-    shutil.rmtree(merged, ignore_errors=True)  # of another adapter
+    shutil.rmtree(merged, ignore_errors=True)  # holds another adapter
     return make_once(merged, make)
 
 
 def _check_push(folder: RunDir, run: Run, repository: str) -> None:
-    """Refuse to push a model that others could not use, or to an invalid repository."""
+    """Refuse an invalid repository, and models that others cannot use."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise UserError(f"--push {repository}: expected OWNER/NAME, of letters, digits, -, _ and .")
     if run.rehearsal:
@@ -117,8 +117,8 @@ def _check_push(folder: RunDir, run: Run, repository: str) -> None:
     base, is_local = base_model(folder, run)
     if is_local:
         raise UserError(
-            f"--push: the adapter is for {base}, a folder of this machine, which others cannot load; train with the "
-            "name of base_model on the hub"
+            f"--push: the base model {base} is a local folder, which others cannot load; train with base_model set to "
+            "its name on the hub"
         )
 
 
@@ -128,23 +128,23 @@ def _push(model: Path, repository: str, private: bool, recipe: str) -> str:
 
     api = HfApi()
     try:
-        # None rather than False: an organization may want its repositories private
+        # None rather than False leaves the decision to the defaults of an organization
         address = api.create_repo(repository, private=private or None, exist_ok=True)
         if private and not api.repo_info(repository).private:
-            raise UserError(f"--private: {repository} is there already and public; make it private on the hub first")
+            raise UserError(f"--private: {repository} exists and is public; make it private on the hub first")
         files = _PUSHED if (model / ADAPTER).is_file() else _PUSHED_MERGED
         api.upload_folder(
             repo_id=repository, folder_path=model, allow_patterns=files, commit_message=f"Model of {recipe}"
         )
     except UserError:
         raise
-    except Exception as error:  # of the hub, of the network, or of the token
+    except Exception as error:  # from the hub, the network or the token
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
             raise UserError(
-                f"--push: the hub refuses to write {repository}; `hf auth login`, or HF_TOKEN, with a token that may"
+                f"--push: no write access to {repository}; give such a token with `hf auth login` or HF_TOKEN"
             ) from None
         reason = " ".join(str(error).split()) or type(error).__name__
         raise WorkFailed(
-            f"{repository}: not pushed: {reason}\n{model / CARD} is written; the same command tries the push again"
+            f"{repository}: not pushed: {reason}\n{model / CARD} is written; repeat the command to push"
         ) from None
     return str(address)

@@ -1,4 +1,4 @@
-"""Repeated runs with other seeds, their interval, and the power of a study."""
+"""Repeated runs with other seeds: intervals of scores, and power of a study."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,13 +23,13 @@ from .run_rows import RunResult
 
 SEED = "seed"
 _SAME_ROWS = {"data_sha256", "rows"}
-# settings of evaluations whose scores have one mean
+# settings shared by evaluations whose scores are averaged
 _ALIKE = _SAME_ROWS | {"decoding", "quantized", "dtype", "engine"}
 ONE_SEED = " of one seed"
 
 
 def usable(runs: Path, rehearsal: bool) -> list[RunResult]:
-    """The real runs, or rehearsals, on their recipe's model and data."""
+    """Real runs on their recipe's model and data, or all rehearsals."""
     found = (RunResult(folder, run) for folder, run in rundir.readable(rundir.all_runs(runs), backends.read))
     return [
         result
@@ -39,10 +39,10 @@ def usable(runs: Path, rehearsal: bool) -> list[RunResult]:
 
 
 def of(chosen: RunResult, candidates: Sequence[RunResult]) -> list[RunResult]:
-    """A run, and behind it its repeats: trained alike but for the seed, and evaluated alike.
+    """A run, followed by its repeats: trained alike except for the seed, and evaluated alike.
 
-    Of several seeds only the newest run of each counts: repeating a seed says nothing about others. A run that is not
-    finished and scored has no repeats.
+    If there are several seeds, only the newest run of each counts: a repeated seed shows nothing about other seeds. A
+    run that is not finished and scored has no repeats.
     """
     own, trained = chosen.evaluation, _training(chosen)
     if chosen.run.state != "finished" or not chosen.is_scored or chosen.run.published_adapter or trained is None:
@@ -63,7 +63,7 @@ def of(chosen: RunResult, candidates: Sequence[RunResult]) -> list[RunResult]:
 
 
 def _training(result: RunResult) -> Any:
-    """The inputs of a run's training but for its seed; None without its config."""
+    """Inputs of a run's training except the seed; None if the config is missing."""
     run = result.run
     if not result.folder.config.is_file():
         return None
@@ -84,13 +84,13 @@ def _alike(one: Evaluation | None, other: Evaluation | None, settings: set[str])
 
 
 def seed(folder: RunDir) -> Any:
-    """The seed of a run."""
+    """Seed of a run."""
     cfg = yamlfiles.read_yaml(folder.config) if folder.config.is_file() else {}
     return cfg.get(SEED, config.AXOLOTL_SEED)
 
 
 def scores(column: Column, found: Sequence[RunResult]) -> list[tuple[RunResult, float]]:
-    """Runs with their scores by a metric, if these compare with the first's."""
+    """Runs with scores by a metric; scores by another scorer model than the first run's are left out."""
     models = [model_record(column, result.evaluation.scores) if result.evaluation else None for result in found]
     scored = [(result, result.score(column)) for result in found]
     return [
@@ -103,12 +103,12 @@ def scores(column: Column, found: Sequence[RunResult]) -> list[tuple[RunResult, 
 def interval(
     name: str, scored: Sequence[tuple[RunResult, float]], known: Sequence[float] = ()
 ) -> intervals.Interval | None:
-    """The 95 % interval of the mean of runs' scores, see `intervals.of_runs`.
+    """95 % interval of the runs' mean score, see `intervals.of_runs`.
 
     Args:
-        name: the score's.
-        scored: the runs, with what they reached.
-        known: published scores of repeats, whose spread stands in where there is only one run.
+        name: name of the metric.
+        scored: runs with their scores.
+        known: published scores of repeats, whose spread is used for a single run.
     """
     found, values = [result for result, _ in scored], [value for _, value in scored]
     if len(found) > 1:
@@ -120,7 +120,7 @@ def interval(
 
 
 def interval_cells(name: str, within: intervals.Interval | None) -> Row:
-    """The keys of a score's interval in a record."""
+    """Keys for an interval in a record."""
     return {
         f"{name}_low": within.low if within else None,
         f"{name}_high": within.high if within else None,
@@ -129,7 +129,7 @@ def interval_cells(name: str, within: intervals.Interval | None) -> Row:
 
 
 def by_row(name: str, found: Sequence[RunResult]) -> list[list[float]] | None:
-    """The scores of each row for each run; None without them, or for other rows."""
+    """Row scores of each run; None if rows have no scores or differ between runs."""
     first = found[0].evaluation
     if first is None or not all(_alike(first, result.evaluation, _SAME_ROWS) for result in found):
         return None
@@ -141,14 +141,14 @@ def by_row(name: str, found: Sequence[RunResult]) -> list[list[float]] | None:
 
 
 SEEDS = (1, 2, 3, 5, 10)
-PARTS = (1, 2, 4)  # of the test set: all, a half, a quarter
+PARTS = (1, 2, 4)  # divisors of the test set: complete, a half, a quarter
 CHANCE = 0.8
-_FEWEST = 10  # rows that a chance is given for
+_FEWEST = 10  # minimum number of rows to state a chance
 
 
 @dataclass(frozen=True)
 class Basis:
-    """Variances with their origin in words, and the number of scored rows."""
+    """Variances, number of scored rows, and a description of their origin."""
 
     variances: Variances
     rows: int
@@ -157,12 +157,12 @@ class Basis:
 
 @dataclass(frozen=True)
 class Chance:
-    """Power of so many seeds and rows.
+    """Power for a number of seeds and rows.
 
     Attributes:
-        sees: the chance to see the difference.
-        smallest: the smallest difference that is seen with the chance `CHANCE`.
-        false_alarms: the chance to see one where there is none.
+        sees: chance to see the difference.
+        smallest: smallest difference seen with chance `CHANCE`.
+        false_alarms: chance to see a difference that does not exist.
     """
 
     seeds: int
@@ -174,12 +174,12 @@ class Chance:
 
 @dataclass(frozen=True)
 class Outlook:
-    """Chances to see a difference from a study's published scores, by seeds and rows.
+    """Chances to see a difference from published scores, by seeds and rows.
 
     Attributes:
-        difference_from: the origin of the difference.
-        rests_on: the origin of the standard deviations.
-        one_run: what the interval of one run is of.
+        difference_from: origin of the difference.
+        rests_on: origin of the standard deviations.
+        one_run: method of the interval for one run.
     """
 
     study: str
@@ -195,24 +195,25 @@ class Outlook:
 
 
 def outlook(of_study: Study, runs: Path, difference: float | None = None) -> Outlook:
-    """The chance to see a difference: to have a 95 % interval of the mean of our runs that excludes a value so far from
-    the truth.
+    """Compute chances to see a difference by a study's first metric.
+
+    A difference is seen if the 95 % interval of our mean excludes a value this far from the truth.
 
     Args:
         of_study: the study.
-        runs: the folder with the runs.
-        difference: in the metric's unit; by default the study's tolerance.
+        runs: folder with the runs.
+        difference: difference in the metric's unit; by default the study's tolerance.
 
     Raises:
-        UserError: the noise of rows, or that of seeds, is not known yet; or there is no difference to take.
+        UserError: the noise of rows or seeds is unknown, or there is neither a difference nor a tolerance.
     """
     column = of_study.first
     difference, why = _difference(of_study, column, difference)
     basis = _basis(of_study, column, runs)
     spread = basis.variances
     if not spread.deviation(1, 1) or basis.rows < _FEWEST:
-        few = f"{basis.rows} rows of {basis.words} are too few, or too alike, to plan with"
-        raise UserError(f"{of_study.folder.name}: {few}; score more")
+        few = f"{basis.rows} rows of {basis.words} are too few or too similar to plan with"
+        raise UserError(f"{of_study.folder.name}: {few}; score more rows")
     known = next(filter(None, (of_study.repeats(recipe, column.name) for recipe in of_study.published)), [])
     rows = []
     for count in (basis.rows // part for part in PARTS if basis.rows // part >= _FEWEST):
@@ -242,10 +243,10 @@ def _difference(of_study: Study, column: Column, given: float | None) -> tuple[f
 
 
 def _basis(of_study: Study, column: Column, runs: Path) -> Basis:
-    """The variances of the runs; of a single seed, the spread of published repeats."""
+    """Variances from runs with several seeds, or else from published repeats."""
     name = of_study.folder.name
     if column.metric.of_rows is None:
-        raise UserError(f"--power {name}: {column.label} has no score for each row, so that rows show no noise")
+        raise UserError(f"--power {name}: {column.label} has no row scores to estimate noise from")
     known = {r: values for r, of in of_study.published.items() if (values := of.repeats.get(column.name))}
     several = [group for group in _groups(of_study, runs) if len({repr(seed(result.folder)) for result in group}) > 1]
     scored = [(group, table) for group in several if (table := by_row(column.name, group))]
@@ -255,22 +256,22 @@ def _basis(of_study: Study, column: Column, runs: Path) -> Basis:
         words = " and ".join(f"{len(group)} runs of {group[0].run.recipe}" for group, _ in scored)
         return Basis(intervals.estimated([intervals.mean_squares(table) for _, table in scored]), most, words)
     if not known:
-        lacks = f"`recipe reproduce {name} --seeds 3` makes runs that show it"
-        raise UserError(f"--power {name}: how far runs with other seeds lie apart is not known yet; {lacks}")
+        lacks = f"run `recipe reproduce {name} --seeds 3`"
+        raise UserError(f"--power {name}: the spread between seeds is unknown; {lacks}")
     recipe, values = next(iter(known.items()))
     metric, published = column.metric, of_study.published[recipe].scores.get(column.name)
     if metric.all_or_nothing and metric.high is not None and published and of_study.data.scored_rows:
         of_rows = (published.value - metric.low) * (metric.high - published.value)
         right = f"rows that are right or wrong, {published.value:g} % of them right as published"
-        if of_rows >= 0:  # otherwise no score can be as published
+        if of_rows >= 0:  # the published score is within the metric's range
             words = f"{len(values)} published repeats of {recipe}, and {right}"
             return Basis(Variances(variance(values), of_rows, 0.0), of_study.data.scored_rows, words)
-    lacks = f"`recipe reproduce {name} --only {recipe}` makes a run that shows it"
-    raise UserError(f"--power {name}: how far rows lie apart is not known yet; {lacks}")
+    lacks = f"run `recipe reproduce {name} --only {recipe}`"
+    raise UserError(f"--power {name}: the spread between rows is unknown; {lacks}")
 
 
 def _groups(of_study: Study, runs: Path) -> list[list[RunResult]]:
-    """The runs of a study that compare with published scores, grouped by repeats."""
+    """Runs of a study that are comparable with published scores, grouped by repeats."""
     recipes = {*of_study.published, *of_study.variants}
     comparable = [
         result

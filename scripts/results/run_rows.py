@@ -1,4 +1,4 @@
-"""A run with its results, and the published scores."""
+"""Results of a run beside published scores."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,19 +19,19 @@ from ..scores import evaluations
 from ..scores.evaluations import BASE_MODEL, Changed, Evaluation, changed, current, read_scores
 from ..scores.score import columns_of
 
-REHEARSED = ("profile rehearsal", "rehearsal: ")  # the reasons for what every rehearsal changes
-_ALIKE = {"data_sha256", "rows", "decoding"}  # settings of two evaluations that may be compared
+REHEARSED = ("profile rehearsal", "rehearsal: ")  # prefixes of reasons for changes in every rehearsal
+_ALIKE = {"data_sha256", "rows", "decoding"}  # settings that comparable evaluations share
 
 
 @dataclass(frozen=True, slots=True)
 class RunScore:
-    """A run's score by a metric.
+    """Score of a run by one metric.
 
     Attributes:
-        base_model: the base model's, without adapter.
-        published: the score that it tries for.
-        difference: from that, where the two compare.
-        decodings: by the study's further decodings, by their names.
+        base_model: score of the base model without adapter.
+        published: published score that the run should reach.
+        difference: difference from the published score; None if the two are not comparable.
+        decodings: scores by other decoding configurations of the study, by name.
     """
 
     value: float | None
@@ -42,13 +42,13 @@ class RunScore:
 
     @property
     def gain(self) -> float | None:
-        """Gain of the training over the base model."""
+        """Gain over the base model."""
         return None if self.value is None or self.base_model is None else self.value - self.base_model
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """A run, and the evaluations of it that are current."""
+    """Run with its current evaluations."""
 
     folder: RunDir
     run: Run
@@ -63,22 +63,22 @@ class RunResult:
 
     @cached_property
     def changed(self) -> Changed | None:
-        """The change since its evaluation."""
+        """Change since the last evaluation."""
         return changed(self.folder.path, self._last_evaluation, self.run)
 
     @property
     def evaluation(self) -> Evaluation | None:
-        """The evaluation of its adapter, if nothing has changed since."""
+        """Evaluation of the adapter, if nothing has changed since."""
         return None if self.changed else self._last_evaluation
 
     @property
     def is_scored(self) -> bool:
-        """True if it is evaluated, or all its scores are of the eval loss."""
+        """True if the run is evaluated, or all metrics of its study use only the eval loss."""
         return self.evaluation is not None or (self.study is not None and not self.study.generates)
 
     @cached_property
     def base_evaluation(self) -> Evaluation | None:
-        """The evaluation of its base model alone; None for other rows or another decoding."""
+        """Evaluation of the base model alone; None if rows or decoding differ from the run's."""
         base, own = current(self.folder.path / "evaluations" / BASE_MODEL), self.evaluation
         if own and base and own.settings.model_dump(include=_ALIKE) != base.settings.model_dump(include=_ALIKE):
             return None
@@ -86,18 +86,18 @@ class RunResult:
 
     @cached_property
     def decoded(self) -> dict[str, Evaluation | None]:
-        """The evaluations of its adapter by further decodings of its study, or None, by name."""
+        """Evaluations of the adapter by the study's other decoding configurations, or None, by name."""
         declared = self.study.decodings if self.study else {}
         return {name: evaluations.decoded(self.folder.path, name, d, self.evaluation) for name, d in declared.items()}
 
     @cached_property
     def evaluated_columns(self) -> dict[str, Column]:
-        """The metrics of its evaluation."""
+        """Metrics of the evaluation by name."""
         return self.evaluation.columns if self.evaluation else {}
 
     @cached_property
     def columns(self) -> dict[str, Column]:
-        """Its study's metrics, and further ones of its evaluation."""
+        """Metrics of the study, and additional ones of the evaluation."""
         recorded = self.evaluated_columns
         declared = self.study.columns if self.study else {}
         return declared | {name: recorded[name] for name in recorded if name not in declared} or columns_of()
@@ -108,12 +108,12 @@ class RunResult:
 
     @property
     def trouble(self) -> str | None:
-        """The trouble of its losses, or what ended its last launch."""
+        """Problem with the losses, or reason for the end of the last launch."""
         return self.summary.trouble or (self.run.launches[-1].problem if self.run.launches else None)
 
     @property
     def changed_keys(self) -> list[str]:
-        """The keys that its user changed, and the arguments for Axolotl."""
+        """Keys that the user changed, and arguments for Axolotl."""
         own = [difference.key for difference in self.run.differences if not difference.why.startswith(REHEARSED)]
         return own + self.run.axolotl_arguments
 
@@ -122,16 +122,17 @@ class RunResult:
         return self.evaluation.scores.get("rows") if self.evaluation else None
 
     def score(self, column: Column) -> float | None:
-        """Its score by a metric; None also if the metric's declaration has changed since."""
+        """Score by a metric; None without a score, or if the metric's declaration has changed."""
         if column.metric.of_loss is None:
             return _value(column, self.evaluation, self.evaluated_columns)
         loss = self.summary.eval_loss_per_token
         return None if loss is None else column.metric.of_loss(loss)
 
     def is_comparable(self, column: Column) -> bool:
-        """True if a score compares with a published one.
+        """True if a score is comparable with a published one.
 
-        The run is finished, and evaluated with the same rows, decoding and metric; its eval loss needs no evaluation.
+        The run must be finished, and evaluated with the same rows, decoding and metric. The eval loss needs no
+        evaluation.
         """
         run, own = self.run, self.evaluation
         if not self.study or run.state != "finished" or run.rehearsal or self.is_of_something_else:
@@ -146,7 +147,7 @@ class RunResult:
 
     @cached_property
     def scores(self) -> dict[str, RunScore]:
-        """Its scores by name, each with what it compares with."""
+        """Scores by metric, with scores to compare with."""
         found = {}
         for name, column in self.columns.items():
             ours, published = self.score(column), self.aim.scores.get(name) if self.aim else None
@@ -165,31 +166,31 @@ class RunResult:
 
     @cached_property
     def aim(self) -> Published | None:
-        """The published results of its recipe; None for rehearsals, other models or other data."""
+        """Published results of the recipe; None for rehearsals, other models or other data."""
         if self.study is None or self.run.rehearsal or self.is_of_something_else:
             return None
         return self.study.aimed_at(self.run.origin)
 
     @cached_property
     def other_model(self) -> str | None:
-        """Its base model, unless it is its recipe's or a copy of that."""
+        """Base model if it is neither the recipe's nor a copy of it; else None."""
         changed = next((difference for difference in self.run.from_origin if difference.key == "base_model"), None)
         return str(changed.run) if changed and not models.is_copy(changed.run, changed.recipe) else None
 
     @cached_property
     def other_data(self) -> bool:
-        """True if it trains on other rows than its recipe, from a file not known as the study's."""
+        """True if the run trains on a changed path, and its files are not known as the study's rows."""
         moved = any(d.key.startswith("datasets") and d.key.endswith("path") for d in self.run.from_origin)
         return moved and not 0 < len(self.run.data) == sum(map(is_the_studys, manifest_entries(self.run)))
 
     @property
     def is_of_something_else(self) -> bool:
-        """True on another base model or other data than the recipe's: no published score concerns it."""
+        """True if base model or data are not the recipe's: published scores do not apply."""
         return bool(self.other_model) or self.other_data
 
 
 def manifest_entries(run: Run) -> list[Config]:
-    """The entries of a run's data files, by their hash, in the manifests of `recipe data prepare`."""
+    """Entries for a run's data files in the manifests of `recipe data prepare`, found by hash."""
     return [
         entry
         for file in run.data
@@ -199,12 +200,12 @@ def manifest_entries(run: Run) -> list[Config]:
 
 
 def _value(column: Column, evaluation: Evaluation | None, columns: Mapping[str, Column] | None = None) -> float | None:
-    """A score of an evaluation; None also if the metric's declaration has changed since.
+    """Score in an evaluation; None without a score, or if the metric's declaration has changed.
 
     Args:
-        column: the metric.
-        evaluation: the evaluation.
-        columns: what that scored with, if it is known already.
+        column: metric.
+        evaluation: the evaluation, if any.
+        columns: metrics of the evaluation, if already known.
     """
     if evaluation is None or not column.same_scores((columns or evaluation.columns).get(column.name)):
         return None
@@ -212,11 +213,11 @@ def _value(column: Column, evaluation: Evaluation | None, columns: Mapping[str, 
 
 
 def record(result: RunResult, jobs: Iterable[str] = ()) -> Row:
-    """A run and what it reached, as JSON has it.
+    """JSON record of a run and its results.
 
     Args:
         result: the run.
-        jobs: its jobs that have not ended, in words.
+        jobs: descriptions of jobs that have not ended.
     """
     folder, run, own, summary = result.folder, result.run, result.evaluation, result.summary
     scores: Row = {}

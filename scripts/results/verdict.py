@@ -1,4 +1,4 @@
-"""A study's runs beside its published results."""
+"""Verdicts on a study's runs, by published results."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,16 +28,16 @@ WITHIN, ACCEPTABLE, OFF = "within the interval", "acceptable", "off"
 
 @dataclass(frozen=True, slots=True)
 class MetricRow:
-    """A study's runs of a recipe by one metric.
+    """Results of a recipe's runs by one metric.
 
     Attributes:
-        value: the mean over the runs.
-        interval: its 95 % interval.
-        base_model: the base model's, without adapter, of the representative run.
-        difference: from the published score, where the two compare.
+        value: mean score of the runs.
+        interval: 95 % interval of the mean.
+        base_model: score of the representative run's base model, without adapter.
+        difference: difference from the published score; None if the two are not comparable.
         verdict: see `verdict`.
-        model: the scorer model, of a metric that has one.
-        decodings: the means by the study's further decodings.
+        model: name of the scorer model, for metrics that have one.
+        decodings: mean scores by other decoding configurations of the study.
     """
 
     value: float | None
@@ -52,16 +52,16 @@ class MetricRow:
 
 @dataclass(frozen=True, slots=True)
 class StudyRow:
-    """A recipe's runs beside what was published of it.
+    """Runs of a recipe beside its published results.
 
     Attributes:
-        runs: the representative run, and behind it those that repeat it; none where it was not run.
-        scores: by the names of the study's metrics.
-        measured: the other published figures.
-        gap: the distance of the run's training loss from the published curve.
-        gap_verdict: the verdict on that.
-        differs: the settings that the paper states and the run changed.
-        open: those that the paper leaves open, with the run's values.
+        runs: the representative run, then its repeats; empty without a run.
+        scores: results by metric.
+        measured: other published figures.
+        gap: gap between the training loss and the published curve.
+        gap_verdict: verdict on the gap.
+        differs: settings that the paper states and the run changed.
+        open: settings that the paper leaves open, with the run's values.
     """
 
     recipe: str
@@ -76,7 +76,7 @@ class StudyRow:
 
     @property
     def chosen(self) -> RunResult | None:
-        """The representative run."""
+        """Representative run."""
         return self.runs[0] if self.runs else None
 
     @property
@@ -89,7 +89,7 @@ class StudyRow:
         return run.summary.train_seconds * run.run.ranks / 3600 if run and self.on_gpu else None
 
     def costs(self) -> dict[str, tuple[float | None, float | None]]:
-        """Costs of the run, each beside the published one."""
+        """Pairs of the run's costs and the published ones."""
         published, ours = self.measured, self.chosen.summary if self.chosen else _NOTHING
         return {
             "trainable": (ours.trainable_parameters, published.trainable),
@@ -105,12 +105,11 @@ class StudyRow:
 def verdict(
     ours: float, interval: Interval | None, published: PublishedScore, tolerance: float | None = None
 ) -> str | None:
-    """Compare a score of ours with a published one.
+    """Compare our score with a published score.
 
-    It is within the interval where our 95 % interval and the published value, with its ± if it has one, have a value in
-    common; without an interval of ours, where that is within the ±. Else it is acceptable if it is nearer than the
-    study's tolerance. None where there is neither an interval nor a ± nor a tolerance, so that nothing says how near
-    is near enough.
+    `WITHIN`: our 95 % interval overlaps the published value, extended by its ± if there is one. Without an interval our
+    score must be within the ±. `ACCEPTABLE`: the difference is at most the study's tolerance. `OFF`: any other case.
+    None: there is no interval, ± or tolerance to judge by.
     """
     spread = published.spread
     if interval is None and spread is None and tolerance is None:
@@ -125,17 +124,17 @@ def verdict(
 def rows(
     of_study: Study, runs: Path, rehearsal: bool, representatives: Mapping[str, Path | None] | None = None
 ) -> list[StudyRow]:
-    """Return a row for each recipe of a study: its representative run and the verdicts.
+    """Return a row for each recipe: representative run and verdicts.
 
-    The run is the newest that was evaluated; a finished one, and one without overrides, is preferred. A run on another
-    base model or on other data represents no recipe. Rehearsals are never mixed with real runs, and compared with
-    nothing; a recipe without a rehearsal has no row among them.
+    The representative run is the newest evaluated run; finished runs and runs without overrides are preferred. A run on
+    another base model or other data represents no recipe. Rehearsals are never mixed with real runs, or compared with
+    published results; a recipe without a rehearsal then has no row.
 
     Args:
         of_study: the study.
-        runs: the folder with the runs.
-        rehearsal: whether it is about rehearsals.
-        representatives: for some recipes, the folder of the representative run, or None for none.
+        runs: folder with the runs.
+        rehearsal: True for a table of rehearsals.
+        representatives: folders of representative runs for some recipes; None excludes every run of a recipe.
     """
     all_runs = repeats.usable(runs, rehearsal)
     candidates = [
@@ -152,7 +151,7 @@ def rows(
 
 
 def _preference(result: RunResult) -> tuple[bool, bool, bool, bool, bool, str]:
-    """Preference among a recipe's runs: trained here, finished and evaluated, plain, own seed, newest."""
+    """Sort key of a recipe's runs: trained here, finished and evaluated, plain, recipe's seed, newest."""
     run, evaluated = result.run, result.is_scored
     changed = [text for text in run.overrides if not text.startswith(f"{repeats.SEED}=")]
     plain = not changed and not set(run.profiles) - {REHEARSAL, *TRACKERS} and not run.axolotl_arguments
@@ -162,7 +161,7 @@ def _preference(result: RunResult) -> tuple[bool, bool, bool, bool, bool, str]:
 
 
 def _row(of_study: Study, recipe: str, found: list[RunResult], rehearsal: bool) -> StudyRow:
-    """The row of a recipe's representative run and of those that repeat it."""
+    """Row for a recipe's representative run and its repeats."""
     chosen = found[0] if found else None
     aim = None if rehearsal else of_study.aimed_at(recipe)
     curve = compare.published_curve(of_study, aim) if aim else []
@@ -186,7 +185,7 @@ def _row(of_study: Study, recipe: str, found: list[RunResult], rehearsal: bool) 
 
 
 def _by_metric(of_study: Study, column: Column, found: Sequence[RunResult], aim: Published | None) -> MetricRow:
-    """The scores of a representative run, and of those that repeat it, by one metric."""
+    """Results of a representative run and its repeats by one metric."""
     name, chosen = column.name, found[0] if found else None
     published, of_chosen = aim.scores.get(name) if aim else None, chosen.scores[name] if chosen else None
     reached = repeats.scores(column, found)
@@ -194,7 +193,7 @@ def _by_metric(of_study: Study, column: Column, found: Sequence[RunResult], aim:
     within = repeats.interval(name, reached, known) if reached else None
     mean = _mean(value for _, value in reached)
     difference = found_verdict = None
-    if published and mean is not None and of_chosen and of_chosen.difference is not None:  # the run compares
+    if published and mean is not None and of_chosen and of_chosen.difference is not None:  # comparable
         difference = mean - published.value
         found_verdict = verdict(mean, within, published, of_study.tolerances.get(name))
     model = model_record(column, chosen.evaluation.scores) if chosen and chosen.evaluation else None
@@ -214,13 +213,13 @@ def _by_metric(of_study: Study, column: Column, found: Sequence[RunResult], aim:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    """The mean of the values that are there; None where none is."""
+    """Mean of the values that are not None; None without values."""
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
 
 
 def record(row: StudyRow, of_study: Study) -> Row:
-    """A row for JSON: flat, with NAME, NAME_low and others for each metric NAME."""
+    """Flat JSON record of a row, with keys NAME, NAME_low and others for each metric NAME."""
     chosen = row.chosen
     own = chosen.evaluation if chosen else None
     scores: Row = {}
@@ -262,10 +261,10 @@ def record(row: StudyRow, of_study: Study) -> Row:
 
 
 def _settings(of_study: Study, recipe: str, chosen: RunResult) -> tuple[list[str], list[str]]:
-    """The stated settings that a run changed, and those that the paper leaves open.
+    """Stated settings that a run changed, and settings that the paper leaves open.
 
-    The comment behind a setting in the study's own recipe says which of the two it is; the source of the run's value is
-    the comment in its recipe, or the reason for the difference from that.
+    The comment after a setting in the published recipe decides between stated and open. The source of the run's value
+    is the comment in the run's recipe, or the reason for a difference from that recipe.
     """
     run = chosen.run
     origin = of_study.origin(recipe)
