@@ -91,13 +91,13 @@ def pair(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row, Row]]:
     elif len(a) == len(b):
         pairs = list(zip(a, b, strict=True))
     else:
-        raise UserError(f"{len(a)} and {len(b)} rows cannot be matched: some lack a unique position in the field idx")
+        raise UserError(f"{len(a)} rows and {len(b)} cannot be matched: some lack a unique position in the field idx")
     for row, other in pairs:
         if row["reference"].split() != other["reference"].split():
             where = row.get("idx", row.get("row"))
             raise UserError(f"row {where} has different references; compare predictions for the same rows")
     if not pairs:
-        raise UserError("no common rows; compare predictions for the same rows")
+        raise UserError("no row in common; compare predictions for the same rows")
     return pairs
 
 
