@@ -1,4 +1,4 @@
-"""The command `recipe`: its verbs, by the headings of `recipe --help`, and its exit codes."""
+"""The command `recipe`: verbs, in the order of `recipe --help`, and exit codes."""
 
 import errno
 import io
@@ -27,7 +27,7 @@ recipe results"""
 
 
 class _Verbs(Verbs):
-    """The verbs in the order of use; Typer would put groups of verbs last."""
+    """Verbs in the order of use; Typer would list groups of verbs last."""
 
     EXAMPLES = "First steps"
     ORDER = (
@@ -48,7 +48,7 @@ app = typer.Typer(
     no_args_is_help=True,
     epilog=FIRST_STEPS,
     rich_markup_mode=None,
-    suggest_commands=False,  # click does, and both would
+    suggest_commands=False,  # click suggests them already
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -75,38 +75,38 @@ def _options(
     ] = None,
 ) -> None:
     if runs:
-        os.environ[paths.RUNS] = runs  # for the commands that this one starts, too
+        os.environ[paths.RUNS] = runs  # also for child commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        argv: its arguments; by default those of the process.
+        argv: the arguments; by default the process's.
 
     Returns:
         The exit code: 0 done, 1 the work failed, 2 the request was wrong.
     """
-    # torch's threads wait for each other in busy loops, which beside any other work makes training many times slower
+    # torch's threads would wait in busy loops, which makes training many times slower beside other work
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # pydantic would search all installed packages for plugins, which takes a tenth of a second
+    # pydantic would search all packages for plugins for a tenth of a second
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    # CUDA then numbers GPUs as the driver does, for this process and for what it starts
+    # CUDA then numbers GPUs as the driver does, in this process and its children
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    # a notebook's kernel names its own backend, with which matplotlib cannot even be imported in this environment
+    # a notebook's kernel sets its own backend, which breaks the import of matplotlib in this environment
     os.environ["MPLBACKEND"] = "agg"
-    if argv is None:  # the process is this command's own: SIGTERM ends it as Ctrl-C does, half-written files removed
+    if argv is None:  # not called from Python: SIGTERM ends the process like Ctrl-C and removes temporary files
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115 until the end; it is closed
-    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115 as above; None would be stdout
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115 (open until the process ends)
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115 (as above; with None, print would use stdout)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding shows ? for what that lacks
+        if isinstance(stream, io.TextIOWrapper):  # shows ? for characters that the terminal's encoding lacks
             stream.reconfigure(errors="replace")
     return ended(partial(app, None if argv is None else list(argv), prog_name="recipe"))
 
 
 def ended(command: Callable[[], object]) -> int:
-    """Carry a command out.
+    """Run a command and report its errors.
 
     Returns:
         The exit code: 0 done, 1 the work failed, 2 the request was wrong.
@@ -116,7 +116,7 @@ def ended(command: Callable[[], object]) -> int:
             command()
         except SystemExit as end:
             sys.stdout.flush()
-            if isinstance(end.code, str):  # why it ended, as Python has it
+            if isinstance(end.code, str):  # a message instead of a code
                 return _refused(end.code, 1)
             return int(end.code or 0)
         sys.stdout.flush()
@@ -128,14 +128,14 @@ def ended(command: Callable[[], object]) -> int:
     except (ImportError, MemoryError) as error:
         if isinstance(error, ImportError) and "failed to map segment" not in str(error):
             raise
-        return _refused(f"memory did not suffice, or its limit is too low{f': {error}' if str(error) else ''}", 1)
+        return _refused(f"out of memory; raise the limit or free some{f': {error}' if str(error) else ''}", 1)
     except OSError as error:
-        if error.errno is None:  # transformers' error where the hub lacks a file or does not answer
+        if error.errno is None:  # from transformers, if the hub lacks a file or does not answer
             return _refused(str(error.__context__ if isinstance(error.__context__, WorkFailed) else error), 1)
         if error.filename is None and error.errno not in (*DISK_FULL, errno.EIO):
-            raise  # not of a file that the user named
+            raise  # not about a file of the user
         if error.filename is None:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that a later flush succeeds
         where = error.filename or "standard output, or a folder for temporary files"
         return _refused(f"{where}: {_in_words(error)}", 1 if error.errno in (*DISK_FULL, errno.EIO) else 2)
 

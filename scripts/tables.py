@@ -1,4 +1,4 @@
-"""Output of rows, as table or JSON."""
+"""Output of rows as tables or JSON."""
 
 import re
 import sys
@@ -26,12 +26,12 @@ class Table:
     below: Sequence[str] = ()
 
 
-_NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]\d+)?( ?%)?|nan|–")  # on the right of their columns
+_NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]\d+)?( ?%)?|nan|–")  # aligned right
 _GAP = 2  # spaces between columns, and before cells below a row
 
 
 def text_of(value: Any) -> str:
-    """A value as a person writes it: 0.05, 5.58, a list as YAML; two numbers as an interval, a dash for None."""
+    """Text of a value: rounded numbers, lists as YAML, two numbers as an interval, a dash for None."""
     if value is None:
         return "–"
     if isinstance(value, float):
@@ -45,13 +45,13 @@ def text_of(value: Any) -> str:
 
 
 def plus_minus(value: float, spread: float | None) -> str:
-    """A value with the ± that it is known to, which has as many decimals."""
+    """A value with its ± spread, both with the same number of decimals."""
     text = text_of(value)
     return text if spread is None else f"{text} ± {spread:.{len(text.partition('.')[2])}f}"
 
 
 def _column(values: list[Any]) -> list[str]:
-    """The texts of a column, where all fractions have as many decimals as the one that needs most."""
+    """Texts of a column; all fractions get the largest necessary number of decimals."""
     fractions = {text_of(value) for value in values if isinstance(value, float) and abs(value) < 1}
     decimals = max((len(text.partition(".")[2]) for text in fractions if "e" not in text), default=0)
     return [
@@ -61,7 +61,7 @@ def _column(values: list[Any]) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    """The text of a value in one line that a terminal can be given."""
+    """Text of a value on one line, safe for a terminal."""
     return harmless(text_of(value)).replace("\n", " ")
 
 
@@ -72,14 +72,14 @@ def print_table(
     spare: Sequence[str] = (),
     below: Sequence[str] = (),
 ) -> None:
-    """A table on stdout. Where a terminal is too narrow for it, no value is cut and none but a long path is broken.
+    """Print a table on stdout. On a narrow terminal, values are never cut; only long paths are broken.
 
-    The columns `below` then go below their rows, a first column of long names above them, and the columns `spare` are
-    left out as far as necessary, which a line says; at last all others go below as well.
+    If the table is too wide, the columns `below` move below their rows. Then a first column of long names moves above
+    its rows, and `spare` columns are left out and listed. As a last resort, all columns move below.
 
     Args:
-        empty: whether to show columns without values too.
-        spare: columns that can be left out, the least important first.
+        empty: also show columns without values.
+        spare: columns to leave out if necessary, the least important first.
         below: columns of long texts.
     """
     width = _width()
@@ -102,13 +102,13 @@ def print_table(
                 for line in broken(f"{column}: {texts[column][i]}".removeprefix(": "), width - 2 * _GAP):
                     click.echo(" " * _GAP + line)
     if left_out:
-        print_text(f"not shown in this width: {', '.join(left_out)}; `| less -S` shows all", dim=True)
+        print_text(f"too narrow to show {', '.join(left_out)}; `| less -S` shows all", dim=True)
     if title:
         click.echo()
 
 
 def print_text(text: str, dim: bool = False) -> None:
-    """A text of one paragraph on stdout, in lines of the terminal's width."""
+    """Print a paragraph on stdout, wrapped to the terminal's width."""
     for line in broken(text, _width()):
         click.secho(line, dim=dim or None)
 
@@ -120,7 +120,7 @@ def _width() -> int:
 def _arranged(
     widths: dict[str, int], width: int, spare: Sequence[str], below: Sequence[str]
 ) -> tuple[bool, list[str], list[str], list[str]]:
-    """True if the first column goes above its rows; then the columns beside each other, below, and left out."""
+    """Layout: True if the first column goes above its rows; columns side by side, below, and left out."""
     first, *_ = beside = list(widths)
     above = False
     under: list[str] = []
@@ -145,7 +145,7 @@ def _arranged(
 
 
 def print_json(value: Any) -> None:
-    """JSON on stdout, without secrets."""
+    """Print JSON on stdout, without secrets."""
     print(orjson.dumps(_masked(value), option=orjson.OPT_INDENT_2).decode())
 
 
@@ -158,7 +158,7 @@ def _masked(value: Any) -> Any:
 
 
 def show(json: bool, records: Any, tables: Iterable[Table], notes: Iterable[str] = ()) -> None:
-    """Print records as JSON, or else the tables made of them, but for empty ones, with notes below."""
+    """Print records as JSON, or as tables (without empty ones) with notes below."""
     if json:
         print_json(records)
         return
@@ -170,7 +170,7 @@ def show(json: bool, records: Any, tables: Iterable[Table], notes: Iterable[str]
 
 
 def print_tokens(rows: Sequence[Row]) -> None:
-    """Tokenized rows on stdout."""
+    """Print tokenized rows on stdout."""
     for row in rows:
         about = f"{row['dataset']}, row {row['row']}: {row['length']} tokens, {row['learnt']} with loss"
         click.secho(f"{about}{', longer than sequence_len' if row['too_long'] else ''}", bold=True)

@@ -1,7 +1,7 @@
-"""One key of a config changed in its text, so that every comment stays.
+"""Change of one key in a config's text that keeps all comments.
 
-A parser that carries comments along ties them to the value before, and loses them with it: a list replaced takes the
-heading of the next section away. Here the lines of a top-level key are replaced where the parser says that they stand.
+YAML parsers that keep comments attach each to the value before: replacing a list would also delete the next section's
+heading. This module replaces only the lines of a top-level key.
 """
 
 from contextlib import suppress
@@ -15,20 +15,20 @@ from ..configs import config
 
 
 def edited(text: str, key: str, value: Any, where: str, source: str | None = None) -> str:
-    """Set one dotted key in a config's text, marked with its former value.
+    """Set one dotted key in a config's text, and record the former value in a comment.
 
-    What is deleted, and lines that had comments, are left as comments.
+    Deleted lines, and replaced lines with comments, stay as comments.
 
     Args:
         text: the text.
         key: the key.
-        value: its value; None deletes it.
-        where: the text's name in messages.
-        source: of a top-level key, the source of the value, or why it is deleted, where the comments that are there
-            would not be true any more; it takes their place.
+        value: the new value; None deletes the key.
+        where: the name of the text in messages.
+        source: source of a top-level key's new value, or the reason for deleting the key; replaces the old comments,
+            which would be wrong.
 
     Raises:
-        UserError: the key leads through something that has no keys, or the text has a form that cannot be edited.
+        UserError: a part of the key leads to a value without keys, or the text's form cannot be edited.
     """
     before = yamlfiles.parse(text, where)
     after = config.override(before, key, value)
@@ -43,7 +43,7 @@ def edited(text: str, key: str, value: Any, where: str, source: str | None = Non
     else:
         name, node = entry
         first = name.start_mark.line
-        end = max(_last_line(node, lines), first) + 1  # an alias stands for a node before it
+        end = max(_last_line(node, lines), first) + 1  # an alias's node lies before it
         old = lines[first:end]
         if top in after:
             is_line = end == first + 1 and not _is_block(node)
@@ -61,11 +61,11 @@ def edited(text: str, key: str, value: Any, where: str, source: str | None = Non
     with suppress(UserError):
         if _is_same(yamlfiles.parse(changed, where), after):
             return changed
-    raise UserError(f"--set {key}: {where} has a form there that cannot be edited; change a copy of it by hand")
+    raise UserError(f"--set {key}: the form of these lines in {where} cannot be edited; edit a copy by hand")
 
 
 def _is_same(a: Any, b: Any) -> bool:
-    return a == b and not config.differences({"": a}, {"": b})  # Python alone takes true for 1
+    return a == b and not config.differences({"": a}, {"": b})  # in Python, True equals 1
 
 
 def _is_block(node: Any) -> bool:
@@ -73,12 +73,12 @@ def _is_block(node: Any) -> bool:
 
 
 def _last_line(node: Any, lines: list[str]) -> int:
-    """Last line of a node; the parser's end of a block lies behind comments."""
+    """Last line of a node, without trailing comments, which the parser includes."""
     if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
         last = node.value[-1]
         return _last_line(last[1] if isinstance(last, tuple) else last, lines)
     line: int = node.end_mark.line
-    if node.end_mark.column == 0:  # a text that is a block ends where the next line begins
+    if node.end_mark.column == 0:  # a block of text ends at the start of the next line
         line -= 1
     while line > node.start_mark.line and not lines[line].strip():
         line -= 1

@@ -1,4 +1,4 @@
-"""Variants written by `recipe new`: a recipe's whole text with some keys changed, also for another base model."""
+"""Variants written by `recipe new`: a recipe's text with changed keys, also for another base model."""
 
 import os
 import re
@@ -19,11 +19,11 @@ from .edit import edited
 from .render import SPECIAL_TOKENS, BaseModel, describe
 
 HELD_OUT = 0.05
-"""Share of the rows for the eval loss, where a recipe states none."""
+"""Share of rows held out for the eval loss, if the recipe holds out none."""
 _SCHEMA = re.compile(r"(# yaml-language-server: \$schema=)\S+(.*\n)")
 _ABSENT = re.compile(r"(?m)^# (variant, removed: )?(revision_of_model|special_tokens)( is not set:|;) .*\n")
-"""Comments on keys of the base model that a recipe lacks."""
-# Keys whose values are about one model, beside those that are set anew for another
+"""Comments about absent keys of the base model."""
+# Further keys whose values suit only one model; a variant for another model drops them
 _OF_ONE_MODEL = (
     *("tokenizer_config", "tokenizer_type", "model_type", "base_model_config", "processor_type"),
     *("added_tokens_overrides", "overrides_of_model_config", "model_config", "model_revision"),
@@ -33,7 +33,7 @@ _OF_ONE_MODEL = (
 
 @dataclass
 class Change:
-    """Change of a key: value (None deletes it) and comment (None keeps the old one)."""
+    """Change of a key: value (None deletes the key) and comment (None keeps the old comment)."""
 
     value: Any
     source: str | None = None
@@ -41,11 +41,11 @@ class Change:
 
 @dataclass
 class OtherModel:
-    """A base model that takes the place of a recipe's.
+    """A base model that replaces a recipe's.
 
     Attributes:
-        about: what the recipe says of it.
-        changes: by top-level key.
+        about: the recipe's facts about the model.
+        changes: the changes by top-level key.
         not_known: lines about missing facts and foreign templates.
     """
 
@@ -55,7 +55,7 @@ class OtherModel:
 
     @property
     def overrides(self) -> list[str]:
-        """The changes, as --set takes them."""
+        """The changes in the form of --set."""
         return [f"{key}={yamlfiles.write_flow(change.value)}" for key, change in self.changes.items()]
 
 
@@ -67,13 +67,13 @@ def for_model(base: str, name: str) -> OtherModel:
         name: the model, as owner/name on the hub or a folder.
 
     Raises:
-        UserError: there is no such folder, or it is the recipe's own model.
+        UserError: the folder does not exist, or the recipe has this model already.
     """
     recipe = yamlfiles.read_yaml(paths.find_recipe(base)[1])
     if models.is_path(name) and not Path(name).is_dir():
-        raise UserError(f"--model {name}: no such folder; give a folder or a model of the hub as owner/name")
+        raise UserError(f"--model {name}: no such folder; give a folder, or a model on the hub as owner/name")
     if name == recipe.get("base_model"):
-        raise UserError(f"--model {name}: it is the model of {base}")
+        raise UserError(f"--model {name}: {base} has this model already; name another")
     entry = models.entry_of(name)
     folder = models.folder_of({"base_model": name, "revision_of_model": entry.get("revision")})
     about = describe(entry, name, folder)
@@ -84,7 +84,7 @@ def for_model(base: str, name: str) -> OtherModel:
     }
     if about.pad_token:
         changes["special_tokens"] = Change({"pad_token": about.pad_token}, f"{SPECIAL_TOKENS}; {about.pad_reason}")
-    changes |= {key: Change(None, "it is about one model") for key in _OF_ONE_MODEL if key in recipe}
+    changes |= {key: Change(None, "valid only for the former model") for key in _OF_ONE_MODEL if key in recipe}
     targets = recipe.get("lora_target_modules")
     if isinstance(targets, list) and (renamed := about.targets(targets)) != targets:
         changes["lora_target_modules"] = Change(renamed)
@@ -97,15 +97,15 @@ def for_model(base: str, name: str) -> OtherModel:
     lines = _chat_templates(recipe, folder, entry, changes)
     if about.unknown:
         pinned = f" --revision {about.revision}" if about.revision else ""
-        fetch = f"; `hf download {name}{pinned} --include '*.json'` fetches what says more, for a second try"
+        fetch = f"; for more facts run `hf download {name}{pinned} --include '*.json'` and try again"
         in_files = not folder and {"padding token", "special tokens", "type and sizes"} & set(about.unknown)
         hint = "" if entry or folder else did_you_mean(name, models.catalogue())
-        lines.insert(0, f"not known of {name}: {', '.join(about.unknown)}{fetch if in_files else ''}{hint}")
+        lines.insert(0, f"not known about {name}: {', '.join(about.unknown)}{fetch if in_files else ''}{hint}")
     return OtherModel(about, changes, lines)
 
 
 def for_data(base: str, file: Path) -> list[str]:
-    """The overrides that train a recipe or file on a file of rows, with a held-out share.
+    """Overrides for training a recipe or file on a file of rows, with a held-out share.
 
     Raises:
         UserError: see `datafiles.entry_for`.
@@ -124,30 +124,30 @@ def for_data(base: str, file: Path) -> list[str]:
 
 
 def reasons(base: str, composed: Config) -> list[str]:
-    """Lines that say what a variant for other rows has chosen, and why."""
+    """Lines with the choices in a variant for other rows, and the reasons."""
     entry = {key: value for key, value in composed["datasets"][0].items() if key != "path"}
     template = composed.get("chat_template")
     return [
-        f"settings: those of {base}; each line names its source",
+        f"settings: from {base}; each line names its source",
         f"model: {composed['base_model']}; --model names another",
         f"rows: {yamlfiles.write_flow(entry)[1:-1]}, by the fields of the first row",
-        *([f"chat template: {template}, as the model was trained to chat"] if template else []),
+        *([f"chat template: {template}, because the model was trained to chat"] if template else []),
         f"held out: {composed['val_set_size']} of the rows, for the eval loss and `recipe evaluate`",
     ]
 
 
 def of_hardware(base: str) -> Iterator[str]:
-    """A line with the settings of a base that its study chose for its own GPU, where study.yaml lists them."""
+    """A line with the settings that a study chose for its GPU, if study.yaml lists them."""
     name, file = paths.find_recipe(base)
     of_study, recipe = study.of(config.origin_of(name, file) or name), yamlfiles.read_yaml(file)
     keys = of_study.paper.get("hardware_settings", []) if of_study else []
     if of_study and (chosen := {key: recipe[key] for key in keys if key in recipe}):
         settings = yamlfiles.write_flow(chosen)[1:-1]
-        yield f"chosen for the paper's {of_study.paper['hardware']}: {settings}; start/qlora has those of a current GPU"
+        yield f"chosen for the paper's {of_study.paper['hardware']}: {settings}; start/qlora suits a current GPU"
 
 
 def _chat_templates(recipe: Config, folder: Path | None, entry: Config, changes: dict[str, Change]) -> list[str]:
-    """Replace another model's chat template by the tokenizer's own; a line for each that stays."""
+    """Replace another model's chat template by the tokenizer's; return a line for each kept one."""
     named = {"chat_template": recipe.get("chat_template")}
     for key, dataset in datafiles.datasets(recipe):
         named[f"{key}.chat_template"] = dataset.get("chat_template")
@@ -155,28 +155,28 @@ def _chat_templates(recipe: Config, folder: Path | None, entry: Config, changes:
         key: name for key, name in named.items() if name and not str(name).startswith(("tokenizer_default", "jinja"))
     }
     if "chat_template" in foreign and (entry.get("chat") or models.chat_template(folder)):
-        changes["chat_template"] = Change("tokenizer_default", "the one that comes with the model")
+        changes["chat_template"] = Change("tokenizer_default", "the model's template")
         del foreign["chat_template"]
-    return [f"{key} stays {name}: see whether it is the model's" for key, name in foreign.items()]
+    return [f"{key} stays {name}: check that it suits the model" for key, name in foreign.items()]
 
 
 def write(name: str, base: str, overrides: list[str], other: OtherModel | None = None) -> Path:
     """Write a variant of a recipe or file to variants/<name>.yaml.
 
     Args:
-        name: its name.
-        base: what it is a variant of.
-        overrides: as `key=value`, what is changed.
-        other: the base model that takes the place of its own.
+        name: the name of the variant.
+        base: the recipe or file to change.
+        overrides: the changes, as `key=value`.
+        other: the base model that replaces the recipe's.
 
     Raises:
-        UserError: the name is taken or cannot be one, or a key cannot be changed.
+        UserError: the name is taken or invalid, or a key cannot be changed.
     """
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name) or name.endswith((".yaml", ".yml")):
-        raise UserError(f"{name}: no name for a variant; take letters, digits, - and _, as in my-ideas/wide")
+        raise UserError(f"{name}: not a name for a variant; use letters, digits, - and _, as in my-ideas/wide")
     file = paths.VARIANTS / f"{name}.yaml"
     if name in paths.recipe_names() or file.exists():
-        raise UserError(f"{name}: there is a recipe of that name; choose another")
+        raise UserError(f"{name}: a recipe has this name; choose another")
     base_name, base_file = paths.find_recipe(base)
     if base_name not in (*paths.recipe_names(), *paths.variant_names()):
         base_name = paths.shown(base_file)
@@ -186,13 +186,13 @@ def write(name: str, base: str, overrides: list[str], other: OtherModel | None =
     for key, value in map(config.parse_override, overrides):
         top = key.partition(".")[0]
         if other and top == "base_model":
-            raise UserError("--set base_model: --model names it already")
+            raise UserError("--set base_model: --model sets the model already; drop one")
         if other and top in other.changes:
             below = config.override({top: changes[top].value}, key, value).get(top)
             changes[top] = Change(below, "chosen by --set")
         else:
             changes[key] = Change(value)
-    if "output_dir" in recipe:  # so that plain Axolotl leaves the other's alone
+    if "output_dir" in recipe:  # so that plain Axolotl does not overwrite the other's output
         changes["output_dir"] = Change(f"outputs/{name}")
     if other:
         text = _ABSENT.sub("", text)
@@ -200,16 +200,16 @@ def write(name: str, base: str, overrides: list[str], other: OtherModel | None =
         text = edited(text, key, change.value, str(base_file), change.source)
     editor = _SCHEMA.match(text)
     text = text[editor.end() :] if editor else text
-    schema = os.path.relpath(paths.RECIPES / "axolotl.schema.json", file.parent)  # where it is from there
+    schema = os.path.relpath(paths.RECIPES / "axolotl.schema.json", file.parent)  # relative to the variant
     head = f"{editor[1]}{schema}{editor[2]}" if editor else ""
     head += f"# {name}: a variant of {base_name}\n"
     head += f"# `recipe diff {name}` lists what it changes, `recipe run {name}` trains it.\n"
     if other:
-        rest = "the other settings are as they were"
+        rest = "the other settings are unchanged"
         text = _for_other_model(text, base, base_name, other.about, str(recipe.get("base_model")))
     else:
-        rest = "all else, from here on, is as it was"
-    write_atomically(file, f"{head}# Changed lines say what was there before; {rest}.\n#\n{text}")
+        rest = "all else, from here on, is unchanged"
+    write_atomically(file, f"{head}# Changed lines state the former value; {rest}.\n#\n{text}")
     return file
 
 
@@ -219,16 +219,16 @@ _VARIANT = re.compile(r"# (\S+): a variant of (\S+)")
 
 
 def _for_other_model(text: str, base: str, base_name: str, about: BaseModel, before: str) -> str:
-    """The text of a variant with comments at its head that are true of another base model.
+    """Rewrite the header of a variant for another base model.
 
-    Paragraphs of the base's own head that name its model or say what it is are left out.
+    Drops the paragraphs that describe the original recipe or name its model.
 
     Args:
         text: the text, without the line for editors.
-        base: the recipe or file that it is a variant of, as given.
-        base_name: its name.
-        about: what to say of the new model.
-        before: the base model before.
+        base: the original recipe or file, as the user named it.
+        base_name: the name of the original.
+        about: facts about the new model.
+        before: the former base model.
     """
     head = "".join(takewhile(lambda line: line.startswith("#"), text.splitlines(keepends=True)))
     own = {before, str(models.entry_of(before).get("title", before)), *(f"# {name}:" for name in paths.recipe_names())}
@@ -249,11 +249,11 @@ def _for_other_model(text: str, base: str, base_name: str, about: BaseModel, bef
     if about.unknown:
         lines += _labelled("Not known", ", ".join(about.unknown))
     if of_study := study.of(origin) if origin else None:
-        note = f"its settings are from arXiv {of_study.paper['arxiv']}, which has them for other models"
-        lines += _labelled("Note", f"{note}: no score published there is for this one")
+        note = f"settings from arXiv {of_study.paper['arxiv']}, which uses other models"
+        lines += _labelled("Note", f"{note}: no published score is for this model")
     return "\n#\n".join(["\n".join(lines), *kept]) + "\n" + text[len(head) :]
 
 
 def _labelled(label: str, text: str) -> list[str]:
-    """Lines of a comment with a label, as at the head of a shipped recipe."""
+    """Comment lines with a label, as in the header of a shipped recipe."""
     return textwrap.wrap(text, 118, initial_indent=f"# {label:10}", subsequent_indent=f"#{'':11}")

@@ -1,4 +1,4 @@
-"""Recipes rendered from templates, the facts that they state of base models, and a new study."""
+"""Rendering of recipes from templates, facts about base models in recipes, and new studies."""
 
 import difflib
 import os
@@ -20,30 +20,30 @@ from ..data import study
 from ..data.study import Study
 
 README = "README.md"
-_SKELETON = ".txt"  # so that no file of the skeleton is taken for a template or a recipe
+_SKELETON = ".txt"  # so that no skeleton file counts as a template or recipe
 _STUDY = re.compile(r"[a-z0-9][a-z0-9_.-]*")
-_REQUIRED = ("title", "licence")  # facts that a recipe states of every model
+_REQUIRED = ("title", "licence")  # facts that every recipe states about its model
 SPECIAL_TOKENS = "this project: the tokenizer names no padding token"
 _EOS = "EOS, as Axolotl falls back to; padding carries no label"
 _NOT_KNOWN = "not known whether the tokenizer names a padding token; Axolotl pads with EOS where it names none"
 
-# Gemma 2 passes attn_logit_softcapping to its attention (transformers/models/gemma2/modeling_gemma2.py); the one in
-# transformers/integrations/sdpa_attention.py does not take it.
+# Gemma 2 passes attn_logit_softcapping to its attention (transformers/models/gemma2/modeling_gemma2.py);
+# transformers/integrations/sdpa_attention.py ignores it.
 _SOFT_CAPS = "this project: sdpa leaves out the cap on attention scores that this model was trained with"
 
 
 @dataclass
 class BaseModel:
-    """Facts that a recipe states of its base model.
+    """Facts that a recipe states about its base model.
 
     Attributes:
-        title: its name in words.
-        about: its licence, and whether it is gated.
-        revision: the commit to pin; None where none is known, for the reason that `revision_reason` gives.
-        pad_token: the padding token to set; None where none is to be set. `pad_reason` says why.
-        layers: the names of its linear layers; None where they are not known.
-        soft_caps: why sdpa is not for it; empty where it is.
-        unknown: the facts that are not known, in words.
+        title: the name of the model, in words.
+        about: licence and access.
+        revision: the commit to pin; None if unknown, with the reason in `revision_reason`.
+        pad_token: the padding token to set, or None; the reason is in `pad_reason`.
+        layers: the names of the linear layers; None if unknown.
+        soft_caps: the reason against sdpa; empty if sdpa suits the model.
+        unknown: the unknown facts, in words.
     """
 
     title: str
@@ -57,17 +57,17 @@ class BaseModel:
     unknown: list[str] = field(default_factory=list)
 
     def targets(self, wanted: list[str]) -> list[str]:
-        """Layers for LoRA under the names that they have in this model, as `models.renamed` gives them."""
+        """LoRA layers by their names in this model; see `models.renamed`."""
         return models.renamed(wanted, self.layers) if self.layers else wanted
 
 
 def describe(entry: Config, name: str, folder: Path | None = None) -> BaseModel:
-    """Facts that a recipe states of a base model.
+    """Collect the facts that a recipe states about a base model.
 
     Args:
-        entry: the facts of models.yaml, none where it has none.
-        name: its name on the hub, or its folder.
-        folder: the folder with its files, which are believed before the entry.
+        entry: the model's entry in models.yaml, perhaps empty.
+        name: the name on the hub, or the folder.
+        folder: the folder with the model's files, which override the entry.
     """
     sizes = dict(entry.get("config") or {}) | (read_json(folder / "config.json") if folder else {})
     is_folder = Path(name).is_dir()
@@ -83,7 +83,7 @@ def describe(entry: Config, name: str, folder: Path | None = None) -> BaseModel:
         "context": sizes.get("max_position_embeddings"),
         "linear layers": layers,
     }
-    unpinned = "a folder has none" if is_folder else "no commit of this model is listed, so that a run takes the newest"
+    unpinned = "a folder has none" if is_folder else "models.yaml lists no commit, so that a run takes the newest"
     return BaseModel(
         title=str(entry.get("title", name)),
         about=f"licence {entry.get('licence', 'not known')}, {_access(entry, is_folder)}",
@@ -99,14 +99,14 @@ def describe(entry: Config, name: str, folder: Path | None = None) -> BaseModel:
 
 def _access(entry: Config, is_folder: bool) -> str:
     if is_folder:
-        return "a folder of this machine"
+        return "a folder on this machine"
     if entry.get("gated"):
         return f"gated: accept it on the hub and log in{', or use --profile mirror' if 'mirror' in entry else ''}"
     return "not gated" if "gated" in entry else "not known whether it is gated"
 
 
 def _padding(entry: Config, folder: Path | None) -> tuple[str | None, str]:
-    """The padding token that a recipe sets, or None; and the reason."""
+    """The padding token that a recipe sets, or None, and the reason."""
     if folder and (folder / "tokenizer_config.json").is_file():
         own = models.token(folder, "pad_token")
     else:
@@ -122,12 +122,13 @@ def _padding(entry: Config, folder: Path | None) -> tuple[str | None, str]:
 
 
 def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
-    """The text of every recipe by file name below recipes/, from the templates of one folder; and of their table, if it
-    has a template for that.
+    """Render a folder's templates: recipes, and their README.md if it has a template.
+
+    Returns:
+        Texts by file name below recipes/.
 
     Raises:
-        UserError: a template is broken or uses a variable that nothing sets, or a record of a run
-            is wrong.
+        UserError: a template is broken or uses an undefined variable, or a record is wrong.
     """
     jinja = template_environment(templates)
 
@@ -136,17 +137,17 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
             return jinja.get_template(template).render(template=f"templates/{template}", **variables)
         except UserError:
             raise
-        except Exception as error:  # an expression in a template can raise anything
+        except Exception as error:  # expressions in templates can raise any exception
             raise UserError(f"{_where(error, templates, templates / template)}: {error}") from None
 
     listed = next(filter(Path.is_file, (templates / "models.yaml", paths.TEMPLATES / "models.yaml")))
     models = yamlfiles.read_yaml(listed)
 
     def facts(base_model: str) -> BaseModel:
-        """Facts of a model in the templates' models.yaml.
+        """Facts about a model from models.yaml.
 
         Raises:
-            UserError: it has no entry, or the entry lacks what every recipe states.
+            UserError: the model has no entry, or the entry lacks a required fact.
         """
         entry = models.get(base_model) or {}
         if absent := [fact for fact in _REQUIRED if not entry.get(fact)]:
@@ -178,7 +179,7 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
 
 
 def _where(error: Exception, templates: Path, file: Path) -> str:
-    """The template and line in which an error arose, which may be a base that `file` extends."""
+    """Template and line of an error; perhaps in a base that `file` extends."""
     if isinstance(error, jinja2.TemplateSyntaxError):
         return f"{error.filename}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
@@ -221,22 +222,22 @@ def write_study(name: str, base_model: str) -> list[Path]:
     """Write a working study below recipes/ and templates/, and render its recipe.
 
     Args:
-        name: the study's; it becomes the folders' name.
-        base_model: of its one recipe, which is named after it.
+        name: the name of the study and its folders.
+        base_model: the base model of the only recipe, which is named after the model.
 
     Returns:
         The files.
 
     Raises:
-        UserError: the name cannot be a folder's, or there is a study or a folder of that name.
+        UserError: the name is invalid, or belongs to an existing study or folder.
     """
     if not _STUDY.fullmatch(name):
-        raise UserError(f"{name}: a study is named in lower-case letters, digits, -, _ and ., as first-author-2026")
+        raise UserError(f"{name}: not a name for a study; use a-z, digits, -, _ and ., as in first-author-2026")
     recipes, templates = Path("recipes", name), Path("templates", name)
     for there in (*(folder for folder in paths.studies() if folder.name == name), recipes, templates):
         if there.exists():
-            raise UserError(f"{paths.shown(there)}: there already; choose another name, or move it away")
-    model = f"{base_model.rpartition('/')[2].lower()}-{name}"  # no shipped recipe's short name
+            raise UserError(f"{paths.shown(there)}: exists already; choose another name, or move it away")
+    model = f"{base_model.rpartition('/')[2].lower()}-{name}"  # differs from shipped recipes' short names
     words = {
         "{NAME}": name,
         "{MODEL}": model,

@@ -118,7 +118,7 @@ def test_facts_of_a_folder_are_read_and_a_padding_token_set_only_where_it_is_kno
     assert ("the tokenizer names no padding token" in line) == bool(pad_token)
     assert ("padding token" in said) == reason.startswith("not known")
     assert "\n# variant, removed: revision_of_model; a folder has none\n" in text
-    assert "a folder of this machine" in re.sub("\n# +", " ", text)
+    assert "a folder on this machine" in re.sub("\n# +", " ", text)
     (folder / "special_tokens_map.json").write_text('{"pad_token": "<s>"}')
     assert models.find({"base_model": str(folder)}).pad_token == "<s>"
     assert wrong(recipe) == []
@@ -168,6 +168,6 @@ def test_keys_about_the_model_before_go_and_its_chat_template_gives_way(tmp_path
     assert recipe("new", "chat", "--from", BASE, *words).returncode == 0
     text, _ = written(recipe, tmp_path, "Qwen/Qwen3-8B", base="chat")
     assert not keys.keys() & yamlfiles.parse(text, "").keys()
-    assert "chat_template: tokenizer_default  # variant, was llama3; the one that comes with the model" in text
+    assert "chat_template: tokenizer_default  # variant, was llama3; the model's template" in text
     done = recipe("new", "other", "--from", "chat", "--model", "mistralai/Mistral-7B-v0.3")
     assert "chat_template" in done.stderr and "llama3" in done.stderr
