@@ -249,7 +249,7 @@ def _work(work: "Work") -> Iterator[tuple[str, str]]:
     if work.at_most:
         yield (
             "row lengths",
-            "not known: tokens and hours are those of full rows; once the data is prepared, --data counts",
+            "not known: tokens and hours are those of full rows; if rows and tokenizer are here, --data counts",
         )
     yield "rows", f"{work.rows:,} ({work.rows_are})" if work.rows else "not known: the training data is not here"
     if work.tokens:

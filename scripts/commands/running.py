@@ -269,6 +269,8 @@ def reproduce_verb(
         target = gpus.find(gpu) if gpu else None
         outline = reproduce.outline(of_study, request, only or [], evaluation, backend, target, seeds)
         reproduce.show_outline(outline, json)
+        if any(row["training"] == "refused" for row in outline["recipes"]):
+            raise typer.Exit(2)
         if not json:
             say("next: the same command without --dry-run")
         return

@@ -116,11 +116,11 @@ def evaluate_verb(
     if isinstance(evaluated, checkpoint_selection.CheckpointSelection):
         _print_selection(evaluated, json)
     elif base and not json:
-        _print_beside_base(scores)
+        _print_beside_base(scores, folder.read().rehearsal)
     else:
         _print_scores(scores if base else scores["adapter"], json)
     options = datafiles.chat_options(yamlfiles.read_yaml(folder.config))
-    say(f"chat: axolotl inference {folder.config} --lora-model-dir {folder.output} {options}")
+    say(f"chat: AXOLOTL_DO_NOT_TRACK=1 axolotl inference {folder.config} --lora-model-dir {folder.output} {options}")
     next_step("report", name_of(folder), json=json)
 
 
@@ -175,11 +175,13 @@ def _print_selection(selection: "CheckpointSelection", json: bool) -> None:
     tables.show(json, records, [tables.Table(rows)], notes)
 
 
-def _print_beside_base(scores: dict[str, Row]) -> None:
+def _print_beside_base(scores: dict[str, Row], rehearsal: bool) -> None:
     """Print scores with a column for the adapter and one for its base model."""
+    from ..results.listing import REHEARSALS
+
     names = [name for name, value in scores["adapter"].items() if isinstance(value, int | float)]
     rows = [{"score": name} | {model: of_model.get(name) for model, of_model in scores.items()} for name in names]
-    tables.print_table(rows)
+    tables.print_table(rows, REHEARSALS if rehearsal else None)
     for model, of_model in scores.items():
         for note in of_model.get("notes", []):
             say(f"{model}: {note}")

@@ -119,7 +119,7 @@ def entry_for(file: Path) -> Config:
     with file.open("rb") as lines, suppress(orjson.JSONDecodeError):
         row = orjson.loads(next(filter(bytes.strip, lines), b"null"))
     if not isinstance(row, dict):
-        raise UserError(f'{file}: not JSON lines; write one object a line, such as {{"messages": [...]}}')
+        raise UserError(f'{file}: not JSON lines; write one object a line, such as {{"question": "…", "answer": "…"}}')
     entry = form_of(row)
     if entry is None:
         known = "; ".join(" and ".join(sorted(fields)) for fields, _ in _FORMS)

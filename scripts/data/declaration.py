@@ -81,8 +81,9 @@ class DataSource(SourceFile):
 
     @model_validator(mode="after")
     def _has_the_keys_of_its_kind(self) -> Self:
-        exactly_one(self, "url", "hub")
-        kind = "url" if self.url else self.kind
+        if self.url and self.hub:
+            raise ValueError("give either url or hub; without both, the file is yours to copy to the raw folder")
+        kind = self.kind if self.hub else "url"
         if others := self.model_fields_set - _KEYS_OF[kind]:
             raise ValueError(f"{', '.join(sorted(others))}: not a key for sources of kind {kind}; delete it")
         if self.hub and self.revision is None:

@@ -116,6 +116,8 @@ def _fetched(data: Data, name: str, out: Path, staging: Path) -> list[Row]:
         if source.url:
             download(source.url, part)
             found = {name: part}
+        elif not source.hub:
+            raise UserError(f"{name}: study.yaml gives neither url nor hub; copy the file to {out}/")
         else:
             with _hub_errors(str(source.hub)):
                 found = {name: _from_hub(name, source, staging / "copy")}

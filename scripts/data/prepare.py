@@ -112,10 +112,14 @@ class _Preparation:
 
     def _sampled(self, name: str, counts: _Counts) -> list[PlacedRow]:
         """Rows of a split that is sampled from another split."""
-        split = self.study.data.splits[name]
+        splits = self.study.data.splits
+        split = splits[name]
+        earlier = [rows for other, (rows, _) in self.sampled.items() if splits[other].sample_from == split.sample_from]
+        taken = {row[0] for rows in earlier for row in rows}
         if split.shuffle is None:
-            return sample(self._kept(name, counts), split.sample or 0, split.seed)
-        order = shuffled(self._positions(name), split.shuffle)
+            free = (row for row in self._kept(name, counts) if row[0] not in taken)
+            return sample(free, split.sample or 0, split.seed)
+        order = [position for position in shuffled(self._positions(name), split.shuffle) if position not in taken]
         self.order[str(split.sample_from)] = order
         return self._at(order[: split.sample], name, counts)
 

@@ -100,7 +100,8 @@ def for_model(base: str, name: str) -> OtherModel:
         fetch = f"; for more facts run `hf download {name}{pinned} --include '*.json'` and try again"
         in_files = not folder and {"padding token", "special tokens", "type and sizes"} & set(about.unknown)
         hint = "" if entry or folder else did_you_mean(name, models.catalogue())
-        lines.insert(0, f"not known about {name}: {', '.join(about.unknown)}{fetch if in_files else ''}{hint}")
+        known = f"{name}: not in models.yaml{hint}" if hint else f"not known about {name}"
+        lines.insert(0, f"{known}: {', '.join(about.unknown)}{fetch if in_files else ''}")
     return OtherModel(about, changes, lines)
 
 
@@ -127,12 +128,14 @@ def reasons(base: str, composed: Config) -> list[str]:
     """Lines with the choices in a variant for other rows, and the reasons."""
     entry = {key: value for key, value in composed["datasets"][0].items() if key != "path"}
     template = composed.get("chat_template")
+    rows = datafiles.training_rows(composed | {"val_set_size": 0})
     return [
         f"settings: from {base}; each line names its source",
         f"model: {composed['base_model']}; --model names another",
-        f"rows: {yamlfiles.write_flow(entry)[1:-1]}, by the fields of the first row",
+        f"rows: {yamlfiles.write_flow(entry)[1:-1]}, by their fields, or --set",
         *([f"chat template: {template}, because the model was trained to chat"] if template else []),
-        f"held out: {composed['val_set_size']} of the rows, for the eval loss and `recipe evaluate`",
+        f"held out: {composed['val_set_size']} of {rows} rows, for the eval loss and `recipe evaluate`; "
+        "--set val_set_size=20 holds out 20",
     ]
 
 

@@ -57,6 +57,18 @@ def test_rows_drawn_out_of_a_split_are_not_in_it(tmp_path: Path) -> None:
     assert numbers(of_study, "valid") != again
 
 
+def test_splits_sampled_from_one_share_no_row(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", ROWS)
+    drawn_too = {"from": None, "fields": None, "filters": None, "sample_from": "train", "sample": 12, "seed": 2}
+    of_study = sums(tmp_path, {"data > splits > test": drawn_too})
+    prepared(of_study)
+    drawn = [numbers(of_study, split) for split in ("train", "valid")]
+    drawn.append(answered(read(of_study, "test"), "output"))
+    assert [len(rows) for rows in drawn] == [4, 4, 12] and sorted(row for rows in drawn for row in rows) == list(
+        range(20)
+    )
+
+
 def test_the_first_rows_can_be_taken_and_all_are_accounted_for(tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", [{"question": "no", "answer": ""}, *ROWS])
     of_study = sums(tmp_path, {"data > splits > train > first": 6, "data > splits > valid": None})
