@@ -229,7 +229,7 @@ class Data(Strict):
 
     def title_of(self, test_set: str) -> str:
         """Description of a test set."""
-        return self.subsets[test_set].title if test_set in self.subsets else "the whole test set"
+        return self.subsets[test_set].title if test_set in self.subsets else "the complete test set"
 
     @property
     def scored_rows(self) -> int | None:

@@ -79,7 +79,7 @@ def how_chosen(subset: Subset, folder: Path) -> Row:
 
 
 def is_not_prepared(of_study: Study, out: Path, input_format: str) -> str | None:
-    """Reason why a folder lacks the study's data, by manifest and checksums; None if it has them."""
+    """Reason why a folder lacks the study's data, by manifest and checksums; else None."""
     splits = entries(out)
     for name in of_study.data.splits:
         entry = splits.get(name)

@@ -128,7 +128,7 @@ class RowMaker:
         self._order = Expression("longest_first", order)
 
     def make(self, raw: Row, file: str = "") -> tuple[Row, str | None, Row, float]:
-        """Return the prepared row, a reason to leave it out or None, extra fields, and the sort value.
+        """Prepared row, reason to leave it out or None, extra fields, and sort value.
 
         Expressions see the fields of the raw row. Unless the raw row has a field of the name, they also see earlier
         prepared fields, `row`, the complete raw row, and `file`, the name of the raw file.

@@ -57,7 +57,7 @@ def length_of(file: Path) -> int:
 
 
 def _with_few_sampled(of_study: study.Study) -> study.Study:
-    """Copy of a study in which each sampled split has at most a quarter of the sample."""
+    """Copy of a study; each sampled split has at most a quarter of the sample."""
     splits = dict(of_study.data.splits)
     for name, split in splits.items():
         if split.sample_from and split.sample:

@@ -200,7 +200,7 @@ def refusal(file: Path, mistakes: Iterable[Mistake]) -> UserError:
 
 
 def find(name: str | None) -> Study:
-    """Find a study by folder name in recipes/, or a part of the name; None finds the only study.
+    """Find a study by folder name or a part of it; None finds the only study.
 
     Raises:
         UserError: no study or several studies match.

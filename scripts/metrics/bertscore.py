@@ -53,7 +53,7 @@ class ScorerModel(Parameters):
 
 
 def made_by(by: ScorerModel | None, record: Row | None) -> bool:
-    """True if a record of BERTScore belongs to a model; None means no model, and no record."""
+    """True if a record of BERTScore belongs to a model, or both are None."""
     if by is None or record is None:
         return by is None and record is None
     same_weights = not by.is_local or by.local_revision() == record["revision"]

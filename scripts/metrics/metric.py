@@ -112,5 +112,5 @@ class Column:
         return other is not None and (self.metric, self.parameters) == (other.metric, other.parameters)
 
     def recorded(self, key: str) -> str:
-        """Key in scores.json for a key of the metric's record; prefixed if the column has another name."""
+        """Key in scores.json for a key of the record; columns with another name add a prefix."""
         return key if self.name == self.metric.name else f"{self.name}_{key}"

@@ -134,7 +134,7 @@ class ReportedRun(RunResult):
 
 
 def reported_runs(folders: Sequence[RunDir], labels: Sequence[str] | None = None) -> list[ReportedRun]:
-    """Read runs; label each by the recipe's name, followed by the folder's name if several share it.
+    """Read runs; label them by recipe, and by folder if several share a recipe.
 
     Raises:
         UserError: a folder holds no run, or rehearsals and real runs are mixed.

@@ -268,7 +268,7 @@ def curve_gap(ours: Sequence[Point], curve: Sequence[Point]) -> CurveGap | None:
 
 
 def over_the_same_steps(metrics: Iterable[Row], curve: Sequence[Point]) -> list[Point]:
-    """Mean training losses of a run between the steps of a curve, as far as the run got.
+    """Mean training losses between the steps of a curve, as far as a run got.
 
     Args:
         metrics: records of the run's steps.

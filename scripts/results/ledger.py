@@ -191,7 +191,7 @@ def record_of_run(result: RunResult) -> ledger.Record:
 
 
 def planned_gib(result: RunResult) -> float | None:
-    """Planned memory of a run on one GPU, or of a rehearsal; None for other runs, or without a plan."""
+    """Planned memory of a run on one GPU or a rehearsal; None without a plan."""
     with suppress(UserError):  # some configs cannot be planned
         cfg = yamlfiles.read_yaml(result.folder.config)
         if result.run.ranks == 1 and not any(cfg.get(key) for key in ENGINE_KEYS):
@@ -201,7 +201,7 @@ def planned_gib(result: RunResult) -> float | None:
 
 
 def _scores(result: RunResult, of_study: Study) -> dict[str, ledger.Score]:
-    """Scores by the study's metrics, except scores by other scorer models than the declared ones."""
+    """Scores by the study's metrics, only by the declared scorer models."""
     found, own = {}, result.evaluation.scores if result.evaluation else {}
     for name, column in of_study.columns.items():
         value, by = result.score(column), model_record(column, own)

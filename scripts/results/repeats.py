@@ -90,7 +90,7 @@ def seed(folder: RunDir) -> Any:
 
 
 def scores(column: Column, found: Sequence[RunResult]) -> list[tuple[RunResult, float]]:
-    """Runs with scores by a metric; scores by another scorer model than the first run's are left out."""
+    """Runs with scores by a metric, if the first run's scorer model computed them."""
     models = [model_record(column, result.evaluation.scores) if result.evaluation else None for result in found]
     scored = [(result, result.score(column)) for result in found]
     return [

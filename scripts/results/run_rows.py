@@ -73,7 +73,7 @@ class RunResult:
 
     @property
     def is_scored(self) -> bool:
-        """True if the run is evaluated, or all metrics of its study use only the eval loss."""
+        """True if the run is evaluated, or its study uses only the eval loss."""
         return self.evaluation is not None or (self.study is not None and not self.study.generates)
 
     @cached_property
@@ -179,7 +179,7 @@ class RunResult:
 
     @cached_property
     def other_data(self) -> bool:
-        """True if the run trains on a changed path, and its files are not known as the study's rows."""
+        """True if the config changes a data path, and the files are not known study data."""
         moved = any(d.key.startswith("datasets") and d.key.endswith("path") for d in self.run.from_origin)
         return moved and not 0 < len(self.run.data) == sum(map(is_the_studys, manifest_entries(self.run)))
 

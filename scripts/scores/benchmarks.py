@@ -135,7 +135,7 @@ def _measure(
 
 
 def _located(column: Column) -> "tuple[str, TaskManager]":
-    """Task name, and a manager of the harness's tasks and of tasks beside a task's file.
+    """Name of a column's task, and the task manager that knows it.
 
     Raises:
         UserError: the harness lacks the task.
@@ -152,7 +152,7 @@ def _located(column: Column) -> "tuple[str, TaskManager]":
 
 @cache
 def _tasks(folder: str | None) -> "TaskManager":
-    """Manager of the harness's tasks and of tasks in a folder; slow, hence cached."""
+    """Manager of the harness's tasks and a folder's; cached because it is slow."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=folder)

@@ -119,9 +119,9 @@ def _column(run: Run, request: EvaluationRequest) -> Column:
 
 
 def _adapters(folder: RunDir) -> dict[str, tuple[Path, str]]:
-    """Folders and hashes of distinct adapters by name: checkpoints, oldest first, then the final adapter.
+    """Folders and hashes of distinct adapters by name.
 
-    Truncated adapters are left out, with a message.
+    Checkpoints come first, oldest first, then the final adapter. Truncated adapters are left out, with a message.
     """
     by_step = {checkpoints.step_of(path): path for path in folder.output.glob("checkpoint-*")}
     found = [(path.name, path) for step, path in sorted((s, p) for s, p in by_step.items() if s is not None)]

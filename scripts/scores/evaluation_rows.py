@@ -45,7 +45,7 @@ class RowSource:
 
 @dataclass
 class EvaluationRows:
-    """Rows of a source, with their hash; `keys` has each row's data set, such as `datasets.0`."""
+    """Rows of a source; `keys` names each row's data set, such as `datasets.0`."""
 
     data: str
     sha256: str
@@ -66,7 +66,7 @@ def named(file: Path, cfg: Config, folder: Path) -> RowSource:
 
 
 def usual(run: Run, cfg: Config) -> RowSource | None:
-    """Default evaluation rows of a run; None if the run has no evaluation rows.
+    """Default evaluation rows of a run; None without any.
 
     A study's prepared data come with the study's test set. For other data, test_datasets and val_set_size in the config
     have priority over a test.jsonl beside the training data.
@@ -145,7 +145,7 @@ def require_reference(folder: RunDir, cfg: Config, source: RowSource | None) -> 
 
 
 def read(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> EvaluationRows:
-    """Read the rows of a source; Axolotl loads rows outside local JSONL files, once per run.
+    """Read the rows of a source; Axolotl loads those outside local JSONL files.
 
     Raises:
         UserError: the rows cannot be read, or there are no rows.
@@ -172,7 +172,7 @@ def read(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> Evaluation
 
 
 def _jsonl(entry: Config, folder: Path) -> Path | None:
-    """JSONL file whose rows, all or the first, form a data set; None if Axolotl must load them."""
+    """JSONL file that a data set consists of; None if Axolotl must load the rows."""
     file = Path(folder, str(entry.get("path")))
     parts = any(entry.get(key) for key in ("shards", "weight", "preprocess_shards", "name", "ds_type"))
     whole = entry.get("split") in (None, "train") or datafiles.first_rows(entry) is not None

@@ -47,7 +47,7 @@ def each(columns: Mapping[str, Sequence[float]]) -> dict[str, list[float] | None
 
 
 def of_few(values: Sequence[float]) -> list[float]:
-    """Student's 95 % interval of the mean of two or more values; a bootstrap is too narrow for few."""
+    """Student's 95 % interval of the mean of few values, at least two."""
     from scipy.special import stdtrit
 
     mean, error = np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5
@@ -235,7 +235,7 @@ class Power:
     deviation: float
 
     def sees(self, difference: float) -> float:
-        """Chance that the interval excludes a value this far from the truth; for 0, of a false alarm."""
+        """Chance to exclude a value this far from the truth; for 0, of a false alarm."""
         from scipy.special import ndtr
 
         below = ndtr((-self.halves - difference) / self.deviation)

@@ -154,9 +154,9 @@ def _generate(
     part: Path,
     first: bytes,
 ) -> None:
-    """Generate missing predictions; add them to `done`, and after the line `first` to the file `part`.
+    """Generate missing predictions; add them to `done` and, after the line `first`, to `part`.
 
-    A prediction is marked as cut if it reaches the limit of new tokens without a token in `ends`.
+    A prediction is cut if it reaches the limit of new tokens without a token in `ends`.
     """
     most = engine.settings.decoding.max_new_tokens
     with Bar("evaluating", len(asked), len(done)) as bar, naming(part), opened(part, "ab") as stream:

@@ -24,7 +24,7 @@ AT_ONCE = 16  # default number of simultaneous requests
 
 
 class Choice(BaseModel):
-    """Answer of a server, ended by the model or by the length limit; only vLLM has `token_ids`."""
+    """Answer of a server; only vLLM sends `token_ids`."""
 
     finish_reason: Literal["stop", "length"]
     token_ids: list[int]
