@@ -115,7 +115,7 @@ async function drawFigures() {
     const details = box.querySelector("details");
     details.addEventListener("toggle", () => details.open && fillTable(figure, details.querySelector(".scroll")));
     box.dataset.drawn = "";
-    await new Promise((resolve) => setTimeout(resolve)); // the page answers in between
+    await new Promise((resolve) => setTimeout(resolve)); // keeps the page responsive
   }
 }
 

@@ -30,7 +30,7 @@ const stored = (() => { try { return localStorage.getItem("recipe-report-theme")
 function setTheme(name) {
   document.documentElement.dataset.theme = name;
   $("theme").textContent = `Theme: ${name}`;
-  try { localStorage.setItem("recipe-report-theme", name); } catch { /* a page without storage forgets it */ }
+  try { localStorage.setItem("recipe-report-theme", name); } catch { /* without storage, the choice is lost */ }
 }
 
 $("theme").hidden = false;

@@ -234,7 +234,7 @@ class Reader {
     const walk = document.createTreeWalker($("row"), NodeFilter.SHOW_TEXT);
     while (walk.nextNode() && marked.size < 200) {
       const text = walk.currentNode.data.toLowerCase();
-      if (text.length !== walk.currentNode.data.length) continue; // small letters of some scripts are longer
+      if (text.length !== walk.currentNode.data.length) continue; // lower case changes the length in some scripts
       for (let at = text.indexOf(query); at >= 0 && marked.size < 200; at = text.indexOf(query, at + query.length)) {
         const range = new Range();
         range.setStart(walk.currentNode, at);
