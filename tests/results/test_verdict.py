@@ -120,7 +120,7 @@ def test_a_run_with_other_kernels_or_packed_rows_says_so(tmp_path: Path) -> None
     assert row_of(tmp_path)["differs"] == []
     a_run(tmp_path, LLAMA_2, "2", 5.1, set={"liger_rope": True, "sample_packing": True, "lora_o_kernel": False})
     kernels, packed = row_of(tmp_path)["differs"]
-    assert "kernels" in kernels and "sequences" in packed
+    assert "kernels" in kernels and "packed" in packed
     plain = a_run(tmp_path, LLAMA_2, "0", 5.1)
     assert row_of(tmp_path)["run"] == str(plain.path)  # it represents the recipe, though it is older
 
