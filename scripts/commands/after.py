@@ -113,15 +113,19 @@ def _show_one(name: str, rehearse: bool, json: bool) -> None:
     from ..data.study import Study
     from ..results import listing, verdict
     from ..workflows import sweep_results
-    from ..workflows.sweep import Sweep, find_any
+    from ..workflows.sweep import Sweep, find_any, recorded_sweeps
 
     thing = find_any(name)
     only_with("--rehearse", rehearse, "a study", isinstance(thing, Study))
     if isinstance(thing, Study):
-        listing.show_study(thing, verdict.rows(thing, paths.runs(), rehearse), rehearse, json)
+        rows = verdict.rows(thing, paths.runs(), rehearse)
+        sweeps = [sweep for sweep in recorded_sweeps().values() if sweep.rehearsal == rehearse]
+        best = sweep_results.best_rows(thing, sweeps, rows, paths.runs())
+        listing.show_study(thing, rows, rehearse, json, [*map(sweep_results.best_record, best)])
+        if not json:
+            sweep_results.show_best(best)
     elif isinstance(thing, Sweep):
-        rows = sweep_results.rows(thing, paths.runs())
-        sweep_results.show(thing, sweep_results.columns(thing, paths.runs()), rows, json)
+        sweep_results.show(thing, json)
     else:
         listing.show([thing], json)
     next_step("report", name, *["--rehearse"][:rehearse], json=json)

@@ -108,6 +108,15 @@ Name = Annotated[
         help="A recipe's name, a part of it, or a YAML file.",
     ),
 ]
+NameOrStudy = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME|FILE|STUDY",
+        callback=whole_name,
+        autocompletion=complete_recipes,
+        help="A recipe's name, a part of it, a file, a study.",
+    ),
+]
 Names = Annotated[
     list[str] | None,
     typer.Argument(

@@ -18,6 +18,7 @@ from .options import (
     Json,
     Metrics,
     Name,
+    NameOrStudy,
     On,
     Overrides,
     PlannedGpu,
@@ -139,10 +140,11 @@ def resume_verb(
     "sweep",
     cls=Verb,
     rich_help_panel=HEADING,
-    epilog="recipe sweep code-llama-7b lora-tradeoffs --rehearse\nrecipe sweep llama-3.2-3b --set lora_r=16,32,64",
+    epilog="recipe sweep code-llama-7b lora-tradeoffs --rehearse\nrecipe sweep llama-3.2-3b --set lora_r=16,32,64"
+    "\nrecipe sweep haider2024 --set learning_rate=1e-4,2e-4,5e-4",
 )
 def sweep_verb(
-    name: Name,
+    name: NameOrStudy,
     file: SweepFile = None,
     set_: Tried = None,
     rehearse: RehearseAll = False,
@@ -160,11 +162,13 @@ def sweep_verb(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan every run, but start none.")] = False,
     json: Json = False,
 ) -> None:
-    """Run a recipe with several settings and compare them. Completed steps are skipped."""
+    """Run a recipe, or each of a study, with several settings and compare them. Completed steps are skipped."""
     from ..configs import gpus
     from ..configs.compose import Request, is_rehearsal
+    from ..data import study
+    from ..results import verdict
     from ..scores.evaluate import EvaluationRequest
-    from ..workflows import sweep, sweep_results
+    from ..workflows import reproduce, sweep, sweep_results
 
     sweep_name, members = sweep.read_members(sweep.find_sweep_file(file) if file else None, set_ or [])
     request = Request(name, profiles=profile or [], rehearse=rehearse, force=force or [])
@@ -172,22 +176,33 @@ def sweep_verb(
     evaluation = EvaluationRequest(limit=limit, metrics=metric or [])
     backend = backend_of(on, request.rehearse, jobs)
     target = gpus.find(gpu) if gpu else None
-    record, results = sweep.sweep(
+    of_study = study.find(name) if name in {folder.name for folder in paths.studies()} else None
+    records, results = sweep.sweep(
         sweep_name,
         members,
-        request,
+        [reproduce.request_for(request, recipe) for recipe in of_study.published] if of_study else [request],
         evaluation,
         backend,
         seeds=seeds,
         gpu=target,
         dry_run=dry_run,
     )
-    rows = sweep_results.rows(record, paths.runs())
-    scored = sweep_results.columns(record, paths.runs())
-    records = [sweep_results.record(row) for row in rows]
-    end(results, json, {"sweep": record.label}, records, lambda: sweep_results.show(record, scored, rows, json))
-    if not dry_run:
-        next_step("report" if backend.here else "results", record.label, json=json)
+    runs, best = paths.runs(), []
+    if of_study:
+        best = sweep_results.best_rows(of_study, records, verdict.rows(of_study, runs, request.rehearse), runs)
+    rows = [sweep_results.record(row) for record in records for row in sweep_results.rows(record, runs)]
+
+    def show() -> None:
+        for record in records:
+            sweep_results.show(record, json)
+        sweep_results.show_best(best)
+
+    head = {"sweep": records[0].label, "tuned": [*map(sweep_results.best_record, best)]}
+    end(results, json, head, rows, show)
+    if of_study:
+        next_step("results", name, *["--rehearse"][: request.rehearse], json=json or dry_run)
+    elif not dry_run:
+        next_step("report" if backend.here else "results", records[0].label, json=json)
 
 
 def end(

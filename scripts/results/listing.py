@@ -120,12 +120,16 @@ def _cells(result: RunResult, columns: Mapping[str, Column], jobs: Sequence[str]
     }
 
 
-def show_study(of_study: Study, rows: Sequence[StudyRow], rehearsal: bool, json: bool) -> None:
-    """Print the rows of a study."""
+def show_study(
+    of_study: Study, rows: Sequence[StudyRow], rehearsal: bool, json: bool, tuned: Sequence[Row] = ()
+) -> None:
+    """Print the rows of a study; JSON also has each recipe's best members of sweeps."""
     if not rows and not json:
         say("no run of its recipes is rehearsed yet; `recipe reproduce` with --rehearse does that")
         return
     records = [verdict.record(row, of_study) for row in rows]
+    if tuned:
+        records = [one | {"tuned": [best for best in tuned if best["recipe"] == one["recipe"]]} for one in records]
     tables.show(json, records, of_rows(of_study, rows, rehearsal), [] if rehearsal else notes(of_study, rows))
 
 

@@ -153,7 +153,8 @@ def rows(
 def _preference(result: RunResult) -> tuple[bool, bool, bool, bool, bool, str]:
     """Sort key of a recipe's runs: trained here, finished and evaluated, plain, recipe's seed, newest."""
     run, evaluated = result.run, result.is_scored
-    changed = [text for text in run.overrides if not text.startswith(f"{repeats.SEED}=")]
+    # an override with the recipe's own value, as of a member of a sweep, is no difference
+    changed = [one.key for one in run.differences if one.why.startswith("--set ") and one.key != repeats.SEED]
     plain = not changed and not set(run.profiles) - {REHEARSAL, *TRACKERS} and not run.axolotl_arguments
     own_seed = all(difference.key != repeats.SEED for difference in run.differences)
     done = run.state == "finished" and evaluated

@@ -6,7 +6,7 @@ from ..base.errors import UserError
 from ..data.study import Study
 from ..runs.rundir import RunDir, all_runs, readable
 from . import reproduce
-from .sweep import Sweep, find_any
+from .sweep import Sweep, find_any, recorded_sweeps
 
 
 def cancel(names: list[str]) -> list[str]:
@@ -28,8 +28,13 @@ def _cancelled(thing: RunDir | Sweep | Study) -> list[str]:
     if isinstance(thing, RunDir):
         folders = [thing]
     else:  # first stop the command that would start the next run
-        lock = thing.lock(paths.runs()) if isinstance(thing, Sweep) else reproduce.lock(thing.folder.name)
-        if messages := stop_holders([lock]):
+        locks = [thing.lock(paths.runs())] if isinstance(thing, Sweep) else [reproduce.lock(thing.folder.name)]
+        if isinstance(thing, Study):
+            of_study = (
+                sweep for sweep in recorded_sweeps().values() if sweep.recipe.startswith(f"{thing.folder.name}/")
+            )
+            locks += [sweep.lock(paths.runs()) for sweep in of_study]
+        if messages := stop_holders(locks):
             return messages
         folders = _members(thing) if isinstance(thing, Sweep) else _of_study(thing)
     messages = []

@@ -3,8 +3,8 @@
 import itertools
 import re
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class SweepMember(BaseModel):
     def overrides(self) -> list[str]:
         """Values in the format of --set."""
         values = self.values if self.seed is None else self.values | {"seed": self.seed}
-        return [_setting(key, value) for key, value in values.items()]
+        return settings(values)
 
 
 class Sweep(BaseModel):
@@ -96,15 +96,15 @@ class Sweep(BaseModel):
 def sweep(
     name: str,
     members: list[SweepMember],
-    request: Request,
+    requests: Sequence[Request],
     evaluation: EvaluationRequest,
     backend: Backend,
     *,
     seeds: int = 1,
     gpu: Gpu | None = None,
     dry_run: bool = False,
-) -> tuple[Sweep, list[TaskResult]]:
-    """Train and score every member of a sweep.
+) -> tuple[list[Sweep], list[TaskResult]]:
+    """Train and score every member of a sweep over one recipe, or over several of a study.
 
     All members are checked and planned before the first one starts. A member that does not fit the GPU, or fails, does
     not stop the others.
@@ -112,7 +112,7 @@ def sweep(
     Args:
         name: name of the sweep.
         members: see `read_members`.
-        request: overrides for every member.
+        requests: overrides for every member, a request per recipe.
         evaluation: settings of each evaluation.
         backend: backend that carries out the members.
         seeds: number of seeds per member, beginning with the recipe's seed.
@@ -123,65 +123,68 @@ def sweep(
         UserError: a member has errors, or two members have the same config; nothing was started.
         WorkFailed: BERTScore's model cannot be loaded.
     """
-    recipe, _ = find_recipe(request.name)
-    members = _seeded(members, recipe, seeds)
-    pipelines = [
-        Pipeline(
-            TaskResult(recipe, re.sub(r"[/\0]", "-", member.label)),
-            replace(request, overrides=member.overrides),
-            evaluation,
-            backend,
-            gpu if dry_run else None,
+    records: list[Sweep] = []
+    pipelines: list[Pipeline] = []
+    for request in requests:
+        recipe, _ = find_recipe(request.name)
+        seeded = _seeded(members, recipe, seeds)
+        records.append(
+            Sweep(name=name, recipe=recipe, rehearsal=request.rehearse, keys=varying(members), members=seeded)
         )
-        for member in members
-    ]
+        pipelines += [
+            Pipeline(
+                TaskResult(recipe, f"{recipe}, " * (len(requests) > 1) + re.sub(r"[/\0]", "-", member.label)),
+                replace(request, overrides=member.overrides),
+                evaluation,
+                backend,
+                gpu if dry_run else None,
+            )
+            for member in seeded
+        ]
     _check(pipelines, starts=not dry_run)
     _refuse_twins(pipelines)
-    _plan(members, pipelines, gpu, starts=not dry_run)
-    record = Sweep(
-        name=name,
-        recipe=recipe,
-        rehearsal=request.rehearse,
-        keys=varying(members),
-        members=members,
-    )
+    _plan([member for record in records for member in record.members], pipelines, gpu, starts=not dry_run)
     if not dry_run:
-        _carry_out(record, pipelines, evaluation, backend)
-    return record, [pipeline.result for pipeline in pipelines]
+        _carry_out(records, pipelines, evaluation, backend)
+    return records, [pipeline.result for pipeline in pipelines]
 
 
 def _plan(members: list[SweepMember], pipelines: list[Pipeline], gpu: Gpu | None, starts: bool) -> None:
     with Bar("planning", len(members)) as bar:
         for done, (member, pipeline) in enumerate(zip(members, pipelines, strict=True), start=1):
-            bar.begin(f"planning {member.label}")
+            bar.begin(f"planning {pipeline.result.label}")
             member.digest = pipeline.digest()
             pipeline.plan(gpu)
             if pipeline.result.problem and starts:
-                say(f"{member.label}: {pipeline.result.problem}")
+                say(f"{pipeline.result.label}: {pipeline.result.problem}")
             member.planned_gib = pipeline.needed_gib
             bar.update(done)
 
 
 def _carry_out(
-    record: Sweep,
+    records: list[Sweep],
     pipelines: list[Pipeline],
     evaluation: EvaluationRequest,
     backend: Backend,
 ) -> None:
-    with held(record.lock(paths.runs()), f"the sweep {record.label} is already running"):
-        record.write(paths.runs())
+    runs, first = paths.runs(), records[0]
+    with ExitStack() as locks:
+        for record in records:
+            locks.enter_context(held(record.lock(runs), f"the sweep {record.label} is already running"))
+        for record in records:
+            record.write(runs)
         fitting = [pipeline for pipeline in pipelines if not pipeline.result.problem]
-        existing = existing_runs(paths.runs(), record.recipe)
+        existing = {record.recipe: existing_runs(runs, record.recipe) for record in records}
         for pipeline in fitting:
-            pipeline.existing = existing.get(pipeline.digest() or "")
+            pipeline.existing = existing[pipeline.result.recipe].get(pipeline.digest() or "")
         tasks = [pipeline.task() for pipeline in fitting]
-        require_scorer_models(tasks, of_recipe(record.recipe), evaluation, record.rehearsal)
-        backend.submit(tasks, record.name)
+        require_scorer_models(tasks, of_recipe(first.recipe), evaluation, first.rehearsal)
+        backend.submit(tasks, first.name)
 
 
 def _seeded(members: list[SweepMember], recipe: str, seeds: int) -> list[SweepMember]:
     if seeds == 1:
-        return members
+        return [member.model_copy() for member in members]
     if any("seed" in member.values for member in members):
         raise UserError("--seeds: the sweep already sets seed; leave one of them out")
     return [member.model_copy(update={"seed": seed}) for member in members for seed in seeds_of(recipe, seeds)]
@@ -214,7 +217,8 @@ def _check(pipelines: list[Pipeline], starts: bool) -> None:
 
 def _refuse_twins(pipelines: list[Pipeline]) -> None:
     for a, b in itertools.combinations(pipelines, 2):
-        if a.composed and b.composed and not config.differences(a.composed.config, b.composed.config):
+        of_one = a.result.recipe == b.result.recipe
+        if of_one and a.composed and b.composed and not config.differences(a.composed.config, b.composed.config):
             raise UserError(f"{a.result.label} and {b.result.label} have the same config; leave one out")
 
 
@@ -257,8 +261,8 @@ def read_members(file: Path | None, sets: Sequence[str]) -> tuple[str, list[Swee
     for entry, combination in itertools.product(paired, itertools.product(*grid.values())):
         chosen = dict(zip(grid, combination, strict=True))
         own = {key: value for key, value in entry.items() if key != "name"}
-        named = [str(entry["name"])] if "name" in entry else [_setting(key, value) for key, value in own.items()]
-        named += [_setting(key, chosen[key]) for key in several]
+        named = [str(entry["name"])] if "name" in entry else settings(own)
+        named += settings({key: chosen[key] for key in several})
         members.append(SweepMember(name=", ".join(named) or "as it is", values=chosen | own))
     for name, count in Counter(member.name for member in members).items():
         if count > 1:
@@ -266,8 +270,9 @@ def read_members(file: Path | None, sets: Sequence[str]) -> tuple[str, list[Swee
     return file.stem if file else "+".join(several or grid), members
 
 
-def _setting(key: str, value: Any) -> str:
-    return f"{key}={yamlfiles.write_flow(value)}"
+def settings(values: Mapping[str, Any]) -> list[str]:
+    """Values as --set takes them."""
+    return [f"{key}={yamlfiles.write_flow(value)}" for key, value in values.items()]
 
 
 def varying(members: Sequence[SweepMember]) -> list[str]:

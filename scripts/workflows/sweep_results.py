@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -14,16 +14,18 @@ from ..base.files import Row
 from ..base.yamlfiles import on_one_line
 from ..configs import config
 from ..data import study
+from ..data.study import Study
 from ..metrics.metric import Column
 from ..results import repeats
 from ..results.listing import REHEARSALS
 from ..results.run_rows import RunResult
+from ..results.verdict import StudyRow
 from ..runs.records import Summary
 from ..scores import evaluation_rows
 from ..scores.intervals import Interval
 from ..tables import Table
 from .pipeline import existing_runs
-from .sweep import Sweep, SweepMember, of_recipe
+from .sweep import Sweep, SweepMember, of_recipe, settings
 
 LOSS = "eval_loss"
 Columns = Mapping[str, Column]
@@ -39,6 +41,7 @@ class SweepRow:
         summary: summary of the first finished run, for values that do not depend on the seed.
         scores: mean over finished runs and 95 % interval by metric, including the eval loss.
         published: published scores for the member's settings by metric; empty if the study declares none for sweeps.
+        validated: whether its eval loss is of validation rows other than the test rows, and may select a member.
         pareto: whether the row is on the Pareto front over peak memory and eval loss.
     """
 
@@ -50,6 +53,7 @@ class SweepRow:
     published: dict[str, float | None]
     peak_memory_gib: float | None
     train_seconds: float | None
+    validated: bool
     pareto: bool = False
 
     @property
@@ -84,9 +88,8 @@ def rows(sweep: Sweep, runs: Path) -> list[SweepRow]:
     compared = [
         _row(sweep, of_name, [results[m.digest] for m in of_name if m.digest in results], scored) for of_name in by_name
     ]
-    validated = next((_validates(result) for result in results.values() if result.run.state == "finished"), False)
     for row in compared:
-        row.pareto = validated and on_front(row.costs, [other.costs for other in compared])
+        row.pareto = row.validated and on_front(row.costs, [other.costs for other in compared])
     return compared
 
 
@@ -132,6 +135,7 @@ def _row(sweep: Sweep, members: Sequence[SweepMember], results: list[RunResult],
         published=_published(sweep, members[0].values),
         peak_memory_gib=max((r.summary.peak_memory for r in done if r.summary.peak_memory), default=None),
         train_seconds=fmean(result.summary.train_seconds for result in done) if done else None,
+        validated=scores[LOSS][0] is not None and all(map(_validates, done)),
     )
 
 
@@ -165,10 +169,11 @@ def record(row: SweepRow) -> Row:
     }
 
 
-def show(sweep: Sweep, scored: Columns, rows: Sequence[SweepRow], json: bool) -> None:
-    """Print the rows, with the first metric of `scored` in the table."""
+def show(sweep: Sweep, json: bool) -> None:
+    """Print the rows of a sweep, with its first metric in the table."""
+    found, scored = rows(sweep, paths.runs()), columns(sweep, paths.runs())
     first = dict(itertools.islice(scored.items(), 1))
-    tables.show(json, map(record, rows), [table_of(sweep, first, rows)], notes(sweep, scored, rows))
+    tables.show(json, map(record, found), [table_of(sweep, first, found)], notes(sweep, scored, found))
 
 
 def notes(sweep: Sweep, scored: Columns, rows: Sequence[SweepRow]) -> Iterator[str]:
@@ -212,4 +217,103 @@ def _cells(sweep: Sweep, scored: Columns, row: SweepRow) -> Row:
         "measured GiB": row.peak_memory_gib,
         "minutes": None if row.train_seconds is None else f"{row.train_seconds / 60:.1f}",
         "front": "*" if row.pareto else None,
+    }
+
+
+@dataclass(frozen=True)
+class BestRow:
+    """A recipe's best member of a sweep, beside the recipe at its own values.
+
+    Attributes:
+        column: the metric of the scores.
+        finished: how many runs of the sweep are finished.
+        best: the member of least eval loss; None where no eval loss may select one.
+        own: the score and interval at the recipe's own values: of a member, or of the run in the study's table.
+        own_values: the recipe's values of the keys that the best member sets.
+    """
+
+    sweep: Sweep
+    column: Column
+    finished: int
+    best: SweepRow | None
+    own: tuple[float | None, Interval | None]
+    own_values: dict[str, Any]
+
+
+def best_rows(of_study: Study, sweeps: Iterable[Sweep], studied: Sequence[StudyRow], runs: Path) -> list[BestRow]:
+    """Return the best member of each begun sweep over a recipe of a study, by eval loss, never by a score.
+
+    Sweeps on another base model or on other data are left out.
+
+    Args:
+        of_study: the study.
+        sweeps: sweeps over any recipes, all rehearsed or none.
+        studied: the rows of the study's recipes, of the same kind.
+        runs: the folder with the runs.
+    """
+    name, order = of_study.first.name, [*of_study.published, *of_study.variants]
+    own_runs = {row.recipe: row for row in studied if row.chosen}
+    found = []
+    for sweep in sweeps:
+        compared = rows(sweep, runs) if sweep.recipe in order else []
+        done = [result for row in compared for result in row.runs if result.run.state == "finished"]
+        if not done or (not sweep.rehearsal and any(result.is_of_something_else for result in done)):
+            continue
+        losses = [(row.scores[LOSS][0] or 0.0, i) for i, row in enumerate(compared) if row.validated]
+        best = compared[min(losses)[1]] if losses else None
+        recipe = dict(config.flatten(yamlfiles.read_yaml(paths.recipe_file(sweep.recipe))))
+        own_values = {key: recipe.get(key) for key in sweep.members[0].values}
+        own = [
+            row.scores[name]
+            for row in compared
+            if all(row.member.values.get(key) == recipe.get(key) for key in sweep.keys)
+        ]
+        studied_run = own_runs.get(sweep.recipe)
+        if studied_run and not any(key.startswith(tuple(sweep.keys)) for key in studied_run.runs[0].changed_keys):
+            own.append((studied_run.scores[name].value, studied_run.scores[name].interval))
+        found.append(BestRow(sweep, of_study.first, len(done), best, own[0] if own else (None, None), own_values))
+    return sorted(found, key=lambda row: (row.sweep.name, order.index(row.sweep.recipe)))
+
+
+def best_record(row: BestRow) -> Row:
+    """The best member of a sweep as JSON has it."""
+    name, (value, within) = row.column.name, row.own
+    return {
+        "recipe": row.sweep.recipe,
+        "sweep": row.sweep.label,
+        "finished": row.finished,
+        "members": len(row.sweep.members),
+        "best": record(row.best) if row.best else None,
+        "own_values": row.own_values,
+        f"{name}_own": value,
+        **repeats.interval_cells(f"{name}_own", within),
+    }
+
+
+def show_best(found: Sequence[BestRow]) -> None:
+    """Print best members, a table for each name of sweeps, with notes."""
+    spare = ["rows", "finished", "95 %, own", "eval loss"]
+    for name, of_name in itertools.groupby(found, key=lambda row: row.sweep.name):
+        cells = [_best_cells(row) for row in of_name]
+        title = f"{name}: each recipe's best member by eval loss, beside its own values"
+        tables.print_table(cells, title, empty=True, spare=spare, below=["best", "own"])
+    if without := [row.sweep.label for row in found if not row.best]:
+        problem = f"no eval loss on validation rows that are not test rows: {', '.join(without)}"
+        tables.print_text(f"{problem}; `--set val_set_size=0.05`, or test_datasets of other rows, gives one")
+
+
+def _best_cells(row: BestRow) -> Row:
+    best, (own, own_within) = row.best, row.own
+    value, within = best.scores[row.column.name] if best else (None, None)
+    return {
+        "recipe": row.sweep.recipe,
+        "best": ", ".join(settings(best.member.values)) if best else None,
+        "eval loss": best and best.scores[LOSS][0],
+        row.column.label: value,
+        "95 %": within and [within.low, within.high],
+        "own": ", ".join(settings(row.own_values)),
+        f"{row.column.label}, own": own,
+        "95 %, own": own_within and [own_within.low, own_within.high],
+        "rows": best and best.runs[0].rows_evaluated,
+        "finished": f"{row.finished} of {len(row.sweep.members)}",
     }

@@ -2,12 +2,14 @@
 
 import itertools
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
 import pytest
+import small_study
 from conftest import Recipe, recipe_config
 from run_folders import a_run
 from scipy import stats
@@ -19,6 +21,7 @@ from qlora_recipes.checks import check
 from qlora_recipes.configs import compose
 from qlora_recipes.configs.compose import Request
 from qlora_recipes.data import study
+from qlora_recipes.runs import rundir
 from qlora_recipes.runs.records import Summary
 from qlora_recipes.workflows import sweep_results
 from qlora_recipes.workflows.sweep import Sweep, SweepMember, find_sweep_file, read_members, varying
@@ -109,8 +112,11 @@ def test_what_does_not_fit_is_told_before_anything_starts(tmp_path: Path, recipe
     assert not (tmp_path / "runs").exists()
 
 
-def a_sweep(runs: Path, finished: dict[str, list[tuple[float, float, float]]], seeds: bool = False) -> Sweep:
-    """A sweep over lora_r; for each member the BLEU-4, eval loss and memory of each of its seeds' runs."""
+def a_sweep(
+    runs: Path, finished: dict[str, list[tuple[float, float, float]]], seeds: bool = False, of: str = BASE
+) -> Sweep:
+    """A sweep over lora_r, of which a recipe's own value is the third; for each member the BLEU-4, eval loss and memory
+    of each of its seeds' runs."""
     members = []
     for i, (name, of_seeds) in enumerate(finished.items()):
         for seed, (bleu4, loss, memory) in enumerate(of_seeds):
@@ -126,8 +132,12 @@ def a_sweep(runs: Path, finished: dict[str, list[tuple[float, float, float]]], s
                 trainable_parameters=240 << i,
                 parameters=48_000,
             )
-            a_run(runs, BASE, f"2026-{digest}", bleu4, digest=digest, summary=summary)
-    return Sweep(name="ranks", recipe=BASE, rehearsal=False, keys=["lora_r"], members=members)
+            changed = {} if i == 2 else {"lora_r": 8 << i}
+            folder = a_run(runs, of, f"2026-{digest}", bleu4, digest=digest, summary=summary, set=changed)
+            run = folder.read()
+            run.overrides = [f"lora_r={8 << i}"]
+            folder.write(run)
+    return Sweep(name="ranks", recipe=of, rehearsal=False, keys=["lora_r"], members=members)
 
 
 def test_members_compare_by_what_their_runs_measured(tmp_path: Path) -> None:
@@ -149,6 +159,65 @@ def test_members_stand_beside_the_published_scores_of_their_settings(tmp_path: P
     of_study = study.find("tinker-tulu3")
     published = [row.published["nll"] for row in sweep_results.rows(sweep, tmp_path)]
     assert min(published) == of_study.published[of_study.origin(recipe)].scores["nll"].value and len(published) == 16
+
+
+def test_a_studys_recipes_compare_by_their_best_members(tmp_path: Path, recipe: Recipe) -> None:
+    """Best by eval loss, whatever their scores, beside the score at a recipe's own value."""
+    runs, others = tmp_path / "runs", ("haider2024/llama-2-7b", "haider2024/llama-3-8b", "haider2024/llama-3.1-8b")
+    swept = [a_sweep(runs, {"a": [(9.0, 1.3, 7.0)], "b": [(5.0, 1.1, 7.0)], "c": [(5.5, 1.2, 8.0)]})]
+    swept += [a_sweep(runs, {"a": [(6.0, 1.0, 7.0)], "b": [(6.5, 1.4, 7.0)]}, of=other) for other in others]
+    a_run(runs, others[0], "2025-plain", 4.9)
+    (runs / others[2] / "2026-a-0" / "run.json").unlink()
+    for config in (runs / others[1]).rglob("config.yaml"):
+        config.write_text(yamlfiles.write_yaml(yamlfiles.read_yaml(config) | {"test_datasets": None}))
+    for sweep in swept:
+        sweep.file(runs).parent.mkdir(parents=True, exist_ok=True)
+        sweep.write(runs)
+    done = recipe("results", "haider2024", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = {row["recipe"]: row for row in orjson.loads(done.stdout)}
+    (own, plain, unvalidated, begun) = (rows[name]["tuned"][0] for name in (BASE, *others))
+    assert (own["best"]["member"], own["best"]["bleu4"], own["best"]["eval_loss"]) == ("b", 5.0, 1.1)
+    assert (own["bleu4_own"], own["bleu4_own_low"], own["own_values"]) == (5.5, 5.4, {"lora_r": 32})
+    assert rows[BASE]["bleu4"] == 5.5  # represented by the member with its own value
+    assert (plain["best"]["member"], plain["bleu4_own"]) == ("a", 4.9)
+    assert (unvalidated["best"], unvalidated["bleu4_own"]) == (None, None)
+    assert (begun["best"]["member"], begun["finished"], begun["members"]) == ("b", 1, 2)
+    table = recipe("results", "haider2024").stdout
+    best = re.findall(r"^(\S+) +lora_r=(\d+) +(\S+)", table, re.MULTILINE)
+    assert best == [(others[0], "8", "1.00"), (BASE, "16", "1.10"), (others[2], "16", "1.40")]
+    assert f"ranks/{others[1]}; `--set val_set_size" in table
+    assert not recipe("results", "haider2024", "--rehearse").stdout  # of which there are none
+
+
+def test_a_study_is_swept_and_again_nothing_is_done(
+    recipe: Recipe, tmp_path: Path, tiny_profile: Path, stand_in: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = {name: {"scores": {"perplexity": 3}} for name in (small_study.PLAIN, small_study.WIDE)}
+    metrics = {"metrics": {"perplexity": {}}, "shown": [], "tolerances": {}, "decodings": {}}  # nothing is generated
+    small_study.write(tmp_path, published=published, **metrics)
+    monkeypatch.setattr(sys, "executable", str(stand_in.with_name("python")))  # of the commands that it starts
+    profiles = ("--profile", "rehearsal", "--profile", tiny_profile, "--json")
+    words = ("sweep", "sums2030", "--set", "learning_rate=0.0001,0.0002", *profiles)
+    for more, started in ((("--set", "lora_alpha=4,x"), 2), (("--dry-run",), 0)):
+        assert recipe(*words, *more).returncode == started
+        assert not (tmp_path / "runs").exists()
+    first, again = (recipe(*words) for _ in range(2))
+    assert (first.returncode, again.returncode) == (0, 0), first.stderr
+    folders = rundir.all_runs(tmp_path / "runs")
+    assert sorted(folder.read().recipe for folder in folders) == sorted([*published, *published])
+    assert {step["run"] for step in orjson.loads(again.stdout)["steps"]} == {"skipped"}
+    made = orjson.loads(again.stdout)
+    for one in made["tuned"]:
+        of_recipe = [row for row in made["results"] if one["recipe"] in row["runs"][0]]
+        assert one["best"] == min(of_recipe, key=lambda row: row["eval_loss"]) and len(of_recipe) == 2
+        assert (one["finished"], one["own_values"]) == (2, {"learning_rate": 0.0002})
+    shown = orjson.loads(recipe("results", "sums2030", "--rehearse", "--json").stdout)
+    assert [row["tuned"] for row in shown] == [[one] for one in made["tuned"]] and len(shown) == 2
+    single = recipe("sweep", "sums2030/plain", *words[2:])  # whose members are those of the study
+    assert [row["runs"] for row in orjson.loads(single.stdout)["results"]] == [
+        row["runs"] for row in made["results"][:2]
+    ]
 
 
 def test_test_rows_choose_no_member(tmp_path: Path) -> None:
