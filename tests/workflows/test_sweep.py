@@ -40,10 +40,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stop(process: "subprocess.Popen[bytes]", place: Path, how: str) -> None:
-    if how != "cancel":
+    if how.startswith("SIG"):
         process.send_signal(signal.Signals[how])
         return
-    done = subprocess.run([RECIPE, "cancel", "s"], cwd=place, capture_output=True, text=True)
+    done = subprocess.run([RECIPE, "cancel", how], cwd=place, capture_output=True, text=True)
     assert re.findall(r"process (\d+)", done.stdout) == [str(process.pid)], done.stderr
 
 
@@ -59,7 +59,7 @@ def finished(place: Path, tiny_profile: Path, stand_in: Path) -> dict[str, Any]:
     wait_until(lambda: [run for run in rundir.all_runs(place / "runs" / BASE) if run.read().launches], process)
     time.sleep(chance.uniform(0, 0.5))
     assert process.poll() is None
-    stop(process, place, chance.choice(("SIGKILL", "SIGTERM", "cancel")))
+    stop(process, place, chance.choice(("SIGKILL", "SIGTERM", "s", "haider2024")))
     process.wait(120)
     (run,) = rundir.all_runs(place / "runs" / BASE)
     wait_until(lambda: run.read().state != "running")  # ends by itself when the sweep was killed
