@@ -229,7 +229,7 @@ class BestRow:
         finished: how many runs of the sweep are finished.
         best: the member of least eval loss; None where no eval loss may select one.
         own: the score and interval at the recipe's own values: of a member, or of the run in the study's table.
-        own_values: the recipe's values of the keys that the best member sets.
+        own_values: the recipe's values of the keys in which members differ.
     """
 
     sweep: Sweep
@@ -262,11 +262,11 @@ def best_rows(of_study: Study, sweeps: Iterable[Sweep], studied: Sequence[StudyR
         losses = [(row.scores[LOSS][0] or 0.0, i) for i, row in enumerate(compared) if row.validated]
         best = compared[min(losses)[1]] if losses else None
         recipe = dict(config.flatten(yamlfiles.read_yaml(paths.recipe_file(sweep.recipe))))
-        own_values = {key: recipe.get(key) for key in sweep.members[0].values}
+        own_values = {key: recipe.get(key) for key in sweep.keys}
         own = [
             row.scores[name]
             for row in compared
-            if all(row.member.values.get(key) == recipe.get(key) for key in sweep.keys)
+            if all(row.member.values.get(key) == value for key, value in own_values.items())
         ]
         studied_run = own_runs.get(sweep.recipe)
         if studied_run and not any(key.startswith(tuple(sweep.keys)) for key in studied_run.runs[0].changed_keys):
@@ -307,7 +307,7 @@ def _best_cells(row: BestRow) -> Row:
     value, within = best.scores[row.column.name] if best else (None, None)
     return {
         "recipe": row.sweep.recipe,
-        "best": ", ".join(settings(best.member.values)) if best else None,
+        "best": ", ".join(settings({key: best.member.values.get(key) for key in row.own_values})) if best else None,
         "eval loss": best and best.scores[LOSS][0],
         row.column.label: value,
         "95 %": within and [within.low, within.high],
