@@ -28,7 +28,7 @@ def shell(line: str, place: Path, **env: str) -> "subprocess.CompletedProcess[st
         *((f"{RECIPE} {words} >&-", 0, "") for words in ("list", "score p.jsonl")),
         (f"{RECIPE} results 2>&-", 0, ""),  # messages reach nobody, rather than stdout
         (f"ulimit -f 0; {RECIPE} new x --from code-llama-7b", 1, "recipe: variants/x.yaml:"),
-        (f"ulimit -v 1000000; {RECIPE} check code-llama-7b --full", 1, "recipe: memory"),
+        (f"ulimit -v 1000000; {RECIPE} check code-llama-7b --full", 1, "recipe: out of memory"),
     ],
 )
 def test_what_cannot_be_printed_or_written_ends_with_a_line(tmp_path: Path, line: str, code: int, says: str) -> None:

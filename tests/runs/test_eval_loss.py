@@ -80,7 +80,7 @@ def expected_loss(base: yamlfiles.Config) -> float:
 def test_however_rows_are_batched_and_packed(evaluated: dict[str, RunDir], base: yamlfiles.Config) -> None:
     losses = {name: before_training(run) for name, run in evaluated.items()}
     own = [loss["eval_loss"] for loss in losses.values() if "eval_loss" in loss]
-    assert max(own) - min(own) > 1e-2  # Axolotl's differ
+    assert max(own) - min(own) > 5e-3  # Axolotl's differ
     assert len(own) == len(losses) - 1  # and of rows that do not fill a packed batch it has none
     ours = [loss["eval_loss_per_token"] for loss in losses.values()]
     assert max(ours) - min(ours) < 1e-4

@@ -369,6 +369,6 @@ def test_the_base_model_is_scored_beside_the_adapter(
 ) -> None:
     save_adapter(tiny, run.output)
     evaluate_verb(str(run.path), limit=2, max_new_tokens=4, metric=["bertscore:none"], base=True)
-    _, heading, *scores = capsys.readouterr().out.splitlines()  # below the title, which says that it is a rehearsal
+    heading, *scores = capsys.readouterr().out.splitlines()
     assert heading.split() == ["score", "adapter", "base"] and scores[0].split() == ["rows", "2", "2"]
     assert read_scores(run.path) and read_scores(run.path / "evaluations" / "base-model")

@@ -68,7 +68,7 @@ def test_a_dry_run_says_what_would_be_done_and_for_how_long_and_writes_nothing(
     words = ("reproduce", "haider2024", "--dry-run", "--only", "llama-3.2-3b", "--profile", "small.yaml", "--json")
     words += ("--set", "num_epochs=5")
     done = recipe(*words, "--gpu", "T4", "--set", "lora_rr=1", "--set", "bf16=true")
-    assert done.returncode == 0
+    assert done.returncode == 2
     outline = orjson.loads(done.stdout)
     fetched, prepared = outline["data"]
     assert re.search("data/codereviewer-raw: .* 847 MB .* https://zenodo.org/", fetched)
