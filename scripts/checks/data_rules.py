@@ -83,7 +83,7 @@ def _near(missing: Path) -> str:
 def packing_leaks(case: Case) -> Problems:
     """Packed rows then attend to each other; Axolotl only warns (attn_decontaminates_packing).
 
-    Axolotl also warns of losses of 0 from sdpa with a mask, in bf16, before Hopper; varlen_attn has no mask.
+    Axolotl also warns that sdpa with a mask can give a loss of 0 in bf16 on GPUs before Hopper.
     """
     if case["sample_packing"] and case.attention not in KEEP_DOCUMENTS_APART:
         problem = f"with {case.attention or 'no attn_implementation'}, packed rows see each other"

@@ -70,8 +70,8 @@ class Finding:
     def scope(self) -> Scope:
         """Subject of the finding.
 
-        `step`: the training step, so that no plan is possible; `config`: another setting; `code`: foreign code;
-        `data`: a data file or its rows; `file`: another file; `gpu`: the intended GPU; `machine`: this machine."""
+        `step`: the training step, whose errors make a plan impossible; `config`: another setting; `code`: foreign
+        code; `data`: a data file or its rows; `file`: another file; `gpu`: the intended GPU; `machine`: this one."""
         scope = _SCOPES.get(self.rule, "config")
         return "data" if self.key.endswith(".path") and scope not in ("step", "code") else scope
 
@@ -108,7 +108,7 @@ def unknown_force(force: Sequence[str], names: set[str]) -> None:
 
 
 def refuse(findings: list[Finding], force: Sequence[str] = ()) -> list[Finding]:
-    """Override the errors named by --force; return the other findings, and overridden ones about code.
+    """Override the errors named by --force; return the rest, and overridden findings about third-party code.
 
     Raises:
         UserError: an error remains, or --force names an error that does not exist.
@@ -188,7 +188,7 @@ class Case:
         return self["adapter"] in ("lora", "qlora")
 
     def is_set(self, *keys: str) -> bool:
-        """True if one of the keys has a value other than empty or false; wrong values count."""
+        """True if one of the keys has a value other than empty or false; a value that breaks the schema also counts."""
         return any(self.config.get(key) or key in self.wrong for key in keys)
 
     def is_installed(self, package: str) -> bool:

@@ -54,7 +54,7 @@ def check_verb(
     profile: Profiles = None,
     set_: Overrides = None,
     rehearse: Annotated[
-        bool, typer.Option("--rehearse", help="Check the rehearsal that `run --rehearse` would train.")
+        bool, typer.Option("--rehearse", help="Check the reduced CPU config that `run --rehearse` would use.")
     ] = False,
     gpu: Annotated[
         str | None,

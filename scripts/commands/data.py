@@ -35,7 +35,7 @@ def fetch_verb(
         typer.Argument(
             metavar="[DATA]",
             autocompletion=complete_studies,
-            help="Data set or study.",
+            help="Data set or study; required if more than one exists.",
         ),
     ] = None,
     only: Annotated[
@@ -74,7 +74,7 @@ def prepare_verb(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Output folder; default: the one that the input format declares.")
+        Path | None, typer.Option(metavar="DIR", help="Output folder; default: set by the input format.")
     ] = None,
     input_format: Annotated[
         str | None,

@@ -131,7 +131,7 @@ RunName = Annotated[
     typer.Argument(
         metavar="RUN",
         autocompletion=complete_runs,
-        help="Run folder, part of its name, recipe (newest run), or latest.",
+        help="Run folder, partial name, recipe name (its newest run), or latest.",
     ),
 ]
 Things = Annotated[
@@ -187,16 +187,16 @@ Overrides = Annotated[
 ]
 Force = Annotated[
     list[str] | None,
-    typer.Option(
-        "--force", metavar="FINDING", help="Proceed despite this error of `recipe check`, by name. Repeatable."
-    ),
+    typer.Option("--force", metavar="FINDING", help="Proceed despite the named `recipe check` error. Repeatable."),
 ]
 Json = Annotated[bool, typer.Option("--json", rich_help_panel="Output", help="Print JSON.")]
 
 
 Seeds = Annotated[
     int,
-    typer.Option("--seeds", metavar="N", min=1, help="Run each with N consecutive seeds, starting at the recipe's."),
+    typer.Option(
+        "--seeds", metavar="N", min=1, help="Train each setting with N consecutive seeds, from the recipe's on."
+    ),
 ]
 Metrics = Annotated[
     list[str] | None,
@@ -223,7 +223,7 @@ FromStage = Annotated[
     Literal["predictions", "adapter", "training"],
     typer.Option(
         "--from",
-        help="Start from the authors' predictions, the authors' adapters, or training.",
+        help="Reuse the authors' predictions or adapters, or train anew.",
     ),
 ]
 RehearsalsOfStudy = Annotated[

@@ -267,7 +267,7 @@ def study_new_verb(
         str, typer.Option(metavar="MODEL", help="The base model of its first recipe.")
     ] = "meta-llama/Llama-3.2-3B",
 ) -> None:
-    """Create a working study to edit, under recipes/ and templates/."""
+    """Create a runnable starter study under recipes/ and templates/."""
     from ..writing import render
 
     for file in render.write_study(name, model):

@@ -162,7 +162,7 @@ def sweep_verb(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan every run, but start none.")] = False,
     json: Json = False,
 ) -> None:
-    """Run a recipe, or each of a study, with several settings and compare them. Completed steps are skipped."""
+    """Compare several settings of a recipe, or of each recipe in a study. Completed stages are skipped."""
     from ..configs import gpus
     from ..configs.compose import Request, is_rehearsal
     from ..data import study
@@ -252,7 +252,7 @@ def reproduce_verb(
     gpu: PlannedGpu = None,
     json: Json = False,
 ) -> None:
-    """Fetch, check, plan, train, evaluate and compare a study. Completed steps are skipped."""
+    """Run a whole study, from data to comparison with published scores. Completed stages are skipped."""
     from ..configs import gpus
     from ..configs.compose import Request, is_rehearsal
     from ..data.study import find
@@ -265,14 +265,9 @@ def reproduce_verb(
     request = Request(of_study.folder.name, profile or [], set_ or [], rehearse, force=force or [])
     request.rehearse = is_rehearsal(request)
     if from_ != "training":
-        later = {f"--on {on}": on != "local", "--seeds": seeds > 1, "--dry-run": dry_run}
+        later: dict[str, object] = {f"--on {on}": on != "local", "--seeds": seeds > 1, "--dry-run": dry_run}
         if from_ == "predictions":
-            later |= {
-                "--rehearse": request.rehearse,
-                "--set": bool(set_),
-                "--profile": bool(profile),
-                "--jobs": bool(jobs),
-            }
+            later |= {"--rehearse": request.rehearse, "--set": set_, "--profile": profile, "--jobs": jobs}
         for option, given in later.items():
             only_with(option, given, f"a later stage than --from {from_}", False)
     evaluation = EvaluationRequest(metrics=metric or [])

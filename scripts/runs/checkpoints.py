@@ -50,7 +50,7 @@ def damage(folder: Path, ranks: int) -> str | None:
 
 
 def _missing(folder: Path, ranks: int) -> str | None:
-    """First missing file that resuming needs; some engines write other files instead.
+    """First missing file that resuming needs; an engine may replace some files by its own.
 
     Without such a file the trainer silently starts a new optimizer, schedule or random state. DeepSpeed writes `latest`
     last. FSDP writes `.metadata` last in each folder of shards.

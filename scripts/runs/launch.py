@@ -197,7 +197,7 @@ def _command(folder: RunDir, record: Run, checkpoint: Path | None) -> list[str]:
 def _environment(folder: RunDir, record: Run) -> dict[str, str]:
     """Environment of the training process; a rehearsal has no GPU and no network.
 
-    Trackers write into the run folder; trackio compares runs and writes beside them. Axolotl has no keys for this.
+    Trackers write into the run folder; trackio compares runs, so it writes next to them. No Axolotl key sets this.
     """
     path = folder.path.absolute()
     trackers = {

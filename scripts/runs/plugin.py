@@ -81,7 +81,7 @@ class RunPlugin(BasePlugin):
             mlflow.search_experiments(max_results=1)
 
     def post_lora_load(self, cfg: Any, model: Any) -> None:
-        """Count parameters before an engine shards them; PEFT counts 4-bit weights unpacked."""
+        """Count parameters before an engine shards them; PEFT counts a 4-bit weight as one parameter."""
         if isinstance(model, PeftModel):
             trainable, every = model.get_nb_trainable_parameters()
             self.parameters = {"trainable_parameters": trainable, "parameters": every}

@@ -237,7 +237,7 @@ class Run(BaseModel):
 
     @property
     def origin(self) -> str:
-        """Shipped recipe of the run; its study is the run's study."""
+        """Shipped recipe that the run's recipe comes from; the run belongs to its study."""
         return self.variant_of or self.recipe
 
     @property

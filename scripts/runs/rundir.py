@@ -161,7 +161,7 @@ _JOBS = TypeAdapter(list[Job])
 
 
 def this_job(environment: Mapping[str, str]) -> str | None:
-    """Id of the SLURM array task with this environment, or None."""
+    """Id of the SLURM job or array task of this process, from its environment, or None."""
     array, task = (environment.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
     return f"{array}_{task}" if array and task else None
 
@@ -242,7 +242,7 @@ def is_run(folder: Path) -> bool:
 
 
 def run_names(runs: Path) -> dict[str, RunDir]:
-    """Runs by path below `runs`; the newest also by recipe name or as `latest`."""
+    """Runs by path below `runs`; a recipe's newest also by recipe name, the newest of all as `latest`."""
     folders = all_runs(runs)
     named = {run.path.relative_to(runs).as_posix(): run for run in folders}
     named |= {path.rpartition("/")[0]: run for path, run in named.items() if "/" in path}  # the last is the newest
