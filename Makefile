@@ -33,9 +33,10 @@ demo: setup  ## In two minutes, on the CPU: train, score, report, and plan the r
 	$(RECIPE) results latest
 	$(RECIPE) plan start/qlora --gpu Quadro-RTX-5000 --gpu T4 --gpu 4090
 	@echo
-	@echo "SmolLM2-135M stood in for Llama 3.2 3B: trained in 4 bits on 9 rows, with the recipe's own"
-	@echo "settings, it predicts the 5 held-out rows better than before. The plans are those of the real"
-	@echo "model. Curves, settings and predictions are in report.html."
+	@echo "SmolLM2-135M stood in for Llama 3.2 3B. Trained in 4 bits on 9 rows, with the"
+	@echo "recipe's own settings, it predicts the 5 held-out rows better than before. The"
+	@echo "plans are those of the real model. Curves, settings and predictions are in"
+	@echo "report.html."
 
 vllm:  ## vLLM in .vllm, an environment of its own, for recipe evaluate --engine vllm
 	@$(MAKE) --no-print-directory .vllm/.$(VLLM_LOCK)

@@ -93,7 +93,8 @@ def broken(text: str, width: int) -> Iterator[str]:
 
 def say(text: str) -> None:
     """Write a text to stderr, wrapped to the terminal's width; ignore a closed stderr."""
-    width = get_terminal_size().columns if sys.stderr.isatty() else sys.maxsize
+    is_command = text.startswith(("next: ", "chat: "))  # to be copied in one piece
+    width = get_terminal_size().columns if sys.stderr.isatty() and not is_command else sys.maxsize
     with suppress(OSError):
         for line in text.split("\n"):
             print(*broken(line, width), sep="\n", file=sys.stderr, flush=True)

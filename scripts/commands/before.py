@@ -220,7 +220,7 @@ def _print_plan(planned: "Plan") -> None:
     tables.print_table(
         [
             {
-                "card": card.card,
+                "GPU": card.card,
                 "usable GiB": f"{card.usable / GIB:.2f}",
                 "fits": "yes" if card.fits else "no",
                 "free GiB": f"{card.free / GIB:.2f}",
