@@ -94,7 +94,7 @@ def test_a_task_of_ones_own_goes_the_whole_way(
     assert "fits" in done("plan", "mine", "--gpu", "A100")
 
     said = done("run", "mine", "--rehearse", *LEARNING, "--set", f"base_model={model}")
-    assert "own data" in said and "sample" not in said
+    assert "config's data" in said and "sample" not in said
     (run,) = (tmp_path / "runs" / "mine").iterdir()
     metrics = [orjson.loads(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
     losses = [record["eval_loss_per_token"] for record in metrics if "eval_loss_per_token" in record]
