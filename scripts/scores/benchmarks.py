@@ -1,4 +1,4 @@
-"""Measure a run's model by lm-evaluation-harness, loaded as for predictions."""
+"""Measure a run's model with lm-evaluation-harness; it is loaded as for predictions."""
 
 import hashlib
 import math
@@ -30,7 +30,7 @@ ROWS = 8
 
 
 def require(columns: Mapping[str, Column]) -> None:
-    """Raise UserError for a task that the harness lacks."""
+    """Raise UserError if the harness lacks a benchmark's task."""
     for column in columns.values():
         if column.metric.of_model:
             _located(column)
@@ -43,7 +43,7 @@ def of_evaluation(evaluation: Evaluation | None) -> dict[str, Column]:
 
 
 def kept(asked: Mapping[str, Column], former: Evaluation, limit: int | None) -> dict[str, Benchmark]:
-    """Benchmark results of an evaluation that remain valid.
+    """Return the benchmark results of an earlier evaluation that are still valid.
 
     A result is dropped if its column is now requested with other parameters or another limit.
     """
@@ -65,9 +65,9 @@ def measured(
     limit: int | None = None,
     rehearsal: bool = False,
 ) -> dict[str, Benchmark]:
-    """Measure benchmarks that an earlier evaluation of the same model lacks.
+    """Return benchmark results; measure those that an earlier evaluation lacks.
 
-    Answers are cached by model and adapter, so that an interrupted measurement continues.
+    Answers are cached by model and adapter, so a repeated call continues an interrupted measurement.
 
     Args:
         columns: metrics, including benchmarks.
@@ -75,11 +75,11 @@ def measured(
         settings: model and adapter.
         cfg: the run's config.
         tokenizer: folder of the training tokenizer.
-        limit: maximum number of rows in each task.
-        rehearsal: leave out tasks whose rows are not on this machine.
+        limit: maximum number of rows per task.
+        rehearsal: True to use no GPU, and to leave out tasks whose rows are not on this machine.
 
     Raises:
-        UserError: the harness lacks the task, the task lacks the result, or its rows cannot be loaded.
+        UserError: the harness lacks a task, a task does not report the requested result, or its rows cannot be loaded.
     """
     found = kept(columns, former, limit) if former else {}
     missing = {name: column for name, column in columns.items() if column.metric.of_model and name not in found}
@@ -128,14 +128,14 @@ def _measure(
             problem = f"{missing[name].label}: the rows of the task {task} cannot be loaded: {error}"
             if not rehearsal:
                 raise UserError(problem) from None
-            say(f"{problem}; left out of the rehearsal")
+            say(f"{problem}; the rehearsal leaves this task out")
             continue
         found[name] = summarise(done, parameters).model_copy(update={"limit": limit})
     return found
 
 
 def _located(column: Column) -> "tuple[str, TaskManager]":
-    """Name of a column's task, and the task manager that knows it.
+    """Return the name of a column's task, and a task manager that has the task.
 
     Raises:
         UserError: the harness lacks the task.
@@ -146,13 +146,13 @@ def _located(column: Column) -> "tuple[str, TaskManager]":
         task, folder = yamlfiles.read_yaml(Path(task)).get("task", task), str(Path(task).parent.resolve())
     manager = _tasks(folder)
     if task not in manager.all_tasks:
-        raise UserError(f"{column.name}: lm-evaluation-harness has no task {task}; `lm_eval ls tasks` lists them")
+        raise UserError(f"{column.name}: lm-evaluation-harness has no task {task}; `lm_eval ls tasks` lists its tasks")
     return task, manager
 
 
 @cache
 def _tasks(folder: str | None) -> "TaskManager":
-    """Manager of the harness's tasks and a folder's; cached because it is slow."""
+    """Task manager of the harness's tasks and those in a folder; slow to create."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=folder)
@@ -162,7 +162,7 @@ def summarise(done: Mapping[str, Any], parameters: BenchmarkParameters) -> Bench
     """Extract a task's score from the harness's report.
 
     Raises:
-        UserError: the report lacks the result.
+        UserError: the report lacks the requested result.
     """
     from importlib.metadata import version
 
@@ -177,7 +177,9 @@ def summarise(done: Mapping[str, Any], parameters: BenchmarkParameters) -> Bench
     wanted = parameters.result or (reported[0] if reported else "")
     result = next((key for key in reported if wanted in (key, key.partition(",")[0])), None)
     if result is None:
-        raise UserError(f"{parameters.task}: reports no {wanted or 'number'}, only {', '.join(reported) or 'none'}")
+        raise UserError(
+            f"{parameters.task}: reports no {wanted or 'number'}; its results: {', '.join(reported) or 'none'}"
+        )
     metric, _, filtered = result.partition(",")
     values = [results[each][result] for each in counted]
     errors = [results[each].get(f"{metric}_stderr,{filtered}") for each in counted]

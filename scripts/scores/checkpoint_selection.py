@@ -58,18 +58,18 @@ class CheckpointSelection:
 
 
 def select(folder: RunDir, request: EvaluationRequest) -> CheckpointSelection:
-    """Score checkpoints on validation rows, then the best on test rows.
+    """Score checkpoints on validation rows, then the best one on test rows.
 
-    The first metric selects the best checkpoint; if several are equal, the oldest. Test rows are read only after the
-    selection. Each evaluation is kept, and not repeated.
+    The first metric decides; among equally good checkpoints the oldest is selected. Test rows are read only after the
+    selection. Finished evaluations are kept and not repeated.
 
     Args:
         folder: run folder.
         request: settings of each evaluation; `data` are the test rows.
 
     Raises:
-        UserError: the run has no validation rows, or they are the test rows; no checkpoint was kept; no metric can be
-            scored; or see `evaluate`.
+        UserError: the run has no validation rows other than its test rows, no checkpoint was kept, no metric can be
+            computed, or see `evaluate`.
         WorkFailed: see `evaluate`.
     """
     run = folder.read()
@@ -79,12 +79,12 @@ def select(folder: RunDir, request: EvaluationRequest) -> CheckpointSelection:
     own = sha256(folder.output / ADAPTER) if (folder.output / ADAPTER).is_file() else None
     validation = evaluation_rows.validation(run, cfg)
     if validation is None:
-        problem = "the run has no validation rows except test rows, which must not select a checkpoint"
-        raise UserError(f"{folder.path}: {problem}; `recipe evaluate {folder.path} --adapter DIR` scores a checkpoint")
+        problem = f"{folder.path}: the run has no validation rows apart from test rows, which must not select"
+        raise UserError(f"{problem} a checkpoint; `recipe evaluate {folder.path} --adapter DIR` scores a single one")
 
     def evaluated(name: str, of_validation: bool) -> Evaluation:
         path, digest = adapters[name]
-        adapter = None if digest == own else str(path)  # the run's own evaluation
+        adapter = None if digest == own else str(path)  # None uses the evaluation in the run folder
         data = None if of_validation else request.data
         return evaluate(folder, replace(request, adapter=adapter, data=data, validation=of_validation))
 
@@ -97,7 +97,7 @@ def select(folder: RunDir, request: EvaluationRequest) -> CheckpointSelection:
     best = column.better(rows, key=lambda row: row.score)
     best.best = True
     if request.data or evaluation_rows.usual(run, cfg) not in (None, validation):
-        say(f"{best.checkpoint} is the best on {selection.rows}; next: its test score")
+        say(f"{best.checkpoint} is the best on {selection.rows}; computing its test score")
         result = evaluated(best.checkpoint, False)
         selection.test_rows = _in_words(result)
         selection.test_score, selection.test_interval = _score(result, column)
@@ -109,19 +109,21 @@ def _in_words(result: Evaluation) -> str:
 
 
 def _column(run: Run, request: EvaluationRequest) -> Column:
-    """First metric of predictions that this machine can score."""
+    """First metric of predictions that can be computed on this machine."""
     columns = columns_of(run.origin, request.metrics)
     judged = scorer_models(columns, request.judge, run.rehearsal)
     for name, column in columns.items():
         if not column.metric.of_loss and judged.get(name, True):
             return column
-    raise UserError(f"--checkpoints: none of {', '.join(columns)} scores predictions here; name one with --metric")
+    raise UserError(
+        f"--checkpoints: cannot score predictions here by {', '.join(columns)}; name a metric with --metric"
+    )
 
 
 def _adapters(folder: RunDir) -> dict[str, tuple[Path, str]]:
-    """Folders and hashes of distinct adapters by name.
+    """Folder and hash of each distinct adapter, by name.
 
-    Checkpoints come first, oldest first, then the final adapter. Truncated adapters are left out, with a message.
+    Checkpoints come first, from the oldest, then the final adapter. Incomplete adapters are left out, with a message.
     """
     by_step = {checkpoints.step_of(path): path for path in folder.output.glob("checkpoint-*")}
     found = [(path.name, path) for step, path in sorted((s, p) for s, p in by_step.items() if s is not None)]

@@ -36,9 +36,9 @@ from .evaluations import (
 from .predict import predict
 from .score import VERSION, ScorerModels, columns_of, require_models, same_models, score, scorer_models
 
-BASE = "none"  # --adapter none: the base model without an adapter
-REHEARSED = 12  # rows of a rehearsal's evaluation, enough to show that the path works
-# Config keys that change the model or the end of answers, and have no field in `EvaluationSettings`.
+BASE = "none"  # value of --adapter for the base model without an adapter
+REHEARSED = 12  # maximum number of rows that a rehearsal evaluates
+# Config keys that change the model or the end of answers, but have no field of their own in `EvaluationSettings`.
 BUILT_WITH = ("overrides_of_model_config", "eot_tokens")
 
 
@@ -47,17 +47,17 @@ class EvaluationRequest:
     """Rows, adapter and engine of an evaluation.
 
     Attributes:
-        data: JSONL file; by default see `evaluation_rows.usual`.
-        limit: number of rows, from the first; by default all, or `REHEARSED` if a rehearsal evaluates default data.
+        data: JSONL file of rows; `evaluation_rows.usual` finds the default.
+        limit: evaluate only so many rows, from the first; by default all, or `REHEARSED` in a rehearsal without `data`.
         adapter: adapter folder, or `none` for the base model alone; by default the run's adapter.
-        max_new_tokens: limit for an answer; by default the study's.
+        max_new_tokens: maximum number of tokens in an answer; by default the study's.
         batch_size: maximum number of rows in a batch; by default up to 64, as memory allows.
         metrics: values of --metric, added to the study's metrics.
         decoding: name of another decoding configuration in the study.
         validation: evaluate the run's validation rows.
         engine: transformers, vllm, or the address of a vLLM server.
-        model: the server's name for the run's model.
-        force: findings to override about code in the run's config, see `trust`.
+        model: name of the run's model on the server.
+        force: names of findings about untrusted code to override, see `trust.refuse_code`.
         checkpoints: evaluate every kept checkpoint, see `checkpoint_selection.select`.
     """
 
@@ -81,7 +81,7 @@ class EvaluationRequest:
 
     @property
     def judge(self) -> str | None:
-        """Scorer model in --metric, see `score.scorer_model`."""
+        """Scorer model named by --metric, see `score.scorer_model`."""
         return scorer_named(self.metrics)
 
     def options(self) -> list[str]:
@@ -103,7 +103,7 @@ class EvaluationRequest:
 
 
 class EvaluationTask:
-    """A checked request.
+    """Checked request for an evaluation.
 
     Attributes:
         run: evaluated run.
@@ -133,7 +133,7 @@ class EvaluationTask:
         every = evaluation_rows.read(source, folder, self.run, self.cfg)
         limit = request.limit or (REHEARSED if self.run.rehearsal and request.data is None else None)
         predicts = any(column.metric.of_rows or column.metric.of_all for column in self.columns.values())
-        taken = limit if predicts else 0  # the eval loss is known, and benchmarks bring their rows
+        taken = limit if predicts else 0  # eval loss and benchmarks do not need these rows
         self.rows = replace(every, rows=every.rows[:taken], keys=every.keys[:taken])
         self.settings = self._settings(adapter)
         if source.file:
@@ -144,7 +144,7 @@ class EvaluationTask:
 
     @property
     def most_rows(self) -> int | None:
-        """Maximum number of rows for a benchmark task."""
+        """Maximum number of rows per benchmark task."""
         return REHEARSED if self.run.rehearsal else self.request.limit
 
     def _adapter(self, folder: RunDir) -> Path | None:
@@ -152,15 +152,15 @@ class EvaluationTask:
         asked = self.request.adapter
         adapter = folder.output if asked is None else Path(asked)
         if asked != BASE and tensor_shapes(adapter / ADAPTER) is None:
-            of_run = "" if asked else f", and the run is {self.run.state}; evaluate the run once it is finished"
+            of_run = "" if asked else f"the run is {self.run.state}; evaluate it once it is finished, or "
             remedy = "name a checkpoint's folder with --adapter"
-            raise UserError(f"{adapter / ADAPTER}: damaged or missing{of_run}; {remedy}")
+            raise UserError(f"{adapter / ADAPTER}: damaged or missing; {of_run}{remedy}")
         if not (folder.output / "tokenizer_config.json").is_file() or "base_model" not in self.cfg:
             raise UserError(f"{folder.path}: lacks its tokenizer or base_model; the run is {self.run.state}")
         trained = self.run.adapter
         if asked is None and trained and trained.sha256 != sha256(adapter / ADAPTER):
-            problem = "differs from the adapter at the end of training"
-            raise UserError(f"{adapter}: {problem}; restore that, or evaluate this adapter with --adapter {adapter}")
+            problem = f"{adapter}: differs from the adapter at the end of training"
+            raise UserError(f"{problem}; restore that adapter, or evaluate this one with --adapter {adapter}")
         return None if asked == BASE else adapter
 
     def _settings(self, adapter: Path | None) -> EvaluationSettings:
@@ -171,7 +171,7 @@ class EvaluationTask:
             problem = f"--engine: decoding uses {decoding.num_beams} beams"
             raise UserError(f"{problem}, and only --engine {REFERENCE} supports beams")
         local = Path(run.cwd, str(cfg["base_model"]))
-        # decides `bf16: auto` as in training; runs without a record of GPUs had one
+        # resolves `bf16: auto` as in training; runs that recorded no list of GPUs had one
         on_gpu = not run.rehearsal and bool(run.provenance.get("gpus", True))
         return EvaluationSettings(
             base_model=str(local) if local.is_dir() else cfg["base_model"],
@@ -189,21 +189,21 @@ class EvaluationTask:
             model=request.model,
         )
 
-    def _folder(self, folder: RunDir, beside: bool) -> Path:
-        """Run folder, or a folder in evaluations/ if adapter, decoding or rows are not the default."""
+    def _folder(self, folder: RunDir, other_rows: bool) -> Path:
+        """Run folder, or a folder in evaluations/ for another adapter, decoding or rows."""
         settings, labels = self.settings, []
         if self.request.adapter is not None:
             digest = settings.adapter_sha256
             labels.append(f"{Path(settings.adapter).name}-{digest[:7]}" if digest else evaluations.BASE_MODEL)
         if self.request.decoding:
             labels.append(f"{evaluations.DECODED}{self.request.decoding}")
-        if beside:
+        if other_rows:
             labels.append(settings.label)
         return folder.path / "evaluations" / "-".join(labels) if labels else folder.path
 
 
 def _decoding(of_study: study.Study | None, name: str | None) -> Decoding:
-    """Decoding configuration of a name; without a name the study's default.
+    """Return the named decoding configuration; without a name the study's default.
 
     Raises:
         UserError: the study declares no decoding of that name.
@@ -212,13 +212,13 @@ def _decoding(of_study: study.Study | None, name: str | None) -> Decoding:
         return of_study.decoding if of_study else study.OF_NO_STUDY
     there = of_study.decodings if of_study else {}
     if name not in there:
-        declared = f"its study declares {', '.join(there)}" if there else "declare it under decodings in study.yaml"
-        raise UserError(f"--decoding {name}: no decoding of that name{did_you_mean(name, there)}; {declared}")
+        declared = f"the study declares {', '.join(there)}" if there else "declare it under decodings in study.yaml"
+        raise UserError(f"--decoding {name}: unknown{did_you_mean(name, there)}; {declared}")
     return there[name]
 
 
 def complete(task: EvaluationTask, judged: ScorerModels) -> Evaluation | None:
-    """Existing evaluation with the predictions and scores that a task requests."""
+    """Return the existing evaluation if it has all predictions and scores of a task."""
     former = _same_work(task)
     scored = former.columns if former else {}
     current = (
@@ -227,7 +227,7 @@ def complete(task: EvaluationTask, judged: ScorerModels) -> Evaluation | None:
         and same_models(judged, task.columns, former.scores)
         and all(column.same_scores(scored.get(name)) for name, column in task.columns.items() if name not in judged)
         and (
-            task.run.rehearsal  # leaves benchmarks out if their rows are not on this machine
+            task.run.rehearsal  # a rehearsal leaves out benchmarks whose rows are not on this machine
             or {name for name, column in task.columns.items() if column.metric.of_model}
             <= benchmarks.kept(task.columns, former, task.most_rows).keys()
         )
@@ -238,7 +238,7 @@ def complete(task: EvaluationTask, judged: ScorerModels) -> Evaluation | None:
 
 
 def _same_work(task: EvaluationTask) -> Evaluation | None:
-    """Existing evaluation with the predictions that a task requests."""
+    """Return the existing evaluation if it has all predictions of a task."""
     former = read_scores(task.where)
     if not former or former.settings.same_work() != task.settings.same_work():
         return None
@@ -253,9 +253,9 @@ def _same_work(task: EvaluationTask) -> Evaluation | None:
 
 
 def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
-    """Generate a prediction for each test row and score them all.
+    """Generate and score a prediction for each test row.
 
-    An interrupted evaluation continues; a complete one is not repeated.
+    A call continues an interrupted evaluation, and does not repeat a complete one.
 
     Raises:
         UserError: see `EvaluationTask`, `score.require_models` and `benchmarks.require`.
@@ -307,7 +307,7 @@ def _require(task: EvaluationTask, judged: ScorerModels) -> None:
 
 
 def _kept(task: EvaluationTask, former: Evaluation) -> tuple[list[Row], EvaluationSettings]:
-    """Existing predictions with the same settings, for new scores."""
+    """Return existing predictions and their settings, to compute new scores."""
     say(f"{task.where / PREDICTIONS}: complete, with the same settings; computing new scores")
     fields = Prediction.model_fields
     rows = [{key: row[key] for key in fields if key in row} for row in read_predictions(task.where)]
@@ -318,7 +318,7 @@ def _kept(task: EvaluationTask, former: Evaluation) -> tuple[list[Row], Evaluati
 def _predicted(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[Row], EvaluationSettings]:
     """Generate predictions.
 
-    Predictions on other rows are moved aside. Fewer rows never replace more.
+    Existing predictions of other rows are moved to evaluations/. Predictions of fewer rows never replace those of more.
     """
     former = read_scores(task.where)
     if former and former.settings.adapter_sha256 == task.settings.adapter_sha256:
@@ -328,11 +328,11 @@ def _predicted(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[
             aside.mkdir(parents=True, exist_ok=True)
             for file in filter(Path.is_file, (task.where / PREDICTIONS, task.where / SCORES)):
                 file.replace(aside / file.name)
-            say(f"{task.where / SCORES}: evaluates other rows; moved to {aside}")
+            say(f"{task.where / SCORES}: belongs to other rows; moved to {aside}")
         elif there.rows > task.settings.rows or not there.stands_for(task.settings):
             raise UserError(
-                f"{task.where / SCORES}: evaluates {there.rows_in_words} by {there.engine}; move it and {PREDICTIONS} "
-                f"away to evaluate {task.settings.rows} by {task.settings.engine} instead"
+                f"{task.where / SCORES}: has scores of {there.rows_in_words}, generated by {there.engine}; move it and "
+                f"{PREDICTIONS} away to evaluate {task.settings.rows:,} rows by {task.settings.engine} instead"
             )
     server, rehearsal = task.request.server, task.run.rehearsal
     with importing_axolotl(offline=rehearsal):

@@ -21,7 +21,7 @@ from ..data.manifest import is_the_studys
 from ..runs.records import Run
 from ..runs.rundir import RunDir
 
-# File in a run's folder: rows that only Axolotl can load, saved with their data sets at the first evaluation.
+# File in a run folder: rows that only Axolotl can load, each with its data set. The first evaluation writes it.
 KEPT = "evaluation-rows.jsonl"
 _ELSEWHERE = "name a file of evaluation rows with --data"
 
@@ -32,7 +32,7 @@ class RowSource:
 
     Attributes:
         data: file of the rows, or a description.
-        keys: data sets in the config that hold the rows, or whose format a file has.
+        keys: data sets in the config that hold the rows; for a file, the data set whose format it has.
         file: JSONL file with all rows; None for other sources.
         held_out: True for rows that val_set_size held out of the training data.
     """
@@ -45,7 +45,11 @@ class RowSource:
 
 @dataclass
 class EvaluationRows:
-    """Rows of a source; `keys` names each row's data set, such as `datasets.0`."""
+    """Rows of a source.
+
+    Attributes:
+        keys: data set of each row, such as `datasets.0`.
+    """
 
     data: str
     sha256: str
@@ -56,8 +60,8 @@ class EvaluationRows:
 def named(file: Path, cfg: Config, folder: Path) -> RowSource:
     """Source for a user's file.
 
-    The rows have the format of the config's data set at that path. Otherwise they have the format of the first
-    evaluation data set, or of the first data set.
+    If a data set in the config has the same path, the rows are read in its format. Otherwise they are read in the
+    format of the first evaluation data set, or of the first training data set if there is no evaluation data set.
     """
     path = file.resolve()
     entries = dict(datafiles.datasets(cfg, "test_datasets", "datasets"))
@@ -66,10 +70,10 @@ def named(file: Path, cfg: Config, folder: Path) -> RowSource:
 
 
 def usual(run: Run, cfg: Config) -> RowSource | None:
-    """Default evaluation rows of a run; None without any.
+    """Default evaluation rows of a run; None if it has none.
 
-    A study's prepared data come with the study's test set. For other data, test_datasets and val_set_size in the config
-    have priority over a test.jsonl beside the training data.
+    For a study's prepared data, these are the study's test set. For other data, test_datasets and val_set_size in the
+    config have priority over a test.jsonl beside the training data.
     """
     folder = Path(run.cwd)
     of_study = study.of(run.origin)
@@ -84,7 +88,7 @@ def usual(run: Run, cfg: Config) -> RowSource | None:
 
 
 def validation(run: Run, cfg: Config) -> RowSource | None:
-    """Validation rows of a run; None without any, or if they are the study's test rows."""
+    """Validation rows of a run; None if it has none apart from test rows."""
     folder = Path(run.cwd)
     files = (Path(folder, str(entry.get("path"))) for _, entry in datafiles.datasets(cfg, "test_datasets"))
     is_test = any(file.is_file() and _set_of(test_entry(file), sha256(file)) for file in files)
@@ -105,18 +109,18 @@ def _configured(cfg: Config, folder: Path) -> RowSource | None:
 
 
 def test_entry(file: Path) -> dict[str, Any]:
-    """Entry of the test rows in the manifest beside a file."""
+    """Return the entry of the test rows from the manifest beside a file."""
     return manifest.entries(file.parent).get("test", {})
 
 
 def test_set(file: Path, digest: str) -> str | None:
-    """Name of the study's test set whose hash in the manifest matches a file's."""
+    """Name of the study's test set with a file's hash; None for other files."""
     test = test_entry(file)
     return _set_of(test, digest) if is_the_studys(test) else None
 
 
 def _set_of(test: dict[str, Any], digest: str) -> str | None:
-    """Name of the test set with a hash, from a manifest's entry."""
+    """Name of the test set with a hash in a manifest's entry."""
     sets = {"test": test} | test.get("subsets", {})
     return next((name for name, entry in sets.items() if entry.get("sha256") == digest), None)
 
@@ -145,7 +149,7 @@ def require_reference(folder: RunDir, cfg: Config, source: RowSource | None) -> 
 
 
 def read(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> EvaluationRows:
-    """Read the rows of a source; Axolotl loads those outside local JSONL files.
+    """Read the rows of a source; Axolotl loads them unless they are local JSONL.
 
     Raises:
         UserError: the rows cannot be read, or there are no rows.
@@ -172,7 +176,7 @@ def read(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> Evaluation
 
 
 def _jsonl(entry: Config, folder: Path) -> Path | None:
-    """JSONL file that a data set consists of; None if Axolotl must load the rows."""
+    """JSONL file of a data set; None if Axolotl must load the rows."""
     file = Path(folder, str(entry.get("path")))
     parts = any(entry.get(key) for key in ("shards", "weight", "preprocess_shards", "name", "ds_type"))
     whole = entry.get("split") in (None, "train") or datafiles.first_rows(entry) is not None
@@ -180,7 +184,7 @@ def _jsonl(entry: Config, folder: Path) -> Path | None:
 
 
 def _in_words(entries: dict[str, Config], folder: Path) -> str:
-    """Description of data sets: names, without local folders, and selected parts."""
+    """Description of data sets: their names and selected parts, without local folders."""
     named = []
     for entry in entries.values():
         path = str(entry.get("path"))
@@ -190,14 +194,14 @@ def _in_words(entries: dict[str, Config], folder: Path) -> str:
 
 
 def _loaded(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> list[tuple[str, Row]]:
-    """Rows of a source, loaded by Axolotl, with their data sets."""
+    """Load the rows of a source with Axolotl; return each with its data set."""
     kept = folder.path / KEPT
     if kept.is_file():
         with kept.open("rb") as lines:
             return [(line["dataset"], line["row"]) for line in json_rows(lines, kept, ("dataset",))]
     if source.held_out:
         _require_same_data(run)
-    say(f"loading {source.data}")  # not a Bar: loading forks
+    say(f"loading {source.data}")  # no Bar, because loading forks processes
     if run.rehearsal:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with importing_axolotl(offline=run.rehearsal), chdir(run.cwd):
@@ -212,7 +216,7 @@ def _loaded(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> list[tu
             pairs = tokenizer.held_out()
         else:
             pairs = [(key, row) for key in source.keys for row in tokenizer.load(key)]
-    # JSON lacks dates and bytes; such fields hold no training text
+    # default=str for dates and bytes, which JSON lacks; such fields hold no training text
     write_rows(kept, orjson.loads(orjson.dumps([{"dataset": key, "row": row} for key, row in pairs], default=str)))
     return _loaded(source, folder, run, cfg)
 
@@ -222,6 +226,6 @@ def _require_same_data(run: Run) -> None:
         path = Path(run.cwd, file.path)
         if not path.is_file() or sha256(path) != file.sha256:
             raise UserError(
-                f"{path}: missing or changed since training; val_set_size held evaluation rows out of that data; "
+                f"{path}: missing or changed since training, and val_set_size took the evaluation rows from it; "
                 f"restore the file, or {_ELSEWHERE}"
             )

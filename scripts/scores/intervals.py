@@ -3,8 +3,8 @@
 The bootstrap equals scipy's to the last digit, without the slow import of scipy.
 
 A run's score is a mean over test rows. It varies for two reasons: other rows would be easier or harder, and another
-seed would give another model. For S runs scored on the same n rows, the model of row j in run i is
-mean + a_i + b_j + e_ij: a two-way layout with random effects, one value in each cell.
+seed would give another model. For S runs scored on the same n rows, the score of row j in run i is
+mean + a_i + b_j + e_ij: a two-way layout with random effects and one value in each cell.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ FEWEST = 5  # minimum number of rows for an interval: fewer rows have too few di
 def _resampled(*columns: np.ndarray) -> list[np.ndarray]:
     """Means of bootstrap resamples; a resample takes the same rows from all columns."""
     rng = np.random.default_rng(0)
-    rows, batch = len(columns[0]), 20  # such a batch stays in the processor's cache
+    rows, batch = len(columns[0]), 20  # a batch of this size stays in the processor's cache
     means = []
     for done in range(0, RESAMPLES, batch):
         drawn = rng.integers(0, rows, (min(batch, RESAMPLES - done), rows))
@@ -30,7 +30,7 @@ def _resampled(*columns: np.ndarray) -> list[np.ndarray]:
 
 
 def _within(means: np.ndarray) -> list[float]:
-    """Bounds of the middle 95 %, equal to scipy's to the last digit, unlike np.percentile."""
+    """Bounds of the middle 95 %; unlike np.percentile's, identical to scipy's."""
     ordered, outside = np.sort(means), (1 - 0.95) / 2
     shares = np.array([outside, 1 - outside])
     places, parts = np.divmod(shares * len(means) + 1 - shares, 1)
@@ -59,9 +59,9 @@ def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
     """Difference between two systems on the same rows.
 
     Returns:
-        Mean of a - b with its 95 % bootstrap interval. `p_bootstrap`: 2 (k + 1) / (B + 1) if, of B resamples, k are on
-        the rarer side of 0. `p_wilcoxon`: two-sided signed-rank test without equal rows. Counts of rows in which a
-        has the larger value (`better`), the same, and the smaller.
+        Mean of a - b (`difference`) with its 95 % bootstrap `interval`. `p_bootstrap` is 2 (k + 1) / (B + 1), where k
+        of the B resamples lie on the rarer side of 0. `p_wilcoxon` is the p-value of the two-sided signed-rank test
+        without equal rows. `better`, `equal` and `worse` count the rows in which a is larger, equal or smaller.
     """
     from scipy.stats import wilcoxon
 
@@ -119,14 +119,14 @@ class MeanSquares:
 def half_width(of_runs: Any, of_rows: Any, df_runs: float, df_rows: float) -> Any:
     """Half-width of the 95 % interval of a mean over runs and rows.
 
-    Let u be the share of runs in the estimated variance, and f their degrees of freedom. The critical value moves from
-    Student's t for rows to Student's t for runs by the fraction (1 - (1 - u)^(1 + 2.5 / f))³.
+    Let u be the runs' share of the estimated variance, and f the runs' degrees of freedom. The critical value moves
+    from Student's t for rows to Student's t for runs by the fraction (1 - (1 - u)^(1 + 2.5 / f))³.
 
-    This formula was fitted to the interval's coverage, for known row noise and run noise of 0.01 to 1,000 times as
-    much. It covers 93.5 to 96.4 % with two runs, 94.8 to 95.8 % with 3, 5 and 10. Satterthwaite's degrees of freedom,
-    the standard choice, cover 87 % with two runs whose seeds matter most, because two runs are often alike by chance.
-    Scores far from normal, such as 400 log-normal rows, cost two points of coverage, as for any interval. With any
-    method, two runs give a wide interval.
+    This formula was fitted to the interval's coverage, with known row noise and with run noise of 0.01 to 1,000 times
+    the row noise. The interval covers 93.5 to 96.4 % with two runs, and 94.8 to 95.8 % with 3, 5 and 10 runs. The
+    standard choice, Satterthwaite's degrees of freedom, covers 87 % with two runs if run noise dominates, because two
+    runs are often alike by chance. Scores far from normal, such as 400 log-normal rows, cost two points of coverage,
+    as with any method. With any method, two runs give a wide interval.
 
     Args:
         of_runs: estimated variance of the mean due to runs.
@@ -166,9 +166,9 @@ def of_runs(
 ) -> Interval | None:
     """95 % interval of the mean score of repeated runs.
 
-    For a single run the interval covers rows, and published repeats lend it their spread between runs. This counts
-    random changes in single rows twice: the row scores contain them too. None for a single run without row scores and
-    repeats.
+    For a single run, the spread of published repeats widens the interval over rows, if there are any repeats. This
+    counts random changes in single rows twice, because the row scores contain them too. Returns None for a single run
+    that has neither row scores nor repeats.
 
     Args:
         scores: score of each run.
@@ -224,7 +224,7 @@ def _pooled(parts: Sequence[tuple[float, int]]) -> float:
 
 @dataclass(frozen=True)
 class Power:
-    """Power to show that a score differs from a value outside its interval.
+    """Power of an interval to show that the true score differs from a value.
 
     Attributes:
         halves: possible half-widths of the interval.
@@ -235,14 +235,17 @@ class Power:
     deviation: float
 
     def sees(self, difference: float) -> float:
-        """Chance to exclude a value this far from the truth; for 0, of a false alarm."""
+        """Chance that the interval excludes a value at this distance from the true score.
+
+        For a difference of 0, this is the chance of a false alarm.
+        """
         from scipy.special import ndtr
 
         below = ndtr((-self.halves - difference) / self.deviation)
         return float((below + ndtr((difference - self.halves) / self.deviation)).mean())
 
     def smallest(self, chance: float = 0.8) -> float:
-        """Smallest difference that the interval shows with a chance."""
+        """Smallest difference that the interval shows with the given chance."""
         low, high = 0.0, 1.0
         while self.sees(high) < chance:
             high *= 2
@@ -255,8 +258,8 @@ class Power:
 def power(variances: Variances, runs: int, rows: int, repeats: Sequence[float] = ()) -> Power:
     """Power of the intervals of `of_runs`, for roughly normal scores with these variances.
 
-    For several runs, mean squares are sampled from their distributions: the half-width varies as it will in practice.
-    For one run the interval over rows counts as known, and `repeats` add their spread.
+    For several runs, mean squares are sampled from their distributions, so the half-width varies as it does in
+    practice. For one run, the interval over rows counts as known, and `repeats` add their spread.
     """
     deviation = variances.deviation(runs, rows)
     if runs == 1:

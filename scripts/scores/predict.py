@@ -1,8 +1,8 @@
-"""Generate predictions, kept row by row so that an interrupted evaluation can continue.
+"""Generate predictions, row by row, so that an interrupted evaluation can continue.
 
-Before another engine gets all rows, it answers some rows together with the reference. Two engines add numbers in
-different orders. Occasionally this swaps two tokens of nearly equal probability, after which the answers differ. With a
-wrong adapter or prompt most answers differ, and early.
+Before another engine than the reference gets all rows, its answers to some rows are compared with the reference's. Two
+engines add numbers in different orders. Occasionally this swaps two tokens of nearly equal probability, and the answers
+differ from there on. With a wrong adapter or prompt, most answers differ early.
 """
 
 import os
@@ -23,7 +23,7 @@ from .evaluation_rows import EvaluationRows
 from .evaluations import REFERENCE, SERVER, VLLM, Agreement, Completion, Engine, EvaluationSettings, Prediction
 
 if TYPE_CHECKING:
-    from .prompter import Prompter  # imports torch and Axolotl, which `require` does without
+    from .prompter import Prompter  # imports torch and Axolotl, which `require` does not need
 
 COMPARED = 32  # number of compared rows, evenly spaced to cover all kinds of rows
 KNOWN = {"batch_tokens", "agreement"}  # settings that are known only after an engine has started
@@ -31,19 +31,19 @@ KNOWN = {"batch_tokens", "agreement"}  # settings that are known only after an e
 
 def as_row(i: int, row: Row, reference: str) -> Row:
     """Row of predictions.jsonl without its prediction."""
-    # user data can have other types in these fields; type(), because True is an int
+    # user data can have other types in these fields; type(), because isinstance(True, int) holds
     known = {"idx": (int, str), "lang": (str,), "group": (str,)}
     kept = {key: row[key] for key, kinds in known.items() if type(row.get(key)) in kinds}
     return {"row": i} | kept | {"reference": reference}
 
 
 def require(settings: EvaluationSettings, server: str | None, on_gpu: bool) -> None:
-    """Refuse an unavailable engine before slow steps.
+    """Raise UserError for an unavailable engine, before any slow step.
 
     Args:
         settings: engine and model.
         server: server address, for engine `SERVER`.
-        on_gpu: True for an engine on a GPU.
+        on_gpu: True if the evaluation runs on a GPU.
 
     Raises:
         UserError: the engine is not installed, is unreachable, lacks the model, or cannot serve the adapter.
@@ -61,7 +61,7 @@ def require(settings: EvaluationSettings, server: str | None, on_gpu: bool) -> N
 def started(
     prompter: "Prompter", prompts: Sequence[list[int]], server: str | None, part: Path
 ) -> AbstractContextManager[Engine]:
-    """Start the engine in the prompter's settings, for a `with` block.
+    """Start the engine named in the prompter's settings, for a `with` block.
 
     Args:
         prompter: prompter of the run.
@@ -70,7 +70,7 @@ def started(
         part: file of the predictions; vLLM's log is written beside it.
 
     Raises:
-        UserError: the base model or the address does not suit the engine.
+        UserError: the engine cannot serve the base model, or the address is invalid.
         WorkFailed: the engine does not start.
     """
     settings = prompter.settings
@@ -110,10 +110,10 @@ def predict(
         tokenizer: folder of the training tokenizer.
         part: file of the predictions; a later call continues from it.
         server: server address, for engine `SERVER`.
-        rehearsal: True for a run that is a rehearsal.
+        rehearsal: True for a rehearsal.
 
     Returns:
-        Predictions, and the settings including `KNOWN`.
+        Predictions, and the settings with those in `KNOWN`.
 
     Raises:
         UserError: see `Prompter.examples` and `started`.
@@ -132,7 +132,7 @@ def predict(
             prompter = Prompter(settings, cfg, tokenizer)
             examples = prompter.examples(rows, test.keys)
         prompts = [example.prompt for example in examples]
-        # a server's model can change between calls, so that its answers are compared again
+        # a server's model can change between calls, so its answers are compared again
         compared_again = settings.engine == SERVER and (on_gpu or rehearsal)
         compares = compared_again or (settings.engine == VLLM and settings.agreement is None)
         expected = answers_of_reference(prompter, sampled(prompts)) if compares else []
@@ -154,9 +154,10 @@ def _generate(
     part: Path,
     first: bytes,
 ) -> None:
-    """Generate missing predictions; add them to `done` and, after the line `first`, to `part`.
+    """Generate missing predictions; add them to `done` and to the file `part`.
 
-    A prediction is cut if it reaches the limit of new tokens without a token in `ends`.
+    The line `first` is written before them. A prediction is marked as cut if it reaches the limit of new tokens and
+    does not end with a token in `ends`.
     """
     most = engine.settings.decoding.max_new_tokens
     with Bar("evaluating", len(asked), len(done)) as bar, naming(part), opened(part, "ab") as stream:
@@ -177,12 +178,12 @@ def _generate(
 
 
 def _line(settings: EvaluationSettings) -> bytes:
-    """Line between predictions with the settings known from the engine."""
+    """Line of settings known from the engine, to be written between predictions."""
     return orjson.dumps(settings.model_dump(include=KNOWN)) + b"\n"
 
 
 def _continue(part: Path, settings: EvaluationSettings) -> tuple[dict[int, Row], EvaluationSettings]:
-    """Read rows and settings of an interrupted evaluation; begin a new file if settings differ."""
+    """Read an interrupted evaluation; begin a new file if its settings differ."""
     asked = {"engine", "model", *(["batch_size"] if settings.engine == REFERENCE else [])}
     header = orjson.dumps(settings.same_work() | settings.model_dump(include=asked))
     first, *lines = part.read_bytes().split(b"\n") if part.is_file() else [b""]

@@ -21,7 +21,7 @@ from ..configs import datafiles
 from ..runs.eval_loss import MASKED
 from .evaluations import EvaluationSettings
 
-LOSS_ON_ANSWERS = {  # settings of chat data sets, which can put loss on other turns
+LOSS_ON_ANSWERS = {  # replaces keys of chat data sets that can put loss on other turns
     "roles_to_train": ["assistant"],
     "train_on_eos": "turn",
     "message_field_training": None,
@@ -31,7 +31,7 @@ LOSS_ON_ANSWERS = {  # settings of chat data sets, which can put loss on other t
 
 @dataclass
 class Example:
-    """Test row: tokens of the prompt, and the expected answer."""
+    """Prompt (as tokens) and expected answer of a test row."""
 
     prompt: list[int]
     reference: str
@@ -43,14 +43,14 @@ class Prompter:
     Args:
         settings: base model, and maximum number of tokens in an answer.
         cfg: the run's config.
-        tokenizer: folder of the training tokenizer, special tokens set.
+        tokenizer: folder of the training tokenizer, with the run's special tokens.
     """
 
     def __init__(self, settings: EvaluationSettings, cfg: Config, tokenizer: Path):
         self.settings = settings
         self.cfg = cfg
         self.revision = cfg.get("revision_of_model", "main")
-        self.remote_code = bool(cfg.get("trust_remote_code"))  # without a value transformers asks on the terminal
+        self.remote_code = bool(cfg.get("trust_remote_code"))  # for None, transformers asks on the terminal
         self.tokenizer = AutoTokenizer.from_pretrained(
             tokenizer, padding_side="left", trust_remote_code=self.remote_code
         )
@@ -84,15 +84,15 @@ class Prompter:
     def examples(self, rows: Sequence[Row], keys: Sequence[str] = ()) -> list[Example]:
         """Prompt and reference of each row, written by Axolotl's code as in training.
 
-        Axolotl puts loss on the answers only, whatever the training did. The answer is the last stretch of tokens that
-        carry loss, in a chat the assistant's last turn. All tokens before the answer are the prompt. The reference is
-        the answer field of the row, or the decoded answer if the data set type has no such field.
+        Here only answers carry loss, even if training put loss on other tokens. The answer is the last sequence of
+        tokens with loss; in a chat this is the assistant's last turn. All tokens before the answer are the prompt. The
+        reference is the answer field of the row, or the decoded answer if the data set type has no such field.
         A prompt that leaves no room for an answer in the model's context is truncated. If Axolotl tokenizes prompt and
         answer separately, it cuts the end of the prompt; otherwise the beginning is cut.
 
         Args:
             rows: fields by name.
-            keys: for each row the config's data set with its format; by default the first.
+            keys: data set in the config whose format each row has; by default the first data set.
 
         Raises:
             UserError: Axolotl cannot tokenize the rows, or a row has no prompt or no answer.
@@ -131,7 +131,7 @@ class Prompter:
 
 
 def answer_of(labels: Sequence[int]) -> tuple[int, int]:
-    """Start and end of the last stretch of tokens that carry loss; 0, 0 without loss."""
+    """Start and end of the last sequence of tokens with loss; 0, 0 without one."""
     end = next((i for i in range(len(labels), 0, -1) if labels[i - 1] != MASKED), 0)
     start = next((i for i in range(end, 0, -1) if labels[i - 1] == MASKED), 0)
     return start, end
@@ -143,8 +143,8 @@ ANSWER = "An answer."
 def as_code(cfg: Config, tokenizer: Path, known: dict[str, str]) -> str | None:
     """Python code that sets `inputs` to the tokens of a training prompt.
 
-    Axolotl writes the prompt for a row of {placeholders}. None if the prompt's text gives other tokens, for an unknown
-    data set type, or without a tokenizer.
+    Axolotl writes the prompt for a row of {placeholders}. Returns None if the prompt's text has other tokens than
+    Axolotl's prompt, if the data set type is unknown, or if there is no tokenizer.
 
     Args:
         cfg: the run's config.
@@ -169,7 +169,7 @@ def as_code(cfg: Config, tokenizer: Path, known: dict[str, str]) -> str | None:
         return None
     lines = "".join(f"    {json.dumps(line, ensure_ascii=False)}\n" for line in text.splitlines(keepends=True))
     call = 'inputs = tokenizer(prompt, return_tensors="pt")'
-    return f"# texts go where names are in braces\nprompt = (\n{lines})\n{call}"
+    return f"# replace each name in braces with a text\nprompt = (\n{lines})\n{call}"
 
 
 def _placeholders(dataset: Config) -> Row:

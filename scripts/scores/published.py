@@ -20,11 +20,13 @@ def scores(
     published: Mapping[str, PublishedScore],
     judged: ScorerModels,
 ) -> list[dict[str, Any]]:
-    """Score published predictions; complete test sets also on the published scores' subset.
+    """Score published predictions.
+
+    Predictions of the complete test set are scored on the published scores' subset too.
 
     Args:
         predictions: files of the predictions.
-        own: test set of the predictions.
+        own: name of the predictions' test set.
         published: published scores by metric, on the study's `test_set`.
         judged: scorer models by column name.
 
@@ -54,7 +56,7 @@ def scores(
 
 
 def _beside(ours: float, theirs: PublishedScore | None, comparable: bool) -> dict[str, Any]:
-    """Compare with a published score of the same texts: only rounding can make a difference."""
+    """Compare with a published score of the same texts; they agree up to rounding."""
     if theirs is None or not comparable:
         return {"published": None, "difference": None, "agrees": None}
     half_a_digit = 0.5 * 10.0 ** -len(f"{theirs.value!r}".partition(".")[2]) * (1 + 1e-9)
@@ -89,7 +91,7 @@ def _texts(texts: Texts, folder: Path) -> list[str]:
         try:
             lines = file.read_bytes().decode("utf-8-sig").split("\n")
         except UnicodeDecodeError:
-            raise UserError(f"{file}: not text in UTF-8") from None
+            raise UserError(f"{file}: not UTF-8 text") from None
         return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
     found = [below(row, texts.field) for row in read_rows(file, ())]
     if wrong := next((number for number, text in enumerate(found, start=1) if not isinstance(text, str)), None):

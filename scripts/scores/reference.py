@@ -29,19 +29,20 @@ from .prompter import Prompter
 
 disable_progress_bar()
 
-# Default maximum number of rows in a batch. Each token costs one pass over the weights, and dequantization in 4 bit,
-# shared by all rows. Beyond some dozens of rows little is gained, and finished rows wait for the others.
+# Default maximum number of rows in a batch. The rows of a batch share one pass over the weights per token, and in 4 bit
+# the dequantization. More than some dozens of rows gain little, and finished rows wait for the others.
 MOST_ROWS = 64
-# Maximum numbers of rows and tokens in a batch in two cases. Large models on a CPU are bound by arithmetic, so that
-# larger batches are not faster. Sampling is seeded per batch, and must not depend on the available memory.
+# Maximum numbers of rows and tokens in a batch, for large models on a CPU and for sampling. Large models on a CPU are
+# bound by arithmetic, so larger batches are not faster. Sampling is seeded per batch, so batches must not depend on the
+# available memory.
 FIXED = 16, 8192
 
-# Size limit in bytes for a small model on a CPU. A small model is dequantized once, unless its 4-bit layers compute in
-# another dtype. Dequantizing for each token is slower, and bitsandbytes rounds to bf16 on a CPU: answers would depend
-# on the number of rows in a batch.
+# A model on a CPU is small below this size in bytes. A small model is dequantized once, unless its 4-bit layers compute
+# in another dtype. Dequantizing for each token would be slower. It would also make answers depend on the number of rows
+# in a batch, because bitsandbytes rounds to bf16 on a CPU.
 SMALL = 4e9
-# Maximum size in bytes of a batch's keys and values, for a small model on a CPU. A quarter of the free memory is the
-# other limit.
+# Maximum size in bytes of a batch's keys and values, for a small model on a CPU. If a quarter of the free memory is
+# less, that is the maximum.
 SMALL_CACHE = 1_000_000_000
 
 
@@ -63,7 +64,7 @@ class Reference:
         how = prompter.quantization
         if small and how and how.load_in_4bit and how.bnb_4bit_compute_dtype == dtype:
             self.model = self.model.dequantize(dtype=dtype)
-        self.model.generation_config = GenerationConfig()  # the published one would change the decoding
+        self.model.generation_config = GenerationConfig()  # the model's published config would change the decoding
         grow_embedding(self.model, len(self.tokenizer), settings.adapter if settings.adapter_sha256 else None)
         if settings.adapter_sha256:
             self.model = with_adapter(self.model, settings.adapter)
@@ -73,7 +74,7 @@ class Reference:
             self.settings = settings.model_copy(update={"batch_tokens": self._room()})
 
     def decoding(self) -> GenerationConfig:
-        """Decoding from the settings, with the tokens that end an answer."""
+        """Decoding configuration from the settings, with the tokens that end an answer."""
         decoding = self.settings.decoding
         sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
         return GenerationConfig(
@@ -86,10 +87,10 @@ class Reference:
         )
 
     def _room(self) -> int:
-        """Number of tokens whose keys and values fit in memory, with every beam.
+        """Number of tokens whose keys and values fit in memory, for all beams.
 
-        Keys and values get half of a GPU's free memory, because a pass needs the other half. On a CPU they get
-        `SMALL_CACHE`. The number is a power of two, so that a resumed evaluation mostly has the same.
+        Keys and values get half of a GPU's free memory, because a pass needs the other half. On a CPU they get up to
+        `SMALL_CACHE`. The number is rounded down to a power of two, so that a resumed evaluation usually gets the same.
         """
         if self.device.type == "cuda":
             memory = torch.cuda.mem_get_info()[0] // 2
@@ -104,8 +105,8 @@ class Reference:
     def generate(self, prompts: Sequence[list[int]], done: Container[int]) -> Iterator[dict[int, Completion]]:
         """Implement `Engine.generate`.
 
-        In half precision an answer can depend on the other rows of the batch, so that rows with answers do not change
-        the batches. A batch that does not fit the GPU's memory is halved.
+        In half precision, an answer can depend on the other rows of its batch. A resumed evaluation therefore repeats a
+        batch as a whole if any of its answers is missing. A batch that does not fit the GPU's memory is halved.
 
         Raises:
             WorkFailed: a single row does not fit.
@@ -133,7 +134,7 @@ class Reference:
 
     @torch.inference_mode()
     def answers(self, prompts: Sequence[list[int]], number: int) -> list[list[int]]:
-        """Tokens of one answer per prompt, without padding.
+        """Generate one answer per prompt; return tokens without padding.
 
         Args:
             prompts: tokens of each prompt.
@@ -147,16 +148,16 @@ class Reference:
         return [answer[: next((i + 1 for i, token in enumerate(answer) if token in ends), None)] for answer in answers]
 
     def free(self) -> None:
-        """Free memory for another engine; ends the use of this object."""
+        """Free memory for another engine; this object is unusable afterwards."""
         del self.model
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def batches(lengths: Sequence[int], most: int, tokens: int) -> Iterator[tuple[int, list[int]]]:
-    """Group rows into batches, longest first: insufficient memory shows at once.
+    """Group rows into batches, longest first; insufficient memory shows at once.
 
-    A batch holds rows of similar length, so that little of it is padding.
+    A batch holds rows of similar length, and so little padding.
 
     Args:
         lengths: number of tokens per row, for prompt and longest answer.
@@ -188,11 +189,11 @@ def base_model(prompter: Prompter) -> Any:
 
 
 def with_adapter(model: Any, folder: str) -> Any:
-    """Load an adapter onto a model; refuse partial loads, of which PEFT only warns.
+    """Load an adapter onto a model; refuse partial loads, where PEFT only warns.
 
     Raises:
-        UserError: the model lacks layers that the adapter has weights for, the adapter lacks weights for some of its
-            layers, or the adapter changes nothing.
+        UserError: the model lacks layers that the adapter has weights for, the file lacks weights for some of the
+            adapter's layers, or the adapter changes nothing.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -200,11 +201,11 @@ def with_adapter(model: Any, folder: str) -> Any:
     saved = (tensor_shapes(file) or {}).keys()
     try:
         adapted = PeftModel.from_pretrained(model, folder)
-    except (RuntimeError, ValueError, KeyError) as error:  # other shapes, or layers that the model lacks
+    except (RuntimeError, ValueError, KeyError) as error:  # shapes or layers differ from the model's
         raise UserError(f"{file}: not this model's adapter: {str(error).strip().partition('\n')[0]}") from error
     own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     every = get_peft_model_state_dict(adapted, save_embedding_layers=True)
-    for problem, names in (("layers that the model lacks", saved - every), ("no weights for", own.keys() - saved)):
+    for problem, names in (("the model lacks", saved - every), ("the file lacks weights for", own.keys() - saved)):
         if names:
             some = f"{min(names)}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
             raise UserError(f"{file}: not this model's adapter: {problem}: {some}; name another with --adapter")
@@ -248,8 +249,9 @@ def base_weights(prompter: Prompter) -> dict[str, Any]:
 def weights_folder(prompter: Prompter) -> Path:
     """Folder of the base model, quantized as in training and then dequantized.
 
-    A 4-bit layer dequantizes its weights at each step, to the same values unless `bnb_4bit_compute_dtype` differs from
-    the settings' dtype. The folder is created once, in the cache, as large as the base model in 16 bit.
+    A 4-bit layer dequantizes its weights at each step. The folder holds the same values, unless
+    `bnb_4bit_compute_dtype` differs from the settings' dtype. It is created once, in the cache, and is as large as the
+    base model in 16 bit.
 
     Raises:
         OSError: the disk is full.

@@ -22,7 +22,7 @@ ScorerModels = Mapping[str, ScorerModel | None]
 
 
 class StandIn(ScorerModel):
-    """Scorer model of rehearsals."""
+    """Stand-in for the scorer model in rehearsals."""
 
     @property
     def stand_in(self) -> bool:
@@ -42,7 +42,7 @@ def columns_of(recipe: str | None = None, asked: Iterable[str] = ()) -> dict[str
     `registry.DEFAULT` applies if neither has a metric of texts.
 
     Args:
-        recipe: recipe name, for a variant its base recipe; None for predictions without a recipe.
+        recipe: name of the recipe, or of a variant's base recipe; None for predictions without a recipe.
         asked: values of --metric.
 
     Raises:
@@ -69,8 +69,8 @@ def declared_models(columns: Mapping[str, Column]) -> dict[str, ScorerModel]:
 def scorer_model(asked: str | None, rehearsal: bool = False, declared: ScorerModel | None = None) -> ScorerModel | None:
     """Scorer model for BERTScore; None leaves BERTScore out.
 
-    --metric (`asked`) has priority. Otherwise a rehearsal takes the stand-in, and any other run takes the declared
-    model if this machine has a copy: the model is too large to download unasked.
+    --metric (`asked`) has priority. Otherwise a rehearsal takes the stand-in. Any other run takes the declared model,
+    but only if this machine has a copy, because the model is too large to download unasked.
     """
     declared = declared or ScorerModel()
     if asked:
@@ -91,13 +91,13 @@ def scorer_models(
     models = {name: scorer_model(asked, rehearsal, declared) for name, declared in declared_models(columns).items()}
     for name, declared in declared_models(columns).items():
         if report and models[name] is None and asked is None:
-            problem = f"{columns[name].label}: left out, as {declared.model} is not on this machine"
+            problem = f"{columns[name].label}: left out, because {declared.model} is not on this machine"
             say(f"{problem}; fetch it with `--metric bertscore:{declared.model}`")
     return models
 
 
 def require_models(models: Iterable[ScorerModel | None]) -> None:
-    """Check before hours of generation that scorer models can be loaded.
+    """Check that scorer models can be loaded, before hours of generation.
 
     Raises:
         UserError, WorkFailed: see `layer_of`.
@@ -117,17 +117,18 @@ def same_models(models: ScorerModels, columns: Mapping[str, Column], scores: Map
     return all(made_by(model, model_record(columns[name], scores)) for name, model in models.items())
 
 
-# Version of the scoring code. Raise it if the same texts get other scores: older scores are then computed again.
+# Version of the scoring code. Increase it when a change gives the same texts other scores. Older scores are then
+# computed again.
 VERSION = 1
 
 
 def read_pairs(file: Path, prediction: str = "prediction", reference: str = "reference") -> list[Row]:
-    """Read rows of a JSONL file; set `reference` and `prediction` from the named fields.
+    """Read rows; copy the named fields to `reference` and `prediction`.
 
     Args:
         file: JSONL file.
         prediction: field with the prediction; dots lead to nested fields, as in `answer.text`.
-        reference: field with the reference, likewise.
+        reference: field with the reference, as for `prediction`.
 
     Raises:
         UserError: see `read_rows`.
@@ -166,7 +167,7 @@ def of_predictions(columns: Mapping[str, Column]) -> Mapping[str, Column]:
 
 
 def with_scores(rows: Sequence[Row], columns: Mapping[str, Column], models: ScorerModels | None = None) -> list[Row]:
-    """Replace row-level scores: add `exact` and the new scores, remove older ones.
+    """Add `exact` and new row-level scores to rows; remove older scores.
 
     A row is exact if both texts are equal apart from surrounding space.
 
@@ -196,7 +197,7 @@ def score(
     loss: float | None = None,
     measured: Mapping[str, Benchmark] | None = None,
 ) -> tuple[dict[str, Any], list[Row]]:
-    """Score predictions, together and row by row.
+    """Score predictions, as a whole and row by row.
 
     Args:
         rows: each with `reference` and `prediction`; empty if no metric needs predictions.
@@ -206,10 +207,10 @@ def score(
         measured: benchmark scores by column name.
 
     Returns:
-        The content of scores.json, and the rows with row-level scores. The content has means of row-level metrics with
-        95 % intervals, and metrics of all rows or of the run. It has details of the metrics, and their declarations in
-        `metrics`. It has the shares of exact, empty and repeated predictions, and `length_ratio`: words of all
-        predictions per word of the references. `notes` are present if there are any.
+        The content of scores.json, and the rows with row-level scores. The content has: means of row-level metrics,
+        with 95 % intervals; metrics of all rows or of the run; records of the metrics, and their declarations in
+        `metrics`; shares of exact, empty and repeated predictions; `length_ratio`, the number of words in all
+        predictions divided by that in all references; and `notes` if there are any.
     """
     judged = dict(models or declared_models(columns))
     kept = {name: column for name, column in columns.items() if judged.get(name, column.parameters)}
@@ -252,7 +253,7 @@ def score(
 
 
 def _by_group(rows: Sequence[Row], column: Column) -> dict[str, list[float]]:
-    """Row scores that a column averages, by group.
+    """Row scores of the metric that a column averages, by group.
 
     Raises:
         UserError: rows have no score of the averaged column.
@@ -260,7 +261,7 @@ def _by_group(rows: Sequence[Row], column: Column) -> dict[str, list[float]]:
     averaged, groups = column.entry["of"], dict[str, list[float]]()
     for row in rows:
         if averaged not in row:
-            raise UserError(f"{column.name}: {averaged} has no score for each row; name another metric in `of`")
+            raise UserError(f"{column.name}: {averaged} does not score single rows; name another metric in `of`")
         groups.setdefault(row.get("group") or "", []).append(row[averaged])
     return groups
 

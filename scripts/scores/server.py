@@ -1,4 +1,7 @@
-"""vLLM server as an engine, by OpenAI's client; prompts and answers are tokens."""
+"""vLLM server as an engine, reached by OpenAI's client.
+
+Prompts and answers are sent as tokens.
+"""
 
 import asyncio
 import os
@@ -14,12 +17,12 @@ from ..base.errors import UserError, WorkFailed, did_you_mean
 from .evaluations import Completion
 
 if TYPE_CHECKING:
-    from .prompter import Prompter  # imports torch and Axolotl, which `require` does without
+    from .prompter import Prompter  # imports torch and Axolotl, which `require` does not need
 
-# Environment variable for the server's key. Variables of other tools could send their key to a wrong server.
+# Environment variable for the server's key. Another tool's variable could hold a key that must not go to this server.
 KEY = "QLORA_RECIPES_SERVER_KEY"
-RETRIES = 9  # with pauses that double up to 8 s, a minute in total, or that the server requests
-TIMEOUT = 300.0  # seconds for an answer; all tries of a request together have twice as long
+RETRIES = 9  # pauses double up to 8 s and take a minute in total, unless the server requests other pauses
+TIMEOUT = 300.0  # seconds for an answer; all attempts of a request together have twice as long
 AT_ONCE = 16  # default number of simultaneous requests
 
 
@@ -61,7 +64,7 @@ class Api:
 
         Requests to a server on this machine bypass the environment's proxy.
         """
-        os.environ.pop("OPENAI_CUSTOM_HEADERS", None)  # the client has no argument to leave these out
+        os.environ.pop("OPENAI_CUSTOM_HEADERS", None)  # the client has no argument to ignore this variable
         local = urlsplit(self.url).hostname in ("127.0.0.1", "::1", "localhost")
         return openai.AsyncOpenAI(
             api_key=self.key or "none",
@@ -175,12 +178,12 @@ def at(url: str) -> Api:
         UserError: the address is malformed, or holds a key.
     """
     if set("@?#") & set(url):
-        raise UserError(f"--engine: the address has a user, password or query, open to others; set {KEY} instead")
+        raise UserError(f"--engine: others can see the user, password or query in the address; set {KEY} instead")
     try:
         address = AnyHttpUrl(url)
     except ValidationError:
         raise UserError(
-            f"--engine {url}: give transformers, vllm, or a server as in http://localhost:8000/v1"
+            f"--engine {url}: give transformers, vllm, or a server's address such as http://localhost:8000/v1"
         ) from None
     key = os.environ.get(KEY, "").strip()
     if not (key.isascii() and key.isprintable()):
@@ -190,7 +193,7 @@ def at(url: str) -> Api:
 
 
 def cause(error: Exception) -> str:
-    """One-line reason for an error, with the server's answer if it refused the request."""
+    """One-line reason for an error, with the server's answer if there is one."""
     reason = error.__cause__ or error
     answer = error.response.text if isinstance(error, openai.APIStatusError) else ""
     return " ".join(f"{type(reason).__name__}: {reason} {answer}".split())[:300]

@@ -22,7 +22,7 @@ from ..base.progress import Bar
 from .evaluations import ADAPTER, EvaluationSettings
 
 if TYPE_CHECKING:
-    from .prompter import Prompter  # with torch and Axolotl, which `require` does without
+    from .prompter import Prompter  # imports torch and Axolotl, which `require` does not need
     from .server import Api, Server
 
 ENVIRONMENT = paths.LOCK.with_name(".vllm")  # `make vllm` installs vLLM there
@@ -41,7 +41,7 @@ _PLAIN = (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
 
 def require(settings: EvaluationSettings, on_gpu: bool) -> None:
-    """Refuse adapters and machines that vLLM cannot serve.
+    """Raise UserError if vLLM cannot run here or cannot serve the adapter.
 
     Args:
         settings: settings with the adapter.
@@ -107,7 +107,7 @@ def started(prompter: "Prompter", prompts: Sequence[list[int]], part: Path) -> I
         part: file of the predictions; vllm.log is written beside it.
 
     Raises:
-        UserError: training added tokens to the tokenizer, so that the base model has fewer.
+        UserError: training added tokens that the base model lacks.
         WorkFailed: vLLM does not start.
     """
     from .reference import weights_folder
@@ -138,7 +138,7 @@ def started(prompter: "Prompter", prompts: Sequence[list[int]], part: Path) -> I
 
 
 def _command(prompter: "Prompter", model: str, longest: int, port: int) -> list[str]:
-    """Command that serves the base model as `base`, and with the adapter as `adapter`."""
+    """Command of the server, whose models are `base` and, with the adapter, `adapter`."""
     settings = prompter.settings
     words = [
         *(str(ENVIRONMENT / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"),
@@ -153,7 +153,7 @@ def _command(prompter: "Prompter", model: str, longest: int, port: int) -> list[
             words += ["--hf-overrides", json.dumps(overrides)]
     if for_cpu():
         words.append("--enforce-eager")  # compiling takes longer than it saves
-    else:  # a fraction of free memory: this process too uses the GPU
+    else:  # only free memory, because this process uses the GPU too
         import torch
 
         free, total = torch.cuda.mem_get_info()
