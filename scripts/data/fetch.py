@@ -59,13 +59,13 @@ def fetch(data: Data, out: Path, only: Collection[str] | None = None) -> list[Ro
         rows = _present(data, out, wanted)
         missing = [name for name in wanted if name not in rows]
         if not missing:
-            say(f"{out}: all files exist as recorded in {RECORD}; nothing to fetch")
+            say(f"{out}: all files exist and are unchanged; nothing to fetch")
         for left in out.glob(".fetching-*"):  # leftovers of a killed process
             shutil.rmtree(left, ignore_errors=True)
-        for name in missing:
+        for i, name in enumerate(missing):
             source = data.sources[name]
             with tempfile.TemporaryDirectory(dir=out, prefix=".fetching-") as staging:
-                rows[name] = _fetched(data, name, out, Path(staging))
+                rows[name] = _fetched(data, missing[i:], out, Path(staging))
             record = {"from": source.url or source.hub, "revision": source.revision, "time": now()}
             sources = read_json(out / RECORD).get("sources", {}) | {name: record}
             files = [row for of_source in rows.values() for row in of_source]
@@ -74,17 +74,15 @@ def fetch(data: Data, out: Path, only: Collection[str] | None = None) -> list[Ro
 
 
 def _present(data: Data, out: Path, wanted: list[str]) -> dict[str, list[Row]]:
-    """Table rows of complete sources; wanted files that differ from fetched.json are reported."""
+    """Table rows of complete sources; wanted files that differ from fetched.json and study.yaml are reported."""
     recorded = {was["file"]: was["sha256"] for was in read_json(out / RECORD).get("files", [])}
     present = {}
     for source_name, source in data.sources.items():
         files = source.files or {source_name: source}
-        rows = [
-            _row(name, out / name, known)
-            for name, known in files.items()
-            if known.sha256 in (None, recorded.get(name)) and (out / name).is_file()
-        ]
-        if len(rows) == len(files) and all(row["sha256"] == recorded.get(row["file"]) for row in rows):
+        rows = [_row(name, out / name, known) for name, known in files.items() if (out / name).is_file()]
+        expected = [known.sha256 or recorded.get(name) for name, known in files.items()]
+        is_own = rows and not source.url and not source.hub
+        if is_own or [row["sha256"] for row in rows] == expected:
             present[source_name] = rows
         elif source_name in wanted and (there := [name for name in files if name in recorded or (out / name).exists()]):
             say(f"{out}: not as recorded in {RECORD}; fetching again: {', '.join(there)}")
@@ -109,8 +107,9 @@ def _verified(name: str, file: Path, known: SourceFile) -> Row:
     return row
 
 
-def _fetched(data: Data, name: str, out: Path, staging: Path) -> list[Row]:
-    """Fetch and verify a source, move files into place, and return table rows."""
+def _fetched(data: Data, names: list[str], out: Path, staging: Path) -> list[Row]:
+    """Fetch and verify the first of some sources, move files into place, and return table rows."""
+    name = names[0]
     source, part = data.sources[name], out / f"{name}.part"
     try:
         if source.url:
@@ -132,15 +131,20 @@ def _fetched(data: Data, name: str, out: Path, staging: Path) -> list[Row]:
             _version_file(part).unlink()
         raise UserError(f"{part}: {error}{aside}") from None
     except (UserError, WorkFailed) as error:
-        raise type(error)(
-            f"{error}; or run `recipe data fetch {data.key}` on another machine and copy the folder to {out}, or give "
-            f"files from {data.source} to `recipe data prepare`"
-        ) from None
+        hint = (
+            f"run `recipe data fetch {data.key}` on another machine and copy the folder to {out}, or give files from "
+        )
+        hint += f"{data.source} to `recipe data prepare`"
+        left = {name: data.sources[name] for name in names}
+        if all(known.url and known.sha256 and not known.files for known in left.values()):
+            listed = ", ".join(f"{name} ({known.url})" for name, known in left.items())
+            hint = f"put these files into {out}/ and run this command again: {listed}"
+        raise type(error)(f"{error}; or {hint}") from None
     for member, path in found.items():
         (out / member).parent.mkdir(parents=True, exist_ok=True)
         path.replace(out / member)
-    for left in (part, _version_file(part)):
-        left.unlink(missing_ok=True)
+    for file in (part, _version_file(part)):
+        file.unlink(missing_ok=True)
     return rows
 
 
@@ -210,7 +214,7 @@ def download(url: str, part: Path) -> None:
                 say(f"{url}: {problem}; next try in {pause} s")
                 time.sleep(pause)
     size = part.stat().st_size if part.exists() else 0
-    raise WorkFailed(f"{url}: {problem}; run it again to resume from {size:,} bytes")
+    raise WorkFailed(f"{url}: {problem}" + (f"; run it again to resume from {size:,} bytes" if size else ""))
 
 
 def _receive(url: str, part: Path, bar: Bar) -> str:

@@ -49,6 +49,15 @@ def test_a_plain_file_is_kept_as_it_is_and_verified(tmp_path: Path, server: Serv
     assert sorted(file.name for file in tmp_path.iterdir()) == [".fetch.lock", "fetched.json", "train.jsonl"]
 
 
+def test_a_file_put_in_place_by_hand_is_verified_and_not_fetched(tmp_path: Path) -> None:
+    wanted = data_of({"train.jsonl": plain("https://127.0.0.1:9/none")})
+    with pytest.raises(WorkFailed, match=rf" {tmp_path}/ .*: train\.jsonl "):
+        fetch(wanted, tmp_path)
+    (tmp_path / "train.jsonl").write_bytes(TRAIN)
+    assert [row["verified"] for row in fetch(wanted, tmp_path)] == [True]
+    assert [row["verified"] for row in fetch(data_of({"train.jsonl": {}}), tmp_path)] == [None]
+
+
 def several(url: str) -> Data:
     folder = url.rpartition("/")[0]
     files = {"train.jsonl": {"rows": 1, "sha256": digest(b"{}")}}
