@@ -54,7 +54,11 @@ NamedStudy = Annotated[
 ]
 OnlyRecipes = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME", autocompletion=complete_recipes, help="Reproduce only this recipe. Repeatable."),
+    typer.Option(
+        metavar="NAME",
+        autocompletion=complete_recipes,
+        help="Reproduce only this recipe, or those that match, as 'llama-3*'. Repeatable.",
+    ),
 ]
 Outlined = Annotated[
     bool, typer.Option("--dry-run", help="Show what would be done, and how long it takes; start nothing.")

@@ -1,5 +1,7 @@
 """Reproduction of a study from data to results table, without repeated steps."""
 
+import fnmatch
+import glob
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,13 +33,18 @@ from .pipeline import Pipeline, require_scorer_models, seeds_of
 
 
 def chosen(of_study: Study, only: list[str]) -> list[str]:
-    """Recipes of a study selected by name; without names, all with published scores.
+    """Recipes of a study selected by names or shell patterns; without any, all with published scores.
 
     Raises:
-        UserError: a name matches no recipe of the study, or several.
+        UserError: a name or pattern matches no recipe of the study, or a name matches several.
     """
     recipes = [*of_study.published, *of_study.variants]
-    named = [meant(name, recipes, "recipe of the study", option="--only") for name in only]
+    named: list[str] = []
+    for name in only:
+        found = fnmatch.filter(recipes, name) or [recipe for recipe in recipes if fnmatch.fnmatch(recipe, f"*/{name}")]
+        if len(found) > 1 and not glob.has_magic(name):
+            raise UserError(f"--only {name}: matches {', '.join(found)}; give the whole name, or '*{name}' for all")
+        named += found or [meant(name, recipes, "recipe of the study", option="--only")]
     return list(dict.fromkeys(named)) or list(of_study.published)
 
 
@@ -136,7 +143,10 @@ def outline(
 def _outlined(pipeline: Pipeline) -> Row:
     """Preview of one recipe; `hours` covers only training."""
     row: Row = {"recipe": pipeline.result.label, "training": "new"}
-    row |= dict.fromkeys(("steps", "needs GiB", "fits", "hours", "problem"))
+    row |= dict.fromkeys(("steps", "needs GiB", "fits", "hours", "changes", "problem"))
+    if pipeline.composed:
+        changes = (str(change) for change in pipeline.composed.differences if change.why.startswith("--set "))
+        row["changes"] = "; ".join(changes) or None
     pipeline.look_up()
     if pipeline.existing:
         row["training"] = f"{pipeline.state}: {pipeline.existing[0].path}"
@@ -173,7 +183,7 @@ def show_outline(outlined: dict[str, list[Any]], json: bool) -> None:
         return
     for line in outlined["data"]:
         tables.print_text(f"data: {line}")
-    tables.print_table(outlined["recipes"], below=["problem"])
+    tables.print_table(outlined["recipes"], below=["changes", "problem"])
 
 
 def lock(name: str) -> Path:

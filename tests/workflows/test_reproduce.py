@@ -75,6 +75,7 @@ def test_a_dry_run_says_what_would_be_done_and_for_how_long_and_writes_nothing(
     assert re.search("data/codereviewer: .* diff", prepared)
     (row,) = outline["recipes"]
     assert (row["training"], row["steps"]) == ("refused", None)
+    assert "lora_rr: None -> 1 " in row["changes"]
     assert "--set lora_rr=1: error" in row["problem"] and ": bf16: T4 (sm_75) " in row["problem"]
     outline = orjson.loads(recipe(*words, "--gpu", "T4", "--seeds", "2").stdout)
     row, other = outline["recipes"]
@@ -92,6 +93,12 @@ def test_a_dry_run_of_several_seeds_lists_each(recipe: Recipe, tmp_path: Path) -
     twice = recipe(*words, "--set", "seed=7")
     assert (twice.returncode, "--seeds: " in twice.stderr) == (2, True)
     assert recipe(*words[:-1], "0").returncode == 2
+
+
+@pytest.mark.parametrize("word", ["llama-3.*", "haider2024/llama-3.*"])
+def test_a_pattern_chooses_several_recipes(word: str) -> None:
+    several = ["haider2024/llama-3.1-8b", "haider2024/llama-3.2-3b"]
+    assert reproduce.chosen(STUDY, [word, "3.1"]) == several
 
 
 def test_of_several_seeds_the_first_that_ended_speaks() -> None:
