@@ -32,12 +32,12 @@ _AGAIN = "run the same command again to continue"
 
 
 def relevant(backend: Backend, found: Iterable[Finding]) -> list[Finding]:
-    """Findings that apply to a backend; a cluster needs no GPU on this machine."""
+    """Return the findings that apply to a backend; only the local one needs this machine's GPU."""
     return [finding for finding in found if backend.here or finding.scope != "machine"]
 
 
 def read(folder: RunDir) -> Run:
-    """Record of a run with the current state, from processes here and SLURM's queue.
+    """Read a run's record, with its current state here and in SLURM's queue.
 
     Raises:
         UserError: run.json is missing or damaged, or jobs.json is damaged.
@@ -51,7 +51,7 @@ def job_state(folder: RunDir, step: str, words: Sequence[str] | None = None) -> 
     Args:
         folder: the run folder.
         step: the step.
-        words: arguments of `recipe`; a job must have the same ones. None accepts any arguments.
+        words: arguments of `recipe` in the job's command; None accepts any job of the step.
 
     Raises:
         UserError: jobs.json is damaged.
@@ -82,7 +82,7 @@ class Local:
         jobs = jobs or 1
         visible = [None] * jobs if jobs == 1 or rehearsal else [*machine.visible_gpus()]
         if jobs > len(visible):
-            raise UserError(f"--jobs {jobs}: each job needs a GPU, and only {len(visible)} can be used here")
+            raise UserError(f"--jobs {jobs}: each job needs its own GPU; available on this machine: {len(visible)}")
         self.devices = visible[:jobs]  # the GPU of each job; None leaves the choice to the run
 
     def gpu(self) -> Gpu | None:
@@ -96,14 +96,14 @@ class Local:
             UserError: the run needs too many GPUs or nodes.
         """
         if nodes > 1:
-            raise UserError(f"--nodes {nodes}: only with --on slurm, which starts the run on each node")
+            raise UserError(f"--nodes {nodes}: add --on slurm, which starts the run on each node")
         if gpus > max(available := len(machine.visible_gpus()), 1):
-            raise UserError(f"--gpus {gpus}: only {available} can be used here")
+            raise UserError(f"--gpus {gpus}: too many; available on this machine: {available}")
 
     def submit(self, tasks: Sequence[Task], title: str) -> None:
         """Carry out tasks, one at a time on each device.
 
-        A request to stop is forwarded to the running commands, which stop at a checkpoint. No further command starts.
+        After a request to stop, running commands stop at a checkpoint, and no further command starts.
         """
         waiting = deque((f"{n} of {len(tasks)}, {task.result.label}", task) for n, task in enumerate(tasks, start=1))
         with stop_requests() as stops:
@@ -162,7 +162,7 @@ class Local:
             )
 
     def _log(self, command: Command) -> Path | None:
-        """Log file of a command if several run at a time; None for the terminal."""
+        """Log file of a command; None if commands run one at a time and write to the terminal."""
         return command.folder.path / f"{command.step}.log" if len(self.devices) > 1 else None
 
 

@@ -1,8 +1,9 @@
 """SLURM backend: `--on slurm`.
 
 Job scripts are rendered from templates/slurm.sh.j2, stored with logs below runs/slurm/, and submitted with sbatch.
-There is one array each for preparing rows, training and evaluation. Each evaluation task waits for its training task.
-A job near its time limit, or a preempted or requeued job, resumes from the last complete checkpoint.
+One job array prepares rows, one trains, and one evaluates. Each evaluation task waits for its training task. A job
+near its time limit stops at a checkpoint and is requeued. Requeued and preempted jobs resume from the last complete
+checkpoint.
 """
 
 import shlex
@@ -25,7 +26,7 @@ from ..runs.rundir import RunDir, new_folder
 from ..runs.tasks import Command, Step, Task, TaskResult
 from .slurm_site import STEPS, Site, active, ask, forget_queue, queue, sbatch, settings_file, site_settings
 
-GRACE = 300  # seconds before the time limit at which training stops at a checkpoint; --on slurm,signal=… changes it
+GRACE = 300  # training stops at a checkpoint this many seconds before the limit; --on slurm,signal=… changes it
 
 
 class Slurm:
@@ -47,14 +48,14 @@ class Slurm:
         self.jobs = jobs
         self._gpu = gpus.find(self.site.gpu, "gpu") if self.site.gpu and not rehearsal else None
         if isinstance(error := queue([getuser()]), UserError):
-            raise error  # the queue must answer, so that no queued run is submitted again
+            raise error  # without the queue's answer, a queued run could be submitted again
 
     def gpu(self) -> Gpu | None:
         """GPU in the site's settings, or None."""
         return self._gpu
 
     def check_size(self, gpus: int, nodes: int) -> None:
-        """Accept any size here; `Batch.check` has sbatch check it."""
+        """Accept any size; sbatch tests it in `Batch.check`."""
 
     def carry_out(self, task: Task, title: str) -> RunDir:
         """Submit one task and return the run folder.
@@ -68,7 +69,7 @@ class Slurm:
         return folders[0]
 
     def submit(self, tasks: Sequence[Task], title: str) -> list[RunDir]:
-        """Submit tasks as one array per step, and record jobs in the results.
+        """Submit tasks as one job array per step; record the jobs in their results.
 
         Args:
             tasks: tasks that do not depend on each other.
@@ -83,7 +84,7 @@ class Slurm:
         """
         if not tasks:
             return []
-        forget_queue()  # checks and plans take a while
+        forget_queue()  # its states are old after checks and plans
         batch = Batch(self.site, self.jobs, title.replace("/", "-"), tasks[0].gpus, tasks[0].nodes)
         batch.check({step for task in tasks for step in task.steps}, len(tasks))
         claimed = []
@@ -98,7 +99,7 @@ class Slurm:
     def _queue(self, batch: "Batch", claimed: Sequence[tuple[TaskResult, list[Command]]]) -> None:
         to_train: list[Command] = []
         trained: list[Command] = []  # evaluations; each waits for the training with the same index in `to_train`
-        by_training: dict[str | None, list[Command]] = {}  # other evaluations, by the active training job, or None
+        by_training: dict[str | None, list[Command]] = {}  # other evaluations, by id of the training job to wait for
         for result, commands in claimed:
             by_step = {command.step: replace(command, result=result) for command in commands}
             scoring = by_step.get("evaluate")
@@ -110,7 +111,7 @@ class Slurm:
                 by_training.setdefault(next(iter(earlier or ()), None), []).append(scoring)
         preparing = {each.rows: replace(each, words=[*each.words, "--prepare"]) for each in to_train}
         prepared = batch.submit("prepare", list(preparing.values()))
-        trainings = batch.submit("run", to_train, f"afterany:{prepared}")  # training can also prepare the rows
+        trainings = batch.submit("run", to_train, f"afterany:{prepared}")  # training prepares missing rows itself
         batch.submit("evaluate", trained, f"aftercorr:{trainings}")
         for job, others in by_training.items():
             batch.submit("evaluate", others, f"afterok:{job}" if job else None)
@@ -142,7 +143,7 @@ class Batch:
         """Test with sbatch whether SLURM would accept the jobs.
 
         Args:
-            steps: steps that can have jobs.
+            steps: steps that get jobs.
             tasks: maximum number of tasks per job array.
 
         Raises:
@@ -171,7 +172,7 @@ class Batch:
         file = (self.folder / f"{len(self.submitted) + 1}-{step}.sh").resolve()
         write_atomically(file, self.script(step, tasks, len(tasks)))
         waits = [f"--dependency={after}", "--kill-on-invalid-dep=yes"] if after else []
-        options = self._options(step, len(tasks))  # repeated here: SBATCH_ variables override options in a script
+        options = self._options(step, len(tasks))  # not only in the script, where SBATCH_ variables override them
         try:
             job = sbatch(*options, *waits, str(file))
         except UserError as error:
@@ -188,18 +189,18 @@ class Batch:
         return job
 
     def script(self, step: Step, tasks: Sequence[Command], count: int) -> str:
-        """Script of an array.
+        """Script of a job array.
 
         Args:
             step: the step of all tasks.
-            tasks: the tasks; empty for a test of the options.
-            count: number of tasks, also for a test.
+            tasks: the tasks; empty to test only the options.
+            count: number of tasks in the array.
         """
         nodes = self.nodes if step == "run" else 1
         prefix = self.site.prefix
         recipe = f"{prefix} recipe" if prefix else shlex.quote(str(Path(sys.executable).with_name("recipe")))
         if nodes > 1:
-            cores = "${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}"  # srun does not inherit it
+            cores = "${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}"  # srun does not inherit this option
             recipe = f"srun --nodes={nodes} --ntasks-per-node=1 --kill-on-bad-exit=1 {cores} {recipe}"
         return (
             template_environment(paths.TEMPLATES)

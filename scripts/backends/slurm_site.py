@@ -21,7 +21,7 @@ from ..runs.records import Job, JobState
 from ..runs.tasks import Step
 
 STEPS: tuple[Step, ...] = get_args(Step)
-_OWN = {  # options that this project sets for each job, or that would hide the job's id
+_OWN = {  # options that `recipe` sets for each job, or that would hide the job's id
     *("array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "nodes", "output"),
     *("clusters", "parsable", "test-only", "wait", "wrap"),
 }
@@ -30,7 +30,7 @@ TIMEOUT = 60  # seconds for a command of SLURM
 
 def _allowed(option: str) -> str:
     if option in _OWN:
-        raise ValueError(f"{option} cannot be set here; `recipe` sets this option")
+        raise ValueError(f"{option} cannot be set here; `recipe` controls this option")
     return option
 
 
@@ -43,11 +43,11 @@ class Site(BaseModel):
 
     Attributes:
         gpu: GPU of the jobs, used for checks and plans.
-        prefix: text before `recipe` in a job, such as `apptainer exec --nv IMAGE`; None if jobs have this command's
-            environment.
+        prefix: text before `recipe` in a job, such as `apptainer exec --nv IMAGE`; None if jobs run in the environment
+            of this command.
         setup: shell commands at the start of each job, one or several lines.
-        options: sbatch's long options by name. In a value, {gpus} is the number of GPUs per node. An empty value gives
-            the option without a value.
+        options: values of sbatch's long options by name. {gpus} in a value stands for the number of GPUs per node. An
+            option with an empty value is passed without a value.
         of_step: additional options for single steps.
     """
 
@@ -83,7 +83,7 @@ def site_settings(overrides: Sequence[str]) -> Site:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Mapping in a file, with text values: YAML would turn 12:00:00 into a number."""
+    """Read a mapping with text values, because YAML would turn 12:00:00 into a number."""
     try:
         content = yaml.load(yamlfiles.read_text(file), yaml.BaseLoader) or {}
     except yaml.YAMLError as error:
@@ -118,7 +118,10 @@ def active(jobs: Sequence[Job]) -> dict[str, JobState] | None:
 
 
 def cancel(jobs: Sequence[Job]) -> list[str]:
-    """Cancel jobs and return messages; KillWait decides whether training reaches a checkpoint."""
+    """Cancel jobs and return messages.
+
+    Training reaches a checkpoint if SLURM's setting KillWait gives it enough time.
+    """
     if ids := list(active(jobs) or {}):
         ask("scancel", *ids)
         forget_queue()
@@ -154,7 +157,7 @@ def _state(job: str, state: str, reason: str) -> JobState:
 
 
 def ask(*command: str, script: str = "") -> str:
-    """Run a SLURM command with a script on stdin, and return the output.
+    """Run a SLURM command with a script on stdin; return its output.
 
     Raises:
         UserError: the command is missing, fails, or does not end in time.
@@ -165,7 +168,7 @@ def ask(*command: str, script: str = "") -> str:
     except FileNotFoundError:
         raise UserError(f"{where}: not found on this machine; log in to a machine of the cluster") from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"{where}: no answer within {TIMEOUT} s; check with `squeue --me` whether it worked") from None
+        raise UserError(f"{where}: no answer within {TIMEOUT} s; check its effect with `squeue --me`") from None
     if done.returncode:
         problem = done.stderr.strip().replace(f"{command[0]}: error: ", "")
         raise UserError(f"{where}: {'; '.join(problem.splitlines())}")

@@ -27,7 +27,7 @@ class Report:
 
     Attributes:
         composed: None if the config could not be read.
-        data: files, rows and bytes of each data set that was read, and its lengths in tokens if they are known.
+        data: one row per data set: its files, rows and bytes, and its lengths in tokens if known.
     """
 
     name: str
@@ -81,9 +81,9 @@ def check(
         request: the recipe or file, with profiles and overrides.
         gpu: the GPU that the config is meant for.
         data: also read and tokenize every row of the data.
-        full: also run Axolotl's validation. It loads the listed plugins; foreign ones need `--force`.
+        full: also run Axolotl's validation, which loads the listed plugins; foreign plugins need `--force`.
         launching: a run is about to start here.
-        composed: the request's config, if it is composed already.
+        composed: the request's config, if already composed.
     """
     report = Report(request.name)
     try:
@@ -94,10 +94,10 @@ def check(
         may_run = not any(finding.level == "error" and finding.scope == "code" for finding in report.findings)
         for finding in report.findings:
             if finding.rule == "not-prepared" and not (launching or data):
-                finding.level = "warning"  # the config is right; `run` needs them
-        report.add([])  # in order again
+                finding.level = "warning"  # the config is correct; only a run needs the data
+        report.add([])  # sorts again
         if full and not may_run:
-            problem = "Axolotl's own validation did not run: it would run the code above"
+            problem = "skipped Axolotl's own validation, because it would run the code above"
             report.add([Finding("note", "not-checked", "", problem, where=report.name)])
         elif full:
             report.add(by_axolotl(composed, gpu))
@@ -109,7 +109,7 @@ def check(
 
 
 def by_axolotl(composed: Composed, gpu: Gpu | None) -> list[Finding]:
-    """Findings of Axolotl's own validation. It loads the config's plugins."""
+    """Findings of Axolotl's own validation, which loads the config's plugins."""
     with importing_axolotl():
         from . import installed
 
@@ -124,13 +124,13 @@ def examine(
     data: bool = False,
     ask_hub: bool = False,
 ) -> Report:
-    """Findings of the schema and the rules, each with its place.
+    """Findings of the schema and the rules, with file and line.
 
     Args:
         gpu: the GPU that the config is meant for; ignored for a rehearsal.
         launching: a run is about to start here.
         data: also read the rows.
-        ask_hub: also ask the hub about a base model that is not on this machine, as before a run.
+        ask_hub: also ask the hub about a base model that is not on this machine; always done before a run.
 
     Raises:
         UserError: the recipe's study.yaml is malformed.
@@ -152,7 +152,7 @@ def examine(
 
 
 def _of_keys(composed: Composed, *of_case: Any) -> tuple[list[Finding], Config]:
-    """Findings of the schema and the rules, and the config without the values that break the schema."""
+    """Findings of the schema and the rules, and the config without invalid values."""
     of_schema = list(schema.findings(composed.config))
     usable, wrong = schema.usable(composed.config, of_schema)
     return [*placed([*of_schema, *rule_findings(Case(usable, wrong, *of_case))], composed)], usable
@@ -166,9 +166,9 @@ def rule_findings(case: Case) -> Iterator[Finding]:
 
 
 def _profile_compatibility(composed: Composed, gpu: Gpu | None, launching: bool) -> Iterator[Finding]:
-    """Findings about the profiles fast and packed: keys left out or changed; no known GPU.
+    """Notes on keys that the profiles fast and packed leave out or change.
 
-    The missing GPU is a warning before a run, otherwise a note. A rehearsal needs no GPU.
+    If no GPU is known, one more finding says so: before a run a warning, otherwise a note. A rehearsal needs no GPU.
     """
     for why, changes in composed.incompatible.items():
         left = ", ".join(f"{key}: {str(value).lower()}" for key, value in changes.items() if value is not None)
@@ -177,13 +177,13 @@ def _profile_compatibility(composed: Composed, gpu: Gpu | None, launching: bool)
         yield Finding("note", "unfit", key, f"{problem}, because {why}")
     adapted = [profile for profile in composed.profiles if profile in ADAPTED]
     if adapted and gpu is None and not composed.rehearsal:
-        problem = f"no GPU is known: {' and '.join(adapted)} assume Ampere or newer"
-        remedy = "name an older GPU: --gpu for checks and plans, the setting gpu for SLURM"
+        problem = f"no GPU is known: the settings of {' and '.join(adapted)} are for Ampere or newer"
+        remedy = "for an older GPU, pass --gpu to checks and plans, and set gpu for SLURM"
         yield Finding("warning" if launching else "note", "unfit", "", problem, remedy)
 
 
 def _replaced(composed: Composed) -> Iterator[Finding]:
-    """Warnings about user data that a rehearsal replaces: the path may be misspelt."""
+    """Warnings about user data that a rehearsal replaces, because its path may be misspelt."""
     for difference in composed.differences:
         own = difference.key.endswith(".path") and not study.input_format(str(difference.recipe))
         if own and substitution.FROM_SAMPLE in difference.why:
@@ -218,7 +218,7 @@ def _need_tokenizer(composed: Composed, option: str, instead: str = "") -> None:
 
 
 def has_tokenizer(composed: Composed) -> bool:
-    """True if a config's tokenizer is on this machine; creates a rehearsal's."""
+    """True if a config's tokenizer is on this machine. In a rehearsal, first create the stand-in's."""
     if composed.rehearsal and substitution.stands_in(composed.config):
         substitution.model_folder()
     return models.find(composed.config).tokenizer_here
@@ -227,7 +227,7 @@ def has_tokenizer(composed: Composed) -> bool:
 def tokenize(report: Report, composed: Composed, gpus: int = 1, most: int | None = None) -> None:
     """Tokenize the rows with Axolotl; add findings and lengths in tokens to a report.
 
-    Without the config's tokenizer, use the rehearsal's on some of the rows; lengths are then unknown.
+    If the config's tokenizer is missing, the rehearsal's tokenizes some of the rows, and lengths stay unknown.
 
     Args:
         report: the report.
@@ -238,7 +238,7 @@ def tokenize(report: Report, composed: Composed, gpus: int = 1, most: int | None
     if has_tokenizer(composed):
         findings, measured = _lengths(composed.config, most, gpus)
     else:
-        problem = f"the tokenizer is not here: {substitution.NAME}'s reads up to {SOME} rows; lengths are unknown"
+        problem = f"no tokenizer on this machine; {substitution.NAME}'s reads up to {SOME} rows, without lengths"
         report.add([Finding("note", "not-checked", "base_model", problem, where=report.name)])
         config = {key: value for key, value in composed.config.items() if key not in substitution.OF_MODEL}
         config |= {"base_model": str(substitution.model_folder()), "sequence_len": substitution.CONTEXT}
@@ -252,7 +252,7 @@ def tokenize(report: Report, composed: Composed, gpus: int = 1, most: int | None
 
 
 SOME = 1000
-"""Number of rows of each data set to tokenize before a run, or with another model's tokenizer."""
+"""Approximate number of rows per data set to tokenize before a run, or with another model's tokenizer."""
 
 
 def training_lengths(composed: Composed, force: Sequence[str] = (), most: int | None = None) -> list[Row]:
@@ -285,7 +285,7 @@ def _lengths(config: Config, most: int | None, gpus: int = 1) -> tuple[list[Find
 
 
 def _unreadable(name: str, message: str) -> Finding:
-    """Finding for an unreadable config; split file and line from the message."""
+    """Finding for an unreadable config, with file and line from the message."""
     match = re.fullmatch(r"(?s)(.+?\.ya?ml)(?::(\d+))?: (.*)", message)
     if not match:
         return Finding("error", "unreadable", "", message.removeprefix(f"{name}: "), where=name)
@@ -293,9 +293,9 @@ def _unreadable(name: str, message: str) -> Finding:
 
 
 def placed(findings: Iterable[Finding], composed: Composed) -> Iterator[Finding]:
-    """Add to each finding the source of its key: file and line, or an option."""
+    """Add the source of each finding's key: file and line, or an option."""
     for finding in findings:
-        if finding.where:  # a row of a file
+        if finding.where:  # already known, for a row of a file
             yield finding
             continue
         file: Path | None = composed.recipe_file

@@ -1,6 +1,6 @@
 """Rules about a config's data, and about the foreign code that it would run.
 
-Foreign code is an error: nothing imports it until the user names the finding with --force.
+Foreign code is an error. It is imported only after the user passes the finding's name to --force.
 """
 
 import re
@@ -19,14 +19,14 @@ from .finding import Case, Problems, rule
 
 @rule
 def no_data(case: Case) -> Problems:
-    """Axolotl refuses such a config, after 15 s of imports."""
+    """Axolotl refuses a config without data too, but only after 15 s of imports."""
     if not case.is_set("datasets", "pretraining_dataset"):
-        yield "error", "datasets", "the config names no data to train on", "list a data set with path and type"
+        yield "error", "datasets", "the config has no training data", "list a data set with path and type"
 
 
 @rule
 def not_prepared(case: Case) -> Problems:
-    """A study's data take two steps, fetch and prepare; checking only the config needs neither."""
+    """A study's data must be fetched and prepared before a run, but not to check only its config."""
     missing: dict[str, list[Path]] = {}
     keys: dict[str, str] = {}
     for key, dataset in datafiles.datasets(case.config):
@@ -41,17 +41,20 @@ def not_prepared(case: Case) -> Problems:
         first, *more = files
         names = " and ".join([paths.shown(first), *(file.name for file in more)])
         problem = f"{names} {'are' if more else 'is'} not prepared yet"
-        rehearse = "; --rehearse works without" if case.launching else ""
+        rehearse = "; or add --rehearse, which does not need it" if case.launching else ""
         yield "error", keys[remedy], problem, f"run {remedy}{rehearse}"
 
 
 @rule
 def missing_file(case: Case) -> Problems:
-    """Axolotl validates only the name of a DeepSpeed file (seen); missing files fail after the model is loaded."""
+    """A missing file would fail only after the model is loaded.
+
+    Axolotl validates only the name of a DeepSpeed file (seen).
+    """
     for key, dataset in datafiles.datasets(case.config):
         name = dataset.get("path")
         if not isinstance(name, str) or not name:
-            yield "error", f"{key}.path", f"{name!r} names no data", "give a file, a folder or a data set on the hub"
+            yield "error", f"{key}.path", f"{name!r} is not a path", "give a file, a folder or a data set on the hub"
         elif "\0" not in name and Path(name).is_dir() and not datafiles.local_files(dataset):
             yield "error", f"{key}.path", f"the folder {paths.shown(Path(name))} is empty", "put rows into it"
         for file in datafiles.local_files(dataset):
@@ -65,13 +68,13 @@ def missing_file(case: Case) -> Problems:
         name = case[key]
         if not isinstance(name, str) or Path(name).exists() or study.fetching(name):
             continue
-        if not (key == "lora_model_dir" and name.count("/") == 1):  # on a hub
+        if not (key == "lora_model_dir" and name.count("/") == 1):  # perhaps an adapter on the hub
             problem = f"{paths.shown(Path(name))} does not exist{_near(Path(name))}"
             yield "error", key, problem, "correct the path or delete the key"
 
 
 def _near(missing: Path) -> str:
-    """Similar names beside a missing path, or beside its missing folder."""
+    """Hint at names similar to a missing file, or to its missing folder."""
     folder = missing.parent
     if folder.is_dir():
         return did_you_mean(missing.name, [file.name for file in folder.iterdir()])
@@ -81,12 +84,14 @@ def _near(missing: Path) -> str:
 
 @rule
 def packing_leaks(case: Case) -> Problems:
-    """Packed rows then attend to each other; Axolotl only warns (attn_decontaminates_packing).
+    """With other attention implementations, packed rows attend to each other.
+
+    Axolotl only warns about this (attn_decontaminates_packing).
 
     Axolotl also warns that sdpa with a mask can give a loss of 0 in bf16 on GPUs before Hopper.
     """
     if case["sample_packing"] and case.attention not in KEEP_DOCUMENTS_APART:
-        problem = f"with {case.attention or 'no attn_implementation'}, packed rows see each other"
+        problem = f"with {case.attention or 'no attn_implementation'}, packed rows attend to each other"
         yield "error", "sample_packing", problem, "set flash_attention_2"
     before_hopper = case.gpu and case.gpu.capability < (9, 0)
     in_bf16 = precision(case.config, on_gpu=True).weights == "bfloat16"
@@ -105,11 +110,12 @@ KEEP_DOCUMENTS_APART = {
 
 @rule
 def chat_template(case: Case) -> Problems:
-    """Axolotl takes a misspelt file name for the template: each prompt is that name; no token carries loss (seen).
+    """Axolotl uses a misspelt file name as the template itself.
 
-    It ignores a data set's chat_template_jinja if the data set has no chat_template (seen). The tokenizer's template
-    is the default; except for Qwen, base models have none. A data set's key overrides the config's
-    (utils/chat_templates/base.py and schemas/datasets.py).
+    Every prompt then consists of that name, and no token carries loss (seen). Axolotl ignores a data set's
+    chat_template_jinja if the data set has no chat_template (seen). The default is the tokenizer's template; except for
+    Qwen, base models have none. A data set's key overrides the config's (utils/chat_templates/base.py and
+    schemas/datasets.py).
     """
     for key, dataset in datafiles.datasets(case.config):
         if dataset.get("type") != "chat_template":
@@ -117,13 +123,13 @@ def chat_template(case: Case) -> Problems:
         own = dataset.get("chat_template")
         if dataset.get("chat_template_jinja") and not own:
             problem = "Axolotl ignores this key if the data set has no chat_template"
-            yield "error", f"{key}.chat_template_jinja", problem, "set chat_template: jinja beside it"
+            yield "error", f"{key}.chat_template_jinja", problem, "also set chat_template: jinja"
             continue
         written = dataset.get("chat_template_jinja") if own else case["chat_template_jinja"]
         name = own or case["chat_template"] or ("jinja" if written else "tokenizer_default")
         where = f"{key}.chat_template" if own else "chat_template" if case["chat_template"] else f"{key}.type"
         if name == "jinja" and isinstance(written, str) and "{" not in models.read_template(written):
-            yield "error", where, f"chat_template_jinja: {written[:80]} is not a file or a template", ""
+            yield "error", where, f"chat_template_jinja: {written[:80]} is neither a file nor a template", ""
         elif name == "tokenizer_default" and not case.model.chat_template:
             if case.model.tokenizer_here:
                 problem = "the tokenizer of the base model has no chat template"
@@ -154,7 +160,7 @@ def prompt_format(case: Case) -> Problems:
                 yield "error", f"{key}.type.{name}", f"{field} is missing: prompts lack the rows' text", "add it"
 
 
-_READ_IT = "read it; to run it, pass the name in brackets to --force"
+_READ_IT = "read the code; to run it, pass the name in brackets to --force"
 _OURS = ("axolotl.integrations.", "qlora_recipes.")
 _NAMES_CODE = ("trainer_cls", "trl.reward_funcs", "trl.rollout_func")
 _KINDS = ("SFT", "DPO", "KTO")
@@ -171,9 +177,11 @@ def remote_code(case: Case) -> Problems:
 
 @rule
 def foreign_code(case: Case) -> Problems:
-    """Axolotl imports the modules that these keys name; plugins and prompt strategies even to validate or tokenize.
+    """Axolotl imports the modules named by these keys.
 
-    transformers imports the modules of an attention implementation that is a repository on the hub."""
+    It imports plugins and prompt strategies even to validate a config or to tokenize rows. If the attention
+    implementation is a repository on the hub, transformers imports its modules.
+    """
     for key, name in _named_code(case.config):
         yield "error", key, f"runs foreign code: {name} is not part of Axolotl or this project", _READ_IT
 
@@ -198,9 +206,9 @@ def _named_code(config: Config) -> list[tuple[str, str]]:
 
 @rule
 def pickled_weights(case: Case) -> Problems:
-    """torch.load unpickles .bin and .pt files; versions without a known hole refuse anything but weights.
+    """torch.load unpickles .bin and .pt files, which can contain code; safetensors files cannot.
 
-    safetensors files cannot hold code."""
+    By default, recent versions of torch load only weights, but vulnerabilities have been found in that."""
     adapter = case["lora_model_dir"]
     folders = {"base_model": models.folder_of(case.config), "lora_model_dir": Path(str(adapter)) if adapter else None}
     for key, folder in folders.items():

@@ -1,10 +1,10 @@
 """Findings of a check, and the registry of rules.
 
-A rule is a function that yields (level, key, problem, remedy). The rule's name, with hyphens, names its findings. The
+A rule is a function that yields (level, key, problem, remedy). Its findings get the rule's name, with hyphens. The
 docstring of a rule gives the reason and the evidence; "seen" means observed with Axolotl 0.21.
 
-Rules can rely on the schema: their config lacks the values that break the schema. `_SCOPES` lists rules about anything
-other than the config, and rules whose errors prevent a plan.
+Rules can rely on the schema, because values that break it are removed from the config first. `_SCOPES` lists rules
+about anything other than the config, and rules whose errors prevent a plan.
 """
 
 import re
@@ -188,7 +188,7 @@ class Case:
         return self["adapter"] in ("lora", "qlora")
 
     def is_set(self, *keys: str) -> bool:
-        """True if one of the keys has a value other than empty or false; a value that breaks the schema also counts."""
+        """True if a key has a value other than empty or false, or had an invalid one."""
         return any(self.config.get(key) or key in self.wrong for key in keys)
 
     def is_installed(self, package: str) -> bool:

@@ -28,7 +28,7 @@ from ..runs.eval_loss import MASKED
 from .finding import Finding
 
 disable_progress_bar()
-# Axolotl forks to tokenize; otherwise the child would outlive a killed command and keep inherited locks
+# Axolotl forks to tokenize; without this, a child would outlive a killed command and keep its locks
 os.register_at_fork(after_in_child=end_with_parent)
 
 
@@ -102,7 +102,7 @@ def tokenize(where: str, cfg: Any, dataset: Any, tokenizer: Any, rows: Sequence[
         longest: the maximum number of tokens of a prompt, and of an answer; Axolotl cuts each separately.
 
     Raises:
-        UserError: Axolotl cannot tokenize them.
+        UserError: Axolotl cannot tokenize the rows.
     """
     kind = dataset["type"]
     base, _, style = kind.partition(":") if isinstance(kind, str) else ("", "", "")
@@ -122,7 +122,7 @@ def require_one_each(where: str, dataset: Any, rows: Sequence[Any], tokenized: S
     """Raise UserError unless a data set's type makes one training row from each row."""
     if len(tokenized) != len(rows):
         problem = f"Axolotl turns {len(rows)} rows into {len(tokenized)} training rows ({dataset['type']})"
-        raise UserError(f"{where}: {problem}; evaluation needs one for one")
+        raise UserError(f"{where}: {problem}; evaluation needs exactly one for each row")
 
 
 def taught_ends(cfg: Config, tokenizer: Any) -> set[int]:
@@ -132,7 +132,7 @@ def taught_ends(cfg: Config, tokenizer: Any) -> set[int]:
 
 
 def as_trained(content: Config) -> Any:
-    """A config as in training: validated, with defaults and chat templates. Can raise any exception."""
+    """Config as in training: validated, with defaults and chat templates. Can raise any exception."""
     cfg = validated(content)
     normalize_config(cfg)
     normalize_cfg_datasets(cfg)

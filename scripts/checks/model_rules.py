@@ -11,7 +11,7 @@ from .finding import Case, Level, Problems, rule
 
 @rule
 def beyond_context(case: Case) -> Problems:
-    """Positions that the model was never trained on; RoPE extends them without an error."""
+    """Beyond its context, a model was never trained; RoPE continues there without an error."""
     context = case.model.context
     length = case["sequence_len"] or 0
     if context and length > context and not (case["overrides_of_model_config"] or case["model_config"]):
@@ -36,7 +36,7 @@ def missing_special_token(case: Case) -> Problems:
                 "not train that row, and loading the adapter requires adding it to the base model"
             )
             own_pad = f", such as {case.model.pad_token} for padding" if case.model.pad_token else ""
-            remedy = f"name one of the model's tokens{own_pad}, or set lora_modules_to_save: [embed_tokens, lm_head]"
+            remedy = f"use one of the model's tokens{own_pad}, or set lora_modules_to_save: [embed_tokens, lm_head]"
             yield level, f"special_tokens.{name}", problem, remedy
 
 
@@ -50,7 +50,7 @@ def no_access(case: Case) -> Problems:
     level: Level = "error" if case.launching else "warning"
     name = case["base_model"]
     if case.model.weights_here or not isinstance(name, str) or Path(name).is_relative_to(paths.cache()):
-        return  # the stand-in model is converted on demand
+        return  # the stand-in model is created on demand
     if Path(name).is_dir():
         yield "error", "base_model", f"{name} contains no weights", "give a folder that save_pretrained wrote"
     elif models.is_path(name):
@@ -64,7 +64,7 @@ def no_access(case: Case) -> Problems:
 
 
 def _of_the_hub(name: str, level: Level) -> Problems:
-    """Problems that the hub's answer about a model reveals."""
+    """Problems with a model according to the hub."""
     answer = hub.access(name)
     if answer.access == "missing":
         problem = f"the hub has no model {name}, or the model is private: {answer.says}"
@@ -75,14 +75,14 @@ def _of_the_hub(name: str, level: Level) -> Problems:
 
 
 def _how_to_get(name: str) -> str:
-    """Remedy that gives access to a gated model."""
+    """Steps to get access to a gated model."""
     mirror = ", or use its ungated copy: --profile mirror" if models.catalogue().get(name, {}).get("mirror") else ""
     return f"accept the licence at {hub.page(name)} and run `hf auth login`{mirror}"
 
 
 @rule
 def unknown_model(case: Case) -> Problems:
-    """Some rules need the model's config.json and tokenizer; the note keeps their silence from passing for approval."""
+    """Some rules check nothing without the model's config.json and tokenizer; this note says so."""
     name = case["base_model"]
     if name and isinstance(name, str) and not models.is_path(name) and case.model == models.Model():
         problem = f"{name} is not on this machine: its layers, context and special tokens are not checked"
@@ -92,14 +92,17 @@ def unknown_model(case: Case) -> Problems:
 
 @rule
 def no_lora_targets(case: Case) -> Problems:
-    """Axolotl's validation accepts this; PEFT fails after loading the model (NoMatchingPeftModuleError)."""
+    """Axolotl's validation accepts LoRA without targets; PEFT fails after the model is loaded.
+
+    PEFT's error is NoMatchingPeftModuleError.
+    """
     if case.lora and not case.is_set("lora_target_modules", "lora_target_linear", "lora_target_parameters"):
         yield "error", "adapter", "LoRA has no target layers", "set lora_target_modules or lora_target_linear: true"
 
 
 @rule
 def unknown_lora_target(case: Case) -> Problems:
-    """PEFT ignores a name that matches no layer, if another name matches one (BaseTuner.inject_adapter)."""
+    """PEFT ignores an unknown name if another name matches a layer (BaseTuner.inject_adapter)."""
     targets, linear = case["lora_target_modules"], case.model.linear
     if not (case.lora and targets and linear) or targets == "all-linear":
         return
@@ -138,7 +141,7 @@ def head_without_lora(case: Case) -> Problems:
 
 @rule
 def no_lora_rank(case: Case) -> Problems:
-    """PEFT gets None and fails after loading the model."""
+    """Without these keys, PEFT fails after the model is loaded."""
     for key in ("lora_r", "lora_alpha"):
         if case.lora and not case.is_set(key, "lora_model_dir"):
             yield "error", "adapter", f"{key} is not set", f"set {key}"
@@ -146,10 +149,10 @@ def no_lora_rank(case: Case) -> Problems:
 
 @rule
 def changed_base(case: Case) -> Problems:
-    """PiSSA moves part of the base weights into the adapter; Axolotl saves the adapter without the residual weights.
+    """PiSSA splits the base weights into adapter and residual; Axolotl saves only the adapter.
 
-    PEFT splits the weights again when it loads the adapter. The split is random with pissa_niter_N: logits differed by
-    0.22 (seen). With pissa, logits were equal (seen).
+    PEFT splits the base weights again when it loads the adapter. With pissa_niter_N the split is random: logits
+    differed by 0.22 (seen). With pissa, logits were equal (seen).
     """
     start = str(case["peft_init_lora_weights"])
     if case.lora and start.startswith("pissa_niter") and not case["lora_model_dir"]:

@@ -23,10 +23,10 @@ class Fields:
     """The fields that a data set type reads from a row.
 
     Attributes:
-        reference: the text field that the model learns; None if the type has no single one.
-        texts: further required fields, as text.
+        reference: the text field that the model learns; None if it does not learn exactly one field.
+        texts: other required text fields.
         optional: optional fields.
-        lists: required fields, as lists.
+        lists: required fields that hold lists.
         items: required keys of each mapping in these lists.
         optional_items: optional keys of each mapping in these lists.
     """
@@ -91,9 +91,9 @@ def fields_of(dataset: Config) -> Fields | None:
 
 @lru_cache(1000)
 def misspelt(names: tuple[str, ...], known: tuple[str, ...]) -> dict[str, str]:
-    """Missing fields of a row, each with its misspelt name.
+    """Missing fields of a row, each with the misspelt name in its place.
 
-    A misspelt name closely resembles the missing one: `inptu`, `sytem`, but not `output` for `input`.
+    A misspelt name closely resembles the missing one: `inptu` for `input`, but not `output`.
     """
     missing = [name for name in known if name not in names]
     near = {name: get_close_matches(name, missing, 1, 0.75) for name in names if name not in known}
@@ -126,7 +126,7 @@ def check(config: Config, skipped: Collection[str] = ()) -> tuple[list[Finding],
 
     Args:
         config: a config without the values that break the schema.
-        skipped: keys of data sets of a wrong type, whose fields are therefore unknown.
+        skipped: keys of data sets with an invalid type, whose fields are unknown.
     """
     special = models.find(config).special_tokens
     findings: list[Finding] = []
@@ -205,7 +205,7 @@ class _Reader:
             value = row.get(name)
             hint = f", perhaps misspelt as {meant[name]}" if name in meant else ""
             if name in fields.lists:
-                if not value or not isinstance(value, list | str):  # the messages of a chat can be JSON in a text
+                if not value or not isinstance(value, list | str):  # a chat can hold its messages as JSON text
                     file.count("bad-row", f"the field {name} is missing or not a list{hint}", number)
             elif name in meant and name in fields.optional:
                 file.count("misspelt-field", f"{meant[name]}; did you mean {name}?", number)
@@ -259,16 +259,16 @@ class _Reader:
 _WORDS: dict[str, tuple[Level, str, str]] = {
     "bad-row": ("error", "{n}: {about}", "correct or drop these rows"),
     "empty-reference": ("warning", "{n} with an empty {about}: the model learns nothing", "drop these rows"),
-    "lacks-system": ("error", "{n} without the field system, which Axolotl fills with None", 'add it, or ""'),
+    "lacks-system": ("error", "{n} without the field system, which Axolotl fills with None", 'add it; it can be ""'),
     "no-format": (
         "error",
-        "{n} without {about}: Axolotl uses its own prompt, not format",
+        "{n} without {about}: Axolotl uses its own prompt instead of format",
         "set no_input_format",
     ),
     "misspelt-field": ("warning", "{n} with the unread field {about}", ""),
     "special-token": ("warning", "{n} with the text {about}, which the tokenizer reads as a special token", ""),
     "repeated-row": ("warning", "{n}: repeated", ""),
-    "leaked-row": ("warning", "{n} also in the training data: scores mean little", "drop them from that data"),
+    "leaked-row": ("warning", "{n} also in the training data: scores mean little", "drop them there"),
 }
 
 

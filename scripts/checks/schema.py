@@ -1,4 +1,4 @@
-"""Validation by Axolotl's JSON Schema, which tools/schemas.py writes, without importing Axolotl."""
+"""Validation without importing Axolotl, by its JSON Schema; tools/schemas.py writes the schema."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -54,9 +54,10 @@ def usable(content: Config, broken: Iterable[Finding]) -> tuple[Config, set[str]
 
 
 def _closest(error: Any) -> Iterator[Any]:
-    """The causes of an anyOf error, in the alternative nearest to the value.
+    """Errors of the alternative that is nearest to the value, if an error is of anyOf.
 
-    jsonschema's best_match prefers the deepest error: it matches a data set with a misspelt key to the synthetic type.
+    jsonschema's best_match prefers the deepest error. For a data set with a misspelt key, it would report errors of the
+    synthetic type.
     """
     alternatives = [list(causes) for _, causes in groupby(error.context or (), lambda cause: cause.schema_path[0])]
     # prefer alternatives of the value's type, then the fewest mistakes
@@ -69,7 +70,7 @@ def _closest(error: Any) -> Iterator[Any]:
 
 
 def _mistakes(error: Any) -> int:
-    """Number of mistakes in an error; each unknown key counts as one."""
+    """Number of mistakes that an error reports; each unknown key counts."""
     return len(_unknown(error)) if error.validator == "additionalProperties" else 1
 
 

@@ -12,15 +12,15 @@ from .finding import Case, Level, Problems, rule
 
 @rule
 def two_precisions(case: Case) -> Problems:
-    """Axolotl takes bf16 and silently drops fp16 or float16; transformers refuses fp16 beside bfloat16.
+    """If bf16 is on, Axolotl silently ignores fp16 and float16; transformers refuses fp16 with bfloat16.
 
-    float16 needs bf16: false, because auto, the default, turns bf16 on for every GPU (see `precision`)."""
+    float16 needs bf16: false, because the default, auto, turns bf16 on for every GPU (see `precision`)."""
     ignored = next((key for key in ("fp16", "float16") if case[key]), None)
     if not ignored or precision(case.config, on_gpu=True).weights != "bfloat16":
         return
     taken = "bfloat16" if case["bfloat16"] else "bf16"
     problem = (
-        f"{ignored} is true, and {taken} is {str(case.config.get(taken, 'auto')).lower()}: Axolotl would take {taken}"
+        f"{ignored} is true, and {taken} is {str(case.config.get(taken, 'auto')).lower()}: Axolotl would use {taken}"
     )
     yield "error", ignored, problem, f"set {ignored} or {taken} to false"
 
@@ -29,11 +29,11 @@ def two_precisions(case: Case) -> Problems:
 def gpu_lacks(case: Case) -> Problems:
     """Features that the GPU's hardware lacks.
 
-    torch for CUDA 13 needs compute capability 7.5. bf16 needs 8.0: below, torch emulates bf16 slowly and reports it as
-    supported, so that Axolotl's default, bf16: auto, turns it on (seen). transformers refuses tf32 below 8.0.
-    FlashAttention 2 and SageAttention need 8.0, FlashAttention 3 exactly 9.0, FlashAttention 4 at least 9.0 (their
-    READMEs). For packed rows Axolotl uses torch's varlen_attn, a FlashAttention (loaders/patch_manager.py). Triton's
-    README asks for 8.0; Liger, cut cross entropy and the LoRA kernel of the MLP (SwiGLU and GEGLU) use Triton.
+    torch for CUDA 13 needs compute capability 7.5. bf16 needs 8.0. On older GPUs, torch emulates bf16 slowly and
+    reports it as supported, so that Axolotl's default, bf16: auto, turns it on (seen). transformers refuses tf32 below
+    8.0. FlashAttention 2 and SageAttention need 8.0, FlashAttention 3 exactly 9.0, FlashAttention 4 at least 9.0 (their
+    READMEs). For packed rows, Axolotl uses torch's varlen_attn, which is FlashAttention (loaders/patch_manager.py).
+    Triton's README requires 8.0; Liger, cut cross entropy and the LoRA kernel of the MLP (SwiGLU, GEGLU) use Triton.
     """
     if not case.gpu:
         return
@@ -43,7 +43,7 @@ def gpu_lacks(case: Case) -> Problems:
         remedy = "use Turing (7.5) or newer, or torch for CUDA 12.6: `make setup CUDA=12.6`"
         yield "error", "base_model", f"torch for CUDA 13 does not run on {name}", remedy
     if has < AMPERE and precision(case.config, on_gpu=True).weights == "bfloat16":
-        default = "" if case["bf16"] is True or case["bfloat16"] else " (auto, the default, still turns it on)"
+        default = "" if case["bf16"] is True or case["bfloat16"] else " (the default, auto, still turns it on)"
         problem = f"{name} only emulates bf16, slowly{default}"
         yield "error", "bf16", problem, "set fp16: true and bf16: false"
     if has < AMPERE and case["tf32"] is True:
@@ -71,12 +71,12 @@ _ATTENTION_RUNS_ON = {  # lowest and highest compute capability
 
 @rule
 def missing_package(case: Case) -> Problems:
-    """Axolotl and transformers ask for these once the model is loaded; on a laptop that checks for another machine
-    their absence is no error.
+    """Axolotl and transformers miss these packages only after the model is loaded.
 
-    Instead of a missing flash-attn transformers takes a kernel of the hub, with the package kernels
-    (`_check_and_adjust_attn_implementation` in modeling_utils.py); Axolotl refuses that where the hub has no build for
-    the installed torch. Axolotl also turns on a tracker whose project is named (axolotl/utils/mlflow_.py and its like).
+    Except before a run, this is only a warning, because the config may be for another machine. If flash-attn is
+    missing, transformers uses a kernel from the hub, which needs the package kernels
+    (`_check_and_adjust_attn_implementation` in modeling_utils.py). Axolotl refuses this if the hub has no build for the
+    installed torch. Axolotl turns a tracker on even if only its project is set (axolotl/utils/mlflow_.py and others).
     """
     level: Level = "error" if case.launching else "warning"
     asked = {package: next(filter(case.__getitem__, keys), None) for package, keys in _PACKAGES.items()}
@@ -91,7 +91,7 @@ def missing_package(case: Case) -> Problems:
             yield level, key, f"the package {package} is not installed", remedy
 
 
-_PACKAGES = {  # the keys that ask for it
+_PACKAGES = {  # keys that need the package
     "tensorboard": ("use_tensorboard",),
     "trackio": ("use_trackio", "trackio_project_name"),
     "mlflow": ("use_mlflow", "mlflow_experiment_name"),
@@ -104,7 +104,7 @@ _PLUGIN_NEEDS = {
     "CutCrossEntropyPlugin": "cut-cross-entropy",
     "DenseMixerPlugin": "densemixer",
 }
-_ATTENTION_NEEDS = {  # a package, and the hub's kernel that transformers takes without it
+_ATTENTION_NEEDS = {  # package, and the hub's kernel that transformers uses if the package is missing
     "flash_attention_2": ("flash-attn", f"{_HUB}flash-attn2"),
     "flash_attention_3": ("flash-attn-3", f"{_HUB}vllm-flash-attn3"),
     "flash_attention_4": ("flash-attn-4", f"{_HUB}flash-attn4"),
@@ -112,7 +112,7 @@ _ATTENTION_NEEDS = {  # a package, and the hub's kernel that transformers takes 
     "sage": ("sageattention", ""),
     "fp8": ("torchao", ""),
 }
-_FROM = {  # where the registry does not have it, or not the one that is needed
+_FROM = {  # sources of packages that the registry lacks, or has only in another variant
     "cut-cross-entropy": " from git+https://github.com/axolotl-ai-cloud/ml-cross-entropy.git@v0.1.1, Axolotl's fork",
     "flash-attn-3": " from the folder hopper of github.com/Dao-AILab/flash-attention",
     "sageattention": " from github.com/thu-ml/SageAttention",
@@ -123,7 +123,7 @@ _FROM = {  # where the registry does not have it, or not the one that is needed
 def no_gpu(case: Case) -> Problems:
     """A CPU lacks GPU features, listed in `substitution`, and does not train in fp16.
 
-    On a CPU Axolotl turns its default, bf16: auto, into fp16; transformers refuses that after loading the model."""
+    On a CPU, Axolotl turns its default, bf16: auto, into fp16; transformers refuses fp16 after loading the model."""
     if not case.launching or case.gpu:
         return
     for change, reason in substitution.lacking(case.config):
@@ -133,7 +133,7 @@ def no_gpu(case: Case) -> Problems:
             yield "error", key, f"no NVIDIA GPU found: {reason}", "add --rehearse, which replaces it"
     if precision(case.config, on_gpu=False).autocast == "float16":
         key = "fp16" if case["fp16"] else "bf16"
-        default = "" if case["fp16"] else " (bf16: auto, the default, means fp16 there)"
+        default = "" if case["fp16"] else " (the default, bf16: auto, means fp16 on a CPU)"
         problem = f"no NVIDIA GPU found, and a CPU does not train in fp16{default}"
         yield "error", key, problem, f"add --rehearse for a small model, or --set {key}=false for fp32"
 
@@ -181,15 +181,15 @@ def packed_weights_cast(case: Case) -> Problems:
 def engine_needs_gpus(case: Case) -> Problems:
     """accelerate silently ignores FSDP in a single process (AcceleratorState)."""
     if case.launching and case["fsdp_config"] and case.gpus == 1:
-        yield "error", "fsdp_config", "FSDP2 shards a model across GPUs, but this run has one", "pass --gpus N"
+        yield "error", "fsdp_config", "FSDP2 shards a model across GPUs, but this run uses one", "pass --gpus N"
 
 
 @rule
 def secret(case: Case) -> Problems:
-    """A run's folder, which users may share, keeps the config."""
+    """The config is stored in the run's folder, which users may share."""
     for key, value in flatten(case.config):
         if isinstance(value, str | list) and is_secret(key, value):
-            what = "" if is_secret(key) else "contains a secret, which "
+            what = "this secret " if is_secret(key) else "contains a secret, which "
             yield "error", key, f"{what}would be stored in the run's folder", "use an environment variable instead"
 
 
@@ -197,7 +197,7 @@ def secret(case: Case) -> Problems:
 def no_batch_size(case: Case) -> Problems:
     """Without micro_batch_size Axolotl silently trains one row at a time (seen)."""
     if not case.is_set("micro_batch_size"):
-        yield "error", "micro_batch_size", "not set: Axolotl would take 1", "set it"
+        yield "error", "micro_batch_size", "not set: Axolotl would use 1", "set it"
 
 
 @rule
@@ -252,7 +252,7 @@ def never_evaluated(case: Case) -> Problems:
     data = "test_datasets" if case["test_datasets"] else "val_set_size"
     share = (case["evals_per_epoch"] or 0) * case.config.get("num_epochs", 1)
     if not asked and not case.is_set("evals_per_epoch", "eval_steps", "eval_strategy"):
-        yield "warning", data, "never used: no key sets the time of evaluations", "set evals_per_epoch"
+        yield "warning", data, "never used: no key says when to evaluate", "set evals_per_epoch"
     elif asked == ["evals_per_epoch"] and share <= 1:
         yield "warning", "evals_per_epoch", "Axolotl drops a single evaluation", "use eval_strategy: epoch instead"
     elif case.steps and (case["eval_steps"] or 0) > case.steps:
@@ -268,6 +268,6 @@ def never_saved(case: Case) -> Problems:
 
 @rule
 def long_warm_up(case: Case) -> Problems:
-    """The learning rate never reaches its full value during such a warm-up."""
+    """With a warm-up longer than training, the learning rate never reaches its full value."""
     if case.steps and (case["warmup_steps"] or 0) >= case.steps:
         yield "error", "warmup_steps", f"warm-up never ends: training has at most {case.steps} steps", "lower it"

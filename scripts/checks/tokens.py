@@ -49,7 +49,7 @@ class Tokenizer:
             raise UserError(f"{content.get('base_model')}: cannot load the tokenizer: {error}") from None
 
     def tokenize(self, key: str, rows: Sequence[Row]) -> list[Tokens]:
-        """Tokenize rows of the data set at a key such as `datasets.0`, without cutting. Raises as `tokenize`."""
+        """Tokenize rows of the data set at a key such as `datasets.0`, without cutting; see `tokenize`."""
         section, _, position = key.partition(".")
         dataset = self.cfg[section][int(position)]
         pieces = dataset["type"] == "completion"  # Axolotl splits these rows into rows of sequence_len tokens
@@ -81,10 +81,10 @@ class Tokenizer:
         return rows
 
     def held_out(self) -> list[tuple[str, Row]]:
-        """Rows that val_set_size holds out, in order, each with the key of its data set.
+        """Rows that val_set_size holds out, in order, with the keys of their data sets.
 
-        Axolotl splits off tokenized rows, after merging, shuffling and filtering; training leaves them on disk. This
-        method takes the held-out tokens from Axolotl and finds the original rows by their tokens.
+        Axolotl holds out rows only after tokenizing, merging, shuffling and filtering them. This method therefore gets
+        the held-out tokens from Axolotl, and finds the original rows by these tokens.
 
         Raises:
             UserError: the rows cannot be loaded or found.
@@ -157,7 +157,7 @@ def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[li
     Returns:
         Findings, and for each data set: the numbers of rows present, read and tokenized. For tokenized rows: tokens,
         tokens with loss, percentiles of the length, the number of rows longer than sequence_len, and the share of
-        padding in batches of micro_batch_size rows. Batches follow one shuffle, or the file's order if training does.
+        padding in batches of micro_batch_size rows, shuffled once unless training keeps the file's order.
     """
     tokenizer = Tokenizer(content)
     cfg = tokenizer.cfg
@@ -221,7 +221,7 @@ class _Read:
         self.found: dict[tuple[str, str], list[str]] = defaultdict(list)
 
     def add(self, rows: Sequence[tuple[str, Row]]) -> bool:
-        """Tokenize more rows, each with file and line; False if Axolotl fails."""
+        """Tokenize more rows, each with file and line; return False if Axolotl fails."""
         try:
             tokenized = self.tokenizer.tokenize(self.key, [row for _, row in rows])
         except UserError as error:
@@ -283,9 +283,9 @@ def _unknown_roles(strategy: Any, row: Row) -> set[str]:
 
 
 def _without_batch(cfg: Any, sizes: list[int], gpus: int) -> Iterator[Finding]:
-    """Error if packed rows do not fill a micro batch on each GPU: Axolotl then trains no step.
+    """Error if Axolotl would train no step: packed rows do not fill a micro batch on each GPU.
 
-    Axolotl's own sampler packs the rows (axolotl/core/trainers/base.py, _create_multipack_sampler).
+    Axolotl's own sampler packs the rows here (axolotl/core/trainers/base.py, _create_multipack_sampler).
     """
     real = cfg.multipack_real_batches
     apart = not cfg.attn_supports_packing if real is None else real
@@ -300,7 +300,7 @@ def _without_batch(cfg: Any, sizes: list[int], gpus: int) -> Iterator[Finding]:
     sequences, needed = len(sampler), cfg.micro_batch_size if apart else 1
     if sequences < needed * gpus:
         each = f" on each of {gpus} GPUs" if gpus > 1 else ""
-        problem = f"no step: the rows fill {sequences} packed sequences, but a micro batch needs {needed}{each}"
+        problem = f"no training step: rows fill {sequences} packed sequences, but a micro batch needs {needed}{each}"
         fewer = f"micro_batch_size={sequences // gpus}" if sequences >= gpus else "sample_packing=false"
         yield Finding("error", "no-batch", "micro_batch_size", problem, f"pass --set {fewer}, or add rows")
 
@@ -326,7 +326,7 @@ def _padding(cfg: Any, kept: list[int]) -> float:
 def _numbered(dataset: Config, every: int = 1, batch: int = 1) -> Iterator[tuple[str, Row]]:
     """Rows of a data set's local JSONL files within its split, each with file and line.
 
-    Reads one in `every` batches of `batch` lines."""
+    Of each `every` batches of `batch` lines, only the first is read."""
     rows = (row for file in datafiles.jsonl_files(dataset) for row in _of_file(file, every, batch))
     first = datafiles.first_rows(dataset)
     return islice(rows, first and math.ceil(first / every))

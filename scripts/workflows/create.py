@@ -32,7 +32,7 @@ def create(composed: Composed, request: Request) -> RunDir:
         substitution.model_folder()
     folder = RunDir(new_folder(paths.runs() / composed.recipe, composed.digest[:7]))
     ours = launch_config(composed, folder)
-    for difference in composed.differences:  # with a tracker's placeholders filled in
+    for difference in composed.differences:  # record tracker keys with placeholders filled in
         difference.run = ours.get(difference.key, difference.run)
     record = record_of(composed, request)
     try:
@@ -83,9 +83,9 @@ def record_of(composed: Composed, request: Request) -> Run:
 
 
 def launch_config(composed: Composed, folder: RunDir) -> Config:
-    """Config with the run's output folder, plugin, prepared data and tracker names.
+    """Config for Axolotl, with the run's folders, plugin and tracker names.
 
-    Automatic resuming in Axolotl is off, because Axolotl would resume from a damaged checkpoint.
+    Axolotl's automatic resuming is off, because Axolotl would also resume from a damaged checkpoint.
     """
     return _with_tracker_names(composed, folder) | {
         "output_dir": str(folder.output),
@@ -98,8 +98,8 @@ def launch_config(composed: Composed, folder: RunDir) -> Config:
 def prepared_folder(data: list[DataFile]) -> Path:
     """Folder for rows that Axolotl prepares from these files.
 
-    Axolotl's cache key covers only settings. A hash of the data in the path prevents the reuse of rows after a file
-    changed.
+    Axolotl's cache key covers only settings. The path contains a hash of the data, so that Axolotl does not reuse the
+    rows after a file changes.
     """
     content = hashlib.sha256("".join(file.sha256 for file in data).encode()).hexdigest()
     return paths.cache() / "prepared" / content[:16]
@@ -108,10 +108,10 @@ def prepared_folder(data: list[DataFile]) -> Path:
 def _with_tracker_names(composed: Composed, folder: RunDir) -> Config:
     """Config with {placeholders} filled in for tracker keys.
 
-    {project} is the study's name (the recipe's without a study), with a suffix in rehearsals. {run} is the end of the
-    run folder's path, below the project; it is also a valid run name for other commands. {runs} is the folder of all
-    runs. Axolotl passes each of these keys to the tracker in the environment variable of the same name. A variable set
-    by the user takes precedence.
+    {project} is the name of the study, or of the recipe if it belongs to no study; rehearsals add a suffix. {run} is
+    the path of the run folder below the project; other commands accept it as a run's name. {runs} is the folder of all
+    runs. Axolotl passes the value of each key to the tracker in the environment variable of the same name, unless the
+    user has set this variable.
     """
     runs = folder.runs(composed.recipe)
     study = (composed.origin or composed.recipe).partition("/")[0]

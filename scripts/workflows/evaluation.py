@@ -32,7 +32,7 @@ from .pipeline import Pipeline, existing_runs
 CONFIG = "adapter_config.json"
 TOKENIZER = "tokenizer_config.json"
 SUFFIXES = (".json", ".jinja", ".model", ".txt")
-"""File name suffixes of an adapter and tokenizer, apart from weights."""
+"""Suffixes of an adapter's and tokenizer's files, other than the weights."""
 
 
 Evaluated = Evaluation | checkpoint_selection.CheckpointSelection | RunDir
@@ -42,7 +42,7 @@ def of_name(name: str, request: EvaluationRequest, backend: Backend) -> tuple[Ru
     """Evaluate a run, or an adapter under a recipe; see `start`.
 
     Args:
-        name: name of a run, see `find_run`, or of a recipe for an adapter, which gets a run folder.
+        name: name of a run, see `find_run`. With an adapter, name of a recipe; the adapter gets a run folder.
         request: settings of the evaluation.
         backend: backend that carries out the evaluation.
     """
@@ -66,10 +66,11 @@ def start(folder: RunDir, request: EvaluationRequest, backend: Backend) -> Evalu
     """Evaluate a run, or queue the evaluation after a queued training.
 
     Returns:
-        The evaluation, the checkpoint selection if there are several checkpoints, or the run folder if queued.
+        The run folder if the evaluation is queued; the checkpoint selection if checkpoints are compared; otherwise the
+        evaluation.
 
     Raises:
-        UserError: the evaluation is already queued, `EvaluationTask` or the backend refuses it; nothing was started.
+        UserError: the evaluation is already queued, or refused by `EvaluationTask` or the backend; nothing was started.
         WorkFailed: see `evaluate.evaluate`.
     """
     record = folder.read()
@@ -77,9 +78,9 @@ def start(folder: RunDir, request: EvaluationRequest, backend: Backend) -> Evalu
     if not backend.here:
         if not backends.job_state(folder, "run"):
             task = EvaluationTask(folder, request)
-            if task.settings.engine != SERVER:  # a node may reach the server even if this machine cannot
+            if task.settings.engine != SERVER:  # perhaps only the cluster's nodes reach the server
                 require(task.settings, None, on_gpu=not record.rehearsal)
-        elif request.data:  # other inputs do not exist before training ends
+        elif request.data:  # the other inputs do not exist before training ends
             cfg = yamlfiles.read_yaml(folder.config)
             evaluation_rows.read(evaluation_rows.named(request.data, cfg, Path(record.cwd)), folder, record, cfg)
         if job := backends.job_state(folder, "evaluate", evaluation.words):
@@ -122,7 +123,7 @@ def as_peft(folder: Path, form: AdapterFormat) -> Path:
     """Convert a PEFT fork's adapter to PEFT's format, in a subfolder; return the subfolder.
 
     Raises:
-        UserError: the file is damaged or contains other objects than weights.
+        UserError: the file is damaged or contains objects other than weights.
     """
     import torch
     from safetensors.torch import save_file
@@ -130,13 +131,13 @@ def as_peft(folder: Path, form: AdapterFormat) -> Path:
     try:
         theirs = torch.load(folder / form.weights, map_location="cpu", weights_only=True)
     except (EOFError, RuntimeError, UnpicklingError) as error:
-        problem = f"damaged, or not only weights: {str(error).partition('\n')[0]}"
+        problem = f"damaged, or contains more than weights: {str(error).partition('\n')[0]}"
         raise UserError(f"{folder / form.weights}: {problem}") from None
     weights = {}
     for name, tensor in theirs.items():
         for part, own in form.names.items():
             name = name.replace(part, own)
-        weights[name] = (tensor.flatten() if "magnitude" in name else tensor).contiguous()  # a vector in PEFT
+        weights[name] = (tensor.flatten() if "magnitude" in name else tensor).contiguous()  # PEFT expects a vector
     made = folder / "peft"
     made.mkdir(exist_ok=True)
     save_file(weights, made / ADAPTER)
@@ -181,7 +182,7 @@ def run_of(composed: Composed, request: Request, adapter: Path, name: str) -> It
         name: name of the adapter; it marks the run as not trained here.
 
     Raises:
-        UserError: data or tokenizer are missing on this machine, or the block raises it; a new folder is removed.
+        UserError: data or tokenizer are missing, or the `with` block raises it; a new folder is removed.
     """
     composed.data = composed.data or datafiles.record(composed.config)
     digest = hashlib.sha256(f"{composed.digest} {sha256(adapter / ADAPTER)}".encode()).hexdigest()

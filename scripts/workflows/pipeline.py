@@ -31,7 +31,8 @@ _OF_ROWS = ("datasets", "test_datasets", "base_model", "special_tokens", "sequen
 def existing_runs(runs: Path, recipe: str) -> dict[str, tuple[RunDir, Run]]:
     """Newest run of a recipe for each digest of config and data.
 
-    Finished runs take precedence. Runs with several ranks or Axolotl arguments, not covered by digests, are left out.
+    A finished run takes precedence over newer unfinished runs. Runs with several ranks or with arguments for Axolotl
+    are left out, because digests do not cover these.
     """
     found: dict[str, tuple[RunDir, Run]] = {}
     for folder in all_runs(runs / recipe):
@@ -54,7 +55,7 @@ def seeds_of(recipe: str, count: int) -> list[int]:
 
 
 def exit_code(results: list[TaskResult]) -> int:
-    """Exit code: 0 if all is done or queued, 2 if nothing could start, otherwise 1."""
+    """Exit code: 0 without problems, 2 if check or plan refused everything, otherwise 1."""
     problems = [result for result in results if result.problem]
     refused = all(
         result.problem and FAILED in (result.steps.get("check"), result.steps.get("plan")) for result in results
@@ -68,7 +69,7 @@ class Pipeline:
     Args:
         result: result in which the steps are recorded.
         request: the requested run.
-        evaluation: settings of the evaluation. A rehearsal scores with the stand-in for BERTScore's model by default.
+        evaluation: settings of the evaluation. In a rehearsal, the default for BERTScore's model is a stand-in.
         backend: backend that carries out the commands.
         gpu: GPU for which the config is composed, checked and planned; by default the backend's.
 
@@ -125,7 +126,7 @@ class Pipeline:
         """Check the config or the data; return True without errors.
 
         Args:
-            with_data: check the data too. False checks only the config, before a start also with Axolotl's validation.
+            with_data: also check the data. If false, check only the config, before a start also with Axolotl.
             starts: whether the run is about to start.
         """
         if self.composed is None:
@@ -149,9 +150,12 @@ class Pipeline:
         return not errors
 
     def plan(self, gpu: Gpu | None = None) -> bool:
-        """Plan the memory; return False if a GPU, by default the pipeline's, is too small.
+        """Plan the memory; return False if it exceeds the GPU's.
 
         For a rehearsal, this plans the recipe itself, which need not fit.
+
+        Args:
+            gpu: by default, the pipeline's.
         """
         gpu = gpu or self.gpu
         rehearsal = self.request.rehearse
@@ -178,7 +182,7 @@ class Pipeline:
         return self.composed.digest if self.composed and self.composed.data else None
 
     def task(self) -> Task:
-        """Task with the steps that remain after the existing run."""
+        """Task with the steps that the existing run leaves to do."""
         steps: list[Step] = ["evaluate"]
         if self.state not in ("queued", "running", "finished"):
             steps = ["prepare", "run", "evaluate"] if self._generates() else ["prepare", "run"]
@@ -189,7 +193,7 @@ class Pipeline:
         return Task(self.result, self._claim, gpus, steps=steps)
 
     def _claim(self) -> list[Command]:
-        """Remaining commands; records done and queued steps in the result."""
+        """Return the remaining commands; record finished and queued steps in the result."""
         assert self.composed
         self.look_up()
         if self.existing and self.state in ("created", "running") and not self.existing[0].jobs():
@@ -231,7 +235,7 @@ class Pipeline:
         return evaluate.command(folder, self.evaluation)
 
     def _evaluation(self) -> str | None:
-        """Evaluation state of the existing run: skipped, or the job's state; None if neither.
+        """Evaluation state of the existing run: skipped, or its job's state; otherwise None.
 
         Raises:
             UserError: see `EvaluationTask`.
@@ -253,7 +257,7 @@ class Pipeline:
 def require_scorer_models(
     tasks: Sequence[Task], columns: Mapping[str, Column], evaluation: EvaluationRequest, rehearsal: bool
 ) -> None:
-    """Load scorer models of tasks, to find errors before spending GPU hours.
+    """Load the tasks' scorer models, to find errors before spending GPU hours.
 
     Raises:
         UserError, WorkFailed: see `score.require_models`.

@@ -33,7 +33,7 @@ from .pipeline import Pipeline, require_scorer_models, seeds_of
 
 
 def chosen(of_study: Study, only: list[str]) -> list[str]:
-    """Recipes of a study selected by names or shell patterns; without any, all with published scores.
+    """Recipes of a study by names or shell patterns; by default, all with published scores.
 
     Raises:
         UserError: a name or pattern matches no recipe of the study, or a name matches several.
@@ -56,16 +56,16 @@ def reproduce(
     backend: Backend,
     seeds: int = 1,
 ) -> list[TaskResult]:
-    """Train and score every recipe of a study, without repeating steps with equal inputs.
+    """Train and score every recipe of a study; reuse results of steps with equal inputs.
 
     All recipes are checked and planned before the first one starts. A failed recipe does not stop the others.
 
     Args:
         of_study: the study.
-        request: the study's name, and overrides for each recipe. A mirror replaces only gated models.
+        request: the study's name, and overrides for each recipe. A mirror applies only to recipes with a gated model.
         only: recipes to run; by default those with published scores.
-        evaluation: settings of each evaluation. BERTScore's default model is the one of the published scores, or the
-            stand-in in a rehearsal.
+        evaluation: settings of each evaluation. By default, BERTScore uses the same model as the published scores; in a
+            rehearsal, a stand-in.
         backend: backend that carries out the recipes.
         seeds: number of seeds per recipe, beginning with the recipe's seed.
 
@@ -75,7 +75,7 @@ def reproduce(
     """
     wanted = _wanted(of_study, request, only, seeds)
     declared = declared_models(of_study.columns)
-    if not request.rehearse and evaluation.judge is None and declared:  # fetched later if missing
+    if not request.rehearse and evaluation.judge is None and declared:  # a missing model is fetched later
         by = next(iter(declared.values()))
         evaluation.metrics = [*evaluation.metrics, f"{SCORER}{by.model}"]
     with held(lock(request.name), "another reproduction of this study is running"):
@@ -85,7 +85,7 @@ def reproduce(
         runnable = [pipeline for pipeline in pipelines if pipeline.is_finished() or pipeline.check(with_data=False)]
         have_data(of_study, [pipeline.composed for pipeline in runnable if pipeline.composed])
         for pipeline in runnable:
-            if not pipeline.existing:  # the first search may have lacked the data
+            if not pipeline.existing:  # the digest needs the data, perhaps fetched only now
                 pipeline.look_up()
         ready = []
         with Bar("checking and planning", len(runnable)) as bar:
@@ -123,8 +123,8 @@ def outline(
         gpu: GPU to plan for; by default the backend's.
 
     Returns:
-        `data`: lines on data to fetch and prepare. `recipes`: one row per recipe with its training, required memory and
-        time.
+        `data`: one line for each part of the data to fetch or prepare. `recipes`: one row per recipe, with the state of
+        its training, required memory and time.
 
     Raises:
         UserError: see `chosen`.
@@ -167,7 +167,7 @@ def _outlined(pipeline: Pipeline) -> Row:
 
 
 def _outlined_data(of_study: Study, configs: list[Composed]) -> list[str]:
-    """Preview of the data to fetch and prepare for some configs."""
+    """Preview of the data to fetch and prepare for these configs."""
     data = of_study.data
     forms = [form for form in _needed_formats(of_study, configs) if not any(Path(form[1].folder).glob("[!.]*"))]
     sources = missing(data, [*(data.raw_files if forms else ()), *_needed_beside(data, configs)])
@@ -195,7 +195,7 @@ def _wanted(of_study: Study, request: Request, only: list[str], seeds: int) -> l
     """Requested runs of a study: one per recipe and seed.
 
     Raises:
-        UserError: see `chosen`; or several seeds are requested and an override sets the seed.
+        UserError: see `chosen`; or an override sets the seed although several seeds are requested.
     """
     recipes = chosen(of_study, only)
     if seeds == 1:
@@ -219,7 +219,7 @@ def request_for(shared: Request, recipe: str) -> Request:
 
 
 def have_data(of_study: Study, configs: list[Composed]) -> None:
-    """Fetch and prepare missing data of a study in the formats that some configs read.
+    """Fetch and prepare a study's missing data in the formats that these configs read.
 
     Raises:
         UserError: existing data differs from the study's.
@@ -257,7 +257,7 @@ def _needed_beside(data: Data, configs: list[Composed]) -> list[str]:
 
 
 def _needed_formats(of_study: Study, configs: list[Composed]) -> Iterator[tuple[str, PreparedFormat]]:
-    """Names and formats of the prepared data that some configs read."""
+    """Names and formats of the prepared data that these configs read."""
     entries = [entry for composed in configs for _, entry in datafiles.datasets(composed.config)]
     needed = {Path(str(entry.get("path"))).parent for entry in entries}
     return ((name, form) for name, form in of_study.data.formats.items() if Path(form.folder) in needed)

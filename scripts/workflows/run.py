@@ -49,7 +49,8 @@ def prepare(request: Request, backend: Backend) -> Composed:
             finding.level = "note"  # a dry run only shows the config
     for finding in refuse(backends.relevant(backend, found), request.force):
         say(str(finding))
-    # Axolotl's validation now saves a wait in the queue; on a CPU or in a rehearsal, Axolotl soon reports errors itself
+    # Let Axolotl validate the config now instead of after waiting in a queue or loading a model. Not in a rehearsal or
+    # on a CPU, where Axolotl's training soon reports the same errors.
     if starts and (not backend.here or (gpu and not composed.rehearsal) or composed.config.get("sample_packing")):
         asked = check.Report(composed.recipe, composed, check.by_axolotl(composed, gpu))
         if not asked.count("error") and check.has_tokenizer(composed):
@@ -110,7 +111,7 @@ def resume(
         trusted: also resume another user's run.
 
     Raises:
-        UserError: the run does not exist, is running, belongs to another user, or cannot be trained by the backend.
+        UserError: the run does not exist, is running or another user's, or the backend cannot train it.
         WorkFailed: as in `start`.
     """
     folder = find_run(name, paths.runs())
@@ -132,7 +133,7 @@ def resume(
 
 
 def _agree(folder: RunDir, record: Run, force: Sequence[str], own: bool, trusted: bool) -> None:
-    """Refuse another user's run unless trusted; a trusted run becomes this user's."""
+    """Refuse another user's run unless trusted; sign a trusted run as this user's."""
     if not folder.config.is_file():
         return  # see `hindrance`
     if not (own or trusted):
@@ -140,7 +141,7 @@ def _agree(folder: RunDir, record: Run, force: Sequence[str], own: bool, trusted
             f"{folder.path}: not created by you on this machine, or changed since; resuming it can run its author's "
             "code; if you trust the author, add --trust"
         )
-    if (force or not own) and not this_job(os.environ):  # a job possibly lacks the user's key
+    if (force or not own) and not this_job(os.environ):  # jobs may not have the user's key
         with folder.held():
             record.forced = [*record.forced, *force]
             record.seal = trust.seal(folder, record)
@@ -175,7 +176,7 @@ def hindrance(folder: RunDir, record: Run, in_a_job: bool = False) -> str | None
     """Reason not to resume a run, or None.
 
     Args:
-        in_a_job: whether this process is one of the run's jobs, which trains the run or prepares its rows.
+        in_a_job: whether this process is one of the run's own jobs.
     """
     job = None if in_a_job else backends.job_state(folder, "run")
     if job and job.kind != "unknown":
@@ -183,10 +184,10 @@ def hindrance(folder: RunDir, record: Run, in_a_job: bool = False) -> str | None
     if record.state == "finished":
         return f"the run is finished; evaluate it with `recipe evaluate {folder.path}`"
     if not folder.config.is_file():
-        return "ended before its config was written; start a new run with `recipe run`"
+        return "the run ended before its config was written; start a new run with `recipe run`"
     output = Path(record.cwd, str(yamlfiles.read_yaml(folder.config).get("output_dir")))
     if output.resolve() != folder.output.resolve():
-        return f"the run was moved, but writes to {output}; move it back first"
+        return f"the run folder was moved, but its config still writes to {output}; move the folder back first"
     for file in record.data:
         path = Path(record.cwd, file.path)
         if not path.is_file() or sha256(path) != file.sha256:
@@ -195,10 +196,10 @@ def hindrance(folder: RunDir, record: Run, in_a_job: bool = False) -> str | None
 
 
 def _check_here(folder: RunDir, record: Run) -> None:
-    """Check a run that has not been launched, or another user's, against this machine.
+    """Check that this machine can train a run created elsewhere or never launched.
 
     Raises:
-        UserError: this machine cannot train the run; its state becomes failed.
+        UserError: this machine cannot train the run, whose state becomes failed.
     """
     recipe_file = Path(record.recipe_file)
     composed = Composed(
@@ -216,10 +217,10 @@ def _check_here(folder: RunDir, record: Run) -> None:
         _add_plan(report, gpus.here(), record.ranks, anew=True)
         found = [finding for finding in report.findings if finding.scope != "code"]  # the run is trusted
         errors = {finding.name for finding in found if finding.level == "error"}
-        forced = [name for name in record.forced if name in errors]  # without findings on rows or another GPU
+        forced = [name for name in record.forced if name in errors]  # others concerned rows or another GPU
         refuse(found, forced)
         if not record.rehearsal and record.gpus_used > max(visible := len(machine.visible_gpus()), 1):
-            raise UserError(f"{folder.path}: the run needs {record.gpus_used} GPUs, but {visible} can be used here")
+            raise UserError(f"{folder.path}: the run needs {record.gpus_used} GPUs; available here: {visible}")
     except UserError:
         record.state = "failed"
         folder.write(record)

@@ -31,8 +31,8 @@ def score_predictions(
         scorer: BERTScore's model, see `score.scorer_model`.
 
     Returns:
-        The rows of `published.scores`, with `of`, the name of the recipe or baseline, and `verified`, true if the files
-        match the study's checksums; and problems by name. A problem does not stop the others.
+        Rows of `published.scores`, and problems by the name of the recipe or baseline. Two keys are added to the rows:
+        `of`, the name; and `verified`, true if the files match the study's checksums.
 
     Raises:
         UserError: a name is wrong, or no predictions are published.
@@ -96,8 +96,8 @@ def evaluate_adapters(
                 fetch.fetch(of_study.data, of_study.data.raw, only=of_study.data.sources_of(files))
             elif missing := reproduce.missing(of_study.data, files):
                 fetching = " ".join(f"--only {source}" for source in missing)
-                problem = f"a rehearsal does not fetch the adapter; `recipe data fetch {of_study.data.key} {fetching}`"
-                raise UserError(f"{result.recipe}: {problem}")
+                remedy = f"run `recipe data fetch {of_study.data.key} {fetching}`"
+                raise UserError(f"{result.recipe}: a rehearsal does not fetch the adapter; {remedy}")
             if not all(of_study.data.files[file].sha256 for file in files):
                 say(f"{result.recipe}: adapter not verified, because study.yaml has no checksum of it")
             folder, form = of_study.data.raw / adapter, of_study.published[result.recipe].adapter_format
@@ -113,5 +113,5 @@ def evaluate_adapters(
 
 def _none_published(of_study: Study, what: Stage, only: Sequence[str]) -> str:
     having = [name for name, of in of_study.published.items() if getattr(of, what)]
-    hint = f"available for {', '.join(having)}" if having else "templates/README.md shows how to declare them"
+    hint = f"available for {', '.join(having)}" if having else "templates/README.md shows how to declare one"
     return f"--from {what}: {of_study.folder.name}'s study.yaml has none for {', '.join(only) or 'any recipe'}; {hint}"

@@ -1,4 +1,4 @@
-"""Sweeps: members, records, and runs of unfinished members."""
+"""Sweeps: their members and records, and the runs of unfinished members."""
 
 import itertools
 import re
@@ -37,9 +37,9 @@ class SweepMember(BaseModel):
     """One config of a sweep; several seeds give several members with the same name.
 
     Attributes:
-        values: values of the member by dotted key.
+        values: values of the settings by dotted key.
         digest: hash of config and data; identifies the member's run.
-        planned_gib: planned GPU memory of the recipe with these values, never of its rehearsal.
+        planned_gib: planned GPU memory of the recipe with these values; in a rehearsal too, that of the full recipe.
     """
 
     name: str
@@ -104,7 +104,7 @@ def sweep(
     gpu: Gpu | None = None,
     dry_run: bool = False,
 ) -> tuple[list[Sweep], list[TaskResult]]:
-    """Train and score every member of a sweep over one recipe, or over several of a study.
+    """Train and score every member of a sweep over one or several recipes.
 
     All members are checked and planned before the first one starts. A member that does not fit the GPU, or fails, does
     not stop the others.
@@ -112,7 +112,7 @@ def sweep(
     Args:
         name: name of the sweep.
         members: see `read_members`.
-        requests: overrides for every member, a request per recipe.
+        requests: one request per recipe, with overrides for all members.
         evaluation: settings of each evaluation.
         backend: backend that carries out the members.
         seeds: number of seeds per member, beginning with the recipe's seed.
@@ -191,7 +191,7 @@ def _seeded(members: list[SweepMember], recipe: str, seeds: int) -> list[SweepMe
 
 
 def _check(pipelines: list[Pipeline], starts: bool) -> None:
-    """Check every member, and before a start each distinct set of rows.
+    """Check every member; before a start, also check each distinct set of rows.
 
     Raises:
         UserError: members have errors; each problem is listed once.
@@ -231,14 +231,14 @@ def of_recipe(recipe: str) -> dict[str, Column]:
 
 
 def read_members(file: Path | None, sets: Sequence[str]) -> tuple[str, list[SweepMember]]:
-    """Name and members of a sweep: all combinations of `_` entries and listed values.
+    """Name and members of a sweep: each `_` entry with each combination of listed values.
 
     Args:
-        file: a YAML file in Axolotl's sweep format; an entry of `_` can have a `name`.
+        file: a YAML file in Axolotl's sweep format, in which entries of `_` can have a `name`.
         sets: `key=value,value` from --set.
 
     Raises:
-        UserError: both are missing, one is malformed, or two members have the same name.
+        UserError: both arguments are missing, one is malformed, or two members have the same name.
     """
     if not file and not sets:
         raise UserError("no values to try; give a sweep file, or values as in --set lora_r=16,32")

@@ -41,7 +41,7 @@ class SweepRow:
         summary: summary of the first finished run, for values that do not depend on the seed.
         scores: mean over finished runs and 95 % interval by metric, including the eval loss.
         published: published scores for the member's settings by metric; empty if the study declares none for sweeps.
-        validated: whether its eval loss is of validation rows other than the test rows, and may select a member.
+        validated: whether the eval loss may select a member: the validation rows differ from the test rows.
         pareto: whether the row is on the Pareto front over peak memory and eval loss.
     """
 
@@ -182,7 +182,7 @@ def notes(sweep: Sweep, scored: Columns, rows: Sequence[SweepRow]) -> Iterator[s
         yield f"Pareto front over peak memory and {LOSS}: {'; '.join(front)}"
     if any(row.member.planned_gib is not None for row in rows):
         measured = "; measured memory is the rehearsal's process on the CPU" if sweep.rehearsal else ""
-        yield f"Planned memory is the recipe's on a GPU{measured}."
+        yield f"Planned memory is that of the recipe on a GPU{measured}."
     methods = dict.fromkeys(within.method for row in rows for name in scored if (within := row.scores[name][1]))
     if methods:
         yield f"Intervals: {'; '.join(methods)}."
@@ -196,7 +196,7 @@ def table_of(sweep: Sweep, scored: Columns, rows: Sequence[SweepRow]) -> Table:
 
 
 def _cells(sweep: Sweep, scored: Columns, row: SweepRow) -> Row:
-    """Table cells of a row: varying values, scores, costs, and the first score's interval."""
+    """Table cells of a row: varying values, scores with the first one's interval, costs."""
     first, *others = scored.values()
     member, share = row.member, row.summary.trainable_share
     values = {key: on_one_line(member.values.get(key)) for key in sweep.keys if not member.name.startswith(f"{key}=")}
@@ -222,14 +222,14 @@ def _cells(sweep: Sweep, scored: Columns, row: SweepRow) -> Row:
 
 @dataclass(frozen=True)
 class BestRow:
-    """A recipe's best member of a sweep, beside the recipe at its own values.
+    """Best member of a sweep, and the recipe with its own values for comparison.
 
     Attributes:
         column: the metric of the scores.
-        finished: how many runs of the sweep are finished.
-        best: the member of least eval loss; None where no eval loss may select one.
-        own: the score and interval at the recipe's own values: of a member, or of the run in the study's table.
-        own_values: the recipe's values of the keys in which members differ.
+        finished: number of finished runs in the sweep.
+        best: the member with the lowest eval loss; None if no eval loss may select a member.
+        own: score and interval with the recipe's own values, from a member or from the run in the study's table.
+        own_values: the recipe's own values of the keys in which members differ.
     """
 
     sweep: Sweep
@@ -241,15 +241,16 @@ class BestRow:
 
 
 def best_rows(of_study: Study, sweeps: Iterable[Sweep], studied: Sequence[StudyRow], runs: Path) -> list[BestRow]:
-    """Return the best member of each begun sweep over a recipe of a study, by eval loss, never by a score.
+    """Return the best member by eval loss of each sweep over a study's recipe.
 
-    Sweeps on another base model or on other data are left out.
+    Test scores never select a member. Sweeps without a finished run, on another base model or on other data are left
+    out.
 
     Args:
         of_study: the study.
-        sweeps: sweeps over any recipes, all rehearsed or none.
-        studied: the rows of the study's recipes, of the same kind.
-        runs: the folder with the runs.
+        sweeps: sweeps over any recipes; either all or none are rehearsals.
+        studied: rows of the study's recipes; rehearsals if the sweeps are.
+        runs: folder of all runs.
     """
     name, order = of_study.first.name, [*of_study.published, *of_study.variants]
     own_runs = {row.recipe: row for row in studied if row.chosen}
@@ -276,7 +277,7 @@ def best_rows(of_study: Study, sweeps: Iterable[Sweep], studied: Sequence[StudyR
 
 
 def best_record(row: BestRow) -> Row:
-    """The best member of a sweep as JSON has it."""
+    """Row in the JSON output for the best member of a sweep."""
     name, (value, within) = row.column.name, row.own
     return {
         "recipe": row.sweep.recipe,
@@ -291,15 +292,15 @@ def best_record(row: BestRow) -> Row:
 
 
 def show_best(found: Sequence[BestRow]) -> None:
-    """Print best members, a table for each name of sweeps, with notes."""
+    """Print the best members with notes, in one table per sweep name."""
     spare = ["rows", "finished", "95 %, own", "eval loss"]
     for name, of_name in itertools.groupby(found, key=lambda row: row.sweep.name):
         cells = [_best_cells(row) for row in of_name]
-        title = f"{name}: each recipe's best member by eval loss, beside its own values"
+        title = f"{name}: best member of each recipe by eval loss, and the recipe with its own values"
         tables.print_table(cells, title, empty=True, spare=spare, below=["best", "own"])
     if without := [row.sweep.label for row in found if not row.best]:
-        problem = f"no eval loss on validation rows that are not test rows: {', '.join(without)}"
-        tables.print_text(f"{problem}; `--set val_set_size=0.05`, or test_datasets of other rows, gives one")
+        problem = f"no eval loss on validation rows separate from the test rows: {', '.join(without)}"
+        tables.print_text(f"{problem}; add `--set val_set_size=0.05`, or test_datasets with other rows")
 
 
 def _best_cells(row: BestRow) -> Row:
