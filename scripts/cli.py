@@ -67,11 +67,14 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show its version and Axolotl's.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the versions of recipe and Axolotl."
+        ),
     ] = False,
     runs: Annotated[
         str | None,
-        typer.Option("--runs", metavar="DIR", help="The folder of the runs; by default QLORA_RUNS, or runs."),
+        typer.Option("--runs", metavar="DIR", help="Folder of all runs; default: $QLORA_RUNS, or runs."),
     ] = None,
 ) -> None:
     if runs:
@@ -87,11 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 the work failed, 2 the request was wrong.
     """
-    # torch's threads would wait in busy loops, which makes training many times slower beside other work
+    # torch's threads would wait in busy loops; with other processes running, training is then many times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # pydantic would search all packages for plugins for a tenth of a second
+    # skip pydantic's search of all packages for plugins, which takes 0.1 s
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    # CUDA then numbers GPUs as the driver does, in this process and its children
+    # make CUDA number GPUs as the driver does, in this process and its children
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     # a notebook's kernel sets its own backend, which breaks the import of matplotlib in this environment
     os.environ["MPLBACKEND"] = "agg"
@@ -128,12 +131,12 @@ def ended(command: Callable[[], object]) -> int:
     except (ImportError, MemoryError) as error:
         if isinstance(error, ImportError) and "failed to map segment" not in str(error):
             raise
-        return _refused(f"out of memory; raise the limit or free some{f': {error}' if str(error) else ''}", 1)
+        return _refused(f"out of memory; free some, or raise the limit{f': {error}' if str(error) else ''}", 1)
     except OSError as error:
         if error.errno is None:  # from transformers, if the hub lacks a file or does not answer
             return _refused(str(error.__context__ if isinstance(error.__context__, WorkFailed) else error), 1)
         if error.filename is None and error.errno not in (*DISK_FULL, errno.EIO):
-            raise  # not about a file of the user
+            raise  # not an error with a user's file
         if error.filename is None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that a later flush succeeds
         where = error.filename or "standard output, or a folder for temporary files"

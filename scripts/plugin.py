@@ -1,4 +1,4 @@
-"""The name by which the config of every run knows its Axolotl plugin; the plugin itself is in runs/plugin.py."""
+"""Import path of the Axolotl plugin in the configs of runs; runs/plugin.py defines it."""
 
 from .runs.plugin import RunPlugin
 

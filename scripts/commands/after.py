@@ -68,7 +68,7 @@ def results_verb(
     elif len(names) == 1:
         _show_one(names[0], rehearse, json)
     elif len(names) > 2:
-        raise UserError(f"{' '.join(names)}: name two runs to compare, or a run and a file of predictions")
+        raise UserError(f"{' '.join(names)}: give two runs to compare, or a run and a file of predictions")
     elif names:
         from ..results import compare, listing
 
@@ -86,10 +86,10 @@ def results_verb(
 
 
 def _export(name: str) -> None:
-    """Write the record of a run, or of the predictions that were published with a study's scores.
+    """Write records to contribute, of a run or of a study's published predictions.
 
     Raises:
-        typer.Exit: with 1, where predictions cannot be scored; the records of the others are written.
+        typer.Exit: code 1 if some predictions cannot be scored; the other records are still written.
     """
     from ..data import study
     from ..results import ledger
@@ -132,7 +132,7 @@ def _show_one(name: str, rehearse: bool, json: bool) -> None:
 
 
 def _difference(power: str) -> float | None:
-    """The difference that --power names; None for the study's tolerance."""
+    """Value of --power; None stands for the study's tolerance."""
     if power == "tolerance":
         return None
     with suppress(ValueError):
@@ -150,7 +150,7 @@ def _difference(power: str) -> float | None:
 def report_verb(
     names: Things = None,
     rehearse: RehearsalsOfStudy = False,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.html", help="The file.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.html", help="Output file.")] = Path("report.html"),
 ) -> None:
     """Write one HTML file with curves, scores, predictions, settings and provenance.
 
@@ -174,7 +174,7 @@ def report_verb(
             case _:
                 folders = {thing.path: thing for thing in things if isinstance(thing, RunDir)}
                 if not all(isinstance(thing, RunDir) for thing in things):
-                    raise UserError(f"{' '.join(names or ())}: a report is of runs, of one study or of one sweep")
+                    raise UserError(f"{' '.join(names or ())}: a report shows runs, one study or one sweep")
                 html = report.of_runs(report_runs.reported_runs(list(folders.values())))
     write_atomically(out, html)
     print(out)
@@ -194,12 +194,12 @@ def publish_verb(
     ] = False,
     push: Annotated[
         str | None,
-        typer.Option(metavar="OWNER/NAME", help="Upload the card and the adapter, or the merged model, there."),
+        typer.Option(metavar="OWNER/NAME", help="Upload card and adapter, or merged model, to this hub repository."),
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="If the repository is new, make it private.")] = False,
     force: Force = None,
 ) -> None:
-    """Write a model card; merge or upload the adapter only when asked."""
+    """Write a run's model card; with options, also merge or upload the adapter."""
     from ..results import publish
     from ..runs.rundir import find_run
 

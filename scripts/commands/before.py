@@ -1,4 +1,4 @@
-"""The verbs before a run: check and plan; `data.py` has those of data."""
+"""The verbs check and plan; `data.py` has the verbs of data."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -103,14 +103,14 @@ def check_verb(
     say(f"{len(reports)} checked; errors: {counts['error']}, warnings: {counts['warning']}")
     if counts["error"]:
         raise typer.Exit(2)
-    if not rehearse:  # which a plan does not take
+    if not rehearse:  # `plan` has no --rehearse
         next_step("plan", *names or [], *over(profile, set_), *(["--gpu", gpu] if gpu else []), json=json)
     elif len(requests) == 1:
         next_step("run", *_launching(requests[0]), json=json)
 
 
 def _checked(requests: "list[Request]", gpu: "Gpu | None", data: bool, full: bool) -> "list[Report]":
-    """Return the report of each request, with progress where that takes a while."""
+    """Check each request with a progress bar; return the reports."""
     from ..checks import check
     from ..planning import plan
 
@@ -126,7 +126,7 @@ def _checked(requests: "list[Request]", gpu: "Gpu | None", data: bool, full: boo
 
 
 def _print_findings(findings: "Iterable[Finding]") -> None:
-    """Print findings, once each: several recipes can have the same one."""
+    """Print findings; those shared by several recipes only once."""
     alike: dict[tuple[str, ...], list[Finding]] = {}
     for finding in findings:
         alike.setdefault((finding.level, finding.name, finding.problem, finding.remedy), []).append(finding)
@@ -152,12 +152,12 @@ def plan_verb(
             help="A GPU (T4) or its memory (24GB); default: this machine's. Repeatable.",
         ),
     ] = None,
-    gpu_count: Annotated[int, typer.Option("--gpus", min=1, help="How many GPUs to train on.")] = 1,
+    gpu_count: Annotated[int, typer.Option("--gpus", min=1, help="Number of GPUs to train on.")] = 1,
     data: Measured = False,
     force: Force = None,
     json: Json = False,
 ) -> None:
-    """Estimate memory, steps and hours, and show which GPUs fit; needs no GPU."""
+    """Estimate memory, steps and hours, and whether GPUs suffice. Needs no GPU."""
     from ..configs import gpus
     from ..configs.compose import Request
     from ..planning import plan
@@ -185,7 +185,7 @@ def plan_verb(
 
 
 def _target(name: str) -> "tuple[Gpu | None, float | None]":
-    """A GPU by its name, or a size of memory in GiB."""
+    """Value of --gpu: a GPU, or a memory size in GiB."""
     from ..configs import gpus
 
     size = re.fullmatch(r"(\d{1,3}) ?Gi?B", name, re.IGNORECASE)
@@ -193,12 +193,12 @@ def _target(name: str) -> "tuple[Gpu | None, float | None]":
 
 
 def _print_plan(planned: "Plan") -> None:
-    """A plan in tables."""
+    """Print a plan as tables."""
     from ..planning.planner import GIB
 
     batch, memory = planned.micro_batch, planned.memory
     tables.print_text(
-        f"{planned.model}, {planned.adapter or 'all weights'}, {batch.rows} x {batch.tokens} tokens a micro batch"
+        f"{planned.model}, {planned.adapter or 'all weights'}, {batch.rows} x {batch.tokens} tokens per micro batch"
     )
     print()
     counts = planned.parameters | {"all": {"frozen": planned.frozen, "trainable": planned.trainable}}
@@ -209,10 +209,10 @@ def _print_plan(planned: "Plan") -> None:
     lines = [
         *sorted(memory.parts.items(), key=lambda part: -part[1]),
         ("allocated at the peak", memory.allocated),
-        ("held back by the allocator", memory.reserved - memory.allocated),
-        ("CUDA's own", memory.context),
+        ("reserved but unused", memory.reserved - memory.allocated),
+        ("CUDA context", memory.context),
         ("needed", memory.needed),
-        ("paged optimizer state, not part of it", memory.paged),
+        ("paged optimizer state, not included", memory.paged),
         *((f"needed on each GPU with {method}", size) for method, size in planned.per_gpu.items()),
     ]
     tables.print_table([{"memory": name, "GiB": f"{size / GIB:.2f}"} for name, size in lines if size])
@@ -235,7 +235,7 @@ def _print_plan(planned: "Plan") -> None:
         tables.print_text(f"{verdict}, {change.needed / GIB:.2f} GiB: {settings} ({change.effect})")
     fits = [*(card.fits for card in planned.cards), *(change.fits for change in planned.changes)]
     if len(planned.cards) == 1 and not any(fits):
-        print("no known change makes it fit: take a larger card or a smaller model")
+        print("no known change makes it fit: use a larger GPU or a smaller model")
     print()
     if planned.work:
         tables.print_table([{"work": name, "": text} for name, text in _work(planned.work)], below=[""])
@@ -244,27 +244,27 @@ def _print_plan(planned: "Plan") -> None:
 
 
 def _work(work: "Work") -> Iterator[tuple[str, str]]:
-    """The lines of a training's work that are known."""
+    """Known facts about the work of a training, as label and text."""
     up_to = "up to " if work.at_most else ""
     if work.at_most:
         yield (
             "row lengths",
-            "not known: tokens and hours are those of full rows; if rows and tokenizer are here, --data counts",
+            "unknown; tokens and hours assume full rows; if rows and tokenizer are here, --data measures lengths",
         )
-    yield "rows", f"{work.rows:,} ({work.rows_are})" if work.rows else "not known: the training data is not here"
+    yield "rows", f"{work.rows:,} ({work.rows_are})" if work.rows else "unknown; the training data is not here"
     if work.tokens:
         yield "tokens in all epochs", f"{up_to}{work.tokens:,} ({work.tokens_are})"
     if work.steps:
         yield "optimizer steps", f"{work.steps:,}"
-    yield "operations a token", f"{work.flops_per_token:.3g}"
+    yield "operations per token", f"{work.flops_per_token:.3g}"
     if work.tokens_per_second:
-        yield "tokens a second", f"{work.tokens_per_second:,.0f}"
+        yield "tokens per second", f"{work.tokens_per_second:,.0f}"
     if work.hours:
         yield "hours", f"{up_to}{work.hours:,.{1 if work.hours >= 1 else 2}f} ({work.hours_are})"
 
 
 def _print_plans(plans: "list[tuple[str, Plan]]") -> None:
-    """Several plans in a table, a row each."""
+    """Print several plans as one table."""
     from ..planning.planner import GIB
 
     rows = []
@@ -294,7 +294,7 @@ def _print_plans(plans: "list[tuple[str, Plan]]") -> None:
 
 
 def _launching(request: "Request") -> list[str]:
-    """The arguments that run a request, as a rehearsal without a GPU or the data."""
+    """Arguments of `recipe run` for a request; without a GPU or the data, for a rehearsal."""
     from ..configs import datafiles, gpus
     from ..configs.compose import compose
 

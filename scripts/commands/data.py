@@ -129,10 +129,10 @@ def _trained(of_study: "Study", folder: Path) -> str | None:
 
 
 def _meant_study(name: str | None, raw: list[Path], input_format: str | None) -> "Study":
-    """Find the named study, or the only one with such raw files and format.
+    """Find a study by name, or else by its raw files and input format.
 
     Raises:
-        UserError: several may be meant.
+        UserError: no study matches, or several do.
     """
     from ..data import study
     from ..data.raw_rows import within

@@ -1,4 +1,4 @@
-"""Checks of torch and GPU, of the lock, of access to the hub, and of disks."""
+"""Checks of torch, GPUs, installed packages, access to the hub, and disks."""
 
 import os
 import re
@@ -20,7 +20,7 @@ from ..base.machine import package_version
 OLDER_CUDA = "12.6"
 """CUDA of `make setup CUDA=` for older drivers and GPUs."""
 TIMEOUT = 180
-"""Seconds for importing torch; minutes on a slow network disk."""
+"""Seconds to wait for the import of torch, which is slow on a network disk."""
 _PROBE = """
 import json, torch
 facts = {"version": torch.__version__, "cuda": torch.version.cuda, "problem": ""}
@@ -32,8 +32,8 @@ except Exception as error:
     facts["problem"] = str(error).strip().partition("\\n")[0]
 print(json.dumps(facts | {"gpus": torch.cuda.device_count()}))
 """
-_OF_TORCH = re.compile(r"(nvidia|cuda)-(?!ml-py)")  # packages that torch brings for the CUDA that it is built for
-_SHOWN = 5  # packages in a line
+_OF_TORCH = re.compile(r"(nvidia|cuda)-(?!ml-py)")  # CUDA libraries that torch requires
+_SHOWN = 5  # unmet requirements to list
 _MODEL_GB = 20  # an 8B model has 16
 
 Facts = dict[str, Any]
@@ -46,10 +46,10 @@ class Line:
 
     Attributes:
         name: the subject.
-        state: ok; note, if it keeps nothing from working here; or wrong.
+        state: `ok`; `note` for a limit that is not an error; or `wrong`.
         found: the finding.
-        remedy: the next step of the user.
-        command: shell command of the remedy; empty where there is none.
+        remedy: the advice to the user.
+        command: shell command of the remedy, or empty.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Line:
 
 
 def examine() -> list[Line]:
-    """Run every check; one that fails is a line too."""
+    """Run every check; if a check fails, its line says so."""
     lines: list[Line] = []
     for name, check in {"torch": check_torch, "lock": check_lock, "hub": check_hub, "disk": check_disks}.items():
         try:
@@ -72,8 +72,8 @@ def examine() -> list[Line]:
 
 
 def ask_torch() -> Facts:
-    """Facts on torch, or `error`, from a process of its own, which may crash or hang."""
-    command = [sys.executable, "-P", "-c", _PROBE]  # -P: no module is taken from the current folder
+    """Facts about torch, or `error`, from a separate process, which may crash or hang."""
+    command = [sys.executable, "-P", "-c", _PROBE]  # -P: import no modules from the current folder
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
@@ -92,7 +92,7 @@ def check_torch() -> Iterator[Line]:
     built = f"{facts['version']}, built {'for CUDA ' + facts['cuda'] if facts['cuda'] else 'without CUDA'}"
     yield Line("torch", "ok", built)
     if not gpus:
-        found = "no NVIDIA driver with a GPU: rehearsals, checks, plans and reports work; trainings need one"
+        found = "no NVIDIA GPU found; training needs one, but rehearsals, checks, plans and reports do not"
         yield Line("GPU", "note", found, "if this machine has a GPU, `nvidia-smi` shows why it is not found")
         return
     kinds = dict.fromkeys(f"{gpu['name']} ({gpu['compute_capability']}), driver {gpu['driver']}" for gpu in gpus)
@@ -109,7 +109,7 @@ def check_torch() -> Iterator[Line]:
 
 
 def install_torch(cuda: str = "") -> str:
-    """Command that installs torch's build for a CUDA, in a checkout to be run in its folder."""
+    """Command that installs torch for a CUDA version; in a checkout, run it there."""
     if paths.LOCK.is_file():
         return f"make setup CUDA={cuda}" if cuda else "rm -r .venv && make setup"
     backend = f"cu{cuda.replace('.', '')}" if cuda else "auto"
@@ -117,7 +117,7 @@ def install_torch(cuda: str = "") -> str:
 
 
 def check_lock() -> Iterator[Line]:
-    """Check the installed packages against requirements.lock, in a wheel against the project's requirements."""
+    """Check installed packages against requirements.lock, or without a checkout against the wheel's."""
     in_checkout = paths.LOCK.is_file()
     texts = _locked() if in_checkout else requires("qlora-recipes") or []
     required = [one for one in map(Requirement, texts) if not one.marker or one.marker.evaluate({"extra": ""})]
@@ -127,11 +127,11 @@ def check_lock() -> Iterator[Line]:
     if unmet:
         more = f", and {len(unmet) - _SHOWN} more" if len(unmet) > _SHOWN else ""
         command = "touch requirements.lock && make setup" if in_checkout else "pip install --upgrade qlora-recipes"
-        yield Line("lock", "wrong", f"{', '.join(unmet[:_SHOWN])}{more}", "install what is required", command)
+        yield Line("lock", "wrong", f"{', '.join(unmet[:_SHOWN])}{more}", "install the required versions", command)
     elif in_checkout:
-        yield Line("lock", "ok", f"all {len(required)} packages are as in requirements.lock")
+        yield Line("lock", "ok", f"all {len(required)} packages match requirements.lock")
     else:
-        yield Line("lock", "note", "installed as a wheel, which meets its requirements; only a checkout has the lock")
+        yield Line("lock", "note", "the wheel's requirements are met; only a checkout has a lock to compare with")
 
 
 def _locked() -> Iterator[str]:
@@ -148,13 +148,13 @@ def _is_met(requirement: Requirement) -> bool:
 def check_hub() -> Iterator[Line]:
     """Check access to the base models of the shipped recipes, and the token."""
     if hub.is_offline():
-        yield Line("hub", "note", "not asked, as HF_HUB_OFFLINE is set; models and data come from the cache alone")
+        yield Line("hub", "note", "not checked, because HF_HUB_OFFLINE is set; only cached models and data work")
         return
     answers = {name: hub.access(name) for name in base_models()}
     problems = {name: answer for name, answer in answers.items() if answer.access != "open"}
     kinds = {answer.access for answer in problems.values()}
     if not problems:
-        yield Line("hub", "ok", f"answers; this user has access to all {len(answers)} base models")
+        yield Line("hub", "ok", f"answers; your account has access to all {len(answers)} base models")
     elif "unknown" in kinds:
         silent = next(answer for answer in problems.values() if answer.access == "unknown")
         yield Line("hub", "note", f"no answer: {silent.says}", "cached models still work", "export HF_HUB_OFFLINE=1")
@@ -162,7 +162,7 @@ def check_hub() -> Iterator[Line]:
         remedy = "the token has expired, or was revoked: log in with another one"
         yield Line("hub", "wrong", "refuses the token", remedy, "hf auth login --force")
     else:
-        remedy = f"ask for access on pages like {hub.page(next(iter(problems)))}, with the account of your token"
+        remedy = f"with the account of your token, ask for access at {hub.page(next(iter(problems)))} and the like"
         command = "" if hub.has_token() else "hf auth login"
         yield Line("hub", "note", f"answers; no access to {', '.join(problems)}", remedy, command)
 
@@ -178,7 +178,7 @@ def check_disks() -> Iterator[Line]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     folders = {
-        "runs": (paths.runs(), 1, "work in a folder with more space, or name one with --runs"),
+        "runs": (paths.runs(), 1, "use --runs with a folder on a disk with more space"),
         "cache": (paths.cache(), 1, "set XDG_CACHE_HOME to a folder with more space"),
         "models": (Path(HF_HUB_CACHE), _MODEL_GB, "set HF_HUB_CACHE to a folder with more space"),
     }

@@ -1,4 +1,4 @@
-"""Help of verbs, with headings and examples, and the command that comes next."""
+"""Help texts with headings and examples, and suggestions of the next command."""
 
 import os
 import shlex
@@ -38,7 +38,7 @@ _NO_BREAK = "\N{NON-BREAKING HYPHEN}"
 
 
 class _Formatter(click.HelpFormatter):
-    """Formatter that breaks no name at a hyphen, with plainer words for numbers."""
+    """Help formatter that never breaks lines at hyphens, with plain words for numbers."""
 
     def write(self, string: str) -> None:
         super().write(string.replace(_NO_BREAK, "-"))
@@ -75,7 +75,7 @@ def _write_examples(epilog: str | None, formatter: click.HelpFormatter, heading:
 
 
 class Verb(TyperCommand):
-    """A verb; its epilog are examples, a line each."""
+    """A verb; its epilog consists of examples, one per line."""
 
     context_class = _Context
 
@@ -97,7 +97,7 @@ class Verb(TyperCommand):
 
 
 class Verbs(TyperGroup):
-    """A group of verbs, under their headings; its epilog are examples, a line each."""
+    """A group of verbs under headings; its epilog consists of examples, one per line."""
 
     context_class = _Context
     EXAMPLES = "Examples"
@@ -114,11 +114,11 @@ class Verbs(TyperGroup):
 
 
 def next_step(*words: str | Path, json: bool = False) -> None:
-    """Say which command of `recipe` comes next.
+    """Suggest the next command, unless another `recipe` started this one.
 
     Args:
-        words: its arguments.
-        json: whether the verb prints JSON, which silences it, as within another command.
+        words: arguments of the next command.
+        json: whether the verb prints JSON; if true, suggest nothing.
     """
     if not json and PART not in os.environ:
         where = [] if paths.runs() == Path("runs") else ["--runs", paths.runs()]
@@ -126,7 +126,7 @@ def next_step(*words: str | Path, json: bool = False) -> None:
 
 
 def over(profiles: list[str] | None, sets: list[str] | None) -> list[str]:
-    """The options for profiles and overrides."""
+    """Command-line options for profiles and overrides."""
     laid = [("--profile", profiles), ("--set", sets)]
     return [word for option, values in laid for value in values or [] for word in (option, value)]
 
@@ -137,7 +137,7 @@ def name_of(folder: "RunDir") -> str:
 
 
 def after_training(folder: "RunDir", on: str) -> None:
-    """Print the command after a run: its evaluation, or a report without reference answers."""
+    """Suggest the evaluation of a run, or a report if there are no reference answers."""
     from ..base import yamlfiles
     from ..scores import evaluation_rows
 

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def whole_name(context: typer.Context, given: str | None) -> str | None:
-    """Complete a part of a recipe's name, with a message; return anything else unchanged."""
+    """Replace a partial recipe name by the full one, with a message; leave other text unchanged."""
     if given and not context.resilient_parsing:
-        with suppress(UserError):  # which the verb itself reports
+        with suppress(UserError):  # the verb reports this error
             name, file = find_recipe(given)
             if name != given and file != Path(given):
                 say(f"recipe {name}")
@@ -30,12 +30,12 @@ def whole_name(context: typer.Context, given: str | None) -> str | None:
 
 
 def whole_names(context: typer.Context, given: list[str] | None) -> list[str]:
-    """The whole names of several recipes, see `whole_name`."""
+    """Full names of several recipes; see `whole_name`."""
     return [whole_name(context, name) or name for name in given or ()]
 
 
 def _beginning(incomplete: str, names: Sequence[str]) -> list[str]:
-    """Names with this beginning, or else the ends of their paths that have it."""
+    """Names that begin with a text; if none does, ends of their paths that do."""
     ends = ["/".join(name.split("/")[level:]) for name in names for level in range(1, name.count("/") + 1)]
     whole, parts = ([name for name in dict.fromkeys(some) if name.startswith(incomplete)] for some in (names, ends))
     return whole or parts
@@ -49,12 +49,12 @@ def _yaml_files(incomplete: str) -> list[str]:
 
 
 def complete_recipes(incomplete: str) -> list[str]:
-    """Recipes, variants and YAML files."""
+    """Complete recipes, variants and YAML files."""
     return _beginning(incomplete, [*paths.variant_names(), *paths.recipe_names(), *_yaml_files(incomplete)])
 
 
 def complete_runs(context: typer.Context, incomplete: str) -> list[str]:
-    """`latest`, the recipes that have runs, and these."""
+    """Complete `latest`, recipes with runs, and run folders."""
     folder = _runs_folder(context)
     found = sorted(file.parent.relative_to(folder) for file in folder.rglob("run.json"))
     of_recipes = dict.fromkeys(run.parent.as_posix() for run in found)
@@ -62,7 +62,7 @@ def complete_runs(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def complete_things(context: typer.Context, incomplete: str) -> list[str]:
-    """Runs as above, studies, and the sweeps that were started."""
+    """Complete runs as above, studies, and started sweeps."""
     folder = _runs_folder(context) / "sweeps"
     files = sorted(file.relative_to(folder).as_posix() for file in folder.glob("*/*.json"))  # see Sweep.file
     labels = [file.removesuffix(".json").replace(".rehearsal", "/rehearsal").replace("--", "/") for file in files]
@@ -77,35 +77,35 @@ def _runs_folder(context: typer.Context) -> Path:
 
 
 def complete_sweep_files(incomplete: str) -> list[str]:
-    """The shipped sweeps, and YAML files."""
+    """Complete shipped sweeps and YAML files."""
     shipped = sorted(file.stem for file in (paths.RECIPES / "sweeps").glob("*.yaml"))
     return _beginning(incomplete, [*shipped, *_yaml_files(incomplete)])
 
 
 def complete_profiles(incomplete: str) -> list[str]:
-    """The shipped profiles, and YAML files."""
+    """Complete shipped profiles and YAML files."""
     return _beginning(incomplete, [*_PROFILES, *_yaml_files(incomplete)])
 
 
 def complete_studies(incomplete: str) -> list[str]:
-    """The studies."""
+    """Complete studies."""
     return _beginning(incomplete, [folder.name for folder in paths.studies()])
 
 
 def complete_keys(incomplete: str) -> list[str]:
-    """The keys of Axolotl's configuration, each to be given a value."""
+    """Complete keys of Axolotl's config, followed by `=`."""
     return _beginning(incomplete, [f"{key}=" for key in read_json(paths.RECIPES / "axolotl.schema.json")["properties"]])
 
 
 WHERE = "Where it runs"
-_PROFILES = sorted({file.stem for file in paths.PROFILES.glob("*.yaml")} - {"rehearsal"})  # which is --rehearse
+_PROFILES = sorted({file.stem for file in paths.PROFILES.glob("*.yaml")} - {"rehearsal"})  # --rehearse applies it
 Name = Annotated[
     str,
     typer.Argument(
         metavar="NAME|FILE",
         callback=whole_name,
         autocompletion=complete_recipes,
-        help="A recipe's name, a part of it, or a YAML file.",
+        help="Recipe name, partial name, or YAML file.",
     ),
 ]
 NameOrStudy = Annotated[
@@ -114,7 +114,7 @@ NameOrStudy = Annotated[
         metavar="NAME|FILE|STUDY",
         callback=whole_name,
         autocompletion=complete_recipes,
-        help="A recipe's name, a part of it, a file, a study.",
+        help="Recipe name, partial name, YAML file, or study.",
     ),
 ]
 Names = Annotated[
@@ -123,7 +123,7 @@ Names = Annotated[
         metavar="[NAME|FILE]...",
         callback=whole_names,
         autocompletion=complete_recipes,
-        help="Recipes, parts of their names, or YAML files; by default all.",
+        help="Recipe names, partial names, or YAML files; default: all recipes.",
     ),
 ]
 RunName = Annotated[
@@ -148,7 +148,7 @@ PlannedGpu = Annotated[
         "--gpu",
         rich_help_panel=WHERE,
         metavar="NAME",
-        help="The GPU to plan for; by default this machine's.",
+        help="GPU to plan for; default: this machine's.",
     ),
 ]
 Jobs = Annotated[
@@ -164,7 +164,7 @@ SweepFile = Annotated[
     typer.Argument(
         metavar="[SWEEP]",
         autocompletion=complete_sweep_files,
-        help="A YAML file in Axolotl's sweep format, or a shipped sweep.",
+        help="YAML file in Axolotl's sweep format, or a shipped sweep.",
     ),
 ]
 Profiles = Annotated[
@@ -182,7 +182,7 @@ Overrides = Annotated[
         "--set",
         metavar="KEY=VALUE",
         autocompletion=complete_keys,
-        help="Override a config key; a.b.0.c is a nested one. Repeatable.",
+        help="Override a config key, or a nested key such as a.b.0.c. Repeatable.",
     ),
 ]
 Force = Annotated[
@@ -195,7 +195,7 @@ Json = Annotated[bool, typer.Option("--json", rich_help_panel="Output", help="Pr
 Seeds = Annotated[
     int,
     typer.Option(
-        "--seeds", metavar="N", min=1, help="Train each setting with N consecutive seeds, from the recipe's on."
+        "--seeds", metavar="N", min=1, help="Train each setting with N seeds, beginning with the recipe's seed."
     ),
 ]
 Metrics = Annotated[
@@ -215,7 +215,7 @@ On = Annotated[
         "--on",
         rich_help_panel=WHERE,
         metavar="local|slurm[,KEY=VALUE]...",
-        help="Run locally, or by SLURM with sbatch options (slurm,time=8:00:00); see docs/clusters.md.",
+        help="Run locally, or on SLURM with sbatch options (slurm,time=8:00:00); see docs/clusters.md.",
     ),
 ]
 RehearseAll = Annotated[bool, typer.Option("--rehearse", help="Try it on the CPU: small model, few rows, no network.")]
@@ -223,7 +223,7 @@ FromStage = Annotated[
     Literal["predictions", "adapter", "training"],
     typer.Option(
         "--from",
-        help="Reuse the authors' predictions or adapters, or train anew.",
+        help="Start from published predictions, published adapters, or a new training.",
     ),
 ]
 RehearsalsOfStudy = Annotated[
@@ -235,33 +235,36 @@ ExportedRun = Annotated[
         "--export",
         metavar="RUN|STUDY",
         autocompletion=complete_runs,
-        help="Write a record to contribute, of a run or published predictions.",
+        help="Write a record of a run or published predictions, to contribute.",
     ),
 ]
 OfLedger = Annotated[
     bool,
-    typer.Option("--ledger", help="Show each published number's status, and the contributed records."),
+    typer.Option("--ledger", help="Show the status of each published number, and contributed records."),
 ]
 
 DecodingName = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Use another decoding of the study; shown in an extra column."),
+    typer.Option(metavar="NAME", help="Generate with another of the study's decodings; adds a column."),
 ]
 Power = Annotated[
     str | None,
     typer.Option(
         "--power",
         metavar="X|tolerance",
-        help="Show seeds and rows needed to detect a difference X.",
+        help="Show how many seeds and rows can detect a difference X.",
     ),
 ]
 
 
 def exclusive(options: dict[str, object]) -> None:
-    """Refuse more than one of several options, whose values are given by their names.
+    """Refuse more than one of several options.
+
+    Args:
+        options: value of each option.
 
     Raises:
-        UserError: there are too many of them.
+        UserError: more than one option has a value.
     """
     if sum(map(bool, options.values())) > 1:
         *names, last = options
@@ -269,20 +272,26 @@ def exclusive(options: dict[str, object]) -> None:
 
 
 def only_with(option: str, given: object, other: str, needed: object) -> None:
-    """Refuse an option without another that it needs.
+    """Refuse an option that is given without its requirement.
+
+    Args:
+        option: name of the option.
+        given: value of the option.
+        other: description of the requirement.
+        needed: true if the requirement is met.
 
     Raises:
-        UserError: that one is missing.
+        UserError: the requirement is not met.
     """
     if given and not needed:
         raise UserError(f"{option}: works only with {other}")
 
 
 def backend_of(on: str, rehearsal: bool = False, jobs: int | None = None) -> "Backend":
-    """The backend that --on names, with its options; a part without = continues a value.
+    """Backend that --on names, with its options; a part without `=` continues a value.
 
     Raises:
-        UserError: there is no such backend, or it refuses the options.
+        UserError: the backend does not exist, or refuses the options.
     """
     from ..backends import Local
 
@@ -297,10 +306,10 @@ def backend_of(on: str, rehearsal: bool = False, jobs: int | None = None) -> "Ba
 
 
 def single_name(names: list[str] | None, option: str) -> str:
-    """The only name.
+    """Return the single name that an option needs.
 
     Raises:
-        UserError: it is not just one, which an option needs.
+        UserError: no name or several names are given.
     """
     if not names or len(names) > 1:
         raise UserError(f"{option}: give one name")

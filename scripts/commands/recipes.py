@@ -1,4 +1,4 @@
-"""The verbs about recipes and studies: list, show, diff, new, study; and upkeep: doctor and render."""
+"""The verbs list, show, diff, new, doctor, render and study."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,17 +32,17 @@ def list_verb(
             by_study.setdefault(row["study"], []).append(_shown(row))
         for name, table in by_study.items():
             scores = [column for column in table[0] if column not in _COLUMNS]
-            spare = ["base model", *scores[:0:-1]]  # all but the first score, the last one first
-            title = name or "Of no study" if len(by_study) > 1 else None
+            spare = ["base model", *scores[:0:-1]]  # all scores but the first, in reverse order
+            title = name or "Without a study" if len(by_study) > 1 else None
             tables.print_table(table, title, spare=spare, below=["variant of"])
     next_step("run", "start/qlora", "--rehearse", json=json)
 
 
 def _listed() -> list[Row]:
-    """All shipped recipes and local variants, with published scores as `published_METRIC`.
+    """Shipped recipes and local variants, with published scores as `published_METRIC`.
 
-    It reads study.yaml without the models of a study, which take longer to build than all of the rest. What cannot be
-    read is reported on stderr.
+    study.yaml is read as plain YAML, because building the models of a study would take longer than everything else.
+    Files that cannot be read are reported on stderr.
     """
     from ..configs import config
 
@@ -84,7 +84,7 @@ def _declared(folder: Path) -> yamlfiles.Config:
 
 
 def _mapping(value: Any) -> Row:
-    """A mapping, empty for any other value; `recipe study check` reports that."""
+    """Return a mapping, or {} for another value, which `recipe study check` reports."""
     return value if isinstance(value, dict) else {}
 
 
@@ -128,7 +128,7 @@ def diff_verb(
             metavar="A",
             callback=whole_name,
             autocompletion=complete_recipes,
-            help="A recipe's name or a YAML file, such as a run's config.yaml.",
+            help="Recipe name or YAML file, such as a run's config.yaml.",
         ),
     ],
     b: Annotated[
@@ -239,7 +239,7 @@ def doctor_verb(json: Json = False) -> None:
 @verbs.command("render", cls=Verb, rich_help_panel=UPKEEP, epilog="recipe render --check")
 def render_verb(
     check: Annotated[
-        bool, typer.Option("--check", help="Write nothing; fail with a diff where a recipe has drifted.")
+        bool, typer.Option("--check", help="Write nothing; print differences from the templates and fail.")
     ] = False,
 ) -> None:
     """Regenerate the recipes from their templates."""
@@ -256,7 +256,7 @@ def render_verb(
     if drifts:
         print(drifts)
         raise WorkFailed(
-            "recipes differ from their templates: `recipe render` rewrites them; delete those without a template"
+            "recipes differ from their templates; run `recipe render`, and delete recipes without a template"
         )
 
 
@@ -264,7 +264,7 @@ def render_verb(
 def study_new_verb(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Study name, also used for its folders.")],
     model: Annotated[
-        str, typer.Option(metavar="MODEL", help="The base model of its first recipe.")
+        str, typer.Option(metavar="MODEL", help="Base model of the study's first recipe.")
     ] = "meta-llama/Llama-3.2-3B",
 ) -> None:
     """Create a runnable starter study under recipes/ and templates/."""
@@ -279,7 +279,7 @@ def study_new_verb(
 def study_check_verb(
     name: Annotated[
         str,
-        typer.Argument(metavar="STUDY", autocompletion=complete_studies, help="The study, or a part of its name."),
+        typer.Argument(metavar="STUDY", autocompletion=complete_studies, help="Study, or part of its name."),
     ],
     json: Json = False,
 ) -> None:

@@ -46,7 +46,7 @@ Tried = Annotated[
         "--set",
         metavar="KEY=V,V,V",
         autocompletion=complete_keys,
-        help="Values of a key to try, in every combination. Repeatable.",
+        help="Try several values of a key, in all combinations. Repeatable.",
     ),
 ]
 NamedStudy = Annotated[
@@ -60,9 +60,7 @@ OnlyRecipes = Annotated[
         help="Reproduce only this recipe, or those that match, as 'llama-3*'. Repeatable.",
     ),
 ]
-Outlined = Annotated[
-    bool, typer.Option("--dry-run", help="Show what would be done, and how long it takes; start nothing.")
-]
+Outlined = Annotated[bool, typer.Option("--dry-run", help="Show planned steps, memory and hours; start nothing.")]
 verbs = typer.Typer()
 
 
@@ -108,7 +106,7 @@ def run_verb(
     backend = backend_of(on, is_rehearsal(request))
     if dry_run:
         composed = run.prepare(request, backend)
-        own = yamlfiles.read_yaml(composed.recipe_file)  # with the folders that plain Axolotl is to write to
+        own = yamlfiles.read_yaml(composed.recipe_file)  # has output folders for plain Axolotl
         print(yamlfiles.write_yaml(composed.config | {key: own[key] for key in OF_THE_RUN if key in own}), end="")
     else:
         folder = run.start(request, backend)
@@ -121,7 +119,7 @@ def resume_verb(
     run: RunName,
     prepare: Annotated[
         bool,
-        typer.Option("--prepare", hidden=True, help="Only tokenize its rows and fetch its base model; needs no GPU."),
+        typer.Option("--prepare", hidden=True, help="Only tokenize rows and fetch the base model; needs no GPU."),
     ] = False,
     trust: Annotated[
         bool,
@@ -136,7 +134,7 @@ def resume_verb(
     backend = backend_of(on)
     folder = resume(run, backend, prepare, force or [], trust)
     print(folder.path)
-    if not prepare:  # which is a job of its own
+    if not prepare:  # jobs that prepare suggest nothing
         after_training(folder, on)
 
 
@@ -216,7 +214,7 @@ def end(
     rows: list[Row],
     show: Callable[[], None],
 ) -> None:
-    """Print steps and results, and exit with the code of the steps."""
+    """Print steps and results, and exit with the steps' code."""
     from ..workflows import pipeline
 
     steps = [result.as_row() for result in results]
@@ -299,10 +297,10 @@ def reproduce_verb(
 
 
 def _score_predictions(of_study: "Study", only: list[str], scorer: str | None, json: bool) -> None:
-    """Score the predictions that were published with a study's scores, and print the scores.
+    """Score a study's published predictions, and print the scores.
 
     Raises:
-        typer.Exit: with 1, where predictions cannot be scored; the others are printed.
+        typer.Exit: code 1 if some predictions cannot be scored; the other scores are still printed.
     """
     from ..workflows import stages
 
@@ -320,7 +318,7 @@ def _score_predictions(of_study: "Study", only: list[str], scorer: str | None, j
 
 @verbs.command("cancel", cls=Verb, rich_help_panel=HEADING, epilog="recipe cancel latest\nrecipe cancel lora-tradeoffs")
 def cancel_verb(names: Things) -> None:
-    """Save a checkpoint and stop running jobs; remove queued ones."""
+    """Stop running jobs after saving a checkpoint; remove queued jobs."""
     from ..workflows import cancel
 
     for message in cancel.cancel(names or []):

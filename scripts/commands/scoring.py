@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Data = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="JSONL rows; by default the study's test set or held-out rows."),
+    typer.Option(metavar="FILE", help="JSONL rows; default: the study's test set, or held-out rows."),
 ]
 Limit = Annotated[
     int | None,
@@ -40,7 +40,7 @@ Adapter = Annotated[
     str | None,
     typer.Option(
         metavar="DIR|HUB ID|none",
-        help="Evaluate this adapter, for a run or recipe; none: the base model.",
+        help="Adapter to evaluate under a run's or recipe's config; none: base model.",
     ),
 ]
 Base = Annotated[bool, typer.Option("--base", help="Also score the base model, in a second column.")]
@@ -102,7 +102,7 @@ def evaluate_verb(
     if request.server:
         from ..scores import server
 
-        server.at(request.server)  # an address that has to be refused is noted nowhere
+        server.at(request.server)  # refuse a wrong address before anything is recorded
     backend = backend_of(on)
     folder, evaluated = evaluation.of_name(run, request, backend)
     scores = {"adapter": evaluated.scores} if isinstance(evaluated, evaluations.Evaluation) else {}
@@ -134,7 +134,7 @@ def score_verb(
     ] = "prediction",
     reference_field: Annotated[str, typer.Option(metavar="FIELD", help="The field with the reference.")] = "reference",
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the rows with their own scores to a JSONL file.")
+        Path | None, typer.Option(metavar="FILE", help="Write each row with its scores to a JSONL file.")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -153,7 +153,7 @@ def score_verb(
 
 
 def _print_selection(selection: "CheckpointSelection", json: bool) -> None:
-    """Checkpoints by their scores, and the best of them."""
+    """Print checkpoints with their scores, and the test score of the best."""
     label, best = selection.column.label, selection.best
     rows = [
         {
@@ -165,12 +165,12 @@ def _print_selection(selection: "CheckpointSelection", json: bool) -> None:
         }
         for row in selection.checkpoints
     ]
-    notes = [f"{best.checkpoint} is the best by {label} on {selection.rows}, on which the run validates."]
+    notes = [f"{best.checkpoint} has the best {label} on validation rows: {selection.rows}."]
     if selection.test_rows:
         score = f"{tables.text_of(selection.test_score)}, 95 % {tables.text_of(selection.test_interval)}"
-        notes.append(f"On {selection.test_rows}, its {label} is {score}.")
+        notes.append(f"Its {label} on test rows is {score}: {selection.test_rows}.")
     else:
-        notes.append("There are no other rows to test it on, so its score is too good; --data FILE names some.")
+        notes.append("Without separate test rows, this score is too optimistic; give test rows with --data FILE.")
     records = vars(selection) | {"column": selection.column.name, "checkpoints": [*map(asdict, selection.checkpoints)]}
     tables.show(json, records, [tables.Table(rows)], notes)
 
@@ -193,7 +193,7 @@ def _print_scores(scores: dict[str, Any], json: bool) -> None:
         return
     for name, value in scores.items():
         if isinstance(value, dict) and "model" in value:  # of a scorer model
-            value = f"{value['model']}{' (stands in)' if value['stand_in'] else ''}, {value['hash']}"
+            value = f"{value['model']}{' (stand-in)' if value['stand_in'] else ''}, {value['hash']}"
         if name == "notes":
             for note in value:
                 say(note)
