@@ -239,7 +239,7 @@ def doctor_verb(json: Json = False) -> None:
 @verbs.command("render", cls=Verb, rich_help_panel=UPKEEP, epilog="recipe render --check")
 def render_verb(
     check: Annotated[
-        bool, typer.Option("--check", help="Write nothing; print differences from the templates and fail.")
+        bool, typer.Option("--check", help="Write nothing; print differences from the templates, and fail on any.")
     ] = False,
 ) -> None:
     """Regenerate the recipes from their templates."""

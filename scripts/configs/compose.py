@@ -47,10 +47,10 @@ class Composed:
     """A config and its origin.
 
     Attributes:
-        origin: the shipped recipe of a variant or edited copy.
+        origin: the shipped recipe from which a variant or edited copy derives.
         differences: changes from the recipe file to the composed config.
         files: for each key changed by a variant or profile, the file with the change.
-        data: the data files, once they have been read.
+        data: the data files; empty until they are read.
         incompatible: profile keys that do not suit the config, by reason; see `numerics.adapted`.
         of_variant: changes from the origin to the recipe file.
     """
@@ -87,7 +87,7 @@ class _Layers:
     Attributes:
         reasons: reason and file of the last change of each key.
         sample: the shipped sample, from a rehearsal's profile.
-        given: later changes to that profile's values, by dotted key.
+        given: the user's changes after that profile, by dotted key.
     """
 
     config: Config
@@ -96,7 +96,7 @@ class _Layers:
     given: Config = field(default_factory=dict)
 
     def take(self, changed: Config, reason: str, source: Path | None = None) -> None:
-        """Take a changed config, with the reason for each changed key."""
+        """Adopt a changed config, and record the reason for each changed key."""
         self.reasons.update(dict.fromkeys(config.differences(self.config, changed), (reason, source)))
         self.config = changed
 
@@ -150,9 +150,9 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
         layers.given |= dict(config.flatten({key: value}))
     if rehearsal and request.ranks == 1:
         without = config.merge(layers.config, dict.fromkeys(gpus.ENGINE_KEYS))
-        layers.take(without, "rehearsal in one process; --gpus 2 rehearses the engine too")
+        layers.take(without, "the rehearsal uses one process; --gpus 2 rehearses the engine too")
     several = f"--gpus {request.gpus}" + (f" --nodes {request.nodes}" if request.nodes > 1 else "")
-    layers.take(gpus.divided(layers.config, request.ranks, several), f"{several}: steps of as many rows as on one")
+    layers.take(gpus.divided(layers.config, request.ranks, several), f"{several}: keeps the number of rows per step")
     if rehearsal:
         for changes, reason in substitution.substitutions(layers.config, layers.sample, layers.given, request.ranks):
             layers.take(config.merge(layers.config, changes), f"rehearsal: {reason}")
@@ -180,7 +180,7 @@ def _fragments(
                 if name not in (profile, REHEARSAL):
                     with_others = config.merge(with_others, yamlfiles.read_yaml(other))
             for text in overrides:
-                with suppress(UserError):  # `compose` reports it
+                with suppress(UserError):  # `compose` reports the error
                     with_others = config.override(with_others, *config.parse_override(text))
             fragment = numerics.adapted(fragment, before, with_others, gpu, incompatible)
         before = config.merge(before, fragment)

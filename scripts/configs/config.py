@@ -18,7 +18,10 @@ OF_THE_RUN = ("output_dir", "dataset_prepared_path", "resume_from_checkpoint")  
 
 
 def merge(config: Config, changes: Config) -> Config:
-    """Merge `changes` into `config`: mappings merge, anything else replaces, null deletes the key."""
+    """Merge `changes` into `config`.
+
+    Mappings are merged. Any other value replaces the previous one; None deletes the key.
+    """
     merged = config | changes
     for key, value in changes.items():
         if isinstance(value, dict):
@@ -30,10 +33,10 @@ def merge(config: Config, changes: Config) -> Config:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """The dotted key and YAML value in a `key=value` from --set.
+    """Split `key=value` from --set into a dotted key and a YAML value.
 
     Raises:
-        UserError: the text has another form.
+        UserError: the text is malformed.
     """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
@@ -42,7 +45,9 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def override(config: Config, key: str, value: Any) -> Config:
-    """Set one dotted key; a number is a position in a list, null deletes.
+    """Set one dotted key.
+
+    A number in the key is a position in a list. The value None deletes the key.
 
     Raises:
         UserError: a part of the key leads to a value without keys.
@@ -51,7 +56,7 @@ def override(config: Config, key: str, value: Any) -> Config:
 
 
 def _replaced(current: Any, path: str, value: Any, key: str) -> Any:
-    """`current` with `value` at a path inside; `key` is the complete path, for messages."""
+    """Return `current` with `value` at a path inside it; messages show the full `key`."""
     if not path:
         return value
     part, _, rest = path.partition(".")
@@ -115,7 +120,7 @@ def chained(first: Sequence[Difference], second: Sequence[Difference]) -> list[D
 def check_not_of_the_run(key: str, where: str) -> None:
     """Raise UserError for a key of `OF_THE_RUN`; `where` begins the message."""
     if key.partition(".")[0] in OF_THE_RUN:
-        raise UserError(f"{where}: `recipe run` sets {key}; to move runs use --runs, to continue one `recipe resume`")
+        raise UserError(f"{where}: `recipe run` sets {key}; use --runs to move runs, `recipe resume` to continue one")
 
 
 _NAMED = re.compile(r"# (?:\S+: a variant of (\S+)|(\S+): .*)")
@@ -159,11 +164,11 @@ def recipe_diff(a: str, b: str | None) -> list[dict[str, Any]]:
         b: another recipe; by default the parent of the first.
 
     Raises:
-        UserError: a recipe does not exist, or the only one is not a variant.
+        UserError: a recipe does not exist, or the second is omitted and the first has no parent.
     """
     if b is None:
         above = parent_of(*paths.find_recipe(a))
         if above is None:
-            raise UserError(f"{a}: not a variant of another recipe; name a second recipe")
+            raise UserError(f"{a}: not a variant of another recipe; give a second recipe")
         return recipe_diff(above, a)
     return [{"key": key, a: left, b: right} for key, (left, right) in changed_keys(a, b).items()]

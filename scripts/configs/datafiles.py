@@ -41,13 +41,13 @@ def datasets(composed: Config, *sections: str) -> Iterator[tuple[str, Config]]:
 
 
 def chat_options(composed: Config) -> str:
-    """Options that make `axolotl inference` use a config's training prompt; empty if Axolotl lacks them."""
+    """Options for `axolotl inference` to use the training prompt; empty if Axolotl has none."""
     types = {str(dataset.get("type")) for _, dataset in datasets(composed, "datasets")}
     return {"chat_template": "--chat", "alpaca": "--prompter AlpacaPrompter"}.get("".join(types), "")
 
 
 def local_files(dataset: Config) -> list[Path]:
-    """Files of a local data set, existing or not; empty for hubs and clouds.
+    """Files of a local data set, existing or not; empty for remote data.
 
     A data set is a single file, a folder, or the files that `data_files` lists by name or pattern.
     """
@@ -67,7 +67,7 @@ def local_files(dataset: Config) -> list[Path]:
         Path(file)
         for pattern in patterns
         if "://" not in pattern
-        for file in sorted(glob(pattern, recursive=True)) or [pattern]  # noqa: PTH207 (Path's takes no absolute one)
+        for file in sorted(glob(pattern, recursive=True)) or [pattern]  # noqa: PTH207 (Path.glob refuses absolute patterns)
     ]
     return [file for file in files if file.is_file() or _looks_local(file)]
 
@@ -119,11 +119,11 @@ def entry_for(file: Path) -> Config:
     with file.open("rb") as lines, suppress(orjson.JSONDecodeError):
         row = orjson.loads(next(filter(bytes.strip, lines), b"null"))
     if not isinstance(row, dict):
-        raise UserError(f'{file}: not JSON lines; write one object a line, such as {{"question": "…", "answer": "…"}}')
+        raise UserError(f'{file}: not JSON lines; write one object per line, as {{"question": "…", "answer": "…"}}')
     entry = form_of(row)
     if entry is None:
         known = "; ".join(" and ".join(sorted(fields)) for fields, _ in _FORMS)
-        hint = f"known are {known}; for another form use --set 'datasets=[{{path: {file}, type: ...}}]'"
+        hint = f"known fields are {known}; for others use --set 'datasets=[{{path: {file}, type: ...}}]'"
         raise UserError(f"{file}: unknown fields {', '.join(row)}; {hint}")
     turns = row.get("conversations")
     if "field_messages" in entry and isinstance(turns, list) and turns and "from" in turns[0]:
@@ -157,7 +157,7 @@ def test_file(composed: Config, folder: Path = Path()) -> str | None:
 def can_be_rehearsed(dataset: Config) -> bool:
     """True if Axolotl can load a part of a data set from this machine.
 
-    Axolotl loads only all of a folder from `save_to_disk` (axolotl/utils/data/shared.py)."""
+    Axolotl loads a folder from `save_to_disk` only as a whole (axolotl/utils/data/shared.py)."""
     files = local_files(dataset)
     whole = {"state.json", "dataset_dict.json"} & {file.name for file in files}
     return bool(files) and not whole and all(file.is_file() for file in files) and Path(dataset["path"]).exists()
@@ -203,9 +203,10 @@ def training_steps(composed: Config, gpus: int = 1) -> int | None:
 
 
 def steps_of(composed: Config, rows: int | None, gpus: int = 1) -> int | None:
-    """Optimizer steps for a number of rows, as in Axolotl; None if rows are packed or settings are wrong.
+    """Optimizer steps for a number of rows, counted as by Axolotl; None if unknown.
 
-    Axolotl's counting is in utils/trainer.py, calculate_total_num_steps."""
+    They are unknown for packed rows and invalid settings. Axolotl counts in utils/trainer.py,
+    calculate_total_num_steps."""
     if most := int(_positive(composed, "max_steps", 0)):
         return most  # max_steps overrides the epochs
     batch = effective_batch(composed) * gpus

@@ -22,8 +22,8 @@ class Gpu:
 
     Attributes:
         capability: compute capability, such as (8, 6).
-        memory: GiB on the label; for an unlisted GPU in this machine, the driver's figure.
-        tflops: peak rate in fp16 or bf16, in 10^12 operations a second.
+        memory: nominal memory in GiB; for an unlisted GPU in this machine, as reported by the driver.
+        tflops: peak rate in fp16 or bf16, in 10^12 operations per second.
     """
 
     name: str
@@ -71,12 +71,12 @@ def here() -> Gpu | None:
     if first is None:
         return None
     gpu = Gpu(first["name"], _capability(first["compute_capability"]), first["memory_gib"])
-    listed = named(gpu.name)  # with the label's memory; plans subtract the part that drivers hide
+    listed = named(gpu.name)  # with the nominal memory; plans subtract the part that drivers hide
     return replace(gpu, memory=listed.memory, tflops=listed.tflops) if listed else gpu
 
 
 def named(name: str) -> Gpu | None:
-    """The listed GPU with a name, which may include the memory size."""
+    """Listed GPU of this name, which may include the memory size; None if not listed."""
     plain = _plain(name)
     listed = {_plain(gpu.name): gpu for gpu in reversed(catalogue().values())}
     return listed.get(plain) or listed.get(re.sub(r"(16|24|32|40|48|64|80|94|96|141)gb$", "", plain))

