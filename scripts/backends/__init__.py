@@ -82,7 +82,7 @@ class Local:
         jobs = jobs or 1
         visible = [None] * jobs if jobs == 1 or rehearsal else [*machine.visible_gpus()]
         if jobs > len(visible):
-            raise UserError(f"--jobs {jobs}: each job needs its own GPU; available on this machine: {len(visible)}")
+            raise UserError(f"--jobs {jobs}: each job needs its own GPU; {len(visible)} available on this machine")
         self.devices = visible[:jobs]  # the GPU of each job; None leaves the choice to the run
 
     def gpu(self) -> Gpu | None:
@@ -98,7 +98,7 @@ class Local:
         if nodes > 1:
             raise UserError(f"--nodes {nodes}: add --on slurm, which starts the run on each node")
         if gpus > max(available := len(machine.visible_gpus()), 1):
-            raise UserError(f"--gpus {gpus}: too many; available on this machine: {available}")
+            raise UserError(f"--gpus {gpus}: too many; {available} available on this machine")
 
     def submit(self, tasks: Sequence[Task], title: str) -> None:
         """Carry out tasks, one at a time on each device.

@@ -180,7 +180,7 @@ def plan_verb(
     else:
         planned = plans[0][1]
         _print_plan(planned)
-        if any(card.fits for card in planned.cards):
+        if any(each.fits for each in planned.gpus):
             next_step("run", *_launching(requests[0]))
 
 
@@ -220,12 +220,12 @@ def _print_plan(planned: "Plan") -> None:
     tables.print_table(
         [
             {
-                "GPU": card.card,
-                "usable GiB": f"{card.usable / GIB:.2f}",
-                "fits": "yes" if card.fits else "no",
-                "free GiB": f"{card.free / GIB:.2f}",
+                "GPU": each.gpu,
+                "usable GiB": f"{each.usable / GIB:.2f}",
+                "fits": "yes" if each.fits else "no",
+                "free GiB": f"{each.free / GIB:.2f}",
             }
-            for card in planned.cards
+            for each in planned.gpus
         ],
         spare=["usable GiB"],
     )
@@ -233,8 +233,8 @@ def _print_plan(planned: "Plan") -> None:
         settings = " ".join(f"--set {key}={yamlfiles.write_flow(value)}" for key, value in change.set.items())
         verdict = "then it fits" if change.fits else "not enough"
         tables.print_text(f"{verdict}, {change.needed / GIB:.2f} GiB: {settings} ({change.effect})")
-    fits = [*(card.fits for card in planned.cards), *(change.fits for change in planned.changes)]
-    if len(planned.cards) == 1 and not any(fits):
+    fits = [*(each.fits for each in planned.gpus), *(change.fits for change in planned.changes)]
+    if len(planned.gpus) == 1 and not any(fits):
         print("no known change makes it fit: use a larger GPU or a smaller model")
     print()
     if planned.work:
@@ -269,7 +269,7 @@ def _print_plans(plans: "list[tuple[str, Plan]]") -> None:
 
     rows = []
     for name, planned in plans:
-        memory, cards = planned.memory, planned.cards
+        memory, fits = planned.memory, planned.gpus
         row: dict[str, str | None] = {
             "recipe": name,
             "trainable": f"{planned.trainable:,}",
@@ -280,12 +280,12 @@ def _print_plans(plans: "list[tuple[str, Plan]]") -> None:
             "reserved GiB": f"{memory.reserved / GIB:.2f}",
             "needed GiB": f"{memory.needed / GIB:.2f}",
         }
-        if len(cards) == 1:
-            card, hours = cards[0], planned.work and planned.work.hours
-            row |= {"GPU": card.card, "fits": "yes" if card.fits else "no", "free GiB": f"{card.free / GIB:.2f}"}
+        if len(fits) == 1:
+            first, hours = fits[0], planned.work and planned.work.hours
+            row |= {"GPU": first.gpu, "fits": "yes" if first.fits else "no", "free GiB": f"{first.free / GIB:.2f}"}
             row["hours"] = f"{'up to ' if planned.work.at_most else ''}{hours:.3g}" if planned.work and hours else None
         else:
-            row["smallest GPU"] = next((card.card for card in cards if card.fits), "none")
+            row["smallest GPU"] = next((each.gpu for each in fits if each.fits), "none")
         rows.append(row)
     tables.print_table(rows, spare=["logits GiB", "reserved GiB", "allocated GiB", "trainable", "share", "micro batch"])
     notes = [f"note: {name}: {note}" for name, planned in plans for note in planned.notes]

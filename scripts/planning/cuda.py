@@ -136,12 +136,12 @@ def cuda_attention(
 
 
 def cuda_dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-    """CUDA dropout; its mask has bytes instead of the input's dtype."""
+    """CUDA dropout, which stores its mask as bytes instead of in the input's dtype."""
     return torch.native_dropout(input, p, True)[0] if training and p else input
 
 
 def cuda_softmax(input: torch.Tensor, dim: int, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """CUDA softmax; its kernel casts fp16 but no other dtype (aten/src/ATen/native/cuda/SoftMax.cu)."""
+    """CUDA softmax, whose kernel casts only fp16 inputs itself (aten/src/ATen/native/cuda/SoftMax.cu)."""
     if dtype == torch.float32 and input.dtype == torch.float16:
         return torch.ops.aten._softmax(input, dim, True)
     return input.softmax(dim, dtype=dtype)

@@ -40,12 +40,12 @@ def _fake(step: Step) -> Iterator[None]:
         patch("torch.utils.swap_tensors", lambda old, new: setattr(old, "data", new.data)),
         # a Params4bit cannot hold a fake tensor, unlike a plain parameter with the same attributes
         patch("bitsandbytes.nn.modules.Params4bit", lambda data, **_: nn.Parameter(data, requires_grad=False)),
-        # it would compute its 256 values with real tensors and cache them for the process
+        # the original would compute 256 values with real tensors, and cache them for the process
         patch("bitsandbytes.functional.create_dynamic_map", lambda *_, **__: torch.empty(256)),
         patch.dict(bnb.functional.name2qmap),
         patch("torch.optim.adam._get_value", lambda value: 1.0 if isinstance(value, torch.Tensor) else value),
     ]
-    if not step.packed:  # the function would take any fake tensor for packed rows
+    if not step.packed:  # the function would treat any fake tensor as packed rows
         patches.append(patch("transformers.masking_utils.find_packed_sequence_indices", lambda *_, **__: None))
     if step.attention == "flash_attention_2":  # traced as sdpa without a mask, even for a sliding window
         masks = masking_utils.AttentionMaskInterface._global_mapping
@@ -157,8 +157,8 @@ def _trainable(step: Step, model: Any, dtype: torch.dtype) -> Any:
 def _optimizer(step: Step, trained: list[torch.Tensor], recorder: Recorder) -> Any:
     """Create the optimizer, and its state if it comes from bitsandbytes.
 
-    torch creates its state in the first step. On a GPU, a paged optimizer pages state of tensors with 100,000 values or
-    more.
+    torch's optimizer creates its state in the first step. On a GPU, a paged optimizer pages the state of tensors with
+    100,000 values or more.
     """
     if not _uses_bitsandbytes(step.optimizer):
         fused = "fused" in step.optimizer
@@ -179,7 +179,7 @@ def _optimizer(step: Step, trained: list[torch.Tensor], recorder: Recorder) -> A
 
 
 def _uses_bitsandbytes(optimizer: str) -> bool:
-    """True for a bitsandbytes optimizer; these update in place."""
+    """True for an optimizer of bitsandbytes; these update weights in place."""
     return "8bit" in optimizer or "paged" in optimizer or "bnb" in optimizer
 
 
@@ -219,15 +219,15 @@ def _run(step: Step, recorder: Recorder, model: Any, trained: list[torch.Tensor]
 def trace(step: Step, shape: Shape) -> MemoryTrace:
     """Trace the memory of a step with one micro batch shape."""
     recorder = Recorder(cuda=step.capability is not None)
-    gc.disable()  # reference cycles are then freed at the same point in every trace
-    gc.freeze()  # collections then skip older objects
+    gc.disable()  # so that every trace frees reference cycles at the same points
+    gc.freeze()  # so that collections skip older objects
     try:
         with _fake(step):
             model = _build(step, recorder)
             parameters = _count(model)
             sizes = _sizes(model.config.get_text_config())
             if step.capability:
-                for _ in range(2):  # cuBLAS has one workspace per thread: the forward pass's and the backward pass's
+                for _ in range(2):  # cuBLAS has one workspace per thread: one for forward, one for backward
                     recorder.made(_workspace(step.capability), "kernels' own")
             trained = [
                 parameter
@@ -260,7 +260,7 @@ def trace(step: Step, shape: Shape) -> MemoryTrace:
 
 
 def _chunked_loss() -> Any:
-    """Axolotl's loss in eight chunks, not compiled here and therefore an upper bound."""
+    """Axolotl's loss in eight chunks; not compiled here, so that memory is an upper bound."""
     with patch("torch.compile", lambda function, **_: function):
         from axolotl.monkeypatch.loss.chunked import get_causal_lm_loss
 
@@ -289,7 +289,7 @@ def _sizes(config: PreTrainedConfig) -> dict[str, int]:
 def _count(model: nn.Module) -> Counts:
     """Counts of trainable and frozen parameters by layer name.
 
-    4-bit parameters count unpacked. A fully trained module beside LoRA counts once, without its frozen original.
+    4-bit parameters are counted unpacked. If a module is fully trained beside LoRA, its frozen original is not counted.
     """
     counts: Counts = {}
     for name, parameter in model.named_parameters():

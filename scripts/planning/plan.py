@@ -1,4 +1,4 @@
-"""`recipe plan`: parameters, memory and work of a config, and GPUs that it fits."""
+"""`recipe plan`: parameters, memory and work of a config, and which GPUs suffice."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -47,7 +47,7 @@ class PeakMemory(Usage):
 class Fit:
     """A GPU, the bytes usable by torch, and the bytes left free."""
 
-    card: str
+    gpu: str
     usable: float
     fits: bool
     free: float
@@ -55,7 +55,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class PlannedChange:
-    """Settings to change in addition to earlier changes, and the resulting required bytes."""
+    """Settings to change in addition to the changes before, and the bytes then needed."""
 
     set: Config
     effect: str
@@ -70,7 +70,7 @@ class Plan:
     Attributes:
         adapter: qlora, lora, or None for full fine-tuning.
         parameters: parameter counts by kind of layer.
-        cards: the requested GPU, or one GPU for each of `SIZES`.
+        gpus: the requested GPU, or one GPU for each of `SIZES`.
         changes: changes for a config that does not fit the requested GPU, mildest first.
         per_gpu: bytes on each of several GPUs, by engine.
         notes: limits of the figures.
@@ -84,7 +84,7 @@ class Plan:
     trainable: int
     trainable_share: float
     memory: PeakMemory
-    cards: list[Fit]
+    gpus: list[Fit]
     per_gpu: dict[str, float]
     notes: list[str]
     changes: list[PlannedChange] = field(default_factory=list)
@@ -129,7 +129,7 @@ def composed_for(request: Request, gpu: Gpu | None = None) -> Composed:
 
 
 def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus: int = 1) -> tuple[Plan, Planner]:
-    """Plan parameters, memory of a full micro batch, and GPUs that a config fits.
+    """Plan parameters, memory of a full micro batch, and which GPUs suffice.
 
     Raises:
         UserError: planning does not support the config.
@@ -146,15 +146,15 @@ def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus
         )
     saved = planner.required - engines[engine_of(config)] if engines else 0
     size = vram or (gpu and gpu.memory)
-    cards = [
+    targets = [
         Gpu(gpu.name if gpu and size else f"{gib:g} GB", planner.step.capability or (0, 0), gib)
         for gib in ([size] if size else SIZES)
     ]
     fits = []
-    for card in cards:
-        usable = usable_gib(card) * GIB
+    for target in targets:
+        usable = usable_gib(target) * GIB
         free = usable + saved - planner.required
-        fits.append(Fit(card.name, usable, free >= 0, free))
+        fits.append(Fit(target.name, usable, free >= 0, free))
     frozen, trainable = memory.total("frozen"), memory.total("trainable")
     planned = Plan(
         model=config["base_model"],
@@ -165,16 +165,16 @@ def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus
         trainable=trainable,
         trainable_share=trainable / (frozen + trainable),
         memory=PeakMemory(**asdict(memory.usage), paged=memory.paged, context=CONTEXT, needed=planner.required),
-        cards=fits,
+        gpus=fits,
         per_gpu=engines,
         notes=notes,
     )
     if size and not fits[0].fits:
-        planned.changes += _changes(config, planner, cards[0], fits[0].usable + saved)
+        planned.changes += _changes(config, planner, targets[0], fits[0].usable + saved)
     return planned, planner
 
 
-def _changes(config: Config, planner: Planner, card: Gpu, usable: float) -> Iterator[PlannedChange]:
+def _changes(config: Config, planner: Planner, gpu: Gpu, usable: float) -> Iterator[PlannedChange]:
     """Cumulative changes until a step fits, mildest first.
 
     Args:
@@ -188,7 +188,7 @@ def _changes(config: Config, planner: Planner, card: Gpu, usable: float) -> Iter
         (
             {"chunked_cross_entropy": True},
             "the same loss, computed on an eighth of the tokens at a time",
-            card.capability >= (8, 0) and not step.chunked_loss,  # compiled with Triton, which requires 8.0
+            gpu.capability >= (8, 0) and not step.chunked_loss,  # compiled with Triton, which requires 8.0
         ),
         (
             {"optimizer": paged},
@@ -214,7 +214,7 @@ def _changes(config: Config, planner: Planner, card: Gpu, usable: float) -> Iter
             continue
         settings = {key: value for key, value in settings.items() if value is not None or key in config}
         changed = {key: value for key, value in (changed | settings).items() if value is not None}
-        needed = planner_of(changed, card)[0].required
+        needed = planner_of(changed, gpu)[0].required
         yield PlannedChange(settings, effect, needed, needed <= usable)
         if needed <= usable:
             break
@@ -250,14 +250,14 @@ def add_to(report: check.Report, gpu: Gpu | None, gpus: int | None = None, anew:
 
 
 def _findings(content: Config, gpu: Gpu, gpus: int | None, anew: bool) -> list[Finding]:
-    """Finding for a config that needs too much memory or has no plan."""
+    """Finding for a config that needs too much memory, or whose memory is unknown."""
     if not gpu.memory:
         return []
-    needed, key, unplanned = None, "micro_batch_size", "`recipe plan` and --full plan it"
+    needed, key, unplanned = None, "micro_batch_size", "run `recipe plan`, or `recipe check --full`"
     if gpus is None and any(content.get(key) for key in ENGINE_KEYS):
         unplanned = f"{engine_of(content)} needs the number of GPUs; run `recipe plan --gpus N`"
     elif offloads(content) or any((content.get(key) or 1) > 1 for key in steps.SPLIT):
-        unplanned = "the config offloads to main memory, or splits the model in a way that is not planned"
+        unplanned = "plans do not support offloading to main memory, nor this way of splitting the model"
     else:
         try:
             needed = required_gib(content, gpu, anew, gpus or 1)

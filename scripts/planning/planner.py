@@ -150,7 +150,13 @@ def planner_of(config: Config, gpu: Gpu | None, download: bool = True) -> tuple[
 
 
 def required_gib(config: Config, gpu: Gpu | None = None, anew: bool = False, gpus: int = 1) -> float | None:
-    """GiB that a config needs on each GPU; None without a cached plan or `anew`.
+    """GiB that a config needs on each GPU; None if no plan is cached.
+
+    Args:
+        config: the config.
+        gpu: see `planner_of`.
+        anew: make a plan if none is cached.
+        gpus: number of GPUs.
 
     Raises:
         UserError: planning does not support the config.

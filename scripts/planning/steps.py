@@ -42,7 +42,7 @@ class Step:
         autocast: autocast dtype of the forward pass, or None.
         targets: linear layers with LoRA, a regular expression, or all-linear, as in PEFT.
         saved_modules: modules that are fully trained beside LoRA.
-        dora: train the magnitude of each output too (arXiv 2402.09353).
+        dora: also train the magnitude of each output (arXiv 2402.09353).
         double_quantization: quantize the quantization constants.
         checkpointing: reentrant or non-reentrant recomputation of activations in the backward pass, or None.
         attention: sdpa, eager or flash_attention_2.
@@ -164,7 +164,7 @@ def _not_traced(config: Config, architecture: dict[str, Any]) -> Iterator[str]:
     yield from (f"{key}: not traced; needs less memory" for key in _TAKE_LESS if config.get(key))
     yield from (f"{key}: not planned; counted as 1" for key in SPLIT if (config.get(key) or 1) > 1)
     if config.get("adapter") and all(config.get(key) is None for key in _KERNELS):
-        yield "LoRA kernels, on by default in Axolotl: not traced; they need less memory"
+        yield "LoRA kernels, which Axolotl turns on by default: not traced; they need less memory"
     yield from (f"{key}: not traced; needs more memory" for key in _TAKE_MORE if config.get(key))
     if takes_varlen(config, architecture):
         yield "varlen_attn: planned as sdpa with a mask over packed rows; needs less memory"

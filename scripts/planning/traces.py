@@ -34,7 +34,7 @@ class Pool:
 
     Attributes:
         segment: size of a new segment, or increment of a growing segment, in bytes.
-        least: minimum number of bytes left over; a block with less is not split.
+        least: split a block only if at least this number of bytes is left over.
         order: sizes and addresses of the blocks, smallest first; searching numbers is faster than searching blocks.
         at: the blocks by address.
         last: the block at the end of a growing segment, free or not.
@@ -265,5 +265,5 @@ def usage(trace: MemoryTrace) -> Usage:
             if allocator.peak > peak:
                 parts = dict(held)
         if events is trace.loaded:
-            allocator.empty_cache()  # axolotl/loaders/model.py does this after loading the model, PEFT before
+            allocator.empty_cache()  # axolotl/loaders/model.py does this after loading the model
     return Usage(allocator.peak, allocator.peak_reserved, parts)

@@ -86,7 +86,7 @@ def counted(composed: Composed, force: Sequence[str] = ()) -> Lengths:
     """
     for key, dataset in datafiles.datasets(composed.config, "datasets"):
         if len(datafiles.jsonl_files(dataset)) != 1 or datafiles.training_rows({"datasets": [dataset]}) is None:
-            problem = "not all rows, or the first rows, of one JSONL file on this machine"
+            problem = "expected all rows, or the first rows, of one JSONL file on this machine"
             raise UserError(f"--data: {key}: {problem}; leave --data out")
     measured = check.training_lengths(composed, force)
     rows, tokens = (sum(each[f"{what}_trained_on"] for each in measured) for what in ("rows", "tokens"))

@@ -154,7 +154,7 @@ def _page(title: str, kind: str, runs: Sequence[ReportedRun], section: Section |
 
 
 def _packed(content: bytes) -> str:
-    """Bytes packed for the page's script; the encoding cannot close the HTML element."""
+    """Compress bytes for the page's script, encoded so that they cannot close the HTML element."""
     return b64encode(gzip.compress(content, 9, mtime=0)).decode()
 
 

@@ -13,7 +13,7 @@ from ..results.verdict import StudyRow
 from ..workflows.sweep_results import LOSS, SweepRow, on_front
 
 Trace = dict[str, Any]  # Plotly's JSON
-# Palette of Okabe and Ito, safe for colour-blind readers; dashes and symbols repeat the distinction.
+# Palette of Okabe and Ito, safe for colour-blind readers. Dashes and symbols also tell runs apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
@@ -134,18 +134,18 @@ def training(runs: dict[str, list[Row]]) -> Iterator[Figure]:
         per_token = any("eval_loss_per_token" in record for record in metrics)
         title, key = ("validation", "eval_loss_per_token") if per_token else ("validation, by Axolotl", "eval_loss")
         losses.append(_curve(f"{prefix}{title}", metrics, key, i + alone, points=True))
-    note = f"Curves of more steps are drawn as at most {MOST_POINTS:,} means."
+    note = f"If there are more than {MOST_POINTS:,} steps, each point is the mean of several."
     step = _axis("optimizer step", rangemode="tozero")
     yield Figure("loss", "Loss", [curve for curve in losses if curve["x"]], step, _axis("loss"), note)
-    cpu = "Of the training process; 100 % is one processor."
-    speed = "Padding, evaluation and saving are not counted."
+    cpu = "Load of the training process; 100 % means one fully used core."
+    speed = "Without padding tokens, evaluation and saving."
     rate = _axis("learning rate", exponentformat="e", rangemode="tozero")
     panels = [
         ("rate", "Learning rate", "learning_rate", rate, ""),  # axis from 0, because a constant rate has no range
         ("load", "GPU utilization", "gpu_utilization", _axis("%", range=[0, 105]), ""),
         ("load", "CPU load", "cpu_percent", _axis("%", rangemode="tozero"), cpu),
         ("norm", "Gradient norm", "grad_norm", _axis("L2 norm", rangemode="tozero"), ""),
-        ("speed", "Throughput", "tokens_per_second", _axis("tokens a second", rangemode="tozero"), speed),
+        ("speed", "Throughput", "tokens_per_second", _axis("tokens per second", rangemode="tozero"), speed),
     ]
     on_gpu = any("gpu_utilization" in record for metrics in runs.values() for record in metrics)
     steps = {name: [record for record in metrics if "loss" in record] for name, metrics in runs.items()}
@@ -171,7 +171,7 @@ def sweep(rows: Sequence[SweepRow]) -> Figure | None:
     traces = [_points("on the Pareto front", front, 2, symbol="diamond") | {"mode": "lines+markers+text", "line": line}]
     furthest = max((cost for cost, _, _ in points), default=None)
     beside = ["middle left" if cost == furthest else "middle right" for cost, _, _ in others]
-    traces.append(_points("not on it", others, 1, symbol="circle-open") | {"textposition": beside})
+    traces.append(_points("not on the front", others, 1, symbol="circle-open") | {"textposition": beside})
     if not points:
         return None
     x, y = _axis(f"peak GiB ({', '.join(kinds)})"), _axis("Validation loss (lower is better)")

@@ -25,11 +25,11 @@ from ..scores.evaluations import BASE_MODEL, Evaluation, EvaluationSettings, rea
 from ..scores.score import model_record
 
 _OTHERS = {
-    "sacrebleu_signature": "its signature",
-    "exact": "exact, share of rows",
-    "empty": "empty, share of rows",
-    "repeated": "the same as another row's, share of rows",
-    "length_ratio": "tokens, predicted over reference",
+    "sacrebleu_signature": "sacreBLEU signature",
+    "exact": "exact matches, share of rows",
+    "empty": "empty predictions, share of rows",
+    "repeated": "repeated predictions, share of rows",
+    "length_ratio": "length ratio, predicted to reference tokens",
 }
 
 
@@ -84,7 +84,7 @@ class ReportedRun(RunResult):
             {
                 "setting": key,
                 "value": on_one_line(value),
-                "source": sources.get(key) or sources.get(key.partition(".")[0]) or "the run's own",
+                "source": sources.get(key) or sources.get(key.partition(".")[0]) or "set by the run",
             }
             for key, value in config.flatten(self.config)
             if not is_secret(key, value)
@@ -96,7 +96,7 @@ class ReportedRun(RunResult):
         file = self._recipe_file
         if file.is_file() and sha256(file) == self.run.recipe_sha256:
             return ""
-        return f"{self.run.recipe_file} has changed since the run, or is missing; the sources shown are current ones."
+        return f"{self.run.recipe_file} is missing or has changed since the run; sources are from its present text."
 
     @property
     def data(self) -> list[Row]:
@@ -178,10 +178,10 @@ def overview(reported: ReportedRun, scored: Mapping[str, Column]) -> Row:
         },
         "planned GiB": planned_gib(reported),
         "peak GiB": summary.peak_memory,
-        "of": summary.memory_kind,
+        "memory": summary.memory_kind,
         "tokens/s": summary.tokens_per_second and round(summary.tokens_per_second),
         "time in steps": f"{summary.train_seconds / 60:.1f} min",
-        "trouble": reported.trouble,
+        "problem": reported.trouble,
         "evaluation": reported.changed,
         "other base model": None if run.rehearsal else reported.other_model,
         "other data": "yes" if reported.other_data and not run.rehearsal else None,
@@ -261,7 +261,7 @@ def _columns(
     rows: dict[int, Row],
     models: list[tuple[str, dict[int, Row], dict[str, Column]]],
 ) -> Row:
-    """Rows of a file as columns, a small form that is quick to search."""
+    """Rows of a file as columns, a compact form that is fast to search."""
     numbers = sorted(rows)
     diffs, why = _diffs(reported, settings)
     shown = []
@@ -290,9 +290,9 @@ def _diffs(reported: ReportedRun, settings: EvaluationSettings) -> tuple[list[st
     file = Path(reported.run.cwd, settings.data)
     name = reported.from_cwd(settings.data)
     if not file.is_file():
-        return [], f"The inputs are not shown: {name} is not a file here."
+        return [], f"The inputs are not shown: {name} is not on this machine."
     if sha256(file) != settings.data_sha256:
         return [], f"The inputs are not shown: {name} has changed since the evaluation (its SHA-256 differs)."
     with file.open("rb") as lines:
         inputs = [str(row.get("input", "")) for row in json_rows(lines, file, ())]
-    return (inputs, "") if any(inputs) else ([], "These rows have no field input.")
+    return (inputs, "") if any(inputs) else ([], "The rows have no field named input.")

@@ -220,7 +220,7 @@ def _check_here(folder: RunDir, record: Run) -> None:
         forced = [name for name in record.forced if name in errors]  # others concerned rows or another GPU
         refuse(found, forced)
         if not record.rehearsal and record.gpus_used > max(visible := len(machine.visible_gpus()), 1):
-            raise UserError(f"{folder.path}: the run needs {record.gpus_used} GPUs; available here: {visible}")
+            raise UserError(f"{folder.path}: the run needs {record.gpus_used} GPUs; {visible} available here")
     except UserError:
         record.state = "failed"
         folder.write(record)

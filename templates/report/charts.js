@@ -1,4 +1,4 @@
-/** The figures: drawn one after another, with their data as table and file. */
+/** Figures, drawn one after another, with their data as tables and files. */
 
 const DRAWN = { displayModeBar: false, responsive: true, showTips: false };
 const LAYOUT = {
@@ -14,7 +14,7 @@ const LAYOUT = {
 };
 const AXIS = { gridcolor: "#d5d9df", zerolinecolor: "#d5d9df", title: { standoff: 8, font: { size: 13 } } };
 
-/** Plotly takes text for markup; names are shown as they are, long ones on two lines. */
+/** Escape names, because Plotly reads text as markup; break long ones into two lines. */
 function literal(value) {
   return typeof value === "string" ? value.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replace(", ", ",<br>") : value;
 }
@@ -24,7 +24,7 @@ function named(trace) {
   return { ...trace, name: name.length > 36 ? literal(name) : literal(name).replace("<br>", " "), x: x.map(literal), y: y.map(literal), text: text?.map(literal) };
 }
 
-/** Room for names at the left; Plotly's own way to find it draws a figure several times. */
+/** Width for names at the left; Plotly would draw a figure several times to find it. */
 function leftMargin(traces) {
   const lines = traces.flatMap((trace) => trace.y).filter((y) => typeof y === "string").flatMap((y) => y.split("<br>"));
   return lines.length ? 20 + 7 * Math.max(...lines.map((line) => line.length)) : 66;
@@ -34,7 +34,7 @@ function axis(own) {
   return { ...AXIS, ...own, title: { ...AXIS.title, ...own.title } };
 }
 
-/** A figure's values as rows of cells, the first the names of its columns. */
+/** Values of a figure as rows of cells; the first row has the column names. */
 function cells(figure) {
   const { xaxis, yaxis } = figure.layout;
   const named = figure.traces.some((trace) => trace.mode?.endsWith("text"));
@@ -56,7 +56,7 @@ function cells(figure) {
 
 const shown = (value) => (typeof value === "number" ? String(+value.toPrecision(6)) : String(value ?? ""));
 
-/** A cell of CSV; a spreadsheet takes what begins as a formula for one, so that gets a quote in front. */
+/** A CSV cell; a quote before text such as "=1+1" keeps spreadsheets from running it as a formula. */
 function csvCell(value) {
   if (typeof value === "number") return String(value);
   const text = String(value ?? "").replace(/^[=+\-@\t\r]/, "'$&");

@@ -2,7 +2,7 @@
 
 const $ = (id) => document.getElementById(id);
 
-/** An element of a class, with text in it: never markup. */
+/** Create an element with a class and plain text, never markup. */
 function element(tag, className = "", text = "") {
   const made = document.createElement(tag);
   if (className) made.className = className;
@@ -10,7 +10,7 @@ function element(tag, className = "", text = "") {
   return made;
 }
 
-/** The text in a block of the page: gzip in base64. */
+/** Unpack the text in a block of the page: gzip in base64. */
 async function unpack(id) {
   const bytes = Uint8Array.from(atob($(id).textContent.trim()), (character) => character.charCodeAt(0));
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
@@ -39,7 +39,7 @@ $("theme").addEventListener("click", () => {
   setTheme(THEMES[(THEMES.indexOf(document.documentElement.dataset.theme) + 1) % THEMES.length]);
 });
 
-/** What is folded away on the screen is printed. */
+/** Open folded sections for printing. */
 let opened = [];
 addEventListener("beforeprint", () => {
   opened = [...document.querySelectorAll("details.printed:not([open])")];

@@ -1,12 +1,12 @@
-/** The reader: predictions beside their references and diffs, one row at a time. All text is shown as text. */
+/** The reader: predictions beside references and diffs, one row at a time. Text is never inserted as markup. */
 
 const PAGE = 8;
 const MOST_LINES = 300;
 const MOST_CHARACTERS = 4000;
-/** Characters that cannot be seen, or that turn the direction of what follows. */
+/** Characters that are invisible or change the direction of text. */
 const MARKS = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]|\udb40[\udc00-\udc7f]/g;
 
-/** Put text into an element, its invisible characters made visible, long ones behind a button. */
+/** Put text into an element, with invisible characters as code points, and the rest of long texts behind a button. */
 function show(place, text, most = MOST_CHARACTERS) {
   let start = 0;
   const head = text.slice(0, most);
@@ -27,7 +27,7 @@ function show(place, text, most = MOST_CHARACTERS) {
   return place;
 }
 
-/** The lines of a diff; the form that has all on one line, with tags, is taken apart. */
+/** Lines of a diff; a diff on one line, with tags, is split. */
 function linesOf(diff) {
   const tagged = /^<(?:add|del|keep)>/.test(diff);
   if (!tagged) return diff.split("\n");
@@ -75,7 +75,7 @@ class Reader {
     this.take(sets[0]);
   }
 
-  /** Show one set of rows: those of a data file, with the predictions of every model. */
+  /** Show the rows of one data file, with the predictions of every model. */
   take(set) {
     this.set = set;
     this.texts ??= new Map();
@@ -98,7 +98,7 @@ class Reader {
     $("high").placeholder = number(known.reduce((a, b) => Math.max(a, b), -Infinity));
   }
 
-  /** Everything of each row in small letters, made at the first search. */
+  /** All text of each row in lower case, cached at the first search. */
   searched() {
     const { set } = this;
     if (!this.texts.has(set)) {
@@ -151,7 +151,7 @@ class Reader {
     this.highlight();
   }
 
-  /** The page of matches that the row is on. */
+  /** Show the page of matches that contains the current row. */
   list() {
     const start = this.at - (this.at % PAGE);
     const { values } = this.columns[$("score").value];
@@ -172,7 +172,7 @@ class Reader {
     }));
   }
 
-  /** The list was made anew; the keyboard stays where it was. */
+  /** Keep the keyboard focus on the current row of the recreated list. */
   focus() {
     $("matches").querySelector("[aria-current]")?.focus();
   }
@@ -224,7 +224,7 @@ class Reader {
     return part;
   }
 
-  /** Mark what was searched for, where the browser can do that without touching the text. */
+  /** Mark matches of the search, if the browser can do so without changing the page's elements. */
   highlight() {
     if (!window.Highlight) return;
     CSS.highlights.delete("found");

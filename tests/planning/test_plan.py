@@ -106,9 +106,9 @@ def test_a_plan_adds_up(small: yamlfiles.Config) -> None:
     assert sum(memory.parts.values()) == memory.allocated <= memory.reserved
     assert memory.needed == memory.reserved + planner.CONTEXT
     assert planned.frozen == sum(count["frozen"] for count in planned.parameters.values())
-    for card, larger in pairwise(planned.cards):
-        assert card.fits == (memory.needed <= card.usable)
-        assert card.free < larger.free
+    for gpu, larger in pairwise(planned.gpus):
+        assert gpu.fits == (memory.needed <= gpu.usable)
+        assert gpu.free < larger.free
 
 
 def test_what_a_check_asks_for_is_the_plans_memory(small: yamlfiles.Config) -> None:
@@ -121,8 +121,8 @@ def test_what_a_check_asks_for_is_the_plans_memory(small: yamlfiles.Config) -> N
 def test_what_fits_and_what_does_not(small: yamlfiles.Config) -> None:
     size = plan.plan(small)[0].memory.needed / planner.GIB / planner.USABLE
     fits, not_ = (plan.plan(small, gpus.Gpu("card", TURING, size * share))[0] for share in (1.001, 0.999))
-    assert (fits.cards[0].fits, fits.changes) == (True, [])
-    assert not not_.cards[0].fits and not_.cards[0].free < 0
+    assert (fits.gpus[0].fits, fits.changes) == (True, [])
+    assert not not_.gpus[0].fits and not_.gpus[0].free < 0
 
 
 def test_changes_are_the_mildest_that_do(small: yamlfiles.Config) -> None:
@@ -148,7 +148,7 @@ def test_ranks_divide_what_their_engine_divides(small: yamlfiles.Config) -> None
     }
     for engine, change in engines.items():
         planned = plan.plan(small | change, gpus.find("T4"), gpus=4)[0]
-        assert planned.cards[0].free == pytest.approx(planned.cards[0].usable - planned.per_gpu[engine])
+        assert planned.gpus[0].free == pytest.approx(planned.gpus[0].usable - planned.per_gpu[engine])
 
 
 def test_the_operations_of_a_token(small: yamlfiles.Config) -> None:
