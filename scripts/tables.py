@@ -31,7 +31,7 @@ _GAP = 2  # spaces between columns, and before cells below a row
 
 
 def text_of(value: Any) -> str:
-    """Text of a value: rounded numbers, lists as YAML, two numbers as an interval, a dash for None."""
+    """Text of a value: numbers rounded, pairs as intervals, None as a dash."""
     if value is None:
         return "–"
     if isinstance(value, float):
@@ -72,10 +72,11 @@ def print_table(
     spare: Sequence[str] = (),
     below: Sequence[str] = (),
 ) -> None:
-    """Print a table on stdout. On a narrow terminal, values are never cut; only long paths are broken.
+    """Print a table on stdout.
 
-    If the table is too wide, the columns `below` move below their rows. Then a first column of long names moves above
-    its rows, and `spare` columns are left out and listed. As a last resort, all columns move below.
+    Values are never cut; only long paths are broken. If the table is too wide for the terminal, the columns `below`
+    move below their rows. Then a first column of long names moves above its rows, and `spare` columns are left out and
+    listed. As a last resort, all columns move below.
 
     Args:
         empty: also show columns without values.
@@ -120,7 +121,7 @@ def _width() -> int:
 def _arranged(
     widths: dict[str, int], width: int, spare: Sequence[str], below: Sequence[str]
 ) -> tuple[bool, list[str], list[str], list[str]]:
-    """Layout: True if the first column goes above its rows; columns side by side, below, and left out."""
+    """True if the first column goes above its rows; columns beside, below, left out."""
     first, *_ = beside = list(widths)
     above = False
     under: list[str] = []

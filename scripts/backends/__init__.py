@@ -32,7 +32,7 @@ _AGAIN = "run the same command again to continue"
 
 
 def relevant(backend: Backend, found: Iterable[Finding]) -> list[Finding]:
-    """Return the findings that apply to a backend; only the local one needs this machine's GPU."""
+    """Findings that apply to a backend; only the local one needs a GPU here."""
     return [finding for finding in found if backend.here or finding.scope != "machine"]
 
 
@@ -162,7 +162,7 @@ class Local:
             )
 
     def _log(self, command: Command) -> Path | None:
-        """Log file of a command; None if commands run one at a time and write to the terminal."""
+        """Log file of a command; None if it writes to the terminal."""
         return command.folder.path / f"{command.step}.log" if len(self.devices) > 1 else None
 
 

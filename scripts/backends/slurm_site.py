@@ -129,7 +129,7 @@ def cancel(jobs: Sequence[Job]) -> list[str]:
 
 
 def queue(users: Iterable[str]) -> dict[tuple[str, str], JobState] | UserError:
-    """States of users' unfinished jobs by id and script, cached for a minute; or an error."""
+    """States of unfinished jobs by id and script, cached for a minute; or an error."""
     return _queue(frozenset(users), int(time.monotonic() / 60))
 
 

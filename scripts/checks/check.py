@@ -41,7 +41,7 @@ class Report:
         return {"checked": self.name, "findings": findings, "data": self.data}
 
     def data_table(self) -> list[Row]:
-        """A row for each data set: size, lengths in tokens, and shares of long rows and padding."""
+        """A row for each data set, with size, lengths and padding."""
         return [
             {
                 "data": ", ".join(read["files"]),
@@ -75,7 +75,7 @@ def check(
     launching: bool = False,
     composed: Composed | None = None,
 ) -> Report:
-    """Find all mistakes in one recipe or file. Import torch only for `data` and `full`.
+    """Find all mistakes in one recipe or file; import torch only if needed.
 
     Args:
         request: the recipe or file, with profiles and overrides.
@@ -218,7 +218,7 @@ def _need_tokenizer(composed: Composed, option: str, instead: str = "") -> None:
 
 
 def has_tokenizer(composed: Composed) -> bool:
-    """True if a config's tokenizer is on this machine. In a rehearsal, first create the stand-in's."""
+    """True if a config's tokenizer is on this machine; a rehearsal first creates it."""
     if composed.rehearsal and substitution.stands_in(composed.config):
         substitution.model_folder()
     return models.find(composed.config).tokenizer_here

@@ -26,7 +26,7 @@ def no_data(case: Case) -> Problems:
 
 @rule
 def not_prepared(case: Case) -> Problems:
-    """A study's data must be fetched and prepared before a run, but not to check only its config."""
+    """A run needs prepared data; checking only the config does not."""
     missing: dict[str, list[Path]] = {}
     keys: dict[str, str] = {}
     for key, dataset in datafiles.datasets(case.config):

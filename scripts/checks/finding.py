@@ -108,7 +108,7 @@ def unknown_force(force: Sequence[str], names: set[str]) -> None:
 
 
 def refuse(findings: list[Finding], force: Sequence[str] = ()) -> list[Finding]:
-    """Override the errors named by --force; return the rest, and overridden findings about third-party code.
+    """Override errors named by --force; return the rest, and overridden findings about code.
 
     Raises:
         UserError: an error remains, or --force names an error that does not exist.
@@ -160,7 +160,7 @@ class Case:
 
     @cached_property
     def architecture(self) -> Config:
-        """Content of the base model's config.json; empty if the file is not on this machine."""
+        """Content of the base model's config.json; empty if not on this machine."""
         return models.architecture_here(self.config)
 
     @cached_property
@@ -188,7 +188,7 @@ class Case:
         return self["adapter"] in ("lora", "qlora")
 
     def is_set(self, *keys: str) -> bool:
-        """True if a key has a value other than empty or false, or had an invalid one."""
+        """True if a key's value is invalid, or neither empty nor false."""
         return any(self.config.get(key) or key in self.wrong for key in keys)
 
     def is_installed(self, package: str) -> bool:

@@ -50,7 +50,7 @@ def capabilities(gpu: Gpu = ANY_GPU) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def validated(content: Config, gpu: Gpu = ANY_GPU) -> DictDefault:
-    """Validate a config with Axolotl for a GPU. Validators and plugins can raise any exception."""
+    """Validate a config with Axolotl for a GPU; can raise any exception."""
     PluginManager._instance = None  # drop the plugins of the previous config
     cfg = DictDefault(content)
     prepare_plugins(cfg)
@@ -79,7 +79,7 @@ def validate(content: Config, gpu: Gpu) -> list[Finding]:
 
 @dataclass
 class Tokens:
-    """A tokenized row: token ids and labels; a label is MASKED if the token carries no loss."""
+    """Token ids of a row, and labels: MASKED for tokens without loss."""
 
     ids: list[int]
     labels: list[int]
@@ -126,7 +126,7 @@ def require_one_each(where: str, dataset: Any, rows: Sequence[Any], tokenized: S
 
 
 def taught_ends(cfg: Config, tokenizer: Any) -> set[int]:
-    """Tokens that training teaches as the end of an answer: the end-of-text token and `eot_tokens`."""
+    """Tokens that end an answer in training: the end-of-text token and `eot_tokens`."""
     of_turns = tokenizer.convert_tokens_to_ids(list(cfg.get("eot_tokens") or []))
     return ({tokenizer.eos_token_id} | (set(of_turns) - {tokenizer.unk_token_id})) - {None}
 

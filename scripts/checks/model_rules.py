@@ -42,7 +42,7 @@ def missing_special_token(case: Case) -> Problems:
 
 @rule
 def no_access(case: Case) -> Problems:
-    """The hub refuses a gated model without a token, or if the user has not accepted the licence.
+    """The hub refuses a gated model without a token or an accepted licence.
 
     This is an error only before a run: a laptop can check configs for another machine. The rule does not ask the hub
     about models on this machine, or models that models.yaml lists as not gated.

@@ -119,7 +119,7 @@ class _File:
 
 
 def check(config: Config, skipped: Collection[str] = ()) -> tuple[list[Finding], list[Row]]:
-    """Find mistakes in local JSONL rows; also return rows and bytes of each data set.
+    """Find mistakes in local JSONL rows; also return each data set's size.
 
     Each file is streamed once. A hash of each row (some 100 bytes) stays in memory, to find rows that repeat within
     the training data, or that the evaluation data shares with the training data.
@@ -273,7 +273,7 @@ _WORDS: dict[str, tuple[Level, str, str]] = {
 
 
 def _findings(file: _File) -> Iterator[Finding]:
-    """One finding for each kind of mistake in a file, at the first row concerned."""
+    """One finding per kind of mistake in a file, at its first row."""
     if file.bytes and not file.rows:  # another rule reports an empty file
         yield Finding("error", "bad-row", f"{file.key}.path", "no rows", where=str(file.path))
     for (rule, about), (line, example) in file.first.items():

@@ -43,7 +43,7 @@ def findings(content: Config) -> Iterator[Finding]:
 
 
 def usable(content: Config, broken: Iterable[Finding]) -> tuple[Config, set[str]]:
-    """Remove the values that break the schema; return the config and the top-level keys concerned.
+    """Remove values that break the schema; return config and top-level keys concerned.
 
     A removed list item becomes None, so that the other items keep their positions."""
     keys = [finding.key for finding in broken if finding.rule in ("value", "plugin-key")]
@@ -54,7 +54,7 @@ def usable(content: Config, broken: Iterable[Finding]) -> tuple[Config, set[str]
 
 
 def _closest(error: Any) -> Iterator[Any]:
-    """Errors of the alternative that is nearest to the value, if an error is of anyOf.
+    """For an error of anyOf, errors of the alternative nearest to the value.
 
     jsonschema's best_match prefers the deepest error. For a data set with a misspelt key, it would report errors of the
     synthetic type.

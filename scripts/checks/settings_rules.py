@@ -12,8 +12,9 @@ from .finding import Case, Level, Problems, rule
 
 @rule
 def two_precisions(case: Case) -> Problems:
-    """If bf16 is on, Axolotl silently ignores fp16 and float16; transformers refuses fp16 with bfloat16.
+    """If bf16 is on, Axolotl silently ignores fp16 and float16.
 
+    transformers refuses fp16 with bfloat16.
     float16 needs bf16: false, because the default, auto, turns bf16 on for every GPU (see `precision`)."""
     ignored = next((key for key in ("fp16", "float16") if case[key]), None)
     if not ignored or precision(case.config, on_gpu=True).weights != "bfloat16":
@@ -211,9 +212,9 @@ def does_not_divide(case: Case) -> Problems:
 
 @rule
 def does_not_repeat(case: Case) -> Problems:
-    """Cut cross entropy's kernels add gradients under a lock, in no fixed order (cce_backward.py, tl_lock_add).
+    """Cut cross entropy's kernels add gradients under a lock, in no fixed order.
 
-    torch's switch for deterministic algorithms does not affect these kernels."""
+    See tl_lock_add in cce_backward.py. torch's switch for deterministic algorithms does not affect these kernels."""
     if case["full_determinism"] and (case["cut_cross_entropy"] or "CutCrossEntropyPlugin" in case.plugins):
         problem = "cut cross entropy adds gradients in no fixed order: runs differ in their last bits"
         yield "warning", "full_determinism", problem, "set cut_cross_entropy: false"
@@ -261,7 +262,7 @@ def never_evaluated(case: Case) -> Problems:
 
 @rule
 def never_saved(case: Case) -> Problems:
-    """Without checkpoints an interrupted run starts over; Axolotl always saves the adapter at the end."""
+    """Without checkpoints, an interrupted run starts over; only the final adapter is saved."""
     if case.steps and (case["save_steps"] or 0) > case.steps:
         yield "warning", "save_steps", f"no checkpoint: training has at most {case.steps} steps", "lower it"
 

@@ -49,7 +49,7 @@ class Tokenizer:
             raise UserError(f"{content.get('base_model')}: cannot load the tokenizer: {error}") from None
 
     def tokenize(self, key: str, rows: Sequence[Row]) -> list[Tokens]:
-        """Tokenize rows of the data set at a key such as `datasets.0`, without cutting; see `tokenize`."""
+        """Tokenize rows of the data set at a key such as `datasets.0`, without cutting."""
         section, _, position = key.partition(".")
         dataset = self.cfg[section][int(position)]
         pieces = dataset["type"] == "completion"  # Axolotl splits these rows into rows of sequence_len tokens
@@ -283,7 +283,7 @@ def _unknown_roles(strategy: Any, row: Row) -> set[str]:
 
 
 def _without_batch(cfg: Any, sizes: list[int], gpus: int) -> Iterator[Finding]:
-    """Error if Axolotl would train no step: packed rows do not fill a micro batch on each GPU.
+    """Error if packed rows do not fill a micro batch per GPU, for zero steps.
 
     Axolotl's own sampler packs the rows here (axolotl/core/trainers/base.py, _create_multipack_sampler).
     """
@@ -324,7 +324,7 @@ def _padding(cfg: Any, kept: list[int]) -> float:
 
 
 def _numbered(dataset: Config, every: int = 1, batch: int = 1) -> Iterator[tuple[str, Row]]:
-    """Rows of a data set's local JSONL files within its split, each with file and line.
+    """Rows of a data set's local JSONL files in its split, with their lines.
 
     Of each `every` batches of `batch` lines, only the first is read."""
     rows = (row for file in datafiles.jsonl_files(dataset) for row in _of_file(file, every, batch))

@@ -294,7 +294,7 @@ def _print_plans(plans: "list[tuple[str, Plan]]") -> None:
 
 
 def _launching(request: "Request") -> list[str]:
-    """Arguments of `recipe run` for a request; without a GPU or the data, for a rehearsal."""
+    """Arguments of `recipe run`; with --rehearse if a GPU or data are missing."""
     from ..configs import datafiles, gpus
     from ..configs.compose import compose
 

@@ -174,7 +174,7 @@ def base_models() -> list[str]:
 
 
 def check_disks() -> Iterator[Line]:
-    """Check the free space of the folders for runs, for the cache and for models."""
+    """Check the free space for runs, cache and models."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     folders = {

@@ -137,7 +137,7 @@ def name_of(folder: "RunDir") -> str:
 
 
 def after_training(folder: "RunDir", on: str) -> None:
-    """Suggest the evaluation of a run, or a report if there are no reference answers."""
+    """Suggest a run's evaluation, or a report if there are no reference answers."""
     from ..base import yamlfiles
     from ..scores import evaluation_rows
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def whole_name(context: typer.Context, given: str | None) -> str | None:
-    """Replace a partial recipe name by the full one, with a message; leave other text unchanged."""
+    """Replace a partial recipe name by the full one, and print it."""
     if given and not context.resilient_parsing:
         with suppress(UserError):  # the verb reports this error
             name, file = find_recipe(given)
@@ -35,7 +35,7 @@ def whole_names(context: typer.Context, given: list[str] | None) -> list[str]:
 
 
 def _beginning(incomplete: str, names: Sequence[str]) -> list[str]:
-    """Names that begin with a text; if none does, ends of their paths that do."""
+    """Names that begin with a text, or else ends of their paths."""
     ends = ["/".join(name.split("/")[level:]) for name in names for level in range(1, name.count("/") + 1)]
     whole, parts = ([name for name in dict.fromkeys(some) if name.startswith(incomplete)] for some in (names, ends))
     return whole or parts

@@ -115,7 +115,7 @@ class _Layers:
 
 
 def compose(request: Request, gpu: Gpu | None = None) -> Composed:
-    """Compose the config of a request, for a GPU if known; do not check it.
+    """Compose a request's config, for a GPU if known, without checking it.
 
     Raises:
         UserError: a name or file is wrong, or a change cannot be merged into the recipe.
@@ -170,7 +170,7 @@ def _fragments(
     gpu: Gpu | None,
     incompatible: numerics.Incompatible,
 ) -> Iterator[tuple[tuple[str, Path], Config]]:
-    """Changes of each profile in turn, with fast and packed adapted to all other changes."""
+    """Changes of each profile in turn; fast and packed adapt to all others."""
     before = begun
     for profile, file in profiles:
         fragment = yamlfiles.read_yaml(file)

@@ -72,7 +72,7 @@ def _replaced(current: Any, path: str, value: Any, key: str) -> Any:
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of a config; a list of plain values counts as one value."""
+    """Dotted keys and values; a list of plain values counts as one value."""
     if isinstance(config, dict) and (config or not prefix):
         items: Any = config.items()
     elif isinstance(config, list) and any(isinstance(item, dict | list) for item in config):
@@ -85,7 +85,7 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys in which two configs differ, with both values; None for a missing key."""
+    """Dotted keys in which two configs differ, with both values (None if missing)."""
     left = dict(flatten(a))
     right = dict(flatten(b))
     pairs = {key: (left.get(key), right.get(key)) for key in left | right}
@@ -98,7 +98,7 @@ def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
 
 @dataclass(kw_only=True)
 class Difference:
-    """A changed key: value in the recipe file, value in the run, and the reason."""
+    """A changed key, its values in recipe file and run, and the reason."""
 
     key: str
     recipe: Any = None

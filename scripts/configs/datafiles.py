@@ -78,7 +78,7 @@ def jsonl_files(dataset: Config) -> list[Path]:
 
 
 def _looks_local(path: Path) -> bool:
-    """True if a missing path looks like one on this machine, not on a hub."""
+    """True if a missing path looks like a local one, not a hub's."""
     in_a_folder = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
     return path.is_absolute() or path.suffix in _SUFFIXES or in_a_folder
 
@@ -108,7 +108,7 @@ def form_of(fields: Collection[str]) -> Config | None:
 
 
 def entry_for(file: Path) -> Config:
-    """Data set entry for a file of rows, by the fields of the first row.
+    """Data set entry for a file, by the fields of its first row.
 
     Raises:
         UserError: the lines are not JSON objects, or the fields match no known form.
@@ -235,7 +235,7 @@ def training_rows(composed: Config) -> int | None:
 
 
 def _positive(composed: Config, key: str, unset: float = 1) -> float:
-    """Value of a setting that must be a positive number; 0 for any other value."""
+    """Value of a setting that must be a positive number; otherwise 0."""
     value: Any = composed.get(key, unset)
     return value if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else 0
 

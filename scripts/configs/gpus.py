@@ -76,7 +76,7 @@ def here() -> Gpu | None:
 
 
 def named(name: str) -> Gpu | None:
-    """Listed GPU of this name, which may include the memory size; None if not listed."""
+    """Listed GPU of this name, with or without memory size, or None."""
     plain = _plain(name)
     listed = {_plain(gpu.name): gpu for gpu in reversed(catalogue().values())}
     return listed.get(plain) or listed.get(re.sub(r"(16|24|32|40|48|64|80|94|96|141)gb$", "", plain))
@@ -116,7 +116,7 @@ def offloads(config: Any) -> bool:
 
 
 def divided(config: Config, gpus: int, asked: str) -> Config:
-    """Adapt the batch to several GPUs, so that an optimizer step keeps its number of rows.
+    """Divide the batch among GPUs; an optimizer step keeps its number of rows.
 
     Args:
         config: the config for one GPU.

@@ -1,4 +1,4 @@
-"""A study's ledger: records in results/ beside its recipes, and the status of published numbers.
+"""A study's ledger: records in its folder results/, and status of published numbers.
 
 Records cannot hold secrets, folders, or names of machines or users: their fields are numbers, hashes, version numbers,
 dates, and names that the project defines. `recipe results --export` writes a record.
@@ -142,7 +142,7 @@ class AdapterRecord(RunRecord):
 
 
 class TrainingRecord(RunRecord):
-    """A training run and the evaluation of its adapter; a failed run has no scores.
+    """A training run and its evaluation; a failed run has no scores.
 
     Attributes:
         values: the settings of the published cell that the run reproduces; empty for the recipe's own settings.

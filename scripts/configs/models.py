@@ -200,7 +200,7 @@ SMALL = 2**30
 
 
 def is_small(composed: Config) -> bool:
-    """True if a local base model is not quantized, and small enough for a CPU."""
+    """True if a local base model is unquantized, and small enough for a CPU."""
     folder = folder_of(composed)
     content = read_json(folder / "config.json") if folder else {}
     if not folder or "model_type" not in content or "quantization_config" in content:
@@ -230,7 +230,7 @@ def token(folder: Path | None, name: str) -> str | None:
 
 
 def read_template(written: str) -> str:
-    """Text of a chat template, given as text or as a file name, as in Axolotl."""
+    """Text of a chat template, given as text or, as in Axolotl, file name."""
     is_file = len(written) < 1000 and "\n" not in written and Path(written).is_file()
     return yamlfiles.read_text(Path(written)) if is_file else written
 
@@ -255,7 +255,7 @@ def _special_tokens(folder: Path) -> str | None:
 
 
 def _in_hub_cache(name: str, revision: Any) -> Path | None:
-    """The cached snapshot of a hub model at a revision (by default main), or None.
+    """Cached snapshot of a hub model at a revision (default: main), or None.
 
     huggingface_hub has such a function, but importing it would double the time of `recipe check`.
     """

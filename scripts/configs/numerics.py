@@ -131,7 +131,7 @@ _LORA = {
 
 
 def adapted(fragment: Config, before: Config, config: Config, gpu: Gpu | None, incompatible: Incompatible) -> Config:
-    """Adapt a profile of `ADAPTED` to a config and a GPU; add its plugins to the config's.
+    """Adapt a profile of `ADAPTED` to a config and a GPU; combine their plugins.
 
     Args:
         fragment: the content of the profile.
@@ -152,7 +152,7 @@ def adapted(fragment: Config, before: Config, config: Config, gpu: Gpu | None, i
 
 
 def _incompatible(config: Config, gpu: Gpu | None) -> Iterator[tuple[Config, str]]:
-    """Keys that a profile must leave out (None) or set to another value, with the reason."""
+    """Keys that a profile must leave out (None) or change, with reasons."""
     if gpu and gpu.capability < AMPERE:
         yield dict.fromkeys((*_LIGER, "lora_mlp_kernel")), f"these kernels need Triton, which does not support {gpu}"
         yield {"sdpa_varlen": False}, f"varlen_attn does not run on {gpu}; sdpa with a mask does"
@@ -194,7 +194,7 @@ def _incompatible_lora(config: Config, model: Config) -> Iterator[tuple[Config, 
 
 
 def departures(recipe: Config, run: Config) -> Iterator[str]:
-    """Numerical differences between a run and its recipe, from features that the run turns on."""
+    """Numerical differences from a recipe, due to features that a run turns on."""
     turned_on = {key for key, value in run.items() if value and not recipe.get(key)}
     if any(re.match("liger_|cut_cross_entropy$|lora_.*_kernel$", key) for key in turned_on):
         yield "other kernels, which round differently"
@@ -203,6 +203,6 @@ def departures(recipe: Config, run: Config) -> Iterator[str]:
 
 
 def _listed(config: Config, key: str) -> list[str]:
-    """Names in a list at a key; empty for any other value, since the config is unchecked."""
+    """Names in a list at a key of an unchecked config; otherwise empty."""
     value = config.get(key)
     return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []

@@ -68,7 +68,7 @@ def substitutions(composed: Config, sample: Config, given: Config, ranks: int) -
 
 
 def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Config, str]]:
-    """Limit data sets to a few rows, from the config's local files or else the sample."""
+    """Limit data sets to a few rows, from local files or the sample."""
     for section, most in _MOST_ROWS.items():
         entries = dict(datafiles.datasets(composed, section))
         here = {key: entry for key, entry in entries.items() if datafiles.can_be_rehearsed(entry)}
@@ -112,12 +112,12 @@ def _lent(entries: dict[str, Config], sample: list[Config]) -> list[Config]:
 
 
 def _is_elsewhere(entries: dict[str, Config]) -> bool:
-    """True if all data sets are on a hub or in a cloud, and no path may be misspelt."""
+    """True if all data sets are remote, and no path may be misspelt."""
     return bool(entries) and all(entry.get("path") and not datafiles.local_files(entry) for entry in entries.values())
 
 
 def _layers(composed: Config) -> Iterator[tuple[Config, str]]:
-    """Replace the LoRA layers of other families, such as Phi-3's fused layers, by the stand-in's."""
+    """Replace LoRA layers of other families, such as Phi-3's, by the stand-in's."""
     targets: Any = composed.get("lora_target_modules")
     named = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
     if named and stands_in(composed):

@@ -260,7 +260,7 @@ def trace(step: Step, shape: Shape) -> MemoryTrace:
 
 
 def _chunked_loss() -> Any:
-    """Axolotl's loss in eight chunks; not compiled here, so that memory is an upper bound."""
+    """Axolotl's loss in eight chunks; memory is an upper bound, without compilation."""
     with patch("torch.compile", lambda function, **_: function):
         from axolotl.monkeypatch.loss.chunked import get_causal_lm_loss
 

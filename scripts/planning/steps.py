@@ -144,7 +144,7 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
 
 
 def _has_window(architecture: dict[str, Any]) -> bool:
-    """True for a model with sliding-window attention; sdpa then needs a mask for long rows."""
+    """True for sliding-window attention; sdpa then needs a mask for long rows."""
     text = architecture.get("text_config", architecture)
     return bool(text.get("sliding_window") and text.get("use_sliding_window", True))
 

@@ -154,7 +154,7 @@ def _page(title: str, kind: str, runs: Sequence[ReportedRun], section: Section |
 
 
 def _packed(content: bytes) -> str:
-    """Compress bytes for the page's script, encoded so that they cannot close the HTML element."""
+    """Compress bytes for the page's script, in an encoding safe within HTML."""
     return b64encode(gzip.compress(content, 9, mtime=0)).decode()
 
 

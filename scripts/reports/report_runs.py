@@ -189,7 +189,7 @@ def overview(reported: ReportedRun, scored: Mapping[str, Column]) -> Row:
 
 
 def scores(runs: Sequence[ReportedRun]) -> list[Row]:
-    """Table with a row per score, and columns for runs, base models and published scores."""
+    """Table of scores, with columns for runs, base models and published scores."""
     columns: dict[str, dict[str, str | None]] = {}
     by_heading = headings(runs)
     for reported in runs:
@@ -286,7 +286,7 @@ def _columns(
 
 
 def _diffs(reported: ReportedRun, settings: EvaluationSettings) -> tuple[list[str], str]:
-    """Inputs of the evaluated rows in order, or the reason why they are not shown."""
+    """Inputs of the evaluated rows in order, or a reason for their absence."""
     file = Path(reported.run.cwd, settings.data)
     name = reported.from_cwd(settings.data)
     if not file.is_file():

@@ -34,7 +34,7 @@ def write_manifest(folder: Path) -> None:
 def damage(folder: Path, ranks: int) -> str | None:
     """Reason not to resume from a checkpoint, such as `optimizer.pt is missing`, or None.
 
-    A process killed during a save leaves no manifest. The files of this checkpoint may be incomplete.
+    If the manifest is missing, the process was killed during the save, and files may be incomplete.
 
     Args:
         folder: the checkpoint.
@@ -50,7 +50,7 @@ def damage(folder: Path, ranks: int) -> str | None:
 
 
 def _missing(folder: Path, ranks: int) -> str | None:
-    """First missing file that resuming needs; an engine may replace some files by its own.
+    """First missing file needed to resume; engines may write files of their own.
 
     Without such a file the trainer silently starts a new optimizer, schedule or random state. DeepSpeed writes `latest`
     last. FSDP writes `.metadata` last in each folder of shards.

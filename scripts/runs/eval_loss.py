@@ -50,7 +50,7 @@ def _of_rows(trainer: Any, rows: Any) -> float | None:
     tokens = 0
     for first in range(0, len(batches), ranks):
         mine = first + trainer.accelerator.process_index
-        # engines exchange weights in each step, so all ranks need equally many; a repeated batch is masked
+        # engines exchange weights in each step, so all ranks need the same number; extra steps repeat a masked batch
         batch = _collated(trainer, [rows[i] for i in batches[min(mine, len(batches) - 1)]], mine >= len(batches))
         with (
             torch.no_grad(),

@@ -28,7 +28,7 @@ from .rundir import RunDir, summarise, this_job
 AXOLOTL = Path(sys.executable).with_name("axolotl")
 _NO_GPU_MEMORY = re.compile("CUDA out of memory|CUDA error: out of memory")
 _RANK_KILLED = re.compile(r"exitcode\s*: -9\b")  # torchrun's wording
-_OF_TORCHRUN = re.compile("^.*torch/distributed/elastic/multiprocessing/api.py", re.MULTILINE)  # a report of 50 lines
+_OF_TORCHRUN = re.compile("^.*torch/distributed/elastic/multiprocessing/api.py", re.MULTILINE)  # its report
 _REFUSED = re.compile(r"^(?:([\w.]+)\n)?  (?:Value error, )?(.+?) \[type=\w+, input_value=", re.MULTILINE)  # pydantic
 _KILLED = (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT)
 _LESS_MEMORY = (
@@ -197,7 +197,8 @@ def _command(folder: RunDir, record: Run, checkpoint: Path | None) -> list[str]:
 def _environment(folder: RunDir, record: Run) -> dict[str, str]:
     """Environment of the training process; a rehearsal has no GPU and no network.
 
-    Trackers write into the run folder; trackio compares runs, so it writes next to them. No Axolotl key sets this.
+    Trackers write into the run folder, except trackio, which compares runs and therefore writes next to their folders.
+    No key of Axolotl sets these folders.
     """
     path = folder.path.absolute()
     trackers = {
@@ -214,7 +215,7 @@ def _environment(folder: RunDir, record: Run) -> dict[str, str]:
     }
     if record.rehearsal:
         added |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        added["AXOLOTL_DATASET_NUM_PROC"] = "0"  # a rehearsal's few rows do not pay for processes that import torch
+        added["AXOLOTL_DATASET_NUM_PROC"] = "0"  # for few rows, more processes only cost time to import torch
         if record.ranks > 1:
             threads = max((os.cpu_count() or 1) // record.gpus_used, 1)
             added |= {CPU_RANKS: "1", "OMP_NUM_THREADS": str(threads)}
@@ -239,7 +240,7 @@ def _drop_half_prepared(folder: RunDir, record: Run) -> None:
 
 
 def _problem(folder: RunDir, since: int) -> str | None:
-    """Cause of a failed launch, if the log shows lack of memory or disk space."""
+    """Cause of a failed launch: lack of memory or disk space, or None."""
     text, tail = _log_text(folder.log, since)
     if _NO_GPU_MEMORY.search(text) or _RANK_KILLED.search(text):
         return OUT_OF_MEMORY
@@ -262,7 +263,7 @@ def _failed(folder: Path, log: Path, code: int = 1, since: int = 0) -> WorkFaile
 
 
 def _log_text(log: Path, since: int) -> tuple[str, list[str]]:
-    """Log text from an offset on, and the last lines before torchrun's report."""
+    """Log text from an offset on, and its last lines before torchrun's report."""
     text = log.read_bytes()[since:].decode(errors="replace")
     return text, _OF_TORCHRUN.split(text, maxsplit=1)[0].splitlines()[-15:]
 
@@ -282,7 +283,7 @@ def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: 
         def seen(record: Row) -> None:
             if "loss" in record and record["loss"] is None and not troubled:
                 troubled.append(record)
-                stop = f"`recipe cancel {folder.path}` stops it at a checkpoint"
+                stop = f"`recipe cancel {folder.path}` stops the run at a checkpoint"
                 say(f"  the loss is NaN since step {record['step']}; {stop}")
 
         progress = TrainingProgress(folder.metrics, seen)  # created before the process writes metrics

@@ -1,4 +1,4 @@
-"""Axolotl plugin of a run: metrics, stopping at a checkpoint, and training on a CPU.
+"""Axolotl plugin: records metrics, stops at a checkpoint, and trains on a CPU.
 
 `recipe run` adds this plugin to the config. No other code of this project runs in the training process.
 """
@@ -53,8 +53,8 @@ class RunPlugin(BasePlugin):
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
         """Arguments for transformers' trainer that Axolotl does not set.
 
-        Without a GPU, bf16 needs `use_cpu`. On several GPUs, Axolotl gives each GPU the same weight in a step, whatever
-        its number of tokens; `average_tokens_across_devices` weights all tokens equally, as on one GPU. trackio takes
+        Without a GPU, bf16 needs `use_cpu`. On several GPUs, Axolotl gives each GPU the same weight in a step, however
+        many tokens it has; `average_tokens_across_devices` weights all tokens equally, as on one GPU. trackio takes
         its project only as an argument. Without trackio_static_space_id=False, a push to the hub publishes a Space.
         """
         args: dict[str, Any] = {"logging_nan_inf_filter": False}  # the filter logs a NaN loss as 0
@@ -69,7 +69,7 @@ class RunPlugin(BasePlugin):
         return args
 
     def pre_model_load(self, cfg: Any) -> None:
-        """Create MLflow's store under a lock; simultaneous creation by two runs fails."""
+        """Create MLflow's store under a lock: simultaneous creation by two runs fails."""
         _note_phase(cfg.output_dir, "loading the model")
         uri = os.environ.get("MLFLOW_TRACKING_URI", "")  # set by Axolotl from the config
         if not cfg.use_mlflow or not uri.startswith("sqlite:///"):
@@ -81,7 +81,7 @@ class RunPlugin(BasePlugin):
             mlflow.search_experiments(max_results=1)
 
     def post_lora_load(self, cfg: Any, model: Any) -> None:
-        """Count parameters before an engine shards them; PEFT counts a 4-bit weight as one parameter."""
+        """Count parameters before an engine shards them, with 4-bit weights unpacked."""
         if isinstance(model, PeftModel):
             trainable, every = model.get_nb_trainable_parameters()
             self.parameters = {"trainable_parameters": trainable, "parameters": every}
@@ -106,7 +106,8 @@ class RunPlugin(BasePlugin):
         """Record when evaluations and saves start; add the eval loss per token.
 
         Mirrors of Llama 3.2 pad on the left (seen in PEFT's pull request 3526), Meta's tokenizers on the right. This
-        method makes mirrors pad on the right, for the original's batches. Recipes set the same pad token for both.
+        method makes mirrors pad on the right, so that batches equal the original's. Recipes set the same pad token for
+        both.
         """
         if models.is_mirror(cfg.base_model):
             trainer.processing_class.padding_side = "right"
@@ -167,7 +168,7 @@ class RunCallback(TrainerCallback):
         self.vocabulary = vocabulary  # None after the check of the first loss
         self.stop = self.stopped = False
         self.step_started = self.step_seconds = 0.0
-        self.tokens: Any = 0  # without padding, unlike Axolotl's count; a tensor on the device, so that no step waits
+        self.tokens: Any = 0  # without padding, unlike Axolotl's count; a tensor, so that no step waits for the device
         self.process = psutil.Process()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -225,7 +226,7 @@ class RunCallback(TrainerCallback):
         if not logs or not {"loss", "eval_loss", eval_loss.NAME} & logs.keys():
             return
         usage = _usage()
-        if peak := logs.get("memory/max_allocated (GiB)"):  # Axolotl reset torch's peak to read it
+        if peak := logs.get("memory/max_allocated (GiB)"):  # Axolotl has reset torch's peak since
             usage["memory_allocated_gib"] = peak
         peaks = ranks.of_all(usage.get("memory_reserved_gib") or usage["rss_peak_gib"], args.device)
         if len(peaks) > 1:
@@ -244,7 +245,7 @@ class RunCallback(TrainerCallback):
             self.vocabulary = None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Record why training ended, and the last step, which the trainer does not always log."""
+        """Record the last step and why training ended; the trainer may not."""
         ended: dict[str, Any] = {"ended": self._how_it_ended(state, control)}
         if args.load_best_model_at_end and state.best_model_checkpoint:  # already loaded by the trainer
             ended["kept_step"] = checkpoints.step_of(Path(state.best_model_checkpoint))
@@ -252,7 +253,7 @@ class RunCallback(TrainerCallback):
         _note_phase(args.output_dir, "saving the model")
 
     def _how_it_ended(self, state: Any, control: Any) -> Ended:
-        """End of training: `complete` unless stopped, even after fewer steps than planned."""
+        """Reason for the end: `complete` unless stopped, even after fewer steps than planned."""
         if state.global_step >= state.max_steps or not control.should_training_stop:
             return "complete"
         if not state.global_step:  # transformers does this if an epoch has no batch

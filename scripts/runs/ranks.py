@@ -125,7 +125,7 @@ def _compare(name: str, layer: Linear4bit, loaded: str) -> None:
         if codes(layer) != loaded:
             raise RuntimeError(
                 f"{name}: its packed 4-bit weights were cast to {layer.weight.dtype}, which destroys them; "
-                "set bnb_config_kwargs.bnb_4bit_quant_storage: uint8; engines do not cast it"
+                "set bnb_config_kwargs.bnb_4bit_quant_storage: uint8, which engines do not cast"
             )
 
     hook = layer.register_forward_pre_hook(compare)

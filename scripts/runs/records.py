@@ -95,11 +95,11 @@ class FileState(BaseModel):
         if not file.is_file():
             return False
         status = file.stat()
-        if status.st_size == self.bytes and abs(status.st_mtime - self.mtime) < 1:  # fractions of a second get lost
+        if status.st_size == self.bytes and abs(status.st_mtime - self.mtime) < 1:  # copies can lose fractions
             return False
         if sha256(file) != self.sha256:
             return True
-        with suppress(OSError):  # for a copy: the next call then need not read it
+        with suppress(OSError):  # so that the next call need not read a copied file
             os.utime(file, (status.st_atime, self.mtime))
         return False
 
@@ -123,7 +123,7 @@ class Job(BaseModel):
     id: str
     step: str
     user: str
-    script: str  # needed because other clusters can have the same id, and ids are reused
+    script: str  # tells jobs with the same id apart: clusters reuse ids, and several clusters can share a disk
     words: list[str] = Field(default_factory=list)  # arguments of `recipe`
     submitted: Moment = Field(default_factory=now)
 
@@ -157,11 +157,11 @@ class Launch(BaseModel):
     ended: Moment | None = None
     exit_code: int | None = None
     resumed_from: str | None = None
-    problem: str | None = None  # the cause of the end, if its remedy is not in the log
+    problem: str | None = None  # lack of memory or disk space, if it ended the launch
 
 
 class Summary(BaseModel):
-    """Summary of the training so far, in seconds and GiB; a NaN loss is null.
+    """Summary of the training so far, in seconds and GiB; NaN becomes null.
 
     Attributes:
         eval_loss, eval_loss_first: Axolotl's eval loss, a mean over batch means.

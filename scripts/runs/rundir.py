@@ -32,7 +32,7 @@ class RunDir:
         self.log = path / "train.log"
         self.output = path / "output"
         self._json = path / "run.json"
-        self._jobs = path / "jobs.json"  # not in run.json, which a job can write before its id is recorded
+        self._jobs = path / "jobs.json"  # separate, because a job can write run.json before its id is recorded
 
     def runs(self, recipe: str) -> Path:
         """Folder of all runs, derived from the path of this run of a recipe."""
@@ -43,7 +43,9 @@ class RunDir:
         write_atomically(self._json, run.model_dump_json(indent=1, exclude_none=True) + "\n")
 
     def read(self, job: JobState | None = None) -> Run:
-        """Read run.json with the current state: `running` without process or job becomes `interrupted`.
+        """Read run.json with the current state.
+
+        A run that is recorded as running, but has no process or job, is interrupted.
 
         Args:
             job: state of the training job, if the run has one; `backends.read` passes it.
@@ -63,7 +65,7 @@ class RunDir:
 
     def _state(self, run: Run, job: JobState | None) -> State:
         is_in_use = is_held(self.path / ".lock")
-        if run.state == "running" and is_in_use:  # a queued run is in use too while its rows are prepared
+        if run.state == "running" and is_in_use:  # preparing rows also locks a queued run
             return "running"
         if job:
             return run.state if job.kind == "unknown" else job.kind
@@ -111,7 +113,7 @@ class RunDir:
             yield lock
 
     def read_metrics(self, since: int = 0) -> list[Row]:
-        """Records of metrics.jsonl by step; a resumed run's new records replace repeated steps.
+        """Records of metrics.jsonl by step; resumed runs replace records of repeated steps.
 
         Damaged lines are skipped with a warning.
 
@@ -161,7 +163,7 @@ _JOBS = TypeAdapter(list[Job])
 
 
 def this_job(environment: Mapping[str, str]) -> str | None:
-    """Id of the SLURM job or array task of this process, from its environment, or None."""
+    """Id of this process's SLURM array task, from its environment, or None."""
     array, task = (environment.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
     return f"{array}_{task}" if array and task else None
 
@@ -200,7 +202,7 @@ def summarise(metrics: list[Row]) -> Summary:
     counted_seconds = sum(record.get("step_seconds") or 0.0 for record in counted)
     memory = next((key for record in metrics for key in _MEMORY if key in record), "")
     of_ranks = [record["peak_gib_by_rank"] for record in metrics if record.get("peak_gib_by_rank")]
-    by_rank = [max(of_rank) for of_rank in zip(*of_ranks, strict=False)]  # a resumed run's processes start new peaks
+    by_rank = [max(of_rank) for of_rank in zip(*of_ranks, strict=False)]  # after a resume, peaks begin anew
     return Summary(
         step=newest.get("step", 0),
         max_steps=last("max_steps"),
@@ -242,7 +244,7 @@ def is_run(folder: Path) -> bool:
 
 
 def run_names(runs: Path) -> dict[str, RunDir]:
-    """Runs by path below `runs`; a recipe's newest also by recipe name, the newest of all as `latest`."""
+    """Runs by path below `runs`, each recipe's newest by recipe name, and `latest`."""
     folders = all_runs(runs)
     named = {run.path.relative_to(runs).as_posix(): run for run in folders}
     named |= {path.rpartition("/")[0]: run for path, run in named.items() if "/" in path}  # the last is the newest
@@ -250,7 +252,7 @@ def run_names(runs: Path) -> dict[str, RunDir]:
 
 
 def find_run(name: str, runs: Path) -> RunDir:
-    """Find a run by folder or by part of a name in `run_names`; print its path.
+    """Find a run by folder or partial name, see `run_names`; print its path.
 
     Raises:
         UserError: no run, or more than one, matches.

@@ -16,7 +16,7 @@ DOES = {"run": "the training", "evaluate": "the evaluation"}
 
 @dataclass
 class TaskResult:
-    """Result of a recipe: state of each step, and the problem if a step failed.
+    """Result of a recipe: state of each step, and problem of a failed one.
 
     Attributes:
         member: name of the sweep member, or None.

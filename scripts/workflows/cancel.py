@@ -10,7 +10,7 @@ from .sweep import Sweep, find_any, recorded_sweeps
 
 
 def cancel(names: list[str]) -> list[str]:
-    """Ask runs, sweeps and studies to stop; return a message for each process or job.
+    """Ask runs, sweeps and studies to stop; return a message per process or job.
 
     Args:
         names: names of runs, sweeps or studies, see `find_any`.

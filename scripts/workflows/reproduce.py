@@ -33,7 +33,7 @@ from .pipeline import Pipeline, require_scorer_models, seeds_of
 
 
 def chosen(of_study: Study, only: list[str]) -> list[str]:
-    """Recipes of a study by names or shell patterns; by default, all with published scores.
+    """Recipes of a study by name or pattern; default: all with published scores.
 
     Raises:
         UserError: a name or pattern matches no recipe of the study, or a name matches several.
@@ -56,7 +56,7 @@ def reproduce(
     backend: Backend,
     seeds: int = 1,
 ) -> list[TaskResult]:
-    """Train and score every recipe of a study; reuse results of steps with equal inputs.
+    """Train and score every recipe of a study; reuse earlier results.
 
     All recipes are checked and planned before the first one starts. A failed recipe does not stop the others.
 

@@ -70,7 +70,7 @@ def _add_plan(report: check.Report, gpu: Gpu | None, ranks: int, anew: bool) -> 
 
 
 def start(request: Request, backend: Backend) -> RunDir:
-    """Train a recipe in a new run folder, in this process or as a job.
+    """Train a recipe in a new run folder, here or as a job.
 
     Raises:
         UserError: the request is wrong, or the backend refuses it; nothing was started.

@@ -231,7 +231,7 @@ def of_recipe(recipe: str) -> dict[str, Column]:
 
 
 def read_members(file: Path | None, sets: Sequence[str]) -> tuple[str, list[SweepMember]]:
-    """Name and members of a sweep: each `_` entry with each combination of listed values.
+    """Name and members of a sweep: `_` entries times combinations of values.
 
     Args:
         file: a YAML file in Axolotl's sweep format, in which entries of `_` can have a `name`.
@@ -314,7 +314,7 @@ def recorded_sweeps() -> dict[str, Sweep]:
 
 
 def find_sweep_file(name: str) -> Path:
-    """Find a sweep file by path, or a shipped one by part of its name.
+    """Find a sweep file by path, or a shipped one by partial name.
 
     Raises:
         UserError: no name or several names match.
