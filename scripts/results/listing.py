@@ -139,7 +139,7 @@ def of_rows(of_study: Study, rows: Sequence[StudyRow], rehearsal: bool) -> Itera
     for column in of_study.table.values():
         title = about if column == of_study.first else column.label
         cells = [_of_metric(row, column) for row in rows]
-        yield Table(cells, title, empty=True, spare=["95 % is of", "by", "rows", "difference"])
+        yield Table(cells, title, empty=True, spare=["95 % covers", "by", "rows", "difference"])
     others = {name: column for name, column in of_study.columns.items() if name not in of_study.table}
     beside = {key: any(row.costs()[key][1] is not None for row in rows) for key in _HEADINGS}
     costs = [_of_costs(row, others, beside) for row in rows]
@@ -162,7 +162,7 @@ def _of_metric(row: StudyRow, column: Column) -> Row:
         "published": _published(score.published),
         "difference": score.difference,
         "verdict": score.verdict,
-        "95 % is of": within and within.method,
+        "95 % covers": within and within.method,
         **score.decodings,
         **({"by": score.model} if column.metric.judged else {}),
     }
