@@ -166,7 +166,7 @@ def ask(*command: str, script: str = "") -> str:
     try:
         done = subprocess.run(command, input=script, capture_output=True, text=True, errors="replace", timeout=TIMEOUT)
     except FileNotFoundError:
-        raise UserError(f"{where}: not found on this machine; log in to a machine of the cluster") from None
+        raise UserError(f"{where}: not found on this machine; run this on a login node of the cluster") from None
     except subprocess.TimeoutExpired:
         raise UserError(f"{where}: no answer within {TIMEOUT} s; check its effect with `squeue --me`") from None
     if done.returncode:

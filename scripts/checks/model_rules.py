@@ -58,7 +58,7 @@ def no_access(case: Case) -> Problems:
     elif hub.is_offline():
         yield level, "base_model", f"{name} is not cached, and HF_HUB_OFFLINE is set", "fetch the model first"
     elif case.model.gated and not hub.has_token():
-        yield level, "base_model", f"{name} is gated, and the hub's token is missing", _how_to_get(name)
+        yield level, "base_model", f"{name} is gated, and no token for the hub was found", _how_to_get(name)
     elif case.ask_hub and case.model.gated is not False:
         yield from _of_the_hub(name, level)
 

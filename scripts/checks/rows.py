@@ -239,7 +239,7 @@ class _Reader:
                 elif hint:
                     file.count("misspelt-field", f"{meant[name]} in {fields.lists[0]}; did you mean {name}?", number)
             if isinstance(item.get("label"), str) and "label" in fields.items:
-                file.count("bad-row", "label is text, which Axolotl reads as true", number)
+                file.count("bad-row", "label is text; Axolotl reads any text as true", number)
         if fields.optional and isinstance(items, list) and items and isinstance(items[0], dict):
             system = row.get("system")
             file.has_system = file.has_system or isinstance(system, str)

@@ -182,7 +182,7 @@ def _incompatible_lora(config: Config, model: Config) -> Iterator[tuple[Config, 
     if config.get("adapter") not in ("lora", "qlora") or config.get("rl"):
         yield dict.fromkeys(_LORA), "the LoRA kernels need LoRA, and no preference training"
     if config.get("lora_dropout"):
-        yield dict.fromkeys(_LORA), f"with lora_dropout {config['lora_dropout']} kernels drop other values than PEFT"
+        yield dict.fromkeys(_LORA), f"with lora_dropout {config['lora_dropout']}, they drop different values than PEFT"
     if dict(flatten(config)).get("bnb_config_kwargs.bnb_4bit_quant_type", "nf4") != "nf4":
         yield dict.fromkeys(_LORA), "the kernels decode doubly quantized weights as NF4 (axolotl/kernels/quantize.py)"
     if (activation := model.get("hidden_activation") or model.get("hidden_act") or "silu") != "silu":

@@ -270,4 +270,4 @@ def _findings(content: Config, gpu: Gpu, gpus: int | None, anew: bool) -> list[F
         return []
     each = f" on each of {gpus} GPUs under {engine_of(content)}" if (gpus or 1) > 1 else ""
     problem = f"a full batch needs {needed:.1f} GiB{each}; {usable:.1f} GiB of {gpu} are usable"
-    return [Finding("error", "too-big", "micro_batch_size", problem, "`recipe plan` with --gpu lists changes")]
+    return [Finding("error", "too-big", "micro_batch_size", problem, "`recipe plan --gpu` lists changes that help")]

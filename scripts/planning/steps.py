@@ -152,7 +152,7 @@ def _has_window(architecture: dict[str, Any]) -> bool:
 def _refuse_unplannable(config: Config, architecture: dict[str, Any]) -> None:
     adapter = config.get("adapter")
     if adapter not in (None, "lora", "qlora"):
-        raise UserError(f"adapter: {adapter} cannot be planned; only lora, qlora or no adapter")
+        raise UserError(f"adapter: {adapter} cannot be planned; plans support lora, qlora or no adapter")
     if config.get("load_in_8bit") or "quantization_config" in architecture:
         raise UserError("base_model: an 8-bit or already quantized model cannot be planned")
     if config.get("rl"):
@@ -161,17 +161,17 @@ def _refuse_unplannable(config: Config, architecture: dict[str, Any]) -> None:
 
 def _not_traced(config: Config, architecture: dict[str, Any]) -> Iterator[str]:
     """Notes on untraced settings, and whether training will need less or more memory."""
-    yield from (f"{key}: not traced; needs less memory" for key in _TAKE_LESS if config.get(key))
+    yield from (f"{key}: not traced; training needs less memory" for key in _TAKE_LESS if config.get(key))
     yield from (f"{key}: not planned; counted as 1" for key in SPLIT if (config.get(key) or 1) > 1)
     if config.get("adapter") and all(config.get(key) is None for key in _KERNELS):
-        yield "LoRA kernels, which Axolotl turns on by default: not traced; they need less memory"
-    yield from (f"{key}: not traced; needs more memory" for key in _TAKE_MORE if config.get(key))
+        yield "LoRA kernels, which Axolotl turns on by default: not traced; training needs less memory"
+    yield from (f"{key}: not traced; training needs more memory" for key in _TAKE_MORE if config.get(key))
     if takes_varlen(config, architecture):
-        yield "varlen_attn: planned as sdpa with a mask over packed rows; needs less memory"
+        yield "varlen_attn: planned as sdpa with a mask over packed rows; training needs less memory"
     if config.get("gradient_checkpointing") in ("offload", "offload_disk"):
-        yield "gradient_checkpointing: offloading is not traced; needs less memory"
+        yield "gradient_checkpointing: offloading is not traced; training needs less memory"
     if offloads(config):
-        yield "weights or optimizer state in main memory: not planned; needs less GPU memory"
+        yield "weights or optimizer state in main memory: not planned; training needs less GPU memory"
     if int(config.get("eval_batch_size") or 0) > rows_of(config):
         yield "eval_batch_size: evaluation is not traced; it has more rows than training and may need more memory"
 

@@ -169,7 +169,7 @@ class Pipeline:
             return True
         needed = f"{self.needed_gib:.1f} GiB"
         if gpu and gpu.memory and (self.needed_gib or 0) > plan.usable_gib(gpu) and not rehearsal:
-            self.result.fail("plan", f"needs {needed}, more than {gpu} has; `recipe plan` lists changes")
+            self.result.fail("plan", f"needs {needed}, more than {gpu} has; `recipe plan` lists changes that help")
             return False
         self.result.steps["plan"] = f"{DONE}: {needed}"
         return True
