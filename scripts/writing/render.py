@@ -25,11 +25,11 @@ _STUDY = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 _REQUIRED = ("title", "licence")  # facts that every recipe states about its model
 SPECIAL_TOKENS = "this project: the tokenizer names no padding token"
 _EOS = "EOS, as Axolotl falls back to; padding carries no label"
-_NOT_KNOWN = "not known whether the tokenizer names a padding token; Axolotl pads with EOS where it names none"
+_NOT_KNOWN = "not known whether the tokenizer names a padding token; if not, Axolotl pads with EOS"
 
 # Gemma 2 passes attn_logit_softcapping to its attention (transformers/models/gemma2/modeling_gemma2.py);
 # transformers/integrations/sdpa_attention.py ignores it.
-_SOFT_CAPS = "this project: sdpa leaves out the cap on attention scores that this model was trained with"
+_SOFT_CAPS = "this project: sdpa omits the cap on attention scores, with which this model was trained"
 
 
 @dataclass
@@ -83,7 +83,7 @@ def describe(entry: Config, name: str, folder: Path | None = None) -> BaseModel:
         "context": sizes.get("max_position_embeddings"),
         "linear layers": layers,
     }
-    unpinned = "a folder has none" if is_folder else "models.yaml lists no commit, so that a run takes the newest"
+    unpinned = "a folder has none" if is_folder else "models.yaml lists no commit, so a run uses the newest"
     return BaseModel(
         title=str(entry.get("title", name)),
         about=f"licence {entry.get('licence', 'not known')}, {_access(entry, is_folder)}",
