@@ -115,7 +115,7 @@ def _console() -> Any:
 
 
 class Bar:
-    """A progress bar on a terminal; a line every 30 s in a log file.
+    """A progress bar on a terminal; in a log file, new lines only, one for each phase and every 30 s.
 
     `total` is None while the amount of work is unknown; `done` is work from before.
     """
@@ -139,7 +139,7 @@ class Bar:
         )
         self.task = self.progress.tasks[0]
         self.last_line = time.monotonic()
-        self.is_line_due = False
+        self.lines: set[str] = set()
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -150,7 +150,7 @@ class Bar:
     def __exit__(self, *_: Any) -> None:
         self.progress.live.transient = not self.note
         self.progress.stop()
-        if self.is_line_due:
+        if self.task.completed:
             self._line(after=1.0)
 
     def begin(self, title: str) -> None:
@@ -163,18 +163,18 @@ class Bar:
         self.note = note or self.note
         whole = total or self.task.total
         self.progress.update(self.task.id, completed=done, total=whole, note=self._note(done, whole))
-        self.is_line_due = True
         self._line(after=self.EVERY)
 
     def _note(self, done: int, total: float | None) -> str:
         return f"{done}/{total:.0f}  {self.note}".strip() if total and total > 1 else self.note
 
     def _line(self, after: float = 0.0) -> None:
-        if self.progress.disable and time.monotonic() - self.last_line >= after:
-            self.last_line, self.is_line_due = time.monotonic(), False
+        line = f"{self.task.description}  {self.task.fields['note']}".rstrip()
+        if self.progress.disable and line not in self.lines and time.monotonic() - self.last_line >= after:
+            self.last_line = time.monotonic()
+            self.lines.add(line)
             left = self.task.time_remaining
-            clock = f"left {timedelta(seconds=round(left))}" if left else ""
-            say("  ".join(filter(None, (self.task.description, self.task.fields["note"], clock))))
+            say(f"{line}  left {timedelta(seconds=round(left))}" if left else line)
 
 
 class TrainingProgress(Bar):

@@ -18,7 +18,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_a_log_has_a_line_for_each_phase(
+def test_a_log_has_one_line_for_each_phase(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], clock: list[float]
 ) -> None:
     metrics = tmp_path / "metrics.jsonl"
@@ -30,6 +30,7 @@ def test_a_log_has_a_line_for_each_phase(
         {"step": 4, "max_steps": 8, "loss": 2.0, "learning_rate": 0.1},
         {"phase": "evaluating"},
         {"step": 4, "max_steps": 8, "eval_loss_per_token": 2.5},
+        *({"phase": phase} for phase in ("training", "saving a checkpoint", "training")),
     ]
     with TrainingProgress(metrics) as bar:
         for record in records:
@@ -44,4 +45,5 @@ def test_a_log_has_a_line_for_each_phase(
         "training  3/8",
         "evaluating  4/8  loss 2.000  rate 1.00e-01",
         "  step 4: eval loss 2.500",
+        *(f"{phase}  4/8  loss 2.000  rate 1.00e-01" for phase in ("training", "saving a checkpoint")),
     ]
