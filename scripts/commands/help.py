@@ -3,6 +3,7 @@
 import os
 import shlex
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -137,14 +138,14 @@ def name_of(folder: "RunDir") -> str:
 
 
 def after_training(folder: "RunDir", on: str) -> None:
-    """Suggest a run's evaluation, or a report if there are no reference answers."""
+    """Suggest a run's evaluation, or a report if the run has scores or no reference answers."""
     from ..base import yamlfiles
-    from ..scores import evaluation_rows
+    from ..scores import evaluation_rows, evaluations
 
     run, cfg = folder.read(), yamlfiles.read_yaml(folder.config)
-    try:
-        evaluation_rows.require_reference(folder, cfg, evaluation_rows.usual(run, cfg))
-    except UserError:
-        next_step("report", name_of(folder))
-    else:
-        next_step("evaluate", name_of(folder), *([] if on == "local" else ["--on", on]))
+    words: list[str | Path] = ["report", name_of(folder)]
+    if not evaluations.current(folder.path, run):
+        with suppress(UserError):
+            evaluation_rows.require_reference(folder, cfg, evaluation_rows.usual(run, cfg))
+            words = ["evaluate", name_of(folder), *([] if on == "local" else ["--on", on])]
+    next_step(*words)

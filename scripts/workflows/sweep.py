@@ -294,7 +294,13 @@ def find_any(name: str) -> RunDir | Sweep | Study:
     folders = {folder.name: folder for folder in paths.studies()}
     named = run_names(runs)
     choices = [*named, *sweeps, *folders]
-    chosen = meant(name, choices, "run, sweep or study", f" below {runs}/; there are {', '.join([*folders, *sweeps])}")
+    recipes, hint = paths.recipe_names(), f" below {runs}/; there are {', '.join([*folders, *sweeps])}"
+    try:
+        chosen = meant(name, choices, "run, sweep or study", hint)
+    except UserError:
+        chosen = meant(name, [*choices, *recipes], "run, sweep, study or recipe", hint)
+        if chosen in recipes:
+            raise UserError(f"{name}: no run of {chosen} below {runs}/; `recipe run {chosen}` starts one") from None
     also = f"{chosen}/rehearsal"
     if choices.count(chosen) > 1 or (chosen != name and also in sweeps):  # `cancel` must not stop the wrong one
         several = f"{chosen} or {also}" if also in sweeps else "a run, a sweep or a study"

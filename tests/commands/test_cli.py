@@ -63,6 +63,8 @@ MISTAKES = [
     ("report", "latest"),
     ("report haider2024 -o report.pdf", ".html"),
     ("report haider2024", "--rehearse"),
+    ("report start/qlora-packd", "start/qlora-packed"),
+    ("results 3.2-3b", "haider2024/llama-3.2-3b"),
     ("report haider2024 --rehearse", "recipe reproduce haider2024"),
     ("reproduce other", "other: "),
     ("reproduce haider2024 --only lama-2", "--only lama-2: "),

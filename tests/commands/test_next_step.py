@@ -51,24 +51,28 @@ def test_from_results_to_a_report(recipe: Recipe, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "runs", "says"),
+    ("change", "runs", "scored", "says"),
     [
-        ({}, "other place", "recipe --runs 'other place' evaluate 1-a"),
-        ({"test_datasets": [{"path": "a.jsonl", "type": "completion"}]}, "runs", "recipe report 1-a"),
-        ({"test_datasets": None}, "runs", "recipe report 1-a"),
+        ({}, "other place", False, "recipe --runs 'other place' evaluate 1-a"),
+        ({}, "runs", True, "recipe report 1-a"),
+        ({"test_datasets": [{"path": "a.jsonl", "type": "completion"}]}, "runs", False, "recipe report 1-a"),
+        ({"test_datasets": None}, "runs", False, "recipe report 1-a"),
     ],
-    ids=["answers", "completion", "no rows"],
+    ids=["answers", "scores", "completion", "no rows"],
 )
-def test_a_run_is_evaluated_next_if_its_rows_have_answers(
+def test_a_run_is_evaluated_next_if_its_rows_have_answers_and_it_has_no_scores(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     change: yamlfiles.Config,
     runs: str,
+    scored: bool,
     says: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     folder = a_run(Path(runs), NAME, "1-a", 5.0, set=change)
+    if not scored:
+        (folder.path / "scores.json").unlink()
     monkeypatch.setenv(paths.RUNS, runs)
     after_training(folder, "local")
     assert capsys.readouterr().err == f"next: {says}\n"
