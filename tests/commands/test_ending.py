@@ -27,7 +27,8 @@ def shell(line: str, place: Path, **env: str) -> "subprocess.CompletedProcess[st
         (f"{RECIPE} score p.jsonl --out /dev/full", 1, "recipe: /dev/full:"),
         *((f"{RECIPE} {words} >&-", 0, "") for words in ("list", "score p.jsonl")),
         (f"{RECIPE} results 2>&-", 0, ""),  # messages reach nobody, rather than stdout
-        (f"ulimit -f 0; {RECIPE} new x --from code-llama-7b", 1, "recipe: variants/x.yaml:"),
+        # without `make coverage`, which could not write either
+        (f"ulimit -f 0; COVERAGE_PROCESS_CONFIG= {RECIPE} new x --from code-llama-7b", 1, "recipe: variants/x.yaml:"),
         (f"ulimit -v 1000000; {RECIPE} check code-llama-7b --full", 1, "recipe: out of memory"),
     ],
 )

@@ -65,8 +65,12 @@ def test_a_benchmark_of_other_rows_is_measured_anew(limit: int | None, kept: boo
 
 
 def a_task(place: Path) -> Path:
-    """The file of a task whose rows are in a file beside it."""
-    rows = [{"question": f"{i} plus {i} is", "choices": [f" {2 * i}", f" {2 * i + 3}"], "label": 0} for i in range(20)]
+    """File of a task with its rows in a file beside it.
+
+    One choice of each row is far longer, and so less likely: merged weights, which are rounded, change no answer.
+    """
+    choices = [" 4", " four, or perhaps some number that is a little larger"]
+    rows = [{"question": f"{i} less is", "choices": choices, "label": int(i % 3 == 0)} for i in range(20)]
     (place / "rows.json").write_text("\n".join(map(json.dumps, rows)))
     task = {
         "task": "sums",
@@ -122,7 +126,7 @@ def test_a_task_scores_as_by_the_harness_itself_also_when_resumed(
     tasks = TaskManager(include_path=str(tmp_path))
     theirs = simple_evaluate(model, tasks=["sums"], task_manager=tasks, limit=12)["results"]["sums"]
     before = sum(batches)
-    assert scores["sums"] == own["value"] == pytest.approx(100 * theirs["acc,none"])
+    assert scores["sums"] == own["value"] == pytest.approx(100 * theirs["acc,none"]) == pytest.approx(100 * 8 / 12)
     assert own["stderr"] == pytest.approx(100 * theirs["acc_stderr,none"])
     assert "sums" in orjson.loads(recipe(*evaluate, "--json").stdout)  # kept
     assert recipe(*wanted, "--adapter", "none").returncode == 0
