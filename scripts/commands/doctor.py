@@ -117,7 +117,7 @@ def install_torch(cuda: str = "") -> str:
 
 
 def check_lock() -> Iterator[Line]:
-    """Check installed packages against requirements.lock, or without a checkout against the wheel's."""
+    """Check installed packages against requirements.lock, or a wheel's requirements."""
     in_checkout = paths.LOCK.is_file()
     texts = _locked() if in_checkout else requires("qlora-recipes") or []
     required = [one for one in map(Requirement, texts) if not one.marker or one.marker.evaluate({"extra": ""})]

@@ -1,4 +1,4 @@
-"""The verbs that start and stop runs: run, resume, sweep and cancel."""
+"""The verbs run, resume, sweep, reproduce and cancel."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
@@ -88,7 +88,7 @@ def run_verb(
     force: Force = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the config and start nothing.")] = False,
 ) -> None:
-    """Train a recipe with Axolotl, in a run folder of its own."""
+    """Train a recipe with Axolotl, in a new run folder."""
     from ..configs.compose import Request, is_rehearsal
     from ..configs.config import OF_THE_RUN
     from ..workflows import run

@@ -1,4 +1,4 @@
-"""GPUs for checks and plans, and engines for training on several."""
+"""GPUs for checks and plans, and engines for training on several GPUs."""
 
 import re
 from dataclasses import dataclass, replace

@@ -68,8 +68,8 @@ class Record(_Strict):
     Attributes:
         made: the day (UTC) of the scoring, or of a failed training run.
         of: the study's recipe or baseline that has the published scores.
-        revision: the project's commit, with + if files had been changed; None outside a checkout.
-        scores: by metric name in study.yaml, on the test set of the published scores.
+        revision: the project's commit, with + for uncommitted changes; None outside a checkout.
+        scores: scores on the test set of the published scores, by metric name in study.yaml.
         invalidated: the commit that proves the record wrong, and the reason. No other field may change later.
     """
 
@@ -97,7 +97,7 @@ class Record(_Strict):
 
 
 class PredictionsRecord(Record):
-    """Scores of published predictions; `texts_sha256` hashes the JSON lines of reference and prediction."""
+    """Scores of published predictions; `texts_sha256` hashes references and predictions as JSON lines."""
 
     stage: Literal["predictions"] = "predictions"
     rows: int = Field(ge=1)

@@ -38,8 +38,8 @@ def precision(config: Config, on_gpu: bool) -> Precision:
     """The precision that Axolotl derives from a config.
 
     Source: resolve_dtype in axolotl/utils/config/__init__.py, _configure_precision_settings in core/builders/base.py.
-    The default, bf16: auto, turns bf16 on for every NVIDIA GPU, because torch counts emulation as support. On a CPU
-    auto means fp16, unless fp16 is false or float16 is true.
+    The default, bf16: auto, turns bf16 on for every NVIDIA GPU, because torch reports emulated bf16 as supported. On a
+    CPU, auto means fp16, unless fp16 is false or float16 is true.
 
     Args:
         config: the config, with values that the schema allows.
@@ -76,7 +76,7 @@ OLD_KEYS = {
 def attention(config: Config) -> str:
     """Attention implementation by its name in transformers; empty if not set.
 
-    Axolotl's old keys count too. The name of a kernel on the hub lacks its revision and function."""
+    Axolotl's old keys count too. For a kernel on the hub, the name is without revision and function."""
     old = next((name for key, name in OLD_KEYS.items() if config.get(key)), "")
     return re.split("[:@]", str(config.get("attn_implementation") or old))[0].strip()
 

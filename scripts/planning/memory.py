@@ -179,7 +179,7 @@ def _optimizer(step: Step, trained: list[torch.Tensor], recorder: Recorder) -> A
 
 
 def _uses_bitsandbytes(optimizer: str) -> bool:
-    """True for an optimizer of bitsandbytes; these update weights in place."""
+    """True for an optimizer of bitsandbytes, which updates weights in place."""
     return "8bit" in optimizer or "paged" in optimizer or "bnb" in optimizer
 
 
@@ -228,7 +228,7 @@ def trace(step: Step, shape: Shape) -> MemoryTrace:
             sizes = _sizes(model.config.get_text_config())
             if step.capability:
                 for _ in range(2):  # cuBLAS has one workspace per thread: one for forward, one for backward
-                    recorder.made(_workspace(step.capability), "kernels' own")
+                    recorder.made(_workspace(step.capability), "kernel workspaces")
             trained = [
                 parameter
                 for name, parameter in model.named_parameters()
@@ -260,7 +260,7 @@ def trace(step: Step, shape: Shape) -> MemoryTrace:
 
 
 def _chunked_loss() -> Any:
-    """Axolotl's loss in eight chunks; memory is an upper bound, without compilation."""
+    """Axolotl's loss in eight chunks, not compiled; its memory is an upper bound."""
     with patch("torch.compile", lambda function, **_: function):
         from axolotl.monkeypatch.loss.chunked import get_causal_lm_loss
 

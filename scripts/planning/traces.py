@@ -197,7 +197,7 @@ Counts = dict[str, dict[str, int]]
 
 
 def lasting(events: Events) -> Events:
-    """Events of storages that are not both made and freed here."""
+    """Events of storages that were not both made and freed among them."""
     passing = {storage for storage, size in events if size < 0} & {storage for storage, size in events if size >= 0}
     return [event for event in events if event[0] not in passing]
 

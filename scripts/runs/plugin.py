@@ -137,8 +137,8 @@ class RunCallback(TrainerCallback):
     and eval_loss_per_token from the module `eval_loss`. For the steps since the previous record they add step_seconds
     (without evaluation and saving), tokens (without padding) and tokens_per_second. They also have memory in GiB, GPU
     utilization in percent, and cpu_percent (100 is one processor). The first rank writes; peak_gib_by_rank has the
-    memory of all ranks. The first record of a launch has gpus, engine, trainable_parameters and parameters (all of
-    them). The last one has `ended`, see `records.Ended`, and kept_step if earlier weights replace the last ones.
+    memory of all ranks. The first record of a launch has gpus, engine, trainable_parameters and parameters (including
+    frozen ones). The last record has `ended`, see `records.Ended`, and kept_step if earlier weights replace the last.
 
     SIGTERM to any rank ends training after the current step, with a checkpoint.
 
@@ -245,7 +245,7 @@ class RunCallback(TrainerCallback):
             self.vocabulary = None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Record the last step and why training ended; the trainer may not."""
+        """Record why training ended, and the last step, which the trainer may not log."""
         ended: dict[str, Any] = {"ended": self._how_it_ended(state, control)}
         if args.load_best_model_at_end and state.best_model_checkpoint:  # already loaded by the trainer
             ended["kept_step"] = checkpoints.step_of(Path(state.best_model_checkpoint))

@@ -164,7 +164,7 @@ class Summary(BaseModel):
     """Summary of the training so far, in seconds and GiB; NaN becomes null.
 
     Attributes:
-        eval_loss, eval_loss_first: Axolotl's eval loss, a mean over batch means.
+        eval_loss, eval_loss_first: Axolotl's eval loss, the mean of batch means.
         eval_loss_per_token, eval_loss_per_token_first: see the module `eval_loss`; older runs have None.
         kept_step: step of the checkpoint with the lowest eval loss, if its weights replaced the last ones; `eval_loss`
             and `eval_loss_per_token` then belong to this step.
@@ -237,7 +237,7 @@ class Run(BaseModel):
 
     @property
     def origin(self) -> str:
-        """Shipped recipe that the run's recipe comes from; the run belongs to its study."""
+        """Shipped recipe of the run, or of its variant; determines the study."""
         return self.variant_of or self.recipe
 
     @property

@@ -35,7 +35,7 @@ class RunDir:
         self._jobs = path / "jobs.json"  # separate, because a job can write run.json before its id is recorded
 
     def runs(self, recipe: str) -> Path:
-        """Folder of all runs, derived from the path of this run of a recipe."""
+        """Folder of all runs, derived from this run's path and recipe."""
         return self.path.parents[recipe.count("/") + 1]
 
     def write(self, run: Run) -> None:

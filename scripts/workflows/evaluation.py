@@ -41,8 +41,10 @@ Evaluated = Evaluation | checkpoint_selection.CheckpointSelection | RunDir
 def of_name(name: str, request: EvaluationRequest, backend: Backend) -> tuple[RunDir, Evaluated]:
     """Evaluate a run, or an adapter under a recipe; see `start`.
 
+    An adapter under a recipe gets a run folder.
+
     Args:
-        name: name of a run, see `find_run`. With an adapter, name of a recipe; the adapter gets a run folder.
+        name: name of a run, see `find_run`; with an adapter, also of a recipe.
         request: settings of the evaluation.
         backend: backend that carries out the evaluation.
     """
@@ -63,7 +65,7 @@ def _is_recipe(name: str) -> bool:
 
 
 def start(folder: RunDir, request: EvaluationRequest, backend: Backend) -> Evaluated:
-    """Evaluate a run, or queue the evaluation after a queued training.
+    """Evaluate a run here, or queue its evaluation as a job.
 
     Returns:
         The run folder if the evaluation is queued; the checkpoint selection if checkpoints are compared; otherwise the
@@ -179,7 +181,7 @@ def run_of(composed: Composed, request: Request, adapter: Path, name: str) -> It
         composed: the config, see `checked`.
         request: request from which the config was composed.
         adapter: folder of the adapter, see `located`.
-        name: name of the adapter; it marks the run as not trained here.
+        name: name of the adapter; run.json has it because the run was not trained here.
 
     Raises:
         UserError: data or tokenizer are missing, or the `with` block raises it; a new folder is removed.

@@ -155,7 +155,7 @@ class Pipeline:
         For a rehearsal, this plans the recipe itself, which need not fit.
 
         Args:
-            gpu: by default, the pipeline's.
+            gpu: GPU to plan for; by default, the pipeline's.
         """
         gpu = gpu or self.gpu
         rehearsal = self.request.rehearse

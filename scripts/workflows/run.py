@@ -111,7 +111,7 @@ def resume(
         trusted: also resume another user's run.
 
     Raises:
-        UserError: the run does not exist, is running or another user's, or the backend cannot train it.
+        UserError: the run does not exist, is running, or belongs to another user; or the backend cannot train it.
         WorkFailed: as in `start`.
     """
     folder = find_run(name, paths.runs())

@@ -72,7 +72,7 @@ def evaluate_adapters(
         request: the study's name, and overrides for each recipe.
         only: names of recipes; by default all.
         evaluation: settings of the evaluations.
-        backend: this machine.
+        backend: backend of this machine.
 
     Returns:
         Results of the recipes; a failure does not stop the others.

@@ -25,7 +25,7 @@ HALF = {"lora_dropout": 0.0, "attn_implementation": "sdpa"}
 def test_memory_of_a_step(training: Path, check: Check) -> None:
     found, planned = trainings.memory(training), trainings.plan(training)
     parts = planned["memory"]["parts"]
-    allocated = planned["memory"]["allocated"] - (0 if GPU else parts["kernels' own"])  # CUDA's alone
+    allocated = planned["memory"]["allocated"] - (0 if GPU else parts["kernel workspaces"])  # CUDA's alone
     check(
         Figure("trained parameters", found["trainable"], planned["trainable"]),
         # plans round tensors to CUDA's blocks of 512 bytes, 0.2 % of a small model
