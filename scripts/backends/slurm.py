@@ -172,7 +172,7 @@ class Batch:
         file = (self.folder / f"{len(self.submitted) + 1}-{step}.sh").resolve()
         write_atomically(file, self.script(step, tasks, len(tasks)))
         waits = [f"--dependency={after}", "--kill-on-invalid-dep=yes"] if after else []
-        options = self._options(step, len(tasks))  # not only in the script, where SBATCH_ variables override them
+        options = self._options(step, len(tasks))  # SBATCH_ variables override options in a script
         try:
             job = sbatch(*options, *waits, str(file))
         except UserError as error:

@@ -205,7 +205,7 @@ class Run(BaseModel):
     variant_of: str | None = None  # the shipped recipe that the recipe file changes
     recipe_file: str
     recipe_sha256: str
-    digest: str | None = None  # hash of the data and of the config without the keys that a run adds
+    digest: str | None = None  # hash of the data, and of the config without the keys that a run adds
     rehearsal: bool = False
     profiles: list[str] = Field(default_factory=list)
     overrides: list[str] = Field(default_factory=list)
