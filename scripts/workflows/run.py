@@ -49,8 +49,8 @@ def prepare(request: Request, backend: Backend) -> Composed:
             finding.level = "note"  # a dry run only shows the config
     for finding in refuse(backends.relevant(backend, found), request.force):
         say(str(finding))
-    # Axolotl validates the config now, instead of after waiting in a queue or loading a model. This is skipped in a
-    # rehearsal and on a CPU, where training soon reports the same errors.
+    # Axolotl validates the config now, instead of after waiting in a queue or loading a model. Without packing, a local
+    # rehearsal or CPU training skips this, because the training itself soon reports the same errors.
     if starts and (not backend.here or (gpu and not composed.rehearsal) or composed.config.get("sample_packing")):
         asked = check.Report(composed.recipe, composed, check.by_axolotl(composed, gpu))
         if not asked.count("error") and check.has_tokenizer(composed):
