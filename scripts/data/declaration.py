@@ -39,7 +39,7 @@ def exactly_one(part: BaseModel, first: str, second: str) -> None:
 def undeclared(at: Key, name: str | None, known: Collection[str]) -> Iterator[Mistake]:
     """Yield a mistake if a name is given and unknown."""
     if name is not None and name not in known:
-        yield at, f"{name} is unknown{did_you_mean(name, known) or f'; there are {", ".join([*known][:20])}'}"
+        yield at, f"{name} is unknown{did_you_mean(name, known) or f'; known: {", ".join([*known][:20])}'}"
 
 
 class SourceFile(Strict):
@@ -58,13 +58,13 @@ _KEYS_OF = {
 
 
 class DataSource(SourceFile):
-    """Download of `recipe data fetch`, from a web address or from the hub.
+    """Source that `recipe data fetch` downloads, from a web address or the hub.
 
     Attributes:
-        url: address of a file, which is kept as it is, or of a zip.
-        files: wanted files in a zip, by name without folders; `bytes` of the zip is then approximate.
+        url: address of a file or, with `files`, of a zip.
+        files: files to extract from the zip, by name without folders; `bytes` of the zip is then approximate.
         hub: id of a repository on the hub.
-        kind: `dataset`, to write a split as JSON lines, or `model`, to download one file.
+        kind: `dataset` (write a split as JSON lines) or `model` (download one file).
         file: file of a `model` repository; by default the name of the source.
         config: configuration of a data set that has several.
         revision: commit.
@@ -82,12 +82,12 @@ class DataSource(SourceFile):
     @model_validator(mode="after")
     def _has_the_keys_of_its_kind(self) -> Self:
         if self.url and self.hub:
-            raise ValueError("give either url or hub; without both, the file is yours to copy to the raw folder")
+            raise ValueError("give url or hub, not both; without either, users copy the file to the raw folder")
         kind = self.kind if self.hub else "url"
         if others := self.model_fields_set - _KEYS_OF[kind]:
             raise ValueError(f"{', '.join(sorted(others))}: not a key for sources of kind {kind}; delete it")
         if self.hub and self.revision is None:
-            raise ValueError("give revision, a commit; branches change")
+            raise ValueError("give a commit as revision, because branches change")
         return self
 
 
@@ -117,25 +117,30 @@ class Subset(Strict):
 
 
 class Order(Strict):
-    """Order of written rows: buckets of `buckets` rows, each sorted longest first."""
+    """Order of written rows, which are sorted within buckets.
+
+    Attributes:
+        buckets: number of rows in a bucket.
+        longest_first: expression for the number to sort by, largest first.
+    """
 
     buckets: Count
     longest_first: Text
 
 
 class Split(Strict):
-    """Split: rows from raw files or sampled from another split; by default all kept rows.
+    """Split: by default all rows of raw files that no filter leaves out.
 
     Attributes:
         from_: raw file or files.
-        sample_from: split to sample rows from; sampled rows are removed there.
+        sample_from: other split to sample rows from; the sampled rows are removed from it.
         sample: number of rows to sample at random.
         seed: seed of the sample.
-        shuffle: seed for `Dataset.shuffle` of the library datasets. Rows are shuffled before the first are taken. With
-            `sample_from`, the first shuffled rows are the sample, and the other split keeps the shuffled order.
+        shuffle: seed for `Dataset.shuffle` of the library datasets. Rows are shuffled before `first` applies. With
+            `sample_from`, the other split is shuffled. Its first rows are the sample, and it keeps the shuffled order.
         first: number of rows to take from the beginning.
-        rows: number of rows, if it is known and does not follow from other keys.
-        fields, filters: replacements for all expressions of the study, for raw files with other fields.
+        rows: number of rows, if it is known but does not follow from other keys.
+        fields, filters: expressions that replace all those of the study, for raw files with other fields.
         order: order of the written rows.
         tokens: number of trained tokens without padding, by base_model.
         subsets: subsets of the test rows, by file name without suffix.
@@ -174,12 +179,12 @@ class Data(Strict):
     """Origin and preparation of a study's data.
 
     Attributes:
-        key: name of the data in `recipe data fetch`.
+        key: name of the data set in `recipe data fetch`.
         source: web page of the publication.
         sources: downloads by name.
-        fields: fields of a prepared row, each an expression over the raw row.
-        extra_fields: additional fields of scored rows.
-        filters: rows to leave out: expressions over the raw row and the prepared fields, by reason.
+        fields: fields of a prepared row, each computed by an expression over the raw row.
+        extra_fields: additional fields of test rows.
+        filters: rows to leave out, by reason; each filter is an expression over the raw row and the prepared fields.
         input_formats: formats of prepared rows by name, the default first.
         test_set: test set of the published scores: `test`, or one of the subsets.
         sample: folder beside study.yaml with a few rows for rehearsals, in files named like the raw files.
@@ -214,12 +219,12 @@ class Data(Strict):
         }
 
     def sources_of(self, files: Collection[str]) -> list[str]:
-        """Sources that contain any of some files."""
+        """Names of the sources that contain any of the files."""
         return [name for name, source in self.sources.items() if any(file in files for file in source.files or (name,))]
 
     @property
     def formats(self) -> dict[str, PreparedFormat]:
-        """Formats of prepared rows; a study that declares no format has one, `default`."""
+        """Formats of prepared rows; only `default` if the study declares no format."""
         return self.input_formats or {"default": PreparedFormat(folder=f"data/{self.key}")}
 
     @property
@@ -238,7 +243,7 @@ class Data(Strict):
         return subset.rows if subset else self.rows_of("test")
 
     def _made_as(self, split: str) -> Split:
-        """Split whose expressions a split uses: itself, or the split it is sampled from."""
+        """Return the split's declaration, or that of the split to sample from."""
         declared = self.splits[split]
         return self.splits.get(str(declared.sample_from), declared)
 
@@ -254,7 +259,7 @@ class Data(Strict):
 
     @property
     def raw_files(self) -> list[str]:
-        """Names of all raw files behind the splits."""
+        """Names of the raw files of all splits."""
         return list(dict.fromkeys(name for split in self.splits for name in self.raw_files_of(split)))
 
     def fields_of(self, split: str, input_format: str) -> dict[str, str]:
@@ -279,7 +284,7 @@ class Data(Strict):
         return None if known is None or self.filters_of(split) else known - sampled
 
     def expressions(self) -> Iterator[tuple[Key, str]]:
-        """All expressions, with their paths of keys."""
+        """Yield all expressions, with their paths of keys."""
         parts: list[tuple[Key, Data | Split | PreparedFormat]] = [(("data",), self)]
         parts += [(("data", "input_formats", name), form) for name, form in self.input_formats.items()]
         parts += [(("data", "splits", name), split) for name, split in self.splits.items()]
@@ -291,7 +296,7 @@ class Data(Strict):
                 yield (*at, "order", "longest_first"), part.order.longest_first
 
     def mistakes(self, folder: Path) -> Iterator[Mistake]:
-        """Contradictions in the declaration, and files missing in the study's folder."""
+        """Yield contradictions in the declaration, and files missing in the study's folder."""
         names = [name for key, source in self.sources.items() for name in source.files or (key,)]
         for name in sorted({name for name in names if names.count(name) > 1}):
             yield ("data", "sources"), f"several sources give a file {name}; rename one"
@@ -302,7 +307,7 @@ class Data(Strict):
             whole = [other for other in self.splits if other != split and self.splits[other].from_]
             yield from undeclared((*at, "sample_from"), declared.sample_from, whole)
             if declared.subsets and split != "test":
-                yield (*at, "subsets"), "only test has subsets; delete them"
+                yield (*at, "subsets"), "only the split test can have subsets; delete them"
         yield from undeclared(("data", "test_set"), self.test_set, ["test", *self.subsets])
         folders = [str(self.raw), *(str(Path(form.folder)) for form in self.input_formats.values())]
         for name, form in self.input_formats.items():
@@ -320,7 +325,7 @@ class Data(Strict):
             if subset.positions and not (folder / subset.positions).is_file():
                 yield (
                     (*of_subset, "positions"),
-                    f"no such file beside study.yaml: {subset.positions}; add it, a list of rows from 0",
+                    f"no such file beside study.yaml: {subset.positions}; add it, with row numbers from 0",
                 )
         if self.sample and not any((folder / self.sample / name).is_file() for name in self.raw_files):
             expected = " or ".join(f"{self.sample}/{name}" for name in self.raw_files)

@@ -25,9 +25,9 @@ from .declaration import Data, DataSource, SourceFile
 
 TIMEOUT = (15, 60)  # seconds to connect, and seconds without a byte
 PAUSES = (2, 5, 15, 30, 60)  # seconds before each retry
-CHUNK = 1 << 18  # bytes, the most that a broken connection loses
+CHUNK = 1 << 18  # bytes; a broken connection loses at most one chunk
 RECORD = "fetched.json"
-DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, UnicodeError)  # errors of zipfile
+DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, UnicodeError)  # errors that zipfile raises
 
 
 class Rejected(Exception):
@@ -49,7 +49,7 @@ def fetch(data: Data, out: Path, only: Collection[str] | None = None) -> list[Ro
         A row for each file: `file`, `bytes`, `sha256`, and `verified`, which is None if study.yaml has no checksum.
 
     Raises:
-        UserError: a server refuses, or a file is damaged or contradicts study.yaml.
+        UserError: a server refuses a request, or a file is damaged or contradicts study.yaml.
         WorkFailed: a server cannot be reached, fails, or breaks off too often.
         OSError: the disk is full.
     """
@@ -74,7 +74,7 @@ def fetch(data: Data, out: Path, only: Collection[str] | None = None) -> list[Ro
 
 
 def _present(data: Data, out: Path, wanted: list[str]) -> dict[str, list[Row]]:
-    """Table rows of complete sources; wanted files that differ from fetched.json and study.yaml are reported."""
+    """Table rows of complete sources; logs files that will be fetched again."""
     recorded = {was["file"]: was["sha256"] for was in read_json(out / RECORD).get("files", [])}
     present = {}
     for source_name, source in data.sources.items():
@@ -85,7 +85,7 @@ def _present(data: Data, out: Path, wanted: list[str]) -> dict[str, list[Row]]:
         if is_own or [row["sha256"] for row in rows] == expected:
             present[source_name] = rows
         elif source_name in wanted and (there := [name for name in files if name in recorded or (out / name).exists()]):
-            say(f"{out}: not as recorded in {RECORD}; fetching again: {', '.join(there)}")
+            say(f"{out}: fetching changed or incomplete files again: {', '.join(there)}")
     return present
 
 
@@ -108,7 +108,7 @@ def _verified(name: str, file: Path, known: SourceFile) -> Row:
 
 
 def _fetched(data: Data, names: list[str], out: Path, staging: Path) -> list[Row]:
-    """Fetch and verify the first of some sources, move files into place, and return table rows."""
+    """Fetch the first of some sources; return table rows of its verified files."""
     name = names[0]
     source, part = data.sources[name], out / f"{name}.part"
     try:
@@ -124,7 +124,7 @@ def _fetched(data: Data, names: list[str], out: Path, staging: Path) -> list[Row
             found = _extracted(found[name], source, staging)
         files = source.files or {name: source}
         rows = [_verified(member, path, files[member]) for member, path in found.items()]
-    except (Rejected, RuntimeError, *DAMAGED_ZIP) as error:  # RuntimeError: encrypted, or packed by another method
+    except (Rejected, RuntimeError, *DAMAGED_ZIP) as error:  # RuntimeError: unknown encryption or compression
         aside = ""
         if part.exists():
             aside = f"; moved to {part.replace(part.with_suffix('.rejected'))}; the next fetch starts over"
@@ -214,11 +214,11 @@ def download(url: str, part: Path) -> None:
                 say(f"{url}: {problem}; next try in {pause} s")
                 time.sleep(pause)
     size = part.stat().st_size if part.exists() else 0
-    raise WorkFailed(f"{url}: {problem}" + (f"; run it again to resume from {size:,} bytes" if size else ""))
+    raise WorkFailed(f"{url}: {problem}" + (f"; repeat the command to resume from {size:,} bytes" if size else ""))
 
 
 def _receive(url: str, part: Path, bar: Bar) -> str:
-    """Append a server's answer; return the reason for an incomplete file, else "".
+    """Append a server's answer to a file; return the problem, if any, else "".
 
     Address and version are recorded beside the file, so that another call can resume.
     """
@@ -231,7 +231,7 @@ def _receive(url: str, part: Path, bar: Bar) -> str:
         headers |= {"Range": f"bytes={size}-", "If-Range": known["version"]}
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         etag = response.headers.get("ETag", "W/")
-        version = response.headers.get("Last-Modified") if etag.startswith("W/") else etag  # must be strong
+        version = response.headers.get("Last-Modified") if etag.startswith("W/") else etag  # no weak ETag
         rest = rf"bytes {size}-\d+/{known.get('bytes') or '.+'}"
         continues = re.fullmatch(rest, response.headers.get("Content-Range", ""))
         resumes = continues and version in (None, known["version"])
@@ -244,7 +244,7 @@ def _receive(url: str, part: Path, bar: Bar) -> str:
         if response.status_code != 206:
             if size:
                 say(f"{part}: starting over; the server's file has changed, or the server cannot send parts")
-            part.unlink(missing_ok=True)  # before the new version is recorded for it
+            part.unlink(missing_ok=True)  # before its new version is recorded
             known = {"url": url, "version": version, "bytes": int(response.headers.get("Content-Length", 0))}
             write_json(_version_file(part), known)
         with naming(part), part.open("ab") as stream:
@@ -255,7 +255,7 @@ def _receive(url: str, part: Path, bar: Bar) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """Root cause of an error from requests, whose text is long and repeats the address."""
+    """Root cause of an error from requests, as a short text."""
     while error.__context__:
         error = error.__context__
     return getattr(error, "strerror", None) or str(error)
@@ -263,7 +263,7 @@ def _cause(error: BaseException) -> str:
 
 @contextmanager
 def _hub_errors(repository: str) -> Iterator[None]:
-    """Convert errors of the hub's clients; name the repository."""
+    """Convert errors of the hub's clients to UserError or WorkFailed."""
     from datasets.exceptions import DatasetsError
     from httpx import HTTPError
     from huggingface_hub import errors

@@ -1,4 +1,4 @@
-"""Manifest of prepared rows: accounts for every raw row."""
+"""Manifest of prepared rows, which accounts for every raw row."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ MANIFEST = "manifest.json"
 
 
 def entries(out: Path) -> dict[str, Row]:
-    """Splits in a folder's manifest; entries of early versions, with other keys, are skipped."""
+    """Entries of splits in a folder's manifest, without those of early versions."""
     splits = read_json(out / MANIFEST).get("splits")
     found = splits if isinstance(splits, dict) else {}
     return {name: entry for name, entry in found.items() if isinstance(entry, dict) and "constants" in entry}
 
 
 def update(out: Path, splits: dict[str, Row]) -> Row:
-    """Update splits in the manifest; delete subset files that no longer exist in it."""
+    """Update splits in the manifest; delete files of subsets that it no longer lists."""
     former = entries(out)
     clear_parts(out / MANIFEST)
     manifest = {"made_by": f"qlora-recipes {__version__}", "splits": former | splits}
@@ -31,12 +31,12 @@ def update(out: Path, splits: dict[str, Row]) -> Row:
 
 def table(manifest: Row) -> list[Row]:
     """Table of a manifest's files, with counts of rows read and left out."""
-    raw_file = {True: "the study's", False: "not the study's", None: "the study's, as far as is known"}
+    raw_file = {True: "the study's", False: "not the study's", None: "the study's, as far as known"}
     rows = []
     for split in manifest["splits"].values():
         moved = split.get("moved", {})
         left_out = split["dropped"] | {f"in {name}.jsonl": count for name, count in moved.items()}
-        rest = "not sampled" if "seed" in (split["sampled"] or {}) else "behind the first"
+        rest = "not sampled" if "seed" in (split["sampled"] or {}) else "after the first rows"
         left_out[rest] = split["kept"] - split["rows"] - sum(moved.values())
         rows.append(
             {
@@ -54,11 +54,11 @@ def table(manifest: Row) -> list[Row]:
 
 def is_the_studys(entry: Row) -> bool:
     """True for rows of the study's raw file, prepared by the study's expressions."""
-    return bool(entry.get("is_the_study_file")) and not entry.get("replaced")  # written by an option of old versions
+    return bool(entry.get("is_the_study_file")) and not entry.get("replaced")  # set by an option of old versions
 
 
 def how_made(of_study: Study, split: str, input_format: str) -> Row:
-    """Manifest entry for the preparation of a split."""
+    """Part of a manifest entry that describes the preparation of a split."""
     from .raw_rows import constants
 
     data = of_study.data
@@ -71,7 +71,7 @@ def how_made(of_study: Study, split: str, input_format: str) -> Row:
 
 
 def how_chosen(subset: Subset, folder: Path) -> Row:
-    """Manifest entry for the choice of a subset's rows; `folder` is the study's."""
+    """Part of a manifest entry that describes the choice of a subset's rows."""
     if subset.positions is None:
         return {"rows": subset.rows, "seed": subset.seed or 0}
     file = folder / subset.positions
@@ -79,7 +79,10 @@ def how_chosen(subset: Subset, folder: Path) -> Row:
 
 
 def is_not_prepared(of_study: Study, out: Path, input_format: str) -> str | None:
-    """Reason why a folder lacks the study's data, by manifest and checksums; else None."""
+    """Reason why a folder lacks the study's prepared data; None if it has them.
+
+    The manifest and the checksums of files decide.
+    """
     splits = entries(out)
     for name in of_study.data.splits:
         entry = splits.get(name)

@@ -1,4 +1,4 @@
-"""Prepare a study's rows from raw files, and account for each row in a manifest."""
+"""Prepare a study's rows from raw files, and write a manifest."""
 
 import hashlib
 import random
@@ -31,10 +31,10 @@ def prepare(
     input_format: str,
     timeout: float = LOOK,
 ) -> Row:
-    """Write the splits that have raw files, and a manifest.
+    """Write the splits whose raw files are given, and a manifest.
 
     Splits are train.jsonl, valid.jsonl and test.jsonl; subsets of the test rows are written beside them. Rows are
-    streamed; memory holds rows only for sampling and sorting. Files are replaced only after every raw file was read
+    streamed, and kept in memory only for sampling and sorting. Files are replaced only after all raw files were read
     without an error.
 
     Args:
@@ -77,7 +77,7 @@ def check_expressions(of_study: Study) -> None:
 
 @dataclass
 class _Counts:
-    """Counts of raw rows: dropped, by reason, and kept."""
+    """Counts of raw rows: kept, and dropped by reason."""
 
     dropped: Counter[str] = field(default_factory=Counter)
     kept: int = 0
@@ -97,7 +97,7 @@ class _Preparation:
     read: dict[str, RawFile] = field(default_factory=dict)  # by split
 
     def splits(self) -> dict[str, Row]:
-        """Write the splits that have raw files; return manifest entries.
+        """Write the splits whose raw files are given; return manifest entries.
 
         Closing the stack moves the files into place.
         """
@@ -105,7 +105,7 @@ class _Preparation:
         there = [name for name in SPLITS if name in data.splits and self.raw.keys() >= {*data.raw_files_of(name)}]
         for name in there:
             self.read[name] = RawFile(*(self.raw[file].path for file in data.raw_files_of(name)))
-            if data.splits[name].sample_from:  # sample before writing the other split without these rows
+            if data.splits[name].sample_from:  # sample first: the other split is written without these rows
                 counts = _Counts()
                 self.sampled[name] = self._sampled(name, counts), counts
         return {name: self._split(name) for name in there}
@@ -135,7 +135,7 @@ class _Preparation:
     def _kept(self, name: str, counts: _Counts) -> Iterator[PlacedRow]:
         """Kept rows as JSON lines, with raw position and sort value.
 
-        Test rows also have the position, in the field `idx`, and the study's extra fields.
+        Test rows also have their position, in the field `idx`, and the study's extra fields.
         """
         data = self.study.data
         raw, order, scored = self.read[name], data.splits[name].order, name == "test"
@@ -156,7 +156,7 @@ class _Preparation:
                 if scored:
                     line = orjson.dumps(made | {"idx": position} | extra)
             except BadRow as error:
-                raise UserError(f"{raw.where}: {error}; the row has {', '.join(row) or 'no field'}") from None
+                raise UserError(f"{raw.where}: {error}; the row's fields: {', '.join(row) or 'none'}") from None
             except TypeError as error:  # from orjson
                 raise UserError(f"{raw.where}: the row cannot be written as JSON: {error}") from None
             yield position, line + b"\n", length
@@ -178,7 +178,7 @@ class _Preparation:
             rows = list(rows)
         written = self._write(name, rows)
         if not written["rows"]:
-            raise UserError(f"{raw.path}: no rows left to write; {dict(counts.dropped) or 'the file is empty'}")
+            raise UserError(f"{raw.path}: no rows left to write; dropped: {dict(counts.dropped) or 'no rows'}")
         entry = manifest.how_made(self.study, name, self.input_format) | self._account(name, raw, counts) | written
         if moved:
             entry["moved"] = {other: len(rows) for other, rows in moved.items()}
@@ -187,7 +187,10 @@ class _Preparation:
         return entry
 
     def _chosen(self, name: str, gone: set[int], counts: _Counts) -> Iterator[PlacedRow]:
-        """Rows of a split, except rows moved to other splits; reads all rows, for the counts."""
+        """Rows of a split, without those moved to other splits.
+
+        All rows are read, so that the counts are complete.
+        """
         split = self.study.data.splits[name]
         if split.shuffle is not None or name in self.order:
             order = [position for position in self.order.get(name) or self._positions(name) if position not in gone]
@@ -219,12 +222,12 @@ class _Preparation:
         }
 
     def _subsets(self, subsets: Mapping[str, Subset], rows: Iterable[PlacedRow], is_study_file: bool) -> Row:
-        """Write subsets of the test rows; return entries, and reasons for those left out."""
+        """Write subsets of test rows; return entries, and reasons for omitted subsets."""
         entry: Row = {"subsets": {}, "left_out": {}}
         for key, subset in subsets.items():
             chosen = choose(subset, self.study.folder, rows)
             if subset.positions and not is_study_file:
-                entry["left_out"][key] = "its positions belong to the study's test file, which this is not"
+                entry["left_out"][key] = "its positions belong to the study's test file, and this is another file"
             elif len(chosen) < subset.rows and not subset.positions:
                 entry["left_out"][key] = f"only {len(chosen)} rows to sample from"
             else:
@@ -233,7 +236,7 @@ class _Preparation:
         return entry
 
     def _write(self, name: str, rows: Iterable[PlacedRow]) -> Row:
-        """Write a file that the stack moves into place; return the manifest entry."""
+        """Write a file, to be moved into place by the stack; return its manifest entry."""
         file = self.out / f"{name}.jsonl"
         clear_parts(file)
         stream = self.stack.enter_context(replacing(file))
@@ -272,7 +275,7 @@ def shuffled(positions: list[int], seed: int) -> list[int]:
 
 
 def choose(subset: Subset, folder: Path, rows: Iterable[PlacedRow]) -> list[PlacedRow]:
-    """Rows of a subset: sampled, or at listed positions in the order of the list."""
+    """Choose a subset's rows: a sample, or rows at listed positions, in list order."""
     if subset.positions is None:
         return sample(rows, subset.rows, subset.seed or 0)
     by_position = {row[0]: row for row in rows}

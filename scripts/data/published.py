@@ -12,11 +12,11 @@ from .declaration import Data, Key, Mistake, Name, Strict, Text, undeclared
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """Files of an adapter saved by PEFT."""
 
-TRAIN_LOSS = "train_loss"  # column of a curve; in tolerances the largest acceptable gap to the curve
+TRAIN_LOSS = "train_loss"  # column of a curve; as a key of tolerances, the largest acceptable gap to the curve
 
 
 class PublishedScore(Strict):
-    """Published score and the ± printed with it; a plain number is a score without ±."""
+    """Published score, and the ± printed with it if there is one."""
 
     value: float
     spread: float | None = Field(default=None, ge=0)
@@ -31,7 +31,12 @@ class PublishedScore(Strict):
 
 
 class Measured(Strict):
-    """Other published figures of a run; `reserved_bytes` is GPU memory, `trainable` counts parameters."""
+    """Other published figures of a run.
+
+    Attributes:
+        reserved_bytes: GPU memory.
+        trainable: number of trained parameters.
+    """
 
     train_seconds: float | None = None
     tokens_per_second: float | None = None
@@ -40,7 +45,7 @@ class Measured(Strict):
 
 
 class Texts(Strict):
-    """Texts in a data file: one per line, or in a field such as answer.text."""
+    """Texts in a data file: its lines, or a field of its rows, such as answer.text."""
 
     file: Text
     field: Text | None = None
@@ -88,7 +93,7 @@ class AdapterFormat(Strict):
 
     Attributes:
         weights: file of weights, written by torch.save.
-        names: replacements in the names of weights, from the fork's parts to PEFT's.
+        names: parts of weight names to replace, from the fork's to PEFT's.
         config: keys to override in adapter_config.json.
     """
 
@@ -105,7 +110,7 @@ class Published(Strict):
         repeats: scores of all repeated runs, including the reported run, by metric.
         cells: grid points with other settings, for sweeps.
         curve: CSV file beside study.yaml with the columns step and train_loss.
-        adapter: folder, in the data files, of the adapter that the authors trained.
+        adapter: folder in the data files with the adapter that the authors trained.
         adapter_format: format of the adapter if PEFT did not save it.
     """
 
@@ -120,7 +125,7 @@ class Published(Strict):
     adapter_format: AdapterFormat | None = None
 
     def mistakes(self, at: Key, metrics: list[str], data: Data, folder: Path) -> Iterator[Mistake]:
-        """Undeclared names, and a missing curve."""
+        """Yield undeclared names, and a missing curve."""
         scores: dict[Key, Collection[str]] = {("scores",): self.scores, ("repeats",): self.repeats}
         scores |= {("cells", str(i), "scores"): cell.scores for i, cell in enumerate(self.cells)}
         for key, names in scores.items():
@@ -139,7 +144,7 @@ class Variant(Strict):
     """Recipe that the authors did not publish.
 
     Attributes:
-        of: published recipe that it varies.
+        of: published recipe that the variant is based on.
         reproduces: True if the variant should reach the published score of that recipe.
     """
 
@@ -162,14 +167,14 @@ class Baseline(Strict):
     compared: bool = True
 
     def mistakes(self, at: Key, metrics: list[str], data: Data) -> Iterator[Mistake]:
-        """Undeclared names."""
+        """Yield undeclared names."""
         for name in self.scores:
             yield from undeclared((*at, "scores", name), name, metrics)
         yield from undeclared_predictions(at, self.predictions, data)
 
 
 def undeclared_predictions(at: Key, predictions: PublishedPredictions | None, data: Data) -> Iterator[Mistake]:
-    """Undeclared names in published predictions."""
+    """Yield undeclared names in published predictions."""
     if predictions:
         at = (*at, "predictions")
         yield from undeclared((*at, "test_set"), predictions.test_set, ["test", *data.subsets])
@@ -184,7 +189,7 @@ def adapter_files(data: Data, folder: str) -> list[str]:
 
 
 def released(data: Data, published: dict[str, Published], baselines: list[Baseline]) -> set[str]:
-    """Sources that only published predictions and adapters need."""
+    """Names of the sources that only published predictions and adapters need."""
     predictions = [of.predictions for of in published.values()] + [of.predictions for of in baselines]
     files = [file for some in predictions if some for file in some.files]
     files += [file for of in published.values() if of.adapter for file in adapter_files(data, of.adapter)]

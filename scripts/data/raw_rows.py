@@ -1,6 +1,6 @@
-"""Read raw rows, and prepare rows from them by the expressions in study.yaml.
+"""Read raw rows, and prepare them by the Jinja expressions in study.yaml.
 
-Expressions are Jinja expressions, evaluated in a sandbox.
+Expressions are evaluated in a sandbox.
 """
 
 import csv
@@ -20,7 +20,7 @@ from .declaration import Data
 
 
 def tagged(patch: str) -> str:
-    """Tagged form of a patch on one line, as in the first study's code.
+    """Write a patch on one line with tags, as the code of haider2024's authors does.
 
     The hunk header and blank lines are dropped; other lines are stripped. The tags are `<add>` for +, `<del>` for -,
     and `<keep>` for other lines.
@@ -36,9 +36,10 @@ def tojson(value: Any) -> str:
 
 
 def role_colon(messages: list[dict[str, str]]) -> list[Row]:
-    """Chat as segments `Role:` and content, like the renderer of this name.
+    """Chat as segments: `Role:` and content for each message.
 
-    The renderer belongs to thinking-machines-lab/tinker-cookbook. Loss is on the last answer and the `User:` after it.
+    This follows the renderer of the same name in thinking-machines-lab/tinker-cookbook. Loss is on the last answer and
+    on the `User:` after it.
     """
     segments: list[Row] = []
     for message in messages:
@@ -54,7 +55,7 @@ FILTERS: dict[str, Callable[..., Any]] = {"tagged": tagged, "tojson": tojson, "r
 """Additional filters for expressions."""
 
 _JINJA = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
-_JINJA.globals.clear()  # names are fields only
+_JINJA.globals.clear()  # names in expressions are fields only
 _JINJA.filters |= FILTERS
 
 
@@ -81,7 +82,7 @@ class Expression:
             raise ValueError(f"{text!r}: {error.message} (put literal text in additional quotes)") from None
 
     def value(self, fields: Mapping[str, Any]) -> Any:
-        """Evaluate for the fields of a row.
+        """Evaluate the expression for a row's fields.
 
         Raises:
             BadRow: a field is missing, or the expression fails.
@@ -96,7 +97,7 @@ class Expression:
 
 
 def has_gap(value: Any) -> bool:
-    """True for null and missing fields, also inside lists and mappings."""
+    """True if a value is null or missing, or a list or mapping with such values."""
     if isinstance(value, list | tuple | dict):
         return any(map(has_gap, value.values() if isinstance(value, dict) else value))
     return value is None or isinstance(value, jinja2.Undefined)
@@ -114,9 +115,9 @@ class RowMaker:
 
     Args:
         fields: expressions for the prepared fields.
-        filters: expressions for rows to leave out, by reason; prepared fields are available.
+        filters: expressions that are true for rows to leave out, by reason; they can use prepared fields.
         extra_fields: expressions for additional fields, which can be null.
-        order: expression for the number that rows are sorted by; prepared fields are available.
+        order: expression for the number that rows are sorted by; it can use prepared fields.
     """
 
     def __init__(
@@ -128,10 +129,14 @@ class RowMaker:
         self._order = Expression("longest_first", order)
 
     def make(self, raw: Row, file: str = "") -> tuple[Row, str | None, Row, float]:
-        """Prepared row, reason to leave it out or None, extra fields, and sort value.
+        """Prepare a row.
 
-        Expressions see the fields of the raw row. Unless the raw row has a field of the name, they also see earlier
-        prepared fields, `row`, the complete raw row, and `file`, the name of the raw file.
+        Expressions can use the fields of the raw row, `row` (the complete raw row) and `file` (the name of the raw
+        file). They can also use earlier prepared fields. If a raw and a prepared field have the same name, `fields` use
+        the raw one; `filters` and `order` use the prepared one.
+
+        Returns:
+            The prepared row, the reason to leave it out (None to keep it), extra fields, and sort value.
 
         Raises:
             BadRow: a field is missing, an expression fails, a field is not text, or the order is not a number.
@@ -146,11 +151,11 @@ class RowMaker:
                 return row, reason, {}, 0
         for name, value in row.items():
             if not isinstance(value, str) and (not isinstance(value, list | tuple | dict) or has_gap(value)):
-                problem = f"{value!r:.60}, not text, or a list or mapping of texts; filter such rows out"
+                problem = f"{value!r:.60} is not text, or a list or mapping of texts; filter such rows out"
                 raise BadRow(f"{self._fields[name].label}: {problem}")
         length = self._order.value(both)
         if not isinstance(length, int | float):
-            raise BadRow(f"{self._order.label}: {length!r:.60}, not a number; use a number, such as a length")
+            raise BadRow(f"{self._order.label}: {length!r:.60} is not a number; use a number, such as a length")
         return row, None, {name: extra.value(known) for name, extra in self._extra_fields.items()}, length
 
 
@@ -196,7 +201,7 @@ class RawFile:
         except orjson.JSONDecodeError as error:
             raise UserError(f"{self.path}:{error.lineno}: not JSON: {error.msg}") from None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise UserError(f"{self.path}: not a JSON array of mappings; name a file with one row per line .jsonl")
+            raise UserError(f"{self.path}: not a JSON array of mappings; a file with one row per line is named .jsonl")
         yield from rows
 
     def _csv_rows(self, stream: IO[bytes]) -> Iterator[Row]:
@@ -205,17 +210,17 @@ class RawFile:
         try:
             names = reader.fieldnames or []
             if len(set(names)) < len(names) or "" in names:
-                raise UserError(f"{self.path}:1: a field without a name, or twice; give each field one name")
+                raise UserError(f"{self.path}:1: a field's name is missing or occurs twice; give each field a name")
             for row in reader:
                 if None in row or None in row.values():
-                    raise UserError(f"{self.where}: the row does not have the {len(names)} fields in line 1")
+                    raise UserError(f"{self.where}: the row does not have the {len(names)} fields named in line 1")
                 yield row
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{self.where}: not CSV in UTF-8: {error}") from None
 
 
 def within(given: Path, names: Collection[str]) -> dict[str, RawFile]:
-    """Raw files with some names at a path: a file, or files in a folder."""
+    """Raw files with the given names: a file itself, or files in a folder."""
     if given.is_dir():
         return {name: RawFile(given / name) for name in names if (given / name).is_file()}
     return {name: RawFile(given) for name in names if given.match(name)}
@@ -233,10 +238,10 @@ def find(raw: Iterable[Path], names: Collection[str]) -> dict[str, RawFile]:
             raise UserError(f"{given}: no such file")
         files = within(given, names)
         if not files:
-            raise UserError(f"{given}: no raw file of the study, which has {', '.join(names)}")
+            raise UserError(f"{given}: no raw file of the study; its raw files are {', '.join(names)}")
         for name, file in files.items():
             if name in found:
-                raise UserError(f"{file.path}: a second file for {name}, after {found[name].path}")
+                raise UserError(f"{file.path}: a second file {name}; the first is {found[name].path}; give one of them")
             found[name] = file
     return found
 

@@ -10,7 +10,7 @@ from ..base.machine import make_once
 from . import study
 
 VERSION = 1
-"""Version of the preparation code: raise it if the same study and raw files give other rows."""
+"""Version of the preparation code; increase it when the same study and raw files give other rows."""
 
 
 def rehearsal_data(of_study: study.Study, input_format: str) -> Path:
@@ -42,7 +42,7 @@ def twin(path: str) -> Path | None:
 
 
 def usual_sample() -> Path:
-    """Sample folder for recipes without a study: the first sample with `alpaca` fields."""
+    """Sample folder for recipes without a study, if possible with `alpaca` fields."""
     studies = [each for each in study.every() if each.data.sample]
     alpaca = [each for each in studies if {"instruction", "output"} <= each.data.fields.keys()]
     first = [*alpaca, *studies][0]
@@ -50,14 +50,17 @@ def usual_sample() -> Path:
 
 
 def length_of(file: Path) -> int:
-    """Upper bound of tokens per row, at two bytes per token; a multiple of 256."""
+    """Upper bound of tokens per row, for at least two bytes per token.
+
+    It is rounded up to a multiple of 256.
+    """
     with file.open("rb") as lines:
         longest = max(map(len, lines), default=0)
     return -(-longest // 512) * 256
 
 
 def _with_few_sampled(of_study: study.Study) -> study.Study:
-    """Copy of a study; each sampled split has at most a quarter of the sample."""
+    """Copy of a study whose sampled splits have at most a quarter of the sample."""
     splits = dict(of_study.data.splits)
     for name, split in splits.items():
         if split.sample_from and split.sample:

@@ -52,7 +52,7 @@ class Study(Strict):
         decodings: other decoding configurations by name, reported beside the default one.
         metrics: declarations of the metrics by name, see `columns`.
         variants: recipes that the authors did not publish.
-        comment_prefixes: prefixes of comments in recipes, for settings that the authors state.
+        comment_prefixes: prefixes of the recipes' comments on settings that the authors state.
         tolerances: acceptable differences from published scores by metric; `train_loss` for a curve.
         differences: descriptions of differences between Axolotl and the authors' code.
         shown: metrics with a column in tables; by default all.
@@ -119,11 +119,11 @@ class Study(Strict):
         return [name for name in self.data.sources if name not in extra]
 
     def origin(self, recipe: str) -> str:
-        """Published recipe behind a variant; other recipes are returned as they are."""
+        """Published recipe that a variant is based on; other recipes are returned unchanged."""
         return self.variants[recipe].of if recipe in self.variants else recipe
 
     def repeats(self, recipe: str, metric: str) -> list[float]:
-        """Published scores of repeated runs: of the recipe, or else of another recipe in the study."""
+        """Published scores of repeated runs, of this or else of another recipe."""
         recipes = [self.origin(recipe), *self.published]
         known = (self.published[name].repeats.get(metric) for name in recipes if name in self.published)
         return next(filter(None, known), [])
@@ -141,7 +141,7 @@ class Study(Strict):
         return self.published.get(self.origin(recipe))
 
     def mistakes(self) -> Iterator[Mistake]:
-        """Invalid metrics, undeclared names and missing files."""
+        """Yield invalid metrics, undeclared names and missing files."""
         for name, entry in self.metrics.items():
             try:
                 averaged = getattr(registry.column(name, entry).parameters, "of", None)
@@ -188,7 +188,7 @@ def _load(file: Path, _: int) -> Study:
 
 
 def _mistake(found: Any) -> Mistake:
-    """Mistake from a pydantic error; an invalid key has the place of its value."""
+    """Convert a pydantic error; an invalid key gets the place of its value."""
     place = tuple(str(part) for part in found["loc"] if part != "[key]")
     return place, found["msg"].removeprefix("Value error, ")
 
@@ -200,7 +200,7 @@ def refusal(file: Path, mistakes: Iterable[Mistake]) -> UserError:
 
 
 def find(name: str | None) -> Study:
-    """Find a study by folder name or a part of it; None finds the only study.
+    """Find a study by its folder's name or part of it; None finds the only study.
 
     Raises:
         UserError: no study or several studies match.
@@ -210,7 +210,7 @@ def find(name: str | None) -> Study:
 
 
 def every() -> list[Study]:
-    """All studies by name; malformed ones are reported and left out."""
+    """All studies; malformed ones are reported and left out."""
     return [study for folder in paths.studies() if (study := _loaded(folder))]
 
 
@@ -219,12 +219,12 @@ def _loaded(folder: Path) -> Study | None:
         return load(folder)
     except UserError as error:
         first = str(error).partition("\n")[0]
-        say_once(f"warning: the study {folder.name} is left out: {first}; `recipe study check {folder.name}` lists all")
+        say_once(f"warning: the study {folder.name} is left out: {first}; see `recipe study check {folder.name}`")
         return None
 
 
 def with_data(key: str | None) -> Study:
-    """Find the first study on a data set; None finds the only data set.
+    """Find the first study that uses a data set; None finds the only data set.
 
     `key` is the data set's name, a part of it, or a study's name.
 
@@ -254,7 +254,7 @@ def input_format(path: str) -> str | None:
 
 
 def fetching(path: str) -> str | None:
-    """Command that fetches a raw file or folder of a study; None for other paths."""
+    """Command that fetches a study's raw file or folder; None for other paths."""
     for study in every():
         raw = study.data.raw
         if Path(path).is_relative_to(raw) and any((raw / file).is_relative_to(path) for file in study.data.files):
@@ -275,7 +275,7 @@ def preparation(path: str) -> str | None:
 
 
 def preparing(path: str) -> Iterator[tuple[Study, str]]:
-    """Studies and formats whose prepared rows belong in a path's folder."""
+    """Yield studies and formats whose prepared rows belong in a path's folder."""
     for study in every():
         for name, form in study.data.formats.items():
             if Path(form.folder) == Path(path).parent:
@@ -292,7 +292,7 @@ def of(recipe: str) -> Study | None:
 
 
 def of_any(recipe: str) -> Study | None:
-    """Study of a recipe; None without a study, or, with a warning, if it is malformed."""
+    """Study of a recipe; None without a study; a malformed one is reported and left out."""
     return _loaded(folder) if (folder := _folder(recipe)) else None
 
 

@@ -1,18 +1,19 @@
 """Metrics of a final answer: a number, or a choice among words.
 
-Numbers are found and compared in four ways, ported from descriptions of the authors' code:
+Numbers are found and compared by one of four methods, reimplemented from descriptions of the authors' code:
 
 - `loftq`: test_gsm8k.py of yxli2123/LoftQ@ae33fd4 (arXiv 2310.08659). Commas are removed. The number is the first one
   after the first marker, before any second marker. Without a marker, or without such a number, it is the last number in
   the text. Numbers are compared as floats.
-- `peft`: utils.py of method_comparison/MetaMathQA in huggingface/peft@5d602fd. Of the markers, the first in the list
-  that occurs counts. The number is the rest of the line after its last occurrence, without surrounding spaces and
-  .!?$%. It is compared as a decimal, or as a fraction of two. A text without a marker has no number.
+- `peft`: utils.py of method_comparison/MetaMathQA in huggingface/peft@5d602fd. The first marker of the list that occurs
+  in the text counts. The number is the rest of the line after the marker's last occurrence, without surrounding spaces
+  and .!?$%. It is compared as a decimal number or as a fraction of two. A text without a marker has no number.
 - `pissa`: utils/test_acc.py of GraphPKU/PiSSA@87f4db6 (arXiv 2404.02948). The number is the first one after the last
   marker. It consists of digits with at most one of .,/ among them: 1,234,567 gives 1234. Numbers and fractions are
   rounded; 3/0 gives 3. A text without a marker has no number.
-- `loraga`: reproduce/eval_gsm8k.py of Outsider565/LoRA-GA@89af7de (arXiv 2407.05000). The number is the digits directly
-  after a marker, at the first marker with digits. Signs, decimals and digits after a comma are lost. Otherwise it is 0.
+- `loraga`: reproduce/eval_gsm8k.py of Outsider565/LoRA-GA@89af7de (arXiv 2407.05000). The number consists of the digits
+  directly after the first marker that digits follow. Signs, decimals and digits after a comma are lost. If no digits
+  follow any marker, the number is 0.
 """
 
 import re
@@ -39,8 +40,8 @@ class NumberParameters(Parameters):
     """Method to find the number in an answer.
 
     Attributes:
-        parser: authors' method, see the module.
-        markers: texts before the number, in order of search; by default those of the authors.
+        parser: method, see the module.
+        markers: texts that precede the number, in order of search; by default the authors' markers.
     """
 
     parser: Literal["loftq", "peft", "pissa", "loraga"] = "loftq"
@@ -106,7 +107,7 @@ def number_of(text: str, parameters: NumberParameters) -> float | Decimal | None
 
 
 def number(pairs: Sequence[Pair], parameters: NumberParameters) -> list[float]:
-    """Score predictions 100 if their number equals the reference's, otherwise 0."""
+    """Score 100 for each prediction with the reference's number, otherwise 0."""
     numbers = ([number_of(text, parameters) for text in pair] for pair in pairs)
     return [100.0 * (wanted is not None and wanted == given) for wanted, given in numbers]
 
@@ -124,7 +125,7 @@ class ChoiceParameters(Parameters):
 
 
 def choice(pairs: Sequence[Pair], parameters: ChoiceParameters) -> list[float]:
-    """Score predictions 100 if the first of the words in them is the reference, otherwise 0."""
+    """Score 100 for each prediction whose first choice is the reference, otherwise 0."""
     scores = []
     for reference, prediction in pairs:
         words_of_row = next((words for words in parameters.words if reference in words), (reference,))
@@ -136,17 +137,22 @@ def choice(pairs: Sequence[Pair], parameters: ChoiceParameters) -> list[float]:
 
 def _notes(pairs: Sequence[Pair], parameters: NumberParameters) -> Iterator[str]:
     """Notes on texts without a number, possibly because a marker is missing."""
-    remedy = "; `markers` names others" if parameters.markers is None else ""
+    remedy = "; other markers can be set with `markers`" if parameters.markers is None else ""
     for side, name in enumerate(("references", "predictions")):
         unread = [pair[side] for pair in pairs if number_of(pair[side], parameters) is None]
         if unread:
             marked = sum(_marker(text, parameters.sought) is not None for text in unread)
-            why = f"{marked} have one of {', '.join(map(repr, parameters.sought))}; as in {unread[0].rstrip()[-30:]!r}"
-            yield f"{len(unread)} of {len(pairs)} {name} have no number ({why}), and no such row is right{remedy}"
+            why = f"{marked} contain {' or '.join(map(repr, parameters.sought))}; as in {unread[0].rstrip()[-30:]!r}"
+            yield f"{len(unread)} of {len(pairs)} {name} have no number, so their rows score 0 ({why}){remedy}"
 
 
 class GroupParameters(Parameters):
-    """Averaged column `of`, and one `group` of rows; by default all groups, with equal weight."""
+    """Column and groups to average.
+
+    Attributes:
+        of: name of the column whose row scores are averaged.
+        group: group of rows to average; by default all groups, with equal weight.
+    """
 
     of: str
     group: str | None = None

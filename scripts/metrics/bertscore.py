@@ -1,4 +1,4 @@
-"""BERTScore by the bert-score library, repaired for transformers 5."""
+"""BERTScore, computed by the bert-score library with repairs for transformers 5."""
 
 import hashlib
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class ScorerModel(Parameters):
 
     Attributes:
         model: name on the hub, or a folder.
-        layer: layer that provides the embeddings; None is the layer that bert-score's authors tuned.
+        layer: layer that provides the embeddings; None for the layer that bert-score's authors chose.
     """
 
     model: str = DEFAULT
@@ -53,7 +53,7 @@ class ScorerModel(Parameters):
 
 
 def made_by(by: ScorerModel | None, record: Row | None) -> bool:
-    """True if a record of BERTScore belongs to a model, or both are None."""
+    """True if scores were recorded for this scorer model, or both are None."""
     if by is None or record is None:
         return by is None and record is None
     same_weights = not by.is_local or by.local_revision() == record["revision"]
@@ -74,7 +74,7 @@ def layer_of(by: ScorerModel) -> int:
     """Layer that provides a model's embeddings.
 
     Raises:
-        UserError: bert-score knows no best layer of the model, or the model has fewer layers.
+        UserError: bert-score has no default layer for the model, or the model has fewer layers.
         WorkFailed: the model cannot be loaded.
     """
     config = _config_of(by)
@@ -83,7 +83,7 @@ def layer_of(by: ScorerModel) -> int:
     layers = getattr(config, "num_hidden_layers", 0)
     layer = by.layer or bert_score.utils.model2layers.get(Path(by.model).name)
     if layer is None or not 0 < layer <= layers:
-        raise UserError(f"bertscore_f1: set the parameter layer to one of the {layers} layers of {by.model}")
+        raise UserError(f"bertscore_f1: {by.model} has {layers} layers; set the parameter layer to one of them")
     return int(layer)
 
 

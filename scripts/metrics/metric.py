@@ -20,17 +20,18 @@ class Parameters(BaseModel):
 class Metric:
     """Method to score predictions or a run.
 
-    Exactly one of `of_rows`, `of_all`, `of_loss`, `of_groups` and `of_model` is set. All but the loss get parameters.
+    Exactly one of `of_rows`, `of_all`, `of_loss`, `of_groups` and `of_model` is set. All functions except `of_loss` get
+    parameters.
 
     Attributes:
         name: name in study.yaml, options and files.
         label: name in tables and figures.
         hub_type: type in https://huggingface.co/metrics.
-        low, high: lowest and highest possible value; None without an upper limit.
+        low, high: lowest and highest possible value; `high` is None without an upper limit.
         source: source of the definition.
         unit: unit, such as %; empty for a plain number.
         higher_is_better: True if higher values are better.
-        of_rows: computes a score for each (reference, prediction); their mean, with an interval, is the overall score.
+        of_rows: computes a score for each (reference, prediction); the overall score is their mean, with an interval.
         of_all: computes one score from all pairs together.
         of_loss: computes a run's score from the eval loss in nats per token, without predictions.
         of_groups: computes a score and an interval from another column's row scores, by group.
@@ -39,7 +40,7 @@ class Metric:
         record: returns details of the computation for scores.json.
         notes: yields notes for readers on the scores of some pairs.
         judged: True if a scorer model computes the score; parameters are then a `ScorerModel`.
-        all_or_nothing: True if each row scores `low` or `high`, nothing between.
+        all_or_nothing: True if each row scores either `low` or `high`.
     """
 
     name: str
@@ -112,5 +113,8 @@ class Column:
         return other is not None and (self.metric, self.parameters) == (other.metric, other.parameters)
 
     def recorded(self, key: str) -> str:
-        """Key in scores.json for a key of the record; columns with another name add a prefix."""
+        """Key in scores.json for a key of the metric's record.
+
+        A column whose name differs from the metric's adds its name as a prefix.
+        """
         return key if self.name == self.metric.name else f"{self.name}_{key}"

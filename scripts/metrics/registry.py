@@ -23,8 +23,8 @@ class BenchmarkParameters(Parameters):
         task: name of a task or group in lm-evaluation-harness, or a YAML file that declares a task.
         result: metric, followed by a filter if the task has several, as in `exact_match,strict-match`; by default the
             first result.
-        mean_of_tasks: score a group by the unweighted mean of its tasks, as in many published tables; the harness
-            weights some groups by size.
+        mean_of_tasks: True to score a group by the unweighted mean of its tasks, as in many published tables. The
+            harness weights the tasks of some groups by size.
         shots: number of examples in each prompt; by default the task's.
     """
 
@@ -41,7 +41,7 @@ class Benchmark(BaseModel):
         version: version of the task or group.
         filter: the harness's method to extract answers from texts.
         rows: number of scored rows, over all tasks of a group.
-        limit: maximum number of rows in a task.
+        limit: maximum number of rows per task; None for all rows.
     """
 
     value: float
@@ -78,8 +78,8 @@ EVAL_LOSS = Metric(
     hub_type="loss",
     low=0,
     high=None,
-    unit="nats a token",
-    source="the last of the training, a mean over all tokens that count",
+    unit="nats per token",
+    source="the last eval loss of the training, a mean over all tokens with loss",
     higher_is_better=False,
     of_loss=float,
 )
@@ -89,7 +89,7 @@ PERPLEXITY = Metric(
     hub_type="perplexity",
     low=1,
     high=None,
-    source="exp of the eval loss a token",
+    source="exp of the eval loss per token",
     higher_is_better=False,
     of_loss=math.exp,
 )
@@ -98,7 +98,7 @@ METRICS = {
 }
 TASK, SCORER = "benchmark:", "bertscore:"  # prefixes in --metric
 DEFAULT = ("bleu4", "rouge_l", "bertscore_f1", "sacrebleu")
-"""Metrics if neither a study nor --metric names any."""
+"""Default metrics, for use if neither a study nor --metric names any."""
 _NAME = re.compile("[A-Za-z][A-Za-z0-9_]*")
 _TAKEN = (
     *("rows", "intervals", "metrics", "notes", "exact", "empty", "repeated", "length_ratio", "bertscore"),  # of scores
@@ -126,7 +126,7 @@ def column(name: str, entry: Mapping[str, Any] | None = None) -> Column:
     given = dict(entry or {})
     kind, label = str(given.pop("metric", name)), given.pop("label", None)
     if kind not in METRICS:
-        hint = did_you_mean(kind, METRICS) or f"; there are {', '.join(METRICS)}"
+        hint = did_you_mean(kind, METRICS) or f"; the metrics are {', '.join(METRICS)}"
         raise WrongMetric("metric" if "metric" in (entry or {}) else "", f"no metric is called {kind}{hint}")
     if not _NAME.fullmatch(name) or name in _TAKEN:
         problem = "has another meaning in results" if name in _TAKEN else "must consist of letters, digits and _"
@@ -167,7 +167,9 @@ def asked(texts: Iterable[str]) -> dict[str, Column]:
             entries = _of_task(text.removeprefix(TASK)) if text.startswith(TASK) else {entries: None}
         well_formed = isinstance(entries, dict) and all(isinstance(e, dict | None) for e in entries.values())
         if not well_formed or not entries:
-            raise UserError(f"--metric {text}: expected a metric, or parameters as in 'number: {{markers: [\"A: \"]}}'")
+            raise UserError(
+                f"--metric {text}: expected a metric's name, or parameters as in 'number: {{markers: [\"A: \"]}}'"
+            )
         for name, entry in entries.items():
             try:
                 new = column(name, entry)
@@ -187,14 +189,14 @@ def _of_task(task: str) -> dict[str, Any]:
 
 
 def scorer_named(texts: Iterable[str]) -> str | None:
-    """Scorer model in --metric, `none` to leave BERTScore out; None if --metric has neither."""
+    """Scorer model in --metric; `none` leaves BERTScore out, None names no model."""
     return next((text.removeprefix(SCORER) for text in texts if text.startswith(SCORER)), None)
 
 
 def recorded(scores: Mapping[str, Any]) -> dict[str, Column]:
     """Columns in scores.json.
 
-    Old files have no declarations: their keys name the metrics. Unknown metrics of newer versions are left out.
+    In old files without declarations, the keys name the metrics. Unknown metrics of newer versions are left out.
     """
     entries = scores.get("metrics")
     if entries is None:
@@ -208,7 +210,7 @@ def recorded(scores: Mapping[str, Any]) -> dict[str, Column]:
 
 
 def distinct(columns: Iterable[Column]) -> dict[str, Column]:
-    """Distinct columns by unique heading; a shared label is followed by parameters."""
+    """Columns with distinct scores, by heading; parameters distinguish equal labels."""
     found: dict[str, Column] = {}
     for column in columns:
         if heading(column, found) is None:

@@ -30,9 +30,9 @@ def _ngrams(text: list[str], n: int) -> Counter[tuple[str, ...]]:
 def bleu4(reference: str, prediction: str) -> float:
     """BLEU-4 of one prediction, 0 to 100, as in papers on CodeReviewer's data.
 
-    It is a smoothed sentence score with special tokens and brevity penalty, to be averaged over rows. No setting of
-    BLEU in sacrebleu or nltk gives the same score. It follows the script smooth_bleu of CodeBERT and CodeReviewer
-    (arXiv 2203.09095), but keeps stop words.
+    This is a smoothed sentence score, to be averaged over rows. Its tokenization and brevity penalty are unusual, so no
+    setting of BLEU in sacrebleu or nltk gives the same score. It follows the script smooth_bleu of CodeBERT and
+    CodeReviewer (arXiv 2203.09095), but keeps stop words.
     """
     wanted = words(reference)
     given = words(prediction)
@@ -53,21 +53,25 @@ def _bleu4_of_rows(pairs: Sequence[Pair], _: Parameters) -> list[float]:
 
 
 class RougeParameters(Parameters):
-    """Parameters of ROUGE-L: compare word stems, like most papers on English text."""
+    """Parameters of ROUGE-L.
+
+    Attributes:
+        stemmed: True to compare word stems, as most papers on English text do.
+    """
 
     stemmed: bool = True
 
 
 @cache
 def _tokenizer(stemmed: bool) -> Callable[[str], list[str]]:
-    """Tokenizer of rouge-score with cached stems; computing stems took two thirds of the time."""
+    """Tokenizer of rouge-score, with cached stems because computing them is slow."""
     from rouge_score.tokenize import tokenize
 
     if not stemmed:
         return lambda text: list(tokenize(text, None))
     # hide optional imports of nltk that take 2 s and are not used here
     hidden: dict[str, Any] = dict.fromkeys({"scipy", "sklearn"} - sys.modules.keys())
-    sys.modules.update(hidden)  # a module that is None raises ModuleNotFoundError
+    sys.modules.update(hidden)  # importing a module that is None raises ModuleNotFoundError
     try:
         from nltk.stem.porter import PorterStemmer
     finally:
@@ -83,7 +87,7 @@ def _common(reference: Sequence[str], prediction: Sequence[str]) -> int:
     Bit-parallel (Hyyrö 2004, "Bit-parallel LCS-length computation revisited"), because the table in rouge-score takes
     a Python step for each pair of words.
     """
-    places: dict[str, int] = {}  # by word, a bit for each place in the reference
+    places: dict[str, int] = {}  # for each word, a bit for each of its places in the reference
     for place, word in enumerate(reference):
         places[word] = places.get(word, 0) | (1 << place)
     # table row for the words so far: 0 marks places at which the subsequence grows by one
@@ -159,7 +163,7 @@ class ExactMatchParameters(Parameters):
 
 
 def exact_match(pairs: Sequence[Pair], parameters: ExactMatchParameters) -> list[float]:
-    """Score predictions 100 if identical to the reference, otherwise 0."""
+    """Score 100 for each prediction that equals its reference, otherwise 0."""
 
     def plain(text: str) -> str:
         text = " ".join(text.split()) if parameters.ignore_space else text.strip()
