@@ -34,7 +34,7 @@ _LOCAL_PATH = re.compile(r"(?<![\w.<>/~-])(?:\.\.(?:/[^\s/=,:'\")\]}]+)+|(?:file
 
 
 def card(result: RunResult, evaluation: Evaluation | None, merged: bool, repository: str | None) -> str:
-    """Text of a model card, without names of this machine, local folders and users.
+    """Text of a model card, without names of machines, users and local folders.
 
     Args:
         result: the run.
@@ -131,7 +131,7 @@ def _arguments(decoding: study.Decoding) -> str:
 
 
 def base_model(folder: RunDir, run: Run) -> tuple[str, bool]:
-    """Name of the adapter's base model, and True if it is a local folder."""
+    """Return the name of the adapter's base model, and True for a local folder."""
     named = read_json(folder.output / "adapter_config.json").get("base_model_name_or_path")
     name = str(named or yamlfiles.read_yaml(folder.config).get("base_model"))
     return name, Path(name).is_absolute() or Path(run.cwd, name).is_dir()
@@ -151,7 +151,7 @@ def _known(run: Run, data: Data | None) -> dict[str, str]:
 def _front_matter(
     facts: Row, columns: Mapping[str, Column], scored_on: str | None, merged: bool, tags: list[str]
 ) -> str:
-    """Metadata of a card as YAML; names only models and data on the hub."""
+    """Metadata of a card as YAML, with names of models and data on the hub only."""
     from huggingface_hub import EvalResult, ModelCardData
 
     run = facts["run"]
@@ -210,7 +210,10 @@ def _command(run: Row) -> str:
 
 
 def _public(value: Any, cwd: Path, key: str = "") -> Any:
-    """`value` without secrets, with local paths made relative to `cwd` or cut to a name."""
+    """Remove secrets from a value, and shorten local paths.
+
+    A path below `cwd` becomes relative. Any other path is cut to its last part.
+    """
     if isinstance(value, dict):
         below_tokens = key == "special_tokens"
         kept = {name: below for name, below in value.items() if below_tokens or not is_secret(str(name))}

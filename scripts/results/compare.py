@@ -1,4 +1,4 @@
-"""Compare losses and predictions of two runs, and a loss with a published curve."""
+"""Compare two runs' losses and predictions, and a loss with a published curve."""
 
 import csv
 from collections.abc import Iterable, Sequence
@@ -38,10 +38,10 @@ class ScoredRows:
 
 
 def several(names: Sequence[str], runs: Path, asked: Sequence[str] = ()) -> list[ScoredRows]:
-    """Score the rows of runs, or of JSONL files with the fields reference and prediction.
+    """Score the rows of runs and of JSONL files by the same metrics.
 
-    Runs keep the metrics of their evaluation. Files get the metrics of the compared runs. Both also get the requested
-    metrics. Files without any of these get the default metrics.
+    The files have the fields reference and prediction. Runs keep the metrics of their evaluation. Files get the metrics
+    of the compared runs. Both also get the requested metrics. Files get the default metrics if there are no others.
 
     Raises:
         UserError: a run, file or metric does not exist, or a run was not evaluated.
@@ -78,9 +78,9 @@ def _scored(rows: Sequence[Row], columns: dict[str, Column]) -> ScoredRows:
 
 
 def pair(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """Pair the common rows of two sets of predictions, in the order of the first.
+    """Pair the rows that two sets of predictions share, in the first set's order.
 
-    Rows are matched by `idx`, the position in the test file, if each row has a unique one; otherwise by order.
+    Rows are matched by `idx`, their position in the test file, if every row has a unique `idx`; otherwise by order.
 
     Raises:
         UserError: there are no common rows, rows cannot be matched, or the references of a pair differ.
@@ -175,7 +175,7 @@ def comparison(pair: tuple[str, str], runs: Path, metrics: Sequence[str] = ()) -
 
 
 def _divergence(folders: Sequence[RunDir]) -> Divergence | None:
-    """Divergence of two runs; None, with a message, without a common step.
+    """Divergence of two runs; None, with a message, if no step is common.
 
     Raises:
         UserError: one run is a rehearsal, the other is not.
@@ -268,7 +268,7 @@ def curve_gap(ours: Sequence[Point], curve: Sequence[Point]) -> CurveGap | None:
 
 
 def over_the_same_steps(metrics: Iterable[Row], curve: Sequence[Point]) -> list[Point]:
-    """Mean training losses between the steps of a curve, as far as a run got.
+    """Average training losses between the steps of a curve that a run reached.
 
     Args:
         metrics: records of the run's steps.

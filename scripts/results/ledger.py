@@ -36,8 +36,8 @@ def export(folder: RunDir) -> Path:
     """Write the ledger record of a run to the current folder.
 
     Raises:
-        UserError: the run does not belong to a study's recipe, has neither failed nor been finished and evaluated, or
-            lacks a record of its hardware.
+        UserError: the run does not belong to a study's recipe, is neither failed nor finished and evaluated, or lacks a
+            record of its hardware.
     """
     result = RunResult(folder, backends.read(folder))
     if reason := _refused(result):
@@ -121,7 +121,7 @@ def _changes(run: Run) -> yamlfiles.Config:
 
 
 def _cell_values(run: Run, of_study: Study) -> yamlfiles.Config:
-    """Values of the published grid point that a run's changed settings match; else empty."""
+    """Values of the published grid point with a run's settings; empty without one."""
     changes = _changes(run)
     recipe = yamlfiles.read_yaml(paths.recipe_file(run.origin))
     cell = of_study.cell(run.origin, recipe | changes) if changes else None
@@ -129,7 +129,7 @@ def _cell_values(run: Run, of_study: Study) -> yamlfiles.Config:
 
 
 def _allowed(difference: config.Difference) -> bool:
-    """True for a difference that comes from a shipped profile or does not affect the result."""
+    """True if a difference comes from a shipped profile or does not affect results."""
     key, (how, _, which) = difference.key, difference.why.partition(" ")
     of_profile = how == "profile" and (paths.PROFILES / f"{which}.yaml").is_file()
     is_data = key.partition(".")[0] in ("datasets", "test_datasets") and key.endswith(".path")
@@ -145,7 +145,7 @@ def record_of_run(result: RunResult) -> ledger.Record:
     """Create the ledger record of a run.
 
     Raises:
-        ValidationError: the run's record of something is missing or invalid.
+        ValidationError: a required entry of the run's record is missing or invalid.
     """
     run, own, summary = result.run, result.evaluation, result.summary
     assert result.study
@@ -191,7 +191,7 @@ def record_of_run(result: RunResult) -> ledger.Record:
 
 
 def planned_gib(result: RunResult) -> float | None:
-    """Planned memory of a run on one GPU or a rehearsal; None without a plan."""
+    """Planned memory of a run in one process; None if it cannot be planned."""
     with suppress(UserError):  # some configs cannot be planned
         cfg = yamlfiles.read_yaml(result.folder.config)
         if result.run.ranks == 1 and not any(cfg.get(key) for key in ENGINE_KEYS):
@@ -201,7 +201,7 @@ def planned_gib(result: RunResult) -> float | None:
 
 
 def _scores(result: RunResult, of_study: Study) -> dict[str, ledger.Score]:
-    """Scores by the study's metrics, only by the declared scorer models."""
+    """Scores by the study's metrics, without those of undeclared scorer models."""
     found, own = {}, result.evaluation.scores if result.evaluation else {}
     for name, column in of_study.columns.items():
         value, by = result.score(column), model_record(column, own)
@@ -213,7 +213,7 @@ def _scores(result: RunResult, of_study: Study) -> dict[str, ledger.Score]:
 
 
 def show(studies: Sequence[Study], json: bool) -> None:
-    """Print the status of published results, and recorded runs; as JSON only records."""
+    """Print the status of published results, and recorded runs; JSON has only records."""
     found = {of_study.folder.name: (of_study, ledger.records(of_study)) for of_study in studies}
     if json:
         tables.print_json([record.model_dump(mode="json") for _, records in found.values() for record in records])

@@ -20,8 +20,8 @@ from .run_rows import RunResult
 from .verdict import StudyRow
 
 AXOLOTL_EVAL_LOSS = "Axolotl's eval loss"  # shown for old runs without a loss per token
-COSTS = "Other scores, and what the runs took"
-CURVES = "Our training loss less the published one, over the same steps"
+COSTS = "Other scores, and costs of the runs"
+CURVES = "Our training loss minus the published one, over the same steps"
 REHEARSALS = "Rehearsals (small stand-in model, few rows; not comparable with any published score)"
 _SPARE = (
     *("minutes", "tokens/s", "rows", "peak GiB", "base model"),
@@ -41,7 +41,7 @@ def show(folders: Sequence[RunDir], json: bool) -> None:
     found = [RunResult(folder, run) for folder, run in readable(folders, backends.read)]
     jobs = {result.folder.path: [*_jobs(result)] for result in found}
     if changed := [result.folder.path for result in found if result.changed]:
-        say(f"{len(changed)} evaluations are stale or edited; `recipe evaluate {changed[-1]}` checks the last one")
+        say(f"evaluations that are stale or edited: {len(changed)}; for the last, run `recipe evaluate {changed[-1]}`")
     records = (run_rows.record(result, jobs[result.folder.path]) for result in found)
     tables.show(json, records, _of_runs(found, jobs))
 
@@ -55,7 +55,7 @@ def _jobs(result: RunResult) -> Iterator[str]:
 
 
 def _of_runs(found: Sequence[RunResult], jobs: Mapping[Path, list[str]]) -> Iterator[Table]:
-    """Tables of runs, by study or set of metrics; rehearsals have separate tables."""
+    """Tables of runs, by study or metrics; rehearsals have separate tables."""
     for rehearsal in (False, True):
         groups: dict[str, list[RunResult]] = {}
         for result in (result for result in found if result.run.rehearsal == rehearsal):
@@ -77,7 +77,7 @@ def _of_runs(found: Sequence[RunResult], jobs: Mapping[Path, list[str]]) -> Iter
 
 
 def _cells(result: RunResult, columns: Mapping[str, Column], jobs: Sequence[str]) -> Row:
-    """Table cells of a run; the first score includes decodings, base model and published value."""
+    """Table cells of a run, with comparisons for the first score."""
     run, summary, scores = result.run, result.summary, result.scores
     early = ", early stopping" if summary.ended == "early stopping" else ""
     kept = "" if summary.kept_step in (None, summary.step) else f", step {summary.kept_step} kept"
@@ -123,9 +123,9 @@ def _cells(result: RunResult, columns: Mapping[str, Column], jobs: Sequence[str]
 def show_study(
     of_study: Study, rows: Sequence[StudyRow], rehearsal: bool, json: bool, tuned: Sequence[Row] = ()
 ) -> None:
-    """Print the rows of a study; JSON also has each recipe's best members of sweeps."""
+    """Print the rows of a study; JSON also has the best members of sweeps."""
     if not rows and not json:
-        say("no run of its recipes is rehearsed yet; `recipe reproduce` with --rehearse does that")
+        say("no recipe of the study has been rehearsed yet; run `recipe reproduce` with --rehearse")
         return
     records = [verdict.record(row, of_study) for row in rows]
     if tuned:
@@ -169,7 +169,7 @@ def _of_metric(row: StudyRow, column: Column) -> Row:
 
 
 def _of_costs(row: StudyRow, others: Mapping[str, Column], beside: Mapping[str, bool]) -> Row:
-    """Table cells of a study's row for other metrics and costs, beside published costs."""
+    """Table cells of a study's row for other metrics and for costs."""
     cells: Row = {"recipe": row.recipe}
     cells |= {column.label: row.scores[name].value for name, column in others.items()}
     cells["eval loss"] = row.chosen and row.chosen.summary.eval_loss_per_token
@@ -182,12 +182,12 @@ def _of_costs(row: StudyRow, others: Mapping[str, Column], beside: Mapping[str, 
 
 
 def _whole(value: float | None) -> str | float | None:
-    """Large numbers without decimals, in groups of three digits; others unchanged."""
+    """Format large numbers without decimals; return others unchanged."""
     return f"{value:,.0f}" if value is not None and value >= 100 else value
 
 
 def _published(score: PublishedScore | None) -> float | str | None:
-    """Published score for a table: text if it has a ±, otherwise a number."""
+    """Published score for a table: a text if it has a ±, else a number."""
     if score is None or score.spread is None:
         return score.value if score else None
     return tables.plus_minus(score.value, score.spread)
@@ -207,7 +207,7 @@ def baselines(of_study: Study) -> Table:
 
 
 def notes(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
-    """Notes under the tables: differences, limits of intervals, and open settings if scores are off."""
+    """Notes under the tables: differences, limits of intervals, and open settings."""
     for difference in of_study.differences:
         yield f"All recipes: {difference}"
     yield from _of_intervals(of_study, rows)
@@ -220,7 +220,7 @@ def notes(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
         verdicts["training loss"] = row.gap_verdict
         if off := [label for label, found in verdicts.items() if found == verdict.OFF]:
             of_which = "" if off == [of_study.first.label] else f" in {' and '.join(off)}"
-            yield f"{row.recipe} is off{of_which}, and the paper leaves open: {'; '.join(row.open)}"
+            yield f"{row.recipe} is off{of_which}. The paper leaves these settings open: {'; '.join(row.open)}"
 
 
 def _of_intervals(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
@@ -228,12 +228,12 @@ def _of_intervals(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
     scores = [score for row in rows for score in row.scores.values() if score.verdict]
     methods = [score.interval.method for score in scores if score.interval]
     if several := [row.recipe for row in rows if len(row.runs) > 1]:
-        yield f"Scores are means of runs that differ at most in their seed: of {', '.join(several)}."
+        yield f"For these recipes, scores are means over runs that differ at most in their seed: {', '.join(several)}."
     seeds = f"`recipe reproduce {of_study.folder.name} --seeds 3` runs each recipe with three seeds"
     if any(method == intervals.ROWS_ONLY or method.endswith(repeats.ONE_SEED) for method in methods):
-        yield f"An interval of {intervals.ROWS_ONLY}, or of one seed, does not cover other seeds: {seeds}."
+        yield f"An interval that covers {intervals.ROWS_ONLY}, or one seed, does not cover other seeds; {seeds}."
     if any(intervals.BORROWED in method for method in methods):
-        yield f"A borrowed spread comes from published repeats, not from our runs: {seeds}."
+        yield f"A borrowed spread comes from published repeats, not from our runs; {seeds}."
 
 
 def show_comparison(compared: Comparison, pair: tuple[str, str], json: bool) -> None:
@@ -247,11 +247,11 @@ def show_comparison(compared: Comparison, pair: tuple[str, str], json: bool) -> 
         for line in (f"Trainings, {title}", *_in_words(compared.training), ""):
             tables.print_text(line)
     if compared.scores is None:
-        say(f"scores are not compared; not evaluated: {', '.join(compared.unscored)}; run `recipe evaluate` first")
+        say(f"scores are not compared; run `recipe evaluate` first for {', '.join(compared.unscored)}")
     else:
         tables.print_table(compared.scores, title, spare=["equal", "rows", "p_wilcoxon", "better", "worse"])
         if len(compared.scores) > 1:
-            say(f"{len(compared.scores)} metrics: intervals and p are not corrected for multiple comparisons")
+            say(f"intervals and p values of {len(compared.scores)} metrics are not corrected for multiple comparisons")
 
 
 def _in_words(training: Divergence) -> Iterator[str]:
@@ -278,15 +278,15 @@ def show_power(found: Outlook, of_study: Study, json: bool) -> None:
         }
         for chance in found.rows
     ]
-    title = f"{of_study.first.label}: what runs of {found.study} can tell from a published score"
+    title = f"{of_study.first.label}: differences from a published score that runs of {found.study} can show"
     by_run, by_row, rest = map(
         tables.text_of, (found.deviation_of_runs, found.deviation_of_rows, found.deviation_of_a_row_in_a_run)
     )
     lines = [
-        f"{difference} is {found.difference_from}. It is seen if the 95 % interval excludes a value this far away.",
+        f"{difference} is {found.difference_from}. It is seen if the 95 % interval excludes a value at this distance.",
         f"Based on {found.rests_on}.",
         f"Standard deviations: {by_run} between runs, {by_row} between rows, {rest} of a row between runs.",
-        f"The interval of one run is of {found.one_run}.",
-        "A false alarm is a seen difference that does not exist; 5 % are normal.",
+        f"The interval of one run covers {found.one_run}.",
+        "A false alarm is a difference that is seen but does not exist; 5 % are normal.",
     ]
     tables.show(json, asdict(found), [Table(rows, title)], lines)

@@ -36,13 +36,13 @@ def publish(
 
     Args:
         folder: run folder.
-        merge: merge base model and adapter into output/merged; a push then uploads the merged model.
+        merge: True to merge base model and adapter into output/merged; a push then uploads the merged model.
         push: repository on the hub, as owner/name.
-        private: create a private repository.
-        force: findings to override about code in the run's config, for a merge.
+        private: True to create a private repository.
+        force: names of findings about untrusted code to override in a merge.
 
     Returns:
-        Written cards, and the address of the repository.
+        Files of the written cards and, after a push, the address of the repository.
 
     Raises:
         UserError: the run has no adapter to publish or must not be pushed, its config names untrusted code, or the hub
@@ -65,7 +65,7 @@ def publish(
     evaluation = current(folder.path, run)
     if not evaluation or evaluation.settings.adapter_sha256 != sha256(adapter):
         problem = changed(folder.path, read_scores(folder.path), run) or ("stale" if evaluation else "not evaluated")
-        say(f"{folder.path}: {problem}; `recipe evaluate {folder.path}` and this command again add scores")
+        say(f"{folder.path}: {problem}; for scores on the card, run `recipe evaluate {folder.path}`, then repeat this")
         evaluation = None
     models = [folder.output, *([_merge(folder, run, force)] if merge else [])]
     for model in models:
@@ -76,11 +76,11 @@ def publish(
 
 
 def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:
-    """Merge base model and adapter by Axolotl, unless done before; return the folder."""
+    """Merge base model and adapter with Axolotl, if necessary; return the folder."""
     merged, log = folder.output / "merged", folder.path / "merge.log"
     digest, merged_from = sha256(folder.output / ADAPTER), merged / MERGED_FROM
     if merged_from.is_file() and merged_from.read_text() == digest:
-        say(f"{merged}: merged already")
+        say(f"{merged}: already merged")
         return merged
     trust.refuse_code(folder, run, yamlfiles.read_yaml(folder.config), force)
     trust.restore_stand_in(folder, run)
@@ -104,7 +104,7 @@ def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:
             shutil.copy2(file, part)  # Axolotl copies the base model's tokenizer, without added tokens
         (part / MERGED_FROM).write_text(digest)
 
-    shutil.rmtree(merged, ignore_errors=True)  # holds another adapter
+    shutil.rmtree(merged, ignore_errors=True)  # was merged from another adapter
     return make_once(merged, make)
 
 
@@ -128,7 +128,7 @@ def _push(model: Path, repository: str, private: bool, recipe: str) -> str:
 
     api = HfApi()
     try:
-        # None rather than False leaves the decision to the defaults of an organization
+        # None leaves the decision to an organization's default; False would not
         address = api.create_repo(repository, private=private or None, exist_ok=True)
         if private and not api.repo_info(repository).private:
             raise UserError(f"--private: {repository} exists and is public; make it private on the hub first")
@@ -141,7 +141,7 @@ def _push(model: Path, repository: str, private: bool, recipe: str) -> str:
     except Exception as error:  # from the hub, the network or the token
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
             raise UserError(
-                f"--push: no write access to {repository}; give such a token with `hf auth login` or HF_TOKEN"
+                f"--push: no write access to {repository}; give a token with access by `hf auth login` or HF_TOKEN"
             ) from None
         reason = " ".join(str(error).split()) or type(error).__name__
         raise WorkFailed(

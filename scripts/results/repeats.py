@@ -1,4 +1,4 @@
-"""Repeated runs with other seeds: intervals of scores, and power of a study."""
+"""Runs repeated with other seeds: intervals of scores, and power of a study."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ ONE_SEED = " of one seed"
 
 
 def usable(runs: Path, rehearsal: bool) -> list[RunResult]:
-    """Real runs on their recipe's model and data, or all rehearsals."""
+    """Real runs with their recipe's model and data; for `rehearsal`, all rehearsals."""
     found = (RunResult(folder, run) for folder, run in rundir.readable(rundir.all_runs(runs), backends.read))
     return [
         result
@@ -39,10 +39,10 @@ def usable(runs: Path, rehearsal: bool) -> list[RunResult]:
 
 
 def of(chosen: RunResult, candidates: Sequence[RunResult]) -> list[RunResult]:
-    """A run, followed by its repeats: trained alike except for the seed, and evaluated alike.
+    """Return a run and its repeats: runs that differ from it only in the seed.
 
-    If there are several seeds, only the newest run of each counts: a repeated seed shows nothing about other seeds. A
-    run that is not finished and scored has no repeats.
+    Repeats are trained and evaluated alike. If there are several seeds, only the newest run of each seed counts,
+    because a repeated seed shows nothing about other seeds. A run that is not finished and scored has no repeats.
     """
     own, trained = chosen.evaluation, _training(chosen)
     if chosen.run.state != "finished" or not chosen.is_scored or chosen.run.published_adapter or trained is None:
@@ -63,7 +63,7 @@ def of(chosen: RunResult, candidates: Sequence[RunResult]) -> list[RunResult]:
 
 
 def _training(result: RunResult) -> Any:
-    """Inputs of a run's training except the seed; None if the config is missing."""
+    """Inputs of a run's training without the seed; None if the config is missing."""
     run = result.run
     if not result.folder.config.is_file():
         return None
@@ -90,7 +90,7 @@ def seed(folder: RunDir) -> Any:
 
 
 def scores(column: Column, found: Sequence[RunResult]) -> list[tuple[RunResult, float]]:
-    """Runs with scores by a metric, if the first run's scorer model computed them."""
+    """Runs with their scores by a metric, without those by other scorer models."""
     models = [model_record(column, result.evaluation.scores) if result.evaluation else None for result in found]
     scored = [(result, result.score(column)) for result in found]
     return [
@@ -129,7 +129,7 @@ def interval_cells(name: str, within: intervals.Interval | None) -> Row:
 
 
 def by_row(name: str, found: Sequence[RunResult]) -> list[list[float]] | None:
-    """Row scores of each run; None if rows have no scores or differ between runs."""
+    """Row scores of each run; None if rows lack scores or differ between runs."""
     first = found[0].evaluation
     if first is None or not all(_alike(first, result.evaluation, _SAME_ROWS) for result in found):
         return None
@@ -262,7 +262,7 @@ def _basis(of_study: Study, column: Column, runs: Path) -> Basis:
     metric, published = column.metric, of_study.published[recipe].scores.get(column.name)
     if metric.all_or_nothing and metric.high is not None and published and of_study.data.scored_rows:
         of_rows = (published.value - metric.low) * (metric.high - published.value)
-        right = f"rows that are right or wrong, {published.value:g} % of them right as published"
+        right = f"rows that are either right or wrong, {published.value:g} % of them right as published"
         if of_rows >= 0:  # the published score is within the metric's range
             words = f"{len(values)} published repeats of {recipe}, and {right}"
             return Basis(Variances(variance(values), of_rows, 0.0), of_study.data.scored_rows, words)
@@ -271,7 +271,7 @@ def _basis(of_study: Study, column: Column, runs: Path) -> Basis:
 
 
 def _groups(of_study: Study, runs: Path) -> list[list[RunResult]]:
-    """Runs of a study that are comparable with published scores, grouped by repeats."""
+    """Runs of a study comparable with published scores, each grouped with its repeats."""
     recipes = {*of_study.published, *of_study.variants}
     comparable = [
         result

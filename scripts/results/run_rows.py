@@ -63,7 +63,7 @@ class RunResult:
 
     @cached_property
     def changed(self) -> Changed | None:
-        """Change since the last evaluation."""
+        """Kind of change since the last evaluation."""
         return changed(self.folder.path, self._last_evaluation, self.run)
 
     @property
@@ -73,12 +73,12 @@ class RunResult:
 
     @property
     def is_scored(self) -> bool:
-        """True if the run is evaluated, or its study uses only the eval loss."""
+        """True if the run is evaluated, or its study needs only the eval loss."""
         return self.evaluation is not None or (self.study is not None and not self.study.generates)
 
     @cached_property
     def base_evaluation(self) -> Evaluation | None:
-        """Evaluation of the base model alone; None if rows or decoding differ from the run's."""
+        """Evaluation of the base model alone; None unless rows and decoding are the run's."""
         base, own = current(self.folder.path / "evaluations" / BASE_MODEL), self.evaluation
         if own and base and own.settings.model_dump(include=_ALIKE) != base.settings.model_dump(include=_ALIKE):
             return None
@@ -86,7 +86,10 @@ class RunResult:
 
     @cached_property
     def decoded(self) -> dict[str, Evaluation | None]:
-        """Evaluations of the adapter by the study's other decoding configurations, or None, by name."""
+        """Evaluations of the adapter by name of the study's other decoding configurations.
+
+        None stands for a missing evaluation.
+        """
         declared = self.study.decodings if self.study else {}
         return {name: evaluations.decoded(self.folder.path, name, d, self.evaluation) for name, d in declared.items()}
 
@@ -97,7 +100,7 @@ class RunResult:
 
     @cached_property
     def columns(self) -> dict[str, Column]:
-        """Metrics of the study, and additional ones of the evaluation."""
+        """Metrics of the study, and additional metrics of the evaluation."""
         recorded = self.evaluated_columns
         declared = self.study.columns if self.study else {}
         return declared | {name: recorded[name] for name in recorded if name not in declared} or columns_of()
@@ -108,7 +111,7 @@ class RunResult:
 
     @property
     def trouble(self) -> str | None:
-        """Problem with the losses, or reason for the end of the last launch."""
+        """Problem with the losses, or else with the last launch."""
         return self.summary.trouble or (self.run.launches[-1].problem if self.run.launches else None)
 
     @property
@@ -122,7 +125,7 @@ class RunResult:
         return self.evaluation.scores.get("rows") if self.evaluation else None
 
     def score(self, column: Column) -> float | None:
-        """Score by a metric; None without a score, or if the metric's declaration has changed."""
+        """Score by a metric; None without one, or if the metric's declaration changed."""
         if column.metric.of_loss is None:
             return _value(column, self.evaluation, self.evaluated_columns)
         loss = self.summary.eval_loss_per_token
@@ -179,18 +182,21 @@ class RunResult:
 
     @cached_property
     def other_data(self) -> bool:
-        """True if the config changes a data path, and the files are not known study data."""
+        """True if data paths were changed, to files that are not the study's data."""
         moved = any(d.key.startswith("datasets") and d.key.endswith("path") for d in self.run.from_origin)
         return moved and not 0 < len(self.run.data) == sum(map(is_the_studys, manifest_entries(self.run)))
 
     @property
     def is_of_something_else(self) -> bool:
-        """True if base model or data are not the recipe's: published scores do not apply."""
+        """True if base model or data are not the recipe's.
+
+        Published scores do not apply then.
+        """
         return bool(self.other_model) or self.other_data
 
 
 def manifest_entries(run: Run) -> list[Config]:
-    """Entries for a run's data files in the manifests of `recipe data prepare`, found by hash."""
+    """Manifest entries of a run's data files, found by hash."""
     return [
         entry
         for file in run.data
@@ -200,7 +206,7 @@ def manifest_entries(run: Run) -> list[Config]:
 
 
 def _value(column: Column, evaluation: Evaluation | None, columns: Mapping[str, Column] | None = None) -> float | None:
-    """Score in an evaluation; None without a score, or if the metric's declaration has changed.
+    """Score in an evaluation; None without one, or if the metric's declaration changed.
 
     Args:
         column: metric.

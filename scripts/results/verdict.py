@@ -1,4 +1,4 @@
-"""Verdicts on a study's runs, by published results."""
+"""Verdicts on a study's runs, in comparison with published results."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -107,9 +107,9 @@ def verdict(
 ) -> str | None:
     """Compare our score with a published score.
 
-    `WITHIN`: our 95 % interval overlaps the published value, extended by its ± if there is one. Without an interval our
-    score must be within the ±. `ACCEPTABLE`: the difference is at most the study's tolerance. `OFF`: any other case.
-    None: there is no interval, ± or tolerance to judge by.
+    `WITHIN`: our 95 % interval overlaps the published value, extended by its ± if there is one. Without an interval,
+    our score lies within the ±. `ACCEPTABLE`: the difference is at most the study's tolerance. `OFF`: any other case.
+    None: there is neither an interval nor a ± nor a tolerance.
     """
     spread = published.spread
     if interval is None and spread is None and tolerance is None:
@@ -126,9 +126,9 @@ def rows(
 ) -> list[StudyRow]:
     """Return a row for each recipe: representative run and verdicts.
 
-    The representative run is the newest evaluated run; finished runs and runs without overrides are preferred. A run on
-    another base model or other data represents no recipe. Rehearsals are never mixed with real runs, or compared with
-    published results; a recipe without a rehearsal then has no row.
+    `_preference` decides which of a recipe's runs is representative. A run with another base model or other data
+    represents no recipe. Rehearsals are neither mixed with real runs nor compared with published results. In a table of
+    rehearsals, a recipe without a rehearsal has no row.
 
     Args:
         of_study: the study.
@@ -151,9 +151,13 @@ def rows(
 
 
 def _preference(result: RunResult) -> tuple[bool, bool, bool, bool, bool, str]:
-    """Sort key of a recipe's runs: trained here, finished and evaluated, plain, recipe's seed, newest."""
+    """Sort key of a recipe's runs; the representative run has the largest.
+
+    Preferences, from first to last: trained here, finished and evaluated, evaluated, without changes, with the recipe's
+    seed, newest.
+    """
     run, evaluated = result.run, result.is_scored
-    # an override with the recipe's own value, as of a member of a sweep, is no difference
+    # an override that repeats the recipe's value, as in a sweep, is not among the differences
     changed = [one.key for one in run.differences if one.why.startswith("--set ") and one.key != repeats.SEED]
     plain = not changed and not set(run.profiles) - {REHEARSAL, *TRACKERS} and not run.axolotl_arguments
     own_seed = all(difference.key != repeats.SEED for difference in run.differences)
@@ -220,7 +224,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def record(row: StudyRow, of_study: Study) -> Row:
-    """Flat JSON record of a row, with keys NAME, NAME_low and others for each metric NAME."""
+    """Flat JSON record of a row, with keys such as NAME and NAME_low for a metric."""
     chosen = row.chosen
     own = chosen.evaluation if chosen else None
     scores: Row = {}
@@ -298,7 +302,7 @@ def _settings(of_study: Study, recipe: str, chosen: RunResult) -> tuple[list[str
         decoding = (chosen.evaluation.settings.decoding if chosen.evaluation else of_study.decoding).model_dump(
             exclude_defaults=True
         )
-        left_open.append(f"decoding: {_in_words(decoding)} (the paper gives none)")
+        left_open.append(f"decoding: {_in_words(decoding)} (the paper does not state it)")
     return differs, left_open
 
 
