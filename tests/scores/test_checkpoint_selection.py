@@ -65,7 +65,7 @@ def test_the_best_is_that_on_validation_rows_and_has_the_only_test_score(
     assert asked == [*(f"checkpoint-{step}: validation" for step in STEPS), "checkpoint-4: test"]
     told = " ".join(done.stdout.split())
     assert re.search(
-        "checkpoint-4 .*BLEU-4 .*valid.jsonl, 8 rows.*test.jsonl, 8 rows.* 41.00, 95 % 40.00 to 42.00", told
+        "checkpoint-4 .*BLEU-4 .*valid.jsonl, 8 rows.* 41.00, 95 % 40.00 to 42.00.*test.jsonl, 8 rows", told
     )
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("checkpoint-")][:5]
     assert [row[0] for row in rows if "best" in row] == ["checkpoint-4"]

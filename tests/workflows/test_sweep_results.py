@@ -186,7 +186,7 @@ def test_a_studys_recipes_compare_by_their_best_members(tmp_path: Path, recipe: 
     table = recipe("results", "haider2024").stdout
     best = re.findall(r"^(\S+) +lora_r=(\d+) +(\S+)", table, re.MULTILINE)
     assert best == [(others[0], "8", "1.00"), (BASE, "16", "1.10"), (others[2], "16", "1.40")]
-    assert f"ranks/{others[1]}; `--set val_set_size" in table
+    assert f"ranks/{others[1]}; add `--set val_set_size" in table
     assert not recipe("results", "haider2024", "--rehearse").stdout  # of which there are none
 
 
