@@ -1,4 +1,4 @@
-"""The exceptions that end a command with a message instead of a traceback."""
+"""Exceptions that end a command with a message instead of a traceback."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -6,14 +6,14 @@ from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """The request was wrong: the command prints the message and ends with exit code 2.
+    """Wrong request; the command prints the message and exits with code 2.
 
     The message says what is wrong, where, and what to do about it.
     """
 
 
 class WorkFailed(Exception):
-    """The work failed: the command prints the message and ends with exit code 1."""
+    """Failed work; the command prints the message and exits with code 1."""
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
@@ -24,7 +24,7 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 
 def meant(word: str, choices: Collection[str], what: str, hint: str = "", option: str = "") -> str:
-    """The choice with a given name, or with a unique part of its name.
+    """Return the choice with a given name, or a unique part of its name.
 
     A part begins at the start of a word. If the part is a complete component of several paths, the shortest path wins:
     `x` means `study/x` rather than `study/folder/x`.
@@ -32,7 +32,7 @@ def meant(word: str, choices: Collection[str], what: str, hint: str = "", option
     Args:
         what: the kind of choice, for messages, such as recipe.
         hint: the advice if no choice is near; by default a list of the choices.
-        option: the option with the word, for messages.
+        option: the option that gives the word, for messages.
 
     Raises:
         UserError: the word matches no choice or several.

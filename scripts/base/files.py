@@ -23,10 +23,10 @@ Row = dict[str, Any]
 
 @contextmanager
 def replacing(file: Path) -> Iterator[IO[bytes]]:
-    """A temporary file that replaces `file` if the block ends without an error.
+    """Yield a temporary file that replaces `file` if no error ends the block.
 
-    After an error, the temporary file is removed. Creates the folder. Writes directly to special files such as
-    /dev/stdout.
+    After an error, the temporary file is removed. The folder is created if necessary. Special files such as /dev/stdout
+    are written directly.
     """
     if file.exists() and not file.is_file():
         with naming(file), file.open("wb") as stream:
@@ -61,13 +61,13 @@ def opened(file: Path, mode: str) -> IO[bytes]:
 
 
 def clear_parts(file: Path) -> None:
-    """Remove temporary files of `file` from killed processes; hold the folder's lock."""
+    """Remove temporary files that killed processes left; callers hold the folder's lock."""
     for part in file.parent.glob(f".{glob.escape(file.name)}.*.part"):
         part.unlink()
 
 
 def json_rows(lines: Iterable[bytes], where: Path | str, fields: Sequence[str]) -> Iterator[Row]:
-    """The rows of a JSONL file; blank lines are skipped.
+    """Yield the rows of a JSONL file; blank lines are skipped.
 
     Args:
         lines: the lines of the file.
@@ -93,7 +93,7 @@ def json_rows(lines: Iterable[bytes], where: Path | str, fields: Sequence[str]) 
 
 
 def read_rows(file: Path, fields: Sequence[str] = ("reference", "prediction"), hint: str = "") -> list[Row]:
-    """The rows of a JSONL file; each has the given text fields, perhaps others.
+    """Read the rows of a JSONL file; every row must have the given text fields.
 
     Raises:
         UserError: the file is missing (the message ends with `hint`) or empty, or a row lacks a field.
@@ -114,7 +114,7 @@ def write_rows(file: Path, rows: Iterable[Row]) -> None:
 
 
 def read_json(file: Path) -> Row:
-    """The mapping in a JSON file; empty if the file is missing or holds no mapping."""
+    """Read the mapping in a JSON file; empty if the file has no mapping."""
     try:
         content = orjson.loads(file.read_bytes())
     except (OSError, ValueError):
@@ -129,7 +129,7 @@ def write_json(file: Path, value: Any) -> None:
 
 
 def tensor_shapes(file: Path) -> dict[str, list[int]] | None:
-    """Shapes of the tensors in a safetensors file, by name; None if it is broken."""
+    """Shapes of the tensors in a safetensors file; None if the file is broken."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -152,7 +152,7 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 def append_line(file: Path, line: bytes) -> None:
-    """Append a line; an unfinished line of a killed process stays, for readers to skip."""
+    """Append a line, on a new line even if a killed process left one unfinished."""
     with naming(file), opened(file, "a+b") as stream:
         if stream.tell():
             stream.seek(-1, os.SEEK_END)
@@ -175,19 +175,20 @@ _NO_ROOM = re.compile(rf"(?:{_SAID})(?:[^\n']*: '(/[^'\n]+)')?")  # messages of 
 
 
 def free_bytes(path: Path) -> int:
-    """Free bytes for this user on the disk of a path, existing or not.
+    """Number of free bytes for this user on a path's disk; the path need not exist.
 
-    sys.maxsize on file systems without a size, such as /proc."""
+    Returns sys.maxsize for file systems without a size, such as /proc.
+    """
     usage = shutil.disk_usage(next(parent for parent in (path, *path.absolute().parents) if parent.exists()))
     return usage.free if usage.total else sys.maxsize
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Add a path to disk errors within the block; the error of a full disk lacks one.
+    """Add a path to disk errors within the block, which may lack it.
 
     Raises:
-        OSError: a disk error, with the path; replaces a library's own error for a full disk.
+        OSError: a disk error, with the path, also instead of a library's own error for a full disk.
     """
     try:
         yield

@@ -18,10 +18,12 @@ _packages_distributions = cache(importlib.metadata.packages_distributions)
 
 @contextmanager
 def importing_axolotl(offline: bool = True) -> Iterator[None]:
-    """Import and use Axolotl within the block; keep stdout for data, and drop logs below errors.
+    """Import and use Axolotl within the block.
+
+    Output of the libraries goes to stderr, because stdout is for data. Log messages below errors are dropped.
 
     Args:
-        offline: do not contact the hub; on a CPU, bitsandbytes would fetch a kernel from there.
+        offline: True to prevent requests to the hub, where bitsandbytes would fetch a kernel for a CPU.
     """
     from unittest.mock import patch
 
@@ -69,7 +71,7 @@ _answers: dict[str, HubAccess] = {}
 def access(name: str) -> HubAccess:
     """Access of this user to a model, with the token that huggingface_hub finds.
 
-    Each process asks the hub once for each model, and stops asking after the first missing answer.
+    Each process asks the hub once per model, and asks no more after a request without an answer.
     """
     silent = next((answer for answer in _answers.values() if answer.access == "unknown"), None)
     if name not in _answers:
@@ -102,17 +104,17 @@ def _ask(name: str) -> HubAccess:
 
 
 def within[T](seconds: float, ask: Callable[[], T]) -> T:
-    """Run a function that asks the hub, for at most some seconds; raise its exceptions.
+    """Run a function with a timeout; raise its exceptions.
 
     Raises:
-        TimeoutError: no result in time; the function's thread goes on.
+        TimeoutError: there is no result in time; the function's thread continues.
     """
     future: Future[T] = Future()
 
     def work() -> None:
         try:
             future.set_result(ask())
-        except Exception as error:  # for the caller
+        except Exception as error:  # raised in the caller's thread
             future.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
@@ -120,7 +122,7 @@ def within[T](seconds: float, ask: Callable[[], T]) -> T:
         return future.result(seconds)
     except TimeoutError:
         if future.done():
-            raise  # the function's own
+            raise  # an error of the function
         raise TimeoutError(f"no answer within {seconds:g} s") from None
 
 

@@ -20,7 +20,7 @@ from typing import Any, TypedDict
 from .errors import UserError
 from .files import naming, opened
 
-LOOK = 0.2  # seconds to wait for a lock; `is_held` holds one for less
+LOOK = 0.2  # seconds to wait for a lock, longer than `is_held` holds one
 LOCK_TIMEOUT = 600  # seconds to wait for another process to prepare a shared folder
 
 
@@ -40,7 +40,7 @@ def cpu() -> str:
 
 
 def cpu_has_bf16() -> bool:
-    """True if the processor has bf16 instructions; without them bf16 is slower than fp32."""
+    """True if the processor has bf16 instructions; otherwise fp32 is faster than bf16."""
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(Path("/proc/cpuinfo").read_text().split())
 
 
@@ -51,7 +51,7 @@ def gpus() -> list[Card]:
 
 
 def visible_gpus() -> dict[str, Card]:
-    """The GPUs visible to CUDA in this process, by their names in CUDA_VISIBLE_DEVICES.
+    """GPUs visible to CUDA in this process, by name in CUDA_VISIBLE_DEVICES.
 
     As in CUDA (CUDA C++ Programming Guide, "CUDA Environment Variables"), the list ends at the first unknown name, and
     a GPU split by MIG stands for its first instance. Numbers follow CUDA_DEVICE_ORDER=PCI_BUS_ID; CUDA's default order
@@ -123,7 +123,7 @@ def _card(handle: Any) -> Card:
 
 
 def torch_cuda() -> str | None:
-    """CUDA version of the installed torch, read from a file because importing takes seconds."""
+    """CUDA version of the installed torch, found without the slow import of torch."""
     spec = find_spec("torch")
     source = Path(spec.origin).with_name("version.py").read_text() if spec and spec.origin else ""
     built_for = re.search(r"^cuda\b.*= '([\d.]+)'", source, re.MULTILINE)
@@ -145,7 +145,9 @@ def now() -> str:
 
 @contextmanager
 def held(file: Path, otherwise: str, timeout: float = LOOK) -> Iterator[int]:
-    """Hold a lock until this process, and all that inherit the yielded descriptor, release it.
+    """Hold a lock within the block; yield its file descriptor.
+
+    A process that inherits the descriptor holds the lock too, until it ends.
 
     Args:
         file: the lock file; its folder is created if necessary.
@@ -169,7 +171,7 @@ def held(file: Path, otherwise: str, timeout: float = LOOK) -> Iterator[int]:
             except OSError as error:
                 raise UserError(
                     f"{file.parent}: the file system does not support locks (flock: {error.strerror}); "
-                    "use a folder on another file system, for runs with --runs"
+                    "use a folder on another file system; --runs sets the folder for runs"
                 ) from None
             with suppress(OSError):  # a full disk cannot record the holder
                 os.ftruncate(lock.fileno(), 0)
@@ -189,7 +191,7 @@ def is_held(file: Path) -> bool:
 
 
 def holder(file: Path) -> int | None:
-    """Process id of a lock's holder on this machine, as recorded in the lock; else None."""
+    """Process id of a lock's holder, recorded in the lock; None if not on this machine."""
     with suppress(OSError, ValueError, UserError):
         with opened(file, "rb") as lock:
             host, pid, started = lock.read().decode().split()
@@ -235,11 +237,12 @@ def end_with_parent(by: signal.Signals = signal.SIGTERM) -> None:
 
 
 def start_child(command: list[str], **options: Any) -> "subprocess.Popen[bytes]":
-    """Start a child that ends with this process, in a new session: Ctrl-C reaches only this process.
+    """Start a child process that ends when this process ends.
 
-    Signals are blocked until the child resets the inherited handlers, which would swallow the signals. The child
-    ignores SIGUSR1, a scheduler's warning to this process. Python below the child does not import modules from the
-    working directory, unlike `python -m` and torchrun by default.
+    The child gets a new session, so that Ctrl-C reaches only this process. Signals are blocked until the child has
+    reset the inherited handlers, which would swallow the signals. The child ignores SIGUSR1, a scheduler's warning to
+    this process. Python processes below the child do not import modules from the working directory, as `python -m` and
+    torchrun do by default.
 
     Args:
         command: the program and its arguments.
@@ -266,7 +269,7 @@ def start_child(command: list[str], **options: Any) -> "subprocess.Popen[bytes]"
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """List that collects stop signals within the block; SIGUSR1 is a scheduler's warning."""
+    """Yield a list that collects signals to stop, and SIGUSR1, a scheduler's warning."""
     received: list[int] = []
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     handlers = {number: signal.signal(number, lambda n, _: received.append(n)) for number in signals}

@@ -13,7 +13,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def _shipped(folder: str) -> Path:
-    """A folder of the project: inside the installed package, or beside scripts/ in a checkout."""
+    """Folder of the project, inside the installed package or beside scripts/."""
     inside = _PACKAGE / folder
     return inside if inside.is_dir() else _PACKAGE.parent / folder
 
@@ -32,7 +32,7 @@ def runs() -> Path:
 
 
 def cache() -> Path:
-    """Cache directory for stand-in model, prepared data and plans; missing parts are recreated."""
+    """Cache directory; missing parts of its content are recreated."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-recipes"
 
 
@@ -42,7 +42,7 @@ def kept() -> Path:
 
 
 def shown(file: Path) -> str:
-    """A file's path in messages: relative if it is below the current folder."""
+    """Path of a file in messages, relative if it is below the current folder."""
     absolute = file.absolute()
     return str(absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else file)
 
@@ -50,7 +50,8 @@ def shown(file: Path) -> str:
 def homes() -> list[tuple[Path, Path]]:
     """Folders of recipes and their templates: the project's, then the user's.
 
-    The user's are recipes/ and templates/ in the current folder."""
+    The user's folders are recipes/ and templates/ in the current folder.
+    """
     own = Path("recipes"), Path("templates")
     return [(RECIPES, TEMPLATES)] + [own] * (own[0].is_dir() and not own[0].samefile(RECIPES))
 
@@ -79,9 +80,9 @@ def variant_names() -> list[str]:
 
 
 def find_recipe(name: str) -> tuple[str, Path]:
-    """Find a recipe or variant by name, part of a name (see `meant`) or file; return name and file.
+    """Find a recipe or variant; return its name and file.
 
-    Any other file has its stem as name.
+    It is found by name, by part of its name (see `meant`), or by file. The name of any other file is its stem.
 
     Raises:
         UserError: the name matches no recipe, variant or file, or several.
@@ -102,7 +103,7 @@ def find_recipe(name: str) -> tuple[str, Path]:
 
 
 def find_profile(name: str) -> tuple[str, Path]:
-    """Find a profile by name, part of a name or file; return name and file.
+    """Find a profile by name, part of its name, or file; return name and file.
 
     Raises:
         UserError: the name matches no profile, or several.
@@ -121,7 +122,7 @@ def template_environment(folder: Path, escape: bool = False) -> "SandboxedEnviro
 
     Args:
         folder: the folder.
-        escape: escape variables, for HTML templates.
+        escape: True to escape variables, for HTML templates.
     """
     import jinja2
     from jinja2.sandbox import SandboxedEnvironment

@@ -38,9 +38,9 @@ MASK = "[a secret]"
 
 
 def is_secret(key: str, value: Any = None) -> bool:
-    """True for the dotted key of a secret, and for a value that looks like one.
+    """True if a dotted key names a secret, or the value looks like one.
 
-    A tokenizer's tokens are not secrets: `special_tokens.pad_token`.
+    Tokens of tokenizers, such as `special_tokens.pad_token`, are not secrets.
     """
     name = key.replace("-", "_")
     if _NAMES_SECRET.search(name):
@@ -52,20 +52,20 @@ def is_secret(key: str, value: Any = None) -> bool:
 
 
 def masked(text: str) -> str:
-    """Mask secrets in a text: HF_TOKEN's value, and values recognized by their form or name."""
+    """Mask secrets in a text: HF_TOKEN's value, and what looks like a secret."""
     if len(token := os.environ.get("HF_TOKEN", "")) > 3:  # many texts contain a placeholder such as 0
         text = text.replace(token, MASK)
     return _SECRET_VALUE.sub(lambda found: (found["key"] or "") + MASK, text)
 
 
-PART = "QLORA_RECIPES_PART"  # set in a command started by another one; only the outer suggests next steps
+PART = "QLORA_RECIPES_PART"  # set in a command that another command starts; only the outer one suggests next steps
 
 
 _OBEYED = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def harmless(text: str) -> str:
-    """Mask secrets; replace control characters except line ends, and marks that reverse text."""
+    """Mask secrets; replace control characters, except line ends, by spaces."""
     return _OBEYED.sub(" ", masked(text))
 
 
@@ -79,7 +79,7 @@ def cells_of(text: str) -> int:
 
 
 def broken(text: str, width: int) -> Iterator[str]:
-    """Yield a harmless text in lines of at most `width` cells, broken after spaces and slashes."""
+    """Make a text harmless, and break it into lines of at most `width` cells."""
     indent = line = " " * (len(text) - len(text.lstrip(" ")))
     for piece in re.split(r"(?<=[/\s])", harmless(text.lstrip(" "))):
         if line.strip() and cells_of(line + piece.rstrip()) > width:
@@ -115,9 +115,9 @@ def _console() -> Any:
 
 
 class Bar:
-    """A progress bar on a terminal; in a log file, new lines only, one for each phase and every 30 s.
+    """A progress bar on a terminal; in a log file, a line per phase and every 30 s.
 
-    `total` is None while the amount of work is unknown; `done` is work from before.
+    `total` is None while the amount of work is unknown; `done` is the amount of work finished before.
     """
 
     EVERY = 30.0  # seconds between two lines

@@ -1,4 +1,4 @@
-"""Strict reading of YAML files, writing, and lines of keys."""
+"""Read YAML files strictly, write YAML, and find lines of keys."""
 
 import json
 import re
@@ -16,9 +16,10 @@ Config = dict[str, Any]
 
 
 class _Loader(yaml.CSafeLoader):
-    """PyYAML's safe loader, as in Axolotl; but duplicate keys are errors and `2e-4` is a number.
+    """PyYAML's safe loader, which Axolotl uses, with two changes.
 
-    PyYAML alone reads `2e-4` as text, and Axolotl converts it later."""
+    Duplicate keys are errors. `2e-4` is a number; PyYAML alone reads it as text, and Axolotl converts it later.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -31,7 +32,7 @@ class _Loader(yaml.CSafeLoader):
 
 
 class _Dumper(yaml.CSafeDumper):
-    """PyYAML's dumper; quotes text that `_Loader` would read as a number."""
+    """PyYAML's dumper; it quotes text that `_Loader` would read as a number."""
 
 
 for _class in (_Loader, _Dumper):
@@ -66,7 +67,7 @@ def parse(text: str, where: str) -> Any:
             raise UserError(f"{where}: too large or nested too deeply for a config; write out aliases")
         too_large = isinstance(value, int | float) and not -(2.0**63) < value < 2.0**63  # also true for NaN
         if not isinstance(value, _PLAIN) or too_large:
-            raise UserError(f"{where}: {value!r:.50} is not allowed in a config; put text in quotes")
+            raise UserError(f"{where}: {value!r:.50} is not allowed in a config; if it is text, put it in quotes")
         for key in value if isinstance(value, dict) else ():
             if not isinstance(key, str):
                 raise UserError(f"{where}: the key {key!r:.50} is not text; put it in quotes")
@@ -148,7 +149,12 @@ def on_one_line(value: Any) -> str | None:
 
 
 def line_of(file: Path, key: str | Sequence[str]) -> int:
-    """Line of a key (dotted, or a sequence) in a YAML file, or of the nearest parent; else 1."""
+    """Line of a key in a YAML file, or of the nearest parent that exists; else 1.
+
+    Args:
+        file: the file.
+        key: a dotted key, or the sequence of its parts.
+    """
     node = _composed(file.read_text(encoding="utf-8"))
     line = 1
     for part in key.split(".") if isinstance(key, str) else key:
@@ -161,13 +167,13 @@ def line_of(file: Path, key: str | Sequence[str]) -> int:
     return line
 
 
-@lru_cache(maxsize=8)  # one call for each mistake in a file
+@lru_cache(maxsize=8)  # for several mistakes in a file
 def _composed(text: str) -> Any:
     return yaml.compose(text, Loader=_Loader)
 
 
 def inside(node: Any, part: str) -> tuple[Any, Any] | None:
-    """Nodes of a key and its value in a mapping, or of a list and its item."""
+    """Return the nodes of a mapping's key and value, or of a list and its item."""
     if isinstance(node, yaml.MappingNode):
         return next((pair for pair in node.value if pair[0].value == part), None)
     if isinstance(node, yaml.SequenceNode) and part.isdecimal() and int(part) < len(node.value):

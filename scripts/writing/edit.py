@@ -1,7 +1,7 @@
-"""Change of one key in a config's text that keeps all comments.
+"""Change one key in a config's text, and keep all comments.
 
-YAML parsers that keep comments attach each to the value before: replacing a list would also delete the next section's
-heading. This module replaces only the lines of a top-level key.
+YAML parsers that keep comments attach each comment to the value before it. Replacing a list would therefore also delete
+the heading of the next section. This module replaces only the lines of a top-level key.
 """
 
 from contextlib import suppress
@@ -15,20 +15,20 @@ from ..configs import config
 
 
 def edited(text: str, key: str, value: Any, where: str, source: str | None = None) -> str:
-    """Set one dotted key in a config's text, and record the former value in a comment.
+    """Set a dotted key in a config's text; record the former value in a comment.
 
-    Deleted lines, and replaced lines with comments, stay as comments.
+    Deleted lines stay as comments. Replaced lines do if they contain comments.
 
     Args:
         text: the text.
         key: the key.
         value: the new value; None deletes the key.
         where: the name of the text in messages.
-        source: source of a top-level key's new value, or the reason for deleting the key; replaces the old comments,
+        source: source of a top-level key's new value, or the reason for deleting the key. It replaces the old comments,
             which would be wrong.
 
     Raises:
-        UserError: a part of the key leads to a value without keys, or the text's form cannot be edited.
+        UserError: a part of the key names a value that has no keys, or the text's form cannot be edited.
     """
     before = yamlfiles.parse(text, where)
     after = config.override(before, key, value)
@@ -43,7 +43,7 @@ def edited(text: str, key: str, value: Any, where: str, source: str | None = Non
     else:
         name, node = entry
         first = name.start_mark.line
-        end = max(_last_line(node, lines), first) + 1  # an alias's node lies before it
+        end = max(_last_line(node, lines), first) + 1  # the node of an alias lies before the alias
         old = lines[first:end]
         if top in after:
             is_line = end == first + 1 and not _is_block(node)
@@ -61,7 +61,7 @@ def edited(text: str, key: str, value: Any, where: str, source: str | None = Non
     with suppress(UserError):
         if _is_same(yamlfiles.parse(changed, where), after):
             return changed
-    raise UserError(f"--set {key}: the form of these lines in {where} cannot be edited; edit a copy by hand")
+    raise UserError(f"--set {key}: cannot edit the form of this key's lines in {where}; edit a copy by hand")
 
 
 def _is_same(a: Any, b: Any) -> bool:
@@ -73,7 +73,7 @@ def _is_block(node: Any) -> bool:
 
 
 def _last_line(node: Any, lines: list[str]) -> int:
-    """Last line of a node, without trailing comments, which the parser includes."""
+    """Last line of a node, without trailing comments, although the parser includes them."""
     if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
         last = node.value[-1]
         return _last_line(last[1] if isinstance(last, tuple) else last, lines)

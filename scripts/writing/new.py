@@ -1,4 +1,4 @@
-"""Variants written by `recipe new`: a recipe's text with changed keys, also for another base model."""
+"""Variants written by `recipe new`: recipes with changed keys or another model."""
 
 import os
 import re
@@ -23,7 +23,7 @@ HELD_OUT = 0.05
 _SCHEMA = re.compile(r"(# yaml-language-server: \$schema=)\S+(.*\n)")
 _ABSENT = re.compile(r"(?m)^# (variant, removed: )?(revision_of_model|special_tokens)( is not set:|;) .*\n")
 """Comments about absent keys of the base model."""
-# Further keys whose values suit only one model; a variant for another model drops them
+# Other keys whose values suit only one model; a variant for another model drops them
 _OF_ONE_MODEL = (
     *("tokenizer_config", "tokenizer_type", "model_type", "base_model_config", "processor_type"),
     *("added_tokens_overrides", "overrides_of_model_config", "model_config", "model_revision"),
@@ -33,7 +33,12 @@ _OF_ONE_MODEL = (
 
 @dataclass
 class Change:
-    """Change of a key: value (None deletes the key) and comment (None keeps the old comment)."""
+    """Change of a key.
+
+    Attributes:
+        value: the new value; None deletes the key.
+        source: the new comment; None keeps the old comment.
+    """
 
     value: Any
     source: str | None = None
@@ -106,7 +111,7 @@ def for_model(base: str, name: str) -> OtherModel:
 
 
 def for_data(base: str, file: Path) -> list[str]:
-    """Overrides for training a recipe or file on a file of rows, with a held-out share.
+    """Overrides for training a recipe on a file of rows, with a held-out share.
 
     Raises:
         UserError: see `datafiles.entry_for`.
@@ -125,14 +130,14 @@ def for_data(base: str, file: Path) -> list[str]:
 
 
 def reasons(base: str, composed: Config) -> list[str]:
-    """Lines with the choices in a variant for other rows, and the reasons."""
+    """Lines that explain the choices in a variant for other rows."""
     entry = {key: value for key, value in composed["datasets"][0].items() if key != "path"}
     template = composed.get("chat_template")
     rows = datafiles.training_rows(composed | {"val_set_size": 0})
     return [
         f"settings: from {base}; each line names its source",
-        f"model: {composed['base_model']}; --model names another",
-        f"rows: {yamlfiles.write_flow(entry)[1:-1]}, by their fields, or --set",
+        f"model: {composed['base_model']}; --model chooses another",
+        f"rows: {yamlfiles.write_flow(entry)[1:-1]}, because of their fields; --set changes it",
         *([f"chat template: {template}, because the model was trained to chat"] if template else []),
         f"held out: {composed['val_set_size']} of {rows} rows, for the eval loss and `recipe evaluate`; "
         "--set val_set_size=20 holds out 20",
@@ -140,7 +145,7 @@ def reasons(base: str, composed: Config) -> list[str]:
 
 
 def of_hardware(base: str) -> Iterator[str]:
-    """A line with the settings that a study chose for its GPU, if study.yaml lists them."""
+    """Yield a line about settings that a study chose for its GPU, if any."""
     name, file = paths.find_recipe(base)
     of_study, recipe = study.of(config.origin_of(name, file) or name), yamlfiles.read_yaml(file)
     keys = of_study.paper.get("hardware_settings", []) if of_study else []
@@ -150,7 +155,7 @@ def of_hardware(base: str) -> Iterator[str]:
 
 
 def _chat_templates(recipe: Config, folder: Path | None, entry: Config, changes: dict[str, Change]) -> list[str]:
-    """Replace another model's chat template by the tokenizer's; return a line for each kept one."""
+    """Use the tokenizer's chat template if it has one; return lines about kept templates."""
     named = {"chat_template": recipe.get("chat_template")}
     for key, dataset in datafiles.datasets(recipe):
         named[f"{key}.chat_template"] = dataset.get("chat_template")
@@ -195,7 +200,7 @@ def write(name: str, base: str, overrides: list[str], other: OtherModel | None =
             changes[top] = Change(below, "chosen by --set")
         else:
             changes[key] = Change(value)
-    if "output_dir" in recipe:  # so that plain Axolotl does not overwrite the other's output
+    if "output_dir" in recipe:  # so that plain Axolotl does not overwrite the base recipe's output
         changes["output_dir"] = Change(f"outputs/{name}")
     if other:
         text = _ABSENT.sub("", text)
@@ -216,7 +221,7 @@ def write(name: str, base: str, overrides: list[str], other: OtherModel | None =
     return file
 
 
-# As in templates/*/_base.yaml.j2
+# Labels of header lines in templates/*/_base.yaml.j2
 _LABEL = re.compile(r"# ((Study|Run|Rehearse|Change|Data|Model|Note|Differs) {2,}|Not known )\S")
 _VARIANT = re.compile(r"# (\S+): a variant of (\S+)")
 
@@ -224,7 +229,7 @@ _VARIANT = re.compile(r"# (\S+): a variant of (\S+)")
 def _for_other_model(text: str, base: str, base_name: str, about: BaseModel, before: str) -> str:
     """Rewrite the header of a variant for another base model.
 
-    Drops the paragraphs that describe the original recipe or name its model.
+    Paragraphs that describe the original recipe or name its model are dropped.
 
     Args:
         text: the text, without the line for editors.
@@ -253,7 +258,7 @@ def _for_other_model(text: str, base: str, base_name: str, about: BaseModel, bef
         lines += _labelled("Not known", ", ".join(about.unknown))
     if of_study := study.of(origin) if origin else None:
         note = f"settings from arXiv {of_study.paper['arxiv']}, which uses other models"
-        lines += _labelled("Note", f"{note}: no published score is for this model")
+        lines += _labelled("Note", f"{note}; no published score applies to this model")
     return "\n#\n".join(["\n".join(lines), *kept]) + "\n" + text[len(head) :]
 
 

@@ -1,4 +1,4 @@
-"""Rendering of recipes from templates, facts about base models in recipes, and new studies."""
+"""Recipes rendered from templates, facts about base models, and new studies."""
 
 import difflib
 import os
@@ -20,11 +20,11 @@ from ..data import study
 from ..data.study import Study
 
 README = "README.md"
-_SKELETON = ".txt"  # so that no skeleton file counts as a template or recipe
+_SKELETON = ".txt"  # suffix of skeleton files, so that they do not count as templates or recipes
 _STUDY = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 _REQUIRED = ("title", "licence")  # facts that every recipe states about its model
 SPECIAL_TOKENS = "this project: the tokenizer names no padding token"
-_EOS = "EOS, as Axolotl falls back to; padding carries no label"
+_EOS = "EOS, Axolotl's fallback; padding carries no label"
 _NOT_KNOWN = "not known whether the tokenizer names a padding token; if not, Axolotl pads with EOS"
 
 # Gemma 2 passes attn_logit_softcapping to its attention (transformers/models/gemma2/modeling_gemma2.py);
@@ -128,7 +128,7 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
         Texts by file name below recipes/.
 
     Raises:
-        UserError: a template is broken or uses an undefined variable, or a record is wrong.
+        UserError: a template is broken or uses an undefined variable, or a ledger record is invalid.
     """
     jinja = template_environment(templates)
 
@@ -179,7 +179,7 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
 
 
 def _where(error: Exception, templates: Path, file: Path) -> str:
-    """Template and line of an error; perhaps in a base that `file` extends."""
+    """Template and line of an error, in `file` or in a base that it extends."""
     if isinstance(error, jinja2.TemplateSyntaxError):
         return f"{error.filename}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
@@ -188,7 +188,7 @@ def _where(error: Exception, templates: Path, file: Path) -> str:
 
 
 def drift(files: dict[str, str], recipes: Path = paths.RECIPES) -> str:
-    """Unified diff from the files on disk to the rendered ones; empty without drift."""
+    """Unified diff from files on disk to rendered files; empty if they are equal."""
     there = {
         file.relative_to(recipes).as_posix()
         for file in map(paths.recipe_file, paths.recipe_names())
@@ -207,7 +207,7 @@ def drift(files: dict[str, str], recipes: Path = paths.RECIPES) -> str:
 
 
 def write(files: dict[str, str], recipes: Path = paths.RECIPES) -> list[Path]:
-    """Write each file that differs from the rendered one; return the written files."""
+    """Write rendered files that differ from those on disk; return the written files."""
     changed = {recipes / name: text for name, text in files.items() if _on_disk(recipes / name) != text}
     for file, text in changed.items():
         write_atomically(file, text)

@@ -102,7 +102,7 @@ ADDED = [{"id": i, "content": token, "special": True} for i, token in enumerate(
     [
         ({"tokenizer_class": "Qwen2TokenizerFast"}, None, "the tokenizer has a padding token, <|endoftext|>"),
         ({"pad_token": {"content": "<unused>"}}, None, "the tokenizer has a padding token, <unused>"),
-        ({"pad_token": None, "eos_token": "</s>"}, "</s>", "EOS, as Axolotl falls back to"),
+        ({"pad_token": None, "eos_token": "</s>"}, "</s>", "EOS, Axolotl's fallback"),
         *((unknown, None, "not known whether the tokenizer names a padding token") for unknown in ({}, None)),
     ],
 )
