@@ -68,8 +68,12 @@ def _of_the_hub(name: str, level: Level) -> Problems:
     answer = hub.access(name)
     if answer.access == "missing":
         problem = f"the hub has no model {name}, or the model is private: {answer.says}"
-        near = did_you_mean(name, models.catalogue())
-        yield "error", "base_model", f"{problem}{near}", "correct the name; for a private model run `hf auth login`"
+        yield (
+            "error",
+            "base_model",
+            f"{problem}{models.similar(name)}",
+            "correct the name; for a private model run `hf auth login`",
+        )
     elif answer.access in ("gated", "refused"):
         yield level, "base_model", f"the hub refuses {name}: {answer.says}", _how_to_get(name)
 
@@ -86,8 +90,8 @@ def unknown_model(case: Case) -> Problems:
     name = case["base_model"]
     if name and isinstance(name, str) and not models.is_path(name) and case.model == models.Model():
         problem = f"{name} is not on this machine: its layers, context and special tokens are not checked"
-        remedy = f"to check them, run `hf download {name} --include config.json --include 'tokenizer*'`"
-        yield "note", "base_model", problem, remedy + did_you_mean(name, models.catalogue())
+        fetch = f"to check them, run `hf download {name} --include config.json --include 'tokenizer*'`"
+        yield "note", "base_model", problem, models.similar(name).removeprefix("; ") or fetch
 
 
 @rule

@@ -46,7 +46,7 @@ def gpu_lacks(case: Case) -> Problems:
     if has < AMPERE and precision(case.config, on_gpu=True).weights == "bfloat16":
         default = "" if case["bf16"] is True or case["bfloat16"] else " (the default, auto, still turns it on)"
         problem = f"{name} only emulates bf16, slowly{default}"
-        yield "error", "bf16", problem, "set fp16: true and bf16: false"
+        yield "error", "bf16", problem, "use `--set bf16=false --set fp16=true`"
     if has < AMPERE and case["tf32"] is True:
         yield "error", "tf32", f"{name} has no tf32", "set it to false"
     least, most = _ATTENTION_RUNS_ON.get(case.attention, ((0, 0), (99, 0)))

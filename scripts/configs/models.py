@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base import hub, paths, yamlfiles
-from ..base.errors import UserError
+from ..base.errors import UserError, did_you_mean
 from ..base.files import read_json
 from ..base.yamlfiles import Config
 
@@ -117,7 +117,8 @@ def architecture(composed: Config, download: bool = True) -> Config:
                 return dict(listed)
             reason = hub.reason(error)
             lacks = f", and its entry in {paths.TEMPLATES / 'models.yaml'} lacks {', '.join(missing)}" if listed else ""
-            raise UserError(f"base_model: the config.json of {name} is not available{lacks}: {reason}") from None
+            problem = f"base_model: the config.json of {name} is not available{lacks}: {reason}{similar(name)}"
+            raise UserError(problem) from None
     content = read_json(file)
     if "model_type" not in content:
         raise UserError(f"base_model: {file} is missing, is not JSON, or lacks model_type")
@@ -183,6 +184,11 @@ def entry_of(name: str) -> Config:
         if entry.get("mirror") == name:
             return {key: fact for key, fact in entry.items() if key not in ("mirror", "revision")} | {"gated": False}
     return catalogue().get(name, {})
+
+
+def similar(name: str) -> str:
+    """Hint with known models of a similar name; empty for a known model."""
+    return "" if entry_of(name) else did_you_mean(name, catalogue())
 
 
 def folder_of(composed: Config) -> Path | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base import paths, yamlfiles
-from ..base.errors import UserError, did_you_mean
+from ..base.errors import UserError
 from ..base.files import write_atomically
 from ..base.yamlfiles import Config
 from ..configs import config, datafiles, models
@@ -104,9 +104,8 @@ def for_model(base: str, name: str) -> OtherModel:
         pinned = f" --revision {about.revision}" if about.revision else ""
         fetch = f"; for more facts run `hf download {name}{pinned} --include '*.json'` and try again"
         in_files = not folder and {"padding token", "special tokens", "type and sizes"} & set(about.unknown)
-        hint = "" if entry or folder else did_you_mean(name, models.catalogue())
-        known = f"{name}: not in models.yaml{hint}" if hint else f"not known about {name}"
-        lines.insert(0, f"{known}: {', '.join(about.unknown)}{fetch if in_files else ''}")
+        hint = "" if folder else models.similar(name)
+        lines.insert(0, f"not known about {name}: {', '.join(about.unknown)}{fetch if in_files else ''}{hint}")
     return OtherModel(about, changes, lines)
 
 

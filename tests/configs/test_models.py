@@ -3,6 +3,7 @@ from pathlib import Path
 import orjson
 import pytest
 
+from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import models
 
 NAME = "meta-llama/Llama-2-7b-hf"
@@ -93,3 +94,8 @@ def test_the_tokens_that_no_file_names_are_the_defaults_of_transformers() -> Non
     for kind, tokens in models.DEFAULT_TOKENS.items():
         defaults = inspect.signature(getattr(transformers, kind).__init__).parameters
         assert {name: defaults[name].default for name in tokens} == tokens
+
+
+def test_a_misspelt_model_is_suggested_to_a_plan() -> None:
+    with pytest.raises(UserError, match="Coder-7B"):
+        models.architecture({"base_model": "Qwen/Qwen2.5-Codr-7B"}, download=False)
