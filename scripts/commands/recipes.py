@@ -192,15 +192,16 @@ def new_verb(
     other = new.for_model(from_, model) if model else None
     request = compose.Request(from_, overrides=[*(other.overrides if other else []), *overrides])
     composed = compose.compose(request)
-    found = check.examine(composed).findings
+    found = check.examine(composed, data=data is not None).findings
     refuse([finding for finding in found if finding.scope not in ("code", "data", "file")])
     print(new.write(name, from_, overrides, other))
     of_data = new.reasons(from_, composed.config) if data else []
+    of_data += [str(finding) for finding in found if finding.rule == "bad-row"]
     for line in [*of_data, *new.of_hardware(from_), *(other.not_known if other else [])]:
         say(line)
     if not model and any(override.startswith("base_model=") for override in overrides):
         say("revision, special tokens, layers and comments are still those of the model before; --model replaces them")
-    has_data = all(finding.level != "error" for finding in found)
+    has_data = data or all(finding.level != "error" for finding in found)
     next_step(*(("check", name, "--data") if has_data else ("run", name, "--rehearse")))
 
 

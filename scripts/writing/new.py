@@ -194,11 +194,11 @@ def write(name: str, base: str, overrides: list[str], other: OtherModel | None =
         top = key.partition(".")[0]
         if other and top == "base_model":
             raise UserError("--set base_model: --model sets the model already; drop one")
-        if other and top in other.changes:
+        if top in changes and changes[top].source:
             below = config.override({top: changes[top].value}, key, value).get(top)
             changes[top] = Change(below, "chosen by --set")
         else:
-            changes[key] = Change(value)
+            changes[key] = Change(value, "your rows" if key == "datasets" else None)
     if "output_dir" in recipe:  # so that plain Axolotl does not overwrite the base recipe's output
         changes["output_dir"] = Change(f"outputs/{name}")
     if other:
@@ -216,12 +216,15 @@ def write(name: str, base: str, overrides: list[str], other: OtherModel | None =
         text = _for_other_model(text, base, base_name, other.about, str(recipe.get("base_model")))
     else:
         rest = "all else, from here on, is unchanged"
+        if "datasets" in changes:
+            text = _DATA.sub("", text)
     write_atomically(file, f"{head}# Changed lines state the former value; {rest}.\n#\n{text}")
     return file
 
 
 # Labels of header lines in templates/*/_base.yaml.j2
 _LABEL = re.compile(r"# ((Study|Run|Rehearse|Change|Data|Model|Note|Differs) {2,}|Not known )\S")
+_DATA = re.compile(r"^# Data {2,}.*\n(#  +.*\n)*", re.MULTILINE)
 _VARIANT = re.compile(r"# (\S+): a variant of (\S+)")
 
 

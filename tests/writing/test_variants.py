@@ -225,3 +225,7 @@ def test_a_variant_for_rows_of_ones_own(recipe: Recipe, tmp_path: Path, monkeypa
     assert done.returncode == 0 and "fp16: true, bf16: false" in done.stderr and "held out: 0.05" in done.stderr
     other = yamlfiles.read_yaml(tmp_path / "variants" / "other.yaml")
     assert (other["val_set_size"], other.get("test_datasets")) == (new.HELD_OUT, None)
+    wrong = recipe("new", "wrong", "--data", "rows.jsonl", "--set", "datasets.0.type=alpaca")
+    assert (wrong.returncode, wrong.stderr.count("[bad-row:datasets.0.path]")) == (0, 1)
+    for variant in ("mine", "wrong"):  # as the former value only
+        assert (tmp_path / "variants" / f"{variant}.yaml").read_text().count("data/gsm8k") == 1
