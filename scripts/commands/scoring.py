@@ -179,19 +179,26 @@ def _print_beside_base(scores: dict[str, Row], rehearsal: bool) -> None:
     """Print scores with a column for the adapter and one for its base model."""
     from ..results.listing import REHEARSALS
 
-    names = [name for name, value in scores["adapter"].items() if isinstance(value, int | float)]
-    rows = [{"score": name} | {model: of_model.get(name) for model, of_model in scores.items()} for name in names]
+    shown = {model: _in_percent(of_model) for model, of_model in scores.items()}
+    names = [name for name, value in shown["adapter"].items() if isinstance(value, int | float)]
+    rows = [{"score": name} | {model: of_model.get(name) for model, of_model in shown.items()} for name in names]
     tables.print_table(rows, REHEARSALS if rehearsal else None)
     for model, of_model in scores.items():
         for note in of_model.get("notes", []):
             say(f"{model}: {note}")
 
 
+def _in_percent(scores: Row) -> Row:
+    """Scores for display, with shares of rows in percent."""
+    shares = {f"{name}, %": 100 * scores[name] for name in ("exact", "empty", "repeated") if name in scores}
+    return {name: value for name, value in scores.items() if f"{name}, %" not in shares} | shares
+
+
 def _print_scores(scores: dict[str, Any], json: bool) -> None:
     if json:
         tables.print_json(scores)
         return
-    for name, value in scores.items():
+    for name, value in _in_percent(scores).items():
         if isinstance(value, dict) and "model" in value:  # of a scorer model
             value = f"{value['model']}{' (stand-in)' if value['stand_in'] else ''}, {value['hash']}"
         if name == "notes":
