@@ -89,6 +89,7 @@ def evaluate_verb(
 ) -> None:
     """Generate predictions for test rows with a run's adapter, and score them."""
     from ..configs import datafiles
+    from ..results import listing
     from ..runs.rundir import RunDir
     from ..scores import checkpoint_selection, evaluations
     from ..scores.evaluate import BASE, EvaluationRequest
@@ -115,10 +116,9 @@ def evaluate_verb(
         return
     if isinstance(evaluated, checkpoint_selection.CheckpointSelection):
         _print_selection(evaluated, json)
-    elif base and not json:
-        _print_beside_base(scores, folder.read().rehearsal)
     else:
-        _print_scores(scores if base else scores["adapter"], json)
+        title = listing.REHEARSALS if folder.read().rehearsal else None
+        _print_scores(scores, scores if base else scores["adapter"], json, title)
     options = datafiles.chat_options(yamlfiles.read_yaml(folder.config))
     say(f"chat: AXOLOTL_DO_NOT_TRACK=1 axolotl inference {folder.config} --lora-model-dir {folder.output} {options}")
     next_step("report", name_of(folder), json=json)
@@ -149,7 +149,7 @@ def score_verb(
         scores, rows = score(rows, columns, models)
     if out:
         write_rows(out, rows)
-    _print_scores(scores, json)
+    _print_scores({"predictions": scores}, scores, json)
 
 
 def _print_selection(selection: "CheckpointSelection", json: bool) -> None:
@@ -175,36 +175,28 @@ def _print_selection(selection: "CheckpointSelection", json: bool) -> None:
     tables.show(json, records, [tables.Table(rows)], notes)
 
 
-def _print_beside_base(scores: dict[str, Row], rehearsal: bool) -> None:
-    """Print scores with a column for the adapter and one for its base model."""
-    from ..results.listing import REHEARSALS
+def _print_scores(models: dict[str, Row], records: Any, json: bool, title: str | None = None) -> None:
+    """Print the scores of some models side by side, with intervals, or `records` as JSON."""
+    shown = {model: _numbers(scores) for model, scores in models.items()}
+    intervals = {f"{model}, 95 %": scores["intervals"] for model, scores in models.items()}
+    columns = dict(sorted((shown | intervals).items()))
+    rows = [
+        {"score": name} | {column: values.get(name) for column, values in columns.items()}
+        for name in next(iter(shown.values()))
+    ]
+    notes = [f"{model}: {note}" for model, scores in models.items() for note in _notes(scores)]
+    tables.show(json, records, [tables.Table(rows, title)], notes)
 
-    shown = {model: _in_percent(of_model) for model, of_model in scores.items()}
-    names = [name for name, value in shown["adapter"].items() if isinstance(value, int | float)]
-    rows = [{"score": name} | {model: of_model.get(name) for model, of_model in shown.items()} for name in names]
-    tables.print_table(rows, REHEARSALS if rehearsal else None)
-    for model, of_model in scores.items():
-        for note in of_model.get("notes", []):
-            say(f"{model}: {note}")
 
-
-def _in_percent(scores: Row) -> Row:
-    """Scores for display, with shares of rows in percent."""
+def _numbers(scores: Row) -> Row:
+    """Numbers among scores, with shares of rows in percent."""
     shares = {f"{name}, %": 100 * scores[name] for name in ("exact", "empty", "repeated") if name in scores}
-    return {name: value for name, value in scores.items() if f"{name}, %" not in shares} | shares
+    others = {name: value for name, value in scores.items() if isinstance(value, int | float | None)}
+    return {name: value for name, value in others.items() if f"{name}, %" not in shares} | shares
 
 
-def _print_scores(scores: dict[str, Any], json: bool) -> None:
-    if json:
-        tables.print_json(scores)
-        return
-    for name, value in _in_percent(scores).items():
-        if isinstance(value, dict) and "model" in value:  # of a scorer model
-            value = f"{value['model']}{' (stand-in)' if value['stand_in'] else ''}, {value['hash']}"
-        if name == "notes":
-            for note in value:
-                say(note)
-        elif name not in ("intervals", "metrics"):
-            interval = scores["intervals"].get(name)
-            within = f"  [{tables.text_of(interval[0])}, {tables.text_of(interval[1])}]" if interval else ""
-            print(f"{name:22}{tables.text_of(value)}{within}")
+def _notes(scores: Row) -> list[str]:
+    """Notes on scores, and details such as the scorer model."""
+    aside = ("intervals", "metrics", "notes")
+    details = {name: value for name, value in scores.items() if name not in aside and isinstance(value, str | dict)}
+    return [*(f"{name} {tables.text_of(value)}" for name, value in details.items()), *scores.get("notes", ())]
