@@ -1,7 +1,9 @@
 """Study behind a folder of recipes: paper, data, metrics and published scores."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from functools import cache, cached_property
+from contextlib import suppress
+from functools import cache, cached_property, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -178,13 +180,24 @@ def load(folder: Path) -> Study:
 @cache
 def _load(file: Path, _: int) -> Study:
     folder, file = file.parent, Path(paths.shown(file))
+    content = yamlfiles.read_yaml(file) | {"folder": folder}
     try:
-        study = Study.model_validate(yamlfiles.read_yaml(file) | {"folder": folder})
+        study = Study.model_validate(content)
     except ValidationError as error:
-        raise refusal(file, map(_mistake, error.errors())) from None
+        raise refusal(file, [*map(_mistake, error.errors()), *_further(content, error)]) from None
     if mistakes := list(study.mistakes()):
         raise refusal(file, mistakes)
     return study
+
+
+def _further(content: Any, error: ValidationError) -> list[Mistake]:
+    """Mistakes in the valid parts of study.yaml; none if a part that others refer to is invalid."""
+    with suppress(ValidationError, LookupError, TypeError, AttributeError):  # all but the first: no such place
+        for found in error.errors():
+            *parents, key = found["loc"] if found["type"] == "extra_forbidden" else found["loc"][:1]
+            reduce(getitem, parents, content).pop(key, None)
+        return list(Study.model_validate({"title": "", "paper": {}} | content).mistakes())
+    return []
 
 
 def _mistake(found: Any) -> Mistake:

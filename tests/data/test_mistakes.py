@@ -109,7 +109,7 @@ def test_a_mistake_in_rows_is_refused_with_its_place(
 
 
 def test_many_mistakes_are_listed_in_the_order_of_their_lines(tmp_path: Path) -> None:
-    changes = {"titel": 1, "tags": 3, "decoding > topk": 1, "tolerances > bleu4": "x", f"{SOURCE} > rows": "many"}
+    changes = {"titel": 1, "tags": 3, f"{TEST} > sed": 1, "data > test_set": "tset", "shown": ["x"]}
     with pytest.raises(UserError) as refused:
         sums(tmp_path, changes)
     lines = [int(line) for line in re.findall(r"(?m)^.*study\.yaml:(\d+): ", str(refused.value))]
