@@ -24,7 +24,7 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 
 def meant(word: str, choices: Collection[str], what: str, hint: str = "", option: str = "") -> str:
-    """Return the choice with a given name, or a unique part of its name.
+    """Return the choice whose name is `word`, or has `word` as a unique part.
 
     A part begins at the start of a word. If the part is a complete component of several paths, the shortest path wins:
     `x` means `study/x` rather than `study/folder/x`.

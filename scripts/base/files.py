@@ -152,7 +152,7 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 def append_line(file: Path, line: bytes) -> None:
-    """Append a line, on a new line even if a killed process left one unfinished."""
+    """Append a line; first end the unfinished line of a killed process, if any."""
     with naming(file), opened(file, "a+b") as stream:
         if stream.tell():
             stream.seek(-1, os.SEEK_END)
@@ -175,9 +175,9 @@ _NO_ROOM = re.compile(rf"(?:{_SAID})(?:[^\n']*: '(/[^'\n]+)')?")  # messages of 
 
 
 def free_bytes(path: Path) -> int:
-    """Number of free bytes for this user on a path's disk; the path need not exist.
+    """Number of free bytes for this user on the disk of a path.
 
-    Returns sys.maxsize for file systems without a size, such as /proc.
+    The path need not exist. Returns sys.maxsize for file systems without a size, such as /proc.
     """
     usage = shutil.disk_usage(next(parent for parent in (path, *path.absolute().parents) if parent.exists()))
     return usage.free if usage.total else sys.maxsize

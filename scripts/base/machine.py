@@ -53,9 +53,9 @@ def gpus() -> list[Card]:
 def visible_gpus() -> dict[str, Card]:
     """GPUs visible to CUDA in this process, by name in CUDA_VISIBLE_DEVICES.
 
-    As in CUDA (CUDA C++ Programming Guide, "CUDA Environment Variables"), the list ends at the first unknown name, and
-    a GPU split by MIG stands for its first instance. Numbers follow CUDA_DEVICE_ORDER=PCI_BUS_ID; CUDA's default order
-    puts the fastest GPU first, by an unpublished rule.
+    The rules are CUDA's (CUDA C++ Programming Guide, "CUDA Environment Variables"). The list ends at the first unknown
+    name, and a GPU split by MIG stands for its first instance. Numbers follow CUDA_DEVICE_ORDER=PCI_BUS_ID, because
+    CUDA's default order puts the fastest GPU first by an unpublished rule.
     """
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None and not listed.strip():
@@ -191,7 +191,7 @@ def is_held(file: Path) -> bool:
 
 
 def holder(file: Path) -> int | None:
-    """Process id of a lock's holder, recorded in the lock; None if not on this machine."""
+    """Recorded process id of a lock's holder; None if no process here holds the lock."""
     with suppress(OSError, ValueError, UserError):
         with opened(file, "rb") as lock:
             host, pid, started = lock.read().decode().split()

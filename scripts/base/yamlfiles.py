@@ -149,7 +149,7 @@ def on_one_line(value: Any) -> str | None:
 
 
 def line_of(file: Path, key: str | Sequence[str]) -> int:
-    """Line of a key in a YAML file, or of the nearest parent that exists; else 1.
+    """Line of a key, or of its nearest existing parent, in a YAML file; else 1.
 
     Args:
         file: the file.
@@ -173,7 +173,7 @@ def _composed(text: str) -> Any:
 
 
 def inside(node: Any, part: str) -> tuple[Any, Any] | None:
-    """Return the nodes of a mapping's key and value, or of a list and its item."""
+    """Return the nodes of a key and its value, or of a list and its item."""
     if isinstance(node, yaml.MappingNode):
         return next((pair for pair in node.value if pair[0].value == part), None)
     if isinstance(node, yaml.SequenceNode) and part.isdecimal() and int(part) < len(node.value):

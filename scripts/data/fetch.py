@@ -218,7 +218,7 @@ def download(url: str, part: Path) -> None:
 
 
 def _receive(url: str, part: Path, bar: Bar) -> str:
-    """Append a server's answer to a file; return the problem, if any, else "".
+    """Append a server's answer to a file; return a problem, or "" without one.
 
     Address and version are recorded beside the file, so that another call can resume.
     """

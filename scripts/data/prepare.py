@@ -236,7 +236,7 @@ class _Preparation:
         return entry
 
     def _write(self, name: str, rows: Iterable[PlacedRow]) -> Row:
-        """Write a file, to be moved into place by the stack; return its manifest entry."""
+        """Write a file and return its manifest entry; the stack moves the file into place."""
         file = self.out / f"{name}.jsonl"
         clear_parts(file)
         stream = self.stack.enter_context(replacing(file))

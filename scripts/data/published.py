@@ -45,7 +45,11 @@ class Measured(Strict):
 
 
 class Texts(Strict):
-    """Texts in a data file: its lines, or a field of its rows, such as answer.text."""
+    """Texts in a data file: its lines, or a field of its rows.
+
+    Attributes:
+        field: name of the field, such as answer.text; None if each line is a text.
+    """
 
     file: Text
     field: Text | None = None

@@ -20,7 +20,7 @@ from .declaration import Data
 
 
 def tagged(patch: str) -> str:
-    """Write a patch on one line with tags, as the code of haider2024's authors does.
+    """Write a patch on one line with tags, as haider2024's authors do.
 
     The hunk header and blank lines are dropped; other lines are stripped. The tags are `<add>` for +, `<del>` for -,
     and `<keep>` for other lines.
@@ -97,7 +97,7 @@ class Expression:
 
 
 def has_gap(value: Any) -> bool:
-    """True if a value is null or missing, or a list or mapping with such values."""
+    """True if a value, or a value inside it, is null or missing."""
     if isinstance(value, list | tuple | dict):
         return any(map(has_gap, value.values() if isinstance(value, dict) else value))
     return value is None or isinstance(value, jinja2.Undefined)

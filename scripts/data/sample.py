@@ -60,7 +60,7 @@ def length_of(file: Path) -> int:
 
 
 def _with_few_sampled(of_study: study.Study) -> study.Study:
-    """Copy of a study whose sampled splits have at most a quarter of the sample."""
+    """Copy of a study, with at most a quarter of the sample in each sampled split."""
     splits = dict(of_study.data.splits)
     for name, split in splits.items():
         if split.sample_from and split.sample:

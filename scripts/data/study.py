@@ -305,7 +305,7 @@ def of(recipe: str) -> Study | None:
 
 
 def of_any(recipe: str) -> Study | None:
-    """Study of a recipe; None without a study; a malformed one is reported and left out."""
+    """Study of a recipe; None without one, or after a warning if it is malformed."""
     return _loaded(folder) if (folder := _folder(recipe)) else None
 
 

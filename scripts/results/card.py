@@ -151,7 +151,7 @@ def _known(run: Run, data: Data | None) -> dict[str, str]:
 def _front_matter(
     facts: Row, columns: Mapping[str, Column], scored_on: str | None, merged: bool, tags: list[str]
 ) -> str:
-    """Metadata of a card as YAML, with names of models and data on the hub only."""
+    """Metadata of a card as YAML; models and data are named only if on the hub."""
     from huggingface_hub import EvalResult, ModelCardData
 
     run = facts["run"]

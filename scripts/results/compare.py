@@ -78,7 +78,7 @@ def _scored(rows: Sequence[Row], columns: dict[str, Column]) -> ScoredRows:
 
 
 def pair(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """Pair the rows that two sets of predictions share, in the first set's order.
+    """Pair the rows that two sets of predictions share, in order of the first set.
 
     Rows are matched by `idx`, their position in the test file, if every row has a unique `idx`; otherwise by order.
 

@@ -39,7 +39,7 @@ def usable(runs: Path, rehearsal: bool) -> list[RunResult]:
 
 
 def of(chosen: RunResult, candidates: Sequence[RunResult]) -> list[RunResult]:
-    """Return a run and its repeats: runs that differ from it only in the seed.
+    """Return a run and its repeats, which differ from it at most in the seed.
 
     Repeats are trained and evaluated alike. If there are several seeds, only the newest run of each seed counts,
     because a repeated seed shows nothing about other seeds. A run that is not finished and scored has no repeats.

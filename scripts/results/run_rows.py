@@ -182,7 +182,7 @@ class RunResult:
 
     @cached_property
     def other_data(self) -> bool:
-        """True if data paths were changed, to files that are not the study's data."""
+        """True if the config names other data files than the study's."""
         moved = any(d.key.startswith("datasets") and d.key.endswith("path") for d in self.run.from_origin)
         return moved and not 0 < len(self.run.data) == sum(map(is_the_studys, manifest_entries(self.run)))
 

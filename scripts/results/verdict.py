@@ -224,7 +224,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def record(row: StudyRow, of_study: Study) -> Row:
-    """Flat JSON record of a row, with keys such as NAME and NAME_low for a metric."""
+    """Flat JSON record of a row; a metric's keys begin with its name."""
     chosen = row.chosen
     own = chosen.evaluation if chosen else None
     scores: Row = {}

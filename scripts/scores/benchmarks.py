@@ -135,7 +135,7 @@ def _measure(
 
 
 def _located(column: Column) -> "tuple[str, TaskManager]":
-    """Return the name of a column's task, and a task manager that has the task.
+    """Return a column's task name, and a task manager that has the task.
 
     Raises:
         UserError: the harness lacks the task.
@@ -152,7 +152,7 @@ def _located(column: Column) -> "tuple[str, TaskManager]":
 
 @cache
 def _tasks(folder: str | None) -> "TaskManager":
-    """Task manager of the harness's tasks and those in a folder; slow to create."""
+    """Task manager for the harness's tasks and a folder's; cached because it is slow."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=folder)

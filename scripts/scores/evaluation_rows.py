@@ -60,8 +60,8 @@ class EvaluationRows:
 def named(file: Path, cfg: Config, folder: Path) -> RowSource:
     """Source for a user's file.
 
-    If a data set in the config has the same path, the rows are read in its format. Otherwise they are read in the
-    format of the first evaluation data set, or of the first training data set if there is no evaluation data set.
+    If a data set in the config has the same path, the rows are read in its format. Otherwise the first data set gives
+    the format; evaluation data sets come before training data sets.
     """
     path = file.resolve()
     entries = dict(datafiles.datasets(cfg, "test_datasets", "datasets"))
@@ -88,7 +88,7 @@ def usual(run: Run, cfg: Config) -> RowSource | None:
 
 
 def validation(run: Run, cfg: Config) -> RowSource | None:
-    """Validation rows of a run; None if it has none apart from test rows."""
+    """Validation rows of a run; None if it has only test rows, or no rows."""
     folder = Path(run.cwd)
     files = (Path(folder, str(entry.get("path"))) for _, entry in datafiles.datasets(cfg, "test_datasets"))
     is_test = any(file.is_file() and _set_of(test_entry(file), sha256(file)) for file in files)
@@ -149,7 +149,7 @@ def require_reference(folder: RunDir, cfg: Config, source: RowSource | None) -> 
 
 
 def read(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> EvaluationRows:
-    """Read the rows of a source; Axolotl loads them unless they are local JSONL.
+    """Read the rows of a source; Axolotl loads all but local JSONL files.
 
     Raises:
         UserError: the rows cannot be read, or there are no rows.

@@ -233,7 +233,7 @@ def write(folder: Path, evaluation: Evaluation, rows: Sequence[Row]) -> None:
 
 
 def _files(folder: Path, settings: EvaluationSettings) -> dict[str, Path]:
-    """Files of an evaluation; a run's adapter is found even if `folder` was moved."""
+    """Files of an evaluation; the run's adapter is found even in a moved run folder."""
     own = folder / "output"
     adapter = (own if own.is_dir() else Path(settings.adapter)) / ADAPTER
     return {"adapter": adapter, "predictions": folder / PREDICTIONS, "data": Path(settings.data)}

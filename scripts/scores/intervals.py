@@ -235,7 +235,7 @@ class Power:
     deviation: float
 
     def sees(self, difference: float) -> float:
-        """Chance that the interval excludes a value at this distance from the true score.
+        """Chance that the interval excludes a value this far from the true score.
 
         For a difference of 0, this is the chance of a false alarm.
         """

@@ -131,7 +131,7 @@ class Prompter:
 
 
 def answer_of(labels: Sequence[int]) -> tuple[int, int]:
-    """Start and end of the last sequence of tokens with loss; 0, 0 without one."""
+    """Start and end of the last sequence of tokens with loss; zeros without one."""
     end = next((i for i in range(len(labels), 0, -1) if labels[i - 1] != MASKED), 0)
     start = next((i for i in range(end, 0, -1) if labels[i - 1] == MASKED), 0)
     return start, end

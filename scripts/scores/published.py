@@ -56,7 +56,7 @@ def scores(
 
 
 def _beside(ours: float, theirs: PublishedScore | None, comparable: bool) -> dict[str, Any]:
-    """Compare with a published score of the same texts; they agree up to rounding."""
+    """Compare with a published score of the same texts, which can differ by rounding."""
     if theirs is None or not comparable:
         return {"published": None, "difference": None, "agrees": None}
     half_a_digit = 0.5 * 10.0 ** -len(f"{theirs.value!r}".partition(".")[2]) * (1 + 1e-9)
@@ -85,7 +85,7 @@ def read(of_study: Study, predictions: PublishedPredictions, own: str) -> list[R
 
 
 def _texts(texts: Texts, folder: Path) -> list[str]:
-    """Read texts from a file: one per line, or from a field of its rows."""
+    """Read texts from a file: its lines, or a field of its rows."""
     file = folder / texts.file
     if texts.field is None:
         try:

@@ -1,4 +1,4 @@
-"""vLLM as an engine: a server that runs for one evaluation, in a separate environment."""
+"""vLLM as an engine: a server for one evaluation, in an environment of its own."""
 
 import asyncio
 import json

@@ -179,7 +179,7 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
 
 
 def _where(error: Exception, templates: Path, file: Path) -> str:
-    """Template and line of an error, in `file` or in a base that it extends."""
+    """Template and line of an error, in `file` or a template that it extends."""
     if isinstance(error, jinja2.TemplateSyntaxError):
         return f"{error.filename}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
