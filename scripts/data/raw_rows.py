@@ -151,7 +151,7 @@ class RowMaker:
                 return row, reason, {}, 0
         for name, value in row.items():
             if not isinstance(value, str) and (not isinstance(value, list | tuple | dict) or has_gap(value)):
-                problem = f"{value!r:.60} is not text, or a list or mapping of texts; filter such rows out"
+                problem = f"{value!r:.60} is neither text nor a list or mapping of texts; filter such rows out"
                 raise BadRow(f"{self._fields[name].label}: {problem}")
         length = self._order.value(both)
         if not isinstance(length, int | float):

@@ -247,7 +247,7 @@ def show_comparison(compared: Comparison, pair: tuple[str, str], json: bool) -> 
         for line in (f"Trainings, {title}", *_in_words(compared.training), ""):
             tables.print_text(line)
     if compared.scores is None:
-        say(f"scores are not compared; run `recipe evaluate` first for {', '.join(compared.unscored)}")
+        say(f"scores are not compared; first run `recipe evaluate` for {', '.join(compared.unscored)}")
     else:
         tables.print_table(compared.scores, title, spare=["equal", "rows", "p_wilcoxon", "better", "worse"])
         if len(compared.scores) > 1:

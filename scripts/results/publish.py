@@ -65,7 +65,7 @@ def publish(
     evaluation = current(folder.path, run)
     if not evaluation or evaluation.settings.adapter_sha256 != sha256(adapter):
         problem = changed(folder.path, read_scores(folder.path), run) or ("stale" if evaluation else "not evaluated")
-        say(f"{folder.path}: {problem}; for scores on the card, run `recipe evaluate {folder.path}`, then repeat this")
+        say(f"{folder.path}: {problem}; run `recipe evaluate {folder.path}`, then repeat this command for scores")
         evaluation = None
     models = [folder.output, *([_merge(folder, run, force)] if merge else [])]
     for model in models:
