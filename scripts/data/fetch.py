@@ -81,8 +81,7 @@ def _present(data: Data, out: Path, wanted: list[str]) -> dict[str, list[Row]]:
         files = source.files or {source_name: source}
         rows = [_row(name, out / name, known) for name, known in files.items() if (out / name).is_file()]
         expected = [known.sha256 or recorded.get(name) for name, known in files.items()]
-        is_own = rows and not source.url and not source.hub
-        if is_own or [row["sha256"] for row in rows] == expected:
+        if [row["sha256"] for row in rows] == expected or (rows and not source.url and not source.hub):
             present[source_name] = rows
         elif source_name in wanted and (there := [name for name in files if name in recorded or (out / name).exists()]):
             say(f"{out}: fetching changed or incomplete files again: {', '.join(there)}")
@@ -131,21 +130,25 @@ def _fetched(data: Data, names: list[str], out: Path, staging: Path) -> list[Row
             _version_file(part).unlink()
         raise UserError(f"{part}: {error}{aside}") from None
     except (UserError, WorkFailed) as error:
-        hint = (
-            f"run `recipe data fetch {data.key}` on another machine and copy the folder to {out}, or give files from "
-        )
-        hint += f"{data.source} to `recipe data prepare`"
-        left = {name: data.sources[name] for name in names}
-        if all(known.url and known.sha256 and not known.files for known in left.values()):
-            listed = ", ".join(f"{name} ({known.url})" for name, known in left.items())
-            hint = f"put these files into {out}/ and run this command again: {listed}"
-        raise type(error)(f"{error}; or {hint}") from None
+        raise type(error)(f"{error}; or {_by_hand(data, names, out)}") from None
     for member, path in found.items():
         (out / member).parent.mkdir(parents=True, exist_ok=True)
         path.replace(out / member)
     for file in (part, _version_file(part)):
         file.unlink(missing_ok=True)
     return rows
+
+
+def _by_hand(data: Data, names: list[str], out: Path) -> str:
+    """Advice on how to get some sources without a download to this machine."""
+    sources = {name: data.sources[name] for name in names}
+    if all(source.url and source.sha256 and not source.files for source in sources.values()):
+        files = ", ".join(f"{name} ({source.url})" for name, source in sources.items())
+        return f"put these files into {out}/ and run this command again: {files}"
+    return (
+        f"run `recipe data fetch {data.key}` on another machine and copy the folder to {out}, or give files from "
+        f"{data.source} to `recipe data prepare`"
+    )
 
 
 def _from_hub(name: str, source: DataSource, file: Path) -> Path:

@@ -178,12 +178,8 @@ def _outlined_data(of_study: Study, configs: list[Composed]) -> list[str]:
 
 def show_outline(outlined: dict[str, list[Any]], json: bool) -> None:
     """Print the preview from `outline`."""
-    if json:
-        tables.print_json(outlined)
-        return
-    for line in outlined["data"]:
-        tables.print_text(f"data: {line}")
-    tables.print_table(outlined["recipes"], below=["changes", "problem"])
+    recipes = tables.Table(outlined["recipes"], below=["changes", "problem"])
+    tables.show(json, outlined, [recipes], [f"data: {line}" for line in outlined["data"]])
 
 
 def lock(name: str) -> Path:
