@@ -39,7 +39,7 @@ verbs.add_typer(data_verbs, name="data", rich_help_panel=HEADING)
 Measured = Annotated[bool, typer.Option("--data", help="Also tokenize all rows to measure their lengths.")]
 ShownTokens = Annotated[
     int | None,
-    typer.Option(metavar="N", min=1, help="Show N tokenized rows, with the tokens that carry loss marked."),
+    typer.Option(metavar="N", min=1, help="Show N tokenized rows; mark the tokens that count in the loss."),
 ]
 
 
@@ -60,7 +60,7 @@ def check_verb(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Check for this GPU, e.g. T4 or sm_75; default: this machine's.",
+            help="GPU to check against, e.g. T4 or sm_75; default: this machine's.",
         ),
     ] = None,
     data: Annotated[

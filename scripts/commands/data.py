@@ -42,7 +42,7 @@ def fetch_verb(
         list[str] | None,
         typer.Option(
             metavar="SOURCE",
-            help="Fetch only this source (full or partial name). Repeatable.",
+            help="Fetch only this file of the data (full or partial name). Repeatable.",
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Output folder; default: data/DATA-raw.")] = None,

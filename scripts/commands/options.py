@@ -173,7 +173,7 @@ Profiles = Annotated[
         "--profile",
         metavar="P",
         autocompletion=complete_profiles,
-        help=f"Merge a YAML file or shipped profile into the config: {', '.join(_PROFILES)}. Repeatable.",
+        help=f"Merge in a YAML file, or a shipped profile: {', '.join(_PROFILES)}. Repeatable.",
     ),
 ]
 Overrides = Annotated[
@@ -187,23 +187,21 @@ Overrides = Annotated[
 ]
 Force = Annotated[
     list[str] | None,
-    typer.Option("--force", metavar="FINDING", help="Proceed despite the named `recipe check` error. Repeatable."),
+    typer.Option("--force", metavar="FINDING", help="Accept the `recipe check` error of this name. Repeatable."),
 ]
 Json = Annotated[bool, typer.Option("--json", rich_help_panel="Output", help="Print JSON.")]
 
 
 Seeds = Annotated[
     int,
-    typer.Option(
-        "--seeds", metavar="N", min=1, help="Train each setting with N seeds, beginning with the recipe's seed."
-    ),
+    typer.Option("--seeds", metavar="N", min=1, help="Train everything with N seeds, the recipe's own seed first."),
 ]
 Metrics = Annotated[
     list[str] | None,
     typer.Option(
         "--metric",
         metavar="NAME",
-        help="Additional metric, benchmark:TASK or bertscore:MODEL; see docs/evaluate.md. Repeatable.",
+        help="Also compute this metric, e.g. benchmark:TASK or bertscore:MODEL. Repeatable.",
     ),
 ]
 BatchSize = Annotated[
@@ -223,7 +221,7 @@ FromStage = Annotated[
     Literal["predictions", "adapter", "training"],
     typer.Option(
         "--from",
-        help="Start from published predictions, published adapters, or a new training.",
+        help="Begin with published predictions or adapters, or by training.",
     ),
 ]
 RehearsalsOfStudy = Annotated[
@@ -245,7 +243,7 @@ OfLedger = Annotated[
 
 DecodingName = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Generate with another of the study's decodings; adds a column."),
+    typer.Option(metavar="NAME", help="Use another decoding of the study; adds a column of scores."),
 ]
 Power = Annotated[
     str | None,

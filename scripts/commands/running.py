@@ -46,7 +46,7 @@ Tried = Annotated[
         "--set",
         metavar="KEY=V,V,V",
         autocompletion=complete_keys,
-        help="Try several values of a key, in all combinations. Repeatable.",
+        help="Values to try for a key; several keys: all combinations. Repeatable.",
     ),
 ]
 NamedStudy = Annotated[
@@ -57,7 +57,7 @@ OnlyRecipes = Annotated[
     typer.Option(
         metavar="NAME",
         autocompletion=complete_recipes,
-        help="Reproduce only this recipe, or those that match, as 'llama-3*'. Repeatable.",
+        help="Reproduce only this recipe, or a pattern such as 'llama-3*'. Repeatable.",
     ),
 ]
 Outlined = Annotated[bool, typer.Option("--dry-run", help="Show planned steps, memory and hours; start nothing.")]
@@ -164,7 +164,7 @@ def sweep_verb(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan every run, but start none.")] = False,
     json: Json = False,
 ) -> None:
-    """Compare several settings of a recipe, or of each recipe in a study. Completed stages are skipped."""
+    """Train a recipe, or each recipe of a study, with several values. Completed stages are skipped."""
     from ..configs import gpus
     from ..configs.compose import Request, is_rehearsal
     from ..data import study
@@ -318,7 +318,7 @@ def _score_predictions(of_study: "Study", only: list[str], scorer: str | None, j
 
 @verbs.command("cancel", cls=Verb, rich_help_panel=HEADING, epilog="recipe cancel latest\nrecipe cancel lora-tradeoffs")
 def cancel_verb(names: Things) -> None:
-    """Stop running jobs after saving a checkpoint; remove queued jobs."""
+    """Save a checkpoint and stop active jobs; remove queued ones."""
     from ..workflows import cancel
 
     for message in cancel.cancel(names or []):

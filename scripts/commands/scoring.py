@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Data = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="JSONL rows; default: the study's test set, or held-out rows."),
+    typer.Option(metavar="FILE", help="JSONL rows; default: the study's test set, else held-out rows."),
 ]
 Limit = Annotated[
     int | None,
@@ -40,7 +40,7 @@ Adapter = Annotated[
     str | None,
     typer.Option(
         metavar="DIR|HUB ID|none",
-        help="Adapter to evaluate under a run's or recipe's config; none: base model.",
+        help="Evaluate this adapter, with a run's or recipe's settings; none: base model.",
     ),
 ]
 Base = Annotated[bool, typer.Option("--base", help="Also score the base model, in a second column.")]
