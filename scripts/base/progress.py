@@ -79,13 +79,18 @@ def cells_of(text: str) -> int:
 
 
 def broken(text: str, width: int) -> Iterator[str]:
-    """Make a text harmless, and break it into lines of at most `width` cells."""
+    """Make a text harmless, and break it into lines of at most `width` cells.
+
+    A path, a command, or a short remark in parentheses stays in one piece if it fits on a line.
+    """
     indent = line = " " * (len(text) - len(text.lstrip(" ")))
-    for piece in re.split(r"(?<=[/\s])", harmless(text.lstrip(" "))):
-        if line.strip() and cells_of(line + piece.rstrip()) > width:
-            yield line.rstrip()
-            line = f"{indent}  "
-        line += piece
+    for word in re.findall(r"[(`][^()`]{1,60}[)`]\S*\s?|\S+\s?|\s", harmless(text.lstrip(" "))):
+        fits = cells_of(f"{indent}  {word.rstrip()}") <= width
+        for piece in [word] if fits else re.split(r"(?<=[/\s])", word):
+            if line.strip() and cells_of(line + piece.rstrip()) > width:
+                yield line.rstrip()
+                line = f"{indent}  "
+            line += piece
     yield from textwrap.wrap(
         line, width, subsequent_indent=f"{indent}  ", drop_whitespace=False, break_on_hyphens=False
     ) or [line]

@@ -47,3 +47,7 @@ def test_a_log_has_one_line_for_each_phase(
         "  step 4: eval loss 2.500",
         *(f"{phase}  4/8  loss 2.000  rate 1.00e-01" for phase in ("training", "saving a checkpoint")),
     ]
+
+
+def test_a_command_or_a_remark_that_fits_on_a_line_is_not_broken() -> None:
+    assert [*progress.broken("ab cd `ef gh` (ij kl)", 9)] == ["ab cd", "  `ef gh`", "  (ij kl)"]

@@ -92,7 +92,7 @@ def test_the_command_prints_scores_and_writes_rows(recipe: Recipe, tmp_path: Pat
     assert orjson.loads(result.stdout) == scored(ROWS)[0]
     assert list(map(orjson.loads, (tmp_path / "scored.jsonl").read_bytes().splitlines())) == scored(ROWS)[1]
     lines = recipe("score", "pairs.jsonl").stdout.splitlines()
-    assert [line.split()[2] for line in lines if line.startswith(("exact, %", "empty, %"))] == ["20.00", "20.00"]
+    assert [line.split()[2] for line in lines if line.startswith(("exact, %", "empty, %"))] == ["20.0", "20.0"]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs CodeReviewer's predictions, which are not ours to ship")
