@@ -199,4 +199,5 @@ def _notes(scores: Row) -> list[str]:
     """Notes on scores, and details such as the scorer model."""
     aside = ("intervals", "metrics", "notes")
     details = {name: value for name, value in scores.items() if name not in aside and isinstance(value, str | dict)}
-    return [*(f"{name} {tables.text_of(value)}" for name, value in details.items()), *scores.get("notes", ())]
+    shown = {name: value.get("hash", value) if isinstance(value, dict) else value for name, value in details.items()}
+    return [*(f"{name}: {tables.text_of(value)}" for name, value in shown.items()), *scores.get("notes", ())]

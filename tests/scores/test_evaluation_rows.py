@@ -164,7 +164,7 @@ def test_results_and_reports_take_own_rows(own: OwnRun, tmp_path: Path, recipe: 
     (row,) = json.loads(recipe("results", "--json").stdout)
     assert (row["rows_evaluated"], row["test_set"], row["bleu4_published"]) == (3, None, None)
     (shown,) = reader(reported_runs([run]))
-    assert shown["diff"] is None and "field input" in shown["why"]
+    assert shown["diff"] is None and " input" in shown["why"]
 
 
 def test_what_the_config_names_wins_over_a_test_file_that_happens_to_lie_there(own: OwnRun, tmp_path: Path) -> None:
