@@ -21,7 +21,7 @@ from qlora_recipes.runs import rundir
 from qlora_recipes.runs.rundir import RunDir
 
 ROOT = Path(__file__).parents[1]
-SECTION = (ROOT / "docs" / "free-t4.md").read_text().partition("\n## A limit of time")[0]
+SECTION = (ROOT / "docs" / "free-t4.md").read_text().partition("\n## Time limits")[0]
 COLAB, KAGGLE, *CELLS = re.findall(r"^```python\n(.*?)^```", SECTION, re.MULTILINE | re.DOTALL)
 
 PROGRAMS = {

@@ -1,6 +1,7 @@
-"""Times of quick commands, a plan, the preparation of data and the start of a training.
+"""Times of quick commands, a plan, the preparation of data and the start of a training run.
 
-`make benchmark` prints it; ratios are of two times measured one after the other, and a table of CONTRIBUTING.md.
+`make benchmark` runs this module. Each ratio compares two times that were measured one after the other. The last lines
+that it prints are the table in CONTRIBUTING.md.
 """
 
 import json
@@ -148,11 +149,11 @@ def main() -> None:
     machine = f"{datetime.now(UTC):%Y-%m-%d}: {psutil.cpu_count()} cores, load {os.getloadavg()[0]:.0f}, {packages}"
     memory = f"{large / small:.2f} times the memory, {large:.0f} MiB; {sizes / many:.0f} MB/s"
     rows = [
-        ("a first plan of 7B", "its imports", f"{plan / imports:.2f}", f"{plan:.1f} s of processor time"),
-        ("a prepared row of 1,000,000", "one of 250,000", f"{many / sizes / (few / size):.2f}", memory),
-        ("`recipe run` to the first step", "`axolotl train`", f"{ratio:.2f}", f"{ours:.1f} s, {theirs:.1f} s"),
+        ("first plan of a 7B model", "the plan's imports", f"{plan / imports:.2f}", f"{plan:.1f} s of processor time"),
+        ("preparing a row, with 1,000,000 rows", "with 250,000 rows", f"{many / sizes / (few / size):.2f}", memory),
+        ("`recipe run`, until the first step", "`axolotl train`", f"{ratio:.2f}", f"{ours:.1f} s, {theirs:.1f} s"),
     ]
-    print_markdown([dict(zip(("what", "over", "ratio", machine), row, strict=True)) for row in rows])
+    print_markdown([dict(zip(("time", "divided by", "ratio", machine), row, strict=True)) for row in rows])
 
 
 if __name__ == "__main__":
