@@ -67,13 +67,8 @@ def _of_the_hub(name: str, level: Level) -> Problems:
     """Problems with a model according to the hub."""
     answer = hub.access(name)
     if answer.access == "missing":
-        problem = f"the hub has no model {name}, or the model is private: {answer.says}"
-        yield (
-            "error",
-            "base_model",
-            f"{problem}{models.similar(name)}",
-            "correct the name; for a private model run `hf auth login`",
-        )
+        problem = f"the hub has no model {name}, or the model is private: {answer.says}{models.similar(name)}"
+        yield "error", "base_model", problem, "correct the name; for a private model run `hf auth login`"
     elif answer.access in ("gated", "refused"):
         yield level, "base_model", f"the hub refuses {name}: {answer.says}", _how_to_get(name)
 
@@ -90,8 +85,8 @@ def unknown_model(case: Case) -> Problems:
     name = case["base_model"]
     if name and isinstance(name, str) and not models.is_path(name) and case.model == models.Model():
         problem = f"{name} is not on this machine: its layers, context and special tokens are not checked"
-        fetch = f"to check them, run `hf download {name} --include config.json --include 'tokenizer*'`"
-        yield "note", "base_model", problem, models.similar(name).removeprefix("; ") or fetch
+        remedy = f"to check them, run `hf download {name} --include config.json --include 'tokenizer*'`"
+        yield "note", "base_model", problem, remedy + models.similar(name)
 
 
 @rule

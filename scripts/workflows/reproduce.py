@@ -41,7 +41,7 @@ def chosen(of_study: Study, only: list[str]) -> list[str]:
     recipes = [*of_study.published, *of_study.variants]
     named: list[str] = []
     for name in only:
-        found = fnmatch.filter(recipes, name) or [recipe for recipe in recipes if fnmatch.fnmatch(recipe, f"*/{name}")]
+        found = fnmatch.filter(recipes, name) or fnmatch.filter(recipes, f"*/{name}")
         if len(found) > 1 and not glob.has_magic(name):
             raise UserError(f"--only {name}: matches {', '.join(found)}; give the whole name, or '*{name}' for all")
         named += found or [meant(name, recipes, "recipe of the study", option="--only")]
