@@ -61,19 +61,19 @@ def results_verb(
         ledger.show([study.find(name) for name in names] or study.every(), json)
     elif power:
         from ..data import study
-        from ..results import listing, repeats
+        from ..results import repeats, study_tables
 
         of_study = study.find(single_name(names, "--power"))
-        listing.show_power(repeats.outlook(of_study, paths.runs(), _difference(power)), of_study, json)
+        study_tables.show_power(repeats.outlook(of_study, paths.runs(), _difference(power)), of_study, json)
     elif len(names) == 1:
         _show_one(names[0], rehearse, json)
     elif len(names) > 2:
         raise UserError(f"{' '.join(names)}: give two runs to compare, or a run and a file of predictions")
     elif names:
-        from ..results import compare, listing
+        from ..results import compare, study_tables
 
         pair = (names[0], names[1])
-        listing.show_comparison(compare.comparison(pair, paths.runs(), metric or []), pair, json)
+        study_tables.show_comparison(compare.comparison(pair, paths.runs(), metric or []), pair, json)
     elif any(paths.runs().rglob("run.json")):
         from ..results import listing
         from ..runs.rundir import all_runs
@@ -111,7 +111,7 @@ def _export(name: str) -> None:
 
 def _show_one(name: str, rehearse: bool, json: bool) -> None:
     from ..data.study import Study
-    from ..results import listing, verdict
+    from ..results import listing, study_tables, verdict
     from ..workflows import sweep_results
     from ..workflows.sweep import Sweep, find_any, recorded_sweeps
 
@@ -121,7 +121,7 @@ def _show_one(name: str, rehearse: bool, json: bool) -> None:
         rows = verdict.rows(thing, paths.runs(), rehearse)
         sweeps = [sweep for sweep in recorded_sweeps().values() if sweep.rehearsal == rehearse]
         best = sweep_results.best_rows(thing, sweeps, rows, paths.runs())
-        listing.show_study(thing, rows, rehearse, json, [*map(sweep_results.best_record, best)])
+        study_tables.show_study(thing, rows, rehearse, json, [*map(sweep_results.best_record, best)])
         if not json:
             sweep_results.show_best(best)
     elif isinstance(thing, Sweep):

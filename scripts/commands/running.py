@@ -258,7 +258,7 @@ def reproduce_verb(
     from ..configs import gpus
     from ..configs.compose import Request, is_rehearsal
     from ..data.study import find
-    from ..results import listing, verdict
+    from ..results import study_tables, verdict
     from ..scores.evaluate import EvaluationRequest
     from ..workflows import reproduce, stages
 
@@ -292,7 +292,7 @@ def reproduce_verb(
         results = reproduce.reproduce(of_study, request, only or [], evaluation, backend, seeds)
     rows = verdict.rows(of_study, paths.runs(), request.rehearse, reproduce.representative_runs(results))
     records = [verdict.record(row, of_study) for row in rows]
-    end(results, json, {}, records, lambda: listing.show_study(of_study, rows, request.rehearse, json))
+    end(results, json, {}, records, lambda: study_tables.show_study(of_study, rows, request.rehearse, json))
     next_step("report" if backend.here else "results", study, *["--rehearse"][: request.rehearse], json=json)
 
 

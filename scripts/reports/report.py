@@ -19,7 +19,7 @@ from ..base.errors import UserError
 from ..base.machine import now
 from ..base.paths import template_environment
 from ..data.study import Study
-from ..results import listing, verdict
+from ..results import study_tables, verdict
 from ..tables import Table
 from ..workflows import sweep_results
 from ..workflows.sweep import Sweep
@@ -73,8 +73,8 @@ def of_study(study: Study, rehearsal: bool, runs: Path) -> str:
         key="study",
         name="Study",
         about=f"{study.cited}: {study.paper.get('title', study.title)}.",
-        tables=[_without_empty(table) for table in listing.of_rows(study, rows, rehearsal) if table.rows],
-        notes=[] if rehearsal else [*listing.notes(study, rows)],
+        tables=[_without_empty(table) for table in study_tables.of_rows(study, rows, rehearsal) if table.rows],
+        notes=[] if rehearsal else [*study_tables.notes(study, rows)],
         figures=[figure for column in study.table.values() if (figure := draw.study(study, rows, column))],
     )
     return _page(study.title, f"Study {name}", reported_runs(folders), section)

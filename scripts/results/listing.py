@@ -1,7 +1,6 @@
-"""Print results of runs and studies, comparisons, and the power of a study."""
+"""Print the results of runs."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from .. import backends, tables
@@ -11,29 +10,17 @@ from ..data.published import PublishedScore
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..runs.rundir import RunDir, readable
-from ..scores import intervals
 from ..tables import Table
-from . import repeats, run_rows, verdict
-from .compare import Comparison, Divergence
-from .repeats import Outlook
+from . import run_rows
 from .run_rows import RunResult
-from .verdict import StudyRow
 
 AXOLOTL_EVAL_LOSS = "Axolotl's eval loss"  # shown for old runs without a loss per token
-COSTS = "Other scores, and costs of the runs"
-CURVES = "Our training loss minus the published one, over the same steps"
 REHEARSALS = "Rehearsals (small stand-in model, few rows; not comparable with any published score)"
 _SPARE = (
     *("minutes", "tokens/s", "rows", "peak GiB", "base model"),
     *("step", AXOLOTL_EVAL_LOSS, "eval loss", "published", "difference"),
 )
 _BELOW = ("trouble", "changed", "variant of", "jobs", "predictions", "adapter")
-_HEADINGS = {
-    "trainable": "trainable",
-    "peak_gpu_memory_gib": "peak GPU GiB",
-    "tokens_per_second": "tokens/s",
-    "train_seconds": "seconds",
-}
 
 
 def show(folders: Sequence[RunDir], json: bool) -> None:
@@ -120,73 +107,7 @@ def _cells(result: RunResult, columns: Mapping[str, Column], jobs: Sequence[str]
     }
 
 
-def show_study(
-    of_study: Study, rows: Sequence[StudyRow], rehearsal: bool, json: bool, tuned: Sequence[Row] = ()
-) -> None:
-    """Print the rows of a study; JSON also has the best members of sweeps."""
-    if not rows and not json:
-        say("no recipe of the study has been rehearsed yet; run `recipe reproduce` with --rehearse")
-        return
-    records = [verdict.record(row, of_study) for row in rows]
-    if tuned:
-        records = [one | {"tuned": [best for best in tuned if best["recipe"] == one["recipe"]]} for one in records]
-    tables.show(json, records, of_rows(of_study, rows, rehearsal), [] if rehearsal else notes(of_study, rows))
-
-
-def of_rows(of_study: Study, rows: Sequence[StudyRow], rehearsal: bool) -> Iterator[Table]:
-    """Tables of a study: one per metric, costs, curves and baselines."""
-    about = REHEARSALS if rehearsal else f"{of_study.cited}; published scores are on {of_study.test_title}"
-    for column in of_study.table.values():
-        title = about if column == of_study.first else column.label
-        cells = [_of_metric(row, column) for row in rows]
-        yield Table(cells, title, empty=True, spare=["95 % covers", "by", "rows", "difference"])
-    others = {name: column for name, column in of_study.columns.items() if name not in of_study.table}
-    beside = {key: any(row.costs()[key][1] is not None for row in rows) for key in _HEADINGS}
-    costs = [_of_costs(row, others, beside) for row in rows]
-    yield Table(costs, COSTS, empty=True, spare=["seconds", "trainable", "tokens/s", "peak GPU GiB", "eval loss"])
-    gaps = [{"recipe": row.recipe, "mean gap": row.gap.mean, "largest gap": row.gap.largest, "at step": row.gap.step,
-             "verdict": row.gap_verdict} for row in rows if row.gap]  # fmt: skip
-    yield Table(gaps, CURVES)
-    if not rehearsal:
-        yield baselines(of_study)
-
-
-def _of_metric(row: StudyRow, column: Column) -> Row:
-    """Table cells of a study's row for one metric."""
-    score, within = row.scores[column.name], row.scores[column.name].interval
-    return {
-        "recipe": row.recipe,
-        "rows": row.chosen and row.chosen.rows_evaluated,
-        column.label: score.value,
-        "95 %": within and [within.low, within.high],
-        "published": _published(score.published),
-        "difference": score.difference,
-        "verdict": score.verdict,
-        "95 % covers": within and within.method,
-        **score.decodings,
-        **({"by": score.model} if column.metric.judged else {}),
-    }
-
-
-def _of_costs(row: StudyRow, others: Mapping[str, Column], beside: Mapping[str, bool]) -> Row:
-    """Table cells of a study's row for other metrics and for costs."""
-    cells: Row = {"recipe": row.recipe}
-    cells |= {column.label: row.scores[name].value for name, column in others.items()}
-    cells["eval loss"] = row.chosen and row.chosen.summary.eval_loss_per_token
-    for key, (ours, published) in row.costs().items():
-        if beside[key] or key in ("peak_gpu_memory_gib", "tokens_per_second"):
-            cells[_HEADINGS[key]] = _whole(ours)
-        if beside[key]:
-            cells[f"{_HEADINGS[key]}, published"] = _whole(published)
-    return cells | {"GPU hours": row.gpu_hours}
-
-
-def _whole(value: float | None) -> str | float | None:
-    """Format large numbers without decimals; return others unchanged."""
-    return f"{value:,.0f}" if value is not None and value >= 100 else value
-
-
-def _published(score: PublishedScore | None) -> float | str | None:
+def published_cell(score: PublishedScore | None) -> float | str | None:
     """Published score for a table: a text if it has a ±, else a number."""
     if score is None or score.spread is None:
         return score.value if score else None
@@ -198,95 +119,9 @@ def baselines(of_study: Study) -> Table:
     rows = [
         {
             "baseline": baseline.name,
-            **{column.label: _published(baseline.scores.get(name)) for name, column in of_study.table.items()},
+            **{column.label: published_cell(baseline.scores.get(name)) for name, column in of_study.table.items()},
             "on": baseline.test_set,
         }
         for baseline in of_study.compared
     ]
     return Table(rows, "To compare with")
-
-
-def notes(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
-    """Notes under the tables: differences, limits of intervals, and open settings."""
-    for difference in of_study.differences:
-        yield f"All recipes: {difference}"
-    yield from _of_intervals(of_study, rows)
-    for row in rows:
-        if adapter := row.chosen and row.chosen.run.published_adapter:
-            yield f"{row.recipe}: scores of the adapter {adapter}, which was not trained here."
-        if row.differs:
-            yield f"{row.recipe} differs from the paper: {'; '.join(row.differs)}"
-        verdicts = {of_study.columns[name].label: score.verdict for name, score in row.scores.items()}
-        verdicts["training loss"] = row.gap_verdict
-        if off := [label for label, found in verdicts.items() if found == verdict.OFF]:
-            of_which = "" if off == [of_study.first.label] else f" in {' and '.join(off)}"
-            yield f"{row.recipe} is off{of_which}. The paper leaves these settings open: {'; '.join(row.open)}"
-
-
-def _of_intervals(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
-    """Notes on limits of the intervals behind verdicts, with remedies."""
-    scores = [score for row in rows for score in row.scores.values() if score.verdict]
-    methods = [score.interval.method for score in scores if score.interval]
-    if several := [row.recipe for row in rows if len(row.runs) > 1]:
-        yield f"For these recipes, scores are means over runs that differ at most in their seed: {', '.join(several)}."
-    seeds = f"`recipe reproduce {of_study.folder.name} --seeds 3` runs each recipe with three seeds"
-    if any(method == intervals.ROWS_ONLY or method.endswith(repeats.ONE_SEED) for method in methods):
-        yield f"An interval that covers {intervals.ROWS_ONLY}, or one seed, does not cover other seeds; {seeds}."
-    if any(intervals.BORROWED in method for method in methods):
-        yield f"A borrowed spread comes from published repeats, not from our runs; {seeds}."
-
-
-def show_comparison(compared: Comparison, pair: tuple[str, str], json: bool) -> None:
-    """Print a comparison of two runs."""
-    if json:
-        training = compared.training and asdict(compared.training)
-        tables.print_json({"training": training, "scores": compared.scores})
-        return
-    title = f"a: {pair[0]}, b: {pair[1]}"
-    if compared.training:
-        for line in (f"Trainings, {title}", *_in_words(compared.training), ""):
-            tables.print_text(line)
-    if compared.scores is None:
-        say(f"scores are not compared; first run `recipe evaluate` for {', '.join(compared.unscored)}")
-    else:
-        tables.print_table(compared.scores, title, spare=["equal", "rows", "p_wilcoxon", "better", "worse"])
-        if len(compared.scores) > 1:
-            say(f"intervals and p values of {len(compared.scores)} metrics are not corrected for multiple comparisons")
-
-
-def _in_words(training: Divergence) -> Iterator[str]:
-    if training.step is None or training.losses is None:
-        yield f"The recorded losses of steps {training.first} to {training.last} are equal."
-    else:
-        a, b = training.losses
-        yield f"The losses differ from step {training.step} on: {a} in a, {b} in b."
-    yield "Recorded differences between the runs:" if training.differences else "The runs' records are the same."
-    for name, (old, new) in training.differences.items():
-        yield f"{name}: {old} -> {new}"
-
-
-def show_power(found: Outlook, of_study: Study, json: bool) -> None:
-    """Print the chance to see a difference from a published score."""
-    difference = tables.text_of(found.difference)
-    rows = [
-        {
-            "seeds": chance.seeds,
-            "rows": chance.rows,
-            f"sees {difference}": f"{chance.sees:.0%}",
-            f"smallest seen, {repeats.CHANCE:.0%}": chance.smallest,
-            "false alarms": f"{chance.false_alarms:.0%}",
-        }
-        for chance in found.rows
-    ]
-    title = f"{of_study.first.label}: differences from a published score that runs of {found.study} can show"
-    by_run, by_row, rest = map(
-        tables.text_of, (found.deviation_of_runs, found.deviation_of_rows, found.deviation_of_a_row_in_a_run)
-    )
-    lines = [
-        f"{difference} is {found.difference_from}. It is seen if the 95 % interval excludes a value at this distance.",
-        f"Based on {found.rests_on}.",
-        f"Standard deviations: {by_run} between runs, {by_row} between rows, {rest} of a row between runs.",
-        f"The interval of one run covers {found.one_run}.",
-        "A false alarm is a difference that is seen but does not exist; 5 % are normal.",
-    ]
-    tables.show(json, asdict(found), [Table(rows, title)], lines)

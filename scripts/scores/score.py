@@ -15,7 +15,6 @@ from ..metrics.bertscore import ScorerModel, layer_of, made_by
 from ..metrics.metric import Column
 from ..metrics.registry import Benchmark
 from ..metrics.text import words
-from . import intervals
 
 # Scorer model by column name; None leaves the column out.
 ScorerModels = Mapping[str, ScorerModel | None]
@@ -212,6 +211,8 @@ def score(
         `metrics`; shares of exact, empty and repeated predictions; `length_ratio`, the number of words in all
         predictions divided by that in all references; and `notes` if there are any.
     """
+    from . import intervals  # imports NumPy, which `recipe results` does not need
+
     judged = dict(models or declared_models(columns))
     kept = {name: column for name, column in columns.items() if judged.get(name, column.parameters)}
     scored = with_scores(rows, kept, judged)

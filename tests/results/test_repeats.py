@@ -12,7 +12,7 @@ from small_study import PLAIN, WIDE, row_of
 
 from qlora_recipes.base.files import write_rows
 from qlora_recipes.data import study
-from qlora_recipes.results import listing, repeats, verdict
+from qlora_recipes.results import repeats, study_tables, verdict
 from qlora_recipes.results.run_rows import RunResult
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import intervals
@@ -140,7 +140,7 @@ def test_the_curves_gap_has_a_verdict_where_the_study_gives_a_tolerance(runs: Pa
     assert row["train_loss_gap_mean"] == pytest.approx(-0.05)
     assert (row["train_loss_gap_largest"], row["train_loss_gap_step"]) == (pytest.approx(0.1), 4)
     assert row["train_loss_verdict"] is None and row_of(runs, WIDE)["train_loss_gap_mean"] is None
-    assert listing.CURVES in recipe("results", "sums2030").stdout
+    assert study_tables.CURVES in recipe("results", "sums2030").stdout
     for tolerance, expected in ((0.11, verdict.ACCEPTABLE), (0.09, verdict.OFF)):
         small_study.write(Path(), tolerances={"train_loss": tolerance})
         assert row_of(runs)["train_loss_verdict"] == expected

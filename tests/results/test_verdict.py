@@ -15,7 +15,7 @@ from qlora_recipes.configs.config import Difference
 from qlora_recipes.configs.datafiles import DataFile
 from qlora_recipes.data import study
 from qlora_recipes.reports import report_runs
-from qlora_recipes.results import card, listing, run_rows, verdict
+from qlora_recipes.results import card, run_rows, study_tables, verdict
 from qlora_recipes.results.run_rows import RunResult
 from qlora_recipes.runs.records import FileState, Summary
 from qlora_recipes.scores import evaluations
@@ -134,7 +134,7 @@ def test_what_differs_from_the_paper_and_what_it_leaves_open(tmp_path: Path) -> 
     assert "warmup_steps: 5 (--set warmup_steps)" in row["open"]
     stated = {text.partition(":")[0] for text in row["open"]}
     assert not stated & {"lora_r", "num_epochs", "optimizer"}
-    _, off, left_open = listing.notes(STUDY, table)
+    _, off, left_open = study_tables.notes(STUDY, table)
     assert "lora_r: 64 instead of 32" in off
     assert left_open.startswith("haider2024/llama-3-8b") and "lora_target_modules" in left_open
 
