@@ -1,4 +1,4 @@
-"""Measure a run's model with lm-evaluation-harness; it is loaded as for predictions."""
+"""Measure a run's model with lm-evaluation-harness; load the model as for predictions."""
 
 import hashlib
 import math
@@ -45,7 +45,7 @@ def of_evaluation(evaluation: Evaluation | None) -> dict[str, Column]:
 def kept(asked: Mapping[str, Column], former: Evaluation, limit: int | None) -> dict[str, Benchmark]:
     """Return the benchmark results of an earlier evaluation that are still valid.
 
-    A result is dropped if its column is now requested with other parameters or another limit.
+    A result is dropped if its column is now requested with different parameters or a different limit.
     """
     found = {}
     for name, column in of_evaluation(former).items():
@@ -124,7 +124,7 @@ def _measure(
                 apply_chat_template=any(entry.get("type") == "chat_template" for entry in entries),
                 log_samples=False,
             )
-        except OSError as error:  # includes errors of the hub
+        except OSError as error:  # includes the hub's errors
             problem = f"{missing[name].label}: the rows of the task {task} cannot be loaded: {error}"
             if not rehearsal:
                 raise UserError(problem) from None
@@ -152,7 +152,7 @@ def _located(column: Column) -> "tuple[str, TaskManager]":
 
 @cache
 def _tasks(folder: str | None) -> "TaskManager":
-    """Task manager for the harness's tasks and a folder's; cached because it is slow."""
+    """Task manager for the harness's tasks and those of a folder; slow, therefore cached."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=folder)

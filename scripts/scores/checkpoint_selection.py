@@ -34,7 +34,7 @@ class CheckpointScore:
 
 @dataclass
 class CheckpointSelection:
-    """Scores of checkpoints, and the test score of the best.
+    """Scores of checkpoints, and the test score of the best checkpoint.
 
     Attributes:
         column: metric of the selection.
@@ -68,8 +68,8 @@ def select(folder: RunDir, request: EvaluationRequest) -> CheckpointSelection:
         request: settings of each evaluation; `data` are the test rows.
 
     Raises:
-        UserError: the run has no validation rows other than its test rows, no checkpoint was kept, no metric can be
-            computed, or see `evaluate`.
+        UserError: the run has no validation rows apart from its test rows, no checkpoint was kept, or no metric can be
+            computed; see also `evaluate`.
         WorkFailed: see `evaluate`.
     """
     run = folder.read()
@@ -80,11 +80,11 @@ def select(folder: RunDir, request: EvaluationRequest) -> CheckpointSelection:
     validation = evaluation_rows.validation(run, cfg)
     if validation is None:
         problem = f"{folder.path}: the run has no validation rows apart from test rows, which must not select"
-        raise UserError(f"{problem} a checkpoint; `recipe evaluate {folder.path} --adapter DIR` scores a single one")
+        raise UserError(f"{problem} a checkpoint; `recipe evaluate {folder.path} --adapter DIR` scores one adapter")
 
     def evaluated(name: str, of_validation: bool) -> Evaluation:
         path, digest = adapters[name]
-        adapter = None if digest == own else str(path)  # None uses the evaluation in the run folder
+        adapter = None if digest == own else str(path)  # None: evaluate the run's adapter, in the run folder
         data = None if of_validation else request.data
         return evaluate(folder, replace(request, adapter=adapter, data=data, validation=of_validation))
 
@@ -116,14 +116,14 @@ def _column(run: Run, request: EvaluationRequest) -> Column:
         if not column.metric.of_loss and judged.get(name, True):
             return column
     raise UserError(
-        f"--checkpoints: cannot score predictions here by {', '.join(columns)}; name a metric with --metric"
+        f"--checkpoints: cannot compute {', '.join(columns)} from predictions here; name another metric with --metric"
     )
 
 
 def _adapters(folder: RunDir) -> dict[str, tuple[Path, str]]:
     """Folder and hash of each distinct adapter, by name.
 
-    Checkpoints come first, from the oldest, then the final adapter. Incomplete adapters are left out, with a message.
+    Checkpoints come first, oldest first, then the final adapter. Incomplete adapters are left out, with a message.
     """
     by_step = {checkpoints.step_of(path): path for path in folder.output.glob("checkpoint-*")}
     found = [(path.name, path) for step, path in sorted((s, p) for s, p in by_step.items() if s is not None)]

@@ -38,7 +38,7 @@ from .score import VERSION, ScorerModels, columns_of, require_models, same_model
 
 BASE = "none"  # value of --adapter for the base model without an adapter
 REHEARSED = 12  # maximum number of rows that a rehearsal evaluates
-# Config keys that change the model or the end of answers, but have no field of their own in `EvaluationSettings`.
+# Config keys that change the model or where answers end, and that have no field in `EvaluationSettings`.
 BUILT_WITH = ("overrides_of_model_config", "eot_tokens")
 
 
@@ -48,12 +48,14 @@ class EvaluationRequest:
 
     Attributes:
         data: JSONL file of rows; `evaluation_rows.usual` finds the default.
-        limit: evaluate only so many rows, from the first; by default all, or `REHEARSED` in a rehearsal without `data`.
+        limit: evaluate only this number of rows, from the start of the file; by default all rows, but `REHEARSED` rows
+            in a rehearsal without `data`.
         adapter: adapter folder, or `none` for the base model alone; by default the run's adapter.
         max_new_tokens: maximum number of tokens in an answer; by default the study's.
-        batch_size: maximum number of rows in a batch; by default up to 64, as memory allows.
+        batch_size: maximum number of rows in a batch, or of simultaneous requests to a server; by default the engine
+            chooses.
         metrics: values of --metric, added to the study's metrics.
-        decoding: name of another decoding configuration in the study.
+        decoding: name of a decoding configuration in the study; by default the study's default.
         validation: evaluate the run's validation rows.
         engine: transformers, vllm, or the address of a vLLM server.
         model: name of the run's model on the server.
@@ -133,7 +135,7 @@ class EvaluationTask:
         every = evaluation_rows.read(source, folder, self.run, self.cfg)
         limit = request.limit or (REHEARSED if self.run.rehearsal and request.data is None else None)
         predicts = any(column.metric.of_rows or column.metric.of_all for column in self.columns.values())
-        taken = limit if predicts else 0  # eval loss and benchmarks do not need these rows
+        taken = limit if predicts else 0  # eval loss and benchmarks do not need the rows
         self.rows = replace(every, rows=every.rows[:taken], keys=every.keys[:taken])
         self.settings = self._settings(adapter)
         if source.file:
@@ -156,7 +158,9 @@ class EvaluationTask:
             remedy = "name a checkpoint's folder with --adapter"
             raise UserError(f"{adapter / ADAPTER}: damaged or missing; {of_run}{remedy}")
         if not (folder.output / "tokenizer_config.json").is_file() or "base_model" not in self.cfg:
-            raise UserError(f"{folder.path}: lacks its tokenizer or base_model; the run is {self.run.state}")
+            raise UserError(
+                f"{folder.path}: lacks the tokenizer, or base_model in its config; the run is {self.run.state}"
+            )
         trained = self.run.adapter
         if asked is None and trained and trained.sha256 != sha256(adapter / ADAPTER):
             problem = f"{adapter}: differs from the adapter at the end of training"
@@ -171,7 +175,7 @@ class EvaluationTask:
             problem = f"--engine: decoding uses {decoding.num_beams} beams"
             raise UserError(f"{problem}, and only --engine {REFERENCE} supports beams")
         local = Path(run.cwd, str(cfg["base_model"]))
-        # resolves `bf16: auto` as in training; runs that recorded no list of GPUs had one
+        # resolves `bf16: auto` as in training; a run without a recorded list of GPUs had a GPU
         on_gpu = not run.rehearsal and bool(run.provenance.get("gpus", True))
         return EvaluationSettings(
             base_model=str(local) if local.is_dir() else cfg["base_model"],
@@ -190,7 +194,7 @@ class EvaluationTask:
         )
 
     def _folder(self, folder: RunDir, other_rows: bool) -> Path:
-        """Run folder, or a folder in evaluations/ for another adapter, decoding or rows."""
+        """Run folder; for an adapter, decoding or rows other than the default, a folder in evaluations/."""
         settings, labels = self.settings, []
         if self.request.adapter is not None:
             digest = settings.adapter_sha256
@@ -318,7 +322,8 @@ def _kept(task: EvaluationTask, former: Evaluation) -> tuple[list[Row], Evaluati
 def _predicted(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[Row], EvaluationSettings]:
     """Generate predictions.
 
-    Existing predictions of other rows are moved to evaluations/. Predictions of fewer rows never replace those of more.
+    Existing predictions of other rows are moved to evaluations/. Predictions of fewer rows never replace predictions of
+    more rows.
     """
     former = read_scores(task.where)
     if former and former.settings.adapter_sha256 == task.settings.adapter_sha256:
@@ -332,7 +337,7 @@ def _predicted(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[
         elif there.rows > task.settings.rows or not there.stands_for(task.settings):
             raise UserError(
                 f"{task.where / SCORES}: has scores of {there.rows_in_words}, generated by {there.engine}; move it and "
-                f"{PREDICTIONS} away to evaluate {task.settings.rows:,} rows by {task.settings.engine} instead"
+                f"{PREDICTIONS} away to evaluate {task.settings.rows:,} rows with {task.settings.engine}"
             )
     server, rehearsal = task.request.server, task.run.rehearsal
     with importing_axolotl(offline=rehearsal):

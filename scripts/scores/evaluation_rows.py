@@ -32,7 +32,7 @@ class RowSource:
 
     Attributes:
         data: file of the rows, or a description.
-        keys: data sets in the config that hold the rows; for a file, the data set whose format it has.
+        keys: data sets in the config that hold the rows; for a file, the data set that defines its format.
         file: JSONL file with all rows; None for other sources.
         held_out: True for rows that val_set_size held out of the training data.
     """
@@ -60,8 +60,8 @@ class EvaluationRows:
 def named(file: Path, cfg: Config, folder: Path) -> RowSource:
     """Source for a user's file.
 
-    If a data set in the config has the same path, the rows are read in its format. Otherwise the first data set gives
-    the format; evaluation data sets come before training data sets.
+    Its format is that of the data set in the config that has the same path, otherwise that of the first data set.
+    Evaluation data sets come before training data sets.
     """
     path = file.resolve()
     entries = dict(datafiles.datasets(cfg, "test_datasets", "datasets"))
@@ -72,8 +72,8 @@ def named(file: Path, cfg: Config, folder: Path) -> RowSource:
 def usual(run: Run, cfg: Config) -> RowSource | None:
     """Default evaluation rows of a run; None if it has none.
 
-    For a study's prepared data, these are the study's test set. For other data, test_datasets and val_set_size in the
-    config have priority over a test.jsonl beside the training data.
+    For a study's prepared data, the default is the study's test set. For all other data, test_datasets and val_set_size
+    in the config have priority over a test.jsonl beside the training data.
     """
     folder = Path(run.cwd)
     of_study = study.of(run.origin)
@@ -114,13 +114,13 @@ def test_entry(file: Path) -> dict[str, Any]:
 
 
 def test_set(file: Path, digest: str) -> str | None:
-    """Name of the study's test set with a file's hash; None for other files."""
+    """Name of the study's test set that has a file's hash; None for any other file."""
     test = test_entry(file)
     return _set_of(test, digest) if is_the_studys(test) else None
 
 
 def _set_of(test: dict[str, Any], digest: str) -> str | None:
-    """Name of the test set with a hash in a manifest's entry."""
+    """Name of the test set that has the hash, from a manifest's entry."""
     sets = {"test": test} | test.get("subsets", {})
     return next((name for name, entry in sets.items() if entry.get("sha256") == digest), None)
 
@@ -142,7 +142,9 @@ def require_reference(folder: RunDir, cfg: Config, source: RowSource | None) -> 
         problem = f"{kind} has no answers to compare predictions with; `recipe results` shows the eval loss"
         raise UserError(f"{folder.path}: {problem}, if the recipe has test_datasets or val_set_size")
     if source is None:
-        problem = "its config has neither test_datasets nor val_set_size, and no test.jsonl is beside its training data"
+        problem = (
+            "its config has neither test_datasets nor val_set_size, and its training data has no test.jsonl beside it"
+        )
         remedy = f"{_ELSEWHERE}, and give the recipe test_datasets for the next run"
         raise UserError(f"{folder.path}: no evaluation rows: {problem}; {remedy}")
     return source
@@ -184,7 +186,7 @@ def _jsonl(entry: Config, folder: Path) -> Path | None:
 
 
 def _in_words(entries: dict[str, Config], folder: Path) -> str:
-    """Description of data sets: their names and selected parts, without local folders."""
+    """Describe data sets by names and selected parts, without local folders."""
     named = []
     for entry in entries.values():
         path = str(entry.get("path"))
@@ -194,14 +196,14 @@ def _in_words(entries: dict[str, Config], folder: Path) -> str:
 
 
 def _loaded(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> list[tuple[str, Row]]:
-    """Load the rows of a source with Axolotl; return each with its data set."""
+    """Load the rows of a source with Axolotl; return each row with its data set."""
     kept = folder.path / KEPT
     if kept.is_file():
         with kept.open("rb") as lines:
             return [(line["dataset"], line["row"]) for line in json_rows(lines, kept, ("dataset",))]
     if source.held_out:
         _require_same_data(run)
-    say(f"loading {source.data}")  # no Bar, because loading forks processes
+    say(f"loading {source.data}")  # no progress bar, because loading forks processes
     if run.rehearsal:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with importing_axolotl(offline=run.rehearsal), chdir(run.cwd):

@@ -45,7 +45,7 @@ class Agreement(BaseModel):
 
 @dataclass(frozen=True)
 class Completion:
-    """Answer of a model: stripped text without special tokens, tokens without padding."""
+    """Answer of a model, as stripped text without special tokens, and as tokens without padding."""
 
     text: str
     tokens: list[int]
@@ -57,11 +57,11 @@ class EvaluationSettings(BaseModel):
     Attributes:
         data: file of the rows, or a description of several sources.
         data_sha256: hash of the file, or of the rows.
-        limit: number of evaluated rows, from the first; None if all rows are evaluated.
-        test_set: name of the study's test set with this content (`test` is the complete one); None for other rows.
+        limit: number of evaluated rows, from the start of the data; None if all rows are evaluated.
+        test_set: name of the study's test set with this content (`test` is the complete test set); None for other rows.
         batch_size: maximum number of rows in a batch; None lets the engine choose.
         batch_tokens: maximum number of tokens in a batch of the reference, set by free memory; None for no limit.
-        built_with: other config keys that predictions depend on, see `evaluate.BUILT_WITH`.
+        built_with: further config keys that change predictions, with their values; see `evaluate.BUILT_WITH`.
         engine: `REFERENCE` (in this process), `VLLM` (a server started for the evaluation) or `SERVER` (a server
             started by a user). Earlier versions wrote `elsewhere` for predictions from a user's file.
         model: name of the model on the server.
@@ -112,8 +112,8 @@ class EvaluationSettings(BaseModel):
     def stands_for(self, other: "EvaluationSettings") -> bool:
         """True if these predictions can serve where `other` is requested.
 
-        Predictions of the reference, or of the requested engine, always can. Those of another engine can if it decoded
-        greedily and agreed with the reference on at least half of the compared rows.
+        Predictions of the reference or of the requested engine always can. Predictions of another engine can if they
+        were decoded greedily, and at least half of the compared answers equalled the reference's.
         """
         if self.engine == REFERENCE or (self.engine, self.model) == (other.engine, other.model):
             return True
@@ -121,7 +121,7 @@ class EvaluationSettings(BaseModel):
         return found is not None and 2 * found.equal >= found.rows and not self.decoding.do_sample
 
     def same_work(self) -> dict[str, Any]:
-        """Settings that decide the predictions, except the engine.
+        """Settings that determine the predictions, except the engine.
 
         Batches and engines change predictions only by rounding, see `stands_for`.
         """
@@ -174,7 +174,7 @@ class Evaluation(BaseModel):
 
 
 class Prediction(BaseModel, strict=True, extra="allow"):
-    """Schema of a row in predictions.jsonl; all other fields are scores."""
+    """Schema of a row in predictions.jsonl; fields that are not listed here are scores."""
 
     __pydantic_extra__: dict[str, Annotated[float, Field(ge=-1e6, le=1e6)] | None] = Field(init=False)
     row: int
@@ -246,7 +246,7 @@ Changed = Literal["stale", "edited"]
 def changed(folder: Path, evaluation: Evaluation | None, run: Run | None = None) -> Changed | None:
     """Kind of change since an evaluation; None without a change or an evaluation.
 
-    A file is hashed only if its size or time differs, as a copy's may.
+    A file is hashed only if its size or time differs: a copy can have another time but the same content.
 
     Args:
         folder: folder of the evaluation.
@@ -271,7 +271,8 @@ def current(folder: Path, run: Run | None = None) -> Evaluation | None:
 def decoded(folder: Path, name: str, decoding: Decoding, own: Evaluation | None) -> Evaluation | None:
     """Evaluation of the run's adapter with another decoding configuration.
 
-    Returns None if the decoding has changed, or if adapter or rows differ from the default evaluation (`own`).
+    Returns None without a current evaluation, if the decoding has changed, or if adapter or rows differ from the
+    default evaluation (`own`).
     """
     other = current(folder / "evaluations" / f"{DECODED}{name}")
     if other is None or other.settings.decoding != decoding:

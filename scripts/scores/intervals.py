@@ -1,6 +1,6 @@
 """Confidence intervals of scores, tests of differences, and power of repeated runs.
 
-The bootstrap equals scipy's to the last digit, without the slow import of scipy.
+Bootstrap intervals equal scipy's to the last digit, but do not need the slow import of scipy.
 
 A run's score is a mean over test rows. It varies for two reasons: other rows would be easier or harder, and another
 seed would give another model. For S runs scored on the same n rows, the score of row j in run i is
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 9_999
-FEWEST = 5  # minimum number of rows for an interval: fewer rows have too few different resamples
+FEWEST = 5  # minimum number of rows for an interval: fewer rows have too few distinct resamples
 
 
 def _resampled(*columns: np.ndarray) -> list[np.ndarray]:
@@ -30,7 +30,7 @@ def _resampled(*columns: np.ndarray) -> list[np.ndarray]:
 
 
 def _within(means: np.ndarray) -> list[float]:
-    """Bounds of the middle 95 %; unlike np.percentile's, identical to scipy's."""
+    """Bounds of the middle 95 % of the values, as in scipy; np.percentile's differ."""
     ordered, outside = np.sort(means), (1 - 0.95) / 2
     shares = np.array([outside, 1 - outside])
     places, parts = np.divmod(shares * len(means) + 1 - shares, 1)
@@ -47,7 +47,7 @@ def each(columns: Mapping[str, Sequence[float]]) -> dict[str, list[float] | None
 
 
 def of_few(values: Sequence[float]) -> list[float]:
-    """Student's 95 % interval of the mean of few values, at least two."""
+    """95 % interval of the mean of a few values (at least two), by Student's t."""
     from scipy.special import stdtrit
 
     mean, error = np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5
@@ -59,9 +59,10 @@ def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
     """Difference between two systems on the same rows.
 
     Returns:
-        Mean of a - b (`difference`) with its 95 % bootstrap `interval`. `p_bootstrap` is 2 (k + 1) / (B + 1), where k
-        of the B resamples lie on the rarer side of 0. `p_wilcoxon` is the p-value of the two-sided signed-rank test
-        without equal rows. `better`, `equal` and `worse` count the rows in which a is larger, equal or smaller.
+        Mean of a - b (`difference`) with its 95 % bootstrap `interval`. `p_bootstrap` is 2 (k + 1) / (B + 1); B is the
+        number of resamples, and k the number whose mean lies on the rarer side of 0. `p_wilcoxon` is the p-value of the
+        two-sided signed-rank test, which leaves out equal rows. `better`, `equal` and `worse` count the rows in which a
+        is larger, equal or smaller.
     """
     from scipy.stats import wilcoxon
 
@@ -126,7 +127,7 @@ def half_width(of_runs: Any, of_rows: Any, df_runs: float, df_rows: float) -> An
     the row noise. The interval covers 93.5 to 96.4 % with two runs, and 94.8 to 95.8 % with 3, 5 and 10 runs. The
     standard choice, Satterthwaite's degrees of freedom, covers 87 % with two runs if run noise dominates, because two
     runs are often alike by chance. Scores far from normal, such as 400 log-normal rows, cost two points of coverage,
-    as with any method. With any method, two runs give a wide interval.
+    as with any method. Two runs give a wide interval with any method.
 
     Args:
         of_runs: estimated variance of the mean due to runs.
@@ -166,9 +167,9 @@ def of_runs(
 ) -> Interval | None:
     """95 % interval of the mean score of repeated runs.
 
-    For a single run, the spread of published repeats widens the interval over rows, if there are any repeats. This
-    counts random changes in single rows twice, because the row scores contain them too. Returns None for a single run
-    that has neither row scores nor repeats.
+    If a single run has published repeats, their spread widens the interval over rows. This counts random changes in
+    single rows twice, because the row scores contain them too. Returns None for a single run that has neither row
+    scores nor repeats.
 
     Args:
         scores: score of each run.
@@ -203,12 +204,12 @@ class Variances:
     rest: float
 
     def deviation(self, runs: int, rows: int) -> float:
-        """Standard deviation of the mean over numbers of runs and rows."""
+        """Standard deviation of the mean score for these numbers of runs and rows."""
         return (self.of_runs / runs + self.of_rows / rows + self.rest / (runs * rows)) ** 0.5
 
 
 def estimated(layouts: Sequence[MeanSquares]) -> Variances:
-    """Variances from layouts with equal numbers of rows, pooled by degrees of freedom."""
+    """Pool variances of layouts with equal numbers of rows, weighted by degrees of freedom."""
     rows = layouts[0].rows
     rest = _pooled([(layout.rest, (layout.runs - 1) * (rows - 1)) for layout in layouts])
     return Variances(
@@ -235,9 +236,9 @@ class Power:
     deviation: float
 
     def sees(self, difference: float) -> float:
-        """Chance that the interval excludes a value this far from the true score.
+        """Probability that the interval excludes a value at this distance from the true score.
 
-        For a difference of 0, this is the chance of a false alarm.
+        For a difference of 0, this is the probability of a false positive.
         """
         from scipy.special import ndtr
 
@@ -245,7 +246,7 @@ class Power:
         return float((below + ndtr((difference - self.halves) / self.deviation)).mean())
 
     def smallest(self, chance: float = 0.8) -> float:
-        """Smallest difference that the interval shows with the given chance."""
+        """Smallest difference that the interval detects with the given probability."""
         low, high = 0.0, 1.0
         while self.sees(high) < chance:
             high *= 2
@@ -259,7 +260,7 @@ def power(variances: Variances, runs: int, rows: int, repeats: Sequence[float] =
     """Power of the intervals of `of_runs`, for roughly normal scores with these variances.
 
     For several runs, mean squares are sampled from their distributions, so the half-width varies as it does in
-    practice. For one run, the interval over rows counts as known, and `repeats` add their spread.
+    practice. For one run, the variance over rows counts as known, and `repeats` add the variance of their scores.
     """
     deviation = variances.deviation(runs, rows)
     if runs == 1:

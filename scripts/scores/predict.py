@@ -1,8 +1,8 @@
 """Generate predictions, row by row, so that an interrupted evaluation can continue.
 
-Before another engine than the reference gets all rows, its answers to some rows are compared with the reference's. Two
-engines add numbers in different orders. Occasionally this swaps two tokens of nearly equal probability, and the answers
-differ from there on. With a wrong adapter or prompt, most answers differ early.
+An engine other than the reference first answers a sample of the rows, and these answers are compared with the
+reference's. Two engines add numbers in different orders. Occasionally this swaps two tokens of nearly equal
+probability, and the answers differ from there on. With a wrong adapter or prompt, most answers differ early.
 """
 
 import os
@@ -31,7 +31,7 @@ KNOWN = {"batch_tokens", "agreement"}  # settings that are known only after an e
 
 def as_row(i: int, row: Row, reference: str) -> Row:
     """Row of predictions.jsonl without its prediction."""
-    # user data can have other types in these fields; type(), because isinstance(True, int) holds
+    # user data can have other types in these fields; type() also rejects bool, which isinstance accepts as int
     known = {"idx": (int, str), "lang": (str,), "group": (str,)}
     kept = {key: row[key] for key, kinds in known.items() if type(row.get(key)) in kinds}
     return {"row": i} | kept | {"reference": reference}
@@ -113,7 +113,7 @@ def predict(
         rehearsal: True for a rehearsal.
 
     Returns:
-        Predictions, and the settings with those in `KNOWN`.
+        Predictions, and the settings, completed by those in `KNOWN`.
 
     Raises:
         UserError: see `Prompter.examples` and `started`.
@@ -156,8 +156,8 @@ def _generate(
 ) -> None:
     """Generate missing predictions; add them to `done` and to the file `part`.
 
-    The line `first` is written before them. A prediction is marked as cut if it reaches the limit of new tokens and
-    does not end with a token in `ends`.
+    The line `first` is written to `part` before the predictions. A prediction is marked as cut if it reaches the limit
+    of new tokens and does not end with a token in `ends`.
     """
     most = engine.settings.decoding.max_new_tokens
     with Bar("evaluating", len(asked), len(done)) as bar, naming(part), opened(part, "ab") as stream:
@@ -178,12 +178,12 @@ def _generate(
 
 
 def _line(settings: EvaluationSettings) -> bytes:
-    """Line of settings known from the engine, to be written between predictions."""
+    """Line with the settings in `KNOWN`, for the predictions that follow it in the file."""
     return orjson.dumps(settings.model_dump(include=KNOWN)) + b"\n"
 
 
 def _continue(part: Path, settings: EvaluationSettings) -> tuple[dict[int, Row], EvaluationSettings]:
-    """Read an interrupted evaluation; begin a new file if its settings differ."""
+    """Read an interrupted evaluation; start a new file if the settings differ."""
     asked = {"engine", "model", *(["batch_size"] if settings.engine == REFERENCE else [])}
     header = orjson.dumps(settings.same_work() | settings.model_dump(include=asked))
     first, *lines = part.read_bytes().split(b"\n") if part.is_file() else [b""]

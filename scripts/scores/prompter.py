@@ -21,7 +21,7 @@ from ..configs import datafiles
 from ..runs.eval_loss import MASKED
 from .evaluations import EvaluationSettings
 
-LOSS_ON_ANSWERS = {  # replaces keys of chat data sets that can put loss on other turns
+LOSS_ON_ANSWERS = {  # replaces keys of chat data sets that can put loss on more than answers
     "roles_to_train": ["assistant"],
     "train_on_eos": "turn",
     "message_field_training": None,
@@ -84,7 +84,7 @@ class Prompter:
     def examples(self, rows: Sequence[Row], keys: Sequence[str] = ()) -> list[Example]:
         """Prompt and reference of each row, written by Axolotl's code as in training.
 
-        Here only answers carry loss, even if training put loss on other tokens. The answer is the last sequence of
+        Here only answers carry loss, even if training put loss on more tokens. The answer is the last sequence of
         tokens with loss; in a chat this is the assistant's last turn. All tokens before the answer are the prompt. The
         reference is the answer field of the row, or the decoded answer if the data set type has no such field.
         A prompt that leaves no room for an answer in the model's context is truncated. If Axolotl tokenizes prompt and
@@ -92,7 +92,7 @@ class Prompter:
 
         Args:
             rows: fields by name.
-            keys: data set in the config whose format each row has; by default the first data set.
+            keys: data set in the config that defines the format of each row; by default the first data set.
 
         Raises:
             UserError: Axolotl cannot tokenize the rows, or a row has no prompt or no answer.
@@ -107,7 +107,7 @@ class Prompter:
             parts = {"answer": example.reference.strip(), "prompt": example.prompt}
             if lacking := [part for part, content in parts.items() if not content]:
                 problem = f"row {number} has no {' and no '.join(lacking)}"
-                raise UserError(f"{self.settings.data}: {problem}; name a copy without such rows with --data")
+                raise UserError(f"{self.settings.data}: {problem}; use --data with a copy that has no such rows")
         return in_order
 
     def _of_dataset(self, key: str, rows: Sequence[Row]) -> list[Example]:
@@ -131,7 +131,7 @@ class Prompter:
 
 
 def answer_of(labels: Sequence[int]) -> tuple[int, int]:
-    """Start and end of the last sequence of tokens with loss; zeros without one."""
+    """Start and end of the last sequence of tokens with loss; zeros without tokens with loss."""
     end = next((i for i in range(len(labels), 0, -1) if labels[i - 1] != MASKED), 0)
     start = next((i for i in range(end, 0, -1) if labels[i - 1] == MASKED), 0)
     return start, end
@@ -143,13 +143,13 @@ ANSWER = "An answer."
 def as_code(cfg: Config, tokenizer: Path, known: dict[str, str]) -> str | None:
     """Python code that sets `inputs` to the tokens of a training prompt.
 
-    Axolotl writes the prompt for a row of {placeholders}. Returns None if the prompt's text has other tokens than
-    Axolotl's prompt, if the data set type is unknown, or if there is no tokenizer.
+    Axolotl writes the prompt for a row of {placeholders}. Returns None if tokenizing the prompt's text gives tokens
+    that differ from Axolotl's, if the data set type is unknown, or if there is no tokenizer.
 
     Args:
         cfg: the run's config.
         tokenizer: folder of the training tokenizer.
-        known: texts for some fields; the other fields stay placeholders.
+        known: texts for some fields; all other fields stay placeholders.
     """
     dataset = next((dataset for _, dataset in datafiles.datasets(cfg, "datasets")), {})
     row = _placeholders(dataset)

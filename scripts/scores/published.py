@@ -22,7 +22,7 @@ def scores(
 ) -> list[dict[str, Any]]:
     """Score published predictions.
 
-    Predictions of the complete test set are scored on the published scores' subset too.
+    Predictions of the complete test set are also scored on the subset to which the published scores refer, if any.
 
     Args:
         predictions: files of the predictions.
@@ -32,7 +32,8 @@ def scores(
 
     Returns:
         A row for each test set and metric: `test_set`, `rows`, `metric`, `score`, the 95 % interval `low` and `high`,
-        `published`, the `difference`, and `agrees`: equal within the last printed digit plus the published ±.
+        `published`, the `difference`, and `agrees`: True if the difference is at most half of the last published digit
+        plus the published ±.
 
     Raises:
         UserError: a file is damaged, or its rows are not those of the test set.
@@ -56,7 +57,7 @@ def scores(
 
 
 def _beside(ours: float, theirs: PublishedScore | None, comparable: bool) -> dict[str, Any]:
-    """Compare with a published score of the same texts, which can differ by rounding."""
+    """Compare our score with the published score of the same texts; rounding can make them differ."""
     if theirs is None or not comparable:
         return {"published": None, "difference": None, "agrees": None}
     half_a_digit = 0.5 * 10.0 ** -len(f"{theirs.value!r}".partition(".")[2]) * (1 + 1e-9)
@@ -76,7 +77,9 @@ def read(of_study: Study, predictions: PublishedPredictions, own: str) -> list[R
     written, references = (_texts(texts, data.raw) for texts in (predictions.prediction, predictions.reference))
     file = data.raw / predictions.prediction.file
     if len(written) != len(references):
-        raise UserError(f"{file}: {len(written):,} predictions for {len(references):,} references; give equal numbers")
+        raise UserError(
+            f"{file}: {len(written):,} predictions for {len(references):,} references; both need the same number"
+        )
     expected = data.raw_rows_of("test") if own == "test" else data.subsets[own].rows
     if expected not in (None, len(written)):
         title = data.title_of(own)

@@ -30,19 +30,19 @@ from .prompter import Prompter
 disable_progress_bar()
 
 # Default maximum number of rows in a batch. The rows of a batch share one pass over the weights per token, and in 4 bit
-# the dequantization. More than some dozens of rows gain little, and finished rows wait for the others.
+# also the dequantization. More than a few dozen rows gain little, and finished rows wait for unfinished ones.
 MOST_ROWS = 64
 # Maximum numbers of rows and tokens in a batch, for large models on a CPU and for sampling. Large models on a CPU are
 # bound by arithmetic, so larger batches are not faster. Sampling is seeded per batch, so batches must not depend on the
 # available memory.
 FIXED = 16, 8192
 
-# A model on a CPU is small below this size in bytes. A small model is dequantized once, unless its 4-bit layers compute
-# in another dtype. Dequantizing for each token would be slower. It would also make answers depend on the number of rows
-# in a batch, because bitsandbytes rounds to bf16 on a CPU.
+# Maximum size in bytes of a small model on a CPU. A small model is dequantized once, unless its 4-bit layers compute in
+# another dtype. Dequantizing for each token would be slower. It would also make answers depend on the number of rows in
+# a batch, because bitsandbytes rounds to bf16 on a CPU.
 SMALL = 4e9
-# Maximum size in bytes of a batch's keys and values, for a small model on a CPU. If a quarter of the free memory is
-# less, that is the maximum.
+# Maximum size in bytes of a batch's keys and values, for a small model on a CPU. The maximum is a quarter of
+# the free memory if that is less.
 SMALL_CACHE = 1_000_000_000
 
 
@@ -89,8 +89,9 @@ class Reference:
     def _room(self) -> int:
         """Number of tokens whose keys and values fit in memory, for all beams.
 
-        Keys and values get half of a GPU's free memory, because a pass needs the other half. On a CPU they get up to
-        `SMALL_CACHE`. The number is rounded down to a power of two, so that a resumed evaluation usually gets the same.
+        Keys and values get half of a GPU's free memory; the forward pass needs the other half. On a CPU they get up to
+        `SMALL_CACHE`. The number of tokens is rounded down to a power of two, so that a resumed evaluation usually has
+        the same number.
         """
         if self.device.type == "cuda":
             memory = torch.cuda.mem_get_info()[0] // 2
@@ -155,9 +156,9 @@ class Reference:
 
 
 def batches(lengths: Sequence[int], most: int, tokens: int) -> Iterator[tuple[int, list[int]]]:
-    """Group rows into batches, longest first; insufficient memory shows at once.
+    """Group rows into batches, longest rows first, so that insufficient memory shows at once.
 
-    A batch holds rows of similar length, and so little padding.
+    A batch holds rows of similar length, so it needs little padding.
 
     Args:
         lengths: number of tokens per row, for prompt and longest answer.
@@ -178,7 +179,7 @@ def base_model(prompter: Prompter) -> Any:
     settings = prompter.settings
     return AutoModelForCausalLM.from_pretrained(
         settings.base_model,
-        config=deepcopy(prompter.config),  # from_pretrained adds keys to it
+        config=deepcopy(prompter.config),  # from_pretrained adds keys to the config
         revision=prompter.revision,
         trust_remote_code=prompter.remote_code,
         dtype=getattr(torch, settings.dtype),
@@ -192,8 +193,8 @@ def with_adapter(model: Any, folder: str) -> Any:
     """Load an adapter onto a model; refuse partial loads, where PEFT only warns.
 
     Raises:
-        UserError: the model lacks layers that the adapter has weights for, the file lacks weights for some of the
-            adapter's layers, or the adapter changes nothing.
+        UserError: the model lacks layers that the adapter has weights for, shapes differ, the file lacks weights for
+            some of the adapter's layers, or the adapter changes nothing.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -249,9 +250,9 @@ def base_weights(prompter: Prompter) -> dict[str, Any]:
 def weights_folder(prompter: Prompter) -> Path:
     """Folder of the base model, quantized as in training and then dequantized.
 
-    A 4-bit layer dequantizes its weights at each step. The folder holds the same values, unless
-    `bnb_4bit_compute_dtype` differs from the settings' dtype. It is created once, in the cache, and is as large as the
-    base model in 16 bit.
+    A 4-bit layer dequantizes its weights at each step. The folder holds the dequantized values; they are identical
+    unless `bnb_4bit_compute_dtype` differs from the settings' dtype. The folder is created once, in the cache, and is
+    as large as the base model in 16 bit.
 
     Raises:
         OSError: the disk is full.
@@ -263,7 +264,7 @@ def weights_folder(prompter: Prompter) -> Path:
     def make(target: Path) -> None:
         say(f"dequantizing {model.name} once, to {made}")
         base_model(prompter).dequantize(dtype=getattr(torch, settings.dtype)).save_pretrained(target)
-        prompter.config.save_pretrained(target)  # replaces the model's config, which has additional keys
+        prompter.config.save_pretrained(target)  # replaces the config.json written above, which has additional keys
         gc.collect()
         torch.cuda.empty_cache()  # the engine needs the memory
 

@@ -38,7 +38,8 @@ class StandIn(ScorerModel):
 def columns_of(recipe: str | None = None, asked: Iterable[str] = ()) -> dict[str, Column]:
     """Columns from the recipe's study and from --metric.
 
-    `registry.DEFAULT` applies if neither has a metric of texts.
+    The default metrics (`registry.DEFAULT`) apply if the recipe has no metrics from a study, and --metric names only
+    benchmarks or nothing.
 
     Args:
         recipe: name of the recipe, or of a variant's base recipe; None for predictions without a recipe.
@@ -116,8 +117,8 @@ def same_models(models: ScorerModels, columns: Mapping[str, Column], scores: Map
     return all(made_by(model, model_record(columns[name], scores)) for name, model in models.items())
 
 
-# Version of the scoring code. Increase it when a change gives the same texts other scores. Older scores are then
-# computed again.
+# Version of the scoring code. Increase it when a change gives the same texts different scores. Scores of older versions
+# are then computed again.
 VERSION = 1
 
 
@@ -168,7 +169,7 @@ def of_predictions(columns: Mapping[str, Column]) -> Mapping[str, Column]:
 def with_scores(rows: Sequence[Row], columns: Mapping[str, Column], models: ScorerModels | None = None) -> list[Row]:
     """Add `exact` and new row-level scores to rows; remove older scores.
 
-    A row is exact if both texts are equal apart from surrounding space.
+    A row is exact if prediction and reference are equal apart from surrounding space.
 
     Args:
         rows: each with `reference` and `prediction`.
@@ -254,7 +255,7 @@ def score(
 
 
 def _by_group(rows: Sequence[Row], column: Column) -> dict[str, list[float]]:
-    """Row scores of the metric that a column averages, by group.
+    """Row scores of the averaged column, by group.
 
     Raises:
         UserError: rows have no score of the averaged column.

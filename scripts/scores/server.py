@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 # Environment variable for the server's key. Another tool's variable could hold a key that must not go to this server.
 KEY = "QLORA_RECIPES_SERVER_KEY"
-RETRIES = 9  # pauses double up to 8 s and take a minute in total, unless the server requests other pauses
-TIMEOUT = 300.0  # seconds for an answer; all attempts of a request together have twice as long
+RETRIES = 9  # pauses double up to 8 s, at most 48 s in total; the server can request other pauses
+TIMEOUT = 300.0  # seconds for an answer; all attempts of a request together may take twice as long
 AT_ONCE = 16  # default number of simultaneous requests
 
 
@@ -64,7 +64,7 @@ class Api:
 
         Requests to a server on this machine bypass the environment's proxy.
         """
-        os.environ.pop("OPENAI_CUSTOM_HEADERS", None)  # the client has no argument to ignore this variable
+        os.environ.pop("OPENAI_CUSTOM_HEADERS", None)  # the client has no argument that ignores this variable
         local = urlsplit(self.url).hostname in ("127.0.0.1", "::1", "localhost")
         return openai.AsyncOpenAI(
             api_key=self.key or "none",
@@ -90,7 +90,7 @@ class Api:
         return [model.id for model in _Models.model_validate_json(response.content).data]
 
     def require_model(self, name: str | None) -> None:
-        """Refuse a model that the server does not have.
+        """Raise UserError if the server lacks a model.
 
         Raises:
             UserError: the server lacks the model, refuses the key, or does not use OpenAI's protocol.

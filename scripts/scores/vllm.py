@@ -1,4 +1,4 @@
-"""vLLM as an engine: a server for one evaluation, in an environment of its own."""
+"""vLLM as an engine: a server for one evaluation, in a separate environment."""
 
 import asyncio
 import json
@@ -36,7 +36,7 @@ ON_CPU = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
 }
-_ENDS = "embed|lm_head"  # a model can store both in one tensor: merging LoRA into either changes both
+_ENDS = "embed|lm_head"  # embedding and head can be one tensor; merging LoRA into one changes both
 _PLAIN = (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
 
@@ -138,7 +138,7 @@ def started(prompter: "Prompter", prompts: Sequence[list[int]], part: Path) -> I
 
 
 def _command(prompter: "Prompter", model: str, longest: int, port: int) -> list[str]:
-    """Command of the server, whose models are `base` and, with the adapter, `adapter`."""
+    """Command of a server for the models `base` and, if there is an adapter, `adapter`."""
     settings = prompter.settings
     words = [
         *(str(ENVIRONMENT / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"),
@@ -152,7 +152,7 @@ def _command(prompter: "Prompter", model: str, longest: int, port: int) -> list[
         if overrides := settings.built_with.get("overrides_of_model_config"):
             words += ["--hf-overrides", json.dumps(overrides)]
     if for_cpu():
-        words.append("--enforce-eager")  # compiling takes longer than it saves
+        words.append("--enforce-eager")  # compilation takes longer than it saves
     else:  # only free memory, because this process uses the GPU too
         import torch
 
@@ -172,7 +172,7 @@ def _free_port() -> int:
 
 
 async def _wait(api: "Api", server: "subprocess.Popen[bytes]") -> None:
-    """Wait until the server lists its models, the sign that it is ready."""
+    """Wait until the server lists its models, which means that it is ready."""
     import openai
 
     deadline = time.monotonic() + TIMEOUT
@@ -190,7 +190,7 @@ def _end(server: "subprocess.Popen[bytes]") -> None:
     try:
         with suppress(subprocess.TimeoutExpired):
             server.wait(10)
-    finally:  # also if the wait is interrupted
+    finally:  # even if the wait is interrupted
         with suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
         server.wait()
