@@ -6,7 +6,7 @@ from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """Wrong request; the command prints the message and exits with code 2.
+    """Invalid request; the command prints the message and exits with code 2.
 
     The message says what is wrong, where, and what to do about it.
     """
@@ -24,10 +24,10 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 
 def meant(word: str, choices: Collection[str], what: str, hint: str = "", option: str = "") -> str:
-    """Return the choice whose name is `word`, or has `word` as a unique part.
+    """Return the choice with this name, or the only choice with this part in its name.
 
-    A part begins at the start of a word. If the part is a complete component of several paths, the shortest path wins:
-    `x` means `study/x` rather than `study/folder/x`.
+    The part must begin at the start of a word in the name. If it is a complete component of several paths, the shortest
+    path wins: `x` means `study/x` rather than `study/folder/x`.
 
     Args:
         what: the kind of choice, for messages, such as recipe.

@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 @contextmanager
 def replacing(file: Path) -> Iterator[IO[bytes]]:
-    """Yield a temporary file that replaces `file` if no error ends the block.
+    """Yield a temporary file; it replaces `file` if the block ends without an error.
 
     After an error, the temporary file is removed. The folder is created if necessary. Special files such as /dev/stdout
     are written directly.
@@ -47,7 +47,7 @@ def replacing(file: Path) -> Iterator[IO[bytes]]:
 def opened(file: Path, mode: str) -> IO[bytes]:
     """Open a file, but refuse a symbolic link.
 
-    Links in another user's run folder could point to this user's files.
+    A link in another user's run folder could point to this user's files.
 
     Raises:
         UserError: the file is a symbolic link.
@@ -56,7 +56,7 @@ def opened(file: Path, mode: str) -> IO[bytes]:
         return open(file, mode, opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666))
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise UserError(f"{file}: symbolic links are not followed; put a file in its place") from None
+            raise UserError(f"{file}: symbolic links are not followed; replace it with a file") from None
         raise
 
 
@@ -108,7 +108,7 @@ def read_rows(file: Path, fields: Sequence[str] = ("reference", "prediction"), h
 
 
 def write_rows(file: Path, rows: Iterable[Row]) -> None:
-    """Replace the content of `file` by rows, one JSON line each."""
+    """Replace the content of `file` with rows, one JSON line each."""
     with replacing(file) as stream:
         stream.writelines(orjson.dumps(row) + b"\n" for row in rows)
 
@@ -123,7 +123,7 @@ def read_json(file: Path) -> Row:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Replace the content of `file` by a value as indented JSON."""
+    """Replace the content of `file` with a value as indented JSON."""
     with replacing(file) as stream:
         stream.write(orjson.dumps(value, option=orjson.OPT_INDENT_2) + b"\n")
 
@@ -146,7 +146,7 @@ def embedding_rows(adapter: Path) -> int | None:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Replace the content of `file` by `text`."""
+    """Replace the content of `file` with `text`."""
     with replacing(file) as stream:
         stream.write(text.encode())
 
@@ -167,7 +167,7 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: a limit on the size of files
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: the file exceeds a size limit
 RESERVED_BYTES = 1 << 16  # bytes, enough for a run's record
 
 _SAID = r"No space left on device|Disk quota exceeded|os error 28|PytorchStreamWriter failed writing"
@@ -185,10 +185,10 @@ def free_bytes(path: Path) -> int:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Add a path to disk errors within the block, which may lack it.
+    """Complete disk errors raised in the block: add the path if it is missing.
 
     Raises:
-        OSError: a disk error, with the path, also instead of a library's own error for a full disk.
+        OSError: a disk error with a path; it also replaces a library's own error for a full disk.
     """
     try:
         yield
@@ -204,14 +204,14 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reserved(folder: Path) -> Iterator[None]:
-    """Reserve disk space in a folder for records that follow the block.
+    """Reserve disk space in a folder for records written after the block.
 
     Raises:
         OSError: the folder lacks the space.
     """
     with ExitStack() as stack:
         with naming(folder):
-            # without a name, so that a killed process leaves no file
+            # unnamed, so that a killed process leaves no file behind
             file = stack.enter_context(tempfile.TemporaryFile(dir=folder))
             file.write(os.urandom(RESERVED_BYTES))  # zeros would take no space on some disks
             file.flush()
@@ -220,9 +220,10 @@ def reserved(folder: Path) -> Iterator[None]:
 
 
 def where_full(log: str, folders: list[Path]) -> Path | None:
-    """Place where a process ran out of disk space; None if it did not.
+    """Path at which a process ran out of disk space; None if it did not.
 
-    The place is the file in the log, otherwise the fullest folder. A full disk can keep the error out of the log.
+    The path is the file that the log names, otherwise the folder with the least free space. Because a full disk can
+    keep the error out of the log, a folder without free space also counts.
 
     Args:
         log: the last lines of the process's log; earlier lines can report errors that the process survived.

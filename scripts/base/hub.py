@@ -18,12 +18,12 @@ _packages_distributions = cache(importlib.metadata.packages_distributions)
 
 @contextmanager
 def importing_axolotl(offline: bool = True) -> Iterator[None]:
-    """Import and use Axolotl within the block.
+    """Prepare the environment for importing and using Axolotl in the block.
 
     Output of the libraries goes to stderr, because stdout is for data. Log messages below errors are dropped.
 
     Args:
-        offline: True to prevent requests to the hub, where bitsandbytes would fetch a kernel for a CPU.
+        offline: True to prevent requests to the hub, such as bitsandbytes' download of a kernel for CPUs.
     """
     from unittest.mock import patch
 
@@ -71,7 +71,7 @@ _answers: dict[str, HubAccess] = {}
 def access(name: str) -> HubAccess:
     """Access of this user to a model, with the token that huggingface_hub finds.
 
-    Each process asks the hub once per model, and asks no more after a request without an answer.
+    Each process asks the hub once per model. After a request without an answer, it stops asking.
     """
     silent = next((answer for answer in _answers.values() if answer.access == "unknown"), None)
     if name not in _answers:
@@ -83,7 +83,7 @@ def _ask(name: str) -> HubAccess:
     """Ask the hub; interpret the errors of huggingface_hub 1.x (utils/_http.py, hf_raise_for_status).
 
     Without a token, the hub answers 401 for a model that does not exist; huggingface_hub treats this as missing.
-    A 404 without a repository error comes from a mirror of the hub that lacks this call.
+    A 404 that is not a repository error comes from a mirror of the hub that lacks this API call.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
@@ -114,7 +114,7 @@ def within[T](seconds: float, ask: Callable[[], T]) -> T:
     def work() -> None:
         try:
             future.set_result(ask())
-        except Exception as error:  # raised in the caller's thread
+        except Exception as error:  # `future.result` raises it in the caller's thread
             future.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
@@ -122,7 +122,7 @@ def within[T](seconds: float, ask: Callable[[], T]) -> T:
         return future.result(seconds)
     except TimeoutError:
         if future.done():
-            raise  # an error of the function
+            raise  # the function's TimeoutError
         raise TimeoutError(f"no answer within {seconds:g} s") from None
 
 

@@ -139,7 +139,7 @@ def package_version(name: str) -> str | None:
 
 
 def now() -> str:
-    """The time in UTC, in the form of run.json."""
+    """The time in UTC, in the format of run.json."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -181,7 +181,7 @@ def held(file: Path, otherwise: str, timeout: float = LOOK) -> Iterator[int]:
 
 
 def is_held(file: Path) -> bool:
-    """True if a process holds a lock; False if its file is not readable."""
+    """True if a process holds a lock; False if the lock file is not readable."""
     try:
         with opened(file, "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -201,7 +201,7 @@ def holder(file: Path) -> int | None:
 
 
 def _started(pid: int) -> str:
-    """Start time of a process, which distinguishes reused process ids."""
+    """Start time of a process, to detect a reused process id."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 
@@ -220,7 +220,7 @@ def make_once(folder: Path, make: Callable[[Path], object]) -> Path:
     part = folder.with_name(f".{folder.name}.part")
     lock = folder.with_name(f".{folder.name}.lock")
     with held(lock, f"another process has not finished {folder.name} in {LOCK_TIMEOUT} s", LOCK_TIMEOUT):
-        shutil.rmtree(part, ignore_errors=True)  # from a killed process
+        shutil.rmtree(part, ignore_errors=True)  # left by a killed process
         if not folder.is_dir():
             try:
                 with naming(folder):
@@ -232,7 +232,7 @@ def make_once(folder: Path, make: Callable[[Path], object]) -> Path:
 
 
 def end_with_parent(by: signal.Signals = signal.SIGTERM) -> None:
-    """Have Linux send this process a signal when the parent process ends."""
+    """Make Linux send this process a signal when the parent process ends."""
     ctypes.CDLL(None).prctl(1, by)
 
 
@@ -269,7 +269,7 @@ def start_child(command: list[str], **options: Any) -> "subprocess.Popen[bytes]"
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Yield a list that collects signals to stop, and SIGUSR1, a scheduler's warning."""
+    """Yield a list that collects stop signals, and SIGUSR1, a scheduler's warning."""
     received: list[int] = []
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     handlers = {number: signal.signal(number, lambda n, _: received.append(n)) for number in signals}

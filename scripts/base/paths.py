@@ -13,7 +13,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def _shipped(folder: str) -> Path:
-    """Folder of the project, inside the installed package or beside scripts/."""
+    """Path of a folder that the project ships, inside the installed package or beside scripts/."""
     inside = _PACKAGE / folder
     return inside if inside.is_dir() else _PACKAGE.parent / folder
 
@@ -27,7 +27,7 @@ LOCK = _PACKAGE.parent / "requirements.lock"
 
 
 def runs() -> Path:
-    """The folder of the runs: from --runs or QLORA_RUNS, by default runs."""
+    """Folder for runs, from --runs or QLORA_RUNS; by default runs/."""
     return Path(os.environ.get(RUNS) or "runs")
 
 
@@ -62,14 +62,14 @@ def studies() -> list[Path]:
 
 
 def recipe_names() -> list[str]:
-    """Names of starting points and studies' recipes: paths under recipes/ without suffix."""
+    """Names of starting points and of studies' recipes: paths under recipes/ without suffix."""
     folders = [*studies(), RECIPES / "start"]
     files = [(folder, file) for folder in folders for file in folder.rglob("*.yaml") if file.name != "study.yaml"]
     return sorted({file.relative_to(folder.parent).with_suffix("").as_posix() for folder, file in files})
 
 
 def recipe_file(name: str) -> Path:
-    """The file for a recipe's name, existing or not."""
+    """File of the named recipe; it need not exist."""
     files = [recipes / f"{name}.yaml" for recipes, _ in homes()]
     return next(filter(Path.is_file, files), files[-1])
 
@@ -82,7 +82,7 @@ def variant_names() -> list[str]:
 def find_recipe(name: str) -> tuple[str, Path]:
     """Find a recipe or variant; return its name and file.
 
-    It is found by name, by part of its name (see `meant`), or by file. The name of any other file is its stem.
+    It is found by name, by part of its name (see `meant`), or by file. A YAML file elsewhere is named by its stem.
 
     Raises:
         UserError: the name matches no recipe, variant or file, or several.

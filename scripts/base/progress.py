@@ -52,20 +52,20 @@ def is_secret(key: str, value: Any = None) -> bool:
 
 
 def masked(text: str) -> str:
-    """Mask secrets in a text: HF_TOKEN's value, and what looks like a secret."""
-    if len(token := os.environ.get("HF_TOKEN", "")) > 3:  # many texts contain a placeholder such as 0
+    """Mask secrets in a text: HF_TOKEN's value, and anything that looks like a secret."""
+    if len(token := os.environ.get("HF_TOKEN", "")) > 3:  # a placeholder such as 0 occurs in many texts
         text = text.replace(token, MASK)
     return _SECRET_VALUE.sub(lambda found: (found["key"] or "") + MASK, text)
 
 
-PART = "QLORA_RECIPES_PART"  # set in a command that another command starts; only the outer one suggests next steps
+PART = "QLORA_RECIPES_PART"  # set for commands that another command starts; only the outermost suggests next steps
 
 
 _OBEYED = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def harmless(text: str) -> str:
-    """Mask secrets; replace control characters, except line ends, by spaces."""
+    """Mask secrets; replace control characters, except line ends, with spaces."""
     return _OBEYED.sub(" ", masked(text))
 
 
@@ -98,7 +98,7 @@ def broken(text: str, width: int) -> Iterator[str]:
 
 def say(text: str) -> None:
     """Write a text to stderr, wrapped to the terminal's width; ignore a closed stderr."""
-    is_command = text.startswith(("next: ", "chat: "))  # to be copied in one piece
+    is_command = text.startswith(("next: ", "chat: "))  # unwrapped, for copying
     width = get_terminal_size().columns if sys.stderr.isatty() and not is_command else sys.maxsize
     with suppress(OSError):
         for line in text.split("\n"):
@@ -107,13 +107,13 @@ def say(text: str) -> None:
 
 @cache
 def say_once(text: str) -> None:
-    """Log a line once in this process."""
+    """Log a line only once per process."""
     say(text)
 
 
 @cache
 def _console() -> Any:
-    """Shared console of all bars, for stacked nested bars."""
+    """Console that all bars share, so that nested bars are stacked."""
     from rich.console import Console
 
     return Console(stderr=True)
@@ -122,10 +122,10 @@ def _console() -> Any:
 class Bar:
     """A progress bar on a terminal; in a log file, a line per phase and every 30 s.
 
-    `total` is None while the amount of work is unknown; `done` is the amount of work finished before.
+    `total` is None while the amount of work is unknown; `done` is the amount of work finished before the bar starts.
     """
 
-    EVERY = 30.0  # seconds between two lines
+    EVERY = 30.0  # seconds between two lines in a log file
 
     def __init__(self, title: str, total: int | None = None, done: int = 0):
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn

@@ -45,7 +45,7 @@ for _first in "-+0123456789":
 
 
 _PLAIN = (type(None), bool, int, float, str, list, dict)
-_MOST_VALUES = 100_000  # a config has about a hundred; nested aliases expand a short text to very many
+_MOST_VALUES = 100_000  # a config has about a hundred values; nested aliases can expand a short text to millions
 _MOST_LEVELS = 50
 
 
@@ -53,7 +53,7 @@ def parse(text: str, where: str) -> Any:
     """Parse YAML text: text, numbers, booleans, null, lists, and mappings with text keys.
 
     Raises:
-        UserError: the text is not YAML (with line and column) or contains another type.
+        UserError: the text is not YAML (with line and column), is too large, or contains a value of any other type.
     """
     try:
         depths = accumulate(_LEVELS.get(type(event), 0) for event in yaml.parse(text, _Loader))
@@ -65,7 +65,7 @@ def parse(text: str, where: str) -> Any:
     for number, (value, depth) in enumerate(_values(content)):
         if depth > _MOST_LEVELS or number > _MOST_VALUES:
             raise UserError(f"{where}: too large or nested too deeply for a config; write out aliases")
-        too_large = isinstance(value, int | float) and not -(2.0**63) < value < 2.0**63  # also true for NaN
+        too_large = isinstance(value, int | float) and not -(2.0**63) < value < 2.0**63  # True for NaN too
         if not isinstance(value, _PLAIN) or too_large:
             raise UserError(f"{where}: {value!r:.50} is not allowed in a config; if it is text, put it in quotes")
         for key in value if isinstance(value, dict) else ():
@@ -83,7 +83,7 @@ _LEVELS: dict[type[yaml.Event], int] = {
 
 
 def _problem(error: Exception, text: str) -> str:
-    """PyYAML's error on one line, after the place in the text."""
+    """PyYAML's error on one line, preceded by its position in the text."""
     if not isinstance(error, yaml.MarkedYAMLError) or not error.problem_mark:
         return f": not valid YAML: {str(error).partition('\n')[0]}"
     mark, began = error.problem_mark, error.context_mark
@@ -167,7 +167,7 @@ def line_of(file: Path, key: str | Sequence[str]) -> int:
     return line
 
 
-@lru_cache(maxsize=8)  # for several mistakes in a file
+@lru_cache(maxsize=8)  # a file with several mistakes is parsed once
 def _composed(text: str) -> Any:
     return yaml.compose(text, Loader=_Loader)
 
@@ -182,7 +182,7 @@ def inside(node: Any, part: str) -> tuple[Any, Any] | None:
 
 
 def in_words(error: Any) -> str:
-    """Message for one of pydantic's errors, with the wrong value.
+    """Message for one of pydantic's errors, with the invalid value.
 
     Args:
         error: one of `ValidationError.errors()`.

@@ -136,7 +136,7 @@ def choice(pairs: Sequence[Pair], parameters: ChoiceParameters) -> list[float]:
 
 
 def _notes(pairs: Sequence[Pair], parameters: NumberParameters) -> Iterator[str]:
-    """Notes on texts without a number, possibly because a marker is missing."""
+    """Notes on texts without a number; a marker may be missing."""
     remedy = "; other markers can be set with `markers`" if parameters.markers is None else ""
     for side, name in enumerate(("references", "predictions")):
         unread = [pair[side] for pair in pairs if number_of(pair[side], parameters) is None]

@@ -28,7 +28,7 @@ class ScorerModel(Parameters):
 
     @property
     def stand_in(self) -> bool:
-        """True for the model that replaces the study's in rehearsals."""
+        """True for the model that replaces the study's scorer model in rehearsals."""
         return False
 
     @property
@@ -53,7 +53,7 @@ class ScorerModel(Parameters):
 
 
 def made_by(by: ScorerModel | None, record: Row | None) -> bool:
-    """True if scores were recorded for this scorer model, or both are None."""
+    """True if the record names this scorer model, or there is neither a model nor a record."""
     if by is None or record is None:
         return by is None and record is None
     same_weights = not by.is_local or by.local_revision() == record["revision"]

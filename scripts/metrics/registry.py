@@ -21,8 +21,8 @@ class BenchmarkParameters(Parameters):
 
     Attributes:
         task: name of a task or group in lm-evaluation-harness, or a YAML file that declares a task.
-        result: metric, followed by a filter if the task has several, as in `exact_match,strict-match`; by default the
-            first result.
+        result: metric, followed by a filter if the task has several filters, as in `exact_match,strict-match`; by
+            default the first result.
         mean_of_tasks: True to score a group by the unweighted mean of its tasks, as in many published tables. The
             harness weights the tasks of some groups by size.
         shots: number of examples in each prompt; by default the task's.
@@ -101,8 +101,8 @@ DEFAULT = ("bleu4", "rouge_l", "bertscore_f1", "sacrebleu")
 """Default metrics, for use if neither a study nor --metric names any."""
 _NAME = re.compile("[A-Za-z][A-Za-z0-9_]*")
 _TAKEN = (
-    *("rows", "intervals", "metrics", "notes", "exact", "empty", "repeated", "length_ratio", "bertscore"),  # of scores
-    *("row", "idx", "lang", "group", "reference", "prediction", "prompt", "prompt_token_ids"),  # of predictions
+    *("rows", "intervals", "metrics", "notes", "exact", "empty", "repeated", "length_ratio", "bertscore"),
+    *("row", "idx", "lang", "group", "reference", "prediction", "prompt", "prompt_token_ids"),
     *("run", "recipe", "variant_of", "study", "state", "jobs", "step", "steps", "ended", "verdict", "differs", "open"),
     *("rehearsal", "test_set", "rows_evaluated", "memory", "time", "member", "values", "runs", "states", "seeds"),
 )
@@ -189,7 +189,7 @@ def _of_task(task: str) -> dict[str, Any]:
 
 
 def scorer_named(texts: Iterable[str]) -> str | None:
-    """Scorer model in --metric; `none` leaves BERTScore out, None names no model."""
+    """Scorer model that --metric names (`none` leaves BERTScore out), or None."""
     return next((text.removeprefix(SCORER) for text in texts if text.startswith(SCORER)), None)
 
 

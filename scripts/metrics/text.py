@@ -19,7 +19,7 @@ _TINY = sys.float_info.min  # replaces 0 in logarithms: an empty prediction scor
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words, underscores and other single characters."""
+    """Lower-case words; each underscore, punctuation mark or symbol is a separate item."""
     return _WORD.findall(text.lower())
 
 
@@ -39,7 +39,7 @@ def bleu4(reference: str, prediction: str) -> float:
     log_precisions = 0.0
     matches = 1
     for n in range(1, 5):
-        # n + 1 words cannot match unless n words do
+        # longer n-grams cannot match if shorter ones do not
         matches = matches and (_ngrams(wanted, n) & _ngrams(given, n)).total()
         total = max(len(given) - n + 1, 0)
         smooth = n > 1
@@ -69,7 +69,7 @@ def _tokenizer(stemmed: bool) -> Callable[[str], list[str]]:
 
     if not stemmed:
         return lambda text: list(tokenize(text, None))
-    # hide optional imports of nltk that take 2 s and are not used here
+    # hide nltk's optional imports, which take 2 s and are not used here
     hidden: dict[str, Any] = dict.fromkeys({"scipy", "sklearn"} - sys.modules.keys())
     sys.modules.update(hidden)  # importing a module that is None raises ModuleNotFoundError
     try:
@@ -84,17 +84,18 @@ def _tokenizer(stemmed: bool) -> Callable[[str], list[str]]:
 def _common(reference: Sequence[str], prediction: Sequence[str]) -> int:
     """Number of words in the longest common subsequence.
 
-    Bit-parallel (Hyyrö 2004, "Bit-parallel LCS-length computation revisited"), because the table in rouge-score takes
-    a Python step for each pair of words.
+    This is a bit-parallel algorithm (Hyyrö 2004, "Bit-parallel LCS-length computation revisited"). It is faster than
+    the table in rouge-score, which takes a Python step for each pair of words.
     """
     places: dict[str, int] = {}  # for each word, a bit for each of its places in the reference
     for place, word in enumerate(reference):
         places[word] = places.get(word, 0) | (1 << place)
-    # table row for the words so far: 0 marks places at which the subsequence grows by one
+    # table row for the words so far: a 0 marks a place at which the subsequence grows by one
     flat = every = (1 << len(reference)) - 1
     for word in prediction:
         found = flat & places.get(word, 0)
-        flat = ((flat + found) | (flat - found)) & every  # moves the next 0 above each place of the word to that place
+        # each 0 moves down to the lowest match above the next 0, if any; a match above all zeros adds a 0
+        flat = ((flat + found) | (flat - found)) & every
     return len(reference) - flat.bit_count()
 
 
@@ -125,7 +126,7 @@ def _corpus_bleu(parameters: SacrebleuParameters) -> Any:
 
 
 def sacrebleu(pairs: Sequence[Pair], parameters: SacrebleuParameters) -> float:
-    """Corpus BLEU over all pairs, which differs from a mean of row scores."""
+    """Corpus BLEU over all pairs; it differs from the mean of BLEU over rows."""
     references, predictions = ([pair[side] for pair in pairs] for side in (0, 1))
     return float(_corpus_bleu(parameters).corpus_score(predictions, [references]).score)
 
