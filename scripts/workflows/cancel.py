@@ -39,7 +39,7 @@ def _cancelled(thing: RunDir | Sweep | Study) -> list[str]:
         folders = _members(thing) if isinstance(thing, Sweep) else _of_study(thing)
     messages = []
     for folder in folders:
-        # only one request: a second one would stop training without a checkpoint
+        # ask each run only once: a second request would stop training without a checkpoint
         asked = slurm_site.cancel(folder.jobs()) or stop_holders(folder.path.rglob("*lock"))
         messages += [f"{folder.path}: {message}" for message in asked]
     return messages

@@ -1,4 +1,4 @@
-"""New run folders: record and launch config."""
+"""Creation of run folders, each with a record and a launch config."""
 
 import hashlib
 import os
@@ -46,7 +46,7 @@ def create(composed: Composed, request: Request) -> RunDir:
     if record.variant_of:
         say(f"  a variant of {record.variant_of}")
     for difference in composed.differences:
-        say_once(f"  {difference}")  # once for all runs of this command
+        say_once(f"  {difference}")  # not repeated for later runs of this command
     return folder
 
 
@@ -85,7 +85,7 @@ def record_of(composed: Composed, request: Request) -> Run:
 def launch_config(composed: Composed, folder: RunDir) -> Config:
     """Config for Axolotl, with the run's folders, plugin and tracker names.
 
-    Axolotl's automatic resuming is off, because Axolotl would also resume from a damaged checkpoint.
+    auto_resume_from_checkpoints is off, because Axolotl would also resume from a damaged checkpoint.
     """
     return _with_tracker_names(composed, folder) | {
         "output_dir": str(folder.output),
@@ -96,22 +96,22 @@ def launch_config(composed: Composed, folder: RunDir) -> Config:
 
 
 def prepared_folder(data: list[DataFile]) -> Path:
-    """Folder for rows that Axolotl prepares from these files.
+    """Folder for the rows that Axolotl tokenizes from these data files.
 
-    Axolotl's cache key covers only settings. The path contains a hash of the data, so that Axolotl does not reuse the
-    rows after a file changes.
+    The key of Axolotl's own cache covers only settings. The folder's name is a hash of the data, so that Axolotl does
+    not reuse old rows after a file changes.
     """
     content = hashlib.sha256("".join(file.sha256 for file in data).encode()).hexdigest()
     return paths.cache() / "prepared" / content[:16]
 
 
 def _with_tracker_names(composed: Composed, folder: RunDir) -> Config:
-    """Config with {placeholders} filled in for tracker keys.
+    """Fill in {placeholders} in the values of tracker keys.
 
     {project} is the name of the study, or of the recipe if it belongs to no study; rehearsals add a suffix. {run} is
-    the path of the run folder below the project; other commands accept it as a run's name. {runs} is the folder of all
-    runs. Axolotl passes the value of each key to the tracker in the environment variable of the same name, unless the
-    user has set this variable.
+    the path of the run folder below the project; `recipe` commands accept this path as a run's name. {runs} is the
+    folder of all runs. Axolotl passes the value of each key to the tracker in the environment variable of the same
+    name, unless the user has set this variable.
     """
     runs = folder.runs(composed.recipe)
     study = (composed.origin or composed.recipe).partition("/")[0]

@@ -44,7 +44,7 @@ def of_name(name: str, request: EvaluationRequest, backend: Backend) -> tuple[Ru
     An adapter under a recipe gets a run folder.
 
     Args:
-        name: name of a run, see `find_run`; with an adapter, also of a recipe.
+        name: name of a run, see `find_run`; or of a recipe, if the request has an adapter.
         request: settings of the evaluation.
         backend: backend that carries out the evaluation.
     """
@@ -72,7 +72,7 @@ def start(folder: RunDir, request: EvaluationRequest, backend: Backend) -> Evalu
         evaluation.
 
     Raises:
-        UserError: the evaluation is already queued, or refused by `EvaluationTask` or the backend; nothing was started.
+        UserError: the evaluation is already queued, or `EvaluationTask` or the backend refuses it; nothing was started.
         WorkFailed: see `evaluate.evaluate`.
     """
     record = folder.read()
@@ -80,9 +80,9 @@ def start(folder: RunDir, request: EvaluationRequest, backend: Backend) -> Evalu
     if not backend.here:
         if not backends.job_state(folder, "run"):
             task = EvaluationTask(folder, request)
-            if task.settings.engine != SERVER:  # perhaps only the cluster's nodes reach the server
+            if task.settings.engine != SERVER:  # perhaps only the cluster's nodes can reach the server
                 require(task.settings, None, on_gpu=not record.rehearsal)
-        elif request.data:  # the other inputs do not exist before training ends
+        elif request.data:  # the only input that exists before training ends
             cfg = yamlfiles.read_yaml(folder.config)
             evaluation_rows.read(evaluation_rows.named(request.data, cfg, Path(record.cwd)), folder, record, cfg)
         if job := backends.job_state(folder, "evaluate", evaluation.words):
@@ -122,7 +122,7 @@ def located(adapter: str) -> tuple[Path, str]:
 
 
 def as_peft(folder: Path, form: AdapterFormat) -> Path:
-    """Convert a PEFT fork's adapter to PEFT's format, in a subfolder; return the subfolder.
+    """Convert an adapter of a PEFT fork to PEFT's format; return its new subfolder.
 
     Raises:
         UserError: the file is damaged or contains objects other than weights.
@@ -139,7 +139,8 @@ def as_peft(folder: Path, form: AdapterFormat) -> Path:
     for name, tensor in theirs.items():
         for part, own in form.names.items():
             name = name.replace(part, own)
-        weights[name] = (tensor.flatten() if "magnitude" in name else tensor).contiguous()  # PEFT expects a vector
+        # PEFT stores magnitudes as vectors
+        weights[name] = (tensor.flatten() if "magnitude" in name else tensor).contiguous()
     made = folder / "peft"
     made.mkdir(exist_ok=True)
     save_file(weights, made / ADAPTER)
@@ -148,7 +149,7 @@ def as_peft(folder: Path, form: AdapterFormat) -> Path:
 
 
 def request_for(name: str, adapter: Path, force: Sequence[str]) -> Request:
-    """Return the request for a recipe with an adapter's base model.
+    """Return a request that composes a recipe with an adapter's base model.
 
     The base model is the recipe's model, an ungated copy of it, or a rehearsal's stand-in.
     """
@@ -175,16 +176,16 @@ def checked(request: Request, backend: Backend) -> Composed:
 
 @contextmanager
 def run_of(composed: Composed, request: Request, adapter: Path, name: str) -> Iterator[RunDir]:
-    """Yield the run folder for an adapter and config; create a missing one.
+    """Yield the run folder for an adapter and config; create it if it is missing.
 
     Args:
         composed: the config, see `checked`.
         request: request from which the config was composed.
         adapter: folder of the adapter, see `located`.
-        name: name of the adapter; run.json has it because the run was not trained here.
+        name: name of the adapter. run.json records it, because this run did not train the adapter.
 
     Raises:
-        UserError: data or tokenizer are missing, or the `with` block raises it; a new folder is removed.
+        UserError: the data or the tokenizer is missing, or the `with` block raises UserError. A new folder is removed.
     """
     composed.data = composed.data or datafiles.record(composed.config)
     digest = hashlib.sha256(f"{composed.digest} {sha256(adapter / ADAPTER)}".encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Pipeline from a config to scores, without repeated steps, for reproductions and sweeps."""
+"""Pipeline from config to scores for reproductions and sweeps; finished steps are skipped."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -32,7 +32,7 @@ def existing_runs(runs: Path, recipe: str) -> dict[str, tuple[RunDir, Run]]:
     """Newest run of a recipe for each digest of config and data.
 
     A finished run takes precedence over newer unfinished runs. Runs with several ranks or with arguments for Axolotl
-    are left out, because digests do not cover these.
+    are left out, because a digest does not cover these settings.
     """
     found: dict[str, tuple[RunDir, Run]] = {}
     for folder in all_runs(runs / recipe):
@@ -55,7 +55,7 @@ def seeds_of(recipe: str, count: int) -> list[int]:
 
 
 def exit_code(results: list[TaskResult]) -> int:
-    """Exit code: 0 without problems, 2 if check or plan refused everything, otherwise 1."""
+    """Exit code: 0 without problems, 2 if every task failed its check or plan, otherwise 1."""
     problems = [result for result in results if result.problem]
     refused = all(
         result.problem and FAILED in (result.steps.get("check"), result.steps.get("plan")) for result in results
@@ -69,7 +69,7 @@ class Pipeline:
     Args:
         result: result in which the steps are recorded.
         request: the requested run.
-        evaluation: settings of the evaluation. In a rehearsal, the default for BERTScore's model is a stand-in.
+        evaluation: settings of the evaluation. In a rehearsal, BERTScore uses a stand-in model by default.
         backend: backend that carries out the commands.
         gpu: GPU for which the config is composed, checked and planned; by default the backend's.
 
@@ -123,11 +123,11 @@ class Pipeline:
         return True
 
     def check(self, with_data: bool, starts: bool = True) -> bool:
-        """Check the config or the data; return True without errors.
+        """Check the config; return True if there are no errors.
 
         Args:
-            with_data: also check the data. If false, check only the config, before a start also with Axolotl.
-            starts: whether the run is about to start.
+            with_data: also check the data, and skip Axolotl's validation of the config.
+            starts: whether the run is about to start. If so, Axolotl validates the config.
         """
         if self.composed is None:
             return False
@@ -150,9 +150,9 @@ class Pipeline:
         return not errors
 
     def plan(self, gpu: Gpu | None = None) -> bool:
-        """Plan the memory; return False if it exceeds the GPU's.
+        """Plan the required memory; return False if it exceeds the GPU's memory.
 
-        For a rehearsal, this plans the recipe itself, which need not fit.
+        For a rehearsal, the plan is that of the recipe itself, which may exceed the GPU's memory.
 
         Args:
             gpu: GPU to plan for; by default, the pipeline's.
@@ -182,7 +182,7 @@ class Pipeline:
         return self.composed.digest if self.composed and self.composed.data else None
 
     def task(self) -> Task:
-        """Task with the steps that the existing run leaves to do."""
+        """Task with the steps that are not yet done, running or queued."""
         steps: list[Step] = ["evaluate"]
         if self.state not in ("queued", "running", "finished"):
             steps = ["prepare", "run", "evaluate"] if self._generates() else ["prepare", "run"]
@@ -235,7 +235,9 @@ class Pipeline:
         return evaluate.command(folder, self.evaluation)
 
     def _evaluation(self) -> str | None:
-        """Evaluation state of the existing run: skipped, or its job's state; otherwise None.
+        """State of the existing run's evaluation; None if it still has to start.
+
+        The state is skipped if the evaluation is complete or not needed, otherwise the state of its job.
 
         Raises:
             UserError: see `EvaluationTask`.
@@ -267,7 +269,10 @@ def require_scorer_models(
 
 
 def _is_resumable(folder: RunDir, former_run: Run) -> bool:
-    """True if an unfinished run can be resumed and did not fail repeatedly."""
+    """True if this user's run can be resumed.
+
+    False if the run failed after a resume, unless it ran out of memory or disk space.
+    """
     launches = former_run.launches
     failed_again = former_run.state == "failed" and len(launches) > 1 and not launches[-1].problem
     return not failed_again and trust.is_own(folder, former_run) and run.hindrance(folder, former_run) is None

@@ -1,4 +1,4 @@
-"""Reproduction of a study from data to results table, without repeated steps."""
+"""Reproduction of a study, from data to results table; finished steps are skipped."""
 
 import fnmatch
 import glob
@@ -33,7 +33,7 @@ from .pipeline import Pipeline, require_scorer_models, seeds_of
 
 
 def chosen(of_study: Study, only: list[str]) -> list[str]:
-    """Recipes of a study by name or pattern; default: all with published scores.
+    """Recipes of a study by name or pattern; by default, all with published scores.
 
     Raises:
         UserError: a name or pattern matches no recipe of the study, or a name matches several.
@@ -75,7 +75,8 @@ def reproduce(
     """
     wanted = _wanted(of_study, request, only, seeds)
     declared = declared_models(of_study.columns)
-    if not request.rehearse and evaluation.judge is None and declared:  # a missing model is fetched later
+    # `require_scorer_models` fetches a missing model
+    if not request.rehearse and evaluation.judge is None and declared:
         by = next(iter(declared.values()))
         evaluation.metrics = [*evaluation.metrics, f"{SCORER}{by.model}"]
     with held(lock(request.name), "another reproduction of this study is running"):
@@ -85,7 +86,7 @@ def reproduce(
         runnable = [pipeline for pipeline in pipelines if pipeline.is_finished() or pipeline.check(with_data=False)]
         have_data(of_study, [pipeline.composed for pipeline in runnable if pipeline.composed])
         for pipeline in runnable:
-            if not pipeline.existing:  # the digest needs the data, perhaps fetched only now
+            if not pipeline.existing:  # `have_data` may have fetched the data that the digest needs
                 pipeline.look_up()
         ready = []
         with Bar("checking and planning", len(runnable)) as bar:
@@ -117,7 +118,9 @@ def outline(
     gpu: Gpu | None,
     seeds: int = 1,
 ) -> dict[str, list[Any]]:
-    """Preview of `reproduce` with the same arguments; starts nothing, but caches plans.
+    """Preview `reproduce` with the same arguments, without starting anything.
+
+    Plans are cached.
 
     Args:
         gpu: GPU to plan for; by default the backend's.
@@ -197,7 +200,7 @@ def _wanted(of_study: Study, request: Request, only: list[str], seeds: int) -> l
     if seeds == 1:
         return [(TaskResult(recipe), request_for(request, recipe)) for recipe in recipes]
     if any(parse_override(text)[0] == "seed" for text in request.overrides):
-        raise UserError("--seeds: --set already sets seed; leave one of them out")
+        raise UserError("--seeds: --set already sets seed; give only one of the two")
     return [
         (TaskResult(recipe, seed=seed), replace(asked, overrides=[*asked.overrides, f"seed={seed}"]))
         for recipe in recipes
@@ -247,7 +250,7 @@ def missing(data: Data, files: Iterable[str]) -> list[str]:
 
 
 def _needed_beside(data: Data, configs: list[Composed]) -> list[str]:
-    """Files of a data set that belong to the configs' initial adapters."""
+    """Files of a data set in the folders of the configs' initial adapters."""
     starts = [str(composed.config.get("lora_model_dir") or "") for composed in configs]
     return [file for file in data.files if any(Path(data.raw, file).parent == Path(start) for start in starts)]
 

@@ -49,8 +49,8 @@ def prepare(request: Request, backend: Backend) -> Composed:
             finding.level = "note"  # a dry run only shows the config
     for finding in refuse(backends.relevant(backend, found), request.force):
         say(str(finding))
-    # Axolotl validates the config now, instead of after waiting in a queue or loading a model. Without packing, a local
-    # rehearsal or CPU training skips this, because the training itself soon reports the same errors.
+    # Axolotl validates the config now, rather than after a wait in the queue or after loading the model. Rehearsals and
+    # CPU training on this machine skip this unless they pack rows, because training soon reports the same errors.
     if starts and (not backend.here or (gpu and not composed.rehearsal) or composed.config.get("sample_packing")):
         asked = check.Report(composed.recipe, composed, check.by_axolotl(composed, gpu))
         if not asked.count("error") and check.has_tokenizer(composed):
@@ -122,7 +122,7 @@ def resume(
         say(f"{folder.path}: the run is finished")
         return folder
     trust.restore_stand_in(folder, record)
-    if not backend.here:  # on this machine, the run's lock decides
+    if not backend.here:  # on this machine, the run's lock shows whether it is running
         current = backends.read(folder)
         if reason := "the run is still running" if current.state == "running" else hindrance(folder, current):
             raise UserError(f"{folder.path}: {reason}")
@@ -133,15 +133,18 @@ def resume(
 
 
 def _agree(folder: RunDir, record: Run, force: Sequence[str], own: bool, trusted: bool) -> None:
-    """Refuse another user's run unless trusted; sign a trusted run as this user's."""
+    """Raise UserError for another user's run that is not trusted.
+
+    Record `force`. Sign the record with this user's key if it changed or belonged to another user.
+    """
     if not folder.config.is_file():
-        return  # see `hindrance`
+        return  # `hindrance` gives the reason
     if not (own or trusted):
         raise UserError(
             f"{folder.path}: not created by you on this machine, or changed since; resuming it can run its author's "
             "code; if you trust the author, add --trust"
         )
-    if (force or not own) and not this_job(os.environ):  # jobs may not have the user's key
+    if (force or not own) and not this_job(os.environ):  # a job may lack the user's key
         with folder.held():
             record.forced = [*record.forced, *force]
             record.seal = trust.seal(folder, record)
@@ -173,7 +176,7 @@ def _resume_here(folder: RunDir, prepare_only: bool, own: bool) -> RunDir:
 
 
 def hindrance(folder: RunDir, record: Run, in_a_job: bool = False) -> str | None:
-    """Reason not to resume a run, or None.
+    """Reason why a run cannot be resumed, or None.
 
     Args:
         in_a_job: whether this process is one of the run's own jobs.
@@ -196,10 +199,10 @@ def hindrance(folder: RunDir, record: Run, in_a_job: bool = False) -> str | None
 
 
 def _check_here(folder: RunDir, record: Run) -> None:
-    """Check that this machine can train a run created elsewhere or never launched.
+    """Check that this machine can train a run that was never launched here.
 
     Raises:
-        UserError: this machine cannot train the run, whose state becomes failed.
+        UserError: this machine cannot train the run; the run's state becomes failed.
     """
     recipe_file = Path(record.recipe_file)
     composed = Composed(
@@ -215,9 +218,9 @@ def _check_here(folder: RunDir, record: Run) -> None:
     try:
         report = check.examine(composed, gpus.here(), record.ranks, launching=not record.rehearsal)
         _add_plan(report, gpus.here(), record.ranks, anew=True)
-        found = [finding for finding in report.findings if finding.scope != "code"]  # the run is trusted
+        found = [finding for finding in report.findings if finding.scope != "code"]  # the user trusts the run's code
         errors = {finding.name for finding in found if finding.level == "error"}
-        forced = [name for name in record.forced if name in errors]  # others concerned rows or another GPU
+        forced = [name for name in record.forced if name in errors]  # the other names concerned rows or another GPU
         refuse(found, forced)
         if not record.rehearsal and record.gpus_used > max(visible := len(machine.visible_gpus()), 1):
             raise UserError(f"{folder.path}: the run needs {record.gpus_used} GPUs; {visible} available here")

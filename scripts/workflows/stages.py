@@ -31,8 +31,8 @@ def score_predictions(
         scorer: BERTScore's model, see `score.scorer_model`.
 
     Returns:
-        Rows of `published.scores`, and problems by the name of the recipe or baseline. Two keys are added to the rows:
-        `of`, the name; and `verified`, true if the files match the study's checksums.
+        Rows of `published.scores`, and problems by the name of the recipe or baseline. Each row has two more keys:
+        `of`, the name of the recipe or baseline; and `verified`, true if the files match the study's checksums.
 
     Raises:
         UserError: a name is wrong, or no predictions are published.
@@ -99,7 +99,7 @@ def evaluate_adapters(
                 remedy = f"run `recipe data fetch {of_study.data.key} {fetching}`"
                 raise UserError(f"{result.recipe}: a rehearsal does not fetch the adapter; {remedy}")
             if not all(of_study.data.files[file].sha256 for file in files):
-                say(f"{result.recipe}: adapter not verified, because study.yaml has no checksum of it")
+                say(f"{result.recipe}: adapter not verified, because study.yaml lacks checksums for the files")
             folder, form = of_study.data.raw / adapter, of_study.published[result.recipe].adapter_format
             folder, _ = located(str(as_peft(folder, form) if form else folder))
             step = "evaluate"

@@ -1,4 +1,4 @@
-"""Sweeps: their members and records, and the runs of unfinished members."""
+"""Sweeps: members, records, and the runs of unfinished members."""
 
 import itertools
 import re
@@ -34,12 +34,12 @@ PAIRED = "_"
 
 
 class SweepMember(BaseModel):
-    """One config of a sweep; several seeds give several members with the same name.
+    """One config of a sweep. Members that differ only in seed have the same name.
 
     Attributes:
         values: values of the settings by dotted key.
         digest: hash of config and data; identifies the member's run.
-        planned_gib: planned GPU memory of the recipe with these values; in a rehearsal too, that of the full recipe.
+        planned_gib: planned GPU memory of the recipe with these values, even if the sweep is a rehearsal.
     """
 
     name: str
@@ -50,12 +50,12 @@ class SweepMember(BaseModel):
 
     @property
     def label(self) -> str:
-        """Name, with the seed if there are several."""
+        """Name, with the seed if the sweep has several seeds."""
         return self.name if self.seed is None else f"{self.name}, seed {self.seed}"
 
     @property
     def overrides(self) -> list[str]:
-        """Values in the format of --set."""
+        """Values and seed as key=value texts for --set."""
         values = self.values if self.seed is None else self.values | {"seed": self.seed}
         return settings(values)
 
@@ -89,7 +89,7 @@ class Sweep(BaseModel):
         return self.file(runs).with_suffix(".lock")
 
     def write(self, runs: Path) -> None:
-        """Write the record, replacing an earlier one."""
+        """Write the record, replacing an earlier record."""
         write_atomically(self.file(runs), self.model_dump_json(indent=1) + "\n")
 
 
@@ -186,7 +186,7 @@ def _seeded(members: list[SweepMember], recipe: str, seeds: int) -> list[SweepMe
     if seeds == 1:
         return [member.model_copy() for member in members]
     if any("seed" in member.values for member in members):
-        raise UserError("--seeds: the sweep already sets seed; leave one of them out")
+        raise UserError("--seeds: the sweep already sets seed; give only one of the two")
     return [member.model_copy(update={"seed": seed}) for member in members for seed in seeds_of(recipe, seeds)]
 
 
@@ -219,26 +219,28 @@ def _refuse_twins(pipelines: list[Pipeline]) -> None:
     for a, b in itertools.combinations(pipelines, 2):
         of_one = a.result.recipe == b.result.recipe
         if of_one and a.composed and b.composed and not config.differences(a.composed.config, b.composed.config):
-            raise UserError(f"{a.result.label} and {b.result.label} have the same config; leave one out")
+            raise UserError(f"{a.result.label} and {b.result.label} have the same config; remove one of them")
 
 
 def of_recipe(recipe: str) -> dict[str, Column]:
     """Metrics of a recipe or variant."""
     origin: str | None = recipe
-    with suppress(UserError):  # deleted recipe
+    with suppress(UserError):  # the recipe was deleted
         origin = config.origin_of(*paths.find_recipe(recipe))
     return columns_of(origin)
 
 
 def read_members(file: Path | None, sets: Sequence[str]) -> tuple[str, list[SweepMember]]:
-    """Name and members of a sweep: `_` entries times combinations of values.
+    """Read the name and members of a sweep.
+
+    The members are all combinations of an entry of `_` with one value for each other key.
 
     Args:
         file: a YAML file in Axolotl's sweep format, in which entries of `_` can have a `name`.
         sets: `key=value,value` from --set.
 
     Raises:
-        UserError: both arguments are missing, one is malformed, or two members have the same name.
+        UserError: both arguments are empty, an argument is malformed, or two members have the same name.
     """
     if not file and not sets:
         raise UserError("no values to try; give a sweep file, or values as in --set lora_r=16,32")
@@ -271,7 +273,7 @@ def read_members(file: Path | None, sets: Sequence[str]) -> tuple[str, list[Swee
 
 
 def settings(values: Mapping[str, Any]) -> list[str]:
-    """Values as --set takes them."""
+    """Values as key=value texts for --set."""
     return [f"{key}={yamlfiles.write_flow(value)}" for key, value in values.items()]
 
 
@@ -302,7 +304,7 @@ def find_any(name: str) -> RunDir | Sweep | Study:
         if chosen in recipes:
             raise UserError(f"{name}: no run of {chosen} below {runs}/; `recipe run {chosen}` starts one") from None
     also = f"{chosen}/rehearsal"
-    if choices.count(chosen) > 1 or (chosen != name and also in sweeps):  # `cancel` must not stop the wrong one
+    if choices.count(chosen) > 1 or (chosen != name and also in sweeps):  # `recipe cancel` must not stop the wrong run
         several = f"{chosen} or {also}" if also in sweeps else "a run, a sweep or a study"
         raise UserError(f"{name}: ambiguous: {several}; give the full name, or a run folder")
     if chosen in folders:
@@ -320,7 +322,7 @@ def recorded_sweeps() -> dict[str, Sweep]:
 
 
 def find_sweep_file(name: str) -> Path:
-    """Find a sweep file by path, or a shipped one by partial name.
+    """Find a sweep file by path, or a shipped sweep file by partial name.
 
     Raises:
         UserError: no name or several names match.

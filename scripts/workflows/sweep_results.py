@@ -33,15 +33,15 @@ Columns = Mapping[str, Column]
 
 @dataclass
 class SweepRow:
-    """Results of a sweep's members with the same name, one per seed.
+    """Results of the members of a sweep that differ only in seed.
 
     Attributes:
-        member: the first of the members.
+        member: the first member.
         runs: existing runs of the members.
         summary: summary of the first finished run, for values that do not depend on the seed.
         scores: mean over finished runs and 95 % interval by metric, including the eval loss.
-        published: published scores for the member's settings by metric; empty if the study declares none for sweeps.
-        validated: whether the eval loss may select a member: the validation rows differ from the test rows.
+        published: published scores for the member's settings, by metric; empty if the study has no scores for sweeps.
+        validated: whether the eval loss may select a member, because the validation rows differ from the test rows.
         pareto: whether the row is on the Pareto front over peak memory and eval loss.
     """
 
@@ -80,7 +80,7 @@ def _results(sweep: Sweep, runs: Path) -> dict[str, RunResult]:
 def rows(sweep: Sweep, runs: Path) -> list[SweepRow]:
     """Return one row per member name, with measurements of finished runs.
 
-    Runs without separate validation rows get no Pareto front, because a loss on test rows must not select members.
+    Rows without separate validation data are not on the Pareto front: a loss on test rows must not select members.
     """
     scored = columns(sweep, runs)
     results = _results(sweep, runs)
@@ -94,7 +94,7 @@ def rows(sweep: Sweep, runs: Path) -> list[SweepRow]:
 
 
 def _published(sweep: Sweep, values: Mapping[str, Any]) -> dict[str, float | None]:
-    """Published scores for a member's settings; empty if the study declares none for sweeps."""
+    """Published scores for a member's settings; empty if the study has no scores for sweeps."""
     name, file = paths.find_recipe(sweep.recipe)
     origin = config.origin_of(name, file)
     of_study = study.of_any(origin) if origin and not sweep.rehearsal else None
@@ -111,7 +111,7 @@ def _validates(result: RunResult) -> bool:
 
 
 def on_front(own: tuple[float, float] | None, all_costs: Sequence[tuple[float, float] | None]) -> bool:
-    """True for costs on the Pareto front: no other costs dominate them."""
+    """True if `own` is on the Pareto front of all costs."""
     rivals = [other for other in all_costs if other not in (None, own)]
     return own is not None and not any(rival[0] <= own[0] and rival[1] <= own[1] for rival in rivals if rival)
 
@@ -196,7 +196,7 @@ def table_of(sweep: Sweep, scored: Columns, rows: Sequence[SweepRow]) -> Table:
 
 
 def _cells(sweep: Sweep, scored: Columns, row: SweepRow) -> Row:
-    """Table cells of a row: varying values, scores with the first one's interval, costs."""
+    """Table cells of a row: varying values, scores, the first score's interval, and costs."""
     first, *others = scored.values()
     member, share = row.member, row.summary.trainable_share
     values = {key: on_one_line(member.values.get(key)) for key in sweep.keys if not member.name.startswith(f"{key}=")}
@@ -222,14 +222,14 @@ def _cells(sweep: Sweep, scored: Columns, row: SweepRow) -> Row:
 
 @dataclass(frozen=True)
 class BestRow:
-    """Best member of a sweep, and the recipe with its own values for comparison.
+    """Best member of a sweep, and the unchanged recipe for comparison.
 
     Attributes:
         column: the metric of the scores.
         finished: number of finished runs in the sweep.
         best: the member with the lowest eval loss; None if no eval loss may select a member.
-        own: score and interval with the recipe's own values, from a member or from the run in the study's table.
-        own_values: the recipe's own values of the keys in which members differ.
+        own: score and interval of the unchanged recipe, from a member or from the run in the study's table.
+        own_values: the unchanged recipe's values of the keys in which members differ.
     """
 
     sweep: Sweep
@@ -243,13 +243,13 @@ class BestRow:
 def best_rows(of_study: Study, sweeps: Iterable[Sweep], studied: Sequence[StudyRow], runs: Path) -> list[BestRow]:
     """Return the best member by eval loss of each sweep over a study's recipe.
 
-    Test scores never select a member. Sweeps without a finished run, on another base model or on other data are left
-    out.
+    Test scores never select a member. Sweeps without a finished run are left out. Unless it is a rehearsal, a sweep is
+    also left out if its base model or data differ from the study's.
 
     Args:
         of_study: the study.
-        sweeps: sweeps over any recipes; either all or none are rehearsals.
-        studied: rows of the study's recipes; rehearsals if the sweeps are.
+        sweeps: sweeps over any recipes. Either all of them are rehearsals, or none.
+        studied: rows of the study's recipes; if the sweeps are rehearsals, rows of rehearsals.
         runs: folder of all runs.
     """
     name, order = of_study.first.name, [*of_study.published, *of_study.variants]
