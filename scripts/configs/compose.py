@@ -49,9 +49,9 @@ class Composed:
     Attributes:
         origin: the shipped recipe from which a variant or edited copy derives.
         differences: changes from the recipe file to the composed config.
-        files: for each key changed by a variant or profile, the file with the change.
+        files: for each key changed by a file, such as a variant or profile, the path of this file.
         data: the data files; empty until they are read.
-        incompatible: profile keys that do not suit the config, by reason; see `numerics.adapted`.
+        incompatible: profile keys that do not suit the config, grouped by reason; see `numerics.adapted`.
         of_variant: changes from the origin to the recipe file.
     """
 
@@ -74,7 +74,7 @@ class Composed:
 
     @property
     def digest(self) -> str:
-        """Hash of the config, without trackers' keys, and of its data files."""
+        """Hash of the data files, and of the config without tracker keys."""
         cfg = {key: value for key, value in self.config.items() if not config.TRACKING.match(key)}
         content = [cfg, [file.sha256 for file in self.data]]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
@@ -86,8 +86,8 @@ class _Layers:
 
     Attributes:
         reasons: reason and file of the last change of each key.
-        sample: the shipped sample, from a rehearsal's profile.
-        given: the user's changes after that profile, by dotted key.
+        sample: the rehearsal profile's keys for the shipped sample.
+        given: the user's changes merged after the rehearsal profile, by dotted key.
     """
 
     config: Config
@@ -101,12 +101,12 @@ class _Layers:
         self.config = changed
 
     def differences(self, before: Config) -> list[Difference]:
-        """The keys that differ from an earlier config."""
+        """Differences from an earlier config."""
         differing = config.differences(before, self.config).items()
         return [Difference(key=key, recipe=old, run=new, why=self.reasons[key][0]) for key, (old, new) in differing]
 
     def rehearsal_changes(self, fragment: Config) -> Config:
-        """Store the profile's shipped sample; return the keys that apply to this recipe."""
+        """Return the rehearsal profile's changes for this recipe; keep its sample in `sample`."""
         folders = {"stand_in": str(substitution.folder()), "sample": str(usual_sample())}
         fragment = filled(fragment, folders) | {"bf16": machine.cpu_has_bf16()}
         self.sample = {key: fragment.pop(key) for key in substitution.OF_SAMPLE}
@@ -126,7 +126,7 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     base = recipe if origin in (name, None) else yamlfiles.read_yaml(paths.recipe_file(origin or name))
     profiles = [paths.find_profile(profile) for profile in request.profiles]
     if request.rehearse and REHEARSAL not in dict(profiles):
-        profiles.append(paths.find_profile(REHEARSAL))  # last, so that no other profile requires a GPU
+        profiles.append(paths.find_profile(REHEARSAL))  # last, to override other profiles' GPU features
     rehearsal = REHEARSAL in dict(profiles)
     incompatible: numerics.Incompatible = {}
 
@@ -170,7 +170,7 @@ def _fragments(
     gpu: Gpu | None,
     incompatible: numerics.Incompatible,
 ) -> Iterator[tuple[tuple[str, Path], Config]]:
-    """Changes of each profile in turn; fast and packed adapt to all others."""
+    """Yield each profile with its changes; `fast` and `packed` adapt to the other profiles."""
     before = begun
     for profile, file in profiles:
         fragment = yamlfiles.read_yaml(file)

@@ -50,13 +50,13 @@ def override(config: Config, key: str, value: Any) -> Config:
     A number in the key is a position in a list. The value None deletes the key.
 
     Raises:
-        UserError: a part of the key leads to a value without keys.
+        UserError: the key leads into a value without keys, or to a missing position in a list.
     """
     return _replaced(config, key, value, key)
 
 
 def _replaced(current: Any, path: str, value: Any, key: str) -> Any:
-    """Return `current` with `value` at a path inside it; messages show the full `key`."""
+    """Return `current` with `value` at a path inside it; errors show the full `key`."""
     if not path:
         return value
     part, _, rest = path.partition(".")
@@ -98,7 +98,7 @@ def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
 
 @dataclass(kw_only=True)
 class Difference:
-    """A changed key, its values in recipe file and run, and the reason."""
+    """A changed key: its values in the recipe file and the run, and the reason."""
 
     key: str
     recipe: Any = None
@@ -120,14 +120,16 @@ def chained(first: Sequence[Difference], second: Sequence[Difference]) -> list[D
 def check_not_of_the_run(key: str, where: str) -> None:
     """Raise UserError for a key of `OF_THE_RUN`; `where` begins the message."""
     if key.partition(".")[0] in OF_THE_RUN:
-        raise UserError(f"{where}: `recipe run` sets {key}; use --runs to move runs, `recipe resume` to continue one")
+        raise UserError(
+            f"{where}: `recipe run` sets {key}; use --runs to move runs, or `recipe resume` to continue a run"
+        )
 
 
 _NAMED = re.compile(r"# (?:\S+: a variant of (\S+)|(\S+): .*)")
 
 
 def ancestors(file: Path) -> list[str]:
-    """Originals of a variant or copy, from the comments in its header, nearest first."""
+    """Originals of a variant or copy, nearest first, as listed in its header comments."""
     header = takewhile(lambda line: not line or line.startswith("#"), yamlfiles.read_text(file).splitlines())
     return [named[1] or named[2] for line in header if (named := _NAMED.fullmatch(line))]
 

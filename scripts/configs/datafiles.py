@@ -41,7 +41,7 @@ def datasets(composed: Config, *sections: str) -> Iterator[tuple[str, Config]]:
 
 
 def chat_options(composed: Config) -> str:
-    """Options for `axolotl inference` to use the training prompt; empty if Axolotl has none."""
+    """Options that make `axolotl inference` use the training prompt; empty if Axolotl lacks them."""
     types = {str(dataset.get("type")) for _, dataset in datasets(composed, "datasets")}
     return {"chat_template": "--chat", "alpaca": "--prompter AlpacaPrompter"}.get("".join(types), "")
 
@@ -78,7 +78,7 @@ def jsonl_files(dataset: Config) -> list[Path]:
 
 
 def _looks_local(path: Path) -> bool:
-    """True if a missing path looks like a local one, not a hub's."""
+    """True if a missing path looks like a local path rather than a path on a hub."""
     in_a_folder = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
     return path.is_absolute() or path.suffix in _SUFFIXES or in_a_folder
 
@@ -99,11 +99,11 @@ _FORMS: list[tuple[set[str], Config]] = [
     ),
     ({"text"}, {"type": "completion"}),
 ]
-"""Forms of rows: the fields, and the data set keys that read them."""
+"""Forms of rows: the fields, and the data set keys with which Axolotl reads them."""
 
 
 def form_of(fields: Collection[str]) -> Config | None:
-    """Data set keys that read rows with these fields; None for an unknown form."""
+    """Data set keys for rows with these fields; None for an unknown form."""
     return next((entry for known, entry in _FORMS if known <= set(fields)), None)
 
 
@@ -148,7 +148,7 @@ def record(composed: Config) -> list[DataFile]:
 
 
 def test_file(composed: Config, folder: Path = Path()) -> str | None:
-    """Test file beside the training file, relative to a folder; None without one."""
+    """Path of test.jsonl beside the training file, relative to a folder; None if missing."""
     training_files = (Path(str(dataset.get("path"))) for _, dataset in datasets(composed, "datasets"))
     test = next((file.with_name("test.jsonl") for file in training_files), None)
     return str(test) if test and (folder / test).is_file() else None
@@ -180,13 +180,13 @@ def first_rows(dataset: Config) -> int | None:
 
 
 def lines(dataset: Config) -> Iterator[bytes]:
-    """Lines of a data set's JSONL files within its split, without blank lines."""
+    """Non-blank lines of a data set's JSONL files, within its split."""
     all_lines = (line for file in jsonl_files(dataset) for line in file.open("rb") if line.strip())
     return islice(all_lines, first_rows(dataset))
 
 
 def count_rows(path: Path) -> int:
-    """Number of lines in a file, without blank lines."""
+    """Number of non-blank lines in a file."""
     status = path.stat()
     return _count_rows(path, status.st_mtime_ns, status.st_size)
 
@@ -198,15 +198,15 @@ def _count_rows(path: Path, mtime_ns: int, size: int) -> int:
 
 
 def training_steps(composed: Config, gpus: int = 1) -> int | None:
-    """Optimizer steps of a config; None without local JSONL rows."""
+    """Number of optimizer steps of a config; None if unknown, see `steps_of`."""
     return steps_of(composed, training_rows(composed), gpus)
 
 
 def steps_of(composed: Config, rows: int | None, gpus: int = 1) -> int | None:
-    """Optimizer steps for a number of rows, counted as by Axolotl; None if unknown.
+    """Number of optimizer steps for a number of rows; None if unknown.
 
-    They are unknown for packed rows and invalid settings. Axolotl counts in utils/trainer.py,
-    calculate_total_num_steps."""
+    It is unknown for packed rows and for invalid settings. Axolotl counts steps in the same way (utils/trainer.py,
+    calculate_total_num_steps)."""
     if most := int(_positive(composed, "max_steps", 0)):
         return most  # max_steps overrides the epochs
     batch = effective_batch(composed) * gpus
@@ -235,13 +235,13 @@ def training_rows(composed: Config) -> int | None:
 
 
 def _positive(composed: Config, key: str, unset: float = 1) -> float:
-    """Value of a setting that must be a positive number; otherwise 0."""
+    """Value of a setting, or 0 if it is not a positive number."""
     value: Any = composed.get(key, unset)
     return value if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else 0
 
 
 def effective_batch(composed: Config) -> float:
-    """Number of rows in an optimizer step on one device."""
+    """Number of rows per optimizer step on one device; 0 if a setting is invalid."""
     if composed.get("batch_size"):
         return _positive(composed, "batch_size")
     return _positive(composed, "micro_batch_size") * _positive(composed, "gradient_accumulation_steps")

@@ -12,7 +12,7 @@ from ..base.files import read_json
 from ..base.yamlfiles import Config
 from .config import flatten, merge
 
-ENGINE_KEYS = ("deepspeed", "fsdp_version", "fsdp_config")  # of a config
+ENGINE_KEYS = ("deepspeed", "fsdp_version", "fsdp_config")  # keys of a config
 CPU_RANKS = "QLORA_RECIPES_CPU_RANKS"  # environment variable that allows several training processes on the CPU
 
 
@@ -50,14 +50,14 @@ def catalogue() -> dict[str, Gpu]:
 
 
 def find(name: str, option: str = "--gpu") -> Gpu:
-    """Find a GPU by its name, a part of it, or its compute capability.
+    """Find a GPU by name, part of a name, or compute capability.
 
     Args:
-        name: the name, part or capability.
-        option: the option with the name, for messages.
+        name: the name, part of a name, or compute capability.
+        option: the option that takes the name, for messages.
 
     Raises:
-        UserError: the name matches no GPU, or several.
+        UserError: the name matches no GPU or several GPUs.
     """
     if match := re.fullmatch(r"sm_?(\d{1,2})(\d)|(\d{1,2})\.(\d)", name, re.IGNORECASE):
         return Gpu(name, (int(match[1] or match[3]), int(match[2] or match[4])))
@@ -71,12 +71,12 @@ def here() -> Gpu | None:
     if first is None:
         return None
     gpu = Gpu(first["name"], _capability(first["compute_capability"]), first["memory_gib"])
-    listed = named(gpu.name)  # with the nominal memory; plans subtract the part that drivers hide
+    listed = named(gpu.name)  # has the nominal memory; plans subtract the part that torch cannot use
     return replace(gpu, memory=listed.memory, tflops=listed.tflops) if listed else gpu
 
 
 def named(name: str) -> Gpu | None:
-    """Listed GPU of this name, with or without memory size, or None."""
+    """Listed GPU of this name, with or without the memory size; None if unlisted."""
     plain = _plain(name)
     listed = {_plain(gpu.name): gpu for gpu in reversed(catalogue().values())}
     return listed.get(plain) or listed.get(re.sub(r"(16|24|32|40|48|64|80|94|96|141)gb$", "", plain))
@@ -106,7 +106,7 @@ def engine_of(config: Any) -> str:
 
 
 def offloads(config: Any) -> bool:
-    """True if an engine keeps weights or optimizer state in main memory."""
+    """True if the engine offloads weights or optimizer state from the GPU."""
     deepspeed = config.get("deepspeed")
     if isinstance(deepspeed, str):
         deepspeed = read_json(Path(deepspeed)) or {"offload_param.device": "offload" in deepspeed}
@@ -135,4 +135,4 @@ def divided(config: Config, gpus: int, asked: str) -> Config:
     if accumulated % (gpus * unit) == 0:
         return merge(config, {key: accumulated // gpus})
     problem = f"{key} is {accumulated}, not a multiple of {gpus * unit}"
-    raise UserError(f"{asked}: {problem}; set a multiple with --set, perhaps with a smaller micro_batch_size")
+    raise UserError(f"{asked}: {problem}; use --set to set a multiple, perhaps also a smaller micro_batch_size")

@@ -1,4 +1,4 @@
-"""A study's ledger: records in its folder results/, and status of published numbers.
+"""A study's ledger: records in its folder results/, and the status of its published numbers.
 
 Records cannot hold secrets, folders, or names of machines or users: their fields are numbers, hashes, version numbers,
 dates, and names that the project defines. `recipe results --export` writes a record.
@@ -56,7 +56,7 @@ class _Strict(BaseModel):
 
 
 class Score(_Strict):
-    """A score with its 95 % interval over rows, if there is one."""
+    """A score, with its 95 % interval over rows if known."""
 
     value: float
     interval: tuple[float, float] | None = None
@@ -67,9 +67,9 @@ class Record(_Strict):
 
     Attributes:
         made: the day (UTC) of the scoring, or of a failed training run.
-        of: the study's recipe or baseline that has the published scores.
+        of: the study's recipe or baseline.
         revision: the project's commit, with + for uncommitted changes; None outside a checkout.
-        scores: scores on the test set of the published scores, by metric name in study.yaml.
+        scores: scores by metric name in study.yaml, on the same test set as the published scores.
         invalidated: the commit that proves the record wrong, and the reason. No other field may change later.
     """
 
@@ -105,7 +105,7 @@ class PredictionsRecord(Record):
 
 
 class RunRecord(Record):
-    """Fields of the records of runs.
+    """Fields of every record of a run.
 
     Attributes:
         settings_sha256: the hash of the recipe's settings, see `settings_sha256`.
@@ -166,7 +166,7 @@ class TrainingRecord(RunRecord):
     @model_validator(mode="after")
     def _scored_if_finished(self) -> Self:
         if (bool(self.scores) and self.adapter_sha256 is not None) != (self.outcome == "finished"):
-            raise ValueError("outcome: a finished run needs an adapter and scores; no other run has them")
+            raise ValueError("outcome: a finished run needs an adapter and scores; other runs cannot have both")
         return self
 
 
@@ -202,7 +202,7 @@ def read(file: Path, of_study: Study) -> AnyRecord:
 
 
 def _undeclared(record: Record, of_study: Study) -> Iterator[str]:
-    """Problems with names in a record that study.yaml does not declare."""
+    """Yield a problem if a record has a name that study.yaml does not declare."""
     recipes = [*of_study.published, *of_study.variants]
     names = recipes if isinstance(record, RunRecord) else [*recipes, *(each.name for each in of_study.baselines)]
     if record.of not in names:
@@ -240,8 +240,8 @@ class Status:
         of: the recipe or baseline.
         cell: the settings of a published cell, as overrides.
         published: the published number.
-        status: the furthest stage with a valid record, and the GPU; failed runs and invalidated records.
-        here: the mean score of that stage; a single score has its 95 % interval.
+        status: the furthest stage with a valid record, and its GPUs; then failed runs and invalidated records.
+        here: the mean score at that stage; or a single score with its 95 % interval.
         command: the command that reproduces the number; None for a baseline without predictions.
     """
 
@@ -263,7 +263,7 @@ def _numbers(of_study: Study) -> Iterator[tuple[str, Config, str, str]]:
     """Recipe or baseline, cell, metric and text of each published number."""
     for name, published in of_study.published.items():
         file = paths.recipe_file(name)
-        own = yamlfiles.read_yaml(file) if file.is_file() else {}  # not rendered yet
+        own = yamlfiles.read_yaml(file) if file.is_file() else {}  # the recipe is not rendered yet
         yield from ((name, {}, metric, str(score)) for metric, score in published.scores.items())
         for cell in published.cells:
             if not cell.values.items() <= own.items():
@@ -305,7 +305,7 @@ def _mean(scores: list[Score]) -> str:
 
 
 def _command(of_study: Study, of: str, stage: str | None, cell: str) -> str | None:
-    """Command that reproduces a number at its furthest stage, or else trains."""
+    """Command that reproduces a number at its furthest recorded stage, or by training."""
     reproduce, only = f"recipe reproduce {of_study.folder.name}", f" --only {of}" if of in of_study.published else ""
     if stage in ("predictions", "adapter"):
         return f"{reproduce} --from {stage}{only}"

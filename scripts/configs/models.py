@@ -87,10 +87,10 @@ def find(composed: Config) -> Model:
 
 
 def architecture(composed: Config, download: bool = True) -> Config:
-    """The content of a base model's config.json at a config's revision.
+    """Content of the base model's config.json, at the revision in the config.
 
     Sources in order: a local model folder; models.yaml, if the config names no other revision; the hub's cache; the
-    hub, for at most 10 s. If all lack the revision, the entry in models.yaml is used in spite of its revision.
+    hub, for at most 10 s. If no source has the revision, the entry in models.yaml is used for it.
 
     Args:
         composed: the config.
@@ -112,7 +112,7 @@ def architecture(composed: Config, download: bool = True) -> Config:
             return dict(listed)
         try:
             file = _config_file(name, revision, download)
-        except Exception as error:  # from the hub, the network, or a wrong name
+        except Exception as error:  # raised by the hub, by the network, or for an invalid name
             if not missing:
                 return dict(listed)
             reason = hub.reason(error)
@@ -133,13 +133,13 @@ def architecture_here(composed: Config) -> Config:
 
 
 def renamed(targets: list[str], layers: tuple[str, ...]) -> list[str]:
-    """Rename LoRA layers for another family; keep layers without a counterpart.
+    """Rename LoRA layers for another model family; keep layers without a counterpart.
 
-    Parts become the fused layer if the other family has one; a fused layer becomes its parts.
+    A layer that the other family fuses becomes the fused layer; a fused layer becomes the layers that it combines.
 
     Args:
         targets: the names of the layers.
-        layers: the layers of the other family, as in LAYERS.
+        layers: the names of the other family's layers, as in LAYERS.
     """
     whole = {part: name for name, parts in FUSED.items() if name in layers for part in parts}
     found: list[str] = []
@@ -164,12 +164,12 @@ def _config_file(name: str, revision: Any, download: bool) -> Path:
 
 
 def is_copy(name: Any, of: Any) -> bool:
-    """True if a name is that of a model or of the model's mirror."""
+    """True if `name` is the model `of` or its mirror."""
     return name == of or (name is not None and name == catalogue().get(str(of), {}).get("mirror"))
 
 
 def is_mirror(name: str) -> bool:
-    """True if a model is another's mirror in models.yaml."""
+    """True if models.yaml lists a model as the mirror of another model."""
     return any(entry.get("mirror") == name for entry in catalogue().values())
 
 
@@ -179,7 +179,7 @@ def is_path(name: str) -> bool:
 
 
 def entry_of(name: str) -> Config:
-    """Entry of a model, or of its original, in models.yaml; empty without one."""
+    """Entry of a model in models.yaml; for a mirror, its original's entry; empty if unlisted."""
     for entry in catalogue().values():
         if entry.get("mirror") == name:
             return {key: fact for key, fact in entry.items() if key not in ("mirror", "revision")} | {"gated": False}
@@ -187,12 +187,12 @@ def entry_of(name: str) -> Config:
 
 
 def similar(name: str) -> str:
-    """Hint with known models of a similar name; empty for a known model."""
+    """Hint with similar names of known models; empty for a known model."""
     return "" if entry_of(name) else did_you_mean(name, catalogue())
 
 
 def folder_of(composed: Config) -> Path | None:
-    """Folder of a config's base model, local or in the hub's cache, or None."""
+    """Folder of a config's base model, local or in the hub's cache; None if missing."""
     name = str(composed.get("base_model"))
     return Path(name) if Path(name).is_dir() else _in_hub_cache(name, _revision(composed))
 
@@ -224,7 +224,7 @@ DEFAULT_TOKENS = {"Qwen2Tokenizer": {"pad_token": "<|endoftext|>"}, "GemmaTokeni
 def token(folder: Path | None, name: str) -> str | None:
     """A tokenizer's token by name, such as pad_token; None if missing.
 
-    special_tokens_map.json counts only if transformers reads it (tokenization_utils_base.py, _from_pretrained).
+    special_tokens_map.json is read only if transformers would read it (tokenization_utils_base.py, _from_pretrained).
     """
     settings = read_json(folder / "tokenizer_config.json") if folder else {}
     if folder and "added_tokens_decoder" not in settings:
@@ -236,7 +236,7 @@ def token(folder: Path | None, name: str) -> str | None:
 
 
 def read_template(written: str) -> str:
-    """Text of a chat template, given as text or, as in Axolotl, file name."""
+    """Text of a chat template, given as text or as a file name, as in Axolotl."""
     is_file = len(written) < 1000 and "\n" not in written and Path(written).is_file()
     return yamlfiles.read_text(Path(written)) if is_file else written
 
@@ -254,7 +254,7 @@ def chat_template(folder: Path | None) -> str | None:
 
 
 def _special_tokens(folder: Path) -> str | None:
-    """A regular expression for the special tokens in tokenizer.json; None without any."""
+    """A regular expression for the special tokens in tokenizer.json; None if it has none."""
     added = read_json(folder / "tokenizer.json").get("added_tokens") or ()
     special = [token for token in added if isinstance(token, dict) and token.get("special")]
     return "|".join(re.escape(str(token["content"])) for token in special if token.get("content")) or None

