@@ -32,7 +32,7 @@ _AGAIN = "run the same command again to continue"
 
 
 def relevant(backend: Backend, found: Iterable[Finding]) -> list[Finding]:
-    """Findings that apply to a backend; only the local one needs a GPU here."""
+    """Findings that apply to a backend; only a local backend gets findings about this machine."""
     return [finding for finding in found if backend.here or finding.scope != "machine"]
 
 
@@ -121,7 +121,7 @@ class Local:
     def _worker(
         self, device: str | None, waiting: deque[tuple[str, Task]], stops: list[int]
     ) -> Iterator["subprocess.Popen[bytes]"]:
-        """Carry out waiting tasks on a device, one by one; yield the running process."""
+        """Carry out waiting tasks on a device, one by one; yield the process while it runs."""
         while waiting and not stops:
             yield from self._commands(*waiting.popleft(), device, stops)
 

@@ -48,7 +48,7 @@ class Slurm:
         self.jobs = jobs
         self._gpu = gpus.find(self.site.gpu, "gpu") if self.site.gpu and not rehearsal else None
         if isinstance(error := queue([getuser()]), UserError):
-            raise error  # without the queue's answer, a queued run could be submitted again
+            raise error  # without SLURM's answer, a queued run could be submitted again
 
     def gpu(self) -> Gpu | None:
         """GPU in the site's settings, or None."""
@@ -69,7 +69,7 @@ class Slurm:
         return folders[0]
 
     def submit(self, tasks: Sequence[Task], title: str) -> list[RunDir]:
-        """Submit tasks as one job array per step; record the jobs in their results.
+        """Submit tasks as one job array per step; record the jobs in the tasks' results.
 
         Args:
             tasks: tasks that do not depend on each other.
@@ -84,7 +84,7 @@ class Slurm:
         """
         if not tasks:
             return []
-        forget_queue()  # its states are old after checks and plans
+        forget_queue()  # the cached job states may be outdated after checks and plans
         batch = Batch(self.site, self.jobs, title.replace("/", "-"), tasks[0].gpus, tasks[0].nodes)
         batch.check({step for task in tasks for step in task.steps}, len(tasks))
         claimed = []
@@ -176,7 +176,7 @@ class Batch:
         try:
             job = sbatch(*options, *waits, str(file))
         except UserError as error:
-            queued = f"; job {', '.join(self.submitted)} is already queued" if self.submitted else ""
+            queued = f"; already queued: job {', '.join(self.submitted)}" if self.submitted else ""
             raise WorkFailed(f"{error}{queued}; run the same command again to continue") from None
         self.submitted.append(job)
         say(f"job {job}: {step}, {len(tasks)} {'task' if len(tasks) == 1 else 'tasks'}; {file}")
@@ -193,7 +193,7 @@ class Batch:
 
         Args:
             step: the step of all tasks.
-            tasks: the tasks; empty to test only the options.
+            tasks: commands of the tasks; empty if only the options are tested.
             count: number of tasks in the array.
         """
         nodes = self.nodes if step == "run" else 1

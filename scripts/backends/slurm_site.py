@@ -25,7 +25,7 @@ _OWN = {  # options that `recipe` sets for each job, or that would hide the job'
     *("array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "nodes", "output"),
     *("clusters", "parsable", "test-only", "wait", "wrap"),
 }
-TIMEOUT = 60  # seconds for a command of SLURM
+TIMEOUT = 60  # seconds for a SLURM command
 
 
 def _allowed(option: str) -> str:
@@ -83,7 +83,7 @@ def site_settings(overrides: Sequence[str]) -> Site:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Read a mapping with text values, because YAML would turn 12:00:00 into a number."""
+    """Read a mapping with values as text; YAML would turn 12:00:00 into a number."""
     try:
         content = yaml.load(yamlfiles.read_text(file), yaml.BaseLoader) or {}
     except yaml.YAMLError as error:
@@ -94,7 +94,8 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _site(content: dict[str, Any], where: str) -> Site:
-    content = {"gpu" if key == "card" else key: value for key, value in content.items()}  # `card` in earlier versions
+    # earlier versions called it `card`
+    content = {"gpu" if key == "card" else key: value for key, value in content.items()}
     own = {key: content[key] for key in ("gpu", "prefix", "setup") if key in content}
     of_step = {key: content[key] for key in STEPS if key in content}
     options = {key: value for key, value in content.items() if key not in own | of_step}
@@ -106,7 +107,7 @@ def _site(content: dict[str, Any], where: str) -> Site:
 
 
 def active(jobs: Sequence[Job]) -> dict[str, JobState] | None:
-    """States of unfinished jobs by id, in order; None if SLURM does not answer."""
+    """Ordered states of unfinished jobs by id; None if SLURM does not answer."""
     if not jobs:
         return {}
     states = queue(job.user for job in jobs)
@@ -129,7 +130,7 @@ def cancel(jobs: Sequence[Job]) -> list[str]:
 
 
 def queue(users: Iterable[str]) -> dict[tuple[str, str], JobState] | UserError:
-    """States of unfinished jobs by id and script, cached for a minute; or an error."""
+    """States of unfinished jobs by id and script, or an error; cached for a minute."""
     return _queue(frozenset(users), int(time.monotonic() / 60))
 
 
@@ -168,7 +169,9 @@ def ask(*command: str, script: str = "") -> str:
     except FileNotFoundError:
         raise UserError(f"{where}: not found on this machine; run this on a login node of the cluster") from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"{where}: no answer within {TIMEOUT} s; check its effect with `squeue --me`") from None
+        raise UserError(
+            f"{where}: no answer within {TIMEOUT} s; check with `squeue --me` whether it took effect"
+        ) from None
     if done.returncode:
         problem = done.stderr.strip().replace(f"{command[0]}: error: ", "")
         raise UserError(f"{where}: {'; '.join(problem.splitlines())}")
