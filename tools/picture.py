@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPE = Path(sys.executable).with_name("recipe")
 WIDTH = 80
 COMMANDS = (
-    ["list"],
+    ["diff", "haider2024/code-llama-7b", "haider2024/llama-3.2-3b"],
     ["check", "haider2024/llama-3-8b", "--rehearse", "--set", "lora_droput=0.1"],
     ["plan", "haider2024/llama-3-8b", "haider2024/llama-3.2-3b", "--gpu", "T4"],
 )
