@@ -26,7 +26,7 @@ class Report:
     """The result of checking one recipe or file.
 
     Attributes:
-        composed: None if the config could not be read.
+        composed: the config; None if it could not be read.
         data: one row per data set: its files, rows and bytes, and its lengths in tokens if known.
     """
 
@@ -124,7 +124,7 @@ def examine(
     data: bool = False,
     ask_hub: bool = False,
 ) -> Report:
-    """Findings of the schema and the rules, with file and line.
+    """Report of all findings of the schema and the rules, with file and line.
 
     Args:
         gpu: the GPU that the config is meant for; ignored for a rehearsal.
@@ -166,9 +166,10 @@ def rule_findings(case: Case) -> Iterator[Finding]:
 
 
 def _profile_compatibility(composed: Composed, gpu: Gpu | None, launching: bool) -> Iterator[Finding]:
-    """Notes on keys that the profiles fast and packed leave out or change.
+    """Notes on settings that the profiles fast and packed omit or change for this config.
 
-    If no GPU is known, one more finding says so: before a run a warning, otherwise a note. A rehearsal needs no GPU.
+    If no GPU is known, another finding reports this: a warning before a run, otherwise a note. A rehearsal needs no
+    GPU, so that this finding is omitted.
     """
     for why, changes in composed.incompatible.items():
         left = ", ".join(f"{key}: {str(value).lower()}" for key, value in changes.items() if value is not None)
@@ -183,7 +184,7 @@ def _profile_compatibility(composed: Composed, gpu: Gpu | None, launching: bool)
 
 
 def _replaced(composed: Composed) -> Iterator[Finding]:
-    """Warnings about user data that a rehearsal replaces, because its path may be misspelt."""
+    """Warnings about missing user data that a rehearsal would replace; its path may be misspelt."""
     for difference in composed.differences:
         own = difference.key.endswith(".path") and not study.input_format(str(difference.recipe))
         if own and substitution.FROM_SAMPLE in difference.why:
@@ -218,7 +219,10 @@ def _need_tokenizer(composed: Composed, option: str, instead: str = "") -> None:
 
 
 def has_tokenizer(composed: Composed) -> bool:
-    """True if a config's tokenizer is on this machine; a rehearsal first creates it."""
+    """True if a config's tokenizer is on this machine.
+
+    For a rehearsal, this function first creates the small model with its tokenizer.
+    """
     if composed.rehearsal and substitution.stands_in(composed.config):
         substitution.model_folder()
     return models.find(composed.config).tokenizer_here
@@ -227,7 +231,8 @@ def has_tokenizer(composed: Composed) -> bool:
 def tokenize(report: Report, composed: Composed, gpus: int = 1, most: int | None = None) -> None:
     """Tokenize the rows with Axolotl; add findings and lengths in tokens to a report.
 
-    If the config's tokenizer is missing, the rehearsal's tokenizes some of the rows, and lengths stay unknown.
+    If the config's tokenizer is missing, only some rows are tokenized, with the tokenizer of the rehearsal's model. The
+    lengths then stay unknown.
 
     Args:
         report: the report.

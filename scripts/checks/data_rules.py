@@ -19,7 +19,7 @@ from .finding import Case, Problems, rule
 
 @rule
 def no_data(case: Case) -> Problems:
-    """Axolotl refuses a config without data too, but only after 15 s of imports."""
+    """Axolotl also refuses a config without data, but only after 15 s of imports."""
     if not case.is_set("datasets", "pretraining_dataset"):
         yield "error", "datasets", "the config has no training data", "list a data set with path and type"
 
@@ -49,7 +49,7 @@ def not_prepared(case: Case) -> Problems:
 def missing_file(case: Case) -> Problems:
     """A missing file would fail only after the model is loaded.
 
-    Axolotl validates only the name of a DeepSpeed file (seen).
+    Axolotl's validation does not check that a DeepSpeed file exists (seen).
     """
     for key, dataset in datafiles.datasets(case.config):
         name = dataset.get("path")
@@ -74,7 +74,7 @@ def missing_file(case: Case) -> Problems:
 
 
 def _near(missing: Path) -> str:
-    """Hint at names similar to a missing file, or to its missing folder."""
+    """Hint with names similar to a missing file, or to its folder if that is missing."""
     folder = missing.parent
     if folder.is_dir():
         return did_you_mean(missing.name, [file.name for file in folder.iterdir()])
@@ -84,7 +84,7 @@ def _near(missing: Path) -> str:
 
 @rule
 def packing_leaks(case: Case) -> Problems:
-    """With other attention implementations, packed rows attend to each other.
+    """Packed rows attend to each other unless the attention implementation separates them.
 
     Axolotl only warns about this (attn_decontaminates_packing).
 
@@ -113,9 +113,9 @@ def chat_template(case: Case) -> Problems:
     """Axolotl uses a misspelt file name as the template itself.
 
     Every prompt then consists of that name, and no token carries loss (seen). Axolotl ignores a data set's
-    chat_template_jinja if the data set has no chat_template (seen). The default is the tokenizer's template; except for
-    Qwen, base models have none. A data set's key overrides the config's (utils/chat_templates/base.py and
-    schemas/datasets.py).
+    chat_template_jinja if the data set has no chat_template (seen). The default is the template of the tokenizer. The
+    tokenizers of base models have no template, except Qwen's. A data set's chat_template overrides the config's
+    (utils/chat_templates/base.py and schemas/datasets.py).
     """
     for key, dataset in datafiles.datasets(case.config):
         if dataset.get("type") != "chat_template":
@@ -150,7 +150,7 @@ def unread_tools(case: Case) -> Problems:
 
 @rule
 def prompt_format(case: Case) -> Problems:
-    """A format without its field leaves the row's text out of the prompt (prompt_strategies/user_defined.py)."""
+    """A format without its placeholder omits the row's text from the prompt (prompt_strategies/user_defined.py)."""
     fields = {"format": "{instruction}", "no_input_format": "{instruction}", "system_format": "{system}"}
     for key, dataset in datafiles.datasets(case.config):
         kind = dataset.get("type")
@@ -169,7 +169,7 @@ _OF_KERNELS = "kernels-community/"  # run by the hub's maintainers
 
 @rule
 def remote_code(case: Case) -> Problems:
-    """transformers and datasets import the Python files in a model's or data set's repository."""
+    """With trust_remote_code, transformers and datasets import Python files of a model or data set."""
     for key, value in flatten(case.config):
         if key.rpartition(".")[2] == "trust_remote_code" and value:
             yield "error", key, "runs Python code from the model's or data set's repository", _READ_IT
@@ -177,10 +177,10 @@ def remote_code(case: Case) -> Problems:
 
 @rule
 def foreign_code(case: Case) -> Problems:
-    """Axolotl imports the modules named by these keys.
+    """Axolotl imports the modules of plugins, prompt strategies and other classes that a config names.
 
-    It imports plugins and prompt strategies even to validate a config or to tokenize rows. If the attention
-    implementation is a repository on the hub, transformers imports its modules.
+    Axolotl imports plugins and prompt strategies even to validate a config or to tokenize rows. If the attention
+    implementation is a repository on the hub, transformers imports the repository's modules.
     """
     for key, name in _named_code(case.config):
         yield "error", key, f"runs foreign code: {name} is not part of Axolotl or this project", _READ_IT
@@ -208,7 +208,7 @@ def _named_code(config: Config) -> list[tuple[str, str]]:
 def pickled_weights(case: Case) -> Problems:
     """torch.load unpickles .bin and .pt files, which can contain code; safetensors files cannot.
 
-    By default, recent versions of torch load only weights, but vulnerabilities have been found in that."""
+    By default, recent versions of torch load only weights, but this restriction has had vulnerabilities."""
     adapter = case["lora_model_dir"]
     folders = {"base_model": models.folder_of(case.config), "lora_model_dir": Path(str(adapter)) if adapter else None}
     for key, folder in folders.items():

@@ -3,8 +3,8 @@
 A rule is a function that yields (level, key, problem, remedy). Its findings get the rule's name, with hyphens. The
 docstring of a rule gives the reason and the evidence; "seen" means observed with Axolotl 0.21.
 
-Rules can rely on the schema, because values that break it are removed from the config first. `_SCOPES` lists rules
-about anything other than the config, and rules whose errors prevent a plan.
+Rules can assume a config that follows the schema, because values that break the schema are removed first. `_SCOPES`
+lists rules about anything other than the config, and rules whose errors prevent a plan.
 """
 
 import re
@@ -51,7 +51,7 @@ class Finding:
     Attributes:
         level: an error stops a run; a warning does not; a note is not a mistake.
         rule: the name of the rule; empty if `--force` cannot override the finding.
-        key: the dotted key concerned; empty for a complete file.
+        key: the dotted config key; empty if the finding does not concern a single key.
         problem: the description of the mistake.
         remedy: the advice to the user.
         where: the file or option that sets the key.
@@ -70,8 +70,10 @@ class Finding:
     def scope(self) -> Scope:
         """Subject of the finding.
 
-        `step`: the training step, whose errors make a plan impossible; `config`: another setting; `code`: foreign
-        code; `data`: a data file or its rows; `file`: another file; `gpu`: the intended GPU; `machine`: this one."""
+        `step`: a setting of the training step; an error in it makes a plan impossible. `config`: any other setting.
+        `code`: foreign code. `data`: a data file or its rows. `file`: a file other than data. `gpu`: the GPU that the
+        config is meant for. `machine`: this machine.
+        """
         scope = _SCOPES.get(self.rule, "config")
         return "data" if self.key.endswith(".path") and scope not in ("step", "code") else scope
 
@@ -108,7 +110,10 @@ def unknown_force(force: Sequence[str], names: set[str]) -> None:
 
 
 def refuse(findings: list[Finding], force: Sequence[str] = ()) -> list[Finding]:
-    """Override errors named by --force; return the rest, and overridden findings about code.
+    """Raise UserError unless --force names every error.
+
+    Returns:
+        Warnings and notes, and the overridden errors about code.
 
     Raises:
         UserError: an error remains, or --force names an error that does not exist.
@@ -140,7 +145,7 @@ class Case:
         gpu: the GPU that the config is meant for; None if the user names no GPU and this machine has none.
         gpus: the number of GPUs.
         launching: a run is about to start here, so that anything missing on this machine is an error.
-        ask_hub: rules can ask the hub about a model that is not on this machine.
+        ask_hub: rules may ask the hub about a model that is not on this machine.
     """
 
     config: Config
@@ -177,7 +182,7 @@ class Case:
     def plugins(self) -> set[str]:
         """Classes of the active plugins.
 
-        The listed plugin for cut cross entropy is off if cut_cross_entropy is false
+        If cut_cross_entropy is false, its plugin is inactive, even if the config lists the plugin
         (axolotl/integrations/cut_cross_entropy/args.py)."""
         listed = {re.split("[.:]", str(name))[-1] for name in self["plugins"] or ()}
         return listed - ({"CutCrossEntropyPlugin"} if self["cut_cross_entropy"] is False else set())
@@ -188,9 +193,9 @@ class Case:
         return self["adapter"] in ("lora", "qlora")
 
     def is_set(self, *keys: str) -> bool:
-        """True if a key's value is invalid, or neither empty nor false."""
+        """True if a key is set to a value other than empty or false. Invalid values count as set."""
         return any(self.config.get(key) or key in self.wrong for key in keys)
 
     def is_installed(self, package: str) -> bool:
-        """True if a package is installed, by its name in the package index."""
+        """True if a package with this distribution name is installed."""
         return package_version(package) is not None

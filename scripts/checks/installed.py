@@ -37,9 +37,9 @@ ANY_GPU = Gpu("H100", (9, 0))
 
 
 def capabilities(gpu: Gpu = ANY_GPU) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Results of Axolotl's probe (`axolotl.cli.config.gpu_capabilities`) for one GPU and this environment."""
+    """Capabilities of a GPU and of torch, in the format of `axolotl.cli.config.gpu_capabilities`."""
     of_gpu = {
-        "bf16": True,  # on every GPU, because torch emulates bf16
+        "bf16": True,  # on every GPU, because torch emulates bf16 on older GPUs
         "fp8": gpu.capability >= (9, 0),
         "tf32": gpu.capability >= (8, 0),
         "n_gpu": 1,
@@ -91,28 +91,28 @@ class Tokens:
 
 
 def tokenize(where: str, cfg: Any, dataset: Any, tokenizer: Any, rows: Sequence[Row], longest: int) -> list[Tokens]:
-    """Tokenize rows as Axolotl does for training, before it drops or cuts long rows.
+    """Tokenize rows as Axolotl does before it drops or cuts long rows.
 
     Args:
         where: the name of the rows in messages.
         cfg: a config, as Axolotl's DictDefault.
         dataset: the config's entry for the rows' data set.
         tokenizer: the tokenizer.
-        rows: fields by name.
-        longest: the maximum number of tokens of a prompt, and of an answer; Axolotl cuts each separately.
+        rows: the rows, each a mapping of field names to values.
+        longest: the maximum length in tokens; Axolotl cuts the prompt and the answer to it separately.
 
     Raises:
         UserError: Axolotl cannot tokenize the rows.
     """
     kind = dataset["type"]
     base, _, style = kind.partition(":") if isinstance(kind, str) else ("", "", "")
-    # DictDefault's | would keep cfg's values; any number of processes, even 1, would fork for these few rows
+    # not DictDefault's |, which would keep cfg's values; any dataset_num_proc, even 1, would fork for these few rows
     limited = DictDefault({**cfg, "sequence_len": longest, "dataset_num_proc": None})
     fields = dict.fromkeys(name for row in rows for name in row)
     try:
         table = Dataset.from_list([{name: row.get(name) for name in fields} for row in rows])
         tokenized, _ = get_dataset_wrapper(dataset, tokenizer, limited, base, table, style or None)
-    except Exception as error:  # strategies, and fields with values of several types, can raise any exception
+    except Exception as error:  # prompt strategies, and fields with values of several types, can raise any exception
         problem = f"Axolotl cannot tokenize these rows as {kind}: {type(error).__name__}: {error}"
         raise UserError(f"{where}: {problem}") from None
     return [Tokens(row["input_ids"], row["labels"]) for row in tokenized]
@@ -122,7 +122,7 @@ def require_one_each(where: str, dataset: Any, rows: Sequence[Any], tokenized: S
     """Raise UserError unless a data set's type makes one training row from each row."""
     if len(tokenized) != len(rows):
         problem = f"Axolotl turns {len(rows)} rows into {len(tokenized)} training rows ({dataset['type']})"
-        raise UserError(f"{where}: {problem}; evaluation needs exactly one for each row")
+        raise UserError(f"{where}: {problem}; evaluation needs exactly one training row for each row")
 
 
 def taught_ends(cfg: Config, tokenizer: Any) -> set[int]:

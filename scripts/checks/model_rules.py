@@ -11,7 +11,7 @@ from .finding import Case, Level, Problems, rule
 
 @rule
 def beyond_context(case: Case) -> Problems:
-    """Beyond its context, a model was never trained; RoPE continues there without an error."""
+    """RoPE accepts rows longer than the model's context, for which the model was never trained."""
     context = case.model.context
     length = case["sequence_len"] or 0
     if context and length > context and not (case["overrides_of_model_config"] or case["model_config"]):
@@ -20,10 +20,10 @@ def beyond_context(case: Case) -> Problems:
 
 @rule
 def missing_special_token(case: Case) -> Problems:
-    """Axolotl adds the token and an embedding row, which LoRA does not train (loaders/tokenizer.py).
+    """Axolotl adds a missing token with a new embedding row, which LoRA does not train (loaders/tokenizer.py).
 
-    The untrained row of a padding token does not matter, because padding carries no loss. But whoever loads the adapter
-    must add the row to the base model; PEFT fails otherwise (seen).
+    For a padding token, the untrained row does not matter, because padding carries no loss. But the row must be added
+    to the base model before the adapter is loaded; otherwise PEFT fails (seen).
     """
     own = case.model.special_tokens
     if not own or {"embed_tokens", "lm_head"} <= set(case["lora_modules_to_save"] or []):
@@ -42,10 +42,10 @@ def missing_special_token(case: Case) -> Problems:
 
 @rule
 def no_access(case: Case) -> Problems:
-    """The hub refuses a gated model without a token or an accepted licence.
+    """A gated model on the hub requires an accepted licence and a token.
 
-    This is an error only before a run: a laptop can check configs for another machine. The rule does not ask the hub
-    about models on this machine, or models that models.yaml lists as not gated.
+    Before a run, missing access is an error. Otherwise it is a warning, because the config may be for another machine.
+    The rule does not ask the hub about models on this machine, or models that models.yaml lists as not gated.
     """
     level: Level = "error" if case.launching else "warning"
     name = case["base_model"]
@@ -81,7 +81,7 @@ def _how_to_get(name: str) -> str:
 
 @rule
 def unknown_model(case: Case) -> Problems:
-    """Some rules check nothing without the model's config.json and tokenizer; this note says so."""
+    """Some rules are skipped if the model's config.json and tokenizer are missing; a note says so."""
     name = case["base_model"]
     if name and isinstance(name, str) and not models.is_path(name) and case.model == models.Model():
         problem = f"{name} is not on this machine: its layers, context and special tokens are not checked"
@@ -91,7 +91,7 @@ def unknown_model(case: Case) -> Problems:
 
 @rule
 def no_lora_targets(case: Case) -> Problems:
-    """Axolotl's validation accepts LoRA without targets; PEFT fails after the model is loaded.
+    """Axolotl's validation accepts LoRA without targets, but PEFT fails after the model is loaded.
 
     PEFT's error is NoMatchingPeftModuleError.
     """
@@ -125,10 +125,10 @@ def unknown_lora_target(case: Case) -> Problems:
 
 @rule
 def head_without_lora(case: Case) -> Problems:
-    """These losses read the base weight of lm_head and ignore LoRA on it.
+    """Liger's fused loss and cut cross entropy ignore LoRA on lm_head.
 
-    Liger: transformers/model/llama.py. Cut cross entropy: versions whose transformers/utils.py lacks apply_lce_lm_head,
-    which came in 2026."""
+    Both read the base weight of lm_head. Liger: see transformers/model/llama.py. Cut cross entropy: only in versions
+    whose transformers/utils.py lacks apply_lce_lm_head, which was added in 2026."""
     targets = case["lora_target_modules"] or ()
     adapted = case.lora and any(isinstance(name, str) and name.endswith("lm_head") for name in targets)
     levels: dict[str, Level] = {"liger_fused_linear_cross_entropy": "error", "cut_cross_entropy": "warning"}
@@ -140,7 +140,7 @@ def head_without_lora(case: Case) -> Problems:
 
 @rule
 def no_lora_rank(case: Case) -> Problems:
-    """Without these keys, PEFT fails after the model is loaded."""
+    """Without lora_r or lora_alpha, PEFT fails after the model is loaded."""
     for key in ("lora_r", "lora_alpha"):
         if case.lora and not case.is_set(key, "lora_model_dir"):
             yield "error", "adapter", f"{key} is not set", f"set {key}"

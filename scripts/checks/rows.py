@@ -42,7 +42,7 @@ class Fields:
 _ALPACA = Fields("output", ("instruction",), ("input",))
 _WITH_SYSTEM = Fields("output", ("instruction", "system"), ("input",))
 _ORCA = Fields("response", ("question", "system_prompt"))
-# By type, or the part of the type before the colon; from axolotl/prompt_strategies and prompt_tokenizers.py.
+# By the part of the type before any colon; from axolotl/prompt_strategies and prompt_tokenizers.py.
 FIELDS = {
     "alpaca": _ALPACA,
     "alpaca_chat": _ALPACA,
@@ -91,9 +91,9 @@ def fields_of(dataset: Config) -> Fields | None:
 
 @lru_cache(1000)
 def misspelt(names: tuple[str, ...], known: tuple[str, ...]) -> dict[str, str]:
-    """Missing fields of a row, each with the misspelt name in its place.
+    """Missing fields of a row, each with the misspelt name that the row has instead.
 
-    A misspelt name closely resembles the missing one: `inptu` for `input`, but not `output`.
+    `inptu` counts as a misspelt `input`; `output` does not, because it resembles `input` too little.
     """
     missing = [name for name in known if name not in names]
     near = {name: get_close_matches(name, missing, 1, 0.75) for name in names if name not in known}
@@ -126,7 +126,7 @@ def check(config: Config, skipped: Collection[str] = ()) -> tuple[list[Finding],
 
     Args:
         config: a config without the values that break the schema.
-        skipped: keys of data sets with an invalid type, whose fields are unknown.
+        skipped: keys of data sets to skip; their type is invalid, so that their fields are unknown.
     """
     special = models.find(config).special_tokens
     findings: list[Finding] = []
@@ -268,13 +268,13 @@ _WORDS: dict[str, tuple[Level, str, str]] = {
     "misspelt-field": ("warning", "{n} with the unread field {about}", ""),
     "special-token": ("warning", "{n} with the text {about}, which the tokenizer reads as a special token", ""),
     "repeated-row": ("warning", "{n}: repeated", ""),
-    "leaked-row": ("warning", "{n} also in the training data: scores mean little", "drop them there"),
+    "leaked-row": ("warning", "{n} also in the training data: scores mean little", "drop them from it"),
 }
 
 
 def _findings(file: _File) -> Iterator[Finding]:
     """One finding per kind of mistake in a file, at its first row."""
-    if file.bytes and not file.rows:  # another rule reports an empty file
+    if file.bytes and not file.rows:  # another rule reports files of 0 bytes
         yield Finding("error", "bad-row", f"{file.key}.path", "no rows", where=str(file.path))
     for (rule, about), (line, example) in file.first.items():
         if rule == "lacks-system" and not file.has_system:

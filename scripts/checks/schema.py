@@ -1,4 +1,7 @@
-"""Validation without importing Axolotl, by its JSON Schema; tools/schemas.py writes the schema."""
+"""Validates configs against Axolotl's JSON Schema, without importing Axolotl.
+
+tools/schemas.py writes the schema.
+"""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -32,7 +35,7 @@ def findings(content: Config) -> Iterator[Finding]:
 
     plugins = content.get("plugins")
     names = [name for name in plugins if isinstance(name, str)] if isinstance(plugins, list) else []
-    # plugins from elsewhere, whose keys the schema does not list
+    # foreign plugins, whose keys the schema does not list
     foreign = [name for name in names if name not in load()["x-plugins"] and not name.startswith("qlora_recipes.")]
     for error in jsonschema.Draft202012Validator(load()).iter_errors(content):
         for cause in _closest(error):
@@ -43,21 +46,21 @@ def findings(content: Config) -> Iterator[Finding]:
 
 
 def usable(content: Config, broken: Iterable[Finding]) -> tuple[Config, set[str]]:
-    """Remove values that break the schema; return config and top-level keys concerned.
+    """Remove values that break the schema; return the config and the affected top-level keys.
 
     A removed list item becomes None, so that the other items keep their positions."""
     keys = [finding.key for finding in broken if finding.rule in ("value", "plugin-key")]
     for key in keys:
-        with suppress(UserError):  # a key with a dot in it
+        with suppress(UserError):  # `override` fails for a key that contains a dot
             content = override(content, key, None)
     return content, {key.partition(".")[0] for key in keys}
 
 
 def _closest(error: Any) -> Iterator[Any]:
-    """For an error of anyOf, errors of the alternative nearest to the value.
+    """Replace an error of anyOf by the errors of the alternative nearest to the value.
 
-    jsonschema's best_match prefers the deepest error. For a data set with a misspelt key, it would report errors of the
-    synthetic type.
+    jsonschema's best_match prefers the deepest error. If a data set has a misspelt key, best_match would choose the
+    alternative SyntheticDataset, and report that alternative's errors.
     """
     alternatives = [list(causes) for _, causes in groupby(error.context or (), lambda cause: cause.schema_path[0])]
     # prefer alternatives of the value's type, then the fewest mistakes
@@ -70,12 +73,12 @@ def _closest(error: Any) -> Iterator[Any]:
 
 
 def _mistakes(error: Any) -> int:
-    """Number of mistakes that an error reports; each unknown key counts."""
+    """Number of mistakes in an error; each unknown key counts as one mistake."""
     return len(_unknown(error)) if error.validator == "additionalProperties" else 1
 
 
 def _unknown(error: Any) -> list[str]:
-    """The keys of a mapping that are missing in the schema."""
+    """The keys of a mapping that the schema does not list."""
     return [key for key in error.instance if key not in error.schema.get("properties", {})]
 
 

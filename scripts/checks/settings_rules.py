@@ -72,12 +72,13 @@ _ATTENTION_RUNS_ON = {  # lowest and highest compute capability
 
 @rule
 def missing_package(case: Case) -> Problems:
-    """Axolotl and transformers miss these packages only after the model is loaded.
+    """Axolotl and transformers notice a missing package only after the model is loaded.
 
-    Except before a run, this is only a warning, because the config may be for another machine. If flash-attn is
-    missing, transformers uses a kernel from the hub, which needs the package kernels
-    (`_check_and_adjust_attn_implementation` in modeling_utils.py). Axolotl refuses this if the hub has no build for the
-    installed torch. Axolotl turns a tracker on even if only its project is set (axolotl/utils/mlflow_.py and others).
+    An error before a run; otherwise a warning, because the config may be for another machine. If flash-attn is missing,
+    transformers uses a kernel from the hub, for which it needs the package kernels
+    (`_check_and_adjust_attn_implementation` in modeling_utils.py). Axolotl refuses the kernel if the hub has no build
+    for the installed torch. Axolotl turns a tracker on even if only its project is set (axolotl/utils/mlflow_.py and
+    others).
     """
     level: Level = "error" if case.launching else "warning"
     asked = {package: next(filter(case.__getitem__, keys), None) for package, keys in _PACKAGES.items()}
@@ -113,7 +114,7 @@ _ATTENTION_NEEDS = {  # package, and the hub's kernel that transformers uses if 
     "sage": ("sageattention", ""),
     "fp8": ("torchao", ""),
 }
-_FROM = {  # sources of packages that the registry lacks, or has only in another variant
+_FROM = {  # sources of packages that PyPI lacks, or has only in another variant
     "cut-cross-entropy": " from git+https://github.com/axolotl-ai-cloud/ml-cross-entropy.git@v0.1.1, Axolotl's fork",
     "flash-attn-3": " from the folder hopper of github.com/Dao-AILab/flash-attention",
     "sageattention": " from github.com/thu-ml/SageAttention",
@@ -122,16 +123,17 @@ _FROM = {  # sources of packages that the registry lacks, or has only in another
 
 @rule
 def no_gpu(case: Case) -> Problems:
-    """A CPU lacks GPU features, listed in `substitution`, and does not train in fp16.
+    """A CPU lacks the features listed in `substitution`, and does not train in fp16.
 
-    On a CPU, Axolotl turns its default, bf16: auto, into fp16; transformers refuses fp16 after loading the model."""
+    On a CPU, Axolotl turns its default, bf16: auto, into fp16. transformers refuses fp16, but only after the model is
+    loaded."""
     if not case.launching or case.gpu:
         return
     for change, reason in substitution.lacking(case.config):
         keys = [key for key in change if key not in ("fp16", "float16")]
         if keys:
             key = next(filter(case.__getitem__, keys), keys[0])
-            yield "error", key, f"no NVIDIA GPU found: {reason}", "add --rehearse, which replaces it"
+            yield "error", key, f"no NVIDIA GPU found: {reason}", "add --rehearse, which replaces this setting"
     if precision(case.config, on_gpu=False).autocast == "float16":
         key = "fp16" if case["fp16"] else "bf16"
         default = "" if case["fp16"] else " (the default, bf16: auto, means fp16 on a CPU)"
@@ -143,8 +145,8 @@ def no_gpu(case: Case) -> Problems:
 def optimizer_and_engine(case: Case) -> Problems:
     """bitsandbytes' optimizers do not support FSDP2's DTensors; Axolotl refuses only two of them.
 
-    With offload_optimizer, accelerate replaces the optimizer by DeepSpeed's Adam. The replacement decays weights like
-    AdamW only if the optimizer was a 32-bit AdamW (map_pytorch_optim_to_deepspeed).
+    With offload_optimizer, accelerate replaces the optimizer by DeepSpeed's Adam. DeepSpeed's Adam uses AdamW's
+    weight decay only if the config's optimizer is a 32-bit AdamW (map_pytorch_optim_to_deepspeed).
     """
     optimizer = str(case["optimizer"] or "")
     of_bnb = re.search(r"paged|bnb|^(adamw|ademamix|lion|rmsprop)_(8|32)bit$", optimizer)
@@ -196,7 +198,7 @@ def secret(case: Case) -> Problems:
 
 @rule
 def no_batch_size(case: Case) -> Problems:
-    """Without micro_batch_size Axolotl silently trains one row at a time (seen)."""
+    """Without micro_batch_size, Axolotl silently trains one row at a time (seen)."""
     if not case.is_set("micro_batch_size"):
         yield "error", "micro_batch_size", "not set: Axolotl would use 1", "set it"
 
@@ -222,7 +224,7 @@ def does_not_repeat(case: Case) -> Problems:
 
 @rule
 def scheduler_needs(case: Case) -> Problems:
-    """transformers.get_scheduler fails without these options, after loading the model."""
+    """Without these options, transformers.get_scheduler fails after the model is loaded."""
     scheduler = case["lr_scheduler"]
     options = case["lr_scheduler_kwargs"] or {}
     needed = _SCHEDULER_NEEDS.get(str(scheduler), ())
@@ -239,10 +241,11 @@ _SCHEDULER_NEEDS = {
 
 @rule
 def never_evaluated(case: Case) -> Problems:
-    """Axolotl evaluates only with evaluation data and a reachable step (axolotl/core/builders/base.py).
+    """Axolotl evaluates only if it has evaluation data, and training reaches an evaluation step.
 
-    evals_per_epoch becomes eval_steps = 1 / (evals_per_epoch * num_epochs), a share of the steps. Axolotl silently
-    drops a share of 1 or more (axolotl/utils/config, normalize_config).
+    See axolotl/core/builders/base.py. Axolotl turns evals_per_epoch into eval_steps = 1 / (evals_per_epoch *
+    num_epochs), a fraction of all steps. If this is 1 or more, Axolotl skips all evaluations, for exactly 1 without a
+    warning (axolotl/utils/config, normalize_config).
     """
     asked = [key for key in ("evals_per_epoch", "eval_steps", "eval_strategy") if case[key] and case[key] != "no"]
     has_data = bool(case["test_datasets"] or case["val_set_size"])
@@ -255,7 +258,7 @@ def never_evaluated(case: Case) -> Problems:
     if not asked and not case.is_set("evals_per_epoch", "eval_steps", "eval_strategy"):
         yield "warning", data, "never used: no key says when to evaluate", "set evals_per_epoch"
     elif asked == ["evals_per_epoch"] and share <= 1:
-        yield "warning", "evals_per_epoch", "Axolotl drops a single evaluation", "use eval_strategy: epoch instead"
+        yield "warning", "evals_per_epoch", "one evaluation, which Axolotl skips", "use eval_strategy: epoch instead"
     elif case.steps and (case["eval_steps"] or 0) > case.steps:
         yield "warning", "eval_steps", f"no evaluation: training has at most {case.steps} steps", "lower it"
 

@@ -39,7 +39,7 @@ def _finding(of_study: Study, level: Level, mistake: Mistake) -> Finding:
 
 
 def _errors(of_study: Study, names: list[str]) -> Iterator[Mistake]:
-    """Unknown recipes and settings, recipes that are not rendered, and impossible rows."""
+    """Unknown recipes or settings, recipes that differ from templates, and rows that cannot be prepared."""
     for section in ("published", "variants"):
         for name in getattr(of_study, section):
             yield from undeclared((section, name), name, names)
@@ -61,7 +61,7 @@ def _errors(of_study: Study, names: list[str]) -> Iterator[Mistake]:
 
 
 def _warnings(of_study: Study, names: list[str]) -> Iterator[Mistake]:
-    """Recipes missing in study.yaml, recipes that train on other rows, and a missing sample."""
+    """Recipes missing in study.yaml, recipes that read files outside its splits, and a missing sample."""
     data = of_study.data
     made = {Path(form.folder, f"{split}.jsonl") for form in data.formats.values() for split in data.splits}
     for name in names:

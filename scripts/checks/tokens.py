@@ -1,4 +1,4 @@
-"""Rows of a config, tokenized by Axolotl's own code.
+"""Rows of a config, tokenized by Axolotl's code.
 
 Importing this module imports Axolotl, which takes some 10 s."""
 
@@ -49,7 +49,7 @@ class Tokenizer:
             raise UserError(f"{content.get('base_model')}: cannot load the tokenizer: {error}") from None
 
     def tokenize(self, key: str, rows: Sequence[Row]) -> list[Tokens]:
-        """Tokenize rows of the data set at a key such as `datasets.0`, without cutting."""
+        """Tokenize rows of the data set at a key such as `datasets.0`, without cutting long rows."""
         section, _, position = key.partition(".")
         dataset = self.cfg[section][int(position)]
         pieces = dataset["type"] == "completion"  # Axolotl splits these rows into rows of sequence_len tokens
@@ -57,9 +57,9 @@ class Tokenizer:
         return tokenize(key, self.cfg, dataset, self.tokenizer, rows, longest)
 
     def load(self, key: str) -> list[Row]:
-        """Load rows of a data set as Axolotl does, with split, shard and weight.
+        """Load rows of a data set as Axolotl does, applying split, shards and weight.
 
-        This calls Axolotl's own code (axolotl/utils/data/sft.py) and skips tokenization.
+        This calls Axolotl's code (axolotl/utils/data/sft.py) and skips tokenization.
 
         Raises:
             UserError: Axolotl cannot load the rows.
@@ -81,7 +81,7 @@ class Tokenizer:
         return rows
 
     def held_out(self) -> list[tuple[str, Row]]:
-        """Rows that val_set_size holds out, in order, with the keys of their data sets.
+        """Rows that val_set_size holds out, in Axolotl's order, each with its data set's key.
 
         Axolotl holds out rows only after tokenizing, merging, shuffling and filtering them. This method therefore gets
         the held-out tokens from Axolotl, and finds the original rows by these tokens.
@@ -111,7 +111,7 @@ class Tokenizer:
                         if same := positions.get(tuple(tokens.ids[:cut])):
                             found[same.pop(0)] = key, row
         if len(found) < len(held_out):
-            raise UserError(f"val_set_size: {len(held_out) - len(found)} held-out rows are missing in the data")
+            raise UserError(f"val_set_size: {len(held_out) - len(found)} held-out rows were not found in the data")
         return [found[position] for position in range(len(held_out))]
 
 
@@ -119,8 +119,8 @@ def by_token(content: Config, count: int) -> list[Row]:
     """The first rows of each training data set, tokenized as in training.
 
     Returns:
-        For each row: key of the data set, row number, length, number of tokens that carry loss, true if longer than
-        sequence_len, token ids, labels, and text. In the text, ⟪ and ⟫ enclose tokens that carry loss.
+        For each row: the data set's key, the row's number and length, the number of tokens that carry loss, a flag for
+        rows longer than sequence_len, token ids, labels, and text. In the text, ⟪ and ⟫ enclose tokens that carry loss.
     """
     tokenizer = Tokenizer(content)
     rows = []
@@ -155,9 +155,10 @@ def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[li
         gpus: the number of GPUs that train.
 
     Returns:
-        Findings, and for each data set: the numbers of rows present, read and tokenized. For tokenized rows: tokens,
-        tokens with loss, percentiles of the length, the number of rows longer than sequence_len, and the share of
-        padding in batches of micro_batch_size rows, shuffled once unless training keeps the file's order.
+        Findings, and measures of each data set. The measures are the numbers of rows present, read and tokenized; the
+        tokens, tokens with loss and percentiles of the length of tokenized rows; the number of rows longer than
+        sequence_len; the rows, tokens and longest row that remain for training; and the share of padding, for batches
+        of micro_batch_size rows, shuffled once unless training keeps the file's order.
     """
     tokenizer = Tokenizer(content)
     cfg = tokenizer.cfg
@@ -275,7 +276,7 @@ class _Read:
 
 
 def _unknown_roles(strategy: Any, row: Row) -> set[str]:
-    """Roles of a row that are unknown to its data set and the template."""
+    """Roles of a row that neither its data set nor the template knows."""
     roles = {strategy.transform_message(message)["role"] for message in strategy._get_messages(row)}
     template = strategy.prompter.chat_template
     known = {*strategy.prompter.roles.values(), *strategy.roles_to_train}
@@ -283,9 +284,10 @@ def _unknown_roles(strategy: Any, row: Row) -> set[str]:
 
 
 def _without_batch(cfg: Any, sizes: list[int], gpus: int) -> Iterator[Finding]:
-    """Error if packed rows do not fill a micro batch per GPU, for zero steps.
+    """Error if the packed rows are too few for a micro batch on each GPU.
 
-    Axolotl's own sampler packs the rows here (axolotl/core/trainers/base.py, _create_multipack_sampler).
+    Training would then have no step. Axolotl's sampler packs the rows here (axolotl/core/trainers/base.py,
+    _create_multipack_sampler).
     """
     real = cfg.multipack_real_batches
     apart = not cfg.attn_supports_packing if real is None else real
@@ -312,7 +314,7 @@ def _kept(cfg: Any, sizes: list[int]) -> list[int]:
 
 
 def _padding(cfg: Any, kept: list[int]) -> float:
-    """Share of padding among all tokens, with batches padded by Axolotl's collator (core/builders/causal.py)."""
+    """Share of padding among all tokens, if Axolotl's collator pads the batches (core/builders/causal.py)."""
     if not cfg.curriculum_sampling:  # curriculum sampling keeps the order of the file
         random.Random(cfg.seed).shuffle(kept)
     multiple = (cfg.pad_to_multiple_of or 64) if cfg.pad_to_sequence_len is not False else 1
@@ -324,9 +326,9 @@ def _padding(cfg: Any, kept: list[int]) -> float:
 
 
 def _numbered(dataset: Config, every: int = 1, batch: int = 1) -> Iterator[tuple[str, Row]]:
-    """Rows of a data set's local JSONL files in its split, with their lines.
+    """Rows of a data set's local JSONL files, each with file and line.
 
-    Of each `every` batches of `batch` lines, only the first is read."""
+    Rows beyond the data set's split are left out. Of every `every` batches of `batch` lines, only the first is read."""
     rows = (row for file in datafiles.jsonl_files(dataset) for row in _of_file(file, every, batch))
     first = datafiles.first_rows(dataset)
     return islice(rows, first and math.ceil(first / every))

@@ -1,4 +1,4 @@
-"""Trust in an existing run folder: keyed hash, untrusted code, and the rehearsal's model."""
+"""Trust in an existing run folder: keyed hash, untrusted code, and a rehearsal's stand-in model."""
 
 import hashlib
 import hmac
@@ -22,9 +22,9 @@ from .finding import Case, refuse
 
 
 def seal(folder: RunDir, record: Run) -> str | None:
-    """Keyed hash of a run's config and Axolotl's arguments; None without a key.
+    """Keyed hash of a run's config, working directory, Axolotl arguments and overrides; None without a key.
 
-    The key stays with this user, so that nobody else can create a valid hash."""
+    Only this user can read the key, so that nobody else can create a valid hash."""
     with suppress(OSError, UserError):
         key = (make_once(paths.kept() / "seal", _make_key) / "key").read_bytes()
         content = [folder.config.read_text(), record.cwd, record.axolotl_arguments, record.forced]
@@ -38,7 +38,7 @@ def _make_key(folder: Path) -> None:
 
 
 def is_own(folder: RunDir, record: Run) -> bool:
-    """True if this user created a run, and its hashed files are unchanged."""
+    """True if this user created a run, and the run's hashed content is unchanged."""
     own = seal(folder, record) if record.seal else None
     return own is not None and hmac.compare_digest(own, record.seal or "")
 

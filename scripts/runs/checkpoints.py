@@ -19,9 +19,9 @@ def step_of(folder: Path) -> int | None:
 def write_manifest(folder: Path) -> None:
     """Write the sizes and checksums of all files of a complete checkpoint.
 
-    If the machine crashes, a file can keep its full size but contain zeros instead of unwritten data. Only a checksum
-    of all bytes detects this. CRC-32 reads over 4 GB/s from the page cache: an adapter and optimizer of about 2 GB
-    delay a save by half a second. SHA-256 would take four times as long.
+    If the machine crashes, a file can have its full size, but contain zeros where data was not yet written. Only a
+    checksum of all bytes detects this. CRC-32 processes more than 4 GB/s from the page cache: for an adapter and
+    optimizer of about 2 GB, a save takes half a second longer. SHA-256 would take four times as long.
     """
     files = {
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "crc32": _crc32(file)}
@@ -34,7 +34,7 @@ def write_manifest(folder: Path) -> None:
 def damage(folder: Path, ranks: int) -> str | None:
     """Reason not to resume from a checkpoint, such as `optimizer.pt is missing`, or None.
 
-    If the manifest is missing, the process was killed during the save, and files may be incomplete.
+    A missing manifest means that the process was killed during the save; files may then be incomplete.
 
     Args:
         folder: the checkpoint.
@@ -50,10 +50,10 @@ def damage(folder: Path, ranks: int) -> str | None:
 
 
 def _missing(folder: Path, ranks: int) -> str | None:
-    """First missing file needed to resume; engines may write files of their own.
+    """First missing file that resuming needs; file names depend on the engine.
 
-    Without such a file the trainer silently starts a new optimizer, schedule or random state. DeepSpeed writes `latest`
-    last. FSDP writes `.metadata` last in each folder of shards.
+    If optimizer, schedule or random state are missing, the trainer silently starts with new ones. DeepSpeed writes
+    `latest` last. FSDP writes `.metadata` last in each folder of shards.
     """
     rng_states = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
     needed = [

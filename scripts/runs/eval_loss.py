@@ -1,8 +1,9 @@
 """Eval loss per token: the mean over all tokens with a label, equally weighted.
 
-Axolotl's `eval_loss` averages the means of batches. A token in a batch with few labels weighs more, rows that fill up
-the last batch of several ranks count twice, and packing drops some rows, or all if they are few. `eval_loss` therefore
-depends on batch size, row order and number of ranks; it is comparable only between runs with the same three settings.
+Axolotl's `eval_loss` averages the mean losses of batches, so that a token in a batch with few labels weighs more. With
+several ranks, rows repeated to fill the last batch count twice. Packing drops some rows, or all if they are few.
+`eval_loss` therefore depends on batch size, row order and number of ranks; it is comparable only between runs with the
+same three settings.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,11 +17,11 @@ _MULTIPLE = 64  # row lengths are padded to multiples of this, to limit the numb
 
 
 def add_to(trainer: Any, begins: Callable[[], None]) -> None:
-    """Have a trainer call `begins` before each evaluation, and also log NAME, in nats.
+    """Have a trainer call `begins` before each evaluation, and log the loss per token.
 
-    A second pass over the unpacked rows measures NAME; eval_runtime includes this pass. NAME is not logged under tensor
-    or context parallelism, for streamed rows, or for rows without input_ids and labels, because the distribution of
-    rows over ranks or the tokens with loss are then unknown.
+    The trainer logs this loss, in nats, under NAME. It measures the loss in a second pass over the unpacked rows, which
+    eval_runtime includes. It logs no loss per token under tensor or context parallelism, for streamed rows, or for rows
+    without input_ids and labels: there, the distribution of rows over ranks or the tokens with loss are unknown.
     """
     evaluate = trainer.evaluation_loop
 
@@ -50,7 +51,7 @@ def _of_rows(trainer: Any, rows: Any) -> float | None:
     tokens = 0
     for first in range(0, len(batches), ranks):
         mine = first + trainer.accelerator.process_index
-        # engines exchange weights in each step, so all ranks need the same number; extra steps repeat a masked batch
+        # engines exchange weights in each step, so all ranks need equally many steps; extra ones repeat a masked batch
         batch = _collated(trainer, [rows[i] for i in batches[min(mine, len(batches) - 1)]], mine >= len(batches))
         with (
             torch.no_grad(),

@@ -1,4 +1,4 @@
-"""Axolotl training processes: start, stop, and recording the end."""
+"""Starts and stops Axolotl's processes, and records how training ended."""
 
 import os
 import platform
@@ -28,7 +28,7 @@ from .rundir import RunDir, summarise, this_job
 AXOLOTL = Path(sys.executable).with_name("axolotl")
 _NO_GPU_MEMORY = re.compile("CUDA out of memory|CUDA error: out of memory")
 _RANK_KILLED = re.compile(r"exitcode\s*: -9\b")  # torchrun's wording
-_OF_TORCHRUN = re.compile("^.*torch/distributed/elastic/multiprocessing/api.py", re.MULTILINE)  # its report
+_OF_TORCHRUN = re.compile("^.*torch/distributed/elastic/multiprocessing/api.py", re.MULTILINE)  # torchrun's report
 _REFUSED = re.compile(r"^(?:([\w.]+)\n)?  (?:Value error, )?(.+?) \[type=\w+, input_value=", re.MULTILINE)  # pydantic
 _KILLED = (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT)
 _LESS_MEMORY = (
@@ -132,12 +132,12 @@ def _signal(code: int, stopped: bool) -> str:
 def _state(code: int, stopped: bool, ended: Ended | None, has_adapter: bool) -> State:
     """State of a run whose training process has exited.
 
-    On SIGINT, Axolotl saves the current adapter and exits with code 0; the process then records no end.
+    On SIGINT, Axolotl saves the current adapter and exits with code 0, but no end of training is recorded.
 
     Args:
         code: exit code of the process.
         stopped: whether `recipe` received a request to stop.
-        ended: end of training that the process recorded.
+        ended: reason for the end of training, if the process recorded one.
         has_adapter: whether the output folder has an adapter.
     """
     trained = ended in ("complete", "early stopping")
@@ -198,7 +198,7 @@ def _environment(folder: RunDir, record: Run) -> dict[str, str]:
     """Environment of the training process; a rehearsal has no GPU and no network.
 
     Trackers write into the run folder, except trackio, which compares runs and therefore writes next to their folders.
-    No key of Axolotl sets these folders.
+    Axolotl has no keys for these folders.
     """
     path = folder.path.absolute()
     trackers = {
@@ -225,7 +225,7 @@ def _environment(folder: RunDir, record: Run) -> dict[str, str]:
 
 
 def _drop_half_prepared(folder: RunDir, record: Run) -> None:
-    """Remove half-written prepared rows; Axolotl would use them as complete.
+    """Remove half-written prepared rows; Axolotl would treat them as complete.
 
     The config can be another user's, so only rows in the cache or the run folder are removed. The datasets library
     writes dataset_info.json last. Axolotl holds a lock while writing (axolotl/utils/data/lock.py).
@@ -313,7 +313,7 @@ def _wait(child: "subprocess.Popen[bytes]", stops: list[int], progress: Training
         if stops and not asked:
             asked = True
             say("stopping after this step, with a checkpoint; a second request stops at once")
-            for process in _training(child):  # not the process groups: the current step needs its data loaders
+            for process in _training(child):  # not the process groups, because the current step needs its data loaders
                 with suppress(psutil.NoSuchProcess):
                     process.terminate()
         if len(stops) > 1:

@@ -1,6 +1,7 @@
-"""Axolotl plugin: records metrics, stops at a checkpoint, and trains on a CPU.
+"""Axolotl plugin: records metrics, stops at a checkpoint, and makes training on a CPU possible.
 
-`recipe run` adds this plugin to the config. No other code of this project runs in the training process.
+`recipe run` adds this plugin to the config. The training process runs no other code of this project than this plugin
+and the modules that it imports.
 """
 
 import math
@@ -53,9 +54,10 @@ class RunPlugin(BasePlugin):
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
         """Arguments for transformers' trainer that Axolotl does not set.
 
-        Without a GPU, bf16 needs `use_cpu`. On several GPUs, Axolotl gives each GPU the same weight in a step, however
-        many tokens it has; `average_tokens_across_devices` weights all tokens equally, as on one GPU. trackio takes
-        its project only as an argument. Without trackio_static_space_id=False, a push to the hub publishes a Space.
+        Without a GPU, bf16 needs `use_cpu`. On several GPUs, Axolotl gives each GPU the same weight in a step,
+        regardless of its number of tokens; `average_tokens_across_devices` weights all tokens equally, as on one GPU.
+        trackio gets its project only as an argument. Without trackio_static_space_id=False, a push to the hub publishes
+        a Space.
         """
         args: dict[str, Any] = {"logging_nan_inf_filter": False}  # the filter logs a NaN loss as 0
         if not torch.cuda.is_available():
@@ -81,7 +83,7 @@ class RunPlugin(BasePlugin):
             mlflow.search_experiments(max_results=1)
 
     def post_lora_load(self, cfg: Any, model: Any) -> None:
-        """Count parameters before an engine shards them, with 4-bit weights unpacked."""
+        """Count parameters before an engine shards them; each packed 4-bit weight counts."""
         if isinstance(model, PeftModel):
             trainable, every = model.get_nb_trainable_parameters()
             self.parameters = {"trainable_parameters": trainable, "parameters": every}
@@ -105,9 +107,9 @@ class RunPlugin(BasePlugin):
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Record when evaluations and saves start; add the eval loss per token.
 
-        Mirrors of Llama 3.2 pad on the left (seen in PEFT's pull request 3526), Meta's tokenizers on the right. This
-        method makes mirrors pad on the right, so that batches equal the original's. Recipes set the same pad token for
-        both.
+        Tokenizers of Llama 3.2's mirrors pad on the left (seen in PEFT's pull request 3526), Meta's on the right. This
+        method makes mirrors pad on the right, so that batches are the same as with Meta's model. Recipes set the same
+        pad token for both.
         """
         if models.is_mirror(cfg.base_model):
             trainer.processing_class.padding_side = "right"
@@ -132,13 +134,14 @@ class RunPlugin(BasePlugin):
 class RunCallback(TrainerCallback):
     """Trainer callback that appends records to metrics.jsonl, and stops training on SIGTERM.
 
-    Phase records have time (seconds since 1970) and phase, the activity that begins. All others have time, step and
-    max_steps. Records of steps and evaluations add epoch; the trainer's loss, eval_loss, grad_norm and learning_rate;
-    and eval_loss_per_token from the module `eval_loss`. For the steps since the previous record they add step_seconds
-    (without evaluation and saving), tokens (without padding) and tokens_per_second. They also have memory in GiB, GPU
-    utilization in percent, and cpu_percent (100 is one processor). The first rank writes; peak_gib_by_rank has the
-    memory of all ranks. The first record of a launch has gpus, engine, trainable_parameters and parameters (including
-    frozen ones). The last record has `ended`, see `records.Ended`, and kept_step if earlier weights replace the last.
+    Phase records have time (seconds since 1970) and phase, the activity that begins. All other records have time, step
+    and max_steps. Records of steps and evaluations add epoch; the trainer's loss, eval_loss, grad_norm and
+    learning_rate; eval_loss_per_token from the module `eval_loss`; memory in GiB; GPU utilization in percent; and
+    cpu_percent (100 is one processor). Records with a loss also cover the steps since the previous one: step_seconds
+    (without evaluation and saving), tokens (without padding) and tokens_per_second. Only the first rank writes;
+    peak_gib_by_rank has the memory of all ranks. The first record of a launch has gpus, engine, trainable_parameters
+    and parameters (including frozen ones). The last record has `ended` (see `records.Ended`), and kept_step if the
+    trainer has loaded the best checkpoint.
 
     SIGTERM to any rank ends training after the current step, with a checkpoint.
 
@@ -218,8 +221,8 @@ class RunCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Record the trainer's log entry for a step or an evaluation.
 
-        The loss per token is removed from the trainer's history. Writing the model card fails if only some evaluations
-        have this loss, as in a run that an earlier version of this project began.
+        This method removes the loss per token from the trainer's history. Otherwise, writing the model card fails if
+        only some evaluations have this loss, as in a run that an earlier version of this project began.
         """
         if state.log_history:
             state.log_history[-1].pop(eval_loss.NAME, None)
@@ -245,18 +248,18 @@ class RunCallback(TrainerCallback):
             self.vocabulary = None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Record why training ended, and the last step, which the trainer may not log."""
+        """Record the reason for the end, and the last step, which the trainer does not always log."""
         ended: dict[str, Any] = {"ended": self._how_it_ended(state, control)}
-        if args.load_best_model_at_end and state.best_model_checkpoint:  # already loaded by the trainer
+        if args.load_best_model_at_end and state.best_model_checkpoint:  # the trainer has loaded it
             ended["kept_step"] = checkpoints.step_of(Path(state.best_model_checkpoint))
         self._append(state, ended)
         _note_phase(args.output_dir, "saving the model")
 
     def _how_it_ended(self, state: Any, control: Any) -> Ended:
-        """Reason for the end: `complete` unless stopped, even after fewer steps than planned."""
+        """Reason for the end; `complete` unless stopped, even after fewer steps than planned."""
         if state.global_step >= state.max_steps or not control.should_training_stop:
             return "complete"
-        if not state.global_step:  # transformers does this if an epoch has no batch
+        if not state.global_step:  # transformers stops if an epoch has no batch
             return "no batch"
         stoppers = [each for each in self.trainer.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
         if any(each.early_stopping_patience_counter >= each.early_stopping_patience for each in stoppers):

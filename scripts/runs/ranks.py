@@ -1,7 +1,7 @@
 """Training with several processes (ranks): CPU setup, communication, and a check of 4-bit weights.
 
-The check compares packed weights in the first forward pass with the loaded weights. An engine that
-casts parameters to the training dtype treats packed codes as numbers, without an error.
+The check compares packed weights in the first forward pass with the loaded weights. An engine that casts parameters to
+the training dtype treats packed codes as numbers, without an error.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # number of ranks, set by t
 
 
 def use_cpu(engine: str) -> None:
-    """Make Axolotl and accelerate train with an engine on the CPU, over gloo.
+    """Make Axolotl and accelerate train with an engine on the CPU, communicating over gloo.
 
     By default, Axolotl queries the GPU driver and gives each rank a GPU. On a CPU, accelerate supports only DDP and
     silently ignores DeepSpeed and FSDP (AcceleratorState). The patches make accelerate assume GPUs, with gloo as the
@@ -52,7 +52,7 @@ def use_cpu(engine: str) -> None:
 
 
 def engine_in_use(trainer: Any) -> str:
-    """Engine that shards the training, with the names of `gpus.engine_of`, or "one process"."""
+    """Name of the active engine, as in `gpus.engine_of`, or "one process"."""
     from deepspeed import DeepSpeedEngine
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -110,7 +110,7 @@ class PackedWeights:
         self.layers = [(name, layer, codes(layer)) for name, layer in chosen]
 
     def compare_in_first_pass(self) -> None:
-        """Compare each layer in the next forward pass, after an engine's hooks gather weights.
+        """Compare each layer in the next forward pass, once an engine's hooks have gathered its weights.
 
         Raises:
             RuntimeError: in the forward pass, if bytes differ.

@@ -26,7 +26,7 @@ Ended = Literal["complete", "early stopping", "signal", "callback", "no batch"]
 
 @with_config(strict=True, extra="allow")
 class _Record(TypedDict, total=False):
-    """Fields of a `plugin.RunCallback` record that this project uses."""
+    """Fields that this project reads from a record of `plugin.RunCallback`."""
 
     step: Required[int]
     max_steps: int | None
@@ -91,7 +91,7 @@ class FileState(BaseModel):
         return cls(sha256=digest or sha256(file), bytes=status.st_size, mtime=status.st_mtime)
 
     def differs(self, file: Path) -> bool:
-        """True for other content; reads the file only if size or time differ."""
+        """True if a file exists with different content; reads it only if size or time differ."""
         if not file.is_file():
             return False
         status = file.stat()
@@ -237,7 +237,7 @@ class Run(BaseModel):
 
     @property
     def origin(self) -> str:
-        """Shipped recipe of the run, or of its variant; determines the study."""
+        """Shipped recipe that the run uses, or that its variant changes; determines the study."""
         return self.variant_of or self.recipe
 
     @property
@@ -284,7 +284,7 @@ def collect() -> Provenance:
 
 
 def _git() -> Git | None:
-    """Git state of the recipes' checkout; None without one, or if git fails."""
+    """Git state of the recipes' checkout; None if there is no checkout, or git fails."""
     if not paths.LOCK.is_file():
         return None  # installed from a wheel; a repository around it is a different project
     # GIT_DIR and similar variables would select another repository; --no-optional-locks keeps the index unchanged

@@ -45,7 +45,7 @@ class RunDir:
     def read(self, job: JobState | None = None) -> Run:
         """Read run.json with the current state.
 
-        A run that is recorded as running, but has no process or job, is interrupted.
+        A run that is recorded as running, but has no process or job, counts as interrupted.
 
         Args:
             job: state of the training job, if the run has one; `backends.read` passes it.
@@ -93,7 +93,7 @@ class RunDir:
         except FileNotFoundError:
             return []
         except (OSError, ValueError):
-            raise UserError(f"{self._jobs}: damaged; move it away when no job of the run is queued") from None
+            raise UserError(f"{self._jobs}: damaged; move it away once no job of the run is in the queue") from None
 
     def add_job(self, job: Job) -> None:
         """Record a job."""
@@ -113,7 +113,7 @@ class RunDir:
             yield lock
 
     def read_metrics(self, since: int = 0) -> list[Row]:
-        """Records of metrics.jsonl by step; resumed runs replace records of repeated steps.
+        """Records of metrics.jsonl, sorted by step; a resumed run replaces the records of repeated steps.
 
         Damaged lines are skipped with a warning.
 
@@ -181,7 +181,7 @@ def new_folder(parent: Path, name: str) -> Path:
 
 
 def is_evaluation(record: Row) -> bool:
-    """True for the record of an evaluation, with either eval loss."""
+    """True if a record has an eval loss, of either kind."""
     return "eval_loss" in record or "eval_loss_per_token" in record
 
 
@@ -244,7 +244,7 @@ def is_run(folder: Path) -> bool:
 
 
 def run_names(runs: Path) -> dict[str, RunDir]:
-    """Runs by path below `runs`, each recipe's newest by recipe name, and `latest`."""
+    """Runs by name: the path below `runs`, a recipe's name (its newest run), or `latest`."""
     folders = all_runs(runs)
     named = {run.path.relative_to(runs).as_posix(): run for run in folders}
     named |= {path.rpartition("/")[0]: run for path, run in named.items() if "/" in path}  # the last is the newest
@@ -252,7 +252,7 @@ def run_names(runs: Path) -> dict[str, RunDir]:
 
 
 def find_run(name: str, runs: Path) -> RunDir:
-    """Find a run by folder or partial name, see `run_names`; print its path.
+    """Find a run by folder, or by a full or partial name of `run_names`; print its path.
 
     Raises:
         UserError: no run, or more than one, matches.

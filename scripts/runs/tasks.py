@@ -16,13 +16,13 @@ DOES = {"run": "the training", "evaluate": "the evaluation"}
 
 @dataclass
 class TaskResult:
-    """Result of a recipe: state of each step, and problem of a failed one.
+    """Result of a recipe: the state of each step, and the problem if one failed.
 
     Attributes:
         member: name of the sweep member, or None.
-        steps: done, skipped for unchanged inputs, queued, or failed, by step.
+        steps: for each step: done, skipped (its inputs are unchanged), queued, or failed.
         run: folder of the finished run.
-        seed: seed, if the recipe is run with several.
+        seed: seed, if the recipe runs with several seeds.
     """
 
     recipe: str
