@@ -86,7 +86,7 @@ def results_verb(
 
 
 def _export(name: str) -> None:
-    """Write records to contribute, of a run or of a study's published predictions.
+    """Write the ledger records of a run, or of a study's published predictions.
 
     Raises:
         typer.Exit: code 1 if some predictions cannot be scored; the other records are still written.
@@ -138,7 +138,7 @@ def _difference(power: str) -> float | None:
     with suppress(ValueError):
         if 0 <= (difference := float(power)) < math.inf:
             return difference
-    raise UserError(f"--power {power}: give a difference in the unit of the study's first metric, or tolerance")
+    raise UserError(f"--power {power}: give `tolerance`, or a difference in the unit of the study's first metric")
 
 
 @verbs.command(

@@ -1,4 +1,4 @@
-"""The verbs check and plan; `data.py` has the verbs of data."""
+"""The verbs check and plan; `data.py` has fetch and prepare."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -126,7 +126,7 @@ def _checked(requests: "list[Request]", gpu: "Gpu | None", data: bool, full: boo
 
 
 def _print_findings(findings: "Iterable[Finding]") -> None:
-    """Print findings; those shared by several recipes only once."""
+    """Print findings; print a finding that several recipes share only once."""
     alike: dict[tuple[str, ...], list[Finding]] = {}
     for finding in findings:
         alike.setdefault((finding.level, finding.name, finding.problem, finding.remedy), []).append(finding)
@@ -244,14 +244,14 @@ def _print_plan(planned: "Plan") -> None:
 
 
 def _work(work: "Work") -> Iterator[tuple[str, str]]:
-    """Known facts about the work of a training, as label and text."""
+    """Known facts about a training's rows, tokens, steps and time, as label and text."""
     up_to = "up to " if work.at_most else ""
     if work.at_most:
         yield (
             "row lengths",
-            "unknown; tokens and hours assume full rows; if rows and tokenizer are here, --data measures lengths",
+            "unknown; tokens and hours assume full rows; if rows and tokenizer are local, --data measures lengths",
         )
-    yield "rows", f"{work.rows:,} ({work.rows_are})" if work.rows else "unknown; the training data is not here"
+    yield "rows", f"{work.rows:,} ({work.rows_are})" if work.rows else "unknown; the training data is not local"
     if work.tokens:
         yield "tokens in all epochs", f"{up_to}{work.tokens:,} ({work.tokens_are})"
     if work.steps:

@@ -1,4 +1,4 @@
-"""The verbs of data: fetch and prepare."""
+"""The verbs `data fetch` and `data prepare`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -121,7 +121,7 @@ def _print_manifest(made: dict[str, Any], folder: Path) -> None:
 
 
 def _trained(of_study: "Study", folder: Path) -> str | None:
-    """The first recipe of a study with training rows in a folder, or None."""
+    """First recipe of a study whose training rows are in a folder, or None."""
     for name in (*of_study.published, *of_study.variants):
         if Path(yamlfiles.read_yaml(find_recipe(name)[1])["datasets"][0]["path"]).parent == folder:
             return name

@@ -33,8 +33,8 @@ except Exception as error:
 print(json.dumps(facts | {"gpus": torch.cuda.device_count()}))
 """
 _OF_TORCH = re.compile(r"(nvidia|cuda)-(?!ml-py)")  # CUDA libraries that torch requires
-_SHOWN = 5  # unmet requirements to list
-_MODEL_GB = 20  # an 8B model has 16
+_SHOWN = 5  # maximum number of unmet requirements to list
+_MODEL_GB = 20  # required free space; an 8B model takes 16
 
 Facts = dict[str, Any]
 State = Literal["ok", "note", "wrong"]
@@ -109,7 +109,10 @@ def check_torch() -> Iterator[Line]:
 
 
 def install_torch(cuda: str = "") -> str:
-    """Command that installs torch for a CUDA version; in a checkout, run it there."""
+    """Command that installs torch, optionally for a CUDA version.
+
+    In a checkout, the command uses `make` and must be run there.
+    """
     if paths.LOCK.is_file():
         return f"make setup CUDA={cuda}" if cuda else "rm -r .venv && make setup"
     backend = f"cu{cuda.replace('.', '')}" if cuda else "auto"
@@ -121,7 +124,7 @@ def check_lock() -> Iterator[Line]:
     in_checkout = paths.LOCK.is_file()
     texts = _locked() if in_checkout else requires("qlora-recipes") or []
     required = [one for one in map(Requirement, texts) if not one.marker or one.marker.evaluate({"extra": ""})]
-    if "+" in (package_version("torch") or ""):  # a build for another CUDA brings its own libraries
+    if "+" in (package_version("torch") or ""):  # torch built for another CUDA version brings its own libraries
         required = [one for one in required if not _OF_TORCH.match(one.name)]
     unmet = [f"{one} (installed: {package_version(one.name) or 'none'})" for one in required if not _is_met(one)]
     if unmet:

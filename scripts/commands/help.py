@@ -39,7 +39,7 @@ _NO_BREAK = "\N{NON-BREAKING HYPHEN}"
 
 
 class _Formatter(click.HelpFormatter):
-    """Help formatter that never breaks lines at hyphens, with plain words for numbers."""
+    """Help formatter that never breaks lines at hyphens, and describes numbers in plain words."""
 
     def write(self, string: str) -> None:
         super().write(string.replace(_NO_BREAK, "-"))
@@ -119,7 +119,7 @@ def next_step(*words: str | Path, json: bool = False) -> None:
 
     Args:
         words: arguments of the next command.
-        json: whether the verb prints JSON; if true, suggest nothing.
+        json: True if the verb prints JSON; then nothing is suggested.
     """
     if not json and PART not in os.environ:
         where = [] if paths.runs() == Path("runs") else ["--runs", paths.runs()]
@@ -127,13 +127,13 @@ def next_step(*words: str | Path, json: bool = False) -> None:
 
 
 def over(profiles: list[str] | None, sets: list[str] | None) -> list[str]:
-    """Command-line options for profiles and overrides."""
+    """Arguments --profile and --set for a command."""
     laid = [("--profile", profiles), ("--set", sets)]
     return [word for option, values in laid for value in values or [] for word in (option, value)]
 
 
 def name_of(folder: "RunDir") -> str:
-    """Name of a run for a command: the end of its path below --runs."""
+    """Name of a run in a command: the folder's name, or its path if outside --runs."""
     return folder.path.name if folder.path.is_relative_to(paths.runs()) else str(folder.path)
 
 

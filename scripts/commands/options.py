@@ -35,7 +35,7 @@ def whole_names(context: typer.Context, given: list[str] | None) -> list[str]:
 
 
 def _beginning(incomplete: str, names: Sequence[str]) -> list[str]:
-    """Names that begin with a text, or else ends of their paths."""
+    """Names that begin with a text; if there are none, path endings that begin with it."""
     ends = ["/".join(name.split("/")[level:]) for name in names for level in range(1, name.count("/") + 1)]
     whole, parts = ([name for name in dict.fromkeys(some) if name.startswith(incomplete)] for some in (names, ends))
     return whole or parts
@@ -62,7 +62,7 @@ def complete_runs(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def complete_things(context: typer.Context, incomplete: str) -> list[str]:
-    """Complete runs as above, studies, and started sweeps."""
+    """Complete runs as `complete_runs` does, studies, and started sweeps."""
     folder = _runs_folder(context) / "sweeps"
     files = sorted(file.relative_to(folder).as_posix() for file in folder.glob("*/*.json"))  # see Sweep.file
     labels = [file.removesuffix(".json").replace(".rehearsal", "/rehearsal").replace("--", "/") for file in files]
@@ -286,7 +286,7 @@ def only_with(option: str, given: object, other: str, needed: object) -> None:
 
 
 def backend_of(on: str, rehearsal: bool = False, jobs: int | None = None) -> "Backend":
-    """Backend that --on names, with its options; a part without `=` continues a value.
+    """Backend and options given by --on; a part without `=` belongs to the value before.
 
     Raises:
         UserError: the backend does not exist, or refuses the options.

@@ -32,7 +32,7 @@ def list_verb(
             by_study.setdefault(row["study"], []).append(_shown(row))
         for name, table in by_study.items():
             scores = [column for column in table[0] if column not in _COLUMNS]
-            spare = ["base model", *scores[:0:-1]]  # all scores but the first, in reverse order
+            spare = ["base model", *scores[:0:-1]]  # all scores but the first, last score first
             title = name or "Without a study" if len(by_study) > 1 else None
             tables.print_table(table, title, spare=spare, below=["variant of"])
     next_step("run", "start/qlora", "--rehearse", json=json)
@@ -41,7 +41,7 @@ def list_verb(
 def _listed() -> list[Row]:
     """Shipped recipes and local variants, with published scores as `published_METRIC`.
 
-    study.yaml is read as plain YAML, because building the models of a study would take longer than everything else.
+    study.yaml is read without validation, which would take longer than everything else together.
     Files that cannot be read are reported on stderr.
     """
     from ..configs import config
@@ -84,7 +84,7 @@ def _declared(folder: Path) -> yamlfiles.Config:
 
 
 def _mapping(value: Any) -> Row:
-    """Return a mapping, or {} for another value, which `recipe study check` reports."""
+    """Return a mapping unchanged, and {} for other values, which `recipe study check` reports."""
     return value if isinstance(value, dict) else {}
 
 
@@ -200,7 +200,7 @@ def new_verb(
     for line in [*of_data, *new.of_hardware(from_), *(other.not_known if other else [])]:
         say(line)
     if not model and any(override.startswith("base_model=") for override in overrides):
-        say("revision, special tokens, layers and comments are still those of the model before; --model replaces them")
+        say("revision, special tokens, layers and comments are still those of the former model; --model replaces them")
     has_data = data or all(finding.level != "error" for finding in found)
     next_step(*(("check", name, "--data") if has_data else ("run", name, "--rehearse")))
 
@@ -230,7 +230,7 @@ def doctor_verb(json: Json = False) -> None:
             if line.remedy:
                 tables.print_text(f"       to do: {line.remedy}")
             if line.command:
-                print(f"         {line.command}")  # in one piece, to paste
+                print(f"         {line.command}")  # not wrapped, for copying
     counts = {state: sum(line.state == state for line in lines) for state in ("ok", "note", "wrong")}
     say(", ".join(f"{state}: {count}" for state, count in counts.items()))
     if counts["wrong"]:

@@ -106,7 +106,7 @@ def run_verb(
     backend = backend_of(on, is_rehearsal(request))
     if dry_run:
         composed = run.prepare(request, backend)
-        own = yamlfiles.read_yaml(composed.recipe_file)  # has output folders for plain Axolotl
+        own = yamlfiles.read_yaml(composed.recipe_file)  # its output folders suit plain Axolotl
         print(yamlfiles.write_yaml(composed.config | {key: own[key] for key in OF_THE_RUN if key in own}), end="")
     else:
         folder = run.start(request, backend)
@@ -134,7 +134,7 @@ def resume_verb(
     backend = backend_of(on)
     folder = resume(run, backend, prepare, force or [], trust)
     print(folder.path)
-    if not prepare:  # jobs that prepare suggest nothing
+    if not prepare:  # a job that only prepares suggests no next command
         after_training(folder, on)
 
 

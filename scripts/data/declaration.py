@@ -37,7 +37,7 @@ def exactly_one(part: BaseModel, first: str, second: str) -> None:
 
 
 def undeclared(at: Key, name: str | None, known: Collection[str]) -> Iterator[Mistake]:
-    """Yield a mistake if a name is given and unknown."""
+    """Yield a mistake if a name is given but not declared."""
     if name is not None and name not in known:
         yield at, f"{name} is unknown{did_you_mean(name, known) or f'; known: {", ".join([*known][:20])}'}"
 
@@ -62,12 +62,12 @@ class DataSource(SourceFile):
 
     Attributes:
         url: address of a file or, with `files`, of a zip.
-        files: files to extract from the zip, by name without folders; `bytes` of the zip is then approximate.
+        files: files to extract from the zip, by name without folders; `bytes`, the zip's size, is then approximate.
         hub: id of a repository on the hub.
         kind: `dataset` (write a split as JSON lines) or `model` (download one file).
-        file: file of a `model` repository; by default the name of the source.
-        config: configuration of a data set that has several.
-        revision: commit.
+        file: file to download from a `model` repository; by default, the file with the name of the source.
+        config: configuration to load, if the data set has several.
+        revision: commit of the repository.
     """
 
     url: Annotated[str, StringConstraints(pattern=r"^https?://\S+$")] | None = None
@@ -82,7 +82,7 @@ class DataSource(SourceFile):
     @model_validator(mode="after")
     def _has_the_keys_of_its_kind(self) -> Self:
         if self.url and self.hub:
-            raise ValueError("give url or hub, not both; without either, users copy the file to the raw folder")
+            raise ValueError("give url or hub, not both; with neither, users copy the file to the raw folder")
         kind = self.kind if self.hub else "url"
         if others := self.model_fields_set - _KEYS_OF[kind]:
             raise ValueError(f"{', '.join(sorted(others))}: not a key for sources of kind {kind}; delete it")
@@ -95,7 +95,7 @@ class PreparedFormat(Strict):
     """Format of prepared rows, and the folder for them.
 
     Attributes:
-        fields: expressions that replace those of the study, by field.
+        fields: expressions that replace the study's expressions, by field.
     """
 
     folder: Text
@@ -129,20 +129,20 @@ class Order(Strict):
 
 
 class Split(Strict):
-    """Split: by default all rows of raw files that no filter leaves out.
+    """Split of a data set: by default, all rows of its raw files except filtered rows.
 
     Attributes:
         from_: raw file or files.
-        sample_from: other split to sample rows from; the sampled rows are removed from it.
+        sample_from: another split to sample rows from; the sampled rows are removed from it.
         sample: number of rows to sample at random.
         seed: seed of the sample.
-        shuffle: seed for `Dataset.shuffle` of the library datasets. Rows are shuffled before `first` applies. With
+        shuffle: seed for `Dataset.shuffle` of the datasets library. Rows are shuffled before `first` applies. With
             `sample_from`, the other split is shuffled. Its first rows are the sample, and it keeps the shuffled order.
         first: number of rows to take from the beginning.
         rows: number of rows, if it is known but does not follow from other keys.
-        fields, filters: expressions that replace all those of the study, for raw files with other fields.
+        fields, filters: expressions that replace all of the study's, for raw files with different fields.
         order: order of the written rows.
-        tokens: number of trained tokens without padding, by base_model.
+        tokens: number of training tokens without padding, by base_model.
         subsets: subsets of the test rows, by file name without suffix.
     """
 
@@ -184,7 +184,7 @@ class Data(Strict):
         sources: downloads by name.
         fields: fields of a prepared row, each computed by an expression over the raw row.
         extra_fields: additional fields of test rows.
-        filters: rows to leave out, by reason; each filter is an expression over the raw row and the prepared fields.
+        filters: conditions for leaving out a row, by reason; expressions over the raw row and the prepared fields.
         input_formats: formats of prepared rows by name, the default first.
         test_set: test set of the published scores: `test`, or one of the subsets.
         sample: folder beside study.yaml with a few rows for rehearsals, in files named like the raw files.
@@ -243,7 +243,10 @@ class Data(Strict):
         return subset.rows if subset else self.rows_of("test")
 
     def _made_as(self, split: str) -> Split:
-        """Return the split's declaration, or that of the split to sample from."""
+        """Declaration with the raw files, fields and filters of a split.
+
+        For a sampled split, this is the declaration of the split to sample from.
+        """
         declared = self.splits[split]
         return self.splits.get(str(declared.sample_from), declared)
 
@@ -274,7 +277,7 @@ class Data(Strict):
         return self.filters if own is None else own
 
     def rows_of(self, split: str) -> int | None:
-        """Number of rows in a split; None if unknown, as with filters."""
+        """Number of rows in a split; None if unknown, for example because of filters."""
         if (declared := self.splits.get(split)) is None:
             return None
         if chosen := declared.rows or declared.sample or declared.first:
@@ -296,7 +299,7 @@ class Data(Strict):
                 yield (*at, "order", "longest_first"), part.order.longest_first
 
     def mistakes(self, folder: Path) -> Iterator[Mistake]:
-        """Yield contradictions in the declaration, and files missing in the study's folder."""
+        """Yield contradictions in the declaration, and files missing from the study's folder."""
         names = [name for key, source in self.sources.items() for name in source.files or (key,)]
         for name in sorted({name for name in names if names.count(name) > 1}):
             yield ("data", "sources"), f"several sources give a file {name}; rename one"

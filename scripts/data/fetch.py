@@ -23,7 +23,7 @@ from ..base.machine import held, now
 from ..base.progress import Bar, say
 from .declaration import Data, DataSource, SourceFile
 
-TIMEOUT = (15, 60)  # seconds to connect, and seconds without a byte
+TIMEOUT = (15, 60)  # seconds to wait for a connection, and for the next bytes
 PAUSES = (2, 5, 15, 30, 60)  # seconds before each retry
 CHUNK = 1 << 18  # bytes; a broken connection loses at most one chunk
 RECORD = "fetched.json"
@@ -50,7 +50,7 @@ def fetch(data: Data, out: Path, only: Collection[str] | None = None) -> list[Ro
 
     Raises:
         UserError: a server refuses a request, or a file is damaged or contradicts study.yaml.
-        WorkFailed: a server cannot be reached, fails, or breaks off too often.
+        WorkFailed: a server cannot be reached or fails, or the connection breaks too often.
         OSError: the disk is full.
     """
     wanted = [name for name in data.sources if only is None or name in only]
@@ -97,7 +97,7 @@ def _verified(name: str, file: Path, known: SourceFile) -> Row:
     """Table row of a verified file.
 
     Raises:
-        Rejected: size or checksum differ from study.yaml.
+        Rejected: the size or checksum differs from study.yaml.
     """
     row = _row(name, file, known)
     for key, expected in (("bytes", known.bytes), ("sha256", known.sha256)):
@@ -107,7 +107,10 @@ def _verified(name: str, file: Path, known: SourceFile) -> Row:
 
 
 def _fetched(data: Data, names: list[str], out: Path, staging: Path) -> list[Row]:
-    """Fetch the first of some sources; return table rows of its verified files."""
+    """Fetch the first named source; return table rows of its verified files.
+
+    The other names are only used for advice in an error message.
+    """
     name = names[0]
     source, part = data.sources[name], out / f"{name}.part"
     try:
@@ -140,7 +143,7 @@ def _fetched(data: Data, names: list[str], out: Path, staging: Path) -> list[Row
 
 
 def _by_hand(data: Data, names: list[str], out: Path) -> str:
-    """Advice on how to get some sources without a download to this machine."""
+    """Advice on how to obtain sources that cannot be downloaded to this machine."""
     sources = {name: data.sources[name] for name in names}
     if all(source.url and source.sha256 and not source.files for source in sources.values()):
         files = ", ".join(f"{name} ({source.url})" for name, source in sources.items())
@@ -152,7 +155,7 @@ def _by_hand(data: Data, names: list[str], out: Path) -> str:
 
 
 def _from_hub(name: str, source: DataSource, file: Path) -> Path:
-    """Write a file from the hub, or a split of a data set as JSON lines."""
+    """Download a file of a model, or write a data set's split as JSON lines."""
     if source.kind == "model":
         from huggingface_hub import hf_hub_download
 
@@ -180,7 +183,7 @@ def _extracted(file: Path, source: DataSource, staging: Path) -> dict[str, Path]
     with zipfile.ZipFile(file) as archive:
         members = {name: [m for m in archive.infolist() if PurePath(m.filename).name == name] for name in files}
         if wrong := [name for name, found in members.items() if len(found) != 1]:
-            raise Rejected(f"{', '.join(wrong)}: missing in the zip, or present twice")
+            raise Rejected(f"{', '.join(wrong)}: missing from the zip, or present twice")
         for name, (member,) in members.items():
             with archive.open(member) as stream, files[name].open("wb") as copy:
                 shutil.copyfileobj(stream, copy)
@@ -188,7 +191,7 @@ def _extracted(file: Path, source: DataSource, staging: Path) -> dict[str, Path]
 
 
 def _version_file(part: Path) -> Path:
-    """File with the address and version of a started download."""
+    """File with the address and version of a partial download."""
     return part.with_name(f"{part.name}.json")
 
 
@@ -197,7 +200,7 @@ def download(url: str, part: Path) -> None:
 
     Raises:
         UserError: the address is invalid, or the server refuses.
-        WorkFailed: the server cannot be reached, fails, or breaks off too often.
+        WorkFailed: the server cannot be reached or fails, or the connection breaks too often.
     """
     part.parent.mkdir(parents=True, exist_ok=True)
     with Bar(f"{part.stem}, MiB") as bar:
@@ -221,9 +224,9 @@ def download(url: str, part: Path) -> None:
 
 
 def _receive(url: str, part: Path, bar: Bar) -> str:
-    """Append a server's answer to a file; return a problem, or "" without one.
+    """Append a server's response to a file; return a problem, or "" if there is none.
 
-    Address and version are recorded beside the file, so that another call can resume.
+    The address and version are recorded beside the file, so that a later call can resume the download.
     """
     known = read_json(_version_file(part))
     size = part.stat().st_size if part.exists() and known.get("url") == url and known.get("version") else 0
@@ -234,7 +237,8 @@ def _receive(url: str, part: Path, bar: Bar) -> str:
         headers |= {"Range": f"bytes={size}-", "If-Range": known["version"]}
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         etag = response.headers.get("ETag", "W/")
-        version = response.headers.get("Last-Modified") if etag.startswith("W/") else etag  # no weak ETag
+        # a weak ETag does not identify the bytes
+        version = response.headers.get("Last-Modified") if etag.startswith("W/") else etag
         rest = rf"bytes {size}-\d+/{known.get('bytes') or '.+'}"
         continues = re.fullmatch(rest, response.headers.get("Content-Range", ""))
         resumes = continues and version in (None, known["version"])
@@ -247,14 +251,14 @@ def _receive(url: str, part: Path, bar: Bar) -> str:
         if response.status_code != 206:
             if size:
                 say(f"{part}: starting over; the server's file has changed, or the server cannot send parts")
-            part.unlink(missing_ok=True)  # before its new version is recorded
+            part.unlink(missing_ok=True)  # delete the old part before recording the new version
             known = {"url": url, "version": version, "bytes": int(response.headers.get("Content-Length", 0))}
             write_json(_version_file(part), known)
         with naming(part), part.open("ab") as stream:
             for chunk in response.iter_content(CHUNK):
                 stream.write(chunk)
                 bar.update(stream.tell() >> 20, known["bytes"] >> 20)
-    return "the connection broke off" if known["bytes"] and part.stat().st_size != known["bytes"] else ""
+    return "the connection was lost" if known["bytes"] and part.stat().st_size != known["bytes"] else ""
 
 
 def _cause(error: BaseException) -> str:

@@ -11,7 +11,7 @@ MANIFEST = "manifest.json"
 
 
 def entries(out: Path) -> dict[str, Row]:
-    """Entries of splits in a folder's manifest, without those of early versions."""
+    """Entries of the splits in a folder's manifest; entries by early versions are ignored."""
     splits = read_json(out / MANIFEST).get("splits")
     found = splits if isinstance(splits, dict) else {}
     return {name: entry for name, entry in found.items() if isinstance(entry, dict) and "constants" in entry}
@@ -54,7 +54,7 @@ def table(manifest: Row) -> list[Row]:
 
 def is_the_studys(entry: Row) -> bool:
     """True for rows of the study's raw file, prepared by the study's expressions."""
-    return bool(entry.get("is_the_study_file")) and not entry.get("replaced")  # set by an option of old versions
+    return bool(entry.get("is_the_study_file")) and not entry.get("replaced")  # `replaced`: an option of old versions
 
 
 def how_made(of_study: Study, split: str, input_format: str) -> Row:
@@ -81,7 +81,7 @@ def how_chosen(subset: Subset, folder: Path) -> Row:
 def is_not_prepared(of_study: Study, out: Path, input_format: str) -> str | None:
     """Reason why a folder lacks the study's prepared data; None if it has them.
 
-    The manifest and the checksums of files decide.
+    Compares the manifest with the study, and the files with their checksums.
     """
     splits = entries(out)
     for name in of_study.data.splits:
@@ -89,15 +89,15 @@ def is_not_prepared(of_study: Study, out: Path, input_format: str) -> str | None
         if not entry:
             return f"{MANIFEST} lists no {name}.jsonl"
         if not how_made(of_study, name, input_format).items() <= entry.items():
-            return f"{name}.jsonl has another input format, or was prepared with other expressions"
+            return f"{name}.jsonl has a different input format, or was prepared with different expressions"
         if entry.get("is_the_study_file") is False:
-            return f"{name}.jsonl was prepared from another file than the study's"
+            return f"{name}.jsonl was prepared from a file other than the study's"
     test = splits.get("test", {})
     subsets = test.get("subsets", {})
     for name, subset in of_study.data.subsets.items():
         how = how_chosen(subset, of_study.folder)
         if name not in test.get("left_out", {}) and not how.items() <= subsets.get(name, {}).items():
-            return f"{name}.jsonl is missing or has other rows"
+            return f"{name}.jsonl is missing or has different rows"
     for written in (*splits.values(), *subsets.values()):
         file = out / str(written.get("file"))
         if not file.is_file() or sha256(file) != written.get("sha256"):

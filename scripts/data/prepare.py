@@ -127,7 +127,7 @@ class _Preparation:
         return [row[0] for row in self._kept(name, _Counts())]
 
     def _at(self, positions: Iterable[int], name: str, counts: _Counts) -> list[PlacedRow]:
-        """Rows at some positions, in the order of the positions."""
+        """Rows at the given positions, in that order."""
         rank = {position: place for place, position in enumerate(positions)}
         rows = [row for row in self._kept(name, counts) if row[0] in rank]
         return sorted(rows, key=lambda row: rank[row[0]])
@@ -135,7 +135,7 @@ class _Preparation:
     def _kept(self, name: str, counts: _Counts) -> Iterator[PlacedRow]:
         """Kept rows as JSON lines, with raw position and sort value.
 
-        Test rows also have their position, in the field `idx`, and the study's extra fields.
+        Test rows also contain their raw position, in the field `idx`, and the study's extra fields.
         """
         data = self.study.data
         raw, order, scored = self.read[name], data.splits[name].order, name == "test"
@@ -227,7 +227,7 @@ class _Preparation:
         for key, subset in subsets.items():
             chosen = choose(subset, self.study.folder, rows)
             if subset.positions and not is_study_file:
-                entry["left_out"][key] = "its positions belong to the study's test file, and this is another file"
+                entry["left_out"][key] = "its positions refer to the study's test file, but this is a different file"
             elif len(chosen) < subset.rows and not subset.positions:
                 entry["left_out"][key] = f"only {len(chosen)} rows to sample from"
             else:
@@ -268,7 +268,7 @@ def sample(rows: Iterable[PlacedRow], size: int, seed: int) -> list[PlacedRow]:
 
 
 def shuffled(positions: list[int], seed: int) -> list[int]:
-    """Shuffle positions as `Dataset.shuffle` of the library datasets does."""
+    """Shuffle positions like `Dataset.shuffle` of the datasets library."""
     import numpy
 
     return [positions[place] for place in numpy.random.default_rng(seed).permutation(len(positions))]

@@ -12,7 +12,7 @@ from .declaration import Data, Key, Mistake, Name, Strict, Text, undeclared
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """Files of an adapter saved by PEFT."""
 
-TRAIN_LOSS = "train_loss"  # column of a curve; as a key of tolerances, the largest acceptable gap to the curve
+TRAIN_LOSS = "train_loss"  # column of a curve; in tolerances, the largest acceptable gap to the curve
 
 
 class PublishedScore(Strict):
@@ -31,7 +31,7 @@ class PublishedScore(Strict):
 
 
 class Measured(Strict):
-    """Other published figures of a run.
+    """Published figures of a run besides its scores.
 
     Attributes:
         reserved_bytes: GPU memory.
@@ -71,7 +71,7 @@ class PublishedPredictions(Strict):
     @model_validator(mode="after")
     def _are_there_or_not(self) -> Self:
         if {self.prediction is None, self.reference is None} != {self.absent is not None}:
-            raise ValueError("give prediction and reference, or absent, the reason why they are unavailable")
+            raise ValueError("give prediction and reference; or give absent, the reason why they are unavailable")
         return self
 
     @property
@@ -81,7 +81,7 @@ class PublishedPredictions(Strict):
 
 
 class Cell(Strict):
-    """Grid point: published scores for other settings of a recipe.
+    """Grid point: published scores of a recipe with changed settings.
 
     Attributes:
         values: values of the changed keys.
@@ -97,7 +97,7 @@ class AdapterFormat(Strict):
 
     Attributes:
         weights: file of weights, written by torch.save.
-        names: parts of weight names to replace, from the fork's to PEFT's.
+        names: replacements for parts of weight names, from the fork's to PEFT's.
         config: keys to override in adapter_config.json.
     """
 
@@ -112,7 +112,7 @@ class Published(Strict):
     Attributes:
         scores: scores by metric, in the metric's unit.
         repeats: scores of all repeated runs, including the reported run, by metric.
-        cells: grid points with other settings, for sweeps.
+        cells: scores with changed settings, for comparison with sweeps.
         curve: CSV file beside study.yaml with the columns step and train_loss.
         adapter: folder in the data files with the adapter that the authors trained.
         adapter_format: format of the adapter if PEFT did not save it.
@@ -157,7 +157,7 @@ class Variant(Strict):
 
 
 class Baseline(Strict):
-    """Published scores of other systems, to compare with.
+    """Published scores of another system, for comparison.
 
     Attributes:
         test_set: test set of the scores.

@@ -139,7 +139,7 @@ class RowMaker:
             The prepared row, the reason to leave it out (None to keep it), extra fields, and sort value.
 
         Raises:
-            BadRow: a field is missing, an expression fails, a field is not text, or the order is not a number.
+            BadRow: a field is missing, an expression fails, a field is not text, or the sort value is not a number.
         """
         known = {"row": raw, "file": file} | raw
         row: Row = {}
@@ -173,7 +173,7 @@ class RawFile:
 
     @property
     def where(self) -> str:
-        """Place of the current row: line, or number in an array."""
+        """Place of the current row: its line, or its number in an array."""
         return f"{self.path}:{self._line}" if self._line else f"{self.path}: row {self.read - self._before}"
 
     def rows(self) -> Iterator[Row]:
@@ -201,7 +201,7 @@ class RawFile:
         except orjson.JSONDecodeError as error:
             raise UserError(f"{self.path}:{error.lineno}: not JSON: {error.msg}") from None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise UserError(f"{self.path}: not a JSON array of mappings; a file with one row per line is named .jsonl")
+            raise UserError(f"{self.path}: not a JSON array of mappings; if each line is a row, name the file .jsonl")
         yield from rows
 
     def _csv_rows(self, stream: IO[bytes]) -> Iterator[Row]:
@@ -220,7 +220,7 @@ class RawFile:
 
 
 def within(given: Path, names: Collection[str]) -> dict[str, RawFile]:
-    """Raw files with the given names: a file itself, or files in a folder."""
+    """Raw files with the given names at a path: the file itself, or files in the folder."""
     if given.is_dir():
         return {name: RawFile(given / name) for name in names if (given / name).is_file()}
     return {name: RawFile(given) for name in names if given.match(name)}
@@ -238,10 +238,10 @@ def find(raw: Iterable[Path], names: Collection[str]) -> dict[str, RawFile]:
             raise UserError(f"{given}: no such file")
         files = within(given, names)
         if not files:
-            raise UserError(f"{given}: no raw file of the study; its raw files are {', '.join(names)}")
+            raise UserError(f"{given}: not a raw file of the study, or no folder with one; expected {', '.join(names)}")
         for name, file in files.items():
             if name in found:
-                raise UserError(f"{file.path}: a second file {name}; the first is {found[name].path}; give one of them")
+                raise UserError(f"{file.path}: {found[name].path} is also named {name}; give only one of them")
             found[name] = file
     return found
 

@@ -14,7 +14,7 @@ VERSION = 1
 
 
 def rehearsal_data(of_study: study.Study, input_format: str) -> Path:
-    """Folder of a study's prepared sample, cached."""
+    """Prepare a study's sample in the cache, if necessary; return the folder."""
     content = [str(VERSION), of_study.data.model_dump_json(), input_format, *map(sha256, _raw(of_study))]
     key = hashlib.sha256("".join(content).encode()).hexdigest()
     made = paths.cache() / f"sample-{of_study.folder.name}-{input_format}-{key[:16]}"
@@ -42,7 +42,7 @@ def twin(path: str) -> Path | None:
 
 
 def usual_sample() -> Path:
-    """Sample folder for recipes without a study, if possible with `alpaca` fields."""
+    """Sample folder for recipes without a study, preferably with `alpaca` fields."""
     studies = [each for each in study.every() if each.data.sample]
     alpaca = [each for each in studies if {"instruction", "output"} <= each.data.fields.keys()]
     first = [*alpaca, *studies][0]
@@ -50,9 +50,9 @@ def usual_sample() -> Path:
 
 
 def length_of(file: Path) -> int:
-    """Upper bound of tokens per row, for at least two bytes per token.
+    """Upper bound of tokens per row, rounded up to a multiple of 256.
 
-    It is rounded up to a multiple of 256.
+    Assumes that a token has at least two bytes.
     """
     with file.open("rb") as lines:
         longest = max(map(len, lines), default=0)
@@ -60,7 +60,7 @@ def length_of(file: Path) -> int:
 
 
 def _with_few_sampled(of_study: study.Study) -> study.Study:
-    """Copy of a study, with at most a quarter of the sample in each sampled split."""
+    """Copy of a study whose sampled splits take at most a quarter of the rows."""
     splits = dict(of_study.data.splits)
     for name, split in splits.items():
         if split.sample_from and split.sample:

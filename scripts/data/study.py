@@ -51,7 +51,7 @@ class Study(Strict):
 
     Attributes:
         tags: tags for model cards.
-        decodings: other decoding configurations by name, reported beside the default one.
+        decodings: further decoding configurations by name; their scores appear beside the default's.
         metrics: declarations of the metrics by name, see `columns`.
         variants: recipes that the authors did not publish.
         comment_prefixes: prefixes of the recipes' comments on settings that the authors state.
@@ -94,7 +94,7 @@ class Study(Strict):
 
     @property
     def generates(self) -> bool:
-        """True if a metric uses more than the eval loss."""
+        """True if a metric needs predictions, not only the eval loss."""
         return any(column.metric.of_loss is None for column in self.columns.values())
 
     @property
@@ -125,13 +125,13 @@ class Study(Strict):
         return self.variants[recipe].of if recipe in self.variants else recipe
 
     def repeats(self, recipe: str, metric: str) -> list[float]:
-        """Published scores of repeated runs, of this or else of another recipe."""
+        """Published scores of repeated runs: the recipe's, or else another recipe's."""
         recipes = [self.origin(recipe), *self.published]
         known = (self.published[name].repeats.get(metric) for name in recipes if name in self.published)
         return next(filter(None, known), [])
 
     def cell(self, recipe: str, settings: Mapping[str, Any]) -> Cell | None:
-        """Published grid point that matches some settings of a recipe."""
+        """First published grid point whose values match a recipe's settings."""
         published = self.published.get(self.origin(recipe))
         cells = published.cells if published else []
         return next((cell for cell in cells if cell.values.items() <= settings.items()), None)
@@ -191,8 +191,8 @@ def _load(file: Path, _: int) -> Study:
 
 
 def _further(content: Any, error: ValidationError) -> list[Mistake]:
-    """Mistakes in the valid parts of study.yaml; none if a part that others refer to is invalid."""
-    with suppress(ValidationError, LookupError, TypeError, AttributeError):  # all but the first: no such place
+    """Mistakes in the valid parts of study.yaml; empty if a required part is invalid."""
+    with suppress(ValidationError, LookupError, TypeError, AttributeError):  # other than ValidationError: no such place
         for found in error.errors():
             *parents, key = found["loc"] if found["type"] == "extra_forbidden" else found["loc"][:1]
             reduce(getitem, parents, content).pop(key, None)
@@ -201,7 +201,7 @@ def _further(content: Any, error: ValidationError) -> list[Mistake]:
 
 
 def _mistake(found: Any) -> Mistake:
-    """Convert a pydantic error; an invalid key gets the place of its value."""
+    """Convert a pydantic error; drop the marker of an invalid key from its place."""
     place = tuple(str(part) for part in found["loc"] if part != "[key]")
     return place, found["msg"].removeprefix("Value error, ")
 
@@ -288,7 +288,7 @@ def preparation(path: str) -> str | None:
 
 
 def preparing(path: str) -> Iterator[tuple[Study, str]]:
-    """Yield studies and formats whose prepared rows belong in a path's folder."""
+    """Yield each study and format that keeps its prepared rows in a path's folder."""
     for study in every():
         for name, form in study.data.formats.items():
             if Path(form.folder) == Path(path).parent:
@@ -305,11 +305,11 @@ def of(recipe: str) -> Study | None:
 
 
 def of_any(recipe: str) -> Study | None:
-    """Study of a recipe; None without one, or after a warning if it is malformed."""
+    """Study of a recipe; None without a study, or with a warning if it is malformed."""
     return _loaded(folder) if (folder := _folder(recipe)) else None
 
 
 def _folder(recipe: str) -> Path | None:
     name, slash, _ = recipe.partition("/")
-    folders = (recipes / name for recipes, _ in paths.homes() if slash)  # lookup, because listing many is slow
+    folders = (recipes / name for recipes, _ in paths.homes() if slash)  # no listing of all recipes, which is slow
     return next((folder for folder in folders if (folder / "study.yaml").is_file()), None)

@@ -75,12 +75,12 @@ class Recorder(TorchDispatchMode):
 def _dequantized(args: Any) -> int:
     """Bytes of the dequantized weight, plus two copies of quantized constants.
 
-    Source: bitsandbytes/backends/cuda/ops.py, _dequant_linear_fallback. It runs from 1,536 tokens on; for fewer tokens
-    a kernel may work without these copies.
+    Source: bitsandbytes/backends/cuda/ops.py, _dequant_linear_fallback. The fallback runs for 1,536 tokens or more;
+    for fewer tokens, a kernel may work without these copies.
     """
     inputs, _, shape, constants, block = args[:5]
     size = math.prod(shape)
-    nested = constants.numel() * block < size  # the argument then has the second level's constants
+    nested = constants.numel() * block < size  # `constants` are then those of the second level
     return size * inputs.element_size() + (2 * size // block * 4 if nested else 0)
 
 
@@ -96,7 +96,7 @@ def _attention_backward(args: Any) -> int:
     return sums + accumulators
 
 
-# Scratch bytes of CUDA kernels by their arguments, allocated before or after the kernel's result.
+# Functions from a kernel's arguments to its scratch bytes, allocated before or after the kernel's result.
 _BEFORE: dict[str, Callable[[Any], int]] = {"gemm_4bit": _dequantized}
 _AFTER: dict[str, Callable[[Any], int]] = {
     # grad * output (aten/src/ATen/native/cuda/SoftMax.cu)
@@ -141,7 +141,7 @@ def cuda_dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inp
 
 
 def cuda_softmax(input: torch.Tensor, dim: int, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """CUDA softmax, whose kernel casts only fp16 inputs itself (aten/src/ATen/native/cuda/SoftMax.cu)."""
+    """CUDA softmax, whose kernel converts only fp16 inputs to fp32 (aten/src/ATen/native/cuda/SoftMax.cu)."""
     if dtype == torch.float32 and input.dtype == torch.float16:
         return torch.ops.aten._softmax(input, dim, True)
     return input.softmax(dim, dtype=dtype)

@@ -36,16 +36,16 @@ def _fake(step: Step) -> Iterator[None]:
     patches: list[AbstractContextManager[Any]] = [
         catch_warnings(action="ignore"),  # warnings about fake tensors
         FakeTensorMode(allow_non_fake_inputs=True),
-        # for nn.Module._apply: recorded fake tensors cannot be swapped
+        # nn.Module._apply swaps tensors, but recorded fake tensors cannot be swapped
         patch("torch.utils.swap_tensors", lambda old, new: setattr(old, "data", new.data)),
-        # a Params4bit cannot hold a fake tensor, unlike a plain parameter with the same attributes
+        # a Params4bit cannot hold a fake tensor, but a plain parameter with the same attributes can
         patch("bitsandbytes.nn.modules.Params4bit", lambda data, **_: nn.Parameter(data, requires_grad=False)),
         # the original would compute 256 values with real tensors, and cache them for the process
         patch("bitsandbytes.functional.create_dynamic_map", lambda *_, **__: torch.empty(256)),
         patch.dict(bnb.functional.name2qmap),
         patch("torch.optim.adam._get_value", lambda value: 1.0 if isinstance(value, torch.Tensor) else value),
     ]
-    if not step.packed:  # the function would treat any fake tensor as packed rows
+    if not step.packed:  # with fake tensors, the function would always find packed rows
         patches.append(patch("transformers.masking_utils.find_packed_sequence_indices", lambda *_, **__: None))
     if step.attention == "flash_attention_2":  # traced as sdpa without a mask, even for a sliding window
         masks = masking_utils.AttentionMaskInterface._global_mapping
@@ -76,7 +76,7 @@ def _build(step: Step, recorder: Recorder) -> Any:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
     for module in model.modules():
-        if getattr(module, "rope_type", None) in ("dynamic", "longrope"):  # frequencies depend on positions
+        if getattr(module, "rope_type", None) in ("dynamic", "longrope"):  # these need the values of positions
             module.rope_type = "default"
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
@@ -155,7 +155,7 @@ def _trainable(step: Step, model: Any, dtype: torch.dtype) -> Any:
 
 
 def _optimizer(step: Step, trained: list[torch.Tensor], recorder: Recorder) -> Any:
-    """Create the optimizer, and its state if it comes from bitsandbytes.
+    """Create the optimizer; for an optimizer of bitsandbytes, also its state.
 
     torch's optimizer creates its state in the first step. On a GPU, a paged optimizer pages the state of tensors with
     100,000 values or more.
@@ -204,7 +204,7 @@ def _run(step: Step, recorder: Recorder, model: Any, trained: list[torch.Tensor]
     outputs = forward(**inputs)
     loss = outputs["loss"]
     if step.axolotl:
-        del outputs, inputs  # local variables in Trainer.compute_loss and training_step
+        del outputs, inputs  # Trainer.compute_loss and training_step free these before the backward pass
     loss.backward()
     del loss
     for parameter in trained:
@@ -220,7 +220,7 @@ def trace(step: Step, shape: Shape) -> MemoryTrace:
     """Trace the memory of a step with one micro batch shape."""
     recorder = Recorder(cuda=step.capability is not None)
     gc.disable()  # so that every trace frees reference cycles at the same points
-    gc.freeze()  # so that collections skip older objects
+    gc.freeze()  # so that gc.collect() skips older objects
     try:
         with _fake(step):
             model = _build(step, recorder)

@@ -55,7 +55,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class PlannedChange:
-    """Settings to change in addition to the changes before, and the bytes then needed."""
+    """Settings to change after the previous changes, and the bytes needed with all of them."""
 
     set: Config
     effect: str
@@ -129,7 +129,7 @@ def composed_for(request: Request, gpu: Gpu | None = None) -> Composed:
 
 
 def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus: int = 1) -> tuple[Plan, Planner]:
-    """Plan parameters, memory of a full micro batch, and which GPUs suffice.
+    """Plan a config: parameters, memory of a full micro batch, and sufficient GPUs.
 
     Raises:
         UserError: planning does not support the config.
@@ -139,7 +139,7 @@ def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus
     engines = per_gpu(planner, gpus)
     if gpus > 1:
         notes.append(f"fits: computed with the memory per GPU under {engine_of(config)}")
-    if memory.paged:  # bitsandbytes allocates it in CUDA's unified memory (cudaMallocManaged)
+    if memory.paged:  # bitsandbytes allocates paged state in CUDA's unified memory (cudaMallocManaged)
         notes.append(
             f"{memory.paged / GIB:.2f} GiB of paged optimizer state moves to main memory when the GPU is full; the "
             "required memory excludes it"
@@ -188,11 +188,11 @@ def _changes(config: Config, planner: Planner, gpu: Gpu, usable: float) -> Itera
         (
             {"chunked_cross_entropy": True},
             "the same loss, computed on an eighth of the tokens at a time",
-            gpu.capability >= (8, 0) and not step.chunked_loss,  # compiled with Triton, which requires 8.0
+            gpu.capability >= (8, 0) and not step.chunked_loss,  # Triton requires capability 8.0
         ),
         (
             {"optimizer": paged},
-            "the same steps; optimizer state leaves the GPU when it is full",
+            "the same steps; optimizer state leaves the GPU when the GPU is full",
             optimizer in steps.OPTIMIZERS and "paged" not in optimizer,
         ),
         (
@@ -234,7 +234,7 @@ def usable_gib(gpu: Gpu) -> float:
 
 
 def add_to(report: check.Report, gpu: Gpu | None, gpus: int | None = None, anew: bool = False) -> None:
-    """Add a finding on GPU memory to a check report without errors.
+    """Add a finding on GPU memory to a report, unless the report has an error.
 
     A rehearsal uses no GPU and gets no finding.
 
@@ -242,7 +242,7 @@ def add_to(report: check.Report, gpu: Gpu | None, gpus: int | None = None, anew:
         report: the report of the check.
         gpu: the GPU, or None.
         gpus: number of GPUs; None if unknown.
-        anew: make a plan, in 5 s, if none is cached.
+        anew: make a plan if none is cached, which takes 5 s.
     """
     composed = report.composed
     if composed and gpu and not composed.rehearsal and not report.count("error"):

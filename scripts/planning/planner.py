@@ -128,10 +128,10 @@ class Planner:
         with importing_axolotl():
             from .memory import trace
 
-            logging.disable(logging.CRITICAL)  # torch would print a traceback
+            logging.disable(logging.CRITICAL)  # otherwise torch logs a traceback
             try:
                 return trace(self.step, self.shape)
-            except Exception as error:  # the trace runs the code of any model
+            except Exception as error:  # the trace runs model code, which can raise anything
                 problem = shorten(f"{type(error).__name__}: {error}", 200)
                 raise UserError(f"this model and adapter cannot be planned: {problem}") from None
 
@@ -141,7 +141,7 @@ def planner_of(config: Config, gpu: Gpu | None, download: bool = True) -> tuple[
 
     Args:
         config: the config.
-        gpu: the GPU; None selects the oldest one that supports the config.
+        gpu: the GPU; None selects the oldest GPU generation that supports the config.
         download: allow fetching the model's config.json from the hub.
     """
     capability = gpu.capability if gpu else _least_capability(config)

@@ -124,7 +124,7 @@ class Allocator:
         self.peak_reserved = max(self.peak_reserved, self.reserved)
 
     def _segment(self, pool: Pool, size: int) -> Block:
-        """Reserve a new segment for a block and return it as one block."""
+        """Reserve a new segment for a block of `size` bytes; return the segment as one block."""
         length = pool.segment if size < _OWN_SEGMENT else rounded(size, _SMALL_SEGMENT)
         self._reserve(length)
         self._address += length
@@ -146,7 +146,7 @@ class Allocator:
         return block
 
     def _shorten(self, pool: Pool, block: Block) -> None:
-        """Return full pages of the free block at a growing segment's end."""
+        """Unmap full pages of the free block at a growing segment's end."""
         pool.take(block)
         kept = -block.address % pool.segment
         self.reserved -= block.size - kept
@@ -197,7 +197,7 @@ Counts = dict[str, dict[str, int]]
 
 
 def lasting(events: Events) -> Events:
-    """Events of storages that were not both made and freed among them."""
+    """Events without those of storages that were both made and freed within them."""
     passing = {storage for storage, size in events if size < 0} & {storage for storage, size in events if size >= 0}
     return [event for event in events if event[0] not in passing]
 

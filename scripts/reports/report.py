@@ -67,8 +67,10 @@ def of_study(study: Study, rehearsal: bool, runs: Path) -> str:
     folders = [row.chosen.folder for row in rows if row.chosen]
     name = study.folder.name
     if not folders:
-        kind, other = ("rehearsals", "") if rehearsal else ("runs", "; --rehearse reports rehearsals")
-        raise UserError(f"{name}: no {kind} in {runs}/{other}; `recipe reproduce {name}` starts them")
+        kind, option, other = (
+            ("rehearsals", " --rehearse", "") if rehearsal else ("runs", "", "; --rehearse shows rehearsals")
+        )
+        raise UserError(f"{name}: no {kind} in {runs}/; start them with `recipe reproduce {name}{option}`{other}")
     section = Section(
         key="study",
         name="Study",

@@ -53,7 +53,7 @@ class Figure:
 
 
 def _sentence(trace: Trace) -> str:
-    """Describe a line by its ends and range, any other trace point by point."""
+    """Describe a line by its ends and range, and any other trace by its points."""
     mode = trace.get("mode", "")
     order = ("y", "x") if trace.get("orientation") == "h" else ("x", "y")
     names = trace["text"] if mode.endswith("text") else [None] * len(trace["x"])
@@ -141,7 +141,7 @@ def training(runs: dict[str, list[Row]]) -> Iterator[Figure]:
     speed = "Without padding tokens, evaluation and saving."
     rate = _axis("learning rate", exponentformat="e", rangemode="tozero")
     panels = [
-        ("rate", "Learning rate", "learning_rate", rate, ""),  # axis from 0, because a constant rate has no range
+        ("rate", "Learning rate", "learning_rate", rate, ""),  # starts at 0, because a constant rate has no range
         ("load", "GPU utilization", "gpu_utilization", _axis("%", range=[0, 105]), ""),
         ("load", "CPU load", "cpu_percent", _axis("%", rangemode="tozero"), cpu),
         ("norm", "Gradient norm", "grad_norm", _axis("L2 norm", rangemode="tozero"), ""),

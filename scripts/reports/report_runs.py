@@ -45,7 +45,7 @@ class ReportedRun(RunResult):
 
     @cached_property
     def config(self) -> yamlfiles.Config:
-        """Config that Axolotl got; empty if it is no longer readable."""
+        """Config that Axolotl received; empty if it cannot be read."""
         with suppress(UserError):
             return yamlfiles.read_yaml(self.folder.config)
         return {}
@@ -79,7 +79,7 @@ class ReportedRun(RunResult):
         of_recipe = yamlfiles.sources(self._recipe_file) if self._recipe_file.is_file() else {}
         why = {difference.key: difference.why for difference in self.run.differences}
         of_parts = {key.partition(".")[0]: reason for key, reason in why.items()}
-        sources = of_parts | of_recipe | why  # a changed nested key is not the source of its complete parent
+        sources = of_parts | of_recipe | why  # a whole key's source precedes the reason for changing a part of it
         return [
             {
                 "setting": key,
@@ -96,7 +96,7 @@ class ReportedRun(RunResult):
         file = self._recipe_file
         if file.is_file() and sha256(file) == self.run.recipe_sha256:
             return ""
-        return f"{self.run.recipe_file} is missing or has changed since the run; sources are from its present text."
+        return f"{self.run.recipe_file} is missing or has changed since the run; sources come from the present file."
 
     @property
     def data(self) -> list[Row]:
@@ -122,7 +122,7 @@ class ReportedRun(RunResult):
 
     @property
     def records(self) -> dict[str, list[tuple[str, str | None]]]:
-        """Keys and values in the run's files, without secrets and contents of other tables."""
+        """Keys and values in the run's files, except secrets and values shown in other tables."""
         apart = {"differences", "of_variant", "data", "launches"}
         files = {"run.json": self.run.model_dump(exclude=apart)}
         if self.evaluation:
@@ -141,7 +141,7 @@ def reported_runs(folders: Sequence[RunDir], labels: Sequence[str] | None = None
     """
     runs = [(folder, backends.read(folder)) for folder in folders]
     if len({run.rehearsal for _, run in runs}) > 1:
-        raise UserError("rehearsals and real runs are not comparable; report on one kind only")
+        raise UserError("rehearsals and real runs are not comparable; report on only one kind")
     names = labels or [run.recipe.rpartition("/")[2] for _, run in runs]
     times = Counter(names)
     return [

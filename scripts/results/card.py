@@ -40,7 +40,7 @@ def card(result: RunResult, evaluation: Evaluation | None, merged: bool, reposit
         result: the run.
         evaluation: evaluation of the run's adapter.
         merged: True for the card of the merged model.
-        repository: future repository on the hub.
+        repository: repository on the hub, if the card will be pushed.
     """
     folder, run, of_study = result.folder, result.run, study.of(result.run.origin)
     data = None if of_study is None or result.other_data else of_study.data
@@ -131,7 +131,7 @@ def _arguments(decoding: study.Decoding) -> str:
 
 
 def base_model(folder: RunDir, run: Run) -> tuple[str, bool]:
-    """Return the name of the adapter's base model, and True for a local folder."""
+    """Return the name of the adapter's base model, and whether it is a local folder."""
     named = read_json(folder.output / "adapter_config.json").get("base_model_name_or_path")
     name = str(named or yamlfiles.read_yaml(folder.config).get("base_model"))
     return name, Path(name).is_absolute() or Path(run.cwd, name).is_dir()
@@ -175,7 +175,7 @@ def _front_matter(
         if scores.get(name) is not None
     ]
     qlora = ["qlora"] if facts["config"].get("adapter") == "qlora" else []
-    relation = "finetune" if merged else "adapter"  # "merge" means several models on the hub
+    relation = "finetune" if merged else "adapter"  # on the hub, "merge" means a merge of several models
     return ModelCardData(
         base_model=None if base["local"] else base["name"],
         base_model_relation=None if base["local"] else relation,

@@ -41,7 +41,8 @@ def several(names: Sequence[str], runs: Path, asked: Sequence[str] = ()) -> list
     """Score the rows of runs and of JSONL files by the same metrics.
 
     The files have the fields reference and prediction. Runs keep the metrics of their evaluation. Files get the metrics
-    of the compared runs. Both also get the requested metrics. Files get the default metrics if there are no others.
+    of the compared runs. Both also get the requested metrics. Without runs and requested metrics, files get the default
+    metrics.
 
     Raises:
         UserError: a run, file or metric does not exist, or a run was not evaluated.
@@ -91,7 +92,7 @@ def pair(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row, Row]]:
     elif len(a) == len(b):
         pairs = list(zip(a, b, strict=True))
     else:
-        raise UserError(f"{len(a)} rows and {len(b)} cannot be matched: some lack a unique position in the field idx")
+        raise UserError(f"cannot match {len(a)} rows and {len(b)} rows: some lack a unique position in the field idx")
     for row, other in pairs:
         if row["reference"].split() != other["reference"].split():
             where = row.get("idx", row.get("row"))
@@ -126,7 +127,7 @@ class Divergence:
 
     Attributes:
         first, last: first and last step with a recorded loss in both runs.
-        step: first step whose losses differ; None if all are equal to the last bit.
+        step: first step whose losses differ; None if all are identical.
         losses: the two losses at `step`.
         differences: settings that differ, with the values in a and b.
     """
@@ -175,14 +176,14 @@ def comparison(pair: tuple[str, str], runs: Path, metrics: Sequence[str] = ()) -
 
 
 def _divergence(folders: Sequence[RunDir]) -> Divergence | None:
-    """Divergence of two runs; None, with a message, if no step is common.
+    """Divergence of two runs; None, with a message, if they share no step.
 
     Raises:
-        UserError: one run is a rehearsal, the other is not.
+        UserError: one run is a rehearsal, but the other is not.
     """
     a, b = (folder.read() for folder in folders)
     if a.rehearsal != b.rehearsal:
-        raise UserError("one run is a rehearsal, the other is not; compare two rehearsals or two real runs")
+        raise UserError("one run is a rehearsal, but the other is not; compare two rehearsals or two real runs")
     of_a, of_b = (
         {record["step"]: record["loss"] for record in folder.read_metrics() if "loss" in record} for folder in folders
     )
@@ -268,7 +269,9 @@ def curve_gap(ours: Sequence[Point], curve: Sequence[Point]) -> CurveGap | None:
 
 
 def over_the_same_steps(metrics: Iterable[Row], curve: Sequence[Point]) -> list[Point]:
-    """Average training losses between the steps of a curve that a run reached.
+    """Average a run's training losses between consecutive steps of a curve.
+
+    Intervals that the run did not complete are left out.
 
     Args:
         metrics: records of the run's steps.

@@ -36,8 +36,7 @@ def export(folder: RunDir) -> Path:
     """Write the ledger record of a run to the current folder.
 
     Raises:
-        UserError: the run does not belong to a study's recipe, is neither failed nor finished and evaluated, or lacks a
-            record of its hardware.
+        UserError: the ledger refuses the run, or a required entry of the run's record is missing or invalid.
     """
     result = RunResult(folder, backends.read(folder))
     if reason := _refused(result):
@@ -54,7 +53,7 @@ def export_predictions(of_study: Study, rows: Sequence[Row]) -> list[Path]:
     """Write ledger records of published predictions to the current folder.
 
     Args:
-        rows: scores from `stages.score_predictions`; scores on other test sets are left out.
+        rows: scores from `stages.score_predictions`; only those on the test set of the published scores are written.
     """
     files = []
     owners = of_study.published | {baseline.name: baseline for baseline in of_study.baselines}
@@ -213,7 +212,7 @@ def _scores(result: RunResult, of_study: Study) -> dict[str, ledger.Score]:
 
 
 def show(studies: Sequence[Study], json: bool) -> None:
-    """Print the status of published results, and recorded runs; JSON has only records."""
+    """Print the status of published results, and ledger records; as JSON, only the records."""
     found = {of_study.folder.name: (of_study, ledger.records(of_study)) for of_study in studies}
     if json:
         tables.print_json([record.model_dump(mode="json") for _, records in found.values() for record in records])

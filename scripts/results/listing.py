@@ -56,7 +56,8 @@ def _of_runs(found: Sequence[RunResult], jobs: Mapping[Path, list[str]]) -> Iter
             title = REHEARSALS if rehearsal else "Runs"
             if len(groups) > 1:
                 title += f": {of_study.folder.name}" if of_study else ": of no study"
-            spare = [*[column.label for column in columns.values()][:0:-1], *_SPARE]  # all except the first
+            # all metrics but the first, in reverse order
+            spare = [*[column.label for column in columns.values()][:0:-1], *_SPARE]
             rows = [_cells(result, columns, jobs[result.folder.path]) for result in group]
             yield Table(rows, title, spare=spare, below=_BELOW)
             if of_study and not rehearsal and not all(result.is_of_something_else for result in group):
@@ -108,7 +109,7 @@ def _cells(result: RunResult, columns: Mapping[str, Column], jobs: Sequence[str]
 
 
 def published_cell(score: PublishedScore | None) -> float | str | None:
-    """Published score for a table: a text if it has a ±, else a number."""
+    """Published score for a table: text if it has a ±, otherwise a number."""
     if score is None or score.spread is None:
         return score.value if score else None
     return tables.plus_minus(score.value, score.spread)

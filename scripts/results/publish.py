@@ -39,7 +39,7 @@ def publish(
         merge: True to merge base model and adapter into output/merged; a push then uploads the merged model.
         push: repository on the hub, as owner/name.
         private: True to create a private repository.
-        force: names of findings about untrusted code to override in a merge.
+        force: names of findings about untrusted code that a merge overrides.
 
     Returns:
         Files of the written cards and, after a push, the address of the repository.
@@ -52,10 +52,10 @@ def publish(
     run = backends.read(folder)
     adapter = folder.output / ADAPTER
     if run.state != "finished":
-        first = "wait for its end" if run.state in ("created", "running") else f"`recipe resume {folder.path}` first"
+        first = "wait until it ends" if run.state in ("created", "running") else f"run `recipe resume {folder.path}`"
         raise UserError(f"{folder.path}: the run is {run.state}; {first}")
     if run.published_adapter:
-        raise UserError(f"{folder.path}: its adapter {run.published_adapter} was not trained here; publish another run")
+        raise UserError(f"{folder.path}: the adapter {run.published_adapter} was not trained here; publish another run")
     if tensor_shapes(adapter) is None:
         raise UserError(f"{adapter}: damaged or missing; restore a copy, or train again: `recipe run {run.recipe}`")
     if push is not None:
@@ -65,7 +65,7 @@ def publish(
     evaluation = current(folder.path, run)
     if not evaluation or evaluation.settings.adapter_sha256 != sha256(adapter):
         problem = changed(folder.path, read_scores(folder.path), run) or ("stale" if evaluation else "not evaluated")
-        say(f"{folder.path}: {problem}; run `recipe evaluate {folder.path}`, then repeat this command for scores")
+        say(f"{folder.path}: {problem}; for scores, run `recipe evaluate {folder.path}` and repeat this command")
         evaluation = None
     models = [folder.output, *([_merge(folder, run, force)] if merge else [])]
     for model in models:
@@ -88,7 +88,7 @@ def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:
     if run.rehearsal:
         environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-    def make(part: Path) -> None:  # outside the run's output folder, because Axolotl would replace the training log
+    def make(part: Path) -> None:  # not the output folder, where Axolotl would replace the training log
         axolotl = [str(Path(sys.executable).with_name("axolotl")), "merge-lora", str(folder.config.resolve())]
         axolotl += ["--lora-model-dir", str(folder.output.resolve()), "--output-dir", str(part.resolve())]
         cwd = run.cwd if Path(run.cwd).is_dir() else None
@@ -104,7 +104,7 @@ def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:
             shutil.copy2(file, part)  # Axolotl copies the base model's tokenizer, without added tokens
         (part / MERGED_FROM).write_text(digest)
 
-    shutil.rmtree(merged, ignore_errors=True)  # was merged from another adapter
+    shutil.rmtree(merged, ignore_errors=True)  # from another adapter
     return make_once(merged, make)
 
 

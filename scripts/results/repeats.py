@@ -29,7 +29,7 @@ ONE_SEED = " of one seed"
 
 
 def usable(runs: Path, rehearsal: bool) -> list[RunResult]:
-    """Real runs with their recipe's model and data; for `rehearsal`, all rehearsals."""
+    """Real runs with their recipe's model and data; with `rehearsal`, all rehearsals instead."""
     found = (RunResult(folder, run) for folder, run in rundir.readable(rundir.all_runs(runs), backends.read))
     return [
         result
@@ -63,7 +63,7 @@ def of(chosen: RunResult, candidates: Sequence[RunResult]) -> list[RunResult]:
 
 
 def _training(result: RunResult) -> Any:
-    """Inputs of a run's training without the seed; None if the config is missing."""
+    """Inputs of a run's training except the seed; None if the config is missing."""
     run = result.run
     if not result.folder.config.is_file():
         return None
@@ -90,7 +90,10 @@ def seed(folder: RunDir) -> Any:
 
 
 def scores(column: Column, found: Sequence[RunResult]) -> list[tuple[RunResult, float]]:
-    """Runs with their scores by a metric, without those by other scorer models."""
+    """Runs with their scores by a metric, all from the same scorer model.
+
+    Runs with a scorer model other than the first run's are left out.
+    """
     models = [model_record(column, result.evaluation.scores) if result.evaluation else None for result in found]
     scored = [(result, result.score(column)) for result in found]
     return [
@@ -160,9 +163,9 @@ class Chance:
     """Power for a number of seeds and rows.
 
     Attributes:
-        sees: chance to see the difference.
-        smallest: smallest difference seen with chance `CHANCE`.
-        false_alarms: chance to see a difference that does not exist.
+        sees: chance of detecting the difference.
+        smallest: smallest difference that is detected with chance `CHANCE`.
+        false_alarms: chance of detecting a difference that does not exist.
     """
 
     seeds: int
@@ -174,7 +177,7 @@ class Chance:
 
 @dataclass(frozen=True)
 class Outlook:
-    """Chances to see a difference from published scores, by seeds and rows.
+    """Chances of detecting a difference from published scores, by seeds and rows.
 
     Attributes:
         difference_from: origin of the difference.
@@ -195,9 +198,9 @@ class Outlook:
 
 
 def outlook(of_study: Study, runs: Path, difference: float | None = None) -> Outlook:
-    """Compute chances to see a difference by a study's first metric.
+    """Compute the chances of detecting a difference in a study's first metric.
 
-    A difference is seen if the 95 % interval of our mean excludes a value this far from the truth.
+    A difference is detected if the 95 % interval of our mean excludes a value this far from the true mean.
 
     Args:
         of_study: the study.

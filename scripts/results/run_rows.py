@@ -19,7 +19,7 @@ from ..scores import evaluations
 from ..scores.evaluations import BASE_MODEL, Changed, Evaluation, changed, current, read_scores
 from ..scores.score import columns_of
 
-REHEARSED = ("profile rehearsal", "rehearsal: ")  # prefixes of reasons for changes in every rehearsal
+REHEARSED = ("profile rehearsal", "rehearsal: ")  # beginnings of the reasons for a rehearsal's changes
 _ALIKE = {"data_sha256", "rows", "decoding"}  # settings that comparable evaluations share
 
 
@@ -78,7 +78,7 @@ class RunResult:
 
     @cached_property
     def base_evaluation(self) -> Evaluation | None:
-        """Evaluation of the base model alone; None unless rows and decoding are the run's."""
+        """Evaluation of the base model alone; None if rows or decoding differ from the run's."""
         base, own = current(self.folder.path / "evaluations" / BASE_MODEL), self.evaluation
         if own and base and own.settings.model_dump(include=_ALIKE) != base.settings.model_dump(include=_ALIKE):
             return None
@@ -125,7 +125,7 @@ class RunResult:
         return self.evaluation.scores.get("rows") if self.evaluation else None
 
     def score(self, column: Column) -> float | None:
-        """Score by a metric; None without one, or if the metric's declaration changed."""
+        """Score by a metric; None if it is missing, or if the metric's declaration changed."""
         if column.metric.of_loss is None:
             return _value(column, self.evaluation, self.evaluated_columns)
         loss = self.summary.eval_loss_per_token
@@ -169,14 +169,14 @@ class RunResult:
 
     @cached_property
     def aim(self) -> Published | None:
-        """Published results of the recipe; None for rehearsals, other models or other data."""
+        """Published results that the run should reach; None for a rehearsal, another model or other data."""
         if self.study is None or self.run.rehearsal or self.is_of_something_else:
             return None
         return self.study.aimed_at(self.run.origin)
 
     @cached_property
     def other_model(self) -> str | None:
-        """Base model if it is neither the recipe's nor a copy of it; else None."""
+        """Base model if it is neither the recipe's model nor a copy of that; else None."""
         changed = next((difference for difference in self.run.from_origin if difference.key == "base_model"), None)
         return str(changed.run) if changed and not models.is_copy(changed.run, changed.recipe) else None
 
@@ -188,9 +188,9 @@ class RunResult:
 
     @property
     def is_of_something_else(self) -> bool:
-        """True if base model or data are not the recipe's.
+        """True if base model or data differ from the recipe's.
 
-        Published scores do not apply then.
+        Published scores then do not apply.
         """
         return bool(self.other_model) or self.other_data
 
@@ -206,7 +206,7 @@ def manifest_entries(run: Run) -> list[Config]:
 
 
 def _value(column: Column, evaluation: Evaluation | None, columns: Mapping[str, Column] | None = None) -> float | None:
-    """Score in an evaluation; None without one, or if the metric's declaration changed.
+    """Score in an evaluation; None if it is missing, or if the metric's declaration changed.
 
     Args:
         column: metric.

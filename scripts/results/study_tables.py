@@ -75,7 +75,7 @@ def _of_metric(row: StudyRow, column: Column) -> Row:
 
 
 def _of_costs(row: StudyRow, others: Mapping[str, Column], beside: Mapping[str, bool]) -> Row:
-    """Table cells of a study's row for other metrics and for costs."""
+    """Table cells of a study's row: costs, and metrics without a table."""
     cells: Row = {"recipe": row.recipe}
     cells |= {column.label: row.scores[name].value for name, column in others.items()}
     cells["eval loss"] = row.chosen and row.chosen.summary.eval_loss_per_token
@@ -152,27 +152,27 @@ def _in_words(training: Divergence) -> Iterator[str]:
 
 
 def show_power(found: Outlook, of_study: Study, json: bool) -> None:
-    """Print the chance to see a difference from a published score."""
+    """Print the chance of detecting a difference from a published score."""
     difference = tables.text_of(found.difference)
     rows = [
         {
             "seeds": chance.seeds,
             "rows": chance.rows,
-            f"sees {difference}": f"{chance.sees:.0%}",
-            f"smallest seen, {repeats.CHANCE:.0%}": chance.smallest,
+            f"detects {difference}": f"{chance.sees:.0%}",
+            f"smallest detected, {repeats.CHANCE:.0%}": chance.smallest,
             "false alarms": f"{chance.false_alarms:.0%}",
         }
         for chance in found.rows
     ]
-    title = f"{of_study.first.label}: differences from a published score that runs of {found.study} can show"
+    title = f"{of_study.first.label}: differences from a published score that runs of {found.study} can detect"
     by_run, by_row, rest = map(
         tables.text_of, (found.deviation_of_runs, found.deviation_of_rows, found.deviation_of_a_row_in_a_run)
     )
     lines = [
-        f"{difference} is {found.difference_from}. It is seen if the 95 % interval excludes a value at this distance.",
+        f"{difference} is {found.difference_from}. It is detected if the 95 % interval excludes a value this far away.",
         f"Based on {found.rests_on}.",
         f"Standard deviations: {by_run} between runs, {by_row} between rows, {rest} of a row between runs.",
         f"The interval of one run covers {found.one_run}.",
-        "A false alarm is a difference that is seen but does not exist; 5 % are normal.",
+        "A false alarm is a detected difference that does not exist; 5 % are normal.",
     ]
     tables.show(json, asdict(found), [Table(rows, title)], lines)

@@ -57,7 +57,7 @@ class StudyRow:
     Attributes:
         runs: the representative run, then its repeats; empty without a run.
         scores: results by metric.
-        measured: other published figures.
+        measured: published figures besides scores.
         gap: gap between the training loss and the published curve.
         gap_verdict: verdict on the gap.
         differs: settings that the paper states and the run changed.
@@ -89,7 +89,7 @@ class StudyRow:
         return run.summary.train_seconds * run.run.ranks / 3600 if run and self.on_gpu else None
 
     def costs(self) -> dict[str, tuple[float | None, float | None]]:
-        """Pairs of the run's costs and the published ones."""
+        """Costs of the run, paired with the published costs."""
         published, ours = self.measured, self.chosen.summary if self.chosen else _NOTHING
         return {
             "trainable": (ours.trainable_parameters, published.trainable),
@@ -107,8 +107,8 @@ def verdict(
 ) -> str | None:
     """Compare our score with a published score.
 
-    `WITHIN`: our 95 % interval overlaps the published value, extended by its ± if there is one. Without an interval,
-    our score lies within the ±. `ACCEPTABLE`: the difference is at most the study's tolerance. `OFF`: any other case.
+    `WITHIN`: our 95 % interval contains the published value, or overlaps its range if it has a ±. Without our interval,
+    the range contains our score. `ACCEPTABLE`: the difference is at most the study's tolerance. `OFF`: any other case.
     None: there is neither an interval nor a ± nor a tolerance.
     """
     spread = published.spread
@@ -134,7 +134,7 @@ def rows(
         of_study: the study.
         runs: folder with the runs.
         rehearsal: True for a table of rehearsals.
-        representatives: folders of representative runs for some recipes; None excludes every run of a recipe.
+        representatives: folder of the representative run, for some recipes; None excludes all runs of a recipe.
     """
     all_runs = repeats.usable(runs, rehearsal)
     candidates = [
@@ -153,8 +153,8 @@ def rows(
 def _preference(result: RunResult) -> tuple[bool, bool, bool, bool, bool, str]:
     """Sort key of a recipe's runs; the representative run has the largest.
 
-    Preferences, from first to last: trained here, finished and evaluated, evaluated, without changes, with the recipe's
-    seed, newest.
+    Preferences, most important first: trained here; finished and evaluated; evaluated but not finished; without changes
+    and in one process; with the recipe's seed; newest.
     """
     run, evaluated = result.run, result.is_scored
     # an override that repeats the recipe's value, as in a sweep, is not among the differences
@@ -198,7 +198,7 @@ def _by_metric(of_study: Study, column: Column, found: Sequence[RunResult], aim:
     within = repeats.interval(name, reached, known) if reached else None
     mean = _mean(value for _, value in reached)
     difference = found_verdict = None
-    if published and mean is not None and of_chosen and of_chosen.difference is not None:  # comparable
+    if published and mean is not None and of_chosen and of_chosen.difference is not None:  # the scores are comparable
         difference = mean - published.value
         found_verdict = verdict(mean, within, published, of_study.tolerances.get(name))
     model = model_record(column, chosen.evaluation.scores) if chosen and chosen.evaluation else None
@@ -224,7 +224,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def record(row: StudyRow, of_study: Study) -> Row:
-    """Flat JSON record of a row; a metric's keys begin with its name."""
+    """Flat JSON record of a row; the keys of a metric begin with the metric's name."""
     chosen = row.chosen
     own = chosen.evaluation if chosen else None
     scores: Row = {}

@@ -17,7 +17,7 @@ from ..configs import config
 def edited(text: str, key: str, value: Any, where: str, source: str | None = None) -> str:
     """Set a dotted key in a config's text; record the former value in a comment.
 
-    Deleted lines stay as comments. Replaced lines do if they contain comments.
+    Deleted lines stay as comments. Replaced lines stay as comments if they contain comments.
 
     Args:
         text: the text.
@@ -25,10 +25,10 @@ def edited(text: str, key: str, value: Any, where: str, source: str | None = Non
         value: the new value; None deletes the key.
         where: the name of the text in messages.
         source: source of a top-level key's new value, or the reason for deleting the key. It replaces the old comments,
-            which would be wrong.
+            which would no longer be true.
 
     Raises:
-        UserError: a part of the key names a value that has no keys, or the text's form cannot be edited.
+        UserError: a part of the key leads to a value without keys, or the key's lines cannot be edited.
     """
     before = yamlfiles.parse(text, where)
     after = config.override(before, key, value)
@@ -43,7 +43,7 @@ def edited(text: str, key: str, value: Any, where: str, source: str | None = Non
     else:
         name, node = entry
         first = name.start_mark.line
-        end = max(_last_line(node, lines), first) + 1  # the node of an alias lies before the alias
+        end = max(_last_line(node, lines), first) + 1  # an alias has the lines of its anchor, which come earlier
         old = lines[first:end]
         if top in after:
             is_line = end == first + 1 and not _is_block(node)
@@ -61,7 +61,7 @@ def edited(text: str, key: str, value: Any, where: str, source: str | None = Non
     with suppress(UserError):
         if _is_same(yamlfiles.parse(changed, where), after):
             return changed
-    raise UserError(f"--set {key}: cannot edit the form of this key's lines in {where}; edit a copy by hand")
+    raise UserError(f"--set {key}: cannot edit the lines of this key in {where}; edit a copy by hand")
 
 
 def _is_same(a: Any, b: Any) -> bool:
@@ -78,7 +78,7 @@ def _last_line(node: Any, lines: list[str]) -> int:
         last = node.value[-1]
         return _last_line(last[1] if isinstance(last, tuple) else last, lines)
     line: int = node.end_mark.line
-    if node.end_mark.column == 0:  # a block of text ends at the start of the next line
+    if node.end_mark.column == 0:  # a block scalar ends at the start of the next line
         line -= 1
     while line > node.start_mark.line and not lines[line].strip():
         line -= 1

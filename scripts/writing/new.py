@@ -23,7 +23,7 @@ HELD_OUT = 0.05
 _SCHEMA = re.compile(r"(# yaml-language-server: \$schema=)\S+(.*\n)")
 _ABSENT = re.compile(r"(?m)^# (variant, removed: )?(revision_of_model|special_tokens)( is not set:|;) .*\n")
 """Comments about absent keys of the base model."""
-# Other keys whose values suit only one model; a variant for another model drops them
+# Keys that suit only one model; `for_model` drops them
 _OF_ONE_MODEL = (
     *("tokenizer_config", "tokenizer_type", "model_type", "base_model_config", "processor_type"),
     *("added_tokens_overrides", "overrides_of_model_config", "model_config", "model_revision"),
@@ -49,9 +49,9 @@ class OtherModel:
     """A base model that replaces a recipe's.
 
     Attributes:
-        about: the recipe's facts about the model.
+        about: facts about the model.
         changes: the changes by top-level key.
-        not_known: lines about missing facts and foreign templates.
+        not_known: lines about unknown facts, and about chat templates kept from the recipe.
     """
 
     about: BaseModel
@@ -78,7 +78,7 @@ def for_model(base: str, name: str) -> OtherModel:
     if models.is_path(name) and not Path(name).is_dir():
         raise UserError(f"--model {name}: no such folder; give a folder, or a model on the hub as owner/name")
     if name == recipe.get("base_model"):
-        raise UserError(f"--model {name}: {base} has this model already; name another")
+        raise UserError(f"--model {name}: {base} has this model already; name another model")
     entry = models.entry_of(name)
     folder = models.folder_of({"base_model": name, "revision_of_model": entry.get("revision")})
     about = describe(entry, name, folder)
@@ -129,7 +129,7 @@ def for_data(base: str, file: Path) -> list[str]:
 
 
 def reasons(base: str, composed: Config) -> list[str]:
-    """Lines that explain the choices in a variant for other rows."""
+    """Lines that explain the settings of a variant for the user's rows."""
     entry = {key: value for key, value in composed["datasets"][0].items() if key != "path"}
     template = composed.get("chat_template")
     rows = datafiles.training_rows(composed | {"val_set_size": 0})
@@ -193,7 +193,7 @@ def write(name: str, base: str, overrides: list[str], other: OtherModel | None =
     for key, value in map(config.parse_override, overrides):
         top = key.partition(".")[0]
         if other and top == "base_model":
-            raise UserError("--set base_model: --model sets the model already; drop one")
+            raise UserError("--set base_model: --model sets the model already; give only one")
         if top in changes and changes[top].source:
             below = config.override({top: changes[top].value}, key, value).get(top)
             changes[top] = Change(below, "chosen by --set")

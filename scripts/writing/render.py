@@ -42,7 +42,7 @@ class BaseModel:
         revision: the commit to pin; None if unknown, with the reason in `revision_reason`.
         pad_token: the padding token to set, or None; the reason is in `pad_reason`.
         layers: the names of the linear layers; None if unknown.
-        soft_caps: the reason against sdpa; empty if sdpa suits the model.
+        soft_caps: the reason for not using sdpa; empty if sdpa suits the model.
         unknown: the unknown facts, in words.
     """
 
@@ -179,7 +179,7 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
 
 
 def _where(error: Exception, templates: Path, file: Path) -> str:
-    """Template and line of an error, in `file` or a template that it extends."""
+    """Template and line of an error; without a known line, `file`."""
     if isinstance(error, jinja2.TemplateSyntaxError):
         return f"{error.filename}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
@@ -237,7 +237,7 @@ def write_study(name: str, base_model: str) -> list[Path]:
     for there in (*(folder for folder in paths.studies() if folder.name == name), recipes, templates):
         if there.exists():
             raise UserError(f"{paths.shown(there)}: exists already; choose another name, or move it away")
-    model = f"{base_model.rpartition('/')[2].lower()}-{name}"  # differs from shipped recipes' short names
+    model = f"{base_model.rpartition('/')[2].lower()}-{name}"  # no shipped recipe has this short name
     words = {
         "{NAME}": name,
         "{MODEL}": model,

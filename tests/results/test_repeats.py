@@ -210,4 +210,4 @@ def test_peft_can_be_planned_before_any_run(recipe: Recipe) -> None:
     assert found["difference"] == study.find("peft").tolerances["accuracy"]
     assert found["deviation_of_runs"] == pytest.approx(np.std([47.84, 48.22, 49.05], ddof=1))
     table = recipe("results", "peft", "--power", "4")
-    assert "sees 4.00" in table.stdout
+    assert "detects 4.00" in table.stdout
