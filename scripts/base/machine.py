@@ -24,7 +24,7 @@ LOOK = 0.2  # seconds to wait for a lock, longer than `is_held` holds one
 LOCK_TIMEOUT = 600  # seconds to wait for another process to prepare a shared folder
 
 
-class Card(TypedDict, total=False):
+class GpuInfo(TypedDict, total=False):
     """An NVIDIA GPU, or a MIG instance of one."""
 
     name: str
@@ -44,13 +44,13 @@ def cpu_has_bf16() -> bool:
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(Path("/proc/cpuinfo").read_text().split())
 
 
-def gpus() -> list[Card]:
+def gpus() -> list[GpuInfo]:
     """All GPUs of this machine, regardless of CUDA_VISIBLE_DEVICES."""
     with _driver() as handles:
-        return [_card(handle) for handle in handles]
+        return [_gpu_info(handle) for handle in handles]
 
 
-def visible_gpus() -> dict[str, Card]:
+def visible_gpus() -> dict[str, GpuInfo]:
     """GPUs visible to CUDA in this process, by name in CUDA_VISIBLE_DEVICES.
 
     The rules are CUDA's (CUDA C++ Programming Guide, "CUDA Environment Variables"). The list ends at the first unknown
@@ -60,14 +60,14 @@ def visible_gpus() -> dict[str, Card]:
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None and not listed.strip():
         return {}
-    found: dict[str, Card] = {}
+    found: dict[str, GpuInfo] = {}
     with _driver() as handles:
         every = map(str, range(len(handles)))
         for name in every if listed is None else map(str.strip, listed.split(",")):
             handle = _handle(name, handles)
             if handle is None:
                 break
-            found[name] = _card(handle)
+            found[name] = _gpu_info(handle)
     return found
 
 
@@ -107,7 +107,7 @@ def _handle(name: str, handles: list[Any]) -> Any:
     return named[0]
 
 
-def _card(handle: Any) -> Card:
+def _gpu_info(handle: Any) -> GpuInfo:
     import pynvml
 
     whole = handle

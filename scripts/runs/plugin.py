@@ -22,7 +22,7 @@ from pynvml import NVMLError
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ..base.files import append_line
-from ..base.machine import LOCK_TIMEOUT, Card, end_with_parent, held
+from ..base.machine import LOCK_TIMEOUT, GpuInfo, end_with_parent, held
 from ..configs import models
 from ..configs.gpus import CPU_RANKS, ENGINE_KEYS, engine_of
 from . import checkpoints, eval_loss, ranks
@@ -290,7 +290,7 @@ def _note_phase(output: str, phase: str) -> None:
         append_line(Path(output).with_name("metrics.jsonl"), orjson.dumps({"time": time.time(), "phase": phase}))
 
 
-def _gpus() -> list[Card]:
+def _gpus() -> list[GpuInfo]:
     """GPUs of this node's ranks, as torch reports them."""
     used = range(int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if torch.cuda.is_available() else 0)
     gpus = [torch.cuda.get_device_properties(i) for i in used]

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, model_valida
 
 from ..base import paths
 from ..base.files import sha256
-from ..base.machine import Card, cpu, now, package_version, torch_cuda, visible_gpus
+from ..base.machine import GpuInfo, cpu, now, package_version, torch_cuda, visible_gpus
 from ..base.progress import say
 from ..configs.config import Difference, chained
 from ..configs.datafiles import DataFile
@@ -43,7 +43,7 @@ class _Record(TypedDict, total=False):
     rss_peak_gib: float
     peak_gib_by_rank: list[float] | None
     engine: str
-    gpus: list[Card]
+    gpus: list[GpuInfo]
     trainable_parameters: int
     parameters: int
     ended: Ended
@@ -74,7 +74,7 @@ class Provenance(TypedDict, total=False):
     cpu: str
     cores: int
     memory_gib: float
-    gpus: list[Card]
+    gpus: list[GpuInfo]
 
 
 class FileState(BaseModel):
