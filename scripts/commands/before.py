@@ -65,7 +65,7 @@ def check_verb(
     ] = None,
     data: Annotated[
         bool,
-        typer.Option("--data", help="Also read every row; tokenize it if the tokenizer is downloaded."),
+        typer.Option("--data", help="Also read every row, and tokenize it if the tokenizer is local."),
     ] = False,
     full: Annotated[bool, typer.Option("--full", help="Also run Axolotl's own validation (15 s).")] = False,
     show_tokens: ShownTokens = None,

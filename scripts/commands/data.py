@@ -35,7 +35,7 @@ def fetch_verb(
         typer.Argument(
             metavar="[DATA]",
             autocompletion=complete_studies,
-            help="Data set or study; required if more than one exists.",
+            help="Data set or study; optional if there is only one.",
         ),
     ] = None,
     only: Annotated[

@@ -187,7 +187,9 @@ Overrides = Annotated[
 ]
 Force = Annotated[
     list[str] | None,
-    typer.Option("--force", metavar="FINDING", help="Accept the `recipe check` error of this name. Repeatable."),
+    typer.Option(
+        "--force", metavar="FINDING", help="Continue despite the `recipe check` error named FINDING. Repeatable."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", rich_help_panel="Output", help="Print JSON.")]
 
@@ -221,7 +223,7 @@ FromStage = Annotated[
     Literal["predictions", "adapter", "training"],
     typer.Option(
         "--from",
-        help="Begin with published predictions or adapters, or by training.",
+        help="Start from published predictions, from published adapters, or by training.",
     ),
 ]
 RehearsalsOfStudy = Annotated[
@@ -243,7 +245,7 @@ OfLedger = Annotated[
 
 DecodingName = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Use another decoding of the study; adds a column of scores."),
+    typer.Option(metavar="NAME", help="Use another of the study's decoding settings; adds a column of scores."),
 ]
 Power = Annotated[
     str | None,

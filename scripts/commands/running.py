@@ -46,7 +46,7 @@ Tried = Annotated[
         "--set",
         metavar="KEY=V,V,V",
         autocompletion=complete_keys,
-        help="Values to try for a key; several keys: all combinations. Repeatable.",
+        help="Values to try for KEY. Repeatable; then all combinations are tried.",
     ),
 ]
 NamedStudy = Annotated[
@@ -164,7 +164,7 @@ def sweep_verb(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan every run, but start none.")] = False,
     json: Json = False,
 ) -> None:
-    """Train a recipe, or each recipe of a study, with several values. Completed stages are skipped."""
+    """Train and score a recipe or study with several setting values. Completed steps are skipped."""
     from ..configs import gpus
     from ..configs.compose import Request, is_rehearsal
     from ..data import study

@@ -40,13 +40,13 @@ Adapter = Annotated[
     str | None,
     typer.Option(
         metavar="DIR|HUB ID|none",
-        help="Evaluate this adapter, with a run's or recipe's settings; none: base model.",
+        help="Evaluate this adapter (none: base model); RUN may be a recipe.",
     ),
 ]
 Base = Annotated[bool, typer.Option("--base", help="Also score the base model, in a second column.")]
 Checkpoints = Annotated[
     bool,
-    typer.Option("--checkpoints", help="Score all checkpoints on validation rows, the best on test rows."),
+    typer.Option("--checkpoints", help="Score all checkpoints on validation rows, then test the best one."),
 ]
 EngineName = Annotated[
     str,
