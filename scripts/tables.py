@@ -103,7 +103,7 @@ def print_table(
                 for line in broken(f"{column}: {texts[column][i]}".removeprefix(": "), width - 2 * _GAP):
                     click.echo(" " * _GAP + line)
     if left_out:
-        print_text(f"too narrow to show {', '.join(left_out)}; `| less -S` shows all", dim=True)
+        print_text(f"columns left out: {', '.join(left_out)}; `| less -S` shows all", dim=True)
     if title:
         click.echo()
 

@@ -251,5 +251,5 @@ def _prose(text: Any) -> str:
 
 
 def _address(url: str) -> str:
-    """Web address quoted for a Markdown link; empty for other schemes."""
+    """HTTP address, quoted for a Markdown link; empty for any other scheme."""
     return quote(url, safe="%/:?#=&@+,;~") if re.match("https?://", url) else ""

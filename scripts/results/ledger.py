@@ -53,7 +53,7 @@ def export_predictions(of_study: Study, rows: Sequence[Row]) -> list[Path]:
     """Write ledger records of published predictions to the current folder.
 
     Args:
-        rows: scores from `stages.score_predictions`; only those on the test set of the published scores are written.
+        rows: scores from `stages.score_predictions`; rows on another test set than the published scores are left out.
     """
     files = []
     owners = of_study.published | {baseline.name: baseline for baseline in of_study.baselines}
@@ -120,7 +120,7 @@ def _changes(run: Run) -> yamlfiles.Config:
 
 
 def _cell_values(run: Run, of_study: Study) -> yamlfiles.Config:
-    """Values of the published grid point with a run's settings; empty without one."""
+    """Values of the published grid point whose settings match a run's; empty if no point does."""
     changes = _changes(run)
     recipe = yamlfiles.read_yaml(paths.recipe_file(run.origin))
     cell = of_study.cell(run.origin, recipe | changes) if changes else None
@@ -200,7 +200,7 @@ def planned_gib(result: RunResult) -> float | None:
 
 
 def _scores(result: RunResult, of_study: Study) -> dict[str, ledger.Score]:
-    """Scores by the study's metrics, without those of undeclared scorer models."""
+    """Scores by the study's metrics, except by a scorer model that the study does not declare."""
     found, own = {}, result.evaluation.scores if result.evaluation else {}
     for name, column in of_study.columns.items():
         value, by = result.score(column), model_record(column, own)

@@ -22,7 +22,7 @@ from .card import base_model, card
 from .run_rows import RunResult
 
 CARD = "README.md"
-MERGED_FROM = "adapter.sha256"  # file in a merged model with the adapter's hash
+MERGED_FROM = "adapter.sha256"  # file beside merged weights; holds the adapter's hash
 _TOKENIZER = ["tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"]
 _PUSHED = [CARD, ADAPTER, "adapter_config.json", *_TOKENIZER]
 _PUSHED_MERGED = [CARD, "model*.safetensors*", "config.json", "generation_config.json", *_TOKENIZER,
@@ -39,7 +39,7 @@ def publish(
         merge: True to merge base model and adapter into output/merged; a push then uploads the merged model.
         push: repository on the hub, as owner/name.
         private: True to create a private repository.
-        force: names of findings about untrusted code that a merge overrides.
+        force: names of the findings about untrusted code to override.
 
     Returns:
         Files of the written cards and, after a push, the address of the repository.

@@ -111,7 +111,7 @@ def interval(
     Args:
         name: name of the metric.
         scored: runs with their scores.
-        known: published scores of repeats, whose spread is used for a single run.
+        known: published scores of repeats; for a single run, their spread stands for that between runs.
     """
     found, values = [result for result, _ in scored], [value for _, value in scored]
     if len(found) > 1:
@@ -146,7 +146,7 @@ def by_row(name: str, found: Sequence[RunResult]) -> list[list[float]] | None:
 SEEDS = (1, 2, 3, 5, 10)
 PARTS = (1, 2, 4)  # divisors of the test set: complete, a half, a quarter
 CHANCE = 0.8
-_FEWEST = 10  # minimum number of rows to state a chance
+_FEWEST = 10  # minimum number of rows for a chance of detection
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class Outlook:
 def outlook(of_study: Study, runs: Path, difference: float | None = None) -> Outlook:
     """Compute the chances of detecting a difference in a study's first metric.
 
-    A difference is detected if the 95 % interval of our mean excludes a value this far from the true mean.
+    A difference d is detected if the 95 % interval of our mean excludes a value at distance d from the true mean.
 
     Args:
         of_study: the study.

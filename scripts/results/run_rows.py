@@ -19,7 +19,7 @@ from ..scores import evaluations
 from ..scores.evaluations import BASE_MODEL, Changed, Evaluation, changed, current, read_scores
 from ..scores.score import columns_of
 
-REHEARSED = ("profile rehearsal", "rehearsal: ")  # beginnings of the reasons for a rehearsal's changes
+REHEARSED = ("profile rehearsal", "rehearsal: ")  # prefixes of the reasons for a rehearsal's changes
 _ALIKE = {"data_sha256", "rows", "decoding"}  # settings that comparable evaluations share
 
 
@@ -86,7 +86,7 @@ class RunResult:
 
     @cached_property
     def decoded(self) -> dict[str, Evaluation | None]:
-        """Evaluations of the adapter by name of the study's other decoding configurations.
+        """Evaluations with the study's other decoding configurations, by name.
 
         None stands for a missing evaluation.
         """
@@ -150,7 +150,7 @@ class RunResult:
 
     @cached_property
     def scores(self) -> dict[str, RunScore]:
-        """Scores by metric, with scores to compare with."""
+        """Scores by metric, each with the base model's and the published score."""
         found = {}
         for name, column in self.columns.items():
             ours, published = self.score(column), self.aim.scores.get(name) if self.aim else None

@@ -93,7 +93,7 @@ def _whole(value: float | None) -> str | float | None:
 
 
 def notes(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
-    """Notes under the tables: differences, limits of intervals, and open settings."""
+    """Notes under the tables: differences, limitations of intervals, and open settings."""
     for difference in of_study.differences:
         yield f"All recipes: {difference}"
     yield from _of_intervals(of_study, rows)
@@ -110,7 +110,7 @@ def notes(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
 
 
 def _of_intervals(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
-    """Notes on limits of the intervals behind verdicts, with remedies."""
+    """Notes on limitations of the intervals behind verdicts, with remedies."""
     scores = [score for row in rows for score in row.scores.values() if score.verdict]
     methods = [score.interval.method for score in scores if score.interval]
     if several := [row.recipe for row in rows if len(row.runs) > 1]:
@@ -169,7 +169,7 @@ def show_power(found: Outlook, of_study: Study, json: bool) -> None:
         tables.text_of, (found.deviation_of_runs, found.deviation_of_rows, found.deviation_of_a_row_in_a_run)
     )
     lines = [
-        f"{difference} is {found.difference_from}. It is detected if the 95 % interval excludes a value this far away.",
+        f"{difference} is {found.difference_from}. It is detected if the 95 % interval excludes a value this far off.",
         f"Based on {found.rests_on}.",
         f"Standard deviations: {by_run} between runs, {by_row} between rows, {rest} of a row between runs.",
         f"The interval of one run covers {found.one_run}.",

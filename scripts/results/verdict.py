@@ -107,9 +107,9 @@ def verdict(
 ) -> str | None:
     """Compare our score with a published score.
 
-    `WITHIN`: our 95 % interval contains the published value, or overlaps its range if it has a ±. Without our interval,
-    the range contains our score. `ACCEPTABLE`: the difference is at most the study's tolerance. `OFF`: any other case.
-    None: there is neither an interval nor a ± nor a tolerance.
+    `WITHIN`: our 95 % interval (or our score, if there is no interval) contains or overlaps the published value with
+    its ±. `ACCEPTABLE`: the difference is at most the study's tolerance. `OFF`: any other case. None: there is neither
+    an interval nor a ± nor a tolerance.
     """
     spread = published.spread
     if interval is None and spread is None and tolerance is None:
@@ -134,7 +134,7 @@ def rows(
         of_study: the study.
         runs: folder with the runs.
         rehearsal: True for a table of rehearsals.
-        representatives: folder of the representative run, for some recipes; None excludes all runs of a recipe.
+        representatives: the run to represent a recipe, for some recipes; None excludes all runs of that recipe.
     """
     all_runs = repeats.usable(runs, rehearsal)
     candidates = [
@@ -268,8 +268,8 @@ def record(row: StudyRow, of_study: Study) -> Row:
 def _settings(of_study: Study, recipe: str, chosen: RunResult) -> tuple[list[str], list[str]]:
     """Stated settings that a run changed, and settings that the paper leaves open.
 
-    The comment after a setting in the published recipe decides between stated and open. The source of the run's value
-    is the comment in the run's recipe, or the reason for a difference from that recipe.
+    The comment after a setting in the published recipe says whether the paper states it or leaves it open. The
+    source of the run's value is the comment in the run's recipe, or the reason for a difference from that recipe.
     """
     run = chosen.run
     origin = of_study.origin(recipe)

@@ -39,9 +39,9 @@ Evaluated = Evaluation | checkpoint_selection.CheckpointSelection | RunDir
 
 
 def of_name(name: str, request: EvaluationRequest, backend: Backend) -> tuple[RunDir, Evaluated]:
-    """Evaluate a run, or an adapter under a recipe; see `start`.
+    """Evaluate a run, or an external adapter with a recipe's settings; see `start`.
 
-    An adapter under a recipe gets a run folder.
+    An external adapter gets a run folder.
 
     Args:
         name: name of a run, see `find_run`; or of a recipe, if the request has an adapter.
@@ -72,7 +72,7 @@ def start(folder: RunDir, request: EvaluationRequest, backend: Backend) -> Evalu
         evaluation.
 
     Raises:
-        UserError: the evaluation is already queued, or `EvaluationTask` or the backend refuses it; nothing was started.
+        UserError: the evaluation is already queued, or `EvaluationTask` or the backend refuses it. Nothing was started.
         WorkFailed: see `evaluate.evaluate`.
     """
     record = folder.read()
@@ -185,7 +185,8 @@ def run_of(composed: Composed, request: Request, adapter: Path, name: str) -> It
         name: name of the adapter. run.json records it, because this run did not train the adapter.
 
     Raises:
-        UserError: the data or the tokenizer is missing, or the `with` block raises UserError. A new folder is removed.
+        UserError: the data or the tokenizer is missing, or the `with` block raises UserError; a
+            folder that this call created is removed.
     """
     composed.data = composed.data or datafiles.record(composed.config)
     digest = hashlib.sha256(f"{composed.digest} {sha256(adapter / ADAPTER)}".encode()).hexdigest()

@@ -126,8 +126,8 @@ class Pipeline:
         """Check the config; return True if there are no errors.
 
         Args:
-            with_data: also check the data, and skip Axolotl's validation of the config.
-            starts: whether the run is about to start. If so, Axolotl validates the config.
+            with_data: also check the data.
+            starts: whether the run is about to start. Then Axolotl validates the config, unless `with_data`.
         """
         if self.composed is None:
             return False
@@ -152,7 +152,7 @@ class Pipeline:
     def plan(self, gpu: Gpu | None = None) -> bool:
         """Plan the required memory; return False if it exceeds the GPU's memory.
 
-        For a rehearsal, the plan is that of the recipe itself, which may exceed the GPU's memory.
+        A rehearsal plans the recipe itself, and returns True also if that exceeds the GPU's memory.
 
         Args:
             gpu: GPU to plan for; by default, the pipeline's.
@@ -182,7 +182,7 @@ class Pipeline:
         return self.composed.digest if self.composed and self.composed.data else None
 
     def task(self) -> Task:
-        """Task with the steps that are not yet done, running or queued."""
+        """Task with the steps that are neither done nor running nor queued."""
         steps: list[Step] = ["evaluate"]
         if self.state not in ("queued", "running", "finished"):
             steps = ["prepare", "run", "evaluate"] if self._generates() else ["prepare", "run"]
@@ -237,7 +237,7 @@ class Pipeline:
     def _evaluation(self) -> str | None:
         """State of the existing run's evaluation; None if it still has to start.
 
-        The state is skipped if the evaluation is complete or not needed, otherwise the state of its job.
+        SKIPPED if the evaluation is complete or not needed; otherwise the state of its job.
 
         Raises:
             UserError: see `EvaluationTask`.
@@ -269,7 +269,7 @@ def require_scorer_models(
 
 
 def _is_resumable(folder: RunDir, former_run: Run) -> bool:
-    """True if this user's run can be resumed.
+    """True if the run belongs to the current user and can be resumed.
 
     False if the run failed after a resume, unless it ran out of memory or disk space.
     """

@@ -181,7 +181,7 @@ def notes(sweep: Sweep, scored: Columns, rows: Sequence[SweepRow]) -> Iterator[s
     if front := [row.member.name for row in rows if row.pareto]:
         yield f"Pareto front over peak memory and {LOSS}: {'; '.join(front)}"
     if any(row.member.planned_gib is not None for row in rows):
-        measured = "; measured memory is the rehearsal's process on the CPU" if sweep.rehearsal else ""
+        measured = "; measured memory is that of the rehearsal's process on the CPU" if sweep.rehearsal else ""
         yield f"Planned memory is that of the recipe on a GPU{measured}."
     methods = dict.fromkeys(within.method for row in rows for name in scored if (within := row.scores[name][1]))
     if methods:
