@@ -41,11 +41,12 @@ def show_study(
 
 def of_rows(of_study: Study, rows: Sequence[StudyRow], rehearsal: bool) -> Iterator[Table]:
     """Tables of a study: one per metric, costs, curves and baselines."""
-    about = REHEARSALS if rehearsal else f"{of_study.cited}; published scores are on {of_study.test_title}"
+    published = any(score.published for row in rows for score in row.scores.values())
+    about = f"{of_study.cited}; published scores are on {of_study.test_title}" if published else of_study.cited
     for column in of_study.table.values():
-        title = about if column == of_study.first else column.label
+        title = (REHEARSALS if rehearsal else about) if column == of_study.first else column.label
         cells = [_of_metric(row, column) for row in rows]
-        yield Table(cells, title, empty=True, spare=["95 % covers", "by", "rows", "difference"])
+        yield Table(cells, title, empty=published, spare=["95 % covers", "by", "rows", "difference"])
     others = {name: column for name, column in of_study.columns.items() if name not in of_study.table}
     beside = {key: any(row.costs()[key][1] is not None for row in rows) for key in _HEADINGS}
     costs = [_of_costs(row, others, beside) for row in rows]

@@ -154,7 +154,7 @@ class EvaluationTask:
         asked = self.request.adapter
         adapter = folder.output if asked is None else Path(asked)
         if asked != BASE and tensor_shapes(adapter / ADAPTER) is None:
-            of_run = "" if asked else f"the run is {self.run.state}; evaluate it once it is finished, or "
+            of_run = "" if asked else f"the run is {self.run.state}; resume it, name another run, or "
             remedy = "name a checkpoint's folder with --adapter"
             raise UserError(f"{adapter / ADAPTER}: damaged or missing; {of_run}{remedy}")
         if not (folder.output / "tokenizer_config.json").is_file() or "base_model" not in self.cfg:

@@ -221,7 +221,7 @@ def score(
     means: dict[str, list[float]] = {}
     others: dict[str, float | None] = {}
     records: dict[str, Any] = {}
-    notes: list[str] = []
+    notes = [f"rows: {len(rows)} are too few to compare scores"] if len(rows) < intervals.FEWEST else []
     of_groups: dict[str, list[float] | None] = {}
     for name, column in kept.items():
         metric, parameters = column.metric, judged.get(name) or column.parameters

@@ -290,7 +290,7 @@ def find_any(name: str) -> RunDir | Sweep | Study:
         UserError: no name or several names match.
     """
     runs = paths.runs()
-    if is_run(Path(name)):
+    if name == "latest" or is_run(Path(name)):
         return find_run(name, runs)
     sweeps = recorded_sweeps()
     folders = {folder.name: folder for folder in paths.studies()}
