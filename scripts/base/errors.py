@@ -23,7 +23,7 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def meant(word: str, choices: Collection[str], what: str, hint: str = "", option: str = "") -> str:
+def meant(word: str, choices: Collection[str], what: str, hint: str = "", option: str = "", more: str = "") -> str:
     """Return the choice with this name, or the only choice with this part in its name.
 
     The part must begin at the start of a word in the name. If it is a complete component of several paths, the shortest
@@ -33,6 +33,7 @@ def meant(word: str, choices: Collection[str], what: str, hint: str = "", option
         what: the kind of choice, for messages, such as recipe.
         hint: the advice if no choice is near; by default a list of the choices.
         option: the option that gives the word, for messages.
+        more: the advice if several choices match.
 
     Raises:
         UserError: the word matches no choice or several.
@@ -50,8 +51,8 @@ def meant(word: str, choices: Collection[str], what: str, hint: str = "", option
         return found.pop()
     given = f"{option} {word or "''"}".strip()
     if found:
-        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-        raise UserError(f"{given}: matches {', '.join(sorted(found)[:8])}{more}; give more of the name")
+        others = f" and {len(found) - 8} more" if len(found) > 8 else ""
+        raise UserError(f"{given}: matches {', '.join(sorted(found)[:8])}{others}; {more or 'give more of the name'}")
     pieces = (piece for choice in choices for piece in re.split("[/ ]", choice))
     near = did_you_mean(word, choices) or did_you_mean(word, pieces)
     raise UserError(f"{given}: no {what} of that name{near or hint or f'; there are {", ".join(choices)}'}")

@@ -1,6 +1,9 @@
 """Paths of recipes, templates and caches; lookup of recipes and profiles by name."""
 
+import fnmatch
+import glob
 import os
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,6 +80,18 @@ def recipe_file(name: str) -> Path:
 def variant_names() -> list[str]:
     """Names of all variants: paths under variants/ without suffix."""
     return sorted(file.relative_to(VARIANTS).with_suffix("").as_posix() for file in VARIANTS.rglob("*.yaml"))
+
+
+def matching(word: str, names: Collection[str]) -> list[str]:
+    """Names that equal a word, match it as a pattern (with or without folder), or are in the folder of that name."""
+    patterns = (word, f"*/{word}") if glob.has_magic(word) else (word, f"{word}/*")
+    return next(filter(None, (fnmatch.filter(names, pattern) for pattern in patterns)), [])
+
+
+def selected(words: Iterable[str] | None) -> list[str]:
+    """Names of recipes by name, part of a name, pattern, study or file; by default, all recipes."""
+    names = [*recipe_names(), *variant_names()]
+    return [name for word in words or () for name in matching(word, names) or [word]] or recipe_names()
 
 
 def find_recipe(name: str) -> tuple[str, Path]:

@@ -10,7 +10,7 @@ import typer
 
 from .. import tables
 from ..base import yamlfiles
-from ..base.paths import recipe_names
+from ..base.paths import selected
 from ..base.progress import Bar, say
 from .data import verbs as data_verbs
 from .help import Verb, next_step, over
@@ -79,9 +79,7 @@ def check_verb(
     from ..configs.compose import Request
 
     target = gpus.here() if gpu is None else gpus.find(gpu)
-    requests = [
-        Request(name, profile or [], set_ or [], rehearse, force=force or []) for name in names or recipe_names()
-    ]
+    requests = [Request(name, profile or [], set_ or [], rehearse, force=force or []) for name in selected(names)]
     if show_tokens:
         single_name(names, "--show-tokens")
         with Bar("tokenizing", 1):
@@ -163,9 +161,7 @@ def plan_verb(
     from ..planning import plan
 
     targets = [_target(name) for name in gpu or []] or [(gpus.here(), None)]
-    requests = [
-        Request(name, profile or [], set_ or [], gpus=gpu_count, force=force or []) for name in names or recipe_names()
-    ]
+    requests = [Request(name, profile or [], set_ or [], gpus=gpu_count, force=force or []) for name in selected(names)]
     plans = []
     with Bar("planning", len(requests)) as bar:
         for done, request in enumerate(requests, 1):

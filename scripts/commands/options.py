@@ -42,10 +42,8 @@ def _beginning(incomplete: str, names: Sequence[str]) -> list[str]:
 
 
 def _yaml_files(incomplete: str) -> list[str]:
-    folder = incomplete.rpartition("/")[0]
-    path = Path(folder or ".")
-    files = sorted(path.iterdir()) if path.is_dir() else []
-    return [f"{folder}/{file.name}" if folder else file.name for file in files if file.suffix in (".yaml", ".yml")]
+    folder = "".join(incomplete.rpartition("/")[:2])
+    return [f"{folder}{file.name}" for file in sorted(Path(folder or ".").glob("*.y*ml"))]
 
 
 def complete_recipes(incomplete: str) -> list[str]:
@@ -120,10 +118,10 @@ NameOrStudy = Annotated[
 Names = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[NAME|FILE]...",
+        metavar="[NAME|FILE|STUDY]...",
         callback=whole_names,
         autocompletion=complete_recipes,
-        help="Recipe names, partial names, or YAML files; default: all recipes.",
+        help="Recipes (names, parts, or patterns: 'llama-3*'), YAML files, or studies; default: all.",
     ),
 ]
 RunName = Annotated[

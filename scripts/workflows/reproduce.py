@@ -41,10 +41,11 @@ def chosen(of_study: Study, only: list[str]) -> list[str]:
     recipes = [*of_study.published, *of_study.variants]
     named: list[str] = []
     for name in only:
-        found = fnmatch.filter(recipes, name) or fnmatch.filter(recipes, f"*/{name}")
+        found = paths.matching(name, recipes) or fnmatch.filter(recipes, f"*/{name}")
+        remedy = f"give the whole name, or '*{name}*' for all"
         if len(found) > 1 and not glob.has_magic(name):
-            raise UserError(f"--only {name}: matches {', '.join(found)}; give the whole name, or '*{name}' for all")
-        named += found or [meant(name, recipes, "recipe of the study", option="--only")]
+            raise UserError(f"--only {name}: matches {', '.join(found)}; {remedy}")
+        named += found or [meant(name, recipes, "recipe of the study", option="--only", more=remedy)]
     return list(dict.fromkeys(named)) or list(of_study.published)
 
 
@@ -175,14 +176,17 @@ def _outlined_data(of_study: Study, configs: list[Composed]) -> list[str]:
     forms = [form for form in _needed_formats(of_study, configs) if not any(Path(form[1].folder).glob("[!.]*"))]
     sources = missing(data, [*(data.raw_files if forms else ()), *_needed_beside(data, configs)])
     fetched = sum(data.sources[name].bytes or 0 for name in sources) / 1e6
-    lines = [f"{data.raw}: to be fetched, {fetched:,.0f} MB or more from {data.source}"] if sources else []
+    lines = [f"{data.raw}: to be fetched, {fetched:,.0f} MB or more from {data.source or data.name}"] if sources else []
     return lines + [f"{form.folder}: to be prepared, in the format {name}" for name, form in forms]
 
 
 def show_outline(outlined: dict[str, list[Any]], json: bool) -> None:
     """Print the preview from `outline`."""
     recipes = tables.Table(outlined["recipes"], below=["changes", "problem"])
-    tables.show(json, outlined, [recipes], [f"data: {line}" for line in outlined["data"]])
+    hours = sum(row["hours"] or 0 for row in recipes.rows)
+    total = f"; up to {hours:,.1f} hours of training in total" if hours else ""
+    runs = f"runs: {len(recipes.rows)}, each trained and evaluated unless finished{total}"
+    tables.show(json, outlined, [recipes], [*(f"data: {line}" for line in outlined["data"]), runs])
 
 
 def lock(name: str) -> Path:
