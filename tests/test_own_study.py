@@ -1,5 +1,6 @@
 """A study that a user adds to an empty folder, without Python: its skeleton, and one of another kind to the end."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -90,6 +91,25 @@ def test_the_skeleton_of_a_study_passes_every_check(recipe: Recipe, tmp_path: Pa
     assert "haider2024" in recipe("show", "llama-3.2-3b").stdout  # a shipped recipe's short name stays its own
     again = recipe("study", "new", "mine")
     assert again.returncode == 2 and "recipes/mine: " in again.stderr
+    template, orphan = "templates/mine/llama-3.2-3b-mine.yaml.j2", "recipes/mine/llama-3.2-3b-mine.yaml"
+    (tmp_path / template).rename(tmp_path / template.replace("3b", "1b"))
+    for verb, code in (("render",), 0), (("render", "--check"), 1), (("study", "check", "mine"), 2):
+        left = recipe(*verb)
+        assert (left.returncode, orphan in left.stdout + left.stderr) == (code, True)
+    assert len(orjson.loads(recipe("check", "mine", "3.2-3b-m*", "--json").stdout)) == 3
+
+
+def test_a_study_needs_no_paper_and_its_own_file_is_not_fetched(recipe: Recipe, tmp_path: Path) -> None:
+    write_capitals(tmp_path)
+    study = tmp_path / "recipes" / "capitals" / "study.yaml"
+    lines = [line for line in STUDY.splitlines() if not line.startswith(("paper:", "  source:"))]
+    study.write_text(re.sub("learn.csv: {.*}", "learn.csv: {}", "\n".join(lines)))
+    recipe("render")
+    assert recipe("study", "check", "capitals").returncode == 0
+    for verb in ("fetch", "capitals"), ("prepare", "--study", "capitals"):
+        done = recipe("data", *verb)
+        assert (done.returncode, "data/capitals-raw/learn.csv: " in done.stderr) == (2, True)
+        assert "data fetch" not in done.stderr and not (tmp_path / "data").exists()
 
 
 def test_a_study_says_what_it_lacks(recipe: Recipe, tmp_path: Path) -> None:

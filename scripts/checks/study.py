@@ -44,11 +44,14 @@ def _errors(of_study: Study, names: list[str]) -> Iterator[Mistake]:
         for name in getattr(of_study, section):
             yield from undeclared((section, name), name, names)
     for i, key in enumerate(of_study.open_settings):
-        known = [*schema.load()["properties"], "decoding"]
-        yield from undeclared(("open_settings", str(i)), key.partition(".")[0], known)
+        yield from undeclared(
+            ("open_settings", str(i)), key.partition(".")[0], [*schema.load()["properties"], "decoding"]
+        )
     recipes, templates = next(home for home in paths.homes() if home[0].absolute() == of_study.folder.parent)
     try:
-        if render.drift(render.rendered(templates), recipes):
+        rendered = render.rendered(templates)
+        yield from (((), orphan) for orphan in render.orphans(rendered, recipes))
+        if render.drift(rendered, recipes):
             yield (), "recipes differ from their templates; see `recipe render --check`, then run `recipe render`"
     except UserError as error:
         yield (), f"templates cannot be rendered: {error}"
@@ -66,7 +69,7 @@ def _warnings(of_study: Study, names: list[str]) -> Iterator[Mistake]:
     made = {Path(form.folder, f"{split}.jsonl") for form in data.formats.values() for split in data.splits}
     for name in names:
         if name not in of_study.published and name not in of_study.variants:
-            yield ("published",), f"{name} is missing; add it here or to variants"
+            yield ("published",), f"{name} is missing; add `{name}: {{}}` here, or add it to variants"
         for key, entry in datafiles.datasets(yamlfiles.read_yaml(paths.recipe_file(name))):
             if Path(str(entry.get("path"))) not in made:
                 there = ", ".join(map(str, sorted(made)))

@@ -1,7 +1,7 @@
 """The verbs `data fetch` and `data prepare`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -92,7 +92,7 @@ def prepare_verb(
     json: Json = False,
 ) -> None:
     """Make a study's training and test rows from its raw files."""
-    from ..data import prepare
+    from ..data import manifest, prepare
     from ..data.raw_rows import fetched
 
     of_study = _meant_study(study_name, raw or [], input_format)
@@ -104,20 +104,14 @@ def prepare_verb(
     if json:
         tables.print_json(made)
         return
-    _print_manifest(made, folder)
-    whole = {"train", "valid"} & of_study.data.splits.keys() <= made["splits"].keys()
-    if whole and (name := _trained(of_study, folder)):
-        next_step("check", name, "--data")
-
-
-def _print_manifest(made: dict[str, Any], folder: Path) -> None:
-    from ..data import manifest
-
     for split in made["splits"].values():
         for name, reason in split.get("left_out", {}).items():
             say(f"{name}.jsonl: not written: {reason}")
-    tables.print_table(manifest.table(made))
+    tables.print_table(manifest.table(made), below=["left out"])
     print(folder / manifest.MANIFEST)
+    whole = {"train", "valid"} & of_study.data.splits.keys() <= made["splits"].keys()
+    if whole and (name := _trained(of_study, folder)):
+        next_step("check", name, "--data")
 
 
 def _trained(of_study: "Study", folder: Path) -> str | None:

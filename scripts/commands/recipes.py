@@ -246,16 +246,19 @@ def render_verb(
     """Regenerate the recipes from their templates."""
     from ..writing import render
 
-    drifts = ""
+    drifts: list[str] = []
     for recipes, templates in paths.homes():
         rendered = render.rendered(templates)
+        orphans = render.orphans(rendered, recipes)
         if check:
-            drifts += render.drift(rendered, recipes)
+            drifts += [render.drift(rendered, recipes), *orphans]
         else:
             for file in render.write(rendered, recipes):
                 print(file)
-    if drifts:
-        print(drifts)
+            for orphan in orphans:
+                say(orphan)
+    if any(drifts):
+        print("\n".join(filter(None, drifts)))
         raise WorkFailed(
             "recipes differ from their templates; run `recipe render`, and delete recipes without a template"
         )
@@ -285,7 +288,6 @@ def study_check_verb(
     json: Json = False,
 ) -> None:
     """Find mistakes in a study. Exit code 2 if there is an error."""
-    from ..base import paths
     from ..base.progress import harmless, say
     from ..checks import study as checks
     from ..data import study
@@ -299,6 +301,4 @@ def study_check_verb(
     say(f"{of_study.folder.name}: errors: {counts['error']}, warnings: {counts['warning']}")
     if counts["error"]:
         raise typer.Exit(2)
-    recipe = next((recipe for recipe in of_study.published if paths.recipe_file(recipe).is_file()), None)
-    if recipe:
-        next_step("run", recipe, "--rehearse", json=json)
+    next_step("reproduce", of_study.folder.name, "--rehearse", json=json)

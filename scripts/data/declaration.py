@@ -79,6 +79,11 @@ class DataSource(SourceFile):
     split: str = "train"
     revision: Text | None = None
 
+    @property
+    def is_own(self) -> bool:
+        """True for a file that nobody publishes; users copy it to the raw folder."""
+        return not self.url and not self.hub
+
     @model_validator(mode="after")
     def _has_the_keys_of_its_kind(self) -> Self:
         if self.url and self.hub:
@@ -180,7 +185,7 @@ class Data(Strict):
 
     Attributes:
         key: name of the data set in `recipe data fetch`.
-        source: web page of the publication.
+        source: web page of the publication; empty for data of one's own.
         sources: downloads by name.
         fields: fields of a prepared row, each computed by an expression over the raw row.
         extra_fields: additional fields of test rows.
@@ -192,7 +197,7 @@ class Data(Strict):
 
     key: Name
     name: Text
-    source: Text
+    source: str = ""
     licence: Text
     paper: str = ""
     sources: Annotated[dict[FilePath, DataSource], Field(min_length=1)]

@@ -54,6 +54,12 @@ def fetch(data: Data, out: Path, only: Collection[str] | None = None) -> list[Ro
         OSError: the disk is full.
     """
     wanted = [name for name in data.sources if only is None or name in only]
+    own = (file for name in wanted if data.sources[name].is_own for file in data.sources[name].files or (name,))
+    if absent := [file for file in own if not (out / file).is_file()]:
+        raise UserError(
+            f"{out / absent[0]}: no such file; study.yaml gives neither url nor hub for it: copy it there, or run "
+            "`recipe data prepare --study STUDY FOLDER` with its folder"
+        )
     out.mkdir(parents=True, exist_ok=True)
     with held(out / ".fetch.lock", "another fetch is running"), naming(out):
         rows = _present(data, out, wanted)
@@ -81,7 +87,7 @@ def _present(data: Data, out: Path, wanted: list[str]) -> dict[str, list[Row]]:
         files = source.files or {source_name: source}
         rows = [_row(name, out / name, known) for name, known in files.items() if (out / name).is_file()]
         expected = [known.sha256 or recorded.get(name) for name, known in files.items()]
-        if [row["sha256"] for row in rows] == expected or (rows and not source.url and not source.hub):
+        if [row["sha256"] for row in rows] == expected or (rows and source.is_own):
             present[source_name] = rows
         elif source_name in wanted and (there := [name for name in files if name in recorded or (out / name).exists()]):
             say(f"{out}: fetching changed or incomplete files again: {', '.join(there)}")
@@ -117,8 +123,6 @@ def _fetched(data: Data, names: list[str], out: Path, staging: Path) -> list[Row
         if source.url:
             download(source.url, part)
             found = {name: part}
-        elif not source.hub:
-            raise UserError(f"{name}: study.yaml gives neither url nor hub; copy the file to {out}/")
         else:
             with _hub_errors(str(source.hub)):
                 found = {name: _from_hub(name, source, staging / "copy")}
@@ -150,7 +154,7 @@ def _by_hand(data: Data, names: list[str], out: Path) -> str:
         return f"put these files into {out}/ and run this command again: {files}"
     return (
         f"run `recipe data fetch {data.key}` on another machine and copy the folder to {out}, or give files from "
-        f"{data.source} to `recipe data prepare`"
+        f"{data.source or data.name} to `recipe data prepare`"
     )
 
 

@@ -31,7 +31,6 @@ def update(out: Path, splits: dict[str, Row]) -> Row:
 
 def table(manifest: Row) -> list[Row]:
     """Table of a manifest's files, with counts of rows read and left out."""
-    raw_file = {True: "the study's", False: "not the study's", None: "the study's, as far as known"}
     rows = []
     for split in manifest["splits"].values():
         moved = split.get("moved", {})
@@ -44,7 +43,7 @@ def table(manifest: Row) -> list[Row]:
                 "rows": split["rows"],
                 "read": split["read"],
                 "left out": ", ".join(f"{count} ({why})" for why, count in left_out.items() if count) or "none",
-                "raw file": raw_file[split["is_the_study_file"]],
+                "verified": {True: "yes", False: "differs"}.get(split["is_the_study_file"]),  # None without a checksum
             }
         )
         for subset in split.get("subsets", {}).values():

@@ -253,7 +253,8 @@ def fetched(data: Data) -> list[Path]:
         UserError: a file is missing.
     """
     files = [data.raw / name for name in data.raw_files]
-    if missing := [file for file in files if not file.is_file()]:
-        remedy = f"run `recipe data fetch {data.key}`, or name a folder with the file"
-        raise UserError(f"{missing[0]}: no such file; {remedy}")
+    if missing := [name for name in data.raw_files if not (data.raw / name).is_file()]:
+        source = data.sources[data.sources_of(missing[:1])[0]]
+        remedy = "copy it there" if source.is_own else f"run `recipe data fetch {data.key}`"
+        raise UserError(f"{data.raw / missing[0]}: no such file; {remedy}, or give its folder to `recipe data prepare`")
     return files

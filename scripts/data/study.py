@@ -62,7 +62,7 @@ class Study(Strict):
 
     folder: SkipJsonSchema[Path]
     title: str
-    paper: Config
+    paper: Config = Field(default={})
     tags: list[str] = Field(default=[])
     data: Data
     decoding: Decoding = OF_NO_STUDY
@@ -196,14 +196,14 @@ def _further(content: Any, error: ValidationError) -> list[Mistake]:
         for found in error.errors():
             *parents, key = found["loc"] if found["type"] == "extra_forbidden" else found["loc"][:1]
             reduce(getitem, parents, content).pop(key, None)
-        return list(Study.model_validate({"title": "", "paper": {}} | content).mistakes())
+        return list(Study.model_validate({"title": ""} | content).mistakes())
     return []
 
 
 def _mistake(found: Any) -> Mistake:
     """Convert a pydantic error; drop the marker of an invalid key from its place."""
     place = tuple(str(part) for part in found["loc"] if part != "[key]")
-    return place, found["msg"].removeprefix("Value error, ")
+    return place, found["msg"].removeprefix("Value error, ").replace("Field required", "missing; add this key")
 
 
 def refusal(file: Path, mistakes: Iterable[Mistake]) -> UserError:

@@ -259,7 +259,7 @@ def _for_other_model(text: str, base: str, base_name: str, about: BaseModel, bef
     if about.unknown:
         lines += _labelled("Not known", ", ".join(about.unknown))
     if of_study := study.of(origin) if origin else None:
-        note = f"settings from arXiv {of_study.paper['arxiv']}, which uses other models"
+        note = f"settings from {of_study.cited}, which uses other models"
         lines += _labelled("Note", f"{note}; no published score applies to this model")
     return "\n#\n".join(["\n".join(lines), *kept]) + "\n" + text[len(head) :]
 

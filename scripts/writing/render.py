@@ -189,21 +189,26 @@ def _where(error: Exception, templates: Path, file: Path) -> str:
 
 def drift(files: dict[str, str], recipes: Path = paths.RECIPES) -> str:
     """Unified diff from files on disk to rendered files; empty if they are equal."""
-    there = {
-        file.relative_to(recipes).as_posix()
-        for file in map(paths.recipe_file, paths.recipe_names())
-        if file.is_relative_to(recipes)
-    }
     lines: list[str] = []
-    for name in sorted(there | files.keys()):
+    for name in sorted(files):
         lines += difflib.unified_diff(
             _on_disk(recipes / name).splitlines(),
-            files.get(name, "").splitlines(),
+            files[name].splitlines(),
             f"recipes/{name} (on disk)",
             f"recipes/{name} (from its template)",
             lineterm="",
         )
     return "\n".join(lines)
+
+
+def orphans(files: dict[str, str], recipes: Path = paths.RECIPES) -> list[str]:
+    """Messages about recipes on disk that no template renders."""
+    others = {*map(paths.recipe_file, paths.recipe_names())} - {recipes / name for name in files}
+    return [
+        f"{paths.shown(file)}: no template renders this recipe; delete the file, or add its template"
+        for file in sorted(others)
+        if file.is_relative_to(recipes)
+    ]
 
 
 def write(files: dict[str, str], recipes: Path = paths.RECIPES) -> list[Path]:
@@ -245,7 +250,6 @@ def write_study(name: str, base_model: str) -> list[Path]:
         "{STUDY_SCHEMA}": os.path.relpath(study.SCHEMA, recipes),
         "{SCHEMA}": os.path.relpath(paths.RECIPES / "axolotl.schema.json", recipes),
     }
-    skeleton = paths.TEMPLATES / "skeleton"
     places = {
         "study.yaml": recipes / "study.yaml",
         "_base.yaml.j2": templates / "_base.yaml.j2",
@@ -254,7 +258,7 @@ def write_study(name: str, base_model: str) -> list[Path]:
         "sample/test.jsonl": recipes / "sample" / "test.jsonl",
     }
     for file, place in places.items():
-        text = (skeleton / f"{file}{_SKELETON}").read_text(encoding="utf-8")
+        text = (paths.TEMPLATES / "skeleton" / f"{file}{_SKELETON}").read_text(encoding="utf-8")
         for placeholder, word in words.items():
             text = text.replace(placeholder, word)
         place.parent.mkdir(parents=True, exist_ok=True)

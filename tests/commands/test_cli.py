@@ -105,7 +105,7 @@ def test_data_prepare_and_a_dry_run(recipe: Recipe, tmp_path: Path) -> None:
     done = recipe("data", "prepare", SAMPLE)
     assert done.returncode == 0
     _, train, *_, written = done.stdout.splitlines()
-    assert train.split() == ["train.jsonl", "109", "109", "none", "not", "the", "study's"]
+    assert train.split() == ["train.jsonl", "109", "109", "none", "differs"]
     assert written == "data/codereviewer/manifest.json"
     assert {file.name for file in files(tmp_path)} == {"manifest.json", "test.jsonl", "train.jsonl", "valid.jsonl"}
     dry = recipe(

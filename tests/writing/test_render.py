@@ -15,7 +15,8 @@ from qlora_recipes.writing import render
 
 
 def test_the_recipes_are_those_of_the_templates() -> None:
-    assert render.drift(render.rendered()) == ""
+    recipes = render.rendered()
+    assert (render.drift(recipes), render.orphans(recipes)) == ("", [])
 
 
 def test_the_table_of_recipes_shows_what_was_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
