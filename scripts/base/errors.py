@@ -19,8 +19,10 @@ class WorkFailed(Exception):
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """A hint with the nearest choices; empty if no choice is near."""
     lower = {choice.lower(): choice for choice in choices}
-    near = [lower[choice] for choice in get_close_matches(word.lower(), lower, n=3, cutoff=0.6)]
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    near = get_close_matches(word.lower(), lower, n=3, cutoff=0.6)
+    # lora_rank means lora_r rather than local_rank
+    near = [choice for choice in near if choice.partition("_")[0] == word.lower().partition("_")[0]] or near
+    return f"; did you mean {' or '.join(lower[choice] for choice in near)}?" if near else ""
 
 
 def meant(word: str, choices: Collection[str], what: str, hint: str = "", option: str = "", more: str = "") -> str:

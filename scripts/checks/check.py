@@ -66,6 +66,10 @@ class Report:
         """Add findings, errors first."""
         self.findings = sorted([*self.findings, *findings], key=lambda finding: LEVELS.index(finding.level))
 
+    def skip(self, problem: str, key: str = "") -> None:
+        """Add a note about a part that was not checked."""
+        self.add([Finding("note", "not-checked", key, problem, where=self.name)])
+
 
 def check(
     request: Request,
@@ -97,11 +101,12 @@ def check(
                 finding.level = "warning"  # the config is correct; only a run needs the data
         report.add([])  # sorts again
         if full and not may_run:
-            problem = "skipped Axolotl's own validation, because it would run the code above"
-            report.add([Finding("note", "not-checked", "", problem, where=report.name)])
+            report.skip("skipped Axolotl's own validation, because it would run the code above")
         elif full:
             report.add(by_axolotl(composed, gpu))
-        if data and not report.count("error"):
+        if data and report.count("error"):
+            report.skip("skipped tokenizing the rows, because of errors; correct them, then check again")
+        elif data:
             tokenize(report, composed, request.ranks)
     except UserError as error:
         report.add([_unreadable(request.name, str(error))])
@@ -142,6 +147,10 @@ def examine(
     report.add(found)
     report.add(_replaced(composed))
     report.add(placed(_profile_compatibility(composed, gpu, launching), composed))
+    too_slow = launching and not (gpu or composed.rehearsal or models.is_small(composed.config))
+    if too_slow and all(finding.rule != "no-gpu" for finding in found):
+        problem = "no NVIDIA GPU found, and a CPU is too slow for this model"
+        report.add(placed([Finding("error", "no-gpu", "", problem, "add --rehearse to try a small one")], composed))
     if data:
         from . import rows
 
@@ -243,8 +252,10 @@ def tokenize(report: Report, composed: Composed, gpus: int = 1, most: int | None
     if has_tokenizer(composed):
         findings, measured = _lengths(composed.config, most, gpus)
     else:
-        problem = f"no tokenizer on this machine; {substitution.NAME}'s reads up to {SOME} rows, without lengths"
-        report.add([Finding("note", "not-checked", "base_model", problem, where=report.name)])
+        report.skip(
+            f"no tokenizer on this machine; {substitution.NAME}'s reads up to {SOME} rows, without lengths",
+            "base_model",
+        )
         config = {key: value for key, value in composed.config.items() if key not in substitution.OF_MODEL}
         config |= {"base_model": str(substitution.model_folder()), "sequence_len": substitution.CONTEXT}
         findings, measured = _lengths(config, most or SOME, gpus)

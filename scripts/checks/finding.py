@@ -90,6 +90,12 @@ class Finding:
         return f"{place}: {self.level}: {about}{self.problem}{remedy}{name}"
 
 
+def rows_at(places: Sequence[object]) -> str:
+    """Number of rows, with the first ten of their lines."""
+    lines = ", ".join(map(str, [*places[:10], *["…"] * (len(places) > 10)]))
+    return f"{len(places)} rows (lines {lines})" if len(places) > 1 else "1 row"
+
+
 _NEVER_FORCED = ("secret:", *(f"value:{key}" for key in ("plugins", "datasets", "test_datasets", "trl", "trust_")))
 """Prefixes of errors that `--force` cannot override: secrets, and values hidden from the rules about code."""
 

@@ -86,7 +86,7 @@ def unknown_model(case: Case) -> Problems:
     if name and isinstance(name, str) and not models.is_path(name) and case.model == models.Model():
         problem = f"{name} is not on this machine: its layers, context and special tokens are not checked"
         remedy = f"to check them, run `hf download {name} --include config.json --include 'tokenizer*'`"
-        yield "note", "base_model", problem, remedy + models.similar(name)
+        yield "note", "base_model", f"{models.similar(name)} {problem}".lstrip("; "), remedy
 
 
 @rule

@@ -2,12 +2,13 @@
 
 import codecs
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -15,7 +16,7 @@ from ..base import yamlfiles
 from ..base.files import Row
 from ..base.yamlfiles import Config
 from ..configs import datafiles, models
-from .finding import Finding, Level
+from .finding import Finding, Level, rows_at
 
 
 @dataclass(frozen=True)
@@ -102,20 +103,18 @@ def misspelt(names: tuple[str, ...], known: tuple[str, ...]) -> dict[str, str]:
 
 @dataclass
 class _File:
-    """Mistakes in one file of a data set, counted by rule and subject."""
+    """Mistakes in one file of a data set: line and example of each, by rule and subject."""
 
     key: str
     path: Path
     rows: int = 0
     bytes: int = 0
     has_system: bool = False
-    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
-    first: dict[tuple[str, str], tuple[int, str]] = field(default_factory=dict)
+    found: dict[tuple[str, str], list[tuple[int, str]]] = field(default_factory=lambda: defaultdict(list))
 
     def count(self, rule: str, about: str, line: int, example: str = "") -> None:
         """Count one mistake of a kind."""
-        self.counts[rule, about] += 1
-        self.first.setdefault((rule, about), (line, example))
+        self.found[rule, about].append((line, example))
 
 
 def check(config: Config, skipped: Collection[str] = ()) -> tuple[list[Finding], list[Row]]:
@@ -145,8 +144,14 @@ def check(config: Config, skipped: Collection[str] = ()) -> tuple[list[Finding],
                 problem = f"{path} is not a JSONL file"
                 findings.append(Finding("note", "not-checked", f"{key}.path", problem, where=str(path)))
         if files:
-            size = {"rows": sum(file.rows for file in files), "bytes": sum(file.bytes for file in files)}
-            read.append({"key": key, "files": [str(file.path) for file in files]} | size)
+            read.append(
+                {
+                    "key": key,
+                    "files": [str(file.path) for file in files],
+                    "rows": sum(file.rows for file in files),
+                    "bytes": sum(file.bytes for file in files),
+                }
+            )
     return findings, read
 
 
@@ -186,7 +191,7 @@ class _Reader:
                 try:
                     row = orjson.loads(line)
                 except orjson.JSONDecodeError as error:
-                    file.count("bad-row", "not UTF-8" if "UTF-8" in error.msg else "not JSON", number, str(error)[:60])
+                    file.count("bad-row", "not UTF-8" if "UTF-8" in error.msg else "not JSON", number, error.msg)
                     continue
                 if isinstance(row, dict):
                     self._row(file, number, row)
@@ -226,7 +231,7 @@ class _Reader:
         """Check the messages of a chat, or the segments of an input_output row."""
         fields = self.fields
         known = (*fields.items, *fields.optional_items)
-        items = row.get(fields.lists[0])
+        items: Any = row.get(fields.lists[0])
         for item in items if isinstance(items, list) else ():
             if not isinstance(item, dict):
                 file.count("bad-row", f"an item of {fields.lists[0]} is not a mapping", number)
@@ -238,6 +243,8 @@ class _Reader:
                     file.count("bad-row", f"an item of {fields.lists[0]} lacks {name}{hint}", number)
                 elif hint:
                     file.count("misspelt-field", f"{meant[name]} in {fields.lists[0]}; did you mean {name}?", number)
+            if item is items[-1] and str(item.get(fields.items[1])).isspace() and not item.get("tool_calls"):
+                file.count("empty-reference", fields.items[1], number)
             if isinstance(item.get("label"), str) and "label" in fields.items:
                 file.count("bad-row", "label is text; Axolotl reads any text as true", number)
         if fields.optional and isinstance(items, list) and items and isinstance(items[0], dict):
@@ -276,14 +283,14 @@ def _findings(file: _File) -> Iterator[Finding]:
     """One finding per kind of mistake in a file, at its first row."""
     if file.bytes and not file.rows:  # another rule reports files of 0 bytes
         yield Finding("error", "bad-row", f"{file.key}.path", "no rows", where=str(file.path))
-    for (rule, about), (line, example) in file.first.items():
+    for (rule, about), mistakes in file.found.items():
         if rule == "lacks-system" and not file.has_system:
             continue
         level, problem, remedy = _WORDS[rule]
-        count = file.counts[rule, about]
-        if example.startswith("fields: ") and count == file.rows:  # the type is wrong, not the rows
+        line, example = mistakes[0]
+        if example.startswith("fields: ") and len(mistakes) == file.rows:  # the type is wrong, not the rows
             form = datafiles.form_of(example.removeprefix("fields: ").split(", "))
             remedy = f"set {yamlfiles.write_flow(form or {'type': {'field_output': 'answer'}})[1:-1]} to read them"
-        text = problem.format(n="1 row" if count == 1 else f"{count} rows", about=about)
-        text += f" ({example})" if example else ""
-        yield Finding(level, rule, f"{file.key}.path", text, remedy, str(file.path), line)
+        shown = f" ({example})" if example else ""
+        text = problem.format(n=rows_at([line for line, _ in mistakes]), about=about)
+        yield Finding(level, rule, f"{file.key}.path", f"{text}{shown}", remedy, str(file.path), line)

@@ -28,7 +28,7 @@ from ..base.yamlfiles import Config
 from ..configs import datafiles
 from ..configs.substitution import stands_in
 from ..runs.eval_loss import MASKED
-from .finding import Finding, Level
+from .finding import Finding, Level, rows_at
 from .installed import Tokens, as_trained, require_one_each, taught_ends, tokenize
 
 _NO_LIMIT = 2**24  # tokens
@@ -252,7 +252,7 @@ class _Read:
         for (rule, about), places in self.found.items():
             file, _, line = places[0].rpartition(":")
             where: tuple[str, int] = (file, int(line))
-            rows = "1 row" if len(places) == 1 else f"{len(places)} rows"
+            rows = rows_at([place.removeprefix(f"{file}:") for place in places])
             if rule == "bad-row":
                 yield Finding("error", rule, data, about, "correct the rows, the type or the template", *where)
             elif rule == "unknown-role":

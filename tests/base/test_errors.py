@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_recipes.base.errors import UserError, meant
+from qlora_recipes.base.errors import UserError, did_you_mean, meant
 
 RECIPES = [
     "haider2024/all-linear/code-llama-7b",
@@ -43,3 +43,8 @@ def test_what_may_be_several_or_is_none_is_refused_with_their_names(word: str, n
     with pytest.raises(UserError) as refused:
         meant(word, RECIPES, "recipe")
     assert names in str(refused.value)
+
+
+def test_choices_with_the_same_first_word_are_suggested_alone() -> None:
+    hint = did_you_mean("lora_rank", ["local_rank", "lora_r", "qgalore_rank"])
+    assert "lora_r?" in hint and "local_rank" not in hint

@@ -189,6 +189,8 @@ def test_data_that_are_not_prepared_yet_are_one_warning_of_a_check_and_an_error_
     assert fetch not in recipe("check", tagged).stdout
     ran = recipe("run", tagged, "--set", "fp16=false")
     assert (ran.returncode, "error: datasets.0.path: data/codereviewer-tagged" in ran.stderr) == (2, True)
+    assert "[no-gpu]" in ran.stderr
+    assert "[no-gpu]" not in recipe("run", tagged, "--set", "fp16=false", "--force", "no-gpu").stderr
 
 
 def test_what_is_not_written_by_preparing_data_or_is_to_be_read_now_is_an_error(recipe: Recipe) -> None:

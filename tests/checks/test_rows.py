@@ -64,6 +64,7 @@ MISTAKES: list[tuple[Any, dict[str, Any], str, str]] = [
     ({"text": "a"}, CHATS, "error bad-row", "messages"),
     (chat(ASKED, "A test."), CHATS, "error bad-row", "mapping"),
     (chat({"role": "user", "content": None}, ANSWER), CHATS, "error bad-row", "content"),
+    (chat(ASKED, ANSWER | {"content": " "}), CHATS, "warning empty-reference", "content"),
     (chat(ASKED, ANSWER, sytem="Be brief."), CHATS, "warning misspelt-field", "mean system?"),
     ({"messages": [dict(reversed(turn.items())) for turn in GOOD_CHAT["messages"]]}, CHATS, "warning repeated-row", ""),
     ({"segments": [{"label": "false", "text": "a"}]}, SEGMENTS, "error bad-row", "label"),
@@ -113,8 +114,8 @@ def test_a_system_text_that_only_some_rows_have_is_an_error() -> None:
 
 
 def test_rows_with_the_same_mistake_are_one_finding() -> None:
-    ((where, says),) = found([GOOD, *({"instruction": str(i)} for i in range(5))])
-    assert where == (2, "error", "bad-row") and says.startswith("5 rows")
+    ((where, says),) = found([GOOD, *({"instruction": str(i)} for i in range(11))])
+    assert where == (2, "error", "bad-row") and says.startswith("11 rows") and " 2, 3, " in says and " 12" not in says
 
 
 @pytest.mark.parametrize(("row", "form"), [(GOOD_CHAT, "type: chat_template"), ({"q": "a", "a": "b"}, "field_output")])
@@ -129,6 +130,7 @@ def test_rows_of_a_misspelt_type_are_not_judged() -> None:
     Path("mine.yaml").write_text(yamlfiles.write_yaml(config))
     findings = check.check(Request("mine.yaml"), data=True).findings
     assert {finding.name for finding in findings if finding.key.startswith("datasets")} == {"value:datasets.0.type"}
+    assert findings[-1].rule == "not-checked"  # the tokens
 
 
 def test_evaluation_rows_that_were_trained_on_are_found() -> None:
