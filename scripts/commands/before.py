@@ -98,7 +98,8 @@ def check_verb(
                     report.data_table(), report.name, spare=["padding", "MB", "median", "95 %", "with loss"]
                 )
     counts = {level: sum(report.count(level) for report in reports) for level in ("error", "warning")}
-    say(f"{len(reports)} checked; errors: {counts['error']}, warnings: {counts['warning']}")
+    unread = "" if data else ", rows not read (--data)"
+    say(f"{len(reports)} checked{unread}; errors: {counts['error']}, warnings: {counts['warning']}")
     if counts["error"]:
         raise typer.Exit(2)
     if not rehearse:  # `plan` has no --rehearse

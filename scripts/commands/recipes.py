@@ -1,5 +1,6 @@
 """The verbs list, show, diff, new, doctor, render and study."""
 
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,23 +19,34 @@ _COLUMNS = ("recipe", "epochs", "optimizer", "base model", "variant of")
 verbs = typer.Typer()
 
 
-@verbs.command("list", cls=Verb, rich_help_panel=HEADING, epilog="recipe list")
+@verbs.command("list", cls=Verb, rich_help_panel=HEADING, epilog="recipe list\nrecipe list haider2024")
 def list_verb(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="[NAME]",
+            show_default=False,
+            autocompletion=complete_recipes,
+            help="Part of the name of recipes or their study, or a pattern.",
+        ),
+    ] = "",
     json: Json = False,
 ) -> None:
     """List recipes and variants, with model, epochs, optimizer and published scores."""
-    rows = _listed()
+    rows = [row for row in _listed() if fnmatch(f"{row['study'] or ''}/{row['recipe']}".lower(), f"*{name.lower()}*")]
+    if not rows:
+        paths.find_recipe(name)  # suggests similar names
     if json:
         tables.print_json(rows)
     else:
         by_study: dict[str | None, list[Row]] = {}
         for row in rows:
             by_study.setdefault(row["study"], []).append(_shown(row))
-        for name, table in by_study.items():
+        for study, table in by_study.items():
             scores = [column for column in table[0] if column not in _COLUMNS]
-            spare = ["base model", *scores[:0:-1]]  # all scores but the first, last score first
-            title = name or "Without a study" if len(by_study) > 1 else None
-            tables.print_table(table, title, spare=spare, below=["variant of"])
+            title = study or "Without a study" if len(by_study) > 1 else None
+            # drops all scores but the first, last score first
+            tables.print_table(table, title, spare=["base model", *scores[:0:-1]], below=["variant of"])
     next_step("run", "start/qlora", "--rehearse", json=json)
 
 
@@ -182,7 +194,6 @@ def new_verb(
     set_: Overrides = None,
 ) -> None:
     """Write a variant of a recipe, with changed lines marked."""
-    from ..base.progress import say
     from ..checks import check
     from ..checks.finding import refuse
     from ..configs import compose
@@ -195,9 +206,9 @@ def new_verb(
     found = check.examine(composed, data=data is not None).findings
     refuse([finding for finding in found if finding.scope not in ("code", "data", "file")])
     print(new.write(name, from_, overrides, other))
-    of_data = new.reasons(from_, composed.config) if data else []
+    of_data = new.reasons(from_, composed.config, set_ or []) if data else []
     of_data += [str(finding) for finding in found if finding.rule == "bad-row"]
-    for line in [*of_data, *new.of_hardware(from_), *(other.not_known if other else [])]:
+    for line in [*(other.not_known if other else []), *of_data, *new.of_hardware(from_)]:
         say(line)
     if not model and any(override.startswith("base_model=") for override in overrides):
         say("revision, special tokens, layers and comments are still those of the former model; --model replaces them")
@@ -217,13 +228,11 @@ verbs.add_typer(study_verbs, name="study", rich_help_panel=UPKEEP)
 @verbs.command("doctor", cls=Verb, rich_help_panel=UPKEEP, epilog="recipe doctor\nrecipe doctor --json")
 def doctor_verb(json: Json = False) -> None:
     """Find problems with this environment, GPU and disk, and suggest remedies."""
-    from dataclasses import asdict
-
     from .doctor import examine
 
     lines = examine()
     if json:
-        tables.print_json([asdict(line) for line in lines])
+        tables.print_json([vars(line) for line in lines])
     else:
         for line in lines:
             tables.print_text(f"{line.state:5}  {line.name}: {line.found}")
@@ -288,17 +297,3 @@ def study_check_verb(
     json: Json = False,
 ) -> None:
     """Find mistakes in a study. Exit code 2 if there is an error."""
-    from ..base.progress import harmless, say
-    from ..checks import study as checks
-    from ..data import study
-
-    of_study = study.find(name)
-    findings = checks.findings(of_study)
-    tables.print_json([vars(finding) for finding in findings]) if json else [
-        print(harmless(str(finding))) for finding in findings
-    ]
-    counts = {level: sum(finding.level == level for finding in findings) for level in ("error", "warning")}
-    say(f"{of_study.folder.name}: errors: {counts['error']}, warnings: {counts['warning']}")
-    if counts["error"]:
-        raise typer.Exit(2)
-    next_step("reproduce", of_study.folder.name, "--rehearse", json=json)

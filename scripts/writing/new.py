@@ -3,7 +3,7 @@
 import os
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -105,7 +105,11 @@ def for_model(base: str, name: str) -> OtherModel:
         fetch = f"; for more facts run `hf download {name}{pinned} --include '*.json'` and try again"
         in_files = not folder and {"padding token", "special tokens", "type and sizes"} & set(about.unknown)
         hint = "" if folder else models.similar(name)
-        lines.insert(0, f"not known about {name}: {', '.join(about.unknown)}{fetch if in_files else ''}{hint}")
+        lines = [
+            *([f"unknown model {name}{hint}"] if hint else []),
+            f"not known about {name}: {', '.join(about.unknown)}{fetch if in_files else ''}",
+            *lines,
+        ]
     return OtherModel(about, changes, lines)
 
 
@@ -128,19 +132,25 @@ def for_data(base: str, file: Path) -> list[str]:
     return [f"{key}={yamlfiles.write_flow(value)}" for key, value in changes.items()]
 
 
-def reasons(base: str, composed: Config) -> list[str]:
-    """Lines that explain the settings of a variant for the user's rows."""
+def reasons(base: str, composed: Config, overrides: Iterable[str]) -> list[str]:
+    """Lines that explain the settings of a variant for the user's rows, except those in `overrides`."""
     entry = {key: value for key, value in composed["datasets"][0].items() if key != "path"}
-    template = composed.get("chat_template")
     rows = datafiles.training_rows(composed | {"val_set_size": 0})
-    return [
-        f"settings: from {base}; each line names its source",
-        f"model: {composed['base_model']}; --model chooses another",
-        f"rows: {yamlfiles.write_flow(entry)[1:-1]}, because of their fields; --set changes it",
-        *([f"chat template: {template}, because the model was trained to chat"] if template else []),
-        f"held out: {composed['val_set_size']} of {rows} rows, for the eval loss and `recipe evaluate`; "
+    trained = datafiles.training_rows(composed)
+    held_out = f"{rows - trained} of {rows} rows" if rows and trained else composed["val_set_size"]
+    lines = {
+        "settings": f"settings: from {base}; each line names its source",
+        "base_model": f"model: {composed['base_model']}; --model chooses another",
+        "datasets": f"rows: {yamlfiles.write_flow(entry)[1:-1]}, because of their fields; --set changes it",
+        "val_set_size": f"held out: {held_out}, for the eval loss and `recipe evaluate`; "
         "--set val_set_size=20 holds out 20",
-    ]
+    }
+    if entry.get("type") == "chat_template":
+        lines["chat_template"] = (
+            f"chat template: {composed.get('chat_template')}, because the model was trained to chat"
+        )
+    overridden = {re.split("[.=]", override)[0] for override in overrides}
+    return [line for key, line in lines.items() if key not in overridden]
 
 
 def of_hardware(base: str) -> Iterator[str]:

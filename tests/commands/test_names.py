@@ -66,3 +66,10 @@ def test_list_shows_the_variants_of_the_working_folder_by_the_names_that_run_tak
     assert (wide["recipe"], wide["variant_of"], wide["epochs"]) == ("wide", BASE, recipe_config(BASE)["num_epochs"])
     assert (wider["recipe"], wider["variant_of"], wider["epochs"]) == ("more/wider", "wide", 1)
     assert wide["published_bleu4"] is None  # which is the recipe's
+    matching = {name: {row["recipe"] for row in rows if name in row["recipe"]} for name in ("wider", "loftq")}
+    matching["more/w*r"] = matching["wider"]
+    for name, recipes in matching.items():
+        listed = orjson.loads(recipe("list", name.upper(), "--json").stdout)
+        assert {row["recipe"] for row in listed} == recipes != set()
+    done = recipe("list", "llama-3-8x")
+    assert (done.returncode, "llama-3-8b" in done.stderr) == (2, True)

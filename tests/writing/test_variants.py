@@ -222,10 +222,11 @@ def test_a_variant_for_rows_of_ones_own(recipe: Recipe, tmp_path: Path, monkeypa
     of_study = ("--from", "peft-metamathqa/lora-rank32", "--data", "rows.jsonl")
     assert recipe("new", "other", *of_study).returncode == 0
     done = recipe("new", "third", "--from", "haider2024/llama-3-8b", "--data", "rows.jsonl", "--set", "warmup_steps=0")
-    assert done.returncode == 0 and "fp16: true, bf16: false" in done.stderr and "held out: 0.05" in done.stderr
+    assert done.returncode == 0 and "fp16: true, bf16: false" in done.stderr and "held out: 2 of 30" in done.stderr
     other = yamlfiles.read_yaml(tmp_path / "variants" / "other.yaml")
     assert (other["val_set_size"], other.get("test_datasets")) == (new.HELD_OUT, None)
     wrong = recipe("new", "wrong", "--data", "rows.jsonl", "--set", "datasets.0.type=alpaca")
     assert (wrong.returncode, wrong.stderr.count("[bad-row:datasets.0.path]")) == (0, 1)
+    assert "rows: " not in wrong.stderr and "chat template: " not in wrong.stderr
     for variant in ("mine", "wrong"):  # as the former value only
         assert (tmp_path / "variants" / f"{variant}.yaml").read_text().count("data/gsm8k") == 1
