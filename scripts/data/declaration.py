@@ -1,6 +1,6 @@
 """Declaration of a study's data in study.yaml: origin and preparation."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -226,6 +226,10 @@ class Data(Strict):
     def sources_of(self, files: Collection[str]) -> list[str]:
         """Names of the sources that contain any of the files."""
         return [name for name, source in self.sources.items() if any(file in files for file in source.files or (name,))]
+
+    def missing(self, files: Iterable[str]) -> list[str]:
+        """Names of the sources of files that are not in `raw`."""
+        return self.sources_of([file for file in files if not (self.raw / file).is_file()])
 
     @property
     def formats(self) -> dict[str, PreparedFormat]:

@@ -253,8 +253,8 @@ def fetched(data: Data) -> list[Path]:
         UserError: a file is missing.
     """
     files = [data.raw / name for name in data.raw_files]
-    if missing := [name for name in data.raw_files if not (data.raw / name).is_file()]:
-        source = data.sources[data.sources_of(missing[:1])[0]]
-        remedy = "copy it there" if source.is_own else f"run `recipe data fetch {data.key}`"
-        raise UserError(f"{data.raw / missing[0]}: no such file; {remedy}, or give its folder to `recipe data prepare`")
+    if missing := data.missing(data.raw_files):
+        remedy = "copy it there" if data.sources[missing[0]].is_own else f"run `recipe data fetch {data.key}`"
+        first = next(file for file in files if not file.is_file())
+        raise UserError(f"{first}: no such file; {remedy}, or give its folder to `recipe data prepare`")
     return files

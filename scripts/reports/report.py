@@ -74,7 +74,7 @@ def of_study(study: Study, rehearsal: bool, runs: Path) -> str:
     section = Section(
         key="study",
         name="Study",
-        about=f"{study.cited}: {study.paper.get('title', study.title)}.",
+        about=f"{study.cited}: {study.paper['title']}." if "title" in study.paper else f"{study.cited}.",
         tables=[_without_empty(table) for table in study_tables.of_rows(study, rows, rehearsal) if table.rows],
         notes=[] if rehearsal else [*study_tables.notes(study, rows)],
         figures=[figure for column in study.table.values() if (figure := draw.study(study, rows, column))],

@@ -174,7 +174,7 @@ def _outlined_data(of_study: Study, configs: list[Composed]) -> list[str]:
     """Preview of the data to fetch and prepare for these configs."""
     data = of_study.data
     forms = [form for form in _needed_formats(of_study, configs) if not any(Path(form[1].folder).glob("[!.]*"))]
-    sources = missing(data, [*(data.raw_files if forms else ()), *_needed_beside(data, configs)])
+    sources = data.missing([*(data.raw_files if forms else ()), *_needed_beside(data, configs)])
     fetched = sum(data.sources[name].bytes or 0 for name in sources) / 1e6
     lines = [f"{data.raw}: to be fetched, {fetched:,.0f} MB or more from {data.source or data.name}"] if sources else []
     return lines + [f"{form.folder}: to be prepared, in the format {name}" for name, form in forms]
@@ -244,13 +244,8 @@ def have_data(of_study: Study, configs: list[Composed]) -> None:
 
 def _fetch(data: Data, files: Iterable[str]) -> None:
     """Fetch the sources of a data set's missing files."""
-    if sources := missing(data, files):
+    if sources := data.missing(files):
         fetch.fetch(data, data.raw, only=sources)
-
-
-def missing(data: Data, files: Iterable[str]) -> list[str]:
-    """Sources of a data set's missing files."""
-    return data.sources_of([file for file in files if not (data.raw / file).is_file()])
 
 
 def _needed_beside(data: Data, configs: list[Composed]) -> list[str]:

@@ -94,7 +94,7 @@ def evaluate_adapters(
             if not request.rehearse:
                 reproduce.have_data(of_study, [composed])
                 fetch.fetch(of_study.data, of_study.data.raw, only=of_study.data.sources_of(files))
-            elif missing := reproduce.missing(of_study.data, files):
+            elif missing := of_study.data.missing(files):
                 fetching = " ".join(f"--only {source}" for source in missing)
                 remedy = f"run `recipe data fetch {of_study.data.key} {fetching}`"
                 raise UserError(f"{result.recipe}: a rehearsal does not fetch the adapter; {remedy}")
