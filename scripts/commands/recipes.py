@@ -297,3 +297,16 @@ def study_check_verb(
     json: Json = False,
 ) -> None:
     """Find mistakes in a study. Exit code 2 if there is an error."""
+    from ..checks import study as checks
+    from ..data import study
+
+    of_study = study.find(name)
+    findings = checks.findings(of_study)
+    tables.print_json([vars(finding) for finding in findings]) if json else [
+        print(harmless(str(finding))) for finding in findings
+    ]
+    counts = {level: sum(finding.level == level for finding in findings) for level in ("error", "warning")}
+    say(f"{of_study.folder.name}: errors: {counts['error']}, warnings: {counts['warning']}")
+    if counts["error"]:
+        raise typer.Exit(2)
+    next_step("reproduce", of_study.folder.name, "--rehearse", json=json)
