@@ -149,8 +149,8 @@ def examine(
     report.add(placed(_profile_compatibility(composed, gpu, launching), composed))
     too_slow = launching and not (gpu or composed.rehearsal or models.is_small(composed.config))
     if too_slow and all(finding.rule != "no-gpu" for finding in found):
-        problem = "no NVIDIA GPU found, and a CPU is too slow for this model"
-        report.add(placed([Finding("error", "no-gpu", "", problem, "add --rehearse to try a small one")], composed))
+        no_gpu = Finding("error", "no-gpu", "", "no NVIDIA GPU found; a CPU is too slow", "add --rehearse for a trial")
+        report.add(placed([no_gpu], composed))
     if data:
         from . import rows
 

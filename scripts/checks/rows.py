@@ -168,8 +168,9 @@ class _Reader:
     def __init__(self, dataset: Config, special: str | None, seen: dict[int, str], trained: bool):
         kind = dataset.get("type")
         self.fields = fields_of(dataset) or Fields()
-        names = (*self.fields.texts, self.fields.reference, *self.fields.optional, *self.fields.lists)
-        self.names = tuple(filter(None, names))
+        self.names = tuple(
+            filter(None, (*self.fields.texts, self.fields.reference, *self.fields.optional, *self.fields.lists))
+        )
         # the author of an input_output row writes special tokens on purpose
         self.special = re.compile(special) if special and kind != "input_output" else None
         # without no_input_format, Axolotl uses its own prompt for rows without input (user_defined.py)
@@ -215,8 +216,7 @@ class _Reader:
             elif name in meant and name in fields.optional:
                 file.count("misspelt-field", f"{meant[name]}; did you mean {name}?", number)
             elif not isinstance(value, str) and (name not in fields.optional or not (value is None or fields.lists)):
-                about = f"the field {name} is {'not text' if name in row else 'missing'}{hint}"
-                file.count("bad-row", about, number)
+                file.count("bad-row", f"the field {name} is {'not text' if name in row else 'missing'}{hint}", number)
             elif name == fields.reference and not (value or "").strip():
                 file.count("empty-reference", name, number)
         if fields.items:

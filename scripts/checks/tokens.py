@@ -268,8 +268,9 @@ class _Read:
             becomes = {"truncate": "cut", "raise": "an error"}.get(cfg.excess_length_strategy, "dropped")
             problem = f"{long} of {len(sizes)} rows exceed sequence_len, {cfg.sequence_len}: {becomes}"
             fatal = becomes == "an error" or (long == len(sizes) and becomes == "dropped")
-            longest = f"the longest has {max(sizes)} tokens"
-            yield Finding("error" if fatal else "warning", "too-long", data, problem, longest)
+            yield Finding(
+                "error" if fatal else "warning", "too-long", data, problem, f"the longest has {max(sizes)} tokens"
+            )
         if sizes and not self.learns_end and self.key.startswith("datasets"):
             problem = "no end token carries loss: the model would not learn to stop"
             yield Finding("warning", "eos-masked", f"{self.key}.type", problem, "inspect rows with --show-tokens")

@@ -269,8 +269,7 @@ def _for_other_model(text: str, base: str, base_name: str, about: BaseModel, bef
     if about.unknown:
         lines += _labelled("Not known", ", ".join(about.unknown))
     if of_study := study.of(origin) if origin else None:
-        note = f"settings from {of_study.cited}, which uses other models"
-        lines += _labelled("Note", f"{note}; no published score applies to this model")
+        lines += _labelled("Note", f"settings from {of_study.cited}, for other models; no published score applies")
     return "\n#\n".join(["\n".join(lines), *kept]) + "\n" + text[len(head) :]
 
 
