@@ -236,11 +236,12 @@ def test_roles_are_judged_by_the_rehearsals_tokenizer_where_the_models_is_missin
     change = {"chat_template": "gemma", "datasets": data, "warmup_steps": 0}
     change |= {"test_datasets": None, "evals_per_epoch": None}
     (tmp_path / "own.yaml").write_text(yamlfiles.write_yaml(config_with(change)))
-    lines = [chat(ASKED, ANSWER), chat(SYSTEM, ASKED, ANSWER)]
+    lines = [chat(ASKED, ANSWER), chat(ASKED), chat(said("user", "Why?")), chat(SYSTEM, ASKED, ANSWER)]
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(map(orjson.dumps, lines)))
     (report,) = orjson.loads(recipe("check", "own.yaml", "--data", "--json").stdout)
     found = {finding["rule"]: finding for finding in report["findings"]}
-    assert (found["bad-row"]["where"], found["bad-row"]["line"]) == ("rows.jsonl", 2)
+    assert (found["bad-row"]["where"], found["bad-row"]["line"]) == ("rows.jsonl", 4)
+    assert " 2, 3)" in found["nothing-learnt"]["problem"]
     assert substitution.NAME in found["not-checked"]["problem"]
     assert "tokens" not in report["data"][0]
 
