@@ -47,7 +47,7 @@ def list_verb(
             title = study or "Without a study" if len(by_study) > 1 else None
             # drops all scores but the first, last score first
             tables.print_table(table, title, spare=["base model", *scores[:0:-1]], below=["variant of"])
-    next_step("run", "start/qlora", "--rehearse", json=json)
+    next_step("run", rows[0]["recipe"] if name and rows else "start/qlora", "--rehearse", json=json)
 
 
 def _listed() -> list[Row]:
