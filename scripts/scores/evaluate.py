@@ -38,7 +38,7 @@ from .score import VERSION, ScorerModels, columns_of, require_models, same_model
 
 BASE = "none"  # value of --adapter for the base model without an adapter
 REHEARSED = 12  # maximum number of rows that a rehearsal evaluates
-# Config keys that change the model or where answers end, and that have no field in `EvaluationSettings`.
+# Config keys that affect the model or the end of answers, and that have no field in `EvaluationSettings`.
 BUILT_WITH = ("overrides_of_model_config", "eot_tokens")
 
 
@@ -159,12 +159,12 @@ class EvaluationTask:
             raise UserError(f"{adapter / ADAPTER}: damaged or missing; {of_run}{remedy}")
         if not (folder.output / "tokenizer_config.json").is_file() or "base_model" not in self.cfg:
             raise UserError(
-                f"{folder.path}: lacks the tokenizer, or base_model in its config; the run is {self.run.state}"
+                f"{folder.path}: has no tokenizer, or its config has no base_model; the run is {self.run.state}"
             )
         trained = self.run.adapter
         if asked is None and trained and trained.sha256 != sha256(adapter / ADAPTER):
             problem = f"{adapter}: differs from the adapter at the end of training"
-            raise UserError(f"{problem}; restore that adapter, or evaluate this one with --adapter {adapter}")
+            raise UserError(f"{problem}; restore it, or evaluate the present one with --adapter {adapter}")
         return None if asked == BASE else adapter
 
     def _settings(self, adapter: Path | None) -> EvaluationSettings:
@@ -175,7 +175,7 @@ class EvaluationTask:
             problem = f"--engine: decoding uses {decoding.num_beams} beams"
             raise UserError(f"{problem}, and only --engine {REFERENCE} supports beams")
         local = Path(run.cwd, str(cfg["base_model"]))
-        # resolves `bf16: auto` as in training; a run without a recorded list of GPUs had a GPU
+        # resolves `bf16: auto` as in training; if a run has no list of GPUs, assume that it had one
         on_gpu = not run.rehearsal and bool(run.provenance.get("gpus", True))
         return EvaluationSettings(
             base_model=str(local) if local.is_dir() else cfg["base_model"],
@@ -194,7 +194,7 @@ class EvaluationTask:
         )
 
     def _folder(self, folder: RunDir, other_rows: bool) -> Path:
-        """Run folder; for an adapter, decoding or rows other than the default, a folder in evaluations/."""
+        """Run folder, or a folder in evaluations/ if adapter, decoding or rows are not the default."""
         settings, labels = self.settings, []
         if self.request.adapter is not None:
             digest = settings.adapter_sha256
@@ -322,8 +322,8 @@ def _kept(task: EvaluationTask, former: Evaluation) -> tuple[list[Row], Evaluati
 def _predicted(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[Row], EvaluationSettings]:
     """Generate predictions.
 
-    Existing predictions of other rows are moved to evaluations/. Predictions of fewer rows never replace predictions of
-    more rows.
+    Existing predictions for other rows are moved to evaluations/. Predictions of fewer rows never replace predictions
+    of more rows.
     """
     former = read_scores(task.where)
     if former and former.settings.adapter_sha256 == task.settings.adapter_sha256:

@@ -60,8 +60,8 @@ class EvaluationRows:
 def named(file: Path, cfg: Config, folder: Path) -> RowSource:
     """Source for a user's file.
 
-    Its format is that of the data set in the config that has the same path, otherwise that of the first data set.
-    Evaluation data sets come before training data sets.
+    If a data set of the config has the same path, the file has its format; otherwise it has that of the first data set.
+    Evaluation data sets are searched before training data sets.
     """
     path = file.resolve()
     entries = dict(datafiles.datasets(cfg, "test_datasets", "datasets"))
@@ -109,7 +109,7 @@ def _configured(cfg: Config, folder: Path) -> RowSource | None:
 
 
 def test_entry(file: Path) -> dict[str, Any]:
-    """Return the entry of the test rows from the manifest beside a file."""
+    """Return the entry for the test rows in the manifest beside a file."""
     return manifest.entries(file.parent).get("test", {})
 
 
@@ -203,7 +203,7 @@ def _loaded(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> list[tu
             return [(line["dataset"], line["row"]) for line in json_rows(lines, kept, ("dataset",))]
     if source.held_out:
         _require_same_data(run)
-    say(f"loading {source.data}")  # no progress bar, because loading forks processes
+    say(f"loading {source.data}")  # no progress bar: its thread and the forks of loading can deadlock
     if run.rehearsal:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with importing_axolotl(offline=run.rehearsal), chdir(run.cwd):
@@ -228,6 +228,6 @@ def _require_same_data(run: Run) -> None:
         path = Path(run.cwd, file.path)
         if not path.is_file() or sha256(path) != file.sha256:
             raise UserError(
-                f"{path}: missing or changed since training, and val_set_size took the evaluation rows from it; "
+                f"{path}: missing or changed since training, but val_set_size holds out its rows; "
                 f"restore the file, or {_ELSEWHERE}"
             )

@@ -29,7 +29,7 @@ DECODED = "decoding-"  # prefix of folders in evaluations/ for other decoding co
 
 
 class Agreement(BaseModel):
-    """Agreement of an engine with the reference.
+    """Agreement of an engine with the reference engine.
 
     Attributes:
         rows: number of compared rows.
@@ -112,8 +112,8 @@ class EvaluationSettings(BaseModel):
     def stands_for(self, other: "EvaluationSettings") -> bool:
         """True if these predictions can serve where `other` is requested.
 
-        Predictions of the reference or of the requested engine always can. Predictions of another engine can if they
-        were decoded greedily, and at least half of the compared answers equalled the reference's.
+        Predictions of the reference or of the requested engine always qualify. Those of another engine qualify if they
+        were decoded greedily, and at least half of the compared answers equalled the reference engine's.
         """
         if self.engine == REFERENCE or (self.engine, self.model) == (other.engine, other.model):
             return True
@@ -244,9 +244,9 @@ Changed = Literal["stale", "edited"]
 
 
 def changed(folder: Path, evaluation: Evaluation | None, run: Run | None = None) -> Changed | None:
-    """Kind of change since an evaluation; None without a change or an evaluation.
+    """Kind of change since an evaluation; None if nothing has changed or there is no evaluation.
 
-    A file is hashed only if its size or time differs: a copy can have another time but the same content.
+    A file is hashed only if its size or modification time differs: a copy can have a new time.
 
     Args:
         folder: folder of the evaluation.
@@ -271,8 +271,8 @@ def current(folder: Path, run: Run | None = None) -> Evaluation | None:
 def decoded(folder: Path, name: str, decoding: Decoding, own: Evaluation | None) -> Evaluation | None:
     """Evaluation of the run's adapter with another decoding configuration.
 
-    Returns None without a current evaluation, if the decoding has changed, or if adapter or rows differ from the
-    default evaluation (`own`).
+    Returns None if there is no such evaluation, if it is stale, if the study has changed that configuration since, or
+    if adapter or rows differ from the default evaluation (`own`).
     """
     other = current(folder / "evaluations" / f"{DECODED}{name}")
     if other is None or other.settings.decoding != decoding:

@@ -1,7 +1,7 @@
 """Generate predictions, row by row, so that an interrupted evaluation can continue.
 
 An engine other than the reference first answers a sample of the rows, and these answers are compared with the
-reference's. Two engines add numbers in different orders. Occasionally this swaps two tokens of nearly equal
+reference's. Different engines add numbers in different orders. Occasionally this swaps two tokens of nearly equal
 probability, and the answers differ from there on. With a wrong adapter or prompt, most answers differ early.
 """
 
@@ -25,7 +25,7 @@ from .evaluations import REFERENCE, SERVER, VLLM, Agreement, Completion, Engine,
 if TYPE_CHECKING:
     from .prompter import Prompter  # imports torch and Axolotl, which `require` does not need
 
-COMPARED = 32  # number of compared rows, evenly spaced to cover all kinds of rows
+COMPARED = 32  # number of rows to compare; they are evenly spaced, to cover all kinds
 KNOWN = {"batch_tokens", "agreement"}  # settings that are known only after an engine has started
 
 
@@ -100,8 +100,8 @@ def predict(
 ) -> tuple[list[Row], EvaluationSettings]:
     """Generate predictions of test rows.
 
-    vLLM's answers are first compared with the reference's. A server's answers are compared if this machine has a GPU or
-    the run is a rehearsal. A rehearsal does not use the GPU.
+    vLLM's answers are first compared with the reference's. A server's answers are compared if this machine has a
+    GPU, or in a rehearsal, which needs none.
 
     Args:
         settings: model, engine and decoding.
@@ -113,7 +113,7 @@ def predict(
         rehearsal: True for a rehearsal.
 
     Returns:
-        Predictions, and the settings, completed by those in `KNOWN`.
+        Predictions, and the settings including those named in `KNOWN`.
 
     Raises:
         UserError: see `Prompter.examples` and `started`.
@@ -189,7 +189,7 @@ def _continue(part: Path, settings: EvaluationSettings) -> tuple[dict[int, Row],
     first, *lines = part.read_bytes().split(b"\n") if part.is_file() else [b""]
     done: dict[int, Row] = {}
     for line in lines if first == header else ():
-        with suppress(ValueError):  # skips lines that a killed process or a power cut truncated
+        with suppress(ValueError):  # skips lines left truncated by a killed process or a power failure
             row = orjson.loads(line)
             if isinstance(row, dict) and "agreement" in row:
                 known = {key: row.get(key) for key in KNOWN}

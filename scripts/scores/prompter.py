@@ -21,7 +21,7 @@ from ..configs import datafiles
 from ..runs.eval_loss import MASKED
 from .evaluations import EvaluationSettings
 
-LOSS_ON_ANSWERS = {  # replaces keys of chat data sets that can put loss on more than answers
+LOSS_ON_ANSWERS = {  # in chat data sets, replaces keys that can put loss on more than answers
     "roles_to_train": ["assistant"],
     "train_on_eos": "turn",
     "message_field_training": None,
@@ -84,7 +84,7 @@ class Prompter:
     def examples(self, rows: Sequence[Row], keys: Sequence[str] = ()) -> list[Example]:
         """Prompt and reference of each row, written by Axolotl's code as in training.
 
-        Here only answers carry loss, even if training put loss on more tokens. The answer is the last sequence of
+        Only the tokens of answers are marked for loss, even if training marked more. The answer is the last sequence of
         tokens with loss; in a chat this is the assistant's last turn. All tokens before the answer are the prompt. The
         reference is the answer field of the row, or the decoded answer if the data set type has no such field.
         A prompt that leaves no room for an answer in the model's context is truncated. If Axolotl tokenizes prompt and
@@ -111,7 +111,7 @@ class Prompter:
         return in_order
 
     def _of_dataset(self, key: str, rows: Sequence[Row]) -> list[Example]:
-        """Examples of one data set; missing answers and prompts are empty."""
+        """Examples of one data set; a missing answer or prompt is empty."""
         section, _, position = key.partition(".")
         longest = self.config.get_text_config().max_position_embeddings - self.settings.decoding.max_new_tokens
         data = self.settings.data
@@ -131,7 +131,7 @@ class Prompter:
 
 
 def answer_of(labels: Sequence[int]) -> tuple[int, int]:
-    """Start and end of the last sequence of tokens with loss; zeros without tokens with loss."""
+    """Start and end of the last sequence of tokens with loss; (0, 0) if no token has loss."""
     end = next((i for i in range(len(labels), 0, -1) if labels[i - 1] != MASKED), 0)
     start = next((i for i in range(end, 0, -1) if labels[i - 1] == MASKED), 0)
     return start, end
@@ -143,8 +143,8 @@ ANSWER = "An answer."
 def as_code(cfg: Config, tokenizer: Path, known: dict[str, str]) -> str | None:
     """Python code that sets `inputs` to the tokens of a training prompt.
 
-    Axolotl writes the prompt for a row of {placeholders}. Returns None if tokenizing the prompt's text gives tokens
-    that differ from Axolotl's, if the data set type is unknown, or if there is no tokenizer.
+    The prompt is the one that Axolotl writes for a row whose fields are {placeholders}. Returns None if tokenizing the
+    prompt's text gives tokens that differ from Axolotl's, if the data set type is unknown, or if there is no tokenizer.
 
     Args:
         cfg: the run's config.
@@ -173,7 +173,7 @@ def as_code(cfg: Config, tokenizer: Path, known: dict[str, str]) -> str | None:
 
 
 def _placeholders(dataset: Config) -> Row:
-    """Row with {placeholders} in the prompt's fields; empty for an unknown data set type.
+    """Row with {placeholders} in the fields that form the prompt; empty for an unknown data set type.
 
     Optional fields are present if the first row of the data has them, because they can change the prompt's wording.
     """

@@ -32,8 +32,8 @@ def scores(
 
     Returns:
         A row for each test set and metric: `test_set`, `rows`, `metric`, `score`, the 95 % interval `low` and `high`,
-        `published`, the `difference`, and `agrees`: True if the difference is at most half of the last published digit
-        plus the published ±.
+        `published`, the `difference`, and `agrees`: True if the difference is at most the
+        published ± plus half a unit in the last published digit.
 
     Raises:
         UserError: a file is damaged, or its rows are not those of the test set.
@@ -57,7 +57,7 @@ def scores(
 
 
 def _beside(ours: float, theirs: PublishedScore | None, comparable: bool) -> dict[str, Any]:
-    """Compare our score with the published score of the same texts; rounding can make them differ."""
+    """Compare our score with the published score of the same texts; rounding can make the two differ."""
     if theirs is None or not comparable:
         return {"published": None, "difference": None, "agrees": None}
     half_a_digit = 0.5 * 10.0 ** -len(f"{theirs.value!r}".partition(".")[2]) * (1 + 1e-9)

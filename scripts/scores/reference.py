@@ -161,7 +161,7 @@ def batches(lengths: Sequence[int], most: int, tokens: int) -> Iterator[tuple[in
     A batch holds rows of similar length, so it needs little padding.
 
     Args:
-        lengths: number of tokens per row, for prompt and longest answer.
+        lengths: number of tokens per row: its prompt and the longest allowed answer.
         most: maximum number of rows in a batch.
         tokens: maximum number of tokens in a batch of several rows.
 
@@ -250,7 +250,7 @@ def base_weights(prompter: Prompter) -> dict[str, Any]:
 def weights_folder(prompter: Prompter) -> Path:
     """Folder of the base model, quantized as in training and then dequantized.
 
-    A 4-bit layer dequantizes its weights at each step. The folder holds the dequantized values; they are identical
+    A 4-bit layer dequantizes its weights at each step. The folder holds these values; they are identical to the layer's
     unless `bnb_4bit_compute_dtype` differs from the settings' dtype. The folder is created once, in the cache, and is
     as large as the base model in 16 bit.
 
