@@ -185,9 +185,7 @@ Overrides = Annotated[
 ]
 Force = Annotated[
     list[str] | None,
-    typer.Option(
-        "--force", metavar="FINDING", help="Continue despite the `recipe check` error named FINDING. Repeatable."
-    ),
+    typer.Option("--force", metavar="FINDING", help="Override the `recipe check` error named FINDING. Repeatable."),
 ]
 Json = Annotated[bool, typer.Option("--json", rich_help_panel="Output", help="Print JSON.")]
 

@@ -27,7 +27,7 @@ def list_verb(
             metavar="[NAME]",
             show_default=False,
             autocompletion=complete_recipes,
-            help="Part of the name of recipes or their study, or a pattern.",
+            help="Name of a recipe or study, part of one, or a pattern.",
         ),
     ] = "",
     json: Json = False,
