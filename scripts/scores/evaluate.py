@@ -175,7 +175,7 @@ class EvaluationTask:
             problem = f"--engine: decoding uses {decoding.num_beams} beams"
             raise UserError(f"{problem}, and only --engine {REFERENCE} supports beams")
         local = Path(run.cwd, str(cfg["base_model"]))
-        # resolves `bf16: auto` as in training; if a run has no list of GPUs, assume that it had one
+        # resolves `bf16: auto` as in training; if a run recorded no list of GPUs, assume a GPU
         on_gpu = not run.rehearsal and bool(run.provenance.get("gpus", True))
         return EvaluationSettings(
             base_model=str(local) if local.is_dir() else cfg["base_model"],

@@ -60,8 +60,8 @@ class EvaluationRows:
 def named(file: Path, cfg: Config, folder: Path) -> RowSource:
     """Source for a user's file.
 
-    If a data set of the config has the same path, the file has its format; otherwise it has that of the first data set.
-    Evaluation data sets are searched before training data sets.
+    If a data set in the config has the same path, the file is read in that format; otherwise in the format of the first
+    data set. Evaluation data sets are searched before training data sets.
     """
     path = file.resolve()
     entries = dict(datafiles.datasets(cfg, "test_datasets", "datasets"))
@@ -203,7 +203,7 @@ def _loaded(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> list[tu
             return [(line["dataset"], line["row"]) for line in json_rows(lines, kept, ("dataset",))]
     if source.held_out:
         _require_same_data(run)
-    say(f"loading {source.data}")  # no progress bar: its thread and the forks of loading can deadlock
+    say(f"loading {source.data}")  # no progress bar: its thread can deadlock with forked processes
     if run.rehearsal:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with importing_axolotl(offline=run.rehearsal), chdir(run.cwd):
@@ -228,6 +228,6 @@ def _require_same_data(run: Run) -> None:
         path = Path(run.cwd, file.path)
         if not path.is_file() or sha256(path) != file.sha256:
             raise UserError(
-                f"{path}: missing or changed since training, but val_set_size holds out its rows; "
+                f"{path}: missing or changed since training; val_set_size needs it unchanged; "
                 f"restore the file, or {_ELSEWHERE}"
             )

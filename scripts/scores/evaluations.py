@@ -191,7 +191,7 @@ _PREDICTIONS = TypeAdapter(list[Prediction])
 
 
 def read_scores(folder: Path) -> Evaluation | None:
-    """Read a folder's scores.json; None if missing or, with a message, damaged."""
+    """Read a folder's scores.json; None if it is missing, or damaged, which is logged."""
     try:
         return Evaluation.model_validate_json((folder / SCORES).read_bytes())
     except FileNotFoundError:
@@ -246,7 +246,7 @@ Changed = Literal["stale", "edited"]
 def changed(folder: Path, evaluation: Evaluation | None, run: Run | None = None) -> Changed | None:
     """Kind of change since an evaluation; None if nothing has changed or there is no evaluation.
 
-    A file is hashed only if its size or modification time differs: a copy can have a new time.
+    A file is hashed only if its size or modification time differs. A new time alone is no change.
 
     Args:
         folder: folder of the evaluation.

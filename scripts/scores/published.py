@@ -32,8 +32,8 @@ def scores(
 
     Returns:
         A row for each test set and metric: `test_set`, `rows`, `metric`, `score`, the 95 % interval `low` and `high`,
-        `published`, the `difference`, and `agrees`: True if the difference is at most the
-        published ± plus half a unit in the last published digit.
+        `published`, the `difference`, and `agrees`: True if the difference is at most half a unit of the last
+        published digit, plus the published uncertainty.
 
     Raises:
         UserError: a file is damaged, or its rows are not those of the test set.

@@ -29,8 +29,8 @@ from .prompter import Prompter
 
 disable_progress_bar()
 
-# Default maximum number of rows in a batch. The rows of a batch share one pass over the weights per token, and in 4 bit
-# also the dequantization. More than a few dozen rows gain little, and finished rows wait for unfinished ones.
+# Default maximum number of rows in a batch. For each token, the weights are read (and in 4 bit
+# dequantized) once per batch. More than a few dozen rows gain little, and finished rows wait for unfinished ones.
 MOST_ROWS = 64
 # Maximum numbers of rows and tokens in a batch, for large models on a CPU and for sampling. Large models on a CPU are
 # bound by arithmetic, so larger batches are not faster. Sampling is seeded per batch, so batches must not depend on the
