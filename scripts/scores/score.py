@@ -207,10 +207,9 @@ def score(
         measured: benchmark scores by column name.
 
     Returns:
-        The content of scores.json, and the rows with row-level scores. The content has: means of row-level metrics,
-        with 95 % intervals; metrics of all rows or of the run; records of the metrics, and their declarations in
-        `metrics`; shares of exact, empty and repeated predictions; `length_ratio`, the number of words in all
-        predictions divided by that in all references; and `notes` if there are any.
+        The content of scores.json, and the rows with their scores. The content has: means of row-level metrics, with
+        95 % intervals; other metrics; records of the metrics, and their declarations in `metrics`; shares of exact,
+        empty and repeated predictions; `length_ratio` of predictions to references, in words; and any `notes`.
     """
     from . import intervals  # imports NumPy, which `recipe results` does not need
 
@@ -230,22 +229,21 @@ def score(
         elif metric.of_all:
             others[name] = metric.of_all(pairs, parameters)
         elif metric.of_groups:
-            found = metric.of_groups(_by_group(scored, column), parameters)
-            others[name], of_groups[name] = found or (None, None)
+            others[name], of_groups[name] = metric.of_groups(_by_group(scored, column), parameters) or (None, None)
         elif metric.of_loss:
             others[name] = None if loss is None else metric.of_loss(loss)
         elif metric.of_model and (benchmark := (measured or {}).get(name)):
             others[name] = benchmark.value
+            of_groups |= {name: benchmark.interval} if benchmark.interval else {}
             records |= {f"{name}_benchmark": benchmark.model_dump()}
         if metric.record:
             records |= {column.recorded(key): value for key, value in metric.record(parameters).items()}
         if metric.notes:
             notes += [f"{name}: {note}" for note in metric.notes(pairs, parameters)]
-    of_benchmarks = {name: each.interval for name, each in (measured or {}).items() if each.interval}
     return {
         "rows": len(rows),
         **{name: sum(values) / len(rows) for name, values in means.items()},
-        "intervals": intervals.each(means) | of_groups | of_benchmarks,
+        "intervals": intervals.each(means) | of_groups,
         **others,
         **records,
         **(_shares(scored) if rows else {}),
