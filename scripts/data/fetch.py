@@ -71,7 +71,7 @@ def fetch(data: Data, out: Path, only: Collection[str] | None = None) -> list[Ro
         for i, name in enumerate(missing):
             source = data.sources[name]
             with tempfile.TemporaryDirectory(dir=out, prefix=".fetching-") as staging:
-                rows[name] = _fetched(data, missing[i:], out, Path(staging))
+                rows[name] = _fetched(name, source, out, Path(staging), _by_hand(data, missing[i:], out))
             record = {"from": source.url or source.hub, "revision": source.revision, "time": now()}
             sources = read_json(out / RECORD).get("sources", {}) | {name: record}
             files = [row for of_source in rows.values() for row in of_source]
@@ -112,13 +112,9 @@ def _verified(name: str, file: Path, known: SourceFile) -> Row:
     return row
 
 
-def _fetched(data: Data, names: list[str], out: Path, staging: Path) -> list[Row]:
-    """Fetch the first named source; return table rows of its verified files.
-
-    The other names are only used for advice in an error message.
-    """
-    name = names[0]
-    source, part = data.sources[name], out / f"{name}.part"
+def _fetched(name: str, source: DataSource, out: Path, staging: Path, by_hand: str) -> list[Row]:
+    """Fetch a source; return table rows of its verified files. `by_hand` is the advice if no download works."""
+    part = out / f"{name}.part"
     try:
         if source.url:
             download(source.url, part)
@@ -137,7 +133,7 @@ def _fetched(data: Data, names: list[str], out: Path, staging: Path) -> list[Row
             _version_file(part).unlink()
         raise UserError(f"{part}: {error}{aside}") from None
     except (UserError, WorkFailed) as error:
-        raise type(error)(f"{error}; or {_by_hand(data, names, out)}") from None
+        raise type(error)(f"{error}; or {by_hand}") from None
     for member, path in found.items():
         (out / member).parent.mkdir(parents=True, exist_ok=True)
         path.replace(out / member)
@@ -228,7 +224,7 @@ def download(url: str, part: Path) -> None:
 
 
 def _receive(url: str, part: Path, bar: Bar) -> str:
-    """Append a server's response to a file; return a problem, or "" if there is none.
+    """Append a server's response to a file; return the problem, or "" on success.
 
     The address and version are recorded beside the file, so that a later call can resume the download.
     """
