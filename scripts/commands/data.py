@@ -35,7 +35,7 @@ def fetch_verb(
         typer.Argument(
             metavar="[DATA]",
             autocompletion=complete_studies,
-            help="Data set or study; optional if there is only one.",
+            help="Data set, or its study; optional if there is a single study.",
         ),
     ] = None,
     only: Annotated[

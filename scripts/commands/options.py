@@ -199,7 +199,7 @@ Metrics = Annotated[
     typer.Option(
         "--metric",
         metavar="NAME",
-        help="Also compute this metric, e.g. benchmark:TASK or bertscore:MODEL. Repeatable.",
+        help="Also compute this metric, e.g. rouge_l or bertscore:MODEL. Repeatable.",
     ),
 ]
 BatchSize = Annotated[
@@ -231,24 +231,24 @@ ExportedRun = Annotated[
         "--export",
         metavar="RUN|STUDY",
         autocompletion=complete_runs,
-        help="Write a record of a run or published predictions, to contribute.",
+        help="Write the ledger's records: of a run, or of a study's published predictions.",
     ),
 ]
 OfLedger = Annotated[
     bool,
-    typer.Option("--ledger", help="Show the status of each published number, and contributed records."),
+    typer.Option("--ledger", help="Show each published number's status, and recorded runs (docs/results.md)."),
 ]
 
 DecodingName = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Use another of the study's decoding settings; adds a column of scores."),
+    typer.Option(metavar="NAME", help="Evaluate with another decoding that the study declares, in an extra column."),
 ]
 Power = Annotated[
     str | None,
     typer.Option(
         "--power",
         metavar="X|tolerance",
-        help="Show how many seeds and rows can detect a difference X.",
+        help="Show how many seeds and rows reveal a difference X (or the study's tolerance).",
     ),
 ]
 

@@ -40,7 +40,7 @@ Adapter = Annotated[
     str | None,
     typer.Option(
         metavar="DIR|HUB ID|none",
-        help="Evaluate this adapter (none: base model); RUN can be an untrained recipe.",
+        help="Evaluate this adapter (none: base model); RUN can be a recipe without runs.",
     ),
 ]
 Base = Annotated[bool, typer.Option("--base", help="Also score the base model, in a second column.")]
@@ -66,7 +66,7 @@ verbs = typer.Typer()
     "evaluate",
     cls=Verb,
     rich_help_panel=HEADING,
-    epilog="recipe evaluate latest\nrecipe evaluate latest --checkpoints",
+    epilog="recipe evaluate latest --checkpoints\nrecipe evaluate latest --metric benchmark:mmlu",
 )
 def evaluate_verb(
     run: RunName,
