@@ -248,7 +248,7 @@ Power = Annotated[
     typer.Option(
         "--power",
         metavar="X|tolerance",
-        help="Show how many seeds and rows reveal a difference X (or the study's tolerance).",
+        help="Show how many seeds reveal a difference of X, or of the tolerance.",
     ),
 ]
 
