@@ -231,7 +231,7 @@ ExportedRun = Annotated[
         "--export",
         metavar="RUN|STUDY",
         autocompletion=complete_runs,
-        help="Write the ledger's records: of a run, or of a study's published predictions.",
+        help="Write ledger records: of a run, or of a study's published predictions.",
     ),
 ]
 OfLedger = Annotated[
@@ -248,7 +248,7 @@ Power = Annotated[
     typer.Option(
         "--power",
         metavar="X|tolerance",
-        help="Show how many seeds reveal a difference of X, or of the tolerance.",
+        help="Show how many seeds reveal a difference of X, or the tolerance.",
     ),
 ]
 
