@@ -27,7 +27,7 @@ from .run_rows import REHEARSED, RunResult, manifest_entries
 
 # Licences of language models in https://huggingface.co/docs/hub/repositories-licenses
 _HUB_LICENCES = ("apache-2.0", "mit", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma")
-# Keys for local folders, and for accounts and hosts that a run reports to
+# Keys that hold local folders, or accounts and hosts to which a run reports
 _NOT_SHOWN = re.compile(f"output_dir|dataset_prepared_path|plugins|hub_|{config.TRACKING.pattern}")
 _PATCH = "@@ -1 +1 @@\n-x = 1\n+x = 2"
 _LOCAL_PATH = re.compile(r"(?<![\w.<>/~-])(?:\.\.(?:/[^\s/=,:'\")\]}]+)+|(?:file://)?(?:/[^\s/=,:'\")\]}]+){2,})")
@@ -124,7 +124,7 @@ def _sets_private(override: str) -> bool:
 
 
 def _arguments(decoding: study.Decoding) -> str:
-    """Decoding as arguments for `generate` of transformers."""
+    """Decoding settings as arguments for transformers' `generate`."""
     sampling = ("temperature", "top_p", "top_k") if decoding.do_sample else ()
     names = ("max_new_tokens", "do_sample", *(("num_beams",) if decoding.num_beams > 1 else ()), *sampling)
     return ", ".join(f"{name}={getattr(decoding, name)!r}" for name in names)
@@ -151,7 +151,7 @@ def _known(run: Run, data: Data | None) -> dict[str, str]:
 def _front_matter(
     facts: Row, columns: Mapping[str, Column], scored_on: str | None, merged: bool, tags: list[str]
 ) -> str:
-    """Metadata of a card as YAML; models and data are named only if on the hub."""
+    """Metadata of a card as YAML; only models and datasets on the hub are named."""
     from huggingface_hub import EvalResult, ModelCardData
 
     run = facts["run"]
@@ -240,7 +240,7 @@ def _code(value: Any) -> str:
 
 
 def _fenced(text: str, language: str) -> str:
-    """Text as a Markdown code block with a safe fence."""
+    """Text as a Markdown code block; the fence is longer than any in the text."""
     fence = "`" * (1 + max(map(len, re.findall("``+", text)), default=2))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 

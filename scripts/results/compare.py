@@ -29,7 +29,7 @@ class ScoredRows:
 
     Attributes:
         columns: metrics of the rows by name.
-        models: records of scorer models, by name of the columns that use one.
+        models: record of the scorer model, by name of each column that uses one.
     """
 
     rows: list[Row]
@@ -38,11 +38,11 @@ class ScoredRows:
 
 
 def several(names: Sequence[str], runs: Path, asked: Sequence[str] = ()) -> list[ScoredRows]:
-    """Score the rows of runs and of JSONL files by the same metrics.
+    """Score the rows of runs and of JSONL files.
 
-    The files have the fields reference and prediction. Runs keep the metrics of their evaluation. Files get the metrics
-    of the compared runs. Both also get the requested metrics. Without runs and requested metrics, files get the default
-    metrics.
+    The files have the fields reference and prediction. A run gets the metrics of its evaluation; a file gets the
+    metrics of all compared runs. Requested metrics are added to both. Without runs and requested metrics, files get the
+    default metrics.
 
     Raises:
         UserError: a run, file or metric does not exist, or a run was not evaluated.
@@ -103,7 +103,7 @@ def pair(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row, Row]]:
 
 
 def compare(a: ScoredRows, b: ScoredRows) -> list[Row]:
-    """Compare common scores on common rows, see `intervals.paired`.
+    """Compare shared metrics on shared rows, see `intervals.paired`.
 
     Scores by a scorer model are compared only if both sides used the same model.
 
@@ -123,7 +123,7 @@ def compare(a: ScoredRows, b: ScoredRows) -> list[Row]:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Divergence of the losses of two training runs, a and b.
+    """Divergence of the losses in two training runs, a and b.
 
     Attributes:
         first, last: first and last step with a recorded loss in both runs.
@@ -144,7 +144,7 @@ class Comparison:
     """Comparison of two runs, or of files of predictions.
 
     Attributes:
-        training: divergence of the losses; None for files, and for runs without a common step.
+        training: divergence of the losses; None unless both are runs and have a common step.
         scores: see `compare`; None if a run is not evaluated.
         unscored: folders of runs that are not evaluated.
     """
@@ -155,7 +155,9 @@ class Comparison:
 
 
 def comparison(pair: tuple[str, str], runs: Path, metrics: Sequence[str] = ()) -> Comparison:
-    """Compare two runs, or files of predictions; losses need no evaluation.
+    """Compare two runs, or files of predictions.
+
+    The losses of two runs are compared even if a run is not evaluated.
 
     Args:
         pair: runs, or files of predictions.
@@ -176,7 +178,7 @@ def comparison(pair: tuple[str, str], runs: Path, metrics: Sequence[str] = ()) -
 
 
 def _divergence(folders: Sequence[RunDir]) -> Divergence | None:
-    """Divergence of two runs; None, with a message, if they share no step.
+    """Divergence of two runs' losses; None, with a message, without a common step.
 
     Raises:
         UserError: one run is a rehearsal, but the other is not.
@@ -204,7 +206,7 @@ def _divergence(folders: Sequence[RunDir]) -> Divergence | None:
 
 
 def _settings(cfg: yamlfiles.Config, run: Run) -> yamlfiles.Config:
-    """Recorded settings that can affect the steps of a run."""
+    """Settings, data, versions and machine of a run, as far as they can affect its losses."""
     machine = run.provenance
     gpus = [f"{gpu.get('name')}, driver {gpu.get('driver')}" for gpu in machine.get("gpus") or []]
     kept = {key: value for key, value in cfg.items() if not config.TRACKING.match(key)}
@@ -230,7 +232,7 @@ def published_curve(of_study: Study, of_recipe: Published) -> list[Point]:
     """Read the published curve of a recipe; empty without one.
 
     Raises:
-        UserError: the file is not CSV with numbers in the columns step and train_loss.
+        UserError: the file cannot be read as CSV with numbers in the columns step and train_loss.
     """
     if not of_recipe.curve:
         return []

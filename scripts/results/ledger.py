@@ -1,4 +1,8 @@
-"""Records of a study's ledger: `recipe results --export` and `--ledger`."""
+"""Export and print ledger records: `recipe results --export` and `--ledger`.
+
+A study's ledger is the folder results/ next to its recipes. Each JSON record in it describes one run of a recipe, or
+the scores of one set of published predictions.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -36,7 +40,7 @@ def export(folder: RunDir) -> Path:
     """Write the ledger record of a run to the current folder.
 
     Raises:
-        UserError: the ledger refuses the run, or a required entry of the run's record is missing or invalid.
+        UserError: the ledger does not accept the run, or a value for the ledger record is missing or invalid.
     """
     result = RunResult(folder, backends.read(folder))
     if reason := _refused(result):
@@ -53,7 +57,8 @@ def export_predictions(of_study: Study, rows: Sequence[Row]) -> list[Path]:
     """Write ledger records of published predictions to the current folder.
 
     Args:
-        rows: scores from `stages.score_predictions`; rows on another test set than the published scores are left out.
+        rows: scores from `stages.score_predictions`; only scores on the test set of the published scores are
+            recorded.
     """
     files = []
     owners = of_study.published | {baseline.name: baseline for baseline in of_study.baselines}
@@ -90,7 +95,7 @@ def _written(record: ledger.Record, study_name: str) -> Path:
 
 
 def _refused(result: RunResult) -> str | None:
-    """Reason why a ledger refuses a run; None if it accepts the run."""
+    """Reason why the ledger does not accept a run; None if it does."""
     run, own = result.run, result.evaluation
     of_study = study.of(run.origin)
     if of_study is None or run.origin not in {*of_study.published, *of_study.variants}:
@@ -115,7 +120,7 @@ def _adapter(result: RunResult) -> str | None:
 
 
 def _changes(run: Run) -> yamlfiles.Config:
-    """Changed keys that affect the result, except those from shipped profiles."""
+    """Changed keys that the ledger does not allow, with the run's values."""
     return {difference.key: difference.run for difference in run.from_origin if not _allowed(difference)}
 
 
@@ -128,7 +133,7 @@ def _cell_values(run: Run, of_study: Study) -> yamlfiles.Config:
 
 
 def _allowed(difference: config.Difference) -> bool:
-    """True if a difference comes from a shipped profile or does not affect results."""
+    """True if the ledger accepts runs with this difference from the recipe."""
     key, (how, _, which) = difference.key, difference.why.partition(" ")
     of_profile = how == "profile" and (paths.PROFILES / f"{which}.yaml").is_file()
     is_data = key.partition(".")[0] in ("datasets", "test_datasets") and key.endswith(".path")
@@ -144,7 +149,7 @@ def record_of_run(result: RunResult) -> ledger.Record:
     """Create the ledger record of a run.
 
     Raises:
-        ValidationError: a required entry of the run's record is missing or invalid.
+        ValidationError: a value for the ledger record is missing or invalid.
     """
     run, own, summary = result.run, result.evaluation, result.summary
     assert result.study
@@ -200,7 +205,10 @@ def planned_gib(result: RunResult) -> float | None:
 
 
 def _scores(result: RunResult, of_study: Study) -> dict[str, ledger.Score]:
-    """Scores by the study's metrics, except by a scorer model that the study does not declare."""
+    """Scores by the study's metrics.
+
+    Scores from a scorer model that the study does not declare are left out.
+    """
     found, own = {}, result.evaluation.scores if result.evaluation else {}
     for name, column in of_study.columns.items():
         value, by = result.score(column), model_record(column, own)
@@ -212,7 +220,7 @@ def _scores(result: RunResult, of_study: Study) -> dict[str, ledger.Score]:
 
 
 def show(studies: Sequence[Study], json: bool) -> None:
-    """Print the status of published results, and ledger records; as JSON, only the records."""
+    """Print the status of each published result, and the recorded trainings; or all records as JSON."""
     found = {of_study.folder.name: (of_study, ledger.records(of_study)) for of_study in studies}
     if json:
         tables.print_json([record.model_dump(mode="json") for _, records in found.values() for record in records])

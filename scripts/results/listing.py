@@ -34,7 +34,7 @@ def show(folders: Sequence[RunDir], json: bool) -> None:
 
 
 def _jobs(result: RunResult) -> Iterator[str]:
-    """Descriptions of unfinished jobs for the next steps of a run."""
+    """Yield the state of each job for a step that the run has not completed."""
     trained = result.run.state == "finished"
     for step, done in {"prepare": trained, "run": trained, "evaluate": result.evaluation}.items():
         if not done and (state := backends.job_state(result.folder, step)):
@@ -42,7 +42,10 @@ def _jobs(result: RunResult) -> Iterator[str]:
 
 
 def _of_runs(found: Sequence[RunResult], jobs: Mapping[Path, list[str]]) -> Iterator[Table]:
-    """Tables of runs, by study or metrics; rehearsals have separate tables."""
+    """Tables of runs: one per study and, for runs of no study, one per set of metrics.
+
+    Rehearsals have separate tables. The table of a study's baselines follows the table of its real runs.
+    """
     for rehearsal in (False, True):
         groups: dict[str, list[RunResult]] = {}
         for result in (result for result in found if result.run.rehearsal == rehearsal):
@@ -65,7 +68,7 @@ def _of_runs(found: Sequence[RunResult], jobs: Mapping[Path, list[str]]) -> Iter
 
 
 def _cells(result: RunResult, columns: Mapping[str, Column], jobs: Sequence[str]) -> Row:
-    """Table cells of a run, with comparisons for the first score."""
+    """Table cells of a run; only the first metric has a published score and a difference."""
     run, summary, scores = result.run, result.summary, result.scores
     early = ", early stopping" if summary.ended == "early stopping" else ""
     kept = "" if summary.kept_step in (None, summary.step) else f", step {summary.kept_step} kept"

@@ -76,7 +76,7 @@ def publish(
 
 
 def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:
-    """Merge base model and adapter with Axolotl, if necessary; return the folder."""
+    """Merge base model and adapter with Axolotl, if necessary; return the merged model's folder."""
     merged, log = folder.output / "merged", folder.path / "merge.log"
     digest, merged_from = sha256(folder.output / ADAPTER), merged / MERGED_FROM
     if merged_from.is_file() and merged_from.read_text() == digest:
@@ -104,12 +104,12 @@ def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:
             shutil.copy2(file, part)  # Axolotl copies the base model's tokenizer, without added tokens
         (part / MERGED_FROM).write_text(digest)
 
-    shutil.rmtree(merged, ignore_errors=True)  # from another adapter
+    shutil.rmtree(merged, ignore_errors=True)  # merged from another adapter
     return make_once(merged, make)
 
 
 def _check_push(folder: RunDir, run: Run, repository: str) -> None:
-    """Refuse an invalid repository, and models that others cannot use."""
+    """Raise UserError if the repository's name is invalid or others cannot use the model."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise UserError(f"--push {repository}: expected OWNER/NAME, of letters, digits, -, _ and .")
     if run.rehearsal:

@@ -41,8 +41,9 @@ def usable(runs: Path, rehearsal: bool) -> list[RunResult]:
 def of(chosen: RunResult, candidates: Sequence[RunResult]) -> list[RunResult]:
     """Return a run and its repeats, which differ from it at most in the seed.
 
-    Repeats are trained and evaluated alike. If there are several seeds, only the newest run of each seed counts,
-    because a repeated seed shows nothing about other seeds. A run that is not finished and scored has no repeats.
+    Repeats are trained and evaluated alike. If there are several seeds, each counts once, because a repeated seed
+    shows nothing about other seeds: the given run counts for its seed, and the newest run for each other seed. If all
+    runs have the same seed, all count. A run that is not finished and scored has no repeats.
     """
     own, trained = chosen.evaluation, _training(chosen)
     if chosen.run.state != "finished" or not chosen.is_scored or chosen.run.published_adapter or trained is None:
@@ -111,7 +112,7 @@ def interval(
     Args:
         name: name of the metric.
         scored: runs with their scores.
-        known: published scores of repeats; for a single run, their spread stands for that between runs.
+        known: published scores of repeats; for a single run, their spread is used as the spread between runs.
     """
     found, values = [result for result, _ in scored], [value for _, value in scored]
     if len(found) > 1:
@@ -123,7 +124,7 @@ def interval(
 
 
 def interval_cells(name: str, within: intervals.Interval | None) -> Row:
-    """Keys for an interval in a record."""
+    """Fields of a record for the interval of a metric."""
     return {
         f"{name}_low": within.low if within else None,
         f"{name}_high": within.high if within else None,
@@ -146,7 +147,7 @@ def by_row(name: str, found: Sequence[RunResult]) -> list[list[float]] | None:
 SEEDS = (1, 2, 3, 5, 10)
 PARTS = (1, 2, 4)  # divisors of the test set: complete, a half, a quarter
 CHANCE = 0.8
-_FEWEST = 10  # minimum number of rows for a chance of detection
+_FEWEST = 10  # minimum number of rows for estimating a chance of detection
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,8 @@ class Outlook:
 def outlook(of_study: Study, runs: Path, difference: float | None = None) -> Outlook:
     """Compute the chances of detecting a difference in a study's first metric.
 
-    A difference d is detected if the 95 % interval of our mean excludes a value at distance d from the true mean.
+    A difference d is detected if the 95 % interval of our mean score excludes a published score that is d away from our
+    true mean.
 
     Args:
         of_study: the study.
@@ -274,7 +276,7 @@ def _basis(of_study: Study, column: Column, runs: Path) -> Basis:
 
 
 def _groups(of_study: Study, runs: Path) -> list[list[RunResult]]:
-    """Runs of a study comparable with published scores, each grouped with its repeats."""
+    """Groups of repeats among a study's runs that are comparable with published scores."""
     recipes = {*of_study.published, *of_study.variants}
     comparable = [
         result

@@ -19,7 +19,7 @@ from ..scores import evaluations
 from ..scores.evaluations import BASE_MODEL, Changed, Evaluation, changed, current, read_scores
 from ..scores.score import columns_of
 
-REHEARSED = ("profile rehearsal", "rehearsal: ")  # prefixes of the reasons for a rehearsal's changes
+REHEARSED = ("profile rehearsal", "rehearsal: ")  # first words of the reasons for a rehearsal's changes
 _ALIKE = {"data_sha256", "rows", "decoding"}  # settings that comparable evaluations share
 
 
@@ -68,7 +68,7 @@ class RunResult:
 
     @property
     def evaluation(self) -> Evaluation | None:
-        """Evaluation of the adapter, if nothing has changed since."""
+        """Last evaluation of the adapter; None if anything has changed since then."""
         return None if self.changed else self._last_evaluation
 
     @property
@@ -176,13 +176,13 @@ class RunResult:
 
     @cached_property
     def other_model(self) -> str | None:
-        """Base model if it is neither the recipe's model nor a copy of that; else None."""
+        """Base model of the run; None if it is the recipe's model or a copy of it."""
         changed = next((difference for difference in self.run.from_origin if difference.key == "base_model"), None)
         return str(changed.run) if changed and not models.is_copy(changed.run, changed.recipe) else None
 
     @cached_property
     def other_data(self) -> bool:
-        """True if the config names other data files than the study's."""
+        """True if the config names data files that are not the study's."""
         moved = any(d.key.startswith("datasets") and d.key.endswith("path") for d in self.run.from_origin)
         return moved and not 0 < len(self.run.data) == sum(map(is_the_studys, manifest_entries(self.run)))
 

@@ -40,7 +40,7 @@ def show_study(
 
 
 def of_rows(of_study: Study, rows: Sequence[StudyRow], rehearsal: bool) -> Iterator[Table]:
-    """Tables of a study: one per metric, costs, curves and baselines."""
+    """Tables of a study: one per metric in `Study.table`, then costs, curves and baselines."""
     published = any(score.published for row in rows for score in row.scores.values())
     about = f"{of_study.cited}; published scores are on {of_study.test_title}" if published else of_study.cited
     for column in of_study.table.values():
@@ -76,7 +76,7 @@ def _of_metric(row: StudyRow, column: Column) -> Row:
 
 
 def _of_costs(row: StudyRow, others: Mapping[str, Column], beside: Mapping[str, bool]) -> Row:
-    """Table cells of a study's row: costs, and metrics without a table."""
+    """Table cells of a study's row: costs, and scores by metrics that are not in `Study.table`."""
     cells: Row = {"recipe": row.recipe}
     cells |= {column.label: row.scores[name].value for name, column in others.items()}
     cells["eval loss"] = row.chosen and row.chosen.summary.eval_loss_per_token
@@ -94,7 +94,7 @@ def _whole(value: float | None) -> str | float | None:
 
 
 def notes(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
-    """Notes under the tables: differences, limitations of intervals, and open settings."""
+    """Notes under the tables: differences from the paper, limitations of intervals, open settings."""
     for difference in of_study.differences:
         yield f"All recipes: {difference}"
     yield from _of_intervals(of_study, rows)
@@ -124,7 +124,7 @@ def _of_intervals(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
 
 
 def show_comparison(compared: Comparison, pair: tuple[str, str], json: bool) -> None:
-    """Print a comparison of two runs."""
+    """Print a comparison of two runs or files of predictions."""
     if json:
         training = compared.training and asdict(compared.training)
         tables.print_json({"training": training, "scores": compared.scores})
@@ -170,7 +170,8 @@ def show_power(found: Outlook, of_study: Study, json: bool) -> None:
         tables.text_of, (found.deviation_of_runs, found.deviation_of_rows, found.deviation_of_a_row_in_a_run)
     )
     lines = [
-        f"{difference} is {found.difference_from}. It is detected if the 95 % interval excludes a value this far off.",
+        f"{difference} is {found.difference_from}. It is detected if the 95 % interval excludes a published score this "
+        "far from the true mean.",
         f"Based on {found.rests_on}.",
         f"Standard deviations: {by_run} between runs, {by_row} between rows, {rest} of a row between runs.",
         f"The interval of one run covers {found.one_run}.",

@@ -107,9 +107,9 @@ def verdict(
 ) -> str | None:
     """Compare our score with a published score.
 
-    `WITHIN`: our 95 % interval (or our score, if there is no interval) contains or overlaps the published value with
-    its ±. `ACCEPTABLE`: the difference is at most the study's tolerance. `OFF`: any other case. None: there is neither
-    an interval nor a ± nor a tolerance.
+    `WITHIN`: our 95 % interval overlaps the range of the published value ± its spread. Without an interval, our score
+    must be in that range; without a spread, our interval must contain the published value. `ACCEPTABLE`: not `WITHIN`,
+    but the difference is at most the study's tolerance. `OFF`: neither. None: all three are missing.
     """
     spread = published.spread
     if interval is None and spread is None and tolerance is None:
@@ -126,15 +126,15 @@ def rows(
 ) -> list[StudyRow]:
     """Return a row for each recipe: representative run and verdicts.
 
-    `_preference` decides which of a recipe's runs is representative. A run with another base model or other data
-    represents no recipe. Rehearsals are neither mixed with real runs nor compared with published results. In a table of
-    rehearsals, a recipe without a rehearsal has no row.
+    A run with another base model or other data represents no recipe. Rehearsals are neither mixed with real runs nor
+    compared with published results. In a table of rehearsals, a recipe without a rehearsal has no row.
 
     Args:
         of_study: the study.
         runs: folder with the runs.
         rehearsal: True for a table of rehearsals.
-        representatives: the run to represent a recipe, for some recipes; None excludes all runs of that recipe.
+        representatives: folder of the representative run, by recipe; None excludes all runs of the recipe.
+            `_preference` chooses the run of recipes that are not listed.
     """
     all_runs = repeats.usable(runs, rehearsal)
     candidates = [
@@ -268,8 +268,9 @@ def record(row: StudyRow, of_study: Study) -> Row:
 def _settings(of_study: Study, recipe: str, chosen: RunResult) -> tuple[list[str], list[str]]:
     """Stated settings that a run changed, and settings that the paper leaves open.
 
-    The comment after a setting in the published recipe says whether the paper states it or leaves it open. The
-    source of the run's value is the comment in the run's recipe, or the reason for a difference from that recipe.
+    A setting is stated if its comment in the published recipe begins with one of the study's `comment_prefixes`. It is
+    open if study.yaml lists it as open and no such comment says otherwise. Each open setting is listed with the source
+    of the run's value: the comment in the run's recipe or, if the run changed the setting, the reason for the change.
     """
     run = chosen.run
     origin = of_study.origin(recipe)

@@ -1,7 +1,7 @@
-"""Change one key in a config's text, and keep all comments.
+"""Change one key in a config's text, and keep the comments of all other keys.
 
 YAML parsers that keep comments attach each comment to the value before it. Replacing a list would therefore also delete
-the heading of the next section. This module replaces only the lines of a top-level key.
+a comment that introduces the next key. This module replaces only the lines of a top-level key.
 """
 
 from contextlib import suppress
@@ -15,9 +15,10 @@ from ..configs import config
 
 
 def edited(text: str, key: str, value: Any, where: str, source: str | None = None) -> str:
-    """Set a dotted key in a config's text; record the former value in a comment.
+    """Set or delete a dotted key in a config's text, and note the change in a comment.
 
-    Deleted lines stay as comments. Replaced lines stay as comments if they contain comments.
+    The new value is written on one line, whose comment gives the former value. Further lines of the former value stay
+    below, commented out, if they contain comments. The lines of a deleted key stay, commented out.
 
     Args:
         text: the text.
@@ -25,10 +26,10 @@ def edited(text: str, key: str, value: Any, where: str, source: str | None = Non
         value: the new value; None deletes the key.
         where: the name of the text in messages.
         source: source of a top-level key's new value, or the reason for deleting the key. It replaces the old comments,
-            which would no longer be true.
+            which would no longer be true; no lines are then commented out.
 
     Raises:
-        UserError: a part of the key leads to a value without keys, or the key's lines cannot be edited.
+        UserError: `config.override` cannot set the key, or the key's lines cannot be edited.
     """
     before = yamlfiles.parse(text, where)
     after = config.override(before, key, value)
@@ -73,7 +74,10 @@ def _is_block(node: Any) -> bool:
 
 
 def _last_line(node: Any, lines: list[str]) -> int:
-    """Last line of a node, without trailing comments, although the parser includes them."""
+    """Index of a node's last line.
+
+    Trailing comments, which come before the parser's end mark, are left out.
+    """
     if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
         last = node.value[-1]
         return _last_line(last[1] if isinstance(last, tuple) else last, lines)

@@ -22,7 +22,7 @@ HELD_OUT = 0.05
 """Share of rows held out for the eval loss, if the recipe holds out none."""
 _SCHEMA = re.compile(r"(# yaml-language-server: \$schema=)\S+(.*\n)")
 _ABSENT = re.compile(r"(?m)^# (variant, removed: )?(revision_of_model|special_tokens)( is not set:|;) .*\n")
-"""Comments about absent keys of the base model."""
+"""Comments about keys of the base model that are not set."""
 # Keys that suit only one model; `for_model` drops them
 _OF_ONE_MODEL = (
     *("tokenizer_config", "tokenizer_type", "model_type", "base_model_config", "processor_type"),
@@ -46,7 +46,7 @@ class Change:
 
 @dataclass
 class OtherModel:
-    """A base model that replaces a recipe's.
+    """A new base model for a recipe.
 
     Attributes:
         about: facts about the model.
@@ -133,7 +133,10 @@ def for_data(base: str, file: Path) -> list[str]:
 
 
 def reasons(base: str, composed: Config, overrides: Iterable[str]) -> list[str]:
-    """Lines that explain the settings of a variant for the user's rows, except those in `overrides`."""
+    """Explain a variant's settings for the user's rows, one line per setting.
+
+    Settings that `overrides` changes are not explained.
+    """
     entry = {key: value for key, value in composed["datasets"][0].items() if key != "path"}
     rows = datafiles.training_rows(composed | {"val_set_size": 0})
     trained = datafiles.training_rows(composed)
@@ -244,7 +247,7 @@ def _for_other_model(text: str, base: str, base_name: str, about: BaseModel, bef
     Paragraphs that describe the original recipe or name its model are dropped.
 
     Args:
-        text: the text, without the line for editors.
+        text: the text of the variant, without the line that names the schema for code editors.
         base: the original recipe or file, as the user named it.
         base_name: the name of the original.
         about: facts about the new model.

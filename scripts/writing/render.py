@@ -106,7 +106,7 @@ def _access(entry: Config, is_folder: bool) -> str:
 
 
 def _padding(entry: Config, folder: Path | None) -> tuple[str | None, str]:
-    """The padding token that a recipe sets, or None, and the reason."""
+    """Return the padding token for a recipe to set, or None, with the reason."""
     if folder and (folder / "tokenizer_config.json").is_file():
         own = models.token(folder, "pad_token")
     else:
