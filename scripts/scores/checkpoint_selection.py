@@ -68,7 +68,7 @@ def select(folder: RunDir, request: EvaluationRequest) -> CheckpointSelection:
         request: settings of each evaluation; `data` are the test rows.
 
     Raises:
-        UserError: the run has no validation rows apart from its test rows, no checkpoint was kept, or no metric can be
+        UserError: the run has no validation rows other than its test rows, no checkpoint was kept, or no metric can be
             computed; see also `evaluate`.
         WorkFailed: see `evaluate`.
     """
@@ -79,7 +79,9 @@ def select(folder: RunDir, request: EvaluationRequest) -> CheckpointSelection:
     own = sha256(folder.output / ADAPTER) if (folder.output / ADAPTER).is_file() else None
     validation = evaluation_rows.validation(run, cfg)
     if validation is None:
-        problem = f"{folder.path}: the run has no validation rows apart from test rows, which must not select"
+        problem = (
+            f"{folder.path}: the run has no validation rows other than test rows, which must not be used to select"
+        )
         raise UserError(f"{problem} a checkpoint; `recipe evaluate {folder.path} --adapter DIR` scores one adapter")
 
     def evaluated(name: str, of_validation: bool) -> Evaluation:
@@ -123,7 +125,7 @@ def _column(run: Run, request: EvaluationRequest) -> Column:
 def _adapters(folder: RunDir) -> dict[str, tuple[Path, str]]:
     """Folder and hash of each distinct adapter, by name.
 
-    Checkpoints come first, oldest first, then the final adapter. Incomplete adapters are left out, with a message.
+    Checkpoints come first, from oldest to newest, then the final adapter. Incomplete adapters are left out and logged.
     """
     by_step = {checkpoints.step_of(path): path for path in folder.output.glob("checkpoint-*")}
     found = [(path.name, path) for step, path in sorted((s, p) for s, p in by_step.items() if s is not None)]

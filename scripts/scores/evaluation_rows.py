@@ -60,8 +60,8 @@ class EvaluationRows:
 def named(file: Path, cfg: Config, folder: Path) -> RowSource:
     """Source for a user's file.
 
-    If a data set in the config has the same path, the file is read in that format; otherwise in the format of the first
-    data set. Evaluation data sets are searched before training data sets.
+    If a data set in the config has the same path, the file is read in the format of that data set; otherwise in the
+    format of the first data set. Evaluation data sets are searched before training data sets.
     """
     path = file.resolve()
     entries = dict(datafiles.datasets(cfg, "test_datasets", "datasets"))
@@ -114,13 +114,13 @@ def test_entry(file: Path) -> dict[str, Any]:
 
 
 def test_set(file: Path, digest: str) -> str | None:
-    """Name of the study's test set that has a file's hash; None for any other file."""
+    """Name of the study's test set with a file's hash; None for any other file."""
     test = test_entry(file)
     return _set_of(test, digest) if is_the_studys(test) else None
 
 
 def _set_of(test: dict[str, Any], digest: str) -> str | None:
-    """Name of the test set that has the hash, from a manifest's entry."""
+    """Name of the test set with this hash in a manifest's test entry; None without a match."""
     sets = {"test": test} | test.get("subsets", {})
     return next((name for name, entry in sets.items() if entry.get("sha256") == digest), None)
 
@@ -139,8 +139,8 @@ def require_reference(folder: RunDir, cfg: Config, source: RowSource | None) -> 
         "completion data": any(str(entry.get("type")).partition(":")[0] == "completion" for entry in entries),
     }
     if kind := next((kind for kind, given in without_answers.items() if given), None):
-        problem = f"{kind} has no answers to compare predictions with; `recipe results` shows the eval loss"
-        raise UserError(f"{folder.path}: {problem}, if the recipe has test_datasets or val_set_size")
+        problem = f"{kind} has no answers to compare predictions with; if the recipe has test_datasets or val_set_size"
+        raise UserError(f"{folder.path}: {problem}, `recipe results` shows the eval loss")
     if source is None:
         problem = (
             "its config has neither test_datasets nor val_set_size, and its training data has no test.jsonl beside it"
@@ -151,7 +151,9 @@ def require_reference(folder: RunDir, cfg: Config, source: RowSource | None) -> 
 
 
 def read(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> EvaluationRows:
-    """Read the rows of a source; Axolotl loads all but local JSONL files.
+    """Read the rows of a source.
+
+    Axolotl loads rows that val_set_size held out, and all rows if a data set is not a local JSONL file.
 
     Raises:
         UserError: the rows cannot be read, or there are no rows.

@@ -25,7 +25,7 @@ BASE_MODEL = "base-model"  # folder in evaluations/ for the base model
 REFERENCE, VLLM, SERVER = "transformers", "vllm", "server"
 # Settings that describe the engine.
 ORIGIN = ("batch_tokens", "engine", "model", "agreement")
-DECODED = "decoding-"  # prefix of folders in evaluations/ for other decoding configurations
+DECODED = "decoding-"  # prefix of folders in evaluations/ for decoding configurations named by --decoding
 
 
 class Agreement(BaseModel):
@@ -60,12 +60,13 @@ class EvaluationSettings(BaseModel):
         limit: number of evaluated rows, from the start of the data; None if all rows are evaluated.
         test_set: name of the study's test set with this content (`test` is the complete test set); None for other rows.
         batch_size: maximum number of rows in a batch; None lets the engine choose.
-        batch_tokens: maximum number of tokens in a batch of the reference, set by free memory; None for no limit.
+        batch_tokens: maximum number of tokens in a batch of the reference engine, set by free memory; None for other
+            engines, and where `reference.FIXED` applies.
         built_with: further config keys that change predictions, with their values; see `evaluate.BUILT_WITH`.
         engine: `REFERENCE` (in this process), `VLLM` (a server started for the evaluation) or `SERVER` (a server
             started by a user). Earlier versions wrote `elsewhere` for predictions from a user's file.
         model: name of the model on the server.
-        agreement: agreement with the reference; None without a comparison.
+        agreement: agreement with the reference engine; None without a comparison.
     """
 
     base_model: str
@@ -103,7 +104,7 @@ class EvaluationSettings(BaseModel):
 
     @property
     def note(self) -> str | None:
-        """Note on the engine; None for the reference."""
+        """Note on the engine; None for the reference engine."""
         if self.engine == REFERENCE:
             return None
         name = f" ({self.model})" if self.model else ""
@@ -191,7 +192,7 @@ _PREDICTIONS = TypeAdapter(list[Prediction])
 
 
 def read_scores(folder: Path) -> Evaluation | None:
-    """Read a folder's scores.json; None if it is missing, or damaged, which is logged."""
+    """Read a folder's scores.json; None if missing or damaged. Damage is logged."""
     try:
         return Evaluation.model_validate_json((folder / SCORES).read_bytes())
     except FileNotFoundError:
@@ -201,7 +202,7 @@ def read_scores(folder: Path) -> Evaluation | None:
 
 
 def read_predictions(folder: Path) -> list[Row]:
-    """Read a folder's predictions; empty if missing or, with a message, damaged."""
+    """Read a folder's predictions; empty if missing or damaged. Damage is logged."""
     try:
         rows = list(map(orjson.loads, (folder / PREDICTIONS).read_bytes().splitlines()))
         _PREDICTIONS.validate_python(rows)
@@ -271,8 +272,8 @@ def current(folder: Path, run: Run | None = None) -> Evaluation | None:
 def decoded(folder: Path, name: str, decoding: Decoding, own: Evaluation | None) -> Evaluation | None:
     """Evaluation of the run's adapter with another decoding configuration.
 
-    Returns None if there is no such evaluation, if it is stale, if the study has changed that configuration since, or
-    if adapter or rows differ from the default evaluation (`own`).
+    Returns None if there is no such evaluation, if its files changed, or if the study's configuration changed since.
+    Also returns None if adapter, data or number of rows differ from those of `own`, the default evaluation.
     """
     other = current(folder / "evaluations" / f"{DECODED}{name}")
     if other is None or other.settings.decoding != decoding:

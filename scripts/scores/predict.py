@@ -1,8 +1,8 @@
 """Generate predictions, row by row, so that an interrupted evaluation can continue.
 
-An engine other than the reference first answers a sample of the rows, and these answers are compared with the
-reference's. Different engines add numbers in different orders. Occasionally this swaps two tokens of nearly equal
-probability, and the answers differ from there on. With a wrong adapter or prompt, most answers differ early.
+An engine other than the reference first answers a sample of the rows, and these answers are compared with those
+of the reference engine. Different engines add numbers in different orders. Occasionally this swaps two tokens of nearly
+equal probability, and the answers differ from there on. With a wrong adapter or prompt, most answers differ early.
 """
 
 import os
@@ -25,7 +25,7 @@ from .evaluations import REFERENCE, SERVER, VLLM, Agreement, Completion, Engine,
 if TYPE_CHECKING:
     from .prompter import Prompter  # imports torch and Axolotl, which `require` does not need
 
-COMPARED = 32  # number of rows to compare; they are evenly spaced, to cover all kinds
+COMPARED = 32  # number of rows to compare; they are evenly spaced, to cover all kinds of rows
 KNOWN = {"batch_tokens", "agreement"}  # settings that are known only after an engine has started
 
 
@@ -100,8 +100,8 @@ def predict(
 ) -> tuple[list[Row], EvaluationSettings]:
     """Generate predictions of test rows.
 
-    vLLM's answers are first compared with the reference's. A server's answers are compared if this machine has a
-    GPU, or in a rehearsal, which needs none.
+    vLLM's answers are first compared with the reference engine's. A server's answers are compared if this machine has a
+    GPU, or in a rehearsal, which needs no GPU.
 
     Args:
         settings: model, engine and decoding.
@@ -189,7 +189,7 @@ def _continue(part: Path, settings: EvaluationSettings) -> tuple[dict[int, Row],
     first, *lines = part.read_bytes().split(b"\n") if part.is_file() else [b""]
     done: dict[int, Row] = {}
     for line in lines if first == header else ():
-        with suppress(ValueError):  # skips lines left truncated by a killed process or a power failure
+        with suppress(ValueError):  # skips lines truncated by a killed process or a power failure
             row = orjson.loads(line)
             if isinstance(row, dict) and "agreement" in row:
                 known = {key: row.get(key) for key in KNOWN}
@@ -209,7 +209,7 @@ def sampled(prompts: Sequence[list[int]]) -> list[list[int]]:
 
 
 def answers_of_reference(prompter: "Prompter", prompts: Sequence[list[int]]) -> list[Completion]:
-    """Greedy answers of the reference; its memory is freed afterwards."""
+    """Greedy answers of the reference engine; its memory is freed afterwards."""
     from .reference import Reference
 
     reference = Reference(prompter)
@@ -219,7 +219,7 @@ def answers_of_reference(prompter: "Prompter", prompts: Sequence[list[int]]) -> 
 
 
 def agreement(expected: Sequence[Completion], engine: Engine, prompts: Sequence[list[int]]) -> Agreement:
-    """Compare greedy answers of an engine with expected ones; log the result."""
+    """Compare greedy answers of an engine with expected answers; log the result."""
     name = engine.settings.engine
     answers = _greedily(engine, prompts, f"{name} answers")
     equal = sum(own.text == other.text for own, other in zip(expected, answers, strict=True))

@@ -21,7 +21,7 @@ from ..configs import datafiles
 from ..runs.eval_loss import MASKED
 from .evaluations import EvaluationSettings
 
-LOSS_ON_ANSWERS = {  # in chat data sets, replaces keys that can put loss on more than answers
+LOSS_ON_ANSWERS = {  # overrides keys of chat data sets that can put loss on more than the answers
     "roles_to_train": ["assistant"],
     "train_on_eos": "turn",
     "message_field_training": None,
@@ -50,7 +50,8 @@ class Prompter:
         self.settings = settings
         self.cfg = cfg
         self.revision = cfg.get("revision_of_model", "main")
-        self.remote_code = bool(cfg.get("trust_remote_code"))  # for None, transformers asks on the terminal
+        # never None: transformers would ask on the terminal whether to trust the model's code
+        self.remote_code = bool(cfg.get("trust_remote_code"))
         self.tokenizer = AutoTokenizer.from_pretrained(
             tokenizer, padding_side="left", trust_remote_code=self.remote_code
         )
@@ -163,7 +164,7 @@ def as_code(cfg: Config, tokenizer: Path, known: dict[str, str]) -> str | None:
     except (OSError, ValueError, UserError):
         return None
     ids = tokens.ids[: answer_of(tokens.labels)[0]]
-    begun = len(loaded("")["input_ids"])  # number of tokens that begin every text
+    begun = len(loaded("")["input_ids"])  # number of special tokens before every text, such as BOS
     text = str(loaded.decode(ids[begun:], skip_special_tokens=False, clean_up_tokenization_spaces=False))
     if loaded(text)["input_ids"] != list(ids):
         return None

@@ -78,7 +78,7 @@ def read(of_study: Study, predictions: PublishedPredictions, own: str) -> list[R
     file = data.raw / predictions.prediction.file
     if len(written) != len(references):
         raise UserError(
-            f"{file}: {len(written):,} predictions for {len(references):,} references; both need the same number"
+            f"{file}: {len(written):,} predictions for {len(references):,} references; the two numbers must be equal"
         )
     expected = data.raw_rows_of("test") if own == "test" else data.subsets[own].rows
     if expected not in (None, len(written)):

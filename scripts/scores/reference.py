@@ -37,9 +37,9 @@ MOST_ROWS = 64
 # available memory.
 FIXED = 16, 8192
 
-# Maximum size in bytes of a small model on a CPU. A small model is dequantized once, unless its 4-bit layers compute in
-# another dtype. Dequantizing for each token would be slower. It would also make answers depend on the number of rows in
-# a batch, because bitsandbytes rounds to bf16 on a CPU.
+# Maximum size in bytes of a small model on a CPU. A small model is dequantized once, unless the dtype of its 4-bit
+# layers' computations differs from the model's dtype. Dequantizing for each token would be slower. On a CPU with
+# AVX512-BF16, bitsandbytes would also round to bf16. Answers would then depend on the number of rows in a batch.
 SMALL = 4e9
 # Maximum size in bytes of a batch's keys and values, for a small model on a CPU. The maximum is a quarter of
 # the free memory if that is less.
@@ -209,7 +209,7 @@ def with_adapter(model: Any, folder: str) -> Any:
     for problem, names in (("the model lacks", saved - every), ("the file lacks weights for", own.keys() - saved)):
         if names:
             some = f"{min(names)}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
-            raise UserError(f"{file}: not this model's adapter: {problem}: {some}; name another with --adapter")
+            raise UserError(f"{file}: not this model's adapter: {problem}: {some}; name another adapter with --adapter")
     changes = [tensor for name, tensor in own.items() if "lora_B" in name or "lora_embedding_B" in name]
     if changes and not any(tensor.any() for tensor in changes):
         raise UserError(f"{file}: changes nothing: LoRA's B is 0 in every layer; evaluate a trained adapter")
@@ -250,9 +250,9 @@ def base_weights(prompter: Prompter) -> dict[str, Any]:
 def weights_folder(prompter: Prompter) -> Path:
     """Folder of the base model, quantized as in training and then dequantized.
 
-    A 4-bit layer dequantizes its weights at each step. The folder holds these values; they are identical to the layer's
-    unless `bnb_4bit_compute_dtype` differs from the settings' dtype. The folder is created once, in the cache, and is
-    as large as the base model in 16 bit.
+    A 4-bit layer dequantizes its weights at each step. The folder holds the same dequantized weights, unless
+    `bnb_4bit_compute_dtype` differs from `EvaluationSettings.dtype`. The folder is created once, in the cache, and is
+    as large as the base model without quantization.
 
     Raises:
         OSError: the disk is full.
@@ -266,6 +266,6 @@ def weights_folder(prompter: Prompter) -> Path:
         base_model(prompter).dequantize(dtype=getattr(torch, settings.dtype)).save_pretrained(target)
         prompter.config.save_pretrained(target)  # replaces the config.json written above, which has additional keys
         gc.collect()
-        torch.cuda.empty_cache()  # the engine needs the memory
+        torch.cuda.empty_cache()  # vLLM needs the memory
 
     return make_once(made, make)

@@ -153,15 +153,15 @@ def below(row: Any, field: str) -> Any:
 
 
 def of_predictions(columns: Mapping[str, Column]) -> Mapping[str, Column]:
-    """Return the columns if all of them measure predictions.
+    """Return the columns if all their metrics are computed from predictions.
 
     Raises:
-        UserError: a column measures a run.
+        UserError: a metric, such as the eval loss or a benchmark, needs a run.
     """
     for name, column in columns.items():
         if column.metric.of_loss or column.metric.of_model:
             raise UserError(
-                f"--metric {name}: measures a run, not predictions; `recipe evaluate RUN --metric {name}` computes it"
+                f"--metric {name}: needs a run, not only predictions; `recipe evaluate RUN --metric {name}` computes it"
             )
     return columns
 
@@ -207,7 +207,7 @@ def score(
         measured: benchmark scores by column name.
 
     Returns:
-        The content of scores.json, and the rows with their scores. The content has: means of row-level metrics, with
+        Scores for scores.json, and the rows with their scores. The scores contain: means of row-level metrics, with
         95 % intervals; other metrics; records of the metrics, and their declarations in `metrics`; shares of exact,
         empty and repeated predictions; `length_ratio` of predictions to references, in words; and any `notes`.
     """

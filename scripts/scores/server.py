@@ -1,4 +1,4 @@
-"""vLLM server as an engine, reached by OpenAI's client.
+"""vLLM server as an engine, called through OpenAI's client.
 
 Prompts and answers are sent as tokens.
 """
@@ -193,7 +193,7 @@ def at(url: str) -> Api:
 
 
 def cause(error: Exception) -> str:
-    """One-line reason for an error, with the server's answer if there is one."""
+    """One-line reason for an error, with the server's answer, if any."""
     reason = error.__cause__ or error
     answer = error.response.text if isinstance(error, openai.APIStatusError) else ""
     return " ".join(f"{type(reason).__name__}: {reason} {answer}".split())[:300]

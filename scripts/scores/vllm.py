@@ -36,7 +36,7 @@ ON_CPU = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
 }
-_ENDS = "embed|lm_head"  # embedding and head can be one tensor; merging LoRA into one changes both
+_ENDS = "embed|lm_head"  # embedding and head can share a tensor; merging LoRA into either changes both
 _PLAIN = (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
 
@@ -153,7 +153,7 @@ def _command(prompter: "Prompter", model: str, longest: int, port: int) -> list[
             words += ["--hf-overrides", json.dumps(overrides)]
     if for_cpu():
         words.append("--enforce-eager")  # compilation takes longer than it saves
-    else:  # only free memory, because this process uses the GPU too
+    else:  # limit vLLM to free memory, because this process uses the GPU too
         import torch
 
         free, total = torch.cuda.mem_get_info()
