@@ -51,7 +51,7 @@ class EvaluationRequest:
         limit: number of rows to evaluate, from the start of the file; by default all rows, or `REHEARSED` rows in a
             rehearsal without `data`.
         adapter: adapter folder, or `none` for the base model alone; by default the run's adapter.
-        max_new_tokens: maximum number of tokens in an answer; by default the study's.
+        max_new_tokens: maximum number of tokens in an answer; by default the study's, or at most 96 in a rehearsal.
         batch_size: maximum number of rows in a batch, or of simultaneous server requests; None lets the engine choose.
         metrics: values of --metric, added to the study's metrics.
         decoding: name of a decoding configuration in the study; by default the study's default.
@@ -139,8 +139,7 @@ class EvaluationTask:
         self.settings = self._settings(adapter)
         if source.file:
             self.settings.test_set = evaluation_rows.test_set(source.file, every.sha256)
-        if len(self.rows.rows) < len(every.rows):
-            self.settings.limit = limit
+        self.settings.limit = limit if len(self.rows.rows) < len(every.rows) else None
         self.where = self._folder(folder, usual is not None and source.data != usual.data)
 
     @property
@@ -157,9 +156,8 @@ class EvaluationTask:
             remedy = "name a checkpoint's folder with --adapter"
             raise UserError(f"{adapter / ADAPTER}: damaged or missing; {of_run}{remedy}")
         if not (folder.output / "tokenizer_config.json").is_file() or "base_model" not in self.cfg:
-            raise UserError(
-                f"{folder.path}: has no tokenizer, or its config has no base_model; the run is {self.run.state}"
-            )
+            problem = f"{folder.path}: has no tokenizer, or its config has no base_model"
+            raise UserError(f"{problem}; the run is {self.run.state}")
         trained = self.run.adapter
         if asked is None and trained and trained.sha256 != sha256(adapter / ADAPTER):
             problem = f"{adapter}: differs from the adapter at the end of training"
@@ -170,6 +168,8 @@ class EvaluationTask:
         """Settings for the predictions."""
         request, run, cfg = self.request, self.run, self.cfg
         decoding = _decoding(study.of(run.origin), request.decoding)
+        usual = study.OF_NO_STUDY if run.rehearsal and not request.decoding else decoding
+        most = min(decoding.max_new_tokens, usual.max_new_tokens)  # a rehearsal's model rarely ends an answer
         if request.engine != REFERENCE and decoding.num_beams > 1:
             problem = f"--engine: decoding uses {decoding.num_beams} beams"
             raise UserError(f"{problem}, and only --engine {REFERENCE} supports beams")
@@ -183,7 +183,7 @@ class EvaluationTask:
             data=self.rows.data,
             data_sha256=self.rows.sha256,
             rows=len(self.rows.rows),
-            decoding=decoding.model_copy(update={"max_new_tokens": request.max_new_tokens or decoding.max_new_tokens}),
+            decoding=decoding.model_copy(update={"max_new_tokens": request.max_new_tokens or most}),
             batch_size=request.batch_size,
             quantized=quantized(cfg),
             built_with={key: cfg[key] for key in BUILT_WITH if cfg.get(key)},

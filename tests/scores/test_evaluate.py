@@ -79,6 +79,13 @@ def test_a_run_is_evaluated_in_the_precision_that_it_was_trained_in(
     assert task_of(run).settings.dtype == dtype
 
 
+@pytest.mark.parametrize(("rehearsal", "asked", "most"), [(False, None, 1024), (True, None, 96), (True, 200, 200)])
+def test_a_rehearsal_ends_answers_early(run: RunDir, rehearsal: bool, asked: int | None, most: int) -> None:
+    record(run, recipe="pissa-metamathqa/llama-2-7b-lora", variant_of=None, rehearsal=rehearsal)
+    task = EvaluationTask(run, EvaluationRequest(adapter="none", max_new_tokens=asked))
+    assert task.settings.decoding.max_new_tokens == most
+
+
 def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = evaluated(run, limit=10, batch_size=4)
     where = run.path / "evaluations" / "base-model"
