@@ -138,9 +138,9 @@ def base_model(folder: RunDir, run: Run) -> tuple[str, bool]:
 
 
 def _known(run: Run, data: Data | None) -> dict[str, str]:
-    """Constant fields of a run's prompts, and an example input.
+    """Fields with the same value in all prompts of a run, and an example input.
 
-    Constants come from the manifest of the run's rows, or else from the study.
+    The fields come from the manifest of the run's rows, or else from the study.
     """
     constants = [entry["constants"] for entry in manifest_entries(run)]
     if data:

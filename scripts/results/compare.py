@@ -29,7 +29,7 @@ class ScoredRows:
 
     Attributes:
         columns: metrics of the rows by name.
-        models: record of the scorer model, by name of each column that uses one.
+        models: record of the scorer model, by name of the metric that uses it.
     """
 
     rows: list[Row]
@@ -178,7 +178,7 @@ def comparison(pair: tuple[str, str], runs: Path, metrics: Sequence[str] = ()) -
 
 
 def _divergence(folders: Sequence[RunDir]) -> Divergence | None:
-    """Divergence of two runs' losses; None, with a message, without a common step.
+    """Divergence of two runs' losses; log it and return None if they have no common step.
 
     Raises:
         UserError: one run is a rehearsal, but the other is not.

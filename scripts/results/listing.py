@@ -34,7 +34,7 @@ def show(folders: Sequence[RunDir], json: bool) -> None:
 
 
 def _jobs(result: RunResult) -> Iterator[str]:
-    """Yield the state of each job for a step that the run has not completed."""
+    """Yield the state of each job that has not yet prepared, trained or evaluated the run."""
     trained = result.run.state == "finished"
     for step, done in {"prepare": trained, "run": trained, "evaluate": result.evaluation}.items():
         if not done and (state := backends.job_state(result.folder, step)):

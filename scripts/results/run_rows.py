@@ -19,7 +19,7 @@ from ..scores import evaluations
 from ..scores.evaluations import BASE_MODEL, Changed, Evaluation, changed, current, read_scores
 from ..scores.score import columns_of
 
-REHEARSED = ("profile rehearsal", "rehearsal: ")  # first words of the reasons for a rehearsal's changes
+REHEARSED = ("profile rehearsal", "rehearsal: ")  # a rehearsal's reasons for its changes begin with these words
 _ALIKE = {"data_sha256", "rows", "decoding"}  # settings that comparable evaluations share
 
 
@@ -31,7 +31,7 @@ class RunScore:
         base_model: score of the base model without adapter.
         published: published score that the run should reach.
         difference: difference from the published score; None if the two are not comparable.
-        decodings: scores by other decoding configurations of the study, by name.
+        decodings: scores with each other decoding configuration of the study, by its name.
     """
 
     value: float | None
@@ -63,12 +63,12 @@ class RunResult:
 
     @cached_property
     def changed(self) -> Changed | None:
-        """Kind of change since the last evaluation."""
+        """Kind of change of files since the last evaluation."""
         return changed(self.folder.path, self._last_evaluation, self.run)
 
     @property
     def evaluation(self) -> Evaluation | None:
-        """Last evaluation of the adapter; None if anything has changed since then."""
+        """Last evaluation of the adapter; None if adapter, data or predictions have changed since."""
         return None if self.changed else self._last_evaluation
 
     @property

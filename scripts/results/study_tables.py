@@ -29,7 +29,7 @@ _HEADINGS = {
 def show_study(
     of_study: Study, rows: Sequence[StudyRow], rehearsal: bool, json: bool, tuned: Sequence[Row] = ()
 ) -> None:
-    """Print the rows of a study; JSON also has the best members of sweeps."""
+    """Print a study's results; JSON also has the best member of each sweep."""
     if not rows and not json:
         say("no recipe of the study has been rehearsed yet; run `recipe reproduce` with --rehearse")
         return

@@ -37,7 +37,7 @@ class MetricRow:
         difference: difference from the published score; None if the two are not comparable.
         verdict: see `verdict`.
         model: name of the scorer model, for metrics that have one.
-        decodings: mean scores by other decoding configurations of the study.
+        decodings: mean scores with each other decoding configuration of the study, by its name.
     """
 
     value: float | None
@@ -57,7 +57,7 @@ class StudyRow:
     Attributes:
         runs: the representative run, then its repeats; empty without a run.
         scores: results by metric.
-        measured: published figures besides scores.
+        measured: other published figures, such as memory and speed.
         gap: gap between the training loss and the published curve.
         gap_verdict: verdict on the gap.
         differs: settings that the paper states and the run changed.
@@ -109,7 +109,8 @@ def verdict(
 
     `WITHIN`: our 95 % interval overlaps the range of the published value ± its spread. Without an interval, our score
     must be in that range; without a spread, our interval must contain the published value. `ACCEPTABLE`: not `WITHIN`,
-    but the difference is at most the study's tolerance. `OFF`: neither. None: all three are missing.
+    but the difference is at most the study's tolerance. `OFF`: neither. None: interval, spread and
+    tolerance are all missing.
     """
     spread = published.spread
     if interval is None and spread is None and tolerance is None:
@@ -269,7 +270,7 @@ def _settings(of_study: Study, recipe: str, chosen: RunResult) -> tuple[list[str
     """Stated settings that a run changed, and settings that the paper leaves open.
 
     A setting is stated if its comment in the published recipe begins with one of the study's `comment_prefixes`. It is
-    open if study.yaml lists it as open and no such comment says otherwise. Each open setting is listed with the source
+    open if study.yaml lists it as open and the paper does not state it. Each open setting is listed with the source
     of the run's value: the comment in the run's recipe or, if the run changed the setting, the reason for the change.
     """
     run = chosen.run

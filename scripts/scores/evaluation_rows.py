@@ -32,7 +32,7 @@ class RowSource:
 
     Attributes:
         data: file of the rows, or a description.
-        keys: data sets in the config that hold the rows; for a file, the data set that defines its format.
+        keys: data sets in the config that hold the rows; for a file of --data, the data set with its format.
         file: JSONL file with all rows; None for other sources.
         held_out: True for rows that val_set_size held out of the training data.
     """
@@ -114,7 +114,7 @@ def test_entry(file: Path) -> dict[str, Any]:
 
 
 def test_set(file: Path, digest: str) -> str | None:
-    """Name of the study's test set with a file's hash; None for any other file."""
+    """Name of the study's test set that is identical to a file by hash, or None."""
     test = test_entry(file)
     return _set_of(test, digest) if is_the_studys(test) else None
 
@@ -139,8 +139,9 @@ def require_reference(folder: RunDir, cfg: Config, source: RowSource | None) -> 
         "completion data": any(str(entry.get("type")).partition(":")[0] == "completion" for entry in entries),
     }
     if kind := next((kind for kind, given in without_answers.items() if given), None):
-        problem = f"{kind} has no answers to compare predictions with; if the recipe has test_datasets or val_set_size"
-        raise UserError(f"{folder.path}: {problem}, `recipe results` shows the eval loss")
+        problem = f"{kind} has no answers to compare predictions with"
+        remedy = "`recipe results` shows the eval loss if the recipe has test_datasets or val_set_size"
+        raise UserError(f"{folder.path}: {problem}; {remedy}")
     if source is None:
         problem = (
             "its config has neither test_datasets nor val_set_size, and its training data has no test.jsonl beside it"
@@ -153,7 +154,8 @@ def require_reference(folder: RunDir, cfg: Config, source: RowSource | None) -> 
 def read(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> EvaluationRows:
     """Read the rows of a source.
 
-    Axolotl loads rows that val_set_size held out, and all rows if a data set is not a local JSONL file.
+    Local JSONL files are read directly. Axolotl loads the rows if val_set_size held them out, or if a data set is not
+    a local JSONL file.
 
     Raises:
         UserError: the rows cannot be read, or there are no rows.
@@ -188,7 +190,7 @@ def _jsonl(entry: Config, folder: Path) -> Path | None:
 
 
 def _in_words(entries: dict[str, Config], folder: Path) -> str:
-    """Describe data sets by names and selected parts, without local folders."""
+    """Describe data sets by name, subset and split, without local folders."""
     named = []
     for entry in entries.values():
         path = str(entry.get("path"))

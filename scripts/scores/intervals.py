@@ -123,8 +123,8 @@ def half_width(of_runs: Any, of_rows: Any, df_runs: float, df_rows: float) -> An
     Let u be the runs' share of the estimated variance, and f the runs' degrees of freedom. The critical value moves
     from Student's t for rows to Student's t for runs by the fraction (1 - (1 - u)^(1 + 2.5 / f))³.
 
-    The constants in this formula were chosen to bring the interval's coverage close to 95 %, for known row noise and
-    for run noise of 0.01 to 1,000 times the row noise. The interval covers 93.5 to 96.4 % with two runs, and 94.8 to
+    The constants in this formula were chosen for a coverage close to 95 % if the row noise is known exactly and the run
+    noise is 0.01 to 1,000 times as large. The interval covers 93.5 to 96.4 % with two runs, and 94.8 to
     95.8 % with 3, 5 and 10 runs. The standard choice, Satterthwaite's degrees of freedom, covers 87 % with two runs if
     run noise dominates, because two runs are often alike by chance. Scores far from normal, such as 400 log-normal
     rows, cost two points of coverage, as with any method. Two runs give a wide interval with any method.

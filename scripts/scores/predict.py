@@ -113,7 +113,7 @@ def predict(
         rehearsal: True for a rehearsal.
 
     Returns:
-        Predictions, and the settings including those named in `KNOWN`.
+        Predictions, and the settings, with those that only the running engine knows (`KNOWN`).
 
     Raises:
         UserError: see `Prompter.examples` and `started`.
@@ -219,7 +219,7 @@ def answers_of_reference(prompter: "Prompter", prompts: Sequence[list[int]]) -> 
 
 
 def agreement(expected: Sequence[Completion], engine: Engine, prompts: Sequence[list[int]]) -> Agreement:
-    """Compare greedy answers of an engine with expected answers; log the result."""
+    """Compare an engine's greedy answers with those of the reference engine; log the result."""
     name = engine.settings.engine
     answers = _greedily(engine, prompts, f"{name} answers")
     equal = sum(own.text == other.text for own, other in zip(expected, answers, strict=True))

@@ -87,7 +87,7 @@ def scorer_model(asked: str | None, rehearsal: bool = False, declared: ScorerMod
 def scorer_models(
     columns: Mapping[str, Column], asked: str | None, rehearsal: bool = False, report: bool = False
 ) -> ScorerModels:
-    """Scorer model for each column that declares one; `report` logs missing models."""
+    """Scorer model for each column that declares one; if `report` is True, log missing models."""
     models = {name: scorer_model(asked, rehearsal, declared) for name, declared in declared_models(columns).items()}
     for name, declared in declared_models(columns).items():
         if report and models[name] is None and asked is None:
@@ -167,9 +167,9 @@ def of_predictions(columns: Mapping[str, Column]) -> Mapping[str, Column]:
 
 
 def with_scores(rows: Sequence[Row], columns: Mapping[str, Column], models: ScorerModels | None = None) -> list[Row]:
-    """Add `exact` and new row-level scores to rows; remove older scores.
+    """Add new row-level scores and `exact` to rows; remove older scores.
 
-    A row is exact if prediction and reference are equal apart from surrounding space.
+    `exact` is True if prediction and reference are equal apart from surrounding space.
 
     Args:
         rows: each with `reference` and `prediction`.

@@ -65,7 +65,7 @@ class OtherModel:
 
 
 def for_model(base: str, name: str) -> OtherModel:
-    """Changes of a recipe or file for another base model.
+    """Changes that adapt a recipe or file to another base model.
 
     Args:
         base: the recipe or file.
@@ -133,7 +133,7 @@ def for_data(base: str, file: Path) -> list[str]:
 
 
 def reasons(base: str, composed: Config, overrides: Iterable[str]) -> list[str]:
-    """Explain a variant's settings for the user's rows, one line per setting.
+    """Give the reason for each setting of a variant that the user's rows require, one per line.
 
     Settings that `overrides` changes are not explained.
     """
