@@ -178,7 +178,7 @@ def comparison(pair: tuple[str, str], runs: Path, metrics: Sequence[str] = ()) -
 
 
 def _divergence(folders: Sequence[RunDir]) -> Divergence | None:
-    """Divergence of two runs' losses; log it and return None if they have no common step.
+    """Divergence of two runs' losses, or None and a message if they have no common step.
 
     Raises:
         UserError: one run is a rehearsal, but the other is not.

@@ -57,8 +57,8 @@ def export_predictions(of_study: Study, rows: Sequence[Row]) -> list[Path]:
     """Write ledger records of published predictions to the current folder.
 
     Args:
-        rows: scores from `stages.score_predictions`; scores on a test set other than the published scores' are
-            left out.
+        rows: scores from `stages.score_predictions`; only scores on the same test set as
+            the published ones are recorded.
     """
     files = []
     owners = of_study.published | {baseline.name: baseline for baseline in of_study.baselines}

@@ -34,7 +34,7 @@ def show(folders: Sequence[RunDir], json: bool) -> None:
 
 
 def _jobs(result: RunResult) -> Iterator[str]:
-    """Yield the state of each job that has not yet prepared, trained or evaluated the run."""
+    """Yield the state of each queued or running job of a run, by the step it performs."""
     trained = result.run.state == "finished"
     for step, done in {"prepare": trained, "run": trained, "evaluate": result.evaluation}.items():
         if not done and (state := backends.job_state(result.folder, step)):
@@ -44,7 +44,8 @@ def _jobs(result: RunResult) -> Iterator[str]:
 def _of_runs(found: Sequence[RunResult], jobs: Mapping[Path, list[str]]) -> Iterator[Table]:
     """Tables of runs: one per study and, for runs of no study, one per set of metrics.
 
-    Rehearsals have separate tables. The table of a study's baselines follows the table of its real runs.
+    Rehearsals have separate tables. After a study's real runs comes a table of its baselines: published scores of other
+    methods.
     """
     for rehearsal in (False, True):
         groups: dict[str, list[RunResult]] = {}
@@ -119,7 +120,7 @@ def published_cell(score: PublishedScore | None) -> float | str | None:
 
 
 def baselines(of_study: Study) -> Table:
-    """Table of a study's baselines."""
+    """Table of a study's baselines, which are published scores of other methods."""
     rows = [
         {
             "baseline": baseline.name,

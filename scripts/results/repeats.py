@@ -41,9 +41,9 @@ def usable(runs: Path, rehearsal: bool) -> list[RunResult]:
 def of(chosen: RunResult, candidates: Sequence[RunResult]) -> list[RunResult]:
     """Return a run and its repeats, which differ from it at most in the seed.
 
-    Repeats are trained and evaluated alike. If there are several seeds, each counts once: the given run for its
-    own seed, and the newest run for each other seed. A repeated seed shows nothing about other seeds. If all runs have
-    the same seed, all count. A run that is not finished and scored has no repeats.
+    Repeats are trained and evaluated alike. If there are several seeds, each counts once, because runs of one
+    seed say nothing about the spread between seeds: the given run counts for its own seed, the newest run for each
+    other seed. If all runs have the same seed, all of them count. A run that is not finished and scored has no repeats.
     """
     own, trained = chosen.evaluation, _training(chosen)
     if chosen.run.state != "finished" or not chosen.is_scored or chosen.run.published_adapter or trained is None:
@@ -145,7 +145,7 @@ def by_row(name: str, found: Sequence[RunResult]) -> list[list[float]] | None:
 
 
 SEEDS = (1, 2, 3, 5, 10)
-PARTS = (1, 2, 4)  # divisors of the test set: complete, a half, a quarter
+PARTS = (1, 2, 4)  # the size of the test set is divided by these numbers
 CHANCE = 0.8
 _FEWEST = 10  # minimum number of rows for estimating a chance of detection
 

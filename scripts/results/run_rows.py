@@ -31,7 +31,7 @@ class RunScore:
         base_model: score of the base model without adapter.
         published: published score that the run should reach.
         difference: difference from the published score; None if the two are not comparable.
-        decodings: scores with each other decoding configuration of the study, by its name.
+        decodings: scores with the study's other decoding configurations, by name.
     """
 
     value: float | None
@@ -63,7 +63,7 @@ class RunResult:
 
     @cached_property
     def changed(self) -> Changed | None:
-        """Kind of change of files since the last evaluation."""
+        """`stale` or `edited` if files changed since the last evaluation, else None; see `evaluations.changed`."""
         return changed(self.folder.path, self._last_evaluation, self.run)
 
     @property
@@ -116,7 +116,7 @@ class RunResult:
 
     @property
     def changed_keys(self) -> list[str]:
-        """Keys that the user changed, and arguments for Axolotl."""
+        """Keys that the user changed, and arguments that the user passed to Axolotl."""
         own = [difference.key for difference in self.run.differences if not difference.why.startswith(REHEARSED)]
         return own + self.run.axolotl_arguments
 
@@ -134,8 +134,8 @@ class RunResult:
     def is_comparable(self, column: Column) -> bool:
         """True if a score is comparable with a published one.
 
-        The run must be finished, and evaluated with the same rows, decoding and metric. The eval loss needs no
-        evaluation.
+        The run must be finished, and evaluated with the same rows, decoding and metric. The eval loss is
+        measured in training, and needs no evaluation.
         """
         run, own = self.run, self.evaluation
         if not self.study or run.state != "finished" or run.rehearsal or self.is_of_something_else:

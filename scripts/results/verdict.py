@@ -37,7 +37,7 @@ class MetricRow:
         difference: difference from the published score; None if the two are not comparable.
         verdict: see `verdict`.
         model: name of the scorer model, for metrics that have one.
-        decodings: mean scores with each other decoding configuration of the study, by its name.
+        decodings: mean scores with the study's other decoding configurations, by name.
     """
 
     value: float | None
@@ -134,8 +134,8 @@ def rows(
         of_study: the study.
         runs: folder with the runs.
         rehearsal: True for a table of rehearsals.
-        representatives: folder of the representative run, by recipe; None excludes all runs of the recipe.
-            `_preference` chooses the run of recipes that are not listed.
+        representatives: folder of the representative run, by recipe. A recipe whose value is None has no run; for a
+            recipe without an entry, `_preference` chooses the run.
     """
     all_runs = repeats.usable(runs, rehearsal)
     candidates = [

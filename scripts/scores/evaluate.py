@@ -58,7 +58,7 @@ class EvaluationRequest:
         validation: evaluate the run's validation rows.
         engine: transformers, vllm, or the address of a vLLM server.
         model: name of the run's model on the server.
-        force: names of findings to override, all about untrusted code; see `trust.refuse_code`.
+        force: names of the findings about untrusted code that the user overrides; see `trust.refuse_code`.
         checkpoints: evaluate every kept checkpoint, see `checkpoint_selection.select`.
     """
 
@@ -324,7 +324,7 @@ def _predicted(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[
     Existing predictions for other data are moved to evaluations/.
 
     Raises:
-        UserError: existing predictions of the same data have more rows, or an incompatible engine; see also `predict`.
+        UserError: existing predictions of the same data have more rows, or are another engine's; see also `predict`.
     """
     former = read_scores(task.where)
     if former and former.settings.adapter_sha256 == task.settings.adapter_sha256:

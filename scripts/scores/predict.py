@@ -113,7 +113,7 @@ def predict(
         rehearsal: True for a rehearsal.
 
     Returns:
-        Predictions, and the settings, with those that only the running engine knows (`KNOWN`).
+        Predictions, and the settings, including those that only the running engine knows (`KNOWN`).
 
     Raises:
         UserError: see `Prompter.examples` and `started`.

@@ -88,8 +88,8 @@ class Prompter:
         Only the tokens of answers are marked for loss, even if training marked more. The answer is the last sequence of
         tokens with loss; in a chat this is the assistant's last turn. All tokens before the answer are the prompt. The
         reference is the answer field of the row, or the decoded answer if the data set type has no such field.
-        A prompt that leaves no room for an answer in the model's context is truncated. If Axolotl tokenizes prompt and
-        answer separately, it cuts the end of the prompt; otherwise the beginning is cut.
+        A prompt that leaves no room for an answer in the model's context is truncated. The end
+        of the prompt is cut if Axolotl tokenizes prompt and answer separately, otherwise its beginning.
 
         Args:
             rows: fields by name.

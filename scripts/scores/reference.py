@@ -166,7 +166,7 @@ def batches(lengths: Sequence[int], most: int, tokens: int) -> Iterator[tuple[in
         tokens: maximum number of tokens in a batch of several rows.
 
     Yields:
-        Row length in tokens, rounded up to a power of two, and positions of the rows.
+        For each batch, the length of its rows in tokens, rounded up to a power of two, and their positions.
     """
     by_length = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     for room, same in groupby(by_length, key=lambda i: max(1 << (lengths[i] - 1).bit_length(), 256)):
@@ -250,9 +250,9 @@ def base_weights(prompter: Prompter) -> dict[str, Any]:
 def weights_folder(prompter: Prompter) -> Path:
     """Folder of the base model, quantized as in training and then dequantized.
 
-    A 4-bit layer dequantizes its weights at each step. The folder holds the same dequantized weights, unless
-    `bnb_4bit_compute_dtype` differs from `EvaluationSettings.dtype`. The folder is created once, in the cache, and is
-    as large as the base model without quantization.
+    A 4-bit layer dequantizes its weights at each step. The folder holds the same dequantized weights; only if
+    `bnb_4bit_compute_dtype` differs from `EvaluationSettings.dtype` are they rounded differently. The folder is created
+    once, in the cache, and is as large as the base model without quantization.
 
     Raises:
         OSError: the disk is full.

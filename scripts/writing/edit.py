@@ -25,8 +25,8 @@ def edited(text: str, key: str, value: Any, where: str, source: str | None = Non
         key: the key.
         value: the new value; None deletes the key.
         where: the name of the text in messages.
-        source: source of a top-level key's new value, or the reason for deleting the key. If given, it stands in the
-            comment, and the key's old comments and lines are removed, because they would no longer be true.
+        source: source of a top-level key's new value, or the reason for deleting the key. If given, the comment
+            states it. The key's former lines and comments are then removed, not kept, as they are no longer true.
 
     Raises:
         UserError: `config.override` cannot set the key, or the key's lines cannot be edited.

@@ -133,9 +133,9 @@ def for_data(base: str, file: Path) -> list[str]:
 
 
 def reasons(base: str, composed: Config, overrides: Iterable[str]) -> list[str]:
-    """Give the reason for each setting of a variant that the user's rows require, one per line.
+    """Give the reasons for those settings of a variant that the user's rows require, one per line.
 
-    Settings that `overrides` changes are not explained.
+    Settings named in `overrides` are not explained.
     """
     entry = {key: value for key, value in composed["datasets"][0].items() if key != "path"}
     rows = datafiles.training_rows(composed | {"val_set_size": 0})
@@ -249,7 +249,7 @@ def _for_other_model(text: str, base: str, base_name: str, about: BaseModel, bef
     Args:
         text: the text of the variant, without the line that names the schema for code editors.
         base: the original recipe or file, as the user named it.
-        base_name: the name of the original.
+        base_name: the original's complete name.
         about: facts about the new model.
         before: the former base model.
     """
