@@ -36,6 +36,7 @@ def list_verb(
     rows = [row for row in _listed() if fnmatch(f"{row['study'] or ''}/{row['recipe']}".lower(), f"*{name.lower()}*")]
     if not rows:
         paths.find_recipe(name)  # suggests similar names
+        raise UserError(f"{name}: a file, not a name; `recipe show {name}` prints its settings")
     if json:
         tables.print_json(rows)
     else:
@@ -47,7 +48,7 @@ def list_verb(
             title = study or "Without a study" if len(by_study) > 1 else None
             # drops all scores but the first, last score first
             tables.print_table(table, title, spare=["base model", *scores[:0:-1]], below=["variant of"])
-    next_step("run", rows[0]["recipe"] if name and rows else "start/qlora", "--rehearse", json=json)
+    next_step("run", rows[0]["recipe"] if name else "start/qlora", "--rehearse", json=json)
 
 
 def _listed() -> list[Row]:
