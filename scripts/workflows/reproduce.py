@@ -175,8 +175,11 @@ def _outlined_data(of_study: Study, configs: list[Composed]) -> list[str]:
     data = of_study.data
     forms = [form for form in _needed_formats(of_study, configs) if not any(Path(form[1].folder).glob("[!.]*"))]
     sources = data.missing([*(data.raw_files if forms else ()), *_needed_beside(data, configs)])
-    fetched = sum(data.sources[name].bytes or 0 for name in sources) / 1e6
-    lines = [f"{data.raw}: to be fetched, {fetched:,.0f} MB or more from {data.source or data.name}"] if sources else []
+    own = [name for name in sources if data.sources[name].is_own]
+    lines = [f"{data.raw}: copy {', '.join(own)} there; study.yaml has no address for it"] if own else []
+    if len(sources) > len(own):
+        fetched = sum(data.sources[name].bytes or 0 for name in sources) / 1e6
+        lines.append(f"{data.raw}: to be fetched, {fetched:,.0f} MB or more from {data.source or data.name}")
     return lines + [f"{form.folder}: to be prepared, in the format {name}" for name, form in forms]
 
 

@@ -174,6 +174,10 @@ def test_an_adapter_that_a_recipe_starts_from_is_fetched_beside_its_rows(
     reproduce.have_data(published_data, start)
     assert Path("data/codereviewer-raw/init/adapter_config.json").read_text() == "{}"
     assert reproduce._outlined_data(published_data, start) == []
+    published_data.data.sources["own/adapter_config.json"] = DataSource()
+    start = composed("llama-2-7b", overrides=["lora_model_dir=data/codereviewer-raw/own"])
+    (line,) = reproduce._outlined_data(published_data, start)
+    assert "own/adapter_config.json" in line and "https" not in line
 
 
 @pytest.mark.parametrize(
