@@ -138,7 +138,7 @@ def base_model(folder: RunDir, run: Run) -> tuple[str, bool]:
 
 
 def _known(run: Run, data: Data | None) -> dict[str, str]:
-    """Fields with the same value in all prompts of a run, and an example input.
+    """Prompt fields with the same value in all rows of a run, and an example value of the input field.
 
     The fields come from the manifest of the run's rows, or else from the study.
     """

@@ -81,7 +81,8 @@ def _scored(rows: Sequence[Row], columns: dict[str, Column]) -> ScoredRows:
 def pair(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row, Row]]:
     """Pair the rows that two sets of predictions share, in order of the first set.
 
-    Rows are matched by `idx`, their position in the test file, if every row has a unique `idx`; otherwise by order.
+    Rows are matched by `idx`, their position in the test file, if every row has a unique `idx`. Otherwise they
+    are matched by order, if the numbers of rows are equal.
 
     Raises:
         UserError: there are no common rows, rows cannot be matched, or the references of a pair differ.

@@ -34,7 +34,7 @@ def show(folders: Sequence[RunDir], json: bool) -> None:
 
 
 def _jobs(result: RunResult) -> Iterator[str]:
-    """Yield the state of each queued or running job of a run, by the step it performs."""
+    """Yield a text like `evaluate: queued` for each unfinished job of a run."""
     trained = result.run.state == "finished"
     for step, done in {"prepare": trained, "run": trained, "evaluate": result.evaluation}.items():
         if not done and (state := backends.job_state(result.folder, step)):

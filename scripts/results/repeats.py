@@ -112,7 +112,7 @@ def interval(
     Args:
         name: name of the metric.
         scored: runs with their scores.
-        known: published scores of repeats; for a single run, their spread is used as the spread between runs.
+        known: scores of the authors' repeats, whose spread is used if there is only one run.
     """
     found, values = [result for result, _ in scored], [value for _, value in scored]
     if len(found) > 1:
@@ -152,7 +152,7 @@ _FEWEST = 10  # minimum number of rows for estimating a chance of detection
 
 @dataclass(frozen=True)
 class Basis:
-    """Variances, number of scored rows, and a description of their origin."""
+    """Variances between runs and rows for computing power, number of scored rows, and origin of the variances."""
 
     variances: Variances
     rows: int
@@ -183,7 +183,7 @@ class Outlook:
     Attributes:
         difference_from: origin of the difference.
         rests_on: origin of the standard deviations.
-        one_run: method of the interval for one run.
+        one_run: how the interval is computed if there is only one run.
     """
 
     study: str
@@ -251,7 +251,7 @@ def _basis(of_study: Study, column: Column, runs: Path) -> Basis:
     """Variances from runs with several seeds, or else from published repeats."""
     name = of_study.folder.name
     if column.metric.of_rows is None:
-        raise UserError(f"--power {name}: {column.label} has no row scores to estimate noise from")
+        raise UserError(f"{name}: --power: {column.label} has no row scores to estimate noise from")
     known = {r: values for r, of in of_study.published.items() if (values := of.repeats.get(column.name))}
     several = [group for group in _groups(of_study, runs) if len({repr(seed(result.folder)) for result in group}) > 1]
     scored = [(group, table) for group in several if (table := by_row(column.name, group))]
@@ -262,7 +262,7 @@ def _basis(of_study: Study, column: Column, runs: Path) -> Basis:
         return Basis(intervals.estimated([intervals.mean_squares(table) for _, table in scored]), most, words)
     if not known:
         lacks = f"run `recipe reproduce {name} --seeds 3`"
-        raise UserError(f"--power {name}: the spread between seeds is unknown; {lacks}")
+        raise UserError(f"{name}: --power: the spread between seeds is unknown; {lacks}")
     recipe, values = next(iter(known.items()))
     metric, published = column.metric, of_study.published[recipe].scores.get(column.name)
     if metric.all_or_nothing and metric.high is not None and published and of_study.data.scored_rows:
@@ -272,7 +272,7 @@ def _basis(of_study: Study, column: Column, runs: Path) -> Basis:
             words = f"{len(values)} published repeats of {recipe}, and {right}"
             return Basis(Variances(variance(values), of_rows, 0.0), of_study.data.scored_rows, words)
     lacks = f"run `recipe reproduce {name} --only {recipe}`"
-    raise UserError(f"--power {name}: the spread between rows is unknown; {lacks}")
+    raise UserError(f"{name}: --power: the spread between rows is unknown; {lacks}")
 
 
 def _groups(of_study: Study, runs: Path) -> list[list[RunResult]]:

@@ -134,8 +134,8 @@ def rows(
         of_study: the study.
         runs: folder with the runs.
         rehearsal: True for a table of rehearsals.
-        representatives: folder of the representative run, by recipe. A recipe whose value is None has no run; for a
-            recipe without an entry, `_preference` chooses the run.
+        representatives: folder of the representative run, by recipe. A recipe whose value is None gets a row without
+            a run; for a recipe without an entry, `_preference` chooses the run.
     """
     all_runs = repeats.usable(runs, rehearsal)
     candidates = [
@@ -154,8 +154,8 @@ def rows(
 def _preference(result: RunResult) -> tuple[bool, bool, bool, bool, bool, str]:
     """Sort key of a recipe's runs; the representative run has the largest.
 
-    Preferences, most important first: trained here; finished and evaluated; evaluated but not finished; without changes
-    and in one process; with the recipe's seed; newest.
+    Preferences, most important first: trained here; finished and evaluated, or at least evaluated; without changes and
+    in one process; with the recipe's seed; newest.
     """
     run, evaluated = result.run, result.is_scored
     # an override that repeats the recipe's value, as in a sweep, is not among the differences
@@ -269,7 +269,7 @@ def record(row: StudyRow, of_study: Study) -> Row:
 def _settings(of_study: Study, recipe: str, chosen: RunResult) -> tuple[list[str], list[str]]:
     """Stated settings that a run changed, and settings that the paper leaves open.
 
-    A setting is stated if its comment in the published recipe begins with one of the study's `comment_prefixes`. It is
+    A setting is stated if its comment in the shipped recipe begins with one of the study's `comment_prefixes`. It is
     open if study.yaml lists it as open and the paper does not state it. Each open setting is listed with the source
     of the run's value: the comment in the run's recipe or, if the run changed the setting, the reason for the change.
     """

@@ -38,7 +38,7 @@ from .score import VERSION, ScorerModels, columns_of, require_models, same_model
 
 BASE = "none"  # value of --adapter for the base model without an adapter
 REHEARSED = 12  # maximum number of rows that a rehearsal evaluates
-# Config keys that affect the model or the end of answers, and that have no field in `EvaluationSettings`.
+# Config keys that affect the model, or where answers end, and that have no field in `EvaluationSettings`.
 BUILT_WITH = ("overrides_of_model_config", "eot_tokens")
 
 

@@ -60,9 +60,9 @@ def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
 
     Returns:
         Mean of a - b (`difference`) with its 95 % bootstrap `interval`. `p_bootstrap` is 2 (k + 1) / (B + 1); B is the
-        number of resamples, and k the number whose mean lies on the rarer side of 0. `p_wilcoxon` is the p-value of the
-        two-sided signed-rank test, which leaves out equal rows. `better`, `equal` and `worse` count the rows in which
-        the first score is larger, equal or smaller.
+        number of resamples, and k that of resamples whose mean lies on the rarer side of 0. `p_wilcoxon` is the p-value
+        of the two-sided signed-rank test, which leaves out equal rows. `better`, `equal` and `worse` count the rows in
+        which the first score is larger, equal or smaller.
     """
     from scipy.stats import wilcoxon
 
@@ -167,9 +167,9 @@ def of_runs(
 ) -> Interval | None:
     """95 % interval of the mean score of repeated runs.
 
-    If repeats are published, their spread widens the interval of a single run. The noise of individual rows then counts
-    twice: it is in the spread and in the row scores. Returns None for a single run that has neither row scores nor
-    repeats.
+    A single run borrows the spread of published repeats, if there are any. The noise of individual rows then counts
+    twice, in that spread and in the row scores, so the interval is rather too wide. Returns None for a single run
+    that has neither row scores nor repeats.
 
     Args:
         scores: score of each run.

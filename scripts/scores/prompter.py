@@ -85,11 +85,11 @@ class Prompter:
     def examples(self, rows: Sequence[Row], keys: Sequence[str] = ()) -> list[Example]:
         """Prompt and reference of each row, written by Axolotl's code as in training.
 
-        Only the tokens of answers are marked for loss, even if training marked more. The answer is the last sequence of
-        tokens with loss; in a chat this is the assistant's last turn. All tokens before the answer are the prompt. The
-        reference is the answer field of the row, or the decoded answer if the data set type has no such field.
-        A prompt that leaves no room for an answer in the model's context is truncated. The end
-        of the prompt is cut if Axolotl tokenizes prompt and answer separately, otherwise its beginning.
+        Here Axolotl marks only the tokens of answers for loss, even if training marked more. The answer is the last
+        sequence of tokens with loss; in a chat this is the assistant's last turn. All tokens before the answer are the
+        prompt. The reference is the answer field of the row, or the decoded answer if the data set type has no such
+        field. A prompt that leaves no room for an answer in the model's context is truncated: at its end if Axolotl
+        tokenizes prompt and answer separately, otherwise at its beginning.
 
         Args:
             rows: fields by name.

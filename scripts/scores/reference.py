@@ -38,8 +38,8 @@ MOST_ROWS = 64
 FIXED = 16, 8192
 
 # Maximum size in bytes of a small model on a CPU. A small model is dequantized once, unless the dtype of its 4-bit
-# layers' computations differs from the model's dtype. Dequantizing for each token would be slower. It would
-# also round to bf16 on a CPU with AVX512-BF16, and then answers would depend on the number of rows in a batch.
+# layers' computations differs from the model's dtype. Dequantizing for each token would be slower, and on
+# a CPU with AVX512-BF16 would round to bf16, so that answers would depend on the number of rows in a batch.
 SMALL = 4e9
 # Maximum size in bytes of a batch's keys and values, for a small model on a CPU. The maximum is a quarter of
 # the free memory if that is less.
@@ -166,7 +166,7 @@ def batches(lengths: Sequence[int], most: int, tokens: int) -> Iterator[tuple[in
         tokens: maximum number of tokens in a batch of several rows.
 
     Yields:
-        For each batch, the length of its rows in tokens, rounded up to a power of two, and their positions.
+        For each batch, the length in tokens of its longest row, rounded up to a power of two, and its rows' positions.
     """
     by_length = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     for room, same in groupby(by_length, key=lambda i: max(1 << (lengths[i] - 1).bit_length(), 256)):

@@ -36,7 +36,7 @@ class StandIn(ScorerModel):
 
 
 def columns_of(recipe: str | None = None, asked: Iterable[str] = ()) -> dict[str, Column]:
-    """Columns from the recipe's study and from --metric.
+    """Columns (metrics with their parameters) of the recipe's study and of --metric, by name.
 
     The default metrics (`registry.DEFAULT`) apply if the recipe has no metrics from a study, and --metric names only
     benchmarks or nothing.

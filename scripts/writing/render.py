@@ -179,7 +179,7 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
 
 
 def _where(error: Exception, templates: Path, file: Path) -> str:
-    """Template and line of an error; without a known line, `file`."""
+    """Return the template and line of an error, or `file` if the line is unknown."""
     if isinstance(error, jinja2.TemplateSyntaxError):
         return f"{error.filename}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
