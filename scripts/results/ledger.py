@@ -195,7 +195,7 @@ def record_of_run(result: RunResult) -> ledger.Record:
 
 
 def planned_gib(result: RunResult) -> float | None:
-    """Planned memory of a run in one process; None if it cannot be planned."""
+    """Planned memory of a run that uses one process; None for other runs, or without a plan."""
     with suppress(UserError):  # some configs cannot be planned
         cfg = yamlfiles.read_yaml(result.folder.config)
         if result.run.ranks == 1 and not any(cfg.get(key) for key in ENGINE_KEYS):

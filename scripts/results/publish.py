@@ -39,7 +39,7 @@ def publish(
         merge: True to merge base model and adapter into output/merged; a push then uploads the merged model.
         push: repository on the hub, as owner/name.
         private: True to create a private repository.
-        force: names of the findings about untrusted code that the user overrides.
+        force: names of the findings about untrusted code to accept.
 
     Returns:
         Files of the written cards and, after a push, the address of the repository.

@@ -152,7 +152,7 @@ _FEWEST = 10  # minimum number of rows for estimating a chance of detection
 
 @dataclass(frozen=True)
 class Basis:
-    """Variances between runs and rows for computing power, number of scored rows, and origin of the variances."""
+    """Basis of a power computation: variances between runs and rows, their origin, and the number of rows."""
 
     variances: Variances
     rows: int

@@ -38,7 +38,7 @@ from .score import VERSION, ScorerModels, columns_of, require_models, same_model
 
 BASE = "none"  # value of --adapter for the base model without an adapter
 REHEARSED = 12  # maximum number of rows that a rehearsal evaluates
-# Config keys that affect the model, or where answers end, and that have no field in `EvaluationSettings`.
+# Config keys without a field in `EvaluationSettings` that affect the model or the end token of answers.
 BUILT_WITH = ("overrides_of_model_config", "eot_tokens")
 
 
@@ -58,7 +58,7 @@ class EvaluationRequest:
         validation: evaluate the run's validation rows.
         engine: transformers, vllm, or the address of a vLLM server.
         model: name of the run's model on the server.
-        force: names of the findings about untrusted code that the user overrides; see `trust.refuse_code`.
+        force: names of the findings about untrusted code to accept; see `trust.refuse_code`.
         checkpoints: evaluate every kept checkpoint, see `checkpoint_selection.select`.
     """
 
@@ -324,7 +324,7 @@ def _predicted(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[
     Existing predictions for other data are moved to evaluations/.
 
     Raises:
-        UserError: existing predictions of the same data have more rows, or are another engine's; see also `predict`.
+        UserError: existing predictions have more rows, or cannot replace the engine's; see also `predict`.
     """
     former = read_scores(task.where)
     if former and former.settings.adapter_sha256 == task.settings.adapter_sha256:

@@ -32,7 +32,7 @@ class RowSource:
 
     Attributes:
         data: file of the rows, or a description.
-        keys: data sets in the config that hold the rows; for a file of --data, the data set with the file's format.
+        keys: data sets in the config that hold the rows; for a file of --data, the one in whose format it is read.
         file: JSONL file with all rows; None for other sources.
         held_out: True for rows that val_set_size held out of the training data.
     """
@@ -109,7 +109,7 @@ def _configured(cfg: Config, folder: Path) -> RowSource | None:
 
 
 def test_entry(file: Path) -> dict[str, Any]:
-    """Return the test split's entry from the manifest in the folder of a file."""
+    """Return the entry of the test split from the manifest beside a data file."""
     return manifest.entries(file.parent).get("test", {})
 
 

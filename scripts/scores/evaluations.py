@@ -272,8 +272,8 @@ def current(folder: Path, run: Run | None = None) -> Evaluation | None:
 def decoded(folder: Path, name: str, decoding: Decoding, own: Evaluation | None) -> Evaluation | None:
     """Evaluation of the run's adapter with another decoding configuration.
 
-    Returns None if there is no such evaluation, if its files changed, or if it used other settings than `decoding`, the
-    study's current configuration of this name. Also returns None if adapter, data or number of rows differ from those
+    Returns None if there is no such evaluation, if its files changed, or if its settings are not `decoding`, the
+    study's current configuration called `name`. Also returns None if adapter, data or number of rows differ from those
     of `own`, the default evaluation.
     """
     other = current(folder / "evaluations" / f"{DECODED}{name}")

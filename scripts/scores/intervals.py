@@ -60,7 +60,7 @@ def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
 
     Returns:
         Mean of a - b (`difference`) with its 95 % bootstrap `interval`. `p_bootstrap` is 2 (k + 1) / (B + 1); B is the
-        number of resamples, and k that of resamples whose mean lies on the rarer side of 0. `p_wilcoxon` is the p-value
+        number of resamples, and k counts those whose mean lies on the rarer side of 0. `p_wilcoxon` is the p-value
         of the two-sided signed-rank test, which leaves out equal rows. `better`, `equal` and `worse` count the rows in
         which the first score is larger, equal or smaller.
     """
@@ -124,10 +124,11 @@ def half_width(of_runs: Any, of_rows: Any, df_runs: float, df_rows: float) -> An
     from Student's t for rows to Student's t for runs by the fraction (1 - (1 - u)^(1 + 2.5 / f))³.
 
     The constants in this formula were chosen for a coverage close to 95 % if the row noise is known exactly and the run
-    noise is 0.01 to 1,000 times as large. The interval covers 93.5 to 96.4 % with two runs, and 94.8 to
-    95.8 % with 3, 5 and 10 runs. The standard choice, Satterthwaite's degrees of freedom, covers 87 % with two runs if
-    run noise dominates, because two runs are often alike by chance. Scores far from normal, such as 400 log-normal
-    rows, cost two points of coverage, as with any method. Two runs give a wide interval with any method.
+    noise is 0.01 to 1,000 times as large. The interval covers 93.5 to 96.4 % with two runs, and 94.8 to 95.8 % with 3,
+    5 and 10 runs. The standard choice, Satterthwaite's degrees of freedom, covers 87 % with two runs if run noise
+    dominates: two runs are often alike by chance, and their noise is then underestimated. Scores far from normal, such
+    as 400 log-normal rows, cost two points of coverage, as with any method. Two runs give a wide interval with any
+    method.
 
     Args:
         of_runs: estimated variance of the mean due to runs.

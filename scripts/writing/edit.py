@@ -17,8 +17,8 @@ from ..configs import config
 def edited(text: str, key: str, value: Any, where: str, source: str | None = None) -> str:
     """Set or delete a dotted key in a config's text, and note the change in a comment.
 
-    The new value is written on one line, whose comment gives the former value. Further lines of the former value stay
-    below, commented out, if they contain comments. The lines of a deleted key stay, commented out.
+    The new value is written on one line, whose comment gives the former value. If further lines of the former
+    value contain comments, all these lines stay below, commented out. The lines of a deleted key stay, commented out.
 
     Args:
         text: the text.
@@ -26,7 +26,7 @@ def edited(text: str, key: str, value: Any, where: str, source: str | None = Non
         value: the new value; None deletes the key.
         where: the name of the text in messages.
         source: source of a top-level key's new value, or the reason for deleting the key. If given, the comment
-            states it. The key's former lines and comments are then removed, not kept, as they are no longer true.
+            states it. Nothing is then kept of the key's former lines and comments.
 
     Raises:
         UserError: `config.override` cannot set the key, or the key's lines cannot be edited.
