@@ -41,9 +41,9 @@ def usable(runs: Path, rehearsal: bool) -> list[RunResult]:
 def of(chosen: RunResult, candidates: Sequence[RunResult]) -> list[RunResult]:
     """Return a run and its repeats, which differ from it at most in the seed.
 
-    Repeats are trained and evaluated alike. If there are several seeds, each counts once, because runs of one
-    seed say nothing about the spread between seeds: the given run counts for its own seed, the newest run for each
-    other seed. If all runs have the same seed, all of them count. A run that is not finished and scored has no repeats.
+    Repeats are trained and evaluated alike. If there are several seeds, one run counts for each: the given run
+    for its own seed, the newest run for each other seed. Further runs of a seed say nothing about the spread between
+    seeds. If all runs have the same seed, all of them count. A run that is not finished and scored has no repeats.
     """
     own, trained = chosen.evaluation, _training(chosen)
     if chosen.run.state != "finished" or not chosen.is_scored or chosen.run.published_adapter or trained is None:
@@ -181,7 +181,7 @@ class Outlook:
     """Chances of detecting a difference from published scores, by seeds and rows.
 
     Attributes:
-        difference_from: origin of the difference.
+        difference_from: where the difference comes from, `--power` or the study's tolerance.
         rests_on: origin of the standard deviations.
         one_run: how the interval is computed if there is only one run.
     """

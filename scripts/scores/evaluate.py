@@ -324,7 +324,7 @@ def _predicted(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[
     Existing predictions for other data are moved to evaluations/.
 
     Raises:
-        UserError: existing predictions have more rows, or cannot replace the engine's; see also `predict`.
+        UserError: there are predictions of more rows than requested, or by another engine; see also `predict`.
     """
     former = read_scores(task.where)
     if former and former.settings.adapter_sha256 == task.settings.adapter_sha256:

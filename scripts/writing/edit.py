@@ -17,8 +17,9 @@ from ..configs import config
 def edited(text: str, key: str, value: Any, where: str, source: str | None = None) -> str:
     """Set or delete a dotted key in a config's text, and note the change in a comment.
 
-    The new value is written on one line, whose comment gives the former value. If further lines of the former
-    value contain comments, all these lines stay below, commented out. The lines of a deleted key stay, commented out.
+    The new value is written on one line, whose comment gives the former value. If a line of the
+    former value after its first contains a comment, all lines after the first are kept below, commented out. So are all
+    lines of a deleted key.
 
     Args:
         text: the text.

@@ -193,7 +193,7 @@ def write(name: str, base: str, overrides: list[str], other: OtherModel | None =
         UserError: the name is taken or invalid, or a key cannot be changed.
     """
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name) or name.endswith((".yaml", ".yml")):
-        raise UserError(f"{name}: not a name for a variant; use letters, digits, - and _, as in my-ideas/wide")
+        raise UserError(f"{name}: not a name for a variant; use letters, digits, -, _ and folders, as in my-ideas/wide")
     file = paths.VARIANTS / f"{name}.yaml"
     if name in paths.recipe_names() or file.exists():
         raise UserError(f"{name}: a recipe has this name; choose another")

@@ -57,7 +57,7 @@ class BaseModel:
     unknown: list[str] = field(default_factory=list)
 
     def targets(self, wanted: list[str]) -> list[str]:
-        """Names that the layers with LoRA have in this model; see `models.renamed`."""
+        """LoRA's target modules, by the names that they have in this model; see `models.renamed`."""
         return models.renamed(wanted, self.layers) if self.layers else wanted
 
 
