@@ -99,7 +99,7 @@ def check(
         for finding in report.findings:
             if finding.rule == "not-prepared" and not (launching or data):
                 finding.level = "warning"  # the config is correct; only a run needs the data
-        report.add([])  # sorts again
+        report.add([])  # sorts the findings again, because levels have changed
         if full and not may_run:
             report.skip("skipped Axolotl's own validation, because it would run the code above")
         elif full:
@@ -177,8 +177,8 @@ def rule_findings(case: Case) -> Iterator[Finding]:
 def _profile_compatibility(composed: Composed, gpu: Gpu | None, launching: bool) -> Iterator[Finding]:
     """Notes on settings that the profiles fast and packed omit or change for this config.
 
-    If no GPU is known, another finding reports this: a warning before a run, otherwise a note. A rehearsal needs no
-    GPU, so that this finding is omitted.
+    If no GPU is known, another finding says that the settings of these profiles are for Ampere or newer. It is a
+    warning before a run, otherwise a note. A rehearsal needs no GPU and has no such finding.
     """
     for why, changes in composed.incompatible.items():
         left = ", ".join(f"{key}: {str(value).lower()}" for key, value in changes.items() if value is not None)

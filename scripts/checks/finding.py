@@ -50,7 +50,7 @@ class Finding:
 
     Attributes:
         level: an error stops a run; a warning does not; a note is not a mistake.
-        rule: the name of the rule; empty if `--force` cannot override the finding.
+        rule: the name of the rule. If it is empty, `--force` cannot override the finding.
         key: the dotted config key; empty if the finding does not concern a single key.
         problem: the description of the mistake.
         remedy: the advice to the user.
@@ -101,7 +101,7 @@ _NEVER_FORCED = ("secret:", *(f"value:{key}" for key in ("plugins", "datasets", 
 
 
 def override_errors(findings: Iterable[Finding], force: Sequence[str]) -> None:
-    """Turn the errors named by --force into warnings."""
+    """Turn the errors named by --force into warnings, except those of `_NEVER_FORCED`."""
     for finding in findings:
         if finding.level == "error" and finding.name in force and not finding.name.startswith(_NEVER_FORCED):
             finding.level, finding.remedy = "warning", "overridden by --force"
@@ -116,10 +116,10 @@ def unknown_force(force: Sequence[str], names: set[str]) -> None:
 
 
 def refuse(findings: list[Finding], force: Sequence[str] = ()) -> list[Finding]:
-    """Raise UserError unless --force names every error.
+    """Raise UserError unless --force overrides every error.
 
     Returns:
-        Warnings and notes, and the overridden errors about code.
+        Warnings and notes. The overridden errors are warnings now; only those about foreign code are included.
 
     Raises:
         UserError: an error remains, or --force names an error that does not exist.

@@ -91,7 +91,7 @@ class Tokens:
 
 
 def tokenize(where: str, cfg: Any, dataset: Any, tokenizer: Any, rows: Sequence[Row], longest: int) -> list[Tokens]:
-    """Tokenize rows as Axolotl does before it drops or cuts long rows.
+    """Tokenize rows as Axolotl does, but keep rows that exceed the config's sequence_len.
 
     Args:
         where: the name of the rows in messages.
@@ -99,7 +99,8 @@ def tokenize(where: str, cfg: Any, dataset: Any, tokenizer: Any, rows: Sequence[
         dataset: the config's entry for the rows' data set.
         tokenizer: the tokenizer.
         rows: the rows, each a mapping of field names to values.
-        longest: the maximum length in tokens; Axolotl cuts the prompt and the answer to it separately.
+        longest: the sequence_len to tokenize with. Some types cut the prompt and the answer, each to this length; the
+            type completion splits rows into pieces of this length.
 
     Raises:
         UserError: Axolotl cannot tokenize the rows.

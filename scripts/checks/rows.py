@@ -103,7 +103,11 @@ def misspelt(names: tuple[str, ...], known: tuple[str, ...]) -> dict[str, str]:
 
 @dataclass
 class _File:
-    """Mistakes in one file of a data set: line and example of each, by rule and subject."""
+    """Size of one data file, and the mistakes in it.
+
+    Attributes:
+        found: the line and an example of each mistake, by rule and subject.
+    """
 
     key: str
     path: Path

@@ -14,14 +14,15 @@ from .finding import Case, Level, Problems, rule
 def two_precisions(case: Case) -> Problems:
     """If bf16 is on, Axolotl silently ignores fp16 and float16.
 
-    transformers refuses fp16 with bfloat16.
+    If the key bfloat16 is true instead, Axolotl ignores only float16; transformers then refuses fp16.
     float16 needs bf16: false, because the default, auto, turns bf16 on for every GPU (see `precision`)."""
     ignored = next((key for key in ("fp16", "float16") if case[key]), None)
     if not ignored or precision(case.config, on_gpu=True).weights != "bfloat16":
         return
     taken = "bfloat16" if case["bfloat16"] else "bf16"
     problem = (
-        f"{ignored} is true, and {taken} is {str(case.config.get(taken, 'auto')).lower()}: Axolotl would use {taken}"
+        f"{ignored} is true, and {taken} is {str(case.config.get(taken, 'auto')).lower()}: "
+        "Axolotl would load the model in bfloat16"
     )
     yield "error", ignored, problem, f"set {ignored} or {taken} to false"
 
@@ -169,7 +170,7 @@ def packed_weights_cast(case: Case) -> Problems:
     treat the codes as numbers (seen: loss 4.4 becomes 21.3)."""
     engine = case["deepspeed"] or case["fsdp_config"]
     of_config = precision(case.config, on_gpu=True)
-    trained = of_config.autocast if engine else of_config.weights  # engines cast under autocast only
+    trained = of_config.autocast if engine else of_config.weights  # without autocast, engines cast nothing
     storage = (case["bnb_config_kwargs"] or {}).get("bnb_4bit_quant_storage", "bfloat16")
     in_four_bits = case["load_in_4bit"] and quantized(case.config) and "quantization_config" not in case.architecture
     if not in_four_bits or storage in (trained, "uint8", "int8") or trained is None:
@@ -244,8 +245,8 @@ def never_evaluated(case: Case) -> Problems:
     """Axolotl evaluates only if it has evaluation data, and training reaches an evaluation step.
 
     See axolotl/core/builders/base.py. Axolotl turns evals_per_epoch into eval_steps = 1 / (evals_per_epoch *
-    num_epochs), a fraction of all steps. If this is 1 or more, Axolotl skips all evaluations, for exactly 1 without a
-    warning (axolotl/utils/config, normalize_config).
+    num_epochs), a fraction of all steps. If the result is 1 or more, Axolotl skips all evaluations. It warns of this
+    only if the result is more than 1 (axolotl/utils/config, normalize_config).
     """
     asked = [key for key in ("evals_per_epoch", "eval_steps", "eval_strategy") if case[key] and case[key] != "no"]
     has_data = bool(case["test_datasets"] or case["val_set_size"])

@@ -90,7 +90,8 @@ class Tokenizer:
             UserError: the rows cannot be loaded or found.
         """
         try:
-            with patch.dict(os.environ, AXOLOTL_IS_PREPROCESS="1"):  # skips counting the steps of packed rows
+            # without this variable, Axolotl would also count the steps of packed rows
+            with patch.dict(os.environ, AXOLOTL_IS_PREPROCESS="1"):
                 held_out = prepare_datasets(self.cfg, self.tokenizer)[1]
         except Exception as error:
             problem = f"cannot load the held-out rows: {type(error).__name__}: {error}"
@@ -155,10 +156,13 @@ def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[li
         gpus: the number of GPUs that train.
 
     Returns:
-        Findings, and measures of each data set. The measures are the numbers of rows present, read and tokenized; the
-        tokens, tokens with loss and percentiles of the length of tokenized rows; the number of rows longer than
-        sequence_len; the rows, tokens and longest row that remain for training; and the share of padding, for batches
-        of micro_batch_size rows, shuffled once unless training keeps the file's order.
+        Findings, and measures of each data set with tokenized rows:
+        - the number of all rows, and of rows read;
+        - of the tokenized rows: their number, tokens, tokens with loss, percentiles of the length, and the number
+          longer than sequence_len;
+        - of the rows that remain for training: their number, tokens, and the longest row;
+        - the share of padding in batches of micro_batch_size rows, shuffled once unless training keeps the file's
+          order; None for packed rows.
     """
     tokenizer = Tokenizer(content)
     cfg = tokenizer.cfg

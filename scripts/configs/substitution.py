@@ -224,7 +224,7 @@ def restore(model: Path) -> None:
     """Convert the stand-in model again if the cache lacks it.
 
     Raises:
-        UserError: the missing model comes from another version of its package.
+        UserError: the missing model was converted from weights of another package version.
     """
     if model == folder():
         model_folder()
