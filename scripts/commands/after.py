@@ -196,7 +196,9 @@ def publish_verb(
     ] = False,
     push: Annotated[
         str | None,
-        typer.Option(metavar="OWNER/NAME", help="Upload card and adapter, or merged model, to this hub repository."),
+        typer.Option(
+            metavar="OWNER/NAME", help="Upload the card and the adapter (--merge: merged model) to this repository."
+        ),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="If the repository is new, make it private.")] = False,
     force: Force = None,

@@ -35,7 +35,7 @@ def fetch_verb(
         typer.Argument(
             metavar="[DATA]",
             autocompletion=complete_studies,
-            help="Data set, or its study; optional if there is a single study.",
+            help="Data set, or its study; needed if there are several.",
         ),
     ] = None,
     only: Annotated[
@@ -74,11 +74,12 @@ def prepare_verb(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Output folder; default: set by the input format.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Output folder; default: the folder that study.yaml sets for the format."),
     ] = None,
     input_format: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="One of the study's input formats; default: the first."),
+        typer.Option(metavar="NAME", help="Form of the model's input, from study.yaml; default: its first."),
     ] = None,
     study_name: Annotated[
         str | None,

@@ -241,14 +241,14 @@ OfLedger = Annotated[
 
 DecodingName = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Evaluate with another decoding that the study declares, in an extra column."),
+    typer.Option(metavar="NAME", help="Also decode with other settings of the study; adds a column."),
 ]
 Power = Annotated[
     str | None,
     typer.Option(
         "--power",
         metavar="X|tolerance",
-        help="Show how many seeds reveal a difference of X, or the tolerance.",
+        help="Show how many seeds reveal a difference of X (docs/results.md).",
     ),
 ]
 

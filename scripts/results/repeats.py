@@ -29,7 +29,7 @@ ONE_SEED = " of one seed"
 
 
 def usable(runs: Path, rehearsal: bool) -> list[RunResult]:
-    """Real runs with their recipe's model and data; with `rehearsal`, all rehearsals instead."""
+    """Real runs that use their recipe's model and data; if `rehearsal` is True, all rehearsals instead."""
     found = (RunResult(folder, run) for folder, run in rundir.readable(rundir.all_runs(runs), backends.read))
     return [
         result

@@ -19,7 +19,7 @@ from ..scores import evaluations
 from ..scores.evaluations import BASE_MODEL, Changed, Evaluation, changed, current, read_scores
 from ..scores.score import columns_of
 
-REHEARSED = ("profile rehearsal", "rehearsal: ")  # prefixes of the reasons that a rehearsal records for changes
+REHEARSED = ("profile rehearsal", "rehearsal: ")  # a rehearsal's changes of settings have reasons that begin so
 _ALIKE = {"data_sha256", "rows", "decoding"}  # settings that comparable evaluations share
 
 

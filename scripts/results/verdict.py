@@ -154,8 +154,8 @@ def rows(
 def _preference(result: RunResult) -> tuple[bool, bool, bool, bool, bool, str]:
     """Sort key of a recipe's runs; the representative run has the largest.
 
-    Preferences, most important first: trained here; finished and evaluated, else evaluated only; without changes and in
-    one process; with the recipe's seed; newest.
+    Preferences, most important first: trained here; finished and evaluated, else evaluated but not finished; without
+    changes and in one process; with the recipe's seed; newest.
     """
     run, evaluated = result.run, result.is_scored
     # an override that repeats the recipe's value, as in a sweep, is not among the differences

@@ -272,9 +272,9 @@ def current(folder: Path, run: Run | None = None) -> Evaluation | None:
 def decoded(folder: Path, name: str, decoding: Decoding, own: Evaluation | None) -> Evaluation | None:
     """Evaluation of the run's adapter with another decoding configuration.
 
-    Returns None if there is no such evaluation, if its files changed, or if its settings are not `decoding`, the
-    study's current configuration called `name`. Also returns None if adapter, data or number of rows differ from those
-    of `own`, the default evaluation.
+    Returns None if there is no such evaluation, if its files changed, or if its decoding settings differ from
+    `decoding`, which the study declares as `name`. Also returns None if adapter, data or number of rows differ from
+    those of `own`, the default evaluation.
     """
     other = current(folder / "evaluations" / f"{DECODED}{name}")
     if other is None or other.settings.decoding != decoding:

@@ -168,8 +168,8 @@ def of_runs(
 ) -> Interval | None:
     """95 % interval of the mean score of repeated runs.
 
-    A single run borrows the spread of published repeats, if there are any. The noise of individual rows then counts
-    twice, in that spread and in the row scores, so the interval is rather too wide. Returns None for a single run
+    A single run borrows the spread of published repeats, if there are any. The residual e_ij then counts twice, in
+    that spread and in the row scores, so the interval is somewhat too wide. Returns None for a single run
     that has neither row scores nor repeats.
 
     Args:

@@ -57,7 +57,7 @@ def scores(
 
 
 def _beside(ours: float, theirs: PublishedScore | None, comparable: bool) -> dict[str, Any]:
-    """Compare our score with the published one, which is rounded, of the same texts."""
+    """Compare our score with the published, rounded score of the same texts."""
     if theirs is None or not comparable:
         return {"published": None, "difference": None, "agrees": None}
     half_a_digit = 0.5 * 10.0 ** -len(f"{theirs.value!r}".partition(".")[2]) * (1 + 1e-9)

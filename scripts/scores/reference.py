@@ -39,7 +39,7 @@ FIXED = 16, 8192
 
 # Maximum size in bytes of a small model on a CPU. A small model is dequantized once, unless the dtype of its 4-bit
 # layers' computations differs from the model's dtype. Dequantizing for each token would be slower. On a CPU
-# with AVX512-BF16, this would also round to bf16, so answers would depend on the number of rows in a batch.
+# with AVX512-BF16, that would also round to bf16, and answers would depend on the number of rows in a batch.
 SMALL = 4e9
 # Maximum size in bytes of a batch's keys and values, for a small model on a CPU. The maximum is a quarter of
 # the free memory if that is less.
