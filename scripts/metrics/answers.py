@@ -5,15 +5,16 @@ Numbers are found and compared by one of four methods, reimplemented from descri
 - `loftq`: test_gsm8k.py of yxli2123/LoftQ@ae33fd4 (arXiv 2310.08659). Commas are removed. The number is the first one
   after the first marker, before any second marker. Without a marker, or without such a number, it is the last number in
   the text. Numbers are compared as floats.
-- `peft`: utils.py of method_comparison/MetaMathQA in huggingface/peft@5d602fd. The first marker of the list that occurs
-  in the text counts. The number is the rest of the line after the marker's last occurrence, without surrounding spaces
-  and .!?$%. It is compared as a decimal number or as a fraction of two. A text without a marker has no number.
+- `peft`: utils.py of method_comparison/MetaMathQA in huggingface/peft@5d602fd. The markers are tried in order, and
+  the first one found in the text counts. The number is the rest of the line after the marker's last occurrence, without
+  surrounding spaces and .!?$%. It is a decimal number or a fraction of two decimal numbers. A text without a marker has
+  no number.
 - `pissa`: utils/test_acc.py of GraphPKU/PiSSA@87f4db6 (arXiv 2404.02948). The number is the first one after the last
   marker. It consists of digits with at most one of .,/ among them: 1,234,567 gives 1234. Numbers and fractions are
   rounded; 3/0 gives 3. A text without a marker has no number.
-- `loraga`: reproduce/eval_gsm8k.py of Outsider565/LoRA-GA@89af7de (arXiv 2407.05000). The number consists of the digits
-  directly after the first marker that digits follow. Signs, decimals and digits after a comma are lost. If no digits
-  follow any marker, the number is 0.
+- `loraga`: reproduce/eval_gsm8k.py of Outsider565/LoRA-GA@89af7de (arXiv 2407.05000). The first marker followed by
+  digits counts; only white space may stand between. The number consists of these digits: decimals and digits after a
+  comma are lost. If no marker is followed by digits, as in "#### -12", the number is 0.
 """
 
 import re

@@ -37,7 +37,7 @@ class ScorerModel(Parameters):
 
     @property
     def name(self) -> str:
-        """Name in scores, without local folders."""
+        """Name in scores; for a local folder, without the path to it."""
         return Path(self.model).name if self.is_local else self.model
 
     def local_revision(self) -> str:
@@ -53,7 +53,7 @@ class ScorerModel(Parameters):
 
 
 def made_by(by: ScorerModel | None, record: Row | None) -> bool:
-    """True if the record names this scorer model, or there is neither a model nor a record."""
+    """True if the record describes this scorer model, or if both are None."""
     if by is None or record is None:
         return by is None and record is None
     same_weights = not by.is_local or by.local_revision() == record["revision"]

@@ -38,7 +38,7 @@ class Metric:
         of_model: True if lm-evaluation-harness measures the run's model.
         parameters: class of the parameters.
         record: returns details of the computation for scores.json.
-        notes: yields notes for readers on the scores of some pairs.
+        notes: yields notes for readers of the scores, such as on texts without a number.
         judged: True if a scorer model computes the score; parameters are then a `ScorerModel`.
         all_or_nothing: True if each row scores either `low` or `high`.
     """
@@ -113,8 +113,8 @@ class Column:
         return other is not None and (self.metric, self.parameters) == (other.metric, other.parameters)
 
     def recorded(self, key: str) -> str:
-        """Key in scores.json for a key of the metric's record.
+        """Key under which scores.json stores a key of `Metric.record`.
 
-        A column whose name differs from the metric's adds its name as a prefix.
+        If the names of column and metric differ, the column's name is added as a prefix.
         """
         return key if self.name == self.metric.name else f"{self.name}_{key}"

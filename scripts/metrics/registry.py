@@ -189,7 +189,7 @@ def _of_task(task: str) -> dict[str, Any]:
 
 
 def scorer_named(texts: Iterable[str]) -> str | None:
-    """Scorer model that --metric names (`none` leaves BERTScore out), or None."""
+    """Scorer model from --metric bertscore:MODEL, or None. The model `none` leaves BERTScore out."""
     return next((text.removeprefix(SCORER) for text in texts if text.startswith(SCORER)), None)
 
 
@@ -210,7 +210,10 @@ def recorded(scores: Mapping[str, Any]) -> dict[str, Column]:
 
 
 def distinct(columns: Iterable[Column]) -> dict[str, Column]:
-    """Columns with distinct scores, by heading; parameters distinguish equal labels."""
+    """Columns by heading: the label, followed by the declaration if the label is taken.
+
+    Columns with the same name, metric and parameters occur once.
+    """
     found: dict[str, Column] = {}
     for column in columns:
         if heading(column, found) is None:

@@ -90,11 +90,11 @@ def _common(reference: Sequence[str], prediction: Sequence[str]) -> int:
     places: dict[str, int] = {}  # for each word, a bit for each of its places in the reference
     for place, word in enumerate(reference):
         places[word] = places.get(word, 0) | (1 << place)
-    # table row for the words so far: a 0 marks a place at which the subsequence grows by one
+    # a bit for each place in the reference: 0 if the common subsequence with the words so far grows there
     flat = every = (1 << len(reference)) - 1
     for word in prediction:
         found = flat & places.get(word, 0)
-        # each 0 moves down to the lowest match above the next 0, if any; a match above all zeros adds a 0
+        # in the gap below each 0, the lowest match becomes 0 and that 0 becomes 1; above all zeros, it adds a 0
         flat = ((flat + found) | (flat - found)) & every
     return len(reference) - flat.bit_count()
 

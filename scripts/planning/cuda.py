@@ -1,4 +1,4 @@
-"""GPU-only memory of a training step: scratch inside kernels, and CUDA-specific operations."""
+"""GPU-only memory of a training step: scratch memory of kernels, and storages of CUDA-specific operations."""
 
 import math
 import weakref
@@ -13,7 +13,7 @@ from .traces import Events
 
 
 class Recorder(TorchDispatchMode):
-    """Dispatch mode that records every storage its operations make and free.
+    """Dispatch mode that records storages when torch operations make them and when they are freed.
 
     Attributes:
         cuda: also record scratch memory inside CUDA kernels, which no tensor shows.
@@ -37,7 +37,7 @@ class Recorder(TorchDispatchMode):
         self._live: dict[int, int] = {}
 
     def add(self, tensor: torch.Tensor, kind: str) -> None:
-        """Assign a kind to a tensor's storage; record a new storage."""
+        """Assign a kind to a tensor's storage, and record the storage if it is new."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._live:
@@ -73,10 +73,10 @@ class Recorder(TorchDispatchMode):
 
 
 def _dequantized(args: Any) -> int:
-    """Bytes of the dequantized weight, plus two copies of quantized constants.
+    """Bytes of the dequantized weight and, if the constants are quantized, two fp32 copies of them.
 
-    Source: bitsandbytes/backends/cuda/ops.py, _dequant_linear_fallback. The fallback runs for 1,536 tokens or more;
-    for fewer tokens, a kernel may work without these copies.
+    Source: bitsandbytes/backends/cuda/ops.py, _dequant_linear_fallback. The fallback runs for more than 1,536 tokens;
+    for up to 1,536 tokens, a kernel may need none of this memory.
     """
     inputs, _, shape, constants, block = args[:5]
     size = math.prod(shape)

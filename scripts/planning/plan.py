@@ -55,7 +55,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class PlannedChange:
-    """Settings to change after the previous changes, and the bytes needed with all of them."""
+    """Settings to change in addition to all previous changes, and the bytes that are then needed."""
 
     set: Config
     effect: str
@@ -178,7 +178,7 @@ def _changes(config: Config, planner: Planner, gpu: Gpu, usable: float) -> Itera
     """Cumulative changes until a step fits, mildest first.
 
     Args:
-        usable: bytes usable on the GPU, plus the bytes per GPU that an engine saves.
+        usable: bytes usable on the GPU; for several GPUs, plus the bytes that their engine saves on each.
     """
     step = planner.step
     optimizer = str(config.get("optimizer") or steps.OPTIMIZER)
@@ -242,7 +242,7 @@ def add_to(report: check.Report, gpu: Gpu | None, gpus: int | None = None, anew:
         report: the report of the check.
         gpu: the GPU, or None.
         gpus: number of GPUs; None if unknown.
-        anew: make a plan if none is cached, which takes 5 s.
+        anew: make a plan if none is cached, which takes seconds.
     """
     composed = report.composed
     if composed and gpu and not composed.rehearsal and not report.count("error"):

@@ -180,7 +180,7 @@ def per_gpu(planner: Planner, gpus: int) -> dict[str, float]:
     16 bits, and optimizer state with an fp32 copy of the weights. Stage 1 shards the optimizer state and this copy,
     stage 2 also the gradients, stage 3 also all weights. FSDP trains in fp32 (accelerate) and shards everything.
     Stage 3 and FSDP gather one layer or embedding at a time. No engine shards activations and logits. The estimate
-    ignores other buffers, and the norms that stage 3 leaves in 16 bits.
+    ignores all other buffers of the engines.
     """
     if gpus == 1:
         return {}

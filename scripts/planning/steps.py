@@ -40,7 +40,7 @@ class Step:
         adapter: qlora, lora, or None for full fine-tuning.
         weights: dtype of unquantized weights, by torch's name.
         autocast: autocast dtype of the forward pass, or None.
-        targets: linear layers with LoRA, a regular expression, or all-linear, as in PEFT.
+        targets: linear layers with LoRA, as in PEFT: their names, a regular expression, or all-linear.
         saved_modules: modules that are fully trained beside LoRA.
         dora: also train the magnitude of each output (arXiv 2402.09353).
         double_quantization: quantize the quantization constants.
@@ -48,8 +48,8 @@ class Step:
         attention: sdpa, eager or flash_attention_2.
         padded: a batch has rows of unequal length; attention needs a mask.
         packed: documents share a row; sdpa and eager attention need a mask.
-        flat: concatenate the rows of a micro batch. FlashAttention does this with packed documents, and keeps them
-            apart without a mask (axolotl/core/trainers/base.py, multipack_real_batches).
+        flat: concatenate the rows of a micro batch. Axolotl does this with packed documents for FlashAttention, which
+            keeps them apart without a mask (axolotl/core/trainers/base.py, multipack_real_batches).
         accumulates: gradients of an earlier micro batch exist.
         optimizer: optimizer name in Axolotl.
         chunked_loss: compute the loss on an eighth of the tokens at a time.
