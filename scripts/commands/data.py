@@ -35,7 +35,7 @@ def fetch_verb(
         typer.Argument(
             metavar="[DATA]",
             autocompletion=complete_studies,
-            help="Data set, or its study; needed if there are several.",
+            help="Data set, or its study; may be omitted if only one exists.",
         ),
     ] = None,
     only: Annotated[
@@ -75,11 +75,11 @@ def prepare_verb(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Output folder; default: the folder that study.yaml sets for the format."),
+        typer.Option(metavar="DIR", help="Output folder; default: that of the input format, from study.yaml."),
     ] = None,
     input_format: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Form of the model's input, from study.yaml; default: its first."),
+        typer.Option(metavar="NAME", help="Format of the model's input; default: the first in study.yaml."),
     ] = None,
     study_name: Annotated[
         str | None,

@@ -231,7 +231,7 @@ ExportedRun = Annotated[
         "--export",
         metavar="RUN|STUDY",
         autocompletion=complete_runs,
-        help="Write ledger records: of a run, or of a study's published predictions.",
+        help="Write records of a run's scores, or of published predictions' scores.",
     ),
 ]
 OfLedger = Annotated[
@@ -241,14 +241,14 @@ OfLedger = Annotated[
 
 DecodingName = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Also decode with other settings of the study; adds a column."),
+    typer.Option(metavar="NAME", help="Use the study's decoding settings NAME; adds a column of scores."),
 ]
 Power = Annotated[
     str | None,
     typer.Option(
         "--power",
         metavar="X|tolerance",
-        help="Show how many seeds reveal a difference of X (docs/results.md).",
+        help="Show how many seeds detect a difference of X (or study.yaml's tolerance).",
     ),
 ]
 

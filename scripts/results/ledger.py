@@ -125,7 +125,7 @@ def _changes(run: Run) -> yamlfiles.Config:
 
 
 def _cell_values(run: Run, of_study: Study) -> yamlfiles.Config:
-    """Values of the published grid point whose settings match a run's; empty if no point does."""
+    """Settings of the published grid point that a run repeats; empty if it repeats none."""
     changes = _changes(run)
     recipe = yamlfiles.read_yaml(paths.recipe_file(run.origin))
     cell = of_study.cell(run.origin, recipe | changes) if changes else None

@@ -32,7 +32,7 @@ class RowSource:
 
     Attributes:
         data: file of the rows, or a description.
-        keys: data sets in the config that hold the rows; for --data, the data set whose format the file has.
+        keys: data sets in the config that hold the rows; for --data, the one in whose format the user's file is read.
         file: JSONL file with all rows; None for other sources.
         held_out: True for rows that val_set_size held out of the training data.
     """

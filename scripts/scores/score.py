@@ -38,8 +38,8 @@ class StandIn(ScorerModel):
 def columns_of(recipe: str | None = None, asked: Iterable[str] = ()) -> dict[str, Column]:
     """Columns (metrics with their parameters) of the recipe's study and of --metric, by name.
 
-    The default metrics (`registry.DEFAULT`) apply if the study has no metrics and --metric names
-    none but benchmarks.
+    The default metrics (`registry.DEFAULT`) apply if the study has no metrics, and --metric is
+    absent or names only benchmarks.
 
     Args:
         recipe: name of the recipe, or of a variant's base recipe; None for predictions without a recipe.

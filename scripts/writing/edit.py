@@ -17,9 +17,9 @@ from ..configs import config
 def edited(text: str, key: str, value: Any, where: str, source: str | None = None) -> str:
     """Set or delete a dotted key in a config's text, and note the change in a comment.
 
-    The new value is written on one line, whose comment gives the former value. If any further
-    line of the former value contains a comment, all further lines are kept below the new one, commented out. The lines
-    of a deleted key are always kept, commented out.
+    The new value is written on one line, whose comment gives the former value. Without
+    `source`, these lines are kept, commented out: those of a deleted key, and those after the first line of a former
+    value if any of them contains a comment.
 
     Args:
         text: the text.
