@@ -2,8 +2,8 @@
 
 Axolotl's `eval_loss` averages the mean losses of batches, so that a token in a batch with few labels weighs more. With
 several ranks, rows repeated to fill the last batch count twice. Packing drops some rows, or all if they are few.
-`eval_loss` therefore depends on batch size, row order and number of ranks; it is comparable only between runs with the
-same three settings.
+`eval_loss` therefore depends on packing, batch size, row order and number of ranks. It is comparable only between runs
+that share all four.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,9 +19,10 @@ _MULTIPLE = 64  # row lengths are padded to multiples of this, to limit the numb
 def add_to(trainer: Any, begins: Callable[[], None]) -> None:
     """Have a trainer call `begins` before each evaluation, and log the loss per token.
 
-    The trainer logs this loss, in nats, under NAME. It measures the loss in a second pass over the unpacked rows, which
-    eval_runtime includes. It logs no loss per token under tensor or context parallelism, for streamed rows, or for rows
-    without input_ids and labels: there, the distribution of rows over ranks or the tokens with loss are unknown.
+    The trainer logs this loss, in nats, under NAME. It measures the loss in a second pass over the unpacked rows;
+    eval_runtime includes the time of this pass. There is no loss per token under tensor or context parallelism, for
+    streamed rows, or for rows without input_ids and labels: in these cases, it is unknown which rows each rank should
+    process, or which tokens have a loss.
     """
     evaluate = trainer.evaluation_loop
 
@@ -51,7 +52,8 @@ def _of_rows(trainer: Any, rows: Any) -> float | None:
     tokens = 0
     for first in range(0, len(batches), ranks):
         mine = first + trainer.accelerator.process_index
-        # engines exchange weights in each step, so all ranks need equally many steps; extra ones repeat a masked batch
+        # engines exchange weights in each step, so all ranks need equally many;
+        # extra steps repeat the last batch without labels
         batch = _collated(trainer, [rows[i] for i in batches[min(mine, len(batches) - 1)]], mine >= len(batches))
         with (
             torch.no_grad(),

@@ -198,7 +198,7 @@ def _environment(folder: RunDir, record: Run) -> dict[str, str]:
     """Environment of the training process; a rehearsal has no GPU and no network.
 
     Trackers write into the run folder, except trackio, which compares runs and therefore writes next to their folders.
-    Axolotl has no keys for these folders.
+    Axolotl has no config keys for the folders of trackers.
     """
     path = folder.path.absolute()
     trackers = {
@@ -215,7 +215,8 @@ def _environment(folder: RunDir, record: Run) -> dict[str, str]:
     }
     if record.rehearsal:
         added |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        added["AXOLOTL_DATASET_NUM_PROC"] = "0"  # for few rows, more processes only cost time to import torch
+        # for few rows, importing torch in more processes takes longer than they save
+        added["AXOLOTL_DATASET_NUM_PROC"] = "0"
         if record.ranks > 1:
             threads = max((os.cpu_count() or 1) // record.gpus_used, 1)
             added |= {CPU_RANKS: "1", "OMP_NUM_THREADS": str(threads)}
@@ -313,7 +314,7 @@ def _wait(child: "subprocess.Popen[bytes]", stops: list[int], progress: Training
         if stops and not asked:
             asked = True
             say("stopping after this step, with a checkpoint; a second request stops at once")
-            for process in _training(child):  # not the process groups, because the current step needs its data loaders
+            for process in _training(child):  # their data loaders stay alive, because the current step needs them
                 with suppress(psutil.NoSuchProcess):
                     process.terminate()
         if len(stops) > 1:

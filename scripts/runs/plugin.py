@@ -40,7 +40,7 @@ class RunPlugin(BasePlugin):
     parameters: dict[str, int] | None = None
 
     def register(self, cfg: Any) -> None:
-        """Record the requested engine before Axolotl overwrites it; put rehearsals on the CPU."""
+        """Record the requested engine before Axolotl overwrites it; put a rehearsal's ranks on the CPU."""
         if ranks.WORLD_SIZE > 1:
             end_with_parent(signal.SIGKILL)  # otherwise ranks keep training after their launcher is killed
         self.engine = engine_of(cfg) if ranks.WORLD_SIZE > 1 or any(cfg.get(key) for key in ENGINE_KEYS) else None
@@ -56,8 +56,8 @@ class RunPlugin(BasePlugin):
 
         Without a GPU, bf16 needs `use_cpu`. On several GPUs, Axolotl gives each GPU the same weight in a step,
         regardless of its number of tokens; `average_tokens_across_devices` weights all tokens equally, as on one GPU.
-        trackio gets its project only as an argument. Without trackio_static_space_id=False, a push to the hub publishes
-        a Space.
+        trackio takes its project from these arguments alone. Without trackio_static_space_id=False, a push to the
+        hub publishes a Space.
         """
         args: dict[str, Any] = {"logging_nan_inf_filter": False}  # the filter logs a NaN loss as 0
         if not torch.cuda.is_available():
@@ -83,7 +83,7 @@ class RunPlugin(BasePlugin):
             mlflow.search_experiments(max_results=1)
 
     def post_lora_load(self, cfg: Any, model: Any) -> None:
-        """Count parameters before an engine shards them; each packed 4-bit weight counts."""
+        """Count parameters before an engine shards them; a packed byte counts as two weights."""
         if isinstance(model, PeftModel):
             trainable, every = model.get_nb_trainable_parameters()
             self.parameters = {"trainable_parameters": trainable, "parameters": every}
@@ -137,11 +137,11 @@ class RunCallback(TrainerCallback):
     Phase records have time (seconds since 1970) and phase, the activity that begins. All other records have time, step
     and max_steps. Records of steps and evaluations add epoch; the trainer's loss, eval_loss, grad_norm and
     learning_rate; eval_loss_per_token from the module `eval_loss`; memory in GiB; GPU utilization in percent; and
-    cpu_percent (100 is one processor). Records with a loss also cover the steps since the previous one: step_seconds
-    (without evaluation and saving), tokens (without padding) and tokens_per_second. Only the first rank writes;
-    peak_gib_by_rank has the memory of all ranks. The first record of a launch has gpus, engine, trainable_parameters
-    and parameters (including frozen ones). The last record has `ended` (see `records.Ended`), and kept_step if the
-    trainer has loaded the best checkpoint.
+    cpu_percent (100 is one processor). Records with a loss add values of all steps since the previous such record:
+    step_seconds (without evaluation and saving), tokens (without padding) and tokens_per_second. Only the first rank
+    writes; peak_gib_by_rank has the memory of all ranks. The first record of a launch has gpus, engine,
+    trainable_parameters and parameters (including frozen ones). The last record has `ended` (see `records.Ended`), and
+    kept_step if the trainer has loaded the best checkpoint.
 
     SIGTERM to any rank ends training after the current step, with a checkpoint.
 
@@ -150,7 +150,7 @@ class RunCallback(TrainerCallback):
         trainer: the trainer.
         engine: the requested engine, checked when training begins; None for one process without an engine.
         parameters: parameter counts for the first record; None without an adapter.
-        packed: hashes of 4-bit weights as loaded, if an engine wraps them.
+        packed: hashes of some 4-bit weights as loaded; None without an engine.
         vocabulary: vocabulary size, if the loss is that of next-token prediction.
     """
 
@@ -229,7 +229,7 @@ class RunCallback(TrainerCallback):
         if not logs or not {"loss", "eval_loss", eval_loss.NAME} & logs.keys():
             return
         usage = _usage()
-        if peak := logs.get("memory/max_allocated (GiB)"):  # Axolotl has reset torch's peak since
+        if peak := logs.get("memory/max_allocated (GiB)"):  # Axolotl's log entry, because torch's own peak was reset
             usage["memory_allocated_gib"] = peak
         peaks = ranks.of_all(usage.get("memory_reserved_gib") or usage["rss_peak_gib"], args.device)
         if len(peaks) > 1:

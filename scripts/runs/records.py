@@ -95,7 +95,8 @@ class FileState(BaseModel):
         if not file.is_file():
             return False
         status = file.stat()
-        if status.st_size == self.bytes and abs(status.st_mtime - self.mtime) < 1:  # copies can lose fractions
+        # copying can lose fractions of a second
+        if status.st_size == self.bytes and abs(status.st_mtime - self.mtime) < 1:
             return False
         if sha256(file) != self.sha256:
             return True
@@ -166,8 +167,8 @@ class Summary(BaseModel):
     Attributes:
         eval_loss, eval_loss_first: Axolotl's eval loss, the mean of batch means.
         eval_loss_per_token, eval_loss_per_token_first: see the module `eval_loss`; older runs have None.
-        kept_step: step of the checkpoint with the lowest eval loss, if its weights replaced the last ones; `eval_loss`
-            and `eval_loss_per_token` then belong to this step.
+        kept_step: step of the best checkpoint, if the trainer loaded its weights at the end; `eval_loss` and
+            `eval_loss_per_token` then belong to this step.
         trainable_parameters, parameters: PEFT's counts; None in older runs and without an adapter.
     """
 
@@ -184,7 +185,7 @@ class Summary(BaseModel):
     tokens_per_second: float | None = None
     peak_memory: float | None = None
     memory_kind: str | None = None
-    engine: str | None = None  # the engine that sharded the training, detected from Axolotl's objects
+    engine: str | None = None  # as in `gpus.engine_of`; None for one process without an engine
     peak_memory_by_rank: list[float] | None = None
     trainable_parameters: int | None = None
     parameters: int | None = None

@@ -45,7 +45,8 @@ class RunDir:
     def read(self, job: JobState | None = None) -> Run:
         """Read run.json with the current state.
 
-        A run that is recorded as running, but has no process or job, counts as interrupted.
+        A run that is recorded as created or running, but has no process or job, counts as interrupted. A new run has
+        ten seconds to start.
 
         Args:
             job: state of the training job, if the run has one; `backends.read` passes it.
@@ -102,7 +103,7 @@ class RunDir:
 
     @contextmanager
     def held(self) -> Iterator[int]:
-        """Lock the run, and remove half-written records; child processes can inherit the lock.
+        """Lock the run, and remove half-written copies of run.json; child processes can inherit the lock.
 
         Raises:
             UserError: another process has the lock.
@@ -115,7 +116,7 @@ class RunDir:
     def read_metrics(self, since: int = 0) -> list[Row]:
         """Records of metrics.jsonl, sorted by step; a resumed run replaces the records of repeated steps.
 
-        Damaged lines are skipped with a warning.
+        Damaged lines are skipped with a warning, except lines that a kill cut off: these are skipped silently.
 
         Args:
             since: number of bytes to skip, written by earlier launches.

@@ -75,7 +75,7 @@ class Task:
             starts.
         gpus: number of GPUs per node for training.
         nodes: number of nodes for training.
-        steps: steps that the commands can have.
+        steps: steps that the commands may carry out.
     """
 
     result: TaskResult
