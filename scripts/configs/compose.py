@@ -106,7 +106,7 @@ class _Layers:
         return [Difference(key=key, recipe=old, run=new, why=self.reasons[key][0]) for key, (old, new) in differing]
 
     def rehearsal_changes(self, fragment: Config) -> Config:
-        """Return the rehearsal profile's changes for this recipe; keep its sample in `sample`."""
+        """Return the rehearsal profile's changes, except its keys for the sample; store those in `sample`."""
         folders = {"stand_in": str(substitution.folder()), "sample": str(usual_sample())}
         fragment = filled(fragment, folders) | {"bf16": machine.cpu_has_bf16()}
         self.sample = {key: fragment.pop(key) for key in substitution.OF_SAMPLE}

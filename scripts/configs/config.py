@@ -121,7 +121,7 @@ def check_not_of_the_run(key: str, where: str) -> None:
     """Raise UserError for a key of `OF_THE_RUN`; `where` begins the message."""
     if key.partition(".")[0] in OF_THE_RUN:
         raise UserError(
-            f"{where}: `recipe run` sets {key}; use --runs to move runs, or `recipe resume` to continue a run"
+            f"{where}: `recipe run` sets {key}; --runs selects the folder of runs, and `recipe resume` continues a run"
         )
 
 
@@ -152,14 +152,14 @@ def parent_of(name: str, file: Path) -> str | None:
 
 
 def changed_keys(a: str, b: str) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys in which two recipes differ, with both values; without output folders."""
+    """Dotted keys in which two recipes differ, with both values; `OF_THE_RUN` is ignored."""
     first, second = (yamlfiles.read_yaml(paths.find_recipe(name)[1]) for name in (a, b))
     differing = differences(first, second).items()
     return {key: values for key, values in differing if key not in OF_THE_RUN}
 
 
 def recipe_diff(a: str, b: str | None) -> list[dict[str, Any]]:
-    """Keys in which two recipes differ, with both values; without output folders.
+    """Table rows of keys in which two recipes differ; `OF_THE_RUN` is ignored.
 
     Args:
         a: a recipe's name or file.

@@ -99,11 +99,11 @@ _FORMS: list[tuple[set[str], Config]] = [
     ),
     ({"text"}, {"type": "completion"}),
 ]
-"""Forms of rows: the fields, and the data set keys with which Axolotl reads them."""
+"""Forms of rows: the fields, and the data set entry with which Axolotl reads them."""
 
 
 def form_of(fields: Collection[str]) -> Config | None:
-    """Data set keys for rows with these fields; None for an unknown form."""
+    """Data set entry, without path, for rows with these fields; None for unknown fields."""
     return next((entry for known, entry in _FORMS if known <= set(fields)), None)
 
 

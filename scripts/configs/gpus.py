@@ -135,4 +135,4 @@ def divided(config: Config, gpus: int, asked: str) -> Config:
     if accumulated % (gpus * unit) == 0:
         return merge(config, {key: accumulated // gpus})
     problem = f"{key} is {accumulated}, not a multiple of {gpus * unit}"
-    raise UserError(f"{asked}: {problem}; use --set to set a multiple, perhaps also a smaller micro_batch_size")
+    raise UserError(f"{asked}: {problem}; use --set to choose a multiple, and perhaps a smaller micro_batch_size")

@@ -142,10 +142,10 @@ class AdapterRecord(RunRecord):
 
 
 class TrainingRecord(RunRecord):
-    """A training run and its evaluation; a failed run has no scores.
+    """A training run and, if it finished, its evaluation.
 
     Attributes:
-        values: the settings of the published cell that the run reproduces; empty for the recipe's own settings.
+        values: the settings of the cell in study.yaml that the run reproduces; empty for the recipe's own settings.
         seconds: time of the training steps, without evaluation and saving.
         tokens_per_second: tokens without padding, on all GPUs together.
         peak_gib, planned_gib: measured and planned memory of one GPU.
@@ -166,7 +166,7 @@ class TrainingRecord(RunRecord):
     @model_validator(mode="after")
     def _scored_if_finished(self) -> Self:
         if (bool(self.scores) and self.adapter_sha256 is not None) != (self.outcome == "finished"):
-            raise ValueError("outcome: a finished run needs an adapter and scores; other runs cannot have both")
+            raise ValueError("outcome: must be finished if the run has an adapter and scores, and only then")
         return self
 
 
@@ -238,9 +238,9 @@ class Status:
 
     Attributes:
         of: the recipe or baseline.
-        cell: the settings of a published cell, as overrides.
+        cell: the settings of a cell in study.yaml, as --set options; None for the recipe's own settings.
         published: the published number.
-        status: the furthest stage with a valid record, and its GPUs; then failed runs and invalidated records.
+        status: the furthest stage with a valid score, its GPUs and seeds, failed runs, and invalidated records.
         here: the mean score at that stage; or a single score with its 95 % interval.
         command: the command that reproduces the number; None for a baseline without predictions.
     """
@@ -305,7 +305,7 @@ def _mean(scores: list[Score]) -> str:
 
 
 def _command(of_study: Study, of: str, stage: str | None, cell: str) -> str | None:
-    """Command that reproduces a number at its furthest recorded stage, or by training."""
+    """Command that repeats a number's furthest recorded stage; a training command if nothing is recorded."""
     reproduce, only = f"recipe reproduce {of_study.folder.name}", f" --only {of}" if of in of_study.published else ""
     if stage in ("predictions", "adapter"):
         return f"{reproduce} --from {stage}{only}"

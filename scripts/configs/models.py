@@ -135,7 +135,7 @@ def architecture_here(composed: Config) -> Config:
 def renamed(targets: list[str], layers: tuple[str, ...]) -> list[str]:
     """Rename LoRA layers for another model family; keep layers without a counterpart.
 
-    A layer that the other family fuses becomes the fused layer; a fused layer becomes the layers that it combines.
+    For example, Llama's q_proj becomes Phi-3's qkv_proj. Phi-3's qkv_proj becomes Llama's q_proj, k_proj and v_proj.
 
     Args:
         targets: the names of the layers.
@@ -164,7 +164,7 @@ def _config_file(name: str, revision: Any, download: bool) -> Path:
 
 
 def is_copy(name: Any, of: Any) -> bool:
-    """True if `name` is the model `of` or its mirror."""
+    """True if `name` equals `of` or is the mirror of the model `of`."""
     return name == of or (name is not None and name == catalogue().get(str(of), {}).get("mirror"))
 
 

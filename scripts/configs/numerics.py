@@ -131,7 +131,9 @@ _LORA = {
 
 
 def adapted(fragment: Config, before: Config, config: Config, gpu: Gpu | None, incompatible: Incompatible) -> Config:
-    """Adapt a profile of `ADAPTED` to a config and a GPU; add the config's plugins.
+    """Adapt a profile of `ADAPTED` to a config and a GPU.
+
+    If the profile lists plugins, the result lists those of `before` too, because merging replaces lists.
 
     Args:
         fragment: the content of the profile.

@@ -103,7 +103,7 @@ def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Con
 
 
 def _lent(entries: dict[str, Config], sample: list[Config]) -> list[Config]:
-    """Data sets with rows from their study's sample; otherwise, the shipped sample."""
+    """The data sets, with rows of their studies' samples; `sample` if any has none."""
     files = [twin(str(entry.get("path"))) for entry in entries.values()]
     if not files or not all(files):
         return sample
@@ -112,7 +112,10 @@ def _lent(entries: dict[str, Config], sample: list[Config]) -> list[Config]:
 
 
 def _is_elsewhere(entries: dict[str, Config]) -> bool:
-    """True if all data sets are remote, so that no local path can be misspelt."""
+    """True if there are data sets and all are remote.
+
+    A missing local file does not count as remote, because its path may be misspelt.
+    """
     return bool(entries) and all(entry.get("path") and not datafiles.local_files(entry) for entry in entries.values())
 
 

@@ -58,7 +58,7 @@ def of_runs(runs: Sequence[ReportedRun]) -> str:
 
 
 def of_study(study: Study, rehearsal: bool, runs: Path) -> str:
-    """Report on a study: tables, and representative runs of the recipes.
+    """Report on a study, with tables and one run of each recipe, selected by `verdict`.
 
     Raises:
         UserError: the study has no run.

@@ -92,7 +92,7 @@ def _scatter(name: str, mode: str, points: Sequence[tuple[Any, Any]], **more: An
 
 
 def _points(name: str, rows: Sequence[tuple[float, float, str]], i: int, **more: Any) -> Trace:
-    """Trace of points with names, alternately above and below."""
+    """Trace of named points; names are placed alternately above and below their points."""
     return _scatter(
         name,
         "markers+text",

@@ -79,7 +79,8 @@ class ReportedRun(RunResult):
         of_recipe = yamlfiles.sources(self._recipe_file) if self._recipe_file.is_file() else {}
         why = {difference.key: difference.why for difference in self.run.differences}
         of_parts = {key.partition(".")[0]: reason for key, reason in why.items()}
-        sources = of_parts | of_recipe | why  # a whole key's source precedes the reason for changing a part of it
+        # the recipe's source for a key replaces the reason for changing only a part of its value
+        sources = of_parts | of_recipe | why
         return [
             {
                 "setting": key,
@@ -92,7 +93,7 @@ class ReportedRun(RunResult):
 
     @property
     def note(self) -> str:
-        """Warning about the sources of settings."""
+        """Warning if the recipe file is missing or has changed since the run; otherwise empty."""
         file = self._recipe_file
         if file.is_file() and sha256(file) == self.run.recipe_sha256:
             return ""
@@ -237,7 +238,7 @@ def scored_on(reported: ReportedRun) -> str:
 
 
 def reader(runs: Sequence[ReportedRun]) -> list[Row]:
-    """References, diffs and predictions of all models, for each file of test rows."""
+    """References, inputs and each model's predictions, for each file of test rows."""
     files: dict[str, Row] = {}
     for reported in runs:
         sources = [(reported.label, reported.evaluation, read_predictions(reported.folder.path))]
@@ -286,7 +287,7 @@ def _columns(
 
 
 def _diffs(reported: ReportedRun, settings: EvaluationSettings) -> tuple[list[str], str]:
-    """Inputs of the evaluated rows in order, or a reason for their absence."""
+    """Inputs of all rows in the evaluated file, such as diffs, or the reason for their absence."""
     file = Path(reported.run.cwd, settings.data)
     name = reported.from_cwd(settings.data)
     if not file.is_file():
