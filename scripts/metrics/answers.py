@@ -25,7 +25,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .metric import Metric, Pair, Parameters
+from .metric import FEWEST, Metric, Pair, Parameters
 
 MARKERS = {
     "loftq": ("The final answer is: ",),
@@ -161,15 +161,18 @@ class GroupParameters(Parameters):
 
 def mean_of_groups(
     groups: Mapping[str, Sequence[float]], parameters: GroupParameters
-) -> tuple[float, list[float]] | None:
-    """Unweighted mean over group means, with a 95 % interval; None without rows."""
+) -> tuple[float, list[float] | None] | None:
+    """Unweighted mean over group means; None without rows.
+
+    It has a 95 % interval if each group has at least `FEWEST` rows.
+    """
     chosen = [scores for name, scores in groups.items() if parameters.group in (None, name)]
     if not chosen:
         return None
     mean = fmean(map(fmean, chosen))
     variance = sum(pvariance(scores) / len(scores) for scores in chosen) / len(chosen) ** 2
     half = 1.96 * variance**0.5
-    return mean, [mean - half, mean + half]
+    return mean, [mean - half, mean + half] if min(map(len, chosen)) >= FEWEST else None
 
 
 METRICS = (

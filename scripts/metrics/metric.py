@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 Pair = tuple[str, str]  # reference and prediction
+FEWEST = 5  # minimum number of rows for an interval: fewer rows have too few distinct resamples
 
 
 class Parameters(BaseModel):
@@ -54,7 +55,7 @@ class Metric:
     of_rows: Callable[[Sequence[Pair], Any], list[float]] | None = None
     of_all: Callable[[Sequence[Pair], Any], float] | None = None
     of_loss: Callable[[float], float] | None = None
-    of_groups: Callable[[Mapping[str, Sequence[float]], Any], tuple[float, list[float]] | None] | None = None
+    of_groups: Callable[[Mapping[str, Sequence[float]], Any], tuple[float, list[float] | None] | None] | None = None
     of_model: bool = False
     parameters: type[Parameters] = Parameters
     record: Callable[[Any], dict[str, Any]] | None = None

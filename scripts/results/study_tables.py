@@ -45,6 +45,8 @@ def of_rows(of_study: Study, rows: Sequence[StudyRow], rehearsal: bool) -> Itera
     about = f"{of_study.cited}; published scores are on {of_study.test_title}" if published else of_study.cited
     for column in of_study.table.values():
         title = (REHEARSALS if rehearsal else about) if column == of_study.first else column.label
+        if column != of_study.first and not published and all(row.scores[column.name].value is None for row in rows):
+            continue
         cells = [_of_metric(row, column) for row in rows]
         yield Table(cells, title, empty=published, spare=["95 % covers", "by", "rows", "difference"])
     others = {name: column for name, column in of_study.columns.items() if name not in of_study.table}
@@ -63,7 +65,7 @@ def _of_metric(row: StudyRow, column: Column) -> Row:
     score, within = row.scores[column.name], row.scores[column.name].interval
     return {
         "recipe": row.recipe,
-        "rows": row.chosen and row.chosen.rows_evaluated,
+        **({} if "group" in column.entry else {"rows": row.chosen and row.chosen.rows_evaluated}),
         column.label: score.value,
         "95 %": within and [within.low, within.high],
         "published": published_cell(score.published),

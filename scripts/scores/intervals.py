@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from ..metrics.metric import FEWEST
+
 RESAMPLES = 9_999
-FEWEST = 5  # minimum number of rows for an interval: fewer rows have too few distinct resamples
 
 
 def _resampled(*columns: np.ndarray) -> list[np.ndarray]:

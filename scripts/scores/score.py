@@ -12,7 +12,7 @@ from ..configs import substitution
 from ..data import study
 from ..metrics import registry
 from ..metrics.bertscore import ScorerModel, layer_of, made_by
-from ..metrics.metric import Column
+from ..metrics.metric import FEWEST, Column
 from ..metrics.registry import Benchmark
 from ..metrics.text import words
 
@@ -220,7 +220,7 @@ def score(
     means: dict[str, list[float]] = {}
     others: dict[str, float | None] = {}
     records: dict[str, Any] = {}
-    notes = [f"rows: {len(rows)} are too few to compare scores"] if len(rows) < intervals.FEWEST else []
+    notes = [f"rows: {len(rows)} are too few to compare scores"] if len(rows) < FEWEST else []
     of_groups: dict[str, list[float] | None] = {}
     for name, column in kept.items():
         metric, parameters = column.metric, judged.get(name) or column.parameters

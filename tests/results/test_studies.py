@@ -1,5 +1,6 @@
 """Results of a study of another kind, and of several studies beside each other."""
 
+import re
 from pathlib import Path
 
 import orjson
@@ -10,6 +11,7 @@ from run_folders import a_run
 from small_study import PLAIN, WIDE, row_of
 
 from qlora_recipes.base.errors import UserError
+from qlora_recipes.data import study
 from qlora_recipes.data.published import PublishedScore
 from qlora_recipes.results import compare, verdict
 from qlora_recipes.scores.intervals import Interval
@@ -93,6 +95,15 @@ def test_a_further_decoding_is_a_column_of_its_own(runs: Path, recipe: Recipe) -
     assert (row["accuracy"], row["accuracy_greedy"], row["accuracy_difference"]) == (66, 64.5, pytest.approx(-1.4))
     assert "accuracy, %, greedy" in recipe("results").stdout and "64.50" in recipe("results").stdout
     assert "greedy" in recipe("results", "sums2030").stdout
+
+
+def test_a_table_of_a_group_needs_a_score_and_does_not_count_all_rows(runs: Path, recipe: Recipe) -> None:
+    metrics = {name: column.entry for name, column in study.find("dora-commonsense").columns.items()}
+    scores = {"rows": 12, "average": 25.0, "boolq": 50.0, "metrics": metrics, "intervals": {}}
+    a_run(runs, "dora-commonsense/llama-2-7b-lora", "a", 0, scores=scores, rehearsal=True)
+    table = recipe("results", "dora-commonsense", "--rehearse").stdout
+    assert ("BoolQ" in table, "PIQA" in table) == (True, False)
+    assert re.findall(r"^recipe +(rows +)?(\S+)", table, re.MULTILINE)[:2] == [("rows  ", "average"), ("", "BoolQ,")]
 
 
 def test_numbers_of_different_metrics_never_share_a_column(runs: Path, recipe: Recipe) -> None:

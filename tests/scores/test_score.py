@@ -43,7 +43,7 @@ def test_rows_keep_their_own_scores_and_their_means_are_the_scores() -> None:
 
 
 def test_groups_of_rows_count_alike_in_their_mean() -> None:
-    right = {"a": [1, 1, 1, 0], "b": [1, 0], "c": [0]}
+    right = {"a": [1, 1, 1, 0] * 5, "b": [1, 0] * 5, "c": [0] * 5, "few": [0, 1]}
     rows = [
         {"group": group, "reference": "x", "prediction": "x" if each else "y"}
         for group, of_group in right.items()
@@ -52,14 +52,17 @@ def test_groups_of_rows_count_alike_in_their_mean() -> None:
     columns = registry.columns(
         {
             "average": {"metric": "mean_of_groups", "of": "exact_match"},
+            "of_few": {"metric": "mean_of_groups", "of": "exact_match", "group": "few"},
             "of_b": {"metric": "mean_of_groups", "of": "exact_match", "group": "b"},
             "of_d": {"metric": "mean_of_groups", "of": "exact_match", "group": "d"},
             "exact_match": {},
         }
     )
-    scores, made = score.score(rows, columns)
+    few, _ = score.score(rows, columns)
+    assert (few["of_few"], few["intervals"]["of_few"], few["intervals"]["average"]) == (50, None, None)
+    scores, made = score.score([row for row in rows if row["group"] != "few"], columns)
     assert (scores["average"], scores["of_b"], scores["of_d"]) == (pytest.approx(125 / 3), 50, None)
-    half = 1.96 * 100 * ((0.75 * 0.25 / 4 + 0.5 * 0.5 / 2) / 9) ** 0.5
+    half = 1.96 * 100 * ((0.75 * 0.25 / 20 + 0.5 * 0.5 / 10) / 9) ** 0.5
     assert scores["intervals"]["average"] == pytest.approx([125 / 3 - half, 125 / 3 + half])
     assert scores["intervals"]["of_d"] is None and "average" not in made[0]
     with pytest.raises(UserError):
