@@ -35,7 +35,7 @@ def fetch_verb(
         typer.Argument(
             metavar="[DATA]",
             autocompletion=complete_studies,
-            help="Data set, or its study; may be omitted if only one exists.",
+            help="Data set, or a study that uses it.",
         ),
     ] = None,
     only: Annotated[
@@ -75,7 +75,7 @@ def prepare_verb(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Output folder; default: that of the input format, from study.yaml."),
+        typer.Option(metavar="DIR", help="Output folder; default: the one that study.yaml gives for --input-format."),
     ] = None,
     input_format: Annotated[
         str | None,

@@ -231,24 +231,24 @@ ExportedRun = Annotated[
         "--export",
         metavar="RUN|STUDY",
         autocompletion=complete_runs,
-        help="Write records of a run's scores, or of published predictions' scores.",
+        help="Write records of a run's scores, or a study's published predictions' scores.",
     ),
 ]
 OfLedger = Annotated[
     bool,
-    typer.Option("--ledger", help="Show each published number's status, and recorded runs (docs/results.md)."),
+    typer.Option("--ledger", help="Show each published number's status, and the submitted records of runs."),
 ]
 
 DecodingName = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Use the study's decoding settings NAME; adds a column of scores."),
+    typer.Option(metavar="NAME", help="Use the study's decoding settings called NAME; adds a column of scores."),
 ]
 Power = Annotated[
     str | None,
     typer.Option(
         "--power",
         metavar="X|tolerance",
-        help="Show how many seeds detect a difference of X (or study.yaml's tolerance).",
+        help="Show seeds needed to detect a difference of X (or study.yaml's tolerance).",
     ),
 ]
 

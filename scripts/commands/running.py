@@ -60,7 +60,9 @@ OnlyRecipes = Annotated[
         help="Reproduce only this recipe, or a pattern such as 'llama-3*'. Repeatable.",
     ),
 ]
-Outlined = Annotated[bool, typer.Option("--dry-run", help="Show planned steps, memory and hours; start nothing.")]
+Outlined = Annotated[
+    bool, typer.Option("--dry-run", help="List the data and runs, with memory and hours; start nothing.")
+]
 verbs = typer.Typer()
 
 
