@@ -26,15 +26,15 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 
 def meant(word: str, choices: Collection[str], what: str, hint: str = "", option: str = "", more: str = "") -> str:
-    """Return the choice with this name, or the only choice with this part in its name.
+    """Return the choice that a word names, by the full name or by a part.
 
-    The part must begin at the start of a word in the name. If it is a complete component of several paths, the shortest
+    A part must begin at the start of a word in the name. If it is a complete component of several paths, the shortest
     path wins: `x` means `study/x` rather than `study/folder/x`.
 
     Args:
-        what: the kind of choice, for messages, such as recipe.
+        what: the kind of choice, such as recipe, for messages.
         hint: the advice if no choice is near; by default a list of the choices.
-        option: the option that gives the word, for messages.
+        option: the option that has the word as its value, for messages.
         more: the advice if several choices match.
 
     Raises:

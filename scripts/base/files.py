@@ -185,10 +185,10 @@ def free_bytes(path: Path) -> int:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Complete disk errors raised in the block: add the path if it is missing.
+    """Add a path to disk errors raised in the block, if they have none.
 
     Raises:
-        OSError: a disk error with a path; it also replaces a library's own error for a full disk.
+        OSError: the disk error with its path. A library's own error for a full disk becomes an OSError too.
     """
     try:
         yield
@@ -204,7 +204,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reserved(folder: Path) -> Iterator[None]:
-    """Reserve disk space in a folder for records written after the block.
+    """Reserve disk space in a folder during the block, for records written after it.
 
     Raises:
         OSError: the folder lacks the space.
@@ -222,8 +222,9 @@ def reserved(folder: Path) -> Iterator[None]:
 def where_full(log: str, folders: list[Path]) -> Path | None:
     """Path at which a process ran out of disk space; None if it did not.
 
-    The path is the file that the log names, otherwise the folder with the least free space. Because a full disk can
-    keep the error out of the log, a folder without free space also counts.
+    The path is the file that the log names. If the log has the error without a file, the path is the folder with the
+    least free space. A full disk can also keep the error out of the log. Therefore the folder is also returned without
+    an error in the log, if almost no space is free there.
 
     Args:
         log: the last lines of the process's log; earlier lines can report errors that the process survived.

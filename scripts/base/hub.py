@@ -56,8 +56,8 @@ class HubAccess:
     """A user's access to a model.
 
     Attributes:
-        access: `open`: can be downloaded; `gated`: needs a token, or a token with access; `missing`: no model of this
-            name, or a private one; `refused`: the hub rejects the token; `unknown`: no answer.
+        access: `open`: can be downloaded; `gated`: needs the token of an account with access; `missing`: does not
+            exist, or is private; `refused`: the hub rejects the token; `unknown`: no answer, or another error.
         says: the hub's message, or the error that prevented an answer.
     """
 
@@ -71,7 +71,7 @@ _answers: dict[str, HubAccess] = {}
 def access(name: str) -> HubAccess:
     """Access of this user to a model, with the token that huggingface_hub finds.
 
-    Each process asks the hub once per model. After a request without an answer, it stops asking.
+    Each process asks the hub once per model. After the first `unknown`, it stops asking.
     """
     silent = next((answer for answer in _answers.values() if answer.access == "unknown"), None)
     if name not in _answers:

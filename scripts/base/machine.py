@@ -20,7 +20,7 @@ from typing import Any, TypedDict
 from .errors import UserError
 from .files import naming, opened
 
-LOOK = 0.2  # seconds to wait for a lock, longer than `is_held` holds one
+LOOK = 0.2  # seconds to wait for a lock; `is_held` holds a lock for less time
 LOCK_TIMEOUT = 600  # seconds to wait for another process to prepare a shared folder
 
 
@@ -51,11 +51,12 @@ def gpus() -> list[GpuInfo]:
 
 
 def visible_gpus() -> dict[str, GpuInfo]:
-    """GPUs visible to CUDA in this process, by name in CUDA_VISIBLE_DEVICES.
+    """GPUs visible to CUDA in this process.
 
-    The rules are CUDA's (CUDA C++ Programming Guide, "CUDA Environment Variables"). The list ends at the first unknown
-    name, and a GPU split by MIG stands for its first instance. Numbers follow CUDA_DEVICE_ORDER=PCI_BUS_ID, because
-    CUDA's default order puts the fastest GPU first by an unpublished rule.
+    The keys are the names in CUDA_VISIBLE_DEVICES; if it is not set, the numbers of all GPUs. The rules are CUDA's
+    (CUDA C++ Programming Guide, "CUDA Environment Variables"). The list ends at the first unknown name, and a GPU split
+    by MIG stands for its first instance. Numbers follow CUDA_DEVICE_ORDER=PCI_BUS_ID, because CUDA's default order puts
+    the fastest GPU first by an unpublished rule.
     """
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None and not listed.strip():
@@ -155,7 +156,7 @@ def held(file: Path, otherwise: str, timeout: float = LOOK) -> Iterator[int]:
         timeout: seconds to wait for that process.
 
     Raises:
-        UserError: another process holds the lock.
+        UserError: another process holds the lock, or the file system does not support locks.
     """
     deadline = time.monotonic() + timeout
     while True:
@@ -239,10 +240,10 @@ def end_with_parent(by: signal.Signals = signal.SIGTERM) -> None:
 def start_child(command: list[str], **options: Any) -> "subprocess.Popen[bytes]":
     """Start a child process that ends when this process ends.
 
-    The child gets a new session, so that Ctrl-C reaches only this process. Signals are blocked until the child has
-    reset the inherited handlers, which would swallow the signals. The child ignores SIGUSR1, a scheduler's warning to
-    this process. Python processes below the child do not import modules from the working directory, as `python -m` and
-    torchrun do by default.
+    The child gets a new session, so that Ctrl-C reaches only this process. SIGINT and SIGTERM are blocked until the
+    child has reset the inherited handlers, because these handlers would swallow the signals. The child ignores SIGUSR1;
+    schedulers send it to warn this process. The child and its own children do not import Python modules from the
+    working directory. By default, `python -m` and torchrun would import them.
 
     Args:
         command: the program and its arguments.
@@ -269,7 +270,7 @@ def start_child(command: list[str], **options: Any) -> "subprocess.Popen[bytes]"
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Yield a list that collects stop signals, and SIGUSR1, a scheduler's warning."""
+    """Yield a list that collects SIGINT, SIGTERM, and the warning of a scheduler, SIGUSR1."""
     received: list[int] = []
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     handlers = {number: signal.signal(number, lambda n, _: received.append(n)) for number in signals}

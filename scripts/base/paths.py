@@ -60,12 +60,12 @@ def homes() -> list[tuple[Path, Path]]:
 
 
 def studies() -> list[Path]:
-    """The folders of recipes that belong to a study, the project's first."""
+    """Folders of all studies' recipes; the studies of the project come first."""
     return [file.parent for recipes, _ in homes() for file in sorted(recipes.glob("*/study.yaml"))]
 
 
 def recipe_names() -> list[str]:
-    """Names of starting points and of studies' recipes: paths under recipes/ without suffix."""
+    """Names of the recipes of studies and in start/: paths under recipes/ without suffix."""
     folders = [*studies(), RECIPES / "start"]
     files = [(folder, file) for folder in folders for file in folder.rglob("*.yaml") if file.name != "study.yaml"]
     return sorted({file.relative_to(folder.parent).with_suffix("").as_posix() for folder, file in files})
@@ -83,13 +83,20 @@ def variant_names() -> list[str]:
 
 
 def matching(word: str, names: Collection[str]) -> list[str]:
-    """Names that equal a word, match it as a pattern (with or without folder), or are in the folder of that name."""
+    """Names that a word selects.
+
+    A pattern selects the names that match it. If there are none, it selects the names that match it after a folder. Any
+    other word selects the name that equals it. If there is none, it selects the names in the folder of that name.
+    """
     patterns = (word, f"*/{word}") if glob.has_magic(word) else (word, f"{word}/*")
     return next(filter(None, (fnmatch.filter(names, pattern) for pattern in patterns)), [])
 
 
 def selected(words: Iterable[str] | None) -> list[str]:
-    """Names of recipes by name, part of a name, pattern, study or file; by default, all recipes."""
+    """Names of the recipes and variants that words select; by default, all recipes.
+
+    A word is a name, a pattern or a study. Any other word is returned unchanged, for `find_recipe`.
+    """
     names = [*recipe_names(), *variant_names()]
     return [name for word in words or () for name in matching(word, names) or [word]] or recipe_names()
 

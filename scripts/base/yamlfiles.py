@@ -53,7 +53,7 @@ def parse(text: str, where: str) -> Any:
     """Parse YAML text: text, numbers, booleans, null, lists, and mappings with text keys.
 
     Raises:
-        UserError: the text is not YAML (with line and column), is too large, or contains a value of any other type.
+        UserError: the text is not YAML (with line and column), is too large, or contains any other value.
     """
     try:
         depths = accumulate(_LEVELS.get(type(event), 0) for event in yaml.parse(text, _Loader))
@@ -64,7 +64,7 @@ def parse(text: str, where: str) -> Any:
         raise UserError(f"{where}{_problem(error, text)}") from None
     for number, (value, depth) in enumerate(_values(content)):
         if depth > _MOST_LEVELS or number > _MOST_VALUES:
-            raise UserError(f"{where}: too large or nested too deeply for a config; write out aliases")
+            raise UserError(f"{where}: too large or nested too deeply for a config; remove values or aliases (*name)")
         too_large = isinstance(value, int | float) and not -(2.0**63) < value < 2.0**63  # True for NaN too
         if not isinstance(value, _PLAIN) or too_large:
             raise UserError(f"{where}: {value!r:.50} is not allowed in a config; if it is text, put it in quotes")
@@ -140,7 +140,8 @@ def write_flow(value: Any) -> str:
     text: str = yaml.dump(
         [value], Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**9, default_flow_style=True
     ).rstrip("\n")[1:-1]
-    return json.dumps(value) if "\n" in text else text  # JSON is YAML too; PyYAML would break multi-line text
+    # PyYAML writes text with line ends on several lines; JSON is valid YAML on one line
+    return json.dumps(value) if "\n" in text else text
 
 
 def on_one_line(value: Any) -> str | None:
@@ -167,13 +168,16 @@ def line_of(file: Path, key: str | Sequence[str]) -> int:
     return line
 
 
-@lru_cache(maxsize=8)  # a file with several mistakes is parsed once
+@lru_cache(maxsize=8)  # each mistake in a file needs a line number from the same text
 def _composed(text: str) -> Any:
     return yaml.compose(text, Loader=_Loader)
 
 
 def inside(node: Any, part: str) -> tuple[Any, Any] | None:
-    """Return the nodes of a key and its value, or of a list and its item."""
+    """Return the two nodes that one part of a dotted key leads to, or None.
+
+    In a mapping, they are the key and its value. In a list, they are the list itself and the item.
+    """
     if isinstance(node, yaml.MappingNode):
         return next((pair for pair in node.value if pair[0].value == part), None)
     if isinstance(node, yaml.SequenceNode) and part.isdecimal() and int(part) < len(node.value):

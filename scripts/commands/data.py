@@ -116,7 +116,7 @@ def prepare_verb(
 
 
 def _trained(of_study: "Study", folder: Path) -> str | None:
-    """First recipe of a study whose training rows are in a folder, or None."""
+    """First of a study's recipes that trains on rows in a folder, or None."""
     for name in (*of_study.published, *of_study.variants):
         if Path(yamlfiles.read_yaml(find_recipe(name)[1])["datasets"][0]["path"]).parent == folder:
             return name

@@ -72,7 +72,10 @@ def examine() -> list[Line]:
 
 
 def ask_torch() -> Facts:
-    """Facts about torch, or `error`, from a separate process, which may crash or hang."""
+    """Facts about torch; only the key `error` if it cannot be imported.
+
+    A separate process imports torch, because the import can crash or hang.
+    """
     command = [sys.executable, "-P", "-c", _PROBE]  # -P: import no modules from the current folder
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
@@ -120,11 +123,14 @@ def install_torch(cuda: str = "") -> str:
 
 
 def check_lock() -> Iterator[Line]:
-    """Check installed packages against requirements.lock, or a wheel's requirements."""
+    """Check the versions of the installed packages.
+
+    In a checkout, requirements.lock states the required versions; otherwise the wheel's metadata states them.
+    """
     in_checkout = paths.LOCK.is_file()
     texts = _locked() if in_checkout else requires("qlora-recipes") or []
     required = [one for one in map(Requirement, texts) if not one.marker or one.marker.evaluate({"extra": ""})]
-    if "+" in (package_version("torch") or ""):  # torch built for another CUDA version brings its own libraries
+    if "+" in (package_version("torch") or ""):  # this torch requires other CUDA libraries than the lock
         required = [one for one in required if not _OF_TORCH.match(one.name)]
     unmet = [f"{one} (installed: {package_version(one.name) or 'none'})" for one in required if not _is_met(one)]
     if unmet:
@@ -149,7 +155,7 @@ def _is_met(requirement: Requirement) -> bool:
 
 
 def check_hub() -> Iterator[Line]:
-    """Check access to the base models of the shipped recipes, and the token."""
+    """Check the token, and access to the base models of the shipped recipes."""
     if hub.is_offline():
         yield Line("hub", "note", "not checked, because HF_HUB_OFFLINE is set; only cached models and data work")
         return

@@ -39,7 +39,7 @@ _NO_BREAK = "\N{NON-BREAKING HYPHEN}"
 
 
 class _Formatter(click.HelpFormatter):
-    """Help formatter that never breaks lines at hyphens, and describes numbers in plain words."""
+    """Help formatter that never breaks lines at hyphens, and writes click's `INTEGER` as `N`."""
 
     def write(self, string: str) -> None:
         super().write(string.replace(_NO_BREAK, "-"))
@@ -138,7 +138,10 @@ def name_of(folder: "RunDir") -> str:
 
 
 def after_training(folder: "RunDir", on: str) -> None:
-    """Suggest a run's evaluation, or a report if the run has scores or no reference answers."""
+    """Suggest the next command after training: the run's evaluation or a report.
+
+    It is a report if the run already has scores, or if its rows have no reference answers.
+    """
     from ..base import yamlfiles
     from ..scores import evaluation_rows, evaluations
 

@@ -35,7 +35,10 @@ def whole_names(context: typer.Context, given: list[str] | None) -> list[str]:
 
 
 def _beginning(incomplete: str, names: Sequence[str]) -> list[str]:
-    """Names that begin with a text; if there are none, path endings that begin with it."""
+    """Names that begin with a text.
+
+    If there are none, return the ends of names, each after a slash, that begin with it.
+    """
     ends = ["/".join(name.split("/")[level:]) for name in names for level in range(1, name.count("/") + 1)]
     whole, parts = ([name for name in dict.fromkeys(some) if name.startswith(incomplete)] for some in (names, ends))
     return whole or parts
@@ -60,7 +63,7 @@ def complete_runs(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def complete_things(context: typer.Context, incomplete: str) -> list[str]:
-    """Complete runs as `complete_runs` does, studies, and started sweeps."""
+    """Complete runs, studies and started sweeps."""
     folder = _runs_folder(context) / "sweeps"
     files = sorted(file.relative_to(folder).as_posix() for file in folder.glob("*/*.json"))  # see Sweep.file
     labels = [file.removesuffix(".json").replace(".rehearsal", "/rehearsal").replace("--", "/") for file in files]
@@ -284,7 +287,9 @@ def only_with(option: str, given: object, other: str, needed: object) -> None:
 
 
 def backend_of(on: str, rehearsal: bool = False, jobs: int | None = None) -> "Backend":
-    """Backend and options given by --on; a part without `=` belongs to the value before.
+    """Return the backend that --on names, with the options after the name.
+
+    Commas separate the options. A part without `=` continues the value before it: `nodelist=a,b` is one option.
 
     Raises:
         UserError: the backend does not exist, or refuses the options.

@@ -46,13 +46,13 @@ def list_verb(
         for study, table in by_study.items():
             scores = [column for column in table[0] if column not in _COLUMNS]
             title = study or "Without a study" if len(by_study) > 1 else None
-            # drops all scores but the first, last score first
+            # if too wide, the table loses the base model, then the scores from the last to the second
             tables.print_table(table, title, spare=["base model", *scores[:0:-1]], below=["variant of"])
     next_step("run", rows[0]["recipe"] if name else "start/qlora", "--rehearse", json=json)
 
 
 def _listed() -> list[Row]:
-    """Shipped recipes and local variants, with published scores as `published_METRIC`.
+    """All recipes and variants, with published scores as `published_METRIC`.
 
     study.yaml is read without validation, which would take longer than everything else together.
     Files that cannot be read are reported on stderr.

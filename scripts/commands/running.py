@@ -108,7 +108,7 @@ def run_verb(
     backend = backend_of(on, is_rehearsal(request))
     if dry_run:
         composed = run.prepare(request, backend)
-        own = yamlfiles.read_yaml(composed.recipe_file)  # its output folders suit plain Axolotl
+        own = yamlfiles.read_yaml(composed.recipe_file)  # print the recipe's own output folders, for plain Axolotl
         print(yamlfiles.write_yaml(composed.config | {key: own[key] for key in OF_THE_RUN if key in own}), end="")
     else:
         folder = run.start(request, backend)
@@ -136,7 +136,7 @@ def resume_verb(
     backend = backend_of(on)
     folder = resume(run, backend, prepare, force or [], trust)
     print(folder.path)
-    if not prepare:  # a job that only prepares suggests no next command
+    if not prepare:  # after --prepare, there is nothing to evaluate
         after_training(folder, on)
 
 
