@@ -62,7 +62,8 @@ class DataSource(SourceFile):
 
     Attributes:
         url: address of a file or, with `files`, of a zip.
-        files: files to extract from the zip, by name without folders; `bytes`, the zip's size, is then approximate.
+        files: files to extract from the zip, by name without folders. `bytes` is then the approximate size
+            of the zip, which `recipe data fetch` does not check.
         hub: id of a repository on the hub.
         kind: `dataset` (write a split as JSON lines) or `model` (download one file).
         file: file to download from a `model` repository; by default, the file with the name of the source.
@@ -122,10 +123,10 @@ class Subset(Strict):
 
 
 class Order(Strict):
-    """Order of written rows, which are sorted within buckets.
+    """Order of written rows: each bucket of consecutive rows is sorted.
 
     Attributes:
-        buckets: number of rows in a bucket.
+        buckets: size of each bucket, in rows.
         longest_first: expression for the number to sort by, largest first.
     """
 
@@ -142,7 +143,8 @@ class Split(Strict):
         sample: number of rows to sample at random.
         seed: seed of the sample.
         shuffle: seed for `Dataset.shuffle` of the datasets library. Rows are shuffled before `first` applies. With
-            `sample_from`, the other split is shuffled. Its first rows are the sample, and it keeps the shuffled order.
+            `sample_from`, the other split is shuffled: its first rows become the sample, and the remaining rows stay in
+            shuffled order.
         first: number of rows to take from the beginning.
         rows: number of rows, if it is known but does not follow from other keys.
         fields, filters: expressions that replace all of the study's, for raw files with different fields.
@@ -252,9 +254,9 @@ class Data(Strict):
         return subset.rows if subset else self.rows_of("test")
 
     def _made_as(self, split: str) -> Split:
-        """Declaration with the raw files, fields and filters of a split.
+        """Return the split, or the other split that its rows are sampled from.
 
-        For a sampled split, this is the declaration of the split to sample from.
+        The returned declaration has the raw files, fields and filters of the split.
         """
         declared = self.splits[split]
         return self.splits.get(str(declared.sample_from), declared)

@@ -37,8 +37,9 @@ class Rejected(Exception):
 def fetch(data: Data, out: Path, only: Collection[str] | None = None) -> list[Row]:
     """Fetch missing files of a data set, and record all files in fetched.json.
 
-    The next call resumes an interrupted download from <file>.part, or from the hub's cache. A file that contradicts
-    study.yaml is renamed to <file>.rejected. The files of a source are replaced only after all of them are verified.
+    The next call resumes an interrupted download from <file>.part, or from the hub's cache. A download from a web
+    address is renamed to <file>.rejected if it is damaged or contradicts study.yaml. The files of a source are replaced
+    only after all of them are verified.
 
     Args:
         data: the study's data, with the sources.
@@ -49,7 +50,8 @@ def fetch(data: Data, out: Path, only: Collection[str] | None = None) -> list[Ro
         A row for each file: `file`, `bytes`, `sha256`, and `verified`, which is None if study.yaml has no checksum.
 
     Raises:
-        UserError: a server refuses a request, or a file is damaged or contradicts study.yaml.
+        UserError: a server refuses a request, a file is damaged or contradicts study.yaml, a file that users must copy
+            is missing, or another process fetches into the folder.
         WorkFailed: a server cannot be reached or fails, or the connection breaks too often.
         OSError: the disk is full.
     """
@@ -57,8 +59,8 @@ def fetch(data: Data, out: Path, only: Collection[str] | None = None) -> list[Ro
     own = (file for name in wanted if data.sources[name].is_own for file in data.sources[name].files or (name,))
     if absent := [file for file in own if not (out / file).is_file()]:
         raise UserError(
-            f"{out / absent[0]}: no such file; study.yaml gives neither url nor hub for it: copy it there, or run "
-            "`recipe data prepare --study STUDY FOLDER` with its folder"
+            f"{out / absent[0]}: no such file, and study.yaml gives neither url nor hub for it; copy it there, or run "
+            "`recipe data prepare --study STUDY FOLDER`, where FOLDER contains the file"
         )
     out.mkdir(parents=True, exist_ok=True)
     with held(out / ".fetch.lock", "another fetch is running"), naming(out):

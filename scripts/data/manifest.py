@@ -11,7 +11,7 @@ MANIFEST = "manifest.json"
 
 
 def entries(out: Path) -> dict[str, Row]:
-    """Entries of the splits in a folder's manifest; entries by early versions are ignored."""
+    """Entries of the splits in a folder's manifest; entries written by early versions are ignored."""
     splits = read_json(out / MANIFEST).get("splits")
     found = splits if isinstance(splits, dict) else {}
     return {name: entry for name, entry in found.items() if isinstance(entry, dict) and "constants" in entry}
@@ -52,7 +52,7 @@ def table(manifest: Row) -> list[Row]:
 
 
 def is_the_studys(entry: Row) -> bool:
-    """True for rows of the study's raw file, prepared by the study's expressions."""
+    """True if an entry's rows come from the study's verified raw file and expressions."""
     return bool(entry.get("is_the_study_file")) and not entry.get("replaced")  # `replaced`: an option of old versions
 
 

@@ -12,7 +12,7 @@ from .declaration import Data, Key, Mistake, Name, Strict, Text, undeclared
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """Files of an adapter saved by PEFT."""
 
-TRAIN_LOSS = "train_loss"  # column of a curve; in tolerances, the largest acceptable gap to the curve
+TRAIN_LOSS = "train_loss"  # column of a published curve; its tolerance limits the largest gap to a run's curve
 
 
 class PublishedScore(Strict):
@@ -85,7 +85,7 @@ class Cell(Strict):
 
     Attributes:
         values: values of the changed keys.
-        scores: scores of the runs, by metric.
+        scores: scores of all runs with these values, by metric.
     """
 
     values: Annotated[Config, Field(min_length=1)]
@@ -114,7 +114,7 @@ class Published(Strict):
         repeats: scores of all repeated runs, including the reported run, by metric.
         cells: scores with changed settings, for comparison with sweeps.
         curve: CSV file beside study.yaml with the columns step and train_loss.
-        adapter: folder in the data files with the adapter that the authors trained.
+        adapter: folder of the adapter that the authors trained; its files are declared in the data's `sources`.
         adapter_format: format of the adapter if PEFT did not save it.
     """
 
@@ -161,7 +161,7 @@ class Baseline(Strict):
 
     Attributes:
         test_set: test set of the scores.
-        compared: True to compare runs with the scores; False if only the predictions matter.
+        compared: False to show the scores only in the table of `recipe reproduce --from predictions`.
     """
 
     name: str
@@ -193,7 +193,7 @@ def adapter_files(data: Data, folder: str) -> list[str]:
 
 
 def released(data: Data, published: dict[str, Published], baselines: list[Baseline]) -> set[str]:
-    """Names of the sources that only published predictions and adapters need."""
+    """Names of the sources that are needed only for published predictions and adapters."""
     predictions = [of.predictions for of in published.values()] + [of.predictions for of in baselines]
     files = [file for some in predictions if some for file in some.files]
     files += [file for of in published.values() if of.adapter for file in adapter_files(data, of.adapter)]

@@ -132,14 +132,15 @@ class RowMaker:
         """Prepare a row.
 
         Expressions can use the fields of the raw row, `row` (the complete raw row) and `file` (the name of the raw
-        file). They can also use earlier prepared fields. If a raw and a prepared field have the same name, `fields` use
-        the raw one; `filters` and `order` use the prepared one.
+        file). `fields` can also use earlier prepared fields; `filters` and `order` can use all of them. If a raw and a
+        prepared field have the same name, `fields` use the raw one; `filters` and `order` use the prepared one.
 
         Returns:
             The prepared row, the reason to leave it out (None to keep it), extra fields, and sort value.
 
         Raises:
-            BadRow: a field is missing, an expression fails, a field is not text, or the sort value is not a number.
+            BadRow: a field is missing, an expression fails, a prepared field contains null or is neither text nor a
+                list or mapping, or the sort value is not a number.
         """
         known = {"row": raw, "file": file} | raw
         row: Row = {}

@@ -54,7 +54,7 @@ class Study(Strict):
         decodings: further decoding configurations by name; their scores appear beside the default's.
         metrics: declarations of the metrics by name, see `columns`.
         variants: recipes that the authors did not publish.
-        comment_prefixes: prefixes of the recipes' comments on settings that the authors state.
+        comment_prefixes: words at the beginning of a recipe's comment that mark a setting stated by the authors.
         tolerances: acceptable differences from published scores by metric; `train_loss` for a curve.
         differences: descriptions of differences between Axolotl and the authors' code.
         shown: metrics with a column in tables; by default all.
@@ -125,7 +125,7 @@ class Study(Strict):
         return self.variants[recipe].of if recipe in self.variants else recipe
 
     def repeats(self, recipe: str, metric: str) -> list[float]:
-        """Published scores of repeated runs: the recipe's, or else another recipe's."""
+        """Published scores of a recipe's repeated runs, or else of the first recipe with repeated runs."""
         recipes = [self.origin(recipe), *self.published]
         known = (self.published[name].repeats.get(metric) for name in recipes if name in self.published)
         return next(filter(None, known), [])
@@ -191,8 +191,8 @@ def _load(file: Path, _: int) -> Study:
 
 
 def _further(content: Any, error: ValidationError) -> list[Mistake]:
-    """Mistakes in the valid parts of study.yaml; empty if a required part is invalid."""
-    with suppress(ValidationError, LookupError, TypeError, AttributeError):  # other than ValidationError: no such place
+    """Mistakes that remain after invalid parts are removed; empty if a required part is invalid."""
+    with suppress(ValidationError, LookupError, TypeError, AttributeError):  # the last three: no such key in the file
         for found in error.errors():
             *parents, key = found["loc"] if found["type"] == "extra_forbidden" else found["loc"][:1]
             reduce(getitem, parents, content).pop(key, None)
@@ -201,7 +201,7 @@ def _further(content: Any, error: ValidationError) -> list[Mistake]:
 
 
 def _mistake(found: Any) -> Mistake:
-    """Convert a pydantic error; drop the marker of an invalid key from its place."""
+    """Convert a pydantic error; leave pydantic's marker `[key]` out of the path of keys."""
     place = tuple(str(part) for part in found["loc"] if part != "[key]")
     return place, found["msg"].removeprefix("Value error, ").replace("Field required", "missing; add this key")
 
@@ -288,7 +288,7 @@ def preparation(path: str) -> str | None:
 
 
 def preparing(path: str) -> Iterator[tuple[Study, str]]:
-    """Yield each study and format that keeps its prepared rows in a path's folder."""
+    """Yield studies that prepare rows in a path's folder, each with the format of those rows."""
     for study in every():
         for name, form in study.data.formats.items():
             if Path(form.folder) == Path(path).parent:
