@@ -121,7 +121,7 @@ class Local:
     def _worker(
         self, device: str | None, waiting: deque[tuple[str, Task]], stops: list[int]
     ) -> Iterator["subprocess.Popen[bytes]"]:
-        """Carry out waiting tasks on a device, one by one; yield the process while it runs."""
+        """Carry out waiting tasks on a device, one by one; yield each process repeatedly until it ends."""
         while waiting and not stops:
             yield from self._commands(*waiting.popleft(), device, stops)
 

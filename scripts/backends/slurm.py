@@ -71,6 +71,8 @@ class Slurm:
     def submit(self, tasks: Sequence[Task], title: str) -> list[RunDir]:
         """Submit tasks as one job array per step; record the jobs in the tasks' results.
 
+        Evaluations whose training is not among the tasks get arrays of their own.
+
         Args:
             tasks: tasks that do not depend on each other.
             title: name of this submission.

@@ -107,7 +107,7 @@ def _site(content: dict[str, Any], where: str) -> Site:
 
 
 def active(jobs: Sequence[Job]) -> dict[str, JobState] | None:
-    """Ordered states of unfinished jobs by id; None if SLURM does not answer."""
+    """States of unfinished jobs by id, in the order of `jobs`; None if SLURM does not answer."""
     if not jobs:
         return {}
     states = queue(job.user for job in jobs)
@@ -130,7 +130,7 @@ def cancel(jobs: Sequence[Job]) -> list[str]:
 
 
 def queue(users: Iterable[str]) -> dict[tuple[str, str], JobState] | UserError:
-    """States of unfinished jobs by id and script, or an error; cached for a minute."""
+    """States of unfinished jobs, each under its pair of id and script; or an error. Cached for a minute."""
     return _queue(frozenset(users), int(time.monotonic() / 60))
 
 

@@ -46,7 +46,7 @@ def create(composed: Composed, request: Request) -> RunDir:
     if record.variant_of:
         say(f"  a variant of {record.variant_of}")
     for difference in composed.differences:
-        say_once(f"  {difference}")  # not repeated for later runs of this command
+        say_once(f"  {difference}")  # printed only once if this command creates several runs
     return folder
 
 

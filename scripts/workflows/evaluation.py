@@ -82,7 +82,7 @@ def start(folder: RunDir, request: EvaluationRequest, backend: Backend) -> Evalu
             task = EvaluationTask(folder, request)
             if task.settings.engine != SERVER:  # perhaps only the cluster's nodes can reach the server
                 require(task.settings, None, on_gpu=not record.rehearsal)
-        elif request.data:  # the only input that exists before training ends
+        elif request.data:  # before training ends, only these rows can be checked
             cfg = yamlfiles.read_yaml(folder.config)
             evaluation_rows.read(evaluation_rows.named(request.data, cfg, Path(record.cwd)), folder, record, cfg)
         if job := backends.job_state(folder, "evaluate", evaluation.words):
@@ -122,7 +122,7 @@ def located(adapter: str) -> tuple[Path, str]:
 
 
 def as_peft(folder: Path, form: AdapterFormat) -> Path:
-    """Convert an adapter of a PEFT fork to PEFT's format; return its new subfolder.
+    """Convert a PEFT fork's adapter to PEFT's format in a subfolder; return the subfolder.
 
     Raises:
         UserError: the file is damaged or contains objects other than weights.
@@ -185,8 +185,8 @@ def run_of(composed: Composed, request: Request, adapter: Path, name: str) -> It
         name: name of the adapter. run.json records it, because this run did not train the adapter.
 
     Raises:
-        UserError: the data or the tokenizer is missing, or the `with` block raises UserError; a
-            folder that this call created is removed.
+        UserError: the data or the tokenizer is missing, or the `with` block raises UserError. In both cases, a folder
+            that this call created is removed.
     """
     composed.data = composed.data or datafiles.record(composed.config)
     digest = hashlib.sha256(f"{composed.digest} {sha256(adapter / ADAPTER)}".encode()).hexdigest()

@@ -127,7 +127,8 @@ class Pipeline:
 
         Args:
             with_data: also check the data.
-            starts: whether the run is about to start. Then Axolotl validates the config, unless `with_data`.
+            starts: whether the run is about to start. If so, Axolotl also validates the config, in the check without
+                data, which comes first.
         """
         if self.composed is None:
             return False
@@ -152,7 +153,7 @@ class Pipeline:
     def plan(self, gpu: Gpu | None = None) -> bool:
         """Plan the required memory; return False if it exceeds the GPU's memory.
 
-        A rehearsal plans the recipe itself, and returns True also if that exceeds the GPU's memory.
+        For a rehearsal, this plans the recipe itself, and returns True even if the recipe exceeds the GPU's memory.
 
         Args:
             gpu: GPU to plan for; by default, the pipeline's.

@@ -252,7 +252,7 @@ def _fetch(data: Data, files: Iterable[str]) -> None:
 
 
 def _needed_beside(data: Data, configs: list[Composed]) -> list[str]:
-    """Files of a data set in the folders of the configs' initial adapters."""
+    """Files of the configs' initial adapters (lora_model_dir) that a data set provides."""
     starts = [str(composed.config.get("lora_model_dir") or "") for composed in configs]
     return [file for file in data.files if any(Path(data.raw, file).parent == Path(start) for start in starts)]
 

@@ -49,8 +49,8 @@ def prepare(request: Request, backend: Backend) -> Composed:
             finding.level = "note"  # a dry run only shows the config
     for finding in refuse(backends.relevant(backend, found), request.force):
         say(str(finding))
-    # Axolotl validates the config now, rather than after a wait in the queue or after loading the model. Rehearsals and
-    # CPU training on this machine skip this unless they pack rows, because training soon reports the same errors.
+    # Axolotl validates the config now, rather than after a wait in the queue or after loading the model. On this
+    # machine, rehearsals and CPU training soon report the same errors, so they skip this unless they pack rows.
     if starts and (not backend.here or (gpu and not composed.rehearsal) or composed.config.get("sample_packing")):
         asked = check.Report(composed.recipe, composed, check.by_axolotl(composed, gpu))
         if not asked.count("error") and check.has_tokenizer(composed):
@@ -220,7 +220,8 @@ def _check_here(folder: RunDir, record: Run) -> None:
         _add_plan(report, gpus.here(), record.ranks, anew=True)
         found = [finding for finding in report.findings if finding.scope != "code"]  # the user trusts the run's code
         errors = {finding.name for finding in found if finding.level == "error"}
-        forced = [name for name in record.forced if name in errors]  # the other names concerned rows or another GPU
+        # the other names overrode errors that this check does not report: about rows, code or another GPU
+        forced = [name for name in record.forced if name in errors]
         refuse(found, forced)
         if not record.rehearsal and record.gpus_used > max(visible := len(machine.visible_gpus()), 1):
             raise UserError(f"{folder.path}: the run needs {record.gpus_used} GPUs; {visible} available here")

@@ -65,7 +65,7 @@ def score_predictions(
 def evaluate_adapters(
     of_study: Study, request: Request, only: Sequence[str], evaluation: EvaluationRequest, backend: Backend
 ) -> list[TaskResult]:
-    """Fetch a study's published adapters, and evaluate each under its recipe.
+    """Fetch a study's published adapters, and evaluate each with its recipe's settings.
 
     Args:
         of_study: the study.

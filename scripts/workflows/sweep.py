@@ -233,7 +233,7 @@ def of_recipe(recipe: str) -> dict[str, Column]:
 def read_members(file: Path | None, sets: Sequence[str]) -> tuple[str, list[SweepMember]]:
     """Read the name and members of a sweep.
 
-    The members are all combinations of an entry of `_` with one value for each other key.
+    Each member combines one entry of `_` with one value of every other key. The sweep has all such combinations.
 
     Args:
         file: a YAML file in Axolotl's sweep format, in which entries of `_` can have a `name`.

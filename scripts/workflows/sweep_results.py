@@ -41,7 +41,7 @@ class SweepRow:
         summary: summary of the first finished run, for values that do not depend on the seed.
         scores: mean over finished runs and 95 % interval by metric, including the eval loss.
         published: published scores for the member's settings, by metric; empty if the study has no scores for sweeps.
-        validated: whether the eval loss may select a member, because the validation rows differ from the test rows.
+        validated: whether the eval loss may select a member: it is known, and comes from rows other than the test rows.
         pareto: whether the row is on the Pareto front over peak memory and eval loss.
     """
 
