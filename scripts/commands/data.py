@@ -75,7 +75,7 @@ def prepare_verb(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Output folder; default: the one that study.yaml gives for --input-format."),
+        typer.Option(metavar="DIR", help="Output folder; default: the input format's folder in study.yaml."),
     ] = None,
     input_format: Annotated[
         str | None,

@@ -234,7 +234,7 @@ ExportedRun = Annotated[
         "--export",
         metavar="RUN|STUDY",
         autocompletion=complete_runs,
-        help="Write records of a run's scores, or a study's published predictions' scores.",
+        help="Write records of the scores of a run, or of published predictions.",
     ),
 ]
 OfLedger = Annotated[
@@ -244,7 +244,7 @@ OfLedger = Annotated[
 
 DecodingName = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Use the study's decoding settings called NAME; adds a column of scores."),
+    typer.Option(metavar="NAME", help="Use the study's decoding settings called NAME; their scores get a column."),
 ]
 Power = Annotated[
     str | None,
