@@ -146,7 +146,7 @@ def _trainable(step: Step, model: Any, dtype: torch.dtype) -> Any:
             use_dora=step.dora,
             task_type="CAUSAL_LM",
         )
-        model = get_peft_model(model, lora)
+        model = get_peft_model(model, lora, autocast_adapter_dtype=step.fp32_adapters)
     if step.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": step.checkpointing == "reentrant"})
     if step.adapter if step.axolotl else step.checkpointing:  # axolotl/loaders/adapter.py, load_adapter

@@ -43,6 +43,7 @@ class Step:
         targets: linear layers with LoRA, as in PEFT: their names, a regular expression, or all-linear.
         saved_modules: modules that are fully trained beside LoRA.
         dora: also train the magnitude of each output (arXiv 2402.09353).
+        fp32_adapters: adapters of a base in 16 bits are in fp32, as by default in PEFT.
         double_quantization: quantize the quantization constants.
         checkpointing: reentrant or non-reentrant recomputation of activations in the backward pass, or None.
         attention: sdpa, eager or flash_attention_2.
@@ -66,6 +67,7 @@ class Step:
     targets: tuple[str, ...] | str = ("q_proj", "k_proj", "v_proj", "o_proj")
     saved_modules: tuple[str, ...] = ()
     dora: bool = False
+    fp32_adapters: bool = True
     dropout: float = 0.0
     quantization: str = "nf4"
     double_quantization: bool = True
@@ -127,6 +129,7 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
         targets=targets if isinstance(targets, str) else tuple(targets),
         saved_modules=tuple(config.get("lora_modules_to_save") or ()),
         dora=bool(config.get("peft_use_dora")),
+        fp32_adapters=config.get("peft_autocast_adapter_dtype") is not False,
         dropout=float(config.get("lora_dropout") or 0),
         quantization=quantization.get("bnb_4bit_quant_type", "nf4"),
         double_quantization=quantization.get("bnb_4bit_use_double_quant", True),

@@ -48,6 +48,7 @@ def test_a_recipe_becomes_its_step() -> None:
         ({"adapter": None, "load_in_4bit": None}, "weights", "float32"),
         ({"optimizer": "lion_8bit"}, "optimizer", "adamw_torch_fused"),
         ({"peft_use_dora": True}, "dora", True),
+        ({"peft_autocast_adapter_dtype": False}, "fp32_adapters", False),
     ],
 )
 def test_settings_that_memory_depends_on(change: dict[str, Any], field: str, value: Any) -> None:
@@ -106,6 +107,8 @@ def test_a_plan_adds_up(small: yamlfiles.Config) -> None:
     assert sum(memory.parts.values()) == memory.allocated <= memory.reserved
     assert memory.needed == memory.reserved + planner.CONTEXT
     assert planned.frozen == sum(count["frozen"] for count in planned.parameters.values())
+    in_16_bits, _ = plan.plan(small | {"peft_autocast_adapter_dtype": False})
+    assert in_16_bits.memory.parts["adapters"] == memory.parts["adapters"] / 2
     for gpu, larger in pairwise(planned.gpus):
         assert gpu.fits == (memory.needed <= gpu.usable)
         assert gpu.free < larger.free
