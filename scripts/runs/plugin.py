@@ -137,9 +137,9 @@ class RunCallback(TrainerCallback):
     Phase records have time (seconds since 1970) and phase, the activity that begins. All other records have time, step
     and max_steps. Records of steps and evaluations add epoch; the trainer's loss, eval_loss, grad_norm and
     learning_rate; eval_loss_per_token from the module `eval_loss`; memory in GiB; GPU utilization in percent; and
-    cpu_percent (100 is one processor). Records with a loss add values of all steps since the previous such record:
-    step_seconds (without evaluation and saving), tokens (without padding) and tokens_per_second. Only the first rank
-    writes; peak_gib_by_rank has the memory of all ranks. The first record of a launch has gpus, engine,
+    cpu_percent (100 is one processor). Records with a loss, and the last record, add values of all steps since such a
+    record: step_seconds (without evaluation and saving), tokens (without padding) and tokens_per_second. Only the first
+    rank writes; peak_gib_by_rank has the memory of all ranks. The first record of a launch has gpus, engine,
     trainable_parameters and parameters (including frozen ones). The last record has `ended` (see `records.Ended`), and
     kept_step if the trainer has loaded the best checkpoint.
 
@@ -237,21 +237,26 @@ class RunCallback(TrainerCallback):
         kept = ("loss", "eval_loss", eval_loss.NAME, "grad_norm", "learning_rate")
         record = {"epoch": state.epoch} | {key: logs[key] for key in kept if key in logs}
         if "loss" in logs:
-            tokens = int(sum(ranks.of_all(float(self.tokens), args.device)))
-            rate = {"tokens_per_second": tokens / self.step_seconds} if self.step_seconds else {}
-            record |= {"step_seconds": self.step_seconds, "tokens": tokens} | rate
-            self.step_seconds = 0.0
-            self.tokens = 0
+            record |= self._of_steps(args)
         self._append(state, record | usage | {"cpu_percent": self.process.cpu_percent()})
         if "loss" in logs and self.vocabulary:
             require_sane(logs["loss"], self.vocabulary)
             self.vocabulary = None
+
+    def _of_steps(self, args: Any) -> dict[str, float]:
+        """Time and tokens of the steps since the previous call."""
+        tokens = int(sum(ranks.of_all(float(self.tokens), args.device)))
+        seconds, self.step_seconds, self.tokens = self.step_seconds, 0.0, 0
+        rate = {"tokens_per_second": tokens / seconds} if seconds else {}
+        return {"step_seconds": seconds, "tokens": tokens} | rate
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the reason for the end, and the last step, which the trainer does not always log."""
         ended: dict[str, Any] = {"ended": self._how_it_ended(state, control)}
         if args.load_best_model_at_end and state.best_model_checkpoint:  # the trainer has loaded it
             ended["kept_step"] = checkpoints.step_of(Path(state.best_model_checkpoint))
+        if self.step_seconds:  # of steps behind the last multiple of logging_steps
+            ended |= self._of_steps(args)
         self._append(state, ended)
         _note_phase(args.output_dir, "saving the model")
 

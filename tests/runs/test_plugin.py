@@ -161,6 +161,15 @@ def test_tokens_are_counted_without_padding_in_training_only(tmp_path: Path) -> 
     callback.on_log(arguments, state_at(1), None, {"loss": 2.0})
     record = RunDir(tmp_path).read_metrics()[-1]
     assert (record["tokens"], record["tokens_per_second"]) == (8 + 10, 9.0)
+    model.train()(input_ids=ids)
+    callback.step_seconds = 0.5  # of a step that the trainer does not log
+    callback.on_train_end(
+        SimpleNamespace(**vars(arguments), load_best_model_at_end=False, output_dir=str(tmp_path / "output")),
+        state_at(8),
+        STOPPING,
+    )
+    summary = summarise(RunDir(tmp_path).read_metrics())
+    assert (summary.train_seconds, summary.tokens_per_second) == (2.5, 28 / 2.5)
 
 
 @pytest.mark.long
