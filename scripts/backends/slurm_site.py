@@ -94,8 +94,6 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _site(content: dict[str, Any], where: str) -> Site:
-    # earlier versions called it `card`
-    content = {"gpu" if key == "card" else key: value for key, value in content.items()}
     own = {key: content[key] for key in ("gpu", "prefix", "setup") if key in content}
     of_step = {key: content[key] for key in STEPS if key in content}
     options = {key: value for key, value in content.items() if key not in own | of_step}

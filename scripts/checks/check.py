@@ -271,13 +271,12 @@ SOME = 1000
 """Approximate number of rows per data set to tokenize before a run, or with another model's tokenizer."""
 
 
-def training_lengths(composed: Composed, force: Sequence[str] = (), most: int | None = None) -> list[Row]:
+def training_lengths(composed: Composed, force: Sequence[str] = ()) -> list[Row]:
     """Lengths in tokens of a config's training data; see `tokens.lengths`.
 
     Args:
         composed: the config.
         force: the names of findings to override.
-        most: the approximate number of rows to tokenize in each data set; None for all.
 
     Raises:
         UserError: the data or the tokenizer is missing, or Axolotl refuses the rows.
@@ -285,7 +284,7 @@ def training_lengths(composed: Composed, force: Sequence[str] = (), most: int | 
     _need_tokenizer(composed, "--data")
     found = examine(composed).findings
     refuse([finding for finding in found if finding.key.startswith("datasets") or finding.scope == "code"], force)
-    failing, measured = _lengths(composed.config, most)
+    failing, measured = _lengths(composed.config, None)
     refuse([finding for finding in failing if finding.rule == "bad-row"])
     measured = [measures for measures in measured if measures["key"].startswith("datasets")]
     if not measured:

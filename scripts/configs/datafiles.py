@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from glob import glob
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -177,12 +176,6 @@ def first_rows(dataset: Config) -> int | None:
     """Number of rows in a split such as `train[:40]`; None for all."""
     match = re.fullmatch(r"train\[:(\d+)\]", str(dataset.get("split")))
     return int(match[1]) if match else None
-
-
-def lines(dataset: Config) -> Iterator[bytes]:
-    """Non-blank lines of a data set's JSONL files, within its split."""
-    all_lines = (line for file in jsonl_files(dataset) for line in file.open("rb") if line.strip())
-    return islice(all_lines, first_rows(dataset))
 
 
 def count_rows(path: Path) -> int:

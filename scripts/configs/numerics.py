@@ -104,16 +104,6 @@ def takes_varlen(config: Config, model: Config) -> bool:
     return not (slides or width > 256 or model.get("v_head_dim") or scaled or model.get("attention_dropout"))
 
 
-DETERMINISM = "full_determinism"
-ENVIRONMENT = {"PYTHONHASHSEED": "0"}
-"""Environment variables of a deterministic process."""
-
-
-def environment(config: Config) -> dict[str, str]:
-    """Environment variables of a config's training process; empty without full_determinism."""
-    return ENVIRONMENT if config.get(DETERMINISM) else {}
-
-
 ADAPTED = ("fast", "packed")
 """The profiles that are adapted to a config."""
 AMPERE = (8, 0)

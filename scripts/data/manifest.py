@@ -53,7 +53,7 @@ def table(manifest: Row) -> list[Row]:
 
 def is_the_studys(entry: Row) -> bool:
     """True if an entry's rows come from the study's verified raw file and expressions."""
-    return bool(entry.get("is_the_study_file")) and not entry.get("replaced")  # `replaced`: an option of old versions
+    return bool(entry.get("is_the_study_file"))
 
 
 def how_made(of_study: Study, split: str, input_format: str) -> Row:

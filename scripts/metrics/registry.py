@@ -204,8 +204,7 @@ def recorded(scores: Mapping[str, Any]) -> dict[str, Column]:
     found = {}
     for name, entry in entries.items():
         with suppress(WrongMetric):
-            today = {"parser" if key == "parsed_as" else key: value for key, value in entry.items()}
-            found[name] = column(name, today)
+            found[name] = column(name, entry)
     return found
 
 

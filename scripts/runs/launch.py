@@ -20,7 +20,6 @@ from ..base.errors import UserError, WorkFailed
 from ..base.files import Row, opened, reserved, where_full
 from ..base.machine import now, start_child, stop_requests
 from ..base.progress import TrainingProgress, say
-from ..configs import numerics
 from ..configs.gpus import CPU_RANKS
 from .records import Ended, FileState, Launch, Run, State, collect
 from .rundir import RunDir, summarise, this_job
@@ -222,7 +221,9 @@ def _environment(folder: RunDir, record: Run) -> dict[str, str]:
             added |= {CPU_RANKS: "1", "OMP_NUM_THREADS": str(threads)}
     elif record.ranks == 1:  # transformers would use all visible GPUs
         added["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-    return trackers | os.environ | added | numerics.environment(yamlfiles.read_yaml(folder.config))
+    if yamlfiles.read_yaml(folder.config).get("full_determinism"):
+        added["PYTHONHASHSEED"] = "0"  # for code that iterates over sets of texts
+    return trackers | os.environ | added
 
 
 def _drop_half_prepared(folder: RunDir, record: Run) -> None:

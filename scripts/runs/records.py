@@ -120,7 +120,6 @@ State = Literal["created", "queued", "running", "finished", "failed", "interrupt
 class Job(BaseModel):
     """A SLURM job that carries out a command of a run."""
 
-    place: str = "slurm"  # `sky` in runs of earlier versions
     id: str
     step: str
     user: str
@@ -219,7 +218,6 @@ class Run(BaseModel):
     of_variant: list[Difference] = Field(default_factory=list)  # between the recipe file and the shipped recipe
     data: list[DataFile] = Field(default_factory=list)
     test_data: str | None = None
-    test_rows: DataFile | None = None  # the file of the run's test rows
     cwd: str
     created: Moment = Field(default_factory=now)
     launches: list[Launch] = Field(default_factory=list)

@@ -90,7 +90,7 @@ class RunDir:
             UserError: jobs.json is damaged.
         """
         try:
-            return [job for job in _JOBS.validate_json(self._jobs.read_bytes()) if job.place == "slurm"]
+            return _JOBS.validate_json(self._jobs.read_bytes())
         except FileNotFoundError:
             return []
         except (OSError, ValueError):

@@ -16,7 +16,6 @@ from ..configs.compose import Composed, Request, filled
 from ..configs.datafiles import DataFile
 from ..runs.records import Run, collect
 from ..runs.rundir import PLUGIN, RunDir, new_folder
-from ..scores import evaluation_rows
 
 AUTO_RESUME = "auto_resume_from_checkpoints"
 
@@ -57,7 +56,7 @@ def record_of(composed: Composed, request: Request) -> Run:
         composed: the run's checked config.
         request: request from which the config was composed.
     """
-    record = Run(
+    return Run(
         recipe=composed.recipe,
         variant_of=composed.origin if composed.origin != composed.recipe else None,
         recipe_file=str(composed.recipe_file),
@@ -76,10 +75,6 @@ def record_of(composed: Composed, request: Request) -> Run:
         cwd=str(Path.cwd()),
         provenance=collect(),
     )
-    usual = evaluation_rows.usual(record, composed.config)
-    if usual and usual.file:
-        record.test_rows = DataFile(path=str(usual.file), sha256=sha256(usual.file), bytes=usual.file.stat().st_size)
-    return record
 
 
 def launch_config(composed: Composed, folder: RunDir) -> Config:

@@ -90,6 +90,6 @@ def test_what_cannot_be_asked_for_is_refused(texts: list[str], says: str) -> Non
 def test_what_other_versions_recorded_is_read_as_far_as_it_is_known() -> None:
     old = {"rows": 2, "bleu4": 1.0, "bertscore_f1": None, "sacrebleu": 0.0, "intervals": {}}
     assert list(registry.recorded(old)) == ["bleu4", "sacrebleu"]
-    entries = {"accuracy": {"metric": "number", "parsed_as": "peft"}, "unknown": {"metric": "of the future"}}
+    entries = {"accuracy": {"metric": "number", "parser": "peft"}, "unknown": {"metric": "of the future"}}
     (column,) = registry.recorded({"metrics": entries}).values()
     assert column.entry == {"metric": "number", "parser": "peft"}
