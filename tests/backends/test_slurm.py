@@ -187,7 +187,7 @@ def test_without_slurm_that_is_told(recipe: Recipe, tmp_path: Path, monkeypatch:
 def test_settings_are_read_as_they_stand(no_settings: Path) -> None:
     no_settings.parent.mkdir(parents=True)
     no_settings.write_text(
-        "partition: gpu\ntime: 12:00:00\ngpus-per-node: a100:{gpus}\nexclusive:\ncard: A100\n"
+        "partition: gpu\ntime: 12:00:00\ngpus-per-node: a100:{gpus}\nexclusive:\ngpu: A100\n"
         "prefix: apptainer exec --nv image.sif\nsetup:\n- module load cuda\nevaluate: {time: 1:00:00}\n"
     )
     found = slurm_site.site_settings(["partition=debug", "evaluate.qos=short"])

@@ -76,11 +76,6 @@ def test_precision_is_what_axolotl_resolves(
     assert differ == {}
 
 
-def test_the_environment_is_set_only_where_a_training_is_to_repeat() -> None:
-    assert numerics.environment({numerics.DETERMINISM: True}) == {"PYTHONHASHSEED": "0"}
-    assert numerics.environment({numerics.DETERMINISM: False}) == numerics.environment({}) == {}
-
-
 LIGER = {*numerics._LIGER} - {"plugins"}
 KERNELS = {*numerics._LORA}
 NO_DROPOUT = "peft-metamathqa/qlora-rank32"
