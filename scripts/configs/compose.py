@@ -156,6 +156,8 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     if rehearsal:
         for changes, reason in substitution.substitutions(layers.config, layers.sample, layers.given, request.ranks):
             layers.take(config.merge(layers.config, changes), f"rehearsal: {reason}")
+    if layers.config.get("seed") is None:
+        layers.take(layers.config | {"seed": config.AXOLOTL_SEED}, "without a seed, each run would begin differently")
     files = {key: source for key, (_, source) in layers.reasons.items() if source}
     differences = layers.differences(of_file)
     composed = Composed(name, file, origin, layers.config, differences, files, [*dict(profiles)], rehearsal)

@@ -76,16 +76,17 @@ class ReportedRun(RunResult):
     @property
     def settings(self) -> list[Row]:
         """Settings with their sources."""
-        of_recipe = yamlfiles.sources(self._recipe_file) if self._recipe_file.is_file() else {}
-        why = {difference.key: difference.why for difference in self.run.differences}
-        of_parts = {key.partition(".")[0]: reason for key, reason in why.items()}
-        # the recipe's source for a key replaces the reason for changing only a part of its value
-        sources = of_parts | of_recipe | why
+        file = self._recipe_file
+        of_recipe = (
+            dict.fromkeys(yamlfiles.read_yaml(file), "the recipe") | yamlfiles.sources(file) if file.is_file() else {}
+        )
+        why = {f"{difference.key}.": difference.why for difference in self.run.differences}
         return [
             {
                 "setting": key,
                 "value": on_one_line(value),
-                "source": sources.get(key) or sources.get(key.partition(".")[0]) or "set by the run",
+                "source": next((why[changed] for changed in why if f"{key}.".startswith(changed)), None)
+                or of_recipe.get(key.partition(".")[0], "set by the run"),
             }
             for key, value in config.flatten(self.config)
             if not is_secret(key, value)

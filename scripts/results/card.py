@@ -71,6 +71,7 @@ def card(result: RunResult, evaluation: Evaluation | None, merged: bool, reposit
             name: tables.plus_minus(score.value, score.spread)
             for name, score in (result.aim.scores if result.aim else {}).items()
         },
+        of_base={name: score.base_model for name, score in result.scores.items() if score.base_model is not None},
         embedding_rows=embedding_rows(folder.output / ADAPTER),
         config_sha256=sha256(folder.config),
         adapter_sha256=sha256(folder.output / ADAPTER),

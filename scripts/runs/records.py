@@ -288,7 +288,7 @@ def _git() -> Git | None:
         return None  # installed from a wheel; a repository around it is a different project
     # GIT_DIR and similar variables would select another repository; --no-optional-locks keeps the index unchanged
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    command = ["git", "--no-optional-locks", "-C", str(paths.RECIPES), "status", "--porcelain=v2", "--branch"]
+    command = ["git", "--no-optional-locks", "-C", str(paths.RECIPES), "status", "--porcelain=v2", "--branch", "-uno"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     except (OSError, subprocess.CalledProcessError) as error:

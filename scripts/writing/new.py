@@ -26,7 +26,7 @@ _ABSENT = re.compile(r"(?m)^# (variant, removed: )?(revision_of_model|special_to
 # Keys that suit only one model; `for_model` drops them
 _OF_ONE_MODEL = (
     *("tokenizer_config", "tokenizer_type", "model_type", "base_model_config", "processor_type"),
-    *("added_tokens_overrides", "overrides_of_model_config", "model_config", "model_revision"),
+    *("added_tokens_overrides", "overrides_of_model_config", "model_config", "model_revision", "lora_model_dir"),
     *("is_falcon_derived_model", "is_llama_derived_model", "is_mistral_derived_model", "is_qwen_derived_model"),
 )
 

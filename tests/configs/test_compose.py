@@ -33,6 +33,12 @@ def test_changed_data_is_prepared_anew(place: Path) -> None:
     assert prepared() != before
 
 
+def test_a_config_without_a_seed_gets_axolotls_own(place: Path) -> None:
+    (place / "own.yaml").write_text("base_model: m\nadapter: lora\n")
+    composed = compose.compose(Request("own.yaml"))
+    assert composed.config["seed"] == 42 and [one.key for one in composed.differences] == ["seed"]
+
+
 def test_a_mirror_is_a_difference() -> None:
     found = {d.key: (d.run, d.why) for d in compose.compose(Request(NAME, ["mirror"])).differences}
     assert found["base_model"] == ("NousResearch/Llama-2-7b-hf", "profile mirror")

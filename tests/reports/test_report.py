@@ -14,7 +14,7 @@ import pytest
 import run_folders
 from conftest import Recipe
 
-from qlora_recipes.base import paths
+from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.files import sha256, write_rows
 from qlora_recipes.configs.config import Difference
 from qlora_recipes.configs.datafiles import DataFile
@@ -135,6 +135,15 @@ def test_a_report_says_what_the_run_was(tmp_path: Path) -> None:
     assert "the-secret" not in html
     assert "5.27" not in html  # published, and nothing for a rehearsal to stand beside
     assert "<script>alert" not in html
+
+
+def test_the_source_of_a_setting_without_a_comment_is_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(yamlfiles, "sources", lambda file: {})
+    (reported,) = report_runs.reported_runs([a_run(tmp_path)])
+    sources = {row["setting"]: row["source"] for row in reported.settings}
+    assert (sources["lora_alpha"], sources["lora_r"][:5]) == ("the recipe", "--set")
 
 
 def test_a_run_with_nothing_yet(tmp_path: Path) -> None:

@@ -333,8 +333,12 @@ def test_a_card_says_when_scores_are_missing_or_of_other_rows(
     assert "model-index" not in front and len(tables(text)) == 3  # none of scores
     assert f"`recipe evaluate {run.path}`" in capsys.readouterr().err
     evaluated(run, limit=100, rows=100)  # of other rows than the published
+    shutil.copytree(run.path, of_base := run.path / "evaluations" / "base-model", ignore=lambda *_: ["evaluations"])
+    evaluated(RunDir(of_base), limit=100, rows=100, adapter="none", adapter_sha256=None)
     text = published(run)[1]
     assert "Test Subset 1, 5,000 rows" in text and OF_THE_SAME not in text
+    scores = {row[0]: row[3:] for table in tables(text) for row in table}
+    assert (scores["score"], scores["bleu4"][0]) == (["base model", "published"], "5.12")
 
 
 @pytest.fixture
