@@ -90,6 +90,13 @@ def unknown_model(case: Case) -> Problems:
 
 
 @rule
+def no_adapter(case: Case) -> Problems:
+    """Without an adapter, Axolotl trains and saves the whole model; runs, evaluation and publishing need an adapter."""
+    if not case.is_set("adapter"):
+        yield "error", "adapter", "not set: Axolotl would train all weights", "set lora or qlora, or use Axolotl itself"
+
+
+@rule
 def no_lora_targets(case: Case) -> Problems:
     """Axolotl's validation accepts LoRA without targets, but PEFT fails after the model is loaded.
 

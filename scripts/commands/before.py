@@ -111,6 +111,7 @@ def check_verb(
 def _checked(requests: "list[Request]", gpu: "Gpu | None", data: bool, full: bool) -> "list[Report]":
     """Check each request with a progress bar; return the reports."""
     from ..checks import check
+    from ..checks.finding import override_errors
     from ..planning import plan
 
     reports: list[Report] = []
@@ -120,6 +121,7 @@ def _checked(requests: "list[Request]", gpu: "Gpu | None", data: bool, full: boo
                 bar.begin(f"checking {request.name}")
             reports.append(check.check(request, gpu, data, full))
             plan.add_to(reports[-1], gpu, anew=full)
+            override_errors(reports[-1].findings, request.force)
             bar.update(len(reports))
     return reports
 

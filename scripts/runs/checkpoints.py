@@ -59,7 +59,7 @@ def _missing(folder: Path, ranks: int) -> str | None:
     """
     rng_states = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
     needed = [
-        ("adapter_model.safetensors", "model*.safetensors", "pytorch_model_fsdp_0/.metadata"),
+        ("adapter_model.safetensors", "pytorch_model_fsdp_0/.metadata"),
         ("optimizer.pt", "optimizer.bin", "optimizer_0/.metadata", "latest"),
         ("scheduler.pt", "latest"),
         *((name,) for name in rng_states),

@@ -10,6 +10,7 @@ from qlora_recipes.base import hub, paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.checks import check
 from qlora_recipes.checks.finding import Case, Finding, refuse
+from qlora_recipes.commands import before
 from qlora_recipes.configs import gpus
 from qlora_recipes.configs.compose import MIRROR, Composed, Request
 from qlora_recipes.data import study
@@ -129,6 +130,8 @@ def test_what_is_too_big_for_a_card_is_an_error(place: Path, tiny: Path) -> None
     assert (finding.name, finding.level) == ("too-big:micro_batch_size", "error")
     assert (place / "tiny.yaml").read_text().splitlines()[finding.line - 1].startswith("micro_batch_size")
     assert found(small) == [finding]  # from the cache
+    (report,) = before._checked([Request("tiny.yaml", force=[finding.name])], small, False, False)
+    assert [each.level for each in report.findings] == ["warning"]
     assert not found(large)
     engine = {"deepspeed": "zero3_offload.json"}
     composed = Composed("x", place / "tiny.yaml", None, config_with(change | engine), [], {}, [], False)

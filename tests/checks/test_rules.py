@@ -89,6 +89,7 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
     ),
     ({"lora_target_modules": "a{99999999999999999999}"}, "error", "unknown-lora-target:lora_target_modules", "999"),
     ({"lora_r": None}, "error", "no-lora-rank:adapter", "lora_r"),
+    ({"adapter": None, "load_in_4bit": None}, "error", "no-adapter:adapter", "qlora"),
     ({"base_model": "codelama/CodeLlama-7b-hf"}, "note", "unknown-model:base_model", "codellama/CodeLlama-7b-hf"),
     (CHAT | {"chat_template_jinja": "gone.jinja"}, "error", "chat-template:datasets.0.type", "gone.jinja"),
     (
