@@ -117,8 +117,11 @@ def prepare_verb(
 
 def _trained(of_study: "Study", folder: Path) -> str | None:
     """First of a study's recipes that trains on rows in a folder, or None."""
+    from ..configs import datafiles
+
     for name in (*of_study.published, *of_study.variants):
-        if Path(yamlfiles.read_yaml(find_recipe(name)[1])["datasets"][0]["path"]).parent == folder:
+        entries = datafiles.datasets(yamlfiles.read_yaml(find_recipe(name)[1]), "datasets")
+        if any(Path(str(entry.get("path"))).parent == folder for _, entry in entries):
             return name
     return None
 

@@ -97,8 +97,9 @@ def _present(data: Data, out: Path, wanted: list[str]) -> dict[str, list[Row]]:
 
 
 def _row(name: str, file: Path, known: SourceFile) -> Row:
-    verified = True if known.sha256 else None
-    return {"file": name, "bytes": file.stat().st_size, "sha256": sha256(file), "verified": verified}
+    digest = sha256(file)
+    verified = digest == known.sha256 if known.sha256 else None
+    return {"file": name, "bytes": file.stat().st_size, "sha256": digest, "verified": verified}
 
 
 def _verified(name: str, file: Path, known: SourceFile) -> Row:

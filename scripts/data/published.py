@@ -174,6 +174,7 @@ class Baseline(Strict):
         """Yield undeclared names."""
         for name in self.scores:
             yield from undeclared((*at, "scores", name), name, metrics)
+        yield from undeclared((*at, "test_set"), self.test_set, ["test", *data.subsets])
         yield from undeclared_predictions(at, self.predictions, data)
 
 

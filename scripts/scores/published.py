@@ -49,7 +49,7 @@ def scores(
     for test_set, of_set in by_set.items():
         with Bar(f"scoring {len(of_set):,} published predictions", 1):
             made, _ = score(of_set, of_study.columns, judged)
-        for name in filter(made.__contains__, of_study.columns):
+        for name in (name for name in of_study.columns if made.get(name) is not None):
             low, high = made["intervals"].get(name) or (None, None)
             row = {"test_set": test_set, "rows": len(of_set), "metric": name, "score": made[name]}
             table.append(row | {"low": low, "high": high} | _beside(made[name], published.get(name), test_set == on))

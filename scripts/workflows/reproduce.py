@@ -75,11 +75,10 @@ def reproduce(
         WorkFailed: the data cannot be fetched, or BERTScore's model cannot be loaded.
     """
     wanted = _wanted(of_study, request, only, seeds)
-    declared = declared_models(of_study.columns)
-    # `require_scorer_models` fetches a missing model
-    if not request.rehearse and evaluation.judge is None and declared:
-        by = next(iter(declared.values()))
-        evaluation.metrics = [*evaluation.metrics, f"{SCORER}{by.model}"]
+    scorers = {declared.model for declared in declared_models(of_study.columns).values()}
+    # `require_scorer_models` fetches this model if it is missing; --metric cannot name more than one
+    if not request.rehearse and evaluation.judge is None and len(scorers) == 1:
+        evaluation.metrics = [*evaluation.metrics, f"{SCORER}{scorers.pop()}"]
     with held(lock(request.name), "another reproduction of this study is running"):
         pipelines = [Pipeline(result, asked, evaluation, backend) for result, asked in wanted]
         for pipeline in pipelines:

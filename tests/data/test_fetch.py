@@ -142,6 +142,8 @@ def test_what_is_there_as_recorded_is_not_fetched_again(tmp_path: Path, server: 
     os.utime(tmp_path / UNKNOWN)
     assert fetch(data(server.url), tmp_path) == rows
     assert len(server.seen) == 1
+    (copied,) = fetch(data_of({UNKNOWN: {"sha256": digest(b"other")}}), tmp_path)
+    assert copied["verified"] is False
 
 
 @pytest.mark.parametrize("content", [b"short", bytes(400_000), None])

@@ -51,6 +51,7 @@ IN_STUDY_YAML: list[tuple[str, dict[str, Any], str]] = [  # the mistake; the val
     ("adapter without files", {f"{RESULTS} > adapter": "mine"}, f"{RESULTS} > adapter"),
     ("variant of no recipe", {"variants > a/b": {"of": "lama-2-7b", "reproduces": True}}, "variants > a/b > of"),
     ("tolerance of an unknown metric", {"tolerances > bleu": 0.1}, "tolerances > bleu"),
+    ("unknown test set", {"baselines": [{"name": "a", "scores": {}, "test_set": "x"}]}, "baselines > 0 > test_set"),
     ("expression that ends early", {INPUT: "question ~"}, INPUT),
     ("unknown filter", {INPUT: "question | tagd"}, INPUT),
     ("wrong order", {ORDER: {"buckets": 3, "longest_first": "question |"}}, f"{ORDER} > longest_first"),

@@ -82,6 +82,8 @@ def test_with_several_studies_the_one_that_is_meant_is_named(recipes: Path, reci
     assert "codereviewer, sums; " in recipe("data", "fetch").stderr
     named = recipe("data", "prepare", "--study", "sums")
     assert "data/sums-raw/train.jsonl: " in named.stderr and "`recipe data fetch sums`" in named.stderr
+    (recipes / "sums" / "one.yaml").write_text("pretraining_dataset: []\n")
+    sums(recipes / "sums", {"data > sample": "few", "published > sums/one": {"trainer": "Axolotl"}})
     made = recipe("data", "prepare", recipes / "sums" / "few")  # no other study has such a raw file
     assert made.returncode == 0
     assert [line.split()[:2] for line in made.stdout.splitlines()[1:3]] == [["train.jsonl", "8"], ["valid.jsonl", "4"]]

@@ -40,7 +40,7 @@ FILES = {
 
 
 STUDY = f"""
-metrics: {{bleu4: {{}}, chrf: {{}}}}
+metrics: {{bleu4: {{}}, chrf: {{}}, eval_loss: {{}}}}
 shown: [bleu4]
 variants: {{}}
 published:

@@ -13,15 +13,18 @@ import pytest
 from conftest import SAMPLE, Recipe, recipe_config
 from file_server import Server, serving
 
+from qlora_recipes.backends import Local
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import compose, datafiles
 from qlora_recipes.configs.compose import Composed, Request
 from qlora_recipes.data import study
 from qlora_recipes.data.declaration import DataSource, SourceFile
+from qlora_recipes.metrics import registry
 from qlora_recipes.runs import rundir
 from qlora_recipes.runs.tasks import TaskResult
 from qlora_recipes.scores import evaluations
+from qlora_recipes.scores.evaluate import EvaluationRequest
 from qlora_recipes.workflows import reproduce
 
 STUDY = study.find("haider2024")
@@ -213,6 +216,15 @@ def test_a_mirror_is_taken_where_a_model_is_gated() -> None:
     mirrored = {name: reproduce.request_for(shared, name).profiles for name in STUDY.published}
     assert mirrored.pop("haider2024/code-llama-7b") == ["fast"]
     assert all(profiles == ["mirr", "fast"] for profiles in mirrored.values())
+
+
+def test_several_scorer_models_are_not_replaced_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduce, "chosen", lambda *_: [])
+    for models, metrics in (("aa", ["bertscore:a"]), ("ab", [])):
+        columns = {f"of_{i}": {"metric": "bertscore_f1", "model": model} for i, model in enumerate(models)}
+        of_study, asked = STUDY.model_copy(update={"columns": registry.columns(columns)}), EvaluationRequest()
+        reproduce.reproduce(of_study, Request("x"), [], asked, Local(False))
+        assert list(asked.metrics) == metrics
 
 
 def test_a_judge_that_is_not_there_is_told_before_anything_starts(

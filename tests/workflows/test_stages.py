@@ -59,7 +59,7 @@ def test_published_predictions_are_fetched_and_scored_beside_the_published_score
     recipe: Recipe, server: Server, tmp_path: Path
 ) -> None:
     ours = mean(PREDICTED, GOLD)
-    published_study.write(tmp_path, address(server), {"bleu4": round(ours, 2)})
+    published_study.write(tmp_path, address(server), {"bleu4": round(ours, 2), "eval_loss": 1.0})
     found = scored(recipe)
     row = row_of(found)
     assert (row["rows"], row["score"], row["agrees"]) == (4, pytest.approx(ours), True)
