@@ -49,7 +49,8 @@ def results_verb(
 ) -> None:
     """Show losses and scores of runs, a study or a sweep, or compare two runs."""
     names = names or []
-    exclusive({"--ledger": of_ledger, "--export": export, "--power": power})
+    exclusive({"--ledger": of_ledger, "--export": export, "--power": power, "--rehearse": rehearse, "--metric": metric})
+    exclusive({" ".join(names): names, "--export": export})
     only_with("--metric", metric, "two runs", len(names) == 2)
     only_with("--rehearse", rehearse, "a study", len(names) == 1)
     if export:

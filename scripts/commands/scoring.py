@@ -145,7 +145,7 @@ def score_verb(
 
     columns = of_predictions(columns_of(None, metric or []))
     rows = read_pairs(file, prediction_field, reference_field)
-    models = scorer_models(columns, scorer_named(metric or []))
+    models = scorer_models(columns, scorer_named(metric or []), report=True)
     with Bar("scoring", 1):
         scores, rows = score(rows, columns, models)
     if out:

@@ -15,12 +15,13 @@ from ..base.progress import say
 from ..configs import config
 from ..data.published import Published
 from ..data.study import Study
+from ..metrics import registry
 from ..metrics.metric import Column
 from ..runs.records import Run
 from ..runs.rundir import RunDir, find_run
 from ..scores import intervals
 from ..scores.evaluations import changed, current, read_predictions, read_scores
-from ..scores.score import columns_of, declared_models, model_record, with_scores
+from ..scores.score import columns_of, declared_models, model_record, of_single_rows, with_scores
 
 
 @dataclass
@@ -47,7 +48,12 @@ def several(names: Sequence[str], runs: Path, asked: Sequence[str] = ()) -> list
     Raises:
         UserError: a run, file or metric does not exist, or a run was not evaluated.
     """
-    named = columns_of(None, asked) if asked else {}
+    named = registry.asked(asked)
+    if registry.scorer_named(asked) or len(of_single_rows(named)) < len(named):
+        raise UserError(
+            f"--metric {' '.join(asked)}: to compare metrics of whole files or by a scorer model, run `recipe evaluate "
+            "RUN --metric` for both runs"
+        )
     found = {name: _of_run(name, runs, named) for name in names if not Path(name).is_file()}
     beside = {name: column for of_run in found.values() for name, column in of_run.columns.items()}
     for name in (name for name in names if name not in found):
@@ -73,8 +79,7 @@ def _of_run(name: str, runs: Path, named: dict[str, Column]) -> ScoredRows:
 
 def _scored(rows: Sequence[Row], columns: dict[str, Column]) -> ScoredRows:
     """Score rows with the row-level metrics that need no scorer model."""
-    by_model = declared_models(columns)
-    of_rows = {name: column for name, column in columns.items() if column.metric.of_rows and name not in by_model}
+    of_rows = of_single_rows(columns)
     return ScoredRows(with_scores(rows, of_rows, {}), of_rows)
 
 

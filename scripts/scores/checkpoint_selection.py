@@ -115,7 +115,7 @@ def _column(run: Run, request: EvaluationRequest) -> Column:
     columns = columns_of(run.origin, request.metrics)
     judged = scorer_models(columns, request.judge, run.rehearsal)
     for name, column in columns.items():
-        if not column.metric.of_loss and judged.get(name, True):
+        if not (column.metric.of_loss or column.metric.of_model) and judged.get(name, True):
             return column
     raise UserError(
         f"--checkpoints: cannot compute {', '.join(columns)} from predictions here; name another metric with --metric"

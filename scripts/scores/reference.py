@@ -110,7 +110,7 @@ class Reference:
         batch as a whole if any of its answers is missing. A batch that does not fit the GPU's memory is halved.
 
         Raises:
-            WorkFailed: a single row does not fit.
+            WorkFailed: a single row or a batch of sampled answers does not fit.
         """
         lengths = [len(prompt) + self.settings.decoding.max_new_tokens for prompt in prompts]
         most, tokens = MOST_ROWS, self.settings.batch_tokens
@@ -124,8 +124,9 @@ class Reference:
                 try:
                     answers = self.answers([prompts[i] for i in part], number)
                 except torch.OutOfMemoryError:
-                    if len(part) == 1:
-                        raise WorkFailed(f"a row of up to {room} tokens does not fit the GPU's memory") from None
+                    if len(part) == 1 or self.settings.decoding.do_sample:  # halves would draw other answers
+                        problem = f"{len(part)} x {room} tokens do not fit the GPU's memory"
+                        raise WorkFailed(f"{problem}; set a smaller --batch-size") from None
                     say(f"{len(part)} rows of up to {room} tokens do not fit the GPU's memory; halving the batch")
                     fits = len(part) // 2
                     waiting += [list(half) for half in batched(part, fits)][::-1]

@@ -46,7 +46,7 @@ def columns_of(recipe: str | None = None, asked: Iterable[str] = ()) -> dict[str
         asked: values of --metric.
 
     Raises:
-        UserError: a value is malformed, or redefines a metric of the study.
+        UserError: a value is malformed or redefines a metric of the study, or a mean is of an unsuitable metric.
     """
     of_study = study.of(recipe) if recipe else None
     own = of_study.columns if of_study else {}
@@ -58,7 +58,16 @@ def columns_of(recipe: str | None = None, asked: Iterable[str] = ()) -> dict[str
                 f"name, as in 'other: {{metric: {column.metric.name}}}'"
             )
     texts = own or {name: column for name, column in named.items() if not column.metric.of_model}
-    return named | (own if texts else registry.columns(registry.DEFAULT))
+    columns = (own if texts else registry.columns(registry.DEFAULT)) | named
+    averaged = {column.entry["of"] for column in columns.values() if column.metric.of_groups}
+    if wrong := averaged - of_single_rows(columns).keys():
+        raise UserError(f"mean_of_groups: {min(wrong)} does not score single rows; name another metric in `of`")
+    return columns
+
+
+def of_single_rows(columns: Mapping[str, Column]) -> dict[str, Column]:
+    """Columns that score single rows without a scorer model."""
+    return {name: column for name, column in columns.items() if column.metric.of_rows and not column.metric.judged}
 
 
 def declared_models(columns: Mapping[str, Column]) -> dict[str, ScorerModel]:
@@ -253,16 +262,10 @@ def score(
 
 
 def _by_group(rows: Sequence[Row], column: Column) -> dict[str, list[float]]:
-    """Row scores of the averaged column, by group.
-
-    Raises:
-        UserError: rows have no score of the averaged column.
-    """
-    averaged, groups = column.entry["of"], dict[str, list[float]]()
+    """Row scores of the averaged column, by group."""
+    groups: dict[str, list[float]] = {}
     for row in rows:
-        if averaged not in row:
-            raise UserError(f"{column.name}: {averaged} does not score single rows; name another metric in `of`")
-        groups.setdefault(row.get("group") or "", []).append(row[averaged])
+        groups.setdefault(row.get("group") or "", []).append(row[column.entry["of"]])
     return groups
 
 

@@ -72,6 +72,8 @@ def test_the_command_compares_files(recipe: Recipe, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert orjson.loads(done.stdout)["scores"][0]["better"] == 1
     assert recipe("results", "a.jsonl", "nowhere.jsonl").returncode == 2
+    for metric in ("bertscore:roberta-large", "bertscore_f1", "perplexity", "benchmark:mmlu", "sacrebleu"):
+        assert recipe("results", "a.jsonl", "b.jsonl", "--metric", metric).returncode == 2
 
 
 LLAMA_2 = "haider2024/llama-2-7b"

@@ -185,6 +185,9 @@ def test_what_it_lacks_is_told(runs: Path, recipe: Recipe, seeds: int, more: dic
     lacks = recipe("results", "sums2030", "--power", "1")
     assert (lacks.returncode, "recipe reproduce sums2030 --seeds 3" in lacks.stderr) == (2, True)
     assert recipe("results", "sums2030", "--power", "0").returncode == 2
+    for words in (("--power", "1", "--rehearse"), ("--export", "latest")):
+        refused = recipe("results", "sums2030", *words)
+        assert (refused.returncode, words[0] in refused.stderr) == (2, True)
 
 
 OF_PERPLEXITY = {"metrics": {"perplexity": {}}, "shown": ["perplexity"], "tolerances": {}}

@@ -65,8 +65,9 @@ def test_groups_of_rows_count_alike_in_their_mean() -> None:
     half = 1.96 * 100 * ((0.75 * 0.25 / 20 + 0.5 * 0.5 / 10) / 9) ** 0.5
     assert scores["intervals"]["average"] == pytest.approx([125 / 3 - half, 125 / 3 + half])
     assert scores["intervals"]["of_d"] is None and "average" not in made[0]
-    with pytest.raises(UserError):
-        score.score(rows, {"average": columns["average"]})
+    for of in ("nope", "sacrebleu", "bertscore_f1"):
+        with pytest.raises(UserError, match=of):
+            columns_of(None, ["sacrebleu", "bertscore_f1", f"m: {{metric: mean_of_groups, of: {of}}}"])
 
 
 def test_older_scores_of_rows_are_dropped() -> None:
@@ -96,6 +97,7 @@ def test_the_command_prints_scores_and_writes_rows(recipe: Recipe, tmp_path: Pat
     assert list(map(orjson.loads, (tmp_path / "scored.jsonl").read_bytes().splitlines())) == scored(ROWS)[1]
     lines = recipe("score", "pairs.jsonl").stdout.splitlines()
     assert [line.split()[2] for line in lines if line.startswith(("exact, %", "empty, %"))] == ["20.0", "20.0"]
+    assert "`--metric bertscore:roberta-large`" in recipe("score", "pairs.jsonl", "--metric", "bertscore_f1").stderr
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs CodeReviewer's predictions, which are not ours to ship")
