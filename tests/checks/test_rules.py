@@ -189,10 +189,7 @@ RIGHT: list[tuple[dict[str, Any], str | None]] = [
     ({"datasets": [{"path": "some/data-set", "type": "alpaca"}]}, None),
     (data(path="json", data_files="data/codereviewer/t*.jsonl"), None),
     ({"plugins": [CCE], "cut_cross_entropy": False}, None),
-    (
-        {"fp16": False, "bf16": True, "tf32": True, "attn_implementation": "kernels-community/flash-attn3"},
-        "H100",
-    ),
+    ({"fp16": False, "bf16": True, "tf32": True, "attn_implementation": "kernels-community/flash-attn3"}, "H100"),
     ({"fp16": True, "bf16": "auto"}, "T4"),  # Axolotl then leaves bf16 off
 ]
 

@@ -34,11 +34,7 @@ IN_STUDY_YAML: list[tuple[str, dict[str, Any], str]] = [  # the mistake; the val
     ("subset of train", {f"{TRAIN} > subsets > a": ONE}, f"{TRAIN} > subsets"),
     ("subset without seed", {SUBSET: {"title": "a", "rows": 1}}, SUBSET),
     ("no positions", {SUBSET: {"title": "a", "rows": 1, "positions": "none.json"}}, f"{SUBSET} > positions"),
-    (
-        "subset called valid",
-        {f"{TEST} > subsets > valid": ONE},
-        f"{TEST} > subsets > valid",
-    ),
+    ("subset called valid", {f"{TEST} > subsets > valid": ONE}, f"{TEST} > subsets > valid"),
     ("missing sample", {"data > sample": "few"}, "data > sample"),
     ("unknown metric", {"metrics > blue": {}}, "metrics > blue"),
     ("misspelt parameter", {"metrics > number": {"marker": ["x"]}}, "metrics > number > marker"),

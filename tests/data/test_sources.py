@@ -43,9 +43,7 @@ def recorded(out: Path) -> dict[str, Any]:
 def test_a_plain_file_is_kept_as_it_is_and_verified(tmp_path: Path, server: Server) -> None:
     rows = fetch(data_of({"train.jsonl": plain(server.url)}), tmp_path)
     assert (tmp_path / "train.jsonl").read_bytes() == TRAIN
-    assert rows == [
-        {"file": "train.jsonl", "bytes": len(TRAIN), "sha256": digest(TRAIN), "verified": True},
-    ]
+    assert rows == [{"file": "train.jsonl", "bytes": len(TRAIN), "sha256": digest(TRAIN), "verified": True}]
     assert sorted(file.name for file in tmp_path.iterdir()) == [".fetch.lock", "fetched.json", "train.jsonl"]
 
 

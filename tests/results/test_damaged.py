@@ -27,14 +27,7 @@ def edit(file: Path, **change: Any) -> None:
     file.write_bytes(orjson.dumps(orjson.loads(file.read_bytes()) | change))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"step": None},
-        {"loss": "text"},
-        {"eval_loss_per_token": [1]},
-    ],
-)
+@pytest.mark.parametrize("change", [{"step": None}, {"loss": "text"}, {"eval_loss_per_token": [1]}])
 def test_a_damaged_line_of_metrics_is_left_out_and_said(recipe: Recipe, bad: RunDir, change: dict[str, Any]) -> None:
     edit(bad.path / "run.json", state="failed")
     bad.metrics.write_bytes(orjson.dumps(RECORD) + b"\n" + orjson.dumps(RECORD | {"step": 2} | change) + b"\n")
@@ -97,10 +90,7 @@ def test_damaged_scores_are_named_and_the_run_is_as_one_that_is_not_evaluated(re
     assert {row["bleu4"] for row in orjson.loads(recipe("results", "--json").stdout)} == {10.0, None}
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"row": None}, {"bleu4": "good"}, {"bleu4": 1e308}, {"prediction": 1}],
-)
+@pytest.mark.parametrize("change", [{"row": None}, {"bleu4": "good"}, {"bleu4": 1e308}, {"prediction": 1}])
 def test_predictions_that_are_none_are_named(recipe: Recipe, bad: RunDir, change: dict[str, Any]) -> None:
     row = {"row": 1, "idx": 1, "lang": "go", "reference": "a", "prediction": "b", "bleu4": 1.0, "exact": False}
     write_rows(bad.path / "predictions.jsonl", [row, row | {"row": 2} | change])

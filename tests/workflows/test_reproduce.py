@@ -150,9 +150,7 @@ def composed(*recipes: str, **more: Any) -> list[Composed]:
     return [compose.compose(Request(f"haider2024/{recipe}", **more)) for recipe in recipes]
 
 
-def test_data_is_fetched_and_prepared_in_the_forms_that_recipes_read_and_only_once(
-    published_data: study.Study,
-) -> None:
+def test_data_is_fetched_and_prepared_in_the_forms_that_recipes_read_and_only_once(published_data: study.Study) -> None:
     reproduce.have_data(published_data, composed("llama-2-7b"))
     assert sorted(file.name for file in Path("data").iterdir()) == ["codereviewer", "codereviewer-raw"]
     both = composed("llama-2-7b", "as-released/llama-3-8b")
