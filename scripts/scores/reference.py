@@ -125,8 +125,8 @@ class Reference:
                     answers = self.answers([prompts[i] for i in part], number)
                 except torch.OutOfMemoryError:
                     if len(part) == 1 or self.settings.decoding.do_sample:  # halves would draw other answers
-                        problem = f"{len(part)} x {room} tokens do not fit the GPU's memory"
-                        raise WorkFailed(f"{problem}; set a smaller --batch-size") from None
+                        less = f"; run `recipe evaluate RUN --batch-size {len(part) // 2}`" if len(part) > 1 else ""
+                        raise WorkFailed(f"{len(part)} x {room} tokens do not fit the GPU's memory{less}") from None
                     say(f"{len(part)} rows of up to {room} tokens do not fit the GPU's memory; halving the batch")
                     fits = len(part) // 2
                     waiting += [list(half) for half in batched(part, fits)][::-1]
