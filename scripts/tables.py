@@ -65,6 +65,11 @@ def _cell(value: Any) -> str:
     return harmless(text_of(value)).replace("\n", " ")
 
 
+def headings(rows: Sequence[Row]) -> list[str]:
+    """Columns that any row has, in the order of their first appearance."""
+    return list(dict.fromkeys(column for row in rows for column in row))
+
+
 def print_table(
     rows: Sequence[Row],
     title: str | None = None,
@@ -84,8 +89,8 @@ def print_table(
         below: columns of long texts.
     """
     width = _width()
-    columns = [column for column in rows[0] if empty or any(row.get(column) is not None for row in rows)]
-    texts = {column: [*map(harmless, (column, *_column([row[column] for row in rows])))] for column in columns}
+    columns = [column for column in headings(rows) if empty or any(row.get(column) is not None for row in rows)]
+    texts = {column: [*map(harmless, (column, *_column([row.get(column) for row in rows])))] for column in columns}
     widths = {column: max(map(cells_of, texts[column])) for column in columns}
     numbers = {column for column in columns if all(map(_NUMBER.fullmatch, texts[column][1:]))}
     above, beside, under, left_out = _arranged(widths, width, spare, below)
@@ -99,7 +104,7 @@ def print_table(
         if cells:
             click.secho((" " * _GAP * above + (" " * _GAP).join(cells)).rstrip(), bold=not i or None)
         for column in under:
-            if row[column] is not None:
+            if row.get(column) is not None:
                 for line in broken(f"{column}: {texts[column][i]}".removeprefix(": "), width - 2 * _GAP):
                     click.echo(" " * _GAP + line)
     if left_out:

@@ -20,7 +20,7 @@ from ..base.machine import now
 from ..base.paths import template_environment
 from ..data.study import Study
 from ..results import study_tables, verdict
-from ..tables import Table
+from ..tables import Table, headings
 from ..workflows import sweep_results
 from ..workflows.sweep import Sweep
 from . import report_figures as draw
@@ -105,8 +105,8 @@ def of_sweep(sweep: Sweep, runs: Path) -> str:
 
 def _without_empty(table: Table) -> Table:
     """Table without columns that are empty in all rows."""
-    kept = [column for column in table.rows[0] if any(row[column] not in (None, "") for row in table.rows)]
-    return replace(table, rows=[{column: row[column] for column in kept} for row in table.rows])
+    kept = [column for column in headings(table.rows) if any(row.get(column) not in (None, "") for row in table.rows)]
+    return replace(table, rows=[{column: row.get(column) for column in kept} for row in table.rows])
 
 
 def _page(title: str, kind: str, runs: Sequence[ReportedRun], section: Section | None = None) -> str:

@@ -199,7 +199,11 @@ def _cells(sweep: Sweep, scored: Columns, row: SweepRow) -> Row:
     """Table cells of a row: varying values, scores, the first score's interval, and costs."""
     first, *others = scored.values()
     member, share = row.member, row.summary.trainable_share
-    values = {key: on_one_line(member.values.get(key)) for key in sweep.keys if not member.name.startswith(f"{key}=")}
+    values = {
+        key: on_one_line(member.values.get(key))
+        for key in sweep.keys
+        if not all(each.name.startswith(f"{key}=") for each in sweep.members)  # the names show these values
+    }
     missing = max(len(row.seeds), 1) - len(row.runs)
     states = Counter([*(result.run.state for result in row.runs), *["not started"] * missing])
     within = row.scores[first.name][1]

@@ -234,6 +234,7 @@ def test_plan_prints(recipe: Recipe, small: yamlfiles.Config, tmp_path: Path, sa
     table = [line.split() for line in recipe("plan", "small.yaml", "--gpu", "t4", "--gpu", "80GB").stdout.splitlines()]
     assert table[0][-4:] == ["fits", "free", "GiB", "hours"] and [row[0] for row in table[1:3]] == ["small.yaml"] * 2
     assert table[1][-3:-1] == ["up", "to"] and table[2][-1] == "–"  # no speed is known of a size alone
+    assert recipe("plan", "small.yaml", "--gpu", "t4", "--gpu", "sm_86").returncode == 0  # of different columns
     as_json = orjson.loads(recipe("plan", "small.yaml", "--json").stdout)
     assert as_json[0]["recipe"] == "small.yaml" and as_json[0]["memory"]["needed"] > 0
 

@@ -59,6 +59,14 @@ def test_members_are_those_of_axolotl(tmp_path: Path) -> None:
     assert sorted(map(strings, ours)) == sorted(map(strings, theirs))
 
 
+def test_rows_whose_names_show_different_keys_have_the_same_columns(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("_: [{lora_r: 64, lora_alpha: 128}, {lora_alpha: 16}]")
+    _, members = read_members(tmp_path / "s.yaml", [])
+    sweep = Sweep(name="s", recipe=BASE, rehearsal=False, keys=varying(members), members=members)
+    table = sweep_results.table_of(sweep, sweep_results.columns(sweep, tmp_path), sweep_results.rows(sweep, tmp_path))
+    assert [(row["lora_r"], row["lora_alpha"]) for row in table.rows] == [("64", "128"), (None, "16")]
+
+
 def strings(content: dict[str, Any]) -> list[tuple[str, str]]:
     return sorted((key, str(value)) for key, value in content.items())
 
