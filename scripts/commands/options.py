@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def whole_name(context: typer.Context, given: str | None) -> str | None:
-    """Replace a partial recipe name by the full one, and print it."""
+    """Replace a partial recipe name by the full one, and print it; leave a study's name."""
     if given and not context.resilient_parsing:
         with suppress(UserError):  # the verb reports this error
             name, file = find_recipe(given)
-            if name != given and file != Path(given):
+            if name != given and file != Path(given) and given not in {folder.name for folder in paths.studies()}:
                 say(f"recipe {name}")
                 return name
     return given
@@ -149,7 +149,7 @@ PlannedGpu = Annotated[
         "--gpu",
         rich_help_panel=WHERE,
         metavar="NAME",
-        help="GPU to plan for; default: this machine's.",
+        help="With --dry-run: GPU to plan for; default: this machine's.",
     ),
 ]
 Jobs = Annotated[

@@ -174,6 +174,7 @@ def sweep_verb(
     from ..scores.evaluate import EvaluationRequest
     from ..workflows import reproduce, sweep, sweep_results
 
+    only_with("--gpu", gpu, "--dry-run", dry_run)
     sweep_name, members = sweep.read_members(sweep.find_sweep_file(file) if file else None, set_ or [])
     request = Request(name, profiles=profile or [], rehearse=rehearse, force=force or [])
     request.rehearse = is_rehearsal(request)

@@ -68,7 +68,7 @@ class Study(Strict):
     decoding: Decoding = OF_NO_STUDY
     decodings: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+$")], Decoding] = Field(default={})
     metrics: dict[str, Config | None] = Field(min_length=1)
-    published: dict[str, Published]
+    published: dict[str, Published] = Field(min_length=1)
     variants: dict[str, Variant] = Field(default={})
     comment_prefixes: list[str] = Field(default=["paper"])
     open_settings: list[str] = Field(default=[])

@@ -150,16 +150,12 @@ class Pipeline:
                     say(str(finding))
         return not errors
 
-    def plan(self, gpu: Gpu | None = None) -> bool:
+    def plan(self) -> bool:
         """Plan the required memory; return False if it exceeds the GPU's memory.
 
         For a rehearsal, this plans the recipe itself, and returns True even if the recipe exceeds the GPU's memory.
-
-        Args:
-            gpu: GPU to plan for; by default, the pipeline's.
         """
-        gpu = gpu or self.gpu
-        rehearsal = self.request.rehearse
+        gpu, rehearsal = self.gpu, self.request.rehearse
         try:
             planned = plan.composed_for(replace(self.request, rehearse=False), gpu) if rehearsal else self.composed
             assert planned
@@ -177,10 +173,11 @@ class Pipeline:
 
     def digest(self) -> str | None:
         """Hash of config and data; None if the data is missing."""
-        if self.composed and not self.composed.data:
-            with suppress(UserError):
-                self.composed.data = datafiles.record(self.composed.config)
-        return self.composed.digest if self.composed and self.composed.data else None
+        with suppress(UserError):
+            if self.composed:
+                self.composed.data = self.composed.data or datafiles.record(self.composed.config)
+                return self.composed.digest
+        return None
 
     def task(self) -> Task:
         """Task with the steps that are neither done nor running nor queued."""

@@ -116,7 +116,7 @@ def sweep(
         evaluation: settings of each evaluation.
         backend: backend that carries out the members.
         seeds: number of seeds per member, beginning with the recipe's seed.
-        gpu: GPU to plan for; by default the backend's.
+        gpu: GPU for which a dry run composes and plans; by default the backend's.
         dry_run: check and plan only.
 
     Raises:
@@ -127,7 +127,7 @@ def sweep(
     pipelines: list[Pipeline] = []
     for request in requests:
         recipe, _ = find_recipe(request.name)
-        seeded = _seeded(members, recipe, seeds)
+        seeded = _seeded(members, request.name, seeds)
         records.append(
             Sweep(name=name, recipe=recipe, rehearsal=request.rehearse, keys=varying(members), members=seeded)
         )
@@ -137,24 +137,24 @@ def sweep(
                 replace(request, overrides=member.overrides),
                 evaluation,
                 backend,
-                gpu if dry_run else None,
+                gpu,
             )
             for member in seeded
         ]
     _check(pipelines, starts=not dry_run)
     _refuse_twins(pipelines)
-    _plan([member for record in records for member in record.members], pipelines, gpu, starts=not dry_run)
+    _plan([member for record in records for member in record.members], pipelines, starts=not dry_run)
     if not dry_run:
         _carry_out(records, pipelines, evaluation, backend)
     return records, [pipeline.result for pipeline in pipelines]
 
 
-def _plan(members: list[SweepMember], pipelines: list[Pipeline], gpu: Gpu | None, starts: bool) -> None:
+def _plan(members: list[SweepMember], pipelines: list[Pipeline], starts: bool) -> None:
     with Bar("planning", len(members)) as bar:
         for done, (member, pipeline) in enumerate(zip(members, pipelines, strict=True), start=1):
             bar.begin(f"planning {pipeline.result.label}")
             member.digest = pipeline.digest()
-            pipeline.plan(gpu)
+            pipeline.plan()
             if pipeline.result.problem and starts:
                 say(f"{pipeline.result.label}: {pipeline.result.problem}")
             member.planned_gib = pipeline.needed_gib
@@ -224,10 +224,14 @@ def _refuse_twins(pipelines: list[Pipeline]) -> None:
 
 def of_recipe(recipe: str) -> dict[str, Column]:
     """Metrics of a recipe or variant."""
-    origin: str | None = recipe
-    with suppress(UserError):  # the recipe was deleted
-        origin = config.origin_of(*paths.find_recipe(recipe))
-    return columns_of(origin)
+    file = file_of(recipe)
+    return columns_of(config.origin_of(recipe, file) if file else recipe)
+
+
+def file_of(recipe: str) -> Path | None:
+    """File of a recipe or variant; None if it was deleted, or if its sweep named a file elsewhere."""
+    files = (paths.recipe_file(recipe), paths.VARIANTS / f"{recipe}.yaml")
+    return next(filter(Path.is_file, files), None)
 
 
 def read_members(file: Path | None, sets: Sequence[str]) -> tuple[str, list[SweepMember]]:

@@ -25,7 +25,7 @@ from ..scores import evaluation_rows
 from ..scores.intervals import Interval
 from ..tables import Table
 from .pipeline import existing_runs
-from .sweep import Sweep, SweepMember, of_recipe, settings
+from .sweep import Sweep, SweepMember, file_of, of_recipe, settings
 
 LOSS = "eval_loss"
 Columns = Mapping[str, Column]
@@ -95,10 +95,10 @@ def rows(sweep: Sweep, runs: Path) -> list[SweepRow]:
 
 def _published(sweep: Sweep, values: Mapping[str, Any]) -> dict[str, float | None]:
     """Published scores for a member's settings; empty if the study has no scores for sweeps."""
-    name, file = paths.find_recipe(sweep.recipe)
-    origin = config.origin_of(name, file)
+    file = file_of(sweep.recipe)
+    origin = config.origin_of(sweep.recipe, file) if file else None
     of_study = study.of_any(origin) if origin and not sweep.rehearsal else None
-    if not of_study or not origin or not any(published.cells for published in of_study.published.values()):
+    if not of_study or not origin or not file or not any(published.cells for published in of_study.published.values()):
         return {}
     cell = of_study.cell(origin, {**yamlfiles.read_yaml(file), **values})
     scores = cell.scores if cell else {}

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import orjson
 import pytest
+from click import Command, Context
 from conftest import Recipe, recipe_config
 
 from qlora_recipes.base import paths
+from qlora_recipes.commands import options
 
 BASE = "haider2024/all-linear/code-llama-7b"
 PART = "all-linear/code"
@@ -49,6 +51,11 @@ def test_files_profiles_studies_and_data_sets_by_a_part(
     shutil.copy(paths.RECIPES / f"{BASE}.yaml", tmp_path / "variants" / "wide.yaml")
     done = recipe(*words)
     assert says in done.stdout + done.stderr
+
+
+def test_a_study_of_one_recipe_keeps_its_name(tmp_path: Path, runs: Path) -> None:
+    (tmp_path / "recipes" / "sums2030" / "wide.yaml").unlink()
+    assert options.whole_name(Context(Command("sweep")), "sums2030") == "sums2030"
 
 
 def test_list_shows_the_variants_of_the_working_folder_by_the_names_that_run_takes(

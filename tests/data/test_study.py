@@ -10,6 +10,7 @@ from declared import sums
 from run_folders import a_run
 
 from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.base.errors import UserError
 from qlora_recipes.data import study
 from qlora_recipes.data.published import PublishedScore
 from qlora_recipes.data.study import Study
@@ -48,6 +49,8 @@ def test_repeats_of_a_recipe_stand_for_the_others_of_its_study(tmp_path: Path) -
     changed = loaded(tmp_path, {"published": published, "variants": {variant: {"of": RECIPE, "reproduces": True}}})
     assert [changed.repeats(name, "bleu4") for name in (RECIPE, variant, other)] == [[5.0, 5.2]] * 3
     assert changed.repeats(RECIPE, "rouge_l") == [] == study.load(paths.RECIPES / "haider2024").repeats(RECIPE, "bleu4")
+    with pytest.raises(UserError, match="published: "):
+        loaded(tmp_path / "none", {"published": {}, "variants": None})
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,13 @@ def test_a_pipeline_is_composed_for_the_card_that_is_named(tmp_path: Path) -> No
         assert one.composed and one.composed.config["sdpa_varlen"] is varlen
 
 
+@pytest.mark.parametrize("path", ["owner/rows", "rows.jsonl"])
+def test_data_on_the_hub_has_a_digest_and_a_missing_file_has_none(path: str) -> None:
+    asked = Request("haider2024/llama-2-7b", overrides=[f"datasets=[{{path: {path}}}]", "test_datasets=null"])
+    one = pipeline.Pipeline(TaskResult("one"), asked, EvaluationRequest(), Local(rehearsal=False))
+    assert (one.digest() is None) == (path == "rows.jsonl")
+
+
 def test_what_axolotl_refuses_is_not_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     asked = Request("haider2024/llama-2-7b", rehearse=True, overrides=["early_stopping_patience=2"])

@@ -120,6 +120,14 @@ def test_what_does_not_fit_is_told_before_anything_starts(tmp_path: Path, recipe
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_file_elsewhere_is_swept(tmp_path: Path, recipe: Recipe) -> None:
+    (tmp_path / "llama-7b.yaml").write_text(paths.recipe_file(BASE).read_text())  # a part of a shipped recipe's name
+    done = recipe("sweep", "llama-7b.yaml", "--set", "lora_r=8,16", "--seeds", "2", "--rehearse", "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [(row["seeds"], row["states"]) for row in orjson.loads(done.stdout)["results"]] == [([42, 43], [])] * 2
+    assert recipe("sweep", "llama-7b.yaml", "--set", "lora_r=8", "--gpu", "T4").returncode == 2
+
+
 def a_sweep(
     runs: Path, finished: dict[str, list[tuple[float, float, float]]], seeds: bool = False, of: str = BASE
 ) -> Sweep:
