@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from ..base import paths, yamlfiles
-from ..base.errors import UserError
+from ..base.errors import UserError, WorkFailed
 from ..base.hub import importing_axolotl
 from ..base.progress import Bar, say
 from ..base.yamlfiles import Config
@@ -79,7 +79,8 @@ def measured(
         rehearsal: True to use no GPU, and to leave out tasks whose rows are not on this machine.
 
     Raises:
-        UserError: the harness lacks a task, a task does not report the requested result, or its rows cannot be loaded.
+        UserError: the harness lacks a task.
+        WorkFailed: a task does not report the requested result, or its rows cannot be loaded.
     """
     found = kept(columns, former, limit) if former else {}
     missing = {name: column for name, column in columns.items() if column.metric.of_model and name not in found}
@@ -127,7 +128,7 @@ def _measure(
         except OSError as error:  # includes the hub's errors
             problem = f"{missing[name].label}: the rows of the task {task} cannot be loaded: {error}"
             if not rehearsal:
-                raise UserError(problem) from None
+                raise WorkFailed(f"{problem}; predictions are kept; repeat the command to continue") from None
             say(f"{problem}; the rehearsal leaves this task out")
             continue
         found[name] = summarise(done, parameters).model_copy(update={"limit": limit})
@@ -162,7 +163,7 @@ def summarise(done: Mapping[str, Any], parameters: BenchmarkParameters) -> Bench
     """Extract a task's score from the harness's report.
 
     Raises:
-        UserError: the report lacks the requested result.
+        WorkFailed: the report lacks the requested result.
     """
     from importlib.metadata import version
 
@@ -177,7 +178,7 @@ def summarise(done: Mapping[str, Any], parameters: BenchmarkParameters) -> Bench
     wanted = parameters.result or (reported[0] if reported else "")
     result = next((key for key in reported if wanted in (key, key.partition(",")[0])), None)
     if result is None:
-        raise UserError(
+        raise WorkFailed(
             f"{parameters.task}: reports no {wanted or 'number'}; its results: {', '.join(reported) or 'none'}"
         )
     metric, _, filtered = result.partition(",")

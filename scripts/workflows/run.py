@@ -146,6 +146,7 @@ def _agree(folder: RunDir, record: Run, force: Sequence[str], own: bool, trusted
         )
     if (force or not own) and not this_job(os.environ):  # a job may lack the user's key
         with folder.held():
+            record = folder.read()  # a training may have just ended
             record.forced = [*record.forced, *force]
             record.seal = trust.seal(folder, record)
             folder.write(record)
@@ -157,8 +158,8 @@ def _resume_here(folder: RunDir, prepare_only: bool, own: bool) -> RunDir:
         return folder
     with folder.held() as lock:
         record = folder.read()
-        in_a_job = this_job(os.environ) in {job.id for job in folder.jobs()}
-        if reason := hindrance(folder, record, in_a_job):
+        jobs = {job.id for job in folder.jobs()}
+        if reason := hindrance(folder, record, alone=not jobs or this_job(os.environ) in jobs):
             raise UserError(f"{folder.path}: {reason}")
         if prepare_only:
             launch.preprocess(folder, record)
@@ -175,13 +176,13 @@ def _resume_here(folder: RunDir, prepare_only: bool, own: bool) -> RunDir:
     return folder
 
 
-def hindrance(folder: RunDir, record: Run, in_a_job: bool = False) -> str | None:
+def hindrance(folder: RunDir, record: Run, alone: bool = False) -> str | None:
     """Reason why a run cannot be resumed, or None.
 
     Args:
-        in_a_job: whether this process is one of the run's own jobs.
+        alone: whether the run has no jobs, or this process is one of them.
     """
-    job = None if in_a_job else backends.job_state(folder, "run")
+    job = None if alone else backends.job_state(folder, "run")
     if job and job.kind != "unknown":
         return f"the run is {job}; cancel it first with `recipe cancel {folder.path}`"
     if record.state == "finished":

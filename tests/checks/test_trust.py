@@ -7,11 +7,15 @@ import pytest
 from conftest import Recipe
 from run_folders import a_run
 
+from qlora_recipes import backends
+from qlora_recipes.backends import Local
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.checks import trust
 from qlora_recipes.runs import launch
+from qlora_recipes.runs.records import JobState
 from qlora_recipes.runs.rundir import RunDir, all_runs
+from qlora_recipes.workflows import run
 
 NAME = "haider2024/code-llama-7b"
 PLUGIN = "foreign-code:plugins.0"
@@ -56,6 +60,22 @@ def test_no_verb_loads_a_strangers_model_unseen(tmp_path: Path, recipe: Recipe, 
     done = recipe(words[0], str(folder.path), *words[1:])
     assert done.returncode == 2
     assert f"[{PLUGIN}]" in done.stderr
+
+
+def test_a_run_that_ends_meanwhile_stays_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = theirs(tmp_path)
+    ended = folder.read().model_copy(update={"state": "finished"})
+    monkeypatch.setattr(trust, "is_own", lambda folder, _: folder.write(ended) or True)
+    with pytest.raises(UserError):
+        run.resume(str(folder.path), Local(rehearsal=False), force=["too-big"])
+    assert (folder.read().state, folder.read().forced) == ("finished", [PLUGIN, "too-big"])
+
+
+def test_a_job_that_starts_before_its_record_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = theirs(tmp_path, set={"output_dir": str(RunDir(tmp_path / NAME / "20260101-000000-abcdef0").output)})
+    monkeypatch.setattr(backends, "job_state", lambda *_: JobState("queued"))
+    monkeypatch.setattr(launch, "preprocess", lambda *_: None)
+    run.resume(str(folder.path), Local(rehearsal=False), prepare_only=True, trusted=True)
 
 
 def test_a_run_from_elsewhere_is_resumed_only_with_trust(
