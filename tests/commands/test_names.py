@@ -5,11 +5,9 @@ from pathlib import Path
 
 import orjson
 import pytest
-from click import Command, Context
 from conftest import Recipe, recipe_config
 
 from qlora_recipes.base import paths
-from qlora_recipes.commands import options
 
 BASE = "haider2024/all-linear/code-llama-7b"
 PART = "all-linear/code"
@@ -53,9 +51,10 @@ def test_files_profiles_studies_and_data_sets_by_a_part(
     assert says in done.stdout + done.stderr
 
 
-def test_a_study_of_one_recipe_keeps_its_name(tmp_path: Path, runs: Path) -> None:
-    (tmp_path / "recipes" / "sums2030" / "wide.yaml").unlink()
-    assert options.whole_name(Context(Command("sweep")), "sums2030") == "sums2030"
+def test_a_study_of_one_recipe_keeps_its_name(recipe: Recipe, runs: Path) -> None:
+    Path("recipes", "sums2030", "wide.yaml").unlink()
+    done = recipe("show", "sums2030")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_list_shows_the_variants_of_the_working_folder_by_the_names_that_run_takes(
