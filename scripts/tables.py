@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from shutil import get_terminal_size
 from typing import Any
 
@@ -65,11 +66,6 @@ def _cell(value: Any) -> str:
     return harmless(text_of(value)).replace("\n", " ")
 
 
-def headings(rows: Sequence[Row]) -> list[str]:
-    """Columns that any row has, in the order of their first appearance."""
-    return list(dict.fromkeys(column for row in rows for column in row))
-
-
 def print_table(
     rows: Sequence[Row],
     title: str | None = None,
@@ -77,7 +73,7 @@ def print_table(
     spare: Sequence[str] = (),
     below: Sequence[str] = (),
 ) -> None:
-    """Print a table on stdout.
+    """Print a table on stdout, with the columns of all rows.
 
     Values are never cut; only long paths are broken. If the table is too wide for the terminal, the columns `below`
     move below their rows. Then a first column of long names moves above its rows, and `spare` columns are left out and
@@ -89,7 +85,8 @@ def print_table(
         below: columns of long texts.
     """
     width = _width()
-    columns = [column for column in headings(rows) if empty or any(row.get(column) is not None for row in rows)]
+    found = dict.fromkeys(chain(*rows))
+    columns = [column for column in found if empty or any(row.get(column) is not None for row in rows)]
     texts = {column: [*map(harmless, (column, *_column([row.get(column) for row in rows])))] for column in columns}
     widths = {column: max(map(cells_of, texts[column])) for column in columns}
     numbers = {column for column in columns if all(map(_NUMBER.fullmatch, texts[column][1:]))}

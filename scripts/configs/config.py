@@ -151,13 +151,6 @@ def parent_of(name: str, file: Path) -> str | None:
     return next((of for of in ancestors(file) if of != name and (of in existing or Path(of).is_file())), None)
 
 
-def changed_keys(a: str, b: str) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys in which two recipes differ, with both values; `OF_THE_RUN` is ignored."""
-    first, second = (yamlfiles.read_yaml(paths.find_recipe(name)[1]) for name in (a, b))
-    differing = differences(first, second).items()
-    return {key: values for key, values in differing if key not in OF_THE_RUN}
-
-
 def recipe_diff(a: str, b: str | None) -> list[dict[str, Any]]:
     """Table rows of keys in which two recipes differ; `OF_THE_RUN` is ignored.
 
@@ -173,4 +166,6 @@ def recipe_diff(a: str, b: str | None) -> list[dict[str, Any]]:
         if above is None:
             raise UserError(f"{a}: not a variant of another recipe; give a second recipe")
         return recipe_diff(above, a)
-    return [{"key": key, a: left, b: right} for key, (left, right) in changed_keys(a, b).items()]
+    first, second = (yamlfiles.read_yaml(paths.find_recipe(name)[1]) for name in (a, b))
+    differing = differences(first, second).items()
+    return [{"key": key, a: left, b: right} for key, (left, right) in differing if key not in OF_THE_RUN]

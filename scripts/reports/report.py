@@ -7,6 +7,7 @@ from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import distribution, version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..base.machine import now
 from ..base.paths import template_environment
 from ..data.study import Study
 from ..results import study_tables, verdict
-from ..tables import Table, headings
+from ..tables import Table
 from ..workflows import sweep_results
 from ..workflows.sweep import Sweep
 from . import report_figures as draw
@@ -105,7 +106,8 @@ def of_sweep(sweep: Sweep, runs: Path) -> str:
 
 def _without_empty(table: Table) -> Table:
     """Table without columns that are empty in all rows."""
-    kept = [column for column in headings(table.rows) if any(row.get(column) not in (None, "") for row in table.rows)]
+    columns = dict.fromkeys(chain(*table.rows))
+    kept = [column for column in columns if any(row.get(column) not in (None, "") for row in table.rows)]
     return replace(table, rows=[{column: row.get(column) for column in kept} for row in table.rows])
 
 

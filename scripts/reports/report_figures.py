@@ -71,10 +71,6 @@ def _axis(title: str, **more: Any) -> Trace:
     return {"title": {"text": title}, **more}
 
 
-def _categories() -> Trace:
-    return {"autorange": "reversed", "type": "category"}
-
-
 def _style(i: int) -> Trace:
     """Style of lines and points for run number i."""
     colour = COLOURS[i % len(COLOURS)]
@@ -204,4 +200,5 @@ def study(of_study: Study, rows: Sequence[StudyRow], column: Column) -> Figure |
     )
     title = f"{column.label} of the study's recipes"
     layout = {"height": 220 + 34 * len(rows)}
-    return Figure(f"study-{column.name}", title, traces, _axis(column.label), _categories(), "", layout, says)
+    names = {"autorange": "reversed", "type": "category"}
+    return Figure(f"study-{column.name}", title, traces, _axis(column.label), names, "", layout, says)

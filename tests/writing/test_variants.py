@@ -82,7 +82,7 @@ def test_a_variant_keeps_every_comment_is_clean_and_differs_in_just_what_was_cha
         text = file.read_text()
         assert all(comment in text for comment in comments(TEXT))
         differing = set(config.differences(base, expected))
-        assert set(config.changed_keys(BASE, "mine")) == differing
+        assert {row["key"] for row in config.recipe_diff(BASE, "mine")} == differing
         composed = compose.compose(Request("mine"))
         assert composed.config == expected
         assert composed.differences == []
