@@ -22,11 +22,11 @@ from .declaration import Data
 def tagged(patch: str) -> str:
     """Write a patch on one line with tags, as haider2024's authors do.
 
-    The hunk header and blank lines are dropped; other lines are stripped. The tags are `<add>` for +, `<del>` for -,
-    and `<keep>` for other lines.
+    The hunk header and empty lines are dropped; other lines are stripped. The tags are `<add>` for +, `<del>` for -,
+    and `<keep>` for other lines. An added or removed blank line stays, as a tag alone.
     """
     tags = {"+": "<add>", "-": "<del>"}
-    lines = (line for line in patch.splitlines() if line[1:].strip() and not line.startswith("@@"))
+    lines = (line for line in patch.split("\n")[1:] if line.strip())
     return "".join(tags.get(line[0], "<keep>") + line[1:].strip() for line in lines)
 
 

@@ -38,7 +38,7 @@ def prepared(raw: list[Path], out: Path, of_study: study.Study = STUDY, input_fo
 def test_the_tagged_form() -> None:
     assert tagged(PATCH) == "<keep>a = 1<del>b = 2<add>b = 3"
     assert tagged("@@ -1 +1 @@\n-\tx\n+\n+ y\n\\ No newline at end of file\n") == (
-        "<del>x<add>y<keep>No newline at end of file"
+        "<del>x<add><add>y<keep>No newline at end of file"
     )
 
 
