@@ -11,7 +11,7 @@ from ..configs import datafiles
 from ..configs.compose import Composed, Request, compose
 from ..configs.gpus import ENGINE_KEYS, Gpu, engine_of, offloads
 from . import steps, work
-from .planner import CONTEXT, GIB, USABLE, Planner, per_gpu, planner_of, required_gib
+from .planner import CONTEXT, GIB, USABLE, Planner, needed_per_gpu, per_gpu, planner_of, required_gib
 from .traces import Counts, Usage
 from .work import Work
 
@@ -55,7 +55,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class PlannedChange:
-    """Settings to change in addition to all previous changes, and the bytes that are then needed."""
+    """Settings to change in addition to all previous changes, and the bytes that each GPU then needs."""
 
     set: Config
     effect: str
@@ -144,7 +144,7 @@ def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus
             f"{memory.paged / GIB:.2f} GiB of paged optimizer state moves to main memory when the GPU is full; the "
             "required memory excludes it"
         )
-    saved = planner.required - engines[engine_of(config)] if engines else 0
+    needed = needed_per_gpu(planner, config, gpus)
     size = vram or (gpu and gpu.memory)
     targets = [
         Gpu(gpu.name if gpu and size else f"{gib:g} GB", planner.step.capability or (0, 0), gib)
@@ -153,7 +153,7 @@ def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus
     fits = []
     for target in targets:
         usable = usable_gib(target) * GIB
-        free = usable + saved - planner.required
+        free = usable - needed
         fits.append(Fit(target.name, usable, free >= 0, free))
     frozen, trainable = memory.total("frozen"), memory.total("trainable")
     planned = Plan(
@@ -170,17 +170,13 @@ def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus
         notes=notes,
     )
     if size and not fits[0].fits:
-        planned.changes += _changes(config, planner, targets[0], fits[0].usable + saved)
+        planned.changes += _changes(config, planner, targets[0], gpus)
     return planned, planner
 
 
-def _changes(config: Config, planner: Planner, gpu: Gpu, usable: float) -> Iterator[PlannedChange]:
-    """Cumulative changes until a step fits, mildest first.
-
-    Args:
-        usable: bytes usable on the GPU; for several GPUs, plus the bytes that their engine saves on each.
-    """
-    step = planner.step
+def _changes(config: Config, planner: Planner, gpu: Gpu, gpus: int) -> Iterator[PlannedChange]:
+    """Cumulative changes until a step fits on each of the GPUs, mildest first."""
+    step, usable = planner.step, usable_gib(gpu) * GIB
     optimizer = str(config.get("optimizer") or steps.OPTIMIZER)
     paged = "paged_adamw_8bit" if "8bit" in optimizer else "paged_adamw_32bit"
     candidates: list[tuple[Config, str, bool]] = [
@@ -198,7 +194,8 @@ def _changes(config: Config, planner: Planner, gpu: Gpu, usable: float) -> Itera
         (
             {
                 "micro_batch_size": 1,
-                "gradient_accumulation_steps": max(int(datafiles.effective_batch(config)), planner.rows),
+                # a run divides it among the GPUs, as it divided the config's
+                "gradient_accumulation_steps": max(int(datafiles.effective_batch(config)), planner.rows) * gpus,
                 "batch_size": None,
             },
             "the same rows per step, one at a time",
@@ -214,7 +211,7 @@ def _changes(config: Config, planner: Planner, gpu: Gpu, usable: float) -> Itera
             continue
         settings = {key: value for key, value in settings.items() if value is not None or key in config}
         changed = {key: value for key, value in (changed | settings).items() if value is not None}
-        needed = planner_of(changed, gpu)[0].required
+        needed = needed_per_gpu(planner_of(changed, gpu)[0], changed, gpus)
         yield PlannedChange(settings, effect, needed, needed <= usable)
         if needed <= usable:
             break

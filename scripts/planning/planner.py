@@ -164,7 +164,12 @@ def required_gib(config: Config, gpu: Gpu | None = None, anew: bool = False, gpu
     planner, _ = planner_of(config, gpu, download=anew)
     if not planner.cached and not anew:
         return None
-    return per_gpu(planner, gpus).get(engine_of(config), planner.required) / GIB
+    return needed_per_gpu(planner, config, gpus) / GIB
+
+
+def needed_per_gpu(planner: Planner, config: Config, gpus: int) -> float:
+    """Bytes that a config needs on each of its GPUs, under its engine."""
+    return per_gpu(planner, gpus).get(engine_of(config), planner.required)
 
 
 def _least_capability(config: Config) -> tuple[int, int]:

@@ -135,6 +135,10 @@ def test_changes_are_the_mildest_that_do(small: yamlfiles.Config) -> None:
     assert last.fits
     ampere = plan.plan(small, gpus.Gpu("card", AMPERE, size * 0.7))[0].changes
     assert ampere[0].set == {"chunked_cross_entropy": True}
+    zero = small | {"deepspeed": {"zero_optimization": {"stage": 3}}}
+    (*_, last) = plan.plan(zero, gpus.Gpu("card", TURING, size * 0.7), gpus=4)[0].changes
+    assert last.set == {"micro_batch_size": 1, "gradient_accumulation_steps": 32}
+    assert last.needed == plan.plan(zero | last.set, gpus=4)[0].per_gpu["ZeRO-3"]
     (*_, last) = plan.plan(small, gpus.Gpu("card", TURING, size * 0.3))[0].changes
     assert list(last.set) == ["sequence_len"]
 
