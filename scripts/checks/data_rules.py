@@ -11,7 +11,7 @@ from ..base.errors import did_you_mean
 from ..base.yamlfiles import Config
 from ..configs import datafiles, models
 from ..configs.config import flatten
-from ..configs.numerics import precision, takes_varlen
+from ..configs.numerics import AMPERE, precision, takes_varlen
 from ..data import study
 from . import schema
 from .finding import Case, Problems, rule
@@ -19,9 +19,11 @@ from .finding import Case, Problems, rule
 
 @rule
 def no_data(case: Case) -> Problems:
-    """Axolotl also refuses a config without data, but only after 15 s of imports."""
+    """Axolotl also refuses a config without training rows, but only after its imports (15 s) or after tokenizing."""
     if not case.is_set("datasets", "pretraining_dataset"):
         yield "error", "datasets", "the config has no training data", "list a data set with path and type"
+    if datafiles.training_rows(case.config) == 0:
+        yield "error", "val_set_size", f"{case['val_set_size']} leaves no rows for training", "lower it"
 
 
 @rule
@@ -92,13 +94,13 @@ def packing_leaks(case: Case) -> Problems:
     """
     if case["sample_packing"] and case.attention not in KEEP_DOCUMENTS_APART:
         problem = f"with {case.attention or 'no attn_implementation'}, packed rows attend to each other"
-        yield "error", "sample_packing", problem, "set flash_attention_2"
-    before_hopper = case.gpu and case.gpu.capability < (9, 0)
+        yield "error", "sample_packing", problem, f"set {case.advised_attention}"
+    before_hopper = case.gpu and AMPERE <= case.gpu.capability < (9, 0)  # bf16 is an error on older GPUs
     in_bf16 = precision(case.config, on_gpu=True).weights == "bfloat16"
     masked = case["sample_packing"] and case.attention == "sdpa" and not takes_varlen(case.config, case.architecture)
     if masked and in_bf16 and before_hopper:
         problem = f"sdpa with a mask in bf16 can give losses of 0 on {case.gpu}"
-        yield "warning", "sample_packing", problem, "set flash_attention_2"
+        yield "warning", "sample_packing", problem, f"set {case.advised_attention}"
 
 
 KEEP_DOCUMENTS_APART = {

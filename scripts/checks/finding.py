@@ -18,7 +18,7 @@ from ..base.machine import package_version
 from ..base.yamlfiles import Config
 from ..configs import datafiles, models
 from ..configs.gpus import Gpu
-from ..configs.numerics import attention
+from ..configs.numerics import AMPERE, OLD_KEYS, attention
 
 Level = Literal["error", "warning", "note"]
 LEVELS: tuple[Level, ...] = get_args(Level)
@@ -183,6 +183,17 @@ class Case:
     def attention(self) -> str:
         """The attention that the config asks for."""
         return attention(self.config)
+
+    @property
+    def attention_key(self) -> str:
+        """The key that sets the attention, perhaps one of Axolotl's old keys."""
+        return next((old for old in OLD_KEYS if self[old]), "attn_implementation")
+
+    @property
+    def advised_attention(self) -> str:
+        """Setting of an attention that runs on the GPU and keeps packed rows apart."""
+        older = self.gpu and self.gpu.capability < AMPERE
+        return f"attn_implementation: {'sdpa and sdpa_varlen: false' if older else 'flash_attention_2'}"
 
     @property
     def plugins(self) -> set[str]:

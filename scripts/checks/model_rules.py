@@ -106,10 +106,17 @@ def no_lora_targets(case: Case) -> Problems:
         yield "error", "adapter", "LoRA has no target layers", "set lora_target_modules or lora_target_linear: true"
 
 
+_TRAINABLE = ("embed_tokens", "lm_head")
+
+
 @rule
 def unknown_lora_target(case: Case) -> Problems:
     """PEFT ignores an unknown name if another name matches a layer (BaseTuner.inject_adapter)."""
     targets, linear = case["lora_target_modules"], case.model.linear
+    for i, name in enumerate(case["lora_modules_to_save"] or ()):
+        near = did_you_mean(str(name).rpartition(".")[2], _TRAINABLE)
+        if linear and near and not str(name).endswith(_TRAINABLE):
+            yield "error", f"lora_modules_to_save.{i}", f"no module of this model is called {name}{near}", ""
     if not (case.lora and targets and linear) or targets == "all-linear":
         return
     layers = ["model.embed_tokens", "lm_head"]

@@ -6,7 +6,7 @@ from ..base.machine import torch_cuda
 from ..base.progress import is_secret
 from ..configs import substitution
 from ..configs.config import flatten
-from ..configs.numerics import AMPERE, OLD_KEYS, precision, quantized, takes_varlen
+from ..configs.numerics import AMPERE, precision, quantized, takes_varlen
 from .finding import Case, Level, Problems, rule
 
 
@@ -52,7 +52,8 @@ def gpu_lacks(case: Case) -> Problems:
         yield "error", "tf32", f"{name} has no tf32", "set it to false"
     least, most = _ATTENTION_RUNS_ON.get(case.attention, ((0, 0), (99, 0)))
     if not least <= has <= most:
-        yield "error", "attn_implementation", f"{case.attention} does not run on {name}", "set sdpa"
+        problem = f"{case.attention} does not run on {name}"
+        yield "error", case.attention_key, problem, f"use {case.advised_attention} instead"
     if has < AMPERE and takes_varlen(case.config, case.architecture):
         problem = f"packed rows use torch's varlen_attn, which does not run on {name}"
         yield "error", "sample_packing", problem, "set sdpa_varlen: false, or use the profile packed"
@@ -85,9 +86,8 @@ def missing_package(case: Case) -> Problems:
     asked = {package: next(filter(case.__getitem__, keys), None) for package, keys in _PACKAGES.items()}
     asked |= {package: "plugins" for plugin, package in _PLUGIN_NEEDS.items() if plugin in case.plugins}
     package, kernel = _ATTENTION_NEEDS.get(case.attention, ("", case.attention if "/" in case.attention else ""))
-    of_attention = next((old for old in OLD_KEYS if case[old]), "attn_implementation")
     if not (kernel and case.is_installed("kernels")):
-        asked[package or "kernels"] = of_attention if package or kernel else None
+        asked[package or "kernels"] = case.attention_key if package or kernel else None
     for package, key in asked.items():
         if key and not case.is_installed(package):
             remedy = f"install it{_FROM.get(package, '')}, or delete {key}"
@@ -202,6 +202,15 @@ def no_batch_size(case: Case) -> Problems:
     """Without micro_batch_size, Axolotl silently trains one row at a time (seen)."""
     if not case.is_set("micro_batch_size"):
         yield "error", "micro_batch_size", "not set: Axolotl would use 1", "set it"
+
+
+@rule
+def not_a_number(case: Case) -> Problems:
+    """Axolotl's schema accepts any text, because YAML 1.1 reads 2e-4 as text; training fails on other text."""
+    try:
+        float(case["learning_rate"] or 0)
+    except ValueError:
+        yield "error", "learning_rate", f"{case['learning_rate']} is not a number", "correct it"
 
 
 @rule

@@ -180,7 +180,7 @@ def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[li
                 bar.update(read.rows)
         findings += read.findings()
         if sizes := read.sizes:
-            kept = _kept(cfg, sizes)
+            kept = _kept(cfg, read)
             measured.append(
                 {
                     "key": key,
@@ -188,7 +188,7 @@ def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[li
                     "rows_read": read.rows,
                     "rows": len(sizes),
                     "tokens": sum(sizes),
-                    "tokens_with_loss": read.learnt,
+                    "tokens_with_loss": sum(read.learnt),
                     "percentiles": {
                         str(share): int(numpy.percentile(sizes, share, method="inverted_cdf"))
                         for share in (50, 90, 95, 99, 100)
@@ -200,8 +200,9 @@ def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[li
                     "padding_share": None if cfg.sample_packing else _padding(cfg, kept),
                 }
             )
-            if cfg.sample_packing and key.startswith("datasets") and len(cfg.datasets) == every == 1:
-                findings += _without_batch(cfg, kept[: datafiles.training_rows(content)], gpus)
+            left = kept[: datafiles.not_held_out(content, len(kept))]
+            if left and cfg.sample_packing and key.startswith("datasets") and len(cfg.datasets) == every == 1:
+                findings += _without_batch(cfg, left, gpus)
     return findings, measured
 
 
@@ -219,8 +220,8 @@ class _Read:
         self.dataset = tokenizer.cfg[section][int(position)]
         self.chats: Any = None
         self.ends = taught_ends(tokenizer.cfg, tokenizer.tokenizer)
-        self.rows = self.learnt = 0
-        self.sizes: list[int] = []
+        self.rows = 0
+        self.sizes, self.learnt = list[int](), list[int]()
         # the author of an input_output row writes the end token; the stand-in's tokenizer may not know it
         self.learns_end = self.dataset["type"] == "input_output" and stands_in(tokenizer.cfg)
         self.found: dict[tuple[str, str], list[str]] = defaultdict(list)
@@ -237,7 +238,7 @@ class _Read:
         self.rows += len(rows)
         for tokens in tokenized:
             self.sizes.append(len(tokens.ids))
-            self.learnt += tokens.learnt
+            self.learnt.append(tokens.learnt)
             self.learns_end = self.learns_end or not self.ends.isdisjoint(tokens.labels)
         for (place, _), tokens in zip(rows, tokenized, strict=False):
             if not tokens.learnt and len(tokenized) == len(rows):
@@ -307,14 +308,16 @@ def _without_batch(cfg: Any, sizes: list[int], gpus: int) -> Iterator[Finding]:
     sequences, needed = len(sampler), cfg.micro_batch_size if apart else 1
     if sequences < needed * gpus:
         each = f" on each of {gpus} GPUs" if gpus > 1 else ""
-        problem = f"no training step: rows fill {sequences} packed sequences, but a micro batch needs {needed}{each}"
+        problem = f"{len(sizes)} rows fill {sequences} of the {needed * gpus} packed sequences of a micro batch{each}"
         fewer = f"micro_batch_size={sequences // gpus}" if sequences >= gpus else "sample_packing=false"
-        yield Finding("error", "no-batch", "micro_batch_size", problem, f"pass --set {fewer}, or add rows")
+        remedy = f"set {fewer}, a smaller sequence_len, or more rows (rehearsal: `--set datasets.0.split=train[:N]`)"
+        yield Finding("error", "no-batch", "micro_batch_size", problem, remedy)
 
 
-def _kept(cfg: Any, sizes: list[int]) -> list[int]:
-    """Lengths of the training rows after Axolotl drops or cuts long rows."""
+def _kept(cfg: Any, read: _Read) -> list[int]:
+    """Lengths of the training rows after Axolotl drops or cuts long rows; packing also drops rows without loss."""
     cuts = cfg.excess_length_strategy == "truncate"
+    sizes = (size for size, learnt in zip(read.sizes, read.learnt, strict=True) if learnt or not cfg.sample_packing)
     return [min(size, cfg.sequence_len) for size in sizes if cuts or size <= cfg.sequence_len]
 
 

@@ -1,6 +1,5 @@
 """The verbs check and plan; `data.py` has fetch and prepare."""
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -98,8 +97,8 @@ def check_verb(
                     report.data_table(), report.name, spare=["padding", "MB", "median", "95 %", "with loss"]
                 )
     counts = {level: sum(report.count(level) for report in reports) for level in ("error", "warning")}
-    unread = "" if data else ", rows not read (--data)"
-    say(f"{len(reports)} checked{unread}; errors: {counts['error']}, warnings: {counts['warning']}")
+    skipped = ("" if data else ", rows not read (--data)") + ("" if full else ", not validated by Axolotl (--full)")
+    say(f"{len(reports)} checked{skipped}; errors: {counts['error']}, warnings: {counts['warning']}")
     if counts["error"]:
         raise typer.Exit(2)
     if not rehearse:  # `plan` has no --rehearse
@@ -187,7 +186,7 @@ def _target(name: str) -> "tuple[Gpu | None, float | None]":
     """Value of --gpu: a GPU, or a memory size in GiB."""
     from ..configs import gpus
 
-    size = re.fullmatch(r"(\d{1,3}) ?Gi?B", name, re.IGNORECASE)
+    size = gpus.SIZE.fullmatch(name)
     return (None, float(size[1])) if size else (gpus.find(name), None)
 
 

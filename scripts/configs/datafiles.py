@@ -223,8 +223,13 @@ def training_rows(composed: Config) -> int | None:
         if len(files) != 1 or is_part:
             return None
         rows += min(count_rows(files[0]), sys.maxsize if first is None else first)
+    return not_held_out(composed, rows) if rows else None
+
+
+def not_held_out(composed: Config, rows: int) -> int:
+    """Number of rows that val_set_size leaves for training."""
     held_out = _positive(composed, "val_set_size", 0)  # a number or a share of rows
-    return (rows - math.ceil(held_out * rows if held_out < 1 else held_out)) if rows else None
+    return max(rows - math.ceil(held_out * rows if held_out < 1 else held_out), 0)
 
 
 def _positive(composed: Config, key: str, unset: float = 1) -> float:

@@ -13,6 +13,7 @@ from ..base.yamlfiles import Config
 from .config import flatten, merge
 
 ENGINE_KEYS = ("deepspeed", "fsdp_version", "fsdp_config")  # keys of a config
+SIZE = re.compile(r"(\d{1,3}) ?Gi?B", re.IGNORECASE)  # a memory size, which `recipe plan` accepts in place of a GPU
 CPU_RANKS = "QLORA_RECIPES_CPU_RANKS"  # environment variable that allows several training processes on the CPU
 
 
@@ -57,10 +58,12 @@ def find(name: str, option: str = "--gpu") -> Gpu:
         option: the option that takes the name, for messages.
 
     Raises:
-        UserError: the name matches no GPU or several GPUs.
+        UserError: the name matches no GPU or several GPUs, or is a memory size.
     """
     if match := re.fullmatch(r"sm_?(\d{1,2})(\d)|(\d{1,2})\.(\d)", name, re.IGNORECASE):
         return Gpu(name, (int(match[1] or match[3]), int(match[2] or match[4])))
+    if SIZE.fullmatch(name):
+        raise UserError(f"{option} {name}: a memory size, which only `recipe plan` accepts; name a GPU")
     hint = f"; choose {', '.join(catalogue())}, or a compute capability such as sm_86"
     return named(name) or named(f"RTX {name}") or catalogue()[meant(name, catalogue(), "GPU", hint, option)]
 

@@ -92,7 +92,7 @@ def counted(composed: Composed, force: Sequence[str] = ()) -> Lengths:
     rows, tokens = (sum(each[f"{what}_trained_on"] for each in measured) for what in ("rows", "tokens"))
     padded = sum(each["tokens_trained_on"] / (1 - (each["padding_share"] or 0)) for each in measured)
     there = sum(each["rows_there"] for each in measured)
-    left = (datafiles.training_rows(composed.config) or there) / there  # share that val_set_size leaves for training
+    left = datafiles.not_held_out(composed.config, there) / there
     if round(left * rows) <= 0:
         raise UserError("--data: sequence_len and val_set_size leave no training rows; leave --data out")
     return Lengths(round(left * rows), round(left * tokens), round(left * padded), "counted, without padding")

@@ -72,6 +72,7 @@ def data(**change: Any) -> dict[str, Any]:
 # what is changed in a recipe, the level and name of the one finding that it gives, and a value that this tells
 CASES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"datasets": None}, "error", "no-data:datasets", ""),
+    ({"test_datasets": None, "val_set_size": 2000}, "error", "no-data:val_set_size", "2000"),
     ({"hub_model_id": "x", "wandb_api_key": "x"}, "error", "secret:wandb_api_key", ""),
     (data(path="gone.jsonl"), "error", "missing-file:datasets.0.path", "gone.jsonl"),
     (data(path="data/codereviewer/trian.jsonl"), "error", "missing-file:datasets.0.path", "train.jsonl"),
@@ -87,6 +88,8 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
         "unknown-lora-target:lora_target_modules.0",
         "qkv_proj",
     ),
+    ({"lora_modules_to_save": ["embd_tokens"]}, "error", "unknown-lora-target:lora_modules_to_save.0", "embed_tokens"),
+    ({"learning_rate": "2e-4x"}, "error", "not-a-number:learning_rate", "2e-4x"),
     ({"lora_target_modules": "a{99999999999999999999}"}, "error", "unknown-lora-target:lora_target_modules", "999"),
     ({"lora_r": None}, "error", "no-lora-rank:adapter", "lora_r"),
     ({"adapter": None, "load_in_4bit": None}, "error", "no-adapter:adapter", "qlora"),
@@ -173,6 +176,7 @@ def test_a_recipe_gives_no_error_and_no_warning(name: str, gpu: str) -> None:
 RIGHT: list[tuple[dict[str, Any], str | None]] = [
     ({"lora_target_modules": None, "lora_target_linear": True}, None),
     ({"lora_target_modules": ["self_attn.q_proj", "lm_head", "model.layers.31.mlp.up_proj"]}, None),
+    ({"lora_modules_to_save": ["model.embed_tokens", "q_norm"], "learning_rate": "2.e-4"}, None),
     ({"lora_target_modules": r".*layers\.(2[0-9]|3[01])\..*"}, None),
     ({"adapter": "lora", "load_in_4bit": None}, None),
     ({"peft_init_lora_weights": "pissa"}, None),
@@ -212,6 +216,7 @@ TRITON = {"plugins": ["axolotl.integrations.liger.LigerPlugin"], "liger_rope": T
         ("T4", {"sample_packing": True, "base_model": "mistralai/Mistral-7B-v0.1"}, []),  # its window has a mask
         ("sm_75", {"attn_implementation": "flash_attention_2"}, ["attn_implementation"]),
         ("T4", {"attn_implementation": "sage"}, ["attn_implementation"]),
+        ("T4", {"attn_implementation": None, "flash_attention": True}, ["flash_attention"]),
         ("T4", TRITON | {"liger_glu_activation": False}, ["liger_rope", "lora_mlp_kernel"]),
         ("A100", TRITON, []),
     ],

@@ -36,6 +36,8 @@ def found(change: yamlfiles.Config) -> dict[str, str]:
         ({"datasets": [{"path": "x", "chat_template": "lama3"}]}, "value:datasets.0.chat_template", "llama3"),
         ({"num_epochs": "2"}, "value:num_epochs", "quotes"),
         ({"lora_r": -1}, "value:lora_r", "-1"),
+        ({"bf16": "full"}, "value:bf16", "auto, true, false"),
+        ({"gradient_checkpointing": "unslth"}, "value:gradient_checkpointing", "offload_disk, true, false"),
         ({"bnb_config_kwargs": {"bnb_4bit_quant_type": "nf5"}}, "value:bnb_config_kwargs.bnb_4bit_quant_type", "nf4"),
     ],
 )

@@ -195,6 +195,9 @@ def test_rows_of_which_nothing_is_learnt_are_an_error_where_there_are_no_others(
     monkeypatch.chdir(tmp_path)
     found = judged(llama, [chat(ASKED), chat(said("user", "And?"))], type="chat_template", chat_template="chatml")
     assert found == [("error", "nothing-learnt", 1), ("warning", "eos-masked", None)]
+    packed = {"sample_packing": True, "micro_batch_size": 2, "sequence_len": 32, "val_set_size": 0.1, "warmup_steps": 0}
+    rows = [SEGMENTS] * 6 + [{"segments": [{"label": False, "text": "a"}]}] * 40
+    assert ("error", "no-batch", None) in judged(llama | packed, rows, type="input_output")
 
 
 @pytest.mark.parametrize(
