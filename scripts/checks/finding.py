@@ -192,8 +192,9 @@ class Case:
     @property
     def advised_attention(self) -> str:
         """Setting of an attention that runs on the GPU and keeps packed rows apart."""
-        older = self.gpu and self.gpu.capability < AMPERE
-        return f"attn_implementation: {'sdpa and sdpa_varlen: false' if older else 'flash_attention_2'}"
+        if self.gpu and self.gpu.capability < AMPERE:
+            return "attn_implementation: sdpa and sdpa_varlen: false"
+        return "attn_implementation: flash_attention_2"
 
     @property
     def plugins(self) -> set[str]:

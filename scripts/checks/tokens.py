@@ -292,8 +292,7 @@ def _unknown_roles(strategy: Any, row: Row) -> set[str]:
 def _without_batch(cfg: Any, sizes: list[int], gpus: int) -> Iterator[Finding]:
     """Error if the packed rows are too few for a micro batch on each GPU.
 
-    Training would then have no step. Axolotl's sampler packs the rows here (axolotl/core/trainers/base.py,
-    _create_multipack_sampler).
+    Training would then have no step. The rows are packed as in axolotl/core/trainers/base.py.
     """
     real = cfg.multipack_real_batches
     apart = not cfg.attn_supports_packing if real is None else real
@@ -308,10 +307,10 @@ def _without_batch(cfg: Any, sizes: list[int], gpus: int) -> Iterator[Finding]:
     sequences, needed = len(sampler), cfg.micro_batch_size if apart else 1
     if sequences < needed * gpus:
         each = f" on each of {gpus} GPUs" if gpus > 1 else ""
-        problem = f"{len(sizes)} rows fill {sequences} of the {needed * gpus} packed sequences of a micro batch{each}"
+        filled = f"{sequences} of the {needed * gpus} packed sequences of a micro batch{each}"
         fewer = f"micro_batch_size={sequences // gpus}" if sequences >= gpus else "sample_packing=false"
         remedy = f"set {fewer}, a smaller sequence_len, or more rows (rehearsal: `--set datasets.0.split=train[:N]`)"
-        yield Finding("error", "no-batch", "micro_batch_size", problem, remedy)
+        yield Finding("error", "no-batch", "micro_batch_size", f"no step: {len(sizes)} rows fill {filled}", remedy)
 
 
 def _kept(cfg: Any, read: _Read) -> list[int]:

@@ -36,6 +36,7 @@ def files(folder: Path) -> set[Path]:
 
 MISTAKES = [
     ("run haider2024/code-lama-7b", "haider2024/code-llama-7b"),
+    ("check --gpu 32GB", "recipe plan"),
     ("check --gpu 6000", "Quadro RTX 6000, RTX 6000 Ada, RTX PRO 6000"),
     ("run broken.yaml", "broken.yaml:"),
     ("run twice.yaml", "twice.yaml:3:"),
