@@ -123,9 +123,8 @@ def unknown_lora_target(case: Case) -> Problems:
     for i in range(case.model.layers or 1000):
         layers += [f"model.layers.{i}.{'mlp' if name in models.MLP else 'self_attn'}.{name}" for name in linear]
     listed = isinstance(targets, list)
-    first = "lora_target_modules"
-    named = {f"{first}.{i}": name for i, name in enumerate(targets)} if listed else {first: targets}
-    for key, name in named.items():
+    for i, name in enumerate(targets if listed else [targets]):
+        key = f"lora_target_modules.{i}" if listed else "lora_target_modules"
         pattern = rf"(.*\.)?{re.escape(str(name))}" if listed else name
         try:
             is_layer = any(re.fullmatch(pattern, layer) for layer in layers)

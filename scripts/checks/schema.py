@@ -117,8 +117,7 @@ def _as_findings(error: Any, foreign: list[str]) -> Iterator[Finding]:
         for key in [key for key in error.validator_value if key not in value]:
             yield Finding("error", "missing-key", f"{start}{key}", "missing; set it")
     elif error.validator in ("enum", "const"):
-        allowed = error.validator_value if error.validator == "enum" else [error.validator_value]
-        choices = [str(choice) for choice in allowed]
+        choices = [str(choice) for choice in error.schema.get("enum", [error.validator_value])]
         if error.parent and {"type": "boolean"} in error.parent.schema["anyOf"]:
             choices += ["true", "false"]
         near = did_you_mean(str(value), choices) or (f"; choose {', '.join(choices)}" if len(choices) < 40 else "")
