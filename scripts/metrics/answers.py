@@ -7,8 +7,8 @@ Numbers are found and compared by one of four methods, reimplemented from descri
   the text. Numbers are compared as floats.
 - `peft`: utils.py of method_comparison/MetaMathQA in huggingface/peft@5d602fd. The markers are tried in order, and
   the first one found in the text counts. The number is the rest of the line after the marker's last occurrence, without
-  surrounding spaces and .!?$%. It is a decimal number or a fraction of two decimal numbers. A text without a marker has
-  no number.
+  surrounding spaces and .!?$%. It is a decimal number or a fraction of two decimal numbers; anything else, such as
+  1,234, is compared as text. A text without a marker has no number.
 - `pissa`: utils/test_acc.py of GraphPKU/PiSSA@87f4db6 (arXiv 2404.02948). The number is the first one after the last
   marker. It consists of digits with at most one of .,/ among them: 1,234,567 gives 1234. Numbers and fractions are
   rounded; 3/0 gives 3. A text without a marker has no number.
@@ -66,18 +66,18 @@ def _by_loftq(text: str, markers: Sequence[str]) -> float | None:
     return float(found) if found else None
 
 
-def _by_peft(text: str, markers: Sequence[str]) -> Decimal | None:
+def _by_peft(text: str, markers: Sequence[str]) -> Decimal | str | None:
     marker = _marker(text, markers)
     if marker is None:
         return None
     line = text.rpartition(marker)[2].strip().partition("\n")[0].strip(" .!?$%")
     try:
         above, *below = [Decimal(part.strip()) for part in line.split("/")]
-        if len(below) > 1 or not all(part.is_finite() for part in (above, *below)):
-            return None
-        return above / below[0] if below else above
+        if len(below) < 2 and all(part.is_finite() for part in (above, *below)):
+            return above / below[0] if below else above
     except DecimalException:  # not a number, or a division by zero
-        return None
+        pass
+    return line
 
 
 def _by_pissa(text: str, markers: Sequence[str]) -> int | None:
@@ -94,7 +94,7 @@ def _by_loraga(text: str, markers: Sequence[str]) -> int:
     return int(found[1]) if found else 0
 
 
-_PARSERS: dict[str, Callable[[str, Sequence[str]], float | Decimal | None]] = {
+_PARSERS: dict[str, Callable[[str, Sequence[str]], float | Decimal | str | None]] = {
     "loftq": _by_loftq,
     "peft": _by_peft,
     "pissa": _by_pissa,
@@ -102,8 +102,8 @@ _PARSERS: dict[str, Callable[[str, Sequence[str]], float | Decimal | None]] = {
 }
 
 
-def number_of(text: str, parameters: NumberParameters) -> float | Decimal | None:
-    """Number in an answer; None without a number."""
+def number_of(text: str, parameters: NumberParameters) -> float | Decimal | str | None:
+    """Number in an answer, or a text that is compared instead; None without either."""
     return _PARSERS[parameters.parser](text, parameters.sought)
 
 

@@ -89,7 +89,8 @@ class Prompter:
         sequence of tokens with loss; in a chat this is the assistant's last turn. All tokens before the answer are the
         prompt. The reference is the answer field of the row, or the decoded answer if the data set type has no such
         field. A prompt that leaves no room for an answer in the model's context is truncated: at its end if Axolotl
-        tokenizes prompt and answer separately, otherwise at its beginning.
+        tokenizes prompt and answer separately, otherwise at its beginning. If a chat's prompt and answer share a token,
+        like `:The` in Llama 3, the prompt is tokenized with another answer.
 
         Args:
             rows: fields by name.
@@ -121,14 +122,42 @@ class Prompter:
         tokenized = tokenize(data, cfg, dataset, self.tokenizer, rows, longest)
         require_one_each(data, dataset, rows, tokenized)
         fields = fields_of(dataset)
-        examples = []
-        for row, tokens in zip(rows, tokenized, strict=True):
+        examples, shared = [], {}
+        for number, (row, tokens) in enumerate(zip(rows, tokenized, strict=True)):
             start, end = answer_of(tokens.labels)
             reference = row.get(fields.reference) if fields and fields.reference else None
             if reference is None:
                 reference = str(self.tokenizer.decode(tokens.ids[start:end], skip_special_tokens=True)).strip()
+                first = str(self.tokenizer.decode(tokens.ids[start : start + 1])).strip()
+                if (answer := _last_message(row, dataset).strip()) and not answer.startswith(first):
+                    shared[number] = _with_last_message(row, dataset, NEUTRAL)
+                    reference = answer if reference.endswith(answer) else reference
             examples.append(Example(tokens.ids[:start][-longest:], reference if start < end else ""))
+        alone = tokenize(data, cfg, dataset, self.tokenizer, [*shared.values()], longest) if shared else ()
+        for number, tokens in zip(shared, alone, strict=True):
+            examples[number].prompt = tokens.ids[: answer_of(tokens.labels)[0]][-longest:]
         return examples
+
+
+NEUTRAL = "0"  # tokenizers separate a digit from the text before it
+
+
+def _message_fields(dataset: Config) -> tuple[str, str]:
+    """Names of a chat's messages and of a message's text."""
+    names = dataset.get("message_property_mappings") or {}
+    return dataset.get("field_messages") or "messages", names.get("content") or "content"
+
+
+def _last_message(row: Row, dataset: Config) -> str:
+    """Text of a chat's last message; empty for rows of other types."""
+    messages, content = _message_fields(dataset)
+    return str(row[messages][-1].get(content) or "") if row.get(messages) else ""
+
+
+def _with_last_message(row: Row, dataset: Config, text: str) -> Row:
+    """A chat with another last message."""
+    messages, content = _message_fields(dataset)
+    return row | {messages: [*row[messages][:-1], row[messages][-1] | {content: text}]}
 
 
 def answer_of(labels: Sequence[int]) -> tuple[int, int]:

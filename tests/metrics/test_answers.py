@@ -14,7 +14,7 @@ def right(reference: str, prediction: str, **parameters: object) -> bool:
     return score == 100
 
 
-FOUND: list[tuple[str, str, float | None]] = [  # parser, prediction, the number in it
+FOUND: list[tuple[str, str, float | str | None]] = [  # parser, prediction, the number in it
     ("loftq", "3 + 4 = 7. The final answer is:  7", 7),
     ("loftq", "The final answer is: 1,234 of 9", 1234),
     ("loftq", "The final answer is: 5. The final answer is: 6", 5),
@@ -27,9 +27,9 @@ FOUND: list[tuple[str, str, float | None]] = [  # parser, prediction, the number
     ("peft", "#### 9 The answer is 7", 7),  # the marker that stands first in the list
     ("peft", "The final answer is: $12.", 12),
     ("peft", "The answer is: 3/4", 0.75),
-    ("peft", "The answer is: 3/0", None),
-    ("peft", "The answer is: 1,234", None),  # a comma stays, and this is then no decimal
-    ("peft", "The answer is: NaN", None),
+    ("peft", "The answer is: 3/0", "3/0"),
+    ("peft", "The answer is: 1,234", "1,234"),  # a comma stays; compared as text
+    ("peft", "The answer is: NaN", "NaN"),
     ("peft", "it is 7", None),
     *(
         ("pissa", prediction, found)

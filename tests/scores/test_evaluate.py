@@ -79,6 +79,19 @@ def test_a_run_is_evaluated_in_the_precision_that_it_was_trained_in(
     assert task_of(run).settings.dtype == dtype
 
 
+def test_a_prompt_does_not_depend_on_the_beginning_of_the_answer(run: RunDir) -> None:
+    jinja = "{% for message in messages %}{{ message['content'] }}{% endfor %}{{ eos_token }}"
+    template = {"chat_template": "jinja", "chat_template_jinja": jinja}
+    configure(run, datasets=[{"path": "x.jsonl", "type": "chat_template"} | template], test_datasets=None)
+    prompter = prompter_of(run)
+    prompter.tokenizer.add_tokens([":The"])  # as in Llama 3, whose vocabulary has it
+    answers = ("The end is 7", "7 is the end")
+    chats = [[{"role": "user", "content": "Answer:"}, {"role": "assistant", "content": text}] for text in answers]
+    shared, apart = prompter.examples([{"messages": messages} for messages in chats])
+    assert shared.prompt == apart.prompt != []
+    assert (shared.reference, apart.reference) == answers
+
+
 @pytest.mark.parametrize(("rehearsal", "asked", "most"), [(False, None, 1024), (True, None, 96), (True, 200, 200)])
 def test_a_rehearsal_ends_answers_early(run: RunDir, rehearsal: bool, asked: int | None, most: int) -> None:
     record(run, recipe="pissa-metamathqa/llama-2-7b-lora", variant_of=None, rehearsal=rehearsal)
