@@ -207,7 +207,7 @@ def _command(run: Row) -> str:
         words += [word for value in run[key] for word in (option, value)]
     for option, key in (("--gpus", "gpus_used"), ("--nodes", "nodes")):
         words += [option, str(run[key])] if run[key] > 1 else []
-    return shlex.join([*words, *(["--", *run["axolotl_arguments"]] if run["axolotl_arguments"] else [])])
+    return shlex.join(words)
 
 
 def _public(value: Any, cwd: Path, key: str = "") -> Any:

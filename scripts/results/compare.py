@@ -226,7 +226,6 @@ def _settings(cfg: yamlfiles.Config, run: Run) -> yamlfiles.Config:
         "cores": machine.get("cores"),
         "GPUs": "; ".join(gpus) or None,
         "ranks": run.ranks,
-        "Axolotl's arguments": " ".join(run.axolotl_arguments) or None,
         "resumed from": ", ".join(launch.resumed_from for launch in run.launches if launch.resumed_from) or None,
     }
 

@@ -107,7 +107,7 @@ def _refused(result: RunResult) -> str | None:
         return f"it needs the recipe's model and data, and {rows}; run `recipe evaluate {result.folder.path}`"
     if own and not own.settings.stands_for(own.settings.model_copy(update={"engine": evaluations.REFERENCE})):
         return f"its predictions were {own.settings.note}"
-    if changed := [key for key in _changes(run) if key not in _cell_values(run, of_study)] or run.axolotl_arguments:
+    if changed := [key for key in _changes(run) if key not in _cell_values(run, of_study)]:
         return f"it differs from the recipe in {', '.join(changed)}"
     return None
 

@@ -116,9 +116,8 @@ class RunResult:
 
     @property
     def changed_keys(self) -> list[str]:
-        """Keys that the user changed, and arguments that the user passed to Axolotl."""
-        own = [difference.key for difference in self.run.differences if not difference.why.startswith(REHEARSED)]
-        return own + self.run.axolotl_arguments
+        """Keys that the user changed."""
+        return [difference.key for difference in self.run.differences if not difference.why.startswith(REHEARSED)]
 
     @property
     def rows_evaluated(self) -> int | None:

@@ -160,7 +160,7 @@ def _preference(result: RunResult) -> tuple[bool, bool, bool, bool, bool, str]:
     run, evaluated = result.run, result.is_scored
     # an override that repeats the recipe's value, as in a sweep, is not among the differences
     changed = [one.key for one in run.differences if one.why.startswith("--set ") and one.key != repeats.SEED]
-    plain = not changed and not set(run.profiles) - {REHEARSAL, *TRACKERS} and not run.axolotl_arguments
+    plain = not changed and not set(run.profiles) - {REHEARSAL, *TRACKERS}
     own_seed = all(difference.key != repeats.SEED for difference in run.differences)
     done = run.state == "finished" and evaluated
     return not run.published_adapter, done, evaluated, plain and run.ranks == 1, own_seed, result.folder.path.name

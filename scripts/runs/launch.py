@@ -1,7 +1,6 @@
 """Starts and stops Axolotl's processes, and records how training ended."""
 
 import os
-import platform
 import re
 import shutil
 import signal
@@ -72,7 +71,6 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
     _drop_half_prepared(folder, record)
     launch = Launch(
         command=_command(folder, record, checkpoint),
-        host=platform.node(),
         started=now(),
         resumed_from=checkpoint.name if checkpoint else None,
     )
@@ -177,7 +175,7 @@ def preprocess(folder: RunDir, record: Run) -> None:
 
 
 def _command(folder: RunDir, record: Run, checkpoint: Path | None) -> list[str]:
-    command = [str(AXOLOTL), "train", str(folder.config.resolve()), *record.axolotl_arguments]
+    command = [str(AXOLOTL), "train", str(folder.config.resolve())]
     if checkpoint:
         command += ["--resume-from-checkpoint", str(checkpoint.resolve())]
     if record.ranks == 1:

@@ -26,7 +26,6 @@ from ..base.machine import LOCK_TIMEOUT, GpuInfo, end_with_parent, held
 from ..configs import models
 from ..configs.gpus import CPU_RANKS, ENGINE_KEYS, engine_of
 from . import checkpoints, eval_loss, ranks
-from .ranks import PackedWeights
 from .records import Ended
 
 GIB = 2**30
@@ -36,7 +35,6 @@ class RunPlugin(BasePlugin):
     """Plugin that writes metrics.jsonl, prepares trackers, and lets NF4 train on a CPU."""
 
     engine: str | None = None
-    packed: PackedWeights | None = None
     parameters: dict[str, int] | None = None
 
     def register(self, cfg: Any) -> None:
@@ -94,8 +92,6 @@ class RunPlugin(BasePlugin):
         On processors with AVX512-BF16, training would continue with the repacked weights. Their kernel has no gradient,
         so the model would stop learning.
         """
-        if self.engine:
-            self.packed = PackedWeights(model)
         if torch.cuda.is_available():
             return
         from bitsandbytes.nn.modules import Linear4bit
@@ -128,7 +124,7 @@ class RunPlugin(BasePlugin):
         file = Path(cfg.output_dir).parent / "metrics.jsonl"
         learns_tokens = not (cfg.rl or cfg.reward_model or cfg.process_reward_model)
         vocabulary = trainer.model.config.get_text_config().vocab_size if learns_tokens else None
-        return [RunCallback(file, trainer, self.engine, self.parameters, self.packed, vocabulary)]
+        return [RunCallback(file, trainer, self.engine, self.parameters, vocabulary)]
 
 
 class RunCallback(TrainerCallback):
@@ -150,7 +146,6 @@ class RunCallback(TrainerCallback):
         trainer: the trainer.
         engine: the requested engine, checked when training begins; None for one process without an engine.
         parameters: parameter counts for the first record; None without an adapter.
-        packed: hashes of some 4-bit weights as loaded; None without an engine.
         vocabulary: vocabulary size, if the loss is that of next-token prediction.
     """
 
@@ -160,14 +155,12 @@ class RunCallback(TrainerCallback):
         trainer: Any,
         engine: str | None,
         parameters: dict[str, int] | None = None,
-        packed: PackedWeights | None = None,
         vocabulary: int | None = None,
     ):
         self.file = file
         self.trainer = trainer
         self.engine = engine
         self.parameters = parameters
-        self.packed = packed
         self.vocabulary = vocabulary  # None after the check of the first loss
         self.stop = self.stopped = False
         self.step_started = self.step_seconds = 0.0
@@ -181,8 +174,6 @@ class RunCallback(TrainerCallback):
         if self.engine:
             ranks.check_engine(self.engine, self.trainer)
             first = first | {"engine": self.engine}
-        if self.packed:
-            self.packed.compare_in_first_pass()
         self._append(state, first | {"gpus": _gpus()})
         if not args.eval_on_start:
             _note_phase(args.output_dir, "training")

@@ -1,18 +1,11 @@
-"""Training with several processes (ranks): CPU setup, communication, and a check of 4-bit weights.
+"""Training with several processes (ranks): CPU setup, communication, and a check of the engine."""
 
-The check compares packed weights in the first forward pass with the loaded weights. An engine that casts parameters to
-the training dtype treats packed codes as numbers, without an error.
-"""
-
-import hashlib
 import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from bitsandbytes.nn.modules import Linear4bit
 
-LAYERS = 3  # maximum number of compared layers, spread over the model
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # number of ranks, set by the launcher
 
 
@@ -90,42 +83,3 @@ def of_all(value: float, device: torch.device) -> list[float]:
     gathered = [mine.clone() for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, mine)
     return [float(number) for number in gathered]
-
-
-def codes(layer: Linear4bit) -> str:
-    """Hash of a layer's packed bytes."""
-    packed = layer.weight.detach().clone()  # a numpy view would keep an engine from freeing the original
-    return hashlib.sha256(packed.view(torch.uint8).cpu().numpy()).hexdigest()
-
-
-class PackedWeights:
-    """Hashes of a few packed 4-bit layers of a newly loaded model.
-
-    Layers that an engine has already sharded are left out.
-    """
-
-    def __init__(self, model: torch.nn.Module):
-        layers = [each for each in model.named_modules() if isinstance(each[1], Linear4bit) and each[1].weight.numel()]
-        chosen = layers[:: max(-(-len(layers) // LAYERS), 1)]
-        self.layers = [(name, layer, codes(layer)) for name, layer in chosen]
-
-    def compare_in_first_pass(self) -> None:
-        """Compare each layer in the next forward pass, once an engine's hooks have gathered its weights.
-
-        Raises:
-            RuntimeError: in the forward pass, if bytes differ.
-        """
-        for name, layer, loaded in self.layers:
-            _compare(name, layer, loaded)
-
-
-def _compare(name: str, layer: Linear4bit, loaded: str) -> None:
-    def compare(*_: Any) -> None:
-        hook.remove()
-        if codes(layer) != loaded:
-            raise RuntimeError(
-                f"{name}: its packed 4-bit weights were cast to {layer.weight.dtype}, which destroys them; "
-                "set bnb_config_kwargs.bnb_4bit_quant_storage: uint8, which engines do not cast"
-            )
-
-    hook = layer.register_forward_pre_hook(compare)

@@ -125,7 +125,6 @@ class Job(BaseModel):
     user: str
     script: str  # tells jobs with the same id apart: clusters reuse ids, and several clusters can share a disk
     words: list[str] = Field(default_factory=list)  # arguments of `recipe`
-    submitted: Moment = Field(default_factory=now)
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,6 @@ class Launch(BaseModel):
     """One start of the training process, first or resumed."""
 
     command: list[str]
-    host: str | None = None
     started: Moment
     ended: Moment | None = None
     exit_code: int | None = None
@@ -213,7 +211,6 @@ class Run(BaseModel):
     seal: str | None = None  # see `checks.trust`
     gpus_used: int = 1  # GPUs per node
     nodes: int = 1
-    axolotl_arguments: list[str] = Field(default_factory=list)  # only in runs of earlier versions
     differences: list[Difference] = Field(default_factory=list)  # between the run's config and the recipe file
     of_variant: list[Difference] = Field(default_factory=list)  # between the recipe file and the shipped recipe
     data: list[DataFile] = Field(default_factory=list)
@@ -233,6 +230,12 @@ class Run(BaseModel):
         if isinstance(content, dict) and content.get("mirror"):  # formerly an option, now a profile
             return content | {"profiles": [*content.get("profiles", []), "mirror"]}
         return content
+
+    @property
+    def changed_data(self) -> Path | None:
+        """A data file that is missing or has changed since training."""
+        files = ((Path(self.cwd, file.path), file.sha256) for file in self.data)
+        return next((path for path, digest in files if not path.is_file() or sha256(path) != digest), None)
 
     @property
     def origin(self) -> str:

@@ -228,10 +228,6 @@ def _loaded(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> list[tu
 
 
 def _require_same_data(run: Run) -> None:
-    for file in run.data:
-        path = Path(run.cwd, file.path)
-        if not path.is_file() or sha256(path) != file.sha256:
-            raise UserError(
-                f"{path}: missing or changed since training; val_set_size needs it unchanged; "
-                f"restore the file, or {_ELSEWHERE}"
-            )
+    if path := run.changed_data:
+        problem = f"{path}: missing or changed since training; val_set_size needs it unchanged"
+        raise UserError(f"{problem}; restore the file, or {_ELSEWHERE}")

@@ -1,7 +1,5 @@
 """Confidence intervals of scores, tests of differences, and power of repeated runs.
 
-Bootstrap intervals equal scipy's to the last digit, but do not need the slow import of scipy.
-
 A run's score is a mean over test rows. It varies for two reasons: other rows would be easier or harder, and another
 seed would give another model. For S runs scored on the same n rows, the score of row j in run i is
 mean + a_i + b_j + e_ij: a two-way layout with random effects and one value in each cell.
@@ -19,24 +17,20 @@ from ..metrics.metric import FEWEST
 RESAMPLES = 9_999
 
 
-def _resampled(*columns: np.ndarray) -> list[np.ndarray]:
-    """Means of bootstrap resamples; a resample takes the same rows from all columns."""
-    rng = np.random.default_rng(0)
-    rows, batch = len(columns[0]), 20  # a batch of this size stays in the processor's cache
-    means = []
-    for done in range(0, RESAMPLES, batch):
-        drawn = rng.integers(0, rows, (min(batch, RESAMPLES - done), rows))
-        means.append([column[drawn].mean(axis=1) for column in columns])
-    return [np.concatenate(of_column) for of_column in zip(*means, strict=True)]
+def _bootstrap(values: np.ndarray) -> Any:
+    """Bootstrap of the mean of some values, by scipy's percentile method."""
+    from scipy.stats import bootstrap
+
+    how = {
+        "n_resamples": RESAMPLES,
+        "method": "percentile",
+        "batch": 20,
+    }  # a small batch stays in the processor's cache
+    return bootstrap((values,), np.mean, rng=np.random.default_rng(0), **how)
 
 
-def _within(means: np.ndarray) -> list[float]:
-    """Bounds of the middle 95 % of the values, as in scipy; np.percentile's differ."""
-    ordered, outside = np.sort(means), (1 - 0.95) / 2
-    shares = np.array([outside, 1 - outside])
-    places, parts = np.divmod(shares * len(means) + 1 - shares, 1)
-    above = places.astype(int)
-    return ((1 - parts) * ordered[above - 1] + parts * ordered[above]).tolist()
+def _within(found: Any) -> list[float]:
+    return [float(bound) for bound in found.confidence_interval]
 
 
 def each(columns: Mapping[str, Sequence[float]]) -> dict[str, list[float] | None]:
@@ -44,7 +38,7 @@ def each(columns: Mapping[str, Sequence[float]]) -> dict[str, list[float] | None
     values = [np.asarray(column, dtype=float) for column in columns.values()]
     if not values or len(values[0]) < FEWEST:
         return dict.fromkeys(columns)
-    return dict(zip(columns, map(_within, _resampled(*values)), strict=True))
+    return {name: _within(_bootstrap(column)) for name, column in zip(columns, values, strict=True)}
 
 
 def of_few(values: Sequence[float]) -> list[float]:
@@ -70,8 +64,8 @@ def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
     difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
     low_high = p_bootstrap = None
     if len(difference) > 1:
-        (means,) = _resampled(difference)
-        low_high = _within(means)
+        found = _bootstrap(difference)
+        low_high, means = _within(found), found.bootstrap_distribution
         fewest = min(int(np.sum(means <= 0)), int(np.sum(means >= 0)))
         p_bootstrap = min(1.0, 2 * (fewest + 1) / (RESAMPLES + 1))
     return {

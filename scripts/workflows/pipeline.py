@@ -40,7 +40,7 @@ def existing_runs(runs: Path, recipe: str) -> dict[str, tuple[RunDir, Run]]:
             run = backends.read(folder)
         except UserError:  # damaged; `recipe results` reports it
             continue
-        plain = run.recipe == recipe and run.ranks == 1 and not run.axolotl_arguments
+        plain = run.recipe == recipe and run.ranks == 1
         if run.digest is None or not plain:
             continue
         if run.digest not in found or run.state == "finished" or found[run.digest][1].state != "finished":

@@ -12,7 +12,6 @@ from .. import backends
 from ..backends import Backend
 from ..base import machine, paths, yamlfiles
 from ..base.errors import UserError
-from ..base.files import sha256
 from ..base.progress import Bar, say
 from ..checks import check, trust
 from ..checks.finding import refuse
@@ -192,10 +191,8 @@ def hindrance(folder: RunDir, record: Run, alone: bool = False) -> str | None:
     output = Path(record.cwd, str(yamlfiles.read_yaml(folder.config).get("output_dir")))
     if output.resolve() != folder.output.resolve():
         return f"the run folder was moved, but its config still writes to {output}; move the folder back first"
-    for file in record.data:
-        path = Path(record.cwd, file.path)
-        if not path.is_file() or sha256(path) != file.sha256:
-            return f"{path} is missing or has changed since the run began; restore the file, or start a new run"
+    if path := record.changed_data:
+        return f"{path} is missing or has changed since the run began; restore the file, or start a new run"
     return None
 
 

@@ -134,7 +134,7 @@ def test_what_differs_from_the_paper_and_what_it_leaves_open(tmp_path: Path) -> 
     assert "warmup_steps: 5 (--set warmup_steps)" in row["open"]
     stated = {text.partition(":")[0] for text in row["open"]}
     assert not stated & {"lora_r", "num_epochs", "optimizer"}
-    _, off, left_open = study_tables.notes(STUDY, table)
+    *_, off, left_open = study_tables.notes(STUDY, table)
     assert "lora_r: 64 instead of 32" in off
     assert left_open.startswith("haider2024/llama-3-8b") and "lora_target_modules" in left_open
 

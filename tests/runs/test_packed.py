@@ -10,7 +10,6 @@ from deepspeed import DeepSpeedEngine
 
 from qlora_recipes.base import paths
 from qlora_recipes.runs.plugin import require_sane
-from qlora_recipes.runs.ranks import PackedWeights
 
 IN_FP16 = [
     name for name in paths.recipe_names() if recipe_config(name).get("fp16") and recipe_config(name).get("load_in_4bit")
@@ -18,7 +17,7 @@ IN_FP16 = [
 
 
 def under_fp16(storage: str) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """A layer, and the same in 4 bits as fp16 training with DeepSpeed leaves it, its packed bytes watched."""
+    """A layer, and the same in 4 bits as fp16 training with DeepSpeed leaves it."""
     torch.manual_seed(0)
     plain = torch.nn.Linear(256, 128, bias=False)
     layer = bnb.nn.Linear4bit(
@@ -26,9 +25,7 @@ def under_fp16(storage: str) -> tuple[torch.nn.Module, torch.nn.Module]:
     )
     layer.load_state_dict(plain.state_dict())
     model = torch.nn.Sequential(layer).to("cpu")
-    watched = PackedWeights(model)
     DeepSpeedEngine._cast_module_mixed_precision(SimpleNamespace(module=model), torch.float16, None, False)
-    watched.compare_in_first_pass()
     return plain, model
 
 
@@ -38,12 +35,6 @@ def test_a_recipe_in_fp16_keeps_its_weights_under_deepspeed(name: str) -> None:
     inputs = torch.randn(8, 256)
     error = (model(inputs) - plain(inputs)).norm() / plain(inputs).norm()
     assert error < 0.15
-
-
-def test_weights_that_were_cast_end_the_first_pass() -> None:
-    _, model = under_fp16("bfloat16")  # Axolotl's default
-    with pytest.raises(RuntimeError):
-        model(torch.randn(8, 256))
 
 
 def test_a_first_loss_that_is_worse_than_guessing_ends_the_training() -> None:

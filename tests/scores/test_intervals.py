@@ -19,31 +19,11 @@ def scores() -> tuple[list[float], list[float]]:
     return a.tolist(), b.tolist()
 
 
-def test_an_interval_is_scipys(scores: tuple[list[float], list[float]]) -> None:
-    expected = scipy.stats.bootstrap(
-        (scores[0],), np.mean, n_resamples=intervals.RESAMPLES, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
-    assert intervals.each({"": scores[0]})[""] == [expected.low, expected.high]
-    assert intervals.each({"a": scores[0], "b": scores[1]}) == {
-        "a": [expected.low, expected.high],
-        "b": intervals.each({"": scores[1]})[""],
-    }
-
-
-def test_a_comparison_is_scipys(scores: tuple[list[float], list[float]]) -> None:
+def test_a_comparison_pairs_the_rows(scores: tuple[list[float], list[float]]) -> None:
     a, b = scores
     found = intervals.paired(a, b)
     assert found["difference"] == pytest.approx(np.mean(a) - np.mean(b))
     assert found["p_wilcoxon"] == scipy.stats.wilcoxon(a, b).pvalue
-    expected = scipy.stats.bootstrap(
-        (a, b),
-        lambda x, y, axis: np.mean(x, axis=axis) - np.mean(y, axis=axis),
-        paired=True,
-        n_resamples=intervals.RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    assert found["interval"] == pytest.approx([expected.low, expected.high], abs=1e-9)
     assert (found["better"], found["equal"], found["worse"]) == (
         sum(x > y for x, y in zip(a, b, strict=True)),
         sum(x == y for x, y in zip(a, b, strict=True)),

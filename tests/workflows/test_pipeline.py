@@ -87,7 +87,6 @@ def test_the_former_run_of_a_config_is_the_newest_but_a_finished_one_before_othe
         ("2-newer", "a", {}),
         ("3-failed", "a", {"state": "failed"}),
         ("4-on-two-gpus", "a", {"gpus_used": 2}),
-        ("5-with-arguments", "a", {"axolotl_arguments": ["--debug"]}),
         ("1-failed", "b", {"state": "failed"}),
         ("2-failed", "b", {"state": "failed"}),
     ):
