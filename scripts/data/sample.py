@@ -9,7 +9,7 @@ from ..base.files import sha256
 from ..base.machine import make_once
 from . import study
 
-VERSION = 1
+VERSION = 2
 """Version of the preparation code; increase it when the same study and raw files give other rows."""
 
 

@@ -26,7 +26,7 @@ from . import steps, traces
 from .steps import Step
 from .traces import Counts, MemoryTrace, Shape, Usage, rounded
 
-VERSION = 1
+VERSION = 2
 """Version of the cached figures; raise it when the computation changes."""
 GIB = 2**30
 CONTEXT = 0.14 * GIB

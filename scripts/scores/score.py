@@ -128,7 +128,7 @@ def same_models(models: ScorerModels, columns: Mapping[str, Column], scores: Map
 
 # Version of the scoring code. Increase it when a change gives the same texts different scores. Scores of older versions
 # are then computed again.
-VERSION = 1
+VERSION = 2
 
 
 def read_pairs(file: Path, prediction: str = "prediction", reference: str = "reference") -> list[Row]:
