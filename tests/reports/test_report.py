@@ -131,7 +131,7 @@ def test_a_report_says_what_the_run_was(tmp_path: Path) -> None:
     for said in (LLAMA_3, "Rehearsal.", "--set lora_r &lt;b&gt;⟨U+202E⟩&lt;/b&gt;", "f" * 64, "a &lt;processor&gt;"):
         assert said in html
     assert "a-judge" in html
-    assert "paper: the GPU, a Quadro" in html  # the source of fp16
+    assert "GPU, an RTX 5000 (Turing)" in html  # the source of fp16
     assert "the-secret" not in html
     assert "5.27" not in html  # published, and nothing for a rehearsal to stand beside
     assert "<script>alert" not in html
