@@ -21,12 +21,8 @@ def _bootstrap(values: np.ndarray) -> Any:
     """Bootstrap of the mean of some values, by scipy's percentile method."""
     from scipy.stats import bootstrap
 
-    how = {
-        "n_resamples": RESAMPLES,
-        "method": "percentile",
-        "batch": 20,
-    }  # a small batch stays in the processor's cache
-    return bootstrap((values,), np.mean, rng=np.random.default_rng(0), **how)
+    rng, batch = np.random.default_rng(0), 20  # a batch of this size stays in the processor's cache
+    return bootstrap((values,), np.mean, n_resamples=RESAMPLES, batch=batch, method="percentile", rng=rng)
 
 
 def _within(found: Any) -> list[float]:
