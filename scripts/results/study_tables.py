@@ -44,11 +44,11 @@ def of_rows(of_study: Study, rows: Sequence[StudyRow], rehearsal: bool) -> Itera
     published = any(score.published for row in rows for score in row.scores.values())
     about = f"{of_study.cited}; published scores are on {of_study.test_title}" if published else of_study.cited
     for column in of_study.table.values():
-        title = (REHEARSALS if rehearsal else about) if column == of_study.first else column.label
-        if column != of_study.first and not published and all(row.scores[column.name].value is None for row in rows):
-            continue
-        cells = [_of_metric(row, column) for row in rows]
-        yield Table(cells, title, empty=published, spare=["95 % covers", "by", "rows", "difference"])
+        is_first = column == of_study.first
+        title = (REHEARSALS if rehearsal else about) if is_first else column.label
+        if is_first or published or any(row.scores[column.name].value is not None for row in rows):
+            cells = [_of_metric(row, column) for row in rows]
+            yield Table(cells, title, empty=published, spare=["95 % covers", "by", "rows", "difference"])
     others = {name: column for name, column in of_study.columns.items() if name not in of_study.table}
     beside = {key: any(row.costs()[key][1] is not None for row in rows) for key in _HEADINGS}
     costs = [_of_costs(row, others, beside) for row in rows]

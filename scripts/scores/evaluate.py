@@ -168,8 +168,8 @@ class EvaluationTask:
         """Settings for the predictions."""
         request, run, cfg = self.request, self.run, self.cfg
         decoding = _decoding(study.of(run.origin), request.decoding)
-        usual = study.OF_NO_STUDY if run.rehearsal and not request.decoding else decoding
-        most = min(decoding.max_new_tokens, usual.max_new_tokens)  # a rehearsal's model rarely ends an answer
+        cap = study.OF_NO_STUDY if run.rehearsal and not request.decoding else decoding
+        most = min(decoding.max_new_tokens, cap.max_new_tokens)  # a rehearsal's model rarely ends an answer
         if request.engine != REFERENCE and decoding.num_beams > 1:
             problem = f"--engine: decoding uses {decoding.num_beams} beams"
             raise UserError(f"{problem}, and only --engine {REFERENCE} supports beams")

@@ -121,16 +121,19 @@ class Prompter:
         dataset = DictDefault({**cfg[section][int(position)], **LOSS_ON_ANSWERS})
         tokenized = tokenize(data, cfg, dataset, self.tokenizer, rows, longest)
         require_one_each(data, dataset, rows, tokenized)
-        fields = fields_of(dataset)
+        fields, is_chat = fields_of(dataset), dataset.get("type") == "chat_template"
         examples, shared = [], {}
         for number, (row, tokens) in enumerate(zip(rows, tokenized, strict=True)):
             start, end = answer_of(tokens.labels)
             reference = row.get(fields.reference) if fields and fields.reference else None
             if reference is None:
                 reference = str(self.tokenizer.decode(tokens.ids[start:end], skip_special_tokens=True)).strip()
+            if fields and is_chat and row.get(fields.lists[0]):
+                (messages,), (_, content) = fields.lists, fields.items
+                *turns, last = row[messages]
                 first = str(self.tokenizer.decode(tokens.ids[start : start + 1])).strip()
-                if (answer := _last_message(row, dataset).strip()) and not answer.startswith(first):
-                    shared[number] = _with_last_message(row, dataset, NEUTRAL)
+                if (answer := str(last.get(content) or "").strip()) and not answer.startswith(first):
+                    shared[number] = row | {messages: [*turns, last | {content: NEUTRAL}]}
                     reference = answer if reference.endswith(answer) else reference
             examples.append(Example(tokens.ids[:start][-longest:], reference if start < end else ""))
         alone = tokenize(data, cfg, dataset, self.tokenizer, [*shared.values()], longest) if shared else ()
@@ -140,24 +143,6 @@ class Prompter:
 
 
 NEUTRAL = "0"  # tokenizers separate a digit from the text before it
-
-
-def _message_fields(dataset: Config) -> tuple[str, str]:
-    """Names of a chat's messages and of a message's text."""
-    names = dataset.get("message_property_mappings") or {}
-    return dataset.get("field_messages") or "messages", names.get("content") or "content"
-
-
-def _last_message(row: Row, dataset: Config) -> str:
-    """Text of a chat's last message; empty for rows of other types."""
-    messages, content = _message_fields(dataset)
-    return str(row[messages][-1].get(content) or "") if row.get(messages) else ""
-
-
-def _with_last_message(row: Row, dataset: Config, text: str) -> Row:
-    """A chat with another last message."""
-    messages, content = _message_fields(dataset)
-    return row | {messages: [*row[messages][:-1], row[messages][-1] | {content: text}]}
 
 
 def answer_of(labels: Sequence[int]) -> tuple[int, int]:
@@ -207,13 +192,12 @@ def _placeholders(dataset: Config) -> Row:
 
     Optional fields are present if the first row of the data has them, because they can change the prompt's wording.
     """
-    if dataset.get("type") == "chat_template":
-        names = {"role": "role", "content": "content"} | (dataset.get("message_property_mappings") or {})
+    fields = fields_of(dataset)
+    if fields and dataset.get("type") == "chat_template":
+        (messages,), (role, content) = fields.lists, fields.items
         user, assistant = ((dataset.get("roles") or {}).get(role, [role])[0] for role in ("user", "assistant"))
         turns = ((user, "{question}"), (assistant, ANSWER))
-        messages = [{names["role"]: role, names["content"]: text} for role, text in turns]
-        return {dataset.get("field_messages") or "messages": messages}
-    fields = fields_of(dataset)
+        return {messages: [{role: name, content: text} for name, text in turns]}
     if not fields or not fields.reference or not fields.texts:
         return {}
     first: Row = {}
