@@ -52,6 +52,9 @@ def substitutions(composed: Config, sample: Config, given: Config, ranks: int) -
     for change, reason in (*_layers(composed), *_ends(composed), *lacking(composed)):
         composed = merge(composed, change)
         yield change, reason
+    pads = composed.get("pad_to_sequence_len") and not composed.get("sample_packing")  # Axolotl pads packed rows
+    if pads and "pad_to_sequence_len" not in given:
+        yield {"pad_to_sequence_len": False}, "padding takes time and changes no result"
     held_out = composed.get("val_set_size")
     if isinstance(held_out, int | float) and held_out > 1:  # a number of rows, not a share
         rows = datafiles.training_rows(composed | {"val_set_size": 0}) or _MOST_ROWS["datasets"]

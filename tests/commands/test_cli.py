@@ -131,7 +131,6 @@ def test_a_rehearsal_lists_every_difference_and_keeps_the_rest(recipe: Recipe) -
             "datasets.0.split",
             *({"test_datasets.0.path", "test_datasets.0.split"} if "test_datasets.0.path" in own else ()),
             *({"sequence_len"} if own["sequence_len"] > 256 else ()),
-            *({"pad_to_sequence_len"} if own.get("pad_to_sequence_len") is not False else ()),
             *(key for key in ("warmup_steps", "fp16", "tf32", "chunked_cross_entropy") if own.get(key)),
             *(key for key in ("max_steps", "eval_steps", "save_steps", "logging_steps") if own.get(key, 1) != 1),
         }

@@ -172,6 +172,13 @@ def test_ends_of_turns_stay_and_the_stand_in_gets_those_that_it_lacks() -> None:
     assert composed.config["added_tokens_overrides"] == {"3": "<|eot_id|>"}
 
 
+def test_only_packed_rows_are_padded_to_the_length() -> None:
+    padded = {"pad_to_sequence_len": True}
+    assert rehearsed(padded).config["pad_to_sequence_len"] is False
+    for own in (rehearsed(padded | {"sample_packing": True}), rehearsed(None, "pad_to_sequence_len=true")):
+        assert own.config["pad_to_sequence_len"] is True
+
+
 @pytest.mark.parametrize(("mib", "kept"), [(1, True), (1025, False)])
 def test_a_small_model_that_is_here_is_kept_with_what_belongs_to_it(mib: int, kept: bool) -> None:
     Path("own").mkdir()
