@@ -42,35 +42,43 @@ def missing_special_token(case: Case) -> Problems:
 
 @rule
 def no_access(case: Case) -> Problems:
-    """A gated model on the hub requires an accepted licence and a token.
+    """A gated model or tokenizer on the hub requires an accepted licence and a token.
 
     Before a run, missing access is an error. Otherwise it is a warning, because the config may be for another machine.
-    The rule does not ask the hub about models on this machine, or models that models.yaml lists as not gated.
+    The rule does not ask the hub about models on this machine, or models that models.yaml lists as not gated. Axolotl
+    loads tokenizer_config at revision_of_model, a commit that another repository lacks (axolotl/loaders/tokenizer.py).
     """
+    yield from _access(case, "base_model", case.model, case.model.weights_here)
+    name = case["tokenizer_config"]
+    if isinstance(name, str) and name != case["base_model"] and not Path(name).is_dir():
+        tokenizer = models.find({"base_model": name})
+        yield from _access(case, "tokenizer_config", tokenizer, tokenizer.tokenizer_here)
+        if revision := case["revision_of_model"]:
+            problem = f"Axolotl looks for {name} at revision_of_model, {revision}, a commit of the base model"
+            yield "error", "tokenizer_config", problem, "give a folder with the tokenizer, or delete revision_of_model"
+
+
+def _access(case: Case, key: str, model: models.Model, is_here: bool) -> Problems:
+    """Problems with access to a model or its tokenizer."""
     level: Level = "error" if case.launching else "warning"
-    name = case["base_model"]
-    if case.model.weights_here or not isinstance(name, str) or Path(name).is_relative_to(paths.cache()):
+    name = case[key]
+    if is_here or not isinstance(name, str) or Path(name).is_relative_to(paths.cache()):
         return  # the stand-in model is created on demand
     if Path(name).is_dir():
-        yield "error", "base_model", f"{name} contains no weights", "give a folder that save_pretrained wrote"
+        yield "error", key, f"{name} contains no weights", "give a folder that save_pretrained wrote"
     elif models.is_path(name):
-        yield "error", "base_model", f"{name} does not exist", "give a folder, or a model on the hub as owner/name"
+        yield "error", key, f"{name} does not exist", "give a folder, or a model on the hub as owner/name"
     elif hub.is_offline():
-        yield level, "base_model", f"{name} is not cached, and HF_HUB_OFFLINE is set", "fetch the model first"
-    elif case.model.gated and not hub.has_token():
-        yield level, "base_model", f"{name} is gated, and no token for the hub was found", _how_to_get(name)
-    elif case.ask_hub and case.model.gated is not False:
-        yield from _of_the_hub(name, level)
-
-
-def _of_the_hub(name: str, level: Level) -> Problems:
-    """Problems with a model according to the hub."""
-    answer = hub.access(name)
-    if answer.access == "missing":
-        problem = f"the hub has no model {name}, or the model is private: {answer.says}{models.similar(name)}"
-        yield "error", "base_model", problem, "correct the name; for a private model run `hf auth login`"
-    elif answer.access in ("gated", "refused"):
-        yield level, "base_model", f"the hub refuses {name}: {answer.says}", _how_to_get(name)
+        yield level, key, f"{name} is not cached, and HF_HUB_OFFLINE is set", "fetch the model first"
+    elif model.gated and not hub.has_token():
+        yield level, key, f"{name} is gated, and no token for the hub was found", _how_to_get(name)
+    elif case.ask_hub and model.gated is not False:
+        answer = hub.access(name)
+        if answer.access == "missing":
+            problem = f"the hub has no model {name}, or the model is private: {answer.says}{models.similar(name)}"
+            yield "error", key, problem, "correct the name; for a private model run `hf auth login`"
+        elif answer.access in ("gated", "refused"):
+            yield level, key, f"the hub refuses {name}: {answer.says}", _how_to_get(name)
 
 
 def _how_to_get(name: str) -> str:

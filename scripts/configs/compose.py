@@ -195,13 +195,14 @@ def is_rehearsal(request: Request) -> bool:
 
 
 def _mirrored(composed: Config) -> Config:
-    """Replace the gated base model by its ungated copy."""
-    model = composed.get("base_model")
+    """Replace the gated base model, and a gated tokenizer, by ungated copies."""
+    model, tokenizer = composed.get("base_model"), composed.get("tokenizer_config")
     entry = models.catalogue().get(str(model), {})
     if "mirror" not in entry:
         reason = "not gated" if entry.get("gated") is False else f"{paths.TEMPLATES / 'models.yaml'} lists none"
         raise UserError(f"profile {MIRROR}: no mirror for {model}: {reason}")
-    return config.merge(composed, {"base_model": entry["mirror"], "revision_of_model": None})
+    copy = models.catalogue().get(str(tokenizer), {}).get("mirror", tokenizer)
+    return config.merge(composed, {"base_model": entry["mirror"], "revision_of_model": None, "tokenizer_config": copy})
 
 
 def filled(fragment: Any, values: dict[str, str]) -> Any:

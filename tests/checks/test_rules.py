@@ -306,8 +306,12 @@ def test_a_gated_model_without_a_token(monkeypatch: pytest.MonkeyPatch, place: P
     assert [(f.level, f.name) for f in found({}, name=LLAMA_3)] == [("warning", "no-access:base_model")]
     assert [f.level for f in found({}, "T4", launching=True, name=LLAMA_3)] == ["error"]
     assert found({"base_model": "NousResearch/Meta-Llama-3-8B"}, name=LLAMA_3) == []
+    tokenizer: dict[str, Any] = {"tokenizer_config": "meta-llama/Llama-3.2-3B"}
+    assert names(tokenizer | {"revision_of_model": None}) == ["warning no-access:tokenizer_config"]
     (place / "token").write_text("x")
     assert found({}, name=LLAMA_3) == []
+    assert names(tokenizer) == ["error no-access:tokenizer_config"]  # revision_of_model is a commit of the model
+    assert names(tokenizer | {"revision_of_model": None}) == names({"tokenizer_config": str(place)}) == []
 
 
 def test_a_model_that_is_not_in_the_cache_when_offline(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:

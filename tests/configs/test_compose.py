@@ -39,9 +39,11 @@ def test_a_config_without_a_seed_gets_axolotls_own(place: Path) -> None:
     assert composed.config["seed"] == 42 and [one.key for one in composed.differences] == ["seed"]
 
 
-def test_a_mirror_is_a_difference() -> None:
+def test_a_mirror_is_a_difference(place: Path) -> None:
     found = {d.key: (d.run, d.why) for d in compose.compose(Request(NAME, ["mirror"])).differences}
     assert found["base_model"] == ("NousResearch/Llama-2-7b-hf", "profile mirror")
+    (place / "own.yaml").write_text("base_model: meta-llama/Llama-2-7b-hf\ntokenizer_config: meta-llama/Llama-3.2-3B\n")
+    assert compose.compose(Request("own.yaml", ["mirror"])).config["tokenizer_config"] == "unsloth/Llama-3.2-3B"
     assert found["revision_of_model"] == (None, "profile mirror")
 
 
