@@ -26,6 +26,7 @@ from ..scores.score import columns_of, require_models, scorer_models
 from . import create, run
 
 _OF_ROWS = ("datasets", "test_datasets", "base_model", "special_tokens", "sequence_len")  # keys that affect rows
+TOO_BIG = "too-big:micro_batch_size"  # name of the finding of `plan.add_to`
 
 
 def existing_runs(runs: Path, recipe: str) -> dict[str, tuple[RunDir, Run]]:
@@ -77,6 +78,7 @@ class Pipeline:
         composed: the config; None if it is invalid.
         existing: newest run with this config and data; a finished run takes precedence. See `look_up`.
         needed_gib: required memory; None before the plan.
+        found: names that `--force` accepts: of findings, and of those that the existing run has overridden.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Pipeline:
         self.composed: Composed | None = None
         self.existing: tuple[RunDir, Run] | None = None
         self.needed_gib: float | None = None
+        self.found = {TOO_BIG}
         try:
             self.composed = compose.compose(request, self.gpu)
         except UserError as error:
@@ -114,6 +117,8 @@ class Pipeline:
         """Find the existing run in the run folders."""
         if digest := self.digest():
             self.existing = existing_runs(paths.runs(), self.result.recipe).get(digest)
+        if self.existing:
+            self.found.update(self.existing[1].forced)
 
     def is_finished(self) -> bool:
         """True if a finished run with this config and data exists."""
@@ -134,6 +139,7 @@ class Pipeline:
             return False
         launching = starts and not self.request.rehearse
         report = check.check(self.request, self.gpu, with_data, launching=launching, composed=self.composed)
+        self.found.update(finding.name for finding in report.findings)
         found = backends.relevant(self.backend, report.findings)
         if not with_data:
             found = [finding for finding in found if finding.scope != "data"]
@@ -165,7 +171,8 @@ class Pipeline:
             self.result.steps["plan"] = "not known"
             return True
         needed = f"{self.needed_gib:.1f} GiB"
-        if gpu and gpu.memory and (self.needed_gib or 0) > plan.usable_gib(gpu) and not rehearsal:
+        too_big = gpu and gpu.memory and (self.needed_gib or 0) > plan.usable_gib(gpu) and not rehearsal
+        if too_big and TOO_BIG not in self.request.force:
             self.result.fail("plan", f"needs {needed}, more than {gpu} has; `recipe plan` lists changes that help")
             return False
         self.result.steps["plan"] = f"{DONE}: {needed}"

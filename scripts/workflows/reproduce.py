@@ -15,6 +15,7 @@ from ..base.files import Row
 from ..base.machine import LOCK_TIMEOUT, held
 from ..base.paths import find_recipe
 from ..base.progress import Bar, say
+from ..checks.finding import unknown_force
 from ..configs import datafiles, models
 from ..configs.compose import MIRROR, Composed, Request
 from ..configs.config import parse_override
@@ -95,6 +96,7 @@ def reproduce(
                 if pipeline.is_finished() or (pipeline.check(with_data=True) and pipeline.plan()):
                     ready.append(pipeline)
                 bar.update(done)
+        unknown_force(request.force, set[str]().union(*(pipeline.found for pipeline in pipelines)))
         tasks = [pipeline.task() for pipeline in ready]
         require_scorer_models(tasks, of_study.columns, evaluation, request.rehearse)
         backend.submit(tasks, request.name)
@@ -140,6 +142,7 @@ def outline(
             bar.begin(f"planning {pipeline.result.label}")
             rows.append(_outlined(pipeline))
             bar.update(len(rows))
+    unknown_force(request.force, set[str]().union(*(pipeline.found for pipeline in pipelines)))
     return {"data": _outlined_data(of_study, [one.composed for one in pipelines if one.composed]), "recipes": rows}
 
 

@@ -18,6 +18,7 @@ from ..base.files import write_atomically
 from ..base.machine import held, now
 from ..base.paths import find_recipe
 from ..base.progress import Bar, say
+from ..checks.finding import unknown_force
 from ..configs import config
 from ..configs.compose import Request
 from ..configs.gpus import Gpu
@@ -120,7 +121,8 @@ def sweep(
         dry_run: check and plan only.
 
     Raises:
-        UserError: a member has errors, or two members have the same config; nothing was started.
+        UserError: a member has errors, two members have the same config, or --force names an error that no member has;
+            nothing was started.
         WorkFailed: BERTScore's model cannot be loaded.
     """
     records: list[Sweep] = []
@@ -143,6 +145,7 @@ def sweep(
         ]
     _check(pipelines, starts=not dry_run)
     _refuse_twins(pipelines)
+    unknown_force(requests[0].force, set[str]().union(*(pipeline.found for pipeline in pipelines)))
     _plan([member for record in records for member in record.members], pipelines, starts=not dry_run)
     if not dry_run:
         _carry_out(records, pipelines, evaluation, backend)

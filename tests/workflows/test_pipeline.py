@@ -10,6 +10,7 @@ from qlora_recipes.base import machine
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import gpus
 from qlora_recipes.configs.compose import Request
+from qlora_recipes.planning import plan, planner
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.runs.tasks import Command, Step, Task, TaskResult
 from qlora_recipes.scores.evaluate import EvaluationRequest
@@ -58,6 +59,18 @@ def test_a_pipeline_is_composed_for_the_card_that_is_named(tmp_path: Path) -> No
     for gpu, varlen in (("T4", False), ("A100", True)):
         one = pipeline.Pipeline(TaskResult(gpu), asked, EvaluationRequest(), backend, gpus.find(gpu))
         assert one.composed and one.composed.config["sdpa_varlen"] is varlen
+
+
+@pytest.mark.parametrize("force", [[], [pipeline.TOO_BIG]])
+def test_a_config_that_is_too_big_fails_unless_this_is_overridden(
+    monkeypatch: pytest.MonkeyPatch, force: list[str]
+) -> None:
+    for module in (plan, planner):
+        monkeypatch.setattr(module, "required_gib", lambda *_, **__: 38.1)
+    asked, backend, t4 = Request("haider2024/llama-2-7b", force=force), Local(rehearsal=False), gpus.find("T4")
+    one = pipeline.Pipeline(TaskResult("one"), asked, EvaluationRequest(), backend, t4)
+    assert (one.plan(), one.needed_gib) == (bool(force), 38.1)
+    assert pipeline.TOO_BIG in {finding.name for finding in plan._findings({}, t4, 1, False)}
 
 
 @pytest.mark.parametrize("path", ["owner/rows", "rows.jsonl"])

@@ -120,7 +120,14 @@ def test_what_a_recipe_starts_from_is_still_to_be_fetched_and_no_reason_to_refus
     assert outlined["data"][0].startswith("data/gsm8k-raw: ")
 
 
-@pytest.mark.parametrize(("words", "says"), [([], "no-gpu"), (["--rehearse", "--set", "lora_rr=3"], "lora_rr: ")])
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "no-gpu"),
+        (["--rehearse", "--set", "lora_rr=3"], "lora_rr: "),
+        (["--rehearse", "--dry-run", "--only", ONE, "--force", "tpyo"], "--force tpyo: "),
+    ],
+)
 def test_a_wrong_request_starts_nothing(recipe: Recipe, tmp_path: Path, words: list[str], says: str) -> None:
     done = recipe("reproduce", "haider2024", *words)
     assert (done.returncode, says in done.stderr) == (2, True)
