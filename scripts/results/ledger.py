@@ -26,13 +26,12 @@ from ..configs.gpus import ENGINE_KEYS
 from ..data import study
 from ..data.published import Baseline
 from ..data.study import Study
-from ..metrics.bertscore import ScorerModel
 from ..planning import planner
 from ..runs import launch
 from ..runs.records import Provenance, Run, collect
 from ..runs.rundir import RunDir
 from ..scores import evaluations, published
-from ..scores.score import model_record
+from ..scores.score import by_declared_model
 from .run_rows import RunResult
 
 
@@ -211,9 +210,8 @@ def _scores(result: RunResult, of_study: Study) -> dict[str, ledger.Score]:
     """
     found, own = {}, result.evaluation.scores if result.evaluation else {}
     for name, column in of_study.columns.items():
-        value, by = result.score(column), model_record(column, own)
-        declared = column.parameters.model if isinstance(column.parameters, ScorerModel) else ""
-        if value is not None and (by is None or by["model"] in (declared, declared.rpartition("/")[2])):
+        value = result.score(column)
+        if value is not None and by_declared_model(column, own):
             interval = (own.get("intervals") or {}).get(name)
             found[name] = _score(value, *(interval or (None, None)))
     return found

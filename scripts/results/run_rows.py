@@ -17,7 +17,7 @@ from ..runs.records import Run, Summary
 from ..runs.rundir import RunDir
 from ..scores import evaluations
 from ..scores.evaluations import BASE_MODEL, Changed, Evaluation, changed, current, read_scores
-from ..scores.score import columns_of
+from ..scores.score import by_declared_model, columns_of
 
 REHEARSED = ("profile rehearsal", "rehearsal: ")  # a rehearsal's changes of settings have reasons that begin so
 _ALIKE = {"data_sha256", "rows", "decoding"}  # settings that comparable evaluations share
@@ -133,14 +133,17 @@ class RunResult:
     def is_comparable(self, column: Column) -> bool:
         """True if a score is comparable with a published one.
 
-        The run must be finished, and evaluated with the same rows, decoding and metric. The eval loss is
-        measured in training, and needs no evaluation.
+        The run must be finished, and evaluated with the same rows, decoding, metric and scorer model. The eval loss is
+        measured in training, and needs no evaluation, but the recipe's validation rows.
         """
         run, own = self.run, self.evaluation
         if not self.study or run.state != "finished" or run.rehearsal or self.is_of_something_else:
             return False
-        return column.metric.of_loss is not None or bool(
+        if column.metric.of_loss:
+            return not any(d.key.startswith(("test_datasets", "val_set_size")) for d in run.from_origin)
+        return bool(
             own
+            and by_declared_model(column, own.scores)
             and column.same_scores(self.evaluated_columns.get(column.name))
             and own.settings.limit is None
             and own.settings.test_set == self.study.data.test_set
@@ -181,9 +184,15 @@ class RunResult:
 
     @cached_property
     def other_data(self) -> bool:
-        """True if the config names data files that are not the study's."""
+        """True if the config names data files that are not the study's, or a manifest shows other content."""
         moved = any(d.key.startswith("datasets") and d.key.endswith("path") for d in self.run.from_origin)
-        return moved and not 0 < len(self.run.data) == sum(map(is_the_studys, manifest_entries(self.run)))
+        verified = 0 < len(self.run.data) == sum(map(is_the_studys, manifest_entries(self.run)))
+        return (moved and not verified) or any(
+            entry.get("is_the_study_file") is False or entry.get("sha256") != file.sha256
+            for file in self.run.data
+            for entry in manifest.entries(Path(self.run.cwd, file.path).parent).values()
+            if entry.get("file") == Path(file.path).name
+        )
 
     @property
     def is_of_something_else(self) -> bool:

@@ -121,6 +121,15 @@ def model_record(column: Column, scores: Mapping[str, Any]) -> dict[str, Any] | 
     return record if isinstance(record, dict) else None
 
 
+def by_declared_model(column: Column, scores: Mapping[str, Any]) -> bool:
+    """True unless another scorer model, or another layer, than the declared one computed the scores."""
+    declared, by = column.parameters, model_record(column, scores)
+    if by is None or not isinstance(declared, ScorerModel):
+        return True
+    same_model = by["model"] in (declared.model, declared.model.rpartition("/")[2])
+    return same_model and declared.layer in (None, by.get("layer"))
+
+
 def same_models(models: ScorerModels, columns: Mapping[str, Column], scores: Mapping[str, Any]) -> bool:
     """True if these scorer models computed the scores."""
     return all(made_by(model, model_record(columns[name], scores)) for name, model in models.items())

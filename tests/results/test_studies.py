@@ -54,6 +54,14 @@ def test_every_published_metric_has_a_verdict(runs: Path) -> None:
     assert row_of(runs, WIDE)["accuracy_published"] == 70 and row_of(runs, WIDE)["accuracy"] is None
 
 
+def test_an_eval_loss_of_other_rows_is_not_compared(runs: Path) -> None:
+    for key, name in (("test_datasets.0.path", "a"), ("val_set_size", "b")):
+        small_study.ran(runs, PLAIN, name, 66.0, set={key: "x"})
+        row = row_of(runs)
+        assert row["perplexity"] and row["accuracy_verdict"] == verdict.WITHIN
+        assert row["perplexity_difference"] is row["perplexity_verdict"] is None
+
+
 def test_a_score_by_another_declaration_of_the_metric_is_not_compared(runs: Path) -> None:
     folder = small_study.ran(runs, PLAIN, "a", 66.0)
     small_study.write(Path(), metrics={"accuracy": {"metric": "number"}, "perplexity": {}, "chrf": {}})

