@@ -42,6 +42,7 @@ class Benchmark(BaseModel):
         filter: the harness's method to extract answers from texts.
         rows: number of scored rows, over all tasks of a group.
         limit: maximum number of rows per task; None for all rows.
+        ends: tokens that end an answer; None in results of earlier versions.
     """
 
     value: float
@@ -53,6 +54,7 @@ class Benchmark(BaseModel):
     filter: str
     rows: int
     limit: int | None = None
+    ends: list[int] | None = None
     harness: str
 
     @property

@@ -45,13 +45,14 @@ def of_evaluation(evaluation: Evaluation | None) -> dict[str, Column]:
 def kept(asked: Mapping[str, Column], former: Evaluation, limit: int | None) -> dict[str, Benchmark]:
     """Return the benchmark results of an earlier evaluation that are still valid.
 
-    A result is dropped if its column is now requested with different parameters or a different limit.
+    A result is dropped if its column is now requested with different parameters or a different limit, or if it has no
+    record of the tokens that ended answers: in earlier versions, answers went on after their end.
     """
     found = {}
     for name, column in of_evaluation(former).items():
         if column.same_scores(asked.get(name, column)) and f"{name}_benchmark" in former.scores:
             benchmark = Benchmark.model_validate(former.scores[f"{name}_benchmark"])
-            if name not in asked or benchmark.limit == limit:
+            if benchmark.ends is not None and (name not in asked or benchmark.limit == limit):
                 found[name] = benchmark
     return found
 
@@ -107,7 +108,8 @@ def _measure(
     model = HFLM(
         pretrained=Reference(prompter).model, tokenizer=prompter.tokenizer, batch_size=settings.batch_size or ROWS
     )
-    of_model = base_weights(prompter) | {"adapter": settings.adapter_sha256}
+    ends = sorted(prompter.ends)
+    of_model = base_weights(prompter) | {"adapter": settings.adapter_sha256, "ends": ends}
     digest = hashlib.sha256(orjson.dumps(of_model, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
     entries = [entry for _, entry in datafiles.datasets(prompter.cfg, "datasets")]
     found = {}
@@ -131,7 +133,7 @@ def _measure(
                 raise WorkFailed(f"{problem}; predictions are kept; repeat the command to continue") from None
             say(f"{problem}; the rehearsal leaves this task out")
             continue
-        found[name] = summarise(done, parameters).model_copy(update={"limit": limit})
+        found[name] = summarise(done, parameters).model_copy(update={"limit": limit, "ends": ends})
     return found
 
 

@@ -64,7 +64,8 @@ class Reference:
         how = prompter.quantization
         if small and how and how.load_in_4bit and how.bnb_4bit_compute_dtype == dtype:
             self.model = self.model.dequantize(dtype=dtype)
-        self.model.generation_config = GenerationConfig()  # the model's published config would change the decoding
+        # The model's published config would change the decoding. The harness ends answers by this config.
+        self.model.generation_config = GenerationConfig(eos_token_id=sorted(prompter.ends))
         grow_embedding(self.model, len(self.tokenizer), settings.adapter if settings.adapter_sha256 else None)
         if settings.adapter_sha256:
             self.model = with_adapter(self.model, settings.adapter)

@@ -14,7 +14,9 @@ from qlora_recipes.base.errors import WorkFailed
 from qlora_recipes.metrics import registry
 from qlora_recipes.metrics.registry import BenchmarkParameters
 from qlora_recipes.runs import rundir
-from qlora_recipes.scores import benchmarks
+from qlora_recipes.runs.rundir import RunDir
+from qlora_recipes.scores import benchmarks, evaluate
+from qlora_recipes.scores.evaluate import EvaluationRequest
 
 GROUP: dict[str, Any] = {
     "results": {
@@ -58,13 +60,15 @@ def test_a_task_is_a_column_of_its_name() -> None:
 @pytest.mark.parametrize(("limit", "kept"), [(5, True), (None, False), (6, False)])
 def test_a_benchmark_of_other_rows_is_measured_anew(limit: int | None, kept: bool) -> None:
     columns = registry.asked(["benchmark:grp"])
-    scored = benchmarks.summarise(GROUP, BenchmarkParameters(task="grp")).model_copy(update={"limit": 5})
-    former: Any = SimpleNamespace(columns=columns, scores={"grp_benchmark": scored.model_dump()})
+    scored = benchmarks.summarise(GROUP, BenchmarkParameters(task="grp")).model_dump() | {"limit": 5, "ends": [2]}
+    former: Any = SimpleNamespace(columns=columns, scores={"grp_benchmark": scored})
     assert bool(benchmarks.kept(columns, former, limit)) == kept
     assert benchmarks.kept({}, former, limit)  # not asked for again
+    del scored["ends"]  # of a version in which answers went on after their end
+    assert not benchmarks.kept({}, former, limit)
 
 
-def a_task(place: Path) -> Path:
+def a_task(place: Path, **more: Any) -> Path:
     """File of a task with its rows in a file beside it.
 
     One choice of each row is far longer, and so less likely: merged weights, which are rounded, change no answer.
@@ -83,7 +87,7 @@ def a_task(place: Path) -> Path:
         "doc_to_target": "label",
         "metric_list": [{"metric": "acc"}],
         "metadata": {"version": 3},
-    }
+    } | more
     (place / "sums.yaml").write_text(yamlfiles.write_yaml(task))
     return place / "sums.yaml"
 
@@ -134,3 +138,35 @@ def test_a_task_scores_as_by_the_harness_itself_also_when_resumed(
     (row,) = orjson.loads(recipe("results", "--json").stdout)
     assert row["sums"] == scores["sums"] and row["sums_base_model"] is not None
     assert "sums, %, gained" in recipe("results").stdout
+
+
+@pytest.mark.long
+def test_generated_answers_end_as_the_runs_predictions(
+    run: RunDir, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.models.huggingface import HFLM
+    from transformers import GenerationConfig
+
+    generate, answers = HFLM._model_generate, list[list[int]]()
+
+    def generated(model: HFLM, context: Any, *others: Any, **more: Any) -> Any:
+        tokens = generate(model, context, *others, **more)
+        answers.extend(tokens[:, context.shape[1] :].tolist())
+        return tokens
+
+    monkeypatch.setattr(HFLM, "_model_generate", generated)
+    ends = [2, *range(300, 700)]
+    generation = {"output_type": "generate_until", "generation_kwargs": {"until": ["no such"], "max_gen_toks": 12}}
+    task = a_task(tmp_path, metric_list=[{"metric": "exact_match"}], **generation)
+    request = EvaluationRequest(
+        adapter="none", max_new_tokens=8, limit=8, metrics=["bertscore:none", f"benchmark:{task}"]
+    )
+    GenerationConfig(eos_token_id=ends).save_pretrained(tiny)
+    try:
+        scores = evaluate.evaluate(run, request).scores
+    finally:
+        (tiny / "generation_config.json").unlink()
+    first = [next(i for i, token in enumerate(answer) if token in ends) for answer in answers]
+    assert len({*first}) > 1  # some rows end before others of their batch
+    assert all(set(answer[i + 1 :]) <= {2} for i, answer in zip(first, answers, strict=True))
+    assert scores["sums_benchmark"]["ends"] == ends
