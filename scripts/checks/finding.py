@@ -27,6 +27,7 @@ Scope = Literal["step", "config", "code", "data", "file", "gpu", "machine"]
 _SCOPES: dict[str, Scope] = {
     "value": "step",
     "unknown-key": "step",
+    "missing-key": "step",
     "no-lora-targets": "step",
     "unknown-lora-target": "step",
     "no-lora-rank": "step",

@@ -14,12 +14,14 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy
+import torch
 from axolotl.loaders import load_tokenizer
 from axolotl.prompt_strategies import load as load_strategy
 from axolotl.utils.data import prepare_datasets, sft
 from axolotl.utils.data.shared import datasets_with_name_generator
 from axolotl.utils.samplers import MultipackBatchSampler
 from torch.utils.data import RandomSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..base.errors import UserError, did_you_mean
 from ..base.files import Row, json_rows
@@ -161,8 +163,7 @@ def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[li
         - of the tokenized rows: their number, tokens, tokens with loss, percentiles of the length, and the number
           longer than sequence_len;
         - of the rows that remain for training: their number, tokens, and the longest row;
-        - the share of padding in batches of micro_batch_size rows, shuffled once unless training keeps the file's
-          order; None for packed rows.
+        - the share of padding in batches of micro_batch_size rows, in the order of one epoch; None for packed rows.
     """
     tokenizer = Tokenizer(content)
     cfg = tokenizer.cfg
@@ -322,7 +323,11 @@ def _kept(cfg: Any, read: _Read) -> list[int]:
 
 def _padding(cfg: Any, kept: list[int]) -> float:
     """Share of padding among all tokens, if Axolotl's collator pads the batches (core/builders/causal.py)."""
-    if not cfg.curriculum_sampling:  # curriculum sampling keeps the order of the file
+    if kept and cfg.group_by_length and not cfg.curriculum_sampling:
+        order = torch.Generator().manual_seed(cfg.seed)
+        step = int(datafiles.effective_batch(cfg))
+        kept = [kept[i] for i in LengthGroupedSampler(step, lengths=kept, generator=order)]
+    elif not cfg.curriculum_sampling:  # curriculum sampling keeps the order of the file
         random.Random(cfg.seed).shuffle(kept)
     multiple = (cfg.pad_to_multiple_of or 64) if cfg.pad_to_sequence_len is not False else 1
     padded = 0

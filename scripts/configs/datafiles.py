@@ -210,13 +210,14 @@ def steps_of(composed: Config, rows: int | None, gpus: int = 1) -> int | None:
 
 
 def training_rows(composed: Config) -> int | None:
-    """Number of training rows; None unless each data set is one local JSONL file."""
+    """Number of training rows; None unless each data set is one local JSONL file whose lines Axolotl keeps whole."""
     rows = 0
     for _, dataset in datasets(composed, "datasets"):
         files = jsonl_files(dataset)
         first = first_rows(dataset)
         is_part = (
-            dataset.get("shards")
+            dataset.get("type") == "completion"  # Axolotl splits these rows into pieces of sequence_len tokens
+            or dataset.get("shards")
             or dataset.get("weight")
             or (first is None and dataset.get("split", "train") != "train")
         )

@@ -184,12 +184,12 @@ def _changes(config: Config, planner: Planner, gpu: Gpu, gpus: int) -> Iterator[
         (
             {"chunked_cross_entropy": True},
             "the same loss, computed on an eighth of the tokens at a time",
-            gpu.capability >= (8, 0) and not step.chunked_loss,  # Triton requires capability 8.0
+            gpu.capability >= (8, 0) and not any(map(config.get, steps.LOSSES)),  # Triton requires capability 8.0
         ),
         (
             {"optimizer": paged},
             "the same steps; optimizer state leaves the GPU when the GPU is full",
-            optimizer in steps.OPTIMIZERS and "paged" not in optimizer,
+            optimizer in steps.OPTIMIZERS and "paged" not in optimizer and not config.get("fsdp_config"),
         ),
         (
             {

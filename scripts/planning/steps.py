@@ -20,12 +20,13 @@ OPTIMIZERS = {
     "paged_adamw_8bit",
     "paged_adamw_32bit",
 }
-_TAKE_MORE = ("lora_target_parameters", "unfrozen_parameters")
+_TAKE_MORE = ("lora_target_parameters", "unfrozen_parameters", "selective_checkpointing")
+LOSSES = ("cut_cross_entropy", "liger_cross_entropy", "liger_fused_linear_cross_entropy", "chunked_cross_entropy")
+"""Optimized losses; Axolotl accepts only one of them (check_cross_entropy_conflicts)."""
 _KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 SPLIT = ("tensor_parallel_size", "context_parallel_size")
 _TAKE_LESS = (
-    *("cut_cross_entropy", "liger_cross_entropy", "liger_fused_linear_cross_entropy", "activation_offloading"),
-    *("liger_rms_norm", "liger_glu_activation"),
+    *(*LOSSES[:3], "liger_rms_norm", "liger_glu_activation", "activation_offloading", "layer_offloading"),
     *("peft_layers_to_transform", "peft_layers_pattern", "lora_exclude_modules"),
     *_KERNELS,
 )
@@ -169,6 +170,8 @@ def _not_traced(config: Config, architecture: dict[str, Any]) -> Iterator[str]:
     if config.get("adapter") and all(config.get(key) is None for key in _KERNELS):
         yield "LoRA kernels, which Axolotl turns on by default: not traced; training needs less memory"
     yield from (f"{key}: not traced; training needs more memory" for key in _TAKE_MORE if config.get(key))
+    if config.get("lora_target_linear") and {"embed_tokens", "lm_head"} & {*(config.get("lora_target_modules") or ())}:
+        yield "lora_target_modules: planned only with the linear layers; training needs more memory"
     if takes_varlen(config, architecture):
         yield "varlen_attn: planned as sdpa with a mask over packed rows; training needs less memory"
     if config.get("gradient_checkpointing") in ("offload", "offload_disk"):

@@ -125,6 +125,7 @@ def test_lengths(llama: yamlfiles.Config, sample: Path) -> None:
     _, (padded,) = lengths(llama | {"pad_to_sequence_len": True})
     assert padded["padding_share"] == pytest.approx(1 - sum(sizes) / 109 / 2048)
     assert lengths(llama | {"sample_packing": True})[1][0]["padding_share"] is None
+    assert lengths(llama | {"group_by_length": True})[1][0]["padding_share"] < 0.7 * measured["padding_share"]
 
 
 def judged(content: yamlfiles.Config, rows: list[Any], **dataset: Any) -> list[tuple[str, str, int | None]]:

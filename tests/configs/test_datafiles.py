@@ -70,7 +70,10 @@ def test_training_steps(place: Path) -> None:
     "change",
     [
         *({"sample_packing": True}, {"num_epochs": "two"}, {"datasets": [{"path": "a/b"}]}),
-        *({"datasets": [{"path": "t.jsonl"} | odd]} for odd in ({"split": "train[5:9]"}, {"shards": 2}, {"weight": 3})),
+        *(
+            {"datasets": [{"path": "t.jsonl"} | odd]}
+            for odd in ({"split": "train[5:9]"}, {"shards": 2}, {"weight": 3}, {"type": "completion"})
+        ),
     ],
 )
 def test_training_steps_that_nobody_can_tell(place: Path, change: yamlfiles.Config) -> None:

@@ -63,6 +63,9 @@ def test_settings_that_memory_depends_on(change: dict[str, Any], field: str, val
         ({"sample_packing": True}, "varlen_attn"),
         (dict.fromkeys(steps._KERNELS), "LoRA kernels"),
         ({"unfrozen_parameters": ["norm"]}, "unfrozen_parameters"),
+        ({"layer_offloading": True}, "layer_offloading"),
+        ({"selective_checkpointing": True}, "selective_checkpointing"),
+        ({"lora_target_linear": True, "lora_target_modules": ["lm_head"]}, "lora_target_modules"),
     ],
 )
 def test_what_is_not_traced_is_noted(change: dict[str, Any], names: str) -> None:
@@ -135,6 +138,11 @@ def test_changes_are_the_mildest_that_do(small: yamlfiles.Config) -> None:
     assert last.fits
     ampere = plan.plan(small, gpus.Gpu("card", AMPERE, size * 0.7))[0].changes
     assert ampere[0].set == {"chunked_cross_entropy": True}
+    refused = small | {"liger_cross_entropy": True, "fsdp_config": {"reshard_after_forward": True}}
+    tight = gpus.Gpu("card", AMPERE, size * 0.1)
+    assert not {"chunked_cross_entropy", "optimizer"} & {
+        key for c in plan.plan(refused, tight)[0].changes for key in c.set
+    }
     zero = small | {"deepspeed": {"zero_optimization": {"stage": 3}}}
     (*_, last) = plan.plan(zero, gpus.Gpu("card", TURING, size * 0.7), gpus=4)[0].changes
     assert last.set == {"micro_batch_size": 1, "gradient_accumulation_steps": 32}
@@ -257,6 +265,7 @@ def test_the_tokens_of_the_data_are_counted(recipe: Recipe, small: yamlfiles.Con
     ("arguments", "names"),
     [
         (["haider2024/llama-2-7b", "--set", "optimizer=adamwx"], "optimizer"),
+        (["haider2024/llama-2-7b", "--set", "base_model=null"], "missing-key:base_model"),
         (["haider2024/llama-2-7b", "--data"], "datasets.0"),
         (["haider2024/llama-2-7b", "--gpu", "nanGB"], "--gpu"),
     ],

@@ -40,6 +40,7 @@ def test_rows_are_counted_as_they_are_trained_on(own: Path) -> None:
     assert every.tokens < every.padded < 1.5 * every.tokens
     assert counted(own, "val_set_size=0.5").rows == 54
     assert counted(own, "sequence_len=300").rows < 109  # the others are dropped
+    assert counted(own, "datasets.0.type=completion", "datasets.0.field=output", "sequence_len=16").rows > 109
 
 
 def test_hours_count_padding(own: Path) -> None:
