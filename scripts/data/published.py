@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -60,24 +60,16 @@ class PublishedPredictions(Strict):
 
     Attributes:
         test_set: test set of the predictions; by default that of the published scores.
-        absent: reason why no files are available.
     """
 
-    prediction: Texts | None = None
-    reference: Texts | None = None
+    prediction: Texts
+    reference: Texts
     test_set: Text | None = None
-    absent: Text | None = None
-
-    @model_validator(mode="after")
-    def _are_there_or_not(self) -> Self:
-        if {self.prediction is None, self.reference is None} != {self.absent is not None}:
-            raise ValueError("give prediction and reference; or give absent, the reason why they are unavailable")
-        return self
 
     @property
     def files(self) -> list[str]:
         """Data files with the predictions and references."""
-        return list(dict.fromkeys(texts.file for texts in (self.prediction, self.reference) if texts))
+        return list(dict.fromkeys(texts.file for texts in (self.prediction, self.reference)))
 
 
 class Cell(Strict):

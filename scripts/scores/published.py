@@ -72,7 +72,6 @@ def read(of_study: Study, predictions: PublishedPredictions, own: str) -> list[R
     Raises:
         UserError: see `scores`.
     """
-    assert predictions.prediction and predictions.reference
     data = of_study.data
     written, references = (_texts(texts, data.raw) for texts in (predictions.prediction, predictions.reference))
     file = data.raw / predictions.prediction.file

@@ -48,8 +48,8 @@ def score_predictions(
     models = scorer_models(of_study.columns, scorer, report=True)
     rows, problems = [], {}
     for name, scores, predictions, test_set in owners:
-        if predictions is None or predictions.absent:
-            say(f"{name}: {predictions.absent if predictions else 'no predictions are published'}")
+        if predictions is None:
+            say(f"{name}: no predictions are published")
             continue
         try:
             fetched = fetch.fetch(data, data.raw, only=data.sources_of(predictions.files))
