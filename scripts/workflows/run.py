@@ -14,7 +14,7 @@ from ..base import machine, paths, yamlfiles
 from ..base.errors import UserError
 from ..base.progress import Bar, say
 from ..checks import check, trust
-from ..checks.finding import refuse
+from ..checks.finding import Finding, refuse, unknown_force
 from ..configs import datafiles, gpus
 from ..configs.compose import Composed, Request, compose, is_rehearsal
 from ..configs.gpus import Gpu
@@ -115,11 +115,11 @@ def resume(
     """
     folder = find_run(name, paths.runs())
     record = folder.read()
-    own = trust.is_own(folder, record)
-    _agree(folder, record, force, own, trusted)
     if record.state == "finished":
         say(f"{folder.path}: the run is finished")
         return folder
+    own = trust.is_own(folder, record)
+    _agree(folder, record, force, own, trusted, backend.here)
     trust.restore_stand_in(folder, record)
     if not backend.here:  # on this machine, the run's lock shows whether it is running
         current = backends.read(folder)
@@ -131,8 +131,8 @@ def resume(
     return _resume_here(folder, prepare_only, own)
 
 
-def _agree(folder: RunDir, record: Run, force: Sequence[str], own: bool, trusted: bool) -> None:
-    """Raise UserError for another user's run that is not trusted.
+def _agree(folder: RunDir, record: Run, force: Sequence[str], own: bool, trusted: bool, here: bool) -> None:
+    """Raise UserError for another user's run that is not trusted, or a name in `force` that is no error `here`.
 
     Record `force`. Sign the record with this user's key if it changed or belonged to another user.
     """
@@ -143,6 +143,8 @@ def _agree(folder: RunDir, record: Run, force: Sequence[str], own: bool, trusted
             f"{folder.path}: not created by you on this machine, or changed since; resuming it can run its author's "
             "code; if you trust the author, add --trust"
         )
+    if force and here:  # a job is checked on its own machine
+        unknown_force(force, {finding.name for finding in _findings(folder, record) if finding.level == "error"})
     if (force or not own) and not this_job(os.environ):  # a job may lack the user's key
         with folder.held():
             record = folder.read()  # a training may have just ended
@@ -196,12 +198,8 @@ def hindrance(folder: RunDir, record: Run, alone: bool = False) -> str | None:
     return None
 
 
-def _check_here(folder: RunDir, record: Run) -> None:
-    """Check that this machine can train a run that was never launched here.
-
-    Raises:
-        UserError: this machine cannot train the run; the run's state becomes failed.
-    """
+def _findings(folder: RunDir, record: Run) -> list[Finding]:
+    """Findings of a run's config on this machine."""
     recipe_file = Path(record.recipe_file)
     composed = Composed(
         recipe=record.recipe,
@@ -213,10 +211,19 @@ def _check_here(folder: RunDir, record: Run) -> None:
         profiles=record.profiles,
         rehearsal=record.rehearsal,
     )
+    report = check.examine(composed, gpus.here(), record.ranks, launching=not record.rehearsal)
+    _add_plan(report, gpus.here(), record.ranks, anew=True)
+    return report.findings
+
+
+def _check_here(folder: RunDir, record: Run) -> None:
+    """Check that this machine can train a run that was never launched here.
+
+    Raises:
+        UserError: this machine cannot train the run; the run's state becomes failed.
+    """
     try:
-        report = check.examine(composed, gpus.here(), record.ranks, launching=not record.rehearsal)
-        _add_plan(report, gpus.here(), record.ranks, anew=True)
-        found = [finding for finding in report.findings if finding.scope != "code"]  # the user trusts the run's code
+        found = [each for each in _findings(folder, record) if each.scope != "code"]  # the user trusts the run's code
         errors = {finding.name for finding in found if finding.level == "error"}
         # the other names overrode errors that this check does not report: about rows, code or another GPU
         forced = [name for name in record.forced if name in errors]

@@ -67,8 +67,17 @@ def test_a_run_that_ends_meanwhile_stays_finished(tmp_path: Path, monkeypatch: p
     ended = folder.read().model_copy(update={"state": "finished"})
     monkeypatch.setattr(trust, "is_own", lambda folder, _: folder.write(ended) or True)
     with pytest.raises(UserError):
-        run.resume(str(folder.path), Local(rehearsal=False), force=["too-big"])
-    assert (folder.read().state, folder.read().forced) == ("finished", [PLUGIN, "too-big"])
+        run.resume(str(folder.path), Local(rehearsal=False), force=[PLUGIN])
+    assert (folder.read().state, folder.read().forced) == ("finished", [PLUGIN, PLUGIN])
+
+
+@pytest.mark.parametrize("state", ["interrupted", "finished"])
+def test_a_name_that_is_no_error_is_not_recorded(tmp_path: Path, recipe: Recipe, state: str) -> None:
+    folder = theirs(tmp_path / "runs", state=state)
+    seal(folder)
+    done = recipe("resume", str(folder.path), "--force", "tpyo")
+    assert (done.returncode, "--force tpyo: " in done.stderr) == ((0, False) if state == "finished" else (2, True))
+    assert (folder.read().state, folder.read().forced) == (state, [PLUGIN])
 
 
 def test_a_job_that_starts_before_its_record_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
