@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -145,17 +146,17 @@ def rows(
     for recipe in [*of_study.published, *of_study.variants]:
         of_recipe = [candidate for candidate in candidates if candidate.run.recipe == recipe]
         if of_recipe or (recipe in of_study.published and not rehearsal):
-            chosen = max(of_recipe, key=_preference, default=None)
+            chosen = max(of_recipe, key=partial(_preference, of_study), default=None)
             found = repeats.of(chosen, all_runs) if chosen else []
             table.append(_row(of_study, recipe, found, rehearsal))
     return table
 
 
-def _preference(result: RunResult) -> tuple[bool, bool, bool, bool, bool, str]:
+def _preference(of_study: Study, result: RunResult) -> tuple[bool, bool, bool, bool, bool, bool, str]:
     """Sort key of a recipe's runs; the representative run has the largest.
 
-    Preferences, most important first: trained here; finished and evaluated, else evaluated but not finished; without
-    changes and in one process; with the recipe's seed; newest.
+    Preferences, most important first: trained here; finished and evaluated, else evaluated but not finished; comparable
+    with the published score; without changes and in one process; with the recipe's seed; newest.
     """
     run, evaluated = result.run, result.is_scored
     # an override that repeats the recipe's value, as in a sweep, is not among the differences
@@ -163,7 +164,9 @@ def _preference(result: RunResult) -> tuple[bool, bool, bool, bool, bool, str]:
     plain = not changed and not set(run.profiles) - {REHEARSAL, *TRACKERS}
     own_seed = all(difference.key != repeats.SEED for difference in run.differences)
     done = run.state == "finished" and evaluated
-    return not run.published_adapter, done, evaluated, plain and run.ranks == 1, own_seed, result.folder.path.name
+    comparable = result.is_comparable(of_study.first)
+    plain = plain and run.ranks == 1
+    return not run.published_adapter, done, evaluated, comparable, plain, own_seed, result.folder.path.name
 
 
 def _row(of_study: Study, recipe: str, found: list[RunResult], rehearsal: bool) -> StudyRow:

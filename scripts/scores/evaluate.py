@@ -228,7 +228,8 @@ def complete(task: EvaluationTask, judged: ScorerModels) -> Evaluation | None:
         former
         and former.version == VERSION
         and same_models(judged, task.columns, former.scores)
-        and all(column.same_scores(scored.get(name)) for name, column in task.columns.items() if name not in judged)
+        # a metric without its scorer model is left out of the scores
+        and all(column.same_scores(scored.get(name)) for name, column in task.columns.items() if judged.get(name, True))
         and (
             task.run.rehearsal  # a rehearsal leaves out benchmarks whose rows are not on this machine
             or {name for name, column in task.columns.items() if column.metric.of_model}

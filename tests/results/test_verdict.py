@@ -109,6 +109,7 @@ def test_the_representative_run_is_evaluated_without_overrides_and_new(tmp_path:
     a_run(tmp_path, LLAMA_2, "1", 5.1)
     expected = a_run(tmp_path, LLAMA_2, "2", 5.2, profiles=["mlflow"])
     changed = a_run(tmp_path, LLAMA_2, "3", 5.3, set={"lora_r": 64})
+    a_run(tmp_path, LLAMA_2, "7", 5.7, settings={"limit": 20})
     (a_run(tmp_path, LLAMA_2, "4", 5.4).path / "scores.json").unlink()
     a_run(tmp_path, LLAMA_2, "5", 5.5, gpus_used=4)
     a_run(tmp_path, LLAMA_2, "6", 5.6, state="failed")

@@ -310,6 +310,11 @@ def test_scoring_anew_leaves_no_score_of_another_judge(run: RunDir, monkeypatch:
     without = evaluated(run, limit=3)
     assert "bertscore" not in without.scores and "bertscore_f1" not in without.scores
     assert not any("bertscore_f1" in row for row in read_predictions(run.path / "evaluations" / "base-model"))
+    record(run, recipe="mine")  # of no study
+    for layer, given in ((2, ", layer: 2"), (6, "")):
+        metrics = [f"bertscore_f1: {{model: {judge}{given}}}"]
+        made = evaluate.evaluate(run, EvaluationRequest(adapter="none", max_new_tokens=8, limit=3, metrics=metrics))
+        assert made.scores["bertscore"]["layer"] == layer
 
 
 def test_decoding_is_the_studys_and_not_the_models_own(run: RunDir, tiny: Path) -> None:
