@@ -111,7 +111,7 @@ class Slurm:
             elif scoring:
                 earlier = active([job for job in scoring.folder.jobs() if job.step == "run"])
                 by_training.setdefault(next(iter(earlier or ()), None), []).append(scoring)
-        preparing = {each.rows: replace(each, words=[*each.words, "--prepare"]) for each in to_train}
+        preparing = {each.folder.prepared: replace(each, words=[*each.words, "--prepare"]) for each in to_train}
         prepared = batch.submit("prepare", list(preparing.values()))
         trainings = batch.submit("run", to_train, f"afterany:{prepared}")  # training prepares missing rows itself
         batch.submit("evaluate", trained, f"aftercorr:{trainings}")

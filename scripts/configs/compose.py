@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,16 @@ class Composed:
     @property
     def digest(self) -> str:
         """Hash of the data files, and of the config without tracker keys."""
-        cfg = {key: value for key, value in self.config.items() if not config.TRACKING.match(key)}
-        content = [cfg, [file.sha256 for file in self.data]]
+        return self._hash(config.TRACKING)
+
+    @property
+    def rows_digest(self) -> str:
+        """Hash of the data files, Axolotl's version, and the keys that may affect the tokenized rows."""
+        return self._hash(config.NOT_OF_ROWS, version("axolotl"))
+
+    def _hash(self, without: re.Pattern[str], *more: str) -> str:
+        cfg = {key: value for key, value in self.config.items() if not without.match(key)}
+        content = [cfg, [file.sha256 for file in self.data], *more]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -15,6 +15,18 @@ TRACKING = re.compile("(use_|hf_)?(wandb|mlflow|comet|trackio|swanlab|tensorboar
 """Keys of experiment trackers, which do not affect training."""
 AXOLOTL_SEED = 42  # Axolotl's default
 OF_THE_RUN = ("output_dir", "dataset_prepared_path", "resume_from_checkpoint")  # `recipe run` sets these keys
+NOT_OF_ROWS = re.compile(
+    "|".join(
+        (
+            *OF_THE_RUN,
+            TRACKING.pattern,
+            "learning_rate|lr_|cosine_|warmup_|optim|adam_|weight_decay|max_grad_norm|num_epochs|max_steps|micro_batch_size",
+            "adapter$|lora|peft|bnb_|load_in_|gradient_|activation_offloading|bf16|fp16|tf32|attn_|[a-z]+_attention$",
+            "evals_per_epoch|eval_(steps|strategy|batch_size|on_start)|save|logging_|hub_|load_best_model|metric_for_best",
+        )
+    )
+)
+"""Keys that do not affect the tokenized rows. Axolotl's other keys may, unknown ones too."""
 
 
 def merge(config: Config, changes: Config) -> Config:

@@ -230,7 +230,7 @@ def _drop_half_prepared(folder: RunDir, record: Run) -> None:
     The config can be another user's, so only rows in the cache or the run folder are removed. The datasets library
     writes dataset_info.json last. Axolotl holds a lock while writing (axolotl/utils/data/lock.py).
     """
-    prepared = Path(record.cwd, str(yamlfiles.read_yaml(folder.config).get("dataset_prepared_path"))).resolve()
+    prepared = Path(record.cwd, folder.prepared).resolve()
     if not (prepared.is_dir() and any(map(prepared.is_relative_to, (paths.cache().resolve(), folder.path.resolve())))):
         return
     with suppress(Timeout), FileLock(prepared / "datasets_prep.lock", timeout=0):

@@ -15,6 +15,7 @@ from ..base.errors import UserError, meant
 from ..base.files import Row, clear_parts, write_atomically
 from ..base.machine import LOCK_TIMEOUT, held, is_held
 from ..base.progress import say, say_once
+from ..base.yamlfiles import read_yaml
 from . import checkpoints
 from .records import RECORD, Job, JobState, Run, State, Summary
 
@@ -37,6 +38,11 @@ class RunDir:
     def runs(self, recipe: str) -> Path:
         """Folder of all runs, derived from this run's path and recipe."""
         return self.path.parents[recipe.count("/") + 1]
+
+    @property
+    def prepared(self) -> str:
+        """Folder of the run's prepared rows, from its config."""
+        return str(read_yaml(self.config).get("dataset_prepared_path"))
 
     def write(self, run: Run) -> None:
         """Replace run.json."""

@@ -55,14 +55,12 @@ class Command:
         step: the step.
         folder: the run folder.
         words: arguments of `recipe`.
-        rows: key shared by commands that prepare the same training rows.
         result: result in which the command's job is recorded.
     """
 
     step: Step
     folder: RunDir
     words: list[str]
-    rows: str = ""
     result: TaskResult | None = None
 
 

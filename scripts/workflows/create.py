@@ -1,6 +1,5 @@
 """Creation of run folders, each with a record and a launch config."""
 
-import hashlib
 import os
 import re
 import shutil
@@ -13,7 +12,6 @@ from ..base.yamlfiles import Config
 from ..checks import trust
 from ..configs import datafiles, substitution
 from ..configs.compose import Composed, Request, filled
-from ..configs.datafiles import DataFile
 from ..runs.records import Run, collect
 from ..runs.rundir import PLUGIN, RunDir, new_folder
 
@@ -80,24 +78,15 @@ def record_of(composed: Composed, request: Request) -> Run:
 def launch_config(composed: Composed, folder: RunDir) -> Config:
     """Config for Axolotl, with the run's folders, plugin and tracker names.
 
-    auto_resume_from_checkpoints is off, because Axolotl would also resume from a damaged checkpoint.
+    Axolotl's own key for prepared rows lacks the data and some settings; a hash in the name of their folder covers
+    them. auto_resume_from_checkpoints is off, because Axolotl would also resume from a damaged checkpoint.
     """
     return _with_tracker_names(composed, folder) | {
         "output_dir": str(folder.output),
-        "dataset_prepared_path": str(prepared_folder(composed.data)),
+        "dataset_prepared_path": str(paths.cache() / "prepared" / composed.rows_digest[:16]),
         "plugins": [*(composed.config.get("plugins") or []), PLUGIN],
         **({AUTO_RESUME: False} if composed.config.get(AUTO_RESUME) else {}),
     }
-
-
-def prepared_folder(data: list[DataFile]) -> Path:
-    """Folder for the rows that Axolotl tokenizes from these data files.
-
-    The key of Axolotl's own cache covers only settings. The folder's name is a hash of the data, so that Axolotl does
-    not reuse old rows after a file changes.
-    """
-    content = hashlib.sha256("".join(file.sha256 for file in data).encode()).hexdigest()
-    return paths.cache() / "prepared" / content[:16]
 
 
 def _with_tracker_names(composed: Composed, folder: RunDir) -> Config:

@@ -25,7 +25,6 @@ from ..scores.evaluate import EvaluationRequest, EvaluationTask
 from ..scores.score import columns_of, require_models, scorer_models
 from . import create, run
 
-_OF_ROWS = ("datasets", "test_datasets", "base_model", "special_tokens", "sequence_len")  # keys that affect rows
 TOO_BIG = "too-big:micro_batch_size"  # name of the finding of `plan.add_to`
 
 
@@ -110,8 +109,8 @@ class Pipeline:
 
     @property
     def rows(self) -> str:
-        """Key shared by pipelines with the same prepared training rows."""
-        return yamlfiles.write_yaml({key: self.composed.config.get(key) for key in _OF_ROWS}) if self.composed else ""
+        """Key shared by pipelines with the same tokenized rows."""
+        return self.composed.rows_digest if self.composed else ""
 
     def look_up(self) -> None:
         """Find the existing run in the run folders."""
@@ -211,7 +210,7 @@ class Pipeline:
                 folder = self.existing[0]
             else:
                 folder = create.create(self.composed, self.request)
-            training = run.command(folder, self.rows)
+            training = run.command(folder)
             return [training, self._scoring(folder)] if self._generates() else [training]
         folder = self.existing[0]
         if self.state == "finished":

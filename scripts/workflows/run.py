@@ -236,6 +236,6 @@ def _check_here(folder: RunDir, record: Run) -> None:
         raise
 
 
-def command(folder: RunDir, rows: str = "") -> Command:
-    """Command that trains or resumes a trusted run; see `Command` for `rows`."""
-    return Command("run", folder, ["resume", str(folder.path), "--trust"], rows)
+def command(folder: RunDir) -> Command:
+    """Command that trains or resumes a trusted run."""
+    return Command("run", folder, ["resume", str(folder.path), "--trust"])

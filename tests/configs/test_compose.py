@@ -10,6 +10,8 @@ from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.workflows import create
 
 NAME = "haider2024/llama-2-7b"
+OF_TRAINING = ["learning_rate", "lora_r", "adapter", "load_in_4bit", "optimizer", "eval_steps", "wandb_name", "bf16"]
+OF_ROWS = ["seed", "excess_length_strategy", "min_sample_len", "eval_sequence_len", "eval_sample_packing", "a_new_key"]
 
 
 @pytest.fixture
@@ -21,14 +23,16 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_changed_data_is_prepared_anew(place: Path) -> None:
-    def prepared() -> str:
-        of_run = compose.compose(Request(NAME, overrides=["datasets.0.path=data/a.jsonl", "test_datasets=null"]))
+def test_rows_are_prepared_anew_after_a_change_of_data_or_of_a_setting_that_may_affect_them(place: Path) -> None:
+    def prepared(*more: str) -> str:
+        overrides = ["datasets.0.path=data/a.jsonl", "test_datasets=null", *more]
+        of_run = compose.compose(Request(NAME, overrides=overrides))
         of_run.data = datafiles.record(of_run.config)
         return str(create.launch_config(of_run, RunDir(Path("runs", NAME, "now")))["dataset_prepared_path"])
 
     before = prepared()
-    assert prepared() == before
+    assert {prepared(f"{key}=7") for key in OF_TRAINING} == {before}
+    assert len({prepared(f"{key}=7") for key in OF_ROWS} - {before}) == len(OF_ROWS)
     (place / "data" / "a.jsonl").write_text('{"output": "other"}\n')
     assert prepared() != before
 
