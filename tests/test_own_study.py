@@ -3,6 +3,7 @@
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import orjson
 import pytest
@@ -13,6 +14,7 @@ from qlora_recipes.data import study
 from qlora_recipes.results import ledger
 from qlora_recipes.results.run_rows import RunResult
 from qlora_recipes.runs.rundir import RunDir
+from qlora_recipes.scores import benchmarks
 
 STUDY = """\
 title: Capitals of countries
@@ -137,6 +139,19 @@ def test_a_study_says_what_it_lacks(recipe: Recipe, tmp_path: Path) -> None:
     assert "capitals/first" in told["published.capitals/frist"] and "learning_rate" in told["open_settings.0"]
     assert "contry" in told["data.sample"]
     assert "data/capitals/train.jsonl" in told["data.splits"] and "data/cities/train.jsonl" in told["data.splits"]
+
+
+def test_a_benchmark_that_the_harness_lacks_is_found_before_training(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmarks, "_tasks", lambda _: SimpleNamespace(all_tasks=[]))
+    write_capitals(tmp_path)
+    study = tmp_path / "recipes" / "capitals" / "study.yaml"
+    study.write_text(STUDY.replace("{metric: exact_match,", "{metric: benchmark, task: gsm8kk,"))
+    assert recipe("render").returncode == 0
+    for words in ("study", "check", "capitals"), ("reproduce", "capitals", "--rehearse", "--dry-run", "--json"):
+        done = recipe(*words)
+        assert (done.returncode, "gsm8kk" in done.stdout + done.stderr) == (2, True)
 
 
 @pytest.mark.long

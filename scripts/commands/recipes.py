@@ -300,6 +300,7 @@ def study_check_verb(
     """Find mistakes in a study. Exit code 2 if there is an error."""
     from ..checks import study as checks
     from ..data import study
+    from ..scores import benchmarks
 
     of_study = study.find(name)
     findings = checks.findings(of_study)
@@ -307,6 +308,8 @@ def study_check_verb(
         print(harmless(str(finding))) for finding in findings
     ]
     counts = {level: sum(finding.level == level for finding in findings) for level in ("error", "warning")}
+    if not counts["error"]:
+        benchmarks.require(of_study.columns)
     say(f"{of_study.folder.name}: errors: {counts['error']}, warnings: {counts['warning']}")
     if counts["error"]:
         raise typer.Exit(2)

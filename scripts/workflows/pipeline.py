@@ -20,7 +20,7 @@ from ..planning import plan, planner
 from ..runs.records import Run
 from ..runs.rundir import RunDir, all_runs
 from ..runs.tasks import DONE, FAILED, SKIPPED, Command, Step, Task, TaskResult
-from ..scores import evaluate
+from ..scores import benchmarks, evaluate
 from ..scores.evaluate import EvaluationRequest, EvaluationTask
 from ..scores.score import columns_of, require_models, scorer_models
 from . import create, run
@@ -74,7 +74,7 @@ class Pipeline:
         gpu: GPU for which the config is composed, checked and planned; by default the backend's.
 
     Attributes:
-        composed: the config; None if it is invalid.
+        composed: the config; None if it is invalid, or if lm-evaluation-harness lacks a benchmark's task.
         existing: newest run with this config and data; a finished run takes precedence. See `look_up`.
         needed_gib: required memory; None before the plan.
         found: names that `--force` accepts: of findings, and of those that the existing run has overridden.
@@ -98,7 +98,9 @@ class Pipeline:
         self.needed_gib: float | None = None
         self.found = {TOO_BIG}
         try:
-            self.composed = compose.compose(request, self.gpu)
+            composed = compose.compose(request, self.gpu)
+            benchmarks.require(columns_of(composed.origin, evaluation.metrics))
+            self.composed = composed
         except UserError as error:
             result.fail("check", str(error))
 
