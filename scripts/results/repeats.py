@@ -107,7 +107,7 @@ def scores(column: Column, found: Sequence[RunResult]) -> list[tuple[RunResult, 
 def interval(
     name: str, scored: Sequence[tuple[RunResult, float]], known: Sequence[float] = ()
 ) -> intervals.Interval | None:
-    """95 % interval of the runs' mean score, see `intervals.of_runs`.
+    """95 % interval of the runs' mean score, see `intervals.of_runs`; None if a run has too few rows for an interval.
 
     Args:
         name: name of the metric.
@@ -115,12 +115,15 @@ def interval(
         known: scores of the authors' repeats, whose spread is used if there is only one run.
     """
     found, values = [result for result, _ in scored], [value for _, value in scored]
+    evaluated = (result.evaluation.scores if result.evaluation else {} for result in found)
+    over_rows = [(scores.get("intervals") or {}).get(name, ()) for scores in evaluated]
+    if None in over_rows:
+        return None
     if len(found) > 1:
         made = intervals.of_runs(values, by_row(name, found))
         one_seed = len({repr(seed(result.folder)) for result in found}) == 1
         return replace(made, method=made.method + ONE_SEED) if made and one_seed else made
-    own = found[0].evaluation
-    return intervals.of_runs(values, None, (own.scores.get("intervals") or {}).get(name) if own else None, known)
+    return intervals.of_runs(values, None, over_rows[0], known)
 
 
 def interval_cells(name: str, within: intervals.Interval | None) -> Row:

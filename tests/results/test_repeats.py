@@ -87,6 +87,12 @@ def test_other_rows_leave_the_spread_of_runs(runs: Path) -> None:
     assert row_of(runs)["accuracy_interval_method"] == "2 runs only"
 
 
+def test_runs_without_an_interval_have_none_together(runs: Path) -> None:
+    with_seed(runs, 42, RIGHT[:2], within=None)
+    with_seed(runs, 43, RIGHT[1:3], within=None)
+    assert (row_of(runs)["runs"], row_of(runs)["accuracy_low"]) == (2, None)
+
+
 def test_runs_of_one_seed_know_nothing_of_others_and_say_how_to_know_more(runs: Path, recipe: Recipe) -> None:
     with_seed(runs, 42, RIGHT, "a")
     row = row_of(runs)

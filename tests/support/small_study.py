@@ -70,7 +70,13 @@ def row_of(runs: Path, recipe: str = PLAIN) -> dict[str, Any]:
 
 
 def ran(
-    runs: Path, recipe: str, name: str, accuracy: float, within: float = 0.5, loss: float | None = 1.1, **more: Any
+    runs: Path,
+    recipe: str,
+    name: str,
+    accuracy: float,
+    within: float | None = 0.5,
+    loss: float | None = 1.1,
+    **more: Any,
 ) -> RunDir:
     """A finished and evaluated run of it, in its folder of work."""
     entry = yamlfiles.read_yaml(Path("recipes", "sums2030", "study.yaml"))["metrics"]["accuracy"]
@@ -80,7 +86,8 @@ def ran(
         "chrf": 20.5,
         "metrics": {"accuracy": entry, "chrf": {"metric": "chrf"}},
     }
-    scores["intervals"] = {"accuracy": [accuracy - within, accuracy + within], "chrf": [20.0, 21.0]}
+    of_rows = None if within is None else [accuracy - within, accuracy + within]
+    scores["intervals"] = {"accuracy": of_rows, "chrf": [20.0, 21.0]}
     measured = {"train_seconds": 600, "peak_memory": 19.5, "memory_kind": "GPU, reserved", "tokens_per_second": 7000.0}
     summary = Summary(eval_loss_per_token=loss, trainable_parameters=9175040, **measured)
     decoding = Decoding.model_validate(more.pop("decoding", SAMPLED))
