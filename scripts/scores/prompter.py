@@ -106,9 +106,9 @@ class Prompter:
             examples |= zip(numbers, self._of_dataset(key, [rows[number] for number in numbers]), strict=True)
         in_order = [examples[number] for number in range(len(rows))]
         for number, example in enumerate(in_order, start=1):
-            parts = {"answer": example.reference.strip(), "prompt": example.prompt}
-            if lacking := [part for part, content in parts.items() if not content]:
-                problem = f"row {number} has no {' and no '.join(lacking)}"
+            answered = example.reference.strip()  # without an answer, the end of the prompt is unknown
+            if not (answered and example.prompt):
+                problem = f"row {number} has no {'prompt' if answered else 'answer'}"
                 raise UserError(f"{self.settings.data}: {problem}; use --data with a copy that has no such rows")
         return in_order
 

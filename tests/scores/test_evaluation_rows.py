@@ -315,9 +315,9 @@ def test_where_there_is_nothing_to_score_that_is_said(own: OwnRun, tmp_path: Pat
     ("form", "rows", "says"),
     [
         ({"type": "alpaca"}, [*alpaca(1), {"instruction": "x", "output": " "}, *alpaca(1)], "row 2 "),
-        ({"type": USER_DEFINED}, [{"question": "x", "answer": ""}] * 12, "row 1 has no answer"),
+        ({"type": USER_DEFINED}, [{"question": "x", "answer": ""}] * 12, "row 1 has no answer;"),
         (CHATML, [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": ""}]}],
-         "row 1 has no answer"),
+         "row 1 has no answer;"),
         (CHATML, [{"messages": chats(1)[0]}, {"messages": chats(1)[0][:1]}], "row 2 "),
         ({"type": "input_output"}, [{"segments": [{"label": True, "text": "All of it."}]}], "row 1 .*prompt"),
     ],
