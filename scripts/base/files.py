@@ -1,5 +1,6 @@
 """Files: atomic writing, reading of rows, and disk space."""
 
+import codecs
 import errno
 import glob
 import hashlib
@@ -81,7 +82,7 @@ def json_rows(lines: Iterable[bytes], where: Path | str, fields: Sequence[str]) 
         if not line.strip():
             continue
         try:
-            row = orjson.loads(line)
+            row = orjson.loads(line.removeprefix(codecs.BOM_UTF8))
         except orjson.JSONDecodeError as error:
             raise UserError(f"{where}:{number}: not JSON: {error.msg}") from None
         if not isinstance(row, dict):

@@ -1,5 +1,6 @@
 """A config's data sets and their files on this machine."""
 
+import codecs
 import math
 import re
 import sys
@@ -116,9 +117,10 @@ def entry_for(file: Path) -> Config:
     if not file.is_file():
         raise UserError(f"--data {file}: no such file{did_you_mean(str(file), map(str, file.parent.glob('*.jsonl')))}")
     with file.open("rb") as lines, suppress(orjson.JSONDecodeError):
-        row = orjson.loads(next(filter(bytes.strip, lines), b"null"))
+        row = orjson.loads(next(filter(bytes.strip, lines), b"null").removeprefix(codecs.BOM_UTF8))
     if not isinstance(row, dict):
-        raise UserError(f'{file}: not JSON lines; write one object per line, as {{"question": "…", "answer": "…"}}')
+        form = 'write one object per line, as {"question": "…", "answer": "…"}'
+        raise UserError(f"{file}: not JSON lines; {form} (docs/variants.md shows how to convert CSV and JSON)")
     entry = form_of(row)
     if entry is None:
         known = "; ".join(" and ".join(sorted(fields)) for fields, _ in _FORMS)

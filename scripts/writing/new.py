@@ -149,9 +149,7 @@ def reasons(base: str, composed: Config, overrides: Iterable[str]) -> list[str]:
         "--set val_set_size=20 holds out 20",
     }
     if entry.get("type") == "chat_template":
-        lines["chat_template"] = (
-            f"chat template: {composed.get('chat_template')}, because the model was trained to chat"
-        )
+        lines["chat_template"] = f"chat template: {composed.get('chat_template')}, because the rows are chats"
     overridden = {re.split("[.=]", override)[0] for override in overrides}
     return [line for key, line in lines.items() if key not in overridden]
 

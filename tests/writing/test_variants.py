@@ -1,5 +1,6 @@
 """`recipe new` and `recipe diff`, and files edited by hand."""
 
+import codecs
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
+from qlora_recipes.base.files import read_rows
 from qlora_recipes.checks import check
 from qlora_recipes.configs import compose, config, datafiles
 from qlora_recipes.configs.compose import Request
@@ -201,8 +203,10 @@ PROMPTED = {
 )
 def test_the_fields_of_rows_decide_their_type(tmp_path: Path, row: dict[str, Any], entry: dict[str, Any]) -> None:
     file = tmp_path / "rows.jsonl"
-    file.write_bytes(b"\n" + orjson.dumps(row))
-    assert datafiles.entry_for(file) == {"path": str(file)} | entry
+    for before in (b"\n", codecs.BOM_UTF8):
+        file.write_bytes(before + orjson.dumps(row))
+        assert datafiles.entry_for(file) == {"path": str(file)} | entry
+        assert read_rows(file, ()) == [row]
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"a": 1}', "\xff"])
