@@ -288,7 +288,7 @@ def training_lengths(composed: Composed, force: Sequence[str] = ()) -> list[Row]
     refuse([finding for finding in failing if finding.rule == "bad-row"])
     measured = [measures for measures in measured if measures["key"].startswith("datasets")]
     if not measured:
-        raise UserError("--data: no rows to measure; list a local JSONL file under datasets")
+        raise UserError("--data: no rows to measure; list a local file under datasets")
     return measured
 
 

@@ -145,8 +145,8 @@ def check(config: Config, skipped: Collection[str] = ()) -> tuple[list[Finding],
             findings += _findings(file)
         for path in datafiles.local_files(dataset):
             if path.is_file() and path.suffix != ".jsonl":
-                problem = f"{path} is not a JSONL file"
-                findings.append(Finding("note", "not-checked", f"{key}.path", problem, where=str(path)))
+                problem, remedy = "not JSONL: missing fields and repeated rows are not reported", "convert it to JSONL"
+                findings.append(Finding("note", "not-checked", f"{key}.path", problem, remedy, str(path)))
         if files:
             read.append(
                 {
@@ -278,7 +278,7 @@ _WORDS: dict[str, tuple[Level, str, str]] = {
     ),
     "misspelt-field": ("warning", "{n} with the unread field {about}", ""),
     "special-token": ("warning", "{n} with the text {about}, which the tokenizer reads as a special token", ""),
-    "repeated-row": ("warning", "{n}: repeated", ""),
+    "repeated-row": ("warning", "{n}: repeated", "`dataset_exact_deduplication: true` drops them"),
     "leaked-row": ("warning", "{n} also in the training data: scores mean little", "drop them from it"),
 }
 

@@ -8,7 +8,7 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import batched, groupby, islice
+from itertools import batched, chain, groupby, islice
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -58,7 +58,7 @@ class Tokenizer:
         longest = self.cfg.sequence_len if pieces else _NO_LIMIT
         return tokenize(key, self.cfg, dataset, self.tokenizer, rows, longest)
 
-    def load(self, key: str) -> list[Row]:
+    def load(self, key: str) -> Iterator[Row]:
         """Load rows of a data set as Axolotl does, applying split, shards and weight.
 
         This calls Axolotl's code (axolotl/utils/data/sft.py) and skips tokenization.
@@ -69,18 +69,18 @@ class Tokenizer:
         section, _, position = key.partition(".")
         dataset = self.cfg[section][int(position)]
         split = "train" if section == "datasets" else "test"
-        rows = []
+        parts = []
         try:
             with patch.object(sft, "get_dataset_wrapper", lambda dataset, **_: (dataset, None)):
                 for part in datasets_with_name_generator([dataset]):
                     loaded, *_ = sft._load_and_process_single_dataset(
                         part, self.cfg, self.tokenizer, split, self.cfg.seed
                     )
-                    rows += loaded
+                    parts.append(loaded)
         except Exception as error:  # files, the network and the hub can raise any exception
             problem = f"cannot load the rows: {type(error).__name__}: {error}"
             raise UserError(f"{key}: {dataset['path']}: {problem}") from None
-        return rows
+        return chain(*parts)
 
     def held_out(self) -> list[tuple[str, Row]]:
         """Rows that val_set_size holds out, in Axolotl's order, each with its data set's key.
@@ -128,7 +128,7 @@ def by_token(content: Config, count: int) -> list[Row]:
     tokenizer = Tokenizer(content)
     rows = []
     for key, dataset in datafiles.datasets(content, "datasets"):
-        read = [row for _, row in islice(_numbered(dataset), count)]
+        read = [row for _, row in islice(_numbered(tokenizer, key, dataset), count)]
         for number, row in enumerate(tokenizer.tokenize(key, read) if read else [], start=1):
             text = ""
             for learnt, parts in groupby(zip(row.ids, row.labels, strict=True), lambda part: part[1] != MASKED):
@@ -175,7 +175,8 @@ def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[li
         every = math.ceil(total / most) if most and total else 1
         read = _Read(tokenizer, key)
         with Bar(f"tokenize {key}", total // every) as bar:
-            for some in batched(_numbered(dataset, every, cfg.micro_batch_size), 1000):
+            rows = _numbered(tokenizer, key, dataset, every, cfg.micro_batch_size)
+            for some in batched(rows if total else islice(rows, most), 1000):
                 if not read.add(some):
                     break
                 bar.update(read.rows)
@@ -185,7 +186,7 @@ def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[li
             measured.append(
                 {
                     "key": key,
-                    "rows_there": total,
+                    "rows_there": total or read.rows,
                     "rows_read": read.rows,
                     "rows": len(sizes),
                     "tokens": sum(sizes),
@@ -337,10 +338,15 @@ def _padding(cfg: Any, kept: list[int]) -> float:
     return 1 - sum(kept) / padded if kept else 0.0
 
 
-def _numbered(dataset: Config, every: int = 1, batch: int = 1) -> Iterator[tuple[str, Row]]:
-    """Rows of a data set's local JSONL files, each with file and line.
+def _numbered(
+    tokenizer: Tokenizer, key: str, dataset: Config, every: int = 1, batch: int = 1
+) -> Iterator[tuple[str, Row]]:
+    """Rows of a data set's local files, each with file and line; for formats other than JSONL, with the row's number.
 
-    Rows beyond the data set's split are left out. Of every `every` batches of `batch` lines, only the first is read."""
+    Rows beyond the data set's split are left out. Of every `every` batches of `batch` lines of JSONL, only the first is
+    read. Axolotl loads the other formats."""
+    if datafiles.local_files(dataset) and not datafiles.jsonl_files(dataset):
+        return ((f"{dataset['path']}:{number}", row) for number, row in enumerate(tokenizer.load(key), start=1))
     rows = (row for file in datafiles.jsonl_files(dataset) for row in _of_file(file, every, batch))
     first = datafiles.first_rows(dataset)
     return islice(rows, first and math.ceil(first / every))

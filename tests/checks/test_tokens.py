@@ -180,6 +180,28 @@ def test_axolotl_reads_a_row_behind_good_ones(
     assert judged(llama, rows, **({"type": kind} | chats)) == [*((*one, 3) for one in found), *masked]
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "kind", "found"),
+    [
+        ("rows.csv", "instruction,output\na,b\nc,\n", "alpaca", (*UNLEARNT, 2)),
+        ("rows.csv", "instruction,output\na,b\n", "chat_template", (*FAILS, 1)),
+        ("rows.json", '[{"instruction": "a", "output": "b"}, {"instruction": "c"}]', "alpaca", (*UNLEARNT, 2)),
+    ],
+)
+def test_axolotl_loads_other_formats(
+    llama: yamlfiles.Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    text: str,
+    kind: str,
+    found: tuple[str, str, int],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(text)
+    assert judged(llama | {"chat_template": "chatml"}, [], path=name, type=kind) == [found]
+
+
 def test_rows_with_values_of_several_types_are_found_with_the_line(
     llama: yamlfiles.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
