@@ -240,7 +240,8 @@ def file_of(recipe: str) -> Path | None:
 def read_members(file: Path | None, sets: Sequence[str]) -> tuple[str, list[SweepMember]]:
     """Read the name and members of a sweep.
 
-    Each member combines one entry of `_` with one value of every other key. The sweep has all such combinations.
+    Each member combines one entry of `_` with one value of every other key. The sweep has all such combinations. Its
+    name includes `sets`, because a sweep with other values has a record of its own.
 
     Args:
         file: a YAML file in Axolotl's sweep format, in which entries of `_` can have a `name`.
@@ -276,7 +277,8 @@ def read_members(file: Path | None, sets: Sequence[str]) -> tuple[str, list[Swee
     for name, count in Counter(member.name for member in members).items():
         if count > 1:
             raise UserError(f"{file or '--set'}: two members are called {name}; give each entry of _ a different name")
-    return file.stem if file else "+".join(several or grid), members
+    values = (re.sub(r"(?a)[^\w.,=+-]+", "-", text) for text in sets)  # usable in a file name
+    return "+".join([*([file.stem] if file else []), *values])[:200], members
 
 
 def settings(values: Mapping[str, Any]) -> list[str]:
