@@ -19,8 +19,10 @@ from ..base.errors import UserError, WorkFailed
 from ..base.files import Row, opened, reserved, where_full
 from ..base.machine import now, start_child, stop_requests
 from ..base.progress import TrainingProgress, say
+from ..base.yamlfiles import Config
+from ..configs import config
 from ..configs.gpus import CPU_RANKS
-from .records import Ended, FileState, Launch, Run, State, collect
+from .records import Ended, FileState, Launch, Provenance, Run, State, collect
 from .rundir import RunDir, summarise, this_job
 
 AXOLOTL = Path(sys.executable).with_name("axolotl")
@@ -65,9 +67,12 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
         WorkFailed: Axolotl failed, or the run was interrupted.
     """
     require(Path(record.cwd))
+    here = collect()  # provenance of the training machine, whose checkout may lack the git history
     if not record.launches:
-        here = collect()  # provenance of the training machine, whose checkout may lack the git history
         record.provenance = here | {"git": here["git"] or record.provenance.get("git")}
+    elif changed := config.differences(_versions(record.provenance), _versions(here)):
+        values = "; ".join(f"{name}: {first} -> {new}" for name, (first, new) in changed.items())
+        say(f"  versions or GPU differ from the first launch; run.json keeps the first launch's: {values}")
     _drop_half_prepared(folder, record)
     launch = Launch(
         command=_command(folder, record, checkpoint),
@@ -94,6 +99,13 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
     record.state = _state(launch.exit_code, stopped, record.summary.ended, record.adapter is not None)
     folder.write(record)
     _require_finished(folder, record, launch, stopped, logged)
+
+
+def _versions(provenance: Provenance) -> Config:
+    """Versions and GPU that a resumed run should share with its first launch."""
+    gpu = (provenance.get("gpus") or [{}])[0]
+    of_gpu = {"GPU": gpu.get("name"), "driver": gpu.get("driver"), "CUDA": provenance.get("cuda")}
+    return provenance.get("packages", {}) | of_gpu
 
 
 def _require_finished(folder: RunDir, record: Run, launch: Launch, stopped: bool, logged: int) -> None:

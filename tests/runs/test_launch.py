@@ -6,7 +6,8 @@ import pytest
 from run_folders import a_run, shell_for_axolotl
 
 from qlora_recipes.base.errors import WorkFailed
-from qlora_recipes.runs import launch
+from qlora_recipes.base.machine import package_version
+from qlora_recipes.runs import launch, records
 from qlora_recipes.runs.rundir import RunDir
 
 FULL = "OSError: [Errno 28] No space left on device: '/data/x'\n"
@@ -41,6 +42,19 @@ def test_what_axolotl_refuses_is_named(folder: RunDir, tmp_path: Path, monkeypat
     error = fails(folder, monkeypatch, f"cat '{tmp_path}/said'; exit 1")
     assert "num_epochs: " in str(error) and "not [so]." in str(error)  # each of pydantic's own
     assert "step" not in str(error)
+
+
+@pytest.mark.parametrize("before", ["0.0.1", None])
+def test_another_version_than_in_the_first_launch_is_named(
+    folder: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], before: str | None
+) -> None:
+    record = folder.read()
+    record.provenance = records.collect()
+    record.provenance["packages"] |= {"peft": before} if before else {}
+    folder.write(record)
+    fails(folder, monkeypatch, "exit 1")
+    assert ("peft: 0.0.1 -> " in capsys.readouterr().err) == bool(before)
+    assert folder.read().provenance["packages"]["peft"] == (before or package_version("peft"))
 
 
 @pytest.mark.parametrize(
