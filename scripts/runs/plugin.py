@@ -46,8 +46,12 @@ class RunPlugin(BasePlugin):
             ranks.use_cpu(engine_of(cfg))
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
-        """Record that Axolotl starts loading rows."""
+        """Record that Axolotl starts loading rows; let `axolotl preprocess` reuse rows.
+
+        Otherwise it would rewrite them in place, while another run may be training on them.
+        """
         _note_phase(cfg.output_dir, "reading and tokenizing rows")
+        cfg.is_preprocess = False
 
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
         """Arguments for transformers' trainer that Axolotl does not set.

@@ -148,7 +148,8 @@ class RunDir:
                 records = {key: kept for key, kept in records.items() if key[0] <= step}
             previous = step
             kind = 0 if "loss" in record else 1 if is_evaluation(record) else 2  # order of records within a step
-            records[step, kind] = record
+            former = records.get((step, kind), {})  # of a launch that ended at this step
+            records[step, kind] = {key: former[key] for key in former if key not in ("ended", "kept_step")} | record
         return [records[key] for key in sorted(records)]
 
     def last_checkpoint(self) -> Path | None:

@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 import pytest
 import torch
-from conftest import recipe_config, train_runs
+from conftest import config_with, recipe_config, train_runs
 from run_folders import a_run, shell_for_axolotl
 from transformers import AutoTokenizer
 
@@ -87,6 +87,25 @@ def test_the_peak_is_the_one_before_axolotl_resets_it(tmp_path: Path, monkeypatc
     RunCallback(tmp_path / "metrics.jsonl", None, None).on_log(SimpleNamespace(device="cpu"), state_at(1), None, logs)
     (record,) = RunDir(tmp_path).read_metrics()
     assert (record["memory_allocated_gib"], record["memory_reserved_gib"]) == (6.4, 7.0)
+
+
+def test_rows_that_are_prepared_are_not_written_again(tiny: Path, sample: Path, tmp_path: Path) -> None:
+    """Another run may be training on them."""
+    from axolotl.cli.preprocess import do_preprocess
+
+    from qlora_recipes.checks.tokens import Tokenizer
+
+    data = {"datasets": [{"path": str(sample / "train.jsonl"), "type": "alpaca"}], "test_datasets": None}
+    folders = {"dataset_prepared_path": str(tmp_path / "prepared"), "output_dir": str(tmp_path / "run" / "output")}
+    (tmp_path / "run").mkdir()
+    model = {"base_model": str(tiny), "revision_of_model": None, "special_tokens": None, "evals_per_epoch": None}
+    cfg = Tokenizer(config_with(model | data | folders | {"plugins": [PLUGIN]})).cfg
+    written = []
+    for _ in range(2):
+        cfg.is_preprocess = True  # as Axolotl's command sets it
+        do_preprocess(cfg, SimpleNamespace(iterable=False, download=False))
+        written.append({file: file.stat().st_mtime_ns for file in tmp_path.glob("prepared/*/*.arrow")})
+    assert written[0] == written[1] != {}
 
 
 def test_a_mirror_is_collated_as_its_original(tiny: Path, tmp_path: Path) -> None:

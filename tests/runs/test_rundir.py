@@ -128,6 +128,14 @@ def test_a_run_that_was_resumed_from_before_its_newest_records_is_at_its_own_ste
     assert [(record["step"], record.get("loss")) for record in run.read_metrics()] == kept
 
 
+def test_what_a_launch_did_after_its_last_log_entry_counts_after_a_resume_too(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "r", state="interrupted")
+    ended = b'{"step":7,"ended":"signal","step_seconds":70.0,"tokens":700,"kept_step":5}'
+    write_metrics(run, b'{"step":0,"gpus":[]}', ended, b'{"step":7,"gpus":[]}')
+    summary = run.summary(run.read())
+    assert (summary.train_seconds, summary.tokens_per_second, summary.ended, summary.kept_step) == (70, 10, None, None)
+
+
 def test_a_damaged_record_is_refused_and_what_a_killed_process_left_goes_once_the_run_is_held(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     (tmp_path / "run.json").write_text('{"state": ')
