@@ -73,7 +73,7 @@ def print_table(
     spare: Sequence[str] = (),
     below: Sequence[str] = (),
 ) -> None:
-    """Print a table on stdout, with the columns of all rows.
+    """Print a table on stdout, with the columns of all rows; nothing without rows.
 
     Values are never cut; only long paths are broken. If the table is too wide for the terminal, the columns `below`
     move below their rows. Then a first column of long names moves above its rows, and `spare` columns are left out and
@@ -84,6 +84,8 @@ def print_table(
         spare: columns to leave out if necessary, the least important first.
         below: columns of long texts.
     """
+    if not rows:
+        return
     width = _width()
     found = dict.fromkeys(chain(*rows))
     columns = [column for column in found if empty or any(row.get(column) is not None for row in rows)]
@@ -161,13 +163,12 @@ def _masked(value: Any) -> Any:
 
 
 def show(json: bool, records: Any, tables: Iterable[Table], notes: Iterable[str] = ()) -> None:
-    """Print records as JSON, or as tables (without empty ones) with notes below."""
+    """Print records as JSON, or as tables with notes below."""
     if json:
         print_json(records)
         return
     for table in tables:
-        if table.rows:
-            print_table(**vars(table))
+        print_table(**vars(table))
     for line in notes:
         print_text(line)
 

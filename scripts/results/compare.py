@@ -65,7 +65,7 @@ def _of_run(name: str, runs: Path, named: dict[str, Column]) -> ScoredRows:
     folder = find_run(name, runs).path
     rows = read_predictions(folder)
     evaluation = read_scores(folder)
-    if not rows or not evaluation or changed(folder, evaluation):
+    if not evaluation or changed(folder, evaluation) or (not rows and evaluation.settings.rows):
         problem = changed(folder, evaluation) or "not evaluated"
         raise UserError(f"{folder}: {problem}; run `recipe evaluate {folder}` first")
     scored = _scored(rows, columns := evaluation.columns | named)
@@ -116,14 +116,18 @@ def compare(a: ScoredRows, b: ScoredRows) -> list[Row]:
     Raises:
         UserError: the rows cannot be paired, see `pair`.
     """
-    pairs = pair(a.rows, b.rows)
+    shared = [
+        name
+        for name, column in a.columns.items()
+        if column.same_scores(b.columns.get(name))
+        and (name not in a.models or (a.models[name] and a.models[name] == b.models.get(name)))
+    ]
+    pairs = pair(a.rows, b.rows) if shared else []
     compared = []
-    for name, column in a.columns.items():
-        same_model = name not in a.models or (a.models[name] and a.models[name] == b.models.get(name))
-        if column.same_scores(b.columns.get(name)) and same_model:
-            left, right = ([rows[side][name] for rows in pairs] for side in (0, 1))
-            means = {"a": sum(left) / len(pairs), "b": sum(right) / len(pairs)}
-            compared.append({"score": name, "rows": len(pairs), **means, **intervals.paired(left, right)})
+    for name in shared:
+        left, right = ([rows[side][name] for rows in pairs] for side in (0, 1))
+        means = {"a": sum(left) / len(pairs), "b": sum(right) / len(pairs)}
+        compared.append({"score": name, "rows": len(pairs), **means, **intervals.paired(left, right)})
     return compared
 
 
@@ -176,10 +180,8 @@ def comparison(pair: tuple[str, str], runs: Path, metrics: Sequence[str] = ()) -
     folders = {name: find_run(name, runs) for name in pair if not Path(name).is_file()}
     names = [str(folders[name].path) if name in folders else name for name in pair]
     training = _divergence([folders[name] for name in pair]) if len(folders) == len(set(pair)) else None
-    if training:
-        evaluated = {folder.path: current(folder.path) and read_predictions(folder.path) for folder in folders.values()}
-        if unscored := [str(path) for path, predictions in evaluated.items() if not predictions]:
-            return Comparison(training, None, unscored)
+    if training and (unscored := [str(folder.path) for folder in folders.values() if not current(folder.path)]):
+        return Comparison(training, None, unscored)
     return Comparison(training, compare(*several(names, runs, metrics)), [])
 
 

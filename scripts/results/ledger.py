@@ -226,5 +226,5 @@ def show(studies: Sequence[Study], json: bool) -> None:
     for name, (of_study, records) in found.items():
         statuses = [asdict(status) for status in ledger.statuses(of_study, records)]
         tables.print_table(statuses, f"Status: {name}", spare=["command", "cell"])
-        if rows := ledger.table(of_study, records):
-            tables.print_table(rows, f"Runs: {name}", spare=["Axolotl", "seed", "hours", "tokens/s"])
+        runs = ledger.table(of_study, records)
+        tables.print_table(runs, f"Runs: {name}", spare=["Axolotl", "seed", "hours", "tokens/s"])

@@ -8,6 +8,7 @@ from ..base.files import Row
 from ..base.progress import say
 from ..data.published import PublishedScore
 from ..data.study import Study
+from ..metrics import registry
 from ..metrics.metric import Column
 from ..runs.rundir import RunDir, readable
 from ..tables import Table
@@ -54,14 +55,16 @@ def _of_runs(found: Sequence[RunResult], jobs: Mapping[Path, list[str]]) -> Iter
             groups.setdefault(result.study.folder.name if result.study else of_none, []).append(result)
         for group in groups.values():
             of_study = group[0].study
-            columns = dict(of_study.table if of_study else group[0].columns)
+            declared = of_study.columns if of_study else {}
+            shown = [*(of_study.table if of_study else group[0].columns).values()]
             for result in group:
-                columns |= {name: column for name, column in result.columns.items() if column.metric.of_model}
+                shown += [c for name, c in result.columns.items() if c.metric.of_model or name not in declared]
+            columns = registry.distinct(shown)
             title = REHEARSALS if rehearsal else "Runs"
             if len(groups) > 1:
                 title += f": {of_study.folder.name}" if of_study else ": of no study"
             # all metrics but the first, in reverse order
-            spare = [*[column.label for column in columns.values()][:0:-1], *_SPARE]
+            spare = [*[*columns][:0:-1], *_SPARE]
             rows = [_cells(result, columns, jobs[result.folder.path]) for result in group]
             yield Table(rows, title, spare=spare, below=_BELOW)
             if of_study and not rehearsal and not all(result.is_of_something_else for result in group):
@@ -69,8 +72,19 @@ def _of_runs(found: Sequence[RunResult], jobs: Mapping[Path, list[str]]) -> Iter
 
 
 def _cells(result: RunResult, columns: Mapping[str, Column], jobs: Sequence[str]) -> Row:
-    """Table cells of a run; only the first metric has a published score and a difference."""
-    run, summary, scores = result.run, result.summary, result.scores
+    """Table cells of a run; only the first metric has a published score and a difference.
+
+    Args:
+        result: the run.
+        columns: metrics by heading.
+        jobs: descriptions of jobs that have not ended.
+    """
+    run, summary = result.run, result.summary
+    scores = {
+        heading: result.scores[column.name]
+        for heading, column in columns.items()
+        if column.same_scores(result.columns.get(column.name))
+    }
     early = ", early stopping" if summary.ended == "early stopping" else ""
     kept = "" if summary.kept_step in (None, summary.step) else f", step {summary.kept_step} kept"
     losses = None
@@ -89,16 +103,15 @@ def _cells(result: RunResult, columns: Mapping[str, Column], jobs: Sequence[str]
         AXOLOTL_EVAL_LOSS: None if losses else summary.eval_loss,
     }
     if of_first:
-        label = columns[first].label
-        cells |= {label: of_first.value} | {f"{label}, {name}": value for name, value in of_first.decodings.items()}
+        cells |= {first: of_first.value} | {f"{first}, {name}": value for name, value in of_first.decodings.items()}
         cells |= {"base model": of_first.base_model}
         if not run.rehearsal:
             cells |= {"published": of_first.published and of_first.published.value, "difference": of_first.difference}
-    for name in others:
-        cells[columns[name].label] = scores[name].value if name in scores else None
-    for name, score in scores.items():
-        if name in columns and columns[name].metric.of_model and score.gain is not None:
-            cells[f"{columns[name].label}, gained"] = score.gain
+    for heading in others:
+        cells[heading] = scores[heading].value if heading in scores else None
+    for heading, score in scores.items():
+        if columns[heading].metric.of_model and score.gain is not None:
+            cells[f"{heading}, gained"] = score.gain
     return cells | {
         "rows": result.rows_evaluated,
         "peak GiB": summary.peak_memory,

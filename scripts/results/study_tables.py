@@ -137,6 +137,8 @@ def show_comparison(compared: Comparison, pair: tuple[str, str], json: bool) -> 
             tables.print_text(line)
     if compared.scores is None:
         say(f"scores are not compared; first run `recipe evaluate` for {', '.join(compared.unscored)}")
+    elif not compared.scores:
+        say("scores are not compared: the two have no metric of rows in common; `--metric NAME` adds one to both")
     else:
         tables.print_table(compared.scores, title, spare=["equal", "rows", "p_wilcoxon", "better", "worse"])
         if len(compared.scores) > 1:

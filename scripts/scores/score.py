@@ -238,7 +238,7 @@ def score(
     means: dict[str, list[float]] = {}
     others: dict[str, float | None] = {}
     records: dict[str, Any] = {}
-    notes = [f"rows: {len(rows)} are too few to compare scores"] if len(rows) < FEWEST else []
+    notes = [f"rows: {len(rows)} are too few to compare scores"] if 0 < len(rows) < FEWEST else []
     of_groups: dict[str, list[float] | None] = {}
     for name, column in kept.items():
         metric, parameters = column.metric, judged.get(name) or column.parameters

@@ -4,7 +4,7 @@ from typing import Any
 import orjson
 import pytest
 from conftest import Recipe
-from run_folders import ADAPTER, a_run
+from run_folders import ADAPTER, a_run, evaluated
 
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.files import write_rows
@@ -88,6 +88,8 @@ def trained(place: Path, name: str, rate: float = 2e-4, predicted: bool = True, 
     (run.output / ADAPTER).write_text(str(rate))
     if predicted:
         write_rows(run.path / "predictions.jsonl", PREDICTIONS)
+    else:
+        (run.path / "scores.json").unlink()
     return run
 
 
@@ -103,6 +105,18 @@ def test_runs_that_are_not_evaluated_are_compared_by_their_trainings(recipe: Rec
     other = as_json(recipe, "one", "other")["training"]
     assert (other["step"], other["losses"]) == (2, [1.0002, 1.0003])
     assert other["differences"] == {"learning_rate": [2e-4, 3e-4]}
+
+
+def test_runs_without_a_metric_of_rows_in_common_are_compared_by_their_trainings(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    metrics = {"mmlu": {"metric": "benchmark", "task": "mmlu"}}
+    for name in ("one", "two"):
+        run = trained(tmp_path, name, predicted=False)
+        evaluated(run, {"rows": 0, "mmlu": 40.0, "metrics": metrics, "intervals": {}}, rows=0)
+    compared = as_json(recipe, "one", "two")
+    assert compared["training"] and compared["scores"] == []
+    assert recipe("results", "one", "two").returncode == 0
 
 
 def test_both_parts_are_shown_where_both_are_there(recipe: Recipe, tmp_path: Path) -> None:

@@ -207,6 +207,11 @@ def test_the_plan_is_recorded_beside_the_measured_memory(monkeypatch: pytest.Mon
     assert ledger.record_of_run(RunResult(folder, folder.read())).planned_gib == 3
 
 
+def test_a_study_without_a_published_number_has_no_status(recipe: Recipe) -> None:
+    small_study.write(Path(), published={PLAIN: {}})
+    assert recipe("results", "--ledger").returncode == 0
+
+
 def test_every_shipped_record_is_valid() -> None:
     for file in paths.RECIPES.glob("*/study.yaml"):
         of_study = study.load(file.parent)

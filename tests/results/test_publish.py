@@ -30,6 +30,7 @@ from qlora_recipes.base.files import sha256
 from qlora_recipes.configs import config
 from qlora_recipes.configs.config import Difference
 from qlora_recipes.configs.datafiles import DataFile
+from qlora_recipes.configs.numerics import quantized
 from qlora_recipes.data.study import Decoding
 from qlora_recipes.results import card as model_card
 from qlora_recipes.results import publish
@@ -192,6 +193,31 @@ SECRETS = {
     "lora_qkv_name": "hf_planted" + "1A" * 9,
     "lora_uri": "https://user:planted/word@example.org",
 }
+
+
+@pytest.mark.parametrize(
+    ("settings", "said", "unsaid"),
+    [
+        ({}, ["4 bits", "'nf4'", "_use_double_quant=True"], ["other settings"]),
+        ({"bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}},
+         ["'fp4'", "_use_double_quant=False"], ["nf4"]),
+        ({"adapter": "lora", "load_in_4bit": False, "load_in_8bit": True, "bnb_config_kwargs": None},
+         ["8 bits", "load_in_8bit=True)"], ["4 bits", "nf4"]),
+        ({"adapter": "lora", "load_in_4bit": False}, [], ["4-bit", " bits", "nf4", "quantization_config"]),
+    ],
+)  # fmt: skip
+def test_a_card_tells_quantization_and_decoding(
+    run: RunDir, settings: dict[str, Any], said: list[str], unsaid: list[str]
+) -> None:
+    cfg = yamlfiles.read_yaml(run.config) | settings
+    run.config.write_text(yamlfiles.write_yaml(cfg))
+    (run.output / "merged" / publish.MERGED_FROM).write_text(sha256(run.output / publish.ADAPTER))
+    evaluated(run, quantized=quantized(cfg), decoding=run_folders.STUDY.decoding)
+    texts = published(run, merge=True)[1].partition("## Provenance")[0], card(run.output / "merged")[1]
+    assert [word for word in said if word not in texts[0]] == []
+    assert [word for word in unsaid if word in texts[0] or word in texts[1].partition("## Provenance")[0]] == []
+    evaluated(run, decoding=Decoding(max_new_tokens=8))
+    assert "other settings" in published(run)[1]
 
 
 def test_a_card_names_nothing_of_the_machine_and_no_secret(run: RunDir, tmp_path: Path) -> None:

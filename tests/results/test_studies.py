@@ -121,12 +121,27 @@ def test_numbers_of_different_metrics_never_share_a_column(runs: Path, recipe: R
     folder = a_run(runs, LLAMA_2, "c", 0, scores=own)
     folder.write(folder.read().model_copy(update={"recipe": "mine"}))
     parts = recipe("results").stdout.strip().split("\n\n")
-    names = ("accuracy, %", "BLEU-4", "right numbers, %")
+    names = ("accuracy, %", "BLEU-4", "right numbers (accuracy), %")
     shown = [[name for name in names if name in part] for part in parts]
     assert {name for found in shown for name in found} == {*names} and max(map(len, shown)) == 1
     rows = orjson.loads(recipe("results", "--json").stdout)
     found = [(row["study"], row["accuracy"]) for row in rows if "accuracy" in row]
     assert found == [("sums2030", 66), (None, 12.5)]
+
+
+def test_metrics_of_one_kind_never_share_a_heading(runs: Path, recipe: Recipe) -> None:
+    for name, words, value in (("a", ["yes"], 12.5), ("b", ["no"], 37.5)):
+        more = {"choice": {"metric": "choice", "words": [["x"]]}, "other": {"metric": "choice", "words": [words]}}
+        scores = {"rows": 9, "accuracy": 50.0, "choice": 87.5, "other": value, "intervals": {}}
+        a_run(runs, PLAIN, name, 0, scores=scores | {"metrics": {"accuracy": small_study.ACCURACY} | more})
+    first, *rows = recipe("results").stdout.split("To compare")[0].strip().splitlines()[1:]
+    columns = [found.span() for found in re.finditer(r"(?: ?\S)+", first)]
+    shown = [[line[slice(*column)].strip() for column in columns] for line in rows]
+    assert [[cell for cell in row if cell in ("87.50", "12.50", "37.50")] for row in shown] == [
+        ["87.50", "12.50"],
+        ["87.50", "37.50"],
+    ]
+    assert shown[0].index("12.50") != shown[1].index("37.50")
 
 
 def test_a_study_says_how_its_authors_statements_begin(runs: Path) -> None:
