@@ -26,7 +26,7 @@ from ..data import study
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..runs.rundir import RunDir, find_run, is_run, run_names
-from ..runs.tasks import DONE, TaskResult
+from ..runs.tasks import DONE, SKIPPED, TaskResult
 from ..scores.evaluate import EvaluationRequest
 from ..scores.score import columns_of
 from .pipeline import Pipeline, existing_runs, require_scorer_models, seeds_of
@@ -161,6 +161,11 @@ def _plan(members: list[SweepMember], pipelines: list[Pipeline], starts: bool) -
             if pipeline.result.problem and starts:
                 say(f"{pipeline.result.label}: {pipeline.result.problem}")
             member.planned_gib = pipeline.needed_gib
+            if not starts:
+                pipeline.look_up()
+                left = pipeline.task().steps
+                skips = [step for step in ("run", "evaluate") if pipeline.state == "finished" and step not in left]
+                pipeline.result.steps |= dict.fromkeys(skips, SKIPPED)
             bar.update(done)
 
 

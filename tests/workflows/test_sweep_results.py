@@ -214,11 +214,12 @@ def test_a_study_is_swept_and_again_nothing_is_done(
     for more, started in ((("--set", "lora_alpha=4,x"), 2), (("--dry-run",), 0)):
         assert recipe(*words, *more).returncode == started
         assert not (tmp_path / "runs").exists()
-    first, again = (recipe(*words) for _ in range(2))
-    assert (first.returncode, again.returncode) == (0, 0), first.stderr
+    first, again, dry = recipe(*words), recipe(*words), recipe(*words, "--dry-run")
+    assert (first.returncode, again.returncode, dry.returncode) == (0, 0, 0), first.stderr
     folders = rundir.all_runs(tmp_path / "runs")
     assert sorted(folder.read().recipe for folder in folders) == sorted([*published, *published])
-    assert {step["run"] for step in orjson.loads(again.stdout)["steps"]} == {"skipped"}
+    for skipped in (again, dry):
+        assert {step["run"] for step in orjson.loads(skipped.stdout)["steps"]} == {"skipped"}
     made = orjson.loads(again.stdout)
     for one in made["tuned"]:
         of_recipe = [row for row in made["results"] if one["recipe"] in row["runs"][0]]
