@@ -11,7 +11,7 @@ from pydantic import Field, StringConstraints, ValidationError
 from pydantic.json_schema import SkipJsonSchema
 
 from ..base import paths, yamlfiles
-from ..base.errors import UserError, meant
+from ..base.errors import UserError, did_you_mean, meant
 from ..base.progress import say_once
 from ..base.yamlfiles import Config
 from ..metrics import registry
@@ -302,6 +302,21 @@ def of(recipe: str) -> Study | None:
         UserError: the study is malformed.
     """
     return load(folder) if (folder := _folder(recipe)) else None
+
+
+def decoding_of(of_study: Study | None, name: str | None) -> Decoding:
+    """Return the named decoding configuration; without a name, the study's default.
+
+    Raises:
+        UserError: the study declares no decoding of that name.
+    """
+    if name is None:
+        return of_study.decoding if of_study else OF_NO_STUDY
+    there = of_study.decodings if of_study else {}
+    if name not in there:
+        declared = f"the study declares {', '.join(there)}" if there else "declare it under decodings in study.yaml"
+        raise UserError(f"--decoding {name}: unknown{did_you_mean(name, there)}; {declared}")
+    return there[name]
 
 
 def of_any(recipe: str) -> Study | None:

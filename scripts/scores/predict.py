@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from ..base.errors import WorkFailed
+from ..base.errors import UserError, WorkFailed
 from ..base.files import Row, naming, opened, replacing
 from ..base.progress import Bar, say
 from ..base.yamlfiles import Config
@@ -116,7 +116,7 @@ def predict(
         Predictions, and the settings, including those that only the running engine knows (`KNOWN`).
 
     Raises:
-        UserError: see `Prompter.examples` and `started`.
+        UserError: see `_continue`, `Prompter.examples` and `started`.
         WorkFailed: the engine cannot continue.
     """
     rows = test.rows
@@ -173,8 +173,10 @@ def _generate(
                 done |= made
                 bar.update(len(done))
         except WorkFailed as error:
-            kept = f"{len(done):,} of {len(asked):,} rows are kept; repeat the command to continue"
-            raise WorkFailed(f"{error}\n{kept}") from None
+            kept = (
+                f"\n{len(done):,} of {len(asked):,} rows are kept; repeat the same command to continue" if done else ""
+            )
+            raise WorkFailed(f"{error}{kept}") from None
 
 
 def _line(settings: EvaluationSettings) -> bytes:
@@ -183,10 +185,17 @@ def _line(settings: EvaluationSettings) -> bytes:
 
 
 def _continue(part: Path, settings: EvaluationSettings) -> tuple[dict[int, Row], EvaluationSettings]:
-    """Read an interrupted evaluation; start a new file if the settings differ."""
+    """Read an interrupted evaluation, or start a new file.
+
+    Raises:
+        UserError: the file has predictions with other settings.
+    """
     asked = {"engine", "model", *(["batch_size"] if settings.engine == REFERENCE else [])}
     header = orjson.dumps(settings.same_work() | settings.model_dump(include=asked))
     first, *lines = part.read_bytes().split(b"\n") if part.is_file() else [b""]
+    if first != header and any(b'"prediction":' in line for line in lines):
+        remedy = "repeat the command that made them, or delete the file to start again"
+        raise UserError(f"{part}: has predictions of an evaluation with other settings; {remedy}")
     done: dict[int, Row] = {}
     for line in lines if first == header else ():
         with suppress(ValueError):  # skips lines truncated by a killed process or a power failure

@@ -15,6 +15,7 @@ from ..metrics.bertscore import ScorerModel, layer_of, made_by
 from ..metrics.metric import FEWEST, Column
 from ..metrics.registry import Benchmark
 from ..metrics.text import words
+from .evaluations import Evaluation
 
 # Scorer model by column name; None leaves the column out.
 ScorerModels = Mapping[str, ScorerModel | None]
@@ -100,7 +101,7 @@ def scorer_models(
     models = {name: scorer_model(asked, rehearsal, declared) for name, declared in declared_models(columns).items()}
     for name, declared in declared_models(columns).items():
         if report and models[name] is None and asked is None:
-            problem = f"{columns[name].label}: left out, because {declared.model} is not on this machine"
+            problem = f"{columns[name].label}: not computed, because {declared.model} is not on this machine"
             say(f"{problem}; fetch it with `--metric bertscore:{declared.model}`")
     return models
 
@@ -220,7 +221,8 @@ def score(
     Args:
         rows: each with `reference` and `prediction`; empty if no metric needs predictions.
         columns: metrics by name.
-        models: scorer models by column name; by default the declared models.
+        models: scorer models by column name; other columns of scorer models are left out. By default the declared
+            models.
         loss: eval loss of the run, for metrics of the loss.
         measured: benchmark scores by column name.
 
@@ -231,7 +233,8 @@ def score(
     """
     from . import intervals  # imports NumPy, which `recipe results` does not need
 
-    judged = dict(models or declared_models(columns))
+    declared = declared_models(columns)
+    judged = declared if models is None else {name: models.get(name) for name in declared}
     kept = {name: column for name, column in columns.items() if judged.get(name, column.parameters)}
     scored = with_scores(rows, kept, judged)
     pairs = [(row["reference"], row["prediction"]) for row in rows]
@@ -268,6 +271,23 @@ def score(
         "metrics": {name: column.entry for name, column in kept.items()},
         **({"notes": notes} if notes else {}),
     }, scored
+
+
+def keep_judged(scores: Row, rows: Sequence[Row], former: Evaluation, former_rows: Sequence[Row]) -> None:
+    """Add scores by scorer models from an earlier evaluation of the same predictions.
+
+    Args:
+        scores, rows: new scores, see `score`; their own columns are kept.
+        former: earlier evaluation.
+        former_rows: rows of the earlier evaluation.
+    """
+    for name, column in former.columns.items():
+        if column.metric.judged and name not in scores["metrics"]:
+            scores |= {key: former.scores[key] for key in (name, column.recorded("bertscore"))}
+            for part in ("intervals", "metrics"):
+                scores[part][name] = former.scores[part][name]
+            for row, former_row in zip(rows, former_rows, strict=True):
+                row[name] = former_row[name]
 
 
 def _by_group(rows: Sequence[Row], column: Column) -> dict[str, list[float]]:

@@ -116,6 +116,8 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run: RunDir, monke
     monkeypatch.setattr(Reference, "answers", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluated(run, limit=10, batch_size=4)
+    with pytest.raises(UserError, match=r"predictions\.part\.jsonl: "):
+        evaluated(run, limit=5, batch_size=4)
     with (where / "predictions.part.jsonl").open("ab") as part:
         broken = b'{"row": "x"}', orjson.dumps(expected[0] | {"row": 99}), b'{"row": 1, "prediction": "'
         part.write(b"\n".join([b"\0" * 4096, b"{}", b"[3]", *broken]))  # as killed processes leave
@@ -133,6 +135,8 @@ def test_a_complete_evaluation_is_not_done_again_but_another_is(run: RunDir, mon
     monkeypatch.setattr("qlora_recipes.scores.reference.Reference.__init__", None)
     with pytest.raises(UserError, match=r"scores\.json: .* 4 .* 2 "):
         evaluated(run, limit=2)
+    with pytest.raises(UserError, match=r"scores\.json: .*max_new_tokens=8 "):
+        evaluate.evaluate(run, EvaluationRequest(adapter="none", limit=4, max_new_tokens=9))
     assert evaluated(run, limit=4) == other
     assert evaluated(run, limit=4, batch_size=2) == other  # the same work, done another way
     (run.path / "evaluations" / "base-model" / "predictions.jsonl").write_bytes(b"")
@@ -306,7 +310,19 @@ def test_scoring_anew_leaves_no_score_of_another_judge(run: RunDir, monkeypatch:
     judge = substitution.scorer_folder()
     request = EvaluationRequest(adapter="none", max_new_tokens=8, limit=3, metrics=[f"bertscore:{judge}"])
     monkeypatch.setitem(bert_score_utils.model2layers, judge.name, 6)
-    assert evaluate.evaluate(run, request).scores["bertscore"]["model"] == "model"
+    first = evaluate.evaluate(run, request)
+    assert first.scores["bertscore"]["model"] == "model"
+    where = run.path / "evaluations" / "base-model"
+    by_row = [row["bertscore_f1"] for row in read_predictions(where)]
+    (where / "predictions.part.jsonl").write_text("answers of another evaluation")
+    request.metrics = ["chrf"]  # the default scorer model is not here
+    more = evaluate.evaluate(run, request)
+    chrf = {"chrf": more.scores["chrf"], "metrics": first.scores["metrics"] | {"chrf": {"metric": "chrf"}}}
+    assert more.scores == first.scores | chrf | {"intervals": more.scores["intervals"]}
+    assert [row["bertscore_f1"] for row in read_predictions(where)] == by_row
+    assert (where / "predictions.part.jsonl").exists()
+    request.metrics = []
+    assert evaluate.evaluate(run, request) == more
     without = evaluated(run, limit=3)
     assert "bertscore" not in without.scores and "bertscore_f1" not in without.scores
     assert not any("bertscore_f1" in row for row in read_predictions(run.path / "evaluations" / "base-model"))
