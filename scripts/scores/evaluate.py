@@ -14,6 +14,7 @@ from ..checks import trust
 from ..configs.numerics import precision, quantized
 from ..data import study
 from ..metrics.registry import scorer_named
+from ..runs.records import FileState
 from ..runs.rundir import RunDir
 from ..runs.tasks import Command
 from . import benchmarks, evaluation_rows, evaluations
@@ -112,6 +113,7 @@ class EvaluationTask:
         settings: settings of the predictions.
         columns: metrics by name.
         where: folder for predictions and scores.
+        files: states of the files `adapter` and `data` before generation; an entry is absent if there is no such file.
 
     Raises:
         UserError: the request is invalid, or adapter, rows or answers are missing; see also `trust.refuse_code`.
@@ -125,6 +127,7 @@ class EvaluationTask:
         trust.restore_stand_in(folder, self.run)
         self.columns = columns_of(self.run.origin, request.metrics)
         adapter = self._adapter(folder)
+        self.files = {"adapter": FileState.of(adapter / ADAPTER)} if adapter else {}
         usual = evaluation_rows.usual(self.run, self.cfg)
         source = evaluation_rows.validation(self.run, self.cfg) if request.validation else usual
         if request.data:
@@ -137,6 +140,7 @@ class EvaluationTask:
         self.rows = replace(every, rows=every.rows[:taken], keys=every.keys[:taken])
         self.settings = self._settings(adapter)
         if source.file:
+            self.files["data"] = FileState.of(source.file, every.sha256)
             self.settings.test_set = evaluation_rows.test_set(source.file, every.sha256)
         self.settings.limit = limit if len(self.rows.rows) < len(every.rows) else None
         self.where = self._folder(folder, usual is not None and source.data != usual.data)
@@ -178,7 +182,7 @@ class EvaluationTask:
         return EvaluationSettings(
             base_model=str(local) if local.is_dir() else cfg["base_model"],
             adapter=str(adapter.resolve()) if adapter else BASE,
-            adapter_sha256=sha256(adapter / ADAPTER) if adapter else None,
+            adapter_sha256=self.files["adapter"].sha256 if adapter else None,
             data=self.rows.data,
             data_sha256=self.rows.sha256,
             rows=len(self.rows.rows),
@@ -281,7 +285,9 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
             notes.append(f"{cut} of {len(rows)} answers were cut at {most} new tokens; raise --max-new-tokens")
         if notes:
             scores["notes"] = notes + scores.get("notes", [])
-        result = Evaluation(made=now(), rehearsal=rehearsal, scores=scores, version=VERSION, settings=settings)
+        result = Evaluation(
+            made=now(), rehearsal=rehearsal, scores=scores, version=VERSION, settings=settings, files=task.files
+        )
         write(task.where, result, rows)
         if former is None:  # otherwise the file belongs to another evaluation
             part.unlink(missing_ok=True)

@@ -219,11 +219,7 @@ def _damaged[T](file: Path, instead: T) -> T:
 
 
 def write(folder: Path, evaluation: Evaluation, rows: Sequence[Row]) -> None:
-    """Write predictions and scores together."""
-    settings, files = evaluation.settings, _files(folder, evaluation.settings)
-    hashes = {"adapter": settings.adapter_sha256, "data": settings.data_sha256}
-    known = {name: digest for name, digest in hashes.items() if digest and files[name].is_file()}
-    evaluation.files = {name: FileState.of(files[name], digest) for name, digest in known.items()}
+    """Write predictions and scores together; add the state of the predictions to the evaluation."""
     content = b"".join(orjson.dumps(row) + b"\n" for row in rows)
     clear_parts(folder / PREDICTIONS)
     with replacing(folder / SCORES) as scores, replacing(folder / PREDICTIONS) as predictions:

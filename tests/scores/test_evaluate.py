@@ -274,11 +274,19 @@ def test_a_replaced_adapter_is_not_scored_as_the_runs(scored: RunDir) -> None:
     assert named.settings.adapter_sha256 == sha256(scored.output / ADAPTER)
 
 
-def test_an_evaluation_of_rows_that_changed_since_is_stale(scored: RunDir) -> None:
-    with (scored.path / "test.jsonl").open("ab") as stream:
-        stream.write((scored.path / "test.jsonl").read_bytes().splitlines()[0])
+def test_an_evaluation_of_rows_that_changed_since_is_stale(scored: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, predict = scored.path / "test.jsonl", evaluate.predict
+    data.write_bytes(data.read_bytes() * 2)
     assert listed(scored) == ("stale", False)
     scored_again(scored)
+
+    def meanwhile(*words: Any) -> Any:
+        data.write_bytes(data.read_bytes() * 2)
+        return predict(*words)
+
+    monkeypatch.setattr(evaluate, "predict", meanwhile)
+    evaluate.evaluate(scored, EvaluationRequest(limit=3, metrics=["bertscore:none"]))
+    assert listed(scored) == ("stale", False)
 
 
 def test_other_rows_are_evaluated_beside_the_usual_ones(run: RunDir, sample: Path, tmp_path: Path) -> None:
