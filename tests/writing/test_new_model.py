@@ -165,7 +165,7 @@ def test_set_has_the_last_word_beside_a_model(tmp_path: Path, recipe: Recipe) ->
 def test_keys_about_the_model_before_go_and_its_chat_template_gives_way(tmp_path: Path, recipe: Recipe) -> None:
     keys = {"tokenizer_type": "LlamaTokenizer", "is_llama_derived_model": "true", "tokenizer_config": "x/y"}
     keys["lora_model_dir"] = "an/adapter"
-    chat = keys | {"chat_template": "llama3", "datasets.0.type": "chat_template"}
+    chat = keys | {"chat_template": "llama3", "datasets.0.type": "chat_template", "revision_of_model": "null"}
     words = [word for key, value in chat.items() for word in ("--set", f"{key}={value}")]
     assert recipe("new", "chat", "--from", BASE, *words).returncode == 0
     text, _ = written(recipe, tmp_path, "Qwen/Qwen3-8B", base="chat")
