@@ -95,6 +95,9 @@ def test_the_skeleton_of_a_study_passes_every_check(recipe: Recipe, tmp_path: Pa
     assert again.returncode == 2 and "recipes/mine: " in again.stderr
     template, orphan = "templates/mine/llama-3.2-3b-mine.yaml.j2", "recipes/mine/llama-3.2-3b-mine.yaml"
     (tmp_path / template).rename(tmp_path / template.replace("3b", "1b"))
+    study = tmp_path / "recipes" / "mine" / "study.yaml"
+    study.write_text(study.read_text().replace("3b-mine", "1b-mine"))
+    assert "published." not in recipe("study", "check", "mine").stdout  # `recipe render` is the remedy
     for verb, code in (("render",), 0), (("render", "--check"), 1), (("study", "check", "mine"), 2):
         left = recipe(*verb)
         assert (left.returncode, orphan in left.stdout + left.stderr) == (code, True)
@@ -147,7 +150,9 @@ def test_a_benchmark_that_the_harness_lacks_is_found_before_training(
     monkeypatch.setattr(benchmarks, "_tasks", lambda _: SimpleNamespace(all_tasks=[]))
     write_capitals(tmp_path)
     study = tmp_path / "recipes" / "capitals" / "study.yaml"
-    study.write_text(STUDY.replace("{metric: exact_match,", "{metric: benchmark, task: gsm8kk,"))
+    own = STUDY.replace("{metric: exact_match,", "{metric: benchmark, task: gsm8kk,")
+    study.write_text(re.sub("{scores: .*}", "{}", own))
+    assert "accuracy, %" in recipe("results", "capitals").stdout  # also without runs and published scores
     assert recipe("render").returncode == 0
     for words in ("study", "check", "capitals"), ("reproduce", "capitals", "--rehearse", "--dry-run", "--json"):
         done = recipe(*words)

@@ -40,6 +40,15 @@ def _finding(of_study: Study, level: Level, mistake: Mistake) -> Finding:
 
 def _errors(of_study: Study, names: list[str]) -> Iterator[Mistake]:
     """Unknown recipes or settings, recipes that differ from templates, and rows that cannot be prepared."""
+    recipes, templates = next(home for home in paths.homes() if home[0].absolute() == of_study.folder.parent)
+    try:
+        rendered = render.rendered(templates)
+        yield from (((), orphan) for orphan in render.orphans(rendered, recipes))
+        if render.drift(rendered, recipes):
+            yield (), "recipes differ from their templates; see `recipe render --check`, then run `recipe render`"
+        names = [file.removesuffix(".yaml") for file in rendered if file.startswith(f"{of_study.folder.name}/")]
+    except UserError as error:
+        yield (), f"templates cannot be rendered: {error}"
     for section in ("published", "variants"):
         for name in getattr(of_study, section):
             yield from undeclared((section, name), name, names)
@@ -47,14 +56,6 @@ def _errors(of_study: Study, names: list[str]) -> Iterator[Mistake]:
         yield from undeclared(
             ("open_settings", str(i)), key.partition(".")[0], [*schema.load()["properties"], "decoding"]
         )
-    recipes, templates = next(home for home in paths.homes() if home[0].absolute() == of_study.folder.parent)
-    try:
-        rendered = render.rendered(templates)
-        yield from (((), orphan) for orphan in render.orphans(rendered, recipes))
-        if render.drift(rendered, recipes):
-            yield (), "recipes differ from their templates; see `recipe render --check`, then run `recipe render`"
-    except UserError as error:
-        yield (), f"templates cannot be rendered: {error}"
     try:
         prepare.check_expressions(of_study)
         for input_format in of_study.data.formats if of_study.data.sample else ():
@@ -69,7 +70,10 @@ def _warnings(of_study: Study, names: list[str]) -> Iterator[Mistake]:
     made = {Path(form.folder, f"{split}.jsonl") for form in data.formats.values() for split in data.splits}
     for name in names:
         if name not in of_study.published and name not in of_study.variants:
-            yield ("published",), f"{name} is missing; add `{name}: {{}}` here, or add it to variants"
+            yield (
+                ("published",),
+                f"{name} is missing; add `{name}: {{}}` here, or add it to variants if the paper lacks it",
+            )
         for key, entry in datafiles.datasets(yamlfiles.read_yaml(paths.recipe_file(name))):
             if Path(str(entry.get("path"))) not in made:
                 there = ", ".join(map(str, sorted(made)))

@@ -131,7 +131,7 @@ def _print_findings(findings: "Iterable[Finding]") -> None:
     for finding in findings:
         alike.setdefault((finding.level, finding.name, finding.problem, finding.remedy), []).append(finding)
     for first, *more in alike.values():
-        others = f" (also in {', '.join(Path(str(other.where)).name for other in more)})" if more else ""
+        others = f" (also in {', '.join('/'.join(Path(other.where).parts[-2:]) for other in more)})" if more else ""
         tables.print_text(f"{first}{others}")
 
 

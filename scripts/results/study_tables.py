@@ -48,7 +48,12 @@ def of_rows(of_study: Study, rows: Sequence[StudyRow], rehearsal: bool) -> Itera
         title = (REHEARSALS if rehearsal else about) if is_first else column.label
         if is_first or published or any(row.scores[column.name].value is not None for row in rows):
             cells = [_of_metric(row, column) for row in rows]
-            yield Table(cells, title, empty=published, spare=["95 % covers", "by", "rows", "difference"])
+            yield Table(
+                cells,
+                title,
+                empty=published or not any(row.chosen for row in rows),
+                spare=["95 % covers", "by", "rows", "difference"],
+            )
     others = {name: column for name, column in of_study.columns.items() if name not in of_study.table}
     beside = {key: any(row.costs()[key][1] is not None for row in rows) for key in _HEADINGS}
     costs = [_of_costs(row, others, beside) for row in rows]

@@ -181,6 +181,8 @@ def test_data_that_are_not_prepared_yet_are_one_warning_of_a_check_and_an_error_
     assert done.returncode == 0
     (said,) = [line for line in done.stdout.splitlines() if "not-prepared" in line]
     assert "data/codereviewer-tagged/train.jsonl" in said
+    several = recipe("check", "haider2024/all-linear/llama-2-7b", "haider2024/llama-2-7b").stdout.splitlines()
+    assert all("all-linear/llama-2-7b.yaml:" in line and "haider2024/llama-2-7b.yaml)" in line for line in several)
     prepare, fetch = (
         "`recipe data prepare --study haider2024 --input-format tagged`",
         "`recipe data fetch codereviewer`",
