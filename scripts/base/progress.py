@@ -32,7 +32,7 @@ _SECRET_VALUE = re.compile(
     rf"{_TOKEN}"
     r"|(?<=://)[^\s@/:]*:(?!\d+/)[^\s@]+(?=@)"
     r"|(?<![\w.-])(?P<key>[\w.-]*(api[_-]?key|secret|passw(or)?d|(?<!_)token|hub_token|auth_token)(=|[\"']\s?:\s?))"
-    r"(?!true\b|false\b|null\b|None\b|\s)[^\s,;]+"
+    r"(?!true\b|false\b|null\b|None\b|\s|[\"']?(\.{3,}|\{\w+\})(?!\w))[^\s,;]+"  # dots and {placeholders} stand for one
 )
 MASK = "[a secret]"
 

@@ -20,7 +20,10 @@ from .finding import Case, Problems, rule
 @rule
 def no_data(case: Case) -> Problems:
     """Axolotl also refuses a config without training rows, but only after its imports (15 s) or after tokenizing."""
-    if not case.is_set("datasets", "pretraining_dataset"):
+    if case.is_set("pretraining_dataset"):
+        problem = "its rows are streamed, so that they can be neither checked nor counted nor recorded"
+        yield "error", "pretraining_dataset", problem, "list the data under datasets, with type: completion"
+    elif not case.is_set("datasets"):
         yield "error", "datasets", "the config has no training data", "list a data set with path and type"
     if datafiles.training_rows(case.config) == 0:
         yield "error", "val_set_size", f"{case['val_set_size']} leaves no rows for training", "lower it"
@@ -62,7 +65,8 @@ def missing_file(case: Case) -> Problems:
         for file in datafiles.local_files(dataset):
             made_by = study.preparation(str(file))
             if not file.is_file() and not made_by:
-                yield "error", f"{key}.path", f"{paths.shown(file)} does not exist{_near(file)}", "correct the path"
+                remedy = "give a file or folder, or a data set on the hub; only data_files of a folder can be a pattern"
+                yield "error", f"{key}.path", f"{paths.shown(file)} does not exist{_near(file)}", remedy
             elif file.is_file() and not file.stat().st_size:
                 remedy = f"run {made_by}" if made_by else "write rows to it, or name another file"
                 yield "error", f"{key}.path", f"{paths.shown(file)} is empty", remedy
@@ -195,7 +199,7 @@ def _named_code(config: Config) -> list[tuple[str, str]]:
     plugins = config.get("plugins")
     found = [(f"plugins.{i}", name) for i, name in enumerate(plugins if isinstance(plugins, list) else [])]
     found = [(key, name) for key, name in found if not str(name).startswith(_OURS)]
-    for key, entry in datafiles.datasets(config):
+    for key, entry in datafiles.datasets(config, "datasets", "test_datasets", "pretraining_dataset"):
         kind = entry.get("type")
         if isinstance(kind, str) and re.match(of_module, kind) and kind not in own_types:
             found.append((f"{key}.type", kind))

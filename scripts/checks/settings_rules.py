@@ -1,7 +1,9 @@
 """Rules about settings: missing, contradictory, or unsuited to the GPUs or installed packages."""
 
 import re
+from pathlib import Path
 
+from ..base.files import read_json
 from ..base.machine import torch_cuda
 from ..base.progress import is_secret
 from ..configs import substitution
@@ -85,6 +87,8 @@ def missing_package(case: Case) -> Problems:
     level: Level = "error" if case.launching else "warning"
     asked = {package: next(filter(case.__getitem__, keys), None) for package, keys in _PACKAGES.items()}
     asked |= {package: "plugins" for plugin, package in _PLUGIN_NEEDS.items() if plugin in case.plugins}
+    optimizer = str(case["optimizer"])
+    asked |= {package: "optimizer" for name, package in _OPTIMIZER_NEEDS.items() if optimizer.startswith(name)}
     package, kernel = _ATTENTION_NEEDS.get(case.attention, ("", case.attention if "/" in case.attention else ""))
     if not (kernel and case.is_installed("kernels")):
         asked[package or "kernels"] = case.attention_key if package or kernel else None
@@ -106,6 +110,19 @@ _PLUGIN_NEEDS = {
     "LigerPlugin": "liger-kernel",
     "CutCrossEntropyPlugin": "cut-cross-entropy",
     "DenseMixerPlugin": "densemixer",
+}
+_OPTIMIZER_NEEDS = {  # by the beginning of the optimizer's name
+    "adalomo": "lomo-optim",
+    "apollo_": "apollo-torch",
+    "came_": "came-pytorch",
+    "flash_": "flashoptim",
+    "galore_": "galore-torch",
+    "grokadamw": "grokadamw",
+    "lomo": "lomo-optim",
+    "optimi_": "torch-optimi",
+    "q_galore_": "q-galore-torch",
+    "scao": "scao",
+    "stable_adamw": "torch-optimi",
 }
 _ATTENTION_NEEDS = {  # package, and the hub's kernel that transformers uses if the package is missing
     "flash_attention_2": ("flash-attn", f"{_HUB}flash-attn2"),
@@ -153,7 +170,8 @@ def optimizer_and_engine(case: Case) -> Problems:
     of_bnb = re.search(r"paged|bnb|^(adamw|ademamix|lion|rmsprop)_(8|32)bit$", optimizer)
     if case["fsdp_config"] and of_bnb:
         yield "error", "optimizer", f"{optimizer} does not work with FSDP2", "set adamw_torch_8bit or adamw_torch_fused"
-    deepspeed = dict(flatten(case["deepspeed"] or {}))
+    engine = case["deepspeed"] or {}
+    deepspeed = dict(flatten(read_json(Path(engine)) if isinstance(engine, str) else engine))
     offloaded = deepspeed.get("zero_optimization.offload_optimizer.device", "none") != "none"
     replaced = offloaded and deepspeed.get("zero_force_ds_cpu_optimizer", True)
     if replaced and not re.fullmatch("|adamw_torch|adamw_torch_fused|paged_adamw_32bit", optimizer):

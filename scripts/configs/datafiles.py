@@ -49,27 +49,25 @@ def chat_options(composed: Config) -> str:
 def local_files(dataset: Config) -> list[Path]:
     """Files of a local data set, existing or not; empty for remote data.
 
-    A data set is a single file, a folder, or the files that `data_files` lists by name or pattern.
+    A data set is a file, a folder, or a folder's files that `data_files` lists by name or pattern. Axolotl reads
+    `data_files` only from a folder or a hub, and patterns only there (utils/data/shared.py).
     """
     name = dataset.get("path")
     listed = dataset.get("data_files") or []
     if not isinstance(name, str) or not name or "\0" in name or "://" in name:
         return []
     path = Path(name)
-    if path.is_file():
-        return [path]
-    if path.is_dir() and not listed:
+    if not path.is_dir():
+        return [path] if path.is_file() or _looks_local(path) else []
+    if not listed:
         return sorted(file for file in path.rglob("*") if file.is_file())
-    if listed and not path.is_dir() and f".{name}" not in _SUFFIXES:
-        return []  # files in a repository on a hub
-    patterns = map(str, listed if isinstance(listed, list) else [listed]) if listed else [name]
-    files = [
+    patterns = map(str, listed if isinstance(listed, list) else [listed])
+    return [
         Path(file)
         for pattern in patterns
         if "://" not in pattern
         for file in sorted(glob(pattern, recursive=True)) or [pattern]  # noqa: PTH207 (Path.glob refuses absolute patterns)
     ]
-    return [file for file in files if file.is_file() or _looks_local(file)]
 
 
 def jsonl_files(dataset: Config) -> list[Path]:
@@ -80,7 +78,7 @@ def jsonl_files(dataset: Config) -> list[Path]:
 def _looks_local(path: Path) -> bool:
     """True if a missing path looks like a local path rather than a path on a hub."""
     in_a_folder = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
-    return path.is_absolute() or path.suffix in _SUFFIXES or in_a_folder
+    return path.is_absolute() or path.suffix in _SUFFIXES or f".{path}" in _SUFFIXES or in_a_folder
 
 
 _PROMPT = "Question: {instruction}\nAnswer: "
@@ -212,14 +210,19 @@ def steps_of(composed: Config, rows: int | None, gpus: int = 1) -> int | None:
 
 
 def training_rows(composed: Config) -> int | None:
-    """Number of training rows; None unless each data set is one local JSONL file whose lines Axolotl keeps whole."""
+    """Number of training rows; None if unknown, also for type completion, whose rows Axolotl splits into pieces."""
+    types = {dataset.get("type") for _, dataset in datasets(composed, "datasets")}
+    return None if "completion" in types else training_lines(composed)
+
+
+def training_lines(composed: Config) -> int | None:
+    """Number of lines for training; None unless each data set is one local JSONL file."""
     rows = 0
     for _, dataset in datasets(composed, "datasets"):
         files = jsonl_files(dataset)
         first = first_rows(dataset)
         is_part = (
-            dataset.get("type") == "completion"  # Axolotl splits these rows into pieces of sequence_len tokens
-            or dataset.get("shards")
+            dataset.get("shards")
             or dataset.get("weight")
             or (first is None and dataset.get("split", "train") != "train")
         )

@@ -1,5 +1,6 @@
 """GPUs for checks and plans, and engines for training on several GPUs."""
 
+import math
 import re
 from dataclasses import dataclass, replace
 from functools import cache
@@ -74,8 +75,12 @@ def here() -> Gpu | None:
     if first is None:
         return None
     gpu = Gpu(first["name"], _capability(first["compute_capability"]), first["memory_gib"])
-    listed = named(gpu.name)  # has the nominal memory; plans subtract the part that torch cannot use
-    return replace(gpu, memory=listed.memory, tflops=listed.tflops) if listed else gpu
+    listed = named(gpu.name)
+    if listed is None:
+        return gpu
+    same_size = math.isclose(listed.memory or 0, first["memory_gib"], rel_tol=0.15)  # some GPUs are sold in two sizes
+    # the nominal memory, because plans subtract the part that torch cannot use
+    return replace(gpu, memory=listed.memory if same_size else gpu.memory, tflops=listed.tflops)
 
 
 def named(name: str) -> Gpu | None:

@@ -57,7 +57,7 @@ def substitutions(composed: Config, sample: Config, given: Config, ranks: int) -
         yield {"pad_to_sequence_len": False}, "padding takes time and changes no result"
     held_out = composed.get("val_set_size")
     if isinstance(held_out, int | float) and held_out > 1:  # a number of rows, not a share
-        rows = datafiles.training_rows(composed | {"val_set_size": 0}) or _MOST_ROWS["datasets"]
+        rows = datafiles.training_lines(composed | {"val_set_size": 0}) or _MOST_ROWS["datasets"]
         composed = composed | {"val_set_size": min(int(held_out), max(rows // 4, 1))}
         yield {"val_set_size": composed["val_set_size"]}, "to keep enough training rows"
     if isinstance(composed.get("max_steps"), int) and "max_steps" not in given:

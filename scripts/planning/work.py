@@ -85,8 +85,7 @@ def counted(composed: Composed, force: Sequence[str] = ()) -> Lengths:
         UserError: rows or tokenizer are missing on this machine, Axolotl refuses the rows, or no rows are left.
     """
     for key, dataset in datafiles.datasets(composed.config, "datasets"):
-        lines = dataset | {"type": None}  # the type matters only for the number of rows
-        if len(datafiles.jsonl_files(dataset)) != 1 or datafiles.training_rows({"datasets": [lines]}) is None:
+        if len(datafiles.jsonl_files(dataset)) != 1 or datafiles.training_lines({"datasets": [dataset]}) is None:
             problem = "expected all rows, or the first rows, of one JSONL file on this machine"
             raise UserError(f"--data: {key}: {problem}; leave --data out")
     measured = check.training_lengths(composed, force)

@@ -88,6 +88,8 @@ def test_checks_and_plans_are_for_the_first_that_is_shown(monkeypatch: pytest.Mo
     here = gpus.here()
     assert here and (here.name, here.capability, here.memory) == (A100, (8, 0), 40)
     assert Local(rehearsal=False, jobs=2).devices == ["1", "0"]
+    monkeypatch.setitem(CARDS[1], "gib", 24)  # a size that gpus.yaml does not list for this name
+    assert (other := gpus.here()) and (other.memory, other.tflops) == (24, here.tflops)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1")
     part = gpus.here()
     assert part and (part.capability, part.memory) == ((8, 0), 5)

@@ -66,6 +66,7 @@ def test_check_does_not_print_the_secret_that_it_complains_about(
         ("base_model", "hf-internal-testing/tiny-random-LlamaForCausalLM"),
         ("datasets.0.path", "pk_fields_2024_of_the_table"),
         ("datasets.0.path", "https://example.org:80/rows@v1"),
+        ("datasets.0.type.format", 'Return {"password": "...", "token": "{instruction}"}'),
     ],
 )
 def test_names_and_values_that_only_look_alike_are_none(key: str, value: str) -> None:

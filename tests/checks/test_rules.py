@@ -23,6 +23,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Pa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(prepared)
     (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "ds.json").write_text(json.dumps(OFFLOADED))
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "adapter_model.bin").touch()
     monkeypatch.setenv("HF_TOKEN", "for the test")
@@ -72,12 +73,15 @@ def data(**change: Any) -> dict[str, Any]:
 # what is changed in a recipe, the level and name of the one finding that it gives, and a value that this tells
 CASES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"datasets": None}, "error", "no-data:datasets", ""),
+    ({"pretraining_dataset": [DATA]}, "error", "no-data:pretraining_dataset", "completion"),
     ({"test_datasets": None, "val_set_size": 2000}, "error", "no-data:val_set_size", "2000"),
     ({"hub_model_id": "x", "wandb_api_key": "x"}, "error", "secret:wandb_api_key", ""),
     (data(path="gone.jsonl"), "error", "missing-file:datasets.0.path", "gone.jsonl"),
     (data(path="data/codereviewer/trian.jsonl"), "error", "missing-file:datasets.0.path", "train.jsonl"),
     (data(path="data/codereviewer/test-subset-2.jsonl"), "error", "not-prepared:datasets.0.path", "codereviewer`"),
     (data(path="empty.jsonl"), "error", "missing-file:datasets.0.path", "empty.jsonl"),
+    (data(path="data/codereviewer/t*.jsonl"), "error", "missing-file:datasets.0.path", "data_files"),
+    (data(path="json", data_files="data/codereviewer/t*.jsonl"), "error", "missing-file:datasets.0.path", "data_files"),
     ({"deepspeed": "zero3.json"}, "error", "missing-file:deepspeed", "zero3.json"),
     ({"micro_batch_size": None}, "error", "no-batch-size:micro_batch_size", ""),
     ({"lora_target_modules": None, "lora_target_linear": False}, "error", "no-lora-targets:adapter", "true"),
@@ -127,6 +131,7 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
     ),
     ({"deepspeed": {"a": 1}, "bnb_config_kwargs": None}, "error", "packed-weights-cast:bnb_config_kwargs", "uint8"),
     ({"optimizer": "adamw_bnb_8bit", "deepspeed": OFFLOADED}, "error", "optimizer-and-engine:optimizer", "adamw_"),
+    ({"optimizer": "adamw_bnb_8bit", "deepspeed": "ds.json"}, "error", "optimizer-and-engine:optimizer", "adamw_"),
     ({"lr_scheduler": "cosine_with_min_lr"}, "error", "scheduler-needs:lr_scheduler", "min_lr_rate"),
     ({"test_datasets": None}, "error", "never-evaluated:evals_per_epoch", "val_set_size"),
     ({"evals_per_epoch": None}, "warning", "never-evaluated:test_datasets", "evals_per_epoch"),
@@ -140,6 +145,7 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"plugins": ["mine.Plugin"]}, "error", "foreign-code:plugins.0", "mine.Plugin"),
     ({"lora_model_dir": "pickled"}, "error", "pickled-weights:lora_model_dir", "adapter_model.bin"),
     ({"use_comet": True}, "warning", "missing-package:use_comet", "comet-ml"),
+    ({"optimizer": "came_pytorch"}, "warning", "missing-package:optimizer", "came-pytorch"),
     ({"attn_implementation": "sage"}, "warning", "missing-package:attn_implementation", "github.com/thu-ml"),
     ({"plugins": [CCE]}, "warning", "missing-package:plugins", "axolotl-ai-cloud/ml-cross-entropy"),
     ({"batch_size": 7, "gradient_accumulation_steps": None}, "error", "does-not-divide:batch_size", "7"),
@@ -191,7 +197,7 @@ RIGHT: list[tuple[dict[str, Any], str | None]] = [
     ({"special_tokens": {"pad_token": "<unk>"}}, None),
     ({"special_tokens": {"eos_token": "<|im_end|>"}, "lora_modules_to_save": ["embed_tokens", "lm_head"]}, None),
     ({"datasets": [{"path": "some/data-set", "type": "alpaca"}]}, None),
-    (data(path="json", data_files="data/codereviewer/t*.jsonl"), None),
+    (data(path="data", data_files="data/codereviewer/t*.jsonl"), None),
     ({"plugins": [CCE], "cut_cross_entropy": False}, None),
     ({"fp16": False, "bf16": True, "tf32": True, "attn_implementation": "kernels-community/flash-attn3"}, "H100"),
     ({"fp16": True, "bf16": "auto"}, "T4"),  # Axolotl then leaves bf16 off

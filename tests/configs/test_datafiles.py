@@ -29,7 +29,7 @@ def with_data(override: str) -> yamlfiles.Config:
     [
         ("datasets.0.path=data/a.jsonl", ["data/a.jsonl"]),
         ("datasets.0.path=data", ["data/a.jsonl", "data/b.jsonl", "data/more/c.jsonl"]),
-        ("datasets.0={path: json, data_files: data/b.jsonl, type: alpaca}", ["data/b.jsonl"]),
+        ("datasets.0={path: data, data_files: data/b*, type: alpaca}", ["data/b.jsonl"]),
         ("datasets.0={path: data, data_files: [data/a.jsonl, data/b.jsonl]}", ["data/a.jsonl", "data/b.jsonl"]),
         ("datasets.0={path: some/hub-dataset, data_files: train.jsonl}", []),
         ("datasets.0={path: some/hub-dataset}", []),
@@ -45,7 +45,8 @@ def test_every_local_file_is_recorded(place: Path, override: str, files: list[st
         "datasets.0.path=data/no-such-folder",
         "datasets.0.path=gone.jsonl.gz",
         "datasets.0.path=/gone",
-        "datasets.0={path: json, data_files: [data/a.jsonl, gone.jsonl]}",
+        "datasets.0={path: data, data_files: [data/a.jsonl, gone.jsonl]}",
+        "datasets.0={path: gone.jsonl, data_files: data/a.jsonl}",
     ],
 )
 def test_missing_local_data_is_told(place: Path, override: str) -> None:
