@@ -14,7 +14,7 @@ from ..base import machine, paths, yamlfiles
 from ..base.errors import UserError
 from ..base.yamlfiles import Config
 from ..data.sample import usual_sample
-from . import config, gpus, models, numerics, substitution
+from . import config, datafiles, gpus, models, numerics, substitution
 from .config import Difference, check_not_of_the_run
 from .datafiles import DataFile
 from .gpus import Gpu
@@ -75,17 +75,17 @@ class Composed:
 
     @property
     def digest(self) -> str:
-        """Hash of the data files, and of the config without tracker keys."""
+        """Hash of the config without tracker keys, and of the files that it names."""
         return self._hash(config.TRACKING)
 
     @property
     def rows_digest(self) -> str:
-        """Hash of the data files, Axolotl's version, and the keys that may affect the tokenized rows."""
+        """Hash of the keys that may affect the tokenized rows, the files that they name, and Axolotl's version."""
         return self._hash(config.NOT_OF_ROWS, version("axolotl"))
 
     def _hash(self, without: re.Pattern[str], *more: str) -> str:
         cfg = {key: value for key, value in self.config.items() if not without.match(key)}
-        content = [cfg, [file.sha256 for file in self.data], *more]
+        content = [cfg, [file.sha256 for file in [*self.data, *datafiles.named_files(cfg)]], *more]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -18,6 +18,7 @@ from ..base import paths
 from ..base.errors import UserError, did_you_mean
 from ..base.files import sha256
 from ..base.yamlfiles import Config
+from .config import flatten
 
 _SUFFIXES = {".jsonl", ".json", ".parquet", ".csv", ".arrow", ".text", ".txt", ".gz", ".zst"}
 
@@ -144,6 +145,28 @@ def record(composed: Config) -> list[DataFile]:
             rows = count_rows(path) if path.suffix == ".jsonl" else None
             files[path] = DataFile(path=str(path), sha256=sha256(path), bytes=path.stat().st_size, rows=rows)
     return list(files.values())
+
+
+_NAME_FILES = ("base_model", "tokenizer_config", "lora_model_dir", "deepspeed", "chat_template_jinja")
+_OF_MODELS = re.compile(r".*\.(json|jinja|model|txt)|adapter_model\..*")
+
+
+def named_files(composed: Config) -> list[DataFile]:
+    """Local files other than data that a config names, with hashes.
+
+    From a model's folder, this function lists settings, tokenizer, and an adapter's weights, but not the base weights.
+    The rehearsal's stand-in, which is created on demand, is left out.
+    """
+    files: set[Path] = set()
+    for key, name in flatten(composed):
+        names_file = key.rpartition(".")[2] in _NAME_FILES and isinstance(name, str) and not set("{\n\0") & set(name)
+        if names_file and not Path(name).is_relative_to(paths.cache()):
+            files |= {Path(name), *(file for file in Path(name).glob("*") if _OF_MODELS.fullmatch(file.name))}
+    return [
+        DataFile(path=str(file), sha256=sha256(file), bytes=file.stat().st_size)
+        for file in sorted(files)
+        if file.is_file()
+    ]
 
 
 def test_file(composed: Config, folder: Path = Path()) -> str | None:

@@ -220,7 +220,7 @@ def _settings(cfg: yamlfiles.Config, run: Run) -> yamlfiles.Config:
     kept = {key: value for key, value in cfg.items() if not config.TRACKING.match(key)}
     return {
         **{key: value for key, value in config.flatten(kept) if key not in config.OF_THE_RUN},
-        **{f"rows of {file.path}": f"sha256 {file.sha256[:12]}" for file in run.data},
+        **{f"content of {file.path}": f"sha256 {file.sha256[:12]}" for file in [*run.data, *run.named_files]},
         **{f"version of {name}": version for name, version in (machine.get("packages") or {}).items()},
         "version of python": machine.get("python"),
         "CUDA of torch": machine.get("cuda"),

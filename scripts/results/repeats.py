@@ -75,7 +75,7 @@ def _training(result: RunResult) -> Any:
         for key, value in leaves
         if key.partition(".")[0] not in of_run and not config.TRACKING.match(key)
     }
-    return settings, [file.sha256 for file in run.data], run.ranks
+    return settings, [file.sha256 for file in [*run.data, *run.named_files]], run.ranks
 
 
 def _alike(one: Evaluation | None, other: Evaluation | None, settings: set[str]) -> bool:

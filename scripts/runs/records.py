@@ -214,6 +214,7 @@ class Run(BaseModel):
     differences: list[Difference] = Field(default_factory=list)  # between the run's config and the recipe file
     of_variant: list[Difference] = Field(default_factory=list)  # between the recipe file and the shipped recipe
     data: list[DataFile] = Field(default_factory=list)
+    named_files: list[DataFile] = Field(default_factory=list)  # other files that the config names
     test_data: str | None = None
     cwd: str
     created: Moment = Field(default_factory=now)
@@ -233,8 +234,8 @@ class Run(BaseModel):
 
     @property
     def changed_data(self) -> Path | None:
-        """A data file that is missing or has changed since training."""
-        files = ((Path(self.cwd, file.path), file.sha256) for file in self.data)
+        """A file that the config names, and that is missing or has changed since training."""
+        files = ((Path(self.cwd, file.path), file.sha256) for file in [*self.data, *self.named_files])
         return next((path for path, digest in files if not path.is_file() or sha256(path) != digest), None)
 
     @property

@@ -69,6 +69,7 @@ def record_of(composed: Composed, request: Request) -> Run:
         differences=composed.differences,
         of_variant=composed.of_variant,
         data=composed.data,
+        named_files=datafiles.named_files(composed.config),
         test_data=datafiles.test_file(composed.config),
         cwd=str(Path.cwd()),
         provenance=collect(),

@@ -37,6 +37,23 @@ def test_rows_are_prepared_anew_after_a_change_of_data_or_of_a_setting_that_may_
     assert prepared() != before
 
 
+@pytest.mark.parametrize(
+    ("key", "file"),
+    [("chat_template_jinja", "t.jinja"), ("deepspeed", "ds.json"), ("base_model", "model/tokenizer.json")],
+)
+def test_another_content_of_a_file_that_a_config_names_is_another_config(place: Path, key: str, file: str) -> None:
+    def digests() -> tuple[str, str]:
+        of_run = compose.compose(Request(NAME, overrides=[f"{key}={file.partition('/')[0]}"]))
+        return of_run.digest, of_run.rows_digest
+
+    (place / file).parent.mkdir(exist_ok=True)
+    (place / file).write_text("{}")
+    before = digests()
+    assert digests() == before
+    (place / file).write_text("{ }")
+    assert not set(digests()) & set(before)
+
+
 def test_a_config_without_a_seed_gets_axolotls_own(place: Path) -> None:
     (place / "own.yaml").write_text("base_model: m\nadapter: lora\n")
     composed = compose.compose(Request("own.yaml"))
