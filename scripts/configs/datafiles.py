@@ -123,7 +123,8 @@ def entry_for(file: Path) -> Config:
     entry = form_of(row)
     if entry is None:
         known = "; ".join(" and ".join(sorted(fields)) for fields, _ in _FORMS)
-        hint = f"known fields are {known}; for others use --set 'datasets=[{{path: {file}, type: ...}}]'"
+        own = f"[{{path: {file}, type: {{field_instruction: QUESTION, field_output: ANSWER}}}}]"
+        hint = f"known fields are {known}; for others replace --data by --set 'datasets={own}', with your fields"
         raise UserError(f"{file}: unknown fields {', '.join(row)}; {hint}")
     turns = row.get("conversations")
     if "field_messages" in entry and isinstance(turns, list) and turns and "from" in turns[0]:

@@ -75,8 +75,9 @@ def for_model(base: str, name: str) -> OtherModel:
         UserError: the folder does not exist, or the recipe has this model already.
     """
     recipe = yamlfiles.read_yaml(paths.find_recipe(base)[1])
-    if models.is_path(name) and not Path(name).is_dir():
-        raise UserError(f"--model {name}: no such folder; give a folder, or a model on the hub as owner/name")
+    if not Path(name).is_dir() and (models.is_path(name) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
+        hint = f"give a folder, or a model on the hub as owner/name{models.similar(name)}"
+        raise UserError(f"--model {name}: no such folder; {hint}")
     if name == recipe.get("base_model"):
         raise UserError(f"--model {name}: {base} has this model already; name another model")
     entry = models.entry_of(name)
@@ -194,7 +195,8 @@ def write(name: str, base: str, overrides: list[str], other: OtherModel | None =
         raise UserError(f"{name}: not a name for a variant; use letters, digits, -, _ and folders, as in my-ideas/wide")
     file = paths.VARIANTS / f"{name}.yaml"
     if name in paths.recipe_names() or file.exists():
-        raise UserError(f"{name}: a recipe has this name; choose another")
+        hint = f", or delete {paths.shown(file)}" if file.exists() else ""
+        raise UserError(f"{name}: a recipe has this name; choose another{hint}")
     base_name, base_file = paths.find_recipe(base)
     if base_name not in (*paths.recipe_names(), *paths.variant_names()):
         base_name = paths.shown(base_file)

@@ -128,6 +128,7 @@ def test_a_variant_from_the_command_line_to_its_config(place: Path, recipe: Reci
         ([*MINE, "base_model=x/y", "--model", "Qwen/Qwen3-4B"], "--set base_model: "),
         ([*MINE, "sequence_len=8192", "--model", "microsoft/Phi-3-mini-4k-instruct"], "4096"),
         (["x", "--from", BASE, "--model", "./nowhere"], "--model ./nowhere: "),
+        (["x", "--from", BASE, "--model", "Llama 3.2 1B"], "--model Llama 3.2 1B: "),
         (["x", "--from", BASE, "--model", "codellama/CodeLlama-7b-hf"], BASE),
     ],
 )
