@@ -4,7 +4,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..base.files import Row, clear_parts, read_json, sha256, write_json
-from .declaration import Subset
+from .declaration import Data, Subset
 from .study import Study
 
 MANIFEST = "manifest.json"
@@ -60,13 +60,15 @@ def how_made(of_study: Study, split: str, input_format: str) -> Row:
     """Part of a manifest entry that describes the preparation of a split."""
     from .raw_rows import constants
 
-    data = of_study.data
+    data, declared = of_study.data, of_study.data.splits[split]
     fields = data.fields_of(split, input_format)
     made: Row = {"input_format": input_format, "fields": fields, "constants": constants(fields)}
     made["filters"] = data.filters_of(split)
     if split == "test":
         made["extra_fields"] = data.extra_fields
-    return made | data.splits[split].model_dump(include={"shuffle", "order"}, exclude_none=True)
+    chosen_by = {"sample", "seed", "shuffle", "sample_from"} if declared.sample else {"first"}
+    made["sampled"] = declared.model_dump(include=chosen_by, exclude_none=True)
+    return made | declared.model_dump(include={"shuffle", "order"})
 
 
 def how_chosen(subset: Subset, folder: Path) -> Row:
@@ -87,9 +89,9 @@ def is_not_prepared(of_study: Study, out: Path, input_format: str) -> str | None
         entry = splits.get(name)
         if not entry:
             return f"{MANIFEST} lists no {name}.jsonl"
-        if not how_made(of_study, name, input_format).items() <= entry.items():
-            return f"{name}.jsonl has a different input format, or was prepared with different expressions"
-        if entry.get("is_the_study_file") is False:
+        if any(entry.get(key) != value for key, value in how_made(of_study, name, input_format).items()):
+            return f"{name}.jsonl has a different input format, or was prepared with different expressions or settings"
+        if entry.get("is_the_study_file") is False or _has_other_source(of_study.data, name, entry):
             return f"{name}.jsonl was prepared from a file other than the study's"
     test = splits.get("test", {})
     subsets = test.get("subsets", {})
@@ -102,3 +104,11 @@ def is_not_prepared(of_study: Study, out: Path, input_format: str) -> str | None
         if not file.is_file() or sha256(file) != written.get("sha256"):
             return f"{file.name} is missing or differs from its checksum in {MANIFEST}"
     return None
+
+
+def _has_other_source(data: Data, split: str, entry: Row) -> bool:
+    """True if a split was prepared from other raw files than study.yaml now declares."""
+    names, checksums = data.raw_files_of(split), str(entry.get("source_sha256")).split(", ")
+    if len(names) != len(checksums) or any(name not in str(entry.get("source")) for name in names):
+        return True
+    return any(data.files[name].sha256 not in (None, sha) for name, sha in zip(names, checksums, strict=True))

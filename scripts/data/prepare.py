@@ -204,8 +204,7 @@ class _Preparation:
         deque(kept, maxlen=0)
 
     def _account(self, name: str, raw: RawFile, counts: _Counts) -> Row:
-        data, split = self.study.data, self.study.data.splits[name]
-        chosen_by = {"sample", "seed", "shuffle", "sample_from"} if split.sample else {"first"}
+        data = self.study.data
         known = [data.files[file].sha256 for file in data.raw_files_of(name)]
         checksums = [sha256(path) for path in raw.paths]
         wrong = any(sha not in (None, checksum) for sha, checksum in zip(known, checksums, strict=True))
@@ -218,7 +217,6 @@ class _Preparation:
             "read": raw.read,
             "kept": counts.kept,
             "dropped": dict(counts.dropped),
-            "sampled": split.model_dump(include=chosen_by, exclude_none=True),
         }
 
     def _subsets(self, subsets: Mapping[str, Subset], rows: Iterable[PlacedRow], is_study_file: bool) -> Row:

@@ -169,3 +169,28 @@ def test_a_test_set_is_the_studys_if_its_raw_file_and_its_expressions_are(tmp_pa
 
     assert names(of_study) == ["test", "few"]
     assert names(sums(tmp_path, subset)) == [None, None]  # no checksum is known
+
+
+SHUFFLED = {"data > splits > train > shuffle": 1}
+SOURCES = {"data > sources > other.jsonl": {"url": "https://example.org/other"}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data > splits > train > first": 7},
+        {"data > splits > valid > sample": 5},
+        {"data > splits > valid > seed": 2},
+        {"data > splits > train > shuffle": None},
+        SOURCES | {"data > splits > train > from": "other.jsonl"},
+        SOURCES | {"data > splits > train > from": ["train.jsonl", "other.jsonl"]},
+        {"data > sources > train.jsonl > sha256": "0" * 64},
+    ],
+    ids=str,
+)
+def test_rows_prepared_for_another_declaration_are_not_the_studys(tmp_path: Path, change: dict[str, Any]) -> None:
+    write_rows(tmp_path / "train.jsonl", ROWS)
+    (tmp_path / "test.csv").write_text("sum,result\n1+1,2\n")
+    prepared(of_study := sums(tmp_path, SHUFFLED))
+    assert manifest.is_not_prepared(of_study, tmp_path / "out", "default") is None
+    assert manifest.is_not_prepared(sums(tmp_path, SHUFFLED | change), tmp_path / "out", "default")
