@@ -235,7 +235,7 @@ def steps_of(composed: Config, rows: int | None, gpus: int = 1) -> int | None:
 
 def training_rows(composed: Config) -> int | None:
     """Number of training rows; None if unknown, also for type completion, whose rows Axolotl splits into pieces."""
-    types = {dataset.get("type") for _, dataset in datasets(composed, "datasets")}
+    types = [dataset.get("type") for _, dataset in datasets(composed, "datasets")]  # a type can be a mapping
     return None if "completion" in types else training_lines(composed)
 
 

@@ -60,6 +60,7 @@ def test_training_steps(place: Path) -> None:
     assert datafiles.training_steps(base) == 28  # 55 batches, 14 steps an epoch
     assert datafiles.training_steps(config.override(base, "datasets.0.split", "train[:40]")) == 10
     assert datafiles.training_steps(base | {"num_epochs": 0.5}) == 7
+    assert datafiles.training_steps(config.override(base, "datasets.0.type", {"field_output": "a"})) == 28
     assert datafiles.training_steps(base | {"val_set_size": 0.1}) == 25  # 11 of 109 rows are held out
     assert datafiles.training_steps(base | {"num_epochs": 5}) == 69  # not five times an epoch's 14
     assert datafiles.training_steps(base, gpus=2) == 14
