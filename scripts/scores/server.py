@@ -151,9 +151,9 @@ class Server:
         decoding = self.settings.decoding
         extra: dict[str, object] = {"stop_token_ids": self.ends, "return_token_ids": True, "repetition_penalty": 1.0}
         if decoding.do_sample:
-            extra |= {"top_p": decoding.top_p, "seed": decoding.seed + i}
-        if decoding.do_sample and decoding.top_k:
-            extra["top_k"] = decoding.top_k
+            # vLLM takes missing values from the model's generation config; -1 is all tokens, also in old versions
+            limits = {"top_p": decoding.top_p, "top_k": decoding.top_k or -1, "min_p": 0}
+            extra |= {"seed": decoding.seed + i} | limits
         async with free:
             try:
                 async with asyncio.timeout(self.api.timeout and 2 * self.api.timeout):

@@ -65,11 +65,13 @@ def test_prompts_and_answers_are_tokens() -> None:
     assert "seed" not in asked and "top_p" not in asked
 
 
-def test_samples_differ_by_row_and_repeat() -> None:
+@pytest.mark.parametrize(("top_k", "asked"), [(5, 5), (0, -1)])  # vLLM's -1 is all tokens
+def test_samples_differ_by_row_and_repeat(top_k: int, asked: int) -> None:
     with serving(echo) as server:
-        answers(engine(server, do_sample=True, temperature=0.7, top_p=0.9, top_k=5, seed=3))
+        answers(engine(server, do_sample=True, temperature=0.7, top_p=0.9, top_k=top_k, seed=3))
     assert sorted(body["seed"] for body in server.requests) == [3, 4, 5, 6]
-    assert {(body["temperature"], body["top_p"], body["top_k"]) for body in server.requests} == {(0.7, 0.9, 5)}
+    found = {tuple(body[key] for key in ("temperature", "top_p", "top_k", "min_p")) for body in server.requests}
+    assert found == {(0.7, 0.9, asked, 0)}
 
 
 def test_errors_that_pass_are_waited_for_and_no_row_is_asked_twice() -> None:
