@@ -20,7 +20,7 @@ from ..scores.evaluations import BASE_MODEL, Changed, Evaluation, changed, curre
 from ..scores.score import by_declared_model, columns_of
 
 REHEARSED = ("profile rehearsal", "rehearsal: ")  # a rehearsal's changes of settings have reasons that begin so
-_ALIKE = {"data_sha256", "rows", "decoding"}  # settings that comparable evaluations share
+_ALIKE = {"data_sha256", "rows", "limit", "decoding"}  # settings that comparable evaluations share
 
 
 @dataclass(frozen=True, slots=True)

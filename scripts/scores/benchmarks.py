@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from ..base import paths, yamlfiles
+from ..base import paths
 from ..base.errors import UserError, WorkFailed
 from ..base.hub import importing_axolotl
 from ..base.progress import Bar, say
@@ -30,7 +30,7 @@ ROWS = 8
 
 
 def require(columns: Mapping[str, Column]) -> None:
-    """Raise UserError if the harness lacks a benchmark's task."""
+    """Raise UserError if the harness cannot measure a benchmark's task."""
     for column in columns.values():
         if column.metric.of_model:
             _located(column)
@@ -45,14 +45,16 @@ def of_evaluation(evaluation: Evaluation | None) -> dict[str, Column]:
 def kept(asked: Mapping[str, Column], former: Evaluation, limit: int | None) -> dict[str, Benchmark]:
     """Return the benchmark results of an earlier evaluation that are still valid.
 
-    A result is dropped if its column is now requested with different parameters or a different limit, or if it has no
-    record of the tokens that ended answers: in earlier versions, answers went on after their end.
+    A result is dropped if its column is now requested with different parameters or a different limit, or for a task in
+    a YAML file, which can have changed. It is also dropped if it has no record of the tokens that ended answers: in
+    earlier versions, answers went on after their end.
     """
     found = {}
     for name, column in of_evaluation(former).items():
         if column.same_scores(asked.get(name, column)) and f"{name}_benchmark" in former.scores:
             benchmark = Benchmark.model_validate(former.scores[f"{name}_benchmark"])
-            if benchmark.ends is not None and (name not in asked or benchmark.limit == limit):
+            same = benchmark.limit == limit and not benchmark.task.endswith(".yaml")  # cached answers are reused
+            if benchmark.ends is not None and (name not in asked or same):
                 found[name] = benchmark
     return found
 
@@ -80,8 +82,8 @@ def measured(
         rehearsal: True to use no GPU, and to leave out tasks whose rows are not on this machine.
 
     Raises:
-        UserError: the harness lacks a task.
-        WorkFailed: a task does not report the requested result, or its rows cannot be loaded.
+        UserError: see `require`.
+        WorkFailed: a task fails, for example because its rows cannot be loaded, or does not report the result.
     """
     found = kept(columns, former, limit) if former else {}
     missing = {name: column for name, column in columns.items() if column.metric.of_model and name not in found}
@@ -100,6 +102,7 @@ def _measure(
 ) -> dict[str, Benchmark]:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    from torch import OutOfMemoryError
 
     from .reference import Reference, base_weights
 
@@ -127,12 +130,13 @@ def _measure(
                 apply_chat_template=any(entry.get("type") == "chat_template" for entry in entries),
                 log_samples=False,
             )
-        except OSError as error:  # includes the hub's errors
-            problem = f"{missing[name].label}: the rows of the task {task} cannot be loaded: {error}"
-            if not rehearsal:
-                raise WorkFailed(f"{problem}; predictions are kept; repeat the command to continue") from None
-            say(f"{problem}; the rehearsal leaves this task out")
-            continue
+        except Exception as error:  # tasks run code of their own
+            problem = f"{missing[name].label}: the task {task} fails: {type(error).__name__}: {error}"
+            if rehearsal and isinstance(error, OSError):  # includes the hub's errors
+                say(f"{problem}; the rehearsal leaves this task out")
+                continue
+            smaller = " with a smaller --batch-size" if isinstance(error, OutOfMemoryError) else ""
+            raise WorkFailed(f"{problem}; predictions are kept; repeat the command{smaller} to continue") from error
         found[name] = summarise(done, parameters).model_copy(update={"limit": limit, "ends": ends})
     return found
 
@@ -141,15 +145,29 @@ def _located(column: Column) -> "tuple[str, TaskManager]":
     """Return a column's task name, and a task manager that has the task.
 
     Raises:
-        UserError: the harness lacks the task.
+        UserError: the harness lacks the task or cannot load it, the task runs generated code, or it is a tag, for which
+            the harness reports no score.
     """
+    from lm_eval.utils import load_yaml_config
+
     assert isinstance(column.parameters, BenchmarkParameters)
     task, folder = column.parameters.task, None
     if task.endswith(".yaml") and Path(task).is_file():
-        task, folder = yamlfiles.read_yaml(Path(task)).get("task", task), str(Path(task).parent.resolve())
+        file, folder = Path(task).resolve(), str(Path(task).parent.resolve())
+        task = load_yaml_config(file, mode="simple").get("task", task)
     manager = _tasks(folder)
     if task not in manager.all_tasks:
         raise UserError(f"{column.name}: lm-evaluation-harness has no task {task}; `lm_eval ls tasks` lists its tasks")
+    entry = manager.task_index[task]
+    is_tag = entry["type"] == "tag"
+    if is_tag and not column.parameters.mean_of_tasks:
+        raise UserError(f"{column.name}: {task} is a tag; name one of its tasks, such as {entry['task'][0]}")
+    try:
+        unsafe = not is_tag and load_yaml_config(entry["yaml_path"], mode="full").get("unsafe_code")
+    except Exception as error:  # imports the task's modules
+        raise UserError(f"{column.name}: cannot load the task {task}; leave it out: {error!r}") from None
+    if unsafe:
+        raise UserError(f"{column.name}: the task {task} runs generated code; leave it out")
     return task, manager
 
 
@@ -165,7 +183,7 @@ def summarise(done: Mapping[str, Any], parameters: BenchmarkParameters) -> Bench
     """Extract a task's score from the harness's report.
 
     Raises:
-        WorkFailed: the report lacks the requested result.
+        WorkFailed: the report lacks the requested result, or the result is not a share from 0 to 1.
     """
     from importlib.metadata import version
 
@@ -185,6 +203,13 @@ def summarise(done: Mapping[str, Any], parameters: BenchmarkParameters) -> Bench
         )
     metric, _, filtered = result.partition(",")
     values = [results[each][result] for each in counted]
+    if done["higher_is_better"].get(counted[0], {}).get(metric) is False or not all(
+        0 <= value <= 1 for value in values
+    ):
+        raise WorkFailed(
+            f"{parameters.task}: {metric} is not a share from 0 to 1 that is better if higher; set the parameter "
+            f"result to another of its results: {', '.join(reported)}"
+        )
     errors = [results[each].get(f"{metric}_stderr,{filtered}") for each in counted]
     known = all(isinstance(error, float | int) for error in errors)
     shots = {done["n-shot"].get(each) for each in leaves}

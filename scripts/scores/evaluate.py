@@ -13,6 +13,7 @@ from ..base.progress import Bar, say
 from ..checks import trust
 from ..configs.numerics import precision, quantized
 from ..data import study
+from ..metrics import registry
 from ..metrics.registry import scorer_named
 from ..runs.records import FileState
 from ..runs.rundir import RunDir
@@ -132,23 +133,34 @@ class EvaluationTask:
         source = evaluation_rows.validation(self.run, self.cfg) if request.validation else usual
         if request.data:
             source = evaluation_rows.named(request.data, self.cfg, Path(self.run.cwd))
-        source = evaluation_rows.require_reference(folder, self.cfg, source)
-        every = evaluation_rows.read(source, folder, self.run, self.cfg)
+        try:
+            source = evaluation_rows.require_reference(folder, self.cfg, source)
+        except UserError as error:
+            self.columns = registry.asked(request.metrics) or self.columns  # default metrics need answers
+            if self.predicts or request.validation or request.data:
+                raise
+            say(f"{error}; scoring without rows: {', '.join(self.columns)}")
+            source = usual = None
+        every = evaluation_rows.read(source, folder, self.run, self.cfg) if source else evaluation_rows.NONE
         limit = request.limit or (REHEARSED if self.run.rehearsal and request.data is None else None)
-        predicts = any(column.metric.of_rows or column.metric.of_all for column in self.columns.values())
-        taken = limit if predicts else 0  # eval loss and benchmarks do not need the rows
+        taken = limit if self.predicts else 0
         self.rows = replace(every, rows=every.rows[:taken], keys=every.keys[:taken])
         self.settings = self._settings(adapter)
-        if source.file:
+        if source and source.file:
             self.files["data"] = FileState.of(source.file, every.sha256)
             self.settings.test_set = evaluation_rows.test_set(source.file, every.sha256)
-        self.settings.limit = limit if len(self.rows.rows) < len(every.rows) else None
-        self.where = self._folder(folder, usual is not None and source.data != usual.data)
+        self.settings.limit = limit if not self.predicts or len(self.rows.rows) < len(every.rows) else None
+        self.where = self._folder(folder, bool(source and usual and source.data != usual.data))
+
+    @property
+    def predicts(self) -> bool:
+        """True if a metric needs predictions; eval loss and benchmarks need no rows."""
+        return any(column.metric.of_rows or column.metric.of_all for column in self.columns.values())
 
     @property
     def most_rows(self) -> int | None:
         """Maximum number of rows per benchmark task."""
-        return REHEARSED if self.run.rehearsal else self.request.limit
+        return self.request.limit or (REHEARSED if self.run.rehearsal else None)
 
     def _adapter(self, folder: RunDir) -> Path | None:
         """Folder of the adapter; None for the base model alone."""

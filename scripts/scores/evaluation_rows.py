@@ -57,6 +57,9 @@ class EvaluationRows:
     keys: list[str]
 
 
+NONE = EvaluationRows("no rows", hashlib.sha256().hexdigest(), [], [])  # for runs without rows that have answers
+
+
 def named(file: Path, cfg: Config, folder: Path) -> RowSource:
     """Source for a user's file.
 

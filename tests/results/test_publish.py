@@ -34,6 +34,7 @@ from qlora_recipes.configs.numerics import quantized
 from qlora_recipes.data.study import Decoding
 from qlora_recipes.results import card as model_card
 from qlora_recipes.results import publish
+from qlora_recipes.results.run_rows import RunResult
 from qlora_recipes.runs.records import Launch, Run, Summary
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import evaluations
@@ -360,7 +361,10 @@ def test_a_card_says_when_scores_are_missing_or_of_other_rows(
     assert f"`recipe evaluate {run.path}`" in capsys.readouterr().err
     evaluated(run, limit=100, rows=100)  # of other rows than the published
     shutil.copytree(run.path, of_base := run.path / "evaluations" / "base-model", ignore=lambda *_: ["evaluations"])
-    evaluated(RunDir(of_base), limit=100, rows=100, adapter="none", adapter_sha256=None)
+    of_none = {"rows": 100, "adapter": "none", "adapter_sha256": None}
+    evaluated(RunDir(of_base), limit=10, **of_none)  # of fewer rows of a benchmark
+    assert RunResult(run, run.read()).base_evaluation is None
+    evaluated(RunDir(of_base), limit=100, **of_none)
     text = published(run)[1]
     assert "Test Subset 1, 5,000 rows" in text and OF_THE_SAME not in text
     scores = {row[0]: row[3:] for table in tables(text) for row in table}

@@ -27,6 +27,7 @@ GROUP: dict[str, Any] = {
     "configs": {"a": {}, "b": {}},
     "versions": {"grp": 2, "a": 1, "b": 1},
     "n-shot": {"a": 5, "b": 5},
+    "higher_is_better": {"grp": {"acc": True}, "a": {"acc": True, "f1": True}},
     "n-samples": {"a": {"effective": 300}, "b": {"effective": 100}},
 }
 
@@ -47,9 +48,12 @@ def test_a_group_is_scored_as_the_harness_or_as_the_mean_of_its_tasks(
     assert (found.version, found.shots, found.rows) == ("2", 5, 400)
 
 
-def test_a_result_that_a_task_does_not_report_is_refused() -> None:
+@pytest.mark.parametrize("result", ["exact_match", "word_perplexity", "bpb", "bleu"])
+def test_a_result_that_is_missing_or_no_share_is_refused(result: str) -> None:
+    other = {"word_perplexity,none": 15.3, "bpb,none": 0.7, "bleu,none": 27.0}
+    made = GROUP | {"results": {"a": other}, "higher_is_better": {"a": {"bpb": False}}}
     with pytest.raises(WorkFailed):  # after generation: a UserError would remove a published adapter's run
-        benchmarks.summarise(GROUP, BenchmarkParameters(task="grp", result="exact_match"))
+        benchmarks.summarise(made, BenchmarkParameters(task="a", result=result))
 
 
 def test_a_task_is_a_column_of_its_name() -> None:
@@ -82,13 +86,14 @@ def a_task(place: Path, **more: Any) -> Path:
         "dataset_kwargs": {"data_files": {"test": str(place / "rows.json")}},
         "test_split": "test",
         "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
         "doc_to_choice": "choices",
         "doc_to_target": "label",
         "metric_list": [{"metric": "acc"}],
         "metadata": {"version": 3},
     } | more
-    (place / "sums.yaml").write_text(yamlfiles.write_yaml(task))
+    (place / "texts.py").write_text('def question(row):\n    return row["question"]\n')
+    content = yamlfiles.write_yaml(task) + "doc_to_text: !function texts.question\n"
+    (place / "sums.yaml").write_text(content)
     return place / "sums.yaml"
 
 
@@ -114,7 +119,8 @@ def test_a_task_scores_as_by_the_harness_itself_also_when_resumed(
     finish(start(tmp_path, *words, command=stand_in))
     (run,) = rundir.all_runs(tmp_path / "runs")
     evaluate = ("evaluate", "latest", "--max-new-tokens", "8", "--metric", "bertscore:none")
-    assert recipe(*evaluate, "--metric", "benchmark:no_such_task").returncode == 2
+    for name in ("no_such_task", "ai2_arc", "minerva_math_algebra", "humaneval"):  # the last runs generated code
+        assert recipe(*evaluate, "--metric", f"benchmark:{name}").returncode == 2
     assert not (run.path / "predictions.jsonl").exists()
     task = a_task(tmp_path)
     wanted = (*evaluate, "--metric", f"benchmark:{task}")
@@ -158,15 +164,18 @@ def test_generated_answers_end_as_the_runs_predictions(
     ends = [2, *range(300, 700)]
     generation = {"output_type": "generate_until", "generation_kwargs": {"until": ["no such"], "max_gen_toks": 12}}
     task = a_task(tmp_path, metric_list=[{"metric": "exact_match"}], **generation)
-    request = EvaluationRequest(
-        adapter="none", max_new_tokens=8, limit=8, metrics=["bertscore:none", f"benchmark:{task}"]
-    )
+    request = EvaluationRequest(adapter="none", limit=8, metrics=[f"benchmark:{task}"])
+    cfg = yamlfiles.read_yaml(run.config) | {"datasets": [{"path": "x.jsonl", "type": "completion"}]}
+    run.config.write_text(yamlfiles.write_yaml(cfg | {"test_datasets": None}))  # no rows with answers
     GenerationConfig(eos_token_id=ends).save_pretrained(tiny)
     try:
         scores = evaluate.evaluate(run, request).scores
+        task.write_text(task.read_text().replace("version: 3", "version: 4"))
+        again = evaluate.evaluate(run, request).scores
     finally:
         (tiny / "generation_config.json").unlink()
     first = [next(i for i, token in enumerate(answer) if token in ends) for answer in answers]
     assert len({*first}) > 1  # some rows end before others of their batch
     assert all(set(answer[i + 1 :]) <= {2} for i, answer in zip(first, answers, strict=True))
-    assert scores["sums_benchmark"]["ends"] == ends
+    assert (scores["rows"], scores["sums_benchmark"]["ends"]) == (0, ends)
+    assert again["sums_benchmark"]["version"] == "4" and len(answers) == 8  # cached answers, not generated again
