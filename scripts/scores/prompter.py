@@ -97,7 +97,7 @@ class Prompter:
             keys: data set in the config that defines the format of each row; by default the first data set.
 
         Raises:
-            UserError: Axolotl cannot tokenize the rows, or a row has no prompt or no answer.
+            UserError: Axolotl cannot tokenize the rows, a row has no prompt or no answer, or the context is too short.
         """
         keys = keys or ["datasets.0"] * len(rows)
         examples: dict[int, Example] = {}
@@ -116,6 +116,8 @@ class Prompter:
         """Examples of one data set; a missing answer or prompt is empty."""
         section, _, position = key.partition(".")
         longest = self.config.get_text_config().max_position_embeddings - self.settings.decoding.max_new_tokens
+        if longest < 1:
+            raise UserError("--max-new-tokens: leaves no room for a prompt in the model's context; give fewer tokens")
         data = self.settings.data
         cfg = DictDefault({**self.trained, "train_on_inputs": False})  # DictDefault's | would keep existing values
         dataset = DictDefault({**cfg[section][int(position)], **LOSS_ON_ANSWERS})

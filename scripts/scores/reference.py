@@ -46,6 +46,10 @@ SMALL = 4e9
 SMALL_CACHE = 1_000_000_000
 
 
+# Attention that only Axolotl has, for speed in training. Predictions use the default instead.
+OF_AXOLOTL = ("fp8", "sage", "varlen", "xformers")
+
+
 class Reference:
     """`Engine` in this process: base model, with or without an adapter.
 
@@ -178,7 +182,7 @@ def batches(lengths: Sequence[int], most: int, tokens: int) -> Iterator[tuple[in
 
 def base_model(prompter: Prompter) -> Any:
     """Load the base model, configured and quantized as in training."""
-    settings = prompter.settings
+    settings, attention = prompter.settings, prompter.cfg.get("attn_implementation")
     return AutoModelForCausalLM.from_pretrained(
         settings.base_model,
         config=deepcopy(prompter.config),  # from_pretrained adds keys to the config
@@ -187,7 +191,7 @@ def base_model(prompter: Prompter) -> Any:
         dtype=getattr(torch, settings.dtype),
         quantization_config=prompter.quantization,
         device_map="cuda" if torch.cuda.is_available() else "cpu",
-        attn_implementation=prompter.cfg.get("attn_implementation"),
+        attn_implementation=None if attention in OF_AXOLOTL else attention,
     )
 
 

@@ -198,6 +198,7 @@ def test_a_batch_that_does_not_fit_is_done_in_halves(
         ({}, 0, 0),  # dequantized, as its layers compute in the model's dtype
         ({"bnb_config_kwargs": {"bnb_4bit_compute_dtype": "float16"}}, 14, 0),
         ({"adapter": "lora", "load_in_4bit": None, "bnb_config_kwargs": None, "load_in_8bit": True}, 0, 14),
+        ({"attn_implementation": "fp8"}, 0, 0),  # Axolotl's own, which transformers lacks
     ],
 )
 def test_layers_are_quantized_as_in_training_or_dequantized_where_that_gives_the_same(
@@ -407,6 +408,21 @@ def test_a_prompt_longer_than_the_trainings_rows_stays_whole(run: RunDir) -> Non
     (example,) = prompter.examples([{"instruction": "Review.", "input": patch, "output": "Fine."}])
     assert len(example.prompt) > 64
     assert patch in prompter.tokenizer.decode(example.prompt)
+
+
+def test_answers_as_long_as_the_context_are_refused(run: RunDir) -> None:
+    prompter = prompter_of(run, decoding=Decoding(max_new_tokens=4096))
+    with pytest.raises(UserError):
+        prompter.examples([{"instruction": "Review.", "output": "Fine."}])
+
+
+def test_a_run_whose_rows_have_no_answers_needs_none_for_benchmarks_alone(run: RunDir) -> None:
+    configure(run, datasets=[{"path": "x.jsonl", "type": "completion"}], test_datasets=None)
+    task = task_of(run, metrics=["benchmark:mmlu"], limit=7)
+    assert ([*task.columns], task.settings.rows, task.settings.limit) == (["mmlu"], 0, 7)
+    for metrics in ([], ["bleu4", "benchmark:mmlu"]):
+        with pytest.raises(UserError):
+            task_of(run, metrics=metrics)
 
 
 def test_bad_test_data_is_told_before_a_model_is_loaded(run: RunDir, tmp_path: Path) -> None:
