@@ -152,8 +152,7 @@ class Server:
         extra: dict[str, object] = {"stop_token_ids": self.ends, "return_token_ids": True, "repetition_penalty": 1.0}
         if decoding.do_sample:
             # vLLM takes missing values from the model's generation config; -1 is all tokens, also in old versions
-            limits = {"top_p": decoding.top_p, "top_k": decoding.top_k or -1, "min_p": 0}
-            extra |= {"seed": decoding.seed + i} | limits
+            extra |= {"top_p": decoding.top_p, "top_k": decoding.top_k or -1, "min_p": 0, "seed": decoding.seed + i}
         async with free:
             try:
                 async with asyncio.timeout(self.api.timeout and 2 * self.api.timeout):
