@@ -14,7 +14,6 @@ from ..checks import trust
 from ..configs.numerics import precision, quantized
 from ..data import study
 from ..metrics import registry
-from ..metrics.registry import scorer_named
 from ..runs.records import FileState
 from ..runs.rundir import RunDir
 from ..runs.tasks import Command
@@ -49,8 +48,7 @@ class EvaluationRequest:
 
     Attributes:
         data: JSONL file of rows; `evaluation_rows.usual` finds the default.
-        limit: number of rows to evaluate, from the start of the file; by default all rows, or `REHEARSED` rows in a
-            rehearsal without `data`.
+        limit: number of rows to evaluate, from the first; by default all, or `REHEARSED` in a rehearsal without `data`.
         adapter: adapter folder, or `none` for the base model alone; by default the run's adapter.
         max_new_tokens: maximum number of tokens in an answer; by default the study's, or at most 96 in a rehearsal.
         batch_size: maximum number of rows in a batch, or of simultaneous server requests; None lets the engine choose.
@@ -84,7 +82,7 @@ class EvaluationRequest:
     @property
     def judge(self) -> str | None:
         """Scorer model named by --metric, see `score.scorer_model`."""
-        return scorer_named(self.metrics)
+        return registry.scorer_named(self.metrics)
 
     def options(self) -> list[str]:
         """The request as options of `recipe evaluate`."""
@@ -113,6 +111,7 @@ class EvaluationTask:
         rows: evaluated rows; empty if no metric needs predictions.
         settings: settings of the predictions.
         columns: metrics by name.
+        most_rows: maximum number of rows per benchmark task.
         where: folder for predictions and scores.
         files: states of the files `adapter` and `data` before generation; an entry is absent if there is no such file.
 
@@ -142,7 +141,8 @@ class EvaluationTask:
             say(f"{error}; scoring without rows: {', '.join(self.columns)}")
             source = usual = None
         every = evaluation_rows.read(source, folder, self.run, self.cfg) if source else evaluation_rows.NONE
-        limit = request.limit or (REHEARSED if self.run.rehearsal and request.data is None else None)
+        self.most_rows = request.limit or (REHEARSED if self.run.rehearsal else None)
+        limit = request.limit if request.data else self.most_rows
         taken = limit if self.predicts else 0
         self.rows = replace(every, rows=every.rows[:taken], keys=every.keys[:taken])
         self.settings = self._settings(adapter)
@@ -157,22 +157,17 @@ class EvaluationTask:
         """True if a metric needs predictions; eval loss and benchmarks need no rows."""
         return any(column.metric.of_rows or column.metric.of_all for column in self.columns.values())
 
-    @property
-    def most_rows(self) -> int | None:
-        """Maximum number of rows per benchmark task."""
-        return self.request.limit or (REHEARSED if self.run.rehearsal else None)
-
     def _adapter(self, folder: RunDir) -> Path | None:
         """Folder of the adapter; None for the base model alone."""
         asked = self.request.adapter
         adapter = folder.output if asked is None else Path(asked)
         if asked != BASE and tensor_shapes(adapter / ADAPTER) is None:
             of_run = "" if asked else f"the run is {self.run.state}; resume it, name another run, or "
-            remedy = "name a checkpoint's folder with --adapter"
-            raise UserError(f"{adapter / ADAPTER}: damaged or missing; {of_run}{remedy}")
+            raise UserError(
+                f"{adapter / ADAPTER}: damaged or missing; {of_run}name a checkpoint's folder with --adapter"
+            )
         if not (folder.output / "tokenizer_config.json").is_file() or "base_model" not in self.cfg:
-            problem = f"{folder.path}: has no tokenizer, or its config has no base_model"
-            raise UserError(f"{problem}; the run is {self.run.state}")
+            raise UserError(f"{folder.path}: has no tokenizer or no base_model; the run is {self.run.state}")
         trained = self.run.adapter
         if asked is None and trained and trained.sha256 != sha256(adapter / ADAPTER):
             problem = f"{adapter}: differs from the adapter at the end of training"
@@ -186,8 +181,7 @@ class EvaluationTask:
         cap = study.OF_NO_STUDY if run.rehearsal and not request.decoding else decoding
         most = min(decoding.max_new_tokens, cap.max_new_tokens)  # a rehearsal's model rarely ends an answer
         if request.engine != REFERENCE and decoding.num_beams > 1:
-            problem = f"--engine: decoding uses {decoding.num_beams} beams"
-            raise UserError(f"{problem}, and only --engine {REFERENCE} supports beams")
+            raise UserError(f"--engine: decoding uses {decoding.num_beams} beams; only --engine {REFERENCE} has beams")
         local = Path(run.cwd, str(cfg["base_model"]))
         # resolves `bf16: auto` as in training; if a run recorded no list of GPUs, assume a GPU
         on_gpu = not run.rehearsal and bool(run.provenance.get("gpus", True))
@@ -319,8 +313,7 @@ def _require(task: EvaluationTask, judged: ScorerModels) -> None:
 def _kept(task: EvaluationTask, former: Evaluation) -> tuple[list[Row], EvaluationSettings]:
     """Return existing predictions and their settings, to compute new scores."""
     say(f"{task.where / PREDICTIONS}: complete, with the same settings; computing new scores")
-    fields = Prediction.model_fields
-    rows = [{key: row[key] for key in fields if key in row} for row in read_predictions(task.where)]
+    rows = [{key: row[key] for key in Prediction.model_fields if key in row} for row in read_predictions(task.where)]
     kept = former.settings.model_dump(include={"batch_size", *evaluations.ORIGIN})
     return rows, EvaluationSettings.model_validate(task.settings.model_dump() | kept)
 
