@@ -187,23 +187,13 @@ def test_the_card_says_how_the_model_was_made(run: RunDir, capsys: pytest.Captur
     assert "ehearsal" not in text
 
 
-SECRETS = {
-    "model_kwargs": {"token": "planted"},
-    "optim_args": "betas=1,token=planted",
-    "comet_experiment_config": {"COMET_API_KEY": "planted"},
-    "lora_qkv_name": "hf_planted" + "1A" * 9,
-    "lora_uri": "https://user:planted/word@example.org",
-}
-
-
 @pytest.mark.parametrize(
     ("settings", "said", "unsaid"),
     [
-        ({}, ["4 bits", "'nf4'", "_use_double_quant=True"], ["other settings"]),
-        ({"bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}},
-         ["'fp4'", "_use_double_quant=False"], ["nf4"]),
-        ({"adapter": "lora", "load_in_4bit": False, "load_in_8bit": True, "bnb_config_kwargs": None},
-         ["8 bits", "load_in_8bit=True)"], ["4 bits", "nf4"]),
+        ({}, ["4 bits", "='nf4'", "_use_double_quant=True"], []),
+        ({"bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4"}}, ["='fp4'", "_use_double_quant=True"], ["nf4"]),
+        ({"adapter": "lora", "load_in_4bit": False, "load_in_8bit": True, "bnb_config_kwargs": {}},
+         ["8-bit", "8 bits", "load_in_8bit=True)"], ["4 bits", "nf4"]),
         ({"adapter": "lora", "load_in_4bit": False}, [], ["4-bit", " bits", "nf4", "quantization_config"]),
     ],
 )  # fmt: skip
@@ -214,11 +204,21 @@ def test_a_card_tells_quantization_and_decoding(
     run.config.write_text(yamlfiles.write_yaml(cfg))
     (run.output / "merged" / publish.MERGED_FROM).write_text(sha256(run.output / publish.ADAPTER))
     evaluated(run, quantized=quantized(cfg), decoding=run_folders.STUDY.decoding)
-    texts = published(run, merge=True)[1].partition("## Provenance")[0], card(run.output / "merged")[1]
-    assert [word for word in said if word not in texts[0]] == []
-    assert [word for word in unsaid if word in texts[0] or word in texts[1].partition("## Provenance")[0]] == []
+    texts = published(run, merge=True)[1], card(run.output / "merged")[1]
+    text = "".join(each.partition("## Provenance")[0] for each in texts)
+    assert [word for word in said if word not in text] == []
+    assert [word for word in (*unsaid, "other settings") if word in text] == []
     evaluated(run, decoding=Decoding(max_new_tokens=8))
     assert "other settings" in published(run)[1]
+
+
+SECRETS = {
+    "model_kwargs": {"token": "planted"},
+    "optim_args": "betas=1,token=planted",
+    "comet_experiment_config": {"COMET_API_KEY": "planted"},
+    "lora_qkv_name": "hf_planted" + "1A" * 9,
+    "lora_uri": "https://user:planted/word@example.org",
+}
 
 
 def test_a_card_names_nothing_of_the_machine_and_no_secret(run: RunDir, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from small_study import PLAIN, WIDE, row_of
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.data import study
 from qlora_recipes.data.published import PublishedScore
-from qlora_recipes.results import compare, verdict
+from qlora_recipes.results import compare, listing, verdict
+from qlora_recipes.results.run_rows import RunResult
 from qlora_recipes.scores.intervals import Interval
 
 LLAMA_2 = "haider2024/llama-2-7b"
@@ -129,19 +130,16 @@ def test_numbers_of_different_metrics_never_share_a_column(runs: Path, recipe: R
     assert found == [("sums2030", 66), (None, 12.5)]
 
 
-def test_metrics_of_one_kind_never_share_a_heading(runs: Path, recipe: Recipe) -> None:
-    for name, words, value in (("a", ["yes"], 12.5), ("b", ["no"], 37.5)):
-        more = {"choice": {"metric": "choice", "words": [["x"]]}, "other": {"metric": "choice", "words": [words]}}
-        scores = {"rows": 9, "accuracy": 50.0, "choice": 87.5, "other": value, "intervals": {}}
-        a_run(runs, PLAIN, name, 0, scores=scores | {"metrics": {"accuracy": small_study.ACCURACY} | more})
-    first, *rows = recipe("results").stdout.split("To compare")[0].strip().splitlines()[1:]
-    columns = [found.span() for found in re.finditer(r"(?: ?\S)+", first)]
-    shown = [[line[slice(*column)].strip() for column in columns] for line in rows]
-    assert [[cell for cell in row if cell in ("87.50", "12.50", "37.50")] for row in shown] == [
-        ["87.50", "12.50"],
-        ["87.50", "37.50"],
-    ]
-    assert shown[0].index("12.50") != shown[1].index("37.50")
+def test_metrics_of_one_kind_never_share_a_heading(runs: Path) -> None:
+    found = []
+    for name, word, value in (("a", "yes", 12.5), ("b", "no", 37.5)):
+        metrics = {"choice": {"words": [["x"]]}, "other": {"metric": "choice", "words": [[word]]}}
+        scores = {"rows": 9, "choice": 87.5, "other": value, "metrics": metrics, "intervals": {}}
+        folder = a_run(runs, PLAIN, name, 0, scores=scores)
+        found.append(RunResult(folder, folder.read()))
+    table, _ = listing._of_runs(found, {result.folder.path: [] for result in found})
+    shown = [[value for heading, value in row.items() if "choices" in heading] for row in table.rows]
+    assert shown == [[87.5, 12.5, None], [87.5, None, 37.5]]
 
 
 def test_a_study_says_how_its_authors_statements_begin(runs: Path) -> None:
