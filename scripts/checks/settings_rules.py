@@ -87,8 +87,7 @@ def missing_package(case: Case) -> Problems:
     level: Level = "error" if case.launching else "warning"
     asked = {package: next(filter(case.__getitem__, keys), None) for package, keys in _PACKAGES.items()}
     asked |= {package: "plugins" for plugin, package in _PLUGIN_NEEDS.items() if plugin in case.plugins}
-    optimizer = str(case["optimizer"])
-    asked |= {package: "optimizer" for name, package in _OPTIMIZER_NEEDS.items() if optimizer.startswith(name)}
+    asked |= {package: "optimizer" for name, package in _OPTIMIZERS.items() if str(case["optimizer"]).startswith(name)}
     package, kernel = _ATTENTION_NEEDS.get(case.attention, ("", case.attention if "/" in case.attention else ""))
     if not (kernel and case.is_installed("kernels")):
         asked[package or "kernels"] = case.attention_key if package or kernel else None
@@ -111,7 +110,7 @@ _PLUGIN_NEEDS = {
     "CutCrossEntropyPlugin": "cut-cross-entropy",
     "DenseMixerPlugin": "densemixer",
 }
-_OPTIMIZER_NEEDS = {  # by the beginning of the optimizer's name
+_OPTIMIZERS = {  # by the beginning of the optimizer's name
     "adalomo": "lomo-optim",
     "apollo_": "apollo-torch",
     "came_": "came-pytorch",

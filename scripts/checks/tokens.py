@@ -101,8 +101,7 @@ class Tokenizer:
         positions = defaultdict(list)
         for position, ids in enumerate(held_out["input_ids"]):
             positions[tuple(ids)].append(position)
-        truncates = str(self.cfg.excess_length_strategy).lower() == "truncate"
-        cut = self.cfg.sequence_len if truncates else None
+        cut = self.cfg.sequence_len if str(self.cfg.excess_length_strategy).lower() == "truncate" else None
         found: dict[int, tuple[str, Row]] = {}
         with Bar("finding held-out rows"):
             for i, dataset in enumerate(self.cfg.datasets):
@@ -128,7 +127,7 @@ def by_token(content: Config, count: int) -> list[Row]:
     tokenizer = Tokenizer(content)
     rows = []
     for key, dataset in datafiles.datasets(content, "datasets"):
-        read = [row for _, row in islice(_numbered(tokenizer, key, dataset), count)]
+        read = [row for _, row in islice(_numbered(tokenizer, key, dataset, 1, 1), count)]
         for number, row in enumerate(tokenizer.tokenize(key, read) if read else [], start=1):
             text = ""
             for learnt, parts in groupby(zip(row.ids, row.labels, strict=True), lambda part: part[1] != MASKED):
@@ -158,12 +157,9 @@ def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[li
         gpus: the number of GPUs that train.
 
     Returns:
-        Findings, and measures of each data set with tokenized rows:
-        - the number of all rows, and of rows read;
-        - of the tokenized rows: their number, tokens, tokens with loss, percentiles of the length, and the number
-          longer than sequence_len;
-        - of the rows that remain for training: their number, tokens, and the longest row;
-        - the share of padding in batches of micro_batch_size rows, in the order of one epoch; None for packed rows.
+        Findings, and measures of each data set with tokenized rows: counts of all rows and of rows read; lengths of the
+        tokenized rows, and of the rows that remain for training; the share of padding in the micro batches of one
+        epoch, which is None for packed rows.
     """
     tokenizer = Tokenizer(content)
     cfg = tokenizer.cfg
@@ -238,10 +234,9 @@ class _Read:
                 self.found["bad-row", str(error).partition(": ")[2]].append(rows[middle][0])
             return False
         self.rows += len(rows)
-        for tokens in tokenized:
-            self.sizes.append(len(tokens.ids))
-            self.learnt.append(tokens.learnt)
-            self.learns_end = self.learns_end or not self.ends.isdisjoint(tokens.labels)
+        self.sizes += [len(tokens.ids) for tokens in tokenized]
+        self.learnt += [tokens.learnt for tokens in tokenized]
+        self.learns_end = self.learns_end or any(not self.ends.isdisjoint(tokens.labels) for tokens in tokenized)
         for (place, _), tokens in zip(rows, tokenized, strict=False):
             if not tokens.learnt and len(tokenized) == len(rows):
                 self.found["nothing-learnt", ""].append(place)
@@ -268,16 +263,13 @@ class _Read:
                 yield Finding("warning", rule, data, f"{problem}{near}", "correct it, or add it to `roles`", *where)
             else:
                 level: Level = "error" if len(places) == self.rows else "warning"
-                problem = f"{rows} without tokens that carry loss (empty answer, or wrong role): Axolotl drops them"
+                problem = f"{rows} without tokens that carry loss (empty answer, or wrong role)"
                 yield Finding(level, rule, data, problem, "correct or drop these rows", *where)
-        long = sum(size > cfg.sequence_len for size in sizes)
-        if long:
+        if long := sum(size > cfg.sequence_len for size in sizes):
             becomes = {"truncate": "cut", "raise": "an error"}.get(cfg.excess_length_strategy, "dropped")
             problem = f"{long} of {len(sizes)} rows exceed sequence_len, {cfg.sequence_len}: {becomes}"
-            fatal = becomes == "an error" or (long == len(sizes) and becomes == "dropped")
-            yield Finding(
-                "error" if fatal else "warning", "too-long", data, problem, f"the longest has {max(sizes)} tokens"
-            )
+            level = "error" if becomes == "an error" or (long == len(sizes) and becomes == "dropped") else "warning"
+            yield Finding(level, "too-long", data, problem, f"the longest has {max(sizes)} tokens")
         if sizes and not self.learns_end and self.key.startswith("datasets"):
             problem = "no end token carries loss: the model would not learn to stop"
             yield Finding("warning", "eos-masked", f"{self.key}.type", problem, "inspect rows with --show-tokens")
@@ -338,9 +330,7 @@ def _padding(cfg: Any, kept: list[int]) -> float:
     return 1 - sum(kept) / padded if kept else 0.0
 
 
-def _numbered(
-    tokenizer: Tokenizer, key: str, dataset: Config, every: int = 1, batch: int = 1
-) -> Iterator[tuple[str, Row]]:
+def _numbered(tokenizer: Tokenizer, key: str, dataset: Config, every: int, batch: int) -> Iterator[tuple[str, Row]]:
     """Rows of a data set's local files, each with file and line; for formats other than JSONL, with the row's number.
 
     Rows beyond the data set's split are left out. Of every `every` batches of `batch` lines of JSONL, only the first is
@@ -357,5 +347,4 @@ def _of_file(file: Path, every: int, batch: int) -> Iterator[tuple[str, Row]]:
         for number, line in enumerate(stream):
             if number // batch % every == 0 and line.strip():
                 place = f"{file}:{number + 1}"
-                for row in json_rows([line], place, ()):
-                    yield place, row
+                yield from ((place, row) for row in json_rows([line], place, ()))

@@ -183,7 +183,7 @@ def can_be_rehearsed(dataset: Config) -> bool:
     Axolotl loads a folder from `save_to_disk` only as a whole (axolotl/utils/data/shared.py)."""
     files = local_files(dataset)
     whole = {"state.json", "dataset_dict.json"} & {file.name for file in files}
-    return bool(files) and not whole and all(file.is_file() for file in files) and Path(dataset["path"]).exists()
+    return bool(files) and not whole and all(file.is_file() for file in files)
 
 
 def at_most(dataset: Config, rows: int, section: str) -> Config:

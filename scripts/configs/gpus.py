@@ -75,9 +75,7 @@ def here() -> Gpu | None:
     if first is None:
         return None
     gpu = Gpu(first["name"], _capability(first["compute_capability"]), first["memory_gib"])
-    listed = named(gpu.name)
-    if listed is None:
-        return gpu
+    listed = named(gpu.name) or gpu
     same_size = math.isclose(listed.memory or 0, first["memory_gib"], rel_tol=0.15)  # some GPUs are sold in two sizes
     # the nominal memory, because plans subtract the part that torch cannot use
     return replace(gpu, memory=listed.memory if same_size else gpu.memory, tflops=listed.tflops)
