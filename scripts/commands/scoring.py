@@ -99,7 +99,7 @@ def evaluate_verb(
     request = EvaluationRequest(data, limit, adapter, max_new_tokens, batch_size, metric or [], decoding)
     request.checkpoints, request.force, request.engine, request.model = checkpoints, force or [], engine, model
     only_with("--model", model, "--engine URL", request.server)
-    exclusive({"--checkpoints": checkpoints, "--engine URL": request.server})
+    exclusive({"--checkpoints": checkpoints, "--base": base, "--engine URL": request.server})
     if request.server:
         from ..scores import server
 

@@ -117,7 +117,8 @@ class ChoiceParameters(Parameters):
     """Words to choose from.
 
     Attributes:
-        words: sets of words. A row uses the set that contains its reference, or else the reference alone.
+        words: sets of words. A row uses the set that contains its reference, or else the reference alone. A word is
+            also found within a longer word, as in the code of DoRA's authors.
         behind: text before the choice; the search starts after its last occurrence.
     """
 

@@ -112,7 +112,9 @@ def f1(pairs: Sequence[Pair], by: ScorerModel) -> list[float]:
         except (OSError, ValueError) as error:
             raise by.not_loaded(error) from None
         config = scorer._model.config
-        positions = config.max_position_embeddings - (2 if is_roberta else 0)  # RoBERTa numbers positions from 2
+        positions = getattr(config, "max_position_embeddings", -1) - (2 if is_roberta else 0)  # RoBERTa counts from 2
+        if positions < 0:  # T5 and XLNet have no limit
+            positions = 10**6
         scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, positions)
         values = [0.0] * len(pairs)
         with_text = [i for i, pair in enumerate(pairs) if all(map(str.strip, pair))]

@@ -181,7 +181,7 @@ class Prediction(BaseModel, strict=True, extra="allow"):
     row: int
     idx: int | str | None = None
     lang: str | None = None
-    group: str | None = None
+    group: int | str | None = None
     reference: str
     prediction: str
     exact: bool | None = None

@@ -32,7 +32,7 @@ KNOWN = {"batch_tokens", "agreement"}  # settings that are known only after an e
 def as_row(i: int, row: Row, reference: str) -> Row:
     """Row of predictions.jsonl without its prediction."""
     # user data can have other types in these fields; type() also rejects bool, which isinstance accepts as int
-    known = {"idx": (int, str), "lang": (str,), "group": (str,)}
+    known = {"idx": (int, str), "lang": (str,), "group": (int, str)}
     kept = {key: row[key] for key, kinds in known.items() if type(row.get(key)) in kinds}
     return {"row": i} | kept | {"reference": reference}
 

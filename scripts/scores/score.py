@@ -294,7 +294,7 @@ def _by_group(rows: Sequence[Row], column: Column) -> dict[str, list[float]]:
     """Row scores of the averaged column, by group."""
     groups: dict[str, list[float]] = {}
     for row in rows:
-        groups.setdefault(row.get("group") or "", []).append(row[column.entry["of"]])
+        groups.setdefault(str(row.get("group")), []).append(row[column.entry["of"]])
     return groups
 
 

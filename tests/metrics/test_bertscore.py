@@ -96,6 +96,15 @@ def test_a_roberta_gets_the_space_before_the_first_word_that_the_published_score
     assert bertscore.f1(PAIRS, scorer)[3] > 0  # longer than its positions
 
 
+def test_a_model_without_a_limit_of_positions_scores_long_texts(roberta: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+    AutoTokenizer.from_pretrained(roberta).save_pretrained(folder := tmp_path / "t5")
+    sizes = {"vocab_size": 400, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+    T5EncoderModel(T5Config(**sizes)).save_pretrained(folder)
+    assert all(bertscore.f1(PAIRS, ScorerModel(model=str(folder), layer=1)))
+
+
 def test_a_missing_layer_or_model_is_reported() -> None:
     for layer in (None, 9):
         with pytest.raises(UserError, match="6 layers"):

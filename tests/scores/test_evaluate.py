@@ -440,3 +440,5 @@ def test_the_base_model_is_scored_beside_the_adapter(
     heading, *scores = capsys.readouterr().out.splitlines()
     assert heading.split() == ["score", "adapter", "base"] and scores[0].split() == ["rows", "2", "2"]
     assert read_scores(run.path) and read_scores(run.path / "evaluations" / "base-model")
+    with pytest.raises(UserError, match="--base"):  # the server has one model
+        evaluate_verb(str(run.path), base=True, engine="http://localhost:1", model="adapter")

@@ -11,6 +11,7 @@ from qlora_recipes.base.files import read_rows
 from qlora_recipes.metrics import registry
 from qlora_recipes.metrics.text import bleu4
 from qlora_recipes.scores import score
+from qlora_recipes.scores.predict import as_row
 from qlora_recipes.scores.score import columns_of
 
 ROWS = [
@@ -43,9 +44,9 @@ def test_rows_keep_their_own_scores_and_their_means_are_the_scores() -> None:
 
 
 def test_groups_of_rows_count_alike_in_their_mean() -> None:
-    right = {"a": [1, 1, 1, 0] * 5, "b": [1, 0] * 5, "c": [0] * 5, "few": [0, 1]}
+    right = {"a": [1, 1, 1, 0] * 5, 2: [1, 0] * 5, "c": [0] * 5, "few": [0, 1]}
     rows = [
-        {"group": group, "reference": "x", "prediction": "x" if each else "y"}
+        as_row(0, {"group": group}, "x") | {"prediction": "x" if each else "y"}
         for group, of_group in right.items()
         for each in of_group
     ]
@@ -53,7 +54,7 @@ def test_groups_of_rows_count_alike_in_their_mean() -> None:
         {
             "average": {"metric": "mean_of_groups", "of": "exact_match"},
             "of_few": {"metric": "mean_of_groups", "of": "exact_match", "group": "few"},
-            "of_b": {"metric": "mean_of_groups", "of": "exact_match", "group": "b"},
+            "of_b": {"metric": "mean_of_groups", "of": "exact_match", "group": "2"},
             "of_d": {"metric": "mean_of_groups", "of": "exact_match", "group": "d"},
             "exact_match": {},
         }
