@@ -10,7 +10,7 @@ from ..backends import Backend
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.paths import find_recipe
-from ..base.progress import say
+from ..base.progress import say, say_once
 from ..checks import check, trust
 from ..configs import compose, config, datafiles
 from ..configs.compose import Composed, Request
@@ -129,7 +129,7 @@ class Pipeline:
         return True
 
     def check(self, with_data: bool, starts: bool = True) -> bool:
-        """Check the config; return True if there are no errors.
+        """Check the config, and print warnings; return True if there are no errors.
 
         Args:
             with_data: also check the data.
@@ -150,12 +150,12 @@ class Pipeline:
             errors = [str(finding) for finding in refused if finding.level == "error"]
         if errors:
             self.result.fail("check", "\n".join(errors))
-        elif with_data:
-            self.result.steps["check"] = DONE
-            for finding in found:
-                if finding.level == "warning":
-                    say(str(finding))
-        return not errors
+            return False
+        self.result.steps["check"] = DONE
+        for finding in found:
+            if finding.level == "warning":
+                say_once(str(finding))  # printed only once if other pipelines or a check without data have found it
+        return True
 
     def plan(self) -> bool:
         """Plan the required memory; return False if it exceeds the GPU's memory.

@@ -26,7 +26,7 @@ from ..data import study
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..runs.rundir import RunDir, find_run, is_run, run_names
-from ..runs.tasks import DONE, SKIPPED, TaskResult
+from ..runs.tasks import SKIPPED, TaskResult
 from ..scores.evaluate import EvaluationRequest
 from ..scores.score import columns_of
 from .pipeline import Pipeline, existing_runs, require_scorer_models, seeds_of
@@ -212,7 +212,6 @@ def _check(pipelines: list[Pipeline], starts: bool) -> None:
                 if not pipeline.check(with_data, starts):
                     for problem in str(pipeline.result.problem).splitlines():
                         wrong.setdefault(problem, []).append(pipeline.result.label)
-                pipeline.result.steps["check"] = DONE
                 bar.update(done)
         if wrong:
             raise UserError(

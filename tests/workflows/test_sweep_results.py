@@ -106,8 +106,10 @@ def test_nothing_is_started_where_a_member_is_wrong(tmp_path: Path, recipe: Reci
     assert "lora_r=8, lora_alpha=x; lora_r=16, lora_alpha=x: --set lora_alpha=x: " in done.stderr
     same = recipe("sweep", BASE, "--set", "lora_r=32,32.0", "--rehearse", "--dry-run")
     assert (same.returncode, "lora_r=32.0" in same.stderr) == (2, True)
-    forced = recipe("sweep", BASE, "--set", "lora_r=8,16", "--rehearse", "--force", "tpyo")
+    one_warns = ("--set", "evals_per_epoch=1,3", "--set", "num_epochs=1", "--rehearse", "--dry-run")
+    forced = recipe("sweep", BASE, *one_warns, "--force", "tpyo")
     assert (forced.returncode, "--force tpyo: " in forced.stderr) == (2, True)
+    assert forced.stderr.count(":evals_per_epoch]") == 1
     assert not (tmp_path / "runs").exists()
     assert " targets" in recipe("sweep", BASE, "tragets").stderr
 
