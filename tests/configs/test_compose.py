@@ -42,16 +42,15 @@ def test_rows_are_prepared_anew_after_a_change_of_data_or_of_a_setting_that_may_
     [("chat_template_jinja", "t.jinja"), ("deepspeed", "ds.json"), ("base_model", "model/tokenizer.json")],
 )
 def test_another_content_of_a_file_that_a_config_names_is_another_config(place: Path, key: str, file: str) -> None:
-    def digests() -> tuple[str, str]:
-        of_run = compose.compose(Request(NAME, overrides=[f"{key}={file.partition('/')[0]}"]))
-        return of_run.digest, of_run.rows_digest
-
+    request = Request(NAME, overrides=[f"{key}={file.partition('/')[0]}"])
+    of_run = compose.compose(request)
     (place / file).parent.mkdir(exist_ok=True)
     (place / file).write_text("{}")
-    before = digests()
-    assert digests() == before
+    before, record = {of_run.digest, of_run.rows_digest}, create.record_of(of_run, request)
+    assert {of_run.digest, of_run.rows_digest} == before and record.changed_data is None
     (place / file).write_text("{ }")
-    assert not set(digests()) & set(before)
+    assert not {of_run.digest, of_run.rows_digest} & before
+    assert record.changed_data == place / file
 
 
 def test_a_config_without_a_seed_gets_axolotls_own(place: Path) -> None:
