@@ -334,8 +334,8 @@ def _numbered(tokenizer: Tokenizer, key: str, dataset: Config, every: int, batch
     """Rows of a data set's local files, each with file and line; for formats other than JSONL, with the row's number.
 
     Rows beyond the data set's split are left out. Of every `every` batches of `batch` lines of JSONL, only the first is
-    read. Axolotl loads the other formats."""
-    if datafiles.local_files(dataset) and not datafiles.jsonl_files(dataset):
+    read. Axolotl loads the other formats. Missing files have no rows."""
+    if not datafiles.jsonl_files(dataset) and any(file.is_file() for file in datafiles.local_files(dataset)):
         return ((f"{dataset['path']}:{number}", row) for number, row in enumerate(tokenizer.load(key), start=1))
     rows = (row for file in datafiles.jsonl_files(dataset) for row in _of_file(file, every, batch))
     first = datafiles.first_rows(dataset)
