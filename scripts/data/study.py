@@ -144,10 +144,13 @@ class Study(Strict):
 
     def mistakes(self) -> Iterator[Mistake]:
         """Yield invalid metrics, undeclared names and missing files."""
+        labels: dict[str, str] = {}
         for name, entry in self.metrics.items():
             try:
-                averaged = getattr(registry.column(name, entry).parameters, "of", None)
-                yield from undeclared(("metrics", name, "of"), averaged, self.metrics)
+                column = registry.column(name, entry)
+                yield from undeclared(("metrics", name, "of"), getattr(column.parameters, "of", None), self.metrics)
+                if labels.setdefault(column.label, name) != name:
+                    yield ("metrics", name), f"expected a label other than that of {labels[column.label]}"
             except registry.WrongMetric as error:
                 yield ("metrics", name, *filter(None, error.key.split("."))), error.problem
         yield from self.data.mistakes(self.folder)

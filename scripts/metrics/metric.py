@@ -80,9 +80,8 @@ class Column:
 
     @property
     def label(self) -> str:
-        """Name in tables and figures, with the unit; includes the column's own name if it has no label."""
-        own = "" if self.name == self.metric.name else f" ({self.name})"
-        name = self.given_label or f"{self.metric.label}{own}"
+        """Name in tables and figures, with the unit."""
+        name = self.given_label or self.metric.label
         return f"{name}, {self.metric.unit}" if self.metric.unit else name
 
     @property

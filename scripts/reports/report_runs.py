@@ -270,9 +270,9 @@ def _columns(
     for label, by_number, columns in models:
         values = [by_number.get(number, {}) for number in numbers]
         scores = {
-            column.label: [None if row.get(name) is None else round(row[name], 4) for row in values]
-            for name, column in columns.items()
-            if any(row.get(name) is not None for row in values)
+            heading: [None if row.get(column.name) is None else round(row[column.name], 4) for row in values]
+            for heading, column in registry.distinct(columns.values()).items()
+            if any(row.get(column.name) is not None for row in values)
         }
         shown.append({"label": label, "predictions": [row.get("prediction") for row in values], "scores": scores})
     return {

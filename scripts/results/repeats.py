@@ -45,7 +45,7 @@ def of(chosen: RunResult, candidates: Sequence[RunResult]) -> list[RunResult]:
     for its own seed, the newest run for each other seed. Further runs of a seed say nothing about the spread between
     seeds. If all runs have the same seed, all of them count. A run that is not finished and scored has no repeats.
     """
-    own, trained = chosen.evaluation, _training(chosen)
+    own, trained, named = chosen.evaluation, _training(chosen), [file.sha256 for file in chosen.run.named_files]
     if chosen.run.state != "finished" or not chosen.is_scored or chosen.run.published_adapter or trained is None:
         return [chosen]
     found = [
@@ -58,6 +58,8 @@ def of(chosen: RunResult, candidates: Sequence[RunResult]) -> list[RunResult]:
         and other.run.rehearsal == chosen.run.rehearsal
         and _alike(own, other.evaluation, _ALIKE)
         and _training(other) == trained
+        # records of earlier versions do not list the files that a config names
+        and (not named or [file.sha256 for file in other.run.named_files] in ([], named))
     ]
     by_seed = {seed(result.folder): result for result in [*found, chosen]}
     return [chosen] + [one for one in (by_seed.values() if len(by_seed) > 1 else found) if one != chosen]
@@ -75,7 +77,7 @@ def _training(result: RunResult) -> Any:
         for key, value in leaves
         if key.partition(".")[0] not in of_run and not config.TRACKING.match(key)
     }
-    return settings, [file.sha256 for file in [*run.data, *run.named_files]], run.ranks
+    return settings, [file.sha256 for file in run.data], run.ranks
 
 
 def _alike(one: Evaluation | None, other: Evaluation | None, settings: set[str]) -> bool:

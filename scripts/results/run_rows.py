@@ -134,7 +134,8 @@ class RunResult:
         """True if a score is comparable with a published one.
 
         The run must be finished, and evaluated with the same rows, decoding, metric and scorer model. The eval loss is
-        measured in training, and needs no evaluation, but the recipe's validation rows.
+        measured in training, and needs no evaluation, but the recipe's validation rows. A benchmark needs neither the
+        study's rows nor its decoding.
         """
         run, own = self.run, self.evaluation
         if not self.study or run.state != "finished" or run.rehearsal or self.is_of_something_else:
@@ -146,8 +147,8 @@ class RunResult:
             and by_declared_model(column, own.scores)
             and column.same_scores(self.evaluated_columns.get(column.name))
             and own.settings.limit is None
-            and own.settings.test_set == self.study.data.test_set
-            and own.settings.decoding == self.study.decoding
+            and (column.metric.of_model or own.settings.test_set == self.study.data.test_set)
+            and (column.metric.of_model or own.settings.decoding == self.study.decoding)
         )
 
     @cached_property

@@ -37,6 +37,7 @@ IN_STUDY_YAML: list[tuple[str, dict[str, Any], str]] = [  # the mistake; the val
     ("subset called valid", {f"{TEST} > subsets > valid": ONE}, f"{TEST} > subsets > valid"),
     ("missing sample", {"data > sample": "few"}, "data > sample"),
     ("unknown metric", {"metrics > blue": {}}, "metrics > blue"),
+    ("two metrics with one label", {"metrics > other": {"metric": "bleu4"}}, "metrics > other"),
     ("misspelt parameter", {"metrics > number": {"marker": ["x"]}}, "metrics > number > marker"),
     ("mean of an unknown metric", {"metrics > all": {"metric": "mean_of_groups", "of": "x"}}, "metrics > all > of"),
     ("two files, one misspelt", {f"{TRAIN} > from": ["train.jsonl", "trains.jsonl"]}, f"{TRAIN} > from"),

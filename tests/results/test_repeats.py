@@ -11,6 +11,7 @@ from run_folders import a_run
 from small_study import PLAIN, WIDE, row_of
 
 from qlora_recipes.base.files import write_rows
+from qlora_recipes.configs.datafiles import DataFile
 from qlora_recipes.data import study
 from qlora_recipes.results import repeats, study_tables, verdict
 from qlora_recipes.results.run_rows import RunResult
@@ -61,6 +62,7 @@ def test_runs_of_other_seeds_count_as_one(runs: Path) -> None:
         ({"settings": {"rows": 100, "limit": 100}}, 1),
         ({"decoding": small_study.GREEDY}, 1),
         ({"rehearsal": True}, 1),
+        ({"named_files": [DataFile(path="zero2.json", sha256="z", bytes=9)]}, 2),  # 42 has an old record
         ({"set": {"output_dir": "other", "dataset_prepared_path": "a", "wandb_project": "p", "use_mlflow": True}}, 2),
     ],
 )
