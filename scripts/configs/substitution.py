@@ -63,8 +63,8 @@ def substitutions(composed: Config, sample: Config, given: Config, ranks: int) -
     if isinstance(composed.get("max_steps"), int) and "max_steps" not in given:
         composed = merge(composed, {"max_steps": None})
         yield {"max_steps": None}, "the few rows determine the number of steps"
-    yield _few_steps(composed, ranks), "warm-up of at most a tenth of the steps"
-    steps = datafiles.training_steps(composed, ranks)
+    steps = datafiles.steps_of(composed, datafiles.training_lines(composed), ranks)  # type completion has more
+    yield _few_steps(composed, steps), "warm-up of at most a tenth of the steps"
     for key in ("eval_steps", "save_steps"):
         if steps and isinstance(every := composed.get(key), int) and every > steps:
             yield {key: max(steps // 2, 1)}, "the few rows give fewer steps"
@@ -178,7 +178,7 @@ _LACKING = (  # pattern of key=value, replacement, reason
 )
 
 
-def _few_steps(composed: Config, gpus: int) -> Config:
+def _few_steps(composed: Config, all_steps: int | None) -> Config:
     """Limit the warm-up to a tenth of the steps.
 
     If rows are packed or on a hub, only Axolotl can count the steps, after preparing the rows. In this case,
@@ -191,7 +191,6 @@ def _few_steps(composed: Config, gpus: int) -> Config:
         return {"warmup_ratio": 0.1}
     if not isinstance(steps, int) or steps <= 0:
         return {}
-    all_steps = datafiles.training_steps(composed, gpus)
     if all_steps is None:
         return {"warmup_steps": None, "warmup_ratio": 0.1}
     return {"warmup_steps": min(steps, all_steps // 10)}

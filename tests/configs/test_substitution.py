@@ -202,6 +202,7 @@ def test_a_rehearsal_makes_as_many_steps_as_its_rows() -> None:
     assert "max_steps" not in own.config
     assert own.config["warmup_steps"] == 1  # of 16 steps
     assert rehearsed({"max_steps": 5000}, "max_steps=3").config["max_steps"] == 3
+    assert rehearsed({"datasets": [ROWS], "save_steps": 200}).config["save_steps"] == 1  # at least 3 steps
 
 
 def test_data_that_is_set_and_wrong_is_left_to_the_check() -> None:
