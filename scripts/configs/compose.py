@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +80,9 @@ class Composed:
     @property
     def rows_digest(self) -> str:
         """Hash of the keys that may affect the tokenized rows, the files that they name, and Axolotl's version."""
-        return self._hash(config.NOT_OF_ROWS, version("axolotl"))
+        return self._hash(config.NOT_OF_ROWS, machine.package_version("axolotl"))
 
-    def _hash(self, without: re.Pattern[str], *more: str) -> str:
+    def _hash(self, without: re.Pattern[str], *more: str | None) -> str:
         cfg = {key: value for key, value in self.config.items() if not without.match(key)}
         content = [cfg, [file.sha256 for file in [*self.data, *datafiles.named_files(cfg)]], *more]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

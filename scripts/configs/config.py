@@ -22,6 +22,7 @@ NOT_OF_ROWS = re.compile(
             TRACKING.pattern,
             "learning_rate|lr_|cosine_|warmup_|optim|adam_|weight_decay|max_grad_norm|num_epochs|max_steps|micro_batch_size",
             "adapter$|lora|peft|bnb_|load_in_|gradient_|activation_offloading|bf16|fp16|tf32|attn_|[a-z]+_attention$",
+            "neftune_|early_stopping|embedding_lr|liger_|dataloader_|gc_steps|torch_compile|chunked_cross",
             "evals_per_epoch|eval_(steps|strategy|batch_size|on_start)|save|logging_|hub_|load_best_model|metric_for_best",
         )
     )

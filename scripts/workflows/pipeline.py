@@ -12,6 +12,7 @@ from ..base.errors import UserError
 from ..base.paths import find_recipe
 from ..base.progress import say, say_once
 from ..checks import check, trust
+from ..checks.finding import unknown_force
 from ..configs import compose, config, datafiles
 from ..configs.compose import Composed, Request
 from ..configs.gpus import Gpu
@@ -111,8 +112,9 @@ class Pipeline:
 
     @property
     def rows(self) -> str:
-        """Key shared by pipelines with the same tokenized rows."""
-        return self.composed.rows_digest if self.composed else ""
+        """Key shared by pipelines with the same tokenized rows, in the order of any seed."""
+        composed = self.composed
+        return replace(composed, config=composed.config | {"seed": None}).rows_digest if composed else ""
 
     def look_up(self) -> None:
         """Find the existing run in the run folders."""
@@ -260,6 +262,15 @@ class Pipeline:
                 return SKIPPED
         job = backends.job_state(folder, "evaluate", self._scoring(folder).words)
         return str(job) if job and (job.kind != "unknown" or not self.backend.here) else None
+
+
+def require_known(force: Sequence[str], pipelines: Sequence[Pipeline], dry_run: bool = False) -> None:
+    """Raise UserError if --force names a finding that no pipeline has.
+
+    A dry run does not read the rows. It therefore accepts the names of all findings about data files.
+    """
+    names = [name for name in force if not (dry_run and name.endswith(".path"))]
+    unknown_force(names, set[str]().union(*(pipeline.found for pipeline in pipelines)))
 
 
 def require_scorer_models(

@@ -15,7 +15,6 @@ from ..base.files import Row
 from ..base.machine import LOCK_TIMEOUT, held
 from ..base.paths import find_recipe
 from ..base.progress import Bar, say
-from ..checks.finding import unknown_force
 from ..configs import datafiles, models
 from ..configs.compose import MIRROR, Composed, Request
 from ..configs.config import parse_override
@@ -30,7 +29,7 @@ from ..planning.planner import GIB
 from ..runs.tasks import TaskResult
 from ..scores.evaluate import EvaluationRequest
 from ..scores.score import declared_models
-from .pipeline import Pipeline, require_scorer_models, seeds_of
+from .pipeline import Pipeline, require_known, require_scorer_models, seeds_of
 
 
 def chosen(of_study: Study, only: list[str]) -> list[str]:
@@ -96,7 +95,7 @@ def reproduce(
                 if pipeline.is_finished() or (pipeline.check(with_data=True) and pipeline.plan()):
                     ready.append(pipeline)
                 bar.update(done)
-        unknown_force(request.force, set[str]().union(*(pipeline.found for pipeline in pipelines)))
+        require_known(request.force, pipelines)
         tasks = [pipeline.task() for pipeline in ready]
         require_scorer_models(tasks, of_study.columns, evaluation, request.rehearse)
         backend.submit(tasks, request.name)
@@ -142,7 +141,7 @@ def outline(
             bar.begin(f"planning {pipeline.result.label}")
             rows.append(_outlined(pipeline))
             bar.update(len(rows))
-    unknown_force(request.force, set[str]().union(*(pipeline.found for pipeline in pipelines)))
+    require_known(request.force, pipelines, dry_run=True)
     return {"data": _outlined_data(of_study, [one.composed for one in pipelines if one.composed]), "recipes": rows}
 
 

@@ -144,7 +144,8 @@ def _agree(folder: RunDir, record: Run, force: Sequence[str], own: bool, trusted
             "code; if you trust the author, add --trust"
         )
     if force and here:  # a job is checked on its own machine
-        unknown_force(force, {finding.name for finding in _findings(folder, record) if finding.level == "error"})
+        errors = {finding.name for finding in _findings(folder, record) if finding.level == "error"}
+        unknown_force(force, errors.union(record.forced))
     if (force or not own) and not this_job(os.environ):  # a job may lack the user's key
         with folder.held():
             record = folder.read()  # a training may have just ended

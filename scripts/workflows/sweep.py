@@ -18,7 +18,6 @@ from ..base.files import write_atomically
 from ..base.machine import held, now
 from ..base.paths import find_recipe
 from ..base.progress import Bar, say
-from ..checks.finding import unknown_force
 from ..configs import config
 from ..configs.compose import Request
 from ..configs.gpus import Gpu
@@ -29,7 +28,7 @@ from ..runs.rundir import RunDir, find_run, is_run, run_names
 from ..runs.tasks import SKIPPED, TaskResult
 from ..scores.evaluate import EvaluationRequest
 from ..scores.score import columns_of
-from .pipeline import Pipeline, existing_runs, require_scorer_models, seeds_of
+from .pipeline import Pipeline, existing_runs, require_known, require_scorer_models, seeds_of
 
 PAIRED = "_"
 
@@ -145,7 +144,7 @@ def sweep(
         ]
     _check(pipelines, starts=not dry_run)
     _refuse_twins(pipelines)
-    unknown_force(requests[0].force, set[str]().union(*(pipeline.found for pipeline in pipelines)))
+    require_known(requests[0].force, pipelines, dry_run)
     _plan([member for record in records for member in record.members], pipelines, starts=not dry_run)
     if not dry_run:
         _carry_out(records, pipelines, evaluation, backend)
@@ -164,8 +163,8 @@ def _plan(members: list[SweepMember], pipelines: list[Pipeline], starts: bool) -
             if not starts:
                 pipeline.look_up()
                 left = pipeline.task().steps
-                skips = [step for step in ("run", "evaluate") if pipeline.state == "finished" and step not in left]
-                pipeline.result.steps |= dict.fromkeys(skips, SKIPPED)
+                if pipeline.state == "finished":
+                    pipeline.result.steps |= {step: SKIPPED for step in ("run", "evaluate") if step not in left}
             bar.update(done)
 
 

@@ -10,7 +10,7 @@ from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.workflows import create
 
 NAME = "haider2024/llama-2-7b"
-OF_TRAINING = ["learning_rate", "lora_r", "adapter", "load_in_4bit", "optimizer", "eval_steps", "wandb_name", "bf16"]
+OF_TRAINING = ["learning_rate", "lora_r", "adapter", "liger_rope", "optimizer", "eval_steps", "wandb_name", "bf16"]
 OF_ROWS = ["seed", "excess_length_strategy", "min_sample_len", "eval_sequence_len", "eval_sample_packing", "a_new_key"]
 
 

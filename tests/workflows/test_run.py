@@ -318,7 +318,7 @@ def test_a_run_that_was_queued_is_checked_against_the_machine_that_trains_it(
     forced = ["bad-row:datasets.0.path"]  # not found a second time, when rows are not read
     request = Request(PAGED, profiles=[str(tiny_profile)], overrides=["fp16=true", "bf16=false"], force=forced)
     folder = create.create(compose.compose(request), request)
-    done = recipe("resume", folder.path)
+    done = recipe("resume", folder.path, "--force", *forced)
     assert (done.returncode, "[no-gpu" in done.stderr) == (2, True)
     assert (folder.read().state, folder.read().launches) == ("failed", [])
 

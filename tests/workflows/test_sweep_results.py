@@ -110,6 +110,7 @@ def test_nothing_is_started_where_a_member_is_wrong(tmp_path: Path, recipe: Reci
     forced = recipe("sweep", BASE, *one_warns, "--force", "tpyo")
     assert (forced.returncode, "--force tpyo: " in forced.stderr) == (2, True)
     assert forced.stderr.count(":evals_per_epoch]") == 1
+    assert recipe("sweep", BASE, *one_warns, "--force", "bad-row:datasets.0.path").returncode == 0
     assert not (tmp_path / "runs").exists()
     assert " targets" in recipe("sweep", BASE, "tragets").stderr
 
