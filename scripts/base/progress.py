@@ -32,7 +32,8 @@ _SECRET_VALUE = re.compile(
     rf"{_TOKEN}"
     r"|(?<=://)[^\s@/:]*:(?!\d+/)[^\s@]+(?=@)"
     r"|(?<![\w.-])(?P<key>[\w.-]*(api[_-]?key|secret|passw(or)?d|(?<!_)token|hub_token|auth_token)(=|[\"']\s?:\s?))"
-    r"(?!true\b|false\b|null\b|None\b|\s|[\"']?(\.{3,}|\{\w+\})(?!\w))[^\s,;]+"  # dots and {placeholders} stand for one
+    # dots and {placeholders} stand for a secret, unless more follows
+    r"(?!true\b|false\b|null\b|None\b|\s|[\"']?(\.{3,}+|\{\w+\})(?![^\s\"'`,;)}\]>]))[^\s,;]+"
 )
 MASK = "[a secret]"
 

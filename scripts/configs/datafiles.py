@@ -161,7 +161,7 @@ def named_files(composed: Config) -> list[DataFile]:
     files: set[Path] = set()
     for key, name in flatten(composed):
         names_file = key.rpartition(".")[2] in _NAME_FILES and isinstance(name, str) and not set("{\n\0") & set(name)
-        if names_file and not Path(name).is_relative_to(paths.cache()):
+        if names_file and name and not Path(name).is_relative_to(paths.cache()):
             files |= {Path(name), *(file for file in Path(name).glob("*") if _OF_MODELS.fullmatch(file.name))}
     return [
         DataFile(path=str(file), sha256=sha256(file), bytes=file.stat().st_size)
