@@ -65,7 +65,8 @@ def missing_file(case: Case) -> Problems:
         for file in datafiles.local_files(dataset):
             made_by = study.preparation(str(file))
             if not file.is_file() and not made_by:
-                remedy = "give a file or folder, or a data set on the hub; only data_files of a folder can be a pattern"
+                is_pattern = dataset.get("data_files") or set("*?[") & set(str(name))
+                remedy = "only data_files of a folder can be a pattern" if is_pattern else "correct the path"
                 yield "error", f"{key}.path", f"{paths.shown(file)} does not exist{_near(file)}", remedy
             elif file.is_file() and not file.stat().st_size:
                 remedy = f"run {made_by}" if made_by else "write rows to it, or name another file"

@@ -53,7 +53,8 @@ def no_access(case: Case) -> Problems:
     if isinstance(name, str) and name != case["base_model"] and not Path(name).is_dir():
         tokenizer = models.find({"base_model": name})
         yield from _access(case, "tokenizer_config", tokenizer, tokenizer.tokenizer_here)
-        if revision := case["revision_of_model"]:
+        revision = str(case["revision_of_model"])
+        if re.fullmatch("[0-9a-f]{40}", revision) and not models.is_path(name):
             problem = f"Axolotl looks for {name} at revision_of_model, {revision}, a commit of the base model"
             yield "error", "tokenizer_config", problem, "give a folder with the tokenizer, or delete revision_of_model"
 

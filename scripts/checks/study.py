@@ -70,10 +70,7 @@ def _warnings(of_study: Study, names: list[str]) -> Iterator[Mistake]:
     made = {Path(form.folder, f"{split}.jsonl") for form in data.formats.values() for split in data.splits}
     for name in names:
         if name not in of_study.published and name not in of_study.variants:
-            yield (
-                ("published",),
-                f"{name} is missing; add `{name}: {{}}` here, or add it to variants if the paper lacks it",
-            )
+            yield ("published",), f"{name} is missing; add `{name}: {{}}` here or under variants"
         for key, entry in datafiles.datasets(yamlfiles.read_yaml(paths.recipe_file(name))):
             if Path(str(entry.get("path"))) not in made:
                 there = ", ".join(map(str, sorted(made)))

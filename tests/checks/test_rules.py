@@ -317,7 +317,7 @@ def test_a_gated_model_without_a_token(monkeypatch: pytest.MonkeyPatch, place: P
     (place / "token").write_text("x")
     assert found({}, name=LLAMA_3) == []
     assert names(tokenizer) == ["error no-access:tokenizer_config"]  # revision_of_model is a commit of the model
-    assert names(tokenizer | {"revision_of_model": None}) == names({"tokenizer_config": str(place)}) == []
+    assert names(tokenizer | {"revision_of_model": "main"}) == names({"tokenizer_config": str(place)}) == []
 
 
 def test_a_model_that_is_not_in_the_cache_when_offline(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
