@@ -173,10 +173,8 @@ def _generate(
                 done |= made
                 bar.update(len(done))
         except WorkFailed as error:
-            kept = (
-                f"\n{len(done):,} of {len(asked):,} rows are kept; repeat the same command to continue" if done else ""
-            )
-            raise WorkFailed(f"{error}{kept}") from None
+            kept = f"\n{len(done):,} of {len(asked):,} rows are kept; repeat the command to continue"
+            raise WorkFailed(f"{error}{kept if done else ''}") from None
 
 
 def _line(settings: EvaluationSettings) -> bytes:
@@ -188,12 +186,15 @@ def _continue(part: Path, settings: EvaluationSettings) -> tuple[dict[int, Row],
     """Read an interrupted evaluation, or start a new file.
 
     Raises:
-        UserError: the file has predictions with other settings.
+        UserError: the file has predictions of this adapter and data with other settings.
     """
-    asked = {"engine", "model", *(["batch_size"] if settings.engine == REFERENCE else [])}
-    header = orjson.dumps(settings.same_work() | settings.model_dump(include=asked))
+    asked = settings.same_work() | settings.model_dump(include={"engine", "model", "batch_size"})
+    if settings.engine != REFERENCE or not settings.decoding.do_sample:  # batches change nothing but rounding
+        asked |= {"rows": None, "batch_size": None}
+    header = orjson.dumps(asked)
     first, *lines = part.read_bytes().split(b"\n") if part.is_file() else [b""]
-    if first != header and any(b'"prediction":' in line for line in lines):
+    same = all(orjson.dumps({key: asked[key]})[1:-1] in first for key in ("adapter_sha256", "data_sha256"))
+    if first != header and same and any(b'"prediction":' in line for line in lines):
         remedy = "repeat the command that made them, or delete the file to start again"
         raise UserError(f"{part}: has predictions of an evaluation with other settings; {remedy}")
     done: dict[int, Row] = {}
