@@ -27,13 +27,16 @@ if TYPE_CHECKING:
 
 ROWS = 8
 """Default number of rows in a batch."""
+OF_CHOICES = ("acc", "acc_norm")
+"""Results of tasks that compare the likelihood of choices, and generate no answers."""
 
 
-def require(columns: Mapping[str, Column]) -> None:
-    """Raise UserError if the harness cannot measure a benchmark's task."""
-    for column in columns.values():
-        if column.metric.of_model:
-            _located(column)
+def require(columns: Mapping[str, Column], offline: bool = False) -> None:
+    """Raise UserError if the harness cannot measure a benchmark's task; see `importing_axolotl` for `offline`."""
+    with importing_axolotl(offline):
+        for column in columns.values():
+            if column.metric.of_model:
+                _located(column)
 
 
 def of_evaluation(evaluation: Evaluation | None) -> dict[str, Column]:
@@ -42,39 +45,40 @@ def of_evaluation(evaluation: Evaluation | None) -> dict[str, Column]:
     return {name: column for name, column in columns.items() if column.metric.of_model}
 
 
-def kept(asked: Mapping[str, Column], former: Evaluation, limit: int | None) -> dict[str, Benchmark]:
+def kept(asked: Mapping[str, Column], former: Evaluation | None, limit: int | None) -> dict[str, Benchmark]:
     """Return the benchmark results of an earlier evaluation that are still valid.
 
     A result is dropped if its column is now requested with different parameters or a different limit, or for a task in
-    a YAML file, which can have changed. It is also dropped if it has no record of the tokens that ended answers: in
-    earlier versions, answers went on after their end.
+    a YAML file, which can have changed. A score of generated answers is also dropped if the tokens that ended them are
+    not recorded: in earlier versions, answers went on after their end.
     """
     found = {}
     for name, column in of_evaluation(former).items():
-        if column.same_scores(asked.get(name, column)) and f"{name}_benchmark" in former.scores:
+        if former and column.same_scores(asked.get(name, column)) and f"{name}_benchmark" in former.scores:
             benchmark = Benchmark.model_validate(former.scores[f"{name}_benchmark"])
+            ended = benchmark.ends is not None or benchmark.result in OF_CHOICES
             same = benchmark.limit == limit and not benchmark.task.endswith(".yaml")  # cached answers are reused
-            if benchmark.ends is not None and (name not in asked or same):
+            if ended and (name not in asked or same):
                 found[name] = benchmark
     return found
 
 
 def measured(
     columns: Mapping[str, Column],
-    former: Evaluation | None,
+    valid: Mapping[str, Benchmark],
     settings: EvaluationSettings,
     cfg: Config,
     tokenizer: Path,
     limit: int | None = None,
     rehearsal: bool = False,
 ) -> dict[str, Benchmark]:
-    """Return benchmark results; measure those that an earlier evaluation lacks.
+    """Return benchmark results; measure those that are missing.
 
     Answers are cached by model and adapter, so a repeated call continues an interrupted measurement.
 
     Args:
         columns: metrics, including benchmarks.
-        former: earlier evaluation of the same model, if any.
+        valid: results to keep, see `kept`.
         settings: model and adapter.
         cfg: the run's config.
         tokenizer: folder of the training tokenizer.
@@ -85,7 +89,7 @@ def measured(
         UserError: see `require`.
         WorkFailed: a task fails, for example because its rows cannot be loaded, or does not report the result.
     """
-    found = kept(columns, former, limit) if former else {}
+    found = dict(valid)
     missing = {name: column for name, column in columns.items() if column.metric.of_model and name not in found}
     if missing:
         if rehearsal:
@@ -145,30 +149,51 @@ def _located(column: Column) -> "tuple[str, TaskManager]":
     """Return a column's task name, and a task manager that has the task.
 
     Raises:
-        UserError: the harness lacks the task or cannot load it, the task runs generated code, or it is a tag, for which
-            the harness reports no score.
+        UserError: see `_require_task`; also if the task is a tag or a file's group, whose score is not known.
     """
     from lm_eval.utils import load_yaml_config
 
     assert isinstance(column.parameters, BenchmarkParameters)
     task, folder = column.parameters.task, None
-    if task.endswith(".yaml") and Path(task).is_file():
-        file, folder = Path(task).resolve(), str(Path(task).parent.resolve())
-        task = load_yaml_config(file, mode="simple").get("task", task)
-    manager = _tasks(folder)
-    if task not in manager.all_tasks:
-        raise UserError(f"{column.name}: lm-evaluation-harness has no task {task}; `lm_eval ls tasks` lists its tasks")
-    entry = manager.task_index[task]
-    is_tag = entry["type"] == "tag"
-    if is_tag and not column.parameters.mean_of_tasks:
-        raise UserError(f"{column.name}: {task} is a tag; name one of its tasks, such as {entry['task'][0]}")
     try:
-        unsafe = not is_tag and load_yaml_config(entry["yaml_path"], mode="full").get("unsafe_code")
-    except Exception as error:  # imports the task's modules
-        raise UserError(f"{column.name}: cannot load the task {task}; leave it out: {error!r}") from None
-    if unsafe:
-        raise UserError(f"{column.name}: the task {task} runs generated code; leave it out")
+        if task.endswith(".yaml") and Path(task).is_file():
+            file, folder = Path(task).resolve(), str(Path(task).parent.resolve())
+            task = load_yaml_config(file, mode="simple").get("task", task)
+        manager = _tasks(folder)
+    except Exception as error:  # a damaged file in the folder
+        raise UserError(f"{column.name}: cannot read the tasks beside {column.parameters.task}: {error}") from None
+    if not isinstance(task, str):
+        raise UserError(f"{column.name}: {column.parameters.task} is a group; name one of its tasks")
+    _require_task(column.name, task, manager)
+    entry = manager.task_index[task]
+    if entry["type"] == "tag" and not column.parameters.mean_of_tasks:
+        raise UserError(f"{column.name}: {task} is a tag; name one of its tasks, such as {entry['task'][0]}")
     return task, manager
+
+
+def _require_task(name: str, task: str, manager: "TaskManager") -> None:
+    """Check a task, and the tasks of a group or tag.
+
+    Raises:
+        UserError: the harness lacks a task or cannot load it, or the task runs generated code.
+    """
+    from lm_eval.utils import load_yaml_config
+
+    if task not in manager.all_tasks:
+        raise UserError(f"{name}: lm-evaluation-harness has no task {task}; `lm_eval ls tasks` lists its tasks")
+    entry = manager.task_index[task]
+    config = entry if entry["type"] == "tag" else load_yaml_config(entry["yaml_path"], mode="simple")
+    if config.get("unsafe_code"):
+        raise UserError(f"{name}: the task {task} runs generated code; leave it out")
+    if entry["type"] in ("tag", "group"):
+        for member in config["task"]:
+            if isinstance(member, str):
+                _require_task(name, member, manager)
+        return
+    try:
+        load_yaml_config(entry["yaml_path"], mode="full")
+    except Exception as error:  # imports the task's modules
+        raise UserError(f"{name}: cannot load the task {task}; leave it out: {error!r}") from None
 
 
 @cache

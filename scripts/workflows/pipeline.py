@@ -75,7 +75,7 @@ class Pipeline:
         gpu: GPU for which the config is composed, checked and planned; by default the backend's.
 
     Attributes:
-        composed: the config; None if it is invalid, or if lm-evaluation-harness lacks a benchmark's task.
+        composed: the config; None if it is invalid.
         existing: newest run with this config and data; a finished run takes precedence. See `look_up`.
         needed_gib: required memory; None before the plan.
         found: names that `--force` accepts: of findings, and of those that the existing run has overridden.
@@ -99,9 +99,7 @@ class Pipeline:
         self.needed_gib: float | None = None
         self.found = {TOO_BIG}
         try:
-            composed = compose.compose(request, self.gpu)
-            benchmarks.require(columns_of(composed.origin, evaluation.metrics))
-            self.composed = composed
+            self.composed = compose.compose(request, self.gpu)
         except UserError as error:
             result.fail("check", str(error))
 
@@ -135,8 +133,8 @@ class Pipeline:
 
         Args:
             with_data: also check the data.
-            starts: whether the run is about to start. If so, Axolotl also validates the config, in the check without
-                data, which comes first.
+            starts: whether the run is about to start. If so, Axolotl also validates the config, and the benchmarks are
+                checked, in the check without data, which comes first.
         """
         if self.composed is None:
             return False
@@ -150,6 +148,10 @@ class Pipeline:
         if starts and not with_data and not errors:
             refused = check.by_axolotl(self.composed, self.gpu)
             errors = [str(finding) for finding in refused if finding.level == "error"]
+            try:
+                benchmarks.require(columns_of(self.composed.origin, self.evaluation.metrics), self.request.rehearse)
+            except UserError as error:
+                errors.append(str(error))
         if errors:
             self.result.fail("check", "\n".join(errors))
             return False

@@ -69,6 +69,8 @@ def test_a_benchmark_of_other_rows_is_measured_anew(limit: int | None, kept: boo
     assert bool(benchmarks.kept(columns, former, limit)) == kept
     assert benchmarks.kept({}, former, limit)  # not asked for again
     del scored["ends"]  # of a version in which answers went on after their end
+    assert benchmarks.kept({}, former, limit)  # choices
+    scored["result"] = "exact_match"
     assert not benchmarks.kept({}, former, limit)
 
 
