@@ -59,10 +59,10 @@ def expected_loss(base: yamlfiles.Config) -> float:
     """The loss a token of the quantized base model, one row at a time, by transformers alone."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from qlora_recipes.checks.tokens import Tokenizer, _numbered
+    from qlora_recipes.checks.tokens import Tokenizer
 
-    test = base["test_datasets"][0]
-    tokenized = Tokenizer(base).tokenize("test_datasets.0", [row for _, row in _numbered(test)])
+    tokenizer, key = Tokenizer(base), "test_datasets.0"
+    tokenized = tokenizer.tokenize(key, list(tokenizer.load(key)))
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                              bnb_4bit_compute_dtype=torch.float32)  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(base["base_model"], quantization_config=nf4, dtype=torch.float32)
