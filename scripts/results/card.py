@@ -167,7 +167,7 @@ def _front_matter(
         EvalResult(
             task_type="text-generation",
             dataset_type="json",
-            dataset_name=scored_on or "",
+            dataset_name=getattr(column.parameters, "task", "").rpartition("/")[2] or scored_on or "",
             metric_type=column.metric.hub_type,
             metric_name=column.title,
             metric_value=round(scores[name], 4),
