@@ -1,5 +1,6 @@
 """Sweeps: members, records, and the runs of unfinished members."""
 
+import hashlib
 import itertools
 import re
 from collections import Counter
@@ -169,10 +170,7 @@ def _plan(members: list[SweepMember], pipelines: list[Pipeline], starts: bool) -
 
 
 def _carry_out(
-    records: list[Sweep],
-    pipelines: list[Pipeline],
-    evaluation: EvaluationRequest,
-    backend: Backend,
+    records: list[Sweep], pipelines: list[Pipeline], evaluation: EvaluationRequest, backend: Backend
 ) -> None:
     runs, first = paths.runs(), records[0]
     with ExitStack() as locks:
@@ -262,11 +260,13 @@ def read_members(file: Path | None, sets: Sequence[str]) -> tuple[str, list[Swee
         if not isinstance(values, list) or not values:
             raise UserError(f"{file}:{yamlfiles.line_of(file, key) if file else 0}: {key}: expected a list of values")
         grid[key] = values
+    given = {}
     for text in sets:
         key, equals, value = text.partition("=")
         if not equals or not key.strip() or not value:
             raise UserError(f"--set {text}: expected key=value,value, as in --set lora_r=16,32")
-        grid[key.strip()] = yamlfiles.parse(f"[{value}]", f"--set {text}")
+        given[key.strip()] = yamlfiles.parse(f"[{value}]", f"--set {text}")
+    grid |= given
     if not isinstance(paired, list) or not paired or not all(isinstance(entry, dict) for entry in paired):
         raise UserError(f"{file}: {PAIRED}: expected a list of mappings, as in `- {{name: Wide, lora_r: 64}}`")
     several = [key for key, values in grid.items() if len(values) > 1]
@@ -280,8 +280,11 @@ def read_members(file: Path | None, sets: Sequence[str]) -> tuple[str, list[Swee
     for name, count in Counter(member.name for member in members).items():
         if count > 1:
             raise UserError(f"{file or '--set'}: two members are called {name}; give each entry of _ a different name")
-    values = (re.sub(r"(?a)[^\w.,=+-]+", "-", text) for text in sets)  # usable in a file name
-    return "+".join([*([file.stem] if file else []), *values])[:200], members
+    texts = [f"{key}={','.join(map(yamlfiles.write_flow, values))}" for key, values in given.items()]
+    usable = (re.sub(r"(?a)[^\w.,=+-]+", "-", text) for text in texts)  # in a file name
+    full_name = "+".join([*([file.stem] if file else []), *usable])
+    short_name = f"{full_name[:191]}-{hashlib.sha256(full_name.encode()).hexdigest()[:8]}"
+    return full_name if len(full_name) <= 200 else short_name, members
 
 
 def settings(values: Mapping[str, Any]) -> list[str]:

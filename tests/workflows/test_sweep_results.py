@@ -72,13 +72,15 @@ def strings(content: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def test_values_come_from_the_command_line_too() -> None:
-    name, members = read_members(None, ["lora_target_modules=[q_proj],[q_proj, v_proj]", "num_epochs=1"])
+    name, members = read_members(None, ["lora_target_modules=[q_proj], [q_proj, v_proj]", "num_epochs=1"])
     assert name == "lora_target_modules=-q_proj-,-q_proj,-v_proj-+num_epochs=1"
     assert [(m.name, m.values) for m in members] == [
         ("lora_target_modules=[q_proj]", {"lora_target_modules": ["q_proj"], "num_epochs": 1}),
         ("lora_target_modules=[q_proj, v_proj]", {"lora_target_modules": ["q_proj", "v_proj"], "num_epochs": 1}),
     ]
     assert varying(members) == ["lora_target_modules"]
+    long, longer = (read_members(None, [f"seed={','.join(map(str, range(count)))}"])[0] for count in (100, 101))
+    assert (len(long), long != longer) == (200, True)
 
 
 @pytest.mark.parametrize(
