@@ -143,17 +143,18 @@ def check(config: Config, skipped: Collection[str] = ()) -> tuple[list[Finding],
         for file in files:
             reader.read(file, datafiles.first_rows(dataset))
             findings += _findings(file)
-        for path in datafiles.local_files(dataset):
-            if path.is_file() and path.suffix != ".jsonl":
+        there = [path for path in datafiles.local_files(dataset) if path.is_file()]
+        for path in there:
+            if path.suffix != ".jsonl":
                 problem, remedy = "not JSONL: missing fields and repeated rows are not reported", "convert it to JSONL"
                 findings.append(Finding("note", "not-checked", f"{key}.path", problem, remedy, str(path)))
-        if files:
+        if there:
             read.append(
                 {
                     "key": key,
-                    "files": [str(file.path) for file in files],
-                    "rows": sum(file.rows for file in files),
-                    "bytes": sum(file.bytes for file in files),
+                    "files": [str(file.path) for file in files] or [*map(str, there)],
+                    "rows": sum(file.rows for file in files) if files else None,  # Axolotl loads other formats
+                    "bytes": sum(file.bytes for file in files) or sum(path.stat().st_size for path in there),
                 }
             )
     return findings, read

@@ -153,7 +153,7 @@ def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[li
 
     Args:
         content: the config.
-        most: the approximate number of rows to tokenize in each data set, in evenly spaced micro batches; None for all.
+        most: approximate number of rows per data set (JSONL: evenly spaced batches; otherwise the first); None for all.
         gpus: the number of GPUs that train.
 
     Returns:
@@ -182,7 +182,7 @@ def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[li
             measured.append(
                 {
                     "key": key,
-                    "rows_there": total or read.rows,
+                    "rows_there": total or (None if read.rows == most else read.rows),
                     "rows_read": read.rows,
                     "rows": len(sizes),
                     "tokens": sum(sizes),
