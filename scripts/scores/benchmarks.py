@@ -39,13 +39,7 @@ def require(columns: Mapping[str, Column], offline: bool = False) -> None:
                 _located(column)
 
 
-def of_evaluation(evaluation: Evaluation | None) -> dict[str, Column]:
-    """Benchmark columns of an evaluation."""
-    columns = evaluation.columns if evaluation else {}
-    return {name: column for name, column in columns.items() if column.metric.of_model}
-
-
-def kept(asked: Mapping[str, Column], former: Evaluation | None, limit: int | None) -> dict[str, Benchmark]:
+def kept(asked: Mapping[str, Column], former: Evaluation, limit: int | None) -> dict[str, Benchmark]:
     """Return the benchmark results of an earlier evaluation that are still valid.
 
     A result is dropped if its column is now requested with different parameters or a different limit, or for a task in
@@ -53,8 +47,8 @@ def kept(asked: Mapping[str, Column], former: Evaluation | None, limit: int | No
     not recorded: in earlier versions, answers went on after their end.
     """
     found = {}
-    for name, column in of_evaluation(former).items():
-        if former and column.same_scores(asked.get(name, column)) and f"{name}_benchmark" in former.scores:
+    for name, column in former.columns.items():
+        if column.same_scores(asked.get(name, column)) and f"{name}_benchmark" in former.scores:
             benchmark = Benchmark.model_validate(former.scores[f"{name}_benchmark"])
             ended = benchmark.ends is not None or benchmark.result in OF_CHOICES
             same = benchmark.limit == limit and not benchmark.task.endswith(".yaml")  # cached answers are reused
@@ -72,7 +66,7 @@ def measured(
     limit: int | None = None,
     rehearsal: bool = False,
 ) -> dict[str, Benchmark]:
-    """Return benchmark results; measure those that are missing.
+    """Measure the benchmarks that are missing.
 
     Answers are cached by model and adapter, so a repeated call continues an interrupted measurement.
 
@@ -89,16 +83,15 @@ def measured(
         UserError: see `require`.
         WorkFailed: a task fails, for example because its rows cannot be loaded, or does not report the result.
     """
-    found = dict(valid)
-    missing = {name: column for name, column in columns.items() if column.metric.of_model and name not in found}
-    if missing:
-        if rehearsal:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        with importing_axolotl(offline=rehearsal), Bar(f"benchmarks: {', '.join(missing)}"):
-            from .prompter import Prompter
+    missing = {name: column for name, column in columns.items() if column.metric.of_model and name not in valid}
+    if not missing:
+        return {}
+    if rehearsal:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    with importing_axolotl(offline=rehearsal), Bar(f"benchmarks: {', '.join(missing)}"):
+        from .prompter import Prompter
 
-            found |= _measure(missing, Prompter(settings, cfg, tokenizer), limit, rehearsal)
-    return found
+        return _measure(missing, Prompter(settings, cfg, tokenizer), limit, rehearsal)
 
 
 def _measure(
@@ -186,9 +179,8 @@ def _require_task(name: str, task: str, manager: "TaskManager") -> None:
     if config.get("unsafe_code"):
         raise UserError(f"{name}: the task {task} runs generated code; leave it out")
     if entry["type"] in ("tag", "group"):
-        for member in config["task"]:
-            if isinstance(member, str):
-                _require_task(name, member, manager)
+        for member in (each for each in config["task"] if isinstance(each, str)):
+            _require_task(name, member, manager)
         return
     try:
         load_yaml_config(entry["yaml_path"], mode="full")

@@ -280,8 +280,8 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
         rows, settings = _kept(task, former) if former else _predicted(task, folder.output, part)
         columns = former.columns | task.columns if former else task.columns
         rehearsal = task.run.rehearsal
-        valid = benchmarks.kept(task.columns, former, task.most_rows)
-        measured = benchmarks.measured(columns, valid, settings, task.cfg, folder.output, task.most_rows, rehearsal)
+        measured = benchmarks.kept(task.columns, former, task.most_rows) if former else {}
+        measured |= benchmarks.measured(columns, measured, settings, task.cfg, folder.output, task.most_rows, rehearsal)
         with Bar("scoring", 1):
             # the run's eval loss does not describe another adapter
             loss = summary.eval_loss_per_token if request.adapter is None else None

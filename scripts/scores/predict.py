@@ -189,14 +189,15 @@ def _continue(part: Path, settings: EvaluationSettings) -> tuple[dict[int, Row],
         UserError: the file has predictions of this adapter and data with other settings.
     """
     asked = settings.same_work() | settings.model_dump(include={"engine", "model", "batch_size"})
-    if settings.engine != REFERENCE or not settings.decoding.do_sample:  # batches change nothing but rounding
-        asked |= {"rows": None, "batch_size": None}
-    header = orjson.dumps(asked)
+    by_batch = settings.engine == REFERENCE and settings.decoding.do_sample  # else batches change only rounding
+    header = orjson.dumps(asked | ({} if by_batch else {"rows": None, "batch_size": None}))
     first, *lines = part.read_bytes().split(b"\n") if part.is_file() else [b""]
     same = all(orjson.dumps({key: asked[key]})[1:-1] in first for key in ("adapter_sha256", "data_sha256"))
     if first != header and same and any(b'"prediction":' in line for line in lines):
-        remedy = "repeat the command that made them, or delete the file to start again"
-        raise UserError(f"{part}: has predictions of an evaluation with other settings; {remedy}")
+        raise UserError(
+            f"{part}: has predictions of an evaluation with other settings; repeat the command that made them, or "
+            "delete the file to start again"
+        )
     done: dict[int, Row] = {}
     for line in lines if first == header else ():
         with suppress(ValueError):  # skips lines truncated by a killed process or a power failure
