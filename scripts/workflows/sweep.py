@@ -260,13 +260,14 @@ def read_members(file: Path | None, sets: Sequence[str]) -> tuple[str, list[Swee
         if not isinstance(values, list) or not values:
             raise UserError(f"{file}:{yamlfiles.line_of(file, key) if file else 0}: {key}: expected a list of values")
         grid[key] = values
-    given = {}
+    names = [file.stem] if file else []
     for text in sets:
         key, equals, value = text.partition("=")
         if not equals or not key.strip() or not value:
             raise UserError(f"--set {text}: expected key=value,value, as in --set lora_r=16,32")
-        given[key.strip()] = yamlfiles.parse(f"[{value}]", f"--set {text}")
-    grid |= given
+        values = grid[key.strip()] = yamlfiles.parse(f"[{value}]", f"--set {text}")
+        shown = f"{key.strip()}={','.join(map(yamlfiles.write_flow, values))}"
+        names.append(re.sub(r"(?a)[^\w.,=+-]+", "-", shown))  # usable in a file name
     if not isinstance(paired, list) or not paired or not all(isinstance(entry, dict) for entry in paired):
         raise UserError(f"{file}: {PAIRED}: expected a list of mappings, as in `- {{name: Wide, lora_r: 64}}`")
     several = [key for key, values in grid.items() if len(values) > 1]
@@ -280,9 +281,7 @@ def read_members(file: Path | None, sets: Sequence[str]) -> tuple[str, list[Swee
     for name, count in Counter(member.name for member in members).items():
         if count > 1:
             raise UserError(f"{file or '--set'}: two members are called {name}; give each entry of _ a different name")
-    texts = [f"{key}={','.join(map(yamlfiles.write_flow, values))}" for key, values in given.items()]
-    usable = (re.sub(r"(?a)[^\w.,=+-]+", "-", text) for text in texts)  # in a file name
-    full_name = "+".join([*([file.stem] if file else []), *usable])
+    full_name = "+".join(names)
     short_name = f"{full_name[:191]}-{hashlib.sha256(full_name.encode()).hexdigest()[:8]}"
     return full_name if len(full_name) <= 200 else short_name, members
 
