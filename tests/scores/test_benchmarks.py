@@ -121,7 +121,7 @@ def test_a_task_scores_as_by_the_harness_itself_also_when_resumed(
     finish(start(tmp_path, *words, command=stand_in))
     (run,) = rundir.all_runs(tmp_path / "runs")
     evaluate = ("evaluate", "latest", "--max-new-tokens", "8", "--metric", "bertscore:none")
-    for name in ("no_such_task", "ai2_arc", "minerva_math_algebra", "humaneval"):  # the last runs generated code
+    for name in ("no_such_task", "ai2_arc", "leaderboard_math_hard", "humaneval"):  # the last runs generated code
         assert recipe(*evaluate, "--metric", f"benchmark:{name}").returncode == 2
     assert not (run.path / "predictions.jsonl").exists()
     task = a_task(tmp_path)
