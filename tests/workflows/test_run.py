@@ -183,7 +183,7 @@ def moment(chance: random.Random, run: RunDir, launches: int, written: int) -> C
         return run.metrics.exists() and run.metrics.stat().st_size > written
 
     def has_saved() -> bool:
-        return run.last_checkpoint() is not None
+        return launched() and run.last_checkpoint() is not None  # a command has other children before its launch
 
     return has_saved if launches == 2 else chance.choice([launched, got_somewhere, got_somewhere])
 
