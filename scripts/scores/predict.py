@@ -186,18 +186,14 @@ def _continue(part: Path, settings: EvaluationSettings) -> tuple[dict[int, Row],
     """Read an interrupted evaluation, or start a new file.
 
     Raises:
-        UserError: the file has predictions of this adapter and data with other settings.
+        UserError: the file has predictions of this adapter and data with other settings, or of more rows.
     """
     asked = settings.same_work() | settings.model_dump(include={"engine", "model", "batch_size"})
     by_batch = settings.engine == REFERENCE and settings.decoding.do_sample  # else batches change only rounding
     header = orjson.dumps(asked | ({} if by_batch else {"rows": None, "batch_size": None}))
     first, *lines = part.read_bytes().split(b"\n") if part.is_file() else [b""]
     same = all(orjson.dumps({key: asked[key]})[1:-1] in first for key in ("adapter_sha256", "data_sha256"))
-    if first != header and same and any(b'"prediction":' in line for line in lines):
-        raise UserError(
-            f"{part}: has predictions of an evaluation with other settings; repeat the command that made them, or "
-            "delete the file to start again"
-        )
+    differs = first != header and same and any(b'"prediction":' in line for line in lines)
     done: dict[int, Row] = {}
     for line in lines if first == header else ():
         with suppress(ValueError):  # skips lines truncated by a killed process or a power failure
@@ -208,10 +204,15 @@ def _continue(part: Path, settings: EvaluationSettings) -> tuple[dict[int, Row],
             else:
                 Prediction.model_validate(row)
                 done[row["row"]] = row
+    if differs or any(i >= settings.rows for i in done):
+        raise UserError(
+            f"{part}: has predictions of an evaluation with other settings or more rows; repeat the command that made "
+            "them, or delete the file to start again"
+        )
     with replacing(part) as stream:
         stream.write(header + b"\n" + _line(settings))
         stream.writelines(orjson.dumps(row) + b"\n" for row in done.values())
-    return {i: row for i, row in done.items() if i in range(settings.rows)}, settings
+    return done, settings
 
 
 def sampled(prompts: Sequence[list[int]]) -> list[list[int]]:

@@ -118,8 +118,10 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run: RunDir, monke
         evaluated(run, limit=10, batch_size=4)
     with pytest.raises(UserError, match=r"predictions\.part\.jsonl: "):
         evaluate.evaluate(run, EvaluationRequest(adapter="none", limit=10, max_new_tokens=9))
+    with pytest.raises(UserError, match=r"predictions\.part\.jsonl: "):
+        evaluated(run, limit=2)  # would lose two of four predictions
     with (where / "predictions.part.jsonl").open("ab") as part:
-        broken = b'{"row": "x"}', orjson.dumps(expected[0] | {"row": 99}), b'{"row": 1, "prediction": "'
+        broken = b'{"row": "x"}', b'{"row": 1, "prediction": "'
         part.write(b"\n".join([b"\0" * 4096, b"{}", b"[3]", *broken]))  # as killed processes leave
     again = evaluated(run, limit=10, batch_size=4)
     assert calls[0] == 4 and calls[1] == calls[2]
