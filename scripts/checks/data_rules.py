@@ -65,7 +65,7 @@ def missing_file(case: Case) -> Problems:
         for file in datafiles.local_files(dataset):
             made_by = study.preparation(str(file))
             if not file.is_file() and not made_by:
-                is_pattern = dataset.get("data_files") or set("*?[") & set(str(name))
+                is_pattern = not Path(str(name)).is_dir() and (dataset.get("data_files") or set("*?[") & set(str(name)))
                 remedy = "only data_files of a folder can be a pattern" if is_pattern else "correct the path"
                 yield "error", f"{key}.path", f"{paths.shown(file)} does not exist{_near(file)}", remedy
             elif file.is_file() and not file.stat().st_size:

@@ -158,8 +158,8 @@ def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[li
 
     Returns:
         Findings, and measures of each data set with tokenized rows: counts of all rows and of rows read; lengths of the
-        tokenized rows, and of the rows that remain for training; the share of padding in the micro batches of one
-        epoch, which is None for packed rows.
+        tokenized rows, and of the rows that remain for training; the share of padding in one epoch's micro batches
+        (None for packed rows).
     """
     tokenizer = Tokenizer(content)
     cfg = tokenizer.cfg
