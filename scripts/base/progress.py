@@ -1,5 +1,6 @@
 """Messages and progress of a command, on stderr, without secrets."""
 
+import json
 import os
 import re
 import sys
@@ -48,7 +49,7 @@ def is_secret(key: str, value: Any = None) -> bool:
         return True
     if _NAMES_TOKEN.search(name) and not name.startswith("special_tokens.") and not name.endswith("use_auth_token"):
         return True
-    text = value if isinstance(value, str) else orjson.dumps(value, default=str).decode()
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
     return masked(text) != text
 
 

@@ -195,7 +195,8 @@ def record_of_run(result: RunResult) -> ledger.Record:
 
 def planned_gib(result: RunResult) -> float | None:
     """Planned memory of a run that uses one process; None for other runs, or without a plan."""
-    with suppress(UserError):  # some configs cannot be planned
+    # some configs cannot be planned, or were edited after the run
+    with suppress(UserError, AttributeError, TypeError, ValueError):
         cfg = yamlfiles.read_yaml(result.folder.config)
         if result.run.ranks == 1 and not any(cfg.get(key) for key in ENGINE_KEYS):
             capability = (result.run.provenance.get("gpus") or [{}])[0].get("compute_capability")

@@ -86,10 +86,10 @@ def _alike(one: Evaluation | None, other: Evaluation | None, settings: set[str])
     return one.settings.model_dump(include=settings) == other.settings.model_dump(include=settings)
 
 
-def seed(folder: RunDir) -> Any:
-    """Seed of a run."""
+def seed(folder: RunDir) -> str:
+    """Seed of a run, as text."""
     cfg = yamlfiles.read_yaml(folder.config) if folder.config.is_file() else {}
-    return cfg.get(SEED, config.AXOLOTL_SEED)
+    return str(cfg.get(SEED, config.AXOLOTL_SEED))
 
 
 def scores(column: Column, found: Sequence[RunResult]) -> list[tuple[RunResult, float]]:
@@ -123,7 +123,7 @@ def interval(
         return None
     if len(found) > 1:
         made = intervals.of_runs(values, by_row(name, found))
-        one_seed = len({repr(seed(result.folder)) for result in found}) == 1
+        one_seed = len({seed(result.folder) for result in found}) == 1
         return replace(made, method=made.method + ONE_SEED) if made and one_seed else made
     return intervals.of_runs(values, None, over_rows[0], known)
 
@@ -258,7 +258,7 @@ def _basis(of_study: Study, column: Column, runs: Path) -> Basis:
     if column.metric.of_rows is None:
         raise UserError(f"{name}: --power: {column.label} has no row scores to estimate noise from")
     known = {r: values for r, of in of_study.published.items() if (values := of.repeats.get(column.name))}
-    several = [group for group in _groups(of_study, runs) if len({repr(seed(result.folder)) for result in group}) > 1]
+    several = [group for group in _groups(of_study, runs) if len({seed(result.folder) for result in group}) > 1]
     scored = [(group, table) for group in several if (table := by_row(column.name, group))]
     most = max((len(table[0]) for _, table in scored), default=0)
     if most > 1:

@@ -117,12 +117,15 @@ Moment = Annotated[str, AfterValidator(_moment)]
 State = Literal["created", "queued", "running", "finished", "failed", "interrupted"]
 
 
+_NO_OPTION = r"^\w[^\x00]*$"  # for an argument of another program
+
+
 class Job(BaseModel):
     """A SLURM job that carries out a command of a run."""
 
-    id: str
+    id: str = Field(pattern=_NO_OPTION)
     step: str
-    user: str
+    user: str = Field(pattern=_NO_OPTION)
     script: str  # tells jobs with the same id apart: clusters reuse ids, and several clusters can share a disk
     words: list[str] = Field(default_factory=list)  # arguments of `recipe`
 

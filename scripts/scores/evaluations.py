@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import orjson
-from pydantic import BaseModel, Field, TypeAdapter
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter
 
 from ..base.files import Row, clear_parts, replacing
 from ..base.progress import say_once
@@ -153,6 +153,24 @@ class Engine(Protocol):
         """
 
 
+class _Scores(BaseModel, extra="allow"):
+    """Schema of scores in scores.json; further fields are scores, records and texts."""
+
+    __pydantic_extra__: dict[str, float | str | dict[str, Any] | None] = Field(init=False)
+    rows: int | None = None
+    metrics: dict[str, dict[str, Any] | None] | None = None
+    intervals: dict[str, tuple[float, float] | None] | None = None
+    notes: list[str] = []
+
+
+def _valid(scores: Row) -> Row:
+    """Return scores unchanged if they follow the schema."""
+    _Scores.model_validate(scores)
+    if any(not isinstance(scores.get(name), float | int | None) for name in registry.recorded(scores)):
+        raise ValueError("a score is not a number")
+    return scores
+
+
 class Evaluation(BaseModel):
     """Content of scores.json; see `score.score` for the scores.
 
@@ -163,7 +181,7 @@ class Evaluation(BaseModel):
 
     made: str
     rehearsal: bool
-    scores: dict[str, Any]
+    scores: Annotated[dict[str, Any], AfterValidator(_valid)]
     version: int = 1
     settings: EvaluationSettings
     files: dict[str, FileState] = Field(default_factory=dict)

@@ -81,8 +81,14 @@ def test_a_provenance_of_odd_types_is_named_with_its_place(
         assert done.returncode == 2 and says.search(done.stderr), done.stderr
 
 
-def test_damaged_scores_are_named_and_the_run_is_as_one_that_is_not_evaluated(recipe: Recipe, bad: RunDir) -> None:
-    edit(bad.path / "scores.json", scores=[])
+@pytest.mark.parametrize(
+    "scores",
+    [[], {"metrics": 7}, {"metrics": {"bleu4": {}}, "bleu4": "good"}, {"bleu4": 5.0, "intervals": {"bleu4": 1}}],
+)
+def test_damaged_scores_are_named_and_the_run_is_as_one_that_is_not_evaluated(
+    recipe: Recipe, bad: RunDir, scores: Any
+) -> None:
+    edit(bad.path / "scores.json", scores=scores)
     for words in (["results", "--json"], ["report", f"{NAME}/bad"]):
         done = recipe(*words)
         assert done.returncode == 0
