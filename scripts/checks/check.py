@@ -175,7 +175,7 @@ def rule_findings(case: Case) -> Iterator[Finding]:
 
 
 def _profile_compatibility(composed: Composed, gpu: Gpu | None, launching: bool) -> Iterator[Finding]:
-    """Notes on settings that the profiles fast and packed omit or change for this config.
+    """Notes on settings that the profiles `fast` and `packed` omit or change for this config.
 
     If no GPU is known, another finding says that the settings of these profiles are for Ampere or newer. It is a
     warning before a run, otherwise a note. A rehearsal needs no GPU and has no such finding.

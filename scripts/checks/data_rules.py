@@ -121,7 +121,7 @@ def chat_template(case: Case) -> Problems:
 
     Every prompt then consists of that name, and no token carries loss (seen). Axolotl ignores a data set's
     chat_template_jinja if the data set has no chat_template (seen). The default is the template of the tokenizer. The
-    tokenizers of base models have no template, except Qwen's. A data set's chat_template overrides the config's
+    tokenizers of pretrained models have no template, except Qwen's. A data set's chat_template overrides the config's
     (utils/chat_templates/base.py and schemas/datasets.py).
     """
     for key, dataset in datafiles.datasets(case.config):

@@ -285,7 +285,7 @@ _WORDS: dict[str, tuple[Level, str, str]] = {
 
 
 def _findings(file: _File) -> Iterator[Finding]:
-    """One finding per kind of mistake in a file, at its first row."""
+    """One finding per kind of mistake in a file, at the mistake's first row."""
     if file.bytes and not file.rows:  # another rule reports files of 0 bytes
         yield Finding("error", "bad-row", f"{file.key}.path", "no rows", where=str(file.path))
     for (rule, about), mistakes in file.found.items():

@@ -36,8 +36,9 @@ def gpu_lacks(case: Case) -> Problems:
     torch for CUDA 13 needs compute capability 7.5. bf16 needs 8.0. On older GPUs, torch emulates bf16 slowly and
     reports it as supported, so that Axolotl's default, bf16: auto, turns it on (seen). transformers refuses tf32 below
     8.0. FlashAttention 2 and SageAttention need 8.0, FlashAttention 3 exactly 9.0, FlashAttention 4 at least 9.0 (their
-    READMEs). For packed rows, Axolotl uses torch's varlen_attn, which is FlashAttention (loaders/patch_manager.py).
-    Triton's README requires 8.0; Liger, cut cross entropy and the LoRA kernel of the MLP (SwiGLU, GEGLU) use Triton.
+    READMEs). For packed rows, Axolotl replaces sdpa by torch's varlen_attn, which is FlashAttention
+    (loaders/patch_manager.py). Triton's README requires 8.0; Liger, cut cross entropy and the LoRA kernel of the MLP
+    (SwiGLU, GEGLU) use Triton.
     """
     if not case.gpu:
         return
@@ -79,7 +80,7 @@ def missing_package(case: Case) -> Problems:
     """Axolotl and transformers notice a missing package only after the model is loaded.
 
     An error before a run; otherwise a warning, because the config may be for another machine. If flash-attn is missing,
-    transformers uses a kernel from the hub, for which it needs the package kernels
+    transformers uses a kernel from the hub, for which it needs the package `kernels`
     (`_check_and_adjust_attn_implementation` in modeling_utils.py). Axolotl refuses the kernel if the hub has no build
     for the installed torch. Axolotl turns a tracker on even if only its project is set (axolotl/utils/mlflow_.py and
     others).

@@ -333,8 +333,8 @@ def _padding(cfg: Any, kept: list[int]) -> float:
 def _numbered(tokenizer: Tokenizer, key: str, dataset: Config, every: int, batch: int) -> Iterator[tuple[str, Row]]:
     """Rows of a data set's local files, each with file and line; for formats other than JSONL, with the row's number.
 
-    Rows beyond the data set's split are left out. Of every `every` batches of `batch` lines of JSONL, only the first is
-    read. Axolotl loads the other formats. Missing files have no rows."""
+    Rows beyond the data set's split are left out. JSONL is read in batches of `batch` lines, of which
+    every `every`th is used. Axolotl loads the other formats. Missing files have no rows."""
     if not datafiles.jsonl_files(dataset) and any(file.is_file() for file in datafiles.local_files(dataset)):
         return ((f"{dataset['path']}:{number}", row) for number, row in enumerate(tokenizer.load(key), start=1))
     rows = (row for file in datafiles.jsonl_files(dataset) for row in _of_file(file, every, batch))

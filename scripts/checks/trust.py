@@ -67,7 +67,7 @@ def restore_stand_in(folder: RunDir, record: Run) -> None:
     """Restore a rehearsal's stand-in model if the cache lacks it.
 
     Raises:
-        UserError: the missing model was converted from weights of another package version.
+        UserError: the model is missing, and its version differs from that of this project.
     """
     if record.rehearsal and folder.config.is_file():
         substitution.restore(Path(str(yamlfiles.read_yaml(folder.config).get("base_model"))))

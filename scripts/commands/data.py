@@ -75,7 +75,7 @@ def prepare_verb(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Output folder; default: the input format's folder in study.yaml."),
+        typer.Option(metavar="DIR", help="Output folder; default: the folder that study.yaml gives for the format."),
     ] = None,
     input_format: Annotated[
         str | None,

@@ -234,7 +234,7 @@ ExportedRun = Annotated[
         "--export",
         metavar="RUN|STUDY",
         autocompletion=complete_runs,
-        help="Write records of the scores of a run, or of published predictions.",
+        help="Write records of a run's scores, or of a study's published predictions.",
     ),
 ]
 OfLedger = Annotated[
@@ -244,7 +244,7 @@ OfLedger = Annotated[
 
 DecodingName = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Use the study's decoding settings called NAME; their scores get a column."),
+    typer.Option(metavar="NAME", help="Decode with the study's settings called NAME; scores get their own column."),
 ]
 Power = Annotated[
     str | None,

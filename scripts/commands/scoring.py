@@ -40,7 +40,7 @@ Adapter = Annotated[
     str | None,
     typer.Option(
         metavar="DIR|HUB ID|none",
-        help="Evaluate this adapter (none: base model) with RUN's settings, or a recipe's.",
+        help="Adapter to evaluate (none: base model); RUN may then name a recipe.",
     ),
 ]
 Base = Annotated[bool, typer.Option("--base", help="Also score the base model, in a second column.")]

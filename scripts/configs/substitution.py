@@ -229,7 +229,7 @@ def restore(model: Path) -> None:
     """Convert the stand-in model again if the cache lacks it.
 
     Raises:
-        UserError: the missing model was converted from weights of another package version.
+        UserError: the model is missing, and its version differs from that of this project.
     """
     if model == folder():
         model_folder()

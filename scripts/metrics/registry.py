@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from ..base import yamlfiles
 from ..base.errors import UserError, did_you_mean
@@ -208,6 +208,24 @@ def recorded(scores: Mapping[str, Any]) -> dict[str, Column]:
         with suppress(WrongMetric):
             found[name] = column(name, entry)
     return found
+
+
+class _Scores(BaseModel, extra="allow"):
+    """Schema of the scores in scores.json; further fields are scores, records and texts."""
+
+    __pydantic_extra__: dict[str, float | str | dict[str, Any] | None] = Field(init=False)
+    rows: int | None = None
+    metrics: dict[str, dict[str, Any] | None] | None = None
+    intervals: dict[str, tuple[float, float] | None] | None = None
+    notes: list[str] = Field(default_factory=list)
+
+
+def valid(scores: dict[str, Any]) -> dict[str, Any]:
+    """Return scores unchanged; raise ValueError if they do not follow the schema."""
+    _Scores.model_validate(scores)
+    if any(not isinstance(scores.get(name), float | int | None) for name in recorded(scores)):
+        raise ValueError("a score is not a number")
+    return scores
 
 
 def distinct(columns: Iterable[Column]) -> dict[str, Column]:

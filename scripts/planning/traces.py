@@ -68,7 +68,7 @@ class Allocator:
     Sizes are rounded up to 512 bytes. There are two pools: blocks up to 1 MiB, and larger blocks. A request gets the
     smallest free block that is large enough. If enough is left over, the block is split; adjacent free blocks merge.
     If no block fits, a new segment is reserved. With expandable segments, which Axolotl switches on, each pool has one
-    growing segment instead, and every block is split.
+    growing segment instead, and blocks are split however little is left over.
 
     Attributes:
         allocated, peak: bytes in used blocks, as torch.cuda.max_memory_allocated counts.
@@ -146,7 +146,7 @@ class Allocator:
         return block
 
     def _shorten(self, pool: Pool, block: Block) -> None:
-        """Unmap full pages of the free block at a growing segment's end."""
+        """Unmap the whole pages within the free block at a growing segment's end."""
         pool.take(block)
         kept = -block.address % pool.segment
         self.reserved -= block.size - kept
@@ -197,7 +197,7 @@ Counts = dict[str, dict[str, int]]
 
 
 def lasting(events: Events) -> Events:
-    """Events without those of temporary storages, which the same list makes and frees."""
+    """Events without those of storages that are both allocated and freed in this list."""
     passing = {storage for storage, size in events if size < 0} & {storage for storage, size in events if size >= 0}
     return [event for event in events if event[0] not in passing]
 

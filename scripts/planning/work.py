@@ -101,7 +101,7 @@ def counted(composed: Composed, force: Sequence[str] = ()) -> Lengths:
 def published(composed: Composed) -> Lengths | None:
     """Row and token counts declared by a study for the model's tokenizer.
 
-    An ungated copy of the model has the same tokenizer.
+    The counts also apply to an ungated copy of the model, because it has the same tokenizer.
     """
     of_study = study.of(composed.origin or composed.recipe)
     changed = {change.key: change for change in composed.from_origin if _DECIDES_TOKENS.match(change.key)}

@@ -153,24 +153,6 @@ class Engine(Protocol):
         """
 
 
-class _Scores(BaseModel, extra="allow"):
-    """Schema of scores in scores.json; further fields are scores, records and texts."""
-
-    __pydantic_extra__: dict[str, float | str | dict[str, Any] | None] = Field(init=False)
-    rows: int | None = None
-    metrics: dict[str, dict[str, Any] | None] | None = None
-    intervals: dict[str, tuple[float, float] | None] | None = None
-    notes: list[str] = []
-
-
-def _valid(scores: Row) -> Row:
-    """Return scores unchanged if they follow the schema."""
-    _Scores.model_validate(scores)
-    if any(not isinstance(scores.get(name), float | int | None) for name in registry.recorded(scores)):
-        raise ValueError("a score is not a number")
-    return scores
-
-
 class Evaluation(BaseModel):
     """Content of scores.json; see `score.score` for the scores.
 
@@ -181,7 +163,7 @@ class Evaluation(BaseModel):
 
     made: str
     rehearsal: bool
-    scores: Annotated[dict[str, Any], AfterValidator(_valid)]
+    scores: Annotated[dict[str, Any], AfterValidator(registry.valid)]
     version: int = 1
     settings: EvaluationSettings
     files: dict[str, FileState] = Field(default_factory=dict)
