@@ -193,7 +193,7 @@ def _profile_compatibility(composed: Composed, gpu: Gpu | None, launching: bool)
 
 
 def _replaced(composed: Composed) -> Iterator[Finding]:
-    """Warnings about missing user data that a rehearsal would replace; its path may be misspelt."""
+    """Warnings about missing user data, whose path may be misspelt; a rehearsal would replace them."""
     for difference in composed.differences:
         own = difference.key.endswith(".path") and not study.input_format(str(difference.recipe))
         if own and substitution.FROM_SAMPLE in difference.why:

@@ -120,7 +120,7 @@ def refuse(findings: list[Finding], force: Sequence[str] = ()) -> list[Finding]:
     """Raise UserError unless --force overrides every error.
 
     Returns:
-        Warnings and notes. Overridden errors about untrusted code are returned as warnings; others are omitted.
+        Warnings, notes, and as warnings the overridden errors about untrusted code. Other errors are omitted.
 
     Raises:
         UserError: an error remains, or --force names an error that does not exist.

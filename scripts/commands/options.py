@@ -234,7 +234,7 @@ ExportedRun = Annotated[
         "--export",
         metavar="RUN|STUDY",
         autocompletion=complete_runs,
-        help="Write records of a run's scores, or of a study's published predictions.",
+        help="Record the scores of a run, or of a study's published predictions.",
     ),
 ]
 OfLedger = Annotated[

@@ -40,7 +40,7 @@ Adapter = Annotated[
     str | None,
     typer.Option(
         metavar="DIR|HUB ID|none",
-        help="Adapter to evaluate (none: base model); RUN may then name a recipe.",
+        help="Evaluate another adapter (none: base model). RUN may be an untrained recipe.",
     ),
 ]
 Base = Annotated[bool, typer.Option("--base", help="Also score the base model, in a second column.")]

@@ -229,7 +229,7 @@ def restore(model: Path) -> None:
     """Convert the stand-in model again if the cache lacks it.
 
     Raises:
-        UserError: the model is missing, and its version differs from that of this project.
+        UserError: the model is missing, and it is not the stand-in that this version of the project creates.
     """
     if model == folder():
         model_folder()

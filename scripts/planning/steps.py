@@ -57,7 +57,7 @@ class Step:
         chunked_loss: compute the loss on an eighth of the tokens at a time.
         axolotl: train with transformers' Trainer as Axolotl configures it. False means a plain loop: no autocast, PEFT
             weights in fp32, and outputs kept until the next step.
-        capability: the GPU's compute capability; None for a CPU, which has no memory inside kernels.
+        capability: the GPU's compute capability; None for a CPU.
     """
 
     model: str

@@ -197,7 +197,7 @@ Counts = dict[str, dict[str, int]]
 
 
 def lasting(events: Events) -> Events:
-    """Events without those of storages that are both allocated and freed in this list."""
+    """Events, except those of storages that are both allocated and freed within the list."""
     passing = {storage for storage, size in events if size < 0} & {storage for storage, size in events if size >= 0}
     return [event for event in events if event[0] not in passing]
 
