@@ -146,7 +146,7 @@ def _page(title: str, kind: str, runs: Sequence[ReportedRun], section: Section |
         version=version("qlora-recipes"),
         overview=_without_empty(Table(overview)).rows,
         training=training,
-        scores=report_runs.scores(runs),
+        scores=report_runs.scores(runs, headings),
         scored_on="; ".join(dict.fromkeys(report_runs.scored_on(r) for r in runs if r.evaluation)),
         reader_data=_packed(orjson.dumps(reader)) if reader else None,
         figures_data=_packed(orjson.dumps({figure.key: figure.as_json() for figure in figures})),

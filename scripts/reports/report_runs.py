@@ -190,10 +190,9 @@ def overview(reported: ReportedRun, scored: Mapping[str, Column]) -> Row:
     }
 
 
-def scores(runs: Sequence[ReportedRun]) -> list[Row]:
+def scores(runs: Sequence[ReportedRun], by_heading: Mapping[str, Column]) -> list[Row]:
     """Table of scores, with columns for runs, base models and published scores."""
     columns: dict[str, dict[str, str | None]] = {}
-    by_heading = headings(runs)
     for reported in runs:
         if not reported.evaluation:
             continue

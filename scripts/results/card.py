@@ -105,8 +105,14 @@ def _facts(result: RunResult, evaluation: Evaluation | None) -> Row:
 
 def _template() -> Any:
     jinja = template_environment(paths.TEMPLATES)
-    jinja.filters |= {"code": _code, "fenced": _fenced, "prose": _prose, "address": _address}
-    jinja.filters |= {"text": tables.text_of, "yaml": yamlfiles.write_yaml}
+    jinja.filters |= {
+        "address": _address,
+        "code": _code,
+        "fenced": _fenced,
+        "prose": _prose,
+        "text": tables.text_of,
+        "yaml": yamlfiles.write_yaml,
+    }
     return jinja.get_template("model-card.md.j2")
 
 

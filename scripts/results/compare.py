@@ -267,20 +267,11 @@ class CurveGap:
     step: int
 
 
-def curve_gap(ours: Sequence[Point], curve: Sequence[Point]) -> CurveGap | None:
-    """Gap between a run's points and a curve; None without points."""
-    theirs = dict(curve)
-    gaps = {step: loss - theirs[step] for step, loss in ours}
-    if not gaps:
-        return None
-    furthest = max(gaps, key=lambda step: abs(gaps[step]))
-    return CurveGap(mean=fmean(gaps.values()), largest=abs(gaps[furthest]), step=furthest)
+def curve_gap(metrics: Iterable[Row], curve: Sequence[Point]) -> CurveGap | None:
+    """Gap between a run's training loss and a curve; None if the run did not reach the first point.
 
-
-def over_the_same_steps(metrics: Iterable[Row], curve: Sequence[Point]) -> list[Point]:
-    """Average a run's training losses between consecutive steps of a curve.
-
-    Intervals that the run did not complete are left out.
+    The run's losses are averaged between consecutive steps of the curve. Intervals that the run did not complete are
+    left out.
 
     Args:
         metrics: records of the run's steps.
@@ -288,9 +279,12 @@ def over_the_same_steps(metrics: Iterable[Row], curve: Sequence[Point]) -> list[
     """
     losses = [(record["step"], record["loss"]) for record in metrics if record.get("loss") is not None]
     last = max((step for step, _ in losses), default=0)
-    points = []
-    for before, step in pairwise([0, *(step for step, _ in curve)]):
+    gaps: dict[int, float] = {}
+    for (before, _), (step, published) in pairwise([(0, 0.0), *curve]):
         within = [loss for at, loss in losses if before < at <= step]
         if within and step <= last:
-            points.append((step, fmean(within)))
-    return points
+            gaps[step] = fmean(within) - published
+    if not gaps:
+        return None
+    furthest = max(gaps, key=lambda step: abs(gaps[step]))
+    return CurveGap(mean=fmean(gaps.values()), largest=abs(gaps[furthest]), step=furthest)

@@ -152,7 +152,6 @@ def record_of_run(result: RunResult) -> ledger.Record:
     """
     run, own, summary = result.run, result.evaluation, result.summary
     assert result.study
-    cfg = yamlfiles.read_yaml(result.folder.config)
     used = (run.provenance.get("gpus") or [{}])[0]
     gpu = gpus.named(str(used.get("name")))
     versions = run.provenance.get("packages", {})
@@ -182,7 +181,7 @@ def record_of_run(result: RunResult) -> ledger.Record:
         | {
             "outcome": "finished" if finished else launch.OUT_OF_MEMORY if lacked_memory else "failed",
             "values": _cell_values(run, result.study),
-            "seed": cfg.get("seed", config.AXOLOTL_SEED),
+            "seed": yamlfiles.read_yaml(result.folder.config).get("seed", config.AXOLOTL_SEED),
             "steps": summary.step,
             "seconds": summary.train_seconds,
             "tokens_per_second": summary.tokens_per_second,

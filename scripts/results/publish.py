@@ -89,8 +89,10 @@ def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:
         environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
     def make(part: Path) -> None:  # not the output folder, where Axolotl would replace the training log
-        axolotl = [str(Path(sys.executable).with_name("axolotl")), "merge-lora", str(folder.config.resolve())]
-        axolotl += ["--lora-model-dir", str(folder.output.resolve()), "--output-dir", str(part.resolve())]
+        axolotl = [
+            *(str(Path(sys.executable).with_name("axolotl")), "merge-lora", str(folder.config.resolve())),
+            *("--lora-model-dir", str(folder.output.resolve()), "--output-dir", str(part.resolve())),
+        ]
         cwd = run.cwd if Path(run.cwd).is_dir() else None
         part.mkdir()
         with opened(log, "wb") as stream, Bar(f"merging into {merged}"):

@@ -156,15 +156,6 @@ _FEWEST = 10  # minimum number of rows for estimating a chance of detection
 
 
 @dataclass(frozen=True)
-class Basis:
-    """Basis of a power computation: variances between runs and rows, their origin, and the number of rows."""
-
-    variances: Variances
-    rows: int
-    words: str
-
-
-@dataclass(frozen=True)
 class Chance:
     """Power for a number of seeds and rows.
 
@@ -219,14 +210,13 @@ def outlook(of_study: Study, runs: Path, difference: float | None = None) -> Out
     """
     column = of_study.first
     difference, why = _difference(of_study, column, difference)
-    basis = _basis(of_study, column, runs)
-    spread = basis.variances
-    if not spread.deviation(1, 1) or basis.rows < _FEWEST:
-        few = f"{basis.rows} rows of {basis.words} are too few or too similar to plan with"
+    spread, most, words = _basis(of_study, column, runs)
+    if not spread.deviation(1, 1) or most < _FEWEST:
+        few = f"{most} rows of {words} are too few or too similar to plan with"
         raise UserError(f"{of_study.folder.name}: {few}; score more rows")
     known = next(filter(None, (of_study.repeats(recipe, column.name) for recipe in of_study.published)), [])
     rows = []
-    for count in (basis.rows // part for part in PARTS if basis.rows // part >= _FEWEST):
+    for count in (most // part for part in PARTS if most // part >= _FEWEST):
         for seeds in SEEDS:
             planned = intervals.power(spread, seeds, count, known)
             rows.append(Chance(seeds, count, planned.sees(difference), planned.smallest(CHANCE), planned.sees(0)))
@@ -235,7 +225,7 @@ def outlook(of_study: Study, runs: Path, difference: float | None = None) -> Out
         metric=column.name,
         difference=difference,
         difference_from=why,
-        rests_on=basis.words,
+        rests_on=words,
         one_run=f"rows, and {intervals.BORROWED}" if known else intervals.ROWS_ONLY,
         deviation_of_runs=spread.of_runs**0.5,
         deviation_of_rows=spread.of_rows**0.5,
@@ -252,8 +242,8 @@ def _difference(of_study: Study, column: Column, given: float | None) -> tuple[f
     return of_study.tolerances[column.name], "the study's tolerance"
 
 
-def _basis(of_study: Study, column: Column, runs: Path) -> Basis:
-    """Variances from runs with several seeds, or else from published repeats."""
+def _basis(of_study: Study, column: Column, runs: Path) -> tuple[Variances, int, str]:
+    """Variances, number of rows and origin, from runs with several seeds, or else from published repeats."""
     name = of_study.folder.name
     if column.metric.of_rows is None:
         raise UserError(f"{name}: --power: {column.label} has no row scores to estimate noise from")
@@ -264,7 +254,7 @@ def _basis(of_study: Study, column: Column, runs: Path) -> Basis:
     if most > 1:
         scored = [(group, table) for group, table in scored if len(table[0]) == most]
         words = " and ".join(f"{len(group)} runs of {group[0].run.recipe}" for group, _ in scored)
-        return Basis(intervals.estimated([intervals.mean_squares(table) for _, table in scored]), most, words)
+        return intervals.estimated([intervals.mean_squares(table) for _, table in scored]), most, words
     if not known:
         lacks = f"run `recipe reproduce {name} --seeds 3`"
         raise UserError(f"{name}: --power: the spread between seeds is unknown; {lacks}")
@@ -275,7 +265,7 @@ def _basis(of_study: Study, column: Column, runs: Path) -> Basis:
         right = f"rows that are either right or wrong, {published.value:g} % of them right as published"
         if of_rows >= 0:  # the published score is within the metric's range
             words = f"{len(values)} published repeats of {recipe}, and {right}"
-            return Basis(Variances(variance(values), of_rows, 0.0), of_study.data.scored_rows, words)
+            return Variances(variance(values), of_rows, 0.0), of_study.data.scored_rows, words
     lacks = f"run `recipe reproduce {name} --only {recipe}`"
     raise UserError(f"{name}: --power: the spread between rows is unknown; {lacks}")
 

@@ -1,6 +1,6 @@
 """Results of a run beside published scores."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -94,14 +94,9 @@ class RunResult:
         return {name: evaluations.decoded(self.folder.path, name, d, self.evaluation) for name, d in declared.items()}
 
     @cached_property
-    def evaluated_columns(self) -> dict[str, Column]:
-        """Metrics of the evaluation by name."""
-        return self.evaluation.columns if self.evaluation else {}
-
-    @cached_property
     def columns(self) -> dict[str, Column]:
         """Metrics of the study, and additional metrics of the evaluation."""
-        recorded = self.evaluated_columns
+        recorded = self.evaluation.columns if self.evaluation else {}
         declared = self.study.columns if self.study else {}
         return declared | {name: recorded[name] for name in recorded if name not in declared} or columns_of()
 
@@ -126,7 +121,7 @@ class RunResult:
     def score(self, column: Column) -> float | None:
         """Score by a metric; None if it is missing, or if the metric's declaration changed."""
         if column.metric.of_loss is None:
-            return _value(column, self.evaluation, self.evaluated_columns)
+            return _value(column, self.evaluation)
         loss = self.summary.eval_loss_per_token
         return None if loss is None else column.metric.of_loss(loss)
 
@@ -145,7 +140,7 @@ class RunResult:
         return bool(
             own
             and by_declared_model(column, own.scores)
-            and column.same_scores(self.evaluated_columns.get(column.name))
+            and column.same_scores(own.columns.get(column.name))
             and own.settings.limit is None
             and (column.metric.of_model or own.settings.test_set == self.study.data.test_set)
             and (column.metric.of_model or own.settings.decoding == self.study.decoding)
@@ -214,15 +209,9 @@ def manifest_entries(run: Run) -> list[Config]:
     ]
 
 
-def _value(column: Column, evaluation: Evaluation | None, columns: Mapping[str, Column] | None = None) -> float | None:
-    """Score in an evaluation; None if it is missing, or if the metric's declaration changed.
-
-    Args:
-        column: metric.
-        evaluation: the evaluation, if any.
-        columns: metrics of the evaluation, if already known.
-    """
-    if evaluation is None or not column.same_scores((columns or evaluation.columns).get(column.name)):
+def _value(column: Column, evaluation: Evaluation | None) -> float | None:
+    """Score in an evaluation; None if it is missing, or if the metric's declaration changed."""
+    if evaluation is None or not column.same_scores(evaluation.columns.get(column.name)):
         return None
     return evaluation.scores.get(column.name)
 

@@ -20,35 +20,27 @@ from ..scores.intervals import Interval
 from ..scores.score import model_record
 from . import compare, repeats
 from .compare import CurveGap
-from .run_rows import RunResult
+from .run_rows import RunResult, RunScore
 
 GIB = 1 << 30
-_NOTHING = Summary()
 WITHIN, ACCEPTABLE, OFF = "within the interval", "acceptable", "off"
 
 
 @dataclass(frozen=True, slots=True)
-class MetricRow:
+class MetricRow(RunScore):
     """Results of a recipe's runs by one metric.
 
     Attributes:
-        value: mean score of the runs.
+        value, decodings: means over the runs.
+        base_model: score of the representative run's base model.
         interval: 95 % interval of the mean.
-        base_model: score of the representative run's base model, without adapter.
-        difference: difference from the published score; None if the two are not comparable.
         verdict: see `verdict`.
         model: name of the scorer model, for metrics that have one.
-        decodings: mean scores with the study's other decoding configurations, by name.
     """
 
-    value: float | None
     interval: Interval | None
-    base_model: float | None
-    published: PublishedScore | None
-    difference: float | None
     verdict: str | None
     model: str | None
-    decodings: dict[str, float | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +83,7 @@ class StudyRow:
 
     def costs(self) -> dict[str, tuple[float | None, float | None]]:
         """Costs of the run, paired with the published costs."""
-        published, ours = self.measured, self.chosen.summary if self.chosen else _NOTHING
+        published, ours = self.measured, self.chosen.summary if self.chosen else Summary()
         return {
             "trainable": (ours.trainable_parameters, published.trainable),
             "peak_gpu_memory_gib": (
@@ -161,11 +153,10 @@ def _preference(of_study: Study, result: RunResult) -> tuple[bool, bool, bool, b
     run, evaluated = result.run, result.is_scored
     # an override that repeats the recipe's value, as in a sweep, is not among the differences
     changed = [one.key for one in run.differences if one.why.startswith("--set ") and one.key != repeats.SEED]
-    plain = not changed and not set(run.profiles) - {REHEARSAL, *TRACKERS}
+    plain = not changed and not set(run.profiles) - {REHEARSAL, *TRACKERS} and run.ranks == 1
     own_seed = all(difference.key != repeats.SEED for difference in run.differences)
     done = run.state == "finished" and evaluated
     comparable = result.is_comparable(of_study.first)
-    plain = plain and run.ranks == 1
     return not run.published_adapter, done, evaluated, comparable, plain, own_seed, result.folder.path.name
 
 
@@ -174,8 +165,7 @@ def _row(of_study: Study, recipe: str, found: list[RunResult], rehearsal: bool) 
     chosen = found[0] if found else None
     aim = None if rehearsal else of_study.aimed_at(recipe)
     curve = compare.published_curve(of_study, aim) if aim else []
-    losses = compare.over_the_same_steps(chosen.folder.read_metrics(), curve) if chosen and curve else []
-    gap = compare.curve_gap(losses, curve)
+    gap = compare.curve_gap(chosen.folder.read_metrics(), curve) if chosen and curve else None
     gap_verdict = None
     if gap and chosen and chosen.run.state == "finished" and TRAIN_LOSS in of_study.tolerances:
         gap_verdict = ACCEPTABLE if gap.largest <= of_study.tolerances[TRAIN_LOSS] else OFF

@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -168,7 +169,7 @@ class Evaluation(BaseModel):
     settings: EvaluationSettings
     files: dict[str, FileState] = Field(default_factory=dict)
 
-    @property
+    @cached_property
     def columns(self) -> dict[str, Column]:
         """Scored metrics by name."""
         return registry.recorded(self.scores)

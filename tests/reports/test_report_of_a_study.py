@@ -30,7 +30,7 @@ def test_runs_of_different_studies_share_no_column(runs: Path) -> None:
     both = report_runs.reported_runs([ours, other])
     first, second = (report_runs.overview(reported, report_runs.headings(both)) for reported in both)
     assert (first["accuracy, %"], first["BLEU-4"], second["accuracy, %"], second["BLEU-4"]) == (66, None, None, 5)
-    rows = {row["score"]: row for row in report_runs.scores(both)}
+    rows = {row["score"]: row for row in report_runs.scores(both, report_runs.headings(both))}
     assert rows["accuracy, %"]["plain"] == "66.00 (65.50 to 66.50)" and rows["accuracy, %"]["llama-2-7b"] is None
     assert rows["accuracy, %"]["plain: published"] == "67.40 ± 1.00"
 

@@ -14,6 +14,7 @@ from qlora_recipes.base.errors import UserError
 from qlora_recipes.data import study
 from qlora_recipes.data.published import PublishedScore
 from qlora_recipes.results import compare, listing, verdict
+from qlora_recipes.results.compare import CurveGap
 from qlora_recipes.results.run_rows import RunResult
 from qlora_recipes.scores.intervals import Interval
 
@@ -87,9 +88,9 @@ def test_a_curve_is_compared_over_the_same_steps(runs: Path) -> None:
     of_study = small_study.read()
     curve = compare.published_curve(of_study, of_study.published[PLAIN])
     assert curve == [(2, 2.5), (4, 1.5)]
-    metrics = [{"step": step, "loss": loss} for step, loss in ((1, 3.0), (2, 2.0), (3, 1.0))]
+    metrics = [{"step": step, "loss": loss} for step, loss in ((1, 3.0), (2, 2.5), (3, 1.0))]
     metrics.insert(2, {"step": 2, "eval_loss": 9.0})
-    assert compare.over_the_same_steps(metrics, curve) == [(2, 2.5)]  # step 4 is not reached
+    assert compare.curve_gap(metrics, curve) == CurveGap(0.25, 0.25, 2)  # step 4 is not reached
     assert compare.published_curve(of_study, of_study.published[WIDE]) == []
     Path("recipes/sums2030/plain.csv").write_text("step,loss\n1,2\n")
     with pytest.raises(UserError, match=r"plain\.csv"):
