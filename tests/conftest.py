@@ -12,9 +12,11 @@ import sysconfig
 import time
 import venv
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 from cluster import Cluster, running
 from hypothesis import HealthCheck, settings
@@ -58,7 +60,23 @@ SMALL = {
 }
 """The architecture of a small Llama, for plans."""
 
-Recipe = Callable[..., "subprocess.CompletedProcess[str]"]
+
+@dataclass(frozen=True)
+class Recipe:
+    """Runs the command in an empty folder, in this process, because a new one imports for seconds."""
+
+    run: Callable[..., "subprocess.CompletedProcess[str]"]
+
+    def __call__(self, *words: str | Path) -> "subprocess.CompletedProcess[str]":
+        return self.run(*words)
+
+    def ok(self, *words: str | Path, code: int = 0) -> "subprocess.CompletedProcess[str]":
+        done = self.run(*words)
+        assert done.returncode == code, done.stderr
+        return done
+
+    def json(self, *words: str | Path, code: int = 0) -> Any:
+        return orjson.loads(self.ok(*words, "--json", code=code).stdout)
 
 
 LONGEST = (
@@ -87,8 +105,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Recipe:
-    """Runs the command in an empty folder, in this process, because a new one imports for seconds."""
-
     def run(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
         words = [*map(str, arguments)]
         progress.say_once.cache_clear()
@@ -101,7 +117,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         said = capsys.readouterr()
         return subprocess.CompletedProcess(words, code, said.out, said.err)
 
-    return run
+    return Recipe(run)
 
 
 def path_of(plugins: str) -> dict[str, str]:

@@ -86,10 +86,10 @@ def test_the_skeleton_of_a_study_passes_every_check(recipe: Recipe, tmp_path: Pa
     made = recipe("study", "new", "mine")
     assert made.returncode == 0 and "recipe study check mine" in made.stderr
     assert all((tmp_path / file).is_file() for file in made.stdout.split())
-    assert recipe("render", "--check").returncode == 0
+    recipe.ok("render", "--check")
     checked = recipe("study", "check", "mine")
     assert checked.returncode == 0 and not {"error:", "warning:"} & {*checked.stdout.split()}
-    assert recipe("check", "mine/llama-3.2-3b-mine", "--rehearse").returncode == 0
+    recipe.ok("check", "mine/llama-3.2-3b-mine", "--rehearse")
     assert "haider2024" in recipe("show", "llama-3.2-3b").stdout  # a shipped recipe's short name stays its own
     again = recipe("study", "new", "mine")
     assert again.returncode == 2 and "recipes/mine: " in again.stderr
@@ -101,7 +101,7 @@ def test_the_skeleton_of_a_study_passes_every_check(recipe: Recipe, tmp_path: Pa
     for verb, code in (("render",), 0), (("render", "--check"), 1), (("study", "check", "mine"), 2):
         left = recipe(*verb)
         assert (left.returncode, orphan in left.stdout + left.stderr) == (code, True)
-    assert len(orjson.loads(recipe("check", "mine", "3.2-3b-m*", "--json").stdout)) == 3
+    assert len(recipe.json("check", "mine", "3.2-3b-m*", code=2)) == 3
 
 
 def test_a_study_needs_no_paper_and_its_own_file_is_not_fetched(recipe: Recipe, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_study_needs_no_paper_and_its_own_file_is_not_fetched(recipe: Recipe, 
     lines = [line for line in STUDY.splitlines() if not line.startswith(("paper:", "  source:"))]
     study.write_text(re.sub("learn.csv: {.*}", "learn.csv: {}", "\n".join(lines)))
     recipe("render")
-    assert recipe("study", "check", "capitals").returncode == 0
+    recipe.ok("study", "check", "capitals")
     for verb in ("fetch", "capitals"), ("prepare", "--study", "capitals"):
         done = recipe("data", *verb)
         assert (done.returncode, "data/capitals-raw/learn.csv: " in done.stderr) == (2, True)
@@ -120,7 +120,7 @@ def test_a_study_needs_no_paper_and_its_own_file_is_not_fetched(recipe: Recipe, 
 def test_a_study_says_what_it_lacks(recipe: Recipe, tmp_path: Path) -> None:
     write_capitals(tmp_path)
     study = tmp_path / "recipes" / "capitals" / "study.yaml"
-    assert recipe("render").returncode == 0
+    recipe.ok("render")
     study.write_text(
         STUDY.replace("capitals/first", "capitals/frist")
         .replace("open_settings: [seed]", "open_settings: [learning_rte]")
@@ -153,7 +153,7 @@ def test_a_benchmark_that_the_harness_lacks_is_found_before_training(
     own = STUDY.replace("{metric: exact_match,", "{metric: benchmark, task: gsm8kk,")
     study.write_text(re.sub("{scores: .*}", "{}", own))
     assert "accuracy, %" in recipe("results", "capitals").stdout  # also without runs and published scores
-    assert recipe("render").returncode == 0
+    recipe.ok("render")
     for words in ("study", "check", "capitals"), ("reproduce", "capitals", "--rehearse", "--json"):
         done = recipe(*words)
         assert (done.returncode, "gsm8kk" in done.stdout + done.stderr) == (2, True)
@@ -214,14 +214,12 @@ def test_the_studies_of_other_kinds_are_rehearsed(
         monkeypatch.setattr(sys, "executable", str(stand_in.with_name("python")))
     of_study = study.find(name.partition("/")[0])
     words = (of_study.folder.name, "--rehearse", "--set", f"base_model={tiny}", "--only", name)
-    done = recipe("reproduce", *words, "--json")
-    assert done.returncode == 0, done.stderr
-    reproduced = orjson.loads(done.stdout)
+    reproduced = recipe.json("reproduce", *words)
     (step,), (row,) = reproduced["steps"], reproduced["results"]
     assert (step["recipe"], step["run"], step["evaluate"], row["rows"]) == (name, "done", evaluated, rows)
     score = row[of_study.first.name]
     assert row["recipe"] == name and (score is None) == (rows == 0) and 0 <= (score or 0) <= 100
-    again = orjson.loads(recipe("reproduce", *words, "--json").stdout)
+    again = recipe.json("reproduce", *words)
     assert {again["steps"][0][key] for key in ("run", "evaluate")} == {"skipped"}
     if rows:  # it has all that a record needs, but for a GPU
         run = RunDir(tmp_path / row["run"])

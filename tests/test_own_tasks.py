@@ -80,12 +80,11 @@ def test_a_task_of_ones_own_goes_the_whole_way(
         sets += ["test_datasets=null", "val_set_size=0.25"]
 
     def done(*words: str | Path) -> str:
-        finished = recipe(*words)
-        assert finished.returncode == 0, finished.stderr
+        finished = recipe.ok(*words)
         return finished.stdout + finished.stderr
 
     done("new", "mine", "--from", "haider2024/llama-3.2-3b", *(word for one in sets for word in ("--set", one)))
-    checked = orjson.loads(recipe("check", "mine", "--data", "--json").stdout)
+    checked = recipe.json("check", "mine", "--data")
     (report,) = checked if isinstance(checked, list) else [checked]
     assert [found for found in report["findings"] if found["level"] == "error"] == []
     assert {file: read["rows"] for read in report["data"] for file in read["files"]} == {"mine.jsonl": 24} | (
@@ -102,7 +101,7 @@ def test_a_task_of_ones_own_goes_the_whole_way(
     assert losses[-1] < losses[0]
 
     evaluated = recipe("evaluate", "latest", "--max-new-tokens", "16")
-    (row,) = orjson.loads(recipe("results", "--json").stdout)
+    (row,) = recipe.json("results")
     assert (row["recipe"], row["state"], row["eval_loss"]) == ("mine", "finished", pytest.approx(losses[-1]))
     assert (row["bleu4_published"], row["test_set"]) == (None, None)
     if kind != "completion":

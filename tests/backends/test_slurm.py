@@ -144,8 +144,7 @@ def test_cancelling_a_sweep_takes_it_out_of_the_queue(
 ) -> None:
     rehearsed = ("--profile", "rehearsal", "--profile", tiny_profile, "--metric", "bertscore:none")
     queue = ("--on", "slurm,begin=now+1hour")
-    done = recipe("sweep", NAME, "--set", "lora_r=4,8", *rehearsed, *queue)
-    assert done.returncode == 0, done.stderr
+    recipe.ok("sweep", NAME, "--set", "lora_r=4,8", *rehearsed, *queue)
     assert len(submitted(tmp_path, "cancel", "lora_r").splitlines()) == 5
     for run in rundir.all_runs(tmp_path / "runs"):
         assert wait_for(run, lambda record: record.state == "interrupted").launches == []

@@ -53,8 +53,7 @@ def test_it_goes_on_to_the_same_adapter_and_is_evaluated(
     run = rehearsal(recipe, tmp_path, monkeypatch, fails=True)
     assert run.read().state == "failed" and run.last_checkpoint()
     forget_model(own_cache)
-    resumed = recipe("resume", run.path)
-    assert resumed.returncode == 0, resumed.stderr
+    recipe.ok("resume", run.path)
     assert run.read().launches[-1].resumed_from
     assert adapter(run) == adapter(whole)
     before = EvaluationTask(whole, EvaluationRequest())

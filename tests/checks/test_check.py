@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import orjson
 import pytest
 from conftest import Recipe, config_with
 
@@ -62,8 +61,7 @@ def test_every_finding_is_told_at_once_with_its_place(place: Path, recipe: Recip
 def test_json(place: Path, recipe: Recipe) -> None:
     (place / "mine.yaml").write_text(yamlfiles.write_yaml(config_with({"lora_rr": 1})))
     (place / "broken.yaml").write_text("a: [\n")
-    done = recipe("check", "mine.yaml", "broken.yaml", "nowhere", "--json", "--data")
-    mine, broken, nowhere = orjson.loads(done.stdout)
+    mine, broken, nowhere = recipe.json("check", "mine.yaml", "broken.yaml", "nowhere", "--data", code=2)
     assert mine["checked"] == "mine.yaml"
     (error,) = [finding for finding in mine["findings"] if finding["level"] == "error"]
     assert "lora_r" in error.pop("problem")
@@ -79,7 +77,6 @@ def test_json(place: Path, recipe: Recipe) -> None:
     assert [read["rows"] for read in mine["data"]] == [109, 27]
     assert (broken["findings"][0]["where"], broken["findings"][0]["line"]) == ("broken.yaml", 2)
     assert [finding["rule"] for finding in nowhere["findings"]] == ["unreadable"]
-    assert done.returncode == 2
 
 
 @pytest.mark.parametrize("profile", [file.stem for file in paths.PROFILES.glob("*.yaml") if file.stem != MIRROR])
@@ -177,8 +174,7 @@ def test_data_that_are_not_prepared_yet_are_one_warning_of_a_check_and_an_error_
     recipe: Recipe, tmp_path: Path
 ) -> None:
     tagged = "haider2024/as-released/llama-3-8b"
-    done = recipe("check", tagged)
-    assert done.returncode == 0
+    done = recipe.ok("check", tagged)
     (said,) = [line for line in done.stdout.splitlines() if "not-prepared" in line]
     assert "data/codereviewer-tagged/train.jsonl" in said
     several = recipe("check", "haider2024/all-linear/llama-2-7b", "haider2024/llama-2-7b").stdout.splitlines()

@@ -264,7 +264,7 @@ def test_roles_are_judged_by_the_rehearsals_tokenizer_where_the_models_is_missin
     (tmp_path / "own.yaml").write_text(yamlfiles.write_yaml(config_with(change)))
     lines = [chat(ASKED, ANSWER), chat(ASKED), chat(said("user", "Why?")), chat(SYSTEM, ASKED, ANSWER)]
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(map(orjson.dumps, lines)))
-    (report,) = orjson.loads(recipe("check", "own.yaml", "--data", "--json").stdout)
+    (report,) = recipe.json("check", "own.yaml", "--data", code=2)
     found = {finding["rule"]: finding for finding in report["findings"]}
     assert (found["bad-row"]["where"], found["bad-row"]["line"]) == ("rows.jsonl", 4)
     assert " 2, 3)" in found["nothing-learnt"]["problem"]
@@ -284,8 +284,7 @@ def test_run_asks_axolotl_before_it_starts_on_a_gpu(
 
 def test_the_command(recipe: Recipe, tmp_path: Path, llama: yamlfiles.Config) -> None:
     (tmp_path / "mine.yaml").write_text(yamlfiles.write_yaml(llama))
-    done = recipe("check", "mine.yaml", "--show-tokens", "2")
-    assert done.returncode == 0, done.stderr
+    done = recipe.ok("check", "mine.yaml", "--show-tokens", "2")
     assert "⟪Can we turn" in done.stdout
     assert done.stdout.count("</s>⟫") == 2
     elsewhere = ("--set", "datasets.0.path=x/y", "--set", "test_datasets.0.path=x/y")

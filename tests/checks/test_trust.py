@@ -91,7 +91,7 @@ def test_a_run_from_elsewhere_is_resumed_only_with_trust(
     tmp_path: Path, recipe: Recipe, stand_in: Path, tiny_profile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "AXOLOTL", stand_in.with_name("axolotl"))
-    assert recipe("run", NAME, "--profile", tiny_profile).returncode == 0
+    recipe.ok("run", NAME, "--profile", tiny_profile)
     (folder,) = all_runs(tmp_path / "runs")
     record = folder.read()
     record.state, record.seal, record.recipe_file = "interrupted", "0" * 64, "/home/me/checkout/variants/wide.yaml"

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import orjson
 import pytest
 from conftest import SAMPLE, Recipe, recipe_config
 
@@ -93,18 +92,17 @@ def test_a_mistake_ends_with_code_2_one_message_and_nothing_left(
 
 
 def test_list_show_and_diff_print_data(recipe: Recipe) -> None:
-    rows = orjson.loads(recipe("list", "--json").stdout)
+    rows = recipe.json("list")
     assert [row["recipe"] for row in rows] == paths.recipe_names()
     shown = recipe("show", NAME)
     assert shown.stdout == (paths.RECIPES / f"{NAME}.yaml").read_text()
-    keys = {row["key"] for row in orjson.loads(recipe("diff", NAME, "haider2024/llama-3-8b", "--json").stdout)}
+    keys = {row["key"] for row in recipe.json("diff", NAME, "haider2024/llama-3-8b")}
     assert keys - {"num_epochs"} == {"base_model", "revision_of_model", "special_tokens.pad_token", "optimizer"}
-    assert orjson.loads(recipe("results", "--json").stdout) == []
+    assert recipe.json("results") == []
 
 
 def test_data_prepare_and_a_dry_run(recipe: Recipe, tmp_path: Path) -> None:
-    done = recipe("data", "prepare", SAMPLE)
-    assert done.returncode == 0
+    done = recipe.ok("data", "prepare", SAMPLE)
     _, train, *_, written = done.stdout.splitlines()
     assert train.split() == ["train.jsonl", "109", "109", "none", "differs"]
     assert written == "data/codereviewer/manifest.json"

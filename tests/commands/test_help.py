@@ -25,8 +25,7 @@ def test_help_explains_all_within_the_width_and_breaks_no_word(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     command = COMMANDS[name]
-    done = recipe(*name.split()[1:], "--help")
-    assert done.returncode == 0
+    done = recipe.ok(*name.split()[1:], "--help")
     assert [line for line in done.stdout.splitlines() if len(line) > 60] == []
     assert not {"…", "\N{NON-BREAKING HYPHEN}"} & set(done.stdout)
     words = " ".join(done.stdout.split())

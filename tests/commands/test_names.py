@@ -19,11 +19,11 @@ def test_a_part_of_a_recipes_name_is_enough_and_the_whole_is_said(recipe: Recipe
     assert (part.returncode, part.stdout) == (0, whole.stdout)
     assert f"recipe {BASE}\n" in part.stderr
     assert f"recipe {BASE}\n" not in whole.stderr
-    assert orjson.loads(recipe("show", "linear/code-llama", "--json").stdout)["recipe"] == BASE
+    assert recipe.json("show", "linear/code-llama")["recipe"] == BASE
 
 
 def test_a_variant_is_found_by_its_name_and_parts_of_that(recipe: Recipe, tmp_path: Path) -> None:
-    assert recipe("new", "mine/wide-r64", "--from", PART, "--set", "lora_r=64").returncode == 0
+    recipe.ok("new", "mine/wide-r64", "--from", PART, "--set", "lora_r=64")
     header = (tmp_path / "variants/mine/wide-r64.yaml").read_text()[:2000]
     assert f"mine/wide-r64: a variant of {BASE}" in header
     for name in ("mine/wide-r64", "wide-r64", "wide", "r64"):
@@ -60,10 +60,10 @@ def test_a_study_of_one_recipe_keeps_its_name(recipe: Recipe, runs: Path) -> Non
 def test_list_shows_the_variants_of_the_working_folder_by_the_names_that_run_takes(
     recipe: Recipe, tmp_path: Path
 ) -> None:
-    shipped = orjson.loads(recipe("list", "--json").stdout)
+    shipped = recipe.json("list")
     assert {row["variant_of"] for row in shipped} == {None}
-    assert recipe("new", "wide", "--from", BASE, "--set", "lora_r=64").returncode == 0
-    assert recipe("new", "more/wider", "--from", "wide", "--set", "num_epochs=1").returncode == 0
+    recipe.ok("new", "wide", "--from", BASE, "--set", "lora_r=64")
+    recipe.ok("new", "more/wider", "--from", "wide", "--set", "num_epochs=1")
     (tmp_path / "variants" / "broken.yaml").write_text("lora_r: [1\n")  # hides no other
     listed = recipe("list", "--json")
     rows = orjson.loads(listed.stdout)
@@ -75,7 +75,7 @@ def test_list_shows_the_variants_of_the_working_folder_by_the_names_that_run_tak
     matching = {name: {row["recipe"] for row in rows if name in row["recipe"]} for name in ("wider", "loftq")}
     matching["more/w*r"] = matching["wider"]
     for name, recipes in matching.items():
-        listed = orjson.loads(recipe("list", name.upper(), "--json").stdout)
+        listed = recipe.json("list", name.upper())
         assert {row["recipe"] for row in listed} == recipes != set()
     done = recipe("list", "llama-3-8x")
     assert (done.returncode, "llama-3-8b" in done.stderr) == (2, True)

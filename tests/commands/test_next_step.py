@@ -16,8 +16,7 @@ NAME = "haider2024/code-llama-7b"
 
 def next_of(recipe: Recipe, *words: str | Path) -> list[str]:
     """The words of the command that a command says comes next, on stderr; none with --json."""
-    done = recipe(*words)
-    assert done.returncode == 0, done.stderr
+    done = recipe.ok(*words)
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("next: ")]
     assert done.stderr.endswith(f"{said}\n") and "next: " not in done.stdout
     name, *following = shlex.split(said.removeprefix("next: "))
@@ -32,7 +31,7 @@ def test_from_a_list_to_a_rehearsal_without_a_gpu_and_data(recipe: Recipe) -> No
     laid = ("--set", "lora_dropout=0.1")
     checked = next_of(recipe, "check", "my-wide", "--rehearse", *laid)
     assert checked == ["run", "my-wide", *laid, "--rehearse"]
-    assert recipe(*checked, "--dry-run").returncode == 0
+    recipe.ok(*checked, "--dry-run")
 
 
 def test_from_prepared_data_to_a_plan(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

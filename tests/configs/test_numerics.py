@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import orjson
 import pytest
 from conftest import Recipe, config_with
 
@@ -206,8 +205,7 @@ def test_packed_rows_are_kept_apart_by_a_mask_on_turing() -> None:
 
 
 def test_check_notes_what_a_profile_leaves_once_a_reason(recipe: Recipe) -> None:
-    done = recipe("check", "haider2024/llama-2-7b", "--profile", "fast", "--gpu", "T4", "--json")
-    (report,) = orjson.loads(done.stdout)
+    (report,) = recipe.json("check", "haider2024/llama-2-7b", "--profile", "fast", "--gpu", "T4")
     notes = [found["problem"] for found in report["findings"] if found["rule"] == "unfit"]
     assert len(notes) == 2 and "T4 (sm_75)" in notes[0] and "lora_dropout 0.05" in notes[1]
     assert "lora_qkv_kernel, lora_o_kernel" in notes[1]

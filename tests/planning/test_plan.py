@@ -5,7 +5,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import orjson
 import pytest
 from conftest import SMALL, Recipe, config_with, recipe_config
 
@@ -239,15 +238,14 @@ def test_a_full_fine_tuning_that_does_not_fit_gets_an_adapter(small: yamlfiles.C
 def test_plan_prints(recipe: Recipe, small: yamlfiles.Config, tmp_path: Path, sample: Path) -> None:
     small["datasets"] = [{"path": str(sample / "train.jsonl"), "type": "alpaca"}]
     (tmp_path / "small.yaml").write_text(yamlfiles.write_yaml(small))
-    done = recipe("plan", "small.yaml", "--gpu", "t4", "--gpus", "2")
-    assert done.returncode == 0, done.stderr
+    done = recipe.ok("plan", "small.yaml", "--gpu", "t4", "--gpus", "2")
     for text in ("logits", "needed", "ZeRO-2", "hours"):
         assert text in done.stdout
     table = [line.split() for line in recipe("plan", "small.yaml", "--gpu", "t4", "--gpu", "80GB").stdout.splitlines()]
     assert table[0][-4:] == ["fits", "free", "GiB", "hours"] and [row[0] for row in table[1:3]] == ["small.yaml"] * 2
     assert table[1][-3:-1] == ["up", "to"] and table[2][-1] == "–"  # no speed is known of a size alone
     assert recipe("plan", "small.yaml", "--gpu", "t4", "--gpu", "sm_86").returncode == 0  # of different columns
-    as_json = orjson.loads(recipe("plan", "small.yaml", "--json").stdout)
+    as_json = recipe.json("plan", "small.yaml")
     assert as_json[0]["recipe"] == "small.yaml" and as_json[0]["memory"]["needed"] > 0
 
 
@@ -255,9 +253,7 @@ def test_the_tokens_of_the_data_are_counted(recipe: Recipe, small: yamlfiles.Con
     small |= {"base_model": str(tiny), "special_tokens": {"pad_token": "</s>"}}
     small["datasets"] = [{"path": str(sample / "train.jsonl"), "type": "alpaca"}]
     (sample.parent / "tiny.yaml").write_text(yamlfiles.write_yaml(small))
-    done = recipe("plan", sample.parent / "tiny.yaml", "--data", "--json")
-    assert done.returncode == 0, done.stderr
-    (planned,) = orjson.loads(done.stdout)
+    (planned,) = recipe.json("plan", sample.parent / "tiny.yaml", "--data")
     assert 0 < planned["work"]["tokens"] < planned["work"]["rows"] * 2048
 
 

@@ -68,9 +68,7 @@ def test_rows_are_matched_by_position_or_order_and_others_are_refused() -> None:
 def test_the_command_compares_files(recipe: Recipe, tmp_path: Path) -> None:
     for name, made in (("a.jsonl", rows("rename variable", "why")), ("b.jsonl", rows("x", "y"))):
         (tmp_path / name).write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in made))
-    done = recipe("results", "a.jsonl", "b.jsonl", "--json")
-    assert done.returncode == 0, done.stderr
-    assert orjson.loads(done.stdout)["scores"][0]["better"] == 1
+    assert recipe.json("results", "a.jsonl", "b.jsonl")["scores"][0]["better"] == 1
     assert recipe("results", "a.jsonl", "nowhere.jsonl").returncode == 2
     for metric in ("bertscore:roberta-large", "bertscore_f1", "perplexity", "benchmark:mmlu", "sacrebleu"):
         assert recipe("results", "a.jsonl", "b.jsonl", "--metric", metric).returncode == 2
@@ -94,7 +92,7 @@ def trained(place: Path, name: str, rate: float = 2e-4, predicted: bool = True, 
 
 
 def as_json(recipe: Recipe, *compared: str) -> dict[str, Any]:
-    return orjson.loads(recipe("results", *compared, "--json").stdout)
+    return recipe.json("results", *compared)
 
 
 def test_runs_that_are_not_evaluated_are_compared_by_their_trainings(recipe: Recipe, tmp_path: Path) -> None:
@@ -116,7 +114,7 @@ def test_runs_without_a_metric_of_rows_in_common_are_compared_by_their_trainings
         evaluated(run, {"rows": 0, "mmlu": 40.0, "metrics": metrics, "intervals": {}}, rows=0)
     compared = as_json(recipe, "one", "two")
     assert compared["training"] and compared["scores"] == []
-    assert recipe("results", "one", "two").returncode == 0
+    recipe.ok("results", "one", "two")
 
 
 def test_both_parts_are_shown_where_both_are_there(recipe: Recipe, tmp_path: Path) -> None:

@@ -31,8 +31,7 @@ def edit(file: Path, **change: Any) -> None:
 def test_a_damaged_line_of_metrics_is_left_out_and_said(recipe: Recipe, bad: RunDir, change: dict[str, Any]) -> None:
     edit(bad.path / "run.json", state="failed")
     bad.metrics.write_bytes(orjson.dumps(RECORD) + b"\n" + orjson.dumps(RECORD | {"step": 2} | change) + b"\n")
-    listed = recipe("results", "--json")
-    assert listed.returncode == 0
+    listed = recipe.ok("results", "--json")
     assert {Path(row["run"]).name: row["step"] for row in orjson.loads(listed.stdout)} == {"good": 0, "bad": 1}
     assert listed.stderr.count("bad/metrics.jsonl") == 1
 
@@ -41,8 +40,7 @@ def test_zeros_at_the_end_of_metrics_cost_no_whole_line(recipe: Recipe, bad: Run
     edit(bad.path / "run.json", state="failed")
     bad.metrics.write_bytes(orjson.dumps(RECORD) + b"\n" + b"\0" * 4096)
     append_line(bad.metrics, orjson.dumps(RECORD | {"step": 2}))  # of a resumed training
-    listed = recipe("results", "--json")
-    assert {row["step"] for row in orjson.loads(listed.stdout)} == {0, 2}
+    assert {row["step"] for row in recipe.json("results")} == {0, 2}
 
 
 @pytest.mark.parametrize(
@@ -60,8 +58,7 @@ def test_a_damaged_run_is_named_and_the_others_are_listed(
         content = orjson.loads((bad.path / file).read_bytes()) | content
     (bad.path / file).write_bytes(orjson.dumps(content))
     for words in (["results", "--json"], ["results", "haider2024"]):
-        listed = recipe(*words)
-        assert listed.returncode == 0
+        listed = recipe.ok(*words)
         assert says in listed.stderr
         assert "10.0" in listed.stdout
     assert recipe("report", f"{NAME}/bad").returncode == 2
@@ -90,10 +87,9 @@ def test_damaged_scores_are_named_and_the_run_is_as_one_that_is_not_evaluated(
 ) -> None:
     edit(bad.path / "scores.json", scores=scores)
     for words in (["results", "--json"], ["report", f"{NAME}/bad"]):
-        done = recipe(*words)
-        assert done.returncode == 0
+        done = recipe.ok(*words)
         assert "bad/scores.json" in done.stderr
-    assert {row["bleu4"] for row in orjson.loads(recipe("results", "--json").stdout)} == {10.0, None}
+    assert {row["bleu4"] for row in recipe.json("results")} == {10.0, None}
 
 
 @pytest.mark.parametrize("change", [{"row": None}, {"bleu4": "good"}, {"bleu4": 1e308}, {"prediction": 1}])
@@ -101,7 +97,7 @@ def test_predictions_that_are_none_are_named(recipe: Recipe, bad: RunDir, change
     row = {"row": 1, "idx": 1, "lang": "go", "reference": "a", "prediction": "b", "bleu4": 1.0, "exact": False}
     write_rows(bad.path / "predictions.jsonl", [row, row | {"row": 2} | change])
     for words in (["results", "haider2024"], ["report", f"{NAME}/bad"]):
-        assert recipe(*words).returncode == 0
+        recipe.ok(*words)
     assert "bad/predictions.jsonl: damaged" in recipe("report", f"{NAME}/bad").stderr
 
 

@@ -27,16 +27,13 @@ pytestmark = pytest.mark.usefixtures("runs")
 
 
 def exported(recipe: Recipe, run: str) -> tuple[Path, dict[str, Any]]:
-    done = recipe("results", "--export", run)
-    assert done.returncode == 0, done.stderr
+    done = recipe.ok("results", "--export", run)
     file = Path(done.stdout.strip())
     return file, orjson.loads(file.read_bytes())
 
 
 def listed(recipe: Recipe) -> list[Any]:
-    done = recipe("results", "sums2030", "--ledger", "--json")
-    assert done.returncode == 0, done.stderr
-    return [row["scores"]["accuracy"]["value"] for row in orjson.loads(done.stdout)]
+    return [row["scores"]["accuracy"]["value"] for row in recipe.json("results", "sums2030", "--ledger")]
 
 
 def status_of(name: str, metric: str = "accuracy, %") -> ledgers.Status:
@@ -209,7 +206,7 @@ def test_the_plan_is_recorded_beside_the_measured_memory(monkeypatch: pytest.Mon
 
 def test_a_study_without_a_published_number_has_no_status(recipe: Recipe) -> None:
     small_study.write(Path(), published={PLAIN: {}})
-    assert recipe("results", "--ledger").returncode == 0
+    recipe.ok("results", "--ledger")
 
 
 def test_every_shipped_record_is_valid() -> None:

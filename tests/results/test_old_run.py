@@ -8,7 +8,6 @@ tests/support/old_run_interrupted, by revision 167dafe, when an ungated copy was
 import shutil
 from pathlib import Path
 
-import orjson
 import pytest
 from conftest import SUPPORT, Recipe
 
@@ -25,7 +24,7 @@ def old_run(tmp_path: Path) -> Path:
 
 
 def test_an_old_run_is_listed(recipe: Recipe, old_run: Path) -> None:
-    (row,) = orjson.loads(recipe("results", "--json").stdout)
+    (row,) = recipe.json("results")
     assert (row["recipe"], row["state"], row["ended"]) == (NAME, "finished", None)
     assert (row["eval_loss"], row["eval_loss_axolotl"]) == (None, pytest.approx(4.1054, abs=1e-4))
     assert (row["rehearsal"], row["rows_evaluated"]) == (True, 12)
@@ -37,9 +36,8 @@ def test_an_old_run_is_listed(recipe: Recipe, old_run: Path) -> None:
 def test_an_old_run_is_reported_and_compared_but_not_published_without_its_adapter(
     recipe: Recipe, old_run: Path, tmp_path: Path
 ) -> None:
-    compared = recipe("results", str(old_run), str(old_run), "--json")
-    assert compared.returncode == 0, compared.stderr
-    assert recipe("report", str(old_run)).returncode == 0
+    recipe.json("results", str(old_run), str(old_run))
+    recipe.ok("report", str(old_run))
     assert "4.105" in (tmp_path / "report.html").read_text()
     done = recipe("publish", str(old_run))
     assert (done.returncode, "recipe run" in done.stderr) == (2, True)
@@ -49,9 +47,9 @@ def test_a_run_that_an_earlier_version_left_unfinished_is_read_as_todays(recipe:
     folder = tmp_path / "runs" / "haider2024/llama-3-8b" / "20261128-202704-883091f"
     shutil.copytree(SUPPORT / "old_run_interrupted", folder)
     assert RunDir(folder).read().profiles == ["rehearsal", "mirror"]
-    (row,) = orjson.loads(recipe("results", "--json").stdout)
+    (row,) = recipe.json("results")
     assert (row["state"], row["step"], row["steps"], row["changed_keys"]) == ("interrupted", 2, 12, "num_epochs")
-    assert recipe("report", "latest").returncode == 0
+    recipe.ok("report", "latest")
     assert recipe("cancel", "latest").returncode == 2
     strange, moved = recipe("resume", "latest"), recipe("resume", "latest", "--trust")
     assert (strange.returncode, "--trust" in strange.stderr, moved.returncode) == (2, True, 2)

@@ -3,7 +3,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import pytest
 import small_study
 from conftest import Recipe
@@ -217,7 +216,7 @@ def test_a_study_that_cannot_be_planned_is_refused(
 
 
 def test_peft_can_be_planned_before_any_run(recipe: Recipe) -> None:
-    found = orjson.loads(recipe("results", "peft", "--power", "tolerance", "--json").stdout)
+    found = recipe.json("results", "peft", "--power", "tolerance")
     assert found["difference"] == study.find("peft").tolerances["accuracy"]
     assert found["deviation_of_runs"] == pytest.approx(np.std([48.22, 48.22, 49.05], ddof=1))
     table = recipe("results", "peft", "--power", "4")

@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import orjson
 import pytest
 import small_study
 from conftest import Recipe
@@ -126,7 +125,7 @@ def test_numbers_of_different_metrics_never_share_a_column(runs: Path, recipe: R
     names = ("accuracy, %", "BLEU-4", "right numbers, %")
     shown = [[name for name in names if name in part] for part in parts]
     assert {name for found in shown for name in found} == {*names} and max(map(len, shown)) == 1
-    rows = orjson.loads(recipe("results", "--json").stdout)
+    rows = recipe.json("results")
     found = [(row["study"], row["accuracy"]) for row in rows if "accuracy" in row]
     assert found == [("sums2030", 66), (None, 12.5)]
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import orjson
 import pytest
 from conftest import Recipe, finish, start
 
@@ -122,14 +121,12 @@ def test_a_task_scores_as_by_the_harness_itself_also_when_resumed(
     (run,) = rundir.all_runs(tmp_path / "runs")
     evaluate = ("evaluate", "latest", "--max-new-tokens", "8", "--metric", "bertscore:none")
     for name in ("no_such_task", "ai2_arc", "leaderboard_math_hard", "humaneval"):  # the last runs generated code
-        assert recipe(*evaluate, "--metric", f"benchmark:{name}").returncode == 2
+        recipe.ok(*evaluate, "--metric", f"benchmark:{name}", code=2)
     assert not (run.path / "predictions.jsonl").exists()
     task = a_task(tmp_path)
     wanted = (*evaluate, "--metric", f"benchmark:{task}")
     assert recipe(*wanted).returncode != 0 and not (run.path / "scores.json").exists()
-    done = recipe(*wanted, "--json")
-    assert done.returncode == 0, done.stderr
-    scores = orjson.loads(done.stdout)
+    scores = recipe.json(*wanted)
     own = scores["sums_benchmark"]
     assert (own["version"], own["shots"], own["rows"], own["result"]) == ("3", 0, 12, "acc")
     resumed = sum(batches)  # the batch before the interruption is not answered again
@@ -140,10 +137,10 @@ def test_a_task_scores_as_by_the_harness_itself_also_when_resumed(
     before = sum(batches)
     assert scores["sums"] == own["value"] == pytest.approx(100 * theirs["acc,none"]) == pytest.approx(100 * 8 / 12)
     assert own["stderr"] == pytest.approx(100 * theirs["acc_stderr,none"])
-    assert "sums" in orjson.loads(recipe(*evaluate, "--json").stdout)  # kept
-    assert recipe(*wanted, "--adapter", "none").returncode == 0
+    assert "sums" in recipe.json(*evaluate)  # kept
+    recipe.ok(*wanted, "--adapter", "none")
     assert sum(batches) == before + resumed
-    (row,) = orjson.loads(recipe("results", "--json").stdout)
+    (row,) = recipe.json("results")
     assert row["sums"] == scores["sums"] and row["sums_base_model"] is not None
     assert "sums, %, gained" in recipe("results").stdout
 

@@ -1,6 +1,5 @@
 """Which rows a run is evaluated on, for own data of every type, against what Axolotl itself does with them."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -161,7 +160,7 @@ def test_results_and_reports_take_own_rows(own: OwnRun, tmp_path: Path, recipe: 
     assert made.settings.data_sha256 == sha256(tmp_path / "check.jsonl")
     for file in ("predictions.jsonl", "scores.json"):  # as if they were the adapter's
         shutil.copy(run.path / "evaluations" / "base-model" / file, run.path)
-    (row,) = json.loads(recipe("results", "--json").stdout)
+    (row,) = recipe.json("results")
     assert (row["rows_evaluated"], row["test_set"], row["bleu4_published"]) == (3, None, None)
     (shown,) = reader(reported_runs([run]))
     assert shown["diff"] is None and " input" in shown["why"]

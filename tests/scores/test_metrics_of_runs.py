@@ -92,19 +92,16 @@ def test_a_further_decoding_is_evaluated_beside_the_usual_one(
 
 def test_predictions_are_scored_by_other_fields(recipe: Recipe, tmp_path: Path) -> None:
     write_rows(tmp_path / "answers.jsonl", ANSWERS * 2)
-    done = recipe(
-        "score", "answers.jsonl", "--metric", 'number: {markers: ["A: "]}', *FIELDS, "--json", "--out", "s.jsonl"
-    )
-    assert done.returncode == 0, done.stderr
-    scores = orjson.loads(done.stdout)
+    number = ("--metric", 'number: {markers: ["A: "]}')
+    scores = recipe.json("score", "answers.jsonl", *number, *FIELDS, "--out", "s.jsonl")
     assert scores["number"] == pytest.approx(200 / 3) and len(scores["intervals"]["number"]) == 2
     assert scores["metrics"] == {"number": {"metric": "number", "markers": ["A: "]}}
     assert "bleu4" not in scores
     rows = list(map(orjson.loads, (tmp_path / "s.jsonl").read_bytes().splitlines()))
     assert [row["number"] == 100 for row in rows] == [row["model"]["right"] for row in rows]
     assert [row["question"] for row in rows] == [row["question"] for row in ANSWERS * 2]
-    compared = recipe("results", "s.jsonl", "s.jsonl", "--metric", "number", "--json")
-    assert [row["score"] for row in orjson.loads(compared.stdout)["scores"]] == ["number"]
+    compared = recipe.json("results", "s.jsonl", "s.jsonl", "--metric", "number")
+    assert [row["score"] for row in compared["scores"]] == ["number"]
 
 
 @pytest.mark.parametrize(

@@ -92,9 +92,7 @@ def test_bertscore_is_named_with_its_model() -> None:
 
 def test_the_command_prints_scores_and_writes_rows(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in ROWS))
-    result = recipe("score", "pairs.jsonl", "--out", "scored.jsonl", "--metric", "bertscore:none", "--json")
-    assert result.returncode == 0, result.stderr
-    assert orjson.loads(result.stdout) == scored(ROWS)[0]
+    assert recipe.json("score", "pairs.jsonl", "--out", "scored.jsonl", "--metric", "bertscore:none") == scored(ROWS)[0]
     assert list(map(orjson.loads, (tmp_path / "scored.jsonl").read_bytes().splitlines())) == scored(ROWS)[1]
     lines = recipe("score", "pairs.jsonl").stdout.splitlines()
     assert [line.split()[2] for line in lines if line.startswith(("exact, %", "empty, %"))] == ["20.0", "20.0"]

@@ -33,9 +33,7 @@ ONE = "haider2024/llama-3.2-3b"
 
 def reproduced(recipe: Recipe, profile: Path) -> dict[str, Any]:
     profiles = ("--profile", "rehearsal", "--profile", profile)  # of another model, only rehearsals are in the table
-    done = recipe("reproduce", "haider2024", "--only", ONE, "--metric", "bertscore:none", *profiles, "--json")
-    assert done.returncode == 0, done.stderr
-    return orjson.loads(done.stdout)
+    return recipe.json("reproduce", "haider2024", "--only", ONE, "--metric", "bertscore:none", *profiles)
 
 
 def test_all_steps_are_done_and_the_table_is_there_and_again_it_does_nothing(
@@ -68,11 +66,9 @@ def test_a_dry_run_says_what_would_be_done_and_for_how_long_and_writes_nothing(
 ) -> None:
     small = {"base_model": str(tiny), "revision_of_model": None, "special_tokens": None}
     (tmp_path / "small.yaml").write_text(yamlfiles.write_yaml(small))
-    words = ("reproduce", "haider2024", "--dry-run", "--only", "llama-3.2-3b", "--profile", "small.yaml", "--json")
-    words += ("--set", "num_epochs=5")
-    done = recipe(*words, "--gpu", "T4", "--set", "lora_rr=1", "--set", "bf16=true")
-    assert done.returncode == 2
-    outline = orjson.loads(done.stdout)
+    words = ("reproduce", "haider2024", "--dry-run", "--only", "llama-3.2-3b", "--profile", "small.yaml")
+    words += ("--set", "num_epochs=5", "--gpu", "T4")
+    outline = recipe.json(*words, "--set", "lora_rr=1", "--set", "bf16=true", code=2)
     fetched, prepared = outline["data"]
     assert re.search("data/codereviewer-raw: .* 847 MB .* https://zenodo.org/", fetched)
     assert re.search("data/codereviewer: .* diff", prepared)
@@ -80,8 +76,7 @@ def test_a_dry_run_says_what_would_be_done_and_for_how_long_and_writes_nothing(
     assert (row["training"], row["steps"]) == ("refused", None)
     assert "lora_rr: None -> 1 " in row["changes"]
     assert "--set lora_rr=1: error" in row["problem"] and ": bf16: T4 (sm_75) " in row["problem"]
-    outline = orjson.loads(recipe(*words, "--gpu", "T4", "--seeds", "2").stdout)
-    row, other = outline["recipes"]
+    row, other = recipe.json(*words, "--seeds", "2")["recipes"]
     assert (row["steps"], row["fits"], other["steps"]) == (73587, "T4: yes", 73587)
     assert 0 < row["needs GiB"] < 1 and row["hours"] > 0
     assert [file.name for file in tmp_path.iterdir()] == ["small.yaml"]
@@ -89,7 +84,7 @@ def test_a_dry_run_says_what_would_be_done_and_for_how_long_and_writes_nothing(
 
 def test_a_dry_run_of_several_seeds_lists_each(recipe: Recipe, tmp_path: Path) -> None:
     words = ("reproduce", "haider2024", "--dry-run", "--rehearse", "--only", "3.2-3b", "--seeds", "3")
-    rows = orjson.loads(recipe(*words, "--json").stdout)["recipes"]
+    rows = recipe.json(*words)["recipes"]
     assert [row["recipe"] for row in rows] == [f"haider2024/llama-3.2-3b, seed {seed}" for seed in (42, 43, 44)]
     epochs = recipe_config("haider2024/llama-3.2-3b")["num_epochs"]
     assert {row["steps"] for row in rows} == {4 * epochs}
@@ -114,8 +109,7 @@ def test_of_several_seeds_the_first_that_ended_speaks() -> None:
 
 @pytest.mark.long
 def test_what_a_recipe_starts_from_is_still_to_be_fetched_and_no_reason_to_refuse_it(recipe: Recipe) -> None:
-    done = recipe("reproduce", "loftq-gsm8k", "--only", "llama-2-7b-loftq", "--dry-run", "--json")
-    outlined = orjson.loads(done.stdout)
+    outlined = recipe.json("reproduce", "loftq-gsm8k", "--only", "llama-2-7b-loftq", "--dry-run")
     assert "lora_model_dir" not in str(outlined["recipes"][0]["problem"])
     assert outlined["data"][0].startswith("data/gsm8k-raw: ")
 

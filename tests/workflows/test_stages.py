@@ -40,9 +40,7 @@ def address(server: Server) -> str:
 
 
 def scored(recipe: Recipe, *words: str, code: int = 0) -> Any:
-    done = recipe("reproduce", "reviews", "--from", "predictions", "--json", *words)
-    assert done.returncode == code, done.stderr
-    return orjson.loads(done.stdout)
+    return recipe.json("reproduce", "reviews", "--from", "predictions", *words, code=code)
 
 
 def row_of(found: Any, of: str = RECIPE, test_set: str = "some", metric: str = "bleu4") -> dict[str, Any]:
@@ -80,8 +78,7 @@ def test_published_predictions_are_recorded(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     published_study.write(tmp_path, address(server), {"bleu4": 1.0})
-    done = recipe("results", "--export", "reviews")
-    assert done.returncode == 0, done.stderr
+    done = recipe.ok("results", "--export", "reviews")
     results = tmp_path / "recipes" / "reviews" / "results"
     results.mkdir()
     for name in done.stdout.split():
@@ -191,9 +188,8 @@ def test_the_first_studys_predictions(recipe: Recipe, server: Server, tmp_path: 
 def adapters(recipe: Recipe, profile: Path, code: int = 0) -> Any:
     """Evaluate the study's published adapters in a rehearsal."""
     rehearse = ("--profile", "rehearsal", "--profile", profile)
-    done = recipe("reproduce", "reviews", "--from", "adapter", "--metric", "bertscore:none", *rehearse, "--json")
-    assert done.returncode == code, done.stderr
-    return orjson.loads(done.stdout)
+    words = ("reproduce", "reviews", "--from", "adapter", "--metric", "bertscore:none")
+    return recipe.json(*words, *rehearse, code=code)
 
 
 def test_a_rehearsal_fetches_no_adapter(recipe: Recipe, server: Server, tmp_path: Path, tiny_profile: Path) -> None:
@@ -222,7 +218,7 @@ def test_a_published_adapter_is_evaluated_once_and_marked(
     assert [run.path for run in rundir.all_runs(tmp_path / "runs")] == [made.path]
     assert recipe("publish", "latest").returncode == 2
     for verb in (("results",), ("results", "reviews", "--rehearse"), ("report", "-o", "a.html")):
-        assert recipe(*verb).returncode == 0
+        recipe.ok(*verb)
     assert "theirs" in recipe("results").stdout
 
     lora = LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
@@ -282,19 +278,18 @@ def test_an_adapter_of_a_fork_makes_the_predictions_of_its_twin(
 def test_an_adapter_makes_the_predictions_of_the_rehearsal_that_trained_it(
     trains_nothing: Recipe, recipe: Recipe, tmp_path: Path
 ) -> None:
-    assert trains_nothing("run", "haider2024/llama-3.2-3b", "--rehearse").returncode == 0
+    trains_nothing.ok("run", "haider2024/llama-3.2-3b", "--rehearse")
     (run,) = rundir.all_runs(tmp_path / "runs")
     few = ("--limit", "3", "--max-new-tokens", "8", "--metric", "bertscore:none")
-    assert recipe("evaluate", "latest", *few).returncode == 0
+    recipe.ok("evaluate", "latest", *few)
     (adapter := tmp_path / "theirs").mkdir()
     for file in ADAPTER:  # without a tokenizer
         shutil.copy(run.output / file, adapter)
-    done = recipe("evaluate", "llama-3.2-3b", "--adapter", adapter, *few)
-    assert done.returncode == 0, done.stderr
+    recipe.ok("evaluate", "llama-3.2-3b", "--adapter", adapter, *few)
     (other,) = [made for made in rundir.all_runs(tmp_path / "runs") if made.path != run.path]
     assert read_predictions(other.path) == read_predictions(run.path)
     assert any(row["prediction"] for row in read_predictions(run.path))
-    (row,) = orjson.loads(recipe("results", "haider2024", "--rehearse", "--json").stdout)
+    (row,) = recipe.json("results", "haider2024", "--rehearse")
     assert row["run"] == str(run.path.relative_to(tmp_path))  # the one that was trained here
     assert (other.read().rehearsal, other.read().published_adapter) == (True, str(adapter))
 
@@ -330,6 +325,6 @@ def test_data_is_fetched_without_what_authors_published_unless_that_is_named(
     server.files["rows.zip"] = packed.read_bytes()
     kept = {file.name for file in rows} | {"fetched.json", ".fetch.lock"}
     for fetched, words in ((set(), ()), ({"gold.txt"}, ("--only", "gold"))):
-        assert recipe("data", "fetch", "reviews", *words).returncode == 0
+        recipe.ok("data", "fetch", "reviews", *words)
         kept |= fetched
         assert {file.name for file in (tmp_path / "data" / "reviews-raw").iterdir()} == kept

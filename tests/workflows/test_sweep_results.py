@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import pytest
 import small_study
 from conftest import Recipe, recipe_config
@@ -112,18 +111,17 @@ def test_nothing_is_started_where_a_member_is_wrong(tmp_path: Path, recipe: Reci
     forced = recipe("sweep", BASE, *one_warns, "--force", "tpyo")
     assert (forced.returncode, "--force tpyo: " in forced.stderr) == (2, True)
     assert forced.stderr.count(":evals_per_epoch]") == 1
-    assert recipe("sweep", BASE, *one_warns, "--force", "bad-row:datasets.0.path").returncode == 0
+    recipe.ok("sweep", BASE, *one_warns, "--force", "bad-row:datasets.0.path")
     assert not (tmp_path / "runs").exists()
     assert " targets" in recipe("sweep", BASE, "tragets").stderr
 
 
 def test_what_does_not_fit_is_told_before_anything_starts(tmp_path: Path, recipe: Recipe, tiny_profile: Path) -> None:
     (tmp_path / "llama-7b.yaml").write_text(paths.recipe_file(BASE).read_text())  # a part of a shipped recipe's name
-    profile = ("--profile", tiny_profile, "--set", "warmup_steps=0", "--seeds", "2", "--gpu", "L4", "--json")
+    profile = ("--profile", tiny_profile, "--set", "warmup_steps=0", "--seeds", "2", "--gpu", "L4")
     words = ("sweep", "llama-7b.yaml", "--set", "micro_batch_size=1,4096", *profile)
-    done = recipe(*words, "--dry-run")
-    assert (done.returncode, recipe(*words).returncode) == (1, 2), done.stderr
-    fits, _, not_fits, _ = orjson.loads(done.stdout)["steps"]
+    fits, _, not_fits, _ = recipe.json(*words, "--dry-run", code=1)["steps"]
+    recipe.ok(*words, code=2)
     assert (fits["problem"], not_fits["plan"]) == (None, "failed")
     assert "more than L4 (sm_89) has" in not_fits["problem"]
     assert not (tmp_path / "runs").exists()
@@ -190,9 +188,7 @@ def test_a_studys_recipes_compare_by_their_best_members(tmp_path: Path, recipe: 
     for sweep in swept:
         sweep.file(runs).parent.mkdir(parents=True, exist_ok=True)
         sweep.write(runs)
-    done = recipe("results", "haider2024", "--json")
-    assert done.returncode == 0, done.stderr
-    rows = {row["recipe"]: row for row in orjson.loads(done.stdout)}
+    rows = {row["recipe"]: row for row in recipe.json("results", "haider2024")}
     (own, plain, unvalidated, begun) = (rows[name]["tuned"][0] for name in (BASE, *others))
     assert (own["best"]["member"], own["best"]["bleu4"], own["best"]["eval_loss"]) == ("b", 5.0, 1.1)
     assert (own["bleu4_own"], own["bleu4_own_low"], own["own_values"]) == (5.5, 5.4, {"lora_r": 32})
@@ -214,28 +210,23 @@ def test_a_study_is_swept_and_again_nothing_is_done(
     metrics = {"metrics": {"perplexity": {}}, "shown": [], "tolerances": {}, "decodings": {}}  # nothing is generated
     small_study.write(tmp_path, published=published, **metrics)
     monkeypatch.setattr(sys, "executable", str(stand_in.with_name("python")))  # of the commands that it starts
-    profiles = ("--profile", "rehearsal", "--profile", tiny_profile, "--json")
+    profiles = ("--profile", "rehearsal", "--profile", tiny_profile)
     words = ("sweep", "sums2030", "--set", "learning_rate=0.0001,0.0002", *profiles)
     for more, started in ((("--set", "lora_alpha=4,x"), 2), (("--dry-run",), 0)):
         assert recipe(*words, *more).returncode == started
         assert not (tmp_path / "runs").exists()
-    first, again, dry = recipe(*words), recipe(*words), recipe(*words, "--dry-run")
-    assert (first.returncode, again.returncode, dry.returncode) == (0, 0, 0), first.stderr
+    _, made, dry = recipe.json(*words), recipe.json(*words), recipe.json(*words, "--dry-run")
     folders = rundir.all_runs(tmp_path / "runs")
     assert sorted(folder.read().recipe for folder in folders) == sorted([*published, *published])
-    for skipped in (again, dry):
-        assert {step["run"] for step in orjson.loads(skipped.stdout)["steps"]} == {"skipped"}
-    made = orjson.loads(again.stdout)
+    assert {step["run"] for step in made["steps"] + dry["steps"]} == {"skipped"}
     for one in made["tuned"]:
         of_recipe = [row for row in made["results"] if one["recipe"] in row["runs"][0]]
         assert one["best"] == min(of_recipe, key=lambda row: row["eval_loss"]) and len(of_recipe) == 2
         assert (one["finished"], one["own_values"]) == (2, {"learning_rate": 0.0002})
-    shown = orjson.loads(recipe("results", "sums2030", "--rehearse", "--json").stdout)
+    shown = recipe.json("results", "sums2030", "--rehearse")
     assert [row["tuned"] for row in shown] == [[one] for one in made["tuned"]] and len(shown) == 2
-    single = recipe("sweep", "sums2030/plain", *words[2:])  # whose members are those of the study
-    assert [row["runs"] for row in orjson.loads(single.stdout)["results"]] == [
-        row["runs"] for row in made["results"][:2]
-    ]
+    single = recipe.json("sweep", "sums2030/plain", *words[2:])  # whose members are those of the study
+    assert [row["runs"] for row in single["results"]] == [row["runs"] for row in made["results"][:2]]
 
 
 def test_test_rows_choose_no_member(tmp_path: Path) -> None:
@@ -268,11 +259,11 @@ def test_results_of_a_sweep_in_every_form(tmp_path: Path, recipe: Recipe) -> Non
     sweep.write(runs)
     table = recipe("results", "ranks")
     assert re.findall(r"Pareto.*: (.*)", table.stdout) == ["low; high"]
-    rows = orjson.loads(recipe("results", "ranks", "--json").stdout)
+    rows = recipe.json("results", "ranks")
     assert [row["values"] for row in rows] == [{"lora_r": 8}, {"lora_r": 16}]
     wrong = recipe("results", "rnaks")
     assert (wrong.returncode, " ranks" in wrong.stderr) == (2, True)
     sweep.model_copy(update={"rehearsal": True}).write(runs)
     several = recipe("results", "ranks")
     assert (several.returncode, f" ranks/{BASE}/rehearsal" in several.stderr) == (2, True)
-    assert recipe("results", f"ranks/{BASE}/rehearsal").returncode == 0
+    recipe.ok("results", f"ranks/{BASE}/rehearsal")

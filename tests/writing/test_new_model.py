@@ -31,8 +31,7 @@ NEXT = "next: recipe run mine --rehearse\n"
 
 def written(recipe: Recipe, tmp_path: Path, model: str | Path, *options: str, base: str = BASE) -> tuple[str, str]:
     """The text of a new variant, and what the command said."""
-    done = recipe("new", "mine", "--from", base, "--model", model, *options)
-    assert done.returncode == 0, done.stderr
+    done = recipe.ok("new", "mine", "--from", base, "--model", model, *options)
     assert done.stderr.endswith(NEXT)
     assert done.stdout == "variants/mine.yaml\n"
     return (tmp_path / "variants/mine.yaml").read_text(), done.stderr.removesuffix(NEXT)
@@ -40,7 +39,7 @@ def written(recipe: Recipe, tmp_path: Path, model: str | Path, *options: str, ba
 
 def wrong(recipe: Recipe) -> list[str]:
     """What `recipe check` finds in the new variant, but for data and a hub that are not here."""
-    (report,) = orjson.loads(recipe("check", "mine", "--json").stdout)
+    (report,) = recipe.json("check", "mine")
     names = [finding["name"] for finding in report["findings"] if finding["level"] != "note"]
     return [name for name in names if not name.startswith(("not-prepared", "no-access"))]
 
@@ -77,8 +76,8 @@ def test_a_known_model_takes_the_place_of_another_with_true_comments(tmp_path: P
 def test_what_is_changed_is_all_that_list_and_diff_name(tmp_path: Path, recipe: Recipe) -> None:
     written(recipe, tmp_path, "microsoft/Phi-3-mini-4k-instruct", "--set", "lora_r=8")
     keys = ["base_model", "revision_of_model", "special_tokens.pad_token", "lora_r", "lora_target_modules"]
-    rows = {row["recipe"]: row for row in orjson.loads(recipe("list", "--json").stdout)}
-    changed = {row["key"]: row["mine"] for row in orjson.loads(recipe("diff", "mine", "--json").stdout)}
+    rows = {row["recipe"]: row for row in recipe.json("list")}
+    changed = {row["key"]: row["mine"] for row in recipe.json("diff", "mine")}
     assert (rows["mine"]["variant_of"], sorted(changed)) == (BASE, sorted(keys))
     assert changed["lora_target_modules"] == ["qkv_proj", "o_proj"]
     assert recipe("show", "mine").stdout.startswith("# yaml-language-server")
@@ -167,7 +166,7 @@ def test_keys_about_the_model_before_go_and_its_chat_template_gives_way(tmp_path
     keys["lora_model_dir"] = "an/adapter"
     chat = keys | {"chat_template": "llama3", "datasets.0.type": "chat_template", "revision_of_model": "null"}
     words = [word for key, value in chat.items() for word in ("--set", f"{key}={value}")]
-    assert recipe("new", "chat", "--from", BASE, *words).returncode == 0
+    recipe.ok("new", "chat", "--from", BASE, *words)
     text, _ = written(recipe, tmp_path, "Qwen/Qwen3-8B", base="chat")
     assert not keys.keys() & yamlfiles.parse(text, "").keys()
     assert "chat_template: tokenizer_default  # variant, was llama3; the model's template" in text

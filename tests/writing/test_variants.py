@@ -104,12 +104,11 @@ def test_a_variant_from_the_command_line_to_its_config(place: Path, recipe: Reci
     assert "\n# variant, removed: weight_decay: 0.01  # paper\n" in text
     assert "\noutput_dir: outputs/ideas/wide  # variant, was outputs/haider2024/code-llama-7b; this project\n" in text
     assert text.splitlines()[1] == f"# ideas/wide: a variant of {BASE}"
-    again = recipe("new", "wider", "--from", "ideas/wide", "--set", "lora_r=128")
-    assert again.returncode == 0
+    recipe.ok("new", "wider", "--from", "ideas/wide", "--set", "lora_r=128")
     assert "lora_r: 128  # variant, was 64; variant, was 32; paper" in (place / "variants/wider.yaml").read_text()
-    rows = orjson.loads(recipe("diff", "wider", "--json").stdout)
+    rows = recipe.json("diff", "wider")
     assert rows == [{"key": "lora_r", "ideas/wide": 64, "wider": 128}]
-    variant_of = {row["recipe"]: row["variant_of"] for row in orjson.loads(recipe("list", "--json").stdout)}
+    variant_of = {row["recipe"]: row["variant_of"] for row in recipe.json("list")}
     assert (variant_of["ideas/wide"], variant_of["wider"]) == (BASE, "ideas/wide")
     dry = recipe("run", "wider", "--dry-run").stdout
     assert "output_dir: outputs/wider\n" in dry
@@ -220,12 +219,12 @@ def test_rows_of_no_known_form_are_refused(recipe: Recipe, tmp_path: Path, conte
 def test_a_variant_for_rows_of_ones_own(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 30)
-    assert recipe("new", "mine", "--model", "Qwen/Qwen3-4B", "--data", "rows.jsonl").returncode == 0
+    recipe.ok("new", "mine", "--model", "Qwen/Qwen3-4B", "--data", "rows.jsonl")
     made = yamlfiles.read_yaml(tmp_path / "variants" / "mine.yaml")
     assert made["datasets"] == [{"path": "rows.jsonl", "type": PROMPTED}] and "chat_template" not in made
     assert (made["val_set_size"], made["bf16"], made["base_model"]) == (0.05, True, "Qwen/Qwen3-4B")
     of_study = ("--from", "peft-metamathqa/lora-rank32", "--data", "rows.jsonl")
-    assert recipe("new", "other", *of_study).returncode == 0
+    recipe.ok("new", "other", *of_study)
     done = recipe("new", "third", "--from", "haider2024/llama-3-8b", "--data", "rows.jsonl", "--set", "warmup_steps=0")
     assert done.returncode == 0 and "fp16: true, bf16: false" in done.stderr and "held out: 2 of 30" in done.stderr
     other = yamlfiles.read_yaml(tmp_path / "variants" / "other.yaml")
