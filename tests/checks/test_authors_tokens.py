@@ -22,6 +22,7 @@ with importing_axolotl(offline=True):
     from qlora_recipes.checks.tokens import Tokenizer
 
 ROWS = 500  # of GSM8K's 7,473 training rows, where they are here
+TASK = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 LOFTQS_QUESTION = "\nAnswer the above question. First think step by step and then answer the final number.\n"
 
 
@@ -46,6 +47,11 @@ def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(params=["sentencepiece", "bpe"])
+def model(request: pytest.FixtureRequest, sentencepiece: Path) -> Path:
+    return sentencepiece if request.param == "sentencepiece" else substitution.model_folder()
+
+
 def tokenizer_of(recipe: str, model: Path) -> Tokenizer:
     config = yamlfiles.read_yaml(paths.RECIPES / f"{recipe}.yaml") | {"base_model": str(model)}
     for key in ("revision_of_model", "special_tokens", "bf16"):  # the model's own, and what a CPU may lack
@@ -68,6 +74,13 @@ def encoded(tokenizer: Any, text: str) -> list[int]:
     return ids if ids[0] == tokenizer.bos_token_id else [tokenizer.bos_token_id, *ids]
 
 
+def check_row(made: Tokens, tokenizer: Any, question: str, answer: str) -> None:
+    """A row is question, answer and EOS, tokenized as one, with loss on what is behind the question alone."""
+    ids, masked = encoded(tokenizer, question + answer + tokenizer.eos_token), len(encoded(tokenizer, question))
+    assert made.ids == ids
+    assert made.labels == [MASKED] * masked + ids[masked:]
+
+
 @pytest.mark.parametrize("family", ["llama-2-7b", "llama-3-8b"])
 def test_loftqs_rows_have_the_authors_tokens_and_loss(family: str, sentencepiece: Path) -> None:
     model = sentencepiece if family == "llama-2-7b" else substitution.model_folder()  # Llama 3's is BPE of bytes, too
@@ -75,11 +88,7 @@ def test_loftqs_rows_have_the_authors_tokens_and_loss(family: str, sentencepiece
     raw = [row | {"answer": row["answer"].replace("####", "The final answer is: ")} for row in rows()]
     assert len(raw) >= 40
     for row, made in zip(raw, ours(loaded, raw, "{question}" + LOFTQS_QUESTION, "{answer}"), strict=True):
-        question = row["question"] + LOFTQS_QUESTION
-        ids = encoded(loaded.tokenizer, question + row["answer"] + loaded.tokenizer.eos_token)
-        masked = len(encoded(loaded.tokenizer, question))
-        assert made.ids == ids
-        assert made.labels == [MASKED] * masked + ids[masked:]
+        check_row(made, loaded.tokenizer, row["question"] + LOFTQS_QUESTION, row["answer"])
 
 
 def test_pefts_rows_have_the_authors_tokens_and_loss() -> None:
@@ -91,10 +100,8 @@ def test_pefts_rows_have_the_authors_tokens_and_loss() -> None:
         assert made.labels[1:] == made.ids[1:]  # no model predicts the first
 
 
-WORDS = ("rain", " two  spaces ", "Größe", "日本", "🙂", "", "x\n\ny", "User:", "\ttab", "don't", "<b>", "3.14", "\n")
-
-
 CUT = 513  # tokens, where the recipes of QLoRA's study end a row
+WORDS = ("rain", " two  spaces ", "Größe", "日本", "🙂", "", "x\n\ny", "User:", "\ttab", "don't", "<b>", "3.14", "\n")
 
 
 def text_of(chance: random.Random) -> str:
@@ -104,11 +111,8 @@ def text_of(chance: random.Random) -> str:
     )
 
 
-@pytest.mark.parametrize("kind", ["sentencepiece", "bpe"])
-def test_qloras_rows_have_the_authors_tokens_and_loss(kind: str, sentencepiece: Path) -> None:
-    loaded = tokenizer_of(
-        "qlora-guanaco/llama-7b", sentencepiece if kind == "sentencepiece" else substitution.model_folder()
-    )
+def test_qloras_rows_have_the_authors_tokens_and_loss(model: Path) -> None:
+    loaded = tokenizer_of("qlora-guanaco/llama-7b", model)
     tokenizer = loaded.tokenizer
     assert (loaded.cfg.sequence_len, loaded.cfg.excess_length_strategy) == (CUT, "truncate")
     segments = study.find("qlora-guanaco").data.fields["segments"]
@@ -131,9 +135,7 @@ def chat(chance: random.Random) -> list[dict[str, str]]:
     return [{"role": role, "content": " ".join(chance.choices(WORDS, k=chance.randint(1, 9)))} for role in roles]
 
 
-@pytest.mark.parametrize("kind", ["sentencepiece", "bpe"])
-def test_tinkers_rows_have_the_authors_tokens_and_loss(kind: str, sentencepiece: Path) -> None:
-    model = sentencepiece if kind == "sentencepiece" else substitution.model_folder()
+def test_tinkers_rows_have_the_authors_tokens_and_loss(model: Path) -> None:
     loaded = tokenizer_of("tinker-tulu3/llama-3.2-1b-lora", model)
     fields = study.find("tinker-tulu3").data.fields
     own = {name: text.replace("<|begin_of_text|>", loaded.tokenizer.bos_token) for name, text in fields.items()}
@@ -171,19 +173,15 @@ def prepared(name: str, split: str, raw: list[dict[str, Any]], **fields: str) ->
 
 def test_pissas_rows_have_the_authors_tokens_and_a_newline_before_eos(sentencepiece: Path) -> None:
     loaded = tokenizer_of("pissa-metamathqa/llama-2-7b-lora", sentencepiece)
-    task = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     newline, eos = loaded.tokenizer.convert_tokens_to_ids("<0x0A>"), loaded.tokenizer.eos_token_id
     raw = raw_maths()
     made = loaded.tokenize("datasets.0", prepared("pissa-metamathqa", "train", raw))
     scored = loaded.tokenize("datasets.0", prepared("pissa-metamathqa", "test", raw))
     for row, tokens, test in zip(raw, made, scored, strict=True):
-        source = encoded(loaded.tokenizer, f"{task}\n\n### Instruction:\n{row['query']}\n\n### Response:")
-        ids = encoded(
-            loaded.tokenizer, f"{task}\n\n### Instruction:\n{row['query']}\n\n### Response:{row['response']}\n</s>"
-        )
-        assert tokens.ids == ids and tokens.ids[-2:] == [newline, eos]
-        assert tokens.labels == [MASKED] * len(source) + ids[len(source) :]
-        assert test.ids[: test.labels.count(MASKED)] == source
+        source = f"{TASK}\n\n### Instruction:\n{row['query']}\n\n### Response:"
+        check_row(tokens, loaded.tokenizer, source, f"{row['response']}\n")
+        assert tokens.ids[-2:] == [newline, eos]
+        assert test.ids[: test.labels.count(MASKED)] == encoded(loaded.tokenizer, source)
 
 
 def test_loragas_rows_have_the_authors_tokens_and_loss(sentencepiece: Path) -> None:
@@ -193,10 +191,7 @@ def test_loragas_rows_have_the_authors_tokens_and_loss(sentencepiece: Path) -> N
     scored = loaded.tokenize("datasets.0", prepared("loraga-metamathqa", "test", raw))
     for row, tokens, test in zip(raw, made, scored, strict=True):
         question = f"Q: {row['query']}\nA: "
-        ids = encoded(loaded.tokenizer, f"{question} {row['answer']}</s>")
-        masked = len(encoded(loaded.tokenizer, question))
-        assert tokens.ids == ids
-        assert tokens.labels == [MASKED] * masked + ids[masked:]
+        check_row(tokens, loaded.tokenizer, question, f" {row['answer']}")
         assert test.ids[: test.labels.count(MASKED)] == encoded(loaded.tokenizer, f"{question} ")
 
 
@@ -205,23 +200,11 @@ PAD = " " * 16
 
 def written(row: dict[str, str], spaces: str, empty: str) -> str:
     """A prompt of DoRA's code: the spaces behind its first line, and the line before the response."""
-    return "\n".join(
-        (
-            "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-            + spaces,
-            "",
-            f"{PAD}### Instruction:",
-            f"{PAD}{row['instruction']}",
-            empty,
-            f"{PAD}### Response:",
-            PAD,
-        )
-    )
+    rest = ("", f"{PAD}### Instruction:", f"{PAD}{row['instruction']}", empty, f"{PAD}### Response:", PAD)
+    return "\n".join((TASK + spaces, *rest))
 
 
-@pytest.mark.parametrize("kind", ["sentencepiece", "bpe"])
-def test_doras_prompts_have_the_authors_bytes_and_tokens(kind: str, sentencepiece: Path) -> None:
-    model = sentencepiece if kind == "sentencepiece" else substitution.model_folder()
+def test_doras_prompts_have_the_authors_bytes_and_tokens(model: Path) -> None:
     loaded = tokenizer_of("dora-commonsense/llama-2-7b-dora", model)
     raw = [row | {"instruction": f"{row['question']}\n\nAnswer format: true/false"} for row in rows()[:200]]
     raw = [row | {"output": f"the correct answer is {row['answer']}"} for row in raw]
