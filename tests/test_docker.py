@@ -28,14 +28,14 @@ def environment() -> dict[str, str]:
     "command",
     ["hadolint docker/Dockerfile", "shellcheck docker/install.sh tools/build_image.sh tools/upgrade.sh .ci/run"],
 )
-def test_linters_find_nothing(command: str) -> None:
+def test_linters_find_nothing(command):
     tool, *files = command.split()
     present = [file for file in files if (ROOT / file).exists()]  # .ci is not in the image
     done = subprocess.run([TOOLS / tool, *present], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_compose_accepts_its_file_which_fits_the_dockerfile() -> None:
+def test_compose_accepts_its_file_which_fits_the_dockerfile():
     command = [*COMPOSE, "-f", ROOT / "docker" / "compose.yaml", "config", "--format", "json"]
     try:
         done = subprocess.run(
@@ -65,7 +65,7 @@ def test_compose_accepts_its_file_which_fits_the_dockerfile() -> None:
     assert (device["driver"], device["count"], device["capabilities"]) == ("nvidia", -1, ["gpu"])
 
 
-def test_nothing_is_copied_that_dockerignore_keeps_out() -> None:
+def test_nothing_is_copied_that_dockerignore_keeps_out():
     let_in = (ROOT / ".dockerignore").read_text().splitlines()
     copied = [words[:-1] for name, words in instructions() if name == "COPY" and words[0] != "--from=build"]
     assert {f"!{Path(source).parts[0]}" for sources in copied for source in sources} <= set(let_in)

@@ -10,7 +10,6 @@ from pathlib import Path
 import click
 import pytest
 from command_line import ALL, COMMANDS, parsed
-from conftest import Recipe
 
 from qlora_recipes.base import paths
 from qlora_recipes.base.files import write_rows
@@ -49,7 +48,7 @@ EXAMPLES = [(named(page), line) for page in PAGES for block in FENCE.findall(pag
             for line in COMMAND.findall(block)]  # fmt: skip
 
 
-def test_every_command_in_a_block_of_code_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_in_a_block_of_code_parses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.jsonl").touch()  # of `recipe new --data`
     wrong = []
@@ -63,7 +62,7 @@ def test_every_command_in_a_block_of_code_parses(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
-def test_offline_examples_run_and_print_as_shown(page: Path, recipe: Recipe, tmp_path: Path) -> None:
+def test_offline_examples_run_and_print_as_shown(page, recipe, tmp_path):
     offline = {"diff", "list", "new", "render", "show", "study"}
     chats = {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}
     write_rows(tmp_path / "mine.jsonl", [chats] * 100)
@@ -98,7 +97,7 @@ def unknown(words: list[str]) -> Iterator[str]:
             yield word
 
 
-def test_commands_and_options_in_running_text_exist() -> None:
+def test_commands_and_options_in_running_text_exist():
     known = OF_OTHERS.union(*map(options, COMMANDS.values()))
     wrong = []
     for page in PAGES:
@@ -116,7 +115,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_every_link_and_module_leads_to_a_file_and_a_heading() -> None:
+def test_every_link_and_module_leads_to_a_file_and_a_heading():
     wrong = []
     for page in ALL_PAGES:
         for link in re.findall(r"\]\(((?!https?:)[^)]+)\)", prose(page)):
@@ -134,7 +133,7 @@ def test_every_link_and_module_leads_to_a_file_and_a_heading() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
-def test_a_page_is_short_and_begins_with_a_command(page: Path) -> None:
+def test_a_page_is_short_and_begins_with_a_command(page):
     lines = page.read_text().splitlines()
     assert len(lines) <= 150
     if page.parent.name == "docs":
@@ -143,11 +142,11 @@ def test_a_page_is_short_and_begins_with_a_command(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/check.md"])
-def test_the_number_of_rules_is_the_present_one(page: str) -> None:
+def test_the_number_of_rules_is_the_present_one(page):
     assert {*re.findall(r"(\d+) rules", (ROOT / page).read_text())} == {str(len(RULES))}
 
 
-def test_the_demo_does_what_it_says() -> None:
+def test_the_demo_does_what_it_says():
     make = ["make", "--dry-run", "--no-print-directory", "demo"]
     done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     verbs = [parsed(line.partition(" > ")[0]) for line in re.findall(r"(?m)^\S*/(recipe .*)", done)]
@@ -169,7 +168,7 @@ def statements(module: str) -> int:
     return sum(not isinstance(node, ast.Import | ast.ImportFrom) for node in nodes) - len(texts)
 
 
-def test_the_reading_path_is_short() -> None:
+def test_the_reading_path_is_short():
     _, path, *_ = re.split(r"(?m)^## ", (ROOT / "scripts" / "README.md").read_text())
     modules = re.findall(r"(?m)^\d+\. `(\S+\.py)`", path)
     assert path.startswith("Reading path") and 15 < len(modules) == len(set(modules)) <= 25

@@ -19,7 +19,7 @@ import pytest
 import recorded_runs
 import small_study
 import torch
-from conftest import Recipe, config_with
+from conftest import config_with
 from run_folders import ADAPTER
 from safetensors.torch import save_file
 
@@ -157,9 +157,7 @@ TARGETS: list[Callable[[Path], Target]] = [run_folder, config]
 
 @pytest.mark.long
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_changed_file_never_ends_in_a_traceback(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe, target: Callable[[Path], Target]
-) -> None:
+def test_a_changed_file_never_ends_in_a_traceback(tmp_path, monkeypatch, recipe, target):
     recorded_runs.study_here(monkeypatch, tmp_path)
     files, commands = target(tmp_path)
     contents = {file: file.read_bytes() for file in files}

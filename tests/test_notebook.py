@@ -51,7 +51,7 @@ def script(cells: Sequence[str]) -> str:
     return IN_A_NOTEBOOK + re.sub(r"^%cd (.*)$", lambda line: f"os.chdir({line[1]!r})", shell, flags=re.MULTILINE)
 
 
-def test_matplotlib_does_not_want_the_backend_of_the_notebook() -> None:
+def test_matplotlib_does_not_want_the_backend_of_the_notebook():
     """bert-score imports it."""
     code = "from qlora_recipes import cli; cli.main(['--help']); import matplotlib.pyplot"
     subprocess.run([sys.executable, "-c", code], env=os.environ | {"MPLBACKEND": BACKEND}, check=True)
@@ -103,9 +103,7 @@ def limited(session: "subprocess.Popen[str]") -> psutil.Process:
 
 @pytest.mark.long
 @pytest.mark.parametrize("first", [COLAB, KAGGLE])
-def test_the_cells_train_on_one_day_and_go_on_the_next(
-    tmp_path: Path, repository: Path, stand_in: Path, tiny: Path, first: str
-) -> None:
+def test_the_cells_train_on_one_day_and_go_on_the_next(tmp_path, repository, stand_in, tiny, first):
     env = a_machine(tmp_path, "first", stand_in, tiny) | {"STAND_IN_HOLD": "3"}
     session = a_session(tmp_path, [first, *CELLS[:-1]], repository, env)
     runs = tmp_path / "disk" / "qlora-recipes" / "runs"

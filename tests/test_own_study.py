@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import orjson
 import pytest
-from conftest import Recipe
 from pydantic import ValidationError
 
 from qlora_recipes.data import study
@@ -82,7 +81,7 @@ def write_capitals(folder: Path) -> None:
         (recipes / "sample" / name).write_text("\n".join(["country,capital", *pairs]) + "\n")
 
 
-def test_the_skeleton_of_a_study_passes_every_check(recipe: Recipe, tmp_path: Path) -> None:
+def test_the_skeleton_of_a_study_passes_every_check(recipe, tmp_path):
     made = recipe("study", "new", "mine")
     assert made.returncode == 0 and "recipe study check mine" in made.stderr
     assert all((tmp_path / file).is_file() for file in made.stdout.split())
@@ -104,7 +103,7 @@ def test_the_skeleton_of_a_study_passes_every_check(recipe: Recipe, tmp_path: Pa
     assert len(recipe.json("check", "mine", "3.2-3b-m*", code=2)) == 3
 
 
-def test_a_study_needs_no_paper_and_its_own_file_is_not_fetched(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_study_needs_no_paper_and_its_own_file_is_not_fetched(recipe, tmp_path):
     write_capitals(tmp_path)
     study = tmp_path / "recipes" / "capitals" / "study.yaml"
     lines = [line for line in STUDY.splitlines() if not line.startswith(("paper:", "  source:"))]
@@ -117,7 +116,7 @@ def test_a_study_needs_no_paper_and_its_own_file_is_not_fetched(recipe: Recipe, 
         assert "data fetch" not in done.stderr and not (tmp_path / "data").exists()
 
 
-def test_a_study_says_what_it_lacks(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_study_says_what_it_lacks(recipe, tmp_path):
     write_capitals(tmp_path)
     study = tmp_path / "recipes" / "capitals" / "study.yaml"
     recipe.ok("render")
@@ -144,9 +143,7 @@ def test_a_study_says_what_it_lacks(recipe: Recipe, tmp_path: Path) -> None:
     assert "data/capitals/train.jsonl" in told["data.splits"] and "data/cities/train.jsonl" in told["data.splits"]
 
 
-def test_a_benchmark_that_the_harness_lacks_is_found_before_training(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_benchmark_that_the_harness_lacks_is_found_before_training(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmarks, "_tasks", lambda _: SimpleNamespace(all_tasks=[]))
     write_capitals(tmp_path)
     study = tmp_path / "recipes" / "capitals" / "study.yaml"
@@ -160,9 +157,7 @@ def test_a_benchmark_that_the_harness_lacks_is_found_before_training(
 
 
 @pytest.mark.long
-def test_a_study_of_another_kind_goes_to_the_end(
-    recipe: Recipe, tmp_path: Path, tiny: Path, stand_in: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_study_of_another_kind_goes_to_the_end(recipe, tmp_path, tiny, stand_in, monkeypatch):
     """Another task, CSV, accuracy, no validation rows, and not a line of Python."""
     monkeypatch.setattr(sys, "executable", str(stand_in.with_name("python")))  # of the commands that it starts
     write_capitals(tmp_path)
@@ -200,16 +195,8 @@ def test_a_study_of_another_kind_goes_to_the_end(
     ],
 )
 def test_the_studies_of_other_kinds_are_rehearsed(
-    recipe: Recipe,
-    tiny: Path,
-    stand_in: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    real: bool,
-    evaluated: str | None,
-    rows: int | None,
-) -> None:
+    recipe, tiny, stand_in, tmp_path, monkeypatch, name, real, evaluated, rows
+):
     if not real:
         monkeypatch.setattr(sys, "executable", str(stand_in.with_name("python")))
     of_study = study.find(name.partition("/")[0])

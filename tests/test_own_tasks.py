@@ -6,7 +6,6 @@ from typing import Any
 
 import orjson
 import pytest
-from conftest import Recipe
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.files import write_rows
@@ -34,7 +33,7 @@ def chat(question: str, answer: str) -> dict[str, Any]:
 LEARNING = ("--set", "learning_rate=0.02", "--set", "bf16=false")  # of a model without knowledge
 
 
-def test_a_task_of_ones_own_goes_the_whole_way(recipe: Recipe, tmp_path: Path, tiny: Path) -> None:
+def test_a_task_of_ones_own_goes_the_whole_way(recipe, tmp_path, tiny):
     model = shutil.copytree(tiny, tmp_path / "tiny")
     (model / "chat_template.jinja").write_text(OWN_TEMPLATE)
     rows = [chat(question, answer) for question, answer in zip(QUESTIONS, ANSWERS, strict=True)]

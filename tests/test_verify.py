@@ -24,14 +24,14 @@ def verify(folder: Path, *words: str) -> tuple[int, dict[str, set[str]]]:
     return done.returncode, results
 
 
-def test_what_a_cpu_can_show_passes(tmp_path: Path) -> None:
+def test_what_a_cpu_can_show_passes(tmp_path):
     code, results = verify(tmp_path)
     assert (code, results["FAIL"]) == (0, set())
     assert {"adapter scale, as saved", "resumed, values of the adapter that differ"} <= results["pass"]
     assert {"half precision", "shape[haider2024/llama-3-8b]", "engine[zero3]"} <= results["skip"]
 
 
-def test_planted_errors_are_found(tmp_path: Path) -> None:
+def test_planted_errors_are_found(tmp_path):
     code, results = verify(tmp_path, "-p", "planted", "-k", "scale or saved_adapter or 4_bits")
     assert code == 1
     assert results["FAIL"] == {

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
 
 
-def test_the_wheel_holds_all_that_the_command_needs(tmp_path: Path) -> None:
+def test_the_wheel_holds_all_that_the_command_needs(tmp_path):
     source = tmp_path / "source"
     for folder in ("scripts", "recipes", "templates"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))

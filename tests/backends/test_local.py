@@ -32,16 +32,14 @@ def holding(tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
     child.wait()
 
 
-def test_who_holds_a_lock_is_asked_to_stop(tmp_path: Path, holding: "subprocess.Popen[bytes]") -> None:
+def test_who_holds_a_lock_is_asked_to_stop(tmp_path, holding):
     assert stop_holders([tmp_path / ".lock", tmp_path / ".lock"]) == [f"process {holding.pid} is asked to stop"]
     assert holding.wait(10) == -15
     assert stop_holders([tmp_path / ".lock"]) == []  # what it left there is of nobody
 
 
 @pytest.mark.parametrize("record", ["elsewhere {pid} {started}", "{host} {pid} 1", "{host} 1 {started}", ""])
-def test_a_lock_that_names_another_process_or_machine_stops_none(
-    tmp_path: Path, holding: "subprocess.Popen[bytes]", record: str
-) -> None:
+def test_a_lock_that_names_another_process_or_machine_stops_none(tmp_path, holding, record):
     lock = tmp_path / ".lock"
     host, pid, started = lock.read_text().split()
     assert (host, pid) == (platform.node(), str(holding.pid))

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import orjson
 import pytest
-from cluster import Cluster
-from conftest import RECIPE, Recipe, finish, start
+from conftest import RECIPE, finish, start
 
 from qlora_recipes import backends
 from qlora_recipes.backends import slurm as slurm_module
@@ -55,9 +54,7 @@ def wait_for(run: RunDir, holds: Callable[[rundir.Run], bool], seconds: float = 
 
 
 @pytest.mark.long
-def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(
-    tmp_path: Path, tiny_profile: Path, stand_in: Path, slurm: Cluster
-) -> None:
+def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(tmp_path, tiny_profile, stand_in, slurm):
     """An earlier command trains one member, one is requeued, and all are held until there is no more to submit.
 
     A stand-in trains, and waits within its fourth step for the requeue.
@@ -105,9 +102,7 @@ def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(
 
 
 @pytest.mark.long
-def test_it_goes_on_after_a_requeue_and_a_time_limit_until_it_is_cancelled(
-    tmp_path: Path, tiny_profile: Path, stand_in: Path, slurm: Cluster
-) -> None:
+def test_it_goes_on_after_a_requeue_and_a_time_limit_until_it_is_cancelled(tmp_path, tiny_profile, stand_in, slurm):
     """A stand-in trains, for as long as the shortest time limit takes."""
     steps = ("--set", "num_epochs=800", "--set", "save_steps=10", "--set", "saves_per_epoch=null")
     queue = ("--on", "slurm,signal=B:USR1@119")
@@ -139,9 +134,7 @@ def test_it_goes_on_after_a_requeue_and_a_time_limit_until_it_is_cancelled(
     slurm.wait_until_empty(20)  # what prepares the rows is cancelled too
 
 
-def test_cancelling_a_sweep_takes_it_out_of_the_queue(
-    recipe: Recipe, tmp_path: Path, tiny_profile: Path, slurm: Cluster
-) -> None:
+def test_cancelling_a_sweep_takes_it_out_of_the_queue(recipe, tmp_path, tiny_profile, slurm):
     rehearsed = ("--profile", "rehearsal", "--profile", tiny_profile, "--metric", "bertscore:none")
     queue = ("--on", "slurm,begin=now+1hour")
     recipe.ok("sweep", NAME, "--set", "lora_r=4,8", *rehearsed, *queue)
@@ -162,8 +155,8 @@ def test_cancelling_a_sweep_takes_it_out_of_the_queue(
     ],
 )
 def test_what_the_queue_would_not_take_is_told_and_leaves_nothing(
-    recipe: Recipe, tmp_path: Path, prepared: Path, tiny: Path, slurm: Cluster, options: list[str], says: str
-) -> None:
+    recipe, tmp_path, prepared, tiny, slurm, options, says
+):
     (tmp_path / "data").symlink_to(prepared)
     slurm.wait_until_empty(60)
     (tmp_path / "model").symlink_to(tiny)
@@ -176,14 +169,14 @@ def test_what_the_queue_would_not_take_is_told_and_leaves_nothing(
     assert slurm.ask("squeue", "--noheader") == ""
 
 
-def test_without_slurm_that_is_told(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_slurm_that_is_told(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     done = recipe("run", NAME, "--rehearse", "--on", "slurm")
     assert (done.returncode, done.stdout) == (2, "")
     assert " squeue: " in done.stderr
 
 
-def test_settings_are_read_as_they_stand(no_settings: Path) -> None:
+def test_settings_are_read_as_they_stand(no_settings):
     no_settings.parent.mkdir(parents=True)
     no_settings.write_text(
         "partition: gpu\ntime: 12:00:00\ngpus-per-node: a100:{gpus}\nexclusive:\ngpu: A100\n"
@@ -226,9 +219,7 @@ NO_JOBS = ["", "echo 12 jobs", "exec sleep 60"]
 
 
 @pytest.mark.parametrize("commands", [*JOBS, *NO_JOBS])
-def test_the_id_of_a_job_is_in_the_last_line_of_sbatch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: str
-) -> None:
+def test_the_id_of_a_job_is_in_the_last_line_of_sbatch(tmp_path, monkeypatch, commands):
     program(tmp_path / "sbatch", f"#!/bin/sh\n{commands}\n")
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.chdir(tmp_path)
@@ -257,9 +248,7 @@ for _ in $(seq 100); do sleep 0.05; done
         ("", False),
     ],
 )
-def test_a_job_near_its_time_limit_is_queued_again_if_it_got_any_further(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, progress: str, queued_again: bool
-) -> None:
+def test_a_job_near_its_time_limit_is_queued_again_if_it_got_any_further(tmp_path, monkeypatch, progress, queued_again):
     """The script alone; the test before has SLURM send the signals."""
     (tmp_path / "a").mkdir()
     program(tmp_path / "stub", STUB.replace("{progress}", progress))
@@ -285,7 +274,7 @@ def test_a_job_near_its_time_limit_is_queued_again_if_it_got_any_further(
 
 @pytest.mark.parametrize("nodes", [1, 2])
 @pytest.mark.parametrize("prefix", [None, 'apptainer exec --nv --bind "$PWD" image.sif'])
-def test_scripts_are_sound(tmp_path: Path, nodes: int, prefix: str | None) -> None:
+def test_scripts_are_sound(tmp_path, nodes, prefix):
     settings = slurm_site.Site(prefix=prefix, setup=["module load cuda"], options={"comment": "it's a test"})
     tasks = [command(Path(folder), "resume", folder) for folder in ("runs/a b", "runs/c")]
     for step in slurm_site.STEPS:

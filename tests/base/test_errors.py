@@ -26,7 +26,7 @@ RECIPES = [
         ("all-linear/code", "haider2024/all-linear/code-llama-7b"),
     ],
 )
-def test_a_part_that_no_other_has_is_enough(word: str, choice: str) -> None:
+def test_a_part_that_no_other_has_is_enough(word, choice):
     assert meant(word, RECIPES, "recipe") == choice
 
 
@@ -39,12 +39,12 @@ def test_a_part_that_no_other_has_is_enough(word: str, choice: str) -> None:
         ("zzz", " haider2024/all-linear/code-llama-7b, "),
     ],
 )
-def test_what_may_be_several_or_is_none_is_refused_with_their_names(word: str, names: str) -> None:
+def test_what_may_be_several_or_is_none_is_refused_with_their_names(word, names):
     with pytest.raises(UserError) as refused:
         meant(word, RECIPES, "recipe")
     assert names in str(refused.value)
 
 
-def test_choices_with_the_same_first_word_are_suggested_alone() -> None:
+def test_choices_with_the_same_first_word_are_suggested_alone():
     hint = did_you_mean("lora_rank", ["local_rank", "lora_r", "qgalore_rank"])
     assert "lora_r?" in hint and "local_rank" not in hint

@@ -10,7 +10,7 @@ from qlora_recipes.base.files import append_line, opened, replacing, write_rows
 from qlora_recipes.base.machine import held, is_held
 
 
-def test_a_device_is_written_to_and_stays_one(tmp_path: Path) -> None:
+def test_a_device_is_written_to_and_stays_one(tmp_path):
     os.mkfifo(pipe := tmp_path / "pipe")
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     write_rows(pipe, [{"a": 1}])
@@ -19,7 +19,7 @@ def test_a_device_is_written_to_and_stays_one(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["pipe"]
 
 
-def test_a_full_disk_is_reported_with_the_file_and_other_errors_as_they_are(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_with_the_file_and_other_errors_as_they_are(tmp_path):
     for error in (OSError(errno.ENOSPC, "full"), RuntimeError("No space left on device (os error 28)")):
         for naming in (files.naming, replacing):
             with pytest.raises(OSError) as full, naming(tmp_path / "f"):
@@ -34,7 +34,7 @@ def test_a_full_disk_is_reported_with_the_file_and_other_errors_as_they_are(tmp_
     assert full.value.filename == "/dev/full" and Path("/dev/full").is_char_device()
 
 
-def test_no_link_is_followed(tmp_path: Path) -> None:
+def test_no_link_is_followed(tmp_path):
     (mine := tmp_path / "mine").write_text("mine")
     (link := tmp_path / "link").symlink_to(mine)
     for touch in (
@@ -51,7 +51,7 @@ def test_no_link_is_followed(tmp_path: Path) -> None:
     assert mine.read_text() == "mine" and not link.is_symlink()
 
 
-def test_a_lock_is_held_as_long_as_its_block(tmp_path: Path) -> None:
+def test_a_lock_is_held_as_long_as_its_block(tmp_path):
     with held(file := tmp_path / ".lock", "is held"):
         assert is_held(file)
     assert not is_held(file)
@@ -68,6 +68,6 @@ def test_a_lock_is_held_as_long_as_its_block(tmp_path: Path) -> None:
         ("KeyError: 'No space'", None),
     ],
 )
-def test_a_log_tells_of_a_full_disk(tmp_path: Path, said: str, where: str | None) -> None:
+def test_a_log_tells_of_a_full_disk(tmp_path, said, where):
     found = files.where_full(said, [tmp_path])
     assert found == (None if where is None else Path(where or tmp_path))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Recipe, config_with
+from conftest import config_with
 from file_server import Server, as_hub, serving
 from huggingface_hub import constants
 
@@ -58,13 +58,13 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
         ("owner/mirrored", "unknown", "status 404"),
     ],
 )
-def test_each_answer_of_the_hub_is_told_apart(server: Server, name: str, access: str, says: str) -> None:
+def test_each_answer_of_the_hub_is_told_apart(server, name, access, says):
     answer = hub.access(name)
     assert answer.access == access
     assert says in answer.says
 
 
-def test_the_hub_is_asked_once_for_a_model_and_no_more_once_it_is_silent(server: Server) -> None:
+def test_the_hub_is_asked_once_for_a_model_and_no_more_once_it_is_silent(server):
     for _ in range(2):
         assert hub.access("owner/open").access == "open"
     assert server.paths == ["/api/models/owner/open/auth-check"]
@@ -87,9 +87,7 @@ def own(place: Path, model: str) -> None:
 @pytest.mark.parametrize(
     ("model", "level", "says"), [("owner/gated", "warning", "is restricted"), ("owner/none", "error", "not found")]
 )
-def test_check_and_run_say_what_the_hub_refuses(
-    server: Server, recipe: Recipe, tmp_path: Path, model: str, level: str, says: str
-) -> None:
+def test_check_and_run_say_what_the_hub_refuses(server, recipe, tmp_path, model, level, says):
     own(tmp_path, model)
     (found,) = [line for line in recipe("check", "own.yaml").stdout.splitlines() if "no-access" in line]
     assert f"{level}: base_model: " in found and model in found and says in found
@@ -101,15 +99,13 @@ def test_check_and_run_say_what_the_hub_refuses(
 
 
 @pytest.mark.parametrize("model", ["codellama/CodeLlama-7b-hf", "./folder"])
-def test_the_hub_is_not_asked_about_a_model_that_is_known_to_be_free(
-    server: Server, recipe: Recipe, tmp_path: Path, model: str
-) -> None:
+def test_the_hub_is_not_asked_about_a_model_that_is_known_to_be_free(server, recipe, tmp_path, model):
     own(tmp_path, model)
     recipe("check", "own.yaml")
     assert server.paths == []
 
 
-def test_a_silent_hub_is_no_reason_not_to_start(server: Server, tmp_path: Path) -> None:
+def test_a_silent_hub_is_no_reason_not_to_start(server, tmp_path):
     own(tmp_path, "owner/never")
     composed = compose(Request(str(tmp_path / "own.yaml")))
     assert [f for f in check.examine(composed, launching=True).findings if f.rule == "no-access"] == []

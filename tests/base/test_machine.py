@@ -1,7 +1,6 @@
 """The GPUs that CUDA shows, from a made-up driver (a T4, an A100, one in two parts); and processes that end."""
 
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,9 +71,7 @@ def _driver(monkeypatch: pytest.MonkeyPatch) -> None:
         ("MIG-3", {"MIG-3": 15}),
     ],
 )
-def test_gpus_are_those_that_cuda_shows(
-    monkeypatch: pytest.MonkeyPatch, listed: str | None, memory: dict[str, int]
-) -> None:
+def test_gpus_are_those_that_cuda_shows(monkeypatch, listed, memory):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     if listed is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
@@ -83,7 +80,7 @@ def test_gpus_are_those_that_cuda_shows(
     assert len(machine.gpus()) == 3
 
 
-def test_checks_and_plans_are_for_the_first_that_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_and_plans_are_for_the_first_that_is_shown(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
     here = gpus.here()
     assert here and (here.name, here.capability, here.memory) == (A100, (8, 0), 40)
@@ -96,7 +93,7 @@ def test_checks_and_plans_are_for_the_first_that_is_shown(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("options", [{}, {"env": {}}])
-def test_no_python_below_a_child_imports_from_the_working_directory(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_no_python_below_a_child_imports_from_the_working_directory(tmp_path, options):
     (tmp_path / "colorsys.py").write_text("raise SystemExit(3)")
     command = [sys.executable, "-m", "colorsys"]
     script = f"import subprocess; raise SystemExit(subprocess.call({command}))"

@@ -1,6 +1,5 @@
 """What is shown of work while it goes on, in a log."""
 
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -18,9 +17,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_a_log_has_one_line_for_each_phase(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], clock: list[float]
-) -> None:
+def test_a_log_has_one_line_for_each_phase(tmp_path, capsys, clock):
     metrics = tmp_path / "metrics.jsonl"
     records: list[dict[str, Any]] = [
         {"phase": "reading and tokenizing rows"},
@@ -49,5 +46,5 @@ def test_a_log_has_one_line_for_each_phase(
     ]
 
 
-def test_a_command_or_a_remark_that_fits_on_a_line_is_not_broken() -> None:
+def test_a_command_or_a_remark_that_fits_on_a_line_is_not_broken():
     assert [*progress.broken("ab cd `ef gh` (ij kl)", 9)] == ["ab cd", "  `ef gh`", "  (ij kl)"]

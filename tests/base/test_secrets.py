@@ -1,9 +1,7 @@
 """No secret that is planted in a config is written anywhere, or echoed."""
 
-from pathlib import Path
-
 import pytest
-from conftest import Recipe, config_with
+from conftest import config_with
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.progress import is_secret, masked
@@ -25,9 +23,7 @@ PLANTED: list[tuple[str, str]] = [
 
 @pytest.mark.parametrize(("key", "value"), PLANTED)
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_planted_secret_is_refused_and_not_echoed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe, verb: str, key: str, value: str
-) -> None:
+def test_a_planted_secret_is_refused_and_not_echoed(tmp_path, monkeypatch, recipe, verb, key, value):
     monkeypatch.chdir(tmp_path)
     words = verb.split()
     name = words.index("--from") + 1 if "--from" in words else 1
@@ -49,9 +45,7 @@ def test_a_planted_secret_is_refused_and_not_echoed(
 @pytest.mark.parametrize("key", ["base_model", "optimizer", "lr_scheduler", "chat_template"])
 @pytest.mark.parametrize("value", [TOKEN, "https://user:planted-word@example.org", "my-own-secret"])
 @pytest.mark.parametrize("form", [(), ("--json",)])
-def test_check_does_not_print_the_secret_that_it_complains_about(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, key: str, value: str, form: tuple[str, ...]
-) -> None:
+def test_check_does_not_print_the_secret_that_it_complains_about(recipe, monkeypatch, key, value, form):
     monkeypatch.setenv("HF_TOKEN", "my-own-secret")
     done = recipe("check", NAME, "--set", f"{key}={value}", *form)
     assert done.returncode == 2
@@ -69,12 +63,12 @@ def test_check_does_not_print_the_secret_that_it_complains_about(
         ("datasets.0.type.format", 'Return {"password": "...", "token": "{instruction}"}'),
     ],
 )
-def test_names_and_values_that_only_look_alike_are_none(key: str, value: str) -> None:
+def test_names_and_values_that_only_look_alike_are_none(key, value):
     assert not is_secret(key, value)
     assert masked(value) == value
 
 
-def test_what_is_refused_for_its_form_is_not_echoed(tmp_path: Path, recipe: Recipe) -> None:
+def test_what_is_refused_for_its_form_is_not_echoed(tmp_path, recipe):
     (tmp_path / "mine.yaml").write_text(yamlfiles.write_yaml(config_with({"wandb_api_key": ["planted-word"]})))
     done = recipe("check", "mine.yaml")
     assert done.returncode == 2

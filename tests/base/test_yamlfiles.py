@@ -25,16 +25,16 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("text", "says"), MISTAKES.items(), ids=[text[:40] for text in MISTAKES])
-def test_a_mistake_is_refused_in_one_line_with_its_place(text: str, says: str) -> None:
+def test_a_mistake_is_refused_in_one_line_with_its_place(text, says):
     with pytest.raises(UserError, match=rf"\A{says}"):
         parse(text, "mine.yaml")
 
 
 @pytest.mark.parametrize("number", ["012", "1:30", "-0_1", "1:30.5"])
-def test_a_number_of_another_base_is_text(number: str) -> None:
+def test_a_number_of_another_base_is_text(number):
     assert parse(f"a: {number}", "f") == {"a": number}
 
 
-def test_aliases_of_a_usual_size_are_values() -> None:
+def test_aliases_of_a_usual_size_are_values():
     assert parse("a: &a {k: 1}\nb: *a\nc: {<<: *a, l: 2}", "f") == {
         "a": {"k": 1}, "b": {"k": 1}, "c": {"k": 1, "l": 2}}  # fmt: skip

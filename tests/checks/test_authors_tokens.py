@@ -82,7 +82,7 @@ def check_row(made: Tokens, tokenizer: Any, question: str, answer: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama-2-7b", "llama-3-8b"])
-def test_loftqs_rows_have_the_authors_tokens_and_loss(family: str, sentencepiece: Path) -> None:
+def test_loftqs_rows_have_the_authors_tokens_and_loss(family, sentencepiece):
     model = sentencepiece if family == "llama-2-7b" else substitution.model_folder()  # Llama 3's is BPE of bytes, too
     loaded = tokenizer_of(f"loftq-gsm8k/{family}-lora", model)
     raw = [row | {"answer": row["answer"].replace("####", "The final answer is: ")} for row in rows()]
@@ -91,7 +91,7 @@ def test_loftqs_rows_have_the_authors_tokens_and_loss(family: str, sentencepiece
         check_row(made, loaded.tokenizer, row["question"] + LOFTQS_QUESTION, row["answer"])
 
 
-def test_pefts_rows_have_the_authors_tokens_and_loss() -> None:
+def test_pefts_rows_have_the_authors_tokens_and_loss():
     loaded = tokenizer_of("peft-metamathqa/lora-rank32", substitution.model_folder())
     question = "Question: {question} Think step by step.\nAnswer:"
     for row, made in zip(rows(), ours(loaded, rows(), question, "{answer}"), strict=True):
@@ -111,7 +111,7 @@ def text_of(chance: random.Random) -> str:
     )
 
 
-def test_qloras_rows_have_the_authors_tokens_and_loss(model: Path) -> None:
+def test_qloras_rows_have_the_authors_tokens_and_loss(model):
     loaded = tokenizer_of("qlora-guanaco/llama-7b", model)
     tokenizer = loaded.tokenizer
     assert (loaded.cfg.sequence_len, loaded.cfg.excess_length_strategy) == (CUT, "truncate")
@@ -135,7 +135,7 @@ def chat(chance: random.Random) -> list[dict[str, str]]:
     return [{"role": role, "content": " ".join(chance.choices(WORDS, k=chance.randint(1, 9)))} for role in roles]
 
 
-def test_tinkers_rows_have_the_authors_tokens_and_loss(model: Path) -> None:
+def test_tinkers_rows_have_the_authors_tokens_and_loss(model):
     loaded = tokenizer_of("tinker-tulu3/llama-3.2-1b-lora", model)
     fields = study.find("tinker-tulu3").data.fields
     own = {name: text.replace("<|begin_of_text|>", loaded.tokenizer.bos_token) for name, text in fields.items()}
@@ -171,7 +171,7 @@ def prepared(name: str, split: str, raw: list[dict[str, Any]], **fields: str) ->
     return [maker.make(row)[0] for row in raw]
 
 
-def test_pissas_rows_have_the_authors_tokens_and_a_newline_before_eos(sentencepiece: Path) -> None:
+def test_pissas_rows_have_the_authors_tokens_and_a_newline_before_eos(sentencepiece):
     loaded = tokenizer_of("pissa-metamathqa/llama-2-7b-lora", sentencepiece)
     newline, eos = loaded.tokenizer.convert_tokens_to_ids("<0x0A>"), loaded.tokenizer.eos_token_id
     raw = raw_maths()
@@ -184,7 +184,7 @@ def test_pissas_rows_have_the_authors_tokens_and_a_newline_before_eos(sentencepi
         assert test.ids[: test.labels.count(MASKED)] == encoded(loaded.tokenizer, source)
 
 
-def test_loragas_rows_have_the_authors_tokens_and_loss(sentencepiece: Path) -> None:
+def test_loragas_rows_have_the_authors_tokens_and_loss(sentencepiece):
     loaded = tokenizer_of("loraga-metamathqa/llama-2-7b-lora", sentencepiece)
     raw = raw_maths()
     made = loaded.tokenize("datasets.0", prepared("loraga-metamathqa", "train", raw))
@@ -204,7 +204,7 @@ def written(row: dict[str, str], spaces: str, empty: str) -> str:
     return "\n".join((TASK + spaces, *rest))
 
 
-def test_doras_prompts_have_the_authors_bytes_and_tokens(model: Path) -> None:
+def test_doras_prompts_have_the_authors_bytes_and_tokens(model):
     loaded = tokenizer_of("dora-commonsense/llama-2-7b-dora", model)
     raw = [row | {"instruction": f"{row['question']}\n\nAnswer format: true/false"} for row in rows()[:200]]
     raw = [row | {"output": f"the correct answer is {row['answer']}"} for row in raw]

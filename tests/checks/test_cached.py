@@ -46,9 +46,7 @@ def adapter(run: RunDir) -> str:
     return sha256(run.output / "adapter_model.safetensors")
 
 
-def test_it_goes_on_to_the_same_adapter_and_is_evaluated(
-    own_cache: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_goes_on_to_the_same_adapter_and_is_evaluated(own_cache, recipe, tmp_path, monkeypatch):
     whole = rehearsal(recipe, tmp_path, monkeypatch)
     run = rehearsal(recipe, tmp_path, monkeypatch, fails=True)
     assert run.read().state == "failed" and run.last_checkpoint()
@@ -64,7 +62,7 @@ def test_it_goes_on_to_the_same_adapter_and_is_evaluated(
 
 
 @pytest.mark.long
-def test_the_stand_in_is_converted_to_the_same_bytes(tmp_path: Path) -> None:
+def test_the_stand_in_is_converted_to_the_same_bytes(tmp_path):
     made = substitution.model_folder()
     substitution._convert(tmp_path / "again")
     again = {file.name: sha256(file) for file in (tmp_path / "again").iterdir()}

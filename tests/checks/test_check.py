@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import Recipe, config_with
+from conftest import config_with
 
 from qlora_recipes.base import hub, paths, yamlfiles
 from qlora_recipes.base.errors import UserError
@@ -29,7 +29,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Pa
     return tmp_path
 
 
-def test_every_finding_is_told_at_once_with_its_place(place: Path, recipe: Recipe) -> None:
+def test_every_finding_is_told_at_once_with_its_place(place, recipe):
     text = (paths.RECIPES / f"{NAME}.yaml").read_text()
     (place / "mine.yaml").write_text(
         text.replace("weight_decay: 0.01", "weight_decai: 0.01")
@@ -58,7 +58,7 @@ def test_every_finding_is_told_at_once_with_its_place(place: Path, recipe: Recip
     assert sum(": error: " in line for line in lines) == 7
 
 
-def test_json(place: Path, recipe: Recipe) -> None:
+def test_json(place, recipe):
     (place / "mine.yaml").write_text(yamlfiles.write_yaml(config_with({"lora_rr": 1})))
     (place / "broken.yaml").write_text("a: [\n")
     mine, broken, nowhere = recipe.json("check", "mine.yaml", "broken.yaml", "nowhere", "--data", code=2)
@@ -80,12 +80,12 @@ def test_json(place: Path, recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize("profile", [file.stem for file in paths.PROFILES.glob("*.yaml") if file.stem != MIRROR])
-def test_profiles_over_a_recipe_are_clean(place: Path, profile: str) -> None:
+def test_profiles_over_a_recipe_are_clean(place, profile):
     report = check.check(Request(NAME, profiles=[profile]))
     assert [str(finding) for finding in report.findings if finding.level != "note"] == []
 
 
-def test_force_overrides_a_named_finding_only(place: Path, recipe: Recipe) -> None:
+def test_force_overrides_a_named_finding_only(place, recipe):
     wrong = ("run", NAME, "--rehearse", "--dry-run", "--set", "lora_rr=1", "--set", "num_epochs=-1")
     assert "[unknown-key:lora_rr]" in recipe(*wrong).stderr
     one = recipe(*wrong, "--force", "unknown-key:lora_rr")
@@ -97,12 +97,12 @@ def test_force_overrides_a_named_finding_only(place: Path, recipe: Recipe) -> No
         assert (other.returncode, f"--force {name}: " in other.stderr) == (2, True)
 
 
-def test_a_secret_cannot_be_forced() -> None:
+def test_a_secret_cannot_be_forced():
     with pytest.raises(UserError, match="secret:hub_token"):
         refuse([Finding("error", "secret", "hub_token", "x")], ["secret:hub_token"])
 
 
-def test_a_run_refuses_bad_rows(place: Path, recipe: Recipe) -> None:
+def test_a_run_refuses_bad_rows(place, recipe):
     (place / "bad.jsonl").write_text('{"instruction": "a"}\n')
     done = recipe("run", NAME, "--rehearse", "--set", "datasets.0.path=bad.jsonl")
     assert (done.returncode, done.stdout) == (2, "")
@@ -110,7 +110,7 @@ def test_a_run_refuses_bad_rows(place: Path, recipe: Recipe) -> None:
     assert not (place / "runs").exists()
 
 
-def test_what_is_too_big_for_a_card_is_an_error(place: Path, tiny: Path) -> None:
+def test_what_is_too_big_for_a_card_is_an_error(place, tiny):
     change = {"base_model": str(tiny), "revision_of_model": None, "special_tokens": {"pad_token": "</s>"}}
     change["sequence_len"] = 1816  # of no other test, whose plan would be in the cache
     (place / "tiny.yaml").write_text(yamlfiles.write_yaml(config_with(change)))
@@ -152,15 +152,13 @@ def checked(content: bytes) -> list[Finding]:
         b"",
     ],
 )  # fmt: skip
-def test_a_file_that_is_no_config_is_one_finding(place: Path, content: bytes) -> None:
+def test_a_file_that_is_no_config_is_one_finding(place, content):
     (only,) = checked(content)
     assert (only.level, only.rule, only.where) == ("error", "unreadable", "any.yaml")
     assert not (place / "hit").exists()
 
 
-def test_a_misspelt_path_of_ones_own_is_no_reason_to_rehearse_on_other_rows_in_silence(
-    recipe: Recipe, tmp_path: Path
-) -> None:
+def test_a_misspelt_path_of_ones_own_is_no_reason_to_rehearse_on_other_rows_in_silence(recipe, tmp_path):
     (tmp_path / "support.jsonl").write_text('{"instruction": "Ask.", "output": "Yes."}\n')
     own = {"datasets": [{"path": "suport.jsonl", "type": "alpaca"}], "test_datasets": None, "evals_per_epoch": None}
     (tmp_path / "mine.yaml").write_text(yamlfiles.write_yaml(config_with(own)))
@@ -170,9 +168,7 @@ def test_a_misspelt_path_of_ones_own_is_no_reason_to_rehearse_on_other_rows_in_s
     assert "[other-rows:datasets.0.path]" in rehearsed.stdout
 
 
-def test_data_that_are_not_prepared_yet_are_one_warning_of_a_check_and_an_error_of_a_run(
-    recipe: Recipe, tmp_path: Path
-) -> None:
+def test_data_that_are_not_prepared_yet_are_one_warning_of_a_check_and_an_error_of_a_run(recipe, tmp_path):
     tagged = "haider2024/as-released/llama-3-8b"
     done = recipe.ok("check", tagged)
     (said,) = [line for line in done.stdout.splitlines() if "not-prepared" in line]
@@ -194,7 +190,7 @@ def test_data_that_are_not_prepared_yet_are_one_warning_of_a_check_and_an_error_
     assert "[no-gpu]" not in recipe("run", tagged, "--set", "fp16=false", "--force", "no-gpu").stderr
 
 
-def test_what_is_not_written_by_preparing_data_or_is_to_be_read_now_is_an_error(recipe: Recipe) -> None:
+def test_what_is_not_written_by_preparing_data_or_is_to_be_read_now_is_an_error(recipe):
     own = recipe("check", "haider2024/llama-3.2-3b", "--set", "datasets.0.path=data/codereviewer/train_mine.jsonl")
     assert own.returncode == 2 and "[missing-file:datasets.0.path]" in own.stdout
     read = recipe("check", "haider2024/llama-3.2-3b", "--data")

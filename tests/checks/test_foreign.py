@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Recipe, config_with
+from conftest import config_with
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.checks.check import rule_findings
@@ -51,11 +51,11 @@ def found(change: dict[str, Any]) -> dict[str, str]:
         ({"attn_implementation": "someone/kernel"}, "foreign-code:attn_implementation"),
     ],
 )
-def test_each_key_that_runs_others_code_is_an_error(change: dict[str, Any], name: str) -> None:
+def test_each_key_that_runs_others_code_is_an_error(change, name):
     assert found(change) == {name: "error"}
 
 
-def test_axolotls_own_and_this_projects_are_not_foreign() -> None:
+def test_axolotls_own_and_this_projects_are_not_foreign():
     own = ["axolotl.integrations.liger.LigerPlugin", "qlora_recipes.plugin.RunPlugin"]
     assert found({"plugins": own, "trust_remote_code": False, "trl": {"reward_funcs": []}}) == {}
     assert found({"attn_implementation": "kernels-community/flash-attn2"}) == {}
@@ -63,7 +63,7 @@ def test_axolotls_own_and_this_projects_are_not_foreign() -> None:
 
 
 @pytest.mark.parametrize("key", ["base_model", "lora_model_dir"])
-def test_pickled_weights_are_an_error_unless_there_are_safe_ones(tmp_path: Path, key: str) -> None:
+def test_pickled_weights_are_an_error_unless_there_are_safe_ones(tmp_path, key):
     name = "pytorch_model.bin" if key == "base_model" else "adapter_model.bin"
     (tmp_path / name).touch()
     (tmp_path / "training_args.bin").touch()
@@ -83,14 +83,14 @@ def test_pickled_weights_are_an_error_unless_there_are_safe_ones(tmp_path: Path,
         ("sweep", "mine.yaml", "--set", "lora_r=8,16", "--rehearse"),
     ],
 )
-def test_no_verb_imports_a_strangers_plugin_without_consent(ran: Path, recipe: Recipe, words: tuple[str, ...]) -> None:
+def test_no_verb_imports_a_strangers_plugin_without_consent(ran, recipe, words):
     done = recipe(*words)
     assert done.returncode in (1, 2)
     assert f"{EVIL}.Plugin" in done.stdout + done.stderr
     assert not ran.exists()
 
 
-def test_consent_leaves_a_warning_and_wrong_names_are_told(ran: Path, recipe: Recipe) -> None:
+def test_consent_leaves_a_warning_and_wrong_names_are_told(ran, recipe):
     agreed = recipe("check", "mine.yaml", "--force", "foreign-code:plugins.0")
     assert "error: plugins" not in agreed.stdout
     assert "warning: plugins.0: " in agreed.stdout
@@ -103,7 +103,7 @@ def test_consent_leaves_a_warning_and_wrong_names_are_told(ran: Path, recipe: Re
 
 
 @pytest.mark.parametrize("value", ["yes please", 1])
-def test_a_wrong_value_that_would_hide_remote_code_cannot_be_forced(ran: Path, recipe: Recipe, value: Any) -> None:
+def test_a_wrong_value_that_would_hide_remote_code_cannot_be_forced(ran, recipe, value):
     words = ("mine.yaml", "--set", f"trust_remote_code={value}", "--force", "foreign-code:plugins.0")
     for verb in (("check", *words, "--data"), ("run", *words, "--rehearse")):
         assert recipe(*verb, "--force", "value:trust_remote_code").returncode == 2
@@ -111,6 +111,6 @@ def test_a_wrong_value_that_would_hide_remote_code_cannot_be_forced(ran: Path, r
 
 
 @pytest.mark.long
-def test_with_consent_the_plugin_is_imported(ran: Path, recipe: Recipe) -> None:
+def test_with_consent_the_plugin_is_imported(ran, recipe):
     recipe("check", "mine.yaml", "--full", "--force", "foreign-code:plugins.0")
     assert ran.exists()

@@ -1,6 +1,5 @@
 """What rules say of Axolotl and its stack, asked of those that are installed."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,24 +27,24 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("change", "says"), REFUSED, ids=str)
-def test_what_axolotl_refuses_is_an_error(change: dict[str, Any], says: str) -> None:
+def test_what_axolotl_refuses_is_an_error(change, says):
     found = installed.validate(config_with(change), gpus.find("A100"))
     assert any(finding.level == "error" and says in finding.problem for finding in found)
 
 
-def test_what_axolotl_warns_of_is_a_warning() -> None:
+def test_what_axolotl_warns_of_is_a_warning():
     for change in ({"dataset_processes": 4}, {"sample_packing": True, "attn_implementation": "fp8"}):
         assert "warning" in {finding.level for finding in installed.validate(config_with(change), V100)}
 
 
-def test_attention() -> None:
+def test_attention():
     from axolotl.utils.schemas.enums import ATTN_IMPLS_SUPPORTING_PACKING, LEGACY_ATTN_FLAG_TO_IMPL
 
     assert ATTN_IMPLS_SUPPORTING_PACKING | {"sdpa", "eager"} == data_rules.KEEP_DOCUMENTS_APART
     assert LEGACY_ATTN_FLAG_TO_IMPL == numerics.OLD_KEYS
 
 
-def test_schedulers_that_need_options() -> None:
+def test_schedulers_that_need_options():
     import torch
     from transformers import SchedulerType, get_scheduler
 
@@ -62,7 +61,7 @@ def test_schedulers_that_need_options() -> None:
         assert all(works(SchedulerType(kind), **{option: 1}) for option in options)
 
 
-def test_one_evaluation_in_all_is_dropped(tiny: Path) -> None:
+def test_one_evaluation_in_all_is_dropped(tiny):
     from qlora_recipes.checks.tokens import Tokenizer
 
     change = {"base_model": str(tiny), "revision_of_model": None, "special_tokens": None, "num_epochs": 1}
@@ -72,9 +71,7 @@ def test_one_evaluation_in_all_is_dropped(tiny: Path) -> None:
 
 
 @pytest.mark.long
-def test_all_recipes_and_profiles_over_them_pass_with_axolotl_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path
-) -> None:
+def test_all_recipes_and_profiles_over_them_pass_with_axolotl_asked(tmp_path, monkeypatch, prepared):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", "for the test")
     monkeypatch.setattr(hub, "is_offline", lambda: False)
@@ -91,7 +88,7 @@ def test_all_recipes_and_profiles_over_them_pass_with_axolotl_asked(
                 assert [str(found) for found in report.findings if found.level != "note"] == []
 
 
-def test_peft_splits_weights_anew_as_the_rule_changed_base_says(tiny: Path, tmp_path: Path) -> None:
+def test_peft_splits_weights_anew_as_the_rule_changed_base_says(tiny, tmp_path):
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import LlamaForCausalLM

@@ -72,9 +72,7 @@ MISTAKES: list[tuple[Any, dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("row", "dataset", "name", "value"), MISTAKES)
-def test_a_row_that_spoils_a_training_is_found_with_its_line(
-    row: Any, dataset: dict[str, Any], name: str, value: str
-) -> None:
+def test_a_row_that_spoils_a_training_is_found_with_its_line(row, dataset, name, value):
     good = {"chat_template": GOOD_CHAT, "input_output": GOOD_SEGMENTS}.get(str(dataset.get("type")), GOOD)
     ((where, says),) = found([good, row], dataset)
     assert where == (2, *name.split())
@@ -104,27 +102,27 @@ SHARED = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "va
         ([{"segments": [{"label": False, "text": "<s>a"}, {"label": True, "text": "b</s>"}], "more": 1}], SEGMENTS),
     ],
 )
-def test_rows_that_are_right_give_no_finding(lines: list[Any], dataset: dict[str, Any]) -> None:
+def test_rows_that_are_right_give_no_finding(lines, dataset):
     assert found(lines, dataset) == []
 
 
-def test_a_system_text_that_only_some_rows_have_is_an_error() -> None:
+def test_a_system_text_that_only_some_rows_have_is_an_error():
     ((where, _),) = found([chat(ASKED, ANSWER), GOOD_CHAT | {"system": "Be brief."}], CHATS)
     assert where == (1, "error", "lacks-system")
 
 
-def test_rows_with_the_same_mistake_are_one_finding() -> None:
+def test_rows_with_the_same_mistake_are_one_finding():
     ((where, says),) = found([GOOD, *({"instruction": str(i)} for i in range(11))])
     assert where == (2, "error", "bad-row") and says.startswith("11 rows") and " 2, 3, " in says and " 12" not in says
 
 
 @pytest.mark.parametrize(("row", "form"), [(GOOD_CHAT, "type: chat_template"), ({"q": "a", "a": "b"}, "field_output")])
-def test_rows_of_another_form_are_one_finding_that_names_it(row: Any, form: str) -> None:
+def test_rows_of_another_form_are_one_finding_that_names_it(row, form):
     ((where, says),) = found([row, row | {"more": 1}], {})
     assert where == (1, "error", "bad-row") and form in says and says.startswith("2 rows")
 
 
-def test_rows_of_a_misspelt_type_are_not_judged() -> None:
+def test_rows_of_a_misspelt_type_are_not_judged():
     write("train.jsonl", [GOOD_CHAT])
     config = {"base_model": LLAMA_2, "datasets": [{"path": "train.jsonl", "type": "chat_tempate"}]}
     Path("mine.yaml").write_text(yamlfiles.write_yaml(config))
@@ -133,7 +131,7 @@ def test_rows_of_a_misspelt_type_are_not_judged() -> None:
     assert findings[-1].rule == "not-checked"  # the tokens
 
 
-def test_evaluation_rows_that_were_trained_on_are_found() -> None:
+def test_evaluation_rows_that_were_trained_on_are_found():
     other = GOOD | {"output": "Another."}
     write("train.jsonl", [GOOD, other])
     write("test.jsonl", [other, GOOD, GOOD | {"output": "New."}])
@@ -146,7 +144,7 @@ def test_evaluation_rows_that_were_trained_on_are_found() -> None:
     assert [(one["rows"], one["bytes"]) for one in read] == [(2, sizes[0]), (3, sizes[1])]
 
 
-def test_a_folder_is_read_file_by_file(place: Path) -> None:
+def test_a_folder_is_read_file_by_file(place):
     (place / "rows").mkdir()
     for i in range(2):
         (place / "rows" / f"{i}.jsonl").write_text(json.dumps(GOOD | {"output": str(i)}) + "\n")
@@ -157,7 +155,7 @@ def test_a_folder_is_read_file_by_file(place: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(rows.FIELDS))
-def test_fields_are_those_that_axolotl_reads(kind: str, tiny: Path) -> None:
+def test_fields_are_those_that_axolotl_reads(kind, tiny):
     from axolotl.utils.dict import DictDefault
     from transformers import AutoTokenizer
 

@@ -155,7 +155,7 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
 
 
 @pytest.mark.parametrize(("change", "level", "name", "value"), CASES, ids=[f"{c[2]} {c[0]}" for c in CASES])
-def test_a_mistake_gives_one_finding(change: dict[str, Any], level: str, name: str, value: str) -> None:
+def test_a_mistake_gives_one_finding(change, level, name, value):
     (only,) = found(change)
     assert (only.level, only.name) == (level, name)
     assert value in str(only)
@@ -164,7 +164,7 @@ def test_a_mistake_gives_one_finding(change: dict[str, Any], level: str, name: s
 OTHERS = {"gpu-lacks", "no-gpu", "engine-needs-gpus"}  # which have tests of their own
 
 
-def test_every_rule_has_a_case() -> None:
+def test_every_rule_has_a_case():
     tested = {case[2].partition(":")[0] for case in CASES} | OTHERS
     assert tested == {rule.__name__.replace("_", "-") for rule in finding.RULES}
 
@@ -174,7 +174,7 @@ def test_every_rule_has_a_case() -> None:
     [(name, "H100") for name in paths.recipe_names()]
     + [(name, "T4") for name in paths.recipe_names() if not recipe_config(name).get("bf16")],
 )
-def test_a_recipe_gives_no_error_and_no_warning(name: str, gpu: str) -> None:
+def test_a_recipe_gives_no_error_and_no_warning(name, gpu):
     assert [finding for finding in found({}, gpu, name=name) if finding.level != "note"] == []
 
 
@@ -205,7 +205,7 @@ RIGHT: list[tuple[dict[str, Any], str | None]] = [
 
 
 @pytest.mark.parametrize(("change", "gpu"), RIGHT, ids=str)
-def test_what_is_right_gives_none(change: dict[str, Any], gpu: str | None) -> None:
+def test_what_is_right_gives_none(change, gpu):
     assert found(change, gpu) == []
 
 
@@ -227,12 +227,12 @@ TRITON = {"plugins": ["axolotl.integrations.liger.LigerPlugin"], "liger_rope": T
         ("A100", TRITON, []),
     ],
 )
-def test_what_a_gpu_lacks(gpu: str, change: dict[str, Any], keys: list[str]) -> None:
+def test_what_a_gpu_lacks(gpu, change, keys):
     level = "warning" if "liger_rope" in keys else "error"
     assert sorted(of_rule("gpu-lacks", change, gpu)) == [f"{level} gpu-lacks:{key}" for key in keys]
 
 
-def test_torch_for_an_older_cuda_runs_on_older_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_for_an_older_cuda_runs_on_older_gpus(monkeypatch):
     for cuda in ("12.6", None):
         monkeypatch.setattr(settings_rules, "torch_cuda", lambda cuda=cuda: cuda)
         assert found({}, "V100") == []
@@ -241,7 +241,7 @@ def test_torch_for_an_older_cuda_runs_on_older_gpus(monkeypatch: pytest.MonkeyPa
 FLASH = {"attn_implementation": "flash_attention_2"}
 
 
-def test_packages_that_are_installed_or_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_that_are_installed_or_missing(monkeypatch):
     change = {"fp16": False, "bf16": True, "attn_implementation": "sage", "use_comet": True}
     missing = ["error missing-package:attn_implementation", "error missing-package:use_comet"]
     assert sorted(names(change, "A100", launching=True)) == missing
@@ -264,13 +264,13 @@ def test_packages_that_are_installed_or_missing(monkeypatch: pytest.MonkeyPatch)
         ({"lora_mlp_kernel": True}, {"lora_mlp_kernel"}),
     ],
 )
-def test_what_a_cpu_lacks_is_an_error_only_once_a_run_starts(change: dict[str, Any], keys: set[str]) -> None:
+def test_what_a_cpu_lacks_is_an_error_only_once_a_run_starts(change, keys):
     in_fp32 = change | {"fp16": False}
     assert of_rule("no-gpu", in_fp32) == of_rule("no-gpu", in_fp32, "A100", launching=True) == []
     assert {*of_rule("no-gpu", in_fp32, launching=True)} >= {f"error no-gpu:{key}" for key in keys}
 
 
-def test_fp16_and_fsdp_need_gpus_only_once_a_run_starts() -> None:
+def test_fp16_and_fsdp_need_gpus_only_once_a_run_starts():
     by_default = {"fp16": None, "bf16": "auto"}  # which becomes fp16 on a CPU
     assert names(by_default, launching=True) == ["error no-gpu:bf16"]
     assert found(by_default | {"fp16": False}, launching=True) == []
@@ -296,9 +296,7 @@ PACKED = {"fp16": False, "bf16": True, "sample_packing": True}
     ],
     ids=str,
 )
-def test_packed_rows_in_bf16_with_a_mask_before_hopper(
-    tmp_path: Path, sizes: dict[str, Any], change: dict[str, Any], warns: bool
-) -> None:
+def test_packed_rows_in_bf16_with_a_mask_before_hopper(tmp_path, sizes, change, warns):
     own = {"model_type": "llama", "hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 2}
     (tmp_path / "config.json").write_text(json.dumps(own | sizes))
     change = {"base_model": str(tmp_path), "sdpa_varlen": True} | PACKED | change
@@ -306,7 +304,7 @@ def test_packed_rows_in_bf16_with_a_mask_before_hopper(
     assert of_rule("packing-leaks", change, "H100") == []
 
 
-def test_a_gated_model_without_a_token(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+def test_a_gated_model_without_a_token(monkeypatch, place):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(place / "token"))
     assert [(f.level, f.name) for f in found({}, name=LLAMA_3)] == [("warning", "no-access:base_model")]
@@ -320,7 +318,7 @@ def test_a_gated_model_without_a_token(monkeypatch: pytest.MonkeyPatch, place: P
     assert names(tokenizer | {"revision_of_model": "main"}) == names({"tokenizer_config": str(place)}) == []
 
 
-def test_a_model_that_is_not_in_the_cache_when_offline(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+def test_a_model_that_is_not_in_the_cache_when_offline(monkeypatch, place):
     monkeypatch.setattr(hub, "is_offline", lambda: True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place / "hub"))
     no_access = ["warning no-access:base_model"]
@@ -334,7 +332,7 @@ def test_a_model_that_is_not_in_the_cache_when_offline(monkeypatch: pytest.Monke
     assert (names({}), names({"revision_of_model": "main"})) == ([], no_access)
 
 
-def test_chats_need_a_template_of_the_tokenizer_or_the_config(tiny: Path, place: Path) -> None:
+def test_chats_need_a_template_of_the_tokenizer_or_the_config(tiny, place):
     for model, count in (("Qwen/Qwen2.5-7B", 0), ("google/gemma-2-9b", 1)):
         assert len(of_rule("chat-template", CHAT | {"revision_of_model": None, "base_model": model})) == count
     local = {"base_model": str(tiny), "revision_of_model": None} | CHAT
@@ -346,7 +344,7 @@ def test_chats_need_a_template_of_the_tokenizer_or_the_config(tiny: Path, place:
     assert found(local | {"base_model": str(model)}) == []
 
 
-def test_a_local_model_is_judged_by_its_own_files(tiny: Path) -> None:
+def test_a_local_model_is_judged_by_its_own_files(tiny):
     local = {"base_model": str(tiny), "revision_of_model": None}
     assert found(local) == []
     assert names(local | {"sequence_len": 2049}) == ["error beyond-context:sequence_len"]

@@ -6,7 +6,7 @@ from qlora_recipes.checks import schema
 from qlora_recipes.data import study
 
 
-def test_the_committed_schemas_are_those_of_the_installed_axolotl_and_of_the_code() -> None:
+def test_the_committed_schemas_are_those_of_the_installed_axolotl_and_of_the_code():
     import schemas
 
     assert schema.FILE.read_text(encoding="utf-8") == schemas.axolotl_schema()
@@ -41,13 +41,13 @@ def found(change: yamlfiles.Config) -> dict[str, str]:
         ({"bnb_config_kwargs": {"bnb_4bit_quant_type": "nf5"}}, "value:bnb_config_kwargs.bnb_4bit_quant_type", "nf4"),
     ],
 )
-def test_what_breaks_the_schema_is_found(change: yamlfiles.Config, name: str, says: str) -> None:
+def test_what_breaks_the_schema_is_found(change, name, says):
     ((only, text),) = found(change).items()
     assert only == name
     assert says in text
 
 
-def test_a_missing_key_is_found() -> None:
+def test_a_missing_key_is_found():
     content = {key: value for key, value in BASE.items() if key not in ("base_model", "learning_rate")}
     assert {finding.name for finding in schema.findings(content)} == {
         "missing-key:base_model",
@@ -70,13 +70,13 @@ def test_a_missing_key_is_found() -> None:
         {"deepspeed": None, "wandb_project": None},  # keys left empty
     ],
 )
-def test_what_axolotl_takes_is_no_finding(change: yamlfiles.Config) -> None:
+def test_what_axolotl_takes_is_no_finding(change):
     assert found(change) == {}
 
 
-def test_an_unknown_key_without_a_value_is_a_warning() -> None:
+def test_an_unknown_key_without_a_value_is_a_warning():
     assert "warning" in found({"fsdp": None})["unknown-key:fsdp"]
 
 
-def test_a_key_that_may_be_of_a_plugin_from_elsewhere_is_a_warning() -> None:
+def test_a_key_that_may_be_of_a_plugin_from_elsewhere_is_a_warning():
     assert "warning" in found({"plugins": ["other.Plugin"], "other_key": 1})["unknown-key:other_key"]

@@ -5,7 +5,7 @@ from typing import Any
 
 import orjson
 import pytest
-from conftest import Recipe, config_with
+from conftest import config_with
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
@@ -38,7 +38,7 @@ def smollm2() -> yamlfiles.Config:
     return compose.compose(Request(NAME, rehearse=True)).config
 
 
-def test_the_stand_in_has_the_context_that_rehearsals_assume(smollm2: yamlfiles.Config) -> None:
+def test_the_stand_in_has_the_context_that_rehearsals_assume(smollm2):
     sizes = orjson.loads(Path(smollm2["base_model"], "config.json").read_bytes())
     assert sizes["max_position_embeddings"] == substitution.CONTEXT
 
@@ -61,16 +61,12 @@ CHANGES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=map(str, CHANGES))
-def test_shown_labels_are_the_trainers_for_a_llama_tokenizer(
-    llama: yamlfiles.Config, tmp_path: Path, change: dict[str, Any]
-) -> None:
+def test_shown_labels_are_the_trainers_for_a_llama_tokenizer(llama, tmp_path, change):
     agree(llama, tmp_path, dict(change))
 
 
 @pytest.mark.parametrize("change", [{}, {"type": "chat_template"}], ids=str)
-def test_shown_labels_are_the_trainers_for_smollm2(
-    smollm2: yamlfiles.Config, tmp_path: Path, change: dict[str, Any]
-) -> None:
+def test_shown_labels_are_the_trainers_for_smollm2(smollm2, tmp_path, change):
     if change.get("type") == "chat_template":
         rows = [{"messages": [{"role": "user", "content": f"Is {i} odd?"}, {"role": "assistant", "content": "Yes"}]}
                 for i in range(1, 9, 2)]  # fmt: skip
@@ -97,7 +93,7 @@ def agree(content: yamlfiles.Config, folder: Path, change: dict[str, Any]) -> No
     assert any(row["too_long"] for row in rows) == (limit == 300)
 
 
-def test_the_text_of_a_row_shows_what_carries_loss(llama: yamlfiles.Config, tmp_path: Path) -> None:
+def test_the_text_of_a_row_shows_what_carries_loss(llama, tmp_path):
     file = tmp_path / "odd.jsonl"
     rows = [
         {"instruction": "\U0001f600", "output": "\u00e9\U0001f680"},
@@ -111,7 +107,7 @@ def test_the_text_of_a_row_shows_what_carries_loss(llama: yamlfiles.Config, tmp_
     assert "SEEN" in second["text"]  # a field that the first row has not
 
 
-def test_lengths(llama: yamlfiles.Config, sample: Path) -> None:
+def test_lengths(llama, sample):
     from qlora_recipes.checks.tokens import lengths
 
     found, (measured,) = lengths(llama)
@@ -169,9 +165,7 @@ FAILS, UNLEARNT, UNKNOWN = ("error", "bad-row"), ("warning", "nothing-learnt"), 
         ("alpaca", ROW | {"output": 3}, [FAILS]),
     ],
 )
-def test_axolotl_reads_a_row_behind_good_ones(
-    llama: yamlfiles.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, row: Any, found: list[Any]
-) -> None:
+def test_axolotl_reads_a_row_behind_good_ones(llama, tmp_path, monkeypatch, kind, row, found):
     monkeypatch.chdir(tmp_path)
     good: Any = {"input_output": SEGMENTS, "alpaca": ROW}.get(kind, chat(said("user", "Fine?"), ANSWER))
     chats = {"type": "chat_template", "chat_template": kind, "eot_tokens": None} if kind in ("chatml", "gemma") else {}
@@ -188,23 +182,13 @@ def test_axolotl_reads_a_row_behind_good_ones(
         ("rows.json", '[{"instruction": "a", "output": "b"}, {"instruction": "c"}]', "alpaca", (*UNLEARNT, 2)),
     ],
 )
-def test_axolotl_loads_other_formats(
-    llama: yamlfiles.Config,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    text: str,
-    kind: str,
-    found: tuple[str, str, int],
-) -> None:
+def test_axolotl_loads_other_formats(llama, tmp_path, monkeypatch, name, text, kind, found):
     monkeypatch.chdir(tmp_path)
     Path(name).write_text(text)
     assert judged(llama | {"chat_template": "chatml"}, [], path=name, type=kind) == [found]
 
 
-def test_rows_with_values_of_several_types_are_found_with_the_line(
-    llama: yamlfiles.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_with_values_of_several_types_are_found_with_the_line(llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     mixed = [ROW | {"id": 1}] * 40 + [ROW | {"id": "x"}] * 2
     assert judged(llama, mixed) == [("error", "bad-row", 41)]
@@ -212,9 +196,7 @@ def test_rows_with_values_of_several_types_are_found_with_the_line(
         shown(llama | {"datasets": [{"path": "rows.jsonl", "type": "alpaca"}]}, 42)
 
 
-def test_rows_of_which_nothing_is_learnt_are_an_error_where_there_are_no_others(
-    llama: yamlfiles.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_of_which_nothing_is_learnt_are_an_error_where_there_are_no_others(llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = judged(llama, [chat(ASKED), chat(said("user", "And?"))], type="chat_template", chat_template="chatml")
     assert found == [("error", "nothing-learnt", 1), ("warning", "eos-masked", None)]
@@ -235,7 +217,7 @@ def test_rows_of_which_nothing_is_learnt_are_an_error_where_there_are_no_others(
         ({"sample_packing": True, "micro_batch_size": 200}, ["error no-batch:micro_batch_size"]),
     ],
 )
-def test_long_rows_and_too_few_packed_ones(llama: yamlfiles.Config, change: dict[str, Any], found: list[str]) -> None:
+def test_long_rows_and_too_few_packed_ones(llama, change, found):
     from qlora_recipes.checks.tokens import lengths
 
     packed = {"gradient_accumulation_steps": 64, "warmup_steps": 0} if "sample_packing" in change else {}
@@ -243,9 +225,7 @@ def test_long_rows_and_too_few_packed_ones(llama: yamlfiles.Config, change: dict
     assert [f"{finding.level} {finding.name}" for finding in findings] == found
 
 
-def test_an_end_that_is_not_taught(
-    llama: yamlfiles.Config, smollm2: yamlfiles.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_end_that_is_not_taught(llama, smollm2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     masked = {"input_ids": [1, 5, 2], "attention_mask": [1, 1, 1], "labels": [-100, 5, -100]}
     assert judged(llama, [masked], type="") == [("warning", "eos-masked", None)]
@@ -255,9 +235,7 @@ def test_an_end_that_is_not_taught(
     assert judged(smollm2 | base | {"eot_tokens": ["<|im_end|>"]}, [chat(ASKED, ANSWER)], **chats) == []
 
 
-def test_roles_are_judged_by_the_rehearsals_tokenizer_where_the_models_is_missing(
-    recipe: Recipe, tmp_path: Path
-) -> None:
+def test_roles_are_judged_by_the_rehearsals_tokenizer_where_the_models_is_missing(recipe, tmp_path):
     data = [{"path": "rows.jsonl", "type": "chat_template"}]
     change = {"chat_template": "gemma", "datasets": data, "warmup_steps": 0}
     change |= {"test_datasets": None, "evals_per_epoch": None}
@@ -272,9 +250,7 @@ def test_roles_are_judged_by_the_rehearsals_tokenizer_where_the_models_is_missin
     assert "tokens" not in report["data"][0]
 
 
-def test_run_asks_axolotl_before_it_starts_on_a_gpu(
-    recipe: Recipe, tmp_path: Path, tiny_profile: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_asks_axolotl_before_it_starts_on_a_gpu(recipe, tmp_path, tiny_profile, monkeypatch):
     monkeypatch.setattr(gpus, "here", lambda: gpus.find("H100"))
     done = recipe("run", "haider2024/code-llama-7b", "--profile", tiny_profile, "--set", "sequence_len=8")
     assert done.returncode == 2, done.stderr
@@ -282,7 +258,7 @@ def test_run_asks_axolotl_before_it_starts_on_a_gpu(
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_command(recipe: Recipe, tmp_path: Path, llama: yamlfiles.Config) -> None:
+def test_the_command(recipe, tmp_path, llama):
     (tmp_path / "mine.yaml").write_text(yamlfiles.write_yaml(llama))
     done = recipe.ok("check", "mine.yaml", "--show-tokens", "2")
     assert "⟪Can we turn" in done.stdout

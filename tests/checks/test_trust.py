@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Recipe
 from run_folders import a_run
 
 from qlora_recipes import backends
@@ -41,7 +40,7 @@ def refused(folder: RunDir, *force: str) -> set[str]:
     return set()
 
 
-def test_consent_to_code_counts_in_a_run_of_ones_own_alone(tmp_path: Path) -> None:
+def test_consent_to_code_counts_in_a_run_of_ones_own_alone(tmp_path):
     folder = theirs(tmp_path, seal="0" * 64)
     assert refused(folder) == {PLUGIN}
     assert refused(folder, PLUGIN) == set()
@@ -53,7 +52,7 @@ def test_consent_to_code_counts_in_a_run_of_ones_own_alone(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("words", [("evaluate",), ("publish", "--merge")])
-def test_no_verb_loads_a_strangers_model_unseen(tmp_path: Path, recipe: Recipe, words: tuple[str, ...]) -> None:
+def test_no_verb_loads_a_strangers_model_unseen(tmp_path, recipe, words):
     folder = theirs(tmp_path / "runs", state="finished")
     folder.output.mkdir()
     (folder.output / "adapter_model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
@@ -62,7 +61,7 @@ def test_no_verb_loads_a_strangers_model_unseen(tmp_path: Path, recipe: Recipe, 
     assert f"[{PLUGIN}]" in done.stderr
 
 
-def test_a_run_that_ends_meanwhile_stays_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_ends_meanwhile_stays_finished(tmp_path, monkeypatch):
     folder = theirs(tmp_path)
     ended = folder.read().model_copy(update={"state": "finished"})
     monkeypatch.setattr(trust, "is_own", lambda folder, _: folder.write(ended) or True)
@@ -72,7 +71,7 @@ def test_a_run_that_ends_meanwhile_stays_finished(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("state", ["interrupted", "finished"])
-def test_a_name_that_is_no_error_is_not_recorded(tmp_path: Path, recipe: Recipe, state: str) -> None:
+def test_a_name_that_is_no_error_is_not_recorded(tmp_path, recipe, state):
     folder = theirs(tmp_path / "runs", state=state)
     seal(folder)
     done = recipe("resume", str(folder.path), "--force", "tpyo")
@@ -80,16 +79,14 @@ def test_a_name_that_is_no_error_is_not_recorded(tmp_path: Path, recipe: Recipe,
     assert (folder.read().state, folder.read().forced) == (state, [PLUGIN])
 
 
-def test_a_job_that_starts_before_its_record_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_starts_before_its_record_resumes(tmp_path, monkeypatch):
     folder = theirs(tmp_path, set={"output_dir": str(RunDir(tmp_path / NAME / "20260101-000000-abcdef0").output)})
     monkeypatch.setattr(backends, "job_state", lambda *_: JobState("queued"))
     monkeypatch.setattr(launch, "preprocess", lambda *_: None)
     run.resume(str(folder.path), Local(rehearsal=False), prepare_only=True, trusted=True)
 
 
-def test_a_run_from_elsewhere_is_resumed_only_with_trust(
-    tmp_path: Path, recipe: Recipe, stand_in: Path, tiny_profile: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_from_elsewhere_is_resumed_only_with_trust(tmp_path, recipe, stand_in, tiny_profile, monkeypatch):
     monkeypatch.setattr(launch, "AXOLOTL", stand_in.with_name("axolotl"))
     recipe.ok("run", NAME, "--profile", tiny_profile)
     (folder,) = all_runs(tmp_path / "runs")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import SAMPLE, Recipe, recipe_config
+from conftest import SAMPLE, recipe_config
 
 from qlora_recipes.base import paths
 from qlora_recipes.configs import datafiles
@@ -78,9 +78,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("arguments", "value"), MISTAKES, ids=[arguments for arguments, _ in MISTAKES])
-def test_a_mistake_ends_with_code_2_one_message_and_nothing_left(
-    recipe: Recipe, tmp_path: Path, arguments: str, value: str
-) -> None:
+def test_a_mistake_ends_with_code_2_one_message_and_nothing_left(recipe, tmp_path, arguments, value):
     prepare_files(tmp_path)
     before = files(tmp_path)
     done = recipe(*arguments.split())
@@ -91,7 +89,7 @@ def test_a_mistake_ends_with_code_2_one_message_and_nothing_left(
     assert files(tmp_path) == before
 
 
-def test_list_show_and_diff_print_data(recipe: Recipe) -> None:
+def test_list_show_and_diff_print_data(recipe):
     rows = recipe.json("list")
     assert [row["recipe"] for row in rows] == paths.recipe_names()
     shown = recipe("show", NAME)
@@ -101,7 +99,7 @@ def test_list_show_and_diff_print_data(recipe: Recipe) -> None:
     assert recipe.json("results") == []
 
 
-def test_data_prepare_and_a_dry_run(recipe: Recipe, tmp_path: Path) -> None:
+def test_data_prepare_and_a_dry_run(recipe, tmp_path):
     done = recipe.ok("data", "prepare", SAMPLE)
     _, train, *_, written = done.stdout.splitlines()
     assert train.split() == ["train.jsonl", "109", "109", "none", "differs"]
@@ -116,7 +114,7 @@ def test_data_prepare_and_a_dry_run(recipe: Recipe, tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_rehearsal_lists_every_difference_and_keeps_the_rest(recipe: Recipe) -> None:
+def test_a_rehearsal_lists_every_difference_and_keeps_the_rest(recipe):
     for name in paths.recipe_names():
         composed = compose(Request(name, rehearse=True))
         changed = {difference.key for difference in composed.differences}

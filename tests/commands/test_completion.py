@@ -64,11 +64,11 @@ SWEEPS = ["ranks/haider2024/llama-2-7b", "ranks/haider2024/llama-2-7b/rehearsal"
         ("recipe run wide --set lora_alpha", ["lora_alpha=", "lora_alpha_pattern="]),
     ],
 )
-def test_names_are_completed(complete: Complete, place: Path, line: str, offered: list[str]) -> None:
+def test_names_are_completed(complete, place, line, offered):
     assert complete(line) == offered
 
 
-def test_quick_commands_and_completions_import_nothing_heavy(place: Path) -> None:
+def test_quick_commands_and_completions_import_nothing_heavy(place):
     heavy = ["torch", "numpy", "pydantic", "rich.table", "jsonschema", "qlora_recipes.runs", "qlora_recipes.checks"]
     code = f"""
 import json, os, sys

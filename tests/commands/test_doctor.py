@@ -2,9 +2,7 @@
 
 import json
 from importlib.metadata import version
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from conftest import Recipe
@@ -16,12 +14,7 @@ from qlora_recipes.commands import doctor
 
 Patch = pytest.MonkeyPatch
 Lines = dict[str, dict[str, str]]
-TORCH = {
-    "version": "2.14.1+cu130",
-    "cuda": "13.0",
-    "gpus": 1,
-    "problem": "",
-}
+TORCH = {"version": "2.14.1+cu130", "cuda": "13.0", "gpus": 1, "problem": ""}
 T4 = {"name": "Tesla T4", "memory_gib": 15.0, "compute_capability": "7.5", "driver": "580.65.06"}
 OLDER = "make setup CUDA=12.6"
 USAGE = SimpleNamespace(free=10**9 // 2)
@@ -46,7 +39,7 @@ def wrong(found: Lines) -> set[str]:
     return {name for name, line in found.items() if line["state"] == "wrong"}
 
 
-def test_each_check_of_a_whole_environment_is_one_line(recipe: Recipe) -> None:
+def test_each_check_of_a_whole_environment_is_one_line(recipe):
     found = lines(recipe, 0)
     assert list(found) == ["torch", "GPU", "lock", "hub", "runs", "cache", "models"]
     assert {found[name]["state"] for name in ("torch", "GPU", "lock", "runs", "cache")} == {"ok"}
@@ -63,8 +56,8 @@ def test_each_check_of_a_whole_environment_is_one_line(recipe: Recipe) -> None:
     ids=["no GPU", "hidden GPUs", "half a GB free"],
 )
 def test_what_a_machine_lacks_is_wrong_or_a_note_and_leaves_the_other_checks(
-    recipe: Recipe, monkeypatch: Patch, module: Any, name: str, returns: Any, code: int, states: dict[str, str | None]
-) -> None:
+    recipe, monkeypatch, module, name, returns, code, states
+):
     monkeypatch.setattr(module, name, returns)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     found = lines(recipe, code)
@@ -75,7 +68,7 @@ def test_what_a_machine_lacks_is_wrong_or_a_note_and_leaves_the_other_checks(
 @pytest.mark.parametrize(
     "torch", [{"cuda": None, "gpus": 0}, {"gpus": 0, "problem": "Error 802"}, {"problem": "no kernel image"}]
 )
-def test_torch_has_to_compute_on_the_gpu(recipe: Recipe, monkeypatch: Patch, torch: dict[str, Any]) -> None:
+def test_torch_has_to_compute_on_the_gpu(recipe, monkeypatch, torch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(doctor, "ask_torch", lambda: TORCH | torch)
     found = lines(recipe, 1)
@@ -87,7 +80,7 @@ def test_torch_has_to_compute_on_the_gpu(recipe: Recipe, monkeypatch: Patch, tor
     ("probe", "error"),
     [("raise ImportError('libcudart.so.13')", "libcudart.so.13"), ("import time; time.sleep(60)", "")],
 )
-def test_torch_is_asked_in_a_process_that_may_crash(monkeypatch: Patch, probe: str, error: str) -> None:
+def test_torch_is_asked_in_a_process_that_may_crash(monkeypatch, probe, error):
     monkeypatch.undo()
     monkeypatch.setattr(doctor, "_PROBE", probe)
     monkeypatch.setattr(doctor, "TIMEOUT", 60 if error else 0.2)
@@ -98,7 +91,7 @@ def test_torch_is_asked_in_a_process_that_may_crash(monkeypatch: Patch, probe: s
     assert line.state == "wrong" and line.command
 
 
-def test_torch_is_asked(monkeypatch: Patch) -> None:
+def test_torch_is_asked(monkeypatch):
     monkeypatch.undo()
     facts = doctor.ask_torch()
     assert facts["version"].startswith(version("torch")) and facts["gpus"] == 0
@@ -114,9 +107,7 @@ def test_torch_is_asked(monkeypatch: Patch) -> None:
         (None, "wrong", "typer<0.1"),  # of a wheel, its requirements
     ],
 )
-def test_packages_have_to_be_those_of_the_lock(
-    recipe: Recipe, tmp_path: Path, monkeypatch: Patch, content: str | None, state: str, found: str
-) -> None:
+def test_packages_have_to_be_those_of_the_lock(recipe, tmp_path, monkeypatch, content, state, found):
     monkeypatch.setattr(paths, "LOCK", tmp_path / "requirements.lock")
     monkeypatch.setattr(doctor, "requires", lambda _: ["typer<0.1", "pytest<0.1; extra == 'dev'"])
     if content is not None:
@@ -131,9 +122,7 @@ def test_packages_have_to_be_those_of_the_lock(
     ("answers", "state", "value"),
     [([], "ok", "2"), ([403], "note", "a/closed"), ([401, 401], "wrong", ""), ([500] * 12, "note", "500")],
 )
-def test_the_hub_is_asked_for_the_recipes_models(
-    monkeypatch: Patch, answers: list[int], state: str, value: str
-) -> None:
+def test_the_hub_is_asked_for_the_recipes_models(monkeypatch, answers, state, value):
     with serving(monkeypatch) as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url.partition("/files")[0])
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import RECIPE, Recipe
+from conftest import RECIPE
 
 ESCAPE = "\x1b[2J\x1b]0;owned\x07\u202e"
 
@@ -32,19 +32,19 @@ def shell(line: str, place: Path, **env: str) -> "subprocess.CompletedProcess[st
         (f"ulimit -v 1000000; {RECIPE} check code-llama-7b --full", 1, "recipe: out of memory"),
     ],
 )
-def test_what_cannot_be_printed_or_written_ends_with_a_line(tmp_path: Path, line: str, code: int, says: str) -> None:
+def test_what_cannot_be_printed_or_written_ends_with_a_line(tmp_path, line, code, says):
     (tmp_path / "p.jsonl").write_text('{"reference": "a b", "prediction": "a b"}\n')
     done = shell(line, tmp_path)
     assert (done.returncode, says in done.stderr, "Traceback" in done.stderr) == (code, True, False), done.stderr
     assert "2>&-" not in line or done.stdout == ""
 
 
-def test_a_terminal_of_another_encoding_gets_question_marks(tmp_path: Path) -> None:
+def test_a_terminal_of_another_encoding_gets_question_marks(tmp_path):
     done = shell(f"{RECIPE} list", tmp_path, PYTHONIOENCODING="latin-1")
     assert done.returncode == 0 and "?" in done.stdout and "Traceback" not in done.stderr
 
 
-def test_sigterm_removes_what_is_half_written(tmp_path: Path) -> None:
+def test_sigterm_removes_what_is_half_written(tmp_path):
     script = """if True:
         import sys, time
         from pathlib import Path
@@ -65,22 +65,19 @@ def test_sigterm_removes_what_is_half_written(tmp_path: Path) -> None:
     process.stdout.close()
 
 
-def test_what_a_terminal_would_obey_does_not_reach_it(tmp_path: Path, recipe: Recipe) -> None:
+def test_what_a_terminal_would_obey_does_not_reach_it(tmp_path, recipe):
     escaped = ESCAPE.encode("unicode_escape").decode()
     (tmp_path / "r.yaml").write_text(f'base_model: "{escaped}"\n"{escaped}": 1\n')
     row = {"reference": "a", "prediction": "b", "lang": ESCAPE}
     (tmp_path / "p.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(row | {'lang': 'c'})}\n")
-    printed = [
-        recipe("check", "r.yaml"),
-        recipe("score", f"{ESCAPE}.jsonl"),
-    ]
+    printed = [recipe("check", "r.yaml"), recipe("score", f"{ESCAPE}.jsonl")]
     for done in printed:
         for text in (done.stdout, done.stderr):
             assert not set(text) & set("\x1b\x07\u202e"), (done.args, text)
 
 
 @pytest.mark.parametrize("name", ["...yaml", "\x1b[2J.yaml"])
-def test_a_file_whose_runs_would_lie_elsewhere_is_refused(tmp_path: Path, recipe: Recipe, name: str) -> None:
+def test_a_file_whose_runs_would_lie_elsewhere_is_refused(tmp_path, recipe, name):
     (tmp_path / name).write_text("base_model: x\n")
     refused = recipe("run", f"./{name}", "--rehearse")
     assert refused.returncode == 2 and refused.stderr

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from command_line import COMMANDS, parsed
-from conftest import Recipe
 
 from qlora_recipes.base import paths
 from qlora_recipes.commands.help import GUIDE
@@ -20,9 +19,7 @@ def records(name: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_explains_all_within_the_width_and_breaks_no_word(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_help_explains_all_within_the_width_and_breaks_no_word(recipe, monkeypatch, name):
     monkeypatch.setenv("COLUMNS", "60")
     command = COMMANDS[name]
     done = recipe.ok(*name.split()[1:], "--help")
@@ -41,9 +38,7 @@ EXAMPLES = [(name, line) for name, command in COMMANDS.items() for line in (comm
 
 
 @pytest.mark.parametrize(("name", "example"), EXAMPLES)
-def test_an_example_is_a_command_of_this_verb(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, example: str
-) -> None:
+def test_an_example_is_a_command_of_this_verb(tmp_path, monkeypatch, name, example):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.jsonl").touch()  # of `recipe new --data`
     assert f"{example} ".startswith(f"{name} ")
@@ -53,13 +48,13 @@ def test_an_example_is_a_command_of_this_verb(
     assert {f"haider2024/{word}" for word in named} <= {*paths.recipe_names()}
 
 
-def test_the_versions_of_the_package_and_of_axolotl(recipe: Recipe) -> None:
+def test_the_versions_of_the_package_and_of_axolotl(recipe):
     done = recipe("--version")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"qlora-recipes {version('qlora-recipes')}\naxolotl {version('axolotl')}\n"
 
 
-def test_a_verb_names_its_page_and_an_option_takes_a_dozen_words() -> None:
+def test_a_verb_names_its_page_and_an_option_takes_a_dozen_words():
     for name, command in COMMANDS.items():
         page = GUIDE.get(name.partition(" ")[2], "README.md")
         assert (Path(__file__).parents[2] / page).is_file()

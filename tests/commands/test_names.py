@@ -5,7 +5,7 @@ from pathlib import Path
 
 import orjson
 import pytest
-from conftest import Recipe, recipe_config
+from conftest import recipe_config
 
 from qlora_recipes.base import paths
 
@@ -13,7 +13,7 @@ BASE = "haider2024/all-linear/code-llama-7b"
 PART = "all-linear/code"
 
 
-def test_a_part_of_a_recipes_name_is_enough_and_the_whole_is_said(recipe: Recipe) -> None:
+def test_a_part_of_a_recipes_name_is_enough_and_the_whole_is_said(recipe):
     whole = recipe("run", BASE, "--dry-run")
     part = recipe("run", PART, "--dry-run")
     assert (part.returncode, part.stdout) == (0, whole.stdout)
@@ -22,7 +22,7 @@ def test_a_part_of_a_recipes_name_is_enough_and_the_whole_is_said(recipe: Recipe
     assert recipe.json("show", "linear/code-llama")["recipe"] == BASE
 
 
-def test_a_variant_is_found_by_its_name_and_parts_of_that(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_variant_is_found_by_its_name_and_parts_of_that(recipe, tmp_path):
     recipe.ok("new", "mine/wide-r64", "--from", PART, "--set", "lora_r=64")
     header = (tmp_path / "variants/mine/wide-r64.yaml").read_text()[:2000]
     assert f"mine/wide-r64: a variant of {BASE}" in header
@@ -42,24 +42,20 @@ def test_a_variant_is_found_by_its_name_and_parts_of_that(recipe: Recipe, tmp_pa
         (("data", "fetch", "code", "--only", "nowhere"), "--only nowhere: "),
     ],
 )
-def test_files_profiles_studies_and_data_sets_by_a_part(
-    recipe: Recipe, tmp_path: Path, words: tuple[str, ...], says: str
-) -> None:
+def test_files_profiles_studies_and_data_sets_by_a_part(recipe, tmp_path, words, says):
     (tmp_path / "variants").mkdir()
     shutil.copy(paths.RECIPES / f"{BASE}.yaml", tmp_path / "variants" / "wide.yaml")
     done = recipe(*words)
     assert says in done.stdout + done.stderr
 
 
-def test_a_study_of_one_recipe_keeps_its_name(recipe: Recipe, runs: Path) -> None:
+def test_a_study_of_one_recipe_keeps_its_name(recipe, runs):
     Path("recipes", "sums2030", "wide.yaml").unlink()
     done = recipe("show", "sums2030")
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_list_shows_the_variants_of_the_working_folder_by_the_names_that_run_takes(
-    recipe: Recipe, tmp_path: Path
-) -> None:
+def test_list_shows_the_variants_of_the_working_folder_by_the_names_that_run_takes(recipe, tmp_path):
     shipped = recipe.json("list")
     assert {row["variant_of"] for row in shipped} == {None}
     recipe.ok("new", "wide", "--from", BASE, "--set", "lora_r=64")

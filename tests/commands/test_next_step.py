@@ -7,7 +7,7 @@ import pytest
 from conftest import SAMPLE, Recipe
 from run_folders import a_run
 
-from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.base import paths
 from qlora_recipes.checks import check
 from qlora_recipes.commands.help import after_training
 
@@ -24,7 +24,7 @@ def next_of(recipe: Recipe, *words: str | Path) -> list[str]:
     return following
 
 
-def test_from_a_list_to_a_rehearsal_without_a_gpu_and_data(recipe: Recipe) -> None:
+def test_from_a_list_to_a_rehearsal_without_a_gpu_and_data(recipe):
     assert next_of(recipe, "list") == ["run", "start/qlora", "--rehearse"]
     rehearsed = next_of(recipe, "new", "my-wide", "--from", NAME, "--set", "lora_r=8")
     assert rehearsed == ["run", "my-wide", "--rehearse"]
@@ -34,7 +34,7 @@ def test_from_a_list_to_a_rehearsal_without_a_gpu_and_data(recipe: Recipe) -> No
     recipe.ok(*checked, "--dry-run")
 
 
-def test_from_prepared_data_to_a_plan(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_prepared_data_to_a_plan(recipe, monkeypatch):
     monkeypatch.setattr(check, "tokenize", lambda *_: None)  # imports Axolotl
     checked = next_of(recipe, "data", "prepare", SAMPLE)
     assert checked == ["check", "haider2024/llama-2-7b", "--data"]
@@ -43,7 +43,7 @@ def test_from_prepared_data_to_a_plan(recipe: Recipe, monkeypatch: pytest.Monkey
     assert "next:" not in recipe("check", NAME, "--json").stderr
 
 
-def test_from_results_to_a_report(recipe: Recipe, tmp_path: Path) -> None:
+def test_from_results_to_a_report(recipe, tmp_path):
     a_run(tmp_path / "runs", NAME, "1", 5.0)
     for name in ("latest", "haider2024"):
         assert next_of(recipe, "results", name) == ["report", name]
@@ -60,14 +60,8 @@ def test_from_results_to_a_report(recipe: Recipe, tmp_path: Path) -> None:
     ids=["answers", "scores", "completion", "no rows"],
 )
 def test_a_run_is_evaluated_next_if_its_rows_have_answers_and_it_has_no_scores(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    change: yamlfiles.Config,
-    runs: str,
-    scored: bool,
-    says: str,
-) -> None:
+    tmp_path, monkeypatch, capsys, change, runs, scored, says
+):
     monkeypatch.chdir(tmp_path)
     folder = a_run(Path(runs), NAME, "1-a", 5.0, set=change)
     if not scored:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qlora_recipes import tables
 
 
-def test_a_number_a_text_like_it_and_what_a_terminal_would_obey(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_number_a_text_like_it_and_what_a_terminal_would_obey(capsys):
     tables.print_table([{"a": 0.05}, {"a": "0.05", "b": "\x1b[31mred\n"}])
     assert capsys.readouterr().out == "   a  b\n0.05  –\n0.05   [31mred\n"
 
@@ -26,7 +26,7 @@ VALUES = st.none() | st.text("xyz /", min_size=1, max_size=60) | st.floats(-1e4,
     data=st.data(),
     width=st.integers(64, 160),
 )
-def test_any_table_fits_and_shows_or_names_every_column(columns: list[str], data: st.DataObject, width: int) -> None:
+def test_any_table_fits_and_shows_or_names_every_column(columns, data, width):
     rows: list[dict[str, Any]] = [
         {columns[0]: data.draw(NAMES)} | {column: data.draw(VALUES) for column in columns[1:]} for _ in range(3)
     ]

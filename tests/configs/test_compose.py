@@ -23,7 +23,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_rows_are_prepared_anew_after_a_change_of_data_or_of_a_setting_that_may_affect_them(place: Path) -> None:
+def test_rows_are_prepared_anew_after_a_change_of_data_or_of_a_setting_that_may_affect_them(place):
     def prepared(*more: str) -> str:
         overrides = ["datasets.0.path=data/a.jsonl", "test_datasets=null", *more]
         of_run = compose.compose(Request(NAME, overrides=overrides))
@@ -41,7 +41,7 @@ def test_rows_are_prepared_anew_after_a_change_of_data_or_of_a_setting_that_may_
     ("key", "file"),
     [("chat_template_jinja", "t.jinja"), ("deepspeed", "ds.json"), ("base_model", "model/tokenizer.json")],
 )
-def test_another_content_of_a_file_that_a_config_names_is_another_config(place: Path, key: str, file: str) -> None:
+def test_another_content_of_a_file_that_a_config_names_is_another_config(place, key, file):
     request = Request(NAME, overrides=[f"{key}={file.partition('/')[0]}"])
     of_run = compose.compose(request)
     (place / file).parent.mkdir(exist_ok=True)
@@ -53,13 +53,13 @@ def test_another_content_of_a_file_that_a_config_names_is_another_config(place: 
     assert record.changed_data == place / file
 
 
-def test_a_config_without_a_seed_gets_axolotls_own(place: Path) -> None:
+def test_a_config_without_a_seed_gets_axolotls_own(place):
     (place / "own.yaml").write_text("base_model: m\nadapter: lora\n")
     composed = compose.compose(Request("own.yaml"))
     assert composed.config["seed"] == 42 and [one.key for one in composed.differences] == ["seed"]
 
 
-def test_a_mirror_is_a_difference(place: Path) -> None:
+def test_a_mirror_is_a_difference(place):
     found = {d.key: (d.run, d.why) for d in compose.compose(Request(NAME, ["mirror"])).differences}
     assert found["base_model"] == ("NousResearch/Llama-2-7b-hf", "profile mirror")
     (place / "own.yaml").write_text("base_model: meta-llama/Llama-2-7b-hf\ntokenizer_config: meta-llama/Llama-3.2-3B\n")
@@ -67,7 +67,7 @@ def test_a_mirror_is_a_difference(place: Path) -> None:
     assert found["revision_of_model"] == (None, "profile mirror")
 
 
-def test_a_rehearsal_in_one_process_drops_the_engine_and_caps_a_warm_up_ratio() -> None:
+def test_a_rehearsal_in_one_process_drops_the_engine_and_caps_a_warm_up_ratio():
     request = Request(NAME, profiles=["zero2"], overrides=["warmup_steps=null", "warmup_ratio=0.5"], rehearse=True)
     of_run = compose.compose(request)
     assert "deepspeed" not in of_run.config
@@ -83,7 +83,7 @@ def test_a_rehearsal_in_one_process_drops_the_engine_and_caps_a_warm_up_ratio() 
         "datasets.0={path: data/a.jsonl, split: 'train[:9%]'}",
     ],
 )
-def test_a_rehearsal_caps_a_warm_up_also_where_its_steps_are_not_known(place: Path, override: str) -> None:
+def test_a_rehearsal_caps_a_warm_up_also_where_its_steps_are_not_known(place, override):
     of_run = compose.compose(Request(NAME, overrides=[override], rehearse=True))
     assert datafiles.training_steps(of_run.config) is None
     changed = {d.key: (d.recipe, d.run) for d in of_run.differences if d.why.endswith("a tenth of the steps")}
@@ -99,7 +99,7 @@ def test_a_rehearsal_caps_a_warm_up_also_where_its_steps_are_not_known(place: Pa
         (2, ["gradient_accumulation_steps=null", "batch_size=8"], "batch_size", 4),
     ],
 )
-def test_steps_keep_their_rows_on_several_gpus(gpus: int, change: list[str], key: str, expected: int) -> None:
+def test_steps_keep_their_rows_on_several_gpus(gpus, change, key, expected):
     of_run = compose.compose(Request(NAME, overrides=change, gpus=gpus))
     assert of_run.config[key] == expected
     assert datafiles.effective_batch(of_run.config) * gpus == 8
@@ -114,6 +114,6 @@ def test_steps_keep_their_rows_on_several_gpus(gpus: int, change: list[str], key
         (3, ["gradient_accumulation_steps=null", "batch_size=4"], "batch_size is 4, .* 6;"),
     ],
 )
-def test_steps_that_cannot_keep_their_rows_are_refused(gpus: int, change: list[str], unit: str) -> None:
+def test_steps_that_cannot_keep_their_rows_are_refused(gpus, change, unit):
     with pytest.raises(UserError, match=unit):
         compose.compose(Request(NAME, overrides=change, gpus=gpus))

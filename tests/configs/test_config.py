@@ -22,12 +22,12 @@ def write(tmp_path: Path, text: str) -> Path:
     return file
 
 
-def test_numbers_are_read_as_meant(tmp_path: Path) -> None:
+def test_numbers_are_read_as_meant(tmp_path):
     read = yamlfiles.read_yaml(write(tmp_path, "a: 2e-4\nb: 1E3\nc: 0.05\nd: 12\ne: 2e\nf: '2e-4'\n"))
     assert read == {"a": 0.0002, "b": 1000.0, "c": 0.05, "d": 12, "e": "2e", "f": "2e-4"}
 
 
-def test_merge_reaches_below_replaces_lists_and_deletes_by_null() -> None:
+def test_merge_reaches_below_replaces_lists_and_deletes_by_null():
     base = {"a": {"x": 1, "y": 2}, "b": [1, 2], "c": 3}
     assert config.merge(base, {"a": {"y": None, "z": 4}, "b": [9], "c": None}) == {"a": {"x": 1, "z": 4}, "b": [9]}
     assert base == {"a": {"x": 1, "y": 2}, "b": [1, 2], "c": 3}
@@ -43,22 +43,22 @@ def test_merge_reaches_below_replaces_lists_and_deletes_by_null() -> None:
         ("a=null", {"d": [{"p": "x"}, {"p": "y"}]}),
     ],
 )
-def test_override_sets_what_it_names(text: str, expected: yamlfiles.Config) -> None:
+def test_override_sets_what_it_names(text, expected):
     base = {"a": 1, "d": [{"p": "x"}, {"p": "y"}]}
     assert config.override(base, *config.parse_override(text)) == expected
 
 
 @pytest.mark.parametrize("text", ["novalue", "=1", "d.7.p=1", "d.x=1", "a.b=1", "a=[1"])
-def test_override_refuses_what_it_cannot_set(text: str) -> None:
+def test_override_refuses_what_it_cannot_set(text):
     with pytest.raises(UserError, match="--set"):
         config.override({"a": 1, "d": [{"p": "x"}]}, *config.parse_override(text))
 
 
 @given(configs)
-def test_a_config_written_and_read_again_is_the_same(content: yamlfiles.Config) -> None:
+def test_a_config_written_and_read_again_is_the_same(content):
     assert yaml.load(yamlfiles.write_yaml(content), yamlfiles._Loader) == content
 
 
-def test_the_line_of_a_nested_key_is_found(tmp_path: Path) -> None:
+def test_the_line_of_a_nested_key_is_found(tmp_path):
     file = write(tmp_path, "# head\na: 1\nd:\n  - p: x\n  - p: y\n    q: 1\n")
     assert [yamlfiles.line_of(file, key) for key in ("a", "d.0.p", "d.1.q", "d")] == [2, 4, 6, 3]

@@ -35,7 +35,7 @@ def with_data(override: str) -> yamlfiles.Config:
         ("datasets.0={path: some/hub-dataset}", []),
     ],
 )
-def test_every_local_file_is_recorded(place: Path, override: str, files: list[str]) -> None:
+def test_every_local_file_is_recorded(place, override, files):
     assert [file.path for file in datafiles.record(with_data(override))] == files
 
 
@@ -49,12 +49,12 @@ def test_every_local_file_is_recorded(place: Path, override: str, files: list[st
         "datasets.0={path: gone.jsonl, data_files: data/a.jsonl}",
     ],
 )
-def test_missing_local_data_is_told(place: Path, override: str) -> None:
+def test_missing_local_data_is_told(place, override):
     with pytest.raises(UserError, match=r"datasets\.0\.path: .*(gone|no-such-folder)"):
         datafiles.record(with_data(override))
 
 
-def test_training_steps(place: Path) -> None:
+def test_training_steps(place):
     (place / "t.jsonl").write_text("{}\n" * 109 + "\n")
     base = with_data("datasets=[{path: t.jsonl}]") | {"num_epochs": 2}
     assert datafiles.training_steps(base) == 28  # 55 batches, 14 steps an epoch
@@ -78,6 +78,6 @@ def test_training_steps(place: Path) -> None:
         ),
     ],
 )
-def test_training_steps_that_nobody_can_tell(place: Path, change: yamlfiles.Config) -> None:
+def test_training_steps_that_nobody_can_tell(place, change):
     (place / "t.jsonl").write_text("{}\n")
     assert datafiles.training_steps(with_data("datasets=[{path: t.jsonl}]") | change) is None

@@ -22,14 +22,14 @@ def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("key", ["revision_of_model", "model_revision"])
-def test_facts_are_those_of_the_revision_that_a_config_names(snapshot: Path, key: str) -> None:
+def test_facts_are_those_of_the_revision_that_a_config_names(snapshot, key):
     for revision, layers in ((OTHER, 1), (PINNED, 32), (None, 32), ("1" * 40, 32)):  # the last is not there
         config = {"base_model": NAME, key: revision}
         assert models.architecture(config, download=False)["num_hidden_layers"] == layers
         assert models.find(config).layers == layers
 
 
-def test_a_mirror_has_its_models_facts_but_for_the_revision() -> None:
+def test_a_mirror_has_its_models_facts_but_for_the_revision():
     entry = models.entry_of("unsloth/Llama-3.2-3B-Instruct")
     assert (entry["title"], entry["gated"]) == ("Llama 3.2 3B Instruct", False)
     assert not {"revision", "mirror"} & set(entry)
@@ -48,7 +48,7 @@ PARAMETERS = {
 
 
 @pytest.mark.long
-def test_the_listed_sizes_make_models_of_the_published_size() -> None:
+def test_the_listed_sizes_make_models_of_the_published_size():
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -60,7 +60,7 @@ def test_the_listed_sizes_make_models_of_the_published_size() -> None:
         assert model.num_parameters() == pytest.approx(billions * 1e9, rel=0.015), name
 
 
-def test_entries_of_a_family_share_sizes_and_never_a_revision() -> None:
+def test_entries_of_a_family_share_sizes_and_never_a_revision():
     listed = models.catalogue()
     revisions = [entry["revision"] for entry in listed.values() if "revision" in entry]
     assert len(revisions) == len(set(revisions))
@@ -73,7 +73,7 @@ def test_entries_of_a_family_share_sizes_and_never_a_revision() -> None:
 
 
 @pytest.mark.parametrize("kind", models.LAYERS)
-def test_the_layers_of_each_family_are_those_that_transformers_builds(kind: str) -> None:
+def test_the_layers_of_each_family_are_those_that_transformers_builds(kind):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -86,7 +86,7 @@ def test_the_layers_of_each_family_are_those_that_transformers_builds(kind: str)
     assert built == {f"model.layers.0.{part}.{layer}" for layer, part in parts.items()}
 
 
-def test_the_tokens_that_no_file_names_are_the_defaults_of_transformers() -> None:
+def test_the_tokens_that_no_file_names_are_the_defaults_of_transformers():
     import inspect
 
     import transformers
@@ -96,6 +96,6 @@ def test_the_tokens_that_no_file_names_are_the_defaults_of_transformers() -> Non
         assert {name: defaults[name].default for name in tokens} == tokens
 
 
-def test_a_misspelt_model_is_suggested_to_a_plan() -> None:
+def test_a_misspelt_model_is_suggested_to_a_plan():
     with pytest.raises(UserError, match="Coder-7B"):
         models.architecture({"base_model": "Qwen/Qwen2.5-Codr-7B"}, download=False)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Recipe, config_with
+from conftest import config_with
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
@@ -62,9 +62,7 @@ def of_axolotl(validated: Any, on_gpu: bool) -> Precision | None:
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])
-def test_precision_is_what_axolotl_resolves(
-    validated: list[Any], on_gpu: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_precision_is_what_axolotl_resolves(validated, on_gpu, monkeypatch):
     supported = on_gpu  # torch reports bf16 as supported on every NVIDIA GPU, because it counts emulation
     monkeypatch.setattr("axolotl.utils.config.is_torch_bf16_gpu_available", lambda: supported)
     differ = {
@@ -104,7 +102,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", recipe_names())
 @pytest.mark.parametrize("gpu", ["T4", "A100", "H100", None])
-def test_lora_kernels_are_on_only_without_dropout_and_triton_only_where_it_runs(name: str, gpu: str | None) -> None:
+def test_lora_kernels_are_on_only_without_dropout_and_triton_only_where_it_runs(name, gpu):
     fast = laid(name, "fast", gpu=gpu)
     kept = config_with({}, name)
     on_head = "lm_head" in kept.get("lora_target_modules", ())  # which the fused loss would pass over
@@ -132,9 +130,7 @@ def test_lora_kernels_are_on_only_without_dropout_and_triton_only_where_it_runs(
         ({"base_model": "google/gemma-2-2b", "revision_of_model": None}, {"lora_mlp_kernel"}),
     ],
 )
-def test_what_axolotl_refuses_or_would_compute_otherwise_stays_off(
-    change: dict[str, Any], off: set[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_axolotl_refuses_or_would_compute_otherwise_stays_off(change, off, monkeypatch):
     if "gemma" in str(change.get("base_model")):
         gemma = {"model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh"}
         monkeypatch.setattr(numerics.models, "architecture", lambda config, download: gemma)
@@ -151,14 +147,14 @@ def test_what_axolotl_refuses_or_would_compute_otherwise_stays_off(
         ("lora_o_kernel=false", {"lora_o_kernel"}),
     ],
 )
-def test_a_profile_fits_what_is_laid_over_it(override: str, off: set[str]) -> None:
+def test_a_profile_fits_what_is_laid_over_it(override, off):
     assert on(mine(overrides=(override,))) == (LIGER | KERNELS) - off
     key, _, value = override.partition("=")
     Path("own.yaml").write_text(f"{key}: {value}\n")
     assert on(mine("own.yaml")) == (LIGER | KERNELS) - off
 
 
-def test_what_is_laid_over_a_recipe_lets_a_profile_do_more() -> None:
+def test_what_is_laid_over_a_recipe_lets_a_profile_do_more():
     name = "haider2024/all-linear/llama-2-7b"
     without_dropout = laid(name, "fast", overrides=("lora_dropout=0",))
     assert (on(without_dropout), without_dropout.incompatible) == (LIGER | KERNELS, {})
@@ -169,14 +165,14 @@ def test_what_is_laid_over_a_recipe_lets_a_profile_do_more() -> None:
 
 
 @pytest.mark.parametrize("profiles", [("packed", "fast"), ("fast", "packed")])
-def test_sequences_of_one_length_stay_that(profiles: tuple[str, str]) -> None:
+def test_sequences_of_one_length_stay_that(profiles):
     both = laid(NO_DROPOUT, *profiles)
     assert (both.config["pad_to_sequence_len"], both.config["pad_to_multiple_of"]) == (True, 8)
     assert mine(pad_to_sequence_len=True).config["pad_to_sequence_len"] is True
     assert "pad_to_sequence_len" not in mine(pad_to_sequence_len=False).config
 
 
-def test_plugins_join_those_of_the_config() -> None:
+def test_plugins_join_those_of_the_config():
     own = mine(plugins=["axolotl.integrations.spectrum.SpectrumPlugin"]).config["plugins"]
     assert own == ["axolotl.integrations.spectrum.SpectrumPlugin", "axolotl.integrations.liger.LigerPlugin"]
 
@@ -188,13 +184,13 @@ def test_plugins_join_those_of_the_config() -> None:
         *(("bnb_config_kwargs", ["nf4"]), ("base_model", 7), ("lora_dropout", "much")),
     ],
 )
-def test_wrong_values_are_left_for_check_to_find(key: str, wrong: Any) -> None:
+def test_wrong_values_are_left_for_check_to_find(key, wrong):
     mine(**{key: wrong})
     found = check.check(Request("mine.yaml", profiles=["fast"]), gpus.find("T4")).findings
     assert not [str(finding) for finding in found if finding.rule == "unreadable"]
 
 
-def test_packed_rows_are_kept_apart_by_a_mask_on_turing() -> None:
+def test_packed_rows_are_kept_apart_by_a_mask_on_turing():
     name = "haider2024/llama-2-7b"
     varlen = [laid(name, "packed", gpu=gpu).config["sdpa_varlen"] for gpu in ("T4", "A100", "H100")]
     assert varlen == [False, True, True]
@@ -204,7 +200,7 @@ def test_packed_rows_are_kept_apart_by_a_mask_on_turing() -> None:
         assert ("gpu-lacks:sample_packing" in {finding.name for finding in found}) == refused
 
 
-def test_check_notes_what_a_profile_leaves_once_a_reason(recipe: Recipe) -> None:
+def test_check_notes_what_a_profile_leaves_once_a_reason(recipe):
     (report,) = recipe.json("check", "haider2024/llama-2-7b", "--profile", "fast", "--gpu", "T4")
     notes = [found["problem"] for found in report["findings"] if found["rule"] == "unfit"]
     assert len(notes) == 2 and "T4 (sm_75)" in notes[0] and "lora_dropout 0.05" in notes[1]

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Recipe
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.files import write_rows
@@ -52,7 +51,7 @@ def splits(composed: Composed, section: str = "datasets") -> list[str | None]:
     return [dataset.get("split") for dataset in composed.config[section]]
 
 
-def test_a_rehearsal_takes_the_first_of_its_own_rows_and_says_so() -> None:
+def test_a_rehearsal_takes_the_first_of_its_own_rows_and_says_so():
     own = rehearsed()
     assert own.config["datasets"] == [OWN["datasets"][0] | {"split": "train[:32]"}]
     assert own.config["sequence_len"] == 4096
@@ -69,12 +68,12 @@ def test_a_rehearsal_takes_the_first_of_its_own_rows_and_says_so() -> None:
         ("train[90%:]", "train[90%:]"),
     ],
 )
-def test_a_split_is_cut_to_its_first_rows(split: str | None, expected: str) -> None:
+def test_a_split_is_cut_to_its_first_rows(split, expected):
     data = OWN["datasets"][0] | ({"split": split} if split else {})
     assert splits(rehearsed({"datasets": [data]})) == [expected]
 
 
-def test_several_data_sets_share_the_rows_and_those_elsewhere_are_left_out() -> None:
+def test_several_data_sets_share_the_rows_and_those_elsewhere_are_left_out():
     hub = {"path": "some/data-set", "type": "alpaca"}
     own = rehearsed({"datasets": [ROWS, hub, OWN["datasets"][0]]})
     assert [dataset["path"] for dataset in own.config["datasets"]] == ["rows.jsonl", "chats.jsonl"]
@@ -84,7 +83,7 @@ def test_several_data_sets_share_the_rows_and_those_elsewhere_are_left_out() -> 
 
 
 @pytest.mark.parametrize("path", ["gone.jsonl", "some/data-set", "s3://bucket/rows.jsonl", "saved"])
-def test_the_sample_takes_the_place_of_rows_that_are_not_there(path: str) -> None:
+def test_the_sample_takes_the_place_of_rows_that_are_not_there(path):
     own = rehearsed({"datasets": [{"path": path, "type": "completion"}]})
     (dataset,) = own.config["datasets"]
     assert Path(dataset["path"]).is_file() and dataset["type"] == "alpaca"
@@ -93,7 +92,7 @@ def test_the_sample_takes_the_place_of_rows_that_are_not_there(path: str) -> Non
     assert "test_datasets" not in own.config
 
 
-def test_rows_to_evaluate_on_are_its_own_too() -> None:
+def test_rows_to_evaluate_on_are_its_own_too():
     own = rehearsed({"test_datasets": [ROWS]})
     assert own.config["test_datasets"] == [ROWS | {"split": "train[:8]"}]
     folder = rehearsed({"test_datasets": [{"path": "folder", "type": "completion"}]})
@@ -102,7 +101,7 @@ def test_rows_to_evaluate_on_are_its_own_too() -> None:
     assert gone.config["test_datasets"][0]["path"].endswith("valid.jsonl")
 
 
-def test_nothing_is_laid_beside_a_share_that_is_held_out(recipe: Recipe, place: Path) -> None:
+def test_nothing_is_laid_beside_a_share_that_is_held_out(recipe, place):
     gone = {"test_datasets": [{"path": "gone.jsonl", "type": "completion"}], "val_set_size": 0.1}
     assert rehearsed(gone).config["test_datasets"] == gone["test_datasets"]
     checked = recipe("check", "mine.yaml", "--rehearse")  # the file itself is wrong, with and without a rehearsal
@@ -114,14 +113,14 @@ def test_nothing_is_laid_beside_a_share_that_is_held_out(recipe: Recipe, place: 
     ("asked", "rows", "expected"),
     [(0.05, "chats", 0.05), (2000, "chats", 8), (3, "chats", 3), (100, "rows", 1), (0, "rows", 0)],
 )
-def test_a_share_that_is_held_out_stays(asked: float, rows: str, expected: float) -> None:
+def test_a_share_that_is_held_out_stays(asked, rows, expected):
     data = {"datasets": [{"path": f"{rows}.jsonl", "type": "completion"}]}
     for own in (rehearsed(data | {"val_set_size": asked}), rehearsed(data, f"val_set_size={asked}")):
         assert own.config["val_set_size"] == expected
         assert "test_datasets" not in own.config
 
 
-def test_what_is_set_wins_over_the_profile(place: Path) -> None:
+def test_what_is_set_wins_over_the_profile(place):
     given = rehearsed(None, "datasets.0.split=train[:48]", "sequence_len=16384", "bf16=false", "base_model=some/other")
     assert splits(given) == ["train[:48]"]
     assert (given.config["sequence_len"], given.config["bf16"]) == (16384, False)
@@ -133,7 +132,7 @@ def test_what_is_set_wins_over_the_profile(place: Path) -> None:
     assert (splits(earlier), earlier.config["sequence_len"]) == (["train[:32]"], 100)
 
 
-def test_rows_are_cut_at_the_context_of_the_stand_in() -> None:
+def test_rows_are_cut_at_the_context_of_the_stand_in():
     assert rehearsed({"sequence_len": 32768}).config["sequence_len"] == 8192
     assert rehearsed({"sequence_len": 32768}, "base_model=./other").config["sequence_len"] == 32768
 
@@ -155,7 +154,7 @@ def test_rows_are_cut_at_the_context_of_the_stand_in() -> None:
         ({"gradient_checkpointing": "offload_disk"}, {"gradient_checkpointing": True}),
     ],
 )
-def test_what_a_cpu_lacks_is_exchanged_and_listed(change: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_what_a_cpu_lacks_is_exchanged_and_listed(change, expected):
     as_recipe = rehearsed(change)
     overrides = [f"{key}={yamlfiles.write_flow(value)}" for key, value in change.items()]
     for own in (as_recipe, rehearsed(None, *overrides)):
@@ -165,14 +164,14 @@ def test_what_a_cpu_lacks_is_exchanged_and_listed(change: dict[str, Any], expect
             assert why(as_recipe, key).startswith(("rehearsal: ", "profile rehearsal"))
 
 
-def test_ends_of_turns_stay_and_the_stand_in_gets_those_that_it_lacks() -> None:
+def test_ends_of_turns_stay_and_the_stand_in_gets_those_that_it_lacks():
     ends = ["<|im_end|>", "<|eot_id|>"]
     composed = rehearsed({"eot_tokens": ends})
     assert composed.config["eot_tokens"] == ends
     assert composed.config["added_tokens_overrides"] == {"3": "<|eot_id|>"}
 
 
-def test_only_packed_rows_are_padded_to_the_length() -> None:
+def test_only_packed_rows_are_padded_to_the_length():
     padded = {"pad_to_sequence_len": True}
     assert rehearsed(padded).config["pad_to_sequence_len"] is False
     for own in (rehearsed(padded | {"sample_packing": True}), rehearsed(None, "pad_to_sequence_len=true")):
@@ -180,7 +179,7 @@ def test_only_packed_rows_are_padded_to_the_length() -> None:
 
 
 @pytest.mark.parametrize(("mib", "kept"), [(1, True), (1025, False)])
-def test_a_small_model_that_is_here_is_kept_with_what_belongs_to_it(mib: int, kept: bool) -> None:
+def test_a_small_model_that_is_here_is_kept_with_what_belongs_to_it(mib, kept):
     Path("own").mkdir()
     Path("own", "config.json").write_text('{"model_type": "llama"}')
     with Path("own", "model.safetensors").open("wb") as stream:
@@ -191,13 +190,13 @@ def test_a_small_model_that_is_here_is_kept_with_what_belongs_to_it(mib: int, ke
     assert {key for key in of_model if content.get(key) == of_model[key]} == (of_model.keys() if kept else set())
 
 
-def test_layers_that_the_stand_in_has_apart_are_named_apart() -> None:
+def test_layers_that_the_stand_in_has_apart_are_named_apart():
     fused = {"lora_target_modules": ["qkv_proj", "o_proj", "gate_up_prj"]}
     assert rehearsed(fused).config["lora_target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_prj"]
     assert rehearsed(fused, "base_model=./phi").config["lora_target_modules"] == fused["lora_target_modules"]
 
 
-def test_a_rehearsal_makes_as_many_steps_as_its_rows() -> None:
+def test_a_rehearsal_makes_as_many_steps_as_its_rows():
     own = rehearsed({"max_steps": 5000, "warmup_steps": 100})
     assert "max_steps" not in own.config
     assert own.config["warmup_steps"] == 1  # of 16 steps
@@ -205,7 +204,7 @@ def test_a_rehearsal_makes_as_many_steps_as_its_rows() -> None:
     assert rehearsed({"datasets": [ROWS], "save_steps": 200}).config["save_steps"] == 1  # at least 3 steps
 
 
-def test_data_that_is_set_and_wrong_is_left_to_the_check() -> None:
+def test_data_that_is_set_and_wrong_is_left_to_the_check():
     for wrong in ("datasets.0.path=gone.jsonl", "datasets.0={path: gone.jsonl, typ: x}", "datasets=null"):
         assert "sample" not in str(rehearsed(None, wrong).config.get("datasets"))
     (of_hub,) = rehearsed(None, "datasets.0.path=some/data-set").config["datasets"]

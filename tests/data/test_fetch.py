@@ -66,7 +66,7 @@ def wanted(out: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in out.glob("msg-*")}
 
 
-def test_the_files_are_put_in_place_and_recorded(tmp_path: Path, server: Server) -> None:
+def test_the_files_are_put_in_place_and_recorded(tmp_path, server):
     out = tmp_path / "data" / "raw"
     rows = fetch(data(server.url), out)
     assert wanted(out) == FILES
@@ -82,7 +82,7 @@ def test_the_files_are_put_in_place_and_recorded(tmp_path: Path, server: Server)
     assert not list(out.glob("Comment_Generation*"))
 
 
-def test_a_connection_that_breaks_off_is_resumed(tmp_path: Path, server: Server) -> None:
+def test_a_connection_that_breaks_off_is_resumed(tmp_path, server):
     server.breaks_after = [300_000, 200_000]
     fetch(data(server.url), tmp_path)
     assert wanted(tmp_path) == FILES
@@ -91,7 +91,7 @@ def test_a_connection_that_breaks_off_is_resumed(tmp_path: Path, server: Server)
     assert server.sent == len(ARCHIVE)
 
 
-def test_one_that_breaks_off_too_often_says_what_is_there_and_resumes_next_time(tmp_path: Path, server: Server) -> None:
+def test_one_that_breaks_off_too_often_says_what_is_there_and_resumes_next_time(tmp_path, server):
     server.breaks_after = [50_000] * 6
     with pytest.raises(WorkFailed, match="300,000"):
         fetch(data(server.url), tmp_path)
@@ -102,7 +102,7 @@ def test_one_that_breaks_off_too_often_says_what_is_there_and_resumes_next_time(
 
 
 @pytest.mark.parametrize("change", [{"ranges": False}, {"etag": 'W/"1"'}, {"etag": ""}])
-def test_a_server_that_cannot_send_the_rest_sends_all(tmp_path: Path, server: Server, change: dict[str, Any]) -> None:
+def test_a_server_that_cannot_send_the_rest_sends_all(tmp_path, server, change):
     vars(server).update(change)
     server.breaks_after = [300_000]
     fetch(data(server.url), tmp_path)
@@ -111,7 +111,7 @@ def test_a_server_that_cannot_send_the_rest_sends_all(tmp_path: Path, server: Se
 
 
 @pytest.mark.parametrize("status", [500, 429])
-def test_a_server_in_trouble_is_asked_again(tmp_path: Path, server: Server, status: int) -> None:
+def test_a_server_in_trouble_is_asked_again(tmp_path, server, status):
     server.answers = [status] * 6
     with pytest.raises(WorkFailed, match=f" {status} .*`recipe data fetch codereviewer`"):
         fetch(data(server.url), tmp_path)
@@ -122,14 +122,14 @@ def test_a_server_in_trouble_is_asked_again(tmp_path: Path, server: Server, stat
     assert len(server.seen) == 8
 
 
-def test_a_server_that_refuses_is_not_asked_again(tmp_path: Path, server: Server) -> None:
+def test_a_server_that_refuses_is_not_asked_again(tmp_path, server):
     server.answers = [404]
     with pytest.raises(UserError, match=f"{server.url}: 404 "):
         fetch(data(server.url), tmp_path)
     assert len(server.seen) == 1
 
 
-def test_without_a_network_the_way_by_hand_is_shown(tmp_path: Path, server: Server) -> None:
+def test_without_a_network_the_way_by_hand_is_shown(tmp_path, server):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # and does not listen
         with pytest.raises(WorkFailed, match=r"Connection refused; .*`recipe data prepare`"):
@@ -137,7 +137,7 @@ def test_without_a_network_the_way_by_hand_is_shown(tmp_path: Path, server: Serv
     assert wanted(tmp_path) == {}
 
 
-def test_what_is_there_as_recorded_is_not_fetched_again(tmp_path: Path, server: Server) -> None:
+def test_what_is_there_as_recorded_is_not_fetched_again(tmp_path, server):
     rows = fetch(data(server.url), tmp_path)
     os.utime(tmp_path / UNKNOWN)
     assert fetch(data(server.url), tmp_path) == rows
@@ -147,9 +147,7 @@ def test_what_is_there_as_recorded_is_not_fetched_again(tmp_path: Path, server: 
 
 
 @pytest.mark.parametrize("content", [b"short", bytes(400_000), None])
-def test_a_file_that_is_not_as_recorded_is_fetched_again(
-    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str], content: bytes | None
-) -> None:
+def test_a_file_that_is_not_as_recorded_is_fetched_again(tmp_path, server, capsys, content):
     fetch(data(server.url), tmp_path)
     file = tmp_path / "msg-valid.jsonl"
     file.write_bytes(content) if content else file.unlink()
@@ -159,7 +157,7 @@ def test_a_file_that_is_not_as_recorded_is_fetched_again(
     assert len(server.seen) == 2
 
 
-def test_a_wrong_checksum_is_reported_and_puts_the_download_aside(tmp_path: Path, server: Server) -> None:
+def test_a_wrong_checksum_is_reported_and_puts_the_download_aside(tmp_path, server):
     aside = tmp_path / f"{ARCHIVE_NAME}.rejected"
     says = f"msg-test.jsonl .*{digest(b'')} .*{digest(FILES['msg-test.jsonl'])} .*{aside}"
     with pytest.raises(UserError, match=says):
@@ -183,7 +181,7 @@ TEST = FILES["msg-test.jsonl"]
         (packed(FILES, "b/msg-test.jsonl"), "msg-test.jsonl: "),
     ],
 )
-def test_what_is_wrong_with_an_archive_is_reported(tmp_path: Path, server: Server, content: bytes, says: str) -> None:
+def test_what_is_wrong_with_an_archive_is_reported(tmp_path, server, content, says):
     server.content = content
     with pytest.raises(UserError, match=f"{ARCHIVE_NAME}.part: .*{says}"):
         fetch(data(server.url), tmp_path)
@@ -199,9 +197,7 @@ def link() -> zipfile.ZipInfo:
 @pytest.mark.parametrize(
     "member", ["../evil", "C:\\evil", "..\\msg-test.jsonl", link()], ids=lambda member: str(member)[:12]
 )
-def test_only_wanted_files_of_an_archive_are_extracted(
-    tmp_path: Path, server: Server, member: zipfile.ZipInfo | str
-) -> None:
+def test_only_wanted_files_of_an_archive_are_extracted(tmp_path, server, member):
     server.content = packed(FILES, member)
     fetch(data(server.url), tmp_path / "raw")
     assert wanted(tmp_path / "raw") == FILES

@@ -1,7 +1,6 @@
 """Mistakes in study.yaml and in raw rows: each is refused with its file, line and key."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,7 +57,7 @@ IN_STUDY_YAML: list[tuple[str, dict[str, Any], str]] = [  # the mistake; the val
 @pytest.mark.parametrize(
     ("changes", "key"), [case[1:] for case in IN_STUDY_YAML], ids=[case[0] for case in IN_STUDY_YAML]
 )
-def test_a_mistake_in_study_yaml_is_refused_with_its_line(tmp_path: Path, changes: dict[str, Any], key: str) -> None:
+def test_a_mistake_in_study_yaml_is_refused_with_its_line(tmp_path, changes, key):
     with pytest.raises(UserError) as refused:
         prepare.check_expressions(sums(tmp_path, changes))
     place, named, _ = str(refused.value).splitlines()[0].split(": ", 2)
@@ -72,7 +71,7 @@ def test_a_mistake_in_study_yaml_is_refused_with_its_line(tmp_path: Path, change
     assert (f"{parent}:" if keys[-1] == missing else "- rouge" if keys[-1] == "0" else f"{keys[-1]}:") in there
 
 
-def test_an_unknown_key_is_refused_with_the_nearest(tmp_path: Path) -> None:
+def test_an_unknown_key_is_refused_with_the_nearest(tmp_path):
     with pytest.raises(UserError, match=r"data\.license: .*licence"):
         sums(tmp_path, {"data > license": "MIT"})
 
@@ -98,9 +97,7 @@ IN_ROWS: list[tuple[str, str, str, bytes, str]] = [  # mistake, expression of in
 @pytest.mark.parametrize(
     ("expression", "name", "content", "place"), [case[1:] for case in IN_ROWS], ids=[case[0] for case in IN_ROWS]
 )
-def test_a_mistake_in_rows_is_refused_with_its_place(
-    tmp_path: Path, expression: str, name: str, content: bytes, place: str
-) -> None:
+def test_a_mistake_in_rows_is_refused_with_its_place(tmp_path, expression, name, content, place):
     sources, order = {name: {"url": URL}, "train.jsonl": None}, {"buckets": 2, "longest_first": "at | default(1)"}
     changes = {"data > sources": sources, f"{TRAIN} > from": name, VALID: None, INPUT: expression, ORDER: order}
     of_study = sums(tmp_path, changes)
@@ -111,7 +108,7 @@ def test_a_mistake_in_rows_is_refused_with_its_place(
     assert not list(tmp_path.glob("out/[!.]*"))
 
 
-def test_many_mistakes_are_listed_in_the_order_of_their_lines(tmp_path: Path) -> None:
+def test_many_mistakes_are_listed_in_the_order_of_their_lines(tmp_path):
     changes = {"titel": 1, "tags": 3, f"{TEST} > sed": 1, "data > test_set": "tset", "shown": ["x"]}
     with pytest.raises(UserError) as refused:
         sums(tmp_path, changes)

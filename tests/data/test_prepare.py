@@ -35,14 +35,14 @@ def prepared(raw: list[Path], out: Path, of_study: study.Study = STUDY, input_fo
     return prepare.prepare(raw, out, of_study, input_format)
 
 
-def test_the_tagged_form() -> None:
+def test_the_tagged_form():
     assert tagged(PATCH) == "<keep>a = 1<del>b = 2<add>b = 3"
     assert tagged("@@ -1 +1 @@\n-\tx\n+\n+ y\n\\ No newline at end of file\n") == (
         "<del>x<add><add>y<keep>No newline at end of file"
     )
 
 
-def test_the_manifest_accounts_for_every_row(tmp_path: Path) -> None:
+def test_the_manifest_accounts_for_every_row(tmp_path):
     rows = [row("a"), row(" \n"), row("b", patch=""), row("a"), row("c")]
     raw = write(tmp_path / "raw", "msg-train.jsonl", *rows)
     made = prepared([raw], tmp_path / "out")
@@ -63,13 +63,13 @@ def small_study(raw: Path, **subsets: Any) -> study.Study:
     return STUDY.model_copy(update={"data": Data.model_validate(changed), "folder": raw.parent})
 
 
-def test_test_rows_have_their_position_and_language(tmp_path: Path) -> None:
+def test_test_rows_have_their_position_and_language(tmp_path):
     raw = write(tmp_path / "raw", "msg-test.jsonl", row("a", lang="py"), row(" "), row("b"))
     prepared([raw], tmp_path / "out")
     assert [(r["idx"], r["lang"]) for r in read(tmp_path / "out" / "test.jsonl")] == [(0, "py"), (2, None)]
 
 
-def test_a_listed_subset_has_its_rows_in_the_lists_order_and_goes_with_its_file(tmp_path: Path) -> None:
+def test_a_listed_subset_has_its_rows_in_the_lists_order_and_goes_with_its_file(tmp_path):
     raw = write(tmp_path / "raw", "msg-test.jsonl", *(row(str(i)) for i in range(20)))
     (tmp_path / "raw" / "positions.json").write_text('{"rows": [7, 3, 7, 19]}')
     of_study = small_study(raw, listed={"positions": "positions.json"})
@@ -83,7 +83,7 @@ def test_a_listed_subset_has_its_rows_in_the_lists_order_and_goes_with_its_file(
     assert not file.exists()
 
 
-def test_drawn_subsets_have_a_seed_and_are_left_out_where_rows_are_too_few(tmp_path: Path) -> None:
+def test_drawn_subsets_have_a_seed_and_are_left_out_where_rows_are_too_few(tmp_path):
     raw = write(tmp_path / "raw", "msg-test.jsonl", *(row(str(i)) for i in range(20)))
     of_study = small_study(raw, few={"rows": 5, "seed": 1}, many={"rows": 50, "seed": 1})
     split = prepared([raw], tmp_path / "out", of_study)["splits"]["test"]
@@ -92,7 +92,7 @@ def test_drawn_subsets_have_a_seed_and_are_left_out_where_rows_are_too_few(tmp_p
     assert len({r["idx"] for r in read(tmp_path / "out" / "few.jsonl")}) == 5
 
 
-def test_the_studys_subset_lists_as_many_distinct_rows_as_the_paper_has() -> None:
+def test_the_studys_subset_lists_as_many_distinct_rows_as_the_paper_has():
     subset = STUDY.data.subsets["test-subset-1"]
     assert subset.positions
     positions = orjson.loads((STUDY.folder / subset.positions).read_bytes())["rows"]
@@ -100,7 +100,7 @@ def test_the_studys_subset_lists_as_many_distinct_rows_as_the_paper_has() -> Non
     assert set(positions) <= set(range(10_169))
 
 
-def test_bad_input_leaves_nothing(tmp_path: Path) -> None:
+def test_bad_input_leaves_nothing(tmp_path):
     good = write(tmp_path / "raw", "msg-test.jsonl", row())
     for name, content in (("msg-train.jsonl", b'{"msg": "a'), ("rows.jsonl", b"{}")):
         bad = write(tmp_path / "raw", name, content)
@@ -109,7 +109,7 @@ def test_bad_input_leaves_nothing(tmp_path: Path) -> None:
         assert list(tmp_path.glob("out/[!.]*")) == []
 
 
-def test_a_second_preparation_in_a_folder_is_refused_and_parts_of_a_killed_one_go(tmp_path: Path) -> None:
+def test_a_second_preparation_in_a_folder_is_refused_and_parts_of_a_killed_one_go(tmp_path):
     raw = write(tmp_path / "raw", "msg-train.jsonl", row())
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".train.jsonl.123.part").touch()

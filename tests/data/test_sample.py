@@ -6,7 +6,6 @@ from typing import Any
 
 import orjson
 import pytest
-from conftest import Recipe
 from declared import sums
 
 from qlora_recipes.base import paths, yamlfiles
@@ -43,7 +42,7 @@ def rehearsed(recipes: Path, *overrides: str, **changes: Any) -> Composed:
 
 
 @pytest.mark.parametrize("entry", [{"type": OWN}, CHAT, {"type": None, "ds_type": "json"}], ids=str)
-def test_a_recipes_data_sets_keep_their_types(recipes: Path, entry: dict[str, Any]) -> None:
+def test_a_recipes_data_sets_keep_their_types(recipes, entry):
     config = rehearsed(recipes, entry=entry).config
     folder = sample.rehearsal_data(study.find("sums"), "default")
     own = {"path": str(folder / "train.jsonl"), "type": OWN, "split": "train[:32]"} | entry
@@ -54,19 +53,19 @@ def test_a_recipes_data_sets_keep_their_types(recipes: Path, entry: dict[str, An
     assert len(rows) == 9  # a quarter of the few, not 4 of them, is drawn for validation
 
 
-def test_a_recipe_is_no_longer_than_the_samples_rows_need_or_than_it_was(recipes: Path) -> None:
+def test_a_recipe_is_no_longer_than_the_samples_rows_need_or_than_it_was(recipes):
     assert rehearsed(recipes, sequence_len=2048).config["sequence_len"] == 256
     assert rehearsed(recipes, sequence_len=128).config["sequence_len"] == 128
     assert rehearsed(recipes, "sequence_len=300", sequence_len=128).config["sequence_len"] == 300
 
 
-def test_rows_that_are_no_studys_are_exchanged_for_those_of_the_first(recipes: Path) -> None:
+def test_rows_that_are_no_studys_are_exchanged_for_those_of_the_first(recipes):
     [entry] = rehearsed(recipes, entry={"path": "owner/name"}).config["datasets"]
     first = sample.rehearsal_data(study.find("haider2024"), "diff")
     assert entry == {"path": str(first / "train.jsonl"), "split": "train[:32]", "type": "alpaca"}
 
 
-def test_the_first_studys_sample_is_prepared_as_ever() -> None:
+def test_the_first_studys_sample_is_prepared_as_ever():
     """Byte for byte as before studies declared their data."""
     for form, expected in (
         ("diff", {"train": "60be135a4dfa", "valid": "82a4b0d94ede", "test": "249c6444e337"}),
@@ -76,7 +75,7 @@ def test_the_first_studys_sample_is_prepared_as_ever() -> None:
         assert {file.stem: sha256(file)[:12] for file in folder.glob("*l")} == expected
 
 
-def test_with_several_studies_the_one_that_is_meant_is_named(recipes: Path, recipe: Recipe, tmp_path: Path) -> None:
+def test_with_several_studies_the_one_that_is_meant_is_named(recipes, recipe, tmp_path):
     either = recipe("data", "prepare")
     assert either.returncode == 2 and "haider2024, sums; " in either.stderr
     assert "codereviewer, sums; " in recipe("data", "fetch").stderr
@@ -92,7 +91,7 @@ def test_with_several_studies_the_one_that_is_meant_is_named(recipes: Path, reci
     assert "`recipe data fetch sums`" in remedy and "`recipe data prepare --study sums`" in remedy
 
 
-def test_what_a_recipe_starts_from_is_fetched_and_not_in_a_rehearsal(recipes: Path, recipe: Recipe) -> None:
+def test_what_a_recipe_starts_from_is_fetched_and_not_in_a_rehearsal(recipes, recipe):
     model = {"hub": "owner/adapter", "kind": "model", "revision": "main", "file": "init/adapter_config.json"}
     sums(recipes / "sums", {"data > sample": "few", "data > sources > init/adapter_config.json": model})
     study._load.cache_clear()

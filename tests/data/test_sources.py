@@ -40,14 +40,14 @@ def recorded(out: Path) -> dict[str, Any]:
     return orjson.loads((out / "fetched.json").read_bytes())["sources"]
 
 
-def test_a_plain_file_is_kept_as_it_is_and_verified(tmp_path: Path, server: Server) -> None:
+def test_a_plain_file_is_kept_as_it_is_and_verified(tmp_path, server):
     rows = fetch(data_of({"train.jsonl": plain(server.url)}), tmp_path)
     assert (tmp_path / "train.jsonl").read_bytes() == TRAIN
     assert rows == [{"file": "train.jsonl", "bytes": len(TRAIN), "sha256": digest(TRAIN), "verified": True}]
     assert sorted(file.name for file in tmp_path.iterdir()) == [".fetch.lock", "fetched.json", "train.jsonl"]
 
 
-def test_a_file_put_in_place_by_hand_is_verified_and_not_fetched(tmp_path: Path) -> None:
+def test_a_file_put_in_place_by_hand_is_verified_and_not_fetched(tmp_path):
     wanted = data_of({"train.jsonl": plain("https://127.0.0.1:9/none")})
     with pytest.raises(WorkFailed, match=rf" {tmp_path}/ .*: train\.jsonl "):
         fetch(wanted, tmp_path)
@@ -67,7 +67,7 @@ def several(url: str) -> Data:
     )
 
 
-def test_a_source_that_is_rejected_leaves_those_before_it_in_place(tmp_path: Path, server: Server) -> None:
+def test_a_source_that_is_rejected_leaves_those_before_it_in_place(tmp_path, server):
     server.files = {"rows.zip": packed({"train.jsonl": b"{}"}), "test.jsonl": b"tset"}
     with pytest.raises(UserError, match=r"more/test\.jsonl"):
         fetch(several(server.url), tmp_path)
@@ -103,7 +103,7 @@ def copy_of_hub(folder: Path) -> Path:
     return repository
 
 
-def test_a_data_set_of_a_hub_becomes_json_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_of_a_hub_becomes_json_lines(tmp_path, monkeypatch):
     import datasets
 
     load, asked, repository = datasets.load_dataset, [], str(copy_of_hub(tmp_path))
@@ -131,7 +131,7 @@ def test_a_data_set_of_a_hub_becomes_json_lines(tmp_path: Path, monkeypatch: pyt
     assert not list((tmp_path / "out3").glob("*.jsonl"))
 
 
-def test_without_the_hub_the_way_by_hand_is_shown(tmp_path: Path) -> None:
+def test_without_the_hub_the_way_by_hand_is_shown(tmp_path):
     with pytest.raises(WorkFailed, match=r"owner/Maths: .*`recipe data fetch .*`"):
         fetch(of_hub(), tmp_path)
     assert not list(tmp_path.glob("*.jsonl"))
@@ -147,7 +147,7 @@ def of_model(content: bytes = ADAPTER) -> Data:
     return data_of({"train.jsonl": {"url": "https://127.0.0.1:9/train.jsonl"}, "init/adapter.safetensors": model})
 
 
-def test_a_file_of_a_hubs_repository_is_verified(tmp_path: Path, hub: Server) -> None:
+def test_a_file_of_a_hubs_repository_is_verified(tmp_path, hub):
     hub.files = {"loftq_init/adapter_model.safetensors": ADAPTER}
     rows = fetch(of_model(), tmp_path / "out", ["init/adapter.safetensors"])
     assert [row["file"] for row in rows] == ["init/adapter.safetensors"]
@@ -160,9 +160,7 @@ def test_a_file_of_a_hubs_repository_is_verified(tmp_path: Path, hub: Server) ->
     ("status", "code", "kind"),
     [(404, "EntryNotFound", UserError), (403, "GatedRepo", UserError), (503, "", WorkFailed)],
 )
-def test_a_hub_that_refuses_is_named_with_the_repository(
-    tmp_path: Path, hub: Server, monkeypatch: pytest.MonkeyPatch, status: int, code: str, kind: type[Exception]
-) -> None:
+def test_a_hub_that_refuses_is_named_with_the_repository(tmp_path, hub, monkeypatch, status, code, kind):
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # before it asks again
     hub.answers = [status] * 99
     hub.error_code = code

@@ -1,7 +1,6 @@
 """Raw files of every kind, and what splits are made of them."""
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -39,7 +38,7 @@ def answered(rows: Iterable[dict[str, Any]], field: str = "answer") -> list[int]
     return [int(row[field]) - 1 for row in rows]
 
 
-def test_rows_drawn_out_of_a_split_are_not_in_it(tmp_path: Path) -> None:
+def test_rows_drawn_out_of_a_split_are_not_in_it(tmp_path):
     write_rows(tmp_path / "train.jsonl", [*ROWS, {"question": "no", "answer": ""}])
     of_study = sums(tmp_path)
     splits = prepared(of_study)
@@ -57,7 +56,7 @@ def test_rows_drawn_out_of_a_split_are_not_in_it(tmp_path: Path) -> None:
     assert numbers(of_study, "valid") != again
 
 
-def test_splits_sampled_from_one_share_no_row(tmp_path: Path) -> None:
+def test_splits_sampled_from_one_share_no_row(tmp_path):
     write_rows(tmp_path / "train.jsonl", ROWS)
     drawn_too = {"from": None, "fields": None, "filters": None, "sample_from": "train", "sample": 12, "seed": 2}
     of_study = sums(tmp_path, {"data > splits > test": drawn_too})
@@ -69,7 +68,7 @@ def test_splits_sampled_from_one_share_no_row(tmp_path: Path) -> None:
     )
 
 
-def test_the_first_rows_can_be_taken_and_all_are_accounted_for(tmp_path: Path) -> None:
+def test_the_first_rows_can_be_taken_and_all_are_accounted_for(tmp_path):
     write_rows(tmp_path / "train.jsonl", [{"question": "no", "answer": ""}, *ROWS])
     of_study = sums(tmp_path, {"data > splits > train > first": 6, "data > splits > valid": None})
     [(name, split)] = prepared(of_study).items()
@@ -78,7 +77,7 @@ def test_the_first_rows_can_be_taken_and_all_are_accounted_for(tmp_path: Path) -
     assert manifest.table({"splits": {name: split}})[0]["left out"].startswith("1 (no answer), 14 (")
 
 
-def test_rows_are_shuffled_as_the_library_datasets_does_it(tmp_path: Path) -> None:
+def test_rows_are_shuffled_as_the_library_datasets_does_it(tmp_path):
     write_rows(tmp_path / "train.jsonl", [*ROWS[:7], {"question": "no", "answer": ""}, *ROWS[7:]])
     drawn = {"data > splits > valid": {"seed": None, "shuffle": 0}, "data > splits > train > shuffle": 1}
     splits = prepared(of_study := sums(tmp_path, drawn | {"data > splits > train > first": 9}))
@@ -93,7 +92,7 @@ def test_rows_are_shuffled_as_the_library_datasets_does_it(tmp_path: Path) -> No
     assert numbers(of_study, "train") == answered(Dataset.from_list(ROWS).shuffle(2).take(5))
 
 
-def test_runs_of_rows_can_be_sorted_by_length(tmp_path: Path) -> None:
+def test_runs_of_rows_can_be_sorted_by_length(tmp_path):
     rows = [{"question": "q" * n, "answer": str(i + 1)} for i, n in enumerate([1, 3, 3, 2, 9, 1, 2, 4])]
     write_rows(tmp_path / "train.jsonl", rows)
     order = {"buckets": 3, "longest_first": "(question ~ output) | length"}
@@ -101,7 +100,7 @@ def test_runs_of_rows_can_be_sorted_by_length(tmp_path: Path) -> None:
     assert numbers(of_study, "train") == [1, 2, 0, 4, 3, 5, 7, 6]
 
 
-def test_a_split_of_another_data_set_has_expressions_of_its_own(tmp_path: Path) -> None:
+def test_a_split_of_another_data_set_has_expressions_of_its_own(tmp_path):
     (tmp_path / "test.csv").write_text("\ufeffsum,result,kind\n1+1,2,\n\n" + '"2\n+2",4,"a, b"\n', encoding="utf-8")
     of_study = sums(tmp_path)
     split = prepared(of_study)["test"]
@@ -112,7 +111,7 @@ def test_a_split_of_another_data_set_has_expressions_of_its_own(tmp_path: Path) 
     assert split["source_bytes"] == (tmp_path / "test.csv").stat().st_size
 
 
-def test_a_split_of_several_files_has_their_rows_in_order_and_their_names(tmp_path: Path) -> None:
+def test_a_split_of_several_files_has_their_rows_in_order_and_their_names(tmp_path):
     for name, part in (("b.json", ROWS[:2]), ("a.json", ROWS[2:5])):
         (tmp_path / name).write_bytes(orjson.dumps(part))
     sources = {"b.json": {"url": "https://example.org/b", "rows": 2, "sha256": files.sha256(tmp_path / "b.json")}}
@@ -138,7 +137,7 @@ CSV = "\n".join(["question,answer,kind", *(",".join(row.values()) for row in ROW
 
 
 @pytest.mark.parametrize(("name", "content"), [("a.json", orjson.dumps(ROWS)), ("a.csv", CSV)])
-def test_rows_are_the_same_from_every_kind_of_file(tmp_path: Path, name: str, content: bytes) -> None:
+def test_rows_are_the_same_from_every_kind_of_file(tmp_path, name, content):
     sources = {name: {"url": "https://example.org/a"}, "train.jsonl": None}
     of_study = sums(tmp_path, {"data > sources": sources, "data > splits": {"train": {"from": name}, "valid": None}})
     (tmp_path / name).write_bytes(content)
@@ -146,7 +145,7 @@ def test_rows_are_the_same_from_every_kind_of_file(tmp_path: Path, name: str, co
     assert numbers(of_study, "train") == list(range(20))
 
 
-def test_messages_and_fields_with_spaces_can_be_made_of_a_row(tmp_path: Path) -> None:
+def test_messages_and_fields_with_spaces_can_be_made_of_a_row(tmp_path):
     write_rows(tmp_path / "train.jsonl", [{"the question": "<a> & b", "answer": "c"}])
     expression = "[{'role': 'user', 'content': row['the question']}, {'role': 'assistant', 'content': answer}]"
     fields = {"input": expression, "output": "row | tojson"}
@@ -156,7 +155,7 @@ def test_messages_and_fields_with_spaces_can_be_made_of_a_row(tmp_path: Path) ->
     assert row["output"] == '{"the question":"<a> & b","answer":"c"}'
 
 
-def test_a_test_set_is_the_studys_if_its_raw_file_and_its_expressions_are(tmp_path: Path) -> None:
+def test_a_test_set_is_the_studys_if_its_raw_file_and_its_expressions_are(tmp_path):
     (tmp_path / "test.csv").write_text("sum,result\n" + "".join(f"{i},{i}\n" for i in range(9)))
     known = {"data > sources > test.csv > sha256": files.sha256(tmp_path / "test.csv")}
     subset = {"data > splits > test > subsets > few": {"title": "few", "rows": 3, "seed": 1}}
@@ -188,7 +187,7 @@ SOURCES = {"data > sources > other.jsonl": {"url": "https://example.org/other"}}
     ],
     ids=str,
 )
-def test_rows_prepared_for_another_declaration_are_not_the_studys(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_rows_prepared_for_another_declaration_are_not_the_studys(tmp_path, change):
     write_rows(tmp_path / "train.jsonl", ROWS)
     (tmp_path / "test.csv").write_text("sum,result\n1+1,2\n")
     prepared(of_study := sums(tmp_path, SHUFFLED))

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Recipe
 from declared import sums
 from run_folders import a_run
 
@@ -27,7 +26,7 @@ def loaded(folder: Path, change: dict[str, Any]) -> Study:
     return study.load(folder)
 
 
-def test_what_a_study_declares(tmp_path: Path) -> None:
+def test_what_a_study_declares(tmp_path):
     curve = tmp_path / "a.csv"
     curve.write_text("step,train_loss\n1,2.5\n")
     scores = {"accuracy": {"value": 67.4, "spread": 1.0}, "perplexity": 3}
@@ -43,7 +42,7 @@ def test_what_a_study_declares(tmp_path: Path) -> None:
     assert (of_study.decodings["greedy"].top_k, of_study.variants, of_study.baselines) == (0, {}, [])
 
 
-def test_repeats_of_a_recipe_stand_for_the_others_of_its_study(tmp_path: Path) -> None:
+def test_repeats_of_a_recipe_stand_for_the_others_of_its_study(tmp_path):
     other, variant = "haider2024/llama-3-8b", "haider2024/all-linear/llama-2-7b"
     published = {RECIPE: {"repeats": {"bleu4": [5.0, 5.2]}}, other: {}}
     changed = loaded(tmp_path, {"published": published, "variants": {variant: {"of": RECIPE, "reproduces": True}}})
@@ -63,9 +62,7 @@ def test_repeats_of_a_recipe_stand_for_the_others_of_its_study(tmp_path: Path) -
     ],
     ids=str,
 )
-def test_a_malformed_study_is_an_error_for_itself_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe, words: list[str], code: int
-) -> None:
+def test_a_malformed_study_is_an_error_for_itself_alone(tmp_path, monkeypatch, recipe, words, code):
     monkeypatch.chdir(tmp_path)
     (folder := tmp_path / "recipes" / "broken").mkdir(parents=True)
     (folder / "study.yaml").write_text("titel: x\n")
@@ -77,7 +74,7 @@ def test_a_malformed_study_is_an_error_for_itself_alone(
     assert code or "warning: " in done.stderr
 
 
-def test_how_many_rows_a_split_will_have_is_known_where_nothing_is_left_out(tmp_path: Path) -> None:
+def test_how_many_rows_a_split_will_have_is_known_where_nothing_is_left_out(tmp_path):
     rows = {"data > sources > train.jsonl > rows": 100}
     assert sums(tmp_path, rows).data.rows_of("train") is None  # some may have no answer
     known = sums(tmp_path, rows | {"data > filters": None}).data

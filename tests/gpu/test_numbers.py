@@ -84,7 +84,7 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.float().cpu() - expected.float().cpu()).abs().max() / expected.abs().max())
 
 
-def test_model_in_4_bits(training: Path, check: Check) -> None:
+def test_model_in_4_bits(training, check):
     model = load(training, DEVICE, torch.float32)
     found = loss_and_norm(model, DEVICE)
     put_plain_layers(model)
@@ -117,7 +117,7 @@ def dequantized(weight: Any) -> torch.Tensor:
 
 
 @pytest.mark.skipif(not BF16, reason="needs a processor, or a GPU, that computes in bf16")
-def test_model_in_bf16(training: Path, check: Check) -> None:
+def test_model_in_bf16(training, check):
     exact = loss_and_norm(load(training, DEVICE, torch.float32), DEVICE)
     found = loss_and_norm(load(training, DEVICE, torch.bfloat16), DEVICE, torch.bfloat16)
     # rounds by 4e-3, of which the mean over a few hundred tokens keeps little, and a norm more
@@ -125,12 +125,12 @@ def test_model_in_bf16(training: Path, check: Check) -> None:
 
 
 @needs_gpu
-def test_model_on_gpu_and_cpu(training: Path, check: Check) -> None:
+def test_model_on_gpu_and_cpu(training, check):
     found, exact = (loss_and_norm(load(training, device, torch.float32), device) for device in (DEVICE, "cpu"))
     check(*compared("NF4 on GPU beside CPU", found, exact, (1e-3, 1e-2)))  # GPUs add in another order
 
 
-def test_saved_adapter(training: Path, check: Check) -> None:
+def test_saved_adapter(training, check):
     """In fp64, where rounding does not show."""
     config = yamlfiles.read_yaml(find_recipe(RECIPE)[1])
     model = load(training, DEVICE, torch.float64, quantized=False).double()
@@ -167,7 +167,7 @@ def scale_of(model: Any, inputs: torch.Tensor) -> float | None:
     return along / updates if straight else None
 
 
-def test_packed_rows_do_not_see_each_other(check: Check) -> None:
+def test_packed_rows_do_not_see_each_other(check):
     """With the attention that Axolotl takes (loaders/patch_manager.py), on a GPU in half precision."""
     if GPU and BF16:  # from Ampere on
         patch_sdpa_varlen()

@@ -22,7 +22,7 @@ WEIGHTS = ("base weights", "quantization constants", "embeddings and head", "ada
 HALF = {"lora_dropout": 0.0, "attn_implementation": "sdpa"}
 
 
-def test_memory_of_a_step(training: Path, check: Check) -> None:
+def test_memory_of_a_step(training, check):
     found, planned = trainings.memory(training), trainings.plan(training)
     parts = planned["memory"]["parts"]
     allocated = planned["memory"]["allocated"] - (0 if GPU else parts["kernel workspaces"])  # CUDA's alone
@@ -35,14 +35,14 @@ def test_memory_of_a_step(training: Path, check: Check) -> None:
     )
 
 
-def test_adapter_scale_in_training(training: Path, check: Check) -> None:
+def test_adapter_scale_in_training(training, check):
     config = yamlfiles.read_yaml(find_recipe(RECIPE)[1])
     scales = trainings.memory(training)["scales"]
     found = scales[0] if len(scales) == 1 else None
     check(Figure("adapter scale, in training", found, config["lora_alpha"] / config["lora_r"]))
 
 
-def test_resume_to_the_same_adapter(training: Path, folder: Path, check: Check) -> None:
+def test_resume_to_the_same_adapter(training, folder, check):
     run = train(folder, "stopped", RECIPE, of_stand_in(folder), stop=trainings.STOPPED_AT)
     trainings.recipe("resume", run)
     pairs = [logged(each, key) for key in ("loss", "grad_norm") for each in (training, run)]
@@ -58,7 +58,7 @@ def test_resume_to_the_same_adapter(training: Path, folder: Path, check: Check) 
 
 
 @needs_gpu
-def test_half_precision(folder: Path, check: Check) -> None:
+def test_half_precision(folder, check):
     formats = ["fp32", "fp16", *(["bf16"] if trainings.BF16 else [])]
     runs = {
         name: train(folder, name, RECIPE, of_stand_in(folder, **HALF, fp16=name == "fp16", bf16=name == "bf16"))
@@ -75,7 +75,7 @@ def test_half_precision(folder: Path, check: Check) -> None:
 
 
 @needs_gpu
-def test_profile_fast(folder: Path, check: Check) -> None:
+def test_profile_fast(folder, check):
     every = {"lora_dropout": 0.0, "lora_target_linear": True, "lora_target_modules": None}  # so that it applies whole
     changes = of_stand_in(folder, attn_implementation="sdpa", **every)
     plain, fast = pair(folder, "stand-in", RECIPE, changes, "fast")
@@ -98,7 +98,7 @@ def pair(folder: Path, name: str, recipe_name: str, changes: dict[str, Any], pro
 
 @needs_gpu
 @pytest.mark.parametrize("name", trainings.SHAPES)
-def test_shape(folder: Path, check: Check, name: str) -> None:
+def test_shape(folder, check, name):
     short = name.rpartition("/")[2]
     with trainings.random_weights(folder, name) as (model, length):
         rows = folder / f"{short}.jsonl"
@@ -120,7 +120,7 @@ def test_shape(folder: Path, check: Check, name: str) -> None:
 
 @trainings.needs_two_gpus
 @pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
-def test_engine(folder: Path, check: Check, engine: str) -> None:
+def test_engine(folder, check, engine):
     changes = of_stand_in(folder, lora_dropout=0.0)  # each rank would drop others
     runs = [*folder.glob("alone/**/run.json")]
     alone = runs[0].parent if runs else train(folder, "alone", RECIPE, changes)

@@ -83,13 +83,13 @@ FOUND: list[tuple[str, str, float | str | None]] = [  # parser, prediction, the 
 
 
 @pytest.mark.parametrize(("parser", "prediction", "found"), FOUND)
-def test_a_number_is_found_as_each_evaluation_finds_it(parser: str, prediction: str, found: float | None) -> None:
+def test_a_number_is_found_as_each_evaluation_finds_it(parser, prediction, found):
     assert answers.number_of(prediction, answers.NumberParameters.model_validate({"parser": parser})) == found
     reference = "so #### 7" if parser in ("peft", "loraga") else "The final answer is:  7. The answer is: 7"
     assert right(reference, prediction, parser=parser) == (found == 7)
 
 
-def test_what_has_no_number_is_never_right_and_noted_with_an_example() -> None:
+def test_what_has_no_number_is_never_right_and_noted_with_an_example():
     assert not right("A: 7", "A: 7", parser="peft")
     assert right("#### 8", "A: 8", parser="peft", markers=["A: ", "#### "])
     plain, told = (registry.column("number", {"parser": "peft"} | more) for more in ({}, {"markers": ["A: ", "#### "]}))
@@ -133,7 +133,7 @@ CHOICES = {
         ("ending3", "ending1", False),
     ],
 )
-def test_the_first_word_of_the_references_set_is_the_choice(reference: str, prediction: str, expected: bool) -> None:
+def test_the_first_word_of_the_references_set_is_the_choice(reference, prediction, expected):
     column = registry.column("choice", CHOICES)
     assert column.metric.of_rows
     assert column.metric.of_rows([(reference, prediction)], column.parameters) == [100.0 * expected]

@@ -41,7 +41,7 @@ def roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_scores_are_the_librarys() -> None:
+def test_scores_are_the_librarys():
     from bert_score import BERTScorer
 
     folder = str(substitution.scorer_folder())
@@ -55,7 +55,7 @@ def test_scores_are_the_librarys() -> None:
     assert made["layer"] == 6 and not made["stand_in"]
 
 
-def test_empty_texts_score_nothing_and_change_nothing() -> None:
+def test_empty_texts_score_nothing_and_change_nothing():
     judge = score.scorer_model(None, rehearsal=True)
     assert judge
     alone = bertscore.f1(PAIRS, judge)
@@ -67,7 +67,7 @@ def test_empty_texts_score_nothing_and_change_nothing() -> None:
     assert bertscore.f1([("a", "")], judge) == [0]
 
 
-def test_a_roberta_gets_the_space_before_the_first_word_that_the_published_scores_had(roberta: Path) -> None:
+def test_a_roberta_gets_the_space_before_the_first_word_that_the_published_scores_had(roberta):
     """transformers 4 put it there when bert-score asked for it; 5 ignores the request."""
     import torch
     from bert_score.utils import get_bert_embedding, greedy_cos_idf
@@ -96,7 +96,7 @@ def test_a_roberta_gets_the_space_before_the_first_word_that_the_published_score
     assert bertscore.f1(PAIRS, scorer)[3] > 0  # longer than its positions
 
 
-def test_a_model_without_a_limit_of_positions_scores_long_texts(roberta: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_limit_of_positions_scores_long_texts(roberta, tmp_path):
     from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
     AutoTokenizer.from_pretrained(roberta).save_pretrained(folder := tmp_path / "t5")
@@ -105,7 +105,7 @@ def test_a_model_without_a_limit_of_positions_scores_long_texts(roberta: Path, t
     assert all(bertscore.f1(PAIRS, ScorerModel(model=str(folder), layer=1)))
 
 
-def test_a_missing_layer_or_model_is_reported() -> None:
+def test_a_missing_layer_or_model_is_reported():
     for layer in (None, 9):
         with pytest.raises(UserError, match="6 layers"):
             bertscore.f1(PAIRS, ScorerModel(model=str(substitution.scorer_folder()), layer=layer))
@@ -113,7 +113,7 @@ def test_a_missing_layer_or_model_is_reported() -> None:
         bertscore.f1(PAIRS, ScorerModel(model=DEFAULT))
 
 
-def test_a_judge_is_told_by_its_weights_and_not_by_its_folders_name(roberta: Path, tmp_path: Path) -> None:
+def test_a_judge_is_told_by_its_weights_and_not_by_its_folders_name(roberta, tmp_path):
     judge = ScorerModel(model=str(roberta), layer=2)
     made = record(judge)
     assert made_by(judge, made) and made_by(ScorerModel(model=str(roberta)), made)
@@ -127,7 +127,7 @@ def test_a_judge_is_told_by_its_weights_and_not_by_its_folders_name(roberta: Pat
     assert stand_in and made_by(stand_in, record(stand_in))
 
 
-def test_the_judge_is_the_default_only_where_it_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_judge_is_the_default_only_where_it_is_here(tmp_path, monkeypatch):
     assert score.scorer_model(None) is None
     assert score.scorer_model("none", rehearsal=True) is None
     declared = ScorerModel(model="some/model", layer=3)

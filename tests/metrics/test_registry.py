@@ -1,7 +1,5 @@
 """How metrics are declared, what each says of itself, and what is refused."""
 
-from typing import Any
-
 import pytest
 
 from qlora_recipes.base.errors import UserError
@@ -14,7 +12,7 @@ PAIRS = [("rename this variable please", "rename this variable"), ("why?", "why?
 @pytest.mark.parametrize(
     "name", sorted(set(METRICS) - {"bertscore_f1", "benchmark", "mean_of_groups"})
 )  # which need more
-def test_scores_are_within_the_range_that_a_metric_names(name: str) -> None:
+def test_scores_are_within_the_range_that_a_metric_names(name):
     metric = METRICS[name]
     scores: list[float]
     if metric.of_rows:
@@ -32,12 +30,12 @@ def test_scores_are_within_the_range_that_a_metric_names(name: str) -> None:
         assert metric.of_rows(perfect, metric.parameters()) == pytest.approx([metric.high] * len(PAIRS))
 
 
-def test_the_eval_loss_and_the_perplexity_are_of_the_run() -> None:
+def test_the_eval_loss_and_the_perplexity_are_of_the_run():
     assert METRICS["perplexity"].of_loss and METRICS["perplexity"].of_loss(0) == 1
     assert {name for name, metric in METRICS.items() if metric.of_loss} == {"eval_loss", "perplexity"}
 
 
-def test_a_column_is_a_metric_with_parameters_under_a_name_and_a_label() -> None:
+def test_a_column_is_a_metric_with_parameters_under_a_name_and_a_label():
     entry = {"metric": "number", "label": "GSM8K accuracy", "markers": ["A: "]}
     column = registry.column("accuracy", entry)
     assert (column.label, column.entry) == ("GSM8K accuracy, %", entry)
@@ -59,14 +57,14 @@ def test_a_column_is_a_metric_with_parameters_under_a_name_and_a_label() -> None
         ("rows", {"metric": "bleu4"}, "", "rows"),
     ],
 )
-def test_what_is_no_metric_is_refused_with_its_key(name: str, entry: dict[str, Any], key: str, says: str) -> None:
+def test_what_is_no_metric_is_refused_with_its_key(name, entry, key, says):
     with pytest.raises(WrongMetric) as error:
         registry.column(name, entry)
     assert error.value.key == key
     assert says in error.value.problem
 
 
-def test_metrics_are_asked_for_as_study_yaml_declares_them() -> None:
+def test_metrics_are_asked_for_as_study_yaml_declares_them():
     asked = registry.asked(["rouge_l", 'number: {markers: ["A: "]}', "chrf: {word_order: 2}"])
     entries = [("rouge_l", {}), ("number", {"markers": ["A: "]}), ("chrf", {"word_order": 2})]
     assert [column.entry for column in asked.values()] == [{"metric": name} | more for name, more in entries]
@@ -81,13 +79,13 @@ def test_metrics_are_asked_for_as_study_yaml_declares_them() -> None:
         (["number", "number: {parser: peft}"], "'other: {metric"),
     ],
 )
-def test_what_cannot_be_asked_for_is_refused(texts: list[str], says: str) -> None:
+def test_what_cannot_be_asked_for_is_refused(texts, says):
     with pytest.raises(UserError) as error:
         registry.asked(texts)
     assert says in str(error.value)
 
 
-def test_what_other_versions_recorded_is_read_as_far_as_it_is_known() -> None:
+def test_what_other_versions_recorded_is_read_as_far_as_it_is_known():
     old = {"rows": 2, "bleu4": 1.0, "bertscore_f1": None, "sacrebleu": 0.0, "intervals": {}}
     assert list(registry.recorded(old)) == ["bleu4", "sacrebleu"]
     entries = {"accuracy": {"metric": "number", "parser": "peft"}, "unknown": {"metric": "of the future"}}

@@ -23,11 +23,11 @@ from qlora_recipes.metrics.text import RougeParameters, bleu4, rouge_l, words
         ("a b c d e", "a b x d", 100 * (3 / 4 * 2 / 4 * 1 / 3 * 1 / 2) ** 0.25 * math.exp(1 - 6 / 5)),
     ],
 )
-def test_known_scores_of_bleu4(reference: str, prediction: str, expected: float) -> None:
+def test_known_scores_of_bleu4(reference, prediction, expected):
     assert bleu4(reference, prediction) == pytest.approx(expected, rel=1e-5, abs=1e-70)
 
 
-def test_words() -> None:
+def test_words():
     assert words("Use `my_Var`, größe 2.5x!") == ["use", "`", "my", "_", "var", "`", ",", "größe", "2", ".", "5x", "!"]
 
 
@@ -42,7 +42,7 @@ for stems in (True, False):
 """
 
 
-def test_rouge_l_is_that_of_the_library() -> None:
+def test_rouge_l_is_that_of_the_library():
     vocabulary = ["the", "a", "renamed", "renaming", "fix", "fixes", "Fixed", "foo_bar", "x", "é", "--", "..."]
     draw = random.Random(0)
     texts = [" ".join(draw.choices(vocabulary, k=draw.randrange(100))) for _ in range(400)]
@@ -53,7 +53,7 @@ def test_rouge_l_is_that_of_the_library() -> None:
     assert expected[0][-2:] == [1, 0] and expected[1][-2:] == [0, 0]
 
 
-def test_exact_match_and_what_it_can_leave_out() -> None:
+def test_exact_match_and_what_it_can_leave_out():
     def scores(**parameters: bool) -> list[float]:
         column = registry.column("exact_match", parameters)
         assert column.metric.of_rows

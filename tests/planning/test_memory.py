@@ -80,12 +80,12 @@ PARAMETERS = [
 
 
 @pytest.mark.parametrize(("step", "kind", "published"), PARAMETERS)
-def test_parameters_are_the_published_ones(step: Step, kind: str, published: int) -> None:
+def test_parameters_are_the_published_ones(step, kind, published):
     assert parameters(step)[kind] == published
 
 
 @pytest.mark.long
-def test_one_length_of_rows_explains_the_memory_of_all_of_pefts_runs() -> None:
+def test_one_length_of_rows_explains_the_memory_of_all_of_pefts_runs():
     """They publish the 99th percentile of what steps reserved, but not how long the rows of that step were."""
     shape = (4, 576)
     planned = [usage(of_pefts_comparison(change), shape).reserved for change, *_ in PEFTS_RUNS]
@@ -96,7 +96,7 @@ def test_one_length_of_rows_explains_the_memory_of_all_of_pefts_runs() -> None:
 
 
 @pytest.mark.long
-def test_published_figures_of_the_plain_loop_are_met() -> None:
+def test_published_figures_of_the_plain_loop_are_met():
     """Of each model the longest rows; `make compare-memory` takes all."""
     loops = (figure for figure in compare_memory.figures() if figure["framework"] == "plain loop")
     figures = {figure["model"]: figure for figure in loops}.values()
@@ -159,7 +159,7 @@ def change_of(family: str, attention: str, bf16: bool, turn: int, tiny: Path, da
 
 
 @pytest.mark.long
-def test_real_trainings_of_axolotls_allocate_what_is_planned(tmp_path: Path, tiny: Path, sample: Path) -> None:
+def test_real_trainings_of_axolotls_allocate_what_is_planned(tmp_path, tiny, sample):
     attention = {"gemma2": "eager"}  # which alone caps its scores
     others = [(family, attention.get(family, "sdpa"), False) for family in TINY]
     kinds = [("llama", "sdpa", True), ("llama", "sdpa", False), *others]

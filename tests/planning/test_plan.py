@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL, Recipe, config_with, recipe_config
+from conftest import SMALL, config_with, recipe_config
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
@@ -21,7 +21,7 @@ def step_of(change: dict[str, Any]) -> Any:
     return steps.step_of(config_with(change), SMALL, TURING)[0]
 
 
-def test_a_recipe_becomes_its_step() -> None:
+def test_a_recipe_becomes_its_step():
     step, notes = steps.step_of(recipe_config("haider2024/llama-3-8b"), SMALL, TURING)
     assert (step.adapter, step.rank, step.dropout) == ("qlora", 32, 0.05)
     assert (step.weights, step.autocast) == ("float16", "float16")
@@ -50,7 +50,7 @@ def test_a_recipe_becomes_its_step() -> None:
         ({"peft_autocast_adapter_dtype": False}, "fp32_adapters", False),
     ],
 )
-def test_settings_that_memory_depends_on(change: dict[str, Any], field: str, value: Any) -> None:
+def test_settings_that_memory_depends_on(change, field, value):
     assert getattr(step_of(change), field) == value
 
 
@@ -67,25 +67,25 @@ def test_settings_that_memory_depends_on(change: dict[str, Any], field: str, val
         ({"lora_target_linear": True, "lora_target_modules": ["lm_head"]}, "lora_target_modules"),
     ],
 )
-def test_what_is_not_traced_is_noted(change: dict[str, Any], names: str) -> None:
+def test_what_is_not_traced_is_noted(change, names):
     assert any(names in note for note in steps.step_of(config_with(change), SMALL, AMPERE)[1])
 
 
 @pytest.mark.parametrize(
     "change", [{"adapter": "llama-adapter"}, {"load_in_8bit": True, "adapter": "lora"}, {"rl": "dpo"}]
 )
-def test_what_cannot_be_planned_is_refused(change: dict[str, Any]) -> None:
+def test_what_cannot_be_planned_is_refused(change):
     with pytest.raises(UserError):
         step_of(change)
 
 
-def test_a_model_that_cannot_be_traced_is_reported(small: yamlfiles.Config) -> None:
+def test_a_model_that_cannot_be_traced_is_reported(small):
     (Path(small["base_model"]) / "config.json").write_text(json.dumps({"model_type": "nobody_knows"}))
     with pytest.raises(UserError, match="nobody_knows"):
         plan.plan(small)
 
 
-def test_packed_documents_make_one_row_where_flash_attention_keeps_them_apart() -> None:
+def test_packed_documents_make_one_row_where_flash_attention_keeps_them_apart():
     for attention, flat in (("sdpa", False), ("flash_attention_2", True)):
         packed = config_with({"sample_packing": True, "attn_implementation": attention})
         step = steps.step_of(packed, SMALL, AMPERE)[0]
@@ -103,7 +103,7 @@ def small(tmp_path: Path) -> yamlfiles.Config:
     return {key: value for key, value in (recipe_config("haider2024/llama-3-8b") | change).items() if value is not None}
 
 
-def test_a_plan_adds_up(small: yamlfiles.Config) -> None:
+def test_a_plan_adds_up(small):
     planned, _ = plan.plan(small)
     memory = planned.memory
     assert sum(memory.parts.values()) == memory.allocated <= memory.reserved
@@ -116,21 +116,21 @@ def test_a_plan_adds_up(small: yamlfiles.Config) -> None:
         assert gpu.free < larger.free
 
 
-def test_what_a_check_asks_for_is_the_plans_memory(small: yamlfiles.Config) -> None:
+def test_what_a_check_asks_for_is_the_plans_memory(small):
     small |= {"lora_r": 6}
     assert planner.required_gib(small) is None
     needed = planner.required_gib(small, anew=True)
     assert plan.plan(small)[0].memory.needed / planner.GIB == needed == planner.required_gib(small)
 
 
-def test_what_fits_and_what_does_not(small: yamlfiles.Config) -> None:
+def test_what_fits_and_what_does_not(small):
     size = plan.plan(small)[0].memory.needed / planner.GIB / planner.USABLE
     fits, not_ = (plan.plan(small, gpus.Gpu("card", TURING, size * share))[0] for share in (1.001, 0.999))
     assert (fits.gpus[0].fits, fits.changes) == (True, [])
     assert not not_.gpus[0].fits and not_.gpus[0].free < 0
 
 
-def test_changes_are_the_mildest_that_do(small: yamlfiles.Config) -> None:
+def test_changes_are_the_mildest_that_do(small):
     size = plan.plan(small)[0].memory.needed / planner.GIB / planner.USABLE
     (*_, last) = plan.plan(small, gpus.Gpu("card", TURING, size * 0.7))[0].changes
     assert last.set == {"micro_batch_size": 1, "gradient_accumulation_steps": 8}
@@ -150,7 +150,7 @@ def test_changes_are_the_mildest_that_do(small: yamlfiles.Config) -> None:
     assert list(last.set) == ["sequence_len"]
 
 
-def test_ranks_divide_what_their_engine_divides(small: yamlfiles.Config) -> None:
+def test_ranks_divide_what_their_engine_divides(small):
     one, more, most = (plan.plan(small, gpus=n)[0].per_gpu for n in (1, 4, 8))
     assert one == {}
     assert more["DDP"] > more["ZeRO-1"] > more["ZeRO-2"] > more["ZeRO-3"]
@@ -165,7 +165,7 @@ def test_ranks_divide_what_their_engine_divides(small: yamlfiles.Config) -> None
         assert planned.gpus[0].free == pytest.approx(planned.gpus[0].usable - planned.per_gpu[engine])
 
 
-def test_the_operations_of_a_token(small: yamlfiles.Config) -> None:
+def test_the_operations_of_a_token(small):
     """By hand, for the small model: matrices, LoRA's, scores and values, each as often as they are gone through."""
     step = planner.planner_of(small, None)[0]
     matrices = 2 * (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 512)
@@ -179,7 +179,7 @@ def test_the_operations_of_a_token(small: yamlfiles.Config) -> None:
     assert work.flops_of_token(saved, 2048) == operations + 2 * head
 
 
-def test_work_counts_the_rows_that_are_there(small: yamlfiles.Config, sample: Path, tmp_path: Path) -> None:
+def test_work_counts_the_rows_that_are_there(small, sample, tmp_path):
     small["datasets"] = [{"path": str(sample / "train.jsonl"), "type": "alpaca"}]
     file = tmp_path / "mine.yaml"
     file.write_text(yamlfiles.write_yaml(small))
@@ -191,7 +191,7 @@ def test_work_counts_the_rows_that_are_there(small: yamlfiles.Config, sample: Pa
 
 
 @pytest.mark.long
-def test_a_second_plan_comes_from_the_cache_without_torch(small: yamlfiles.Config, tmp_path: Path) -> None:
+def test_a_second_plan_comes_from_the_cache_without_torch(small, tmp_path):
     file = tmp_path / "small.yaml"
     file.write_text(yamlfiles.write_yaml(small))
     code = (
@@ -204,7 +204,7 @@ def test_a_second_plan_comes_from_the_cache_without_torch(small: yamlfiles.Confi
     assert runs[0].stdout == runs[1].stdout
 
 
-def test_the_cache_knows_what_a_plan_depends_on(small: yamlfiles.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_knows_what_a_plan_depends_on(small, monkeypatch):
     step = steps.step_of(small, SMALL, TURING)[0]
     lower = steps.step_of(small | {"lora_r": 8}, SMALL, TURING)[0]
     files = {planner.Planner(*asked).file for asked in ((step, 2, 64), (step, 3, 64), (lower, 2, 64))}
@@ -216,7 +216,7 @@ def test_the_cache_knows_what_a_plan_depends_on(small: yamlfiles.Config, monkeyp
 
 
 @pytest.mark.parametrize("content", ["{", '{"usage": {}, "paged": 1}'])
-def test_a_damaged_cache_is_planned_anew(small: yamlfiles.Config, content: str) -> None:
+def test_a_damaged_cache_is_planned_anew(small, content):
     sound = plan.plan(small)[0]
     cached = planner.planner_of(small, None)[0]
     assert cached.file.is_file()
@@ -224,7 +224,7 @@ def test_a_damaged_cache_is_planned_anew(small: yamlfiles.Config, content: str) 
     assert plan.plan(small)[0] == sound
 
 
-def test_a_full_fine_tuning_that_does_not_fit_gets_an_adapter(small: yamlfiles.Config) -> None:
+def test_a_full_fine_tuning_that_does_not_fit_gets_an_adapter(small):
     full = {key: value for key, value in small.items() if not key.startswith(("adapter", "lora_", "load_in"))}
     changes = [change.set for change in plan.plan(full, gpus.Gpu("card", AMPERE, 0.9))[0].changes]
     (qlora,) = [change for change in changes if "adapter" in change]
@@ -235,7 +235,7 @@ def test_a_full_fine_tuning_that_does_not_fit_gets_an_adapter(small: yamlfiles.C
     assert not any("adapter" in change.set for change in plan.plan(dora, gpus.Gpu("card", AMPERE, 0.1))[0].changes)
 
 
-def test_plan_prints(recipe: Recipe, small: yamlfiles.Config, tmp_path: Path, sample: Path) -> None:
+def test_plan_prints(recipe, small, tmp_path, sample):
     small["datasets"] = [{"path": str(sample / "train.jsonl"), "type": "alpaca"}]
     (tmp_path / "small.yaml").write_text(yamlfiles.write_yaml(small))
     done = recipe.ok("plan", "small.yaml", "--gpu", "t4", "--gpus", "2")
@@ -249,7 +249,7 @@ def test_plan_prints(recipe: Recipe, small: yamlfiles.Config, tmp_path: Path, sa
     assert as_json[0]["recipe"] == "small.yaml" and as_json[0]["memory"]["needed"] > 0
 
 
-def test_the_tokens_of_the_data_are_counted(recipe: Recipe, small: yamlfiles.Config, tiny: Path, sample: Path) -> None:
+def test_the_tokens_of_the_data_are_counted(recipe, small, tiny, sample):
     small |= {"base_model": str(tiny), "special_tokens": {"pad_token": "</s>"}}
     small["datasets"] = [{"path": str(sample / "train.jsonl"), "type": "alpaca"}]
     (sample.parent / "tiny.yaml").write_text(yamlfiles.write_yaml(small))
@@ -266,7 +266,7 @@ def test_the_tokens_of_the_data_are_counted(recipe: Recipe, small: yamlfiles.Con
         (["haider2024/llama-2-7b", "--gpu", "nanGB"], "--gpu"),
     ],
 )
-def test_mistakes_are_reported(recipe: Recipe, arguments: list[str], names: str) -> None:
+def test_mistakes_are_reported(recipe, arguments, names):
     done = recipe("plan", *arguments)
     assert done.returncode == 2
     assert names in done.stderr
@@ -274,7 +274,7 @@ def test_mistakes_are_reported(recipe: Recipe, arguments: list[str], names: str)
 
 
 @pytest.mark.long
-def test_recipes_of_the_first_study_fit_its_card() -> None:
+def test_recipes_of_the_first_study_fit_its_card():
     card = gpus.find("Quadro RTX 5000")
     for name in ("all-linear/code-llama-7b", "as-released/llama-3-8b", "llama-3.2-3b"):  # the largest of each shape
         name = f"haider2024/{name}"

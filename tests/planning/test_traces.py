@@ -20,14 +20,14 @@ from qlora_recipes.planning.traces import MIB, Allocator, MemoryTrace
         ([11 * MIB], 12 * MIB, 12 * MIB),
     ],
 )
-def test_requests_are_rounded_and_a_segment_is_sized_by_them(sizes: list[int], allocated: int, reserved: int) -> None:
+def test_requests_are_rounded_and_a_segment_is_sized_by_them(sizes, allocated, reserved):
     allocator = Allocator(expandable=False)
     for size in sizes:
         allocator.allocate(size)
     assert (allocator.allocated, allocator.reserved) == (allocated, reserved)
 
 
-def test_free_neighbours_become_one_block_of_which_less_than_a_mebibyte_is_not_split_off() -> None:
+def test_free_neighbours_become_one_block_of_which_less_than_a_mebibyte_is_not_split_off():
     allocator = Allocator(expandable=False)
     blocks = [allocator.allocate(5 * MIB) for _ in range(4)]
     for i in (0, 2, 1):
@@ -36,7 +36,7 @@ def test_free_neighbours_become_one_block_of_which_less_than_a_mebibyte_is_not_s
     assert (allocator.allocated, allocator.reserved) == (20 * MIB, 20 * MIB)
 
 
-def test_an_expandable_segment_grows_by_pages_and_is_used_to_the_byte() -> None:
+def test_an_expandable_segment_grows_by_pages_and_is_used_to_the_byte():
     allocator = Allocator(expandable=True)
     first = allocator.allocate(30 * MIB)
     assert allocator.reserved == 40 * MIB
@@ -51,7 +51,7 @@ def test_an_expandable_segment_grows_by_pages_and_is_used_to_the_byte() -> None:
     st.booleans(),
     st.lists(st.tuples(st.integers(1, 50 * MIB) | st.integers(1, 2 * MIB), st.integers(0, 10)), max_size=60),
 )
-def test_any_sequence_keeps_the_books(expandable: bool, requests: list[tuple[int, int]]) -> None:
+def test_any_sequence_keeps_the_books(expandable, requests):
     allocator = Allocator(expandable)
     blocks = []
     for size, order in requests:
@@ -72,7 +72,7 @@ def test_any_sequence_keeps_the_books(expandable: bool, requests: list[tuple[int
     assert (allocator.allocated, allocator.reserved) == (0, 0)
 
 
-def test_usage_says_what_is_there_at_the_peak() -> None:
+def test_usage_says_what_is_there_at_the_peak():
     step = [(2, 2 * MIB), (3, 3 * MIB), (3, -1), (2, -1)]
     kinds = {1: "weights", 2: "activations", 3: "mask"}
     trace = MemoryTrace([(1, 64 * MIB)], step, kinds, {}, {}, 0, expandable=True)

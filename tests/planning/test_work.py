@@ -34,7 +34,7 @@ def published(**change: Any) -> work.Lengths | None:
     return work.published(compose(Request(PUBLISHED, **change)))
 
 
-def test_rows_are_counted_as_they_are_trained_on(own: Path) -> None:
+def test_rows_are_counted_as_they_are_trained_on(own):
     every = counted(own)
     assert every.rows == 109
     assert every.tokens < every.padded < 1.5 * every.tokens
@@ -43,7 +43,7 @@ def test_rows_are_counted_as_they_are_trained_on(own: Path) -> None:
     assert counted(own, "datasets.0.type=completion", "datasets.0.field=output", "sequence_len=16").rows > 109
 
 
-def test_hours_count_padding(own: Path) -> None:
+def test_hours_count_padding(own):
     planned = plan.of_request(Request(str(own)), gpus.find("T4"), data=True)
     known, took, config = counted(own), planned.work, yamlfiles.read_yaml(own)
     per_token = work.flops_of_token(plan.plan(config)[1], round(known.padded / known.rows))
@@ -69,12 +69,12 @@ def test_hours_count_padding(own: Path) -> None:
         ),
     ],
 )
-def test_a_studys_own_count_is_taken_for_its_own_rows_and_tokenizer(change: dict[str, Any], tokens: int | None) -> None:
+def test_a_studys_own_count_is_taken_for_its_own_rows_and_tokenizer(change, tokens):
     known = published(**change)
     assert (known.tokens if known else None) == tokens
 
 
-def test_rows_that_cannot_be_counted_are_refused(own: Path, sample: Path, tmp_path: Path) -> None:
+def test_rows_that_cannot_be_counted_are_refused(own, sample, tmp_path):
     (tmp_path / "rows.parquet").touch()
     (tmp_path / "broken.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": \n')
     both = [{"path": str(sample / "train.jsonl"), "type": "alpaca"}, {"path": "tatsu-lab/alpaca", "type": "alpaca"}]
@@ -89,7 +89,7 @@ def test_rows_that_cannot_be_counted_are_refused(own: Path, sample: Path, tmp_pa
             counted(own, change)
 
 
-def test_steps_of_packed_rows_are_of_full_sequences(own: Path) -> None:
+def test_steps_of_packed_rows_are_of_full_sequences(own):
     config = yamlfiles.read_yaml(own)
     step = config["micro_batch_size"] * config["gradient_accumulation_steps"] * config["sequence_len"]
     took = plan.of_request(Request(str(own), overrides=["max_steps=3", "sample_packing=true"])).work
@@ -97,7 +97,7 @@ def test_steps_of_packed_rows_are_of_full_sequences(own: Path) -> None:
 
 
 @pytest.mark.long
-def test_hours_are_near_those_of_published_runs() -> None:
+def test_hours_are_near_those_of_published_runs():
     """PEFT's run of a rank of 32 trained for 585.2 s on an L40S; with every row as a full one it would be 1,880 s."""
     planned = plan.of_request(Request("peft-metamathqa/lora-rank32"), gpus.find("L40S"))
     assert planned.work and planned.work.hours

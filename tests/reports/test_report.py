@@ -12,7 +12,6 @@ from typing import Any
 import orjson
 import pytest
 import run_folders
-from conftest import Recipe
 
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.files import sha256, write_rows
@@ -126,7 +125,7 @@ def a_sweep(folder: Path) -> Sweep:
     return sweep
 
 
-def test_a_report_says_what_the_run_was(tmp_path: Path) -> None:
+def test_a_report_says_what_the_run_was(tmp_path):
     html = html_of(a_run(tmp_path))
     for said in (LLAMA_3, "Rehearsal.", "--set lora_r &lt;b&gt;⟨U+202E⟩&lt;/b&gt;", "f" * 64, "a &lt;processor&gt;"):
         assert said in html
@@ -137,16 +136,14 @@ def test_a_report_says_what_the_run_was(tmp_path: Path) -> None:
     assert "<script>alert" not in html
 
 
-def test_the_source_of_a_setting_without_a_comment_is_the_recipe(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_source_of_a_setting_without_a_comment_is_the_recipe(tmp_path, monkeypatch):
     monkeypatch.setattr(yamlfiles, "sources", lambda file: {})
     (reported,) = report_runs.reported_runs([a_run(tmp_path)])
     sources = {row["setting"]: row["source"] for row in reported.settings}
     assert (sources["lora_alpha"], sources["lora_r"][:5]) == ("the recipe", "--set")
 
 
-def test_a_run_with_nothing_yet(tmp_path: Path) -> None:
+def test_a_run_with_nothing_yet(tmp_path):
     run = a_run(tmp_path, summary=Summary())
     for file in (run.metrics, run.path / "scores.json", run.path / "predictions.jsonl", run.config):
         file.unlink()
@@ -155,7 +152,7 @@ def test_a_run_with_nothing_yet(tmp_path: Path) -> None:
     assert "reader-data" not in html.partition("<script>")[0]
 
 
-def test_curves_are_the_telemetry(tmp_path: Path) -> None:
+def test_curves_are_the_telemetry(tmp_path):
     run = a_run(tmp_path)
     metrics = run.read_metrics()
     figures = {figure.key: figure for figure in report_figures.training({"a": metrics})}
@@ -169,7 +166,7 @@ def test_curves_are_the_telemetry(tmp_path: Path) -> None:
     assert len(next(report_figures.training({"a": many})).traces[0]["x"]) == report_figures.MOST_POINTS
 
 
-def test_diffs_are_those_that_were_evaluated(tmp_path: Path) -> None:
+def test_diffs_are_those_that_were_evaluated(tmp_path):
     members = report_runs.reported_runs([a_run(tmp_path)])
     (shown,) = report_runs.reader(members)
     assert shown["diff"][3].startswith("@@ -3,4") and shown["data"] == "data/test.jsonl"
@@ -179,7 +176,7 @@ def test_diffs_are_those_that_were_evaluated(tmp_path: Path) -> None:
     assert shown["diff"] is None and "SHA-256" in shown["why"]
 
 
-def test_runs_on_the_same_rows_share_them_and_are_told_apart_by_their_labels(tmp_path: Path) -> None:
+def test_runs_on_the_same_rows_share_them_and_are_told_apart_by_their_labels(tmp_path):
     runs = [a_run(tmp_path, name="1"), a_run(tmp_path, name="2"), a_run(tmp_path, LLAMA_2)]
     (shown,) = report_runs.reader(report_runs.reported_runs(runs))
     assert [model["label"] for model in shown["models"]] == ["llama-3-8b, 1", "llama-3-8b, 2", "llama-2-7b"]
@@ -188,7 +185,7 @@ def test_runs_on_the_same_rows_share_them_and_are_told_apart_by_their_labels(tmp
     assert len(report_runs.reader(report_runs.reported_runs(runs))) == 2
 
 
-def test_the_study_stands_beside_what_is_published_and_rehearsals_do_not(tmp_path: Path) -> None:
+def test_the_study_stands_beside_what_is_published_and_rehearsals_do_not(tmp_path):
     a_run(tmp_path, rehearsal=False)
     runs = tmp_path / "runs"
     html = report.of_study(STUDY, False, runs)
@@ -198,7 +195,7 @@ def test_the_study_stands_beside_what_is_published_and_rehearsals_do_not(tmp_pat
     assert "5.27" not in html and STUDY.compared[0].name not in html and "Rehearsal." in html
 
 
-def test_a_sweep_shows_its_trade_offs(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_sweep_shows_its_trade_offs(recipe, tmp_path):
     a_sweep(tmp_path)
     done = recipe("report", "ranks")
     assert (done.returncode, done.stdout) == (0, "report.html\n")
@@ -253,9 +250,7 @@ def run_html(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize(("scheme", "size"), [("light", PHONE), ("dark", DESKTOP)])
-def test_every_figure_is_drawn_fits_and_is_accessible(
-    browser: Any, run_html: str, tmp_path: Path, scheme: str, size: tuple[int, int]
-) -> None:
+def test_every_figure_is_drawn_fits_and_is_accessible(browser, run_html, tmp_path, scheme, size):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
     with opened(browser, run_html, tmp_path, size, scheme) as page:
         assert page.locator("figure").count() == 5
@@ -269,7 +264,7 @@ def test_every_figure_is_drawn_fits_and_is_accessible(
         assert [(one["id"], one["nodes"][0]["html"]) for one in grave] == []
 
 
-def test_figures_can_be_saved_and_read_as_tables(browser: Any, run_html: str, tmp_path: Path) -> None:
+def test_figures_can_be_saved_and_read_as_tables(browser, run_html, tmp_path):
     with opened(browser, run_html, tmp_path) as page:
         loss = page.locator("figure[data-figure=loss]")
         loss.locator("summary").click()
@@ -283,7 +278,7 @@ def test_figures_can_be_saved_and_read_as_tables(browser: Any, run_html: str, tm
             assert Path(download.value.path()).read_bytes().startswith(start)
 
 
-def test_reading_predictions(browser: Any, run_html: str, tmp_path: Path) -> None:
+def test_reading_predictions(browser, run_html, tmp_path):
     with opened(browser, run_html, tmp_path) as page:
         position, row = page.locator("#position"), page.locator("#row")
         assert row.locator("h3").inner_text().startswith("Row 0 · py · position 0 ")
@@ -313,7 +308,7 @@ def test_reading_predictions(browser: Any, run_html: str, tmp_path: Path) -> Non
         assert page.locator("#count").inner_text() == "0 of 40 rows match"
 
 
-def test_what_others_wrote_is_shown_as_text(browser: Any, run_html: str, tmp_path: Path) -> None:
+def test_what_others_wrote_is_shown_as_text(browser, run_html, tmp_path):
     with opened(browser, run_html, tmp_path, PHONE) as page:
         for i, attack in enumerate(ATTACKS):
             said = page.locator("#row .said").nth(1)
@@ -333,14 +328,14 @@ def test_what_others_wrote_is_shown_as_text(browser: Any, run_html: str, tmp_pat
                 assert page.locator("#row h3").inner_text().startswith(f"Row {i + 1} ")
 
 
-def test_the_tagged_form_is_shown_as_lines(browser: Any, tmp_path: Path) -> None:
+def test_the_tagged_form_is_shown_as_lines(browser, tmp_path):
     tagged = {"input": "<keep>a<add>b <i>c</i><del>d"}
     write_rows(tmp_path / "data" / "test.jsonl", [row | tagged for row in some_rows(9, random.Random(1))])
     with opened(browser, html_of(a_run(tmp_path)), tmp_path) as page:
         assert page.locator(".diff > *").all_text_contents() == [" a", "+b <i>c</i>", "-d"]
 
 
-def test_several_runs_the_study_and_a_sweep_open_too(browser: Any, tmp_path: Path) -> None:
+def test_several_runs_the_study_and_a_sweep_open_too(browser, tmp_path):
     one, other = a_run(tmp_path), a_run(tmp_path, LLAMA_2)
     with opened(browser, html_of(one, other), tmp_path) as page:
         headings = [text.split()[-1] for text in page.locator("#row h4").all_inner_texts()]

@@ -13,7 +13,7 @@ from qlora_recipes.results.run_rows import RunResult
 from qlora_recipes.scores.evaluations import read_scores
 
 
-def test_scores_spreads_curves_and_what_was_measured_stand_in_it(runs: Path) -> None:
+def test_scores_spreads_curves_and_what_was_measured_stand_in_it(runs):
     small_study.decoded(small_study.ran(runs, PLAIN, "a", 66.0), 64.5)
     small_study.ran(runs, WIDE, "b", 71.0)
     html = report.of_study(small_study.read(), False, runs)
@@ -24,7 +24,7 @@ def test_scores_spreads_curves_and_what_was_measured_stand_in_it(runs: Path) -> 
     assert "BLEU-4" not in html
 
 
-def test_runs_of_different_studies_share_no_column(runs: Path) -> None:
+def test_runs_of_different_studies_share_no_column(runs):
     ours = small_study.ran(runs, PLAIN, "a", 66.0)
     other = a_run(runs, "haider2024/llama-2-7b", "b", 5.0)
     both = report_runs.reported_runs([ours, other])
@@ -35,7 +35,7 @@ def test_runs_of_different_studies_share_no_column(runs: Path) -> None:
     assert rows["accuracy, %"]["plain: published"] == "67.40 ± 1.00"
 
 
-def test_a_card_has_the_studys_metrics_and_its_tags(runs: Path) -> None:
+def test_a_card_has_the_studys_metrics_and_its_tags(runs):
     small_study.write(Path(), tags=["arithmetic"])
     folder = small_study.ran(runs, PLAIN, "a", 66.0)
     folder.output.mkdir()

@@ -25,7 +25,7 @@ def rows(*texts: str, **more: list[Any]) -> list[dict[str, Any]]:
     return score.with_scores(made, PLAIN)
 
 
-def test_a_comparison_is_of_the_same_rows() -> None:
+def test_a_comparison_is_of_the_same_rows():
     a = rows("rename variable", "why", "rename it please", "nit", idx=[7, 8, 9, 11])
     b = rows("nit", "x", "rename", "nit", idx=[7, 8, 9, 10])
     compared = compare.compare(ScoredRows(a, PLAIN), ScoredRows(list(reversed(b)), PLAIN))
@@ -35,7 +35,7 @@ def test_a_comparison_is_of_the_same_rows() -> None:
                            "b": pytest.approx(sum(r["bleu4"] for r in b[:3]) / 3)} | expected  # fmt: skip
 
 
-def test_bertscores_are_compared_only_where_one_judge_made_both() -> None:
+def test_bertscores_are_compared_only_where_one_judge_made_both():
     a, b = ([row | {"bertscore_f1": value} for row in rows("x", "y")] for value in (0.8, 0.9))
     judge, other = {"model": "m", "revision": "1"}, {"model": "m", "revision": "2"}
     for left, right, count in ((judge, judge, 3), (judge, other, 2), (None, None, 2), (judge, None, 2)):
@@ -45,7 +45,7 @@ def test_bertscores_are_compared_only_where_one_judge_made_both() -> None:
         assert len(made) == count
 
 
-def test_scores_that_a_file_brings_along_are_not_believed(tmp_path: Path) -> None:
+def test_scores_that_a_file_brings_along_are_not_believed(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_bytes(orjson.dumps({"reference": "a b c d", "prediction": "a b c d", "bleu4": 0.01, "bertscore_f1": 9}))
     (of_file,) = compare.several([str(file)], tmp_path)
@@ -53,7 +53,7 @@ def test_scores_that_a_file_brings_along_are_not_believed(tmp_path: Path) -> Non
     assert row["bleu4"] == pytest.approx(100) and "bertscore_f1" not in row
 
 
-def test_rows_are_matched_by_position_or_order_and_others_are_refused() -> None:
+def test_rows_are_matched_by_position_or_order_and_others_are_refused():
     assert len(compare.pair(rows("a", "b"), rows("c", "d"))) == 2
     other = [row | {"reference": "something else"} for row in rows("a", "b")]
     for left, right, named in (
@@ -65,7 +65,7 @@ def test_rows_are_matched_by_position_or_order_and_others_are_refused() -> None:
             compare.pair(left, right)
 
 
-def test_the_command_compares_files(recipe: Recipe, tmp_path: Path) -> None:
+def test_the_command_compares_files(recipe, tmp_path):
     for name, made in (("a.jsonl", rows("rename variable", "why")), ("b.jsonl", rows("x", "y"))):
         (tmp_path / name).write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in made))
     assert recipe.json("results", "a.jsonl", "b.jsonl")["scores"][0]["better"] == 1
@@ -95,7 +95,7 @@ def as_json(recipe: Recipe, *compared: str) -> dict[str, Any]:
     return recipe.json("results", *compared)
 
 
-def test_runs_that_are_not_evaluated_are_compared_by_their_trainings(recipe: Recipe, tmp_path: Path) -> None:
+def test_runs_that_are_not_evaluated_are_compared_by_their_trainings(recipe, tmp_path):
     for name, rate in (("one", 2e-4), ("two", 2e-4), ("other", 3e-4)):
         trained(tmp_path, name, rate, predicted=False)
     equal = {"first": 1, "last": 6, "step": None, "losses": None, "differences": {}}
@@ -105,9 +105,7 @@ def test_runs_that_are_not_evaluated_are_compared_by_their_trainings(recipe: Rec
     assert other["differences"] == {"learning_rate": [2e-4, 3e-4]}
 
 
-def test_runs_without_a_metric_of_rows_in_common_are_compared_by_their_trainings(
-    recipe: Recipe, tmp_path: Path
-) -> None:
+def test_runs_without_a_metric_of_rows_in_common_are_compared_by_their_trainings(recipe, tmp_path):
     metrics = {"mmlu": {"metric": "benchmark", "task": "mmlu"}}
     for name in ("one", "two"):
         run = trained(tmp_path, name, predicted=False)
@@ -117,7 +115,7 @@ def test_runs_without_a_metric_of_rows_in_common_are_compared_by_their_trainings
     recipe.ok("results", "one", "two")
 
 
-def test_both_parts_are_shown_where_both_are_there(recipe: Recipe, tmp_path: Path) -> None:
+def test_both_parts_are_shown_where_both_are_there(recipe, tmp_path):
     for name in ("one", "two"):
         run = trained(tmp_path, name)
     compared = as_json(recipe, "one", "two")
@@ -131,7 +129,7 @@ def test_both_parts_are_shown_where_both_are_there(recipe: Recipe, tmp_path: Pat
     assert recipe("results", "one", "two").returncode == 2
 
 
-def test_versions_and_machine_are_among_what_differs(recipe: Recipe, tmp_path: Path) -> None:
+def test_versions_and_machine_are_among_what_differs(recipe, tmp_path):
     for name, torch, driver, ranks in (("one", "2.14.1", "580", 1), ("two", "2.15.0", "590", 2)):
         machine = {"packages": {"torch": torch}, "python": "3.13", "gpus": [{"name": "T4", "driver": driver}]}
         trained(tmp_path, name, provenance=machine, gpus_used=ranks)
@@ -142,7 +140,7 @@ def test_versions_and_machine_are_among_what_differs(recipe: Recipe, tmp_path: P
     }
 
 
-def test_a_rehearsal_is_not_compared_with_a_real_run(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_rehearsal_is_not_compared_with_a_real_run(recipe, tmp_path):
     for name, rehearsal in (("one", True), ("two", False)):
         trained(tmp_path, name, rehearsal=rehearsal)
     assert recipe("results", "one", "two").returncode == 2

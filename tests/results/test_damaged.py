@@ -6,7 +6,6 @@ from typing import Any
 
 import orjson
 import pytest
-from conftest import Recipe
 from run_folders import ADAPTER, a_run
 
 from qlora_recipes.base.files import append_line, write_rows
@@ -28,7 +27,7 @@ def edit(file: Path, **change: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [{"step": None}, {"loss": "text"}, {"eval_loss_per_token": [1]}])
-def test_a_damaged_line_of_metrics_is_left_out_and_said(recipe: Recipe, bad: RunDir, change: dict[str, Any]) -> None:
+def test_a_damaged_line_of_metrics_is_left_out_and_said(recipe, bad, change):
     edit(bad.path / "run.json", state="failed")
     bad.metrics.write_bytes(orjson.dumps(RECORD) + b"\n" + orjson.dumps(RECORD | {"step": 2} | change) + b"\n")
     listed = recipe.ok("results", "--json")
@@ -36,7 +35,7 @@ def test_a_damaged_line_of_metrics_is_left_out_and_said(recipe: Recipe, bad: Run
     assert listed.stderr.count("bad/metrics.jsonl") == 1
 
 
-def test_zeros_at_the_end_of_metrics_cost_no_whole_line(recipe: Recipe, bad: RunDir) -> None:
+def test_zeros_at_the_end_of_metrics_cost_no_whole_line(recipe, bad):
     edit(bad.path / "run.json", state="failed")
     bad.metrics.write_bytes(orjson.dumps(RECORD) + b"\n" + b"\0" * 4096)
     append_line(bad.metrics, orjson.dumps(RECORD | {"step": 2}))  # of a resumed training
@@ -50,9 +49,7 @@ def test_zeros_at_the_end_of_metrics_cost_no_whole_line(recipe: Recipe, bad: Run
         ("run.json", {"created": "2026-01-01T00:00:00"}, "bad/run.json: "),
     ],
 )
-def test_a_damaged_run_is_named_and_the_others_are_listed(
-    recipe: Recipe, bad: RunDir, file: str, content: Any, says: str
-) -> None:
+def test_a_damaged_run_is_named_and_the_others_are_listed(recipe, bad, file, content, says):
     edit(bad.path / "run.json", state="interrupted")
     if file == "run.json":
         content = orjson.loads((bad.path / file).read_bytes()) | content
@@ -68,9 +65,7 @@ def test_a_damaged_run_is_named_and_the_others_are_listed(
     ("provenance", "at"),
     [("T4", ""), ({"gpus": [{"name": 1}]}, ".gpus.0.name"), ({"git": {}}, ".git.revision"), ({"cpu": None}, ".cpu")],
 )
-def test_a_provenance_of_odd_types_is_named_with_its_place(
-    recipe: Recipe, bad: RunDir, provenance: Any, at: str
-) -> None:
+def test_a_provenance_of_odd_types_is_named_with_its_place(recipe, bad, provenance, at):
     edit(bad.path / "run.json", provenance=provenance)
     says = re.compile(rf"bad/run\.json: .*provenance{re.escape(at)}; ")
     for words in (["report"], ["results", "--export"], ["results", f"{NAME}/good"]):
@@ -82,9 +77,7 @@ def test_a_provenance_of_odd_types_is_named_with_its_place(
     "scores",
     [[], {"metrics": 7}, {"metrics": {"bleu4": {}}, "bleu4": "good"}, {"bleu4": 5.0, "intervals": {"bleu4": 1}}],
 )
-def test_damaged_scores_are_named_and_the_run_is_as_one_that_is_not_evaluated(
-    recipe: Recipe, bad: RunDir, scores: Any
-) -> None:
+def test_damaged_scores_are_named_and_the_run_is_as_one_that_is_not_evaluated(recipe, bad, scores):
     edit(bad.path / "scores.json", scores=scores)
     for words in (["results", "--json"], ["report", f"{NAME}/bad"]):
         done = recipe.ok(*words)
@@ -93,7 +86,7 @@ def test_damaged_scores_are_named_and_the_run_is_as_one_that_is_not_evaluated(
 
 
 @pytest.mark.parametrize("change", [{"row": None}, {"bleu4": "good"}, {"bleu4": 1e308}, {"prediction": 1}])
-def test_predictions_that_are_none_are_named(recipe: Recipe, bad: RunDir, change: dict[str, Any]) -> None:
+def test_predictions_that_are_none_are_named(recipe, bad, change):
     row = {"row": 1, "idx": 1, "lang": "go", "reference": "a", "prediction": "b", "bleu4": 1.0, "exact": False}
     write_rows(bad.path / "predictions.jsonl", [row, row | {"row": 2} | change])
     for words in (["results", "haider2024"], ["report", f"{NAME}/bad"]):
@@ -101,7 +94,7 @@ def test_predictions_that_are_none_are_named(recipe: Recipe, bad: RunDir, change
     assert "bad/predictions.jsonl: damaged" in recipe("report", f"{NAME}/bad").stderr
 
 
-def test_a_truncated_adapter_is_neither_evaluated_nor_published(recipe: Recipe, bad: RunDir) -> None:
+def test_a_truncated_adapter_is_neither_evaluated_nor_published(recipe, bad):
     bad.output.mkdir()
     (bad.output / ADAPTER).write_bytes(b"\x10\0\0\0")
     for verb in ("evaluate", "publish"):

@@ -43,7 +43,7 @@ def status_of(name: str, metric: str = "accuracy, %") -> ledgers.Status:
     return row
 
 
-def test_a_record_is_exported_added_and_shown(recipe: Recipe) -> None:
+def test_a_record_is_exported_added_and_shown(recipe):
     a_run("one", 67.0)
     file, content = exported(recipe, "latest")
     assert re.fullmatch(r"plain-rtx-4090-seed-42-[0-9a-f]{12}\.json", str(file))
@@ -63,7 +63,7 @@ def test_a_record_is_exported_added_and_shown(recipe: Recipe) -> None:
     assert "  67 (66.5 to 67.5)  " in shown and "  18.50  " in shown
 
 
-def test_the_status_of_a_published_number_is_the_furthest_stage_with_a_valid_record() -> None:
+def test_the_status_of_a_published_number_is_the_furthest_stage_with_a_valid_record():
     assert (status_of(PLAIN).status, status_of(PLAIN).here) == ("not run", None)
     assert status_of(PLAIN).command == f"recipe reproduce sums2030 --only {PLAIN}"
     recorded(a_run("evaluated", 66.0, published_adapter="authors"))
@@ -82,7 +82,7 @@ def test_the_status_of_a_published_number_is_the_furthest_stage_with_a_valid_rec
     assert len(ledgers.records(small_study.read(), strict=True)) == 4
 
 
-def test_a_run_that_ran_out_of_memory_is_recorded(recipe: Recipe) -> None:
+def test_a_run_that_ran_out_of_memory_is_recorded(recipe):
     made = a_run("one", state="failed")
     record = made.read()
     record.launches[-1].problem = "out of memory"
@@ -93,7 +93,7 @@ def test_a_run_that_ran_out_of_memory_is_recorded(recipe: Recipe) -> None:
     assert status_of(PLAIN).status == "not run; out of memory on RTX 4090, seed 42"
 
 
-def test_a_cell_has_a_status_of_its_own() -> None:
+def test_a_cell_has_a_status_of_its_own():
     cells = [{"values": {"lora_r": r}, "scores": {"accuracy": [60 + r]}} for r in (4, 8)]
     published = yamlfiles.read_yaml(Path("recipes", "sums2030", "study.yaml"))["published"]
     published[PLAIN]["cells"] = cells
@@ -106,7 +106,7 @@ def test_a_cell_has_a_status_of_its_own() -> None:
     assert status_of(PLAIN).status == "not run"
 
 
-def test_a_record_names_no_folder_host_or_user(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_record_names_no_folder_host_or_user(recipe, tmp_path):
     planted = {"hub_token": "hf_abcdefghijklmnopqrstuvwx12", "wandb_entity": "mmuster", "seed": 43}
     folder = a_run("one", 67.0, set=planted, settings={"adapter": "/home/mmuster/a", "data": "/home/mmuster/t.jsonl"})
     run = folder.read()
@@ -140,7 +140,7 @@ def test_a_record_names_no_folder_host_or_user(recipe: Recipe, tmp_path: Path) -
         {"version": 2},
     ],
 )
-def test_a_field_takes_only_what_it_is_for(recipe: Recipe, change: dict[str, Any]) -> None:
+def test_a_field_takes_only_what_it_is_for(recipe, change):
     recorded(a_run("good", 67.0))
     recorded(a_run("edited", 68.0), **change).rename(RESULTS / "edited.json")
     done = recipe("results", "sums2030", "--ledger", "--json")
@@ -152,21 +152,21 @@ def test_a_field_takes_only_what_it_is_for(recipe: Recipe, change: dict[str, Any
 
 
 @pytest.mark.parametrize("broken", ["", "[]", "[" * 100_000, "\xff", '{"\x1b[31m": 1}'])
-def test_a_broken_file_is_reported(recipe: Recipe, broken: str) -> None:
+def test_a_broken_file_is_reported(recipe, broken):
     file = recorded(a_run("one"))
     file.write_text(broken, encoding="latin-1")
     done = recipe("results", "sums2030", "--ledger", "--json")
     assert done.returncode == 0 and file.name in done.stderr and "\x1b" not in done.stderr
 
 
-def test_an_edited_record_is_refused() -> None:
+def test_an_edited_record_is_refused():
     file = recorded(a_run("one", 67.0))
     file.write_text(file.read_text().replace("67.0", "67.4"))
     with pytest.raises(UserError, match="edited"):
         ledgers.read(file, small_study.read())
 
 
-def test_a_changed_recipe_is_marked() -> None:
+def test_a_changed_recipe_is_marked():
     recorded(a_run("one", 67.0))
     of_study, file = small_study.read(), Path("recipes", f"{PLAIN}.yaml")
     file.write_text(f"# another comment\n{file.read_text()}")
@@ -191,25 +191,25 @@ def test_a_changed_recipe_is_marked() -> None:
         ({"named": "mine"}, "mine"),
     ],
 )
-def test_a_run_that_does_not_stand_for_its_recipe_has_none(recipe: Recipe, more: dict[str, Any], reason: str) -> None:
+def test_a_run_that_does_not_stand_for_its_recipe_has_none(recipe, more, reason):
     a_run("one", **more)
     done = recipe("results", "--export", "latest")
     assert (done.returncode, done.stdout, [*Path().glob("*.json")]) == (2, "", [])
     assert reason in done.stderr
 
 
-def test_the_plan_is_recorded_beside_the_measured_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_is_recorded_beside_the_measured_memory(monkeypatch):
     folder = a_run("one")
     monkeypatch.setattr(planner, "required_gib", lambda _, gpu: 3.0 if gpu.capability == (8, 9) else None)
     assert ledger.record_of_run(RunResult(folder, folder.read())).planned_gib == 3
 
 
-def test_a_study_without_a_published_number_has_no_status(recipe: Recipe) -> None:
+def test_a_study_without_a_published_number_has_no_status(recipe):
     small_study.write(Path(), published={PLAIN: {}})
     recipe.ok("results", "--ledger")
 
 
-def test_every_shipped_record_is_valid() -> None:
+def test_every_shipped_record_is_valid():
     for file in paths.RECIPES.glob("*/study.yaml"):
         of_study = study.load(file.parent)
         assert all(isinstance(record, Record) for record in ledgers.records(of_study, strict=True))

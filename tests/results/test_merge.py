@@ -27,9 +27,7 @@ def run(tmp_path: Path) -> RunDir:
 
 @pytest.mark.long
 @pytest.mark.parametrize(("by", "code"), STOPS)
-def test_a_merge_that_is_stopped_leaves_no_process_and_no_half_a_model(
-    tmp_path: Path, stand_in: Path, run: RunDir, by: signal.Signals, code: int
-) -> None:
+def test_a_merge_that_is_stopped_leaves_no_process_and_no_half_a_model(tmp_path, stand_in, run, by, code):
     merged = run.output / "merged" / "model.safetensors"
     words = ("publish", run.path, "--merge")
     process = start(tmp_path, *words, command=stand_in, STAND_IN_GO=str(tmp_path / "go"))

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import SUPPORT, Recipe
+from conftest import SUPPORT
 
 from qlora_recipes.runs.rundir import RunDir
 
@@ -23,7 +23,7 @@ def old_run(tmp_path: Path) -> Path:
     return folder
 
 
-def test_an_old_run_is_listed(recipe: Recipe, old_run: Path) -> None:
+def test_an_old_run_is_listed(recipe, old_run):
     (row,) = recipe.json("results")
     assert (row["recipe"], row["state"], row["ended"]) == (NAME, "finished", None)
     assert (row["eval_loss"], row["eval_loss_axolotl"]) == (None, pytest.approx(4.1054, abs=1e-4))
@@ -33,9 +33,7 @@ def test_an_old_run_is_listed(recipe: Recipe, old_run: Path) -> None:
     assert NAME in recipe("results", "haider2024", "--rehearse").stdout
 
 
-def test_an_old_run_is_reported_and_compared_but_not_published_without_its_adapter(
-    recipe: Recipe, old_run: Path, tmp_path: Path
-) -> None:
+def test_an_old_run_is_reported_and_compared_but_not_published_without_its_adapter(recipe, old_run, tmp_path):
     recipe.json("results", str(old_run), str(old_run))
     recipe.ok("report", str(old_run))
     assert "4.105" in (tmp_path / "report.html").read_text()
@@ -43,7 +41,7 @@ def test_an_old_run_is_reported_and_compared_but_not_published_without_its_adapt
     assert (done.returncode, "recipe run" in done.stderr) == (2, True)
 
 
-def test_a_run_that_an_earlier_version_left_unfinished_is_read_as_todays(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_run_that_an_earlier_version_left_unfinished_is_read_as_todays(recipe, tmp_path):
     folder = tmp_path / "runs" / "haider2024/llama-3-8b" / "20261128-202704-883091f"
     shutil.copytree(SUPPORT / "old_run_interrupted", folder)
     assert RunDir(folder).read().profiles == ["rehearsal", "mirror"]

@@ -147,7 +147,7 @@ def blocks(text: str) -> dict[str, str]:
     return {token.info: token.content for token in MarkdownIt("commonmark").parse(text) if token.type == "fence"}
 
 
-def test_the_card_says_how_the_model_was_made(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_card_says_how_the_model_was_made(run, capsys):
     evaluated(run)
     assert publish.publish(run) == [str(run.output / "README.md")]
     assert capsys.readouterr().err == ""
@@ -197,9 +197,7 @@ def test_the_card_says_how_the_model_was_made(run: RunDir, capsys: pytest.Captur
         ({"adapter": "lora", "load_in_4bit": False}, [], ["4-bit", " bits", "nf4", "quantization_config"]),
     ],
 )  # fmt: skip
-def test_a_card_tells_quantization_and_decoding(
-    run: RunDir, settings: dict[str, Any], said: list[str], unsaid: list[str]
-) -> None:
+def test_a_card_tells_quantization_and_decoding(run, settings, said, unsaid):
     cfg = yamlfiles.read_yaml(run.config) | settings
     run.config.write_text(yamlfiles.write_yaml(cfg))
     (run.output / "merged" / publish.MERGED_FROM).write_text(sha256(run.output / publish.ADAPTER))
@@ -221,7 +219,7 @@ SECRETS = {
 }
 
 
-def test_a_card_names_nothing_of_the_machine_and_no_secret(run: RunDir, tmp_path: Path) -> None:
+def test_a_card_names_nothing_of_the_machine_and_no_secret(run, tmp_path):
     run.config.write_text(yamlfiles.write_yaml(yamlfiles.read_yaml(run.config) | SECRETS))
     overrides = [f"{key}={json.dumps(value)}" for key, value in SECRETS.items()]
     planted = [Difference(key=k, run=v, why=f"--set {o}") for (k, v), o in zip(SECRETS.items(), overrides, strict=True)]
@@ -258,7 +256,7 @@ def test_a_card_names_nothing_of_the_machine_and_no_secret(run: RunDir, tmp_path
     assert front["model-index"][0]["results"][0]["dataset"]["name"].startswith("train.jsonl, ")
 
 
-def test_text_of_a_run_neither_breaks_its_card_nor_is_markdown_or_html(run: RunDir, tmp_path: Path) -> None:
+def test_text_of_a_run_neither_breaks_its_card_nor_is_markdown_or_html(run, tmp_path):
     odd = "a|b `c` ``d``\n| --- |\n```\n---\n<b>\\ x](https://evil.example) <img src=//evil.example/a> **b**"
     odd += " ![c](https://evil.example/d)\n# e"
     run.write(
@@ -320,10 +318,7 @@ MIRROR = "NousResearch/Meta-Llama-3-8B"
         ),
     ],
 )  # fmt: skip
-def test_a_card_claims_no_more_than_the_run_was(
-    run: RunDir, tmp_path: Path, changes: dict[str, Any], settings: dict[str, Any], base: str, front: dict[str, Any],
-    said: list[str], unsaid: list[str],
-) -> None:  # fmt: skip
+def test_a_card_claims_no_more_than_the_run_was(run, tmp_path, changes, settings, base, front, said, unsaid):
     run.write(record(tmp_path, **changes))
     run.config.write_text(yamlfiles.write_yaml(recipe_config(RECIPE) | settings))
     adapter_for(run, base)
@@ -338,7 +333,7 @@ def test_a_card_claims_no_more_than_the_run_was(
 
 
 @pytest.mark.parametrize("state", ["interrupted", "failed"])
-def test_only_a_finished_run_with_its_adapter_is_published(run: RunDir, tmp_path: Path, state: str) -> None:
+def test_only_a_finished_run_with_its_adapter_is_published(run, tmp_path, state):
     before = (run.output / "README.md").read_bytes()
     run.write(record(tmp_path, state=state))
     with pytest.raises(UserError, match="`recipe resume"):
@@ -351,9 +346,7 @@ def test_only_a_finished_run_with_its_adapter_is_published(run: RunDir, tmp_path
 
 
 @pytest.mark.parametrize("stale", [False, True])
-def test_a_card_says_when_scores_are_missing_or_of_other_rows(
-    run: RunDir, stale: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_card_says_when_scores_are_missing_or_of_other_rows(run, stale, capsys):
     if stale:
         evaluated(run, adapter_sha256="0" * 64)
     front, text = published(run)
@@ -388,7 +381,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Mock:
     return api
 
 
-def test_a_push_brings_the_adapter_its_tokenizer_and_its_card(run: RunDir, hub: Mock) -> None:
+def test_a_push_brings_the_adapter_its_tokenizer_and_its_card(run, hub):
     written = publish.publish(run, push="owner/model")
     assert written == [str(run.output / "README.md"), "https://hub/owner/model"]
     wanted = TOKENIZER | {"README.md", "adapter_config.json", "adapter_model.safetensors"}
@@ -397,7 +390,7 @@ def test_a_push_brings_the_adapter_its_tokenizer_and_its_card(run: RunDir, hub: 
     assert 'PeftModel.from_pretrained(base, "owner/model")' in card(run.output)[1]
 
 
-def test_a_push_of_a_merge_brings_the_merged_model(run: RunDir, hub: Mock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_push_of_a_merge_brings_the_merged_model(run, hub, capsys):
     merged = run.output / "merged"
     for name in ("config.json", "LICENSE.txt", "README.md", "pytorch_model.bin", "x.log"):
         (merged / name).write_text(name)
@@ -415,7 +408,7 @@ def test_a_push_of_a_merge_brings_the_merged_model(run: RunDir, hub: Mock, capsy
     assert "peft" not in text.lower().replace("peft 0", "")
 
 
-def test_what_is_to_be_private_is_not_pushed_to_a_public_repository(run: RunDir, hub: Mock) -> None:
+def test_what_is_to_be_private_is_not_pushed_to_a_public_repository(run, hub):
     hub.repo_info.return_value.private = False
     with pytest.raises(UserError, match="--private: owner/model"):
         publish.publish(run, push="owner/model", private=True)
@@ -426,9 +419,7 @@ def test_what_is_to_be_private_is_not_pushed_to_a_public_repository(run: RunDir,
     ("status", "expected", "named"),
     [(401, UserError, "HF_TOKEN"), (403, UserError, "HF_TOKEN"), (None, WorkFailed, r"refused.*\n.*README.md")],
 )
-def test_a_push_that_fails_names_the_remedy_and_leaves_the_card(
-    run: RunDir, hub: Mock, status: int | None, expected: type[Exception], named: str
-) -> None:
+def test_a_push_that_fails_names_the_remedy_and_leaves_the_card(run, hub, status, expected, named):
     hub.create_repo.side_effect = refusal = ConnectionError("refused")
     refusal.response = SimpleNamespace(status_code=status)
     with pytest.raises(expected, match=named):
@@ -437,14 +428,14 @@ def test_a_push_that_fails_names_the_remedy_and_leaves_the_card(
 
 
 @pytest.mark.parametrize("name", ["model", "a/b/c", "owner/mo del", None])
-def test_a_bad_name_of_a_repository_is_refused_before_anything_is_written(run: RunDir, name: str | None) -> None:
+def test_a_bad_name_of_a_repository_is_refused_before_anything_is_written(run, name):
     before = (run.output / "README.md").read_bytes()
     with pytest.raises(UserError, match="--push"):
         publish.publish(run, push=name, private=True)
     assert (run.output / "README.md").read_bytes() == before
 
 
-def test_an_adapter_for_a_folder_is_not_pushed(run: RunDir, tmp_path: Path) -> None:
+def test_an_adapter_for_a_folder_is_not_pushed(run, tmp_path):
     (tmp_path / "work" / "models" / "own").mkdir(parents=True)
     adapter_for(run, "models/own")
     with pytest.raises(UserError, match="--push"):
@@ -452,9 +443,7 @@ def test_an_adapter_for_a_folder_is_not_pushed(run: RunDir, tmp_path: Path) -> N
     assert "base_model" not in published(run)[0]
 
 
-def test_a_merge_that_fails_shows_the_end_of_its_log(
-    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_merge_that_fails_shows_the_end_of_its_log(run, tmp_path, monkeypatch):
     shutil.rmtree(run.output / "merged")
     (tmp_path / "axolotl").write_text("#!/bin/sh\necho no such model\nexit 3\n")
     (tmp_path / "axolotl").chmod(0o755)
@@ -466,9 +455,7 @@ def test_a_merge_that_fails_shows_the_end_of_its_log(
 
 @pytest.mark.long
 @pytest.mark.parametrize("pad_token", ["</s>", "<|a token that the model lacks|>"])
-def test_a_merge_by_axolotl_is_the_adapter_on_its_quantized_base(
-    tmp_path: Path, tiny: Path, tiny_profile: Path, sample: Path, pad_token: str
-) -> None:
+def test_a_merge_by_axolotl_is_the_adapter_on_its_quantized_base(tmp_path, tiny, tiny_profile, sample, pad_token):
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
     from peft import LoraConfig, PeftModel, get_peft_model
@@ -518,7 +505,7 @@ def test_a_merge_by_axolotl_is_the_adapter_on_its_quantized_base(
         assert scope["inputs"]["input_ids"][0].tolist() == example.prompt
 
 
-def test_the_code_of_a_card_decodes_as_the_run_was_evaluated() -> None:
+def test_the_code_of_a_card_decodes_as_the_run_was_evaluated():
     greedy = Decoding(max_new_tokens=9)
     sampled = Decoding(max_new_tokens=9, do_sample=True, temperature=0.1, top_k=40, top_p=0.95)
     assert model_card._arguments(greedy) == "max_new_tokens=9, do_sample=False"

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import pytest
 import small_study
-from conftest import Recipe
 from run_folders import a_run
 from small_study import PLAIN, WIDE, row_of
 
@@ -34,7 +33,7 @@ def with_seed(runs: Path, seed: int, right: list[float], name: str = "", recipe:
     return with_rows(small_study.ran(runs, recipe, name or f"2026-{seed}", np.mean(right), set=changed, **more), right)
 
 
-def test_runs_of_other_seeds_count_as_one(runs: Path) -> None:
+def test_runs_of_other_seeds_count_as_one(runs):
     own = with_seed(runs, 42, RIGHT)
     with_seed(runs, 43, [100.0, 0.0, 100.0, 100.0, 100.0, 100.0])
     with_seed(runs, 44, [100.0, 0.0, 0.0, 0.0, 100.0, 100.0])
@@ -65,7 +64,7 @@ def test_runs_of_other_seeds_count_as_one(runs: Path) -> None:
         ({"set": {"output_dir": "other", "dataset_prepared_path": "a", "wandb_project": "p", "use_mlflow": True}}, 2),
     ],
 )
-def test_a_repeat_differs_in_its_seed_output_and_trackers_only(runs: Path, other: dict[str, Any], counted: int) -> None:
+def test_a_repeat_differs_in_its_seed_output_and_trackers_only(runs, other, counted):
     with_seed(runs, 42, RIGHT)
     folder = with_seed(runs, 43, [0.0] * 6, **other)
     assert (row_of(runs)["runs"], row_of(runs)["accuracy"]) == (counted, pytest.approx(400 / 6 / counted))
@@ -73,7 +72,7 @@ def test_a_repeat_differs_in_its_seed_output_and_trackers_only(runs: Path, other
     assert row_of(runs)["runs"] == 1
 
 
-def test_one_more_run_of_a_seed_does_not_make_the_interval_narrower(runs: Path) -> None:
+def test_one_more_run_of_a_seed_does_not_make_the_interval_narrower(runs):
     with_seed(runs, 42, RIGHT, "a")
     with_seed(runs, 43, [0.0, *RIGHT[1:]], "b")
     before = row_of(runs)
@@ -82,19 +81,19 @@ def test_one_more_run_of_a_seed_does_not_make_the_interval_narrower(runs: Path) 
     assert (after["runs"], after["accuracy_low"]) == (2, before["accuracy_low"])
 
 
-def test_other_rows_leave_the_spread_of_runs(runs: Path) -> None:
+def test_other_rows_leave_the_spread_of_runs(runs):
     with_seed(runs, 42, RIGHT)
     with_rows(with_seed(runs, 43, RIGHT), RIGHT, first=1)
     assert row_of(runs)["accuracy_interval_method"] == "2 runs only"
 
 
-def test_runs_without_an_interval_have_none_together(runs: Path) -> None:
+def test_runs_without_an_interval_have_none_together(runs):
     with_seed(runs, 42, RIGHT[:2], within=None)
     with_seed(runs, 43, RIGHT[1:3], within=None)
     assert (row_of(runs)["runs"], row_of(runs)["accuracy_low"]) == (2, None)
 
 
-def test_runs_of_one_seed_know_nothing_of_others_and_say_how_to_know_more(runs: Path, recipe: Recipe) -> None:
+def test_runs_of_one_seed_know_nothing_of_others_and_say_how_to_know_more(runs, recipe):
     with_seed(runs, 42, RIGHT, "a")
     row = row_of(runs)
     assert (row["runs"], row["accuracy_interval_method"]) == (1, intervals.ROWS_ONLY)
@@ -105,7 +104,7 @@ def test_runs_of_one_seed_know_nothing_of_others_and_say_how_to_know_more(runs: 
     assert "--seeds" not in said and "sums2030/plain." in said
 
 
-def test_a_known_spread_stands_in_and_is_marked(runs: Path, recipe: Recipe) -> None:
+def test_a_known_spread_stands_in_and_is_marked(runs, recipe):
     published = {PLAIN: {"scores": {"accuracy": 67.4}, "repeats": {"accuracy": [67.4, 68.0, 66.9]}}, WIDE: {}}
     small_study.write(Path(), published=published, tolerances={})
     with_seed(runs, 42, RIGHT)
@@ -122,14 +121,14 @@ def test_a_known_spread_stands_in_and_is_marked(runs: Path, recipe: Recipe) -> N
     assert row_of(runs)["accuracy_interval_method"] == "rows and 2 runs"  # ours are better than any borrowed
 
 
-def test_a_further_decoding_is_the_mean_of_the_runs_that_have_it(runs: Path) -> None:
+def test_a_further_decoding_is_the_mean_of_the_runs_that_have_it(runs):
     one, other, _ = (with_seed(runs, seed, RIGHT) for seed in (42, 43, 44))
     small_study.decoded(one, 64.0)
     small_study.decoded(other, 66.0)
     assert row_of(runs)["accuracy_greedy"] == 65
 
 
-def test_scores_by_another_judge_are_not_averaged(runs: Path) -> None:
+def test_scores_by_another_judge_are_not_averaged(runs):
     recipe = "haider2024/llama-2-7b"
     folders = []
     for name, model in (("a", "roberta-large"), ("b", "other")):
@@ -141,7 +140,7 @@ def test_scores_by_another_judge_are_not_averaged(runs: Path) -> None:
     assert repeats.scores(columns["bertscore_f1"], found) == [(found[0], 0.8)]
 
 
-def test_the_curves_gap_has_a_verdict_where_the_study_gives_a_tolerance(runs: Path, recipe: Recipe) -> None:
+def test_the_curves_gap_has_a_verdict_where_the_study_gives_a_tolerance(runs, recipe):
     with_seed(runs, 42, RIGHT)  # 2.5 and 1.4, where 2.5 and 1.5 were published
     row = row_of(runs)
     assert row["train_loss_gap_mean"] == pytest.approx(-0.05)
@@ -167,7 +166,7 @@ def of_seeds(runs: Path, seeds: int, recipe: str = PLAIN, **more: Any) -> list[l
     return table
 
 
-def test_runs_of_several_seeds_tell_all_of_it(runs: Path) -> None:
+def test_runs_of_several_seeds_tell_all_of_it(runs):
     one, other = of_seeds(runs, 3), of_seeds(runs, 2, WIDE)
     found = repeats.outlook(small_study.read(), runs, 1)
     assert re.findall(r"(\d) runs \w+ (\S+)", found.rests_on) == [("3", PLAIN), ("2", WIDE)]
@@ -187,7 +186,7 @@ def test_runs_of_several_seeds_tell_all_of_it(runs: Path) -> None:
     ("seeds", "more"),
     [(1, {}), (3, {"rehearsal": True}), (3, {"settings": {"test_set": "test"}}), (3, {"set": {"seed": 42}})],
 )
-def test_what_it_lacks_is_told(runs: Path, recipe: Recipe, seeds: int, more: dict[str, Any]) -> None:
+def test_what_it_lacks_is_told(runs, recipe, seeds, more):
     of_seeds(runs, seeds, **more)
     lacks = recipe("results", "sums2030", "--power", "1")
     assert (lacks.returncode, "recipe reproduce sums2030 --seeds 3" in lacks.stderr) == (2, True)
@@ -207,15 +206,13 @@ OF_PERPLEXITY = {"metrics": {"perplexity": {}}, "shown": ["perplexity"], "tolera
         ({"published": {PLAIN: {}, WIDE: {}}} | OF_PERPLEXITY, 0.1, "perplexity"),  # which has no rows
     ],
 )
-def test_a_study_that_cannot_be_planned_is_refused(
-    runs: Path, changes: dict[str, Any], difference: float | None, named: str
-) -> None:
+def test_a_study_that_cannot_be_planned_is_refused(runs, changes, difference, named):
     small_study.write(Path(), **changes)
     with pytest.raises(repeats.UserError, match=named):
         repeats.outlook(small_study.read(), runs, difference)
 
 
-def test_peft_can_be_planned_before_any_run(recipe: Recipe) -> None:
+def test_peft_can_be_planned_before_any_run(recipe):
     found = recipe.json("results", "peft", "--power", "tolerance")
     assert found["difference"] == study.find("peft").tolerances["accuracy"]
     assert found["deviation_of_runs"] == pytest.approx(np.std([48.22, 48.22, 49.05], ddof=1))

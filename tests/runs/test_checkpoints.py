@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +19,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("damage", [*DAMAGES, "gone"])
 @pytest.mark.parametrize("name", [ADAPTER, "optimizer.pt", "rng_state.pth", checkpoints.MANIFEST])
-def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None:
+def test_a_damaged_file_is_named(tmp_path, name, damage):
     folder = a_checkpoint(tmp_path, 4)
     assert checkpoints.damage(folder, ranks=1) is None
     content = (file := folder / name).read_bytes()
@@ -30,7 +29,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None
     assert (checkpoints.damage(folder, ranks=1) or "").startswith(f"{name} ")
 
 
-def test_a_run_saves_manifests(tmp_path: Path) -> None:
+def test_a_run_saves_manifests(tmp_path):
     folder = a_checkpoint(tmp_path / "output", 4)
     (folder / checkpoints.MANIFEST).unlink()
     state = SimpleNamespace(is_world_process_zero=True, global_step=4)
@@ -41,7 +40,7 @@ def test_a_run_saves_manifests(tmp_path: Path) -> None:
     assert listed.keys() == {ADAPTER, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
 
 
-def test_files_of_each_rank_and_of_the_manifest_count_and_the_step_is_that_of_the_name(tmp_path: Path) -> None:
+def test_files_of_each_rank_and_of_the_manifest_count_and_the_step_is_that_of_the_name(tmp_path):
     folder = a_checkpoint(tmp_path, 4, ranks=2)
     assert checkpoints.damage(folder, ranks=2) is None
     assert "rng_state_2.pth" in (checkpoints.damage(folder, ranks=3) or "")

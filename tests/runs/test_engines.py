@@ -10,7 +10,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from cluster import Cluster
 from conftest import finish, start, wait_until
 
 from qlora_recipes.runs import rundir
@@ -92,7 +91,7 @@ def losses(run: RunDir, kind: str) -> dict[int, float]:
     return {record["step"]: record[kind] for record in run.read_metrics() if kind in record}
 
 
-def test_every_engine_trains_like_one_process(alone: RunDir, divided: tuple[str, RunDir]) -> None:
+def test_every_engine_trains_like_one_process(alone, divided):
     profile, run = divided
     record = run.read()
     assert (record.state, record.rehearsal, record.gpus_used) == ("finished", True, 2)
@@ -129,7 +128,7 @@ def logits(adapter: Path | None, model: Path, merged: bool = False) -> torch.Ten
     return found
 
 
-def test_every_engine_leaves_an_ordinary_adapter(alone: RunDir, divided: tuple[str, RunDir], tiny: Path) -> None:
+def test_every_engine_leaves_an_ordinary_adapter(alone, divided, tiny):
     _, run = divided
     expected = logits(alone.output, tiny)
     assert (expected - logits(None, tiny)).abs().max() > 10 * CLOSE
@@ -137,7 +136,7 @@ def test_every_engine_leaves_an_ordinary_adapter(alone: RunDir, divided: tuple[s
         torch.testing.assert_close(logits(run.output, tiny, merged), expected, atol=CLOSE, rtol=0)
 
 
-def test_two_nodes_train_like_one_process(alone: RunDir, place: Path, tiny_profile: Path, slurm: Cluster) -> None:
+def test_two_nodes_train_like_one_process(alone, place, tiny_profile, slurm):
     """Each node's torchrun starts one rank; near its time limit the job stops them in order and goes on later."""
     words = rehearsal(tiny_profile, "nodes", "--profile", "fsdp2", "--nodes", "2", "--on", "slurm")
     run = RunDir(place / finish(start(place, *words)))

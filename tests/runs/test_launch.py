@@ -32,7 +32,7 @@ def fails(folder: RunDir, monkeypatch: pytest.MonkeyPatch, does: str) -> Excepti
     return failed.value
 
 
-def test_what_axolotl_refuses_is_named(folder: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_axolotl_refuses_is_named(folder, tmp_path, monkeypatch):
     (tmp_path / "said").write_text(
         f"{STEPS}pydantic_core._pydantic_core.ValidationError: 2 validation errors for AxolotlConfigWCapabilities\n"
         "num_epochs\n  Input should be a valid number [type=float_parsing, input_value='x', input_type=str]\n"
@@ -45,9 +45,7 @@ def test_what_axolotl_refuses_is_named(folder: RunDir, tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("before", ["0.0.1", None])
-def test_another_version_than_in_the_first_launch_is_named(
-    folder: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], before: str | None
-) -> None:
+def test_another_version_than_in_the_first_launch_is_named(folder, monkeypatch, capsys, before):
     record = folder.read()
     record.provenance = records.collect()
     record.provenance["packages"] |= {"peft": before} if before else {}
@@ -68,9 +66,7 @@ def test_another_version_than_in_the_first_launch_is_named(
         (STEPS, "kill -SEGV $$", None),
     ],
 )
-def test_a_full_disk_is_blamed_only_for_what_it_ended_and_a_signal_is_named(
-    folder: RunDir, monkeypatch: pytest.MonkeyPatch, said: str, end: str, full: str | None
-) -> None:
+def test_a_full_disk_is_blamed_only_for_what_it_ended_and_a_signal_is_named(folder, monkeypatch, said, end, full):
     file = folder.path.parent / "said"
     file.write_text(said)
     error = fails(folder, monkeypatch, f"cat '{file}'; {end}")

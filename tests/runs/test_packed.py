@@ -30,14 +30,14 @@ def under_fp16(storage: str) -> tuple[torch.nn.Module, torch.nn.Module]:
 
 
 @pytest.mark.parametrize("name", IN_FP16)
-def test_a_recipe_in_fp16_keeps_its_weights_under_deepspeed(name: str) -> None:
+def test_a_recipe_in_fp16_keeps_its_weights_under_deepspeed(name):
     plain, model = under_fp16(recipe_config(name)["bnb_config_kwargs"]["bnb_4bit_quant_storage"])
     inputs = torch.randn(8, 256)
     error = (model(inputs) - plain(inputs)).norm() / plain(inputs).norm()
     assert error < 0.15
 
 
-def test_a_first_loss_that_is_worse_than_guessing_ends_the_training() -> None:
+def test_a_first_loss_that_is_worse_than_guessing_ends_the_training():
     require_sane(10.9, 49_152)
     require_sane(float("nan"), 49_152)  # which `recipe` reports
     with pytest.raises(RuntimeError):

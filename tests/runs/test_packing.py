@@ -52,7 +52,7 @@ def stepped(tmp_path_factory: pytest.TempPathFactory, tiny: Path, tiny_profile: 
     return {name: next(record for record in run.read_metrics() if "loss" in record) for name, run in runs.items()}
 
 
-def test_loss_and_gradient_are_those_of_the_rows_alone(stepped: dict[str, dict[str, float]]) -> None:
+def test_loss_and_gradient_are_those_of_the_rows_alone(stepped):
     alone, packed = stepped["alone"], stepped["packed"]
     print(stepped)
     assert alone["max_steps"] == packed["max_steps"] == 1
@@ -61,6 +61,6 @@ def test_loss_and_gradient_are_those_of_the_rows_alone(stepped: dict[str, dict[s
         assert packed[key] == pytest.approx(alone[key], rel=2e-6)
 
 
-def test_rows_that_see_each_other_have_another_loss_and_gradient(stepped: dict[str, dict[str, float]]) -> None:
+def test_rows_that_see_each_other_have_another_loss_and_gradient(stepped):
     for key in ("loss", "grad_norm"):
         assert stepped["leaking"][key] != pytest.approx(stepped["alone"][key], rel=2e-5)

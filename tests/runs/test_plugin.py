@@ -56,9 +56,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_profile: Path) -> dict[s
 
 
 @pytest.mark.long
-def test_evaluating_during_training_does_not_change_the_training_which_it_would_without_the_cure(
-    runs: dict[str, RunDir],
-) -> None:
+def test_evaluating_during_training_does_not_change_the_training_which_it_would_without_the_cure(runs):
     from bitsandbytes.functional import has_avx512bf16
 
     assert len(steps(runs["evaluated"])) == 8
@@ -67,7 +65,7 @@ def test_evaluating_during_training_does_not_change_the_training_which_it_would_
         assert steps(runs["uncured"]) != steps(runs["not evaluated"])
 
 
-def test_a_record_after_a_torn_line_is_kept(tmp_path: Path) -> None:
+def test_a_record_after_a_torn_line_is_kept(tmp_path):
     run = RunDir(tmp_path)
     run.metrics.write_bytes(b'{"step":4,"max_steps":8,"loss":3.0}\n{"step":5,"max_st')  # of a killed process
     progress = TrainingProgress(run.metrics)
@@ -79,7 +77,7 @@ def test_a_record_after_a_torn_line_is_kept(tmp_path: Path) -> None:
     assert [record["step"] for record in run.read_metrics()] == [4, 5, 6]
 
 
-def test_the_peak_is_the_one_before_axolotl_resets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_peak_is_the_one_before_axolotl_resets_it(tmp_path, monkeypatch):
     """Axolotl's trainer logs the peak, which resets it, before it calls the callbacks."""
     after = {"memory_allocated_gib": 4.0, "memory_reserved_gib": 7.0}
     monkeypatch.setattr(plugin, "_usage", lambda: dict(after))
@@ -89,7 +87,7 @@ def test_the_peak_is_the_one_before_axolotl_resets_it(tmp_path: Path, monkeypatc
     assert (record["memory_allocated_gib"], record["memory_reserved_gib"]) == (6.4, 7.0)
 
 
-def test_rows_that_are_prepared_are_not_written_again(tiny: Path, sample: Path, tmp_path: Path) -> None:
+def test_rows_that_are_prepared_are_not_written_again(tiny, sample, tmp_path):
     """Another run may be training on them."""
     from axolotl.cli.preprocess import do_preprocess
 
@@ -108,7 +106,7 @@ def test_rows_that_are_prepared_are_not_written_again(tiny: Path, sample: Path, 
     assert written[0] == written[1] != {}
 
 
-def test_a_mirror_is_collated_as_its_original(tiny: Path, tmp_path: Path) -> None:
+def test_a_mirror_is_collated_as_its_original(tiny, tmp_path):
     from axolotl.utils.collators import DataCollatorForSeq2Seq
 
     rows = [{"input_ids": [1, *range(5, end)], "labels": [-100, *range(5, end)]} for end in (9, 20)]
@@ -127,7 +125,7 @@ def test_a_mirror_is_collated_as_its_original(tiny: Path, tmp_path: Path) -> Non
     assert collated("left", "somebody/else") != original
 
 
-def test_the_eval_loss_is_that_of_the_checkpoint_that_was_kept(tmp_path: Path) -> None:
+def test_the_eval_loss_is_that_of_the_checkpoint_that_was_kept(tmp_path):
     run = RunDir(tmp_path)
     callback = RunCallback(run.metrics, TRAINER, None)
     arguments = SimpleNamespace(device="cpu", output_dir=str(run.output), load_best_model_at_end=True)
@@ -142,11 +140,11 @@ def test_the_eval_loss_is_that_of_the_checkpoint_that_was_kept(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("step", "ended"), [(0, "no batch"), (3, "callback"), (8, "complete")])
-def test_a_training_without_a_step_had_no_batch(tmp_path: Path, step: int, ended: str) -> None:
+def test_a_training_without_a_step_had_no_batch(tmp_path, step, ended):
     assert RunCallback(tmp_path, TRAINER, None)._how_it_ended(state_at(step), STOPPING) == ended
 
 
-def test_the_gpu_that_torch_trains_on_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_that_torch_trains_on_is_recorded(tmp_path, monkeypatch):
     folder = a_run(tmp_path / "runs", "haider2024/code-llama-7b", "one", 5.0, state="failed")
     shell_for_axolotl(tmp_path, monkeypatch, "exit 1")
     card = SimpleNamespace(name="NVIDIA A100-SXM4-40GB", total_memory=40 * plugin.GIB, major=8, minor=0)
@@ -161,7 +159,7 @@ def test_the_gpu_that_torch_trains_on_is_recorded(tmp_path: Path, monkeypatch: p
     assert folder.read().provenance["gpus"] == [used]
 
 
-def test_tokens_are_counted_without_padding_in_training_only(tmp_path: Path) -> None:
+def test_tokens_are_counted_without_padding_in_training_only(tmp_path):
     class Model(torch.nn.Module):
         def forward(self, **inputs: torch.Tensor) -> None:
             pass
@@ -192,7 +190,7 @@ def test_tokens_are_counted_without_padding_in_training_only(tmp_path: Path) -> 
 
 
 @pytest.mark.long
-def test_the_parameters_are_counted(runs: dict[str, RunDir], tiny: Path) -> None:
+def test_the_parameters_are_counted(runs, tiny):
     run = runs["evaluated"]
     summary = summarise(run.read_metrics())
     adapter = tensor_shapes(run.output / "adapter_model.safetensors").values()
@@ -202,7 +200,7 @@ def test_the_parameters_are_counted(runs: dict[str, RunDir], tiny: Path) -> None
 
 
 @pytest.mark.long
-def test_the_metrics_record_phases_steps_and_evaluations(runs: dict[str, RunDir]) -> None:
+def test_the_metrics_record_phases_steps_and_evaluations(runs):
     def phases(name: str) -> list[str]:
         records = map(orjson.loads, runs[name].metrics.read_bytes().splitlines())
         return [record["phase"] for record in records if "phase" in record]

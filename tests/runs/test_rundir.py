@@ -27,7 +27,7 @@ def write_metrics(run: RunDir, *lines: bytes) -> None:
     run.metrics.write_bytes(b"\n".join(lines) + b"\n")
 
 
-def test_a_run_that_says_running_is_so_only_while_a_process_holds_it(tmp_path: Path) -> None:
+def test_a_run_that_says_running_is_so_only_while_a_process_holds_it(tmp_path):
     run = a_run(tmp_path / "r", state="running")
     assert run.read().state == "interrupted"
     code = "import sys; from qlora_recipes.runs.rundir import RunDir; from pathlib import Path\n"
@@ -46,12 +46,12 @@ def test_a_run_that_says_running_is_so_only_while_a_process_holds_it(tmp_path: P
 @pytest.mark.parametrize(
     ("seconds", "state"), [(-5, "created"), (5, "created"), (-3600, "interrupted"), (3600, "interrupted")]
 )
-def test_a_run_is_starting_for_seconds_even_if_the_clock_was_set_back(tmp_path: Path, seconds: int, state: str) -> None:
+def test_a_run_is_starting_for_seconds_even_if_the_clock_was_set_back(tmp_path, seconds, state):
     created = datetime.now(UTC) + timedelta(seconds=seconds)
     assert a_run(tmp_path / "r", created=created.isoformat()).read().state == state
 
 
-def test_metrics_are_read_past_damage_and_count_a_repeated_step_once(tmp_path: Path) -> None:
+def test_metrics_are_read_past_damage_and_count_a_repeated_step_once(tmp_path):
     run = a_run(tmp_path / "r")
     lines = [b'{"step":1,"loss":3.0}', b'{"step":2,"loss":2.0}', b"[]", b"{}", b'{"step":2,"eval_loss":2.5}']
     write_metrics(run, *lines, b'{"step":2,"loss":1.9}', b'{"step":3,"max_steps":3}', b'{"step":3,"lo')
@@ -59,7 +59,7 @@ def test_metrics_are_read_past_damage_and_count_a_repeated_step_once(tmp_path: P
     assert rundir.summarise(run.read_metrics()).step == 3
 
 
-def test_a_loss_that_is_no_number_is_shown_and_kept_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_loss_that_is_no_number_is_shown_and_kept_as_such(tmp_path, capsys):
     run = a_run(tmp_path / "r")
     progress = TrainingProgress(run.metrics)
     nothing = float("nan")
@@ -77,7 +77,7 @@ def test_a_loss_that_is_no_number_is_shown_and_kept_as_such(tmp_path: Path, caps
     assert (summary.eval_loss_per_token_first, summary.eval_loss_per_token) == (2.1, None)
 
 
-def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path, capsys):
     run = a_run(tmp_path / "r")
     assert run.last_checkpoint() is None
     for step in (9, 10, 11):
@@ -90,9 +90,7 @@ def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path: Path, capsys: pyt
     assert found == [("checkpoint-12", "trainer_state.json"), ("checkpoint-11", "optimizer.pt")]
 
 
-def test_runs_are_found_by_folder_end_recipe_a_part_of_it_and_latest(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_runs_are_found_by_folder_end_recipe_a_part_of_it_and_latest(tmp_path, capsys):
     runs = tmp_path / "runs"
     names = ("s/wide/20260101-a1", "s/wide/20260102-b1", "s/tall/20260103-c1", "s/x/wide/20260104-d1")
     old, new, other, below = (a_run(runs / name).path for name in names)
@@ -109,7 +107,7 @@ def test_runs_are_found_by_folder_end_recipe_a_part_of_it_and_latest(
             rundir.find_run(name, runs)
 
 
-def test_a_claimed_folder_is_nobody_elses(tmp_path: Path) -> None:
+def test_a_claimed_folder_is_nobody_elses(tmp_path):
     claimed = {rundir.new_folder(tmp_path / "runs/s/r", "0123456") for _ in range(3)}
     assert len(claimed) == 3
     (tmp_path / "file").touch()
@@ -117,7 +115,7 @@ def test_a_claimed_folder_is_nobody_elses(tmp_path: Path) -> None:
         rundir.new_folder(tmp_path / "file/s/r", "0123456")
 
 
-def test_a_run_that_was_resumed_from_before_its_newest_records_is_at_its_own_step(tmp_path: Path) -> None:
+def test_a_run_that_was_resumed_from_before_its_newest_records_is_at_its_own_step(tmp_path):
     run = a_run(tmp_path / "r", state="interrupted")
     before = [b'{"step":%d,"loss":%d.0,"step_seconds":1.0}' % (step, 9 - step) for step in range(1, 6)]
     again = [b'{"step":3,"engine":"DDP"}', b'{"step":4,"loss":1.0,"step_seconds":1.0}']  # from checkpoint-3
@@ -128,7 +126,7 @@ def test_a_run_that_was_resumed_from_before_its_newest_records_is_at_its_own_ste
     assert [(record["step"], record.get("loss")) for record in run.read_metrics()] == kept
 
 
-def test_what_a_launch_did_after_its_last_log_entry_counts_after_a_resume_too(tmp_path: Path) -> None:
+def test_what_a_launch_did_after_its_last_log_entry_counts_after_a_resume_too(tmp_path):
     run = a_run(tmp_path / "r", state="interrupted")
     ended = b'{"step":7,"ended":"signal","step_seconds":70.0,"tokens":700,"kept_step":5}'
     write_metrics(run, b'{"step":0,"gpus":[]}', ended, b'{"step":7,"gpus":[]}')
@@ -136,7 +134,7 @@ def test_what_a_launch_did_after_its_last_log_entry_counts_after_a_resume_too(tm
     assert (summary.train_seconds, summary.tokens_per_second, summary.ended, summary.kept_step) == (70, 10, None, None)
 
 
-def test_a_damaged_record_is_refused_and_what_a_killed_process_left_goes_once_the_run_is_held(tmp_path: Path) -> None:
+def test_a_damaged_record_is_refused_and_what_a_killed_process_left_goes_once_the_run_is_held(tmp_path):
     run = RunDir(tmp_path)
     (tmp_path / "run.json").write_text('{"state": ')
     with pytest.raises(UserError, match=r"run\.json"):

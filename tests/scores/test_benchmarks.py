@@ -6,14 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Recipe, finish, start
+from conftest import finish, start
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import WorkFailed
 from qlora_recipes.metrics import registry
 from qlora_recipes.metrics.registry import BenchmarkParameters
 from qlora_recipes.runs import rundir
-from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import benchmarks, evaluate
 from qlora_recipes.scores.evaluate import EvaluationRequest
 
@@ -39,29 +38,27 @@ GROUP: dict[str, Any] = {
         ({"task": "grp", "mean_of_tasks": True, "result": "f1,strict"}, 20, None),
     ],
 )
-def test_a_group_is_scored_as_the_harness_or_as_the_mean_of_its_tasks(
-    parameters: dict[str, Any], value: float, stderr: float | None
-) -> None:
+def test_a_group_is_scored_as_the_harness_or_as_the_mean_of_its_tasks(parameters, value, stderr):
     found = benchmarks.summarise(GROUP, BenchmarkParameters(**parameters))
     assert (found.value, found.stderr) == (pytest.approx(value), stderr and pytest.approx(stderr))
     assert (found.version, found.shots, found.rows) == ("2", 5, 400)
 
 
 @pytest.mark.parametrize("result", ["exact_match", "word_perplexity", "bpb", "bleu"])
-def test_a_result_that_is_missing_or_no_share_is_refused(result: str) -> None:
+def test_a_result_that_is_missing_or_no_share_is_refused(result):
     other = {"word_perplexity,none": 15.3, "bpb,none": 0.7, "bleu,none": 27.0}
     made = GROUP | {"results": {"a": other}, "higher_is_better": {"a": {"bpb": False}}}
     with pytest.raises(WorkFailed):  # after generation: a UserError would remove a published adapter's run
         benchmarks.summarise(made, BenchmarkParameters(task="a", result=result))
 
 
-def test_a_task_is_a_column_of_its_name() -> None:
+def test_a_task_is_a_column_of_its_name():
     (column,) = registry.asked(["benchmark:some/my-task.yaml"]).values()
     assert (column.name, column.label) == ("my_task", "my_task, %")
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(5, True), (None, False), (6, False)])
-def test_a_benchmark_of_other_rows_is_measured_anew(limit: int | None, kept: bool) -> None:
+def test_a_benchmark_of_other_rows_is_measured_anew(limit, kept):
     columns = registry.asked(["benchmark:grp"])
     scored = benchmarks.summarise(GROUP, BenchmarkParameters(task="grp")).model_dump() | {"limit": 5, "ends": [2]}
     former: Any = SimpleNamespace(columns=columns, scores={"grp_benchmark": scored})
@@ -99,9 +96,7 @@ def a_task(place: Path, **more: Any) -> Path:
 
 
 @pytest.mark.long
-def test_a_task_scores_as_by_the_harness_itself_also_when_resumed(
-    tmp_path: Path, stand_in: Path, recipe: Recipe, tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_task_scores_as_by_the_harness_itself_also_when_resumed(tmp_path, stand_in, recipe, tiny, monkeypatch):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -146,9 +141,7 @@ def test_a_task_scores_as_by_the_harness_itself_also_when_resumed(
 
 
 @pytest.mark.long
-def test_generated_answers_end_as_the_runs_predictions(
-    run: RunDir, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_generated_answers_end_as_the_runs_predictions(run, tiny, tmp_path, monkeypatch):
     from lm_eval.models.huggingface import HFLM
     from transformers import GenerationConfig
 

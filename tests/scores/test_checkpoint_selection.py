@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Recipe
 from run_folders import a_tiny_run
 from safetensors.torch import save_file
 
@@ -57,9 +56,7 @@ VALUES = {
 }
 
 
-def test_the_best_is_that_on_validation_rows_and_has_the_only_test_score(
-    run: RunDir, sample: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe
-) -> None:
+def test_the_best_is_that_on_validation_rows_and_has_the_only_test_score(run, sample, monkeypatch, recipe):
     asked = scored_as(VALUES, monkeypatch, sample / "test.jsonl")
     done = recipe("evaluate", run.path, "--checkpoints", "--metric", "benchmark:mmlu", "--metric", "exact_match")
     assert asked == [*(f"checkpoint-{step}: validation" for step in STEPS), "checkpoint-4: test"]
@@ -72,9 +69,7 @@ def test_the_best_is_that_on_validation_rows_and_has_the_only_test_score(
 
 
 @pytest.mark.parametrize("on_test_rows", [False, True])
-def test_a_run_that_does_not_validate_or_on_test_rows_has_no_best(
-    run: RunDir, sample: Path, monkeypatch: pytest.MonkeyPatch, on_test_rows: bool
-) -> None:
+def test_a_run_that_does_not_validate_or_on_test_rows_has_no_best(run, sample, monkeypatch, on_test_rows):
     asked = scored_as(VALUES, monkeypatch, sample / "test.jsonl")
     cfg = yamlfiles.read_yaml(run.config)
     del cfg["test_datasets"]
@@ -85,9 +80,7 @@ def test_a_run_that_does_not_validate_or_on_test_rows_has_no_best(
     assert not asked
 
 
-def test_where_there_are_no_other_rows_the_best_has_no_test_score(
-    run: RunDir, tmp_path: Path, sample: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_there_are_no_other_rows_the_best_has_no_test_score(run, tmp_path, sample, monkeypatch):
     asked = scored_as(VALUES, monkeypatch, sample / "test.jsonl")
     record = run.read()
     record.test_data = None
@@ -103,9 +96,7 @@ def test_where_there_are_no_other_rows_the_best_has_no_test_score(
     assert asked[-1] == "checkpoint-4: test"
 
 
-def test_a_truncated_checkpoint_is_left_out_and_a_run_without_any_is_refused(
-    run: RunDir, sample: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_truncated_checkpoint_is_left_out_and_a_run_without_any_is_refused(run, sample, monkeypatch, capsys):
     asked = scored_as(VALUES | {"output": (99.0, 1.0)}, monkeypatch, sample / "test.jsonl")
     damaged = run.output / "checkpoint-4" / ADAPTER
     damaged.write_bytes(damaged.read_bytes()[:-100])
@@ -121,7 +112,7 @@ def test_a_truncated_checkpoint_is_left_out_and_a_run_without_any_is_refused(
         select(run, EvaluationRequest())
 
 
-def test_what_does_not_go_with_checkpoints_is_refused(run: RunDir, recipe: Recipe) -> None:
+def test_what_does_not_go_with_checkpoints_is_refused(run, recipe):
     for option, value in (("--adapter", "none"), ("--engine", "http://host")):
         refused = recipe("evaluate", run.path, "--checkpoints", option, value)
         assert refused.returncode == 2 and option in refused.stderr

@@ -19,7 +19,7 @@ from qlora_recipes.configs.datafiles import DataFile
 from qlora_recipes.data.study import Decoding
 from qlora_recipes.results import run_rows
 from qlora_recipes.results.run_rows import RunResult
-from qlora_recipes.runs.records import FileState, Launch, State
+from qlora_recipes.runs.records import FileState, Launch
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import evaluate
 from qlora_recipes.scores.evaluate import EvaluationRequest, EvaluationTask
@@ -71,15 +71,13 @@ def record(run: RunDir, **changes: Any) -> None:
         ({"fp16": False}, False, "float32"),
     ],
 )
-def test_a_run_is_evaluated_in_the_precision_that_it_was_trained_in(
-    run: RunDir, formats: yamlfiles.Config, on_gpu: bool, dtype: str
-) -> None:
+def test_a_run_is_evaluated_in_the_precision_that_it_was_trained_in(run, formats, on_gpu, dtype):
     configure(run, **{"fp16": None, "bf16": None} | formats)
     record(run, provenance={"gpus": [{"name": "Tesla T4"}] if on_gpu else []})
     assert task_of(run).settings.dtype == dtype
 
 
-def test_a_prompt_does_not_depend_on_the_beginning_of_the_answer(run: RunDir) -> None:
+def test_a_prompt_does_not_depend_on_the_beginning_of_the_answer(run):
     jinja = "{% for message in messages %}{{ message['content'] }}{% endfor %}{{ eos_token }}"
     template = {"chat_template": "jinja", "chat_template_jinja": jinja}
     configure(run, datasets=[{"path": "x.jsonl", "type": "chat_template"} | template], test_datasets=None)
@@ -93,13 +91,13 @@ def test_a_prompt_does_not_depend_on_the_beginning_of_the_answer(run: RunDir) ->
 
 
 @pytest.mark.parametrize(("rehearsal", "asked", "most"), [(False, None, 1024), (True, None, 96), (True, 200, 200)])
-def test_a_rehearsal_ends_answers_early(run: RunDir, rehearsal: bool, asked: int | None, most: int) -> None:
+def test_a_rehearsal_ends_answers_early(run, rehearsal, asked, most):
     record(run, recipe="pissa-metamathqa/llama-2-7b-lora", variant_of=None, rehearsal=rehearsal)
     task = EvaluationTask(run, EvaluationRequest(adapter="none", max_new_tokens=asked))
     assert task.settings.decoding.max_new_tokens == most
 
 
-def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run, monkeypatch):
     whole = evaluated(run, limit=10, batch_size=4)
     where = run.path / "evaluations" / "base-model"
     expected = read_predictions(where)
@@ -130,7 +128,7 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run: RunDir, monke
     assert (again.scores, again.settings) == (whole.scores, whole.settings)
 
 
-def test_a_complete_evaluation_is_not_done_again_but_another_is(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_complete_evaluation_is_not_done_again_but_another_is(run, monkeypatch):
     evaluate.evaluate(run, EvaluationRequest(adapter="none", limit=5, max_new_tokens=9))
     first = evaluated(run, limit=3)
     assert [*run.path.glob("evaluations/base-model/evaluations/*/scores.json")]  # of another decoding
@@ -165,14 +163,12 @@ def generated(reference: Reference, rows: list[dict[str, Any]]) -> list[Completi
     return [done[i] for i in range(len(rows))]
 
 
-def test_batched_predictions_are_those_of_one_row_at_a_time(reference: Callable[..., Reference], rows: Any) -> None:
+def test_batched_predictions_are_those_of_one_row_at_a_time(reference, rows):
     single = generated(reference(batch_size=1), rows)
     assert generated(reference(batch_size=16), rows) == single
 
 
-def test_a_batch_that_does_not_fit_is_done_in_halves(
-    reference: Callable[..., Reference], rows: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_that_does_not_fit_is_done_in_halves(reference, rows, monkeypatch):
     small, fits, sizes = reference(batch_size=7), 2, []
     expected = generated(small, rows[:7])
     answers = Reference.answers
@@ -204,8 +200,8 @@ def test_a_batch_that_does_not_fit_is_done_in_halves(
     ],
 )
 def test_layers_are_quantized_as_in_training_or_dequantized_where_that_gives_the_same(
-    run: RunDir, changes: yamlfiles.Config, in_4_bits: int, in_8_bits: int
-) -> None:
+    run, changes, in_4_bits, in_8_bits
+):
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     configure(run, **changes)
@@ -243,7 +239,7 @@ def scored_again(run: RunDir) -> Evaluation:
     return made
 
 
-def test_times_alone_make_no_evaluation_another(scored: RunDir) -> None:
+def test_times_alone_make_no_evaluation_another(scored):
     before = read_scores(scored.path)
     later = "2999-01-01T00:00:00+00:00"
     record(scored, launches=[Launch(command=[], started=later, ended=later)])
@@ -255,7 +251,7 @@ def test_times_alone_make_no_evaluation_another(scored: RunDir) -> None:
     assert before and (after.made, after.scores) == (before.made, before.scores)
 
 
-def test_edited_predictions_are_not_scored_as_the_adapters(scored: RunDir) -> None:
+def test_edited_predictions_are_not_scored_as_the_adapters(scored):
     file = scored.path / "predictions.jsonl"
     before = file.read_bytes()
     file.write_bytes(before.replace(b'"a b"', b'"a b c d"'))
@@ -266,7 +262,7 @@ def test_edited_predictions_are_not_scored_as_the_adapters(scored: RunDir) -> No
     scored_again(scored)
 
 
-def test_a_replaced_adapter_is_not_scored_as_the_runs(scored: RunDir) -> None:
+def test_a_replaced_adapter_is_not_scored_as_the_runs(scored):
     save_file({"other": torch.ones(1)}, scored.output / ADAPTER)
     assert listed(scored) == ("stale", False)
     with pytest.raises(UserError):
@@ -277,7 +273,7 @@ def test_a_replaced_adapter_is_not_scored_as_the_runs(scored: RunDir) -> None:
     assert named.settings.adapter_sha256 == sha256(scored.output / ADAPTER)
 
 
-def test_an_evaluation_of_rows_that_changed_since_is_stale(scored: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_of_rows_that_changed_since_is_stale(scored, monkeypatch):
     data, predict = scored.path / "test.jsonl", evaluate.predict
     data.write_bytes(data.read_bytes() * 2)
     assert listed(scored) == ("stale", False)
@@ -292,7 +288,7 @@ def test_an_evaluation_of_rows_that_changed_since_is_stale(scored: RunDir, monke
     assert listed(scored) == ("stale", False)
 
 
-def test_other_rows_are_evaluated_beside_the_usual_ones(run: RunDir, sample: Path, tmp_path: Path) -> None:
+def test_other_rows_are_evaluated_beside_the_usual_ones(run, sample, tmp_path):
     usual = evaluated(run, limit=3)
     few = tmp_path / "few.jsonl"
     few.write_bytes(b"".join((sample / "valid.jsonl").read_bytes().splitlines(keepends=True)[:2]))
@@ -303,19 +299,19 @@ def test_other_rows_are_evaluated_beside_the_usual_ones(run: RunDir, sample: Pat
 
 
 @pytest.mark.parametrize("state", ["interrupted", "queued"])
-def test_a_run_without_an_adapter_is_said_what_to_do_about(run: RunDir, state: State) -> None:
+def test_a_run_without_an_adapter_is_said_what_to_do_about(run, state):
     record(run, state=state)
     with pytest.raises(UserError, match=rf"adapter_model\.safetensors.*{state}"):
         EvaluationTask(run, EvaluationRequest())
 
 
-def test_a_judge_that_is_not_there_is_told_before_anything_is_generated(run: RunDir) -> None:
+def test_a_judge_that_is_not_there_is_told_before_anything_is_generated(run):
     with pytest.raises(WorkFailed, match="some/nowhere"):
         evaluate.evaluate(run, EvaluationRequest(adapter="none", metrics=["bertscore:some/nowhere"]))
     assert not list(run.path.rglob("predictions*"))
 
 
-def test_scoring_anew_leaves_no_score_of_another_judge(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scoring_anew_leaves_no_score_of_another_judge(run, monkeypatch):
     from bert_score import utils as bert_score_utils
 
     judge = substitution.scorer_folder()
@@ -344,7 +340,7 @@ def test_scoring_anew_leaves_no_score_of_another_judge(run: RunDir, monkeypatch:
         assert made.scores["bertscore"]["layer"] == layer
 
 
-def test_decoding_is_the_studys_and_not_the_models_own(run: RunDir, tiny: Path) -> None:
+def test_decoding_is_the_studys_and_not_the_models_own(run, tiny):
     from transformers import GenerationConfig
 
     GenerationConfig(do_sample=True, temperature=5.0, max_new_tokens=3, eos_token_id=[7, 8]).save_pretrained(tiny)
@@ -357,7 +353,7 @@ def test_decoding_is_the_studys_and_not_the_models_own(run: RunDir, tiny: Path) 
     assert used.eos_token_id == [1, 2, 7, 8]  # the ends that training taught, the tokenizer's too, and the model's
 
 
-def test_the_model_is_configured_as_in_training(run: RunDir) -> None:
+def test_the_model_is_configured_as_in_training(run):
     def logits() -> torch.Tensor:
         with torch.inference_mode():
             computed: torch.Tensor = base_model(prompter_of(run))(torch.arange(5, 205)[None]).logits
@@ -378,9 +374,7 @@ def save_adapter(model: Path, folder: Path) -> None:
     get_peft_model(AutoModelForCausalLM.from_pretrained(model), lora).save_pretrained(folder)
 
 
-def test_an_adapter_that_does_not_apply_is_refused(
-    reference: Callable[..., Reference], tiny: Path, tmp_path: Path
-) -> None:
+def test_an_adapter_that_does_not_apply_is_refused(reference, tiny, tmp_path):
     save_adapter(tiny, tmp_path / "adapter")
     settings = {"adapter": str(tmp_path / "adapter"), "adapter_sha256": "x"}
     reference(**settings)
@@ -395,15 +389,13 @@ def test_an_adapter_that_does_not_apply_is_refused(
             reference(**settings)
 
 
-def test_sampled_predictions_depend_on_the_seed_and_not_on_the_batches_before(
-    reference: Callable[..., Reference],
-) -> None:
+def test_sampled_predictions_depend_on_the_seed_and_not_on_the_batches_before(reference):
     sampling = reference(decoding=Decoding(max_new_tokens=8, do_sample=True, seed=1))
     first, second = (sampling.answers([[1, 50, 60]], number) for number in (0, 1))
     assert sampling.answers([[1, 50, 60]], 0) == first != second
 
 
-def test_a_prompt_longer_than_the_trainings_rows_stays_whole(run: RunDir) -> None:
+def test_a_prompt_longer_than_the_trainings_rows_stays_whole(run):
     configure(run, sequence_len=64)
     patch = "+".join(f"line {i}" for i in range(40))
     prompter = prompter_of(run)
@@ -412,13 +404,13 @@ def test_a_prompt_longer_than_the_trainings_rows_stays_whole(run: RunDir) -> Non
     assert patch in prompter.tokenizer.decode(example.prompt)
 
 
-def test_answers_as_long_as_the_context_are_refused(run: RunDir) -> None:
+def test_answers_as_long_as_the_context_are_refused(run):
     prompter = prompter_of(run, decoding=Decoding(max_new_tokens=4096))
     with pytest.raises(UserError):
         prompter.examples([{"instruction": "Review.", "output": "Fine."}])
 
 
-def test_a_run_whose_rows_have_no_answers_needs_none_for_benchmarks_alone(run: RunDir) -> None:
+def test_a_run_whose_rows_have_no_answers_needs_none_for_benchmarks_alone(run):
     configure(run, datasets=[{"path": "x.jsonl", "type": "completion"}], test_datasets=None)
     task = task_of(run, metrics=["benchmark:mmlu"], limit=7)
     assert ([*task.columns], task.settings.rows, task.settings.limit) == (["mmlu"], 0, 7)
@@ -427,16 +419,14 @@ def test_a_run_whose_rows_have_no_answers_needs_none_for_benchmarks_alone(run: R
             task_of(run, metrics=metrics)
 
 
-def test_bad_test_data_is_told_before_a_model_is_loaded(run: RunDir, tmp_path: Path) -> None:
+def test_bad_test_data_is_told_before_a_model_is_loaded(run, tmp_path):
     (tmp_path / "x.jsonl").write_text('{"instruction": "a"}\n')
     with pytest.raises(UserError, match=r"x\.jsonl:1: .*output"):
         evaluated(run, data=tmp_path / "x.jsonl")
     assert not (run.path / "evaluations").exists()
 
 
-def test_the_base_model_is_scored_beside_the_adapter(
-    run: RunDir, tiny: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_base_model_is_scored_beside_the_adapter(run, tiny, capsys):
     save_adapter(tiny, run.output)
     evaluate_verb(str(run.path), limit=2, max_new_tokens=4, metric=["bertscore:none"], base=True)
     heading, *scores = capsys.readouterr().out.splitlines()

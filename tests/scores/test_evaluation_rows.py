@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Recipe
 from run_folders import a_tiny_run
 
 from qlora_recipes.base import yamlfiles
@@ -101,9 +100,7 @@ TYPES: dict[str, tuple[Config, list[dict[str, Any]], list[str]]] = {
     ("kind", "on_inputs"),
     [*((kind, False) for kind in TYPES), *((kind, True) for kind in ("alpaca", "messages", "input_output"))],
 )
-def test_prompts_and_references_of_own_rows_are_what_was_trained(
-    own: OwnRun, tmp_path: Path, kind: str, on_inputs: bool
-) -> None:
+def test_prompts_and_references_of_own_rows_are_what_was_trained(own, tmp_path, kind, on_inputs):
     from axolotl.common.datasets import load_datasets
 
     from qlora_recipes.checks.tokens import Tokenizer
@@ -124,9 +121,7 @@ def test_prompts_and_references_of_own_rows_are_what_was_trained(
     assert left == []
 
 
-def test_own_rows_are_evaluated_and_recognised_without_axolotl(
-    own: OwnRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe
-) -> None:
+def test_own_rows_are_evaluated_and_recognised_without_axolotl(own, tmp_path, monkeypatch, recipe):
     write_rows(tmp_path / "train.jsonl", alpaca(4))
     write_rows(tmp_path / "check.jsonl", [{"messages": chat} for chat in chats(5)])
     test = {"path": "check.jsonl", "split": "train[:3]", **CHATML}  # of another type than the training data
@@ -150,7 +145,7 @@ def test_own_rows_are_evaluated_and_recognised_without_axolotl(
     assert read_scores(kept) == first
 
 
-def test_results_and_reports_take_own_rows(own: OwnRun, tmp_path: Path, recipe: Recipe) -> None:
+def test_results_and_reports_take_own_rows(own, tmp_path, recipe):
     write_rows(tmp_path / "train.jsonl", asked(4))
     write_rows(tmp_path / "check.jsonl", asked(3, 50))
     entry = {"type": USER_DEFINED}
@@ -166,7 +161,7 @@ def test_results_and_reports_take_own_rows(own: OwnRun, tmp_path: Path, recipe: 
     assert shown["diff"] is None and " input" in shown["why"]
 
 
-def test_what_the_config_names_wins_over_a_test_file_that_happens_to_lie_there(own: OwnRun, tmp_path: Path) -> None:
+def test_what_the_config_names_wins_over_a_test_file_that_happens_to_lie_there(own, tmp_path):
     for name, count in (("train", 4), ("test", 2), ("check", 3)):
         write_rows(tmp_path / f"{name}.jsonl", alpaca(count))
     entry = {"path": "train.jsonl", "type": "alpaca"}
@@ -176,12 +171,12 @@ def test_what_the_config_names_wins_over_a_test_file_that_happens_to_lie_there(o
     assert task(own(datasets=[entry])).settings.data == str(tmp_path / "test.jsonl")
 
 
-def test_a_studys_data_is_evaluated_on_its_test_set_whatever_the_config_evaluates(own: OwnRun, sample: Path) -> None:
+def test_a_studys_data_is_evaluated_on_its_test_set_whatever_the_config_evaluates(own, sample):
     train, valid = ([{"path": str(sample / f"{name}.jsonl"), "type": "alpaca"}] for name in ("train", "valid"))
     assert task(own(datasets=train, test_datasets=valid)).settings.data == str(sample / "test.jsonl")
 
 
-def test_a_rehearsal_takes_the_first_of_its_own_rows(own: OwnRun, tmp_path: Path) -> None:
+def test_a_rehearsal_takes_the_first_of_its_own_rows(own, tmp_path):
     for name in ("train", "check"):
         write_rows(tmp_path / f"{name}.jsonl", alpaca(30))
     data = {"path": "train.jsonl", "type": "alpaca", "split": "train[:20]"}
@@ -212,9 +207,7 @@ LONG = [pytest.param(how, marks=pytest.mark.long) for how in HELD_OUT if how not
 
 
 @pytest.mark.parametrize("how", [*FAST, *LONG])
-def test_rows_that_were_held_out_are_exactly_those_that_the_training_held_out(
-    own: OwnRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
+def test_rows_that_were_held_out_are_exactly_those_that_the_training_held_out(own, tmp_path, monkeypatch, how):
     from axolotl.common.datasets import load_datasets
 
     from qlora_recipes.checks.tokens import Tokenizer
@@ -262,7 +255,7 @@ def examples_of(run: RunDir, of_task: EvaluationTask) -> tuple[Any, list[Any]]:
     return prompter, prompter.examples(of_task.rows.rows, of_task.rows.keys)
 
 
-def test_held_out_rows_are_kept_and_not_looked_for_in_data_that_has_changed(own: OwnRun, tmp_path: Path) -> None:
+def test_held_out_rows_are_kept_and_not_looked_for_in_data_that_has_changed(own, tmp_path):
     train = tmp_path / "train.jsonl"
     write_rows(train, alpaca(20))
     run = own(datasets=[{"path": "train.jsonl", "type": "alpaca"}], val_set_size=0.2)
@@ -276,7 +269,7 @@ def test_held_out_rows_are_kept_and_not_looked_for_in_data_that_has_changed(own:
     assert evaluate.evaluate(run, BASE) == first
 
 
-def test_a_data_set_of_other_files_with_a_split(own: OwnRun, tmp_path: Path) -> None:
+def test_a_data_set_of_other_files_with_a_split(own, tmp_path):
     from datasets import Dataset, DatasetDict
 
     write_rows(tmp_path / "train.jsonl", asked(4))
@@ -301,7 +294,7 @@ def test_a_data_set_of_other_files_with_a_split(own: OwnRun, tmp_path: Path) -> 
         ({"datasets": [{"path": "a.jsonl", "type": "alpaca"}]}, "val_set_size.* --data.* test_datasets"),
     ],
 )
-def test_where_there_is_nothing_to_score_that_is_said(own: OwnRun, tmp_path: Path, changes: Config, says: str) -> None:
+def test_where_there_is_nothing_to_score_that_is_said(own, tmp_path, changes, says):
     write_rows(tmp_path / "a.jsonl", [{"text": "All of it."}])
     run = own(**changes)
     for named in (None, tmp_path / "a.jsonl") if says == "completion " else (None,):
@@ -321,16 +314,14 @@ def test_where_there_is_nothing_to_score_that_is_said(own: OwnRun, tmp_path: Pat
         ({"type": "input_output"}, [{"segments": [{"label": True, "text": "All of it."}]}], "row 1 .*prompt"),
     ],
 )  # fmt: skip
-def test_rows_without_an_answer_are_named(
-    own: OwnRun, tmp_path: Path, form: Config, rows: list[dict[str, Any]], says: str
-) -> None:
+def test_rows_without_an_answer_are_named(own, tmp_path, form, rows, says):
     write_rows(tmp_path / "check.jsonl", rows)
     run = own(datasets=[{"path": "check.jsonl", **form}], test_datasets=[{"path": "check.jsonl", **form}])
     with pytest.raises(UserError, match=rf"check\.jsonl: {says}"):
         evaluate.evaluate(run, BASE)
 
 
-def test_data_that_is_gone_is_named(own: OwnRun, tmp_path: Path) -> None:
+def test_data_that_is_gone_is_named(own, tmp_path):
     write_rows(tmp_path / "check.jsonl", alpaca(4))
     entry = {"path": "check.jsonl", "type": "alpaca"}
     hub = own(datasets=[entry], test_datasets=[{"path": "somebody/none", "split": "test", "type": "alpaca"}])

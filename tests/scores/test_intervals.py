@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ def scores() -> tuple[list[float], list[float]]:
     return a.tolist(), b.tolist()
 
 
-def test_a_comparison_pairs_the_rows(scores: tuple[list[float], list[float]]) -> None:
+def test_a_comparison_pairs_the_rows(scores):
     a, b = scores
     found = intervals.paired(a, b)
     assert found["difference"] == pytest.approx(np.mean(a) - np.mean(b))
@@ -31,11 +30,11 @@ def test_a_comparison_pairs_the_rows(scores: tuple[list[float], list[float]]) ->
     )
 
 
-def test_a_bootstraps_p_is_never_zero() -> None:
+def test_a_bootstraps_p_is_never_zero():
     assert intervals.paired([2.0, 3.0, 4.0], [1.0, 1.0, 1.0])["p_bootstrap"] == 2 / (intervals.RESAMPLES + 1)
 
 
-def test_equal_systems_and_few_rows_tell_nothing() -> None:
+def test_equal_systems_and_few_rows_tell_nothing():
     same = intervals.paired([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
     assert (same["difference"], same["p_bootstrap"], same["p_wilcoxon"]) == (0, 1, 1)
     assert intervals.each({"a": [4.0, 1.0, 2.0, 3.0]}) == {"a": None}
@@ -64,7 +63,7 @@ def right_or_wrong(variances: Variances, runs: int, rows: int, rng: np.random.Ge
 @pytest.mark.parametrize("runs", [2, 3, 5, 10])
 @pytest.mark.parametrize("variances", [SEEDS, ROWS, BOTH], ids=["seeds", "rows", "both"])
 @pytest.mark.parametrize("scored", [normal, right_or_wrong])
-def test_the_interval_covers_the_truth(scored: Callable[..., Any], variances: Variances, runs: int) -> None:
+def test_the_interval_covers_the_truth(scored, variances, runs):
     rng = np.random.default_rng(4)
     covered = 0
     for _ in range(STUDIES):
@@ -77,7 +76,7 @@ def test_the_interval_covers_the_truth(scored: Callable[..., Any], variances: Va
 
 @pytest.mark.parametrize("variances", [SEEDS, ROWS, BOTH], ids=["seeds", "rows", "both"])
 @pytest.mark.parametrize("runs", [2, 3, 5, 10])
-def test_predicted_power_is_that_of_simulated_studies(variances: Variances, runs: int) -> None:
+def test_predicted_power_is_that_of_simulated_studies(variances, runs):
     rng = np.random.default_rng(3)
     planned = intervals.power(variances, runs, 200)
     differences = [planned.smallest(0.3), planned.smallest()]
@@ -93,7 +92,7 @@ def test_predicted_power_is_that_of_simulated_studies(variances: Variances, runs
 
 
 @pytest.mark.parametrize("repeats", [2, 3, 5])
-def test_one_run_with_a_borrowed_spread_covers_the_truth(repeats: int) -> None:
+def test_one_run_with_a_borrowed_spread_covers_the_truth(repeats):
     rng = np.random.default_rng(5)
     covered = alone = 0
     for _ in range(STUDIES):
@@ -108,7 +107,7 @@ def test_one_run_with_a_borrowed_spread_covers_the_truth(repeats: int) -> None:
     assert alone / STUDIES < 0.75  # which is why a verdict says that it knows rows only
 
 
-def test_the_mean_squares_are_those_of_a_two_way_layout() -> None:
+def test_the_mean_squares_are_those_of_a_two_way_layout():
     table = np.random.default_rng(0).normal(size=(4, 30))
     squares = intervals.mean_squares(table)
     assert squares.of_runs == pytest.approx(30 * np.var(table.mean(axis=1), ddof=1))
@@ -121,7 +120,7 @@ def test_the_mean_squares_are_those_of_a_two_way_layout() -> None:
     assert found.of_rows == pytest.approx(max((squares.of_rows - squares.rest) / 4, 0))
 
 
-def test_what_an_interval_knows() -> None:
+def test_what_an_interval_knows():
     rows = [[1.0, 2.0, 3.0], [1.5, 2.0, 3.5]]
     assert intervals.of_runs([2.0, 2.33], rows).method == "rows and 2 runs"
     few = intervals.of_runs([5.0, 5.3, 5.1], None)
@@ -139,7 +138,7 @@ def test_what_an_interval_knows() -> None:
     assert "rows" not in alone.method and "0.62 from 3 repeats" in alone.method
 
 
-def test_runs_that_are_alike_to_the_last_row_are_as_certain_as_their_rows() -> None:
+def test_runs_that_are_alike_to_the_last_row_are_as_certain_as_their_rows():
     rows = np.random.default_rng(0).normal(size=100)
     within = intervals.of_runs([rows.mean()] * 3, [rows] * 3)
     low, high = stats.t.interval(0.95, 99, rows.mean(), stats.sem(rows))

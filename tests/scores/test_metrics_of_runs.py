@@ -1,11 +1,9 @@
 """What a run, and a file of predictions, are scored with, and how they are decoded."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import orjson
 import pytest
-from conftest import Recipe
 from run_folders import STUDY
 
 from qlora_recipes.base.errors import UserError
@@ -48,7 +46,7 @@ def evaluated(run: RunDir, *metrics: str, decoding: str | None = None) -> Evalua
     return evaluate.evaluate(run, request)
 
 
-def test_a_run_is_scored_with_its_studys_metrics_and_those_asked_for(run: RunDir, generated: list["Reference"]) -> None:
+def test_a_run_is_scored_with_its_studys_metrics_and_those_asked_for(run, generated):
     first = evaluated(run)
     assert list(first.scores["metrics"]) == ["bleu4", "rouge_l", "sacrebleu"]  # BERTScore was asked to be left out
     more = evaluated(run, "ours: {metric: number, parser: peft}", "perplexity")
@@ -60,7 +58,7 @@ def test_a_run_is_scored_with_its_studys_metrics_and_those_asked_for(run: RunDir
     assert evaluated(run) == more  # it has all that is asked for
 
 
-def test_a_metric_of_the_study_is_not_declared_anew(run: RunDir) -> None:
+def test_a_metric_of_the_study_is_not_declared_anew(run):
     with pytest.raises(UserError, match="--metric bleu4: "):
         evaluated(run, "bleu4: {metric: chrf}")
     with pytest.raises(UserError, match="--metric bleu: "):
@@ -69,9 +67,7 @@ def test_a_metric_of_the_study_is_not_declared_anew(run: RunDir) -> None:
     assert list(score.columns_of("mine", ["chrf"])) == ["chrf"]
 
 
-def test_a_further_decoding_is_evaluated_beside_the_usual_one(
-    run: RunDir, generated: list["Reference"], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_further_decoding_is_evaluated_beside_the_usual_one(run, generated, monkeypatch):
     sampled = Decoding(max_new_tokens=4, do_sample=True, temperature=0.1, top_k=40, top_p=0.95, seed=42)
     declared = STUDY.model_copy(update={"decodings": {"sampled": sampled}})
     monkeypatch.setattr(study, "of", lambda _: declared)
@@ -90,7 +86,7 @@ def test_a_further_decoding_is_evaluated_beside_the_usual_one(
     assert words[-4:] == ["--decoding", "sampled", "--metric", "chrf"]
 
 
-def test_predictions_are_scored_by_other_fields(recipe: Recipe, tmp_path: Path) -> None:
+def test_predictions_are_scored_by_other_fields(recipe, tmp_path):
     write_rows(tmp_path / "answers.jsonl", ANSWERS * 2)
     number = ("--metric", 'number: {markers: ["A: "]}')
     scores = recipe.json("score", "answers.jsonl", *number, *FIELDS, "--out", "s.jsonl")
@@ -114,7 +110,7 @@ def test_predictions_are_scored_by_other_fields(recipe: Recipe, tmp_path: Path) 
         ((*FIELDS, "--metric", "number: {markers: 3}"), "markers: "),
     ],
 )
-def test_what_cannot_be_scored_is_refused(recipe: Recipe, tmp_path: Path, words: tuple[str, ...], says: str) -> None:
+def test_what_cannot_be_scored_is_refused(recipe, tmp_path, words, says):
     write_rows(tmp_path / "answers.jsonl", ANSWERS)
     reference = ("--reference-field", "gold") if words and words != FIELDS else ()
     done = recipe("score", "answers.jsonl", *words, *reference)

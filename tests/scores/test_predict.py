@@ -74,14 +74,12 @@ def compared(parts: SimpleNamespace, engine: Changed) -> Any:
     return predict.agreement(parts.expected, engine, parts.prompts)
 
 
-def test_rows_at_even_distances_are_compared_and_equal_answers_agree(parts: SimpleNamespace) -> None:
+def test_rows_at_even_distances_are_compared_and_equal_answers_agree(parts):
     assert predict.sampled([[i] for i in range(ROWS)]) == [[0], [2], [4]]
     assert compared(parts, Changed(parts.reference)) == Agreement(rows=3, equal=3)
 
 
-def test_another_model_is_recorded_and_does_not_stand_for_the_references(
-    run: RunDir, parts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_another_model_is_recorded_and_does_not_stand_for_the_references(run, parts, monkeypatch, capfd):
     monkeypatch.setattr(predict, "require", lambda *_: None)
     other = Changed(parts.reference, lambda _: Completion("another", [7]))
     monkeypatch.setattr(predict, "started", lambda *_: nullcontext(other))
@@ -95,9 +93,7 @@ def test_another_model_is_recorded_and_does_not_stand_for_the_references(
         evaluate(run, EvaluationRequest(adapter="none", max_new_tokens=6, limit=ROWS, metrics=["bertscore:none"]))
 
 
-def test_answers_at_the_limit_without_an_end_are_cut(
-    run: RunDir, parts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answers_at_the_limit_without_an_end_are_cut(run, parts, monkeypatch):
     answers = cycle([[7] * 6, [7] * 5 + [min(parts.prompter.ends)], [7]])
     other = Changed(parts.reference, lambda _: Completion("another", next(answers)))
     monkeypatch.setattr(predict, "require", lambda *_: None)
@@ -110,7 +106,7 @@ def test_answers_at_the_limit_without_an_end_are_cut(
     assert any("2 of 6 " in note and "--max-new-tokens" in note for note in done.scores["notes"])
 
 
-def test_only_greedy_answers_that_mostly_agree_stand_for_the_references(run: RunDir) -> None:
+def test_only_greedy_answers_that_mostly_agree_stand_for_the_references(run):
     settings = EvaluationTask(run, EvaluationRequest(adapter="none", limit=ROWS)).settings
     equal = Agreement(rows=4, equal=2)
     for_all = settings.model_copy(update={"engine": "vllm", "agreement": equal})
@@ -123,9 +119,7 @@ def test_only_greedy_answers_that_mostly_agree_stand_for_the_references(run: Run
 
 
 @pytest.mark.parametrize("engine", ["vllm", "server"])
-def test_an_evaluation_that_was_left_goes_on_and_a_server_is_compared_again(
-    run: RunDir, parts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, engine: Any
-) -> None:
+def test_an_evaluation_that_was_left_goes_on_and_a_server_is_compared_again(run, parts, monkeypatch, engine):
     request = EvaluationRequest(adapter="none", max_new_tokens=6, limit=ROWS, metrics=["bertscore:none"])
     request.engine, request.model = ("http://x", "m") if engine == "server" else (engine, None)
     changed = Changed(parts.reference, rows=3 + 2)

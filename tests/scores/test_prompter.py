@@ -1,7 +1,6 @@
 """The prompt of a run as code: run, it gives the tokens that the training had."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -49,9 +48,7 @@ def trained(cfg: dict[str, Any], row: dict[str, Any], tokenizer: Any) -> list[in
         (SHAREGPT, {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}, []),
     ],
 )  # fmt: skip
-def test_the_code_gives_the_tokens_of_the_training(
-    dataset: dict[str, Any], row: dict[str, Any], values: list[str], tmp_path: Path
-) -> None:
+def test_the_code_gives_the_tokens_of_the_training(dataset, row, values, tmp_path):
     from transformers import AutoTokenizer
 
     write_rows(tmp_path / "own.jsonl", [row])
@@ -73,14 +70,14 @@ def test_the_code_gives_the_tokens_of_the_training(
     assert scope["inputs"]["input_ids"][0].tolist() == trained(cfg, row, tokenizer)
 
 
-def test_a_type_that_is_not_known_has_no_code(tmp_path: Path) -> None:
+def test_a_type_that_is_not_known_has_no_code(tmp_path):
     cfg = {"datasets": [{"path": "mine.jsonl", "type": "my_module.strategy"}]}
     assert prompter.as_code(cfg, tmp_path, {}) is None
     assert prompter.as_code({"datasets": [{"path": "mine.jsonl", "type": "completion"}]}, tmp_path, {}) is None
     assert prompter.as_code({"datasets": [{"path": "mine.jsonl", "type": "alpaca"}]}, tmp_path, {}) is None
 
 
-def test_the_code_of_a_tokenizer_is_not_even_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_of_a_tokenizer_is_not_even_asked_about(tmp_path, monkeypatch):
     (tmp_path / "evil.py").write_text("raise SystemExit('it ran')\nclass Evil: pass\n")
     asks = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
     (tmp_path / "tokenizer_config.json").write_bytes(orjson.dumps(asks))

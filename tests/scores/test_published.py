@@ -1,7 +1,5 @@
 """Published predictions whose references are in another form than the study's rows: GSM8K's, by its own authors."""
 
-from pathlib import Path
-
 import orjson
 import pytest
 from conftest import SHARED
@@ -15,7 +13,7 @@ GSM8K = SHARED / "gsm8k"
 
 
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="the data sets' files are not part of the project")
-def test_gsm8ks_published_solutions_score_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gsm8ks_published_solutions_score_as_printed(tmp_path, monkeypatch):
     of_study = study.find("loftq-gsm8k")
     rows = [orjson.loads(line) for line in (GSM8K / "solutions-6b.jsonl").read_bytes().splitlines()]
     as_published = [row | {"ground_truth": row.pop("reference")} for row in rows]

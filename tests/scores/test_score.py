@@ -1,10 +1,9 @@
 import statistics
-from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
-from conftest import SHARED, Recipe
+from conftest import SHARED
 
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.files import read_rows
@@ -31,7 +30,7 @@ def scored(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, A
     return score.score(rows, USUAL, {"bertscore_f1": None})
 
 
-def test_rows_keep_their_own_scores_and_their_means_are_the_scores() -> None:
+def test_rows_keep_their_own_scores_and_their_means_are_the_scores():
     scores, rows = scored(ROWS)
     assert [row["bleu4"] for row in rows] == [pytest.approx(bleu4(row["reference"], row["prediction"])) for row in ROWS]
     assert scores["bleu4"] == pytest.approx(statistics.fmean(row["bleu4"] for row in rows))
@@ -43,7 +42,7 @@ def test_rows_keep_their_own_scores_and_their_means_are_the_scores() -> None:
     assert scores["sacrebleu_signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
 
 
-def test_groups_of_rows_count_alike_in_their_mean() -> None:
+def test_groups_of_rows_count_alike_in_their_mean():
     right = {"a": [1, 1, 1, 0] * 5, 2: [1, 0] * 5, "c": [0] * 5, "few": [0, 1]}
     rows = [
         as_row(0, {"group": group}, "x") | {"prediction": "x" if each else "y"}
@@ -71,26 +70,26 @@ def test_groups_of_rows_count_alike_in_their_mean() -> None:
             columns_of(None, ["sacrebleu", "bertscore_f1", f"m: {{metric: mean_of_groups, of: {of}}}"])
 
 
-def test_older_scores_of_rows_are_dropped() -> None:
+def test_older_scores_of_rows_are_dropped():
     before = [row | {"bertscore_f1": 0.5, "bleu4": 1.0, "exact": True} for row in ROWS[:2]]
     assert scored([*before, *ROWS[2:]]) == scored(ROWS)
 
 
-def test_shares_and_lengths() -> None:
+def test_shares_and_lengths():
     scores, rows = scored(ROWS)
     assert [row["exact"] for row in rows] == [False, True, False, False, False]
     assert (scores["rows"], scores["exact"], scores["empty"], scores["repeated"]) == (5, 0.2, 0.2, 0.4)
     assert scores["length_ratio"] == pytest.approx((1 + 6 + 0 + 1 + 1) / (5 + 6 + 2 + 3 + 2))
 
 
-def test_bertscore_is_named_with_its_model() -> None:
+def test_bertscore_is_named_with_its_model():
     scores, rows = score.score(ROWS, USUAL, score.scorer_models(USUAL, None, rehearsal=True))
     assert scores["bertscore"]["model"] == "all-MiniLM-L6-v2"
     assert scores["bertscore_f1"] == pytest.approx(statistics.fmean(row["bertscore_f1"] for row in rows))
     assert rows[1]["bertscore_f1"] == pytest.approx(1, abs=1e-5)
 
 
-def test_the_command_prints_scores_and_writes_rows(recipe: Recipe, tmp_path: Path) -> None:
+def test_the_command_prints_scores_and_writes_rows(recipe, tmp_path):
     (tmp_path / "pairs.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in ROWS))
     assert recipe.json("score", "pairs.jsonl", "--out", "scored.jsonl", "--metric", "bertscore:none") == scored(ROWS)[0]
     assert list(map(orjson.loads, (tmp_path / "scored.jsonl").read_bytes().splitlines())) == scored(ROWS)[1]
@@ -100,7 +99,7 @@ def test_the_command_prints_scores_and_writes_rows(recipe: Recipe, tmp_path: Pat
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs CodeReviewer's predictions, which are not ours to ship")
-def test_the_baselines_predictions_score_as_recomputed() -> None:
+def test_the_baselines_predictions_score_as_recomputed():
     from qlora_recipes.data import study
 
     rows = read_rows(SHARED / "codereviewer-test-predictions.jsonl")

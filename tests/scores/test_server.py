@@ -1,6 +1,5 @@
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,7 +54,7 @@ def echoed(of: Any, *numbers: int) -> dict[int, Completion]:
     return {i: Completion(of.tokenizer.decode(PROMPTS[i]).strip(), PROMPTS[i]) for i in numbers}
 
 
-def test_prompts_and_answers_are_tokens() -> None:
+def test_prompts_and_answers_are_tokens():
     with serving(echo) as server:
         of = engine(server)
         assert answers(of, done=(1,)) == echoed(of, 0, 2, 3)
@@ -66,7 +65,7 @@ def test_prompts_and_answers_are_tokens() -> None:
 
 
 @pytest.mark.parametrize(("top_k", "asked"), [(5, 5), (0, -1)])  # vLLM's -1 is all tokens
-def test_samples_differ_by_row_and_repeat(top_k: int, asked: int) -> None:
+def test_samples_differ_by_row_and_repeat(top_k, asked):
     with serving(echo) as server:
         answers(engine(server, do_sample=True, temperature=0.7, top_p=0.9, top_k=top_k, seed=3))
     assert sorted(body["seed"] for body in server.requests) == [3, 4, 5, 6]
@@ -74,7 +73,7 @@ def test_samples_differ_by_row_and_repeat(top_k: int, asked: int) -> None:
     assert found == {(0.7, 0.9, asked, 0)}
 
 
-def test_errors_that_pass_are_waited_for_and_no_row_is_asked_twice() -> None:
+def test_errors_that_pass_are_waited_for_and_no_row_is_asked_twice():
     failures = iter([(429, {}), (503, b"busy"), None])  # all may come to one row
     lock = threading.Lock()
 
@@ -101,7 +100,7 @@ def test_errors_that_pass_are_waited_for_and_no_row_is_asked_twice() -> None:
         ((400, {"error": "context of 4 tokens"}), "row 4, .* 5 .*: .*400 .*context"),
     ],
 )
-def test_what_a_server_cannot_answer_ends_it_and_loses_nothing(reply: Reply, problem: str) -> None:
+def test_what_a_server_cannot_answer_ends_it_and_loses_nothing(reply, problem):
     with serving(lambda body: reply if len(body["prompt"]) == 5 else echo(body)) as server:
         made: dict[int, Completion] = {}
         with pytest.raises(WorkFailed, match=problem):
@@ -110,7 +109,7 @@ def test_what_a_server_cannot_answer_ends_it_and_loses_nothing(reply: Reply, pro
     assert sorted(made) == [0, 1, 2]
 
 
-def test_a_server_that_never_answers_is_given_up() -> None:
+def test_a_server_that_never_answers_is_given_up():
     def reply(body: dict[str, Any]) -> Reply:
         time.sleep(0.4)
         return echo(body)
@@ -130,7 +129,7 @@ def test_a_server_that_never_answers_is_given_up() -> None:
         ((401, {"error": "who are you"}), "m", servers.KEY),
     ],
 )
-def test_a_model_is_asked_for_before_anything(models: Reply, model: str | None, problem: str) -> None:
+def test_a_model_is_asked_for_before_anything(models, model, problem):
     with serving(echo) as server:
         server.models = models or server.models
         with pytest.raises(UserError, match=problem):
@@ -146,20 +145,20 @@ def test_a_model_is_asked_for_before_anything(models: Reply, model: str | None, 
         ("https://host/v1?api_key=geheim", servers.KEY),
     ],
 )
-def test_addresses_that_are_none_or_hold_a_key_are_refused(url: str, problem: str) -> None:
+def test_addresses_that_are_none_or_hold_a_key_are_refused(url, problem):
     with pytest.raises(UserError, match=problem) as refused:
         servers.at(url)
     assert "geheim" not in str(refused.value)
 
 
 @pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
-def test_an_address_may_end_as_it_is_written_anywhere(end: str) -> None:
+def test_an_address_may_end_as_it_is_written_anywhere(end):
     assert servers.at(f"https://host:1{end}").url == "https://host:1/v1/"
     assert servers.at("https://host/openai").url == "https://host/openai/"
 
 
 @pytest.mark.parametrize("key", [None, "geheim"])
-def test_a_server_gets_no_key_of_another(key: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_gets_no_key_of_another(key, monkeypatch):
     names = ["OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_WEBHOOK_SECRET"]
     foreign = {name: "theirs" for name in names} | {"http_proxy": "http://127.0.0.1:9"}
     foreign |= {"OPENAI_CUSTOM_HEADERS": "Authorization: Bearer theirs\nX-Key: theirs"}
@@ -182,7 +181,7 @@ def test_a_server_gets_no_key_of_another(key: str | None, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("key", ["geheim\r\nX: y", "gehéim"])
-def test_a_key_that_is_none_is_refused_unseen(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_that_is_none_is_refused_unseen(key, monkeypatch):
     monkeypatch.setenv(servers.KEY, key)
     with pytest.raises(UserError, match=servers.KEY) as refused:
         servers.at("http://host")
@@ -191,9 +190,7 @@ def test_a_key_that_is_none_is_refused_unseen(key: str, monkeypatch: pytest.Monk
     assert servers.at("http://host").key == "geheim"
 
 
-def test_an_evaluation_goes_on_when_its_server_is_there_again(
-    tmp_path: Path, tiny: Path, tiny_profile: Path, sample: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_evaluation_goes_on_when_its_server_is_there_again(tmp_path, tiny, tiny_profile, sample, monkeypatch):
     monkeypatch.setenv(servers.KEY, "geheim")
     run = a_tiny_run(tmp_path, tiny, tiny_profile, sample)
     request = EvaluationRequest(adapter="none", max_new_tokens=8, metrics=["bertscore:none"], limit=9, model="m")

@@ -75,7 +75,7 @@ def evaluated(run: RunDir, limit: int = 5, **more: Any) -> Evaluation:
     return evaluate.evaluate(run, request)
 
 
-def test_vllm_is_started_with_the_runs_model_and_ends_with_the_evaluation(run: RunDir, stand_in: Path) -> None:
+def test_vllm_is_started_with_the_runs_model_and_ends_with_the_evaluation(run, stand_in):
     settings = evaluated(run, engine="vllm").settings
     assert settings.engine == "vllm"
     assert settings.agreement and settings.agreement.rows == 5  # but the stand-in only repeats prompts
@@ -96,7 +96,7 @@ def test_vllm_is_started_with_the_runs_model_and_ends_with_the_evaluation(run: R
     assert "--lora-modules" not in json.loads((stand_in / "bin" / "given.json").read_text())[0]
 
 
-def test_on_a_gpu_the_adapter_is_served_as_lora(run: RunDir, stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_the_adapter_is_served_as_lora(run, stand_in, monkeypatch):
     import torch
 
     from qlora_recipes.scores import vllm
@@ -111,14 +111,14 @@ def test_on_a_gpu_the_adapter_is_served_as_lora(run: RunDir, stand_in: Path, mon
     assert given | expected == given and "--enable-lora" in words
 
 
-def test_a_vllm_that_does_not_start_says_why(run: RunDir, stand_in: Path) -> None:
+def test_a_vllm_that_does_not_start_says_why(run, stand_in):
     (stand_in / "bin" / "broken").touch()
     with pytest.raises(WorkFailed, match=r"RuntimeError: no kernel .*\n.* 3; .*vllm\.log"):
         evaluated(run, engine="vllm")
     assert not (run.path / SCORES).exists()
 
 
-def test_the_served_weights_are_those_that_the_reference_computes_with(run: RunDir) -> None:
+def test_the_served_weights_are_those_that_the_reference_computes_with(run):
     import torch
     from bitsandbytes.functional import dequantize_4bit
     from safetensors.torch import load_file
@@ -152,9 +152,7 @@ def test_the_served_weights_are_those_that_the_reference_computes_with(run: RunD
         ({"trainable_token_indices": [3]}, "embeddings"),
     ],
 )
-def test_what_vllm_cannot_serve_is_refused_at_once(
-    run: RunDir, stand_in: Path, change: dict[str, Any], reason: str
-) -> None:
+def test_what_vllm_cannot_serve_is_refused_at_once(run, stand_in, change, reason):
     file = run.output / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError, match=reason):
@@ -162,9 +160,7 @@ def test_what_vllm_cannot_serve_is_refused_at_once(
     assert not (stand_in / "bin" / "given.json").exists()
 
 
-def test_an_environment_that_is_not_there_or_another_one_is_told(
-    stand_in: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_environment_that_is_not_there_or_another_one_is_told(stand_in, monkeypatch):
     from qlora_recipes.scores import vllm
 
     settings = EvaluationSettings.model_construct(adapter_sha256=None)
@@ -197,7 +193,7 @@ def servable(tmp_path: Path, tiny_profile: Path, sample: Path) -> RunDir:
 
 
 @pytest.mark.long
-def test_vllm_answers_as_the_reference(servable: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_answers_as_the_reference(servable, monkeypatch):
     from qlora_recipes.scores import vllm
 
     if not vllm.ENVIRONMENT.is_dir():

@@ -36,9 +36,7 @@ def fill(folder: Path, but: int = 0) -> None:
             stream.write(bytes(room // block * block))
 
 
-def test_a_run_that_fills_its_disk_has_failed_and_goes_on_to_the_same_end(
-    disk: Path, recipe: Recipe, tmp_path: Path, tiny_profile: Path
-) -> None:
+def test_a_run_that_fills_its_disk_has_failed_and_goes_on_to_the_same_end(disk, recipe, tmp_path, tiny_profile):
     words = ("run", NAME, "--profile", tiny_profile)
     recipe.ok("--runs", "roomy", *words)
     done = recipe("--runs", disk, *words)

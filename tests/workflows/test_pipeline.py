@@ -28,7 +28,7 @@ def task(folder: Path, words: dict[Step, list[str]], asked: list[str]) -> Task:
     return Task(TaskResult(folder.name), commands, gpus=0)
 
 
-def test_jobs_each_see_a_gpu_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_each_see_a_gpu_of_their_own(monkeypatch):
     monkeypatch.setattr(machine, "visible_gpus", lambda: {"5": {}, "7": {}})
     assert Local(rehearsal=False, jobs=2).devices == ["5", "7"]
     with pytest.raises(UserError, match=r"--jobs 3: .* 2 "):
@@ -36,9 +36,7 @@ def test_jobs_each_see_a_gpu_of_their_own(monkeypatch: pytest.MonkeyPatch) -> No
     assert Local(rehearsal=True, jobs=3).devices == [None, None, None]
 
 
-def test_a_command_that_fails_is_the_last_of_its_work_and_of_no_other(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_command_that_fails_is_the_last_of_its_work_and_of_no_other(tmp_path, capfd):
     asked: list[str] = []
     refused = task(tmp_path / "a", {"run": ["show", "nothing"], "evaluate": ["list"]}, asked)
     fine = task(tmp_path / "b", {"run": ["list"], "evaluate": ["list"]}, asked)
@@ -54,7 +52,7 @@ def test_a_command_that_fails_is_the_last_of_its_work_and_of_no_other(
     assert fine.result.run == tmp_path / "b"
 
 
-def test_a_pipeline_is_composed_for_the_card_that_is_named(tmp_path: Path) -> None:
+def test_a_pipeline_is_composed_for_the_card_that_is_named(tmp_path):
     asked, backend = Request("haider2024/llama-2-7b", ["packed"]), Local(rehearsal=False, jobs=1)
     for gpu, varlen in (("T4", False), ("A100", True)):
         one = pipeline.Pipeline(TaskResult(gpu), asked, EvaluationRequest(), backend, gpus.find(gpu))
@@ -62,9 +60,7 @@ def test_a_pipeline_is_composed_for_the_card_that_is_named(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("force", [[], [pipeline.TOO_BIG]])
-def test_a_config_that_is_too_big_fails_unless_this_is_overridden(
-    monkeypatch: pytest.MonkeyPatch, force: list[str]
-) -> None:
+def test_a_config_that_is_too_big_fails_unless_this_is_overridden(monkeypatch, force):
     for module in (plan, planner):
         monkeypatch.setattr(module, "required_gib", lambda *_, **__: 38.1)
     asked, backend, t4 = Request("haider2024/llama-2-7b", force=force), Local(rehearsal=False), gpus.find("T4")
@@ -74,13 +70,13 @@ def test_a_config_that_is_too_big_fails_unless_this_is_overridden(
 
 
 @pytest.mark.parametrize("path", ["owner/rows", "rows.jsonl"])
-def test_data_on_the_hub_has_a_digest_and_a_missing_file_has_none(path: str) -> None:
+def test_data_on_the_hub_has_a_digest_and_a_missing_file_has_none(path):
     asked = Request("haider2024/llama-2-7b", overrides=[f"datasets=[{{path: {path}}}]", "test_datasets=null"])
     one = pipeline.Pipeline(TaskResult("one"), asked, EvaluationRequest(), Local(rehearsal=False))
     assert (one.digest() is None) == (path == "rows.jsonl")
 
 
-def test_what_axolotl_refuses_is_not_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_axolotl_refuses_is_not_submitted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = Request("haider2024/llama-2-7b", rehearse=True, overrides=["early_stopping_patience=2"])
     result, backend = TaskResult("one"), Local(rehearsal=True, jobs=1)
@@ -93,7 +89,7 @@ def test_what_axolotl_refuses_is_not_submitted(tmp_path: Path, monkeypatch: pyte
         run.prepare(asked, backend)
 
 
-def test_the_former_run_of_a_config_is_the_newest_but_a_finished_one_before_others(tmp_path: Path) -> None:
+def test_the_former_run_of_a_config_is_the_newest_but_a_finished_one_before_others(tmp_path):
     recipe = "haider2024/llama-2-7b"
     for name, digest, more in (
         ("1-old", "a", {}),

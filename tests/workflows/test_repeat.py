@@ -1,9 +1,7 @@
 """Real trainings by Axolotl, made to repeat bit for bit."""
 
-from pathlib import Path
-
 import pytest
-from conftest import Recipe, finish, start
+from conftest import finish, start
 
 from qlora_recipes.base.files import sha256
 from qlora_recipes.runs.rundir import RunDir
@@ -17,7 +15,7 @@ def losses(run: RunDir) -> list[tuple[float, float]]:
 
 
 @pytest.mark.long
-def test_two_trainings_are_equal_to_the_last_bit(recipe: Recipe, tmp_path: Path, tiny: Path) -> None:
+def test_two_trainings_are_equal_to_the_last_bit(recipe, tmp_path, tiny):
     sets = [word for text in (*SETTINGS, f"base_model={tiny}") for word in ("--set", text)]
     words = ("run", NAME, "--rehearse", "--profile", "deterministic", *sets)
     one, again = (RunDir(tmp_path / finish(start(tmp_path, *words))) for _ in range(2))

@@ -4,7 +4,7 @@ import io
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ def reproduced(recipe: Recipe, profile: Path) -> dict[str, Any]:
 
 
 def test_all_steps_are_done_and_the_table_is_there_and_again_it_does_nothing(
-    recipe: Recipe, tmp_path: Path, tiny_profile: Path, stand_in: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    recipe, tmp_path, tiny_profile, stand_in, monkeypatch
+):
     monkeypatch.setattr(sys, "executable", str(stand_in.with_name("python")))  # of the commands that it starts
     printed = reproduced(recipe, tiny_profile)
     (row,) = printed["steps"]
@@ -61,9 +61,7 @@ def test_all_steps_are_done_and_the_table_is_there_and_again_it_does_nothing(
     assert files() == before
 
 
-def test_a_dry_run_says_what_would_be_done_and_for_how_long_and_writes_nothing(
-    recipe: Recipe, tmp_path: Path, tiny: Path
-) -> None:
+def test_a_dry_run_says_what_would_be_done_and_for_how_long_and_writes_nothing(recipe, tmp_path, tiny):
     small = {"base_model": str(tiny), "revision_of_model": None, "special_tokens": None}
     (tmp_path / "small.yaml").write_text(yamlfiles.write_yaml(small))
     words = ("reproduce", "haider2024", "--dry-run", "--only", "llama-3.2-3b", "--profile", "small.yaml")
@@ -82,7 +80,7 @@ def test_a_dry_run_says_what_would_be_done_and_for_how_long_and_writes_nothing(
     assert [file.name for file in tmp_path.iterdir()] == ["small.yaml"]
 
 
-def test_a_dry_run_of_several_seeds_lists_each(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_dry_run_of_several_seeds_lists_each(recipe, tmp_path):
     words = ("reproduce", "haider2024", "--dry-run", "--rehearse", "--only", "3.2-3b", "--seeds", "3")
     rows = recipe.json(*words)["recipes"]
     assert [row["recipe"] for row in rows] == [f"haider2024/llama-3.2-3b, seed {seed}" for seed in (42, 43, 44)]
@@ -94,7 +92,7 @@ def test_a_dry_run_of_several_seeds_lists_each(recipe: Recipe, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("word", ["llama-3.*", "haider2024/llama-3.*"])
-def test_a_pattern_chooses_several_recipes(word: str) -> None:
+def test_a_pattern_chooses_several_recipes(word):
     several = ["haider2024/llama-3.1-8b", "haider2024/llama-3.2-3b"]
     assert reproduce.chosen(STUDY, [word, "3.1"]) == several
     for part in ("llama-3", "llama-3-8b"):
@@ -102,13 +100,13 @@ def test_a_pattern_chooses_several_recipes(word: str) -> None:
             reproduce.chosen(STUDY, [part])
 
 
-def test_of_several_seeds_the_first_that_ended_speaks() -> None:
+def test_of_several_seeds_the_first_that_ended_speaks():
     results = [TaskResult("a", seed=1), TaskResult("a", seed=2, run=Path("2")), TaskResult("a", seed=3, run=Path("3"))]
     assert reproduce.representative_runs([*results, TaskResult("b")]) == {"a": Path("2"), "b": None}
 
 
 @pytest.mark.long
-def test_what_a_recipe_starts_from_is_still_to_be_fetched_and_no_reason_to_refuse_it(recipe: Recipe) -> None:
+def test_what_a_recipe_starts_from_is_still_to_be_fetched_and_no_reason_to_refuse_it(recipe):
     outlined = recipe.json("reproduce", "loftq-gsm8k", "--only", "llama-2-7b-loftq", "--dry-run")
     assert "lora_model_dir" not in str(outlined["recipes"][0]["problem"])
     assert outlined["data"][0].startswith("data/gsm8k-raw: ")
@@ -122,7 +120,7 @@ def test_what_a_recipe_starts_from_is_still_to_be_fetched_and_no_reason_to_refus
         (["--rehearse", "--dry-run", "--only", ONE, "--force", "tpyo"], "--force tpyo: "),
     ],
 )
-def test_a_wrong_request_starts_nothing(recipe: Recipe, tmp_path: Path, words: list[str], says: str) -> None:
+def test_a_wrong_request_starts_nothing(recipe, tmp_path, words, says):
     done = recipe("reproduce", "haider2024", *words)
     assert (done.returncode, says in done.stderr) == (2, True)
     assert rundir.all_runs(tmp_path / "runs") == [] and not (tmp_path / "data").exists()
@@ -151,7 +149,7 @@ def composed(*recipes: str, **more: Any) -> list[Composed]:
     return [compose.compose(Request(f"haider2024/{recipe}", **more)) for recipe in recipes]
 
 
-def test_data_is_fetched_and_prepared_in_the_forms_that_recipes_read_and_only_once(published_data: study.Study) -> None:
+def test_data_is_fetched_and_prepared_in_the_forms_that_recipes_read_and_only_once(published_data):
     reproduce.have_data(published_data, composed("llama-2-7b"))
     assert sorted(file.name for file in Path("data").iterdir()) == ["codereviewer", "codereviewer-raw"]
     both = composed("llama-2-7b", "as-released/llama-3-8b")
@@ -162,9 +160,7 @@ def test_data_is_fetched_and_prepared_in_the_forms_that_recipes_read_and_only_on
     assert before == {file: file.stat().st_mtime_ns for file in Path("data").rglob("*.jsonl")}
 
 
-def test_an_adapter_that_a_recipe_starts_from_is_fetched_beside_its_rows(
-    published_data: study.Study, server: Server
-) -> None:
+def test_an_adapter_that_a_recipe_starts_from_is_fetched_beside_its_rows(published_data, server):
     server.files["adapter_config.json"] = b"{}"
     url = server.url.replace("Comment_Generation.zip", "adapter_config.json")
     published_data.data.sources["init/adapter_config.json"] = DataSource(url=url)
@@ -192,9 +188,7 @@ def test_an_adapter_that_a_recipe_starts_from_is_fetched_beside_its_rows(
         (lambda data: change(data, "test", left_out={}), "test-subset-1.jsonl"),
     ],
 )
-def test_data_that_is_not_the_studys_is_refused_and_left_as_it_is(
-    published_data: study.Study, spoil: Callable[[Path], object], says: str
-) -> None:
+def test_data_that_is_not_the_studys_is_refused_and_left_as_it_is(published_data, spoil, says):
     reproduce.have_data(published_data, composed("llama-2-7b"))
     folder = Path("data/codereviewer")
     spoil(folder)
@@ -210,14 +204,14 @@ def change(folder: Path, split: str, **values: object) -> None:
     (folder / "manifest.json").write_bytes(orjson.dumps(manifest))
 
 
-def test_a_mirror_is_taken_where_a_model_is_gated() -> None:
+def test_a_mirror_is_taken_where_a_model_is_gated():
     shared = Request("", ["mirr", "fast"])
     mirrored = {name: reproduce.request_for(shared, name).profiles for name in STUDY.published}
     assert mirrored.pop("haider2024/code-llama-7b") == ["fast"]
     assert all(profiles == ["mirr", "fast"] for profiles in mirrored.values())
 
 
-def test_several_scorer_models_are_not_replaced_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_scorer_models_are_not_replaced_by_one(monkeypatch):
     monkeypatch.setattr(reproduce, "chosen", lambda *_: [])
     for models, metrics in (("aa", ["bertscore:a"]), ("ab", [])):
         columns = {f"of_{i}": {"metric": "bertscore_f1", "model": model} for i, model in enumerate(models)}
@@ -226,9 +220,7 @@ def test_several_scorer_models_are_not_replaced_by_one(monkeypatch: pytest.Monke
         assert list(asked.metrics) == metrics
 
 
-def test_a_judge_that_is_not_there_is_told_before_anything_starts(
-    recipe: Recipe, tmp_path: Path, tiny_profile: Path
-) -> None:
+def test_a_judge_that_is_not_there_is_told_before_anything_starts(recipe, tmp_path, tiny_profile):
     done = recipe(
         "reproduce", "haider2024", "--only", ONE, "--profile", tiny_profile, "--metric", "bertscore:some/nowhere"
     )

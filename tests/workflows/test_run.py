@@ -12,14 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import RECIPE, Recipe, finish, start, wait_until
+from conftest import RECIPE, finish, start, wait_until
 from filelock import FileLock
 
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.files import sha256
 from qlora_recipes.configs import compose
 from qlora_recipes.configs.compose import Request
-from qlora_recipes.runs import launch, records, rundir
+from qlora_recipes.runs import launch, rundir
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores.evaluations import ADAPTER
 from qlora_recipes.workflows import create
@@ -118,14 +118,8 @@ def check_resumed(run: RunDir, undisturbed: RunDir) -> None:
     ],
 )
 def test_a_stopped_run_goes_on_to_the_same_adapter(
-    tmp_path: Path,
-    tiny_profile: Path,
-    stand_in: Path,
-    trains_nothing: Recipe,
-    stand_in_undisturbed: RunDir,
-    how: str,
-    saved: bool,
-) -> None:
+    tmp_path, tiny_profile, stand_in, trains_nothing, stand_in_undisturbed, how, saved
+):
     words = ("run", PAGED, "--profile", tiny_profile)
     run = interrupted_run(start(tmp_path, *words, command=stand_in, STAND_IN_HOLD="5"), tmp_path / "runs", how)
     check_interrupted(run, saved)
@@ -138,7 +132,7 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(
 
 
 @pytest.mark.long
-def test_a_killed_training_goes_on_to_the_same_adapter(place: Path, tiny_profile: Path, undisturbed: RunDir) -> None:
+def test_a_killed_training_goes_on_to_the_same_adapter(place, tiny_profile, undisturbed):
     """The same with real Axolotl."""
     process = start(place, "--runs", "real", "run", PAGED, "--profile", tiny_profile)
     run = interrupted_run(process, place / "real", "SIGKILL to both")
@@ -148,9 +142,7 @@ def test_a_killed_training_goes_on_to_the_same_adapter(place: Path, tiny_profile
 
 
 @pytest.mark.parametrize("gone", ["axolotl", "there"])
-def test_without_axolotl_or_its_folder_nothing_is_begun(
-    recipe: Recipe, tmp_path: Path, tiny_profile: Path, monkeypatch: pytest.MonkeyPatch, gone: str
-) -> None:
+def test_without_axolotl_or_its_folder_nothing_is_begun(recipe, tmp_path, tiny_profile, monkeypatch, gone):
     (there := tmp_path / "there").mkdir()
     (axolotl := tmp_path / "axolotl").touch()
     monkeypatch.setattr(launch, "AXOLOTL", axolotl)
@@ -189,9 +181,7 @@ def moment(chance: random.Random, run: RunDir, launches: int, written: int) -> C
 
 
 @pytest.mark.parametrize("kills", [6, pytest.param(int(os.environ.get("KILLS", "30")), marks=pytest.mark.long)])
-def test_a_run_killed_at_random_moments_goes_on_to_the_same_adapter(
-    tmp_path: Path, tiny_profile: Path, stand_in: Path, kills: int
-) -> None:
+def test_a_run_killed_at_random_moments_goes_on_to_the_same_adapter(tmp_path, tiny_profile, stand_in, kills):
     """Each kill meets a training: its process is there, and the run is interrupted afterwards, not at its end."""
     seed = time.time_ns()
     print(f"seed {seed}")
@@ -227,7 +217,7 @@ def test_a_run_killed_at_random_moments_goes_on_to_the_same_adapter(
     assert sum(launch.resumed_from is not None for launch in record.launches) > kills // 2
 
 
-def test_a_real_run_records_all(undisturbed: RunDir, tiny_profile: Path) -> None:
+def test_a_real_run_records_all(undisturbed, tiny_profile):
     record = undisturbed.read()
     assert (record.state, record.recipe, record.profiles) == ("finished", PAGED, [str(tiny_profile)])
     assert not record.rehearsal
@@ -244,7 +234,7 @@ def test_a_real_run_records_all(undisturbed: RunDir, tiny_profile: Path) -> None
 
 
 @pytest.mark.long
-def test_early_stopping_finishes_a_run_and_is_named(place: Path, tiny_profile: Path) -> None:
+def test_early_stopping_finishes_a_run_and_is_named(place, tiny_profile):
     settings = ("learning_rate=10", "early_stopping_patience=1", "evals_per_epoch=null", "saves_per_epoch=null")
     sets = [word for one in (*settings, "eval_steps=2", "save_steps=2") for word in ("--set", one)]
     words = ("--runs", "early", "run", PAGED, "--profile", tiny_profile, *sets, "--force", "value:learning_rate")
@@ -275,13 +265,11 @@ def test_early_stopping_finishes_a_run_and_is_named(place: Path, tiny_profile: P
         (1, False, None, False, "failed"),
     ],
 )
-def test_a_run_is_finished_only_when_its_training_says_so(
-    code: int, stopped: bool, ended: records.Ended | None, has_adapter: bool, state: str
-) -> None:
+def test_a_run_is_finished_only_when_its_training_says_so(code, stopped, ended, has_adapter, state):
     assert launch._state(code, stopped, ended, has_adapter) == state
 
 
-def test_a_failing_axolotl_fails_the_run(trains_nothing: Recipe, tiny_profile: Path, tmp_path: Path) -> None:
+def test_a_failing_axolotl_fails_the_run(trains_nothing, tiny_profile, tmp_path):
     done = trains_nothing("run", PAGED, "--profile", tiny_profile, "--set", "lr_scheduler_kwargs={nonsense: 1}")
     (run,) = rundir.all_runs(tmp_path / "runs")
     assert (done.returncode, run.read().state) == (1, "failed")
@@ -294,7 +282,7 @@ def drop_half_prepared(run: Path, prepared: Path) -> None:
     launch._drop_half_prepared(RunDir(run), rundir.Run(recipe="r", recipe_file="f", recipe_sha256="s", cwd=str(run)))
 
 
-def test_half_prepared_rows_are_removed_in_the_run_only_and_not_while_they_are_written(tmp_path: Path) -> None:
+def test_half_prepared_rows_are_removed_in_the_run_only_and_not_while_they_are_written(tmp_path):
     (half := tmp_path / "prepared" / "half").mkdir(parents=True)  # by a process that was killed
     (half / "data-00000-of-00001.arrow").touch()
     (whole := tmp_path / "prepared" / "whole").mkdir()
@@ -312,8 +300,8 @@ def test_half_prepared_rows_are_removed_in_the_run_only_and_not_while_they_are_w
 
 
 def test_a_run_that_was_queued_is_checked_against_the_machine_that_trains_it(
-    recipe: Recipe, tmp_path: Path, tiny_profile: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    recipe, tmp_path, tiny_profile, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     forced = ["bad-row:datasets.0.path"]  # not found a second time, when rows are not read
     request = Request(PAGED, profiles=[str(tiny_profile)], overrides=["fp16=true", "bf16=false"], force=forced)
@@ -341,7 +329,7 @@ cli.main(sys.argv[1:])
 """
 
 
-def test_a_training_is_started_through_few_modules_and_frames(tmp_path: Path, tiny_profile: Path) -> None:
+def test_a_training_is_started_through_few_modules_and_frames(tmp_path, tiny_profile):
     command = [RECIPE.with_name("python"), "-c", REACHED, "run", PAGED, "--profile", tiny_profile]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     modules, frames = map(int, done.stdout.split())

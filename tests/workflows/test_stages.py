@@ -53,9 +53,7 @@ def mean(predictions: list[str], references: list[str]) -> float:
     return sum(scores) / len(scores)
 
 
-def test_published_predictions_are_fetched_and_scored_beside_the_published_score(
-    recipe: Recipe, server: Server, tmp_path: Path
-) -> None:
+def test_published_predictions_are_fetched_and_scored_beside_the_published_score(recipe, server, tmp_path):
     ours = mean(PREDICTED, GOLD)
     published_study.write(tmp_path, address(server), {"bleu4": round(ours, 2), "eval_loss": 1.0})
     found = scored(recipe)
@@ -73,9 +71,7 @@ def test_published_predictions_are_fetched_and_scored_beside_the_published_score
     assert rundir.all_runs(tmp_path / "runs") == []
 
 
-def test_published_predictions_are_recorded(
-    recipe: Recipe, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_published_predictions_are_recorded(recipe, server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     published_study.write(tmp_path, address(server), {"bleu4": 1.0})
     done = recipe.ok("results", "--export", "reviews")
@@ -91,7 +87,7 @@ def test_published_predictions_are_recorded(
     assert own.command == f"recipe reproduce reviews --from predictions --only {RECIPE}"
 
 
-def test_files_without_a_checksum_are_marked(recipe: Recipe, server: Server, tmp_path: Path) -> None:
+def test_files_without_a_checksum_are_marked(recipe, server, tmp_path):
     published_study.write(tmp_path, address(server), pred__txt={"sha256": None})
     assert row_of(scored(recipe))["verified"] is False
 
@@ -103,9 +99,7 @@ def test_files_without_a_checksum_are_marked(recipe: Recipe, server: Server, tmp
         (lambda server: server.files.pop("pred.txt"), "404"),
     ],
 )
-def test_what_cannot_be_had_says_why_and_stops_nothing_else(
-    recipe: Recipe, server: Server, tmp_path: Path, break_it: Any, says: str
-) -> None:
+def test_what_cannot_be_had_says_why_and_stops_nothing_else(recipe, server, tmp_path, break_it, says):
     published_study.write(tmp_path, address(server))
     break_it(server)
     found = scored(recipe, code=1)
@@ -125,9 +119,7 @@ def test_what_cannot_be_had_says_why_and_stops_nothing_else(
         ("pred.txt", b"\xff\n" * 4, "pred.txt: .*UTF-8"),
     ],
 )
-def test_files_that_do_not_hold_the_predictions_are_refused(
-    recipe: Recipe, server: Server, tmp_path: Path, file: str, content: bytes, says: str
-) -> None:
+def test_files_that_do_not_hold_the_predictions_are_refused(recipe, server, tmp_path, file, content, says):
     server.files[file] = content
     known = {"sha256": published_study.digest(content), "bytes": len(content)}
     published_study.write(tmp_path, address(server), **{file.replace(".", "__"): known})
@@ -144,9 +136,7 @@ def test_files_that_do_not_hold_the_predictions_are_refused(
         (["peft-metamathqa"], "--from predictions: peft-metamathqa"),
     ],
 )
-def test_a_wrong_request_fetches_nothing(
-    recipe: Recipe, server: Server, tmp_path: Path, words: list[str], says: str
-) -> None:
+def test_a_wrong_request_fetches_nothing(recipe, server, tmp_path, words, says):
     published_study.write(tmp_path, address(server))
     done = recipe("reproduce", *words, "--from", "predictions")
     assert done.returncode == 2 and re.search(says, done.stderr)
@@ -154,7 +144,7 @@ def test_a_wrong_request_fetches_nothing(
 
 
 @pytest.mark.skipif(not (SHARED / "haider2024").is_dir(), reason="the authors' files are not part of the project")
-def test_the_first_studys_predictions(recipe: Recipe, server: Server, tmp_path: Path) -> None:
+def test_the_first_studys_predictions(recipe, server, tmp_path):
     """The real files behind a server in place of the internet: Table II's score of Llama 3, and not its baseline's."""
     of_study = study.find("haider2024")
     content = yamlfiles.read_yaml(of_study.folder / "study.yaml")
@@ -192,16 +182,14 @@ def adapters(recipe: Recipe, profile: Path, code: int = 0) -> Any:
     return recipe.json(*words, *rehearse, code=code)
 
 
-def test_a_rehearsal_fetches_no_adapter(recipe: Recipe, server: Server, tmp_path: Path, tiny_profile: Path) -> None:
+def test_a_rehearsal_fetches_no_adapter(recipe, server, tmp_path, tiny_profile):
     published_study.write(tmp_path, address(server))
     (step,) = adapters(recipe, tiny_profile, code=2)["steps"]
     fetch = f"`recipe data fetch reviews {' '.join(f'--only theirs/{name}' for name in ADAPTER)}`"
     assert fetch in step["problem"] and not server.paths
 
 
-def test_a_published_adapter_is_evaluated_once_and_marked(
-    recipe: Recipe, server: Server, tmp_path: Path, tiny: Path, tiny_profile: Path
-) -> None:
+def test_a_published_adapter_is_evaluated_once_and_marked(recipe, server, tmp_path, tiny, tiny_profile):
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -232,9 +220,7 @@ def test_a_published_adapter_is_evaluated_once_and_marked(
 MAGNITUDE = "weight_m_wdecomp.weight"  # as DoRA's fork of PEFT calls it, with a second dimension of one
 
 
-def test_an_adapter_of_a_fork_makes_the_predictions_of_its_twin(
-    recipe: Recipe, server: Server, tmp_path: Path, tiny: Path, tiny_profile: Path
-) -> None:
+def test_an_adapter_of_a_fork_makes_the_predictions_of_its_twin(recipe, server, tmp_path, tiny, tiny_profile):
     import torch
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file, save_file
@@ -275,9 +261,7 @@ def test_an_adapter_of_a_fork_makes_the_predictions_of_its_twin(
 
 
 @pytest.mark.long
-def test_an_adapter_makes_the_predictions_of_the_rehearsal_that_trained_it(
-    trains_nothing: Recipe, recipe: Recipe, tmp_path: Path
-) -> None:
+def test_an_adapter_makes_the_predictions_of_the_rehearsal_that_trained_it(trains_nothing, recipe, tmp_path):
     trains_nothing.ok("run", "haider2024/llama-3.2-3b", "--rehearse")
     (run,) = rundir.all_runs(tmp_path / "runs")
     few = ("--limit", "3", "--max-new-tokens", "8", "--metric", "bertscore:none")
@@ -302,9 +286,7 @@ def test_an_adapter_makes_the_predictions_of_the_rehearsal_that_trained_it(
         (("llama-3-8b", "--adapter", "theirs"), "no-gpu"),
     ],
 )
-def test_an_adapter_that_cannot_be_evaluated_leaves_nothing(
-    recipe: Recipe, tmp_path: Path, words: tuple[str, ...], says: str
-) -> None:
+def test_an_adapter_that_cannot_be_evaluated_leaves_nothing(recipe, tmp_path, words, says):
     (tmp_path / "empty").mkdir()
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/model"}')
@@ -314,9 +296,7 @@ def test_an_adapter_that_cannot_be_evaluated_leaves_nothing(
     assert not (tmp_path / "runs").exists()
 
 
-def test_data_is_fetched_without_what_authors_published_unless_that_is_named(
-    recipe: Recipe, server: Server, tmp_path: Path
-) -> None:
+def test_data_is_fetched_without_what_authors_published_unless_that_is_named(recipe, server, tmp_path):
     published_study.write(tmp_path, address(server))
     rows = list(SAMPLE.glob("msg-*.jsonl"))
     with zipfile.ZipFile(packed := tmp_path / "rows.zip", "w") as archive:

@@ -71,7 +71,7 @@ def finished(place: Path, tiny_profile: Path, stand_in: Path) -> dict[str, Any]:
     return orjson.loads(done.stdout)
 
 
-def test_killed_and_started_again_it_has_its_members_and_none_ran_twice(place: Path, finished: dict[str, Any]) -> None:
+def test_killed_and_started_again_it_has_its_members_and_none_ran_twice(place, finished):
     assert [step["member"] for step in finished["steps"]] == [member["name"] for member in MEMBERS]
     assert [step["problem"] for step in finished["steps"][:2]] == [None, None]
     assert finished["steps"][2]["problem"]
@@ -81,7 +81,7 @@ def test_killed_and_started_again_it_has_its_members_and_none_ran_twice(place: P
     assert sorted(len(record.launches) for record in done) == [1, 2]
 
 
-def test_its_members_compare_and_one_that_failed_has_nothing(finished: dict[str, Any]) -> None:
+def test_its_members_compare_and_one_that_failed_has_nothing(finished):
     low, high, broken = finished["results"]
     assert [row["member"] for row in (low, high, broken)] == ["low", "high", "broken"]
     for row in (low, high):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import small_study
-from conftest import Recipe, recipe_config
+from conftest import recipe_config
 from run_folders import a_run
 from scipy import stats
 
@@ -31,9 +31,7 @@ SHIPPED = sorted(file.stem for file in (paths.RECIPES / "sweeps").glob("*.yaml")
 
 @pytest.mark.parametrize("name", [next(iter(one.published)) for one in study.every()])
 @pytest.mark.parametrize("sweep", SHIPPED)
-def test_members_of_shipped_sweeps_are_clean_over_a_recipe_of_each_study(
-    sweep: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path
-) -> None:
+def test_members_of_shipped_sweeps_are_clean_over_a_recipe_of_each_study(sweep, name, tmp_path, monkeypatch, prepared):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(prepared)
     configs = []
@@ -46,7 +44,7 @@ def test_members_of_shipped_sweeps_are_clean_over_a_recipe_of_each_study(
     assert all(a != b for a, b in itertools.combinations(configs, 2))
 
 
-def test_members_are_those_of_axolotl(tmp_path: Path) -> None:
+def test_members_are_those_of_axolotl(tmp_path):
     """In another order, since Axolotl's is by chance."""
     from axolotl.cli.utils.sweeps import generate_sweep_configs
 
@@ -58,7 +56,7 @@ def test_members_are_those_of_axolotl(tmp_path: Path) -> None:
     assert sorted(map(strings, ours)) == sorted(map(strings, theirs))
 
 
-def test_rows_whose_names_show_different_keys_have_the_same_columns(tmp_path: Path) -> None:
+def test_rows_whose_names_show_different_keys_have_the_same_columns(tmp_path):
     (tmp_path / "s.yaml").write_text("_: [{lora_r: 64, lora_alpha: 128}, {lora_alpha: 16}]")
     _, members = read_members(tmp_path / "s.yaml", [])
     sweep = Sweep(name="s", recipe=BASE, rehearsal=False, keys=varying(members), members=members)
@@ -70,7 +68,7 @@ def strings(content: dict[str, Any]) -> list[tuple[str, str]]:
     return sorted((key, str(value)) for key, value in content.items())
 
 
-def test_values_come_from_the_command_line_too() -> None:
+def test_values_come_from_the_command_line_too():
     name, members = read_members(None, ["lora_target_modules=[q_proj], [q_proj, v_proj]", "num_epochs=1"])
     assert name == "lora_target_modules=-q_proj-,-q_proj,-v_proj-+num_epochs=1"
     assert [(m.name, m.values) for m in members] == [
@@ -93,14 +91,14 @@ def test_values_come_from_the_command_line_too() -> None:
         ("{}", ["lora_r"], "--set lora_r: "),
     ],
 )
-def test_what_is_no_sweep_is_refused_with_its_place(tmp_path: Path, text: str, sets: list[str], says: str) -> None:
+def test_what_is_no_sweep_is_refused_with_its_place(tmp_path, text, sets, says):
     (tmp_path / "s.yaml").write_text(text)
     with pytest.raises(UserError) as error:
         read_members(tmp_path / "s.yaml", sets)
     assert says in str(error.value)
 
 
-def test_nothing_is_started_where_a_member_is_wrong(tmp_path: Path, recipe: Recipe) -> None:
+def test_nothing_is_started_where_a_member_is_wrong(tmp_path, recipe):
     done = recipe("sweep", BASE, "--set", "lora_r=8,16", "--set", "lora_alpha=4,x", "--rehearse")
     assert done.returncode == 2
     assert done.stderr.count("[value:lora_alpha]") == 1
@@ -116,7 +114,7 @@ def test_nothing_is_started_where_a_member_is_wrong(tmp_path: Path, recipe: Reci
     assert " targets" in recipe("sweep", BASE, "tragets").stderr
 
 
-def test_what_does_not_fit_is_told_before_anything_starts(tmp_path: Path, recipe: Recipe, tiny_profile: Path) -> None:
+def test_what_does_not_fit_is_told_before_anything_starts(tmp_path, recipe, tiny_profile):
     (tmp_path / "llama-7b.yaml").write_text(paths.recipe_file(BASE).read_text())  # a part of a shipped recipe's name
     profile = ("--profile", tiny_profile, "--set", "warmup_steps=0", "--seeds", "2", "--gpu", "L4")
     words = ("sweep", "llama-7b.yaml", "--set", "micro_batch_size=1,4096", *profile)
@@ -155,7 +153,7 @@ def a_sweep(
     return Sweep(name="ranks", recipe=of, rehearsal=False, keys=["lora_r"], members=members)
 
 
-def test_members_compare_by_what_their_runs_measured(tmp_path: Path) -> None:
+def test_members_compare_by_what_their_runs_measured(tmp_path):
     sweep = a_sweep(tmp_path, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)], "bad": [(9.0, 1.3, 7.5)]})
     sweep.members.append(SweepMember(name="not yet", values={"lora_r": 1}, digest="none"))
     rows = {row.member.name: row for row in sweep_results.rows(sweep, tmp_path)}
@@ -167,7 +165,7 @@ def test_members_compare_by_what_their_runs_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-1b-lora", "llama-3.1-8b-qlora"])
-def test_members_stand_beside_the_published_scores_of_their_settings(tmp_path: Path, name: str) -> None:
+def test_members_stand_beside_the_published_scores_of_their_settings(tmp_path, name):
     _, members = read_members(find_sweep_file("rate-and-rank"), [])
     recipe = f"tinker-tulu3/{name}"
     sweep = Sweep(name="rate-and-rank", recipe=recipe, rehearsal=False, keys=varying(members), members=members)
@@ -176,7 +174,7 @@ def test_members_stand_beside_the_published_scores_of_their_settings(tmp_path: P
     assert min(published) == of_study.published[of_study.origin(recipe)].scores["nll"].value and len(published) == 16
 
 
-def test_a_studys_recipes_compare_by_their_best_members(tmp_path: Path, recipe: Recipe) -> None:
+def test_a_studys_recipes_compare_by_their_best_members(tmp_path, recipe):
     """Best by eval loss, whatever their scores, beside the score at a recipe's own value."""
     runs, others = tmp_path / "runs", ("haider2024/llama-2-7b", "haider2024/llama-3-8b", "haider2024/llama-3.1-8b")
     swept = [a_sweep(runs, {"a": [(9.0, 1.3, 7.0)], "b": [(5.0, 1.1, 7.0)], "c": [(5.5, 1.2, 8.0)]})]
@@ -203,9 +201,7 @@ def test_a_studys_recipes_compare_by_their_best_members(tmp_path: Path, recipe: 
     assert not recipe("results", "haider2024", "--rehearse").stdout  # of which there are none
 
 
-def test_a_study_is_swept_and_again_nothing_is_done(
-    recipe: Recipe, tmp_path: Path, tiny_profile: Path, stand_in: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_study_is_swept_and_again_nothing_is_done(recipe, tmp_path, tiny_profile, stand_in, monkeypatch):
     published = {name: {"scores": {"perplexity": 3}} for name in (small_study.PLAIN, small_study.WIDE)}
     metrics = {"metrics": {"perplexity": {}}, "shown": [], "tolerances": {}, "decodings": {}}  # nothing is generated
     small_study.write(tmp_path, published=published, **metrics)
@@ -229,7 +225,7 @@ def test_a_study_is_swept_and_again_nothing_is_done(
     assert [row["runs"] for row in single["results"]] == [row["runs"] for row in made["results"][:2]]
 
 
-def test_test_rows_choose_no_member(tmp_path: Path) -> None:
+def test_test_rows_choose_no_member(tmp_path):
     sweep = a_sweep(tmp_path, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)]})
     (test := tmp_path / "test.jsonl").write_text("{}\n")
     write_json(tmp_path / "manifest.json", {"splits": {"test": {"sha256": sha256(test), "constants": {}}}})
@@ -240,7 +236,7 @@ def test_test_rows_choose_no_member(tmp_path: Path) -> None:
     assert not any(row.pareto for row in sweep_results.rows(sweep, tmp_path))
 
 
-def test_scores_over_seeds_have_students_interval(tmp_path: Path) -> None:
+def test_scores_over_seeds_have_students_interval(tmp_path):
     values = [5.0, 5.3, 5.1]
     sweep = a_sweep(tmp_path, {"low": [(bleu4, 1.0, 7.0) for bleu4 in values]}, seeds=True)
     (row,) = sweep_results.rows(sweep, tmp_path)
@@ -252,7 +248,7 @@ def test_scores_over_seeds_have_students_interval(tmp_path: Path) -> None:
     assert within.method == row.scores["eval_loss"][1].method
 
 
-def test_results_of_a_sweep_in_every_form(tmp_path: Path, recipe: Recipe) -> None:
+def test_results_of_a_sweep_in_every_form(tmp_path, recipe):
     runs = tmp_path / "runs"
     sweep = a_sweep(runs, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)]})
     sweep.file(runs).parent.mkdir(parents=True)

@@ -3,7 +3,7 @@
 import json
 import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -81,7 +81,7 @@ def of_wandb(run: RunDir, key: str) -> Curve:
 
 @pytest.mark.long
 @pytest.mark.parametrize("read", [of_tensorboard, of_trackio, of_mlflow, of_wandb])
-def test_each_tracker_reads_the_curves_of_the_metrics(run: RunDir, read: Callable[[RunDir, str], Curve]) -> None:
+def test_each_tracker_reads_the_curves_of_the_metrics(run, read):
     for key in TAGS:
         expected = [(record["step"], record[key]) for record in run.read_metrics() if key in record]
         rel = 1e-6 if read is of_tensorboard else 0  # kept as float32
@@ -90,7 +90,7 @@ def test_each_tracker_reads_the_curves_of_the_metrics(run: RunDir, read: Callabl
 
 
 @pytest.mark.long
-def test_trackers_leave_nothing_elsewhere(run: RunDir) -> None:
+def test_trackers_leave_nothing_elsewhere(run):
     place = run.runs(NAME).parent
     assert {file.name for file in place.iterdir()} <= {"runs", ".cache"}  # the home folder too; wandb logs to its cache
     assert {file.name for file in run.runs(NAME).iterdir()} == {"haider2024", "trackio", "mlflow.db", ".mlflow.db.lock"}
@@ -101,7 +101,7 @@ def launched(*profiles: str, name: str = NAME, overrides: Sequence[str] = (), **
     return create.launch_config(compose.compose(request), RunDir(Path("runs", name, "now")))
 
 
-def test_what_the_user_says_of_a_tracker_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_user_says_of_a_tracker_holds(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     new.write("wide", NAME, ["lora_r=64"])
     variant = launched("wandb", name="wide")
@@ -116,7 +116,7 @@ def test_what_the_user_says_of_a_tracker_holds(tmp_path: Path, monkeypatch: pyte
     assert of_override["mlflow_tracking_uri"] == "https://example.org"
 
 
-def test_where_a_run_is_tracked_makes_it_no_other_run() -> None:
+def test_where_a_run_is_tracked_makes_it_no_other_run():
     plain, tracked = (compose.compose(Request(NAME, profiles=profiles)) for profiles in ([], list(TRACKERS)))
     assert plain.digest == tracked.digest
     assert plain.digest != compose.compose(Request(NAME, overrides=["lora_r=8"])).digest

@@ -53,7 +53,7 @@ def about_the_model(text: str, base: str) -> str:
 @pytest.mark.parametrize(
     "base", ["haider2024/llama-3.2-3b", "haider2024/code-llama-7b", "haider2024/as-released/llama-3-8b"]
 )
-def test_a_known_model_takes_the_place_of_another_with_true_comments(tmp_path: Path, recipe: Recipe, base: str) -> None:
+def test_a_known_model_takes_the_place_of_another_with_true_comments(tmp_path, recipe, base):
     text, said = written(recipe, tmp_path, "Qwen/Qwen2.5-Coder-7B", base=base)
     assert "not known" not in said and "stays" not in said
     pinned = models.catalogue()["Qwen/Qwen2.5-Coder-7B"]["revision"]
@@ -73,7 +73,7 @@ def test_a_known_model_takes_the_place_of_another_with_true_comments(tmp_path: P
     assert wrong(recipe) == []
 
 
-def test_what_is_changed_is_all_that_list_and_diff_name(tmp_path: Path, recipe: Recipe) -> None:
+def test_what_is_changed_is_all_that_list_and_diff_name(tmp_path, recipe):
     written(recipe, tmp_path, "microsoft/Phi-3-mini-4k-instruct", "--set", "lora_r=8")
     keys = ["base_model", "revision_of_model", "special_tokens.pad_token", "lora_r", "lora_target_modules"]
     rows = {row["recipe"]: row for row in recipe.json("list")}
@@ -84,7 +84,7 @@ def test_what_is_changed_is_all_that_list_and_diff_name(tmp_path: Path, recipe: 
     assert wrong(recipe) == []
 
 
-def test_a_model_that_nothing_is_known_of_is_taken_with_its_missing_facts_named(tmp_path: Path, recipe: Recipe) -> None:
+def test_a_model_that_nothing_is_known_of_is_taken_with_its_missing_facts_named(tmp_path, recipe):
     text, said = written(recipe, tmp_path, "nobody/some-7b")
     of_model = "type and sizes, context, linear layers"
     facts = f"licence, whether it is gated, revision, padding token, special tokens, {of_model}"
@@ -107,8 +107,8 @@ ADDED = [{"id": i, "content": token, "special": True} for i, token in enumerate(
     ],
 )
 def test_facts_of_a_folder_are_read_and_a_padding_token_set_only_where_it_is_known_to_name_none(
-    tmp_path: Path, recipe: Recipe, tokenizer: Any, pad_token: str | None, reason: str
-) -> None:
+    tmp_path, recipe, tokenizer, pad_token, reason
+):
     folder = write_model(tmp_path / "phi", PHI, tokenizer, tokenizer={"added_tokens": ADDED})
     text, said = written(recipe, tmp_path, folder)
     tokens = {"pad_token": pad_token} if pad_token else None
@@ -124,9 +124,7 @@ def test_facts_of_a_folder_are_read_and_a_padding_token_set_only_where_it_is_kno
     assert wrong(recipe) == []
 
 
-def test_facts_of_a_model_in_the_hubs_cache_alone_are_read_there(
-    tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_facts_of_a_model_in_the_hubs_cache_alone_are_read_there(tmp_path, recipe, monkeypatch):
     hub = tmp_path / "hub"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
     repository = hub / "models--nobody--tiny-phi"
@@ -147,12 +145,12 @@ def test_facts_of_a_model_in_the_hubs_cache_alone_are_read_there(
         (["qkv_proj"], ["qkv_proj"]),
     ],
 )
-def test_layers_get_the_names_of_the_family(targets: list[str], expected: list[str]) -> None:
+def test_layers_get_the_names_of_the_family(targets, expected):
     assert models.renamed(targets, models.LAYERS["phi3"]) == expected
     assert set(models.renamed(expected, models.LINEAR_LAYERS)) <= set(models.LINEAR_LAYERS)
 
 
-def test_set_has_the_last_word_beside_a_model(tmp_path: Path, recipe: Recipe) -> None:
+def test_set_has_the_last_word_beside_a_model(tmp_path, recipe):
     options = ["--set", "revision_of_model=v1", "--set", "special_tokens.pad_token=<|endoftext|>"]
     text, _ = written(recipe, tmp_path, "Qwen/Qwen3-8B", *options, "--set", "num_epochs=1")
     assert f"\nnum_epochs: 1  # variant, was {recipe_config(BASE)['num_epochs']}; paper\n" in text
@@ -161,7 +159,7 @@ def test_set_has_the_last_word_beside_a_model(tmp_path: Path, recipe: Recipe) ->
     assert "padding token" not in text
 
 
-def test_keys_about_the_model_before_go_and_its_chat_template_gives_way(tmp_path: Path, recipe: Recipe) -> None:
+def test_keys_about_the_model_before_go_and_its_chat_template_gives_way(tmp_path, recipe):
     keys = {"tokenizer_type": "LlamaTokenizer", "is_llama_derived_model": "true", "tokenizer_config": "x/y"}
     keys["lora_model_dir"] = "an/adapter"
     chat = keys | {"chat_template": "llama3", "datasets.0.type": "chat_template", "revision_of_model": "null"}

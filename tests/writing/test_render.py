@@ -14,12 +14,12 @@ from qlora_recipes.data import study
 from qlora_recipes.writing import render
 
 
-def test_the_recipes_are_those_of_the_templates() -> None:
+def test_the_recipes_are_those_of_the_templates():
     recipes = render.rendered()
     assert (render.drift(recipes), render.orphans(recipes)) == ("", [])
 
 
-def test_the_table_of_recipes_shows_what_was_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_of_recipes_shows_what_was_recorded(tmp_path, monkeypatch):
     assert "peak GiB" not in render.rendered()[render.README]
     monkeypatch.chdir(tmp_path)
     of_study = study.find("haider2024")
@@ -37,7 +37,7 @@ def test_the_table_of_recipes_shows_what_was_recorded(tmp_path: Path, monkeypatc
     assert "| BLEU-4 | 5.02 | retrained on RTX 4090, seed 42 and RTX 4090, seed 42 | 5.05 |" in readme
 
 
-def test_drift_shows_what_differs() -> None:
+def test_drift_shows_what_differs():
     recipes = render.rendered()
     name = "haider2024/llama-2-7b.yaml"
     recipes[name] = recipes[name].replace("adapter: qlora", "adapter: lora")
@@ -53,11 +53,11 @@ def without_source(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", paths.recipe_names())
-def test_every_setting_names_its_source(name: str) -> None:
+def test_every_setting_names_its_source(name):
     assert without_source((paths.RECIPES / f"{name}.yaml").read_text()) == []
 
 
-def test_the_gains_of_table_ii_follow_from_its_scores() -> None:
+def test_the_gains_of_table_ii_follow_from_its_scores():
     of_study = study.of("haider2024/llama-2-7b")
     assert of_study
     assert set(of_study.published) <= set(paths.recipe_names())
@@ -88,7 +88,7 @@ def templates(tmp_path: Path) -> Path:
         ("a: 1\nb: {{ name\n", r"other\.yaml\.j2:2: "),
     ],
 )
-def test_a_broken_template_is_an_error_with_its_place(templates: Path, text: str, place: str) -> None:
+def test_a_broken_template_is_an_error_with_its_place(templates, text, place):
     (templates / "haider2024" / "other.yaml.j2").write_text(text)
     with pytest.raises(UserError, match=place):
         render.rendered(templates)
@@ -110,7 +110,7 @@ def template_for(templates: Path, model: str) -> str:
     return render.rendered(templates)["haider2024/other.yaml"]
 
 
-def test_a_template_for_a_model_of_another_family_says_what_is_true_of_that(templates: Path) -> None:
+def test_a_template_for_a_model_of_another_family_says_what_is_true_of_that(templates):
     text = template_for(templates, PHI)
     recipe = yaml.safe_load(text)
     assert recipe["lora_target_modules"] == ["qkv_proj", "o_proj"]

@@ -7,7 +7,6 @@ from typing import Any
 
 import orjson
 import pytest
-from conftest import Recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -66,9 +65,7 @@ def comments(text: str) -> list[str]:
 
 @settings(max_examples=25)  # each composes and checks a variant
 @given(OVERRIDES)
-def test_a_variant_keeps_every_comment_is_clean_and_differs_in_just_what_was_changed(
-    tmp_path_factory: pytest.TempPathFactory, overrides: tuple[tuple[str, Any], ...]
-) -> None:
+def test_a_variant_keeps_every_comment_is_clean_and_differs_in_just_what_was_changed(tmp_path_factory, overrides):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("variant"))
         base = expected = yamlfiles.parse(TEXT, "")
@@ -96,7 +93,7 @@ def test_a_variant_keeps_every_comment_is_clean_and_differs_in_just_what_was_cha
             assert line.startswith("#") or "  # variant, " in line
 
 
-def test_a_variant_from_the_command_line_to_its_config(place: Path, recipe: Recipe) -> None:
+def test_a_variant_from_the_command_line_to_its_config(place, recipe):
     made = recipe("new", "ideas/wide", "--from", BASE, "--set", "lora_r=64", "--set", "weight_decay=null")
     assert (made.returncode, made.stdout) == (0, "variants/ideas/wide.yaml\n")
     text = (place / "variants/ideas/wide.yaml").read_text()
@@ -131,23 +128,21 @@ def test_a_variant_from_the_command_line_to_its_config(place: Path, recipe: Reci
         (["x", "--from", BASE, "--model", "codellama/CodeLlama-7b-hf"], BASE),
     ],
 )
-def test_what_cannot_be_is_refused_and_nothing_written(
-    tmp_path: Path, recipe: Recipe, arguments: list[str], says: str
-) -> None:
+def test_what_cannot_be_is_refused_and_nothing_written(tmp_path, recipe, arguments, says):
     done = recipe("new", *arguments)
     assert done.returncode == 2
     assert says in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_variant_that_is_there_is_not_overwritten(place: Path, recipe: Recipe) -> None:
+def test_a_variant_that_is_there_is_not_overwritten(place, recipe):
     recipe("new", "mine", "--from", BASE)
     (place / "variants/mine.yaml").write_text("mine: 1\n")
     assert recipe("new", "mine", "--from", BASE).returncode == 2
     assert (place / "variants/mine.yaml").read_text() == "mine: 1\n"
 
 
-def test_a_copy_edited_by_hand_is_known_by_the_recipe_in_its_header(place: Path) -> None:
+def test_a_copy_edited_by_hand_is_known_by_the_recipe_in_its_header(place):
     (place / "copy.yaml").write_text(TEXT.replace("lora_r: 32", "lora_r: 8"))
     composed = compose.compose(Request("copy.yaml", overrides=["lora_alpha=8"]))
     assert composed.origin == BASE
@@ -159,7 +154,7 @@ def test_a_copy_edited_by_hand_is_known_by_the_recipe_in_its_header(place: Path)
     assert compose.compose(Request("own.yaml")).differences == []
 
 
-def test_a_run_of_a_variant_lists_its_differences_from_that(place: Path) -> None:
+def test_a_run_of_a_variant_lists_its_differences_from_that(place):
     new.write("mine", BASE, ["base_model=Qwen/Qwen3-0.6B", "lora_r=8"])
     request = Request("mine", overrides=["lora_r=16", "lora_alpha=8"])
     record = create.record_of(compose.compose(request), request)
@@ -201,7 +196,7 @@ PROMPTED = {
         ({"text": "a"}, {"type": "completion"}),
     ],
 )
-def test_the_fields_of_rows_decide_their_type(tmp_path: Path, row: dict[str, Any], entry: dict[str, Any]) -> None:
+def test_the_fields_of_rows_decide_their_type(tmp_path, row, entry):
     file = tmp_path / "rows.jsonl"
     for before in (b"\n", codecs.BOM_UTF8):
         file.write_bytes(before + orjson.dumps(row))
@@ -210,13 +205,13 @@ def test_the_fields_of_rows_decide_their_type(tmp_path: Path, row: dict[str, Any
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"a": 1}', "\xff"])
-def test_rows_of_no_known_form_are_refused(recipe: Recipe, tmp_path: Path, content: str) -> None:
+def test_rows_of_no_known_form_are_refused(recipe, tmp_path, content):
     (tmp_path / "rows.jsonl").write_text(content, encoding="latin-1")
     assert recipe("new", "mine", "--data", "rows.jsonl").returncode == 2
     assert not (tmp_path / "variants").exists()
 
 
-def test_a_variant_for_rows_of_ones_own(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variant_for_rows_of_ones_own(recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 30)
     recipe.ok("new", "mine", "--model", "Qwen/Qwen3-4B", "--data", "rows.jsonl")
