@@ -79,10 +79,10 @@ def select(folder: RunDir, request: EvaluationRequest) -> CheckpointSelection:
     own = sha256(folder.output / ADAPTER) if (folder.output / ADAPTER).is_file() else None
     validation = evaluation_rows.validation(run, cfg)
     if validation is None:
-        problem = (
-            f"{folder.path}: the run has no validation rows other than test rows, which must not be used to select"
+        raise UserError(
+            f"{folder.path}: the run has no validation rows other than test rows, which must not be used to select a "
+            f"checkpoint; `recipe evaluate {folder.path} --adapter DIR` scores one adapter"
         )
-        raise UserError(f"{problem} a checkpoint; `recipe evaluate {folder.path} --adapter DIR` scores one adapter")
 
     def evaluated(name: str, of_validation: bool) -> Evaluation:
         path, digest = adapters[name]

@@ -142,15 +142,16 @@ def require_reference(folder: RunDir, cfg: Config, source: RowSource | None) -> 
         "completion data": any(str(entry.get("type")).partition(":")[0] == "completion" for entry in entries),
     }
     if kind := next((kind for kind, given in without_answers.items() if given), None):
-        problem = f"{kind} has no answers to compare predictions with"
-        remedy = "`recipe results` shows the eval loss if the recipe has test_datasets or val_set_size"
-        raise UserError(f"{folder.path}: {problem}; {remedy}")
-    if source is None:
-        problem = (
-            "its config has neither test_datasets nor val_set_size, and its training data has no test.jsonl beside it"
+        raise UserError(
+            f"{folder.path}: {kind} has no answers to compare predictions with; `recipe results` shows the eval loss "
+            "if the recipe has test_datasets or val_set_size"
         )
-        remedy = f"{_ELSEWHERE}, and give the recipe test_datasets for the next run"
-        raise UserError(f"{folder.path}: no evaluation rows: {problem}; {remedy}")
+    if source is None:
+        raise UserError(
+            f"{folder.path}: no evaluation rows: its config has neither test_datasets nor val_set_size, and its "
+            f"training data has no test.jsonl beside it; {_ELSEWHERE}, and give the recipe test_datasets for the next "
+            "run"
+        )
     return source
 
 
@@ -168,8 +169,8 @@ def read(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> Evaluation
         kind = fields_of(entries.get(source.keys[0], {}))
         fields = (kind.reference,) if kind and kind.reference else ()
         hint = "; `recipe data prepare` writes test.jsonl" if source == usual(run, cfg) else ""
-        rows = read_rows(source.file, fields, hint)
-        read = EvaluationRows(source.data, sha256(source.file), rows, source.keys * len(rows))
+        pairs = [(source.keys[0], row) for row in read_rows(source.file, fields, hint)]
+        digest = sha256(source.file)
     else:
         files = {key: file for key in source.keys if (file := _jsonl(entries[key], Path(run.cwd)))}
         if source.held_out or len(files) < len(source.keys):
@@ -178,10 +179,9 @@ def read(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> Evaluation
             firsts = {key: read_rows(file, ())[: datafiles.first_rows(entries[key])] for key, file in files.items()}
             pairs = [(key, row) for key, rows in firsts.items() for row in rows]
         digest = hashlib.sha256(orjson.dumps(pairs)).hexdigest()
-        read = EvaluationRows(source.data, digest, [row for _, row in pairs], [key for key, _ in pairs])
-    if not read.rows:
+    if not pairs:
         raise UserError(f"{source.data}: no rows; {_ELSEWHERE}")
-    return read
+    return EvaluationRows(source.data, digest, [row for _, row in pairs], [key for key, _ in pairs])
 
 
 def _jsonl(entry: Config, folder: Path) -> Path | None:
@@ -208,8 +208,11 @@ def _loaded(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> list[tu
     if kept.is_file():
         with kept.open("rb") as lines:
             return [(line["dataset"], line["row"]) for line in json_rows(lines, kept, ("dataset",))]
-    if source.held_out:
-        _require_same_data(run)
+    if source.held_out and (path := run.changed_data):
+        raise UserError(
+            f"{path}: missing or changed since training; val_set_size needs it unchanged; restore the file, or "
+            f"{_ELSEWHERE}"
+        )
     say(f"loading {source.data}")  # no progress bar: its thread can deadlock with forked processes
     if run.rehearsal:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -228,9 +231,3 @@ def _loaded(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> list[tu
     # default=str for dates and bytes, which JSON lacks; such fields hold no training text
     write_rows(kept, orjson.loads(orjson.dumps([{"dataset": key, "row": row} for key, row in pairs], default=str)))
     return _loaded(source, folder, run, cfg)
-
-
-def _require_same_data(run: Run) -> None:
-    if path := run.changed_data:
-        problem = f"{path}: missing or changed since training; val_set_size needs it unchanged"
-        raise UserError(f"{problem}; restore the file, or {_ELSEWHERE}")

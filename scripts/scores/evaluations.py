@@ -230,13 +230,6 @@ def write(folder: Path, evaluation: Evaluation, rows: Sequence[Row]) -> None:
         scores.write(evaluation.model_dump_json(indent=1).encode() + b"\n")
 
 
-def _files(folder: Path, settings: EvaluationSettings) -> dict[str, Path]:
-    """Files of an evaluation; the run's adapter is found even in a moved run folder."""
-    own = folder / "output"
-    adapter = (own if own.is_dir() else Path(settings.adapter)) / ADAPTER
-    return {"adapter": adapter, "predictions": folder / PREDICTIONS, "data": Path(settings.data)}
-
-
 # Kind of change since an evaluation: `edited` if only the predictions differ, else `stale`.
 Changed = Literal["stale", "edited"]
 
@@ -255,7 +248,9 @@ def changed(folder: Path, evaluation: Evaluation | None, run: Run | None = None)
         return None
     if run and run.adapter and evaluation.settings.adapter_sha256 != run.adapter.sha256:
         return "stale"
-    files = _files(folder, evaluation.settings)
+    own = folder / "output"  # even in a moved run folder
+    adapter = (own if own.is_dir() else Path(evaluation.settings.adapter)) / ADAPTER
+    files = {"adapter": adapter, "predictions": folder / PREDICTIONS, "data": Path(evaluation.settings.data)}
     differing = [name for name, state in evaluation.files.items() if state.differs(files[name])]
     return ("edited" if differing == ["predictions"] else "stale") if differing else None
 

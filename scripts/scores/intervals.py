@@ -7,7 +7,7 @@ mean + a_i + b_j + e_ij: a two-way layout with random effects and one value in e
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import stdev
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -17,16 +17,13 @@ from ..metrics.metric import FEWEST
 RESAMPLES = 9_999
 
 
-def _bootstrap(values: np.ndarray) -> Any:
-    """Bootstrap of the mean of some values, by scipy's percentile method."""
+def _bootstrap(values: np.ndarray) -> tuple[list[float], np.ndarray]:
+    """95 % interval of the mean of some values, by scipy's percentile method, and the means of the resamples."""
     from scipy.stats import bootstrap
 
     rng, batch = np.random.default_rng(0), 20  # a batch of this size stays in the processor's cache
-    return bootstrap((values,), np.mean, n_resamples=RESAMPLES, batch=batch, method="percentile", rng=rng)
-
-
-def _within(found: Any) -> list[float]:
-    return [float(bound) for bound in found.confidence_interval]
+    found = bootstrap((values,), np.mean, n_resamples=RESAMPLES, batch=batch, method="percentile", rng=rng)
+    return [float(bound) for bound in found.confidence_interval], found.bootstrap_distribution
 
 
 def each(columns: Mapping[str, Sequence[float]]) -> dict[str, list[float] | None]:
@@ -34,7 +31,7 @@ def each(columns: Mapping[str, Sequence[float]]) -> dict[str, list[float] | None
     values = [np.asarray(column, dtype=float) for column in columns.values()]
     if not values or len(values[0]) < FEWEST:
         return dict.fromkeys(columns)
-    return {name: _within(_bootstrap(column)) for name, column in zip(columns, values, strict=True)}
+    return {name: _bootstrap(column)[0] for name, column in zip(columns, values, strict=True)}
 
 
 def of_few(values: Sequence[float]) -> list[float]:
@@ -60,8 +57,7 @@ def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
     difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
     low_high = p_bootstrap = None
     if len(difference) > 1:
-        found = _bootstrap(difference)
-        low_high, means = _within(found), found.bootstrap_distribution
+        low_high, means = _bootstrap(difference)
         fewest = min(int(np.sum(means <= 0)), int(np.sum(means >= 0)))
         p_bootstrap = min(1.0, 2 * (fewest + 1) / (RESAMPLES + 1))
     return {
@@ -202,17 +198,13 @@ class Variances:
 
 def estimated(layouts: Sequence[MeanSquares]) -> Variances:
     """Pool variances of layouts with equal numbers of rows, weighted by degrees of freedom."""
-    rows = layouts[0].rows
-    rest = _pooled([(layout.rest, (layout.runs - 1) * (rows - 1)) for layout in layouts])
+    rows, df_runs = layouts[0].rows, [layout.runs - 1 for layout in layouts]
+    rest = fmean([layout.rest for layout in layouts], df_runs)
     return Variances(
-        of_runs=max(_pooled([(layout.of_runs, layout.runs - 1) for layout in layouts]) - rest, 0) / rows,
-        of_rows=max(_pooled([((layout.of_rows - layout.rest) / layout.runs, rows - 1) for layout in layouts]), 0),
+        of_runs=max(fmean([layout.of_runs for layout in layouts], df_runs) - rest, 0) / rows,
+        of_rows=max(fmean((layout.of_rows - layout.rest) / layout.runs for layout in layouts), 0),
         rest=rest,
     )
-
-
-def _pooled(parts: Sequence[tuple[float, int]]) -> float:
-    return float(sum(value * df for value, df in parts) / sum(df for _, df in parts))
 
 
 @dataclass(frozen=True)

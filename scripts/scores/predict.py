@@ -138,8 +138,7 @@ def predict(
         expected = answers_of_reference(prompter, sampled(prompts)) if compares else []
         with started(prompter, prompts, server, part) as engine:
             found = agreement(expected, engine, sampled(prompts)) if compares else settings.agreement
-            known = {"batch_tokens": engine.settings.batch_tokens, "agreement": found}
-            settings = settings.model_copy(update=known)
+            settings = settings.model_copy(update={"batch_tokens": engine.settings.batch_tokens, "agreement": found})
             asked = [as_row(i, row, examples[i].reference) for i, row in enumerate(rows)]
             _generate(engine, prompts, asked, prompter.ends, done, part, _line(settings))
     return [done[i] for i in range(len(rows))], settings

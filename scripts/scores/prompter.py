@@ -108,8 +108,10 @@ class Prompter:
         for number, example in enumerate(in_order, start=1):
             answered = example.reference.strip()  # without an answer, the end of the prompt is unknown
             if not (answered and example.prompt):
-                problem = f"row {number} has no {'prompt' if answered else 'answer'}"
-                raise UserError(f"{self.settings.data}: {problem}; use --data with a copy that has no such rows")
+                raise UserError(
+                    f"{self.settings.data}: row {number} has no {'prompt' if answered else 'answer'}; use --data with "
+                    "a copy that has no such rows"
+                )
         return in_order
 
     def _of_dataset(self, key: str, rows: Sequence[Row]) -> list[Example]:

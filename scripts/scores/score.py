@@ -101,8 +101,10 @@ def scorer_models(
     models = {name: scorer_model(asked, rehearsal, declared) for name, declared in declared_models(columns).items()}
     for name, declared in declared_models(columns).items():
         if report and models[name] is None and asked is None:
-            problem = f"{columns[name].label}: not computed, because {declared.model} is not on this machine"
-            say(f"{problem}; fetch it with `--metric bertscore:{declared.model}`")
+            say(
+                f"{columns[name].label}: not computed, because {declared.model} is not on this machine; fetch it with "
+                f"`--metric bertscore:{declared.model}`"
+            )
     return models
 
 
@@ -157,8 +159,10 @@ def read_pairs(file: Path, prediction: str = "prediction", reference: str = "ref
         found = {"reference": below(row, reference), "prediction": below(row, prediction)}
         for (side, text), field in zip(found.items(), (reference, prediction), strict=True):
             if not isinstance(text, str):
-                problem = f"row {number} lacks the text field {field}; its fields: {', '.join(row) or 'none'}"
-                raise UserError(f"{file}: {problem}; name another field with --{side}-field")
+                raise UserError(
+                    f"{file}: row {number} lacks the text field {field}; its fields: {', '.join(row) or 'none'}; name "
+                    f"another field with --{side}-field"
+                )
         row |= found
     return rows
 
@@ -195,12 +199,11 @@ def with_scores(rows: Sequence[Row], columns: Mapping[str, Column], models: Scor
         columns: metrics by name.
         models: scorer models by column name; by default the declared models.
     """
-    judged = dict(models or {})
     pairs = [(row["reference"], row["prediction"]) for row in rows]
     old = {*columns, *registry.DEFAULT, "exact"}
     scored = [{key: value for key, value in row.items() if key not in old} for row in rows]
     for name, column in columns.items():
-        parameters = judged.get(name, column.parameters)
+        parameters = (models or {}).get(name, column.parameters)
         if column.metric.of_rows and parameters:
             for row, value in zip(scored, column.metric.of_rows(pairs, parameters), strict=True):
                 row[name] = value
