@@ -1,5 +1,8 @@
 """`recipe cancel`: stop running and queued runs."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 from ..backends import slurm_site, stop_holders
 from ..base import paths
 from ..base.errors import UserError
@@ -25,19 +28,9 @@ def cancel(names: list[str]) -> list[str]:
 
 
 def _cancelled(thing: RunDir | Sweep | Study) -> list[str]:
-    if isinstance(thing, RunDir):
-        folders = [thing]
-    else:  # first stop the command that would start the next run
-        locks = [thing.lock(paths.runs())] if isinstance(thing, Sweep) else [reproduce.lock(thing.folder.name)]
-        if isinstance(thing, Study):
-            of_study = (
-                sweep for sweep in recorded_sweeps().values() if sweep.recipe.startswith(f"{thing.folder.name}/")
-            )
-            locks += [sweep.lock(paths.runs()) for sweep in of_study]
-        if messages := stop_holders(locks):
-            return messages
-        folders = _members(thing) if isinstance(thing, Sweep) else _of_study(thing)
-    messages = []
+    locks, folders = _locks_and_runs(thing, paths.runs())
+    if messages := stop_holders(locks):  # first stop the commands that would start the next run
+        return messages
     for folder in folders:
         # ask each run only once: a second request would stop training without a checkpoint
         asked = slurm_site.cancel(folder.jobs()) or stop_holders(folder.path.rglob("*lock"))
@@ -45,11 +38,15 @@ def _cancelled(thing: RunDir | Sweep | Study) -> list[str]:
     return messages
 
 
-def _members(sweep: Sweep) -> list[RunDir]:
-    digests = {member.digest for member in sweep.members}
-    return [folder for folder, run in readable(all_runs(paths.runs() / sweep.recipe)) if run.digest in digests]
-
-
-def _of_study(study: Study) -> list[RunDir]:
-    name = study.folder.name
-    return [folder for folder, run in readable(all_runs(paths.runs())) if run.origin.startswith(f"{name}/")]
+def _locks_and_runs(thing: RunDir | Sweep | Study, runs: Path) -> tuple[list[Path], Iterator[RunDir]]:
+    """Locks of the commands that start the runs of a sweep or study, and the runs."""
+    if isinstance(thing, RunDir):
+        return [], iter([thing])
+    if isinstance(thing, Sweep):
+        digests = {member.digest for member in thing.members}
+        members = (folder for folder, run in readable(all_runs(runs / thing.recipe)) if run.digest in digests)
+        return [thing.lock(runs)], members
+    name = thing.folder.name
+    sweeps = [sweep for sweep in recorded_sweeps().values() if sweep.recipe.startswith(f"{name}/")]
+    of_study = (folder for folder, run in readable(all_runs(runs)) if run.origin.startswith(f"{name}/"))
+    return [reproduce.lock(name), *(sweep.lock(runs) for sweep in sweeps)], of_study

@@ -86,8 +86,10 @@ def start(folder: RunDir, request: EvaluationRequest, backend: Backend) -> Evalu
             cfg = yamlfiles.read_yaml(folder.config)
             evaluation_rows.read(evaluation_rows.named(request.data, cfg, Path(record.cwd)), folder, record, cfg)
         if job := backends.job_state(folder, "evaluate", evaluation.words):
-            remedy = f"`recipe cancel {folder.path}` cancels all jobs of the run"
-            raise UserError(f"{folder.path}: this evaluation is already {job}; {remedy}")
+            raise UserError(
+                f"{folder.path}: this evaluation is already {job}; `recipe cancel {folder.path}` cancels all jobs of "
+                "the run"
+            )
         gpus = 0 if record.rehearsal else 1
         queued = Task(TaskResult(record.recipe), lambda: [evaluation], gpus, steps=["evaluate"])
         return backend.carry_out(queued, record.recipe)
@@ -133,8 +135,9 @@ def as_peft(folder: Path, form: AdapterFormat) -> Path:
     try:
         theirs = torch.load(folder / form.weights, map_location="cpu", weights_only=True)
     except (EOFError, RuntimeError, UnpicklingError) as error:
-        problem = f"damaged, or contains more than weights: {str(error).partition('\n')[0]}"
-        raise UserError(f"{folder / form.weights}: {problem}") from None
+        raise UserError(
+            f"{folder / form.weights}: damaged, or contains more than weights: {str(error).partition('\n')[0]}"
+        ) from None
     weights = {}
     for name, tensor in theirs.items():
         for part, own in form.names.items():

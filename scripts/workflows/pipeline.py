@@ -41,16 +41,17 @@ def existing_runs(runs: Path, recipe: str) -> dict[str, tuple[RunDir, Run]]:
             run = backends.read(folder)
         except UserError:  # damaged; `recipe results` reports it
             continue
-        plain = run.recipe == recipe and run.ranks == 1
-        if run.digest is None or not plain:
+        if run.digest is None or run.recipe != recipe or run.ranks > 1:
             continue
         if run.digest not in found or run.state == "finished" or found[run.digest][1].state != "finished":
             found[run.digest] = (folder, run)
     return found
 
 
-def seeds_of(recipe: str, count: int) -> list[int]:
-    """Consecutive seeds for a recipe, beginning with the recipe's seed."""
+def seeds_of(recipe: str, count: int) -> list[int] | list[None]:
+    """Consecutive seeds for a recipe, beginning with the recipe's seed; None for one run, which keeps that seed."""
+    if count == 1:
+        return [None]
     first = yamlfiles.read_yaml(find_recipe(recipe)[1]).get("seed", config.AXOLOTL_SEED)
     return [first + i for i in range(count)]
 
@@ -212,10 +213,11 @@ class Pipeline:
         job = backends.job_state(self.existing[0], "run") if self.existing and self.state != "finished" else None
         unknown = job is not None and job.kind == "unknown"
         if self.existing is None or not (unknown or self.state in ("created", "queued", "running", "finished")):
-            if self.existing and _is_resumable(*self.existing):
-                folder = self.existing[0]
-            else:
-                folder = create.create(self.composed, self.request)
+            folder = (
+                self.existing[0]
+                if self.existing and _is_resumable(*self.existing)
+                else create.create(self.composed, self.request)
+            )
             training = run.command(folder)
             return [training, self._scoring(folder)] if self._generates() else [training]
         folder = self.existing[0]
@@ -258,8 +260,7 @@ class Pipeline:
         folder = self.existing[0]
         if self.state == "finished":
             task = EvaluationTask(folder, self.evaluation)
-            asked = self.evaluation
-            models = scorer_models(task.columns, asked.judge, self.request.rehearse)
+            models = scorer_models(task.columns, self.evaluation.judge, self.request.rehearse)
             if evaluate.complete(task, models):
                 return SKIPPED
         job = backends.job_state(folder, "evaluate", self._scoring(folder).words)

@@ -204,14 +204,14 @@ def _wanted(of_study: Study, request: Request, only: list[str], seeds: int) -> l
     Raises:
         UserError: see `chosen`; or an override sets the seed although several seeds are requested.
     """
-    recipes = chosen(of_study, only)
-    if seeds == 1:
-        return [(TaskResult(recipe), request_for(request, recipe)) for recipe in recipes]
-    if any(parse_override(text)[0] == "seed" for text in request.overrides):
+    if seeds > 1 and any(parse_override(text)[0] == "seed" for text in request.overrides):
         raise UserError("--seeds: --set already sets seed; give only one of the two")
     return [
-        (TaskResult(recipe, seed=seed), replace(asked, overrides=[*asked.overrides, f"seed={seed}"]))
-        for recipe in recipes
+        (
+            TaskResult(recipe, seed=seed),
+            asked if seed is None else replace(asked, overrides=[*asked.overrides, f"seed={seed}"]),
+        )
+        for recipe in chosen(of_study, only)
         for asked in [request_for(request, recipe)]
         for seed in seeds_of(recipe, seeds)
     ]

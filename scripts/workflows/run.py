@@ -17,7 +17,6 @@ from ..checks import check, trust
 from ..checks.finding import Finding, refuse, unknown_force
 from ..configs import datafiles, gpus
 from ..configs.compose import Composed, Request, compose, is_rehearsal
-from ..configs.gpus import Gpu
 from ..runs import launch
 from ..runs.records import Run
 from ..runs.rundir import RunDir, find_run, this_job
@@ -41,7 +40,10 @@ def prepare(request: Request, backend: Backend) -> Composed:
     starts = not request.dry_run
     with Bar(f"checking {composed.recipe}", 1):
         report = check.examine(composed, gpu, request.ranks, launching=starts, data=starts)
-        _add_plan(report, gpu, request.ranks, anew=starts)
+        if gpu:  # plans need a GPU
+            from ..planning import plan
+
+            plan.add_to(report, gpu, request.ranks, anew=starts)
     found = report.findings
     for finding in found:
         if not starts and finding.scope == "data":
@@ -59,13 +61,6 @@ def prepare(request: Request, backend: Backend) -> Composed:
     if starts:
         composed.data = datafiles.record(composed.config)
     return composed
-
-
-def _add_plan(report: check.Report, gpu: Gpu | None, ranks: int, anew: bool) -> None:
-    if gpu:  # plans need a GPU
-        from ..planning import plan
-
-        plan.add_to(report, gpu, ranks, anew)
 
 
 def start(request: Request, backend: Backend) -> RunDir:
@@ -201,6 +196,8 @@ def hindrance(folder: RunDir, record: Run, alone: bool = False) -> str | None:
 
 def _findings(folder: RunDir, record: Run) -> list[Finding]:
     """Findings of a run's config on this machine."""
+    from ..planning import plan
+
     recipe_file = Path(record.recipe_file)
     composed = Composed(
         recipe=record.recipe,
@@ -213,7 +210,7 @@ def _findings(folder: RunDir, record: Run) -> list[Finding]:
         rehearsal=record.rehearsal,
     )
     report = check.examine(composed, gpus.here(), record.ranks, launching=not record.rehearsal)
-    _add_plan(report, gpus.here(), record.ranks, anew=True)
+    plan.add_to(report, gpus.here(), record.ranks, anew=True)
     return report.findings
 
 

@@ -37,10 +37,12 @@ def score_predictions(
     Raises:
         UserError: a name is wrong, or no predictions are published.
     """
-    chosen = reproduce.chosen(of_study, list(only))
-    data = of_study.data
-    recipes = {name: of_study.published[name] for name in chosen if name in of_study.published}
-    owners = [(name, of.scores, of.predictions, data.test_set) for name, of in recipes.items()]
+    data, chosen = of_study.data, reproduce.chosen(of_study, list(only))
+    owners = [
+        (name, of_recipe.scores, of_recipe.predictions, data.test_set)
+        for name in chosen
+        if (of_recipe := of_study.published.get(name))
+    ]
     if not only:
         owners += [(of.name, of.scores, of.predictions, of.test_set) for of in of_study.baselines]
     if not any(predictions for *_, predictions, _ in owners):
@@ -96,8 +98,10 @@ def evaluate_adapters(
                 fetch.fetch(of_study.data, of_study.data.raw, only=of_study.data.sources_of(files))
             elif missing := of_study.data.missing(files):
                 fetching = " ".join(f"--only {source}" for source in missing)
-                remedy = f"run `recipe data fetch {of_study.data.key} {fetching}`"
-                raise UserError(f"{result.recipe}: a rehearsal does not fetch the adapter; {remedy}")
+                raise UserError(
+                    f"{result.recipe}: a rehearsal does not fetch the adapter; run `recipe data fetch "
+                    f"{of_study.data.key} {fetching}`"
+                )
             if not all(of_study.data.files[file].sha256 for file in files):
                 say(f"{result.recipe}: adapter not verified, because study.yaml lacks checksums for the files")
             folder, form = of_study.data.raw / adapter, of_study.published[result.recipe].adapter_format

@@ -188,9 +188,7 @@ def _carry_out(
 
 
 def _seeded(members: list[SweepMember], recipe: str, seeds: int) -> list[SweepMember]:
-    if seeds == 1:
-        return [member.model_copy() for member in members]
-    if any("seed" in member.values for member in members):
+    if seeds > 1 and any("seed" in member.values for member in members):
         raise UserError("--seeds: the sweep already sets seed; give only one of the two")
     return [member.model_copy(update={"seed": seed}) for member in members for seed in seeds_of(recipe, seeds)]
 
@@ -253,13 +251,11 @@ def read_members(file: Path | None, sets: Sequence[str]) -> tuple[str, list[Swee
     """
     if not file and not sets:
         raise UserError("no values to try; give a sweep file, or values as in --set lora_r=16,32")
-    content = yamlfiles.read_yaml(file) if file else {}
-    paired = content.pop(PAIRED, [{}])
-    grid = {}
-    for key, values in content.items():
+    grid = yamlfiles.read_yaml(file) if file else {}
+    paired = grid.pop(PAIRED, [{}])
+    for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise UserError(f"{file}:{yamlfiles.line_of(file, key) if file else 0}: {key}: expected a list of values")
-        grid[key] = values
     names = [file.stem] if file else []
     for text in sets:
         key, equals, value = text.partition("=")

@@ -105,11 +105,6 @@ def _published(sweep: Sweep, values: Mapping[str, Any]) -> dict[str, float | Non
     return {key: fmean(scores[key]) if key in scores else None for key in of_study.columns}
 
 
-def _validates(result: RunResult) -> bool:
-    """True if the eval loss comes from validation rows and can select a member."""
-    return evaluation_rows.validation(result.run, yamlfiles.read_yaml(result.folder.config)) is not None
-
-
 def on_front(own: tuple[float, float] | None, all_costs: Sequence[tuple[float, float] | None]) -> bool:
     """True if `own` is on the Pareto front of all costs."""
     rivals = [other for other in all_costs if other not in (None, own)]
@@ -135,7 +130,8 @@ def _row(sweep: Sweep, members: Sequence[SweepMember], results: list[RunResult],
         published=_published(sweep, members[0].values),
         peak_memory_gib=max((r.summary.peak_memory for r in done if r.summary.peak_memory), default=None),
         train_seconds=fmean(result.summary.train_seconds for result in done) if done else None,
-        validated=scores[LOSS][0] is not None and all(map(_validates, done)),
+        validated=scores[LOSS][0] is not None
+        and all(evaluation_rows.validation(each.run, yamlfiles.read_yaml(each.folder.config)) for each in done),
     )
 
 
@@ -303,8 +299,10 @@ def show_best(found: Sequence[BestRow]) -> None:
         title = f"{name}: best member of each recipe by eval loss, and the recipe with its own values"
         tables.print_table(cells, title, empty=True, spare=spare, below=["best", "own"])
     if without := [row.sweep.label for row in found if not row.best]:
-        problem = f"no eval loss on validation rows separate from the test rows: {', '.join(without)}"
-        tables.print_text(f"{problem}; add `--set val_set_size=0.05`, or test_datasets with other rows")
+        tables.print_text(
+            f"no eval loss on validation rows separate from the test rows: {', '.join(without)}; add "
+            "`--set val_set_size=0.05`, or test_datasets with other rows"
+        )
 
 
 def _best_cells(row: BestRow) -> Row:
