@@ -50,7 +50,6 @@ def card(result: RunResult, evaluation: Evaluation | None, merged: bool, reposit
 
         prompt = as_code(yamlfiles.read_yaml(folder.config), folder.output, _known(run, data))
     facts = _facts(result, evaluation)
-    declared = of_study.decoding if of_study else study.OF_NO_STUDY
     scored_on = _scored_on(evaluation.settings, of_study) if evaluation else None
     tags = of_study.tags if of_study and data else []
     return _template().render(
@@ -77,7 +76,7 @@ def card(result: RunResult, evaluation: Evaluation | None, merged: bool, reposit
         adapter_sha256=sha256(folder.output / ADAPTER),
         scored_file=evaluation is not None and Path(evaluation.settings.data).is_absolute(),
         scored_on=scored_on,
-        decoding=_arguments(evaluation.settings.decoding if evaluation else declared),
+        decoding=_arguments(evaluation.settings.decoding if evaluation else study.decoding_of(of_study, None)),
     )
 
 
@@ -149,9 +148,8 @@ def _known(run: Run, data: Data | None) -> dict[str, str]:
 
     The fields come from the manifest of the run's rows, or else from the study.
     """
-    constants = [entry["constants"] for entry in manifest_entries(run)]
-    if data:
-        constants.append(constants_of(data.fields))
+    declared = [constants_of(data.fields)] if data else []
+    constants = [entry["constants"] for entry in manifest_entries(run)] + declared
     return {**constants[0], "input": _PATCH} if constants else {}
 
 
@@ -161,9 +159,7 @@ def _front_matter(
     """Metadata of a card as YAML; only models and datasets on the hub are named."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    run = facts["run"]
-    base = facts["base"]
-    licence = facts["licence"]
+    run, base, licence = (facts[key] for key in ("run", "base", "licence"))
     other_licence = None if licence in _HUB_LICENCES else licence
     named = [str(dataset.get("path")) for _, dataset in datafiles.datasets(facts["config"], "datasets")]
     local = [file["path"] for file in run["data"]]

@@ -66,8 +66,9 @@ def _of_run(name: str, runs: Path, named: dict[str, Column]) -> ScoredRows:
     rows = read_predictions(folder)
     evaluation = read_scores(folder)
     if not evaluation or changed(folder, evaluation) or (not rows and evaluation.settings.rows):
-        problem = changed(folder, evaluation) or "not evaluated"
-        raise UserError(f"{folder}: {problem}; run `recipe evaluate {folder}` first")
+        raise UserError(
+            f"{folder}: {changed(folder, evaluation) or 'not evaluated'}; run `recipe evaluate {folder}` first"
+        )
     scored = _scored(rows, columns := evaluation.columns | named)
     for name in declared_models(columns):
         scored.columns[name] = columns[name]
@@ -248,8 +249,9 @@ def published_curve(of_study: Study, of_recipe: Published) -> list[Point]:
         with file.open(encoding="utf-8", newline="") as stream:
             return [(int(row["step"]), float(row["train_loss"])) for row in csv.DictReader(stream)]
     except (OSError, KeyError, TypeError, ValueError) as error:
-        problem = f"expected the columns step and train_loss with a number in each row ({error!r:.60})"
-        raise UserError(f"{file}: {problem}") from None
+        raise UserError(
+            f"{file}: expected the columns step and train_loss with a number in each row ({error!r:.60})"
+        ) from None
 
 
 @dataclass(frozen=True)

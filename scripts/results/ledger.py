@@ -102,8 +102,10 @@ def _refused(result: RunResult) -> str | None:
     if run.rehearsal or run.state not in ("finished", "failed"):
         return f"it is {'a rehearsal' if run.rehearsal else run.state}, and a record needs a finished or failed run"
     if run.state == "finished" and not (result.is_comparable(of_study.first) and _adapter(result)):
-        rows = f"a current evaluation of its adapter on {of_study.test_title}, decoded as in study.yaml"
-        return f"it needs the recipe's model and data, and {rows}; run `recipe evaluate {result.folder.path}`"
+        return (
+            f"it needs the recipe's model and data, and a current evaluation of its adapter on {of_study.test_title}, "
+            f"decoded as in study.yaml; run `recipe evaluate {result.folder.path}`"
+        )
     if own and not own.settings.stands_for(own.settings.model_copy(update={"engine": evaluations.REFERENCE})):
         return f"its predictions were {own.settings.note}"
     if changed := [key for key in _changes(run) if key not in _cell_values(run, of_study)]:

@@ -65,8 +65,12 @@ def _of_runs(found: Sequence[RunResult], jobs: Mapping[Path, list[str]]) -> Iter
                 title += f": {of_study.folder.name}" if of_study else ": of no study"
             # all metrics but the first, in reverse order
             spare = [*[*columns][:0:-1], *_SPARE]
-            rows = [_cells(result, columns, jobs[result.folder.path]) for result in group]
-            yield Table(rows, title, spare=spare, below=_BELOW)
+            yield Table(
+                [_cells(result, columns, jobs[result.folder.path]) for result in group],
+                title,
+                spare=spare,
+                below=_BELOW,
+            )
             if of_study and not rehearsal and not all(result.is_of_something_else for result in group):
                 yield baselines(of_study)
 
@@ -89,8 +93,7 @@ def _cells(result: RunResult, columns: Mapping[str, Column], jobs: Sequence[str]
     kept = "" if summary.kept_step in (None, summary.step) else f", step {summary.kept_step} kept"
     losses = None
     if summary.eval_loss_per_token is not None:
-        first_and_last = (summary.eval_loss_per_token_first, summary.eval_loss_per_token)
-        losses = " → ".join(map(tables.text_of, first_and_last))
+        losses = f"{tables.text_of(summary.eval_loss_per_token_first)} → {tables.text_of(summary.eval_loss_per_token)}"
     first, *others = columns
     of_first = scores.get(first)
     cells: Row = {
@@ -103,12 +106,14 @@ def _cells(result: RunResult, columns: Mapping[str, Column], jobs: Sequence[str]
         AXOLOTL_EVAL_LOSS: None if losses else summary.eval_loss,
     }
     if of_first:
-        cells |= {first: of_first.value} | {f"{first}, {name}": value for name, value in of_first.decodings.items()}
-        cells |= {"base model": of_first.base_model}
+        cells |= {
+            first: of_first.value,
+            **{f"{first}, {name}": value for name, value in of_first.decodings.items()},
+            "base model": of_first.base_model,
+        }
         if not run.rehearsal:
             cells |= {"published": of_first.published and of_first.published.value, "difference": of_first.difference}
-    for heading in others:
-        cells[heading] = scores[heading].value if heading in scores else None
+    cells |= {heading: scores[heading].value if heading in scores else None for heading in others}
     for heading, score in scores.items():
         if columns[heading].metric.of_model and score.gain is not None:
             cells[f"{heading}, gained"] = score.gain

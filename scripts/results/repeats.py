@@ -212,8 +212,9 @@ def outlook(of_study: Study, runs: Path, difference: float | None = None) -> Out
     difference, why = _difference(of_study, column, difference)
     spread, most, words = _basis(of_study, column, runs)
     if not spread.deviation(1, 1) or most < _FEWEST:
-        few = f"{most} rows of {words} are too few or too similar to plan with"
-        raise UserError(f"{of_study.folder.name}: {few}; score more rows")
+        raise UserError(
+            f"{of_study.folder.name}: {most} rows of {words} are too few or too similar to plan with; score more rows"
+        )
     known = next(filter(None, (of_study.repeats(recipe, column.name) for recipe in of_study.published)), [])
     rows = []
     for count in (most // part for part in PARTS if most // part >= _FEWEST):
@@ -256,18 +257,22 @@ def _basis(of_study: Study, column: Column, runs: Path) -> tuple[Variances, int,
         words = " and ".join(f"{len(group)} runs of {group[0].run.recipe}" for group, _ in scored)
         return intervals.estimated([intervals.mean_squares(table) for _, table in scored]), most, words
     if not known:
-        lacks = f"run `recipe reproduce {name} --seeds 3`"
-        raise UserError(f"{name}: --power: the spread between seeds is unknown; {lacks}")
+        raise UserError(
+            f"{name}: --power: the spread between seeds is unknown; run `recipe reproduce {name} --seeds 3`"
+        )
     recipe, values = next(iter(known.items()))
     metric, published = column.metric, of_study.published[recipe].scores.get(column.name)
     if metric.all_or_nothing and metric.high is not None and published and of_study.data.scored_rows:
         of_rows = (published.value - metric.low) * (metric.high - published.value)
-        right = f"rows that are either right or wrong, {published.value:g} % of them right as published"
         if of_rows >= 0:  # the published score is within the metric's range
-            words = f"{len(values)} published repeats of {recipe}, and {right}"
+            words = (
+                f"{len(values)} published repeats of {recipe}, and rows that are either right or wrong, "
+                f"{published.value:g} % of them right as published"
+            )
             return Variances(variance(values), of_rows, 0.0), of_study.data.scored_rows, words
-    lacks = f"run `recipe reproduce {name} --only {recipe}`"
-    raise UserError(f"{name}: --power: the spread between rows is unknown; {lacks}")
+    raise UserError(
+        f"{name}: --power: the spread between rows is unknown; run `recipe reproduce {name} --only {recipe}`"
+    )
 
 
 def _groups(of_study: Study, runs: Path) -> list[list[RunResult]]:

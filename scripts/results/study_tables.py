@@ -47,17 +47,20 @@ def of_rows(of_study: Study, rows: Sequence[StudyRow], rehearsal: bool) -> Itera
         is_first = column == of_study.first
         title = (REHEARSALS if rehearsal else about) if is_first else column.label
         if is_first or published or any(row.scores[column.name].value is not None for row in rows):
-            cells = [_of_metric(row, column) for row in rows]
             yield Table(
-                cells,
+                [_of_metric(row, column) for row in rows],
                 title,
                 empty=published or not any(row.chosen for row in rows),
                 spare=["95 % covers", "by", "rows", "difference"],
             )
     others = {name: column for name, column in of_study.columns.items() if name not in of_study.table}
     beside = {key: any(row.costs()[key][1] is not None for row in rows) for key in _HEADINGS}
-    costs = [_of_costs(row, others, beside) for row in rows]
-    yield Table(costs, COSTS, empty=True, spare=["seconds", "trainable", "tokens/s", "peak GPU GiB", "eval loss"])
+    yield Table(
+        [_of_costs(row, others, beside) for row in rows],
+        COSTS,
+        empty=True,
+        spare=["seconds", "trainable", "tokens/s", "peak GPU GiB", "eval loss"],
+    )
     gaps = [{"recipe": row.recipe, "mean gap": row.gap.mean, "largest gap": row.gap.largest, "at step": row.gap.step,
              "verdict": row.gap_verdict} for row in rows if row.gap]  # fmt: skip
     yield Table(gaps, CURVES)
@@ -133,8 +136,7 @@ def _of_intervals(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
 def show_comparison(compared: Comparison, pair: tuple[str, str], json: bool) -> None:
     """Print a comparison of two runs or files of predictions."""
     if json:
-        training = compared.training and asdict(compared.training)
-        tables.print_json({"training": training, "scores": compared.scores})
+        tables.print_json({"training": compared.training and asdict(compared.training), "scores": compared.scores})
         return
     title = f"a: {pair[0]}, b: {pair[1]}"
     if compared.training:
