@@ -10,7 +10,7 @@ from ..base.files import Row
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..results.verdict import StudyRow
-from ..workflows.sweep_results import LOSS, SweepRow, on_front
+from ..workflows.sweep_results import LOSS, SweepRow
 
 Trace = dict[str, Any]  # Plotly's JSON
 # Palette of Okabe and Ito, safe for colour-blind readers. Dashes and symbols also tell runs apart.
@@ -160,9 +160,9 @@ _FRONT = (
 def sweep(rows: Sequence[SweepRow]) -> Figure | None:
     """Figure of a sweep's members by eval loss and memory, with the Pareto front."""
     kinds = sorted({row.summary.memory_kind for row in rows if row.summary.memory_kind})
-    points = {(*costs, row.member.name): costs for row in rows if (costs := row.costs)}
-    front = sorted(point for point, costs in points.items() if on_front(costs, [*points.values()]))
-    others = [point for point in points if point not in front]
+    points = {(*costs, row.member.name): row for row in rows if (costs := row.costs)}
+    front = sorted(point for point, row in points.items() if row.pareto)
+    others = [point for point, row in points.items() if not row.pareto]
     line = {"dash": "dot", "color": COLOURS[2], "width": 1.5}
     traces = [_points("on the Pareto front", front, 2, symbol="diamond") | {"mode": "lines+markers+text", "line": line}]
     furthest = max((cost for cost, _, _ in points), default=None)

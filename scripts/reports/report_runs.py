@@ -196,12 +196,12 @@ def scores(runs: Sequence[ReportedRun], by_heading: Mapping[str, Column]) -> lis
     for reported in runs:
         if not reported.evaluation:
             continue
-        columns[reported.label] = _column(reported.evaluation, by_heading)
-        for name, other in reported.decoded.items():
-            if other:
-                columns[f"{reported.label}: {name}"] = _column(other, by_heading)
-        if reported.base_evaluation:
-            columns[f"{reported.label}: base model alone"] = _column(reported.base_evaluation, by_heading)
+        shown = {
+            reported.label: reported.evaluation,
+            **{f"{reported.label}: {name}": other for name, other in reported.decoded.items()},
+            f"{reported.label}: base model alone": reported.base_evaluation,
+        }
+        columns |= {label: _column(evaluation, by_heading) for label, evaluation in shown.items() if evaluation}
         published: dict[str, str | None] = {
             str(registry.heading(reported.columns[name], by_heading)): tables.plus_minus(aim.value, aim.spread)
             for name, score in reported.scores.items()

@@ -20,6 +20,7 @@ from qlora_recipes.checks import check
 from qlora_recipes.configs import compose
 from qlora_recipes.configs.compose import Request
 from qlora_recipes.data import study
+from qlora_recipes.reports import report_figures
 from qlora_recipes.runs import rundir
 from qlora_recipes.runs.records import Summary
 from qlora_recipes.workflows import sweep_results
@@ -233,7 +234,9 @@ def test_test_rows_choose_no_member(tmp_path):
         cfg = yamlfiles.read_yaml(config)
         cfg["test_datasets"][0]["path"] = str(test)
         config.write_text(yamlfiles.write_yaml(cfg))
-    assert not any(row.pareto for row in sweep_results.rows(sweep, tmp_path))
+    rows = sweep_results.rows(sweep, tmp_path)
+    figure = report_figures.sweep(rows)
+    assert not any(row.pareto for row in rows) and [trace["name"] for trace in figure.traces] == ["not on the front"]
 
 
 def test_scores_over_seeds_have_students_interval(tmp_path):
