@@ -7,22 +7,20 @@ from typing import Annotated
 
 import typer
 
-from .. import tables
 from ..base import paths
 from ..base.errors import UserError
 from ..base.files import write_atomically
 from ..base.progress import Bar, say
 from .help import Verb, next_step
 from .options import (
-    ExportedRun,
     Force,
     Json,
     Metrics,
-    OfLedger,
     Power,
     RehearsalsOfStudy,
     RunName,
     Things,
+    complete_runs,
     exclusive,
     only_with,
     single_name,
@@ -43,8 +41,18 @@ def results_verb(
     rehearse: RehearsalsOfStudy = False,
     metric: Metrics = None,
     power: Power = None,
-    of_ledger: OfLedger = False,
-    export: ExportedRun = None,
+    of_ledger: Annotated[
+        bool,
+        typer.Option("--ledger", help="Show each published number's status, and the submitted records of runs."),
+    ] = False,
+    export: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN|STUDY",
+            autocompletion=complete_runs,
+            help="Record the scores of a run, or of a study's published predictions.",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Show losses and scores of runs, a study or a sweep, or compare two runs."""
@@ -75,13 +83,11 @@ def results_verb(
 
         pair = (names[0], names[1])
         study_tables.show_comparison(compare.comparison(pair, paths.runs(), metric or []), pair, json)
-    elif any(paths.runs().rglob("run.json")):
+    elif json or any(paths.runs().rglob("run.json")):
         from ..results import listing
         from ..runs.rundir import all_runs
 
         listing.show(all_runs(paths.runs()), json)
-    elif json:
-        tables.print_json([])
     else:
         say(f"no runs below {paths.runs()}/; `recipe run NAME --rehearse` makes one")
 

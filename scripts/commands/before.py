@@ -35,13 +35,6 @@ verbs = typer.Typer()
 verbs.add_typer(data_verbs, name="data", rich_help_panel=HEADING)
 
 
-Measured = Annotated[bool, typer.Option("--data", help="Also tokenize all rows to measure their lengths.")]
-ShownTokens = Annotated[
-    int | None,
-    typer.Option(metavar="N", min=1, help="Show N tokenized rows; mark the tokens that count in the loss."),
-]
-
-
 @verbs.command(
     "check",
     cls=Verb,
@@ -67,7 +60,10 @@ def check_verb(
         typer.Option("--data", help="Also read every row, and tokenize it if the tokenizer is local."),
     ] = False,
     full: Annotated[bool, typer.Option("--full", help="Also run Axolotl's own validation (15 s).")] = False,
-    show_tokens: ShownTokens = None,
+    show_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Show N tokenized rows; mark the tokens that count in the loss."),
+    ] = None,
     force: Force = None,
     json: Json = False,
 ) -> None:
@@ -153,7 +149,7 @@ def plan_verb(
         ),
     ] = None,
     gpu_count: Annotated[int, typer.Option("--gpus", min=1, help="Number of GPUs to train on.")] = 1,
-    data: Measured = False,
+    data: Annotated[bool, typer.Option("--data", help="Also tokenize all rows to measure their lengths.")] = False,
     force: Force = None,
     json: Json = False,
 ) -> None:

@@ -137,10 +137,10 @@ def _meant_study(name: str | None, raw: list[Path], input_format: str | None) ->
 
     if name is not None:
         return study.find(name)
-    fitting = []
-    for each in study.every():
-        names = each.data.raw_files
-        there = all(within(given, names) for given in raw or [each.data.raw])
-        if there and (input_format is None or input_format in each.data.formats):
-            fitting.append(each)
+    fitting = [
+        each
+        for each in study.every()
+        if all(within(given, each.data.raw_files) for given in raw or [each.data.raw])
+        and (input_format is None or input_format in each.data.formats)
+    ]
     return fitting[0] if len(fitting) == 1 else study.find(None)

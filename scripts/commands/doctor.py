@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import orjson
 from packaging.requirements import Requirement
 
 from ..base import hub, machine, paths, yamlfiles
+from ..base.files import free_bytes
 from ..base.machine import package_version
 
 OLDER_CUDA = "12.6"
@@ -95,18 +95,32 @@ def check_torch() -> Iterator[Line]:
     built = f"{facts['version']}, built {'for CUDA ' + facts['cuda'] if facts['cuda'] else 'without CUDA'}"
     yield Line("torch", "ok", built)
     if not gpus:
-        found = "no NVIDIA GPU found; training needs one, but rehearsals, checks, plans and reports do not"
-        yield Line("GPU", "note", found, "if this machine has a GPU, `nvidia-smi` shows why it is not found")
+        yield Line(
+            "GPU",
+            "note",
+            "no NVIDIA GPU found; training needs one, but rehearsals, checks, plans and reports do not",
+            remedy="if this machine has a GPU, `nvidia-smi` shows why it is not found",
+        )
         return
-    kinds = dict.fromkeys(f"{gpu['name']} ({gpu['compute_capability']}), driver {gpu['driver']}" for gpu in gpus)
-    found = "; ".join(kinds)
+    found = "; ".join(
+        dict.fromkeys(f"{gpu['name']} ({gpu['compute_capability']}), driver {gpu['driver']}" for gpu in gpus)
+    )
     if not facts["gpus"] and visible is not None:
-        hidden = f"{found}; CUDA_VISIBLE_DEVICES={visible} hides it"
-        yield Line("GPU", "note", hidden, "unset it to use the GPU", "unset CUDA_VISIBLE_DEVICES")
+        yield Line(
+            "GPU",
+            "note",
+            f"{found}; CUDA_VISIBLE_DEVICES={visible} hides it",
+            remedy="unset it to use the GPU",
+            command="unset CUDA_VISIBLE_DEVICES",
+        )
     elif facts["problem"] or not facts["gpus"]:
-        remedy = f"install a newer driver, or torch's build for CUDA {OLDER_CUDA}, which has kernels for older GPUs"
-        problem = f"{found}; torch does not compute on it: {facts['problem'] or built}"
-        yield Line("GPU", "wrong", problem, remedy, install_torch(OLDER_CUDA))
+        yield Line(
+            "GPU",
+            "wrong",
+            f"{found}; torch does not compute on it: {facts['problem'] or built}",
+            remedy=f"install a newer driver, or torch's build for CUDA {OLDER_CUDA}, which has kernels for older GPUs",
+            command=install_torch(OLDER_CUDA),
+        )
     else:
         yield Line("GPU", "ok", found)
 
@@ -168,12 +182,21 @@ def check_hub() -> Iterator[Line]:
         silent = next(answer for answer in problems.values() if answer.access == "unknown")
         yield Line("hub", "note", f"no answer: {silent.says}", "cached models still work", "export HF_HUB_OFFLINE=1")
     elif "refused" in kinds:
-        remedy = "the token has expired, or was revoked: log in with another one"
-        yield Line("hub", "wrong", "refuses the token", remedy, "hf auth login --force")
+        yield Line(
+            "hub",
+            "wrong",
+            "refuses the token",
+            remedy="the token has expired, or was revoked: log in with another one",
+            command="hf auth login --force",
+        )
     else:
-        remedy = f"with the account of your token, ask for access at {hub.page(next(iter(problems)))} and the like"
-        command = "" if hub.has_token() else "hf auth login"
-        yield Line("hub", "note", f"answers; no access to {', '.join(problems)}", remedy, command)
+        yield Line(
+            "hub",
+            "note",
+            f"answers; no access to {', '.join(problems)}",
+            remedy=f"with the account of your token, ask for access at {hub.page(next(iter(problems)))} and the like",
+            command="" if hub.has_token() else "hf auth login",
+        )
 
 
 def base_models() -> list[str]:
@@ -192,9 +215,8 @@ def check_disks() -> Iterator[Line]:
         "models": (Path(HF_HUB_CACHE), _MODEL_GB, "set HF_HUB_CACHE to a folder with more space"),
     }
     for name, (folder, needed, remedy) in folders.items():
-        parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-        free = shutil.disk_usage(parent).free / 1e9
-        text = f"{free:.1f} GB free in {parent}"
+        free = free_bytes(folder) / 1e9
+        text = f"{free:.1f} GB free for {folder.absolute()}"
         if free >= needed:
             yield Line(name, "ok", text)
         else:

@@ -228,20 +228,6 @@ FromStage = Annotated[
 RehearsalsOfStudy = Annotated[
     bool, typer.Option("--rehearse", help="For a study: show rehearsals instead of real runs.")
 ]
-ExportedRun = Annotated[
-    str | None,
-    typer.Option(
-        "--export",
-        metavar="RUN|STUDY",
-        autocompletion=complete_runs,
-        help="Record the scores of a run, or of a study's published predictions.",
-    ),
-]
-OfLedger = Annotated[
-    bool,
-    typer.Option("--ledger", help="Show each published number's status, and the submitted records of runs."),
-]
-
 DecodingName = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Decode with the study's settings called NAME; scores get their own column."),

@@ -49,9 +49,6 @@ Tried = Annotated[
         help="Values to try for KEY. Repeatable; then all combinations are tried.",
     ),
 ]
-NamedStudy = Annotated[
-    str, typer.Argument(metavar="STUDY", autocompletion=complete_studies, help="Study, e.g. haider2024.")
-]
 OnlyRecipes = Annotated[
     list[str] | None,
     typer.Option(
@@ -59,9 +56,6 @@ OnlyRecipes = Annotated[
         autocompletion=complete_recipes,
         help="Reproduce only this recipe, or a pattern such as 'llama-3*'. Repeatable.",
     ),
-]
-Outlined = Annotated[
-    bool, typer.Option("--dry-run", help="List the data and runs, with memory and hours; start nothing.")
 ]
 verbs = typer.Typer()
 
@@ -242,7 +236,9 @@ def end(
     epilog="recipe reproduce haider2024 --rehearse\nrecipe reproduce haider2024 --dry-run --gpu T4",
 )
 def reproduce_verb(
-    study: NamedStudy,
+    study: Annotated[
+        str, typer.Argument(metavar="STUDY", autocompletion=complete_studies, help="Study, e.g. haider2024.")
+    ],
     from_: FromStage = "training",
     rehearse: RehearseAll = False,
     only: OnlyRecipes = None,
@@ -253,7 +249,9 @@ def reproduce_verb(
     set_: Overrides = None,
     metric: Metrics = None,
     force: Force = None,
-    dry_run: Outlined = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the data and runs, with memory and hours; start nothing.")
+    ] = False,
     gpu: PlannedGpu = None,
     json: Json = False,
 ) -> None:

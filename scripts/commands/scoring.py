@@ -43,7 +43,6 @@ Adapter = Annotated[
         help="Evaluate another adapter (none: base model). RUN may be an untrained recipe.",
     ),
 ]
-Base = Annotated[bool, typer.Option("--base", help="Also score the base model, in a second column.")]
 Checkpoints = Annotated[
     bool,
     typer.Option("--checkpoints", help="Score all checkpoints on validation rows, then test the best one."),
@@ -82,7 +81,7 @@ def evaluate_verb(
     model: ServersModel = None,
     metric: Metrics = None,
     checkpoints: Checkpoints = False,
-    base: Base = False,
+    base: Annotated[bool, typer.Option("--base", help="Also score the base model, in a second column.")] = False,
     force: Force = None,
     on: On = "local",
     json: Json = False,

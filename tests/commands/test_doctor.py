@@ -1,6 +1,7 @@
 """Broken environments, each found by `recipe doctor`, with a remedy."""
 
 import json
+import shutil
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ Lines = dict[str, dict[str, str]]
 TORCH = {"version": "2.14.1+cu130", "cuda": "13.0", "gpus": 1, "problem": ""}
 T4 = {"name": "Tesla T4", "memory_gib": 15.0, "compute_capability": "7.5", "driver": "580.65.06"}
 OLDER = "make setup CUDA=12.6"
-USAGE = SimpleNamespace(free=10**9 // 2)
+USAGE = SimpleNamespace(free=10**9 // 2, total=10**9)
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +52,7 @@ def test_each_check_of_a_whole_environment_is_one_line(recipe):
     [
         (machine, "gpus", lambda: [], 0, {"torch": "ok", "GPU": "note"}),
         (doctor, "ask_torch", lambda: TORCH | {"gpus": 0}, 0, {"GPU": "note"}),
-        (doctor.shutil, "disk_usage", lambda _: USAGE, 1, {"runs": "wrong", "cache": "wrong", "models": "note"}),
+        (shutil, "disk_usage", lambda _: USAGE, 1, {"runs": "wrong", "cache": "wrong", "models": "note"}),
     ],
     ids=["no GPU", "hidden GPUs", "half a GB free"],
 )
