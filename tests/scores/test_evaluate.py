@@ -36,9 +36,8 @@ from qlora_recipes.scores.reference import Reference, base_model
 
 
 def evaluated(run: RunDir, **more: Any) -> Evaluation:
-    return evaluate.evaluate(
-        run, EvaluationRequest(adapter="none", max_new_tokens=8, metrics=["bertscore:none"], **more)
-    )
+    usual = {"adapter": "none", "max_new_tokens": 8, "metrics": ["bertscore:none"]}
+    return evaluate.evaluate(run, EvaluationRequest(**usual | more))
 
 
 def task_of(run: RunDir, **more: Any) -> EvaluationTask:
@@ -223,7 +222,7 @@ def scored(run: RunDir, sample: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir
     configure(run, test_datasets=[{"path": str(data), "type": "alpaca"}])
     files = [DataFile(path=str(data), sha256=sha256(data), bytes=0)]
     record(run, test_data=str(data), adapter=FileState.of(adapter), data=files)
-    evaluate.evaluate(run, EvaluationRequest(limit=2, metrics=["bertscore:none"]))
+    evaluated(run, adapter=None, limit=2)
     return run
 
 
@@ -234,7 +233,7 @@ def listed(run: RunDir) -> tuple[str | None, bool]:
 
 
 def scored_again(run: RunDir) -> Evaluation:
-    made = evaluate.evaluate(run, EvaluationRequest(limit=2, metrics=["bertscore:none"]))
+    made = evaluated(run, adapter=None, limit=2)
     assert listed(run) == (None, True)
     return made
 
@@ -267,9 +266,7 @@ def test_a_replaced_adapter_is_not_scored_as_the_runs(scored):
     assert listed(scored) == ("stale", False)
     with pytest.raises(UserError):
         scored_again(scored)
-    named = evaluate.evaluate(
-        scored, EvaluationRequest(adapter=str(scored.output), limit=2, metrics=["bertscore:none"])
-    )
+    named = evaluated(scored, adapter=str(scored.output), limit=2)
     assert named.settings.adapter_sha256 == sha256(scored.output / ADAPTER)
 
 
@@ -284,7 +281,7 @@ def test_an_evaluation_of_rows_that_changed_since_is_stale(scored, monkeypatch):
         return predict(*words)
 
     monkeypatch.setattr(evaluate, "predict", meanwhile)
-    evaluate.evaluate(scored, EvaluationRequest(limit=3, metrics=["bertscore:none"]))
+    evaluated(scored, adapter=None, limit=3)
     assert listed(scored) == ("stale", False)
 
 
@@ -336,7 +333,7 @@ def test_scoring_anew_leaves_no_score_of_another_judge(run, monkeypatch):
     record(run, recipe="mine")  # of no study
     for layer, given in ((2, ", layer: 2"), (6, "")):
         metrics = [f"bertscore_f1: {{model: {judge}{given}}}"]
-        made = evaluate.evaluate(run, EvaluationRequest(adapter="none", max_new_tokens=8, limit=3, metrics=metrics))
+        made = evaluated(run, limit=3, metrics=metrics)
         assert made.scores["bertscore"]["layer"] == layer
 
 

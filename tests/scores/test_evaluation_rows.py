@@ -24,20 +24,19 @@ BASE = EvaluationRequest(adapter="none", max_new_tokens=4, metrics=["bertscore:n
 
 
 @pytest.fixture
-def own(tmp_path: Path, tiny: Path, tiny_profile: Path, monkeypatch: pytest.MonkeyPatch) -> OwnRun:
+def own(place: Path, tiny: Path, tiny_profile: Path) -> OwnRun:
     """A maker of finished runs of an own task, in a folder with own files, as far as their base model needs one."""
-    monkeypatch.chdir(tmp_path)
 
     def make(rehearsal: bool = False, **changes: Any) -> RunDir:
-        folder = a_tiny_run(tmp_path / "runs" / "mine", tiny, tiny_profile, tmp_path)
+        folder = a_tiny_run(place / "runs" / "mine", tiny, tiny_profile, place)
         cfg = yamlfiles.read_yaml(folder.config) | {"sequence_len": 256, "evals_per_epoch": None, "eval_steps": 5}
-        cfg |= {"dataset_prepared_path": str(tmp_path / "prepared"), "test_datasets": None} | changes
+        cfg |= {"dataset_prepared_path": str(place / "prepared"), "test_datasets": None} | changes
         if not cfg.get("test_datasets") and not cfg.get("val_set_size"):
             cfg["eval_steps"] = None
         cfg = {key: value for key, value in cfg.items() if value is not None}
         folder.config.write_text(yamlfiles.write_yaml(cfg))
         data = [] if "pretraining_dataset" in cfg else datafiles.record(cfg)
-        here = {"recipe": "mine", "cwd": str(tmp_path), "test_data": datafiles.test_file(cfg), "data": data}
+        here = {"recipe": "mine", "cwd": str(place), "test_data": datafiles.test_file(cfg), "data": data}
         folder.write(folder.read().model_copy(update=here | {"rehearsal": rehearsal}))
         return folder
 

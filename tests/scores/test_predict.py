@@ -18,13 +18,7 @@ ROWS = 6
 
 
 class Changed:
-    """An engine that is the reference, with some answers changed.
-
-    Args:
-        reference: what answers.
-        change: what becomes of an answer.
-        rows: how many answers it gives before it fails.
-    """
+    """An engine that is the reference with changed answers, and fails after some rows."""
 
     def __init__(self, reference: Any, change: Any = lambda answer: answer, rows: int = 10**6):
         self.reference, self.change, self.left = reference, change, rows
@@ -53,6 +47,7 @@ class Changed:
 @pytest.fixture(autouse=True)
 def three_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predict, "COMPARED", 3)
+    monkeypatch.setattr(predict, "require", lambda *_: None)
     monkeypatch.setattr("qlora_recipes.configs.gpus.here", lambda: ["a GPU"])  # where a server is compared
 
 
@@ -70,6 +65,11 @@ def parts(run: RunDir) -> SimpleNamespace:
     return SimpleNamespace(prompter=prompter, prompts=prompts, expected=expected, reference=Reference(prompter))
 
 
+def request_of(**more: Any) -> EvaluationRequest:
+    usual = {"adapter": "none", "max_new_tokens": 6, "limit": ROWS, "metrics": ["bertscore:none"]}
+    return EvaluationRequest(**usual | more)
+
+
 def compared(parts: SimpleNamespace, engine: Changed) -> Any:
     return predict.agreement(parts.expected, engine, parts.prompts)
 
@@ -80,27 +80,20 @@ def test_rows_at_even_distances_are_compared_and_equal_answers_agree(parts):
 
 
 def test_another_model_is_recorded_and_does_not_stand_for_the_references(run, parts, monkeypatch, capfd):
-    monkeypatch.setattr(predict, "require", lambda *_: None)
     other = Changed(parts.reference, lambda _: Completion("another", [7]))
     monkeypatch.setattr(predict, "started", lambda *_: nullcontext(other))
-    request = EvaluationRequest(
-        adapter="none", max_new_tokens=6, limit=ROWS, metrics=["bertscore:none"], engine="http://x", model="m"
-    )
-    done = evaluate(run, request)
+    done = evaluate(run, request_of(engine="http://x", model="m"))
     assert done.settings.agreement and done.settings.agreement.equal == 0
     assert "0 of 3 " in done.scores["notes"][0] and "0 of 3 " in capfd.readouterr().err
     with pytest.raises(UserError, match=re.escape(str(run.path / "evaluations" / "base-model" / "scores.json"))):
-        evaluate(run, EvaluationRequest(adapter="none", max_new_tokens=6, limit=ROWS, metrics=["bertscore:none"]))
+        evaluate(run, request_of())
 
 
 def test_answers_at_the_limit_without_an_end_are_cut(run, parts, monkeypatch):
     answers = cycle([[7] * 6, [7] * 5 + [min(parts.prompter.ends)], [7]])
     other = Changed(parts.reference, lambda _: Completion("another", next(answers)))
-    monkeypatch.setattr(predict, "require", lambda *_: None)
     monkeypatch.setattr(predict, "started", lambda *_: nullcontext(other))
-    request = EvaluationRequest(adapter="none", max_new_tokens=6, limit=ROWS, metrics=["bertscore:none"])
-    request.engine, request.model = "http://x", "m"
-    done = evaluate(run, request)
+    done = evaluate(run, request_of(engine="http://x", model="m"))
     rows = read_predictions(run.path / "evaluations" / "base-model")
     assert [row.get("cut", False) for row in rows] == [True, False, False] * 2
     assert any("2 of 6 " in note and "--max-new-tokens" in note for note in done.scores["notes"])
@@ -120,10 +113,9 @@ def test_only_greedy_answers_that_mostly_agree_stand_for_the_references(run):
 
 @pytest.mark.parametrize("engine", ["vllm", "server"])
 def test_an_evaluation_that_was_left_goes_on_and_a_server_is_compared_again(run, parts, monkeypatch, engine):
-    request = EvaluationRequest(adapter="none", max_new_tokens=6, limit=ROWS, metrics=["bertscore:none"])
+    request = request_of()
     request.engine, request.model = ("http://x", "m") if engine == "server" else (engine, None)
     changed = Changed(parts.reference, rows=3 + 2)
-    monkeypatch.setattr(predict, "require", lambda *_: None)
     monkeypatch.setattr(predict, "started", lambda *_: nullcontext(changed))
     with pytest.raises(WorkFailed, match="2 of 6 "):
         evaluate(run, request)
@@ -138,9 +130,7 @@ def test_an_evaluation_that_was_left_goes_on_and_a_server_is_compared_again(run,
     assert done.settings.agreement and done.settings.agreement.equal == 3
     assert "3 of 3 " in done.scores["notes"][0]
     assert not part.exists()
-    whole = evaluate(run, EvaluationRequest(adapter="none", max_new_tokens=6, limit=ROWS, metrics=["bertscore:none"]))
+    whole = evaluate(run, request_of())
     assert whole == done  # the same model on the same rows, whatever generated
-    more = evaluate(
-        run, EvaluationRequest(adapter="none", max_new_tokens=6, limit=ROWS, metrics=["chrf", "bertscore:none"])
-    )
+    more = evaluate(run, request_of(metrics=["chrf", "bertscore:none"]))
     assert more.settings == done.settings and "chrf" in more.scores

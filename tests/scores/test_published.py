@@ -13,12 +13,11 @@ GSM8K = SHARED / "gsm8k"
 
 
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="the data sets' files are not part of the project")
-def test_gsm8ks_published_solutions_score_as_printed(tmp_path, monkeypatch):
+def test_gsm8ks_published_solutions_score_as_printed(place):
     of_study = study.find("loftq-gsm8k")
     rows = [orjson.loads(line) for line in (GSM8K / "solutions-6b.jsonl").read_bytes().splitlines()]
     as_published = [row | {"ground_truth": row.pop("reference")} for row in rows]
-    write_rows(tmp_path / of_study.data.raw / "example_model_solutions.jsonl", as_published)
-    monkeypatch.chdir(tmp_path)
+    write_rows(place / of_study.data.raw / "example_model_solutions.jsonl", as_published)
     by_name = {baseline.name: baseline for baseline in of_study.baselines}
     for name, printed in (("GPT-3 6B, finetuned", 21.68), ("GPT-3 6B, with a verifier", 39.04)):
         predictions = by_name[name].predictions

@@ -3,10 +3,8 @@ from typing import Any
 
 import orjson
 import pytest
-from conftest import SHARED
 
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.base.files import read_rows
 from qlora_recipes.metrics import registry
 from qlora_recipes.metrics.text import bleu4
 from qlora_recipes.scores import score
@@ -96,19 +94,3 @@ def test_the_command_prints_scores_and_writes_rows(recipe, tmp_path):
     lines = recipe("score", "pairs.jsonl").stdout.splitlines()
     assert [line.split()[2] for line in lines if line.startswith(("exact, %", "empty, %"))] == ["20.0", "20.0"]
     assert "`--metric bertscore:roberta-large`" in recipe("score", "pairs.jsonl", "--metric", "bertscore_f1").stderr
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs CodeReviewer's predictions, which are not ours to ship")
-def test_the_baselines_predictions_score_as_recomputed():
-    from qlora_recipes.data import study
-
-    rows = read_rows(SHARED / "codereviewer-test-predictions.jsonl")
-    rows = score.with_scores(rows, columns_of(None, ["bleu4"]))
-    assert statistics.fmean(row["bleu4"] for row in rows) == pytest.approx(5.44, abs=0.005)
-    of_study = study.find("haider2024")
-    (baseline,) = [b for b in of_study.baselines if "recomputed" in b.name]
-    subset = of_study.data.subsets[baseline.test_set]
-    positions = orjson.loads((of_study.folder / str(subset.positions)).read_bytes())["rows"]
-    on_subset = statistics.fmean(rows[idx]["bleu4"] for idx in positions)
-    assert 5.4 < on_subset < 5.5
-    assert on_subset == pytest.approx(baseline.scores["bleu4"].value, abs=0.005)

@@ -25,6 +25,7 @@ from qlora_recipes.scores.evaluations import ADAPTER
 from qlora_recipes.workflows import create
 
 PAGED = "haider2024/code-llama-7b"
+REPEATABLE = ("--profile", "deterministic")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(place: Path, tiny_profile: Path) -> RunDir:
-    return RunDir(place / finish(start(place, "run", PAGED, "--profile", tiny_profile)))
+    return RunDir(place / finish(start(place, "run", PAGED, "--profile", tiny_profile, *REPEATABLE)))
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +134,8 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(
 
 @pytest.mark.long
 def test_a_killed_training_goes_on_to_the_same_adapter(place, tiny_profile, undisturbed):
-    """The same with real Axolotl."""
-    process = start(place, "--runs", "real", "run", PAGED, "--profile", tiny_profile)
+    """The same with real Axolotl, whose trainings the profile makes equal to the last bit."""
+    process = start(place, "--runs", "real", "run", PAGED, "--profile", tiny_profile, *REPEATABLE)
     run = interrupted_run(process, place / "real", "SIGKILL to both")
     check_interrupted(run, saved=False)
     finish(start(place, "--runs", "real", "resume", "latest"))
@@ -219,7 +220,7 @@ def test_a_run_killed_at_random_moments_goes_on_to_the_same_adapter(tmp_path, ti
 
 def test_a_real_run_records_all(undisturbed, tiny_profile):
     record = undisturbed.read()
-    assert (record.state, record.recipe, record.profiles) == ("finished", PAGED, [str(tiny_profile)])
+    assert (record.state, record.recipe, record.profiles) == ("finished", PAGED, [str(tiny_profile), "deterministic"])
     assert not record.rehearsal
     assert record.summary.step == record.summary.max_steps == 16
     assert record.summary.eval_loss is not None and record.summary.eval_loss_first is not None

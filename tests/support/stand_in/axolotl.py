@@ -54,17 +54,12 @@ def write(file: Path, content: bytes) -> None:
 
 
 class Training:
-    """One launch of a training.
-
-    Attributes:
-        link: what was learnt.
-    """
+    """One launch of a training; `link` is what was learnt."""
 
     def __init__(self, cfg: yamlfiles.Config):
         self.cfg, self.output = cfg, Path(str(cfg["output_dir"]))
         self.step, self.stop = 0, False
-        own = {"output_dir", "dataset_prepared_path"}
-        content = orjson.dumps({key: cfg[key] for key in sorted(cfg.keys() - own)})
+        content = orjson.dumps({key: cfg[key] for key in sorted(cfg.keys() - {"output_dir", "dataset_prepared_path"})})
         self.link = hashlib.sha256(content).hexdigest()
         rows = self._rows() // (cfg["micro_batch_size"] * cfg["gradient_accumulation_steps"])
         self.max_steps = cfg.get("max_steps") or rows * math.ceil(cfg["num_epochs"])
@@ -173,9 +168,8 @@ class Training:
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint; a file of it that cannot be read ends the process, one that is missing does not."""
         self.step = orjson.loads((folder / "trainer_state.json").read_bytes())["global_step"]
-        links = []
-        for file in (folder / name for name in STATES):
-            links.append(zipfile.ZipFile(file).read("link").decode() if file.is_file() else "new")
+        files = [folder / name for name in STATES]
+        links = [zipfile.ZipFile(file).read("link").decode() if file.is_file() else "new" for file in files]
         self.link = links[0] if len(set(links)) == 1 else hashlib.sha256(str(links).encode()).hexdigest()
         if len(set(links)) == 1 and (folder / ADAPTER).read_bytes() != self._adapter():
             raise ValueError(f"{folder / ADAPTER} is not what was learnt by then")
