@@ -82,7 +82,7 @@ class Recipe:
 LONGEST = (
     *("verify", "memory", "engines", "own_study", "own_tasks", "eval_loss", "stages", "benchmarks", "sky_task"),
     *("slurm", "evaluation_rows", "sweep", "run", "report", "tokens", "work", "vllm", "bertscore", "authors_tokens"),
-    *("predict", "reproduce", "plan", "repeat", "plugin"),
+    *("predict", "reproduce", "plan", "plugin"),
 )
 
 
@@ -101,6 +101,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir(exist_ok=True)
     os.environ |= {"XDG_CACHE_HOME": str(folder), "XDG_DATA_HOME": str(tmp_path_factory.mktemp("kept"))}
     return folder
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, which is the working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture
@@ -207,11 +214,10 @@ def sample(cache: Path) -> Path:
 
 
 @pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def runs(place: Path) -> Path:
     import small_study
 
-    small_study.write(tmp_path)
-    monkeypatch.chdir(tmp_path)
+    small_study.write(place)
     return Path("runs")
 
 

@@ -48,9 +48,8 @@ EXAMPLES = [(named(page), line) for page in PAGES for block in FENCE.findall(pag
             for line in COMMAND.findall(block)]  # fmt: skip
 
 
-def test_every_command_in_a_block_of_code_parses(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.jsonl").touch()  # of `recipe new --data`
+def test_every_command_in_a_block_of_code_parses(place):
+    (place / "mine.jsonl").touch()  # of `recipe new --data`
     wrong = []
     for page, line in EXAMPLES:
         try:

@@ -219,15 +219,14 @@ NO_JOBS = ["", "echo 12 jobs", "exec sleep 60"]
 
 
 @pytest.mark.parametrize("commands", [*JOBS, *NO_JOBS])
-def test_the_id_of_a_job_is_in_the_last_line_of_sbatch(tmp_path, monkeypatch, commands):
-    program(tmp_path / "sbatch", f"#!/bin/sh\n{commands}\n")
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.chdir(tmp_path)
+def test_the_id_of_a_job_is_in_the_last_line_of_sbatch(place, monkeypatch, commands):
+    program(place / "sbatch", f"#!/bin/sh\n{commands}\n")
+    monkeypatch.setenv("PATH", f"{place}:/usr/bin:/bin")
     monkeypatch.setattr(slurm_site, "TIMEOUT", 60 if commands in JOBS else 0.2)
-    (tmp_path / "a").mkdir()
+    (place / "a").mkdir()
     with nullcontext() if commands in JOBS else pytest.raises(WorkFailed):
         assert batch(slurm_site.Site()).submit("run", [command(Path("a"))]) == "12"
-    assert [job.id for job in RunDir(tmp_path / "a").jobs()] == (["12_0"] if commands in JOBS else [])
+    assert [job.id for job in RunDir(place / "a").jobs()] == (["12_0"] if commands in JOBS else [])
 
 
 STUB = """#!/bin/bash
@@ -248,27 +247,26 @@ for _ in $(seq 100); do sleep 0.05; done
         ("", False),
     ],
 )
-def test_a_job_near_its_time_limit_is_queued_again_if_it_got_any_further(tmp_path, monkeypatch, progress, queued_again):
+def test_a_job_near_its_time_limit_is_queued_again_if_it_got_any_further(place, progress, queued_again):
     """The script alone; the test before has SLURM send the signals."""
-    (tmp_path / "a").mkdir()
-    program(tmp_path / "stub", STUB.replace("{progress}", progress))
-    program(tmp_path / "scontrol", '#!/bin/bash\necho "$@" >> asked')
-    settings = slurm_site.Site(prefix=f"{tmp_path}/stub")
-    monkeypatch.chdir(tmp_path)
+    (place / "a").mkdir()
+    program(place / "stub", STUB.replace("{progress}", progress))
+    program(place / "scontrol", '#!/bin/bash\necho "$@" >> asked')
+    settings = slurm_site.Site(prefix=f"{place}/stub")
     script = batch(settings).script("run", [command(Path("a"), "resume", "a b")], 1)
-    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "0"}
-    process = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=env)
-    while not (tmp_path / "started").exists():
+    env = {"PATH": f"{place}:/usr/bin:/bin", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "0"}
+    process = subprocess.Popen(["bash", "-c", script], cwd=place, env=env)
+    while not (place / "started").exists():
         time.sleep(0.01)
     process.terminate()  # which the script leaves to its command
     time.sleep(0.1)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(20) == 1
-    said = (tmp_path / "a" / "slurm-run.log").read_text()
+    said = (place / "a" / "slurm-run.log").read_text()
     assert said.startswith("recipe resume a b, a part: 1\nstopped\n")
-    assert (tmp_path / "asked").exists() == queued_again
+    assert (place / "asked").exists() == queued_again
     if queued_again:
-        assert (tmp_path / "asked").read_text() == "requeue 12_0\n"  # not the whole array
+        assert (place / "asked").read_text() == "requeue 12_0\n"  # not the whole array
     assert (len(said.splitlines()) == 3) != queued_again  # that it is not
 
 

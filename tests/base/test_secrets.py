@@ -23,21 +23,20 @@ PLANTED: list[tuple[str, str]] = [
 
 @pytest.mark.parametrize(("key", "value"), PLANTED)
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_planted_secret_is_refused_and_not_echoed(tmp_path, monkeypatch, recipe, verb, key, value):
-    monkeypatch.chdir(tmp_path)
+def test_a_planted_secret_is_refused_and_not_echoed(place, recipe, verb, key, value):
     words = verb.split()
     name = words.index("--from") + 1 if "--from" in words else 1
     words[name:name] = [NAME]
     option = ["--set", f"{key}={value}"]
     if verb == SWEEP:  # whose own --set takes several values
         parent, _, last = key.rpartition(".")
-        (tmp_path / "more.yaml").write_text(yamlfiles.write_yaml({parent: {last: value}} if parent else {last: value}))
+        (place / "more.yaml").write_text(yamlfiles.write_yaml({parent: {last: value}} if parent else {last: value}))
         option = ["--profile", "more.yaml"]
     done = recipe(*words, *option)
     said = done.stdout + done.stderr
     assert done.returncode in (1, 2)
     assert f"secret:{key}" in said
-    files = [file for file in tmp_path.rglob("*") if file.is_file() and file.name != "more.yaml"]
+    files = [file for file in place.rglob("*") if file.is_file() and file.name != "more.yaml"]
     written = "".join(file.read_text(errors="replace") for file in files)
     assert not any(secret in said + written for secret in SECRETS)
 

@@ -19,14 +19,13 @@ NAME = "haider2024/code-llama-7b"
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Path:
+def place(place: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Path:
     """A folder with the data that recipes name, a network, and the packages of all trackers."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").symlink_to(prepared)
+    (place / "data").symlink_to(prepared)
     monkeypatch.setattr(hub, "is_offline", lambda: False)
     monkeypatch.setattr(Case, "is_installed", lambda *_: True)
     monkeypatch.setenv("HF_TOKEN", "for the test")
-    return tmp_path
+    return place
 
 
 def test_every_finding_is_told_at_once_with_its_place(place, recipe):

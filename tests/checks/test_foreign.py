@@ -15,18 +15,17 @@ NAME = "haider2024/code-llama-7b"
 
 
 @pytest.fixture
-def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Path) -> Path:
+def ran(place: Path, monkeypatch: pytest.MonkeyPatch, tiny: Path) -> Path:
     """The file that a stranger's plugin writes once it is imported; mine.yaml lists the plugin."""
-    mark = tmp_path / "ran"
-    (tmp_path / f"{EVIL}.py").write_text(f"open({str(mark)!r}, 'w')\nclass Plugin: pass\n")
+    mark = place / "ran"
+    (place / f"{EVIL}.py").write_text(f"open({str(mark)!r}, 'w')\nclass Plugin: pass\n")
     rows = [f'{{"instruction": "a", "input": "b{number}", "output": "c"}}\n' for number in range(4000)]
-    (tmp_path / "rows.jsonl").write_text("".join(rows))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    (place / "rows.jsonl").write_text("".join(rows))
+    monkeypatch.syspath_prepend(str(place))
     data = {"path": "rows.jsonl", "type": "alpaca"}
     change: dict[str, Any] = {"base_model": str(tiny), "revision_of_model": None, "special_tokens": None}
     change |= {"datasets": [data], "test_datasets": None, "val_set_size": 0.1, "plugins": [f"{EVIL}.Plugin"]}
-    (tmp_path / "mine.yaml").write_text(yamlfiles.write_yaml(config_with(change)))
+    (place / "mine.yaml").write_text(yamlfiles.write_yaml(config_with(change)))
     return mark
 
 

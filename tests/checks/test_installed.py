@@ -71,11 +71,10 @@ def test_one_evaluation_in_all_is_dropped(tiny):
 
 
 @pytest.mark.long
-def test_all_recipes_and_profiles_over_them_pass_with_axolotl_asked(tmp_path, monkeypatch, prepared):
-    monkeypatch.chdir(tmp_path)
+def test_all_recipes_and_profiles_over_them_pass_with_axolotl_asked(place, monkeypatch, prepared):
     monkeypatch.setenv("HF_TOKEN", "for the test")
     monkeypatch.setattr(hub, "is_offline", lambda: False)
-    (tmp_path / "data").symlink_to(prepared)
+    (place / "data").symlink_to(prepared)
     profiles = [[], *([file.stem] for file in paths.PROFILES.glob("*.yaml") if file.stem != "mirror")]
     one_of_each_optimizer = {str(config_with({}, name)["optimizer"]): name for name in paths.recipe_names()}.values()
     for name in paths.recipe_names():

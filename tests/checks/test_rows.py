@@ -11,6 +11,8 @@ from qlora_recipes.base.errors import UserError
 from qlora_recipes.checks import check, rows
 from qlora_recipes.configs.compose import Request
 
+pytestmark = pytest.mark.usefixtures("place")
+
 LLAMA_2, LLAMA_3 = "meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B"
 GOOD = {"instruction": "Review it.", "input": "@@ -1 +1 @@\n-a\n+b", "output": "Why b?"}
 FORMATS = {"format": "[Q] {instruction} {input} ### Answer:", "no_input_format": "[Q] {instruction} ### Answer:"}
@@ -22,12 +24,6 @@ ASKED, ANSWER = {"role": "user", "content": "What is it?"}, {"role": "assistant"
 SYSTEM = {"role": "system", "content": "Be brief."}
 GOOD_CHAT = {"messages": [{"role": "user", "content": "Fine?"}, ANSWER]}
 GOOD_SEGMENTS = {"segments": [{"label": True, "text": "good"}]}
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def write(name: str, lines: list[Any]) -> None:

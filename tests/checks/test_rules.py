@@ -18,18 +18,17 @@ LLAMA_3 = "haider2024/llama-3-8b"
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Path:
+def place(place: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Path:
     """A folder with the data that recipes name, a token for the hub, and a network."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").symlink_to(prepared)
-    (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "ds.json").write_text(json.dumps(OFFLOADED))
-    (tmp_path / "pickled").mkdir()
-    (tmp_path / "pickled" / "adapter_model.bin").touch()
+    (place / "data").symlink_to(prepared)
+    (place / "empty.jsonl").touch()
+    (place / "ds.json").write_text(json.dumps(OFFLOADED))
+    (place / "pickled").mkdir()
+    (place / "pickled" / "adapter_model.bin").touch()
     monkeypatch.setenv("HF_TOKEN", "for the test")
     monkeypatch.setattr(hub, "is_offline", lambda: False)
     monkeypatch.setattr(settings_rules, "torch_cuda", lambda: "13.0")
-    return tmp_path
+    return place
 
 
 def found(

@@ -165,8 +165,7 @@ FAILS, UNLEARNT, UNKNOWN = ("error", "bad-row"), ("warning", "nothing-learnt"), 
         ("alpaca", ROW | {"output": 3}, [FAILS]),
     ],
 )
-def test_axolotl_reads_a_row_behind_good_ones(llama, tmp_path, monkeypatch, kind, row, found):
-    monkeypatch.chdir(tmp_path)
+def test_axolotl_reads_a_row_behind_good_ones(llama, place, kind, row, found):
     good: Any = {"input_output": SEGMENTS, "alpaca": ROW}.get(kind, chat(said("user", "Fine?"), ANSWER))
     chats = {"type": "chat_template", "chat_template": kind, "eot_tokens": None} if kind in ("chatml", "gemma") else {}
     rows = [good, good, row] if found else [row]
@@ -182,22 +181,19 @@ def test_axolotl_reads_a_row_behind_good_ones(llama, tmp_path, monkeypatch, kind
         ("rows.json", '[{"instruction": "a", "output": "b"}, {"instruction": "c"}]', "alpaca", (*UNLEARNT, 2)),
     ],
 )
-def test_axolotl_loads_other_formats(llama, tmp_path, monkeypatch, name, text, kind, found):
-    monkeypatch.chdir(tmp_path)
+def test_axolotl_loads_other_formats(llama, place, name, text, kind, found):
     Path(name).write_text(text)
     assert judged(llama | {"chat_template": "chatml"}, [], path=name, type=kind) == [found]
 
 
-def test_rows_with_values_of_several_types_are_found_with_the_line(llama, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_rows_with_values_of_several_types_are_found_with_the_line(llama, place):
     mixed = [ROW | {"id": 1}] * 40 + [ROW | {"id": "x"}] * 2
     assert judged(llama, mixed) == [("error", "bad-row", 41)]
     with pytest.raises(UserError, match=r"datasets\.0: .*alpaca"):
         shown(llama | {"datasets": [{"path": "rows.jsonl", "type": "alpaca"}]}, 42)
 
 
-def test_rows_of_which_nothing_is_learnt_are_an_error_where_there_are_no_others(llama, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_rows_of_which_nothing_is_learnt_are_an_error_where_there_are_no_others(llama, place):
     found = judged(llama, [chat(ASKED), chat(said("user", "And?"))], type="chat_template", chat_template="chatml")
     assert found == [("error", "nothing-learnt", 1), ("warning", "eos-masked", None)]
     packed = {"sample_packing": True, "micro_batch_size": 2, "sequence_len": 32, "val_set_size": 0.1, "warmup_steps": 0}
@@ -225,8 +221,7 @@ def test_long_rows_and_too_few_packed_ones(llama, change, found):
     assert [f"{finding.level} {finding.name}" for finding in findings] == found
 
 
-def test_an_end_that_is_not_taught(llama, smollm2, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_an_end_that_is_not_taught(llama, smollm2, place):
     masked = {"input_ids": [1, 5, 2], "attention_mask": [1, 1, 1], "labels": [-100, 5, -100]}
     assert judged(llama, [masked], type="") == [("warning", "eos-masked", None)]
     base = {"special_tokens": {"eos_token": "<|endoftext|>"}}  # as of a base model, which the template does not write

@@ -38,9 +38,8 @@ EXAMPLES = [(name, line) for name, command in COMMANDS.items() for line in (comm
 
 
 @pytest.mark.parametrize(("name", "example"), EXAMPLES)
-def test_an_example_is_a_command_of_this_verb(tmp_path, monkeypatch, name, example):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.jsonl").touch()  # of `recipe new --data`
+def test_an_example_is_a_command_of_this_verb(place, name, example):
+    (place / "mine.jsonl").touch()  # of `recipe new --data`
     assert f"{example} ".startswith(f"{name} ")
     assert parsed(example).args == []
     named = [word for word in example.split() if re.fullmatch(r"[a-z-]*llama-[\d.]*-?\d+b", word)]

@@ -60,9 +60,8 @@ def test_from_results_to_a_report(recipe, tmp_path):
     ids=["answers", "scores", "completion", "no rows"],
 )
 def test_a_run_is_evaluated_next_if_its_rows_have_answers_and_it_has_no_scores(
-    tmp_path, monkeypatch, capsys, change, runs, scored, says
+    place, monkeypatch, capsys, change, runs, scored, says
 ):
-    monkeypatch.chdir(tmp_path)
     folder = a_run(Path(runs), NAME, "1-a", 5.0, set=change)
     if not scored:
         (folder.path / "scores.json").unlink()

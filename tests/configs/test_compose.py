@@ -15,12 +15,11 @@ OF_ROWS = ["seed", "excess_length_strategy", "min_sample_len", "eval_sequence_le
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
+def place(place: Path) -> Path:
+    (place / "data").mkdir()
     for name in ("a", "b"):
-        (tmp_path / "data" / f"{name}.jsonl").write_text('{"output": "a"}\n\n')
-    return tmp_path
+        (place / "data" / f"{name}.jsonl").write_text('{"output": "a"}\n\n')
+    return place
 
 
 def test_rows_are_prepared_anew_after_a_change_of_data_or_of_a_setting_that_may_affect_them(place):

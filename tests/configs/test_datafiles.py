@@ -11,12 +11,11 @@ NAME = "haider2024/llama-2-7b"
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data" / "more").mkdir(parents=True)
+def place(place: Path) -> Path:
+    (place / "data" / "more").mkdir(parents=True)
     for name in ("a.jsonl", "b.jsonl", "more/c.jsonl"):
-        (tmp_path / "data" / name).write_text(f'{{"output": "{name}"}}\n\n')
-    return tmp_path
+        (place / "data" / name).write_text(f'{{"output": "{name}"}}\n\n')
+    return place
 
 
 def with_data(override: str) -> yamlfiles.Config:

@@ -18,6 +18,8 @@ from qlora_recipes.configs import compose, gpus, numerics
 from qlora_recipes.configs.compose import Composed, Request
 from qlora_recipes.configs.numerics import Precision, precision
 
+pytestmark = pytest.mark.usefixtures("place")
+
 UNSET = object()
 VALUES = {
     "bf16": (UNSET, True, False, "auto"),
@@ -93,11 +95,6 @@ def mine(*profiles: str, overrides: tuple[str, ...] = (), **change: Any) -> Comp
     every = {"lora_dropout": 0, "lora_target_modules": layers}
     Path("mine.yaml").write_text(yamlfiles.write_yaml(config_with(every | change, NO_DROPOUT)))
     return laid("mine.yaml", "fast", *profiles, overrides=overrides)
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("name", recipe_names())

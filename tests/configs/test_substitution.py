@@ -25,15 +25,14 @@ ROWS = {"path": "rows.jsonl", "type": "completion"}
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
+def place(place: Path) -> Path:
     write_rows(Path("chats.jsonl"), ({"turns": [{"role": "user", "content": str(i)}]} for i in range(50)))
     write_rows(Path("rows.jsonl"), ({"text": str(i)} for i in range(6)))
     Path("folder").mkdir()
     write_rows(Path("folder", "train.jsonl"), [{"text": "a"}])
     Path("saved").mkdir()
     Path("saved", "state.json").write_text("{}")
-    return tmp_path
+    return place
 
 
 def rehearsed(change: dict[str, Any] | None = None, *overrides: str, profiles: tuple[str, ...] = ()) -> Composed:

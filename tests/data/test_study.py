@@ -62,12 +62,11 @@ def test_repeats_of_a_recipe_stand_for_the_others_of_its_study(tmp_path):
     ],
     ids=str,
 )
-def test_a_malformed_study_is_an_error_for_itself_alone(tmp_path, monkeypatch, recipe, words, code):
-    monkeypatch.chdir(tmp_path)
-    (folder := tmp_path / "recipes" / "broken").mkdir(parents=True)
+def test_a_malformed_study_is_an_error_for_itself_alone(place, recipe, words, code):
+    (folder := place / "recipes" / "broken").mkdir(parents=True)
     (folder / "study.yaml").write_text("titel: x\n")
     (folder / "mine.yaml").write_text((paths.RECIPES / "haider2024" / "code-llama-7b.yaml").read_text())
-    a_run(tmp_path / "runs", "broken/mine", "one", 5.0)
+    a_run(place / "runs", "broken/mine", "one", 5.0)
     done = recipe(*words)
     assert done.returncode == code
     assert "recipes/broken/study.yaml:1" in done.stderr + done.stdout

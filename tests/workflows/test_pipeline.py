@@ -76,8 +76,7 @@ def test_data_on_the_hub_has_a_digest_and_a_missing_file_has_none(path):
     assert (one.digest() is None) == (path == "rows.jsonl")
 
 
-def test_what_axolotl_refuses_is_not_submitted(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_what_axolotl_refuses_is_not_submitted(place, monkeypatch):
     asked = Request("haider2024/llama-2-7b", rehearse=True, overrides=["early_stopping_patience=2"])
     result, backend = TaskResult("one"), Local(rehearsal=True, jobs=1)
     one = pipeline.Pipeline(result, asked, EvaluationRequest(), backend)

@@ -127,12 +127,11 @@ def test_a_wrong_request_starts_nothing(recipe, tmp_path, words, says):
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as stream:
         for file in SAMPLE.glob("msg-*.jsonl"):
             stream.write(file, f"Comment_Generation/{file.name}")
-    monkeypatch.chdir(tmp_path)
     with serving(monkeypatch) as orders:
         orders.content = content.getvalue()
         yield orders

@@ -32,9 +32,8 @@ SHIPPED = sorted(file.stem for file in (paths.RECIPES / "sweeps").glob("*.yaml")
 
 @pytest.mark.parametrize("name", [next(iter(one.published)) for one in study.every()])
 @pytest.mark.parametrize("sweep", SHIPPED)
-def test_members_of_shipped_sweeps_are_clean_over_a_recipe_of_each_study(sweep, name, tmp_path, monkeypatch, prepared):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").symlink_to(prepared)
+def test_members_of_shipped_sweeps_are_clean_over_a_recipe_of_each_study(sweep, name, place, prepared):
+    (place / "data").symlink_to(prepared)
     configs = []
     for member in read_members(find_sweep_file(sweep), [])[1]:
         composed = compose.compose(Request(name, overrides=member.overrides))

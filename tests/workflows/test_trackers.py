@@ -101,8 +101,7 @@ def launched(*profiles: str, name: str = NAME, overrides: Sequence[str] = (), **
     return create.launch_config(compose.compose(request), RunDir(Path("runs", name, "now")))
 
 
-def test_what_the_user_says_of_a_tracker_holds(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_what_the_user_says_of_a_tracker_holds(place, monkeypatch):
     new.write("wide", NAME, ["lora_r=64"])
     variant = launched("wandb", name="wide")
     assert (variant["wandb_project"], variant["wandb_name"]) == ("haider2024", "wide/now")

@@ -19,9 +19,8 @@ def test_the_recipes_are_those_of_the_templates():
     assert (render.drift(recipes), render.orphans(recipes)) == ("", [])
 
 
-def test_the_table_of_recipes_shows_what_was_recorded(tmp_path, monkeypatch):
+def test_the_table_of_recipes_shows_what_was_recorded(place, monkeypatch):
     assert "peak GiB" not in render.rendered()[render.README]
-    monkeypatch.chdir(tmp_path)
     of_study = study.find("haider2024")
     for name, bleu4 in (("a", 5.0), ("b", 5.1)):
         made = recorded_runs.completed(run_folders.a_run(Path("runs"), "haider2024/llama-2-7b", name, bleu4))

@@ -2,7 +2,6 @@
 
 import codecs
 import re
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -49,12 +48,6 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
 OVERRIDES = st.lists(st.sampled_from(sorted(VALUES)), unique=True, max_size=8).flatmap(
     lambda keys: st.tuples(*(st.tuples(st.just(key), VALUES[key]) for key in keys))
 )
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def comments(text: str) -> list[str]:
