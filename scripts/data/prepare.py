@@ -76,25 +76,25 @@ def check_expressions(of_study: Study) -> None:
 
 
 @dataclass
-class _Counts:
-    """Counts of raw rows: kept, and dropped by reason."""
-
-    dropped: Counter[str] = field(default_factory=Counter)
-    kept: int = 0
-
-
-@dataclass
 class _Preparation:
-    """Preparation of a study's splits in one folder."""
+    """Preparation of a study's splits in one folder.
+
+    Attributes:
+        sampled: rows of the splits that are sampled from other splits.
+        order: positions of shuffled rows, by split.
+        read: raw file of each split.
+        counts: number of rows that each split leaves out, by reason; "" stands for kept rows.
+    """
 
     study: Study
     raw: dict[str, RawFile]
     input_format: str
     out: Path
     stack: ExitStack
-    sampled: dict[str, tuple[list[PlacedRow], _Counts]] = field(default_factory=dict)
-    order: dict[str, list[int]] = field(default_factory=dict)  # positions of shuffled rows, by split
-    read: dict[str, RawFile] = field(default_factory=dict)  # by split
+    sampled: dict[str, list[PlacedRow]] = field(default_factory=dict)
+    order: dict[str, list[int]] = field(default_factory=dict)
+    read: dict[str, RawFile] = field(default_factory=dict)
+    counts: dict[str, Counter[str]] = field(default_factory=dict)
 
     def splits(self) -> dict[str, Row]:
         """Write the splits whose raw files are given; return manifest entries.
@@ -106,39 +106,39 @@ class _Preparation:
         for name in there:
             self.read[name] = RawFile(*(self.raw[file].path for file in data.raw_files_of(name)))
             if data.splits[name].sample_from:  # sample first: the other split is written without these rows
-                counts = _Counts()
-                self.sampled[name] = self._sampled(name, counts), counts
+                self.sampled[name] = self._sampled(name)
         return {name: self._split(name) for name in there}
 
-    def _sampled(self, name: str, counts: _Counts) -> list[PlacedRow]:
+    def _sampled(self, name: str) -> list[PlacedRow]:
         """Rows of a split that is sampled from another split."""
         splits = self.study.data.splits
         split = splits[name]
-        earlier = [rows for other, (rows, _) in self.sampled.items() if splits[other].sample_from == split.sample_from]
+        earlier = [rows for other, rows in self.sampled.items() if splits[other].sample_from == split.sample_from]
         taken = {row[0] for rows in earlier for row in rows}
         if split.shuffle is None:
-            free = (row for row in self._kept(name, counts) if row[0] not in taken)
+            free = (row for row in self._kept(name) if row[0] not in taken)
             return sample(free, split.sample or 0, split.seed)
         order = [position for position in shuffled(self._positions(name), split.shuffle) if position not in taken]
         self.order[str(split.sample_from)] = order
-        return self._at(order[: split.sample], name, counts)
+        return self._at(order[: split.sample], name)
 
     def _positions(self, name: str) -> list[int]:
-        return [row[0] for row in self._kept(name, _Counts())]
+        return [row[0] for row in self._kept(name)]
 
-    def _at(self, positions: Iterable[int], name: str, counts: _Counts) -> list[PlacedRow]:
+    def _at(self, positions: Iterable[int], name: str) -> list[PlacedRow]:
         """Rows at the given positions, in that order."""
         rank = {position: place for place, position in enumerate(positions)}
-        rows = [row for row in self._kept(name, counts) if row[0] in rank]
+        rows = [row for row in self._kept(name) if row[0] in rank]
         return sorted(rows, key=lambda row: rank[row[0]])
 
-    def _kept(self, name: str, counts: _Counts) -> Iterator[PlacedRow]:
-        """Kept rows as JSON lines, with raw position and sort value.
+    def _kept(self, name: str) -> Iterator[PlacedRow]:
+        """Kept rows as JSON lines, with raw position and sort value; counts all rows anew.
 
         Test rows also contain their raw position, in the field `idx`, and the study's extra fields.
         """
         data = self.study.data
         raw, order, scored = self.read[name], data.splits[name].order, name == "test"
+        counts = self.counts[name] = Counter()
         maker = RowMaker(
             data.fields_of(name, self.input_format),
             data.filters_of(name),
@@ -148,13 +148,10 @@ class _Preparation:
         for position, row in enumerate(raw.rows()):
             try:
                 made, reason, extra, length = maker.make(row, raw.path.name)
+                counts[reason or ""] += 1
                 if reason is not None:
-                    counts.dropped[reason] += 1
                     continue
-                line = orjson.dumps(made)
-                counts.kept += 1
-                if scored:
-                    line = orjson.dumps(made | {"idx": position} | extra)
+                line = orjson.dumps(made | {"idx": position} | extra if scored else made)
             except BadRow as error:
                 raise UserError(f"{raw.where}: {error}; the row's fields: {', '.join(row) or 'none'}") from None
             except TypeError as error:  # from orjson
@@ -165,28 +162,24 @@ class _Preparation:
         """Write the files of a split and its subsets; return the manifest entry."""
         data = self.study.data
         split, raw = data.splits[name], self.read[name]
-        moved = {other: rows for other, (rows, _) in self.sampled.items() if data.splits[other].sample_from == name}
-        chosen: Iterable[PlacedRow]
-        if split.sample_from:
-            chosen, counts = self.sampled[name]
-        else:
-            counts = _Counts()
-            gone = {row[0] for rows in moved.values() for row in rows}
-            chosen = self._chosen(name, gone, counts)
+        moved = {other: rows for other, rows in self.sampled.items() if data.splits[other].sample_from == name}
+        gone = {row[0] for rows in moved.values() for row in rows}
+        chosen = self.sampled[name] if split.sample_from else self._chosen(name, gone)
         rows: Iterable[PlacedRow] = _ordered(chosen, split.order)
         if split.subsets:
             rows = list(rows)
         written = self._write(name, rows)
+        account = self._account(name, raw)
         if not written["rows"]:
-            raise UserError(f"{raw.path}: no rows left to write; dropped: {dict(counts.dropped) or 'no rows'}")
-        entry = manifest.how_made(self.study, name, self.input_format) | self._account(name, raw, counts) | written
+            raise UserError(f"{raw.path}: no rows left to write; dropped: {account['dropped'] or 'no rows'}")
+        entry = manifest.how_made(self.study, name, self.input_format) | account | written
         if moved:
             entry["moved"] = {other: len(rows) for other, rows in moved.items()}
         if name == "test":
             entry |= self._subsets(split.subsets, rows, bool(entry["is_the_study_file"]))
         return entry
 
-    def _chosen(self, name: str, gone: set[int], counts: _Counts) -> Iterator[PlacedRow]:
+    def _chosen(self, name: str, gone: set[int]) -> Iterator[PlacedRow]:
         """Rows of a split, without those moved to other splits.
 
         All rows are read, so that the counts are complete.
@@ -195,16 +188,16 @@ class _Preparation:
         if split.shuffle is not None or name in self.order:
             order = [position for position in self.order.get(name) or self._positions(name) if position not in gone]
             order = order if split.shuffle is None else shuffled(order, split.shuffle)
-            yield from self._at(order[: split.sample or split.first], name, counts)
+            yield from self._at(order[: split.sample or split.first], name)
             return
-        kept = (row for row in self._kept(name, counts) if row[0] not in gone)
+        kept = (row for row in self._kept(name) if row[0] not in gone)
         if split.sample:
             yield from sample(kept, split.sample, split.seed)
         yield from islice(kept, split.first)
         deque(kept, maxlen=0)
 
-    def _account(self, name: str, raw: RawFile, counts: _Counts) -> Row:
-        data = self.study.data
+    def _account(self, name: str, raw: RawFile) -> Row:
+        data, counts = self.study.data, self.counts[name]
         known = [data.files[file].sha256 for file in data.raw_files_of(name)]
         checksums = [sha256(path) for path in raw.paths]
         wrong = any(sha not in (None, checksum) for sha, checksum in zip(known, checksums, strict=True))
@@ -215,8 +208,8 @@ class _Preparation:
             "source_bytes": sum(path.stat().st_size for path in raw.paths),
             "is_the_study_file": False if wrong else None if None in known else True,
             "read": raw.read,
-            "kept": counts.kept,
-            "dropped": dict(counts.dropped),
+            "kept": counts[""],
+            "dropped": {reason: count for reason, count in counts.items() if reason},
         }
 
     def _subsets(self, subsets: Mapping[str, Subset], rows: Iterable[PlacedRow], is_study_file: bool) -> Row:
