@@ -1,13 +1,12 @@
 """Rules about settings: missing, contradictory, or unsuited to the GPUs or installed packages."""
 
 import re
-from pathlib import Path
 
-from ..base.files import read_json
 from ..base.machine import torch_cuda
 from ..base.progress import is_secret
 from ..configs import substitution
 from ..configs.config import flatten
+from ..configs.gpus import deepspeed_of
 from ..configs.numerics import AMPERE, precision, quantized, takes_varlen
 from .finding import Case, Level, Problems, rule
 
@@ -170,8 +169,7 @@ def optimizer_and_engine(case: Case) -> Problems:
     of_bnb = re.search(r"paged|bnb|^(adamw|ademamix|lion|rmsprop)_(8|32)bit$", optimizer)
     if case["fsdp_config"] and of_bnb:
         yield "error", "optimizer", f"{optimizer} does not work with FSDP2", "set adamw_torch_8bit or adamw_torch_fused"
-    engine = case["deepspeed"] or {}
-    deepspeed = dict(flatten(read_json(Path(engine)) if isinstance(engine, str) else engine))
+    deepspeed = dict(flatten(deepspeed_of(case.config)))
     offloaded = deepspeed.get("zero_optimization.offload_optimizer.device", "none") != "none"
     replaced = offloaded and deepspeed.get("zero_force_ds_cpu_optimizer", True)
     if replaced and not re.fullmatch("|adamw_torch|adamw_torch_fused|paged_adamw_32bit", optimizer):

@@ -98,25 +98,30 @@ def _capability(text: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def deepspeed_of(config: Any) -> Config:
+    """DeepSpeed's settings, from a config or from the file that it names; empty without them.
+
+    A missing or damaged file stands for the settings in its name, such as zero3.
+    """
+    named = config.get("deepspeed") or {}
+    if not isinstance(named, str):
+        return named
+    stage = next((stage for stage in (3, 2, 1) if f"zero{stage}" in named.lower()), 2)
+    offload = {"offload_param": {"device": "cpu"}} if "offload" in named else {}
+    return read_json(Path(named)) or {"zero_optimization": {"stage": stage} | offload}
+
+
 def engine_of(config: Any) -> str:
     """Engine for training on several GPUs: DDP, ZeRO-1, ZeRO-2, ZeRO-3 or FSDP."""
-    engine = config.get("deepspeed")
-    if isinstance(engine, str):
-        if not Path(engine).is_file():
-            return f"ZeRO-{next((stage for stage in (3, 2, 1) if f'zero{stage}' in engine.lower()), 2)}"
-        engine = read_json(Path(engine))
-    if engine:
-        stage = (engine.get("zero_optimization") or {}).get("stage") if isinstance(engine, dict) else None
+    if deepspeed := deepspeed_of(config):
+        stage = (deepspeed.get("zero_optimization") or {}).get("stage")
         return f"ZeRO-{stage}" if stage in (1, 2, 3) else "DDP"
     return "FSDP" if config.get("fsdp_config") or config.get("fsdp") else "DDP"
 
 
 def offloads(config: Any) -> bool:
     """True if the engine offloads weights or optimizer state from the GPU."""
-    deepspeed = config.get("deepspeed")
-    if isinstance(deepspeed, str):
-        deepspeed = read_json(Path(deepspeed)) or {"offload_param.device": "offload" in deepspeed}
-    keys = flatten({"deepspeed": deepspeed, "fsdp": config.get("fsdp_config")})
+    keys = flatten({"deepspeed": deepspeed_of(config), "fsdp": config.get("fsdp_config")})
     devices = ("offload_param.device", "offload_optimizer.device", "offload_params")
     return any(key.endswith(devices) and value not in (None, False, "none") for key, value in keys)
 
