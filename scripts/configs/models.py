@@ -163,14 +163,14 @@ def _config_file(name: str, revision: Any, download: bool) -> Path:
     return Path(hub.within(hub.ANSWER_TIMEOUT, partial(hf_hub_download, name, "config.json", revision=revision)))
 
 
+def mirrored_by(name: Any) -> str | None:
+    """Model that models.yaml lists as the original of a mirror; None for other models."""
+    return next((model for model, entry in catalogue().items() if name and entry.get("mirror") == name), None)
+
+
 def is_copy(name: Any, of: Any) -> bool:
     """True if `name` equals `of` or is the mirror of the model `of`."""
-    return name == of or (name is not None and name == catalogue().get(str(of), {}).get("mirror"))
-
-
-def is_mirror(name: str) -> bool:
-    """True if models.yaml lists a model as the mirror of another model."""
-    return any(entry.get("mirror") == name for entry in catalogue().values())
+    return name == of or (of is not None and mirrored_by(name) == of)
 
 
 def is_path(name: str) -> bool:
@@ -180,9 +180,9 @@ def is_path(name: str) -> bool:
 
 def entry_of(name: str) -> Config:
     """Entry of a model in models.yaml; for a mirror, its original's entry; empty if unlisted."""
-    for entry in catalogue().values():
-        if entry.get("mirror") == name:
-            return {key: fact for key, fact in entry.items() if key not in ("mirror", "revision")} | {"gated": False}
+    if original := mirrored_by(name):
+        entry = catalogue()[original] | {"gated": False}
+        return {key: fact for key, fact in entry.items() if key not in ("mirror", "revision")}
     return catalogue().get(name, {})
 
 
