@@ -12,7 +12,7 @@ import click
 import orjson
 
 from .base.files import Row
-from .base.progress import broken, cells_of, harmless, masked
+from .base.progress import broken, harmless, masked
 from .base.yamlfiles import write_flow
 
 
@@ -84,13 +84,15 @@ def print_table(
         spare: columns to leave out if necessary, the least important first.
         below: columns of long texts.
     """
+    from rich.cells import cell_len
+
     if not rows:
         return
     width = _width()
     found = dict.fromkeys(chain(*rows))
     columns = [column for column in found if empty or any(row.get(column) is not None for row in rows)]
     texts = {column: [*map(harmless, (column, *_column([row.get(column) for row in rows])))] for column in columns}
-    widths = {column: max(map(cells_of, texts[column])) for column in columns}
+    widths = {column: max(map(cell_len, texts[column])) for column in columns}
     numbers = {column for column in columns if all(map(_NUMBER.fullmatch, texts[column][1:]))}
     above, beside, under, left_out = _arranged(widths, width, spare, below)
     if title:
@@ -98,7 +100,7 @@ def print_table(
     for i, row in enumerate([dict.fromkeys(columns), *rows]):  # the headings, then the rows
         for line in broken(texts[columns[0]][i], width) if above else ():
             click.secho(line, bold=not i or None)
-        fills = {column: " " * (widths[column] - cells_of(texts[column][i])) for column in beside}
+        fills = {column: " " * (widths[column] - cell_len(texts[column][i])) for column in beside}
         cells = [fills[c] + texts[c][i] if c in numbers else texts[c][i] + fills[c] for c in beside]
         if cells:
             click.secho((" " * _GAP * above + (" " * _GAP).join(cells)).rstrip(), bold=not i or None)

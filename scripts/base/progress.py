@@ -71,25 +71,18 @@ def harmless(text: str) -> str:
     return _OBEYED.sub(" ", masked(text))
 
 
-def cells_of(text: str) -> int:
-    """Number of terminal cells that a text takes."""
-    if text.isascii():
-        return len(text)
-    from rich.cells import cell_len
-
-    return cell_len(text)
-
-
 def broken(text: str, width: int) -> Iterator[str]:
     """Make a text harmless, and break it into lines of at most `width` cells.
 
     A path, a command, or a short remark in parentheses stays in one piece if it fits on a line.
     """
+    from rich.cells import cell_len
+
     indent = line = " " * (len(text) - len(text.lstrip(" ")))
     for word in re.findall(r"[(`][^()`]{1,60}[)`]\S*\s?|\S+\s?|\s", harmless(text.lstrip(" "))):
-        fits = cells_of(f"{indent}  {word.rstrip()}") <= width
+        fits = cell_len(f"{indent}  {word.rstrip()}") <= width
         for piece in [word] if fits else re.split(r"(?<=[/\s])", word):
-            if line.strip() and cells_of(line + piece.rstrip()) > width:
+            if line.strip() and cell_len(line + piece.rstrip()) > width:
                 yield line.rstrip()
                 line = f"{indent}  "
             line += piece
