@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
@@ -143,7 +142,10 @@ def examine(
     study.of(composed.origin or composed.recipe)
     gpu = None if composed.rehearsal else gpu
     report = Report(composed.recipe, composed)
-    found, usable = _of_keys(composed, gpu, gpus, launching, ask_hub or launching)
+    of_schema = list(schema.findings(composed.config))
+    usable, wrong = schema.usable(composed.config, of_schema)
+    case = Case(usable, wrong, gpu, gpus, launching, ask_hub or launching)
+    found = [*placed([*of_schema, *rule_findings(case)], composed)]
     report.add(found)
     report.add(_replaced(composed))
     report.add(placed(_profile_compatibility(composed, gpu, launching), composed))
@@ -158,13 +160,6 @@ def examine(
         of_rows, report.data = rows.check(usable, wrong)
         report.add(of_rows)
     return report
-
-
-def _of_keys(composed: Composed, *of_case: Any) -> tuple[list[Finding], Config]:
-    """Findings of the schema and the rules, and the config without invalid values."""
-    of_schema = list(schema.findings(composed.config))
-    usable, wrong = schema.usable(composed.config, of_schema)
-    return [*placed([*of_schema, *rule_findings(Case(usable, wrong, *of_case))], composed)], usable
 
 
 def rule_findings(case: Case) -> Iterator[Finding]:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from ..base import paths
 from ..base.errors import did_you_mean
-from ..base.yamlfiles import Config
 from ..configs import datafiles, models
 from ..configs.config import flatten
 from ..configs.numerics import AMPERE, precision, takes_varlen
@@ -189,26 +188,21 @@ def foreign_code(case: Case) -> Problems:
     Axolotl imports plugins and prompt strategies even to validate a config or to tokenize rows. If the attention
     implementation is a repository on the hub, transformers imports the repository's modules.
     """
-    for key, name in _named_code(case.config):
-        yield "error", key, f"runs foreign code: {name} is not part of Axolotl or this project", _READ_IT
-
-
-def _named_code(config: Config) -> list[tuple[str, str]]:
     types = {name: schema.load()["$defs"][f"{name}Dataset"]["properties"]["type"]["anyOf"] for name in _KINDS}
     of_module = types["SFT"][1]["pattern"]
     own_types = {kind for of_kind in types.values() for kind in of_kind[0]["enum"]}
-    plugins = config.get("plugins")
-    found = [(f"plugins.{i}", name) for i, name in enumerate(plugins if isinstance(plugins, list) else [])]
-    found = [(key, name) for key, name in found if not str(name).startswith(_OURS)]
-    for key, entry in datafiles.datasets(config, "datasets", "test_datasets", "pretraining_dataset"):
+    named = [(f"plugins.{i}", name) for i, name in enumerate(case["plugins"] or ()) if not str(name).startswith(_OURS)]
+    for key, entry in datafiles.datasets(case.config, "datasets", "test_datasets", "pretraining_dataset"):
         kind = entry.get("type")
         if isinstance(kind, str) and re.match(of_module, kind) and kind not in own_types:
-            found.append((f"{key}.type", kind))
-    found += [(key, value) for key, value in flatten(config) if value and key in _NAMES_CODE]
-    attention = str(config.get("attn_implementation") or "")
+            named.append((f"{key}.type", kind))
+    named += [(key, value) for key, value in flatten(case.config) if key in _NAMES_CODE]
+    attention = str(case["attn_implementation"] or "")
     if "/" in attention and not attention.startswith(_OF_KERNELS):
-        found.append(("attn_implementation", attention))
-    return [(key, str(name)) for key, name in found if name]
+        named.append(("attn_implementation", attention))
+    for key, name in named:
+        if name:  # None in place of a value that breaks the schema
+            yield "error", key, f"runs foreign code: {name} is not part of Axolotl or this project", _READ_IT
 
 
 @rule

@@ -166,11 +166,18 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
             layers.take(config.merge(layers.config, changes), f"rehearsal: {reason}")
     if layers.config.get("seed") is None:
         layers.take(layers.config | {"seed": config.AXOLOTL_SEED}, "without a seed, each run would begin differently")
-    files = {key: source for key, (_, source) in layers.reasons.items() if source}
-    differences = layers.differences(of_file)
-    composed = Composed(name, file, origin, layers.config, differences, files, [*dict(profiles)], rehearsal)
-    composed.incompatible, composed.of_variant = incompatible, of_variant
-    return composed
+    return Composed(
+        recipe=name,
+        recipe_file=file,
+        origin=origin,
+        config=layers.config,
+        differences=layers.differences(of_file),
+        files={key: source for key, (_, source) in layers.reasons.items() if source},
+        profiles=[*dict(profiles)],
+        rehearsal=rehearsal,
+        incompatible=incompatible,
+        of_variant=of_variant,
+    )
 
 
 def _fragments(
