@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,12 +95,14 @@ class _Layers:
         reasons: reason and file of the last change of each key.
         sample: the rehearsal profile's keys for the shipped sample.
         given: the user's changes merged after the rehearsal profile, by dotted key.
+        incompatible: see `Composed`.
     """
 
     config: Config
     reasons: dict[str, tuple[str, Path | None]] = field(default_factory=dict)
     sample: Config = field(default_factory=dict)
     given: Config = field(default_factory=dict)
+    incompatible: numerics.Incompatible = field(default_factory=dict)
 
     def take(self, changed: Config, reason: str, source: Path | None = None) -> None:
         """Adopt a changed config, and record the reason for each changed key."""
@@ -136,8 +137,6 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     if request.rehearse and REHEARSAL not in dict(profiles):
         profiles.append(paths.find_profile(REHEARSAL))  # last, to override other profiles' GPU features
     rehearsal = REHEARSAL in dict(profiles)
-    incompatible: numerics.Incompatible = {}
-
     layers = _Layers(base)
     own = recipe | {key: base.get(key) for key in config.OF_THE_RUN}
     layers.take({key: value for key, value in own.items() if value is not None}, paths.shown(file), file)
@@ -145,7 +144,13 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     if MIRROR in dict(profiles):
         layers.take(_mirrored(layers.config), f"profile {MIRROR}")
     others = [profile for profile in profiles if profile[0] != MIRROR]
-    for (profile, source), fragment in _fragments(others, layers.config, request.overrides, gpu, incompatible):
+    begun = layers.config
+    for profile, source in others:
+        fragment = yamlfiles.read_yaml(source)
+        if profile in numerics.ADAPTED:
+            remaining = [path for other, path in others if other not in (profile, REHEARSAL)]
+            whole = _preview(begun, remaining, request.overrides)
+            fragment = numerics.adapted(fragment, layers.config, whole, gpu, layers.incompatible)
         if profile == REHEARSAL:
             fragment = layers.rehearsal_changes(fragment)
         elif layers.sample:
@@ -175,33 +180,19 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
         files={key: source for key, (_, source) in layers.reasons.items() if source},
         profiles=[*dict(profiles)],
         rehearsal=rehearsal,
-        incompatible=incompatible,
+        incompatible=layers.incompatible,
         of_variant=of_variant,
     )
 
 
-def _fragments(
-    profiles: list[tuple[str, Path]],
-    begun: Config,
-    overrides: list[str],
-    gpu: Gpu | None,
-    incompatible: numerics.Incompatible,
-) -> Iterator[tuple[tuple[str, Path], Config]]:
-    """Yield each profile with its changes; `fast` and `packed` adapt to the other profiles."""
-    before = begun
-    for profile, file in profiles:
-        fragment = yamlfiles.read_yaml(file)
-        if profile in numerics.ADAPTED:
-            with_others = begun
-            for name, other in profiles:
-                if name not in (profile, REHEARSAL):
-                    with_others = config.merge(with_others, yamlfiles.read_yaml(other))
-            for text in overrides:
-                with suppress(UserError):  # `compose` reports the error
-                    with_others = config.override(with_others, *config.parse_override(text))
-            fragment = numerics.adapted(fragment, before, with_others, gpu, incompatible)
-        before = config.merge(before, fragment)
-        yield (profile, file), fragment
+def _preview(composed: Config, profiles: list[Path], overrides: list[str]) -> Config:
+    """Merge profiles and overrides into a config, for the profiles that adapt to them: `fast` and `packed`."""
+    for file in profiles:
+        composed = config.merge(composed, yamlfiles.read_yaml(file))
+    for text in overrides:
+        with suppress(UserError):  # `compose` reports the error
+            composed = config.override(composed, *config.parse_override(text))
+    return composed
 
 
 def is_rehearsal(request: Request) -> bool:
