@@ -87,7 +87,7 @@ class _Preparation:
     """
 
     study: Study
-    raw: dict[str, RawFile]
+    raw: dict[str, Path]
     input_format: str
     out: Path
     stack: ExitStack
@@ -104,7 +104,7 @@ class _Preparation:
         data = self.study.data
         there = [name for name in SPLITS if name in data.splits and self.raw.keys() >= {*data.raw_files_of(name)}]
         for name in there:
-            self.read[name] = RawFile(*(self.raw[file].path for file in data.raw_files_of(name)))
+            self.read[name] = RawFile(*(self.raw[file] for file in data.raw_files_of(name)))
             if data.splits[name].sample_from:  # sample first: the other split is written without these rows
                 self.sampled[name] = self._sampled(name)
         return {name: self._split(name) for name in there}

@@ -3,9 +3,10 @@
 Expressions are evaluated in a sandbox.
 """
 
+import codecs
 import csv
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,12 +52,9 @@ def role_colon(messages: list[dict[str, str]]) -> list[Row]:
     return segments
 
 
-FILTERS: dict[str, Callable[..., Any]] = {"tagged": tagged, "tojson": tojson, "role_colon": role_colon}
-"""Additional filters for expressions."""
-
 _JINJA = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
 _JINJA.globals.clear()  # names in expressions are fields only
-_JINJA.filters |= FILTERS
+_JINJA.filters |= {"tagged": tagged, "tojson": tojson, "role_colon": role_colon}
 
 
 class BadRow(Exception):
@@ -198,7 +196,7 @@ class RawFile:
 
     def _array(self, stream: IO[bytes]) -> Iterator[Row]:
         try:
-            rows = orjson.loads(stream.read())
+            rows = orjson.loads(stream.read().removeprefix(codecs.BOM_UTF8))
         except orjson.JSONDecodeError as error:
             raise UserError(f"{self.path}:{error.lineno}: not JSON: {error.msg}") from None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -220,20 +218,20 @@ class RawFile:
             raise UserError(f"{self.where}: not CSV in UTF-8: {error}") from None
 
 
-def within(given: Path, names: Collection[str]) -> dict[str, RawFile]:
+def within(given: Path, names: Collection[str]) -> dict[str, Path]:
     """Raw files with the given names at a path: the file itself, or files in the folder."""
     if given.is_dir():
-        return {name: RawFile(given / name) for name in names if (given / name).is_file()}
-    return {name: RawFile(given) for name in names if given.match(name)}
+        return {name: given / name for name in names if (given / name).is_file()}
+    return {name: given for name in names if given.match(name)}
 
 
-def find(raw: Iterable[Path], names: Collection[str]) -> dict[str, RawFile]:
+def find(raw: Iterable[Path], names: Collection[str]) -> dict[str, Path]:
     """Find raw files by name in the user's files and folders.
 
     Raises:
         UserError: a path does not exist, a path has no raw file, or two files have the same name.
     """
-    found: dict[str, RawFile] = {}
+    found: dict[str, Path] = {}
     for given in raw:
         if not given.exists():
             raise UserError(f"{given}: no such file")
@@ -242,7 +240,7 @@ def find(raw: Iterable[Path], names: Collection[str]) -> dict[str, RawFile]:
             raise UserError(f"{given}: not a raw file of the study, or no folder with one; expected {', '.join(names)}")
         for name, file in files.items():
             if name in found:
-                raise UserError(f"{file.path}: {found[name].path} is also named {name}; give only one of them")
+                raise UserError(f"{file}: {found[name]} is also named {name}; give only one of them")
             found[name] = file
     return found
 

@@ -1,5 +1,6 @@
 """Raw files of every kind, and what splits are made of them."""
 
+import codecs
 from collections.abc import Iterable
 from typing import Any
 
@@ -113,7 +114,7 @@ def test_a_split_of_another_data_set_has_expressions_of_its_own(tmp_path):
 
 def test_a_split_of_several_files_has_their_rows_in_order_and_their_names(tmp_path):
     for name, part in (("b.json", ROWS[:2]), ("a.json", ROWS[2:5])):
-        (tmp_path / name).write_bytes(orjson.dumps(part))
+        (tmp_path / name).write_bytes(codecs.BOM_UTF8 + orjson.dumps(part))
     sources = {"b.json": {"url": "https://example.org/b", "rows": 2, "sha256": files.sha256(tmp_path / "b.json")}}
     sources |= {"a.json": {"url": "https://example.org/a", "rows": 3}}
     test = {"from": ["b.json", "a.json"], "fields": {"input": "question", "output": "input ~ '!'"}}
