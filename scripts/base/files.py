@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -210,10 +210,8 @@ def reserved(folder: Path) -> Iterator[None]:
     Raises:
         OSError: the folder lacks the space.
     """
-    with ExitStack() as stack:
+    with tempfile.TemporaryFile(dir=folder) as file:  # unnamed, so that a killed process leaves no file behind
         with naming(folder):
-            # unnamed, so that a killed process leaves no file behind
-            file = stack.enter_context(tempfile.TemporaryFile(dir=folder))
             file.write(os.urandom(RESERVED_BYTES))  # zeros would take no space on some disks
             file.flush()
             os.fsync(file.fileno())  # a network disk reports a full disk only here

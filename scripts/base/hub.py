@@ -121,8 +121,6 @@ def within[T](seconds: float, ask: Callable[[], T]) -> T:
     try:
         return future.result(seconds)
     except TimeoutError:
-        if future.done():
-            raise  # the function's TimeoutError
         raise TimeoutError(f"no answer within {seconds:g} s") from None
 
 

@@ -190,7 +190,7 @@ def _profile_compatibility(composed: Composed, gpu: Gpu | None, launching: bool)
 def _replaced(composed: Composed) -> Iterator[Finding]:
     """Warnings about missing user data, whose path may be misspelt; a rehearsal would replace them."""
     for difference in composed.differences:
-        own = difference.key.endswith(".path") and not study.input_format(str(difference.recipe))
+        own = difference.key.endswith(".path") and not any(study.preparing(str(difference.recipe)))
         if own and substitution.FROM_SAMPLE in difference.why:
             where = paths.shown(composed.recipe_file), yamlfiles.line_of(composed.recipe_file, difference.key)
             yield Finding("warning", "other-rows", difference.key, difference.why, "correct the path", *where)

@@ -1,22 +1,19 @@
 """A config's data sets and their files on this machine."""
 
-import codecs
 import math
 import re
 import sys
 from collections.abc import Collection, Iterator
-from contextlib import suppress
 from functools import lru_cache
 from glob import glob
 from pathlib import Path
 from typing import Any
 
-import orjson
 from pydantic import BaseModel
 
 from ..base import paths
 from ..base.errors import UserError, did_you_mean
-from ..base.files import sha256
+from ..base.files import json_rows, sha256
 from ..base.yamlfiles import Config
 from .config import flatten
 
@@ -83,7 +80,6 @@ def _looks_local(path: Path) -> bool:
 
 
 _PROMPT = "Question: {instruction}\nAnswer: "
-_PAIRS = (("question", "answer"), ("prompt", "completion"), ("prompt", "response"))
 _FORMS: list[tuple[set[str], Config]] = [
     ({"messages"}, {"type": "chat_template"}),
     ({"conversations"}, {"type": "chat_template", "field_messages": "conversations"}),
@@ -94,7 +90,7 @@ _FORMS: list[tuple[set[str], Config]] = [
             {question, answer},
             {"type": {"field_instruction": question, "field_output": answer, "no_input_format": _PROMPT}},
         )
-        for question, answer in _PAIRS
+        for question, answer in (("question", "answer"), ("prompt", "completion"), ("prompt", "response"))
     ),
     ({"text"}, {"type": "completion"}),
 ]
@@ -112,14 +108,15 @@ def entry_for(file: Path) -> Config:
     Raises:
         UserError: the lines are not JSON objects, or the fields match no known form.
     """
-    row: object = None
     if not file.is_file():
         raise UserError(f"--data {file}: no such file{did_you_mean(str(file), map(str, file.parent.glob('*.jsonl')))}")
-    with file.open("rb") as lines, suppress(orjson.JSONDecodeError):
-        row = orjson.loads(next(filter(bytes.strip, lines), b"null").removeprefix(codecs.BOM_UTF8))
-    if not isinstance(row, dict):
+    try:
+        with file.open("rb") as lines:
+            row = next(json_rows(lines, file, ()))
+    except (UserError, StopIteration):
         form = 'write one object per line, as {"question": "…", "answer": "…"}'
-        raise UserError(f"{file}: not JSON lines; {form} (docs/variants.md shows how to convert CSV and JSON)")
+        problem = f"not JSON lines; {form} (docs/variants.md shows how to convert CSV and JSON)"
+        raise UserError(f"{file}: {problem}") from None
     entry = form_of(row)
     if entry is None:
         known = "; ".join(" and ".join(sorted(fields)) for fields, _ in _FORMS)

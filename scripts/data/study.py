@@ -267,11 +267,6 @@ def _only(name: str | None, choices: Collection[str], what: str, option: str = "
     return next(iter(choices))
 
 
-def input_format(path: str) -> str | None:
-    """Format of the prepared rows at a path; None for other files."""
-    return next((name for _, name in preparing(path)), None)
-
-
 def fetching(path: str) -> str | None:
     """Command that fetches a study's raw file or folder; None for other paths."""
     for study in every():

@@ -82,7 +82,7 @@ def usual(run: Run, cfg: Config) -> RowSource | None:
     of_study = study.of(run.origin)
     name = run.test_data or datafiles.test_file(cfg, folder)
     beside = Path(folder, name) if name else None
-    if beside and (test_entry(beside) or study.input_format(str(name))):
+    if beside and (test_entry(beside) or any(study.preparing(str(name)))):
         scored_on = beside.with_name(f"{of_study.data.test_set}.jsonl") if of_study else beside
         beside = scored_on if scored_on.is_file() else beside
     elif configured := _configured(cfg, folder):
