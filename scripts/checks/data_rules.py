@@ -169,7 +169,6 @@ def prompt_format(case: Case) -> Problems:
 _READ_IT = "read the code; to run it, pass the name in brackets to --force"
 _OURS = ("axolotl.integrations.", "qlora_recipes.")
 _NAMES_CODE = ("trainer_cls", "trl.reward_funcs", "trl.rollout_func")
-_KINDS = ("SFT", "DPO", "KTO")
 _OF_KERNELS = "kernels-community/"  # run by the hub's maintainers
 
 
@@ -188,7 +187,9 @@ def foreign_code(case: Case) -> Problems:
     Axolotl imports plugins and prompt strategies even to validate a config or to tokenize rows. If the attention
     implementation is a repository on the hub, transformers imports the repository's modules.
     """
-    types = {name: schema.load()["$defs"][f"{name}Dataset"]["properties"]["type"]["anyOf"] for name in _KINDS}
+    types = {
+        name: schema.load()["$defs"][f"{name}Dataset"]["properties"]["type"]["anyOf"] for name in ("SFT", "DPO", "KTO")
+    }
     of_module = types["SFT"][1]["pattern"]
     own_types = {kind for of_kind in types.values() for kind in of_kind[0]["enum"]}
     named = [(f"plugins.{i}", name) for i, name in enumerate(case["plugins"] or ()) if not str(name).startswith(_OURS)]

@@ -21,6 +21,7 @@ from ..base.errors import UserError, did_you_mean
 from ..base.files import Row
 from ..base.progress import say
 from ..base.yamlfiles import Config
+from ..data.declaration import Sha256
 from ..data.study import Study
 from .gpus import catalogue
 
@@ -44,7 +45,6 @@ def _known(names: Callable[[], Collection[str]]) -> AfterValidator:
     return AfterValidator(check)
 
 
-Sha = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Positive = Annotated[float, Field(gt=0)]
 Version = Annotated[str, Field(pattern=r"^\d{1,4}(\.\d{1,4}){1,3}((a|b|rc|\.post|\.dev)\d{1,3})?(\+[a-z]{2}\d{0,3})?$")]
 Package = Literal["axolotl", "torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "deepspeed"]
@@ -101,7 +101,7 @@ class PredictionsRecord(Record):
 
     stage: Literal["predictions"] = "predictions"
     rows: int = Field(ge=1)
-    texts_sha256: Sha
+    texts_sha256: Sha256
 
 
 class RunRecord(Record):
@@ -114,11 +114,11 @@ class RunRecord(Record):
         gpu: the name in gpus.yaml, or a capability such as sm_86.
     """
 
-    settings_sha256: Sha
-    config_sha256: Sha
-    adapter_sha256: Sha | None
+    settings_sha256: Sha256
+    config_sha256: Sha256
+    adapter_sha256: Sha256 | None
     profiles: list[Profile]
-    lock_sha256: Sha | None
+    lock_sha256: Sha256 | None
     packages: dict[Package, Version]
     gpus: int = Field(ge=1)
     gpu: Annotated[str, _known(lambda: [*catalogue(), *(gpu.sm for gpu in catalogue().values())])]

@@ -12,9 +12,8 @@ from ..base.errors import UserError, did_you_mean
 from ..base.files import read_json
 from ..base.yamlfiles import Config
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
-LINEAR_LAYERS = (*ATTENTION, *MLP[:3])
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", *MLP[:3])
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Fused layers of some families, each with the Llama layers that it combines."""
 _LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "olmo2", "smollm3")

@@ -19,6 +19,7 @@ Numbers are found and compared by one of four methods, reimplemented from descri
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from decimal import Decimal, DecimalException
 from statistics import fmean, pvariance
 from typing import Annotated, Literal
@@ -71,12 +72,10 @@ def _by_peft(text: str, markers: Sequence[str]) -> Decimal | str | None:
     if marker is None:
         return None
     line = text.rpartition(marker)[2].strip().partition("\n")[0].strip(" .!?$%")
-    try:
+    with suppress(DecimalException):  # not a number, or a division by zero
         above, *below = [Decimal(part.strip()) for part in line.split("/")]
         if len(below) < 2 and all(part.is_finite() for part in (above, *below)):
             return above / below[0] if below else above
-    except DecimalException:  # not a number, or a division by zero
-        pass
     return line
 
 

@@ -74,30 +74,31 @@ BENCHMARK = Metric(
     of_model=True,
     parameters=BenchmarkParameters,
 )
-EVAL_LOSS = Metric(
-    name="eval_loss",
-    label="eval loss",
-    hub_type="loss",
-    low=0,
-    high=None,
-    unit="nats per token",
-    source="the last eval loss of the training, a mean over all tokens with loss",
-    higher_is_better=False,
-    of_loss=float,
+_OF_RUNS = (
+    Metric(
+        name="eval_loss",
+        label="eval loss",
+        hub_type="loss",
+        low=0,
+        high=None,
+        unit="nats per token",
+        source="the last eval loss of the training, a mean over all tokens with loss",
+        higher_is_better=False,
+        of_loss=float,
+    ),
+    Metric(
+        name="perplexity",
+        label="perplexity",
+        hub_type="perplexity",
+        low=1,
+        high=None,
+        source="exp of the eval loss per token",
+        higher_is_better=False,
+        of_loss=math.exp,
+    ),
+    BENCHMARK,
 )
-PERPLEXITY = Metric(
-    name="perplexity",
-    label="perplexity",
-    hub_type="perplexity",
-    low=1,
-    high=None,
-    source="exp of the eval loss per token",
-    higher_is_better=False,
-    of_loss=math.exp,
-)
-METRICS = {
-    metric.name: metric for metric in (*OF_TEXTS, *OF_ANSWERS, bertscore.METRIC, EVAL_LOSS, PERPLEXITY, BENCHMARK)
-}
+METRICS = {metric.name: metric for metric in (*OF_TEXTS, *OF_ANSWERS, bertscore.METRIC, *_OF_RUNS)}
 TASK, SCORER = "benchmark:", "bertscore:"  # prefixes in --metric
 DEFAULT = ("bleu4", "rouge_l", "bertscore_f1", "sacrebleu")
 """Default metrics, for use if neither a study nor --metric names any."""
@@ -144,13 +145,12 @@ def column(name: str, entry: Mapping[str, Any] | None = None) -> Column:
         raise WrongMetric(key, f"{yamlfiles.in_words(first)}; {kind} takes {there}") from None
 
 
-def columns(entries: Mapping[str, Mapping[str, Any] | None] | Iterable[str]) -> dict[str, Column]:
-    """Columns by name, from declarations or from names alone.
+def columns(declared: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Column]:
+    """Columns by name, from their declarations.
 
     Raises:
         WrongMetric: see `column`.
     """
-    declared = entries if isinstance(entries, Mapping) else dict.fromkeys(entries)
     return {name: column(name, entry) for name, entry in declared.items()}
 
 
@@ -202,7 +202,7 @@ def recorded(scores: Mapping[str, Any]) -> dict[str, Column]:
     """
     entries = scores.get("metrics")
     if entries is None:
-        return columns(name for name in (*DEFAULT, *METRICS) if scores.get(name) is not None)
+        return columns(dict.fromkeys(name for name in (*DEFAULT, *METRICS) if scores.get(name) is not None))
     found = {}
     for name, entry in entries.items():
         with suppress(WrongMetric):

@@ -59,7 +59,7 @@ def columns_of(recipe: str | None = None, asked: Iterable[str] = ()) -> dict[str
                 f"name, as in 'other: {{metric: {column.metric.name}}}'"
             )
     texts = own or {name: column for name, column in named.items() if not column.metric.of_model}
-    columns = (own if texts else registry.columns(registry.DEFAULT)) | named
+    columns = (own if texts else registry.columns(dict.fromkeys(registry.DEFAULT))) | named
     averaged = {column.entry["of"] for column in columns.values() if column.metric.of_groups}
     if wrong := averaged - of_single_rows(columns).keys():
         raise UserError(f"mean_of_groups: {min(wrong)} does not score single rows; name another metric in `of`")

@@ -21,10 +21,8 @@ from ..data.study import Study
 
 README = "README.md"
 _SKELETON = ".txt"  # suffix of skeleton files, so that they do not count as templates or recipes
-_STUDY = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 _REQUIRED = ("title", "licence")  # facts that every recipe states about its model
 SPECIAL_TOKENS = "this project: the tokenizer names no padding token"
-_EOS = "EOS, Axolotl's fallback; padding carries no label"
 _NOT_KNOWN = "not known whether the tokenizer names a padding token; if not, Axolotl pads with EOS"
 
 # Gemma 2 passes attn_logit_softcapping to its attention (transformers/models/gemma2/modeling_gemma2.py);
@@ -118,7 +116,7 @@ def _padding(entry: Config, folder: Path | None) -> tuple[str | None, str]:
     if not folder:
         return None, _NOT_KNOWN
     eos = models.token(folder, "eos_token")
-    return (eos, _EOS) if eos else (None, _NOT_KNOWN)
+    return (eos, "EOS, Axolotl's fallback; padding carries no label") if eos else (None, _NOT_KNOWN)
 
 
 def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
@@ -236,7 +234,7 @@ def write_study(name: str, base_model: str) -> list[Path]:
     Raises:
         UserError: the name is invalid, or belongs to an existing study or folder.
     """
-    if not _STUDY.fullmatch(name):
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", name):
         raise UserError(f"{name}: not a name for a study; use a-z, digits, -, _ and ., as in first-author-2026")
     recipes, templates = Path("recipes", name), Path("templates", name)
     for there in (*(folder for folder in paths.studies() if folder.name == name), recipes, templates):
