@@ -31,22 +31,19 @@ def no_data(case: Case) -> Problems:
 @rule
 def not_prepared(case: Case) -> Problems:
     """A run needs prepared data; checking only the config does not."""
-    missing: dict[str, list[Path]] = {}
-    keys: dict[str, str] = {}
+    missing: dict[str, list[tuple[str, Path]]] = {}
     for key, dataset in datafiles.datasets(case.config):
         for file in datafiles.local_files(dataset):
             if not file.is_file() and (remedy := study.preparation(str(file))):
-                missing.setdefault(remedy, []).append(file)
-                keys.setdefault(remedy, f"{key}.path")
+                missing.setdefault(remedy, []).append((f"{key}.path", file))
     start = case["lora_model_dir"]
     if isinstance(start, str) and not Path(start).exists() and (remedy := study.fetching(start)):
         yield "error", "lora_model_dir", f"{paths.shown(Path(start))} is not fetched yet", f"run {remedy}"
-    for remedy, files in missing.items():
-        first, *more = files
-        names = " and ".join([paths.shown(first), *(file.name for file in more)])
+    for remedy, ((key, first), *more) in missing.items():
+        names = " and ".join([paths.shown(first), *(file.name for _, file in more)])
         problem = f"{names} {'are' if more else 'is'} not prepared yet"
         rehearse = "; or add --rehearse, which does not need it" if case.launching else ""
-        yield "error", keys[remedy], problem, f"run {remedy}{rehearse}"
+        yield "error", key, problem, f"run {remedy}{rehearse}"
 
 
 @rule

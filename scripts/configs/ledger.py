@@ -278,9 +278,9 @@ def _status(of_study: Study, found: list[AnyRecord], of: str, values: Config, me
     own = [record for record in found if of in (record.of, aims.get(record.of))]
     own = [record for record in own if getattr(record, "values", {}) == values]
     valid = [record for record in own if not record.invalidated]
-    stages = [*TITLES]
-    stage = max((record.stage for record in valid if metric in record.scores), key=stages.index, default=None)
-    best = [record for record in valid if record.stage == stage and metric in record.scores]
+    scored = [record for record in valid if metric in record.scores]
+    stage = max((record.stage for record in scored), key=[*TITLES].index, default=None)
+    best = [record for record in scored if record.stage == stage]
     where = " and ".join(filter(None, (record.where for record in best)))
     reached = " on ".join(filter(None, (TITLES[stage] if stage else "not run", where)))
     notes = [f"{run.outcome} on {run.where}" for run in valid if isinstance(run, TrainingRecord) and not run.scores]
