@@ -143,8 +143,7 @@ class Local:
                     task.result.run = command.folder.path
             elif not stops:
                 log = self._log(command)
-                where = f"; see {log}" if log else ""
-                task.result.fail(command.step, f"{DOES[command.step]} failed{where}")
+                task.result.fail(command.step, f"{DOES[command.step]} failed{f'; see {log}' if log else ''}")
                 return
             if stops:
                 task.result.problem = f"interrupted; {_AGAIN}"

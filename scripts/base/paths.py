@@ -116,9 +116,8 @@ def find_recipe(name: str) -> tuple[str, Path]:
     given = Path(name)
     if given.suffix in (".yaml", ".yml"):
         if not given.is_file():
-            beside = did_you_mean(name, map(str, given.parent.glob("*.y*ml")))
-            hint = beside or did_you_mean(str(given.with_suffix("")), files)
-            raise UserError(f"{given}: no such file{hint}")
+            hint = did_you_mean(name, map(str, given.parent.glob("*.y*ml")))
+            raise UserError(f"{given}: no such file{hint or did_you_mean(str(given.with_suffix('')), files)}")
         return next((name for name, file in files.items() if file.samefile(given)), given.stem), given
     found = meant(name, files, "recipe", "; `recipe list` shows them all")
     return found, files[found]

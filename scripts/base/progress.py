@@ -125,9 +125,10 @@ class Bar:
     def __init__(self, title: str, total: int | None = None, done: int = 0):
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        text = TextColumn("{task.description}", markup=False), BarColumn(20), TextColumn("{task.fields[note]}")
         self.progress = Progress(
-            *text,
+            TextColumn("{task.description}", markup=False),
+            BarColumn(20),
+            TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(),
             console=_console(),
             disable=not _console().is_terminal,

@@ -162,9 +162,8 @@ def line_of(file: Path, key: str | Sequence[str]) -> int:
         entry = inside(node, part)
         if not entry:
             break
-        start = entry[0] if isinstance(node, yaml.MappingNode) else entry[1]
+        start, node = entry
         line = start.start_mark.line + 1
-        node = entry[1]
     return line
 
 
@@ -174,14 +173,14 @@ def _composed(text: str) -> Any:
 
 
 def inside(node: Any, part: str) -> tuple[Any, Any] | None:
-    """Return the two nodes that one part of a dotted key leads to, or None.
+    """Return the nodes of the key and the value that one part of a dotted key leads to, or None.
 
-    In a mapping, they are the key and its value. In a list, they are the list itself and the item.
+    In a list, both nodes are the item.
     """
     if isinstance(node, yaml.MappingNode):
         return next((pair for pair in node.value if pair[0].value == part), None)
     if isinstance(node, yaml.SequenceNode) and part.isdecimal() and int(part) < len(node.value):
-        return node, node.value[int(part)]
+        return node.value[int(part)], node.value[int(part)]
     return None
 
 
