@@ -75,6 +75,9 @@ class Recipe:
         assert done.returncode == code, done.stderr
         return done
 
+    def fails(self, *words: str | Path) -> "subprocess.CompletedProcess[str]":
+        return self.ok(*words, code=2)
+
     def json(self, *words: str | Path, code: int = 0) -> Any:
         return orjson.loads(self.ok(*words, "--json", code=code).stdout)
 

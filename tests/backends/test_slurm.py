@@ -162,8 +162,7 @@ def test_what_the_queue_would_not_take_is_told_and_leaves_nothing(
     (tmp_path / "model").symlink_to(tiny)
     own = ["--set", "base_model=model", "--set", "revision_of_model=null", "--set", "special_tokens=null"]
     rows = ["--set", "gradient_accumulation_steps=15", "--set", "warmup_steps=0"]
-    done = recipe("run", NAME, *own, *rows, "--on", *options)
-    assert done.returncode == 2, done.stderr
+    done = recipe.fails("run", NAME, *own, *rows, "--on", *options)
     assert re.search(says, done.stderr), done.stderr
     assert not (tmp_path / "runs").exists()
     assert slurm.ask("squeue", "--noheader") == ""

@@ -1,7 +1,6 @@
 """Rehearsals whose model is deleted from the cache: it is converted again to the same, or they are refused."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ from conftest import Recipe
 from qlora_recipes.base import paths
 from qlora_recipes.base.files import sha256
 from qlora_recipes.configs import substitution
-from qlora_recipes.runs import launch
 from qlora_recipes.runs.rundir import RunDir, all_runs
 from qlora_recipes.scores.evaluate import EvaluationRequest, EvaluationTask
 
@@ -18,13 +16,11 @@ NAME = "haider2024/llama-3.2-3b"
 
 
 @pytest.fixture
-def own_cache(tmp_path: Path, tiny: Path, stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A cache of its own, in which the tiny Llama is what the stand-in is converted to; and an Axolotl that trains
-    nothing."""
+def own_cache(tmp_path: Path, tiny: Path, trains_nothing: Recipe, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own, in which the tiny Llama is what the stand-in is converted to."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(substitution, "_convert", lambda target: shutil.copytree(tiny, target))
-    monkeypatch.setattr(launch, "AXOLOTL", stand_in.with_name("axolotl"))
-    yield paths.cache()
+    return paths.cache()
 
 
 def rehearsal(recipe: Recipe, place: Path, monkeypatch: pytest.MonkeyPatch, fails: bool = False) -> RunDir:

@@ -41,8 +41,7 @@ def test_every_finding_is_told_at_once_with_its_place(place, recipe):
         lines = (place / "mine.yaml").read_text().splitlines()
         return f"mine.yaml:{next(i for i, line in enumerate(lines, 1) if line.startswith(start))}: error: "
 
-    done = recipe("check", "mine.yaml", "--profile", "more.yaml", "--set", "lora_dropout=2", "--gpu", "T4")
-    assert done.returncode == 2
+    done = recipe.fails("check", "mine.yaml", "--profile", "more.yaml", "--set", "lora_dropout=2", "--gpu", "T4")
     lines = done.stdout.splitlines()
     for start, name in (
         (at("optimizer"), "value:optimizer"),
@@ -190,7 +189,7 @@ def test_data_that_are_not_prepared_yet_are_one_warning_of_a_check_and_an_error_
 
 
 def test_what_is_not_written_by_preparing_data_or_is_to_be_read_now_is_an_error(recipe):
-    own = recipe("check", "haider2024/llama-3.2-3b", "--set", "datasets.0.path=data/codereviewer/train_mine.jsonl")
-    assert own.returncode == 2 and "[missing-file:datasets.0.path]" in own.stdout
-    read = recipe("check", "haider2024/llama-3.2-3b", "--data")
-    assert read.returncode == 2 and "error: datasets.0.path: data/codereviewer/train.jsonl" in read.stdout
+    own = recipe.fails("check", NAME, "--set", "datasets.0.path=data/codereviewer/train_mine.jsonl")
+    assert "[missing-file:datasets.0.path]" in own.stdout
+    read = recipe.fails("check", NAME, "--data")
+    assert "error: datasets.0.path: data/codereviewer/train.jsonl" in read.stdout

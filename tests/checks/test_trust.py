@@ -56,8 +56,7 @@ def test_no_verb_loads_a_strangers_model_unseen(tmp_path, recipe, words):
     folder = theirs(tmp_path / "runs", state="finished")
     folder.output.mkdir()
     (folder.output / "adapter_model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
-    done = recipe(words[0], str(folder.path), *words[1:])
-    assert done.returncode == 2
+    done = recipe.fails(words[0], str(folder.path), *words[1:])
     assert f"[{PLUGIN}]" in done.stderr
 
 
@@ -86,17 +85,16 @@ def test_a_job_that_starts_before_its_record_resumes(tmp_path, monkeypatch):
     run.resume(str(folder.path), Local(rehearsal=False), prepare_only=True, trusted=True)
 
 
-def test_a_run_from_elsewhere_is_resumed_only_with_trust(tmp_path, recipe, stand_in, tiny_profile, monkeypatch):
-    monkeypatch.setattr(launch, "AXOLOTL", stand_in.with_name("axolotl"))
-    recipe.ok("run", NAME, "--profile", tiny_profile)
+def test_a_run_from_elsewhere_is_resumed_only_with_trust(tmp_path, trains_nothing, tiny_profile):
+    trains_nothing.ok("run", NAME, "--profile", tiny_profile)
     (folder,) = all_runs(tmp_path / "runs")
     record = folder.read()
     record.state, record.seal, record.recipe_file = "interrupted", "0" * 64, "/home/me/checkout/variants/wide.yaml"
     folder.write(record)
     folder.config.write_text(folder.config.read_text() + "gc_steps: 4\n")  # a finding with a line
     for words in ((), ("--prepare",), ("--force", "too-big")):
-        assert recipe("resume", folder.path, *words).returncode == 2
+        trains_nothing.fails("resume", folder.path, *words)
         assert (folder.read().state, len(folder.read().launches)) == ("interrupted", 1)
-    done = recipe("resume", folder.path, "--trust")
-    assert (done.returncode, folder.read().state) == (0, "finished"), done.stderr
+    trains_nothing.ok("resume", folder.path, "--trust")
+    assert folder.read().state == "finished"
     assert trust.is_own(folder, folder.read())

@@ -1,6 +1,5 @@
 """Broken environments, each found by `recipe doctor`, with a remedy."""
 
-import json
 import shutil
 from importlib.metadata import version
 from types import SimpleNamespace
@@ -30,9 +29,7 @@ def healthy(monkeypatch: Patch) -> None:
 
 
 def lines(recipe: Recipe, code: int) -> Lines:
-    done = recipe("doctor", "--json")
-    assert done.returncode == code, done.stdout
-    return {line["name"]: line for line in json.loads(done.stdout)}
+    return {line["name"]: line for line in recipe.json("doctor", code=code)}
 
 
 def wrong(found: Lines) -> set[str]:

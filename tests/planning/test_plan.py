@@ -267,8 +267,7 @@ def test_the_tokens_of_the_data_are_counted(recipe, small, tiny, sample):
     ],
 )
 def test_mistakes_are_reported(recipe, arguments, names):
-    done = recipe("plan", *arguments)
-    assert done.returncode == 2
+    done = recipe.fails("plan", *arguments)
     assert names in done.stderr
     assert "Traceback" not in done.stderr
 

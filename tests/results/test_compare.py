@@ -3,7 +3,6 @@ from typing import Any
 
 import orjson
 import pytest
-from conftest import Recipe
 from run_folders import ADAPTER, a_run, evaluated
 
 from qlora_recipes.base.errors import UserError
@@ -69,9 +68,9 @@ def test_the_command_compares_files(recipe, tmp_path):
     for name, made in (("a.jsonl", rows("rename variable", "why")), ("b.jsonl", rows("x", "y"))):
         (tmp_path / name).write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in made))
     assert recipe.json("results", "a.jsonl", "b.jsonl")["scores"][0]["better"] == 1
-    assert recipe("results", "a.jsonl", "nowhere.jsonl").returncode == 2
+    recipe.fails("results", "a.jsonl", "nowhere.jsonl")
     for metric in ("bertscore:roberta-large", "bertscore_f1", "perplexity", "benchmark:mmlu", "sacrebleu"):
-        assert recipe("results", "a.jsonl", "b.jsonl", "--metric", metric).returncode == 2
+        recipe.fails("results", "a.jsonl", "b.jsonl", "--metric", metric)
 
 
 LLAMA_2 = "haider2024/llama-2-7b"
@@ -91,16 +90,12 @@ def trained(place: Path, name: str, rate: float = 2e-4, predicted: bool = True, 
     return run
 
 
-def as_json(recipe: Recipe, *compared: str) -> dict[str, Any]:
-    return recipe.json("results", *compared)
-
-
 def test_runs_that_are_not_evaluated_are_compared_by_their_trainings(recipe, tmp_path):
     for name, rate in (("one", 2e-4), ("two", 2e-4), ("other", 3e-4)):
         trained(tmp_path, name, rate, predicted=False)
     equal = {"first": 1, "last": 6, "step": None, "losses": None, "differences": {}}
-    assert as_json(recipe, "one", "two") == {"training": equal, "scores": None}
-    other = as_json(recipe, "one", "other")["training"]
+    assert recipe.json("results", "one", "two") == {"training": equal, "scores": None}
+    other = recipe.json("results", "one", "other")["training"]
     assert (other["step"], other["losses"]) == (2, [1.0002, 1.0003])
     assert other["differences"] == {"learning_rate": [2e-4, 3e-4]}
 
@@ -110,7 +105,7 @@ def test_runs_without_a_metric_of_rows_in_common_are_compared_by_their_trainings
     for name in ("one", "two"):
         run = trained(tmp_path, name, predicted=False)
         evaluated(run, {"rows": 0, "mmlu": 40.0, "metrics": metrics, "intervals": {}}, rows=0)
-    compared = as_json(recipe, "one", "two")
+    compared = recipe.json("results", "one", "two")
     assert compared["training"] and compared["scores"] == []
     recipe.ok("results", "one", "two")
 
@@ -118,22 +113,22 @@ def test_runs_without_a_metric_of_rows_in_common_are_compared_by_their_trainings
 def test_both_parts_are_shown_where_both_are_there(recipe, tmp_path):
     for name in ("one", "two"):
         run = trained(tmp_path, name)
-    compared = as_json(recipe, "one", "two")
+    compared = recipe.json("results", "one", "two")
     assert compared["training"] and "bleu4" in {row["score"] for row in compared["scores"]}
     write_rows(tmp_path / "p.jsonl", PREDICTIONS)
     run.metrics.unlink()
     for other in ("p.jsonl", "two"):  # without a training
-        compared = as_json(recipe, "one", other)
+        compared = recipe.json("results", "one", other)
         assert compared["training"] is None and compared["scores"]
     (run.path / "predictions.jsonl").unlink()
-    assert recipe("results", "one", "two").returncode == 2
+    recipe.fails("results", "one", "two")
 
 
 def test_versions_and_machine_are_among_what_differs(recipe, tmp_path):
     for name, torch, driver, ranks in (("one", "2.14.1", "580", 1), ("two", "2.15.0", "590", 2)):
         machine = {"packages": {"torch": torch}, "python": "3.13", "gpus": [{"name": "T4", "driver": driver}]}
         trained(tmp_path, name, provenance=machine, gpus_used=ranks)
-    assert as_json(recipe, "one", "two")["training"]["differences"] == {
+    assert recipe.json("results", "one", "two")["training"]["differences"] == {
         "version of torch": ["2.14.1", "2.15.0"],
         "GPUs": ["T4, driver 580", "T4, driver 590"],
         "ranks": [1, 2],
@@ -143,4 +138,4 @@ def test_versions_and_machine_are_among_what_differs(recipe, tmp_path):
 def test_a_rehearsal_is_not_compared_with_a_real_run(recipe, tmp_path):
     for name, rehearsal in (("one", True), ("two", False)):
         trained(tmp_path, name, rehearsal=rehearsal)
-    assert recipe("results", "one", "two").returncode == 2
+    recipe.fails("results", "one", "two")

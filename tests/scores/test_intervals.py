@@ -2,7 +2,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scipy.stats
 from scipy import stats
 
 from qlora_recipes.scores import intervals
@@ -22,7 +21,7 @@ def test_a_comparison_pairs_the_rows(scores):
     a, b = scores
     found = intervals.paired(a, b)
     assert found["difference"] == pytest.approx(np.mean(a) - np.mean(b))
-    assert found["p_wilcoxon"] == scipy.stats.wilcoxon(a, b).pvalue
+    assert found["p_wilcoxon"] == stats.wilcoxon(a, b).pvalue
     assert (found["better"], found["equal"], found["worse"]) == (
         sum(x > y for x, y in zip(a, b, strict=True)),
         sum(x == y for x, y in zip(a, b, strict=True)),

@@ -157,7 +157,7 @@ def test_without_axolotl_or_its_folder_nothing_is_begun(recipe, tmp_path, tiny_p
     assert (done.returncode, f"{tmp_path / gone}: " in done.stderr) == (2, True)
     assert folder.read().launches == []
     if gone == "axolotl":
-        assert recipe("--runs", "none", "run", PAGED, "--profile", tiny_profile).returncode == 2
+        recipe.fails("--runs", "none", "run", PAGED, "--profile", tiny_profile)
         assert not (tmp_path / "none").exists()
 
 

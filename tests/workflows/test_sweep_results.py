@@ -99,8 +99,7 @@ def test_what_is_no_sweep_is_refused_with_its_place(tmp_path, text, sets, says):
 
 
 def test_nothing_is_started_where_a_member_is_wrong(tmp_path, recipe):
-    done = recipe("sweep", BASE, "--set", "lora_r=8,16", "--set", "lora_alpha=4,x", "--rehearse")
-    assert done.returncode == 2
+    done = recipe.fails("sweep", BASE, "--set", "lora_r=8,16", "--set", "lora_alpha=4,x", "--rehearse")
     assert done.stderr.count("[value:lora_alpha]") == 1
     assert "lora_r=8, lora_alpha=x; lora_r=16, lora_alpha=x: --set lora_alpha=x: " in done.stderr
     same = recipe("sweep", BASE, "--set", "lora_r=32,32.0", "--rehearse", "--dry-run")
@@ -119,7 +118,7 @@ def test_what_does_not_fit_is_told_before_anything_starts(tmp_path, recipe, tiny
     profile = ("--profile", tiny_profile, "--set", "warmup_steps=0", "--seeds", "2", "--gpu", "L4")
     words = ("sweep", "llama-7b.yaml", "--set", "micro_batch_size=1,4096", *profile)
     fits, _, not_fits, _ = recipe.json(*words, "--dry-run", code=1)["steps"]
-    recipe.ok(*words, code=2)
+    recipe.fails(*words)
     assert (fits["problem"], not_fits["plan"]) == (None, "failed")
     assert "more than L4 (sm_89) has" in not_fits["problem"]
     assert not (tmp_path / "runs").exists()

@@ -122,8 +122,7 @@ def test_a_variant_from_the_command_line_to_its_config(place, recipe):
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_written(tmp_path, recipe, arguments, says):
-    done = recipe("new", *arguments)
-    assert done.returncode == 2
+    done = recipe.fails("new", *arguments)
     assert says in done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -131,7 +130,7 @@ def test_what_cannot_be_is_refused_and_nothing_written(tmp_path, recipe, argumen
 def test_a_variant_that_is_there_is_not_overwritten(place, recipe):
     recipe("new", "mine", "--from", BASE)
     (place / "variants/mine.yaml").write_text("mine: 1\n")
-    assert recipe("new", "mine", "--from", BASE).returncode == 2
+    recipe.fails("new", "mine", "--from", BASE)
     assert (place / "variants/mine.yaml").read_text() == "mine: 1\n"
 
 
@@ -200,7 +199,7 @@ def test_the_fields_of_rows_decide_their_type(tmp_path, row, entry):
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"a": 1}', "\xff"])
 def test_rows_of_no_known_form_are_refused(recipe, tmp_path, content):
     (tmp_path / "rows.jsonl").write_text(content, encoding="latin-1")
-    assert recipe("new", "mine", "--data", "rows.jsonl").returncode == 2
+    recipe.fails("new", "mine", "--data", "rows.jsonl")
     assert not (tmp_path / "variants").exists()
 
 
