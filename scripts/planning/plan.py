@@ -9,6 +9,7 @@ from ..checks import check
 from ..checks.finding import Finding, refuse
 from ..configs import datafiles
 from ..configs.compose import Composed, Request, compose
+from ..configs.config import merge
 from ..configs.gpus import ENGINE_KEYS, Gpu, engine_of, offloads
 from . import steps, work
 from .planner import CONTEXT, GIB, USABLE, Planner, needed_per_gpu, per_gpu, planner_of, required_gib
@@ -210,7 +211,7 @@ def _changes(config: Config, planner: Planner, gpu: Gpu, gpus: int) -> Iterator[
         if not applies:
             continue
         settings = {key: value for key, value in settings.items() if value is not None or key in config}
-        changed = {key: value for key, value in (changed | settings).items() if value is not None}
+        changed = merge(changed, settings)
         needed = needed_per_gpu(planner_of(changed, gpu)[0], changed, gpus)
         yield PlannedChange(settings, effect, needed, needed <= usable)
         if needed <= usable:
