@@ -125,8 +125,7 @@ def read_json(file: Path) -> Row:
 
 def write_json(file: Path, value: Any) -> None:
     """Replace the content of `file` with a value as indented JSON."""
-    with replacing(file) as stream:
-        stream.write(orjson.dumps(value, option=orjson.OPT_INDENT_2) + b"\n")
+    write_atomically(file, orjson.dumps(value, option=orjson.OPT_INDENT_2).decode() + "\n")
 
 
 def tensor_shapes(file: Path) -> dict[str, list[int]] | None:

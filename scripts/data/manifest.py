@@ -62,8 +62,12 @@ def how_made(of_study: Study, split: str, input_format: str) -> Row:
 
     data, declared = of_study.data, of_study.data.splits[split]
     fields = data.fields_of(split, input_format)
-    made: Row = {"input_format": input_format, "fields": fields, "constants": constants(fields)}
-    made["filters"] = data.filters_of(split)
+    made: Row = {
+        "input_format": input_format,
+        "fields": fields,
+        "constants": constants(fields),
+        "filters": data.filters_of(split),
+    }
     if split == "test":
         made["extra_fields"] = data.extra_fields
     chosen_by = {"sample", "seed", "shuffle", "sample_from"} if declared.sample else {"first"}
