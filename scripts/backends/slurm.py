@@ -69,7 +69,7 @@ class Slurm:
         return folders[0]
 
     def submit(self, tasks: Sequence[Task], title: str) -> list[RunDir]:
-        """Submit tasks as one job array per step; record the jobs in the tasks' results.
+        """Submit tasks as one job array per step; record each job in its task's `result`.
 
         Evaluations whose training is not among the tasks get arrays of their own.
 

@@ -221,8 +221,8 @@ def where_full(log: str, folders: list[Path]) -> Path | None:
     """Path at which a process ran out of disk space; None if it did not.
 
     The path is the file that the log names. If the log has the error without a file, the path is the folder with the
-    least free space. A full disk can also keep the error out of the log. Therefore the folder is also returned without
-    an error in the log, if almost no space is free there.
+    least free space. A full disk can also keep the error out of the log. Therefore the folder is also returned if the
+    log has no error but almost no space is free.
 
     Args:
         log: the last lines of the process's log; earlier lines can report errors that the process survived.

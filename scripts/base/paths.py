@@ -85,8 +85,8 @@ def variant_names() -> list[str]:
 def matching(word: str, names: Collection[str]) -> list[str]:
     """Names that a word selects.
 
-    A pattern selects the names that match it. If there are none, it selects the names that match it after a folder. Any
-    other word selects the name that equals it. If there is none, it selects the names in the folder of that name.
+    A pattern selects the names that match it. If there are none, it selects the names whose part after a slash matches.
+    Any other word selects the name that equals it. If there is none, it selects the names in the folder of that name.
     """
     patterns = (word, f"*/{word}") if glob.has_magic(word) else (word, f"{word}/*")
     return next(filter(None, (fnmatch.filter(names, pattern) for pattern in patterns)), [])

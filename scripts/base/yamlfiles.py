@@ -173,7 +173,7 @@ def _composed(text: str) -> Any:
 
 
 def inside(node: Any, part: str) -> tuple[Any, Any] | None:
-    """Return the nodes of the key and the value that one part of a dotted key leads to, or None.
+    """Return the YAML nodes, key and value, of one part of a dotted key; None if there are none.
 
     In a list, both nodes are the item.
     """

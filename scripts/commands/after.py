@@ -141,7 +141,7 @@ def _show_one(name: str, rehearse: bool, json: bool) -> None:
 
 
 def _difference(power: str) -> float | None:
-    """Value of --power; None stands for the study's tolerance."""
+    """Difference in score that --power names; None stands for the study's tolerance."""
     if power == "tolerance":
         return None
     with suppress(ValueError):

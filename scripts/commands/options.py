@@ -37,7 +37,7 @@ def whole_names(context: typer.Context, given: list[str] | None) -> list[str]:
 def _beginning(incomplete: str, names: Sequence[str]) -> list[str]:
     """Names that begin with a text.
 
-    If there are none, return the ends of names, each after a slash, that begin with it.
+    If no name does, return the parts after a slash that begin with the text.
     """
     ends = ["/".join(name.split("/")[level:]) for name in names for level in range(1, name.count("/") + 1)]
     whole, parts = ([name for name in dict.fromkeys(some) if name.startswith(incomplete)] for some in (names, ends))

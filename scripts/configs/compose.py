@@ -186,7 +186,7 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
 
 
 def _preview(composed: Config, profiles: list[Path], overrides: list[str]) -> Config:
-    """Merge profiles and overrides into a config, for the profiles that adapt to them: `fast` and `packed`."""
+    """Merge the other profiles and the overrides into a config, so that `fast` and `packed` can adapt to it."""
     for file in profiles:
         composed = config.merge(composed, yamlfiles.read_yaml(file))
     for text in overrides:

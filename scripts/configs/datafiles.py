@@ -48,7 +48,8 @@ def local_files(dataset: Config) -> list[Path]:
     """Files of a local data set, existing or not; empty for remote data.
 
     A data set is a file, a folder, or a folder's files that `data_files` lists by name or pattern. Axolotl reads
-    `data_files` only from a folder or a hub, and patterns only there (utils/data/shared.py).
+    `data_files` only if `path` is a folder or on a hub, and accepts patterns only in `data_files`
+    (utils/data/shared.py).
     """
     name = dataset.get("path")
     listed = dataset.get("data_files") or []

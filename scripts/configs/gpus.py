@@ -101,7 +101,7 @@ def _capability(text: str) -> tuple[int, int]:
 def deepspeed_of(config: Any) -> Config:
     """DeepSpeed's settings, from a config or from the file that it names; empty without them.
 
-    A missing or damaged file stands for the settings in its name, such as zero3.
+    If the file is missing or damaged, stage and offloading are taken from its name, such as zero3.
     """
     named = config.get("deepspeed") or {}
     if not isinstance(named, str):

@@ -163,7 +163,7 @@ def _config_file(name: str, revision: Any, download: bool) -> Path:
 
 
 def mirrored_by(name: Any) -> str | None:
-    """Model that models.yaml lists as the original of a mirror; None for other models."""
+    """Original of a model that models.yaml lists as a mirror; None if it is not a mirror."""
     return next((model for model, entry in catalogue().items() if name and entry.get("mirror") == name), None)
 
 

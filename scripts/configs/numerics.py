@@ -127,8 +127,8 @@ def adapted(fragment: Config, before: Config, config: Config, gpu: Gpu | None, i
 
     Args:
         fragment: the content of the profile.
-        before: the config into which the profile is merged.
-        config: the recipe with all other profiles and overrides.
+        before: the config into which the profile is merged, with the earlier profiles only.
+        config: the recipe with the earlier and later profiles, and the overrides.
         gpu: the GPU; if None, Ampere or newer is assumed.
         incompatible: the keys left out or changed are added here, by reason.
     """

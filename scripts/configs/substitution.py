@@ -42,7 +42,7 @@ def substitutions(composed: Config, sample: Config, given: Config, ranks: int) -
 
     Args:
         composed: the config.
-        sample: the shipped sample: the profile's values of the keys in `OF_SAMPLE`.
+        sample: settings of the shipped sample: the keys in `OF_SAMPLE`, with the profile's values.
         given: the user's changes merged after the profile, by dotted key; a rehearsal keeps these.
         ranks: the number of training processes.
     """
@@ -106,7 +106,7 @@ def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Con
 
 
 def _lent(entries: dict[str, Config], sample: list[Config]) -> list[Config]:
-    """The data sets, with rows of their studies' samples; `sample` if any has none."""
+    """Data sets whose rows are replaced by their studies' samples; `sample` instead if any study has none."""
     files = [twin(str(entry.get("path"))) for entry in entries.values()]
     if not files or not all(files):
         return sample

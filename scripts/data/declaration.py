@@ -254,10 +254,7 @@ class Data(Strict):
         return subset.rows if subset else self.rows_of("test")
 
     def _made_as(self, split: str) -> Split:
-        """Return the split, or the other split that its rows are sampled from.
-
-        The returned declaration has the raw files, fields and filters of the split.
-        """
+        """Split whose raw files, fields and filters apply: this one, or the one that its rows are sampled from."""
         declared = self.splits[split]
         return self.splits.get(str(declared.sample_from), declared)
 

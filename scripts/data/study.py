@@ -194,7 +194,7 @@ def _load(file: Path, _: int) -> Study:
 
 
 def _further(content: Any, error: ValidationError) -> list[Mistake]:
-    """Mistakes that remain after invalid parts are removed; empty if a required part is invalid."""
+    """Further mistakes in the valid parts alone; empty if a required part is invalid."""
     with suppress(ValidationError, LookupError, TypeError, AttributeError):  # the last three: no such key in the file
         for found in error.errors():
             *parents, key = found["loc"] if found["type"] == "extra_forbidden" else found["loc"][:1]
@@ -321,7 +321,7 @@ def decoding_of(of_study: Study | None, name: str | None) -> Decoding:
 
 
 def of_any(recipe: str) -> Study | None:
-    """Study of a recipe; None without a study, or with a warning if it is malformed."""
+    """Study of a recipe; None if it has none, or if the study is malformed, which is logged."""
     return _loaded(folder) if (folder := _folder(recipe)) else None
 
 

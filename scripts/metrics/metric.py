@@ -114,7 +114,7 @@ class Column:
         return other is not None and (self.metric, self.parameters) == (other.metric, other.parameters)
 
     def recorded(self, key: str) -> str:
-        """Key under which scores.json stores a key of `Metric.record`.
+        """Key in scores.json of a detail that `Metric.record` returns.
 
         If the names of column and metric differ, the column's name is added as a prefix.
         """

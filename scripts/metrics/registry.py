@@ -113,7 +113,7 @@ _TAKEN = (
 
 
 class WrongMetric(ValueError):
-    """Mistake in a metric's declaration; `key` is empty for the entry itself."""
+    """Mistake in a metric's declaration; `key` is the wrong key, or empty if the whole declaration is wrong."""
 
     def __init__(self, key: str, problem: str):
         self.key, self.problem = key, problem
@@ -211,7 +211,7 @@ def recorded(scores: Mapping[str, Any]) -> dict[str, Column]:
 
 
 class _Scores(BaseModel, extra="allow"):
-    """Schema of the scores in scores.json; further fields are scores, records and texts."""
+    """Schema of `scores` in scores.json; other fields are allowed, such as scores and details from `Metric.record`."""
 
     __pydantic_extra__: dict[str, float | str | dict[str, Any] | None] = Field(init=False)
     rows: int | None = None

@@ -52,7 +52,7 @@ def damage(folder: Path, ranks: int) -> str | None:
 def _missing(folder: Path, ranks: int) -> str | None:
     """First missing file that resuming needs.
 
-    File names differ between engines: none or DDP, DeepSpeed, and FSDP.
+    File names differ between DeepSpeed, FSDP, and the rest (DDP or no engine).
 
     If optimizer, schedule or random state are missing, the trainer silently starts with new ones. DeepSpeed writes
     `latest` last. FSDP writes `.metadata` last in each folder of shards.

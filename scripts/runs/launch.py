@@ -239,8 +239,8 @@ def _environment(folder: RunDir, record: Run) -> dict[str, str]:
 def _drop_half_prepared(folder: RunDir, record: Run) -> None:
     """Remove half-written prepared rows; Axolotl would treat them as complete.
 
-    The config can be another user's, so only rows in the cache or the run folder are removed. The datasets library
-    writes dataset_info.json last. Axolotl holds a lock while writing (axolotl/utils/data/lock.py).
+    The config may name another user's folder, so only rows in the cache or the run folder are removed. The datasets
+    library writes dataset_info.json last. Axolotl holds a lock while writing (axolotl/utils/data/lock.py).
     """
     prepared = Path(record.cwd, folder.prepared).resolve()
     if not (prepared.is_dir() and any(map(prepared.is_relative_to, (paths.cache().resolve(), folder.path.resolve())))):

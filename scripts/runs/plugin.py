@@ -137,11 +137,11 @@ class RunCallback(TrainerCallback):
     Phase records have time (seconds since 1970) and phase, the activity that begins. All other records have time, step
     and max_steps. Records of steps and evaluations add epoch; the trainer's loss, eval_loss, grad_norm and
     learning_rate; eval_loss_per_token from the module `eval_loss`; memory in GiB; GPU utilization in percent; and
-    cpu_percent (100 is one processor). Records with a loss, and the last record, add values of all steps since such a
-    record: step_seconds (without evaluation and saving), tokens (without padding) and tokens_per_second. Only the first
-    rank writes; peak_gib_by_rank has the memory of all ranks. The first record of a launch has gpus, engine,
-    trainable_parameters and parameters (including frozen ones). The last record has `ended` (see `records.Ended`), and
-    kept_step if the trainer has loaded the best checkpoint.
+    cpu_percent (100 is one processor). Records with a loss, and the last record, add values of all steps since the
+    previous record with a loss: step_seconds (without evaluation and saving), tokens (without padding) and
+    tokens_per_second. Only the first rank writes; peak_gib_by_rank has the memory of all ranks. The first record of a
+    launch has gpus, engine, trainable_parameters and parameters (including frozen ones). The last record has `ended`
+    (see `records.Ended`), and kept_step if the trainer has loaded the best checkpoint.
 
     SIGTERM to any rank ends training after the current step, with a checkpoint.
 
@@ -256,7 +256,7 @@ class RunCallback(TrainerCallback):
         _note_phase(args.output_dir, "saving the model")
 
     def _how_it_ended(self, state: Any, control: Any) -> Ended:
-        """Reason for the end; `complete` unless stopped, even after fewer steps than planned."""
+        """Reason for the end; `complete` if nothing stopped the training, even after fewer steps than planned."""
         if state.global_step >= state.max_steps or not control.should_training_stop:
             return "complete"
         if not state.global_step:  # transformers stops if an epoch has no batch

@@ -13,8 +13,8 @@ def use_cpu(engine: str) -> None:
     """Make Axolotl and accelerate train with an engine on the CPU, communicating over gloo.
 
     By default, Axolotl queries the GPU driver and gives each rank a GPU. On a CPU, accelerate supports only DDP and
-    silently ignores DeepSpeed and FSDP (AcceleratorState). For these two, the patches make accelerate assume GPUs, with
-    gloo as the communication backend and the CPU as the device.
+    silently ignores DeepSpeed and FSDP (AcceleratorState). For these two, this function makes accelerate assume GPUs,
+    with gloo as the communication backend and the CPU as the device.
     """
     import axolotl.utils.trainer
     from accelerate.parallelism_config import ParallelismConfig

@@ -39,7 +39,7 @@ def _cancelled(thing: RunDir | Sweep | Study) -> list[str]:
 
 
 def _locks_and_runs(thing: RunDir | Sweep | Study, runs: Path) -> tuple[list[Path], Iterator[RunDir]]:
-    """Locks of the commands that start the runs of a sweep or study, and the runs."""
+    """Return the locks of the commands that start a sweep's or study's runs, and these runs."""
     if isinstance(thing, RunDir):
         return [], iter([thing])
     if isinstance(thing, Sweep):

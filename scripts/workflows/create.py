@@ -79,8 +79,8 @@ def record_of(composed: Composed, request: Request) -> Run:
 def launch_config(composed: Composed, folder: RunDir) -> Config:
     """Config for Axolotl, with the run's folders, plugin and tracker names.
 
-    Axolotl's own key for prepared rows lacks the data and some settings; a hash in the name of their folder covers
-    them. auto_resume_from_checkpoints is off, because Axolotl would also resume from a damaged checkpoint.
+    Axolotl's own hash of prepared rows does not cover the data and some settings, so their folder's name has a hash
+    that does. auto_resume_from_checkpoints is off, because Axolotl would also resume from a damaged checkpoint.
     """
     return _with_tracker_names(composed, folder) | {
         "output_dir": str(folder.output),

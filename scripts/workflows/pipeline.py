@@ -79,7 +79,8 @@ class Pipeline:
         composed: the config; None if it is invalid.
         existing: newest run with this config and data; a finished run takes precedence. See `look_up`.
         needed_gib: required memory; None before the plan.
-        found: names that `--force` accepts: of findings, and of those that the existing run has overridden.
+        found: names that `--force` accepts: those of this pipeline's findings, and those that the existing run has
+            overridden.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class Pipeline:
 
     @property
     def rows(self) -> str:
-        """Key shared by pipelines with the same tokenized rows, in the order of any seed."""
+        """Key shared by pipelines whose tokenized rows are the same, apart from effects of the seed."""
         composed = self.composed
         return replace(composed, config=composed.config | {"seed": None}).rows_digest if composed else ""
 
@@ -134,8 +135,8 @@ class Pipeline:
 
         Args:
             with_data: also check the data.
-            starts: whether the run is about to start. If so, Axolotl also validates the config, and the benchmarks are
-                checked, in the check without data, which comes first.
+            starts: whether the run is about to start. If so, the check without data, which comes first, also lets
+                Axolotl validate the config, and checks the benchmarks.
         """
         if self.composed is None:
             return False

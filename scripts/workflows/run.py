@@ -127,7 +127,7 @@ def resume(
 
 
 def _agree(folder: RunDir, record: Run, force: Sequence[str], own: bool, trusted: bool, here: bool) -> None:
-    """Raise UserError for another user's run that is not trusted, or a name in `force` that is no error `here`.
+    """Raise UserError for an untrusted run of another user, or for a name in `force` that is no error on this machine.
 
     Record `force`. Sign the record with this user's key if it changed or belonged to another user.
     """

@@ -231,7 +231,7 @@ def of_recipe(recipe: str) -> dict[str, Column]:
 
 
 def file_of(recipe: str) -> Path | None:
-    """File of a recipe or variant; None if it was deleted, or if its sweep named a file elsewhere."""
+    """File of a recipe or variant; None if it was deleted, or if it is in another folder."""
     files = (paths.recipe_file(recipe), paths.VARIANTS / f"{recipe}.yaml")
     return next(filter(Path.is_file, files), None)
 

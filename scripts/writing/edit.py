@@ -17,9 +17,8 @@ from ..configs import config
 def edited(text: str, key: str, value: Any, where: str, source: str | None = None) -> str:
     """Set or delete a dotted key in a config's text, and note the change in a comment.
 
-    The new value is written on one line, whose comment gives the former value. Without
-    `source`, these lines are kept, commented out: those of a deleted key, and those after the first line of a former
-    value if any of them contains a comment.
+    The new value is written on one line, whose comment gives the former value. Without `source`, the lines of a deleted
+    key are kept, commented out. So are the lines of a former value after its first line, if they contain a comment.
 
     Args:
         text: the text.
