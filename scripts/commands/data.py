@@ -75,7 +75,7 @@ def prepare_verb(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Output folder; default: study.yaml's folder for the input format."),
+        typer.Option(metavar="DIR", help="Output folder; default: the one named in study.yaml for the input format."),
     ] = None,
     input_format: Annotated[
         str | None,

@@ -40,7 +40,7 @@ Adapter = Annotated[
     str | None,
     typer.Option(
         metavar="DIR|HUB ID|none",
-        help="Evaluate another adapter (none: base model). RUN may be an untrained recipe.",
+        help="Evaluate another adapter (none: base model), of RUN or an untrained recipe.",
     ),
 ]
 Checkpoints = Annotated[

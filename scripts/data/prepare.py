@@ -132,7 +132,7 @@ class _Preparation:
         return sorted(rows, key=lambda row: rank[row[0]])
 
     def _kept(self, name: str) -> Iterator[PlacedRow]:
-        """Kept rows as JSON lines, with raw position and sort value; resets and counts `counts`.
+        """Kept rows as JSON lines, with raw position and sort value; sets `counts` anew.
 
         Test rows also contain their raw position, in the field `idx`, and the study's extra fields.
         """

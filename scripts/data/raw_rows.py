@@ -23,8 +23,8 @@ from .declaration import Data
 def tagged(patch: str) -> str:
     """Write a patch on one line with tags, as haider2024's authors do.
 
-    The hunk header and empty lines are dropped; other lines are stripped. The tags are `<add>` for +, `<del>` for -,
-    and `<keep>` for other lines. An added or removed blank line stays, as a tag alone.
+    The hunk header and lines of only white space are dropped; other lines are stripped. The tags are `<add>` for +,
+    `<del>` for -, and `<keep>` for other lines. A line that is only + or - becomes a tag alone.
     """
     tags = {"+": "<add>", "-": "<del>"}
     lines = (line for line in patch.split("\n")[1:] if line.strip())

@@ -125,7 +125,7 @@ class Study(Strict):
         return self.variants[recipe].of if recipe in self.variants else recipe
 
     def repeats(self, recipe: str, metric: str) -> list[float]:
-        """Published scores of a recipe's repeated runs, or else of the first recipe with repeated runs."""
+        """Published scores of a recipe's repeated runs; if it has none, those of the first recipe that has some."""
         recipes = [self.origin(recipe), *self.published]
         known = (self.published[name].repeats.get(metric) for name in recipes if name in self.published)
         return next(filter(None, known), [])
@@ -194,7 +194,7 @@ def _load(file: Path, _: int) -> Study:
 
 
 def _further(content: Any, error: ValidationError) -> list[Mistake]:
-    """Further mistakes in the valid parts alone; empty if a required part is invalid."""
+    """Mistakes in a study without its invalid parts; empty if a required part is invalid."""
     with suppress(ValidationError, LookupError, TypeError, AttributeError):  # the last three: no such key in the file
         for found in error.errors():
             *parents, key = found["loc"] if found["type"] == "extra_forbidden" else found["loc"][:1]
