@@ -1,7 +1,7 @@
-"""Times of a plan, the preparation of data and the start of a training run.
+"""Times of quick commands, a plan, the preparation of data and the start of a training run.
 
-`make benchmark` runs this module, which prints the table in CONTRIBUTING.md. Each ratio compares two times that were
-measured one after the other.
+`make benchmark` runs this module. Each ratio compares two times that were measured one after the other. The last lines
+that it prints are the table in CONTRIBUTING.md.
 """
 
 import json
@@ -18,13 +18,20 @@ from pathlib import Path
 
 import psutil
 import random_models
+import run_folders
 from markdown_table import print_markdown
 
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.data.sample import usual_sample
 
 BIN = Path(sys.executable).parent
+COMMANDS = (
+    *("list", "show haider2024/llama-2-7b", "diff haider2024/llama-2-7b haider2024/llama-3-8b"),
+    *("check haider2024/llama-2-7b", "check", "render --check", "results"),
+)
+COMPLETION = {"_RECIPE_COMPLETE": "complete_bash", "COMP_WORDS": "recipe run code", "COMP_CWORD": "2"}
 OFFLINE = {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE"}
+RUNS = 500
 PAIRS = 5
 PLAN = """
 import time
@@ -41,6 +48,18 @@ from qlora_recipes import cli
 cli.main(["data", "prepare", sys.argv[1], "--out", sys.argv[1] + ".out"])
 print(time.process_time(), open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 """
+
+
+def seconds(command: Sequence[str | Path], **env: str) -> float:
+    started = time.perf_counter()
+    subprocess.run(command, env=os.environ | env, capture_output=True)
+    return time.perf_counter() - started
+
+
+def beyond(*words: str, **env: str) -> float:
+    """Median of the seconds that a command takes beyond an empty interpreter."""
+    empty = [sys.executable, "-c", ""]
+    return statistics.median(seconds([BIN / "recipe", *words], **env) - seconds(empty) for _ in range(PAIRS))
 
 
 def measured(program: str, *words: str | Path, **env: str) -> list[float]:
@@ -112,7 +131,15 @@ def start(folder: Path) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    """Print CONTRIBUTING.md's table."""
+    """Print the seconds of quick commands, then CONTRIBUTING.md's table."""
+    took = {words: beyond(*words.split()) for words in COMMANDS}
+    with tempfile.TemporaryDirectory() as place:
+        for number in range(RUNS):
+            run_folders.a_run(Path(place), "haider2024/llama-2-7b", str(number), 5.0)
+        took[f"results of {RUNS} runs"] = beyond("results", **{paths.RUNS: place})
+    took["a completion"] = beyond(**COMPLETION)
+    for words, seconds_of in took.items():  # `list`, `show` and `results` should take 0.3 at most
+        print(f"{words:55}{seconds_of:6.3f} s beyond an empty interpreter")
     os.environ |= OFFLINE | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}  # has accelerate, for `axolotl train`
     with tempfile.TemporaryDirectory() as place:
         plan, imports = measured(PLAN, XDG_CACHE_HOME=place)  # no plan is kept there
