@@ -174,7 +174,6 @@ def sweep_verb(
     request.rehearse = is_rehearsal(request)
     evaluation = EvaluationRequest(limit=limit, metrics=metric or [])
     backend = backend_of(on, request.rehearse, jobs)
-    target = gpus.find(gpu) if gpu else None
     of_study = study.find(name) if name in {folder.name for folder in paths.studies()} else None
     records, results = sweep.sweep(
         sweep_name,
@@ -183,7 +182,7 @@ def sweep_verb(
         evaluation,
         backend,
         seeds=seeds,
-        gpu=target,
+        gpu=gpus.find(gpu) if gpu else None,
         dry_run=dry_run,
     )
     runs, best = paths.runs(), []

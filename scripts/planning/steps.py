@@ -121,7 +121,7 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
     reentrant = (config.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant")
     checkpointing = "reentrant" if reentrant else "non-reentrant"
     targets = "all-linear" if config.get("lora_target_linear") else config.get("lora_target_modules") or ()
-    step = Step(
+    return Step(
         model=json.dumps(architecture, sort_keys=True),
         adapter=adapter,
         weights=dtype,
@@ -143,8 +143,7 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
         optimizer=optimizer,
         chunked_loss=bool(config.get("chunked_cross_entropy")),
         capability=capability,
-    )
-    return step, notes
+    ), notes
 
 
 def _has_window(architecture: dict[str, Any]) -> bool:

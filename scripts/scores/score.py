@@ -224,15 +224,13 @@ def score(
     Args:
         rows: each with `reference` and `prediction`; empty if no metric needs predictions.
         columns: metrics by name.
-        models: scorer models by column name; other columns of scorer models are left out. By default the declared
-            models.
+        models: scorer models by column name, without which a column is left out; by default the declared models.
         loss: eval loss of the run, for metrics of the loss.
         measured: benchmark scores by column name.
 
     Returns:
-        Scores for scores.json, and the rows with their scores. The scores contain: means of row-level metrics, with
-        95 % intervals; other metrics; records of the metrics, and their declarations in `metrics`; shares of exact,
-        empty and repeated predictions; `length_ratio` of predictions to references, in words; and any `notes`.
+        Scores for scores.json, and the rows with their scores. The scores contain means with intervals, records and
+        declarations of the metrics, shares of exact, empty and repeated predictions, `length_ratio`, and any `notes`.
     """
     from . import intervals  # imports NumPy, which `recipe results` does not need
 
