@@ -46,8 +46,8 @@ def no_access(case: Case) -> Problems:
 
     Before a run, missing access is an error. Otherwise it is a warning, because the config may be for another machine.
     The rule does not ask the hub about models on this machine, or models that models.yaml lists as not gated. Axolotl
-    also loads tokenizer_config at revision_of_model (axolotl/loaders/tokenizer.py). If tokenizer_config
-    names another repository than base_model, that repository lacks this commit.
+    also loads tokenizer_config at revision_of_model (axolotl/loaders/tokenizer.py). If tokenizer_config names another
+    repository than base_model, that repository lacks this commit.
     """
     yield from _access(case, "base_model", case.model, case.model.weights_here)
     name = case["tokenizer_config"]
