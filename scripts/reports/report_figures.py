@@ -172,7 +172,7 @@ def sweep(rows: Sequence[SweepRow]) -> Figure | None:
         return None
     x, y = _axis(f"peak GiB ({', '.join(kinds)})"), _axis("Validation loss (lower is better)")
     drawn = [trace for trace in traces if trace["x"]]
-    return Figure(f"sweep-memory-{LOSS}", "Validation loss against memory", drawn, x, y, _FRONT)
+    return Figure(f"sweep-memory-{LOSS}", "Validation loss against memory", drawn, x, y, _FRONT if front else "")
 
 
 def study(of_study: Study, rows: Sequence[StudyRow], column: Column) -> Figure | None:

@@ -235,6 +235,7 @@ def test_test_rows_choose_no_member(tmp_path):
     rows = sweep_results.rows(sweep, tmp_path)
     figure = report_figures.sweep(rows)
     assert not any(row.pareto for row in rows) and [trace["name"] for trace in figure.traces] == ["not on the front"]
+    assert not figure.note  # which explains the front
 
 
 def test_scores_over_seeds_have_students_interval(tmp_path):
