@@ -202,7 +202,7 @@ Metrics = Annotated[
     typer.Option(
         "--metric",
         metavar="NAME",
-        help="Also compute this metric, e.g. rouge_l or bertscore:MODEL. Repeatable.",
+        help="Compute this metric besides the study's, or instead of the defaults. Repeatable.",
     ),
 ]
 BatchSize = Annotated[

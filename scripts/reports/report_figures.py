@@ -1,5 +1,6 @@
 """Figures of a report, for Plotly, with descriptions in words."""
 
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import batched
@@ -113,10 +114,12 @@ def _error_bars(points: Sequence[tuple[float, str]], intervals: Sequence[Any]) -
 
 
 def _curve(name: str, metrics: Sequence[Row], key: str, i: int, points: bool = False) -> Trace:
-    """Line of a value by step; many steps are averaged in groups."""
-    known = [(record["step"], y) for record in metrics if (y := record.get(key)) is not None]
-    stretches = batched(known, max(-(-len(known) // MOST_POINTS), 1))
-    means = [(stretch[-1][0], float(f"{sum(y for _, y in stretch) / len(stretch):.6g}")) for stretch in stretches]
+    """Line of a value by step; many steps are averaged in groups, each drawn at its mean step."""
+    known = [(record["step"], record[key]) for record in metrics if record.get(key) is not None]
+    means = []
+    for group in batched(known, max(-(-len(known) // MOST_POINTS), 1)):
+        steps, values = zip(*group, strict=True)
+        means.append((statistics.mean(steps), float(f"{statistics.mean(values):.6g}")))
     return _scatter(name, "lines+markers" if points or len(means) < 2 else "lines", means, **_style(i))
 
 

@@ -102,6 +102,8 @@ def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:
             raise WorkFailed("\n".join([*tail, f"{folder.path}: Axolotl could not merge; complete log: {log}"]))
         for file in (part / "merged").iterdir():
             file.rename(part / file.name)
+        (part / "merged").rmdir()
+        (part / "debug.log").unlink(missing_ok=True)  # Axolotl's own log; merge.log has its output
         for file in (file for pattern in _TOKENIZER for file in folder.output.glob(pattern)):
             shutil.copy2(file, part)  # Axolotl copies the base model's tokenizer, without added tokens
         (part / MERGED_FROM).write_text(digest)

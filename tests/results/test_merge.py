@@ -8,6 +8,7 @@ from conftest import finish, start, wait_until
 from run_folders import ADAPTER, a_run
 from safetensors import numpy as arrays
 
+from qlora_recipes.results import publish
 from qlora_recipes.runs.rundir import RunDir
 
 NAME = "haider2024/code-llama-7b"
@@ -43,4 +44,5 @@ def test_a_merge_that_is_stopped_leaves_no_process_and_no_half_a_model(tmp_path,
     assert not merged.exists() and (by == signal.SIGKILL or not (run.output / ".merged.part").exists())
     finish(start(tmp_path, *words, command=stand_in))
     assert merged.read_bytes() == b"halfother half"
+    assert {path.name for path in merged.parent.iterdir()} == {merged.name, publish.MERGED_FROM, publish.CARD}
     assert not (run.output / ".merged.part").exists()

@@ -475,6 +475,8 @@ def test_a_merge_by_axolotl_is_the_adapter_on_its_quantized_base(tmp_path, tiny,
     data = [DataFile(path=str(sample / "train.jsonl"), sha256=sha256(sample / "train.jsonl"), bytes=9)]
     run.write(record(tmp_path, recipe="haider2024/llama-2-7b", rehearsal=True, data=data, cwd=str(tmp_path)))
     assert publish.publish(run, merge=True) == [str(run.output / "README.md"), str(run.output / "merged" / "README.md")]
+    left = {path.name for path in (run.output / "merged").iterdir()}
+    assert left & {"merged", "debug.log"} == set()
 
     ids = torch.arange(5, 50)[None]
     plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
