@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 Data = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="JSONL rows; default: the study's test set, else `test_datasets`, else held-out rows."),
+    typer.Option(
+        metavar="FILE", help="JSONL rows; default: the study's test set, else `test_datasets`, else held-out rows."
+    ),
 ]
 Limit = Annotated[
     int | None,
