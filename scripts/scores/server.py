@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
+import httpx2 as httpx
 import openai
 from pydantic import AnyHttpUrl, BaseModel, Field, ValidationError
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 KEY = "QLORA_RECIPES_SERVER_KEY"
 RETRIES = 9  # pauses double up to 8 s, at most 48 s in total; the server can request other pauses
 TIMEOUT = 300.0  # seconds for an answer; all attempts of a request together may take twice as long
+LIST_TIMEOUT = 30.0  # seconds for the list of models
+MOST_BYTES = 1 << 24  # bytes of a response; an answer of 100,000 tokens takes 1 MB
 AT_ONCE = 16  # default number of simultaneous requests
 
 
@@ -75,17 +78,24 @@ class Api:
             base_url=self.url,
             timeout=openai.Timeout(self.timeout, connect=10),
             max_retries=retries,
-            default_headers={"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()},  # type: ignore[dict-item]
-            http_client=openai.DefaultAsyncHttpxClient(trust_env=not local, follow_redirects=False),
+            default_headers={  # type: ignore[arg-type]
+                "OpenAI-Organization": openai.Omit(),
+                "OpenAI-Project": openai.Omit(),
+                "Accept-Encoding": "identity",
+            },
+            http_client=openai.DefaultAsyncHttpxClient(
+                trust_env=not local, follow_redirects=False, event_hooks={"response": [_limit_size]}
+            ),
         )
 
     async def models(self) -> list[str]:
         """Names of the server's models.
 
         Raises:
-            openai.APIError, ValidationError: the server does not respond, or does not use OpenAI's protocol.
+            TimeoutError: the server does not respond in time.
+            openai.APIError, ValidationError: the server does not use OpenAI's protocol, or does not respond at all.
         """
-        async with self.client(retries=0) as client:
+        async with self.client(retries=0) as client, asyncio.timeout(LIST_TIMEOUT):
             response = await client.models.with_raw_response.list()
         return [model.id for model in _Models.model_validate_json(response.content).data]
 
@@ -97,13 +107,38 @@ class Api:
         """
         try:
             models = asyncio.run(self.models())
-        except (openai.APIError, ValidationError) as error:
+        except (openai.APIError, ValidationError, TimeoutError) as error:
             key = isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError)
             remedy = f"set {KEY} to the server's key" if key else "start vLLM there, or correct the address"
             raise UserError(f"--engine {self.url}: {cause(error)}; {remedy}") from None
         if name not in models:
             wrong = f"--model {name}: not a model of the server" if name else "--engine URL: needs --model"
             raise UserError(f"{wrong}{did_you_mean(name or '', models)}; its models: {', '.join(models) or 'none'}")
+
+
+async def _limit_size(response: httpx.Response) -> None:
+    """Make reading a response fail behind `MOST_BYTES`."""
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        raise httpx.DecodingError("compressed response, although none was requested")  # its size would be unknown
+    response.stream = _Limited(response.stream)
+
+
+class _Limited(httpx.AsyncByteStream):
+    """Stream that ends with an error behind `MOST_BYTES`."""
+
+    def __init__(self, stream: httpx.AsyncByteStream):
+        self._stream = stream
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        size = 0
+        async for chunk in self._stream:
+            size += len(chunk)
+            if size > MOST_BYTES:
+                raise httpx.ReadError(f"response of more than {MOST_BYTES >> 20} MiB")
+            yield chunk
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
 
 
 class Server:
@@ -193,6 +228,8 @@ def at(url: str) -> Api:
 
 def cause(error: Exception) -> str:
     """One-line reason for an error, with the server's answer, if any."""
+    if isinstance(error, TimeoutError):
+        return "no complete response in time"
     reason = error.__cause__ or error
     answer = error.response.text if isinstance(error, openai.APIStatusError) else ""
     return " ".join(f"{type(reason).__name__}: {reason} {answer}".split())[:300]

@@ -177,7 +177,7 @@ async def _wait(api: "Api", server: "subprocess.Popen[bytes]") -> None:
 
     deadline = time.monotonic() + TIMEOUT
     while server.poll() is None and time.monotonic() < deadline:
-        with suppress(openai.APIError):
+        with suppress(openai.APIError, TimeoutError):
             await api.models()
             return
         await asyncio.sleep(0.5)

@@ -1,5 +1,8 @@
+import gzip
 import threading
 import time
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler
 from types import SimpleNamespace
 from typing import Any
 
@@ -210,3 +213,43 @@ def test_an_evaluation_goes_on_when_its_server_is_there_again(tmp_path, tiny, ti
     assert (resumed.settings.engine, resumed.settings.model) == ("server", "m")
     assert resumed.settings.agreement is None
     assert not any(b"geheim" in file.read_bytes() for file in run.path.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize(
+    ("chunk", "pause", "problem"),
+    [(b"x", 0.1, "no complete response in time"), (b"x" * 2**20, 0, "response of more than 16 MiB")],
+    ids=["slow", "endless"],
+)
+def test_the_list_of_models_is_bounded_in_time_and_size(monkeypatch, chunk, pause, problem):
+    monkeypatch.setattr(servers, "LIST_TIMEOUT", 0.5)
+    sent = []
+
+    def endless(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        with suppress(OSError):
+            while len(sent) < 100:
+                handler.wfile.write(chunk)
+                sent.append(len(chunk))
+                time.sleep(pause)
+
+    monkeypatch.setattr("a_server._Handler.do_GET", endless)
+    with serving(echo) as server, pytest.raises(UserError, match=problem):
+        servers.at(server.url).require_model("m")
+    assert len(sent) < 50
+
+
+def test_a_compressed_response_is_refused():
+    with serving(echo) as server:
+        server.headers["Content-Encoding"] = "gzip"
+        server.models = (200, gzip.compress(b'{"data": [{"id": "m"}]}'))
+        with pytest.raises(UserError, match="compressed response"):
+            servers.at(server.url).require_model("m")
+
+
+def test_an_endless_answer_is_given_up(monkeypatch):
+    monkeypatch.setattr(servers, "MOST_BYTES", 1000)
+    monkeypatch.setattr(servers, "RETRIES", 0)
+    long = completed("x" * 2000, token_ids=[5])
+    with serving(lambda body: long) as server, pytest.raises(WorkFailed, match=r"row \d, .*response of more than"):
+        answers(engine(server))
