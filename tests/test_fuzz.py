@@ -35,7 +35,7 @@ MOST = 10  # seconds of the processor that one command may take
 
 DEEP = "a deep list"  # json.dumps would refuse one
 ODD: list[Any] = [
-    *(None, True, 0, -1, 7, 1.5, 2**62, -(2**63), 1e308, math.nan, math.inf, DEEP),
+    *(None, True, 0, -1, 7, 1.5, 2**62, 10**30, 1e-300, 1e308, math.nan, math.inf, DEEP),
     *("", "x" * 2000, "\0", "\ud800", "a b/c: {}", "../../x", "2026-01-01T00:00:00", "haider2024/none", "none"),
     *([], {}, [[]], [None], ["a", 1], {"a": None}, {"": []}),
 ]

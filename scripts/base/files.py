@@ -8,10 +8,13 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,19 +49,48 @@ def replacing(file: Path) -> Iterator[IO[bytes]]:
 
 
 def opened(file: Path, mode: str) -> IO[bytes]:
-    """Open a file, but refuse a symbolic link.
+    """Open a regular file, but not through a symbolic link.
 
     A link in another user's run folder could point to this user's files.
 
     Raises:
-        UserError: the file is a symbolic link.
+        UserError: the file is a symbolic link, or not a regular file.
     """
     try:
-        return open(file, mode, opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666))
+        return open(file, mode, opener=partial(_open_regular, links=os.O_NOFOLLOW))
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise UserError(f"{file}: symbolic links are not followed; replace it with a file") from None
+        if error.errno in (errno.ENXIO, errno.EINVAL):  # ENXIO: a FIFO that nobody reads, or a socket
+            raise UserError(f"{file}: not a regular file; remove it") from None
         raise
+
+
+def reading(file: Path) -> BufferedReader:
+    """Open a regular file for reading.
+
+    Raises:
+        OSError: the file cannot be read, or is not a regular file. A FIFO would block, and a device might never end.
+    """
+    return open(file, "rb", opener=_open_regular)
+
+
+def _open_regular(path: str, flags: int, links: int = 0) -> int:
+    descriptor = os.open(path, flags | links | os.O_NONBLOCK, 0o666)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "not a regular file", path)
+
+
+def read_bytes(file: Path) -> bytes:
+    """Content of a regular file.
+
+    Raises:
+        OSError: see `reading`.
+    """
+    with reading(file) as stream:
+        return stream.read()
 
 
 def clear_parts(file: Path) -> None:
@@ -117,7 +149,7 @@ def write_rows(file: Path, rows: Iterable[Row]) -> None:
 def read_json(file: Path) -> Row:
     """Read the mapping in a JSON file; empty if the file has no mapping."""
     try:
-        content = orjson.loads(file.read_bytes())
+        content = orjson.loads(read_bytes(file))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -163,7 +195,7 @@ def append_line(file: Path, line: bytes) -> None:
 
 def sha256(file: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
-    with file.open("rb") as stream:
+    with reading(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import orjson
 
-from .files import Row
+from .files import Row, reading
 
 _TOKEN = (
     r"(?-i:(?<![A-Za-z0-9])(hf_(?=[a-z]*[\dA-Z])[A-Za-z0-9]{10,}|hf_[a-z]{16,}|gh[oprsu]_[A-Za-z0-9]{10,}"
@@ -189,7 +189,7 @@ class TrainingProgress(Bar):
 
     def read(self) -> None:
         """Read the records since the last call."""
-        with suppress(FileNotFoundError), self.metrics.open("rb") as stream:
+        with suppress(FileNotFoundError), reading(self.metrics) as stream:
             stream.seek(self.position)
             whole = b"".join(line for line in stream if line.endswith(b"\n"))
             self.position += len(whole)

@@ -1,5 +1,6 @@
 """Read YAML files strictly, write YAML, and find lines of keys."""
 
+import io
 import json
 import re
 from collections.abc import Hashable, Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import yaml
 
 from .errors import UserError
+from .files import reading
 
 Config = dict[str, Any]
 
@@ -106,7 +108,8 @@ def read_text(file: Path) -> str:
         UserError: the file cannot be read or is not UTF-8.
     """
     try:
-        return file.read_text(encoding="utf-8")
+        with io.TextIOWrapper(reading(file), encoding="utf-8") as stream:
+            return stream.read()
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -156,7 +159,7 @@ def line_of(file: Path, key: str | Sequence[str]) -> int:
         file: the file.
         key: a dotted key, or the sequence of its parts.
     """
-    node = _composed(file.read_text(encoding="utf-8"))
+    node = _composed(read_text(file))
     line = 1
     for part in key.split(".") if isinstance(key, str) else key:
         entry = inside(node, part)

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, did_you_mean
-from ..base.files import Row
+from ..base.files import Row, read_bytes
 from ..base.progress import say
 from ..base.yamlfiles import Config
 from ..data.declaration import Sha256
@@ -187,7 +187,7 @@ def read(file: Path, of_study: Study) -> AnyRecord:
         UserError: the record is malformed or edited, or uses a name that study.yaml does not declare.
     """
     try:
-        record = _RECORD.validate_json(file.read_bytes())
+        record = _RECORD.validate_json(read_bytes(file))
     except ValidationError as error:
         wrong = [": ".join([*map(str, found["loc"][1:]), found["msg"]]) for found in error.errors()]
     except OSError as error:

@@ -49,6 +49,7 @@ def publish(
             refuses the token.
         WorkFailed: Axolotl cannot merge, or the hub cannot be reached or fails.
     """
+    folder.refuse_links()
     run = backends.read(folder)
     adapter = folder.output / ADAPTER
     if run.state != "finished":

@@ -4,7 +4,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from ..base.files import read_json, write_json
+from ..base.files import read_json, reading, write_json
 
 MANIFEST = "manifest.json"
 CHUNK = 1 << 22  # bytes
@@ -82,7 +82,7 @@ def _difference(folder: Path, listed: dict[str, Any]) -> str | None:
 
 def _crc32(file: Path) -> int:
     value = 0
-    with file.open("rb") as stream:
+    with reading(file) as stream:
         while chunk := stream.read(CHUNK):
             value = zlib.crc32(chunk, value)
     return value

@@ -36,7 +36,7 @@ class _Record(TypedDict, total=False):
     eval_loss_per_token: float | None
     grad_norm: float | None
     learning_rate: float | None
-    step_seconds: float | None
+    step_seconds: Annotated[float, Field(ge=1e-6)] | None  # a smaller one would make the speed infinite
     tokens: int | None
     tokens_per_second: float | None
     memory_reserved_gib: float
@@ -116,6 +116,9 @@ Moment = Annotated[str, AfterValidator(_moment)]
 
 State = Literal["created", "queued", "running", "finished", "failed", "interrupted"]
 
+
+Text = Annotated[str, Field(pattern=r"^[^\x00]*$", max_length=4096)]
+"""Name or path; a NUL or more characters would make Linux refuse it."""
 
 _NO_OPTION = r"^\w[^\x00]*$"  # for an argument of another program
 
@@ -202,9 +205,9 @@ class Run(BaseModel):
     """Content of run.json."""
 
     state: State = "created"
-    recipe: str
-    variant_of: str | None = None  # the shipped recipe that the recipe file changes
-    recipe_file: str
+    recipe: Text
+    variant_of: Text | None = None  # the shipped recipe that the recipe file changes
+    recipe_file: Text
     recipe_sha256: str
     digest: str | None = None  # hash of the data, and of the config without the keys that a run adds
     rehearsal: bool = False
@@ -218,8 +221,8 @@ class Run(BaseModel):
     of_variant: list[Difference] = Field(default_factory=list)  # between the recipe file and the shipped recipe
     data: list[DataFile] = Field(default_factory=list)
     named_files: list[DataFile] = Field(default_factory=list)  # other files that the config names
-    test_data: str | None = None
-    cwd: str
+    test_data: Text | None = None
+    cwd: Text
     created: Moment = Field(default_factory=now)
     launches: list[Launch] = Field(default_factory=list)
     adapter: FileState | None = None  # state after the last launch

@@ -12,7 +12,7 @@ import orjson
 from pydantic import TypeAdapter, ValidationError
 
 from ..base.errors import UserError, meant
-from ..base.files import Row, clear_parts, write_atomically
+from ..base.files import Row, clear_parts, read_bytes, write_atomically
 from ..base.machine import LOCK_TIMEOUT, held, is_held
 from ..base.progress import say, say_once
 from ..base.yamlfiles import read_yaml
@@ -61,7 +61,7 @@ class RunDir:
             UserError: run.json is missing or damaged.
         """
         try:
-            run = Run.model_validate_json(self._json.read_bytes())
+            run = Run.model_validate(orjson.loads(read_bytes(self._json)))
         except (OSError, ValueError) as error:
             at = ".".join(map(str, error.errors()[0]["loc"])) if isinstance(error, ValidationError) else ""
             where = f"{self._json}: missing or damaged{at and f' at {at}'}"
@@ -96,7 +96,7 @@ class RunDir:
             UserError: jobs.json is damaged.
         """
         try:
-            return _JOBS.validate_json(self._jobs.read_bytes())
+            return _JOBS.validate_python(orjson.loads(read_bytes(self._jobs)))
         except FileNotFoundError:
             return []
         except (OSError, ValueError):
@@ -107,13 +107,25 @@ class RunDir:
         with held(self.path / ".jobs.lock", "another process is recording a job", LOCK_TIMEOUT):
             write_atomically(self._jobs, _JOBS.dump_json([*self.jobs(), job], indent=2).decode() + "\n")
 
+    def refuse_links(self) -> None:
+        """Refuse links to folders outside the run's folder; commands would write through them.
+
+        Raises:
+            UserError: there is such a link.
+        """
+        root = self.path.resolve()
+        for path in self.path.rglob("*"):
+            if path.is_symlink() and path.is_dir() and not path.resolve().is_relative_to(root):
+                raise UserError(f"{path}: leads to a folder outside the run; replace the link with a folder")
+
     @contextmanager
     def held(self) -> Iterator[int]:
         """Lock the run, and remove half-written copies of run.json; child processes can inherit the lock.
 
         Raises:
-            UserError: another process has the lock.
+            UserError: another process has the lock, or a link leads to a folder outside the run.
         """
+        self.refuse_links()
         busy = f"the run is still running; `recipe cancel {self.path}` stops it at a checkpoint"
         with held(self.path / ".lock", busy) as lock:
             clear_parts(self._json)
@@ -128,8 +140,11 @@ class RunDir:
             since: number of bytes to skip, written by earlier launches.
         """
         try:
-            lines = self.metrics.read_bytes()[since:].split(b"\n")
-        except OSError:
+            lines = read_bytes(self.metrics)[since:].split(b"\n")
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            say_once(f"{self.metrics}: {error.strerror}; skipped")
             return []
         records: dict[tuple[int, int], Row] = {}
         previous = 0

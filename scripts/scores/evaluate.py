@@ -260,9 +260,10 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
     A call continues an interrupted evaluation, and does not repeat a complete one.
 
     Raises:
-        UserError: see `EvaluationTask`, `score.require_models` and `benchmarks.require`.
+        UserError: see `RunDir.refuse_links`, `EvaluationTask`, `score.require_models` and `benchmarks.require`.
         WorkFailed: the scorer model cannot be loaded, or memory does not suffice.
     """
+    folder.refuse_links()
     task = EvaluationTask(folder, request)
     judged = scorer_models(task.columns, request.judge, task.run.rehearsal, report=True)
     summary = folder.summary(task.run)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from ..base.errors import UserError, WorkFailed
-from ..base.files import Row, naming, opened, replacing
+from ..base.files import Row, naming, opened, read_bytes, replacing
 from ..base.progress import Bar, say
 from ..base.yamlfiles import Config
 from ..configs import gpus
@@ -190,7 +190,7 @@ def _continue(part: Path, settings: EvaluationSettings) -> tuple[dict[int, Row],
     asked = settings.same_work() | settings.model_dump(include={"engine", "model", "batch_size"})
     by_batch = settings.engine == REFERENCE and settings.decoding.do_sample  # else batches change only rounding
     header = orjson.dumps(asked | ({} if by_batch else {"rows": None, "batch_size": None}))
-    first, *lines = part.read_bytes().split(b"\n") if part.is_file() else [b""]
+    first, *lines = read_bytes(part).split(b"\n") if part.is_file() else [b""]
     same = all(orjson.dumps({key: asked[key]})[1:-1] in first for key in ("adapter_sha256", "data_sha256"))
     differs = first != header and same and any(b'"prediction":' in line for line in lines)
     done: dict[int, Row] = {}

@@ -78,9 +78,9 @@ class Api:
             base_url=self.url,
             timeout=openai.Timeout(self.timeout, connect=10),
             max_retries=retries,
-            default_headers={  # type: ignore[arg-type]
-                "OpenAI-Organization": openai.Omit(),
-                "OpenAI-Project": openai.Omit(),
+            default_headers={
+                "OpenAI-Organization": openai.Omit(),  # type: ignore[dict-item]
+                "OpenAI-Project": openai.Omit(),  # type: ignore[dict-item]
                 "Accept-Encoding": "identity",
             },
             http_client=openai.DefaultAsyncHttpxClient(
@@ -120,6 +120,7 @@ async def _limit_size(response: httpx.Response) -> None:
     """Make reading a response fail behind `MOST_BYTES`."""
     if response.headers.get("Content-Encoding", "identity") != "identity":
         raise httpx.DecodingError("compressed response, although none was requested")  # its size would be unknown
+    assert isinstance(response.stream, httpx.AsyncByteStream)
     response.stream = _Limited(response.stream)
 
 

@@ -10,12 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+import orjson
+from pydantic import BaseModel, Field
 
 from ..backends import Backend
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, meant
-from ..base.files import write_atomically
+from ..base.files import read_bytes, write_atomically
 from ..base.machine import held, now
 from ..base.paths import find_recipe
 from ..base.progress import Bar, say
@@ -326,8 +327,8 @@ def recorded_sweeps() -> dict[str, Sweep]:
     """Started sweeps by label, oldest first."""
     recorded = []
     for file in paths.runs().glob("sweeps/*/*.json"):
-        with suppress(OSError, ValidationError):
-            recorded.append(Sweep.model_validate_json(file.read_bytes()))
+        with suppress(OSError, ValueError):
+            recorded.append(Sweep.model_validate(orjson.loads(read_bytes(file))))
     return {sweep.label: sweep for sweep in sorted(recorded, key=lambda sweep: sweep.made)}
 
 
