@@ -99,18 +99,19 @@ def clear_parts(file: Path) -> None:
         part.unlink()
 
 
-def json_rows(lines: Iterable[bytes], where: Path | str, fields: Sequence[str]) -> Iterator[Row]:
+def json_rows(lines: Iterable[bytes], where: Path | str, fields: Sequence[str], first: int = 1) -> Iterator[Row]:
     """Yield the rows of a JSONL file; blank lines are skipped.
 
     Args:
         lines: the lines of the file.
         where: the name of the file in messages.
         fields: the text fields that every row must have.
+        first: the number of the first line.
 
     Raises:
         UserError: a line is not a JSON mapping, or lacks a field.
     """
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines, start=first):
         if not line.strip():
             continue
         try:

@@ -103,13 +103,31 @@ def check(
             report.skip("skipped Axolotl's own validation, because it would run the code above")
         elif full:
             report.add(by_axolotl(composed, gpu))
-        if data and report.count("error"):
-            report.skip("skipped tokenizing the rows, because of errors; correct them, then check again")
-        elif data:
-            tokenize(report, composed, request.ranks)
+        if data:
+            _tokenize_if_possible(report, composed, request.ranks)
     except UserError as error:
         report.add([_unreadable(request.name, str(error))])
     return report
+
+
+def _tokenize_if_possible(report: Report, composed: Composed, gpus: int) -> None:
+    """Tokenize the readable rows, unless errors in the config prevent it.
+
+    Raises:
+        UserError: the config has no errors, but Axolotl cannot load its tokenizer or rows.
+    """
+    errors = [finding for finding in report.findings if finding.level == "error"]
+    if any(finding.scope in ("code", "step") for finding in errors):
+        report.skip("skipped tokenizing the rows, because of errors; correct them, then check again")
+        return
+    if errors and not report.data:
+        return  # no row to read
+    try:
+        tokenize(report, composed, gpus)
+    except UserError as error:
+        if not errors:
+            raise
+        report.skip(f"the rows were not tokenized: {error}")
 
 
 def by_axolotl(composed: Composed, gpu: Gpu | None) -> list[Finding]:
@@ -245,7 +263,7 @@ def tokenize(report: Report, composed: Composed, gpus: int = 1, most: int | None
         most: the approximate number of rows to tokenize in each data set; None for all.
     """
     if has_tokenizer(composed):
-        findings, measured = _lengths(composed.config, most, gpus)
+        findings, measured = _lengths(composed.config, most, gpus, skip_faulty=True)
     else:
         report.skip(
             f"no tokenizer on this machine; {substitution.NAME}'s reads up to {SOME} rows, without lengths",
@@ -253,7 +271,7 @@ def tokenize(report: Report, composed: Composed, gpus: int = 1, most: int | None
         )
         config = {key: value for key, value in composed.config.items() if key not in substitution.OF_MODEL}
         config |= {"base_model": str(substitution.model_folder()), "sequence_len": substitution.CONTEXT}
-        findings, measured = _lengths(config, most or SOME, gpus)
+        findings, measured = _lengths(config, most or SOME, gpus, skip_faulty=True)
         findings = [finding for finding in findings if finding.rule not in ("too-long", "no-batch", "eos-masked")]
         measured = []
     report.add(placed(findings, composed))
@@ -287,11 +305,13 @@ def training_lengths(composed: Composed, force: Sequence[str] = ()) -> list[Row]
     return measured
 
 
-def _lengths(config: Config, most: int | None, gpus: int = 1) -> tuple[list[Finding], list[Row]]:
+def _lengths(
+    config: Config, most: int | None, gpus: int = 1, skip_faulty: bool = False
+) -> tuple[list[Finding], list[Row]]:
     with importing_axolotl():
         from . import tokens
 
-        return tokens.lengths(config, most, gpus)
+        return tokens.lengths(config, most, gpus, skip_faulty)
 
 
 def _unreadable(name: str, message: str) -> Finding:

@@ -9,9 +9,9 @@ lists rules about anything other than the config, and rules whose errors prevent
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from ..base.errors import UserError, did_you_mean
 from ..base.machine import package_version
@@ -91,10 +91,60 @@ class Finding:
         return f"{place}: {self.level}: {about}{self.problem}{remedy}{name}"
 
 
-def rows_at(places: Sequence[object]) -> str:
-    """Number of rows, with the first ten of their lines."""
-    lines = ", ".join(map(str, [*places[:10], *["…"] * (len(places) > 10)]))
-    return f"{len(places)} rows (lines {lines})" if len(places) > 1 else "1 row"
+class Place(NamedTuple):
+    """Line of a data file, from 1."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass
+class FaultyRows:
+    """Rows with the same fault: their number, and the first of them.
+
+    Attributes:
+        first: place and example of each of the first rows.
+    """
+
+    count: int = 0
+    first: list[tuple[Place, str]] = field(default_factory=list)
+
+    @property
+    def place(self) -> Place:
+        """Place of the first row."""
+        return self.first[0][0]
+
+    @property
+    def lines(self) -> list[str]:
+        """Lines of the first rows; with the file, if it is not the first row's."""
+        return [str(place.line if place.file == self.place.file else place) for place, _ in self.first]
+
+    def __str__(self) -> str:
+        """Number of rows, with the first of their lines."""
+        if self.count == 1:
+            return "1 row"
+        more = ", …" if self.count > len(self.first) else ""
+        return f"{self.count} rows (lines {', '.join(self.lines)}{more})"
+
+
+class Faults(dict[tuple[str, str], FaultyRows]):
+    """Faulty rows by rule and subject; the memory does not grow with the number of rows."""
+
+    MOST_ROWS = 10
+    MOST_SUBJECTS = 100
+    OTHERS = "…"
+
+    def note(self, rule: str, about: str, place: Place, example: str = "") -> None:
+        """Count a faulty row; beyond `MOST_SUBJECTS`, subjects are counted together."""
+        if (rule, about) not in self and len(self) >= self.MOST_SUBJECTS:
+            about = self.OTHERS
+        rows = self.setdefault((rule, about), FaultyRows())
+        rows.count += 1
+        if len(rows.first) < self.MOST_ROWS:
+            rows.first.append((place, example))
 
 
 _NEVER_FORCED = ("secret:", *(f"value:{key}" for key in ("plugins", "datasets", "test_datasets", "trl", "trust_")))

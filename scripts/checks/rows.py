@@ -2,7 +2,6 @@
 
 import codecs
 import re
-from collections import defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -16,7 +15,7 @@ from ..base import yamlfiles
 from ..base.files import Row
 from ..base.yamlfiles import Config
 from ..configs import datafiles, models
-from .finding import Finding, Level, rows_at
+from .finding import Faults, Finding, Level, Place
 
 
 @dataclass(frozen=True)
@@ -103,22 +102,18 @@ def misspelt(names: tuple[str, ...], known: tuple[str, ...]) -> dict[str, str]:
 
 @dataclass
 class _File:
-    """Size of one data file, and the mistakes in it.
-
-    Attributes:
-        found: the line and an example of each mistake, by rule and subject.
-    """
+    """Size of one data file, and the faults in it."""
 
     key: str
     path: Path
     rows: int = 0
     bytes: int = 0
     has_system: bool = False
-    found: dict[tuple[str, str], list[tuple[int, str]]] = field(default_factory=lambda: defaultdict(list))
+    faults: Faults = field(default_factory=Faults)
 
     def count(self, rule: str, about: str, line: int, example: str = "") -> None:
-        """Count one mistake of a kind."""
-        self.found[rule, about].append((line, example))
+        """Count one faulty row."""
+        self.faults.note(rule, about, Place(str(self.path), line), example)
 
 
 def check(config: Config, skipped: Collection[str] = ()) -> tuple[list[Finding], list[Row]]:
@@ -138,7 +133,7 @@ def check(config: Config, skipped: Collection[str] = ()) -> tuple[list[Finding],
     for key, dataset in datafiles.datasets(config):
         if key in skipped:
             continue
-        reader = _Reader(dataset, special, seen, trained=key.startswith("datasets"))
+        reader = Reader(dataset, special, seen, trained=key.startswith("datasets"))
         files = [_File(key, path) for path in datafiles.jsonl_files(dataset)]
         for file in files:
             reader.read(file, datafiles.first_rows(dataset))
@@ -160,7 +155,7 @@ def check(config: Config, skipped: Collection[str] = ()) -> tuple[list[Finding],
     return findings, read
 
 
-class _Reader:
+class Reader:
     """Reads and checks the rows of one data set.
 
     Args:
@@ -170,7 +165,7 @@ class _Reader:
         trained: true for training data, whose rows are added to `seen`.
     """
 
-    def __init__(self, dataset: Config, special: str | None, seen: dict[int, str], trained: bool):
+    def __init__(self, dataset: Config, special: str | None, seen: dict[int, str], *, trained: bool):
         kind = dataset.get("type")
         self.fields = fields_of(dataset) or Fields()
         self.names = tuple(
@@ -190,19 +185,26 @@ class _Reader:
                 if limit is not None and file.rows >= limit:
                     break
                 file.bytes += len(line)
-                line = line.removeprefix(codecs.BOM_UTF8)
-                if not line.strip():
-                    continue
-                file.rows += 1
-                try:
-                    row = orjson.loads(line)
-                except orjson.JSONDecodeError as error:
-                    file.count("bad-row", "not UTF-8" if "UTF-8" in error.msg else "not JSON", number, error.msg)
-                    continue
-                if isinstance(row, dict):
-                    self._row(file, number, row)
-                else:
-                    file.count("bad-row", "not a mapping of fields to values", number)
+                if line.removeprefix(codecs.BOM_UTF8).strip():
+                    file.rows += 1
+                    self._line(file, number, line)
+
+    def can_read(self, line: bytes) -> bool:
+        """True if a line is a row with the fields that the data set's type reads."""
+        scratch = _File("", Path())
+        self._line(scratch, 1, line)
+        return all(rule != "bad-row" for rule, _ in scratch.faults)
+
+    def _line(self, file: _File, number: int, line: bytes) -> None:
+        try:
+            row = orjson.loads(line.removeprefix(codecs.BOM_UTF8))
+        except orjson.JSONDecodeError as error:
+            file.count("bad-row", "not UTF-8" if "UTF-8" in error.msg else "not JSON", number, error.msg)
+            return
+        if isinstance(row, dict):
+            self._row(file, number, row)
+        else:
+            file.count("bad-row", "not a mapping of fields to values", number)
 
     def _row(self, file: _File, number: int, row: Row) -> None:
         fields = self.fields
@@ -288,14 +290,17 @@ def _findings(file: _File) -> Iterator[Finding]:
     """One finding per kind of mistake in a file, at the mistake's first row."""
     if file.bytes and not file.rows:  # another rule reports files of 0 bytes
         yield Finding("error", "bad-row", f"{file.key}.path", "no rows", where=str(file.path))
-    for (rule, about), mistakes in file.found.items():
+    for (rule, about), rows in file.faults.items():
         if rule == "lacks-system" and not file.has_system:
             continue
         level, problem, remedy = _WORDS[rule]
-        line, example = mistakes[0]
-        if example.startswith("fields: ") and len(mistakes) == file.rows:  # the type is wrong, not the rows
+        example = rows.first[0][1]
+        if example.startswith("fields: ") and rows.count == file.rows:  # the type is wrong, not the rows
             form = datafiles.form_of(example.removeprefix("fields: ").split(", "))
             remedy = f"set {yamlfiles.write_flow(form or {'type': {'field_output': 'answer'}})[1:-1]} to read them"
+        if rule in ("repeated-row", "leaked-row") and rows.count > 1:
+            originals = zip(rows.lines, rows.first, strict=True)
+            example = ", ".join(f"{line} = {original}" for line, (_, original) in originals)
         shown = f" ({example})" if example else ""
-        text = problem.format(n=rows_at([line for line, _ in mistakes]), about=about)
-        yield Finding(level, rule, f"{file.key}.path", f"{text}{shown}", remedy, str(file.path), line)
+        text = problem.format(n=rows, about=about)
+        yield Finding(level, rule, f"{file.key}.path", f"{text}{shown}", remedy, *rows.place)

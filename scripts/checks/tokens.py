@@ -30,10 +30,12 @@ from ..base.yamlfiles import Config
 from ..configs import datafiles
 from ..configs.substitution import stands_in
 from ..runs.eval_loss import MASKED
-from .finding import Finding, Level, rows_at
+from .finding import Faults, Finding, Level, Place
 from .installed import Tokens, as_trained, require_one_each, taught_ends, tokenize
+from .rows import Reader
 
 _NO_LIMIT = 2**24  # tokens
+_MOST_REFUSED = 20  # rows of a data set that Axolotl cannot tokenize; finding each takes ten calls or more
 
 
 class Tokenizer:
@@ -148,13 +150,16 @@ def by_token(content: Config, count: int) -> list[Row]:
     return rows
 
 
-def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[list[Finding], list[Row]]:
+def lengths(
+    content: Config, most: int | None = None, gpus: int = 1, skip_faulty: bool = False
+) -> tuple[list[Finding], list[Row]]:
     """Check each data set's tokenized rows and measure their lengths.
 
     Args:
         content: the config.
         most: approximate number of rows per data set (JSONL: evenly spaced batches; otherwise the first); None for all.
         gpus: the number of GPUs that train.
+        skip_faulty: skip the JSONL rows in which `rows.check` finds errors.
 
     Returns:
         Findings, and measures of each data set with tokenized rows: counts of all rows and of rows read; lengths of the
@@ -171,9 +176,10 @@ def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[li
         every = math.ceil(total / most) if most and total else 1
         read = _Read(tokenizer, key)
         with Bar(f"tokenize {key}", total // every) as bar:
-            rows = _numbered(tokenizer, key, dataset, every, cfg.micro_batch_size)
+            rows = _numbered(tokenizer, key, dataset, every, cfg.micro_batch_size, skip_faulty)
             for some in batched(rows if total else islice(rows, most), 1000):
-                if not read.add(some):
+                read.add(some)
+                if read.refused >= _MOST_REFUSED:
                     break
                 bar.update(read.rows)
         findings += read.findings()
@@ -199,7 +205,8 @@ def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[li
                 }
             )
             left = kept[: datafiles.not_held_out(content, len(kept))]
-            if left and cfg.sample_packing and key.startswith("datasets") and len(cfg.datasets) == every == 1:
+            is_whole = len(cfg.datasets) == every == 1 and read.rows == total
+            if left and cfg.sample_packing and key.startswith("datasets") and is_whole:
                 findings += _without_batch(cfg, left, gpus)
     return findings, measured
 
@@ -222,16 +229,24 @@ class _Read:
         self.sizes, self.learnt = list[int](), list[int]()
         # the author of an input_output row writes the end token; the stand-in's tokenizer may not know it
         self.learns_end = self.dataset["type"] == "input_output" and stands_in(tokenizer.cfg)
-        self.found: dict[tuple[str, str], list[str]] = defaultdict(list)
+        self.refused = 0
+        self.faults = Faults()
 
-    def add(self, rows: Sequence[tuple[str, Row]]) -> bool:
-        """Tokenize more rows, each with file and line; return False if Axolotl fails."""
+    def add(self, rows: Sequence[tuple[Place, Row]]) -> bool:
+        """Tokenize more rows; return False if Axolotl cannot tokenize all of them.
+
+        A refused batch is bisected, so that its other rows are read. Some rows fail only together.
+        """
+        if self.refused >= _MOST_REFUSED:
+            return False
         try:
             tokenized = self.tokenizer.tokenize(self.key, [row for _, row in rows])
         except UserError as error:
-            middle = len(rows) // 2  # bisect to the first failing row, unless the rows fail only together
-            if not middle or (self.add(rows[:middle]) and self.add(rows[middle:])):
-                self.found["bad-row", str(error).partition(": ")[2]].append(rows[middle][0])
+            middle = len(rows) // 2
+            halves = [rows[:middle], rows[middle:]] if middle else []
+            if all([self.add(half) for half in halves]):
+                self.refused += 1
+                self.faults.note("bad-row", str(error).partition(": ")[2], rows[middle][0])
             return False
         self.rows += len(rows)
         self.sizes += [len(tokens.ids) for tokens in tokenized]
@@ -239,32 +254,34 @@ class _Read:
         self.learns_end = self.learns_end or any(not self.ends.isdisjoint(tokens.labels) for tokens in tokenized)
         for (place, _), tokens in zip(rows, tokenized, strict=False):
             if not tokens.learnt and len(tokenized) == len(rows):
-                self.found["nothing-learnt", ""].append(place)
+                self.faults.note("nothing-learnt", "", place)
         if self.dataset["type"] == "chat_template":
             cfg, tokenizer = self.tokenizer.cfg, self.tokenizer.tokenizer
             self.chats = self.chats or load_strategy("chat_template", tokenizer, cfg, self.dataset)
             for place, row in rows:
                 for role in _unknown_roles(self.chats, row):
-                    self.found["unknown-role", role].append(place)
+                    self.faults.note("unknown-role", role, place)
         return True
 
     def findings(self) -> Iterator[Finding]:
         """Findings, each at the first row concerned."""
         cfg, sizes, data = self.tokenizer.cfg, self.sizes, f"{self.key}.path"
-        for (rule, about), places in self.found.items():
-            file, _, line = places[0].rpartition(":")
-            where: tuple[str, int] = (file, int(line))
-            rows = rows_at([place.removeprefix(f"{file}:") for place in places])
+        for (rule, about), rows in self.faults.items():
             if rule == "bad-row":
-                yield Finding("error", rule, data, about, "correct the rows, the type or the template", *where)
+                remedy = "correct the rows, the type or the template"
+                yield Finding("error", rule, data, f"{rows}: {about}", remedy, *rows.place)
             elif rule == "unknown-role":
                 problem = f"{rows} with the role {about[:60]}, unknown to `roles` and the template"
                 near = did_you_mean(about.lower(), [*self.chats.prompter.roles])
-                yield Finding("warning", rule, data, f"{problem}{near}", "correct it, or add it to `roles`", *where)
+                yield Finding(
+                    "warning", rule, data, f"{problem}{near}", "correct it, or add it to `roles`", *rows.place
+                )
             else:
-                level: Level = "error" if len(places) == self.rows else "warning"
+                level: Level = "error" if rows.count == self.rows else "warning"
                 problem = f"{rows} without tokens that carry loss (empty answer, or wrong role)"
-                yield Finding(level, rule, data, problem, "correct or drop these rows", *where)
+                yield Finding(level, rule, data, problem, "correct or drop these rows", *rows.place)
+        if self.refused >= _MOST_REFUSED:
+            yield Finding("note", "not-checked", data, f"stopped after {self.refused} rows that Axolotl cannot read")
         if long := sum(size > cfg.sequence_len for size in sizes):
             becomes = {"truncate": "cut", "raise": "an error"}.get(cfg.excess_length_strategy, "dropped")
             problem = f"{long} of {len(sizes)} rows exceed sequence_len, {cfg.sequence_len}: {becomes}"
@@ -330,21 +347,29 @@ def _padding(cfg: Any, kept: list[int]) -> float:
     return 1 - sum(kept) / padded if kept else 0.0
 
 
-def _numbered(tokenizer: Tokenizer, key: str, dataset: Config, every: int, batch: int) -> Iterator[tuple[str, Row]]:
+def _numbered(
+    tokenizer: Tokenizer, key: str, dataset: Config, every: int, batch: int, skip_faulty: bool = False
+) -> Iterator[tuple[Place, Row]]:
     """Rows of a data set's local files, each with file and line; for formats other than JSONL, with the row's number.
 
     Rows beyond the data set's split are left out. JSONL is read in batches of `batch` lines, of which
     every `every`th is used. Axolotl loads the other formats. Missing files have no rows."""
-    if not datafiles.jsonl_files(dataset) and any(file.is_file() for file in datafiles.local_files(dataset)):
-        return ((f"{dataset['path']}:{number}", row) for number, row in enumerate(tokenizer.load(key), start=1))
-    rows = (row for file in datafiles.jsonl_files(dataset) for row in _of_file(file, every, batch))
+    files = datafiles.jsonl_files(dataset)
+    if not files and any(file.is_file() for file in datafiles.local_files(dataset)):
+        for number, row in enumerate(tokenizer.load(key), start=1):
+            yield Place(dataset["path"], number), row
+        return
     first = datafiles.first_rows(dataset)
-    return islice(rows, first and math.ceil(first / every))
+    lines = chain.from_iterable(_lines_of(file, every, batch) for file in files)
+    reader = Reader(dataset, None, {}, trained=False)
+    for place, line in islice(lines, first and math.ceil(first / every)):
+        if not skip_faulty or reader.can_read(line):
+            for row in json_rows([line], place.file, (), place.line):
+                yield place, row
 
 
-def _of_file(file: Path, every: int, batch: int) -> Iterator[tuple[str, Row]]:
+def _lines_of(file: Path, every: int, batch: int) -> Iterator[tuple[Place, bytes]]:
     with file.open("rb") as stream:
         for number, line in enumerate(stream):
             if number // batch % every == 0 and line.strip():
-                place = f"{file}:{number + 1}"
-                yield from ((place, row) for row in json_rows([line], place, ()))
+                yield Place(str(file), number + 1), line

@@ -1,6 +1,7 @@
 """Rows that spoil a training, found with their lines, without a tokenizer."""
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +174,28 @@ def test_fields_are_those_that_axolotl_reads(kind, tiny):
     for name in needed:
         with pytest.raises(UserError, match="KeyError"):
             tokenized({other: text for other, text in row.items() if other != name} | {"some": "x"})
+
+
+def test_each_repeated_row_is_listed_with_its_original():
+    other = GOOD | {"output": "Another."}
+    ((where, says),) = found([GOOD, other, GOOD, other, other])
+    assert where == (3, "warning", "repeated-row")
+    assert "3 rows (lines 3, 4, 5): repeated (3 = train.jsonl:1, 4 = train.jsonl:2, 5 = train.jsonl:2)" in says
+
+
+def test_memory_does_not_grow_with_the_number_of_faulty_rows():
+    write("train.jsonl", [b"{"] * 30_000)
+    tracemalloc.start()
+    (finding,), _ = rows.check({"datasets": [{"path": "train.jsonl", "type": "alpaca"}]})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert finding.problem.startswith("30000 rows (lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, …): not JSON")
+    assert peak < 500_000, peak
+
+
+def test_memory_does_not_grow_with_the_kinds_of_faults():
+    findings = found([{"instruction": "a", f"output{i}": "b"} for i in range(300)])  # also one repeated row
+    says = [text for where, text in findings if where[2] == "bad-row"]
+    assert sum(int(text.split()[0]) for text in says) == 300
+    assert len(says) == 100
+    assert says[-1].startswith("201 rows (lines 100, 101, ")

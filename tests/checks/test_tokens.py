@@ -245,6 +245,39 @@ def test_roles_are_judged_by_the_rehearsals_tokenizer_where_the_models_is_missin
     assert "tokens" not in report["data"][0]
 
 
+def test_faults_of_the_text_and_of_the_tokens_are_reported_together(recipe, tmp_path, llama):
+    data = [{"path": "rows.jsonl", "type": "chat_template", "chat_template": "gemma"}]
+    (tmp_path / "own.yaml").write_text(yamlfiles.write_yaml(llama | {"datasets": data, "eot_tokens": None}))
+    fine = orjson.dumps(chat(ASKED, ANSWER))
+    lines = [fine, b"{", orjson.dumps(chat(ASKED)), orjson.dumps(chat(SYSTEM, ASKED, ANSWER)), fine]
+    lines += [orjson.dumps(chat(ASKED, said("robot", "a"), ASKED, ANSWER)), orjson.dumps({"text": "a"}), lines[3]]
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
+    (report,) = recipe.json("check", "own.yaml", "--data", code=2)
+    of_rows = [finding for finding in report["findings"] if finding["where"] == "rows.jsonl"]
+    found = sorted((finding["rule"], finding["line"]) for finding in of_rows)
+    ours = [("bad-row", 2), ("bad-row", 7), ("repeated-row", 5)]
+    of_axolotl = [("bad-row", 4), ("nothing-learnt", 3), ("unknown-role", 6)]
+    assert found == sorted([*ours, *of_axolotl])
+    (refused,) = (finding for finding in of_rows if (finding["rule"], finding["line"]) == ("bad-row", 4))
+    assert refused["problem"].startswith("2 rows (lines 4, 8): Axolotl cannot tokenize"), refused
+    assert not any("skipped tokenizing" in finding["problem"] for finding in report["findings"])
+
+
+def test_a_wrong_gpu_or_a_missing_second_file_hides_no_row(recipe, tmp_path, llama):
+    data = [{"path": "rows.jsonl", "type": "alpaca"}, {"path": "gone.jsonl", "type": "alpaca"}]
+    (tmp_path / "own.yaml").write_text(yamlfiles.write_yaml(llama | {"datasets": data, "bf16": True}))
+    (tmp_path / "rows.jsonl").write_bytes(orjson.dumps(ROW) + b"\n" + orjson.dumps(ROW | {"output": ""}) + b"\n")
+    (report,) = recipe.json("check", "own.yaml", "--data", "--gpu", "T4", code=2)
+    rules = {finding["name"] for finding in report["findings"]}
+    assert {"gpu-lacks:bf16", "missing-file:datasets.1.path", "nothing-learnt:datasets.0.path"} <= rules, rules
+
+
+def test_reading_stops_after_twenty_rows_that_axolotl_refuses(llama, place):
+    kind = {"type": "chat_template", "chat_template": "gemma", "eot_tokens": None}
+    found = judged(llama, [chat(ASKED, ANSWER), *[chat(ASKED, ASKED, ANSWER)] * 50], **kind)
+    assert found[:2] == [("error", "bad-row", 2), ("note", "not-checked", None)]
+
+
 def test_run_asks_axolotl_before_it_starts_on_a_gpu(recipe, tmp_path, tiny_profile, monkeypatch):
     monkeypatch.setattr(gpus, "here", lambda: gpus.find("H100"))
     done = recipe.fails("run", "haider2024/code-llama-7b", "--profile", tiny_profile, "--set", "sequence_len=8")
