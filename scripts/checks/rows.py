@@ -150,6 +150,7 @@ def check(config: Config, skipped: Collection[str] = ()) -> tuple[list[Finding],
                     "files": [str(file.path) for file in files] or [*map(str, there)],
                     "rows": sum(file.rows for file in files) if files else None,  # Axolotl loads other formats
                     "bytes": sum(file.bytes for file in files) or sum(path.stat().st_size for path in there),
+                    "unread_fields": sorted(reader.unread),
                 }
             )
     return findings, read
@@ -163,6 +164,9 @@ class Reader:
         special: a regular expression for the tokenizer's special tokens, if they are known.
         seen: file and line where each training row first occurs, by the hash of its text.
         trained: true for training data, whose rows are added to `seen`.
+
+    Attributes:
+        unread: text fields of the rows that the type does not read, at most `Faults.MOST_SUBJECTS`.
     """
 
     def __init__(self, dataset: Config, special: str | None, seen: dict[int, str], *, trained: bool):
@@ -177,6 +181,7 @@ class Reader:
         self.needs_input = isinstance(kind, dict) and kind.get("format") and not kind.get("no_input_format")
         self.seen = seen
         self.trained = trained
+        self.unread = set[str]()
 
     def read(self, file: _File, limit: int | None) -> None:
         """Count a file's rows, up to a limit, and their mistakes."""
@@ -226,6 +231,9 @@ class Reader:
                 file.count("bad-row", f"the field {name} is {'not text' if name in row else 'missing'}{hint}", number)
             elif name == fields.reference and not (value or "").strip():
                 file.count("empty-reference", name, number)
+        for name in row:
+            if name not in self.names and isinstance(row[name], str) and len(self.unread) < Faults.MOST_SUBJECTS:
+                self.unread.add(name)
         if fields.items:
             self._items(file, number, row)
         if self.needs_input and not row.get(fields.optional[0]):

@@ -204,11 +204,12 @@ def new_verb(
     other = new.for_model(from_, model) if model else None
     request = compose.Request(from_, overrides=[*(other.overrides if other else []), *overrides])
     composed = compose.compose(request)
-    found = check.examine(composed, data=data is not None).findings
-    refuse([finding for finding in found if finding.scope not in ("code", "data", "file")])
+    report = check.examine(composed, data=data is not None)
+    found = report.findings
+    refuse([finding for finding in found if finding.scope not in ("code", "file") and finding.rule != "not-prepared"])
     print(new.write(name, from_, overrides, other))
-    of_data = new.reasons(from_, composed.config, set_ or []) if data else []
-    of_data += [str(finding) for finding in found if finding.rule == "bad-row"]
+    unread: list[str] = next((read["unread_fields"] for read in report.data), [])
+    of_data = new.reasons(from_, composed.config, set_ or [], unread) if data else []
     for line in [*(other.not_known if other else []), *of_data, *new.of_hardware(from_)]:
         say(line)
     if not model and any(override.startswith("base_model=") for override in overrides):

@@ -133,10 +133,10 @@ def for_data(base: str, file: Path) -> list[str]:
     return [f"{key}={yamlfiles.write_flow(value)}" for key, value in changes.items()]
 
 
-def reasons(base: str, composed: Config, overrides: Iterable[str]) -> list[str]:
+def reasons(base: str, composed: Config, overrides: Iterable[str], unread: list[str]) -> list[str]:
     """Give the reasons for those settings of a variant that the user's rows require, one per line.
 
-    Settings named in `overrides` are not explained.
+    Settings named in `overrides` are not explained. The last line lists text fields that are not read.
     """
     entry = {key: value for key, value in composed["datasets"][0].items() if key != "path"}
     rows = datafiles.training_rows(composed | {"val_set_size": 0})
@@ -152,6 +152,8 @@ def reasons(base: str, composed: Config, overrides: Iterable[str]) -> list[str]:
     if entry.get("type") == "chat_template":
         lines["chat_template"] = f"chat template: {composed.get('chat_template')}, because the rows are chats"
     overridden = {re.split("[.=]", override)[0] for override in overrides}
+    if unread:
+        lines["unread"] = f"not used: {' and '.join(unread)}; add the text to a field that is used, or --set the fields"
     return [line for key, line in lines.items() if key not in overridden]
 
 

@@ -213,8 +213,52 @@ def test_a_variant_for_rows_of_ones_own(recipe, tmp_path, monkeypatch):
     assert done.returncode == 0 and "fp16: true, bf16: false" in done.stderr and "held out: 2 of 30" in done.stderr
     other = yamlfiles.read_yaml(tmp_path / "variants" / "other.yaml")
     assert (other["val_set_size"], other.get("test_datasets")) == (new.HELD_OUT, None)
-    wrong = recipe("new", "wrong", "--data", "rows.jsonl", "--set", "datasets.0.type=alpaca")
-    assert (wrong.returncode, wrong.stderr.count("[bad-row:datasets.0.path]")) == (0, 1)
-    assert "rows: " not in wrong.stderr and "chat template: " not in wrong.stderr
-    for variant in ("mine", "wrong"):  # as the former value only
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 30)
+    given = recipe.ok("new", "given", "--data", "rows.jsonl", "--set", "datasets.0.type=alpaca")
+    assert "rows: " not in given.stderr and "chat template: " not in given.stderr
+    for variant in ("mine", "given"):  # as the former value only
         assert (tmp_path / "variants" / f"{variant}.yaml").read_text().count("data/gsm8k") == 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "line"),
+    [
+        (['{"question": "a", "answer": "b"}', "{"], 2),
+        (['{"question": "a", "answer": "b"}', '{"question": 1, "answer": "b"}'], 2),
+        (['{"messages": [{"role": "user", "content": "a"}]}', '{"messages": [], "system": ""}'], 2),
+    ],
+)
+def test_broken_rows_leave_the_name_free(recipe, tmp_path, lines, line):
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    done = recipe.fails("new", "mine", "--data", "rows.jsonl")
+    assert f"rows.jsonl:{line}: error: datasets.0.path: " in done.stderr
+    assert "next: " not in done.stderr
+    assert not (tmp_path / "variants").exists()
+    (tmp_path / "rows.jsonl").write_text(f"{lines[0]}\n" * 9)
+    recipe.ok("new", "mine", "--data", "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("rows", "unread"),
+    [
+        ([{"question": "a", "answer": "b", "context": "c"}], "context"),
+        ([{"prompt": "a", "completion": "b", "response": "c"}], "response"),
+        ([{"text": "a", "label": "b"}], "label"),
+        ([{"text": "a"}, {"text": "a", "title": "b", "length": 3, "id": "4"}], "id and title"),
+        ([{"messages": [{"role": "user", "content": "a"}], "source": "b", "tools": []}], "source"),
+        ([{"text": "a", "label": 3}], None),
+        ([{"instruction": "a", "input": "b", "output": "c"}], None),
+    ],
+)
+def test_text_fields_that_are_not_used_are_named(recipe, tmp_path, rows, unread):
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(map(orjson.dumps, rows * 9)))
+    done = recipe.ok("new", "mine", "--data", "rows.jsonl")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("not used: ")]
+    assert [line.partition(";")[0] for line in lines] == [f"not used: {unread}"] * bool(unread)
+
+
+def test_a_field_that_is_set_is_used(recipe, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b", "context": "c"}\n' * 9)
+    kind = "{field_instruction: question, field_input: context, field_output: answer}"
+    done = recipe.ok("new", "mine", "--data", "rows.jsonl", "--set", f"datasets.0.type={kind}")
+    assert "not used" not in done.stderr
