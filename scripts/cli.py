@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
@@ -30,6 +30,16 @@ class _Verbs(Verbs):
     """Verbs in the order of use; Typer would list groups of verbs last."""
 
     EXAMPLES = "First steps"
+    OTHER_WORDS: ClassVar[dict[str, str]] = {
+        "train": "run",
+        "finetune": "run",
+        "preprocess": "data prepare",
+        "prepare": "data prepare",
+        "fetch": "data fetch",
+        "download": "data fetch",
+        "merge": "publish --merge",
+        "compare": "diff or results",
+    }
     ORDER = (
         *("list", "show", "diff", "new"),
         *("data", "check", "plan"),
@@ -48,7 +58,7 @@ app = typer.Typer(
     no_args_is_help=True,
     epilog=FIRST_STEPS,
     rich_markup_mode=None,
-    suggest_commands=False,  # click suggests them already
+    suggest_commands=False,  # `Verbs` suggests them
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -49,6 +49,24 @@ def test_files_profiles_studies_and_data_sets_by_a_part(recipe, tmp_path, words,
     assert says in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("trian", "mine"), "'trian'; did you mean run?"),
+        (("train",), "'train'; did you mean run?"),
+        (("chek", "mine"), "'chek'; did you mean check?"),
+        (("prepare",), "'prepare'; did you mean data prepare?"),
+        (("data", "fecth"), "'fecth'; did you mean fetch?"),
+        (("data", "x"), "'x'; there are fetch, prepare"),
+        (("study", "nwe"), "'nwe'; did you mean new?"),
+        (("run", "mine", "--reherse"), "Did you mean '--rehearse'?"),
+        (("--rnus", "x", "list"), "Did you mean '--runs'?"),
+    ],
+)
+def test_a_misspelt_verb_or_option_names_the_nearest(recipe, words, says):
+    assert says in recipe.fails(*words).stderr
+
+
 def test_a_study_of_one_recipe_keeps_its_name(recipe, runs):
     Path("recipes", "sums2030", "wide.yaml").unlink()
     done = recipe("show", "sums2030")
