@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from shutil import get_terminal_size
@@ -12,7 +12,8 @@ import click
 import orjson
 
 from .base.files import Row
-from .base.progress import broken, harmless, masked
+from .base.progress import broken, harmless
+from .base.secrets import public
 from .base.yamlfiles import write_flow
 
 
@@ -153,15 +154,7 @@ def _arranged(
 
 def print_json(value: Any) -> None:
     """Print JSON on stdout, without secrets."""
-    print(orjson.dumps(_masked(value), option=orjson.OPT_INDENT_2).decode())
-
-
-def _masked(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _masked(below) for key, below in value.items()}
-    if isinstance(value, list | tuple | Iterator):
-        return [_masked(below) for below in value]
-    return masked(value) if isinstance(value, str) else value
+    print(orjson.dumps(public(value), option=orjson.OPT_INDENT_2).decode())
 
 
 def show(json: bool, records: Any, tables: Iterable[Table], notes: Iterable[str] = ()) -> None:

@@ -16,7 +16,8 @@ from pydantic import AfterValidator, BaseModel, StringConstraints, ValidationErr
 from ..base import yamlfiles
 from ..base.errors import UserError
 from ..base.progress import say_once
-from ..configs.config import merge
+from ..base.secrets import is_secret
+from ..configs.config import flatten, merge
 from ..runs.records import Job, JobState
 from ..runs.tasks import Step
 
@@ -97,6 +98,9 @@ def _site(content: dict[str, Any], where: str) -> Site:
     own = {key: content[key] for key in ("gpu", "prefix", "setup") if key in content}
     of_step = {key: content[key] for key in STEPS if key in content}
     options = {key: value for key, value in content.items() if key not in own | of_step}
+    for key, value in flatten(content):
+        if is_secret(key, value):
+            raise UserError(f"{where}: {key}: a secret, which would be stored in the job's script; export it instead")
     try:
         return Site.model_validate(own | {"of_step": of_step, "options": options})
     except ValidationError as error:

@@ -1,7 +1,5 @@
 """Messages and progress of a command, on stderr, without secrets."""
 
-import json
-import os
 import re
 import sys
 import textwrap
@@ -17,48 +15,7 @@ from typing import Any, Self
 import orjson
 
 from .files import Row, reading
-
-_TOKEN = (
-    r"(?-i:(?<![A-Za-z0-9])(hf_(?=[a-z]*[\dA-Z])[A-Za-z0-9]{10,}|hf_[a-z]{16,}|gh[oprsu]_[A-Za-z0-9]{10,}"
-    r"|github_pat_\w{10,}|[sp]k(-|_(live|test)_)(?=[\w-]*\d)[\w-]{16,}|glpat-[\w-]{10,}|npm_[A-Za-z0-9]{16,}|pypi-[\w-]{16,}"
-    r"|xox[a-z]-[\w-]{10,}|wandb_v\d_\w{10,}|(AKIA|ASIA)[A-Z0-9]{12,}|AIza[\w-]{20,}|eyJ[\w-]{10,}\.[\w-]+))"
-)
-"""Access tokens, by their issuers' prefixes."""
-_NAMES_SECRET = re.compile(
-    r"(api_?key|secret(_key)?|access_key|private_key|passw(or)?d|credentials?|authorization)$", re.IGNORECASE
-)
-_OF_TOKENIZERS = "bos eos pad unk sep cls mask eot eom boi eoi image audio video start end stop special assistant user"
-_NAMES_TOKEN = re.compile(rf"(^|\.)(?!({_OF_TOKENIZERS.replace(' ', '|')})_token)[^.]*(?<!per_)token$", re.IGNORECASE)
-_SECRET_VALUE = re.compile(
-    rf"{_TOKEN}"
-    r"|(?<=://)[^\s@/:]*:(?!\d+/)[^\s@]+(?=@)"
-    r"|(?<![\w.-])(?P<key>[\w.-]*(api[_-]?key|secret|passw(or)?d|(?<!_)token|hub_token|auth_token)(=|[\"']\s?:\s?))"
-    # dots and {placeholders} stand for a secret, unless more follows
-    r"(?!true\b|false\b|null\b|None\b|\s|[\"']?(\.{3,}+|\{\w+\})(?![^\s\"'`,;)}\]>]))[^\s,;]+"
-)
-MASK = "[a secret]"
-
-
-def is_secret(key: str, value: Any = None) -> bool:
-    """True if a dotted key names a secret, or the value looks like one.
-
-    Tokens of tokenizers, such as `special_tokens.pad_token`, are not secrets.
-    """
-    name = key.replace("-", "_")
-    if _NAMES_SECRET.search(name):
-        return True
-    if _NAMES_TOKEN.search(name) and not name.startswith("special_tokens.") and not name.endswith("use_auth_token"):
-        return True
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return masked(text) != text
-
-
-def masked(text: str) -> str:
-    """Mask secrets in a text: HF_TOKEN's value, and anything that looks like a secret."""
-    if len(token := os.environ.get("HF_TOKEN", "")) > 3:  # a placeholder such as 0 occurs in many texts
-        text = text.replace(token, MASK)
-    return _SECRET_VALUE.sub(lambda found: (found["key"] or "") + MASK, text)
-
+from .secrets import masked
 
 PART = "QLORA_RECIPES_PART"  # set for commands that another command starts; only the outermost suggests next steps
 

@@ -13,6 +13,7 @@ import yaml
 
 from .errors import UserError
 from .files import reading
+from .secrets import MASK, masked_comments, names_secret
 
 Config = dict[str, Any]
 
@@ -126,6 +127,33 @@ def read_yaml(file: Path) -> Config:
     if not isinstance(content, dict):
         raise UserError(f"{file}: not a mapping of keys to values")
     return content
+
+
+def masked_yaml(file: Path) -> str:
+    """Text of a YAML file, with secrets masked by key, also in comments, and by value.
+
+    Raises:
+        UserError: see `read_yaml`.
+    """
+    read_yaml(file)
+    text = read_text(file).removeprefix("\ufeff")
+    for start, end in sorted(set(_secret_parts(_composed(text))), reverse=True):
+        ending = "\n" if text[start:end].endswith("\n") else ""
+        text = text[:start] + MASK + ending + text[end:]
+    return masked_comments(text)
+
+
+def _secret_parts(node: Any, key: str = "") -> Iterator[tuple[int, int]]:
+    """Start and end of each scalar below a key that names a secret."""
+    if isinstance(node, yaml.ScalarNode):
+        if names_secret(key):
+            yield node.start_mark.index, node.end_mark.index
+        return
+    for item in node.value:
+        if isinstance(node, yaml.MappingNode):
+            yield from _secret_parts(item[1], f"{key}.{item[0].value}".lstrip("."))
+        else:
+            yield from _secret_parts(item, key)
 
 
 def sources(file: Path) -> dict[str, str]:

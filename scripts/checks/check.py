@@ -9,7 +9,6 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row
 from ..base.hub import importing_axolotl
-from ..base.progress import MASK, is_secret
 from ..base.yamlfiles import Config
 from ..configs import compose, models, substitution
 from ..configs.compose import Composed, Request
@@ -333,13 +332,7 @@ def placed(findings: Iterable[Finding], composed: Composed) -> Iterator[Finding]
             key, changed = f"{finding.key}.", f"{difference.key}."
             if key.startswith(changed) or changed.startswith(key):
                 file = composed.files.get(difference.key)
-                finding.where = _without_secret(difference.why, difference.key)
+                finding.where = difference.public().why
         if file:
             finding.where, finding.line = paths.shown(file), yamlfiles.line_of(file, finding.key)
         yield finding
-
-
-def _without_secret(option: str, key: str) -> str:
-    """An option such as `--set key=value`, with a secret value masked."""
-    head, _, value = option.partition("=")
-    return f"{head}={MASK}" if value and is_secret(key) else option

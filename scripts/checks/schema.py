@@ -13,7 +13,7 @@ from typing import Any
 from ..base import yamlfiles
 from ..base.errors import UserError, did_you_mean
 from ..base.paths import RECIPES
-from ..base.progress import is_secret
+from ..base.secrets import is_secret
 from ..base.yamlfiles import Config
 from ..configs.config import override
 from .finding import Finding

@@ -3,7 +3,7 @@
 import re
 
 from ..base.machine import torch_cuda
-from ..base.progress import is_secret
+from ..base.secrets import is_secret, names_secret, public
 from ..configs import substitution
 from ..configs.config import flatten
 from ..configs.gpus import deepspeed_of
@@ -208,9 +208,22 @@ def engine_needs_gpus(case: Case) -> Problems:
 def secret(case: Case) -> Problems:
     """The config is stored in the run's folder, which users may share."""
     for key, value in flatten(case.config):
-        if isinstance(value, str | list) and is_secret(key, value):
-            what = "this secret " if is_secret(key) else "contains a secret, which "
-            yield "error", key, f"{what}would be stored in the run's folder", "use an environment variable instead"
+        if value is None or isinstance(value, bool):
+            continue
+        if names_secret(key):
+            yield "error", key, "this secret would be stored in the run's folder", "use an environment variable instead"
+        elif is_secret(key, value):
+            problem = "contains a secret, which would be stored in the run's folder"
+            yield "error", key, problem, "use an environment variable instead"
+
+
+@rule
+def address_parameter(case: Case) -> Problems:
+    """An unknown parameter of an address can be a signature, and the config is stored in the run's folder."""
+    for key, value in flatten(case.config):
+        if not is_secret(key, value) and public(value) != value:
+            problem = "a parameter of this address can be a secret, and would be stored in the run's folder"
+            yield "error", key, problem, "download the file, and name its path"
 
 
 @rule

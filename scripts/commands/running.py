@@ -9,6 +9,7 @@ from .. import tables
 from ..base import paths, yamlfiles
 from ..base.files import Row
 from ..base.progress import say
+from ..base.secrets import public
 from .help import Verb, after_training, next_step
 from .options import (
     WHERE,
@@ -103,7 +104,8 @@ def run_verb(
     if dry_run:
         composed = run.prepare(request, backend)
         own = yamlfiles.read_yaml(composed.recipe_file)  # print the recipe's own output folders, for plain Axolotl
-        print(yamlfiles.write_yaml(composed.config | {key: own[key] for key in OF_THE_RUN if key in own}), end="")
+        shown = composed.config | {key: own[key] for key in OF_THE_RUN if key in own}
+        print(yamlfiles.write_yaml(public(shown)), end="")
     else:
         folder = run.start(request, backend)
         print(folder.path)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
+from ..base.secrets import MASK, masked, names_secret, public
 from ..base.yamlfiles import Config, parse
 
 TRACKING = re.compile("(use_|hf_)?(wandb|mlflow|comet|trackio|swanlab|tensorboard|otel)(_|$)")
@@ -118,9 +119,17 @@ class Difference:
     run: Any = None
     why: str
 
+    def public(self) -> "Difference":
+        """The difference with secrets masked."""
+        why = masked(self.why)
+        if names_secret(self.key):
+            why = re.sub("(?s)=.*", f"={MASK}", self.why)  # the option `--set key=value`
+        return Difference(key=self.key, recipe=public(self.recipe, self.key), run=public(self.run, self.key), why=why)
+
     def __str__(self) -> str:
-        recipe, run = (str(value).partition("\n")[0] for value in (self.recipe, self.run))  # first lines only
-        return f"{self.key}: {recipe} -> {run}  ({self.why})"
+        shown = self.public()
+        recipe, run = (str(value).partition("\n")[0] for value in (shown.recipe, shown.run))  # first lines only
+        return f"{self.key}: {recipe} -> {run}  ({shown.why})"
 
 
 def chained(first: Sequence[Difference], second: Sequence[Difference]) -> list[Difference]:
@@ -181,4 +190,8 @@ def recipe_diff(a: str, b: str | None) -> list[dict[str, Any]]:
         return recipe_diff(above, a)
     first, second = (yamlfiles.read_yaml(paths.find_recipe(name)[1]) for name in (a, b))
     differing = differences(first, second).items()
-    return [{"key": key, a: left, b: right} for key, (left, right) in differing if key not in OF_THE_RUN]
+    return [
+        {"key": key, a: public(left, key), b: public(right, key)}
+        for key, (left, right) in differing
+        if key not in OF_THE_RUN
+    ]

@@ -11,9 +11,10 @@ from .. import backends, tables
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row, json_rows, sha256
-from ..base.progress import is_secret
+from ..base.secrets import public
 from ..base.yamlfiles import on_one_line
 from ..configs import config
+from ..configs.config import Difference
 from ..metrics import registry
 from ..metrics.metric import Column
 from ..results import listing
@@ -64,8 +65,7 @@ class ReportedRun(RunResult):
                 "this run": on_one_line(d.run),
                 "why": d.why,
             }
-            for d in self.run.differences
-            if not is_secret(d.key, [d.recipe, d.run])
+            for d in map(Difference.public, self.run.differences)
         ]
 
     @cached_property
@@ -80,7 +80,7 @@ class ReportedRun(RunResult):
         of_recipe = (
             dict.fromkeys(yamlfiles.read_yaml(file), "the recipe") | yamlfiles.sources(file) if file.is_file() else {}
         )
-        why = {f"{difference.key}.": difference.why for difference in self.run.differences}
+        why = {f"{difference.key}.": difference.public().why for difference in self.run.differences}
         return [
             {
                 "setting": key,
@@ -88,8 +88,7 @@ class ReportedRun(RunResult):
                 "source": next((why[changed] for changed in why if f"{key}.".startswith(changed)), None)
                 or of_recipe.get(key.partition(".")[0], "set by the run"),
             }
-            for key, value in config.flatten(self.config)
-            if not is_secret(key, value)
+            for key, value in config.flatten(public(self.config))
         ]
 
     @property
@@ -124,13 +123,13 @@ class ReportedRun(RunResult):
 
     @property
     def records(self) -> dict[str, list[tuple[str, str | None]]]:
-        """Keys and values in the run's files, except secrets and values shown in other tables."""
+        """Keys and values in the run's files, except values shown in other tables."""
         apart = {"differences", "of_variant", "data", "launches"}
         files = {"run.json": self.run.model_dump(exclude=apart)}
         if self.evaluation:
             files["scores.json"] = self.evaluation.model_dump()
         return {
-            name: [(key, on_one_line(value)) for key, value in config.flatten(content) if not is_secret(key, value)]
+            name: [(key, on_one_line(value)) for key, value in config.flatten(public(content))]
             for name, content in files.items()
         }
 

@@ -14,7 +14,7 @@ from ..base.errors import UserError
 from ..base.files import Row, embedding_rows, read_json, sha256
 from ..base.hub import importing_axolotl
 from ..base.paths import template_environment
-from ..base.progress import is_secret, masked
+from ..base.secrets import names_secret, public
 from ..configs import config, datafiles, models
 from ..data import study
 from ..data.declaration import Data
@@ -99,7 +99,7 @@ def _facts(result: RunResult, evaluation: Evaluation | None) -> Row:
         "licence": about.get("licence"),
         "config": shown,
     }
-    return _public(facts, Path(run.cwd))
+    return _without_folders(public(facts), Path(run.cwd))
 
 
 def _template() -> Any:
@@ -117,7 +117,7 @@ def _template() -> Any:
 
 def is_private(key: str) -> bool:
     """True if a dotted key holds a secret, a local folder, an account or a host."""
-    return bool(_NOT_SHOWN.match(key)) or is_secret(key)
+    return bool(_NOT_SHOWN.match(key)) or names_secret(key)
 
 
 def _sets_private(override: str) -> bool:
@@ -212,24 +212,21 @@ def _command(run: Row) -> str:
     return shlex.join(words)
 
 
-def _public(value: Any, cwd: Path, key: str = "") -> Any:
-    """Remove secrets from a value, and shorten local paths.
+def _without_folders(value: Any, cwd: Path) -> Any:
+    """Shorten local paths in a value.
 
     A path below `cwd` becomes relative. Any other path is cut to its last part.
     """
     if isinstance(value, dict):
-        below_tokens = key == "special_tokens"
-        kept = {name: below for name, below in value.items() if below_tokens or not is_secret(str(name))}
-        return {name: _public(below, cwd, name) for name, below in kept.items()}
+        return {name: _without_folders(below, cwd) for name, below in value.items()}
     if isinstance(value, list):
-        return [_public(below, cwd) for below in value]
+        return [_without_folders(below, cwd) for below in value]
     if not isinstance(value, str):
         return value
-    value = masked(value)
     path = Path(value)
     if ".." in path.parts or (path.is_absolute() and len(path.parts) > 2):
         return str(path.relative_to(cwd)) if path.is_relative_to(cwd) else path.name
-    return _LOCAL_PATH.sub(lambda found: _public(found[0].removeprefix("file://"), cwd), value)
+    return _LOCAL_PATH.sub(lambda found: _without_folders(found[0].removeprefix("file://"), cwd), value)
 
 
 def _code(value: Any) -> str:

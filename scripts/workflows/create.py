@@ -8,6 +8,7 @@ from pathlib import Path
 from ..base import paths, yamlfiles
 from ..base.files import sha256, write_atomically
 from ..base.progress import say, say_once
+from ..base.secrets import masked
 from ..base.yamlfiles import Config
 from ..checks import trust
 from ..configs import datafiles, substitution
@@ -62,12 +63,12 @@ def record_of(composed: Composed, request: Request) -> Run:
         digest=composed.digest,
         rehearsal=composed.rehearsal,
         profiles=composed.profiles,
-        overrides=request.overrides,
+        overrides=[*map(masked, request.overrides)],
         forced=request.force,
         gpus_used=request.gpus,
         nodes=request.nodes,
-        differences=composed.differences,
-        of_variant=composed.of_variant,
+        differences=[difference.public() for difference in composed.differences],
+        of_variant=[difference.public() for difference in composed.of_variant],
         data=composed.data,
         named_files=datafiles.named_files(composed.config),
         test_data=datafiles.test_file(composed.config),

@@ -75,6 +75,7 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"pretraining_dataset": [DATA]}, "error", "no-data:pretraining_dataset", "completion"),
     ({"test_datasets": None, "val_set_size": 2000}, "error", "no-data:val_set_size", "2000"),
     ({"hub_model_id": "x", "wandb_api_key": "x"}, "error", "secret:wandb_api_key", ""),
+    ({"mlflow_tracking_uri": "https://x.org/?id=1"}, "error", "address-parameter:mlflow_tracking_uri", ""),
     (data(path="gone.jsonl"), "error", "missing-file:datasets.0.path", "gone.jsonl"),
     (data(path="data/codereviewer/trian.jsonl"), "error", "missing-file:datasets.0.path", "train.jsonl"),
     (data(path="data/codereviewer/test-subset-2.jsonl"), "error", "not-prepared:datasets.0.path", "codereviewer`"),

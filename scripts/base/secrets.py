@@ -1,0 +1,130 @@
+"""Secrets: recognition by key and by value, and masking of everything that leaves the program."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+MASK = "***"
+
+_OF_TOKENIZERS = "bos eos pad unk sep cls mask eot eom boi eoi image audio video start end stop special assistant user"
+_NAME = (
+    rf"(?i:(?!(?:{_OF_TOKENIZERS.replace(' ', '|')})_token\b)[\w-]*(?:api[_-]?key|access[_-]?key([_-]?id)?"
+    r"|account[_-]?key|private[_-]?key|secret([_-]?key)?|passw(or)?d|passphrase|credentials?|authorization"
+    r"|connection[_-]?string|webhook([_-]url)?|(?<!per_)(?<!use_auth_)token)|(?:x-[\w-]*)?signature|sig)"
+)
+"""Names of keys, variables and parameters that hold a secret. Tokens of tokenizers, such as `pad_token`, are not."""
+_KEY = re.compile(rf"(^|\.){_NAME}(\.|$)")
+_VARIABLE = re.compile(_NAME)
+_TOKEN = (
+    r"(?<![A-Za-z0-9])(?:hf_(?=[a-z]*[\dA-Z])[A-Za-z0-9]{10,}|hf_[a-z]{16,}|gh[oprsu]_[A-Za-z0-9]{10,}"
+    r"|github_pat_\w{10,}|[sp]k(?:-|_(?:live|test)_)(?=[\w-]*\d)[\w-]{16,}|glpat-[\w-]{10,}|npm_[A-Za-z0-9]{16,}"
+    r"|pypi-[\w-]{16,}|xox[a-z]-[\w-]{10,}|wandb_v\d_\w{10,}|(?:AKIA|ASIA)[A-Z0-9]{12,}|AIza[\w-]{20,}"
+    r"|ya29\.[\w-]{16,}|nvapi-[\w-]{16,}|gsk_[A-Za-z0-9]{16,}|dapi[0-9a-f]{32}|eyJ[\w-]{10,}\.[\w.-]+)"
+)
+"""Access tokens, by their issuers' prefixes."""
+# $VARIABLE and $(command) read a secret; dots and {placeholders} stand for one, unless more follows
+_NO_VALUE = r"(?![\"']?(?:`|\$[({A-Z_])|\*\*\*|true\b|false\b|null\b|None\b|\s|[\"']?(?:\.{3,}+|\{\w+\})(?![^\s\"'`,;)}\]>]))"
+_SECRET = re.compile(
+    rf"{_TOKEN}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END|\Z)"
+    r"|(?P<scheme>\bBearer\s+)(?=[A-Za-z]*[\d._~+/=-]+\w|[A-Za-z]{16})[\w.~+/=-]{8,}"
+    rf"|(?P<key>(?<![\w-]){_NAME}(?:=(?!=)|\\?[\"']\s?:\s?)|(?<=[{{\"']){_NAME}:\s){_NO_VALUE}"
+    r"(?:(?i:bearer|basic|token)\s+)?(?:\\?\"[^\"\n]*\"|'[^'\n]*'|[^\s,;]+)"
+)
+_COMMENT = re.compile(rf"(?m)(?P<key>#[ \t#-]*(?:[\w-]+\.)*{_NAME}[ \t]*:[ \t]+)[^\s#]\S*[ \t]*$")
+_ADDRESS = re.compile(r"(?i:https?)?://[^\s\"'<>`]*[^\s\"'<>`.,:;!?)\]}]")
+_PASSWORD = re.compile(r"(?<=://)[^@/:]*:(?!\d+/)[^@]+(?=@)")
+_USER_OF_WEB = re.compile(r"(?i)(?<=tps://|ttp://)[^@/?#]+(?=@)")
+_PARAMETER = re.compile(r"([?&;#])([^=&;#?]*)(=?)([^&;#?]*)")
+_SHOWN = {"download", "revision", "split", "ref", "path", "export", "format", "raw", "dl", "version"}
+"""Parameters of an address that are shown; any other can sign a request."""
+_SHOWN_VALUE = re.compile(r"(?:[\w.,:@/+~-]|%2[0Ff])*")  # not an encoded address with parameters of its own
+
+
+def names_secret(key: str) -> bool:
+    """True if a dotted key, or a key above it, names a secret."""
+    return bool(_KEY.search(key)) and not re.search(r"(^|\.)special_tokens\.", key)
+
+
+def is_secret(key: str, value: Any = None) -> bool:
+    """True if a dotted key names a secret, or the value contains one."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return names_secret(key) or _without_tokens(text) != text
+
+
+def masked(text: str) -> str:
+    """Mask secrets in a text, and parameters of addresses except those of `_SHOWN`."""
+    return _without_tokens(_ADDRESS.sub(_shown_address, text))
+
+
+def masked_comments(text: str) -> str:
+    """Mask `key: value` of secrets in the comments of a YAML text; other text is unchanged."""
+    return _COMMENT.sub(lambda found: found["key"] + MASK, text)
+
+
+def public(value: Any, key: str = "") -> Any:
+    """Copy of a value for people and files, with secrets masked by key and by value.
+
+    Args:
+        value: text, number, or nested lists and mappings.
+        key: dotted key of the value.
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    if names_secret(key):
+        return MASK
+    if isinstance(value, dict):
+        return {masked(str(name)): public(below, f"{key}.{name}".lstrip(".")) for name, below in value.items()}
+    if isinstance(value, list | tuple | Iterator):
+        return [public(below, key) for below in value]
+    return masked(value) if isinstance(value, str) else value
+
+
+def _without_tokens(text: str) -> str:
+    for secret in _of_environment():
+        text = text.replace(secret, MASK)
+    text = _ADDRESS.sub(_without_password, text)
+    return _SECRET.sub(lambda found: (found["scheme"] or found["key"] or "") + MASK, text)
+
+
+def _of_environment() -> list[str]:
+    """Values of variables such as HF_TOKEN; a placeholder such as 0 occurs in many texts."""
+    return [value for name, value in os.environ.items() if len(value) > 7 and _is_secret_variable(name)]
+
+
+@cache
+def _is_secret_variable(name: str) -> bool:
+    return bool(_VARIABLE.fullmatch(name))
+
+
+def _without_password(found: re.Match[str]) -> str:
+    """Address without user and password; other schemes than http can have a name before @."""
+    before, at, behind = found[0].rpartition("@")
+    return _USER_OF_WEB.sub(MASK, _PASSWORD.sub(MASK, before + at)) + behind
+
+
+def _shown_address(found: re.Match[str]) -> str:
+    """Address without the values of parameters that are not in `_SHOWN`."""
+    address = found[0]
+    first = re.search("[?#]", address)
+    if not first:
+        return address
+    is_web = not address.startswith("://")
+    parameters = _PARAMETER.sub(lambda part: _shown_parameter(part, is_web), address[first.start() :])
+    return address[: first.start()] + parameters
+
+
+def _shown_parameter(found: re.Match[str], is_web: bool) -> str:
+    separator, name, equals, value = found.groups()
+    if name in _SHOWN and _SHOWN_VALUE.fullmatch(value):
+        return found[0]
+    if not equals and (separator == "#" or not is_web):  # a place in a page, or a pattern of files
+        return found[0]
+    if not name:
+        return found[0] if not value else separator + MASK
+    if re.fullmatch(r"[A-Za-z][\w.-]{0,40}", name) and value.strip("="):
+        return f"{separator}{name}={MASK}"
+    return separator + MASK
