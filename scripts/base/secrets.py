@@ -26,7 +26,9 @@ _TOKEN = (
 )
 """Access tokens, by their issuers' prefixes."""
 # $VARIABLE and $(command) read a secret; dots and {placeholders} stand for one, unless more follows
-_NO_VALUE = r"(?![\"']?(?:`|\$[({A-Z_])|\*\*\*|true\b|false\b|null\b|None\b|\s|[\"']?(?:\.{3,}+|\{\w+\})(?![^\s\"'`,;)}\]>]))"
+_NO_VALUE = (
+    r"(?![\"']?(?:`|\$[({A-Z_])|\*\*\*|true\b|false\b|null\b|None\b|\s|[\"']?(?:\.{3,}+|\{\w+\})(?![^\s\"'`,;)}\]>]))"
+)
 _SECRET = re.compile(
     rf"{_TOKEN}"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END|\Z)"

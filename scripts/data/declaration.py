@@ -19,7 +19,9 @@ Text = Annotated[str, StringConstraints(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*$")]
-FilePath = Annotated[str, StringConstraints(pattern=r"^([^/\\.][^/\\]*/)*[^/\\.][^/\\]*$")]
+_PART = r"[^/\\.\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*"  # of a path: neither `.` nor `..`, and no control character
+FilePath = Annotated[str, StringConstraints(pattern=rf"^({_PART}/)*{_PART}$")]
+DataFolder = Annotated[str, StringConstraints(pattern=rf"^data(/{_PART})+$")]
 RowsFile = Annotated[str, StringConstraints(pattern=r"\.(jsonl|json|csv)$")]
 SplitName = Annotated[str, StringConstraints(pattern=r"^(train|valid|test)$")]
 
@@ -75,7 +77,7 @@ class DataSource(SourceFile):
     files: Annotated[dict[FilePath, SourceFile], Field(min_length=1)] | None = None
     hub: Annotated[str, StringConstraints(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
     kind: Literal["dataset", "model"] = "dataset"
-    file: Text | None = None
+    file: FilePath | None = None
     config: str | None = None
     split: str = "train"
     revision: Text | None = None
@@ -104,7 +106,7 @@ class PreparedFormat(Strict):
         fields: expressions that replace the study's expressions, by field.
     """
 
-    folder: Text
+    folder: DataFolder
     fields: dict[str, Text] = {}
 
 

@@ -3,6 +3,7 @@
 Interrupted downloads are resumed.
 """
 
+import hashlib
 import re
 import shutil
 import tempfile
@@ -21,6 +22,7 @@ from ..base.errors import UserError, WorkFailed
 from ..base.files import Row, naming, read_json, sha256, write_json
 from ..base.machine import held, now
 from ..base.progress import Bar, say
+from ..base.secrets import public
 from .declaration import Data, DataSource, SourceFile
 
 TIMEOUT = (15, 60)  # seconds to wait for a connection, and for the next bytes
@@ -74,8 +76,9 @@ def fetch(data: Data, out: Path, only: Collection[str] | None = None) -> list[Ro
             source = data.sources[name]
             with tempfile.TemporaryDirectory(dir=out, prefix=".fetching-") as staging:
                 rows[name] = _fetched(name, source, out, Path(staging), _by_hand(data, missing[i:], out))
-            record = {"from": source.url or source.hub, "revision": source.revision, "time": now()}
-            sources = read_json(out / RECORD).get("sources", {}) | {name: record}
+            record = {"from": public(source.url or source.hub), "revision": source.revision, "time": now()}
+            former = read_json(out / RECORD).get("sources")
+            sources = (former if isinstance(former, dict) else {}) | {name: record}
             files = [row for of_source in rows.values() for row in of_source]
             write_json(out / RECORD, {"made_by": f"qlora-recipes {__version__}", "sources": sources, "files": files})
         return [row for name in wanted for row in rows[name]]
@@ -83,7 +86,7 @@ def fetch(data: Data, out: Path, only: Collection[str] | None = None) -> list[Ro
 
 def _present(data: Data, out: Path, wanted: list[str]) -> dict[str, list[Row]]:
     """Table rows of complete sources; logs files that will be fetched again."""
-    recorded = {was["file"]: was["sha256"] for was in read_json(out / RECORD).get("files", [])}
+    recorded = _recorded(out)
     present = {}
     for source_name, source in data.sources.items():
         files = source.files or {source_name: source}
@@ -91,9 +94,21 @@ def _present(data: Data, out: Path, wanted: list[str]) -> dict[str, list[Row]]:
         expected = [known.sha256 or recorded.get(name) for name, known in files.items()]
         if [row["sha256"] for row in rows] == expected or (rows and source.is_own):
             present[source_name] = rows
-        elif source_name in wanted and (there := [name for name in files if name in recorded or (out / name).exists()]):
-            say(f"{out}: fetching changed or incomplete files again: {', '.join(there)}")
+        elif source_name in wanted:
+            for name in files:
+                if name not in recorded and (out / name).exists():
+                    raise UserError(f"{out / name}: not replaced, because {RECORD} does not list it; move it away")
+            if there := [name for name in files if name in recorded]:
+                say(f"{out}: fetching changed or incomplete files again: {', '.join(there)}")
     return present
+
+
+def _recorded(out: Path) -> dict[str, str]:
+    """SHA-256 of each file in fetched.json; nothing from a damaged record."""
+    try:
+        return {row["file"]: row["sha256"] for row in read_json(out / RECORD).get("files", [])}
+    except (KeyError, TypeError):
+        return {}
 
 
 def _row(name: str, file: Path, known: SourceFile) -> Row:
@@ -193,6 +208,20 @@ def _extracted(file: Path, source: DataSource, staging: Path) -> dict[str, Path]
     return files
 
 
+def _partial(part: Path, url: str) -> Row:
+    """Version and size of a partial download; null and 0 if it has another address, or its record is damaged."""
+    known = read_json(_version_file(part))
+    has_sizes = isinstance(known.get("version"), str) and isinstance(known.get("bytes"), int)
+    if known.get("url_sha256") == _digest(url) and has_sizes:
+        return known
+    return {"version": None, "bytes": 0}
+
+
+def _digest(url: str) -> str:
+    """SHA-256 of an address, which can contain a signature."""
+    return hashlib.sha256(url.encode()).hexdigest()
+
+
 def _version_file(part: Path) -> Path:
     """File with the address and version of a partial download."""
     return part.with_name(f"{part.name}.json")
@@ -212,11 +241,15 @@ def download(url: str, part: Path) -> None:
                 problem = _receive(url, part, bar)
             except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
                 problem = f"the connection failed: {_cause(error)}"
+                if "InvalidChunkLength(" in str(error):
+                    raise UserError(f"{url}: the server's answer is malformed: {_cause(error)}") from None
                 if not _version_file(part).exists():  # the server was never reached
                     break
             except requests.RequestException as error:
                 answer = f"{error.response.status_code} {error.response.reason}" if error.response is not None else ""
                 raise UserError(f"{url}: {answer or type(error).__name__}") from None
+            except ValueError as error:  # from urllib, for a redirect
+                raise UserError(f"{url}: the server redirects to an invalid address: {error}") from None
             if not problem:
                 return
             if pause is not None:
@@ -231,8 +264,8 @@ def _receive(url: str, part: Path, bar: Bar) -> str:
 
     The address and version are recorded beside the file, so that a later call can resume the download.
     """
-    known = read_json(_version_file(part))
-    size = part.stat().st_size if part.exists() and known.get("url") == url and known.get("version") else 0
+    known = _partial(part, url)
+    size = part.stat().st_size if part.exists() and known["version"] else 0
     if size and size == known["bytes"]:
         return ""
     headers = {"Accept-Encoding": "identity"}  # without compression, lengths and ranges count bytes of the file
@@ -242,20 +275,25 @@ def _receive(url: str, part: Path, bar: Bar) -> str:
         etag = response.headers.get("ETag", "W/")
         # a weak ETag does not identify the bytes
         version = response.headers.get("Last-Modified") if etag.startswith("W/") else etag
-        rest = rf"bytes {size}-\d+/{known.get('bytes') or '.+'}"
+        rest = rf"bytes {size}-\d+/{known['bytes'] or '.+'}"
         continues = re.fullmatch(rest, response.headers.get("Content-Range", ""))
-        resumes = continues and version in (None, known["version"])
+        resumes = size and continues and version in (None, known["version"])
         if response.status_code == 416 or (response.status_code == 206 and not resumes):
-            part.unlink()
+            part.unlink(missing_ok=True)
             return "the file on the server has changed"
         if response.status_code == 429 or response.status_code >= 500:
             return f"the server answers {response.status_code} {response.reason}"
         response.raise_for_status()
-        if response.status_code != 206:
+        if response.status_code not in (200, 206):
+            raise UserError(f"{url}: the server answers {response.status_code} {response.reason} instead of the file")
+        if response.status_code == 200:
+            length = response.headers.get("Content-Length", "0")
+            if not re.fullmatch(r"(?a)\d{1,18}", length):
+                raise UserError(f"{url}: the server's Content-Length is not a size: {length:.40}")
             if size:
                 say(f"{part}: starting over; the server's file has changed, or the server cannot send parts")
             part.unlink(missing_ok=True)  # delete the old part before recording the new version
-            known = {"url": url, "version": version, "bytes": int(response.headers.get("Content-Length", 0))}
+            known = {"url_sha256": _digest(url), "version": version, "bytes": int(length)}
             write_json(_version_file(part), known)
         with naming(part), part.open("ab") as stream:
             for chunk in response.iter_content(CHUNK):

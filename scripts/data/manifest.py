@@ -17,15 +17,25 @@ def entries(out: Path) -> dict[str, Row]:
     return {name: entry for name, entry in found.items() if isinstance(entry, dict) and "constants" in entry}
 
 
-def update(out: Path, splits: dict[str, Row]) -> Row:
+def lists(out: Path, of_study: Study, file: Path) -> bool:
+    """True if a folder's manifest was written for a study, and lists a file."""
+    if read_json(out / MANIFEST).get("study") != of_study.folder.name:
+        return False
+    splits = entries(out)
+    subsets = splits.get("test", {}).get("subsets", {})
+    return file.name in {MANIFEST, *(f"{name}.jsonl" for name in (*splits, *subsets))}
+
+
+def update(out: Path, of_study: Study, splits: dict[str, Row]) -> Row:
     """Update splits in the manifest; delete files of subsets that it no longer lists."""
     former = entries(out)
     clear_parts(out / MANIFEST)
-    manifest = {"made_by": f"qlora-recipes {__version__}", "splits": former | splits}
+    made_by = f"qlora-recipes {__version__}"
+    manifest = {"made_by": made_by, "study": of_study.folder.name, "splits": former | splits}
     write_json(out / MANIFEST, manifest)
     if "test" in splits:
         for key in former.get("test", {}).get("subsets", {}).keys() - splits["test"]["subsets"]:
-            (out / f"{key}.jsonl").unlink(missing_ok=True)  # a subset of earlier test rows
+            (out / Path(f"{key}.jsonl").name).unlink(missing_ok=True)  # a subset of earlier test rows
     return manifest
 
 

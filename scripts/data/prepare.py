@@ -58,9 +58,17 @@ def prepare(
             raise UserError(f"{file}: would be overwritten; write to another folder with --out")
     files = find(raw, of_study.data.raw_files)
     with held(out / PREPARE_LOCK, "another preparation is running", timeout), ExitStack() as stack:
+        require_own(out, of_study, out / manifest.MANIFEST)
         splits = _Preparation(of_study, files, input_format, out, stack).splits()
         stack.close()  # moves the files into place
-        return manifest.update(out, splits)
+        return manifest.update(out, of_study, splits)
+
+
+def require_own(out: Path, of_study: Study, file: Path) -> None:
+    """Raise UserError for an existing file that the study's manifest does not list."""
+    if file.exists() and not manifest.lists(out, of_study, file):
+        owner = f"{of_study.folder.name}'s {manifest.MANIFEST} does not list it"
+        raise UserError(f"{file}: not replaced, because {owner}; move it away, or write to another folder with --out")
 
 
 def check_expressions(of_study: Study) -> None:
@@ -229,6 +237,7 @@ class _Preparation:
     def _write(self, name: str, rows: Iterable[PlacedRow]) -> Row:
         """Write a file and return its manifest entry; the stack moves the file into place."""
         file = self.out / f"{name}.jsonl"
+        require_own(self.out, self.study, file)
         clear_parts(file)
         stream = self.stack.enter_context(replacing(file))
         digest, count = hashlib.sha256(), 0

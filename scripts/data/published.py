@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from ..base.yamlfiles import Config
-from .declaration import Data, Key, Mistake, Name, Strict, Text, undeclared
+from .declaration import Data, FilePath, Key, Mistake, Name, Strict, Text, undeclared
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """Files of an adapter saved by PEFT."""
@@ -115,9 +115,9 @@ class Published(Strict):
     cells: list[Cell] = Field(default=[])
     trainer: str = "Axolotl"
     measured: Measured = Measured()
-    curve: str | None = None
+    curve: FilePath | None = None
     predictions: PublishedPredictions | None = None
-    adapter: Text | None = None
+    adapter: FilePath | None = None
     adapter_format: AdapterFormat | None = None
 
     def mistakes(self, at: Key, metrics: list[str], data: Data, folder: Path) -> Iterator[Mistake]:

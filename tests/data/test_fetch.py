@@ -4,8 +4,10 @@ import os
 import random
 import socket
 import stat
+import threading
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 from file_server import Server, data_of, serving
 
 from qlora_recipes.base.errors import UserError, WorkFailed
+from qlora_recipes.data import fetch as fetching
 from qlora_recipes.data.declaration import Data
 from qlora_recipes.data.fetch import fetch
 
@@ -203,3 +206,98 @@ def test_only_wanted_files_of_an_archive_are_extracted(tmp_path, server, member)
     assert wanted(tmp_path / "raw") == FILES
     assert [file.name for file in tmp_path.iterdir()] == ["raw"]
     assert {file.name for file in (tmp_path / "raw").iterdir()} == {*FILES, "fetched.json", ".fetch.lock"}
+
+
+@contextmanager
+def answering(answer: bytes) -> Iterator[tuple[str, list[bytes]]]:
+    """A server that gives every request the same bytes, and closes; yields its address and the requests."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        asked: list[bytes] = []
+
+        def serve() -> None:
+            with suppress(OSError):  # closed at the end
+                while True:
+                    connection, _ = listening.accept()
+                    with connection:
+                        asked.append(connection.recv(10_000))
+                        connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/a.jsonl", asked
+        listening.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+MALFORMED = [
+    *((f"HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n0123456789", length[:4])
+      for length in ("abc", "1e3", "10, 10", str(10**30), "-5", "")),
+    ("HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabc", "InvalidHeader|Content-Length"),
+    ("HTTP/1.1 302 Found\r\nLocation: http://[::1\r\nContent-Length: 0\r\n\r\n", "invalid address"),
+    ("HTTP/1.1 302 Found\r\nLocation: http://" + "a" * 70 + ".org/\r\n\r\n", "invalid address|InvalidURL"),
+    ("HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\nContent-Length: 0\r\n\r\n", "InvalidSchema"),
+    ("HTTP/1.1 204 No Content\r\n\r\n", "204 No Content"),
+    ("HTTP/1.1 205 Reset Content\r\nContent-Length: 0\r\n\r\n", "205 Reset Content"),
+    ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nabc\r\n", "malformed"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("answer", "says"), MALFORMED, ids=[answer[9:60] for answer, _ in MALFORMED])
+def test_a_malformed_answer_is_refused_at_once(tmp_path, monkeypatch, answer, says):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(fetching, "PAUSES", (0,) * 5)
+    with answering(answer.encode()) as (url, asked), pytest.raises(UserError, match=f"{url}: .*({says})"):
+        fetch(data_of({"a.jsonl": {"url": url}}), tmp_path)
+    assert len(asked) == 1
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "answer", ["HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 0-2/3\r\n\r\nabc", "", "x\r\n"]
+)
+def test_a_server_that_never_sends_the_file_is_left_after_the_last_try(tmp_path, monkeypatch, answer):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(fetching, "PAUSES", (0,) * 5)
+    with answering(answer.encode()) as (url, asked), pytest.raises(WorkFailed, match=url):
+        fetch(data_of({"a.jsonl": {"url": url}}), tmp_path)
+    assert 1 <= len(asked) <= 6
+
+
+@pytest.mark.parametrize("change", [{"bytes": None}, {"bytes": "x"}, {"version": 3}, {"url_sha256": None}])
+def test_a_damaged_record_of_a_partial_download_starts_over(tmp_path, server, change):
+    server.breaks_after = [100_000] * 6
+    with pytest.raises(WorkFailed):
+        fetch(data(server.url), tmp_path)
+    record = tmp_path / f"{ARCHIVE_NAME}.part.json"
+    kept = orjson.loads(record.read_bytes()) | change
+    record.write_bytes(orjson.dumps({key: value for key, value in kept.items() if value is not None}))
+    server.breaks_after = []
+    server.seen.clear()
+    fetch(data(server.url), tmp_path)
+    assert wanted(tmp_path) == FILES
+    assert server.asked_for() == [None]
+
+
+@pytest.mark.parametrize("damaged", ["[]", '{"files": 3}', '{"files": [{}], "sources": 3}'])
+def test_a_damaged_record_of_fetched_files_lists_none(tmp_path, server, damaged):
+    (tmp_path / "fetched.json").write_text(damaged)
+    fetch(data(server.url), tmp_path)
+    assert wanted(tmp_path) == FILES
+
+
+def test_a_file_that_was_not_fetched_is_not_replaced(tmp_path, server):
+    (tmp_path / UNKNOWN).write_text("mine")
+    with pytest.raises(UserError, match=rf"{tmp_path / UNKNOWN}: not replaced.*fetched\.json"):
+        fetch(data(server.url), tmp_path)
+    assert (tmp_path / UNKNOWN).read_text() == "mine"
+    assert server.seen == []
+
+
+def test_a_signed_address_is_used_but_neither_stored_nor_shown(tmp_path, server, capsys):
+    server.answers = [500]
+    server.breaks_after = [1000]
+    signed = f"{server.url}?download=1&X-Amz-Signature=planted"
+    fetch(data(signed), tmp_path)
+    assert server.paths[-1].endswith("?download=1&X-Amz-Signature=planted")
+    assert "planted" not in capsys.readouterr().err
+    assert "download=1&X-Amz-Signature=***" in (tmp_path / "fetched.json").read_text()

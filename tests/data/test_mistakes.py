@@ -25,6 +25,21 @@ IN_STUDY_YAML: list[tuple[str, dict[str, Any], str]] = [  # the mistake; the val
     ("two sources of a file", {ZIP: {"url": URL, "files": {"test.csv": {}}}}, "data > sources"),
     ("file outside the folder", {"data > sources > ../x.jsonl": {"url": URL}}, "data > sources > ../x.jsonl"),
     ("format in the raw folder", {f"{FORMAT} > folder": "data/sums-raw"}, f"{FORMAT} > folder"),
+    *(
+        (f"format in {folder!r}", {f"{FORMAT} > folder": folder}, f"{FORMAT} > folder")
+        for folder in (
+            "../victim",
+            "/victim",
+            "victim",
+            "data",
+            "data/",
+            "data/../v",
+            "data/./v",
+            "data/a\nb",
+            "data//v",
+        )
+    ),
+    *((f"curve at {file}", {f"{RESULTS} > curve": file}, f"{RESULTS} > curve") for file in ("../c.csv", "/etc/passwd")),
     ("unknown field", {FORMAT: {"folder": "data/a", "fields": {"inptu": "sum"}}}, f"{FORMAT} > fields > inptu"),
     ("extra field of a used name", {"data > extra_fields > output": "answer"}, "data > fields > output"),
     ("misspelt raw file", {f"{TRAIN} > from": "trains.jsonl"}, f"{TRAIN} > from"),

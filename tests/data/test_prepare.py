@@ -117,3 +117,25 @@ def test_a_second_preparation_in_a_folder_is_refused_and_parts_of_a_killed_one_g
         prepared([raw], tmp_path / "out")
     prepared([raw], tmp_path / "out")
     assert not list((tmp_path / "out").glob(".*.part"))
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "manifest.json"])
+def test_a_file_that_the_study_did_not_write_is_not_replaced(tmp_path, name):
+    raw, out = write(tmp_path / "raw", "msg-train.jsonl", row("a")), tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("mine")
+    with pytest.raises(UserError, match=rf"{out / name}: not replaced"):
+        prepared([raw], out)
+    assert {file.name: file.read_text() for file in out.glob("[!.]*")} == {name: "mine"}
+
+
+def test_another_study_does_not_replace_prepared_rows(tmp_path):
+    raw, out = write(tmp_path / "raw", "msg-train.jsonl", row("a")), tmp_path / "out"
+    prepared([raw], out)
+    before = (out / "train.jsonl").read_bytes()
+    other = STUDY.model_copy(update={"folder": tmp_path / "stranger"})
+    with pytest.raises(UserError, match=r"manifest\.json: not replaced, because stranger's"):
+        prepared([write(tmp_path / "raw", "msg-train.jsonl", row("b"))], out, other)
+    assert (out / "train.jsonl").read_bytes() == before
+    prepared([raw], out)
+    assert b'"b"' in (out / "train.jsonl").read_bytes()
