@@ -86,7 +86,10 @@ def site_settings(overrides: Sequence[str]) -> Site:
 def _read(file: Path) -> dict[str, Any]:
     """Read a mapping with values as text; YAML would turn 12:00:00 into a number."""
     try:
-        content = yaml.load(yamlfiles.read_text(file), yaml.BaseLoader) or {}
+        text = yamlfiles.read_text(file)
+        yamlfiles.require_shallow(text, str(file))
+        yamlfiles.check_size(yaml.compose(text, yaml.BaseLoader), str(file))
+        content = yaml.load(text, yaml.BaseLoader) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{file}: not valid YAML: {error}") from None
     if not isinstance(content, dict):

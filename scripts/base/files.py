@@ -23,6 +23,7 @@ import orjson
 from .errors import UserError
 
 Row = dict[str, Any]
+_MOST_LEVELS = 100  # of JSON; rows and records have fewer than ten
 
 
 @contextmanager
@@ -99,6 +100,27 @@ def clear_parts(file: Path) -> None:
         part.unlink()
 
 
+def parse_json(text: bytes) -> Any:
+    """Value of a JSON text; orjson reads 1,024 levels, but writes only 254.
+
+    Raises:
+        orjson.JSONDecodeError: the text is not JSON, or has more levels than `_MOST_LEVELS`.
+    """
+    text = text.removeprefix(codecs.BOM_UTF8)
+    value = orjson.loads(text)
+    if text.count(b"[") + text.count(b"{") > _MOST_LEVELS and _is_deeper(value, _MOST_LEVELS):
+        raise orjson.JSONDecodeError(f"more than {_MOST_LEVELS} nested levels", "", 0)
+    return value
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """True if a value has more nested levels than `levels`."""
+    if not isinstance(value, list | dict):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(item, levels - 1) for item in items)
+
+
 def json_rows(lines: Iterable[bytes], where: Path | str, fields: Sequence[str], first: int = 1) -> Iterator[Row]:
     """Yield the rows of a JSONL file; blank lines are skipped.
 
@@ -115,7 +137,7 @@ def json_rows(lines: Iterable[bytes], where: Path | str, fields: Sequence[str], 
         if not line.strip():
             continue
         try:
-            row = orjson.loads(line.removeprefix(codecs.BOM_UTF8))
+            row = parse_json(line)
         except orjson.JSONDecodeError as error:
             raise UserError(f"{where}:{number}: not JSON: {error.msg}") from None
         if not isinstance(row, dict):
@@ -150,7 +172,7 @@ def write_rows(file: Path, rows: Iterable[Row]) -> None:
 def read_json(file: Path) -> Row:
     """Read the mapping in a JSON file; empty if the file has no mapping."""
     try:
-        content = orjson.loads(read_bytes(file))
+        content = parse_json(read_bytes(file))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

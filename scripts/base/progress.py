@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import orjson
 
-from .files import Row, reading
+from .files import Row, parse_json, reading
 from .secrets import masked
 
 PART = "QLORA_RECIPES_PART"  # set for commands that another command starts; only the outermost suggests next steps
@@ -152,7 +152,7 @@ class TrainingProgress(Bar):
             self.position += len(whole)
             for line in filter(None, whole.split(b"\n")):
                 with suppress(orjson.JSONDecodeError):  # an unfinished line of a killed process
-                    self._show(record := orjson.loads(line))
+                    self._show(record := parse_json(line))
                     self.seen(record)
 
     def _show(self, record: Row) -> None:

@@ -2,10 +2,11 @@
 
 import io
 import json
+import math
 import re
 from collections.abc import Hashable, Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +60,13 @@ def parse(text: str, where: str) -> Any:
         UserError: the text is not YAML (with line and column), is too large, or contains any other value.
     """
     try:
-        depths = accumulate(_LEVELS.get(type(event), 0) for event in yaml.parse(text, _Loader))
-        if any(depth > _MOST_LEVELS for depth in depths):  # loading 10,000 levels would crash the process
-            raise UserError(f"{where}: nested too deeply for a config; reduce the levels")
-        content = yaml.load(text, _Loader)
+        require_shallow(text, where)
+        node = yaml.compose(text, _Loader)
+        check_size(node, where)
+        content = _Loader("").construct_document(node) if node else None
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise UserError(f"{where}{_problem(error, text)}") from None
-    for number, (value, depth) in enumerate(_values(content)):
-        if depth > _MOST_LEVELS or number > _MOST_VALUES:
-            raise UserError(f"{where}: too large or nested too deeply for a config; remove values or aliases (*name)")
+    for value in _values(content):
         too_large = isinstance(value, int | float) and not -(2.0**63) < value < 2.0**63  # True for NaN too
         if not isinstance(value, _PLAIN) or too_large:
             raise UserError(f"{where}: {value!r:.50} is not allowed in a config; if it is text, put it in quotes")
@@ -95,11 +94,45 @@ def _problem(error: Exception, text: str) -> str:
     return f"{line}: not valid YAML: {context}{error.problem} (column {mark.column + 1})"
 
 
-def _values(value: Any, depth: int = 0) -> Iterator[tuple[Any, int]]:
-    """A value and all nested values, each with its depth."""
-    yield value, depth
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _values(item, depth + 1)
+def require_shallow(text: str, where: str) -> None:
+    """Raise UserError for YAML text with too many levels; composing 10,000 levels would crash the process."""
+    depths = accumulate(_LEVELS.get(type(event), 0) for event in yaml.parse(text, _Loader))
+    if any(depth > _MOST_LEVELS for depth in depths):
+        raise UserError(f"{where}: nested too deeply for a config; reduce the levels")
+
+
+def check_size(node: Any, where: str) -> None:
+    """Refuse a YAML node whose aliases and merge keys would expand to too many values or levels.
+
+    Raises:
+        UserError: the node is too large, or contains itself.
+    """
+    values, levels = _expanded(node, {})
+    if values > _MOST_VALUES or levels > _MOST_LEVELS:
+        raise UserError(f"{where}: too large or nested too deeply for a config; remove values or aliases (*name)")
+
+
+def _expanded(node: Any, known: dict[int, tuple[float, float]]) -> tuple[float, float]:
+    """Number of values and levels of a node with its aliases expanded; a text counts one for 100 characters.
+
+    An alias is the node that it refers to, which is counted once.
+    """
+    if not isinstance(node, yaml.CollectionNode):
+        return 1 + len(node.value if node else "") // 100, 0
+    if id(node) not in known:
+        known[id(node)] = (math.inf, math.inf)  # of a node that contains itself
+        parts = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+        sizes = [_expanded(part, known) for part in parts]
+        known[id(node)] = 1 + sum(size for size, _ in sizes), 1 + max((levels for _, levels in sizes), default=0)
+    return known[id(node)]
+
+
+def _values(value: Any) -> Iterator[Any]:
+    """A value and all nested values."""
+    yield value
+    items = value.values() if isinstance(value, dict) else value
+    for item in items if isinstance(value, dict | list) else ():
+        yield from _values(item)
 
 
 def read_text(file: Path) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from ..base import yamlfiles
-from ..base.files import Row
+from ..base.files import Row, parse_json
 from ..base.yamlfiles import Config
 from ..configs import datafiles, models
 from .finding import Faults, Finding, Level, Place
@@ -202,7 +202,7 @@ class Reader:
 
     def _line(self, file: _File, number: int, line: bytes) -> None:
         try:
-            row = orjson.loads(line.removeprefix(codecs.BOM_UTF8))
+            row = parse_json(line)
         except orjson.JSONDecodeError as error:
             file.count("bad-row", "not UTF-8" if "UTF-8" in error.msg else "not JSON", number, error.msg)
             return

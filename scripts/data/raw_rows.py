@@ -3,7 +3,6 @@
 Expressions are evaluated in a sandbox.
 """
 
-import codecs
 import csv
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -13,11 +12,11 @@ from typing import IO, Any
 import jinja2
 import orjson
 from jinja2 import meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..base.errors import UserError
-from ..base.files import Row, json_rows
+from ..base.files import Row, json_rows, parse_json
 from .declaration import Data
+from .sandbox import MOST, MOST_TEXT, Sandbox, size
 
 
 def tagged(patch: str) -> str:
@@ -52,9 +51,7 @@ def role_colon(messages: list[dict[str, str]]) -> list[Row]:
     return segments
 
 
-_JINJA = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
-_JINJA.globals.clear()  # names in expressions are fields only
-_JINJA.filters |= {"tagged": tagged, "tojson": tojson, "role_colon": role_colon}
+_JINJA = Sandbox(tagged=tagged, tojson=tojson, role_colon=role_colon)
 
 
 class BadRow(Exception):
@@ -74,10 +71,14 @@ class Expression:
 
     def __init__(self, name: str, text: str):
         self.label = name if text == name else f"{name} ({text:.60})"
+        if len(text) > MOST_TEXT:
+            raise ValueError(f"longer than {MOST_TEXT:,} characters; use a shorter expression")
         try:
             self._compiled = _JINJA.compile_expression(text, undefined_to_none=False)
         except jinja2.TemplateError as error:
             raise ValueError(f"{text!r}: {error.message} (put literal text in additional quotes)") from None
+        except (RecursionError, SyntaxError, MemoryError):  # of Jinja's parser, and of Python's
+            raise ValueError(f"{text:.60}: nested too deeply") from None
 
     def value(self, fields: Mapping[str, Any]) -> Any:
         """Evaluate the expression for a row's fields.
@@ -87,6 +88,8 @@ class Expression:
         """
         try:
             value = self._compiled(fields)
+            if size(value) > MOST and size(value) > 10 * size(fields.get("row", "")):
+                raise ValueError(f"the value has more than {MOST:,} characters, and is ten times as large as the row")
             if isinstance(value, jinja2.Undefined):
                 str(value)  # raises the error that names the field
         except Exception as error:  # an expression can raise anything on an unexpected value
@@ -196,7 +199,7 @@ class RawFile:
 
     def _array(self, stream: IO[bytes]) -> Iterator[Row]:
         try:
-            rows = orjson.loads(stream.read().removeprefix(codecs.BOM_UTF8))
+            rows = parse_json(stream.read())
         except orjson.JSONDecodeError as error:
             raise UserError(f"{self.path}:{error.lineno}: not JSON: {error.msg}") from None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):

@@ -12,7 +12,7 @@ import orjson
 from pydantic import TypeAdapter, ValidationError
 
 from ..base.errors import UserError, meant
-from ..base.files import Row, clear_parts, read_bytes, write_atomically
+from ..base.files import Row, clear_parts, parse_json, read_bytes, write_atomically
 from ..base.machine import LOCK_TIMEOUT, held, is_held
 from ..base.progress import say, say_once
 from ..base.yamlfiles import read_yaml
@@ -61,7 +61,7 @@ class RunDir:
             UserError: run.json is missing or damaged.
         """
         try:
-            run = Run.model_validate(orjson.loads(read_bytes(self._json)))
+            run = Run.model_validate(parse_json(read_bytes(self._json)))
         except (OSError, ValueError) as error:
             at = ".".join(map(str, error.errors()[0]["loc"])) if isinstance(error, ValidationError) else ""
             where = f"{self._json}: missing or damaged{at and f' at {at}'}"
@@ -96,7 +96,7 @@ class RunDir:
             UserError: jobs.json is damaged.
         """
         try:
-            return _JOBS.validate_python(orjson.loads(read_bytes(self._jobs)))
+            return _JOBS.validate_python(parse_json(read_bytes(self._jobs)))
         except FileNotFoundError:
             return []
         except (OSError, ValueError):
@@ -150,7 +150,7 @@ class RunDir:
         previous = 0
         for line in filter(None, lines):
             try:
-                record = orjson.loads(line)
+                record = parse_json(line)
                 if "phase" in record:
                     continue
                 step = RECORD.validate_python(record)["step"]

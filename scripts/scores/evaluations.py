@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Protocol
 import orjson
 from pydantic import AfterValidator, BaseModel, Field, TypeAdapter
 
-from ..base.files import Row, clear_parts, read_bytes, replacing
+from ..base.files import Row, clear_parts, parse_json, read_bytes, replacing
 from ..base.progress import say_once
 from ..data.study import Decoding
 from ..metrics import registry
@@ -195,7 +195,7 @@ _PREDICTIONS = TypeAdapter(list[Prediction])
 def read_scores(folder: Path) -> Evaluation | None:
     """Read a folder's scores.json; None if missing or damaged. Damage is logged."""
     try:
-        return Evaluation.model_validate(orjson.loads(read_bytes(folder / SCORES)))
+        return Evaluation.model_validate(parse_json(read_bytes(folder / SCORES)))
     except FileNotFoundError:
         return None
     except (OSError, TypeError, ValueError):
@@ -205,7 +205,7 @@ def read_scores(folder: Path) -> Evaluation | None:
 def read_predictions(folder: Path) -> list[Row]:
     """Read a folder's predictions; empty if missing or damaged. Damage is logged."""
     try:
-        rows = list(map(orjson.loads, read_bytes(folder / PREDICTIONS).splitlines()))
+        rows = list(map(parse_json, read_bytes(folder / PREDICTIONS).splitlines()))
         _PREDICTIONS.validate_python(rows)
     except FileNotFoundError:
         return []

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from ..base.errors import UserError, WorkFailed
-from ..base.files import Row, naming, opened, read_bytes, replacing
+from ..base.files import Row, naming, opened, parse_json, read_bytes, replacing
 from ..base.progress import Bar, say
 from ..base.yamlfiles import Config
 from ..configs import gpus
@@ -196,7 +196,7 @@ def _continue(part: Path, settings: EvaluationSettings) -> tuple[dict[int, Row],
     done: dict[int, Row] = {}
     for line in lines if first == header else ():
         with suppress(ValueError):  # skips lines truncated by a killed process or a power failure
-            row = orjson.loads(line)
+            row = parse_json(line)
             if isinstance(row, dict) and "agreement" in row:
                 known = {key: row.get(key) for key in KNOWN}
                 settings = EvaluationSettings.model_validate(settings.model_dump() | known)

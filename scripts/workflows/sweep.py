@@ -10,13 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import orjson
 from pydantic import BaseModel, Field
 
 from ..backends import Backend
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, meant
-from ..base.files import read_bytes, write_atomically
+from ..base.files import parse_json, read_bytes, write_atomically
 from ..base.machine import held, now
 from ..base.paths import find_recipe
 from ..base.progress import Bar, say
@@ -328,7 +327,7 @@ def recorded_sweeps() -> dict[str, Sweep]:
     recorded = []
     for file in paths.runs().glob("sweeps/*/*.json"):
         with suppress(OSError, ValueError):
-            recorded.append(Sweep.model_validate(orjson.loads(read_bytes(file))))
+            recorded.append(Sweep.model_validate(parse_json(read_bytes(file))))
     return {sweep.label: sweep for sweep in sorted(recorded, key=lambda sweep: sweep.made)}
 
 

@@ -2,9 +2,11 @@ import errno
 import os
 from pathlib import Path
 
+import orjson
 import pytest
+from conftest import config_with
 
-from qlora_recipes.base import files
+from qlora_recipes.base import files, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.files import append_line, opened, replacing, write_rows
 from qlora_recipes.base.machine import held, is_held
@@ -71,3 +73,30 @@ def test_a_lock_is_held_as_long_as_its_block(tmp_path):
 def test_a_log_tells_of_a_full_disk(tmp_path, said, where):
     found = files.where_full(said, [tmp_path])
     assert found == (None if where is None else Path(where or tmp_path))
+
+
+DEEP = [b"[" * levels + b"1" + b"]" * levels for levels in (101, 400, 1023, 5000)]
+
+
+@pytest.mark.parametrize("value", [*DEEP, *(b'{"a":' * 400 + b"1" + b"}" * 400,)], ids=len)
+def test_deep_json_is_refused_where_it_is_read(tmp_path, recipe, value):
+    deep = tmp_path / "deep.jsonl"
+    deep.write_bytes(
+        b'{"reference": "a", "prediction": "b"}\n{"reference": "a", "prediction": "b", "x": ' + value + b"}\n"
+    )
+    for options in ((), ("--out", "scored.jsonl"), ("--json",)):
+        done = recipe.fails("score", "deep.jsonl", *options)
+        assert "deep.jsonl:2: not JSON: " in done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["deep.jsonl"]
+    assert files.read_json(deep) == {}
+    (tmp_path / "mine.yaml").write_text(yamlfiles.write_yaml(config_with(DEEP_ROWS)))
+    assert "deep.jsonl:2" in recipe("check", "mine.yaml", "--data").stdout
+
+
+DEEP_ROWS = {"datasets": [{"path": "deep.jsonl", "ds_type": "json", "type": "alpaca"}], "test_datasets": None}
+
+
+def test_json_of_a_usual_depth_is_read():
+    text = b"[" * 100 + b"]" * 100
+    assert files.parse_json(text) == orjson.loads(text)
+    assert files.parse_json(b"\xef\xbb\xbf[]") == []

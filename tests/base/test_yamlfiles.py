@@ -1,7 +1,10 @@
 """What is said of a file that is not YAML."""
 
+import time
+
 import pytest
 
+from qlora_recipes.backends import slurm_site
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.yamlfiles import parse
 
@@ -38,3 +41,36 @@ def test_a_number_of_another_base_is_text(number):
 def test_aliases_of_a_usual_size_are_values():
     assert parse("a: &a {k: 1}\nb: *a\nc: {<<: *a, l: 2}", "f") == {
         "a": {"k": 1}, "b": {"k": 1}, "c": {"k": 1, "l": 2}}  # fmt: skip
+
+
+def nested(head: str, item: str, levels: int, times: int = 9) -> str:
+    """Anchors of which each refers to the one before it several times."""
+    lines = [head]
+    for i in range(1, levels):
+        lines.append(f"a{i}: &a{i} {item.format(', '.join([f'*a{i - 1}'] * times))}")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        nested("a0: &a0 {k: 1}", "{{<<: [{}]}}", 12),
+        nested("a0: &a0 {k: 1}", "{{<<: [{}], x: 1}}", 12),
+        nested("a0: &a0 [x]", "[{}]", 12),
+        nested("a0: &a0 [x]", "[{}]", 60, 1),
+        nested(f"a0: &a0 {'x' * 100_000}", "[{}]", 5, 12),
+        "a: &a {b: *a}",
+        "a: &a {<<: *a}",
+        "a: &a [*a]",
+    ],
+    ids=lambda text: text[:40],
+)
+def test_what_aliases_and_merge_keys_expand_to_is_bounded_before_they_do(tmp_path, text):
+    begun = time.process_time()
+    with pytest.raises(UserError, match=r"^f: too large or nested too deeply"):
+        parse(text, "f")
+    (tmp_path / "qlora-recipes").mkdir()
+    (tmp_path / "qlora-recipes" / "slurm.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"slurm\.yaml: too large or nested too deeply"):
+        slurm_site._read(tmp_path / "qlora-recipes" / "slurm.yaml")
+    assert time.process_time() - begun < 2

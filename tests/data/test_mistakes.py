@@ -1,6 +1,8 @@
 """Mistakes in study.yaml and in raw rows: each is refused with its file, line and key."""
 
 import re
+import time
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ from declared import sums
 
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.data import prepare
+from qlora_recipes.data.raw_rows import Expression
 
 URL = "https://example.org/x"
 RECIPE = "haider2024/llama-3.2-3b"  # a name with a dot
@@ -129,3 +132,73 @@ def test_many_mistakes_are_listed_in_the_order_of_their_lines(tmp_path):
         sums(tmp_path, changes)
     lines = [int(line) for line in re.findall(r"(?m)^.*study\.yaml:(\d+): ", str(refused.value))]
     assert len(lines) == len(changes) and lines == sorted(lines)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "'a' * 10**9 * 4",
+        "10**9 * 'a'",
+        "[question] * 10**9",
+        "10**10**9",
+        "(10**300) * (10**300)",
+        "'%1000000000d' % 1",
+        "'a'.ljust(10**9)",
+        "'a'.center(10**9)",
+        "'{:1000000000}'.format(1)",
+        "question | center(10**9)",
+        "question | replace('', 'a' * 1000000) | replace('', 'a' * 1000000)",
+        "('a' * 1000000).replace('a', 'b' * 1000)",
+        "('a' * 1000000) | join('a' * 1000)",
+        "('a' * 1000).join('a' * 10000)",
+        "['a'] | map('replace', 'a', 'b' * 1000000) | map('replace', 'b', 'c' * 1000000) | join",
+        "'a' | list | batch(10**9, 'a') | list",
+        "'a' | slice(10**9) | list",
+        "1.5 | round(10**9, 'ceil')",
+        "('a' * 1000000) ~ ('a' * 1000000)",
+        "(1).to_bytes(10**9, 'big')",
+        "'x'.encode().ljust(10**9)",
+        "''.__class__.__mro__",
+        "'a' ~ " * 1000 + "'a'",
+        "(" * 900 + "question" + ")" * 900,
+        "[" * 900 + "question" + "]" * 900,
+        "- " * 900 + "1",
+    ],
+    ids=lambda text: text[:40],
+)
+def test_an_expression_that_would_grow_is_refused_before_it_does(tmp_path, expression):
+    begun = time.process_time()
+    of_study = sums(tmp_path, {INPUT: expression, VALID: None})
+    (tmp_path / "train.jsonl").write_bytes(QUESTION)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"(study\.yaml|train\.jsonl):\d+: "):
+            prepare.prepare([tmp_path / "train.jsonl"], tmp_path / "out", of_study, "default")
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
+    assert time.process_time() - begun < 3
+
+
+def test_ordinary_expressions_give_what_jinja_gives():
+    row = {"question": " A b ", "options": ["x", "y"], "n": 3}
+    expressions = {
+        "question.strip().split(' ')[-1]": "b",
+        "options | map('upper') | join(', ')": "X, Y",
+        "', '.join(options)": "x, y",
+        "question | trim | replace('A', 'long text') ~ '!' * n": "long text b!!!",
+        "question.replace(' ', '')": "Ab",
+        "(n * 2 ** 3) % 5": 4,
+        "n * options": ["x", "y"] * 3,
+        "options | selectattr('z', 'undefined') | list | length": 2,
+    }
+    assert {text: Expression("x", text).value(row) for text in expressions} == expressions
+
+
+def test_each_field_is_bounded_by_its_row(tmp_path):
+    """Each field could be a thousand times the one before it."""
+    fields = {"input": "question * 1000", "output": "answer", **{f"f{i}": "input ~ input" for i in range(3)}}
+    of_study = sums(tmp_path, {"data > fields": fields | {"f0": "[input] * 990", "f1": "[f0] * 990"}, VALID: None})
+    (tmp_path / "train.jsonl").write_bytes(QUESTION)
+    with pytest.raises(UserError, match=r"train\.jsonl:1: f1 .*larger than"):
+        prepare.prepare([tmp_path / "train.jsonl"], tmp_path / "out", of_study, "default")
