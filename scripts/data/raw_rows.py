@@ -51,7 +51,8 @@ def role_colon(messages: list[dict[str, str]]) -> list[Row]:
     return segments
 
 
-_JINJA = Sandbox(tagged=tagged, tojson=tojson, role_colon=role_colon)
+FILTERS = {"tagged": tagged, "tojson": tojson, "role_colon": role_colon}
+_JINJA = Sandbox(**FILTERS)
 
 
 class BadRow(Exception):

@@ -4,8 +4,9 @@ from typing import Any
 
 import jinja2
 from jinja2 import filters
+from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MOST = 1_000_000
 """Largest number of characters and items that a product, a filter or a call can create."""
@@ -57,7 +58,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if name not in _METHODS or not isinstance(owner, str | list | tuple | dict):
             raise SecurityError(f"{name or 'this call'} is not allowed; allowed are {', '.join(sorted(_METHODS))}")
         if name == "join":
-            return _join(*args, owner)
+            return _join(args[0], str(owner))
         if name == "replace":
             return _replace(owner, *args)
         return super().call(__context, __obj, *args, **kwargs)
