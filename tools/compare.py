@@ -1,4 +1,4 @@
-"""What the project computes, compared with what it computed before a rewrite.
+"""Compare what the project computes with what it computed before a rewrite.
 
     .venv/bin/python tools/compare.py SHARED/data                  # prints the differences from tools/comparison.json
     .venv/bin/python tools/compare.py SHARED/data --write          # writes that file; the commit gives the reason
