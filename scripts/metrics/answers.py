@@ -17,6 +17,7 @@ Numbers are found and compared by one of four methods, reimplemented from descri
   comma are lost. If no marker is followed by digits, as in "#### -12", the number is 0.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -26,7 +27,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .metric import FEWEST, Metric, Pair, Parameters
+from .metric import FEWEST, NORMAL, Metric, Pair, Parameters, wilson
 
 MARKERS = {
     "loftq": ("The final answer is: ",),
@@ -85,12 +86,14 @@ def _by_pissa(text: str, markers: Sequence[str]) -> int | None:
     above, _, below = found[0].replace(",", "").partition("/") if found else ("", "", "")
     if not above.strip("+-"):
         return None
-    return round(Decimal(above) / (int(below or 1) or 1))
+    with suppress(DecimalException):  # a million digits are too many to divide
+        return round(Decimal(above) / (Decimal(below or 1) or 1))
+    return None
 
 
-def _by_loraga(text: str, markers: Sequence[str]) -> int:
+def _by_loraga(text: str, markers: Sequence[str]) -> Decimal:
     found = re.search(rf"(?:{'|'.join(map(re.escape, markers))})\s*(\d+)", text)
-    return int(found[1]) if found else 0
+    return Decimal(found[1]) if found else Decimal()
 
 
 _PARSERS: dict[str, Callable[[str, Sequence[str]], float | Decimal | str | None]] = {
@@ -160,19 +163,25 @@ class GroupParameters(Parameters):
 
 
 def mean_of_groups(
-    groups: Mapping[str, Sequence[float]], parameters: GroupParameters
+    groups: Mapping[str, Sequence[float]], parameters: GroupParameters, averaged: Metric
 ) -> tuple[float, list[float] | None] | None:
     """Unweighted mean over group means; None without rows.
 
-    It has a 95 % interval if each group has at least `FEWEST` rows.
+    It has a 95 % interval if each group has at least `FEWEST` rows, and scores that are not shares are not all equal.
     """
     chosen = [scores for name, scores in groups.items() if parameters.group in (None, name)]
     if not chosen:
         return None
     mean = fmean(map(fmean, chosen))
-    variance = sum(pvariance(scores) / len(scores) for scores in chosen) / len(chosen) ** 2
-    half = 1.96 * variance**0.5
-    return mean, [mean - half, mean + half] if min(map(len, chosen)) >= FEWEST else None
+    if min(map(len, chosen)) < FEWEST:
+        return mean, None
+    if averaged.all_or_nothing and len(chosen) == 1:
+        return mean, wilson(mean, len(chosen[0]))
+    # two right and two wrong rows more, as in Agresti and Coull 1998: at 0 and 100 %, shares show no spread
+    added = (0, 0, 100, 100) if averaged.all_or_nothing else ()
+    variance = sum(pvariance([*scores, *added]) / (len(scores) + len(added)) for scores in chosen)
+    half = NORMAL * variance**0.5 / len(chosen)
+    return mean, [max(mean - half, averaged.low), min(mean + half, averaged.high or math.inf)] if half else None
 
 
 METRICS = (

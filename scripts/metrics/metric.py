@@ -8,7 +8,16 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 Pair = tuple[str, str]  # reference and prediction
+NORMAL = 1.959964  # 97.5 % quantile of the standard normal distribution
 FEWEST = 5  # minimum number of rows for an interval: fewer rows have too few distinct resamples
+
+
+def wilson(share: float, rows: int) -> list[float]:
+    """Wilson's 95 % interval of a share in percent, which is not 0 wide at 0 and 100 % (Wilson 1927)."""
+    from scipy.stats import binomtest
+
+    found = binomtest(round(share * rows / 100), rows).proportion_ci(method="wilson")
+    return [100 * float(found.low), 100 * float(found.high)]
 
 
 class Parameters(BaseModel):
@@ -35,13 +44,14 @@ class Metric:
         of_rows: computes a score for each (reference, prediction); the overall score is their mean, with an interval.
         of_all: computes one score from all pairs together.
         of_loss: computes a run's score from the eval loss in nats per token, without predictions.
-        of_groups: computes a score and an interval from another column's row scores, by group.
+        of_groups: computes a score and an interval from another column's row scores by group; it also gets the metric
+            of that column.
         of_model: True if lm-evaluation-harness measures the run's model.
         parameters: class of the parameters.
         record: returns details of the computation for scores.json.
         notes: yields notes for readers of the scores, such as on texts without a number.
         judged: True if a scorer model computes the score; parameters are then a `ScorerModel`.
-        all_or_nothing: True if each row scores either `low` or `high`.
+        all_or_nothing: True if each row scores either 0 or 100.
     """
 
     name: str
@@ -55,7 +65,9 @@ class Metric:
     of_rows: Callable[[Sequence[Pair], Any], list[float]] | None = None
     of_all: Callable[[Sequence[Pair], Any], float] | None = None
     of_loss: Callable[[float], float] | None = None
-    of_groups: Callable[[Mapping[str, Sequence[float]], Any], tuple[float, list[float] | None] | None] | None = None
+    of_groups: (
+        Callable[[Mapping[str, Sequence[float]], Any, "Metric"], tuple[float, list[float] | None] | None] | None
+    ) = None
     of_model: bool = False
     parameters: type[Parameters] = Parameters
     record: Callable[[Any], dict[str, Any]] | None = None

@@ -12,7 +12,7 @@ from ..base import yamlfiles
 from ..base.errors import UserError, did_you_mean
 from . import bertscore
 from .answers import METRICS as OF_ANSWERS
-from .metric import Column, Metric, Parameters
+from .metric import NORMAL, Column, Metric, Parameters, wilson
 from .text import METRICS as OF_TEXTS
 
 
@@ -59,8 +59,13 @@ class Benchmark(BaseModel):
 
     @property
     def interval(self) -> list[float] | None:
-        """95 % interval from the standard error."""
-        return [self.value - 1.96 * self.stderr, self.value + 1.96 * self.stderr] if self.stderr else None
+        """95 % interval from the standard error, or Wilson's if that is 0; None without a standard error."""
+        if self.stderr is None:
+            return None
+        if self.stderr == 0:
+            return wilson(self.value, self.rows)
+        half = NORMAL * self.stderr
+        return [max(self.value - half, 0.0), min(self.value + half, 100.0)]
 
 
 BENCHMARK = Metric(

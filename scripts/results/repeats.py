@@ -58,8 +58,7 @@ def of(chosen: RunResult, candidates: Sequence[RunResult]) -> list[RunResult]:
         and other.run.rehearsal == chosen.run.rehearsal
         and _alike(own, other.evaluation, _ALIKE)
         and _training(other) == trained
-        # records of earlier versions do not list the files that a config names
-        and (not named or [file.sha256 for file in other.run.named_files] in ([], named))
+        and [file.sha256 for file in other.run.named_files] == named
     ]
     by_seed = {seed(result.folder): result for result in [*found, chosen]}
     return [chosen] + [one for one in (by_seed.values() if len(by_seed) > 1 else found) if one != chosen]
@@ -109,7 +108,7 @@ def scores(column: Column, found: Sequence[RunResult]) -> list[tuple[RunResult, 
 def interval(
     name: str, scored: Sequence[tuple[RunResult, float]], known: Sequence[float] = ()
 ) -> intervals.Interval | None:
-    """95 % interval of the runs' mean score, see `intervals.of_runs`; None if a run has too few rows for an interval.
+    """95 % interval of the runs' mean score, see `intervals.of_runs`; None if a run has no interval over its rows.
 
     Args:
         name: name of the metric.
@@ -118,14 +117,15 @@ def interval(
     """
     found, values = [result for result, _ in scored], [value for _, value in scored]
     evaluated = (result.evaluation.scores if result.evaluation else {} for result in found)
-    over_rows = [(scores.get("intervals") or {}).get(name, ()) for scores in evaluated]
-    if None in over_rows:
+    over_rows = [(scores.get("intervals") or {}).get(name) for scores in evaluated]
+    within = [interval for interval in over_rows if interval is not None]
+    if len(within) < len(found):
         return None
-    if len(found) > 1:
-        made = intervals.of_runs(values, by_row(name, found))
-        one_seed = len({seed(result.folder) for result in found}) == 1
-        return replace(made, method=made.method + ONE_SEED) if made and one_seed else made
-    return intervals.of_runs(values, None, over_rows[0], known)
+    if len(found) == 1:
+        return intervals.of_runs(values, None, within, known)
+    made = intervals.of_runs(values, by_row(name, found), within)
+    one_seed = len({seed(result.folder) for result in found}) == 1
+    return replace(made, method=made.method + ONE_SEED) if made and one_seed else made
 
 
 def interval_cells(name: str, within: intervals.Interval | None) -> Row:
@@ -262,12 +262,12 @@ def _basis(of_study: Study, column: Column, runs: Path) -> tuple[Variances, int,
         )
     recipe, values = next(iter(known.items()))
     metric, published = column.metric, of_study.published[recipe].scores.get(column.name)
-    if metric.all_or_nothing and metric.high is not None and published and of_study.data.scored_rows:
-        of_rows = (published.value - metric.low) * (metric.high - published.value)
+    if metric.all_or_nothing and published and of_study.data.scored_rows:
+        of_rows = float(published.value * (100 - published.value))
         if of_rows >= 0:  # the published score is within the metric's range
             words = (
                 f"{len(values)} published repeats of {recipe}, and rows that are either right or wrong, "
-                f"{published.value:g} % of them right as published"
+                f"{published.value} % of them right as published"
             )
             return Variances(variance(values), of_rows, 0.0), of_study.data.scored_rows, words
     raise UserError(

@@ -140,7 +140,7 @@ def same_models(models: ScorerModels, columns: Mapping[str, Column], scores: Map
 
 # Version of the scoring code. Increase it when a change gives the same texts different scores. Scores of older versions
 # are then computed again.
-VERSION = 2
+VERSION = 3
 
 
 def read_pairs(file: Path, prediction: str = "prediction", reference: str = "reference") -> list[Row]:
@@ -243,20 +243,23 @@ def score(
     others: dict[str, float | None] = {}
     records: dict[str, Any] = {}
     notes = [f"rows: {len(rows)} are too few to compare scores"] if 0 < len(rows) < FEWEST else []
-    of_groups: dict[str, list[float] | None] = {}
+    within: dict[str, list[float] | None] = {}
     for name, column in kept.items():
         metric, parameters = column.metric, judged.get(name) or column.parameters
         if metric.of_rows:
             means[name] = [row[name] for row in scored]
+            within[name] = intervals.over_rows(means[name], metric)
         elif metric.of_all:
             others[name] = metric.of_all(pairs, parameters)
         elif metric.of_groups:
-            others[name], of_groups[name] = metric.of_groups(_by_group(scored, column), parameters) or (None, None)
+            averaged = columns[column.entry["of"]].metric
+            found = metric.of_groups(_by_group(scored, column), parameters, averaged)
+            others[name], within[name] = found or (None, None)
         elif metric.of_loss:
             others[name] = None if loss is None else metric.of_loss(loss)
         elif metric.of_model and (benchmark := (measured or {}).get(name)):
             others[name] = benchmark.value
-            of_groups |= {name: benchmark.interval} if benchmark.interval else {}
+            within |= {name: benchmark.interval} if benchmark.interval else {}
             records |= {f"{name}_benchmark": benchmark.model_dump()}
         if metric.record:
             records |= {column.recorded(key): value for key, value in metric.record(parameters).items()}
@@ -265,7 +268,7 @@ def score(
     return {
         "rows": len(rows),
         **{name: sum(values) / len(rows) for name, values in means.items()},
-        "intervals": intervals.each(means) | of_groups,
+        "intervals": within,
         **others,
         **records,
         **(_shares(scored) if rows else {}),

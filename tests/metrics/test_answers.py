@@ -89,6 +89,15 @@ def test_a_number_is_found_as_each_evaluation_finds_it(parser, prediction, found
     assert right(reference, prediction, parser=parser) == (found == 7)
 
 
+@pytest.mark.parametrize("digits", [4_301, 1_000_100])
+@pytest.mark.parametrize("text", ["{} The answer is: {}/{} #### {}", "The answer is: 1/{}", "The answer is: {}.5"])
+@pytest.mark.parametrize("parser", ["loftq", "peft", "pissa", "loraga"])
+def test_a_number_of_any_length_can_be_compared(parser, text, digits):
+    prediction = text.replace("{}", "9" * digits)
+    reference = "The final answer is: 7. The answer is: 7 #### 7"
+    assert not right(reference, prediction, parser=parser)
+
+
 def test_what_has_no_number_is_never_right_and_noted_with_an_example():
     assert not right("A: 7", "A: 7", parser="peft")
     assert right("#### 8", "A: 8", parser="peft", markers=["A: ", "#### "])

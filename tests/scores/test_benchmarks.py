@@ -44,6 +44,17 @@ def test_a_group_is_scored_as_the_harness_or_as_the_mean_of_its_tasks(parameters
     assert (found.version, found.shots, found.rows) == ("2", 5, 400)
 
 
+@pytest.mark.parametrize(
+    ("share", "error", "expected"),
+    [(0.5, 0.1, [30.4, 69.6]), (1.0, 0.0, [75.75, 100]), (0.0, 0.0, [0, 24.25]), (0.98, 0.02, [94.08, 100])],
+)
+def test_a_benchmark_of_0_or_100_percent_has_an_interval_within_its_range(share, error, expected):
+    results = {"a": {"acc,none": share, "acc_stderr,none": error}}
+    counts = {"configs": {"a": {}}, "n-samples": {"a": {"original": 12, "effective": 12}}}
+    found = benchmarks.summarise(GROUP | counts | {"results": results}, BenchmarkParameters(task="a"))
+    assert found.interval == pytest.approx(expected, abs=0.01)
+
+
 @pytest.mark.parametrize("result", ["exact_match", "word_perplexity", "bpb", "bleu"])
 def test_a_result_that_is_missing_or_no_share_is_refused(result):
     other = {"word_perplexity,none": 15.3, "bpb,none": 0.7, "bleu,none": 27.0}

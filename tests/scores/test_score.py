@@ -3,6 +3,7 @@ from typing import Any
 
 import orjson
 import pytest
+from scipy import stats
 
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.metrics import registry
@@ -60,8 +61,12 @@ def test_groups_of_rows_count_alike_in_their_mean():
     assert (few["of_few"], few["intervals"]["of_few"], few["intervals"]["average"]) == (50, None, None)
     scores, made = score.score([row for row in rows if row["group"] != "few"], columns)
     assert (scores["average"], scores["of_b"], scores["of_d"]) == (pytest.approx(125 / 3), 50, None)
-    half = 1.96 * 100 * ((0.75 * 0.25 / 20 + 0.5 * 0.5 / 10) / 9) ** 0.5
+    counts = ((15, 20), (5, 10), (0, 5))
+    variances = [(p := (x + 2) / (n + 4)) * (1 - p) / (n + 4) for x, n in counts]
+    half = 100 * stats.norm.ppf(0.975) * sum(variances) ** 0.5 / 3
     assert scores["intervals"]["average"] == pytest.approx([125 / 3 - half, 125 / 3 + half])
+    wilson = stats.binomtest(5, 10).proportion_ci(method="wilson")
+    assert scores["intervals"]["of_b"] == pytest.approx([100 * wilson.low, 100 * wilson.high])
     assert scores["intervals"]["of_d"] is None and "average" not in made[0]
     for of in ("nope", "sacrebleu", "bertscore_f1"):
         with pytest.raises(UserError, match=of):
