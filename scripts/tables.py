@@ -46,12 +46,6 @@ def text_of(value: Any) -> str:
     return str(value)
 
 
-def plus_minus(value: float, spread: float | None) -> str:
-    """A value with its ± spread, both with the same number of decimals."""
-    text = text_of(value)
-    return text if spread is None else f"{text} ± {spread:.{len(text.partition('.')[2])}f}"
-
-
 def _column(values: list[Any]) -> list[str]:
     """Texts of a column; all fractions get the largest necessary number of decimals."""
     fractions = {text_of(value) for value in values if isinstance(value, float) and abs(value) < 1}

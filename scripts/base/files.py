@@ -179,8 +179,8 @@ def read_json(file: Path) -> Row:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Replace the content of `file` with a value as indented JSON."""
-    write_atomically(file, orjson.dumps(value, option=orjson.OPT_INDENT_2).decode() + "\n")
+    """Replace the content of `file` with a value as indented JSON; it can contain numbers of study.yaml."""
+    write_atomically(file, orjson.dumps(value, float, orjson.OPT_INDENT_2).decode() + "\n")
 
 
 def tensor_shapes(file: Path) -> dict[str, list[int]] | None:

@@ -48,12 +48,33 @@ for _first in "-+0123456789":
     _Loader.yaml_implicit_resolvers[_first].insert(0, ("tag:yaml.org,2002:str", _OTHER_BASE))
 
 
+class Written(float):
+    """Number whose text has the digits of the file, such as 42.30."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class _WrittenLoader(_Loader):
+    """Loader that keeps the digits of decimal numbers."""
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> Written:
+        number = Written(super().construct_yaml_float(node))
+        number.text = node.value
+        return number
+
+
+_WrittenLoader.add_constructor("tag:yaml.org,2002:float", _WrittenLoader.construct_yaml_float)
+_Dumper.add_representer(Written, lambda dumper, number: dumper.represent_scalar("tag:yaml.org,2002:float", number.text))
+
 _PLAIN = (type(None), bool, int, float, str, list, dict)
 _MOST_VALUES = 100_000  # a config has about a hundred values; nested aliases can expand a short text to millions
 _MOST_LEVELS = 50
 
 
-def parse(text: str, where: str) -> Any:
+def parse(text: str, where: str, loader: type[_Loader] = _Loader) -> Any:
     """Parse YAML text: text, numbers, booleans, null, lists, and mappings with text keys.
 
     Raises:
@@ -63,7 +84,7 @@ def parse(text: str, where: str) -> Any:
         require_shallow(text, where)
         node = yaml.compose(text, _Loader)
         check_size(node, where)
-        content = _Loader("").construct_document(node) if node else None
+        content = loader("").construct_document(node) if node else None
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise UserError(f"{where}{_problem(error, text)}") from None
     for value in _values(content):
@@ -150,13 +171,13 @@ def read_text(file: Path) -> str:
         raise UserError(f"{file}: not a text file in UTF-8") from None
 
 
-def read_yaml(file: Path) -> Config:
-    """The mapping in a YAML file.
+def read_yaml(file: Path, as_written: bool = False) -> Config:
+    """The mapping in a YAML file; with `as_written`, its decimal numbers are `Written`.
 
     Raises:
         UserError: the file cannot be read, is not YAML (with the line), or is not a mapping.
     """
-    content = parse(read_text(file), str(file))
+    content = parse(read_text(file), str(file), _WrittenLoader if as_written else _Loader)
     if not isinstance(content, dict):
         raise UserError(f"{file}: not a mapping of keys to values")
     return content

@@ -1,10 +1,11 @@
 """Declaration of published results in study.yaml."""
 
 from collections.abc import Collection, Iterator
+from decimal import Decimal
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from ..base.yamlfiles import Config
 from .declaration import Data, FilePath, Key, Mistake, Name, Strict, Text, undeclared
@@ -15,19 +16,43 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 TRAIN_LOSS = "train_loss"  # column of a published curve; its tolerance limits the largest gap to a run's curve
 
 
+def _printed(given: Any) -> Any:
+    """Decimal with the digits of a number in study.yaml; other values unchanged."""
+    return Decimal(str(given)) if isinstance(given, float) or type(given) is int else given
+
+
+Printed = Annotated[Decimal, BeforeValidator(_printed), WithJsonSchema({"type": "number"})]
+"""Number with the digits that were printed."""
+
+
+ROUNDING = 1e-9
+"""Relative rounding error of computed numbers, by which a bound may be exceeded."""
+
+
+def rounding(number: Decimal) -> float:
+    """Largest difference that rounding to the printed digits can make: half a unit of the last one."""
+    return (0.5 + ROUNDING) * 10.0 ** int(number.as_tuple().exponent)
+
+
 class PublishedScore(Strict):
     """Published score, and the ± printed with it if there is one."""
 
-    value: float
-    spread: float | None = Field(default=None, ge=0)
+    value: Printed
+    spread: Annotated[Printed, Field(ge=0), WithJsonSchema({"type": "number", "minimum": 0})] | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _of_number(cls, given: Any) -> Any:
         return given if isinstance(given, dict) else {"value": given}
 
+    @property
+    def margin(self) -> float:
+        """Largest distance from the printed value that its digits and the ± allow."""
+        spread = 0.0 if self.spread is None else float(self.spread) + rounding(self.spread)
+        return rounding(self.value) + spread
+
     def __str__(self) -> str:
-        return f"{self.value:g}" + ("" if self.spread is None else f" ± {self.spread:g}")
+        return f"{self.value}" if self.spread is None else f"{self.value} ± {self.spread}"
 
 
 class Measured(Strict):
@@ -81,7 +106,7 @@ class Cell(Strict):
     """
 
     values: Annotated[Config, Field(min_length=1)]
-    scores: dict[str, Annotated[list[float], Field(min_length=1)]]
+    scores: dict[str, Annotated[list[Printed], Field(min_length=1)]]
 
 
 class AdapterFormat(Strict):

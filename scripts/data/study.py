@@ -183,7 +183,7 @@ def load(folder: Path) -> Study:
 @cache
 def _load(file: Path, _: int) -> Study:
     folder, file = file.parent, Path(paths.shown(file))
-    content = yamlfiles.read_yaml(file) | {"folder": folder}
+    content = yamlfiles.read_yaml(file, as_written=True) | {"folder": folder}
     try:
         study = Study.model_validate(content)
     except ValidationError as error:

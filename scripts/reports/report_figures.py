@@ -191,8 +191,11 @@ def study(of_study: Study, rows: Sequence[StudyRow], column: Column) -> Figure |
     traces = [_scatter("ours, with its 95 % interval", "markers", ours, marker=marker, error_x=errors)]
     theirs = {name: score.published for name, score in scores.items() if score.published}
     if theirs:
-        published = [(score.value, name) for name, score in theirs.items()]
-        spreads = [s.spread and (s.value - s.spread, s.value + s.spread) for s in theirs.values()]
+        published = [(float(score.value), name) for name, score in theirs.items()]
+        spreads = [
+            score.spread and (float(score.value - score.spread), float(score.value + score.spread))
+            for score in theirs.values()
+        ]
         marker = {"color": COLOURS[1], "symbol": "diamond-open", "size": 12, "line": {"width": 2}}
         more = {"error_x": _error_bars(published, spreads)} if any(spreads) else {}
         title = "published, with its ±" if any(spreads) else "published"

@@ -202,7 +202,7 @@ def scores(runs: Sequence[ReportedRun], by_heading: Mapping[str, Column]) -> lis
         }
         columns |= {label: _column(evaluation, by_heading) for label, evaluation in shown.items() if evaluation}
         published: dict[str, str | None] = {
-            str(registry.heading(reported.columns[name], by_heading)): tables.plus_minus(aim.value, aim.spread)
+            str(registry.heading(reported.columns[name], by_heading)): str(aim)
             for name, score in reported.scores.items()
             if (aim := score.published) and score.difference is not None
         }

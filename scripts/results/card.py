@@ -66,10 +66,7 @@ def card(result: RunResult, evaluation: Evaluation | None, merged: bool, reposit
         other_model=None if run.rehearsal else result.other_model,
         prompt=prompt,
         columns=evaluation.columns if evaluation else {},
-        published={
-            name: tables.plus_minus(score.value, score.spread)
-            for name, score in (result.aim.scores if result.aim else {}).items()
-        },
+        published={name: str(score) for name, score in (result.aim.scores if result.aim else {}).items()},
         of_base={name: score.base_model for name, score in result.scores.items() if score.base_model is not None},
         embedding_rows=embedding_rows(folder.output / ADAPTER),
         config_sha256=sha256(folder.config),

@@ -6,7 +6,6 @@ from pathlib import Path
 from .. import backends, tables
 from ..base.files import Row
 from ..base.progress import say
-from ..data.published import PublishedScore
 from ..data.study import Study
 from ..metrics import registry
 from ..metrics.metric import Column
@@ -130,19 +129,12 @@ def _cells(result: RunResult, columns: Mapping[str, Column], jobs: Sequence[str]
     }
 
 
-def published_cell(score: PublishedScore | None) -> float | str | None:
-    """Published score for a table: text if it has a ±, otherwise a number."""
-    if score is None or score.spread is None:
-        return score.value if score else None
-    return tables.plus_minus(score.value, score.spread)
-
-
 def baselines(of_study: Study) -> Table:
     """Table of a study's baselines, which are published scores of other methods."""
     rows = [
         {
             "baseline": baseline.name,
-            **{column.label: published_cell(baseline.scores.get(name)) for name, column in of_study.table.items()},
+            **{column.label: baseline.scores.get(name) for name, column in of_study.table.items()},
             "on": baseline.test_set,
         }
         for baseline in of_study.compared

@@ -154,7 +154,7 @@ class RunResult:
             ours, published = self.score(column), self.aim.scores.get(name) if self.aim else None
             difference = None
             if published and ours is not None and self.is_comparable(column):
-                difference = ours - published.value
+                difference = ours - float(published.value)
             decoded = {} if column.metric.of_loss else self.decoded
             found[name] = RunScore(
                 value=ours,
@@ -229,7 +229,7 @@ def record(result: RunResult, jobs: Iterable[str] = ()) -> Row:
         scores |= {
             name: score.value,
             f"{name}_base_model": score.base_model,
-            f"{name}_published": score.published and score.published.value,
+            f"{name}_published": score.published and float(score.published.value),
             f"{name}_difference": score.difference,
             **{f"{name}_{decoding}": value for decoding, value in score.decodings.items()},
         }

@@ -12,7 +12,7 @@ from ..scores import intervals
 from ..tables import Table
 from . import repeats, verdict
 from .compare import Comparison, Divergence
-from .listing import REHEARSALS, baselines, published_cell
+from .listing import REHEARSALS, baselines
 from .repeats import Outlook
 from .verdict import StudyRow
 
@@ -76,7 +76,7 @@ def _of_metric(row: StudyRow, column: Column) -> Row:
         **({} if "group" in column.entry else {"rows": row.chosen and row.chosen.rows_evaluated}),
         column.label: score.value,
         "95 %": within and [within.low, within.high],
-        "published": published_cell(score.published),
+        "published": score.published,
         "difference": score.difference,
         "verdict": score.verdict,
         "95 % covers": within and within.method,

@@ -12,7 +12,7 @@ from ..base.files import Row
 from ..configs import config, datafiles
 from ..configs.compose import REHEARSAL, TRACKERS
 from ..configs.numerics import departures
-from ..data.published import TRAIN_LOSS, Measured, Published, PublishedScore
+from ..data.published import ROUNDING, TRAIN_LOSS, Measured, Published, PublishedScore, rounding
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..runs.records import Summary
@@ -100,19 +100,22 @@ def verdict(
 ) -> str | None:
     """Compare our score with a published score.
 
+    Each printed number stands for half a unit of its last digit to each side.
+
     `WITHIN`: our 95 % interval overlaps the range of the published value ± its spread. Without an interval, our score
     must be in that range; without a spread, our interval must contain the published value. `ACCEPTABLE`: not `WITHIN`,
     but the difference is at most the study's tolerance. `OFF`: neither. None: interval, spread and
     tolerance are all missing.
     """
-    spread = published.spread
-    if interval is None and spread is None and tolerance is None:
+    value, bounded = float(published.value), interval is not None or published.spread is not None
+    if not bounded and tolerance is None:
         return None
-    low, high = (interval.low, interval.high) if interval else (ours, ours)
-    least, most = published.value - (spread or 0), published.value + (spread or 0)
-    if (interval or spread is not None) and low <= most and least <= high:
+    nearest = min(max(value, interval.low), interval.high) if interval else ours
+    if bounded and abs(nearest - value) <= published.margin:
         return WITHIN
-    return ACCEPTABLE if tolerance is not None and abs(ours - published.value) <= tolerance else OFF
+    if tolerance is not None and abs(ours - value) <= tolerance + rounding(published.value):
+        return ACCEPTABLE
+    return OFF
 
 
 def rows(
@@ -168,7 +171,7 @@ def _row(of_study: Study, recipe: str, found: list[RunResult], rehearsal: bool) 
     gap = compare.curve_gap(chosen.folder.read_metrics(), curve) if chosen and curve else None
     gap_verdict = None
     if gap and chosen and chosen.run.state == "finished" and TRAIN_LOSS in of_study.tolerances:
-        gap_verdict = ACCEPTABLE if gap.largest <= of_study.tolerances[TRAIN_LOSS] else OFF
+        gap_verdict = ACCEPTABLE if gap.largest <= of_study.tolerances[TRAIN_LOSS] * (1 + ROUNDING) else OFF
     differs, left_open = _settings(of_study, recipe, chosen) if chosen and not rehearsal else ([], [])
     return StudyRow(
         recipe=recipe,
@@ -193,7 +196,7 @@ def _by_metric(of_study: Study, column: Column, found: Sequence[RunResult], aim:
     mean = _mean(value for _, value in reached)
     difference = found_verdict = None
     if published and mean is not None and of_chosen and of_chosen.difference is not None:  # the scores are comparable
-        difference = mean - published.value
+        difference = mean - float(published.value)
         found_verdict = verdict(mean, within, published, of_study.tolerances.get(name))
     model = model_record(column, chosen.evaluation.scores) if chosen and chosen.evaluation else None
     return MetricRow(
@@ -223,12 +226,13 @@ def record(row: StudyRow, of_study: Study) -> Row:
     own = chosen.evaluation if chosen else None
     scores: Row = {}
     for name, score in row.scores.items():
+        spread = score.published.spread if score.published else None
         scores |= {
             name: score.value,
             **repeats.interval_cells(name, score.interval),
             f"{name}_base_model": score.base_model,
-            f"{name}_published": score.published and score.published.value,
-            f"{name}_spread": score.published and score.published.spread,
+            f"{name}_published": score.published and float(score.published.value),
+            f"{name}_spread": None if spread is None else float(spread),
             f"{name}_difference": score.difference,
             f"{name}_verdict": score.verdict,
             **({f"{name}_model": score.model} if of_study.columns[name].metric.judged else {}),

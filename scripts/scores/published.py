@@ -32,8 +32,8 @@ def scores(
 
     Returns:
         A row for each test set and metric: `test_set`, `rows`, `metric`, `score`, the 95 % interval `low` and `high`,
-        `published`, the `difference`, and `agrees`: True if the difference is at most half a unit of the last
-        published digit, plus the published uncertainty.
+        `published`, the `difference`, and `agrees`: True if the difference is at most `margin` of the
+        published score.
 
     Raises:
         UserError: a file is damaged, or its rows are not those of the test set.
@@ -60,10 +60,8 @@ def _beside(ours: float, theirs: PublishedScore | None, comparable: bool) -> dic
     """Compare our score with the published, rounded score of the same texts."""
     if theirs is None or not comparable:
         return {"published": None, "difference": None, "agrees": None}
-    half_a_digit = 0.5 * 10.0 ** -len(f"{theirs.value!r}".partition(".")[2]) * (1 + 1e-9)
-    difference = ours - theirs.value
-    agrees = abs(difference) <= half_a_digit + (theirs.spread or 0)
-    return {"published": theirs.value, "difference": difference, "agrees": agrees}
+    difference = ours - float(theirs.value)
+    return {"published": float(theirs.value), "difference": difference, "agrees": abs(difference) <= theirs.margin}
 
 
 def read(of_study: Study, predictions: PublishedPredictions, own: str) -> list[Row]:

@@ -38,7 +38,7 @@ def test_what_a_study_declares(tmp_path):
     assert list(of_study.table) == list(of_study.columns) == ["accuracy", "perplexity"]
     published = of_study.published[RECIPE].scores
     assert published == {"accuracy": PublishedScore(value=67.4, spread=1.0), "perplexity": PublishedScore(value=3)}
-    assert [str(score) for score in published.values()] == ["67.4 ± 1", "3"]
+    assert [str(score) for score in published.values()] == ["67.4 ± 1.0", "3"]
     assert (of_study.decodings["greedy"].top_k, of_study.variants, of_study.baselines) == (0, {}, [])
 
 

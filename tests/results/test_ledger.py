@@ -57,7 +57,7 @@ def test_a_record_is_exported_added_and_shown(recipe):
     assert listed(recipe) == [67.0, 70.0]
     of_study = small_study.read()
     rows = ledgers.table(of_study, ledgers.records(of_study))
-    assert [(row["accuracy, %"], row["accuracy, %, published"]) for row in rows] == [(67.0, "67.4 ± 1"), (70.0, "70")]
+    assert [(row["accuracy, %"], row["accuracy, %, published"]) for row in rows] == [(67.0, "67.4 ± 1.0"), (70.0, "70")]
     assert (rows[1]["peak GiB"], rows[1]["planned GiB"]) == (19.5, 18.5)
     shown = recipe("results", "sums2030", "--ledger").stdout
     assert "  67 (66.5 to 67.5)  " in shown and "  18.50  " in shown
@@ -73,7 +73,7 @@ def test_the_status_of_a_published_number_is_the_furthest_stage_with_a_valid_rec
     assert "out of memory" not in status_of(PLAIN).status and "; failed on RTX 4090" in status_of(PLAIN).status
     first, _ = recorded(a_run("one", 67.0)), recorded(a_run("two", 68.0), seed=43)
     assert status_of(PLAIN).status.startswith("retrained on RTX 4090, seed 42 and RTX 4090, seed 43; failed on")
-    assert (status_of(PLAIN).published, status_of(PLAIN).here) == ("67.4 ± 1", "67.5")
+    assert (status_of(PLAIN).published, status_of(PLAIN).here) == ("67.4 ± 1.0", "67.5")
     assert status_of(WIDE).status == "not run"
     for file in (failed, first):
         file.write_bytes(orjson.dumps(orjson.loads(file.read_bytes()) | {"invalidated": "by abcdef1, because wrong"}))
@@ -101,7 +101,7 @@ def test_a_cell_has_a_status_of_its_own():
     recorded(a_run("one", 64.5, set={"lora_r": 4}))
     assert status_of(f"{PLAIN} --set lora_r=4").status.startswith("retrained")
     untouched = status_of(f"{PLAIN} --set lora_r=8")
-    assert (untouched.status, untouched.published) == ("not run", "68.0")
+    assert (untouched.status, untouched.published) == ("not run", "68")
     assert untouched.command == f"recipe sweep {PLAIN} --set lora_r=8"
     assert status_of(PLAIN).status == "not run"
 

