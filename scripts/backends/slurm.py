@@ -6,6 +6,7 @@ near its time limit stops at a checkpoint and is requeued. Requeued and preempte
 checkpoint.
 """
 
+import re
 import shlex
 import sys
 from collections.abc import Container, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..base import paths
-from ..base.errors import UserError, WorkFailed
+from ..base.errors import UserError, WorkFailed, require_plain
 from ..base.files import write_atomically
 from ..base.paths import template_environment
 from ..base.progress import PART, say
@@ -44,6 +45,7 @@ class Slurm:
     here: Literal[False] = False
 
     def __init__(self, rehearsal: bool, jobs: int | None, options: Sequence[str]):
+        require_plain(Path.cwd(), paths.runs(), sys.executable)
         self.site = site_settings(options)
         self.jobs = jobs
         self._gpu = gpus.find(self.site.gpu, "gpu") if self.site.gpu and not rehearsal else None
@@ -87,7 +89,8 @@ class Slurm:
         if not tasks:
             return []
         forget_queue()  # the cached job states may be outdated after checks and plans
-        batch = Batch(self.site, self.jobs, title.replace("/", "-"), tasks[0].gpus, tasks[0].nodes)
+        name = re.sub(r"[^\w.,=+-]+", "-", title)
+        batch = Batch(self.site, self.jobs, name, tasks[0].gpus, tasks[0].nodes)
         batch.check({step for task in tasks for step in task.steps}, len(tasks))
         claimed = []
         for task in tasks:
@@ -204,27 +207,18 @@ class Batch:
         if nodes > 1:
             cores = "${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}"  # srun does not inherit this option
             recipe = f"srun --nodes={nodes} --ntasks-per-node=1 --kill-on-bad-exit=1 {cores} {recipe}"
-        return (
-            template_environment(paths.TEMPLATES)
-            .get_template("slurm.sh.j2")
-            .render(
-                title=self.title,
-                step=step,
-                options=map(shlex.quote, self._options(step, count)),
-                setup=self.site.setup,
-                cwd=shlex.quote(str(Path.cwd())),
-                part=PART,
-                tasks=[
-                    {
-                        "folder": shlex.quote(str(task.folder.path)),
-                        "log": shlex.quote(str(task.folder.path / f"slurm-{step}.log")),
-                        "words": shlex.join(task.words),
-                    }
-                    for task in tasks
-                ],
-                nodes=nodes,
-                launcher=recipe,
-            )
+        jinja = template_environment(paths.TEMPLATES)
+        jinja.filters["quote"] = lambda value: shlex.quote(str(value))
+        return jinja.get_template("slurm.sh.j2").render(
+            title=self.title,
+            step=step,
+            options=self._options(step, count),
+            setup=self.site.setup,
+            cwd=Path.cwd(),
+            part=PART,
+            tasks=tasks,
+            nodes=nodes,
+            launcher=recipe,
         )
 
     def _options(self, step: Step, count: int) -> list[str]:

@@ -30,6 +30,8 @@ TIMEOUT = 60  # seconds for a SLURM command
 
 
 def _allowed(option: str) -> str:
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", option):
+        raise ValueError(f"{option!r} is not a long option of sbatch")
     if option in _OWN:
         raise ValueError(f"{option} cannot be set here; `recipe` controls this option")
     return option
@@ -190,7 +192,8 @@ def sbatch(*arguments: str) -> str:
         UserError: sbatch is missing, fails, does not end in time, or prints no id.
     """
     output = ask("sbatch", "--parsable", *arguments)
-    if found := re.fullmatch(r"(\d+)(;\S+)?", (output.strip().splitlines() or [""])[-1]):
-        return found[1]
+    ids = {found[1] for line in output.splitlines() if (found := re.fullmatch(r"(\d+)(;\S+)?", line.strip()))}
+    if len(ids) == 1:
+        return ids.pop()
     problem = f"printed {output[-200:]!r} instead of a job id; check with `squeue --me` whether the job is queued"
     raise UserError(f"--on slurm: sbatch: {problem}")

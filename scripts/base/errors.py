@@ -16,6 +16,13 @@ class WorkFailed(Exception):
     """Failed work; the command prints the message and exits with code 1."""
 
 
+def require_plain(*names: object) -> None:
+    """Raise UserError for a name or path with a control character, which could become a line of a script or file."""
+    for name in map(str, names):
+        if not name.isprintable() and re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", name):
+            raise UserError(f"{name!r}: a control character in this name; rename it")
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """A hint with the nearest choices; empty if no choice is near."""
     lower = {choice.lower(): choice for choice in choices}

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import UserError, did_you_mean, meant
+from .errors import UserError, did_you_mean, meant, require_plain
 
 if TYPE_CHECKING:
     from jinja2.sandbox import SandboxedEnvironment
@@ -107,8 +107,14 @@ def find_recipe(name: str) -> tuple[str, Path]:
     It is found by name, by part of its name (see `meant`), or by file. A YAML file elsewhere is named by its stem.
 
     Raises:
-        UserError: the name matches no recipe, variant or file, or several.
+        UserError: the name matches no recipe, variant or file, or several, or has a control character.
     """
+    recipe, file = _found_recipe(name)
+    require_plain(recipe, file)
+    return recipe, file
+
+
+def _found_recipe(name: str) -> tuple[str, Path]:
     variants = {variant: VARIANTS / f"{variant}.yaml" for variant in variant_names()}
     files = variants | {recipe: recipe_file(recipe) for recipe in recipe_names()}
     if name in files:
@@ -127,8 +133,9 @@ def find_profile(name: str) -> tuple[str, Path]:
     """Find a profile by name, part of its name, or file; return name and file.
 
     Raises:
-        UserError: the name matches no profile, or several.
+        UserError: the name matches no profile, or several, or has a control character.
     """
+    require_plain(name)
     shipped = {file.stem: file for file in sorted(PROFILES.glob("*.yaml"))}
     if name in shipped:
         return name, shipped[name]

@@ -11,7 +11,7 @@ from pydantic import Field, StringConstraints, ValidationError
 from pydantic.json_schema import SkipJsonSchema
 
 from ..base import paths, yamlfiles
-from ..base.errors import UserError, did_you_mean, meant
+from ..base.errors import UserError, did_you_mean, meant, require_plain
 from ..base.progress import say_once
 from ..base.yamlfiles import Config
 from ..metrics import registry
@@ -182,6 +182,7 @@ def load(folder: Path) -> Study:
 
 @cache
 def _load(file: Path, _: int) -> Study:
+    require_plain(file.parent.name)
     folder, file = file.parent, Path(paths.shown(file))
     content = yamlfiles.read_yaml(file, as_written=True) | {"folder": folder}
     try:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 
 from ..backends import Backend
 from ..base import paths, yamlfiles
-from ..base.errors import UserError, meant
+from ..base.errors import UserError, meant, require_plain
 from ..base.files import parse_json, read_bytes, write_atomically
 from ..base.machine import held, now
 from ..base.paths import find_recipe
@@ -335,8 +335,9 @@ def find_sweep_file(name: str) -> Path:
     """Find a sweep file by path, or a shipped sweep file by partial name.
 
     Raises:
-        UserError: no name or several names match.
+        UserError: no name or several names match, or the name has a control character.
     """
+    require_plain(name)
     shipped = {file.stem: file for file in sorted((paths.RECIPES / "sweeps").glob("*.yaml"))}
     if name in shipped or Path(name).is_file():
         return shipped.get(name) or Path(name)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import orjson
 import pytest
-from conftest import RECIPE, finish, start
+from conftest import RECIPE, config_with, finish, start
 
 from qlora_recipes import backends
 from qlora_recipes.backends import slurm as slurm_module
@@ -213,12 +213,19 @@ def program(file: Path, script: str) -> None:
     file.chmod(0o755)
 
 
-JOBS = ["printf '12\\n'", "printf '12;east\\n'", "printf 'Billing: 7 hours are left\\n12\\n'"]
-NO_JOBS = ["", "echo 12 jobs", "exec sleep 60"]
+JOBS = [
+    "printf '12\\n'",
+    "printf '12;east\\n'",
+    "printf 'Billing: 7 hours are left\\n12\\n'",
+    "printf '12\\nBilling: 7 hours are left\\n'",
+    "printf 'note 5\\n12;east\\n\\n  see 9 jobs\\n'",
+    "printf '12\\n12\\r\\n'",
+]
+NO_JOBS = ["", "echo 12 jobs", "exec sleep 60", "printf '12\\n13\\n'"]
 
 
 @pytest.mark.parametrize("commands", [*JOBS, *NO_JOBS])
-def test_the_id_of_a_job_is_in_the_last_line_of_sbatch(place, monkeypatch, commands):
+def test_the_id_of_a_job_is_the_only_line_of_this_form(place, monkeypatch, commands):
     program(place / "sbatch", f"#!/bin/sh\n{commands}\n")
     monkeypatch.setenv("PATH", f"{place}:/usr/bin:/bin")
     monkeypatch.setattr(slurm_site, "TIMEOUT", 60 if commands in JOBS else 0.2)
@@ -279,3 +286,54 @@ def test_scripts_are_sound(tmp_path, nodes, prefix):
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
         done = subprocess.run([TOOLS / "shellcheck", "-"], input=script, text=True, capture_output=True)
         assert done.returncode == 0, done.stdout
+
+
+@pytest.fixture
+def odd_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose name would be a line of shell code."""
+    folder = tmp_path / "a\ntouch marker\nb"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_a_folder_with_a_line_end_is_refused(odd_folder, capsys):
+    with pytest.raises(UserError, match="a control character"):
+        slurm_module.Slurm(True, None, [])
+
+
+@pytest.mark.parametrize("name", ["x\ntouch marker\n.yaml", "x\r.yaml", "x\x1b[2J.yaml"])
+def test_a_recipe_with_a_control_character_in_its_name_is_refused(place, recipe, name):
+    (place / name).write_text(yamlfiles.write_yaml(config_with({})))
+    for words in (("check", name), ("run", name, "--rehearse"), ("run", name, "--on", "slurm"), ("sweep", NAME, name)):
+        done = recipe.fails(*words)
+        assert "a control character in this name; rename it" in done.stdout + done.stderr, words
+    assert recipe.fails("new", "mine", "--from", name).stdout == ""
+    assert {file.name for file in place.iterdir() if file.name != "config"} == {name}
+
+
+def test_no_value_is_shell_code_in_the_script(place):
+    """Values that could be code, and names that the command refuses before."""
+    evil = "'; touch marker; $(touch marker) `touch marker`\ntouch marker\n"
+    (place / "a").mkdir()
+    program(place / "stub", "#!/bin/bash\nprintf '%s\\n' \"$@\"\n")
+    jobs = batch(slurm_site.Site(prefix=f"{place}/stub", options={"comment": evil.replace("\n", " ")}))
+    script = jobs.script("run", [command(place / "a", "resume", evil), command(place / evil, "resume", "b")], 2)
+    env = {"PATH": "/usr/bin:/bin", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "0"}
+    done = subprocess.run(["bash", "-c", script], cwd=place, env=env)
+    assert done.returncode == 0
+    assert (place / "a" / "slurm-run.log").read_text() == f"recipe\nresume\n{evil}\n"
+    assert not list(place.rglob("marker"))
+
+
+@pytest.mark.parametrize("option", ["a b", "x\ntouch", "--x", "X"])
+def test_an_option_that_is_no_long_option_of_sbatch_is_refused(option):
+    with pytest.raises(UserError, match="is not a long option"):
+        slurm_site.site_settings([f"{option}=1"])
+
+
+@pytest.mark.parametrize("setting", ["setup=export HF_TOKEN=planted-word", "export=WANDB_API_KEY=planted-word"])
+def test_a_secret_in_the_settings_of_a_site_is_refused(setting):
+    with pytest.raises(UserError, match="a secret, which would be stored in the job's script"):
+        slurm_site.site_settings([setting])
+    assert slurm_site.site_settings(["setup=export HF_TOKEN=$(cat token)"]).setup == "export HF_TOKEN=$(cat token)"
