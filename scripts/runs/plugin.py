@@ -140,8 +140,8 @@ class RunCallback(TrainerCallback):
     cpu_percent (100 is one processor). Records with a loss, and the last record, add values of all steps since the
     previous record with a loss: step_seconds (without evaluation and saving), tokens (without padding) and
     tokens_per_second. Only the first rank writes; peak_gib_by_rank has the memory of all ranks. The first record of a
-    launch has gpus, engine, trainable_parameters and parameters (including frozen ones). The last record has `ended`
-    (see `records.Ended`), and kept_step if the trainer has loaded the best checkpoint.
+    launch has gpus, engine, training_rows, trainable_parameters and parameters (including frozen ones). The last record
+    has `ended` (see `records.Ended`), and kept_step if the trainer has loaded the best checkpoint.
 
     SIGTERM to any rank ends training after the current step, with a checkpoint.
 
@@ -178,6 +178,8 @@ class RunCallback(TrainerCallback):
         if self.engine:
             ranks.check_engine(self.engine, self.trainer)
             first = first | {"engine": self.engine}
+        with suppress(TypeError):  # streamed rows have no number
+            first = first | {"training_rows": len(self.trainer.train_dataset)}
         self._append(state, first | {"gpus": _gpus()})
         if not args.eval_on_start:
             _note_phase(args.output_dir, "training")

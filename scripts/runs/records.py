@@ -44,6 +44,7 @@ class _Record(TypedDict, total=False):
     peak_gib_by_rank: list[float] | None
     engine: str
     gpus: list[GpuInfo]
+    training_rows: int
     trainable_parameters: int
     parameters: int
     ended: Ended
@@ -172,6 +173,7 @@ class Summary(BaseModel):
         eval_loss_per_token, eval_loss_per_token_first: see the module `eval_loss`; older runs have None.
         kept_step: step of the best checkpoint, if the trainer loaded its weights at the end; `eval_loss` and
             `eval_loss_per_token` then belong to this step.
+        training_rows: number of rows after Axolotl held rows out and dropped long ones; None for streamed rows.
         trainable_parameters, parameters: PEFT's counts; None in older runs and without an adapter.
     """
 
@@ -190,6 +192,7 @@ class Summary(BaseModel):
     memory_kind: str | None = None
     engine: str | None = None  # as in `gpus.engine_of`; None for one process without an engine
     peak_memory_by_rank: list[float] | None = None
+    training_rows: int | None = None
     trainable_parameters: int | None = None
     parameters: int | None = None
     trouble: str | None = None  # a message if the last losses are NaN

@@ -242,6 +242,7 @@ def summarise(metrics: list[Row]) -> Summary:
         memory_kind=_MEMORY.get(memory),
         engine=last("engine"),
         peak_memory_by_rank=by_rank or None,
+        training_rows=last("training_rows"),
         trainable_parameters=last("trainable_parameters"),
         parameters=last("parameters"),
         trouble=_trouble(metrics),

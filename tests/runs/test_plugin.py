@@ -165,7 +165,7 @@ def test_tokens_are_counted_without_padding_in_training_only(tmp_path):
             pass
 
     model = Model()
-    callback = RunCallback(tmp_path / "metrics.jsonl", SimpleNamespace(model=model), None)
+    callback = RunCallback(tmp_path / "metrics.jsonl", SimpleNamespace(model=model, train_dataset=range(131)), None)
     arguments = SimpleNamespace(device="cpu", eval_on_start=True, full_determinism=False)
     handler = signal.getsignal(signal.SIGTERM)
     callback.on_train_begin(arguments, state_at(0), None)
@@ -187,6 +187,7 @@ def test_tokens_are_counted_without_padding_in_training_only(tmp_path):
     )
     summary = summarise(RunDir(tmp_path).read_metrics())
     assert (summary.train_seconds, summary.tokens_per_second) == (2.5, 28 / 2.5)
+    assert summary.training_rows == 131
 
 
 @pytest.mark.long
@@ -197,6 +198,7 @@ def test_the_parameters_are_counted(runs, tiny):
     assert summary.trainable_parameters == sum(map(math.prod, adapter)) > 0
     base_model = sum(map(math.prod, (tensor_shapes(tiny / "model.safetensors") or {}).values()))
     assert summary.parameters == base_model + summary.trainable_parameters
+    assert summary.training_rows == 64  # of the file's 109
 
 
 @pytest.mark.long
