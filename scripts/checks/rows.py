@@ -2,7 +2,7 @@
 
 import codecs
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache
@@ -66,6 +66,18 @@ FIELDS = {
     "oasst": Fields("RESPONSE", ("INSTRUCTION",)),
     "summarizetldr": Fields("summary", ("article",)),
 }
+
+
+def names_of(dataset: Config) -> tuple[str, ...]:
+    """Names of the fields that a data set's type reads, in a fixed order."""
+    fields = fields_of(dataset) or Fields()
+    return tuple(filter(None, (*fields.texts, fields.reference, *fields.optional, *fields.lists)))
+
+
+def content_of(row: Row, names: Sequence[str]) -> str:
+    """Text that tells rows of the same type apart: their values of these fields, or of all fields if there are none."""
+    read = [row[name] for name in names if row.get(name) is not None] if names else row
+    return orjson.dumps(read, option=orjson.OPT_SORT_KEYS, default=str).decode()
 
 
 def fields_of(dataset: Config) -> Fields | None:
@@ -172,9 +184,7 @@ class Reader:
     def __init__(self, dataset: Config, special: str | None, seen: dict[int, str], *, trained: bool):
         kind = dataset.get("type")
         self.fields = fields_of(dataset) or Fields()
-        self.names = tuple(
-            filter(None, (*self.fields.texts, self.fields.reference, *self.fields.optional, *self.fields.lists))
-        )
+        self.names = names_of(dataset)
         # the author of an input_output row writes special tokens on purpose
         self.special = re.compile(special) if special and kind != "input_output" else None
         # without no_input_format, Axolotl uses its own prompt for rows without input (user_defined.py)
@@ -238,9 +248,9 @@ class Reader:
             self._items(file, number, row)
         if self.needs_input and not row.get(fields.optional[0]):
             file.count("no-format", fields.optional[0], number)
-        read = [row[name] for name in self.names if row.get(name) is not None] if self.names else row
-        if read:
-            self._text(file, number, orjson.dumps(read, option=orjson.OPT_SORT_KEYS).decode())
+        text = content_of(row, self.names)
+        if text not in ("[]", "{}"):
+            self._text(file, number, text)
 
     def _items(self, file: _File, number: int, row: Row) -> None:
         """Check the messages of a chat, or the segments of an input_output row."""

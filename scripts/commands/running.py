@@ -155,7 +155,9 @@ def sweep_verb(
     gpu: PlannedGpu = None,
     limit: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Evaluate only the first N rows; default: all (rehearsal: 12)."),
+        typer.Option(
+            metavar="N", min=1, help="Evaluate only N rows, chosen pseudo-randomly; default: all (rehearsal: 12)."
+        ),
     ] = None,
     metric: Metrics = None,
     force: Force = None,

@@ -36,7 +36,7 @@ Data = Annotated[
 ]
 Limit = Annotated[
     int | None,
-    typer.Option(min=1, help="Evaluate only the first N rows; default: all (rehearsal: 12)."),
+    typer.Option(min=1, help="Evaluate only N rows, chosen pseudo-randomly; default: all (rehearsal: 12)."),
 ]
 Adapter = Annotated[
     str | None,
@@ -142,6 +142,7 @@ def score_verb(
 ) -> None:
     """Score predictions from any source."""
     from ..metrics.registry import scorer_named
+    from ..scores.remarks import about_file
     from ..scores.score import columns_of, of_predictions, read_pairs, score, scorer_models
 
     columns = of_predictions(columns_of(None, metric or []))
@@ -149,6 +150,8 @@ def score_verb(
     models = scorer_models(columns, scorer_named(metric or []), report=True)
     with Bar("scoring", 1):
         scores, rows = score(rows, columns, models)
+    if about := about_file(file):
+        scores["notes"] = [about, *scores.get("notes", ())]
     if out:
         write_rows(out, rows)
     _print_scores({"predictions": scores}, scores, json)

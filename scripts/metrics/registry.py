@@ -41,8 +41,9 @@ class Benchmark(BaseModel):
         version: version of the task or group.
         filter: the harness's method to extract answers from texts.
         rows: number of scored rows, over all tasks of a group.
+        total_rows: number of rows, scored or not.
         limit: maximum number of rows per task; None for all rows.
-        ends: tokens that end an answer; None in results of earlier versions.
+        ends: tokens that end an answer.
     """
 
     value: float
@@ -53,8 +54,9 @@ class Benchmark(BaseModel):
     shots: int | None
     filter: str
     rows: int
+    total_rows: int
     limit: int | None = None
-    ends: list[int] | None = None
+    ends: list[int] = Field(default_factory=list)
     harness: str
 
     @property

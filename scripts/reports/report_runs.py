@@ -23,6 +23,7 @@ from ..results.run_rows import RunResult
 from ..runs.rundir import RunDir
 from ..scores import evaluations
 from ..scores.evaluations import BASE_MODEL, Evaluation, EvaluationSettings, read_predictions
+from ..scores.remarks import about_rows
 from ..scores.score import model_record
 
 _OTHERS = {
@@ -177,6 +178,7 @@ def overview(reported: ReportedRun, scored: Mapping[str, Column]) -> Row:
             heading: reported.score(column) if column.same_scores(reported.columns.get(column.name)) else None
             for heading, column in scored.items()
         },
+        "scored": about_rows(reported.evaluation),
         "planned GiB": planned_gib(reported),
         "peak GiB": summary.peak_memory,
         "memory": summary.memory_kind,

@@ -10,6 +10,7 @@ from ..data.study import Study
 from ..metrics import registry
 from ..metrics.metric import Column
 from ..runs.rundir import RunDir, readable
+from ..scores.remarks import about_rows
 from ..tables import Table
 from . import run_rows
 from .run_rows import RunResult
@@ -20,7 +21,7 @@ _SPARE = (
     *("minutes", "tokens/s", "rows", "peak GiB", "base model"),
     *("step", AXOLOTL_EVAL_LOSS, "eval loss", "published", "difference"),
 )
-_BELOW = ("trouble", "changed", "variant of", "jobs", "predictions", "adapter")
+_BELOW = ("scored", "trouble", "changed", "variant of", "jobs", "predictions", "adapter")
 
 
 def show(folders: Sequence[RunDir], json: bool) -> None:
@@ -118,6 +119,7 @@ def _cells(result: RunResult, columns: Mapping[str, Column], jobs: Sequence[str]
             cells[f"{heading}, gained"] = score.gain
     return cells | {
         "rows": result.rows_evaluated,
+        "scored": about_rows(result.evaluation),
         "peak GiB": summary.peak_memory,
         "tokens/s": round(summary.tokens_per_second) if summary.tokens_per_second else None,
         "minutes": f"{summary.train_seconds / 60:.1f}",

@@ -18,6 +18,7 @@ from ..checks import trust
 from ..runs.records import Run
 from ..runs.rundir import RunDir
 from ..scores.evaluations import ADAPTER, changed, current, read_scores
+from ..scores.remarks import about_rows
 from .card import base_model, card
 from .run_rows import RunResult
 
@@ -68,6 +69,8 @@ def publish(
         problem = changed(folder.path, read_scores(folder.path), run) or ("stale" if evaluation else "not evaluated")
         say(f"{folder.path}: {problem}; for scores, run `recipe evaluate {folder.path}` and repeat this command")
         evaluation = None
+    elif about := about_rows(evaluation):
+        say(f"{folder.path}: scored {about}")
     models = [folder.output, *([_merge(folder, run, force)] if merge else [])]
     for model in models:
         repository = push if model == models[-1] else None

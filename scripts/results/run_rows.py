@@ -251,6 +251,8 @@ def record(result: RunResult, jobs: Iterable[str] = ()) -> Row:
         "eval_loss": summary.eval_loss_per_token,
         "eval_loss_axolotl": summary.eval_loss,
         "rows_evaluated": result.rows_evaluated,
+        "rows_total": own.settings.total_rows if own else None,
+        "rows_also_trained": own.also_trained if own else None,
         "test_set": own.settings.test_set if own else None,
         "generated_by": own.settings.engine if own else None,
         "evaluation": result.changed,

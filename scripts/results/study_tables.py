@@ -9,6 +9,7 @@ from ..base.progress import say
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..scores import intervals
+from ..scores.remarks import about_rows
 from ..tables import Table
 from . import repeats, verdict
 from .compare import Comparison, Divergence
@@ -52,6 +53,7 @@ def of_rows(of_study: Study, rows: Sequence[StudyRow], rehearsal: bool) -> Itera
                 title,
                 empty=published or not any(row.chosen for row in rows),
                 spare=["95 % covers", "by", "rows", "difference"],
+                below=["scored"],
             )
     others = {name: column for name, column in of_study.columns.items() if name not in of_study.table}
     beside = {key: any(row.costs()[key][1] is not None for row in rows) for key in _HEADINGS}
@@ -80,6 +82,7 @@ def _of_metric(row: StudyRow, column: Column) -> Row:
         "difference": score.difference,
         "verdict": score.verdict,
         "95 % covers": within and within.method,
+        "scored": row.chosen and about_rows(row.chosen.evaluation),
         **score.decodings,
         **({"by": score.model} if column.metric.judged else {}),
     }
@@ -136,7 +139,7 @@ def _of_intervals(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
 def show_comparison(compared: Comparison, pair: tuple[str, str], json: bool) -> None:
     """Print a comparison of two runs or files of predictions."""
     if json:
-        tables.print_json({"training": compared.training and asdict(compared.training), "scores": compared.scores})
+        tables.print_json(asdict(compared))
         return
     title = f"a: {pair[0]}, b: {pair[1]}"
     if compared.training:
@@ -148,6 +151,8 @@ def show_comparison(compared: Comparison, pair: tuple[str, str], json: bool) -> 
         say("scores are not compared: the two have no metric of rows in common; `--metric NAME` adds one to both")
     else:
         tables.print_table(compared.scores, title, spare=["equal", "rows", "p_wilcoxon", "better", "worse"])
+        for name, about in compared.about_rows.items():
+            tables.print_text(f"{name}: {about}")
         if len(compared.scores) > 1:
             say(f"intervals and p values of {len(compared.scores)} metrics are not corrected for multiple comparisons")
 

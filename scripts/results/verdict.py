@@ -249,6 +249,7 @@ def record(row: StudyRow, of_study: Study) -> Row:
         "runs": len(row.runs),
         "rehearsal": row.rehearsal,
         "rows": chosen and chosen.rows_evaluated,
+        "rows_total": own and own.settings.total_rows,
         "test_set": own and own.settings.test_set,
         "generated_by": own and own.settings.engine,
         **scores,

@@ -19,6 +19,7 @@ from ..configs import datafiles
 from ..metrics.metric import Column
 from ..metrics.registry import Benchmark, BenchmarkParameters
 from .evaluations import Evaluation, EvaluationSettings
+from .row_files import taken
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 ROWS = 8
 """Default number of rows in a batch."""
-OF_CHOICES = ("acc", "acc_norm")
-"""Results of tasks that compare the likelihood of choices, and generate no answers."""
 
 
 def require(columns: Mapping[str, Column], offline: bool = False) -> None:
@@ -43,16 +42,14 @@ def kept(asked: Mapping[str, Column], former: Evaluation, limit: int | None) -> 
     """Return the benchmark results of an earlier evaluation that are still valid.
 
     A result is dropped if its column is now requested with different parameters or a different limit, or for a task in
-    a YAML file, which can have changed. A score of generated answers is also dropped if the tokens that ended them are
-    not recorded: in earlier versions, answers went on after their end.
+    a YAML file, which can have changed.
     """
     found = {}
     for name, column in former.columns.items():
-        if column.same_scores(asked.get(name, column)) and f"{name}_benchmark" in former.scores:
-            benchmark = Benchmark.model_validate(former.scores[f"{name}_benchmark"])
-            ended = benchmark.ends is not None or benchmark.result in OF_CHOICES
+        benchmark = former.benchmark(column)
+        if benchmark and column.same_scores(asked.get(name, column)):
             same = benchmark.limit == limit and not benchmark.task.endswith(".yaml")  # cached answers are reused
-            if ended and (name not in asked or same):
+            if name not in asked or same:
                 found[name] = benchmark
     return found
 
@@ -117,12 +114,13 @@ def _measure(
         parameters = missing[name].parameters
         assert isinstance(parameters, BenchmarkParameters)
         try:
+            samples = None if limit is None else _samples(task, manager, limit)
             done = simple_evaluate(
                 model=model,
                 tasks=[task],
                 task_manager=manager,
                 num_fewshot=parameters.shots,
-                limit=limit,
+                samples=samples,
                 use_cache=str(paths.cache() / "benchmarks" / f"{digest}-{name}"),
                 apply_chat_template=any(entry.get("type") == "chat_template" for entry in entries),
                 log_samples=False,
@@ -134,8 +132,20 @@ def _measure(
                 continue
             smaller = " with a smaller --batch-size" if isinstance(error, OutOfMemoryError) else ""
             raise WorkFailed(f"{problem}; predictions are kept; repeat the command{smaller} to continue") from error
-        found[name] = summarise(done, parameters).model_copy(update={"limit": limit, "ends": ends})
+        scored = {"limit": limit, "ends": ends}
+        if samples is not None:  # the harness counts all rows
+            scored["rows"] = sum(map(len, samples.values()))
+        found[name] = summarise(done, parameters).model_copy(update=scored)
     return found
+
+
+def _samples(task: str, manager: "TaskManager", limit: int) -> dict[str, list[int]]:
+    """Positions of the rows that a limit takes from each task of a task or group."""
+    from lm_eval.evaluator_utils import get_task_list
+    from lm_eval.tasks import get_task_dict
+
+    leaves = get_task_list(get_task_dict([task], manager))
+    return {leaf.task_name: taken(len(leaf.task.eval_docs), limit) for leaf in leaves}
 
 
 def _located(column: Column) -> "tuple[str, TaskManager]":
@@ -229,6 +239,7 @@ def summarise(done: Mapping[str, Any], parameters: BenchmarkParameters) -> Bench
         )
     errors = [results[each].get(f"{metric}_stderr,{filtered}") for each in counted]
     known = all(isinstance(error, float | int) for error in errors)
+    total_rows = sum(done["n-samples"][each]["original"] for each in leaves)
     shots = {done["n-shot"].get(each) for each in leaves}
     return Benchmark(
         value=100 * sum(values) / len(values),
@@ -238,6 +249,7 @@ def summarise(done: Mapping[str, Any], parameters: BenchmarkParameters) -> Bench
         version=str(done["versions"].get(name)),
         shots=shots.pop() if len(shots) == 1 else None,
         filter=filtered,
-        rows=sum(done["n-samples"][each]["effective"] for each in leaves),
+        rows=total_rows,
+        total_rows=total_rows,
         harness=version("lm_eval"),
     )

@@ -144,4 +144,11 @@ def _adapters(folder: RunDir) -> dict[str, tuple[Path, str]]:
 
 
 def _score(result: Evaluation, column: Column) -> tuple[float, list[float] | None]:
+    """Score and interval.
+
+    Raises:
+        UserError: the rows have no score.
+    """
+    if result.scores.get(column.name) is None:
+        raise UserError(f"--checkpoints: {column.label} has no score on {_in_words(result)}; raise --limit")
     return result.scores[column.name], result.scores["intervals"].get(column.name)

@@ -1,7 +1,7 @@
 """Generate and score a run's predictions on test rows: `recipe evaluate`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..base import yamlfiles
@@ -17,7 +17,7 @@ from ..metrics import registry
 from ..runs.records import FileState
 from ..runs.rundir import RunDir
 from ..runs.tasks import Command
-from . import benchmarks, evaluation_rows, evaluations
+from . import benchmarks, evaluation_rows, evaluations, remarks, trained_rows
 from .evaluations import (
     ADAPTER,
     PREDICTIONS,
@@ -48,7 +48,8 @@ class EvaluationRequest:
 
     Attributes:
         data: JSONL file of rows; `evaluation_rows.usual` finds the default.
-        limit: number of rows to evaluate, from the first; by default all, or `REHEARSED` in a rehearsal without `data`.
+        limit: number of rows to evaluate, see `evaluation_rows.taken`; by default all, or `REHEARSED` in a rehearsal
+            without `data`.
         adapter: adapter folder, or `none` for the base model alone; by default the run's adapter.
         max_new_tokens: maximum number of tokens in an answer; by default the study's, or at most 96 in a rehearsal.
         batch_size: maximum number of rows in a batch, or of simultaneous server requests; None lets the engine choose.
@@ -108,6 +109,7 @@ class EvaluationTask:
     Attributes:
         run: evaluated run.
         cfg: the run's config.
+        every: all rows of the data.
         rows: evaluated rows; empty if no metric needs predictions.
         settings: settings of the predictions.
         columns: metrics by name.
@@ -142,16 +144,16 @@ class EvaluationTask:
                 raise UserError(f"{folder.path}: evaluated on {there.settings.data}; repeat its --data") from None
             say(f"{error}; scoring without rows: {', '.join(self.columns)}")
             source = usual = None
-        every = evaluation_rows.read(source, folder, self.run, self.cfg) if source else evaluation_rows.NONE
+        self.every = evaluation_rows.read(source, folder, self.run, self.cfg) if source else evaluation_rows.NONE
         self.most_rows = request.limit or (REHEARSED if self.run.rehearsal else None)
         limit = request.limit if request.data else self.most_rows
-        taken = limit if self.predicts else 0
-        self.rows = replace(every, rows=every.rows[:taken], keys=every.keys[:taken])
+        self.rows = self.every.part(limit if self.predicts else 0)
         self.settings = self._settings(adapter)
         if source and source.file:
-            self.files["data"] = FileState.of(source.file, every.sha256)
-            self.settings.test_set = evaluation_rows.test_set(source.file, every.sha256)
-        self.settings.limit = limit if not self.predicts or len(self.rows.rows) < len(every.rows) else None
+            self.settings.test_set = evaluation_rows.test_set(source.file, self.every.sha256)
+        left_out = len(self.rows.rows) < len(self.every.rows)
+        if left_out or any(column.metric.of_model for column in self.columns.values()):
+            self.settings.limit = self.most_rows
         self.where = self._folder(folder, bool(source and usual and source.data != usual.data))
 
     @property
@@ -194,6 +196,7 @@ class EvaluationTask:
             data=self.rows.data,
             data_sha256=self.rows.sha256,
             rows=len(self.rows.rows),
+            total_rows=len(self.every.rows),
             decoding=decoding.model_copy(update={"max_new_tokens": request.max_new_tokens or most}),
             batch_size=request.batch_size,
             quantized=quantized(cfg),
@@ -244,7 +247,9 @@ def _same_work(task: EvaluationTask) -> Evaluation | None:
     former = read_scores(task.where)
     if not former or former.settings.same_work() != task.settings.same_work():
         return None
-    if not former.settings.stands_for(task.settings) or len(read_predictions(task.where)) != task.settings.rows:
+    if not former.settings.stands_for(task.settings):
+        return None
+    if [row["row"] for row in read_predictions(task.where)] != task.rows.positions:
         return None
     if changed(task.where, former) == "edited":
         raise UserError(
@@ -286,18 +291,21 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
         with Bar("scoring", 1):
             # the run's eval loss does not describe another adapter
             loss = summary.eval_loss_per_token if request.adapter is None else None
-            scores, rows = score(rows, columns, judged, loss, measured)
+            scores, rows = score(rows, columns, judged, loss, measured, task.every.groups)
             if former and former.version == VERSION and request.judge != "none":
                 keep_judged(scores, rows, former, read_predictions(task.where))
-        notes = [settings.note] if settings.note else []
-        if cut := sum(bool(row.get("cut")) for row in rows):
-            most = settings.decoding.max_new_tokens
-            notes.append(f"{cut} of {len(rows)} answers were cut at {most} new tokens; raise --max-new-tokens")
-        if notes:
-            scores["notes"] = notes + scores.get("notes", [])
         result = Evaluation(
-            made=now(), rehearsal=rehearsal, scores=scores, version=VERSION, settings=settings, files=task.files
+            made=now(),
+            rehearsal=rehearsal,
+            scores=scores,
+            version=VERSION,
+            settings=settings,
+            files=task.files,
+            data=task.every.files,
+            also_trained=trained_rows.positions(task.rows, task.run, task.cfg),
         )
+        if notes := remarks.of_predictions(result, rows):
+            result.scores["notes"] = notes + scores.get("notes", [])
         write(task.where, result, rows)
         if former is None:  # otherwise the file belongs to another evaluation
             part.unlink(missing_ok=True)

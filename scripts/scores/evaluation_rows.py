@@ -3,7 +3,7 @@
 import hashlib
 import os
 from contextlib import chdir
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..data import manifest, study
 from ..data.manifest import is_the_studys
 from ..runs.records import Run
 from ..runs.rundir import RunDir
+from .row_files import RowsState, taken
 
 # File in a run folder: rows that only Axolotl can load, each with its data set. The first evaluation writes it.
 KEPT = "evaluation-rows.jsonl"
@@ -43,21 +44,39 @@ class RowSource:
     held_out: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvaluationRows:
-    """Rows of a source.
+    """Rows of a source, or a part of them.
 
     Attributes:
+        sha256: hash of all rows of the source.
         keys: data set of each row, such as `datasets.0`.
+        positions: position of each row in the source.
+        files: states of the files with the rows.
     """
 
     data: str
     sha256: str
     rows: list[Row]
     keys: list[str]
+    positions: list[int]
+    files: list[RowsState]
+
+    @property
+    def groups(self) -> set[str]:
+        """Names of the rows' groups."""
+        return {str(row.get("group")) for row in self.rows}
+
+    def part(self, limit: int | None) -> "EvaluationRows":
+        """The rows that a limit takes, see `taken`."""
+        positions = taken(len(self.rows), limit)
+        rows, keys = [self.rows[i] for i in positions], [self.keys[i] for i in positions]
+        return replace(self, rows=rows, keys=keys, positions=positions)
 
 
-NONE = EvaluationRows("no rows", hashlib.sha256().hexdigest(), [], [])  # for runs without rows that have answers
+NONE = EvaluationRows(
+    "no rows", hashlib.sha256().hexdigest(), [], [], [], []
+)  # for runs without rows that have answers
 
 
 def named(file: Path, cfg: Config, folder: Path) -> RowSource:
@@ -102,7 +121,7 @@ def _configured(cfg: Config, folder: Path) -> RowSource | None:
     """Rows of test_datasets, or rows that val_set_size held out of the training data."""
     if tests := dict(datafiles.datasets(cfg, "test_datasets")):
         [entry, *more] = tests.values()
-        file = None if more or datafiles.first_rows(entry) else _jsonl(entry, folder)
+        file = None if more or datafiles.first_rows(entry) else jsonl(entry, folder)
         return RowSource(str(file.resolve()) if file else _in_words(tests, folder), [*tests], file)
     if cfg.get("val_set_size"):
         trained = dict(datafiles.datasets(cfg, "datasets"))
@@ -170,21 +189,25 @@ def read(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> Evaluation
         fields = (kind.reference,) if kind and kind.reference else ()
         hint = "; `recipe data prepare` writes test.jsonl" if source == usual(run, cfg) else ""
         pairs = [(source.keys[0], row) for row in read_rows(source.file, fields, hint)]
-        digest = sha256(source.file)
+        states = [RowsState.of_rows(source.file, None)]
+        digest = states[0].sha256
     else:
-        files = {key: file for key in source.keys if (file := _jsonl(entries[key], Path(run.cwd)))}
+        files = {key: file for key in source.keys if (file := jsonl(entries[key], Path(run.cwd)))}
         if source.held_out or len(files) < len(source.keys):
             pairs = _loaded(source, folder, run, cfg)
+            states = [RowsState.of_rows(folder.path / KEPT, None)]
         else:
-            firsts = {key: read_rows(file, ())[: datafiles.first_rows(entries[key])] for key, file in files.items()}
-            pairs = [(key, row) for key, rows in firsts.items() for row in rows]
+            firsts = {key: datafiles.first_rows(entries[key]) for key in files}
+            pairs = [(key, row) for key, file in files.items() for row in read_rows(file, ())[: firsts[key]]]
+            states = [RowsState.of_rows(file, firsts[key]) for key, file in files.items()]
         digest = hashlib.sha256(orjson.dumps(pairs)).hexdigest()
     if not pairs:
         raise UserError(f"{source.data}: no rows; {_ELSEWHERE}")
-    return EvaluationRows(source.data, digest, [row for _, row in pairs], [key for key, _ in pairs])
+    rows, keys = [row for _, row in pairs], [key for key, _ in pairs]
+    return EvaluationRows(source.data, digest, rows, keys, taken(len(pairs), None), states)
 
 
-def _jsonl(entry: Config, folder: Path) -> Path | None:
+def jsonl(entry: Config, folder: Path) -> Path | None:
     """JSONL file of a data set; None if Axolotl must load the rows."""
     file = Path(folder, str(entry.get("path")))
     parts = any(entry.get(key) for key in ("shards", "weight", "preprocess_shards", "name", "ds_type"))

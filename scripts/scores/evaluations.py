@@ -16,7 +16,9 @@ from ..base.progress import say_once
 from ..data.study import Decoding
 from ..metrics import registry
 from ..metrics.metric import Column
+from ..metrics.registry import Benchmark
 from ..runs.records import FileState, Run
+from .row_files import RowsState
 
 PREDICTIONS = "predictions.jsonl"
 SCORES = "scores.json"
@@ -58,14 +60,16 @@ class EvaluationSettings(BaseModel):
     Attributes:
         data: file of the rows, or a description of several sources.
         data_sha256: hash of the file, or of the rows.
-        limit: number of evaluated rows, from the start of the data; None if all rows are evaluated.
+        rows: number of evaluated rows; 0 without predictions.
+        total_rows: number of rows in the data.
+        limit: maximum number of rows, if it left out rows of the data or of a benchmark.
         test_set: name of the study's test set with this content (`test` is the complete test set); None for other rows.
         batch_size: maximum number of rows in a batch; None lets the engine choose.
         batch_tokens: maximum number of tokens in a batch of the reference engine, set by free memory; None for other
             engines, and where `reference.FIXED` applies.
         built_with: further config keys that change predictions, with their values; see `evaluate.BUILT_WITH`.
         engine: `REFERENCE` (in this process), `VLLM` (a server started for the evaluation) or `SERVER` (a server
-            started by a user). Earlier versions wrote `elsewhere` for predictions from a user's file.
+            started by a user).
         model: name of the model on the server.
         agreement: agreement with the reference engine; None without a comparison.
     """
@@ -77,6 +81,7 @@ class EvaluationSettings(BaseModel):
     data_sha256: str
     test_set: str | None = None
     rows: int
+    total_rows: int = 0
     limit: int | None = None
     decoding: Decoding
     batch_size: int | None
@@ -101,7 +106,7 @@ class EvaluationSettings(BaseModel):
 
     @property
     def rows_in_words(self) -> str:
-        return f"{'the first ' if self.limit else ''}{self.rows:,} rows"
+        return f"{self.rows:,} of {self.total_rows:,} rows" if self.rows < self.total_rows else f"{self.rows:,} rows"
 
     @property
     def note(self) -> str | None:
@@ -159,7 +164,9 @@ class Evaluation(BaseModel):
 
     Attributes:
         version: version of the scoring code, see `score.VERSION`; scores of another version are computed again.
-        files: states of the files `adapter`, `predictions` and `data`; an entry is absent if there is no such file.
+        files: states of the files `adapter` and `predictions`; an entry is absent if there is no such file.
+        data: states of the files with the rows.
+        also_trained: positions of evaluated rows that are also training rows; None if unknown.
     """
 
     made: str
@@ -168,11 +175,18 @@ class Evaluation(BaseModel):
     version: int = 1
     settings: EvaluationSettings
     files: dict[str, FileState] = Field(default_factory=dict)
+    data: list[RowsState] = Field(default_factory=list)
+    also_trained: list[int] | None = None
 
     @cached_property
     def columns(self) -> dict[str, Column]:
         """Scored metrics by name."""
         return registry.recorded(self.scores)
+
+    def benchmark(self, column: Column) -> Benchmark | None:
+        """Benchmark behind a column's score; None for other metrics."""
+        record = self.scores.get(f"{column.name}_benchmark")
+        return Benchmark.model_validate(record) if record else None
 
 
 class Prediction(BaseModel, strict=True, extra="allow"):
@@ -250,9 +264,11 @@ def changed(folder: Path, evaluation: Evaluation | None, run: Run | None = None)
         return "stale"
     own = folder / "output"  # even in a moved run folder
     adapter = (own if own.is_dir() else Path(evaluation.settings.adapter)) / ADAPTER
-    files = {"adapter": adapter, "predictions": folder / PREDICTIONS, "data": Path(evaluation.settings.data)}
+    files = {"adapter": adapter, "predictions": folder / PREDICTIONS}
     differing = [name for name, state in evaluation.files.items() if state.differs(files[name])]
-    return ("edited" if differing == ["predictions"] else "stale") if differing else None
+    if "adapter" in differing or any(state.changed for state in evaluation.data):
+        return "stale"
+    return "edited" if differing else None
 
 
 def current(folder: Path, run: Run | None = None) -> Evaluation | None:

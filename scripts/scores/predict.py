@@ -7,34 +7,34 @@ equal probability, and the answers differ from there on. With a wrong adapter or
 
 import os
 from collections.abc import Container, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import orjson
 
-from ..base.errors import UserError, WorkFailed
-from ..base.files import Row, naming, opened, parse_json, read_bytes, replacing
+from ..base.errors import WorkFailed
+from ..base.files import Row, naming, opened
 from ..base.progress import Bar, say
 from ..base.yamlfiles import Config
 from ..configs import gpus
 from ..data.study import Decoding
+from . import part_file
 from .evaluation_rows import EvaluationRows
-from .evaluations import REFERENCE, SERVER, VLLM, Agreement, Completion, Engine, EvaluationSettings, Prediction
+from .evaluations import SERVER, VLLM, Agreement, Completion, Engine, EvaluationSettings
 
 if TYPE_CHECKING:
     from .prompter import Prompter  # imports torch and Axolotl, which `require` does not need
 
 COMPARED = 32  # number of rows to compare; they are evenly spaced, to cover all kinds of rows
-KNOWN = {"batch_tokens", "agreement"}  # settings that are known only after an engine has started
 
 
-def as_row(i: int, row: Row, reference: str) -> Row:
+def as_row(position: int, row: Row, reference: str) -> Row:
     """Row of predictions.jsonl without its prediction."""
     # user data can have other types in these fields; type() also rejects bool, which isinstance accepts as int
     known = {"idx": (int, str), "lang": (str,), "group": (int, str)}
     kept = {key: row[key] for key, kinds in known.items() if type(row.get(key)) in kinds}
-    return {"row": i} | kept | {"reference": reference}
+    return {"row": position} | kept | {"reference": reference}
 
 
 def require(settings: EvaluationSettings, server: str | None, on_gpu: bool) -> None:
@@ -113,16 +113,16 @@ def predict(
         rehearsal: True for a rehearsal.
 
     Returns:
-        Predictions, and the settings, including those that only the running engine knows (`KNOWN`).
+        Predictions, and the settings, including those that only the running engine knows (`part_file.KNOWN`).
 
     Raises:
-        UserError: see `_continue`, `Prompter.examples` and `started`.
+        UserError: see `part_file.resume`, `Prompter.examples` and `started`.
         WorkFailed: the engine cannot continue.
     """
-    rows = test.rows
+    rows, positions = test.rows, test.positions
     on_gpu = not rehearsal and bool(gpus.here())
     require(settings, server, on_gpu)
-    done, settings = _continue(part, settings)
+    done, settings = part_file.resume(part, settings, positions)
     if len(done) < len(rows):
         if rehearsal:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -130,7 +130,7 @@ def predict(
             from .prompter import Prompter
 
             prompter = Prompter(settings, cfg, tokenizer)
-            examples = prompter.examples(rows, test.keys)
+            examples = prompter.examples(rows, test.keys, positions)
         prompts = [example.prompt for example in examples]
         # a server's model can change between calls, so its answers are compared again
         compared_again = settings.engine == SERVER and (on_gpu or rehearsal)
@@ -139,8 +139,11 @@ def predict(
         with started(prompter, prompts, server, part) as engine:
             found = agreement(expected, engine, sampled(prompts)) if compares else settings.agreement
             settings = settings.model_copy(update={"batch_tokens": engine.settings.batch_tokens, "agreement": found})
-            asked = [as_row(i, row, examples[i].reference) for i, row in enumerate(rows)]
-            _generate(engine, prompts, asked, prompter.ends, done, part, _line(settings))
+            asked = [
+                as_row(position, row, example.reference)
+                for position, row, example in zip(positions, rows, examples, strict=True)
+            ]
+            _generate(engine, prompts, asked, prompter.ends, done, part, part_file.settings_line(settings))
     return [done[i] for i in range(len(rows))], settings
 
 
@@ -174,44 +177,6 @@ def _generate(
         except WorkFailed as error:
             kept = f"\n{len(done):,} of {len(asked):,} rows are kept; repeat the command to continue"
             raise WorkFailed(f"{error}{kept if done else ''}") from None
-
-
-def _line(settings: EvaluationSettings) -> bytes:
-    """Line with the settings in `KNOWN`, for the predictions that follow it in the file."""
-    return orjson.dumps(settings.model_dump(include=KNOWN)) + b"\n"
-
-
-def _continue(part: Path, settings: EvaluationSettings) -> tuple[dict[int, Row], EvaluationSettings]:
-    """Read an interrupted evaluation, or start a new file.
-
-    Raises:
-        UserError: the file has predictions of this adapter and data with other settings, or of more rows.
-    """
-    asked = settings.same_work() | settings.model_dump(include={"engine", "model", "batch_size"})
-    by_batch = settings.engine == REFERENCE and settings.decoding.do_sample  # else batches change only rounding
-    header = orjson.dumps(asked | ({} if by_batch else {"rows": None, "batch_size": None}))
-    first, *lines = read_bytes(part).split(b"\n") if part.is_file() else [b""]
-    same = all(orjson.dumps({key: asked[key]})[1:-1] in first for key in ("adapter_sha256", "data_sha256"))
-    differs = first != header and same and any(b'"prediction":' in line for line in lines)
-    done: dict[int, Row] = {}
-    for line in lines if first == header else ():
-        with suppress(ValueError):  # skips lines truncated by a killed process or a power failure
-            row = parse_json(line)
-            if isinstance(row, dict) and "agreement" in row:
-                known = {key: row.get(key) for key in KNOWN}
-                settings = EvaluationSettings.model_validate(settings.model_dump() | known)
-            else:
-                Prediction.model_validate(row)
-                done[row["row"]] = row
-    if differs or any(i >= settings.rows for i in done):
-        raise UserError(
-            f"{part}: has predictions of an evaluation with other settings or more rows; repeat the command that made "
-            "them, or delete the file to start again"
-        )
-    with replacing(part) as stream:
-        stream.write(header + b"\n" + _line(settings))
-        stream.writelines(orjson.dumps(row) + b"\n" for row in done.values())
-    return done, settings
 
 
 def sampled(prompts: Sequence[list[int]]) -> list[list[int]]:

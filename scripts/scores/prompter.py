@@ -82,7 +82,7 @@ class Prompter:
             own = GenerationConfig.from_model_config(self.config).eos_token_id
         return {*taught_ends(self.cfg, self.tokenizer), *(own if isinstance(own, list) else [own])} - {None}
 
-    def examples(self, rows: Sequence[Row], keys: Sequence[str] = ()) -> list[Example]:
+    def examples(self, rows: Sequence[Row], keys: Sequence[str] = (), positions: Sequence[int] = ()) -> list[Example]:
         """Prompt and reference of each row, written by Axolotl's code as in training.
 
         Here Axolotl marks only the tokens of answers for loss, even if training marked more. The answer is the last
@@ -95,6 +95,7 @@ class Prompter:
         Args:
             rows: fields by name.
             keys: data set in the config that defines the format of each row; by default the first data set.
+            positions: position of each row in its source, for messages.
 
         Raises:
             UserError: Axolotl cannot tokenize the rows, a row has no prompt or no answer, or the context is too short.
@@ -105,12 +106,12 @@ class Prompter:
             numbers = [number for number, of_row in enumerate(keys) if of_row == key]
             examples |= zip(numbers, self._of_dataset(key, [rows[number] for number in numbers]), strict=True)
         in_order = [examples[number] for number in range(len(rows))]
-        for number, example in enumerate(in_order, start=1):
+        for position, example in zip(positions or range(len(rows)), in_order, strict=True):
             answered = example.reference.strip()  # without an answer, the end of the prompt is unknown
             if not (answered and example.prompt):
                 raise UserError(
-                    f"{self.settings.data}: row {number} has no {'prompt' if answered else 'answer'}; use --data with "
-                    "a copy that has no such rows"
+                    f"{self.settings.data}: row {position + 1} has no {'prompt' if answered else 'answer'}; use --data "
+                    "with a copy that has no such rows"
                 )
         return in_order
 

@@ -218,6 +218,7 @@ def score(
     models: ScorerModels | None = None,
     loss: float | None = None,
     measured: Mapping[str, Benchmark] | None = None,
+    groups: Iterable[str] = (),
 ) -> tuple[dict[str, Any], list[Row]]:
     """Score predictions, as a whole and row by row.
 
@@ -227,6 +228,7 @@ def score(
         models: scorer models by column name, without which a column is left out; by default the declared models.
         loss: eval loss of the run, for metrics of the loss.
         measured: benchmark scores by column name.
+        groups: groups of the data, of which `rows` can be a part.
 
     Returns:
         Scores for scores.json, and the rows with their scores. The scores contain means with intervals, records and
@@ -252,9 +254,11 @@ def score(
         elif metric.of_all:
             others[name] = metric.of_all(pairs, parameters)
         elif metric.of_groups:
-            averaged = columns[column.entry["of"]].metric
-            found = metric.of_groups(_by_group(scored, column), parameters, averaged)
+            averaged, by_group = columns[column.entry["of"]].metric, _by_group(scored, column)
+            missing = _groups_of(column, columns, groups) - by_group.keys()
+            found = None if missing else metric.of_groups(by_group, parameters, averaged)
             others[name], within[name] = found or (None, None)
+            notes += [f"{name}: no mean, because no row of {group} was scored" for group in sorted(missing)]
         elif metric.of_loss:
             others[name] = None if loss is None else metric.of_loss(loss)
         elif metric.of_model and (benchmark := (measured or {}).get(name)):
@@ -292,6 +296,17 @@ def keep_judged(scores: Row, rows: Sequence[Row], former: Evaluation, former_row
                 scores[part][name] = former.scores[part][name]
             for row, former_row in zip(rows, former_rows, strict=True):
                 row[name] = former_row[name]
+
+
+def _groups_of(column: Column, columns: Mapping[str, Column], groups: Iterable[str]) -> set[str]:
+    """Groups that a mean over all groups needs: those of the data, and those that other columns name."""
+    if "group" in column.entry:
+        return set()
+    needed = {*groups}
+    for other in columns.values():
+        if other.entry.get("of") == column.entry["of"] and "group" in other.entry:
+            needed.add(other.entry["group"])
+    return needed
 
 
 def _by_group(rows: Sequence[Row], column: Column) -> dict[str, list[float]]:

@@ -23,6 +23,7 @@ from ..results.verdict import StudyRow
 from ..runs.records import Summary
 from ..scores import evaluation_rows
 from ..scores.intervals import Interval
+from ..scores.remarks import about_rows
 from ..tables import Table
 from .pipeline import existing_runs
 from .sweep import Sweep, SweepMember, file_of, of_recipe, settings
@@ -188,7 +189,7 @@ def table_of(sweep: Sweep, scored: Columns, rows: Sequence[SweepRow]) -> Table:
     """Table of the members with the given metrics."""
     title = f"{sweep.name}: {sweep.recipe}{f'. {REHEARSALS}' if sweep.rehearsal else ''}"
     spare = ("minutes", "trained", "95 %", "planned GiB", "eval loss")
-    return Table([_cells(sweep, scored, row) for row in rows], title, spare=spare)
+    return Table([_cells(sweep, scored, row) for row in rows], title, spare=spare, below=["scored"])
 
 
 def _cells(sweep: Sweep, scored: Columns, row: SweepRow) -> Row:
@@ -210,6 +211,7 @@ def _cells(sweep: Sweep, scored: Columns, row: SweepRow) -> Row:
         "eval loss": row.scores[LOSS][0],
         first.label: row.scores[first.name][0],
         "95 %": [within.low, within.high] if within else None,
+        "scored": about_rows(row.runs[0].evaluation) if row.runs else None,
         "published": row.published.get(first.name),
         **{column.label: row.scores[column.name][0] for column in others},
         "trained": None if share is None else f"{share:.2%}",
@@ -297,7 +299,7 @@ def show_best(found: Sequence[BestRow]) -> None:
     for name, of_name in itertools.groupby(found, key=lambda row: row.sweep.name):
         cells = [_best_cells(row) for row in of_name]
         title = f"{name}: best member of each recipe by eval loss, and the recipe with its own values"
-        tables.print_table(cells, title, empty=True, spare=spare, below=["best", "own"])
+        tables.print_table(cells, title, empty=True, spare=spare, below=["best", "own", "scored"])
     if without := [row.sweep.label for row in found if not row.best]:
         tables.print_text(
             f"no eval loss on validation rows separate from the test rows: {', '.join(without)}; add "
@@ -318,5 +320,6 @@ def _best_cells(row: BestRow) -> Row:
         f"{row.column.label}, own": own,
         "95 %, own": own_within and [own_within.low, own_within.high],
         "rows": best and best.runs[0].rows_evaluated,
+        "scored": best and about_rows(best.runs[0].evaluation),
         "finished": f"{row.finished} of {len(row.sweep.members)}",
     }

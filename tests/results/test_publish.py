@@ -345,6 +345,17 @@ def test_only_a_finished_run_with_its_adapter_is_published(run, tmp_path, state)
     assert (run.output / "README.md").read_bytes() == before
 
 
+def test_a_card_tells_the_rows_of_a_file_from_those_trained_on_and_the_scored_ones_from_all(run, tmp_path):
+    run.write(record(tmp_path, summary=Summary(step=2, max_steps=2, training_rows=64)))
+    evaluated(run, rows=100, total_rows=22_000, limit=100)
+    front, text = published(run)
+    data, training = tables(text)[:2]
+    assert (data[0][1], data[1][1]) == ("rows in the file", "117,739")
+    assert ["rows trained on", "64"] in training
+    assert "Test Subset 1, 100 of 22,000 rows" in text
+    assert front["model-index"][0]["results"][0]["dataset"]["name"].endswith(", 100 of 22,000 rows")
+
+
 @pytest.mark.parametrize("stale", [False, True])
 def test_a_card_says_when_scores_are_missing_or_of_other_rows(run, stale, capsys):
     if stale:

@@ -66,6 +66,21 @@ def test_only_a_run_on_the_recipes_model_and_data_is_set_beside_published_scores
     assert [any(score in text for score in ("5.02", "4.28", "5.47")) for text in texts] == [same] * len(texts)
 
 
+def test_tables_with_scores_of_a_part_say_of_which(tmp_path, recipe):
+    part = {"rows": 100, "total_rows": 22_000, "limit": 100}
+    member = RunResult(folder := a_run(tmp_path / "runs", LLAMA_2, "a", 5.0, settings=part), folder.read())
+    reported = report_runs.ReportedRun(member.folder, member.run, "a")
+    texts = [
+        recipe.ok("results").stdout,
+        recipe.ok("results", "haider2024").stdout,
+        str(report_runs.overview(reported, report_runs.headings([reported]))),
+        report_runs.scored_on(reported),
+    ]
+    assert ["100 of 22,000 rows" in text for text in texts] == [True] * 4
+    (row,) = recipe.json("results")
+    assert (row["rows_total"], row["rows_also_trained"]) == (22_000, None)
+
+
 @pytest.mark.parametrize(
     "more",
     [

@@ -11,10 +11,11 @@ from conftest import finish, start
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import WorkFailed
 from qlora_recipes.metrics import registry
-from qlora_recipes.metrics.registry import BenchmarkParameters
+from qlora_recipes.metrics.registry import Benchmark, BenchmarkParameters
 from qlora_recipes.runs import rundir
 from qlora_recipes.scores import benchmarks, evaluate
 from qlora_recipes.scores.evaluate import EvaluationRequest
+from qlora_recipes.scores.row_files import taken
 
 GROUP: dict[str, Any] = {
     "results": {
@@ -26,7 +27,7 @@ GROUP: dict[str, Any] = {
     "versions": {"grp": 2, "a": 1, "b": 1},
     "n-shot": {"a": 5, "b": 5},
     "higher_is_better": {"grp": {"acc": True}, "a": {"acc": True, "f1": True}},
-    "n-samples": {"a": {"effective": 300}, "b": {"effective": 100}},
+    "n-samples": {"a": {"original": 300}, "b": {"original": 100}},
 }
 
 
@@ -72,13 +73,9 @@ def test_a_task_is_a_column_of_its_name():
 def test_a_benchmark_of_other_rows_is_measured_anew(limit, kept):
     columns = registry.asked(["benchmark:grp"])
     scored = benchmarks.summarise(GROUP, BenchmarkParameters(task="grp")).model_dump() | {"limit": 5, "ends": [2]}
-    former: Any = SimpleNamespace(columns=columns, scores={"grp_benchmark": scored})
+    former: Any = SimpleNamespace(columns=columns, benchmark=lambda _: Benchmark.model_validate(scored))
     assert bool(benchmarks.kept(columns, former, limit)) == kept
     assert benchmarks.kept({}, former, limit)  # not asked for again
-    del scored["ends"]  # of a version in which answers went on after their end
-    assert benchmarks.kept({}, former, limit)  # choices
-    scored["result"] = "exact_match"
-    assert not benchmarks.kept({}, former, limit)
 
 
 def a_task(place: Path, **more: Any) -> Path:
@@ -134,14 +131,21 @@ def test_a_task_scores_as_by_the_harness_itself_also_when_resumed(tmp_path, stan
     assert recipe(*wanted).returncode != 0 and not (run.path / "scores.json").exists()
     scores = recipe.json(*wanted)
     own = scores["sums_benchmark"]
-    assert (own["version"], own["shots"], own["rows"], own["result"]) == ("3", 0, 12, "acc")
+    assert (own["version"], own["shots"], own["rows"], own["total_rows"], own["result"]) == ("3", 0, 12, 20, "acc")
+    assert any("sums: 12 of 20 rows" in note for note in scores["notes"])
     resumed = sum(batches)  # the batch before the interruption is not answered again
     assert recipe("publish", "latest", "--merge").returncode == 0
     model = HFLM(str(run.output / "merged"), dtype="bfloat16", device="cpu")
     tasks = TaskManager(include_path=str(tmp_path))
-    theirs = simple_evaluate(model, tasks=["sums"], task_manager=tasks, limit=12)["results"]["sums"]
+    rows = taken(20, 12)
+    theirs = simple_evaluate(model, tasks=["sums"], task_manager=tasks, samples={"sums": rows})["results"]["sums"]
     before = sum(batches)
-    assert scores["sums"] == own["value"] == pytest.approx(100 * theirs["acc,none"]) == pytest.approx(100 * 8 / 12)
+    assert (
+        scores["sums"]
+        == own["value"]
+        == pytest.approx(100 * theirs["acc,none"])
+        == pytest.approx(100 * sum(i % 3 > 0 for i in rows) / 12)
+    )
     assert own["stderr"] == pytest.approx(100 * theirs["acc_stderr,none"])
     assert "sums" in recipe.json(*evaluate)  # kept
     recipe.ok(*wanted, "--adapter", "none")

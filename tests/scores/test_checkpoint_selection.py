@@ -96,6 +96,15 @@ def test_where_there_are_no_other_rows_the_best_has_no_test_score(run, tmp_path,
     assert asked[-1] == "checkpoint-4: test"
 
 
+def test_rows_without_a_score_select_no_checkpoint(run, sample, monkeypatch):
+    scored_as(VALUES, monkeypatch, sample / "test.jsonl")
+    evaluated = checkpoint_selection.evaluate
+    no_mean = {"scores": {"bleu4": None, "intervals": {"bleu4": None}}}  # as a mean of groups that lacks a group
+    monkeypatch.setattr(checkpoint_selection, "evaluate", lambda *words: evaluated(*words).model_copy(update=no_mean))
+    with pytest.raises(UserError, match=r"BLEU-4 has no score on valid\.jsonl, 8 rows; raise --limit"):
+        select(run, EvaluationRequest(limit=8))
+
+
 def test_a_truncated_checkpoint_is_left_out_and_a_run_without_any_is_refused(run, sample, monkeypatch, capsys):
     asked = scored_as(VALUES | {"output": (99.0, 1.0)}, monkeypatch, sample / "test.jsonl")
     damaged = run.output / "checkpoint-4" / ADAPTER

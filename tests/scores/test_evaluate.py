@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError, WorkFailed
-from qlora_recipes.base.files import Row, sha256
+from qlora_recipes.base.files import Row, sha256, write_rows
 from qlora_recipes.commands.scoring import evaluate_verb
 from qlora_recipes.configs import config, substitution
 from qlora_recipes.configs.datafiles import DataFile
 from qlora_recipes.data.study import Decoding
-from qlora_recipes.results import run_rows
+from qlora_recipes.results import card, run_rows
 from qlora_recipes.results.run_rows import RunResult
 from qlora_recipes.runs.records import FileState, Launch
 from qlora_recipes.runs.rundir import RunDir
@@ -33,6 +33,7 @@ from qlora_recipes.scores.evaluations import (
 )
 from qlora_recipes.scores.prompter import Prompter
 from qlora_recipes.scores.reference import Reference, base_model
+from qlora_recipes.scores.row_files import taken
 
 
 def evaluated(run: RunDir, **more: Any) -> Evaluation:
@@ -100,7 +101,7 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run, monkeypatch):
     whole = evaluated(run, limit=10, batch_size=4)
     where = run.path / "evaluations" / "base-model"
     expected = read_predictions(where)
-    assert [row["row"] for row in expected] == list(range(10))
+    assert [row["row"] for row in expected] == taken(whole.settings.total_rows, 10)
     (where / "scores.json").unlink()
     answers, calls = Reference.answers, []
 
@@ -213,8 +214,8 @@ def test_layers_are_quantized_as_in_training_or_dequantized_where_that_gives_the
 def scored(run: RunDir, sample: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     """The same run with an adapter, evaluated on two rows of a file of its own; what it generates is made up."""
 
-    def predicted(settings: EvaluationSettings, *_: Any) -> tuple[list[Row], EvaluationSettings]:
-        return [{"row": i, "reference": "a b c d", "prediction": "a b"} for i in range(settings.rows)], settings
+    def predicted(settings: EvaluationSettings, test: Any, *_: Any) -> tuple[list[Row], EvaluationSettings]:
+        return [{"row": i, "reference": "a b c d", "prediction": "a b"} for i in test.positions], settings
 
     monkeypatch.setattr(evaluate, "predict", predicted)
     a_checkpoint(run.path, 1).joinpath(ADAPTER).rename(adapter := run.output / ADAPTER)
@@ -283,6 +284,61 @@ def test_an_evaluation_of_rows_that_changed_since_is_stale(scored, monkeypatch):
     monkeypatch.setattr(evaluate, "predict", meanwhile)
     evaluated(scored, adapter=None, limit=3)
     assert listed(scored) == ("stale", False)
+
+
+def test_a_larger_limit_goes_on_with_the_predictions_of_a_smaller_one(run, monkeypatch):
+    answers, asked = Reference.answers, []
+
+    def interrupted(self: Reference, prompts: list[list[int]], *how: int) -> list[list[int]]:
+        if len(asked) == 2:
+            asked.append(prompts)
+            raise KeyboardInterrupt
+        asked.extend(prompts)
+        return answers(self, prompts, *how)
+
+    monkeypatch.setattr(Reference, "answers", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(run, limit=4, batch_size=1)
+    asked.clear()
+    asked += [[], [], []]
+    more = evaluated(run, limit=9, batch_size=1)
+    assert len(asked) - 3 == 9 - 2
+    rows = read_predictions(run.path / "evaluations" / "base-model")
+    assert [row["row"] for row in rows] == taken(more.settings.total_rows, 9)
+
+
+def test_every_output_of_scores_of_a_part_says_so(scored, recipe):
+    predictions = scored.path / "predictions.jsonl"
+    part = f"2 of {len(predictions.with_name('test.jsonl').read_bytes().splitlines())} rows"
+    verbs = {
+        "evaluate": ("evaluate", scored.path, "--limit", "2", "--max-new-tokens", "8", "--metric", "bertscore:none"),
+        "results": ("results", scored.path),
+        "compare": ("results", scored.path, predictions),
+        "score": ("score", predictions),
+    }
+    said = {verb: part in recipe.ok(*words).stdout for verb, words in verbs.items()}
+    assert said == dict.fromkeys(verbs, True)
+
+
+def test_scored_rows_that_are_training_rows_are_named(scored, recipe, tmp_path):
+    rows = [orjson.loads(line) for line in (scored.path / "test.jsonl").read_bytes().splitlines()]
+    first, last = taken(len(rows), 2)
+    copied = {name: rows[last].get(name) for name in ("instruction", "input", "output")}  # without idx
+    write_rows(train := tmp_path / "train.jsonl", [{"instruction": "other", "output": "b"}, copied, rows[first]])
+    configure(scored, datasets=[{"path": str(train), "type": "alpaca", "split": "train[:2]"}])
+    files = [DataFile(path=str(file), sha256=sha256(file), bytes=0) for file in (train, scored.path / "test.jsonl")]
+    record(scored, data=files)
+    (scored.path / "scores.json").unlink()
+    made = evaluated(scored, adapter=None, limit=2)
+    named = f"1 also in the training data: row {last + 1}"
+    assert (made.also_trained, [named in note for note in made.scores["notes"]]) == ([last], [True, False])
+    assert named in recipe.ok("results", scored.path).stdout
+    assert recipe.json("results", scored.path)[0]["rows_also_trained"] == [last]
+    assert named in card.card(RunResult(scored, scored.read()), made, False, None)
+    assert named in recipe.ok("publish", scored.path).stderr
+    train.write_bytes(train.read_bytes() * 2)  # no longer what was trained on
+    (scored.path / "scores.json").unlink()
+    assert evaluated(scored, adapter=None, limit=2).also_trained is None
 
 
 def test_other_rows_are_evaluated_beside_the_usual_ones(run, sample, tmp_path):

@@ -17,7 +17,8 @@ from qlora_recipes.reports.report_runs import reader, reported_runs
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import evaluate, evaluation_rows
 from qlora_recipes.scores.evaluate import EvaluationRequest, EvaluationTask
-from qlora_recipes.scores.evaluations import read_predictions, read_scores
+from qlora_recipes.scores.evaluations import changed, read_predictions, read_scores
+from qlora_recipes.scores.row_files import taken
 
 OwnRun = Callable[..., RunDir]
 BASE = EvaluationRequest(adapter="none", max_new_tokens=4, metrics=["bertscore:none"])
@@ -160,6 +161,26 @@ def test_results_and_reports_take_own_rows(own, tmp_path, recipe):
     assert shown["diff"] is None and " input" in shown["why"]
 
 
+@pytest.mark.parametrize("tests", [1, 2])
+def test_scores_of_own_rows_that_were_replaced_are_stale_in_a_rehearsal_too(own, tmp_path, tests):
+    write_rows(tmp_path / "train.jsonl", alpaca(30))
+    entry = {"type": "alpaca", "split": "train[:8]"}  # as a rehearsal limits rows
+    files = [tmp_path / f"ev{i}.jsonl" for i in range(tests)]
+    for file in files:
+        write_rows(file, asked_alpaca := [{"instruction": f"Say {i}.", "output": f"{i}!"} for i in range(50, 70)])
+    test_datasets = [{"path": file.name, **entry} for file in files]
+    run = own(rehearsal=True, datasets=[{"path": "train.jsonl", **entry}], test_datasets=test_datasets)
+    made = evaluate.evaluate(run, BASE)
+    where = run.path / "evaluations" / "base-model"
+    assert changed(where, made) is None
+    write_rows(files[-1], [*asked_alpaca[:8], *alpaca(3)])  # the same first rows
+    assert changed(where, made) is None and evaluate.evaluate(run, BASE) == made
+    shutil.copy(tmp_path / "train.jsonl", files[-1])
+    assert changed(where, made) == "stale"
+    files[-1].write_text("not JSON\n")
+    assert changed(where, made) == "stale"
+
+
 def test_what_the_config_names_wins_over_a_test_file_that_happens_to_lie_there(own, tmp_path):
     for name, count in (("train", 4), ("test", 2), ("check", 3)):
         write_rows(tmp_path / f"{name}.jsonl", alpaca(count))
@@ -175,13 +196,23 @@ def test_a_studys_data_is_evaluated_on_its_test_set_whatever_the_config_evaluate
     assert task(own(datasets=train, test_datasets=valid)).settings.data == str(sample / "test.jsonl")
 
 
-def test_a_rehearsal_takes_the_first_of_its_own_rows(own, tmp_path):
+def test_a_limit_takes_rows_from_all_of_the_data_and_a_larger_one_contains_them():
+    whole = taken(22_000, None)
+    few, more = (taken(22_000, limit) for limit in (100, 1_000))
+    assert whole == [*range(22_000)] and [*map(len, (few, more))] == [100, 1_000]
+    assert {*few} < {*more} < {*whole} and more == sorted(more)
+    tenths = [sum(position // 2_200 == tenth for position in more) for tenth in range(10)]
+    assert min(tenths) > 70 and max(tenths) < 130, tenths
+    assert taken(5, 9) == [*range(5)] and taken(9, 0) == []
+
+
+def test_a_rehearsal_takes_few_of_its_own_rows(own, tmp_path):
     for name in ("train", "check"):
         write_rows(tmp_path / f"{name}.jsonl", alpaca(30))
     data = {"path": "train.jsonl", "type": "alpaca", "split": "train[:20]"}
     run = own(rehearsal=True, datasets=[data], test_datasets=[{**data, "path": "check.jsonl"}])
     assert (task(run).settings.rows, task(run).settings.limit) == (12, 12)
-    assert task(run).rows.rows == alpaca(12)
+    assert task(run).rows.rows == [alpaca(20)[position] for position in taken(20, 12)]
     assert (task(run, limit=30).settings.rows, task(run, limit=30).settings.limit) == (20, None)
 
 

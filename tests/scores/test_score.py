@@ -53,24 +53,39 @@ def test_groups_of_rows_count_alike_in_their_mean():
             "average": {"metric": "mean_of_groups", "of": "exact_match"},
             "of_few": {"metric": "mean_of_groups", "of": "exact_match", "group": "few"},
             "of_b": {"metric": "mean_of_groups", "of": "exact_match", "group": "2"},
-            "of_d": {"metric": "mean_of_groups", "of": "exact_match", "group": "d"},
             "exact_match": {},
         }
     )
     few, _ = score.score(rows, columns)
     assert (few["of_few"], few["intervals"]["of_few"], few["intervals"]["average"]) == (50, None, None)
+    del columns["of_few"]
     scores, made = score.score([row for row in rows if row["group"] != "few"], columns)
-    assert (scores["average"], scores["of_b"], scores["of_d"]) == (pytest.approx(125 / 3), 50, None)
+    assert (scores["average"], scores["of_b"]) == (pytest.approx(125 / 3), 50)
     counts = ((15, 20), (5, 10), (0, 5))
     variances = [(p := (x + 2) / (n + 4)) * (1 - p) / (n + 4) for x, n in counts]
     half = 100 * stats.norm.ppf(0.975) * sum(variances) ** 0.5 / 3
     assert scores["intervals"]["average"] == pytest.approx([125 / 3 - half, 125 / 3 + half])
     wilson = stats.binomtest(5, 10).proportion_ci(method="wilson")
     assert scores["intervals"]["of_b"] == pytest.approx([100 * wilson.low, 100 * wilson.high])
-    assert scores["intervals"]["of_d"] is None and "average" not in made[0]
+    assert "average" not in made[0]
     for of in ("nope", "sacrebleu", "bertscore_f1"):
         with pytest.raises(UserError, match=of):
             columns_of(None, ["sacrebleu", "bertscore_f1", f"m: {{metric: mean_of_groups, of: {of}}}"])
+
+
+@pytest.mark.parametrize(("of_data", "named"), [(["a", "b"], []), ([], ["b"])], ids=["in the data", "of a column"])
+def test_a_mean_of_groups_has_no_value_without_rows_of_each_group(of_data, named):
+    over = {"metric": "mean_of_groups", "of": "exact_match"}
+    columns = registry.columns(
+        {"average": over, "exact_match": {}} | {f"of_{group}": over | {"group": group} for group in ["a", *named]}
+    )
+    rows = [as_row(i, {"group": "a"}, "x") | {"prediction": "x"} for i in range(9)]
+    scores, _ = score.score(rows, columns, groups=of_data)
+    assert (scores["average"], scores["intervals"]["average"], scores["of_a"]) == (None, None, 100)
+    assert scores["notes"] == ["average: no mean, because no row of b was scored"]
+    rows.append(as_row(9, {"group": "b"}, "x") | {"prediction": "y"})
+    whole, _ = score.score(rows, columns, groups=of_data)
+    assert (whole["average"], whole.get("notes")) == (50, None)
 
 
 def test_older_scores_of_rows_are_dropped():
