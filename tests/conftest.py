@@ -33,6 +33,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # each with its shar
 from qlora_recipes import cli
 from qlora_recipes.backends import slurm_site
 from qlora_recipes.base import paths, progress
+from qlora_recipes.configs.gpus import CPU_RANKS
 from qlora_recipes.data import study
 from qlora_recipes.data.sample import rehearsal_data, usual_sample
 from qlora_recipes.runs import launch
@@ -146,10 +147,17 @@ def train_runs(folder: Path, configs: dict[str, yamlfiles.Config], plugins: str 
     return runs
 
 
-def train_many(*configs: Path, plugins: str = __file__) -> None:
-    """Train configs one after the other in one process, because importing Axolotl takes most of a tiny run."""
-    command = [sys.executable, str(SUPPORT / "train_many.py"), *map(str, configs)]
-    done = subprocess.run(command, cwd=SUPPORT, env=path_of(plugins), capture_output=True, text=True)
+def train_many(*configs: Path, plugins: str = __file__, ranks: int = 1) -> None:
+    """Train configs one after the other in one process, because importing Axolotl takes most of a tiny run.
+
+    With several ranks, each rank is such a process; engines other than DDP take only one config.
+    """
+    command, environment = [sys.executable], path_of(plugins)
+    if ranks > 1:
+        command = [str(RECIPE.with_name("torchrun")), f"--nproc-per-node={ranks}", "--standalone"]
+        environment |= {CPU_RANKS: "1"}
+    command += [str(SUPPORT / "train_many.py"), *map(str, configs)]
+    done = subprocess.run(command, cwd=SUPPORT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 

@@ -283,8 +283,8 @@ SOME = 1000
 """Approximate number of rows per data set to tokenize before a run, or with another model's tokenizer."""
 
 
-def training_lengths(composed: Composed, force: Sequence[str] = ()) -> list[Row]:
-    """Lengths in tokens of a config's training data; see `tokens.lengths`.
+def training_lengths(composed: Composed, force: Sequence[str] = ()) -> tuple[list[int], float]:
+    """Lengths in tokens of the rows that a config trains on; see `tokens.trained_on`.
 
     Args:
         composed: the config.
@@ -296,12 +296,10 @@ def training_lengths(composed: Composed, force: Sequence[str] = ()) -> list[Row]
     _need_tokenizer(composed, "--data")
     found = examine(composed).findings
     refuse([finding for finding in found if finding.key.startswith("datasets") or finding.scope == "code"], force)
-    failing, measured = _lengths(composed.config, None)
-    refuse([finding for finding in failing if finding.rule == "bad-row"])
-    measured = [measures for measures in measured if measures["key"].startswith("datasets")]
-    if not measured:
-        raise UserError("--data: no rows to measure; list a local file under datasets")
-    return measured
+    with importing_axolotl():
+        from . import tokens
+
+        return tokens.trained_on(composed.config)
 
 
 def _lengths(

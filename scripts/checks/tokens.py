@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import batched, chain, groupby, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
@@ -93,13 +94,7 @@ class Tokenizer:
         Raises:
             UserError: the rows cannot be loaded or found.
         """
-        try:
-            # without this variable, Axolotl would also count the steps of packed rows
-            with patch.dict(os.environ, AXOLOTL_IS_PREPROCESS="1"):
-                held_out = prepare_datasets(self.cfg, self.tokenizer)[1]
-        except Exception as error:
-            problem = f"cannot load the held-out rows: {type(error).__name__}: {error}"
-            raise UserError(f"val_set_size: {problem}") from None
+        held_out = self.split()[1]
         positions = defaultdict(list)
         for position, ids in enumerate(held_out["input_ids"]):
             positions[tuple(ids)].append(position)
@@ -117,6 +112,20 @@ class Tokenizer:
         if len(found) < len(held_out):
             raise UserError(f"val_set_size: {len(held_out) - len(found)} held-out rows were not found in the data")
         return [found[position] for position in range(len(held_out))]
+
+    def split(self) -> tuple[Any, Any]:
+        """Training and held-out rows, after Axolotl tokenizes, merges, filters, shuffles and splits the rows.
+
+        Raises:
+            UserError: Axolotl cannot prepare the rows.
+        """
+        try:
+            # without this variable, Axolotl would also count the steps of packed rows
+            with patch.dict(os.environ, AXOLOTL_IS_PREPROCESS="1"):
+                return prepare_datasets(self.cfg, self.tokenizer)[:2]
+        except Exception as error:  # files, templates and tokenizers can raise any exception
+            problem = f"Axolotl cannot prepare the rows: {type(error).__name__}: {error}"
+            raise UserError(f"datasets: {problem}; run `recipe check --data`") from None
 
 
 def by_token(content: Config, count: int) -> list[Row]:
@@ -163,8 +172,7 @@ def lengths(
 
     Returns:
         Findings, and measures of each data set with tokenized rows: counts of all rows and of rows read; lengths of the
-        tokenized rows, and of the rows that remain for training; the share of padding in one epoch's micro batches
-        (None for packed rows).
+        tokenized rows; the share of padding in one epoch's micro batches (None for packed rows).
     """
     tokenizer = Tokenizer(content)
     cfg = tokenizer.cfg
@@ -197,9 +205,6 @@ def lengths(
                         str(share): int(numpy.percentile(sizes, share, method="inverted_cdf"))
                         for share in (50, 90, 95, 99, 100)
                     },
-                    "rows_trained_on": len(kept),
-                    "tokens_trained_on": sum(kept),
-                    "longest_trained_on": max(kept, default=0),
                     "longer_than_sequence_len": sum(size > cfg.sequence_len for size in sizes),
                     "padding_share": None if cfg.sample_packing else _padding(cfg, kept),
                 }
@@ -209,6 +214,20 @@ def lengths(
             if left and cfg.sample_packing and key.startswith("datasets") and is_whole:
                 findings += _without_batch(cfg, left, gpus)
     return findings, measured
+
+
+def trained_on(content: Config) -> tuple[list[int], float]:
+    """Lengths of the rows that a config trains on, and the share of padding in one epoch's micro batches.
+
+    Raises:
+        UserError: Axolotl cannot prepare the rows.
+    """
+    with TemporaryDirectory() as folder:
+        tokenizer = Tokenizer(content | {"dataset_prepared_path": folder, "test_datasets": None})
+        sizes: list[int] = []
+        for rows in tokenizer.split()[0].select_columns("input_ids").iter(1000):
+            sizes += map(len, rows["input_ids"])
+    return sizes, 0.0 if content.get("sample_packing") else _padding(tokenizer.cfg, sizes)
 
 
 class _Read:

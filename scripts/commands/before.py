@@ -216,7 +216,7 @@ def _print_plan(planned: "Plan") -> None:
             {
                 "GPU": each.gpu,
                 "usable GiB": f"{each.usable / GIB:.2f}",
-                "fits": "yes" if each.fits else "no",
+                "fits": each.verdict,
                 "free GiB": f"{each.free / GIB:.2f}",
             }
             for each in planned.gpus
@@ -227,8 +227,8 @@ def _print_plan(planned: "Plan") -> None:
         settings = " ".join(f"--set {key}={yamlfiles.write_flow(value)}" for key, value in change.set.items())
         verdict = "then it fits" if change.fits else "not enough"
         tables.print_text(f"{verdict}, {change.needed / GIB:.2f} GiB: {settings} ({change.effect})")
-    fits = [*(each.fits for each in planned.gpus), *(change.fits for change in planned.changes)]
-    if len(planned.gpus) == 1 and not any(fits):
+    enough = [*(each.free >= 0 for each in planned.gpus), *(change.fits for change in planned.changes)]
+    if len(planned.gpus) == 1 and not any(enough):
         print("no known change makes it fit: use a larger GPU or a smaller model")
     print()
     if planned.work:
@@ -276,7 +276,7 @@ def _print_plans(plans: "list[tuple[str, Plan]]") -> None:
         }
         if len(fits) == 1:
             first, hours = fits[0], planned.work and planned.work.hours
-            row |= {"GPU": first.gpu, "fits": "yes" if first.fits else "no", "free GiB": f"{first.free / GIB:.2f}"}
+            row |= {"GPU": first.gpu, "fits": first.verdict, "free GiB": f"{first.free / GIB:.2f}"}
             row["hours"] = f"{'up to ' if planned.work.at_most else ''}{hours:.3g}" if planned.work and hours else None
         else:
             row["smallest GPU"] = next((each.gpu for each in fits if each.fits), "none")

@@ -169,6 +169,8 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     if rehearsal:
         for changes, reason in substitution.substitutions(layers.config, layers.sample, layers.given, request.ranks):
             layers.take(config.merge(layers.config, changes), f"rehearsal: {reason}")
+    stated = numerics.engine_precision(layers.config, on_gpu=not rehearsal)
+    layers.take(stated, "DeepSpeed reads auto too late for ZeRO-3")
     if layers.config.get("seed") is None:
         layers.take(layers.config | {"seed": config.AXOLOTL_SEED}, "without a seed, each run would begin differently")
     return Composed(

@@ -154,16 +154,19 @@ def _trainable(step: Step, model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def _optimizer(step: Step, trained: list[torch.Tensor], recorder: Recorder) -> Any:
+def _optimizer(step: Step, model: nn.Module, trained: list[torch.Tensor], recorder: Recorder) -> Any:
     """Create the optimizer; for an optimizer of bitsandbytes, also its state.
 
-    torch's optimizer creates its state in the first step. On a GPU, a paged optimizer pages the state of tensors with
-    100,000 values or more.
+    torch's optimizer creates its state in the first step. bitsandbytes keeps state in fp32 for tensors with fewer than
+    4,096 values, and transformers' Trainer for each nn.Embedding (create_optimizer in trainer.py). On a GPU, a paged
+    optimizer pages the state of tensors with 100,000 values or more.
     """
     if not _uses_bitsandbytes(step.optimizer):
         fused = "fused" in step.optimizer
         return torch.optim.AdamW(trained, fused=fused, foreach=not fused)
-    optimizer: Any = bnb.optim.AdamW(trained, optim_bits=8 if "8bit" in step.optimizer else 32)
+    bits = 8 if "8bit" in step.optimizer else 32
+    optimizer: Any = bnb.optim.AdamW(trained, optim_bits=bits)
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     pages = "paged" in step.optimizer and step.capability is not None
 
     def buffer(parameter: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -174,6 +177,7 @@ def _optimizer(step: Step, trained: list[torch.Tensor], recorder: Recorder) -> A
 
     with patch.object(optimizer, "get_state_buffer", buffer):
         for number, parameter in enumerate(trained):
+            optimizer.args.optim_bits = 32 if id(parameter) in embeddings else bits
             optimizer.init_state(optimizer.param_groups[0], parameter, 0, number)
     return optimizer
 
@@ -236,7 +240,7 @@ def trace(step: Step, shape: Shape) -> MemoryTrace:
             ]
             recorder.kind = "optimizer"
             with recorder:
-                optimizer = _optimizer(step, trained, recorder)
+                optimizer = _optimizer(step, model, trained, recorder)
             recorder.kind = "activations"
             loaded = recorder.events
             recorder.events = []

@@ -1,12 +1,12 @@
 """`recipe plan`: parameters, memory and work of a config, and which GPUs suffice."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from ..base.errors import UserError
 from ..base.yamlfiles import Config
 from ..checks import check
-from ..checks.finding import Finding, refuse
+from ..checks.finding import Finding, override_errors, refuse
 from ..configs import datafiles
 from ..configs.compose import Composed, Request, compose
 from ..configs.config import merge
@@ -46,12 +46,27 @@ class PeakMemory(Usage):
 
 @dataclass(frozen=True)
 class Fit:
-    """A GPU, the bytes usable by torch, and the bytes left free."""
+    """A GPU, and whether a config can train on it.
+
+    Attributes:
+        usable: bytes usable by torch.
+        fits: true if memory suffices and the GPU lacks nothing.
+        free: bytes left free.
+        lacks: keys of the settings for which `recipe check` says that the GPU lacks a feature.
+    """
 
     gpu: str
     usable: float
     fits: bool
     free: float
+    lacks: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> str:
+        """`fits` as text, with the keys in `lacks`."""
+        if self.lacks:
+            return f"no: {', '.join(self.lacks)}"
+        return "yes" if self.fits else "no"
 
 
 @dataclass(frozen=True)
@@ -112,6 +127,9 @@ def of_request(
     found = work.counted(composed, request.force) if data else work.published(composed)
     planned, planner = plan(composed.config, gpu, vram, request.gpus)
     findings = [finding for finding in check.examine(composed, gpu).findings if finding.scope in ("gpu", "code")]
+    override_errors(findings, request.force)
+    lacks = tuple(finding.key for finding in findings if (finding.rule, finding.level) == ("gpu-lacks", "error"))
+    planned.gpus = [replace(fit, fits=fit.fits and not lacks, lacks=lacks) for fit in planned.gpus]
     planned.notes += [f"{finding.name}: {finding.problem}; {finding.remedy}".rstrip("; ") for finding in findings]
     planned.work = work.work(composed, planner, gpu, request.gpus, found)
     return planned

@@ -26,7 +26,7 @@ from . import steps, traces
 from .steps import Step
 from .traces import Counts, MemoryTrace, Shape, Usage, rounded
 
-VERSION = 2
+VERSION = 3
 """Version of the cached figures; raise it when the computation changes."""
 GIB = 2**30
 CONTEXT = 0.14 * GIB
@@ -181,27 +181,43 @@ def _least_capability(config: Config) -> tuple[int, int]:
 def per_gpu(planner: Planner, gpus: int) -> dict[str, float]:
     """Required bytes on each of several GPUs, by engine, derived from one GPU's peak.
 
-    DDP keeps a second copy of the gradients in buckets. ZeRO (arXiv 1910.02054) holds trained weights and gradients in
-    16 bits, and optimizer state with an fp32 copy of the weights. Stage 1 shards the optimizer state and this copy,
-    stage 2 also the gradients, stage 3 also all weights. FSDP trains in fp32 (accelerate) and shards everything.
+    DDP keeps a second copy of the gradients in buckets.
+
+    DeepSpeed's ZeRO (arXiv 1910.02054) holds trained weights and gradients in 16 bits, or without mixed precision in
+    fp32. The optimizer gets large partitions of a copy in fp32, so that bitsandbytes keeps no state in fp32, neither
+    for embeddings nor for small tensors. Stage 1 shards this copy and the state, stage 2 also the gradients, stage 3
+    also all weights.
+
+    FSDP shards everything. Axolotl's fsdp2_prepare_model keeps the dtype of trained weights, and Adam's state has the
+    same dtype; bitsandbytes' optimizers do not work. Under QLoRA, embeddings and head are in fp32
+    (should_convert_embedding_dtypes in axolotl/loaders/model.py).
+
     Stage 3 and FSDP gather one layer or embedding at a time. No engine shards activations and logits. The estimate
     ignores all other buffers of the engines.
     """
     if gpus == 1:
         return {}
-    held = Counter(planner.memory.usage.parts)
-    optimizer = held["optimizer"]
-    trained = planner.memory.total("trainable")
-    weights = held["base weights"] + held["quantization constants"] + held["embeddings and head"]
-    frozen = weights if planner.step.adapter else 0
+    step, held = planner.step, Counter(planner.memory.usage.parts)
+    trained, embeddings = planner.memory.total("trainable"), held["embeddings and head"]
+    optimizer: float = held["optimizer"]
+    weights = held["base weights"] + held["quantization constants"] + embeddings
+    frozen = weights if step.adapter else 0
     rest = planner.required - weights - held["adapters"] - held["gradients"] - optimizer
-    largest_layer = max((frozen + 2 * trained) / planner.memory.sizes["layers"], held["embeddings and head"])
+    in_zero = trained * (2 if step.autocast else 4)
+    if "torch" in step.optimizer:
+        optimizer = 8 * trained
+    elif "paged" not in step.optimizer:
+        optimizer = trained * (2 + 2 * 4 / 256)  # two bytes, and an fp32 constant each for 256 of them
+    copies = (4 * trained + optimizer) / gpus
+    loaded = 4 if step.weights == "float32" else 2
+    in_fsdp = {"lora": held["adapters"], "qlora": 4 * trained}.get(str(step.adapter), loaded * trained)
+    upcast = embeddings * (4 / loaded - 1) if step.adapter == "qlora" else 0
+    largest_layer = max((frozen + in_zero) / planner.memory.sizes["layers"], embeddings)
     gathered = largest_layer * (1 - 1 / gpus)
-    state = (optimizer + 4 * trained) / gpus
     return {
         "DDP": planner.required + held["gradients"],
-        "ZeRO-1": rest + frozen + 2 * trained + 2 * trained + state,
-        "ZeRO-2": rest + frozen + 2 * trained + 2 * trained / gpus + state,
-        "ZeRO-3": rest + (frozen + 4 * trained) / gpus + state + gathered,
-        "FSDP": rest + (frozen + 8 * trained + optimizer) / gpus + gathered,
+        "ZeRO-1": rest + frozen + 2 * in_zero + copies,
+        "ZeRO-2": rest + frozen + in_zero + in_zero / gpus + copies,
+        "ZeRO-3": rest + (frozen + 2 * in_zero) / gpus + copies + gathered,
+        "FSDP": rest + (frozen + upcast + 4 * in_fsdp) / gpus + gathered,  # weights, gradients, two states
     }

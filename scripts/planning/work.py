@@ -85,17 +85,13 @@ def counted(composed: Composed, force: Sequence[str] = ()) -> Lengths:
         UserError: rows or tokenizer are missing on this machine, Axolotl refuses the rows, or no rows are left.
     """
     for key, dataset in datafiles.datasets(composed.config, "datasets"):
-        if len(datafiles.jsonl_files(dataset)) != 1 or datafiles.training_lines({"datasets": [dataset]}) is None:
-            problem = "expected all rows, or the first rows, of one JSONL file on this machine"
-            raise UserError(f"--data: {key}: {problem}; leave --data out")
-    measured = check.training_lengths(composed, force)
-    rows, tokens = (sum(each[f"{what}_trained_on"] for each in measured) for what in ("rows", "tokens"))
-    padded = sum(each["tokens_trained_on"] / (1 - (each["padding_share"] or 0)) for each in measured)
-    there = sum(each["rows_there"] for each in measured)
-    left = datafiles.not_held_out(composed.config, there) / there
-    if round(left * rows) <= 0:
+        if not any(file.is_file() for file in datafiles.local_files(dataset)):
+            raise UserError(f"--data: {key}: its rows are not on this machine; leave --data out")
+    sizes, padding = check.training_lengths(composed, force)
+    if not sizes:
         raise UserError("--data: sequence_len and val_set_size leave no training rows; leave --data out")
-    return Lengths(round(left * rows), round(left * tokens), round(left * padded), "counted, without padding")
+    tokens = sum(sizes)
+    return Lengths(len(sizes), tokens, round(tokens / (1 - padding)), "counted, without padding")
 
 
 def published(composed: Composed) -> Lengths | None:

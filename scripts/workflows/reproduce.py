@@ -167,7 +167,7 @@ def _outlined(pipeline: Pipeline) -> Row:
         return row | {"problem": f"not planned: {error}"}
     row["needs GiB"] = planned.memory.needed / GIB
     if pipeline.gpu and pipeline.gpu.memory:
-        row["fits"] = f"{pipeline.gpu.name}: {'yes' if planned.gpus[0].fits else 'no'}"
+        row["fits"] = f"{pipeline.gpu.name}: {planned.gpus[0].verdict}"
     return row | ({"steps": planned.work.steps, "hours": planned.work.hours} if planned.work else {})
 
 

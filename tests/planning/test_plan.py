@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from conftest import SMALL, config_with, recipe_config
+from planned_memory import WEIGHTS, kept_by_rank
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
@@ -130,6 +131,23 @@ def test_what_fits_and_what_does_not(small):
     assert not not_.gpus[0].fits and not_.gpus[0].free < 0
 
 
+def test_a_gpu_that_lacks_a_feature_does_not_fit(recipe, small, tmp_path, sample):
+    small |= {"bf16": True, "fp16": False, "datasets": [{"path": str(sample / "train.jsonl"), "type": "alpaca"}]}
+    (tmp_path / "small.yaml").write_text(yamlfiles.write_yaml(small))
+    (planned,) = recipe.json("plan", "small.yaml", "--gpu", "T4")
+    (fit,) = planned["gpus"]
+    assert (fit["fits"], fit["lacks"], fit["free"] > 0) == (False, ["bf16"], True)
+    assert any(note.startswith("gpu-lacks:bf16: ") for note in planned["notes"])
+    done = recipe.ok("plan", "small.yaml", "--gpu", "T4")
+    assert "no: bf16" in done.stdout and "no known change" not in done.stdout
+    assert "recipe run" not in done.stderr
+    table = recipe.ok("plan", "small.yaml", "--gpu", "T4", "--gpu", "4090").stdout.splitlines()
+    assert ["no: bf16" in line for line in table[1:3]] == [True, False]
+    for words in (["--set", "bf16=false", "--set", "fp16=true"], ["--force", "gpu-lacks:bf16"]):
+        (planned,) = recipe.json("plan", "small.yaml", "--gpu", "T4", *words)
+        assert (planned["gpus"][0]["fits"], planned["gpus"][0]["lacks"]) == (True, [])
+
+
 def test_changes_are_the_mildest_that_do(small):
     size = plan.plan(small)[0].memory.needed / planner.GIB / planner.USABLE
     (*_, last) = plan.plan(small, gpus.Gpu("card", TURING, size * 0.7))[0].changes
@@ -145,7 +163,7 @@ def test_changes_are_the_mildest_that_do(small):
     zero = small | {"deepspeed": {"zero_optimization": {"stage": 3}}}
     (*_, last) = plan.plan(zero, gpus.Gpu("card", TURING, size * 0.7), gpus=4)[0].changes
     assert last.set == {"micro_batch_size": 1, "gradient_accumulation_steps": 32}
-    assert last.needed == plan.plan(zero | last.set, gpus=4)[0].per_gpu["ZeRO-3"]
+    assert last.needed == pytest.approx(plan.plan(zero | last.set, gpus=4)[0].per_gpu["ZeRO-3"], rel=1e-5)
     (*_, last) = plan.plan(small, gpus.Gpu("card", TURING, size * 0.3))[0].changes
     assert list(last.set) == ["sequence_len"]
 
@@ -163,6 +181,49 @@ def test_ranks_divide_what_their_engine_divides(small):
     for engine, change in engines.items():
         planned = plan.plan(small | change, gpus.find("T4"), gpus=4)[0]
         assert planned.gpus[0].free == pytest.approx(planned.gpus[0].usable - planned.per_gpu[engine])
+
+
+FULL = {"adapter": None, "load_in_4bit": None, "optimizer": "adamw_torch_fused", "fp16": False, "bf16": True}
+SAVED = ["embed_tokens", "lm_head"]
+
+
+@pytest.mark.parametrize(
+    ("change", "zero", "fsdp"),
+    [
+        # bytes of each trained weight: of weight and gradient, of fp32 copy and two states; and all of them in FSDP
+        (FULL, (2, 4 + 8), 2 + 2 + 4),
+        (FULL | {"bf16": False}, (4, 4 + 8), 4 + 4 + 8),
+        (FULL | {"optimizer": "adamw_bnb_8bit"}, (2, 4 + 2 + 8 / 256), 8),
+        (FULL | {"optimizer": "paged_adamw_32bit"}, (2, 4), 8),
+        ({"optimizer": "adamw_torch"}, (2, 4 + 8), 16),
+        ({"optimizer": "paged_adamw_32bit", "lora_r": 256}, (2, 4), 16),
+        ({"optimizer": "adamw_torch", "lora_modules_to_save": SAVED}, (2, 4 + 8), 16),
+    ],
+)
+def test_trained_weights_take_what_engines_were_seen_to_allocate(small, change, zero, fsdp):
+    """The bytes are those of two real ranks, see test_shards."""
+    config = {key: value for key, value in (small | change).items() if value is not None}
+    step = planner.planner_of(config, gpus.Gpu("card", AMPERE, 80))[0]
+    trained, parts = step.memory.total("trainable"), step.memory.usage.parts
+    frozen = sum(parts.get(kind, 0) for kind in WEIGHTS) if step.step.adapter else 0
+    upcast = parts["embeddings and head"] if step.step.adapter else 0
+    found = kept_by_rank(step, 4)
+    each, state = zero
+    if "paged" in step.step.optimizer:
+        state += parts["optimizer"] / trained  # of small tensors, which stays on the GPU
+    assert found["ZeRO-1"] == pytest.approx(frozen + trained * (2 * each + state / 4), rel=1e-3)
+    assert found["ZeRO-2"] == pytest.approx(frozen + trained * (each + (each + state) / 4), rel=1e-3)
+    assert found["ZeRO-3"] == pytest.approx((frozen + trained * (2 * each + state)) / 4, rel=1e-3)
+    assert found["FSDP"] == pytest.approx((frozen + upcast + trained * fsdp) / 4, rel=1e-3)
+
+
+def test_embeddings_have_32_bit_state_with_8_bit_optimizers(small):
+    small |= {"lora_modules_to_save": SAVED, "optimizer": "adamw_bnb_8bit"}
+    embedding, lora = 128256 * 256, 114688
+    state = plan.plan(small)[0].memory.parts["optimizer"]
+    assert state == pytest.approx(8 * embedding + (2 + 8 / 256) * (embedding + lora), rel=1e-3)
+    paged = plan.plan(small | {"optimizer": "paged_adamw_8bit"})[0].memory
+    assert paged.paged == (8 + 2) * embedding
 
 
 def test_the_operations_of_a_token(small):

@@ -9,6 +9,7 @@ from conftest import config_with
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
+from qlora_recipes.base.hub import importing_axolotl
 from qlora_recipes.configs import gpus
 from qlora_recipes.configs.compose import Request, compose
 from qlora_recipes.planning import plan, work
@@ -30,6 +31,17 @@ def counted(file: Path | str, *overrides: str) -> work.Lengths:
     return work.counted(compose(Request(str(file), overrides=list(overrides))))
 
 
+def evaluation_rows_of(file: Path, override: str) -> list[int]:
+    """Lengths of the rows that Axolotl holds out."""
+    config = compose(Request(str(file), overrides=[override])).config
+    with importing_axolotl():
+        from qlora_recipes.checks.tokens import Tokenizer
+
+        tokenizer = Tokenizer(config | {"dataset_prepared_path": str(file.with_name("prepared"))})
+        held_out = tokenizer.held_out()
+        return [len(tokenizer.tokenize(key, [row])[0].ids) for key, row in held_out]
+
+
 def published(**change: Any) -> work.Lengths | None:
     return work.published(compose(Request(PUBLISHED, **change)))
 
@@ -40,7 +52,22 @@ def test_rows_are_counted_as_they_are_trained_on(own):
     assert every.tokens < every.padded < 1.5 * every.tokens
     assert counted(own, "val_set_size=0.5").rows == 54
     assert counted(own, "sequence_len=300").rows < 109  # the others are dropped
+    assert counted(own, "datasets.0.split=train[50:]", "datasets.0.weight=0.5").rows == 29
     assert counted(own, "datasets.0.type=completion", "datasets.0.field=output", "sequence_len=16").rows > 109
+
+
+def test_tokens_are_those_of_the_rows_left_for_training(own, sample, tmp_path):
+    """Held-out rows are longer or shorter than others, so a share of all tokens would be wrong."""
+    rows = (sample / "train.jsonl").read_text()
+    (tmp_path / "twice.jsonl").write_text(rows * 2)
+    every = counted(own)
+    trained = counted(own, "val_set_size=20")
+    held_out = evaluation_rows_of(own, "val_set_size=20")
+    assert len(held_out) == 20
+    assert (trained.rows, trained.tokens) == (every.rows - 20, every.tokens - sum(held_out))
+    assert trained.tokens != round(every.tokens * 89 / 109)
+    once = counted(own, f"datasets.0.path={tmp_path / 'twice.jsonl'}", "dataset_exact_deduplication=true")
+    assert (once.rows, once.tokens) == (every.rows, every.tokens)
 
 
 def test_hours_count_padding(own):
@@ -79,8 +106,8 @@ def test_rows_that_cannot_be_counted_are_refused(own, sample, tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": \n')
     both = [{"path": str(sample / "train.jsonl"), "type": "alpaca"}, {"path": "tatsu-lab/alpaca", "type": "alpaca"}]
     for change, problem in (
-        *((f"datasets.0.{part}", "datasets.0") for part in ("split=train[50:]", "shards=4", "weight=0.5")),
-        (f"datasets.0.path={tmp_path / 'rows.parquet'}", "datasets.0"),
+        (f"datasets.0.path={tmp_path / 'none.jsonl'}", "datasets.0"),
+        (f"datasets.0.path={tmp_path / 'rows.parquet'}", "cannot prepare the rows"),
         (f"datasets={orjson.dumps(both).decode()}", "datasets.1"),
         (f"datasets.0.path={tmp_path / 'broken.jsonl'}", "row"),
         ("sequence_len=8", "sequence_len"),
