@@ -107,7 +107,7 @@ def test_rows_that_cannot_be_counted_are_refused(own, sample, tmp_path):
     both = [{"path": str(sample / "train.jsonl"), "type": "alpaca"}, {"path": "tatsu-lab/alpaca", "type": "alpaca"}]
     for change, problem in (
         (f"datasets.0.path={tmp_path / 'none.jsonl'}", "datasets.0"),
-        (f"datasets.0.path={tmp_path / 'rows.parquet'}", "cannot prepare the rows"),
+        (f"datasets.0.path={tmp_path / 'rows.parquet'}", "is empty"),
         (f"datasets={orjson.dumps(both).decode()}", "datasets.1"),
         (f"datasets.0.path={tmp_path / 'broken.jsonl'}", "row"),
         ("sequence_len=8", "sequence_len"),
