@@ -32,7 +32,7 @@ demo: setup  ## Train, score, report, and plan the real run: two minutes on the 
 	$(RECIPE) report latest
 	@echo
 	$(RECIPE) results latest
-	$(RECIPE) plan start/qlora --gpu Quadro-RTX-5000 --gpu T4 --gpu 4090
+	$(RECIPE) plan start/qlora --gpu T4 --gpu 3090 --gpu 4090
 	@echo
 	@echo "SmolLM2-135M stood in for Llama 3.2 3B. It was trained in 4 bits on 9 rows, with"
 	@echo "the recipe's own settings. The loss of the 5 held-out rows is now lower. The plans"

@@ -59,7 +59,9 @@ def check_verb(
         bool,
         typer.Option("--data", help="Also read every row, and tokenize it if the tokenizer is local."),
     ] = False,
-    full: Annotated[bool, typer.Option("--full", help="Also run Axolotl's own validation (15 s).")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Also run Axolotl's own validation, and plan memory (15 s).")
+    ] = False,
     show_tokens: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, help="Show N tokenized rows; mark the tokens that count in the loss."),
@@ -149,7 +151,7 @@ def plan_verb(
         ),
     ] = None,
     gpu_count: Annotated[int, typer.Option("--gpus", min=1, help="Number of GPUs to train on.")] = 1,
-    data: Annotated[bool, typer.Option("--data", help="Also tokenize all rows to measure their lengths.")] = False,
+    data: Annotated[bool, typer.Option("--data", help="Also tokenize all rows, to count those trained on.")] = False,
     force: Force = None,
     json: Json = False,
 ) -> None:

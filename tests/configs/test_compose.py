@@ -116,3 +116,16 @@ def test_steps_keep_their_rows_on_several_gpus(gpus, change, key, expected):
 def test_steps_that_cannot_keep_their_rows_are_refused(gpus, change, unit):
     with pytest.raises(UserError, match=unit):
         compose.compose(Request(NAME, overrides=change, gpus=gpus))
+
+
+@pytest.mark.parametrize(
+    ("changes", "bf16", "fp16"),
+    [([], False, True), (["bf16=true", "fp16=false"], True, False), (["fp16=false"], False, False)],
+)
+def test_deepspeed_gets_the_configs_precision(changes, bf16, fp16):
+    """ZeRO-3 reads "auto" as off, and then keeps an unquantized model in fp32."""
+    composed = compose.compose(Request("haider2024/llama-3-8b", ["zero3"], changes))
+    assert composed.config["deepspeed"]["bf16"] == {"enabled": bf16}
+    assert composed.config["deepspeed"]["fp16"] == {"enabled": fp16}
+    on_a_cpu = compose.compose(Request("haider2024/llama-3-8b", ["zero3"], ["bf16=true"], rehearse=True, gpus=2))
+    assert on_a_cpu.config["deepspeed"]["bf16"] == {"enabled": True}
