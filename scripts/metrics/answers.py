@@ -109,10 +109,24 @@ def number_of(text: str, parameters: NumberParameters) -> float | Decimal | str 
     return _PARSERS[parameters.parser](text, parameters.sought)
 
 
+def number_of_reference(text: str, parameters: NumberParameters) -> float | Decimal | str | None:
+    """Number behind the last marker of a reference.
+
+    A reference ends with its answer, so an earlier marker is part of its explanation. This holds for all parsers; the
+    authors' rules for the first marker are for predictions.
+    """
+    last = max(text.rfind(marker) for marker in parameters.sought)
+    return number_of(text[max(last, 0) :], parameters)
+
+
 def number(pairs: Sequence[Pair], parameters: NumberParameters) -> list[float]:
     """Score 100 for each prediction with the reference's number, otherwise 0."""
-    numbers = ([number_of(text, parameters) for text in pair] for pair in pairs)
-    return [100.0 * (wanted is not None and wanted == given) for wanted, given in numbers]
+    scores = []
+    for reference, prediction in pairs:
+        wanted = number_of_reference(reference, parameters)
+        is_right = wanted is not None and wanted == number_of(prediction, parameters)
+        scores.append(100.0 if is_right else 0.0)
+    return scores
 
 
 class ChoiceParameters(Parameters):
@@ -142,8 +156,10 @@ def choice(pairs: Sequence[Pair], parameters: ChoiceParameters) -> list[float]:
 def _notes(pairs: Sequence[Pair], parameters: NumberParameters) -> Iterator[str]:
     """Notes on texts without a number; a marker may be missing."""
     remedy = "; other markers can be set with `markers`" if parameters.markers is None else ""
-    for side, name in enumerate(("references", "predictions")):
-        unread = [pair[side] for pair in pairs if number_of(pair[side], parameters) is None]
+    references, predictions = ([pair[side] for pair in pairs] for side in (0, 1))
+    sides = (("references", references, number_of_reference), ("predictions", predictions, number_of))
+    for name, texts, read in sides:
+        unread = [text for text in texts if read(text, parameters) is None]
         if unread:
             marked = sum(_marker(text, parameters.sought) is not None for text in unread)
             why = f"{marked} contain {' or '.join(map(repr, parameters.sought))}; as in {unread[0].rstrip()[-30:]!r}"

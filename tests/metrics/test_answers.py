@@ -147,3 +147,11 @@ def test_the_first_word_of_the_references_set_is_the_choice(reference, predictio
     assert column.metric.of_rows
     assert column.metric.of_rows([(reference, prediction)], column.parameters) == [100.0 * expected]
     assert registry.column("choice", column.entry).same_scores(column)  # as scores.json has it
+
+
+@pytest.mark.parametrize("parser", answers.MARKERS)
+def test_a_reference_is_read_from_its_last_marker(parser):
+    reference = "Job A: 2000 hours are billed, and 6400 more.\nA: 8400"
+    markers = {"parser": parser, "markers": ["A: "]}
+    assert right(reference, "A: 8400", **markers)
+    assert not right(reference, "A: 2000", **markers)
