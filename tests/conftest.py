@@ -12,7 +12,7 @@ import sysconfig
 import time
 import venv
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # each with its shar
 
 from qlora_recipes import cli
 from qlora_recipes.backends import slurm_site
-from qlora_recipes.base import paths, progress
+from qlora_recipes.base import hub, paths, progress
+from qlora_recipes.checks import validation, validator
 from qlora_recipes.configs.gpus import CPU_RANKS
 from qlora_recipes.data import study
 from qlora_recipes.data.sample import rehearsal_data, usual_sample
@@ -105,6 +106,20 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir(exist_ok=True)
     os.environ |= {"XDG_CACHE_HOME": str(folder), "XDG_DATA_HOME": str(tmp_path_factory.mktemp("kept"))}
     return folder
+
+
+ASK_CHILD = validation._ask_child
+
+
+@pytest.fixture(autouse=True)
+def validates_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Axolotl's validation in this process, which imports Axolotl once, rather than in a process for each command."""
+
+    def ask(configs: list[yamlfiles.Config], gpu: Any) -> list[list[dict[str, Any]]]:
+        with hub.importing_axolotl():
+            return [[asdict(finding) for finding in validator.findings(config, gpu)] for config in configs]
+
+    monkeypatch.setattr(validation, "_ask_child", ask)
 
 
 @pytest.fixture
@@ -284,7 +299,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
         made = shutil.copytree(rehearsal_data(of_study, name), folder / form.folder)
         if name != "diff":
             lines = (made / "train.jsonl").read_text().splitlines()
-            times = 1100 if of_study.data.key == "tulu3" else 25  # its steps are of 128 rows
+            times = {"tulu3": 1100, "loraga": 80}.get(of_study.data.key, 25)  # steps of 128 rows; 94 steps of warm-up
             again = (re.sub(r'("\}|"\}\]\})$', rf" ({i})\1", line) for i in range(times) for line in lines)
             (made / "train.jsonl").write_text("".join(f"{line}\n" for line in again))
     return folder / "data"

@@ -34,16 +34,16 @@ def recipe(*words: str) -> str:
 
 
 def findings() -> Iterator[tuple[str, Any]]:
-    """Findings of `recipe check --full` in all recipes."""
+    """Findings of `recipe check` in all recipes."""
     for gpu in ("T4", "H100"):
-        for checked in json.loads(recipe("check", "--full", "--gpu", gpu, "--json")):
+        for checked in json.loads(recipe("check", "--gpu", gpu, "--json")):
             for finding in checked["findings"]:
                 yield f"{checked['checked']}, {gpu}, {finding['level']}, {finding['name']}", finding["problem"]
 
 
 def resolved() -> Iterator[tuple[str, Any]]:
     """Keys and values of each recipe after Axolotl's validation."""
-    from qlora_recipes.checks.installed import validated
+    from qlora_recipes.checks.validator import validated
 
     for name in paths.recipe_names():
         content = validated(yamlfiles.read_yaml(paths.find_recipe(name)[1])).to_dict()

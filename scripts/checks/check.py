@@ -10,13 +10,20 @@ from ..base.errors import UserError
 from ..base.files import Row
 from ..base.hub import importing_axolotl
 from ..base.yamlfiles import Config
-from ..configs import compose, models, substitution
+from ..configs import compose, datafiles, models, substitution
 from ..configs.compose import Composed, Request
 from ..configs.gpus import Gpu
 from ..configs.numerics import ADAPTED
 from ..data import study
-from . import data_rules, model_rules, schema, settings_rules  # noqa: F401 (each adds its rules to RULES)
-from .finding import LEVELS, RULES, Case, Finding, override_errors, refuse
+from . import (  # noqa: F401 (three modules add their rules to RULES)
+    data_rules,
+    model_rules,
+    schema,
+    settings_rules,
+    validation,
+    validator,
+)
+from .finding import LEVELS, NEVER_FORCED, RULES, Case, Finding, override_errors, refuse
 
 
 @dataclass
@@ -26,12 +33,14 @@ class Report:
     Attributes:
         composed: the config; None if it could not be read.
         data: one row per data set: its files, rows and bytes, and its lengths in tokens if known.
+        validated: Axolotl has validated the config.
     """
 
     name: str
     composed: Composed | None = None
     findings: list[Finding] = field(default_factory=list)
     data: list[Row] = field(default_factory=list)
+    validated: bool = False
 
     def as_json(self) -> Row:
         """The report for --json."""
@@ -73,17 +82,15 @@ def check(
     request: Request,
     gpu: Gpu | None = None,
     data: bool = False,
-    full: bool = False,
     launching: bool = False,
     composed: Composed | None = None,
 ) -> Report:
-    """Find all mistakes in one recipe or file; import torch only if needed.
+    """Find the mistakes in one recipe or file, apart from those that Axolotl itself finds; import no torch.
 
     Args:
         request: the recipe or file, with profiles and overrides.
         gpu: the GPU that the config is meant for.
-        data: also read and tokenize every row of the data.
-        full: also run Axolotl's validation, which loads the listed plugins; foreign plugins need `--force`.
+        data: also read every row of the data; `tokenize_all` then tokenizes them.
         launching: a run is about to start here.
         composed: the request's config, if already composed.
     """
@@ -93,48 +100,60 @@ def check(
         report = examine(composed, gpu, request.gpus, launching, data, ask_hub=True)
         report.name = request.name
         override_errors(report.findings, request.force)
-        may_run = not any(finding.level == "error" and finding.scope == "code" for finding in report.findings)
         for finding in report.findings:
             if finding.rule == "not-prepared" and not (launching or data):
                 finding.level = "warning"  # the config is correct; only a run needs the data
         report.add([])  # sorts the findings again, because levels have changed
-        if full and not may_run:
-            report.skip("skipped Axolotl's own validation, because it would run the code above")
-        elif full:
-            report.add(by_axolotl(composed, gpu))
-        if data:
-            _tokenize_if_possible(report, composed, request.ranks)
     except UserError as error:
         report.add([_unreadable(request.name, str(error))])
     return report
 
 
-def _tokenize_if_possible(report: Report, composed: Composed, gpus: int) -> None:
-    """Tokenize the readable rows, unless errors in the config prevent it.
+def validate(reports: Iterable[Report], gpu: Gpu | None, force: Sequence[str] = ()) -> None:
+    """Add the findings of Axolotl's own validation to reports, in one child process; see `validation`.
 
-    Raises:
-        UserError: the config has no errors, but Axolotl cannot load its tokenizer or rows.
+    Args:
+        reports: the reports of configs for the same GPU.
+        gpu: the GPU; rehearsals ignore it.
+        force: the names of findings to override.
     """
+    ready: list[tuple[Report, Composed, set[str]]] = []
+    for report in reports:
+        if not report.composed:
+            continue
+        errors = [finding for finding in report.findings if finding.level == "error"]
+        errors = [error for error in errors if error.name not in force or error.name.startswith(NEVER_FORCED)]
+        hidden = [error for error in errors if error.scope == "code" or error.name.startswith(NEVER_FORCED)]
+        if hidden and report.composed.config.get("plugins"):
+            report.skip("skipped Axolotl's own validation, because it would run the plugins; correct the errors first")
+        else:
+            ready.append((report, report.composed, {error.key.partition(".")[0] for error in errors} - {""}))
+    rehearsal = any(composed.rehearsal for _, composed, _ in ready)
+    target = validator.ANY_GPU if rehearsal or not gpu else gpu
+    results = validation.validate([composed.config for _, composed, _ in ready], target)
+    for (report, composed, wrong), findings in zip(ready, results, strict=True):
+        report.validated = all(finding.rule != "not-validated" for finding in findings)
+        # the rules have better messages for the same mistake
+        report.add(placed((finding for finding in findings if finding.key not in wrong), composed))
+
+
+def tokenize_all(report: Report, ranks: int = 1) -> None:
+    """Tokenize the readable rows of a checked config, unless errors in the config prevent it."""
     errors = [finding for finding in report.findings if finding.level == "error"]
+    if not report.composed:
+        return
     if any(finding.scope in ("code", "step") for finding in errors):
         report.skip("skipped tokenizing the rows, because of errors; correct them, then check again")
         return
     if errors and not report.data:
         return  # no row to read
     try:
-        tokenize(report, composed, gpus)
+        tokenize(report, report.composed, ranks)
     except UserError as error:
-        if not errors:
-            raise
-        report.skip(f"the rows were not tokenized: {error}")
-
-
-def by_axolotl(composed: Composed, gpu: Gpu | None) -> list[Finding]:
-    """Findings of Axolotl's own validation, which loads the config's plugins."""
-    with importing_axolotl():
-        from . import installed
-
-        return [*placed(installed.validate(composed.config, gpu or installed.ANY_GPU), composed)]
+        if errors:
+            report.skip(f"the rows were not tokenized: {error}")
+        else:
+            report.add([_unreadable(report.name, str(error))])
 
 
 def examine(
@@ -165,6 +184,7 @@ def examine(
     found = [*placed([*of_schema, *rule_findings(case)], composed)]
     report.add(found)
     report.add(_replaced(composed))
+    report.add(placed(_fixed_warm_up(composed, gpus), composed))
     report.add(placed(_profile_compatibility(composed, gpu, launching), composed))
     too_slow = launching and not (gpu or composed.rehearsal or models.is_small(composed.config))
     if too_slow and all(finding.rule != "no-gpu" for finding in found):
@@ -202,6 +222,25 @@ def _profile_compatibility(composed: Composed, gpu: Gpu | None, launching: bool)
         problem = f"no GPU is known: the settings of {' and '.join(adapted)} are for Ampere or newer"
         remedy = "for an older GPU, pass --gpu to checks and plans, and set gpu for SLURM"
         yield Finding("warning" if launching else "note", "unfit", "", problem, remedy)
+
+
+def _fixed_warm_up(composed: Composed, gpus: int) -> Iterator[Finding]:
+    """Note on a warm-up in steps that stays, although the variant or the run changes the number of steps."""
+    steps, most = composed.config.get("warmup_steps"), composed.config.get("max_steps")
+    before = {difference.key: difference.recipe for difference in composed.from_origin}
+    if composed.rehearsal or not steps or "warmup_steps" in before:
+        return
+    changed = [key for key in before if re.match("max_steps" if most else _COUNTED, key)]
+    batch = datafiles.effective_batch(composed.config) * gpus
+    if not most and datafiles.effective_batch(composed.config | before) != batch:
+        changed.append("the number of rows per step")
+    if changed:
+        problem = f"still {steps} steps, although {changed[0]} changes the number of steps"
+        yield Finding("note", "fixed-warm-up", "warmup_steps", problem, "set it for the new number of steps")
+
+
+_COUNTED = "(num_epochs|max_steps|datasets|val_set_size|sample_packing)"
+"""Keys of epochs and rows, which determine the number of steps."""
 
 
 def _replaced(composed: Composed) -> Iterator[Finding]:

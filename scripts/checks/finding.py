@@ -26,6 +26,7 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 Scope = Literal["step", "config", "code", "data", "file", "gpu", "machine"]
 _SCOPES: dict[str, Scope] = {
     "value": "step",
+    "axolotl": "step",
     "unknown-key": "step",
     "missing-key": "step",
     "no-lora-targets": "step",
@@ -42,6 +43,7 @@ _SCOPES: dict[str, Scope] = {
     "too-big": "gpu",
     "unfit": "gpu",
     "no-gpu": "machine",
+    "not-validated": "machine",
 }
 
 
@@ -147,14 +149,15 @@ class Faults(dict[tuple[str, str], FaultyRows]):
             rows.first.append((place, example))
 
 
-_NEVER_FORCED = ("secret:", *(f"value:{key}" for key in ("plugins", "datasets", "test_datasets", "trl", "trust_")))
-"""Prefixes of errors that `--force` cannot override: secrets, and values hidden from the rules about code."""
+_VALUES_ABOUT_CODE = ("plugins", "datasets", "test_datasets", "trl", "trust_")
+NEVER_FORCED = ("secret:", "axolotl", *(f"value:{key}" for key in _VALUES_ABOUT_CODE))
+"""Prefixes of errors that `--force` cannot override: secrets, Axolotl's, and values hidden from rules about code."""
 
 
 def override_errors(findings: Iterable[Finding], force: Sequence[str]) -> None:
-    """Turn the errors named by --force into warnings, except those of `_NEVER_FORCED`."""
+    """Turn the errors named by --force into warnings, except those of `NEVER_FORCED`."""
     for finding in findings:
-        if finding.level == "error" and finding.name in force and not finding.name.startswith(_NEVER_FORCED):
+        if finding.level == "error" and finding.name in force and not finding.name.startswith(NEVER_FORCED):
             finding.level, finding.remedy = "warning", "overridden by --force"
 
 

@@ -1,80 +1,29 @@
-"""The installed Axolotl: validation of configs and tokenization of rows.
+"""The installed Axolotl: configs and rows as in training.
 
 Importing this module imports Axolotl, which takes some 10 s.
 """
 
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
-import torch
-from axolotl.integrations.base import PluginManager
-from axolotl.utils.config import normalize_cfg_datasets, normalize_config, prepare_plugins, validate_config
+from axolotl.utils.config import normalize_cfg_datasets, normalize_config
 from axolotl.utils.data.wrappers import get_dataset_wrapper
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
-from pydantic import ValidationError
 
 from ..base.errors import UserError
 from ..base.files import Row
 from ..base.machine import end_with_parent
 from ..base.yamlfiles import Config
-from ..configs.gpus import Gpu
 from ..runs.eval_loss import MASKED
-from .finding import Finding
+from .validator import validated
 
 disable_progress_bar()
 # Axolotl forks to tokenize; without this, a child would outlive a killed command and keep its locks
 os.register_at_fork(after_in_child=end_with_parent)
-
-
-ANY_GPU = Gpu("H100", (9, 0))
-"""Default GPU for validation, if the user names no GPU and this machine has none."""
-
-
-def capabilities(gpu: Gpu = ANY_GPU) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Capabilities of a GPU and of torch, in the format of `axolotl.cli.config.gpu_capabilities`."""
-    of_gpu = {
-        "bf16": True,  # on every GPU, because torch emulates bf16 on older GPUs
-        "fp8": gpu.capability >= (9, 0),
-        "tf32": gpu.capability >= (8, 0),
-        "n_gpu": 1,
-        "n_node": 1,
-        "compute_capability": gpu.sm,
-    }
-    return of_gpu, {"torch_version": torch.__version__.partition("+")[0]}
-
-
-def validated(content: Config, gpu: Gpu = ANY_GPU) -> DictDefault:
-    """Validate a config with Axolotl for a GPU; can raise any exception."""
-    PluginManager._instance = None  # drop the plugins of the previous config
-    cfg = DictDefault(content)
-    prepare_plugins(cfg)
-    return validate_config(cfg, *capabilities(gpu))
-
-
-def validate(content: Config, gpu: Gpu) -> list[Finding]:
-    """Errors and logged warnings of Axolotl's own validation for a GPU."""
-    findings = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: findings.append(Finding("warning", "axolotl-warning", "", record.getMessage()))
-    disabled = logging.root.manager.disable
-    logging.disable(logging.NOTSET)
-    with patch.multiple(logging.getLogger("axolotl"), handlers=[handler], propagate=False):
-        try:
-            validated(content, gpu)
-        except ValidationError as error:
-            for problem in error.errors():
-                key = str(problem["loc"][0]) if problem["loc"] else ""  # deeper levels include pydantic's class names
-                findings.append(Finding("error", "axolotl", key, problem["msg"].removeprefix("Value error, ")))
-        except Exception as error:
-            findings.append(Finding("error", "axolotl", "", f"{type(error).__name__}: {error}"))
-    logging.disable(disabled)
-    return findings
 
 
 @dataclass

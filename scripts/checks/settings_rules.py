@@ -4,7 +4,7 @@ import re
 
 from ..base.machine import torch_cuda
 from ..base.secrets import is_secret, names_secret, public
-from ..configs import substitution
+from ..configs import substitution, trackers
 from ..configs.config import flatten
 from ..configs.gpus import deepspeed_of
 from ..configs.numerics import AMPERE, precision, quantized, takes_varlen
@@ -136,6 +136,17 @@ _FROM = {  # sources of packages that PyPI lacks, or has only in another variant
     "flash-attn-3": " from the folder hopper of github.com/Dao-AILab/flash-attention",
     "sageattention": " from github.com/thu-ml/SageAttention",
 }
+
+
+@rule
+def no_login(case: Case) -> Problems:
+    """Without a login, a tracker stops the run with a traceback after the model is loaded (seen with wandb 0.31).
+
+    Nothing tells whether a server of mlflow or trackio needs a login."""
+    for name, keys in trackers.remote(case.config):
+        if name in trackers.LOGINS and not trackers.has_login(name):
+            problem = f"{name} has no login on this machine: a run would stop after loading the model"
+            yield "warning", keys[-1], problem, f"run `{name} login`, or delete {' and '.join(keys)}"
 
 
 @rule

@@ -16,7 +16,7 @@ from ..base.machine import make_once
 from ..base.progress import say
 from ..base.yamlfiles import Config
 from ..data.sample import length_of, twin
-from . import datafiles, models
+from . import datafiles, models, trackers
 from .config import merge, override
 from .numerics import OLD_KEYS, attention
 
@@ -49,7 +49,7 @@ def substitutions(composed: Config, sample: Config, given: Config, ranks: int) -
     for change, reason in _rows(composed, sample, given):
         composed = merge(composed, change)
         yield change, reason
-    for change, reason in (*_layers(composed), *_ends(composed), *lacking(composed)):
+    for change, reason in (*_layers(composed), *_ends(composed), *lacking(composed), *_trackers(composed)):
         composed = merge(composed, change)
         yield change, reason
     pads = composed.get("pad_to_sequence_len") and not composed.get("sample_packing")  # Axolotl pads packed rows
@@ -139,6 +139,12 @@ def _ends(composed: Config) -> Iterator[tuple[Config, str]]:
         if lacking:
             names = dict(zip(map(str, UNUSED), lacking, strict=False))
             yield {"added_tokens_overrides": names}, "the stand-in's tokenizer lacks these end-of-turn tokens"
+
+
+def _trackers(composed: Config) -> Iterator[tuple[Config, str]]:
+    """Turn off trackers, except those that store their data on this machine."""
+    for name, keys in trackers.remote(composed):
+        yield dict.fromkeys(keys) | {f"use_{name}": False}, f"a rehearsal sends nothing to {name}"
 
 
 def lacking(composed: Config) -> Iterator[tuple[Config, str]]:

@@ -269,7 +269,7 @@ def _findings(content: Config, gpu: Gpu, gpus: int | None, anew: bool) -> list[F
     """Finding for a config that needs too much memory, or whose memory is unknown."""
     if not gpu.memory:
         return []
-    needed, key, unplanned = None, "micro_batch_size", "run `recipe plan`, or `recipe check --full`"
+    needed, key, unplanned = None, "micro_batch_size", "run `recipe plan`"
     if gpus is None and any(content.get(key) for key in ENGINE_KEYS):
         unplanned = f"{engine_of(content)} needs the number of GPUs; run `recipe plan --gpus N`"
     elif offloads(content) or any((content.get(key) or 1) > 1 for key in steps.SPLIT):

@@ -65,6 +65,16 @@ def exit_code(results: list[TaskResult]) -> int:
     return 2 if refused else 1 if problems else 0
 
 
+def validate_all(pipelines: Sequence["Pipeline"]) -> None:
+    """Check pipelines without data, before a start; Axolotl validates all their configs in one process."""
+    ready = [pipeline for pipeline in pipelines if pipeline.composed]
+    for pipeline in ready:
+        launching = not pipeline.request.rehearse
+        pipeline.report = check.check(pipeline.request, pipeline.gpu, False, launching, pipeline.composed)
+    if ready:
+        check.validate([pipeline.report for pipeline in ready if pipeline.report], ready[0].gpu, ready[0].request.force)
+
+
 class Pipeline:
     """Steps from a recipe or sweep member to its scores.
 
@@ -81,6 +91,7 @@ class Pipeline:
         needed_gib: required memory; None before the plan.
         found: names that `--force` accepts: those of this pipeline's findings, and those that the existing run has
             overridden.
+        report: see `validate_all`.
     """
 
     def __init__(
@@ -100,6 +111,7 @@ class Pipeline:
         self.existing: tuple[RunDir, Run] | None = None
         self.needed_gib: float | None = None
         self.found = {TOO_BIG}
+        self.report: check.Report | None = None
         try:
             self.composed = compose.compose(request, self.gpu)
         except UserError as error:
@@ -140,16 +152,20 @@ class Pipeline:
         """
         if self.composed is None:
             return False
-        launching = starts and not self.request.rehearse
-        report = check.check(self.request, self.gpu, with_data, launching=launching, composed=self.composed)
+        if starts and not with_data and self.report is None:
+            validate_all([self])
+        report = None if with_data else self.report
+        if report is None:
+            launching = starts and not self.request.rehearse
+            report = check.check(self.request, self.gpu, with_data, launching, self.composed)
+        if with_data:
+            check.tokenize_all(report, self.request.ranks)
         self.found.update(finding.name for finding in report.findings)
         found = backends.relevant(self.backend, report.findings)
         if not with_data:
             found = [finding for finding in found if finding.scope != "data"]
         errors = [str(finding) for finding in found if finding.level == "error"]
         if starts and not with_data and not errors:
-            refused = check.by_axolotl(self.composed, self.gpu)
-            errors = [str(finding) for finding in refused if finding.level == "error"]
             try:
                 benchmarks.require(columns_of(self.composed.origin, self.evaluation.metrics), self.request.rehearse)
             except UserError as error:

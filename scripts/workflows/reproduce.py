@@ -29,7 +29,7 @@ from ..planning.planner import GIB
 from ..runs.tasks import TaskResult
 from ..scores.evaluate import EvaluationRequest
 from ..scores.score import declared_models
-from .pipeline import Pipeline, require_known, require_scorer_models, seeds_of
+from .pipeline import Pipeline, require_known, require_scorer_models, seeds_of, validate_all
 
 
 def chosen(of_study: Study, only: list[str]) -> list[str]:
@@ -83,6 +83,7 @@ def reproduce(
         pipelines = [Pipeline(result, asked, evaluation, backend) for result, asked in wanted]
         for pipeline in pipelines:
             pipeline.look_up()
+        validate_all([pipeline for pipeline in pipelines if not pipeline.is_finished()])
         runnable = [pipeline for pipeline in pipelines if pipeline.is_finished() or pipeline.check(with_data=False)]
         have_data(of_study, [pipeline.composed for pipeline in runnable if pipeline.composed])
         for pipeline in runnable:

@@ -40,6 +40,8 @@ def prepare(request: Request, backend: Backend) -> Composed:
     starts = not request.dry_run
     with Bar(f"checking {composed.recipe}", 1):
         report = check.examine(composed, gpu, request.ranks, launching=starts, data=starts)
+        if starts:
+            check.validate([report], gpu, request.force)
         if gpu:  # plans need a GPU
             from ..planning import plan
 
@@ -50,13 +52,13 @@ def prepare(request: Request, backend: Backend) -> Composed:
             finding.level = "note"  # a dry run only shows the config
     for finding in refuse(backends.relevant(backend, found), request.force):
         say(str(finding))
-    # Axolotl validates the config now, rather than after a wait in the queue or after loading the model. On this
-    # machine, rehearsals and CPU training soon report the same errors, so they skip this unless they pack rows.
-    if starts and (not backend.here or (gpu and not composed.rehearsal) or composed.config.get("sample_packing")):
-        asked = check.Report(composed.recipe, composed, check.by_axolotl(composed, gpu))
-        if not asked.count("error") and check.has_tokenizer(composed):
-            check.tokenize(asked, composed, request.ranks, most=check.SOME)
-        for finding in refuse(asked.findings):
+    # Axolotl tokenizes rows now, rather than after a wait in the queue or after loading the model. On this machine,
+    # rehearsals and CPU training soon report the same errors, so they skip this unless they pack rows.
+    soon = backend.here and (composed.rehearsal or not gpu) and not composed.config.get("sample_packing")
+    if starts and not soon and check.has_tokenizer(composed):
+        rows = check.Report(composed.recipe, composed)
+        check.tokenize(rows, composed, request.ranks, most=check.SOME)
+        for finding in refuse(rows.findings):
             say(str(finding))
     if starts:
         composed.data = datafiles.record(composed.config)

@@ -29,7 +29,7 @@ from ..runs.rundir import RunDir, find_run, is_run, run_names
 from ..runs.tasks import SKIPPED, TaskResult
 from ..scores.evaluate import EvaluationRequest
 from ..scores.score import columns_of
-from .pipeline import Pipeline, existing_runs, require_known, require_scorer_models, seeds_of
+from .pipeline import Pipeline, existing_runs, require_known, require_scorer_models, seeds_of, validate_all
 
 PAIRED = "_"
 
@@ -199,6 +199,8 @@ def _check(pipelines: list[Pipeline], starts: bool) -> None:
     Raises:
         UserError: members have errors; each problem is listed once.
     """
+    if starts:
+        validate_all(pipelines)
     of_distinct_rows = list({pipeline.rows: pipeline for pipeline in pipelines}.values())
     for some, with_data in ((pipelines, False), (of_distinct_rows if starts else [], True)):
         wrong: dict[str, list[str]] = {}

@@ -125,7 +125,7 @@ def test_what_is_too_big_for_a_card_is_an_error(place, tiny):
     assert (finding.name, finding.level) == ("too-big:micro_batch_size", "error")
     assert (place / "tiny.yaml").read_text().splitlines()[finding.line - 1].startswith("micro_batch_size")
     assert found(small) == [finding]  # from the cache
-    (report,) = before._checked([Request("tiny.yaml", force=[finding.name])], small, False, False)
+    (report,) = before._checked([Request("tiny.yaml", force=[finding.name])], small, False, True)
     assert [each.level for each in report.findings] == ["warning"]
     assert not found(large)
     engine = {"deepspeed": "zero3_offload.json"}
@@ -138,7 +138,9 @@ def test_what_is_too_big_for_a_card_is_an_error(place, tiny):
 def checked(content: bytes) -> list[Finding]:
     file = Path("any.yaml")
     file.write_bytes(content)
-    return check.check(Request("any.yaml"), data=True).findings
+    report = check.check(Request("any.yaml"), data=True)
+    check.tokenize_all(report)
+    return report.findings
 
 
 @pytest.mark.parametrize(
@@ -193,3 +195,23 @@ def test_what_is_not_written_by_preparing_data_or_is_to_be_read_now_is_an_error(
     assert "[missing-file:datasets.0.path]" in own.stdout
     read = recipe.fails("check", NAME, "--data")
     assert "error: datasets.0.path: data/codereviewer/train.jsonl" in read.stdout
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["num_epochs=1"], "num_epochs"),
+        (["datasets.0.split=train[:100]"], "datasets.0.split"),
+        (["gradient_accumulation_steps=64"], "the number of rows per step"),
+        (["lora_r=8", "micro_batch_size=4", "gradient_accumulation_steps=2"], None),
+        (["num_epochs=1", "warmup_steps=5"], None),
+        (["num_epochs=1", "warmup_steps=null", "warmup_ratio=0.03"], None),
+    ],
+)
+def test_a_warm_up_in_steps_is_noted_where_a_variant_changes_their_number(place, overrides, says):
+    def noted(**more: int | bool) -> list[str]:
+        report = check.check(Request(NAME, overrides=overrides, **more))
+        return [str(finding) for finding in report.findings if finding.rule == "fixed-warm-up"]
+
+    assert [f"still 10 steps, although {says} changes" in note for note in noted()] == [True] * bool(says)
+    assert (noted(rehearse=True), len(noted(gpus=2))) == ([], len(noted()))

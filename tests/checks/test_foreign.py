@@ -75,7 +75,7 @@ def test_pickled_weights_are_an_error_unless_there_are_safe_ones(tmp_path, key):
     "words",
     [
         ("check", "mine.yaml", "--data"),
-        ("check", "mine.yaml", "--full"),
+        ("check", "mine.yaml"),
         ("check", "mine.yaml", "--show-tokens", "1"),
         ("plan", "mine.yaml", "--data"),
         ("run", "mine.yaml", "--rehearse"),
@@ -90,7 +90,7 @@ def test_no_verb_imports_a_strangers_plugin_without_consent(ran, recipe, words):
 
 
 def test_consent_leaves_a_warning_and_wrong_names_are_told(ran, recipe):
-    agreed = recipe("check", "mine.yaml", "--force", "foreign-code:plugins.0")
+    agreed = recipe("check", "mine.yaml", "--quick", "--force", "foreign-code:plugins.0")
     assert "error: plugins" not in agreed.stdout
     assert "warning: plugins.0: " in agreed.stdout
     shown = recipe("run", "mine.yaml", "--rehearse", "--dry-run", "--force", "foreign-code:plugins.0")
@@ -110,5 +110,5 @@ def test_a_wrong_value_that_would_hide_remote_code_cannot_be_forced(ran, recipe,
 
 @pytest.mark.long
 def test_with_consent_the_plugin_is_imported(ran, recipe):
-    recipe("check", "mine.yaml", "--full", "--force", "foreign-code:plugins.0")
+    recipe("check", "mine.yaml", "--force", "foreign-code:plugins.0")
     assert ran.exists()

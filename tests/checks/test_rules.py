@@ -26,6 +26,10 @@ def place(place: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Path:
     (place / "pickled").mkdir()
     (place / "pickled" / "adapter_model.bin").touch()
     monkeypatch.setenv("HF_TOKEN", "for the test")
+    monkeypatch.setenv("HOME", str(place))  # without logins
+    monkeypatch.setenv("COMET_API_KEY", "for the test")
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "SWANLAB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(hub, "is_offline", lambda: False)
     monkeypatch.setattr(settings_rules, "torch_cuda", lambda: "13.0")
     return place
@@ -145,6 +149,7 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"plugins": ["mine.Plugin"]}, "error", "foreign-code:plugins.0", "mine.Plugin"),
     ({"lora_model_dir": "pickled"}, "error", "pickled-weights:lora_model_dir", "adapter_model.bin"),
     ({"use_comet": True}, "warning", "missing-package:use_comet", "comet-ml"),
+    ({"wandb_project": "mine"}, "warning", "no-login:wandb_project", "`wandb login`"),
     ({"optimizer": "came_pytorch"}, "warning", "missing-package:optimizer", "came-pytorch"),
     ({"attn_implementation": "sage"}, "warning", "missing-package:attn_implementation", "github.com/thu-ml"),
     ({"plugins": [CCE]}, "warning", "missing-package:plugins", "axolotl-ai-cloud/ml-cross-entropy"),
@@ -245,6 +250,7 @@ def test_packages_that_are_installed_or_missing(monkeypatch):
     change = {"fp16": False, "bf16": True, "attn_implementation": "sage", "use_comet": True}
     missing = ["error missing-package:attn_implementation", "error missing-package:use_comet"]
     assert sorted(names(change, "A100", launching=True)) == missing
+    monkeypatch.setenv("WANDB_API_KEY", "for the test")
     installed: set[str] = {"flash-attn", "cut-cross-entropy", "wandb"}
     monkeypatch.setattr(Case, "is_installed", lambda _, package: package in installed)
     assert found(FLASH | {"plugins": [CCE], "use_wandb": True}) == []
@@ -253,6 +259,29 @@ def test_packages_that_are_installed_or_missing(monkeypatch):
     installed.clear()
     for attention in (FLASH, {"attn_implementation": "kernels-community/flash-attn3"}):
         assert names(attention) == ["warning missing-package:attn_implementation"]
+
+
+ACCOUNTS = ("wandb_project", "comet_project_name", "swanlab_project")
+
+
+@pytest.mark.parametrize("key", ACCOUNTS)
+def test_a_tracker_without_a_login_is_a_warning(key, tmp_path, monkeypatch):
+    monkeypatch.delenv("COMET_API_KEY")
+    monkeypatch.setattr(Case, "is_installed", lambda *_: True)
+    (tmp_path / ".netrc").write_text("machine example.org login a password b\n")
+    assert names({key: "mine"}) == [f"warning no-login:{key}"]
+    monkeypatch.setenv(f"{key.partition('_')[0].upper()}_API_KEY", "0")
+    assert found({key: "mine"}) == []
+
+
+def test_logins_in_files_and_trackers_of_this_machine_need_no_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(Case, "is_installed", lambda *_: True)
+    assert names({"use_wandb": True}) == ["warning no-login:use_wandb"]
+    assert found({"use_wandb": True, "wandb_mode": "offline"}) == []
+    assert found({"comet_project_name": "a", "comet_online": False}) == []
+    assert found({"use_mlflow": True, "use_trackio": True, "use_tensorboard": True}) == []
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password 0\n")
+    assert found({"use_wandb": True}) == []
 
 
 @pytest.mark.parametrize(

@@ -82,9 +82,9 @@ def test_what_axolotl_refuses_is_not_submitted(place, monkeypatch):
     one = pipeline.Pipeline(result, asked, EvaluationRequest(), backend)
     assert one.check(with_data=False, starts=False)
     assert not one.check(with_data=False)
-    assert result.steps == {"check": "failed"} and "[axolotl]" in str(result.problem)
+    assert result.steps == {"check": "failed"} and "[axolotl:early_stopping_patience]" in str(result.problem)
     monkeypatch.setattr(backend, "here", False)
-    with pytest.raises(UserError, match=r"\[axolotl\]"):
+    with pytest.raises(UserError, match=r"\[axolotl:early_stopping_patience\]"):
         run.prepare(asked, backend)
 
 

@@ -115,6 +115,29 @@ def test_what_the_user_says_of_a_tracker_holds(place, monkeypatch):
     assert of_override["mlflow_tracking_uri"] == "https://example.org"
 
 
+REMOTE = {
+    "wandb_project": "mine",
+    "comet_project_name": "mine",
+    "swanlab_project": "mine",
+    "mlflow_experiment_name": "mine",
+    "trackio_project_name": "mine",
+}
+
+
+def test_a_rehearsal_turns_trackers_off_but_for_those_of_this_machine(place, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    servers = ["mlflow_tracking_uri=https://example.org", "trackio_space_id=mine/space"]
+    changes = [f"{key}={value}" for key, value in REMOTE.items()]
+    composed = compose.compose(Request(NAME, overrides=[*changes, *servers], rehearse=True))
+    assert {key: composed.config.get(key) for key in REMOTE} == dict.fromkeys(REMOTE)
+    listed = {each.key: (each.run, each.why) for each in composed.differences if each.key.startswith("use_")}
+    names = [key.partition("_")[0] for key in REMOTE]
+    assert listed == {f"use_{name}": (False, f"rehearsal: a rehearsal sends nothing to {name}") for name in names}
+    local = compose.compose(Request(NAME, profiles=list(TRACKERS), rehearse=True)).config
+    assert [local.get(f"use_{name}") for name in TRACKERS] == [True] * 4
+    assert compose.compose(Request(NAME, overrides=changes)).config["wandb_project"] == "mine"
+
+
 def test_where_a_run_is_tracked_makes_it_no_other_run():
     plain, tracked = (compose.compose(Request(NAME, profiles=profiles)) for profiles in ([], list(TRACKERS)))
     assert plain.digest == tracked.digest
