@@ -1,19 +1,20 @@
 """Every recipe passes the installed Axolotl's own validation for its card, and comes out of it as it is."""
 
+import math
 from typing import Any
 
 import pytest
 from conftest import recipe_config
 
 from qlora_recipes.base import paths, yamlfiles
-from qlora_recipes.configs import config, gpus
+from qlora_recipes.configs import config, datafiles, gpus
 
 
 def validated(cfg: yamlfiles.Config, gpu: str) -> dict[str, Any]:
     from axolotl.utils.config import validate_config
     from axolotl.utils.dict import DictDefault
 
-    from qlora_recipes.checks.installed import capabilities
+    from qlora_recipes.checks.validator import capabilities
 
     return validate_config(DictDefault(cfg), *capabilities(gpus.find(gpu)))
 
@@ -27,3 +28,23 @@ def test_axolotl_validates_the_recipe(name):
         for part in key.split("."):
             of_result = of_result[int(part) if part.isdigit() else part]
         assert of_result == value, f"{key} came out of Axolotl's validation changed"
+
+
+@pytest.mark.parametrize(
+    ("study", "rows", "steps"),
+    [
+        ("pissa-metamathqa", 100_000, {781: 24}),
+        ("loraga-metamathqa", 100_000, {3125: 94}),
+        ("loftq-gsm8k", 7_473, {701: 22, 351: 11}),
+    ],
+)
+def test_a_warm_up_of_3_percent_is_rounded_up_as_by_the_authors_transformers(study, rows, steps):
+    names = [name for name in paths.recipe_names() if name.startswith(f"{study}/")]
+    stated = {datafiles.steps_of(cfg, rows): cfg.get("warmup_steps") for cfg in map(recipe_config, names)}
+    assert stated == steps == {count: math.ceil(0.03 * count) for count in steps}
+
+
+def test_no_other_recipe_has_a_ratio_that_rounding_changes():
+    ratios = {name: cfg for name in paths.recipe_names() if (cfg := recipe_config(name)).get("warmup_ratio")}
+    assert {name.partition("/")[0] for name in ratios} == {"peft-metamathqa"}
+    assert {cfg["warmup_ratio"] * (datafiles.steps_of(cfg, 20_000) or 0) for cfg in ratios.values()} == {500}
