@@ -15,15 +15,8 @@ from ..configs.compose import Composed, Request
 from ..configs.gpus import Gpu
 from ..configs.numerics import ADAPTED
 from ..data import study
-from . import (  # noqa: F401 (three modules add their rules to RULES)
-    data_rules,
-    model_rules,
-    schema,
-    settings_rules,
-    validation,
-    validator,
-)
-from .finding import LEVELS, NEVER_FORCED, RULES, Case, Finding, override_errors, refuse
+from . import data_rules, model_rules, schema, settings_rules  # noqa: F401 (each adds its rules to RULES)
+from .finding import LEVELS, RULES, Case, Finding, override_errors, refuse
 
 
 @dataclass
@@ -107,34 +100,6 @@ def check(
     except UserError as error:
         report.add([_unreadable(request.name, str(error))])
     return report
-
-
-def validate(reports: Iterable[Report], gpu: Gpu | None, force: Sequence[str] = ()) -> None:
-    """Add the findings of Axolotl's own validation to reports, in one child process; see `validation`.
-
-    Args:
-        reports: the reports of configs for the same GPU.
-        gpu: the GPU; rehearsals ignore it.
-        force: the names of findings to override.
-    """
-    ready: list[tuple[Report, Composed, set[str]]] = []
-    for report in reports:
-        if not report.composed:
-            continue
-        errors = [finding for finding in report.findings if finding.level == "error"]
-        errors = [error for error in errors if error.name not in force or error.name.startswith(NEVER_FORCED)]
-        hidden = [error for error in errors if error.scope == "code" or error.name.startswith(NEVER_FORCED)]
-        if hidden and report.composed.config.get("plugins"):
-            report.skip("skipped Axolotl's own validation, because it would run the plugins; correct the errors first")
-        else:
-            ready.append((report, report.composed, {error.key.partition(".")[0] for error in errors} - {""}))
-    rehearsal = any(composed.rehearsal for _, composed, _ in ready)
-    target = validator.ANY_GPU if rehearsal or not gpu else gpu
-    results = validation.validate([composed.config for _, composed, _ in ready], target)
-    for (report, composed, wrong), findings in zip(ready, results, strict=True):
-        report.validated = all(finding.rule != "not-validated" for finding in findings)
-        # the rules have better messages for the same mistake
-        report.add(placed((finding for finding in findings if finding.key not in wrong), composed))
 
 
 def tokenize_all(report: Report, ranks: int = 1) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -16,11 +16,42 @@ from ..base.files import Row, read_json, write_json
 from ..base.machine import package_version, start_child
 from ..base.yamlfiles import Config
 from ..configs import gpus
+from ..configs.compose import Composed
 from ..configs.gpus import Gpu, deepspeed_of
-from .finding import Finding
+from .check import Report, placed
+from .finding import NEVER_FORCED, Finding
+from .validator import ANY_GPU
 
 VERSION = 1
 """Version of the cached findings; raise it when the validator changes."""
+
+
+def add_to(reports: Iterable[Report], gpu: Gpu | None, force: Sequence[str] = ()) -> None:
+    """Add the findings of Axolotl's own validation to reports.
+
+    Args:
+        reports: the reports of configs for the same GPU.
+        gpu: the GPU; rehearsals ignore it.
+        force: the names of findings to override.
+    """
+    ready: list[tuple[Report, Composed, set[str]]] = []
+    for report in reports:
+        if not report.composed:
+            continue
+        errors = [finding for finding in report.findings if finding.level == "error"]
+        errors = [error for error in errors if error.name not in force or error.name.startswith(NEVER_FORCED)]
+        hidden = [error for error in errors if error.scope == "code" or error.name.startswith(NEVER_FORCED)]
+        if hidden and report.composed.config.get("plugins"):
+            report.skip("skipped Axolotl's own validation, because it would run the plugins; correct the errors first")
+        else:
+            ready.append((report, report.composed, {error.key.partition(".")[0] for error in errors} - {""}))
+    rehearsal = any(composed.rehearsal for _, composed, _ in ready)
+    target = ANY_GPU if rehearsal or not gpu else gpu
+    results = validate([composed.config for _, composed, _ in ready], target)
+    for (report, composed, wrong), findings in zip(ready, results, strict=True):
+        report.validated = all(finding.rule != "not-validated" for finding in findings)
+        # the rules have better messages for the same mistake
+        report.add(placed((finding for finding in findings if finding.key not in wrong), composed))
 
 
 def validate(configs: Sequence[Config], gpu: Gpu) -> list[list[Finding]]:

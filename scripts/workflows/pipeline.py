@@ -11,7 +11,7 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.paths import find_recipe
 from ..base.progress import say, say_once
-from ..checks import check, trust
+from ..checks import check, trust, validation
 from ..checks.finding import unknown_force
 from ..configs import compose, config, datafiles
 from ..configs.compose import Composed, Request
@@ -72,7 +72,9 @@ def validate_all(pipelines: Sequence["Pipeline"]) -> None:
         launching = not pipeline.request.rehearse
         pipeline.report = check.check(pipeline.request, pipeline.gpu, False, launching, pipeline.composed)
     if ready:
-        check.validate([pipeline.report for pipeline in ready if pipeline.report], ready[0].gpu, ready[0].request.force)
+        validation.add_to(
+            [pipeline.report for pipeline in ready if pipeline.report], ready[0].gpu, ready[0].request.force
+        )
 
 
 class Pipeline:

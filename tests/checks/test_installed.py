@@ -6,7 +6,7 @@ import pytest
 from conftest import config_with
 
 from qlora_recipes.base import hub, paths
-from qlora_recipes.checks import check, data_rules, settings_rules, validator
+from qlora_recipes.checks import check, data_rules, settings_rules, validation, validator
 from qlora_recipes.configs import gpus, numerics
 from qlora_recipes.configs.compose import Request
 
@@ -87,7 +87,7 @@ def test_all_recipes_and_profiles_over_them_pass_with_axolotl_asked(place, monke
                     check.tokenize_all(report)
                 reports.setdefault(gpu, []).append(report)
     for gpu, checked in reports.items():
-        check.validate(checked, gpus.find(gpu))
+        validation.add_to(checked, gpus.find(gpu))
         for report in checked:
             assert [str(found) for found in report.findings if found.level != "note"] == []
 

@@ -82,13 +82,13 @@ def test_one_process_validates_all_configs_and_what_passes_is_kept(asked):
 
     def errors() -> list[list[str]]:
         reports = [check.check(request) for request in requests]
-        check.validate(reports, None)
+        validation.add_to(reports, None)
         return [[each.name for each in report.findings if each.level == "error"] for report in reports]
 
     expected = [[], ["axolotl:load_in_4bit"]]
     assert (errors(), asked) == (expected, [2])
     assert (errors(), asked) == (expected, [2, 1])  # installing a package can correct an error
-    check.validate([check.check(requests[0])], Gpu("T4", (7, 5)))
+    validation.add_to([check.check(requests[0])], Gpu("T4", (7, 5)))
     assert asked == [2, 1, 1]
 
 
