@@ -10,7 +10,7 @@ from ..base.errors import UserError
 from ..base.files import Row
 from ..base.hub import importing_axolotl
 from ..base.yamlfiles import Config
-from ..configs import compose, datafiles, models, substitution
+from ..configs import compose, models, substitution
 from ..configs.compose import Composed, Request
 from ..configs.gpus import Gpu
 from ..configs.numerics import ADAPTED
@@ -149,7 +149,7 @@ def examine(
     found = [*placed([*of_schema, *rule_findings(case)], composed)]
     report.add(found)
     report.add(_replaced(composed))
-    report.add(placed(_fixed_warm_up(composed, gpus), composed))
+    report.add(placed(settings_rules.fixed_warm_up(composed, gpus), composed))
     report.add(placed(_profile_compatibility(composed, gpu, launching), composed))
     too_slow = launching and not (gpu or composed.rehearsal or models.is_small(composed.config))
     if too_slow and all(finding.rule != "no-gpu" for finding in found):
@@ -187,25 +187,6 @@ def _profile_compatibility(composed: Composed, gpu: Gpu | None, launching: bool)
         problem = f"no GPU is known: the settings of {' and '.join(adapted)} are for Ampere or newer"
         remedy = "for an older GPU, pass --gpu to checks and plans, and set gpu for SLURM"
         yield Finding("warning" if launching else "note", "unfit", "", problem, remedy)
-
-
-def _fixed_warm_up(composed: Composed, gpus: int) -> Iterator[Finding]:
-    """Note on a warm-up in steps that stays, although the variant or the run changes the number of steps."""
-    steps, most = composed.config.get("warmup_steps"), composed.config.get("max_steps")
-    before = {difference.key: difference.recipe for difference in composed.from_origin}
-    if composed.rehearsal or not steps or "warmup_steps" in before:
-        return
-    changed = [key for key in before if re.match("max_steps" if most else _COUNTED, key)]
-    batch = datafiles.effective_batch(composed.config) * gpus
-    if not most and datafiles.effective_batch(composed.config | before) != batch:
-        changed.append("the number of rows per step")
-    if changed:
-        problem = f"still {steps} steps, although {changed[0]} changes the number of steps"
-        yield Finding("note", "fixed-warm-up", "warmup_steps", problem, "set it for the new number of steps")
-
-
-_COUNTED = "(num_epochs|max_steps|datasets|val_set_size|sample_packing)"
-"""Keys of epochs and rows, which determine the number of steps."""
 
 
 def _replaced(composed: Composed) -> Iterator[Finding]:

@@ -1,14 +1,16 @@
 """Rules about settings: missing, contradictory, or unsuited to the GPUs or installed packages."""
 
 import re
+from collections.abc import Iterator
 
 from ..base.machine import torch_cuda
 from ..base.secrets import is_secret, names_secret, public
-from ..configs import substitution, trackers
+from ..configs import datafiles, substitution, trackers
+from ..configs.compose import Composed
 from ..configs.config import flatten
 from ..configs.gpus import deepspeed_of
 from ..configs.numerics import AMPERE, precision, quantized, takes_varlen
-from .finding import Case, Level, Problems, rule
+from .finding import Case, Finding, Level, Problems, rule
 
 
 @rule
@@ -325,3 +327,22 @@ def long_warm_up(case: Case) -> Problems:
     """With a warm-up longer than training, the learning rate never reaches its full value."""
     if case.steps and (case["warmup_steps"] or 0) >= case.steps:
         yield "error", "warmup_steps", f"warm-up never ends: training has at most {case.steps} steps", "lower it"
+
+
+def fixed_warm_up(composed: Composed, gpus: int) -> Iterator[Finding]:
+    """Note on a warm-up in steps that stays, although the variant or the run changes the number of steps."""
+    steps, most = composed.config.get("warmup_steps"), composed.config.get("max_steps")
+    before = {difference.key: difference.recipe for difference in composed.from_origin}
+    if composed.rehearsal or not steps or "warmup_steps" in before:
+        return
+    changed = [key for key in before if re.match("max_steps" if most else _COUNTED, key)]
+    batch = datafiles.effective_batch(composed.config) * gpus
+    if not most and datafiles.effective_batch(composed.config | before) != batch:
+        changed.append("the number of rows per step")
+    if changed:
+        problem = f"still {steps} steps, although {changed[0]} changes the number of steps"
+        yield Finding("note", "fixed-warm-up", "warmup_steps", problem, "set it for the new number of steps")
+
+
+_COUNTED = "(num_epochs|max_steps|datasets|val_set_size|sample_packing)"
+"""Keys of epochs and rows, which determine the number of steps."""
