@@ -101,6 +101,8 @@ def _refused(result: RunResult) -> str | None:
         return f"{run.origin} is not a recipe of a study"
     if run.rehearsal or run.state not in ("finished", "failed"):
         return f"it is {'a rehearsal' if run.rehearsal else run.state}, and a record needs a finished or failed run"
+    if result.other_tokens:
+        return result.other_tokens
     if run.state == "finished" and not (result.is_comparable(of_study.first) and _adapter(result)):
         return (
             f"it needs the recipe's model and data, and a current evaluation of its adapter on {of_study.test_title}, "

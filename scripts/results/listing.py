@@ -21,7 +21,7 @@ _SPARE = (
     *("minutes", "tokens/s", "rows", "peak GiB", "base model"),
     *("step", AXOLOTL_EVAL_LOSS, "eval loss", "published", "difference"),
 )
-_BELOW = ("scored", "trouble", "changed", "variant of", "jobs", "predictions", "adapter")
+_BELOW = ("scored", "trouble", "changed", "variant of", "jobs", "predictions", "adapter", "not compared")
 
 
 def show(folders: Sequence[RunDir], json: bool) -> None:
@@ -126,6 +126,7 @@ def _cells(result: RunResult, columns: Mapping[str, Column], jobs: Sequence[str]
         "predictions": result.changed,
         "adapter": run.published_adapter,
         "trouble": result.trouble,
+        "not compared": result.other_tokens,
         "variant of": run.variant_of,
         "changed": ", ".join(result.changed_keys) or None,
     }

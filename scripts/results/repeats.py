@@ -26,6 +26,7 @@ _SAME_ROWS = {"data_sha256", "rows"}
 # settings shared by evaluations whose scores are averaged
 _ALIKE = _SAME_ROWS | {"decoding", "quantized", "dtype", "engine"}
 ONE_SEED = " of one seed"
+OTHER_ROWS = "held-out rows differ by seed"
 
 
 def usable(runs: Path, rehearsal: bool) -> list[RunResult]:
@@ -83,6 +84,11 @@ def _alike(one: Evaluation | None, other: Evaluation | None, settings: set[str])
     if one is None or other is None:
         return one is other
     return one.settings.model_dump(include=settings) == other.settings.model_dump(include=settings)
+
+
+def tokens(result: RunResult) -> str | None:
+    """Hash of the tokens behind a run's eval loss; None if it is unknown."""
+    return result.summary.eval_tokens["sha256"] if result.summary.eval_tokens else None
 
 
 def seed(folder: RunDir) -> str:

@@ -1,16 +1,22 @@
 """Results of a run beside published scores."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
+from ..base import yamlfiles
+from ..base.errors import UserError
 from ..base.files import Row
 from ..base.yamlfiles import Config
-from ..configs import models
+from ..configs import config, models
+from ..configs.compose import MIRROR
+from ..configs.config import Difference
 from ..data import manifest, study
 from ..data.manifest import is_the_studys
-from ..data.published import Published, PublishedScore
+from ..data.published import EvalTokens, Published, PublishedScore
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..runs.records import Run, Summary
@@ -20,6 +26,7 @@ from ..scores.evaluations import BASE_MODEL, Changed, Evaluation, changed, curre
 from ..scores.score import by_declared_model, columns_of
 
 REHEARSED = ("profile rehearsal", "rehearsal: ")  # a rehearsal's changes of settings have reasons that begin so
+_UNKNOWN_TOKENS = "the scored tokens are unknown under tensor or context parallelism, and for streamed rows"
 _ALIKE = {"data_sha256", "rows", "limit", "decoding"}  # settings that comparable evaluations share
 
 
@@ -129,14 +136,14 @@ class RunResult:
         """True if a score is comparable with a published one.
 
         The run must be finished, and evaluated with the same rows, decoding, metric and scorer model. The eval loss is
-        measured in training, and needs no evaluation, but the recipe's validation rows. A benchmark needs neither the
-        study's rows nor its decoding.
+        measured in training, and needs no evaluation, but the recipe's tokens, see `other_tokens`. A benchmark needs
+        neither the study's rows nor its decoding.
         """
         run, own = self.run, self.evaluation
         if not self.study or run.state != "finished" or run.rehearsal or self.is_of_something_else:
             return False
         if column.metric.of_loss:
-            return not any(d.key.startswith(("test_datasets", "val_set_size")) for d in run.from_origin)
+            return self.other_tokens is None
         return bool(
             own
             and by_declared_model(column, own.scores)
@@ -145,6 +152,31 @@ class RunResult:
             and (column.metric.of_model or own.settings.test_set == self.study.data.test_set)
             and (column.metric.of_model or own.settings.decoding == self.study.decoding)
         )
+
+    @cached_property
+    def other_tokens(self) -> str | None:
+        """Reason not to compare the eval loss with the published one; None without a reason or a published one.
+
+        The tokens behind both must be the same: those of a run of the unchanged recipe, or else those in study.yaml.
+        Without either, no setting may differ that may affect them.
+        """
+        if not self.study or not self.aim or not any(self.columns[name].metric.of_loss for name in self.aim.scores):
+            return None
+        if self.summary.eval_loss_per_token is None:
+            return None if self.summary.eval_loss is None else _UNKNOWN_TOKENS
+        of_unchanged = _of_unchanged(self.folder.runs(self.run.recipe), self.study.origin(self.run.origin))
+        expected = of_unchanged or self.aim.eval_tokens
+        if (own := self.summary.eval_tokens) and expected:
+            return None if own == expected else f"the eval loss covers {own['count']:,} tokens, not those of the recipe"
+        changed = [key for key in self.other_settings if not config.NOT_OF_EVAL_TOKENS.match(key)]
+        if "seed" in changed and not yamlfiles.read_yaml(self.folder.config).get("val_set_size"):
+            changed.remove("seed")  # it decides only which rows val_set_size holds out
+        return f"the eval loss may cover other tokens than the recipe's, by {', '.join(changed)}" if changed else None
+
+    @cached_property
+    def other_settings(self) -> dict[str, Any]:
+        """Settings that differ from the recipe's, except trackers, output, GPUs, and a copy of its model."""
+        return {change.key: change.run for change in self.run.from_origin if not _is_negligible(change)}
 
     @cached_property
     def scores(self) -> dict[str, RunScore]:
@@ -199,6 +231,34 @@ class RunResult:
         return bool(self.other_model) or self.other_data
 
 
+def _is_negligible(change: Difference) -> bool:
+    """True for another tracker, output or number of GPUs, and for a copy of the recipe's model."""
+    if change.key in ("base_model", "tokenizer_config"):
+        return models.is_copy(change.run, change.recipe)
+    if change.key == "seed":
+        return change.recipe is None  # Axolotl's default, see `compose`
+    if change.why == f"profile {MIRROR}" or change.why.startswith("--gpus "):
+        return True
+    return change.key in config.OF_THE_RUN or bool(config.TRACKING.match(change.key))
+
+
+def _of_unchanged(runs: Path, recipe: str) -> EvalTokens | None:
+    """Tokens behind the eval loss of the newest finished run of an unchanged recipe."""
+    files = sorted((runs / recipe).glob("*/run.json"), reverse=True)
+    tokens = (_if_unchanged(file.parent, file.stat().st_mtime_ns) for file in files)
+    return next(filter(None, tokens), None)
+
+
+@cache
+def _if_unchanged(folder: Path, _: int) -> EvalTokens | None:
+    with suppress(UserError):
+        result = RunResult(RunDir(folder), RunDir(folder).read())
+        is_other = result.run.rehearsal or result.other_settings or result.is_of_something_else
+        if result.run.state == "finished" and not is_other:
+            return result.run.summary.eval_tokens
+    return None
+
+
 def manifest_entries(run: Run) -> list[Config]:
     """Manifest entries of a run's data files, found by hash."""
     return [
@@ -250,6 +310,8 @@ def record(result: RunResult, jobs: Iterable[str] = ()) -> Row:
         "eval_loss_first": summary.eval_loss_per_token_first,
         "eval_loss": summary.eval_loss_per_token,
         "eval_loss_axolotl": summary.eval_loss,
+        "eval_tokens": summary.eval_tokens,
+        "other_tokens": result.other_tokens,
         "rows_evaluated": result.rows_evaluated,
         "rows_total": own.settings.total_rows if own else None,
         "rows_also_trained": own.also_trained if own else None,

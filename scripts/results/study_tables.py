@@ -114,6 +114,8 @@ def notes(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
     for row in rows:
         if adapter := row.chosen and row.chosen.run.published_adapter:
             yield f"{row.recipe}: scores of the adapter {adapter}, which was not trained here."
+        if row.chosen and row.chosen.other_tokens:
+            yield f"{row.recipe} is not compared with the published eval loss: {row.chosen.other_tokens}."
         if row.differs:
             yield f"{row.recipe} differs from the paper: {'; '.join(row.differs)}"
         verdicts = {of_study.columns[name].label: score.verdict for name, score in row.scores.items()}
@@ -129,6 +131,8 @@ def _of_intervals(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
     methods = [score.interval.method for score in scores if score.interval]
     if several := [row.recipe for row in rows if len(row.runs) > 1]:
         yield f"For these recipes, scores are means over runs that differ at most in their seed: {', '.join(several)}."
+    if differing := [row.recipe for row in rows if len(set(map(repeats.tokens, row.runs))) > 1]:
+        yield f"{', '.join(differing)}: {repeats.OTHER_ROWS}."
     seeds = f"`recipe reproduce {of_study.folder.name} --seeds 3` runs each recipe with three seeds"
     if any(method == intervals.ROWS_ONLY or method.endswith(repeats.ONE_SEED) for method in methods):
         yield f"An interval that covers {intervals.ROWS_ONLY}, or one seed, does not cover other seeds; {seeds}."

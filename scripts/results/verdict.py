@@ -255,6 +255,7 @@ def record(row: StudyRow, of_study: Study) -> Row:
         **scores,
         "verdict": row.scores[of_study.first.name].verdict,
         "eval_loss": chosen and chosen.summary.eval_loss_per_token,
+        "other_tokens": chosen and chosen.other_tokens,
         **costs,
         **{f"train_loss_gap_{key}": getattr(row.gap, key, None) for key in ("mean", "largest", "step")},
         "train_loss_verdict": row.gap_verdict,

@@ -6,34 +6,66 @@ several ranks, rows repeated to fill the last batch count twice. Packing drops s
 that share all four.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+
+from ..data.published import EvalTokens
 
 MASKED = -100  # label of a token without loss
 NAME = "eval_loss_per_token"
 _MULTIPLE = 64  # row lengths are padded to multiples of this, to limit the number of shapes
 
 
-def add_to(trainer: Any, begins: Callable[[], None]) -> None:
+def add_to(trainer: Any, begins: Callable[[], None], record: Callable[[EvalTokens], None]) -> None:
     """Have a trainer call `begins` before each evaluation, and log the loss per token.
 
     The trainer logs this loss, in nats, under NAME. It measures the loss in a second pass over the unpacked rows;
-    eval_runtime includes the time of this pass. There is no loss per token under tensor or context parallelism, for
-    streamed rows, or for rows without input_ids and labels: in these cases, it is unknown which rows each rank should
-    process, or which tokens have a loss.
+    eval_runtime includes the time of this pass. Once, on the first rank, it calls `record` with the tokens behind the
+    loss. There is no loss per token under tensor or context parallelism, for streamed rows, or for rows without
+    input_ids and labels: in these cases, it is unknown which rows each rank should process, or which tokens have a
+    loss.
     """
     evaluate = trainer.evaluation_loop
+    is_recorded = False
 
     def evaluate_twice(dataloader: Any, *arguments: Any, **options: Any) -> Any:
+        nonlocal is_recorded
         begins()
         output = evaluate(dataloader, *arguments, **options)
         if options.get("metric_key_prefix") == "eval" and (loss := _of_rows(trainer, dataloader.dataset)) is not None:
             output.metrics[NAME] = loss
+            if trainer.is_world_process_zero() and not is_recorded:
+                record(scored_tokens(dataloader.dataset))
+                is_recorded = True
         return output
 
     trainer.evaluation_loop = evaluate_twice
+
+
+def scored_tokens(rows: Any) -> EvalTokens:
+    """Tokens behind a loss per token: their number, and a hash that depends neither on order nor on padding.
+
+    The hash covers the rows that have a label behind their first token. A row ends with its last label, because what
+    follows, such as padding, has no effect on the loss.
+
+    Args:
+        rows: a data set with the columns input_ids and labels.
+    """
+    count = 0
+    digests = []
+    for row in rows.with_format("numpy", columns=["input_ids", "labels"]):
+        labels = row["labels"].astype("<i8")
+        labelled = np.flatnonzero(labels[1:] != MASKED) + 1
+        if labelled.size:
+            end = labelled[-1] + 1
+            count += labelled.size
+            ids = row["input_ids"].astype("<i8")
+            digests.append(hashlib.sha256(ids[:end].tobytes() + labels[1:end].tobytes()).digest())
+    return {"count": count, "sha256": hashlib.sha256(b"".join(sorted(digests))).hexdigest()}
 
 
 def _of_rows(trainer: Any, rows: Any) -> float | None:

@@ -50,7 +50,7 @@ class RunPlugin(BasePlugin):
 
         Otherwise it would rewrite them in place, while another run may be training on them.
         """
-        _note_phase(cfg.output_dir, "reading and tokenizing rows")
+        _note(cfg.output_dir, phase="reading and tokenizing rows")
         cfg.is_preprocess = False
 
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
@@ -74,7 +74,7 @@ class RunPlugin(BasePlugin):
 
     def pre_model_load(self, cfg: Any) -> None:
         """Create MLflow's store under a lock: simultaneous creation by two runs fails."""
-        _note_phase(cfg.output_dir, "loading the model")
+        _note(cfg.output_dir, phase="loading the model")
         uri = os.environ.get("MLFLOW_TRACKING_URI", "")  # set by Axolotl from the config
         if not cfg.use_mlflow or not uri.startswith("sqlite:///"):
             return
@@ -116,12 +116,21 @@ class RunPlugin(BasePlugin):
         save = trainer._save_checkpoint
 
         def saving(*arguments: Any, **options: Any) -> None:
-            _note_phase(cfg.output_dir, "saving a checkpoint")
+            _note(cfg.output_dir, phase="saving a checkpoint")
             save(*arguments, **options)
 
         trainer._save_checkpoint = saving
         kinds = ("first evaluation", "evaluating")
-        eval_loss.add_to(trainer, lambda: _note_phase(cfg.output_dir, kinds[trainer.state.global_step > 0]))
+        eval_loss.add_to(
+            trainer,
+            begins=lambda: _note(cfg.output_dir, phase=kinds[trainer.state.global_step > 0]),
+            record=lambda tokens: _note(
+                cfg.output_dir,
+                step=trainer.state.global_step,
+                max_steps=trainer.state.max_steps,
+                eval_tokens=tokens,
+            ),
+        )
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
         """Callback that records metrics and stops training on request."""
@@ -141,7 +150,8 @@ class RunCallback(TrainerCallback):
     previous record with a loss: step_seconds (without evaluation and saving), tokens (without padding) and
     tokens_per_second. Only the first rank writes; peak_gib_by_rank has the memory of all ranks. The first record of a
     launch has gpus, engine, training_rows, trainable_parameters and parameters (including frozen ones). The last record
-    has `ended` (see `records.Ended`), and kept_step if the trainer has loaded the best checkpoint.
+    has `ended` (see `records.Ended`), and kept_step if the trainer has loaded the best checkpoint. The first evaluation
+    of a launch adds a record with eval_tokens.
 
     SIGTERM to any rank ends training after the current step, with a checkpoint.
 
@@ -182,7 +192,7 @@ class RunCallback(TrainerCallback):
             first = first | {"training_rows": len(self.trainer.train_dataset)}
         self._append(state, first | {"gpus": _gpus()})
         if not args.eval_on_start:
-            _note_phase(args.output_dir, "training")
+            _note(args.output_dir, phase="training")
         self.trainer.model.register_forward_pre_hook(self._count, with_kwargs=True)
         self.process.cpu_percent()  # the next call returns the load since this one
 
@@ -206,14 +216,14 @@ class RunCallback(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record that training continues."""
-        _note_phase(args.output_dir, "training")
+        _note(args.output_dir, phase="training")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the manifest of a checkpoint that the trainer has saved."""
         ranks.of_all(0, args.device)  # a barrier, because each rank writes its own files
         if state.is_world_process_zero:
             checkpoints.write_manifest(Path(args.output_dir, f"checkpoint-{state.global_step}"))
-        _note_phase(args.output_dir, "training")
+        _note(args.output_dir, phase="training")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Record the trainer's log entry for a step or an evaluation.
@@ -255,7 +265,7 @@ class RunCallback(TrainerCallback):
         if self.step_seconds:  # of steps behind the last multiple of logging_steps
             ended |= self._of_steps(args)
         self._append(state, ended)
-        _note_phase(args.output_dir, "saving the model")
+        _note(args.output_dir, phase="saving the model")
 
     def _how_it_ended(self, state: Any, control: Any) -> Ended:
         """Reason for the end; `complete` if nothing stopped the training, even after fewer steps than planned."""
@@ -287,9 +297,9 @@ def require_sane(loss: float, vocabulary: int) -> None:
         )
 
 
-def _note_phase(output: str, phase: str) -> None:
+def _note(output: str, **record: Any) -> None:
     if os.environ.get("RANK", "0") == "0":
-        append_line(Path(output).with_name("metrics.jsonl"), orjson.dumps({"time": time.time(), "phase": phase}))
+        append_line(Path(output).with_name("metrics.jsonl"), orjson.dumps({"time": time.time()} | record))
 
 
 def _gpus() -> list[GpuInfo]:

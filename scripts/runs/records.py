@@ -18,6 +18,7 @@ from ..base.machine import GpuInfo, cpu, now, package_version, torch_cuda, visib
 from ..base.progress import say
 from ..configs.config import Difference, chained
 from ..configs.datafiles import DataFile
+from ..data.published import EvalTokens
 
 Ended = Literal["complete", "early stopping", "signal", "callback", "no batch"]
 """Reason for the end of training.
@@ -34,6 +35,7 @@ class _Record(TypedDict, total=False):
     loss: float | None
     eval_loss: float | None
     eval_loss_per_token: float | None
+    eval_tokens: EvalTokens
     grad_norm: float | None
     learning_rate: float | None
     step_seconds: Annotated[float, Field(ge=1e-6)] | None  # a smaller one would make the speed infinite
@@ -171,6 +173,7 @@ class Summary(BaseModel):
     Attributes:
         eval_loss, eval_loss_first: Axolotl's eval loss, the mean of batch means.
         eval_loss_per_token, eval_loss_per_token_first: see the module `eval_loss`; older runs have None.
+        eval_tokens: tokens behind `eval_loss_per_token`; None without this loss.
         kept_step: step of the best checkpoint, if the trainer loaded its weights at the end; `eval_loss` and
             `eval_loss_per_token` then belong to this step.
         training_rows: number of rows after Axolotl held rows out and dropped long ones; None for streamed rows.
@@ -185,6 +188,7 @@ class Summary(BaseModel):
     eval_loss: float | None = None
     eval_loss_per_token_first: float | None = None
     eval_loss_per_token: float | None = None
+    eval_tokens: EvalTokens | None = None
     kept_step: int | None = None
     train_seconds: float = 0.0
     tokens_per_second: float | None = None

@@ -235,6 +235,7 @@ def summarise(metrics: list[Row]) -> Summary:
         eval_loss=kept.get("eval_loss"),
         eval_loss_per_token_first=evaluations[0].get("eval_loss_per_token"),
         eval_loss_per_token=kept.get("eval_loss_per_token"),
+        eval_tokens=last("eval_tokens"),
         kept_step=kept_step,
         train_seconds=sum(record.get("step_seconds") or 0.0 for record in metrics),
         tokens_per_second=sum(record["tokens"] for record in counted) / counted_seconds if counted_seconds else None,

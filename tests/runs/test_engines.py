@@ -103,6 +103,7 @@ def test_every_engine_trains_like_one_process(alone, divided):
         assert {step: found[step] for step in expected} == pytest.approx(expected, abs=CLOSE)
     before = [losses(one, "eval_loss_per_token")[0] for one in (alone, run)]
     assert before[0] == pytest.approx(before[1], abs=1e-4)
+    assert record.summary.eval_tokens == alone.read().summary.eval_tokens is not None
     assert abs(losses(alone, "eval_loss")[0] - losses(run, "eval_loss")[0]) > 1e-4  # Axolotl's own
     assert max(losses(alone, "loss").values()) - min(losses(alone, "loss").values()) > 5 * CLOSE
     changed = {difference.key: (difference.run, difference.why) for difference in record.differences}

@@ -1,16 +1,18 @@
 """The eval loss of the same weights on the same rows is the same however they are batched, packed or divided."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import recipe_config, train_runs
+from datasets import Dataset
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.configs import config
-from qlora_recipes.runs.rundir import PLUGIN, RunDir
-
-pytestmark = pytest.mark.long  # three trainings
+from qlora_recipes.data.published import EvalTokens
+from qlora_recipes.runs.eval_loss import scored_tokens
+from qlora_recipes.runs.rundir import PLUGIN, RunDir, summarise
 
 ROWS = 7  # so that the last batch is not full
 PACKED = {"sample_packing": True, "pad_to_sequence_len": True, "sequence_len": 1024}
@@ -19,6 +21,7 @@ EVALUATIONS = {
     "packed, 1": PACKED | {"eval_batch_size": 1},
     "packed, 8": PACKED | {"eval_batch_size": 8},
 }
+ON_INPUTS = "train on inputs"
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,35 @@ def base(tiny_profile: Path, decided: Path) -> yamlfiles.Config:
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory, base: yamlfiles.Config) -> dict[str, RunDir]:
     configs = {name: base | change for name, change in EVALUATIONS.items()}
+    configs[ON_INPUTS] = base | {"train_on_inputs": True}
     return train_runs(tmp_path_factory.mktemp("eval-loss"), configs)
+
+
+ROW = [1, 5, 6, 7], [-100, -100, 6, 7]
+PADDED = [1, 5, 6, 7, 0, 0], [-100, -100, 6, 7, -100, -100]
+LONG = [1, 5, 8, 9, 9], [-100, -100, 8, 9, 9]
+UNLABELLED = [1, 5, 6], [1, -100, -100]  # nothing predicts the first token
+
+
+@pytest.mark.parametrize(
+    ("rows", "count", "is_same"),
+    [
+        ([LONG, ROW], 5, True),
+        ([PADDED, LONG, UNLABELLED], 5, True),
+        ([ROW, ROW, LONG], 7, False),
+        ([([1, 5, 6, 7], [1, 5, 6, 7]), LONG], 6, False),
+        ([([1, 4, 6, 7], [-100, -100, 6, 7]), LONG], 5, False),  # another prompt
+        ([ROW], 2, False),
+    ],
+)
+def test_scored_tokens_depend_on_neither_order_nor_padding(rows, count, is_same):
+    def tokens_of(rows: list[Any]) -> EvalTokens:
+        return scored_tokens(
+            Dataset.from_dict({"input_ids": [ids for ids, _ in rows], "labels": [of for _, of in rows]})
+        )
+
+    tokens = tokens_of(rows)
+    assert (tokens["count"], tokens["sha256"] == tokens_of([ROW, LONG])["sha256"]) == (count, is_same)
 
 
 def before_training(run: RunDir) -> dict[str, float]:
@@ -77,11 +108,16 @@ def expected_loss(base: yamlfiles.Config) -> float:
     return total / tokens
 
 
+@pytest.mark.long  # four trainings
 def test_however_rows_are_batched_and_packed(evaluated, base):
-    losses = {name: before_training(run) for name, run in evaluated.items()}
+    losses = {name: before_training(run) for name, run in evaluated.items() if name != ON_INPUTS}
     own = [loss["eval_loss"] for loss in losses.values() if "eval_loss" in loss]
     assert max(own) - min(own) > 5e-3  # Axolotl's differ
     assert len(own) == len(losses) - 1  # and of rows that do not fill a packed batch it has none
     ours = [loss["eval_loss_per_token"] for loss in losses.values()]
     assert max(ours) - min(ours) < 1e-4
     assert ours[0] == pytest.approx(expected_loss(base), rel=1e-4)  # one row at a time
+    first, *others = [summarise(evaluated[name].read_metrics()).eval_tokens for name in EVALUATIONS]
+    assert first and others == [first, first]
+    on_inputs = summarise(evaluated[ON_INPUTS].read_metrics()).eval_tokens
+    assert on_inputs and on_inputs["count"] > first["count"] and on_inputs["sha256"] != first["sha256"]

@@ -145,7 +145,13 @@ class Training:
     def _evaluate(self) -> None:
         if self.cfg.get("test_datasets"):
             note_phase(self.cfg, "evaluating" if self.step else "first evaluation")
-            self._record(eval_loss=1 + self._number(), eval_loss_per_token=1 + self._number())
+            keys = ("test_datasets", "train_on_inputs", "sequence_len")
+            scored = hashlib.sha256(orjson.dumps([self.cfg.get(key) for key in keys])).hexdigest()
+            self._record(
+                eval_loss=1 + self._number(),
+                eval_loss_per_token=1 + self._number(),
+                eval_tokens={"count": 100, "sha256": scored},
+            )
             note_phase(self.cfg, "training")
 
     def _save(self) -> None:

@@ -1,0 +1,94 @@
+"""An eval loss has a verdict only if it covers the tokens of the recipe."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_folders import a_run
+
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.configs.compose import Request, compose
+from qlora_recipes.data import study
+from qlora_recipes.results import ledger, run_rows, study_tables, verdict
+from qlora_recipes.results.run_rows import RunResult
+from qlora_recipes.runs.records import Summary
+from qlora_recipes.runs.rundir import RunDir
+
+RECIPE = "tinker-tulu3/llama-3.2-1b-lora"
+OWN = {"count": 300, "sha256": "a" * 64}
+OTHER = {"count": 900, "sha256": "b" * 64}
+
+
+def a_loss(
+    runs: Path, name: str, tokens: dict[str, Any] | None, sets: tuple[str, ...] = (), profile: tuple[str, ...] = ()
+) -> RunDir:
+    """A finished run with the differences that composition finds, and an eval loss over some tokens."""
+    summary = Summary(eval_loss_per_token=0.78, eval_tokens=tokens)
+    folder = a_run(runs, RECIPE, name, 0, scores={"rows": 0}, summary=summary)
+    (folder.path / "scores.json").unlink()
+    run = folder.read()
+    run.differences = compose(Request(RECIPE, overrides=[*sets], profiles=[*profile])).differences
+    folder.write(run)
+    return folder
+
+
+def difference(folder: RunDir) -> float | None:
+    found = RunResult(folder, folder.read())
+    assert found.score(found.columns["nll"]) == 0.78
+    return found.scores["nll"].difference
+
+
+HARMFUL = ["train_on_inputs=true", "sequence_len=512", "eval_sequence_len=512", "excess_length_strategy=drop",
+           "test_datasets.0.type=alpaca", "min_sample_len=20", "eot_tokens=[x]", "special_tokens.pad_token=x",
+           "tokenizer_config=other/model", "dataset_exact_deduplication=true", "chat_template=chatml",
+           "test_datasets.0.split=train[:9]", "val_set_size=0.05", "some_key_of_the_future=1"]  # fmt: skip
+HARMLESS = ["lora_r=4", "learning_rate=1e-4", "optimizer=adamw_torch_fused", "micro_batch_size=2", "bf16=false",
+            "use_wandb=true", "sample_packing=true", "seed=7", "gradient_accumulation_steps=8"]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", HARMFUL)
+def test_without_a_reference_a_setting_that_may_change_the_tokens_leaves_no_verdict(tmp_path, change):
+    folder = a_loss(tmp_path, "1", OWN, (change,))
+    assert difference(folder) is None
+    (row,) = [row for row in verdict.rows(study.find("tinker-tulu3"), tmp_path, False) if row.recipe == RECIPE]
+    assert (row.scores["nll"].value, row.scores["nll"].verdict) == (0.78, None)
+    notes = [note for note in study_tables.notes(study.find("tinker-tulu3"), [row]) if "not compared" in note]
+    assert [change.partition("=")[0] in note for note in notes] == [True]
+
+
+@pytest.mark.parametrize("change", HARMLESS)
+def test_without_a_reference_harmless_settings_keep_the_verdict(tmp_path, change):
+    assert difference(a_loss(tmp_path, "1", OWN, (change,))) == pytest.approx(0.78 - 0.7763)
+
+
+def test_another_seed_holds_out_other_rows(tmp_path):
+    folder = a_loss(tmp_path, "1", OWN, ("seed=7",))
+    folder.config.write_text(f"{folder.config.read_text()}val_set_size: 0.1\n")
+    assert difference(folder) is None
+
+
+@pytest.mark.parametrize("profile", [(), ("mirror",), ("mlflow",)])
+def test_the_tokens_of_the_unchanged_recipe_decide(tmp_path, profile):
+    a_loss(tmp_path, "1", OWN, profile=profile)
+    a_loss(tmp_path, "2", OTHER, ("lora_r=4",))  # changed, so that its tokens say nothing
+    same, other = (a_loss(tmp_path, name, of, ("train_on_inputs=true",)) for name, of in (("3", OWN), ("4", OTHER)))
+    assert (difference(same), difference(other)) == (pytest.approx(0.78 - 0.7763), None)
+    assert "900 tokens" in run_rows.record(RunResult(other, other.read()))["other_tokens"]
+    with pytest.raises(UserError, match="900 tokens"):
+        ledger.export(other)
+
+
+def test_else_those_of_study_yaml_decide(tmp_path, monkeypatch):
+    monkeypatch.setattr(study.find("tinker-tulu3").published[RECIPE], "eval_tokens", OWN)
+    same, other = (a_loss(tmp_path, name, of, ("sequence_len=512",)) for name, of in (("3", OWN), ("4", OTHER)))
+    assert (difference(same), difference(other)) == (pytest.approx(0.78 - 0.7763), None)
+    rehearsal = a_loss(tmp_path, "5", OTHER).read()
+    assert RunResult(RunDir(tmp_path), rehearsal.model_copy(update={"rehearsal": True})).other_tokens is None
+
+
+def test_an_eval_loss_that_is_no_mean_over_tokens_says_so(tmp_path):
+    folder = a_loss(tmp_path, "1", None)
+    run = folder.read()
+    run.summary = Summary(eval_loss=0.8)
+    folder.write(run)
+    assert "parallelism" in str(RunResult(folder, run).other_tokens)
