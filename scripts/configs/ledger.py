@@ -209,10 +209,8 @@ def _undeclared(record: Record, of_study: Study) -> Iterator[str]:
         yield f"of: {record.of} does not belong to the study {of_study.folder.name}"
     elif unknown := record.scores.keys() - of_study.columns.keys():
         yield f"scores: {', '.join(unknown)} is not a metric of the study"
-    elif isinstance(record, TrainingRecord) and record.values:
-        cell = of_study.cell(record.of, record.values)
-        if not cell or cell.values != record.values:
-            yield f"values: {record.values} is not a published cell of {record.of}"
+    elif isinstance(record, TrainingRecord) and record.values and not of_study.cell(record.of, {}, record.values):
+        yield f"values: {record.values} is not a published cell of {record.of}"
 
 
 def records(of_study: Study, strict: bool = False) -> list[AnyRecord]:

@@ -130,11 +130,14 @@ class Study(Strict):
         known = (self.published[name].repeats.get(metric) for name in recipes if name in self.published)
         return next(filter(None, known), [])
 
-    def cell(self, recipe: str, settings: Mapping[str, Any]) -> Cell | None:
-        """First published grid point whose values match a recipe's settings."""
+    def cell(self, recipe: str, settings: Mapping[str, Any], changes: Mapping[str, Any]) -> Cell | None:
+        """First published grid point that matches a recipe's settings with changes, and has every changed key."""
         published = self.published.get(self.origin(recipe))
-        cells = published.cells if published else []
-        return next((cell for cell in cells if cell.values.items() <= settings.items()), None)
+        changed = {**settings, **changes}
+        for cell in published.cells if published else []:
+            if cell.values.items() <= changed.items() and changes.keys() <= cell.values.keys():
+                return cell
+        return None
 
     def aimed_at(self, recipe: str) -> Published | None:
         """Published results that a recipe should reach; None for other recipes."""

@@ -131,7 +131,7 @@ def _cell_values(run: Run, of_study: Study) -> yamlfiles.Config:
     """Settings of the published grid point that a run repeats; empty if it repeats none."""
     changes = _changes(run)
     recipe = yamlfiles.read_yaml(paths.recipe_file(run.origin))
-    cell = of_study.cell(run.origin, recipe | changes) if changes else None
+    cell = of_study.cell(run.origin, recipe, changes) if changes else None
     return cell.values if cell else {}
 
 

@@ -41,6 +41,8 @@ class SweepRow:
         runs: existing runs of the members.
         summary: summary of the first finished run, for values that do not depend on the seed.
         scores: mean over finished runs and 95 % interval by metric, including the eval loss.
+        losses: eval losses of the finished runs, by hash of the tokens behind them.
+        compared_loss: mean eval loss over the tokens that all members share; None if they share none.
         published: published scores for the member's settings, by metric; empty if the study has no scores for sweeps.
         validated: whether the eval loss may select a member: it is known, and comes from rows other than the test rows.
         pareto: whether the row is on the Pareto front over peak memory and eval loss.
@@ -51,16 +53,18 @@ class SweepRow:
     runs: list[RunResult]
     summary: Summary
     scores: dict[str, tuple[float | None, Interval | None]]
+    losses: dict[str | None, list[float]]
     published: dict[str, float | None]
     peak_memory_gib: float | None
     train_seconds: float | None
     validated: bool
+    compared_loss: float | None = None
     pareto: bool = False
 
     @property
     def costs(self) -> tuple[float, float] | None:
-        """Peak memory and eval loss; None unless both are known."""
-        loss = self.scores[LOSS][0]
+        """Peak memory and eval loss; None unless both are known, and the loss is comparable."""
+        loss = self.compared_loss
         return None if loss is None or self.peak_memory_gib is None else (self.peak_memory_gib, loss)
 
 
@@ -82,6 +86,7 @@ def rows(sweep: Sweep, runs: Path) -> list[SweepRow]:
     """Return one row per member name, with measurements of finished runs.
 
     Rows without separate validation data are not on the Pareto front: a loss on test rows must not select members.
+    Losses are compared within the same tokens, thus seed by seed if the seed decides which rows are held out.
     """
     scored = columns(sweep, runs)
     results = _results(sweep, runs)
@@ -89,19 +94,31 @@ def rows(sweep: Sweep, runs: Path) -> list[SweepRow]:
     compared = [
         _row(sweep, of_name, [results[m.digest] for m in of_name if m.digest in results], scored) for of_name in by_name
     ]
+    of_members = [set(row.losses) for row in compared if row.losses]
+    shared = set.intersection(*of_members) if of_members else set()
+    for row in compared:
+        if row.losses and shared:
+            row.compared_loss = fmean(fmean(row.losses[tokens]) for tokens in shared)
     for row in compared:
         row.pareto = row.validated and on_front(row.costs, [other.costs for other in compared])
     return compared
 
 
-def _published(sweep: Sweep, values: Mapping[str, Any]) -> dict[str, float | None]:
+def _published(sweep: Sweep, member: SweepMember, results: Sequence[RunResult]) -> dict[str, float | None]:
     """Published scores for a member's settings; empty if the study has no scores for sweeps."""
     file = file_of(sweep.recipe)
     origin = config.origin_of(sweep.recipe, file) if file else None
     of_study = study.of_any(origin) if origin and not sweep.rehearsal else None
     if not of_study or not origin or not file or not any(published.cells for published in of_study.published.values()):
         return {}
-    cell = of_study.cell(origin, {**yamlfiles.read_yaml(file), **values})
+    recipe = yamlfiles.read_yaml(paths.recipe_file(origin))
+    if results:  # their settings include profiles
+        changes = results[0].other_settings
+    else:
+        differing = config.differences(recipe, yamlfiles.read_yaml(file) | member.values)
+        changes = {key: value for key, (_, value) in differing.items() if not config.TRACKING.match(key)}
+    free = {repeats.SEED, *config.OF_THE_RUN}
+    cell = of_study.cell(origin, recipe, {key: changes[key] for key in changes if key not in free})
     scores = cell.scores if cell else {}
     return {key: fmean(scores[key]) if key in scores else None for key in of_study.columns}
 
@@ -122,13 +139,18 @@ def _row(sweep: Sweep, members: Sequence[SweepMember], results: list[RunResult],
         known = of_study.repeats(done[0].run.origin, name) if of_study else []
         mean = fmean(value for _, value in found) if found else None
         scores[name] = (mean, repeats.interval(name, found, known) if found else None)
+    losses: dict[str | None, list[float]] = {}
+    for result in done:
+        if result.summary.eval_loss_per_token is not None:
+            losses.setdefault(repeats.tokens(result), []).append(result.summary.eval_loss_per_token)
     return SweepRow(
         member=members[0],
         seeds=[member.seed for member in members if member.seed is not None],
         runs=results,
         summary=done[0].summary if done else Summary(),
         scores=scores,
-        published=_published(sweep, members[0].values),
+        losses=losses,
+        published=_published(sweep, members[0], results),
         peak_memory_gib=max((r.summary.peak_memory for r in done if r.summary.peak_memory), default=None),
         train_seconds=fmean(result.summary.train_seconds for result in done) if done else None,
         validated=scores[LOSS][0] is not None
@@ -154,6 +176,7 @@ def record(row: SweepRow) -> Row:
         "runs": [str(result.folder.path) for result in row.runs],
         "states": [result.run.state for result in row.runs],
         **scores,
+        "eval_tokens": [*row.losses],
         "planned_gib": row.member.planned_gib,
         "peak_memory_gib": row.peak_memory_gib,
         "memory_kind": row.summary.memory_kind,
@@ -177,6 +200,10 @@ def notes(sweep: Sweep, scored: Columns, rows: Sequence[SweepRow]) -> Iterator[s
     """Notes below the table."""
     if front := [row.member.name for row in rows if row.pareto]:
         yield f"Pareto front over peak memory and {LOSS}: {'; '.join(front)}"
+    if any(row.losses and row.compared_loss is None for row in rows):
+        yield "Members with other tokens are not comparable, so there is no Pareto front and no best member."
+    if any(len(row.losses) > 1 for row in rows):
+        yield f"{repeats.OTHER_ROWS.capitalize()}; members are compared seed by seed."
     if any(row.member.planned_gib is not None for row in rows):
         measured = "; measured memory is that of the rehearsal's process on the CPU" if sweep.rehearsal else ""
         yield f"Planned memory is that of the recipe on a GPU{measured}."
@@ -209,6 +236,7 @@ def _cells(sweep: Sweep, scored: Columns, row: SweepRow) -> Row:
         **values,
         "state": ", ".join(f"{n} {state}" if len(row.seeds) > 1 else state for state, n in states.items()),
         "eval loss": row.scores[LOSS][0],
+        "tokens": ", ".join(str(tokens)[:8] for tokens in row.losses) if row.compared_loss is None else None,
         first.label: row.scores[first.name][0],
         "95 %": [within.low, within.high] if within else None,
         "scored": about_rows(row.runs[0].evaluation) if row.runs else None,
@@ -262,8 +290,8 @@ def best_rows(of_study: Study, sweeps: Iterable[Sweep], studied: Sequence[StudyR
         done = [result for row in compared for result in row.runs if result.run.state == "finished"]
         if not done or (not sweep.rehearsal and any(result.is_of_something_else for result in done)):
             continue
-        losses = [(row.scores[LOSS][0] or 0.0, i) for i, row in enumerate(compared) if row.validated]
-        best = compared[min(losses)[1]] if losses else None
+        selectable = [row for row in compared if row.validated and row.compared_loss is not None]
+        best = min(selectable, key=lambda row: row.compared_loss or 0.0, default=None)
         recipe = dict(config.flatten(yamlfiles.read_yaml(paths.recipe_file(sweep.recipe))))
         own_values = {key: recipe.get(key) for key in sweep.keys}
         own = [
@@ -302,8 +330,8 @@ def show_best(found: Sequence[BestRow]) -> None:
         tables.print_table(cells, title, empty=True, spare=spare, below=["best", "own", "scored"])
     if without := [row.sweep.label for row in found if not row.best]:
         tables.print_text(
-            f"no eval loss on validation rows separate from the test rows: {', '.join(without)}; add "
-            "`--set val_set_size=0.05`, or test_datasets with other rows"
+            "no eval loss on validation rows separate from the test rows, or eval losses over different tokens: "
+            f"{', '.join(without)}; add `--set val_set_size=0.05`, or test_datasets with other rows"
         )
 
 

@@ -81,6 +81,21 @@ def test_values_come_from_the_command_line_too():
 
 
 @pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("lora_r=[16, 32]", [16, 32]),
+        ("datasets.0.split=train[:14]", ["train[:14]"]),
+        ("lora_target_modules=[q_proj, v_proj]", [["q_proj", "v_proj"]]),  # the key takes a list
+        ("lora_target_modules=[[q_proj], [v_proj]]", [["q_proj"], ["v_proj"]]),
+        ("lr_scheduler=[linear, cosine]", ["linear", "cosine"]),
+    ],
+)
+def test_a_list_is_several_values_if_the_key_takes_no_list(text, values):
+    key = text.partition("=")[0]
+    assert [member.values[key] for member in read_members(None, [text])[1]] == values
+
+
+@pytest.mark.parametrize(
     ("text", "sets", "says"),
     [
         ("lora_r: 16", [], "s.yaml:1: lora_r: "),
@@ -161,6 +176,70 @@ def test_members_compare_by_what_their_runs_measured(tmp_path):
     assert (high["bleu4"], high["bleu4_low"], high["bleu4_high"], high["peak_memory_gib"]) == (5.5, 5.4, 5.6, 8.0)
     assert (high["trainable"], high["trainable_share"]) == (480, 0.01)
     assert rows["not yet"].scores["bleu4"] == (None, None)
+
+
+def score_tokens(runs: Path, letters: dict[str, str]) -> None:
+    """Record the tokens behind the eval loss of runs: a letter for each digest."""
+    for folder in rundir.all_runs(runs):
+        run = folder.read()
+        run.summary.eval_tokens = {"count": 100, "sha256": letters[str(run.digest)] * 64}
+        folder.write(run)
+
+
+def test_members_with_other_tokens_have_neither_front_nor_best(tmp_path, recipe):
+    runs = tmp_path / "runs"
+    sweep = a_sweep(runs, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)], "other": [(9.0, 0.1, 7.5)]})
+    sweep.file(runs).parent.mkdir(parents=True)
+    sweep.write(runs)
+    score_tokens(runs, {"low-0": "a", "high-0": "a", "other-0": "a"})
+    assert [row["pareto"] for row in recipe.json("results", "ranks")] == [True, False, True]
+    score_tokens(runs, {"low-0": "a", "high-0": "a", "other-0": "b"})
+    rows = recipe.json("results", "ranks")
+    assert [row["pareto"] for row in rows] == [False] * 3
+    assert [row["eval_tokens"] for row in rows] == [["a" * 64], ["a" * 64], ["b" * 64]]
+    table = recipe("results", "ranks").stdout
+    assert re.findall(r" (aaaaaaaa|bbbbbbbb) ", table) == ["aaaaaaaa", "aaaaaaaa", "bbbbbbbb"]
+    assert "not comparable" in table and "Pareto front over" not in table
+    (tuned,) = next(row for row in recipe.json("results", "haider2024") if row["recipe"] == BASE)["tuned"]
+    assert tuned["best"] is None
+    assert f"different tokens: ranks/{BASE}" in recipe("results", "haider2024").stdout
+
+
+def test_members_are_compared_seed_by_seed_if_the_seed_holds_out_the_rows(tmp_path):
+    finished = {"low": [(5.0, 1.0, 7.0), (5.0, 3.0, 7.0)], "high": [(5.0, 0.9, 8.0)], "worse": [(5.0, 1.1, 8.5)]}
+    sweep = a_sweep(tmp_path, finished, seeds=True)  # only one member has its second run
+    score_tokens(tmp_path, {"low-0": "a", "low-1": "b", "high-0": "a", "worse-0": "a"})
+    rows = sweep_results.rows(sweep, tmp_path)
+    assert [row.scores["eval_loss"][0] for row in rows] == [2.0, 0.9, 1.1]  # a mean over the repeats
+    assert [row.compared_loss for row in rows] == [1.0, 0.9, 1.1]
+    assert [row.pareto for row in rows] == [True, True, False]
+    notes = [note for note in sweep_results.notes(sweep, {}, rows) if "eld-out rows differ by seed" in note]
+    assert len(notes) == 1
+
+
+def test_published_scores_stand_only_beside_their_settings(tmp_path):
+    name = "tinker-tulu3/llama-3.2-1b-lora"
+    own = ["learning_rate=0.001", "lora_r=128"]
+    for sets, published in (
+        (["seed=1,2"], [0.7763, 0.7763]),
+        (["use_wandb=true"], [0.7763]),
+        (["lora_alpha=16,32"], [None, 0.7763]),
+        (["base_model=Qwen/Qwen2.5-0.5B"], [None]),
+        (["datasets.0.type=alpaca,input_output"], [None, 0.7763]),
+    ):
+        _, members = read_members(None, [*own, *sets])
+        sweep = Sweep(name="s", recipe=name, rehearsal=False, keys=varying(members), members=members)
+        assert [row.published["nll"] for row in sweep_results.rows(sweep, tmp_path)] == published, sets
+    for i, (profile, expected) in enumerate([("packed", None), ("mlflow", 0.7763), ("mirror", 0.7763)]):
+        _, (member,) = read_members(None, own)
+        member.digest = profile
+        folder = a_run(tmp_path, name, f"2026-{i}", 5.0, digest=profile)
+        run = folder.read()
+        run.differences = compose.compose(Request(name, profiles=[profile])).differences
+        folder.write(run)
+        sweep = Sweep(name="s", recipe=name, rehearsal=False, keys=[], members=[member])
+        (row,) = sweep_results.rows(sweep, tmp_path)
+        assert (profile, len(row.runs), row.published["nll"]) == (profile, 1, expected)
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-1b-lora", "llama-3.1-8b-qlora"])
