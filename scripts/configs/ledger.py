@@ -23,6 +23,7 @@ from ..base.progress import say
 from ..base.yamlfiles import Config
 from ..data.declaration import Sha256
 from ..data.study import Study
+from .compose import MIRROR, TRACKERS
 from .gpus import catalogue
 
 FOLDER = "results"
@@ -104,6 +105,10 @@ class PredictionsRecord(Record):
     texts_sha256: Sha256
 
 
+_UNCHANGING = {MIRROR, *TRACKERS, "ddp", "zero1", "zero2", "zero3", "zero3-offload"}
+"""Profiles that leave the recipe's settings."""
+
+
 class RunRecord(Record):
     """Fields of every record of a run.
 
@@ -122,6 +127,13 @@ class RunRecord(Record):
     packages: dict[Package, Version]
     gpus: int = Field(ge=1)
     gpu: Annotated[str, _known(lambda: [*catalogue(), *(gpu.sm for gpu in catalogue().values())])]
+
+    @property
+    def departure(self) -> str | None:
+        """Reason why the run does not count for today's recipe, or None."""
+        if changing := set(self.profiles) - _UNCHANGING:
+            return f"profile {', '.join(sorted(changing))}"
+        return None if self.settings_sha256 == settings_sha256(self.of) else "recipe changed since"
 
     @property
     def hardware(self) -> str:
@@ -275,13 +287,15 @@ def _status(of_study: Study, found: list[AnyRecord], of: str, values: Config, me
     aims = {name: variant.of for name, variant in of_study.variants.items() if variant.reproduces}
     own = [record for record in found if of in (record.of, aims.get(record.of))]
     own = [record for record in own if getattr(record, "values", {}) == values]
-    valid = [record for record in own if not record.invalidated]
+    others = [record for record in own if isinstance(record, RunRecord) and record.departure]
+    valid = [record for record in own if not record.invalidated and record not in others]
     scored = [record for record in valid if metric in record.scores]
     stage = max((record.stage for record in scored), key=[*TITLES].index, default=None)
     best = [record for record in scored if record.stage == stage]
     where = " and ".join(filter(None, (record.where for record in best)))
     reached = " on ".join(filter(None, (TITLES[stage] if stage else "not run", where)))
     notes = [f"{run.outcome} on {run.where}" for run in valid if isinstance(run, TrainingRecord) and not run.scores]
+    notes += [f"{record.departure}: {record.where}" for record in others if not record.invalidated]
     notes += [f"a record is invalidated {record.invalidated}" for record in own if record.invalidated]
     cell = " ".join(f"--set {key}={value}" for key, value in values.items())
     return Status(

@@ -82,6 +82,17 @@ def test_the_status_of_a_published_number_is_the_furthest_stage_with_a_valid_rec
     assert len(ledgers.records(small_study.read(), strict=True)) == 4
 
 
+def test_only_records_of_todays_recipe_count():
+    recorded(a_run("one", 67.0))
+    recorded(a_run("two", 69.0), profiles=["mlflow", "zero2"])
+    recorded(a_run("old", 11.0), settings_sha256="a" * 64)
+    recorded(a_run("packed", 22.0), profiles=["packed"])
+    status = status_of(PLAIN)
+    assert status.here == "68"
+    packed, old, _ = sorted(status.status.split("; "))
+    assert (packed, old) == ("profile packed: RTX 4090, seed 42", "recipe changed since: RTX 4090, seed 42")
+
+
 def test_a_run_that_ran_out_of_memory_is_recorded(recipe):
     made = a_run("one", state="failed")
     record = made.read()
