@@ -51,8 +51,23 @@ def merge(config: Config, changes: Config) -> Config:
     return merged
 
 
+_QUOTED = r"""(?<![^\s,\[\]{}():'"])(?:'(?:[^']|'')*'|"(?:\\.|[^"\\])*")"""  # YAML's quotes begin a value
+
+
 def parse_override(text: str) -> tuple[str, Any]:
     """Split `key=value` from --set into a dotted key and a YAML value.
+
+    Raises:
+        UserError: the text is malformed, or has several values.
+    """
+    key, values = parse_overrides(text)
+    if len(values) > 1:
+        raise UserError(f"--set {text}: several values; `recipe sweep` tries each; put text with commas in quotes")
+    return key, values[0]
+
+
+def parse_overrides(text: str) -> tuple[str, list[Any]]:
+    """Split `key=value,value` from --set into a dotted key and YAML values, at commas outside brackets and quotes.
 
     Raises:
         UserError: the text is malformed.
@@ -60,7 +75,20 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise UserError(f"--set {text}: expected key=value, as in --set num_epochs=3")
-    return key.strip(), parse(value, f"--set {text}")
+    values = [""]
+    depth = 0
+    for part in re.findall(rf"{_QUOTED}|.", value, re.DOTALL):
+        if part == "," and depth == 0:
+            values.append("")
+            continue
+        values[-1] += part
+        if part in ("[", "{", "("):
+            depth += 1
+        elif part in ("]", "}", ")"):
+            depth -= 1
+    if len(values) > 1 and not all(map(str.strip, values)):
+        raise UserError(f"--set {text}: an empty value; delete a comma, or write null for a member without the key")
+    return key.strip(), [parse(value, f"--set {text}") for value in values]
 
 
 def override(config: Config, key: str, value: Any) -> Config:

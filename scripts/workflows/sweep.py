@@ -19,6 +19,7 @@ from ..base.files import parse_json, read_bytes, write_atomically
 from ..base.machine import held, now
 from ..base.paths import find_recipe
 from ..base.progress import Bar, say
+from ..checks import schema
 from ..configs import config
 from ..configs.compose import Request
 from ..configs.gpus import Gpu
@@ -246,7 +247,7 @@ def read_members(file: Path | None, sets: Sequence[str]) -> tuple[str, list[Swee
 
     Args:
         file: a YAML file in Axolotl's sweep format, in which entries of `_` can have a `name`.
-        sets: `key=value,value` from --set.
+        sets: `key=value,value` from --set, or `key=[value, value]` if the key takes no list.
 
     Raises:
         UserError: both arguments are empty, an argument is malformed, or two members have the same name.
@@ -260,11 +261,11 @@ def read_members(file: Path | None, sets: Sequence[str]) -> tuple[str, list[Swee
             raise UserError(f"{file}:{yamlfiles.line_of(file, key) if file else 0}: {key}: expected a list of values")
     names = [file.stem] if file else []
     for text in sets:
-        key, equals, value = text.partition("=")
-        if not equals or not key.strip() or not value:
-            raise UserError(f"--set {text}: expected key=value,value, as in --set lora_r=16,32")
-        values = grid[key.strip()] = yamlfiles.parse(f"[{value}]", f"--set {text}")
-        shown = f"{key.strip()}={','.join(map(yamlfiles.write_flow, values))}"
+        key, values = config.parse_overrides(text)
+        if len(values) == 1 and values[0] and isinstance(values[0], list) and not schema.takes(key, values[0]):
+            [values] = values
+        grid[key] = values
+        shown = f"{key}={','.join(map(yamlfiles.write_flow, values))}"
         names.append(re.sub(r"(?a)[^\w.,=+-]+", "-", shown))  # usable in a file name
     if not isinstance(paired, list) or not paired or not all(isinstance(entry, dict) for entry in paired):
         raise UserError(f"{file}: {PAIRED}: expected a list of mappings, as in `- {{name: Wide, lora_r: 64}}`")

@@ -41,6 +41,8 @@ def test_merge_reaches_below_replaces_lists_and_deletes_by_null():
         ("d.0.q=[1, two]", {"a": 1, "d": [{"p": "x", "q": [1, "two"]}, {"p": "y"}]}),
         ("n.o.p=true", {"a": 1, "d": [{"p": "x"}, {"p": "y"}], "n": {"o": {"p": True}}}),
         ("a=null", {"d": [{"p": "x"}, {"p": "y"}]}),
+        ("a='x, y'", {"a": "x, y", "d": [{"p": "x"}, {"p": "y"}]}),
+        ("a=train[:14]", {"a": "train[:14]", "d": [{"p": "x"}, {"p": "y"}]}),
     ],
 )
 def test_override_sets_what_it_names(text, expected):
@@ -48,10 +50,35 @@ def test_override_sets_what_it_names(text, expected):
     assert config.override(base, *config.parse_override(text)) == expected
 
 
-@pytest.mark.parametrize("text", ["novalue", "=1", "d.7.p=1", "d.x=1", "a.b=1", "a=[1"])
+@pytest.mark.parametrize("text", ["novalue", "=1", "d.7.p=1", "d.x=1", "a.b=1", "a=[1", "a=1,2"])
 def test_override_refuses_what_it_cannot_set(text):
     with pytest.raises(UserError, match="--set"):
         config.override({"a": 1, "d": [{"p": "x"}]}, *config.parse_override(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("16,32", [16, 32]),
+        ("train[:14], train[14:20]", ["train[:14]", "train[14:20]"]),
+        ("[q], [q, v]", [["q"], ["q", "v"]]),
+        ("{a: 1, b: 2}", [{"a": 1, "b": 2}]),
+        (".*(q|v){1,2}_proj,all", [".*(q|v){1,2}_proj", "all"]),
+        ('\'a, b\',"c, \\"d"', ["a, b", 'c, "d']),
+        ("'it''s, well', it's", ["it's, well", "it's"]),
+        ("null,1", [None, 1]),
+    ],
+)
+def test_several_values_are_split_at_commas_outside_brackets_and_quotes(text, values):
+    assert config.parse_overrides(f"a={text}") == ("a", values)
+    for value in values:  # as a sweep passes it to `run`
+        assert config.parse_override(f"a={yamlfiles.write_flow(value)}") == ("a", value)
+
+
+@pytest.mark.parametrize("text", ["16,", ",16", "1,,2"])
+def test_a_value_between_commas_is_not_empty(text):
+    with pytest.raises(UserError, match="empty value"):
+        config.parse_overrides(f"a={text}")
 
 
 @given(configs)
