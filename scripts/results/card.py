@@ -23,7 +23,8 @@ from ..metrics.metric import Column
 from ..runs.records import Run
 from ..runs.rundir import PLUGIN, RunDir
 from ..scores.evaluations import ADAPTER, Evaluation, EvaluationSettings
-from .run_rows import REHEARSED, RunResult, manifest_entries
+from .departures import manifest_entries
+from .run_rows import REHEARSED, RunResult
 
 # Licences of language models in https://huggingface.co/docs/hub/repositories-licenses
 _HUB_LICENCES = ("apache-2.0", "mit", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma")

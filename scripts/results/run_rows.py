@@ -1,22 +1,12 @@
 """Results of a run beside published scores."""
 
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, cached_property
-from pathlib import Path
-from typing import Any
+from functools import cached_property
 
-from ..base import yamlfiles
-from ..base.errors import UserError
 from ..base.files import Row
-from ..base.yamlfiles import Config
-from ..configs import config, models
-from ..configs.compose import MIRROR
-from ..configs.config import Difference
-from ..data import manifest, study
-from ..data.manifest import is_the_studys
-from ..data.published import EvalTokens, Published, PublishedScore
+from ..data import study
+from ..data.published import Published, PublishedScore
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..runs.records import Run, Summary
@@ -24,9 +14,9 @@ from ..runs.rundir import RunDir
 from ..scores import evaluations
 from ..scores.evaluations import BASE_MODEL, Changed, Evaluation, changed, current, read_scores
 from ..scores.score import by_declared_model, columns_of
+from . import departures
 
 REHEARSED = ("profile rehearsal", "rehearsal: ")  # a rehearsal's changes of settings have reasons that begin so
-_UNKNOWN_TOKENS = "the scored tokens are unknown under tensor or context parallelism, and for streamed rows"
 _ALIKE = {"data_sha256", "rows", "limit", "decoding"}  # settings that comparable evaluations share
 
 
@@ -155,28 +145,11 @@ class RunResult:
 
     @cached_property
     def other_tokens(self) -> str | None:
-        """Reason not to compare the eval loss with the published one; None without a reason or a published one.
-
-        The tokens behind both must be the same: those of a run of the unchanged recipe, or else those in study.yaml.
-        Without either, no setting may differ that may affect them.
-        """
+        """Reason not to compare the eval loss with the published one; None without a reason or a published one."""
         if not self.study or not self.aim or not any(self.columns[name].metric.of_loss for name in self.aim.scores):
             return None
-        if self.summary.eval_loss_per_token is None:
-            return None if self.summary.eval_loss is None else _UNKNOWN_TOKENS
-        of_unchanged = _of_unchanged(self.folder.runs(self.run.recipe), self.study.origin(self.run.origin))
-        expected = of_unchanged or self.aim.eval_tokens
-        if (own := self.summary.eval_tokens) and expected:
-            return None if own == expected else f"the eval loss covers {own['count']:,} tokens, not those of the recipe"
-        changed = [key for key in self.other_settings if not config.NOT_OF_EVAL_TOKENS.match(key)]
-        if "seed" in changed and not yamlfiles.read_yaml(self.folder.config).get("val_set_size"):
-            changed.remove("seed")  # it decides only which rows val_set_size holds out
-        return f"the eval loss may cover other tokens than the recipe's, by {', '.join(changed)}" if changed else None
-
-    @cached_property
-    def other_settings(self) -> dict[str, Any]:
-        """Settings that differ from the recipe's, except trackers, output, GPUs, and a copy of its model."""
-        return {change.key: change.run for change in self.run.from_origin if not _is_negligible(change)}
+        recipe = self.study.origin(self.run.origin)
+        return departures.other_tokens(self.folder, self.run, self.summary, recipe, self.aim.eval_tokens)
 
     @cached_property
     def scores(self) -> dict[str, RunScore]:
@@ -207,20 +180,12 @@ class RunResult:
     @cached_property
     def other_model(self) -> str | None:
         """Base model of the run; None if it is the recipe's model or a copy of it."""
-        changed = next((difference for difference in self.run.from_origin if difference.key == "base_model"), None)
-        return str(changed.run) if changed and not models.is_copy(changed.run, changed.recipe) else None
+        return departures.other_model(self.run)
 
     @cached_property
     def other_data(self) -> bool:
-        """True if the config names data files that are not the study's, or a manifest shows other content."""
-        moved = any(d.key.startswith("datasets") and d.key.endswith("path") for d in self.run.from_origin)
-        verified = 0 < len(self.run.data) == sum(map(is_the_studys, manifest_entries(self.run)))
-        return (moved and not verified) or any(
-            entry.get("is_the_study_file") is False or entry.get("sha256") != file.sha256
-            for file in self.run.data
-            for entry in manifest.entries(Path(self.run.cwd, file.path).parent).values()
-            if entry.get("file") == Path(file.path).name
-        )
+        """True if the run's data are not the study's."""
+        return departures.other_data(self.run)
 
     @property
     def is_of_something_else(self) -> bool:
@@ -229,44 +194,6 @@ class RunResult:
         Published scores then do not apply.
         """
         return bool(self.other_model) or self.other_data
-
-
-def _is_negligible(change: Difference) -> bool:
-    """True for another tracker, output or number of GPUs, and for a copy of the recipe's model."""
-    if change.key in ("base_model", "tokenizer_config"):
-        return models.is_copy(change.run, change.recipe)
-    if change.key == "seed":
-        return change.recipe is None  # Axolotl's default, see `compose`
-    if change.why == f"profile {MIRROR}" or change.why.startswith("--gpus "):
-        return True
-    return change.key in config.OF_THE_RUN or bool(config.TRACKING.match(change.key))
-
-
-def _of_unchanged(runs: Path, recipe: str) -> EvalTokens | None:
-    """Tokens behind the eval loss of the newest finished run of an unchanged recipe."""
-    files = sorted((runs / recipe).glob("*/run.json"), reverse=True)
-    tokens = (_if_unchanged(file.parent, file.stat().st_mtime_ns) for file in files)
-    return next(filter(None, tokens), None)
-
-
-@cache
-def _if_unchanged(folder: Path, _: int) -> EvalTokens | None:
-    with suppress(UserError):
-        result = RunResult(RunDir(folder), RunDir(folder).read())
-        is_other = result.run.rehearsal or result.other_settings or result.is_of_something_else
-        if result.run.state == "finished" and not is_other:
-            return result.run.summary.eval_tokens
-    return None
-
-
-def manifest_entries(run: Run) -> list[Config]:
-    """Manifest entries of a run's data files, found by hash."""
-    return [
-        entry
-        for file in run.data
-        for entry in manifest.entries(Path(run.cwd, file.path).parent).values()
-        if entry.get("sha256") == file.sha256
-    ]
 
 
 def _value(column: Column, evaluation: Evaluation | None) -> float | None:

@@ -16,7 +16,7 @@ from ..configs import config
 from ..data import study
 from ..data.study import Study
 from ..metrics.metric import Column
-from ..results import repeats
+from ..results import departures, repeats
 from ..results.listing import REHEARSALS
 from ..results.run_rows import RunResult
 from ..results.verdict import StudyRow
@@ -113,7 +113,7 @@ def _published(sweep: Sweep, member: SweepMember, results: Sequence[RunResult]) 
         return {}
     recipe = yamlfiles.read_yaml(paths.recipe_file(origin))
     if results:  # their settings include profiles
-        changes = results[0].other_settings
+        changes = departures.other_settings(results[0].run)
     else:
         differing = config.differences(recipe, yamlfiles.read_yaml(file) | member.values)
         changes = {key: value for key, (_, value) in differing.items() if not config.TRACKING.match(key)}
