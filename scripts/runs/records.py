@@ -38,7 +38,7 @@ class _Record(TypedDict, total=False):
     eval_tokens: EvalTokens
     grad_norm: float | None
     learning_rate: float | None
-    step_seconds: Annotated[float, Field(ge=1e-6)] | None  # a smaller one would make the speed infinite
+    step_seconds: float | None
     tokens: int | None
     tokens_per_second: float | None
     memory_reserved_gib: float

@@ -238,7 +238,7 @@ def summarise(metrics: list[Row]) -> Summary:
         eval_tokens=last("eval_tokens"),
         kept_step=kept_step,
         train_seconds=sum(record.get("step_seconds") or 0.0 for record in metrics),
-        tokens_per_second=sum(record["tokens"] for record in counted) / counted_seconds if counted_seconds else None,
+        tokens_per_second=sum(record["tokens"] for record in counted) / counted_seconds if counted_seconds > 1e-6 else None,
         peak_memory=max([record[memory] for record in metrics if memory in record] + by_rank, default=None),
         memory_kind=_MEMORY.get(memory),
         engine=last("engine"),

@@ -67,12 +67,11 @@ def test_an_integer_beyond_64_bits_becomes_a_float(recipe, bad):
     assert listed(recipe.ok("results", "--json").stdout) == {"good", "bad"}
 
 
-def test_a_step_of_no_time_is_skipped_and_named(recipe, bad):
+def test_a_step_of_no_time_has_no_speed(recipe, bad):
     edit(bad.path / "run.json", state="interrupted")
     bad.metrics.write_text(json.dumps({"step": 1, "loss": 1.0, "tokens": 10**18, "step_seconds": 1e-300}))
     done = recipe.ok("results", "--json")
     assert {row["tokens_per_second"] for row in json.loads(done.stdout)} == {812.0, None}
-    assert "bad/metrics.jsonl: damaged lines skipped" in done.stderr
 
 
 @pytest.mark.parametrize(
