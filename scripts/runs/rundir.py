@@ -222,6 +222,7 @@ def summarise(metrics: list[Row]) -> Summary:
     kept_step = newest.get("kept_step")
     kept = next((record for record in evaluations if record.get("step") == kept_step), evaluations[-1])
     counted = [record for record in metrics if record.get("tokens")]
+    tokens = sum(record["tokens"] for record in counted)
     counted_seconds = sum(record.get("step_seconds") or 0.0 for record in counted)
     memory = next((key for record in metrics for key in _MEMORY if key in record), "")
     of_ranks = [record["peak_gib_by_rank"] for record in metrics if record.get("peak_gib_by_rank")]
@@ -238,7 +239,7 @@ def summarise(metrics: list[Row]) -> Summary:
         eval_tokens=last("eval_tokens"),
         kept_step=kept_step,
         train_seconds=sum(record.get("step_seconds") or 0.0 for record in metrics),
-        tokens_per_second=sum(record["tokens"] for record in counted) / counted_seconds if counted_seconds > 1e-6 else None,
+        tokens_per_second=tokens / counted_seconds if counted_seconds > 1e-6 else None,
         peak_memory=max([record[memory] for record in metrics if memory in record] + by_rank, default=None),
         memory_kind=_MEMORY.get(memory),
         engine=last("engine"),
