@@ -9,23 +9,18 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MOST = 1_000_000
-"""Largest number of characters and items that a product, a filter or a call can create."""
-_MOST_BITS = 1024  # of a number
+"""Largest number of characters, items or bits that an operator or a filter can create."""
 MOST_TEXT = 2000  # characters of an expression
 _FILTERS = (
-    *("abs", "capitalize", "count", "d", "default", "dictsort", "first", "float", "groupby", "int", "items", "last"),
-    *("length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "select", "selectattr"),
-    *("sort", "string", "title", "trim", "unique", "upper", "wordcount"),
+    "abs capitalize count d default dictsort first float groupby int items last length list lower max min reject "
+    "rejectattr reverse select selectattr sort string title trim unique upper wordcount"
 )
 """Jinja's filters whose results are at most as large as their input."""
-_METHODS = frozenset(
-    (
-        *("capitalize", "count", "endswith", "find", "get", "index", "items", "join", "keys", "lower", "lstrip"),
-        *("partition", "removeprefix", "removesuffix", "replace", "rfind", "rpartition", "rsplit", "rstrip", "split"),
-        *("splitlines", "startswith", "strip", "title", "upper", "values"),
-    )
+_METHODS = (
+    "capitalize count endswith find get index items keys lower lstrip partition removeprefix removesuffix rfind "
+    "rpartition rsplit rstrip split splitlines startswith strip title upper values"
 )
-"""Methods of texts, lists and mappings that expressions can call."""
+"""Methods of texts, lists and mappings whose results are at most as large as their input."""
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -36,31 +31,25 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def __init__(self, **more: Any):
         super().__init__(undefined=jinja2.StrictUndefined)
         self.globals.clear()
-        self.filters = {name: filters.FILTERS[name] for name in _FILTERS} | {"join": _join, "replace": _replace} | more
+        self.filters = {name: filters.FILTERS[name] for name in _FILTERS.split()}
+        self.filters |= {"join": _join, "map": _map, "replace": _replace} | more
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Compute `*`, `**` or `%` if the result is small."""
         if operator == "%" and isinstance(left, str):
             raise SecurityError("% formats text, which is not allowed; join texts with ~")
-        if operator == "**" and isinstance(right, int | float):
-            _limit(_bits(left) * abs(right), _MOST_BITS)
-        if operator == "*" and isinstance(left, int) and isinstance(right, int):
-            _limit(_bits(left) + _bits(right), _MOST_BITS)
-        elif operator == "*" and isinstance(left, int):
-            _limit(left * size(right))
-        elif operator == "*" and isinstance(right, int):
-            _limit(size(left) * right)
+        if operator == "**" and isinstance(left, int):
+            _limit(left.bit_length() * right)
+        for value, times in ((left, right), (right, left)):
+            if operator == "*" and isinstance(value, str | list | tuple):
+                _limit(size(value) * times)
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call a method of `_METHODS`."""
-        name, owner = getattr(__obj, "__name__", ""), getattr(__obj, "__self__", None)
-        if name not in _METHODS or not isinstance(owner, str | list | tuple | dict):
-            raise SecurityError(f"{name or 'this call'} is not allowed; allowed are {', '.join(sorted(_METHODS))}")
-        if name == "join":
-            return _join(args[0], str(owner))
-        if name == "replace":
-            return _replace(owner, *args)
+        name = getattr(__obj, "__name__", "this call")
+        if name not in _METHODS.split() or not isinstance(__obj.__self__, str | list | tuple | dict):
+            raise SecurityError(f"{name} is not allowed; allowed are {_METHODS}, and filters such as join and replace")
         return super().call(__context, __obj, *args, **kwargs)
 
 
@@ -69,29 +58,29 @@ def size(value: Any) -> int:
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):
-        return sum(size(key) + size(below) for key, below in value.items()) + 1
-    return sum(map(size, value)) + 1 if isinstance(value, list | tuple) else 1
+        value = [*value, *value.values()]
+    return 1 + sum(map(size, value)) if isinstance(value, list | tuple) else 1
 
 
-def _limit(number: float, most: int = MOST) -> None:
-    if number > most:
-        raise SecurityError(f"the expression would create a value larger than {most:,}")
-
-
-def _bits(number: Any) -> int:
-    return number.bit_length() if isinstance(number, int) else 1
+def _limit(number: float) -> None:
+    if number > MOST:
+        raise SecurityError(f"the expression would create a value larger than {MOST:,}")
 
 
 def _join(values: Any, separator: str = "") -> str:
     """Texts of a list, joined by a separator."""
-    texts = [str(value) for value in values]
+    texts = [*map(str, values)]
     _limit(len(texts) * len(separator))
     return separator.join(texts)
+
+
+def _map(values: Any, attribute: str) -> list[Any]:
+    """One field of each mapping in a list; Jinja's filter of this name can also enlarge each value."""
+    return [value[attribute] for value in values]
 
 
 def _replace(text: Any, old: str, new: str, count: int = -1) -> str:
     """Text with a part replaced."""
     text = str(text)
-    if len(new) > len(old):
-        _limit(text.count(old) * len(new))
+    _limit(text.count(old) * (len(new) - len(old)))
     return text.replace(old, new, count)

@@ -151,7 +151,7 @@ def test_many_mistakes_are_listed_in_the_order_of_their_lines(tmp_path):
         "('a' * 1000000).replace('a', 'b' * 1000)",
         "('a' * 1000000) | join('a' * 1000)",
         "('a' * 1000).join('a' * 10000)",
-        "['a'] | map('replace', 'a', 'b' * 1000000) | map('replace', 'b', 'c' * 1000000) | join",
+        "(['a'] * 1000) | map('replace', 'a', 'b' * 1000000) | join",
         "'a' | list | batch(10**9, 'a') | list",
         "'a' | slice(10**9) | list",
         "1.5 | round(10**9, 'ceil')",
@@ -184,10 +184,9 @@ def test_ordinary_expressions_give_what_jinja_gives():
     row = {"question": " A b ", "options": ["x", "y"], "n": 3}
     expressions = {
         "question.strip().split(' ')[-1]": "b",
-        "options | map('upper') | join(', ')": "X, Y",
-        "', '.join(options)": "x, y",
+        "[{'a': 'x'}, {'a': 'y'}] | map(attribute='a') | join(', ')": "x, y",
         "question | trim | replace('A', 'long text') ~ '!' * n": "long text b!!!",
-        "question.replace(' ', '')": "Ab",
+        "question | replace(' ', '')": "Ab",
         "(n * 2 ** 3) % 5": 4,
         "n * options": ["x", "y"] * 3,
         "options | selectattr('z', 'undefined') | list | length": 2,
