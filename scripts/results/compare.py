@@ -32,13 +32,11 @@ class ScoredRows:
     Attributes:
         columns: metrics of the rows by name.
         models: record of the scorer model, by name of the metric that uses it.
-        about: scored part of the data, see `Evaluation.about_rows`.
     """
 
     rows: list[Row]
     columns: dict[str, Column]
     models: dict[str, dict[str, Any] | None] = field(default_factory=dict)
-    about: str | None = None
 
 
 def several(names: Sequence[str], runs: Path, asked: Sequence[str] = ()) -> list[ScoredRows]:
@@ -61,7 +59,7 @@ def several(names: Sequence[str], runs: Path, asked: Sequence[str] = ()) -> list
     beside = {name: column for of_run in found.values() for name, column in of_run.columns.items()}
     for name in (name for name in names if name not in found):
         found[name] = _scored(read_rows(Path(name)), beside | named or columns_of())
-        found[name].about = about_file(Path(name))
+        _note(name, about_file(Path(name)))
     return [found[name] for name in names]
 
 
@@ -74,13 +72,18 @@ def _of_run(name: str, runs: Path, named: dict[str, Column]) -> ScoredRows:
             f"{folder}: {changed(folder, evaluation) or 'not evaluated'}; run `recipe evaluate {folder}` first"
         )
     scored = _scored(rows, columns := evaluation.columns | named)
-    scored.about = about_rows(evaluation)
+    _note(name, about_rows(evaluation))
     for name in declared_models(columns):
         scored.columns[name] = columns[name]
         scored.models[name] = model_record(columns[name], evaluation.scores)
         for new, row in zip(scored.rows, rows, strict=True):
             new[name] = row.get(name)
     return scored
+
+
+def _note(name: str, about: str | None) -> None:
+    if about:
+        say(f"{name}: {about}")
 
 
 def _scored(rows: Sequence[Row], columns: dict[str, Column]) -> ScoredRows:
@@ -163,13 +166,11 @@ class Comparison:
         training: divergence of the losses; None unless both are runs and have a common step.
         scores: see `compare`; None if a run is not evaluated.
         unscored: folders of runs that are not evaluated.
-        about_rows: scored part of the data, if a side was scored in part.
     """
 
     training: Divergence | None
     scores: list[Row] | None
     unscored: list[str]
-    about_rows: dict[str, str] = field(default_factory=dict)
 
 
 def comparison(pair: tuple[str, str], runs: Path, metrics: Sequence[str] = ()) -> Comparison:
@@ -190,9 +191,7 @@ def comparison(pair: tuple[str, str], runs: Path, metrics: Sequence[str] = ()) -
     training = _divergence([folders[name] for name in pair]) if len(folders) == len(set(pair)) else None
     if training and (unscored := [str(folder.path) for folder in folders.values() if not current(folder.path)]):
         return Comparison(training, None, unscored)
-    sides = several(names, runs, metrics)
-    about = {name: side.about for name, side in zip("ab", sides, strict=True) if side.about}
-    return Comparison(training, compare(*sides), [], about)
+    return Comparison(training, compare(*several(names, runs, metrics)), [])
 
 
 def _divergence(folders: Sequence[RunDir]) -> Divergence | None:

@@ -143,7 +143,7 @@ def _of_intervals(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
 def show_comparison(compared: Comparison, pair: tuple[str, str], json: bool) -> None:
     """Print a comparison of two runs or files of predictions."""
     if json:
-        tables.print_json(asdict(compared))
+        tables.print_json({"training": compared.training and asdict(compared.training), "scores": compared.scores})
         return
     title = f"a: {pair[0]}, b: {pair[1]}"
     if compared.training:
@@ -155,8 +155,6 @@ def show_comparison(compared: Comparison, pair: tuple[str, str], json: bool) -> 
         say("scores are not compared: the two have no metric of rows in common; `--metric NAME` adds one to both")
     else:
         tables.print_table(compared.scores, title, spare=["equal", "rows", "p_wilcoxon", "better", "worse"])
-        for name, about in compared.about_rows.items():
-            tables.print_text(f"{name}: {about}")
         if len(compared.scores) > 1:
             say(f"intervals and p values of {len(compared.scores)} metrics are not corrected for multiple comparisons")
 

@@ -226,13 +226,11 @@ def score(
         rows: each with `reference` and `prediction`; empty if no metric needs predictions.
         columns: metrics by name.
         models: scorer models by column name, without which a column is left out; by default the declared models.
-        loss: eval loss of the run, for metrics of the loss.
-        measured: benchmark scores by column name.
+        loss, measured: eval loss of the run, and benchmark scores by column name.
         groups: groups of the data, of which `rows` can be a part.
 
     Returns:
-        Scores for scores.json, and the rows with their scores. The scores contain means with intervals, records and
-        declarations of the metrics, shares of exact, empty and repeated predictions, `length_ratio`, and any `notes`.
+        Scores for scores.json, as at the end of this function, and the rows with their scores.
     """
     from . import intervals  # imports NumPy, which `recipe results` does not need
 
@@ -241,7 +239,6 @@ def score(
     kept = {name: column for name, column in columns.items() if judged.get(name, column.parameters)}
     scored = with_scores(rows, kept, judged)
     pairs = [(row["reference"], row["prediction"]) for row in rows]
-    means: dict[str, list[float]] = {}
     others: dict[str, float | None] = {}
     records: dict[str, Any] = {}
     notes = [f"rows: {len(rows)} are too few to compare scores"] if 0 < len(rows) < FEWEST else []
@@ -249,16 +246,13 @@ def score(
     for name, column in kept.items():
         metric, parameters = column.metric, judged.get(name) or column.parameters
         if metric.of_rows:
-            means[name] = [row[name] for row in scored]
-            within[name] = intervals.over_rows(means[name], metric)
+            values = [row[name] for row in scored]
+            others[name], within[name] = sum(values) / len(rows), intervals.over_rows(values, metric)
         elif metric.of_all:
             others[name] = metric.of_all(pairs, parameters)
         elif metric.of_groups:
-            averaged, by_group = columns[column.entry["of"]].metric, _by_group(scored, column)
-            missing = _groups_of(column, columns, groups) - by_group.keys()
-            found = None if missing else metric.of_groups(by_group, parameters, averaged)
-            others[name], within[name] = found or (None, None)
-            notes += [f"{name}: no mean, because no row of {group} was scored" for group in sorted(missing)]
+            others[name], within[name], missing = _mean_of_groups(scored, column, columns, groups)
+            notes += missing
         elif metric.of_loss:
             others[name] = None if loss is None else metric.of_loss(loss)
         elif metric.of_model and (benchmark := (measured or {}).get(name)):
@@ -271,7 +265,6 @@ def score(
             notes += [f"{name}: {note}" for note in metric.notes(pairs, parameters)]
     return {
         "rows": len(rows),
-        **{name: sum(values) / len(rows) for name, values in means.items()},
         "intervals": within,
         **others,
         **records,
@@ -309,12 +302,18 @@ def _groups_of(column: Column, columns: Mapping[str, Column], groups: Iterable[s
     return needed
 
 
-def _by_group(rows: Sequence[Row], column: Column) -> dict[str, list[float]]:
-    """Row scores of the averaged column, by group."""
-    groups: dict[str, list[float]] = {}
+def _mean_of_groups(
+    rows: Sequence[Row], column: Column, columns: Mapping[str, Column], groups: Iterable[str]
+) -> tuple[float | None, list[float] | None, list[str]]:
+    """Score over groups of rows, its interval, and a note if a group has no row."""
+    by_group: dict[str, list[float]] = {}
     for row in rows:
-        groups.setdefault(str(row.get("group")), []).append(row[column.entry["of"]])
-    return groups
+        by_group.setdefault(str(row.get("group")), []).append(row[column.entry["of"]])
+    if missing := sorted(_groups_of(column, columns, groups) - by_group.keys()):
+        return None, None, [f"{column.name}: no mean, because no row of {', '.join(missing)} was scored"]
+    assert column.metric.of_groups
+    found = column.metric.of_groups(by_group, column.parameters, columns[column.entry["of"]].metric)
+    return *(found or (None, None)), []
 
 
 def _shares(rows: Sequence[Row]) -> dict[str, float | None]:

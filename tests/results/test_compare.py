@@ -94,8 +94,7 @@ def test_runs_that_are_not_evaluated_are_compared_by_their_trainings(recipe, tmp
     for name, rate in (("one", 2e-4), ("two", 2e-4), ("other", 3e-4)):
         trained(tmp_path, name, rate, predicted=False)
     equal = {"first": 1, "last": 6, "step": None, "losses": None, "differences": {}}
-    compared = recipe.json("results", "one", "two")
-    assert (compared["training"], compared["scores"]) == (equal, None)
+    assert recipe.json("results", "one", "two") == {"training": equal, "scores": None}
     other = recipe.json("results", "one", "other")["training"]
     assert (other["step"], other["losses"]) == (2, [1.0002, 1.0003])
     assert other["differences"] == {"learning_rate": [2e-4, 3e-4]}

@@ -316,8 +316,8 @@ def test_every_output_of_scores_of_a_part_says_so(scored, recipe):
         "compare": ("results", scored.path, predictions),
         "score": ("score", predictions),
     }
-    said = {verb: part in recipe.ok(*words).stdout for verb, words in verbs.items()}
-    assert said == dict.fromkeys(verbs, True)
+    done = {verb: recipe.ok(*words) for verb, words in verbs.items()}
+    assert {verb: part in f"{said.stdout}{said.stderr}" for verb, said in done.items()} == dict.fromkeys(verbs, True)
 
 
 def test_scored_rows_that_are_training_rows_are_named(scored, recipe, tmp_path):
