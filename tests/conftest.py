@@ -117,6 +117,8 @@ def validates_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def ask(configs: list[yamlfiles.Config], gpu: Any) -> list[list[dict[str, Any]]]:
         with hub.importing_axolotl():
+            import axolotl.utils.config  # noqa: F401 (here, because torch's messages on import are silenced here only)
+
             return [[asdict(finding) for finding in validator.findings(config, gpu)] for config in configs]
 
     monkeypatch.setattr(validation, "_ask_child", ask)

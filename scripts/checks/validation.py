@@ -17,10 +17,9 @@ from ..base.machine import package_version, start_child
 from ..base.yamlfiles import Config
 from ..configs import gpus
 from ..configs.compose import Composed
-from ..configs.gpus import Gpu, deepspeed_of
+from ..configs.gpus import ANY_GPU, Gpu, deepspeed_of
 from .check import Report, placed
 from .finding import NEVER_FORCED, Finding
-from .validator import ANY_GPU
 
 VERSION = 1
 """Version of the cached findings; raise it when the validator changes."""

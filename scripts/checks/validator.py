@@ -19,11 +19,9 @@ from pydantic import ValidationError
 
 from ..base.hub import importing_axolotl
 from ..base.yamlfiles import Config
-from ..configs.gpus import Gpu
+from ..configs.gpus import ANY_GPU, Gpu
 from .finding import Finding, Level
 
-ANY_GPU = Gpu("H100", (9, 0))
-"""Default GPU for validation, if the user names no GPU and this machine has none."""
 _STUBBED = ("axolotl.integrations", "axolotl.integrations.mixlora")
 """Packages that the schema names for a table of constants; they would import all plugins' libraries."""
 

@@ -42,6 +42,10 @@ class Gpu:
         return f"{self.name} ({self.sm})"
 
 
+ANY_GPU = Gpu("H100", (9, 0))
+"""Default GPU for validation, if the user names no GPU and this machine has none."""
+
+
 @cache
 def catalogue() -> dict[str, Gpu]:
     """The GPUs of gpus.yaml, by name."""

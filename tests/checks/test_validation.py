@@ -16,9 +16,8 @@ from qlora_recipes.base.files import Row
 from qlora_recipes.base.yamlfiles import Config
 from qlora_recipes.checks import check, validation
 from qlora_recipes.checks.finding import Finding
-from qlora_recipes.checks.validator import ANY_GPU
 from qlora_recipes.configs.compose import Request
-from qlora_recipes.configs.gpus import Gpu
+from qlora_recipes.configs.gpus import ANY_GPU, Gpu
 
 NAME = "haider2024/code-llama-7b"
 

@@ -59,7 +59,7 @@ MISTAKES = [
     (f"run {NAME} --nodes 2", "--on slurm"),
     (f"run {NAME} --on slrum,time=1:00:00", "slurm,"),
     (f"run {NAME} --gpus 2", "--gpus 2"),
-    (f"run {NAME} --rehearse --set comet_project_name=x", "[missing-package:comet_project_name]"),
+    (f"run {NAME} --rehearse --set optimizer=grokadamw", "[missing-package:optimizer]"),
     ("report", "latest"),
     ("report haider2024 -o report.pdf", ".html"),
     ("report haider2024", "--rehearse"),
