@@ -54,6 +54,7 @@ def test_two_ranks_keep_what_is_planned(tmp_path, tiny, sample, profile, change)
     train_many(file, ranks=2)
     found = orjson.loads((tmp_path / SHARDS).read_bytes())
     step, _ = planner.planner_of(config, gpus.Gpu("card", (8, 0), 80))
-    planned = kept_by_rank(step, 2)[engine_of(config)]
+    constants = step.memory.usage.parts.get("quantization constants", 0)  # no parameters, so the plugin misses them
+    planned = kept_by_rank(step, 2)[engine_of(config)] - constants / 2
     print(f"{profile}: planned {planned:,.0f}, found {sum(found.values()):,} bytes: {found}")
     assert sum(found.values()) == pytest.approx(planned, rel=0.02)
