@@ -4,6 +4,7 @@ import ast
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,6 +81,14 @@ def test_offline_examples_run_and_print_as_shown(page, recipe, tmp_path):
                 names = [{name for row in rows for name in NAME.findall(row)} for rows in (shown, printed)]
                 assert names[0] <= names[1], line
                 assert not shown or names[0] or shown[0].split() in [row.split() for row in printed]
+
+
+def test_the_program_for_power_prints_the_numbers_below_it():
+    (program,) = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs" / "results.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert [f"# {line}" for line in printed.splitlines()] == program.splitlines()[-3:]
 
 
 def unknown(words: list[str]) -> Iterator[str]:

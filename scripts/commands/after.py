@@ -1,7 +1,5 @@
 """The verbs after an evaluation: results, report and publish."""
 
-import math
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -16,14 +14,12 @@ from .options import (
     Force,
     Json,
     Metrics,
-    Power,
     RehearsalsOfStudy,
     RunName,
     Things,
     complete_runs,
     exclusive,
     only_with,
-    single_name,
 )
 
 HEADING = "After"
@@ -40,7 +36,6 @@ def results_verb(
     names: Things = None,
     rehearse: RehearsalsOfStudy = False,
     metric: Metrics = None,
-    power: Power = None,
     of_ledger: Annotated[
         bool,
         typer.Option("--ledger", help="Show each published number's status, and the submitted records of runs."),
@@ -57,7 +52,7 @@ def results_verb(
 ) -> None:
     """Show losses and scores of runs, a study or a sweep, or compare two runs."""
     names = names or []
-    exclusive({"--ledger": of_ledger, "--export": export, "--power": power, "--rehearse": rehearse, "--metric": metric})
+    exclusive({"--ledger": of_ledger, "--export": export, "--rehearse": rehearse, "--metric": metric})
     exclusive({" ".join(names): names, "--export": export})
     only_with("--metric", metric, "two runs", len(names) == 2)
     only_with("--rehearse", rehearse, "a study", len(names) == 1)
@@ -68,12 +63,6 @@ def results_verb(
         from ..results import ledger
 
         ledger.show([study.find(name) for name in names] or study.every(), json)
-    elif power:
-        from ..data import study
-        from ..results import repeats, study_tables
-
-        of_study = study.find(single_name(names, "--power"))
-        study_tables.show_power(repeats.outlook(of_study, paths.runs(), _difference(power)), of_study, json)
     elif len(names) == 1:
         _show_one(names[0], rehearse, json)
     elif len(names) > 2:
@@ -138,16 +127,6 @@ def _show_one(name: str, rehearse: bool, json: bool) -> None:
     else:
         listing.show([thing], json)
     next_step("report", name, *["--rehearse"][:rehearse], json=json)
-
-
-def _difference(power: str) -> float | None:
-    """Difference in score that --power names; None stands for the study's tolerance."""
-    if power == "tolerance":
-        return None
-    with suppress(ValueError):
-        if 0 <= (difference := float(power)) < math.inf:
-            return difference
-    raise UserError(f"--power {power}: give `tolerance`, or a difference in the unit of the study's first metric")
 
 
 @verbs.command(

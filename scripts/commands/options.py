@@ -232,14 +232,6 @@ DecodingName = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Decode with the study's settings called NAME; scores get their own column."),
 ]
-Power = Annotated[
-    str | None,
-    typer.Option(
-        "--power",
-        metavar="X|tolerance",
-        help="Show seeds needed to detect a difference of X (or study.yaml's tolerance).",
-    ),
-]
 
 
 def exclusive(options: dict[str, object]) -> None:

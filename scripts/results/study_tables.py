@@ -1,4 +1,4 @@
-"""Print results of studies, comparisons of runs, and the power of a study."""
+"""Print results of studies, and comparisons of runs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -14,7 +14,6 @@ from ..tables import Table
 from . import repeats, verdict
 from .compare import Comparison, Divergence
 from .listing import REHEARSALS, baselines
-from .repeats import Outlook
 from .verdict import StudyRow
 
 COSTS = "Other scores, and costs of the runs"
@@ -168,31 +167,3 @@ def _in_words(training: Divergence) -> Iterator[str]:
     yield "Recorded differences between the runs:" if training.differences else "The runs' records are the same."
     for name, (old, new) in training.differences.items():
         yield f"{name}: {old} -> {new}"
-
-
-def show_power(found: Outlook, of_study: Study, json: bool) -> None:
-    """Print the chance of detecting a difference from a published score."""
-    difference = tables.text_of(found.difference)
-    rows = [
-        {
-            "seeds": chance.seeds,
-            "rows": chance.rows,
-            f"detects {difference}": f"{chance.sees:.0%}",
-            f"smallest detected, {repeats.CHANCE:.0%}": chance.smallest,
-            "false alarms": f"{chance.false_alarms:.0%}",
-        }
-        for chance in found.rows
-    ]
-    title = f"{of_study.first.label}: differences from a published score that runs of {found.study} can detect"
-    by_run, by_row, rest = map(
-        tables.text_of, (found.deviation_of_runs, found.deviation_of_rows, found.deviation_of_a_row_in_a_run)
-    )
-    lines = [
-        f"{difference} is {found.difference_from}. It is detected if the 95 % interval excludes a published score this "
-        "far from the true mean.",
-        f"Based on {found.rests_on}.",
-        f"Standard deviations: {by_run} between runs, {by_row} between rows, {rest} of a row between runs.",
-        f"The interval of one run covers {found.one_run}.",
-        "A false alarm is a detected difference that does not exist; 5 % are normal.",
-    ]
-    tables.show(json, asdict(found), [Table(rows, title)], lines)

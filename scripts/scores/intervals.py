@@ -1,4 +1,4 @@
-"""Confidence intervals of scores, tests of differences, and power of repeated runs.
+"""Confidence intervals of scores, and tests of differences.
 
 A run's score is a mean over test rows. It varies for two reasons: other rows would be easier or harder, and another
 seed would give another model. For S runs scored on the same n rows, the score of row j in run i is
@@ -85,7 +85,6 @@ def _signed_rank(differences: np.ndarray) -> float:
 
 
 EXACT = 500
-DRAWS = 20_000
 ROWS_ONLY = "rows only"
 BORROWED = "a borrowed spread"
 MANY = 1e6  # degrees of freedom of a variance that counts as known
@@ -104,25 +103,25 @@ class Interval:
 class MeanSquares:
     """Mean squares of a layout: between runs, between rows, and residual."""
 
-    of_runs: Any
-    of_rows: Any
-    rest: Any
+    of_runs: float
+    of_rows: float
+    rest: float
     runs: int
     rows: int
 
     @property
     def knows_rows(self) -> bool:
         """True if the estimated variance of rows is positive; the other term allows for rounding errors."""
-        return bool(self.of_rows * (1 - 1e-9) > self.rest)
+        return self.of_rows * (1 - 1e-9) > self.rest
 
-    def half_width(self) -> Any:
+    def half_width(self) -> float:
         """Half-width of the 95 % interval of the mean over runs and rows."""
         size = self.runs * self.rows
-        own = np.maximum(self.of_rows - self.rest, 0) / size  # an estimated variance can be negative
+        own = max(self.of_rows - self.rest, 0) / size  # an estimated variance can be negative
         return half_width(self.of_runs / size, own, self.runs - 1, self.rows - 1)
 
 
-def half_width(of_runs: Any, of_rows: Any, df_runs: float, df_rows: float) -> Any:
+def half_width(of_runs: float, of_rows: float, df_runs: float, df_rows: float) -> float:
     """Half-width of the 95 % interval of a mean over runs and rows.
 
     Let u be the runs' share of the estimated variance, and f the runs' degrees of freedom. The critical value moves
@@ -143,11 +142,12 @@ def half_width(of_runs: Any, of_rows: Any, df_runs: float, df_rows: float) -> An
     """
     from scipy.special import stdtrit
 
-    total = np.asarray(of_runs + of_rows, dtype=float)
-    share = np.divide(of_runs, total, out=np.zeros_like(total), where=total > 0)
-    way = (1 - (1 - share) ** (1 + 2.5 / df_runs)) ** 3
-    by_rows, by_runs = (float(stdtrit(df, 0.975)) for df in (df_rows, df_runs))
-    return (by_rows + (by_runs - by_rows) * way) * np.sqrt(total)
+    total = of_runs + of_rows
+    if total == 0:
+        return 0.0
+    fraction = (1 - (1 - of_runs / total) ** (1 + 2.5 / df_runs)) ** 3
+    by_rows, by_runs = float(stdtrit(df_rows, 0.975)), float(stdtrit(df_runs, 0.975))
+    return (by_rows + (by_runs - by_rows) * fraction) * total**0.5
 
 
 def mean_squares(scores: Sequence[Sequence[float]]) -> MeanSquares:
@@ -157,9 +157,9 @@ def mean_squares(scores: Sequence[Sequence[float]]) -> MeanSquares:
     by_run, by_row, mean = table.mean(axis=1), table.mean(axis=0), table.mean()
     rest = table - by_run[:, None] - by_row[None, :] + mean
     return MeanSquares(
-        of_runs=rows * ((by_run - mean) ** 2).sum() / (runs - 1),
-        of_rows=runs * ((by_row - mean) ** 2).sum() / (rows - 1),
-        rest=(rest**2).sum() / ((runs - 1) * (rows - 1)),
+        of_runs=float(rows * ((by_run - mean) ** 2).sum() / (runs - 1)),
+        of_rows=float(runs * ((by_row - mean) ** 2).sum() / (rows - 1)),
+        rest=float((rest**2).sum() / ((runs - 1) * (rows - 1))),
         runs=runs,
         rows=rows,
     )
@@ -186,7 +186,7 @@ def of_runs(
     """
     mean, runs = fmean(scores), len(scores)
     if runs > 1 and by_row is not None and (squares := mean_squares(by_row)).knows_rows:
-        half = float(squares.half_width())
+        half = squares.half_width()
         return Interval(mean - half, mean + half, f"rows and {runs} runs")
     if not within:
         return None
@@ -199,88 +199,5 @@ def of_runs(
         method = f"rows, and {BORROWED} of {stdev(repeats):.2g} from {len(repeats)} repeats"
     else:
         return Interval(mean - below, mean + above, ROWS_ONLY)
-    below, above = (float(half_width(of_runs, (side / NORMAL) ** 2, df, MANY)) for side in (below, above))
+    below, above = (half_width(of_runs, (side / NORMAL) ** 2, df, MANY) for side in (below, above))
     return Interval(mean - below, mean + above, method)
-
-
-@dataclass(frozen=True)
-class Variances:
-    """Variances of a score's run effects, row effects and residual."""
-
-    of_runs: float
-    of_rows: float
-    rest: float
-
-    def deviation(self, runs: int, rows: int) -> float:
-        """Standard deviation of the mean score for these numbers of runs and rows."""
-        return (self.of_runs / runs + self.of_rows / rows + self.rest / (runs * rows)) ** 0.5
-
-
-def estimated(layouts: Sequence[MeanSquares]) -> Variances:
-    """Pool variances of layouts with equal numbers of rows, weighted by degrees of freedom."""
-    rows, df_runs = layouts[0].rows, [layout.runs - 1 for layout in layouts]
-    rest = fmean([layout.rest for layout in layouts], df_runs)
-    return Variances(
-        of_runs=max(fmean([layout.of_runs for layout in layouts], df_runs) - rest, 0) / rows,
-        of_rows=max(fmean((layout.of_rows - layout.rest) / layout.runs for layout in layouts), 0),
-        rest=rest,
-    )
-
-
-@dataclass(frozen=True)
-class Power:
-    """Power of an interval to show that the true score differs from a value.
-
-    Attributes:
-        halves: possible half-widths of the interval.
-        deviation: standard deviation of the mean score.
-    """
-
-    halves: Any
-    deviation: float
-
-    def sees(self, difference: float) -> float:
-        """Probability that the interval excludes a value at this distance from the true score.
-
-        For a difference of 0, this is the probability of a false positive.
-        """
-        from scipy.special import ndtr
-
-        below = ndtr((-self.halves - difference) / self.deviation)
-        return float((below + ndtr((difference - self.halves) / self.deviation)).mean())
-
-    def smallest(self, chance: float = 0.8) -> float:
-        """Smallest difference that the interval detects with the given probability."""
-        low, high = 0.0, 1.0
-        while self.sees(high) < chance:
-            high *= 2
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (low, middle) if self.sees(middle) >= chance else (middle, high)
-        return high
-
-
-def power(variances: Variances, runs: int, rows: int, repeats: Sequence[float] = ()) -> Power:
-    """Power of the intervals of `of_runs`, for roughly normal scores with these variances.
-
-    For several runs, mean squares are sampled from their distributions, so the half-width varies as it does in
-    practice. For one run, the variance over rows counts as known, and `repeats` add the variance of their scores.
-    """
-    deviation = variances.deviation(runs, rows)
-    if runs == 1:
-        own = (variances.of_rows + variances.rest) / rows
-        borrowed = stdev(repeats) ** 2 if repeats else 0.0
-        return Power(np.atleast_1d(half_width(borrowed, own, max(len(repeats) - 1, 1), MANY)), deviation)
-    chance = np.random.default_rng(0)
-
-    def drawn(expected: float, df: int) -> Any:
-        return expected * chance.chisquare(df, DRAWS) / df
-
-    layout = MeanSquares(
-        of_runs=drawn(rows * variances.of_runs + variances.rest, runs - 1),
-        of_rows=drawn(runs * variances.of_rows + variances.rest, rows - 1),
-        rest=drawn(variances.rest, (runs - 1) * (rows - 1)),
-        runs=runs,
-        rows=rows,
-    )
-    return Power(layout.half_width(), deviation)

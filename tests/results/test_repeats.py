@@ -1,4 +1,3 @@
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ from small_study import PLAIN, WIDE, row_of
 
 from qlora_recipes.base.files import write_rows
 from qlora_recipes.configs.datafiles import DataFile
-from qlora_recipes.data import study
 from qlora_recipes.results import repeats, study_tables, verdict
 from qlora_recipes.results.run_rows import RunResult
 from qlora_recipes.runs.rundir import RunDir
@@ -163,71 +161,3 @@ def test_the_curves_gap_has_a_verdict_where_the_study_gives_a_tolerance(runs, re
     for tolerance, expected in ((0.1, verdict.ACCEPTABLE), (0.09, verdict.OFF)):
         small_study.write(Path(), tolerances={"train_loss": tolerance})
         assert row_of(runs)["train_loss_verdict"] == expected
-
-
-ROWS = 400
-
-
-def of_seeds(runs: Path, seeds: int, recipe: str = PLAIN, **more: Any) -> list[list[float]]:
-    """Runs of a recipe with so many seeds, and their scores of each row: rows are hard, and seeds bad, by chance."""
-    rng = np.random.default_rng(len(recipe))
-    hard, table = rng.normal(size=ROWS), []
-    for seed in range(42, 42 + seeds):
-        right = (100.0 * (hard + 0.1 * rng.normal() + 0.5 * rng.normal(size=ROWS) > 0)).tolist()
-        with_seed(runs, seed, right, recipe=recipe, **more)
-        table.append(right)
-    return table
-
-
-def test_runs_of_several_seeds_tell_all_of_it(runs):
-    one, other = of_seeds(runs, 3), of_seeds(runs, 2, WIDE)
-    found = repeats.outlook(small_study.read(), runs, 1)
-    assert re.findall(r"(\d) runs \w+ (\S+)", found.rests_on) == [("3", PLAIN), ("2", WIDE)]
-    expected = intervals.estimated([intervals.mean_squares(one), intervals.mean_squares(other)])
-    assert found.deviation_of_rows == pytest.approx(expected.of_rows**0.5)
-    assert found.deviation_of_a_row_in_a_run == pytest.approx(expected.rest**0.5)
-    by_seeds = {row.seeds: row for row in found.rows[:5]}
-    assert by_seeds[10].sees > by_seeds[3].sees and by_seeds[10].smallest < by_seeds[3].smallest
-    assert found.rows[4].smallest < found.rows[14].smallest  # with a quarter of the rows
-    assert all(0.03 <= row.false_alarms <= 0.07 for row in found.rows if row.seeds > 1)
-    planned = intervals.power(expected, 3, 400)
-    larger = repeats.outlook(small_study.read(), runs, 20).rows[2].sees
-    assert (by_seeds[3].sees, larger) == (pytest.approx(planned.sees(1)), pytest.approx(planned.sees(20)))
-
-
-@pytest.mark.parametrize(
-    ("seeds", "more"),
-    [(1, {}), (3, {"rehearsal": True}), (3, {"settings": {"test_set": "test"}}), (3, {"set": {"seed": 42}})],
-)
-def test_what_it_lacks_is_told(runs, recipe, seeds, more):
-    of_seeds(runs, seeds, **more)
-    lacks = recipe("results", "sums2030", "--power", "1")
-    assert (lacks.returncode, "recipe reproduce sums2030 --seeds 3" in lacks.stderr) == (2, True)
-    recipe.fails("results", "sums2030", "--power", "0")
-    for words in (("--power", "1", "--rehearse"), ("--export", "latest")):
-        refused = recipe("results", "sums2030", *words)
-        assert (refused.returncode, words[0] in refused.stderr) == (2, True)
-
-
-OF_PERPLEXITY = {"metrics": {"perplexity": {}}, "shown": ["perplexity"], "tolerances": {}}
-
-
-@pytest.mark.parametrize(
-    ("changes", "difference", "named"),
-    [
-        ({"published": {PLAIN: {}, WIDE: {}}} | OF_PERPLEXITY, None, "--power"),  # a metric of no range
-        ({"published": {PLAIN: {}, WIDE: {}}} | OF_PERPLEXITY, 0.1, "perplexity"),  # which has no rows
-    ],
-)
-def test_a_study_that_cannot_be_planned_is_refused(runs, changes, difference, named):
-    small_study.write(Path(), **changes)
-    with pytest.raises(repeats.UserError, match=named):
-        repeats.outlook(small_study.read(), runs, difference)
-
-
-def test_peft_can_be_planned_before_any_run(recipe):
-    found = recipe.json("results", "peft", "--power", "tolerance")
-    assert found["difference"] == study.find("peft").tolerances["accuracy"]
-    assert found["deviation_of_runs"] == pytest.approx(np.std([48.22, 48.22, 49.05], ddof=1))
-    table = recipe("results", "peft", "--power", "4")
-    assert "detects 4.00" in table.stdout
