@@ -21,6 +21,7 @@ from typing import IO, Any
 import orjson
 
 from .errors import UserError
+from .paths import similar_paths
 
 Row = dict[str, Any]
 _MOST_LEVELS = 100  # of JSON; rows and records have fewer than ten
@@ -155,7 +156,7 @@ def read_rows(file: Path, fields: Sequence[str] = ("reference", "prediction"), h
         UserError: the file is missing (the message ends with `hint`) or empty, or a row lacks a field.
     """
     if not file.is_file():
-        raise UserError(f"{file}: no such file{hint}")
+        raise UserError(f"{file}: no such file{hint or similar_paths(file)}")
     with file.open("rb") as lines:
         rows = list(json_rows(lines, file, fields))
     if not rows:

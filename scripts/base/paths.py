@@ -4,6 +4,8 @@ import fnmatch
 import glob
 import os
 from collections.abc import Collection, Iterable
+from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +50,26 @@ def shown(file: Path) -> str:
     """Path of a file in messages, relative if it is below the current folder."""
     absolute = file.absolute()
     return str(absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else file)
+
+
+def similar_paths(missing: Path) -> str:
+    """Hint with the most similar names in a missing path's folder and in the folder above."""
+    folder = missing.absolute().parent
+    near = [*_similar(missing.name, folder), *_similar(missing.name, folder.parent)]
+    hint = ""
+    if not folder.is_dir():
+        hint = f": there is no folder {shown(missing.parent)}"
+        for other in _similar(folder.name, folder.parent):
+            near = [*(_similar(missing.name, other) or [other]), *near]
+    return f"{hint}; did you mean {' or '.join(map(shown, near))}?" if near else hint
+
+
+def _similar(name: str, folder: Path) -> list[Path]:
+    """Path in a folder with the most similar name; empty if none is similar."""
+    names: dict[str, Path] = {}
+    with suppress(OSError):  # no folder, or not readable
+        names = {path.name.lower(): path for path in folder.iterdir() if path.exists()}
+    return [names[near] for near in get_close_matches(name.lower(), names, 1, 0.75)]
 
 
 def homes() -> list[tuple[Path, Path]]:

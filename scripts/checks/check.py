@@ -190,12 +190,12 @@ def _profile_compatibility(composed: Composed, gpu: Gpu | None, launching: bool)
 
 
 def _replaced(composed: Composed) -> Iterator[Finding]:
-    """Warnings about missing user data, whose path may be misspelt; a rehearsal would replace them."""
+    """Warnings about data on a hub, whose path may be a misspelt local one; a rehearsal replaces them."""
     for difference in composed.differences:
         own = difference.key.endswith(".path") and not any(study.preparing(str(difference.recipe)))
         if own and substitution.FROM_SAMPLE in difference.why:
             where = paths.shown(composed.recipe_file), yamlfiles.line_of(composed.recipe_file, difference.key)
-            yield Finding("warning", "other-rows", difference.key, difference.why, "correct the path", *where)
+            yield Finding("warning", "other-rows", difference.key, difference.why, "correct a local path", *where)
 
 
 def tokens_of(request: Request, count: int) -> list[Row]:

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 from ..base import paths
-from ..base.errors import did_you_mean
 from ..configs import datafiles, models
 from ..configs.config import flatten
 from ..configs.numerics import AMPERE, precision, takes_varlen
@@ -59,30 +58,18 @@ def missing_file(case: Case) -> Problems:
         elif "\0" not in name and Path(name).is_dir() and not datafiles.local_files(dataset):
             yield "error", f"{key}.path", f"the folder {paths.shown(Path(name))} is empty", "put rows into it"
         for file in datafiles.local_files(dataset):
-            made_by = study.preparation(str(file))
-            if not file.is_file() and not made_by:
-                is_pattern = not Path(str(name)).is_dir() and (dataset.get("data_files") or set("*?[") & set(str(name)))
-                remedy = "only data_files of a folder can be a pattern" if is_pattern else "correct the path"
-                yield "error", f"{key}.path", f"{paths.shown(file)} does not exist{_near(file)}", remedy
-            elif file.is_file() and not file.stat().st_size:
+            if file.is_file() and not file.stat().st_size:
+                made_by = study.preparation(str(file))
                 remedy = f"run {made_by}" if made_by else "write rows to it, or name another file"
                 yield "error", f"{key}.path", f"{paths.shown(file)} is empty", remedy
-    for key in ("deepspeed", "lora_model_dir", "resume_from_checkpoint"):
-        name = case[key]
-        if not isinstance(name, str) or Path(name).exists() or study.fetching(name):
-            continue
-        if not (key == "lora_model_dir" and name.count("/") == 1):  # perhaps an adapter on the hub
-            problem = f"{paths.shown(Path(name))} does not exist{_near(Path(name))}"
-            yield "error", key, problem, "correct the path or delete the key"
-
-
-def _near(missing: Path) -> str:
-    """Hint with names similar to a missing file, or to its folder if that is missing."""
-    folder = missing.parent
-    if folder.is_dir():
-        return did_you_mean(missing.name, [file.name for file in folder.iterdir()])
-    near = did_you_mean(folder.name, [beside.name for beside in folder.parent.glob("*/")])
-    return f": there is no folder {paths.shown(folder)}{near}"
+        for file in datafiles.missing_files(dataset):
+            is_pattern = not Path(str(name)).is_dir() and (dataset.get("data_files") or set("*?[") & set(str(name)))
+            remedy = "only data_files of a folder can be a pattern" if is_pattern else "correct the path"
+            yield "error", f"{key}.path", f"{paths.shown(file)} does not exist{paths.similar_paths(file)}", remedy
+    for key in datafiles.missing_paths(case.config):
+        path = Path(case[key])
+        problem = f"{paths.shown(path)} does not exist{paths.similar_paths(path)}"
+        yield "error", key, problem, "correct the path or delete the key"
 
 
 @rule

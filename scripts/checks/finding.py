@@ -74,11 +74,11 @@ class Finding:
         """Subject of the finding.
 
         `step`: a setting of the training step; an error in it makes a plan impossible. `config`: any other setting.
-        `code`: foreign code. `data`: a data file or its rows. `file`: a file other than data. `gpu`: the GPU that the
-        config is meant for. `machine`: this machine.
+        `code`: foreign code. `data`: a data file or its rows. `file`: a missing file. `gpu`: the GPU that the config is
+        meant for. `machine`: this machine.
         """
         scope = _SCOPES.get(self.rule, "config")
-        return "data" if self.key.endswith(".path") and scope not in ("step", "code") else scope
+        return "data" if self.key.endswith(".path") and scope == "config" else scope
 
     @property
     def name(self) -> str:

@@ -69,7 +69,8 @@ def _access(case: Case, key: str, model: models.Model, is_here: bool) -> Problem
     if Path(name).is_dir():
         yield "error", key, f"{name} contains no weights", "give a folder that save_pretrained wrote"
     elif models.is_path(name):
-        yield "error", key, f"{name} does not exist", "give a folder, or a model on the hub as owner/name"
+        problem = f"{name} does not exist{paths.similar_paths(Path(name))}"
+        yield "error", key, problem, "give a folder, or a model on the hub as owner/name"
     elif hub.is_offline():
         yield level, key, f"{name} is not cached, and HF_HUB_OFFLINE is set", "fetch the model first"
     elif model.gated and not hub.has_token():

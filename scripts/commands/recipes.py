@@ -206,7 +206,7 @@ def new_verb(
     composed = compose.compose(request)
     report = check.examine(composed, data=data is not None)
     found = report.findings
-    refuse([finding for finding in found if finding.scope not in ("code", "file") and finding.rule != "not-prepared"])
+    refuse([finding for finding in found if finding.scope != "code" and finding.rule != "not-prepared"])
     print(new.write(name, from_, overrides, other))
     unread: list[str] = next((read["unread_fields"] for read in report.data), [])
     of_data = new.reasons(from_, composed.config, set_ or [], unread) if data else []

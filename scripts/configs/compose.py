@@ -120,7 +120,8 @@ class _Layers:
         fragment = filled(fragment, folders) | {"bf16": machine.cpu_has_bf16()}
         self.sample = {key: fragment.pop(key) for key in substitution.OF_SAMPLE}
         own_model = substitution.OF_MODEL if models.is_small(self.config) else ()
-        return {key: value for key, value in fragment.items() if key not in own_model}
+        kept = {*own_model, *datafiles.missing_paths(self.config)}  # the check reports a missing path
+        return {key: value for key, value in fragment.items() if key not in kept}
 
 
 def compose(request: Request, gpu: Gpu | None = None) -> Composed:
@@ -162,7 +163,8 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
         layers.take(config.override(layers.config, key, value), f"--set {text}")
         layers.given |= dict(config.flatten({key: value}))
     if rehearsal and request.ranks == 1:
-        without = config.merge(layers.config, dict.fromkeys(gpus.ENGINE_KEYS))
+        engine = set(gpus.ENGINE_KEYS).difference(datafiles.missing_paths(layers.config))
+        without = config.merge(layers.config, dict.fromkeys(engine))
         layers.take(without, "the rehearsal uses one process; --gpus 2 rehearses the engine too")
     several = f"--gpus {request.gpus}" + (f" --nodes {request.nodes}" if request.nodes > 1 else "")
     layers.take(gpus.divided(layers.config, request.ranks, several), f"{several}: keeps the number of rows per step")

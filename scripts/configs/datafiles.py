@@ -12,9 +12,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from ..base import paths
-from ..base.errors import UserError, did_you_mean
+from ..base.errors import UserError
 from ..base.files import json_rows, sha256
 from ..base.yamlfiles import Config
+from ..data import study
+from . import models
 from .config import flatten
 
 _SUFFIXES = {".jsonl", ".json", ".parquet", ".csv", ".arrow", ".text", ".txt", ".gz", ".zst"}
@@ -57,7 +59,7 @@ def local_files(dataset: Config) -> list[Path]:
         return []
     path = Path(name)
     if not path.is_dir():
-        return [path] if path.is_file() or _looks_local(path) else []
+        return [path] if path.is_file() or _looks_local(name) else []
     if not listed:
         return sorted(file for file in path.rglob("*") if file.is_file())
     patterns = map(str, listed if isinstance(listed, list) else [listed])
@@ -74,10 +76,29 @@ def jsonl_files(dataset: Config) -> list[Path]:
     return [file for file in local_files(dataset) if file.suffix == ".jsonl" and file.is_file()]
 
 
-def _looks_local(path: Path) -> bool:
+def missing_files(dataset: Config) -> list[Path]:
+    """Missing local files of a data set, except prepared rows of a study."""
+    return [file for file in local_files(dataset) if not (file.is_file() or study.preparation(str(file)))]
+
+
+def missing_paths(composed: Config) -> list[str]:
+    """Keys that name a missing local file or folder beside data and models."""
+    keys = []
+    for key in ("deepspeed", "lora_model_dir", "resume_from_checkpoint"):
+        name = composed.get(key)
+        if not isinstance(name, str) or Path(name).exists() or study.fetching(name):
+            continue
+        may_be_on_hub = key == "lora_model_dir" and name.count("/") == 1
+        if not may_be_on_hub or _looks_local(name):
+            keys.append(key)
+    return keys
+
+
+def _looks_local(name: str) -> bool:
     """True if a missing path looks like a local path rather than a path on a hub."""
+    path = Path(name)
     in_a_folder = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
-    return path.is_absolute() or path.suffix in _SUFFIXES or f".{path}" in _SUFFIXES or in_a_folder
+    return models.is_path(name) or path.suffix in _SUFFIXES or f".{path}" in _SUFFIXES or in_a_folder
 
 
 _PROMPT = "Question: {instruction}\nAnswer: "
@@ -110,7 +131,7 @@ def entry_for(file: Path) -> Config:
         UserError: the lines are not JSON objects, or the fields match no known form.
     """
     if not file.is_file():
-        raise UserError(f"--data {file}: no such file{did_you_mean(str(file), map(str, file.parent.glob('*.jsonl')))}")
+        raise UserError(f"--data {file}: no such file{paths.similar_paths(file)}")
     try:
         with file.open("rb") as lines:
             row = next(json_rows(lines, file, ()))
@@ -140,7 +161,7 @@ def record(composed: Config) -> list[DataFile]:
     for where, dataset in datasets(composed):
         for path in local_files(dataset):
             if not path.is_file():
-                raise UserError(f"{where}.path: {paths.shown(path)} does not exist")
+                raise UserError(f"{where}.path: {paths.shown(path)} does not exist{paths.similar_paths(path)}")
             rows = count_rows(path) if path.suffix == ".jsonl" else None
             files[path] = DataFile(path=str(path), sha256=sha256(path), bytes=path.stat().st_size, rows=rows)
     return list(files.values())

@@ -46,7 +46,7 @@ def substitutions(composed: Config, sample: Config, given: Config, ranks: int) -
         given: the user's changes merged after the profile, by dotted key; a rehearsal keeps these.
         ranks: the number of training processes.
     """
-    for change, reason in _rows(composed, sample, given):
+    for change, reason in (*_rows(composed, sample, given), *_length(composed, sample, given)):
         composed = merge(composed, change)
         yield change, reason
     for change, reason in (*_layers(composed), *_ends(composed), *lacking(composed), *_trackers(composed)):
@@ -71,9 +71,11 @@ def substitutions(composed: Config, sample: Config, given: Config, ranks: int) -
 
 
 def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Config, str]]:
-    """Limit data sets to a few rows, from local files or the sample."""
+    """Limit data sets to a few rows, from local files or the sample; keep missing files, which the check reports."""
     for section, most in _MOST_ROWS.items():
         entries = dict(datafiles.datasets(composed, section))
+        if any(map(datafiles.missing_files, entries.values())):
+            continue
         here = {key: entry for key, entry in entries.items() if datafiles.can_be_rehearsed(entry)}
         if here:
             each = max(most // len(here), 1)
@@ -94,15 +96,21 @@ def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Con
                 if key.startswith(f"{section}."):
                     rows = override(rows, key, value)
             yield rows, f"{FROM_SAMPLE}, because {missing} {lacks}"
-        length = composed.get("sequence_len")
-        if section == "datasets" and "sequence_len" not in given:
-            if not here:
-                files = [twin(str(entry.get("path"))) for entry in entries.values()]
-                needed = max([length_of(file) for file in files if file], default=sample["sequence_len"])
-                fits = min(needed, length) if isinstance(length, int) else needed
-                yield {"sequence_len": fits}, "no row of the shipped sample is longer"
-            elif isinstance(length, int) and stands_in(composed):
-                yield {"sequence_len": min(length, CONTEXT)}, "the context of the stand-in model"
+
+
+def _length(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Config, str]]:
+    """Limit sequence_len to the sample's rows, or to the stand-in's context."""
+    if "sequence_len" in given:
+        return
+    length = composed.get("sequence_len")
+    entries = [entry for _, entry in datafiles.datasets(composed, "datasets")]
+    if not any(datafiles.can_be_rehearsed(entry) or datafiles.missing_files(entry) for entry in entries):
+        files = [twin(str(entry.get("path"))) for entry in entries]
+        needed = max([length_of(file) for file in files if file], default=sample["sequence_len"])
+        fits = min(needed, length) if isinstance(length, int) else needed
+        yield {"sequence_len": fits}, "no row of the shipped sample is longer"
+    elif isinstance(length, int) and stands_in(composed):
+        yield {"sequence_len": min(length, CONTEXT)}, "the context of the stand-in model"
 
 
 def _lent(entries: dict[str, Config], sample: list[Config]) -> list[Config]:

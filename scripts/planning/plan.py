@@ -139,11 +139,12 @@ def composed_for(request: Request, gpu: Gpu | None = None) -> Composed:
     """Config of a request, composed for a GPU if one is given.
 
     Raises:
-        UserError: the config has an error that prevents a plan, or a secret that the output would reveal.
+        UserError: the config has an error that prevents a plan, names a missing file, or has a secret that the output
+            would reveal.
     """
     composed = compose(request, gpu)
     findings = check.examine(composed, gpus=request.gpus).findings
-    refuse([finding for finding in findings if finding.scope == "step" or finding.rule == "secret"])
+    refuse([finding for finding in findings if finding.scope in ("step", "file") or finding.rule == "secret"])
     return composed
 
 

@@ -12,6 +12,7 @@ import orjson
 from ..base.errors import UserError
 from ..base.files import Row, json_rows, read_rows, sha256, write_rows
 from ..base.hub import importing_axolotl
+from ..base.paths import similar_paths
 from ..base.progress import say
 from ..base.yamlfiles import Config
 from ..checks.rows import fields_of
@@ -243,7 +244,7 @@ def _loaded(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> list[tu
         for key, entry in datafiles.datasets(cfg):
             for file in datafiles.local_files(entry) if key in source.keys else ():
                 if not file.is_file():
-                    raise UserError(f"{key}.path: {file.absolute()} does not exist")
+                    raise UserError(f"{key}.path: {file.absolute()} does not exist{similar_paths(file)}")
         from ..checks.tokens import Tokenizer
 
         tokenizer = Tokenizer(cfg)

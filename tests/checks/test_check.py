@@ -158,16 +158,6 @@ def test_a_file_that_is_no_config_is_one_finding(place, content):
     assert not (place / "hit").exists()
 
 
-def test_a_misspelt_path_of_ones_own_is_no_reason_to_rehearse_on_other_rows_in_silence(recipe, tmp_path):
-    (tmp_path / "support.jsonl").write_text('{"instruction": "Ask.", "output": "Yes."}\n')
-    own = {"datasets": [{"path": "suport.jsonl", "type": "alpaca"}], "test_datasets": None, "evals_per_epoch": None}
-    (tmp_path / "mine.yaml").write_text(yamlfiles.write_yaml(config_with(own)))
-    alone = recipe("check", "mine.yaml")
-    assert (alone.returncode, "support.jsonl" in alone.stdout, "[missing-file:" in alone.stdout) == (2, True, True)
-    rehearsed = recipe("check", "mine.yaml", "--rehearse")
-    assert "[other-rows:datasets.0.path]" in rehearsed.stdout
-
-
 def test_data_that_are_not_prepared_yet_are_one_warning_of_a_check_and_an_error_of_a_run(recipe, tmp_path):
     tagged = "haider2024/as-released/llama-3-8b"
     done = recipe.ok("check", tagged)

@@ -81,7 +81,7 @@ def test_several_data_sets_share_the_rows_and_those_elsewhere_are_left_out():
     assert splits(given) == ["train[:16]", "train[:40]"]
 
 
-@pytest.mark.parametrize("path", ["gone.jsonl", "some/data-set", "s3://bucket/rows.jsonl", "saved"])
+@pytest.mark.parametrize("path", ["some/data-set", "s3://bucket/rows.jsonl", "saved"])
 def test_the_sample_takes_the_place_of_rows_that_are_not_there(path):
     own = rehearsed({"datasets": [{"path": path, "type": "completion"}]})
     (dataset,) = own.config["datasets"]
@@ -96,8 +96,8 @@ def test_rows_to_evaluate_on_are_its_own_too():
     assert own.config["test_datasets"] == [ROWS | {"split": "train[:8]"}]
     folder = rehearsed({"test_datasets": [{"path": "folder", "type": "completion"}]})
     assert splits(folder, "test_datasets") == ["test[:8]"]
-    gone = rehearsed({"test_datasets": [{"path": "gone.jsonl", "type": "completion"}]})
-    assert gone.config["test_datasets"][0]["path"].endswith("valid.jsonl")
+    hub = rehearsed({"test_datasets": [{"path": "some/data-set", "type": "completion"}]})
+    assert hub.config["test_datasets"][0]["path"].endswith("valid.jsonl")
 
 
 def test_nothing_is_laid_beside_a_share_that_is_held_out(recipe, place):
@@ -208,6 +208,6 @@ def test_data_that_is_set_and_wrong_is_left_to_the_check():
         assert "sample" not in str(rehearsed(None, wrong).config.get("datasets"))
     (of_hub,) = rehearsed(None, "datasets.0.path=some/data-set").config["datasets"]
     assert of_hub["path"].endswith("train.jsonl")  # a rehearsal asks no hub
-    gone = {"datasets": [{"path": "gone.jsonl", "type": "completion"}]}
-    (sample,) = rehearsed(gone, "datasets.0.split=train[:16]", "datasets.0.typ=x").config["datasets"]
+    saved = {"datasets": [{"path": "saved", "type": "completion"}]}
+    (sample,) = rehearsed(saved, "datasets.0.split=train[:16]", "datasets.0.typ=x").config["datasets"]
     assert (Path(sample["path"]).name, sample["split"], sample["typ"]) == ("train.jsonl", "train[:16]", "x")
