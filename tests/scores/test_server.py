@@ -17,6 +17,7 @@ from qlora_recipes.scores import evaluate
 from qlora_recipes.scores import server as servers
 from qlora_recipes.scores.evaluate import EvaluationRequest
 from qlora_recipes.scores.evaluations import Completion, read_predictions
+from qlora_recipes.scores.row_files import taken
 
 PROMPTS = [[5, 6, 7, 8], [5, 6], [9, 10, 11], [12, 13, 14, 15, 16]]
 
@@ -209,7 +210,8 @@ def test_an_evaluation_goes_on_when_its_server_is_there_again(tmp_path, tiny, ti
         request.engine = server.url
         resumed = evaluate.evaluate(run, request)
         assert len(server.requests) == 9 - 5
-    assert [row["row"] for row in read_predictions(run.path / "evaluations" / "base-model")] == list(range(9))
+    rows = [row["row"] for row in read_predictions(run.path / "evaluations" / "base-model")]
+    assert rows == taken(resumed.settings.total_rows, 9)
     assert (resumed.settings.engine, resumed.settings.model) == ("server", "m")
     assert resumed.settings.agreement is None
     assert not any(b"geheim" in file.read_bytes() for file in run.path.rglob("*") if file.is_file())
