@@ -11,10 +11,10 @@ MANIFEST = "manifest.json"
 
 
 def entries(out: Path) -> dict[str, Row]:
-    """Entries of the splits in a folder's manifest; entries written by early versions are ignored."""
+    """Entries of the splits in a folder's manifest."""
     splits = read_json(out / MANIFEST).get("splits")
     found = splits if isinstance(splits, dict) else {}
-    return {name: entry for name, entry in found.items() if isinstance(entry, dict) and "constants" in entry}
+    return {name: entry for name, entry in found.items() if isinstance(entry, dict)}
 
 
 def lists(out: Path, of_study: Study, file: Path) -> bool:

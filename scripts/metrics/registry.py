@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
@@ -55,8 +54,8 @@ class Benchmark(BaseModel):
     filter: str
     rows: int
     total_rows: int
-    limit: int | None = None
-    ends: list[int] = Field(default_factory=list)
+    limit: int | None
+    ends: list[int]
     harness: str
 
     @property
@@ -205,25 +204,19 @@ def scorer_named(texts: Iterable[str]) -> str | None:
 def recorded(scores: Mapping[str, Any]) -> dict[str, Column]:
     """Columns in scores.json.
 
-    In old files without declarations, the keys name the metrics. Unknown metrics of newer versions are left out.
+    Raises:
+        WrongMetric: see `column`.
     """
-    entries = scores.get("metrics")
-    if entries is None:
-        return columns(dict.fromkeys(name for name in (*DEFAULT, *METRICS) if scores.get(name) is not None))
-    found = {}
-    for name, entry in entries.items():
-        with suppress(WrongMetric):
-            found[name] = column(name, entry)
-    return found
+    return columns(scores["metrics"])
 
 
 class _Scores(BaseModel, extra="allow"):
     """Schema of `scores` in scores.json; other fields are allowed, such as scores and details from `Metric.record`."""
 
     __pydantic_extra__: dict[str, float | str | dict[str, Any] | None] = Field(init=False)
-    rows: int | None = None
-    metrics: dict[str, dict[str, Any] | None] | None = None
-    intervals: dict[str, tuple[float, float] | None] | None = None
+    rows: int
+    metrics: dict[str, dict[str, Any]]
+    intervals: dict[str, tuple[float, float] | None]
     notes: list[str] = Field(default_factory=list)
 
 

@@ -15,7 +15,7 @@ from ..tables import Table
 from . import run_rows
 from .run_rows import RunResult
 
-AXOLOTL_EVAL_LOSS = "Axolotl's eval loss"  # shown for old runs without a loss per token
+AXOLOTL_EVAL_LOSS = "Axolotl's eval loss"  # shown without a loss per token
 REHEARSALS = "Rehearsals (small stand-in model, few rows; not comparable with any published score)"
 _SPARE = (
     *("minutes", "tokens/s", "rows", "peak GiB", "base model"),

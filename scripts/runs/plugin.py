@@ -226,13 +226,7 @@ class RunCallback(TrainerCallback):
         _note(args.output_dir, phase="training")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Record the trainer's log entry for a step or an evaluation.
-
-        This method removes the loss per token from the trainer's history. Otherwise, writing the model card fails if
-        only some evaluations have this loss, as in a run that an earlier version of this project began.
-        """
-        if state.log_history:
-            state.log_history[-1].pop(eval_loss.NAME, None)
+        """Record the trainer's log entry for a step or an evaluation."""
         if not logs or not {"loss", "eval_loss", eval_loss.NAME} & logs.keys():
             return
         usage = _usage()

@@ -7,10 +7,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Required, Self, TypedDict
+from typing import Annotated, Literal, Required, Self, TypedDict
 
 import psutil
-from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, model_validator, with_config
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, with_config
 
 from ..base import paths
 from ..base.files import sha256
@@ -65,7 +65,7 @@ class Git(TypedDict):
 
 @with_config(extra="allow")
 class Provenance(TypedDict, total=False):
-    """Provenance from `collect`; older runs lack some fields."""
+    """Provenance from `collect`."""
 
     git: Git | None
     lock_sha256: str | None
@@ -172,12 +172,12 @@ class Summary(BaseModel):
 
     Attributes:
         eval_loss, eval_loss_first: Axolotl's eval loss, the mean of batch means.
-        eval_loss_per_token, eval_loss_per_token_first: see the module `eval_loss`; older runs have None.
+        eval_loss_per_token, eval_loss_per_token_first: see the module `eval_loss`.
         eval_tokens: tokens behind `eval_loss_per_token`; None without this loss.
         kept_step: step of the best checkpoint, if the trainer loaded its weights at the end; `eval_loss` and
             `eval_loss_per_token` then belong to this step.
         training_rows: number of rows after Axolotl held rows out and dropped long ones; None for streamed rows.
-        trainable_parameters, parameters: PEFT's counts; None in older runs and without an adapter.
+        trainable_parameters, parameters: PEFT's counts; None without an adapter.
     """
 
     step: int = 0
@@ -200,7 +200,7 @@ class Summary(BaseModel):
     trainable_parameters: int | None = None
     parameters: int | None = None
     trouble: str | None = None  # a message if the last losses are NaN
-    ended: Ended | None = None  # None also after a kill, and in runs older than this field
+    ended: Ended | None = None  # None also after a kill
 
     @property
     def trainable_share(self) -> float | None:
@@ -236,14 +236,6 @@ class Run(BaseModel):
     published_adapter: str | None = None  # name of an adapter that was not trained here
     summary: Summary = Field(default_factory=Summary)  # at the end of the last launch; `RunDir.summary` is current
     provenance: Provenance = Field(default_factory=Provenance)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _brought_up_to_date(cls, content: Any) -> Any:
-        """Upgrade a record of an earlier version."""
-        if isinstance(content, dict) and content.get("mirror"):  # formerly an option, now a profile
-            return content | {"profiles": [*content.get("profiles", []), "mirror"]}
-        return content
 
     @property
     def changed_data(self) -> Path | None:

@@ -132,10 +132,7 @@ def _measure(
                 continue
             smaller = " with a smaller --batch-size" if isinstance(error, OutOfMemoryError) else ""
             raise WorkFailed(f"{problem}; predictions are kept; repeat the command{smaller} to continue") from error
-        scored = {"limit": limit, "ends": ends}
-        if samples is not None:  # the harness counts all rows
-            scored["rows"] = sum(map(len, samples.values()))
-        found[name] = summarise(done, parameters).model_copy(update=scored)
+        found[name] = summarise(done, parameters, ends, limit, samples)
     return found
 
 
@@ -206,8 +203,20 @@ def _tasks(folder: str | None) -> "TaskManager":
     return TaskManager(include_path=folder)
 
 
-def summarise(done: Mapping[str, Any], parameters: BenchmarkParameters) -> Benchmark:
+def summarise(
+    done: Mapping[str, Any],
+    parameters: BenchmarkParameters,
+    ends: list[int],
+    limit: int | None = None,
+    samples: Mapping[str, list[int]] | None = None,
+) -> Benchmark:
     """Extract a task's score from the harness's report.
+
+    Args:
+        done: the report, which counts all rows even if `samples` leaves some out.
+        parameters: the task, and the result that counts.
+        ends, limit: see `Benchmark`.
+        samples: positions of the scored rows by task; None for all rows.
 
     Raises:
         WorkFailed: the report lacks the requested result, or the result is not a share from 0 to 1.
@@ -249,7 +258,9 @@ def summarise(done: Mapping[str, Any], parameters: BenchmarkParameters) -> Bench
         version=str(done["versions"].get(name)),
         shots=shots.pop() if len(shots) == 1 else None,
         filter=filtered,
-        rows=total_rows,
+        rows=total_rows if samples is None else sum(map(len, samples.values())),
         total_rows=total_rows,
+        limit=limit,
+        ends=ends,
         harness=version("lm_eval"),
     )

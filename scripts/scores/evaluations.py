@@ -81,13 +81,13 @@ class EvaluationSettings(BaseModel):
     data_sha256: str
     test_set: str | None = None
     rows: int
-    total_rows: int = 0
+    total_rows: int
     limit: int | None = None
     decoding: Decoding
     batch_size: int | None
     batch_tokens: int | None = None
     quantized: bool
-    built_with: dict[str, Any] = Field(default_factory=dict)
+    built_with: dict[str, Any]
     dtype: str
     engine: str = REFERENCE
     model: str | None = None
@@ -172,10 +172,10 @@ class Evaluation(BaseModel):
     made: str
     rehearsal: bool
     scores: Annotated[dict[str, Any], AfterValidator(registry.valid)]
-    version: int = 1
+    version: int
     settings: EvaluationSettings
-    files: dict[str, FileState] = Field(default_factory=dict)
-    data: list[RowsState] = Field(default_factory=list)
+    files: dict[str, FileState]
+    data: list[RowsState]
     also_trained: list[int] | None = None
 
     @cached_property

@@ -85,9 +85,17 @@ def test_what_cannot_be_asked_for_is_refused(texts, says):
     assert says in str(error.value)
 
 
-def test_what_other_versions_recorded_is_read_as_far_as_it_is_known():
-    old = {"rows": 2, "bleu4": 1.0, "bertscore_f1": None, "sacrebleu": 0.0, "intervals": {}}
-    assert list(registry.recorded(old)) == ["bleu4", "sacrebleu"]
-    entries = {"accuracy": {"metric": "number", "parser": "peft"}, "unknown": {"metric": "of the future"}}
-    (column,) = registry.recorded({"metrics": entries}).values()
-    assert column.entry == {"metric": "number", "parser": "peft"}
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ({"metrics": {"unknown": {"metric": "of the future"}}}, "metric: no metric is called of the future"),
+        ({"accuracy": "high"}, "a score is not a number"),
+    ],
+)
+def test_recorded_scores_of_unknown_metrics_are_refused(damage, says):
+    entries = {"accuracy": {"metric": "number", "parser": "peft"}}
+    scores = {"rows": 2, "intervals": {}, "accuracy": 50.0, "metrics": entries}
+    (column,) = registry.recorded(registry.valid(scores)).values()
+    assert column.entry == entries["accuracy"]
+    with pytest.raises(ValueError, match=says):
+        registry.valid(scores | damage)

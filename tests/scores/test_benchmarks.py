@@ -11,7 +11,7 @@ from conftest import finish, start
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import WorkFailed
 from qlora_recipes.metrics import registry
-from qlora_recipes.metrics.registry import Benchmark, BenchmarkParameters
+from qlora_recipes.metrics.registry import BenchmarkParameters
 from qlora_recipes.runs import rundir
 from qlora_recipes.scores import benchmarks, evaluate
 from qlora_recipes.scores.evaluate import EvaluationRequest
@@ -40,7 +40,7 @@ GROUP: dict[str, Any] = {
     ],
 )
 def test_a_group_is_scored_as_the_harness_or_as_the_mean_of_its_tasks(parameters, value, stderr):
-    found = benchmarks.summarise(GROUP, BenchmarkParameters(**parameters))
+    found = benchmarks.summarise(GROUP, BenchmarkParameters(**parameters), [2])
     assert (found.value, found.stderr) == (pytest.approx(value), stderr and pytest.approx(stderr))
     assert (found.version, found.shots, found.rows) == ("2", 5, 400)
 
@@ -52,7 +52,7 @@ def test_a_group_is_scored_as_the_harness_or_as_the_mean_of_its_tasks(parameters
 def test_a_benchmark_of_0_or_100_percent_has_an_interval_within_its_range(share, error, expected):
     results = {"a": {"acc,none": share, "acc_stderr,none": error}}
     counts = {"configs": {"a": {}}, "n-samples": {"a": {"original": 12, "effective": 12}}}
-    found = benchmarks.summarise(GROUP | counts | {"results": results}, BenchmarkParameters(task="a"))
+    found = benchmarks.summarise(GROUP | counts | {"results": results}, BenchmarkParameters(task="a"), [2])
     assert found.interval == pytest.approx(expected, abs=0.01)
 
 
@@ -61,7 +61,7 @@ def test_a_result_that_is_missing_or_no_share_is_refused(result):
     other = {"word_perplexity,none": 15.3, "bpb,none": 0.7, "bleu,none": 27.0}
     made = GROUP | {"results": {"a": other}, "higher_is_better": {"a": {"bpb": False}}}
     with pytest.raises(WorkFailed):  # after generation: a UserError would remove a published adapter's run
-        benchmarks.summarise(made, BenchmarkParameters(task="a", result=result))
+        benchmarks.summarise(made, BenchmarkParameters(task="a", result=result), [2])
 
 
 def test_a_task_is_a_column_of_its_name():
@@ -72,8 +72,8 @@ def test_a_task_is_a_column_of_its_name():
 @pytest.mark.parametrize(("limit", "kept"), [(5, True), (None, False), (6, False)])
 def test_a_benchmark_of_other_rows_is_measured_anew(limit, kept):
     columns = registry.asked(["benchmark:grp"])
-    scored = benchmarks.summarise(GROUP, BenchmarkParameters(task="grp")).model_dump() | {"limit": 5, "ends": [2]}
-    former: Any = SimpleNamespace(columns=columns, benchmark=lambda _: Benchmark.model_validate(scored))
+    scored = benchmarks.summarise(GROUP, BenchmarkParameters(task="grp"), [2], 5)
+    former: Any = SimpleNamespace(columns=columns, benchmark=lambda _: scored)
     assert bool(benchmarks.kept(columns, former, limit)) == kept
     assert benchmarks.kept({}, former, limit)  # not asked for again
 

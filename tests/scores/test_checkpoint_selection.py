@@ -40,12 +40,12 @@ def scored_as(scores: Scores, monkeypatch: pytest.MonkeyPatch, test: Path) -> li
         value = scores[name][0 if request.validation else 1]
         data = "valid.jsonl" if request.validation else str(test)
         settings = EvaluationSettings(
-            base_model="m", adapter=name, adapter_sha256=name, data=data, data_sha256="d", rows=8, batch_size=1,
-            decoding=Decoding(max_new_tokens=8), quantized=True, dtype="float32",
+            base_model="m", adapter=name, adapter_sha256=name, data=data, data_sha256="d", rows=8, total_rows=8,
+            batch_size=1, decoding=Decoding(max_new_tokens=8), built_with={}, quantized=True, dtype="float32",
         )  # fmt: skip
         intervals = {"bleu4": [value - 1, value + 1]}
-        made = {"bleu4": value, "intervals": intervals}
-        return Evaluation(made="", rehearsal=False, scores=made, settings=settings)
+        made = {"rows": 8, "bleu4": value, "intervals": intervals, "metrics": {"bleu4": {"metric": "bleu4"}}}
+        return Evaluation(made="", rehearsal=False, scores=made, version=1, files={}, data=[], settings=settings)
 
     monkeypatch.setattr(checkpoint_selection, "evaluate", evaluated)
     return asked
@@ -99,7 +99,8 @@ def test_where_there_are_no_other_rows_the_best_has_no_test_score(run, tmp_path,
 def test_rows_without_a_score_select_no_checkpoint(run, sample, monkeypatch):
     scored_as(VALUES, monkeypatch, sample / "test.jsonl")
     evaluated = checkpoint_selection.evaluate
-    no_mean = {"scores": {"bleu4": None, "intervals": {"bleu4": None}}}  # as a mean of groups that lacks a group
+    metrics = {"bleu4": {"metric": "bleu4"}}
+    no_mean = {"scores": {"bleu4": None, "intervals": {}, "metrics": metrics}}  # as a mean of groups that lacks a group
     monkeypatch.setattr(checkpoint_selection, "evaluate", lambda *words: evaluated(*words).model_copy(update=no_mean))
     with pytest.raises(UserError, match=r"BLEU-4 has no score on valid\.jsonl, 8 rows; raise --limit"):
         select(run, EvaluationRequest(limit=8))

@@ -13,10 +13,12 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.configs import config
 from qlora_recipes.configs.config import Difference
 from qlora_recipes.data import study
+from qlora_recipes.metrics import registry
 from qlora_recipes.runs import checkpoints, launch
 from qlora_recipes.runs.records import Launch, Run, Summary
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores.evaluations import Evaluation, EvaluationSettings
+from qlora_recipes.scores.score import VERSION
 
 STUDY = study.find("haider2024")
 ADAPTER = "adapter_model.safetensors"
@@ -66,16 +68,23 @@ def evaluated(folder: RunDir, scores: dict[str, Any], rehearsal: bool = False, *
         "data_sha256": "x",
         "test_set": "test-subset-1",
         "rows": 5000,
+        "total_rows": 5000,
+        "built_with": {},
         "decoding": STUDY.decoding,
         "batch_size": None,
         "batch_tokens": 8192,
         "quantized": True,
         "dtype": "float16",
     }
+    named = [name for name in scores if name in registry.METRICS]
+    recorded = {"rows": 5000, "intervals": {}, "metrics": {name: {"metric": name} for name in named}}
     made = Evaluation(
         made="2026-01-01T11:00:00+00:00",
         rehearsal=rehearsal,
-        scores=scores,
+        scores=recorded | scores,
+        version=VERSION,
+        files={},
+        data=[],
         settings=EvaluationSettings(**default | settings),
     )
     (folder.path / "scores.json").write_text(made.model_dump_json())
