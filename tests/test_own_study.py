@@ -9,6 +9,7 @@ import orjson
 import pytest
 from pydantic import ValidationError
 
+from qlora_recipes.base import paths
 from qlora_recipes.data import study
 from qlora_recipes.results import ledger
 from qlora_recipes.results.run_rows import RunResult
@@ -88,6 +89,10 @@ def test_the_skeleton_of_a_study_passes_every_check(recipe, tmp_path):
     assert made.returncode == 0 and "recipe study check mine" in made.stderr
     assert all((tmp_path / file).is_file() for file in made.stdout.split())
     recipe.ok("render", "--check")
+    written = (tmp_path / "recipes" / "mine" / "llama-3.2-3b-mine.yaml").read_text()
+    assert "\n# Run       recipe run mine/llama-3.2-3b-mine\n" in written  # from the project's parent of all templates
+    schema = re.match(r"# yaml-language-server: \$schema=(\S+)\n", written)
+    assert schema and (tmp_path / "recipes" / "mine" / schema[1]).samefile(paths.RECIPES / "axolotl.schema.json")
     checked = recipe("study", "check", "mine")
     assert checked.returncode == 0 and not {"error:", "warning:"} & {*checked.stdout.split()}
     recipe.ok("check", "mine/llama-3.2-3b-mine", "--rehearse")

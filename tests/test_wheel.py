@@ -37,6 +37,7 @@ def test_the_wheel_holds_all_that_the_command_needs(tmp_path):
         (("list",), paths.recipe_names()[0]),
         (new, "variants/mine.yaml"),
         (("show", "mine"), "r: 8"),
+        (("study", "new", "smith2026"), "recipes/smith2026/llama-3.2-3b-smith2026.yaml"),
     ):
         done = subprocess.run(
             [sys.executable, "-c", program, *words],

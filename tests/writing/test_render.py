@@ -85,12 +85,23 @@ def templates(tmp_path: Path) -> Path:
     [
         ('{% extends "haider2024/_base.yaml.j2" %}', r"_base\.yaml\.j2:\d+: '\w+' is undefined"),
         ("a: 1\nb: {{ name\n", r"other\.yaml\.j2:2: "),
+        ('{% extends "_recipe.yaml.j2" %}', r"_recipe\.yaml\.j2:\d+: Required block 'header' not found"),
     ],
 )
 def test_a_broken_template_is_an_error_with_its_place(templates, text, place):
     (templates / "haider2024" / "other.yaml.j2").write_text(text)
     with pytest.raises(UserError, match=place):
         render.rendered(templates)
+
+
+def test_no_study_repeats_what_all_recipes_share():
+    parent = (paths.TEMPLATES / "_recipe.yaml.j2").read_text().partition("-#}\n")[2]
+    shared = {line for line in parent.splitlines() if line and not line.startswith("{%")}
+    assert len(shared) > 15
+    for base in sorted(paths.TEMPLATES.glob("*/_base.yaml.j2")):
+        lines = base.read_text().splitlines()
+        assert lines[0] == '{% extends "_recipe.yaml.j2" %}', base
+        assert shared.intersection(lines) == set(), base
 
 
 PHI = "microsoft/Phi-3-mini-4k-instruct"
