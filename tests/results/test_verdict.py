@@ -157,7 +157,7 @@ def test_what_differs_from_the_paper_and_what_it_leaves_open(tmp_path):
     table = verdict.rows(STUDY, tmp_path, False)
     row = row_of(tmp_path, "haider2024/llama-3-8b")
     assert row["differs"] == ["lora_r: 64 instead of 32"]
-    assert row["open"][0].startswith("lora_target_modules: q_proj k_proj v_proj o_proj (notebook")
+    assert row["open"][0].startswith("lora_target_modules: q_proj k_proj v_proj o_proj (third-party notebook")
     assert "warmup_steps: 5 (--set warmup_steps)" in row["open"]
     stated = {text.partition(":")[0] for text in row["open"]}
     assert not stated & {"lora_r", "num_epochs", "optimizer"}
