@@ -5,7 +5,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from .render import SPECIAL_TOKENS, BaseModel, describe
 
 HELD_OUT = 0.05
 """Share of rows held out for the eval loss, if the recipe holds out none."""
-_SCHEMA = re.compile(r"(# yaml-language-server: \$schema=)\S+(.*\n)")
 _ABSENT = re.compile(r"(?m)^# (variant, removed: )?(revision_of_model|special_tokens)( is not set:|;) .*\n")
 """Comments about keys of the base model that are not set."""
 # Keys that suit only one model; `for_model` drops them
@@ -216,66 +215,42 @@ def write(name: str, base: str, overrides: list[str], other: OtherModel | None =
             changes[key] = Change(value, "your rows" if key == "datasets" else None)
     if "output_dir" in recipe:  # so that plain Axolotl does not overwrite the base recipe's output
         changes["output_dir"] = Change(f"outputs/{name}")
+    text = "".join(dropwhile(lambda line: line.startswith("#"), text.splitlines(keepends=True)))
     if other:
         text = _ABSENT.sub("", text)
     for key, change in changes.items():
         text = edited(text, key, change.value, str(base_file), change.source)
-    editor = _SCHEMA.match(text)
-    text = text[editor.end() :] if editor else text
-    schema = os.path.relpath(paths.RECIPES / "axolotl.schema.json", file.parent)  # relative to the variant
-    head = f"{editor[1]}{schema}{editor[2]}" if editor else ""
-    head += f"# {name}: a variant of {base_name}\n"
-    head += f"# `recipe diff {name}` lists what it changes, `recipe run {name}` trains it.\n"
-    if other:
-        rest = "the other settings are unchanged"
-        text = _for_other_model(text, base, base_name, other.about, str(recipe.get("base_model")))
-    else:
-        rest = "all else, from here on, is unchanged"
-        if "datasets" in changes:
-            text = _DATA.sub("", text)
-    write_atomically(file, f"{head}# Changed lines state the former value; {rest}.\n#\n{text}")
+    origin = config.origin_of(base_name, base_file) or base_name
+    schema = os.path.relpath(paths.RECIPES / "axolotl.schema.json", file.parent)
+    write_atomically(file, "\n".join(_header(name, base_name, origin, schema, other)) + "\n" + text)
     return file
 
 
-# Labels of header lines in templates/*/_base.yaml.j2
-_LABEL = re.compile(r"# ((Study|Run|Rehearse|Change|Data|Model|Note|Differs) {2,}|Not known )\S")
-_DATA = re.compile(r"^# Data {2,}.*\n(#  +.*\n)*", re.MULTILINE)
-_VARIANT = re.compile(r"# (\S+): a variant of (\S+)")
-
-
-def _for_other_model(text: str, base: str, base_name: str, about: BaseModel, before: str) -> str:
-    """Rewrite the header of a variant for another base model.
-
-    Paragraphs that describe the original recipe or name its model are dropped.
+def _header(name: str, base: str, origin: str, schema: str, other: OtherModel | None) -> list[str]:
+    """Header lines of a variant, from which `config.ancestors` reads its originals.
 
     Args:
-        text: the text of the variant, without the line that names the schema for code editors.
-        base: the original recipe or file, as the user named it.
-        base_name: the original's complete name.
-        about: facts about the new model.
-        before: the former base model.
+        name: the name of the variant.
+        base: the complete name of the original.
+        origin: the shipped recipe behind the original, or the original.
+        schema: path of the schema for code editors, relative to the variant.
+        other: the base model that replaces the original's.
     """
-    head = "".join(takewhile(lambda line: line.startswith("#"), text.splitlines(keepends=True)))
-    own = {before, str(models.entry_of(before).get("title", before)), *(f"# {name}:" for name in paths.recipe_names())}
-    paragraphs = [paragraph.strip("\n") for paragraph in re.split(r"(?m)^#?\s*\n", head)]
-    kept = [
-        paragraph
-        for paragraph in paragraphs
-        if paragraph and not any(word in paragraph for word in own)
-        and not any(_LABEL.match(line) or _VARIANT.fullmatch(line) for line in paragraph.splitlines())
-    ]  # fmt: skip
-    lines = [line for line in head.splitlines() if _VARIANT.fullmatch(line)]
-    origin = config.origin_of(*paths.find_recipe(base))
-    if origin and origin != base_name and not any(line.endswith(f" {origin}") for line in lines):
-        lines.append(f"# {base_name}: a variant of {origin}")
-    lines += [*_labelled("Model", f"{about.title}: {about.about}")]
-    data = [str(dataset.get("path")) for _, dataset in datafiles.datasets(yamlfiles.parse(text, base), "datasets")]
-    lines += [line for line in head.splitlines() if line.startswith("# Data  ") and any(path in line for path in data)]
-    if about.unknown:
-        lines += _labelled("Not known", ", ".join(about.unknown))
-    if of_study := study.of(origin) if origin else None:
-        lines += _labelled("Note", f"settings from {of_study.cited}, for other models; no published score applies")
-    return "\n#\n".join(["\n".join(lines), *kept]) + "\n" + text[len(head) :]
+    lines = [f"# yaml-language-server: $schema={schema}", f"# {name}: a variant of {base}"]
+    if origin != base:
+        lines.append(f"# {base}: a variant of {origin}")
+    lines += [
+        "#",
+        f"# Run       recipe run {name}",
+        f"# Rehearse  recipe run {name} --rehearse",
+        f"# Changes   recipe diff {name} lists them; changed lines state the former value",
+        f"# Sources   each line names its source; recipe show {origin} explains them",
+    ]
+    if other:
+        lines += _labelled("Model", f"{other.about.title}: {other.about.about}")
+        if other.about.unknown:
+            lines += _labelled("Not known", ", ".join(other.about.unknown))
+    return lines
 
 
 def _labelled(label: str, text: str) -> list[str]:
