@@ -137,7 +137,7 @@ def run_folder(place: Path) -> Target:
     files.append(recorded_runs.recorded(folder))
     lines = ["results --json", "results sums2030", f"results {ONE} {TWO}", f"report {ONE} {TWO}"]
     lines += [f"{verb} {run}" for verb in ("report", "results --export", "publish", "cancel") for run in (ONE, LEFT)]
-    lines += [f"resume --trust {LEFT}", "results sums2030 --ledger --json"]
+    lines += [f"resume --trust {LEFT}", "results sums2030 --json"]
     return files, lines
 
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from qlora_recipes.base import paths
 from qlora_recipes.data import study
-from qlora_recipes.results import ledger
+from qlora_recipes.results import export
 from qlora_recipes.results.run_rows import RunResult
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import benchmarks
@@ -214,5 +214,5 @@ def test_the_studies_of_other_kinds_are_rehearsed(
     if rows:  # it has all that a record needs, but for a GPU
         run = RunDir(tmp_path / row["run"])
         with pytest.raises(ValidationError) as raised:
-            ledger.record_of_run(RunResult(run, run.read()))
+            export.record_of_run(RunResult(run, run.read()))
         assert {found["loc"][0] for found in raised.value.errors()} == {"gpu"}

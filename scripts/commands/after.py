@@ -36,10 +36,6 @@ def results_verb(
     names: Things = None,
     rehearse: RehearsalsOfStudy = False,
     metric: Metrics = None,
-    of_ledger: Annotated[
-        bool,
-        typer.Option("--ledger", help="Show each published number's status, and the submitted records of runs."),
-    ] = False,
     export: Annotated[
         str | None,
         typer.Option(
@@ -52,17 +48,12 @@ def results_verb(
 ) -> None:
     """Show losses and scores of runs, a study or a sweep, or compare two runs."""
     names = names or []
-    exclusive({"--ledger": of_ledger, "--export": export, "--rehearse": rehearse, "--metric": metric})
+    exclusive({"--export": export, "--rehearse": rehearse, "--metric": metric})
     exclusive({" ".join(names): names, "--export": export})
     only_with("--metric", metric, "two runs", len(names) == 2)
     only_with("--rehearse", rehearse, "a study", len(names) == 1)
     if export:
         _export(export)
-    elif of_ledger:
-        from ..data import study
-        from ..results import ledger
-
-        ledger.show([study.find(name) for name in names] or study.every(), json)
     elif len(names) == 1:
         _show_one(names[0], rehearse, json)
     elif len(names) > 2:
@@ -82,22 +73,22 @@ def results_verb(
 
 
 def _export(name: str) -> None:
-    """Write the ledger records of a run, or of a study's published predictions.
+    """Write the records of a run, or of a study's published predictions.
 
     Raises:
         typer.Exit: code 1 if some predictions cannot be scored; the other records are still written.
     """
     from ..data import study
-    from ..results import ledger
+    from ..results import export
     from ..runs.rundir import find_run
     from ..workflows import stages
 
     if name not in {folder.name for folder in paths.studies()}:
-        print(ledger.export(find_run(name, paths.runs())))
+        print(export.export(find_run(name, paths.runs())))
         return
     of_study = study.find(name)
     rows, problems = stages.score_predictions(of_study, [], None)
-    for file in ledger.export_predictions(of_study, rows):
+    for file in export.export_predictions(of_study, rows):
         print(file)
     for owner, problem in problems.items():
         say(f"{owner}: {problem}")

@@ -18,7 +18,7 @@ from ..configs.config import Difference
 from ..metrics import registry
 from ..metrics.metric import Column
 from ..results import listing
-from ..results.ledger import planned_gib
+from ..results.export import planned_gib
 from ..results.run_rows import RunResult
 from ..runs.rundir import RunDir
 from ..scores import evaluations

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from .. import tables
 from ..base.files import Row
 from ..base.progress import say
+from ..configs import ledger
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..scores import intervals
@@ -16,6 +17,7 @@ from .compare import Comparison, Divergence
 from .listing import REHEARSALS, baselines
 from .verdict import StudyRow
 
+RECORDS = "Published numbers: submitted records, and cells with other settings"
 COSTS = "Other scores, and costs of the runs"
 CURVES = "Our training loss minus the published one, over the same steps"
 _HEADINGS = {
@@ -29,14 +31,22 @@ _HEADINGS = {
 def show_study(
     of_study: Study, rows: Sequence[StudyRow], rehearsal: bool, json: bool, tuned: Sequence[Row] = ()
 ) -> None:
-    """Print a study's results; JSON also has the best member of each sweep."""
+    """Print a study's results, and records of its published numbers; JSON also has the best member of each sweep."""
     if not rows and not json:
         say("no recipe of the study has been rehearsed yet; run `recipe reproduce` with --rehearse")
         return
     records = [verdict.record(row, of_study) for row in rows]
     if tuned:
         records = [one | {"tuned": [best for best in tuned if best["recipe"] == one["recipe"]]} for one in records]
-    tables.show(json, records, of_rows(of_study, rows, rehearsal), [] if rehearsal else notes(of_study, rows))
+    if rehearsal:
+        tables.show(json, records, of_rows(of_study, rows, rehearsal))
+        return
+    numbers = ledger.statuses(of_study, ledger.records(of_study))
+    for one in records:
+        one["records"] = [asdict(number) for number in numbers if number.of == one["recipe"]]
+    notable = [asdict(number) for number in numbers if number.cell or number.status != ledger.NOT_RUN]
+    shown = [*of_rows(of_study, rows, rehearsal), Table(notable, RECORDS, below=["status"])]
+    tables.show(json, records, shown, notes(of_study, rows))
 
 
 def of_rows(of_study: Study, rows: Sequence[StudyRow], rehearsal: bool) -> Iterator[Table]:

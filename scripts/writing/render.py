@@ -126,7 +126,7 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
         Texts by file name below recipes/.
 
     Raises:
-        UserError: a template is broken or uses an undefined variable, or a ledger record is invalid.
+        UserError: a template is broken or uses an undefined variable, or a record is invalid.
     """
     jinja = template_environment(templates)
 
@@ -170,8 +170,10 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
     if (templates / f"{README}.j2").is_file():
         studies = []
         for of_study, rows in by_study.values():
-            records = ledger.records(of_study, strict=True)
-            studies.append((of_study, rows, ledger.statuses(of_study, records), ledger.table(of_study, records)))
+            statuses = ledger.statuses(of_study, ledger.records(of_study, strict=True))
+            label = of_study.first.label
+            numbers = {number.of: number for number in statuses if number.metric == label and not number.cell}
+            studies.append((of_study, rows, numbers))
         recipes[README] = text_of(f"{README}.j2", studies=studies, starts=starts)
     return recipes
 

@@ -9,7 +9,7 @@ from run_folders import a_run
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs.compose import Request, compose
 from qlora_recipes.data import study
-from qlora_recipes.results import ledger, run_rows, study_tables, verdict
+from qlora_recipes.results import export, run_rows, study_tables, verdict
 from qlora_recipes.results.run_rows import RunResult
 from qlora_recipes.runs.records import Summary
 from qlora_recipes.runs.rundir import RunDir
@@ -75,7 +75,7 @@ def test_the_tokens_of_the_unchanged_recipe_decide(tmp_path, profile):
     assert (difference(same), difference(other)) == (pytest.approx(0.78 - 0.7763), None)
     assert "900 tokens" in run_rows.record(RunResult(other, other.read()))["other_tokens"]
     with pytest.raises(UserError, match="900 tokens"):
-        ledger.export(other)
+        export.export(other)
 
 
 def test_else_those_of_study_yaml_decide(tmp_path, monkeypatch):

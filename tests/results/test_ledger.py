@@ -1,4 +1,4 @@
-"""Records of the ledger, of a study of the tests': made of runs, read back, refused, and shown."""
+"""Records of published numbers: made of runs, read back, refused, and shown."""
 
 import re
 from dataclasses import replace
@@ -9,15 +9,16 @@ import orjson
 import pytest
 import small_study
 from conftest import Recipe
+from pydantic import ValidationError
 from recorded_runs import HOST, a_run, recorded
 
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.configs import ledger as ledgers
+from qlora_recipes.configs import ledger
 from qlora_recipes.configs.ledger import Record
 from qlora_recipes.data import study
 from qlora_recipes.planning import planner
-from qlora_recipes.results import ledger
+from qlora_recipes.results import export
 from qlora_recipes.results.run_rows import RunResult
 from qlora_recipes.runs.records import Job
 
@@ -32,13 +33,13 @@ def exported(recipe: Recipe, run: str) -> tuple[Path, dict[str, Any]]:
     return file, orjson.loads(file.read_bytes())
 
 
-def listed(recipe: Recipe) -> list[Any]:
-    return [row["scores"]["accuracy"]["value"] for row in recipe.json("results", "sums2030", "--ledger")]
+def scores_read() -> list[float]:
+    return [record.scores["accuracy"].value for record in ledger.records(small_study.read())]
 
 
-def status_of(name: str, metric: str = "accuracy, %") -> ledgers.Status:
+def status_of(name: str, metric: str = "accuracy, %") -> ledger.Status:
     of_study = small_study.read()
-    rows = ledgers.statuses(of_study, ledgers.records(of_study))
+    rows = ledger.statuses(of_study, ledger.records(of_study))
     (row,) = [row for row in rows if f"{row.of} {row.cell or ''}".strip() == name and row.metric == metric]
     return row
 
@@ -47,28 +48,25 @@ def test_a_record_is_exported_added_and_shown(recipe):
     a_run("one", 67.0)
     file, content = exported(recipe, "latest")
     assert re.fullmatch(r"plain-rtx-4090-seed-42-[0-9a-f]{12}\.json", str(file))
-    assert content | {"of": PLAIN, "gpu": "RTX 4090", "gpus": 1, "seed": 42, "profiles": [], "steps": 4} == content
+    assert content | {"of": PLAIN, "gpu": "RTX 4090", "gpus": 1, "seed": 42, "profiles": []} == content
     assert content["scores"]["accuracy"] == {"value": 67.0, "interval": [66.5, 67.5]}
     assert content["scores"].keys() == {"accuracy", "perplexity", "chrf"}
-    assert listed(recipe) == []
+    assert scores_read() == []
     RESULTS.mkdir()
     file.rename(RESULTS / file.name)
-    recorded(a_run("two", 70.0, recipe=WIDE), planned_gib=18.5)
-    assert listed(recipe) == [67.0, 70.0]
-    of_study = small_study.read()
-    rows = ledgers.table(of_study, ledgers.records(of_study))
-    assert [(row["accuracy, %"], row["accuracy, %, published"]) for row in rows] == [(67.0, "67.4 ± 1.0"), (70.0, "70")]
-    assert (rows[1]["peak GiB"], rows[1]["planned GiB"]) == (19.5, 18.5)
-    shown = recipe("results", "sums2030", "--ledger").stdout
-    assert "  67 (66.5 to 67.5)  " in shown and "  18.50  " in shown
+    recorded(a_run("two", 70.0, recipe=WIDE))
+    assert scores_read() == [67.0, 70.0]
+    shown = recipe("results", "sums2030").stdout
+    assert "retrained on RTX 4090, seed 42  67 (66.5 to 67.5)\n" in shown
+    plain, _ = recipe.json("results", "sums2030")
+    (number,) = [number for number in plain["records"] if number["metric"] == "accuracy, %"]
+    assert (number["published"], number["here"]) == ("67.4 ± 1.0", "67 (66.5 to 67.5)")
 
 
 def test_the_status_of_a_published_number_is_the_furthest_stage_with_a_valid_record():
     assert (status_of(PLAIN).status, status_of(PLAIN).here) == ("not run", None)
-    assert status_of(PLAIN).command == f"recipe reproduce sums2030 --only {PLAIN}"
     recorded(a_run("evaluated", 66.0, published_adapter="authors"))
     assert status_of(PLAIN).status == "evaluated from the authors' adapter on RTX 4090"
-    assert status_of(PLAIN).command == f"recipe reproduce sums2030 --from adapter --only {PLAIN}"
     failed = recorded(a_run("failed", state="failed"))
     assert "out of memory" not in status_of(PLAIN).status and "; failed on RTX 4090" in status_of(PLAIN).status
     first, _ = recorded(a_run("one", 67.0)), recorded(a_run("two", 68.0), seed=43)
@@ -79,7 +77,7 @@ def test_the_status_of_a_published_number_is_the_furthest_stage_with_a_valid_rec
         file.write_bytes(orjson.dumps(orjson.loads(file.read_bytes()) | {"invalidated": "by abcdef1, because wrong"}))
     assert status_of(PLAIN).here == "68 (67.5 to 68.5)"
     assert "a record is invalidated by abcdef1, because wrong" in status_of(PLAIN).status
-    assert len(ledgers.records(small_study.read(), strict=True)) == 4
+    assert len(ledger.records(small_study.read(), strict=True)) == 4
 
 
 def test_only_records_of_todays_recipe_count():
@@ -91,6 +89,15 @@ def test_only_records_of_todays_recipe_count():
     assert status.here == "68"
     packed, old, _ = sorted(status.status.split("; "))
     assert (packed, old) == ("profile packed: RTX 4090, seed 42", "recipe changed since: RTX 4090, seed 42")
+
+
+def test_predictions_need_their_number_of_rows_and_a_hash():
+    whole = {"made": "2026-11-28", "of": PLAIN, "revision": None, "stage": "predictions", "rows": 4}
+    whole |= {"scores": {"accuracy": {"value": 67.0}}, "texts_sha256": "a" * 64}
+    assert ledger.Record.model_validate(whole).where == ""
+    for absent in ("rows", "texts_sha256"):
+        with pytest.raises(ValidationError, match=f"missing: {absent}"):
+            ledger.Record.model_validate(whole | {absent: None})
 
 
 def test_a_run_that_ran_out_of_memory_is_recorded(recipe):
@@ -113,7 +120,6 @@ def test_a_cell_has_a_status_of_its_own():
     assert status_of(f"{PLAIN} --set lora_r=4").status.startswith("retrained")
     untouched = status_of(f"{PLAIN} --set lora_r=8")
     assert (untouched.status, untouched.published) == ("not run", "68")
-    assert untouched.command == f"recipe sweep {PLAIN} --set lora_r=8"
     assert status_of(PLAIN).status == "not run"
 
 
@@ -141,6 +147,8 @@ def test_a_record_names_no_folder_host_or_user(recipe, tmp_path):
         {"of": "sums2030/plane"},
         {"values": {"lora_r": 8}},
         {"outcome": "failed"},
+        {"gpu": None},
+        {"settings_sha256": None},
         {"invalidated": "by abcdef1, because hf_abcdefghijklmnopqrstuvwx12"},
         {"profiles": ["/home/me/mine.yaml"]},
         {"packages": {"torch": "2+0123456789abcdef0123456789abcdef01234567"}},
@@ -154,19 +162,19 @@ def test_a_record_names_no_folder_host_or_user(recipe, tmp_path):
 def test_a_field_takes_only_what_it_is_for(recipe, change):
     recorded(a_run("good", 67.0))
     recorded(a_run("edited", 68.0), **change).rename(RESULTS / "edited.json")
-    done = recipe("results", "sums2030", "--ledger", "--json")
-    assert [row["scores"]["accuracy"]["value"] for row in orjson.loads(done.stdout)] == [67.0]
+    done = recipe("results", "sums2030", "--json")
+    assert scores_read() == [67.0]
     lines = [line for line in done.stderr.splitlines() if "results/edited.json: " in line]
     assert next(iter(change)) in lines[0] and "hf_" not in done.stderr
     with pytest.raises(UserError, match=r"edited\.json"):
-        ledgers.records(small_study.read(), strict=True)
+        ledger.records(small_study.read(), strict=True)
 
 
 @pytest.mark.parametrize("broken", ["", "[]", "[" * 100_000, "\xff", '{"\x1b[31m": 1}'])
 def test_a_broken_file_is_reported(recipe, broken):
     file = recorded(a_run("one"))
     file.write_text(broken, encoding="latin-1")
-    done = recipe("results", "sums2030", "--ledger", "--json")
+    done = recipe("results", "sums2030", "--json")
     assert done.returncode == 0 and file.name in done.stderr and "\x1b" not in done.stderr
 
 
@@ -174,16 +182,16 @@ def test_an_edited_record_is_refused():
     file = recorded(a_run("one", 67.0))
     file.write_text(file.read_text().replace("67.0", "67.4"))
     with pytest.raises(UserError, match="edited"):
-        ledgers.read(file, small_study.read())
+        ledger.read(file, small_study.read())
 
 
-def test_a_changed_recipe_is_marked():
+def test_a_comment_in_the_recipe_changes_no_status():
     recorded(a_run("one", 67.0))
-    of_study, file = small_study.read(), Path("recipes", f"{PLAIN}.yaml")
+    file = Path("recipes", f"{PLAIN}.yaml")
     file.write_text(f"# another comment\n{file.read_text()}")
-    assert ledgers.table(of_study, ledgers.records(of_study))[0]["recipe changed since"] is None
+    assert status_of(PLAIN).status == "retrained on RTX 4090, seed 42"
     file.write_text(file.read_text().replace("lora_r: 32", "lora_r: 16"))
-    assert ledgers.table(of_study, ledgers.records(of_study))[0]["recipe changed since"] == "yes"
+    assert status_of(PLAIN).status == "not run; recipe changed since: RTX 4090, seed 42"
 
 
 @pytest.mark.parametrize(
@@ -212,15 +220,20 @@ def test_a_run_that_does_not_stand_for_its_recipe_has_none(recipe, more, reason)
 def test_the_plan_is_recorded_beside_the_measured_memory(monkeypatch):
     folder = a_run("one")
     monkeypatch.setattr(planner, "required_gib", lambda _, gpu: 3.0 if gpu.capability == (8, 9) else None)
-    assert ledger.record_of_run(RunResult(folder, folder.read())).planned_gib == 3
+    assert export.record_of_run(RunResult(folder, folder.read())).planned_gib == 3
 
 
 def test_a_study_without_a_published_number_has_no_status(recipe):
     small_study.write(Path(), published={PLAIN: {}})
-    recipe.ok("results", "--ledger")
+    assert recipe.json("results", "sums2030")[0]["records"] == []
+
+
+def test_export_takes_no_other_name(recipe):
+    refused = recipe("results", "sums2030", "--export", "latest")
+    assert (refused.returncode, "--export" in refused.stderr) == (2, True)
 
 
 def test_every_shipped_record_is_valid():
     for file in paths.RECIPES.glob("*/study.yaml"):
         of_study = study.load(file.parent)
-        assert all(isinstance(record, Record) for record in ledgers.records(of_study, strict=True))
+        assert all(isinstance(record, Record) for record in ledger.records(of_study, strict=True))

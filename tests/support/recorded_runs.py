@@ -1,4 +1,4 @@
-"""Runs that are complete enough for a record of the ledger, most of the small study, and such records in results/."""
+"""Runs that are complete enough for a record, most of the small study, and such records in results/."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from qlora_recipes.base import paths
 from qlora_recipes.configs.datafiles import DataFile
-from qlora_recipes.results import ledger
+from qlora_recipes.results import export
 from qlora_recipes.results.run_rows import RunResult
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores.evaluations import read_scores
@@ -66,10 +66,10 @@ def completed(
 
 
 def recorded(folder: RunDir, **change: Any) -> Path:
-    """Put the record of a run into its study's ledger in the folder of work, with some fields changed."""
+    """Put the record of a run into its study's results/ in the folder of work, with some fields changed."""
     run = folder.read()
-    record = ledger.record_of_run(RunResult(folder, run))
-    content = record.model_dump(mode="json") | change
+    record = export.record_of_run(RunResult(folder, run))
+    content = record.model_dump(mode="json", exclude_unset=True) | change
     with suppress(ValidationError):
         record = type(record).model_validate_json(orjson.dumps(content))
     file = Path("recipes", run.origin.partition("/")[0], "results", record.file_name())

@@ -1,13 +1,8 @@
-"""Export and print ledger records: `recipe results --export` and `--ledger`.
-
-A study's ledger is the folder results/ next to its recipes. Each JSON record in it describes one run of a recipe, or
-the scores of one set of published predictions.
-"""
+"""Records of runs and of published predictions: `recipe results --export`."""
 
 import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
@@ -16,7 +11,7 @@ from typing import get_args
 import orjson
 from pydantic import ValidationError
 
-from .. import backends, tables
+from .. import backends
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row, write_atomically
@@ -36,10 +31,10 @@ from .run_rows import RunResult
 
 
 def export(folder: RunDir) -> Path:
-    """Write the ledger record of a run to the current folder.
+    """Write the record of a run to the current folder.
 
     Raises:
-        UserError: the ledger does not accept the run, or a value for the ledger record is missing or invalid.
+        UserError: the run cannot be recorded, or a value for the record is missing or invalid.
     """
     result = RunResult(folder, backends.read(folder))
     if reason := _refused(result):
@@ -53,7 +48,7 @@ def export(folder: RunDir) -> Path:
 
 
 def export_predictions(of_study: Study, rows: Sequence[Row]) -> list[Path]:
-    """Write ledger records of published predictions to the current folder.
+    """Write records of published predictions to the current folder.
 
     Args:
         rows: scores from `stages.score_predictions`; only scores on the same test set as
@@ -68,12 +63,14 @@ def export_predictions(of_study: Study, rows: Sequence[Row]) -> list[Path]:
         read = published.read(of_study, owner.predictions, owner.predictions.test_set or test_set)
         pairs = b"".join(orjson.dumps([row["reference"], row["prediction"]]) + b"\n" for row in read)
         scored = [row for row in of_owner if row["test_set"] == test_set]
-        record = ledger.PredictionsRecord.model_validate(
+        record = ledger.Record.model_validate(
             {
                 "made": datetime.now(UTC).date(),
                 "of": name,
                 "revision": _revision(collect()),
                 "scores": {row["metric"]: _score(row["score"], row["low"], row["high"]) for row in scored},
+                "invalidated": None,
+                "stage": "predictions",
                 "rows": scored[0]["rows"],
                 "texts_sha256": hashlib.sha256(pairs).hexdigest(),
             }
@@ -94,7 +91,7 @@ def _written(record: ledger.Record, study_name: str) -> Path:
 
 
 def _refused(result: RunResult) -> str | None:
-    """Reason why the ledger does not accept a run; None if it does."""
+    """Reason not to record a run, or None."""
     run, own = result.run, result.evaluation
     of_study = study.of(run.origin)
     if of_study is None or run.origin not in {*of_study.published, *of_study.variants}:
@@ -123,7 +120,7 @@ def _adapter(result: RunResult) -> str | None:
 
 
 def _changes(run: Run) -> yamlfiles.Config:
-    """Changed keys that the ledger does not allow, with the run's values."""
+    """Changed keys that a record does not allow, with the run's values."""
     return {difference.key: difference.run for difference in run.from_origin if not _allowed(difference)}
 
 
@@ -136,7 +133,7 @@ def _cell_values(run: Run, of_study: Study) -> yamlfiles.Config:
 
 
 def _allowed(difference: config.Difference) -> bool:
-    """True if the ledger accepts runs with this difference from the recipe."""
+    """True if a record allows this difference from the recipe."""
     key, (how, _, which) = difference.key, difference.why.partition(" ")
     of_profile = how == "profile" and (paths.PROFILES / f"{which}.yaml").is_file()
     is_data = key.partition(".")[0] in ("datasets", "test_datasets") and key.endswith(".path")
@@ -149,10 +146,10 @@ def _revision(made_with: Provenance) -> str | None:
 
 
 def record_of_run(result: RunResult) -> ledger.Record:
-    """Create the ledger record of a run.
+    """Create the record of a run.
 
     Raises:
-        ValidationError: a value for the ledger record is missing or invalid.
+        ValidationError: a value for the record is missing or invalid.
     """
     run, own, summary = result.run, result.evaluation, result.summary
     assert result.study
@@ -171,29 +168,33 @@ def record_of_run(result: RunResult) -> ledger.Record:
             {change.why.partition(" ")[2] for change in run.from_origin if change.why.startswith("profile ")}
         ),
         "revision": _revision(run.provenance),
-        "lock_sha256": run.provenance.get("lock_sha256"),
         "packages": {name: versions[name] for name in get_args(ledger.Package) if versions.get(name)},
         "gpus": run.ranks,
         "gpu": gpu.name if gpu else f"sm_{used.get('compute_capability')}".replace(".", ""),
         "scores": _scores(result, result.study) if finished else {},
+        "invalidated": None,
+        "outcome": _outcome(run),
     }
     if run.published_adapter:
-        return ledger.AdapterRecord.model_validate(content)
-    lacked_memory = bool(run.launches) and run.launches[-1].problem == launch.OUT_OF_MEMORY
-    return ledger.TrainingRecord.model_validate(
+        return ledger.Record.model_validate(content | {"stage": "adapter"})
+    return ledger.Record.model_validate(
         content
         | {
-            "outcome": "finished" if finished else launch.OUT_OF_MEMORY if lacked_memory else "failed",
+            "stage": "training",
             "values": _cell_values(run, result.study),
             "seed": yamlfiles.read_yaml(result.folder.config).get("seed", config.AXOLOTL_SEED),
-            "steps": summary.step,
             "seconds": summary.train_seconds,
-            "tokens_per_second": summary.tokens_per_second,
             "peak_gib": summary.peak_memory,
             "planned_gib": planned_gib(result),
-            "eval_loss": summary.eval_loss_per_token,
         }
     )
+
+
+def _outcome(run: Run) -> str:
+    """How a run ended: finished, failed or out of memory."""
+    if run.state == "failed" and run.launches and run.launches[-1].problem == launch.OUT_OF_MEMORY:
+        return launch.OUT_OF_MEMORY
+    return run.state
 
 
 def planned_gib(result: RunResult) -> float | None:
@@ -219,16 +220,3 @@ def _scores(result: RunResult, of_study: Study) -> dict[str, ledger.Score]:
             interval = (own.get("intervals") or {}).get(name)
             found[name] = _score(value, *(interval or (None, None)))
     return found
-
-
-def show(studies: Sequence[Study], json: bool) -> None:
-    """Print the status of each published result, and the recorded trainings; or all records as JSON."""
-    found = {of_study.folder.name: (of_study, ledger.records(of_study)) for of_study in studies}
-    if json:
-        tables.print_json([record.model_dump(mode="json") for _, records in found.values() for record in records])
-        return
-    for name, (of_study, records) in found.items():
-        statuses = [asdict(status) for status in ledger.statuses(of_study, records)]
-        tables.print_table(statuses, f"Status: {name}", spare=["command", "cell"])
-        runs = ledger.table(of_study, records)
-        tables.print_table(runs, f"Runs: {name}", spare=["Axolotl", "seed", "hours", "tokens/s"])
