@@ -191,7 +191,7 @@ def record_of_run(result: RunResult) -> ledger.Record:
 
 
 def _outcome(run: Run) -> str:
-    """How a run ended: finished, failed or out of memory."""
+    """Outcome of a run: finished, failed or out of memory."""
     if run.state == "failed" and run.launches and run.launches[-1].problem == launch.OUT_OF_MEMORY:
         return launch.OUT_OF_MEMORY
     return run.state
