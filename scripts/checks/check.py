@@ -9,7 +9,6 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row
 from ..base.hub import importing_axolotl
-from ..base.yamlfiles import Config
 from ..configs import compose, models, substitution
 from ..configs.compose import Composed, Request
 from ..configs.gpus import Gpu
@@ -246,16 +245,20 @@ def tokenize(report: Report, composed: Composed, gpus: int = 1, most: int | None
         gpus: the number of GPUs that train.
         most: the approximate number of rows to tokenize in each data set; None for all.
     """
-    if has_tokenizer(composed):
-        findings, measured = _lengths(composed.config, most, gpus, skip_faulty=True)
-    else:
+    content, is_local = composed.config, has_tokenizer(composed)
+    if not is_local:
         report.skip(
             f"no tokenizer on this machine; {substitution.NAME}'s reads up to {SOME} rows, without lengths",
             "base_model",
         )
-        config = {key: value for key, value in composed.config.items() if key not in substitution.OF_MODEL}
-        config |= {"base_model": str(substitution.model_folder()), "sequence_len": substitution.CONTEXT}
-        findings, measured = _lengths(config, most or SOME, gpus, skip_faulty=True)
+        content = {key: value for key, value in content.items() if key not in substitution.OF_MODEL}
+        content |= {"base_model": str(substitution.model_folder()), "sequence_len": substitution.CONTEXT}
+        most = most or SOME
+    with importing_axolotl():
+        from . import tokens
+
+        findings, measured = tokens.lengths(content, most, gpus)
+    if not is_local:
         findings = [finding for finding in findings if finding.rule not in ("too-long", "no-batch", "eos-masked")]
         measured = []
     report.add(placed(findings, composed))
@@ -285,15 +288,6 @@ def training_lengths(composed: Composed, force: Sequence[str] = ()) -> tuple[lis
         from . import tokens
 
         return tokens.trained_on(composed.config)
-
-
-def _lengths(
-    config: Config, most: int | None, gpus: int = 1, skip_faulty: bool = False
-) -> tuple[list[Finding], list[Row]]:
-    with importing_axolotl():
-        from . import tokens
-
-        return tokens.lengths(config, most, gpus, skip_faulty)
 
 
 def _unreadable(name: str, message: str) -> Finding:

@@ -150,14 +150,23 @@ class Faults(dict[tuple[str, str], FaultyRows]):
 
 
 _VALUES_ABOUT_CODE = ("plugins", "datasets", "test_datasets", "trl", "trust_")
-NEVER_FORCED = ("secret:", "axolotl", *(f"value:{key}" for key in _VALUES_ABOUT_CODE))
+_NEVER_FORCED = ("secret:", "axolotl", *(f"value:{key}" for key in _VALUES_ABOUT_CODE))
 """Prefixes of errors that `--force` cannot override: secrets, Axolotl's, and values hidden from rules about code."""
 
 
+def _is_overridden(finding: Finding, force: Sequence[str]) -> bool:
+    return finding.name in force and not finding.name.startswith(_NEVER_FORCED)
+
+
+def remaining_errors(findings: Iterable[Finding], force: Sequence[str]) -> list[Finding]:
+    """Errors that --force does not override."""
+    return [finding for finding in findings if finding.level == "error" and not _is_overridden(finding, force)]
+
+
 def override_errors(findings: Iterable[Finding], force: Sequence[str]) -> None:
-    """Turn the errors named by --force into warnings, except those of `NEVER_FORCED`."""
+    """Turn the errors named by --force into warnings, except those of `_NEVER_FORCED`."""
     for finding in findings:
-        if finding.level == "error" and finding.name in force and not finding.name.startswith(NEVER_FORCED):
+        if finding.level == "error" and _is_overridden(finding, force):
             finding.level, finding.remedy = "warning", "overridden by --force"
 
 

@@ -142,13 +142,11 @@ _FROM = {  # sources of packages that PyPI lacks, or has only in another variant
 
 @rule
 def no_login(case: Case) -> Problems:
-    """Without a login, a tracker stops the run with a traceback after the model is loaded (seen with wandb 0.31).
-
-    Nothing tells whether a server of mlflow or trackio needs a login."""
-    for name, keys in trackers.remote(case.config):
-        if name in trackers.LOGINS and not trackers.has_login(name):
-            problem = f"{name} has no login on this machine: a run would stop after loading the model"
-            yield "warning", keys[-1], problem, f"run `{name} login`, or delete {' and '.join(keys)}"
+    """Without a login, wandb stops the run with a traceback after the model is loaded (seen with wandb 0.31)."""
+    keys = dict(trackers.remote(case.config)).get("wandb")
+    if keys and not trackers.has_wandb_login():
+        problem = "wandb has no login on this machine: a run would stop after loading the model"
+        yield "warning", keys[-1], problem, f"run `wandb login`, or delete {' and '.join(keys)}"
 
 
 @rule
@@ -215,6 +213,14 @@ def engine_needs_gpus(case: Case) -> Problems:
     """accelerate silently ignores FSDP in a single process (AcceleratorState)."""
     if case.launching and case["fsdp_config"] and case.gpus == 1:
         yield "error", "fsdp_config", "FSDP2 shards a model across GPUs, but this run uses one", "pass --gpus N"
+
+
+@rule
+def fsdp_saves(case: Case) -> Problems:
+    """FSDP2 trains these modules, then saving the adapter fails: KeyError 'modules_to_save.default.weight' (seen)."""
+    if case["fsdp_config"] and case["lora_modules_to_save"]:
+        problem = "FSDP2 would train these modules, then fail while saving the adapter"
+        yield "error", "lora_modules_to_save", problem, "delete the key, or use DeepSpeed, as with --profile zero2"
 
 
 @rule

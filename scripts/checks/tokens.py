@@ -159,16 +159,13 @@ def by_token(content: Config, count: int) -> list[Row]:
     return rows
 
 
-def lengths(
-    content: Config, most: int | None = None, gpus: int = 1, skip_faulty: bool = False
-) -> tuple[list[Finding], list[Row]]:
-    """Check each data set's tokenized rows and measure their lengths.
+def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[list[Finding], list[Row]]:
+    """Check each data set's tokenized rows and measure their lengths; skip JSONL rows that `rows.check` refuses.
 
     Args:
         content: the config.
         most: approximate number of rows per data set (JSONL: evenly spaced batches; otherwise the first); None for all.
         gpus: the number of GPUs that train.
-        skip_faulty: skip the JSONL rows in which `rows.check` finds errors.
 
     Returns:
         Findings, and measures of each data set with tokenized rows: counts of all rows and of rows read; lengths of the
@@ -184,7 +181,7 @@ def lengths(
         every = math.ceil(total / most) if most and total else 1
         read = _Read(tokenizer, key)
         with Bar(f"tokenize {key}", total // every) as bar:
-            rows = _numbered(tokenizer, key, dataset, every, cfg.micro_batch_size, skip_faulty)
+            rows = _numbered(tokenizer, key, dataset, every, cfg.micro_batch_size, skip_faulty=True)
             for some in batched(rows if total else islice(rows, most), 1000):
                 read.add(some)
                 if read.refused >= _MOST_REFUSED:

@@ -19,7 +19,7 @@ from ..configs import gpus
 from ..configs.compose import Composed
 from ..configs.gpus import ANY_GPU, Gpu, deepspeed_of
 from .check import Report, placed
-from .finding import NEVER_FORCED, Finding
+from .finding import Finding, remaining_errors
 
 VERSION = 1
 """Version of the cached findings; raise it when the validator changes."""
@@ -37,29 +37,27 @@ def add_to(reports: Iterable[Report], gpu: Gpu | None, force: Sequence[str] = ()
     for report in reports:
         if not report.composed:
             continue
-        errors = [finding for finding in report.findings if finding.level == "error"]
-        errors = [error for error in errors if error.name not in force or error.name.startswith(NEVER_FORCED)]
-        hidden = [error for error in errors if error.scope == "code" or error.name.startswith(NEVER_FORCED)]
-        if hidden and report.composed.config.get("plugins"):
+        errors = remaining_errors(report.findings, force)
+        if errors and report.composed.config.get("plugins"):
             report.skip("skipped Axolotl's own validation, because it would run the plugins; correct the errors first")
         else:
             ready.append((report, report.composed, {error.key.partition(".")[0] for error in errors} - {""}))
-    rehearsal = any(composed.rehearsal for _, composed, _ in ready)
-    target = ANY_GPU if rehearsal or not gpu else gpu
-    results = validate([composed.config for _, composed, _ in ready], target)
+    results = validate([composed for _, composed, _ in ready], gpu)
     for (report, composed, wrong), findings in zip(ready, results, strict=True):
         report.validated = all(finding.rule != "not-validated" for finding in findings)
         # the rules have better messages for the same mistake
         report.add(placed((finding for finding in findings if finding.key not in wrong), composed))
 
 
-def validate(configs: Sequence[Config], gpu: Gpu) -> list[list[Finding]]:
-    """Findings of Axolotl's own validation for a GPU, for each config."""
-    files = [_cache_file(config, gpu) for config in configs]
+def validate(composed: Sequence[Composed], gpu: Gpu | None) -> list[list[Finding]]:
+    """Findings of Axolotl's own validation for each config; `gpu` as in `add_to`."""
+    if not gpu or any(each.rehearsal for each in composed):
+        gpu = ANY_GPU
+    files = [_cache_file(each.config, gpu) for each in composed]
     results = [read_json(file).get("findings") for file in files]
     new = [index for index, found in enumerate(results) if found is None]
     if new:
-        answer = _ask_child([configs[index] for index in new], gpu)
+        answer = _ask_child([composed[index].config for index in new], gpu)
         for index, found in zip(new, answer, strict=True):
             results[index] = found
             # errors are not cached, because installing a package can correct them

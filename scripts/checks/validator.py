@@ -82,12 +82,8 @@ def import_schema() -> None:
         del sys.modules[name]
 
 
-def findings(content: Config, gpu: Gpu, with_plugins: bool = False) -> list[Finding]:
-    """Errors and logged warnings of Axolotl's validation, each with the key that it names.
-
-    Args:
-        with_plugins: import Axolotl with all its plugins, even if the config does not need them.
-    """
+def findings(content: Config, gpu: Gpu) -> list[Finding]:
+    """Errors and logged warnings of Axolotl's validation, each with the key that it names."""
     from axolotl.utils.logging import MultiProcessAdapter
 
     MultiProcessAdapter.warning_once.cache_clear()  # another config may have had the same warning
@@ -97,7 +93,7 @@ def findings(content: Config, gpu: Gpu, with_plugins: bool = False) -> list[Find
     logging.disable(logging.INFO)
     with patch.multiple(logging.getLogger("axolotl"), handlers=[handler], propagate=False):
         try:
-            if with_plugins or needs_plugins(content):
+            if needs_plugins(content):
                 validated(content, gpu)
             else:
                 by_schema(content, gpu)
@@ -130,13 +126,12 @@ def main(request: Path) -> None:
     """Validate the configs of a request for a GPU; print their findings as JSON, in the same order."""
     name, capability, configs = orjson.loads(request.read_bytes())
     gpu = Gpu(name, tuple(capability))
-    answer: dict[int, list[Finding]] = {}
+    # configs with plugins come last, because a plugin could change the validation of others
+    order = sorted(range(len(configs)), key=lambda index: needs_plugins(configs[index]))
     with importing_axolotl():
         import_schema()
-        # configs with plugins come last, because a plugin could change the validation of others
-        for index, content in sorted(enumerate(configs), key=lambda item: needs_plugins(item[1])):
-            answer[index] = findings(content, gpu)
-    sys.stdout.buffer.write(orjson.dumps([answer[index] for index in range(len(configs))]))
+        found = {index: findings(configs[index], gpu) for index in order}
+    sys.stdout.buffer.write(orjson.dumps([found[index] for index in range(len(configs))]))
 
 
 if __name__ == "__main__":

@@ -27,13 +27,9 @@ def remote(config: Config) -> Iterator[tuple[str, list[str]]]:
             yield name, on
 
 
-LOGINS = {"wandb": "~/.netrc", "comet": "~/.comet.config", "swanlab": "~/.swanlab/.netrc"}
-"""Files in which trackers store a login."""
-
-
-def has_login(name: str) -> bool:
-    """True if a tracker's API key is in the environment, or its login is in its file."""
-    file = Path(LOGINS[name]).expanduser()
-    if os.environ.get(f"{name.upper()}_API_KEY"):
+def has_wandb_login() -> bool:
+    """True if wandb's API key is in the environment or in ~/.netrc."""
+    file = Path("~/.netrc").expanduser()
+    if os.environ.get("WANDB_API_KEY"):
         return True
-    return file.is_file() and name in file.read_text(errors="replace")
+    return file.is_file() and "wandb" in file.read_text(errors="replace")

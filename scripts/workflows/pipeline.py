@@ -66,15 +66,11 @@ def exit_code(results: list[TaskResult]) -> int:
 
 
 def validate_all(pipelines: Sequence["Pipeline"]) -> None:
-    """Check pipelines without data, before a start; Axolotl validates all their configs in one process."""
-    ready = [pipeline for pipeline in pipelines if pipeline.composed]
-    for pipeline in ready:
-        launching = not pipeline.request.rehearse
-        pipeline.report = check.check(pipeline.request, pipeline.gpu, False, launching, pipeline.composed)
-    if ready:
-        validation.add_to(
-            [pipeline.report for pipeline in ready if pipeline.report], ready[0].gpu, ready[0].request.force
-        )
+    """Validate all configs without plugins in one process; `Pipeline.check` finds the results in the cache."""
+    composed = [pipeline.composed for pipeline in pipelines if pipeline.composed]
+    safe = [each for each in composed if not each.config.get("plugins")]
+    if safe:
+        validation.validate(safe, pipelines[0].gpu)
 
 
 class Pipeline:
@@ -93,7 +89,6 @@ class Pipeline:
         needed_gib: required memory; None before the plan.
         found: names that `--force` accepts: those of this pipeline's findings, and those that the existing run has
             overridden.
-        report: see `validate_all`.
     """
 
     def __init__(
@@ -113,7 +108,6 @@ class Pipeline:
         self.existing: tuple[RunDir, Run] | None = None
         self.needed_gib: float | None = None
         self.found = {TOO_BIG}
-        self.report: check.Report | None = None
         try:
             self.composed = compose.compose(request, self.gpu)
         except UserError as error:
@@ -154,14 +148,12 @@ class Pipeline:
         """
         if self.composed is None:
             return False
-        if starts and not with_data and self.report is None:
-            validate_all([self])
-        report = None if with_data else self.report
-        if report is None:
-            launching = starts and not self.request.rehearse
-            report = check.check(self.request, self.gpu, with_data, launching, self.composed)
+        launching = starts and not self.request.rehearse
+        report = check.check(self.request, self.gpu, with_data, launching, self.composed)
         if with_data:
             check.tokenize_all(report, self.request.ranks)
+        elif starts:
+            validation.add_to([report], self.gpu, self.request.force)
         self.found.update(finding.name for finding in report.findings)
         found = backends.relevant(self.backend, report.findings)
         if not with_data:

@@ -172,15 +172,16 @@ PLANTED: list[dict[str, Any]] = [
 
 
 @pytest.mark.long
-def test_the_schema_alone_finds_what_all_of_axolotl_finds():
+def test_the_schema_alone_finds_what_all_of_axolotl_finds(monkeypatch):
     configs = [recipe_config(name) for name in paths.recipe_names()]
     configs += [config_with(change) for change in PLANTED]
     from qlora_recipes.base.hub import importing_axolotl
-    from qlora_recipes.checks.validator import findings
+    from qlora_recipes.checks import validator
 
     alone = [[Finding(**each) for each in found] for found in ASK_CHILD(configs, ANY_GPU)]
+    monkeypatch.setattr(validator, "needs_plugins", lambda _: True)
     with importing_axolotl():
-        whole = [findings(config, ANY_GPU, with_plugins=True) for config in configs]
+        whole = [validator.findings(config, ANY_GPU) for config in configs]
     for config, (one, other) in zip(configs, zip(alone, whole, strict=True), strict=True):
         assert list(map(asdict, one)) == list(map(asdict, other)), yamlfiles.write_yaml(config)
     assert sum(any(each.level == "error" for each in found) for found in alone) >= 20, alone
