@@ -1,8 +1,8 @@
 """The verbs of predictions: evaluate and score."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -25,9 +25,6 @@ from .options import (
     only_with,
 )
 
-if TYPE_CHECKING:
-    from ..scores.checkpoint_selection import CheckpointSelection
-
 Data = Annotated[
     Path | None,
     typer.Option(
@@ -44,10 +41,6 @@ Adapter = Annotated[
         metavar="DIR|HUB ID|none",
         help="Evaluate another adapter (none: base model), of RUN or an untrained recipe.",
     ),
-]
-Checkpoints = Annotated[
-    bool,
-    typer.Option("--checkpoints", help="Score all checkpoints on validation rows, then test the best one."),
 ]
 EngineName = Annotated[
     str,
@@ -67,7 +60,7 @@ verbs = typer.Typer()
     "evaluate",
     cls=Verb,
     rich_help_panel=HEADING,
-    epilog="recipe evaluate latest --checkpoints\nrecipe evaluate latest --metric benchmark:mmlu",
+    epilog="recipe evaluate latest --base\nrecipe evaluate latest --metric benchmark:mmlu",
 )
 def evaluate_verb(
     run: RunName,
@@ -82,7 +75,6 @@ def evaluate_verb(
     engine: EngineName = "transformers",
     model: ServersModel = None,
     metric: Metrics = None,
-    checkpoints: Checkpoints = False,
     base: Annotated[bool, typer.Option("--base", help="Also score the base model, in a second column.")] = False,
     force: Force = None,
     on: On = "local",
@@ -92,34 +84,33 @@ def evaluate_verb(
     from ..configs import datafiles
     from ..results import listing
     from ..runs.rundir import RunDir
-    from ..scores import checkpoint_selection, evaluations
     from ..scores.evaluate import BASE, EvaluationRequest
+    from ..scores.evaluations import Evaluation
     from ..workflows import evaluation
 
-    exclusive({"--checkpoints": checkpoints, "--adapter": adapter, "--base": base})
+    exclusive({"--adapter": adapter, "--base": base})
     request = EvaluationRequest(data, limit, adapter, max_new_tokens, batch_size, metric or [], decoding)
-    request.checkpoints, request.force, request.engine, request.model = checkpoints, force or [], engine, model
+    request.force, request.engine, request.model = force or [], engine, model
     only_with("--model", model, "--engine URL", request.server)
-    exclusive({"--checkpoints": checkpoints, "--base": base, "--engine URL": request.server})
+    exclusive({"--base": base, "--engine URL": request.server})
     if request.server:
         from ..scores import server
 
         server.at(request.server)  # refuse a wrong address before anything is recorded
     backend = backend_of(on)
     folder, evaluated = evaluation.of_name(run, request, backend)
-    scores = {"adapter": evaluated.scores} if isinstance(evaluated, evaluations.Evaluation) else {}
+    of_base = None
     if base:
         _, of_base = evaluation.of_name(str(folder.path), replace(request, adapter=BASE), backend)
-        scores |= {"base": of_base.scores} if isinstance(of_base, evaluations.Evaluation) else {}
     if isinstance(evaluated, RunDir):
         print(evaluated.path)
         next_step("results", json=json)
         return
-    if isinstance(evaluated, checkpoint_selection.CheckpointSelection):
-        _print_selection(evaluated, json)
-    else:
-        title = listing.REHEARSALS if folder.read().rehearsal else None
-        _print_scores(scores, scores if base else scores["adapter"], json, title)
+    scores = {"adapter": evaluated.scores}
+    if isinstance(of_base, Evaluation):
+        scores["base"] = of_base.scores
+    title = listing.REHEARSALS if folder.read().rehearsal else None
+    _print_scores(scores, scores if base else evaluated.scores, json, title)
     options = datafiles.chat_options(yamlfiles.read_yaml(folder.config))
     use = "chat" if "--chat" in options else "chat (one question, then Ctrl-D)"
     say(f"{use}: AXOLOTL_DO_NOT_TRACK=1 axolotl inference {folder.config} --lora-model-dir {folder.output} {options}")
@@ -155,29 +146,6 @@ def score_verb(
     if out:
         write_rows(out, rows)
     _print_scores({"predictions": scores}, scores, json)
-
-
-def _print_selection(selection: "CheckpointSelection", json: bool) -> None:
-    """Print checkpoints with their scores, and the test score of the best."""
-    label, best = selection.column.label, selection.best
-    rows = [
-        {
-            "checkpoint": row.checkpoint,
-            label: row.score,
-            "95 %": row.interval,
-            "best": "best" if row.best else None,
-            "on test rows": selection.test_score if row.best else None,
-        }
-        for row in selection.checkpoints
-    ]
-    notes = [f"{best.checkpoint} has the best {label} on validation rows: {selection.rows}."]
-    if selection.test_rows:
-        score = f"{tables.text_of(selection.test_score)}, 95 % {tables.text_of(selection.test_interval)}"
-        notes.append(f"Its {label} on test rows is {score}: {selection.test_rows}.")
-    else:
-        notes.append("Without separate test rows, this score is too optimistic; give test rows with --data FILE.")
-    records = vars(selection) | {"column": selection.column.name, "checkpoints": [*map(asdict, selection.checkpoints)]}
-    tables.show(json, records, [tables.Table(rows)], notes)
 
 
 def _print_scores(models: dict[str, Row], records: Any, json: bool, title: str | None = None) -> None:

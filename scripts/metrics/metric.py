@@ -110,11 +110,6 @@ class Column:
         with_given = f"; with {', '.join(f'{key} {value}' for key, value in given.items())}" if given else ""
         return f"{self.title}{high}; {self.metric.source}{with_given}"
 
-    @property
-    def better(self) -> Callable[..., Any]:
-        """`max` or `min`, to select the best value."""
-        return max if self.metric.higher_is_better else min
-
     @cached_property
     def entry(self) -> dict[str, Any]:
         """Declaration as in study.yaml and scores.json."""

@@ -55,11 +55,9 @@ class EvaluationRequest:
         batch_size: maximum number of rows in a batch, or of simultaneous server requests; None lets the engine choose.
         metrics: values of --metric, added to the study's metrics.
         decoding: name of a decoding configuration in the study; by default the study's default.
-        validation: evaluate the run's validation rows.
         engine: transformers, vllm, or the address of a vLLM server.
         model: name of the run's model on the server.
         force: names of the findings about untrusted code to accept; see `trust.refuse_code`.
-        checkpoints: evaluate every kept checkpoint, see `checkpoint_selection.select`.
     """
 
     data: Path | None = None
@@ -69,8 +67,6 @@ class EvaluationRequest:
     batch_size: int | None = None
     metrics: Sequence[str] = ()
     decoding: str | None = None
-    validation: bool = False
-    checkpoints: bool = False
     engine: str = REFERENCE
     model: str | None = None
     force: Sequence[str] = ()
@@ -98,7 +94,6 @@ class EvaluationRequest:
             "--model": self.model,
         }
         words = [word for option, value in options.items() if value is not None for word in (option, str(value))]
-        words += ["--checkpoints"] if self.checkpoints else []
         words += [word for name in self.force for word in ("--force", name)]
         return words + [word for metric in self.metrics for word in ("--metric", metric)]
 
@@ -131,14 +126,14 @@ class EvaluationTask:
         adapter = self._adapter(folder)
         self.files = {"adapter": FileState.of(adapter / ADAPTER)} if adapter else {}
         usual = evaluation_rows.usual(self.run, self.cfg)
-        source = evaluation_rows.validation(self.run, self.cfg) if request.validation else usual
+        source = usual
         if request.data:
             source = evaluation_rows.named(request.data, self.cfg, Path(self.run.cwd))
         try:
             source = evaluation_rows.require_reference(folder, self.cfg, source)
         except UserError as error:
             self.columns = registry.asked(request.metrics) or self.columns  # default metrics need answers
-            if self.predicts or request.validation or request.data:
+            if self.predicts or request.data:
                 raise
             if (there := read_scores(folder.path)) and there.settings.rows:
                 raise UserError(f"{folder.path}: evaluated on {there.settings.data}; repeat its --data") from None

@@ -22,7 +22,7 @@ from ..data.published import AdapterFormat
 from ..runs.records import FileState
 from ..runs.rundir import RunDir, find_run
 from ..runs.tasks import Task, TaskResult
-from ..scores import checkpoint_selection, evaluate, evaluation_rows
+from ..scores import evaluate, evaluation_rows
 from ..scores.evaluate import BASE, EvaluationRequest, EvaluationTask
 from ..scores.evaluations import ADAPTER, SERVER, Evaluation
 from ..scores.predict import require
@@ -35,10 +35,7 @@ SUFFIXES = (".json", ".jinja", ".model", ".txt")
 """Suffixes of an adapter's and tokenizer's files, other than the weights."""
 
 
-Evaluated = Evaluation | checkpoint_selection.CheckpointSelection | RunDir
-
-
-def of_name(name: str, request: EvaluationRequest, backend: Backend) -> tuple[RunDir, Evaluated]:
+def of_name(name: str, request: EvaluationRequest, backend: Backend) -> tuple[RunDir, Evaluation | RunDir]:
     """Evaluate a run, or an external adapter with a recipe's settings; see `start`.
 
     An external adapter gets a run folder.
@@ -64,12 +61,11 @@ def _is_recipe(name: str) -> bool:
     return False
 
 
-def start(folder: RunDir, request: EvaluationRequest, backend: Backend) -> Evaluated:
+def start(folder: RunDir, request: EvaluationRequest, backend: Backend) -> Evaluation | RunDir:
     """Evaluate a run here, or queue its evaluation as a job.
 
     Returns:
-        The run folder if the evaluation is queued; the checkpoint selection if checkpoints are compared; otherwise the
-        evaluation.
+        The run folder if the evaluation is queued; otherwise the evaluation.
 
     Raises:
         UserError: the evaluation is already queued, or `EvaluationTask` or the backend refuses it. Nothing was started.
@@ -93,7 +89,7 @@ def start(folder: RunDir, request: EvaluationRequest, backend: Backend) -> Evalu
         gpus = 0 if record.rehearsal else 1
         queued = Task(TaskResult(record.recipe), lambda: [evaluation], gpus, steps=["evaluate"])
         return backend.carry_out(queued, record.recipe)
-    return checkpoint_selection.select(folder, request) if request.checkpoints else evaluate.evaluate(folder, request)
+    return evaluate.evaluate(folder, request)
 
 
 def located(adapter: str) -> tuple[Path, str]:
