@@ -6,9 +6,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import typer
 
@@ -26,20 +27,13 @@ recipe evaluate latest
 recipe results"""
 
 
+_OTHER_WORDS = {"train": "run", "finetune": "run", "prepare": "data prepare", "fetch": "data fetch"}
+
+
 class _Verbs(Verbs):
     """Verbs in the order of use; Typer would list groups of verbs last."""
 
     EXAMPLES = "First steps"
-    OTHER_WORDS: ClassVar[dict[str, str]] = {
-        "train": "run",
-        "finetune": "run",
-        "preprocess": "data prepare",
-        "prepare": "data prepare",
-        "fetch": "data fetch",
-        "download": "data fetch",
-        "merge": "publish --merge",
-        "compare": "diff or results",
-    }
     ORDER = (
         *("list", "show", "diff", "new"),
         *("data", "check", "plan"),
@@ -51,6 +45,13 @@ class _Verbs(Verbs):
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=self.ORDER.index)
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find a verb; for words that other programs use, name the verb. click suggests verbs of similar spelling."""
+        for word in get_close_matches(args[0], _OTHER_WORDS, 1, 0.75):
+            if not ctx.resilient_parsing:  # during completion
+                ctx.fail(f"No such command {args[0]!r}. Did you mean {_OTHER_WORDS[word]!r}?")
+        return super().resolve_command(ctx, args)
+
 
 app = typer.Typer(
     cls=_Verbs,
@@ -58,7 +59,7 @@ app = typer.Typer(
     no_args_is_help=True,
     epilog=FIRST_STEPS,
     rich_markup_mode=None,
-    suggest_commands=False,  # `Verbs` suggests them
+    suggest_commands=False,  # click suggests them already
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -122,19 +122,18 @@ def _is_deeper(value: Any, levels: int) -> bool:
     return levels == 0 or any(_is_deeper(item, levels - 1) for item in items)
 
 
-def json_rows(lines: Iterable[bytes], where: Path | str, fields: Sequence[str], first: int = 1) -> Iterator[Row]:
+def json_rows(lines: Iterable[bytes], where: Path | str, fields: Sequence[str]) -> Iterator[Row]:
     """Yield the rows of a JSONL file; blank lines are skipped.
 
     Args:
         lines: the lines of the file.
         where: the name of the file in messages.
         fields: the text fields that every row must have.
-        first: the number of the first line.
 
     Raises:
         UserError: a line is not a JSON mapping, or lacks a field.
     """
-    for number, line in enumerate(lines, start=first):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:

@@ -56,12 +56,9 @@ def similar_paths(missing: Path) -> str:
     """Hint with the most similar names in a missing path's folder and in the folder above."""
     folder = missing.absolute().parent
     near = [*_similar(missing.name, folder), *_similar(missing.name, folder.parent)]
-    hint = ""
     if not folder.is_dir():
-        hint = f": there is no folder {shown(missing.parent)}"
-        for other in _similar(folder.name, folder.parent):
-            near = [*(_similar(missing.name, other) or [other]), *near]
-    return f"{hint}; did you mean {' or '.join(map(shown, near))}?" if near else hint
+        near += _similar(folder.name, folder.parent)
+    return f"; did you mean {' or '.join(map(shown, near))}?" if near else ""
 
 
 def _similar(name: str, folder: Path) -> list[Path]:
@@ -144,8 +141,8 @@ def _found_recipe(name: str) -> tuple[str, Path]:
     given = Path(name)
     if given.suffix in (".yaml", ".yml"):
         if not given.is_file():
-            hint = did_you_mean(name, map(str, given.parent.glob("*.y*ml")))
-            raise UserError(f"{given}: no such file{hint or did_you_mean(str(given.with_suffix('')), files)}")
+            hint = similar_paths(given) or did_you_mean(str(given.with_suffix("")), files)
+            raise UserError(f"{given}: no such file{hint}")
         return next((name for name, file in files.items() if file.samefile(given)), given.stem), given
     found = meant(name, files, "recipe", "; `recipe list` shows them all")
     return found, files[found]

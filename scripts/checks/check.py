@@ -104,19 +104,12 @@ def check(
 def tokenize_all(report: Report, ranks: int = 1) -> None:
     """Tokenize the readable rows of a checked config, unless errors in the config prevent it."""
     errors = [finding for finding in report.findings if finding.level == "error"]
-    if not report.composed:
-        return
     if any(finding.scope in ("code", "step") for finding in errors):
         report.skip("skipped tokenizing the rows, because of errors; correct them, then check again")
-        return
-    if errors and not report.data:
-        return  # no row to read
-    try:
-        tokenize(report, report.composed, ranks)
-    except UserError as error:
-        if errors:
-            report.skip(f"the rows were not tokenized: {error}")
-        else:
+    elif report.composed and (report.data or not errors):
+        try:
+            tokenize(report, report.composed, ranks)
+        except UserError as error:
             report.add([_unreadable(report.name, str(error))])
 
 
@@ -147,7 +140,6 @@ def examine(
     case = Case(usable, wrong, gpu, gpus, launching, ask_hub or launching)
     found = [*placed([*of_schema, *rule_findings(case)], composed)]
     report.add(found)
-    report.add(_replaced(composed))
     report.add(placed(settings_rules.fixed_warm_up(composed, gpus), composed))
     report.add(placed(_profile_compatibility(composed, gpu, launching), composed))
     too_slow = launching and not (gpu or composed.rehearsal or models.is_small(composed.config))
@@ -186,15 +178,6 @@ def _profile_compatibility(composed: Composed, gpu: Gpu | None, launching: bool)
         problem = f"no GPU is known: the settings of {' and '.join(adapted)} are for Ampere or newer"
         remedy = "for an older GPU, pass --gpu to checks and plans, and set gpu for SLURM"
         yield Finding("warning" if launching else "note", "unfit", "", problem, remedy)
-
-
-def _replaced(composed: Composed) -> Iterator[Finding]:
-    """Warnings about data on a hub, whose path may be a misspelt local one; a rehearsal replaces them."""
-    for difference in composed.differences:
-        own = difference.key.endswith(".path") and not any(study.preparing(str(difference.recipe)))
-        if own and substitution.FROM_SAMPLE in difference.why:
-            where = paths.shown(composed.recipe_file), yamlfiles.line_of(composed.recipe_file, difference.key)
-            yield Finding("warning", "other-rows", difference.key, difference.why, "correct a local path", *where)
 
 
 def tokens_of(request: Request, count: int) -> list[Row]:
@@ -282,7 +265,7 @@ def training_lengths(composed: Composed, force: Sequence[str] = ()) -> tuple[lis
         UserError: the data or the tokenizer is missing, or Axolotl refuses the rows.
     """
     _need_tokenizer(composed, "--data")
-    found = examine(composed).findings
+    found = examine(composed, data=True).findings
     refuse([finding for finding in found if finding.key.startswith("datasets") or finding.scope == "code"], force)
     with importing_axolotl():
         from . import tokens

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 from ..base.errors import UserError, did_you_mean
 from ..base.machine import package_version
@@ -93,43 +93,29 @@ class Finding:
         return f"{place}: {self.level}: {about}{self.problem}{remedy}{name}"
 
 
-class Place(NamedTuple):
-    """Line of a data file, from 1."""
-
-    file: str
-    line: int
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
-
-
 @dataclass
 class FaultyRows:
     """Rows with the same fault: their number, and the first of them.
 
     Attributes:
-        first: place and example of each of the first rows.
+        first: file, line and example of each of the first rows.
     """
 
     count: int = 0
-    first: list[tuple[Place, str]] = field(default_factory=list)
+    first: list[tuple[str, int, str]] = field(default_factory=list)
 
     @property
-    def place(self) -> Place:
-        """Place of the first row."""
-        return self.first[0][0]
-
-    @property
-    def lines(self) -> list[str]:
-        """Lines of the first rows; with the file, if it is not the first row's."""
-        return [str(place.line if place.file == self.place.file else place) for place, _ in self.first]
+    def place(self) -> tuple[str, int]:
+        """File and line of the first row."""
+        return self.first[0][:2]
 
     def __str__(self) -> str:
-        """Number of rows, with the first of their lines."""
+        """Number of rows, with the first of their lines, and with files other than the first row's."""
         if self.count == 1:
             return "1 row"
+        lines = ", ".join(str(line) if file == self.place[0] else f"{file}:{line}" for file, line, _ in self.first)
         more = ", …" if self.count > len(self.first) else ""
-        return f"{self.count} rows (lines {', '.join(self.lines)}{more})"
+        return f"{self.count} rows (lines {lines}{more})"
 
 
 class Faults(dict[tuple[str, str], FaultyRows]):
@@ -137,16 +123,15 @@ class Faults(dict[tuple[str, str], FaultyRows]):
 
     MOST_ROWS = 10
     MOST_SUBJECTS = 100
-    OTHERS = "…"
 
-    def note(self, rule: str, about: str, place: Place, example: str = "") -> None:
+    def note(self, rule: str, about: str, file: str, line: int, example: str = "") -> None:
         """Count a faulty row; beyond `MOST_SUBJECTS`, subjects are counted together."""
-        if (rule, about) not in self and len(self) >= self.MOST_SUBJECTS:
-            about = self.OTHERS
+        if len(self) >= self.MOST_SUBJECTS and (rule, about) not in self:
+            about = "…"
         rows = self.setdefault((rule, about), FaultyRows())
         rows.count += 1
         if len(rows.first) < self.MOST_ROWS:
-            rows.first.append((place, example))
+            rows.first.append((file, line, example))
 
 
 _VALUES_ABOUT_CODE = ("plugins", "datasets", "test_datasets", "trl", "trust_")

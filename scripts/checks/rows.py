@@ -15,7 +15,7 @@ from ..base import yamlfiles
 from ..base.files import Row, parse_json
 from ..base.yamlfiles import Config
 from ..configs import datafiles, models
-from .finding import Faults, Finding, Level, Place
+from .finding import Faults, Finding, Level
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class _File:
 
     def count(self, rule: str, about: str, line: int, example: str = "") -> None:
         """Count one faulty row."""
-        self.faults.note(rule, about, Place(str(self.path), line), example)
+        self.faults.note(rule, about, str(self.path), line, example)
 
 
 def check(config: Config, skipped: Collection[str] = ()) -> tuple[list[Finding], list[Row]]:
@@ -204,22 +204,23 @@ class Reader:
                     file.rows += 1
                     self._line(file, number, line)
 
-    def can_read(self, line: bytes) -> bool:
-        """True if a line is a row with the fields that the data set's type reads."""
+    def readable(self, line: bytes) -> Row | None:
+        """Row of a line, if it has the fields that the data set's type reads."""
         scratch = _File("", Path())
-        self._line(scratch, 1, line)
-        return all(rule != "bad-row" for rule, _ in scratch.faults)
+        row = self._line(scratch, 1, line)
+        return None if any(rule == "bad-row" for rule, _ in scratch.faults) else row
 
-    def _line(self, file: _File, number: int, line: bytes) -> None:
+    def _line(self, file: _File, number: int, line: bytes) -> Row | None:
         try:
-            row = parse_json(line)
+            row: Any = parse_json(line)
         except orjson.JSONDecodeError as error:
             file.count("bad-row", "not UTF-8" if "UTF-8" in error.msg else "not JSON", number, error.msg)
-            return
+            return None
         if isinstance(row, dict):
             self._row(file, number, row)
-        else:
-            file.count("bad-row", "not a mapping of fields to values", number)
+            return row
+        file.count("bad-row", "not a mapping of fields to values", number)
+        return None
 
     def _row(self, file: _File, number: int, row: Row) -> None:
         fields = self.fields
@@ -312,13 +313,12 @@ def _findings(file: _File) -> Iterator[Finding]:
         if rule == "lacks-system" and not file.has_system:
             continue
         level, problem, remedy = _WORDS[rule]
-        example = rows.first[0][1]
+        example = rows.first[0][2]
         if example.startswith("fields: ") and rows.count == file.rows:  # the type is wrong, not the rows
             form = datafiles.form_of(example.removeprefix("fields: ").split(", "))
             remedy = f"set {yamlfiles.write_flow(form or {'type': {'field_output': 'answer'}})[1:-1]} to read them"
         if rule in ("repeated-row", "leaked-row") and rows.count > 1:
-            originals = zip(rows.lines, rows.first, strict=True)
-            example = ", ".join(f"{line} = {original}" for line, (_, original) in originals)
+            example = ", ".join(f"{line} = {original}" for _, line, original in rows.first)
         shown = f" ({example})" if example else ""
         text = problem.format(n=rows, about=about)
         yield Finding(level, rule, f"{file.key}.path", f"{text}{shown}", remedy, *rows.place)

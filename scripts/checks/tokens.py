@@ -25,17 +25,19 @@ from torch.utils.data import RandomSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..base.errors import UserError, did_you_mean
-from ..base.files import Row, json_rows
+from ..base.files import Row
 from ..base.progress import Bar
 from ..base.yamlfiles import Config
 from ..configs import datafiles
 from ..configs.substitution import stands_in
 from ..runs.eval_loss import MASKED
-from .finding import Faults, Finding, Level, Place
+from .finding import Faults, Finding, Level
 from .installed import Tokens, as_trained, require_one_each, taught_ends, tokenize
 from .rows import Reader
 
 _NO_LIMIT = 2**24  # tokens
+Place = tuple[str, int]
+"""File and line."""
 _MOST_REFUSED = 20  # rows of a data set that Axolotl cannot tokenize; finding each takes ten calls or more
 
 
@@ -138,8 +140,9 @@ def by_token(content: Config, count: int) -> list[Row]:
     tokenizer = Tokenizer(content)
     rows = []
     for key, dataset in datafiles.datasets(content, "datasets"):
-        read = [row for _, row in islice(_numbered(tokenizer, key, dataset, 1, 1), count)]
-        for number, row in enumerate(tokenizer.tokenize(key, read) if read else [], start=1):
+        read = [*islice(_numbered(tokenizer, key, dataset, 1, 1), count)]
+        tokenized = tokenizer.tokenize(key, [row for _, row in read]) if read else []
+        for ((_, line), _), row in zip(read, tokenized, strict=False):
             text = ""
             for learnt, parts in groupby(zip(row.ids, row.labels, strict=True), lambda part: part[1] != MASKED):
                 decoded = tokenizer.tokenizer.decode([token for token, _ in parts], skip_special_tokens=False)
@@ -147,7 +150,7 @@ def by_token(content: Config, count: int) -> list[Row]:
             rows.append(
                 {
                     "dataset": key,
-                    "row": number,
+                    "row": line,
                     "length": len(row.ids),
                     "learnt": row.learnt,
                     "too_long": len(row.ids) > tokenizer.cfg.sequence_len,
@@ -181,7 +184,7 @@ def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[li
         every = math.ceil(total / most) if most and total else 1
         read = _Read(tokenizer, key)
         with Bar(f"tokenize {key}", total // every) as bar:
-            rows = _numbered(tokenizer, key, dataset, every, cfg.micro_batch_size, skip_faulty=True)
+            rows = _numbered(tokenizer, key, dataset, every, cfg.micro_batch_size)
             for some in batched(rows if total else islice(rows, most), 1000):
                 read.add(some)
                 if read.refused >= _MOST_REFUSED:
@@ -262,7 +265,7 @@ class _Read:
             halves = [rows[:middle], rows[middle:]] if middle else []
             if all([self.add(half) for half in halves]):
                 self.refused += 1
-                self.faults.note("bad-row", str(error).partition(": ")[2], rows[middle][0])
+                self.faults.note("bad-row", str(error).partition(": ")[2], *rows[middle][0])
             return False
         self.rows += len(rows)
         self.sizes += [len(tokens.ids) for tokens in tokenized]
@@ -270,13 +273,13 @@ class _Read:
         self.learns_end = self.learns_end or any(not self.ends.isdisjoint(tokens.labels) for tokens in tokenized)
         for (place, _), tokens in zip(rows, tokenized, strict=False):
             if not tokens.learnt and len(tokenized) == len(rows):
-                self.faults.note("nothing-learnt", "", place)
+                self.faults.note("nothing-learnt", "", *place)
         if self.dataset["type"] == "chat_template":
             cfg, tokenizer = self.tokenizer.cfg, self.tokenizer.tokenizer
             self.chats = self.chats or load_strategy("chat_template", tokenizer, cfg, self.dataset)
             for place, row in rows:
                 for role in _unknown_roles(self.chats, row):
-                    self.faults.note("unknown-role", role, place)
+                    self.faults.note("unknown-role", role, *place)
         return True
 
     def findings(self) -> Iterator[Finding]:
@@ -363,29 +366,28 @@ def _padding(cfg: Any, kept: list[int]) -> float:
     return 1 - sum(kept) / padded if kept else 0.0
 
 
-def _numbered(
-    tokenizer: Tokenizer, key: str, dataset: Config, every: int, batch: int, skip_faulty: bool = False
-) -> Iterator[tuple[Place, Row]]:
+def _numbered(tokenizer: Tokenizer, key: str, dataset: Config, every: int, batch: int) -> Iterator[tuple[Place, Row]]:
     """Rows of a data set's local files, each with file and line; for formats other than JSONL, with the row's number.
 
-    Rows beyond the data set's split are left out. JSONL is read in batches of `batch` lines, of which
-    every `every`th is used. Axolotl loads the other formats. Missing files have no rows."""
+    Rows beyond the data set's split are left out, and JSONL rows in which `rows.check` finds errors. JSONL is read in
+    batches of `batch` lines, of which every `every`th is used. Axolotl loads the other formats. Missing files have no
+    rows."""
     files = datafiles.jsonl_files(dataset)
     if not files and any(file.is_file() for file in datafiles.local_files(dataset)):
         for number, row in enumerate(tokenizer.load(key), start=1):
-            yield Place(dataset["path"], number), row
+            yield (dataset["path"], number), row
         return
     first = datafiles.first_rows(dataset)
     lines = chain.from_iterable(_lines_of(file, every, batch) for file in files)
     reader = Reader(dataset, None, {}, trained=False)
     for place, line in islice(lines, first and math.ceil(first / every)):
-        if not skip_faulty or reader.can_read(line):
-            for row in json_rows([line], place.file, (), place.line):
-                yield place, row
+        row = reader.readable(line)
+        if row is not None:
+            yield place, row
 
 
 def _lines_of(file: Path, every: int, batch: int) -> Iterator[tuple[Place, bytes]]:
     with file.open("rb") as stream:
         for number, line in enumerate(stream):
             if number // batch % every == 0 and line.strip():
-                yield Place(str(file), number + 1), line
+                yield (str(file), number + 1), line

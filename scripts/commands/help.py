@@ -4,16 +4,15 @@ import os
 import shlex
 from collections.abc import Iterable
 from contextlib import suppress
-from difflib import get_close_matches
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import click
 from typer.core import TyperCommand, TyperGroup
 
 from ..base import paths
-from ..base.errors import UserError, did_you_mean
+from ..base.errors import UserError
 from ..base.progress import PART, say
 
 if TYPE_CHECKING:
@@ -103,20 +102,6 @@ class Verbs(TyperGroup):
 
     context_class = _Context
     EXAMPLES = "Examples"
-    OTHER_WORDS: ClassVar[dict[str, str]] = {}
-    """Verbs for words that users of other programs may type."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find a verb; suggest similar ones if there is none of that name."""
-        word = args[0]
-        if word not in self.commands and not word.startswith("-") and not ctx.resilient_parsing:
-            hint = did_you_mean(word, self.commands) or f"; there are {', '.join(self.list_commands(ctx))}"
-            for other in get_close_matches(word, self.OTHER_WORDS, 1, 0.75):
-                hint = f"; did you mean {self.OTHER_WORDS[other]}?"
-            ctx.fail(f"No such command {word!r}{hint}")
-        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         verbs = [(name, self.commands[name]) for name in self.list_commands(ctx)]

@@ -146,7 +146,8 @@ def entry_for(file: Path) -> Config:
         hint = f"known fields are {known}; for others replace --data by --set 'datasets={own}', with your fields"
         raise UserError(f"{file}: unknown fields {', '.join(row)}; {hint}")
     turns = row.get("conversations")
-    if "field_messages" in entry and isinstance(turns, list) and turns and "from" in turns[0]:
+    first: Any = turns[0] if isinstance(turns, list) and turns else None
+    if "field_messages" in entry and isinstance(first, dict) and "from" in first:
         entry = entry | {"message_property_mappings": {"role": "from", "content": "value"}}
     return {"path": str(file)} | entry
 
@@ -161,7 +162,7 @@ def record(composed: Config) -> list[DataFile]:
     for where, dataset in datasets(composed):
         for path in local_files(dataset):
             if not path.is_file():
-                raise UserError(f"{where}.path: {paths.shown(path)} does not exist{paths.similar_paths(path)}")
+                raise UserError(f"{where}.path: {paths.shown(path)} does not exist")
             rows = count_rows(path) if path.suffix == ".jsonl" else None
             files[path] = DataFile(path=str(path), sha256=sha256(path), bytes=path.stat().st_size, rows=rows)
     return list(files.values())

@@ -33,7 +33,6 @@ OF_MODEL = (  # keys of the profile about the base model; ignored if a rehearsal
     *("base_model", "revision_of_model", "model_type", "type_of_model", "overrides_of_model_config"),
     *("tokenizer_config", "special_tokens", "eot_tokens", "added_tokens_overrides", "lora_model_dir"),
 )
-FROM_SAMPLE = "rows of the shipped sample"
 _MOST_ROWS = {"datasets": 32, "test_datasets": 8}  # so that a rehearsal takes minutes
 
 
@@ -95,7 +94,7 @@ def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Con
             for key, value in () if elsewhere else given.items():
                 if key.startswith(f"{section}."):
                     rows = override(rows, key, value)
-            yield rows, f"{FROM_SAMPLE}, because {missing} {lacks}"
+            yield rows, f"rows of the shipped sample, because {missing} {lacks}"
 
 
 def _length(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Config, str]]:

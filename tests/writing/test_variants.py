@@ -199,7 +199,7 @@ def test_the_fields_of_rows_decide_their_type(tmp_path, row, entry):
         assert read_rows(file, ()) == [row]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"a": 1}', "\xff"])
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"a": 1}', "\xff", '{"conversations": [3]}'])
 def test_rows_of_no_known_form_are_refused(recipe, tmp_path, content):
     (tmp_path / "rows.jsonl").write_text(content, encoding="latin-1")
     recipe.fails("new", "mine", "--data", "rows.jsonl")
