@@ -1,5 +1,6 @@
 """Departures of a run from its recipe: model, data, settings, and the tokens behind the eval loss."""
 
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from ..base.yamlfiles import Config
 from ..configs import config, models
 from ..configs.compose import MIRROR
 from ..configs.config import Difference
+from ..configs.datafiles import DataFile
 from ..data import manifest
 from ..data.manifest import is_the_studys
 from ..data.published import EvalTokens
@@ -26,24 +28,25 @@ def other_model(run: Run) -> str | None:
 
 def other_data(run: Run) -> bool:
     """True if the config names data files that are not the study's, or a manifest shows other content."""
+    for file, entry in _entries(run):
+        is_of_file = entry.get("file") == Path(file.path).name
+        if is_of_file and (entry.get("is_the_study_file") is False or entry.get("sha256") != file.sha256):
+            return True
     moved = any(d.key.startswith("datasets") and d.key.endswith("path") for d in run.from_origin)
     verified = 0 < len(run.data) == sum(map(is_the_studys, manifest_entries(run)))
-    return (moved and not verified) or any(
-        entry.get("is_the_study_file") is False or entry.get("sha256") != file.sha256
-        for file in run.data
-        for entry in manifest.entries(Path(run.cwd, file.path).parent).values()
-        if entry.get("file") == Path(file.path).name
-    )
+    return moved and not verified
 
 
 def manifest_entries(run: Run) -> list[Config]:
     """Manifest entries of a run's data files, found by hash."""
-    return [
-        entry
-        for file in run.data
-        for entry in manifest.entries(Path(run.cwd, file.path).parent).values()
-        if entry.get("sha256") == file.sha256
-    ]
+    return [entry for file, entry in _entries(run) if entry.get("sha256") == file.sha256]
+
+
+def _entries(run: Run) -> Iterator[tuple[DataFile, Config]]:
+    """Data files of a run, each with every manifest entry of its folder."""
+    for file in run.data:
+        for entry in manifest.entries(Path(run.cwd, file.path).parent).values():
+            yield file, entry
 
 
 def other_settings(run: Run) -> dict[str, Any]:

@@ -107,9 +107,11 @@ def rows(sweep: Sweep, runs: Path) -> list[SweepRow]:
 def _published(sweep: Sweep, member: SweepMember, results: Sequence[RunResult]) -> dict[str, float | None]:
     """Published scores for a member's settings; empty if the study has no scores for sweeps."""
     file = file_of(sweep.recipe)
-    origin = config.origin_of(sweep.recipe, file) if file else None
-    of_study = study.of_any(origin) if origin and not sweep.rehearsal else None
-    if not of_study or not origin or not file or not any(published.cells for published in of_study.published.values()):
+    if sweep.rehearsal or not file:
+        return {}
+    origin = config.origin_of(sweep.recipe, file) or ""
+    of_study = study.of_any(origin)
+    if not of_study or not any(published.cells for published in of_study.published.values()):
         return {}
     recipe = yamlfiles.read_yaml(paths.recipe_file(origin))
     if results:  # their settings include profiles
@@ -117,8 +119,8 @@ def _published(sweep: Sweep, member: SweepMember, results: Sequence[RunResult]) 
     else:
         differing = config.differences(recipe, yamlfiles.read_yaml(file) | member.values)
         changes = {key: value for key, (_, value) in differing.items() if not config.TRACKING.match(key)}
-    free = {repeats.SEED, *config.OF_THE_RUN}
-    cell = of_study.cell(origin, recipe, {key: changes[key] for key in changes if key not in free})
+    changes.pop(repeats.SEED, None)
+    cell = of_study.cell(origin, recipe, changes)
     scores = cell.scores if cell else {}
     return {key: fmean(scores[key]) if key in scores else None for key in of_study.columns}
 
