@@ -39,7 +39,7 @@ MISTAKES = [
     ("check --gpu 6000", "Quadro RTX 6000, RTX 6000 Ada, RTX PRO 6000"),
     ("run broken.yaml", "broken.yaml:"),
     ("run twice.yaml", "twice.yaml:3:"),
-    ("run typo.yaml --rehearse", "typo.yaml:65:"),
+    ("run typo.yaml --rehearse", "typo.yaml:67:"),
     (f"run {NAME} --rehearse --set lora_rr=8", " lora_r "),
     (f"run {NAME} --set lora_r", "--set lora_r:"),
     (f"run {NAME} --set output_dir=x", "output_dir"),
