@@ -89,8 +89,7 @@ def _read(file: Path) -> dict[str, Any]:
     """Read a mapping with values as text; YAML would turn 12:00:00 into a number."""
     try:
         text = yamlfiles.read_text(file)
-        yamlfiles.require_shallow(text, str(file))
-        yamlfiles.check_size(yaml.compose(text, yaml.BaseLoader), str(file))
+        yamlfiles.require_small(text, str(file))
         content = yaml.load(text, yaml.BaseLoader) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{file}: not valid YAML: {error}") from None

@@ -5,8 +5,8 @@ import json
 import math
 import re
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +81,8 @@ def parse(text: str, where: str, loader: type[_Loader] = _Loader) -> Any:
         UserError: the text is not YAML (with line and column), is too large, or contains any other value.
     """
     try:
-        require_shallow(text, where)
-        node = yaml.compose(text, _Loader)
-        check_size(node, where)
-        content = loader("").construct_document(node) if node else None
+        require_small(text, where)
+        content = yaml.load(text, loader)
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise UserError(f"{where}{_problem(error, text)}") from None
     for value in _values(content):
@@ -97,14 +95,6 @@ def parse(text: str, where: str, loader: type[_Loader] = _Loader) -> Any:
     return content
 
 
-_LEVELS: dict[type[yaml.Event], int] = {
-    yaml.SequenceStartEvent: 1,
-    yaml.MappingStartEvent: 1,
-    yaml.SequenceEndEvent: -1,
-    yaml.MappingEndEvent: -1,
-}
-
-
 def _problem(error: Exception, text: str) -> str:
     """PyYAML's error on one line, preceded by its position in the text."""
     if not isinstance(error, yaml.MarkedYAMLError) or not error.problem_mark:
@@ -115,37 +105,44 @@ def _problem(error: Exception, text: str) -> str:
     return f"{line}: not valid YAML: {context}{error.problem} (column {mark.column + 1})"
 
 
-def require_shallow(text: str, where: str) -> None:
-    """Raise UserError for YAML text with too many levels; composing 10,000 levels would crash the process."""
-    depths = accumulate(_LEVELS.get(type(event), 0) for event in yaml.parse(text, _Loader))
-    if any(depth > _MOST_LEVELS for depth in depths):
-        raise UserError(f"{where}: nested too deeply for a config; reduce the levels")
+@dataclass
+class _Size:
+    """Size of a YAML node: its values, and its levels below the first."""
+
+    values: float = 0
+    levels: float = 0
+
+    def add(self, part: "_Size") -> None:
+        self.values += part.values
+        self.levels = max(self.levels, part.levels + 1)
 
 
-def check_size(node: Any, where: str) -> None:
-    """Refuse a YAML node whose aliases and merge keys would expand to too many values or levels.
+def require_small(text: str, where: str) -> None:
+    """Refuse YAML text with too many values or levels before it is composed, which could end the process.
+
+    A text counts as a value for every 100 characters. An alias counts as much as the node that it repeats.
 
     Raises:
-        UserError: the node is too large, or contains itself.
+        UserError: the text is too large, or a node contains itself.
     """
-    values, levels = _expanded(node, {})
-    if values > _MOST_VALUES or levels > _MOST_LEVELS:
-        raise UserError(f"{where}: too large or nested too deeply for a config; remove values or aliases (*name)")
-
-
-def _expanded(node: Any, known: dict[int, tuple[float, float]]) -> tuple[float, float]:
-    """Number of values and levels of a node with its aliases expanded; a text counts one for 100 characters.
-
-    An alias is the node that it refers to, which is counted once.
-    """
-    if not isinstance(node, yaml.CollectionNode):
-        return 1 + len(node.value if node else "") // 100, 0
-    if id(node) not in known:
-        known[id(node)] = (math.inf, math.inf)  # of a node that contains itself
-        parts = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
-        sizes = [_expanded(part, known) for part in parts]
-        known[id(node)] = 1 + sum(size for size, _ in sizes), 1 + max((levels for _, levels in sizes), default=0)
-    return known[id(node)]
+    by_anchor: dict[str | None, _Size] = {}
+    parents: list[tuple[str | None, _Size]] = [(None, _Size())]
+    for event in yaml.parse(text, _Loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            by_anchor[event.anchor] = _Size(math.inf)  # an alias inside this node would repeat it endlessly
+            parents.append((event.anchor, _Size(1)))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = parents.pop()
+            by_anchor[anchor] = size
+            parents[-1][1].add(size)
+        elif isinstance(event, yaml.ScalarEvent):
+            by_anchor[event.anchor] = _Size(1 + len(event.value) // 100)
+            parents[-1][1].add(by_anchor[event.anchor])
+        elif isinstance(event, yaml.AliasEvent):
+            parents[-1][1].add(by_anchor.get(event.anchor, _Size()))  # composing reports an unknown alias
+        size = parents[-1][1]
+        if size.values > _MOST_VALUES or max(size.levels, len(parents)) > _MOST_LEVELS:
+            raise UserError(f"{where}: too large or nested too deeply for a config; remove values or aliases (*name)")
 
 
 def _values(value: Any) -> Iterator[Any]:
