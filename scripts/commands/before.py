@@ -270,16 +270,12 @@ def _print_plans(plans: "list[tuple[str, Plan]]") -> None:
 
     rows = []
     for name, planned in plans:
-        memory, fits = planned.memory, planned.gpus
+        fits = planned.gpus
         row: dict[str, str | None] = {
             "recipe": name,
             "trainable": f"{planned.trainable:,}",
-            "share": f"{planned.trainable_share:.2%}",
             "micro batch": f"{planned.micro_batch.rows} x {planned.micro_batch.tokens}",
-            "logits GiB": f"{memory.parts.get('logits', 0) / GIB:.2f}",
-            "allocated GiB": f"{memory.allocated / GIB:.2f}",
-            "reserved GiB": f"{memory.reserved / GIB:.2f}",
-            "needed GiB": f"{memory.needed / GIB:.2f}",
+            "needed GiB": f"{planned.memory.needed / GIB:.2f}",
         }
         if len(fits) == 1:
             first, hours = fits[0], planned.work and planned.work.hours
@@ -288,7 +284,7 @@ def _print_plans(plans: "list[tuple[str, Plan]]") -> None:
         else:
             row["smallest GPU"] = next((each.gpu for each in fits if each.fits), "none")
         rows.append(row)
-    tables.print_table(rows, spare=["logits GiB", "reserved GiB", "allocated GiB", "trainable", "share", "micro batch"])
+    tables.print_table(rows, spare=["trainable", "micro batch"])
     notes = [f"note: {name}: {note}" for name, planned in plans for note in planned.notes]
     for note in dict.fromkeys(notes):
         tables.print_text(note)

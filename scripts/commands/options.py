@@ -63,14 +63,8 @@ def complete_runs(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def complete_things(context: typer.Context, incomplete: str) -> list[str]:
-    """Complete runs, studies and started sweeps."""
-    folder = _runs_folder(context) / "sweeps"
-    files = sorted(file.relative_to(folder).as_posix() for file in folder.glob("*/*.json"))  # see Sweep.file
-    labels = [file.removesuffix(".json").replace(".rehearsal", "/rehearsal").replace("--", "/") for file in files]
-    return [
-        *complete_runs(context, incomplete),
-        *_beginning(incomplete, [*labels, *(study.name for study in paths.studies())]),
-    ]
+    """Complete runs and studies."""
+    return [*complete_runs(context, incomplete), *complete_studies(incomplete)]
 
 
 def _runs_folder(context: typer.Context) -> Path:

@@ -209,8 +209,8 @@ def new_verb(
     refuse([finding for finding in found if finding.scope != "code" and finding.rule != "not-prepared"])
     print(new.write(name, from_, overrides, other))
     unread: list[str] = next((read["unread_fields"] for read in report.data), [])
-    of_data = new.reasons(from_, composed.config, set_ or [], unread) if data else []
-    for line in [*(other.not_known if other else []), *of_data, *new.of_hardware(from_)]:
+    of_data = new.reasons(composed.config, set_ or [], unread) if data else []
+    for line in [*(other.not_known if other else []), *of_data]:
         say(line)
     if not model and any(override.startswith("base_model=") for override in overrides):
         say("revision, special tokens, layers and comments are still those of the former model; --model replaces them")

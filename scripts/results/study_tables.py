@@ -138,15 +138,12 @@ def _of_intervals(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
     """Notes on limitations of the intervals behind verdicts, with remedies."""
     scores = [score for row in rows for score in row.scores.values() if score.verdict]
     methods = [score.interval.method for score in scores if score.interval]
-    if several := [row.recipe for row in rows if len(row.runs) > 1]:
-        yield f"For these recipes, scores are means over runs that differ at most in their seed: {', '.join(several)}."
     if differing := [row.recipe for row in rows if len(set(map(repeats.tokens, row.runs))) > 1]:
         yield f"{', '.join(differing)}: {repeats.OTHER_ROWS}."
-    seeds = f"`recipe reproduce {of_study.folder.name} --seeds 3` runs each recipe with three seeds"
-    if any(method == intervals.ROWS_ONLY or method.endswith(repeats.ONE_SEED) for method in methods):
-        yield f"An interval that covers {intervals.ROWS_ONLY}, or one seed, does not cover other seeds; {seeds}."
-    if any(intervals.BORROWED in method for method in methods):
-        yield f"A borrowed spread comes from published repeats, not from our runs; {seeds}."
+    of_one_seed = (intervals.ROWS_ONLY, intervals.BORROWED, repeats.ONE_SEED)
+    if any(source in method for method in methods for source in of_one_seed):
+        command = f"`recipe reproduce {of_study.folder.name} --seeds 3`"
+        yield f"Intervals of one run or one seed do not cover other seeds; {command} runs each recipe with three seeds."
 
 
 def show_comparison(compared: Comparison, pair: tuple[str, str], json: bool) -> None:

@@ -202,11 +202,6 @@ class Summary(BaseModel):
     trouble: str | None = None  # a message if the last losses are NaN
     ended: Ended | None = None  # None also after a kill
 
-    @property
-    def trainable_share(self) -> float | None:
-        """Share of trainable parameters, if both counts are recorded."""
-        return self.trainable_parameters / self.parameters if self.trainable_parameters and self.parameters else None
-
 
 class Run(BaseModel):
     """Content of run.json."""

@@ -6,8 +6,6 @@ from pathlib import Path
 from ..base.files import Row
 from .evaluations import PREDICTIONS, Evaluation, read_scores
 
-_FEW = 10  # maximum number of rows to name
-
 
 def about_rows(evaluation: Evaluation | None) -> str | None:
     """Scored part of the rows, and scored rows that are also training rows; None if there is nothing to note."""
@@ -19,9 +17,8 @@ def about_rows(evaluation: Evaluation | None) -> str | None:
         benchmark = evaluation.benchmark(column)
         if benchmark and benchmark.rows < benchmark.total_rows:
             notes.append(f"{column.name}: {benchmark.rows:,} of {benchmark.total_rows:,} rows")
-    if trained := evaluation.also_trained:
-        first = ", ".join(str(position + 1) for position in trained[:_FEW])
-        notes.append(f"{len(trained):,} also in the training data: row {first}{', …' if len(trained) > _FEW else ''}")
+    if evaluation.also_trained:
+        notes.append(f"{len(evaluation.also_trained):,} also in the training data")
     return "; ".join(notes) or None
 
 

@@ -183,7 +183,6 @@ def record(row: SweepRow) -> Row:
         "peak_memory_gib": row.peak_memory_gib,
         "memory_kind": row.summary.memory_kind,
         "trainable": row.summary.trainable_parameters,
-        "trainable_share": row.summary.trainable_share,
         "train_seconds": row.train_seconds,
         "tokens_per_second": row.summary.tokens_per_second,
         **{f"{name}_published": value for name, value in row.published.items()},
@@ -200,8 +199,8 @@ def show(sweep: Sweep, json: bool) -> None:
 
 def notes(sweep: Sweep, scored: Columns, rows: Sequence[SweepRow]) -> Iterator[str]:
     """Notes below the table."""
-    if front := [row.member.name for row in rows if row.pareto]:
-        yield f"Pareto front over peak memory and {LOSS}: {'; '.join(front)}"
+    if any(row.pareto for row in rows):
+        yield f"front: on the Pareto front over peak memory and {LOSS}"
     if any(row.losses and row.compared_loss is None for row in rows):
         yield "Members with other tokens are not comparable, so there is no Pareto front and no best member."
     if any(len(row.losses) > 1 for row in rows):
@@ -217,14 +216,14 @@ def notes(sweep: Sweep, scored: Columns, rows: Sequence[SweepRow]) -> Iterator[s
 def table_of(sweep: Sweep, scored: Columns, rows: Sequence[SweepRow]) -> Table:
     """Table of the members with the given metrics."""
     title = f"{sweep.name}: {sweep.recipe}{f'. {REHEARSALS}' if sweep.rehearsal else ''}"
-    spare = ("minutes", "trained", "95 %", "planned GiB", "eval loss")
+    spare = ("minutes", "95 %", "planned GiB", "eval loss")
     return Table([_cells(sweep, scored, row) for row in rows], title, spare=spare, below=["scored"])
 
 
 def _cells(sweep: Sweep, scored: Columns, row: SweepRow) -> Row:
     """Table cells of a row: varying values, scores, the first score's interval, and costs."""
     first, *others = scored.values()
-    member, share = row.member, row.summary.trainable_share
+    member = row.member
     values = {
         key: on_one_line(member.values.get(key))
         for key in sweep.keys
@@ -244,7 +243,6 @@ def _cells(sweep: Sweep, scored: Columns, row: SweepRow) -> Row:
         "scored": about_rows(row.runs[0].evaluation) if row.runs else None,
         "published": row.published.get(first.name),
         **{column.label: row.scores[column.name][0] for column in others},
-        "trained": None if share is None else f"{share:.2%}",
         "planned GiB": member.planned_gib,
         "measured GiB": row.peak_memory_gib,
         "minutes": None if row.train_seconds is None else f"{row.train_seconds / 60:.1f}",

@@ -3,7 +3,7 @@
 import os
 import re
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import dropwhile
 from pathlib import Path
@@ -14,7 +14,6 @@ from ..base.errors import UserError
 from ..base.files import write_atomically
 from ..base.yamlfiles import Config
 from ..configs import config, datafiles, models
-from ..data import study
 from .edit import edited
 from .render import SPECIAL_TOKENS, BaseModel, describe
 
@@ -132,7 +131,7 @@ def for_data(base: str, file: Path) -> list[str]:
     return [f"{key}={yamlfiles.write_flow(value)}" for key, value in changes.items()]
 
 
-def reasons(base: str, composed: Config, overrides: Iterable[str], unread: list[str]) -> list[str]:
+def reasons(composed: Config, overrides: Iterable[str], unread: list[str]) -> list[str]:
     """Give the reasons for those settings of a variant that the user's rows require, one per line.
 
     Settings named in `overrides` are not explained. The last line lists text fields that are not read.
@@ -142,28 +141,14 @@ def reasons(base: str, composed: Config, overrides: Iterable[str], unread: list[
     trained = datafiles.training_rows(composed)
     held_out = f"{rows - trained} of {rows} rows" if rows and trained else composed["val_set_size"]
     lines = {
-        "settings": f"settings: from {base}; each line names its source",
-        "base_model": f"model: {composed['base_model']}; --model chooses another",
         "datasets": f"rows: {yamlfiles.write_flow(entry)[1:-1]}, because of their fields; --set changes it",
         "val_set_size": f"held out: {held_out}, for the eval loss and `recipe evaluate`; "
         "--set val_set_size=20 holds out 20",
     }
-    if entry.get("type") == "chat_template":
-        lines["chat_template"] = f"chat template: {composed.get('chat_template')}, because the rows are chats"
     overridden = {re.split("[.=]", override)[0] for override in overrides}
     if unread:
         lines["unread"] = f"not used: {' and '.join(unread)}; add the text to a field that is used, or --set the fields"
     return [line for key, line in lines.items() if key not in overridden]
-
-
-def of_hardware(base: str) -> Iterator[str]:
-    """Yield a line about settings that a study chose for its GPU, if any."""
-    name, file = paths.find_recipe(base)
-    of_study, recipe = study.of(config.origin_of(name, file) or name), yamlfiles.read_yaml(file)
-    keys = of_study.paper.get("hardware_settings", []) if of_study else []
-    if of_study and (chosen := {key: recipe[key] for key in keys if key in recipe}):
-        settings = yamlfiles.write_flow(chosen)[1:-1]
-        yield f"chosen for the paper's {of_study.paper['hardware']}: {settings}; start/qlora suits a current GPU"
 
 
 def _chat_templates(recipe: Config, folder: Path | None, entry: Config, changes: dict[str, Change]) -> list[str]:

@@ -30,15 +30,11 @@ def complete(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Complete:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder with runs, sweeps, a variant and a file."""
+    """A folder with runs, a variant and a file."""
     for run in ("haider2024/llama-2-7b/20260101-000000-aaaaaaa", "wide/20260102-000000-bbbbbbb"):
         for runs in ("runs", "elsewhere/of-wide"):
             (tmp_path / runs / run).mkdir(parents=True)
             (tmp_path / runs / run / "run.json").touch()
-    sweeps = tmp_path / "runs" / "sweeps" / "ranks"
-    sweeps.mkdir(parents=True)
-    for name in ("haider2024--llama-2-7b.json", "haider2024--llama-2-7b.rehearsal.json", "haider2024--llama-2-7b.lock"):
-        (sweeps / name).touch()
     for file in ("variants/wide.yaml", "mine.yaml", "more/other.yml", "more/notes.txt"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
@@ -46,7 +42,6 @@ def place(tmp_path: Path) -> Path:
 
 
 RUNS = ["latest", "haider2024/llama-2-7b", "wide", "20260101-000000-aaaaaaa", "20260102-000000-bbbbbbb"]
-SWEEPS = ["ranks/haider2024/llama-2-7b", "ranks/haider2024/llama-2-7b/rehearsal"]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +52,7 @@ SWEEPS = ["ranks/haider2024/llama-2-7b", "ranks/haider2024/llama-2-7b/rehearsal"
         ("recipe run haider2024/as-rel", ["haider2024/as-released/llama-3-8b"]),
         ("recipe evaluate ", RUNS),
         ("recipe --runs elsewhere/of-wide publish haid", ["haider2024/llama-2-7b"]),
-        ("recipe results ran", SWEEPS),
+        ("recipe results hai", ["haider2024/llama-2-7b", "haider2024"]),
         ("recipe sweep wide ", ["lora-tradeoffs", "rate-and-rank", "targets", "mine.yaml"]),
         ("recipe run wide --profile zero3", ["zero3", "zero3-offload"]),
         ("recipe reproduce ", [folder.name for folder in paths.studies()]),

@@ -111,7 +111,7 @@ def test_runs_of_one_seed_know_nothing_of_others_and_say_how_to_know_more(runs, 
     assert "`recipe reproduce sums2030 --seeds 3`" in recipe("results", "sums2030").stdout
     with_seed(runs, 43, RIGHT)
     said = recipe("results", "sums2030").stdout
-    assert "--seeds" not in said and "sums2030/plain." in said
+    assert "--seeds" not in said and "rows and 2 runs" in said
 
 
 def test_a_known_spread_stands_in_and_is_marked(runs, recipe):

@@ -216,12 +216,12 @@ def test_a_variant_for_rows_of_ones_own(recipe, tmp_path, monkeypatch):
     of_study = ("--from", "peft-metamathqa/lora-rank32", "--data", "rows.jsonl")
     recipe.ok("new", "other", *of_study)
     done = recipe("new", "third", "--from", "haider2024/llama-3-8b", "--data", "rows.jsonl", "--set", "warmup_steps=0")
-    assert done.returncode == 0 and "fp16: true, bf16: false" in done.stderr and "held out: 2 of 30" in done.stderr
+    assert done.returncode == 0 and "held out: 2 of 30" in done.stderr
     other = yamlfiles.read_yaml(tmp_path / "variants" / "other.yaml")
     assert (other["val_set_size"], other.get("test_datasets")) == (new.HELD_OUT, None)
     (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 30)
     given = recipe.ok("new", "given", "--data", "rows.jsonl", "--set", "datasets.0.type=alpaca")
-    assert "rows: " not in given.stderr and "chat template: " not in given.stderr
+    assert "rows: " not in given.stderr
     for variant in ("mine", "given"):  # as the former value only
         assert (tmp_path / "variants" / f"{variant}.yaml").read_text().count("data/gsm8k") == 1
 
