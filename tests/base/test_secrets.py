@@ -19,7 +19,7 @@ SECRETS = (TOKEN, "planted", "my-own-secret")
 PLANTED: list[tuple[str, str]] = [
     ("model_kwargs.token", "planted-word"),
     ("tokenizer_kwargs.api-key", "planted-word"),
-    ("optim_args", "betas=1,token=....planted-word"),
+    ("optim_args", '"betas=1,token=....planted-word"'),
     ("hub_token", "planted-word"),
     ("wandb_name", TOKEN),
     ("mlflow_tracking_uri", "https://user:planted/word@example.org"),
