@@ -40,7 +40,7 @@ _COMMENT = re.compile(rf"(?m)(?P<key>#[ \t#-]*(?:[\w-]+\.)*{_NAME}[ \t]*:[ \t]+)
 _ADDRESS = re.compile(r"(?i:https?)?://[^\s\"'<>`]*[^\s\"'<>`.,:;!?)\]}]")
 _PASSWORD = re.compile(r"(?<=://)[^@/:]*:(?!\d+/)[^@]+(?=@)")
 _USER_OF_WEB = re.compile(r"(?i)(?<=tps://|ttp://)[^@/?#]+(?=@)")
-_PARAMETER = re.compile(r"([?&;#])([^=&;#?]*)(=?)([^&;#?]*)")
+_PARAMETER = re.compile(r"([?&;#])(?=[^&;#?])([^=&;#?]*)(=?)([^&;#?]*)")
 _SHOWN = {"download", "revision", "split", "ref", "path", "export", "format", "raw", "dl", "version"}
 """Parameters of an address that are shown; any other can sign a request."""
 _SHOWN_VALUE = re.compile(r"(?:[\w.,:@/+~-]|%2[0Ff])*")  # not an encoded address with parameters of its own
@@ -110,13 +110,9 @@ def _without_password(found: re.Match[str]) -> str:
 
 def _shown_address(found: re.Match[str]) -> str:
     """Address without the values of parameters that are not in `_SHOWN`."""
-    address = found[0]
-    first = re.search("[?#]", address)
-    if not first:
-        return address
-    is_web = not address.startswith("://")
-    parameters = _PARAMETER.sub(lambda part: _shown_parameter(part, is_web), address[first.start() :])
-    return address[: first.start()] + parameters
+    place, *parameters = re.split("(?=[?#])", found[0], maxsplit=1)
+    is_web = not place.startswith("://")
+    return place + "".join(_PARAMETER.sub(lambda part: _shown_parameter(part, is_web), text) for text in parameters)
 
 
 def _shown_parameter(found: re.Match[str], is_web: bool) -> str:
@@ -125,8 +121,5 @@ def _shown_parameter(found: re.Match[str], is_web: bool) -> str:
         return found[0]
     if not equals and (separator == "#" or not is_web):  # a place in a page, or a pattern of files
         return found[0]
-    if not name:
-        return found[0] if not value else separator + MASK
-    if re.fullmatch(r"[A-Za-z][\w.-]{0,40}", name) and value.strip("="):
-        return f"{separator}{name}={MASK}"
-    return separator + MASK
+    is_name = re.fullmatch(r"[A-Za-z][\w.-]{0,40}", name) and value.strip("=")
+    return f"{separator}{name}={MASK}" if is_name else separator + MASK

@@ -234,9 +234,6 @@ def _print_plan(planned: "Plan") -> None:
         settings = " ".join(f"--set {key}={yamlfiles.write_flow(value)}" for key, value in change.set.items())
         verdict = "then it fits" if change.fits else "not enough"
         tables.print_text(f"{verdict}, {change.needed / GIB:.2f} GiB: {settings} ({change.effect})")
-    enough = [*(each.free >= 0 for each in planned.gpus), *(change.fits for change in planned.changes)]
-    if len(planned.gpus) == 1 and not any(enough):
-        print("no known change makes it fit: use a larger GPU or a smaller model")
     print()
     if planned.work:
         tables.print_table([{"work": name, "": text} for name, text in _work(planned.work)], below=[""])

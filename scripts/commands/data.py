@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .. import tables
-from ..base import yamlfiles
 from ..base.errors import meant
-from ..base.paths import find_recipe
 from ..base.progress import Bar, say
 from .help import Verb, Verbs, next_step
 from .options import Json, complete_studies
@@ -111,19 +109,9 @@ def prepare_verb(
     tables.print_table(manifest.table(made), below=["left out"])
     print(folder / manifest.MANIFEST)
     whole = {"train", "valid"} & of_study.data.splits.keys() <= made["splits"].keys()
-    if whole and (name := _trained(of_study, folder)):
-        next_step("check", name, "--data")
-
-
-def _trained(of_study: "Study", folder: Path) -> str | None:
-    """First of a study's recipes that trains on rows in a folder, or None."""
-    from ..configs import datafiles
-
-    for name in (*of_study.published, *of_study.variants):
-        entries = datafiles.datasets(yamlfiles.read_yaml(find_recipe(name)[1]), "datasets")
-        if any(Path(str(entry.get("path"))).parent == folder for _, entry in entries):
-            return name
-    return None
+    recipes = [*of_study.published, *of_study.variants]
+    if whole and recipes and form == next(iter(formats)):
+        next_step("check", recipes[0], "--data")
 
 
 def _meant_study(name: str | None, raw: list[Path], input_format: str | None) -> "Study":
