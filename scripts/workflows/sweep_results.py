@@ -323,7 +323,7 @@ def best_record(row: BestRow) -> Row:
 
 def show_best(found: Sequence[BestRow]) -> None:
     """Print the best members with notes, in one table per sweep name."""
-    spare = ["rows", "finished", "95 %, own", "eval loss"]
+    spare = ["finished", "95 %, own", "eval loss"]
     for name, of_name in itertools.groupby(found, key=lambda row: row.sweep.name):
         cells = [_best_cells(row) for row in of_name]
         title = f"{name}: best member of each recipe by eval loss, and the recipe with its own values"
@@ -347,7 +347,6 @@ def _best_cells(row: BestRow) -> Row:
         "own": ", ".join(settings(row.own_values)),
         f"{row.column.label}, own": own,
         "95 %, own": own_within and [own_within.low, own_within.high],
-        "rows": best and best.runs[0].rows_evaluated,
         "scored": best and about_rows(best.runs[0].evaluation),
         "finished": f"{row.finished} of {len(row.sweep.members)}",
     }
