@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 # transformers and trl both call this on import; each search through the installed packages takes seconds
@@ -101,6 +102,33 @@ def _ask(name: str) -> HubAccess:
     except Exception as error:  # one of httpx's many network errors
         return HubAccess("unknown", reason(error))
     return HubAccess("open")
+
+
+@cache
+def files(name: str, revision: str | None) -> list[str]:
+    """Names of a model's files; empty without access, or if the hub does not list them."""
+    from huggingface_hub import HfApi
+
+    if access(name).access != "open":
+        return []
+    try:
+        return within(ANSWER_TIMEOUT, lambda: HfApi().list_repo_files(name, revision=revision))
+    except Exception:  # from the hub or the network
+        return []
+
+
+def content(name: str, file: str, revision: str | None) -> bytes:
+    """Content of a model's file.
+
+    Raises:
+        OSError: the hub does not send it.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(within(2 * ANSWER_TIMEOUT, lambda: hf_hub_download(name, file, revision=revision))).read_bytes()
+    except Exception as error:  # from the hub or the network
+        raise OSError(reason(error)) from None
 
 
 def within[T](seconds: float, ask: Callable[[], T]) -> T:

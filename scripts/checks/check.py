@@ -14,7 +14,7 @@ from ..configs.compose import Composed, Request
 from ..configs.gpus import Gpu
 from ..configs.numerics import ADAPTED
 from ..data import study
-from . import data_rules, model_rules, schema, settings_rules  # noqa: F401 (each adds its rules to RULES)
+from . import code_rules, data_rules, model_rules, schema, settings_rules  # noqa: F401 (each adds its rules to RULES)
 from .finding import LEVELS, RULES, Case, Finding, override_errors, refuse
 
 
@@ -137,7 +137,7 @@ def examine(
     report = Report(composed.recipe, composed)
     of_schema = list(schema.findings(composed.config))
     usable, wrong = schema.usable(composed.config, of_schema)
-    case = Case(usable, wrong, gpu, gpus, launching, ask_hub or launching)
+    case = Case(usable, wrong, gpu, gpus, launching, ask_hub or launching, composed.config)
     found = [*placed([*of_schema, *rule_findings(case)], composed)]
     report.add(found)
     report.add(placed(settings_rules.fixed_warm_up(composed, gpus), composed))

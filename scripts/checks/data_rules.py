@@ -1,17 +1,11 @@
-"""Rules about a config's data, and about the foreign code that it would run.
+"""Rules about a config's data."""
 
-Foreign code is an error. It is imported only after the user passes the finding's name to --force.
-"""
-
-import re
 from pathlib import Path
 
 from ..base import paths
 from ..configs import datafiles, models
-from ..configs.config import flatten
 from ..configs.numerics import AMPERE, precision, takes_varlen
 from ..data import study
-from . import schema
 from .finding import Case, Problems, rule
 
 
@@ -148,58 +142,3 @@ def prompt_format(case: Case) -> Problems:
             text = kind.get(name) if isinstance(kind, dict) else None
             if isinstance(text, str) and text and field not in text:
                 yield "error", f"{key}.type.{name}", f"{field} is missing: prompts lack the rows' text", "add it"
-
-
-_READ_IT = "read the code; to run it, pass the name in brackets to --force"
-_OURS = ("axolotl.integrations.", "qlora_recipes.")
-_NAMES_CODE = ("trainer_cls", "trl.reward_funcs", "trl.rollout_func")
-_OF_KERNELS = "kernels-community/"  # run by the hub's maintainers
-
-
-@rule
-def remote_code(case: Case) -> Problems:
-    """With trust_remote_code, transformers and datasets import Python files of a model or data set."""
-    for key, value in flatten(case.config):
-        if key.rpartition(".")[2] == "trust_remote_code" and value:
-            yield "error", key, "runs Python code from the model's or data set's repository", _READ_IT
-
-
-@rule
-def foreign_code(case: Case) -> Problems:
-    """Axolotl imports the modules of plugins, prompt strategies and other classes that a config names.
-
-    Axolotl imports plugins and prompt strategies even to validate a config or to tokenize rows. If the attention
-    implementation is a repository on the hub, transformers imports the repository's modules.
-    """
-    types = {
-        name: schema.load()["$defs"][f"{name}Dataset"]["properties"]["type"]["anyOf"] for name in ("SFT", "DPO", "KTO")
-    }
-    of_module = types["SFT"][1]["pattern"]
-    own_types = {kind for of_kind in types.values() for kind in of_kind[0]["enum"]}
-    named = [(f"plugins.{i}", name) for i, name in enumerate(case["plugins"] or ()) if not str(name).startswith(_OURS)]
-    for key, entry in datafiles.datasets(case.config, "datasets", "test_datasets", "pretraining_dataset"):
-        kind = entry.get("type")
-        if isinstance(kind, str) and re.match(of_module, kind) and kind not in own_types:
-            named.append((f"{key}.type", kind))
-    named += [(key, value) for key, value in flatten(case.config) if key in _NAMES_CODE]
-    attention = str(case["attn_implementation"] or "")
-    if "/" in attention and not attention.startswith(_OF_KERNELS):
-        named.append(("attn_implementation", attention))
-    for key, name in named:
-        if name:  # None in place of a value that breaks the schema
-            yield "error", key, f"runs foreign code: {name} is not part of Axolotl or this project", _READ_IT
-
-
-@rule
-def pickled_weights(case: Case) -> Problems:
-    """torch.load unpickles .bin and .pt files, which can contain code; safetensors files cannot.
-
-    By default, recent versions of torch load only weights, but this restriction has had vulnerabilities."""
-    adapter = case["lora_model_dir"]
-    folders = {"base_model": models.folder_of(case.config), "lora_model_dir": Path(str(adapter)) if adapter else None}
-    for key, folder in folders.items():
-        files = [file.name for file in folder.iterdir()] if folder and folder.is_dir() else []
-        pickled = sorted(name for name in files if re.search(r"(model|weights).*\.(bin|pth?)$|\.pt$", name))
-        if pickled and not any(name.endswith((".safetensors", ".gguf")) for name in files):
-            problem = f"{pickled[0]} is a pickle: loading it can run code"
-            yield "error", key, problem, "use a safetensors copy; to load it, pass the name in brackets to --force"

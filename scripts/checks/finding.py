@@ -33,7 +33,6 @@ _SCOPES: dict[str, Scope] = {
     "unknown-lora-target": "step",
     "no-lora-rank": "step",
     "not-quantized": "step",
-    "remote-code": "code",
     "foreign-code": "code",
     "pickled-weights": "code",
     "not-prepared": "data",
@@ -45,6 +44,10 @@ _SCOPES: dict[str, Scope] = {
     "no-gpu": "machine",
     "not-validated": "machine",
 }
+
+
+TASK_CODE = "task-code"
+"""Rule about the task files of benchmarks."""
 
 
 @dataclass
@@ -134,9 +137,8 @@ class Faults(dict[tuple[str, str], FaultyRows]):
             rows.first.append((file, line, example))
 
 
-_VALUES_ABOUT_CODE = ("plugins", "datasets", "test_datasets", "trl", "trust_")
-_NEVER_FORCED = ("secret:", "axolotl", *(f"value:{key}" for key in _VALUES_ABOUT_CODE))
-"""Prefixes of errors that `--force` cannot override: secrets, Axolotl's, and values hidden from rules about code."""
+_NEVER_FORCED = ("secret:", "axolotl")
+"""Prefixes of errors that `--force` cannot override."""
 
 
 def _is_overridden(finding: Finding, force: Sequence[str]) -> bool:
@@ -156,9 +158,9 @@ def override_errors(findings: Iterable[Finding], force: Sequence[str]) -> None:
 
 
 def unknown_force(force: Sequence[str], names: set[str]) -> None:
-    """Raise UserError if --force names a finding that does not exist."""
+    """Raise UserError if --force names a finding that does not exist; task files are read only before an evaluation."""
     for name in force:
-        if name not in names:
+        if name not in names and not name.startswith(TASK_CODE):
             hint = did_you_mean(name, names) or "; errors show their names in brackets"
             raise UserError(f"--force {name}: this config has no such error{hint}")
 
@@ -200,6 +202,7 @@ class Case:
         gpus: the number of GPUs.
         launching: a run is about to start here, so that anything missing on this machine is an error.
         ask_hub: rules may ask the hub about a model that is not on this machine.
+        as_written: the config with all values, for rules about code; by default `config`.
     """
 
     config: Config
@@ -208,6 +211,12 @@ class Case:
     gpus: int = 1
     launching: bool = False
     ask_hub: bool = False
+    as_written: Config | None = None
+
+    @property
+    def written(self) -> Config:
+        """The config as written, also with values that break the schema."""
+        return self.config if self.as_written is None else self.as_written
 
     def __getitem__(self, key: str) -> Any:
         return self.config.get(key)

@@ -4,7 +4,7 @@ import hashlib
 import hmac
 import secrets
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import chdir, suppress
 from pathlib import Path
 
 import orjson
@@ -43,20 +43,24 @@ def is_own(folder: RunDir, record: Run) -> bool:
     return own is not None and hmac.compare_digest(own, record.seal or "")
 
 
-def refuse_code(folder: RunDir, record: Run, config: Config, force: Sequence[str] = ()) -> None:
-    """Refuse a run whose config names untrusted code, unless the user overrides the finding.
+def refuse_code(folder: RunDir, record: Run, config: Config, force: Sequence[str] = (), adapter: str = "") -> None:
+    """Refuse a run whose config or adapter names untrusted code, unless the user overrides the finding.
 
     Args:
         folder: the run's folder.
         record: the run's record; its overrides count only if this user created the run.
         config: the run's config.
         force: the names of findings to override; other names are ignored.
+        adapter: folder of another adapter; by default the run's.
 
     Raises:
         UserError: a finding about code is not overridden.
     """
     usable, wrong = schema.usable(config, schema.findings(config))
-    found = [finding for finding in rule_findings(Case(usable, wrong)) if finding.scope == "code"]
+    case = Case(usable, wrong, ask_hub=not record.rehearsal, as_written=config)
+    trained = Case({"lora_model_dir": adapter or str(folder.output.resolve())}, set())
+    with chdir(record.cwd if Path(record.cwd).is_dir() else "."):  # the config's paths are relative to it
+        found = [finding for finding in (*rule_findings(case), *rule_findings(trained)) if finding.scope == "code"]
     for finding in found:
         finding.where = paths.shown(folder.config)
     agreed = [*force, *(record.forced if is_own(folder, record) else ())]

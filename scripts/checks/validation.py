@@ -38,8 +38,8 @@ def add_to(reports: Iterable[Report], gpu: Gpu | None, force: Sequence[str] = ()
         if not report.composed:
             continue
         errors = remaining_errors(report.findings, force)
-        if errors and report.composed.config.get("plugins"):
-            report.skip("skipped Axolotl's own validation, because it would run the plugins; correct the errors first")
+        if any(error.scope == "code" for error in errors):
+            report.skip("skipped Axolotl's own validation, because it can run that code; correct the errors first")
         else:
             ready.append((report, report.composed, {error.key.partition(".")[0] for error in errors} - {""}))
     results = validate([composed for _, composed, _ in ready], gpu)

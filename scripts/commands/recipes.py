@@ -12,7 +12,7 @@ from ..base.errors import UserError, WorkFailed
 from ..base.files import Row
 from ..base.progress import harmless, say
 from .help import Verb, Verbs, next_step
-from .options import Json, Name, Overrides, complete_recipes, complete_studies, whole_name
+from .options import Force, Json, Name, Overrides, complete_recipes, complete_studies, whole_name
 
 HEADING, UPKEEP = "Recipes", "Upkeep"
 _COLUMNS = ("recipe", "epochs", "optimizer", "base model", "variant of")
@@ -296,6 +296,7 @@ def study_check_verb(
         str,
         typer.Argument(metavar="STUDY", autocompletion=complete_studies, help="Study, or part of its name."),
     ],
+    force: Force = None,
     json: Json = False,
 ) -> None:
     """Find mistakes in a study. Exit code 2 if there is an error."""
@@ -310,7 +311,7 @@ def study_check_verb(
     ]
     counts = {level: sum(finding.level == level for finding in findings) for level in ("error", "warning")}
     if not counts["error"]:
-        benchmarks.require(of_study.columns)
+        benchmarks.require(of_study.columns, force=force or [])
     say(f"{of_study.folder.name}: errors: {counts['error']}, warnings: {counts['warning']}")
     if counts["error"]:
         raise typer.Exit(2)

@@ -20,6 +20,8 @@ from . import models
 from .config import flatten
 
 _SUFFIXES = {".jsonl", ".json", ".parquet", ".csv", ".arrow", ".text", ".txt", ".gz", ".zst"}
+FORMATS = ("json", "csv", "parquet", "arrow", "text")
+"""Formats that `datasets` reads without running or unpickling anything."""
 
 
 class DataFile(BaseModel):

@@ -1,6 +1,8 @@
 """Facts about base models, from local files, models.yaml and the hub, without loading them."""
 
+import json
 import re
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -73,7 +75,7 @@ def find(composed: Config) -> Model:
     layers = sizes.get("num_hidden_layers")
     return Model(
         gated=False if Path(name).is_dir() else entry.get("gated"),
-        weights_here=folder is not None and any(any(folder.glob(f"*{suffix}")) for suffix in _WEIGHTS),
+        weights_here=folder is not None and any(any(folder.glob(f"*{suffix}")) for suffix in WEIGHTS),
         tokenizer_here=folder is not None and (folder / "config.json").is_file() and any(folder.glob("tokenizer*")),
         context=context if isinstance(context, int) else None,
         layers=layers if isinstance(layers, int) else None,
@@ -101,16 +103,16 @@ def architecture(composed: Config, download: bool = True) -> Config:
     name = composed.get("base_model")
     if not isinstance(name, str) or not name or "\0" in name:
         raise UserError("base_model: not set; name a model")
-    revision = _revision(composed)
+    wanted = revision(composed)
     entry = entry_of(name)
     listed: Config = entry.get("config") or {}
     missing = [size for size in NEEDED if size not in listed]
     file = Path(name) / "config.json"
     if not Path(name).is_dir():
-        if not missing and revision in (None, entry.get("revision")):
+        if not missing and wanted in (None, entry.get("revision")):
             return dict(listed)
         try:
-            file = _config_file(name, revision, download)
+            file = _config_file(name, wanted, download)
         except Exception as error:  # raised by the hub, by the network, or for an invalid name
             if not missing:
                 return dict(listed)
@@ -193,10 +195,11 @@ def similar(name: str) -> str:
 def folder_of(composed: Config) -> Path | None:
     """Folder of a config's base model, local or in the hub's cache; None if missing."""
     name = str(composed.get("base_model"))
-    return Path(name) if Path(name).is_dir() else _in_hub_cache(name, _revision(composed))
+    return Path(name) if Path(name).is_dir() else _in_hub_cache(name, revision(composed))
 
 
-def _revision(composed: Config) -> Any:
+def revision(composed: Config) -> Any:
+    """Revision of a config's base model; None for the default."""
     return composed.get("revision_of_model") or composed.get("model_revision")  # model_revision is deprecated
 
 
@@ -213,7 +216,57 @@ def is_small(composed: Config) -> bool:
     return 0 < sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= SMALL
 
 
-_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
+WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
+
+
+@dataclass
+class ModelFiles:
+    """Files of a model or adapter, in a folder or on the hub.
+
+    Attributes:
+        names: the names of the files.
+        read: a function that returns a file's content.
+    """
+
+    names: Collection[str]
+    read: Callable[[str], bytes]
+
+    @classmethod
+    def find(cls, name: str, revision: Any, ask_hub: bool) -> "ModelFiles":
+        """Files on this machine; else on the hub, unless models.yaml lists the model at this revision."""
+        folder = folder_of({"base_model": name, "revision_of_model": revision}) or Path(name)
+        names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+        here = Path(name).is_dir() or is_path(name) or any(file.endswith(WEIGHTS) for file in names)
+        listed = entry_of(name) and revision in (None, entry_of(name).get("revision"))
+        if here or listed or not ask_hub or hub.is_offline():
+            return cls(names, lambda file: (folder / file).read_bytes())
+        return cls(hub.files(name, revision), lambda file: hub.content(name, file, revision))
+
+    def json(self, name: str) -> Config:
+        """Content of a JSON file, read as by transformers and PEFT; empty if they cannot read it."""
+        try:
+            content = json.loads(self.read(name))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def pickles(self) -> list[str]:
+        """Files that from_pretrained can load, and that are not safetensors.
+
+        See `_get_resolved_checkpoint_files` in transformers/modeling_utils.py, and load_peft_weights in PEFT. A model's
+        config.json can name any index, or adapter_model.bin.
+        """
+        loaded = []
+        if not {"model.safetensors", "model.safetensors.index.json"}.intersection(self.names):
+            loaded += ["pytorch_model.bin", "pytorch_model.bin.index.json"]
+        if "config.json" in self.names or "adapter_model.safetensors" not in self.names:
+            loaded.append("adapter_model.bin")
+        loaded = [name for name in loaded if name in self.names]
+        for index in self.names:
+            if index.endswith(".safetensors.index.json"):
+                shards = self.json(index).get("weight_map")
+                loaded += map(str, shards.values()) if isinstance(shards, dict) else [index]
+        return [name for name in loaded if not name.endswith(".safetensors")]
 
 
 DEFAULT_TOKENS = {"Qwen2Tokenizer": {"pad_token": "<|endoftext|>"}, "GemmaTokenizer": {"pad_token": "<pad>"}}

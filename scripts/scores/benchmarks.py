@@ -3,7 +3,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from ..metrics.metric import Column
 from ..metrics.registry import Benchmark, BenchmarkParameters
 from .evaluations import Evaluation, EvaluationSettings
 from .row_files import taken
+from .task_code import members, refuse, secure_harness
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -30,12 +31,18 @@ ROWS = 8
 """Default number of rows in a batch."""
 
 
-def require(columns: Mapping[str, Column], offline: bool = False) -> None:
-    """Raise UserError if the harness cannot measure a benchmark's task; see `importing_axolotl` for `offline`."""
+def require(columns: Mapping[str, Column], offline: bool = False, force: Sequence[str] = ()) -> None:
+    """Raise UserError if the harness cannot measure a benchmark's task, or if the task runs code.
+
+    Args:
+        columns: metrics, including benchmarks.
+        offline: see `importing_axolotl`.
+        force: names of findings about code to override.
+    """
     with importing_axolotl(offline):
         for column in columns.values():
             if column.metric.of_model:
-                _located(column)
+                _located(column, force)
 
 
 def kept(asked: Mapping[str, Column], former: Evaluation, limit: int | None) -> dict[str, Benchmark]:
@@ -62,6 +69,7 @@ def measured(
     tokenizer: Path,
     limit: int | None = None,
     rehearsal: bool = False,
+    force: Sequence[str] = (),
 ) -> dict[str, Benchmark]:
     """Measure the benchmarks that are missing.
 
@@ -75,6 +83,7 @@ def measured(
         tokenizer: folder of the training tokenizer.
         limit: maximum number of rows per task.
         rehearsal: True to use no GPU, and to leave out tasks whose rows are not on this machine.
+        force: names of findings about code to override.
 
     Raises:
         UserError: see `require`.
@@ -88,11 +97,11 @@ def measured(
     with importing_axolotl(offline=rehearsal), Bar(f"benchmarks: {', '.join(missing)}"):
         from .prompter import Prompter
 
-        return _measure(missing, Prompter(settings, cfg, tokenizer), limit, rehearsal)
+        return _measure(missing, Prompter(settings, cfg, tokenizer), limit, rehearsal, force)
 
 
 def _measure(
-    missing: Mapping[str, Column], prompter: "Prompter", limit: int | None, rehearsal: bool
+    missing: Mapping[str, Column], prompter: "Prompter", limit: int | None, rehearsal: bool, force: Sequence[str]
 ) -> dict[str, Benchmark]:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -100,7 +109,7 @@ def _measure(
 
     from .reference import Reference, base_weights
 
-    tasks = {name: _located(column) for name, column in missing.items()}
+    tasks = {name: _located(column, force) for name, column in missing.items()}
     settings = prompter.settings
     model = HFLM(
         pretrained=Reference(prompter).model, tokenizer=prompter.tokenizer, batch_size=settings.batch_size or ROWS
@@ -145,7 +154,7 @@ def _samples(task: str, manager: "TaskManager", limit: int) -> dict[str, list[in
     return {leaf.task_name: taken(len(leaf.task.eval_docs), limit) for leaf in leaves}
 
 
-def _located(column: Column) -> "tuple[str, TaskManager]":
+def _located(column: Column, force: Sequence[str]) -> "tuple[str, TaskManager]":
     """Return a column's task name, and a task manager that has the task.
 
     Raises:
@@ -153,6 +162,7 @@ def _located(column: Column) -> "tuple[str, TaskManager]":
     """
     from lm_eval.utils import load_yaml_config
 
+    secure_harness()
     assert isinstance(column.parameters, BenchmarkParameters)
     task, folder = column.parameters.task, None
     try:
@@ -164,18 +174,19 @@ def _located(column: Column) -> "tuple[str, TaskManager]":
         raise UserError(f"{column.name}: cannot read the tasks beside {column.parameters.task}: {error}") from None
     if not isinstance(task, str):
         raise UserError(f"{column.name}: {column.parameters.task} is a group; name one of its tasks")
-    _require_task(column.name, task, manager)
+    _require_task(column.name, task, manager, force)
     entry = manager.task_index[task]
     if entry["type"] == "tag" and not column.parameters.mean_of_tasks:
         raise UserError(f"{column.name}: {task} is a tag; name one of its tasks, such as {entry['task'][0]}")
     return task, manager
 
 
-def _require_task(name: str, task: str, manager: "TaskManager") -> None:
+def _require_task(name: str, task: str, manager: "TaskManager", force: Sequence[str]) -> None:
     """Check a task, and the tasks of a group or tag.
 
     Raises:
-        UserError: the harness lacks a task or cannot load it, or the task runs generated code.
+        UserError: the harness lacks a task or cannot load it, the task runs generated code, or code that `force` does
+            not name.
     """
     from lm_eval.utils import load_yaml_config
 
@@ -185,9 +196,12 @@ def _require_task(name: str, task: str, manager: "TaskManager") -> None:
     config = entry if entry["type"] == "tag" else load_yaml_config(entry["yaml_path"], mode="simple")
     if config.get("unsafe_code"):
         raise UserError(f"{name}: the task {task} runs generated code; leave it out")
+    if entry["type"] != "tag":
+        refuse(name, entry["yaml_path"], config, force)
     if entry["type"] in ("tag", "group"):
-        for member in (each for each in config["task"] if isinstance(each, str)):
-            _require_task(name, member, manager)
+        for member in members(config["task"]):
+            if member in manager.all_tasks or member in config["task"]:  # a group can also define a task
+                _require_task(name, member, manager, force)
         return
     try:
         load_yaml_config(entry["yaml_path"], mode="full")

@@ -120,7 +120,7 @@ class EvaluationTask:
         self.request = request
         self.run = folder.read()
         self.cfg = yamlfiles.read_yaml(folder.config)
-        trust.refuse_code(folder, self.run, self.cfg, request.force)
+        trust.refuse_code(folder, self.run, self.cfg, request.force, request.adapter or "")
         trust.restore_stand_in(folder, self.run)
         self.columns = columns_of(self.run.origin, request.metrics)
         adapter = self._adapter(folder)
@@ -282,7 +282,9 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
         columns = former.columns | task.columns if former else task.columns
         rehearsal = task.run.rehearsal
         measured = benchmarks.kept(task.columns, former, task.most_rows) if former else {}
-        measured |= benchmarks.measured(columns, measured, settings, task.cfg, folder.output, task.most_rows, rehearsal)
+        measured |= benchmarks.measured(
+            columns, measured, settings, task.cfg, folder.output, task.most_rows, rehearsal, request.force
+        )
         with Bar("scoring", 1):
             # the run's eval loss does not describe another adapter
             loss = summary.eval_loss_per_token if request.adapter is None else None
@@ -312,7 +314,7 @@ def _require(task: EvaluationTask, judged: ScorerModels) -> None:
     if any(judged.values()):
         with Bar("looking for the scorer model", 1):
             require_models(judged.values())
-    benchmarks.require(task.columns, task.run.rehearsal)
+    benchmarks.require(task.columns, task.run.rehearsal, task.request.force)
 
 
 def _kept(task: EvaluationTask, former: Evaluation) -> tuple[list[Row], EvaluationSettings]:

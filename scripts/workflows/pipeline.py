@@ -101,7 +101,7 @@ class Pipeline:
     ):
         self.result = result
         self.request = request
-        self.evaluation = evaluation
+        self.evaluation = replace(evaluation, force=request.force)
         self.backend = backend
         self.gpu = gpu or backend.gpu()
         self.composed: Composed | None = None
@@ -161,7 +161,8 @@ class Pipeline:
         errors = [str(finding) for finding in found if finding.level == "error"]
         if starts and not with_data and not errors:
             try:
-                benchmarks.require(columns_of(self.composed.origin, self.evaluation.metrics), self.request.rehearse)
+                columns = columns_of(self.composed.origin, self.evaluation.metrics)
+                benchmarks.require(columns, self.request.rehearse, self.evaluation.force)
             except UserError as error:
                 errors.append(str(error))
         if errors:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import orjson
 import pytest
 from conftest import config_with
 from file_server import Server, as_hub, serving
@@ -108,3 +109,24 @@ def test_a_silent_hub_is_no_reason_not_to_start(server, tmp_path):
     own(tmp_path, "owner/never")
     composed = compose(Request(str(tmp_path / "own.yaml")))
     assert [f for f in check.examine(composed, launching=True).findings if f.rule == "no-access"] == []
+
+
+@pytest.mark.parametrize(
+    ("names", "pickled"),
+    [
+        (["config.json", "pytorch_model.bin"], "pytorch_model.bin"),
+        (["config.json", "pytorch_model.bin", "extra.safetensors"], "pytorch_model.bin"),
+        (["config.json", "pytorch_model.bin", "model.safetensors"], ""),
+        (["config.json", "model.safetensors.index.json", "part.bin"], "part.bin"),
+    ],
+)
+def test_a_pickle_on_the_hub_is_an_error_before_it_is_fetched(server, recipe, tmp_path, names, pickled):
+    own(tmp_path, "owner/open")
+    listed = [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in names]
+    index = b'{"weight_map": {"a": "part.bin"}}'
+    server.files |= {"/tree/main?recursive=true&expand=false": orjson.dumps(listed)}
+    server.files |= {"/resolve/main/model.safetensors.index.json": index}
+    hub.files.cache_clear()
+    found = [line for line in recipe("check", "own.yaml").stdout.splitlines() if "pickled-weights" in line]
+    assert [f"would load {pickled}, " in line for line in found] == ([True] if pickled else [])
+    assert not any(path.endswith((".bin", ".safetensors")) for path in server.paths)

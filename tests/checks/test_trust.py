@@ -1,9 +1,12 @@
 """A run folder from elsewhere: it is resumed only with --trust, and its record cannot consent to code of its config."""
 
+import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from evil import Evil
 from run_folders import a_run
 
 from qlora_recipes import backends
@@ -48,7 +51,7 @@ def test_consent_to_code_counts_in_a_run_of_ones_own_alone(tmp_path):
     assert refused(folder) == set()
     changed = yamlfiles.read_yaml(folder.config) | {"trust_remote_code": True}
     folder.config.write_text(yamlfiles.write_yaml(changed))
-    assert refused(folder) == {PLUGIN, "remote-code:trust_remote_code"}
+    assert refused(folder) == {PLUGIN, "foreign-code:trust_remote_code"}
 
 
 @pytest.mark.parametrize("words", [("evaluate",), ("publish", "--merge")])
@@ -58,6 +61,62 @@ def test_no_verb_loads_a_strangers_model_unseen(tmp_path, recipe, words):
     (folder.output / "adapter_model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
     done = recipe.fails(words[0], str(folder.path), *words[1:])
     assert f"[{PLUGIN}]" in done.stderr
+
+
+@pytest.fixture
+def strangers(tmp_path: Path, tiny: Path) -> tuple[RunDir, Path]:
+    """A stranger's finished run, and the file that its pickles write once they are loaded."""
+    mark = tmp_path / "ran"
+    (tmp_path / "rows.pkl").write_bytes(pickle.dumps(Evil(mark)))
+    rows = {"path": "rows.pkl", "ds_type": "pandas", "type": "alpaca"}
+    changes = {"base_model": str(tiny), "revision_of_model": None, "plugins": None, "test_datasets": [rows]}
+    folder = theirs(tmp_path / "runs", state="finished", set=changes, forced=["foreign-code:test_datasets.0.ds_type"])
+    record = folder.read()
+    record.cwd = str(tmp_path)
+    folder.write(record)
+    shutil.copytree(tiny, folder.output, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder.output / "adapter_model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
+    return folder, mark
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "publish --merge", "publish", "report", "results", "resume", "show"])
+def test_no_verb_unpickles_a_strangers_rows(strangers, recipe, verb):
+    folder, mark = strangers
+    words = ["resume", "--force", "foreign-code:plugins.0"] if verb == "resume" else verb.split()
+    done = recipe(words[0], str(folder.config if verb == "show" else folder.path), *words[1:])
+    if verb in ("evaluate", "publish --merge"):
+        assert (done.returncode, "[foreign-code:test_datasets.0.ds_type]" in done.stderr) == (2, True)
+    assert not mark.exists()
+
+
+def test_a_strangers_files_are_looked_for_where_the_run_ran(strangers, tmp_path, monkeypatch):
+    folder, _ = strangers
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "pytorch_model.bin").touch()
+    changed = yamlfiles.read_yaml(folder.config) | {"base_model": "./model", "test_datasets": None}
+    folder.config.write_text(yamlfiles.write_yaml(changed))
+    monkeypatch.chdir("/")
+    assert refused(folder) == {"pickled-weights:base_model"}
+
+
+def test_a_value_that_breaks_the_schema_does_not_hide_code(strangers):
+    folder, _ = strangers
+    changed = {
+        "trust_remote_code": 1,
+        "plugins": "mine.Plugin",
+        "test_datasets": {"path": "rows.pkl", "ds_type": "sql"},
+    }
+    folder.config.write_text(yamlfiles.write_yaml(yamlfiles.read_yaml(folder.config) | changed))
+    names = {"trust_remote_code", "plugins", "test_datasets.ds_type"}
+    assert refused(folder) == {f"foreign-code:{name}" for name in names}
+
+
+def test_a_strangers_adapter_imports_nothing(strangers):
+    folder, _ = strangers
+    folder.config.write_text(yamlfiles.write_yaml(yamlfiles.read_yaml(folder.config) | {"test_datasets": None}))
+    assert refused(folder) == set()
+    (folder.output / "adapter_config.json").write_text('{"peft_type": "LORA", "megatron_config": {"a": 1}}')
+    assert refused(folder) == {"foreign-code:adapter_config.megatron_config.a"}
 
 
 def test_a_run_that_ends_meanwhile_stays_finished(tmp_path, monkeypatch):

@@ -127,7 +127,8 @@ def test_a_task_scores_as_by_the_harness_itself_also_when_resumed(tmp_path, stan
         recipe.fails(*evaluate, "--metric", f"benchmark:{name}")
     assert not (run.path / "predictions.jsonl").exists()
     task = a_task(tmp_path)
-    wanted = (*evaluate, "--metric", f"benchmark:{task}")
+    recipe.fails(*evaluate, "--metric", f"benchmark:{task}")  # names a function
+    wanted = (*evaluate, "--metric", f"benchmark:{task}", "--force", "task-code:sums")
     assert recipe(*wanted).returncode != 0 and not (run.path / "scores.json").exists()
     scores = recipe.json(*wanted)
     own = scores["sums_benchmark"]
@@ -171,7 +172,7 @@ def test_generated_answers_end_as_the_runs_predictions(run, tiny, tmp_path, monk
     ends = [2, *range(300, 700)]
     generation = {"output_type": "generate_until", "generation_kwargs": {"until": ["no such"], "max_gen_toks": 12}}
     task = a_task(tmp_path, metric_list=[{"metric": "exact_match"}], **generation)
-    request = EvaluationRequest(adapter="none", limit=8, metrics=[f"benchmark:{task}"])
+    request = EvaluationRequest(adapter="none", limit=8, metrics=[f"benchmark:{task}"], force=["task-code:sums"])
     cfg = yamlfiles.read_yaml(run.config) | {"datasets": [{"path": "x.jsonl", "type": "completion"}]}
     run.config.write_text(yamlfiles.write_yaml(cfg | {"test_datasets": None}))  # no rows with answers
     GenerationConfig(eos_token_id=ends).save_pretrained(tiny)
