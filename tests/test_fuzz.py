@@ -28,6 +28,7 @@ from qlora_recipes.base.files import sha256, write_rows
 from qlora_recipes.configs.datafiles import DataFile
 from qlora_recipes.runs import launch
 from qlora_recipes.runs.rundir import RunDir
+from qlora_recipes.scores.evaluations import read_scores
 
 CASES = int(os.environ.get("FUZZ_CASES", "250"))  # a number, because a time would test more on a fast machine
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
@@ -107,10 +108,13 @@ def a_run(place: Path) -> RunDir:
     """A run that is complete enough for a record, with all the files that there can be."""
     folder = recorded_runs.a_run("one")
     recorded_runs.a_run("two", 68.0)
-    shutil.copytree(folder.path, place / "runs" / small_study.PLAIN / "evaluated" / "evaluations" / "base-model")
-    shutil.move(place / "runs" / small_study.PLAIN / "evaluated" / "evaluations", folder.path)
+    own = read_scores(folder.path)
+    assert own
+    of_base = own.settings.model_copy(update={"adapter": "none", "adapter_sha256": None}).folder(folder.path)
+    shutil.copytree(folder.path, place / "copied")
+    shutil.copytree(place / "copied", of_base)
     texts = {"reference": "a = 1", "prediction": "a = 2", "chrf": 2.0, "exact": False}
-    for where in (folder.path, folder.path / "evaluations" / "base-model", Path("runs", small_study.PLAIN, "two")):
+    for where in (folder.path, of_base, Path("runs", small_study.PLAIN, "two")):
         rows = [{"row": i, "idx": i, "lang": "go", "accuracy": i % 2 * 100.0} | texts for i in range(12)]
         write_rows(where / "predictions.jsonl", rows)
     job = {"id": "1", "step": "run", "user": "me", "script": "x", "submitted": "2026-01-01T00:00:00Z"}

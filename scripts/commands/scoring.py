@@ -84,8 +84,8 @@ def evaluate_verb(
     from ..configs import datafiles
     from ..results import listing
     from ..runs.rundir import RunDir
-    from ..scores.evaluate import BASE, EvaluationRequest
-    from ..scores.evaluations import Evaluation
+    from ..scores.evaluate import EvaluationRequest
+    from ..scores.evaluations import BASE, Evaluation
     from ..workflows import evaluation
 
     exclusive({"--adapter": adapter, "--base": base})

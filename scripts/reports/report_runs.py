@@ -22,7 +22,7 @@ from ..results.export import planned_gib
 from ..results.run_rows import RunResult
 from ..runs.rundir import RunDir
 from ..scores import evaluations
-from ..scores.evaluations import BASE_MODEL, Evaluation, EvaluationSettings, read_predictions
+from ..scores.evaluations import Evaluation, EvaluationSettings, read_predictions
 from ..scores.remarks import about_rows
 from ..scores.score import model_record
 
@@ -243,9 +243,9 @@ def reader(runs: Sequence[ReportedRun]) -> list[Row]:
     files: dict[str, Row] = {}
     for reported in runs:
         sources = [(reported.label, reported.evaluation, read_predictions(reported.folder.path))]
-        if reported.base_evaluation and len(runs) == 1:
-            base = read_predictions(reported.folder.path / "evaluations" / BASE_MODEL)
-            sources.append(("the base model alone", reported.base_evaluation, base))
+        if reported.of_base_model and len(runs) == 1:
+            folder, base = reported.of_base_model
+            sources.append(("the base model alone", base, read_predictions(folder)))
         for label, evaluation, rows in sources:
             if evaluation and rows:
                 settings = evaluation.settings

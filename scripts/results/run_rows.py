@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from ..base.files import Row
 from ..data import study
@@ -11,13 +12,11 @@ from ..data.study import Study
 from ..metrics.metric import Column
 from ..runs.records import Run, Summary
 from ..runs.rundir import RunDir
-from ..scores import evaluations
-from ..scores.evaluations import BASE_MODEL, Changed, Evaluation, changed, current, read_scores
+from ..scores.evaluations import BASE, Changed, Evaluation, changed, read_scores, sibling
 from ..scores.score import by_declared_model, columns_of
 from . import departures
 
 REHEARSED = ("profile rehearsal", "rehearsal: ")  # a rehearsal's changes of settings have reasons that begin so
-_ALIKE = {"data_sha256", "rows", "limit", "decoding"}  # settings that comparable evaluations share
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +73,14 @@ class RunResult:
         return self.evaluation is not None or (self.study is not None and not self.study.generates)
 
     @cached_property
+    def of_base_model(self) -> tuple[Path, Evaluation] | None:
+        """Folder and evaluation of the base model alone, with the run's rows and decoding."""
+        return sibling(self.folder.path, self.evaluation, adapter=BASE, adapter_sha256=None)
+
+    @property
     def base_evaluation(self) -> Evaluation | None:
-        """Evaluation of the base model alone; None if rows or decoding differ from the run's."""
-        base, own = current(self.folder.path / "evaluations" / BASE_MODEL), self.evaluation
-        if own and base and own.settings.model_dump(include=_ALIKE) != base.settings.model_dump(include=_ALIKE):
-            return None
-        return base
+        """Evaluation of the base model alone, with the run's rows and decoding."""
+        return self.of_base_model[1] if self.of_base_model else None
 
     @cached_property
     def decoded(self) -> dict[str, Evaluation | None]:
@@ -87,8 +88,11 @@ class RunResult:
 
         None stands for a missing evaluation.
         """
-        declared = self.study.decodings if self.study else {}
-        return {name: evaluations.decoded(self.folder.path, name, d, self.evaluation) for name, d in declared.items()}
+        decoded: dict[str, Evaluation | None] = {}
+        for name, decoding in self.study.decodings.items() if self.study else ():
+            found = sibling(self.folder.path, self.evaluation, decoding=decoding)
+            decoded[name] = found[1] if found else None
+        return decoded
 
     @cached_property
     def columns(self) -> dict[str, Column]:

@@ -1,7 +1,6 @@
 """Files of an evaluation: predictions.jsonl and scores.json."""
 
 import hashlib
-import re
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,11 +23,10 @@ PREDICTIONS = "predictions.jsonl"
 SCORES = "scores.json"
 ADAPTER = "adapter_model.safetensors"
 LOCK = ".evaluation.lock"
-BASE_MODEL = "base-model"  # folder in evaluations/ for the base model
+BASE = "none"  # value of --adapter for the base model without an adapter
 REFERENCE, VLLM, SERVER = "transformers", "vllm", "server"
 # Settings that describe the engine.
 ORIGIN = ("batch_tokens", "engine", "model", "agreement")
-DECODED = "decoding-"  # prefix of folders in evaluations/ for decoding configurations named by --decoding
 
 
 class Agreement(BaseModel):
@@ -99,12 +97,6 @@ class EvaluationSettings(BaseModel):
         return Path(self.data).name if Path(self.data).is_absolute() else self.data
 
     @property
-    def label(self) -> str:
-        """Folder name in evaluations/ for rows that are not the default."""
-        name = Path(self.data).stem if Path(self.data).is_absolute() else self.data
-        return f"{re.sub(r'[^\w.-]+', '-', name)[:80].strip('-')}-{self.data_sha256[:7]}"
-
-    @property
     def rows_in_words(self) -> str:
         return f"{self.rows:,} of {self.total_rows:,} rows" if self.rows < self.total_rows else f"{self.rows:,} rows"
 
@@ -127,12 +119,18 @@ class EvaluationSettings(BaseModel):
         found = self.agreement
         return found is not None and 2 * found.equal >= found.rows and not self.decoding.do_sample
 
-    def same_work(self) -> dict[str, Any]:
-        """Settings that determine the predictions, except the engine.
+    def identity(self) -> dict[str, Any]:
+        """Settings that determine a prediction, except the engine.
 
         Batches and engines change predictions only by rounding, see `stands_for`.
         """
-        return self.model_dump(exclude={"adapter", "data", "limit", "test_set", "batch_size", *ORIGIN})
+        others = {"adapter", "data", "rows", "total_rows", "limit", "test_set", "batch_size", *ORIGIN}
+        return self.model_dump(exclude=others)
+
+    def folder(self, run: Path) -> Path:
+        """Folder for an evaluation with these settings, if they are not the default, in a run folder."""
+        digest = hashlib.sha256(orjson.dumps(self.identity(), option=orjson.OPT_SORT_KEYS)).hexdigest()
+        return run / "evaluations" / digest[:12]
 
 
 class Engine(Protocol):
@@ -277,16 +275,20 @@ def current(folder: Path, run: Run | None = None) -> Evaluation | None:
     return None if changed(folder, evaluation, run) else evaluation
 
 
-def decoded(folder: Path, name: str, decoding: Decoding, own: Evaluation | None) -> Evaluation | None:
-    """Evaluation of the run's adapter with another decoding configuration.
+def sibling(run: Path, own: Evaluation | None, **changes: Any) -> tuple[Path, Evaluation] | None:
+    """Evaluation of the same rows with other settings, and its folder.
 
-    Returns None if there is no such evaluation, if its files changed, or if its decoding settings differ from
-    `decoding`, which the study declares as `name`. Also returns None if adapter, data or number of rows differ from
-    those of `own`, the default evaluation.
+    Returns None if there is no such evaluation, if its files changed, or without a default evaluation.
+
+    Args:
+        run: run folder.
+        own: the run's default evaluation.
+        changes: settings that differ.
     """
-    other = current(folder / "evaluations" / f"{DECODED}{name}")
-    if other is None or other.settings.decoding != decoding:
+    if own is None:
         return None
-    alike = {"adapter_sha256", "data_sha256", "rows"}
-    same = own is None or own.settings.model_dump(include=alike) == other.settings.model_dump(include=alike)
-    return other if same else None
+    folder = own.settings.model_copy(update=changes).folder(run)
+    other = current(folder)
+    if other is None or (other.settings.rows, other.settings.limit) != (own.settings.rows, own.settings.limit):
+        return None
+    return folder, other

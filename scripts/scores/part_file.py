@@ -34,9 +34,11 @@ def resume(
     Raises:
         UserError: the file has predictions of this adapter and data with other settings, or of more rows.
     """
-    asked = settings.same_work() | settings.model_dump(include={"engine", "model", "batch_size"})
+    asked = settings.identity() | settings.model_dump(include={"engine", "model"})
     by_batch = settings.engine == REFERENCE and settings.decoding.do_sample  # else batches change only rounding
-    header = orjson.dumps(asked | ({} if by_batch else {"rows": None, "batch_size": None}))
+    if by_batch:
+        asked |= settings.model_dump(include={"rows", "batch_size"})
+    header = orjson.dumps(asked)
     first, *lines = read_bytes(part).split(b"\n") if part.is_file() else [b""]
     same = all(orjson.dumps({key: asked[key]})[1:-1] in first for key in ("adapter_sha256", "data_sha256"))
     differs = first != header and same and any(b'"prediction":' in line for line in lines)

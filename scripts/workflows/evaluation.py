@@ -23,8 +23,8 @@ from ..runs.records import FileState
 from ..runs.rundir import RunDir, find_run
 from ..runs.tasks import Task, TaskResult
 from ..scores import evaluate, evaluation_rows
-from ..scores.evaluate import BASE, EvaluationRequest, EvaluationTask
-from ..scores.evaluations import ADAPTER, SERVER, Evaluation
+from ..scores.evaluate import EvaluationRequest, EvaluationTask
+from ..scores.evaluations import ADAPTER, BASE, SERVER, Evaluation
 from ..scores.predict import require
 from . import create
 from .pipeline import Pipeline, existing_runs

@@ -80,7 +80,7 @@ def test_a_step_of_no_time_has_no_speed(recipe, bad):
         ("output", ["publish"]),
         ("output/merged", ["publish", "--merge"]),
         ("evaluations", ["evaluate", "--adapter", "none"]),
-        ("evaluations/base-model", ["evaluate", "--adapter", "none"]),
+        ("evaluations/0123456789ab", ["evaluate", "--adapter", "none"]),
         ("output/checkpoint-2", ["resume", "--trust"]),
     ],
 )

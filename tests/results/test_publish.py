@@ -364,8 +364,11 @@ def test_a_card_says_when_scores_are_missing_or_of_other_rows(run, stale, capsys
     assert "model-index" not in front and len(tables(text)) == 3  # none of scores
     assert f"`recipe evaluate {run.path}`" in capsys.readouterr().err
     evaluated(run, limit=100, rows=100)  # of other rows than the published
-    shutil.copytree(run.path, of_base := run.path / "evaluations" / "base-model", ignore=lambda *_: ["evaluations"])
     of_none = {"rows": 100, "adapter": "none", "adapter_sha256": None}
+    own = evaluations.read_scores(run.path)
+    assert own
+    of_base = own.settings.model_copy(update=of_none).folder(run.path)
+    shutil.copytree(run.path, of_base, ignore=lambda *_: ["evaluations"])
     evaluated(RunDir(of_base), limit=10, **of_none)  # of fewer rows of a benchmark
     assert RunResult(run, run.read()).base_evaluation is None
     evaluated(RunDir(of_base), limit=100, **of_none)

@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 import pytest
 import torch
-from run_folders import a_checkpoint
+from run_folders import a_checkpoint, other_evaluation
 from safetensors.torch import load_file, save_file
 
 from qlora_recipes.base import yamlfiles
@@ -21,7 +21,7 @@ from qlora_recipes.results import card, run_rows
 from qlora_recipes.results.run_rows import RunResult
 from qlora_recipes.runs.records import FileState, Launch
 from qlora_recipes.runs.rundir import RunDir
-from qlora_recipes.scores import evaluate
+from qlora_recipes.scores import evaluate, score
 from qlora_recipes.scores.evaluate import EvaluationRequest, EvaluationTask
 from qlora_recipes.scores.evaluations import (
     ADAPTER,
@@ -99,7 +99,7 @@ def test_a_rehearsal_ends_answers_early(run, rehearsal, asked, most):
 
 def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run, monkeypatch):
     whole = evaluated(run, limit=10, batch_size=4)
-    where = run.path / "evaluations" / "base-model"
+    where = other_evaluation(run)
     expected = read_predictions(where)
     assert [row["row"] for row in expected] == taken(whole.settings.total_rows, 10)
     (where / "scores.json").unlink()
@@ -114,8 +114,7 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run, monkeypatch):
     monkeypatch.setattr(Reference, "answers", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluated(run, limit=10, batch_size=4)
-    with pytest.raises(UserError, match=r"predictions\.part\.jsonl: "):
-        evaluate.evaluate(run, EvaluationRequest(adapter="none", limit=10, max_new_tokens=9))
+    assert task_of(run).where == where != EvaluationTask(run, EvaluationRequest(adapter="none", max_new_tokens=9)).where
     with pytest.raises(UserError, match=r"predictions\.part\.jsonl: "):
         evaluated(run, limit=2)  # would lose two of four predictions
     with (where / "predictions.part.jsonl").open("ab") as part:
@@ -131,7 +130,7 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run, monkeypatch):
 def test_a_complete_evaluation_is_not_done_again_but_another_is(run, monkeypatch):
     evaluate.evaluate(run, EvaluationRequest(adapter="none", limit=5, max_new_tokens=9))
     first = evaluated(run, limit=3)
-    assert [*run.path.glob("evaluations/base-model/evaluations/*/scores.json")]  # of another decoding
+    assert len([*run.path.glob("evaluations/*/scores.json")]) == 2  # one of another decoding
     other = evaluated(run, limit=4)
     assert (first.scores["rows"], other.scores["rows"]) == (3, 4)
     monkeypatch.setattr("qlora_recipes.scores.reference.Reference.__init__", None)
@@ -139,9 +138,50 @@ def test_a_complete_evaluation_is_not_done_again_but_another_is(run, monkeypatch
         evaluated(run, limit=2)
     assert evaluated(run, limit=4) == other
     assert evaluated(run, limit=4, batch_size=2) == other  # the same work, done another way
-    (run.path / "evaluations" / "base-model" / "predictions.jsonl").write_bytes(b"")
+    (other.settings.folder(run.path) / "predictions.jsonl").write_bytes(b"")
     with pytest.raises(TypeError):  # predictions that are lost are made anew
         evaluated(run, limit=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "metrics", "reason"),
+    [
+        ({}, [], None),
+        ({"version": 1}, [], "the scoring code has changed"),
+        ({"limit": 2}, [], "another --limit"),
+        ({"test_set": "test"}, [], "another test set"),
+        ({}, ["chrf"], "metric chrf is new or has changed"),
+        ({}, ["bertscore:some/model"], "another scorer model"),
+        ({}, ["benchmark:mmlu"], "metric mmlu is new or has changed"),
+    ],
+)
+def test_the_reason_to_score_again_is_named(run, changes, metrics, reason):
+    record(run, recipe="haider2024/llama-2-7b", variant_of=None)
+    task = task_of(run, limit=3, metrics=metrics)
+    declared = {column.name: column.entry for column in task_of(run, limit=3).columns.values()}
+    settings = {key: value for key, value in changes.items() if key != "version"}
+    former = Evaluation(
+        made="",
+        rehearsal=False,
+        scores={"rows": 3, "metrics": declared, "intervals": {}} | dict.fromkeys(declared, 1.0),
+        version=changes.get("version", score.VERSION),
+        settings=task.settings.model_copy(update=settings),
+        files={},
+        data=[],
+    )
+    assert evaluate.outdated(former, task, score.scorer_models(task.columns, task.request.judge)) == reason
+
+
+def test_the_runs_predictions_are_replaced_only_when_they_are_stale(run, tiny):
+    save_adapter(tiny, run.output)
+    usual = {"adapter": None, "limit": 2, "max_new_tokens": 4}
+    first = evaluated(run, **usual)
+    with pytest.raises(UserError, match=r"scores\.json: .*another decoding; move "):
+        evaluated(run, **usual | {"max_new_tokens": 5})
+    assert read_scores(run.path) == first and not (run.path / "evaluations").exists()
+    changes = first.model_copy(update={"files": {"adapter": first.files["predictions"]}})  # of another adapter
+    (run.path / "scores.json").write_text(changes.model_dump_json())
+    assert evaluated(run, **usual | {"max_new_tokens": 5}).settings.decoding.max_new_tokens == 5
 
 
 @pytest.fixture
@@ -303,7 +343,7 @@ def test_a_larger_limit_goes_on_with_the_predictions_of_a_smaller_one(run, monke
     asked += [[], [], []]
     more = evaluated(run, limit=9, batch_size=1)
     assert len(asked) - 3 == 9 - 2
-    rows = read_predictions(run.path / "evaluations" / "base-model")
+    rows = read_predictions(other_evaluation(run))
     assert [row["row"] for row in rows] == taken(more.settings.total_rows, 9)
 
 
@@ -346,7 +386,7 @@ def test_other_rows_are_evaluated_beside_the_usual_ones(run, sample, tmp_path):
     few = tmp_path / "few.jsonl"
     few.write_bytes(b"".join((sample / "valid.jsonl").read_bytes().splitlines(keepends=True)[:2]))
     other = evaluated(run, data=few)
-    assert task_of(run, data=few).where.name.startswith("base-model-few-")
+    assert task_of(run, data=few).where not in (run.path, task_of(run).where)
     assert (usual.scores["rows"], other.scores["rows"]) == (3, 2)
     assert evaluated(run, limit=3) == usual
 
@@ -372,7 +412,7 @@ def test_scoring_anew_leaves_no_score_of_another_judge(run, monkeypatch):
     monkeypatch.setitem(bert_score_utils.model2layers, judge.name, 6)
     first = evaluate.evaluate(run, request)
     assert first.scores["bertscore"]["model"] == "model"
-    where = run.path / "evaluations" / "base-model"
+    where = other_evaluation(run)
     by_row = [row["bertscore_f1"] for row in read_predictions(where)]
     (where / "predictions.part.jsonl").write_text("answers of another evaluation")
     request.metrics = ["chrf"]  # the default scorer model is not here
@@ -385,7 +425,7 @@ def test_scoring_anew_leaves_no_score_of_another_judge(run, monkeypatch):
     assert evaluate.evaluate(run, request) == more
     without = evaluated(run, limit=3)
     assert "bertscore" not in without.scores and "bertscore_f1" not in without.scores
-    assert not any("bertscore_f1" in row for row in read_predictions(run.path / "evaluations" / "base-model"))
+    assert not any("bertscore_f1" in row for row in read_predictions(other_evaluation(run)))
     record(run, recipe="mine")  # of no study
     for layer, given in ((2, ", layer: 2"), (6, "")):
         metrics = [f"bertscore_f1: {{model: {judge}{given}}}"]
@@ -484,6 +524,6 @@ def test_the_base_model_is_scored_beside_the_adapter(run, tiny, capsys):
     evaluate_verb(str(run.path), limit=2, max_new_tokens=4, metric=["bertscore:none"], base=True)
     heading, *scores = capsys.readouterr().out.splitlines()
     assert heading.split() == ["score", "adapter", "base"] and scores[0].split() == ["rows", "2", "2"]
-    assert read_scores(run.path) and read_scores(run.path / "evaluations" / "base-model")
+    assert read_scores(run.path) and read_scores(other_evaluation(run))
     with pytest.raises(UserError, match="--base"):  # the server has one model
         evaluate_verb(str(run.path), base=True, engine="http://localhost:1", model="adapter")

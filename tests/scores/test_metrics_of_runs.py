@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 import pytest
-from run_folders import STUDY
+from run_folders import STUDY, other_evaluation
 
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.files import write_rows
@@ -54,7 +54,7 @@ def test_a_run_is_scored_with_its_studys_metrics_and_those_asked_for(run, genera
     assert more.scores["ours"] == 0 and more.scores["notes"][-1].startswith("ours: 3 of 3 ")
     assert more.scores["perplexity"] is None  # of a training, which this adapter is not from
     assert len(generated) == 1  # the predictions were there
-    assert all(row["ours"] == 0 for row in read_predictions(run.path / "evaluations" / "base-model"))
+    assert all(row["ours"] == 0 for row in read_predictions(other_evaluation(run)))
     assert evaluated(run) == more  # it has all that is asked for
 
 
@@ -71,14 +71,13 @@ def test_a_further_decoding_is_evaluated_beside_the_usual_one(run, generated, mo
     sampled = Decoding(max_new_tokens=4, do_sample=True, temperature=0.1, top_k=40, top_p=0.95, seed=42)
     declared = STUDY.model_copy(update={"decodings": {"sampled": sampled}})
     monkeypatch.setattr(study, "of", lambda _: declared)
-    evaluated(run)
+    usual = evaluated(run)
     made = evaluated(run, decoding="sampled")
     assert made.settings.decoding == sampled
     used = generated[1].decoding()
     assert (used.do_sample, used.temperature, used.top_k, used.top_p) == (True, 0.1, 40, 0.95)
-    assert {folder.name for folder in (run.path / "evaluations").iterdir()} == {
-        "base-model",
-        "base-model-decoding-sampled",
+    assert {folder / "scores.json" for folder in (run.path / "evaluations").iterdir()} == {
+        evaluation.settings.folder(run.path) / "scores.json" for evaluation in (usual, made)
     }
     with pytest.raises(UserError, match=r"--decoding smpled: .* sampled\?"):
         evaluated(run, decoding="smpled")

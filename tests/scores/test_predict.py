@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 import pytest
+from run_folders import other_evaluation
 
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.runs.rundir import RunDir
@@ -85,7 +86,7 @@ def test_another_model_is_recorded_and_does_not_stand_for_the_references(run, pa
     done = evaluate(run, request_of(engine="http://x", model="m"))
     assert done.settings.agreement and done.settings.agreement.equal == 0
     assert "0 of 3 " in done.scores["notes"][0] and "0 of 3 " in capfd.readouterr().err
-    with pytest.raises(UserError, match=re.escape(str(run.path / "evaluations" / "base-model" / "scores.json"))):
+    with pytest.raises(UserError, match=re.escape(str(other_evaluation(run) / "scores.json"))):
         evaluate(run, request_of())
 
 
@@ -94,7 +95,7 @@ def test_answers_at_the_limit_without_an_end_are_cut(run, parts, monkeypatch):
     other = Changed(parts.reference, lambda _: Completion("another", next(answers)))
     monkeypatch.setattr(predict, "started", lambda *_: nullcontext(other))
     done = evaluate(run, request_of(engine="http://x", model="m"))
-    rows = read_predictions(run.path / "evaluations" / "base-model")
+    rows = read_predictions(other_evaluation(run))
     assert [row.get("cut", False) for row in rows] == [True, False, False] * 2
     assert any("2 of 6 " in note and "--max-new-tokens" in note for note in done.scores["notes"])
 
@@ -119,7 +120,7 @@ def test_an_evaluation_that_was_left_goes_on_and_a_server_is_compared_again(run,
     monkeypatch.setattr(predict, "started", lambda *_: nullcontext(changed))
     with pytest.raises(WorkFailed, match="2 of 6 "):
         evaluate(run, request)
-    folder = run.path / "evaluations" / "base-model"
+    folder = other_evaluation(run)
     part = folder / f"predictions.{engine}.part.jsonl"
     assert sum("prediction" in orjson.loads(line) for line in part.read_bytes().splitlines()) == 2
 

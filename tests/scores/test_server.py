@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import random_models
 from a_server import AServer, Reply, completed, serving
-from run_folders import a_tiny_run
+from run_folders import a_tiny_run, other_evaluation
 
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.data.study import Decoding
@@ -210,7 +210,7 @@ def test_an_evaluation_goes_on_when_its_server_is_there_again(tmp_path, tiny, ti
         request.engine = server.url
         resumed = evaluate.evaluate(run, request)
         assert len(server.requests) == 9 - 5
-    rows = [row["row"] for row in read_predictions(run.path / "evaluations" / "base-model")]
+    rows = [row["row"] for row in read_predictions(other_evaluation(run))]
     assert rows == taken(resumed.settings.total_rows, 9)
     assert (resumed.settings.engine, resumed.settings.model) == ("server", "m")
     assert resumed.settings.agreement is None

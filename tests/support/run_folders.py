@@ -123,3 +123,9 @@ def a_checkpoint(output: Path, step: int, ranks: int = 1) -> Path:
     (folder / "trainer_state.json").write_bytes(orjson.dumps({"global_step": step}))
     checkpoints.write_manifest(folder)
     return folder
+
+
+def other_evaluation(run: RunDir) -> Path:
+    """The only folder in a run's `evaluations`."""
+    (folder,) = (run.path / "evaluations").iterdir()
+    return folder

@@ -105,6 +105,6 @@ def decoded(folder: RunDir, accuracy: float) -> None:
     assert own
     settings = own.settings.model_copy(update={"decoding": Decoding.model_validate(GREEDY)})
     other = own.model_copy(update={"scores": own.scores | {"accuracy": accuracy}, "settings": settings})
-    where = folder.path / "evaluations" / "decoding-greedy"
+    where = settings.folder(folder.path)
     where.mkdir(parents=True)
     (where / "scores.json").write_text(other.model_dump_json())
