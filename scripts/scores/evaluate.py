@@ -282,11 +282,12 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
         if former:
             say(f"{task.where / PREDICTIONS}: complete, with the same settings; computing new scores: {reason}")
             rows, settings = _kept(task, former)
+            columns = former.columns | task.columns
+            measured = benchmarks.kept(task.columns, former, task.most_rows)
         else:
             rows, settings = _predicted(task, folder.output, part)
-        columns = former.columns | task.columns if former else task.columns
+            columns, measured = task.columns, {}
         rehearsal = task.run.rehearsal
-        measured = benchmarks.kept(task.columns, former, task.most_rows) if former else {}
         measured |= benchmarks.measured(
             columns, measured, settings, task.cfg, folder.output, task.most_rows, rehearsal, request.force
         )
