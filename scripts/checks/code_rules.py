@@ -31,6 +31,7 @@ _PATTERNS = {
     "plugins": rf"axolotl\.integrations\.({_PLUGINS})[.:][\w.:]+|qlora_recipes\.plugin\.RunPlugin",
     "adapter_config.auto_mapping.base_model_class": _CLASS,
     "adapter_config.auto_mapping.parent_library": r"transformers\.models\.[\w.]+",
+    "adapter_config.megatron_core": r"megatron\.core",
     "adapter_config.peft_type": "LORA|IA3",
     "attn_implementation": _ATTENTION,
     "cls_model_config": _CLASS,
@@ -101,7 +102,7 @@ _PLAIN = """
     adapter_config.bias adapter_config.ensure_weight_tying adapter_config.eva_config.* adapter_config.exclude_modules
     adapter_config.fan_in_fan_out adapter_config.inference_mode adapter_config.init_lora_weights
     adapter_config.layer_replication* adapter_config.layers_* adapter_config.loftq_config.* adapter_config.lora_*
-    adapter_config.megatron_core adapter_config.modules_to_save adapter_config.peft_version
+    adapter_config.modules_to_save adapter_config.peft_version
     adapter_config.qalora_group_size adapter_config.r adapter_config.rank_pattern.* adapter_config.revision
     adapter_config.target_* adapter_config.task_type adapter_config.trainable_token_indices* adapter_config.use_*
 
@@ -156,6 +157,8 @@ def _is_harmless(key: str, value: Any) -> bool:
     keys = schema.load()["properties"]
     if value in (None, {}) or first not in (*keys, "adapter_config"):
         return True  # Axolotl ignores other keys
+    if first == "adapter_config" and isinstance(value, bool | int | float):
+        return True  # forks of PEFT write switches of their own
     if not dot and {kind.get("type") for kind in keys[first].get("anyOf", [keys[first]])} <= _NUMBERS:
         return True
     return is_listed(f"{first}{dot}{others}", value, _PLAIN, _patterns())

@@ -115,8 +115,8 @@ def test_a_strangers_adapter_imports_nothing(strangers):
     folder, _ = strangers
     folder.config.write_text(yamlfiles.write_yaml(yamlfiles.read_yaml(folder.config) | {"test_datasets": None}))
     assert refused(folder) == set()
-    (folder.output / "adapter_config.json").write_text('{"peft_type": "LORA", "megatron_config": {"a": 1}}')
-    assert refused(folder) == {"foreign-code:adapter_config.megatron_config.a"}
+    (folder.output / "adapter_config.json").write_text('{"peft_type": "LORA", "megatron_core": "mine"}')
+    assert refused(folder) == {"foreign-code:adapter_config.megatron_core"}
 
 
 def test_a_run_that_ends_meanwhile_stays_finished(tmp_path, monkeypatch):
