@@ -102,10 +102,11 @@ _PLAIN = """
     adapter_config.alora_invocation_tokens* adapter_config.alpha_pattern.* adapter_config.base_model_name_or_path
     adapter_config.bias adapter_config.ensure_weight_tying adapter_config.eva_config.* adapter_config.exclude_modules
     adapter_config.fan_in_fan_out adapter_config.inference_mode adapter_config.init_lora_weights
-    adapter_config.layer_replication* adapter_config.layers_* adapter_config.loftq_config.* adapter_config.lora_*
-    adapter_config.modules_to_save adapter_config.peft_version
-    adapter_config.qalora_group_size adapter_config.r adapter_config.rank_pattern.* adapter_config.revision
-    adapter_config.target_* adapter_config.task_type adapter_config.trainable_token_indices* adapter_config.use_*
+    adapter_config.layer_replication* adapter_config.layers_* adapter_config.loftq_config.*
+    adapter_config.lora_alpha adapter_config.lora_bias adapter_config.lora_dropout adapter_config.modules_to_save
+    adapter_config.peft_version adapter_config.qalora_group_size adapter_config.r adapter_config.rank_pattern.*
+    adapter_config.revision adapter_config.target_modules adapter_config.target_parameters adapter_config.task_type
+    adapter_config.trainable_token_indices* adapter_config.use_*
 
     deepspeed.activation_checkpointing.* deepspeed.aio.* deepspeed.bf16.* deepspeed.bfloat16.*
     deepspeed.communication_data_type deepspeed.fp16.* deepspeed.gradient_* deepspeed.optimizer.*
@@ -157,8 +158,10 @@ def _is_harmless(key: str, value: Any) -> bool:
     if key.rpartition(".")[2] in SWITCHES:
         return value in (None, False)
     keys = schema.load()["properties"]
-    if value in (None, {}) or first not in (*keys, "adapter_config"):
+    if first not in (*keys, "adapter_config"):
         return True  # Axolotl ignores other keys
+    if value in (None, {}) and not (dot and first in _PATTERNS):  # Axolotl also takes plugins from a mapping's keys
+        return True
     if first == "adapter_config" and isinstance(value, bool | int | float):
         return True  # forks of PEFT write switches of their own
     if not dot and {kind.get("type") for kind in keys[first].get("anyOf", [keys[first]])} <= _NUMBERS:
@@ -180,9 +183,8 @@ def _patterns() -> Mapping[str, str]:
     types: list[str] = []
     for name in ("SFTDataset", "DPODataset", "KTODataset"):
         types += schema.load()["$defs"][name]["properties"]["type"]["anyOf"][0]["enum"]
-    return _PATTERNS | {
-        "datasets.type": "|".join([r"\w+", *map(re.escape, types)])
-    }  # \w+: a module of Axolotl, or none
+    one_word = r"\w+"  # a module of Axolotl, or an error of the schema
+    return _PATTERNS | {"datasets.type": "|".join([one_word, *map(re.escape, types)])}
 
 
 @rule

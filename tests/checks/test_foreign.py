@@ -58,6 +58,8 @@ ROWS = {"path": "owner/rows", "type": "alpaca"}
         ({"plugins": ["axolotl_integrations.Plugin"]}, "foreign-code:plugins.0"),
         ({"plugins": ["axolotl.integrations.nemo_gym.NemoGymPlugin"]}, "foreign-code:plugins.0"),
         ({"plugins": "mine.Plugin"}, "foreign-code:plugins"),
+        ({"plugins": {"mine.Plugin": None}}, "foreign-code:plugins.mine.Plugin"),
+        ({"plugins": {"mine.Plugin": {}}}, "foreign-code:plugins.mine.Plugin"),
         ({"datasets": [ROWS | {"type": "mine.load_rows"}]}, "foreign-code:datasets.0.type"),
         *(({"datasets": [ROWS | {"ds_type": kind}]}, "foreign-code:datasets.0.ds_type") for kind in UNREADABLE),
         ({"test_datasets": [ROWS | {"ds_type": "pandas"}]}, "foreign-code:test_datasets.0.ds_type"),
@@ -158,6 +160,10 @@ def test_a_base_model_is_safe_if_the_loaded_files_are(tmp_path, files, safe):
         (
             {"adapter_config.json": '{"megatron_core": "mine"}'},
             "foreign-code:adapter_config.megatron_core",
+        ),
+        (
+            {"adapter_config.json": '{"peft_type": "LORA", "lora_ga_config": {"cache_file": "mine"}}'},
+            "foreign-code:adapter_config.lora_ga_config.cache_file",
         ),
         (
             {"adapter_config.json": '{"peft_type": "MULTITASK_PROMPT_TUNING"}'},
