@@ -172,16 +172,18 @@ def test_the_reason_to_score_again_is_named(run, changes, metrics, reason):
     assert evaluate.outdated(former, task, score.scorer_models(task.columns, task.request.judge)) == reason
 
 
-def test_the_runs_predictions_are_replaced_only_when_they_are_stale(run, tiny):
+def test_the_runs_predictions_move_to_their_folder_unless_they_are_stale(run, tiny):
     save_adapter(tiny, run.output)
     usual = {"adapter": None, "limit": 2, "max_new_tokens": 4}
     first = evaluated(run, **usual)
-    with pytest.raises(UserError, match=r"scores\.json: .*another decoding; move "):
-        evaluated(run, **usual | {"max_new_tokens": 5})
-    assert read_scores(run.path) == first and not (run.path / "evaluations").exists()
-    changes = first.model_copy(update={"files": {"adapter": first.files["predictions"]}})  # of another adapter
+    second = evaluated(run, **usual | {"max_new_tokens": 5})
+    assert read_scores(run.path) == second
+    (kept,) = run.path.glob("evaluations/*")
+    assert read_scores(kept) == first and len(read_predictions(kept)) == 2
+    changes = second.model_copy(update={"files": {"adapter": second.files["predictions"]}})  # of another adapter
     (run.path / "scores.json").write_text(changes.model_dump_json())
-    assert evaluated(run, **usual | {"max_new_tokens": 5}).settings.decoding.max_new_tokens == 5
+    assert evaluated(run, **usual | {"max_new_tokens": 6}).settings.decoding.max_new_tokens == 6
+    assert [*run.path.glob("evaluations/*")] == [kept]
 
 
 @pytest.fixture
