@@ -62,7 +62,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     """
     key, values = parse_overrides(text)
     if len(values) > 1:
-        raise UserError(f"--set {text}: several values; `recipe sweep` tries each; put text with commas in quotes")
+        remedy = "write a list as [a,b], and text with commas in quotes"
+        raise UserError(f"--set {text}: several values, which only `recipe sweep` takes; {remedy}")
     return key, values[0]
 
 

@@ -237,7 +237,7 @@ def _cells(sweep: Sweep, scored: Columns, row: SweepRow) -> Row:
         **values,
         "state": ", ".join(f"{n} {state}" if len(row.seeds) > 1 else state for state, n in states.items()),
         "eval loss": row.scores[LOSS][0],
-        "tokens": ", ".join(str(tokens)[:8] for tokens in row.losses) if row.compared_loss is None else None,
+        "tokens": None if row.compared_loss else ", ".join(str(tokens)[:8] for tokens in row.losses) or None,
         first.label: row.scores[first.name][0],
         "95 %": [within.low, within.high] if within else None,
         "scored": about_rows(row.runs[0].evaluation) if row.runs else None,
