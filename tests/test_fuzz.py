@@ -147,7 +147,7 @@ def run_folder(place: Path) -> Target:
 
 def config(place: Path) -> Target:
     own = place / "mine.yaml"
-    own.write_text(yamlfiles.write_yaml(config_with({"lora_target_parameters": ["x"]})))
+    own.write_text(yamlfiles.write_yaml(config_with({"lora_target_parameters": ["x"], "lora_dropout": 0.0})))
     profile = place / "more.yaml"
     (place / "x.jsonl").write_text('{"instruction": "Add.", "input": "1 + 1", "output": "2"}\n')
     profile.write_text(yamlfiles.write_yaml({"warmup_steps": 0, "datasets": [{"path": "x.jsonl", "type": "alpaca"}]}))
