@@ -75,7 +75,7 @@ def names_of(dataset: Config) -> tuple[str, ...]:
 
 
 def content_of(row: Row, names: Sequence[str]) -> str:
-    """Text that tells rows of the same type apart: their values of these fields, or of all fields if there are none."""
+    """Text to compare rows of one type by: their values of these fields, or of all fields if there are none."""
     read = [row[name] for name in names if row.get(name) is not None] if names else row
     return orjson.dumps(read, option=orjson.OPT_SORT_KEYS, default=str).decode()
 

@@ -7,7 +7,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Container, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 import httpx2 as httpx
@@ -68,6 +68,8 @@ class Api:
         Requests to a server on this machine bypass the environment's proxy.
         """
         os.environ.pop("OPENAI_CUSTOM_HEADERS", None)  # the client has no argument that ignores this variable
+        headers: dict[str, Any] = {"Accept-Encoding": "identity"}
+        headers |= dict.fromkeys(("OpenAI-Organization", "OpenAI-Project"), openai.Omit())  # openai's way to send none
         local = urlsplit(self.url).hostname in ("127.0.0.1", "::1", "localhost")
         return openai.AsyncOpenAI(
             api_key=self.key or "none",
@@ -78,11 +80,7 @@ class Api:
             base_url=self.url,
             timeout=openai.Timeout(self.timeout, connect=10),
             max_retries=retries,
-            default_headers={
-                "OpenAI-Organization": openai.Omit(),  # type: ignore[dict-item]
-                "OpenAI-Project": openai.Omit(),  # type: ignore[dict-item]
-                "Accept-Encoding": "identity",
-            },
+            default_headers=headers,
             http_client=openai.DefaultAsyncHttpxClient(
                 trust_env=not local, follow_redirects=False, event_hooks={"response": [_limit_size]}
             ),
