@@ -133,7 +133,7 @@ def score_verb(
 ) -> None:
     """Score predictions from any source."""
     from ..metrics.registry import scorer_named
-    from ..scores.remarks import about_file
+    from ..scores.evaluations import about_file
     from ..scores.score import columns_of, of_predictions, read_pairs, score, scorer_models
 
     columns = of_predictions(columns_of(None, metric or []))

@@ -22,8 +22,7 @@ from ..results.export import planned_gib
 from ..results.run_rows import RunResult
 from ..runs.rundir import RunDir
 from ..scores import evaluations
-from ..scores.evaluations import Evaluation, EvaluationSettings, read_predictions
-from ..scores.remarks import about_rows
+from ..scores.evaluations import Evaluation, EvaluationSettings, about_rows, read_predictions
 from ..scores.score import model_record
 
 _OTHERS = {

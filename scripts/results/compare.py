@@ -20,8 +20,7 @@ from ..metrics.metric import Column
 from ..runs.records import Run
 from ..runs.rundir import RunDir, find_run
 from ..scores import intervals
-from ..scores.evaluations import changed, current, read_predictions, read_scores
-from ..scores.remarks import about_file, about_rows
+from ..scores.evaluations import about_file, about_rows, changed, current, read_predictions, read_scores
 from ..scores.score import columns_of, declared_models, model_record, of_single_rows, with_scores
 
 

@@ -10,7 +10,7 @@ from ..data.study import Study
 from ..metrics import registry
 from ..metrics.metric import Column
 from ..runs.rundir import RunDir, readable
-from ..scores.remarks import about_rows
+from ..scores.evaluations import about_rows
 from ..tables import Table
 from . import run_rows
 from .run_rows import RunResult

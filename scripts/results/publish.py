@@ -17,8 +17,7 @@ from ..base.progress import Bar, say
 from ..checks import trust
 from ..runs.records import Run
 from ..runs.rundir import RunDir
-from ..scores.evaluations import ADAPTER, changed, current, read_scores
-from ..scores.remarks import about_rows
+from ..scores.evaluations import ADAPTER, about_rows, changed, current, read_scores
 from .card import base_model, card
 from .run_rows import RunResult
 

@@ -10,7 +10,7 @@ from ..configs import ledger
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..scores import intervals
-from ..scores.remarks import about_rows
+from ..scores.evaluations import about_rows
 from ..tables import Table
 from . import repeats, verdict
 from .compare import Comparison, Divergence

@@ -17,7 +17,7 @@ from ..metrics import registry
 from ..runs.records import FileState
 from ..runs.rundir import RunDir
 from ..runs.tasks import Command
-from . import benchmarks, evaluation_rows, evaluations, remarks, trained_rows
+from . import benchmarks, evaluation_rows, evaluations
 from .evaluations import (
     ADAPTER,
     BASE,
@@ -305,9 +305,9 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
             settings=settings,
             files=task.files,
             data=task.every.files,
-            also_trained=trained_rows.positions(task.rows, task.run, task.cfg),
+            also_trained=evaluation_rows.trained_positions(task.rows, task.run, task.cfg),
         )
-        if notes := remarks.of_predictions(result, rows):
+        if notes := evaluations.notes(result, rows):
             result.scores["notes"] = notes + scores.get("notes", [])
         write(task.where, result, rows)
         if former is None:  # otherwise the file belongs to another evaluation

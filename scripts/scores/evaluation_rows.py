@@ -4,6 +4,7 @@ import hashlib
 import os
 from contextlib import chdir
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from ..base.hub import importing_axolotl
 from ..base.paths import similar_paths
 from ..base.progress import say
 from ..base.yamlfiles import Config
-from ..checks.rows import fields_of
+from ..checks.rows import content_of, fields_of, names_of
 from ..configs import datafiles
 from ..data import manifest, study
 from ..data.manifest import is_the_studys
 from ..runs.records import Run
 from ..runs.rundir import RunDir
-from .row_files import RowsState, taken
+from .evaluations import RowsState, taken
 
 # File in a run folder: rows that only Axolotl can load, each with its data set. The first evaluation writes it.
 KEPT = "evaluation-rows.jsonl"
@@ -255,3 +256,27 @@ def _loaded(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> list[tu
     # default=str for dates and bytes, which JSON lacks; such fields hold no training text
     write_rows(kept, orjson.loads(orjson.dumps([{"dataset": key, "row": row} for key, row in pairs], default=str)))
     return _loaded(source, folder, run, cfg)
+
+
+def trained_positions(test: EvaluationRows, run: Run, cfg: Config) -> list[int] | None:
+    """Positions of evaluated rows that are also training rows, by the fields that their type reads.
+
+    None if unknown: val_set_size holds rows out of the training data, a training data set is not one local JSONL file,
+    or a file has changed since training.
+    """
+    entries = dict(datafiles.datasets(cfg))
+    if cfg.get("val_set_size") or run.changed_data:
+        return None
+    trained: set[int] = set()
+    for _, entry in datafiles.datasets(cfg, "datasets"):
+        file = jsonl(entry, Path(run.cwd))
+        if file is None:
+            return None
+        with file.open("rb") as lines:
+            rows = islice(json_rows(lines, file, ()), datafiles.first_rows(entry))
+            trained |= {hash(content_of(row, names_of(entry))) for row in rows}
+    return [
+        position
+        for position, key, row in zip(test.positions, test.keys, test.rows, strict=True)
+        if hash(content_of(row, names_of(entries[key]))) in trained
+    ]

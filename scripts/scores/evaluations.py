@@ -1,23 +1,24 @@
-"""Files of an evaluation: predictions.jsonl and scores.json."""
+"""Files of an evaluation: its rows, predictions.jsonl and scores.json."""
 
 import hashlib
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from heapq import nsmallest
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import orjson
 from pydantic import AfterValidator, BaseModel, Field, TypeAdapter
 
-from ..base.files import Row, clear_parts, parse_json, read_bytes, replacing
+from ..base.errors import UserError
+from ..base.files import Row, clear_parts, parse_json, read_bytes, read_rows, replacing
 from ..base.progress import say_once
 from ..data.study import Decoding
 from ..metrics import registry
 from ..metrics.metric import Column
 from ..metrics.registry import Benchmark
 from ..runs.records import FileState, Run
-from .row_files import RowsState
 
 PREDICTIONS = "predictions.jsonl"
 SCORES = "scores.json"
@@ -50,6 +51,52 @@ class Completion:
 
     text: str
     tokens: list[int]
+
+
+def taken(total: int, limit: int | None) -> list[int]:
+    """Positions that a limit takes from some rows, ascending.
+
+    Their order is pseudo-random and fixed: a larger limit takes the rows of a smaller one, and further rows.
+    """
+    if limit is None or limit >= total:
+        return [*range(total)]
+    return sorted(nsmallest(limit, range(total), key=_rank))
+
+
+def _rank(position: int) -> bytes:
+    return hashlib.sha256(f"qlora-recipes {position}".encode()).digest()
+
+
+class RowsState(FileState):
+    """State of a file with evaluated rows.
+
+    Attributes:
+        path: absolute path.
+        first: number of rows from the start of the file that belong to the data; None for all.
+        rows_sha256: hash of these rows.
+    """
+
+    path: str
+    first: int | None
+    rows_sha256: str
+
+    @classmethod
+    def of_rows(cls, file: Path, first: int | None) -> "RowsState":
+        """State of a file, of which all or the first rows belong to the data."""
+        return cls(path=str(file.resolve()), first=first, rows_sha256=_digest(file, first), **vars(FileState.of(file)))
+
+    @property
+    def changed(self) -> bool:
+        """True if the file has other rows now."""
+        return self.differs(Path(self.path)) and _digest(Path(self.path), self.first) != self.rows_sha256
+
+
+def _digest(file: Path, first: int | None) -> str:
+    """Hash of a JSONL file's rows; empty if they are not JSON."""
+    try:
+        return hashlib.sha256(orjson.dumps(read_rows(file, ())[:first])).hexdigest()
+    except UserError:
+        return ""
 
 
 class EvaluationSettings(BaseModel):
@@ -292,3 +339,32 @@ def sibling(run: Path, own: Evaluation | None, **changes: Any) -> tuple[Path, Ev
     if other is None or (other.settings.rows, other.settings.limit) != (own.settings.rows, own.settings.limit):
         return None
     return folder, other
+
+
+def about_rows(evaluation: Evaluation | None) -> str | None:
+    """Scored part of the rows, and scored rows that are also training rows; None if there is nothing to note."""
+    if evaluation is None:
+        return None
+    settings = evaluation.settings
+    notes = [settings.rows_in_words] if 0 < settings.rows < settings.total_rows else []
+    for column in evaluation.columns.values():
+        benchmark = evaluation.benchmark(column)
+        if benchmark and benchmark.rows < benchmark.total_rows:
+            notes.append(f"{column.name}: {benchmark.rows:,} of {benchmark.total_rows:,} rows")
+    if evaluation.also_trained:
+        notes.append(f"{len(evaluation.also_trained):,} also in the training data")
+    return "; ".join(notes) or None
+
+
+def about_file(file: Path) -> str | None:
+    """Notes of `about_rows` on a run's file of predictions; None for other files."""
+    return about_rows(read_scores(file.parent)) if file.name == PREDICTIONS else None
+
+
+def notes(evaluation: Evaluation, predictions: Sequence[Row]) -> list[str]:
+    """Notes on the engine, on the scored rows, and on answers that were cut."""
+    found = [note for note in (evaluation.settings.note, about_rows(evaluation)) if note]
+    if cut := sum(bool(row.get("cut")) for row in predictions):
+        most = evaluation.settings.decoding.max_new_tokens
+        found.append(f"{cut} of {len(predictions)} answers were cut at {most} new tokens; raise --max-new-tokens")
+    return found

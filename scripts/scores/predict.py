@@ -7,25 +7,25 @@ equal probability, and the answers differ from there on. With a wrong adapter or
 
 import os
 from collections.abc import Container, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import orjson
 
-from ..base.errors import WorkFailed
-from ..base.files import Row, naming, opened
+from ..base.errors import UserError, WorkFailed
+from ..base.files import Row, naming, opened, parse_json, read_bytes, replacing
 from ..base.progress import Bar, say
 from ..base.yamlfiles import Config
 from ..configs import gpus
 from ..data.study import Decoding
-from . import part_file
 from .evaluation_rows import EvaluationRows
-from .evaluations import SERVER, VLLM, Agreement, Completion, Engine, EvaluationSettings
+from .evaluations import REFERENCE, SERVER, VLLM, Agreement, Completion, Engine, EvaluationSettings, Prediction
 
 if TYPE_CHECKING:
     from .prompter import Prompter  # imports torch and Axolotl, which `require` does not need
 
+KNOWN = {"batch_tokens", "agreement"}  # settings that are known only after an engine has started
 COMPARED = 32  # number of rows to compare; they are evenly spaced, to cover all kinds of rows
 
 
@@ -113,16 +113,16 @@ def predict(
         rehearsal: True for a rehearsal.
 
     Returns:
-        Predictions, and the settings, including those that only the running engine knows (`part_file.KNOWN`).
+        Predictions, and the settings, including those that only the running engine knows (`KNOWN`).
 
     Raises:
-        UserError: see `part_file.resume`, `Prompter.examples` and `started`.
+        UserError: see `resume`, `Prompter.examples` and `started`.
         WorkFailed: the engine cannot continue.
     """
     rows, positions = test.rows, test.positions
     on_gpu = not rehearsal and bool(gpus.here())
     require(settings, server, on_gpu)
-    done, settings = part_file.resume(part, settings, positions)
+    done, settings = resume(part, settings, positions)
     if len(done) < len(rows):
         if rehearsal:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -143,8 +143,58 @@ def predict(
                 as_row(position, row, example.reference)
                 for position, row, example in zip(positions, rows, examples, strict=True)
             ]
-            _generate(engine, prompts, asked, prompter.ends, done, part, part_file.settings_line(settings))
+            _generate(engine, prompts, asked, prompter.ends, done, part, settings_line(settings))
     return [done[i] for i in range(len(rows))], settings
+
+
+def settings_line(settings: EvaluationSettings) -> bytes:
+    """Line with the settings in `KNOWN`, for the predictions that follow it in the file."""
+    return orjson.dumps(settings.model_dump(include=KNOWN)) + b"\n"
+
+
+def resume(
+    part: Path, settings: EvaluationSettings, positions: Sequence[int]
+) -> tuple[dict[int, Row], EvaluationSettings]:
+    """Read an interrupted evaluation, or start a new file.
+
+    Args:
+        part: file of the predictions.
+        settings: model, engine and decoding.
+        positions: positions of the requested rows in their source.
+
+    Returns:
+        Predictions by place in `positions`, and the settings, including those that only the file knows.
+
+    Raises:
+        UserError: the file has predictions of this adapter and data with other settings, or of more rows.
+    """
+    asked = settings.identity() | settings.model_dump(include={"engine", "model"})
+    by_batch = settings.engine == REFERENCE and settings.decoding.do_sample  # else batches change only rounding
+    if by_batch:
+        asked |= settings.model_dump(include={"rows", "batch_size"})
+    header = orjson.dumps(asked)
+    first, *lines = read_bytes(part).split(b"\n") if part.is_file() else [b""]
+    same = all(orjson.dumps({key: asked[key]})[1:-1] in first for key in ("adapter_sha256", "data_sha256"))
+    differs = first != header and same and any(b'"prediction":' in line for line in lines)
+    done: dict[int, Row] = {}
+    for line in lines if first == header else ():
+        with suppress(ValueError):  # skips lines truncated by a killed process or a power failure
+            row = parse_json(line)
+            if isinstance(row, dict) and "agreement" in row:
+                known = {key: row.get(key) for key in KNOWN}
+                settings = EvaluationSettings.model_validate(settings.model_dump() | known)
+            else:
+                Prediction.model_validate(row)
+                done[row["row"]] = row
+    if differs or done.keys() - set(positions):
+        raise UserError(
+            f"{part}: has predictions of an evaluation with other settings or more rows; repeat the command that made "
+            "them, or delete the file to start again"
+        )
+    with replacing(part) as stream:
+        stream.write(header + b"\n" + settings_line(settings))
+        stream.writelines(orjson.dumps(row) + b"\n" for row in done.values())
+    return {place: done[position] for place, position in enumerate(positions) if position in done}, settings
 
 
 def _generate(

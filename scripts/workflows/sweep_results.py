@@ -22,8 +22,8 @@ from ..results.run_rows import RunResult
 from ..results.verdict import StudyRow
 from ..runs.records import Summary
 from ..scores import evaluation_rows
+from ..scores.evaluations import about_rows
 from ..scores.intervals import Interval
-from ..scores.remarks import about_rows
 from ..tables import Table
 from .pipeline import existing_runs
 from .sweep import Sweep, SweepMember, file_of, of_recipe, settings

@@ -15,7 +15,7 @@ from qlora_recipes.metrics.registry import BenchmarkParameters
 from qlora_recipes.runs import rundir
 from qlora_recipes.scores import benchmarks, evaluate
 from qlora_recipes.scores.evaluate import EvaluationRequest
-from qlora_recipes.scores.row_files import taken
+from qlora_recipes.scores.evaluations import taken
 
 GROUP: dict[str, Any] = {
     "results": {

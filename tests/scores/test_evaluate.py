@@ -30,10 +30,10 @@ from qlora_recipes.scores.evaluations import (
     EvaluationSettings,
     read_predictions,
     read_scores,
+    taken,
 )
 from qlora_recipes.scores.prompter import Prompter
 from qlora_recipes.scores.reference import Reference, base_model
-from qlora_recipes.scores.row_files import taken
 
 
 def evaluated(run: RunDir, **more: Any) -> Evaluation:

@@ -17,8 +17,7 @@ from qlora_recipes.reports.report_runs import reader, reported_runs
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import evaluate, evaluation_rows
 from qlora_recipes.scores.evaluate import EvaluationRequest, EvaluationTask
-from qlora_recipes.scores.evaluations import changed, read_predictions, read_scores
-from qlora_recipes.scores.row_files import taken
+from qlora_recipes.scores.evaluations import changed, read_predictions, read_scores, taken
 
 OwnRun = Callable[..., RunDir]
 BASE = EvaluationRequest(adapter="none", max_new_tokens=4, metrics=["bertscore:none"])

@@ -16,8 +16,7 @@ from qlora_recipes.data.study import Decoding
 from qlora_recipes.scores import evaluate
 from qlora_recipes.scores import server as servers
 from qlora_recipes.scores.evaluate import EvaluationRequest
-from qlora_recipes.scores.evaluations import Completion, read_predictions
-from qlora_recipes.scores.row_files import taken
+from qlora_recipes.scores.evaluations import Completion, read_predictions, taken
 
 PROMPTS = [[5, 6, 7, 8], [5, 6], [9, 10, 11], [12, 13, 14, 15, 16]]
 
