@@ -24,7 +24,7 @@ from ..configs import gpus
 from ..configs.gpus import Gpu
 from ..runs.records import Job
 from ..runs.rundir import RunDir, new_folder
-from ..runs.tasks import Command, Step, Task, TaskResult
+from . import Command, Step, Task, TaskResult
 from .slurm_site import STEPS, Site, active, ask, forget_queue, queue, sbatch, settings_file, site_settings
 
 GRACE = 300  # training stops at a checkpoint this many seconds before the limit; --on slurm,signal=… changes it

@@ -19,7 +19,7 @@ from ..base.progress import say_once
 from ..base.secrets import is_secret
 from ..configs.config import flatten, merge
 from ..runs.records import Job, JobState
-from ..runs.tasks import Step
+from . import Step
 
 STEPS: tuple[Step, ...] = get_args(Step)
 _OWN = {  # options that `recipe` sets for each job, or that would hide the job's id

@@ -37,8 +37,8 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from ..backends import TaskResult
     from ..data.study import Study
-    from ..runs.tasks import TaskResult
 
 HEADING = "Running"
 Tried = Annotated[

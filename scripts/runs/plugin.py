@@ -16,6 +16,7 @@ from typing import Any
 import orjson
 import psutil
 import torch
+import torch.distributed as dist
 from axolotl.integrations.base import BasePlugin
 from peft import PeftModel
 from pynvml import NVMLError
@@ -25,10 +26,12 @@ from ..base.files import append_line
 from ..base.machine import LOCK_TIMEOUT, GpuInfo, end_with_parent, held
 from ..configs import models
 from ..configs.gpus import CPU_RANKS, ENGINE_KEYS, engine_of
-from . import checkpoints, eval_loss, ranks
+from . import eval_loss
 from .records import Ended
+from .rundir import step_of, write_manifest
 
 GIB = 2**30
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # number of ranks, set by the launcher
 
 
 class RunPlugin(BasePlugin):
@@ -39,11 +42,11 @@ class RunPlugin(BasePlugin):
 
     def register(self, cfg: Any) -> None:
         """Record the requested engine before Axolotl overwrites it; put a rehearsal's ranks on the CPU."""
-        if ranks.WORLD_SIZE > 1:
+        if WORLD_SIZE > 1:
             end_with_parent(signal.SIGKILL)  # otherwise ranks keep training after their launcher is killed
-        self.engine = engine_of(cfg) if ranks.WORLD_SIZE > 1 or any(cfg.get(key) for key in ENGINE_KEYS) else None
+        self.engine = engine_of(cfg) if WORLD_SIZE > 1 or any(cfg.get(key) for key in ENGINE_KEYS) else None
         if CPU_RANKS in os.environ:
-            ranks.use_cpu(engine_of(cfg))
+            use_cpu(engine_of(cfg))
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         """Record that Axolotl starts loading rows; let `axolotl preprocess` reuse rows.
@@ -64,7 +67,7 @@ class RunPlugin(BasePlugin):
         args: dict[str, Any] = {"logging_nan_inf_filter": False}  # the filter logs a NaN loss as 0
         if not torch.cuda.is_available():
             args["use_cpu"] = True
-        if ranks.WORLD_SIZE > 1:
+        if WORLD_SIZE > 1:
             args["average_tokens_across_devices"] = True
         if cfg.trackio_project_name:
             args["project"] = cfg.trackio_project_name
@@ -186,7 +189,7 @@ class RunCallback(TrainerCallback):
         signal.signal(signal.SIGTERM, self._stop)
         first: dict[str, Any] = self.parameters or {}
         if self.engine:
-            ranks.check_engine(self.engine, self.trainer)
+            check_engine(self.engine, self.trainer)
             first = first | {"engine": self.engine}
         with suppress(TypeError):  # streamed rows have no number
             first = first | {"training_rows": len(self.trainer.train_dataset)}
@@ -211,7 +214,7 @@ class RunCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop timing the step; stop training if requested."""
         self.step_seconds += time.perf_counter() - self.step_started
-        if any(ranks.of_all(self.stop, args.device)):
+        if any(of_all(self.stop, args.device)):
             self.stopped = control.should_training_stop = control.should_save = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -220,9 +223,9 @@ class RunCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the manifest of a checkpoint that the trainer has saved."""
-        ranks.of_all(0, args.device)  # a barrier, because each rank writes its own files
+        of_all(0, args.device)  # a barrier, because each rank writes its own files
         if state.is_world_process_zero:
-            checkpoints.write_manifest(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+            write_manifest(Path(args.output_dir, f"checkpoint-{state.global_step}"))
         _note(args.output_dir, phase="training")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -232,7 +235,7 @@ class RunCallback(TrainerCallback):
         usage = _usage()
         if peak := logs.get("memory/max_allocated (GiB)"):  # Axolotl's log entry, because torch's own peak was reset
             usage["memory_allocated_gib"] = peak
-        peaks = ranks.of_all(usage.get("memory_reserved_gib") or usage["rss_peak_gib"], args.device)
+        peaks = of_all(usage.get("memory_reserved_gib") or usage["rss_peak_gib"], args.device)
         if len(peaks) > 1:
             usage["peak_gib_by_rank"] = peaks
         kept = ("loss", "eval_loss", eval_loss.NAME, "grad_norm", "learning_rate")
@@ -246,7 +249,7 @@ class RunCallback(TrainerCallback):
 
     def _of_steps(self, args: Any) -> dict[str, float]:
         """Time and tokens of the steps since the previous call."""
-        tokens = int(sum(ranks.of_all(float(self.tokens), args.device)))
+        tokens = int(sum(of_all(float(self.tokens), args.device)))
         seconds, self.step_seconds, self.tokens = self.step_seconds, 0.0, 0
         rate = {"tokens_per_second": tokens / seconds} if seconds else {}
         return {"step_seconds": seconds, "tokens": tokens} | rate
@@ -255,7 +258,7 @@ class RunCallback(TrainerCallback):
         """Record the reason for the end, and the last step, which the trainer does not always log."""
         ended: dict[str, Any] = {"ended": self._how_it_ended(state, control)}
         if args.load_best_model_at_end and state.best_model_checkpoint:  # the trainer has loaded it
-            ended["kept_step"] = checkpoints.step_of(Path(state.best_model_checkpoint))
+            ended["kept_step"] = step_of(Path(state.best_model_checkpoint))
         if self.step_seconds:  # of steps behind the last multiple of logging_steps
             ended |= self._of_steps(args)
         self._append(state, ended)
@@ -289,6 +292,82 @@ def require_sane(loss: float, vocabulary: int) -> None:
             f"the first training loss is {loss:.4g}, but guessing among {vocabulary:,} tokens gives {most / 1.2:.4g}: "
             "the base model is damaged; compare its precision, quantization and tokenizer with the recipe's"
         )
+
+
+def use_cpu(engine: str) -> None:
+    """Make Axolotl and accelerate train with an engine on the CPU, communicating over gloo.
+
+    By default, Axolotl queries the GPU driver and gives each rank a GPU. On a CPU, accelerate supports only DDP and
+    silently ignores DeepSpeed and FSDP (AcceleratorState). For these two, this function makes accelerate assume GPUs,
+    with gloo as the communication backend and the CPU as the device.
+    """
+    import axolotl.utils.trainer
+    from accelerate.parallelism_config import ParallelismConfig
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+    from axolotl.loaders.model import ModelLoader
+
+    axolotl.utils.trainer.check_cuda_p2p_ib_support = lambda: True
+    if engine == "DDP":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    else:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+        build_mesh = ParallelismConfig.build_device_mesh
+        ParallelismConfig.build_device_mesh = lambda config, _: build_mesh(config, "cpu")
+    set_device_map = ModelLoader._set_device_map_config
+
+    def set_cpu_device_map(loader: Any) -> None:
+        set_device_map(loader)
+        if "device_map" in loader.model_kwargs:
+            loader.model_kwargs["device_map"] = {"": "cpu"}
+
+    ModelLoader._set_device_map_config = set_cpu_device_map
+    if engine.startswith("ZeRO"):
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiling it takes most of a minute
+
+
+def engine_in_use(trainer: Any) -> str:
+    """Name of the active engine, as in `gpus.engine_of`, or "one process"."""
+    from deepspeed import DeepSpeedEngine
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from torch.distributed.tensor import DTensor
+
+    model = trainer.model_wrapped
+    if isinstance(model, DeepSpeedEngine):
+        if isinstance(model.optimizer, DeepSpeedZeroOptimizer_Stage3):
+            return "ZeRO-3"
+        if isinstance(model.optimizer, DeepSpeedZeroOptimizer):
+            return "ZeRO-2" if model.optimizer.partition_gradients else "ZeRO-1"
+        return "DDP"
+    if all(isinstance(weight, DTensor) for weight in model.parameters()):
+        return "FSDP"
+    return "DDP" if isinstance(model, torch.nn.parallel.DistributedDataParallel) else "one process"
+
+
+def check_engine(asked: str, trainer: Any) -> None:
+    """Stop training if Axolotl silently uses another engine or number of ranks than requested.
+
+    Raises:
+        RuntimeError: the engine or the number of ranks differs.
+    """
+    used = engine_in_use(trainer)
+    among = trainer.accelerator.num_processes
+    if (used, among) != (asked, WORLD_SIZE):
+        raise RuntimeError(f"requested {asked} on {WORLD_SIZE} processes, but Axolotl uses {used} on {among}")
+
+
+def of_all(value: float, device: torch.device) -> list[float]:
+    """Values of all ranks in rank order, gathered on each rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    mine = torch.tensor([value], dtype=torch.float64, device=device)
+    gathered = [mine.clone() for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, mine)
+    return [float(number) for number in gathered]
 
 
 def _note(output: str, **record: Any) -> None:

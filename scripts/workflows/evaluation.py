@@ -9,7 +9,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 from .. import backends
-from ..backends import Backend
+from ..backends import Backend, Task, TaskResult
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, WorkFailed
 from ..base.files import read_json, sha256, tensor_shapes, write_json
@@ -21,13 +21,12 @@ from ..configs.compose import MIRROR, Composed, Request
 from ..data.published import AdapterFormat
 from ..runs.records import FileState
 from ..runs.rundir import RunDir, find_run
-from ..runs.tasks import Task, TaskResult
 from ..scores import evaluate, evaluation_rows
 from ..scores.evaluate import EvaluationRequest, EvaluationTask
 from ..scores.evaluations import ADAPTER, BASE, SERVER, Evaluation
 from ..scores.predict import require
 from . import create
-from .pipeline import Pipeline, existing_runs
+from .pipeline import Pipeline, evaluation_command, existing_runs
 
 CONFIG = "adapter_config.json"
 TOKENIZER = "tokenizer_config.json"
@@ -72,7 +71,7 @@ def start(folder: RunDir, request: EvaluationRequest, backend: Backend) -> Evalu
         WorkFailed: see `evaluate.evaluate`.
     """
     record = folder.read()
-    evaluation = evaluate.command(folder, request)
+    evaluation = evaluation_command(folder, request)
     if not backend.here:
         if not backends.job_state(folder, "run"):
             task = EvaluationTask(folder, request)

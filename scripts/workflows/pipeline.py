@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .. import backends
-from ..backends import Backend
+from ..backends import DONE, FAILED, SKIPPED, Backend, Command, Step, Task, TaskResult
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.paths import find_recipe
@@ -20,13 +20,17 @@ from ..metrics.metric import Column
 from ..planning import plan, planner
 from ..runs.records import Run
 from ..runs.rundir import RunDir, all_runs
-from ..runs.tasks import DONE, FAILED, SKIPPED, Command, Step, Task, TaskResult
 from ..scores import benchmarks, evaluate
 from ..scores.evaluate import EvaluationRequest, EvaluationTask
 from ..scores.score import columns_of, require_models, scorer_models
 from . import create, run
 
 TOO_BIG = "too-big:micro_batch_size"  # name of the finding of `plan.add_to`
+
+
+def evaluation_command(folder: RunDir, request: EvaluationRequest) -> Command:
+    """Command line of a requested evaluation."""
+    return Command("evaluate", folder, ["evaluate", str(folder.path), *request.options()])
 
 
 def existing_runs(runs: Path, recipe: str) -> dict[str, tuple[RunDir, Run]]:
@@ -231,7 +235,7 @@ class Pipeline:
                 else create.create(self.composed, self.request)
             )
             training = run.command(folder)
-            return [training, self._scoring(folder)] if self._generates() else [training]
+            return [training, evaluation_command(folder, self.evaluation)] if self._generates() else [training]
         folder = self.existing[0]
         if self.state == "finished":
             self.result.run = folder.path
@@ -247,16 +251,13 @@ class Pipeline:
         if evaluation:
             self.result.steps["evaluate"] = evaluation
             return []
-        return [self._scoring(folder)]
+        return [evaluation_command(folder, self.evaluation)]
 
     def _generates(self) -> bool:
         """True if any metric needs predictions; eval loss metrics do not."""
         assert self.composed
         columns = columns_of(self.composed.origin, self.evaluation.metrics)
         return any(column.metric.of_loss is None for column in columns.values())
-
-    def _scoring(self, folder: RunDir) -> Command:
-        return evaluate.command(folder, self.evaluation)
 
     def _evaluation(self) -> str | None:
         """State of the existing run's evaluation; None if it still has to start.
@@ -275,7 +276,7 @@ class Pipeline:
             models = scorer_models(task.columns, self.evaluation.judge, self.request.rehearse)
             if evaluate.complete(task, models):
                 return SKIPPED
-        job = backends.job_state(folder, "evaluate", self._scoring(folder).words)
+        job = backends.job_state(folder, "evaluate", evaluation_command(folder, self.evaluation).words)
         return str(job) if job and (job.kind != "unknown" or not self.backend.here) else None
 
 

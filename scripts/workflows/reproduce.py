@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import tables
-from ..backends import Backend
+from ..backends import Backend, TaskResult
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, meant
 from ..base.files import Row
@@ -26,7 +26,6 @@ from ..data.study import Study
 from ..metrics.registry import SCORER
 from ..planning import plan
 from ..planning.planner import GIB
-from ..runs.tasks import TaskResult
 from ..scores.evaluate import EvaluationRequest
 from ..scores.score import declared_models
 from .pipeline import Pipeline, require_known, require_scorer_models, seeds_of, validate_all

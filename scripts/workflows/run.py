@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import backends
-from ..backends import Backend
+from ..backends import Backend, Command, Task, TaskResult
 from ..base import machine, paths, yamlfiles
 from ..base.errors import UserError
 from ..base.progress import Bar, say
@@ -20,7 +20,6 @@ from ..configs.compose import Composed, Request, compose, is_rehearsal
 from ..runs import launch
 from ..runs.records import Run
 from ..runs.rundir import RunDir, find_run, this_job
-from ..runs.tasks import Command, Task, TaskResult
 from .create import create
 
 

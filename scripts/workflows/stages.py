@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from ..backends import Backend
+from ..backends import DONE, Backend, TaskResult
 from ..base.errors import UserError, WorkFailed
 from ..base.progress import say
 from ..configs.compose import Request
 from ..data import fetch
 from ..data.published import adapter_files
 from ..data.study import Study
-from ..runs.tasks import DONE, TaskResult
 from ..scores import evaluate, published
 from ..scores.evaluate import EvaluationRequest
 from ..scores.score import scorer_models

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from ..backends import Backend
+from ..backends import SKIPPED, Backend, TaskResult
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, meant, require_plain
 from ..base.files import parse_json, read_bytes, write_atomically
@@ -27,7 +27,6 @@ from ..data import study
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..runs.rundir import RunDir, find_run, is_run, run_names
-from ..runs.tasks import SKIPPED, TaskResult
 from ..scores.evaluate import EvaluationRequest
 from ..scores.score import columns_of
 from .pipeline import Pipeline, existing_runs, require_known, require_scorer_models, seeds_of, validate_all

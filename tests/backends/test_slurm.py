@@ -16,13 +16,12 @@ import pytest
 from conftest import RECIPE, config_with, finish, start
 
 from qlora_recipes import backends
+from qlora_recipes.backends import Command, slurm_site
 from qlora_recipes.backends import slurm as slurm_module
-from qlora_recipes.backends import slurm_site
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.runs import rundir
 from qlora_recipes.runs.rundir import RunDir
-from qlora_recipes.runs.tasks import Command
 
 TOOLS = Path(sys.executable).parent
 NAME = "haider2024/code-llama-7b"

@@ -14,7 +14,7 @@ from qlora_recipes.configs import config
 from qlora_recipes.configs.config import Difference
 from qlora_recipes.data import study
 from qlora_recipes.metrics import registry
-from qlora_recipes.runs import checkpoints, launch
+from qlora_recipes.runs import launch, rundir
 from qlora_recipes.runs.records import Launch, Run, Summary
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores.evaluations import Evaluation, EvaluationSettings
@@ -121,7 +121,7 @@ def a_checkpoint(output: Path, step: int, ranks: int = 1) -> Path:
     for name in ("optimizer.pt", "scheduler.pt", *rng_states):
         torch.save({"state": torch.ones(1000)}, folder / name)
     (folder / "trainer_state.json").write_bytes(orjson.dumps({"global_step": step}))
-    checkpoints.write_manifest(folder)
+    rundir.write_manifest(folder)
     return folder
 
 

@@ -5,14 +5,13 @@ from pathlib import Path
 import pytest
 from run_folders import a_run
 
-from qlora_recipes.backends import Local
+from qlora_recipes.backends import Command, Local, Step, Task, TaskResult
 from qlora_recipes.base import machine
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import gpus
 from qlora_recipes.configs.compose import Request
 from qlora_recipes.planning import plan, planner
 from qlora_recipes.runs.rundir import RunDir
-from qlora_recipes.runs.tasks import Command, Step, Task, TaskResult
 from qlora_recipes.scores.evaluate import EvaluationRequest
 from qlora_recipes.workflows import pipeline, run
 

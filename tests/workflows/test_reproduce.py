@@ -13,7 +13,7 @@ import pytest
 from conftest import SAMPLE, Recipe, recipe_config
 from file_server import Server, serving
 
-from qlora_recipes.backends import Local
+from qlora_recipes.backends import Local, TaskResult
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import compose, datafiles
@@ -22,7 +22,6 @@ from qlora_recipes.data import study
 from qlora_recipes.data.declaration import DataSource, SourceFile
 from qlora_recipes.metrics import registry
 from qlora_recipes.runs import rundir
-from qlora_recipes.runs.tasks import TaskResult
 from qlora_recipes.scores import evaluations
 from qlora_recipes.scores.evaluate import EvaluationRequest
 from qlora_recipes.workflows import reproduce
