@@ -33,7 +33,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # each with its shar
 from qlora_recipes import cli
 from qlora_recipes.backends import slurm_site
 from qlora_recipes.base import hub, paths, progress
-from qlora_recipes.checks import validation, validator
+from qlora_recipes.checks import validation
 from qlora_recipes.configs.gpus import CPU_RANKS
 from qlora_recipes.data import study
 from qlora_recipes.data.sample import rehearsal_data, usual_sample
@@ -119,7 +119,7 @@ def validates_here(monkeypatch: pytest.MonkeyPatch) -> None:
         with hub.importing_axolotl():
             import axolotl.utils.config  # noqa: F401 (here, because torch's messages on import are silenced here only)
 
-            return [[asdict(finding) for finding in validator.findings(config, gpu)] for config in configs]
+            return [[asdict(finding) for finding in validation.findings(config, gpu)] for config in configs]
 
     monkeypatch.setattr(validation, "_ask_child", ask)
 

@@ -14,7 +14,7 @@ def validated(cfg: yamlfiles.Config, gpu: str) -> dict[str, Any]:
     from axolotl.utils.config import validate_config
     from axolotl.utils.dict import DictDefault
 
-    from qlora_recipes.checks.validator import capabilities
+    from qlora_recipes.checks.validation import capabilities
 
     return validate_config(DictDefault(cfg), *capabilities(gpus.find(gpu)))
 

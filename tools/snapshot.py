@@ -43,7 +43,7 @@ def findings() -> Iterator[tuple[str, Any]]:
 
 def resolved() -> Iterator[tuple[str, Any]]:
     """Keys and values of each recipe after Axolotl's validation."""
-    from qlora_recipes.checks.validator import validated
+    from qlora_recipes.checks.validation import validated
 
     for name in paths.recipe_names():
         content = validated(yamlfiles.read_yaml(paths.find_recipe(name)[1])).to_dict()

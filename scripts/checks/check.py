@@ -14,8 +14,8 @@ from ..configs.compose import Composed, Request
 from ..configs.gpus import Gpu
 from ..configs.numerics import ADAPTED
 from ..data import study
-from . import code_rules, data_rules, model_rules, schema, settings_rules  # noqa: F401 (each adds its rules to RULES)
-from .finding import LEVELS, RULES, Case, Finding, override_errors, refuse
+from . import data_rules, model_rules, schema, settings_rules, trust, validation  # noqa: F401 (rules add themselves)
+from .finding import LEVELS, Case, Finding, override_errors, refuse, remaining_errors, rule_findings
 
 
 @dataclass
@@ -113,6 +113,30 @@ def tokenize_all(report: Report, ranks: int = 1) -> None:
             report.add([_unreadable(report.name, str(error))])
 
 
+def validate(reports: Iterable[Report], gpu: Gpu | None, force: Sequence[str] = ()) -> None:
+    """Add the findings of Axolotl's own validation to reports.
+
+    Args:
+        reports: the reports of configs for the same GPU.
+        gpu: the GPU; rehearsals ignore it.
+        force: the names of findings to override.
+    """
+    ready: list[tuple[Report, Composed, set[str]]] = []
+    for report in reports:
+        if not report.composed:
+            continue
+        errors = remaining_errors(report.findings, force)
+        if any(error.scope == "code" for error in errors):
+            report.skip("skipped Axolotl's own validation, because it can run that code; correct the errors first")
+        else:
+            ready.append((report, report.composed, {error.key.partition(".")[0] for error in errors} - {""}))
+    results = validation.validate([composed for _, composed, _ in ready], gpu)
+    for (report, composed, wrong), findings in zip(ready, results, strict=True):
+        report.validated = all(finding.rule != "not-validated" for finding in findings)
+        # the rules have better messages for the same mistake
+        report.add(placed((finding for finding in findings if finding.key not in wrong), composed))
+
+
 def examine(
     composed: Composed,
     gpu: Gpu | None = None,
@@ -153,13 +177,6 @@ def examine(
         of_rows, report.data = rows.check(usable, wrong)
         report.add(of_rows)
     return report
-
-
-def rule_findings(case: Case) -> Iterator[Finding]:
-    """Findings of all rules."""
-    for judge in RULES:
-        for level, key, problem, remedy in judge(case):
-            yield Finding(level, judge.__name__.replace("_", "-"), key, problem, remedy)
 
 
 def _profile_compatibility(composed: Composed, gpu: Gpu | None, launching: bool) -> Iterator[Finding]:

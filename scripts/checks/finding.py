@@ -182,10 +182,11 @@ def refuse(findings: list[Finding], force: Sequence[str] = ()) -> list[Finding]:
 
 
 Problems = Iterator[tuple[Level, str, str, str]]
-RULES: list[Callable[["Case"], Problems]] = []
+Rule = Callable[["Case"], Problems]
+RULES: list[Rule] = []
 
 
-def rule(function: Callable[["Case"], Problems]) -> Callable[["Case"], Problems]:
+def rule(function: Rule) -> Rule:
     """Register a function as a rule; the rule's name is the function's, with hyphens."""
     RULES.append(function)
     return function
@@ -274,3 +275,10 @@ class Case:
     def is_installed(self, package: str) -> bool:
         """True if a package with this distribution name is installed."""
         return package_version(package) is not None
+
+
+def rule_findings(case: Case, rules: Sequence[Rule] = RULES) -> Iterator[Finding]:
+    """Findings of rules, by default of all."""
+    for judge in rules:
+        for level, key, problem, remedy in judge(case):
+            yield Finding(level, judge.__name__.replace("_", "-"), key, problem, remedy)

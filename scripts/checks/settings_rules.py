@@ -1,13 +1,15 @@
 """Rules about settings: missing, contradictory, or unsuited to the GPUs or installed packages."""
 
+import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from ..base.machine import torch_cuda
 from ..base.secrets import is_secret, names_secret, public
-from ..configs import datafiles, substitution, trackers
+from ..configs import datafiles, substitution
 from ..configs.compose import Composed
-from ..configs.config import flatten
+from ..configs.config import flatten, remote_trackers
 from ..configs.gpus import deepspeed_of
 from ..configs.numerics import AMPERE, precision, quantized, takes_varlen
 from .finding import Case, Finding, Level, Problems, rule
@@ -143,10 +145,18 @@ _FROM = {  # sources of packages that PyPI lacks, or has only in another variant
 @rule
 def no_login(case: Case) -> Problems:
     """Without a login, wandb stops the run with a traceback after the model is loaded (seen with wandb 0.31)."""
-    keys = dict(trackers.remote(case.config)).get("wandb")
-    if keys and not trackers.has_wandb_login():
+    keys = dict(remote_trackers(case.config)).get("wandb")
+    if keys and not _has_wandb_login():
         problem = "wandb has no login on this machine: a run would stop after loading the model"
         yield "warning", keys[-1], problem, f"run `wandb login`, or delete {' and '.join(keys)}"
+
+
+def _has_wandb_login() -> bool:
+    """True if wandb's API key is in the environment or in ~/.netrc."""
+    file = Path("~/.netrc").expanduser()
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    return file.is_file() and "wandb" in file.read_text(errors="replace")
 
 
 @rule

@@ -11,7 +11,7 @@ from ..data import prepare, sample
 from ..data.declaration import Mistake, undeclared
 from ..data.study import Study
 from ..writing import render
-from . import check, schema, validation
+from . import check, schema
 from .finding import Finding, Level
 
 
@@ -24,7 +24,7 @@ def findings(of_study: Study) -> list[Finding]:
     found = [_finding(of_study, "error", mistake) for mistake in _errors(of_study, names)]
     if not found:
         reports = [check.check(Request(name)) for name in names]
-        validation.add_to(reports, None)
+        check.validate(reports, None)
         for report in reports:
             found += (finding for finding in report.findings if finding.level == "error")
     found += (_finding(of_study, "warning", mistake) for mistake in _warnings(of_study, names))

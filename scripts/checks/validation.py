@@ -1,56 +1,47 @@
-"""Axolotl's own validation, in one child process for all configs of a command; configs that pass are cached."""
+"""Axolotl's own validation, in one child process for all configs of a command; configs that pass are cached.
 
+The child process runs this module too. Axolotl's schema takes 2 s of processor time to import, and Axolotl with its
+plugins 6 s.
+"""
+
+import copy
 import hashlib
+import logging
+import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from importlib.metadata import version
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from subprocess import PIPE
 from tempfile import NamedTemporaryFile
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
 
 import orjson
+from pydantic import ValidationError
 
 from ..base import paths
 from ..base.files import Row, read_json, write_json
+from ..base.hub import importing_axolotl
 from ..base.machine import package_version, start_child
 from ..base.yamlfiles import Config
 from ..configs import gpus
 from ..configs.compose import Composed
 from ..configs.gpus import ANY_GPU, Gpu, deepspeed_of
-from .check import Report, placed
-from .finding import Finding, remaining_errors
+from .finding import Finding, Level
 
 VERSION = 1
-"""Version of the cached findings; raise it when the validator changes."""
-
-
-def add_to(reports: Iterable[Report], gpu: Gpu | None, force: Sequence[str] = ()) -> None:
-    """Add the findings of Axolotl's own validation to reports.
-
-    Args:
-        reports: the reports of configs for the same GPU.
-        gpu: the GPU; rehearsals ignore it.
-        force: the names of findings to override.
-    """
-    ready: list[tuple[Report, Composed, set[str]]] = []
-    for report in reports:
-        if not report.composed:
-            continue
-        errors = remaining_errors(report.findings, force)
-        if any(error.scope == "code" for error in errors):
-            report.skip("skipped Axolotl's own validation, because it can run that code; correct the errors first")
-        else:
-            ready.append((report, report.composed, {error.key.partition(".")[0] for error in errors} - {""}))
-    results = validate([composed for _, composed, _ in ready], gpu)
-    for (report, composed, wrong), findings in zip(ready, results, strict=True):
-        report.validated = all(finding.rule != "not-validated" for finding in findings)
-        # the rules have better messages for the same mistake
-        report.add(placed((finding for finding in findings if finding.key not in wrong), composed))
+"""Version of the cached findings; raise it when this module changes."""
+_STUBBED = ("axolotl.integrations", "axolotl.integrations.mixlora")
+"""Packages that the schema names for a table of constants; they would import all plugins' libraries."""
 
 
 def validate(composed: Sequence[Composed], gpu: Gpu | None) -> list[list[Finding]]:
-    """Findings of Axolotl's own validation for each config; `gpu` as in `add_to`."""
+    """Findings of Axolotl's own validation for each config; rehearsals ignore the GPU."""
     if not gpu or any(each.rehearsal for each in composed):
         gpu = ANY_GPU
     files = [_cache_file(each.config, gpu) for each in composed]
@@ -80,7 +71,7 @@ def _ask_child(configs: Sequence[Config], gpu: Gpu) -> list[list[Row]]:
     with NamedTemporaryFile() as request:
         request.write(orjson.dumps([gpu.name, gpu.capability, configs]))
         request.flush()
-        command = [sys.executable, "-m", "qlora_recipes.checks.validator", request.name]
+        command = [sys.executable, "-m", __name__, request.name]
         with start_child(command, stdout=PIPE, stderr=PIPE) as child:
             output, log = child.communicate()
     if child.returncode == 0:
@@ -89,3 +80,115 @@ def _ask_child(configs: Sequence[Config], gpu: Gpu) -> list[list[Row]]:
     reason = log.decode(errors="replace").strip().rpartition("\n")[2] or f"exit code {child.returncode}"
     problem = f"not validated, because Axolotl does not run here: {reason}"
     return [[asdict(Finding("warning", "not-validated", "", problem, "run `recipe doctor`"))]] * len(configs)
+
+
+def capabilities(gpu: Gpu = ANY_GPU) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Capabilities of a GPU and of torch, in the format of `axolotl.cli.config.gpu_capabilities`."""
+    of_gpu = {
+        "bf16": True,  # on every GPU, because torch emulates bf16 on older GPUs
+        "fp8": gpu.capability >= (9, 0),
+        "tf32": gpu.capability >= (8, 0),
+        "n_gpu": 1,
+        "n_node": 1,
+        "compute_capability": gpu.sm,
+    }
+    return of_gpu, {"torch_version": version("torch").partition("+")[0]}
+
+
+def validated(content: Config, gpu: Gpu = ANY_GPU) -> Any:
+    """Validate a config with Axolotl for a GPU; return Axolotl's config. Can raise any exception."""
+    from axolotl.integrations.base import PluginManager
+    from axolotl.utils.config import prepare_plugins, validate_config
+    from axolotl.utils.dict import DictDefault
+
+    PluginManager._instance = None  # drop the plugins of the previous config
+    cfg = DictDefault(content)
+    prepare_plugins(cfg)
+    return validate_config(cfg, *capabilities(gpu))
+
+
+def by_schema(content: Config, gpu: Gpu) -> None:
+    """Validate a config as `validated` does, without plugins. Can raise any exception."""
+    from axolotl.utils.schemas.config import AxolotlConfigWCapabilities
+    from axolotl.utils.schemas.datasets import SFTDataset
+
+    of_gpu, of_environment = capabilities(gpu)
+    copied = copy.deepcopy(content)  # the schema changes it
+    if content.get("datasets"):
+        copied["datasets"] = [SFTDataset(**entry) for entry in copied["datasets"]]
+    AxolotlConfigWCapabilities(**copied, capabilities=of_gpu, env_capabilities=of_environment)
+
+
+def needs_plugins(content: Config) -> bool:
+    """True if plugins validate parts of a config: its own, or the two for parallelism, which are always active."""
+    return bool(content.get("plugins") or content.get("rl")) or any("_parallel" in key for key in content)
+
+
+def import_schema() -> None:
+    """Import Axolotl's schema without the libraries of plugins."""
+    import axolotl
+
+    for name in _STUBBED:
+        sys.modules[name] = ModuleType(name)
+        parts = name.split(".")[1:]
+        sys.modules[name].__path__ = [str(Path(folder, *parts)) for folder in axolotl.__path__]
+    import axolotl.utils.schemas.config
+
+    for name in _STUBBED:
+        del sys.modules[name]
+
+
+def findings(content: Config, gpu: Gpu) -> list[Finding]:
+    """Errors and logged warnings of Axolotl's validation, each with the key that it names."""
+    from axolotl.utils.logging import MultiProcessAdapter
+
+    MultiProcessAdapter.warning_once.cache_clear()  # another config may have had the same warning
+    handler = BufferingHandler(sys.maxsize)
+    errors: list[tuple[str, str]] = []
+    disabled = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    with patch.multiple(logging.getLogger("axolotl"), handlers=[handler], propagate=False):
+        try:
+            if needs_plugins(content):
+                validated(content, gpu)
+            else:
+                by_schema(content, gpu)
+        except ValidationError as error:
+            inside = ("datasets",) if error.title == "SFTDataset" else ()
+            for problem in error.errors():
+                place = [*inside, *problem["loc"], ""]  # deeper levels include pydantic's class names
+                errors.append((str(place[0]), problem["msg"].removeprefix("Value error, ")))
+        except Exception as error:
+            errors = [("", f"{type(error).__name__}: {error}")]
+    logging.disable(disabled)
+    found = [Finding("error", "axolotl", key or _named_key(text, content), text) for key, text in errors]
+    for text in map(logging.LogRecord.getMessage, handler.buffer):
+        found.append(Finding(_level(text), "axolotl-warning", _named_key(text, content), text))
+    return found
+
+
+def _level(text: str) -> Level:
+    """Level of a warning: a note if the recipe of a study can be right."""
+    return "note" if text.startswith("eval_batch_size != micro_batch_size") else "warning"
+
+
+def _named_key(text: str, content: Config) -> str:
+    """First key of a config that a text names, or an empty text; other words have no underscore."""
+    words = sorted(re.findall(r"\w+", text), key=lambda word: "_" not in word)
+    return next((word for word in words if word in content), "")
+
+
+def main(request: Path) -> None:
+    """Validate the configs of a request for a GPU; print their findings as JSON, in the same order."""
+    name, capability, configs = orjson.loads(request.read_bytes())
+    gpu = Gpu(name, tuple(capability))
+    # configs with plugins come last, because a plugin could change the validation of others
+    order = sorted(range(len(configs)), key=lambda index: needs_plugins(configs[index]))
+    with importing_axolotl():
+        import_schema()
+        found = {index: findings(configs[index], gpu) for index in order}
+    sys.stdout.buffer.write(orjson.dumps([found[index] for index in range(len(configs))]))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

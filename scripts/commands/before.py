@@ -107,7 +107,7 @@ def check_verb(
 
 def _checked(requests: "list[Request]", gpu: "Gpu | None", data: bool, quick: bool) -> "list[Report]":
     """Check each request with a progress bar; return the reports."""
-    from ..checks import check, validation
+    from ..checks import check
     from ..checks.finding import override_errors
     from ..planning import plan
 
@@ -118,7 +118,7 @@ def _checked(requests: "list[Request]", gpu: "Gpu | None", data: bool, quick: bo
             bar.update(len(reports))
     if not quick:
         with Bar("validating with Axolotl", 1):
-            validation.add_to(reports, gpu)
+            check.validate(reports, gpu)
     for request, report in zip(requests, reports, strict=True):
         if data:
             with Bar(f"tokenizing {report.name}", 1):

@@ -1,5 +1,6 @@
 """Axolotl configs: merged changes, differences by key, and variants of recipes."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,26 @@ NOT_OF_EVAL_TOKENS = re.compile(
     r"|datasets\.\d+\.path$"  # the hashes of the files decide
 )
 """Keys that do not affect the tokens behind an eval loss per token. Axolotl's other keys may, unknown ones too."""
+
+
+_TRACKERS = {  # keys that turn a tracker on (axolotl/utils/wandb_.py and others); key and values that keep it local
+    "wandb": (("use_wandb", "wandb_project"), "wandb_mode", "offline|disabled|dryrun"),
+    "comet": (("use_comet", "comet_project_name"), "comet_online", "False"),
+    "swanlab": (("use_swanlab", "swanlab_project"), "swanlab_mode", "local|offline|disabled"),
+    "mlflow": (("use_mlflow", "mlflow_experiment_name"), "mlflow_tracking_uri", "(?!http|databricks).*"),
+    "trackio": (("use_trackio", "trackio_project_name"), "trackio_space_id", ""),
+}
+
+
+def remote_trackers(config: Config) -> Iterator[tuple[str, list[str]]]:
+    """Trackers that send data to a server, by name, each with the keys of the config that turn it on."""
+    for name, (switches, key, local) in _TRACKERS.items():
+        on = [switch for switch in switches if config.get(switch)]
+        value = config.get(key)
+        if value is None:
+            value = os.environ.get(key.upper(), "")
+        if on and not re.fullmatch(local, str(value)):
+            yield name, on
 
 
 def merge(config: Config, changes: Config) -> Config:

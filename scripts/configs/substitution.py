@@ -16,8 +16,8 @@ from ..base.machine import make_once
 from ..base.progress import say
 from ..base.yamlfiles import Config
 from ..data.sample import length_of, twin
-from . import datafiles, models, trackers
-from .config import merge, override
+from . import datafiles, models
+from .config import merge, override, remote_trackers
 from .numerics import OLD_KEYS, attention
 
 NAME = "SmolLM2-135M-Instruct"
@@ -150,7 +150,7 @@ def _ends(composed: Config) -> Iterator[tuple[Config, str]]:
 
 def _trackers(composed: Config) -> Iterator[tuple[Config, str]]:
     """Turn off trackers, except those that store their data on this machine."""
-    for name, keys in trackers.remote(composed):
+    for name, keys in remote_trackers(composed):
         yield dict.fromkeys(keys) | {f"use_{name}": False}, f"a rehearsal sends nothing to {name}"
 
 

@@ -17,8 +17,8 @@ from ..base.errors import UserError, WorkFailed
 from ..base.hub import importing_axolotl
 from ..base.progress import Bar, say
 from ..base.yamlfiles import Config
-from ..checks.code_rules import READ_IT, is_listed, leaves
 from ..checks.finding import TASK_CODE, Finding
+from ..checks.trust import READ_IT, is_listed, leaves
 from ..configs import datafiles
 from ..metrics.metric import Column
 from ..metrics.registry import Benchmark, BenchmarkParameters
@@ -297,7 +297,7 @@ _PLAIN = """
     metric_list.aggregation metric_list.higher_is_better metric_list.ignore_case metric_list.ignore_numbers
     metric_list.ignore_punctuation metric_list.regexes_to_ignore
 """
-"""Keys of task files that run no code; see `code_rules`."""
+"""Keys of task files that run no code; see `trust`."""
 _PATTERNS = {
     "dataset_path": rf"{'|'.join(datafiles.FORMATS)}|\w[\w.-]*/\w[\w.-]*",
     "metric_list.metric": "acc|acc_all|acc_bytes|acc_mutual_info|acc_norm|bits_per_byte|bleu|brier_score|bypass|chrf"

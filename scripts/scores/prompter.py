@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from ..base.errors import UserError, WorkFailed
 from ..base.files import Row, json_rows
 from ..base.yamlfiles import Config
-from ..checks.installed import as_trained, require_one_each, taught_ends, tokenize
 from ..checks.rows import fields_of
+from ..checks.tokens import as_trained, require_one_each, taught_ends, tokenize
 from ..configs import datafiles
 from ..runs.eval_loss import MASKED
 from .evaluations import EvaluationSettings

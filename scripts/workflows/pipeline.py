@@ -157,7 +157,7 @@ class Pipeline:
         if with_data:
             check.tokenize_all(report, self.request.ranks)
         elif starts:
-            validation.add_to([report], self.gpu, self.request.force)
+            check.validate([report], self.gpu, self.request.force)
         self.found.update(finding.name for finding in report.findings)
         found = backends.relevant(self.backend, report.findings)
         if not with_data:

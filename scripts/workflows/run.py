@@ -13,7 +13,7 @@ from ..backends import Backend, Command, Task, TaskResult
 from ..base import machine, paths, yamlfiles
 from ..base.errors import UserError
 from ..base.progress import Bar, say
-from ..checks import check, trust, validation
+from ..checks import check, trust
 from ..checks.finding import Finding, refuse, unknown_force
 from ..configs import datafiles, gpus
 from ..configs.compose import Composed, Request, compose, is_rehearsal
@@ -40,7 +40,7 @@ def prepare(request: Request, backend: Backend) -> Composed:
     with Bar(f"checking {composed.recipe}", 1):
         report = check.examine(composed, gpu, request.ranks, launching=starts, data=starts)
         if starts:
-            validation.add_to([report], gpu, request.force)
+            check.validate([report], gpu, request.force)
         if gpu:  # plans need a GPU
             from ..planning import plan
 

@@ -18,8 +18,7 @@ from qlora_recipes.data.raw_rows import RowMaker
 from qlora_recipes.runs.eval_loss import MASKED
 
 with importing_axolotl(offline=True):
-    from qlora_recipes.checks.installed import Tokens
-    from qlora_recipes.checks.tokens import Tokenizer
+    from qlora_recipes.checks.tokens import Tokenizer, Tokens
 
 ROWS = 500  # of GSM8K's 7,473 training rows, where they are here
 TASK = "Below is an instruction that describes a task. Write a response that appropriately completes the request."

@@ -6,7 +6,7 @@ import pytest
 from conftest import config_with
 
 from qlora_recipes.base import hub, paths
-from qlora_recipes.checks import check, data_rules, settings_rules, validation, validator
+from qlora_recipes.checks import check, data_rules, settings_rules, validation
 from qlora_recipes.configs import gpus, numerics
 from qlora_recipes.configs.compose import Request
 
@@ -28,13 +28,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("change", "says"), REFUSED, ids=str)
 def test_what_axolotl_refuses_is_an_error(change, says):
-    found = validator.findings(config_with(change), gpus.find("A100"))
+    found = validation.findings(config_with(change), gpus.find("A100"))
     assert any(finding.level == "error" and says in finding.problem for finding in found)
 
 
 def test_what_axolotl_warns_of_is_a_warning():
     for change in ({"dataset_processes": 4}, {"sample_packing": True, "attn_implementation": "fp8"}):
-        assert "warning" in {finding.level for finding in validator.findings(config_with(change), V100)}
+        assert "warning" in {finding.level for finding in validation.findings(config_with(change), V100)}
 
 
 def test_attention():
@@ -87,7 +87,7 @@ def test_all_recipes_and_profiles_over_them_pass_with_axolotl_asked(place, monke
                     check.tokenize_all(report)
                 reports.setdefault(gpu, []).append(report)
     for gpu, checked in reports.items():
-        validation.add_to(checked, gpus.find(gpu))
+        check.validate(checked, gpus.find(gpu))
         for report in checked:
             assert [str(found) for found in report.findings if found.level != "note"] == []
 

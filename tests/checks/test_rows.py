@@ -158,7 +158,7 @@ def test_fields_are_those_that_axolotl_reads(kind, tiny):
     from axolotl.utils.dict import DictDefault
     from transformers import AutoTokenizer
 
-    from qlora_recipes.checks.installed import tokenize
+    from qlora_recipes.checks.tokens import tokenize
 
     fields = rows.FIELDS[kind]
     needed = [*fields.texts, *([fields.reference] if fields.reference else [])]

@@ -81,13 +81,13 @@ def test_one_process_validates_all_configs_and_what_passes_is_kept(asked):
 
     def errors() -> list[list[str]]:
         reports = [check.check(request) for request in requests]
-        validation.add_to(reports, None)
+        check.validate(reports, None)
         return [[each.name for each in report.findings if each.level == "error"] for report in reports]
 
     expected = [[], ["axolotl:load_in_4bit"]]
     assert (errors(), asked) == (expected, [2])
     assert (errors(), asked) == (expected, [2, 1])  # installing a package can correct an error
-    validation.add_to([check.check(requests[0])], Gpu("T4", (7, 5)))
+    check.validate([check.check(requests[0])], Gpu("T4", (7, 5)))
     assert asked == [2, 1, 1]
 
 
@@ -176,12 +176,11 @@ def test_the_schema_alone_finds_what_all_of_axolotl_finds(monkeypatch):
     configs = [recipe_config(name) for name in paths.recipe_names()]
     configs += [config_with(change) for change in PLANTED]
     from qlora_recipes.base.hub import importing_axolotl
-    from qlora_recipes.checks import validator
 
     alone = [[Finding(**each) for each in found] for found in ASK_CHILD(configs, ANY_GPU)]
-    monkeypatch.setattr(validator, "needs_plugins", lambda _: True)
+    monkeypatch.setattr(validation, "needs_plugins", lambda _: True)
     with importing_axolotl():
-        whole = [validator.findings(config, ANY_GPU) for config in configs]
+        whole = [validation.findings(config, ANY_GPU) for config in configs]
     for config, (one, other) in zip(configs, zip(alone, whole, strict=True), strict=True):
         assert list(map(asdict, one)) == list(map(asdict, other)), yamlfiles.write_yaml(config)
     assert sum(any(each.level == "error" for each in found) for found in alone) >= 20, alone
