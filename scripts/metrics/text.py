@@ -4,9 +4,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import cache
-from types import SimpleNamespace
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field
@@ -62,25 +60,6 @@ class RougeParameters(Parameters):
     stemmed: bool = True
 
 
-@cache
-def _tokenizer(stemmed: bool) -> Callable[[str], list[str]]:
-    """Tokenizer of rouge-score, with cached stems because computing them is slow."""
-    from rouge_score.tokenize import tokenize
-
-    if not stemmed:
-        return lambda text: list(tokenize(text, None))
-    # hide nltk's optional imports, which take 2 s and are not used here
-    hidden: dict[str, Any] = dict.fromkeys({"scipy", "sklearn"} - sys.modules.keys())
-    sys.modules.update(hidden)  # importing a module that is None raises ModuleNotFoundError
-    try:
-        from nltk.stem.porter import PorterStemmer
-    finally:
-        for name in hidden:
-            del sys.modules[name]
-    once = SimpleNamespace(stem=cache(PorterStemmer().stem))
-    return lambda text: list(tokenize(text, once))
-
-
 def _common(reference: Sequence[str], prediction: Sequence[str]) -> int:
     """Number of words in the longest common subsequence.
 
@@ -102,8 +81,9 @@ def _common(reference: Sequence[str], prediction: Sequence[str]) -> int:
 def rouge_l(pairs: Sequence[Pair], parameters: RougeParameters) -> list[float]:
     """F1 of each prediction against one reference, with rouge-score's tokens and stems."""
     from rouge_score.scoring import fmeasure
+    from rouge_score.tokenizers import DefaultTokenizer
 
-    tokens = _tokenizer(parameters.stemmed)
+    tokens = DefaultTokenizer(parameters.stemmed).tokenize
     scores = []
     for pair in pairs:
         reference, prediction = map(tokens, pair)
