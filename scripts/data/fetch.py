@@ -3,7 +3,6 @@
 Interrupted downloads are resumed.
 """
 
-import hashlib
 import re
 import shutil
 import tempfile
@@ -20,7 +19,7 @@ import requests
 from .. import __version__
 from ..base.errors import UserError, WorkFailed
 from ..base.files import Row, naming, read_json, sha256, write_json
-from ..base.machine import held, now
+from ..base.machine import held
 from ..base.progress import Bar, say
 from ..base.secrets import public
 from .declaration import Data, DataSource, SourceFile
@@ -72,15 +71,11 @@ def fetch(data: Data, out: Path, only: Collection[str] | None = None) -> list[Ro
             say(f"{out}: all files exist and are unchanged; nothing to fetch")
         for left in out.glob(".fetching-*"):  # leftovers of a killed process
             shutil.rmtree(left, ignore_errors=True)
-        for i, name in enumerate(missing):
-            source = data.sources[name]
+        for name in missing:
             with tempfile.TemporaryDirectory(dir=out, prefix=".fetching-") as staging:
-                rows[name] = _fetched(name, source, out, Path(staging), _by_hand(data, missing[i:], out))
-            record = {"from": public(source.url or source.hub), "revision": source.revision, "time": now()}
-            former = read_json(out / RECORD).get("sources")
-            sources = (former if isinstance(former, dict) else {}) | {name: record}
+                rows[name] = _fetched(name, data, out, Path(staging))
             files = [row for of_source in rows.values() for row in of_source]
-            write_json(out / RECORD, {"made_by": f"qlora-recipes {__version__}", "sources": sources, "files": files})
+            write_json(out / RECORD, {"made_by": f"qlora-recipes {__version__}", "files": files})
         return [row for name in wanted for row in rows[name]]
 
 
@@ -130,8 +125,9 @@ def _verified(name: str, file: Path, known: SourceFile) -> Row:
     return row
 
 
-def _fetched(name: str, source: DataSource, out: Path, staging: Path, by_hand: str) -> list[Row]:
-    """Fetch a source; return table rows of its verified files. `by_hand` is the advice if no download works."""
+def _fetched(name: str, data: Data, out: Path, staging: Path) -> list[Row]:
+    """Fetch a source; return table rows of its verified files."""
+    source = data.sources[name]
     part = out / f"{name}.part"
     try:
         if source.url:
@@ -151,25 +147,16 @@ def _fetched(name: str, source: DataSource, out: Path, staging: Path, by_hand: s
             _version_file(part).unlink()
         raise UserError(f"{part}: {error}{aside}") from None
     except (UserError, WorkFailed) as error:
-        raise type(error)(f"{error}; or {by_hand}") from None
+        raise type(error)(
+            f"{error}; or run `recipe data fetch {data.key}` on another machine and copy the folder to {out}, or give "
+            f"files from {data.source or data.name} to `recipe data prepare`"
+        ) from None
     for member, path in found.items():
         (out / member).parent.mkdir(parents=True, exist_ok=True)
         path.replace(out / member)
     for file in (part, _version_file(part)):
         file.unlink(missing_ok=True)
     return rows
-
-
-def _by_hand(data: Data, names: list[str], out: Path) -> str:
-    """Advice on how to obtain sources that cannot be downloaded to this machine."""
-    sources = {name: data.sources[name] for name in names}
-    if all(source.url and source.sha256 and not source.files for source in sources.values()):
-        files = ", ".join(f"{name} ({source.url})" for name, source in sources.items())
-        return f"put these files into {out}/ and run this command again: {files}"
-    return (
-        f"run `recipe data fetch {data.key}` on another machine and copy the folder to {out}, or give files from "
-        f"{data.source or data.name} to `recipe data prepare`"
-    )
 
 
 def _from_hub(name: str, source: DataSource, file: Path) -> Path:
@@ -212,14 +199,9 @@ def _partial(part: Path, url: str) -> Row:
     """Version and size of a partial download; null and 0 if it has another address, or its record is damaged."""
     known = read_json(_version_file(part))
     has_sizes = isinstance(known.get("version"), str) and isinstance(known.get("bytes"), int)
-    if known.get("url_sha256") == _digest(url) and has_sizes:
+    if known.get("url") == public(url) and has_sizes:
         return known
     return {"version": None, "bytes": 0}
-
-
-def _digest(url: str) -> str:
-    """SHA-256 of an address, which can contain a signature."""
-    return hashlib.sha256(url.encode()).hexdigest()
 
 
 def _version_file(part: Path) -> Path:
@@ -241,8 +223,6 @@ def download(url: str, part: Path) -> None:
                 problem = _receive(url, part, bar)
             except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
                 problem = f"the connection failed: {_cause(error)}"
-                if "InvalidChunkLength(" in str(error):
-                    raise UserError(f"{url}: the server's answer is malformed: {_cause(error)}") from None
                 if not _version_file(part).exists():  # the server was never reached
                     break
             except requests.RequestException as error:
@@ -293,7 +273,7 @@ def _receive(url: str, part: Path, bar: Bar) -> str:
             if size:
                 say(f"{part}: starting over; the server's file has changed, or the server cannot send parts")
             part.unlink(missing_ok=True)  # delete the old part before recording the new version
-            known = {"url_sha256": _digest(url), "version": version, "bytes": int(length)}
+            known = {"url": public(url), "version": version, "bytes": int(length)}
             write_json(_version_file(part), known)
         with naming(part), part.open("ab") as stream:
             for chunk in response.iter_content(CHUNK):

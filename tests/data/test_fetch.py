@@ -80,7 +80,6 @@ def test_the_files_are_put_in_place_and_recorded(tmp_path, server):
     ]
     assert [row["sha256"] for row in rows] == [digest(content) for content in FILES.values()]
     record = orjson.loads((out / "fetched.json").read_bytes())
-    assert {name: source["from"] for name, source in record["sources"].items()} == {ARCHIVE_NAME: server.url}
     assert [{key: file[key] for key in rows[0]} for file in record["files"]] == rows
     assert not list(out.glob("Comment_Generation*"))
 
@@ -238,7 +237,6 @@ MALFORMED = [
     ("HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\nContent-Length: 0\r\n\r\n", "InvalidSchema"),
     ("HTTP/1.1 204 No Content\r\n\r\n", "204 No Content"),
     ("HTTP/1.1 205 Reset Content\r\nContent-Length: 0\r\n\r\n", "205 Reset Content"),
-    ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nabc\r\n", "malformed"),
 ]  # fmt: skip
 
 
@@ -253,7 +251,13 @@ def test_a_malformed_answer_is_refused_at_once(tmp_path, monkeypatch, answer, sa
 
 
 @pytest.mark.parametrize(
-    "answer", ["HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 0-2/3\r\n\r\nabc", "", "x\r\n"]
+    "answer",
+    [
+        "HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 0-2/3\r\n\r\nabc",
+        "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nabc\r\n",
+        "",
+        "x\r\n",
+    ],
 )
 def test_a_server_that_never_sends_the_file_is_left_after_the_last_try(tmp_path, monkeypatch, answer):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -263,7 +267,7 @@ def test_a_server_that_never_sends_the_file_is_left_after_the_last_try(tmp_path,
     assert 1 <= len(asked) <= 6
 
 
-@pytest.mark.parametrize("change", [{"bytes": None}, {"bytes": "x"}, {"version": 3}, {"url_sha256": None}])
+@pytest.mark.parametrize("change", [{"bytes": None}, {"bytes": "x"}, {"version": 3}, {"url": None}])
 def test_a_damaged_record_of_a_partial_download_starts_over(tmp_path, server, change):
     server.breaks_after = [100_000] * 6
     with pytest.raises(WorkFailed):
@@ -278,7 +282,7 @@ def test_a_damaged_record_of_a_partial_download_starts_over(tmp_path, server, ch
     assert server.asked_for() == [None]
 
 
-@pytest.mark.parametrize("damaged", ["[]", '{"files": 3}', '{"files": [{}], "sources": 3}'])
+@pytest.mark.parametrize("damaged", ["[]", '{"files": 3}', '{"files": [{}]}'])
 def test_a_damaged_record_of_fetched_files_lists_none(tmp_path, server, damaged):
     (tmp_path / "fetched.json").write_text(damaged)
     fetch(data(server.url), tmp_path)
@@ -300,4 +304,4 @@ def test_a_signed_address_is_used_but_neither_stored_nor_shown(tmp_path, server,
     fetch(data(signed), tmp_path)
     assert server.paths[-1].endswith("?download=1&X-Amz-Signature=planted")
     assert "planted" not in capsys.readouterr().err
-    assert "download=1&X-Amz-Signature=***" in (tmp_path / "fetched.json").read_text()
+    assert not [file for file in tmp_path.iterdir() if b"planted" in file.read_bytes()]

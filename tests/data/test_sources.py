@@ -36,10 +36,6 @@ def plain(url: str, content: bytes = TRAIN, **more: Any) -> dict[str, Any]:
     return {"url": url, "bytes": len(content), "sha256": digest(content)} | more
 
 
-def recorded(out: Path) -> dict[str, Any]:
-    return orjson.loads((out / "fetched.json").read_bytes())["sources"]
-
-
 def test_a_plain_file_is_kept_as_it_is_and_verified(tmp_path, server):
     rows = fetch(data_of({"train.jsonl": plain(server.url)}), tmp_path)
     assert (tmp_path / "train.jsonl").read_bytes() == TRAIN
@@ -49,7 +45,7 @@ def test_a_plain_file_is_kept_as_it_is_and_verified(tmp_path, server):
 
 def test_a_file_put_in_place_by_hand_is_verified_and_not_fetched(tmp_path):
     wanted = data_of({"train.jsonl": plain("https://127.0.0.1:9/none")})
-    with pytest.raises(WorkFailed, match=rf" {tmp_path}/ .*: train\.jsonl "):
+    with pytest.raises(WorkFailed, match=rf"on another machine .* {tmp_path}, "):
         fetch(wanted, tmp_path)
     (tmp_path / "train.jsonl").write_bytes(TRAIN)
     assert [row["verified"] for row in fetch(wanted, tmp_path)] == [True]
@@ -117,7 +113,6 @@ def test_a_data_set_of_a_hub_becomes_json_lines(tmp_path, monkeypatch):
     [row] = fetch(of_hub(config="main"), tmp_path / "out")
     assert asked == [("owner/Maths", "main", "train", COMMIT)]
     assert [orjson.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_bytes().splitlines()] == MATHS
-    assert recorded(tmp_path / "out")["train.jsonl"]["from"] == "owner/Maths"
     assert row["verified"] is None
     [again] = fetch(of_hub(config="main", sha256=row["sha256"]), tmp_path / "out2")
     assert again == row | {"verified": True}
@@ -153,7 +148,6 @@ def test_a_file_of_a_hubs_repository_is_verified(tmp_path, hub):
     assert [row["file"] for row in rows] == ["init/adapter.safetensors"]
     assert (tmp_path / "out" / "init" / "adapter.safetensors").read_bytes() == ADAPTER
     assert f"/owner/adapter/resolve/{COMMIT}/loftq_init/adapter_model.safetensors" in hub.paths
-    assert recorded(tmp_path / "out")["init/adapter.safetensors"]["revision"] == COMMIT
 
 
 @pytest.mark.parametrize(
