@@ -4,7 +4,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..base.files import Row, clear_parts, read_json, sha256, write_json
-from .declaration import Data, Subset
+from .declaration import Subset
 from .study import Study
 
 MANIFEST = "manifest.json"
@@ -68,14 +68,11 @@ def is_the_studys(entry: Row) -> bool:
 
 def how_made(of_study: Study, split: str, input_format: str) -> Row:
     """Part of a manifest entry that describes the preparation of a split."""
-    from .raw_rows import constants
-
     data, declared = of_study.data, of_study.data.splits[split]
-    fields = data.fields_of(split, input_format)
     made: Row = {
         "input_format": input_format,
-        "fields": fields,
-        "constants": constants(fields),
+        "raw_files": {name: data.files[name].sha256 for name in data.raw_files_of(split)},
+        "fields": data.fields_of(split, input_format),
         "filters": data.filters_of(split),
     }
     if split == "test":
@@ -104,8 +101,8 @@ def is_not_prepared(of_study: Study, out: Path, input_format: str) -> str | None
         if not entry:
             return f"{MANIFEST} lists no {name}.jsonl"
         if any(entry.get(key) != value for key, value in how_made(of_study, name, input_format).items()):
-            return f"{name}.jsonl has a different input format, or was prepared with different expressions or settings"
-        if entry.get("is_the_study_file") is False or _has_other_source(of_study.data, name, entry):
+            return f"{name}.jsonl was prepared with another input format, other raw files, expressions or settings"
+        if entry.get("is_the_study_file") is False:
             return f"{name}.jsonl was prepared from a file other than the study's"
     test = splits.get("test", {})
     subsets = test.get("subsets", {})
@@ -118,11 +115,3 @@ def is_not_prepared(of_study: Study, out: Path, input_format: str) -> str | None
         if not file.is_file() or sha256(file) != written.get("sha256"):
             return f"{file.name} is missing or differs from its checksum in {MANIFEST}"
     return None
-
-
-def _has_other_source(data: Data, split: str, entry: Row) -> bool:
-    """True if a split was prepared from other raw files than study.yaml now declares."""
-    names, checksums = data.raw_files_of(split), str(entry.get("source_sha256")).split(", ")
-    if len(names) != len(checksums) or any(name not in str(entry.get("source")) for name in names):
-        return True
-    return any(data.files[name].sha256 not in (None, sha) for name, sha in zip(names, checksums, strict=True))

@@ -1,9 +1,7 @@
 """Study behind a folder of recipes: paper, data, metrics and published scores."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
-from functools import cache, cached_property, reduce
-from operator import getitem
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -191,20 +189,10 @@ def _load(file: Path, _: int) -> Study:
     try:
         study = Study.model_validate(content)
     except ValidationError as error:
-        raise refusal(file, [*map(_mistake, error.errors()), *_further(content, error)]) from None
+        raise refusal(file, map(_mistake, error.errors())) from None
     if mistakes := list(study.mistakes()):
         raise refusal(file, mistakes)
     return study
-
-
-def _further(content: Any, error: ValidationError) -> list[Mistake]:
-    """Mistakes in a study without its invalid parts; empty if a required part is invalid."""
-    with suppress(ValidationError, LookupError, TypeError, AttributeError):  # the last three: no such key in the file
-        for found in error.errors():
-            *parents, key = found["loc"] if found["type"] == "extra_forbidden" else found["loc"][:1]
-            reduce(getitem, parents, content).pop(key, None)
-        return list(Study.model_validate({"title": ""} | content).mistakes())
-    return []
 
 
 def _mistake(found: Any) -> Mistake:

@@ -17,13 +17,11 @@ from ..base.paths import template_environment
 from ..base.secrets import names_secret, public
 from ..configs import config, datafiles, models
 from ..data import study
-from ..data.declaration import Data
-from ..data.raw_rows import constants as constants_of
+from ..data.raw_rows import constants
 from ..metrics.metric import Column
 from ..runs.records import Run
 from ..runs.rundir import PLUGIN, RunDir
 from ..scores.evaluations import ADAPTER, Evaluation, EvaluationSettings
-from .departures import manifest_entries
 from .run_rows import REHEARSED, RunResult
 
 # Licences of language models in https://huggingface.co/docs/hub/repositories-licenses
@@ -49,7 +47,8 @@ def card(result: RunResult, evaluation: Evaluation | None, merged: bool, reposit
     with importing_axolotl(offline=True):
         from ..scores.prompter import as_code
 
-        prompt = as_code(yamlfiles.read_yaml(folder.config), folder.output, _known(run, data))
+        known = {**constants(data.fields), "input": _PATCH} if data else {}
+        prompt = as_code(yamlfiles.read_yaml(folder.config), folder.output, known)
     facts = _facts(result, evaluation)
     scored_on = _scored_on(evaluation.settings, of_study) if evaluation else None
     tags = of_study.tags if of_study and data else []
@@ -139,16 +138,6 @@ def base_model(folder: RunDir, run: Run) -> tuple[str, bool]:
     named = read_json(folder.output / "adapter_config.json").get("base_model_name_or_path")
     name = str(named or yamlfiles.read_yaml(folder.config).get("base_model"))
     return name, Path(name).is_absolute() or Path(run.cwd, name).is_dir()
-
-
-def _known(run: Run, data: Data | None) -> dict[str, str]:
-    """Prompt fields with the same value in all rows of a run, and an example value of the input field.
-
-    The fields come from the manifest of the run's rows, or else from the study.
-    """
-    declared = [constants_of(data.fields)] if data else []
-    constants = [entry["constants"] for entry in manifest_entries(run)] + declared
-    return {**constants[0], "input": _PATCH} if constants else {}
 
 
 def _front_matter(

@@ -46,7 +46,7 @@ def test_only_a_run_on_the_recipes_model_and_data_is_set_beside_published_scores
     before = {"base_model": "meta-llama/Llama-2-7b-hf"}.get(key, "data/codereviewer/train.jsonl")
     run.differences = [Difference(key=key, recipe=before, run=value, why=f"--set {key}")] if key else []
     run.data = [DataFile(path=value, sha256="a" * 64, bytes=9)] if key != "base_model" else []
-    known = {"file": "train.jsonl", "sha256": "a" * 64, "is_the_study_file": True, "constants": {}}
+    known = {"file": "train.jsonl", "sha256": "a" * 64, "is_the_study_file": True}
     changes = {"moved": {}, "edited": {"sha256": "b" * 64}, "of-other-raw-rows": {"is_the_study_file": False}}
     for name, change in changes.items():
         (tmp_path / name).mkdir()

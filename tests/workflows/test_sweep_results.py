@@ -309,7 +309,7 @@ def test_a_study_is_swept_and_again_nothing_is_done(recipe, tmp_path, tiny_profi
 def test_test_rows_choose_no_member(tmp_path):
     sweep = a_sweep(tmp_path, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)]})
     (test := tmp_path / "test.jsonl").write_text("{}\n")
-    write_json(tmp_path / "manifest.json", {"splits": {"test": {"sha256": sha256(test), "constants": {}}}})
+    write_json(tmp_path / "manifest.json", {"splits": {"test": {"sha256": sha256(test)}}})
     for config in tmp_path.rglob("config.yaml"):
         cfg = yamlfiles.read_yaml(config)
         cfg["test_datasets"][0]["path"] = str(test)
