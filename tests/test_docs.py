@@ -180,4 +180,4 @@ def test_the_reading_path_is_short():
     _, path, *_ = re.split(r"(?m)^## ", (ROOT / "scripts" / "README.md").read_text())
     modules = re.findall(r"(?m)^\d+\. `(\S+\.py)`", path)
     assert path.startswith("Reading path") and 15 < len(modules) == len(set(modules)) <= 25
-    assert sum(map(statements, modules)) <= 2600
+    assert sum(map(statements, modules)) <= 2800
