@@ -24,7 +24,6 @@ class Table:
     rows: Sequence[Row]
     title: str | None = None
     empty: bool = False
-    spare: Sequence[str] = ()
     below: Sequence[str] = ()
 
 
@@ -65,18 +64,16 @@ def print_table(
     rows: Sequence[Row],
     title: str | None = None,
     empty: bool = False,
-    spare: Sequence[str] = (),
     below: Sequence[str] = (),
 ) -> None:
     """Print a table on stdout, with the columns of all rows; nothing without rows.
 
     Values are never cut; only long paths are broken. If the table is too wide for the terminal, the columns `below`
-    move below their rows. Then a first column of long names moves above its rows, and `spare` columns are left out and
-    listed. As a last resort, all columns move below.
+    move below their rows. Then a first column of long names moves above its rows, and the last columns are left out
+    and listed.
 
     Args:
         empty: also show columns without values.
-        spare: columns to leave out if necessary, the least important first.
         below: columns of long texts.
     """
     from rich.cells import cell_len
@@ -89,7 +86,7 @@ def print_table(
     texts = {column: [*map(harmless, (column, *_column([row.get(column) for row in rows])))] for column in columns}
     widths = {column: max(map(cell_len, texts[column])) for column in columns}
     numbers = {column for column in columns if all(map(_NUMBER.fullmatch, texts[column][1:]))}
-    above, beside, under, left_out = _arranged(widths, width, spare, below)
+    above, beside, under, left_out = _arranged(widths, width, below)
     if title:
         print_text(title)
     for i, row in enumerate([dict.fromkeys(columns), *rows]):  # the headings, then the rows
@@ -119,9 +116,7 @@ def _width() -> int:
     return get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
 
 
-def _arranged(
-    widths: dict[str, int], width: int, spare: Sequence[str], below: Sequence[str]
-) -> tuple[bool, list[str], list[str], list[str]]:
+def _arranged(widths: dict[str, int], width: int, below: Sequence[str]) -> tuple[bool, list[str], list[str], list[str]]:
     """True if the first column goes above its rows; columns beside, below, left out."""
     first, *_ = beside = list(widths)
     above = False
@@ -137,12 +132,8 @@ def _arranged(
     if not fits() and widths[first] > width // 2:
         above = True
         beside.remove(first)
-    for column in spare:
-        if column in beside and not fits():
-            beside.remove(column)
-            left_out.append(column)
-    if not fits():
-        above, beside, under = True, [], [column for column in beside if column != first] + under
+    while beside and not fits():
+        left_out.insert(0, beside.pop())
     return above, beside, under, left_out
 
 

@@ -89,9 +89,7 @@ def check_verb(
         _print_findings(finding for report in reports for finding in report.findings)
         for report in reports:
             if report.data:
-                tables.print_table(
-                    report.data_table(), report.name, spare=["padding", "MB", "median", "95 %", "with loss"]
-                )
+                tables.print_table(report.data_table(), report.name)
     counts = {level: sum(report.count(level) for report in reports) for level in ("error", "warning")}
     skipped = ("" if data else ", rows not read (--data)") + (", not validated by Axolotl (--quick)" if quick else "")
     say(f"{len(reports)} checked{skipped}; errors: {counts['error']}, warnings: {counts['warning']}")
@@ -227,8 +225,7 @@ def _print_plan(planned: "Plan") -> None:
                 "free GiB": f"{each.free / GIB:.2f}",
             }
             for each in planned.gpus
-        ],
-        spare=["usable GiB"],
+        ]
     )
     for change in planned.changes:
         settings = " ".join(f"--set {key}={yamlfiles.write_flow(value)}" for key, value in change.set.items())
@@ -281,7 +278,7 @@ def _print_plans(plans: "list[tuple[str, Plan]]") -> None:
         else:
             row["smallest GPU"] = next((each.gpu for each in fits if each.fits), "none")
         rows.append(row)
-    tables.print_table(rows, spare=["trainable", "micro batch"])
+    tables.print_table(rows)
     notes = [f"note: {name}: {note}" for name, planned in plans for note in planned.notes]
     for note in dict.fromkeys(notes):
         tables.print_text(note)

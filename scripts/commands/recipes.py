@@ -15,7 +15,6 @@ from .help import Verb, Verbs, next_step
 from .options import Force, Json, Name, Overrides, complete_recipes, complete_studies, whole_name
 
 HEADING, UPKEEP = "Recipes", "Upkeep"
-_COLUMNS = ("recipe", "epochs", "optimizer", "base model", "variant of")
 verbs = typer.Typer()
 
 
@@ -44,10 +43,8 @@ def list_verb(
         for row in rows:
             by_study.setdefault(row["study"], []).append(_shown(row))
         for study, table in by_study.items():
-            scores = [column for column in table[0] if column not in _COLUMNS]
             title = study or "Without a study" if len(by_study) > 1 else None
-            # if too wide, the table loses the base model, then the scores from the last to the second
-            tables.print_table(table, title, spare=["base model", *scores[:0:-1]], below=["variant of"])
+            tables.print_table(table, title, below=["variant of"])
     next_step("run", rows[0]["recipe"] if name else "start/qlora", "--rehearse", json=json)
 
 

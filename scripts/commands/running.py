@@ -312,7 +312,7 @@ def _score_predictions(of_study: "Study", only: list[str], scorer: str | None, j
     if json:
         tables.print_json({"scores": rows, "problems": problems})
     elif rows:
-        tables.print_table(rows, spare=["verified", "low", "high"])
+        tables.print_table(rows)
     for name, problem in problems.items():
         say(f"{name}: {problem}")
     if problems:

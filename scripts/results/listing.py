@@ -17,10 +17,6 @@ from .run_rows import RunResult
 
 AXOLOTL_EVAL_LOSS = "Axolotl's eval loss"  # shown without a loss per token
 REHEARSALS = "Rehearsals (small stand-in model, few rows; not comparable with any published score)"
-_SPARE = (
-    *("minutes", "tokens/s", "rows", "peak GiB", "base model"),
-    *("step", AXOLOTL_EVAL_LOSS, "eval loss", "published", "difference"),
-)
 _BELOW = ("scored", "trouble", "changed", "variant of", "jobs", "predictions", "adapter", "not compared")
 
 
@@ -63,14 +59,7 @@ def _of_runs(found: Sequence[RunResult], jobs: Mapping[Path, list[str]]) -> Iter
             title = REHEARSALS if rehearsal else "Runs"
             if len(groups) > 1:
                 title += f": {of_study.folder.name}" if of_study else ": of no study"
-            # all metrics but the first, in reverse order
-            spare = [*[*columns][:0:-1], *_SPARE]
-            yield Table(
-                [_cells(result, columns, jobs[result.folder.path]) for result in group],
-                title,
-                spare=spare,
-                below=_BELOW,
-            )
+            yield Table([_cells(result, columns, jobs[result.folder.path]) for result in group], title, below=_BELOW)
             if of_study and not rehearsal and not all(result.is_of_something_else for result in group):
                 yield baselines(of_study)
 
@@ -101,9 +90,6 @@ def _cells(result: RunResult, columns: Mapping[str, Column], jobs: Sequence[str]
         "recipe": run.recipe,
         "state": run.state,
         "jobs": "; ".join(jobs) or None,
-        "step": f"{summary.step}/{summary.max_steps or '?'}{early}{kept}",
-        "eval loss": losses,
-        AXOLOTL_EVAL_LOSS: None if losses else summary.eval_loss,
     }
     if of_first:
         cells |= {
@@ -113,6 +99,11 @@ def _cells(result: RunResult, columns: Mapping[str, Column], jobs: Sequence[str]
         }
         if not run.rehearsal:
             cells |= {"published": of_first.published and of_first.published.value, "difference": of_first.difference}
+    cells |= {
+        "step": f"{summary.step}/{summary.max_steps or '?'}{early}{kept}",
+        "eval loss": losses,
+        AXOLOTL_EVAL_LOSS: None if losses else summary.eval_loss,
+    }
     cells |= {heading: scores[heading].value if heading in scores else None for heading in others}
     for heading, score in scores.items():
         if columns[heading].metric.of_model and score.gain is not None:

@@ -61,17 +61,11 @@ def of_rows(of_study: Study, rows: Sequence[StudyRow], rehearsal: bool) -> Itera
                 [_of_metric(row, column) for row in rows],
                 title,
                 empty=published or not any(row.chosen for row in rows),
-                spare=["95 % covers", "by", "rows", "difference"],
                 below=["scored"],
             )
     others = {name: column for name, column in of_study.columns.items() if name not in of_study.table}
     beside = {key: any(row.costs()[key][1] is not None for row in rows) for key in _HEADINGS}
-    yield Table(
-        [_of_costs(row, others, beside) for row in rows],
-        COSTS,
-        empty=True,
-        spare=["seconds", "trainable", "tokens/s", "peak GPU GiB", "eval loss"],
-    )
+    yield Table([_of_costs(row, others, beside) for row in rows], COSTS, empty=True)
     gaps = [{"recipe": row.recipe, "mean gap": row.gap.mean, "largest gap": row.gap.largest, "at step": row.gap.step,
              "verdict": row.gap_verdict} for row in rows if row.gap]  # fmt: skip
     yield Table(gaps, CURVES)
@@ -160,7 +154,7 @@ def show_comparison(compared: Comparison, pair: tuple[str, str], json: bool) -> 
     elif not compared.scores:
         say("scores are not compared: the two have no metric of rows in common; `--metric NAME` adds one to both")
     else:
-        tables.print_table(compared.scores, title, spare=["equal", "rows", "p_wilcoxon", "better", "worse"])
+        tables.print_table(compared.scores, title)
         if len(compared.scores) > 1:
             say(f"intervals and p values of {len(compared.scores)} metrics are not corrected for multiple comparisons")
 

@@ -216,8 +216,7 @@ def notes(sweep: Sweep, scored: Columns, rows: Sequence[SweepRow]) -> Iterator[s
 def table_of(sweep: Sweep, scored: Columns, rows: Sequence[SweepRow]) -> Table:
     """Table of the members with the given metrics."""
     title = f"{sweep.name}: {sweep.recipe}{f'. {REHEARSALS}' if sweep.rehearsal else ''}"
-    spare = ("minutes", "95 %", "planned GiB", "eval loss")
-    return Table([_cells(sweep, scored, row) for row in rows], title, spare=spare, below=["scored"])
+    return Table([_cells(sweep, scored, row) for row in rows], title, below=["scored"])
 
 
 def _cells(sweep: Sweep, scored: Columns, row: SweepRow) -> Row:
@@ -239,14 +238,14 @@ def _cells(sweep: Sweep, scored: Columns, row: SweepRow) -> Row:
         "eval loss": row.scores[LOSS][0],
         "tokens": None if row.compared_loss else ", ".join(str(tokens)[:8] for tokens in row.losses) or None,
         first.label: row.scores[first.name][0],
-        "95 %": [within.low, within.high] if within else None,
-        "scored": about_rows(row.runs[0].evaluation) if row.runs else None,
         "published": row.published.get(first.name),
-        **{column.label: row.scores[column.name][0] for column in others},
         "planned GiB": member.planned_gib,
         "measured GiB": row.peak_memory_gib,
-        "minutes": None if row.train_seconds is None else f"{row.train_seconds / 60:.1f}",
         "front": "*" if row.pareto else None,
+        "95 %": [within.low, within.high] if within else None,
+        "scored": about_rows(row.runs[0].evaluation) if row.runs else None,
+        **{column.label: row.scores[column.name][0] for column in others},
+        "minutes": None if row.train_seconds is None else f"{row.train_seconds / 60:.1f}",
     }
 
 
@@ -323,11 +322,10 @@ def best_record(row: BestRow) -> Row:
 
 def show_best(found: Sequence[BestRow]) -> None:
     """Print the best members with notes, in one table per sweep name."""
-    spare = ["finished", "95 %, own", "eval loss"]
     for name, of_name in itertools.groupby(found, key=lambda row: row.sweep.name):
         cells = [_best_cells(row) for row in of_name]
         title = f"{name}: best member of each recipe by eval loss, and the recipe with its own values"
-        tables.print_table(cells, title, empty=True, spare=spare, below=["best", "own", "scored"])
+        tables.print_table(cells, title, empty=True, below=["best", "own", "scored"])
     if without := [row.sweep.label for row in found if not row.best]:
         tables.print_text(
             "no eval loss on validation rows separate from the test rows, or eval losses over different tokens: "

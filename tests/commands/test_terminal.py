@@ -31,13 +31,13 @@ def test_any_table_fits_and_shows_or_names_every_column(columns, data, width):
         {columns[0]: data.draw(NAMES)} | {column: data.draw(VALUES) for column in columns[1:]} for _ in range(3)
     ]
     others = st.lists(st.sampled_from(columns[1:]), unique=True) if columns[1:] else st.just([])
-    spare, below = data.draw(others), data.draw(others)
+    below = data.draw(others)
     with pytest.MonkeyPatch.context() as patch:
         said = io.StringIO()
         patch.setattr(said, "isatty", lambda: True)
         patch.setattr(sys, "stdout", said)
         patch.setenv("COLUMNS", str(width))
-        tables.print_table(rows, spare=spare, below=below)
+        tables.print_table(rows, below=below)
     lines = re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()).splitlines()
     assert [line for line in lines if len(line) > width] == []
     shown = "".join(lines)
