@@ -6,10 +6,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -17,7 +16,7 @@ from .base import paths
 from .base.errors import UserError, WorkFailed
 from .base.files import DISK_FULL
 from .base.progress import say
-from .commands import after, before, recipes, running, scoring
+from .commands import after, before, data, recipes, running, scoring
 from .commands.help import Verbs
 
 FIRST_STEPS = """\
@@ -27,34 +26,8 @@ recipe evaluate latest
 recipe results"""
 
 
-_OTHER_WORDS = {"train": "run", "finetune": "run", "prepare": "data prepare", "fetch": "data fetch"}
-
-
-class _Verbs(Verbs):
-    """Verbs in the order of use; Typer would list groups of verbs last."""
-
-    EXAMPLES = "First steps"
-    ORDER = (
-        *("list", "show", "diff", "new"),
-        *("data", "check", "plan"),
-        *("run", "resume", "sweep", "reproduce", "cancel"),
-        *("evaluate", "score", "results", "report", "publish"),
-        *("doctor", "render", "study"),
-    )
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        return sorted(super().list_commands(ctx), key=self.ORDER.index)
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find a verb; for words that other programs use, name the verb. click suggests verbs of similar spelling."""
-        for word in get_close_matches(args[0], _OTHER_WORDS, 1, 0.75):
-            if not ctx.resilient_parsing:  # during completion
-                ctx.fail(f"No such command {args[0]!r}. Did you mean {_OTHER_WORDS[word]!r}?")
-        return super().resolve_command(ctx, args)
-
-
 app = typer.Typer(
-    cls=_Verbs,
+    cls=Verbs,
     help="Axolotl recipes for QLoRA studies: list, run, evaluate and compare them.",
     no_args_is_help=True,
     epilog=FIRST_STEPS,
@@ -63,8 +36,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _heading in (recipes, before, running, scoring, after):
-    app.add_typer(_heading.verbs)
+app.add_typer(recipes.verbs)
+app.add_typer(data.verbs, name="data", rich_help_panel=before.HEADING)
+app.add_typer(before.verbs)
+app.add_typer(running.verbs)
+app.add_typer(scoring.verbs)
+app.add_typer(after.verbs)
+app.add_typer(recipes.upkeep)
 
 
 def _print_version(asked: bool) -> None:

@@ -9,9 +9,9 @@ import typer
 
 from .. import tables
 from ..base import yamlfiles
+from ..base.errors import UserError
 from ..base.paths import selected
 from ..base.progress import Bar, say
-from .data import verbs as data_verbs
 from .help import Verb, next_step, over
 from .options import (
     Force,
@@ -19,7 +19,6 @@ from .options import (
     Names,
     Overrides,
     Profiles,
-    single_name,
 )
 
 if TYPE_CHECKING:
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
 HEADING = "Before a run"
 verbs = typer.Typer()
-verbs.add_typer(data_verbs, name="data", rich_help_panel=HEADING)
 
 
 @verbs.command(
@@ -76,7 +74,8 @@ def check_verb(
     target = gpus.here() if gpu is None else gpus.find(gpu)
     requests = [Request(name, profile or [], set_ or [], rehearse, force=force or []) for name in selected(names)]
     if show_tokens:
-        single_name(names, "--show-tokens")
+        if len(requests) > 1:
+            raise UserError("--show-tokens: give one recipe")
         with Bar("tokenizing", 1):
             rows = check.tokens_of(requests[0], show_tokens)
         tables.print_json(rows) if json else tables.print_tokens(rows)
@@ -153,7 +152,7 @@ def plan_verb(
             help="A GPU (T4) or its memory (24GB); default: this machine's. Repeatable.",
         ),
     ] = None,
-    gpu_count: Annotated[int, typer.Option("--gpus", min=1, help="Number of GPUs to train on.")] = 1,
+    gpu_count: Annotated[int, typer.Option("--gpus", metavar="N", min=1, help="Number of GPUs to train on.")] = 1,
     data: Annotated[bool, typer.Option("--data", help="Also tokenize all rows, to count those trained on.")] = False,
     force: Force = None,
     json: Json = False,
@@ -285,12 +284,9 @@ def _print_plans(plans: "list[tuple[str, Plan]]") -> None:
 
 
 def _launching(request: "Request") -> list[str]:
-    """Arguments of `recipe run`; with --rehearse if a GPU or data are missing."""
-    from ..configs import datafiles, gpus
-    from ..configs.compose import compose
+    """Arguments of `recipe run`; with --rehearse if there is no GPU."""
+    from ..configs import gpus
 
-    entries = datafiles.datasets(compose(request).config)
-    ready = gpus.here() and all(file.is_file() for _, entry in entries for file in datafiles.local_files(entry))
-    rehearsed = ["--rehearse"] if request.rehearse or not ready else []
+    rehearsed = ["--rehearse"] if request.rehearse or not gpus.here() else []
     several = ["--gpus", str(request.gpus)] if request.gpus > 1 else []
     return [request.name, *over(request.profiles, request.overrides), *several, *rehearsed]

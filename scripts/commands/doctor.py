@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import requires
 from pathlib import Path
 from typing import Any, Literal
 
@@ -137,24 +136,20 @@ def install_torch(cuda: str = "") -> str:
 
 
 def check_lock() -> Iterator[Line]:
-    """Check the versions of the installed packages.
-
-    In a checkout, requirements.lock states the required versions; otherwise the wheel's metadata states them.
-    """
-    in_checkout = paths.LOCK.is_file()
-    texts = _locked() if in_checkout else requires("qlora-recipes") or []
-    required = [one for one in map(Requirement, texts) if not one.marker or one.marker.evaluate({"extra": ""})]
+    """Compare the versions of the installed packages with requirements.lock, which only a checkout has."""
+    if not paths.LOCK.is_file():
+        return
+    required = [one for one in map(Requirement, _locked()) if not one.marker or one.marker.evaluate()]
     if "+" in (package_version("torch") or ""):  # this torch requires other CUDA libraries than the lock
         required = [one for one in required if not _OF_TORCH.match(one.name)]
     unmet = [f"{one} (installed: {package_version(one.name) or 'none'})" for one in required if not _is_met(one)]
     if unmet:
         more = f", and {len(unmet) - _SHOWN} more" if len(unmet) > _SHOWN else ""
-        command = "touch requirements.lock && make setup" if in_checkout else "pip install --upgrade qlora-recipes"
-        yield Line("lock", "wrong", f"{', '.join(unmet[:_SHOWN])}{more}", "install the required versions", command)
-    elif in_checkout:
-        yield Line("lock", "ok", f"all {len(required)} packages match requirements.lock")
+        found = f"{', '.join(unmet[:_SHOWN])}{more}"
+        command = "touch requirements.lock && make setup"
+        yield Line("lock", "wrong", found, "install the required versions", command)
     else:
-        yield Line("lock", "note", "the wheel's requirements are met; only a checkout has a lock to compare with")
+        yield Line("lock", "ok", f"all {len(required)} packages match requirements.lock")
 
 
 def _locked() -> Iterator[str]:

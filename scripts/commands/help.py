@@ -2,9 +2,7 @@
 
 import os
 import shlex
-from collections.abc import Iterable
 from contextlib import suppress
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,67 +16,21 @@ from ..base.progress import PART, say
 if TYPE_CHECKING:
     from ..runs.rundir import RunDir
 
-GUIDE = {
-    verb: f"docs/{page}.md"
-    for page, verbs in {
-        "launch": ("list", "show", "run", "resume", "cancel"),
-        "variants": ("diff", "new"),
-        "check": ("check",),
-        "plan": ("plan",),
-        "data": ("data fetch", "data prepare"),
-        "sweep": ("sweep",),
-        "reproduce": ("reproduce",),
-        "evaluate": ("evaluate", "score"),
-        "results": ("results",),
-        "report": ("report", "publish"),
-        "troubleshooting": ("doctor",),
-    }.items()
-    for verb in verbs
-} | dict.fromkeys(("render", "study new", "study check"), "templates/README.md")
-_NO_BREAK = "\N{NON-BREAKING HYPHEN}"
+
+def _write_sections(sections: dict[str, list[tuple[str, str]]], formatter: click.HelpFormatter) -> None:
+    for heading, records in sections.items():
+        with formatter.section(heading):
+            formatter.write_dl(records)
 
 
-class _Formatter(click.HelpFormatter):
-    """Help formatter that never breaks lines at hyphens, and writes click's `INTEGER` as `N`."""
-
-    def write(self, string: str) -> None:
-        super().write(string.replace(_NO_BREAK, "-"))
-
-    def write_heading(self, heading: str) -> None:
-        super().write_heading(click.style(heading, bold=True))
-
-    def write_usage(self, prog: str, args: str = "", prefix: str | None = None) -> None:
-        super().write_usage(prog, _unbroken(args), prefix)
-
-    def write_text(self, text: str) -> None:
-        super().write_text(_unbroken(text))
-
-    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 24, col_spacing: int = 2) -> None:
-        plain = [
-            (written.replace("INTEGER RANGE", "N").replace("INTEGER", "N"), explained.replace("x>=", "at least "))
-            for written, explained in rows
-        ]
-        super().write_dl([(written, _unbroken(explained)) for written, explained in plain], col_max, col_spacing)
-
-
-def _unbroken(text: str) -> str:
-    return text.replace("-", _NO_BREAK)
-
-
-class _Context(click.Context):
-    formatter_class = _Formatter
-
-
-def _write_examples(epilog: str | None, formatter: click.HelpFormatter, heading: str = "Examples") -> None:
-    with formatter.section(heading):
+def _write_examples(epilog: str | None, formatter: click.HelpFormatter) -> None:
+    with formatter.section("Examples"):
         for line in (epilog or "").splitlines():
             formatter.write(f"  {line}\n")
 
 
 class Verb(TyperCommand):
     """A verb; its epilog consists of examples, one per line."""
-
-    context_class = _Context
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write arguments, then options under their headings."""
@@ -87,31 +39,25 @@ class Verb(TyperCommand):
             kind = "Arguments" if isinstance(param, click.Argument) else "Options"
             if record := param.get_help_record(ctx):
                 headings.setdefault(getattr(param, "rich_help_panel", None) or kind, []).append(record)
-        for heading, records in headings.items():
-            with formatter.section(heading):
-                formatter.write_dl(records)
+        _write_sections(headings, formatter)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         _write_examples(self.epilog, formatter)
-        if page := GUIDE.get(ctx.command_path.partition(" ")[2]):
-            formatter.write(f"\nGuide: {page}\n")
 
 
 class Verbs(TyperGroup):
     """A group of verbs under headings; its epilog consists of examples, one per line."""
 
-    context_class = _Context
-    EXAMPLES = "Examples"
-
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        verbs = [(name, self.commands[name]) for name in self.list_commands(ctx)]
-        width = max(len(name) for name, _ in verbs)
-        for heading, below in groupby(verbs, key=lambda verb: getattr(verb[1], "rich_help_panel", None) or "Commands"):
-            with formatter.section(heading):
-                formatter.write_dl([(name.ljust(width), verb.get_short_help_str(limit=1000)) for name, verb in below])
+        width = max(map(len, self.commands))
+        headings: dict[str, list[tuple[str, str]]] = {}
+        for name, verb in self.commands.items():
+            record = name.ljust(width), verb.get_short_help_str(limit=1000)
+            headings.setdefault(getattr(verb, "rich_help_panel", None) or "Commands", []).append(record)
+        _write_sections(headings, formatter)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        _write_examples(self.epilog, formatter, self.EXAMPLES)
+        _write_examples(self.epilog, formatter)
 
 
 def next_step(*words: str | Path, json: bool = False) -> None:

@@ -150,6 +150,7 @@ Jobs = Annotated[
     int | None,
     typer.Option(
         rich_help_panel=WHERE,
+        metavar="N",
         min=1,
         help="Parallel runs, one GPU each; default: 1 (SLURM: all).",
     ),
@@ -200,7 +201,7 @@ Metrics = Annotated[
     ),
 ]
 BatchSize = Annotated[
-    int | None, typer.Option(min=1, help="Maximum rows per batch; default: 64, fewer if memory is short.")
+    int | None, typer.Option(metavar="N", min=1, help="Maximum rows per batch; default: 64, fewer if memory is short.")
 ]
 On = Annotated[
     str,
@@ -276,14 +277,3 @@ def backend_of(on: str, rehearsal: bool = False, jobs: int | None = None) -> "Ba
     from ..backends.slurm import Slurm
 
     return Slurm(rehearsal, jobs, options)
-
-
-def single_name(names: list[str] | None, option: str) -> str:
-    """Return the single name that an option needs.
-
-    Raises:
-        UserError: no name or several names are given.
-    """
-    if not names or len(names) > 1:
-        raise UserError(f"{option}: give one name")
-    return names[0]

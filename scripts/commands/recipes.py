@@ -16,6 +16,7 @@ from .options import Force, Json, Name, Overrides, complete_recipes, complete_st
 
 HEADING, UPKEEP = "Recipes", "Upkeep"
 verbs = typer.Typer()
+upkeep = typer.Typer()
 
 
 @verbs.command("list", cls=Verb, rich_help_panel=HEADING, epilog="recipe list\nrecipe list haider2024")
@@ -202,8 +203,7 @@ def new_verb(
     request = compose.Request(from_, overrides=[*(other.overrides if other else []), *overrides])
     composed = compose.compose(request)
     report = check.examine(composed, data=data is not None)
-    found = report.findings
-    refuse([finding for finding in found if finding.scope != "code" and finding.rule != "not-prepared"])
+    refuse([finding for finding in report.findings if finding.scope != "code" and finding.rule != "not-prepared"])
     print(new.write(name, from_, overrides, other))
     unread: list[str] = next((read["unread_fields"] for read in report.data), [])
     of_data = new.reasons(composed.config, set_ or [], unread) if data else []
@@ -211,8 +211,7 @@ def new_verb(
         say(line)
     if not model and any(override.startswith("base_model=") for override in overrides):
         say("revision, special tokens, layers and comments are still those of the former model; --model replaces them")
-    has_data = data or all(finding.level != "error" for finding in found)
-    next_step(*(("check", name, "--data") if has_data else ("run", name, "--rehearse")))
+    next_step("check", name)
 
 
 study_verbs = typer.Typer(
@@ -221,10 +220,10 @@ study_verbs = typer.Typer(
     no_args_is_help=True,
     epilog="recipe study new mine\nrecipe study check mine",
 )
-verbs.add_typer(study_verbs, name="study", rich_help_panel=UPKEEP)
+upkeep.add_typer(study_verbs, name="study", rich_help_panel=UPKEEP)
 
 
-@verbs.command("doctor", cls=Verb, rich_help_panel=UPKEEP, epilog="recipe doctor\nrecipe doctor --json")
+@upkeep.command("doctor", cls=Verb, rich_help_panel=UPKEEP, epilog="recipe doctor\nrecipe doctor --json")
 def doctor_verb(json: Json = False) -> None:
     """Find problems with this environment, GPU and disk, and suggest remedies."""
     from .doctor import examine
@@ -239,13 +238,11 @@ def doctor_verb(json: Json = False) -> None:
                 tables.print_text(f"       to do: {line.remedy}")
             if line.command:
                 print(f"         {line.command}")  # not wrapped, for copying
-    counts = {state: sum(line.state == state for line in lines) for state in ("ok", "note", "wrong")}
-    say(", ".join(f"{state}: {count}" for state, count in counts.items()))
-    if counts["wrong"]:
+    if any(line.state == "wrong" for line in lines):
         raise typer.Exit(1)
 
 
-@verbs.command("render", cls=Verb, rich_help_panel=UPKEEP, epilog="recipe render --check")
+@upkeep.command("render", cls=Verb, rich_help_panel=UPKEEP, epilog="recipe render --check")
 def render_verb(
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; print differences from the templates, and fail on any.")

@@ -76,10 +76,12 @@ def run_verb(
     set_: Overrides = None,
     gpu_count: Annotated[
         int,
-        typer.Option("--gpus", rich_help_panel=WHERE, min=1, help="GPUs to train on; with --nodes, GPUs per node."),
+        typer.Option(
+            "--gpus", rich_help_panel=WHERE, metavar="N", min=1, help="GPUs to train on; with --nodes, GPUs per node."
+        ),
     ] = 1,
     nodes: Annotated[
-        int, typer.Option(rich_help_panel=WHERE, min=1, help="Machines to train on, with --on slurm.")
+        int, typer.Option(rich_help_panel=WHERE, metavar="N", min=1, help="Machines to train on, with --on slurm.")
     ] = 1,
     on: On = "local",
     force: Force = None,

@@ -33,7 +33,9 @@ Data = Annotated[
 ]
 Limit = Annotated[
     int | None,
-    typer.Option(min=1, help="Evaluate only N rows, chosen pseudo-randomly; default: all (rehearsal: 12)."),
+    typer.Option(
+        metavar="N", min=1, help="Evaluate only N rows, chosen pseudo-randomly; default: all (rehearsal: 12)."
+    ),
 ]
 Adapter = Annotated[
     str | None,
@@ -68,7 +70,8 @@ def evaluate_verb(
     limit: Limit = None,
     adapter: Adapter = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Maximum tokens to generate per row; default: the study's limit.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Maximum tokens to generate per row; default: the study's limit."),
     ] = None,
     decoding: DecodingName = None,
     batch_size: BatchSize = None,

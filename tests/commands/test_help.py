@@ -2,13 +2,11 @@
 
 import re
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 from command_line import COMMANDS, parsed
 
 from qlora_recipes.base import paths
-from qlora_recipes.commands.help import GUIDE
 
 
 def records(name: str) -> list[tuple[str, str]]:
@@ -18,20 +16,25 @@ def records(name: str) -> list[tuple[str, str]]:
     return [record for param in command.get_params(context) if (record := param.get_help_record(context))]
 
 
+def unbroken(text: str) -> str:
+    """A text on one line; click breaks lines at spaces and hyphens."""
+    return re.sub(r"-\s+", "-", " ".join(text.split()))
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_explains_all_within_the_width_and_breaks_no_word(recipe, monkeypatch, name):
     monkeypatch.setenv("COLUMNS", "60")
     command = COMMANDS[name]
     done = recipe.ok(*name.split()[1:], "--help")
     assert [line for line in done.stdout.splitlines() if len(line) > 60] == []
-    assert not {"…", "\N{NON-BREAKING HYPHEN}"} & set(done.stdout)
-    words = " ".join(done.stdout.split())
-    assert command.help and " ".join(command.help.split()) in words
+    assert "…" not in done.stdout
+    words = unbroken(done.stdout)
+    assert command.help and unbroken(command.help) in words
     for written, explained in records(name):
         assert explained.strip()
-        assert written.replace("INTEGER RANGE", "N").replace("INTEGER", "N") in words
-        assert " ".join(explained.replace("x>=", "at least ").split()) in words
-    assert command.epilog and " ".join(command.epilog.split()) in words
+        assert written in words
+        assert unbroken(explained) in words
+    assert command.epilog and unbroken(command.epilog) in words
 
 
 EXAMPLES = [(name, line) for name, command in COMMANDS.items() for line in (command.epilog or "").splitlines()]
@@ -53,10 +56,7 @@ def test_the_versions_of_the_package_and_of_axolotl(recipe):
     assert done.stdout == f"qlora-recipes {version('qlora-recipes')}\naxolotl {version('axolotl')}\n"
 
 
-def test_a_verb_names_its_page_and_an_option_takes_a_dozen_words():
-    for name, command in COMMANDS.items():
-        page = GUIDE.get(name.partition(" ")[2], "README.md")
-        assert (Path(__file__).parents[2] / page).is_file()
+def test_an_option_takes_a_dozen_words():
+    for command in COMMANDS.values():
         long = [text for p in command.params if len((text := getattr(p, "help", None) or "").split()) > 12]
         assert [text for text in long if "profile" not in text and "completion" not in text] == []
-    assert {verb.partition(" ")[2] for verb in COMMANDS} >= GUIDE.keys()

@@ -52,10 +52,7 @@ def test_files_profiles_studies_and_data_sets_by_a_part(recipe, tmp_path, words,
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("trian", "mine"), "'trian'. Did you mean 'run'?"),
-        (("train",), "'train'. Did you mean 'run'?"),
         (("chek", "mine"), "'chek'. Did you mean 'check'?"),
-        (("prepare",), "'prepare'. Did you mean 'data prepare'?"),
         (("data", "fecth"), "'fecth'. Did you mean 'fetch'?"),
         (("study", "nwe"), "'nwe'. Did you mean 'new'?"),
         (("run", "mine", "--reherse"), "Did you mean '--rehearse'?"),

@@ -26,8 +26,7 @@ def next_of(recipe: Recipe, *words: str | Path) -> list[str]:
 
 def test_from_a_list_to_a_rehearsal_without_a_gpu_and_data(recipe):
     assert next_of(recipe, "list") == ["run", "start/qlora", "--rehearse"]
-    rehearsed = next_of(recipe, "new", "my-wide", "--from", NAME, "--set", "lora_r=8")
-    assert rehearsed == ["run", "my-wide", "--rehearse"]
+    assert next_of(recipe, "new", "my-wide", "--from", NAME, "--set", "lora_r=8") == ["check", "my-wide"]
     laid = ("--set", "lora_dropout=0.1")
     checked = next_of(recipe, "check", "my-wide", "--rehearse", *laid)
     assert checked == ["run", "my-wide", *laid, "--rehearse"]
