@@ -2,7 +2,6 @@
 
 import os
 import re
-import textwrap
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from .render import SPECIAL_TOKENS, BaseModel, describe
 
 HELD_OUT = 0.05
 """Share of rows held out for the eval loss, if the recipe holds out none."""
-_ABSENT = re.compile(r"(?m)^# (variant, removed: )?(revision_of_model|special_tokens)( is not set:|;) .*\n")
+_ABSENT = re.compile(r"(?m)^# (variant, removed: )?(revision_of_model|special_tokens)( is not set)?: .*\n")
 """Comments about keys of the base model that are not set."""
 # Keys that suit only one model; `for_model` drops them
 _OF_ONE_MODEL = (
@@ -103,14 +102,9 @@ def for_model(base: str, name: str) -> OtherModel:
     lines = _chat_templates(recipe, folder, entry, changes)
     if about.unknown:
         pinned = f" --revision {about.revision}" if about.revision else ""
-        fetch = f"; for more facts run `hf download {name}{pinned} --include '*.json'` and try again"
-        in_files = not folder and {"padding token", "special tokens", "type and sizes"} & set(about.unknown)
-        hint = "" if folder else models.similar(name)
-        lines = [
-            *([f"unknown model {name}{hint}"] if hint else []),
-            f"not known about {name}: {', '.join(about.unknown)}{fetch if in_files else ''}",
-            *lines,
-        ]
+        fetch = f"for more facts run `hf download {name}{pinned} --include '*.json'` and try again"
+        hint = "" if folder else f"; {fetch}{models.similar(name)}"
+        lines.insert(0, f"not known about {name}: {', '.join(about.unknown)}{hint}")
     return OtherModel(about, changes, lines)
 
 
@@ -139,13 +133,10 @@ def reasons(composed: Config, overrides: Iterable[str], unread: list[str]) -> li
     Settings named in `overrides` are not explained. The last line lists text fields that are not read.
     """
     entry = {key: value for key, value in composed["datasets"][0].items() if key != "path"}
-    rows = datafiles.training_rows(composed | {"val_set_size": 0})
-    trained = datafiles.training_rows(composed)
-    held_out = f"{rows - trained} of {rows} rows" if rows and trained else composed["val_set_size"]
     lines = {
         "datasets": f"rows: {yamlfiles.write_flow(entry)[1:-1]}, because of their fields; --set changes it",
-        "val_set_size": f"held out: {held_out}, for the eval loss and `recipe evaluate`; "
-        "--set val_set_size=20 holds out 20",
+        "val_set_size": f"held out: val_set_size {composed['val_set_size']}, for the eval loss and `recipe evaluate`; "
+        "--set val_set_size=20 holds out 20 rows",
     }
     overridden = {re.split("[.=]", override)[0] for override in overrides}
     if unread:
@@ -226,38 +217,25 @@ def _header(name: str, base: str, origin: str, schema: str, other: OtherModel | 
     lines = [f"# yaml-language-server: $schema={schema}", f"# {name}: a variant of {base}"]
     if origin != base:
         lines.append(f"# {base}: a variant of {origin}")
-    lines += [
-        "#",
-        f"# Run       recipe run {name}",
-        f"# Rehearse  recipe run {name} --rehearse",
-        f"# Changes   recipe diff {name} lists them; changed lines state the former value",
-        f"# Sources   each line names its source; recipe show {origin} explains them",
-    ]
+    lines += ["#", f"# Changes   recipe diff {name} lists them; changed lines state the former value"]
     if other:
-        lines += _labelled("Model", f"{other.about.title}: {other.about.about}")
+        lines.append(f"# Model     {other.about.title}: {other.about.about}")
         if other.about.unknown:
-            lines += _labelled("Not known", ", ".join(other.about.unknown))
+            lines.append(f"# Not known {', '.join(other.about.unknown)}")
     return lines
-
-
-def _labelled(label: str, text: str) -> list[str]:
-    """Comment lines with a label, as in the header of a shipped recipe."""
-    return textwrap.wrap(text, 118, initial_indent=f"# {label:10}", subsequent_indent=f"#{'':11}")
 
 
 def edited(text: str, key: str, value: Any, where: str, source: str | None = None) -> str:
     """Set or delete a dotted key in a config's text, and note the change in a comment.
 
-    The new value is written on one line, whose comment gives the former value. Without `source`, the lines of a deleted
-    key are kept, commented out. So are the lines of a former value after its first line, if they contain a comment.
+    The lines of the top-level key become one line, whose comment gives the former value. Comments between them go.
 
     Args:
         text: the text.
         key: the key.
         value: the new value; None deletes the key.
         where: the name of the text in messages.
-        source: source of a top-level key's new value, or the reason for deleting the key. If given, the comment
-            states it. Nothing is then kept of the key's former lines and comments.
+        source: source of the new value, or the reason for deleting the key; by default the former comment.
 
     Raises:
         UserError: `config.override` cannot set the key, or the key's lines cannot be edited.
@@ -269,26 +247,20 @@ def edited(text: str, key: str, value: Any, where: str, source: str | None = Non
     top = key.partition(".")[0]
     document = yaml.compose(text, Loader=yaml.CSafeLoader)
     lines = text.split("\n")
-    if not (entry := yamlfiles.inside(document, top)):
-        remark = "; ".join(filter(None, ("variant, was not set", source)))
-        lines.insert(_last_line(document, lines) + 1, f"{top}: {yamlfiles.write_flow(after.get(top))}  # {remark}")
-    else:
+    first = end = _last_line(document, lines) + 1
+    was = "not set"
+    if entry := yamlfiles.inside(document, top):
         name, node = entry
         first = name.start_mark.line
         end = max(_last_line(node, lines), first) + 1  # an alias has the lines of its anchor, which come earlier
-        old = lines[first:end]
-        if top in after:
-            is_line = end == first + 1 and not _is_block(node)
-            comment = old[0][node.end_mark.column if is_line else name.end_mark.column :].partition(" #")[2].strip()
-            was = "" if _is_same(before[top], after[top]) else f"variant, was {yamlfiles.write_flow(before[top])}"
-            remarks = "; ".join(filter(None, (was, source or comment)))
-            has_comments = not source and any("#" in line for line in old[1:])
-            new = [f"{top}: {yamlfiles.write_flow(after[top])}  # {remarks}"]
-            lines[first:end] = [*new, *map(_commented, old[1:] if has_comments else ())]
-        elif source:
-            lines[first:end] = [f"# variant, removed: {top}; {source}"]
-        else:
-            lines[first:end] = [f"# variant, removed: {old[0]}", *map(_commented, old[1:])]
+        behind = node.end_mark if node.end_mark.line == first else name.end_mark
+        was = yamlfiles.write_flow(before[top])
+        source = source or lines[first][behind.column :].partition(" #")[2].strip()
+    reason = f"; {source}" if source else ""
+    if top in after:
+        lines[first:end] = [f"{top}: {yamlfiles.write_flow(after[top])}  # variant, was {was}{reason}"]
+    else:
+        lines[first:end] = [f"# variant, removed: {top}: {was}{reason}"]
     changed = "\n".join(lines)
     with suppress(UserError):
         if _is_same(yamlfiles.parse(changed, where), after):
@@ -298,10 +270,6 @@ def edited(text: str, key: str, value: Any, where: str, source: str | None = Non
 
 def _is_same(a: Any, b: Any) -> bool:
     return a == b and not config.differences({"": a}, {"": b})  # in Python, True equals 1
-
-
-def _is_block(node: Any) -> bool:
-    return node.style in ("|", ">") if isinstance(node, yaml.ScalarNode) else not node.flow_style
 
 
 def _last_line(node: Any, lines: list[str]) -> int:
@@ -318,7 +286,3 @@ def _last_line(node: Any, lines: list[str]) -> int:
     while line > node.start_mark.line and not lines[line].strip():
         line -= 1
     return line
-
-
-def _commented(line: str) -> str:
-    return line if line.lstrip().startswith("#") or not line.strip() else f"# {line}"
