@@ -14,7 +14,7 @@ from command_line import ALL, COMMANDS, parsed
 
 from qlora_recipes.base import paths
 from qlora_recipes.base.files import write_rows
-from qlora_recipes.checks.check import RULES
+from qlora_recipes.checks.finding import RULES
 from qlora_recipes.configs import datafiles
 from qlora_recipes.configs.compose import Request, compose
 

@@ -164,7 +164,6 @@ def examine(
     case = Case(usable, wrong, gpu, gpus, launching, ask_hub or launching, composed.config)
     found = [*placed([*of_schema, *rule_findings(case)], composed)]
     report.add(found)
-    report.add(placed(settings_rules.fixed_warm_up(composed, gpus), composed))
     report.add(placed(_profile_compatibility(composed, gpu, launching), composed))
     too_slow = launching and not (gpu or composed.rehearsal or models.is_small(composed.config))
     if too_slow and all(finding.rule != "no-gpu" for finding in found):

@@ -24,19 +24,17 @@ def no_data(case: Case) -> Problems:
 @rule
 def not_prepared(case: Case) -> Problems:
     """A run needs prepared data; checking only the config does not."""
-    missing: dict[str, list[tuple[str, Path]]] = {}
+    rehearse = "; or add --rehearse, which does not need it" if case.launching else ""
+    remedies = set[str]()
     for key, dataset in datafiles.datasets(case.config):
         for file in datafiles.local_files(dataset):
-            if not file.is_file() and (remedy := study.preparation(str(file))):
-                missing.setdefault(remedy, []).append((f"{key}.path", file))
+            remedy = None if file.is_file() else study.preparation(str(file))
+            if remedy and remedy not in remedies:  # it prepares all files of its study
+                remedies.add(remedy)
+                yield "error", f"{key}.path", f"{paths.shown(file)} is not prepared yet", f"run {remedy}{rehearse}"
     start = case["lora_model_dir"]
     if isinstance(start, str) and not Path(start).exists() and (remedy := study.fetching(start)):
         yield "error", "lora_model_dir", f"{paths.shown(Path(start))} is not fetched yet", f"run {remedy}"
-    for remedy, ((key, first), *more) in missing.items():
-        names = " and ".join([paths.shown(first), *(file.name for _, file in more)])
-        problem = f"{names} {'are' if more else 'is'} not prepared yet"
-        rehearse = "; or add --rehearse, which does not need it" if case.launching else ""
-        yield "error", key, problem, f"run {remedy}{rehearse}"
 
 
 @rule
@@ -49,7 +47,7 @@ def missing_file(case: Case) -> Problems:
         name = dataset.get("path")
         if not isinstance(name, str) or not name:
             yield "error", f"{key}.path", f"{name!r} is not a path", "give a file, a folder or a data set on the hub"
-        elif "\0" not in name and Path(name).is_dir() and not datafiles.local_files(dataset):
+        elif Path(name).is_dir() and not datafiles.local_files(dataset):
             yield "error", f"{key}.path", f"the folder {paths.shown(Path(name))} is empty", "put rows into it"
         for file in datafiles.local_files(dataset):
             if file.is_file() and not file.stat().st_size:
@@ -57,9 +55,8 @@ def missing_file(case: Case) -> Problems:
                 remedy = f"run {made_by}" if made_by else "write rows to it, or name another file"
                 yield "error", f"{key}.path", f"{paths.shown(file)} is empty", remedy
         for file in datafiles.missing_files(dataset):
-            is_pattern = not Path(str(name)).is_dir() and (dataset.get("data_files") or set("*?[") & set(str(name)))
-            remedy = "only data_files of a folder can be a pattern" if is_pattern else "correct the path"
-            yield "error", f"{key}.path", f"{paths.shown(file)} does not exist{paths.similar_paths(file)}", remedy
+            problem = f"{paths.shown(file)} does not exist{paths.similar_paths(file)}"
+            yield "error", f"{key}.path", problem, "correct the path; only data_files of a folder can be a pattern"
     for key in datafiles.missing_paths(case.config):
         path = Path(case[key])
         problem = f"{paths.shown(path)} does not exist{paths.similar_paths(path)}"

@@ -2,17 +2,15 @@
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from ..base.machine import torch_cuda
 from ..base.secrets import is_secret, names_secret, public
-from ..configs import datafiles, substitution
-from ..configs.compose import Composed
+from ..configs import substitution
 from ..configs.config import flatten, remote_trackers
 from ..configs.gpus import deepspeed_of
 from ..configs.numerics import AMPERE, precision, quantized, takes_varlen
-from .finding import Case, Finding, Level, Problems, rule
+from .finding import Case, Level, Problems, rule
 
 
 @rule
@@ -161,7 +159,7 @@ def _has_wandb_login() -> bool:
 
 @rule
 def no_gpu(case: Case) -> Problems:
-    """A CPU lacks the features listed in `substitution`, and does not train in fp16.
+    """A CPU lacks the features listed in `substitution`, does not train in fp16, and is too slow for large models.
 
     On a CPU, Axolotl turns its default, bf16: auto, into fp16. transformers refuses fp16, but only after the model is
     loaded."""
@@ -263,15 +261,6 @@ def no_batch_size(case: Case) -> Problems:
 
 
 @rule
-def not_a_number(case: Case) -> Problems:
-    """Axolotl's schema accepts any text, because YAML 1.1 reads 2e-4 as text; training fails on other text."""
-    try:
-        float(case["learning_rate"] or 0)
-    except ValueError:
-        yield "error", "learning_rate", f"{case['learning_rate']} is not a number", "correct it"
-
-
-@rule
 def does_not_divide(case: Case) -> Problems:
     """Axolotl divides batch_size by micro_batch_size and silently rounds down."""
     batch, micro_batch = case["batch_size"], case["micro_batch_size"]
@@ -343,22 +332,3 @@ def long_warm_up(case: Case) -> Problems:
     """With a warm-up longer than training, the learning rate never reaches its full value."""
     if case.steps and (case["warmup_steps"] or 0) >= case.steps:
         yield "error", "warmup_steps", f"warm-up never ends: training has at most {case.steps} steps", "lower it"
-
-
-def fixed_warm_up(composed: Composed, gpus: int) -> Iterator[Finding]:
-    """Note on a warm-up in steps that stays, although the variant or the run changes the number of steps."""
-    steps, most = composed.config.get("warmup_steps"), composed.config.get("max_steps")
-    before = {difference.key: difference.recipe for difference in composed.from_origin}
-    if composed.rehearsal or not steps or "warmup_steps" in before:
-        return
-    changed = [key for key in before if re.match("max_steps" if most else _COUNTED, key)]
-    batch = datafiles.effective_batch(composed.config) * gpus
-    if not most and datafiles.effective_batch(composed.config | before) != batch:
-        changed.append("the number of rows per step")
-    if changed:
-        problem = f"still {steps} steps, although {changed[0]} changes the number of steps"
-        yield Finding("note", "fixed-warm-up", "warmup_steps", problem, "set it for the new number of steps")
-
-
-_COUNTED = "(num_epochs|max_steps|datasets|val_set_size|sample_packing)"
-"""Keys of epochs and rows, which determine the number of steps."""

@@ -169,7 +169,7 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     several = f"--gpus {request.gpus}" + (f" --nodes {request.nodes}" if request.nodes > 1 else "")
     layers.take(gpus.divided(layers.config, request.ranks, several), f"{several}: keeps the number of rows per step")
     if rehearsal:
-        for changes, reason in substitution.substitutions(layers.config, layers.sample, layers.given, request.ranks):
+        for changes, reason in substitution.substitutions(layers.config, layers.sample, layers.given):
             layers.take(config.merge(layers.config, changes), f"rehearsal: {reason}")
     stated = numerics.engine_precision(layers.config, on_gpu=not rehearsal)
     layers.take(stated, "DeepSpeed reads auto too late for ZeRO-3")

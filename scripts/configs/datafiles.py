@@ -256,13 +256,9 @@ def steps_of(composed: Config, rows: int | None, gpus: int = 1) -> int | None:
 
 
 def training_rows(composed: Config) -> int | None:
-    """Number of training rows; None if unknown, also for type completion, whose rows Axolotl splits into pieces."""
-    types = [dataset.get("type") for _, dataset in datasets(composed, "datasets")]  # a type can be a mapping
-    return None if "completion" in types else training_lines(composed)
+    """Number of training rows; None unless each data set is one local JSONL file of complete rows.
 
-
-def training_lines(composed: Config) -> int | None:
-    """Number of lines for training; None unless each data set is one local JSONL file."""
+    Axolotl splits rows of the type completion into pieces."""
     rows = 0
     for _, dataset in datasets(composed, "datasets"):
         files = jsonl_files(dataset)
@@ -270,6 +266,7 @@ def training_lines(composed: Config) -> int | None:
         is_part = (
             dataset.get("shards")
             or dataset.get("weight")
+            or dataset.get("type") == "completion"
             or (first is None and dataset.get("split", "train") != "train")
         )
         if len(files) != 1 or is_part:

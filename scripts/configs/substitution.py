@@ -17,7 +17,7 @@ from ..base.progress import say
 from ..base.yamlfiles import Config
 from ..data.sample import length_of, twin
 from . import datafiles, models
-from .config import merge, override, remote_trackers
+from .config import remote_trackers
 from .numerics import OLD_KEYS, attention
 
 NAME = "SmolLM2-135M-Instruct"
@@ -36,44 +36,46 @@ OF_MODEL = (  # keys of the profile about the base model; ignored if a rehearsal
 _MOST_ROWS = {"datasets": 32, "test_datasets": 8}  # so that a rehearsal takes minutes
 
 
-def substitutions(composed: Config, sample: Config, given: Config, ranks: int) -> Iterator[tuple[Config, str]]:
+def substitutions(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Config, str]]:
     """Changes to the config of a rehearsal, each with a reason.
 
     Args:
         composed: the config.
         sample: settings of the shipped sample: the keys in `OF_SAMPLE`, with the profile's values.
         given: the user's changes merged after the profile, by dotted key; a rehearsal keeps these.
-        ranks: the number of training processes.
     """
-    for change, reason in (*_rows(composed, sample, given), *_length(composed, sample, given)):
-        composed = merge(composed, change)
-        yield change, reason
-    for change, reason in (*_layers(composed), *_ends(composed), *lacking(composed), *_trackers(composed)):
-        composed = merge(composed, change)
-        yield change, reason
+    yield from _rows(composed, sample, given)
+    yield from _length(composed, sample, given)
+    yield from _layers(composed)
+    yield from _ends(composed)
+    yield from lacking(composed)
+    yield from _trackers(composed)
     pads = composed.get("pad_to_sequence_len") and not composed.get("sample_packing")  # Axolotl pads packed rows
     if pads and "pad_to_sequence_len" not in given:
         yield {"pad_to_sequence_len": False}, "padding takes time and changes no result"
     held_out = composed.get("val_set_size")
-    if isinstance(held_out, int | float) and held_out > 1:  # a number of rows, not a share
-        rows = datafiles.training_lines(composed | {"val_set_size": 0}) or _MOST_ROWS["datasets"]
-        composed = composed | {"val_set_size": min(int(held_out), max(rows // 4, 1))}
-        yield {"val_set_size": composed["val_set_size"]}, "to keep enough training rows"
-    if isinstance(composed.get("max_steps"), int) and "max_steps" not in given:
-        composed = merge(composed, {"max_steps": None})
-        yield {"max_steps": None}, "the few rows determine the number of steps"
-    steps = datafiles.steps_of(composed, datafiles.training_lines(composed), ranks)  # type completion has more
-    yield _few_steps(composed, steps), "warm-up of at most a tenth of the steps"
-    for key in ("eval_steps", "save_steps"):
-        if steps and isinstance(every := composed.get(key), int) and every > steps:
-            yield {key: max(steps // 2, 1)}, "the few rows give fewer steps"
+    if isinstance(held_out, int | float) and held_out > _MOST_ROWS["test_datasets"]:
+        yield {"val_set_size": 0.25}, "to keep enough training rows"
+    for key, instead in _OF_STEPS.items():
+        count = composed.get(key)
+        if isinstance(count, int) and count > 0 and key not in given:
+            yield instead, "the few rows determine the number of steps"
+
+
+_OF_STEPS: dict[str, Config] = {
+    "max_steps": {"max_steps": None},
+    "warmup_steps": {"warmup_steps": None, "warmup_ratio": 0.1},
+    "eval_steps": {"eval_steps": 0.5},  # a share of all steps
+    "save_steps": {"save_steps": 0.5},
+}
+"""Keys that count steps, each with its replacement."""
 
 
 def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Config, str]]:
     """Limit data sets to a few rows, from local files or the sample; keep missing files, which the check reports."""
     for section, most in _MOST_ROWS.items():
         entries = dict(datafiles.datasets(composed, section))
-        if any(map(datafiles.missing_files, entries.values())):
+        if section in given or any(map(datafiles.missing_files, entries.values())):
             continue
         here = {key: entry for key, entry in entries.items() if datafiles.can_be_rehearsed(entry)}
         if here:
@@ -83,18 +85,13 @@ def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Con
                 for key, entry in here.items()
             ]
             yield {section: kept}, f"the first rows of the config's data, at most {most}"
-        elif (elsewhere := _is_elsewhere(entries)) or not any(
-            re.fullmatch(rf"{section}(.*[.]path)?", key) for key in given
-        ):
-            if section == "test_datasets" and (not entries or composed.get("val_set_size")):
-                continue
-            missing = str(next(iter(entries.values())).get("path")) if entries else "the config's data"
-            lacks = "cannot be loaded in part" if Path(missing).exists() else "is not on this machine"
-            rows = {section: _lent(entries, sample[section])}
-            for key, value in () if elsewhere else given.items():
-                if key.startswith(f"{section}."):
-                    rows = override(rows, key, value)
-            yield rows, f"rows of the shipped sample, because {missing} {lacks}"
+        elif section == "datasets" or (entries and not composed.get("val_set_size")):
+            missing = ", ".join(str(entry.get("path")) for entry in entries.values()) or "the config's data"
+            reason = f"rows of the shipped sample, because {missing} cannot be loaded in part on this machine"
+            lent = _lent(entries, sample[section])
+            for i, entry in enumerate(lent):
+                entry["split"] = given.get(f"{section}.{i}.split", entry["split"])
+            yield {section: lent}, reason
 
 
 def _length(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Config, str]]:
@@ -116,17 +113,9 @@ def _lent(entries: dict[str, Config], sample: list[Config]) -> list[Config]:
     """Data sets whose rows are replaced by their studies' samples; `sample` instead if any study has none."""
     files = [twin(str(entry.get("path"))) for entry in entries.values()]
     if not files or not all(files):
-        return sample
+        return [dict(entry) for entry in sample]
     lent = zip(entries.values(), files, strict=True)
     return [entry | {"path": str(file), "split": sample[0]["split"]} for entry, file in lent]
-
-
-def _is_elsewhere(entries: dict[str, Config]) -> bool:
-    """True if there are data sets and all are remote.
-
-    A missing local file does not count as remote, because its path may be misspelt.
-    """
-    return bool(entries) and all(entry.get("path") and not datafiles.local_files(entry) for entry in entries.values())
 
 
 def _layers(composed: Config) -> Iterator[tuple[Config, str]]:
@@ -189,24 +178,6 @@ _LACKING = (  # pattern of key=value, replacement, reason
     ("fp8.*=.*", None, "a CPU does not train in fp8"),
     ("(fp16|float16|tf32)=.*", False, "a CPU trains in bf16 or fp32"),
 )
-
-
-def _few_steps(composed: Config, all_steps: int | None) -> Config:
-    """Limit the warm-up to a tenth of the steps.
-
-    If rows are packed or on a hub, only Axolotl can count the steps, after preparing the rows. In this case,
-    warmup_ratio replaces warmup_steps: Axolotl applies the ratio to the counted steps (axolotl/core/builders/base.py,
-    _configure_warmup_and_logging).
-    """
-    ratio = composed.get("warmup_ratio")
-    steps = composed.get("warmup_steps")
-    if isinstance(ratio, int | float) and ratio > 0.1:
-        return {"warmup_ratio": 0.1}
-    if not isinstance(steps, int) or steps <= 0:
-        return {}
-    if all_steps is None:
-        return {"warmup_steps": None, "warmup_ratio": 0.1}
-    return {"warmup_steps": min(steps, all_steps // 10)}
 
 
 def folder() -> Path:

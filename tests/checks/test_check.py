@@ -185,23 +185,3 @@ def test_what_is_not_written_by_preparing_data_or_is_to_be_read_now_is_an_error(
     assert "[missing-file:datasets.0.path]" in own.stdout
     read = recipe.fails("check", NAME, "--data")
     assert "error: datasets.0.path: data/codereviewer/train.jsonl" in read.stdout
-
-
-@pytest.mark.parametrize(
-    ("overrides", "says"),
-    [
-        (["num_epochs=1"], "num_epochs"),
-        (["datasets.0.split=train[:100]"], "datasets.0.split"),
-        (["gradient_accumulation_steps=64"], "the number of rows per step"),
-        (["lora_r=8", "micro_batch_size=4", "gradient_accumulation_steps=2"], None),
-        (["num_epochs=1", "warmup_steps=5"], None),
-        (["num_epochs=1", "warmup_steps=null", "warmup_ratio=0.03"], None),
-    ],
-)
-def test_a_warm_up_in_steps_is_noted_where_a_variant_changes_their_number(place, overrides, says):
-    def noted(**more: int | bool) -> list[str]:
-        report = check.check(Request(NAME, overrides=overrides, **more))
-        return [str(finding) for finding in report.findings if finding.rule == "fixed-warm-up"]
-
-    assert [f"still 10 steps, although {says} changes" in note for note in noted()] == [True] * bool(says)
-    assert (noted(rehearse=True), len(noted(gpus=2))) == ([], len(noted()))

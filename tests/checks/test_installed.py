@@ -17,6 +17,7 @@ V100 = gpus.find("V100")
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"load_in_4bit": False}, "load_in_4bit"),
     ({"num_epochs": "two"}, "number"),
+    ({"learning_rate": "2e-4x"}, "'2e-4x'"),
     ({"datasets": []}, "1 item"),
     ({"warmup_steps": 1, "warmup_ratio": 0.1}, "warmup_ratio"),
     ({"val_set_size": 0.1}, "test_datasets"),

@@ -97,7 +97,6 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
         "qkv_proj",
     ),
     ({"lora_modules_to_save": ["embd_tokens"]}, "error", "unknown-lora-target:lora_modules_to_save.0", "embed_tokens"),
-    ({"learning_rate": "2e-4x"}, "error", "not-a-number:learning_rate", "2e-4x"),
     ({"lora_target_modules": "a{99999999999999999999}"}, "error", "unknown-lora-target:lora_target_modules", "999"),
     ({"lora_r": None}, "error", "no-lora-rank:adapter", "lora_r"),
     ({"adapter": None, "load_in_4bit": None}, "error", "no-adapter:adapter", "qlora"),

@@ -89,6 +89,8 @@ def test_the_sample_takes_the_place_of_rows_that_are_not_there(path):
     assert own.config["sequence_len"] == 512
     assert path in why(own, "datasets.0.path")
     assert "test_datasets" not in own.config
+    more = rehearsed({"datasets": [{"path": path, "type": "completion"}]}, "datasets.0.split=train[:48]")
+    assert splits(more) == ["train[:48]"]
 
 
 def test_rows_to_evaluate_on_are_its_own_too():
@@ -110,7 +112,7 @@ def test_nothing_is_laid_beside_a_share_that_is_held_out(recipe, place):
 
 @pytest.mark.parametrize(
     ("asked", "rows", "expected"),
-    [(0.05, "chats", 0.05), (2000, "chats", 8), (3, "chats", 3), (100, "rows", 1), (0, "rows", 0)],
+    [(0.05, "chats", 0.05), (2000, "chats", 0.25), (3, "chats", 3), (100, "rows", 0.25), (0, "rows", 0)],
 )
 def test_a_share_that_is_held_out_stays(asked, rows, expected):
     data = {"datasets": [{"path": f"{rows}.jsonl", "type": "completion"}]}
@@ -196,11 +198,11 @@ def test_layers_that_the_stand_in_has_apart_are_named_apart():
 
 
 def test_a_rehearsal_makes_as_many_steps_as_its_rows():
-    own = rehearsed({"max_steps": 5000, "warmup_steps": 100})
-    assert "max_steps" not in own.config
-    assert own.config["warmup_steps"] == 1  # of 16 steps
+    own = rehearsed({"max_steps": 5000, "warmup_steps": 100, "eval_steps": 200, "save_steps": 0.1}).config
+    assert not {"max_steps", "warmup_steps"} & own.keys()
+    assert (own["warmup_ratio"], own["eval_steps"], own["save_steps"]) == (0.1, 0.5, 0.1)
     assert rehearsed({"max_steps": 5000}, "max_steps=3").config["max_steps"] == 3
-    assert rehearsed({"datasets": [ROWS], "save_steps": 200}).config["save_steps"] == 1  # at least 3 steps
+    assert rehearsed({"save_steps": 200}, "save_steps=1").config["save_steps"] == 1
 
 
 def test_data_that_is_set_and_wrong_is_left_to_the_check():
@@ -208,6 +210,3 @@ def test_data_that_is_set_and_wrong_is_left_to_the_check():
         assert "sample" not in str(rehearsed(None, wrong).config.get("datasets"))
     (of_hub,) = rehearsed(None, "datasets.0.path=some/data-set").config["datasets"]
     assert of_hub["path"].endswith("train.jsonl")  # a rehearsal asks no hub
-    saved = {"datasets": [{"path": "saved", "type": "completion"}]}
-    (sample,) = rehearsed(saved, "datasets.0.split=train[:16]", "datasets.0.typ=x").config["datasets"]
-    assert (Path(sample["path"]).name, sample["split"], sample["typ"]) == ("train.jsonl", "train[:16]", "x")
