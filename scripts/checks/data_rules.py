@@ -24,17 +24,19 @@ def no_data(case: Case) -> Problems:
 @rule
 def not_prepared(case: Case) -> Problems:
     """A run needs prepared data; checking only the config does not."""
+    start = case["lora_model_dir"]
+    if isinstance(start, str) and not Path(start).exists() and (remedy := study.fetching(start)):
+        yield "error", "lora_model_dir", f"{paths.shown(Path(start))} is not fetched yet", f"run {remedy}"
     rehearse = "; or add --rehearse, which does not need it" if case.launching else ""
     remedies = set[str]()
     for key, dataset in datafiles.datasets(case.config):
         for file in datafiles.local_files(dataset):
-            remedy = None if file.is_file() else study.preparation(str(file))
+            if file.is_file():
+                continue
+            remedy = study.preparation(str(file))
             if remedy and remedy not in remedies:  # it prepares all files of its study
                 remedies.add(remedy)
                 yield "error", f"{key}.path", f"{paths.shown(file)} is not prepared yet", f"run {remedy}{rehearse}"
-    start = case["lora_model_dir"]
-    if isinstance(start, str) and not Path(start).exists() and (remedy := study.fetching(start)):
-        yield "error", "lora_model_dir", f"{paths.shown(Path(start))} is not fetched yet", f"run {remedy}"
 
 
 @rule
