@@ -222,6 +222,11 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def digest(value: Any) -> str:
+    """The SHA-256 of a value as JSON with sorted keys, in hexadecimal."""
+    return hashlib.sha256(orjson.dumps(value, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: the file exceeds a size limit
 RESERVED_BYTES = 1 << 16  # bytes, enough for a run's record
 

@@ -1,6 +1,5 @@
 """Measure a run's model with lm-evaluation-harness; load the model as for predictions."""
 
-import hashlib
 import math
 import os
 import re
@@ -10,10 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
 from ..base import paths
 from ..base.errors import UserError, WorkFailed
+from ..base.files import digest
 from ..base.hub import importing_axolotl
 from ..base.progress import Bar, say
 from ..base.yamlfiles import Config
@@ -118,7 +116,6 @@ def _measure(
     )
     ends = sorted(prompter.ends)
     of_model = base_weights(prompter) | {"adapter": settings.adapter_sha256, "ends": ends}
-    digest = hashlib.sha256(orjson.dumps(of_model, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
     entries = [entry for _, entry in datafiles.datasets(prompter.cfg, "datasets")]
     found = {}
     for name, (task, manager) in tasks.items():
@@ -132,7 +129,7 @@ def _measure(
                 task_manager=manager,
                 num_fewshot=parameters.shots,
                 samples=samples,
-                use_cache=str(paths.cache() / "benchmarks" / f"{digest}-{name}"),
+                use_cache=str(paths.cache() / "benchmarks" / f"{digest(of_model)[:16]}-{name}"),
                 apply_chat_template=any(entry.get("type") == "chat_template" for entry in entries),
                 log_samples=False,
             )

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from ..base.errors import UserError
-from ..base.files import Row, json_rows, read_rows, sha256, write_rows
+from ..base.files import Row, digest, json_rows, read_rows, sha256, write_rows
 from ..base.hub import importing_axolotl
 from ..base.paths import similar_paths
 from ..base.progress import say
@@ -192,7 +192,7 @@ def read(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> Evaluation
         hint = "; `recipe data prepare` writes test.jsonl" if source == usual(run, cfg) else ""
         pairs = [(source.keys[0], row) for row in read_rows(source.file, fields, hint)]
         states = [RowsState.of_rows(source.file, None)]
-        digest = states[0].sha256
+        sha256_of_rows = states[0].sha256
     else:
         files = {key: file for key in source.keys if (file := jsonl(entries[key], Path(run.cwd)))}
         if source.held_out or len(files) < len(source.keys):
@@ -202,11 +202,11 @@ def read(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> Evaluation
             firsts = {key: datafiles.first_rows(entries[key]) for key in files}
             pairs = [(key, row) for key, file in files.items() for row in read_rows(file, ())[: firsts[key]]]
             states = [RowsState.of_rows(file, firsts[key]) for key, file in files.items()]
-        digest = hashlib.sha256(orjson.dumps(pairs)).hexdigest()
+        sha256_of_rows = digest(pairs)
     if not pairs:
         raise UserError(f"{source.data}: no rows; {_ELSEWHERE}")
     rows, keys = [row for _, row in pairs], [key for key, _ in pairs]
-    return EvaluationRows(source.data, digest, rows, keys, taken(len(pairs), None), states)
+    return EvaluationRows(source.data, sha256_of_rows, rows, keys, taken(len(pairs), None), states)
 
 
 def jsonl(entry: Config, folder: Path) -> Path | None:

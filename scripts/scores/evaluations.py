@@ -12,7 +12,7 @@ import orjson
 from pydantic import AfterValidator, BaseModel, Field, TypeAdapter
 
 from ..base.errors import UserError
-from ..base.files import Row, clear_parts, parse_json, read_bytes, read_rows, replacing
+from ..base.files import Row, clear_parts, digest, parse_json, read_bytes, read_rows, replacing
 from ..base.progress import say_once
 from ..data.study import Decoding
 from ..metrics import registry
@@ -94,7 +94,7 @@ class RowsState(FileState):
 def _digest(file: Path, first: int | None) -> str:
     """Hash of a JSONL file's rows; empty if they are not JSON."""
     try:
-        return hashlib.sha256(orjson.dumps(read_rows(file, ())[:first])).hexdigest()
+        return digest(read_rows(file, ())[:first])
     except UserError:
         return ""
 
@@ -176,8 +176,7 @@ class EvaluationSettings(BaseModel):
 
     def folder(self, run: Path) -> Path:
         """Folder for an evaluation with these settings, if they are not the default, in a run folder."""
-        digest = hashlib.sha256(orjson.dumps(self.identity(), option=orjson.OPT_SORT_KEYS)).hexdigest()
-        return run / "evaluations" / digest[:12]
+        return run / "evaluations" / digest(self.identity())[:12]
 
 
 class Engine(Protocol):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from ..base.errors import UserError, WorkFailed
-from ..base.files import Row, naming, opened, parse_json, read_bytes, replacing
+from ..base.files import Row, digest, naming, opened, parse_json, read_bytes, replacing
 from ..base.progress import Bar, say
 from ..base.yamlfiles import Config
 from ..configs import gpus
@@ -152,6 +152,14 @@ def settings_line(settings: EvaluationSettings) -> bytes:
     return orjson.dumps(settings.model_dump(include=KNOWN)) + b"\n"
 
 
+def part_file(folder: Path, settings: EvaluationSettings) -> Path:
+    """File of predictions during an evaluation, named after the settings that change its predictions."""
+    identity = settings.identity() | settings.model_dump(include={"engine", "model"})
+    if settings.engine == REFERENCE and settings.decoding.do_sample:  # otherwise batches change only rounding
+        identity |= settings.model_dump(include={"rows", "batch_size"})
+    return folder / f"predictions.{digest(identity)[:12]}.part.jsonl"
+
+
 def resume(
     part: Path, settings: EvaluationSettings, positions: Sequence[int]
 ) -> tuple[dict[int, Row], EvaluationSettings]:
@@ -166,18 +174,10 @@ def resume(
         Predictions by place in `positions`, and the settings, including those that only the file knows.
 
     Raises:
-        UserError: the file has predictions of this adapter and data with other settings, or of more rows.
+        UserError: the file has predictions of more rows.
     """
-    asked = settings.identity() | settings.model_dump(include={"engine", "model"})
-    by_batch = settings.engine == REFERENCE and settings.decoding.do_sample  # else batches change only rounding
-    if by_batch:
-        asked |= settings.model_dump(include={"rows", "batch_size"})
-    header = orjson.dumps(asked)
-    first, *lines = read_bytes(part).split(b"\n") if part.is_file() else [b""]
-    same = all(orjson.dumps({key: asked[key]})[1:-1] in first for key in ("adapter_sha256", "data_sha256"))
-    differs = first != header and same and any(b'"prediction":' in line for line in lines)
     done: dict[int, Row] = {}
-    for line in lines if first == header else ():
+    for line in read_bytes(part).split(b"\n") if part.is_file() else ():
         with suppress(ValueError):  # skips lines truncated by a killed process or a power failure
             row = parse_json(line)
             if isinstance(row, dict) and "agreement" in row:
@@ -186,13 +186,10 @@ def resume(
             else:
                 Prediction.model_validate(row)
                 done[row["row"]] = row
-    if differs or done.keys() - set(positions):
-        raise UserError(
-            f"{part}: has predictions of an evaluation with other settings or more rows; repeat the command that made "
-            "them, or delete the file to start again"
-        )
+    if done.keys() - set(positions):
+        raise UserError(f"{part}: has predictions of more rows; repeat the command that made them, or delete the file")
     with replacing(part) as stream:
-        stream.write(header + b"\n" + settings_line(settings))
+        stream.write(settings_line(settings))
         stream.writelines(orjson.dumps(row) + b"\n" for row in done.values())
     return {place: done[position] for place, position in enumerate(positions) if position in done}, settings
 

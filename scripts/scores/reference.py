@@ -1,14 +1,12 @@
 """Reference engine: transformers, with the base model quantized as in training."""
 
 import gc
-import hashlib
 from collections.abc import Container, Iterator, Sequence
 from copy import deepcopy
 from itertools import batched, groupby
 from pathlib import Path
 from typing import Any
 
-import orjson
 import psutil
 import torch
 from transformers import (
@@ -21,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..base import paths
 from ..base.errors import UserError, WorkFailed
-from ..base.files import embedding_rows, tensor_shapes
+from ..base.files import digest, embedding_rows, tensor_shapes
 from ..base.machine import make_once
 from ..base.progress import say
 from .evaluations import ADAPTER, Completion
@@ -264,8 +262,7 @@ def weights_folder(prompter: Prompter) -> Path:
         OSError: the disk is full.
     """
     settings, model = prompter.settings, Path(prompter.settings.base_model)
-    digest = hashlib.sha256(orjson.dumps(base_weights(prompter), option=orjson.OPT_SORT_KEYS)).hexdigest()
-    made = paths.cache() / f"dequantized-{model.name}-{digest[:16]}"
+    made = paths.cache() / f"dequantized-{model.name}-{digest(base_weights(prompter))[:16]}"
 
     def make(target: Path) -> None:
         say(f"dequantizing {model.name} once, to {made}")

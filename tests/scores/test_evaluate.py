@@ -115,9 +115,10 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         evaluated(run, limit=10, batch_size=4)
     assert task_of(run).where == where != EvaluationTask(run, EvaluationRequest(adapter="none", max_new_tokens=9)).where
-    with pytest.raises(UserError, match=r"predictions\.part\.jsonl: "):
+    [part_file] = where.glob("predictions.*.part.jsonl")
+    with pytest.raises(UserError, match=part_file.name):
         evaluated(run, limit=2)  # would lose two of four predictions
-    with (where / "predictions.part.jsonl").open("ab") as part:
+    with part_file.open("ab") as part:
         broken = b'{"row": "x"}', b'{"row": 1, "prediction": "'
         part.write(b"\n".join([b"\0" * 4096, b"{}", b"[3]", *broken]))  # as killed processes leave
     again = evaluated(run, limit=10, batch_size=4)
@@ -416,13 +417,13 @@ def test_scoring_anew_leaves_no_score_of_another_judge(run, monkeypatch):
     assert first.scores["bertscore"]["model"] == "model"
     where = other_evaluation(run)
     by_row = [row["bertscore_f1"] for row in read_predictions(where)]
-    (where / "predictions.part.jsonl").write_text("answers of another evaluation")
+    (where / "predictions.other.part.jsonl").write_text("answers of another evaluation")
     request.metrics = ["chrf"]  # the default scorer model is not here
     more = evaluate.evaluate(run, request)
     chrf = {"chrf": more.scores["chrf"], "metrics": first.scores["metrics"] | {"chrf": {"metric": "chrf"}}}
     assert more.scores == first.scores | chrf | {"intervals": more.scores["intervals"]}
     assert [row["bertscore_f1"] for row in read_predictions(where)] == by_row
-    assert (where / "predictions.part.jsonl").exists()
+    assert (where / "predictions.other.part.jsonl").exists()
     request.metrics = []
     assert evaluate.evaluate(run, request) == more
     without = evaluated(run, limit=3)
