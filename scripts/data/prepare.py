@@ -3,7 +3,7 @@
 import hashlib
 import random
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
@@ -88,7 +88,7 @@ class _Preparation:
     """Preparation of a study's splits in one folder.
 
     Attributes:
-        sampled: rows of the splits that are sampled from other splits.
+        sampled: positions of the rows of splits that are sampled from other splits.
         order: positions of shuffled rows, by split.
         read: raw file of each split.
         counts: number of rows that each split leaves out, by reason; "" stands for kept rows.
@@ -99,7 +99,7 @@ class _Preparation:
     input_format: str
     out: Path
     stack: ExitStack
-    sampled: dict[str, list[PlacedRow]] = field(default_factory=dict)
+    sampled: dict[str, list[int]] = field(default_factory=dict)
     order: dict[str, list[int]] = field(default_factory=dict)
     read: dict[str, RawFile] = field(default_factory=dict)
     counts: dict[str, Counter[str]] = field(default_factory=dict)
@@ -114,24 +114,27 @@ class _Preparation:
         for name in there:
             self.read[name] = RawFile(*(self.raw[file] for file in data.raw_files_of(name)))
             if data.splits[name].sample_from:  # sample first: the other split is written without these rows
-                self.sampled[name] = self._sampled(name)
+                self.sampled[name] = self._selection(name)
         return {name: self._split(name) for name in there}
 
-    def _sampled(self, name: str) -> list[PlacedRow]:
-        """Rows of a split that is sampled from another split."""
-        splits = self.study.data.splits
-        split = splits[name]
-        earlier = [rows for other, rows in self.sampled.items() if splits[other].sample_from == split.sample_from]
-        taken = {row[0] for rows in earlier for row in rows}
+    def _selection(self, name: str) -> list[int]:
+        """Positions of the rows of a sampled or shuffled split, in order."""
+        split = self.study.data.splits[name]
+        source = split.sample_from or name
+        gone = {position for positions in self._moved(source).values() for position in positions}
+        positions = self.order.get(source) or [row[0] for row in self._kept(name)]
+        rest = [position for position in positions if position not in gone]
         if split.shuffle is None:
-            free = (row for row in self._kept(name) if row[0] not in taken)
-            return sample(free, split.sample or 0, split.seed)
-        order = [position for position in shuffled(self._positions(name), split.shuffle) if position not in taken]
-        self.order[str(split.sample_from)] = order
-        return self._at(order[: split.sample], name)
+            return sample(rest, split.sample, split.seed) if split.sample else rest[: split.first]
+        rest = shuffled(rest, split.shuffle)
+        if split.sample_from:
+            self.order[source] = rest
+        return rest[: split.sample or split.first]
 
-    def _positions(self, name: str) -> list[int]:
-        return [row[0] for row in self._kept(name)]
+    def _moved(self, name: str) -> dict[str, list[int]]:
+        """Positions of rows that are moved from a split, by the split that they are moved to."""
+        splits = self.study.data.splits
+        return {other: rows for other, rows in self.sampled.items() if splits[other].sample_from == name}
 
     def _at(self, positions: Iterable[int], name: str) -> list[PlacedRow]:
         """Rows at the given positions, in that order."""
@@ -170,10 +173,7 @@ class _Preparation:
         """Write the files of a split and its subsets; return the manifest entry."""
         data = self.study.data
         split, raw = data.splits[name], self.read[name]
-        moved = {other: rows for other, rows in self.sampled.items() if data.splits[other].sample_from == name}
-        gone = {row[0] for rows in moved.values() for row in rows}
-        chosen = self.sampled[name] if split.sample_from else self._chosen(name, gone)
-        rows: Iterable[PlacedRow] = _ordered(chosen, split.order)
+        rows: Iterable[PlacedRow] = _ordered(self._chosen(name), split.order)
         if split.subsets:
             rows = list(rows)
         written = self._write(name, rows)
@@ -181,28 +181,27 @@ class _Preparation:
         if not written["rows"]:
             raise UserError(f"{raw.path}: no rows left to write; dropped: {account['dropped'] or 'no rows'}")
         entry = manifest.how_made(self.study, name, self.input_format) | account | written
-        if moved:
+        if moved := self._moved(name):
             entry["moved"] = {other: len(rows) for other, rows in moved.items()}
         if name == "test":
             entry |= self._subsets(split.subsets, rows, bool(entry["is_the_study_file"]))
         return entry
 
-    def _chosen(self, name: str, gone: set[int]) -> Iterator[PlacedRow]:
+    def _chosen(self, name: str) -> Iterator[PlacedRow]:
         """Rows of a split, without those moved to other splits.
 
         All rows are read, so that the counts are complete.
         """
         split = self.study.data.splits[name]
-        if split.shuffle is not None or name in self.order:
-            order = [position for position in self.order.get(name) or self._positions(name) if position not in gone]
-            order = order if split.shuffle is None else shuffled(order, split.shuffle)
-            yield from self._at(order[: split.sample or split.first], name)
-            return
-        kept = (row for row in self._kept(name) if row[0] not in gone)
-        if split.sample:
-            yield from sample(kept, split.sample, split.seed)
-        yield from islice(kept, split.first)
-        deque(kept, maxlen=0)
+        if name in self.sampled:
+            yield from self._at(self.sampled[name], name)
+        elif split.sample or split.shuffle is not None or name in self.order:
+            yield from self._at(self._selection(name), name)
+        else:
+            gone = {position for positions in self._moved(name).values() for position in positions}
+            kept = (row for row in self._kept(name) if row[0] not in gone)
+            yield from islice(kept, split.first)
+            deque(kept, maxlen=0)
 
     def _account(self, name: str, raw: RawFile) -> Row:
         data, counts = self.study.data, self.counts[name]
@@ -213,7 +212,6 @@ class _Preparation:
         return {
             "source": ", ".join(map(str, raw.paths)),
             "source_sha256": ", ".join(checksums),
-            "source_bytes": sum(path.stat().st_size for path in raw.paths),
             "is_the_study_file": False if wrong else None if None in known else True,
             "read": raw.read,
             "kept": counts[""],
@@ -223,8 +221,9 @@ class _Preparation:
     def _subsets(self, subsets: Mapping[str, Subset], rows: Iterable[PlacedRow], is_study_file: bool) -> Row:
         """Write subsets of test rows; return entries, and reasons for omitted subsets."""
         entry: Row = {"subsets": {}, "left_out": {}}
+        by_position = {row[0]: row for row in rows}
         for key, subset in subsets.items():
-            chosen = choose(subset, self.study.folder, rows)
+            chosen = [by_position[position] for position in choose(subset, self.study.folder, by_position)]
             if subset.positions and not is_study_file:
                 entry["left_out"][key] = "its positions refer to the study's test file, but this is a different file"
             elif len(chosen) < subset.rows and not subset.positions:
@@ -255,16 +254,16 @@ def _ordered(rows: Iterable[PlacedRow], order: Order | None) -> Iterator[PlacedR
     yield from rows
 
 
-def sample(rows: Iterable[PlacedRow], size: int, seed: int) -> list[PlacedRow]:
-    """Sample `size` rows uniformly, in raw order; all rows if there are fewer."""
+def sample(positions: Iterable[int], size: int, seed: int) -> list[int]:
+    """Sample `size` positions uniformly, in ascending order; all if there are fewer."""
     chance = random.Random(seed)
-    chosen: list[PlacedRow] = []
-    for count, row in enumerate(rows, start=1):
+    chosen: list[int] = []
+    for count, position in enumerate(positions, start=1):
         if len(chosen) < size:
-            chosen.append(row)
+            chosen.append(position)
         elif (place := chance.randrange(count)) < size:
-            chosen[place] = row
-    return sorted(chosen, key=lambda row: row[0])
+            chosen[place] = position
+    return sorted(chosen)
 
 
 def shuffled(positions: list[int], seed: int) -> list[int]:
@@ -274,10 +273,8 @@ def shuffled(positions: list[int], seed: int) -> list[int]:
     return [positions[place] for place in numpy.random.default_rng(seed).permutation(len(positions))]
 
 
-def choose(subset: Subset, folder: Path, rows: Iterable[PlacedRow]) -> list[PlacedRow]:
-    """Choose a subset's rows: a sample, or rows at listed positions, in list order."""
+def choose(subset: Subset, folder: Path, positions: Collection[int]) -> list[int]:
+    """Choose positions for a subset of test rows: a sample, or those listed, in list order."""
     if subset.positions is None:
-        return sample(rows, subset.rows, subset.seed or 0)
-    by_position = {row[0]: row for row in rows}
-    positions = read_json(folder / subset.positions)["rows"]
-    return [by_position[position] for position in positions if position in by_position]
+        return sample(positions, subset.rows, subset.seed or 0)
+    return [position for position in read_json(folder / subset.positions)["rows"] if position in positions]

@@ -274,9 +274,7 @@ def preparation(path: str) -> str | None:
         if Path(path).name not in {f"{split}.jsonl" for split in (*study.data.splits, *study.data.subsets)}:
             continue
         of_format = "" if name == next(iter(study.data.formats)) else f" --input-format {name}"
-        there = all(study.data.sources[name].is_own for name in study.data.missing(study.data.raw_files))
-        first = "" if there else f"`recipe data fetch {study.data.key}` and "
-        return f"{first}`recipe data prepare --study {study.folder.name}{of_format}`"
+        return f"`recipe data fetch {study.data.key}` and `recipe data prepare --study {study.folder.name}{of_format}`"
     return None
 
 

@@ -109,7 +109,7 @@ def test_a_split_of_another_data_set_has_expressions_of_its_own(tmp_path):
         {"input": "1+1", "output": "2", "idx": 0, "kind": ""},
         {"input": "2\n+2", "output": "4", "idx": 1, "kind": "a, b"},
     ]
-    assert split["source_bytes"] == (tmp_path / "test.csv").stat().st_size
+    assert split["source_sha256"] == files.sha256(tmp_path / "test.csv")
 
 
 def test_a_split_of_several_files_has_their_rows_in_order_and_their_names(tmp_path):
@@ -142,7 +142,7 @@ def test_rows_are_the_same_from_every_kind_of_file(tmp_path, name, content):
     sources = {name: {"url": "https://example.org/a"}, "train.jsonl": None}
     of_study = sums(tmp_path, {"data > sources": sources, "data > splits": {"train": {"from": name}, "valid": None}})
     (tmp_path / name).write_bytes(content)
-    assert prepared(of_study)["train"]["source_bytes"] == len(content)
+    assert prepared(of_study)["train"]["read"] == 20
     assert numbers(of_study, "train") == list(range(20))
 
 
