@@ -161,9 +161,8 @@ def _notes(pairs: Sequence[Pair], parameters: NumberParameters) -> Iterator[str]
     for name, texts, read in sides:
         unread = [text for text in texts if read(text, parameters) is None]
         if unread:
-            marked = sum(_marker(text, parameters.sought) is not None for text in unread)
-            why = f"{marked} contain {' or '.join(map(repr, parameters.sought))}; as in {unread[0].rstrip()[-30:]!r}"
-            yield f"{len(unread)} of {len(pairs)} {name} have no number, so their rows score 0 ({why}){remedy}"
+            example = f"as in {unread[0].rstrip()[-30:]!r}; the markers are {' or '.join(map(repr, parameters.sought))}"
+            yield f"{len(unread)} of {len(pairs)} {name} have no number, so their rows score 0 ({example}){remedy}"
 
 
 class GroupParameters(Parameters):

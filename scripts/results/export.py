@@ -51,8 +51,7 @@ def export_predictions(of_study: Study, rows: Sequence[Row]) -> list[Path]:
     """Write records of published predictions to the current folder.
 
     Args:
-        rows: scores from `stages.score_predictions`; only scores on the same test set as
-            the published ones are recorded.
+        rows: scores from `stages.score_predictions`.
     """
     files = []
     owners = of_study.published | {baseline.name: baseline for baseline in of_study.baselines}
@@ -60,9 +59,9 @@ def export_predictions(of_study: Study, rows: Sequence[Row]) -> list[Path]:
         owner = owners[name]
         test_set = owner.test_set if isinstance(owner, Baseline) else of_study.data.test_set
         assert owner.predictions
-        read = published.read(of_study, owner.predictions, owner.predictions.test_set or test_set)
+        read = published.read(of_study, owner.predictions, test_set)
         pairs = b"".join(orjson.dumps([row["reference"], row["prediction"]]) + b"\n" for row in read)
-        scored = [row for row in of_owner if row["test_set"] == test_set]
+        scored = list(of_owner)
         record = ledger.Record.model_validate(
             {
                 "made": datetime.now(UTC).date(),

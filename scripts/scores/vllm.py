@@ -51,15 +51,14 @@ def require(settings: EvaluationSettings, on_gpu: bool) -> None:
         UserError: vLLM is not installed, is installed for another kind of machine, or cannot serve the adapter.
     """
     if not (ENVIRONMENT / "bin" / "python").exists() or not list(ENVIRONMENT.glob(".*.lock")):
-        how = f"is not installed in {ENVIRONMENT}; run `make vllm`"
         raise UserError(
-            f"--engine vllm: vLLM {how if paths.LOCK.is_file() else 'needs a checkout of this project'}; or start a "
-            "vLLM server yourself, and name its address with --engine"
+            f"--engine vllm: vLLM is not installed in {ENVIRONMENT}; run `make vllm` in a checkout of this project, or "
+            "start a vLLM server yourself, and name its address with --engine"
         )
     if on_gpu == for_cpu():
         raise UserError(
-            f"--engine vllm: {ENVIRONMENT} has vLLM for {'CPUs' if on_gpu else 'GPUs'}, but the evaluation runs on "
-            f"{'a GPU' if on_gpu else 'the CPU'}; run `make vllm VLLM_LOCK={_lock(on_gpu)}`"
+            f"--engine vllm: {ENVIRONMENT} has vLLM for another kind of processor; run `make vllm "
+            f"VLLM_LOCK={_lock(on_gpu)}`"
         )
     if settings.adapter_sha256 and (reason := _unservable(Path(settings.adapter))):
         raise UserError(f"--engine vllm: cannot serve {settings.adapter}, {reason}; leave --engine out")

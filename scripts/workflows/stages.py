@@ -55,8 +55,7 @@ def score_predictions(
         try:
             fetched = fetch.fetch(data, data.raw, only=data.sources_of(predictions.files))
             verified = all(row["verified"] for row in fetched if row["file"] in predictions.files)
-            own = predictions.test_set or test_set
-            made = published.scores(of_study, predictions, own, scores, models)
+            made = published.scores(of_study, predictions, test_set, scores, models)
             rows += [{"of": name} | row | {"verified": verified} for row in made]
         except (UserError, WorkFailed) as error:
             problems[name] = str(error)
