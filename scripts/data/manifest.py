@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from .. import __version__
-from ..base.files import Row, clear_parts, read_json, sha256, write_json
+from ..base.files import Row, read_json, sha256, write_json
 from .declaration import Subset
 from .study import Study
 
@@ -27,15 +27,14 @@ def lists(out: Path, of_study: Study, file: Path) -> bool:
 
 
 def update(out: Path, of_study: Study, splits: dict[str, Row]) -> Row:
-    """Update splits in the manifest; delete files of subsets that it no longer lists."""
+    """Update splits in the manifest, after deleting files of subsets that it will no longer list."""
     former = entries(out)
-    clear_parts(out / MANIFEST)
-    made_by = f"qlora-recipes {__version__}"
-    manifest = {"made_by": made_by, "study": of_study.folder.name, "splits": former | splits}
-    write_json(out / MANIFEST, manifest)
     if "test" in splits:
         for key in former.get("test", {}).get("subsets", {}).keys() - splits["test"]["subsets"]:
             (out / Path(f"{key}.jsonl").name).unlink(missing_ok=True)  # a subset of earlier test rows
+    made_by = f"qlora-recipes {__version__}"
+    manifest = {"made_by": made_by, "study": of_study.folder.name, "splits": former | splits}
+    write_json(out / MANIFEST, manifest)
     return manifest
 
 

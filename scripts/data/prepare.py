@@ -12,7 +12,7 @@ from pathlib import Path
 import orjson
 
 from ..base.errors import UserError
-from ..base.files import Row, clear_parts, read_json, replacing, sha256
+from ..base.files import Row, read_json, replacing, sha256
 from ..base.machine import LOOK, held
 from ..base.paths import shown
 from . import manifest
@@ -59,9 +59,20 @@ def prepare(
     files = find(raw, of_study.data.raw_files)
     with held(out / PREPARE_LOCK, "another preparation is running", timeout), ExitStack() as stack:
         require_own(out, of_study, out / manifest.MANIFEST)
+        for part in _parts(out):
+            part.unlink()
         splits = _Preparation(of_study, files, input_format, out, stack).splits()
-        stack.close()  # moves the files into place
+        # before the stack moves the files into place: a killed process then leaves only files that the manifest lists
         return manifest.update(out, of_study, splits)
+
+
+def is_unfinished(out: Path) -> bool:
+    """True if a killed process left parts of files in a folder."""
+    return any(_parts(out))
+
+
+def _parts(out: Path) -> Iterator[Path]:
+    return out.glob(".*.json*.part")
 
 
 def require_own(out: Path, of_study: Study, file: Path) -> None:
@@ -237,7 +248,6 @@ class _Preparation:
         """Write a file and return its manifest entry; the stack moves the file into place."""
         file = self.out / f"{name}.jsonl"
         require_own(self.out, self.study, file)
-        clear_parts(file)
         stream = self.stack.enter_context(replacing(file))
         digest, count = hashlib.sha256(), 0
         for _, line, _ in rows:

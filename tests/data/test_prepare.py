@@ -119,6 +119,24 @@ def test_a_second_preparation_in_a_folder_is_refused_and_parts_of_a_killed_one_g
     assert not list((tmp_path / "out").glob(".*.part"))
 
 
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_after_a_kill_while_files_move_into_place_the_same_command_finishes(tmp_path, monkeypatch, moved):
+    raw = write(tmp_path / "raw", "msg-train.jsonl", row("a")), write(tmp_path / "raw", "msg-valid.jsonl", row("b"))
+    out, replace = tmp_path / "out", Path.replace
+    names = iter(range(moved))
+
+    def killed(part: Path, file: Path) -> Path:
+        return replace(part, file) if next(names, None) is not None else file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        prepared([*raw], out)
+    assert len([*out.glob("[!.]*")]) == moved
+    prepared([*raw], out)
+    assert {file.name for file in out.iterdir()} == {"train.jsonl", "valid.jsonl", "manifest.json", ".prepare.lock"}
+    assert not prepare.is_unfinished(out)
+
+
 @pytest.mark.parametrize("name", ["train.jsonl", "manifest.json"])
 def test_a_file_that_the_study_did_not_write_is_not_replaced(tmp_path, name):
     raw, out = write(tmp_path / "raw", "msg-train.jsonl", row("a")), tmp_path / "out"

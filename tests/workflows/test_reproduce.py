@@ -196,6 +196,15 @@ def test_data_that_is_not_the_studys_is_refused_and_left_as_it_is(published_data
     assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+def test_data_whose_preparation_was_killed_is_prepared_again(published_data):
+    reproduce.have_data(published_data, composed("llama-2-7b"))
+    folder = Path("data/codereviewer")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    (folder / "train.jsonl").rename(folder / ".train.jsonl.0123456789abcdef.part")
+    reproduce.have_data(published_data, composed("llama-2-7b"))
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
 def change(folder: Path, split: str, **values: object) -> None:
     manifest = orjson.loads((folder / "manifest.json").read_bytes())
     manifest["splits"][split] |= values
