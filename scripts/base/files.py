@@ -95,9 +95,14 @@ def read_bytes(file: Path) -> bytes:
         return stream.read()
 
 
+def parts_of(file: Path) -> list[Path]:
+    """Temporary files of `replacing` that are written now, or that killed processes left."""
+    return [*file.parent.glob(f".{glob.escape(file.name)}.*.part")]
+
+
 def clear_parts(file: Path) -> None:
     """Remove temporary files that killed processes left; callers hold the folder's lock."""
-    for part in file.parent.glob(f".{glob.escape(file.name)}.*.part"):
+    for part in parts_of(file):
         part.unlink()
 
 

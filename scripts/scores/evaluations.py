@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Container, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from heapq import nsmallest
@@ -12,7 +13,7 @@ import orjson
 from pydantic import AfterValidator, BaseModel, Field, TypeAdapter
 
 from ..base.errors import UserError
-from ..base.files import Row, clear_parts, digest, parse_json, read_bytes, read_rows, replacing
+from ..base.files import Row, digest, parse_json, parts_of, read_bytes, read_rows, replacing, sha256
 from ..base.progress import say_once
 from ..data.study import Decoding
 from ..metrics import registry
@@ -280,12 +281,26 @@ def _damaged[T](file: Path, instead: T) -> T:
 def write(folder: Path, evaluation: Evaluation, rows: Sequence[Row]) -> None:
     """Write predictions and scores together; add the state of the predictions to the evaluation."""
     content = b"".join(orjson.dumps(row) + b"\n" for row in rows)
-    clear_parts(folder / PREDICTIONS)
     with replacing(folder / SCORES) as scores, replacing(folder / PREDICTIONS) as predictions:
         predictions.write(content)
         predictions.flush()
         evaluation.files["predictions"] = FileState.of(Path(predictions.name), hashlib.sha256(content).hexdigest())
         scores.write(evaluation.model_dump_json(indent=1).encode() + b"\n")
+        scores.flush()  # before the predictions move into place, so that `finish_write` finds all of it
+
+
+def finish_write(folder: Path) -> None:
+    """Move scores into place whose predictions a killed process has moved; remove other parts it left.
+
+    Callers hold the folder's lock.
+    """
+    for part in parts_of(folder / SCORES):
+        with suppress(OSError, ValueError):
+            evaluation = Evaluation.model_validate(parse_json(read_bytes(part)))
+            if evaluation.files["predictions"].sha256 == sha256(folder / PREDICTIONS):
+                part.replace(folder / SCORES)
+    for part in (*parts_of(folder / SCORES), *folder.glob(".predictions.*.part")):
+        part.unlink()
 
 
 # Kind of change since an evaluation: `edited` if only the predictions differ, else `stale`.

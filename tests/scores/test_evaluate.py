@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError, WorkFailed
-from qlora_recipes.base.files import Row, sha256, write_rows
+from qlora_recipes.base.files import Row, append_line, sha256, write_rows
 from qlora_recipes.commands.scoring import evaluate_verb
 from qlora_recipes.configs import config, substitution
 from qlora_recipes.configs.datafiles import DataFile
@@ -21,7 +21,7 @@ from qlora_recipes.results import card, run_rows
 from qlora_recipes.results.run_rows import RunResult
 from qlora_recipes.runs.records import FileState, Launch
 from qlora_recipes.runs.rundir import RunDir
-from qlora_recipes.scores import evaluate, score
+from qlora_recipes.scores import evaluate, predict, score
 from qlora_recipes.scores.evaluate import EvaluationRequest, EvaluationTask
 from qlora_recipes.scores.evaluations import (
     ADAPTER,
@@ -303,6 +303,34 @@ def test_edited_predictions_are_not_scored_as_the_adapters(scored):
         scored_again(scored)
     file.write_bytes(before)
     scored_again(scored)
+
+
+@pytest.mark.parametrize("moved", [0, 1])
+def test_after_a_kill_while_new_scores_move_into_place_the_same_command_finishes(scored, monkeypatch, moved):
+    """Scores in two files, of which a kill lets `moved` into place."""
+    folder, replace, files = scored.path, Path.replace, {file.name for file in scored.path.iterdir()}
+    names = iter(["predictions.jsonl"][:moved])
+
+    def killed(part: Path, file: Path) -> Path:
+        return replace(part, file) if next(names, None) == file.name else file
+
+    request = {"adapter": None, "limit": 2, "metrics": ["bertscore:none", "chrf"]}
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        evaluated(scored, **request)
+    assert len([*folder.glob(".*.part")]) == 2 - moved
+    assert "chrf" in evaluated(scored, **request).scores
+    assert {file.name for file in folder.iterdir()} == files
+    assert listed(scored) == (None, True)
+
+
+def test_a_complete_evaluation_removes_what_a_kill_left_of_its_own_predictions(scored):
+    row, *_ = read_predictions(scored.path)
+    part = predict.part_file(scored.path, read_scores(scored.path).settings)
+    for position, is_left in ((row["row"], False), (999, True)):  # the latter is of a larger --limit
+        append_line(part, orjson.dumps(row | {"row": position}))
+        scored_again(scored)
+        assert part.exists() == is_left
 
 
 def test_a_replaced_adapter_is_not_scored_as_the_runs(scored):
