@@ -2,6 +2,7 @@
 
 import codecs
 import errno
+import fcntl
 import glob
 import hashlib
 import os
@@ -12,7 +13,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
@@ -31,23 +32,50 @@ _MOST_LEVELS = 100  # of JSON; rows and records have fewer than ten
 def replacing(file: Path) -> Iterator[IO[bytes]]:
     """Yield a temporary file; it replaces `file` if the block ends without an error.
 
-    After an error, the temporary file is removed. The folder is created if necessary. Special files such as /dev/stdout
-    are written directly.
+    After an error, the temporary file is removed; the next call removes those of killed processes. The folder is
+    created if necessary. Special files such as /dev/stdout are written directly.
     """
     if file.exists() and not file.is_file():
         with naming(file), file.open("wb") as stream:
             yield stream
         return
-    part = file.with_name(f".{file.name}.{secrets.token_hex(8)}.part")  # containers can share a folder and process ids
     with naming(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with part.open("xb") as stream:
-                yield stream
-            part.replace(file)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
+        _remove_abandoned(file)
+        with _locked_part(file) as part:
+            try:
+                with part.open("wb") as stream:
+                    yield stream
+                part.replace(file)
+            except BaseException:
+                part.unlink(missing_ok=True)
+                raise
+
+
+@contextmanager
+def _locked_part(file: Path) -> Iterator[Path]:
+    """Temporary file beside a file, locked so that `_remove_abandoned` of other processes leaves it."""
+    while True:
+        part = file.with_name(f".{file.name}.{secrets.token_hex(8)}.part")  # containers can share folders and pids
+        with part.open("xb") as lock:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.fstat(lock.fileno()).st_nlink:  # else another process has removed it before it was locked
+                yield part
+                return
+
+
+def _remove_abandoned(file: Path) -> None:
+    """Remove temporary files that killed processes left beside a file."""
+    for part in parts_of(file):
+        with suppress(OSError), reading(part) as stream:  # OSError: a process that writes it holds the lock
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink()
+
+
+def parts_of(file: Path) -> list[Path]:
+    """Temporary files of `replacing` beside a file, being written or left by killed processes."""
+    return [*file.parent.glob(f".{glob.escape(file.name)}.*.part")]
 
 
 def opened(file: Path, mode: str) -> IO[bytes]:
@@ -93,17 +121,6 @@ def read_bytes(file: Path) -> bytes:
     """
     with reading(file) as stream:
         return stream.read()
-
-
-def parts_of(file: Path) -> list[Path]:
-    """Temporary files of `replacing` that are written now, or that killed processes left."""
-    return [*file.parent.glob(f".{glob.escape(file.name)}.*.part")]
-
-
-def clear_parts(file: Path) -> None:
-    """Remove temporary files that killed processes left; callers hold the folder's lock."""
-    for part in parts_of(file):
-        part.unlink()
 
 
 def parse_json(text: bytes) -> Any:

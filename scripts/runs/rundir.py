@@ -13,7 +13,7 @@ import orjson
 from pydantic import TypeAdapter, ValidationError
 
 from ..base.errors import UserError, meant
-from ..base.files import Row, clear_parts, parse_json, read_bytes, read_json, reading, write_atomically, write_json
+from ..base.files import Row, parse_json, read_bytes, read_json, reading, write_atomically, write_json
 from ..base.machine import LOCK_TIMEOUT, held, is_held
 from ..base.progress import say, say_once
 from ..base.yamlfiles import read_yaml
@@ -122,7 +122,7 @@ class RunDir:
 
     @contextmanager
     def held(self) -> Iterator[int]:
-        """Lock the run, and remove half-written copies of run.json; child processes can inherit the lock.
+        """Lock the run; child processes can inherit the lock.
 
         Raises:
             UserError: another process has the lock, or a link leads to a folder outside the run.
@@ -130,7 +130,6 @@ class RunDir:
         self.refuse_links()
         busy = f"the run is still running; `recipe cancel {self.path}` stops it at a checkpoint"
         with held(self.path / ".lock", busy) as lock:
-            clear_parts(self._json)
             yield lock
 
     def read_metrics(self, since: int = 0) -> list[Row]:

@@ -1,6 +1,7 @@
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -19,6 +20,33 @@ def test_a_device_is_written_to_and_stays_one(tmp_path):
     assert pipe.is_fifo() and os.read(reader, 100) == b'{"a":1}\n'
     os.close(reader)
     assert [file.name for file in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_what_a_killed_process_left_of_a_file_goes_with_the_next_one_and_what_is_written_now_stays(tmp_path):
+    file, other = tmp_path / "[a].json", tmp_path / ".b.json.0123456789abcdef.part"
+    (tmp_path / ".[a].json.0123456789abcdef.part").write_text("half")
+    other.touch()
+    with replacing(file) as first:
+        first.write(b"first")
+        with replacing(file) as second:
+            second.write(b"second")
+        assert file.read_bytes() == b"second"
+    assert file.read_bytes() == b"first"
+    assert {*tmp_path.iterdir()} == {file, other}
+
+
+def test_a_file_that_another_process_removed_before_its_lock_is_created_again(tmp_path, monkeypatch):
+    flock, calls = files.fcntl.flock, []
+
+    def removed(stream: Any, how: int) -> None:
+        calls.append(stream)
+        if len(calls) == 1:
+            Path(stream.name).unlink()
+        flock(stream, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", removed)
+    write_rows(tmp_path / "a", [{"a": 1}])
+    assert len(calls) == 2 and [*tmp_path.iterdir()] == [tmp_path / "a"]
 
 
 def test_a_full_disk_is_reported_with_the_file_and_other_errors_as_they_are(tmp_path):
