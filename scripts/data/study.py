@@ -217,7 +217,7 @@ def find(name: str | None) -> Study:
         UserError: no study or several studies match.
     """
     folders = {folder.name: folder for folder in paths.studies()}
-    return load(folders[_only(name, folders, "study", "--study")])
+    return load(folders[_only(name, folders, "study")])
 
 
 def every() -> list[Study]:
@@ -250,12 +250,11 @@ def with_data(key: str | None) -> Study:
     return studies[_only(key, studies, "data set")]
 
 
-def _only(name: str | None, choices: Collection[str], what: str, option: str = "") -> str:
+def _only(name: str | None, choices: Collection[str], what: str) -> str:
     if name is not None:
         return meant(name, choices, what)
     if len(choices) != 1:
-        named = f"name the {what}{f' with {option}' if option else ''}"
-        raise UserError(f"there are several: {', '.join(choices)}; {named}" if choices else f"there is no {what}")
+        raise UserError(f"name the {what}: there are {', '.join(choices) or 'none'}")
     return next(iter(choices))
 
 
@@ -303,11 +302,11 @@ def decoding_of(of_study: Study | None, name: str | None) -> Decoding:
     """
     if name is None:
         return of_study.decoding if of_study else OF_NO_STUDY
-    there = of_study.decodings if of_study else {}
-    if name not in there:
-        declared = f"the study declares {', '.join(there)}" if there else "declare it under decodings in study.yaml"
-        raise UserError(f"--decoding {name}: unknown{did_you_mean(name, there)}; {declared}")
-    return there[name]
+    declared = of_study.decodings if of_study else {}
+    if name not in declared:
+        names = ", ".join(declared) or "none"
+        raise UserError(f"--decoding {name}: not declared under decodings in study.yaml, which has {names}")
+    return declared[name]
 
 
 def of_any(recipe: str) -> Study | None:

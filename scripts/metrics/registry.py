@@ -110,7 +110,7 @@ DEFAULT = ("bleu4", "rouge_l", "bertscore_f1", "sacrebleu")
 """Default metrics, for use if neither a study nor --metric names any."""
 _NAME = re.compile("[A-Za-z][A-Za-z0-9_]*")
 _TAKEN = (
-    *("rows", "intervals", "metrics", "notes", "exact", "empty", "repeated", "length_ratio", "bertscore"),
+    *("rows", "intervals", "metrics", "notes", "exact", "empty", "repeated", "bertscore"),
     *("row", "idx", "lang", "group", "reference", "prediction", "prompt", "prompt_token_ids"),
     *("run", "recipe", "variant_of", "study", "state", "jobs", "step", "steps", "ended", "verdict", "differs", "open"),
     *("rehearsal", "test_set", "rows_evaluated", "memory", "time", "member", "values", "runs", "states", "seeds"),

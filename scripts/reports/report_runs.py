@@ -30,7 +30,6 @@ _OTHERS = {
     "exact": "exact matches, share of rows",
     "empty": "empty predictions, share of rows",
     "repeated": "repeated predictions, share of rows",
-    "length_ratio": "length ratio, predicted to reference tokens",
 }
 
 

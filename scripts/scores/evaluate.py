@@ -134,8 +134,6 @@ class EvaluationTask:
             self.columns = registry.asked(request.metrics) or self.columns  # default metrics need answers
             if self.predicts or request.data:
                 raise
-            if (there := read_scores(folder.path)) and there.settings.rows:
-                raise UserError(f"{folder.path}: evaluated on {there.settings.data}; repeat its --data") from None
             say(f"{error}; scoring without rows: {', '.join(self.columns)}")
             source = usual = None
         self.every = evaluation_rows.read(source, folder, self.run, self.cfg) if source else evaluation_rows.NONE
@@ -162,9 +160,9 @@ class EvaluationTask:
         asked = self.request.adapter
         adapter = folder.output if asked is None else Path(asked)
         if asked != BASE and tensor_shapes(adapter / ADAPTER) is None:
-            of_run = "" if asked else f"the run is {self.run.state}; resume it, name another run, or "
             raise UserError(
-                f"{adapter / ADAPTER}: damaged or missing; {of_run}name a checkpoint's folder with --adapter"
+                f"{adapter / ADAPTER}: damaged or missing; the run is {self.run.state}; resume it, or name a "
+                "checkpoint's folder with --adapter"
             )
         if not (folder.output / "tokenizer_config.json").is_file() or "base_model" not in self.cfg:
             raise UserError(f"{folder.path}: has no tokenizer or no base_model; the run is {self.run.state}")

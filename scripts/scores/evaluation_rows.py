@@ -26,6 +26,8 @@ from .evaluations import RowsState, taken
 
 # File in a run folder: rows that only Axolotl can load, each with its data set. The first evaluation writes it.
 KEPT = "evaluation-rows.jsonl"
+WITHOUT_ANSWERS = ("rl", "reward_model", "process_reward_model", "pretraining_dataset")
+"""Config keys of trainings whose rows have no answers."""
 _ELSEWHERE = "name a file of evaluation rows with --data"
 
 
@@ -155,17 +157,14 @@ def require_reference(folder: RunDir, cfg: Config, source: RowSource | None) -> 
     Raises:
         UserError: the rows have no answers, or the source is None.
     """
-    entries = [entry for key, entry in datafiles.datasets(cfg) if source is None or key in source.keys]
-    without_answers = {
-        f"data for rl: {cfg.get('rl')}": cfg.get("rl"),
-        "data for a reward model": cfg.get("reward_model") or cfg.get("process_reward_model"),
-        "data for pretraining": cfg.get("pretraining_dataset"),
-        "completion data": any(str(entry.get("type")).partition(":")[0] == "completion" for entry in entries),
-    }
-    if kind := next((kind for kind, given in without_answers.items() if given), None):
+    key = next((key for key in WITHOUT_ANSWERS if cfg.get(key)), "")
+    for of_dataset, entry in datafiles.datasets(cfg):
+        if str(entry.get("type")).startswith("completion") and (source is None or of_dataset in source.keys):
+            key = f"{of_dataset}.type"
+    if key:
         raise UserError(
-            f"{folder.path}: {kind} has no answers to compare predictions with; `recipe results` shows the eval loss "
-            "if the recipe has test_datasets or val_set_size"
+            f"{folder.path}: rows for {key} have no answers to compare predictions with; `recipe results` shows the "
+            "eval loss if the recipe has test_datasets or val_set_size"
         )
     if source is None:
         raise UserError(

@@ -14,7 +14,6 @@ from ..metrics import registry
 from ..metrics.bertscore import ScorerModel, layer_of, made_by
 from ..metrics.metric import FEWEST, Column
 from ..metrics.registry import Benchmark
-from ..metrics.text import words
 from .evaluations import Evaluation
 
 # Scorer model by column name; None leaves the column out.
@@ -316,14 +315,11 @@ def _mean_of_groups(
     return *(found or (None, None)), []
 
 
-def _shares(rows: Sequence[Row]) -> dict[str, float | None]:
-    """Shares of exact, empty and repeated predictions, and the length ratio."""
-    references, predictions = ([row[key] for row in rows] for key in ("reference", "prediction"))
-    times = Counter(map(str.strip, predictions))
-    reference_words, prediction_words = (len(words("\n".join(texts))) for texts in (references, predictions))
+def _shares(rows: Sequence[Row]) -> dict[str, float]:
+    """Shares of exact, empty and repeated predictions."""
+    times = Counter(row["prediction"].strip() for row in rows)
     return {
         "exact": sum(row["exact"] for row in rows) / len(rows),
         "empty": times[""] / len(rows),
         "repeated": sum(count for text, count in times.items() if text and count > 1) / len(rows),
-        "length_ratio": prediction_words / reference_words if reference_words else None,
     }

@@ -315,8 +315,8 @@ def test_a_data_set_of_other_files_with_a_split(own, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"datasets": [{"path": "a.jsonl", "type": "completion"}], "val_set_size": 0.1}, "completion "),
-        ({"datasets": [{"path": "a.jsonl", "type": "chatml.intel"}], "rl": "dpo"}, "rl: dpo"),
+        ({"datasets": [{"path": "a.jsonl", "type": "completion"}], "val_set_size": 0.1}, "datasets.0.type "),
+        ({"datasets": [{"path": "a.jsonl", "type": "chatml.intel"}], "rl": "dpo"}, "rows for rl have"),
         ({"datasets": None, "pretraining_dataset": [{"path": "a.jsonl"}]}, "pretraining"),
         ({"datasets": [{"path": "a.jsonl", "type": "alpaca"}]}, "val_set_size.* --data.* test_datasets"),
     ],
@@ -324,7 +324,7 @@ def test_a_data_set_of_other_files_with_a_split(own, tmp_path):
 def test_where_there_is_nothing_to_score_that_is_said(own, tmp_path, changes, says):
     write_rows(tmp_path / "a.jsonl", [{"text": "All of it."}])
     run = own(**changes)
-    for named in (None, tmp_path / "a.jsonl") if says == "completion " else (None,):
+    for named in (None, tmp_path / "a.jsonl") if says == "datasets.0.type " else (None,):
         with pytest.raises(UserError, match=says):
             task(run, data=named)
     assert not list(run.path.glob("evaluation*"))
