@@ -23,7 +23,6 @@ class Table:
 
     rows: Sequence[Row]
     title: str | None = None
-    empty: bool = False
     below: Sequence[str] = ()
 
 
@@ -63,17 +62,15 @@ def _cell(value: Any) -> str:
 def print_table(
     rows: Sequence[Row],
     title: str | None = None,
-    empty: bool = False,
     below: Sequence[str] = (),
 ) -> None:
-    """Print a table on stdout, with the columns of all rows; nothing without rows.
+    """Print a table on stdout, with all columns that have a value; nothing without rows.
 
     Values are never cut; only long paths are broken. If the table is too wide for the terminal, the columns `below`
     move below their rows. Then a first column of long names moves above its rows, and the last columns are left out
     and listed.
 
     Args:
-        empty: also show columns without values.
         below: columns of long texts.
     """
     from rich.cells import cell_len
@@ -82,7 +79,7 @@ def print_table(
         return
     width = _width()
     found = dict.fromkeys(chain(*rows))
-    columns = [column for column in found if empty or any(row.get(column) is not None for row in rows)]
+    columns = [column for column in found if any(row.get(column) is not None for row in rows)]
     texts = {column: [*map(harmless, (column, *_column([row.get(column) for row in rows])))] for column in columns}
     widths = {column: max(map(cell_len, texts[column])) for column in columns}
     numbers = {column for column in columns if all(map(_NUMBER.fullmatch, texts[column][1:]))}

@@ -107,7 +107,7 @@ def _show_one(name: str, rehearse: bool, json: bool) -> None:
     if isinstance(thing, Study):
         rows = verdict.rows(thing, paths.runs(), rehearse)
         sweeps = [sweep for sweep in recorded_sweeps().values() if sweep.rehearsal == rehearse]
-        best = sweep_results.best_rows(thing, sweeps, rows, paths.runs())
+        best = sweep_results.best_rows(thing, sweeps, paths.runs())
         study_tables.show_study(thing, rows, rehearse, json, [*map(sweep_results.best_record, best)])
         if not json:
             sweep_results.show_best(best)

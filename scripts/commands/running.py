@@ -170,7 +170,6 @@ def sweep_verb(
     from ..configs import gpus
     from ..configs.compose import Request, is_rehearsal
     from ..data import study
-    from ..results import verdict
     from ..scores.evaluate import EvaluationRequest
     from ..workflows import reproduce, sweep, sweep_results
 
@@ -193,7 +192,7 @@ def sweep_verb(
     )
     runs, best = paths.runs(), []
     if of_study:
-        best = sweep_results.best_rows(of_study, records, verdict.rows(of_study, runs, request.rehearse), runs)
+        best = sweep_results.best_rows(of_study, records, runs)
     rows = [sweep_results.record(row) for record in records for row in sweep_results.rows(record, runs)]
 
     def show() -> None:
@@ -224,7 +223,7 @@ def end(
         steps = [step | {"problem": result.problem} for step, result in zip(steps, results, strict=True)]
         tables.print_json(head | {"steps": steps, "results": rows})
     else:
-        tables.print_table(steps, empty=True, below=["run"])
+        tables.print_table(steps, below=["run"])
         print()
         show()
     for result in results:
@@ -297,7 +296,7 @@ def reproduce_verb(
     else:
         results = reproduce.reproduce(of_study, request, only or [], evaluation, backend, seeds)
     rows = verdict.rows(of_study, paths.runs(), request.rehearse, reproduce.representative_runs(results))
-    records = [verdict.record(row, of_study) for row in rows]
+    records = [verdict.record(row) for row in rows]
     end(results, json, {}, records, lambda: study_tables.show_study(of_study, rows, request.rehearse, json))
     next_step("report" if backend.here else "results", study, *["--rehearse"][: request.rehearse], json=json)
 

@@ -50,9 +50,9 @@ def _known(names: Callable[[], Collection[str]]) -> AfterValidator:
 Positive = Annotated[float, Field(gt=0)]
 Version = Annotated[str, Field(pattern=r"^\d{1,4}(\.\d{1,4}){1,3}((a|b|rc|\.post|\.dev)\d{1,3})?(\+[a-z]{2}\d{0,3})?$")]
 Package = Literal["axolotl", "torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "deepspeed"]
-Profile = Annotated[str, _known(lambda: [file.stem for file in paths.PROFILES.glob("*.yaml")])]
-_UNCHANGING = {MIRROR, *TRACKERS, "ddp", "zero1", "zero2", "zero3", "zero3-offload"}
-"""Profiles that leave the recipe's settings."""
+PROFILES = {MIRROR, *TRACKERS, "ddp", "zero1", "zero2", "zero3", "zero3-offload"}
+"""Profiles of recorded runs, which leave the recipe's settings."""
+Profile = Annotated[str, _known(lambda: PROFILES)]
 
 
 class _Strict(BaseModel):
@@ -78,11 +78,11 @@ class Record(_Strict):
         texts_sha256: hash of references and published predictions as JSON lines; `rows` counts them.
         settings_sha256: hash of the recipe's settings, see `settings_sha256`; like all fields below, only of a run.
         config_sha256: hash of the run's config and data, as in run.json.
-        profiles: shipped profiles merged into the recipe.
+        profiles: profiles of `PROFILES` merged into the recipe.
         gpu: name in gpus.yaml, or a capability such as sm_86.
         values: settings of the cell in study.yaml that the run reproduces; empty for the recipe's own settings.
         seconds: time of the training steps, without evaluation and saving.
-        peak_gib, planned_gib: measured and planned memory of one GPU.
+        peak_gib: measured memory of one GPU.
     """
 
     version: Literal[3] = 3
@@ -106,7 +106,6 @@ class Record(_Strict):
     seed: int | None = None
     seconds: float | None = Field(default=None, ge=0)
     peak_gib: Positive | None = None
-    planned_gib: Positive | None = None
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
@@ -123,13 +122,9 @@ class Record(_Strict):
         return self
 
     @property
-    def departure(self) -> str | None:
-        """Reason why a run does not count for today's recipe, or None."""
-        if changing := set(self.profiles) - _UNCHANGING:
-            return f"profile {', '.join(sorted(changing))}"
-        if self.settings_sha256 and self.settings_sha256 != settings_sha256(self.of):
-            return "recipe changed since"
-        return None
+    def is_outdated(self) -> bool:
+        """True if the recipe's settings have changed since the run."""
+        return self.settings_sha256 is not None and self.settings_sha256 != settings_sha256(self.of)
 
     @property
     def where(self) -> str:
@@ -256,8 +251,8 @@ def _status(of_study: Study, found: Sequence[Record], of: str, values: Config, m
             continue
         if record.invalidated:
             notes.append(f"a record is invalidated {record.invalidated}")
-        elif record.departure:
-            notes.append(f"{record.departure}: {record.where}")
+        elif record.is_outdated:
+            notes.append(f"recipe changed since: {record.where}")
         elif record.outcome != "finished":
             notes.append(f"{record.outcome} on {record.where}")
         elif metric in record.scores:

@@ -20,7 +20,7 @@ from ..base.errors import UserError
 from ..base.machine import now
 from ..base.paths import template_environment
 from ..data.study import Study
-from ..results import study_tables, verdict
+from ..results import listing, study_tables, verdict
 from ..tables import Table
 from ..workflows import sweep_results
 from ..workflows.sweep import Sweep
@@ -54,8 +54,7 @@ def of_runs(runs: Sequence[ReportedRun]) -> str:
     """Report on one run, or on several side by side."""
     if len(runs) == 1:
         return _page(runs[0].run.recipe, f"Run {runs[0].folder.path.name}", runs)
-    title = " and ".join(reported.label for reported in runs) if len(runs) == 2 else f"{len(runs)} runs"
-    return _page(title, "Runs side by side", runs)
+    return _page(f"{len(runs)} runs", "Runs side by side", runs)
 
 
 def of_study(study: Study, rehearsal: bool, runs: Path) -> str:
@@ -68,14 +67,13 @@ def of_study(study: Study, rehearsal: bool, runs: Path) -> str:
     folders = [row.chosen.folder for row in rows if row.chosen]
     name = study.folder.name
     if not folders:
-        kind, option, other = (
-            ("rehearsals", " --rehearse", "") if rehearsal else ("runs", "", "; --rehearse shows rehearsals")
-        )
-        raise UserError(f"{name}: no {kind} in {runs}/; start them with `recipe reproduce {name}{option}`{other}")
+        if rehearsal:
+            raise UserError(f"{name}: no rehearsals; start them with `recipe reproduce {name} --rehearse`")
+        raise UserError(f"{name}: no runs; start them with `recipe reproduce {name}`, or show rehearsals: --rehearse")
     section = Section(
         key="study",
         name="Study",
-        about=f"{study.cited}: {study.paper['title']}." if "title" in study.paper else f"{study.cited}.",
+        about=f"{study.cited}.",
         tables=[_without_empty(table) for table in study_tables.of_rows(study, rows, rehearsal) if table.rows],
         notes=[] if rehearsal else [*study_tables.notes(study, rows)],
         figures=[figure for column in study.table.values() if (figure := draw.study(study, rows, column))],
@@ -89,7 +87,7 @@ def of_sweep(sweep: Sweep, runs: Path) -> str:
     Raises:
         UserError: no member has a run.
     """
-    rows, scored = sweep_results.rows(sweep, runs), sweep_results.columns(sweep, runs)
+    rows = sweep_results.rows(sweep, runs)
     labels = {result.folder: row.member.name for row in rows for result in row.runs}
     if not labels:
         raise UserError(f"{sweep.name}: no member has a run yet; start them with `recipe sweep`")
@@ -97,8 +95,8 @@ def of_sweep(sweep: Sweep, runs: Path) -> str:
         key="sweep",
         name="Trade-offs",
         about=f"{len(rows)} variants of {sweep.recipe}, which differ in {', '.join(sweep.keys)}.",
-        tables=[_without_empty(sweep_results.table_of(sweep, scored, rows))],
-        notes=[*sweep_results.notes(sweep, scored, rows)],
+        tables=[_without_empty(sweep_results.table_of(sweep, rows))],
+        notes=[*sweep_results.notes(sweep, rows)],
         figures=[figure for figure in [draw.sweep(rows)] if figure],
     )
     return _page(sweep.name, f"Sweep of {sweep.recipe}", reported_runs([*labels], [*labels.values()]), section)
@@ -117,7 +115,7 @@ def _page(title: str, kind: str, runs: Sequence[ReportedRun], section: Section |
     reader = report_runs.reader(runs)
     figures = [*training, *(section.figures if section else [])]
     headings = report_runs.headings(runs)
-    overview = [report_runs.overview(reported, headings) for reported in runs]
+    overview = [listing.cells(reported, headings, []) | {"run": reported.label} for reported in runs]
     contents = {
         "overview": "At a glance",
         **({section.key: section.name} if section else {}),

@@ -1,4 +1,4 @@
-"""Figures of a report, for Plotly, with descriptions in words."""
+"""Figures of a report, for Plotly."""
 
 import statistics
 from collections.abc import Iterator, Sequence
@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from itertools import batched
 from typing import Any
 
-from .. import tables
 from ..base.files import Row
 from ..data.study import Study
 from ..metrics.metric import Column
@@ -33,7 +32,6 @@ class Figure:
         y: Plotly y axis.
         note: note for readers.
         layout: other keys of the Plotly layout.
-        says: description in words.
     """
 
     key: str
@@ -43,29 +41,10 @@ class Figure:
     y: Trace
     note: str = ""
     layout: Trace = field(default_factory=dict)
-    says: str = ""
-
-    def __post_init__(self) -> None:
-        self.says = self.says or "; ".join(map(_sentence, self.traces))
 
     def as_json(self) -> Trace:
         """Figure as JSON for the page."""
         return {"title": self.title, "traces": self.traces, "layout": {"xaxis": self.x, "yaxis": self.y} | self.layout}
-
-
-def _sentence(trace: Trace) -> str:
-    """Describe a line by its ends and range, and any other trace by its points."""
-    mode = trace.get("mode", "")
-    order = ("y", "x") if trace.get("orientation") == "h" else ("x", "y")
-    names = trace["text"] if mode.endswith("text") else [None] * len(trace["x"])
-    points = [point for point in zip(*(trace[axis] for axis in order), names, strict=True) if point[1] is not None]
-    if len(points) > 1 and "lines" in mode:
-        first, *_, last = points
-        low, high = (tables.text_of(end(y for _, y, _ in points)) for end in (min, max))
-        span = f"from {tables.text_of(first[1])} at {first[0]} to {tables.text_of(last[1])} at {last[0]}"
-        return f"{trace['name']}: {span}, between {low} and {high}"
-    listed = (f"{name or tables.text_of(x)} {tables.text_of(y)}" for x, y, name in points[:20])
-    return f"{trace['name']}: {', '.join(listed) or 'nothing'}"
 
 
 def _axis(title: str, **more: Any) -> Trace:
@@ -88,29 +67,20 @@ def _scatter(name: str, mode: str, points: Sequence[tuple[Any, Any]], **more: An
     return {"type": "scatter", "mode": mode, "name": name, "x": xs, "y": ys, **more}
 
 
-def _points(name: str, rows: Sequence[tuple[float, float, str]], i: int, **more: Any) -> Trace:
+def _points(
+    name: str, rows: Sequence[tuple[float, float, str]], i: int, symbol: str, mode: str = "markers+text", **more: Any
+) -> Trace:
     """Trace of named points; names are placed alternately above and below their points."""
     return _scatter(
         name,
-        "markers+text",
+        mode,
         [(x, y) for x, y, _ in rows],
         text=[text for _, _, text in rows],
         textposition=[("top center", "bottom center")[place % 2] for place in range(len(rows))],
         cliponaxis=False,
-        marker=_style(i)["marker"] | {"size": 11} | more,
+        marker={"color": COLOURS[i], "symbol": symbol, "size": 11},
+        **more,
     )
-
-
-def _error_bars(points: Sequence[tuple[float, str]], intervals: Sequence[Any]) -> Trace:
-    """Plotly error bars from intervals (low, high); length 0 for a missing interval."""
-    pairs = [(value, within) for (value, _), within in zip(points, intervals, strict=True)]
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [within[1] - value if within else 0 for value, within in pairs],
-        "arrayminus": [value - within[0] if within else 0 for value, within in pairs],
-        "thickness": 1.5,
-    }
 
 
 def _curve(name: str, metrics: Sequence[Row], key: str, i: int, points: bool = False) -> Trace:
@@ -141,17 +111,16 @@ def training(runs: dict[str, list[Row]]) -> Iterator[Figure]:
     rate = _axis("learning rate", exponentformat="e", rangemode="tozero")
     panels = [
         ("rate", "Learning rate", "learning_rate", rate, ""),  # starts at 0, because a constant rate has no range
-        ("load", "GPU utilization", "gpu_utilization", _axis("%", range=[0, 105]), ""),
-        ("load", "CPU load", "cpu_percent", _axis("%", rangemode="tozero"), cpu),
+        ("gpu", "GPU utilization", "gpu_utilization", _axis("%", range=[0, 105]), ""),
+        ("cpu", "CPU load", "cpu_percent", _axis("%", rangemode="tozero"), cpu),
         ("norm", "Gradient norm", "grad_norm", _axis("L2 norm", rangemode="tozero"), ""),
         ("speed", "Throughput", "tokens_per_second", _axis("tokens per second", rangemode="tozero"), speed),
     ]
-    on_gpu = any("gpu_utilization" in record for metrics in runs.values() for record in metrics)
     steps = {name: [record for record in metrics if "loss" in record] for name, metrics in runs.items()}
     for key, title, metric, axis, note in panels:
         curves = [_curve(name, metrics, metric, i) for i, (name, metrics) in enumerate(steps.items())]
         drawn = [curve for curve in curves if curve["x"]]
-        if drawn and not (on_gpu and metric == "cpu_percent"):
+        if drawn:
             yield Figure(key, title, drawn, step, axis, note)
 
 
@@ -162,17 +131,19 @@ _FRONT = (
 
 def sweep(rows: Sequence[SweepRow]) -> Figure | None:
     """Figure of a sweep's members by eval loss and memory, with the Pareto front."""
-    kinds = sorted({row.summary.memory_kind for row in rows if row.summary.memory_kind})
-    points = {(*costs, row.member.name): row for row in rows if (costs := row.costs)}
-    front = sorted(point for point, row in points.items() if row.pareto)
-    others = [point for point, row in points.items() if not row.pareto]
-    line = {"dash": "dot", "color": COLOURS[2], "width": 1.5}
-    traces = [_points("on the Pareto front", front, 2, symbol="diamond") | {"mode": "lines+markers+text", "line": line}]
-    furthest = max((cost for cost, _, _ in points), default=None)
-    beside = ["middle left" if cost == furthest else "middle right" for cost, _, _ in others]
-    traces.append(_points("not on the front", others, 1, symbol="circle-open") | {"textposition": beside})
-    if not points:
+    front, others = [], []
+    for row in rows:
+        if row.costs:
+            points = front if row.pareto else others
+            points.append((*row.costs, row.member.name))
+    if not front and not others:
         return None
+    line = {"dash": "dot", "color": COLOURS[2], "width": 1.5}
+    traces = [
+        _points("on the Pareto front", sorted(front), 2, symbol="diamond", mode="lines+markers+text", line=line),
+        _points("not on the front", others, 1, symbol="circle-open"),
+    ]
+    kinds = sorted({row.summary.memory_kind for row in rows if row.summary.memory_kind})
     x, y = _axis(f"peak GiB ({', '.join(kinds)})"), _axis("Validation loss (lower is better)")
     drawn = [trace for trace in traces if trace["x"]]
     return Figure(f"sweep-memory-{LOSS}", "Validation loss against memory", drawn, x, y, _FRONT if front else "")
@@ -180,31 +151,27 @@ def sweep(rows: Sequence[SweepRow]) -> Figure | None:
 
 def study(of_study: Study, rows: Sequence[StudyRow], column: Column) -> Figure | None:
     """Figure of a study's scores by one metric, with intervals, beside published scores."""
-    names = {row.recipe: row.recipe.removeprefix(f"{of_study.folder.name}/") for row in rows}
-    scores = {names[row.recipe]: row.scores[column.name] for row in rows}
-    ours = [(score.value, name) for name, score in scores.items() if score.value is not None]
+    ours, below, above = [], [], []
+    theirs, spreads = [], []
+    for row in rows:
+        name, score = row.recipe.removeprefix(f"{of_study.folder.name}/"), row.scores[column.name]
+        if score.value is not None:
+            ours.append((score.value, name))
+            below.append(score.value - score.interval.low if score.interval else 0)
+            above.append(score.interval.high - score.value if score.interval else 0)
+        if score.published:
+            theirs.append((float(score.published.value), name))
+            spreads.append(float(score.published.spread or 0))
     if not ours:
         return None
-    within = [scores[name].interval for _, name in ours]
-    errors = _error_bars(ours, [one and (one.low, one.high) for one in within])
     marker = _style(0)["marker"] | {"size": 11}
+    errors = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1.5}
     traces = [_scatter("ours, with its 95 % interval", "markers", ours, marker=marker, error_x=errors)]
-    theirs = {name: score.published for name, score in scores.items() if score.published}
     if theirs:
-        published = [(float(score.value), name) for name, score in theirs.items()]
-        spreads = [
-            score.spread and (float(score.value - score.spread), float(score.value + score.spread))
-            for score in theirs.values()
-        ]
         marker = {"color": COLOURS[1], "symbol": "diamond-open", "size": 12, "line": {"width": 2}}
-        more = {"error_x": _error_bars(published, spreads)} if any(spreads) else {}
-        title = "published, with its ±" if any(spreads) else "published"
-        traces.append(_scatter(title, "markers", published, marker=marker, **more))
-    says = "; ".join(
-        f"{name} {tables.text_of(score.value)}, published {tables.text_of(score.published and score.published.value)}"
-        for name, score in scores.items()
-    )
+        errors = {"type": "data", "array": spreads, "thickness": 1.5}
+        traces.append(_scatter("published, with its ± if known", "markers", theirs, marker=marker, error_x=errors))
     title = f"{column.label} of the study's recipes"
     layout = {"height": 220 + 34 * len(rows)}
     names = {"autorange": "reversed", "type": "category"}
-    return Figure(f"study-{column.name}", title, traces, _axis(column.label), names, "", layout, says)
+    return Figure(f"study-{column.name}", title, traces, _axis(column.label), names, layout=layout)

@@ -17,12 +17,10 @@ from ..configs import config
 from ..configs.config import Difference
 from ..metrics import registry
 from ..metrics.metric import Column
-from ..results import listing
-from ..results.export import planned_gib
 from ..results.run_rows import RunResult
 from ..runs.rundir import RunDir
 from ..scores import evaluations
-from ..scores.evaluations import Evaluation, EvaluationSettings, about_rows, read_predictions
+from ..scores.evaluations import Evaluation, EvaluationSettings, read_predictions
 from ..scores.score import model_record
 
 _OTHERS = {
@@ -99,32 +97,9 @@ class ReportedRun(RunResult):
         return f"{self.run.recipe_file} is missing or has changed since the run; sources come from the present file."
 
     @property
-    def data(self) -> list[Row]:
-        """Data files of the run."""
-        return [
-            {"file": self.from_cwd(file.path), "rows": file.rows, "bytes": f"{file.bytes:,}", "SHA-256": file.sha256}
-            for file in self.run.data
-        ]
-
-    @property
-    def launches(self) -> list[Row]:
-        """Launches of the training."""
-        return [
-            {
-                "started": launch.started,
-                "ended": launch.ended,
-                "exit code": launch.exit_code,
-                "resumed from": launch.resumed_from,
-                "command": " ".join(launch.command),
-            }
-            for launch in self.run.launches
-        ]
-
-    @property
     def records(self) -> dict[str, list[tuple[str, str | None]]]:
-        """Keys and values in the run's files, except values shown in other tables."""
-        apart = {"differences", "of_variant", "data", "launches"}
-        files = {"run.json": self.run.model_dump(exclude=apart)}
+        """Keys and values in the run's files, except differences, which have a table."""
+        files = {"run.json": self.run.model_dump(exclude={"differences", "of_variant"})}
         if self.evaluation:
             files["scores.json"] = self.evaluation.model_dump()
         return {
@@ -153,40 +128,6 @@ def reported_runs(folders: Sequence[RunDir], labels: Sequence[str] | None = None
 def headings(runs: Sequence[ReportedRun]) -> dict[str, Column]:
     """Metrics of runs by heading; different metrics with the same name have different headings."""
     return registry.distinct(column for reported in runs for column in reported.columns.values())
-
-
-def overview(reported: ReportedRun, scored: Mapping[str, Column]) -> Row:
-    """Row for a run in the overview.
-
-    Args:
-        reported: the run.
-        scored: metrics by heading.
-    """
-    run, summary = reported.run, reported.summary
-    loss = summary.eval_loss_per_token
-    return {
-        "run": reported.label,
-        "recipe": run.recipe,
-        "state": run.state,
-        "steps": f"{summary.step} of {summary.max_steps or '?'}",
-        "eval loss, first": summary.eval_loss_per_token_first,
-        "last": loss,
-        listing.AXOLOTL_EVAL_LOSS: summary.eval_loss if loss is None else None,
-        **{
-            heading: reported.score(column) if column.same_scores(reported.columns.get(column.name)) else None
-            for heading, column in scored.items()
-        },
-        "scored": about_rows(reported.evaluation),
-        "planned GiB": planned_gib(reported),
-        "peak GiB": summary.peak_memory,
-        "memory": summary.memory_kind,
-        "tokens/s": summary.tokens_per_second and round(summary.tokens_per_second),
-        "time in steps": f"{summary.train_seconds / 60:.1f} min",
-        "problem": reported.trouble,
-        "evaluation": reported.changed,
-        "other base model": None if run.rehearsal else reported.other_model,
-        "other data": "yes" if reported.other_data and not run.rehearsal else None,
-    }
 
 
 def scores(runs: Sequence[ReportedRun], by_heading: Mapping[str, Column]) -> list[Row]:
@@ -287,12 +228,11 @@ def _columns(
 
 def _diffs(reported: ReportedRun, settings: EvaluationSettings) -> tuple[list[str], str]:
     """Inputs of all rows in the evaluated file, such as diffs, or the reason for their absence."""
-    file = Path(reported.run.cwd, settings.data)
-    name = reported.from_cwd(settings.data)
-    if not file.is_file():
-        return [], f"The inputs are not shown: {name} is not on this machine."
-    if sha256(file) != settings.data_sha256:
-        return [], f"The inputs are not shown: {name} has changed since the evaluation (its SHA-256 differs)."
+    file, name = Path(reported.run.cwd, settings.data), reported.from_cwd(settings.data)
+    if not file.is_file() or sha256(file) != settings.data_sha256:
+        return [], f"The inputs are not shown: {name} is missing or has changed since the evaluation."
     with file.open("rb") as lines:
         inputs = [str(row.get("input", "")) for row in json_rows(lines, file, ())]
-    return (inputs, "") if any(inputs) else ([], "The rows have no field named input.")
+    if not any(inputs):
+        return [], "The rows have no field named input."
+    return inputs, ""

@@ -1,8 +1,8 @@
 """Records of runs and of published predictions: `recipe results --export`."""
 
 import hashlib
+import re
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
@@ -17,11 +17,9 @@ from ..base.errors import UserError
 from ..base.files import Row, write_atomically
 from ..base.progress import say
 from ..configs import config, gpus, ledger
-from ..configs.gpus import ENGINE_KEYS
 from ..data import study
 from ..data.published import Baseline
 from ..data.study import Study
-from ..planning import planner
 from ..runs import launch
 from ..runs.records import Provenance, Run, collect
 from ..runs.rundir import RunDir
@@ -119,8 +117,16 @@ def _adapter(result: RunResult) -> str | None:
 
 
 def _changes(run: Run) -> yamlfiles.Config:
-    """Changed keys that a record does not allow, with the run's values."""
-    return {difference.key: difference.run for difference in run.from_origin if not _allowed(difference)}
+    """Changed settings with the run's values, except those that leave the recipe's meaning."""
+    changes = {}
+    for difference in run.from_origin:
+        key, (how, _, which) = difference.key, difference.why.partition(" ")
+        if how == "--gpus" or (how == "profile" and which in ledger.PROFILES):
+            continue
+        if key == "seed" or config.TRACKING.match(key) or re.fullmatch(r"(test_)?datasets\b.*\.path", key):
+            continue
+        changes[key] = difference.run
+    return changes
 
 
 def _cell_values(run: Run, of_study: Study) -> yamlfiles.Config:
@@ -129,14 +135,6 @@ def _cell_values(run: Run, of_study: Study) -> yamlfiles.Config:
     recipe = yamlfiles.read_yaml(paths.recipe_file(run.origin))
     cell = of_study.cell(run.origin, recipe, changes) if changes else None
     return cell.values if cell else {}
-
-
-def _allowed(difference: config.Difference) -> bool:
-    """True if a record allows this difference from the recipe."""
-    key, (how, _, which) = difference.key, difference.why.partition(" ")
-    of_profile = how == "profile" and (paths.PROFILES / f"{which}.yaml").is_file()
-    is_data = key.partition(".")[0] in ("datasets", "test_datasets") and key.endswith(".path")
-    return of_profile or is_data or how == "--gpus" or key == "seed" or bool(config.TRACKING.match(key))
 
 
 def _revision(made_with: Provenance) -> str | None:
@@ -163,9 +161,7 @@ def record_of_run(result: RunResult) -> ledger.Record:
         "settings_sha256": ledger.settings_sha256(run.origin),
         "config_sha256": run.digest,
         "adapter_sha256": _adapter(result) if finished else None,
-        "profiles": sorted(
-            {change.why.partition(" ")[2] for change in run.from_origin if change.why.startswith("profile ")}
-        ),
+        "profiles": [name for name in run.profiles if name in ledger.PROFILES],
         "revision": _revision(run.provenance),
         "packages": {name: versions[name] for name in get_args(ledger.Package) if versions.get(name)},
         "gpus": run.ranks,
@@ -173,20 +169,17 @@ def record_of_run(result: RunResult) -> ledger.Record:
         "scores": _scores(result, result.study) if finished else {},
         "invalidated": None,
         "outcome": _outcome(run),
+        "stage": "adapter",
     }
-    if run.published_adapter:
-        return ledger.Record.model_validate(content | {"stage": "adapter"})
-    return ledger.Record.model_validate(
-        content
-        | {
+    if not run.published_adapter:
+        content |= {
             "stage": "training",
             "values": _cell_values(run, result.study),
             "seed": yamlfiles.read_yaml(result.folder.config).get("seed", config.AXOLOTL_SEED),
             "seconds": summary.train_seconds,
             "peak_gib": summary.peak_memory,
-            "planned_gib": planned_gib(result),
         }
-    )
+    return ledger.Record.model_validate(content)
 
 
 def _outcome(run: Run) -> str:
@@ -194,17 +187,6 @@ def _outcome(run: Run) -> str:
     if run.state == "failed" and run.launches and run.launches[-1].problem == launch.OUT_OF_MEMORY:
         return launch.OUT_OF_MEMORY
     return run.state
-
-
-def planned_gib(result: RunResult) -> float | None:
-    """Planned memory of a run that uses one process; None for other runs, or without a plan."""
-    # some configs cannot be planned, or were edited after the run
-    with suppress(UserError, AttributeError, TypeError, ValueError):
-        cfg = yamlfiles.read_yaml(result.folder.config)
-        if result.run.ranks == 1 and not any(cfg.get(key) for key in ENGINE_KEYS):
-            capability = (result.run.provenance.get("gpus") or [{}])[0].get("compute_capability")
-            return planner.required_gib(cfg, gpus.find(capability) if capability else None)
-    return None
 
 
 def _scores(result: RunResult, of_study: Study) -> dict[str, ledger.Score]:

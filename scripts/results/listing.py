@@ -59,12 +59,12 @@ def _of_runs(found: Sequence[RunResult], jobs: Mapping[Path, list[str]]) -> Iter
             title = REHEARSALS if rehearsal else "Runs"
             if len(groups) > 1:
                 title += f": {of_study.folder.name}" if of_study else ": of no study"
-            yield Table([_cells(result, columns, jobs[result.folder.path]) for result in group], title, below=_BELOW)
+            yield Table([cells(result, columns, jobs[result.folder.path]) for result in group], title, below=_BELOW)
             if of_study and not rehearsal and not all(result.is_of_something_else for result in group):
                 yield baselines(of_study)
 
 
-def _cells(result: RunResult, columns: Mapping[str, Column], jobs: Sequence[str]) -> Row:
+def cells(result: RunResult, columns: Mapping[str, Column], jobs: Sequence[str]) -> Row:
     """Table cells of a run; only the first metric has a published score and a difference.
 
     Args:
@@ -85,30 +85,30 @@ def _cells(result: RunResult, columns: Mapping[str, Column], jobs: Sequence[str]
         losses = f"{tables.text_of(summary.eval_loss_per_token_first)} → {tables.text_of(summary.eval_loss_per_token)}"
     first, *others = columns
     of_first = scores.get(first)
-    cells: Row = {
+    row: Row = {
         "run": result.folder.path.name,
         "recipe": run.recipe,
         "state": run.state,
         "jobs": "; ".join(jobs) or None,
     }
     if of_first:
-        cells |= {
+        row |= {
             first: of_first.value,
             **{f"{first}, {name}": value for name, value in of_first.decodings.items()},
             "base model": of_first.base_model,
         }
         if not run.rehearsal:
-            cells |= {"published": of_first.published and of_first.published.value, "difference": of_first.difference}
-    cells |= {
+            row |= {"published": of_first.published and of_first.published.value, "difference": of_first.difference}
+    row |= {
         "step": f"{summary.step}/{summary.max_steps or '?'}{early}{kept}",
         "eval loss": losses,
         AXOLOTL_EVAL_LOSS: None if losses else summary.eval_loss,
     }
-    cells |= {heading: scores[heading].value if heading in scores else None for heading in others}
+    row |= {heading: scores[heading].value if heading in scores else None for heading in others}
     for heading, score in scores.items():
         if columns[heading].metric.of_model and score.gain is not None:
-            cells[f"{heading}, gained"] = score.gain
-    return cells | {
+            row[f"{heading}, gained"] = score.gain
+    return row | {
         "rows": result.rows_evaluated,
         "scored": about_rows(result.evaluation),
         "peak GiB": summary.peak_memory,

@@ -41,6 +41,16 @@ class RunScore:
         """Gain over the base model."""
         return None if self.value is None or self.base_model is None else self.value - self.base_model
 
+    def record(self, name: str) -> Row:
+        """JSON fields; their names begin with the metric's name."""
+        return {
+            name: self.value,
+            f"{name}_base_model": self.base_model,
+            f"{name}_published": self.published and float(self.published.value),
+            f"{name}_difference": self.difference,
+            **{f"{name}_{decoding}": value for decoding, value in self.decodings.items()},
+        }
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -217,13 +227,7 @@ def record(result: RunResult, jobs: Iterable[str] = ()) -> Row:
     folder, run, own, summary = result.folder, result.run, result.evaluation, result.summary
     scores: Row = {}
     for name, score in result.scores.items():
-        scores |= {
-            name: score.value,
-            f"{name}_base_model": score.base_model,
-            f"{name}_published": score.published and float(score.published.value),
-            f"{name}_difference": score.difference,
-            **{f"{name}_{decoding}": value for decoding, value in score.decodings.items()},
-        }
+        scores |= score.record(name)
     return {
         "run": str(folder.path),
         "recipe": run.recipe,

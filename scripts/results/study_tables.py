@@ -19,7 +19,7 @@ from .verdict import StudyRow
 
 RECORDS = "Published numbers: submitted records, and cells with other settings"
 COSTS = "Other scores, and costs of the runs"
-CURVES = "Our training loss minus the published one, over the same steps"
+CURVES = "Our training loss minus the published one: mean and largest gap, and its step"
 _HEADINGS = {
     "trainable": "trainable",
     "peak_gpu_memory_gib": "peak GPU GiB",
@@ -35,7 +35,7 @@ def show_study(
     if not rows and not json:
         say("no recipe of the study has been rehearsed yet; run `recipe reproduce` with --rehearse")
         return
-    records = [verdict.record(row, of_study) for row in rows]
+    records = [verdict.record(row) for row in rows]
     if tuned:
         records = [one | {"tuned": [best for best in tuned if best["recipe"] == one["recipe"]]} for one in records]
     if rehearsal:
@@ -60,14 +60,12 @@ def of_rows(of_study: Study, rows: Sequence[StudyRow], rehearsal: bool) -> Itera
             yield Table(
                 [_of_metric(row, column) for row in rows],
                 title,
-                empty=published or not any(row.chosen for row in rows),
                 below=["scored"],
             )
     others = {name: column for name, column in of_study.columns.items() if name not in of_study.table}
-    beside = {key: any(row.costs()[key][1] is not None for row in rows) for key in _HEADINGS}
-    yield Table([_of_costs(row, others, beside) for row in rows], COSTS, empty=True)
-    gaps = [{"recipe": row.recipe, "mean gap": row.gap.mean, "largest gap": row.gap.largest, "at step": row.gap.step,
-             "verdict": row.gap_verdict} for row in rows if row.gap]  # fmt: skip
+    if any(row.chosen for row in rows):
+        yield Table([_of_costs(row, others) for row in rows], COSTS)
+    gaps = [{"recipe": row.recipe, **asdict(row.gap), "verdict": row.gap_verdict} for row in rows if row.gap]
     yield Table(gaps, CURVES)
     if not rehearsal:
         yield baselines(of_study)
@@ -87,20 +85,17 @@ def _of_metric(row: StudyRow, column: Column) -> Row:
         "95 % covers": within and within.method,
         "scored": row.chosen and about_rows(row.chosen.evaluation),
         **score.decodings,
-        **({"by": score.model} if column.metric.judged else {}),
+        "by": score.model,
     }
 
 
-def _of_costs(row: StudyRow, others: Mapping[str, Column], beside: Mapping[str, bool]) -> Row:
+def _of_costs(row: StudyRow, others: Mapping[str, Column]) -> Row:
     """Table cells of a study's row: costs, and scores by metrics that are not in `Study.table`."""
     cells: Row = {"recipe": row.recipe}
     cells |= {column.label: row.scores[name].value for name, column in others.items()}
     cells["eval loss"] = row.chosen and row.chosen.summary.eval_loss_per_token
     for key, (ours, published) in row.costs().items():
-        if beside[key] or key in ("peak_gpu_memory_gib", "tokens_per_second"):
-            cells[_HEADINGS[key]] = _whole(ours)
-        if beside[key]:
-            cells[f"{_HEADINGS[key]}, published"] = _whole(published)
+        cells |= {_HEADINGS[key]: _whole(ours), f"{_HEADINGS[key]}, published": _whole(published)}
     return cells | {"GPU hours": row.gpu_hours}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..base import paths, yamlfiles
 from ..base.files import Row
-from ..configs import config, datafiles
+from ..configs import config
 from ..configs.compose import REHEARSAL, TRACKERS
 from ..configs.numerics import departures
 from ..data.published import ROUNDING, TRAIN_LOSS, Measured, Published, PublishedScore, rounding
@@ -220,23 +220,17 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return fmean(known) if known else None
 
 
-def record(row: StudyRow, of_study: Study) -> Row:
+def record(row: StudyRow) -> Row:
     """Flat JSON record of a row; the keys of a metric begin with the metric's name."""
     chosen = row.chosen
-    own = chosen.evaluation if chosen else None
     scores: Row = {}
     for name, score in row.scores.items():
         spread = score.published.spread if score.published else None
+        scores |= score.record(name) | repeats.interval_cells(name, score.interval)
         scores |= {
-            name: score.value,
-            **repeats.interval_cells(name, score.interval),
-            f"{name}_base_model": score.base_model,
-            f"{name}_published": score.published and float(score.published.value),
             f"{name}_spread": None if spread is None else float(spread),
-            f"{name}_difference": score.difference,
             f"{name}_verdict": score.verdict,
-            **({f"{name}_model": score.model} if of_study.columns[name].metric.judged else {}),
-            **{f"{name}_{decoding}": value for decoding, value in score.decodings.items()},
+            f"{name}_model": score.model,
         }
     costs: Row = {}
     for key, (ours, published) in row.costs().items():
@@ -249,11 +243,7 @@ def record(row: StudyRow, of_study: Study) -> Row:
         "runs": len(row.runs),
         "rehearsal": row.rehearsal,
         "rows": chosen and chosen.rows_evaluated,
-        "rows_total": own and own.settings.total_rows,
-        "test_set": own and own.settings.test_set,
-        "generated_by": own and own.settings.engine,
         **scores,
-        "verdict": row.scores[of_study.first.name].verdict,
         "eval_loss": chosen and chosen.summary.eval_loss_per_token,
         "other_tokens": chosen and chosen.other_tokens,
         **costs,
@@ -287,10 +277,7 @@ def _settings(of_study: Study, recipe: str, chosen: RunResult) -> tuple[list[str
     ]
     differs += departures(paper, ours)
     if run.ranks > 1:
-        rows = run.ranks * datafiles.effective_batch(ours)
-        of_paper_rows = datafiles.effective_batch(paper)
-        steps = "" if rows == of_paper_rows else f", with steps of {rows:g} rows instead of {of_paper_rows:g}"
-        differs.append(f"GPUs: {run.ranks} instead of 1{steps}")
+        differs.append(f"GPUs: {run.ranks} instead of 1")
     left_open = [
         f"{key}: {_in_words(ours[key])} ({sources.get(key, 'Axolotl')})"
         for key in of_study.open_settings

@@ -2,34 +2,29 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from .. import tables
 from ..base import paths, yamlfiles
 from ..base.files import Row
 from ..base.yamlfiles import on_one_line
-from ..configs import config
-from ..data import study
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..results import departures, repeats
 from ..results.listing import REHEARSALS
 from ..results.run_rows import RunResult
-from ..results.verdict import StudyRow
 from ..runs.records import Summary
 from ..scores import evaluation_rows
 from ..scores.evaluations import about_rows
 from ..scores.intervals import Interval
 from ..tables import Table
 from .pipeline import existing_runs
-from .sweep import Sweep, SweepMember, file_of, of_recipe, settings
+from .sweep import Sweep, SweepMember, of_recipe
 
 LOSS = "eval_loss"
-Columns = Mapping[str, Column]
 
 
 @dataclass
@@ -40,10 +35,11 @@ class SweepRow:
         member: the first member.
         runs: existing runs of the members.
         summary: summary of the first finished run, for values that do not depend on the seed.
+        columns: metrics of the sweep's runs; without runs, the recipe's metrics.
         scores: mean over finished runs and 95 % interval by metric, including the eval loss.
         losses: eval losses of the finished runs, by hash of the tokens behind them.
         compared_loss: mean eval loss over the tokens that all members share; None if they share none.
-        published: published scores for the member's settings, by metric; empty if the study has no scores for sweeps.
+        published: published scores for the member's settings, by metric.
         validated: whether the eval loss may select a member: it is known, and comes from rows other than the test rows.
         pareto: whether the row is on the Pareto front over peak memory and eval loss.
     """
@@ -52,9 +48,10 @@ class SweepRow:
     seeds: list[int]
     runs: list[RunResult]
     summary: Summary
+    columns: dict[str, Column]
     scores: dict[str, tuple[float | None, Interval | None]]
     losses: dict[str | None, list[float]]
-    published: dict[str, float | None]
+    published: dict[str, float]
     peak_memory_gib: float | None
     train_seconds: float | None
     validated: bool
@@ -68,32 +65,22 @@ class SweepRow:
         return None if loss is None or self.peak_memory_gib is None else (self.peak_memory_gib, loss)
 
 
-def columns(sweep: Sweep, runs: Path) -> dict[str, Column]:
-    """Metrics of a sweep's runs; without runs, the recipe's metrics."""
-    found: dict[str, Column] = {}
-    for result in _results(sweep, runs).values():
-        found |= result.columns
-    return found or of_recipe(sweep.recipe)
-
-
-def _results(sweep: Sweep, runs: Path) -> dict[str, RunResult]:
-    """Results of a sweep's runs by member digest."""
-    of_digest = existing_runs(runs, sweep.recipe)
-    return {m.digest: RunResult(*of_digest[m.digest]) for m in sweep.members if m.digest in of_digest}
-
-
 def rows(sweep: Sweep, runs: Path) -> list[SweepRow]:
     """Return one row per member name, with measurements of finished runs.
 
     Rows without separate validation data are not on the Pareto front: a loss on test rows must not select members.
     Losses are compared within the same tokens, thus seed by seed if the seed decides which rows are held out.
     """
-    scored = columns(sweep, runs)
-    results = _results(sweep, runs)
-    by_name = [list(of_name) for _, of_name in itertools.groupby(sweep.members, key=lambda member: member.name)]
-    compared = [
-        _row(sweep, of_name, [results[m.digest] for m in of_name if m.digest in results], scored) for of_name in by_name
-    ]
+    existing = existing_runs(runs, sweep.recipe)
+    results = {m.digest: RunResult(*existing[m.digest]) for m in sweep.members if m.digest in existing}
+    columns: dict[str, Column] = {}
+    for result in results.values():
+        columns |= result.columns
+    columns = columns or of_recipe(sweep.recipe)
+    compared = []
+    for _, of_name in itertools.groupby(sweep.members, key=lambda member: member.name):
+        members = list(of_name)
+        compared.append(_row(sweep, members, [results[m.digest] for m in members if m.digest in results], columns))
     of_members = [set(row.losses) for row in compared if row.losses]
     shared = set.intersection(*of_members) if of_members else set()
     for row in compared:
@@ -104,25 +91,18 @@ def rows(sweep: Sweep, runs: Path) -> list[SweepRow]:
     return compared
 
 
-def _published(sweep: Sweep, member: SweepMember, results: Sequence[RunResult]) -> dict[str, float | None]:
-    """Published scores for a member's settings; empty if the study has no scores for sweeps."""
-    file = file_of(sweep.recipe)
-    if sweep.rehearsal or not file:
+def _published(sweep: Sweep, results: Sequence[RunResult]) -> dict[str, float]:
+    """Published scores for the settings of a member's runs; empty without runs or published cells."""
+    of_study = results[0].study if results else None
+    if sweep.rehearsal or not of_study:
         return {}
-    origin = config.origin_of(sweep.recipe, file) or ""
-    of_study = study.of_any(origin)
-    if not of_study or not any(published.cells for published in of_study.published.values()):
-        return {}
-    recipe = yamlfiles.read_yaml(paths.recipe_file(origin))
-    if results:  # their settings include profiles
-        changes = departures.other_settings(results[0].run)
-    else:
-        differing = config.differences(recipe, yamlfiles.read_yaml(file) | member.values)
-        changes = {key: value for key, (_, value) in differing.items() if not config.TRACKING.match(key)}
+    run = results[0].run
+    changes = departures.other_settings(run)
     changes.pop(repeats.SEED, None)
-    cell = of_study.cell(origin, recipe, changes)
-    scores = cell.scores if cell else {}
-    return {key: fmean(scores[key]) if key in scores else None for key in of_study.columns}
+    cell = of_study.cell(run.origin, yamlfiles.read_yaml(paths.recipe_file(run.origin)), changes)
+    if cell is None:
+        return {}
+    return {name: fmean(scores) for name, scores in cell.scores.items()}
 
 
 def on_front(own: tuple[float, float] | None, all_costs: Sequence[tuple[float, float] | None]) -> bool:
@@ -131,12 +111,14 @@ def on_front(own: tuple[float, float] | None, all_costs: Sequence[tuple[float, f
     return own is not None and not any(rival[0] <= own[0] and rival[1] <= own[1] for rival in rivals if rival)
 
 
-def _row(sweep: Sweep, members: Sequence[SweepMember], results: list[RunResult], scored: Columns) -> SweepRow:
+def _row(
+    sweep: Sweep, members: Sequence[SweepMember], results: list[RunResult], columns: dict[str, Column]
+) -> SweepRow:
     """Row for members with the same name."""
     done = [result for result in results if result.run.state == "finished"]
     of_study = done[0].study if done and not sweep.rehearsal else None
     scores: dict[str, tuple[float | None, Interval | None]] = {}
-    for name in (LOSS, *scored):
+    for name in (LOSS, *columns):
         found = [(result, value) for result in done if (value := _score(result, name)) is not None]
         known = of_study.repeats(done[0].run.origin, name) if of_study else []
         mean = fmean(value for _, value in found) if found else None
@@ -150,9 +132,10 @@ def _row(sweep: Sweep, members: Sequence[SweepMember], results: list[RunResult],
         seeds=[member.seed for member in members if member.seed is not None],
         runs=results,
         summary=done[0].summary if done else Summary(),
+        columns=columns,
         scores=scores,
         losses=losses,
-        published=_published(sweep, members[0], results),
+        published=_published(sweep, results),
         peak_memory_gib=max((r.summary.peak_memory for r in done if r.summary.peak_memory), default=None),
         train_seconds=fmean(result.summary.train_seconds for result in done) if done else None,
         validated=scores[LOSS][0] is not None
@@ -185,19 +168,18 @@ def record(row: SweepRow) -> Row:
         "trainable": row.summary.trainable_parameters,
         "train_seconds": row.train_seconds,
         "tokens_per_second": row.summary.tokens_per_second,
-        **{f"{name}_published": value for name, value in row.published.items()},
+        **{f"{name}_published": row.published.get(name) for name in row.scores},
         "pareto": row.pareto,
     }
 
 
 def show(sweep: Sweep, json: bool) -> None:
-    """Print the rows of a sweep, with its first metric in the table."""
-    found, scored = rows(sweep, paths.runs()), columns(sweep, paths.runs())
-    first = dict(itertools.islice(scored.items(), 1))
-    tables.show(json, map(record, found), [table_of(sweep, first, found)], notes(sweep, scored, found))
+    """Print the rows of a sweep."""
+    found = rows(sweep, paths.runs())
+    tables.show(json, map(record, found), [table_of(sweep, found)], notes(sweep, found))
 
 
-def notes(sweep: Sweep, scored: Columns, rows: Sequence[SweepRow]) -> Iterator[str]:
+def notes(sweep: Sweep, rows: Sequence[SweepRow]) -> Iterator[str]:
     """Notes below the table."""
     if any(row.pareto for row in rows):
         yield f"front: on the Pareto front over peak memory and {LOSS}"
@@ -208,20 +190,20 @@ def notes(sweep: Sweep, scored: Columns, rows: Sequence[SweepRow]) -> Iterator[s
     if any(row.member.planned_gib is not None for row in rows):
         measured = "; measured memory is that of the rehearsal's process on the CPU" if sweep.rehearsal else ""
         yield f"Planned memory is that of the recipe on a GPU{measured}."
-    methods = dict.fromkeys(within.method for row in rows for name in scored if (within := row.scores[name][1]))
+    methods = dict.fromkeys(within.method for row in rows for _, within in row.scores.values() if within)
     if methods:
         yield f"Intervals: {'; '.join(methods)}."
 
 
-def table_of(sweep: Sweep, scored: Columns, rows: Sequence[SweepRow]) -> Table:
-    """Table of the members with the given metrics."""
+def table_of(sweep: Sweep, rows: Sequence[SweepRow]) -> Table:
+    """Table of the members."""
     title = f"{sweep.name}: {sweep.recipe}{f'. {REHEARSALS}' if sweep.rehearsal else ''}"
-    return Table([_cells(sweep, scored, row) for row in rows], title, below=["scored"])
+    return Table([_cells(sweep, row) for row in rows], title, below=["scored"])
 
 
-def _cells(sweep: Sweep, scored: Columns, row: SweepRow) -> Row:
+def _cells(sweep: Sweep, row: SweepRow) -> Row:
     """Table cells of a row: varying values, scores, the first score's interval, and costs."""
-    first, *others = scored.values()
+    first, *others = row.columns.values()
     member = row.member
     values = {
         key: on_one_line(member.values.get(key))
@@ -244,32 +226,28 @@ def _cells(sweep: Sweep, scored: Columns, row: SweepRow) -> Row:
         "front": "*" if row.pareto else None,
         "95 %": [within.low, within.high] if within else None,
         "scored": about_rows(row.runs[0].evaluation) if row.runs else None,
-        **{column.label: row.scores[column.name][0] for column in others},
         "minutes": None if row.train_seconds is None else f"{row.train_seconds / 60:.1f}",
+        **{column.label: row.scores[column.name][0] for column in others},
     }
 
 
 @dataclass(frozen=True)
 class BestRow:
-    """Best member of a sweep, and the unchanged recipe for comparison.
+    """Best member of a sweep.
 
     Attributes:
-        column: the metric of the scores.
+        column: the study's first metric.
         finished: number of finished runs in the sweep.
         best: the member with the lowest eval loss; None if no eval loss may select a member.
-        own: score and interval of the unchanged recipe, from a member or from the run in the study's table.
-        own_values: the unchanged recipe's values of the keys in which members differ.
     """
 
     sweep: Sweep
     column: Column
     finished: int
     best: SweepRow | None
-    own: tuple[float | None, Interval | None]
-    own_values: dict[str, Any]
 
 
-def best_rows(of_study: Study, sweeps: Iterable[Sweep], studied: Sequence[StudyRow], runs: Path) -> list[BestRow]:
+def best_rows(of_study: Study, sweeps: Iterable[Sweep], runs: Path) -> list[BestRow]:
     """Return the best member by eval loss of each sweep over a study's recipe.
 
     Test scores never select a member. Sweeps without a finished run are left out. Unless it is a rehearsal, a sweep is
@@ -278,45 +256,34 @@ def best_rows(of_study: Study, sweeps: Iterable[Sweep], studied: Sequence[StudyR
     Args:
         of_study: the study.
         sweeps: sweeps over any recipes. Either all of them are rehearsals, or none.
-        studied: rows of the study's recipes; if the sweeps are rehearsals, rows of rehearsals.
         runs: folder of all runs.
     """
-    name, order = of_study.first.name, [*of_study.published, *of_study.variants]
-    own_runs = {row.recipe: row for row in studied if row.chosen}
+    order = [*of_study.published, *of_study.variants]
     found = []
     for sweep in sweeps:
-        compared = rows(sweep, runs) if sweep.recipe in order else []
+        if sweep.recipe not in order:
+            continue
+        compared = rows(sweep, runs)
         done = [result for row in compared for result in row.runs if result.run.state == "finished"]
         if not done or (not sweep.rehearsal and any(result.is_of_something_else for result in done)):
             continue
-        selectable = [row for row in compared if row.validated and row.compared_loss is not None]
-        best = min(selectable, key=lambda row: row.compared_loss or 0.0, default=None)
-        recipe = dict(config.flatten(yamlfiles.read_yaml(paths.recipe_file(sweep.recipe))))
-        own_values = {key: recipe.get(key) for key in sweep.keys}
-        own = [
-            row.scores[name]
-            for row in compared
-            if all(row.member.values.get(key) == value for key, value in own_values.items())
-        ]
-        studied_run = own_runs.get(sweep.recipe)
-        if studied_run and not any(key.startswith(tuple(sweep.keys)) for key in studied_run.runs[0].changed_keys):
-            own.append((studied_run.scores[name].value, studied_run.scores[name].interval))
-        found.append(BestRow(sweep, of_study.first, len(done), best, own[0] if own else (None, None), own_values))
+        selectable = {}
+        for row in compared:
+            if row.validated and row.compared_loss is not None:
+                selectable[row.compared_loss] = row
+        best = selectable[min(selectable)] if selectable else None
+        found.append(BestRow(sweep, of_study.first, len(done), best))
     return sorted(found, key=lambda row: (row.sweep.name, order.index(row.sweep.recipe)))
 
 
 def best_record(row: BestRow) -> Row:
     """Row in the JSON output for the best member of a sweep."""
-    name, (value, within) = row.column.name, row.own
     return {
         "recipe": row.sweep.recipe,
         "sweep": row.sweep.label,
         "finished": row.finished,
         "members": len(row.sweep.members),
         "best": record(row.best) if row.best else None,
-        "own_values": row.own_values,
-        f"{name}_own": value,
-        **repeats.interval_cells(f"{name}_own", within),
     }
 
 
@@ -324,8 +291,8 @@ def show_best(found: Sequence[BestRow]) -> None:
     """Print the best members with notes, in one table per sweep name."""
     for name, of_name in itertools.groupby(found, key=lambda row: row.sweep.name):
         cells = [_best_cells(row) for row in of_name]
-        title = f"{name}: best member of each recipe by eval loss, and the recipe with its own values"
-        tables.print_table(cells, title, empty=True, below=["best", "own", "scored"])
+        title = f"{name}: best member of each recipe by eval loss"
+        tables.print_table(cells, title, below=["best", "scored"])
     if without := [row.sweep.label for row in found if not row.best]:
         tables.print_text(
             "no eval loss on validation rows separate from the test rows, or eval losses over different tokens: "
@@ -334,17 +301,14 @@ def show_best(found: Sequence[BestRow]) -> None:
 
 
 def _best_cells(row: BestRow) -> Row:
-    best, (own, own_within) = row.best, row.own
-    value, within = best.scores[row.column.name] if best else (None, None)
-    return {
-        "recipe": row.sweep.recipe,
-        "best": ", ".join(settings({key: best.member.values.get(key) for key in row.own_values})) if best else None,
-        "eval loss": best and best.scores[LOSS][0],
-        row.column.label: value,
-        "95 %": within and [within.low, within.high],
-        "own": ", ".join(settings(row.own_values)),
-        f"{row.column.label}, own": own,
-        "95 %, own": own_within and [own_within.low, own_within.high],
-        "scored": best and about_rows(best.runs[0].evaluation),
-        "finished": f"{row.finished} of {len(row.sweep.members)}",
-    }
+    cells: Row = {"recipe": row.sweep.recipe}
+    if row.best:
+        value, within = row.best.scores[row.column.name]
+        cells |= {
+            "best": row.best.member.name,
+            "eval loss": row.best.scores[LOSS][0],
+            row.column.label: value,
+            "95 %": within and [within.low, within.high],
+            "scored": about_rows(row.best.runs[0].evaluation),
+        }
+    return cells | {"finished": f"{row.finished} of {len(row.sweep.members)}"}

@@ -45,7 +45,7 @@ def test_runs_of_other_seeds_count_as_one(runs):
     assert (row["accuracy_low"], row["accuracy_high"]) == pytest.approx((table.mean() - half, table.mean() + half))
     assert (row["chrf"], row["chrf_interval_method"]) == (20.5, "rows and 3 runs")
     assert (row["chrf_low"], row["chrf_high"]) == pytest.approx((20, 21))  # as for each run, whose rows are not there
-    assert row["verdict"] == verdict.WITHIN
+    assert row["accuracy_verdict"] == verdict.WITHIN
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def read() -> Study:
 
 def row_of(runs: Path, recipe: str = PLAIN) -> dict[str, Any]:
     (found,) = [row for row in verdict.rows(read(), runs, False) if row.recipe == recipe]
-    return verdict.record(found, read())
+    return verdict.record(found)
 
 
 def ran(
