@@ -131,7 +131,8 @@ _FRONT = (
 
 def sweep(rows: Sequence[SweepRow]) -> Figure | None:
     """Figure of a sweep's members by eval loss and memory, with the Pareto front."""
-    front, others = [], []
+    front: list[tuple[float, float, str]] = []
+    others: list[tuple[float, float, str]] = []
     for row in rows:
         if row.costs:
             points = front if row.pareto else others

@@ -155,7 +155,7 @@ def record_of_run(result: RunResult) -> ledger.Record:
     versions = run.provenance.get("packages", {})
     finished = run.state == "finished"
     ended = own.made if own else run.launches[-1].ended if run.launches else None
-    content = {
+    content: Row = {
         "made": (ended or run.created)[:10],
         "of": run.origin,
         "settings_sha256": ledger.settings_sha256(run.origin),
