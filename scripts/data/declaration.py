@@ -65,7 +65,7 @@ class DataSource(SourceFile):
     Attributes:
         url: address of a file or, with `files`, of a zip.
         files: files to extract from the zip, by name without folders. `bytes` is then the approximate size
-            of the zip, which `recipe data fetch` does not check.
+            of the zip; `recipe data fetch` refuses one of twice that size.
         hub: id of a repository on the hub.
         kind: `dataset` (write a split as JSON lines) or `model` (download one file).
         file: file to download from a `model` repository; by default, the file with the name of the source.

@@ -27,6 +27,8 @@ from .declaration import Data, DataSource, SourceFile
 TIMEOUT = (15, 60)  # seconds to wait for a connection, and for the next bytes
 PAUSES = (2, 5, 15, 30, 60)  # seconds before each retry
 CHUNK = 1 << 18  # bytes; a broken connection loses at most one chunk
+MOST_BYTES = 1 << 36  # bytes of a download, if study.yaml does not declare its size
+MOST_RATIO = 100  # times the size of a zip: size of a file in it, if study.yaml does not declare that
 RECORD = "fetched.json"
 DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, UnicodeError)  # errors that zipfile raises
 
@@ -73,9 +75,17 @@ def fetch(data: Data, out: Path, only: Collection[str] | None = None) -> list[Ro
             shutil.rmtree(left, ignore_errors=True)
         for name in missing:
             with tempfile.TemporaryDirectory(dir=out, prefix=".fetching-") as staging:
-                rows[name] = _fetched(name, data, out, Path(staging))
-            files = [row for of_source in rows.values() for row in of_source]
-            write_json(out / RECORD, {"made_by": f"qlora-recipes {__version__}", "files": files})
+                found = _fetched(name, data, out, Path(staging))
+                rows[name] = [row for row, _ in found]
+                files = [row for of_source in rows.values() for row in of_source]
+                # before the files move into place: a killed process then leaves only files that the record lists
+                write_json(out / RECORD, {"made_by": f"qlora-recipes {__version__}", "files": files})
+                for row, path in found:
+                    (out / row["file"]).parent.mkdir(parents=True, exist_ok=True)
+                    path.replace(out / row["file"])
+            part = out / f"{name}.part"
+            for file in (part, _version_file(part)):
+                file.unlink(missing_ok=True)
         return [row for name in wanted for row in rows[name]]
 
 
@@ -125,13 +135,13 @@ def _verified(name: str, file: Path, known: SourceFile) -> Row:
     return row
 
 
-def _fetched(name: str, data: Data, out: Path, staging: Path) -> list[Row]:
-    """Fetch a source; return table rows of its verified files."""
+def _fetched(name: str, data: Data, out: Path, staging: Path) -> list[tuple[Row, Path]]:
+    """Fetch a source; return table rows of its verified files, with the places where these are."""
     source = data.sources[name]
     part = out / f"{name}.part"
     try:
         if source.url:
-            download(source.url, part)
+            download(source.url, part, _most_bytes(source))
             found = {name: part}
         else:
             with _hub_errors(str(source.hub)):
@@ -139,24 +149,18 @@ def _fetched(name: str, data: Data, out: Path, staging: Path) -> list[Row]:
         if source.files:
             found = _extracted(found[name], source, staging)
         files = source.files or {name: source}
-        rows = [_verified(member, path, files[member]) for member, path in found.items()]
+        return [(_verified(member, path, files[member]), path) for member, path in found.items()]
     except (Rejected, RuntimeError, *DAMAGED_ZIP) as error:  # RuntimeError: unknown encryption or compression
         aside = ""
         if part.exists():
             aside = f"; moved to {part.replace(part.with_suffix('.rejected'))}; the next fetch starts over"
-            _version_file(part).unlink()
+            _version_file(part).unlink(missing_ok=True)
         raise UserError(f"{part}: {error}{aside}") from None
     except (UserError, WorkFailed) as error:
         raise type(error)(
             f"{error}; or run `recipe data fetch {data.key}` on another machine and copy the folder to {out}, or give "
             f"files from {data.source or data.name} to `recipe data prepare`"
         ) from None
-    for member, path in found.items():
-        (out / member).parent.mkdir(parents=True, exist_ok=True)
-        path.replace(out / member)
-    for file in (part, _version_file(part)):
-        file.unlink(missing_ok=True)
-    return rows
 
 
 def _from_hub(name: str, source: DataSource, file: Path) -> Path:
@@ -190,9 +194,24 @@ def _extracted(file: Path, source: DataSource, staging: Path) -> dict[str, Path]
         if wrong := [name for name, found in members.items() if len(found) != 1]:
             raise Rejected(f"{', '.join(wrong)}: missing from the zip, or present twice")
         for name, (member,) in members.items():
+            known = (source.files or {})[name].bytes
+            _require_size(name, member.file_size, MOST_RATIO * file.stat().st_size if known is None else known)
             with archive.open(member) as stream, files[name].open("wb") as copy:
                 shutil.copyfileobj(stream, copy)
     return files
+
+
+def _most_bytes(source: DataSource) -> int:
+    """Limit on the size of a download; the declared size of a zip is approximate."""
+    if source.bytes is None:
+        return MOST_BYTES
+    return 2 * source.bytes if source.files else source.bytes
+
+
+def _require_size(name: str, size: int, most: int) -> None:
+    """Raise Rejected if a file is larger than a limit."""
+    if size > most:
+        raise Rejected(f"{name} is larger than {most:,} bytes; if that is right, declare its `bytes` in study.yaml")
 
 
 def _partial(part: Path, url: str) -> Row:
@@ -209,10 +228,11 @@ def _version_file(part: Path) -> Path:
     return part.with_name(f"{part.name}.json")
 
 
-def download(url: str, part: Path) -> None:
-    """Download a file; resume an interrupted download of the same version.
+def download(url: str, part: Path, most: int) -> None:
+    """Download a file of at most `most` bytes; resume an interrupted download of the same version.
 
     Raises:
+        Rejected: the file is larger.
         UserError: the address is invalid, or the server refuses.
         WorkFailed: the server cannot be reached or fails, or the connection breaks too often.
     """
@@ -220,7 +240,7 @@ def download(url: str, part: Path) -> None:
     with Bar(f"{part.stem}, MiB") as bar:
         for pause in (*PAUSES, None):
             try:
-                problem = _receive(url, part, bar)
+                problem = _receive(url, part, most, bar)
             except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
                 problem = f"the connection failed: {_cause(error)}"
                 if not _version_file(part).exists():  # the server was never reached
@@ -239,7 +259,7 @@ def download(url: str, part: Path) -> None:
     raise WorkFailed(f"{url}: {problem}" + (f"; repeat the command to resume from {size:,} bytes" if size else ""))
 
 
-def _receive(url: str, part: Path, bar: Bar) -> str:
+def _receive(url: str, part: Path, most: int, bar: Bar) -> str:
     """Append a server's response to a file; return the problem, or "" on success.
 
     The address and version are recorded beside the file, so that a later call can resume the download.
@@ -270,6 +290,7 @@ def _receive(url: str, part: Path, bar: Bar) -> str:
             length = response.headers.get("Content-Length", "0")
             if not re.fullmatch(r"(?a)\d{1,18}", length):
                 raise UserError(f"{url}: the server's Content-Length is not a size: {length:.40}")
+            _require_size(part.stem, int(length), most)
             if size:
                 say(f"{part}: starting over; the server's file has changed, or the server cannot send parts")
             part.unlink(missing_ok=True)  # delete the old part before recording the new version
@@ -278,6 +299,7 @@ def _receive(url: str, part: Path, bar: Bar) -> str:
         with naming(part), part.open("ab") as stream:
             for chunk in response.iter_content(CHUNK):
                 stream.write(chunk)
+                _require_size(part.stem, stream.tell(), known["bytes"] or most)
                 bar.update(stream.tell() >> 20, known["bytes"] >> 20)
     return "the connection was lost" if known["bytes"] and part.stat().st_size != known["bytes"] else ""
 

@@ -190,6 +190,56 @@ def test_what_is_wrong_with_an_archive_is_reported(tmp_path, server, content, sa
     assert wanted(tmp_path) == {}
 
 
+@pytest.mark.parametrize("declared", [3 * len(TEST), None], ids=["declared", "undeclared"])
+def test_a_zip_bomb_is_refused_before_it_is_extracted(tmp_path, server, declared):
+    """A file of zeros, a thousand times as large as its zip."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as stream:
+        stream.writestr("rows.jsonl", bytes(4 * len(TEST)))
+    server.content = buffer.getvalue()
+    known = {"bytes": declared} if declared else {}
+    limit = declared or 100 * len(server.content)
+    with pytest.raises(UserError, match=rf"rows\.jsonl is larger than {limit:,} bytes"):
+        fetch(data_of({"rows.zip": {"url": server.url, "files": {"rows.jsonl": known}}}), tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {".fetch.lock", "rows.zip.rejected"}
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+@pytest.mark.parametrize(("source", "limit"), [({"bytes": 900_000}, 900_000), ({}, 2_000_000)])
+def test_a_body_without_an_end_is_cut_off_at_the_declared_size(tmp_path, monkeypatch, chunked, source, limit):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(fetching, "MOST_BYTES", 2_000_000)
+    body = b"Content-Length: 999999999999\r\n\r\n"
+    if chunked:
+        body = b"Transfer-Encoding: chunked\r\n\r\n" + 9 * (b"7a120\r\n" + bytes(500_000) + b"\r\n")
+    too_large = pytest.raises(UserError, match=f"a.jsonl is larger than {limit:,} bytes")
+    with answering(b"HTTP/1.1 200 OK\r\n" + body) as (url, _), too_large:
+        fetch(data_of({"a.jsonl": {"url": url} | source}), tmp_path)
+    left = [file.stat().st_size for file in tmp_path.glob("a.*")]
+    assert left == [size for size in left if limit < size <= limit + fetching.CHUNK]
+    assert bool(left) == chunked  # a length is refused before the body is read
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_after_a_kill_while_files_move_into_place_the_same_command_finishes(tmp_path, server, monkeypatch, moved):
+    replace, names = Path.replace, iter([fetching.RECORD, *FILES][: moved + 1])
+
+    def killed(path: Path, file: Path) -> None:
+        if path.parent.name.startswith(".fetching-") and next(names, None) is None:
+            raise KeyboardInterrupt
+        replace(path, file)
+
+    next(names)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", killed)
+        fetch(data(server.url), tmp_path)
+    assert len([*tmp_path.glob("msg-*")]) == moved
+    fetch(data(server.url), tmp_path)
+    assert wanted(tmp_path) == FILES
+    assert {file.name for file in tmp_path.iterdir()} == {*FILES, "fetched.json", ".fetch.lock"}
+    assert server.asked_for() == [None]
+
+
 def link() -> zipfile.ZipInfo:
     member = zipfile.ZipInfo("Comment_Generation/link")
     member.external_attr = (stat.S_IFLNK | 0o777) << 16
