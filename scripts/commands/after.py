@@ -81,13 +81,13 @@ def _export(name: str) -> None:
     from ..data import study
     from ..results import export
     from ..runs.rundir import find_run
-    from ..workflows import stages
+    from ..workflows import reproduce
 
     if name not in {folder.name for folder in paths.studies()}:
         print(export.export(find_run(name, paths.runs())))
         return
     of_study = study.find(name)
-    rows, problems = stages.score_predictions(of_study, [], None)
+    rows, problems = reproduce.score_predictions(of_study, [], None)
     for file in export.export_predictions(of_study, rows):
         print(file)
     for owner, problem in problems.items():

@@ -1,12 +1,14 @@
 """The verbs run, resume, sweep, reproduce and cancel."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .. import tables
 from ..base import paths, yamlfiles
+from ..base.errors import UserError
 from ..base.files import Row
 from ..base.progress import say
 from ..base.secrets import public
@@ -39,6 +41,8 @@ from .options import (
 if TYPE_CHECKING:
     from ..backends import TaskResult
     from ..data.study import Study
+    from ..runs.rundir import RunDir
+    from ..workflows.sweep import Sweep
 
 HEADING = "Running"
 Tried = Annotated[
@@ -265,7 +269,7 @@ def reproduce_verb(
     from ..data.study import find
     from ..results import study_tables, verdict
     from ..scores.evaluate import EvaluationRequest
-    from ..workflows import reproduce, stages
+    from ..workflows import reproduce
 
     only_with("--gpu", gpu, "--dry-run", dry_run)
     of_study = find(study)
@@ -292,7 +296,7 @@ def reproduce_verb(
             say("next: the same command without --dry-run")
         return
     if from_ == "adapter":
-        results = stages.evaluate_adapters(of_study, request, only or [], evaluation, backend)
+        results = reproduce.evaluate_adapters(of_study, request, only or [], evaluation, backend)
     else:
         results = reproduce.reproduce(of_study, request, only or [], evaluation, backend, seeds)
     rows = verdict.rows(of_study, paths.runs(), request.rehearse, reproduce.representative_runs(results))
@@ -307,9 +311,9 @@ def _score_predictions(of_study: "Study", only: list[str], scorer: str | None, j
     Raises:
         typer.Exit: code 1 if some predictions cannot be scored; the other scores are still printed.
     """
-    from ..workflows import stages
+    from ..workflows import reproduce
 
-    rows, problems = stages.score_predictions(of_study, only, scorer)
+    rows, problems = reproduce.score_predictions(of_study, only, scorer)
     if json:
         tables.print_json({"scores": rows, "problems": problems})
     elif rows:
@@ -324,7 +328,42 @@ def _score_predictions(of_study: "Study", only: list[str], scorer: str | None, j
 @verbs.command("cancel", cls=Verb, rich_help_panel=HEADING, epilog="recipe cancel latest\nrecipe cancel lora-tradeoffs")
 def cancel_verb(names: Things) -> None:
     """Save a checkpoint and stop active jobs; remove queued ones."""
-    from ..workflows import cancel
+    from ..workflows.sweep import find_any
 
-    for message in cancel.cancel(names or []):
+    messages = [message for name in names or [] for message in _cancelled(find_any(name))]
+    if not messages:
+        raise UserError(f"{', '.join(names or [])}: nothing is running or queued")
+    for message in messages:
         print(message)
+
+
+def _cancelled(thing: "RunDir | Sweep | Study") -> list[str]:
+    """Ask a run, or the runs of a sweep or study, to stop; return a message per process or job."""
+    from ..backends import slurm_site, stop_holders
+
+    locks, folders = _locks_and_runs(thing, paths.runs())
+    if messages := stop_holders(locks):  # first stop the commands that would start the next run
+        return messages
+    for folder in folders:
+        # ask each run only once: a second request would stop training without a checkpoint
+        asked = slurm_site.cancel(folder.jobs()) or stop_holders(folder.path.rglob("*lock"))
+        messages += [f"{folder.path}: {message}" for message in asked]
+    return messages
+
+
+def _locks_and_runs(thing: "RunDir | Sweep | Study", runs: Path) -> "tuple[list[Path], Iterable[RunDir]]":
+    """Return the locks of the commands that start a sweep's or study's runs, and these runs."""
+    from ..runs.rundir import RunDir, all_runs, readable
+    from ..workflows import reproduce
+    from ..workflows.sweep import Sweep, recorded_sweeps
+
+    if isinstance(thing, RunDir):
+        return [], [thing]
+    if isinstance(thing, Sweep):
+        digests = {member.digest for member in thing.members}
+        members = (folder for folder, run in readable(all_runs(runs / thing.recipe)) if run.digest in digests)
+        return [thing.lock(runs)], members
+    study = f"{thing.folder.name}/"
+    sweeps = [sweep for sweep in recorded_sweeps().values() if sweep.recipe.startswith(study)]
+    of_study = (folder for folder, run in readable(all_runs(runs)) if run.origin.startswith(study))
+    return [reproduce.lock(thing.folder.name), *(sweep.lock(runs) for sweep in sweeps)], of_study

@@ -49,7 +49,7 @@ def export_predictions(of_study: Study, rows: Sequence[Row]) -> list[Path]:
     """Write records of published predictions to the current folder.
 
     Args:
-        rows: scores from `stages.score_predictions`.
+        rows: scores from `reproduce.score_predictions`.
     """
     files = []
     owners = of_study.published | {baseline.name: baseline for baseline in of_study.baselines}

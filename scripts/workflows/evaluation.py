@@ -25,7 +25,7 @@ from ..scores import evaluate, evaluation_rows
 from ..scores.evaluate import EvaluationRequest, EvaluationTask
 from ..scores.evaluations import ADAPTER, BASE, SERVER, Evaluation
 from ..scores.predict import require
-from . import create
+from . import run
 from .pipeline import Pipeline, evaluation_command, existing_runs
 
 CONFIG = "adapter_config.json"
@@ -191,7 +191,7 @@ def run_of(composed: Composed, request: Request, adapter: Path, name: str) -> It
     if existing := existing_runs(paths.runs(), composed.recipe).get(digest):
         yield existing[0]
         return
-    folder = create.create(composed, request)
+    folder = run.create(composed, request)
     try:
         folder.output.mkdir(exist_ok=True)
         for file in adapter.iterdir():

@@ -23,7 +23,7 @@ from ..runs.rundir import RunDir, all_runs
 from ..scores import benchmarks, evaluate
 from ..scores.evaluate import EvaluationRequest, EvaluationTask
 from ..scores.score import columns_of, require_models, scorer_models
-from . import create, run
+from . import run
 
 TOO_BIG = "too-big:micro_batch_size"  # name of the finding of `plan.add_to`
 
@@ -232,7 +232,7 @@ class Pipeline:
             folder = (
                 self.existing[0]
                 if self.existing and _is_resumable(*self.existing)
-                else create.create(self.composed, self.request)
+                else run.create(self.composed, self.request)
             )
             training = run.command(folder)
             return [training, evaluation_command(folder, self.evaluation)] if self._generates() else [training]

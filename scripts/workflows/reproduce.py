@@ -1,16 +1,19 @@
-"""Reproduction of a study, from data to results table; finished steps are skipped."""
+"""Reproduction of a study, from data to results table; finished steps are skipped.
+
+With `recipe reproduce --from`, only published predictions are scored, or published adapters evaluated.
+"""
 
 import fnmatch
 import glob
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .. import tables
-from ..backends import Backend, TaskResult
+from ..backends import DONE, Backend, TaskResult
 from ..base import paths, yamlfiles
-from ..base.errors import UserError, meant
+from ..base.errors import UserError, WorkFailed, meant
 from ..base.files import Row
 from ..base.machine import LOCK_TIMEOUT, held
 from ..base.paths import find_recipe
@@ -21,13 +24,16 @@ from ..configs.config import parse_override
 from ..configs.gpus import Gpu
 from ..data import fetch, manifest, prepare
 from ..data.declaration import Data, PreparedFormat
+from ..data.published import adapter_files
 from ..data.raw_rows import fetched
 from ..data.study import Study
 from ..metrics.registry import SCORER
 from ..planning import plan
 from ..planning.planner import GIB
+from ..scores import evaluate, published
 from ..scores.evaluate import EvaluationRequest
-from ..scores.score import declared_models
+from ..scores.score import declared_models, scorer_models
+from .evaluation import as_peft, checked, located, run_of
 from .pipeline import Pipeline, require_known, require_scorer_models, seeds_of, validate_all
 
 
@@ -263,3 +269,107 @@ def _needed_formats(of_study: Study, configs: list[Composed]) -> Iterator[tuple[
     entries = [entry for composed in configs for _, entry in datafiles.datasets(composed.config)]
     needed = {Path(str(entry.get("path"))).parent for entry in entries}
     return ((name, form) for name, form in of_study.data.formats.items() if Path(form.folder) in needed)
+
+
+def score_predictions(
+    of_study: Study, only: Sequence[str], scorer: str | None
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Fetch and score a study's published predictions.
+
+    Args:
+        of_study: the study.
+        only: names of recipes; by default all recipes and the baselines.
+        scorer: BERTScore's model, see `score.scorer_model`.
+
+    Returns:
+        Rows of `published.scores`, and problems by the name of the recipe or baseline. Each row has two more keys:
+        `of`, the name of the recipe or baseline; and `verified`, true if the files match the study's checksums.
+
+    Raises:
+        UserError: a name is wrong, or no predictions are published.
+    """
+    data = of_study.data
+    owners = []
+    for name in chosen(of_study, list(only)):
+        if name in of_study.published:
+            of_recipe = of_study.published[name]
+            owners.append((name, of_recipe.scores, of_recipe.predictions, data.test_set))
+    if not only:
+        owners += [(of.name, of.scores, of.predictions, of.test_set) for of in of_study.baselines]
+    if not any(predictions for *_, predictions, _ in owners):
+        raise _none_published(of_study, "predictions")
+    models = scorer_models(of_study.columns, scorer, report=True)
+    rows, problems = [], {}
+    for name, scores, predictions, test_set in owners:
+        if predictions is None:
+            say(f"{name}: no predictions are published")
+            continue
+        try:
+            fetched = fetch.fetch(data, data.raw, only=data.sources_of(predictions.files))
+            verified = all(row["verified"] for row in fetched if row["file"] in predictions.files)
+            made = published.scores(of_study, predictions, test_set, scores, models)
+            rows += [{"of": name} | row | {"verified": verified} for row in made]
+        except (UserError, WorkFailed) as error:
+            problems[name] = str(error)
+    return rows, problems
+
+
+def evaluate_adapters(
+    of_study: Study, request: Request, only: Sequence[str], evaluation: EvaluationRequest, backend: Backend
+) -> list[TaskResult]:
+    """Fetch a study's published adapters, and evaluate each with its recipe's settings.
+
+    Args:
+        of_study: the study.
+        request: the study's name, and overrides for each recipe.
+        only: names of recipes; by default all.
+        evaluation: settings of the evaluations.
+        backend: backend of this machine.
+
+    Returns:
+        Results of the recipes; a failure does not stop the others.
+
+    Raises:
+        UserError: a name is wrong, or no adapter is published.
+    """
+    named = {}
+    for name in chosen(of_study, list(only)):
+        if name in of_study.published and (adapter := of_study.published[name].adapter):
+            named[name] = adapter
+    if not named:
+        raise _none_published(of_study, "adapter")
+    results = [TaskResult(recipe) for recipe in named]
+    for result, adapter in zip(results, named.values(), strict=True):
+        step = "check"
+        try:
+            asked = request_for(request, result.recipe)
+            composed = checked(asked, backend)
+            files = adapter_files(of_study.data, adapter)
+            if not request.rehearse:
+                have_data(of_study, [composed])
+                fetch.fetch(of_study.data, of_study.data.raw, only=of_study.data.sources_of(files))
+            elif missing := of_study.data.missing(files):
+                fetching = " ".join(f"--only {source}" for source in missing)
+                raise UserError(
+                    f"{result.recipe}: a rehearsal does not fetch the adapter; run `recipe data fetch "
+                    f"{of_study.data.key} {fetching}`"
+                )
+            if not all(of_study.data.files[file].sha256 for file in files):
+                say(f"{result.recipe}: adapter not verified, because study.yaml lacks checksums for the files")
+            folder, form = of_study.data.raw / adapter, of_study.published[result.recipe].adapter_format
+            folder, _ = located(str(as_peft(folder, form) if form else folder))
+            step = "evaluate"
+            with run_of(composed, asked, folder, adapter) as made:
+                evaluate.evaluate(made, evaluation)
+            result.run, result.steps[step] = made.path, DONE
+        except (UserError, WorkFailed) as error:
+            result.fail(step, str(error))
+    return results
+
+
+def _none_published(of_study: Study, what: str) -> UserError:
+    having = [name for name, published in of_study.published.items() if getattr(published, what)]
+    of = ", ".join(having) or "no recipe"
+    return UserError(
+        f"--from {what}: {of_study.folder.name}'s study.yaml declares none for these recipes, but for {of}"
+    )

@@ -13,7 +13,7 @@ from ..base.files import Row
 from ..base.yamlfiles import on_one_line
 from ..data.study import Study
 from ..metrics.metric import Column
-from ..results import departures, repeats
+from ..results import repeats, run_rows
 from ..results.listing import REHEARSALS
 from ..results.run_rows import RunResult
 from ..runs.records import Summary
@@ -97,7 +97,7 @@ def _published(sweep: Sweep, results: Sequence[RunResult]) -> dict[str, float]:
     if sweep.rehearsal or not of_study:
         return {}
     run = results[0].run
-    changes = departures.other_settings(run)
+    changes = run_rows.other_settings(run)
     changes.pop(repeats.SEED, None)
     cell = of_study.cell(run.origin, yamlfiles.read_yaml(paths.recipe_file(run.origin)), changes)
     if cell is None:

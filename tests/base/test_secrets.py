@@ -9,7 +9,7 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.secrets import MASK, is_secret, masked, public
 from qlora_recipes.checks import check, finding
 from qlora_recipes.configs import compose
-from qlora_recipes.workflows import create
+from qlora_recipes.workflows import run
 
 NAME = "haider2024/code-llama-7b"
 TOKEN = "hf_" + "aB3" * 8
@@ -168,7 +168,7 @@ def test_a_secret_that_an_override_deletes_is_not_recorded(place, recipe):
     done = recipe("run", "mine.yaml", "--rehearse", "--dry-run", "--set", "comet_api_key=null")
     assert done.returncode == 0, done.stderr
     request = compose.Request("mine.yaml", overrides=["comet_api_key=null", "learning_rate=1e-4"])
-    record = create.record_of(compose.compose(request), request).model_dump_json()
+    record = run.record_of(compose.compose(request), request).model_dump_json()
     assert "planted" not in done.stdout + done.stderr + record
     assert '"key":"comet_api_key","recipe":"***"' in record
 
@@ -186,6 +186,6 @@ def test_an_address_trains_with_its_parameters_only_by_consent(place):
     assert "planted" not in "".join(map(masked, map(str, findings)))
     finding.override_errors(findings, ["address-parameter:datasets.0.path"])
     assert findings[0].level == "warning"
-    folder = create.create(composed, request)
+    folder = run.create(composed, request)
     assert yamlfiles.read_yaml(folder.config)["datasets"][0]["path"] == ADDRESS
     assert "planted" not in (folder.path / "run.json").read_text()

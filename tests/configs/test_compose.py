@@ -7,7 +7,7 @@ from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import compose, datafiles
 from qlora_recipes.configs.compose import Request
 from qlora_recipes.runs.rundir import RunDir
-from qlora_recipes.workflows import create
+from qlora_recipes.workflows import run
 
 NAME = "haider2024/llama-2-7b"
 OF_TRAINING = ["learning_rate", "lora_r", "adapter", "liger_rope", "optimizer", "eval_steps", "wandb_name", "bf16"]
@@ -27,7 +27,7 @@ def test_rows_are_prepared_anew_after_a_change_of_data_or_of_a_setting_that_may_
         overrides = ["datasets.0.path=data/a.jsonl", "test_datasets=null", *more]
         of_run = compose.compose(Request(NAME, overrides=overrides))
         of_run.data = datafiles.record(of_run.config)
-        return str(create.launch_config(of_run, RunDir(Path("runs", NAME, "now")))["dataset_prepared_path"])
+        return str(run.launch_config(of_run, RunDir(Path("runs", NAME, "now")))["dataset_prepared_path"])
 
     before = prepared()
     assert {prepared(f"{key}=7") for key in OF_TRAINING} == {before}
@@ -45,7 +45,7 @@ def test_another_content_of_a_file_that_a_config_names_is_another_config(place, 
     of_run = compose.compose(request)
     (place / file).parent.mkdir(exist_ok=True)
     (place / file).write_text("{}")
-    before, record = {of_run.digest, of_run.rows_digest}, create.record_of(of_run, request)
+    before, record = {of_run.digest, of_run.rows_digest}, run.record_of(of_run, request)
     assert {of_run.digest, of_run.rows_digest} == before and record.changed_data is None
     (place / file).write_text("{ }")
     assert not {of_run.digest, of_run.rows_digest} & before

@@ -22,7 +22,7 @@ from qlora_recipes.configs.compose import Request
 from qlora_recipes.runs import launch, rundir
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores.evaluations import ADAPTER
-from qlora_recipes.workflows import create
+from qlora_recipes.workflows import run
 
 PAGED = "haider2024/code-llama-7b"
 REPEATABLE = ("--profile", "deterministic")
@@ -151,7 +151,7 @@ def test_without_axolotl_or_its_folder_nothing_is_begun(recipe, tmp_path, tiny_p
         patch.chdir(there)
         request = Request(PAGED, profiles=[str(tiny_profile)])
         patch.setenv(paths.RUNS, str(tmp_path / "runs"))
-        folder = create.create(compose.compose(request), request)
+        folder = run.create(compose.compose(request), request)
     (tmp_path / gone).rename(tmp_path / "away")
     done = recipe("resume", folder.path)
     assert (done.returncode, f"{tmp_path / gone}: " in done.stderr) == (2, True)
@@ -306,7 +306,7 @@ def test_a_run_that_was_queued_is_checked_against_the_machine_that_trains_it(
     monkeypatch.chdir(tmp_path)
     forced = ["bad-row:datasets.0.path"]  # not found a second time, when rows are not read
     request = Request(PAGED, profiles=[str(tiny_profile)], overrides=["fp16=true", "bf16=false"], force=forced)
-    folder = create.create(compose.compose(request), request)
+    folder = run.create(compose.compose(request), request)
     done = recipe("resume", folder.path, "--force", *forced)
     assert (done.returncode, "[no-gpu" in done.stderr) == (2, True)
     assert (folder.read().state, folder.read().launches) == ("failed", [])

@@ -13,7 +13,7 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.configs import compose
 from qlora_recipes.configs.compose import Request
 from qlora_recipes.runs.rundir import RunDir
-from qlora_recipes.workflows import create
+from qlora_recipes.workflows.run import launch_config
 from qlora_recipes.writing import new
 
 NAME = "haider2024/code-llama-7b"
@@ -98,7 +98,7 @@ def test_trackers_leave_nothing_elsewhere(run):
 
 def launched(*profiles: str, name: str = NAME, overrides: Sequence[str] = (), **more: bool) -> yamlfiles.Config:
     request = Request(name, profiles=[*profiles], overrides=[*overrides], **more)
-    return create.launch_config(compose.compose(request), RunDir(Path("runs", name, "now")))
+    return launch_config(compose.compose(request), RunDir(Path("runs", name, "now")))
 
 
 def test_what_the_user_says_of_a_tracker_holds(place, monkeypatch):

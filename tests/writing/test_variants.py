@@ -18,7 +18,7 @@ from qlora_recipes.configs.compose import Request
 from qlora_recipes.results import run_rows
 from qlora_recipes.results.run_rows import RunResult
 from qlora_recipes.runs.rundir import RunDir
-from qlora_recipes.workflows import create
+from qlora_recipes.workflows import run
 from qlora_recipes.writing import new
 
 BASE = "haider2024/code-llama-7b"
@@ -157,7 +157,7 @@ def test_a_copy_edited_by_hand_is_known_by_the_recipe_in_its_header(place):
 def test_a_run_of_a_variant_lists_its_differences_from_that(place):
     new.write("mine", BASE, ["base_model=Qwen/Qwen3-0.6B", "lora_r=8"])
     request = Request("mine", overrides=["lora_r=16", "lora_alpha=8"])
-    record = create.record_of(compose.compose(request), request)
+    record = run.record_of(compose.compose(request), request)
     assert [(d.key, d.recipe, d.run) for d in record.differences] == [("lora_r", 8, 16), ("lora_alpha", 16, 8)]
     own = {d.key: (d.recipe, d.run) for d in record.from_origin}
     assert own.pop("base_model") == (yamlfiles.parse(TEXT, "")["base_model"], "Qwen/Qwen3-0.6B")
