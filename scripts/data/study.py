@@ -9,12 +9,12 @@ from pydantic import Field, StringConstraints, ValidationError
 from pydantic.json_schema import SkipJsonSchema
 
 from ..base import paths, yamlfiles
-from ..base.errors import UserError, did_you_mean, meant, require_plain
+from ..base.errors import UserError, meant, require_plain
 from ..base.progress import say_once
 from ..base.yamlfiles import Config
 from ..metrics import registry
 from ..metrics.metric import Column
-from .declaration import Data, DataSource, Mistake, Strict, undeclared
+from .declaration import Data, Mistake, Strict, undeclared
 from .published import TRAIN_LOSS, Baseline, Cell, Published, Variant, released
 
 SCHEMA = paths.RECIPES / "study.schema.json"
@@ -199,8 +199,7 @@ def _mistake(found: Any) -> Mistake:
     """Convert a pydantic error; leave pydantic's marker `[key]` out of the path of keys."""
     place = tuple(str(part) for part in found["loc"] if part != "[key]")
     if found["type"] == "extra_forbidden":
-        keys = {key for part in Strict.__subclasses__() for key in part.model_fields} | {*DataSource.model_fields}
-        return place, f"unknown key{did_you_mean(place[-1], keys - {place[-1]}) or '; delete it'}"
+        return place, "unknown key; correct or delete it"
     return place, yamlfiles.in_words(found).replace("Field required", "missing; add this key")
 
 

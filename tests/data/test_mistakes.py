@@ -89,11 +89,6 @@ def test_a_mistake_in_study_yaml_is_refused_with_its_line(tmp_path, changes, key
     assert (f"{parent}:" if keys[-1] == missing else "- rouge" if keys[-1] == "0" else f"{keys[-1]}:") in there
 
 
-def test_an_unknown_key_is_refused_with_the_nearest(tmp_path):
-    with pytest.raises(UserError, match=r"data\.license: .*licence"):
-        sums(tmp_path, {"data > license": "MIT"})
-
-
 QUESTION = b'{"question": "a", "answer": "b"}\n'
 IN_ROWS: list[tuple[str, str, str, bytes, str]] = [  # mistake, expression of input, raw file, its content, its place
     ("cut line", "question", "a.jsonl", QUESTION + b'{"question": "a', "a.jsonl:2"),
