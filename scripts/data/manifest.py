@@ -44,8 +44,7 @@ def table(manifest: Row) -> list[Row]:
     for split in manifest["splits"].values():
         moved = split.get("moved", {})
         left_out = split["dropped"] | {f"in {name}.jsonl": count for name, count in moved.items()}
-        rest = "not sampled" if "seed" in (split["sampled"] or {}) else "after the first rows"
-        left_out[rest] = split["kept"] - split["rows"] - sum(moved.values())
+        left_out["not chosen"] = split["kept"] - split["rows"] - sum(moved.values())
         rows.append(
             {
                 "file": split["file"],

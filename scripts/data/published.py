@@ -212,7 +212,7 @@ def undeclared_predictions(at: Key, predictions: PublishedPredictions | None, da
         yield from undeclared((*at, "test_set"), predictions.test_set, ["test", *data.subsets])
         for side in ("prediction", "reference"):
             texts = getattr(predictions, side)
-            yield from undeclared((*at, side, "file"), texts and texts.file, data.files)
+            yield from undeclared((*at, side, "file"), texts.file, data.files)
 
 
 def adapter_files(data: Data, folder: str) -> list[str]:

@@ -27,11 +27,6 @@ class ScorerModel(Parameters):
     layer: int | None = Field(default=None, ge=1)
 
     @property
-    def stand_in(self) -> bool:
-        """True for the model that replaces the study's scorer model in rehearsals."""
-        return False
-
-    @property
     def is_local(self) -> bool:
         return Path(self.model).is_dir()
 
@@ -134,7 +129,6 @@ def record(by: ScorerModel) -> Row:
     return {
         "bertscore": {
             "model": by.name,
-            "stand_in": by.stand_in,
             "layer": layer,
             "revision": by.local_revision() if by.is_local else getattr(config, "_commit_hash", None),
             # no idf weights, no rescaling, no custom baseline, no fast tokenizer

@@ -24,15 +24,8 @@ class StandIn(ScorerModel):
     """Stand-in for the scorer model in rehearsals."""
 
     @property
-    def stand_in(self) -> bool:
-        return True
-
-    @property
     def name(self) -> str:
         return substitution.SCORER
-
-    def local_revision(self) -> str:
-        return substitution.scorer_version()
 
 
 def columns_of(recipe: str | None = None, asked: Iterable[str] = ()) -> dict[str, Column]:
@@ -188,7 +181,7 @@ def of_predictions(columns: Mapping[str, Column]) -> Mapping[str, Column]:
     return columns
 
 
-def with_scores(rows: Sequence[Row], columns: Mapping[str, Column], models: ScorerModels | None = None) -> list[Row]:
+def with_scores(rows: Sequence[Row], columns: Mapping[str, Column], models: ScorerModels) -> list[Row]:
     """Add new row-level scores and `exact` to rows; remove older scores.
 
     `exact` is True if prediction and reference are equal apart from surrounding space.
@@ -196,13 +189,13 @@ def with_scores(rows: Sequence[Row], columns: Mapping[str, Column], models: Scor
     Args:
         rows: each with `reference` and `prediction`.
         columns: metrics by name.
-        models: scorer models by column name; by default the declared models.
+        models: scorer models by column name.
     """
     pairs = [(row["reference"], row["prediction"]) for row in rows]
     old = {*columns, *registry.DEFAULT, "exact"}
     scored = [{key: value for key, value in row.items() if key not in old} for row in rows]
     for name, column in columns.items():
-        parameters = (models or {}).get(name, column.parameters)
+        parameters = models.get(name, column.parameters)
         if column.metric.of_rows and parameters:
             for row, value in zip(scored, column.metric.of_rows(pairs, parameters), strict=True):
                 row[name] = value

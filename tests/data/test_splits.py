@@ -50,7 +50,7 @@ def test_rows_drawn_out_of_a_split_are_not_in_it(tmp_path):
     left_out = {row["file"]: row["left out"] for row in manifest.table({"splits": splits})}
     assert left_out == {
         "train.jsonl": "1 (no answer), 4 (in valid.jsonl)",
-        "valid.jsonl": "1 (no answer), 16 (not sampled)",
+        "valid.jsonl": "1 (no answer), 16 (not chosen)",
     }
     again = numbers(of_study, "valid")
     prepared(sums(tmp_path, {"data > splits > valid > seed": 2}))
