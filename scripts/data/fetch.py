@@ -41,8 +41,8 @@ def fetch(data: Data, out: Path, only: Collection[str] | None = None) -> list[Ro
     """Fetch missing files of a data set, and record all files in fetched.json.
 
     The next call resumes an interrupted download from <file>.part, or from the hub's cache. A download from a web
-    address is deleted if it is damaged or contradicts study.yaml. The files of a source are replaced only after all of
-    them are verified.
+    address is renamed to <file>.rejected if it is damaged or contradicts study.yaml. The files of a source are replaced
+    only after all of them are verified.
 
     Args:
         data: the study's data, with the sources.
@@ -151,9 +151,11 @@ def _fetched(name: str, data: Data, out: Path, staging: Path) -> list[tuple[Row,
         files = source.files or {name: source}
         return [(_verified(member, path, files[member]), path) for member, path in found.items()]
     except (Rejected, RuntimeError, *DAMAGED_ZIP) as error:  # RuntimeError: unknown encryption or compression
-        for file in (part, _version_file(part)):
-            file.unlink(missing_ok=True)
-        raise UserError(f"{part}: {error}; deleted, so the next fetch starts over") from None
+        aside = ""
+        if part.exists():
+            aside = f"; moved to {part.replace(part.with_suffix('.rejected'))}; the next fetch starts over"
+            _version_file(part).unlink(missing_ok=True)
+        raise UserError(f"{part}: {error}{aside}") from None
     except (UserError, WorkFailed) as error:
         raise type(error)(
             f"{error}; or run `recipe data fetch {data.key}` on another machine and copy the folder to {out}, or give "

@@ -159,12 +159,13 @@ def test_a_file_that_is_not_as_recorded_is_fetched_again(tmp_path, server, capsy
     assert len(server.seen) == 2
 
 
-def test_a_wrong_checksum_is_reported_and_deletes_the_download(tmp_path, server):
-    says = f"msg-test.jsonl .*{digest(b'')} .*{digest(FILES['msg-test.jsonl'])} .*deleted"
+def test_a_wrong_checksum_is_reported_and_puts_the_download_aside(tmp_path, server):
+    aside = tmp_path / f"{ARCHIVE_NAME}.rejected"
+    says = f"msg-test.jsonl .*{digest(b'')} .*{digest(FILES['msg-test.jsonl'])} .*{aside}"
     with pytest.raises(UserError, match=says):
         fetch(data(server.url, test=digest(b"")), tmp_path)
     assert wanted(tmp_path) == {}
-    assert [file.name for file in tmp_path.iterdir()] == [".fetch.lock"]
+    assert aside.read_bytes() == ARCHIVE
     fetch(data(server.url), tmp_path)
     assert server.asked_for() == [None, None]
 

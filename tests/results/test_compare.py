@@ -21,7 +21,7 @@ def rows(*texts: str, **more: list[Any]) -> list[dict[str, Any]]:
     made = [{"row": i, "reference": f"rename variable {i} please", "prediction": text} for i, text in enumerate(texts)]
     for name, values in more.items():
         made = [row | {name: value} for row, value in zip(made, values, strict=True)]
-    return score.with_scores(made, PLAIN)
+    return score.with_scores(made, PLAIN, {})
 
 
 def test_a_comparison_is_of_the_same_rows():
