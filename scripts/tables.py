@@ -44,19 +44,11 @@ def text_of(value: Any) -> str:
     return str(value)
 
 
-def _column(values: list[Any]) -> list[str]:
-    """Texts of a column; all fractions get the largest necessary number of decimals."""
-    fractions = {text_of(value) for value in values if isinstance(value, float) and abs(value) < 1}
-    decimals = max((len(text.partition(".")[2]) for text in fractions if "e" not in text), default=0)
-    return [
-        f"{value:.{decimals}f}" if isinstance(value, float) and "e" not in text and text in fractions else text
-        for value, text in zip(values, map(_cell, values), strict=True)
-    ]
-
-
 def _cell(value: Any) -> str:
-    """Text of a value on one line, safe for a terminal."""
-    return harmless(text_of(value)).replace("\n", " ")
+    """Text of a value on one line, safe for a terminal; fractions have four decimals."""
+    is_fraction = isinstance(value, float) and 1e-4 <= abs(value) < 1
+    text = f"{value:.4f}" if is_fraction else text_of(value)
+    return harmless(text).replace("\n", " ")
 
 
 def print_table(
@@ -80,7 +72,7 @@ def print_table(
     width = _width()
     found = dict.fromkeys(chain(*rows))
     columns = [column for column in found if any(row.get(column) is not None for row in rows)]
-    texts = {column: [*map(harmless, (column, *_column([row.get(column) for row in rows])))] for column in columns}
+    texts = {column: [harmless(column), *(_cell(row.get(column)) for row in rows)] for column in columns}
     widths = {column: max(map(cell_len, texts[column])) for column in columns}
     numbers = {column for column in columns if all(map(_NUMBER.fullmatch, texts[column][1:]))}
     above, beside, under, left_out = _arranged(widths, width, below)

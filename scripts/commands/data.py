@@ -1,7 +1,7 @@
 """The verbs `data fetch` and `data prepare`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -10,9 +10,6 @@ from ..base.errors import meant
 from ..base.progress import Bar, say
 from .help import Verb, Verbs, next_step
 from .options import Json, complete_studies
-
-if TYPE_CHECKING:
-    from ..data.study import Study
 
 verbs = typer.Typer(
     cls=Verbs,
@@ -54,14 +51,13 @@ def fetch_verb(
     wanted = [meant(word, data.sources, "source", option="--only") for word in only or ()]
     rows = fetch.fetch(data, out or data.raw, wanted or of_study.fetched)
     tables.print_json(rows) if json else tables.print_table(rows)
-    raw = [] if out in (None, data.raw) else [out / file for file in data.raw_files]
-    next_step("data", "prepare", *raw, "--study", of_study.folder.name, json=json)
+    next_step("data", "prepare", *([out] if out else []), "--study", of_study.folder.name, json=json)
 
 
 @verbs.command(
     "prepare",
     cls=Verb,
-    epilog="recipe data prepare --study haider2024\nrecipe data prepare --input-format tagged my-folder",
+    epilog="recipe data prepare --study haider2024\nrecipe data prepare my-folder --study haider2024",
 )
 def prepare_verb(
     raw: Annotated[
@@ -85,18 +81,20 @@ def prepare_verb(
             "--study",
             metavar="S",
             autocompletion=complete_studies,
-            help="Study; required if the raw files match several studies.",
+            help="Study; required if there are several.",
         ),
     ] = None,
     json: Json = False,
 ) -> None:
     """Make a study's training and test rows from its raw files."""
-    from ..data import manifest, prepare
+    from ..data import manifest, prepare, study
     from ..data.raw_rows import fetched
 
-    of_study = _meant_study(study_name, raw or [], input_format)
+    of_study = study.find(study_name)
     formats = of_study.data.formats
-    form = next(iter(formats)) if input_format is None else meant(input_format, formats, "format", "", "--input-format")
+    form = default = next(iter(formats))
+    if input_format is not None:
+        form = meant(input_format, formats, "format", "", "--input-format")
     folder = out or Path(formats[form].folder)
     with Bar(f"preparing {folder}", 1):
         made = prepare.prepare(raw or fetched(of_study.data), folder, of_study, form)
@@ -108,27 +106,6 @@ def prepare_verb(
             say(f"{name}.jsonl: not written: {reason}")
     tables.print_table(manifest.table(made), below=["left out"])
     print(folder / manifest.MANIFEST)
-    whole = {"train", "valid"} & of_study.data.splits.keys() <= made["splits"].keys()
     recipes = [*of_study.published, *of_study.variants]
-    if whole and recipes and form == next(iter(formats)):
+    if recipes and form == default:
         next_step("check", recipes[0], "--data")
-
-
-def _meant_study(name: str | None, raw: list[Path], input_format: str | None) -> "Study":
-    """Find a study by name, or else by its raw files and input format.
-
-    Raises:
-        UserError: no study matches, or several do.
-    """
-    from ..data import study
-    from ..data.raw_rows import within
-
-    if name is not None:
-        return study.find(name)
-    fitting = [
-        each
-        for each in study.every()
-        if all(within(given, each.data.raw_files) for given in raw or [each.data.raw])
-        and (input_format is None or input_format in each.data.formats)
-    ]
-    return fitting[0] if len(fitting) == 1 else study.find(None)

@@ -84,17 +84,13 @@ def name_of(folder: "RunDir") -> str:
 
 
 def after_training(folder: "RunDir", on: str) -> None:
-    """Suggest the next command after training: the run's evaluation or a report.
-
-    It is a report if the run already has scores, or if its rows have no reference answers.
-    """
+    """Suggest the next command after training: the run's evaluation, or a report if its rows have no answers."""
     from ..base import yamlfiles
-    from ..scores import evaluation_rows, evaluations
+    from ..scores import evaluation_rows
 
     run, cfg = folder.read(), yamlfiles.read_yaml(folder.config)
     words: list[str | Path] = ["report", name_of(folder)]
-    if not evaluations.current(folder.path, run):
-        with suppress(UserError):
-            evaluation_rows.require_reference(folder, cfg, evaluation_rows.usual(run, cfg))
-            words = ["evaluate", name_of(folder), *([] if on == "local" else ["--on", on])]
+    with suppress(UserError):
+        evaluation_rows.require_reference(folder, cfg, evaluation_rows.usual(run, cfg))
+        words = ["evaluate", name_of(folder), *([] if on == "local" else ["--on", on])]
     next_step(*words)

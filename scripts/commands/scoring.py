@@ -165,10 +165,7 @@ def _print_scores(models: dict[str, Row], records: Any, json: bool, title: str |
 
 
 def _numbers(scores: Row) -> Row:
-    """Numeric scores; shares of rows are converted to percent."""
-    shares = {f"{name}, %": f"{100 * scores[name]:.1f}" for name in ("exact", "empty", "repeated") if name in scores}
-    others = {name: value for name, value in scores.items() if isinstance(value, int | float | None)}
-    return {name: value for name, value in others.items() if f"{name}, %" not in shares} | shares
+    return {name: value for name, value in scores.items() if isinstance(value, int | float | None)}
 
 
 def _notes(scores: Row) -> list[str]:

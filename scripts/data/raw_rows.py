@@ -338,5 +338,5 @@ def fetched(data: Data) -> list[Path]:
     if missing := data.missing(data.raw_files):
         remedy = "copy it there" if data.sources[missing[0]].is_own else f"run `recipe data fetch {data.key}`"
         first = next(file for file in files if not file.is_file())
-        raise UserError(f"{first}: no such file; {remedy}, or give its folder to `recipe data prepare`")
+        raise UserError(f"{first}: no such file; {remedy}, or give its folder to `recipe data prepare --study STUDY`")
     return files

@@ -188,7 +188,7 @@ def read(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> Evaluation
     if source.file:
         kind = fields_of(entries.get(source.keys[0], {}))
         fields = (kind.reference,) if kind and kind.reference else ()
-        hint = "; `recipe data prepare` writes test.jsonl" if source == usual(run, cfg) else ""
+        hint = "; `recipe data prepare --study STUDY` writes test.jsonl" if source == usual(run, cfg) else ""
         pairs = [(source.keys[0], row) for row in read_rows(source.file, fields, hint)]
         states = [RowsState.of_rows(source.file, None)]
         sha256_of_rows = states[0].sha256

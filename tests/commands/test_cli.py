@@ -46,7 +46,7 @@ MISTAKES = [
     (f"run {NAME} --rehearse --gpus 3", "gradient_accumulation_steps"),
     (f"run {NAME} --profile mirror", "codellama/CodeLlama-7b-hf"),
     (f"run {NAME} --rehearse --set datasets.0.path=good-trian.jsonl", "good-train.jsonl"),
-    ("data prepare msg-train.jsonl", "msg-train.jsonl:2:"),
+    ("data prepare msg-train.jsonl --study haider2024", "msg-train.jsonl:2:"),
     ("run cycle.yaml", "cycle.yaml"),
     ("data prepare train.jsonl --study haider2024 --out .", "train.jsonl"),
     ("data prepare msg-train.jsonl --input-format taged --study haider2024", "--input-format taged"),
@@ -100,7 +100,7 @@ def test_list_show_and_diff_print_data(recipe):
 
 
 def test_data_prepare_and_a_dry_run(recipe, tmp_path):
-    done = recipe.ok("data", "prepare", SAMPLE)
+    done = recipe.ok("data", "prepare", SAMPLE, "--study", "haider2024")
     _, train, *_, written = done.stdout.splitlines()
     assert train.split() == ["train.jsonl", "109", "109", "none", "differs"]
     assert written == "data/codereviewer/manifest.json"

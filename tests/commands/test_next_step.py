@@ -35,7 +35,7 @@ def test_from_a_list_to_a_rehearsal_without_a_gpu_and_data(recipe):
 
 def test_from_prepared_data_to_a_plan(recipe, monkeypatch):
     monkeypatch.setattr(check, "tokenize", lambda *_: None)  # imports Axolotl
-    checked = next_of(recipe, "data", "prepare", SAMPLE)
+    checked = next_of(recipe, "data", "prepare", SAMPLE, "--study", "haider2024")
     assert checked == ["check", "haider2024/llama-2-7b", "--data"]
     assert next_of(recipe, *checked) == ["plan", "haider2024/llama-2-7b"]
     assert next_of(recipe, "check", NAME, "--gpu", "T4") == ["plan", NAME, "--gpu", "T4"]
@@ -49,21 +49,16 @@ def test_from_results_to_a_report(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "runs", "scored", "says"),
+    ("change", "runs", "says"),
     [
-        ({}, "other place", False, "recipe --runs 'other place' evaluate 1-a"),
-        ({}, "runs", True, "recipe report 1-a"),
-        ({"test_datasets": [{"path": "a.jsonl", "type": "completion"}]}, "runs", False, "recipe report 1-a"),
-        ({"test_datasets": None}, "runs", False, "recipe report 1-a"),
+        ({}, "other place", "recipe --runs 'other place' evaluate 1-a"),
+        ({"test_datasets": [{"path": "a.jsonl", "type": "completion"}]}, "runs", "recipe report 1-a"),
+        ({"test_datasets": None}, "runs", "recipe report 1-a"),
     ],
-    ids=["answers", "scores", "completion", "no rows"],
+    ids=["answers", "completion", "no rows"],
 )
-def test_a_run_is_evaluated_next_if_its_rows_have_answers_and_it_has_no_scores(
-    place, monkeypatch, capsys, change, runs, scored, says
-):
+def test_a_run_is_evaluated_next_if_its_rows_have_answers(place, monkeypatch, capsys, change, runs, says):
     folder = a_run(Path(runs), NAME, "1-a", 5.0, set=change)
-    if not scored:
-        (folder.path / "scores.json").unlink()
     monkeypatch.setenv(paths.RUNS, runs)
     after_training(folder, "local")
     assert capsys.readouterr().err == f"next: {says}\n"

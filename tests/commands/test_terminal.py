@@ -14,7 +14,7 @@ from qlora_recipes import tables
 
 def test_a_number_a_text_like_it_and_what_a_terminal_would_obey(capsys):
     tables.print_table([{"a": 0.05}, {"a": "0.05", "b": "\x1b[31mred\n"}])
-    assert capsys.readouterr().out == "   a  b\n0.05  –\n0.05   [31mred\n"
+    assert capsys.readouterr().out == "     a  b\n0.0500  –\n  0.05   [31mred\n"
 
 
 NAMES = st.text("abcdefg/-_", min_size=1, max_size=60)

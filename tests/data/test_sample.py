@@ -83,7 +83,7 @@ def test_with_several_studies_the_one_that_is_meant_is_named(recipes, recipe, tm
     assert "data/sums-raw/train.jsonl: " in named.stderr and "`recipe data fetch sums`" in named.stderr
     (recipes / "sums" / "one.yaml").write_text("pretraining_dataset: []\n")
     sums(recipes / "sums", {"data > sample": "few", "published > sums/one": {"trainer": "Axolotl"}})
-    made = recipe("data", "prepare", recipes / "sums" / "few")  # no other study has such a raw file
+    made = recipe("data", "prepare", recipes / "sums" / "few", "--study", "sums")
     assert made.returncode == 0
     assert [line.split()[:2] for line in made.stdout.splitlines()[1:3]] == [["train.jsonl", "8"], ["valid.jsonl", "4"]]
     assert "data/sums/manifest.json" in made.stdout

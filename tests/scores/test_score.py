@@ -111,5 +111,5 @@ def test_the_command_prints_scores_and_writes_rows(recipe, tmp_path):
     assert recipe.json("score", "pairs.jsonl", "--out", "scored.jsonl", "--metric", "bertscore:none") == scored(ROWS)[0]
     assert list(map(orjson.loads, (tmp_path / "scored.jsonl").read_bytes().splitlines())) == scored(ROWS)[1]
     lines = recipe("score", "pairs.jsonl").stdout.splitlines()
-    assert [line.split()[2] for line in lines if line.startswith(("exact, %", "empty, %"))] == ["20.0", "20.0"]
+    assert [line.split()[1] for line in lines if line.startswith(("exact", "empty"))] == ["0.2000", "0.2000"]
     assert "`--metric bertscore:roberta-large`" in recipe("score", "pairs.jsonl", "--metric", "bertscore_f1").stderr
