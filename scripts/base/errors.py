@@ -32,7 +32,7 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(lower[choice] for choice in near)}?" if near else ""
 
 
-def meant(word: str, choices: Collection[str], what: str, hint: str = "", option: str = "", more: str = "") -> str:
+def meant(word: str, choices: Collection[str], what: str, hint: str = "", option: str = "") -> str:
     """Return the choice that a word names, by the full name or by a part.
 
     A part must begin at the start of a word in the name. If it is a complete component of several paths, the shortest
@@ -42,7 +42,6 @@ def meant(word: str, choices: Collection[str], what: str, hint: str = "", option
         what: the kind of choice, such as recipe, for messages.
         hint: the advice if no choice is near; by default a list of the choices.
         option: the option that has the word as its value, for messages.
-        more: the advice if several choices match.
 
     Raises:
         UserError: the word matches no choice or several.
@@ -61,7 +60,7 @@ def meant(word: str, choices: Collection[str], what: str, hint: str = "", option
     given = f"{option} {word or "''"}".strip()
     if found:
         others = f" and {len(found) - 8} more" if len(found) > 8 else ""
-        raise UserError(f"{given}: matches {', '.join(sorted(found)[:8])}{others}; {more or 'give more of the name'}")
+        raise UserError(f"{given}: matches {', '.join(sorted(found)[:8])}{others}; give more of the name")
     pieces = (piece for choice in choices for piece in re.split("[/ ]", choice))
     near = did_you_mean(word, choices) or did_you_mean(word, pieces)
     raise UserError(f"{given}: no {what} of that name{near or hint or f'; there are {", ".join(choices)}'}")

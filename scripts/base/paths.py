@@ -53,20 +53,12 @@ def shown(file: Path) -> str:
 
 
 def similar_paths(missing: Path) -> str:
-    """Hint with the most similar names in a missing path's folder and in the folder above."""
-    folder = missing.absolute().parent
-    near = [*_similar(missing.name, folder), *_similar(missing.name, folder.parent)]
-    if not folder.is_dir():
-        near += _similar(folder.name, folder.parent)
-    return f"; did you mean {' or '.join(map(shown, near))}?" if near else ""
-
-
-def _similar(name: str, folder: Path) -> list[Path]:
-    """Path in a folder with the most similar name; empty if none is similar."""
+    """Hint with the most similar name in a missing path's folder."""
     names: dict[str, Path] = {}
     with suppress(OSError):  # no folder, or not readable
-        names = {path.name.lower(): path for path in folder.iterdir() if path.exists()}
-    return [names[near] for near in get_close_matches(name.lower(), names, 1, 0.75)]
+        names = {path.name.lower(): path for path in missing.absolute().parent.iterdir() if path.exists()}
+    near = get_close_matches(missing.name.lower(), names, 1, 0.75)
+    return f"; did you mean {shown(names[near[0]])}?" if near else ""
 
 
 def homes() -> list[tuple[Path, Path]]:

@@ -74,7 +74,7 @@ _MOST_VALUES = 100_000  # a config has about a hundred values; nested aliases ca
 _MOST_LEVELS = 50
 
 
-def parse(text: str, where: str, loader: type[_Loader] = _Loader) -> Any:
+def parse(text: str, where: str, loader: Any = _Loader) -> Any:
     """Parse YAML text: text, numbers, booleans, null, lists, and mappings with text keys.
 
     Raises:
@@ -99,10 +99,9 @@ def _problem(error: Exception, text: str) -> str:
     """PyYAML's error on one line, preceded by its position in the text."""
     if not isinstance(error, yaml.MarkedYAMLError) or not error.problem_mark:
         return f": not valid YAML: {str(error).partition('\n')[0]}"
-    mark, began = error.problem_mark, error.context_mark
-    context = f"{error.context} from line {began.line + 1} on, " if began else ""
+    mark = error.problem_mark
     line = f":{mark.line + 1}" if "\n" in text else ""
-    return f"{line}: not valid YAML: {context}{error.problem} (column {mark.column + 1})"
+    return f"{line}: not valid YAML: {error.problem} (column {mark.column + 1})"
 
 
 @dataclass

@@ -40,18 +40,17 @@ def fetch_verb(
             help="Fetch only this file of the data (full or partial name). Repeatable.",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Output folder; default: data/DATA-raw.")] = None,
     json: Json = False,
 ) -> None:
-    """Download a data set and verify it; an interrupted download resumes."""
+    """Download a data set into data/DATA-raw and verify it; an interrupted download resumes."""
     from ..data import fetch, study
 
     of_study = study.with_data(name)
     data = of_study.data
     wanted = [meant(word, data.sources, "source", option="--only") for word in only or ()]
-    rows = fetch.fetch(data, out or data.raw, wanted or of_study.fetched)
+    rows = fetch.fetch(data, data.raw, wanted or of_study.fetched)
     tables.print_json(rows) if json else tables.print_table(rows)
-    next_step("data", "prepare", *([out] if out else []), "--study", of_study.folder.name, json=json)
+    next_step("data", "prepare", "--study", of_study.folder.name, json=json)
 
 
 @verbs.command(

@@ -144,8 +144,7 @@ def check_lock() -> Iterator[Line]:
         required = [one for one in required if not _OF_TORCH.match(one.name)]
     unmet = [f"{one} (installed: {package_version(one.name) or 'none'})" for one in required if not _is_met(one)]
     if unmet:
-        more = f", and {len(unmet) - _SHOWN} more" if len(unmet) > _SHOWN else ""
-        found = f"{', '.join(unmet[:_SHOWN])}{more}"
+        found = f"{len(unmet)} differ, such as {', '.join(unmet[:_SHOWN])}"
         command = "touch requirements.lock && make setup"
         yield Line("lock", "wrong", found, "install the required versions", command)
     else:

@@ -208,8 +208,8 @@ def sweep_verb(
     end(results, json, head, rows, show)
     if of_study:
         next_step("results", name, *["--rehearse"][: request.rehearse], json=json or dry_run)
-    elif not dry_run:
-        next_step("report" if backend.here else "results", records[0].label, json=json)
+    else:
+        next_step("results", records[0].label, json=json or dry_run)
 
 
 def end(
@@ -302,7 +302,7 @@ def reproduce_verb(
     rows = verdict.rows(of_study, paths.runs(), request.rehearse, reproduce.representative_runs(results))
     records = [verdict.record(row) for row in rows]
     end(results, json, {}, records, lambda: study_tables.show_study(of_study, rows, request.rehearse, json))
-    next_step("report" if backend.here else "results", study, *["--rehearse"][: request.rehearse], json=json)
+    next_step("results", study, *["--rehearse"][: request.rehearse], json=json)
 
 
 def _score_predictions(of_study: "Study", only: list[str], scorer: str | None, json: bool) -> None:

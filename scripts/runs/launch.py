@@ -41,13 +41,11 @@ LAST_SECONDS = 15  # time for the other ranks to exit after one has failed
 
 
 def require(cwd: Path) -> None:
-    """Check that Axolotl and the working directory of a run exist.
+    """Check that the working directory of a run exists.
 
     Raises:
-        UserError: Axolotl or the working directory is missing.
+        UserError: the working directory is missing.
     """
-    if not AXOLOTL.is_file():
-        raise UserError(f"{AXOLOTL}: not found; install axolotl in the same environment as this command")
     if not cwd.is_dir():
         raise UserError(f"{cwd}: not found, but the run was started in this folder; restore it with its contents")
 
@@ -68,6 +66,7 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
     """
     require(Path(record.cwd))
     here = collect()  # provenance of the training machine, whose checkout may lack the git history
+    here["gpus"] = here["gpus"][: record.gpus_used]
     if not record.launches:
         record.provenance = here | {"git": here["git"] or record.provenance.get("git")}
     elif changed := config.differences(_versions(record.provenance), _versions(here)):
@@ -89,9 +88,6 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
         launch.problem = _problem(folder, logged) if launch.exit_code not in (0, *_KILLED) else None
     launch.ended = now()
     metrics = folder.read_metrics()
-    if used := next((each["gpus"] for each in reversed(metrics) if each.get("gpus")), None):
-        known = (record.provenance.get("gpus") or [{}])[0]  # also has the driver version, unknown to torch
-        record.provenance["gpus"] = [known | gpu for gpu in used]
     record.summary = summarise(metrics)
     record.summary.ended = summarise(folder.read_metrics(since=written)).ended  # ignores earlier launches
     adapter = folder.output / "adapter_model.safetensors"

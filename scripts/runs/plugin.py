@@ -23,7 +23,7 @@ from pynvml import NVMLError
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ..base.files import append_line
-from ..base.machine import LOCK_TIMEOUT, GpuInfo, end_with_parent, held
+from ..base.machine import LOCK_TIMEOUT, end_with_parent, held
 from ..configs import models
 from ..configs.gpus import CPU_RANKS, ENGINE_KEYS, engine_of
 from . import eval_loss
@@ -152,7 +152,7 @@ class RunCallback(TrainerCallback):
     cpu_percent (100 is one processor). Records with a loss, and the last record, add values of all steps since the
     previous record with a loss: step_seconds (without evaluation and saving), tokens (without padding) and
     tokens_per_second. Only the first rank writes; peak_gib_by_rank has the memory of all ranks. The first record of a
-    launch has gpus, engine, training_rows, trainable_parameters and parameters (including frozen ones). The last record
+    launch has engine, training_rows, trainable_parameters and parameters (including frozen ones). The last record
     has `ended` (see `records.Ended`), and kept_step if the trainer has loaded the best checkpoint. The first evaluation
     of a launch adds a record with eval_tokens.
 
@@ -193,7 +193,7 @@ class RunCallback(TrainerCallback):
             first = first | {"engine": self.engine}
         with suppress(TypeError):  # streamed rows have no number
             first = first | {"training_rows": len(self.trainer.train_dataset)}
-        self._append(state, first | {"gpus": _gpus()})
+        self._append(state, first)
         if not args.eval_on_start:
             _note(args.output_dir, phase="training")
         self.trainer.model.register_forward_pre_hook(self._count, with_kwargs=True)
@@ -233,8 +233,6 @@ class RunCallback(TrainerCallback):
         if not logs or not {"loss", "eval_loss", eval_loss.NAME} & logs.keys():
             return
         usage = _usage()
-        if peak := logs.get("memory/max_allocated (GiB)"):  # Axolotl's log entry, because torch's own peak was reset
-            usage["memory_allocated_gib"] = peak
         peaks = of_all(usage.get("memory_reserved_gib") or usage["rss_peak_gib"], args.device)
         if len(peaks) > 1:
             usage["peak_gib_by_rank"] = peaks
@@ -375,27 +373,10 @@ def _note(output: str, **record: Any) -> None:
         append_line(Path(output).with_name("metrics.jsonl"), orjson.dumps({"time": time.time()} | record))
 
 
-def _gpus() -> list[GpuInfo]:
-    """GPUs of this node's ranks, as torch reports them."""
-    used = range(int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if torch.cuda.is_available() else 0)
-    gpus = [torch.cuda.get_device_properties(i) for i in used]
-    return [
-        {
-            "name": gpu.name,
-            "memory_gib": round(gpu.total_memory / GIB, 1),
-            "compute_capability": f"{gpu.major}.{gpu.minor}",
-        }
-        for gpu in gpus
-    ]
-
-
 def _usage() -> dict[str, Any]:
     if not torch.cuda.is_available():
         return {"rss_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB}
-    usage = {
-        "memory_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
-        "memory_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
-    }
+    usage = {"memory_reserved_gib": torch.cuda.max_memory_reserved() / GIB}
     with suppress(NVMLError):  # a GPU slice (MIG) does not report utilization
         usage["gpu_utilization"] = torch.cuda.utilization()
     return usage

@@ -3,7 +3,6 @@
 import os
 import platform
 import subprocess
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -45,7 +44,6 @@ class _Record(TypedDict, total=False):
     rss_peak_gib: float
     peak_gib_by_rank: list[float] | None
     engine: str
-    gpus: list[GpuInfo]
     training_rows: int
     trainable_parameters: int
     parameters: int
@@ -101,11 +99,7 @@ class FileState(BaseModel):
         # copying can lose fractions of a second
         if status.st_size == self.bytes and abs(status.st_mtime - self.mtime) < 1:
             return False
-        if sha256(file) != self.sha256:
-            return True
-        with suppress(OSError):  # so that the next call need not read a copied file
-            os.utime(file, (status.st_atime, self.mtime))
-        return False
+        return sha256(file) != self.sha256
 
 
 def _moment(text: str) -> str:

@@ -47,10 +47,9 @@ def chosen(of_study: Study, only: list[str]) -> list[str]:
     named: list[str] = []
     for name in only:
         found = paths.matching(name, recipes) or fnmatch.filter(recipes, f"*/{name}")
-        remedy = f"give the whole name, or '*{name}*' for all"
         if len(found) > 1 and not glob.has_magic(name):
-            raise UserError(f"--only {name}: matches {', '.join(found)}; {remedy}")
-        named += found or [meant(name, recipes, "recipe of the study", option="--only", more=remedy)]
+            raise UserError(f"--only {name}: matches {', '.join(found)}; give the whole name, or '*{name}*' for all")
+        named += found or [meant(name, recipes, "recipe of the study", option="--only")]
     return list(dict.fromkeys(named)) or list(of_study.published)
 
 

@@ -93,12 +93,8 @@ def for_model(base: str, name: str) -> OtherModel:
     targets = recipe.get("lora_target_modules")
     if isinstance(targets, list) and (renamed := about.targets(targets)) != targets:
         changes["lora_target_modules"] = Change(renamed)
-    before = str(recipe.get("base_model"))
-    attention = recipe.get("attn_implementation")
-    if about.soft_caps and attention == "sdpa":
+    if about.soft_caps and recipe.get("attn_implementation") == "sdpa":
         changes["attn_implementation"] = Change("eager", about.soft_caps)
-    elif not about.soft_caps and attention == "eager" and describe(models.entry_of(before), before).soft_caps:
-        changes["attn_implementation"] = Change("sdpa", "as for models that put no cap on attention scores")
     lines = _chat_templates(recipe, folder, entry, changes)
     if about.unknown:
         pinned = f" --revision {about.revision}" if about.revision else ""

@@ -16,7 +16,7 @@ from qlora_recipes.base.errors import WorkFailed
 from qlora_recipes.base.files import tensor_shapes
 from qlora_recipes.base.progress import TrainingProgress
 from qlora_recipes.configs import config
-from qlora_recipes.runs import launch, plugin
+from qlora_recipes.runs import launch, records
 from qlora_recipes.runs.plugin import RunCallback, RunPlugin
 from qlora_recipes.runs.rundir import PLUGIN, RunDir, summarise
 
@@ -77,16 +77,6 @@ def test_a_record_after_a_torn_line_is_kept(tmp_path):
     assert [record["step"] for record in run.read_metrics()] == [4, 5, 6]
 
 
-def test_the_peak_is_the_one_before_axolotl_resets_it(tmp_path, monkeypatch):
-    """Axolotl's trainer logs the peak, which resets it, before it calls the callbacks."""
-    after = {"memory_allocated_gib": 4.0, "memory_reserved_gib": 7.0}
-    monkeypatch.setattr(plugin, "_usage", lambda: dict(after))
-    logs = {"loss": 2.0, "memory/max_allocated (GiB)": 6.4}
-    RunCallback(tmp_path / "metrics.jsonl", None, None).on_log(SimpleNamespace(device="cpu"), state_at(1), None, logs)
-    (record,) = RunDir(tmp_path).read_metrics()
-    assert (record["memory_allocated_gib"], record["memory_reserved_gib"]) == (6.4, 7.0)
-
-
 def test_rows_that_are_prepared_are_not_written_again(tiny, sample, tmp_path):
     """Another run may be training on them."""
     from axolotl.cli.preprocess import do_preprocess
@@ -144,19 +134,16 @@ def test_a_training_without_a_step_had_no_batch(tmp_path, step, ended):
     assert RunCallback(tmp_path, TRAINER, None)._how_it_ended(state_at(step), STOPPING) == ended
 
 
-def test_the_gpu_that_torch_trains_on_is_recorded(tmp_path, monkeypatch):
+def test_the_gpus_of_the_ranks_are_recorded(tmp_path, monkeypatch):
     folder = a_run(tmp_path / "runs", "haider2024/code-llama-7b", "one", 5.0, state="failed")
     shell_for_axolotl(tmp_path, monkeypatch, "exit 1")
-    card = SimpleNamespace(name="NVIDIA A100-SXM4-40GB", total_memory=40 * plugin.GIB, major=8, minor=0)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
-    RunCallback(folder.metrics, None, None)._append(state_at(0), {"gpus": plugin._gpus()})
+    visible = {"2": {"name": "NVIDIA A100"}, "3": {"name": "Tesla T4"}}
+    monkeypatch.setattr(records, "visible_gpus", lambda: visible)
     record = folder.read()
-    record.provenance["gpus"] = [{"name": "Tesla T4", "memory_gib": 15.0, "driver": "580.0"}] * 2
+    record.launches = []
     with pytest.raises(WorkFailed), folder.held() as lock:
         launch.train(folder, record, lock)
-    used = {"name": card.name, "memory_gib": 40.0, "driver": "580.0", "compute_capability": "8.0"}
-    assert folder.read().provenance["gpus"] == [used]
+    assert folder.read().provenance["gpus"] == [{"name": "NVIDIA A100"}]
 
 
 def test_tokens_are_counted_without_padding_in_training_only(tmp_path):
