@@ -22,7 +22,7 @@ from ..metrics.metric import Column
 from ..runs.records import Run
 from ..runs.rundir import PLUGIN, RunDir
 from ..scores.evaluations import ADAPTER, Evaluation, EvaluationSettings
-from .run_rows import REHEARSED, RunResult
+from .run_rows import RunResult
 
 # Licences of language models in https://huggingface.co/docs/hub/repositories-licenses
 _HUB_LICENCES = ("apache-2.0", "mit", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma")
@@ -41,9 +41,8 @@ def card(result: RunResult, evaluation: Evaluation | None, merged: bool, reposit
         merged: True for the card of the merged model.
         repository: repository on the hub, if the card will be pushed.
     """
-    folder, run, of_study = result.folder, result.run, study.of(result.run.origin)
+    folder, of_study = result.folder, study.of(result.run.origin)
     data = None if of_study is None or result.other_data else of_study.data
-    moved = [d.why for d in run.from_origin if re.fullmatch(r"datasets\b.*path", d.key)]
     with importing_axolotl(offline=True):
         from ..scores.prompter import as_code
 
@@ -61,9 +60,7 @@ def card(result: RunResult, evaluation: Evaluation | None, merged: bool, reposit
         repository=repository or ".",
         study=of_study,
         data=data,
-        sample=any(why.startswith(REHEARSED) for why in moved),
-        own_data=not all(why.startswith(REHEARSED) for why in moved),
-        other_model=None if run.rehearsal else result.other_model,
+        other_model=result.other_model,
         prompt=prompt,
         columns=evaluation.columns if evaluation else {},
         published={name: str(score) for name, score in (result.aim.scores if result.aim else {}).items()},
@@ -71,7 +68,6 @@ def card(result: RunResult, evaluation: Evaluation | None, merged: bool, reposit
         embedding_rows=embedding_rows(folder.output / ADAPTER),
         config_sha256=sha256(folder.config),
         adapter_sha256=sha256(folder.output / ADAPTER),
-        scored_file=evaluation is not None and Path(evaluation.settings.data).is_absolute(),
         scored_on=scored_on,
         decoding=_arguments(evaluation.settings.decoding if evaluation else study.decoding_of(of_study, None)),
     )

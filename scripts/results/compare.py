@@ -22,6 +22,7 @@ from ..runs.rundir import RunDir, find_run
 from ..scores import intervals
 from ..scores.evaluations import about_file, about_rows, changed, current, read_predictions, read_scores
 from ..scores.score import columns_of, declared_models, model_record, of_single_rows, with_scores
+from .run_rows import trained_settings
 
 
 @dataclass
@@ -222,22 +223,13 @@ def _divergence(folders: Sequence[RunDir]) -> Divergence | None:
 
 
 def _settings(cfg: yamlfiles.Config, run: Run) -> yamlfiles.Config:
-    """Settings, data, versions and machine of a run, as far as they can affect its losses."""
-    machine = run.provenance
-    gpus = [f"{gpu.get('name')}, driver {gpu.get('driver')}" for gpu in machine.get("gpus") or []]
-    kept = {key: value for key, value in cfg.items() if not config.TRACKING.match(key)}
-    return {
-        **{key: value for key, value in config.flatten(kept) if key not in config.OF_THE_RUN},
-        **{f"content of {file.path}": f"sha256 {file.sha256[:12]}" for file in [*run.data, *run.named_files]},
-        **{f"version of {name}": version for name, version in (machine.get("packages") or {}).items()},
-        "version of python": machine.get("python"),
-        "CUDA of torch": machine.get("cuda"),
-        "processor": machine.get("cpu"),
-        "cores": machine.get("cores"),
-        "GPUs": "; ".join(gpus) or None,
-        "ranks": run.ranks,
-        "resumed from": ", ".join(launch.resumed_from for launch in run.launches if launch.resumed_from) or None,
-    }
+    """Settings, data, versions and machine of a run."""
+    found = trained_settings(cfg) | dict(config.flatten(run.provenance, "provenance"))
+    for file in [*run.data, *run.named_files]:
+        found[f"content of {file.path}"] = f"sha256 {file.sha256[:12]}"
+    found["ranks"] = run.ranks
+    found["resumed from"] = ", ".join(launch.resumed_from for launch in run.launches if launch.resumed_from)
+    return found
 
 
 Point = tuple[int, float]  # step, and mean loss since the previous point

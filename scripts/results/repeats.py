@@ -15,7 +15,7 @@ from ..runs.rundir import RunDir
 from ..scores import evaluations, intervals
 from ..scores.evaluations import Evaluation
 from ..scores.score import model_record
-from .run_rows import RunResult
+from .run_rows import RunResult, trained_settings
 
 SEED = "seed"
 _SAME_ROWS = {"data_sha256", "rows"}
@@ -42,38 +42,29 @@ def of(chosen: RunResult, candidates: Sequence[RunResult]) -> list[RunResult]:
     for its own seed, the newest run for each other seed. Further runs of a seed say nothing about the spread between
     seeds. If all runs have the same seed, all of them count. A run that is not finished and scored has no repeats.
     """
-    own, trained, named = chosen.evaluation, _training(chosen), [file.sha256 for file in chosen.run.named_files]
-    if chosen.run.state != "finished" or not chosen.is_scored or chosen.run.published_adapter or trained is None:
+    trained = _training(chosen)
+    if trained is None or not chosen.is_scored:
         return [chosen]
-    found = [
-        other
-        for other in candidates
-        if other.folder.path != chosen.folder.path
-        and other.run.recipe == chosen.run.recipe
-        and other.run.state == "finished"
-        and not other.run.published_adapter
-        and other.run.rehearsal == chosen.run.rehearsal
-        and _alike(own, other.evaluation, _ALIKE)
-        and _training(other) == trained
-        and [file.sha256 for file in other.run.named_files] == named
-    ]
+    found = []
+    for other in candidates:
+        if other.run.recipe != chosen.run.recipe or other.folder.path == chosen.folder.path:
+            continue
+        if _alike(chosen.evaluation, other.evaluation, _ALIKE) and _training(other) == trained:
+            found.append(other)
     by_seed = {seed(result.folder): result for result in [*found, chosen]}
-    return [chosen] + [one for one in (by_seed.values() if len(by_seed) > 1 else found) if one != chosen]
+    if len(by_seed) > 1:
+        found = [result for result in by_seed.values() if result != chosen]
+    return [chosen, *found]
 
 
 def _training(result: RunResult) -> Any:
-    """Inputs of a run's training except the seed; None if the config is missing."""
+    """Inputs of a run's training except the seed; None if it is not finished, not our own, or lacks its config."""
     run = result.run
-    if not result.folder.config.is_file():
+    if run.state != "finished" or run.published_adapter or not result.folder.config.is_file():
         return None
-    leaves = config.flatten(yamlfiles.read_yaml(result.folder.config))
-    of_run = {SEED, *config.OF_THE_RUN}
-    settings = {
-        key: repr(value)
-        for key, value in leaves
-        if key.partition(".")[0] not in of_run and not config.TRACKING.match(key)
-    }
-    return settings, [file.sha256 for file in run.data], run.ranks
+    settings = trained_settings(yamlfiles.read_yaml(result.folder.config))
+    settings.pop(SEED, None)
+    return settings, [file.sha256 for file in [*run.data, *run.named_files]], run.ranks
 
 
 def _alike(one: Evaluation | None, other: Evaluation | None, settings: set[str]) -> bool:

@@ -1,6 +1,6 @@
 """Results of a run beside published scores."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -14,7 +14,6 @@ from ..base.yamlfiles import Config
 from ..configs import config, models
 from ..configs.compose import MIRROR
 from ..configs.config import Difference
-from ..configs.datafiles import DataFile
 from ..data import manifest, study
 from ..data.manifest import is_the_studys
 from ..data.published import EvalTokens, Published, PublishedScore
@@ -168,11 +167,25 @@ class RunResult:
 
     @cached_property
     def other_tokens(self) -> str | None:
-        """Reason not to compare the eval loss with the published one; None without a reason or a published one."""
+        """Reason not to compare the eval loss with the published one; None without a reason or a published one.
+
+        The tokens behind both must be the same: those of a run of the unchanged recipe, or else those in study.yaml.
+        Without either, no setting may differ that may affect them.
+        """
         if not self.study or not self.aim or not any(self.columns[name].metric.of_loss for name in self.aim.scores):
             return None
-        recipe = self.study.origin(self.run.origin)
-        return _other_tokens(self.folder, self.run, self.summary, recipe, self.aim.eval_tokens)
+        if self.summary.eval_loss_per_token is None and self.summary.eval_loss is not None:
+            return "the scored tokens are unknown under tensor or context parallelism, and for streamed rows"
+        of_recipe = _of_unchanged(self.folder.runs(self.run.recipe), self.study.origin(self.run.origin))
+        own, expected = self.summary.eval_tokens, of_recipe or self.aim.eval_tokens
+        if own and expected:
+            return None if own == expected else f"the eval loss covers {own['count']:,} tokens, not those of the recipe"
+        changed = [key for key in other_settings(self.run) if not config.NOT_OF_EVAL_TOKENS.match(key)]
+        if "seed" in changed and not yamlfiles.read_yaml(self.folder.config).get("val_set_size"):
+            changed.remove("seed")  # it decides only which rows val_set_size holds out
+        if changed:
+            return f"the eval loss may cover other tokens than the recipe's, by {', '.join(changed)}"
+        return None
 
     @cached_property
     def scores(self) -> dict[str, RunScore]:
@@ -202,13 +215,25 @@ class RunResult:
 
     @cached_property
     def other_model(self) -> str | None:
-        """Base model of the run; None if it is the recipe's model or a copy of it."""
-        return _other_model(self.run)
+        """Base model of the run; None if it is the recipe's model, a copy of it, or a rehearsal's stand-in."""
+        for difference in self.run.from_origin:
+            if difference.key == "base_model" and not models.is_copy(difference.run, difference.recipe):
+                return None if self.run.rehearsal else str(difference.run)
+        return None
 
     @cached_property
     def other_data(self) -> bool:
-        """True if the run's data are not the study's."""
-        return _other_data(self.run)
+        """True if the config names data files that are not the study's, or a manifest shows other content."""
+        verified = 0
+        for file in self.run.data:
+            for entry in manifest.entries(Path(self.run.cwd, file.path).parent).values():
+                same = entry.get("sha256") == file.sha256
+                if entry.get("file") == Path(file.path).name and (not same or entry.get("is_the_study_file") is False):
+                    return True
+                if same and is_the_studys(entry):
+                    verified += 1
+        moved = any(d.key.startswith("datasets") and d.key.endswith("path") for d in self.run.from_origin)
+        return moved and not 0 < len(self.run.data) == verified
 
     @property
     def is_of_something_else(self) -> bool:
@@ -265,7 +290,7 @@ def record(result: RunResult, jobs: Iterable[str] = ()) -> Row:
         **scores,
         "peak_memory_gib": summary.peak_memory,
         "memory_kind": summary.memory_kind,
-        "other_base_model": None if run.rehearsal else result.other_model,
+        "other_base_model": result.other_model,
         "other_data": not run.rehearsal and result.other_data,
         "tokens_per_second": summary.tokens_per_second,
         "train_seconds": summary.train_seconds,
@@ -273,38 +298,18 @@ def record(result: RunResult, jobs: Iterable[str] = ()) -> Row:
     }
 
 
-def _other_model(run: Run) -> str | None:
-    """Base model of a run; None if it is the recipe's model or a copy of it."""
-    changed = next((difference for difference in run.from_origin if difference.key == "base_model"), None)
-    return str(changed.run) if changed and not models.is_copy(changed.run, changed.recipe) else None
-
-
-def _other_data(run: Run) -> bool:
-    """True if the config names data files that are not the study's, or a manifest shows other content."""
-    for file, entry in _entries(run):
-        is_of_file = entry.get("file") == Path(file.path).name
-        if is_of_file and (entry.get("is_the_study_file") is False or entry.get("sha256") != file.sha256):
-            return True
-    moved = any(d.key.startswith("datasets") and d.key.endswith("path") for d in run.from_origin)
-    verified = 0 < len(run.data) == sum(map(is_the_studys, manifest_entries(run)))
-    return moved and not verified
-
-
-def manifest_entries(run: Run) -> list[Config]:
-    """Manifest entries of a run's data files, found by hash."""
-    return [entry for file, entry in _entries(run) if entry.get("sha256") == file.sha256]
-
-
-def _entries(run: Run) -> Iterator[tuple[DataFile, Config]]:
-    """Data files of a run, each with every manifest entry of its folder."""
-    for file in run.data:
-        for entry in manifest.entries(Path(run.cwd, file.path).parent).values():
-            yield file, entry
-
-
 def other_settings(run: Run) -> dict[str, Any]:
     """Settings that differ from the recipe's, except trackers, output, GPUs, and a copy of its model."""
     return {change.key: change.run for change in run.from_origin if not _is_negligible(change)}
+
+
+def trained_settings(cfg: Config) -> dict[str, Any]:
+    """Settings of a config by dotted key, without trackers and output folders."""
+    settings = {}
+    for key, value in config.flatten(cfg):
+        if key.partition(".")[0] not in config.OF_THE_RUN and not config.TRACKING.match(key):
+            settings[key] = value
+    return settings
 
 
 def _is_negligible(change: Difference) -> bool:
@@ -318,30 +323,6 @@ def _is_negligible(change: Difference) -> bool:
     return change.key in config.OF_THE_RUN or bool(config.TRACKING.match(change.key))
 
 
-def _other_tokens(folder: RunDir, run: Run, summary: Summary, recipe: str, published: EvalTokens | None) -> str | None:
-    """Reason not to compare a run's eval loss with a published one, or None.
-
-    The tokens behind both must be the same: those of a run of the unchanged recipe, or else those in study.yaml.
-    Without either, no setting may differ that may affect them.
-
-    Args:
-        folder: the run's folder.
-        run: content of run.json.
-        summary: summary of the training.
-        recipe: the recipe with the published loss.
-        published: the tokens in study.yaml.
-    """
-    if summary.eval_loss_per_token is None and summary.eval_loss is not None:
-        return "the scored tokens are unknown under tensor or context parallelism, and for streamed rows"
-    own, expected = summary.eval_tokens, _of_unchanged(folder.runs(run.recipe), recipe) or published
-    if own and expected:
-        return None if own == expected else f"the eval loss covers {own['count']:,} tokens, not those of the recipe"
-    changed = [key for key in other_settings(run) if not config.NOT_OF_EVAL_TOKENS.match(key)]
-    if "seed" in changed and not yamlfiles.read_yaml(folder.config).get("val_set_size"):
-        changed.remove("seed")  # it decides only which rows val_set_size holds out
-    return f"the eval loss may cover other tokens than the recipe's, by {', '.join(changed)}" if changed else None
-
-
 def _of_unchanged(runs: Path, recipe: str) -> EvalTokens | None:
     """Tokens behind the eval loss of the newest finished run of an unchanged recipe."""
     files = sorted((runs / recipe).glob("*/run.json"), reverse=True)
@@ -352,7 +333,8 @@ def _of_unchanged(runs: Path, recipe: str) -> EvalTokens | None:
 @cache
 def _if_unchanged(folder: Path, _: int) -> EvalTokens | None:
     with suppress(UserError):
-        run = RunDir(folder).read()
-        if run.state == "finished" and not run.rehearsal and not other_settings(run) and not _other_data(run):
+        result = RunResult(RunDir(folder), RunDir(folder).read())
+        run = result.run
+        if run.state == "finished" and not run.rehearsal and not other_settings(run) and not result.other_data:
             return run.summary.eval_tokens
     return None

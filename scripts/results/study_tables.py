@@ -36,8 +36,8 @@ def show_study(
         say("no recipe of the study has been rehearsed yet; run `recipe reproduce` with --rehearse")
         return
     records = [verdict.record(row) for row in rows]
-    if tuned:
-        records = [one | {"tuned": [best for best in tuned if best["recipe"] == one["recipe"]]} for one in records]
+    for one in records:
+        one["tuned"] = [best for best in tuned if best["recipe"] == one["recipe"]]
     if rehearsal:
         tables.show(json, records, of_rows(of_study, rows, rehearsal))
         return
@@ -51,17 +51,14 @@ def show_study(
 
 def of_rows(of_study: Study, rows: Sequence[StudyRow], rehearsal: bool) -> Iterator[Table]:
     """Tables of a study: one per metric in `Study.table`, then costs, curves and baselines."""
-    published = any(score.published for row in rows for score in row.scores.values())
-    about = f"{of_study.cited}; published scores are on {of_study.test_title}" if published else of_study.cited
+    title = REHEARSALS if rehearsal else of_study.cited
+    if any(score.published for row in rows for score in row.scores.values()):
+        title += f"; published scores are on {of_study.test_title}"
     for column in of_study.table.values():
-        is_first = column == of_study.first
-        title = (REHEARSALS if rehearsal else about) if is_first else column.label
-        if is_first or published or any(row.scores[column.name].value is not None for row in rows):
-            yield Table(
-                [_of_metric(row, column) for row in rows],
-                title,
-                below=["scored"],
-            )
+        scores = [row.scores[column.name] for row in rows]
+        if any(score.value is not None or score.published for score in scores):
+            yield Table([_of_metric(row, column) for row in rows], title, below=["scored"])
+            title = column.label
     others = {name: column for name, column in of_study.columns.items() if name not in of_study.table}
     if any(row.chosen for row in rows):
         yield Table([_of_costs(row, others) for row in rows], COSTS)

@@ -129,8 +129,8 @@ def test_versions_and_machine_are_among_what_differs(recipe, tmp_path):
         machine = {"packages": {"torch": torch}, "python": "3.13", "gpus": [{"name": "T4", "driver": driver}]}
         trained(tmp_path, name, provenance=machine, gpus_used=ranks)
     assert recipe.json("results", "one", "two")["training"]["differences"] == {
-        "version of torch": ["2.14.1", "2.15.0"],
-        "GPUs": ["T4, driver 580", "T4, driver 590"],
+        "provenance.packages.torch": ["2.14.1", "2.15.0"],
+        "provenance.gpus.0.driver": ["580", "590"],
         "ranks": [1, 2],
     }
 
