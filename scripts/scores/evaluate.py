@@ -14,6 +14,7 @@ from ..checks import trust
 from ..configs.numerics import precision, quantized
 from ..data import study
 from ..metrics import registry
+from ..metrics.bertscore import made_by
 from ..runs.records import FileState
 from ..runs.rundir import RunDir
 from . import benchmarks, evaluation_rows, evaluations
@@ -34,7 +35,7 @@ from .evaluations import (
     write,
 )
 from .predict import discard, part_file, predict
-from .score import VERSION, ScorerModels, columns_of, keep_judged, require_models, same_models, score, scorer_models
+from .score import VERSION, ScorerModels, columns_of, keep_judged, model_record, require_models, score, scorer_models
 
 REHEARSED = 12  # maximum number of rows that a rehearsal evaluates
 # Config keys without a field in `EvaluationSettings` that affect the model or the end token of answers.
@@ -209,10 +210,11 @@ def outdated(former: Evaluation, task: EvaluationTask, judged: ScorerModels) -> 
         return "another --limit"
     if former.settings.test_set != task.settings.test_set:
         return "another test set"
-    # earlier scores remain valid without their model, unless --metric names another model, or none
-    asked = {name: model for name, model in judged.items() if model or task.request.judge}
-    if not same_models(asked, task.columns, former.scores):
-        return "another scorer model"
+    for name, model in judged.items():
+        record = model_record(task.columns[name], former.scores)
+        # earlier scores remain valid without their model, unless --metric names another model, or none
+        if (model or task.request.judge) and not made_by(model, record):
+            return "another scorer model"
     for name, column in task.columns.items():
         # a metric without its scorer model is left out of the scores
         if judged.get(name, True) and not column.same_scores(former.columns.get(name)):
@@ -257,7 +259,8 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
     A call continues an interrupted evaluation, and does not repeat a complete one.
 
     Raises:
-        UserError: see `RunDir.refuse_links`, `EvaluationTask`, `score.require_models` and `benchmarks.require`.
+        UserError: see `RunDir.refuse_links`, `EvaluationTask`, `score.require_models`, `benchmarks.require`,
+            `_make_room` and `predict`.
         WorkFailed: the scorer model cannot be loaded, or memory does not suffice.
     """
     folder.refuse_links()
@@ -284,7 +287,11 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
             columns = former.columns | task.columns
             measured = benchmarks.kept(task.columns, former, task.most_rows)
         else:
-            rows, settings = _predicted(task, folder.output, part)
+            _make_room(task)
+            with importing_axolotl(offline=task.run.rehearsal):
+                rows, settings = predict(
+                    task.settings, task.rows, task.cfg, folder.output, part, request.server, task.run.rehearsal
+                )
             columns, measured = task.columns, {}
         rehearsal = task.run.rehearsal
         measured |= benchmarks.measured(
@@ -327,17 +334,6 @@ def _kept(task: EvaluationTask, former: Evaluation) -> tuple[list[Row], Evaluati
     rows = [{key: row[key] for key in Prediction.model_fields if key in row} for row in read_predictions(task.where)]
     kept = former.settings.model_dump(include={"batch_size", *evaluations.ORIGIN})
     return rows, EvaluationSettings.model_validate(task.settings.model_dump() | kept)
-
-
-def _predicted(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[Row], EvaluationSettings]:
-    """Generate predictions.
-
-    Raises:
-        UserError: see `_make_room` and `predict`.
-    """
-    _make_room(task)
-    with importing_axolotl(offline=task.run.rehearsal):
-        return predict(task.settings, task.rows, task.cfg, tokenizer, part, task.request.server, task.run.rehearsal)
 
 
 def _make_room(task: EvaluationTask) -> None:

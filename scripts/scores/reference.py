@@ -12,7 +12,6 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
-    PreTrainedModel,
     set_seed,
 )
 from transformers.utils.logging import disable_progress_bar
@@ -68,7 +67,13 @@ class Reference:
             self.model = self.model.dequantize(dtype=dtype)
         # The model's published config would change the decoding. The harness ends answers by this config.
         self.model.generation_config = GenerationConfig(eos_token_id=sorted(prompter.ends))
-        grow_embedding(self.model, len(self.tokenizer), settings.adapter if settings.adapter_sha256 else None)
+        rows = len(self.tokenizer)
+        if settings.adapter_sha256:
+            rows = embedding_rows(Path(settings.adapter) / ADAPTER) or rows
+        # Axolotl adds rows for tokens that a config adds to the tokenizer (loaders/model.py). PEFT saves these rows
+        # with the adapter, but does not add rows to the model when it loads the adapter.
+        if rows > len(self.model.get_input_embeddings().weight):
+            self.model.resize_token_embeddings(rows)
         if settings.adapter_sha256:
             self.model = with_adapter(self.model, settings.adapter)
         self.model.eval()
@@ -218,22 +223,6 @@ def with_adapter(model: Any, folder: str) -> Any:
     if changes and not any(tensor.any() for tensor in changes):
         raise UserError(f"{file}: changes nothing: LoRA's B is 0 in every layer; evaluate a trained adapter")
     return adapted
-
-
-def grow_embedding(model: PreTrainedModel, tokens: int, adapter: str | None) -> None:
-    """Grow a base model's embedding to its size in training.
-
-    Axolotl adds rows for tokens that a config adds to the tokenizer (loaders/model.py). PEFT saves these rows with the
-    adapter, but does not add rows to the model when it loads the adapter.
-
-    Args:
-        model: base model.
-        tokens: number of tokens in the training tokenizer.
-        adapter: adapter folder; None for the base model alone.
-    """
-    saved = embedding_rows(Path(adapter) / ADAPTER) if adapter else None
-    if (rows := saved or tokens) > len(model.get_input_embeddings().weight):
-        model.resize_token_embeddings(rows)
 
 
 def base_weights(prompter: Prompter) -> dict[str, Any]:

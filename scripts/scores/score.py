@@ -11,7 +11,7 @@ from ..base.progress import say
 from ..configs import substitution
 from ..data import study
 from ..metrics import registry
-from ..metrics.bertscore import ScorerModel, layer_of, made_by
+from ..metrics.bertscore import ScorerModel, layer_of
 from ..metrics.metric import FEWEST, Column
 from ..metrics.registry import Benchmark
 from .evaluations import Evaluation
@@ -123,11 +123,6 @@ def by_declared_model(column: Column, scores: Mapping[str, Any]) -> bool:
         return True
     same_model = by["model"] in (declared.model, declared.model.rpartition("/")[2])
     return same_model and declared.layer in (None, by.get("layer"))
-
-
-def same_models(models: ScorerModels, columns: Mapping[str, Column], scores: Mapping[str, Any]) -> bool:
-    """True if these scorer models computed the scores."""
-    return all(made_by(model, model_record(columns[name], scores)) for name, model in models.items())
 
 
 # Version of the scoring code. Increase it when a change gives the same texts different scores. Scores of older versions
