@@ -20,7 +20,7 @@ VLLM_LOCK = $(if $(shell nvidia-smi -L 2> /dev/null),requirements-vllm.lock,requ
 COMPILED = --universal --python-version 3.12 --generate-hashes --no-annotate --no-emit-index-url --quiet -o
 
 .PHONY: setup demo vllm sky test test-offline test-long verify coverage test-image lint lock upgrade audit benchmark \
-	compare-memory picture
+	compare-memory picture notebook
 
 setup: .venv/.complete  ## Install requirements.lock and the command recipe into .venv; CUDA=12.6 for an older driver
 
@@ -73,6 +73,9 @@ benchmark: setup  ## Measure the speed; prints the table in CONTRIBUTING.md
 
 compare-memory: setup  ## Compare planned memory with published figures, and with another planner
 	.venv/bin/python tools/compare_memory.py
+
+notebook: setup  ## Write docs/free-t4.ipynb from its page, and execute docs/qlora.ipynb in place, in ten minutes
+	.venv/bin/python tools/notebook.py
 
 picture: setup  ## Draw the README's terminal again
 	.venv/bin/python tools/picture.py
