@@ -12,7 +12,6 @@ from ..base.hub import importing_axolotl
 from ..configs import compose, models, substitution
 from ..configs.compose import Composed, Request
 from ..configs.gpus import Gpu
-from ..configs.numerics import ADAPTED
 from ..data import study
 from . import data_rules, model_rules, schema, settings_rules, trust, validation  # noqa: F401 (rules add themselves)
 from .finding import LEVELS, Case, Finding, override_errors, refuse, remaining_errors, rule_findings
@@ -41,21 +40,9 @@ class Report:
 
     def data_table(self) -> list[Row]:
         """A row for each data set, with size, lengths and padding."""
-        return [
-            {
-                "data": ", ".join(read["files"]),
-                "rows": read["rows"],
-                "MB": read["bytes"] / 1e6,
-                "tokens": read.get("tokens"),
-                "with loss": read.get("tokens_with_loss"),
-                "median": read.get("percentiles", {}).get("50"),
-                "95 %": read.get("percentiles", {}).get("95"),
-                "longest": read.get("percentiles", {}).get("100"),
-                "too long": read.get("longer_than_sequence_len"),
-                "padding": read.get("padding_share"),
-            }
-            for read in self.data
-        ]
+        apart = ("key", "files", "unread_fields")
+        shown = [{name.replace("_", " "): read[name] for name in read if name not in apart} for read in self.data]
+        return [{"data": ", ".join(read["files"])} | row for read, row in zip(self.data, shown, strict=True)]
 
     def count(self, level: str) -> int:
         """Number of findings of a level."""
@@ -102,13 +89,18 @@ def check(
 
 
 def tokenize_all(report: Report, ranks: int = 1) -> None:
-    """Tokenize the readable rows of a checked config, unless errors in the config prevent it."""
+    """Tokenize the readable rows of a checked config, unless errors in the config or a missing tokenizer prevent it."""
+    composed = report.composed
     errors = [finding for finding in report.findings if finding.level == "error"]
     if any(finding.scope in ("code", "step") for finding in errors):
         report.skip("skipped tokenizing the rows, because of errors; correct them, then check again")
-    elif report.composed and (report.data or not errors):
+    elif composed and report.data:
+        if not has_tokenizer(composed):
+            remedy = "`recipe check --data --rehearse --set datasets.0.split=train[:1000]` takes a small model's"
+            report.skip(f"skipped tokenizing the rows: no tokenizer on this machine; {remedy}", "base_model")
+            return
         try:
-            tokenize(report, report.composed, ranks)
+            tokenize(report, composed, ranks)
         except UserError as error:
             report.add([_unreadable(report.name, str(error))])
 
@@ -162,13 +154,14 @@ def examine(
     of_schema = list(schema.findings(composed.config))
     usable, wrong = schema.usable(composed.config, of_schema)
     case = Case(usable, wrong, gpu, gpus, launching, ask_hub or launching, composed.config)
-    found = [*placed([*of_schema, *rule_findings(case)], composed)]
-    report.add(found)
-    report.add(placed(_profile_compatibility(composed, gpu, launching), composed))
-    too_slow = launching and not (gpu or composed.rehearsal or models.is_small(composed.config))
-    if too_slow and all(finding.rule != "no-gpu" for finding in found):
-        no_gpu = Finding("error", "no-gpu", "", "no NVIDIA GPU found; a CPU is too slow", "add --rehearse for a trial")
-        report.add(placed([no_gpu], composed))
+    found = [*of_schema, *rule_findings(case)]
+    for why, changes in composed.incompatible.items():
+        problem = f"the profile leaves out or changes {', '.join(changes)}, because {why}"
+        found.append(Finding("note", "unfit", "", problem))
+    if launching and not (gpu or composed.rehearsal or models.is_small(composed.config)):
+        problem = "no NVIDIA GPU found; a CPU is too slow"
+        found.append(Finding("error", "no-gpu", "", problem, "add --rehearse for a trial"))
+    report.add(placed(found, composed))
     if data:
         from . import rows
 
@@ -176,24 +169,6 @@ def examine(
         of_rows, report.data = rows.check(usable, wrong)
         report.add(of_rows)
     return report
-
-
-def _profile_compatibility(composed: Composed, gpu: Gpu | None, launching: bool) -> Iterator[Finding]:
-    """Notes on settings that the profiles `fast` and `packed` omit or change for this config.
-
-    If no GPU is known, another finding says that the settings of these profiles are for Ampere or newer. It is a
-    warning before a run, otherwise a note. A rehearsal needs no GPU and has no such finding.
-    """
-    for why, changes in composed.incompatible.items():
-        left = ", ".join(f"{key}: {str(value).lower()}" for key, value in changes.items() if value is not None)
-        key = next(iter(changes)) if len(changes) == 1 else ""
-        problem = f"the profile sets {left}" if left else f"the profile leaves out {', '.join(changes)}"
-        yield Finding("note", "unfit", key, f"{problem}, because {why}")
-    adapted = [profile for profile in composed.profiles if profile in ADAPTED]
-    if adapted and gpu is None and not composed.rehearsal:
-        problem = f"no GPU is known: the settings of {' and '.join(adapted)} are for Ampere or newer"
-        remedy = "for an older GPU, pass --gpu to checks and plans, and set gpu for SLURM"
-        yield Finding("warning" if launching else "note", "unfit", "", problem, remedy)
 
 
 def tokens_of(request: Request, count: int) -> list[Row]:
@@ -225,9 +200,9 @@ def _need_tokenizer(composed: Composed, option: str, instead: str = "") -> None:
 def has_tokenizer(composed: Composed) -> bool:
     """True if a config's tokenizer is on this machine.
 
-    For a rehearsal, this function first creates the small model with its tokenizer.
+    This function first creates the small model of rehearsals, if the config names it.
     """
-    if composed.rehearsal and substitution.stands_in(composed.config):
+    if substitution.stands_in(composed.config):
         substitution.model_folder()
     return models.find(composed.config).tokenizer_here
 
@@ -235,31 +210,16 @@ def has_tokenizer(composed: Composed) -> bool:
 def tokenize(report: Report, composed: Composed, gpus: int = 1, most: int | None = None) -> None:
     """Tokenize the rows with Axolotl; add findings and lengths in tokens to a report.
 
-    If the config's tokenizer is missing, only some rows are tokenized, with the tokenizer of the rehearsal's model. The
-    lengths then stay unknown.
-
     Args:
         report: the report.
-        composed: the config.
+        composed: the config, whose tokenizer is on this machine.
         gpus: the number of GPUs that train.
-        most: the approximate number of rows to tokenize in each data set; None for all.
+        most: the number of first rows to tokenize in each data set; None for all.
     """
-    content, is_local = composed.config, has_tokenizer(composed)
-    if not is_local:
-        report.skip(
-            f"no tokenizer on this machine; {substitution.NAME}'s reads up to {SOME} rows, without lengths",
-            "base_model",
-        )
-        content = {key: value for key, value in content.items() if key not in substitution.OF_MODEL}
-        content |= {"base_model": str(substitution.model_folder()), "sequence_len": substitution.CONTEXT}
-        most = most or SOME
     with importing_axolotl():
         from . import tokens
 
-        findings, measured = tokens.lengths(content, most, gpus)
-    if not is_local:
-        findings = [finding for finding in findings if finding.rule not in ("too-long", "no-batch", "eos-masked")]
-        measured = []
+        findings, measured = tokens.lengths(composed.config, most, gpus)
     report.add(placed(findings, composed))
     by_key = {measures["key"]: measures for measures in measured}
     for read in report.data:
@@ -267,7 +227,7 @@ def tokenize(report: Report, composed: Composed, gpus: int = 1, most: int | None
 
 
 SOME = 1000
-"""Approximate number of rows per data set to tokenize before a run, or with another model's tokenizer."""
+"""Number of rows per data set to tokenize before a run."""
 
 
 def training_lengths(composed: Composed, force: Sequence[str] = ()) -> tuple[list[int], float]:

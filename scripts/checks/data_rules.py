@@ -53,9 +53,7 @@ def missing_file(case: Case) -> Problems:
             yield "error", f"{key}.path", f"the folder {paths.shown(Path(name))} is empty", "put rows into it"
         for file in datafiles.local_files(dataset):
             if file.is_file() and not file.stat().st_size:
-                made_by = study.preparation(str(file))
-                remedy = f"run {made_by}" if made_by else "write rows to it, or name another file"
-                yield "error", f"{key}.path", f"{paths.shown(file)} is empty", remedy
+                yield "error", f"{key}.path", f"{paths.shown(file)} is empty", "write rows to it, or name another file"
         for file in datafiles.missing_files(dataset):
             problem = f"{paths.shown(file)} does not exist{paths.similar_paths(file)}"
             yield "error", f"{key}.path", problem, "correct the path; only data_files of a folder can be a pattern"

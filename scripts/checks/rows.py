@@ -49,7 +49,6 @@ FIELDS = {
     "alpaca_chat.load_concise": _ALPACA,
     "alpaca_chat.load_no_prompt": _ALPACA,
     "alpaca_chat.load_qa": Fields("answer", ("question",)),
-    "alpaca_chat.load_camel_ai": Fields("message_2", ("message_1",)),
     "alpaca_instruct": _ALPACA,
     "alpaca_instruct.load_no_prompt": _ALPACA,
     "alpaca_w_system": _WITH_SYSTEM,
@@ -58,13 +57,6 @@ FIELDS = {
     "alpaca_w_system.load_open_orca": _ORCA,
     "alpaca_w_system.load_open_orca_chatml": _ORCA,
     "completion": Fields("text"),
-    "context_qa": Fields("answer", ("article", "question")),
-    "context_qa.load_404": Fields(None, ("article", "unanswerable_question")),
-    "context_qa.load_v2": Fields("answer", ("context", "question")),
-    "gpteacher": Fields("response", ("instruction",), ("input",)),
-    "jeopardy": Fields("answer", ("question", "category")),
-    "oasst": Fields("RESPONSE", ("INSTRUCTION",)),
-    "summarizetldr": Fields("summary", ("article",)),
 }
 
 
@@ -119,7 +111,6 @@ class _File:
     key: str
     path: Path
     rows: int = 0
-    bytes: int = 0
     has_system: bool = False
     faults: Faults = field(default_factory=Faults)
 
@@ -159,9 +150,8 @@ def check(config: Config, skipped: Collection[str] = ()) -> tuple[list[Finding],
             read.append(
                 {
                     "key": key,
-                    "files": [str(file.path) for file in files] or [*map(str, there)],
+                    "files": [*map(str, there)],
                     "rows": sum(file.rows for file in files) if files else None,  # Axolotl loads other formats
-                    "bytes": sum(file.bytes for file in files) or sum(path.stat().st_size for path in there),
                     "unread_fields": sorted(reader.unread),
                 }
             )
@@ -199,7 +189,6 @@ class Reader:
             for number, line in enumerate(stream, start=1):
                 if limit is not None and file.rows >= limit:
                     break
-                file.bytes += len(line)
                 if line.removeprefix(codecs.BOM_UTF8).strip():
                     file.rows += 1
                     self._line(file, number, line)
@@ -214,7 +203,7 @@ class Reader:
         try:
             row: Any = parse_json(line)
         except orjson.JSONDecodeError as error:
-            file.count("bad-row", "not UTF-8" if "UTF-8" in error.msg else "not JSON", number, error.msg)
+            file.count("bad-row", "not JSON in UTF-8", number, error.msg)
             return None
         if isinstance(row, dict):
             self._row(file, number, row)
@@ -228,18 +217,18 @@ class Reader:
         required = [name for name in self.names if name not in fields.optional]
         if required and not meant and not any(name in row for name in self.names):
             about = f"the type reads other fields: {', '.join(required)}"
-            file.count("bad-row", about, number, f"fields: {', '.join(row) or 'none'}"[:80])
+            file.count("bad-row", about, number, f"fields: {', '.join(row)}"[:80])
             return
         for name in self.names:
             value = row.get(name)
-            hint = f", perhaps misspelt as {meant[name]}" if name in meant else ""
-            if name in fields.lists:
+            if name in meant:
+                rule = "misspelt-field" if name in fields.optional else "bad-row"
+                file.count(rule, f"the field {meant[name]}; did you mean {name}?", number)
+            elif name in fields.lists:
                 if not value or not isinstance(value, list | str):  # a chat can hold its messages as JSON text
-                    file.count("bad-row", f"the field {name} is missing or not a list{hint}", number)
-            elif name in meant and name in fields.optional:
-                file.count("misspelt-field", f"{meant[name]}; did you mean {name}?", number)
+                    file.count("bad-row", f"the field {name} is missing or not a list", number)
             elif not isinstance(value, str) and (name not in fields.optional or not (value is None or fields.lists)):
-                file.count("bad-row", f"the field {name} is {'not text' if name in row else 'missing'}{hint}", number)
+                file.count("bad-row", f"the field {name} is {'not text' if name in row else 'missing'}", number)
             elif name == fields.reference and not (value or "").strip():
                 file.count("empty-reference", name, number)
         for name in row:
@@ -264,11 +253,12 @@ class Reader:
                 continue
             meant = misspelt(tuple(item), known)
             for name in known:
-                hint = f", perhaps misspelt as {meant[name]}" if name in meant else ""
-                if name in fields.items and item.get(name) is None and not item.get("tool_calls"):
-                    file.count("bad-row", f"an item of {fields.lists[0]} lacks {name}{hint}", number)
-                elif hint:
-                    file.count("misspelt-field", f"{meant[name]} in {fields.lists[0]}; did you mean {name}?", number)
+                lacks = name in fields.items and item.get(name) is None and not item.get("tool_calls")
+                if name in meant:
+                    about = f"the field {meant[name]} in {fields.lists[0]}; did you mean {name}?"
+                    file.count("bad-row" if lacks else "misspelt-field", about, number)
+                elif lacks:
+                    file.count("bad-row", f"an item of {fields.lists[0]} lacks {name}", number)
             if item is items[-1] and str(item.get(fields.items[1])).isspace() and not item.get("tool_calls"):
                 file.count("empty-reference", fields.items[1], number)
             if isinstance(item.get("label"), str) and "label" in fields.items:
@@ -298,7 +288,7 @@ _WORDS: dict[str, tuple[Level, str, str]] = {
         "{n} without {about}: Axolotl uses its own prompt instead of format",
         "set no_input_format",
     ),
-    "misspelt-field": ("warning", "{n} with the unread field {about}", ""),
+    "misspelt-field": ("warning", "{n}: {about}", ""),
     "special-token": ("warning", "{n} with the text {about}, which the tokenizer reads as a special token", ""),
     "repeated-row": ("warning", "{n}: repeated", "`dataset_exact_deduplication: true` drops them"),
     "leaked-row": ("warning", "{n} also in the training data: scores mean little", "drop them from it"),
@@ -307,7 +297,7 @@ _WORDS: dict[str, tuple[Level, str, str]] = {
 
 def _findings(file: _File) -> Iterator[Finding]:
     """One finding per kind of mistake in a file, at the mistake's first row."""
-    if file.bytes and not file.rows:  # another rule reports files of 0 bytes
+    if not file.rows and file.path.stat().st_size:  # another rule reports files of 0 bytes
         yield Finding("error", "bad-row", f"{file.key}.path", "no rows", where=str(file.path))
     for (rule, about), rows in file.faults.items():
         if rule == "lacks-system" and not file.has_system:

@@ -15,7 +15,7 @@ from ..base.errors import UserError, did_you_mean
 from ..base.paths import RECIPES
 from ..base.secrets import is_secret
 from ..base.yamlfiles import Config
-from ..configs.config import override
+from ..configs.config import listed, override
 from .finding import Finding
 
 FILE = RECIPES / "axolotl.schema.json"
@@ -33,8 +33,7 @@ def findings(content: Config) -> Iterator[Finding]:
     """Findings for values that break the schema, in the order of the config's keys."""
     import jsonschema
 
-    plugins = content.get("plugins")
-    names = [name for name in plugins if isinstance(name, str)] if isinstance(plugins, list) else []
+    names = listed(content, "plugins")
     # foreign plugins, whose keys the schema does not list
     foreign = [name for name in names if name not in load()["x-plugins"] and not name.startswith("qlora_recipes.")]
     for error in jsonschema.Draft202012Validator(load()).iter_errors(content):

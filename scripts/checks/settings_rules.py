@@ -22,12 +22,10 @@ def two_precisions(case: Case) -> Problems:
     ignored = next((key for key in ("fp16", "float16") if case[key]), None)
     if not ignored or precision(case.config, on_gpu=True).weights != "bfloat16":
         return
-    taken = "bfloat16" if case["bfloat16"] else "bf16"
     problem = (
-        f"{ignored} is true, and {taken} is {str(case.config.get(taken, 'auto')).lower()}: "
-        "Axolotl would load the model in bfloat16"
+        f"{ignored} is true, but Axolotl would load the model in bfloat16: bf16 (by default auto) or bfloat16 is on"
     )
-    yield "error", ignored, problem, f"set {ignored} or {taken} to false"
+    yield "error", ignored, problem, f"set {ignored}, or bf16 and bfloat16, to false"
 
 
 @rule
@@ -48,20 +46,21 @@ def gpu_lacks(case: Case) -> Problems:
     if has < (7, 5) and (torch_cuda() or "").startswith("13."):
         remedy = "use Turing (7.5) or newer, or torch for CUDA 12.6: `make setup CUDA=12.6`"
         yield "error", "base_model", f"torch for CUDA 13 does not run on {name}", remedy
-    if has < AMPERE and precision(case.config, on_gpu=True).weights == "bfloat16":
-        default = "" if case["bf16"] is True or case["bfloat16"] else " (the default, auto, still turns it on)"
-        problem = f"{name} only emulates bf16, slowly{default}"
-        yield "error", "bf16", problem, "use `--set bf16=false --set fp16=true`"
-    if has < AMPERE and case["tf32"] is True:
-        yield "error", "tf32", f"{name} has no tf32", "set it to false"
     least, most = _ATTENTION_RUNS_ON.get(case.attention, ((0, 0), (99, 0)))
     if not least <= has <= most:
         problem = f"{case.attention} does not run on {name}"
         yield "error", case.attention_key, problem, f"use {case.advised_attention} instead"
-    if has < AMPERE and takes_varlen(case.config, case.architecture):
+    if has >= AMPERE:
+        return
+    if precision(case.config, on_gpu=True).weights == "bfloat16":
+        problem = f"{name} only emulates bf16, slowly; the default, auto, turns it on"
+        yield "error", "bf16", problem, "use `--set bf16=false --set fp16=true`"
+    if case["tf32"] is True:
+        yield "error", "tf32", f"{name} has no tf32", "set it to false"
+    if takes_varlen(case.config, case.architecture):
         problem = f"packed rows use torch's varlen_attn, which does not run on {name}"
         yield "error", "sample_packing", problem, "set sdpa_varlen: false, or use the profile packed"
-    for key, value in case.config.items() if has < AMPERE else ():
+    for key, value in case.config.items():
         if value and re.fullmatch("liger_.*|cut_cross_entropy|lora_mlp_kernel", key):
             yield "warning", key, f"its kernels need Triton, which does not support {name}", "delete it"
 
@@ -172,8 +171,7 @@ def no_gpu(case: Case) -> Problems:
             yield "error", key, f"no NVIDIA GPU found: {reason}", "add --rehearse, which replaces this setting"
     if precision(case.config, on_gpu=False).autocast == "float16":
         key = "fp16" if case["fp16"] else "bf16"
-        default = "" if case["fp16"] else " (the default, bf16: auto, means fp16 on a CPU)"
-        problem = f"no NVIDIA GPU found, and a CPU does not train in fp16{default}"
+        problem = "no NVIDIA GPU found, and a CPU does not train in fp16, which it uses by default (bf16: auto)"
         yield "error", key, problem, f"add --rehearse for a small model, or --set {key}=false for fp32"
 
 

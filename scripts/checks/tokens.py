@@ -129,10 +129,14 @@ class Tokenizer:
         except Exception as error:  # plugins, validators and tokenizers can raise any exception
             raise UserError(f"{content.get('base_model')}: cannot load the tokenizer: {error}") from None
 
+    def dataset(self, key: str) -> Any:
+        """The entry of the data set at a key such as `datasets.0`."""
+        section, position = key.split(".")
+        return self.cfg[section][int(position)]
+
     def tokenize(self, key: str, rows: Sequence[Row]) -> list[Tokens]:
         """Tokenize rows of the data set at a key such as `datasets.0`, without cutting long rows."""
-        section, _, position = key.partition(".")
-        dataset = self.cfg[section][int(position)]
+        dataset = self.dataset(key)
         pieces = dataset["type"] == "completion"  # Axolotl splits these rows into rows of sequence_len tokens
         longest = self.cfg.sequence_len if pieces else _NO_LIMIT
         return tokenize(key, self.cfg, dataset, self.tokenizer, rows, longest)
@@ -145,9 +149,8 @@ class Tokenizer:
         Raises:
             UserError: Axolotl cannot load the rows.
         """
-        section, _, position = key.partition(".")
-        dataset = self.cfg[section][int(position)]
-        split = "train" if section == "datasets" else "test"
+        dataset = self.dataset(key)
+        split = "train" if key.startswith("datasets") else "test"
         parts = []
         try:
             with patch.object(sft, "get_dataset_wrapper", lambda dataset, **_: (dataset, None)):
@@ -214,7 +217,7 @@ def by_token(content: Config, count: int) -> list[Row]:
     tokenizer = Tokenizer(content)
     rows = []
     for key, dataset in datafiles.datasets(content, "datasets"):
-        read = [*islice(_numbered(tokenizer, key, dataset, 1, 1), count)]
+        read = [*islice(_numbered(tokenizer, key, dataset), count)]
         tokenized = tokenizer.tokenize(key, [row for _, row in read]) if read else []
         for ((_, line), _), row in zip(read, tokenized, strict=False):
             text = ""
@@ -241,12 +244,12 @@ def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[li
 
     Args:
         content: the config.
-        most: approximate number of rows per data set (JSONL: evenly spaced batches; otherwise the first); None for all.
+        most: the number of first rows to read from each data set; None for all.
         gpus: the number of GPUs that train.
 
     Returns:
-        Findings, and measures of each data set with tokenized rows: counts of all rows and of rows read; lengths of the
-        tokenized rows; the share of padding in one epoch's micro batches (None for packed rows).
+        Findings, and measures of each data set with tokenized rows: their lengths, and the share of padding in one
+        epoch's micro batches (None for packed rows).
     """
     tokenizer = Tokenizer(content)
     cfg = tokenizer.cfg
@@ -255,11 +258,9 @@ def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[li
     for key, dataset in datafiles.datasets(content):
         total = sum(datafiles.count_rows(file) for file in datafiles.jsonl_files(dataset))
         total = min(total, datafiles.first_rows(dataset) or total)
-        every = math.ceil(total / most) if most and total else 1
         read = _Read(tokenizer, key)
-        with Bar(f"tokenize {key}", total // every) as bar:
-            rows = _numbered(tokenizer, key, dataset, every, cfg.micro_batch_size)
-            for some in batched(rows if total else islice(rows, most), 1000):
+        with Bar(f"tokenize {key}", most or total) as bar:
+            for some in batched(islice(_numbered(tokenizer, key, dataset), most), 1000):
                 read.add(some)
                 if read.refused >= _MOST_REFUSED:
                     break
@@ -270,24 +271,25 @@ def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[li
             measured.append(
                 {
                     "key": key,
-                    "rows_there": total or (None if read.rows == most else read.rows),
-                    "rows_read": read.rows,
                     "rows": len(sizes),
                     "tokens": sum(sizes),
-                    "tokens_with_loss": sum(read.learnt),
-                    "percentiles": {
-                        str(share): int(numpy.percentile(sizes, share, method="inverted_cdf"))
-                        for share in (50, 90, 95, 99, 100)
-                    },
-                    "longer_than_sequence_len": sum(size > cfg.sequence_len for size in sizes),
-                    "padding_share": None if cfg.sample_packing else _padding(cfg, kept),
+                    "with_loss": sum(read.learnt),
+                    "median": _percentile(sizes, 50),
+                    "percentile_95": _percentile(sizes, 95),
+                    "longest": max(sizes),
+                    "too_long": sum(size > cfg.sequence_len for size in sizes),
+                    "padding": None if cfg.sample_packing else _padding(cfg, kept),
                 }
             )
             left = kept[: datafiles.not_held_out(content, len(kept))]
-            is_whole = len(cfg.datasets) == every == 1 and read.rows == total
+            is_whole = len(cfg.datasets) == 1 and read.rows == total
             if left and cfg.sample_packing and key.startswith("datasets") and is_whole:
                 findings += _without_batch(cfg, left, gpus)
     return findings, measured
+
+
+def _percentile(sizes: list[int], share: int) -> int:
+    return int(numpy.percentile(sizes, share, method="inverted_cdf"))
 
 
 def trained_on(content: Config) -> tuple[list[int], float]:
@@ -313,9 +315,8 @@ class _Read:
     """
 
     def __init__(self, tokenizer: Tokenizer, key: str):
-        section, _, position = key.partition(".")
         self.tokenizer, self.key = tokenizer, key
-        self.dataset = tokenizer.cfg[section][int(position)]
+        self.dataset = tokenizer.dataset(key)
         self.chats: Any = None
         self.ends = taught_ends(tokenizer.cfg, tokenizer.tokenizer)
         self.rows = 0
@@ -440,28 +441,26 @@ def _padding(cfg: Any, kept: list[int]) -> float:
     return 1 - sum(kept) / padded if kept else 0.0
 
 
-def _numbered(tokenizer: Tokenizer, key: str, dataset: Config, every: int, batch: int) -> Iterator[tuple[Place, Row]]:
+def _numbered(tokenizer: Tokenizer, key: str, dataset: Config) -> Iterator[tuple[Place, Row]]:
     """Rows of a data set's local files, each with file and line; for formats other than JSONL, with the row's number.
 
-    Rows beyond the data set's split are left out, and JSONL rows in which `rows.check` finds errors. JSONL is read in
-    batches of `batch` lines, of which every `every`th is used. Axolotl loads the other formats. Missing files have no
-    rows."""
+    Rows beyond the data set's split are left out, and JSONL rows in which `rows.check` finds errors. Axolotl loads the
+    other formats. Missing files have no rows."""
     files = datafiles.jsonl_files(dataset)
     if not files and any(file.is_file() for file in datafiles.local_files(dataset)):
         for number, row in enumerate(tokenizer.load(key), start=1):
             yield (dataset["path"], number), row
         return
-    first = datafiles.first_rows(dataset)
-    lines = chain.from_iterable(_lines_of(file, every, batch) for file in files)
+    lines = chain.from_iterable(map(_lines_of, files))
     reader = Reader(dataset, None, {}, trained=False)
-    for place, line in islice(lines, first and math.ceil(first / every)):
+    for place, line in islice(lines, datafiles.first_rows(dataset)):
         row = reader.readable(line)
         if row is not None:
             yield place, row
 
 
-def _lines_of(file: Path, every: int, batch: int) -> Iterator[tuple[Place, bytes]]:
+def _lines_of(file: Path) -> Iterator[tuple[Place, bytes]]:
     with file.open("rb") as stream:
-        for number, line in enumerate(stream):
-            if number // batch % every == 0 and line.strip():
-                yield (str(file), number + 1), line
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                yield (str(file), number), line

@@ -23,7 +23,7 @@ from ..base.errors import UserError
 from ..base.machine import make_once
 from ..base.secrets import public
 from ..base.yamlfiles import Config
-from ..configs import datafiles, models, substitution
+from ..configs import datafiles, models
 from ..configs.config import flatten
 from ..configs.models import ModelFiles
 from ..runs.records import Run
@@ -260,13 +260,3 @@ def refuse_code(folder: RunDir, record: Run, config: Config, force: Sequence[str
         finding.where = paths.shown(folder.config)
     agreed = [*force, *(record.forced if is_own(folder, record) else ())]
     refuse(found, [finding.name for finding in found if finding.name in agreed])
-
-
-def restore_stand_in(folder: RunDir, record: Run) -> None:
-    """Restore a rehearsal's stand-in model if the cache lacks it.
-
-    Raises:
-        UserError: the model is missing, and its version differs from that of this project.
-    """
-    if record.rehearsal and folder.config.is_file():
-        substitution.restore(Path(str(yamlfiles.read_yaml(folder.config).get("base_model"))))

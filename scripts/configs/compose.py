@@ -209,8 +209,7 @@ def _mirrored(composed: Config) -> Config:
     model, tokenizer = composed.get("base_model"), composed.get("tokenizer_config")
     entry = models.catalogue().get(str(model), {})
     if "mirror" not in entry:
-        reason = "not gated" if entry.get("gated") is False else f"{paths.TEMPLATES / 'models.yaml'} lists none"
-        raise UserError(f"profile {MIRROR}: no mirror for {model}: {reason}")
+        raise UserError(f"profile {MIRROR}: {paths.TEMPLATES / 'models.yaml'} lists no mirror for {model}")
     copy = models.catalogue().get(str(tokenizer), {}).get("mirror", tokenizer)
     return config.merge(composed, {"base_model": entry["mirror"], "revision_of_model": None, "tokenizer_config": copy})
 

@@ -153,6 +153,12 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
 
 
+def listed(config: Config, key: str) -> list[str]:
+    """Names in the list at a key of an unchecked config; empty if it is not a list."""
+    value = config.get(key)
+    return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
+
+
 def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
     """Dotted keys in which two configs differ, with both values (None if missing)."""
     left = dict(flatten(a))

@@ -32,6 +32,11 @@ class DataFile(BaseModel):
     bytes: int
     rows: int | None = None  # None for formats other than JSON lines
 
+    @classmethod
+    def of(cls, file: Path, rows: int | None = None) -> "DataFile":
+        """Record of an existing file."""
+        return cls(path=str(file), sha256=sha256(file), bytes=file.stat().st_size, rows=rows)
+
 
 def datasets(composed: Config, *sections: str) -> Iterator[tuple[str, Config]]:
     """Data sets in some sections of a config, each with its key."""
@@ -165,8 +170,7 @@ def record(composed: Config) -> list[DataFile]:
         for path in local_files(dataset):
             if not path.is_file():
                 raise UserError(f"{where}.path: {paths.shown(path)} does not exist")
-            rows = count_rows(path) if path.suffix == ".jsonl" else None
-            files[path] = DataFile(path=str(path), sha256=sha256(path), bytes=path.stat().st_size, rows=rows)
+            files[path] = DataFile.of(path, count_rows(path) if path.suffix == ".jsonl" else None)
     return list(files.values())
 
 
@@ -185,11 +189,7 @@ def named_files(composed: Config) -> list[DataFile]:
         names_file = key.rpartition(".")[2] in _NAME_FILES and isinstance(name, str) and not set("{\n\0") & set(name)
         if names_file and name and not Path(name).is_relative_to(paths.cache()):
             files |= {Path(name), *(file for file in Path(name).glob("*") if _OF_MODELS.fullmatch(file.name))}
-    return [
-        DataFile(path=str(file), sha256=sha256(file), bytes=file.stat().st_size)
-        for file in sorted(files)
-        if file.is_file()
-    ]
+    return [DataFile.of(file) for file in sorted(files) if file.is_file()]
 
 
 def test_file(composed: Config, folder: Path = Path()) -> str | None:
@@ -242,17 +242,14 @@ def training_steps(composed: Config, gpus: int = 1) -> int | None:
 
 
 def steps_of(composed: Config, rows: int | None, gpus: int = 1) -> int | None:
-    """Number of optimizer steps for a number of rows; None if unknown.
+    """Number of optimizer steps for a number of rows; None if unknown, as for packed rows.
 
-    It is unknown for packed rows and for invalid settings. Axolotl counts steps in the same way (utils/trainer.py,
-    calculate_total_num_steps)."""
-    if most := int(_positive(composed, "max_steps", 0)):
-        return most  # max_steps overrides the epochs
-    batch = effective_batch(composed) * gpus
-    epochs = _positive(composed, "num_epochs")
-    if rows is None or composed.get("sample_packing") or not (batch and epochs):
+    Axolotl counts steps in the same way (utils/trainer.py, calculate_total_num_steps)."""
+    if composed.get("max_steps"):
+        return composed["max_steps"]  # overrides the epochs
+    if rows is None or composed.get("sample_packing"):
         return None
-    return math.ceil(rows * epochs / batch)
+    return math.ceil(rows * composed.get("num_epochs", 1) / (effective_batch(composed) * gpus))
 
 
 def training_rows(composed: Config) -> int | None:
@@ -277,18 +274,12 @@ def training_rows(composed: Config) -> int | None:
 
 def not_held_out(composed: Config, rows: int) -> int:
     """Number of rows that val_set_size leaves for training."""
-    held_out = _positive(composed, "val_set_size", 0)  # a number or a share of rows
+    held_out = composed.get("val_set_size") or 0  # a number or a share of rows
     return max(rows - math.ceil(held_out * rows if held_out < 1 else held_out), 0)
 
 
-def _positive(composed: Config, key: str, unset: float = 1) -> float:
-    """Value of a setting, or 0 if it is not a positive number."""
-    value: Any = composed.get(key, unset)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else 0
-
-
-def effective_batch(composed: Config) -> float:
-    """Number of rows per optimizer step on one device; 0 if a setting is invalid."""
+def effective_batch(composed: Config) -> int:
+    """Number of rows per optimizer step on one device."""
     if composed.get("batch_size"):
-        return _positive(composed, "batch_size")
-    return _positive(composed, "micro_batch_size") * _positive(composed, "gradient_accumulation_steps")
+        return composed["batch_size"]
+    return (composed.get("micro_batch_size") or 1) * (composed.get("gradient_accumulation_steps") or 1)

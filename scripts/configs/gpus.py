@@ -120,7 +120,7 @@ def engine_of(config: Any) -> str:
     if deepspeed := deepspeed_of(config):
         stage = (deepspeed.get("zero_optimization") or {}).get("stage")
         return f"ZeRO-{stage}" if stage in (1, 2, 3) else "DDP"
-    return "FSDP" if config.get("fsdp_config") or config.get("fsdp") else "DDP"
+    return "FSDP" if config.get("fsdp_config") else "DDP"
 
 
 def offloads(config: Any) -> bool:

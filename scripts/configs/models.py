@@ -71,14 +71,12 @@ def find(composed: Config) -> Model:
     if folder:
         sizes = sizes | read_json(folder / "config.json")
         special_tokens = _special_tokens(folder) or special_tokens
-    context = sizes.get("max_position_embeddings")
-    layers = sizes.get("num_hidden_layers")
     return Model(
         gated=False if Path(name).is_dir() else entry.get("gated"),
         weights_here=folder is not None and any(any(folder.glob(f"*{suffix}")) for suffix in WEIGHTS),
         tokenizer_here=folder is not None and (folder / "config.json").is_file() and any(folder.glob("tokenizer*")),
-        context=context if isinstance(context, int) else None,
-        layers=layers if isinstance(layers, int) else None,
+        context=sizes.get("max_position_embeddings"),
+        layers=sizes.get("num_hidden_layers"),
         linear=LAYERS.get(str(sizes.get("model_type"))),
         special_tokens=special_tokens,
         pad_token=token(folder, "pad_token") or entry.get("own_pad_token"),
@@ -106,19 +104,17 @@ def architecture(composed: Config, download: bool = True) -> Config:
     wanted = revision(composed)
     entry = entry_of(name)
     listed: Config = entry.get("config") or {}
-    missing = [size for size in NEEDED if size not in listed]
+    whole = set(NEEDED) <= listed.keys()
     file = Path(name) / "config.json"
     if not Path(name).is_dir():
-        if not missing and wanted in (None, entry.get("revision")):
+        if whole and wanted in (None, entry.get("revision")):
             return dict(listed)
         try:
             file = _config_file(name, wanted, download)
         except Exception as error:  # raised by the hub, by the network, or for an invalid name
-            if not missing:
+            if whole:
                 return dict(listed)
-            reason = hub.reason(error)
-            lacks = f", and its entry in {paths.TEMPLATES / 'models.yaml'} lacks {', '.join(missing)}" if listed else ""
-            problem = f"base_model: the config.json of {name} is not available{lacks}: {reason}{similar(name)}"
+            problem = f"base_model: the config.json of {name} is not available: {hub.reason(error)}{similar(name)}"
             raise UserError(problem) from None
     content = read_json(file)
     if "model_type" not in content:
@@ -210,8 +206,10 @@ SMALL = 2**30
 def is_small(composed: Config) -> bool:
     """True if a local base model is unquantized, and small enough for a CPU."""
     folder = folder_of(composed)
-    content = read_json(folder / "config.json") if folder else {}
-    if not folder or "model_type" not in content or "quantization_config" in content:
+    if not folder:
+        return False
+    content = read_json(folder / "config.json")
+    if "model_type" not in content or "quantization_config" in content:
         return False
     return 0 < sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= SMALL
 

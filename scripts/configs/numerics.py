@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from ..base.yamlfiles import Config
 from . import models
-from .config import flatten, merge
+from .config import flatten, listed, merge
 from .gpus import Gpu
 
 
@@ -153,7 +153,7 @@ def adapted(fragment: Config, before: Config, config: Config, gpu: Gpu | None, i
             incompatible.setdefault(reason, {}).update(differing)
             fit = merge(fit, differing)
     if "plugins" in fit:
-        fit["plugins"] = list(dict.fromkeys([*_listed(before, "plugins"), *fit["plugins"]]))
+        fit["plugins"] = list(dict.fromkeys([*listed(before, "plugins"), *fit["plugins"]]))
     return fit
 
 
@@ -175,7 +175,7 @@ def _incompatible_liger(config: Config, model: Config) -> Iterator[tuple[Config,
     losses = ("chunked_cross_entropy", "cut_cross_entropy", "liger_cross_entropy")
     if other := next((key for key in losses if config.get(key)), None):
         yield dict.fromkeys(_LIGER[-1:]), f"the config has {other}"
-    trained = [*_listed(config, "lora_modules_to_save"), *_listed(config, "lora_target_modules")]
+    trained = [*listed(config, "lora_modules_to_save"), *listed(config, "lora_target_modules")]
     if "lm_head" in trained:
         yield dict.fromkeys(_LIGER[-1:]), "Liger's loss is not tested with a trained lm_head"
 
@@ -196,7 +196,7 @@ def _incompatible_lora(config: Config, model: Config) -> Iterator[tuple[Config, 
         yield dict.fromkeys(_LORA), "the kernels decode doubly quantized weights as NF4 (axolotl/kernels/quantize.py)"
     if (activation := model.get("hidden_activation") or model.get("hidden_act") or "silu") != "silu":
         yield {"lora_mlp_kernel": None}, f"the kernel computes SiLU or GELU (erf), but the model uses {activation}"
-    targets = _listed(config, "lora_target_modules")
+    targets = listed(config, "lora_target_modules")
     for kernel, layers in _LORA.items():
         if targets and not config.get("lora_target_linear") and not set(layers) <= set(targets):
             yield {kernel: None}, f"LoRA is not on all of {', '.join(layers)}"
@@ -209,9 +209,3 @@ def departures(recipe: Config, run: Config) -> Iterator[str]:
         yield "other kernels, which round differently"
     if "sample_packing" in turned_on:
         yield "packed rows, so that batches differ"
-
-
-def _listed(config: Config, key: str) -> list[str]:
-    """Names in the list at a key of an unchecked config; empty if it is not a list."""
-    value = config.get(key)
-    return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []

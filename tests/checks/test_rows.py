@@ -139,8 +139,7 @@ def test_evaluation_rows_that_were_trained_on_are_found():
     (finding,) = findings
     assert (finding.name, finding.where, finding.line) == ("leaked-row:test_datasets.0.path", "test.jsonl", 1)
     assert finding.problem.startswith("2 rows ") and "train.jsonl:2" in finding.problem
-    sizes = [Path(file).stat().st_size for file in sections.values()]
-    assert [(one["rows"], one["bytes"]) for one in read] == [(2, sizes[0]), (3, sizes[1])]
+    assert [one["rows"] for one in read] == [2, 3]
 
 
 def test_a_folder_is_read_file_by_file(place):

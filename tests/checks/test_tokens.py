@@ -114,14 +114,13 @@ def test_lengths(llama, sample):
     sizes = [row["length"] for row in shown(llama, 200)]
     assert found == []
     assert (measured["rows"], measured["tokens"]) == (109, sum(sizes))
-    assert measured["percentiles"]["100"] == max(sizes)
-    assert measured["percentiles"]["50"] == sorted(sizes)[54]
-    assert measured["longer_than_sequence_len"] == 0
-    assert 0 < measured["padding_share"] < 0.3
+    assert (measured["median"], measured["longest"]) == (sorted(sizes)[54], max(sizes))
+    assert measured["too_long"] == 0
+    assert 0 < measured["padding"] < 0.3
     _, (padded,) = lengths(llama | {"pad_to_sequence_len": True})
-    assert padded["padding_share"] == pytest.approx(1 - sum(sizes) / 109 / 2048)
-    assert lengths(llama | {"sample_packing": True})[1][0]["padding_share"] is None
-    assert lengths(llama | {"group_by_length": True})[1][0]["padding_share"] < 0.7 * measured["padding_share"]
+    assert padded["padding"] == pytest.approx(1 - sum(sizes) / 109 / 2048)
+    assert lengths(llama | {"sample_packing": True})[1][0]["padding"] is None
+    assert lengths(llama | {"group_by_length": True})[1][0]["padding"] < 0.7 * measured["padding"]
 
 
 def judged(content: yamlfiles.Config, rows: list[Any], **dataset: Any) -> list[tuple[str, str, int | None]]:
@@ -228,19 +227,23 @@ def test_an_end_that_is_not_taught(llama, smollm2, place):
     assert judged(smollm2 | base | {"eot_tokens": ["<|im_end|>"]}, [chat(ASKED, ANSWER)], **chats) == []
 
 
-def test_roles_are_judged_by_the_rehearsals_tokenizer_where_the_models_is_missing(recipe, tmp_path):
+def test_rows_are_judged_by_the_rehearsals_tokenizer_if_asked(recipe, tmp_path):
     data = [{"path": "rows.jsonl", "type": "chat_template"}]
     change = {"chat_template": "gemma", "datasets": data, "warmup_steps": 0}
     change |= {"test_datasets": None, "evals_per_epoch": None}
     (tmp_path / "own.yaml").write_text(yamlfiles.write_yaml(config_with(change)))
     lines = [chat(ASKED, ANSWER), chat(ASKED), chat(said("user", "Why?")), chat(SYSTEM, ASKED, ANSWER)]
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(map(orjson.dumps, lines)))
-    (report,) = recipe.json("check", "own.yaml", "--data", code=2)
+    (unread,) = recipe.json("check", "own.yaml", "--data")
+    assert "--rehearse" in next(
+        found["problem"] for found in unread["findings"] if found["name"] == "not-checked:base_model"
+    )
+    assert "tokens" not in unread["data"][0]
+    (report,) = recipe.json("check", "own.yaml", "--data", "--rehearse", code=2)
     found = {finding["rule"]: finding for finding in report["findings"]}
     assert (found["bad-row"]["where"], found["bad-row"]["line"]) == ("rows.jsonl", 4)
     assert " 2, 3)" in found["nothing-learnt"]["problem"]
-    assert substitution.NAME in found["not-checked"]["problem"]
-    assert "tokens" not in report["data"][0]
+    assert report["data"][0]["rows"] == 3
 
 
 def test_faults_of_the_text_and_of_the_tokens_are_reported_together(recipe, tmp_path, llama):

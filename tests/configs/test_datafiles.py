@@ -70,7 +70,7 @@ def test_training_steps(place):
 @pytest.mark.parametrize(
     "change",
     [
-        *({"sample_packing": True}, {"num_epochs": "two"}, {"datasets": [{"path": "a/b"}]}),
+        *({"sample_packing": True}, {"datasets": [{"path": "a/b"}]}),
         *(
             {"datasets": [{"path": "t.jsonl"} | odd]}
             for odd in ({"split": "train[5:9]"}, {"shards": 2}, {"weight": 3}, {"type": "completion"})
