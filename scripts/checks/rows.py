@@ -150,7 +150,7 @@ def check(config: Config, skipped: Collection[str] = ()) -> tuple[list[Finding],
             read.append(
                 {
                     "key": key,
-                    "files": [*map(str, there)],
+                    "files": [str(file.path) for file in files] or [*map(str, there)],
                     "rows": sum(file.rows for file in files) if files else None,  # Axolotl loads other formats
                     "unread_fields": sorted(reader.unread),
                 }

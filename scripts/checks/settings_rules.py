@@ -208,7 +208,7 @@ def packed_weights_cast(case: Case) -> Problems:
     in_four_bits = case["load_in_4bit"] and quantized(case.config) and "quantization_config" not in case.architecture
     if not in_four_bits or storage in (trained, "uint8", "int8") or trained is None:
         return
-    who = "DeepSpeed" if case["deepspeed"] else "FSDP2" if engine else "`axolotl inference`"
+    who = "the engine" if engine else "`axolotl inference`"
     problem = f"{who} casts the 4-bit weights, stored as {storage}, to {trained} and destroys them"
     level: Level = "error" if engine else "note"
     yield level, "bnb_config_kwargs", problem, "add bnb_4bit_quant_storage: uint8, which nothing casts"
