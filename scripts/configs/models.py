@@ -287,7 +287,7 @@ def token(folder: Path | None, name: str) -> str | None:
 
 def read_template(written: str) -> str:
     """Text of a chat template, given as text or as a file name, as in Axolotl."""
-    is_file = len(written) < 1000 and "\n" not in written and Path(written).is_file()
+    is_file = len(written) < 1000 and Path(written).is_file()
     return yamlfiles.read_text(Path(written)) if is_file else written
 
 
