@@ -75,7 +75,7 @@ def of_study(study: Study, rehearsal: bool, runs: Path) -> str:
         name="Study",
         about=f"{study.cited}.",
         tables=[_without_empty(table) for table in study_tables.of_rows(study, rows, rehearsal) if table.rows],
-        notes=[] if rehearsal else [*study_tables.notes(study, rows)],
+        notes=[*study_tables.notes(study, rows)],
         figures=[figure for column in study.table.values() if (figure := draw.study(study, rows, column))],
     )
     return _page(study.title, f"Study {name}", reported_runs(folders), section)
@@ -96,7 +96,7 @@ def of_sweep(sweep: Sweep, runs: Path) -> str:
         name="Trade-offs",
         about=f"{len(rows)} variants of {sweep.recipe}, which differ in {', '.join(sweep.keys)}.",
         tables=[_without_empty(sweep_results.table_of(sweep, rows))],
-        notes=[*sweep_results.notes(sweep, rows)],
+        notes=[*sweep_results.notes(rows)],
         figures=[figure for figure in [draw.sweep(rows)] if figure],
     )
     return _page(sweep.name, f"Sweep of {sweep.recipe}", reported_runs([*labels], [*labels.values()]), section)

@@ -95,14 +95,12 @@ def _curve(name: str, metrics: Sequence[Row], key: str, i: int, points: bool = F
 
 def training(runs: dict[str, list[Row]]) -> Iterator[Figure]:
     """Figures of losses, learning rate, load, gradient norm and throughput."""
-    alone = len(runs) == 1
     losses = []
     for i, (name, metrics) in enumerate(runs.items()):
-        prefix = "" if alone else f"{name}, "
-        losses.append(_curve(f"{prefix}training", metrics, "loss", i))
+        losses.append(_curve(f"{name}, training", metrics, "loss", i))
         per_token = any("eval_loss_per_token" in record for record in metrics)
         title, key = ("validation", "eval_loss_per_token") if per_token else ("validation, by Axolotl", "eval_loss")
-        losses.append(_curve(f"{prefix}{title}", metrics, key, i + alone, points=True))
+        losses.append(_curve(f"{name}, {title}", metrics, key, i + len(runs), points=True))
     note = f"If there are more than {MOST_POINTS:,} steps, each point is the mean of several."
     step = _axis("optimizer step", rangemode="tozero")
     yield Figure("loss", "Loss", [curve for curve in losses if curve["x"]], step, _axis("loss"), note)

@@ -94,7 +94,7 @@ def _refused(result: RunResult) -> str | None:
     if of_study is None or run.origin not in {*of_study.published, *of_study.variants}:
         return f"{run.origin} is not a recipe of a study"
     if run.rehearsal or run.state not in ("finished", "failed"):
-        return f"it is {'a rehearsal' if run.rehearsal else run.state}, and a record needs a finished or failed run"
+        return f"a record needs a finished or failed run that is not a rehearsal; this one is {run.state}"
     if result.other_tokens:
         return result.other_tokens
     if run.state == "finished" and not (result.is_comparable(of_study.first) and _adapter(result)):

@@ -54,8 +54,9 @@ def publish(
     run = backends.read(folder)
     adapter = folder.output / ADAPTER
     if run.state != "finished":
-        first = "wait until it ends" if run.state in ("created", "running") else f"run `recipe resume {folder.path}`"
-        raise UserError(f"{folder.path}: the run is {run.state}; {first}")
+        raise UserError(
+            f"{folder.path}: the run is {run.state}; wait until it ends, or run `recipe resume {folder.path}`"
+        )
     if run.published_adapter:
         raise UserError(f"{folder.path}: the adapter {run.published_adapter} was not trained here; publish another run")
     if tensor_shapes(adapter) is None:

@@ -285,7 +285,6 @@ def record(result: RunResult, jobs: Iterable[str] = ()) -> Row:
         "rows_total": own.settings.total_rows if own else None,
         "rows_also_trained": own.also_trained if own else None,
         "test_set": own.settings.test_set if own else None,
-        "generated_by": own.settings.engine if own else None,
         "evaluation": result.changed,
         **scores,
         "peak_memory_gib": summary.peak_memory,

@@ -73,7 +73,6 @@ def _of_metric(row: StudyRow, column: Column) -> Row:
     score, within = row.scores[column.name], row.scores[column.name].interval
     return {
         "recipe": row.recipe,
-        **({} if "group" in column.entry else {"rows": row.chosen and row.chosen.rows_evaluated}),
         column.label: score.value,
         "95 %": within and [within.low, within.high],
         "published": score.published,

@@ -1,7 +1,6 @@
 """Results of a sweep: rows and tables."""
 
 import itertools
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,10 +175,10 @@ def record(row: SweepRow) -> Row:
 def show(sweep: Sweep, json: bool) -> None:
     """Print the rows of a sweep."""
     found = rows(sweep, paths.runs())
-    tables.show(json, map(record, found), [table_of(sweep, found)], notes(sweep, found))
+    tables.show(json, map(record, found), [table_of(sweep, found)], notes(found))
 
 
-def notes(sweep: Sweep, rows: Sequence[SweepRow]) -> Iterator[str]:
+def notes(rows: Sequence[SweepRow]) -> Iterator[str]:
     """Notes below the table."""
     if any(row.pareto for row in rows):
         yield f"front: on the Pareto front over peak memory and {LOSS}"
@@ -188,8 +187,7 @@ def notes(sweep: Sweep, rows: Sequence[SweepRow]) -> Iterator[str]:
     if any(len(row.losses) > 1 for row in rows):
         yield f"{repeats.OTHER_ROWS.capitalize()}; members are compared seed by seed."
     if any(row.member.planned_gib is not None for row in rows):
-        measured = "; measured memory is that of the rehearsal's process on the CPU" if sweep.rehearsal else ""
-        yield f"Planned memory is that of the recipe on a GPU{measured}."
+        yield "Planned memory is that of the recipe on a GPU, also in a rehearsal, whose measured memory is the CPU's."
     methods = dict.fromkeys(within.method for row in rows for _, within in row.scores.values() if within)
     if methods:
         yield f"Intervals: {'; '.join(methods)}."
@@ -210,13 +208,14 @@ def _cells(sweep: Sweep, row: SweepRow) -> Row:
         for key in sweep.keys
         if not all(each.name.startswith(f"{key}=") for each in sweep.members)  # the names show these values
     }
-    missing = max(len(row.seeds), 1) - len(row.runs)
-    states = Counter([*(result.run.state for result in row.runs), *["not started"] * missing])
+    states: list[str] = [result.run.state for result in row.runs]
+    if len(states) < max(len(row.seeds), 1):
+        states.append("not started")
     within = row.scores[first.name][1]
     return {
         "member": member.name,
         **values,
-        "state": ", ".join(f"{n} {state}" if len(row.seeds) > 1 else state for state, n in states.items()),
+        "state": ", ".join(dict.fromkeys(states)),
         "eval loss": row.scores[LOSS][0],
         "tokens": None if row.compared_loss else ", ".join(str(tokens)[:8] for tokens in row.losses) or None,
         first.label: row.scores[first.name][0],

@@ -213,7 +213,7 @@ def test_members_are_compared_seed_by_seed_if_the_seed_holds_out_the_rows(tmp_pa
     assert [row.scores["eval_loss"][0] for row in rows] == [2.0, 0.9, 1.1]  # a mean over the repeats
     assert [row.compared_loss for row in rows] == [1.0, 0.9, 1.1]
     assert [row.pareto for row in rows] == [True, True, False]
-    notes = [note for note in sweep_results.notes(sweep, rows) if "eld-out rows differ by seed" in note]
+    notes = [note for note in sweep_results.notes(rows) if "eld-out rows differ by seed" in note]
     assert len(notes) == 1
 
 
