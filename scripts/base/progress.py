@@ -50,7 +50,7 @@ def broken(text: str, width: int) -> Iterator[str]:
 
 def say(text: str) -> None:
     """Write a text to stderr, wrapped to the terminal's width; ignore a closed stderr."""
-    is_command = text.startswith(("next: ", "chat: ", "chat ("))  # unwrapped, for copying
+    is_command = text.startswith(("next: ", "chat: "))  # unwrapped, for copying
     width = get_terminal_size().columns if sys.stderr.isatty() and not is_command else sys.maxsize
     with suppress(OSError):
         for line in text.split("\n"):

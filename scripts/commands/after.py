@@ -111,8 +111,6 @@ def _show_one(name: str, rehearse: bool, json: bool) -> None:
         study_tables.show_study(thing, rows, rehearse, json, [*map(sweep_results.best_record, best)])
         if not json:
             sweep_results.show_best(best)
-        if not rehearse and not any(row.chosen for row in rows) and verdict.rows(thing, paths.runs(), True):
-            say(f"no real run yet; `recipe results {name} --rehearse` shows the rehearsals")
     elif isinstance(thing, Sweep):
         sweep_results.show(thing, json)
     else:

@@ -1,8 +1,7 @@
 """The verbs check and plan; `data.py` has fetch and prepare."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,7 +22,6 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..checks.check import Report
-    from ..checks.finding import Finding
     from ..configs.compose import Request
     from ..configs.gpus import Gpu
     from ..planning.plan import Plan
@@ -85,7 +83,9 @@ def check_verb(
     if json:
         tables.print_json([report.as_json() for report in reports])
     else:
-        _print_findings(finding for report in reports for finding in report.findings)
+        for report in reports:
+            for finding in report.findings:
+                tables.print_text(str(finding))
         for report in reports:
             if report.data:
                 tables.print_table(report.data_table(), report.name)
@@ -123,16 +123,6 @@ def _checked(requests: "list[Request]", gpu: "Gpu | None", data: bool, quick: bo
         plan.add_to(report, gpu)
         override_errors(report.findings, request.force)
     return reports
-
-
-def _print_findings(findings: "Iterable[Finding]") -> None:
-    """Print findings; print a finding that several recipes share only once."""
-    alike: dict[tuple[str, ...], list[Finding]] = {}
-    for finding in findings:
-        alike.setdefault((finding.level, finding.name, finding.problem, finding.remedy), []).append(finding)
-    for first, *more in alike.values():
-        others = f" (also in {', '.join('/'.join(Path(other.where).parts[-2:]) for other in more)})" if more else ""
-        tables.print_text(f"{first}{others}")
 
 
 @verbs.command(

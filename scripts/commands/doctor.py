@@ -169,13 +169,13 @@ def check_hub() -> Iterator[Line]:
         return
     answers = {name: hub.access(name) for name in base_models()}
     problems = {name: answer for name, answer in answers.items() if answer.access != "open"}
-    kinds = {answer.access for answer in problems.values()}
+    by_access = {answer.access: answer for answer in problems.values()}
     if not problems:
         yield Line("hub", "ok", f"answers; your account has access to all {len(answers)} base models")
-    elif "unknown" in kinds:
-        silent = next(answer for answer in problems.values() if answer.access == "unknown")
-        yield Line("hub", "note", f"no answer: {silent.says}", "cached models still work", "export HF_HUB_OFFLINE=1")
-    elif "refused" in kinds:
+    elif "unknown" in by_access:
+        found = f"no answer: {by_access['unknown'].says}"
+        yield Line("hub", "note", found, "cached models still work", "export HF_HUB_OFFLINE=1")
+    elif "refused" in by_access:
         yield Line(
             "hub",
             "wrong",

@@ -37,9 +37,9 @@ def whole_names(context: typer.Context, given: list[str] | None) -> list[str]:
 def _beginning(incomplete: str, names: Sequence[str]) -> list[str]:
     """Names that begin with a text.
 
-    If no name does, return the parts after a slash that begin with the text.
+    If no name does, return the last parts of names that begin with the text.
     """
-    ends = ["/".join(name.split("/")[level:]) for name in names for level in range(1, name.count("/") + 1)]
+    ends = [name.rpartition("/")[2] for name in names]
     whole, parts = ([name for name in dict.fromkeys(some) if name.startswith(incomplete)] for some in (names, ends))
     return whole or parts
 

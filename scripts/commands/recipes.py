@@ -44,8 +44,7 @@ def list_verb(
         for row in rows:
             by_study.setdefault(row["study"], []).append(_shown(row))
         for study, table in by_study.items():
-            title = study or "Without a study" if len(by_study) > 1 else None
-            tables.print_table(table, title, below=["variant of"])
+            tables.print_table(table, study or "Without a study", below=["variant of"])
     next_step("run", rows[0]["recipe"] if name else "start/qlora", "--rehearse", json=json)
 
 
@@ -198,17 +197,26 @@ def new_verb(
     from ..configs import compose
     from ..writing import new
 
-    overrides = [*(new.for_data(from_, data) if data else []), *(set_ or [])]
-    other = new.for_model(from_, model) if model else None
-    request = compose.Request(from_, overrides=[*(other.overrides if other else []), *overrides])
-    composed = compose.compose(request)
+    sets = set_ or []
+    overrides = sets
+    if data:
+        overrides = [*new.for_data(from_, data), *sets]
+    changes = overrides
+    notes: list[str] = []
+    other = None
+    if model:
+        other = new.for_model(from_, model)
+        changes = [*other.overrides, *overrides]
+        notes = other.not_known
+    composed = compose.compose(compose.Request(from_, overrides=changes))
     report = check.examine(composed, data=data is not None)
     refuse([finding for finding in report.findings if finding.scope != "code" and finding.rule != "not-prepared"])
     print(new.write(name, from_, overrides, other))
-    unread: list[str] = next((read["unread_fields"] for read in report.data), [])
-    of_data = new.reasons(composed.config, set_ or [], unread) if data else []
-    for line in [*(other.not_known if other else []), *of_data]:
-        say(line)
+    if data:
+        unread: list[str] = next((read["unread_fields"] for read in report.data), [])
+        notes = [*notes, *new.reasons(composed.config, sets, unread)]
+    for note in notes:
+        say(note)
     if not model and any(override.startswith("base_model=") for override in overrides):
         say("revision, special tokens, layers and comments are still those of the former model; --model replaces them")
     next_step("check", name)

@@ -115,8 +115,7 @@ def evaluate_verb(
     title = listing.REHEARSALS if folder.read().rehearsal else None
     _print_scores(scores, scores if base else evaluated.scores, json, title)
     options = datafiles.chat_options(yamlfiles.read_yaml(folder.config))
-    use = "chat" if "--chat" in options else "chat (one question, then Ctrl-D)"
-    say(f"{use}: AXOLOTL_DO_NOT_TRACK=1 axolotl inference {folder.config} --lora-model-dir {folder.output} {options}")
+    say(f"chat: AXOLOTL_DO_NOT_TRACK=1 axolotl inference {folder.config} --lora-model-dir {folder.output} {options}")
     next_step("report", name_of(folder), json=json)
 
 

@@ -259,15 +259,17 @@ def _problem(folder: RunDir, since: int) -> str | None:
 def _failed(folder: Path, log: Path, code: int = 1, since: int = 0) -> WorkFailed:
     """Error for a failed launch, with the last lines of its log."""
     text, tail = _log_text(log, since)
-    if (gpu := bool(_NO_GPU_MEMORY.search(text))) or _RANK_KILLED.search(text):
+    refused = [f"{key}: {why}" if key else why for key, why in _REFUSED.findall("\n".join(tail))]
+    problem = f"Axolotl failed{_signal(code, False)}"
+    if _NO_GPU_MEMORY.search(text):
+        changes = f"`recipe plan {folder / 'config.yaml'}` shows what needs memory, and which changes help"
+        problem = f"out of GPU memory: {changes}; `nvidia-smi` lists other processes on the GPU"
+    elif _RANK_KILLED.search(text):
         problem = f"a rank was killed by signal 9 (SIGKILL); memory probably ran out: {_LESS_MEMORY}"
-        if gpu:
-            changes = f"`recipe plan {folder / 'config.yaml'}` shows what needs memory, and which changes help"
-            problem = f"out of GPU memory: {changes}; `nvidia-smi` lists other processes on the GPU"
-        return WorkFailed("\n".join([*tail, f"{folder}: {problem}; the full log is {log}"]))
-    if refused := [f"{key}: {why}" if key else why for key, why in _REFUSED.findall("\n".join(tail))]:
-        return WorkFailed(f"{folder}: Axolotl refuses the config: {'; '.join(refused)}; the full log is {log}")
-    return WorkFailed("\n".join([*tail, f"{folder}: Axolotl failed{_signal(code, False)}; the full log is {log}"]))
+    elif refused:
+        problem = f"Axolotl refuses the config: {'; '.join(refused)}"
+        tail = []  # says nothing else
+    return WorkFailed("\n".join([*tail, f"{folder}: {problem}; the full log is {log}"]))
 
 
 def _log_text(log: Path, since: int) -> tuple[str, list[str]]:

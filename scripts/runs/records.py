@@ -14,7 +14,6 @@ from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, with_config
 from ..base import paths
 from ..base.files import sha256
 from ..base.machine import GpuInfo, cpu, now, package_version, torch_cuda, visible_gpus
-from ..base.progress import say
 from ..configs.config import Difference, chained
 from ..configs.datafiles import DataFile
 from ..data.published import EvalTokens
@@ -289,10 +288,7 @@ def _git() -> Git | None:
     command = ["git", "--no-optional-locks", "-C", str(paths.RECIPES), "status", "--porcelain=v2", "--branch", "-uno"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    except (OSError, subprocess.CalledProcessError) as error:
-        problem = str(getattr(error, "stderr", None) or error).strip()
-        if "not a git repository" not in problem:
-            say(f"git revision not recorded: {problem.partition('\n')[0]}")
+    except (OSError, subprocess.CalledProcessError):
         return None
     head, *others = done.stdout.splitlines()
     return {"revision": head.removeprefix("# branch.oid "), "dirty": not all(line[0] == "#" for line in others)}
