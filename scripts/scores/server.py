@@ -7,7 +7,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Container, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import httpx2 as httpx
@@ -33,7 +33,7 @@ class Choice(BaseModel):
     """Answer of a server; only vLLM sends `token_ids`."""
 
     finish_reason: Literal["stop", "length"]
-    token_ids: list[int]
+    token_ids: list[Annotated[int, Field(ge=0)]]
 
 
 class _Response(BaseModel):
@@ -157,6 +157,7 @@ class Server:
         self.model = model
         self.at_once = at_once
         self.ends = sorted(prompter.ends)
+        self.vocabulary = max(len(self.tokenizer), prompter.config.get_text_config().vocab_size)
 
     def generate(self, prompts: Sequence[list[int]], done: Container[int]) -> Iterator[dict[int, Completion]]:
         """Implement `Engine.generate`."""
@@ -187,6 +188,7 @@ class Server:
         if decoding.do_sample:
             # vLLM takes missing values from the model's generation config; -1 is all tokens, also in old versions
             extra |= {"top_p": decoding.top_p, "top_k": decoding.top_k or -1, "min_p": 0, "seed": decoding.seed + i}
+        row = f"row {i + 1}, a prompt of {len(prompt):,} tokens"
         async with free:
             try:
                 async with asyncio.timeout(self.api.timeout and 2 * self.api.timeout):
@@ -199,8 +201,13 @@ class Server:
                     )
                 tokens = _Response.model_validate_json(response.content).choices[0].token_ids
             except (openai.APIError, ValidationError, TimeoutError) as error:
-                row = f"row {i + 1}, a prompt of {len(prompt):,} tokens"
                 raise WorkFailed(f"{self.api.url}: {row}: {cause(error)}") from None
+        if len(tokens) > decoding.max_new_tokens:
+            problem = f"an answer of {len(tokens):,} tokens, but at most {decoding.max_new_tokens:,} were requested"
+            raise WorkFailed(f"{self.api.url}: {row}: {problem}")
+        if max(tokens, default=0) >= self.vocabulary:
+            problem = f"token {max(tokens)}, but the vocabulary has {self.vocabulary:,}; serve the run's model"
+            raise WorkFailed(f"{self.api.url}: {row}: {problem}")
         return {i: Completion(str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip(), tokens)}
 
 

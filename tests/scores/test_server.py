@@ -49,8 +49,8 @@ def answers(of: Any, done: tuple[int, ...] = ()) -> dict[int, Completion]:
 
 
 def echo(body: dict[str, Any]) -> Reply:
-    """The prompt's own tokens."""
-    return completed("not this", token_ids=body["prompt"])
+    """The prompt's own tokens, as many as were requested."""
+    return completed("not this", token_ids=body["prompt"][: body["max_tokens"]])
 
 
 def echoed(of: Any, *numbers: int) -> dict[int, Completion]:
@@ -99,6 +99,9 @@ def test_errors_that_pass_are_waited_for_and_no_row_is_asked_twice():
         ((200, {"choices": []}), "choices"),
         (completed("x"), "token_ids"),
         (completed("x", "abort", token_ids=[]), "abort"),
+        (completed("x", token_ids=[5] * 9), "row 4, .* 9 tokens, .* 8 were requested"),
+        (completed("x", token_ids=[-1]), "token_ids.*greater than or equal to 0"),
+        (completed("x", token_ids=[5, 2**70]), f"token {2**70}, .* vocabulary has 32,000"),
         ((401, {"error": "expired"}), "401 .*expired"),
         ((400, {"error": "context of 4 tokens"}), "row 4, .* 5 .*: .*400 .*context"),
     ],

@@ -34,7 +34,7 @@ if Path(__file__).with_name("broken").exists():
     sys.exit(3)
 def reply(body):
     Path(__file__).with_name(f"{{len(body['prompt'])}}.tokens").touch()
-    return completed("", token_ids=body["prompt"])
+    return completed("", token_ids=body["prompt"][: body["max_tokens"]])
 AServer(reply, int(given["--port"])).serve_forever(0.02)
 """
 
