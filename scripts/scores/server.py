@@ -176,8 +176,13 @@ class Server:
         free = asyncio.Semaphore(self.at_once)
         async with self.api.client(RETRIES) as client:
             tasks = [asyncio.create_task(self._answer(client, free, i, prompts[i])) for i in numbers]
-            for ended in asyncio.as_completed(tasks):
-                yield await ended
+            try:
+                for ended in asyncio.as_completed(tasks):
+                    yield await ended
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)  # after a failure, others are not reported
 
     async def _answer(
         self, client: openai.AsyncOpenAI, free: asyncio.Semaphore, i: int, prompt: list[int]

@@ -1,3 +1,4 @@
+import gc
 import gzip
 import threading
 import time
@@ -113,6 +114,13 @@ def test_what_a_server_cannot_answer_ends_it_and_loses_nothing(reply, problem):
             for group in engine(server, at_once=1).generate(PROMPTS, ()):
                 made |= group
     assert sorted(made) == [0, 1, 2]
+
+
+def test_only_the_first_of_several_failures_is_reported(caplog):
+    with serving(lambda body: (400, {"error": "no"})) as server, pytest.raises(WorkFailed, match="400"):
+        answers(engine(server, at_once=4))
+    gc.collect()  # asyncio then logs errors that nobody has seen, with tracebacks
+    assert [record.message for record in caplog.records if record.name == "asyncio"] == []
 
 
 def test_a_server_that_never_answers_is_given_up():
