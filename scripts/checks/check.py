@@ -9,7 +9,7 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row
 from ..base.hub import importing_axolotl
-from ..configs import compose, models, substitution
+from ..configs import compose, datafiles, models, substitution
 from ..configs.compose import Composed, Request
 from ..configs.gpus import Gpu
 from ..data import study
@@ -161,6 +161,8 @@ def examine(
     if launching and not (gpu or composed.rehearsal or models.is_small(composed.config)):
         problem = "no NVIDIA GPU found; a CPU is too slow"
         found.append(Finding("error", "no-gpu", "", problem, "add --rehearse for a trial"))
+    if not composed.rehearsal:
+        found += _fixed_warm_up(composed, gpus)
     report.add(placed(found, composed))
     if data:
         from . import rows
@@ -169,6 +171,26 @@ def examine(
         of_rows, report.data = rows.check(usable, wrong)
         report.add(of_rows)
     return report
+
+
+def _fixed_warm_up(composed: Composed, gpus: int) -> Iterator[Finding]:
+    """Note on a warm-up in steps that stays, although the variant or the run changes the number of steps."""
+    original = {change.key: change.recipe for change in composed.from_origin}
+    steps = composed.config.get("warmup_steps")
+    if not steps or "warmup_steps" in original:
+        return
+    changed = [key for key in original if key.startswith(_DECIDES_STEPS)]
+    if datafiles.effective_batch(composed.config | original) != gpus * datafiles.effective_batch(composed.config):
+        changed.append("the number of rows per step")
+    if composed.config.get("max_steps"):
+        changed = [key for key in changed if key == "max_steps"]
+    if changed:
+        problem = f"still {steps} steps, although {changed[0]} changes the number of steps"
+        yield Finding("note", "fixed-warm-up", "warmup_steps", problem, "set it for the new number of steps")
+
+
+_DECIDES_STEPS = ("num_epochs", "max_steps", "datasets", "val_set_size", "sample_packing")
+"""Beginnings of keys that set epochs and rows."""
 
 
 def tokens_of(request: Request, count: int) -> list[Row]:

@@ -163,8 +163,6 @@ def test_data_that_are_not_prepared_yet_are_one_warning_of_a_check_and_an_error_
     done = recipe.ok("check", tagged)
     (said,) = [line for line in done.stdout.splitlines() if "not-prepared" in line]
     assert "data/codereviewer-tagged/train.jsonl" in said
-    several = recipe("check", "haider2024/all-linear/llama-2-7b", "haider2024/llama-2-7b").stdout.splitlines()
-    assert all("all-linear/llama-2-7b.yaml:" in line and "haider2024/llama-2-7b.yaml)" in line for line in several)
     prepare, fetch = (
         "`recipe data prepare --study haider2024 --input-format tagged`",
         "`recipe data fetch codereviewer`",
@@ -185,3 +183,36 @@ def test_what_is_not_written_by_preparing_data_or_is_to_be_read_now_is_an_error(
     assert "[missing-file:datasets.0.path]" in own.stdout
     read = recipe.fails("check", NAME, "--data")
     assert "error: datasets.0.path: data/codereviewer/train.jsonl" in read.stdout
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changed"),
+    [
+        (["num_epochs=1"], "num_epochs"),
+        (["datasets.0.split=train[:100]"], "datasets.0.split"),
+        (["gradient_accumulation_steps=64"], "the number of rows per step"),
+        (["max_steps=100"], "max_steps"),
+    ],
+)
+def test_a_warm_up_in_steps_is_noted_where_an_override_changes_their_number(place, overrides, changed):
+    [note] = warm_up_notes(overrides=overrides)
+    assert note.problem == f"still 10 steps, although {changed} changes the number of steps"
+    assert len(warm_up_notes(overrides=overrides, gpus=2)) == 1
+    assert warm_up_notes(overrides=overrides, rehearse=True) == []
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["lora_r=8", "micro_batch_size=4", "gradient_accumulation_steps=2"],
+        ["num_epochs=1", "warmup_steps=5"],
+        ["num_epochs=1", "warmup_steps=null", "warmup_ratio=0.03"],
+    ],
+)
+def test_no_warm_up_is_noted_where_steps_stay_or_it_is_set(place, overrides):
+    assert warm_up_notes(overrides=overrides) == []
+
+
+def warm_up_notes(**settings):
+    report = check.check(Request(NAME, **settings))
+    return [finding for finding in report.findings if finding.rule == "fixed-warm-up"]
