@@ -77,9 +77,12 @@ def studies() -> list[Path]:
 
 def recipe_names() -> list[str]:
     """Names of the recipes of studies and in start/: paths under recipes/ without suffix."""
-    folders = [*studies(), RECIPES / "start"]
-    files = [(folder, file) for folder in folders for file in folder.rglob("*.yaml") if file.name != "study.yaml"]
-    return sorted({file.relative_to(folder.parent).with_suffix("").as_posix() for folder, file in files})
+    names = set()
+    for folder in (*studies(), RECIPES / "start"):
+        above = f"{folder.parent}/"
+        files = {str(file) for file in folder.rglob("*.yaml") if file.name != "study.yaml"}
+        names |= {file.removeprefix(above).removesuffix(".yaml") for file in files}
+    return sorted(names)
 
 
 def recipe_file(name: str) -> Path:
@@ -126,10 +129,13 @@ def find_recipe(name: str) -> tuple[str, Path]:
 
 
 def _found_recipe(name: str) -> tuple[str, Path]:
-    variants = {variant: VARIANTS / f"{variant}.yaml" for variant in variant_names()}
-    files = variants | {recipe: recipe_file(recipe) for recipe in recipe_names()}
+    recipes = recipe_names()
+    if name in recipes:
+        return name, recipe_file(name)
+    files = {variant: VARIANTS / f"{variant}.yaml" for variant in variant_names()}
     if name in files:
         return name, files[name]
+    files |= {recipe: recipe_file(recipe) for recipe in recipes}
     given = Path(name)
     if given.suffix in (".yaml", ".yml"):
         if not given.is_file():

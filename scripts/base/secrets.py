@@ -94,7 +94,8 @@ def _without_tokens(text: str) -> str:
 
 def _of_environment() -> list[str]:
     """Values of variables such as HF_TOKEN; a placeholder such as 0 occurs in many texts."""
-    return [value for name, value in os.environ.items() if len(value) > 7 and _is_secret_variable(name)]
+    values = [os.environ[name] for name in os.environ if _is_secret_variable(name)]
+    return [value for value in values if len(value) > 7]
 
 
 @cache

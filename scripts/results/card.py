@@ -75,7 +75,7 @@ def card(result: RunResult, evaluation: Evaluation | None, merged: bool, reposit
 
 def _facts(result: RunResult, evaluation: Evaluation | None) -> Row:
     """Public parts of a run's record, config, evaluation and base model."""
-    run, cfg = result.run, yamlfiles.read_yaml(result.folder.config)
+    run, cfg = result.run, result.config
     base, is_local = base_model(result.folder, run)
     entries = models.catalogue().items()
     about: yamlfiles.Config = next((entry for name, entry in entries if base in (name, entry.get("mirror"))), {})

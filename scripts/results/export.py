@@ -175,7 +175,7 @@ def record_of_run(result: RunResult) -> ledger.Record:
         content |= {
             "stage": "training",
             "values": _cell_values(run, result.study),
-            "seed": yamlfiles.read_yaml(result.folder.config).get("seed", config.AXOLOTL_SEED),
+            "seed": result.config.get("seed", config.AXOLOTL_SEED),
             "seconds": summary.train_seconds,
             "peak_gib": summary.peak_memory,
         }

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import backends
-from ..base import yamlfiles
 from ..base.files import Row
 from ..configs import config
 from ..metrics.metric import Column
 from ..runs import rundir
-from ..runs.rundir import RunDir
 from ..scores import evaluations, intervals
 from ..scores.evaluations import Evaluation
 from ..scores.score import model_record
@@ -51,7 +49,7 @@ def of(chosen: RunResult, candidates: Sequence[RunResult]) -> list[RunResult]:
             continue
         if _alike(chosen.evaluation, other.evaluation, _ALIKE) and _training(other) == trained:
             found.append(other)
-    by_seed = {seed(result.folder): result for result in [*found, chosen]}
+    by_seed = {seed(result): result for result in [*found, chosen]}
     if len(by_seed) > 1:
         found = [result for result in by_seed.values() if result != chosen]
     return [chosen, *found]
@@ -60,9 +58,9 @@ def of(chosen: RunResult, candidates: Sequence[RunResult]) -> list[RunResult]:
 def _training(result: RunResult) -> Any:
     """Inputs of a run's training except the seed; None if it is not finished, not our own, or lacks its config."""
     run = result.run
-    if run.state != "finished" or run.published_adapter or not result.folder.config.is_file():
+    if run.state != "finished" or run.published_adapter or not result.config:
         return None
-    settings = trained_settings(yamlfiles.read_yaml(result.folder.config))
+    settings = trained_settings(result.config)
     settings.pop(SEED, None)
     return settings, [file.sha256 for file in [*run.data, *run.named_files]], run.ranks
 
@@ -78,10 +76,9 @@ def tokens(result: RunResult) -> str | None:
     return result.summary.eval_tokens["sha256"] if result.summary.eval_tokens else None
 
 
-def seed(folder: RunDir) -> str:
+def seed(result: RunResult) -> str:
     """Seed of a run, as text."""
-    cfg = yamlfiles.read_yaml(folder.config) if folder.config.is_file() else {}
-    return str(cfg.get(SEED, config.AXOLOTL_SEED))
+    return str(result.config.get(SEED, config.AXOLOTL_SEED))
 
 
 def scores(column: Column, found: Sequence[RunResult]) -> list[tuple[RunResult, float]]:
@@ -117,7 +114,7 @@ def interval(
     if len(found) == 1:
         return intervals.of_runs(values, None, within, known)
     made = intervals.of_runs(values, by_row(name, found), within)
-    one_seed = len({seed(result.folder) for result in found}) == 1
+    one_seed = len({seed(result) for result in found}) == 1
     return replace(made, method=made.method + ONE_SEED) if made and one_seed else made
 
 

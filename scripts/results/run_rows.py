@@ -72,6 +72,13 @@ class RunResult:
         return study.of_any(self.run.origin)
 
     @cached_property
+    def config(self) -> Config:
+        """Config of the run; empty if the file is missing."""
+        if not self.folder.config.is_file():
+            return {}
+        return yamlfiles.read_yaml(self.folder.config)
+
+    @cached_property
     def _last_evaluation(self) -> Evaluation | None:
         return read_scores(self.folder.path)
 
@@ -181,7 +188,7 @@ class RunResult:
         if own and expected:
             return None if own == expected else f"the eval loss covers {own['count']:,} tokens, not those of the recipe"
         changed = [key for key in other_settings(self.run) if not config.NOT_OF_EVAL_TOKENS.match(key)]
-        if "seed" in changed and not yamlfiles.read_yaml(self.folder.config).get("val_set_size"):
+        if "seed" in changed and not self.config.get("val_set_size"):
             changed.remove("seed")  # it decides only which rows val_set_size holds out
         if changed:
             return f"the eval loss may cover other tokens than the recipe's, by {', '.join(changed)}"

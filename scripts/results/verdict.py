@@ -269,7 +269,7 @@ def _settings(of_study: Study, recipe: str, chosen: RunResult) -> tuple[list[str
     paper = yamlfiles.read_yaml(file)
     sources = yamlfiles.sources(paths.recipe_file(recipe))
     sources |= {difference.key.partition(".")[0]: difference.why for difference in run.differences}
-    ours = yamlfiles.read_yaml(chosen.folder.config)
+    ours = chosen.config
     differs = [
         f"{key}: {_in_words(after)} instead of {_in_words(before)}"
         for key, (before, after) in config.differences(paper, ours).items()
