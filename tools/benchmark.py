@@ -39,7 +39,8 @@ from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.configs import gpus
 from qlora_recipes.planning import memory, plan
 imported = time.process_time()
-plan.plan(yamlfiles.read_yaml(paths.recipe_file("haider2024/code-llama-7b")), gpus.find("T4"))
+config = yamlfiles.read_yaml(paths.recipe_file("haider2024/code-llama-7b")) | {"lora_r": 24}  # of no shipped plan
+plan.plan(config, gpus.find("T4"))
 print(time.process_time() - imported, imported)
 """
 PREPARE = """

@@ -22,4 +22,4 @@ diff --unified=0 build/before.txt build/after.txt || true
 if grep FAILED build/before.txt build/after.txt; then
     exit 1
 fi
-echo "\`git -C build/upgrade diff | git apply\` takes pin, lock and schema into the checkout; then \`make setup test\`"
+echo "\`git -C build/upgrade diff | git apply\` takes pin, lock and schema into the checkout; then \`make setup\`, tools/plans.py, \`make test\`"

@@ -1,6 +1,6 @@
-"""Cached memory of a training step, and memory of a config on each GPU.
+"""Shipped or cached memory of a training step, and memory of a config on each GPU.
 
-Reading a cached step does not import torch.
+Reading a shipped or cached step does not import torch.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import orjson
 
@@ -24,10 +25,12 @@ from ..configs.gpus import Gpu, engine_of
 from ..configs.numerics import attention, precision
 from . import steps, traces
 from .steps import Step
-from .traces import Counts, MemoryTrace, Shape, Usage, rounded
+from .traces import Counts, Shape, Usage, rounded
 
 VERSION = 3
-"""Version of the cached figures; raise it when the computation changes."""
+"""Version of the shipped and cached figures; raise it when the computation changes."""
+SHIPPED = Path(__file__).with_name("plans.json")
+"""Memory of the shipped recipes' steps, by `Planner.key`; tools/plans.py writes it."""
 GIB = 2**30
 CONTEXT = 0.14 * GIB
 """Memory of the CUDA context: 133 to 147 MiB in fitcheck's published runs on a T4 (process minus allocator)."""
@@ -41,9 +44,15 @@ losses and the driver need room too."""
 
 @cache
 def packages() -> dict[str, str]:
-    """Versions of the packages that build models, tokenize rows and train."""
+    """Versions of the packages that build models, tokenize rows and train, without a build's tag such as +cu126."""
     names = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes", "accelerate", "axolotl")
-    return {name: version(name) for name in names}
+    return {name: version(name).partition("+")[0] for name in names}
+
+
+@cache
+def shipped() -> dict[str, Any]:
+    """Shipped figures by key; empty for a damaged file."""
+    return read_json(SHIPPED).get("plans", {})
 
 
 @dataclass(frozen=True)
@@ -88,31 +97,35 @@ class Planner:
         return self.rows, rounded(self.length, ROUND)
 
     @property
-    def file(self) -> Path:
-        """Cache file, keyed by step, shape, package versions and `VERSION`."""
+    def key(self) -> str:
+        """Hash of the step, its shape, package versions and `VERSION`."""
         depends = [VERSION, packages(), asdict(self.step), self.shape]
         content = orjson.dumps(depends, default=str, option=orjson.OPT_SORT_KEYS)
-        return paths.cache() / "plans" / f"{hashlib.sha256(content).hexdigest()[:24]}.json"
+        return hashlib.sha256(content).hexdigest()[:24]
+
+    @property
+    def file(self) -> Path:
+        """Cache file."""
+        return paths.cache() / "plans" / f"{self.key}.json"
 
     @cached_property
-    def cached(self) -> Memory | None:
-        """Memory from an earlier plan, or None."""
+    def stored(self) -> Memory | None:
+        """Memory from a shipped or an earlier plan, or None."""
         with suppress(KeyError, TypeError):  # missing or damaged file
-            content = read_json(self.file)
+            content = shipped().get(self.key) or read_json(self.file)
             return Memory(**content | {"usage": Usage(**content["usage"])})
         return None
 
     @cached_property
     def memory(self) -> Memory:
-        """Memory of the step, from the cache or a new trace.
+        """Memory of the step, from a shipped plan, the cache or a new trace.
 
         Raises:
             UserError: the step cannot be traced.
         """
-        if self.cached:
-            return self.cached
-        trace = self._traced()
-        memory = Memory(traces.usage(trace), trace.paged, trace.parameters, trace.sizes)
+        if self.stored:
+            return self.stored
+        memory = self.traced()
         with suppress(OSError):
             write_atomically(self.file, orjson.dumps(asdict(memory)).decode())
         return memory
@@ -122,7 +135,12 @@ class Planner:
         """Required bytes: peak reserved memory plus the CUDA context."""
         return self.memory.usage.reserved + CONTEXT
 
-    def _traced(self) -> MemoryTrace:
+    def traced(self) -> Memory:
+        """Memory of the step, from a new trace.
+
+        Raises:
+            UserError: the step cannot be traced.
+        """
         from ..base.hub import importing_axolotl
 
         with importing_axolotl():
@@ -130,10 +148,11 @@ class Planner:
 
             logging.disable(logging.CRITICAL)  # otherwise torch logs a traceback
             try:
-                return trace(self.step, self.shape)
+                traced = trace(self.step, self.shape)
             except Exception as error:  # the trace runs model code, which can raise anything
                 problem = shorten(f"{type(error).__name__}: {error}", 200)
                 raise UserError(f"this model and adapter cannot be planned: {problem}") from None
+        return Memory(traces.usage(traced), traced.paged, traced.parameters, traced.sizes)
 
 
 def planner_of(config: Config, gpu: Gpu | None, download: bool = True) -> tuple[Planner, list[str]]:
@@ -150,19 +169,19 @@ def planner_of(config: Config, gpu: Gpu | None, download: bool = True) -> tuple[
 
 
 def required_gib(config: Config, gpu: Gpu | None = None, anew: bool = False, gpus: int = 1) -> float | None:
-    """GiB that a config needs on each GPU; None if no plan is cached.
+    """GiB that a config needs on each GPU; None if no plan is shipped or cached.
 
     Args:
         config: the config.
         gpu: see `planner_of`.
-        anew: make a plan if none is cached.
+        anew: make a plan if none is shipped or cached.
         gpus: number of GPUs.
 
     Raises:
         UserError: planning does not support the config.
     """
     planner, _ = planner_of(config, gpu, download=anew)
-    if not planner.cached and not anew:
+    if not planner.stored and not anew:
         return None
     return needed_per_gpu(planner, config, gpus) / GIB
 

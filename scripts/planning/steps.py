@@ -57,7 +57,7 @@ class Step:
         chunked_loss: compute the loss on an eighth of the tokens at a time.
         axolotl: train with transformers' Trainer as Axolotl configures it. False means a plain loop: no autocast, PEFT
             weights in fp32, and outputs kept until the next step.
-        capability: the GPU's compute capability; None for a CPU.
+        capability: the lowest compute capability with the same kernels as the GPU; None for a CPU.
     """
 
     model: str
@@ -142,8 +142,20 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
         accumulates=datafiles.effective_batch(config) > rows,
         optimizer=optimizer,
         chunked_loss=bool(config.get("chunked_cross_entropy")),
-        capability=capability,
+        capability=oldest_alike(capability),
     ), notes
+
+
+def oldest_alike(capability: tuple[int, int]) -> tuple[int, int]:
+    """Lowest compute capability whose kernels need the same memory: Turing's, Ampere's or Hopper's.
+
+    FlashAttention needs Ampere, and Hopper has a larger workspace; see `cuda_attention` and `memory._workspace`.
+    """
+    if capability < (8, 0):
+        return (7, 5)
+    if capability[0] == 9:
+        return (9, 0)
+    return (8, 0)
 
 
 def _has_window(architecture: dict[str, Any]) -> bool:

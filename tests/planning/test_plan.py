@@ -9,7 +9,7 @@ import pytest
 from conftest import SMALL, config_with, recipe_config
 from planned_memory import WEIGHTS, kept_by_rank
 
-from qlora_recipes.base import yamlfiles
+from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import gpus
 from qlora_recipes.configs.compose import Request
@@ -333,10 +333,7 @@ def test_mistakes_are_reported(recipe, arguments, names):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.long
-def test_recipes_of_the_first_study_fit_its_card():
-    card = gpus.find("Quadro RTX 5000")
-    for name in ("all-linear/code-llama-7b", "as-released/llama-3-8b", "llama-3.2-3b"):  # the largest of each shape
-        name = f"haider2024/{name}"
-        needed = planner.required_gib(recipe_config(name), card, anew=True)
-        assert needed and needed <= planner.USABLE * 16, name
+@pytest.mark.parametrize("name", [name for name in paths.recipe_names() if name.startswith("haider2024/")])
+def test_recipes_of_the_first_study_fit_its_card(name):
+    needed = planner.required_gib(recipe_config(name), gpus.find("Quadro RTX 5000"))
+    assert needed and needed <= planner.USABLE * 16

@@ -1,0 +1,44 @@
+"""Writes the plans of the shipped recipes, which `recipe plan` and `recipe check` show without tracing a step.
+
+.venv/bin/python tools/plans.py          # traces the steps that the file lacks, and drops those of no recipe
+.venv/bin/python tools/plans.py --all    # traces all of them again, in some minutes
+"""
+
+import json
+import sys
+from dataclasses import asdict
+
+from qlora_recipes.base import paths
+from qlora_recipes.configs import gpus
+from qlora_recipes.configs.compose import Request, compose
+from qlora_recipes.planning import planner
+from qlora_recipes.planning.planner import Planner
+
+GENERATIONS = ("T4", "A100", "H100")
+"""A GPU of each generation that `steps.oldest_alike` tells apart."""
+
+
+def planners(study: str = "") -> dict[str, Planner]:
+    """Planners of the shipped recipes' steps, by key, or of one study's; recipes can share a step."""
+    found = {}
+    for gpu in map(gpus.find, GENERATIONS):
+        for name in paths.recipe_names():
+            if name.startswith(study):
+                step, _ = planner.planner_of(compose(Request(name), gpu).config, gpu)
+                found[step.key] = step
+    return found
+
+
+def write(again: bool) -> None:
+    """Write the file, with all figures traced again if asked."""
+    figures = {}
+    for key, step in sorted(planners().items()):
+        shipped = None if again else planner.shipped().get(key)
+        figures[key] = shipped or asdict(step.traced())
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(figure)}" for key, figure in figures.items())
+    versions = json.dumps(planner.packages())
+    planner.SHIPPED.write_text(f'{{"versions": {versions},\n"plans": {{\n{lines}\n}}}}\n')
+
+
+if __name__ == "__main__":
+    write("--all" in sys.argv[1:])
