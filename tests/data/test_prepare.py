@@ -9,7 +9,7 @@ from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.machine import held
 from qlora_recipes.data import prepare, study
 from qlora_recipes.data.declaration import Data
-from qlora_recipes.data.raw_rows import tagged
+from qlora_recipes.data.raw_rows import RawFile, tagged
 
 STUDY = study.find("haider2024")
 DATA = yamlfiles.read_yaml(STUDY.folder / "study.yaml")["data"]
@@ -98,6 +98,16 @@ def test_the_studys_subset_lists_as_many_distinct_rows_as_the_paper_has():
     positions = orjson.loads((STUDY.folder / subset.positions).read_bytes())["rows"]
     assert len(positions) == len(set(positions)) == subset.rows
     assert set(positions) <= set(range(10_169))
+
+
+def test_csv_is_text_and_a_quotation_mark_that_stays_open_is_placed(tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_bytes(b'a,b\nNaN,"=1+""1"""\n"x\n\ny",\n')
+    assert [*RawFile(file).rows()] == [{"a": "NaN", "b": '=1+"1"'}, {"a": "x\n\ny", "b": ""}]
+    with file.open("ab") as stream:
+        stream.write(b'"z,1\n2,3\n4,5\n')
+    with pytest.raises(UserError, match=r"a\.csv:8: .*unexpected end of data; the last complete row ends in line 5$"):
+        list(RawFile(file).rows())
 
 
 def test_bad_input_leaves_nothing(tmp_path):
