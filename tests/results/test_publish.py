@@ -286,6 +286,21 @@ def test_text_of_a_run_neither_breaks_its_card_nor_is_markdown_or_html(run, tmp_
     assert [token.tag for token in tokens if token.type == "heading_open"] == ["h1", *["h2"] * 7]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("# a", "## a #", "1. a", "12) a", "1.", "- a", "+ a", "* a", "---", "===", "> a", "~~~", "```", "|a|"),
+        *("<!-- a -->", "&lt;b&gt;", "<https://evil.example>", "[a]: https://evil.example", "{{ 7 * 7 }}", "2.14 -1"),
+    ],
+)
+def test_prose_is_a_paragraph_of_the_same_text(text):
+    for line, depth in ((model_card._prose(text), 0), (f"- {model_card._prose(text)}", 2)):
+        tokens = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(line)
+        (inline,) = (token for token in tokens if token.type == "inline")
+        assert inline.level == depth + 1
+        assert "".join(below.content for below in inline.children) == text
+
+
 MINE = {"recipe": "mine", "data": [DataFile(path="mine.jsonl", sha256="b" * 64, bytes=9, rows=40)]}
 VARIANT = {"variant_of": RECIPE, "of_variant": [Difference(**PATH, why="variants/mine.yaml")]}
 OWN = {"base_model": "owner/model", "datasets": [{"path": "owner/data", "type": "chat_template"}]}
