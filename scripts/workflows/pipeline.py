@@ -1,5 +1,6 @@
 """Pipeline from config to scores for reproductions and sweeps; finished steps are skipped."""
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -223,7 +224,11 @@ class Pipeline:
         """Return the remaining commands; record finished and queued steps in the result."""
         assert self.composed
         self.look_up()
-        if self.existing and self.state in ("created", "running") and not self.existing[0].jobs():
+        # a run that was just created is soon running, or was left by a killed process
+        while self.existing and self.state == "created" and not self.existing[0].jobs():
+            time.sleep(0.2)
+            self.look_up()
+        if self.existing and self.state == "running" and not self.existing[0].jobs():
             where = self.existing[0].path
             raise UserError(f"{where}: still running; `recipe cancel {where}` stops it at a checkpoint")
         job = backends.job_state(self.existing[0], "run") if self.existing and self.state != "finished" else None

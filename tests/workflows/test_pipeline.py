@@ -1,5 +1,6 @@
 """What a backend does with commands, jobs and failures; test_reproduce.py and test_sweep.py have the commands."""
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,15 @@ def test_the_former_run_of_a_config_is_the_newest_but_a_finished_one_before_othe
         a_run(tmp_path, recipe, f"{name}-{digest}", 5.0, digest=digest, **more)
     found = pipeline.existing_runs(tmp_path, recipe)
     assert {digest: folder.path.name for digest, (folder, _) in found.items()} == {"a": "2-newer-a", "b": "2-failed-b"}
+
+
+def test_a_run_whose_command_was_killed_before_its_start_is_waited_for_and_resumed(place):
+    request = Request("haider2024/llama-2-7b", overrides=["datasets=[{path: owner/rows}]", "test_datasets=null"])
+    one = pipeline.Pipeline(TaskResult("haider2024/llama-2-7b"), request, EvaluationRequest(), Local(rehearsal=False))
+    one.digest()
+    folder = run.create(one.composed, request)
+    created = datetime.now(UTC) - timedelta(seconds=9.5)
+    folder.write(folder.read().model_copy(update={"created": created.isoformat()}))
+    assert folder.read().state == "created"
+    training, _ = one.task().claim()
+    assert (training.folder.path, one.state) == (folder.path, "interrupted")
