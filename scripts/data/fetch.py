@@ -141,7 +141,7 @@ def _fetched(name: str, data: Data, out: Path, staging: Path) -> list[tuple[Row,
     part = out / f"{name}.part"
     try:
         if source.url:
-            download(source.url, part, _most_bytes(source))
+            download(source.url, part, 2 * source.bytes if source.bytes else MOST_BYTES)
             found = {name: part}
         else:
             with _hub_errors(str(source.hub)):
@@ -194,18 +194,11 @@ def _extracted(file: Path, source: DataSource, staging: Path) -> dict[str, Path]
         if wrong := [name for name, found in members.items() if len(found) != 1]:
             raise Rejected(f"{', '.join(wrong)}: missing from the zip, or present twice")
         for name, (member,) in members.items():
-            known = (source.files or {})[name].bytes
-            _require_size(name, member.file_size, MOST_RATIO * file.stat().st_size if known is None else known)
+            most = (source.files or {})[name].bytes or MOST_RATIO * file.stat().st_size
+            _require_size(name, member.file_size, most)
             with archive.open(member) as stream, files[name].open("wb") as copy:
                 shutil.copyfileobj(stream, copy)
     return files
-
-
-def _most_bytes(source: DataSource) -> int:
-    """Limit on the size of a download; the declared size of a zip is approximate."""
-    if source.bytes is None:
-        return MOST_BYTES
-    return 2 * source.bytes if source.files else source.bytes
 
 
 def _require_size(name: str, size: int, most: int) -> None:
@@ -290,7 +283,6 @@ def _receive(url: str, part: Path, most: int, bar: Bar) -> str:
             length = response.headers.get("Content-Length", "0")
             if not re.fullmatch(r"(?a)\d{1,18}", length):
                 raise UserError(f"{url}: the server's Content-Length is not a size: {length:.40}")
-            _require_size(part.stem, int(length), most)
             if size:
                 say(f"{part}: starting over; the server's file has changed, or the server cannot send parts")
             part.unlink(missing_ok=True)  # delete the old part before recording the new version
@@ -299,7 +291,7 @@ def _receive(url: str, part: Path, most: int, bar: Bar) -> str:
         with naming(part), part.open("ab") as stream:
             for chunk in response.iter_content(CHUNK):
                 stream.write(chunk)
-                _require_size(part.stem, stream.tell(), known["bytes"] or most)
+                _require_size(part.stem, stream.tell(), most)
                 bar.update(stream.tell() >> 20, known["bytes"] >> 20)
     return "the connection was lost" if known["bytes"] and part.stat().st_size != known["bytes"] else ""
 

@@ -231,8 +231,8 @@ def _fenced(text: str, language: str) -> str:
 def _prose(text: Any) -> str:
     """Text on one line, escaped for Markdown and HTML."""
     escaped = re.sub(r"([\\`*_\[\]<>|~&])", r"\\\1", " ".join(str(text).split()))
-    not_a_block = re.sub(r"^[#+=-]", r"\\\g<0>", escaped)  # a heading, a list or a rule
-    return re.sub(r"^(\d+)([.)])(?= |$)", r"\1\\\2", not_a_block)
+    # a backslash before what begins a heading, a list or a rule
+    return re.sub(r"^(?=[#+=-])|^(\d+)(?=[.)](?: |$))", r"\1\\", escaped)
 
 
 def _address(url: str) -> str:

@@ -290,17 +290,12 @@ def write(folder: Path, evaluation: Evaluation, rows: Sequence[Row]) -> None:
 
 
 def finish_write(folder: Path) -> None:
-    """Move scores into place whose predictions a killed process has moved; remove other parts it left.
-
-    Callers hold the folder's lock.
-    """
+    """Move scores into place whose predictions a killed process has moved; callers hold the folder's lock."""
     for part in parts_of(folder / SCORES):
         with suppress(OSError, ValueError):
             evaluation = Evaluation.model_validate(parse_json(read_bytes(part)))
             if evaluation.files["predictions"].sha256 == sha256(folder / PREDICTIONS):
                 part.replace(folder / SCORES)
-    for part in (*parts_of(folder / SCORES), *folder.glob(".predictions.*.part")):
-        part.unlink()
 
 
 # Kind of change since an evaluation: `edited` if only the predictions differ, else `stale`.

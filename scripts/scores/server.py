@@ -193,7 +193,6 @@ class Server:
         if decoding.do_sample:
             # vLLM takes missing values from the model's generation config; -1 is all tokens, also in old versions
             extra |= {"top_p": decoding.top_p, "top_k": decoding.top_k or -1, "min_p": 0, "seed": decoding.seed + i}
-        row = f"row {i + 1}, a prompt of {len(prompt):,} tokens"
         async with free:
             try:
                 async with asyncio.timeout(self.api.timeout and 2 * self.api.timeout):
@@ -205,14 +204,13 @@ class Server:
                         extra_body=extra,
                     )
                 tokens = _Response.model_validate_json(response.content).choices[0].token_ids
-            except (openai.APIError, ValidationError, TimeoutError) as error:
+                if len(tokens) > decoding.max_new_tokens:
+                    raise ValueError(f"{len(tokens):,} tokens, more than requested")
+                if max(tokens, default=0) >= self.vocabulary:
+                    raise ValueError(f"token {max(tokens)} is not in the vocabulary; serve the run's model")
+            except (openai.APIError, ValueError, TimeoutError) as error:
+                row = f"row {i + 1}, a prompt of {len(prompt):,} tokens"
                 raise WorkFailed(f"{self.api.url}: {row}: {cause(error)}") from None
-        if len(tokens) > decoding.max_new_tokens:
-            problem = f"an answer of {len(tokens):,} tokens, but at most {decoding.max_new_tokens:,} were requested"
-            raise WorkFailed(f"{self.api.url}: {row}: {problem}")
-        if max(tokens, default=0) >= self.vocabulary:
-            problem = f"token {max(tokens)}, but the vocabulary has {self.vocabulary:,}; serve the run's model"
-            raise WorkFailed(f"{self.api.url}: {row}: {problem}")
         return {i: Completion(str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip(), tokens)}
 
 

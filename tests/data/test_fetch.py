@@ -205,19 +205,18 @@ def test_a_zip_bomb_is_refused_before_it_is_extracted(tmp_path, server, declared
 
 
 @pytest.mark.parametrize("chunked", [True, False])
-@pytest.mark.parametrize(("source", "limit"), [({"bytes": 900_000}, 900_000), ({}, 2_000_000)])
-def test_a_body_without_an_end_is_cut_off_at_the_declared_size(tmp_path, monkeypatch, chunked, source, limit):
+@pytest.mark.parametrize(("source", "limit"), [({"bytes": 450_000}, 900_000), ({}, 2_000_000)])
+def test_a_body_without_an_end_is_cut_off(tmp_path, monkeypatch, chunked, source, limit):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(fetching, "MOST_BYTES", 2_000_000)
-    body = b"Content-Length: 999999999999\r\n\r\n"
+    body = b"Content-Length: 999999999999\r\n\r\n" + bytes(4_500_000)
     if chunked:
         body = b"Transfer-Encoding: chunked\r\n\r\n" + 9 * (b"7a120\r\n" + bytes(500_000) + b"\r\n")
     too_large = pytest.raises(UserError, match=f"a.jsonl is larger than {limit:,} bytes")
     with answering(b"HTTP/1.1 200 OK\r\n" + body) as (url, _), too_large:
         fetch(data_of({"a.jsonl": {"url": url} | source}), tmp_path)
-    left = [file.stat().st_size for file in tmp_path.glob("a.*")]
-    assert left == [size for size in left if limit < size <= limit + fetching.CHUNK]
-    assert bool(left) == chunked  # a length is refused before the body is read
+    (aside,) = tmp_path.glob("a.*")
+    assert limit < aside.stat().st_size <= limit + fetching.CHUNK
 
 
 @pytest.mark.parametrize("moved", [0, 1, 2])
