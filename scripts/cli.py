@@ -16,8 +16,8 @@ from .base import paths
 from .base.errors import UserError, WorkFailed
 from .base.files import DISK_FULL
 from .base.progress import say
-from .commands import after, before, data, recipes, running, scoring
-from .commands.help import Verbs
+from .verbs import after, before, data, recipes, running, scoring
+from .verbs.help import Verbs
 
 FIRST_STEPS = """\
 recipe list

@@ -1,5 +1,5 @@
-"""Import path of the Axolotl plugin in the configs of runs; runs/plugin.py defines it."""
+"""Import path of the Axolotl plugin in the configs of runs; training/run_plugin.py defines it."""
 
-from .runs.plugin import RunPlugin
+from .training.run_plugin import RunPlugin
 
 __all__ = ["RunPlugin"]

@@ -31,14 +31,14 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # each with its shar
     os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // int(workers), 1))
 
 from qlora_recipes import cli
-from qlora_recipes.backends import slurm_site
 from qlora_recipes.base import hub, paths, progress
-from qlora_recipes.checks import validation
-from qlora_recipes.configs.gpus import CPU_RANKS
-from qlora_recipes.data import study
+from qlora_recipes.config.gpus import CPU_RANKS
+from qlora_recipes.data import studies
 from qlora_recipes.data.sample import rehearsal_data, usual_sample
-from qlora_recipes.runs import launch
-from qlora_recipes.runs.rundir import RunDir
+from qlora_recipes.run import launch
+from qlora_recipes.run.backends import slurm_site
+from qlora_recipes.run.rundir import RunDir
+from qlora_recipes.training import validation
 
 importlib.metadata.packages_distributions = functools.cache(importlib.metadata.packages_distributions)  # see base.hub
 # A busy machine is slow at times; that is no fault of the code under test.
@@ -292,11 +292,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """A folder with the studies' samples where recipes look for their data; in all forms but one many times, each time
     with another answer, for recipes that warm up or evaluate at a step. What else is fetched is there, and empty."""
     folder = tmp_path_factory.mktemp("prepared")
-    for of_study in study.every():
+    for of_study in studies.every():
         for file in of_study.data.files.keys() - of_study.data.raw_files:
             (folder / of_study.data.raw / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / of_study.data.raw / file).touch()
-    forms = [(of_study, *form) for of_study in study.every() for form in of_study.data.formats.items()]
+    forms = [(of_study, *form) for of_study in studies.every() for form in of_study.data.formats.items()]
     for of_study, name, form in forms:
         made = shutil.copytree(rehearsal_data(of_study, name), folder / form.folder)
         if name != "diff":

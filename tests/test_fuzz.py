@@ -25,10 +25,10 @@ from safetensors.torch import save_file
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.files import sha256, write_rows
-from qlora_recipes.configs.datafiles import DataFile
-from qlora_recipes.runs import launch
-from qlora_recipes.runs.rundir import RunDir
-from qlora_recipes.scores.evaluations import read_scores
+from qlora_recipes.config.datafiles import DataFile
+from qlora_recipes.evaluate.scores_file import read_scores
+from qlora_recipes.run import launch
+from qlora_recipes.run.rundir import RunDir
 
 CASES = int(os.environ.get("FUZZ_CASES", "250"))  # a number, because a time would test more on a fast machine
 SEED = int(os.environ.get("FUZZ_SEED", "0"))

@@ -20,8 +20,8 @@ import pytest
 from conftest import wait_until
 
 from qlora_recipes.base import paths
-from qlora_recipes.runs import rundir
-from qlora_recipes.runs.rundir import RunDir
+from qlora_recipes.run import rundir
+from qlora_recipes.run.rundir import RunDir
 
 ROOT = Path(__file__).parents[1]
 SECTION = (ROOT / "docs" / "free-t4.md").read_text().partition("\n## Time limits")[0]

@@ -10,11 +10,11 @@ import pytest
 from pydantic import ValidationError
 
 from qlora_recipes.base import paths
-from qlora_recipes.data import study
+from qlora_recipes.data import studies
+from qlora_recipes.evaluate import benchmarks
 from qlora_recipes.results import export
 from qlora_recipes.results.run_rows import RunResult
-from qlora_recipes.runs.rundir import RunDir
-from qlora_recipes.scores import benchmarks
+from qlora_recipes.run.rundir import RunDir
 
 STUDY = """\
 title: Capitals of countries
@@ -202,7 +202,7 @@ def test_the_studies_of_other_kinds_are_rehearsed(
 ):
     if not real:
         monkeypatch.setattr(sys, "executable", str(stand_in.with_name("python")))
-    of_study = study.find(name.partition("/")[0])
+    of_study = studies.find(name.partition("/")[0])
     words = (of_study.folder.name, "--rehearse", "--set", f"base_model={tiny}", "--only", name)
     reproduced = recipe.json("reproduce", *words)
     (step,), (row,) = reproduced["steps"], reproduced["results"]

@@ -7,14 +7,14 @@ import pytest
 from conftest import recipe_config
 
 from qlora_recipes.base import paths, yamlfiles
-from qlora_recipes.configs import config, datafiles, gpus
+from qlora_recipes.config import datafiles, gpus, merging
 
 
 def validated(cfg: yamlfiles.Config, gpu: str) -> dict[str, Any]:
     from axolotl.utils.config import validate_config
     from axolotl.utils.dict import DictDefault
 
-    from qlora_recipes.checks.validation import capabilities
+    from qlora_recipes.training.validation import capabilities
 
     return validate_config(DictDefault(cfg), *capabilities(gpus.find(gpu)))
 
@@ -23,7 +23,7 @@ def validated(cfg: yamlfiles.Config, gpu: str) -> dict[str, Any]:
 def test_axolotl_validates_the_recipe(name):
     recipe = recipe_config(name)
     passed = validated(recipe, "H100" if recipe.get("bf16") else "T4")
-    for key, value in config.flatten(recipe):
+    for key, value in merging.flatten(recipe):
         of_result: Any = passed
         for part in key.split("."):
             of_result = of_result[int(part) if part.isdigit() else part]

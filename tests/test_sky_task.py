@@ -11,8 +11,8 @@ import pytest
 from conftest import wait_until
 
 from qlora_recipes.base import yamlfiles
-from qlora_recipes.runs import rundir
-from qlora_recipes.runs.rundir import RunDir
+from qlora_recipes.run import rundir
+from qlora_recipes.run.rundir import RunDir
 
 ROOT = Path(__file__).parents[1]
 TASK = ROOT / "docker" / "sky.yaml"

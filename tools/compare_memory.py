@@ -16,10 +16,10 @@ from typing import Any
 
 from markdown_table import print_markdown
 
-from qlora_recipes.configs import gpus, models
-from qlora_recipes.planning import traces
-from qlora_recipes.planning.memory import trace
-from qlora_recipes.planning.steps import Step
+from qlora_recipes.config import gpus, models
+from qlora_recipes.plan import traces
+from qlora_recipes.plan.memory import trace
+from qlora_recipes.plan.steps import Step
 
 FIGURES = Path(__file__).with_name("memory_figures.csv")
 MIB = 2**20
@@ -86,7 +86,7 @@ def step_of(figure: dict[str, str]) -> Step:
 
 def planned(figure: dict[str, str]) -> float:
     """MiB that a plan gives for a figure, of the same kind: allocated, reserved, or with CUDA's own."""
-    from qlora_recipes.planning.planner import CONTEXT
+    from qlora_recipes.plan.planner import CONTEXT
 
     shape = int(figure["rows"]), int(figure["tokens"])
     used = traces.usage(trace(step_of(figure), shape))

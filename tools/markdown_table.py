@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlora_recipes.tables import text_of
+from qlora_recipes.base.tables import text_of
 
 
 def print_markdown(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -9,10 +9,10 @@ import sys
 from dataclasses import asdict
 
 from qlora_recipes.base import paths
-from qlora_recipes.configs import gpus
-from qlora_recipes.configs.compose import Request, compose
-from qlora_recipes.planning import planner
-from qlora_recipes.planning.planner import Planner
+from qlora_recipes.config import gpus
+from qlora_recipes.config.compose import Request, compose
+from qlora_recipes.plan import planner
+from qlora_recipes.plan.planner import Planner
 
 GENERATIONS = ("T4", "A100", "H100")
 """A GPU of each generation that `steps.oldest_alike` tells apart."""

@@ -23,8 +23,8 @@ from transformers import BitsAndBytesConfig, SchedulerType
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 
-from qlora_recipes.checks import schema
-from qlora_recipes.data import study
+from qlora_recipes.check import schema
+from qlora_recipes.data import studies
 
 # Values that Axolotl takes and that cannot train: JSON Schema's bounds for a key. Axolotl 0.21 lets each of them pass.
 BOUNDS: dict[str, dict[str, float]] = {
@@ -247,11 +247,11 @@ def _strategies(package: ModuleType, first: str) -> Iterator[tuple[str, str]]:
 
 def study_schema() -> str:
     """The JSON Schema of a study.yaml, for editors."""
-    of_study = study.Study.model_json_schema()
+    of_study = studies.Study.model_json_schema()
     of_study["$defs"]["PublishedScore"] = {"anyOf": [{"type": "number"}, of_study["$defs"]["PublishedScore"]]}
     return json.dumps(of_study, indent=1, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":
     schema.FILE.write_text(axolotl_schema(), encoding="utf-8")
-    study.SCHEMA.write_text(study_schema(), encoding="utf-8")
+    studies.SCHEMA.write_text(study_schema(), encoding="utf-8")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_recipes.base import paths, yamlfiles
-from qlora_recipes.configs import config
+from qlora_recipes.config import merging
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = Path(sys.executable).with_name("recipe")
@@ -43,18 +43,18 @@ def findings() -> Iterator[tuple[str, Any]]:
 
 def resolved() -> Iterator[tuple[str, Any]]:
     """Keys and values of each recipe after Axolotl's validation."""
-    from qlora_recipes.checks.validation import validated
+    from qlora_recipes.training.validation import validated
 
     for name in paths.recipe_names():
         content = validated(yamlfiles.read_yaml(paths.find_recipe(name)[1])).to_dict()
-        for key, value in config.flatten(json.loads(json.dumps(content, default=str))):
+        for key, value in merging.flatten(json.loads(json.dumps(content, default=str))):
             yield f"{name}, {key}", value
 
 
 def plans() -> Iterator[tuple[str, Any]]:
     """Planned memory of all recipes, in bytes."""
     for plan in json.loads(recipe("plan", *paths.recipe_names(), "--gpu", "H100", "--json")):
-        for key, value in config.flatten(plan["memory"]):
+        for key, value in merging.flatten(plan["memory"]):
             yield f"{plan['recipe']}, {key}", value
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from .. import __version__
 from ..base.files import Row, read_json, sha256, write_json
 from .declaration import Subset
-from .study import Study
+from .studies import Study
 
 MANIFEST = "manifest.json"
 

@@ -18,7 +18,7 @@ from ..base.paths import shown
 from . import manifest
 from .declaration import SPLITS, Mistake, Order, Subset
 from .raw_rows import BadRow, Expression, RawFile, RowMaker, find
-from .study import Study, refusal
+from .studies import Study, refusal
 
 PREPARE_LOCK = ".prepare.lock"
 PlacedRow = tuple[int, bytes, float]  # position in the raw file, prepared line, and sort value

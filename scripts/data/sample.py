@@ -7,13 +7,13 @@ from pathlib import Path
 from ..base import paths
 from ..base.files import sha256
 from ..base.machine import make_once
-from . import study
+from . import studies
 
 VERSION = 2
 """Version of the preparation code; increase it when the same study and raw files give other rows."""
 
 
-def rehearsal_data(of_study: study.Study, input_format: str) -> Path:
+def rehearsal_data(of_study: studies.Study, input_format: str) -> Path:
     """Prepare a study's sample in the cache, if necessary; return the folder."""
     content = [str(VERSION), of_study.data.model_dump_json(), input_format, *map(sha256, _raw(of_study))]
     key = hashlib.sha256("".join(content).encode()).hexdigest()
@@ -21,12 +21,12 @@ def rehearsal_data(of_study: study.Study, input_format: str) -> Path:
     return make_once(made, partial(_prepare, of_study, input_format))
 
 
-def _raw(of_study: study.Study) -> list[Path]:
+def _raw(of_study: studies.Study) -> list[Path]:
     """Existing raw files of a study's sample."""
     return sorted(file for name in of_study.data.raw_files if (file := folder(of_study) / name).is_file())
 
 
-def _prepare(of_study: study.Study, input_format: str, out: Path) -> None:
+def _prepare(of_study: studies.Study, input_format: str, out: Path) -> None:
     from .prepare import prepare
 
     prepare(_raw(of_study), out, _with_few_sampled(of_study), input_format)
@@ -34,7 +34,7 @@ def _prepare(of_study: study.Study, input_format: str, out: Path) -> None:
 
 def twin(path: str) -> Path | None:
     """Sample file that replaces a study's prepared file; None for other files."""
-    for of_study, input_format in study.preparing(path):
+    for of_study, input_format in studies.preparing(path):
         if of_study.data.sample:
             file = rehearsal_data(of_study, input_format) / Path(path).name
             return file if file.is_file() else None
@@ -43,9 +43,9 @@ def twin(path: str) -> Path | None:
 
 def usual_sample() -> Path:
     """Sample folder for recipes without a study, preferably with `alpaca` fields."""
-    studies = [each for each in study.every() if each.data.sample]
-    alpaca = [each for each in studies if {"instruction", "output"} <= each.data.fields.keys()]
-    first = [*alpaca, *studies][0]
+    sampled = [study for study in studies.every() if study.data.sample]
+    alpaca = [study for study in sampled if {"instruction", "output"} <= study.data.fields.keys()]
+    first = [*alpaca, *sampled][0]
     return rehearsal_data(first, next(iter(first.data.formats)))
 
 
@@ -59,7 +59,7 @@ def length_of(file: Path) -> int:
     return -(-longest // 512) * 256
 
 
-def _with_few_sampled(of_study: study.Study) -> study.Study:
+def _with_few_sampled(of_study: studies.Study) -> studies.Study:
     """Copy of a study whose sampled splits take at most a quarter of the rows."""
     splits = dict(of_study.data.splits)
     for name, split in splits.items():
@@ -70,6 +70,6 @@ def _with_few_sampled(of_study: study.Study) -> study.Study:
     return of_study.model_copy(update={"data": of_study.data.model_copy(update={"splits": splits})})
 
 
-def folder(of_study: study.Study) -> Path:
+def folder(of_study: studies.Study) -> Path:
     """Folder with the raw files of a study's sample."""
     return of_study.folder / str(of_study.data.sample)

@@ -8,26 +8,25 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from .. import tables
-from ..base import paths, yamlfiles
+from ..base import paths, tables, yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row, embedding_rows, read_json, sha256
 from ..base.hub import importing_axolotl
 from ..base.paths import template_environment
 from ..base.secrets import names_secret, public
-from ..configs import config, datafiles, models
-from ..data import study
+from ..config import datafiles, merging, models
+from ..data import studies
 from ..data.raw_rows import constants
+from ..evaluate.scores_file import ADAPTER, Evaluation, EvaluationSettings
 from ..metrics.metric import Column
-from ..runs.records import Run
-from ..runs.rundir import PLUGIN, RunDir
-from ..scores.evaluations import ADAPTER, Evaluation, EvaluationSettings
+from ..run.rundir import PLUGIN, RunDir
+from ..training.run_record import Run
 from .run_rows import RunResult
 
 # Licences of language models in https://huggingface.co/docs/hub/repositories-licenses
 _HUB_LICENCES = ("apache-2.0", "mit", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma")
 # Keys that hold local folders, or accounts and hosts to which a run reports
-_NOT_SHOWN = re.compile(f"output_dir|dataset_prepared_path|plugins|hub_|{config.TRACKING.pattern}")
+_NOT_SHOWN = re.compile(f"output_dir|dataset_prepared_path|plugins|hub_|{merging.TRACKING.pattern}")
 _PATCH = "@@ -1 +1 @@\n-x = 1\n+x = 2"
 _LOCAL_PATH = re.compile(r"(?<![\w.<>/~-])(?:\.\.(?:/[^\s/=,:'\")\]}]+)+|(?:file://)?(?:/[^\s/=,:'\")\]}]+){2,})")
 
@@ -41,10 +40,10 @@ def card(result: RunResult, evaluation: Evaluation | None, merged: bool, reposit
         merged: True for the card of the merged model.
         repository: repository on the hub, if the card will be pushed.
     """
-    folder, of_study = result.folder, study.of(result.run.origin)
+    folder, of_study = result.folder, studies.of(result.run.origin)
     data = None if of_study is None or result.other_data else of_study.data
     with importing_axolotl(offline=True):
-        from ..scores.prompter import as_code
+        from ..evaluate.prompter import as_code
 
         known = {**constants(data.fields), "input": _PATCH} if data else {}
         prompt = as_code(yamlfiles.read_yaml(folder.config), folder.output, known)
@@ -69,7 +68,7 @@ def card(result: RunResult, evaluation: Evaluation | None, merged: bool, reposit
         config_sha256=sha256(folder.config),
         adapter_sha256=sha256(folder.output / ADAPTER),
         scored_on=scored_on,
-        decoding=_arguments(evaluation.settings.decoding if evaluation else study.decoding_of(of_study, None)),
+        decoding=_arguments(evaluation.settings.decoding if evaluation else studies.decoding_of(of_study, None)),
     )
 
 
@@ -116,13 +115,13 @@ def is_private(key: str) -> bool:
 def _sets_private(override: str) -> bool:
     """True if `key=value` sets a private key, possibly a nested one."""
     try:
-        key, value = config.parse_override(override)
+        key, value = merging.parse_override(override)
     except UserError:
         key, value = override.partition("=")[0], None
-    return any(is_private(below) for below, _ in config.flatten(value, key))
+    return any(is_private(below) for below, _ in merging.flatten(value, key))
 
 
-def _arguments(decoding: study.Decoding) -> str:
+def _arguments(decoding: studies.Decoding) -> str:
     """Decoding settings as arguments for transformers' `generate`."""
     sampling = ("temperature", "top_p", "top_k") if decoding.do_sample else ()
     names = ("max_new_tokens", "do_sample", *(("num_beams",) if decoding.num_beams > 1 else ()), *sampling)
@@ -177,7 +176,7 @@ def _front_matter(
     ).to_yaml()
 
 
-def _scored_on(settings: EvaluationSettings, of_study: study.Study | None) -> str:
+def _scored_on(settings: EvaluationSettings, of_study: studies.Study | None) -> str:
     """Description of the scored rows."""
     if not (settings.test_set and of_study):
         return f"{settings.data_name}, {settings.rows_in_words}"

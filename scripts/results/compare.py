@@ -12,16 +12,16 @@ from ..base import yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row, read_rows
 from ..base.progress import say
-from ..configs import config
+from ..config import merging
 from ..data.published import Published
-from ..data.study import Study
+from ..data.studies import Study
+from ..evaluate import intervals
+from ..evaluate.score import columns_of, declared_models, model_record, of_single_rows, with_scores
+from ..evaluate.scores_file import about_file, about_rows, changed, current, read_predictions, read_scores
 from ..metrics import registry
 from ..metrics.metric import Column
-from ..runs.records import Run
-from ..runs.rundir import RunDir, find_run
-from ..scores import intervals
-from ..scores.evaluations import about_file, about_rows, changed, current, read_predictions, read_scores
-from ..scores.score import columns_of, declared_models, model_record, of_single_rows, with_scores
+from ..run.rundir import RunDir, find_run
+from ..training.run_record import Run
 from .run_rows import trained_settings
 
 
@@ -224,7 +224,7 @@ def _divergence(folders: Sequence[RunDir]) -> Divergence | None:
 
 def _settings(cfg: yamlfiles.Config, run: Run) -> yamlfiles.Config:
     """Settings, data, versions and machine of a run."""
-    found = trained_settings(cfg) | dict(config.flatten(run.provenance, "provenance"))
+    found = trained_settings(cfg) | dict(merging.flatten(run.provenance, "provenance"))
     for file in [*run.data, *run.named_files]:
         found[f"content of {file.path}"] = f"sha256 {file.sha256[:12]}"
     found["ranks"] = run.ranks

@@ -11,20 +11,21 @@ from typing import get_args
 import orjson
 from pydantic import ValidationError
 
-from .. import backends
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row, write_atomically
 from ..base.progress import say
-from ..configs import config, gpus, ledger
-from ..data import study
+from ..config import gpus, merging
+from ..data import studies
 from ..data.published import Baseline
-from ..data.study import Study
-from ..runs import launch
-from ..runs.records import Provenance, Run, collect
-from ..runs.rundir import RunDir
-from ..scores import evaluations, published
-from ..scores.score import by_declared_model
+from ..data.studies import Study
+from ..evaluate import scores_file
+from ..evaluate.score import by_declared_model
+from ..run import backends, launch
+from ..run.rundir import RunDir
+from ..study import published_predictions
+from ..training.run_record import Provenance, Run, collect
+from . import score_records
 from .run_rows import RunResult
 
 
@@ -57,10 +58,10 @@ def export_predictions(of_study: Study, rows: Sequence[Row]) -> list[Path]:
         owner = owners[name]
         test_set = owner.test_set if isinstance(owner, Baseline) else of_study.data.test_set
         assert owner.predictions
-        read = published.read(of_study, owner.predictions, test_set)
+        read = published_predictions.read(of_study, owner.predictions, test_set)
         pairs = b"".join(orjson.dumps([row["reference"], row["prediction"]]) + b"\n" for row in read)
         scored = list(of_owner)
-        record = ledger.Record.model_validate(
+        record = score_records.Record.model_validate(
             {
                 "made": datetime.now(UTC).date(),
                 "of": name,
@@ -76,21 +77,22 @@ def export_predictions(of_study: Study, rows: Sequence[Row]) -> list[Path]:
     return files
 
 
-def _score(value: float, low: float | None, high: float | None) -> ledger.Score:
-    return ledger.Score(value=value, interval=None if low is None or high is None else (low, high))
+def _score(value: float, low: float | None, high: float | None) -> score_records.Score:
+    return score_records.Score(value=value, interval=None if low is None or high is None else (low, high))
 
 
-def _written(record: ledger.Record, study_name: str) -> Path:
+def _written(record: score_records.Record, study_name: str) -> Path:
     file = Path(record.file_name())
     write_atomically(file, record.text())
-    say(f"the record belongs in recipes/{study_name}/{ledger.FOLDER}/; CONTRIBUTING.md describes how to submit it")
+    where = f"recipes/{study_name}/{score_records.FOLDER}/"
+    say(f"the record belongs in {where}; CONTRIBUTING.md describes how to submit it")
     return file
 
 
 def _refused(result: RunResult) -> str | None:
     """Reason not to record a run, or None."""
     run, own = result.run, result.evaluation
-    of_study = study.of(run.origin)
+    of_study = studies.of(run.origin)
     if of_study is None or run.origin not in {*of_study.published, *of_study.variants}:
         return f"{run.origin} is not a recipe of a study"
     if run.rehearsal or run.state not in ("finished", "failed"):
@@ -102,7 +104,7 @@ def _refused(result: RunResult) -> str | None:
             f"it needs the recipe's model and data, and a current evaluation of its adapter on {of_study.test_title}, "
             f"decoded as in study.yaml; run `recipe evaluate {result.folder.path}`"
         )
-    if own and not own.settings.stands_for(own.settings.model_copy(update={"engine": evaluations.REFERENCE})):
+    if own and not own.settings.stands_for(own.settings.model_copy(update={"engine": scores_file.REFERENCE})):
         return f"its predictions were {own.settings.note}"
     if changed := [key for key in _changes(run) if key not in _cell_values(run, of_study)]:
         return f"it differs from the recipe in {', '.join(changed)}"
@@ -121,9 +123,9 @@ def _changes(run: Run) -> yamlfiles.Config:
     changes = {}
     for difference in run.from_origin:
         key, (how, _, which) = difference.key, difference.why.partition(" ")
-        if how == "--gpus" or (how == "profile" and which in ledger.PROFILES):
+        if how == "--gpus" or (how == "profile" and which in score_records.PROFILES):
             continue
-        if key == "seed" or config.TRACKING.match(key) or re.fullmatch(r"(test_)?datasets\b.*\.path", key):
+        if key == "seed" or merging.TRACKING.match(key) or re.fullmatch(r"(test_)?datasets\b.*\.path", key):
             continue
         changes[key] = difference.run
     return changes
@@ -142,7 +144,7 @@ def _revision(made_with: Provenance) -> str | None:
     return f"{git['revision']}{'+' if git['dirty'] else ''}" if git else None
 
 
-def record_of_run(result: RunResult) -> ledger.Record:
+def record_of_run(result: RunResult) -> score_records.Record:
     """Create the record of a run.
 
     Raises:
@@ -158,12 +160,12 @@ def record_of_run(result: RunResult) -> ledger.Record:
     content: Row = {
         "made": (ended or run.created)[:10],
         "of": run.origin,
-        "settings_sha256": ledger.settings_sha256(run.origin),
+        "settings_sha256": score_records.settings_sha256(run.origin),
         "config_sha256": run.digest,
         "adapter_sha256": _adapter(result) if finished else None,
-        "profiles": [name for name in run.profiles if name in ledger.PROFILES],
+        "profiles": [name for name in run.profiles if name in score_records.PROFILES],
         "revision": _revision(run.provenance),
-        "packages": {name: versions[name] for name in get_args(ledger.Package) if versions.get(name)},
+        "packages": {name: versions[name] for name in get_args(score_records.Package) if versions.get(name)},
         "gpus": run.ranks,
         "gpu": gpu.name if gpu else f"sm_{used.get('compute_capability')}".replace(".", ""),
         "scores": _scores(result, result.study) if finished else {},
@@ -175,11 +177,11 @@ def record_of_run(result: RunResult) -> ledger.Record:
         content |= {
             "stage": "training",
             "values": _cell_values(run, result.study),
-            "seed": result.config.get("seed", config.AXOLOTL_SEED),
+            "seed": result.config.get("seed", merging.AXOLOTL_SEED),
             "seconds": summary.train_seconds,
             "peak_gib": summary.peak_memory,
         }
-    return ledger.Record.model_validate(content)
+    return score_records.Record.model_validate(content)
 
 
 def _outcome(run: Run) -> str:
@@ -189,7 +191,7 @@ def _outcome(run: Run) -> str:
     return run.state
 
 
-def _scores(result: RunResult, of_study: Study) -> dict[str, ledger.Score]:
+def _scores(result: RunResult, of_study: Study) -> dict[str, score_records.Score]:
     """Scores by the study's metrics.
 
     Scores from a scorer model that the study does not declare are left out.

@@ -3,15 +3,16 @@
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from .. import backends, tables
+from ..base import tables
 from ..base.files import Row
 from ..base.progress import say
-from ..data.study import Study
+from ..base.tables import Table
+from ..data.studies import Study
+from ..evaluate.scores_file import about_rows
 from ..metrics import registry
 from ..metrics.metric import Column
-from ..runs.rundir import RunDir, readable
-from ..scores.evaluations import about_rows
-from ..tables import Table
+from ..run import backends
+from ..run.rundir import RunDir, readable
 from . import run_rows
 from .run_rows import RunResult
 

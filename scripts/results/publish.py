@@ -8,17 +8,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .. import backends
 from ..base import yamlfiles
 from ..base.errors import UserError, WorkFailed
 from ..base.files import opened, sha256, tensor_shapes, write_atomically
 from ..base.machine import make_once, start_child
 from ..base.progress import Bar, say
-from ..checks import trust
-from ..configs import substitution
-from ..runs.records import Run
-from ..runs.rundir import RunDir
-from ..scores.evaluations import ADAPTER, about_rows, changed, current, read_scores
+from ..config import substitution
+from ..evaluate.scores_file import ADAPTER, about_rows, changed, current, read_scores
+from ..run import backends, trust
+from ..run.rundir import RunDir
+from ..training.run_record import Run
 from .card import base_model, card
 from .run_rows import RunResult
 

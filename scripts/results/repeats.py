@@ -5,14 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .. import backends
 from ..base.files import Row
-from ..configs import config
+from ..config import merging
+from ..evaluate import intervals, scores_file
+from ..evaluate.score import model_record
+from ..evaluate.scores_file import Evaluation
 from ..metrics.metric import Column
-from ..runs import rundir
-from ..scores import evaluations, intervals
-from ..scores.evaluations import Evaluation
-from ..scores.score import model_record
+from ..run import backends, rundir
 from .run_rows import RunResult, trained_settings
 
 SEED = "seed"
@@ -78,7 +77,7 @@ def tokens(result: RunResult) -> str | None:
 
 def seed(result: RunResult) -> str:
     """Seed of a run, as text."""
-    return str(result.config.get(SEED, config.AXOLOTL_SEED))
+    return str(result.config.get(SEED, merging.AXOLOTL_SEED))
 
 
 def scores(column: Column, found: Sequence[RunResult]) -> list[tuple[RunResult, float]]:
@@ -132,7 +131,7 @@ def by_row(name: str, found: Sequence[RunResult]) -> list[list[float]] | None:
     first = found[0].evaluation
     if first is None or not all(_alike(first, result.evaluation, _SAME_ROWS) for result in found):
         return None
-    predicted = [evaluations.read_predictions(result.folder.path) for result in found]
+    predicted = [scores_file.read_predictions(result.folder.path) for result in found]
     if len({tuple(row.get("row") for row in rows) for rows in predicted}) != 1 or not predicted[0]:
         return None
     table = [[row[name] for row in rows if row.get(name) is not None] for rows in predicted]

@@ -11,18 +11,18 @@ from ..base import yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row
 from ..base.yamlfiles import Config
-from ..configs import config, models
-from ..configs.compose import MIRROR
-from ..configs.config import Difference
-from ..data import manifest, study
+from ..config import merging, models
+from ..config.compose import MIRROR
+from ..config.merging import Difference
+from ..data import manifest, studies
 from ..data.manifest import is_the_studys
 from ..data.published import EvalTokens, Published, PublishedScore
-from ..data.study import Study
+from ..data.studies import Study
+from ..evaluate.score import by_declared_model, columns_of
+from ..evaluate.scores_file import BASE, Changed, Evaluation, changed, read_scores, sibling
 from ..metrics.metric import Column
-from ..runs.records import Run, Summary
-from ..runs.rundir import RunDir
-from ..scores.evaluations import BASE, Changed, Evaluation, changed, read_scores, sibling
-from ..scores.score import by_declared_model, columns_of
+from ..run.rundir import RunDir
+from ..training.run_record import Run, Summary
 
 REHEARSED = ("profile rehearsal", "rehearsal: ")  # a rehearsal's changes of settings have reasons that begin so
 
@@ -69,7 +69,7 @@ class RunResult:
 
     @cached_property
     def study(self) -> Study | None:
-        return study.of_any(self.run.origin)
+        return studies.of_any(self.run.origin)
 
     @cached_property
     def config(self) -> Config:
@@ -187,7 +187,7 @@ class RunResult:
         own, expected = self.summary.eval_tokens, of_recipe or self.aim.eval_tokens
         if own and expected:
             return None if own == expected else f"the eval loss covers {own['count']:,} tokens, not those of the recipe"
-        changed = [key for key in other_settings(self.run) if not config.NOT_OF_EVAL_TOKENS.match(key)]
+        changed = [key for key in other_settings(self.run) if not merging.NOT_OF_EVAL_TOKENS.match(key)]
         if "seed" in changed and not self.config.get("val_set_size"):
             changed.remove("seed")  # it decides only which rows val_set_size holds out
         if changed:
@@ -312,8 +312,8 @@ def other_settings(run: Run) -> dict[str, Any]:
 def trained_settings(cfg: Config) -> dict[str, Any]:
     """Settings of a config by dotted key, without trackers and output folders."""
     settings = {}
-    for key, value in config.flatten(cfg):
-        if key.partition(".")[0] not in config.OF_THE_RUN and not config.TRACKING.match(key):
+    for key, value in merging.flatten(cfg):
+        if key.partition(".")[0] not in merging.OF_THE_RUN and not merging.TRACKING.match(key):
             settings[key] = value
     return settings
 
@@ -326,7 +326,7 @@ def _is_negligible(change: Difference) -> bool:
         return change.recipe is None  # Axolotl's default, see `compose`
     if change.why == f"profile {MIRROR}" or change.why.startswith("--gpus "):
         return True
-    return change.key in config.OF_THE_RUN or bool(config.TRACKING.match(change.key))
+    return change.key in merging.OF_THE_RUN or bool(merging.TRACKING.match(change.key))
 
 
 def _of_unchanged(runs: Path, recipe: str) -> EvalTokens | None:

@@ -3,16 +3,15 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 
-from .. import tables
+from ..base import tables
 from ..base.files import Row
 from ..base.progress import say
-from ..configs import ledger
-from ..data.study import Study
+from ..base.tables import Table
+from ..data.studies import Study
+from ..evaluate import intervals
+from ..evaluate.scores_file import about_rows
 from ..metrics.metric import Column
-from ..scores import intervals
-from ..scores.evaluations import about_rows
-from ..tables import Table
-from . import repeats, verdict
+from . import repeats, score_records, verdict
 from .compare import Comparison, Divergence
 from .listing import REHEARSALS, baselines
 from .verdict import StudyRow
@@ -41,10 +40,10 @@ def show_study(
     if rehearsal:
         tables.show(json, records, of_rows(of_study, rows, rehearsal))
         return
-    numbers = ledger.statuses(of_study, ledger.records(of_study))
+    numbers = score_records.statuses(of_study, score_records.records(of_study))
     for one in records:
         one["records"] = [asdict(number) for number in numbers if number.of == one["recipe"]]
-    notable = [asdict(number) for number in numbers if number.cell or number.status != ledger.NOT_RUN]
+    notable = [asdict(number) for number in numbers if number.cell or number.status != score_records.NOT_RUN]
     shown = [*of_rows(of_study, rows, rehearsal), Table(notable, RECORDS, below=["status"])]
     tables.show(json, records, shown, notes(of_study, rows))
 

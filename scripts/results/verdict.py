@@ -9,15 +9,15 @@ from typing import Any
 
 from ..base import paths, yamlfiles
 from ..base.files import Row
-from ..configs import config
-from ..configs.compose import REHEARSAL, TRACKERS
-from ..configs.numerics import departures
+from ..config import merging
+from ..config.compose import REHEARSAL, TRACKERS
+from ..config.numerics import departures
 from ..data.published import ROUNDING, TRAIN_LOSS, Measured, Published, PublishedScore, rounding
-from ..data.study import Study
+from ..data.studies import Study
+from ..evaluate.intervals import Interval
+from ..evaluate.score import model_record
 from ..metrics.metric import Column
-from ..runs.records import Summary
-from ..scores.intervals import Interval
-from ..scores.score import model_record
+from ..training.run_record import Summary
 from . import compare, repeats
 from .compare import CurveGap
 from .run_rows import RunResult, RunScore
@@ -272,7 +272,7 @@ def _settings(of_study: Study, recipe: str, chosen: RunResult) -> tuple[list[str
     ours = chosen.config
     differs = [
         f"{key}: {_in_words(after)} instead of {_in_words(before)}"
-        for key, (before, after) in config.differences(paper, ours).items()
+        for key, (before, after) in merging.differences(paper, ours).items()
         if of_paper.get(key.partition(".")[0], "").startswith(comment_prefixes)
     ]
     differs += departures(paper, ours)

@@ -15,7 +15,7 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import write_atomically
 from ..base.yamlfiles import Config
-from ..configs import config, datafiles, models
+from ..config import datafiles, merging, models
 from .render import SPECIAL_TOKENS, BaseModel, describe
 
 HELD_OUT = 0.05
@@ -178,12 +178,12 @@ def write(name: str, base: str, overrides: list[str], other: OtherModel | None =
     text = yamlfiles.read_text(base_file)
     recipe = yamlfiles.parse(text, str(base_file))
     changes = dict(other.changes) if other else {}
-    for key, value in map(config.parse_override, overrides):
+    for key, value in map(merging.parse_override, overrides):
         top = key.partition(".")[0]
         if other and top == "base_model":
             raise UserError("--set base_model: --model sets the model already; give only one")
         if top in changes and changes[top].source:
-            below = config.override({top: changes[top].value}, key, value).get(top)
+            below = merging.override({top: changes[top].value}, key, value).get(top)
             changes[top] = Change(below, "chosen by --set")
         else:
             changes[key] = Change(value, "your rows" if key == "datasets" else None)
@@ -194,7 +194,7 @@ def write(name: str, base: str, overrides: list[str], other: OtherModel | None =
         text = _ABSENT.sub("", text)
     for key, change in changes.items():
         text = edited(text, key, change.value, str(base_file), change.source)
-    origin = config.origin_of(base_name, base_file) or base_name
+    origin = merging.origin_of(base_name, base_file) or base_name
     schema = os.path.relpath(paths.RECIPES / "axolotl.schema.json", file.parent)
     write_atomically(file, "\n".join(_header(name, base_name, origin, schema, other)) + "\n" + text)
     return file
@@ -237,7 +237,7 @@ def edited(text: str, key: str, value: Any, where: str, source: str | None = Non
         UserError: `config.override` cannot set the key, or the key's lines cannot be edited.
     """
     before = yamlfiles.parse(text, where)
-    after = config.override(before, key, value)
+    after = merging.override(before, key, value)
     if _is_same(before, after) and (source is None or key not in before):
         return text
     top = key.partition(".")[0]
@@ -265,7 +265,7 @@ def edited(text: str, key: str, value: Any, where: str, source: str | None = Non
 
 
 def _is_same(a: Any, b: Any) -> bool:
-    return a == b and not config.differences({"": a}, {"": b})  # in Python, True equals 1
+    return a == b and not merging.differences({"": a}, {"": b})  # in Python, True equals 1
 
 
 def _last_line(node: Any, lines: list[str]) -> int:

@@ -15,9 +15,10 @@ from ..base.errors import UserError, did_you_mean
 from ..base.files import Row, read_json, write_atomically
 from ..base.paths import template_environment
 from ..base.yamlfiles import Config
-from ..configs import ledger, models
-from ..data import study
-from ..data.study import Study
+from ..config import models
+from ..data import studies
+from ..data.studies import Study
+from ..results import score_records
 
 README = "README.md"
 _SKELETON = ".txt"  # suffix of skeleton files, so that they do not count as templates or recipes
@@ -163,18 +164,18 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
             text = text_of(template, name=name, facts=facts)
             recipes[f"{name}.yaml"] = text
             recipe = yamlfiles.parse(text, f"recipes/{name}.yaml") | {"name": name}
-            if of_study := study.of(name):
+            if of_study := studies.of(name):
                 by_study.setdefault(of_study.title, (of_study, []))[1].append(recipe)
             elif name.startswith("start/"):
                 starts.append(recipe)
     if (templates / f"{README}.j2").is_file():
-        studies = []
+        sections = []
         for of_study, rows in by_study.values():
-            statuses = ledger.statuses(of_study, ledger.records(of_study, strict=True))
+            statuses = score_records.statuses(of_study, score_records.records(of_study, strict=True))
             label = of_study.first.label
             numbers = {number.of: number for number in statuses if number.metric == label and not number.cell}
-            studies.append((of_study, rows, numbers))
-        recipes[README] = text_of(f"{README}.j2", studies=studies, starts=starts)
+            sections.append((of_study, rows, numbers))
+        recipes[README] = text_of(f"{README}.j2", studies=sections, starts=starts)
     return recipes
 
 
@@ -247,7 +248,7 @@ def write_study(name: str, base_model: str) -> list[Path]:
         "{NAME}": name,
         "{MODEL}": model,
         "{BASE_MODEL}": base_model,
-        "{STUDY_SCHEMA}": os.path.relpath(study.SCHEMA, recipes),
+        "{STUDY_SCHEMA}": os.path.relpath(studies.SCHEMA, recipes),
         "{SCHEMA}": os.path.relpath(paths.RECIPES / "axolotl.schema.json", recipes),
     }
     places = {

@@ -10,8 +10,8 @@ from file_server import Server, as_hub, serving
 from huggingface_hub import constants
 
 from qlora_recipes.base import hub, yamlfiles
-from qlora_recipes.checks import check
-from qlora_recipes.configs.compose import Request, compose
+from qlora_recipes.check import check
+from qlora_recipes.config.compose import Request, compose
 from qlora_recipes.data.sample import usual_sample
 
 CONFIG = b'{"model_type": "llama", "num_hidden_layers": 2}'

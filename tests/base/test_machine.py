@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from qlora_recipes.backends import Local
 from qlora_recipes.base import machine
 from qlora_recipes.base.machine import start_child
-from qlora_recipes.configs import gpus
+from qlora_recipes.config import gpus
+from qlora_recipes.run.backends import Local
 
 A100 = "NVIDIA A100-SXM4-40GB"
 PARTS = [{"name": f"{A100} MIG {size}g", "uuid": f"MIG-{size}", "gib": 5 * size, "whole": 2} for size in (1, 3)]

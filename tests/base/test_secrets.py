@@ -7,9 +7,9 @@ from conftest import config_with
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.secrets import MASK, is_secret, masked, public
-from qlora_recipes.checks import check, finding
-from qlora_recipes.configs import compose
-from qlora_recipes.workflows import run
+from qlora_recipes.check import check
+from qlora_recipes.config import compose, finding
+from qlora_recipes.run import run
 
 NAME = "haider2024/code-llama-7b"
 TOKEN = "hf_" + "aB3" * 8

@@ -4,9 +4,9 @@ import time
 
 import pytest
 
-from qlora_recipes.backends import slurm_site
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.yamlfiles import parse
+from qlora_recipes.run.backends import slurm_site
 
 AT = r"mine.yaml:{}: [^\n]*\(column {}\)$"
 MISTAKES = {

@@ -7,11 +7,11 @@ import pytest
 from qlora_recipes.base import files, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.machine import held
-from qlora_recipes.data import prepare, study
+from qlora_recipes.data import prepare, studies
 from qlora_recipes.data.declaration import Data
 from qlora_recipes.data.raw_rows import RawFile, tagged
 
-STUDY = study.find("haider2024")
+STUDY = studies.find("haider2024")
 DATA = yamlfiles.read_yaml(STUDY.folder / "study.yaml")["data"]
 PATCH = "@@ -1,3 +1,3 @@ def f():\n     a = 1\n-    b = 2\n+    b = 3 \n \n"
 
@@ -31,7 +31,7 @@ def read(file: Path) -> list[dict[str, str]]:
     return [orjson.loads(line) for line in file.read_bytes().splitlines()]
 
 
-def prepared(raw: list[Path], out: Path, of_study: study.Study = STUDY, input_format: str = "diff") -> dict[str, Any]:
+def prepared(raw: list[Path], out: Path, of_study: studies.Study = STUDY, input_format: str = "diff") -> dict[str, Any]:
     return prepare.prepare(raw, out, of_study, input_format)
 
 
@@ -56,7 +56,7 @@ def test_the_manifest_accounts_for_every_row(tmp_path):
     assert orjson.loads((tmp_path / "out" / "manifest.json").read_bytes()) == made
 
 
-def small_study(raw: Path, **subsets: Any) -> study.Study:
+def small_study(raw: Path, **subsets: Any) -> studies.Study:
     changed = DATA | {"sources": {"msg-test.jsonl": {"url": "https://a.b/c", "sha256": files.sha256(raw)}}}
     made = {name: {"title": name, "rows": 1} | subset for name, subset in subsets.items()}
     changed |= {"splits": {"test": {"from": raw.name, "subsets": made}}, "test_set": "test"}

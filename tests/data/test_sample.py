@@ -10,8 +10,8 @@ from declared import sums
 
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.files import sha256, write_rows
-from qlora_recipes.configs.compose import Composed, Request, compose
-from qlora_recipes.data import sample, study
+from qlora_recipes.config.compose import Composed, Request, compose
+from qlora_recipes.data import sample, studies
 
 ROWS = [{"question": f"{i} + 1", "answer": f"It is {i + 1}."} for i in range(12)]
 OWN: dict[str, Any] = {"field_instruction": "input", "field_output": "output", "format": "Q: {instruction}\nA:"}
@@ -29,7 +29,7 @@ def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sums(folder / "sums", {"data > sample": "few"})
     monkeypatch.setattr(paths, "RECIPES", folder)
     yield folder
-    study._load.cache_clear()
+    studies._load.cache_clear()
 
 
 def rehearsed(recipes: Path, *overrides: str, **changes: Any) -> Composed:
@@ -44,7 +44,7 @@ def rehearsed(recipes: Path, *overrides: str, **changes: Any) -> Composed:
 @pytest.mark.parametrize("entry", [{"type": OWN}, CHAT, {"type": None, "ds_type": "json"}], ids=str)
 def test_a_recipes_data_sets_keep_their_types(recipes, entry):
     config = rehearsed(recipes, entry=entry).config
-    folder = sample.rehearsal_data(study.find("sums"), "default")
+    folder = sample.rehearsal_data(studies.find("sums"), "default")
     own = {"path": str(folder / "train.jsonl"), "type": OWN, "split": "train[:32]"} | entry
     assert config["datasets"] == [own]
     assert config["test_datasets"] == [own | {"path": str(folder / "valid.jsonl"), "split": "train[:8]"}]
@@ -61,7 +61,7 @@ def test_a_recipe_is_no_longer_than_the_samples_rows_need_or_than_it_was(recipes
 
 def test_rows_that_are_no_studys_are_exchanged_for_those_of_the_first(recipes):
     [entry] = rehearsed(recipes, entry={"path": "owner/name"}).config["datasets"]
-    first = sample.rehearsal_data(study.find("haider2024"), "diff")
+    first = sample.rehearsal_data(studies.find("haider2024"), "diff")
     assert entry == {"path": str(first / "train.jsonl"), "split": "train[:32]", "type": "alpaca"}
 
 
@@ -71,7 +71,7 @@ def test_the_first_studys_sample_is_prepared_as_ever():
         ("diff", {"train": "60be135a4dfa", "valid": "82a4b0d94ede", "test": "249c6444e337"}),
         ("tagged", {"train": "d20733cbee9a", "valid": "6d98a8fd841f", "test": "5116465649d0"}),
     ):
-        folder = sample.rehearsal_data(study.find("haider2024"), form)
+        folder = sample.rehearsal_data(studies.find("haider2024"), form)
         assert {file.stem: sha256(file)[:12] for file in folder.glob("*l")} == expected
 
 
@@ -87,14 +87,14 @@ def test_with_several_studies_the_one_that_is_meant_is_named(recipes, recipe, tm
     assert made.returncode == 0
     assert [line.split()[:2] for line in made.stdout.splitlines()[1:3]] == [["train.jsonl", "8"], ["valid.jsonl", "4"]]
     assert "data/sums/manifest.json" in made.stdout
-    remedy = str(study.preparation("data/sums/test.jsonl"))
+    remedy = str(studies.preparation("data/sums/test.jsonl"))
     assert "`recipe data fetch sums`" in remedy and "`recipe data prepare --study sums`" in remedy
 
 
 def test_what_a_recipe_starts_from_is_fetched_and_not_in_a_rehearsal(recipes, recipe):
     model = {"hub": "owner/adapter", "kind": "model", "revision": "main", "file": "init/adapter_config.json"}
     sums(recipes / "sums", {"data > sample": "few", "data > sources > init/adapter_config.json": model})
-    study._load.cache_clear()
+    studies._load.cache_clear()
     init = {"lora_model_dir": "data/sums-raw/init"}
     assert rehearsed(recipes, **init).config.get("lora_model_dir") is None
     checked = recipe("check", "sums/one")

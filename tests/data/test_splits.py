@@ -14,8 +14,8 @@ from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.files import write_rows
 from qlora_recipes.data import manifest
 from qlora_recipes.data.prepare import prepare
-from qlora_recipes.data.study import Study
-from qlora_recipes.scores import evaluation_rows
+from qlora_recipes.data.studies import Study
+from qlora_recipes.evaluate import evaluation_rows
 
 ROWS = [{"question": f"{i} + 1", "answer": str(i + 1), "kind": "plus"} for i in range(20)]
 

@@ -10,9 +10,9 @@ from run_folders import a_run
 
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.data import study
+from qlora_recipes.data import studies
 from qlora_recipes.data.published import PublishedScore
-from qlora_recipes.data.study import Study
+from qlora_recipes.data.studies import Study
 
 RECIPE = "haider2024/llama-2-7b"
 
@@ -23,7 +23,7 @@ def loaded(folder: Path, change: dict[str, Any]) -> Study:
     content = yamlfiles.read_yaml(folder / "study.yaml") | change
     kept = {key: value for key, value in content.items() if value is not None}
     (folder / "study.yaml").write_text(yamlfiles.write_yaml(kept))
-    return study.load(folder)
+    return studies.load(folder)
 
 
 def test_what_a_study_declares(tmp_path):
@@ -47,7 +47,8 @@ def test_repeats_of_a_recipe_stand_for_the_others_of_its_study(tmp_path):
     published = {RECIPE: {"repeats": {"bleu4": [5.0, 5.2]}}, other: {}}
     changed = loaded(tmp_path, {"published": published, "variants": {variant: {"of": RECIPE, "reproduces": True}}})
     assert [changed.repeats(name, "bleu4") for name in (RECIPE, variant, other)] == [[5.0, 5.2]] * 3
-    assert changed.repeats(RECIPE, "rouge_l") == [] == study.load(paths.RECIPES / "haider2024").repeats(RECIPE, "bleu4")
+    assert changed.repeats(RECIPE, "rouge_l") == []
+    assert studies.load(paths.RECIPES / "haider2024").repeats(RECIPE, "bleu4") == []
     with pytest.raises(UserError, match="published: "):
         loaded(tmp_path / "none", {"published": {}, "variants": None})
 

@@ -18,9 +18,9 @@ os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 import trainings
 from figures import Figure
 
-from qlora_recipes import tables
+from qlora_recipes.base import tables
 from qlora_recipes.base.files import write_json
-from qlora_recipes.runs.records import collect
+from qlora_recipes.training.run_record import collect
 
 RESULTS = Path("build", "verify.json")
 COLUMNS = ("what", "measured", "bound", "result", "why")

@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.paths import find_recipe
-from qlora_recipes.configs import substitution
+from qlora_recipes.config import substitution
 from qlora_recipes.data.sample import usual_sample
-from qlora_recipes.runs.eval_loss import MASKED
+from qlora_recipes.training.eval_loss import MASKED
 
 Check = Callable[..., None]
 HALF = torch.bfloat16 if BF16 else torch.float16
@@ -62,7 +62,7 @@ def load(run: Path, device: str, dtype: torch.dtype, quantized: bool = True) -> 
     model = PeftModel.from_pretrained(base, run / "output", is_trainable=True)
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False  # a kernel that rounds to bf16, see runs/plugin.py
+            module.support_avx512bf16_for_cpu = False  # a kernel that rounds to bf16, see training/run_plugin.py
     return model.eval()
 
 

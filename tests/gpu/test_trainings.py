@@ -125,5 +125,5 @@ def test_engine(folder, check, engine):
     runs = [*folder.glob("alone/**/run.json")]
     alone = runs[0].parent if runs else train(folder, "alone", RECIPE, changes)
     divided = train(folder, engine, RECIPE, changes, "--profile", engine, "--gpus", "2")
-    # other orders of adding, in half precision; as in tests/runs/test_engines.py
+    # other orders of adding, in half precision; as in tests/training/test_engines.py
     check(Figure(f"{engine}, losses", relative(logged(divided, "loss"), logged(alone, "loss")), bound=0.01))

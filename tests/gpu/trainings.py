@@ -17,7 +17,7 @@ from memory_plugin import MEMORY, SHARE, STOP
 from qlora_recipes.base import machine, yamlfiles
 from qlora_recipes.base.files import read_json
 from qlora_recipes.base.paths import find_recipe
-from qlora_recipes.configs import gpus, models, substitution
+from qlora_recipes.config import gpus, models, substitution
 
 GPU = gpus.here()
 BF16 = GPU.capability >= (8, 0) if GPU else machine.cpu_has_bf16()

@@ -4,10 +4,10 @@ from typing import Any
 import pytest
 
 from qlora_recipes.base.errors import UserError, WorkFailed
-from qlora_recipes.configs import substitution
+from qlora_recipes.config import substitution
+from qlora_recipes.evaluate import score
 from qlora_recipes.metrics import bertscore
 from qlora_recipes.metrics.bertscore import DEFAULT, ScorerModel, made_by
-from qlora_recipes.scores import score
 
 PAIRS = [
     ("please fix this typo now", "fix this typo"),

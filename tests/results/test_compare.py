@@ -7,11 +7,11 @@ from run_folders import ADAPTER, a_run, evaluated
 
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.files import write_rows
+from qlora_recipes.evaluate import intervals, score
+from qlora_recipes.evaluate.score import columns_of
 from qlora_recipes.results import compare
 from qlora_recipes.results.compare import ScoredRows
-from qlora_recipes.runs.rundir import RunDir
-from qlora_recipes.scores import intervals, score
-from qlora_recipes.scores.score import columns_of
+from qlora_recipes.run.rundir import RunDir
 
 USUAL = columns_of()
 PLAIN = {name: USUAL[name] for name in ("bleu4", "rouge_l")}

@@ -11,7 +11,7 @@ import pytest
 from run_folders import ADAPTER, a_run
 
 from qlora_recipes.base.files import append_line, write_rows
-from qlora_recipes.runs.rundir import RunDir
+from qlora_recipes.run.rundir import RunDir
 
 NAME = "haider2024/code-llama-7b"
 RECORD = {"time": 1.0, "step": 1, "max_steps": 4, "loss": 1.0, "step_seconds": 1.0, "tokens": 10}

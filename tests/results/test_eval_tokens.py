@@ -7,12 +7,12 @@ import pytest
 from run_folders import a_run
 
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.configs.compose import Request, compose
-from qlora_recipes.data import study
+from qlora_recipes.config.compose import Request, compose
+from qlora_recipes.data import studies
 from qlora_recipes.results import export, run_rows, study_tables, verdict
 from qlora_recipes.results.run_rows import RunResult
-from qlora_recipes.runs.records import Summary
-from qlora_recipes.runs.rundir import RunDir
+from qlora_recipes.run.rundir import RunDir
+from qlora_recipes.training.run_record import Summary
 
 RECIPE = "tinker-tulu3/llama-3.2-1b-lora"
 OWN = {"count": 300, "sha256": "a" * 64}
@@ -50,9 +50,9 @@ HARMLESS = ["lora_r=4", "learning_rate=1e-4", "optimizer=adamw_torch_fused", "mi
 def test_without_a_reference_a_setting_that_may_change_the_tokens_leaves_no_verdict(tmp_path, change):
     folder = a_loss(tmp_path, "1", OWN, (change,))
     assert difference(folder) is None
-    (row,) = [row for row in verdict.rows(study.find("tinker-tulu3"), tmp_path, False) if row.recipe == RECIPE]
+    (row,) = [row for row in verdict.rows(studies.find("tinker-tulu3"), tmp_path, False) if row.recipe == RECIPE]
     assert (row.scores["nll"].value, row.scores["nll"].verdict) == (0.78, None)
-    notes = [note for note in study_tables.notes(study.find("tinker-tulu3"), [row]) if "not compared" in note]
+    notes = [note for note in study_tables.notes(studies.find("tinker-tulu3"), [row]) if "not compared" in note]
     assert [change.partition("=")[0] in note for note in notes] == [True]
 
 
@@ -79,7 +79,7 @@ def test_the_tokens_of_the_unchanged_recipe_decide(tmp_path, profile):
 
 
 def test_else_those_of_study_yaml_decide(tmp_path, monkeypatch):
-    monkeypatch.setattr(study.find("tinker-tulu3").published[RECIPE], "eval_tokens", OWN)
+    monkeypatch.setattr(studies.find("tinker-tulu3").published[RECIPE], "eval_tokens", OWN)
     same, other = (a_loss(tmp_path, name, of, ("sequence_len=512",)) for name, of in (("3", OWN), ("4", OTHER)))
     assert (difference(same), difference(other)) == (pytest.approx(0.78 - 0.7763), None)
     rehearsal = a_loss(tmp_path, "5", OTHER).read()

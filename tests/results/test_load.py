@@ -7,7 +7,7 @@ import pytest
 from run_folders import a_run
 
 from qlora_recipes.base import yamlfiles
-from qlora_recipes.runs.rundir import RunDir
+from qlora_recipes.run.rundir import RunDir
 
 COMMANDS = [("results",), ("results", "--json"), ("results", "haider2024")]
 

@@ -9,7 +9,7 @@ from run_folders import ADAPTER, a_run
 from safetensors import numpy as arrays
 
 from qlora_recipes.results import publish
-from qlora_recipes.runs.rundir import RunDir
+from qlora_recipes.run.rundir import RunDir
 
 NAME = "haider2024/code-llama-7b"
 STOPS = [(signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]

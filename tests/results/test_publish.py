@@ -27,18 +27,18 @@ from safetensors.numpy import save_file
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.base.files import sha256
-from qlora_recipes.configs import config
-from qlora_recipes.configs.config import Difference
-from qlora_recipes.configs.datafiles import DataFile
-from qlora_recipes.configs.numerics import quantized
-from qlora_recipes.data.study import Decoding
+from qlora_recipes.config import merging
+from qlora_recipes.config.datafiles import DataFile
+from qlora_recipes.config.merging import Difference
+from qlora_recipes.config.numerics import quantized
+from qlora_recipes.data.studies import Decoding
+from qlora_recipes.evaluate import scores_file
+from qlora_recipes.evaluate.prompter import Prompter
 from qlora_recipes.results import card as model_card
 from qlora_recipes.results import publish
 from qlora_recipes.results.run_rows import RunResult
-from qlora_recipes.runs.records import Launch, Run, Summary
-from qlora_recipes.runs.rundir import RunDir
-from qlora_recipes.scores import evaluations
-from qlora_recipes.scores.prompter import Prompter
+from qlora_recipes.run.rundir import RunDir
+from qlora_recipes.training.run_record import Launch, Run, Summary
 
 RECIPE = "haider2024/llama-3-8b"
 BASE = "meta-llama/Meta-Llama-3-8B"
@@ -380,7 +380,7 @@ def test_a_card_says_when_scores_are_missing_or_of_other_rows(run, stale, capsys
     assert f"`recipe evaluate {run.path}`" in capsys.readouterr().err
     evaluated(run, limit=100, rows=100)  # of other rows than the published
     of_none = {"rows": 100, "adapter": "none", "adapter_sha256": None}
-    own = evaluations.read_scores(run.path)
+    own = scores_file.read_scores(run.path)
     assert own
     of_base = own.settings.model_copy(update=of_none).folder(run.path)
     shutil.copytree(run.path, of_base, ignore=lambda *_: ["evaluations"])
@@ -498,8 +498,8 @@ def test_a_merge_by_axolotl_is_the_adapter_on_its_quantized_base(tmp_path, tiny,
     # weights that are not zero at the start, as lora_B otherwise is
     get_peft_model(base, LoraConfig(target_modules=layers, init_lora_weights=False)).save_pretrained(run.output)
     tokenizer.save_pretrained(run.output)
-    cfg = config.merge(recipe_config("haider2024/llama-2-7b"), yamlfiles.read_yaml(tiny_profile))
-    cfg = config.merge(cfg, {"bf16": False, "special_tokens": {"pad_token": pad_token}, "output_dir": "elsewhere"})
+    cfg = merging.merge(recipe_config("haider2024/llama-2-7b"), yamlfiles.read_yaml(tiny_profile))
+    cfg = merging.merge(cfg, {"bf16": False, "special_tokens": {"pad_token": pad_token}, "output_dir": "elsewhere"})
     run.config.write_text(yamlfiles.write_yaml(cfg))
     data = [DataFile(path=str(sample / "train.jsonl"), sha256=sha256(sample / "train.jsonl"), bytes=9)]
     run.write(record(tmp_path, recipe="haider2024/llama-2-7b", rehearsal=True, data=data, cwd=str(tmp_path)))
@@ -524,7 +524,7 @@ def test_a_merge_by_axolotl_is_the_adapter_on_its_quantized_base(tmp_path, tiny,
 
     # the cards' own instructions work, and prompt as the training did
     evaluated(run, base_model=cfg["base_model"])
-    prompter = Prompter(evaluations.read_scores(run.path).settings, cfg, run.output)
+    prompter = Prompter(scores_file.read_scores(run.path).settings, cfg, run.output)
     row = orjson.loads((sample / "train.jsonl").read_bytes().splitlines()[0])
     for folder in (run.output, run.output / "merged"):
         snippet = blocks(card(folder)[1])["python"].replace(f'"{tiny.name}"', repr(str(tiny)))

@@ -8,12 +8,12 @@ from run_folders import a_run
 from small_study import PLAIN, WIDE, row_of
 
 from qlora_recipes.base.files import write_rows
-from qlora_recipes.configs.datafiles import DataFile
+from qlora_recipes.config.datafiles import DataFile
+from qlora_recipes.evaluate import intervals
+from qlora_recipes.evaluate.scores_file import read_scores
 from qlora_recipes.results import repeats, study_tables, verdict
 from qlora_recipes.results.run_rows import RunResult
-from qlora_recipes.runs.rundir import RunDir
-from qlora_recipes.scores import intervals
-from qlora_recipes.scores.evaluations import read_scores
+from qlora_recipes.run.rundir import RunDir
 
 RIGHT = [100.0, 0.0, 100.0, 0.0, 100.0, 100.0]
 

@@ -9,12 +9,12 @@ from run_folders import a_run
 from small_study import PLAIN, WIDE, row_of
 
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.data import study
+from qlora_recipes.data import studies
 from qlora_recipes.data.published import PublishedScore
+from qlora_recipes.evaluate.intervals import Interval
 from qlora_recipes.results import compare, listing, verdict
 from qlora_recipes.results.compare import CurveGap
 from qlora_recipes.results.run_rows import RunResult
-from qlora_recipes.scores.intervals import Interval
 
 LLAMA_2 = "haider2024/llama-2-7b"
 
@@ -52,7 +52,7 @@ def test_a_published_spread_widens_what_is_within(ours, interval, published, spr
 def test_a_published_number_keeps_the_digits_that_study_yaml_has(runs, recipe, printed, margin):
     file = Path("recipes", "sums2030", "study.yaml")
     file.write_text(file.read_text().replace("accuracy: 70\n", f"accuracy: {printed}\n"))
-    study._load.cache_clear()
+    studies._load.cache_clear()
     score = small_study.read().published[WIDE].scores["accuracy"]
     text = {"{": "42.30 ± 0.10"}.get(printed[0], printed)
     assert (str(score), score.margin) == (text, pytest.approx(margin, abs=1e-6))
@@ -125,7 +125,7 @@ def test_a_further_decoding_is_a_column_of_its_own(runs, recipe):
 
 
 def test_a_table_of_a_group_needs_a_score(runs, recipe):
-    metrics = {name: column.entry for name, column in study.find("dora-commonsense").columns.items()}
+    metrics = {name: column.entry for name, column in studies.find("dora-commonsense").columns.items()}
     scores = {"rows": 12, "average": 25.0, "boolq": 50.0, "metrics": metrics, "intervals": {}}
     a_run(runs, "dora-commonsense/llama-2-7b-lora", "a", 0, scores=scores, rehearsal=True)
     table = recipe("results", "dora-commonsense", "--rehearse").stdout

@@ -9,15 +9,15 @@ from conftest import recipe_config
 from run_folders import STUDY, a_run
 
 from qlora_recipes.base import paths
-from qlora_recipes.configs import config
-from qlora_recipes.configs.config import Difference
-from qlora_recipes.configs.datafiles import DataFile
-from qlora_recipes.data import study
-from qlora_recipes.reports import report_runs
+from qlora_recipes.config import merging
+from qlora_recipes.config.datafiles import DataFile
+from qlora_recipes.config.merging import Difference
+from qlora_recipes.data import studies
+from qlora_recipes.evaluate import scores_file
 from qlora_recipes.results import card, listing, run_rows, study_tables, verdict
+from qlora_recipes.results.reports import report_runs
 from qlora_recipes.results.run_rows import RunResult
-from qlora_recipes.runs.records import FileState, Summary
-from qlora_recipes.scores import evaluations
+from qlora_recipes.training.run_record import FileState, Summary
 
 LLAMA_2 = "haider2024/llama-2-7b"
 
@@ -52,14 +52,14 @@ def test_only_a_run_on_the_recipes_model_and_data_is_set_beside_published_scores
         (tmp_path / name / "manifest.json").write_bytes(orjson.dumps({"splits": {"train": known | change}}))
     run.cwd = str(tmp_path)
     folder.write(run)
-    (folder.output / evaluations.ADAPTER).parent.mkdir()
-    (folder.output / evaluations.ADAPTER).write_bytes(b"")
+    (folder.output / scores_file.ADAPTER).parent.mkdir()
+    (folder.output / scores_file.ADAPTER).write_bytes(b"")
     listed, (member,) = run_rows.record(RunResult(folder, run)), report_runs.reported_runs([folder])
     assert (listed["bleu4"], listed["bleu4_published"]) == (5.0, 5.02 if same else None)
     assert row_of(tmp_path / "runs")["run"] == (str(folder.path) if same else None)
     texts = [
         recipe("results").stdout,
-        card.card(member, evaluations.read_scores(folder.path), False, None),
+        card.card(member, scores_file.read_scores(folder.path), False, None),
         str(report_runs.scores([member], report_runs.headings([member]))),
     ]
     assert [any(score in text for score in ("5.02", "4.28", "5.47")) for text in texts] == [same] * len(texts)
@@ -177,11 +177,11 @@ def test_recipes_beside_the_studys(tmp_path):
 
 
 def test_the_headers_of_recipes_beside_list_what_differs():
-    studies = [study.load(folder) for folder in paths.studies()]
-    declared = {name for of_study in studies for name in (*of_study.published, *of_study.variants)}
+    shipped = [studies.load(folder) for folder in paths.studies()]
+    declared = {name for of_study in shipped for name in (*of_study.published, *of_study.variants)}
     assert {name for name in paths.recipe_names() if not name.startswith("start/")} == declared
     for name, variant in STUDY.variants.items():
-        differing = config.differences(recipe_config(variant.of), recipe_config(name))
+        differing = merging.differences(recipe_config(variant.of), recipe_config(name))
         above = (paths.RECIPES / f"{name}.yaml").read_text().partition("# Each setting")[0]
         if "# Note      not one of the paper's runs" in above:  # `port = none`
             continue

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_recipes.base import paths, yamlfiles
-from qlora_recipes.configs.config import merge
-from qlora_recipes.data import study
+from qlora_recipes.config.merging import merge
+from qlora_recipes.data import studies
 
 SUMS: dict[str, Any] = {
     "key": "sums",
@@ -27,7 +27,7 @@ SUMS: dict[str, Any] = {
 }
 
 
-def sums(folder: Path, changes: dict[str, Any] | None = None) -> study.Study:
+def sums(folder: Path, changes: dict[str, Any] | None = None) -> studies.Study:
     """The study in a folder, with some values changed, by keys of study.yaml with > between them; None deletes one."""
     whole = yamlfiles.read_yaml(paths.RECIPES / "haider2024" / "study.yaml") | {"data": SUMS, "baselines": []}
     for published in whole["published"].values():
@@ -35,8 +35,8 @@ def sums(folder: Path, changes: dict[str, Any] | None = None) -> study.Study:
     for keys, value in (changes or {}).items():
         whole = merge(whole, _below(keys.split(" > "), value))
     (folder / "study.yaml").write_text(yamlfiles.write_yaml(whole))
-    study._load.cache_clear()  # the file may be as old as one before it, in the time that a disk tells
-    return study.load(folder)
+    studies._load.cache_clear()  # the file may be as old as one before it, in the time that a disk tells
+    return studies.load(folder)
 
 
 def _below(keys: list[str], value: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from qlora_recipes.configs import models
+from qlora_recipes.config import models
 
 _LISTED = {  # parameters, as the safetensors on the hub have them
     "Qwen/Qwen2.5-7B": 7_615_616_512,

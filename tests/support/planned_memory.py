@@ -1,6 +1,6 @@
 """Parts of a plan for several GPUs."""
 
-from qlora_recipes.planning.planner import Planner, per_gpu
+from qlora_recipes.plan.planner import Planner, per_gpu
 
 WEIGHTS = ("base weights", "quantization constants", "embeddings and head")
 

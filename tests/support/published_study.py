@@ -11,8 +11,8 @@ from conftest import SAMPLE
 
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.files import sha256
-from qlora_recipes.configs import datafiles
-from qlora_recipes.data import study
+from qlora_recipes.config import datafiles
+from qlora_recipes.data import studies
 
 RECIPE = "reviews/mine"
 BASELINE = "Somebody's model"
@@ -86,7 +86,7 @@ def write(place: Path, url: str, scores: dict[str, float] | None = None, **sourc
     shutil.copytree(first / "sample", folder / "sample", dirs_exist_ok=True)
     (folder / "some.json").write_bytes(orjson.dumps({"rows": SUBSET}))
     (folder / "study.yaml").write_text(yamlfiles.write_yaml(content))
-    study._load.cache_clear()
+    studies._load.cache_clear()
 
 
 def digest(content: bytes) -> str:

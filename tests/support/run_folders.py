@@ -10,17 +10,17 @@ from conftest import recipe_config
 from safetensors.torch import save_file
 
 from qlora_recipes.base import yamlfiles
-from qlora_recipes.configs import config
-from qlora_recipes.configs.config import Difference
-from qlora_recipes.data import study
+from qlora_recipes.config import merging
+from qlora_recipes.config.merging import Difference
+from qlora_recipes.data import studies
+from qlora_recipes.evaluate.score import VERSION
+from qlora_recipes.evaluate.scores_file import Evaluation, EvaluationSettings
 from qlora_recipes.metrics import registry
-from qlora_recipes.runs import launch, rundir
-from qlora_recipes.runs.records import Launch, Run, Summary
-from qlora_recipes.runs.rundir import RunDir
-from qlora_recipes.scores.evaluations import Evaluation, EvaluationSettings
-from qlora_recipes.scores.score import VERSION
+from qlora_recipes.run import launch, rundir
+from qlora_recipes.run.rundir import RunDir
+from qlora_recipes.training.run_record import Launch, Run, Summary
 
-STUDY = study.find("haider2024")
+STUDY = studies.find("haider2024")
 ADAPTER = "adapter_model.safetensors"
 
 
@@ -97,8 +97,8 @@ def a_tiny_run(place: Path, tiny: Path, profile: Path, sample: Path) -> RunDir:
     folder = RunDir(place / "run")
     folder.output.mkdir(parents=True)
     AutoTokenizer.from_pretrained(tiny, pad_token="</s>").save_pretrained(folder.output)  # as a training leaves it
-    cfg = config.merge(recipe_config("haider2024/llama-2-7b"), yamlfiles.read_yaml(profile))
-    cfg = config.merge(cfg, {"bf16": False, "special_tokens": {"pad_token": "</s>"}})
+    cfg = merging.merge(recipe_config("haider2024/llama-2-7b"), yamlfiles.read_yaml(profile))
+    cfg = merging.merge(cfg, {"bf16": False, "special_tokens": {"pad_token": "</s>"}})
     folder.config.write_text(yamlfiles.write_yaml(cfg))
     folder.write(
         Run(

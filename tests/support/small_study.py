@@ -9,12 +9,12 @@ from run_folders import a_run
 
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.files import write_rows
-from qlora_recipes.data import study
-from qlora_recipes.data.study import Decoding, Study
+from qlora_recipes.data import studies
+from qlora_recipes.data.studies import Decoding, Study
+from qlora_recipes.evaluate.scores_file import read_scores
 from qlora_recipes.results import verdict
-from qlora_recipes.runs.records import Summary
-from qlora_recipes.runs.rundir import RunDir
-from qlora_recipes.scores.evaluations import read_scores
+from qlora_recipes.run.rundir import RunDir
+from qlora_recipes.training.run_record import Summary
 
 PLAIN, WIDE = "sums2030/plain", "sums2030/wide"
 SAMPLED = {"max_new_tokens": 64, "do_sample": True, "temperature": 0.1, "top_k": 40, "top_p": 0.95}
@@ -57,11 +57,11 @@ def write(place: Path, **changes: Any) -> None:
     shutil.copytree(first, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.yaml", "results"))
     (folder / "plain.csv").write_text("step,train_loss\n2,2.5\n4,1.5\n")
     (folder / "study.yaml").write_text(yamlfiles.write_yaml(content | changes))
-    study._load.cache_clear()
+    studies._load.cache_clear()
 
 
 def read() -> Study:
-    return study.find("sums2030")
+    return studies.find("sums2030")
 
 
 def row_of(runs: Path, recipe: str = PLAIN) -> dict[str, Any]:

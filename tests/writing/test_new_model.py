@@ -9,7 +9,7 @@ import pytest
 from conftest import Recipe, recipe_config
 
 from qlora_recipes.base import paths, yamlfiles
-from qlora_recipes.configs import models
+from qlora_recipes.config import models
 
 BASE = "haider2024/llama-3.2-3b"
 PHI = {"model_type": "phi3", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}

@@ -9,8 +9,8 @@ import yaml
 
 from qlora_recipes.base import paths
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.configs import ledger
-from qlora_recipes.data import study
+from qlora_recipes.data import studies
+from qlora_recipes.results import score_records
 from qlora_recipes.writing import render
 
 
@@ -20,14 +20,14 @@ def test_the_recipes_are_those_of_the_templates():
 
 
 def test_the_row_of_a_recipe_shows_what_was_recorded(place, monkeypatch):
-    of_study = study.find("haider2024")
+    of_study = studies.find("haider2024")
     for name, bleu4 in (("a", 5.0), ("b", 5.1)):
         made = recorded_runs.completed(run_folders.a_run(Path("runs"), "haider2024/llama-2-7b", name, bleu4))
         recorded_runs.recorded(made)
-    here, shipped = ledger.records(of_study), ledger.records(of_study, strict=True)
+    here, shipped = score_records.records(of_study), score_records.records(of_study, strict=True)
     assert len(here) == 2 + len(shipped)  # they are not beside the study's recipes
     with monkeypatch.context() as patch:  # as if they were
-        patch.setattr(ledger, "records", lambda of, strict: here if of.folder == of_study.folder else [])
+        patch.setattr(score_records, "records", lambda of, strict: here if of.folder == of_study.folder else [])
         readme = render.rendered()[render.README]
     (line,) = [line for line in readme.splitlines() if line.startswith("| [haider2024/llama-2-7b]")]
     assert line.split(" | ")[4:] == ["5.02", "5.05", "retrained on RTX 4090, seed 42 and RTX 4090, seed 42 |"]
@@ -54,7 +54,7 @@ def test_every_setting_names_its_source(name):
 
 
 def test_the_gains_of_table_ii_follow_from_its_scores():
-    of_study = study.of("haider2024/llama-2-7b")
+    of_study = studies.of("haider2024/llama-2-7b")
     assert of_study
     assert set(of_study.published) <= set(paths.recipe_names())
     printed = of_study.baselines[0].scores

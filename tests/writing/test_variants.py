@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.files import read_rows
-from qlora_recipes.checks import check
-from qlora_recipes.configs import compose, config, datafiles
-from qlora_recipes.configs.compose import Request
+from qlora_recipes.check import check
+from qlora_recipes.config import compose, datafiles, merging
+from qlora_recipes.config.compose import Request
 from qlora_recipes.results import run_rows
 from qlora_recipes.results.run_rows import RunResult
-from qlora_recipes.runs.rundir import RunDir
-from qlora_recipes.workflows import run
+from qlora_recipes.run import run
+from qlora_recipes.run.rundir import RunDir
 from qlora_recipes.writing import new
 
 BASE = "haider2024/code-llama-7b"
@@ -71,7 +71,7 @@ def test_a_variant_keeps_comments_on_settings_and_differs_in_just_what_was_chang
         words = [f"{key}={yamlfiles.write_flow(value)}" for key, value in overrides]
         try:
             for key, value in overrides:
-                expected = config.override(expected, key, value)
+                expected = merging.override(expected, key, value)
         except UserError:  # an earlier one took the list away that a later one reaches into
             with pytest.raises(UserError):
                 new.write("mine", BASE, words)
@@ -80,8 +80,8 @@ def test_a_variant_keeps_comments_on_settings_and_differs_in_just_what_was_chang
         text = file.read_text()
         tops = {key.partition(".")[0] for key, _ in overrides}
         assert [comment for comment in comments(TEXT, tops) if comment not in text] == []
-        differing = set(config.differences(base, expected))
-        assert {row["key"] for row in config.recipe_diff(BASE, "mine")} == differing
+        differing = set(merging.differences(base, expected))
+        assert {row["key"] for row in merging.recipe_diff(BASE, "mine")} == differing
         composed = compose.compose(Request("mine"))
         assert composed.config == expected
         assert composed.differences == []

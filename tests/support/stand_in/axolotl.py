@@ -34,7 +34,7 @@ from filelock import FileLock
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.files import append_line
-from qlora_recipes.runs import rundir
+from qlora_recipes.run import rundir
 
 ADAPTER = "adapter_model.safetensors"
 STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")

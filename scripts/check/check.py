@@ -1,0 +1,298 @@
+"""`recipe check`: finds the mistakes in a config before anything starts."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from ..base import paths, yamlfiles
+from ..base.errors import UserError
+from ..base.files import Row
+from ..base.hub import importing_axolotl
+from ..config import compose, datafiles, models, substitution
+from ..config.compose import Composed, Request
+from ..config.finding import LEVELS, Case, Finding, override_errors, refuse, remaining_errors, rule_findings
+from ..config.gpus import Gpu
+from ..data import studies
+from ..run import trust  # noqa: F401 (rules add themselves)
+from ..training import validation
+from . import data_rules, model_rules, schema, settings_rules  # noqa: F401 (rules add themselves)
+
+
+@dataclass
+class Report:
+    """The result of checking one recipe or file.
+
+    Attributes:
+        composed: the config; None if it could not be read.
+        data: one row per data set: its files, rows and bytes, and its lengths in tokens if known.
+        validated: Axolotl has validated the config.
+    """
+
+    name: str
+    composed: Composed | None = None
+    findings: list[Finding] = field(default_factory=list)
+    data: list[Row] = field(default_factory=list)
+    validated: bool = False
+
+    def as_json(self) -> Row:
+        """The report for --json."""
+        findings = [asdict(finding) | {"name": finding.name} for finding in self.findings]
+        return {"checked": self.name, "findings": findings, "data": self.data}
+
+    def data_table(self) -> list[Row]:
+        """A row for each data set, with size, lengths and padding."""
+        apart = ("key", "files", "unread_fields")
+        shown = [{name.replace("_", " "): read[name] for name in read if name not in apart} for read in self.data]
+        return [{"data": ", ".join(read["files"])} | row for read, row in zip(self.data, shown, strict=True)]
+
+    def count(self, level: str) -> int:
+        """Number of findings of a level."""
+        return sum(finding.level == level for finding in self.findings)
+
+    def add(self, findings: Iterable[Finding]) -> None:
+        """Add findings, errors first."""
+        self.findings = sorted([*self.findings, *findings], key=lambda finding: LEVELS.index(finding.level))
+
+    def skip(self, problem: str, key: str = "") -> None:
+        """Add a note about a part that was not checked."""
+        self.add([Finding("note", "not-checked", key, problem, where=self.name)])
+
+
+def check(
+    request: Request,
+    gpu: Gpu | None = None,
+    data: bool = False,
+    launching: bool = False,
+    composed: Composed | None = None,
+) -> Report:
+    """Find the mistakes in one recipe or file, apart from those that Axolotl itself finds; import no torch.
+
+    Args:
+        request: the recipe or file, with profiles and overrides.
+        gpu: the GPU that the config is meant for.
+        data: also read every row of the data; `tokenize_all` then tokenizes them.
+        launching: a run is about to start here.
+        composed: the request's config, if already composed.
+    """
+    report = Report(request.name)
+    try:
+        composed = composed or compose.compose(request, gpu)
+        report = examine(composed, gpu, request.gpus, launching, data, ask_hub=True)
+        report.name = request.name
+        override_errors(report.findings, request.force)
+        for finding in report.findings:
+            if finding.rule == "not-prepared" and not (launching or data):
+                finding.level = "warning"  # the config is correct; only a run needs the data
+        report.add([])  # sorts the findings again, because levels have changed
+    except UserError as error:
+        report.add([_unreadable(request.name, str(error))])
+    return report
+
+
+def tokenize_all(report: Report, ranks: int = 1) -> None:
+    """Tokenize the readable rows of a checked config, unless errors in the config or a missing tokenizer prevent it."""
+    composed = report.composed
+    errors = [finding for finding in report.findings if finding.level == "error"]
+    if any(finding.scope in ("code", "step") for finding in errors):
+        report.skip("skipped tokenizing the rows, because of errors; correct them, then check again")
+    elif composed and report.data:
+        if not has_tokenizer(composed):
+            remedy = "`recipe check --data --rehearse --set datasets.0.split=train[:1000]` takes a small model's"
+            report.skip(f"skipped tokenizing the rows: no tokenizer on this machine; {remedy}", "base_model")
+            return
+        try:
+            tokenize(report, composed, ranks)
+        except UserError as error:
+            report.add([_unreadable(report.name, str(error))])
+
+
+def validate(reports: Iterable[Report], gpu: Gpu | None, force: Sequence[str] = ()) -> None:
+    """Add the findings of Axolotl's own validation to reports.
+
+    Args:
+        reports: the reports of configs for the same GPU.
+        gpu: the GPU; rehearsals ignore it.
+        force: the names of findings to override.
+    """
+    ready: list[tuple[Report, Composed, set[str]]] = []
+    for report in reports:
+        if not report.composed:
+            continue
+        errors = remaining_errors(report.findings, force)
+        if any(error.scope == "code" for error in errors):
+            report.skip("skipped Axolotl's own validation, because it can run that code; correct the errors first")
+        else:
+            ready.append((report, report.composed, {error.key.partition(".")[0] for error in errors} - {""}))
+    results = validation.validate([composed for _, composed, _ in ready], gpu)
+    for (report, composed, wrong), findings in zip(ready, results, strict=True):
+        report.validated = all(finding.rule != "not-validated" for finding in findings)
+        # the rules have better messages for the same mistake
+        report.add(placed((finding for finding in findings if finding.key not in wrong), composed))
+
+
+def examine(
+    composed: Composed,
+    gpu: Gpu | None = None,
+    gpus: int = 1,
+    launching: bool = False,
+    data: bool = False,
+    ask_hub: bool = False,
+) -> Report:
+    """Report of all findings of the schema and the rules, with file and line.
+
+    Args:
+        gpu: the GPU that the config is meant for; ignored for a rehearsal.
+        launching: a run is about to start here.
+        data: also read the rows.
+        ask_hub: also ask the hub about a base model that is not on this machine; always done before a run.
+
+    Raises:
+        UserError: the recipe's study.yaml is malformed.
+    """
+    studies.of(composed.origin or composed.recipe)
+    gpu = None if composed.rehearsal else gpu
+    report = Report(composed.recipe, composed)
+    of_schema = list(schema.findings(composed.config))
+    usable, wrong = schema.usable(composed.config, of_schema)
+    case = Case(usable, wrong, gpu, gpus, launching, ask_hub or launching, composed.config)
+    found = [*of_schema, *rule_findings(case)]
+    for why, changes in composed.incompatible.items():
+        problem = f"the profile leaves out or changes {', '.join(changes)}, because {why}"
+        found.append(Finding("note", "unfit", "", problem))
+    if launching and not (gpu or composed.rehearsal or models.is_small(composed.config)):
+        problem = "no NVIDIA GPU found; a CPU is too slow"
+        found.append(Finding("error", "no-gpu", "", problem, "add --rehearse for a trial"))
+    if not composed.rehearsal:
+        found += _fixed_warm_up(composed, gpus)
+    report.add(placed(found, composed))
+    if data:
+        from . import rows
+
+        wrong = {finding.key.removesuffix(".type") for finding in report.findings if finding.key.endswith(".type")}
+        of_rows, report.data = rows.check(usable, wrong)
+        report.add(of_rows)
+    return report
+
+
+def _fixed_warm_up(composed: Composed, gpus: int) -> Iterator[Finding]:
+    """Note on a warm-up in steps that stays, although the variant or the run changes the number of steps."""
+    original = {change.key: change.recipe for change in composed.from_origin}
+    steps = composed.config.get("warmup_steps")
+    if not steps or "warmup_steps" in original:
+        return
+    changed = [key for key in original if key.startswith(_DECIDES_STEPS)]
+    if datafiles.effective_batch(composed.config | original) != gpus * datafiles.effective_batch(composed.config):
+        changed.append("the number of rows per step")
+    if composed.config.get("max_steps"):
+        changed = [key for key in changed if key == "max_steps"]
+    if changed:
+        problem = f"still {steps} steps, although {changed[0]} changes the number of steps"
+        yield Finding("note", "fixed-warm-up", "warmup_steps", problem, "set it for the new number of steps")
+
+
+_DECIDES_STEPS = ("num_epochs", "max_steps", "datasets", "val_set_size", "sample_packing")
+"""Beginnings of keys that set epochs and rows."""
+
+
+def tokens_of(request: Request, count: int) -> list[Row]:
+    """First rows of a config's training data, token by token; see `tokens.by_token`.
+
+    Raises:
+        UserError: the config has errors, or its data or tokenizer is missing.
+    """
+    composed = compose.compose(request)
+    refuse(examine(composed).findings, request.force)
+    _need_tokenizer(composed, "--show-tokens", ", or add --rehearse for a small model's tokenizer")
+    with importing_axolotl():
+        from ..training import tokens
+
+        return tokens.by_token(composed.config, count)
+
+
+def _need_tokenizer(composed: Composed, option: str, instead: str = "") -> None:
+    if not has_tokenizer(composed):
+        name = composed.config["base_model"]
+        revision = composed.config.get("revision_of_model")
+        pinned = f" --revision {revision}" if revision else ""
+        raise UserError(
+            f"{option}: the tokenizer of {name} is not on this machine; run `hf download {name}{pinned} "
+            f"--include config.json --include 'tokenizer*'`{instead}"
+        )
+
+
+def has_tokenizer(composed: Composed) -> bool:
+    """True if a config's tokenizer is on this machine.
+
+    This function first creates the small model of rehearsals, if the config names it.
+    """
+    if substitution.stands_in(composed.config):
+        substitution.model_folder()
+    return models.find(composed.config).tokenizer_here
+
+
+def tokenize(report: Report, composed: Composed, gpus: int = 1, most: int | None = None) -> None:
+    """Tokenize the rows with Axolotl; add findings and lengths in tokens to a report.
+
+    Args:
+        report: the report.
+        composed: the config, whose tokenizer is on this machine.
+        gpus: the number of GPUs that train.
+        most: the number of first rows to tokenize in each data set; None for all.
+    """
+    with importing_axolotl():
+        from ..training import tokens
+
+        findings, measured = tokens.lengths(composed.config, most, gpus)
+    report.add(placed(findings, composed))
+    by_key = {measures["key"]: measures for measures in measured}
+    for read in report.data:
+        read |= by_key.get(read["key"], {})
+
+
+SOME = 1000
+"""Number of rows per data set to tokenize before a run."""
+
+
+def training_lengths(composed: Composed, force: Sequence[str] = ()) -> tuple[list[int], float]:
+    """Lengths in tokens of the rows that a config trains on; see `tokens.trained_on`.
+
+    Args:
+        composed: the config.
+        force: the names of findings to override.
+
+    Raises:
+        UserError: the data or the tokenizer is missing, or Axolotl refuses the rows.
+    """
+    _need_tokenizer(composed, "--data")
+    found = examine(composed, data=True).findings
+    refuse([finding for finding in found if finding.key.startswith("datasets") or finding.scope == "code"], force)
+    with importing_axolotl():
+        from ..training import tokens
+
+        return tokens.trained_on(composed.config)
+
+
+def _unreadable(name: str, message: str) -> Finding:
+    """Finding for an unreadable config, with file and line from the message."""
+    match = re.fullmatch(r"(?s)(.+?\.ya?ml)(?::(\d+))?: (.*)", message)
+    if not match:
+        return Finding("error", "unreadable", "", message.removeprefix(f"{name}: "), where=name)
+    return Finding("error", "unreadable", "", match[3], where=match[1], line=int(match[2]) if match[2] else None)
+
+
+def placed(findings: Iterable[Finding], composed: Composed) -> Iterator[Finding]:
+    """Add the source of each finding's key: file and line, or an option."""
+    for finding in findings:
+        if finding.where:  # already known, for a row of a file
+            yield finding
+            continue
+        file: Path | None = composed.recipe_file
+        for difference in composed.differences:
+            key, changed = f"{finding.key}.", f"{difference.key}."
+            if key.startswith(changed) or changed.startswith(key):
+                file = composed.files.get(difference.key)
+                finding.where = difference.public().why
+        if file:
+            finding.where, finding.line = paths.shown(file), yamlfiles.line_of(file, finding.key)
+        yield finding

@@ -1,0 +1,191 @@
+"""Rules about the base model: access, layers, tokens and context."""
+
+import re
+from pathlib import Path
+
+from ..base import hub, paths
+from ..base.errors import did_you_mean
+from ..config import models
+from ..config.finding import Case, Level, Problems, rule
+
+
+@rule
+def beyond_context(case: Case) -> Problems:
+    """RoPE accepts rows longer than the model's context, for which the model was never trained."""
+    context = case.model.context
+    length = case["sequence_len"] or 0
+    if context and length > context and not (case["overrides_of_model_config"] or case["model_config"]):
+        yield "error", "sequence_len", f"{length} exceeds the model's context of {context} tokens", "lower it"
+
+
+@rule
+def missing_special_token(case: Case) -> Problems:
+    """Axolotl adds a missing token with a new embedding row, which LoRA does not train (loaders/tokenizer.py).
+
+    For a padding token, the untrained row does not matter, because padding carries no loss. But the row must be added
+    to the base model before the adapter is loaded; otherwise PEFT fails (seen).
+    """
+    own = case.model.special_tokens
+    if not own or {"embed_tokens", "lm_head"} <= set(case["lora_modules_to_save"] or []):
+        return
+    for name, token in (case["special_tokens"] or {}).items():
+        if isinstance(token, str) and not re.fullmatch(own, token):
+            level: Level = "warning" if name == "pad_token" else "error"
+            problem = (
+                f"{token} is not a special token of this model: Axolotl adds it with a new embedding row; LoRA does "
+                "not train that row, and loading the adapter requires adding it to the base model"
+            )
+            own_pad = f", such as {case.model.pad_token} for padding" if case.model.pad_token else ""
+            remedy = f"use one of the model's tokens{own_pad}, or set lora_modules_to_save: [embed_tokens, lm_head]"
+            yield level, f"special_tokens.{name}", problem, remedy
+
+
+@rule
+def no_access(case: Case) -> Problems:
+    """A gated model or tokenizer on the hub requires an accepted licence and a token.
+
+    Before a run, missing access is an error. Otherwise it is a warning, because the config may be for another machine.
+    The rule does not ask the hub about models on this machine, or models that models.yaml lists as not gated. Axolotl
+    also loads tokenizer_config at revision_of_model (axolotl/loaders/tokenizer.py). If tokenizer_config names another
+    repository than base_model, that repository lacks this commit.
+    """
+    yield from _access(case, "base_model", case.model, case.model.weights_here)
+    name = case["tokenizer_config"]
+    if isinstance(name, str) and name != case["base_model"] and not Path(name).is_dir():
+        tokenizer = models.find({"base_model": name})
+        yield from _access(case, "tokenizer_config", tokenizer, tokenizer.tokenizer_here)
+        revision = str(case["revision_of_model"])
+        if re.fullmatch("[0-9a-f]{40}", revision) and not models.is_path(name):
+            problem = f"Axolotl looks for {name} at revision_of_model, {revision}, a commit of the base model"
+            yield "error", "tokenizer_config", problem, "give a folder with the tokenizer, or delete revision_of_model"
+
+
+def _access(case: Case, key: str, model: models.Model, is_here: bool) -> Problems:
+    """Problems with access to a model or its tokenizer."""
+    level: Level = "error" if case.launching else "warning"
+    name = case[key]
+    if is_here or not isinstance(name, str) or Path(name).is_relative_to(paths.cache()):
+        return  # the stand-in model is created on demand
+    if Path(name).is_dir():
+        yield "error", key, f"{name} contains no weights", "give a folder that save_pretrained wrote"
+    elif models.is_path(name):
+        problem = f"{name} does not exist{paths.similar_paths(Path(name))}"
+        yield "error", key, problem, "give a folder, or a model on the hub as owner/name"
+    elif hub.is_offline():
+        yield level, key, f"{name} is not cached, and HF_HUB_OFFLINE is set", "fetch the model first"
+    elif model.gated and not hub.has_token():
+        yield level, key, f"{name} is gated, and no token for the hub was found", _how_to_get(name)
+    elif case.ask_hub and model.gated is not False:
+        answer = hub.access(name)
+        if answer.access == "missing":
+            problem = f"the hub has no model {name}, or the model is private: {answer.says}{models.similar(name)}"
+            yield "error", key, problem, "correct the name; for a private model run `hf auth login`"
+        elif answer.access in ("gated", "refused"):
+            yield level, key, f"the hub refuses {name}: {answer.says}", _how_to_get(name)
+
+
+def _how_to_get(name: str) -> str:
+    """Steps to get access to a gated model."""
+    mirror = ", or use its ungated copy: --profile mirror" if models.catalogue().get(name, {}).get("mirror") else ""
+    return f"accept the licence at {hub.page(name)} and run `hf auth login`{mirror}"
+
+
+@rule
+def unknown_model(case: Case) -> Problems:
+    """Some rules are skipped if the model's config.json and tokenizer are missing; a note says so."""
+    name = case["base_model"]
+    if name and isinstance(name, str) and not models.is_path(name) and case.model == models.Model():
+        problem = f"{name} is not on this machine: its layers, context and special tokens are not checked"
+        remedy = f"to check them, run `hf download {name} --include config.json --include 'tokenizer*'`"
+        yield "note", "base_model", f"{models.similar(name)} {problem}".lstrip("; "), remedy
+
+
+@rule
+def no_adapter(case: Case) -> Problems:
+    """Without an adapter, Axolotl trains and saves the whole model; runs, evaluation and publishing need an adapter."""
+    if not case.is_set("adapter"):
+        yield "error", "adapter", "not set: Axolotl would train all weights", "set lora or qlora, or use Axolotl itself"
+
+
+@rule
+def no_lora_targets(case: Case) -> Problems:
+    """Axolotl's validation accepts LoRA without targets, but PEFT fails after the model is loaded.
+
+    PEFT's error is NoMatchingPeftModuleError.
+    """
+    if case.lora and not case.is_set("lora_target_modules", "lora_target_linear", "lora_target_parameters"):
+        yield "error", "adapter", "LoRA has no target layers", "set lora_target_modules or lora_target_linear: true"
+
+
+_TRAINABLE = ("embed_tokens", "lm_head")
+
+
+@rule
+def unknown_lora_target(case: Case) -> Problems:
+    """PEFT ignores an unknown name if another name matches a layer (BaseTuner.inject_adapter)."""
+    targets, linear = case["lora_target_modules"], case.model.linear
+    for i, name in enumerate(case["lora_modules_to_save"] or ()):
+        near = did_you_mean(str(name).rpartition(".")[2], _TRAINABLE)
+        if linear and near and not str(name).endswith(_TRAINABLE):
+            yield "error", f"lora_modules_to_save.{i}", f"no module of this model is called {name}{near}", ""
+    if not (case.lora and targets and linear) or targets == "all-linear":
+        return
+    layers = ["model.embed_tokens", "lm_head"]
+    for i in range(case.model.layers or 1000):
+        layers += [f"model.layers.{i}.{'mlp' if name in models.MLP else 'self_attn'}.{name}" for name in linear]
+    listed = isinstance(targets, list)
+    for i, name in enumerate(targets if listed else [targets]):
+        key = f"lora_target_modules.{i}" if listed else "lora_target_modules"
+        pattern = rf"(.*\.)?{re.escape(str(name))}" if listed else name
+        try:
+            is_layer = any(re.fullmatch(pattern, layer) for layer in layers)
+        except (re.error, OverflowError, RecursionError) as error:
+            yield "error", key, f"{name} is not a regular expression: {error}", "use a list of names"
+            return
+        if name is not None and not is_layer:
+            hint = did_you_mean(name, linear) or f"; choose from {', '.join(linear)}"
+            yield "error", key, f"no layer of this model is called {name}{hint}", ""
+
+
+@rule
+def head_without_lora(case: Case) -> Problems:
+    """Liger's fused loss and cut cross entropy ignore LoRA on lm_head.
+
+    Both read the base weight of lm_head. Liger: see transformers/model/llama.py. Cut cross entropy: only in versions
+    whose transformers/utils.py lacks apply_lce_lm_head, which was added in 2026."""
+    targets = case["lora_target_modules"] or ()
+    adapted = case.lora and any(isinstance(name, str) and name.endswith("lm_head") for name in targets)
+    levels: dict[str, Level] = {"liger_fused_linear_cross_entropy": "error", "cut_cross_entropy": "warning"}
+    for key, level in levels.items():
+        if adapted and case[key]:
+            problem = "computes the loss without LoRA on lm_head, so that lm_head is not trained"
+            yield level, key, problem, "set chunked_cross_entropy: true instead"
+
+
+@rule
+def no_lora_rank(case: Case) -> Problems:
+    """Without lora_r or lora_alpha, PEFT fails after the model is loaded."""
+    for key in ("lora_r", "lora_alpha"):
+        if case.lora and not case.is_set(key, "lora_model_dir"):
+            yield "error", "adapter", f"{key} is not set", f"set {key}"
+
+
+@rule
+def changed_base(case: Case) -> Problems:
+    """PiSSA splits the base weights into adapter and residual; Axolotl saves only the adapter.
+
+    PEFT splits the base weights again when it loads the adapter. With pissa_niter_N the split is random: logits
+    differed by 0.22 (seen). With pissa, logits were equal (seen).
+    """
+    start = str(case["peft_init_lora_weights"])
+    if case.lora and start.startswith("pissa_niter") and not case["lora_model_dir"]:
+        problem = f"{start} splits the base weights at random; loading the adapter splits them differently"
+        remedy = "set base_model to a published residual model, and lora_model_dir to its initial adapter"
+        yield "error", "peft_init_lora_weights", problem, f"{remedy}, as in pissa-metamathqa/llama-2-7b-pissa"
+
+
+@rule
+def not_quantized(case: Case) -> Problems:
+    """Axolotl quantizes to 4 bits only for the adapters qlora and mixlora (axolotl/loaders/model.py)."""
+    if case["adapter"] == "lora" and case["load_in_4bit"]:
+        yield "error", "adapter", "lora ignores load_in_4bit: the base stays in 16 bits", "set adapter: qlora"

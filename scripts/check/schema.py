@@ -1,0 +1,149 @@
+"""Validates configs against Axolotl's JSON Schema, without importing Axolotl.
+
+tools/schemas.py writes the schema.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import cache
+from itertools import groupby
+from typing import Any
+
+from ..base import yamlfiles
+from ..base.errors import UserError, did_you_mean
+from ..base.paths import RECIPES
+from ..base.secrets import is_secret
+from ..base.yamlfiles import Config
+from ..config.finding import Finding
+from ..config.merging import listed, override
+
+FILE = RECIPES / "axolotl.schema.json"
+
+
+@cache
+def load() -> Config:
+    """The schema of the Axolotl version that this project supports."""
+    import orjson
+
+    return orjson.loads(FILE.read_bytes())
+
+
+def findings(content: Config) -> Iterator[Finding]:
+    """Findings for values that break the schema, in the order of the config's keys."""
+    import jsonschema
+
+    names = listed(content, "plugins")
+    # foreign plugins, whose keys the schema does not list
+    foreign = [name for name in names if name not in load()["x-plugins"] and not name.startswith("qlora_recipes.")]
+    for error in jsonschema.Draft202012Validator(load()).iter_errors(content):
+        for cause in _closest(error):
+            for finding in _as_findings(cause, foreign):
+                if is_secret(finding.key):
+                    finding.problem = "value not allowed"  # without the value, which is secret
+                yield finding
+
+
+def takes(key: str, value: Any) -> bool:
+    """True if Axolotl's schema allows a value for a top-level key, or does not describe the key."""
+    return not any(finding.rule == "value" and finding.key.startswith(key) for finding in findings({key: value}))
+
+
+def usable(content: Config, broken: Iterable[Finding]) -> tuple[Config, set[str]]:
+    """Remove values that break the schema; return the config and the affected top-level keys.
+
+    A removed list item becomes None, so that the other items keep their positions."""
+    keys = [finding.key for finding in broken if finding.rule in ("value", "plugin-key")]
+    for key in keys:
+        with suppress(UserError):  # `override` fails for a key that contains a dot
+            content = override(content, key, None)
+    return content, {key.partition(".")[0] for key in keys}
+
+
+def _closest(error: Any) -> Iterator[Any]:
+    """Replace an error of anyOf by the errors of the alternative nearest to the value.
+
+    jsonschema's best_match prefers the deepest error. If a data set has a misspelt key, best_match would choose the
+    alternative SyntheticDataset, and report that alternative's errors.
+    """
+    alternatives = [list(causes) for _, causes in groupby(error.context or (), lambda cause: cause.schema_path[0])]
+    # prefer alternatives of the value's type, then the fewest mistakes
+    nearest = min(alternatives, key=lambda errors: (_is_other_type(errors), sum(map(_mistakes, errors))), default=[])
+    if not nearest or _is_other_type(nearest) or error.validator != "anyOf":
+        yield error
+        return
+    for cause in nearest:
+        yield from _closest(cause)
+
+
+def _mistakes(error: Any) -> int:
+    """Number of mistakes in an error; each unknown key counts as one mistake."""
+    return len(_unknown(error)) if error.validator == "additionalProperties" else 1
+
+
+def _unknown(error: Any) -> list[str]:
+    """The keys of a mapping that the schema does not list."""
+    return [key for key in error.instance if key not in error.schema.get("properties", {})]
+
+
+def _is_other_type(errors: list[Any]) -> bool:
+    return any(error.validator == "type" and len(error.relative_path) == 0 for error in errors)
+
+
+_TYPES = {
+    "integer": "an integer",
+    "number": "a number",
+    "string": "text",
+    "boolean": "true or false",
+    "array": "a list",
+    "object": "a mapping of keys",
+}
+
+
+def _as_findings(error: Any, foreign: list[str]) -> Iterator[Finding]:
+    """Convert an error of jsonschema to findings, with similar names as hints."""
+    path = ".".join(map(str, error.absolute_path))
+    start = f"{path}." if path else ""
+    value = error.instance
+    if error.validator == "additionalProperties":
+        for key in _unknown(error):
+            near = did_you_mean(key, error.schema.get("properties", {}))
+            problem = f"unknown to Axolotl{near or ', which would ignore it'}"
+            if value[key] is None:
+                yield Finding("warning", "unknown-key", f"{start}{key}", problem, "delete the empty key")
+            elif foreign and not path:  # perhaps a key of that plugin
+                yield Finding("warning", "unknown-key", key, problem, f"or does it belong to {foreign[0]}?")
+            else:
+                yield Finding("error", "unknown-key", f"{start}{key}", problem)
+    elif "errorMessage" in error.schema:
+        yield Finding("error", "plugin-key", path, error.schema["errorMessage"], "add it, or delete the key")
+    elif error.validator == "required":
+        for key in [key for key in error.validator_value if key not in value]:
+            yield Finding("error", "missing-key", f"{start}{key}", "missing; set it")
+    elif error.validator in ("enum", "const"):
+        choices = [str(choice) for choice in error.schema.get("enum", [error.validator_value])]
+        if error.parent and {"type": "boolean"} in error.parent.schema["anyOf"]:
+            choices += ["true", "false"]
+        near = did_you_mean(str(value), choices) or (f"; choose {', '.join(choices)}" if len(choices) < 40 else "")
+        yield Finding("error", "value", path, f"{_as_yaml(value)} is not an allowed value{near}", _how_to_write(value))
+    elif error.validator in ("anyOf", "type"):
+        types = [cause.validator_value for cause in (error, *error.context) if cause.validator == "type"]
+        allowed = " or ".join(dict.fromkeys(_TYPES[kind] for kind in types if kind in _TYPES))
+        yield Finding("error", "value", path, f"{_as_yaml(value)} is not {allowed}", _how_to_write(value))
+    else:
+        yield Finding("error", "value", path, error.message[:200])
+
+
+def _as_yaml(value: Any) -> str:
+    """A value in YAML notation, shortened."""
+    text = yamlfiles.write_flow(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _how_to_write(value: Any) -> str:
+    """The remedy for a value that YAML reads as an unintended type."""
+    if isinstance(value, bool):
+        return "YAML reads yes, no, on and off as true or false; put text in quotes"
+    if isinstance(value, str) and re.fullmatch(r"[-+.\deE_]+|true|false|null", value):
+        return "write it without quotes"
+    return ""

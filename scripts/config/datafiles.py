@@ -1,0 +1,285 @@
+"""A config's data sets and their files on this machine."""
+
+import math
+import re
+import sys
+from collections.abc import Collection, Iterator
+from functools import lru_cache
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from ..base import paths
+from ..base.errors import UserError
+from ..base.files import json_rows, sha256
+from ..base.yamlfiles import Config
+from ..data import studies
+from . import models
+from .merging import flatten
+
+_SUFFIXES = {".jsonl", ".json", ".parquet", ".csv", ".arrow", ".text", ".txt", ".gz", ".zst"}
+FORMATS = ("json", "csv", "parquet", "arrow", "text")
+"""Formats that `datasets` reads without running or unpickling anything."""
+
+
+class DataFile(BaseModel):
+    """A data file of a run, with hash and size."""
+
+    path: str
+    sha256: str
+    bytes: int
+    rows: int | None = None  # None for formats other than JSON lines
+
+    @classmethod
+    def of(cls, file: Path, rows: int | None = None) -> "DataFile":
+        """Record of an existing file."""
+        return cls(path=str(file), sha256=sha256(file), bytes=file.stat().st_size, rows=rows)
+
+
+def datasets(composed: Config, *sections: str) -> Iterator[tuple[str, Config]]:
+    """Data sets in some sections of a config, each with its key."""
+    for section in sections or ("datasets", "test_datasets"):
+        entries = composed.get(section)
+        for i, dataset in enumerate(entries if isinstance(entries, list) else ()):
+            if isinstance(dataset, dict):
+                yield f"{section}.{i}", dataset
+
+
+def chat_options(composed: Config) -> str:
+    """Options that make `axolotl inference` use the training prompt; empty if Axolotl lacks them."""
+    types = {str(dataset.get("type")) for _, dataset in datasets(composed, "datasets")}
+    return {"chat_template": "--chat", "alpaca": "--prompter AlpacaPrompter"}.get("".join(types), "")
+
+
+def local_files(dataset: Config) -> list[Path]:
+    """Files of a local data set, existing or not; empty for remote data.
+
+    A data set is a file, a folder, or a folder's files that `data_files` lists by name or pattern. Axolotl reads
+    `data_files` only if `path` is a folder or on a hub, and accepts patterns only in `data_files`
+    (utils/data/shared.py).
+    """
+    name = dataset.get("path")
+    listed = dataset.get("data_files") or []
+    if not isinstance(name, str) or not name or "\0" in name or "://" in name:
+        return []
+    path = Path(name)
+    if not path.is_dir():
+        return [path] if path.is_file() or _looks_local(name) else []
+    if not listed:
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    patterns = map(str, listed if isinstance(listed, list) else [listed])
+    return [
+        Path(file)
+        for pattern in patterns
+        if "://" not in pattern
+        for file in sorted(glob(pattern, recursive=True)) or [pattern]  # noqa: PTH207 (Path.glob refuses absolute patterns)
+    ]
+
+
+def jsonl_files(dataset: Config) -> list[Path]:
+    """A data set's existing local JSONL files."""
+    return [file for file in local_files(dataset) if file.suffix == ".jsonl" and file.is_file()]
+
+
+def missing_files(dataset: Config) -> list[Path]:
+    """Missing local files of a data set, except prepared rows of a study."""
+    return [file for file in local_files(dataset) if not (file.is_file() or studies.preparation(str(file)))]
+
+
+def missing_paths(composed: Config) -> list[str]:
+    """Keys that name a missing local file or folder beside data and models."""
+    keys = []
+    for key in ("deepspeed", "lora_model_dir", "resume_from_checkpoint"):
+        name = composed.get(key)
+        if not isinstance(name, str) or Path(name).exists() or studies.fetching(name):
+            continue
+        may_be_on_hub = key == "lora_model_dir" and name.count("/") == 1
+        if not may_be_on_hub or _looks_local(name):
+            keys.append(key)
+    return keys
+
+
+def _looks_local(name: str) -> bool:
+    """True if a missing path looks like a local path rather than a path on a hub."""
+    path = Path(name)
+    in_a_folder = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
+    return models.is_path(name) or path.suffix in _SUFFIXES or f".{path}" in _SUFFIXES or in_a_folder
+
+
+_PROMPT = "Question: {instruction}\nAnswer: "
+_FORMS: list[tuple[set[str], Config]] = [
+    ({"messages"}, {"type": "chat_template"}),
+    ({"conversations"}, {"type": "chat_template", "field_messages": "conversations"}),
+    ({"segments"}, {"type": "input_output"}),
+    ({"instruction", "output"}, {"type": "alpaca"}),
+    *(
+        (
+            {question, answer},
+            {"type": {"field_instruction": question, "field_output": answer, "no_input_format": _PROMPT}},
+        )
+        for question, answer in (("question", "answer"), ("prompt", "completion"), ("prompt", "response"))
+    ),
+    ({"text"}, {"type": "completion"}),
+]
+"""Forms of rows: the fields, and the data set entry with which Axolotl reads them."""
+
+
+def form_of(fields: Collection[str]) -> Config | None:
+    """Data set entry, without path, for rows with these fields; None for unknown fields."""
+    return next((entry for known, entry in _FORMS if known <= set(fields)), None)
+
+
+def entry_for(file: Path) -> Config:
+    """Data set entry for a file, by the fields of its first row.
+
+    Raises:
+        UserError: the lines are not JSON objects, or the fields match no known form.
+    """
+    if not file.is_file():
+        raise UserError(f"--data {file}: no such file{paths.similar_paths(file)}")
+    try:
+        with file.open("rb") as lines:
+            row = next(json_rows(lines, file, ()))
+    except (UserError, StopIteration):
+        form = 'write one object per line, as {"question": "…", "answer": "…"}'
+        problem = f"not JSON lines; {form} (docs/variants.md shows how to convert CSV and JSON)"
+        raise UserError(f"{file}: {problem}") from None
+    entry = form_of(row)
+    if entry is None:
+        known = "; ".join(" and ".join(sorted(fields)) for fields, _ in _FORMS)
+        own = f"[{{path: {file}, type: {{field_instruction: QUESTION, field_output: ANSWER}}}}]"
+        hint = f"known fields are {known}; for others replace --data by --set 'datasets={own}', with your fields"
+        raise UserError(f"{file}: unknown fields {', '.join(row)}; {hint}")
+    turns = row.get("conversations")
+    first: Any = turns[0] if isinstance(turns, list) and turns else None
+    if "field_messages" in entry and isinstance(first, dict) and "from" in first:
+        entry = entry | {"message_property_mappings": {"role": "from", "content": "value"}}
+    return {"path": str(file)} | entry
+
+
+def record(composed: Config) -> list[DataFile]:
+    """Local data files of a config, with hashes.
+
+    Raises:
+        UserError: a file does not exist.
+    """
+    files = {}
+    for where, dataset in datasets(composed):
+        for path in local_files(dataset):
+            if not path.is_file():
+                raise UserError(f"{where}.path: {paths.shown(path)} does not exist")
+            files[path] = DataFile.of(path, count_rows(path) if path.suffix == ".jsonl" else None)
+    return list(files.values())
+
+
+_NAME_FILES = ("base_model", "tokenizer_config", "lora_model_dir", "deepspeed", "chat_template_jinja")
+_OF_MODELS = re.compile(r".*\.(json|jinja|model|txt)|adapter_model\..*")
+
+
+def named_files(composed: Config) -> list[DataFile]:
+    """Local files other than data that a config names, with hashes.
+
+    From a model's folder, this function lists settings, tokenizer, and an adapter's weights, but not the base weights.
+    The rehearsal's stand-in, which is created on demand, is left out.
+    """
+    files: set[Path] = set()
+    for key, name in flatten(composed):
+        names_file = key.rpartition(".")[2] in _NAME_FILES and isinstance(name, str) and not set("{\n\0") & set(name)
+        if names_file and name and not Path(name).is_relative_to(paths.cache()):
+            files |= {Path(name), *(file for file in Path(name).glob("*") if _OF_MODELS.fullmatch(file.name))}
+    return [DataFile.of(file) for file in sorted(files) if file.is_file()]
+
+
+def test_file(composed: Config, folder: Path = Path()) -> str | None:
+    """Path of test.jsonl beside the training file, relative to a folder; None if missing."""
+    training_files = (Path(str(dataset.get("path"))) for _, dataset in datasets(composed, "datasets"))
+    test = next((file.with_name("test.jsonl") for file in training_files), None)
+    return str(test) if test and (folder / test).is_file() else None
+
+
+def can_be_rehearsed(dataset: Config) -> bool:
+    """True if Axolotl can load a part of a data set from this machine.
+
+    Axolotl loads a folder from `save_to_disk` only as a whole (axolotl/utils/data/shared.py)."""
+    files = local_files(dataset)
+    whole = {"state.json", "dataset_dict.json"} & {file.name for file in files}
+    return bool(files) and not whole and all(file.is_file() for file in files)
+
+
+def at_most(dataset: Config, rows: int, section: str) -> Config:
+    """Limit a data set to its first rows; leave splits such as `train[:10%]` unchanged."""
+    only_split = "test" if section == "test_datasets" and Path(dataset["path"]).is_dir() else "train"
+    match = re.fullmatch(r"(\w+)(?:\[(\d*):(\d*)\])?", str(dataset.get("split") or only_split))
+    if not match:
+        return dataset
+    name, begin, end = match.groups(default="")
+    return dataset | {"split": f"{name}[{begin}:{min(int(begin or 0) + rows, int(end or sys.maxsize))}]"}
+
+
+def first_rows(dataset: Config) -> int | None:
+    """Number of rows in a split such as `train[:40]`; None for all."""
+    match = re.fullmatch(r"train\[:(\d+)\]", str(dataset.get("split")))
+    return int(match[1]) if match else None
+
+
+def count_rows(path: Path) -> int:
+    """Number of non-blank lines in a file."""
+    status = path.stat()
+    return _count_rows(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache
+def _count_rows(path: Path, mtime_ns: int, size: int) -> int:
+    with path.open("rb") as stream:
+        return sum(1 for line in stream if line.strip())
+
+
+def training_steps(composed: Config, gpus: int = 1) -> int | None:
+    """Number of optimizer steps of a config; None if unknown, see `steps_of`."""
+    return steps_of(composed, training_rows(composed), gpus)
+
+
+def steps_of(composed: Config, rows: int | None, gpus: int = 1) -> int | None:
+    """Number of optimizer steps for a number of rows; None if unknown, as for packed rows.
+
+    Axolotl counts steps in the same way (utils/trainer.py, calculate_total_num_steps)."""
+    if composed.get("max_steps"):
+        return composed["max_steps"]  # overrides the epochs
+    if rows is None or composed.get("sample_packing"):
+        return None
+    return math.ceil(rows * composed.get("num_epochs", 1) / (effective_batch(composed) * gpus))
+
+
+def training_rows(composed: Config) -> int | None:
+    """Number of training rows; None unless each data set is one local JSONL file of complete rows.
+
+    Axolotl splits rows of the type completion into pieces."""
+    rows = 0
+    for _, dataset in datasets(composed, "datasets"):
+        files = jsonl_files(dataset)
+        first = first_rows(dataset)
+        is_part = (
+            dataset.get("shards")
+            or dataset.get("weight")
+            or dataset.get("type") == "completion"
+            or (first is None and dataset.get("split", "train") != "train")
+        )
+        if len(files) != 1 or is_part:
+            return None
+        rows += min(count_rows(files[0]), sys.maxsize if first is None else first)
+    return not_held_out(composed, rows) if rows else None
+
+
+def not_held_out(composed: Config, rows: int) -> int:
+    """Number of rows that val_set_size leaves for training."""
+    held_out = composed.get("val_set_size") or 0  # a number or a share of rows
+    return max(rows - math.ceil(held_out * rows if held_out < 1 else held_out), 0)
+
+
+def effective_batch(composed: Config) -> int:
+    """Number of rows per optimizer step on one device."""
+    if composed.get("batch_size"):
+        return composed["batch_size"]
+    return (composed.get("micro_batch_size") or 1) * (composed.get("gradient_accumulation_steps") or 1)

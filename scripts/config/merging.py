@@ -1,0 +1,258 @@
+"""Axolotl configs: merged changes, differences by key, and variants of recipes."""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from ..base import paths, yamlfiles
+from ..base.errors import UserError
+from ..base.secrets import MASK, masked, names_secret, public
+from ..base.yamlfiles import Config, parse
+
+TRACKING = re.compile("(use_|hf_)?(wandb|mlflow|comet|trackio|swanlab|tensorboard|otel)(_|$)")
+"""Keys of experiment trackers, which do not affect training."""
+AXOLOTL_SEED = 42  # Axolotl's default
+OF_THE_RUN = ("output_dir", "dataset_prepared_path", "resume_from_checkpoint")  # `recipe run` sets these keys
+NOT_OF_ROWS = re.compile(
+    "|".join(
+        (
+            *OF_THE_RUN,
+            TRACKING.pattern,
+            "learning_rate|lr_|cosine_|warmup_|optim|adam_|weight_decay|max_grad_norm|num_epochs|max_steps|micro_batch_size",
+            "adapter$|lora|peft|bnb_|load_in_|gradient_|activation_offloading|bf16|fp16|tf32|attn_|[a-z]+_attention$",
+            "neftune_|early_stopping|embedding_lr|liger_|dataloader_|gc_steps|torch_compile|chunked_cross",
+            "evals_per_epoch|eval_(steps|strategy|batch_size|on_start)|save|logging_|hub_|load_best_model|metric_for_best",
+        )
+    )
+)
+"""Keys that do not affect the tokenized rows. Axolotl's other keys may, unknown ones too."""
+NOT_OF_EVAL_TOKENS = re.compile(
+    f"{NOT_OF_ROWS.pattern}|deepspeed|fsdp|full_determinism|(eval_)?sample_packing|pad_to_|sdpa_varlen"
+    r"|datasets\.\d+\.path$"  # the hashes of the files decide
+)
+"""Keys that do not affect the tokens behind an eval loss per token. Axolotl's other keys may, unknown ones too."""
+
+
+_TRACKERS = {  # keys that turn a tracker on (axolotl/utils/wandb_.py and others); key and values that keep it local
+    "wandb": (("use_wandb", "wandb_project"), "wandb_mode", "offline|disabled|dryrun"),
+    "comet": (("use_comet", "comet_project_name"), "comet_online", "False"),
+    "swanlab": (("use_swanlab", "swanlab_project"), "swanlab_mode", "local|offline|disabled"),
+    "mlflow": (("use_mlflow", "mlflow_experiment_name"), "mlflow_tracking_uri", "(?!http|databricks).*"),
+    "trackio": (("use_trackio", "trackio_project_name"), "trackio_space_id", ""),
+}
+
+
+def remote_trackers(config: Config) -> Iterator[tuple[str, list[str]]]:
+    """Trackers that send data to a server, by name, each with the keys of the config that turn it on."""
+    for name, (switches, key, local) in _TRACKERS.items():
+        on = [switch for switch in switches if config.get(switch)]
+        value = config.get(key)
+        if value is None:
+            value = os.environ.get(key.upper(), "")
+        if on and not re.fullmatch(local, str(value)):
+            yield name, on
+
+
+def merge(config: Config, changes: Config) -> Config:
+    """Merge `changes` into `config`.
+
+    Mappings are merged. Any other value replaces the previous one; None deletes the key.
+    """
+    merged = config | changes
+    for key, value in changes.items():
+        if isinstance(value, dict):
+            below = config.get(key)
+            merged[key] = merge(below if isinstance(below, dict) else {}, value)
+        elif value is None:
+            del merged[key]
+    return merged
+
+
+_QUOTED = r"""(?<![^\s,\[\]{}():'"])(?:'(?:[^']|'')*'|"(?:\\.|[^"\\])*")"""  # YAML's quotes begin a value
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split `key=value` from --set into a dotted key and a YAML value.
+
+    Raises:
+        UserError: the text is malformed, or has several values.
+    """
+    key, values = parse_overrides(text)
+    if len(values) > 1:
+        remedy = "write a list as [a,b], and text with commas in quotes"
+        raise UserError(f"--set {text}: several values, which only `recipe sweep` takes; {remedy}")
+    return key, values[0]
+
+
+def parse_overrides(text: str) -> tuple[str, list[Any]]:
+    """Split `key=value,value` from --set into a dotted key and YAML values, at commas outside brackets and quotes.
+
+    Raises:
+        UserError: the text is malformed.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {text}: expected key=value, as in --set num_epochs=3")
+    values = [""]
+    depth = 0
+    for part in re.findall(rf"{_QUOTED}|.", value, re.DOTALL):
+        if part == "," and depth == 0:
+            values.append("")
+            continue
+        values[-1] += part
+        if part in ("[", "{", "("):
+            depth += 1
+        elif part in ("]", "}", ")"):
+            depth -= 1
+    if len(values) > 1 and not all(map(str.strip, values)):
+        raise UserError(f"--set {text}: an empty value; delete a comma, or write null for a member without the key")
+    return key.strip(), [parse(value, f"--set {text}") for value in values]
+
+
+def override(config: Config, key: str, value: Any) -> Config:
+    """Set one dotted key.
+
+    A number in the key is a position in a list. The value None deletes the key.
+
+    Raises:
+        UserError: the key leads into a value without keys, or to a missing position in a list.
+    """
+    return _replaced(config, key, value, key)
+
+
+def _replaced(current: Any, path: str, value: Any, key: str) -> Any:
+    """Return `current` with `value` at a path inside it; errors show the full `key`."""
+    if not path:
+        return value
+    part, _, rest = path.partition(".")
+    if isinstance(current, list):
+        if not part.isdecimal() or int(part) >= len(current):
+            raise UserError(f"--set {key}: {part} is not a position in a list of {len(current)}, counted from 0")
+        return [_replaced(item, rest, value, key) if i == int(part) else item for i, item in enumerate(current)]
+    if not isinstance(current, dict | None):
+        raise UserError(f"--set {key}: {current!r} has no key {part}")
+    mapping = current or {}
+    changed = mapping | {part: _replaced(mapping.get(part), rest, value, key)}
+    return {name: item for name, item in changed.items() if item is not None}
+
+
+def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values; a list of plain values counts as one value."""
+    if isinstance(config, dict) and (config or not prefix):
+        items: Any = config.items()
+    elif isinstance(config, list) and any(isinstance(item, dict | list) for item in config):
+        items = enumerate(config)
+    else:
+        yield prefix, config
+        return
+    for key, value in items:
+        yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def listed(config: Config, key: str) -> list[str]:
+    """Names in the list at a key of an unchecked config; empty if it is not a list."""
+    value = config.get(key)
+    return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
+
+
+def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys in which two configs differ, with both values (None if missing)."""
+    left = dict(flatten(a))
+    right = dict(flatten(b))
+    pairs = {key: (left.get(key), right.get(key)) for key in left | right}
+    return {
+        key: (old, new)
+        for key, (old, new) in pairs.items()
+        if old != new or isinstance(old, bool) != isinstance(new, bool)  # in Python, True equals 1
+    }
+
+
+@dataclass(kw_only=True)
+class Difference:
+    """A changed key: its values in the recipe file and the run, and the reason."""
+
+    key: str
+    recipe: Any = None
+    run: Any = None
+    why: str
+
+    def public(self) -> "Difference":
+        """The difference with secrets masked."""
+        why = masked(self.why)
+        if names_secret(self.key):
+            why = re.sub("(?s)=.*", f"={MASK}", self.why)  # the option `--set key=value`
+        return Difference(key=self.key, recipe=public(self.recipe, self.key), run=public(self.run, self.key), why=why)
+
+    def __str__(self) -> str:
+        shown = self.public()
+        recipe, run = (str(value).partition("\n")[0] for value in (shown.recipe, shown.run))  # first lines only
+        return f"{self.key}: {recipe} -> {run}  ({shown.why})"
+
+
+def chained(first: Sequence[Difference], second: Sequence[Difference]) -> list[Difference]:
+    """Combine the differences of two steps: recipe to variant, variant to run."""
+    before, after = ({difference.key: difference for difference in step} for step in (first, second))
+    both = (replace(last, recipe=before.get(key, last).recipe) for key, last in (before | after).items())
+    return [difference for difference in both if difference.recipe != difference.run]
+
+
+def check_not_of_the_run(key: str, where: str) -> None:
+    """Raise UserError for a key of `OF_THE_RUN`; `where` begins the message."""
+    if key.partition(".")[0] in OF_THE_RUN:
+        raise UserError(
+            f"{where}: `recipe run` sets {key}; --runs selects the folder of runs, and `recipe resume` continues a run"
+        )
+
+
+_NAMED = re.compile(r"# (?:\S+: a variant of (\S+)|(\S+): .*)")
+
+
+def ancestors(file: Path) -> list[str]:
+    """Originals of a variant or copy, nearest first, as listed in its header comments."""
+    header = takewhile(lambda line: not line or line.startswith("#"), yamlfiles.read_text(file).splitlines())
+    return [named[1] or named[2] for line in header if (named := _NAMED.fullmatch(line))]
+
+
+def origin_of(name: str, file: Path) -> str | None:
+    """Shipped recipe from which a file, variant or edited copy derives; None if unknown."""
+    shipped = paths.recipe_names()
+    return next((recipe for recipe in (name, *ancestors(file)) if recipe in shipped), None)
+
+
+def parent_of(name: str, file: Path) -> str | None:
+    """The recipe from which a variant derives directly; None if it has no parent."""
+    if name in paths.recipe_names():
+        from ..data import studies
+
+        of_study = studies.of_any(name)
+        return of_study.variants[name].of if of_study and name in of_study.variants else None
+    existing = {*paths.recipe_names(), *paths.variant_names()}
+    return next((of for of in ancestors(file) if of != name and (of in existing or Path(of).is_file())), None)
+
+
+def recipe_diff(a: str, b: str | None) -> list[dict[str, Any]]:
+    """Table rows of keys in which two recipes differ; `OF_THE_RUN` is ignored.
+
+    Args:
+        a: a recipe's name or file.
+        b: another recipe; by default the parent of the first.
+
+    Raises:
+        UserError: a recipe does not exist, or the second is omitted and the first has no parent.
+    """
+    if b is None:
+        above = parent_of(*paths.find_recipe(a))
+        if above is None:
+            raise UserError(f"{a}: not a variant of another recipe; give a second recipe")
+        return recipe_diff(above, a)
+    first, second = (yamlfiles.read_yaml(paths.find_recipe(name)[1]) for name in (a, b))
+    differing = differences(first, second).items()
+    return [
+        {"key": key, a: public(left, key), b: public(right, key)}
+        for key, (left, right) in differing
+        if key not in OF_THE_RUN
+    ]

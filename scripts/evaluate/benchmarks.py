@@ -1,0 +1,360 @@
+"""Measure a run's model with lm-evaluation-harness; load the model as for predictions."""
+
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from ..base import paths
+from ..base.errors import UserError, WorkFailed
+from ..base.files import digest
+from ..base.hub import importing_axolotl
+from ..base.progress import Bar, say
+from ..base.yamlfiles import Config
+from ..config import datafiles
+from ..config.finding import TASK_CODE, Finding
+from ..metrics.metric import Column
+from ..metrics.registry import Benchmark, BenchmarkParameters
+from ..run.trust import READ_IT, is_listed, leaves
+from .scores_file import Evaluation, EvaluationSettings, taken
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+    from .prompter import Prompter
+
+ROWS = 8
+"""Default number of rows in a batch."""
+
+
+def require(columns: Mapping[str, Column], offline: bool = False, force: Sequence[str] = ()) -> None:
+    """Raise UserError if the harness cannot measure a benchmark's task, or if the task runs code.
+
+    Args:
+        columns: metrics, including benchmarks.
+        offline: see `importing_axolotl`.
+        force: names of findings about code to override.
+    """
+    with importing_axolotl(offline):
+        for column in columns.values():
+            if column.metric.of_model:
+                _located(column, force)
+
+
+def kept(asked: Mapping[str, Column], former: Evaluation, limit: int | None) -> dict[str, Benchmark]:
+    """Return the benchmark results of an earlier evaluation that are still valid.
+
+    A result is dropped if its column is now requested with different parameters or a different limit, or for a task in
+    a YAML file, which can have changed.
+    """
+    found = {}
+    for name, column in former.columns.items():
+        benchmark = former.benchmark(column)
+        if benchmark and column.same_scores(asked.get(name, column)):
+            same = benchmark.limit == limit and not benchmark.task.endswith(".yaml")  # cached answers are reused
+            if name not in asked or same:
+                found[name] = benchmark
+    return found
+
+
+def measured(
+    columns: Mapping[str, Column],
+    valid: Mapping[str, Benchmark],
+    settings: EvaluationSettings,
+    cfg: Config,
+    tokenizer: Path,
+    limit: int | None = None,
+    rehearsal: bool = False,
+    force: Sequence[str] = (),
+) -> dict[str, Benchmark]:
+    """Measure the benchmarks that are missing.
+
+    Answers are cached by model and adapter, so a repeated call continues an interrupted measurement.
+
+    Args:
+        columns: metrics, including benchmarks.
+        valid: results to keep, see `kept`.
+        settings: model and adapter.
+        cfg: the run's config.
+        tokenizer: folder of the training tokenizer.
+        limit: maximum number of rows per task.
+        rehearsal: True to use no GPU, and to leave out tasks whose rows are not on this machine.
+        force: names of findings about code to override.
+
+    Raises:
+        UserError: see `require`.
+        WorkFailed: a task fails, for example because its rows cannot be loaded, or does not report the result.
+    """
+    missing = {name: column for name, column in columns.items() if column.metric.of_model and name not in valid}
+    if not missing:
+        return {}
+    if rehearsal:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    with importing_axolotl(offline=rehearsal), Bar(f"benchmarks: {', '.join(missing)}"):
+        from .prompter import Prompter
+
+        return _measure(missing, Prompter(settings, cfg, tokenizer), limit, rehearsal, force)
+
+
+def _measure(
+    missing: Mapping[str, Column], prompter: "Prompter", limit: int | None, rehearsal: bool, force: Sequence[str]
+) -> dict[str, Benchmark]:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from torch import OutOfMemoryError
+
+    from .reference import Reference, base_weights
+
+    tasks = {name: _located(column, force) for name, column in missing.items()}
+    settings = prompter.settings
+    model = HFLM(
+        pretrained=Reference(prompter).model, tokenizer=prompter.tokenizer, batch_size=settings.batch_size or ROWS
+    )
+    ends = sorted(prompter.ends)
+    of_model = base_weights(prompter) | {"adapter": settings.adapter_sha256, "ends": ends}
+    entries = [entry for _, entry in datafiles.datasets(prompter.cfg, "datasets")]
+    found = {}
+    for name, (task, manager) in tasks.items():
+        parameters = missing[name].parameters
+        assert isinstance(parameters, BenchmarkParameters)
+        try:
+            samples = None if limit is None else _samples(task, manager, limit)
+            done = simple_evaluate(
+                model=model,
+                tasks=[task],
+                task_manager=manager,
+                num_fewshot=parameters.shots,
+                samples=samples,
+                use_cache=str(paths.cache() / "benchmarks" / f"{digest(of_model)[:16]}-{name}"),
+                apply_chat_template=any(entry.get("type") == "chat_template" for entry in entries),
+                log_samples=False,
+            )
+        except Exception as error:  # tasks run code of their own
+            problem = f"{missing[name].label}: the task {task} fails: {type(error).__name__}: {error}"
+            if rehearsal and isinstance(error, OSError):  # includes the hub's errors
+                say(f"{problem}; the rehearsal leaves this task out")
+                continue
+            smaller = " with a smaller --batch-size" if isinstance(error, OutOfMemoryError) else ""
+            raise WorkFailed(f"{problem}; predictions are kept; repeat the command{smaller} to continue") from error
+        found[name] = summarise(done, parameters, ends, limit, samples)
+    return found
+
+
+def _samples(task: str, manager: "TaskManager", limit: int) -> dict[str, list[int]]:
+    """Positions of the rows that a limit takes from each task of a task or group."""
+    from lm_eval.evaluator_utils import get_task_list
+    from lm_eval.tasks import get_task_dict
+
+    leaves = get_task_list(get_task_dict([task], manager))
+    return {leaf.task_name: taken(len(leaf.task.eval_docs), limit) for leaf in leaves}
+
+
+def _located(column: Column, force: Sequence[str]) -> "tuple[str, TaskManager]":
+    """Return a column's task name, and a task manager that has the task.
+
+    Raises:
+        UserError: see `_require_task`; also if the task is a tag or a file's group, whose score is not known.
+    """
+    from lm_eval.utils import load_yaml_config
+
+    secure_harness()
+    assert isinstance(column.parameters, BenchmarkParameters)
+    task, folder = column.parameters.task, None
+    try:
+        if task.endswith(".yaml") and Path(task).is_file():
+            file, folder = Path(task).resolve(), str(Path(task).parent.resolve())
+            task = load_yaml_config(file, mode="simple").get("task", task)
+        manager = _tasks(folder)
+    except Exception as error:  # a damaged file in the folder
+        raise UserError(f"{column.name}: cannot read the tasks beside {column.parameters.task}: {error}") from None
+    if not isinstance(task, str):
+        raise UserError(f"{column.name}: {column.parameters.task} is a group; name one of its tasks")
+    _require_task(column.name, task, manager, force)
+    entry = manager.task_index[task]
+    if entry["type"] == "tag" and not column.parameters.mean_of_tasks:
+        raise UserError(f"{column.name}: {task} is a tag; name one of its tasks, such as {entry['task'][0]}")
+    return task, manager
+
+
+def _require_task(name: str, task: str, manager: "TaskManager", force: Sequence[str]) -> None:
+    """Check a task, and the tasks of a group or tag.
+
+    Raises:
+        UserError: the harness lacks a task or cannot load it, the task runs generated code, or code that `force` does
+            not name.
+    """
+    from lm_eval.utils import load_yaml_config
+
+    if task not in manager.all_tasks:
+        raise UserError(f"{name}: lm-evaluation-harness has no task {task}; `lm_eval ls tasks` lists its tasks")
+    entry = manager.task_index[task]
+    config = entry if entry["type"] == "tag" else load_yaml_config(entry["yaml_path"], mode="simple")
+    if config.get("unsafe_code"):
+        raise UserError(f"{name}: the task {task} runs generated code; leave it out")
+    if entry["type"] != "tag":
+        refuse(name, entry["yaml_path"], config, force)
+    if entry["type"] in ("tag", "group"):
+        for member in members(config["task"]):
+            if member in manager.all_tasks or member in config["task"]:  # a group can also define a task
+                _require_task(name, member, manager, force)
+        return
+    try:
+        load_yaml_config(entry["yaml_path"], mode="full")
+    except Exception as error:  # imports the task's modules
+        raise UserError(f"{name}: cannot load the task {task}; leave it out: {error!r}") from None
+
+
+@cache
+def _tasks(folder: str | None) -> "TaskManager":
+    """Task manager for the harness's tasks and those of a folder; slow, therefore cached."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=folder)
+
+
+def summarise(
+    done: Mapping[str, Any],
+    parameters: BenchmarkParameters,
+    ends: list[int],
+    limit: int | None = None,
+    samples: Mapping[str, list[int]] | None = None,
+) -> Benchmark:
+    """Extract a task's score from the harness's report.
+
+    Args:
+        done: the report, which counts all rows even if `samples` leaves some out.
+        parameters: the task, and the result that counts.
+        ends, limit: see `Benchmark`.
+        samples: positions of the scored rows by task; None for all rows.
+
+    Raises:
+        WorkFailed: the report lacks the requested result, or the result is not a share from 0 to 1.
+    """
+    from importlib.metadata import version
+
+    results, leaves = done["results"], list(done["configs"])
+    name = parameters.task if parameters.task in results else leaves[0]
+    counted = leaves if parameters.mean_of_tasks else [name]
+    reported = [
+        key
+        for key, value in results[counted[0]].items()
+        if "," in key and "_stderr," not in key and isinstance(value, float | int)
+    ]
+    wanted = parameters.result or (reported[0] if reported else "")
+    result = next((key for key in reported if wanted in (key, key.partition(",")[0])), None)
+    if result is None:
+        raise WorkFailed(
+            f"{parameters.task}: reports no {wanted or 'number'}; its results: {', '.join(reported) or 'none'}"
+        )
+    metric, _, filtered = result.partition(",")
+    values = [results[each][result] for each in counted]
+    if done["higher_is_better"].get(counted[0], {}).get(metric) is False or not all(
+        0 <= value <= 1 for value in values
+    ):
+        raise WorkFailed(
+            f"{parameters.task}: {metric} is not a share from 0 to 1 that is better if higher; set the parameter "
+            f"result to another of its results: {', '.join(reported)}"
+        )
+    errors = [results[each].get(f"{metric}_stderr,{filtered}") for each in counted]
+    known = all(isinstance(error, float | int) for error in errors)
+    total_rows = sum(done["n-samples"][each]["original"] for each in leaves)
+    shots = {done["n-shot"].get(each) for each in leaves}
+    return Benchmark(
+        value=100 * sum(values) / len(values),
+        stderr=100 * math.sqrt(sum(error**2 for error in errors)) / len(errors) if known else None,
+        task=parameters.task,
+        result=metric,
+        version=str(done["versions"].get(name)),
+        shots=shots.pop() if len(shots) == 1 else None,
+        filter=filtered,
+        rows=total_rows if samples is None else sum(map(len, samples.values())),
+        total_rows=total_rows,
+        limit=limit,
+        ends=ends,
+        harness=version("lm_eval"),
+    )
+
+
+_PLAIN = """
+    aggregate_metric_list.* dataset_kwargs.data_dir dataset_kwargs.data_files* dataset_kwargs.revision
+    dataset_kwargs.split dataset_name description doc_to_choice* doc_to_decontamination_query doc_to_target doc_to_text
+    fewshot_config.* fewshot_delimiter fewshot_split filter_list.* gen_prefix group group_alias metadata* num_fewshot
+    output_type repeats should_decontaminate tag target_delimiter task task_alias test_split training_split
+    validation_split
+
+    generation_kwargs.do_sample generation_kwargs.length_penalty generation_kwargs.max_gen_toks
+    generation_kwargs.max_length generation_kwargs.max_new_tokens generation_kwargs.num_beams
+    generation_kwargs.repetition_penalty generation_kwargs.temperature generation_kwargs.top_k generation_kwargs.top_p
+    generation_kwargs.until
+
+    metric_list.aggregation metric_list.higher_is_better metric_list.ignore_case metric_list.ignore_numbers
+    metric_list.ignore_punctuation metric_list.regexes_to_ignore
+"""
+"""Keys of task files that run no code; see `trust`."""
+_PATTERNS = {
+    "dataset_path": rf"{'|'.join(datafiles.FORMATS)}|\w[\w.-]*/\w[\w.-]*",
+    "metric_list.metric": "acc|acc_all|acc_bytes|acc_mutual_info|acc_norm|bits_per_byte|bleu|brier_score|bypass|chrf"
+    "|byte_perplexity|exact_match|f1|likelihood|mcc|perplexity|ter|word_perplexity",  # it loads others as scripts
+}
+
+
+@cache
+def secure_harness() -> None:
+    """Have the harness read task files as plain YAML, and render their templates in a sandbox.
+
+    By itself, it creates any Python object that a file names, even in files that it only lists, and its templates can
+    call any function of Python.
+    """
+    import yaml
+    from jinja2 import BaseLoader, StrictUndefined
+    from jinja2.sandbox import SandboxedEnvironment
+    from lm_eval import utils
+
+    class Loader(yaml.CSafeLoader):
+        """Loader to which the harness adds its constructor of functions."""
+
+    utils.yaml = SimpleNamespace(**vars(yaml) | {"CLoader": Loader, "FullLoader": Loader})
+    sandbox = SandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
+    sandbox.filters |= utils.env.filters
+    utils.env = sandbox
+
+
+def members(tasks: list[Any]) -> Iterator[str]:
+    """Names of a group's tasks, also of those in groups inside it."""
+    for member in tasks:
+        task = member.get("task") if isinstance(member, dict) else member
+        if isinstance(task, list):
+            yield from members(task)
+        elif isinstance(task, str):
+            yield task
+
+
+def refuse(column: str, file: str | Path, task: Mapping[str, Any], force: Sequence[str]) -> None:
+    """Refuse a task file outside the harness that can run code, unless the user overrides the finding.
+
+    Args:
+        column: the benchmark's column.
+        file: the task file.
+        task: its content, read without importing what it names.
+        force: names of findings to override.
+
+    Raises:
+        UserError: the file can run code.
+    """
+    from lm_eval import tasks
+
+    if Path(file).resolve().is_relative_to(Path(tasks.__file__).parent):
+        return
+    for key, value in leaves(task):
+        name = re.sub(r"^(task\.\d+\.)+", "", key)  # a group's own version of a task
+        is_plain = isinstance(value, str | int | float | None)
+        if not (is_plain and is_listed(name, value, _PLAIN, _PATTERNS)):
+            shown = value if is_plain else f"!function {getattr(value, 'value', value)}"
+            problem = f"may run foreign code: {key}: {shown} is not on the list of what is harmless"
+            finding = Finding("error", TASK_CODE, column, problem, READ_IT, paths.shown(Path(file)))
+            if finding.name not in force:
+                raise UserError(str(finding))

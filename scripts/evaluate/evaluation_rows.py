@@ -1,0 +1,281 @@
+"""Find and read the evaluation rows of a run."""
+
+import hashlib
+import os
+from contextlib import chdir
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from ..base.errors import UserError
+from ..base.files import Row, digest, json_rows, read_rows, sha256, write_rows
+from ..base.hub import importing_axolotl
+from ..base.paths import similar_paths
+from ..base.progress import say
+from ..base.yamlfiles import Config
+from ..check.rows import content_of, fields_of, names_of
+from ..config import datafiles
+from ..data import manifest, studies
+from ..data.manifest import is_the_studys
+from ..run.rundir import RunDir
+from ..training.run_record import Run
+from .scores_file import RowsState, taken
+
+# File in a run folder: rows that only Axolotl can load, each with its data set. The first evaluation writes it.
+KEPT = "evaluation-rows.jsonl"
+WITHOUT_ANSWERS = ("rl", "reward_model", "process_reward_model", "pretraining_dataset")
+"""Config keys of trainings whose rows have no answers."""
+_ELSEWHERE = "name a file of evaluation rows with --data"
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """Source of evaluation rows.
+
+    Attributes:
+        data: file of the rows, or a description.
+        keys: data sets in the config that hold the rows; for --data, the one in whose format the user's file is read.
+        file: JSONL file with all rows; None for other sources.
+        held_out: True for rows that val_set_size held out of the training data.
+    """
+
+    data: str
+    keys: list[str]
+    file: Path | None = None
+    held_out: bool = False
+
+
+@dataclass(frozen=True)
+class EvaluationRows:
+    """Rows of a source, or a part of them.
+
+    Attributes:
+        sha256: hash of all rows of the source.
+        keys: data set of each row, such as `datasets.0`.
+        positions: position of each row in the source.
+        files: states of the files with the rows.
+    """
+
+    data: str
+    sha256: str
+    rows: list[Row]
+    keys: list[str]
+    positions: list[int]
+    files: list[RowsState]
+
+    @property
+    def groups(self) -> set[str]:
+        """Names of the rows' groups."""
+        return {str(row.get("group")) for row in self.rows}
+
+    def part(self, limit: int | None) -> "EvaluationRows":
+        """The rows that a limit takes, see `taken`."""
+        positions = taken(len(self.rows), limit)
+        rows, keys = [self.rows[i] for i in positions], [self.keys[i] for i in positions]
+        return replace(self, rows=rows, keys=keys, positions=positions)
+
+
+NONE = EvaluationRows(
+    "no rows", hashlib.sha256().hexdigest(), [], [], [], []
+)  # for runs without rows that have answers
+
+
+def named(file: Path, cfg: Config, folder: Path) -> RowSource:
+    """Source for a user's file.
+
+    If a data set in the config has the same path, the file is read in the format of that data set; otherwise in the
+    format of the first data set. Evaluation data sets are searched before training data sets.
+    """
+    path = file.resolve()
+    entries = dict(datafiles.datasets(cfg, "test_datasets", "datasets"))
+    same = (key for key, entry in entries.items() if Path(folder, str(entry.get("path"))).resolve() == path)
+    return RowSource(str(path), [next(same, next(iter(entries), "datasets.0"))], file)
+
+
+def usual(run: Run, cfg: Config) -> RowSource | None:
+    """Default evaluation rows of a run; None if it has none.
+
+    For a study's prepared data, the default is the study's test set. For all other data, test_datasets and val_set_size
+    in the config have priority over a test.jsonl beside the training data.
+    """
+    folder = Path(run.cwd)
+    of_study = studies.of(run.origin)
+    name = run.test_data or datafiles.test_file(cfg, folder)
+    beside = Path(folder, name) if name else None
+    if beside and (test_entry(beside) or any(studies.preparing(str(name)))):
+        scored_on = beside.with_name(f"{of_study.data.test_set}.jsonl") if of_study else beside
+        beside = scored_on if scored_on.is_file() else beside
+    elif configured := _configured(cfg, folder):
+        return configured
+    return RowSource(str(beside.resolve()), ["datasets.0"], beside) if beside else None
+
+
+def validation(run: Run, cfg: Config) -> RowSource | None:
+    """Validation rows of a run; None if it has only test rows, or no rows."""
+    folder = Path(run.cwd)
+    files = (Path(folder, str(entry.get("path"))) for _, entry in datafiles.datasets(cfg, "test_datasets"))
+    is_test = any(file.is_file() and _set_of(test_entry(file), sha256(file)) for file in files)
+    return None if is_test else _configured(cfg, folder)
+
+
+def _configured(cfg: Config, folder: Path) -> RowSource | None:
+    """Rows of test_datasets, or rows that val_set_size held out of the training data."""
+    if tests := dict(datafiles.datasets(cfg, "test_datasets")):
+        [entry, *more] = tests.values()
+        file = None if more or datafiles.first_rows(entry) else jsonl(entry, folder)
+        return RowSource(str(file.resolve()) if file else _in_words(tests, folder), [*tests], file)
+    if cfg.get("val_set_size"):
+        trained = dict(datafiles.datasets(cfg, "datasets"))
+        words = f"val_set_size {cfg['val_set_size']} of {_in_words(trained, folder)}"
+        return RowSource(words, [*trained], held_out=True)
+    return None
+
+
+def test_entry(file: Path) -> dict[str, Any]:
+    """Return the entry of the test split from the manifest beside a data file."""
+    return manifest.entries(file.parent).get("test", {})
+
+
+def test_set(file: Path, digest: str) -> str | None:
+    """Name of the study's test set that is identical to a file by hash, or None."""
+    test = test_entry(file)
+    return _set_of(test, digest) if is_the_studys(test) else None
+
+
+def _set_of(test: dict[str, Any], digest: str) -> str | None:
+    """Name of the test set with this hash in a manifest's test entry; None without a match."""
+    sets = {"test": test} | test.get("subsets", {})
+    return next((name for name, entry in sets.items() if entry.get("sha256") == digest), None)
+
+
+def require_reference(folder: RunDir, cfg: Config, source: RowSource | None) -> RowSource:
+    """Return the source if its rows have answers to compare predictions with.
+
+    Raises:
+        UserError: the rows have no answers, or the source is None.
+    """
+    key = next((key for key in WITHOUT_ANSWERS if cfg.get(key)), "")
+    for of_dataset, entry in datafiles.datasets(cfg):
+        if str(entry.get("type")).startswith("completion") and (source is None or of_dataset in source.keys):
+            key = f"{of_dataset}.type"
+    if key:
+        raise UserError(
+            f"{folder.path}: rows for {key} have no answers to compare predictions with; `recipe results` shows the "
+            "eval loss if the recipe has test_datasets or val_set_size"
+        )
+    if source is None:
+        raise UserError(
+            f"{folder.path}: no evaluation rows: its config has neither test_datasets nor val_set_size, and its "
+            f"training data has no test.jsonl beside it; {_ELSEWHERE}, and give the recipe test_datasets for the next "
+            "run"
+        )
+    return source
+
+
+def read(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> EvaluationRows:
+    """Read the rows of a source.
+
+    Local JSONL files are read directly. Axolotl loads the rows if val_set_size held them out, or if a data set is not
+    a local JSONL file.
+
+    Raises:
+        UserError: the rows cannot be read, or there are no rows.
+    """
+    entries = dict(datafiles.datasets(cfg))
+    if source.file:
+        kind = fields_of(entries.get(source.keys[0], {}))
+        fields = (kind.reference,) if kind and kind.reference else ()
+        hint = "; `recipe data prepare --study STUDY` writes test.jsonl" if source == usual(run, cfg) else ""
+        pairs = [(source.keys[0], row) for row in read_rows(source.file, fields, hint)]
+        states = [RowsState.of_rows(source.file, None)]
+        sha256_of_rows = states[0].sha256
+    else:
+        files = {key: file for key in source.keys if (file := jsonl(entries[key], Path(run.cwd)))}
+        if source.held_out or len(files) < len(source.keys):
+            pairs = _loaded(source, folder, run, cfg)
+            states = [RowsState.of_rows(folder.path / KEPT, None)]
+        else:
+            firsts = {key: datafiles.first_rows(entries[key]) for key in files}
+            pairs = [(key, row) for key, file in files.items() for row in read_rows(file, ())[: firsts[key]]]
+            states = [RowsState.of_rows(file, firsts[key]) for key, file in files.items()]
+        sha256_of_rows = digest(pairs)
+    if not pairs:
+        raise UserError(f"{source.data}: no rows; {_ELSEWHERE}")
+    rows, keys = [row for _, row in pairs], [key for key, _ in pairs]
+    return EvaluationRows(source.data, sha256_of_rows, rows, keys, taken(len(pairs), None), states)
+
+
+def jsonl(entry: Config, folder: Path) -> Path | None:
+    """JSONL file of a data set; None if Axolotl must load the rows."""
+    file = Path(folder, str(entry.get("path")))
+    parts = any(entry.get(key) for key in ("shards", "weight", "preprocess_shards", "name", "ds_type"))
+    whole = entry.get("split") in (None, "train") or datafiles.first_rows(entry) is not None
+    return file if file.suffix == ".jsonl" and file.is_file() and whole and not parts else None
+
+
+def _in_words(entries: dict[str, Config], folder: Path) -> str:
+    """Describe data sets by name, subset and split, without local folders."""
+    named = []
+    for entry in entries.values():
+        path = str(entry.get("path"))
+        taken = [f"{key} {entry[key]}" for key in ("name", "data_files", "split") if entry.get(key)]
+        named.append(", ".join([Path(path).name if Path(folder, path).exists() else path, *taken]))
+    return " and ".join(named)
+
+
+def _loaded(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> list[tuple[str, Row]]:
+    """Load the rows of a source with Axolotl; return each row with its data set."""
+    kept = folder.path / KEPT
+    if kept.is_file():
+        with kept.open("rb") as lines:
+            return [(line["dataset"], line["row"]) for line in json_rows(lines, kept, ("dataset",))]
+    if source.held_out and (path := run.changed_data):
+        raise UserError(
+            f"{path}: missing or changed since training; val_set_size needs it unchanged; restore the file, or "
+            f"{_ELSEWHERE}"
+        )
+    say(f"loading {source.data}")  # no progress bar: its thread can deadlock with forked processes
+    if run.rehearsal:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    with importing_axolotl(offline=run.rehearsal), chdir(run.cwd):
+        for key, entry in datafiles.datasets(cfg):
+            for file in datafiles.local_files(entry) if key in source.keys else ():
+                if not file.is_file():
+                    raise UserError(f"{key}.path: {file.absolute()} does not exist{similar_paths(file)}")
+        from ..training.tokens import Tokenizer
+
+        tokenizer = Tokenizer(cfg)
+        if source.held_out:
+            pairs = tokenizer.held_out()
+        else:
+            pairs = [(key, row) for key in source.keys for row in tokenizer.load(key)]
+    # default=str for dates and bytes, which JSON lacks; such fields hold no training text
+    write_rows(kept, orjson.loads(orjson.dumps([{"dataset": key, "row": row} for key, row in pairs], default=str)))
+    return _loaded(source, folder, run, cfg)
+
+
+def trained_positions(test: EvaluationRows, run: Run, cfg: Config) -> list[int] | None:
+    """Positions of evaluated rows that are also training rows, by the fields that their type reads.
+
+    None if unknown: val_set_size holds rows out of the training data, a training data set is not one local JSONL file,
+    or a file has changed since training.
+    """
+    entries = dict(datafiles.datasets(cfg))
+    if cfg.get("val_set_size") or run.changed_data:
+        return None
+    trained: set[int] = set()
+    for _, entry in datafiles.datasets(cfg, "datasets"):
+        file = jsonl(entry, Path(run.cwd))
+        if file is None:
+            return None
+        with file.open("rb") as lines:
+            rows = islice(json_rows(lines, file, ()), datafiles.first_rows(entry))
+            trained |= {hash(content_of(row, names_of(entry))) for row in rows}
+    return [
+        position
+        for position, key, row in zip(test.positions, test.keys, test.rows, strict=True)
+        if hash(content_of(row, names_of(entries[key]))) in trained
+    ]

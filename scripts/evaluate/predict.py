@@ -1,0 +1,272 @@
+"""Generate predictions, row by row, so that an interrupted evaluation can continue.
+
+An engine other than the reference first answers a sample of the rows, and these answers are compared with those
+of the reference engine. Different engines add numbers in different orders. Occasionally this swaps two tokens of nearly
+equal probability, and the answers differ from there on. With a wrong adapter or prompt, most answers differ early.
+"""
+
+import os
+from collections.abc import Container, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import orjson
+
+from ..base.errors import UserError, WorkFailed
+from ..base.files import Row, digest, naming, opened, parse_json, read_bytes, replacing
+from ..base.progress import Bar, say
+from ..base.yamlfiles import Config
+from ..config import gpus
+from ..data.studies import Decoding
+from .evaluation_rows import EvaluationRows
+from .scores_file import REFERENCE, SERVER, VLLM, Agreement, Completion, Engine, EvaluationSettings, Prediction
+
+if TYPE_CHECKING:
+    from .prompter import Prompter  # imports torch and Axolotl, which `require` does not need
+
+KNOWN = {"batch_tokens", "agreement"}  # settings that are known only after an engine has started
+COMPARED = 32  # number of rows to compare; they are evenly spaced, to cover all kinds of rows
+
+
+def as_row(position: int, row: Row, reference: str) -> Row:
+    """Row of predictions.jsonl without its prediction."""
+    # user data can have other types in these fields; type() also rejects bool, which isinstance accepts as int
+    known = {"idx": (int, str), "lang": (str,), "group": (int, str)}
+    kept = {key: row[key] for key, kinds in known.items() if type(row.get(key)) in kinds}
+    return {"row": position} | kept | {"reference": reference}
+
+
+def require(settings: EvaluationSettings, server: str | None, on_gpu: bool) -> None:
+    """Raise UserError for an unavailable engine, before any slow step.
+
+    Args:
+        settings: engine and model.
+        server: server address, for engine `SERVER`.
+        on_gpu: True if the evaluation runs on a GPU.
+
+    Raises:
+        UserError: the engine is not installed, is unreachable, lacks the model, or cannot serve the adapter.
+    """
+    if settings.engine == VLLM:
+        from . import vllm
+
+        vllm.require(settings, on_gpu)
+    if settings.engine == SERVER:
+        from .server import at
+
+        at(str(server)).require_model(settings.model)
+
+
+def started(
+    prompter: "Prompter", prompts: Sequence[list[int]], server: str | None, part: Path
+) -> AbstractContextManager[Engine]:
+    """Start the engine named in the prompter's settings, for a `with` block.
+
+    Args:
+        prompter: prompter of the run.
+        prompts: all prompts.
+        server: server address, for engine `SERVER`.
+        part: file of the predictions; vLLM's log is written beside it.
+
+    Raises:
+        UserError: the engine cannot serve the base model, or the address is invalid.
+        WorkFailed: the engine does not start.
+    """
+    settings = prompter.settings
+    if settings.engine == VLLM:
+        from . import vllm
+
+        return vllm.started(prompter, prompts, part)
+    if settings.engine == SERVER:
+        from .server import AT_ONCE, Server, at
+
+        at_once = settings.batch_size or AT_ONCE
+        return nullcontext(Server(prompter, at(str(server)), str(settings.model), at_once))
+    with Bar("loading the model"):
+        from .reference import Reference
+
+        return nullcontext(Reference(prompter))
+
+
+def predict(
+    settings: EvaluationSettings,
+    test: EvaluationRows,
+    cfg: Config,
+    tokenizer: Path,
+    part: Path,
+    server: str | None = None,
+    rehearsal: bool = False,
+) -> tuple[list[Row], EvaluationSettings]:
+    """Generate predictions of test rows.
+
+    vLLM's answers are first compared with the reference engine's. A server's answers are compared if this machine has a
+    GPU, or in a rehearsal, which needs no GPU.
+
+    Args:
+        settings: model, engine and decoding.
+        test: test rows.
+        cfg: the run's config.
+        tokenizer: folder of the training tokenizer.
+        part: file of the predictions; a later call continues from it.
+        server: server address, for engine `SERVER`.
+        rehearsal: True for a rehearsal.
+
+    Returns:
+        Predictions, and the settings, including those that only the running engine knows (`KNOWN`).
+
+    Raises:
+        UserError: see `resume`, `Prompter.examples` and `started`.
+        WorkFailed: the engine cannot continue.
+    """
+    rows, positions = test.rows, test.positions
+    on_gpu = not rehearsal and bool(gpus.here())
+    require(settings, server, on_gpu)
+    done, settings = resume(part, settings, positions)
+    if len(done) < len(rows):
+        if rehearsal:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        with Bar("tokenizing the prompts"):
+            from .prompter import Prompter
+
+            prompter = Prompter(settings, cfg, tokenizer)
+            examples = prompter.examples(rows, test.keys, positions)
+        prompts = [example.prompt for example in examples]
+        # a server's model can change between calls, so its answers are compared again
+        compared_again = settings.engine == SERVER and (on_gpu or rehearsal)
+        compares = compared_again or (settings.engine == VLLM and settings.agreement is None)
+        expected = answers_of_reference(prompter, sampled(prompts)) if compares else []
+        with started(prompter, prompts, server, part) as engine:
+            found = agreement(expected, engine, sampled(prompts)) if compares else settings.agreement
+            settings = settings.model_copy(update={"batch_tokens": engine.settings.batch_tokens, "agreement": found})
+            asked = [
+                as_row(position, row, example.reference)
+                for position, row, example in zip(positions, rows, examples, strict=True)
+            ]
+            _generate(engine, prompts, asked, prompter.ends, done, part, settings_line(settings))
+    return [done[i] for i in range(len(rows))], settings
+
+
+def settings_line(settings: EvaluationSettings) -> bytes:
+    """Line with the settings in `KNOWN`, for the predictions that follow it in the file."""
+    return orjson.dumps(settings.model_dump(include=KNOWN)) + b"\n"
+
+
+def part_file(folder: Path, settings: EvaluationSettings) -> Path:
+    """File of predictions during an evaluation, named after the settings that change its predictions."""
+    identity = settings.identity() | settings.model_dump(include={"engine", "model"})
+    if settings.engine == REFERENCE and settings.decoding.do_sample:  # otherwise batches change only rounding
+        identity |= settings.model_dump(include={"rows", "batch_size"})
+    return folder / f"predictions.{digest(identity)[:12]}.part.jsonl"
+
+
+def resume(
+    part: Path, settings: EvaluationSettings, positions: Sequence[int]
+) -> tuple[dict[int, Row], EvaluationSettings]:
+    """Read an interrupted evaluation, or start a new file.
+
+    Args:
+        part: file of the predictions.
+        settings: model, engine and decoding.
+        positions: positions of the requested rows in their source.
+
+    Returns:
+        Predictions by place in `positions`, and the settings, including those that only the file knows.
+
+    Raises:
+        UserError: the file has predictions of more rows.
+    """
+    done: dict[int, Row] = {}
+    for line in read_bytes(part).split(b"\n") if part.is_file() else ():
+        with suppress(ValueError):  # skips lines truncated by a killed process or a power failure
+            row = parse_json(line)
+            if isinstance(row, dict) and "agreement" in row:
+                known = {key: row.get(key) for key in KNOWN}
+                settings = EvaluationSettings.model_validate(settings.model_dump() | known)
+            else:
+                Prediction.model_validate(row)
+                done[row["row"]] = row
+    if done.keys() - set(positions):
+        raise UserError(f"{part}: has predictions of more rows; repeat the command that made them, or delete the file")
+    with replacing(part) as stream:
+        stream.write(settings_line(settings))
+        stream.writelines(orjson.dumps(row) + b"\n" for row in done.values())
+    return {place: done[position] for place, position in enumerate(positions) if position in done}, settings
+
+
+def discard(part: Path, settings: EvaluationSettings, positions: Sequence[int]) -> None:
+    """Delete the file of a complete evaluation, which a killed process left, unless it has more rows."""
+    if part.is_file():
+        with suppress(UserError):
+            resume(part, settings, positions)
+            part.unlink()
+
+
+def _generate(
+    engine: Engine,
+    prompts: Sequence[list[int]],
+    asked: Sequence[Row],
+    ends: Container[int],
+    done: dict[int, Row],
+    part: Path,
+    first: bytes,
+) -> None:
+    """Generate missing predictions; add them to `done` and to the file `part`.
+
+    The line `first` is written to `part` before the predictions. A prediction is marked as cut if it reaches the limit
+    of new tokens and does not end with a token in `ends`.
+    """
+    most = engine.settings.decoding.max_new_tokens
+    with Bar("evaluating", len(asked), len(done)) as bar, naming(part), opened(part, "ab") as stream:
+        stream.write(first)
+        try:
+            for answers in engine.generate(prompts, done):
+                made = {i: asked[i] | {"prediction": answer.text} for i, answer in answers.items()}
+                for i, answer in answers.items():
+                    if len(answer.tokens) >= most and answer.tokens[-1] not in ends:
+                        made[i]["cut"] = True
+                stream.write(b"".join(orjson.dumps(row) + b"\n" for row in made.values()))
+                stream.flush()
+                done |= made
+                bar.update(len(done))
+        except WorkFailed as error:
+            kept = f"\n{len(done):,} of {len(asked):,} rows are kept; repeat the command to continue"
+            raise WorkFailed(f"{error}{kept if done else ''}") from None
+
+
+def sampled(prompts: Sequence[list[int]]) -> list[list[int]]:
+    """Prompts of the compared rows."""
+    return [prompts[i] for i in sorted({i * len(prompts) // COMPARED for i in range(COMPARED)})]
+
+
+def answers_of_reference(prompter: "Prompter", prompts: Sequence[list[int]]) -> list[Completion]:
+    """Greedy answers of the reference engine; its memory is freed afterwards."""
+    from .reference import Reference
+
+    reference = Reference(prompter)
+    answers = _greedily(reference, prompts, "the reference answers")
+    reference.free()
+    return answers
+
+
+def agreement(expected: Sequence[Completion], engine: Engine, prompts: Sequence[list[int]]) -> Agreement:
+    """Compare an engine's greedy answers with those of the reference engine; log the result."""
+    name = engine.settings.engine
+    answers = _greedily(engine, prompts, f"{name} answers")
+    equal = sum(own.text == other.text for own, other in zip(expected, answers, strict=True))
+    found = Agreement(rows=len(answers), equal=equal)
+    say(f"{name}: {found}")
+    return found
+
+
+def _greedily(engine: Engine, prompts: Sequence[list[int]], doing: str) -> list[Completion]:
+    usual = engine.settings
+    greedy = Decoding(max_new_tokens=usual.decoding.max_new_tokens)
+    engine.settings = usual.model_copy(update={"decoding": greedy})
+    done: dict[int, Completion] = {}
+    with Bar(doing, len(prompts)) as bar:
+        for answers in engine.generate(prompts, done):
+            done |= answers
+            bar.update(len(done))
+    engine.settings = usual
+    return [done[i] for i in range(len(prompts))]

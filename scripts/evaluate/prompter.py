@@ -1,0 +1,213 @@
+"""Evaluation prompts, identical to the prompts in training."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import torch
+from axolotl.loaders import ModelLoader
+from axolotl.utils.dict import DictDefault
+from transformers import AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+
+from ..base.errors import UserError, WorkFailed
+from ..base.files import Row, json_rows
+from ..base.yamlfiles import Config
+from ..check.rows import fields_of
+from ..config import datafiles
+from ..training.eval_loss import MASKED
+from ..training.tokens import as_trained, require_one_each, taught_ends, tokenize
+from .scores_file import EvaluationSettings
+
+LOSS_ON_ANSWERS = {  # overrides keys of chat data sets that can put loss on more than the answers
+    "roles_to_train": ["assistant"],
+    "train_on_eos": "turn",
+    "message_field_training": None,
+    "message_field_training_detail": None,
+}
+
+
+@dataclass
+class Example:
+    """Prompt (as tokens) and expected answer of a test row."""
+
+    prompt: list[int]
+    reference: str
+
+
+class Prompter:
+    """Writer of prompts for a run.
+
+    Args:
+        settings: base model, and maximum number of tokens in an answer.
+        cfg: the run's config.
+        tokenizer: folder of the training tokenizer, with the run's special tokens.
+    """
+
+    def __init__(self, settings: EvaluationSettings, cfg: Config, tokenizer: Path):
+        self.settings = settings
+        self.cfg = cfg
+        self.revision = cfg.get("revision_of_model", "main")
+        # never None: transformers would ask on the terminal whether to trust the model's code
+        self.remote_code = bool(cfg.get("trust_remote_code"))
+        self.tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer, padding_side="left", trust_remote_code=self.remote_code
+        )
+        try:
+            self.trained = as_trained(cfg | {"base_model": settings.base_model})
+            self.trained.torch_dtype = getattr(torch, settings.dtype)
+            self._loader = ModelLoader(self.trained, self.tokenizer, inference=True)
+        except (OSError, WorkFailed):  # the hub lacks the model or does not respond
+            raise
+        except Exception as error:  # plugins and validators can raise anything
+            raise UserError(f"{settings.data}: Axolotl refuses the run's config: {error}") from None
+        self.config = self._loader.model_config
+
+    @cached_property
+    def quantization(self) -> BitsAndBytesConfig | None:
+        """Quantization of the base model in training; None without quantization."""
+        if not self.settings.quantized:
+            return None
+        self._loader._set_quantization_config()
+        return self._loader.model_kwargs["quantization_config"]
+
+    @cached_property
+    def ends(self) -> set[int]:
+        """Tokens that end an answer: from training, and from the base model's config."""
+        try:
+            own = GenerationConfig.from_pretrained(self.settings.base_model, revision=self.revision).eos_token_id
+        except OSError:  # the model has no generation config
+            own = GenerationConfig.from_model_config(self.config).eos_token_id
+        return {*taught_ends(self.cfg, self.tokenizer), *(own if isinstance(own, list) else [own])} - {None}
+
+    def examples(self, rows: Sequence[Row], keys: Sequence[str] = (), positions: Sequence[int] = ()) -> list[Example]:
+        """Prompt and reference of each row, written by Axolotl's code as in training.
+
+        Here Axolotl marks only the tokens of answers for loss, even if training marked more. The answer is the last
+        sequence of tokens with loss; in a chat this is the assistant's last turn. All tokens before the answer are the
+        prompt. The reference is the answer field of the row, or the decoded answer if the data set type has no such
+        field. A prompt that leaves no room for an answer in the model's context is truncated: at its end if Axolotl
+        tokenizes prompt and answer separately, otherwise at its beginning. If a chat's prompt and answer share a token,
+        like `:The` in Llama 3, the prompt is tokenized with another answer.
+
+        Args:
+            rows: fields by name.
+            keys: data set in the config that defines the format of each row; by default the first data set.
+            positions: position of each row in its source, for messages.
+
+        Raises:
+            UserError: Axolotl cannot tokenize the rows, a row has no prompt or no answer, or the context is too short.
+        """
+        keys = keys or ["datasets.0"] * len(rows)
+        examples: dict[int, Example] = {}
+        for key in dict.fromkeys(keys):
+            numbers = [number for number, of_row in enumerate(keys) if of_row == key]
+            examples |= zip(numbers, self._of_dataset(key, [rows[number] for number in numbers]), strict=True)
+        in_order = [examples[number] for number in range(len(rows))]
+        for position, example in zip(positions or range(len(rows)), in_order, strict=True):
+            answered = example.reference.strip()  # without an answer, the end of the prompt is unknown
+            if not (answered and example.prompt):
+                raise UserError(
+                    f"{self.settings.data}: row {position + 1} has no {'prompt' if answered else 'answer'}; use --data "
+                    "with a copy that has no such rows"
+                )
+        return in_order
+
+    def _of_dataset(self, key: str, rows: Sequence[Row]) -> list[Example]:
+        """Examples of one data set; a missing answer or prompt is empty."""
+        section, _, position = key.partition(".")
+        longest = self.config.get_text_config().max_position_embeddings - self.settings.decoding.max_new_tokens
+        if longest < 1:
+            raise UserError("--max-new-tokens: leaves no room for a prompt in the model's context; give fewer tokens")
+        data = self.settings.data
+        cfg = DictDefault({**self.trained, "train_on_inputs": False})  # DictDefault's | would keep existing values
+        dataset = DictDefault({**cfg[section][int(position)], **LOSS_ON_ANSWERS})
+        tokenized = tokenize(data, cfg, dataset, self.tokenizer, rows, longest)
+        require_one_each(data, dataset, rows, tokenized)
+        fields, is_chat = fields_of(dataset), dataset.get("type") == "chat_template"
+        examples, shared = [], {}
+        for number, (row, tokens) in enumerate(zip(rows, tokenized, strict=True)):
+            start, end = answer_of(tokens.labels)
+            reference = row.get(fields.reference) if fields and fields.reference else None
+            if reference is None:
+                reference = str(self.tokenizer.decode(tokens.ids[start:end], skip_special_tokens=True)).strip()
+            if fields and is_chat and row.get(fields.lists[0]):
+                (messages,), (_, content) = fields.lists, fields.items
+                *turns, last = row[messages]
+                first = str(self.tokenizer.decode(tokens.ids[start : start + 1])).strip()
+                if (answer := str(last.get(content) or "").strip()) and not answer.startswith(first):
+                    shared[number] = row | {messages: [*turns, last | {content: NEUTRAL}]}
+                    reference = answer if reference.endswith(answer) else reference
+            examples.append(Example(tokens.ids[:start][-longest:], reference if start < end else ""))
+        alone = tokenize(data, cfg, dataset, self.tokenizer, [*shared.values()], longest) if shared else ()
+        for number, tokens in zip(shared, alone, strict=True):
+            examples[number].prompt = tokens.ids[: answer_of(tokens.labels)[0]][-longest:]
+        return examples
+
+
+NEUTRAL = "0"  # tokenizers separate a digit from the text before it
+
+
+def answer_of(labels: Sequence[int]) -> tuple[int, int]:
+    """Start and end of the last sequence of tokens with loss; (0, 0) if no token has loss."""
+    end = next((i for i in range(len(labels), 0, -1) if labels[i - 1] != MASKED), 0)
+    start = next((i for i in range(end, 0, -1) if labels[i - 1] == MASKED), 0)
+    return start, end
+
+
+ANSWER = "An answer."
+
+
+def as_code(cfg: Config, tokenizer: Path, known: dict[str, str]) -> str | None:
+    """Python code that sets `inputs` to the tokens of a training prompt.
+
+    The prompt is the one that Axolotl writes for a row whose fields are {placeholders}. Returns None if tokenizing the
+    prompt's text gives tokens that differ from Axolotl's, if the data set type is unknown, or if there is no tokenizer.
+
+    Args:
+        cfg: the run's config.
+        tokenizer: folder of the training tokenizer.
+        known: texts for some fields; all other fields stay placeholders.
+    """
+    dataset = next((dataset for _, dataset in datafiles.datasets(cfg, "datasets")), {})
+    row = _placeholders(dataset)
+    if not row:
+        return None
+    cfg, dataset = DictDefault(cfg | {"train_on_inputs": False}), DictDefault(dataset | LOSS_ON_ANSWERS)
+    row |= {name: text for name, text in known.items() if name in row}
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+        (tokens,) = tokenize("its prompt", cfg, dataset, loaded, [row], 2**20)
+    except (OSError, ValueError, UserError):
+        return None
+    ids = tokens.ids[: answer_of(tokens.labels)[0]]
+    begun = len(loaded("")["input_ids"])  # number of special tokens before every text, such as BOS
+    text = str(loaded.decode(ids[begun:], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    if loaded(text)["input_ids"] != list(ids):
+        return None
+    lines = "".join(f"    {json.dumps(line, ensure_ascii=False)}\n" for line in text.splitlines(keepends=True))
+    call = 'inputs = tokenizer(prompt, return_tensors="pt")'
+    return f"# replace each name in braces with a text\nprompt = (\n{lines})\n{call}"
+
+
+def _placeholders(dataset: Config) -> Row:
+    """Row with {placeholders} in the fields that form the prompt; empty for an unknown data set type.
+
+    Optional fields are present if the first row of the data has them, because they can change the prompt's wording.
+    """
+    fields = fields_of(dataset)
+    if fields and dataset.get("type") == "chat_template":
+        (messages,), (role, content) = fields.lists, fields.items
+        user, assistant = ((dataset.get("roles") or {}).get(role, [role])[0] for role in ("user", "assistant"))
+        turns = ((user, "{question}"), (assistant, ANSWER))
+        return {messages: [{role: name, content: text} for name, text in turns]}
+    if not fields or not fields.reference or not fields.texts:
+        return {}
+    first: Row = {}
+    for file in datafiles.jsonl_files(dataset)[:1]:
+        with file.open("rb") as lines:
+            first = next(islice(json_rows(lines, file, ()), 1), {})
+    named = [name for name in (*fields.texts, *fields.optional) if not first or first.get(name)]
+    return {name: f"{{{name}}}" for name in named} | {fields.reference: ANSWER}

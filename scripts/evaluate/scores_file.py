@@ -1,0 +1,379 @@
+"""Files of an evaluation: its rows, predictions.jsonl and scores.json."""
+
+import hashlib
+from collections.abc import Container, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from heapq import nsmallest
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+import orjson
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter
+
+from ..base.errors import UserError
+from ..base.files import Row, digest, parse_json, parts_of, read_bytes, read_rows, replacing, sha256
+from ..base.progress import say_once
+from ..data.studies import Decoding
+from ..metrics import registry
+from ..metrics.metric import Column
+from ..metrics.registry import Benchmark
+from ..training.run_record import FileState, Run
+
+PREDICTIONS = "predictions.jsonl"
+SCORES = "scores.json"
+ADAPTER = "adapter_model.safetensors"
+LOCK = ".evaluation.lock"
+BASE = "none"  # value of --adapter for the base model without an adapter
+REFERENCE, VLLM, SERVER = "transformers", "vllm", "server"
+# Settings that describe the engine.
+ORIGIN = ("batch_tokens", "engine", "model", "agreement")
+
+
+class Agreement(BaseModel):
+    """Agreement of an engine with the reference engine.
+
+    Attributes:
+        rows: number of compared rows.
+        equal: number of rows with equal answers.
+    """
+
+    rows: int
+    equal: int
+
+    def __str__(self) -> str:
+        return f"{self.equal} of {self.rows} answers equal the reference's"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Answer of a model, as stripped text without special tokens, and as tokens without padding."""
+
+    text: str
+    tokens: list[int]
+
+
+def taken(total: int, limit: int | None) -> list[int]:
+    """Positions that a limit takes from some rows, ascending.
+
+    Their order is pseudo-random and fixed: a larger limit takes the rows of a smaller one, and further rows.
+    """
+    if limit is None or limit >= total:
+        return [*range(total)]
+    return sorted(nsmallest(limit, range(total), key=_rank))
+
+
+def _rank(position: int) -> bytes:
+    return hashlib.sha256(f"qlora-recipes {position}".encode()).digest()
+
+
+class RowsState(FileState):
+    """State of a file with evaluated rows.
+
+    Attributes:
+        path: absolute path.
+        first: number of rows from the start of the file that belong to the data; None for all.
+        rows_sha256: hash of these rows.
+    """
+
+    path: str
+    first: int | None
+    rows_sha256: str
+
+    @classmethod
+    def of_rows(cls, file: Path, first: int | None) -> "RowsState":
+        """State of a file, of which all or the first rows belong to the data."""
+        return cls(path=str(file.resolve()), first=first, rows_sha256=_digest(file, first), **vars(FileState.of(file)))
+
+    @property
+    def changed(self) -> bool:
+        """True if the file has other rows now."""
+        return self.differs(Path(self.path)) and _digest(Path(self.path), self.first) != self.rows_sha256
+
+
+def _digest(file: Path, first: int | None) -> str:
+    """Hash of a JSONL file's rows; empty if they are not JSON."""
+    try:
+        return digest(read_rows(file, ())[:first])
+    except UserError:
+        return ""
+
+
+class EvaluationSettings(BaseModel):
+    """Settings of predictions, without package versions.
+
+    Attributes:
+        data: file of the rows, or a description of several sources.
+        data_sha256: hash of the file, or of the rows.
+        rows: number of evaluated rows; 0 without predictions.
+        total_rows: number of rows in the data.
+        limit: maximum number of rows, if it left out rows of the data or of a benchmark.
+        test_set: name of the study's test set with this content (`test` is the complete test set); None for other rows.
+        batch_size: maximum number of rows in a batch; None lets the engine choose.
+        batch_tokens: maximum number of tokens in a batch of the reference engine, set by free memory; None for other
+            engines, and where `reference.FIXED` applies.
+        built_with: further config keys that change predictions, with their values; see `evaluate.BUILT_WITH`.
+        engine: `REFERENCE` (in this process), `VLLM` (a server started for the evaluation) or `SERVER` (a server
+            started by a user).
+        model: name of the model on the server.
+        agreement: agreement with the reference engine; None without a comparison.
+    """
+
+    base_model: str
+    adapter: str
+    adapter_sha256: str | None
+    data: str
+    data_sha256: str
+    test_set: str | None = None
+    rows: int
+    total_rows: int
+    limit: int | None = None
+    decoding: Decoding
+    batch_size: int | None
+    batch_tokens: int | None = None
+    quantized: bool
+    built_with: dict[str, Any]
+    dtype: str
+    engine: str = REFERENCE
+    model: str | None = None
+    agreement: Agreement | None = None
+
+    @property
+    def data_name(self) -> str:
+        """File name, or description, of the rows."""
+        return Path(self.data).name if Path(self.data).is_absolute() else self.data
+
+    @property
+    def rows_in_words(self) -> str:
+        return f"{self.rows:,} of {self.total_rows:,} rows" if self.rows < self.total_rows else f"{self.rows:,} rows"
+
+    @property
+    def note(self) -> str | None:
+        """Note on the engine; None for the reference engine."""
+        if self.engine == REFERENCE:
+            return None
+        name = f" ({self.model})" if self.model else ""
+        return f"generated by {self.engine}{name}: {self.agreement or 'not compared with the reference'}"
+
+    def stands_for(self, other: "EvaluationSettings") -> bool:
+        """True if these predictions can serve where `other` is requested.
+
+        Predictions of the reference or of the requested engine always qualify. Those of another engine qualify if they
+        were decoded greedily, and at least half of the compared answers equalled the reference engine's.
+        """
+        if self.engine == REFERENCE or (self.engine, self.model) == (other.engine, other.model):
+            return True
+        found = self.agreement
+        return found is not None and 2 * found.equal >= found.rows and not self.decoding.do_sample
+
+    def identity(self) -> dict[str, Any]:
+        """Settings that determine a prediction, except the engine.
+
+        Batches and engines change predictions only by rounding, see `stands_for`.
+        """
+        others = {"adapter", "data", "rows", "total_rows", "limit", "test_set", "batch_size", *ORIGIN}
+        return self.model_dump(exclude=others)
+
+    def folder(self, run: Path) -> Path:
+        """Folder for an evaluation with these settings, if they are not the default, in a run folder."""
+        return run / "evaluations" / digest(self.identity())[:12]
+
+
+class Engine(Protocol):
+    """Loaded model of a run, ready to answer.
+
+    Attributes:
+        settings: decoding and other settings, read at each call of `generate`.
+    """
+
+    settings: EvaluationSettings
+
+    def generate(self, prompts: Sequence[list[int]], done: Container[int]) -> Iterator[dict[int, Completion]]:
+        """Generate missing answers, in groups.
+
+        Args:
+            prompts: tokens of the prompts of all rows.
+            done: positions in `prompts` that have an answer.
+
+        Yields:
+            Answers by position in `prompts`.
+
+        Raises:
+            WorkFailed: generation cannot continue; yielded answers are kept.
+        """
+
+
+class Evaluation(BaseModel):
+    """Content of scores.json; see `score.score` for the scores.
+
+    Attributes:
+        version: version of the scoring code, see `score.VERSION`; scores of another version are computed again.
+        files: states of the files `adapter` and `predictions`; an entry is absent if there is no such file.
+        data: states of the files with the rows.
+        also_trained: positions of evaluated rows that are also training rows; None if unknown.
+    """
+
+    made: str
+    rehearsal: bool
+    scores: Annotated[dict[str, Any], AfterValidator(registry.valid)]
+    version: int
+    settings: EvaluationSettings
+    files: dict[str, FileState]
+    data: list[RowsState]
+    also_trained: list[int] | None = None
+
+    @cached_property
+    def columns(self) -> dict[str, Column]:
+        """Scored metrics by name."""
+        return registry.recorded(self.scores)
+
+    def benchmark(self, column: Column) -> Benchmark | None:
+        """Benchmark behind a column's score; None for other metrics."""
+        record = self.scores.get(f"{column.name}_benchmark")
+        return Benchmark.model_validate(record) if record else None
+
+
+class Prediction(BaseModel, strict=True, extra="allow"):
+    """Schema of a row in predictions.jsonl; fields that are not listed here are scores."""
+
+    __pydantic_extra__: dict[str, Annotated[float, Field(ge=-1e6, le=1e6)] | None] = Field(init=False)
+    row: int
+    idx: int | str | None = None
+    lang: str | None = None
+    group: int | str | None = None
+    reference: str
+    prediction: str
+    exact: bool | None = None
+    cut: bool | None = None
+
+
+_PREDICTIONS = TypeAdapter(list[Prediction])
+
+
+def read_scores(folder: Path) -> Evaluation | None:
+    """Read a folder's scores.json; None if missing or damaged. Damage is logged."""
+    try:
+        return Evaluation.model_validate(parse_json(read_bytes(folder / SCORES)))
+    except FileNotFoundError:
+        return None
+    except (OSError, TypeError, ValueError):
+        return _damaged(folder / SCORES, None)
+
+
+def read_predictions(folder: Path) -> list[Row]:
+    """Read a folder's predictions; empty if missing or damaged. Damage is logged."""
+    try:
+        rows = list(map(parse_json, read_bytes(folder / PREDICTIONS).splitlines()))
+        _PREDICTIONS.validate_python(rows)
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError):
+        return _damaged(folder / PREDICTIONS, [])
+    return rows
+
+
+def _damaged[T](file: Path, instead: T) -> T:
+    say_once(f"{file}: damaged; recreate it with `recipe evaluate`")
+    return instead
+
+
+def write(folder: Path, evaluation: Evaluation, rows: Sequence[Row]) -> None:
+    """Write predictions and scores together; add the state of the predictions to the evaluation."""
+    content = b"".join(orjson.dumps(row) + b"\n" for row in rows)
+    with replacing(folder / SCORES) as scores, replacing(folder / PREDICTIONS) as predictions:
+        predictions.write(content)
+        predictions.flush()
+        evaluation.files["predictions"] = FileState.of(Path(predictions.name), hashlib.sha256(content).hexdigest())
+        scores.write(evaluation.model_dump_json(indent=1).encode() + b"\n")
+        scores.flush()  # before the predictions move into place, so that `finish_write` finds all of it
+
+
+def finish_write(folder: Path) -> None:
+    """Move scores into place whose predictions a killed process has moved; callers hold the folder's lock."""
+    for part in parts_of(folder / SCORES):
+        with suppress(OSError, ValueError):
+            evaluation = Evaluation.model_validate(parse_json(read_bytes(part)))
+            if evaluation.files["predictions"].sha256 == sha256(folder / PREDICTIONS):
+                part.replace(folder / SCORES)
+
+
+# Kind of change since an evaluation: `edited` if only the predictions differ, else `stale`.
+Changed = Literal["stale", "edited"]
+
+
+def changed(folder: Path, evaluation: Evaluation | None, run: Run | None = None) -> Changed | None:
+    """Kind of change since an evaluation; None if nothing has changed or there is no evaluation.
+
+    A file is hashed only if its size or modification time differs. A new time alone is no change.
+
+    Args:
+        folder: folder of the evaluation.
+        evaluation: content of scores.json.
+        run: the run, if the run's adapter was evaluated.
+    """
+    if evaluation is None:
+        return None
+    if run and run.adapter and evaluation.settings.adapter_sha256 != run.adapter.sha256:
+        return "stale"
+    own = folder / "output"  # even in a moved run folder
+    adapter = (own if own.is_dir() else Path(evaluation.settings.adapter)) / ADAPTER
+    files = {"adapter": adapter, "predictions": folder / PREDICTIONS}
+    differing = [name for name, state in evaluation.files.items() if state.differs(files[name])]
+    if "adapter" in differing or any(state.changed for state in evaluation.data):
+        return "stale"
+    return "edited" if differing else None
+
+
+def current(folder: Path, run: Run | None = None) -> Evaluation | None:
+    """Evaluation in a folder; None if files changed, see `changed`."""
+    evaluation = read_scores(folder)
+    return None if changed(folder, evaluation, run) else evaluation
+
+
+def sibling(run: Path, own: Evaluation | None, **changes: Any) -> tuple[Path, Evaluation] | None:
+    """Evaluation of the same rows with other settings, and its folder.
+
+    Returns None if there is no such evaluation, if its files changed, or without a default evaluation.
+
+    Args:
+        run: run folder.
+        own: the run's default evaluation.
+        changes: settings that differ.
+    """
+    if own is None:
+        return None
+    folder = own.settings.model_copy(update=changes).folder(run)
+    other = current(folder)
+    if other is None or (other.settings.rows, other.settings.limit) != (own.settings.rows, own.settings.limit):
+        return None
+    return folder, other
+
+
+def about_rows(evaluation: Evaluation | None) -> str | None:
+    """Scored part of the rows, and scored rows that are also training rows; None if there is nothing to note."""
+    if evaluation is None:
+        return None
+    settings = evaluation.settings
+    notes = [settings.rows_in_words] if 0 < settings.rows < settings.total_rows else []
+    for column in evaluation.columns.values():
+        benchmark = evaluation.benchmark(column)
+        if benchmark and benchmark.rows < benchmark.total_rows:
+            notes.append(f"{column.name}: {benchmark.rows:,} of {benchmark.total_rows:,} rows")
+    if evaluation.also_trained:
+        notes.append(f"{len(evaluation.also_trained):,} also in the training data")
+    return "; ".join(notes) or None
+
+
+def about_file(file: Path) -> str | None:
+    """Notes of `about_rows` on a run's file of predictions; None for other files."""
+    return about_rows(read_scores(file.parent)) if file.name == PREDICTIONS else None
+
+
+def notes(evaluation: Evaluation, predictions: Sequence[Row]) -> list[str]:
+    """Notes on the engine, on the scored rows, and on answers that were cut."""
+    found = [note for note in (evaluation.settings.note, about_rows(evaluation)) if note]
+    if cut := sum(bool(row.get("cut")) for row in predictions):
+        most = evaluation.settings.decoding.max_new_tokens
+        found.append(f"{cut} of {len(predictions)} answers were cut at {most} new tokens; raise --max-new-tokens")
+    return found

@@ -1,0 +1,195 @@
+"""vLLM as an engine: a server for one evaluation, in a separate environment."""
+
+import asyncio
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..base import paths
+from ..base.errors import UserError, WorkFailed
+from ..base.files import Row, embedding_rows, naming, opened, read_json
+from ..base.machine import start_child
+from ..base.progress import Bar
+from .scores_file import ADAPTER, EvaluationSettings
+
+if TYPE_CHECKING:
+    from .prompter import Prompter  # imports torch and Axolotl, which `require` does not need
+    from .server import Api, Server
+
+ENVIRONMENT = paths.LOCK.with_name(".vllm")  # `make vllm` installs vLLM there
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
+AT_ONCE = 128  # number of simultaneous requests; vLLM decides how many run together
+TIMEOUT = 1800  # seconds for the start: vLLM reads a large model from disk, and compiles it on a GPU
+PRIVATE = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_COLOR": "0"}
+"""Environment variables for vLLM: no usage statistics, plain log."""
+ON_CPU = {
+    "VLLM_CPU_KVCACHE_SPACE": "4",  # GiB of keys and values
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+}
+_ENDS = "embed|lm_head"  # embedding and head can share a tensor; merging LoRA into either changes both
+_PLAIN = (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
+
+
+def require(settings: EvaluationSettings, on_gpu: bool) -> None:
+    """Raise UserError if vLLM cannot run here or cannot serve the adapter.
+
+    Args:
+        settings: settings with the adapter.
+        on_gpu: True for an evaluation on a GPU.
+
+    Raises:
+        UserError: vLLM is not installed, is installed for another kind of machine, or cannot serve the adapter.
+    """
+    if not (ENVIRONMENT / "bin" / "python").exists() or not list(ENVIRONMENT.glob(".*.lock")):
+        raise UserError(
+            f"--engine vllm: vLLM is not installed in {ENVIRONMENT}; run `make vllm` in a checkout of this project, or "
+            "start a vLLM server yourself, and name its address with --engine"
+        )
+    if on_gpu == for_cpu():
+        raise UserError(
+            f"--engine vllm: {ENVIRONMENT} has vLLM for another kind of processor; run `make vllm "
+            f"VLLM_LOCK={_lock(on_gpu)}`"
+        )
+    if settings.adapter_sha256 and (reason := _unservable(Path(settings.adapter))):
+        raise UserError(f"--engine vllm: cannot serve {settings.adapter}, {reason}; leave --engine out")
+
+
+def _lock(on_gpu: bool) -> str:
+    return f"requirements-vllm{'' if on_gpu else '-cpu'}.lock"
+
+
+def for_cpu() -> bool:
+    """True if the installed vLLM is the build for CPUs."""
+    return (ENVIRONMENT / f".{_lock(on_gpu=False)}").exists()
+
+
+def _unservable(adapter: Path) -> str | None:
+    """Reason why vLLM cannot serve an adapter; None if it can."""
+    config = read_json(adapter / "adapter_config.json")
+    targets = config.get("target_modules")
+    reasons = {
+        "whose weights are decomposed (DoRA)": config.get("use_dora"),
+        "which holds complete layers (modules_to_save)": config.get("modules_to_save"),
+        "which holds embeddings of single tokens": config.get("trainable_token_indices"),
+        "which holds an embedding for added tokens": embedding_rows(adapter / ADAPTER),
+        "which is not a LoRA adapter": config.get("peft_type") != "LORA",
+        "which has biases": config.get("bias", "none") != "none" or config.get("lora_bias"),
+        "which changes the base model's weights": config.get("init_lora_weights", True) not in _PLAIN,
+        "whose LoRA is on an embedding or head, which can be tied": for_cpu() and re.search(_ENDS, str(targets)),
+        f"of rank {config.get('r')}": not 1 <= _rank(config) <= RANKS[-1],
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _rank(config: Row) -> int:
+    """Highest rank in an adapter's config; 0 without a rank."""
+    return max([config.get("r") or 0, *(config.get("rank_pattern") or {}).values()])
+
+
+@contextmanager
+def started(prompter: "Prompter", prompts: Sequence[list[int]], part: Path) -> Iterator["Server"]:
+    """Start vLLM with a run's base model and adapter, for a `with` block.
+
+    Args:
+        prompter: prompter of the run.
+        prompts: all prompts.
+        part: file of the predictions; vllm.log is written beside it.
+
+    Raises:
+        UserError: training added tokens that the base model lacks.
+        WorkFailed: vLLM does not start.
+    """
+    from .reference import weights_folder
+    from .server import Api, Server
+
+    settings = prompter.settings
+    if len(prompter.tokenizer) > prompter.config.get_text_config().vocab_size:
+        raise UserError("--engine vllm: cannot serve a base model with tokens added in training; leave --engine out")
+    longest = max(map(len, prompts)) + settings.decoding.max_new_tokens
+    port, key, log = _free_port(), secrets.token_hex(16), part.with_name("vllm.log")
+    environment = os.environ | PRIVATE | (ON_CPU if for_cpu() else {}) | {"VLLM_API_KEY": key}
+    model = str(weights_folder(prompter)) if settings.quantized else settings.base_model
+    with naming(log), opened(log, "wb") as stream:
+        command = _command(prompter, model, longest, port)
+        server = start_child(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+    try:
+        api = Api(f"http://127.0.0.1:{port}/v1/", key, timeout=None)
+        with Bar("starting vLLM"):
+            asyncio.run(_wait(api, server))
+        name = "adapter" if settings.adapter_sha256 else "base"
+        yield Server(prompter, api, name, settings.batch_size or AT_ONCE)
+    except WorkFailed as error:
+        ended = "" if server.poll() is None else f"; vLLM has ended with code {server.returncode}"
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise WorkFailed(f"{tail}\n{error}{ended}; complete log: {log}") from error
+    finally:
+        _end(server)
+
+
+def _command(prompter: "Prompter", model: str, longest: int, port: int) -> list[str]:
+    """Command of a server for the models `base` and, if there is an adapter, `adapter`."""
+    settings = prompter.settings
+    words = [
+        *(str(ENVIRONMENT / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"),
+        *("--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"),
+        *("--model", model, "--tokenizer", str(prompter.tokenizer.name_or_path), "--served-model-name", "base"),
+        *("--dtype", settings.dtype, "--seed", str(settings.decoding.seed), "--max-model-len", str(longest)),
+        *("--generation-config", "vllm"),  # the model's generation config would change the decoding
+    ]
+    if model == settings.base_model:
+        words += ["--revision", prompter.revision]
+        if overrides := settings.built_with.get("overrides_of_model_config"):
+            words += ["--hf-overrides", json.dumps(overrides)]
+    if for_cpu():
+        words.append("--enforce-eager")  # compilation takes longer than it saves
+    else:  # limit vLLM to free memory, because this process uses the GPU too
+        import torch
+
+        free, total = torch.cuda.mem_get_info()
+        words += ["--gpu-memory-utilization", f"{0.95 * free / total:.3f}"]
+    if settings.adapter_sha256:
+        rank = _rank(read_json(Path(settings.adapter) / "adapter_config.json"))
+        room = next(room for room in RANKS if room >= rank)
+        words += ["--enable-lora", "--max-lora-rank", str(room), "--lora-modules", f"adapter={settings.adapter}"]
+    return words
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+async def _wait(api: "Api", server: "subprocess.Popen[bytes]") -> None:
+    """Wait until the server lists its models, which means that it is ready."""
+    import openai
+
+    deadline = time.monotonic() + TIMEOUT
+    while server.poll() is None and time.monotonic() < deadline:
+        with suppress(openai.APIError, TimeoutError):
+            await api.models()
+            return
+        await asyncio.sleep(0.5)
+    raise WorkFailed(f"vLLM ended, or was not ready within {TIMEOUT} s")
+
+
+def _end(server: "subprocess.Popen[bytes]") -> None:
+    """Stop a server and its processes."""
+    server.terminate()
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(10)
+    finally:  # even if the wait is interrupted
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()

@@ -1,0 +1,290 @@
+"""`recipe plan`: parameters, memory and work of a config, and which GPUs suffice."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+
+from ..base.errors import UserError
+from ..base.yamlfiles import Config
+from ..check import check
+from ..config import datafiles
+from ..config.compose import Composed, Request, compose
+from ..config.finding import Finding, override_errors, refuse
+from ..config.gpus import ENGINE_KEYS, Gpu, engine_of, offloads
+from ..config.merging import merge
+from . import steps, work
+from .planner import CONTEXT, GIB, USABLE, Planner, needed_per_gpu, per_gpu, planner_of, required_gib
+from .traces import Counts, Usage
+from .work import Work
+
+SIZES = (8, 12, 16, 24, 40, 48, 80)
+"""GPU memory sizes in GB, for a plan without a requested GPU."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A micro batch: number of rows, tokens per row, and required bytes."""
+
+    rows: int
+    tokens: int
+    needed: float
+
+
+@dataclass(frozen=True)
+class PeakMemory(Usage):
+    """Bytes at the peak of a step.
+
+    Attributes:
+        paged: optimizer state that can leave the GPU; the other attributes exclude it.
+        context: memory of the CUDA context.
+        needed: sum of `reserved` and `context`.
+    """
+
+    paged: int
+    context: float
+    needed: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A GPU, and whether a config can train on it.
+
+    Attributes:
+        usable: bytes usable by torch.
+        fits: true if memory suffices and the GPU lacks nothing.
+        free: bytes left free.
+        lacks: keys of the settings for which `recipe check` says that the GPU lacks a feature.
+    """
+
+    gpu: str
+    usable: float
+    fits: bool
+    free: float
+    lacks: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> str:
+        """`fits` as text, with the keys in `lacks`."""
+        if self.lacks:
+            return f"no: {', '.join(self.lacks)}"
+        return "yes" if self.fits else "no"
+
+
+@dataclass(frozen=True)
+class PlannedChange:
+    """Settings to change in addition to all previous changes, and the bytes that each GPU then needs."""
+
+    set: Config
+    effect: str
+    needed: float
+    fits: bool
+
+
+@dataclass
+class Plan:
+    """Parameters, memory and work of a config.
+
+    Attributes:
+        adapter: qlora, lora, or None for full fine-tuning.
+        parameters: parameter counts by kind of layer.
+        gpus: the requested GPU, or one GPU for each of `SIZES`.
+        changes: changes for a config that does not fit the requested GPU, mildest first.
+        per_gpu: bytes on each of several GPUs, by engine.
+        notes: limits of the figures.
+    """
+
+    model: str
+    adapter: str | None
+    micro_batch: MicroBatch
+    parameters: Counts
+    frozen: int
+    trainable: int
+    trainable_share: float
+    memory: PeakMemory
+    gpus: list[Fit]
+    per_gpu: dict[str, float]
+    notes: list[str]
+    changes: list[PlannedChange] = field(default_factory=list)
+    work: Work | None = None
+
+
+def of_request(
+    request: Request,
+    gpu: Gpu | None = None,
+    vram: float | None = None,
+    data: bool = False,
+) -> Plan:
+    """Plan a request: parameters, memory and work.
+
+    Args:
+        gpu: the GPU to plan for.
+        vram: GPU memory in GiB; replaces the memory of `gpu`.
+        data: tokenize all training data to count tokens.
+
+    Raises:
+        UserError: the config has an error that prevents a plan, or planning does not support it.
+    """
+    composed = composed_for(request, gpu)
+    found = work.counted(composed, request.force) if data else work.published(composed)
+    planned, planner = plan(composed.config, gpu, vram, request.gpus)
+    findings = [finding for finding in check.examine(composed, gpu).findings if finding.scope in ("gpu", "code")]
+    override_errors(findings, request.force)
+    lacks = tuple(finding.key for finding in findings if (finding.rule, finding.level) == ("gpu-lacks", "error"))
+    planned.gpus = [replace(fit, fits=fit.fits and not lacks, lacks=lacks) for fit in planned.gpus]
+    planned.notes += [f"{finding.name}: {finding.problem}; {finding.remedy}".rstrip("; ") for finding in findings]
+    planned.work = work.work(composed, planner, gpu, request.gpus, found)
+    return planned
+
+
+def composed_for(request: Request, gpu: Gpu | None = None) -> Composed:
+    """Config of a request, composed for a GPU if one is given.
+
+    Raises:
+        UserError: the config has an error that prevents a plan, names a missing file, or has a secret that the output
+            would reveal.
+    """
+    composed = compose(request, gpu)
+    findings = check.examine(composed, gpus=request.gpus).findings
+    refuse([finding for finding in findings if finding.scope in ("step", "file") or finding.rule == "secret"])
+    return composed
+
+
+def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus: int = 1) -> tuple[Plan, Planner]:
+    """Plan a config: parameters, memory of a full micro batch, and sufficient GPUs.
+
+    Raises:
+        UserError: planning does not support the config.
+    """
+    planner, notes = planner_of(config, gpu)
+    memory = planner.memory
+    engines = per_gpu(planner, gpus)
+    if gpus > 1:
+        notes.append(f"fits: computed with the memory per GPU under {engine_of(config)}")
+    if memory.paged:  # bitsandbytes allocates paged state in CUDA's unified memory (cudaMallocManaged)
+        notes.append(
+            f"{memory.paged / GIB:.2f} GiB of paged optimizer state moves to main memory when the GPU is full; the "
+            "required memory excludes it"
+        )
+    needed = needed_per_gpu(planner, config, gpus)
+    size = vram or (gpu and gpu.memory)
+    targets = [
+        Gpu(gpu.name if gpu and size else f"{gib:g} GB", planner.step.capability or (0, 0), gib)
+        for gib in ([size] if size else SIZES)
+    ]
+    fits = []
+    for target in targets:
+        usable = usable_gib(target) * GIB
+        free = usable - needed
+        fits.append(Fit(target.name, usable, free >= 0, free))
+    frozen, trainable = memory.total("frozen"), memory.total("trainable")
+    planned = Plan(
+        model=config["base_model"],
+        adapter=planner.step.adapter,
+        micro_batch=MicroBatch(planner.rows, planner.length, planner.required),
+        parameters=memory.parameters,
+        frozen=frozen,
+        trainable=trainable,
+        trainable_share=trainable / (frozen + trainable),
+        memory=PeakMemory(**asdict(memory.usage), paged=memory.paged, context=CONTEXT, needed=planner.required),
+        gpus=fits,
+        per_gpu=engines,
+        notes=notes,
+    )
+    if size and not fits[0].fits:
+        planned.changes += _changes(config, planner, targets[0], gpus)
+    return planned, planner
+
+
+def _changes(config: Config, planner: Planner, gpu: Gpu, gpus: int) -> Iterator[PlannedChange]:
+    """Cumulative changes until a step fits on each of the GPUs, mildest first."""
+    step, usable = planner.step, usable_gib(gpu) * GIB
+    optimizer = str(config.get("optimizer") or steps.OPTIMIZER)
+    paged = "paged_adamw_8bit" if "8bit" in optimizer else "paged_adamw_32bit"
+    candidates: list[tuple[Config, str, bool]] = [
+        ({"gradient_checkpointing": True}, "the same gradients, a third more time", not step.checkpointing),
+        (
+            {"chunked_cross_entropy": True},
+            "the same loss, computed on an eighth of the tokens at a time",
+            gpu.capability >= (8, 0) and not any(map(config.get, steps.LOSSES)),  # Triton requires capability 8.0
+        ),
+        (
+            {"optimizer": paged},
+            "the same steps; optimizer state leaves the GPU when the GPU is full",
+            optimizer in steps.OPTIMIZERS and "paged" not in optimizer and not config.get("fsdp_config"),
+        ),
+        (
+            {
+                "micro_batch_size": 1,
+                # a run divides it among the GPUs, as it divided the config's
+                "gradient_accumulation_steps": max(int(datafiles.effective_batch(config)), planner.rows) * gpus,
+                "batch_size": None,
+            },
+            "the same rows per step, one at a time",
+            planner.rows > 1,
+        ),
+        # DoRA needs weight norms, which a traced 4-bit layer lacks
+        (_with_qlora(config), "a base model in 4 bits", step.adapter != "qlora" and not config.get("peft_use_dora")),
+        *(({"sequence_len": planner.length // part}, "longer rows are lost", True) for part in (2, 4)),
+    ]
+    changed = config
+    for settings, effect, applies in candidates:
+        if not applies:
+            continue
+        settings = {key: value for key, value in settings.items() if value is not None or key in config}
+        changed = merge(changed, settings)
+        needed = needed_per_gpu(planner_of(changed, gpu)[0], changed, gpus)
+        yield PlannedChange(settings, effect, needed, needed <= usable)
+        if needed <= usable:
+            break
+
+
+def _with_qlora(config: Config) -> Config:
+    """Settings that switch a config to QLoRA, by default on all linear layers."""
+    settings: Config = {"adapter": "qlora", "load_in_4bit": True}
+    if not (config.get("lora_target_modules") or config.get("lora_target_linear")):
+        settings["lora_target_linear"] = True
+    return settings | ({} if config.get("lora_r") else {"lora_r": 16, "lora_alpha": 32})
+
+
+def usable_gib(gpu: Gpu) -> float:
+    """GiB of a GPU usable by torch; 0 for an unknown size."""
+    return (gpu.memory or 0) * USABLE
+
+
+def add_to(report: check.Report, gpu: Gpu | None, gpus: int | None = None, anew: bool = False) -> None:
+    """Add a finding on GPU memory to a report, unless the report has an error.
+
+    A rehearsal uses no GPU and gets no finding.
+
+    Args:
+        report: the report of the check.
+        gpu: the GPU, or None.
+        gpus: number of GPUs; None if unknown.
+        anew: make a plan if none is cached, which takes seconds.
+    """
+    composed = report.composed
+    if composed and gpu and not composed.rehearsal and not report.count("error"):
+        report.add(check.placed(_findings(composed.config, gpu, gpus, anew), composed))
+
+
+def _findings(content: Config, gpu: Gpu, gpus: int | None, anew: bool) -> list[Finding]:
+    """Finding for a config that needs too much memory, or whose memory is unknown."""
+    if not gpu.memory:
+        return []
+    needed, key, unplanned = None, "micro_batch_size", "run `recipe plan`"
+    if gpus is None and any(content.get(key) for key in ENGINE_KEYS):
+        unplanned = f"{engine_of(content)} needs the number of GPUs; run `recipe plan --gpus N`"
+    elif offloads(content) or any((content.get(key) or 1) > 1 for key in steps.SPLIT):
+        unplanned = "plans do not support offloading to main memory, nor this way of splitting the model"
+    else:
+        try:
+            needed = required_gib(content, gpu, anew, gpus or 1)
+        except UserError as error:
+            key, unplanned = "base_model", str(error)
+    if needed is None:
+        return [Finding("note", "not-checked", key, f"memory not planned: {unplanned}")]
+    usable = usable_gib(gpu)
+    if needed <= usable:
+        return []
+    each = f" on each of {gpus} GPUs under {engine_of(content)}" if (gpus or 1) > 1 else ""
+    problem = f"a full batch needs {needed:.1f} GiB{each}; {usable:.1f} GiB of {gpu} are usable"
+    return [Finding("error", "too-big", "micro_batch_size", problem, "`recipe plan --gpu` lists changes that help")]

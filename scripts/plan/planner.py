@@ -1,0 +1,242 @@
+"""Shipped or cached memory of a training step, and memory of a config on each GPU.
+
+Reading a shipped or cached step does not import torch.
+"""
+
+import hashlib
+import logging
+from collections import Counter
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from importlib.metadata import version
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import orjson
+
+from ..base import paths
+from ..base.errors import UserError
+from ..base.files import read_json, write_atomically
+from ..base.yamlfiles import Config
+from ..config import models
+from ..config.gpus import Gpu, engine_of
+from ..config.numerics import attention, precision
+from . import steps, traces
+from .steps import Step
+from .traces import Counts, Shape, Usage, rounded
+
+VERSION = 3
+"""Version of the shipped and cached figures; raise it when the computation changes."""
+SHIPPED = Path(__file__).with_name("plans.json")
+"""Memory of the shipped recipes' steps, by `Planner.key`; tools/plans.py writes it."""
+GIB = 2**30
+CONTEXT = 0.14 * GIB
+"""Memory of the CUDA context: 133 to 147 MiB in fitcheck's published runs on a T4 (process minus allocator)."""
+ROUND = 64
+"""Planned lengths are multiples of this number of tokens, Axolotl's default padding."""
+USABLE = 14.5 / 16
+"""Usable share of GPU memory.
+Of 16 GB, torch finds 14.56 GiB on a T4 (ECC takes the rest) and 15.56 GiB on a Quadro RTX 5000. A display, allocator
+losses and the driver need room too."""
+
+
+@cache
+def packages() -> dict[str, str]:
+    """Versions of the packages that build models, tokenize rows and train, without a build's tag such as +cu126."""
+    names = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes", "accelerate", "axolotl")
+    return {name: version(name).partition("+")[0] for name in names}
+
+
+@cache
+def shipped() -> dict[str, Any]:
+    """Shipped figures by key; empty for a damaged file."""
+    return read_json(SHIPPED).get("plans", {})
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of a step in bytes, and counts from the trace.
+
+    Attributes:
+        usage: memory peaks of the step.
+        paged: optimizer state that can leave the GPU.
+        parameters, sizes: see `MemoryTrace`.
+    """
+
+    usage: Usage
+    paged: int
+    parameters: Counts
+    sizes: dict[str, int]
+
+    def total(self, kind: str) -> int:
+        """Number of `frozen` or `trainable` parameters."""
+        return sum(count[kind] for count in self.parameters.values())
+
+
+@dataclass
+class Planner:
+    """Memory planner of one step.
+
+    Attributes:
+        step: the step.
+        rows: rows per micro batch.
+        length: maximum number of tokens per row.
+    """
+
+    step: Step
+    rows: int
+    length: int
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the model input that Axolotl makes, with the length rounded up."""
+        if self.step.flat:
+            return 1, rounded(self.rows * self.length, ROUND)
+        return self.rows, rounded(self.length, ROUND)
+
+    @property
+    def key(self) -> str:
+        """Hash of the step, its shape, package versions and `VERSION`."""
+        depends = [VERSION, packages(), asdict(self.step), self.shape]
+        content = orjson.dumps(depends, default=str, option=orjson.OPT_SORT_KEYS)
+        return hashlib.sha256(content).hexdigest()[:24]
+
+    @property
+    def file(self) -> Path:
+        """Cache file."""
+        return paths.cache() / "plans" / f"{self.key}.json"
+
+    @cached_property
+    def stored(self) -> Memory | None:
+        """Memory from a shipped or an earlier plan, or None."""
+        with suppress(KeyError, TypeError):  # missing or damaged file
+            content = shipped().get(self.key) or read_json(self.file)
+            return Memory(**content | {"usage": Usage(**content["usage"])})
+        return None
+
+    @cached_property
+    def memory(self) -> Memory:
+        """Memory of the step, from a shipped plan, the cache or a new trace.
+
+        Raises:
+            UserError: the step cannot be traced.
+        """
+        if self.stored:
+            return self.stored
+        memory = self.traced()
+        with suppress(OSError):
+            write_atomically(self.file, orjson.dumps(asdict(memory)).decode())
+        return memory
+
+    @property
+    def required(self) -> float:
+        """Required bytes: peak reserved memory plus the CUDA context."""
+        return self.memory.usage.reserved + CONTEXT
+
+    def traced(self) -> Memory:
+        """Memory of the step, from a new trace.
+
+        Raises:
+            UserError: the step cannot be traced.
+        """
+        from ..base.hub import importing_axolotl
+
+        with importing_axolotl():
+            from .memory import trace
+
+            logging.disable(logging.CRITICAL)  # otherwise torch logs a traceback
+            try:
+                traced = trace(self.step, self.shape)
+            except Exception as error:  # the trace runs model code, which can raise anything
+                problem = shorten(f"{type(error).__name__}: {error}", 200)
+                raise UserError(f"this model and adapter cannot be planned: {problem}") from None
+        return Memory(traces.usage(traced), traced.paged, traced.parameters, traced.sizes)
+
+
+def planner_of(config: Config, gpu: Gpu | None, download: bool = True) -> tuple[Planner, list[str]]:
+    """Planner of a config's step, and notes on settings that it does not trace.
+
+    Args:
+        config: the config.
+        gpu: the GPU; None selects the oldest GPU generation that supports the config.
+        download: allow fetching the model's config.json from the hub.
+    """
+    capability = gpu.capability if gpu else _least_capability(config)
+    step, notes = steps.step_of(config, models.architecture(config, download), capability)
+    return Planner(step, steps.rows_of(config), steps.length_of(config)), notes
+
+
+def required_gib(config: Config, gpu: Gpu | None = None, anew: bool = False, gpus: int = 1) -> float | None:
+    """GiB that a config needs on each GPU; None if no plan is shipped or cached.
+
+    Args:
+        config: the config.
+        gpu: see `planner_of`.
+        anew: make a plan if none is shipped or cached.
+        gpus: number of GPUs.
+
+    Raises:
+        UserError: planning does not support the config.
+    """
+    planner, _ = planner_of(config, gpu, download=anew)
+    if not planner.stored and not anew:
+        return None
+    return needed_per_gpu(planner, config, gpus) / GIB
+
+
+def needed_per_gpu(planner: Planner, config: Config, gpus: int) -> float:
+    """Bytes that a config needs on each of its GPUs, under its engine."""
+    return per_gpu(planner, gpus).get(engine_of(config), planner.required)
+
+
+def _least_capability(config: Config) -> tuple[int, int]:
+    """Lowest compute capability for a config: Turing, or Ampere for bf16 and FlashAttention."""
+    newer = precision(config, on_gpu=True).weights == "bfloat16" or attention(config) == "flash_attention_2"
+    return (8, 0) if newer else (7, 5)
+
+
+def per_gpu(planner: Planner, gpus: int) -> dict[str, float]:
+    """Required bytes on each of several GPUs, by engine, derived from one GPU's peak.
+
+    DDP keeps a second copy of the gradients in buckets.
+
+    DeepSpeed's ZeRO (arXiv 1910.02054) holds trained weights and gradients in 16 bits, or without mixed precision in
+    fp32. The optimizer gets large partitions of a copy in fp32, so that bitsandbytes keeps no state in fp32, neither
+    for embeddings nor for small tensors. Stage 1 shards this copy and the state, stage 2 also the gradients, stage 3
+    also all weights.
+
+    FSDP shards everything. Axolotl's fsdp2_prepare_model keeps the dtype of trained weights, and Adam's state has the
+    same dtype; bitsandbytes' optimizers do not work. Under QLoRA, embeddings and head are in fp32
+    (should_convert_embedding_dtypes in axolotl/loaders/model.py).
+
+    Stage 3 and FSDP gather one layer or embedding at a time. No engine shards activations and logits. The estimate
+    ignores all other buffers of the engines.
+    """
+    if gpus == 1:
+        return {}
+    step, held = planner.step, Counter(planner.memory.usage.parts)
+    trained, embeddings = planner.memory.total("trainable"), held["embeddings and head"]
+    optimizer: float = held["optimizer"]
+    weights = held["base weights"] + held["quantization constants"] + embeddings
+    frozen = weights if step.adapter else 0
+    rest = planner.required - weights - held["adapters"] - held["gradients"] - optimizer
+    in_zero = trained * (2 if step.autocast else 4)
+    if "torch" in step.optimizer:
+        optimizer = 8 * trained
+    elif "paged" not in step.optimizer:
+        optimizer = trained * (2 + 2 * 4 / 256)  # two bytes, and an fp32 constant each for 256 of them
+    copies = (4 * trained + optimizer) / gpus
+    loaded = 4 if step.weights == "float32" else 2
+    in_fsdp = {"lora": held["adapters"], "qlora": 4 * trained}.get(str(step.adapter), loaded * trained)
+    upcast = embeddings * (4 / loaded - 1) if step.adapter == "qlora" else 0
+    largest_layer = max((frozen + in_zero) / planner.memory.sizes["layers"], embeddings)
+    gathered = largest_layer * (1 - 1 / gpus)
+    return {
+        "DDP": planner.required + held["gradients"],
+        "ZeRO-1": rest + frozen + 2 * in_zero + copies,
+        "ZeRO-2": rest + frozen + in_zero + in_zero / gpus + copies,
+        "ZeRO-3": rest + (frozen + 2 * in_zero) / gpus + copies + gathered,
+        "FSDP": rest + (frozen + upcast + 4 * in_fsdp) / gpus + gathered,  # weights, gradients, two states
+    }

@@ -1,0 +1,203 @@
+"""Memory-relevant settings of the training step that Axolotl makes from a config."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ..base.errors import UserError
+from ..base.yamlfiles import Config
+from ..config import datafiles
+from ..config.gpus import offloads
+from ..config.numerics import attention, precision, takes_varlen
+
+OPTIMIZER = "adamw_torch_fused"  # Axolotl's default
+OPTIMIZERS = {
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_8bit",
+    "adamw_bnb_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+}
+_TAKE_MORE = ("lora_target_parameters", "unfrozen_parameters", "selective_checkpointing")
+LOSSES = ("cut_cross_entropy", "liger_cross_entropy", "liger_fused_linear_cross_entropy", "chunked_cross_entropy")
+"""Optimized losses; Axolotl accepts only one of them (check_cross_entropy_conflicts)."""
+_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+SPLIT = ("tensor_parallel_size", "context_parallel_size")
+_TAKE_LESS = (
+    *(*LOSSES[:3], "liger_rms_norm", "liger_glu_activation", "activation_offloading", "layer_offloading"),
+    *("peft_layers_to_transform", "peft_layers_pattern", "lora_exclude_modules"),
+    *_KERNELS,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Memory-relevant settings of a training step.
+
+    Attributes:
+        model: content of the model's config.json, as JSON.
+        adapter: qlora, lora, or None for full fine-tuning.
+        weights: dtype of unquantized weights, by torch's name.
+        autocast: autocast dtype of the forward pass, or None.
+        targets: linear layers with LoRA, as in PEFT: their names, a regular expression, or all-linear.
+        saved_modules: modules that are fully trained beside LoRA.
+        dora: also train the magnitude of each output (arXiv 2402.09353).
+        fp32_adapters: adapters of a base in 16 bits are in fp32, as by default in PEFT.
+        double_quantization: quantize the quantization constants.
+        checkpointing: reentrant or non-reentrant recomputation of activations in the backward pass, or None.
+        attention: sdpa, eager or flash_attention_2.
+        padded: a batch has rows of unequal length; attention needs a mask.
+        packed: documents share a row; sdpa and eager attention need a mask.
+        flat: concatenate the rows of a micro batch. Axolotl does this with packed documents for FlashAttention, which
+            keeps them apart without a mask (axolotl/core/trainers/base.py, multipack_real_batches).
+        accumulates: gradients of an earlier micro batch exist.
+        optimizer: optimizer name in Axolotl.
+        chunked_loss: compute the loss on an eighth of the tokens at a time.
+        axolotl: train with transformers' Trainer as Axolotl configures it. False means a plain loop: no autocast, PEFT
+            weights in fp32, and outputs kept until the next step.
+        capability: the lowest compute capability with the same kernels as the GPU; None for a CPU.
+    """
+
+    model: str
+    adapter: str | None = "qlora"
+    weights: str = "float16"
+    autocast: str | None = None
+    rank: int = 32
+    targets: tuple[str, ...] | str = ("q_proj", "k_proj", "v_proj", "o_proj")
+    saved_modules: tuple[str, ...] = ()
+    dora: bool = False
+    fp32_adapters: bool = True
+    dropout: float = 0.0
+    quantization: str = "nf4"
+    double_quantization: bool = True
+    checkpointing: str | None = "non-reentrant"
+    attention: str = "sdpa"
+    padded: bool = False
+    packed: bool = False
+    flat: bool = False
+    accumulates: bool = False
+    optimizer: str = "adamw_torch_fused"
+    chunked_loss: bool = False
+    axolotl: bool = True
+    capability: tuple[int, int] | None = (7, 5)
+
+
+def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int, int]) -> tuple[Step, list[str]]:
+    """Training step that Axolotl makes from a config, and notes on untraced settings.
+
+    Args:
+        config: a config that passes `recipe check`.
+        architecture: content of the model's config.json.
+        capability: the GPU's compute capability.
+
+    Raises:
+        UserError: planning does not support the config.
+    """
+    _refuse_unplannable(config, architecture)
+    adapter = config.get("adapter")
+    notes = []
+    formats = precision(config, on_gpu=True)
+    dtype = formats.weights
+    if not adapter and formats.autocast == "float16":
+        dtype = "float32"
+        notes.append("weights in fp32: the gradient scaler refuses gradients in fp16")
+    optimizer = str(config.get("optimizer") or OPTIMIZER)
+    if optimizer not in OPTIMIZERS:
+        notes.append(f"optimizer {optimizer}: planned as {OPTIMIZER}")
+        optimizer = OPTIMIZER
+    implementation = attention(config) or "sdpa"
+    if implementation not in ("sdpa", "eager", "flash_attention_2"):
+        notes.append(f"{implementation}: planned as flash_attention_2")
+        implementation = "flash_attention_2"
+    notes += _not_traced(config, architecture)
+    rows = rows_of(config)
+    packed = bool(config.get("sample_packing"))
+    pads = rows > 1 or bool(config.get("pad_to_sequence_len"))
+    masks = implementation != "flash_attention_2"
+    slides = implementation == "sdpa" and _has_window(architecture)
+    quantization = config.get("bnb_config_kwargs") or {}
+    reentrant = (config.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant")
+    checkpointing = "reentrant" if reentrant else "non-reentrant"
+    targets = "all-linear" if config.get("lora_target_linear") else config.get("lora_target_modules") or ()
+    return Step(
+        model=json.dumps(architecture, sort_keys=True),
+        adapter=adapter,
+        weights=dtype,
+        autocast=formats.autocast,
+        rank=int(config.get("lora_r") or 8),
+        targets=targets if isinstance(targets, str) else tuple(targets),
+        saved_modules=tuple(config.get("lora_modules_to_save") or ()),
+        dora=bool(config.get("peft_use_dora")),
+        fp32_adapters=config.get("peft_autocast_adapter_dtype") is not False,
+        dropout=float(config.get("lora_dropout") or 0),
+        quantization=quantization.get("bnb_4bit_quant_type", "nf4"),
+        double_quantization=quantization.get("bnb_4bit_use_double_quant", True),
+        checkpointing=checkpointing if config.get("gradient_checkpointing") else None,
+        attention=implementation,
+        padded=(pads or slides) and masks and not packed,
+        packed=packed and masks,
+        flat=packed and not masks,
+        accumulates=datafiles.effective_batch(config) > rows,
+        optimizer=optimizer,
+        chunked_loss=bool(config.get("chunked_cross_entropy")),
+        capability=oldest_alike(capability),
+    ), notes
+
+
+def oldest_alike(capability: tuple[int, int]) -> tuple[int, int]:
+    """Lowest compute capability whose kernels need the same memory: Turing's, Ampere's or Hopper's.
+
+    FlashAttention needs Ampere, and Hopper has a larger workspace; see `cuda_attention` and `memory._workspace`.
+    """
+    if capability < (8, 0):
+        return (7, 5)
+    if capability[0] == 9:
+        return (9, 0)
+    return (8, 0)
+
+
+def _has_window(architecture: dict[str, Any]) -> bool:
+    """True for sliding-window attention; sdpa then needs a mask for long rows."""
+    text = architecture.get("text_config", architecture)
+    return bool(text.get("sliding_window") and text.get("use_sliding_window", True))
+
+
+def _refuse_unplannable(config: Config, architecture: dict[str, Any]) -> None:
+    adapter = config.get("adapter")
+    if adapter not in (None, "lora", "qlora"):
+        raise UserError(f"adapter: {adapter} cannot be planned; plans support lora, qlora or no adapter")
+    if config.get("load_in_8bit") or "quantization_config" in architecture:
+        raise UserError("base_model: an 8-bit or already quantized model cannot be planned")
+    if config.get("rl"):
+        raise UserError("rl: preference training cannot be planned")
+
+
+def _not_traced(config: Config, architecture: dict[str, Any]) -> Iterator[str]:
+    """Notes on untraced settings, and whether training will need less or more memory."""
+    yield from (f"{key}: not traced; training needs less memory" for key in _TAKE_LESS if config.get(key))
+    yield from (f"{key}: not planned; counted as 1" for key in SPLIT if (config.get(key) or 1) > 1)
+    if config.get("adapter") and all(config.get(key) is None for key in _KERNELS):
+        yield "LoRA kernels, which Axolotl turns on by default: not traced; training needs less memory"
+    yield from (f"{key}: not traced; training needs more memory" for key in _TAKE_MORE if config.get(key))
+    if config.get("lora_target_linear") and {"embed_tokens", "lm_head"} & {*(config.get("lora_target_modules") or ())}:
+        yield "lora_target_modules: planned only with the linear layers; training needs more memory"
+    if takes_varlen(config, architecture):
+        yield "varlen_attn: planned as sdpa with a mask over packed rows; training needs less memory"
+    if config.get("gradient_checkpointing") in ("offload", "offload_disk"):
+        yield "gradient_checkpointing: offloading is not traced; training needs less memory"
+    if offloads(config):
+        yield "weights or optimizer state in main memory: not planned; training needs less GPU memory"
+    if int(config.get("eval_batch_size") or 0) > rows_of(config):
+        yield "eval_batch_size: evaluation is not traced; it has more rows than training and may need more memory"
+
+
+def rows_of(config: Config) -> int:
+    """Rows per micro batch."""
+    return int(config.get("micro_batch_size") or 1)
+
+
+def length_of(config: Config) -> int:
+    """Maximum number of tokens per row."""
+    return int(config.get("sequence_len") or 512)  # Axolotl's default (utils/schemas/config.py)

@@ -1,0 +1,176 @@
+"""Figures of a report, for Plotly."""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import batched
+from typing import Any
+
+from ...base.files import Row
+from ...data.studies import Study
+from ...metrics.metric import Column
+from ..sweep_results import LOSS, SweepRow
+from ..verdict import StudyRow
+
+Trace = dict[str, Any]  # Plotly's JSON
+# Palette of Okabe and Ito, safe for colour-blind readers. Dashes and symbols also tell runs apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
+MOST_POINTS = 1000  # maximum number of points in a line; more are indistinguishable and slow to draw
+
+
+@dataclass
+class Figure:
+    """Figure of a report.
+
+    Attributes:
+        key: id in the page.
+        title: title of the figure.
+        traces: Plotly traces.
+        x: Plotly x axis.
+        y: Plotly y axis.
+        note: note for readers.
+        layout: other keys of the Plotly layout.
+    """
+
+    key: str
+    title: str
+    traces: list[Trace]
+    x: Trace
+    y: Trace
+    note: str = ""
+    layout: Trace = field(default_factory=dict)
+
+    def as_json(self) -> Trace:
+        """Figure as JSON for the page."""
+        return {"title": self.title, "traces": self.traces, "layout": {"xaxis": self.x, "yaxis": self.y} | self.layout}
+
+
+def _axis(title: str, **more: Any) -> Trace:
+    return {"title": {"text": title}, **more}
+
+
+def _style(i: int) -> Trace:
+    """Style of lines and points for run number i."""
+    colour = COLOURS[i % len(COLOURS)]
+    turn = i + i // len(COLOURS)
+    return {
+        "line": {"color": colour, "dash": DASHES[turn % len(DASHES)], "width": 2},
+        "marker": {"color": colour, "symbol": SYMBOLS[turn % len(SYMBOLS)], "size": 8},
+    }
+
+
+def _scatter(name: str, mode: str, points: Sequence[tuple[Any, Any]], **more: Any) -> Trace:
+    """Trace of points or lines through (x, y)."""
+    xs, ys = ([point[i] for point in points] for i in (0, 1))
+    return {"type": "scatter", "mode": mode, "name": name, "x": xs, "y": ys, **more}
+
+
+def _points(
+    name: str, rows: Sequence[tuple[float, float, str]], i: int, symbol: str, mode: str = "markers+text", **more: Any
+) -> Trace:
+    """Trace of named points; names are placed alternately above and below their points."""
+    return _scatter(
+        name,
+        mode,
+        [(x, y) for x, y, _ in rows],
+        text=[text for _, _, text in rows],
+        textposition=[("top center", "bottom center")[place % 2] for place in range(len(rows))],
+        cliponaxis=False,
+        marker={"color": COLOURS[i], "symbol": symbol, "size": 11},
+        **more,
+    )
+
+
+def _curve(name: str, metrics: Sequence[Row], key: str, i: int, points: bool = False) -> Trace:
+    """Line of a value by step; many steps are averaged in groups, each drawn at its mean step."""
+    known = [(record["step"], record[key]) for record in metrics if record.get(key) is not None]
+    means = []
+    for group in batched(known, max(-(-len(known) // MOST_POINTS), 1)):
+        steps, values = zip(*group, strict=True)
+        means.append((statistics.mean(steps), float(f"{statistics.mean(values):.6g}")))
+    return _scatter(name, "lines+markers" if points or len(means) < 2 else "lines", means, **_style(i))
+
+
+def training(runs: dict[str, list[Row]]) -> Iterator[Figure]:
+    """Figures of losses, learning rate, load, gradient norm and throughput."""
+    losses = []
+    for i, (name, metrics) in enumerate(runs.items()):
+        losses.append(_curve(f"{name}, training", metrics, "loss", i))
+        per_token = any("eval_loss_per_token" in record for record in metrics)
+        title, key = ("validation", "eval_loss_per_token") if per_token else ("validation, by Axolotl", "eval_loss")
+        losses.append(_curve(f"{name}, {title}", metrics, key, i + len(runs), points=True))
+    note = f"If there are more than {MOST_POINTS:,} steps, each point is the mean of several."
+    step = _axis("optimizer step", rangemode="tozero")
+    yield Figure("loss", "Loss", [curve for curve in losses if curve["x"]], step, _axis("loss"), note)
+    cpu = "Load of the training process; 100 % means one fully used core."
+    speed = "Without padding tokens, evaluation and saving."
+    rate = _axis("learning rate", exponentformat="e", rangemode="tozero")
+    panels = [
+        ("rate", "Learning rate", "learning_rate", rate, ""),  # starts at 0, because a constant rate has no range
+        ("gpu", "GPU utilization", "gpu_utilization", _axis("%", range=[0, 105]), ""),
+        ("cpu", "CPU load", "cpu_percent", _axis("%", rangemode="tozero"), cpu),
+        ("norm", "Gradient norm", "grad_norm", _axis("L2 norm", rangemode="tozero"), ""),
+        ("speed", "Throughput", "tokens_per_second", _axis("tokens per second", rangemode="tozero"), speed),
+    ]
+    steps = {name: [record for record in metrics if "loss" in record] for name, metrics in runs.items()}
+    for key, title, metric, axis, note in panels:
+        curves = [_curve(name, metrics, metric, i) for i, (name, metrics) in enumerate(steps.items())]
+        drawn = [curve for curve in curves if curve["x"]]
+        if drawn:
+            yield Figure(key, title, drawn, step, axis, note)
+
+
+_FRONT = (
+    "Filled diamonds form the Pareto front: no other member is better in one value and at least as good in the other."
+)
+
+
+def sweep(rows: Sequence[SweepRow]) -> Figure | None:
+    """Figure of a sweep's members by eval loss and memory, with the Pareto front."""
+    front: list[tuple[float, float, str]] = []
+    others: list[tuple[float, float, str]] = []
+    for row in rows:
+        if row.costs:
+            points = front if row.pareto else others
+            points.append((*row.costs, row.member.name))
+    if not front and not others:
+        return None
+    line = {"dash": "dot", "color": COLOURS[2], "width": 1.5}
+    traces = [
+        _points("on the Pareto front", sorted(front), 2, symbol="diamond", mode="lines+markers+text", line=line),
+        _points("not on the front", others, 1, symbol="circle-open"),
+    ]
+    kinds = sorted({row.summary.memory_kind for row in rows if row.summary.memory_kind})
+    x, y = _axis(f"peak GiB ({', '.join(kinds)})"), _axis("Validation loss (lower is better)")
+    drawn = [trace for trace in traces if trace["x"]]
+    return Figure(f"sweep-memory-{LOSS}", "Validation loss against memory", drawn, x, y, _FRONT if front else "")
+
+
+def study(of_study: Study, rows: Sequence[StudyRow], column: Column) -> Figure | None:
+    """Figure of a study's scores by one metric, with intervals, beside published scores."""
+    ours, below, above = [], [], []
+    theirs, spreads = [], []
+    for row in rows:
+        name, score = row.recipe.removeprefix(f"{of_study.folder.name}/"), row.scores[column.name]
+        if score.value is not None:
+            ours.append((score.value, name))
+            below.append(score.value - score.interval.low if score.interval else 0)
+            above.append(score.interval.high - score.value if score.interval else 0)
+        if score.published:
+            theirs.append((float(score.published.value), name))
+            spreads.append(float(score.published.spread or 0))
+    if not ours:
+        return None
+    marker = _style(0)["marker"] | {"size": 11}
+    errors = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1.5}
+    traces = [_scatter("ours, with its 95 % interval", "markers", ours, marker=marker, error_x=errors)]
+    if theirs:
+        marker = {"color": COLOURS[1], "symbol": "diamond-open", "size": 12, "line": {"width": 2}}
+        errors = {"type": "data", "array": spreads, "thickness": 1.5}
+        traces.append(_scatter("published, with its ± if known", "markers", theirs, marker=marker, error_x=errors))
+    title = f"{column.label} of the study's recipes"
+    layout = {"height": 220 + 34 * len(rows)}
+    names = {"autorange": "reversed", "type": "category"}
+    return Figure(f"study-{column.name}", title, traces, _axis(column.label), names, layout=layout)

@@ -1,0 +1,246 @@
+"""SLURM backend: `--on slurm`.
+
+Job scripts are rendered from templates/slurm.sh.j2, stored with logs below runs/slurm/, and submitted with sbatch.
+One job array prepares rows, one trains, and one evaluates. Each evaluation task waits for its training task. A job
+near its time limit stops at a checkpoint and is requeued. Requeued and preempted jobs resume from the last complete
+checkpoint.
+"""
+
+import re
+import shlex
+import sys
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field, replace
+from getpass import getuser
+from pathlib import Path
+from typing import Literal
+
+from ...base import paths
+from ...base.errors import UserError, WorkFailed, require_plain
+from ...base.files import write_atomically
+from ...base.paths import template_environment
+from ...base.progress import PART, say
+from ...config import gpus
+from ...config.gpus import Gpu
+from ...training.run_record import Job
+from ..rundir import RunDir, new_folder
+from . import Command, Step, Task, TaskResult
+from .slurm_site import STEPS, Site, active, ask, forget_queue, queue, sbatch, settings_file, site_settings
+
+GRACE = 300  # training stops at a checkpoint this many seconds before the limit; --on slurm,signal=… changes it
+
+
+class Slurm:
+    """The queue of a SLURM cluster.
+
+    Args:
+        rehearsal: whether the runs are rehearsals, which need no GPU.
+        jobs: maximum number of simultaneous tasks of an array; None sets no limit.
+        options: sbatch options, as KEY=VALUE.
+
+    Raises:
+        UserError: a setting is invalid, or SLURM does not answer.
+    """
+
+    here: Literal[False] = False
+
+    def __init__(self, rehearsal: bool, jobs: int | None, options: Sequence[str]):
+        require_plain(Path.cwd(), paths.runs(), sys.executable)
+        self.site = site_settings(options)
+        self.jobs = jobs
+        self._gpu = gpus.find(self.site.gpu, "gpu") if self.site.gpu and not rehearsal else None
+        if isinstance(error := queue([getuser()]), UserError):
+            raise error  # without SLURM's answer, a queued run could be submitted again
+
+    def gpu(self) -> Gpu | None:
+        """GPU in the site's settings, or None."""
+        return self._gpu
+
+    def check_size(self, gpus: int, nodes: int) -> None:
+        """Accept any size; sbatch tests it in `Batch.check`."""
+
+    def carry_out(self, task: Task, title: str) -> RunDir:
+        """Submit one task and return the run folder.
+
+        Raises:
+            UserError: SLURM refuses the task; nothing was submitted.
+        """
+        folders = self.submit([task], title)
+        if not folders:
+            raise UserError(str(task.result.problem))
+        return folders[0]
+
+    def submit(self, tasks: Sequence[Task], title: str) -> list[RunDir]:
+        """Submit tasks as one job array per step; record each job in its task's `result`.
+
+        Evaluations whose training is not among the tasks get arrays of their own.
+
+        Args:
+            tasks: tasks that do not depend on each other.
+            title: name of this submission.
+
+        Returns:
+            Folders of the queued runs.
+
+        Raises:
+            UserError: SLURM refuses the jobs; nothing was submitted.
+            WorkFailed: SLURM accepted only some jobs; these are queued.
+        """
+        if not tasks:
+            return []
+        forget_queue()  # the cached job states may be outdated after checks and plans
+        name = re.sub(r"[^\w.,=+-]+", "-", title)
+        batch = Batch(self.site, self.jobs, name, tasks[0].gpus, tasks[0].nodes)
+        batch.check({step for task in tasks for step in task.steps}, len(tasks))
+        claimed = []
+        for task in tasks:
+            try:
+                claimed.append((task.result, task.claim()))
+            except UserError as error:
+                task.result.fail("run", str(error))
+        self._queue(batch, claimed)
+        return [commands[0].folder for _, commands in claimed if commands]
+
+    def _queue(self, batch: "Batch", claimed: Sequence[tuple[TaskResult, list[Command]]]) -> None:
+        to_train: list[Command] = []
+        trained: list[Command] = []  # evaluations; each waits for the training with the same index in `to_train`
+        by_training: dict[str | None, list[Command]] = {}  # other evaluations, by id of the training job to wait for
+        for result, commands in claimed:
+            by_step = {command.step: replace(command, result=result) for command in commands}
+            scoring = by_step.get("evaluate")
+            if "run" in by_step:
+                to_train.append(by_step["run"])
+                trained += [scoring] if scoring else []
+            elif scoring:
+                earlier = active([job for job in scoring.folder.jobs() if job.step == "run"])
+                by_training.setdefault(next(iter(earlier or ()), None), []).append(scoring)
+        preparing = {each.folder.prepared: replace(each, words=[*each.words, "--prepare"]) for each in to_train}
+        prepared = batch.submit("prepare", list(preparing.values()))
+        trainings = batch.submit("run", to_train, f"afterany:{prepared}")  # training prepares missing rows itself
+        batch.submit("evaluate", trained, f"aftercorr:{trainings}")
+        for job, others in by_training.items():
+            batch.submit("evaluate", others, f"afterok:{job}" if job else None)
+
+
+@dataclass
+class Batch:
+    """Scripts and jobs of one submission.
+
+    Attributes:
+        site: settings of the site.
+        jobs: maximum number of simultaneous tasks of an array; None sets no limit.
+        title: name of the submission, usable in file names.
+        gpus: number of GPUs per node for each training.
+        nodes: number of nodes for each training.
+        folder: folder of the scripts; None until the first script is written.
+        submitted: ids of the submitted jobs.
+    """
+
+    site: Site
+    jobs: int | None
+    title: str
+    gpus: int
+    nodes: int
+    folder: Path | None = None
+    submitted: list[str] = field(default_factory=list)
+
+    def check(self, steps: Container[Step], tasks: int) -> None:
+        """Test with sbatch whether SLURM would accept the jobs.
+
+        Args:
+            steps: steps that get jobs.
+            tasks: maximum number of tasks per job array.
+
+        Raises:
+            UserError: SLURM would refuse a job.
+        """
+        for step in filter(steps.__contains__, STEPS):
+            options = self._options(step, tasks)
+            try:
+                ask("sbatch", "--test-only", *options, script=self.script(step, [], tasks))
+            except UserError as error:
+                where = f"--on slurm,KEY=VALUE or {settings_file()}"
+                raise UserError(f"{error}; use {where} to change the options of {step}: {' '.join(options)}") from None
+
+    def submit(self, step: Step, tasks: Sequence[Command], after: str | None = None) -> str | None:
+        """Submit an array and return its id, or None without tasks.
+
+        Args:
+            after: dependency on earlier jobs, as sbatch writes it.
+
+        Raises:
+            WorkFailed: sbatch refuses the array although the check succeeded.
+        """
+        if not tasks:
+            return None
+        self.folder = self.folder or new_folder(paths.runs() / "slurm", self.title)
+        file = (self.folder / f"{len(self.submitted) + 1}-{step}.sh").resolve()
+        write_atomically(file, self.script(step, tasks, len(tasks)))
+        waits = [f"--dependency={after}", "--kill-on-invalid-dep=yes"] if after else []
+        options = self._options(step, len(tasks))  # SBATCH_ variables override options in a script
+        try:
+            job = sbatch(*options, *waits, str(file))
+        except UserError as error:
+            queued = f"; already queued: job {', '.join(self.submitted)}" if self.submitted else ""
+            raise WorkFailed(f"{error}{queued}; run the same command again to continue") from None
+        self.submitted.append(job)
+        say(f"job {job}: {step}, {len(tasks)} {'task' if len(tasks) == 1 else 'tasks'}; {file}")
+        for i, task in enumerate(tasks):
+            id_ = f"{job}_{i}"
+            task.folder.add_job(Job(id=id_, step=step, user=getuser(), script=str(file), words=task.words))
+            if task.result:
+                task.result.steps[step] = f"queued (job {id_})"
+        forget_queue()
+        return job
+
+    def script(self, step: Step, tasks: Sequence[Command], count: int) -> str:
+        """Script of a job array.
+
+        Args:
+            step: the step of all tasks.
+            tasks: commands of the tasks; empty if only the options are tested.
+            count: number of tasks in the array.
+        """
+        nodes = self.nodes if step == "run" else 1
+        prefix = self.site.prefix
+        recipe = f"{prefix} recipe" if prefix else shlex.quote(str(Path(sys.executable).with_name("recipe")))
+        if nodes > 1:
+            cores = "${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}"  # srun does not inherit this option
+            recipe = f"srun --nodes={nodes} --ntasks-per-node=1 --kill-on-bad-exit=1 {cores} {recipe}"
+        jinja = template_environment(paths.TEMPLATES)
+        jinja.filters["quote"] = lambda value: shlex.quote(str(value))
+        return jinja.get_template("slurm.sh.j2").render(
+            title=self.title,
+            step=step,
+            options=self._options(step, count),
+            setup=self.site.setup,
+            cwd=Path.cwd(),
+            part=PART,
+            tasks=tasks,
+            nodes=nodes,
+            launcher=recipe,
+        )
+
+    def _options(self, step: Step, count: int) -> list[str]:
+        """sbatch options for a step's array."""
+        gpus = {"run": self.gpus, "evaluate": min(self.gpus, 1)}.get(step, 0)
+        limit = f"%{self.jobs}" if self.jobs and step in ("run", "evaluate") else ""
+        own = self.site.options | self.site.of_step.get(step, {})
+        site = {key: value for key, value in own.items() if gpus or "{gpus}" not in value}
+        options = {
+            "job-name": f"{self.title}-{step}",
+            "output": str((self.folder or Path.cwd()) / "%x-%A_%a.log"),
+            "open-mode": "append",
+            "array": f"0-{count - 1}{limit}",
+            "nodes": str(self.nodes if step == "run" else 1),
+            "ntasks-per-node": "1",
+            "requeue": "",
+            "signal": f"B:USR1@{GRACE}",
+        }
+        asks_itself = site.keys() & {"gpus", "gpus-per-node", "gpus-per-task"} or "gpu" in site.get("gres", "")
+        if gpus and not asks_itself:
+            options["gres"] = ",".join(filter(None, (site.pop("gres", None), f"gpu:{gpus}")))
+        if not gpus and not asks_itself:  # sbatch refuses these options without a GPU
+            site = {key: value for key, value in site.items() if not key.endswith("-per-gpu")}
+        options |= {key: value.replace("{gpus}", str(gpus)) for key, value in site.items()}
+        return [f"--{key}={value}" if value else f"--{key}" for key, value in options.items()]

@@ -1,0 +1,193 @@
+"""A SLURM site: settings for jobs, SLURM commands, and job states in the queue."""
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import yaml
+from pydantic import AfterValidator, BaseModel, StringConstraints, ValidationError
+
+from ...base import yamlfiles
+from ...base.errors import UserError
+from ...base.progress import say_once
+from ...base.secrets import is_secret
+from ...config.merging import flatten, merge
+from ...training.run_record import Job, JobState
+from . import Step
+
+STEPS: tuple[Step, ...] = get_args(Step)
+_OWN = {  # options that `recipe` sets for each job, or that would hide the job's id
+    *("array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "nodes", "output"),
+    *("clusters", "parsable", "test-only", "wait", "wrap"),
+}
+TIMEOUT = 60  # seconds for a SLURM command
+
+
+def _allowed(option: str) -> str:
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", option):
+        raise ValueError(f"{option!r} is not a long option of sbatch")
+    if option in _OWN:
+        raise ValueError(f"{option} cannot be set here; `recipe` controls this option")
+    return option
+
+
+_Line = Annotated[str, StringConstraints(pattern="^.*$")]
+_Options = dict[Annotated[str, AfterValidator(_allowed)], _Line]
+
+
+class Site(BaseModel):
+    """Settings of the jobs at a site.
+
+    Attributes:
+        gpu: GPU of the jobs, used for checks and plans.
+        prefix: text before `recipe` in a job, such as `apptainer exec --nv IMAGE`; None if jobs run in the environment
+            of this command.
+        setup: shell commands at the start of each job, one or several lines.
+        options: values of sbatch's long options by name. {gpus} in a value stands for the number of GPUs per node. An
+            option with an empty value is passed without a value.
+        of_step: additional options for single steps.
+    """
+
+    gpu: _Line | None = None
+    prefix: _Line | None = None
+    setup: str | list[str] = []
+    options: _Options = {}
+    of_step: dict[Step, _Options] = {}
+
+
+def settings_file() -> Path:
+    """File with the user's SLURM settings."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "qlora-recipes" / "slurm.yaml"
+
+
+def site_settings(overrides: Sequence[str]) -> Site:
+    """Settings from the user's file, overridden by the options of --on.
+
+    Raises:
+        UserError: the file or an option is malformed.
+    """
+    file = settings_file()
+    content = _read(file) if file.is_file() else {}
+    site = _site(content, str(file))
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UserError(f"--on slurm,{text}: expected key=value, as in --on slurm,partition=gpu")
+        step, dot, option = key.partition(".")
+        content = merge(content, {step: {option: value}} if dot else {key: value})
+        site = _site(content, f"--on slurm,{text}")
+    return site
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Read a mapping with values as text; YAML would turn 12:00:00 into a number."""
+    content = yamlfiles.parse(yamlfiles.read_text(file), str(file), yaml.BaseLoader) or {}
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected a mapping of sbatch's long options to values")
+    return content
+
+
+def _site(content: dict[str, Any], where: str) -> Site:
+    own = {key: content[key] for key in ("gpu", "prefix", "setup") if key in content}
+    of_step = {key: content[key] for key in STEPS if key in content}
+    options = {key: value for key, value in content.items() if key not in own | of_step}
+    for key, value in flatten(content):
+        if is_secret(key, value):
+            raise UserError(f"{where}: {key}: a secret, which would be stored in the job's script; export it instead")
+    try:
+        return Site.model_validate(own | {"of_step": of_step, "options": options})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{where}: {' '.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def active(jobs: Sequence[Job]) -> dict[str, JobState] | None:
+    """States of unfinished jobs by id, in the order of `jobs`; None if SLURM does not answer."""
+    if not jobs:
+        return {}
+    states = queue(job.user for job in jobs)
+    if isinstance(states, UserError):
+        if shutil.which("squeue"):
+            say_once(str(states))
+        return None
+    return {job.id: states[job.id, job.script] for job in jobs if (job.id, job.script) in states}
+
+
+def cancel(jobs: Sequence[Job]) -> list[str]:
+    """Cancel jobs and return messages.
+
+    Training reaches a checkpoint if SLURM's setting KillWait gives it enough time.
+    """
+    if ids := list(active(jobs) or {}):
+        ask("scancel", *ids)
+        forget_queue()
+    return [f"job {id_} is cancelled" for id_ in ids]
+
+
+def queue(users: Iterable[str]) -> dict[tuple[str, str], JobState] | UserError:
+    """States of unfinished jobs, each under its pair of id and script; or an error. Cached for a minute."""
+    return _queue(frozenset(users), int(time.monotonic() / 60))
+
+
+@lru_cache(maxsize=16)  # one runs folder can have runs of several users
+def _queue(users: frozenset[str], minute: int) -> dict[tuple[str, str], JobState] | UserError:
+    # %i is a task's id, such as 12_0; -r prints one line per task; %o, the script, can contain any character
+    form = "--format=%i|%T|%r|%o"
+    try:
+        shown = ask("squeue", f"--user={','.join(sorted(users))}", "--noheader", "-r", form)
+    except UserError as error:
+        return error
+    lines = (line.split("|", 3) for line in shown.splitlines() if line.count("|") >= 3)
+    return {(job, script): _state(job, state, reason) for job, state, reason, script in lines}
+
+
+def forget_queue() -> None:
+    """Forget cached job states after a change."""
+    _queue.cache_clear()
+
+
+def _state(job: str, state: str, reason: str) -> JobState:
+    if state in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED"):
+        return JobState("running", "" if state == "RUNNING" else state.lower(), job)
+    return JobState("queued", "" if reason in ("None", "Dependency") else reason, job)
+
+
+def ask(*command: str, script: str = "") -> str:
+    """Run a SLURM command with a script on stdin; return its output.
+
+    Raises:
+        UserError: the command is missing, fails, or does not end in time.
+    """
+    where = f"--on slurm: {command[0]}"
+    try:
+        done = subprocess.run(command, input=script, capture_output=True, text=True, errors="replace", timeout=TIMEOUT)
+    except FileNotFoundError:
+        raise UserError(f"{where}: not found on this machine; run this on a login node of the cluster") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"{where}: no answer within {TIMEOUT} s; check with `squeue --me` whether it took effect"
+        ) from None
+    if done.returncode:
+        problem = done.stderr.strip().replace(f"{command[0]}: error: ", "")
+        raise UserError(f"{where}: {'; '.join(problem.splitlines())}")
+    return done.stdout
+
+
+def sbatch(*arguments: str) -> str:
+    """Submit a job with sbatch and return its id.
+
+    Raises:
+        UserError: sbatch is missing, fails, does not end in time, or prints no id.
+    """
+    output = ask("sbatch", "--parsable", *arguments)
+    ids = {found[1] for line in output.splitlines() if (found := re.fullmatch(r"(\d+)(;\S+)?", line.strip()))}
+    if len(ids) == 1:
+        return ids.pop()
+    problem = f"printed {output[-200:]!r} instead of a job id; check with `squeue --me` whether the job is queued"
+    raise UserError(f"--on slurm: sbatch: {problem}")

@@ -1,0 +1,341 @@
+"""Starts and stops Axolotl's processes, and records how training ended."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+from filelock import FileLock, Timeout
+
+from ..base import paths, yamlfiles
+from ..base.errors import UserError, WorkFailed
+from ..base.files import Row, opened, reserved, where_full
+from ..base.machine import now, start_child, stop_requests
+from ..base.progress import TrainingProgress, say
+from ..base.yamlfiles import Config
+from ..config import merging
+from ..config.gpus import CPU_RANKS
+from ..training.run_record import Ended, FileState, Launch, Provenance, Run, State, collect
+from .rundir import RunDir, summarise, this_job
+
+AXOLOTL = Path(sys.executable).with_name("axolotl")
+_NO_GPU_MEMORY = re.compile("CUDA out of memory|CUDA error: out of memory")
+_RANK_KILLED = re.compile(r"exitcode\s*: -9\b")  # torchrun's wording
+_OF_TORCHRUN = re.compile("^.*torch/distributed/elastic/multiprocessing/api.py", re.MULTILINE)  # torchrun's report
+_REFUSED = re.compile(r"^(?:([\w.]+)\n)?  (?:Value error, )?(.+?) \[type=\w+, input_value=", re.MULTILINE)  # pydantic
+_KILLED = (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT)
+_LESS_MEMORY = (
+    "end other processes, request more memory for the job, or start a run with --set dataloader_num_workers=0 "
+    "--set dataset_num_proc=1"
+)
+OUT_OF_MEMORY = "out of memory"
+"""Problem of a launch that ran out of GPU or main memory, see `_problem`."""
+LAST_SECONDS = 15  # time for the other ranks to exit after one has failed
+
+
+def require(cwd: Path) -> None:
+    """Check that the working directory of a run exists.
+
+    Raises:
+        UserError: the working directory is missing.
+    """
+    if not cwd.is_dir():
+        raise UserError(f"{cwd}: not found, but the run was started in this folder; restore it with its contents")
+
+
+def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None) -> None:
+    """Run the training process of a locked run, and record how it ended.
+
+    Args:
+        folder: the run folder.
+        record: content of run.json.
+        lock: file descriptor of the run's lock; the training process inherits it.
+        checkpoint: checkpoint to resume from; None to start from the beginning.
+
+    Raises:
+        UserError: see `require`; nothing was recorded.
+        OSError: no disk space for the record of a launch; nothing was recorded.
+        WorkFailed: Axolotl failed, or the run was interrupted.
+    """
+    require(Path(record.cwd))
+    here = collect()  # provenance of the training machine, whose checkout may lack the git history
+    here["gpus"] = here["gpus"][: record.gpus_used]
+    if not record.launches:
+        record.provenance = here | {"git": here["git"] or record.provenance.get("git")}
+    elif changed := merging.differences(_versions(record.provenance), _versions(here)):
+        values = "; ".join(f"{name}: {first} -> {new}" for name, (first, new) in changed.items())
+        say(f"  versions or GPU differ from the first launch; run.json keeps the first launch's: {values}")
+    _drop_half_prepared(folder, record)
+    launch = Launch(
+        command=_command(folder, record, checkpoint),
+        started=now(),
+        resumed_from=checkpoint.name if checkpoint else None,
+    )
+    written = folder.metrics.stat().st_size if folder.metrics.exists() else 0
+    logged = folder.log.stat().st_size if folder.log.exists() else 0
+    with reserved(folder.path):
+        record.launches.append(launch)
+        record.state = "running"
+        folder.write(record)
+        launch.exit_code, stopped = _launch(launch.command, folder, record, folder.log, lock)
+        launch.problem = _problem(folder, logged) if launch.exit_code not in (0, *_KILLED) else None
+    launch.ended = now()
+    metrics = folder.read_metrics()
+    record.summary = summarise(metrics)
+    record.summary.ended = summarise(folder.read_metrics(since=written)).ended  # ignores earlier launches
+    adapter = folder.output / "adapter_model.safetensors"
+    record.adapter = FileState.of(adapter) if adapter.is_file() else None
+    record.state = _state(launch.exit_code, stopped, record.summary.ended, record.adapter is not None)
+    folder.write(record)
+    _require_finished(folder, record, launch, stopped, logged)
+
+
+def _versions(provenance: Provenance) -> Config:
+    """Versions and GPU that a resumed run should share with its first launch."""
+    gpu = (provenance.get("gpus") or [{}])[0]
+    of_gpu = {"GPU": gpu.get("name"), "driver": gpu.get("driver"), "CUDA": provenance.get("cuda")}
+    return provenance.get("packages", {}) | of_gpu
+
+
+def _require_finished(folder: RunDir, record: Run, launch: Launch, stopped: bool, logged: int) -> None:
+    """Raise the error that ended a launch, unless the run is finished.
+
+    Args:
+        stopped: whether `recipe` received a request to stop.
+        logged: offset in bytes at which the launch's log begins.
+    """
+    again = f"`recipe resume {folder.path}{' --on slurm' if this_job(os.environ) else ''}` continues it"
+    if launch.problem and launch.problem != OUT_OF_MEMORY:
+        raise WorkFailed(f"{folder.path}: {record.state}, {launch.problem}; free some space, then {again}")
+    if record.state == "interrupted":
+        if launch.exit_code == -signal.SIGKILL and not stopped:
+            how = "killed by signal 9 (SIGKILL) from outside; memory probably ran out"
+            raise WorkFailed(f"{folder.path}: {how}: {_LESS_MEMORY}; {again}")
+        raise WorkFailed(f"{folder.path}: interrupted{_signal(launch.exit_code or 0, stopped)}; {again}")
+    if record.state == "failed" and record.summary.ended == "callback":
+        where = f"step {record.summary.step} of {record.summary.max_steps}"
+        raise WorkFailed(f"{folder.path}: a callback stopped the training at {where}; see {folder.log} for the reason")
+    if record.state == "failed" and record.summary.ended == "no batch":
+        few = "no step was trained, because the rows do not fill a batch; add rows or lower micro_batch_size"
+        raise WorkFailed(f"{folder.path}: {few}")
+    if record.state == "failed":
+        raise _failed(folder.path, folder.log, launch.exit_code or 0, logged)
+
+
+def _signal(code: int, stopped: bool) -> str:
+    """Message part with the signal that ended a process; empty after a requested stop."""
+    return f" by signal {-code} ({signal.Signals(-code).name})" if code < 0 and not stopped else ""
+
+
+def _state(code: int, stopped: bool, ended: Ended | None, has_adapter: bool) -> State:
+    """State of a run whose training process has exited.
+
+    On SIGINT, Axolotl saves the current adapter and exits with code 0, but no end of training is recorded.
+
+    Args:
+        code: exit code of the process.
+        stopped: whether `recipe` received a request to stop.
+        ended: reason for the end of training, if the process recorded one.
+        has_adapter: whether the output folder has an adapter.
+    """
+    trained = ended in ("complete", "early stopping")
+    if code == 0 and trained and has_adapter:
+        return "finished"
+    left_off = not trained and (stopped or (code == 0 and ended is None and has_adapter))
+    return "interrupted" if code in _KILLED or ended == "signal" or left_off else "failed"
+
+
+def follow(folder: RunDir) -> None:
+    """Run this node's ranks of a run that another node has locked.
+
+    Raises:
+        WorkFailed: the ranks failed without a request to stop.
+    """
+    record = folder.read()
+    log = folder.path / f"node-{os.environ['SLURM_NODEID']}.log"
+    command = _command(folder, record, folder.last_checkpoint())
+    code, stopped = _launch(command, folder, record, log)
+    if code and not stopped:
+        raise _failed(folder.path, log)
+
+
+def preprocess(folder: RunDir, record: Run) -> None:
+    """Tokenize the rows of a run and fetch its base model, without a GPU.
+
+    Raises:
+        UserError: see `require`.
+        WorkFailed: Axolotl failed, or was interrupted.
+    """
+    require(Path(record.cwd))
+    _drop_half_prepared(folder, record)
+    code, stopped = _launch([str(AXOLOTL), "preprocess", str(folder.config.resolve())], folder, record, folder.log)
+    if stopped:
+        raise WorkFailed(f"{folder.path}: interrupted")
+    if code:
+        raise _failed(folder.path, folder.log)
+
+
+def _command(folder: RunDir, record: Run, checkpoint: Path | None) -> list[str]:
+    command = [str(AXOLOTL), "train", str(folder.config.resolve())]
+    if checkpoint:
+        command += ["--resume-from-checkpoint", str(checkpoint.resolve())]
+    if record.ranks == 1:
+        return [*command, "--launcher", "python"]
+    torchrun = [f"--nproc-per-node={record.gpus_used}", f"--shutdown-timeout={LAST_SECONDS}"]
+    if record.nodes == 1:
+        torchrun.append("--standalone")
+    else:
+        head, job, node = (os.environ[f"SLURM_{name}"] for name in ("LAUNCH_NODE_IPADDR", "JOB_ID", "NODEID"))
+        port = 20000 + int(job) % 10000  # different for jobs on the same node
+        torchrun += [f"--nnodes={record.nodes}", f"--node-rank={node}", f"--master-addr={head}"]
+        torchrun += [f"--master-port={port}"]
+    return [*command, "--launcher", "torchrun", "--", *torchrun]
+
+
+def _environment(folder: RunDir, record: Run) -> dict[str, str]:
+    """Environment of the training process; a rehearsal has no GPU and no network.
+
+    Trackers write into the run folder, except trackio, which compares runs and therefore writes next to their folders.
+    Axolotl has no config keys for the folders of trackers.
+    """
+    path = folder.path.absolute()
+    trackers = {
+        "TENSORBOARD_LOGGING_DIR": str(path / "tensorboard"),
+        "TRACKIO_DIR": str(RunDir(path).runs(record.recipe) / "trackio"),
+        "WANDB_DIR": str(path),
+        "WANDB_DATA_DIR": str(path / "wandb"),
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    added = {
+        "AXOLOTL_DO_NOT_TRACK": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PATH": f"{AXOLOTL.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",  # has torchrun
+    }
+    if record.rehearsal:
+        added |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        # for few rows, importing torch in more processes takes longer than they save
+        added["AXOLOTL_DATASET_NUM_PROC"] = "0"
+        if record.ranks > 1:
+            threads = max((os.cpu_count() or 1) // record.gpus_used, 1)
+            added |= {CPU_RANKS: "1", "OMP_NUM_THREADS": str(threads)}
+    elif record.ranks == 1:  # transformers would use all visible GPUs
+        added["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    if yamlfiles.read_yaml(folder.config).get("full_determinism"):
+        added["PYTHONHASHSEED"] = "0"  # for code that iterates over sets of texts
+    return trackers | os.environ | added
+
+
+def _drop_half_prepared(folder: RunDir, record: Run) -> None:
+    """Remove half-written prepared rows; Axolotl would treat them as complete.
+
+    The config may name another user's folder, so only rows in the cache or the run folder are removed. The datasets
+    library writes dataset_info.json last. Axolotl holds a lock while writing (axolotl/utils/data/lock.py).
+    """
+    prepared = Path(record.cwd, folder.prepared).resolve()
+    if not (prepared.is_dir() and any(map(prepared.is_relative_to, (paths.cache().resolve(), folder.path.resolve())))):
+        return
+    with suppress(Timeout), FileLock(prepared / "datasets_prep.lock", timeout=0):
+        for part in {shard.parent for shard in prepared.glob("*/data-*.arrow")}:
+            if not ((part / "dataset_info.json").is_file() or part.is_symlink()):
+                shutil.rmtree(part)
+
+
+def _problem(folder: RunDir, since: int) -> str | None:
+    """Cause of a failed launch: lack of memory or disk space, or None."""
+    text, tail = _log_text(folder.log, since)
+    if _NO_GPU_MEMORY.search(text) or _RANK_KILLED.search(text):
+        return OUT_OF_MEMORY
+    full = where_full("\n".join(tail), [folder.path, paths.cache(), Path(tempfile.gettempdir())])
+    return f"no space left in {full}" if full else None
+
+
+def _failed(folder: Path, log: Path, code: int = 1, since: int = 0) -> WorkFailed:
+    """Error for a failed launch, with the last lines of its log."""
+    text, tail = _log_text(log, since)
+    refused = [f"{key}: {why}" if key else why for key, why in _REFUSED.findall("\n".join(tail))]
+    problem = f"Axolotl failed{_signal(code, False)}"
+    if _NO_GPU_MEMORY.search(text):
+        changes = f"`recipe plan {folder / 'config.yaml'}` shows what needs memory, and which changes help"
+        problem = f"out of GPU memory: {changes}; `nvidia-smi` lists other processes on the GPU"
+    elif _RANK_KILLED.search(text):
+        problem = f"a rank was killed by signal 9 (SIGKILL); memory probably ran out: {_LESS_MEMORY}"
+    elif refused:
+        problem = f"Axolotl refuses the config: {'; '.join(refused)}"
+        tail = []  # says nothing else
+    return WorkFailed("\n".join([*tail, f"{folder}: {problem}; the full log is {log}"]))
+
+
+def _log_text(log: Path, since: int) -> tuple[str, list[str]]:
+    """Log text from an offset on, and its last lines before torchrun's report."""
+    text = log.read_bytes()[since:].decode(errors="replace")
+    return text, _OF_TORCHRUN.split(text, maxsplit=1)[0].splitlines()[-15:]
+
+
+def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: int) -> tuple[int, bool]:
+    """Run an Axolotl process; return its exit code, and whether a stop was requested.
+
+    Args:
+        locks: file descriptors that the process inherits.
+
+    Raises:
+        WorkFailed: the run folder was deleted.
+    """
+    with stop_requests() as stops, opened(log, "ab") as stream:
+        troubled: list[Row] = []
+
+        def seen(record: Row) -> None:
+            if "loss" in record and record["loss"] is None and not troubled:
+                troubled.append(record)
+                stop = f"`recipe cancel {folder.path}` stops the run at a checkpoint"
+                say(f"  the loss is NaN since step {record['step']}; {stop}")
+
+        progress = TrainingProgress(folder.metrics, seen)  # created before the process writes metrics
+        child = start_child(
+            command,
+            cwd=record.cwd,
+            env=_environment(folder, record),
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            pass_fds=locks,
+        )
+        with progress:
+            _wait(child, stops, progress)
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # data loader workers outlive a killed parent by seconds
+    if not log.exists():
+        raise WorkFailed(f"{folder.path}: deleted while Axolotl was writing to it; `recipe run` starts a new run")
+    return child.returncode, bool(stops)
+
+
+def _wait(child: "subprocess.Popen[bytes]", stops: list[int], progress: TrainingProgress) -> None:
+    """Show the child's progress; forward a first stop request, kill on the next one."""
+    asked = False
+    while child.poll() is None:
+        time.sleep(0.1)
+        progress.read()
+        if stops and not asked:
+            asked = True
+            say("stopping after this step, with a checkpoint; a second request stops at once")
+            for process in _training(child):  # their data loaders stay alive, because the current step needs them
+                with suppress(psutil.NoSuchProcess):
+                    process.terminate()
+        if len(stops) > 1:
+            with suppress(psutil.NoSuchProcess):
+                for process in [*psutil.Process(child.pid).children(recursive=True), child]:
+                    process.kill()
+    progress.read()
+
+
+def _training(child: "subprocess.Popen[bytes]") -> "list[psutil.Process]":
+    """Training processes: the ranks started by a launcher, or else the child itself."""
+    with suppress(psutil.Error):
+        process = psutil.Process(child.pid)
+        return [rank for rank in process.children() if "LOCAL_RANK" in rank.environ()] or [process]
+    return []

@@ -1,0 +1,379 @@
+"""Run folders: record, state, jobs, metrics, checkpoints, and lookup by name."""
+
+import itertools
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import orjson
+from pydantic import TypeAdapter, ValidationError
+
+from ..base.errors import UserError, meant
+from ..base.files import Row, parse_json, read_bytes, read_json, reading, write_atomically, write_json
+from ..base.machine import LOCK_TIMEOUT, held, is_held
+from ..base.progress import say, say_once
+from ..base.yamlfiles import read_yaml
+from ..training.run_record import RECORD, Job, JobState, Run, State, Summary
+
+PLUGIN = "qlora_recipes.plugin.RunPlugin"
+"""Name of the plugin in the config of every run."""
+MANIFEST = "manifest.json"
+CHUNK = 1 << 22  # bytes
+
+
+class RunDir:
+    """Folder of one run; docs/files.md describes the files."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.log = path / "train.log"
+        self.output = path / "output"
+        self._json = path / "run.json"
+        self._jobs = path / "jobs.json"  # separate, because a job can write run.json before its id is recorded
+
+    def runs(self, recipe: str) -> Path:
+        """Folder of all runs, derived from this run's path and recipe."""
+        return self.path.parents[recipe.count("/") + 1]
+
+    @property
+    def prepared(self) -> str:
+        """Folder of the run's prepared rows, from its config."""
+        return str(read_yaml(self.config).get("dataset_prepared_path"))
+
+    def write(self, run: Run) -> None:
+        """Replace run.json."""
+        write_atomically(self._json, run.model_dump_json(indent=1, exclude_none=True) + "\n")
+
+    def read(self, job: JobState | None = None) -> Run:
+        """Read run.json with the current state.
+
+        A run that is recorded as created or running, but has no process or job, counts as interrupted. A new run has
+        ten seconds to start.
+
+        Args:
+            job: state of the training job, if the run has one; `backends.read` passes it.
+
+        Raises:
+            UserError: run.json is missing or damaged.
+        """
+        try:
+            run = Run.model_validate(parse_json(read_bytes(self._json)))
+        except (OSError, ValueError) as error:
+            at = ".".join(map(str, error.errors()[0]["loc"])) if isinstance(error, ValidationError) else ""
+            where = f"{self._json}: missing or damaged{at and f' at {at}'}"
+            raise UserError(f"{where}; the folder has no usable run") from None
+        if run.state != "finished":
+            run.state = self._state(run, job)
+        return run
+
+    def _state(self, run: Run, job: JobState | None) -> State:
+        is_in_use = is_held(self.path / ".lock")
+        if run.state == "running" and is_in_use:  # preparing rows also locks a queued run
+            return "running"
+        if job:
+            return run.state if job.kind == "unknown" else job.kind
+        age = datetime.now(UTC) - datetime.fromisoformat(run.created)
+        is_starting = run.state == "created" and abs(age.total_seconds()) < 10
+        is_gone = run.state in ("created", "running") and not is_in_use and not is_starting
+        return "interrupted" if is_gone else run.state
+
+    def summary(self, run: Run) -> Summary:
+        """Summary of the run's metrics so far; for a finished run, from run.json.
+
+        Args:
+            run: content of run.json.
+        """
+        return run.summary if run.state == "finished" else summarise(self.read_metrics())
+
+    def jobs(self) -> list[Job]:
+        """SLURM jobs of the run, oldest first.
+
+        Raises:
+            UserError: jobs.json is damaged.
+        """
+        try:
+            return _JOBS.validate_python(parse_json(read_bytes(self._jobs)))
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError):
+            raise UserError(f"{self._jobs}: damaged; move it away once no job of the run is in the queue") from None
+
+    def add_job(self, job: Job) -> None:
+        """Record a job."""
+        with held(self.path / ".jobs.lock", "another process is recording a job", LOCK_TIMEOUT):
+            write_atomically(self._jobs, _JOBS.dump_json([*self.jobs(), job], indent=2).decode() + "\n")
+
+    def refuse_links(self) -> None:
+        """Refuse links to folders outside the run's folder; commands would write through them.
+
+        Raises:
+            UserError: there is such a link.
+        """
+        root = self.path.resolve()
+        for path in self.path.rglob("*"):
+            if path.is_symlink() and path.is_dir() and not path.resolve().is_relative_to(root):
+                raise UserError(f"{path}: leads to a folder outside the run; replace the link with a folder")
+
+    @contextmanager
+    def held(self) -> Iterator[int]:
+        """Lock the run; child processes can inherit the lock.
+
+        Raises:
+            UserError: another process has the lock, or a link leads to a folder outside the run.
+        """
+        self.refuse_links()
+        busy = f"the run is still running; `recipe cancel {self.path}` stops it at a checkpoint"
+        with held(self.path / ".lock", busy) as lock:
+            yield lock
+
+    def read_metrics(self, since: int = 0) -> list[Row]:
+        """Records of metrics.jsonl, sorted by step; a resumed run replaces the records of repeated steps.
+
+        Damaged lines are skipped with a warning, except lines that a kill cut off: these are skipped silently.
+
+        Args:
+            since: number of bytes to skip, written by earlier launches.
+        """
+        try:
+            lines = read_bytes(self.metrics)[since:].split(b"\n")
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            say_once(f"{self.metrics}: {error.strerror}; skipped")
+            return []
+        records: dict[tuple[int, int], Row] = {}
+        previous = 0
+        for line in filter(None, lines):
+            try:
+                record = parse_json(line)
+                if "phase" in record:
+                    continue
+                step = RECORD.validate_python(record)["step"]
+            except orjson.JSONDecodeError:
+                continue  # last line of a killed process
+            except (TypeError, ValidationError):
+                say_once(f"{self.metrics}: damaged lines skipped")
+                continue
+            if step < previous:
+                records = {key: kept for key, kept in records.items() if key[0] <= step}
+            previous = step
+            kind = 0 if "loss" in record else 1 if is_evaluation(record) else 2  # order of records within a step
+            former = records.get((step, kind), {})  # of a launch that ended at this step
+            records[step, kind] = {key: former[key] for key in former if key not in ("ended", "kept_step")} | record
+        return [records[key] for key in sorted(records)]
+
+    def last_checkpoint(self) -> Path | None:
+        """Newest complete checkpoint, or None; reports damaged checkpoints on stderr.
+
+        Raises:
+            UserError: run.json is missing or damaged.
+        """
+        by_step = {step_of(folder): folder for folder in self.output.glob("checkpoint-*")}
+        for step in sorted((step for step in by_step if step is not None), reverse=True):
+            problem = damage(by_step[step], self.read().ranks)
+            if problem is None:
+                return by_step[step]
+            say(f"{by_step[step].name} is damaged and skipped: {problem}")
+        return None
+
+
+_JOBS = TypeAdapter(list[Job])
+
+
+def step_of(folder: Path) -> int | None:
+    """Step of a checkpoint, from the folder's name; None for other folders."""
+    number = folder.name.removeprefix("checkpoint-")
+    return int(number) if number.isdecimal() and number != folder.name else None
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the checksums of all files of a complete checkpoint.
+
+    If the machine crashes, a file can have its full size, but contain zeros where data was not yet written. Only a
+    checksum of all bytes detects this. CRC-32 processes more than 4 GB/s from the page cache: for an adapter and
+    optimizer of about 2 GB, a save takes half a second longer. SHA-256 would take four times as long.
+    """
+    files = {
+        str(file.relative_to(folder)): _crc32(file)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != MANIFEST and file.suffix != ".part"
+    }
+    write_json(folder / MANIFEST, {"files": files})
+
+
+def damage(folder: Path, ranks: int) -> str | None:
+    """Reason not to resume from a checkpoint, such as `optimizer.pt is missing`, or None.
+
+    A missing manifest means that the process was killed during the save; files may then be incomplete.
+
+    Args:
+        folder: the checkpoint.
+        ranks: number of processes that saved it.
+    """
+    state = read_json(folder / "trainer_state.json")
+    if state.get("global_step") != step_of(folder):
+        return "trainer_state.json is missing or damaged"
+    if missing := _missing(folder, ranks):
+        return f"{missing} is missing"
+    listed = read_json(folder / MANIFEST).get("files")
+    return _difference(folder, listed) if listed else f"{MANIFEST} is missing"
+
+
+def _missing(folder: Path, ranks: int) -> str | None:
+    """First missing file that resuming needs.
+
+    File names differ between DeepSpeed, FSDP, and the rest (DDP or no engine).
+
+    If optimizer, schedule or random state are missing, the trainer silently starts with new ones. DeepSpeed writes
+    `latest` last. FSDP writes `.metadata` last in each folder of shards.
+    """
+    rng_states = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
+    needed = [
+        ("adapter_model.safetensors", "pytorch_model_fsdp_0/.metadata"),
+        ("optimizer.pt", "optimizer.bin", "optimizer_0/.metadata", "latest"),
+        ("scheduler.pt", "latest"),
+        *((name,) for name in rng_states),
+    ]
+    return next((names[0] for names in needed if not any(any(folder.glob(name)) for name in names)), None)
+
+
+def _difference(folder: Path, listed: dict[str, Any]) -> str | None:
+    """Description of the first file that differs from the manifest, or None."""
+    for name, checksum in listed.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if _crc32(file) != checksum:
+            return f"{name} has changed since it was saved"
+    return None
+
+
+def _crc32(file: Path) -> int:
+    value = 0
+    with reading(file) as stream:
+        while chunk := stream.read(CHUNK):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def this_job(environment: Mapping[str, str]) -> str | None:
+    """Id of this process's SLURM array task, from its environment, or None."""
+    array, task = (environment.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    return f"{array}_{task}" if array and task else None
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """Create a unique folder <time>-<name>."""
+    parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        folder = parent / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}"
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            time.sleep(0.2)
+
+
+def is_evaluation(record: Row) -> bool:
+    """True if a record has an eval loss, of either kind."""
+    return "eval_loss" in record or "eval_loss_per_token" in record
+
+
+_MEMORY = {"memory_reserved_gib": "GPU, reserved", "rss_peak_gib": "resident"}
+
+
+def summarise(metrics: list[Row]) -> Summary:
+    """Summary of a run's metrics."""
+
+    def last(key: str) -> Any:
+        return next((record[key] for record in reversed(metrics) if key in record), None)
+
+    newest = metrics[-1] if metrics else {}
+    evaluations = [record for record in metrics if is_evaluation(record)] or [{}]
+    kept_step = newest.get("kept_step")
+    kept = next((record for record in evaluations if record.get("step") == kept_step), evaluations[-1])
+    counted = [record for record in metrics if record.get("tokens")]
+    tokens = sum(record["tokens"] for record in counted)
+    counted_seconds = sum(record.get("step_seconds") or 0.0 for record in counted)
+    memory = next((key for record in metrics for key in _MEMORY if key in record), "")
+    of_ranks = [record["peak_gib_by_rank"] for record in metrics if record.get("peak_gib_by_rank")]
+    by_rank = [max(of_rank) for of_rank in zip(*of_ranks, strict=False)]  # after a resume, peaks begin anew
+    return Summary(
+        step=newest.get("step", 0),
+        max_steps=last("max_steps"),
+        epoch=last("epoch"),
+        loss=last("loss"),
+        eval_loss_first=evaluations[0].get("eval_loss"),
+        eval_loss=kept.get("eval_loss"),
+        eval_loss_per_token_first=evaluations[0].get("eval_loss_per_token"),
+        eval_loss_per_token=kept.get("eval_loss_per_token"),
+        eval_tokens=last("eval_tokens"),
+        kept_step=kept_step,
+        train_seconds=sum(record.get("step_seconds") or 0.0 for record in metrics),
+        tokens_per_second=tokens / counted_seconds if counted_seconds > 1e-6 else None,
+        peak_memory=max([record[memory] for record in metrics if memory in record] + by_rank, default=None),
+        memory_kind=_MEMORY.get(memory),
+        engine=last("engine"),
+        peak_memory_by_rank=by_rank or None,
+        training_rows=last("training_rows"),
+        trainable_parameters=last("trainable_parameters"),
+        parameters=last("parameters"),
+        trouble=_trouble(metrics),
+        ended=newest.get("ended"),
+    )
+
+
+def _trouble(metrics: Sequence[Row]) -> str | None:
+    """Message if the last losses are NaN (null in JSON), or None."""
+    losses = [record for record in metrics if "loss" in record]
+    steps = [record["step"] for record in itertools.takewhile(lambda each: each["loss"] is None, reversed(losses))]
+    return f"the loss is NaN since step {steps[-1]}" if steps else None
+
+
+def all_runs(runs: Path) -> list[RunDir]:
+    """All run folders below `runs`, oldest first."""
+    return sorted((RunDir(file.parent) for file in runs.rglob("run.json")), key=lambda run: run.path.name)
+
+
+def is_run(folder: Path) -> bool:
+    """True for a run folder."""
+    return (folder / "run.json").is_file()
+
+
+def run_names(runs: Path) -> dict[str, RunDir]:
+    """Runs by name: the path below `runs`, a recipe's name (its newest run), or `latest`."""
+    folders = all_runs(runs)
+    named = {run.path.relative_to(runs).as_posix(): run for run in folders}
+    named |= {path.rpartition("/")[0]: run for path, run in named.items() if "/" in path}  # the last is the newest
+    return ({"latest": folders[-1]} if folders else {}) | named
+
+
+def find_run(name: str, runs: Path) -> RunDir:
+    """Find a run by folder, or by a full or partial name of `run_names`; print its path.
+
+    Raises:
+        UserError: no run, or more than one, matches.
+    """
+    if is_run(Path(name)):
+        return RunDir(Path(name))
+    choices = run_names(runs)
+    hint = f" below {runs}/; " + ("`recipe results` lists the runs" if choices else "`recipe run` starts one")
+    found = choices[meant(name.removeprefix(f"{runs}/"), choices, "run", hint)]
+    if name != "latest" and found.path != runs / name:
+        say(f"run {found.path}")
+    return found
+
+
+def readable(folders: Sequence[RunDir], read: Callable[[RunDir], Run] = RunDir.read) -> Iterator[tuple[RunDir, Run]]:
+    """Runs with a readable run.json; reports the others on stderr."""
+    for folder in folders:
+        try:
+            yield folder, read(folder)
+        except UserError as error:
+            say(str(error))

@@ -1,0 +1,211 @@
+"""Evaluation of a run, or of an external adapter."""
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from pickle import UnpicklingError
+
+from ..base import paths, yamlfiles
+from ..base.errors import UserError, WorkFailed
+from ..base.files import read_json, sha256, tensor_shapes, write_json
+from ..base.hub import importing_axolotl
+from ..base.paths import find_recipe
+from ..base.progress import say
+from ..config import datafiles, models, substitution
+from ..config.compose import MIRROR, Composed, Request
+from ..data.published import AdapterFormat
+from ..evaluate import evaluate, evaluation_rows
+from ..evaluate.evaluate import EvaluationRequest, EvaluationTask
+from ..evaluate.predict import require
+from ..evaluate.scores_file import ADAPTER, BASE, SERVER, Evaluation
+from ..run import backends, run
+from ..run.backends import Backend, Task, TaskResult
+from ..run.rundir import RunDir, find_run
+from ..training.run_record import FileState
+from .pipeline import Pipeline, evaluation_command, existing_runs
+
+CONFIG = "adapter_config.json"
+TOKENIZER = "tokenizer_config.json"
+SUFFIXES = (".json", ".jinja", ".model", ".txt")
+"""Suffixes of an adapter's and tokenizer's files, other than the weights."""
+
+
+def of_name(name: str, request: EvaluationRequest, backend: Backend) -> tuple[RunDir, Evaluation | RunDir]:
+    """Evaluate a run, or an external adapter with a recipe's settings; see `start`.
+
+    An external adapter gets a run folder.
+
+    Args:
+        name: name of a run, see `find_run`; or of a recipe, if the request has an adapter.
+        request: settings of the evaluation.
+        backend: backend that carries out the evaluation.
+    """
+    if request.adapter in (None, BASE) or not _is_recipe(name):
+        folder = find_run(name, paths.runs())
+        return folder, start(folder, request, backend)
+    adapter, label = located(str(request.adapter))
+    asked = request_for(name, adapter, request.force)
+    composed = checked(asked, backend)
+    with run_of(composed, asked, adapter, label) as folder:
+        return folder, start(folder, replace(request, adapter=None), backend)
+
+
+def _is_recipe(name: str) -> bool:
+    with suppress(UserError):
+        return bool(find_recipe(name))
+    return False
+
+
+def start(folder: RunDir, request: EvaluationRequest, backend: Backend) -> Evaluation | RunDir:
+    """Evaluate a run here, or queue its evaluation as a job.
+
+    Returns:
+        The run folder if the evaluation is queued; otherwise the evaluation.
+
+    Raises:
+        UserError: the evaluation is already queued, or `EvaluationTask` or the backend refuses it. Nothing was started.
+        WorkFailed: see `evaluate.evaluate`.
+    """
+    record = folder.read()
+    evaluation = evaluation_command(folder, request)
+    if not backend.here:
+        if not backends.job_state(folder, "run"):
+            task = EvaluationTask(folder, request)
+            if task.settings.engine != SERVER:  # perhaps only the cluster's nodes can reach the server
+                require(task.settings, None, on_gpu=not record.rehearsal)
+        elif request.data:  # before training ends, only these rows can be checked
+            cfg = yamlfiles.read_yaml(folder.config)
+            evaluation_rows.read(evaluation_rows.named(request.data, cfg, Path(record.cwd)), folder, record, cfg)
+        if job := backends.job_state(folder, "evaluate", evaluation.words):
+            raise UserError(
+                f"{folder.path}: this evaluation is already {job}; `recipe cancel {folder.path}` cancels all jobs of "
+                "the run"
+            )
+        gpus = 0 if record.rehearsal else 1
+        queued = Task(TaskResult(record.recipe), lambda: [evaluation], gpus, steps=["evaluate"])
+        return backend.carry_out(queued, record.recipe)
+    return evaluate.evaluate(folder, request)
+
+
+def located(adapter: str) -> tuple[Path, str]:
+    """Return an adapter's folder and name; fetch the adapter if it is not local.
+
+    Raises:
+        UserError: the adapter is neither a folder nor a hub repository, or files are missing or damaged.
+        WorkFailed: the hub does not answer.
+    """
+    folder, name = Path(adapter), str(Path(adapter).resolve())
+    if not folder.is_dir():
+        from httpx import HTTPError
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+        try:
+            folder = Path(snapshot_download(adapter, allow_patterns=[ADAPTER, *(f"*{end}" for end in SUFFIXES)]))
+        except (HFValidationError, RepositoryNotFoundError):
+            raise UserError(f"--adapter {adapter}: neither a folder nor a hub repository") from None
+        except (HTTPError, LocalEntryNotFoundError) as error:
+            raise WorkFailed(
+                f"--adapter {adapter}: no local folder; fetching it from the hub failed: {str(error).splitlines()[0]}"
+            ) from None
+        name = f"{adapter}@{folder.name}"
+    if not read_json(folder / CONFIG) or tensor_shapes(folder / ADAPTER) is None:
+        raise UserError(f"{folder}: {CONFIG} or {ADAPTER} is missing or damaged; give a folder saved by PEFT")
+    return folder, name
+
+
+def as_peft(folder: Path, form: AdapterFormat) -> Path:
+    """Convert a PEFT fork's adapter to PEFT's format in a subfolder; return the subfolder.
+
+    Raises:
+        UserError: the file is damaged or contains objects other than weights.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    try:
+        theirs = torch.load(folder / form.weights, map_location="cpu", weights_only=True)
+    except (EOFError, RuntimeError, UnpicklingError) as error:
+        raise UserError(
+            f"{folder / form.weights}: damaged, or contains more than weights: {str(error).partition('\n')[0]}"
+        ) from None
+    weights = {}
+    for name, tensor in theirs.items():
+        for part, own in form.names.items():
+            name = name.replace(part, own)
+        # PEFT stores magnitudes as vectors
+        weights[name] = (tensor.flatten() if "magnitude" in name else tensor).contiguous()
+    made = folder / "peft"
+    made.mkdir(exist_ok=True)
+    save_file(weights, made / ADAPTER)
+    write_json(made / CONFIG, read_json(folder / CONFIG) | form.config)
+    return made
+
+
+def request_for(name: str, adapter: Path, force: Sequence[str]) -> Request:
+    """Return a request that composes a recipe with an adapter's base model.
+
+    The base model is the recipe's model, an ungated copy of it, or a rehearsal's stand-in.
+    """
+    base = str(read_json(adapter / CONFIG).get("base_model_name_or_path"))
+    own = yamlfiles.read_yaml(find_recipe(name)[1]).get("base_model")
+    rehearsal, copied = Path(base).name == substitution.folder().name, models.is_copy(base, own)
+    if not (rehearsal or copied):
+        say(f"{adapter}: trained on {base}, but evaluated with {own}, the base model of {name}")
+    return Request(name, [MIRROR] if copied and base != own else [], rehearse=rehearsal, force=[*force])
+
+
+def checked(request: Request, backend: Backend) -> Composed:
+    """Return the checked config for evaluating an adapter, without lora_model_dir.
+
+    Raises:
+        UserError: the config has errors, or this machine lacks the required GPU.
+    """
+    request = replace(request, overrides=[*request.overrides, "lora_model_dir=null"])
+    pipeline = Pipeline(TaskResult(request.name), request, EvaluationRequest(), backend)
+    if not pipeline.check(with_data=False) or pipeline.composed is None:
+        raise UserError(pipeline.result.problem or f"{request.name}: refused")
+    return pipeline.composed
+
+
+@contextmanager
+def run_of(composed: Composed, request: Request, adapter: Path, name: str) -> Iterator[RunDir]:
+    """Yield the run folder for an adapter and config; create it if it is missing.
+
+    Args:
+        composed: the config, see `checked`.
+        request: request from which the config was composed.
+        adapter: folder of the adapter, see `located`.
+        name: name of the adapter. run.json records it, because this run did not train the adapter.
+
+    Raises:
+        UserError: the data or the tokenizer is missing, or the `with` block raises UserError. In both cases, a folder
+            that this call created is removed.
+    """
+    composed.data = composed.data or datafiles.record(composed.config)
+    digest = hashlib.sha256(f"{composed.digest} {sha256(adapter / ADAPTER)}".encode()).hexdigest()
+    if existing := existing_runs(paths.runs(), composed.recipe).get(digest):
+        yield existing[0]
+        return
+    folder = run.create(composed, request)
+    try:
+        folder.output.mkdir(exist_ok=True)
+        for file in adapter.iterdir():
+            if file.is_file() and (file.name == ADAPTER or file.suffix in SUFFIXES):
+                shutil.copyfile(file, folder.output / file.name)
+        if not (folder.output / TOKENIZER).is_file():
+            with importing_axolotl(offline=composed.rehearsal):
+                from ..training.tokens import Tokenizer
+
+                Tokenizer(composed.config).tokenizer.save_pretrained(folder.output)
+        record = folder.read()
+        record.state, record.digest, record.published_adapter = "finished", digest, name
+        record.adapter = FileState.of(folder.output / ADAPTER)
+        folder.write(record)
+        yield folder
+    except UserError:
+        shutil.rmtree(folder.path)
+        raise

@@ -1,0 +1,374 @@
+"""Reproduction of a study, from data to results table; finished steps are skipped.
+
+With `recipe reproduce --from`, only published predictions are scored, or published adapters evaluated.
+"""
+
+import fnmatch
+import glob
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..base import paths, tables, yamlfiles
+from ..base.errors import UserError, WorkFailed, meant
+from ..base.files import Row
+from ..base.machine import LOCK_TIMEOUT, held
+from ..base.paths import find_recipe
+from ..base.progress import Bar, say
+from ..config import datafiles, models
+from ..config.compose import MIRROR, Composed, Request
+from ..config.gpus import Gpu
+from ..config.merging import parse_override
+from ..data import fetch, manifest, prepare
+from ..data.declaration import Data, PreparedFormat
+from ..data.published import adapter_files
+from ..data.raw_rows import fetched
+from ..data.studies import Study
+from ..evaluate import evaluate
+from ..evaluate.evaluate import EvaluationRequest
+from ..evaluate.score import declared_models, scorer_models
+from ..metrics.registry import SCORER
+from ..plan import plan
+from ..plan.planner import GIB
+from ..run.backends import DONE, Backend, TaskResult
+from . import published_predictions
+from .adapters import as_peft, checked, located, run_of
+from .pipeline import Pipeline, require_known, require_scorer_models, seeds_of, validate_all
+
+
+def chosen(of_study: Study, only: list[str]) -> list[str]:
+    """Recipes of a study by name or pattern; by default, all with published scores.
+
+    Raises:
+        UserError: a name or pattern matches no recipe of the study, or a name matches several.
+    """
+    recipes = [*of_study.published, *of_study.variants]
+    named: list[str] = []
+    for name in only:
+        found = paths.matching(name, recipes) or fnmatch.filter(recipes, f"*/{name}")
+        if len(found) > 1 and not glob.has_magic(name):
+            raise UserError(f"--only {name}: matches {', '.join(found)}; give the whole name, or '*{name}*' for all")
+        named += found or [meant(name, recipes, "recipe of the study", option="--only")]
+    return list(dict.fromkeys(named)) or list(of_study.published)
+
+
+def reproduce(
+    of_study: Study,
+    request: Request,
+    only: list[str],
+    evaluation: EvaluationRequest,
+    backend: Backend,
+    seeds: int = 1,
+) -> list[TaskResult]:
+    """Train and score every recipe of a study; reuse earlier results.
+
+    All recipes are checked and planned before the first one starts. A failed recipe does not stop the others.
+
+    Args:
+        of_study: the study.
+        request: the study's name, and overrides for each recipe. A mirror applies only to recipes with a gated model.
+        only: recipes to run; by default those with published scores.
+        evaluation: settings of each evaluation. By default, BERTScore uses the same model as the published scores; in a
+            rehearsal, a stand-in.
+        backend: backend that carries out the recipes.
+        seeds: number of seeds per recipe, beginning with the recipe's seed.
+
+    Raises:
+        UserError: the request is wrong, or existing data differs from the study's; nothing was started.
+        WorkFailed: the data cannot be fetched, or BERTScore's model cannot be loaded.
+    """
+    wanted = _wanted(of_study, request, only, seeds)
+    scorers = {declared.model for declared in declared_models(of_study.columns).values()}
+    # `require_scorer_models` fetches this model if it is missing; --metric cannot name more than one
+    if not request.rehearse and evaluation.judge is None and len(scorers) == 1:
+        evaluation.metrics = [*evaluation.metrics, f"{SCORER}{scorers.pop()}"]
+    with held(lock(request.name), "another reproduction of this study is running"):
+        pipelines = [Pipeline(result, asked, evaluation, backend) for result, asked in wanted]
+        for pipeline in pipelines:
+            pipeline.look_up()
+        validate_all([pipeline for pipeline in pipelines if not pipeline.is_finished()])
+        runnable = [pipeline for pipeline in pipelines if pipeline.is_finished() or pipeline.check(with_data=False)]
+        have_data(of_study, [pipeline.composed for pipeline in runnable if pipeline.composed])
+        for pipeline in runnable:
+            if not pipeline.existing:  # `have_data` may have fetched the data that the digest needs
+                pipeline.look_up()
+        ready = []
+        with Bar("checking and planning", len(runnable)) as bar:
+            for done, pipeline in enumerate(runnable, start=1):
+                bar.begin(f"checking and planning {pipeline.result.label}")
+                if pipeline.is_finished() or (pipeline.check(with_data=True) and pipeline.plan()):
+                    ready.append(pipeline)
+                bar.update(done)
+        require_known(request.force, pipelines)
+        tasks = [pipeline.task() for pipeline in ready]
+        require_scorer_models(tasks, of_study.columns, evaluation, request.rehearse)
+        backend.submit(tasks, request.name)
+    return [result for result, _ in wanted]
+
+
+def representative_runs(results: Iterable[TaskResult]) -> dict[str, Path | None]:
+    """Representative run of each recipe: the finished run with the first seed."""
+    first: dict[str, Path | None] = {}
+    for result in results:
+        first[result.recipe] = first.get(result.recipe) or result.run
+    return first
+
+
+def outline(
+    of_study: Study,
+    request: Request,
+    only: list[str],
+    evaluation: EvaluationRequest,
+    backend: Backend,
+    gpu: Gpu | None,
+    seeds: int = 1,
+) -> dict[str, list[Any]]:
+    """Preview `reproduce` with the same arguments, without starting anything.
+
+    Plans are cached.
+
+    Args:
+        gpu: GPU to plan for; by default the backend's.
+
+    Returns:
+        `data`: one line for each part of the data to fetch or prepare. `recipes`: one row per recipe, with the state of
+        its training, required memory and time.
+
+    Raises:
+        UserError: see `chosen`.
+    """
+    wanted = _wanted(of_study, request, only, seeds)
+    pipelines = [Pipeline(result, asked, evaluation, backend, gpu) for result, asked in wanted]
+    rows = []
+    with Bar("planning", len(pipelines)) as bar:
+        for pipeline in pipelines:
+            bar.begin(f"planning {pipeline.result.label}")
+            rows.append(_outlined(pipeline))
+            bar.update(len(rows))
+    require_known(request.force, pipelines, dry_run=True)
+    return {"data": _outlined_data(of_study, [one.composed for one in pipelines if one.composed]), "recipes": rows}
+
+
+def _outlined(pipeline: Pipeline) -> Row:
+    """Preview of one recipe; `hours` covers only training."""
+    row: Row = {"recipe": pipeline.result.label, "training": "new"}
+    row |= dict.fromkeys(("steps", "needs GiB", "fits", "hours", "changes", "problem"))
+    if pipeline.composed:
+        changes = (str(change) for change in pipeline.composed.differences if change.why.startswith("--set "))
+        row["changes"] = "; ".join(changes) or None
+    pipeline.look_up()
+    if pipeline.existing:
+        row["training"] = f"{pipeline.state}: {pipeline.existing[0].path}"
+    if pipeline.state == "finished":
+        return row
+    if not pipeline.composed or not pipeline.check(with_data=False, starts=False):
+        return row | {"training": "refused", "problem": pipeline.result.problem}
+    if pipeline.request.rehearse:
+        return row | {"steps": datafiles.training_steps(pipeline.composed.config)}
+    try:
+        planned = plan.of_request(pipeline.request, pipeline.gpu)
+    except UserError as error:
+        return row | {"problem": f"not planned: {error}"}
+    row["needs GiB"] = planned.memory.needed / GIB
+    if pipeline.gpu and pipeline.gpu.memory:
+        row["fits"] = f"{pipeline.gpu.name}: {planned.gpus[0].verdict}"
+    return row | ({"steps": planned.work.steps, "hours": planned.work.hours} if planned.work else {})
+
+
+def _outlined_data(of_study: Study, configs: list[Composed]) -> list[str]:
+    """Preview of the data to fetch and prepare for these configs."""
+    data = of_study.data
+    forms = [form for form in _needed_formats(of_study, configs) if not any(Path(form[1].folder).glob("[!.]*"))]
+    sources = data.missing([*(data.raw_files if forms else ()), *_needed_beside(data, configs)])
+    own = [name for name in sources if data.sources[name].is_own]
+    lines = [f"{data.raw}: copy {', '.join(own)} there; study.yaml has no address for it"] if own else []
+    if len(sources) > len(own):
+        fetched = sum(data.sources[name].bytes or 0 for name in sources) / 1e6
+        lines.append(f"{data.raw}: to be fetched, {fetched:,.0f} MB or more from {data.source or data.name}")
+    return lines + [f"{form.folder}: to be prepared, in the format {name}" for name, form in forms]
+
+
+def show_outline(outlined: dict[str, list[Any]], json: bool) -> None:
+    """Print the preview from `outline`."""
+    recipes = tables.Table(outlined["recipes"], below=["changes", "problem"])
+    hours = sum(row["hours"] or 0 for row in recipes.rows)
+    total = f"; up to {hours:,.1f} hours of training in total" if hours else ""
+    runs = f"runs: {len(recipes.rows)}, each trained and evaluated unless finished{total}"
+    tables.show(json, outlined, [recipes], [*(f"data: {line}" for line in outlined["data"]), runs])
+
+
+def lock(name: str) -> Path:
+    """Lock file that a command holds while it reproduces a study."""
+    return paths.runs() / f".reproduce-{name.replace('/', '--')}.lock"
+
+
+def _wanted(of_study: Study, request: Request, only: list[str], seeds: int) -> list[tuple[TaskResult, Request]]:
+    """Requested runs of a study: one per recipe and seed.
+
+    Raises:
+        UserError: see `chosen`; or an override sets the seed although several seeds are requested.
+    """
+    if seeds > 1 and any(parse_override(text)[0] == "seed" for text in request.overrides):
+        raise UserError("--seeds: --set already sets seed; give only one of the two")
+    return [
+        (
+            TaskResult(recipe, seed=seed),
+            asked if seed is None else replace(asked, overrides=[*asked.overrides, f"seed={seed}"]),
+        )
+        for recipe in chosen(of_study, only)
+        for asked in [request_for(request, recipe)]
+        for seed in seeds_of(recipe, seeds)
+    ]
+
+
+def request_for(shared: Request, recipe: str) -> Request:
+    """Request for one recipe, with a mirror only if the model is gated."""
+    base_model = str(yamlfiles.read_yaml(find_recipe(recipe)[1]).get("base_model"))
+    gated = models.entry_of(base_model).get("gated")
+    profiles = [name for name in shared.profiles if gated or paths.find_profile(name)[0] != MIRROR]
+    return replace(shared, name=recipe, profiles=profiles)
+
+
+def have_data(of_study: Study, configs: list[Composed]) -> None:
+    """Fetch and prepare a study's missing data in the formats that these configs read.
+
+    Raises:
+        UserError: existing data differs from the study's.
+    """
+    for name, form in _needed_formats(of_study, configs):
+        folder = Path(form.folder)
+        if prepare.is_unfinished(folder) or not any(folder.glob("[!.]*")):
+            say(f"data: fetching and preparing {folder}")
+            _fetch(of_study.data, of_study.data.raw_files)
+            prepare.prepare(fetched(of_study.data), folder, of_study, name, timeout=LOCK_TIMEOUT)
+        if reason := manifest.is_not_prepared(of_study, folder, name):
+            raise UserError(
+                f"{folder}: differs from the study's data: {reason}; move the folder away and run this command again, "
+                "or run the recipes one by one with this data"
+            )
+        say(f"data: {folder} has the study's data")
+    _fetch(of_study.data, _needed_beside(of_study.data, configs))
+
+
+def _fetch(data: Data, files: Iterable[str]) -> None:
+    """Fetch the sources of a data set's missing files."""
+    if sources := data.missing(files):
+        fetch.fetch(data, data.raw, only=sources)
+
+
+def _needed_beside(data: Data, configs: list[Composed]) -> list[str]:
+    """Files of the configs' initial adapters (lora_model_dir) that a data set provides."""
+    starts = [str(composed.config.get("lora_model_dir") or "") for composed in configs]
+    return [file for file in data.files if any(Path(data.raw, file).parent == Path(start) for start in starts)]
+
+
+def _needed_formats(of_study: Study, configs: list[Composed]) -> Iterator[tuple[str, PreparedFormat]]:
+    """Names and formats of the prepared data that these configs read."""
+    entries = [entry for composed in configs for _, entry in datafiles.datasets(composed.config)]
+    needed = {Path(str(entry.get("path"))).parent for entry in entries}
+    return ((name, form) for name, form in of_study.data.formats.items() if Path(form.folder) in needed)
+
+
+def score_predictions(
+    of_study: Study, only: Sequence[str], scorer: str | None
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Fetch and score a study's published predictions.
+
+    Args:
+        of_study: the study.
+        only: names of recipes; by default all recipes and the baselines.
+        scorer: BERTScore's model, see `score.scorer_model`.
+
+    Returns:
+        Rows of `published.scores`, and problems by the name of the recipe or baseline. Each row has two more keys:
+        `of`, the name of the recipe or baseline; and `verified`, true if the files match the study's checksums.
+
+    Raises:
+        UserError: a name is wrong, or no predictions are published.
+    """
+    data = of_study.data
+    owners = []
+    for name in chosen(of_study, list(only)):
+        if name in of_study.published:
+            of_recipe = of_study.published[name]
+            owners.append((name, of_recipe.scores, of_recipe.predictions, data.test_set))
+    if not only:
+        owners += [(of.name, of.scores, of.predictions, of.test_set) for of in of_study.baselines]
+    if not any(predictions for *_, predictions, _ in owners):
+        raise _none_published(of_study, "predictions")
+    models = scorer_models(of_study.columns, scorer, report=True)
+    rows, problems = [], {}
+    for name, scores, predictions, test_set in owners:
+        if predictions is None:
+            say(f"{name}: no predictions are published")
+            continue
+        try:
+            fetched = fetch.fetch(data, data.raw, only=data.sources_of(predictions.files))
+            verified = all(row["verified"] for row in fetched if row["file"] in predictions.files)
+            made = published_predictions.scores(of_study, predictions, test_set, scores, models)
+            rows += [{"of": name} | row | {"verified": verified} for row in made]
+        except (UserError, WorkFailed) as error:
+            problems[name] = str(error)
+    return rows, problems
+
+
+def evaluate_adapters(
+    of_study: Study, request: Request, only: Sequence[str], evaluation: EvaluationRequest, backend: Backend
+) -> list[TaskResult]:
+    """Fetch a study's published adapters, and evaluate each with its recipe's settings.
+
+    Args:
+        of_study: the study.
+        request: the study's name, and overrides for each recipe.
+        only: names of recipes; by default all.
+        evaluation: settings of the evaluations.
+        backend: backend of this machine.
+
+    Returns:
+        Results of the recipes; a failure does not stop the others.
+
+    Raises:
+        UserError: a name is wrong, or no adapter is published.
+    """
+    named = {}
+    for name in chosen(of_study, list(only)):
+        if name in of_study.published and (adapter := of_study.published[name].adapter):
+            named[name] = adapter
+    if not named:
+        raise _none_published(of_study, "adapter")
+    results = [TaskResult(recipe) for recipe in named]
+    for result, adapter in zip(results, named.values(), strict=True):
+        step = "check"
+        try:
+            asked = request_for(request, result.recipe)
+            composed = checked(asked, backend)
+            files = adapter_files(of_study.data, adapter)
+            if not request.rehearse:
+                have_data(of_study, [composed])
+                fetch.fetch(of_study.data, of_study.data.raw, only=of_study.data.sources_of(files))
+            elif missing := of_study.data.missing(files):
+                fetching = " ".join(f"--only {source}" for source in missing)
+                raise UserError(
+                    f"{result.recipe}: a rehearsal does not fetch the adapter; run `recipe data fetch "
+                    f"{of_study.data.key} {fetching}`"
+                )
+            if not all(of_study.data.files[file].sha256 for file in files):
+                say(f"{result.recipe}: adapter not verified, because study.yaml lacks checksums for the files")
+            folder, form = of_study.data.raw / adapter, of_study.published[result.recipe].adapter_format
+            folder, _ = located(str(as_peft(folder, form) if form else folder))
+            step = "evaluate"
+            with run_of(composed, asked, folder, adapter) as made:
+                evaluate.evaluate(made, evaluation)
+            result.run, result.steps[step] = made.path, DONE
+        except (UserError, WorkFailed) as error:
+            result.fail(step, str(error))
+    return results
+
+
+def _none_published(of_study: Study, what: str) -> UserError:
+    having = [name for name, published in of_study.published.items() if getattr(published, what)]
+    of = ", ".join(having) or "no recipe"
+    return UserError(
+        f"--from {what}: {of_study.folder.name}'s study.yaml declares none for these recipes, but for {of}"
+    )

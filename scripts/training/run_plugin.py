@@ -1,0 +1,382 @@
+"""Axolotl plugin: records metrics, stops at a checkpoint, and makes training on a CPU possible.
+
+`recipe run` adds this plugin to the config. The training process runs no other code of this project than this plugin
+and the modules that it imports.
+"""
+
+import math
+import os
+import resource
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import orjson
+import psutil
+import torch
+import torch.distributed as dist
+from axolotl.integrations.base import BasePlugin
+from peft import PeftModel
+from pynvml import NVMLError
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from ..base.files import append_line
+from ..base.machine import LOCK_TIMEOUT, end_with_parent, held
+from ..config import models
+from ..config.gpus import CPU_RANKS, ENGINE_KEYS, engine_of
+from ..run.rundir import step_of, write_manifest
+from . import eval_loss
+from .run_record import Ended
+
+GIB = 2**30
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # number of ranks, set by the launcher
+
+
+class RunPlugin(BasePlugin):
+    """Plugin that writes metrics.jsonl, prepares trackers, and lets NF4 train on a CPU."""
+
+    engine: str | None = None
+    parameters: dict[str, int] | None = None
+
+    def register(self, cfg: Any) -> None:
+        """Record the requested engine before Axolotl overwrites it; put a rehearsal's ranks on the CPU."""
+        if WORLD_SIZE > 1:
+            end_with_parent(signal.SIGKILL)  # otherwise ranks keep training after their launcher is killed
+        self.engine = engine_of(cfg) if WORLD_SIZE > 1 or any(cfg.get(key) for key in ENGINE_KEYS) else None
+        if CPU_RANKS in os.environ:
+            use_cpu(engine_of(cfg))
+
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
+        """Record that Axolotl starts loading rows; let `axolotl preprocess` reuse rows.
+
+        Otherwise it would rewrite them in place, while another run may be training on them.
+        """
+        _note(cfg.output_dir, phase="reading and tokenizing rows")
+        cfg.is_preprocess = False
+
+    def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
+        """Arguments for transformers' trainer that Axolotl does not set.
+
+        Without a GPU, bf16 needs `use_cpu`. On several GPUs, Axolotl gives each GPU the same weight in a step,
+        regardless of its number of tokens; `average_tokens_across_devices` weights all tokens equally, as on one GPU.
+        trackio takes its project from these arguments alone. Without trackio_static_space_id=False, a push to the
+        hub publishes a Space.
+        """
+        args: dict[str, Any] = {"logging_nan_inf_filter": False}  # the filter logs a NaN loss as 0
+        if not torch.cuda.is_available():
+            args["use_cpu"] = True
+        if WORLD_SIZE > 1:
+            args["average_tokens_across_devices"] = True
+        if cfg.trackio_project_name:
+            args["project"] = cfg.trackio_project_name
+        if cfg.use_trackio and not os.environ.get("TRACKIO_SPACE_ID"):
+            args["trackio_static_space_id"] = False
+        return args
+
+    def pre_model_load(self, cfg: Any) -> None:
+        """Create MLflow's store under a lock: simultaneous creation by two runs fails."""
+        _note(cfg.output_dir, phase="loading the model")
+        uri = os.environ.get("MLFLOW_TRACKING_URI", "")  # set by Axolotl from the config
+        if not cfg.use_mlflow or not uri.startswith("sqlite:///"):
+            return
+        import mlflow
+
+        store = Path(uri.removeprefix("sqlite:///"))
+        with held(store.with_name(f".{store.name}.lock"), "another run is opening MLflow's store", LOCK_TIMEOUT):
+            mlflow.search_experiments(max_results=1)
+
+    def post_lora_load(self, cfg: Any, model: Any) -> None:
+        """Count parameters before an engine shards them; a packed byte counts as two weights."""
+        if isinstance(model, PeftModel):
+            trainable, every = model.get_nb_trainable_parameters()
+            self.parameters = {"trainable_parameters": trainable, "parameters": every}
+
+    def post_model_load(self, cfg: Any, model: torch.nn.Module) -> None:
+        """Keep bitsandbytes from repacking 4-bit weights for CPU inference at the first evaluation.
+
+        On processors with AVX512-BF16, training would continue with the repacked weights. Their kernel has no gradient,
+        so the model would stop learning.
+        """
+        if torch.cuda.is_available():
+            return
+        from bitsandbytes.nn.modules import Linear4bit
+
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                module.support_avx512bf16_for_cpu = False
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        """Record when evaluations and saves start; add the eval loss per token.
+
+        Tokenizers of Llama 3.2's mirrors pad on the left (seen in PEFT's pull request 3526), Meta's on the right. This
+        method makes mirrors pad on the right, so that batches are the same as with Meta's model. Recipes set the same
+        pad token for both.
+        """
+        if models.mirrored_by(cfg.base_model):
+            trainer.processing_class.padding_side = "right"
+        save = trainer._save_checkpoint
+
+        def saving(*arguments: Any, **options: Any) -> None:
+            _note(cfg.output_dir, phase="saving a checkpoint")
+            save(*arguments, **options)
+
+        trainer._save_checkpoint = saving
+        kinds = ("first evaluation", "evaluating")
+        eval_loss.add_to(
+            trainer,
+            begins=lambda: _note(cfg.output_dir, phase=kinds[trainer.state.global_step > 0]),
+            record=lambda tokens: _note(
+                cfg.output_dir,
+                step=trainer.state.global_step,
+                max_steps=trainer.state.max_steps,
+                eval_tokens=tokens,
+            ),
+        )
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
+        """Callback that records metrics and stops training on request."""
+        file = Path(cfg.output_dir).parent / "metrics.jsonl"
+        learns_tokens = not (cfg.rl or cfg.reward_model or cfg.process_reward_model)
+        vocabulary = trainer.model.config.get_text_config().vocab_size if learns_tokens else None
+        return [RunCallback(file, trainer, self.engine, self.parameters, vocabulary)]
+
+
+class RunCallback(TrainerCallback):
+    """Trainer callback that appends records to metrics.jsonl, and stops training on SIGTERM.
+
+    Phase records have time (seconds since 1970) and phase, the activity that begins. All other records have time, step
+    and max_steps. Records of steps and evaluations add epoch; the trainer's loss, eval_loss, grad_norm and
+    learning_rate; eval_loss_per_token from the module `eval_loss`; memory in GiB; GPU utilization in percent; and
+    cpu_percent (100 is one processor). Records with a loss, and the last record, add values of all steps since the
+    previous record with a loss: step_seconds (without evaluation and saving), tokens (without padding) and
+    tokens_per_second. Only the first rank writes; peak_gib_by_rank has the memory of all ranks. The first record of a
+    launch has engine, training_rows, trainable_parameters and parameters (including frozen ones). The last record
+    has `ended` (see `records.Ended`), and kept_step if the trainer has loaded the best checkpoint. The first evaluation
+    of a launch adds a record with eval_tokens.
+
+    SIGTERM to any rank ends training after the current step, with a checkpoint.
+
+    Args:
+        file: metrics.jsonl.
+        trainer: the trainer.
+        engine: the requested engine, checked when training begins; None for one process without an engine.
+        parameters: parameter counts for the first record; None without an adapter.
+        vocabulary: vocabulary size, if the loss is that of next-token prediction.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        trainer: Any,
+        engine: str | None,
+        parameters: dict[str, int] | None = None,
+        vocabulary: int | None = None,
+    ):
+        self.file = file
+        self.trainer = trainer
+        self.engine = engine
+        self.parameters = parameters
+        self.vocabulary = vocabulary  # None after the check of the first loss
+        self.stop = self.stopped = False
+        self.step_started = self.step_seconds = 0.0
+        self.tokens: Any = 0  # without padding, unlike Axolotl's count; a tensor, so that no step waits for the device
+        self.process = psutil.Process()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start handling SIGTERM, check the engine, and write the first record."""
+        signal.signal(signal.SIGTERM, self._stop)
+        first: dict[str, Any] = self.parameters or {}
+        if self.engine:
+            check_engine(self.engine, self.trainer)
+            first = first | {"engine": self.engine}
+        with suppress(TypeError):  # streamed rows have no number
+            first = first | {"training_rows": len(self.trainer.train_dataset)}
+        self._append(state, first)
+        if not args.eval_on_start:
+            _note(args.output_dir, phase="training")
+        self.trainer.model.register_forward_pre_hook(self._count, with_kwargs=True)
+        self.process.cpu_percent()  # the next call returns the load since this one
+
+    def _count(self, model: torch.nn.Module, _: Any, inputs: dict[str, Any]) -> None:
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        if model.training and ids is not None:
+            self.tokens += (mask != 0).sum() if mask is not None and mask.shape == ids.shape else ids.numel()
+
+    def _stop(self, *_: Any) -> None:
+        self.stop = True
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start timing a step."""
+        self.step_started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop timing the step; stop training if requested."""
+        self.step_seconds += time.perf_counter() - self.step_started
+        if any(of_all(self.stop, args.device)):
+            self.stopped = control.should_training_stop = control.should_save = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Record that training continues."""
+        _note(args.output_dir, phase="training")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the manifest of a checkpoint that the trainer has saved."""
+        of_all(0, args.device)  # a barrier, because each rank writes its own files
+        if state.is_world_process_zero:
+            write_manifest(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+        _note(args.output_dir, phase="training")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Record the trainer's log entry for a step or an evaluation."""
+        if not logs or not {"loss", "eval_loss", eval_loss.NAME} & logs.keys():
+            return
+        usage = _usage()
+        peaks = of_all(usage.get("memory_reserved_gib") or usage["rss_peak_gib"], args.device)
+        if len(peaks) > 1:
+            usage["peak_gib_by_rank"] = peaks
+        kept = ("loss", "eval_loss", eval_loss.NAME, "grad_norm", "learning_rate")
+        record = {"epoch": state.epoch} | {key: logs[key] for key in kept if key in logs}
+        if "loss" in logs:
+            record |= self._of_steps(args)
+        self._append(state, record | usage | {"cpu_percent": self.process.cpu_percent()})
+        if "loss" in logs and self.vocabulary:
+            require_sane(logs["loss"], self.vocabulary)
+            self.vocabulary = None
+
+    def _of_steps(self, args: Any) -> dict[str, float]:
+        """Time and tokens of the steps since the previous call."""
+        tokens = int(sum(of_all(float(self.tokens), args.device)))
+        seconds, self.step_seconds, self.tokens = self.step_seconds, 0.0, 0
+        rate = {"tokens_per_second": tokens / seconds} if seconds else {}
+        return {"step_seconds": seconds, "tokens": tokens} | rate
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Record the reason for the end, and the last step, which the trainer does not always log."""
+        ended: dict[str, Any] = {"ended": self._how_it_ended(state, control)}
+        if args.load_best_model_at_end and state.best_model_checkpoint:  # the trainer has loaded it
+            ended["kept_step"] = step_of(Path(state.best_model_checkpoint))
+        if self.step_seconds:  # of steps behind the last multiple of logging_steps
+            ended |= self._of_steps(args)
+        self._append(state, ended)
+        _note(args.output_dir, phase="saving the model")
+
+    def _how_it_ended(self, state: Any, control: Any) -> Ended:
+        """Reason for the end; `complete` if nothing stopped the training, even after fewer steps than planned."""
+        if state.global_step >= state.max_steps or not control.should_training_stop:
+            return "complete"
+        if not state.global_step:  # transformers stops if an epoch has no batch
+            return "no batch"
+        stoppers = [each for each in self.trainer.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
+        if any(each.early_stopping_patience_counter >= each.early_stopping_patience for each in stoppers):
+            return "early stopping"
+        return "signal" if self.stopped else "callback"
+
+    def _append(self, state: Any, record: dict[str, Any]) -> None:
+        if state.is_world_process_zero:
+            when = {"time": time.time(), "step": state.global_step, "max_steps": state.max_steps}
+            append_line(self.file, orjson.dumps(when | record))
+
+
+def require_sane(loss: float, vocabulary: int) -> None:
+    """Refuse a first training loss above 1.2 times the loss of random guessing.
+
+    Raises:
+        RuntimeError: the loss is above this limit.
+    """
+    if loss > (most := 1.2 * math.log(vocabulary)):
+        raise RuntimeError(
+            f"the first training loss is {loss:.4g}, but guessing among {vocabulary:,} tokens gives {most / 1.2:.4g}: "
+            "the base model is damaged; compare its precision, quantization and tokenizer with the recipe's"
+        )
+
+
+def use_cpu(engine: str) -> None:
+    """Make Axolotl and accelerate train with an engine on the CPU, communicating over gloo.
+
+    By default, Axolotl queries the GPU driver and gives each rank a GPU. On a CPU, accelerate supports only DDP and
+    silently ignores DeepSpeed and FSDP (AcceleratorState). For these two, this function makes accelerate assume GPUs,
+    with gloo as the communication backend and the CPU as the device.
+    """
+    import axolotl.utils.trainer
+    from accelerate.parallelism_config import ParallelismConfig
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+    from axolotl.loaders.model import ModelLoader
+
+    axolotl.utils.trainer.check_cuda_p2p_ib_support = lambda: True
+    if engine == "DDP":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    else:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+        build_mesh = ParallelismConfig.build_device_mesh
+        ParallelismConfig.build_device_mesh = lambda config, _: build_mesh(config, "cpu")
+    set_device_map = ModelLoader._set_device_map_config
+
+    def set_cpu_device_map(loader: Any) -> None:
+        set_device_map(loader)
+        if "device_map" in loader.model_kwargs:
+            loader.model_kwargs["device_map"] = {"": "cpu"}
+
+    ModelLoader._set_device_map_config = set_cpu_device_map
+    if engine.startswith("ZeRO"):
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiling it takes most of a minute
+
+
+def engine_in_use(trainer: Any) -> str:
+    """Name of the active engine, as in `gpus.engine_of`, or "one process"."""
+    from deepspeed import DeepSpeedEngine
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from torch.distributed.tensor import DTensor
+
+    model = trainer.model_wrapped
+    if isinstance(model, DeepSpeedEngine):
+        if isinstance(model.optimizer, DeepSpeedZeroOptimizer_Stage3):
+            return "ZeRO-3"
+        if isinstance(model.optimizer, DeepSpeedZeroOptimizer):
+            return "ZeRO-2" if model.optimizer.partition_gradients else "ZeRO-1"
+        return "DDP"
+    if all(isinstance(weight, DTensor) for weight in model.parameters()):
+        return "FSDP"
+    return "DDP" if isinstance(model, torch.nn.parallel.DistributedDataParallel) else "one process"
+
+
+def check_engine(asked: str, trainer: Any) -> None:
+    """Stop training if Axolotl silently uses another engine or number of ranks than requested.
+
+    Raises:
+        RuntimeError: the engine or the number of ranks differs.
+    """
+    used = engine_in_use(trainer)
+    among = trainer.accelerator.num_processes
+    if (used, among) != (asked, WORLD_SIZE):
+        raise RuntimeError(f"requested {asked} on {WORLD_SIZE} processes, but Axolotl uses {used} on {among}")
+
+
+def of_all(value: float, device: torch.device) -> list[float]:
+    """Values of all ranks in rank order, gathered on each rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    mine = torch.tensor([value], dtype=torch.float64, device=device)
+    gathered = [mine.clone() for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, mine)
+    return [float(number) for number in gathered]
+
+
+def _note(output: str, **record: Any) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        append_line(Path(output).with_name("metrics.jsonl"), orjson.dumps({"time": time.time()} | record))
+
+
+def _usage() -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        return {"rss_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB}
+    usage = {"memory_reserved_gib": torch.cuda.max_memory_reserved() / GIB}
+    with suppress(NVMLError):  # a GPU slice (MIG) does not report utilization
+        usage["gpu_utilization"] = torch.cuda.utilization()
+    return usage

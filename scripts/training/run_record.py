@@ -1,0 +1,294 @@
+"""Schemas of run.json (with provenance), jobs.json, and the lines of metrics.jsonl."""
+
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Literal, Required, Self, TypedDict
+
+import psutil
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, with_config
+
+from ..base import paths
+from ..base.files import sha256
+from ..base.machine import GpuInfo, cpu, now, package_version, torch_cuda, visible_gpus
+from ..config.datafiles import DataFile
+from ..config.merging import Difference, chained
+from ..data.published import EvalTokens
+
+Ended = Literal["complete", "early stopping", "signal", "callback", "no batch"]
+"""Reason for the end of training.
+`callback`: an Axolotl callback, such as the loss watchdog; `no batch`: the rows do not fill a batch."""
+
+
+@with_config(strict=True, extra="allow")
+class _Record(TypedDict, total=False):
+    """Fields that this project reads from a record of `plugin.RunCallback`."""
+
+    step: Required[int]
+    max_steps: int | None
+    epoch: float | None
+    loss: float | None
+    eval_loss: float | None
+    eval_loss_per_token: float | None
+    eval_tokens: EvalTokens
+    grad_norm: float | None
+    learning_rate: float | None
+    step_seconds: float | None
+    tokens: int | None
+    tokens_per_second: float | None
+    memory_reserved_gib: float
+    rss_peak_gib: float
+    peak_gib_by_rank: list[float] | None
+    engine: str
+    training_rows: int
+    trainable_parameters: int
+    parameters: int
+    ended: Ended
+    kept_step: int
+
+
+RECORD = TypeAdapter(_Record)
+
+
+class Git(TypedDict):
+    """Git state of the checkout with a run's recipe."""
+
+    revision: str
+    dirty: bool
+
+
+@with_config(extra="allow")
+class Provenance(TypedDict, total=False):
+    """Provenance from `collect`."""
+
+    git: Git | None
+    lock_sha256: str | None
+    packages: dict[str, str | None]
+    cuda: str | None
+    python: str
+    host: str
+    os: str
+    cpu: str
+    cores: int
+    memory_gib: float
+    gpus: list[GpuInfo]
+
+
+class FileState(BaseModel):
+    """Hash of a file's content, with size and time for quick comparisons."""
+
+    sha256: str
+    bytes: int
+    mtime: float
+
+    @classmethod
+    def of(cls, file: Path, digest: str | None = None) -> Self:
+        """State of a file; a known hash saves reading the file."""
+        status = file.stat()
+        return cls(sha256=digest or sha256(file), bytes=status.st_size, mtime=status.st_mtime)
+
+    def differs(self, file: Path) -> bool:
+        """True if a file exists with different content; reads it only if size or time differ."""
+        if not file.is_file():
+            return False
+        status = file.stat()
+        # copying can lose fractions of a second
+        if status.st_size == self.bytes and abs(status.st_mtime - self.mtime) < 1:
+            return False
+        return sha256(file) != self.sha256
+
+
+def _moment(text: str) -> str:
+    if datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError(f"{text}: a time without a time zone")
+    return text
+
+
+Moment = Annotated[str, AfterValidator(_moment)]
+"""Time in a record, in the format of `now`."""
+
+State = Literal["created", "queued", "running", "finished", "failed", "interrupted"]
+
+
+Text = Annotated[str, Field(pattern=r"^[^\x00]*$", max_length=4096)]
+"""Name or path; a NUL or more characters would make Linux refuse it."""
+
+_NO_OPTION = r"^\w[^\x00]*$"  # for an argument of another program
+
+
+class Job(BaseModel):
+    """A SLURM job that carries out a command of a run."""
+
+    id: str = Field(pattern=_NO_OPTION)
+    step: str
+    user: str = Field(pattern=_NO_OPTION)
+    script: str  # tells jobs with the same id apart: clusters reuse ids, and several clusters can share a disk
+    words: list[str] = Field(default_factory=list)  # arguments of `recipe`
+
+
+@dataclass(frozen=True)
+class JobState:
+    """State of a job in a queue.
+
+    Attributes:
+        kind: `unknown` if the queue does not answer.
+        reason: the queue's reason for waiting, if informative.
+        job: the job's id.
+    """
+
+    kind: Literal["queued", "running", "unknown"]
+    reason: str = ""
+    job: str = ""
+
+    def __str__(self) -> str:
+        if self.kind == "unknown":
+            return "unknown: the queue does not answer"
+        return f"{self.kind}{f': {self.reason}' if self.reason else ''} (job {self.job})"
+
+
+class Launch(BaseModel):
+    """One start of the training process, first or resumed."""
+
+    command: list[str]
+    started: Moment
+    ended: Moment | None = None
+    exit_code: int | None = None
+    resumed_from: str | None = None
+    problem: str | None = None  # lack of memory or disk space, if it ended the launch
+
+
+class Summary(BaseModel):
+    """Summary of the training so far, in seconds and GiB; NaN becomes null.
+
+    Attributes:
+        eval_loss, eval_loss_first: Axolotl's eval loss, the mean of batch means.
+        eval_loss_per_token, eval_loss_per_token_first: see the module `eval_loss`.
+        eval_tokens: tokens behind `eval_loss_per_token`; None without this loss.
+        kept_step: step of the best checkpoint, if the trainer loaded its weights at the end; `eval_loss` and
+            `eval_loss_per_token` then belong to this step.
+        training_rows: number of rows after Axolotl held rows out and dropped long ones; None for streamed rows.
+        trainable_parameters, parameters: PEFT's counts; None without an adapter.
+    """
+
+    step: int = 0
+    max_steps: int | None = None
+    epoch: float | None = None
+    loss: float | None = None
+    eval_loss_first: float | None = None
+    eval_loss: float | None = None
+    eval_loss_per_token_first: float | None = None
+    eval_loss_per_token: float | None = None
+    eval_tokens: EvalTokens | None = None
+    kept_step: int | None = None
+    train_seconds: float = 0.0
+    tokens_per_second: float | None = None
+    peak_memory: float | None = None
+    memory_kind: str | None = None
+    engine: str | None = None  # as in `gpus.engine_of`; None for one process without an engine
+    peak_memory_by_rank: list[float] | None = None
+    training_rows: int | None = None
+    trainable_parameters: int | None = None
+    parameters: int | None = None
+    trouble: str | None = None  # a message if the last losses are NaN
+    ended: Ended | None = None  # None also after a kill
+
+
+class Run(BaseModel):
+    """Content of run.json."""
+
+    state: State = "created"
+    recipe: Text
+    variant_of: Text | None = None  # the shipped recipe that the recipe file changes
+    recipe_file: Text
+    recipe_sha256: str
+    digest: str | None = None  # hash of the data, and of the config without the keys that a run adds
+    rehearsal: bool = False
+    profiles: list[str] = Field(default_factory=list)
+    overrides: list[str] = Field(default_factory=list)
+    forced: list[str] = Field(default_factory=list)  # names of overridden findings
+    seal: str | None = None  # see `checks.trust`
+    gpus_used: int = 1  # GPUs per node
+    nodes: int = 1
+    differences: list[Difference] = Field(default_factory=list)  # between the run's config and the recipe file
+    of_variant: list[Difference] = Field(default_factory=list)  # between the recipe file and the shipped recipe
+    data: list[DataFile] = Field(default_factory=list)
+    named_files: list[DataFile] = Field(default_factory=list)  # other files that the config names
+    test_data: Text | None = None
+    cwd: Text
+    created: Moment = Field(default_factory=now)
+    launches: list[Launch] = Field(default_factory=list)
+    adapter: FileState | None = None  # state after the last launch
+    published_adapter: str | None = None  # name of an adapter that was not trained here
+    summary: Summary = Field(default_factory=Summary)  # at the end of the last launch; `RunDir.summary` is current
+    provenance: Provenance = Field(default_factory=Provenance)
+
+    @property
+    def changed_data(self) -> Path | None:
+        """A file that the config names, and that is missing or has changed since training."""
+        files = ((Path(self.cwd, file.path), file.sha256) for file in [*self.data, *self.named_files])
+        return next((path for path, digest in files if not path.is_file() or sha256(path) != digest), None)
+
+    @property
+    def origin(self) -> str:
+        """Shipped recipe that the run uses, or that its variant changes; determines the study."""
+        return self.variant_of or self.recipe
+
+    @property
+    def from_origin(self) -> list[Difference]:
+        """Differences from the shipped recipe."""
+        return chained(self.of_variant, self.differences)
+
+    @property
+    def ranks(self) -> int:
+        """Number of training processes, one per GPU."""
+        return self.gpus_used * self.nodes
+
+
+PACKAGES = [
+    "qlora-recipes",
+    "axolotl",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "bitsandbytes",
+    "deepspeed",
+    "datasets",
+    "tokenizers",
+]
+
+
+def collect() -> Provenance:
+    """Provenance for run.json: git state, lock file, versions and machine."""
+    return {
+        "git": _git(),
+        "lock_sha256": sha256(paths.LOCK) if paths.LOCK.is_file() else None,
+        "packages": {name: package_version(name) for name in PACKAGES},
+        "cuda": torch_cuda(),
+        "python": platform.python_version(),
+        "host": platform.node(),
+        "os": platform.platform(),
+        "cpu": cpu(),
+        "cores": os.cpu_count() or 1,
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": [*visible_gpus().values()],
+    }
+
+
+def _git() -> Git | None:
+    """Git state of the recipes' checkout; None if there is no checkout, or git fails."""
+    if not paths.LOCK.is_file():
+        return None  # installed from a wheel; a repository around it is a different project
+    # GIT_DIR and similar variables would select another repository; --no-optional-locks keeps the index unchanged
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    command = ["git", "--no-optional-locks", "-C", str(paths.RECIPES), "status", "--porcelain=v2", "--branch", "-uno"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    head, *others = done.stdout.splitlines()
+    return {"revision": head.removeprefix("# branch.oid "), "dirty": not all(line[0] == "#" for line in others)}

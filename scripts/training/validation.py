@@ -1,0 +1,194 @@
+"""Axolotl's own validation, in one child process for all configs of a command; configs that pass are cached.
+
+The child process runs this module too. Axolotl's schema takes 2 s of processor time to import, and Axolotl with its
+plugins 6 s.
+"""
+
+import copy
+import hashlib
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from importlib.metadata import version
+from logging.handlers import BufferingHandler
+from pathlib import Path
+from subprocess import PIPE
+from tempfile import NamedTemporaryFile
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import orjson
+from pydantic import ValidationError
+
+from ..base import paths
+from ..base.files import Row, read_json, write_json
+from ..base.hub import importing_axolotl
+from ..base.machine import package_version, start_child
+from ..base.yamlfiles import Config
+from ..config import gpus
+from ..config.compose import Composed
+from ..config.finding import Finding, Level
+from ..config.gpus import ANY_GPU, Gpu, deepspeed_of
+
+VERSION = 1
+"""Version of the cached findings; raise it when this module changes."""
+_STUBBED = ("axolotl.integrations", "axolotl.integrations.mixlora")
+"""Packages that the schema names for a table of constants; they would import all plugins' libraries."""
+
+
+def validate(composed: Sequence[Composed], gpu: Gpu | None) -> list[list[Finding]]:
+    """Findings of Axolotl's own validation for each config; rehearsals ignore the GPU."""
+    if not gpu or any(each.rehearsal for each in composed):
+        gpu = ANY_GPU
+    files = [_cache_file(each.config, gpu) for each in composed]
+    results = [read_json(file).get("findings") for file in files]
+    new = [index for index, found in enumerate(results) if found is None]
+    if new:
+        answer = _ask_child([composed[index].config for index in new], gpu)
+        for index, found in zip(new, answer, strict=True):
+            results[index] = found
+            # errors are not cached, because installing a package can correct them
+            if all(finding["rule"] == "axolotl-warning" for finding in found):
+                with suppress(OSError):
+                    write_json(files[index], {"findings": found})
+    return [[Finding(**finding) for finding in found or ()] for found in results]
+
+
+def _cache_file(config: Config, gpu: Gpu) -> Path:
+    """Cache file, keyed by config, GPUs and package versions."""
+    packages = [package_version(name) for name in ("axolotl", "torch", "transformers")]
+    depends = [VERSION, packages, str(gpu), str(gpus.here()), config, deepspeed_of(config)]
+    content = orjson.dumps(depends, option=orjson.OPT_SORT_KEYS)
+    return paths.cache() / "validated" / f"{hashlib.sha256(content).hexdigest()[:24]}.json"
+
+
+def _ask_child(configs: Sequence[Config], gpu: Gpu) -> list[list[Row]]:
+    """Findings for each config from a new process; if that fails, the last line of its error."""
+    with NamedTemporaryFile() as request:
+        request.write(orjson.dumps([gpu.name, gpu.capability, configs]))
+        request.flush()
+        command = [sys.executable, "-m", __name__, request.name]
+        with start_child(command, stdout=PIPE, stderr=PIPE) as child:
+            output, log = child.communicate()
+    if child.returncode == 0:
+        answer: list[list[Row]] = orjson.loads(output)
+        return answer
+    reason = log.decode(errors="replace").strip().rpartition("\n")[2] or f"exit code {child.returncode}"
+    problem = f"not validated, because Axolotl does not run here: {reason}"
+    return [[asdict(Finding("warning", "not-validated", "", problem, "run `recipe doctor`"))]] * len(configs)
+
+
+def capabilities(gpu: Gpu = ANY_GPU) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Capabilities of a GPU and of torch, in the format of `axolotl.cli.config.gpu_capabilities`."""
+    of_gpu = {
+        "bf16": True,  # on every GPU, because torch emulates bf16 on older GPUs
+        "fp8": gpu.capability >= (9, 0),
+        "tf32": gpu.capability >= (8, 0),
+        "n_gpu": 1,
+        "n_node": 1,
+        "compute_capability": gpu.sm,
+    }
+    return of_gpu, {"torch_version": version("torch").partition("+")[0]}
+
+
+def validated(content: Config, gpu: Gpu = ANY_GPU) -> Any:
+    """Validate a config with Axolotl for a GPU; return Axolotl's config. Can raise any exception."""
+    from axolotl.integrations.base import PluginManager
+    from axolotl.utils.config import prepare_plugins, validate_config
+    from axolotl.utils.dict import DictDefault
+
+    PluginManager._instance = None  # drop the plugins of the previous config
+    cfg = DictDefault(content)
+    prepare_plugins(cfg)
+    return validate_config(cfg, *capabilities(gpu))
+
+
+def by_schema(content: Config, gpu: Gpu) -> None:
+    """Validate a config as `validated` does, without plugins. Can raise any exception."""
+    from axolotl.utils.schemas.config import AxolotlConfigWCapabilities
+    from axolotl.utils.schemas.datasets import SFTDataset
+
+    of_gpu, of_environment = capabilities(gpu)
+    copied = copy.deepcopy(content)  # the schema changes it
+    if content.get("datasets"):
+        copied["datasets"] = [SFTDataset(**entry) for entry in copied["datasets"]]
+    AxolotlConfigWCapabilities(**copied, capabilities=of_gpu, env_capabilities=of_environment)
+
+
+def needs_plugins(content: Config) -> bool:
+    """True if plugins validate parts of a config: its own, or the two for parallelism, which are always active."""
+    return bool(content.get("plugins") or content.get("rl")) or any("_parallel" in key for key in content)
+
+
+def import_schema() -> None:
+    """Import Axolotl's schema without the libraries of plugins."""
+    import axolotl
+
+    for name in _STUBBED:
+        sys.modules[name] = ModuleType(name)
+        parts = name.split(".")[1:]
+        sys.modules[name].__path__ = [str(Path(folder, *parts)) for folder in axolotl.__path__]
+    import axolotl.utils.schemas.config
+
+    for name in _STUBBED:
+        del sys.modules[name]
+
+
+def findings(content: Config, gpu: Gpu) -> list[Finding]:
+    """Errors and logged warnings of Axolotl's validation, each with the key that it names."""
+    from axolotl.utils.logging import MultiProcessAdapter
+
+    MultiProcessAdapter.warning_once.cache_clear()  # another config may have had the same warning
+    handler = BufferingHandler(sys.maxsize)
+    errors: list[tuple[str, str]] = []
+    disabled = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    with patch.multiple(logging.getLogger("axolotl"), handlers=[handler], propagate=False):
+        try:
+            if needs_plugins(content):
+                validated(content, gpu)
+            else:
+                by_schema(content, gpu)
+        except ValidationError as error:
+            inside = ("datasets",) if error.title == "SFTDataset" else ()
+            for problem in error.errors():
+                place = [*inside, *problem["loc"], ""]  # deeper levels include pydantic's class names
+                errors.append((str(place[0]), problem["msg"].removeprefix("Value error, ")))
+        except Exception as error:
+            errors = [("", f"{type(error).__name__}: {error}")]
+    logging.disable(disabled)
+    found = [Finding("error", "axolotl", key or _named_key(text, content), text) for key, text in errors]
+    for text in map(logging.LogRecord.getMessage, handler.buffer):
+        found.append(Finding(_level(text), "axolotl-warning", _named_key(text, content), text))
+    return found
+
+
+def _level(text: str) -> Level:
+    """Level of a warning: a note if the recipe of a study can be right."""
+    return "note" if text.startswith("eval_batch_size != micro_batch_size") else "warning"
+
+
+def _named_key(text: str, content: Config) -> str:
+    """First key of a config that a text names, or an empty text; other words have no underscore."""
+    words = sorted(re.findall(r"\w+", text), key=lambda word: "_" not in word)
+    return next((word for word in words if word in content), "")
+
+
+def main(request: Path) -> None:
+    """Validate the configs of a request for a GPU; print their findings as JSON, in the same order."""
+    name, capability, configs = orjson.loads(request.read_bytes())
+    gpu = Gpu(name, tuple(capability))
+    # configs with plugins come last, because a plugin could change the validation of others
+    order = sorted(range(len(configs)), key=lambda index: needs_plugins(configs[index]))
+    with importing_axolotl():
+        import_schema()
+        found = {index: findings(configs[index], gpu) for index in order}
+    sys.stdout.buffer.write(orjson.dumps([found[index] for index in range(len(configs))]))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

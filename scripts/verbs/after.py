@@ -1,0 +1,175 @@
+"""The verbs after an evaluation: results, report and publish."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..base import paths
+from ..base.errors import UserError
+from ..base.files import write_atomically
+from ..base.progress import Bar, say
+from .help import Verb, next_step
+from .options import Force, Json, Metrics, RehearsalsOfStudy, RunName, Things, complete_runs, exclusive, only_with
+
+HEADING = "After"
+verbs = typer.Typer()
+
+
+@verbs.command(
+    "results",
+    cls=Verb,
+    rich_help_panel=HEADING,
+    epilog="recipe results haider2024\nrecipe results lora-tradeoffs\nrecipe results RUN RUN",
+)
+def results_verb(
+    names: Things = None,
+    rehearse: RehearsalsOfStudy = False,
+    metric: Metrics = None,
+    export: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN|STUDY",
+            autocompletion=complete_runs,
+            help="Record the scores of a run, or of a study's published predictions.",
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Show losses and scores of runs, a study or a sweep, or compare two runs."""
+    names = names or []
+    exclusive({"--export": export, "--rehearse": rehearse, "--metric": metric})
+    exclusive({" ".join(names): names, "--export": export})
+    only_with("--metric", metric, "two runs", len(names) == 2)
+    only_with("--rehearse", rehearse, "a study", len(names) == 1)
+    if export:
+        _export(export)
+    elif len(names) == 1:
+        _show_one(names[0], rehearse, json)
+    elif len(names) > 2:
+        raise UserError(f"{' '.join(names)}: give two runs to compare, or a run and a file of predictions")
+    elif names:
+        from ..results import compare, study_tables
+
+        pair = (names[0], names[1])
+        study_tables.show_comparison(compare.comparison(pair, paths.runs(), metric or []), pair, json)
+    elif json or any(paths.runs().rglob("run.json")):
+        from ..results import listing
+        from ..run.rundir import all_runs
+
+        listing.show(all_runs(paths.runs()), json)
+    else:
+        say(f"no runs below {paths.runs()}/; `recipe run NAME --rehearse` makes one")
+
+
+def _export(name: str) -> None:
+    """Write the records of a run, or of a study's published predictions.
+
+    Raises:
+        typer.Exit: code 1 if some predictions cannot be scored; the other records are still written.
+    """
+    from ..data import studies
+    from ..results import export
+    from ..run.rundir import find_run
+    from ..study import reproduce
+
+    if name not in {folder.name for folder in paths.studies()}:
+        print(export.export(find_run(name, paths.runs())))
+        return
+    of_study = studies.find(name)
+    rows, problems = reproduce.score_predictions(of_study, [], None)
+    for file in export.export_predictions(of_study, rows):
+        print(file)
+    for owner, problem in problems.items():
+        say(f"{owner}: {problem}")
+    if problems:
+        raise typer.Exit(1)
+
+
+def _show_one(name: str, rehearse: bool, json: bool) -> None:
+    from ..data.studies import Study
+    from ..results import listing, study_tables, sweep_results, verdict
+    from ..study.sweep import Sweep, find_any, recorded_sweeps
+
+    thing = find_any(name)
+    only_with("--rehearse", rehearse, "a study", isinstance(thing, Study))
+    if isinstance(thing, Study):
+        rows = verdict.rows(thing, paths.runs(), rehearse)
+        sweeps = [sweep for sweep in recorded_sweeps().values() if sweep.rehearsal == rehearse]
+        best = sweep_results.best_rows(thing, sweeps, paths.runs())
+        study_tables.show_study(thing, rows, rehearse, json, [*map(sweep_results.best_record, best)])
+        if not json:
+            sweep_results.show_best(best)
+    elif isinstance(thing, Sweep):
+        sweep_results.show(thing, json)
+    else:
+        listing.show([thing], json)
+    next_step("report", name, *["--rehearse"][:rehearse], json=json)
+
+
+@verbs.command(
+    "report",
+    cls=Verb,
+    rich_help_panel=HEADING,
+    epilog="recipe report latest\nrecipe report haider2024 --out study.html",
+)
+def report_verb(
+    names: Things = None,
+    rehearse: RehearsalsOfStudy = False,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.html", help="Output file.")] = Path("report.html"),
+) -> None:
+    """Write one HTML file with curves, scores, predictions, settings and provenance.
+
+    Default: the latest run. The file contains test rows and local folder names; check it before sharing.
+    """
+    from ..data.studies import Study
+    from ..results.reports import report, report_runs
+    from ..run.rundir import RunDir
+    from ..study.sweep import Sweep, find_any
+
+    things = [find_any(name) for name in names or ["latest"]]
+    only_with("--rehearse", rehearse, "a study", isinstance(things[0], Study))
+    if out.suffix not in (".html", ".htm"):
+        raise UserError(f"-o {out}: name an .html file")
+    with Bar(f"writing {out}", 1):
+        match things:
+            case [Study() as study]:
+                html = report.of_study(study, rehearse, paths.runs())
+            case [Sweep() as sweep]:
+                html = report.of_sweep(sweep, paths.runs())
+            case _:
+                folders = {thing.path: thing for thing in things if isinstance(thing, RunDir)}
+                if not all(isinstance(thing, RunDir) for thing in things):
+                    raise UserError(f"{' '.join(names or ())}: a report shows runs, one study or one sweep")
+                html = report.of_runs(report_runs.reported_runs(list(folders.values())))
+    write_atomically(out, html)
+    print(out)
+    say(f"next: open {out} in a browser; it needs no network")
+
+
+@verbs.command(
+    "publish",
+    cls=Verb,
+    rich_help_panel=HEADING,
+    epilog="recipe publish latest\nrecipe publish latest --push owner/name --private",
+)
+def publish_verb(
+    run: RunName,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Also merge base model and adapter into one model, in output/merged.")
+    ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME", help="Upload the card and the adapter (--merge: merged model) to this repository."
+        ),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="If the repository is new, make it private.")] = False,
+    force: Force = None,
+) -> None:
+    """Write a run's model card; with options, also merge or upload the adapter."""
+    from ..results import publish
+    from ..run.rundir import find_run
+
+    for published in publish.publish(find_run(run, paths.runs()), merge, push, private, force or []):
+        print(published)

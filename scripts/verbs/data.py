@@ -1,0 +1,110 @@
+"""The verbs `data fetch` and `data prepare`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..base import tables
+from ..base.errors import meant
+from ..base.progress import Bar, say
+from .help import Verb, Verbs, next_step
+from .options import Json, complete_studies
+
+verbs = typer.Typer(
+    cls=Verbs,
+    help="Fetch and prepare the data that recipes train on.",
+    no_args_is_help=True,
+    epilog="recipe data fetch codereviewer\nrecipe data prepare --study haider2024",
+)
+
+
+@verbs.command(
+    "fetch",
+    cls=Verb,
+    epilog="recipe data fetch codereviewer\nrecipe data fetch gsm8k --only test.jsonl",
+)
+def fetch_verb(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[DATA]",
+            autocompletion=complete_studies,
+            help="Data set, or a study that uses it.",
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Fetch only this file of the data (full or partial name). Repeatable.",
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Download a data set into data/DATA-raw and verify it; an interrupted download resumes."""
+    from ..data import fetch, studies
+
+    of_study = studies.with_data(name)
+    data = of_study.data
+    wanted = [meant(word, data.sources, "source", option="--only") for word in only or ()]
+    rows = fetch.fetch(data, data.raw, wanted or of_study.fetched)
+    tables.print_json(rows) if json else tables.print_table(rows)
+    next_step("data", "prepare", "--study", of_study.folder.name, json=json)
+
+
+@verbs.command(
+    "prepare",
+    cls=Verb,
+    epilog="recipe data prepare --study haider2024\nrecipe data prepare my-folder --study haider2024",
+)
+def prepare_verb(
+    raw: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[RAW]...",
+            help="Raw files, or folders with them; default: those of `data fetch`.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Output folder; default: the one named in study.yaml for the input format."),
+    ] = None,
+    input_format: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Format of the model's input; default: the first in study.yaml."),
+    ] = None,
+    study_name: Annotated[
+        str | None,
+        typer.Option(
+            "--study",
+            metavar="S",
+            autocompletion=complete_studies,
+            help="Study; required if there are several.",
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Make a study's training and test rows from its raw files."""
+    from ..data import manifest, prepare, studies
+    from ..data.raw_rows import fetched
+
+    of_study = studies.find(study_name)
+    formats = of_study.data.formats
+    form = default = next(iter(formats))
+    if input_format is not None:
+        form = meant(input_format, formats, "format", "", "--input-format")
+    folder = out or Path(formats[form].folder)
+    with Bar(f"preparing {folder}", 1):
+        made = prepare.prepare(raw or fetched(of_study.data), folder, of_study, form)
+    if json:
+        tables.print_json(made)
+        return
+    for split in made["splits"].values():
+        for name, reason in split.get("left_out", {}).items():
+            say(f"{name}.jsonl: not written: {reason}")
+    tables.print_table(manifest.table(made), below=["left out"])
+    print(folder / manifest.MANIFEST)
+    recipes = [*of_study.published, *of_study.variants]
+    if recipes and form == default:
+        next_step("check", recipes[0], "--data")

@@ -1,0 +1,96 @@
+"""Help texts with headings and examples, and suggestions of the next command."""
+
+import os
+import shlex
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from typer.core import TyperCommand, TyperGroup
+
+from ..base import paths
+from ..base.errors import UserError
+from ..base.progress import PART, say
+
+if TYPE_CHECKING:
+    from ..run.rundir import RunDir
+
+
+def _write_sections(sections: dict[str, list[tuple[str, str]]], formatter: click.HelpFormatter) -> None:
+    for heading, records in sections.items():
+        with formatter.section(heading):
+            formatter.write_dl(records)
+
+
+def _write_examples(epilog: str | None, formatter: click.HelpFormatter) -> None:
+    with formatter.section("Examples"):
+        for line in (epilog or "").splitlines():
+            formatter.write(f"  {line}\n")
+
+
+class Verb(TyperCommand):
+    """A verb; its epilog consists of examples, one per line."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write arguments, then options under their headings."""
+        headings: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            kind = "Arguments" if isinstance(param, click.Argument) else "Options"
+            if record := param.get_help_record(ctx):
+                headings.setdefault(getattr(param, "rich_help_panel", None) or kind, []).append(record)
+        _write_sections(headings, formatter)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        _write_examples(self.epilog, formatter)
+
+
+class Verbs(TyperGroup):
+    """A group of verbs under headings; its epilog consists of examples, one per line."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = max(map(len, self.commands))
+        headings: dict[str, list[tuple[str, str]]] = {}
+        for name, verb in self.commands.items():
+            record = name.ljust(width), verb.get_short_help_str(limit=1000)
+            headings.setdefault(getattr(verb, "rich_help_panel", None) or "Commands", []).append(record)
+        _write_sections(headings, formatter)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        _write_examples(self.epilog, formatter)
+
+
+def next_step(*words: str | Path, json: bool = False) -> None:
+    """Suggest the next command, unless another `recipe` started this one.
+
+    Args:
+        words: arguments of the next command.
+        json: True if the verb prints JSON; then nothing is suggested.
+    """
+    if not json and PART not in os.environ:
+        where = [] if paths.runs() == Path("runs") else ["--runs", paths.runs()]
+        say(f"next: recipe {shlex.join(map(str, [*where, *words]))}")
+
+
+def over(profiles: list[str] | None, sets: list[str] | None) -> list[str]:
+    """Arguments --profile and --set for a command."""
+    laid = [("--profile", profiles), ("--set", sets)]
+    return [word for option, values in laid for value in values or [] for word in (option, value)]
+
+
+def name_of(folder: "RunDir") -> str:
+    """Name of a run in a command: the folder's name, or its path if outside --runs."""
+    return folder.path.name if folder.path.is_relative_to(paths.runs()) else str(folder.path)
+
+
+def after_training(folder: "RunDir", on: str) -> None:
+    """Suggest the next command after training: the run's evaluation, or a report if its rows have no answers."""
+    from ..base import yamlfiles
+    from ..evaluate import evaluation_rows
+
+    run, cfg = folder.read(), yamlfiles.read_yaml(folder.config)
+    words: list[str | Path] = ["report", name_of(folder)]
+    with suppress(UserError):
+        evaluation_rows.require_reference(folder, cfg, evaluation_rows.usual(run, cfg))
+        words = ["evaluate", name_of(folder), *([] if on == "local" else ["--on", on])]
+    next_step(*words)

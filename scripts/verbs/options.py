@@ -1,0 +1,279 @@
+"""Shared arguments and options of verbs: completion, values, and their conflicts."""
+
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from ..base import paths
+from ..base.errors import UserError
+from ..base.files import read_json
+from ..base.paths import find_recipe
+from ..base.progress import say
+
+if TYPE_CHECKING:
+    from ..run.backends import Backend
+
+
+def whole_name(context: typer.Context, given: str | None) -> str | None:
+    """Replace a partial recipe name by the full one, and print it; leave a study's name."""
+    if given and not context.resilient_parsing:
+        with suppress(UserError):  # the verb reports this error
+            name, file = find_recipe(given)
+            if name != given and file != Path(given) and given not in {folder.name for folder in paths.studies()}:
+                say(f"recipe {name}")
+                return name
+    return given
+
+
+def whole_names(context: typer.Context, given: list[str] | None) -> list[str]:
+    """Full names of several recipes; see `whole_name`."""
+    return [whole_name(context, name) or name for name in given or ()]
+
+
+def _beginning(incomplete: str, names: Sequence[str]) -> list[str]:
+    """Names that begin with a text.
+
+    If no name does, return the last parts of names that begin with the text.
+    """
+    ends = [name.rpartition("/")[2] for name in names]
+    whole, parts = ([name for name in dict.fromkeys(some) if name.startswith(incomplete)] for some in (names, ends))
+    return whole or parts
+
+
+def _yaml_files(incomplete: str) -> list[str]:
+    folder = "".join(incomplete.rpartition("/")[:2])
+    return [f"{folder}{file.name}" for file in sorted(Path(folder or ".").glob("*.y*ml"))]
+
+
+def complete_recipes(incomplete: str) -> list[str]:
+    """Complete recipes, variants and YAML files."""
+    return _beginning(incomplete, [*paths.variant_names(), *paths.recipe_names(), *_yaml_files(incomplete)])
+
+
+def complete_runs(context: typer.Context, incomplete: str) -> list[str]:
+    """Complete `latest`, recipes with runs, and run folders."""
+    folder = _runs_folder(context)
+    found = sorted(file.parent.relative_to(folder) for file in folder.rglob("run.json"))
+    of_recipes = dict.fromkeys(run.parent.as_posix() for run in found)
+    return _beginning(incomplete, [*["latest"][: len(found)], *of_recipes, *(run.name for run in found)])
+
+
+def complete_things(context: typer.Context, incomplete: str) -> list[str]:
+    """Complete runs and studies."""
+    return [*complete_runs(context, incomplete), *complete_studies(incomplete)]
+
+
+def _runs_folder(context: typer.Context) -> Path:
+    return Path(context.find_root().params.get("runs") or paths.runs())
+
+
+def complete_sweep_files(incomplete: str) -> list[str]:
+    """Complete shipped sweeps and YAML files."""
+    shipped = sorted(file.stem for file in (paths.RECIPES / "sweeps").glob("*.yaml"))
+    return _beginning(incomplete, [*shipped, *_yaml_files(incomplete)])
+
+
+def complete_profiles(incomplete: str) -> list[str]:
+    """Complete shipped profiles and YAML files."""
+    return _beginning(incomplete, [*_PROFILES, *_yaml_files(incomplete)])
+
+
+def complete_studies(incomplete: str) -> list[str]:
+    """Complete studies."""
+    return _beginning(incomplete, [folder.name for folder in paths.studies()])
+
+
+def complete_keys(incomplete: str) -> list[str]:
+    """Complete keys of Axolotl's config, followed by `=`."""
+    return _beginning(incomplete, [f"{key}=" for key in read_json(paths.RECIPES / "axolotl.schema.json")["properties"]])
+
+
+WHERE = "Where it runs"
+_PROFILES = sorted({file.stem for file in paths.PROFILES.glob("*.yaml")} - {"rehearsal"})  # --rehearse applies it
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME|FILE",
+        callback=whole_name,
+        autocompletion=complete_recipes,
+        help="Recipe name, partial name, or YAML file.",
+    ),
+]
+NameOrStudy = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME|FILE|STUDY",
+        callback=whole_name,
+        autocompletion=complete_recipes,
+        help="Recipe name, partial name, YAML file, or study.",
+    ),
+]
+Names = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[NAME|FILE|STUDY]...",
+        callback=whole_names,
+        autocompletion=complete_recipes,
+        help="Recipes (names, parts, or patterns: 'llama-3*'), YAML files, or studies; default: all.",
+    ),
+]
+RunName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN",
+        autocompletion=complete_runs,
+        help="Run folder, partial name, recipe name (its newest run), or latest.",
+    ),
+]
+Things = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[RUN|STUDY|SWEEP]...",
+        autocompletion=complete_things,
+        help="Runs (folder, partial name, recipe or latest), a study, or a sweep.",
+    ),
+]
+PlannedGpu = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu",
+        rich_help_panel=WHERE,
+        metavar="NAME",
+        help="With --dry-run: GPU to plan for; default: this machine's.",
+    ),
+]
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel=WHERE,
+        metavar="N",
+        min=1,
+        help="Parallel runs, one GPU each; default: 1 (SLURM: all).",
+    ),
+]
+SweepFile = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[SWEEP]",
+        autocompletion=complete_sweep_files,
+        help="YAML file in Axolotl's sweep format, or a shipped sweep.",
+    ),
+]
+Profiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--profile",
+        metavar="P",
+        autocompletion=complete_profiles,
+        help=f"Merge in a YAML file, or a shipped profile: {', '.join(_PROFILES)}. Repeatable.",
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        autocompletion=complete_keys,
+        help="Override a config key, or a nested key such as a.b.0.c. Repeatable.",
+    ),
+]
+Force = Annotated[
+    list[str] | None,
+    typer.Option("--force", metavar="FINDING", help="Override the `recipe check` error named FINDING. Repeatable."),
+]
+Json = Annotated[bool, typer.Option("--json", rich_help_panel="Output", help="Print JSON.")]
+
+
+Seeds = Annotated[
+    int,
+    typer.Option("--seeds", metavar="N", min=1, help="Train everything with N seeds, the recipe's own seed first."),
+]
+Metrics = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--metric",
+        metavar="NAME",
+        help="Compute this metric besides the study's, or instead of the defaults. Repeatable.",
+    ),
+]
+BatchSize = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Maximum rows per batch; default: 64, fewer if memory is short.")
+]
+On = Annotated[
+    str,
+    typer.Option(
+        "--on",
+        rich_help_panel=WHERE,
+        metavar="local|slurm[,KEY=VALUE]...",
+        help="Run locally, or on SLURM with sbatch options (slurm,time=8:00:00); see docs/clusters.md.",
+    ),
+]
+RehearseAll = Annotated[bool, typer.Option("--rehearse", help="Try it on the CPU: small model, few rows, no network.")]
+FromStage = Annotated[
+    Literal["predictions", "adapter", "training"],
+    typer.Option(
+        "--from",
+        help="Start from published predictions, from published adapters, or by training.",
+    ),
+]
+RehearsalsOfStudy = Annotated[
+    bool, typer.Option("--rehearse", help="For a study: show rehearsals instead of real runs.")
+]
+DecodingName = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Decode with the study's settings called NAME; scores get their own column."),
+]
+
+
+def exclusive(options: dict[str, object]) -> None:
+    """Refuse more than one of several options.
+
+    Args:
+        options: value of each option.
+
+    Raises:
+        UserError: more than one option has a value.
+    """
+    if sum(map(bool, options.values())) > 1:
+        *names, last = options
+        raise UserError(f"{', '.join(names)} and {last}: give only one of them")
+
+
+def only_with(option: str, given: object, other: str, needed: object) -> None:
+    """Refuse an option that is given without its requirement.
+
+    Args:
+        option: name of the option.
+        given: value of the option.
+        other: description of the requirement.
+        needed: true if the requirement is met.
+
+    Raises:
+        UserError: the requirement is not met.
+    """
+    if given and not needed:
+        raise UserError(f"{option}: works only with {other}")
+
+
+def backend_of(on: str, rehearsal: bool = False, jobs: int | None = None) -> "Backend":
+    """Return the backend that --on names, with the options after the name.
+
+    Commas separate the options. A part without `=` continues the value before it: `nodelist=a,b` is one option.
+
+    Raises:
+        UserError: the backend does not exist, or refuses the options.
+    """
+    from ..run.backends import Local
+
+    if on == "local":
+        return Local(rehearsal, jobs)
+    name, *options = re.split(r",(?=[^,]*=)", on)
+    if name != "slurm":
+        raise UserError(f"--on {on}: give local or slurm, with options as in slurm,partition=gpu,time=8:00:00")
+    from ..run.backends.slurm import Slurm
+
+    return Slurm(rehearsal, jobs, options)

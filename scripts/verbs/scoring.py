@@ -1,0 +1,163 @@
+"""The verbs of predictions: evaluate and score."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..base import tables, yamlfiles
+from ..base.files import Row, write_rows
+from ..base.progress import Bar, say
+from .after import HEADING
+from .help import Verb, name_of, next_step
+from .options import BatchSize, DecodingName, Force, Json, Metrics, On, RunName, backend_of, exclusive, only_with
+
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="JSONL rows; default: the study's test set, else `test_datasets`, else held-out rows."
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", min=1, help="Evaluate only N rows, chosen pseudo-randomly; default: all (rehearsal: 12)."
+    ),
+]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR|HUB ID|none",
+        help="Evaluate another adapter (none: base model), of RUN or an untrained recipe.",
+    ),
+]
+EngineName = Annotated[
+    str,
+    typer.Option(
+        "--engine",
+        metavar="transformers|vllm|URL",
+        help="Generation engine; URL: a vLLM server. `make vllm` installs vllm.",
+    ),
+]
+ServersModel = Annotated[
+    str | None, typer.Option("--model", metavar="NAME", help="With --engine URL: the model name that the server uses.")
+]
+verbs = typer.Typer()
+
+
+@verbs.command(
+    "evaluate",
+    cls=Verb,
+    rich_help_panel=HEADING,
+    epilog="recipe evaluate latest --base\nrecipe evaluate latest --metric benchmark:mmlu",
+)
+def evaluate_verb(
+    run: RunName,
+    data: Data = None,
+    limit: Limit = None,
+    adapter: Adapter = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Maximum tokens to generate per row; default: the study's limit."),
+    ] = None,
+    decoding: DecodingName = None,
+    batch_size: BatchSize = None,
+    engine: EngineName = "transformers",
+    model: ServersModel = None,
+    metric: Metrics = None,
+    base: Annotated[bool, typer.Option("--base", help="Also score the base model, in a second column.")] = False,
+    force: Force = None,
+    on: On = "local",
+    json: Json = False,
+) -> None:
+    """Generate predictions for test rows with a run's adapter, and score them."""
+    from ..config import datafiles
+    from ..evaluate.evaluate import EvaluationRequest
+    from ..evaluate.scores_file import BASE, Evaluation
+    from ..results import listing
+    from ..run.rundir import RunDir
+    from ..study import adapters
+
+    exclusive({"--adapter": adapter, "--base": base})
+    request = EvaluationRequest(data, limit, adapter, max_new_tokens, batch_size, metric or [], decoding)
+    request.force, request.engine, request.model = force or [], engine, model
+    only_with("--model", model, "--engine URL", request.server)
+    exclusive({"--base": base, "--engine URL": request.server})
+    if request.server:
+        from ..evaluate import server
+
+        server.at(request.server)  # refuse a wrong address before anything is recorded
+    backend = backend_of(on)
+    folder, evaluated = adapters.of_name(run, request, backend)
+    of_base = None
+    if base:
+        _, of_base = adapters.of_name(str(folder.path), replace(request, adapter=BASE), backend)
+    if isinstance(evaluated, RunDir):
+        print(evaluated.path)
+        next_step("results", json=json)
+        return
+    scores = {"adapter": evaluated.scores}
+    if isinstance(of_base, Evaluation):
+        scores["base"] = of_base.scores
+    title = listing.REHEARSALS if folder.read().rehearsal else None
+    _print_scores(scores, scores if base else evaluated.scores, json, title)
+    options = datafiles.chat_options(yamlfiles.read_yaml(folder.config))
+    say(f"chat: AXOLOTL_DO_NOT_TRACK=1 axolotl inference {folder.config} --lora-model-dir {folder.output} {options}")
+    next_step("report", name_of(folder), json=json)
+
+
+@verbs.command("score", cls=Verb, rich_help_panel=HEADING, epilog="recipe score predictions.jsonl --out scored.jsonl")
+def score_verb(
+    file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="Rows with the fields reference and prediction.")],
+    metric: Metrics = None,
+    prediction_field: Annotated[
+        str,
+        typer.Option(metavar="FIELD", help="The field with the prediction; use dots for nested fields (answer.text)."),
+    ] = "prediction",
+    reference_field: Annotated[str, typer.Option(metavar="FIELD", help="The field with the reference.")] = "reference",
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write each row with its scores to a JSONL file.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Score predictions from any source."""
+    from ..evaluate.score import columns_of, of_predictions, read_pairs, score, scorer_models
+    from ..evaluate.scores_file import about_file
+    from ..metrics.registry import scorer_named
+
+    columns = of_predictions(columns_of(None, metric or []))
+    rows = read_pairs(file, prediction_field, reference_field)
+    models = scorer_models(columns, scorer_named(metric or []), report=True)
+    with Bar("scoring", 1):
+        scores, rows = score(rows, columns, models)
+    if about := about_file(file):
+        scores["notes"] = [about, *scores.get("notes", ())]
+    if out:
+        write_rows(out, rows)
+    _print_scores({"predictions": scores}, scores, json)
+
+
+def _print_scores(models: dict[str, Row], records: Any, json: bool, title: str | None = None) -> None:
+    """Print the scores of some models side by side, with intervals, or `records` as JSON."""
+    shown = {model: _numbers(scores) for model, scores in models.items()}
+    intervals = {f"{model}, 95 %": scores["intervals"] for model, scores in models.items()}
+    columns = dict(sorted((shown | intervals).items()))
+    rows = [
+        {"score": name} | {column: values.get(name) for column, values in columns.items()}
+        for name in next(iter(shown.values()))
+    ]
+    notes = [f"{model}: {note}" for model, scores in models.items() for note in _notes(scores)]
+    tables.show(json, records, [tables.Table(rows, title)], notes)
+
+
+def _numbers(scores: Row) -> Row:
+    return {name: value for name, value in scores.items() if isinstance(value, int | float | None)}
+
+
+def _notes(scores: Row) -> list[str]:
+    """Notes on scores, and details such as the scorer model."""
+    aside = ("intervals", "metrics", "notes")
+    details = {name: value for name, value in scores.items() if name not in aside and isinstance(value, str | dict)}
+    shown = {name: value.get("hash", value) if isinstance(value, dict) else value for name, value in details.items()}
+    return [*(f"{name}: {tables.text_of(value)}" for name, value in shown.items()), *scores.get("notes", ())]

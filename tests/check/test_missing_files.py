@@ -1,0 +1,112 @@
+"""A local file that a config names and that is missing: an error of every verb, with similar names."""
+
+from pathlib import Path
+
+import pytest
+from conftest import config_with
+
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.paths import similar_paths
+from qlora_recipes.config.compose import Request
+from qlora_recipes.plan import plan
+
+LLAMA_2 = "haider2024/llama-2-7b"
+ROWS = '{"instruction": "Ask.", "output": "Yes."}\n' * 40
+
+
+@pytest.fixture
+def moved(tmp_path: Path) -> Path:
+    """A config whose rows were renamed."""
+    (tmp_path / "support.jsonl").write_text(ROWS)
+    own = {"datasets": [{"path": "suport.jsonl", "type": "alpaca"}], "test_datasets": None, "evals_per_epoch": None}
+    (tmp_path / "mine.yaml").write_text(yamlfiles.write_yaml(config_with(own | {"warmup_steps": 0})))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("check", "mine.yaml"),
+        ("check", "mine.yaml", "--rehearse"),
+        ("check", "mine.yaml", "--data"),
+        ("plan", "mine.yaml", "--gpu", "T4"),
+        ("run", "mine.yaml"),
+        ("run", "mine.yaml", "--dry-run"),
+        ("run", "mine.yaml", "--rehearse"),
+        ("run", "mine.yaml", "--rehearse", "--dry-run"),
+        ("sweep", "mine.yaml", "--set", "lora_r=8,16"),
+        ("sweep", "mine.yaml", "--set", "lora_r=8,16", "--dry-run"),
+        ("sweep", "mine.yaml", "--set", "lora_r=8,16", "--rehearse"),
+        ("reproduce", "haider2024", "--only", LLAMA_2, "--set", "datasets.0.path=suport.jsonl"),
+        (
+            "reproduce",
+            "haider2024",
+            "--only",
+            "haider2024/llama-2-7b",
+            "--rehearse",
+            "--set",
+            "datasets.0.path=suport.jsonl",
+        ),
+        ("new", "other", "--from", "mine.yaml"),
+        ("new", "other", "--data", "suport.jsonl"),
+        ("score", "suport.jsonl"),
+    ],
+    ids=" ".join,
+)
+def test_a_missing_file_is_an_error_of_every_verb_with_the_nearest_name(recipe, moved, words):
+    done = recipe.fails(*words)
+    assert "; did you mean support.jsonl?" in done.stdout + done.stderr
+    assert not [*moved.rglob("run.json"), *moved.glob("variants/*")]
+
+
+def test_a_missing_file_of_evaluation_rows_has_the_nearest_name(recipe, run, moved):
+    done = recipe.fails("evaluate", run.path, "--adapter", "none", "--data", "suport.jsonl")
+    assert "suport.jsonl: no such file; did you mean support.jsonl?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"deepspeed": "zero3.json"},
+        {"lora_model_dir": "./adapter"},
+        {"resume_from_checkpoint": "outputs/checkpoint-3"},
+        {"datasets": [{"path": "support.jsonl", "type": "alpaca"}, {"path": "gone.jsonl", "type": "alpaca"}]},
+        {"datasets": [{"path": "./rows", "type": "alpaca"}]},
+        {"datasets": [{"path": "my/rows/2026", "type": "alpaca"}]},
+        {"test_datasets": [{"path": "gone.jsonl", "type": "alpaca"}]},
+    ],
+    ids=str,
+)
+def test_a_rehearsal_replaces_no_missing_file(recipe, moved, change):
+    config = yamlfiles.read_yaml(moved / "mine.yaml")
+    config["datasets"][0]["path"] = "support.jsonl"
+    (moved / "mine.yaml").write_text(yamlfiles.write_yaml(config | change))
+    for option in ((), ("--rehearse",)):
+        done = recipe.fails("check", "mine.yaml", *option)
+        assert done.stdout.count("[missing-file:") == 1, done.stdout
+        assert " error: " in done.stdout
+
+
+def test_rows_that_are_not_prepared_yet_are_replaced_in_a_rehearsal(recipe, tmp_path):
+    recipe.ok("check", LLAMA_2, "--rehearse")
+    recipe.ok("run", LLAMA_2, "--dry-run")
+    assert plan.composed_for(Request(LLAMA_2)).recipe == LLAMA_2
+
+
+@pytest.mark.parametrize(
+    ("missing", "hint"),
+    [
+        ("rows/trian.jsonl", "; did you mean rows/train.jsonl?"),
+        ("rows/Train.jsonl", "; did you mean rows/train.jsonl?"),
+        ("rows/vald.jsonl", ""),
+        ("a/b/c.jsonl", ""),
+        ("rows/x", ""),
+        ("broken.jsonl", ""),
+    ],
+)
+def test_a_similar_name_is_one_of_the_folder(place, missing, hint):
+    (place / "rows").mkdir()
+    for name in ("rows/train.jsonl", "valid.jsonl"):
+        (place / name).write_text(ROWS)
+    (place / "broken.jsonl").symlink_to("nowhere")
+    assert similar_paths(Path(missing)) == hint

@@ -1,0 +1,389 @@
+"""A case or more for each rule, and none for a recipe as it is."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import config_with, recipe_config
+
+from qlora_recipes.base import hub, paths
+from qlora_recipes.check import settings_rules
+from qlora_recipes.check.check import rule_findings
+from qlora_recipes.config import finding, gpus
+from qlora_recipes.config.finding import Case, Finding
+
+LLAMA_3 = "haider2024/llama-3-8b"
+
+
+@pytest.fixture(autouse=True)
+def place(place: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Path:
+    """A folder with the data that recipes name, a token for the hub, and a network."""
+    (place / "data").symlink_to(prepared)
+    (place / "empty.jsonl").touch()
+    (place / "ds.json").write_text(json.dumps(OFFLOADED))
+    (place / "pickled").mkdir()
+    (place / "pickled" / "adapter_model.bin").touch()
+    monkeypatch.setenv("HF_TOKEN", "for the test")
+    monkeypatch.setenv("HOME", str(place))  # without logins
+    monkeypatch.setenv("COMET_API_KEY", "for the test")
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "SWANLAB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hub, "is_offline", lambda: False)
+    monkeypatch.setattr(settings_rules, "torch_cuda", lambda: "13.0")
+    return place
+
+
+def found(
+    change: dict[str, Any], gpu: str | None = None, launching: bool = False, name: str = "haider2024/code-llama-7b"
+) -> list[Finding]:
+    cfg = config_with(change, name)
+    return list(rule_findings(Case(cfg, set(), gpus.find(gpu) if gpu else None, launching=launching)))
+
+
+def names(change: dict[str, Any], gpu: str | None = None, launching: bool = False) -> list[str]:
+    return [f"{finding.level} {finding.name}" for finding in found(change, gpu, launching)]
+
+
+def of_rule(rule: str, change: dict[str, Any], gpu: str | None = None, launching: bool = False) -> list[str]:
+    return [name for name in names(change, gpu, launching) if name.split()[1].startswith(f"{rule}:")]
+
+
+OFFLOADED = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+DATA = {"path": "data/codereviewer/train.jsonl", "type": "alpaca"}
+CHATS = DATA | {"type": "chat_template"}
+CHAT = {"datasets": [CHATS]}
+PHI = {"base_model": "microsoft/Phi-3-mini-4k-instruct", "lora_target_modules": ["q_proj", "o_proj"]}
+LIGER = "axolotl.integrations.liger.LigerPlugin"
+FUSED_LOSS = {
+    "plugins": [LIGER],
+    "liger_fused_linear_cross_entropy": True,
+    "lora_target_modules": ["q_proj", "lm_head"],
+}
+CCE = "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"
+
+
+def own(**formats: str) -> dict[str, Any]:
+    """Data with a prompt of one's own."""
+    return {"datasets": [DATA | {"type": formats}]}
+
+
+def data(**change: Any) -> dict[str, Any]:
+    return {"datasets": [DATA | change]}
+
+
+# what is changed in a recipe, the level and name of the one finding that it gives, and a value that this tells
+CASES: list[tuple[dict[str, Any], str, str, str]] = [
+    ({"datasets": None}, "error", "no-data:datasets", ""),
+    ({"pretraining_dataset": [DATA]}, "error", "no-data:pretraining_dataset", "completion"),
+    ({"test_datasets": None, "val_set_size": 2000}, "error", "no-data:val_set_size", "2000"),
+    ({"hub_model_id": "x", "wandb_api_key": "x"}, "error", "secret:wandb_api_key", ""),
+    ({"mlflow_tracking_uri": "https://x.org/?id=1"}, "error", "address-parameter:mlflow_tracking_uri", ""),
+    (data(path="gone.jsonl"), "error", "missing-file:datasets.0.path", "gone.jsonl"),
+    (data(path="data/codereviewer/trian.jsonl"), "error", "missing-file:datasets.0.path", "train.jsonl"),
+    (data(path="data/codereviewer/test-subset-2.jsonl"), "error", "not-prepared:datasets.0.path", "codereviewer`"),
+    (data(path="empty.jsonl"), "error", "missing-file:datasets.0.path", "empty.jsonl"),
+    (data(path="data/codereviewer/t*.jsonl"), "error", "missing-file:datasets.0.path", "data_files"),
+    (data(path="json", data_files="data/codereviewer/t*.jsonl"), "error", "missing-file:datasets.0.path", "data_files"),
+    ({"deepspeed": "zero3.json"}, "error", "missing-file:deepspeed", "zero3.json"),
+    ({"micro_batch_size": None}, "error", "no-batch-size:micro_batch_size", ""),
+    ({"lora_target_modules": None, "lora_target_linear": False}, "error", "no-lora-targets:adapter", "true"),
+    ({"lora_target_modules": ["q_proj", "v_prj"]}, "error", "unknown-lora-target:lora_target_modules.1", "v_proj"),
+    (
+        PHI | {"special_tokens": None, "chat_template": "tokenizer_default"},
+        "error",
+        "unknown-lora-target:lora_target_modules.0",
+        "qkv_proj",
+    ),
+    ({"lora_modules_to_save": ["embd_tokens"]}, "error", "unknown-lora-target:lora_modules_to_save.0", "embed_tokens"),
+    ({"lora_target_modules": "a{99999999999999999999}"}, "error", "unknown-lora-target:lora_target_modules", "999"),
+    ({"lora_r": None}, "error", "no-lora-rank:adapter", "lora_r"),
+    ({"adapter": None, "load_in_4bit": None}, "error", "no-adapter:adapter", "qlora"),
+    ({"base_model": "codelama/CodeLlama-7b-hf"}, "note", "unknown-model:base_model", "codellama/CodeLlama-7b-hf"),
+    (CHAT | {"chat_template_jinja": "gone.jinja"}, "error", "chat-template:datasets.0.type", "gone.jinja"),
+    (
+        {"datasets": [CHATS | {"chat_template_jinja": "{{ messages }}"}]},
+        "error",
+        "chat-template:datasets.0.chat_template_jinja",
+        "chat_template: jinja",
+    ),
+    (CHAT, "warning", "chat-template:datasets.0.type", "chatml"),
+    (
+        {"datasets": [CHATS | {"chat_template": "chatml", "field_tools": "functions"}]},
+        "error",
+        "unread-tools:datasets.0.field_tools",
+        "tools",
+    ),
+    (own(format="Q: "), "error", "prompt-format:datasets.0.type.format", "{instruction}"),
+    ({"adapter": "lora"}, "error", "not-quantized:adapter", "adapter: qlora"),
+    (
+        {"peft_init_lora_weights": "pissa_niter_16"},
+        "error",
+        "changed-base:peft_init_lora_weights",
+        "pissa-metamathqa/llama-2-7b-pissa",
+    ),
+    (FUSED_LOSS, "error", "head-without-lora:liger_fused_linear_cross_entropy", "chunked_cross_entropy"),
+    ({"fp16": None, "float16": True, "bf16": "auto"}, "error", "two-precisions:float16", "auto"),
+    ({"sample_packing": True, "attn_implementation": None}, "error", "packing-leaks:sample_packing", ""),
+    (
+        {"lora_modules_to_save": ["lm_head"], "fsdp_config": {"offload_params": False}, "optimizer": "adamw_torch"},
+        "error",
+        "fsdp-saves:lora_modules_to_save",
+        "--profile zero2",
+    ),
+    (
+        {"optimizer": "adamw_bnb_8bit", "fsdp_config": {"offload_params": False}},
+        "error",
+        "optimizer-and-engine:optimizer",
+        "FSDP2",
+    ),
+    (
+        {"deepspeed": {"bf16": {}}, "bnb_config_kwargs": None},
+        "error",
+        "packed-weights-cast:bnb_config_kwargs",
+        "uint8",
+    ),
+    ({"optimizer": "adamw_bnb_8bit", "deepspeed": OFFLOADED}, "error", "optimizer-and-engine:optimizer", "adamw_"),
+    ({"optimizer": "adamw_bnb_8bit", "deepspeed": "ds.json"}, "error", "optimizer-and-engine:optimizer", "adamw_"),
+    ({"lr_scheduler": "cosine_with_min_lr"}, "error", "scheduler-needs:lr_scheduler", "min_lr_rate"),
+    ({"test_datasets": None}, "error", "never-evaluated:evals_per_epoch", "val_set_size"),
+    ({"evals_per_epoch": None}, "warning", "never-evaluated:test_datasets", "evals_per_epoch"),
+    ({"evals_per_epoch": 1, "num_epochs": 1}, "warning", "never-evaluated:evals_per_epoch", "eval_strategy: epoch"),
+    ({"num_epochs": 2, "saves_per_epoch": None, "save_steps": 500}, "warning", "never-saved:save_steps", "28"),
+    ({"max_steps": 5}, "error", "long-warm-up:warmup_steps", "5 steps"),
+    ({"sequence_len": 16385}, "error", "beyond-context:sequence_len", "16384"),
+    ({"special_tokens": {"pad_token": "<pad>"}}, "warning", "missing-special-token:special_tokens.pad_token", "<pad>"),
+    ({"special_tokens": {"eos_token": "<|im_end|>"}}, "error", "missing-special-token:special_tokens.eos_token", ""),
+    ({"trust_remote_code": True}, "error", "foreign-code:trust_remote_code", ""),
+    ({"plugins": ["mine.Plugin"]}, "error", "foreign-code:plugins.0", "mine.Plugin"),
+    ({"lora_model_dir": "pickled"}, "error", "pickled-weights:lora_model_dir", "adapter_model.bin"),
+    ({"use_comet": True}, "warning", "missing-package:use_comet", "comet-ml"),
+    ({"wandb_project": "mine"}, "warning", "no-login:wandb_project", "`wandb login`"),
+    ({"optimizer": "came_pytorch"}, "warning", "missing-package:optimizer", "came-pytorch"),
+    ({"attn_implementation": "sage"}, "warning", "missing-package:attn_implementation", "github.com/thu-ml"),
+    ({"plugins": [CCE]}, "warning", "missing-package:plugins", "axolotl-ai-cloud/ml-cross-entropy"),
+    ({"batch_size": 7, "gradient_accumulation_steps": None}, "error", "does-not-divide:batch_size", "7"),
+    ({"full_determinism": True, "cut_cross_entropy": True}, "warning", "does-not-repeat:full_determinism", ""),
+    ({"base_model": "./models/llama"}, "error", "no-access:base_model", "./models/llama"),
+]
+
+
+@pytest.mark.parametrize(("change", "level", "name", "value"), CASES, ids=[f"{c[2]} {c[0]}" for c in CASES])
+def test_a_mistake_gives_one_finding(change, level, name, value):
+    (only,) = found(change)
+    assert (only.level, only.name) == (level, name)
+    assert value in str(only)
+
+
+OTHERS = {"gpu-lacks", "no-gpu", "engine-needs-gpus"}  # which have tests of their own
+
+
+def test_every_rule_has_a_case():
+    tested = {case[2].partition(":")[0] for case in CASES} | OTHERS
+    assert tested == {rule.__name__.replace("_", "-") for rule in finding.RULES}
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"),
+    [(name, "H100") for name in paths.recipe_names()]
+    + [(name, "T4") for name in paths.recipe_names() if not recipe_config(name).get("bf16")],
+)
+def test_a_recipe_gives_no_error_and_no_warning(name, gpu):
+    assert [finding for finding in found({}, gpu, name=name) if finding.level != "note"] == []
+
+
+# what is changed in a recipe, or for some GPU, and gives no finding
+RIGHT: list[tuple[dict[str, Any], str | None]] = [
+    ({"lora_target_modules": None, "lora_target_linear": True}, None),
+    ({"lora_target_modules": ["self_attn.q_proj", "lm_head", "model.layers.31.mlp.up_proj"]}, None),
+    ({"lora_modules_to_save": ["model.embed_tokens", "q_norm"], "learning_rate": "2.e-4"}, None),
+    ({"lora_target_modules": r".*layers\.(2[0-9]|3[01])\..*"}, None),
+    ({"adapter": "lora", "load_in_4bit": None}, None),
+    ({"peft_init_lora_weights": "pissa"}, None),
+    ({"sample_packing": True, "attn_implementation": "kernels-community/flash-attn2@v1"}, None),
+    ({"optimizer": "paged_adamw_8bit", "deepspeed": {"zero_optimization": {"stage": 2}}}, None),
+    (
+        {"deepspeed": {"bf16": {}}, "bnb_config_kwargs": {"bnb_4bit_quant_storage": "float16"}},
+        None,
+    ),
+    ({"optimizer": "adamw_bnb_8bit", "deepspeed": OFFLOADED | {"zero_force_ds_cpu_optimizer": False}}, None),
+    ({"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-6}}, None),
+    ({"test_datasets": None, "evals_per_epoch": None}, None),
+    ({"warmup_steps": 27}, None),
+    ({"sequence_len": 32768, "overrides_of_model_config": {"rope_scaling": {"type": "linear", "factor": 2}}}, None),
+    ({"special_tokens": {"pad_token": "<unk>"}}, None),
+    ({"special_tokens": {"eos_token": "<|im_end|>"}, "lora_modules_to_save": ["embed_tokens", "lm_head"]}, None),
+    ({"datasets": [{"path": "some/data-set", "type": "alpaca"}]}, None),
+    (data(path="data", data_files="data/codereviewer/t*.jsonl"), None),
+    ({"plugins": [CCE], "cut_cross_entropy": False}, None),
+    ({"fp16": False, "bf16": True, "tf32": True, "attn_implementation": "kernels-community/flash-attn3"}, "H100"),
+    ({"fp16": True, "bf16": "auto"}, "T4"),  # Axolotl then leaves bf16 off
+]
+
+
+@pytest.mark.parametrize(("change", "gpu"), RIGHT, ids=str)
+def test_what_is_right_gives_none(change, gpu):
+    assert found(change, gpu) == []
+
+
+TRITON = {"plugins": ["axolotl.integrations.liger.LigerPlugin"], "liger_rope": True, "lora_mlp_kernel": True}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "change", "keys"),
+    [
+        ("V100", {}, ["base_model"]),
+        ("T4", {"fp16": None, "bf16": None}, ["bf16"]),
+        ("T4", {"tf32": True}, ["tf32"]),
+        ("T4", {"sample_packing": True}, ["sample_packing"]),
+        ("T4", {"sample_packing": True, "base_model": "mistralai/Mistral-7B-v0.1"}, []),  # its window has a mask
+        ("sm_75", {"attn_implementation": "flash_attention_2"}, ["attn_implementation"]),
+        ("T4", {"attn_implementation": "sage"}, ["attn_implementation"]),
+        ("T4", {"attn_implementation": None, "flash_attention": True}, ["flash_attention"]),
+        ("T4", TRITON | {"liger_glu_activation": False}, ["liger_rope", "lora_mlp_kernel"]),
+        ("A100", TRITON, []),
+    ],
+)
+def test_what_a_gpu_lacks(gpu, change, keys):
+    level = "warning" if "liger_rope" in keys else "error"
+    assert sorted(of_rule("gpu-lacks", change, gpu)) == [f"{level} gpu-lacks:{key}" for key in keys]
+
+
+def test_torch_for_an_older_cuda_runs_on_older_gpus(monkeypatch):
+    for cuda in ("12.6", None):
+        monkeypatch.setattr(settings_rules, "torch_cuda", lambda cuda=cuda: cuda)
+        assert found({}, "V100") == []
+
+
+FLASH = {"attn_implementation": "flash_attention_2"}
+
+
+def test_packages_that_are_installed_or_missing(monkeypatch):
+    change = {"fp16": False, "bf16": True, "attn_implementation": "sage", "use_comet": True}
+    missing = ["error missing-package:attn_implementation", "error missing-package:use_comet"]
+    assert sorted(names(change, "A100", launching=True)) == missing
+    monkeypatch.setenv("WANDB_API_KEY", "for the test")
+    installed: set[str] = {"flash-attn", "cut-cross-entropy", "wandb"}
+    monkeypatch.setattr(Case, "is_installed", lambda _, package: package in installed)
+    assert found(FLASH | {"plugins": [CCE], "use_wandb": True}) == []
+    (only,) = found({"attn_implementation": "flash_attention_4"})  # flash-attn is another package of the same name
+    assert "flash-attn-4" in only.problem
+    installed.clear()
+    for attention in (FLASH, {"attn_implementation": "kernels-community/flash-attn3"}):
+        assert names(attention) == ["warning missing-package:attn_implementation"]
+
+
+def test_wandb_without_a_login_is_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(Case, "is_installed", lambda *_: True)
+    (tmp_path / ".netrc").write_text("machine example.org login a password b\n")
+    assert names({"wandb_project": "mine"}) == ["warning no-login:wandb_project"]
+    monkeypatch.setenv("WANDB_API_KEY", "0")
+    assert found({"wandb_project": "mine"}) == []
+
+
+def test_logins_in_files_and_trackers_of_this_machine_need_no_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(Case, "is_installed", lambda *_: True)
+    assert names({"use_wandb": True}) == ["warning no-login:use_wandb"]
+    assert found({"use_wandb": True, "wandb_mode": "offline"}) == []
+    assert found({"comet_project_name": "a"}) == []
+    assert found({"use_mlflow": True, "use_trackio": True, "use_tensorboard": True}) == []
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password 0\n")
+    assert found({"use_wandb": True}) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "keys"),
+    [
+        (FLASH, {"attn_implementation"}),
+        ({"attn_implementation": "eager", "torch_compile": True}, {"torch_compile"}),
+        ({"plugins": ["axolotl.integrations.liger.LigerPlugin"], "liger_rope": True}, {"plugins", "liger_rope"}),
+        ({"lora_mlp_kernel": True}, {"lora_mlp_kernel"}),
+    ],
+)
+def test_what_a_cpu_lacks_is_an_error_only_once_a_run_starts(change, keys):
+    in_fp32 = change | {"fp16": False}
+    assert of_rule("no-gpu", in_fp32) == of_rule("no-gpu", in_fp32, "A100", launching=True) == []
+    assert {*of_rule("no-gpu", in_fp32, launching=True)} >= {f"error no-gpu:{key}" for key in keys}
+
+
+def test_fp16_and_fsdp_need_gpus_only_once_a_run_starts():
+    by_default = {"fp16": None, "bf16": "auto"}  # which becomes fp16 on a CPU
+    assert names(by_default, launching=True) == ["error no-gpu:bf16"]
+    assert found(by_default | {"fp16": False}, launching=True) == []
+    assert names({}, launching=True) == ["error no-gpu:fp16"]
+    assert found({}, "T4", launching=True) == []
+    fsdp = {"optimizer": "adamw_torch", "fsdp_config": {"reshard_after_forward": True}, "fp16": False}
+    assert (names(fsdp), names(fsdp, launching=True)) == ([], ["error engine-needs-gpus:fsdp_config"])
+
+
+PACKED = {"fp16": False, "bf16": True, "sample_packing": True}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "change", "warns"),
+    [
+        ({}, {}, False),
+        ({}, {"sdpa_varlen": False}, True),
+        ({"head_dim": 512}, {}, True),
+        ({"sliding_window": 4096}, {}, True),
+        ({"sliding_window": 4096, "use_sliding_window": False}, {}, False),
+        ({"query_pre_attn_scalar": 144}, {}, True),
+        ({"attention_dropout": 0.1}, {}, True),
+    ],
+    ids=str,
+)
+def test_packed_rows_in_bf16_with_a_mask_before_hopper(tmp_path, sizes, change, warns):
+    own = {"model_type": "llama", "hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(own | sizes))
+    change = {"base_model": str(tmp_path), "sdpa_varlen": True} | PACKED | change
+    assert of_rule("packing-leaks", change, "A100") == ["warning packing-leaks:sample_packing"] * warns
+    assert of_rule("packing-leaks", change, "H100") == []
+
+
+def test_a_gated_model_without_a_token(monkeypatch, place):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(place / "token"))
+    assert [(f.level, f.name) for f in found({}, name=LLAMA_3)] == [("warning", "no-access:base_model")]
+    assert [f.level for f in found({}, "T4", launching=True, name=LLAMA_3)] == ["error"]
+    assert found({"base_model": "NousResearch/Meta-Llama-3-8B"}, name=LLAMA_3) == []
+    tokenizer: dict[str, Any] = {"tokenizer_config": "meta-llama/Llama-3.2-3B"}
+    assert names(tokenizer | {"revision_of_model": None}) == ["warning no-access:tokenizer_config"]
+    (place / "token").write_text("x")
+    assert found({}, name=LLAMA_3) == []
+    assert names(tokenizer) == ["error no-access:tokenizer_config"]  # revision_of_model is a commit of the model
+    assert names(tokenizer | {"revision_of_model": "main"}) == names({"tokenizer_config": str(place)}) == []
+
+
+def test_a_model_that_is_not_in_the_cache_when_offline(monkeypatch, place):
+    monkeypatch.setattr(hub, "is_offline", lambda: True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place / "hub"))
+    no_access = ["warning no-access:base_model"]
+    assert names({}) == no_access
+    revision = str(config_with({})["revision_of_model"])
+    folder = place / "hub" / "models--codellama--CodeLlama-7b-hf" / "snapshots" / revision
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"max_position_embeddings": 16384, "model_type": "llama"}')
+    assert names({}) == no_access  # the weights are not there
+    (folder / "model.safetensors").touch()
+    assert (names({}), names({"revision_of_model": "main"})) == ([], no_access)
+
+
+def test_chats_need_a_template_of_the_tokenizer_or_the_config(tiny, place):
+    for model, count in (("Qwen/Qwen2.5-7B", 0), ("google/gemma-2-9b", 1)):
+        assert len(of_rule("chat-template", CHAT | {"revision_of_model": None, "base_model": model})) == count
+    local = {"base_model": str(tiny), "revision_of_model": None} | CHAT
+    assert names(local) == ["error chat-template:datasets.0.type"]
+    for name in ("chatml", "tokenizer_default_fallback_chatml"):
+        assert found(local | {"chat_template": name}) == []
+    model = shutil.copytree(tiny, place / "model")
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    assert found(local | {"base_model": str(model)}) == []
+
+
+def test_a_local_model_is_judged_by_its_own_files(tiny):
+    local = {"base_model": str(tiny), "revision_of_model": None}
+    assert found(local) == []
+    assert names(local | {"sequence_len": 2049}) == ["error beyond-context:sequence_len"]
+    pad = {"special_tokens": {"pad_token": "<|im_end|>"}}
+    assert names(local | pad) == ["warning missing-special-token:special_tokens.pad_token"]

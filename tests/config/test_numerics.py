@@ -1,0 +1,204 @@
+"""Precision, as Axolotl's own code makes it of the same settings; and profiles that suit a config and a card."""
+
+import copy
+import functools
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import config_with
+
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.base.paths import recipe_names
+from qlora_recipes.check import check
+from qlora_recipes.config import compose, gpus, numerics
+from qlora_recipes.config.compose import Composed, Request
+from qlora_recipes.config.numerics import Precision, precision
+
+pytestmark = pytest.mark.usefixtures("place")
+
+UNSET = object()
+VALUES = {
+    "bf16": (UNSET, True, False, "auto"),
+    "fp16": (UNSET, True, False),
+    "bfloat16": (UNSET, True),
+    "float16": (UNSET, True),
+    "load_in_8bit": (UNSET, True),
+}
+SETTINGS: list[dict[str, Any]] = [
+    {key: value for key, value in zip(VALUES, values, strict=True) if value is not UNSET}
+    for values in product(*VALUES.values())
+]
+
+
+@pytest.fixture(scope="module")
+def validated() -> list[Any]:
+    """The settings in a config, after Axolotl's validation, whose classes are made once, not for each."""
+    from axolotl.utils import config
+    from axolotl.utils.dict import DictDefault
+
+    of_recipe = config_with({"fp16": None, "bf16": None, "adapter": "lora", "load_in_4bit": None})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "merge_input_args", functools.cache(config.merge_input_args))
+        return [config.validate_config(DictDefault(of_recipe | settings)) for settings in SETTINGS]
+
+
+def of_axolotl(validated: Any, on_gpu: bool) -> Precision | None:
+    """What Axolotl's choice of dtypes and its arguments for transformers come to; None for arguments that transformers
+    refuses."""
+    from axolotl.core.builders.base import TrainerBuilderBase
+    from axolotl.utils.config import resolve_dtype
+
+    cfg = copy.deepcopy(validated)
+    cfg.device = "cuda:0" if on_gpu else "cpu"
+    resolve_dtype(cfg)
+    arguments: dict[str, Any] = {}
+    TrainerBuilderBase._configure_precision_settings(SimpleNamespace(cfg=cfg), arguments)
+    if arguments["fp16"] and arguments["bf16"]:
+        return None
+    autocast = "bfloat16" if arguments["bf16"] else "float16" if arguments["fp16"] else None
+    return Precision(str(cfg.torch_dtype).removeprefix("torch."), autocast)
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_precision_is_what_axolotl_resolves(validated, on_gpu, monkeypatch):
+    supported = on_gpu  # torch reports bf16 as supported on every NVIDIA GPU, because it counts emulation
+    monkeypatch.setattr("axolotl.utils.config.is_torch_bf16_gpu_available", lambda: supported)
+    differ = {
+        str(settings): (ours, theirs)
+        for settings, cfg in zip(SETTINGS, validated, strict=True)
+        if (theirs := of_axolotl(cfg, on_gpu)) and (ours := precision(settings, on_gpu)) != theirs
+    }
+    assert differ == {}
+
+
+LIGER = {*numerics._LIGER} - {"plugins"}
+KERNELS = {*numerics._LORA}
+NO_DROPOUT = "peft-metamathqa/qlora-rank32"
+
+
+def laid(name: str, *profiles: str, gpu: str | None = "A100", overrides: tuple[str, ...] = ()) -> Composed:
+    return compose.compose(Request(name, [*profiles], [*overrides]), gpus.find(gpu) if gpu else None)
+
+
+def on(composed: Composed) -> set[str]:
+    """The kernels that a config turns on."""
+    return {key for key in LIGER | KERNELS if composed.config.get(key)}
+
+
+def mine(*profiles: str, overrides: tuple[str, ...] = (), **change: Any) -> Composed:
+    """The profile fast, and others behind it, over a recipe without dropout that has all layers as targets."""
+    layers = [layer for needed in numerics._LORA.values() for layer in needed]
+    every = {"lora_dropout": 0, "lora_target_modules": layers}
+    Path("mine.yaml").write_text(yamlfiles.write_yaml(config_with(every | change, NO_DROPOUT)))
+    return laid("mine.yaml", "fast", *profiles, overrides=overrides)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("gpu", ["T4", "A100", "H100", None])
+def test_lora_kernels_are_on_only_without_dropout_and_triton_only_where_it_runs(name, gpu):
+    fast = laid(name, "fast", gpu=gpu)
+    kept = config_with({}, name)
+    on_head = "lm_head" in kept.get("lora_target_modules", ())  # which the fused loss would pass over
+    liger = LIGER - ({"liger_fused_linear_cross_entropy"} if on_head else set())
+    assert on(fast) & LIGER == (set() if gpu == "T4" else liger)
+    assert ("plugins" in fast.config) == (gpu != "T4")
+    if kept["lora_dropout"]:
+        assert not on(fast) & KERNELS
+    if gpu == "T4":
+        assert "lora_mlp_kernel" not in on(fast)
+    changed = {difference.key.partition(".")[0] for difference in fast.differences}
+    assert changed <= {*LIGER, *KERNELS, "plugins", "pad_to_sequence_len", "pad_to_multiple_of"}  # nothing else
+
+
+@pytest.mark.parametrize(
+    ("change", "off"),
+    [
+        ({}, set()),
+        ({"lora_dropout": 0.05}, KERNELS),
+        ({"lora_target_modules": ["q_proj", "v_proj"]}, KERNELS),
+        ({"lora_target_modules": ["q_proj", "k_proj", "v_proj"]}, KERNELS - {"lora_qkv_kernel"}),
+        ({"lora_target_modules": ["q_proj"], "lora_target_linear": True}, set()),
+        ({"chunked_cross_entropy": True}, {"liger_fused_linear_cross_entropy"}),
+        ({"lora_modules_to_save": ["lm_head"]}, {"liger_fused_linear_cross_entropy"}),
+        ({"base_model": "google/gemma-2-2b", "revision_of_model": None}, {"lora_mlp_kernel"}),
+    ],
+)
+def test_what_axolotl_refuses_or_would_compute_otherwise_stays_off(change, off, monkeypatch):
+    if "gemma" in str(change.get("base_model")):
+        gemma = {"model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh"}
+        monkeypatch.setattr(numerics.models, "architecture", lambda config, download: gemma)
+    composed = mine(**change)
+    assert on(composed) == (LIGER | KERNELS) - off
+    assert {key for keys in composed.incompatible.values() for key in keys} - {"plugins"} == off
+
+
+@pytest.mark.parametrize(
+    ("override", "off"),
+    [
+        ("lora_dropout=0.1", KERNELS),
+        ("chunked_cross_entropy=true", {"liger_fused_linear_cross_entropy"}),
+        ("lora_o_kernel=false", {"lora_o_kernel"}),
+    ],
+)
+def test_a_profile_fits_what_is_laid_over_it(override, off):
+    assert on(mine(overrides=(override,))) == (LIGER | KERNELS) - off
+    key, _, value = override.partition("=")
+    Path("own.yaml").write_text(f"{key}: {value}\n")
+    assert on(mine("own.yaml")) == (LIGER | KERNELS) - off
+
+
+def test_what_is_laid_over_a_recipe_lets_a_profile_do_more():
+    name = "haider2024/all-linear/llama-2-7b"
+    without_dropout = laid(name, "fast", overrides=("lora_dropout=0",))
+    assert (on(without_dropout), without_dropout.incompatible) == (LIGER | KERNELS, {})
+    explicit = laid(name, "fast", overrides=("lora_mlp_kernel=true",))
+    assert on(explicit) == LIGER | {"lora_mlp_kernel"}
+    with pytest.raises(UserError, match="plugins"):
+        laid(name, "fast", overrides=("plugins.4=x",))
+
+
+@pytest.mark.parametrize("profiles", [("packed", "fast"), ("fast", "packed")])
+def test_sequences_of_one_length_stay_that(profiles):
+    both = laid(NO_DROPOUT, *profiles)
+    assert (both.config["pad_to_sequence_len"], both.config["pad_to_multiple_of"]) == (True, 8)
+    assert mine(pad_to_sequence_len=True).config["pad_to_sequence_len"] is True
+    assert "pad_to_sequence_len" not in mine(pad_to_sequence_len=False).config
+
+
+def test_plugins_join_those_of_the_config():
+    own = mine(plugins=["axolotl.integrations.spectrum.SpectrumPlugin"]).config["plugins"]
+    assert own == ["axolotl.integrations.spectrum.SpectrumPlugin", "axolotl.integrations.liger.LigerPlugin"]
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong"),
+    [
+        *(("plugins", 3), ("lora_target_modules", [["q_proj"], 4])),
+        *(("bnb_config_kwargs", ["nf4"]), ("base_model", 7), ("lora_dropout", "much")),
+    ],
+)
+def test_wrong_values_are_left_for_check_to_find(key, wrong):
+    mine(**{key: wrong})
+    found = check.check(Request("mine.yaml", profiles=["fast"]), gpus.find("T4")).findings
+    assert not [str(finding) for finding in found if finding.rule == "unreadable"]
+
+
+def test_packed_rows_are_kept_apart_by_a_mask_on_turing():
+    name = "haider2024/llama-2-7b"
+    varlen = [laid(name, "packed", gpu=gpu).config["sdpa_varlen"] for gpu in ("T4", "A100", "H100")]
+    assert varlen == [False, True, True]
+    Path("mine.yaml").write_text(yamlfiles.write_yaml(config_with({"sample_packing": True})))
+    for gpu, refused in (("T4", True), ("A100", False)):
+        found = check.check(Request("mine.yaml"), gpus.find(gpu)).findings
+        assert ("gpu-lacks:sample_packing" in {finding.name for finding in found}) == refused
+
+
+def test_check_notes_what_a_profile_leaves_once_a_reason(recipe):
+    (report,) = recipe.json("check", "haider2024/llama-2-7b", "--profile", "fast", "--gpu", "T4")
+    notes = [found["problem"] for found in report["findings"] if found["rule"] == "unfit"]
+    assert len(notes) == 2 and "T4 (sm_75)" in notes[0] and "lora_dropout 0.05" in notes[1]
+    assert "lora_qkv_kernel, lora_o_kernel" in notes[1]

@@ -1,0 +1,212 @@
+"""What a rehearsal exchanges: rows that are not there, and what a CPU lacks."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.files import write_rows
+from qlora_recipes.config import compose
+from qlora_recipes.config.compose import Composed, Request
+
+OWN: dict[str, Any] = {
+    "base_model": "some/llama",
+    "adapter": "qlora",
+    "load_in_4bit": True,
+    "lora_target_modules": ["q_proj"],
+    "datasets": [{"path": "chats.jsonl", "type": "chat_template", "field_messages": "turns"}],
+    "sequence_len": 4096,
+    "micro_batch_size": 2,
+    "num_epochs": 1,
+    "lora_qkv_kernel": False,
+}
+ROWS = {"path": "rows.jsonl", "type": "completion"}
+
+
+@pytest.fixture(autouse=True)
+def place(place: Path) -> Path:
+    write_rows(Path("chats.jsonl"), ({"turns": [{"role": "user", "content": str(i)}]} for i in range(50)))
+    write_rows(Path("rows.jsonl"), ({"text": str(i)} for i in range(6)))
+    Path("folder").mkdir()
+    write_rows(Path("folder", "train.jsonl"), [{"text": "a"}])
+    Path("saved").mkdir()
+    Path("saved", "state.json").write_text("{}")
+    return place
+
+
+def rehearsed(change: dict[str, Any] | None = None, *overrides: str, profiles: tuple[str, ...] = ()) -> Composed:
+    """The rehearsal of a recipe of one's own."""
+    content = {key: value for key, value in (OWN | (change or {})).items() if value is not None}
+    Path("mine.yaml").write_text(yamlfiles.write_yaml(content))
+    return compose.compose(Request("mine.yaml", profiles=[*profiles], overrides=[*overrides], rehearse=True))
+
+
+def why(composed: Composed, key: str) -> str:
+    return next(difference.why for difference in composed.differences if difference.key == key)
+
+
+def splits(composed: Composed, section: str = "datasets") -> list[str | None]:
+    return [dataset.get("split") for dataset in composed.config[section]]
+
+
+def test_a_rehearsal_takes_the_first_of_its_own_rows_and_says_so():
+    own = rehearsed()
+    assert own.config["datasets"] == [OWN["datasets"][0] | {"split": "train[:32]"}]
+    assert own.config["sequence_len"] == 4096
+    assert why(own, "datasets.0.split").startswith("rehearsal: ")
+    assert not {"test_datasets", "val_set_size"} & own.config.keys()  # no evaluation was asked for
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        (None, "train[:32]"),
+        ("train[:1000]", "train[:32]"),
+        ("train[100:]", "train[100:132]"),
+        ("train[90%:]", "train[90%:]"),
+    ],
+)
+def test_a_split_is_cut_to_its_first_rows(split, expected):
+    data = OWN["datasets"][0] | ({"split": split} if split else {})
+    assert splits(rehearsed({"datasets": [data]})) == [expected]
+
+
+def test_several_data_sets_share_the_rows_and_those_elsewhere_are_left_out():
+    hub = {"path": "some/data-set", "type": "alpaca"}
+    own = rehearsed({"datasets": [ROWS, hub, OWN["datasets"][0]]})
+    assert [dataset["path"] for dataset in own.config["datasets"]] == ["rows.jsonl", "chats.jsonl"]
+    assert splits(own) == ["train[:16]", "train[:16]"]
+    given = rehearsed({"datasets": [hub, ROWS, OWN["datasets"][0]]}, "datasets.2.split=train[:40]")
+    assert splits(given) == ["train[:16]", "train[:40]"]
+
+
+@pytest.mark.parametrize("path", ["some/data-set", "s3://bucket/rows.jsonl", "saved"])
+def test_the_sample_takes_the_place_of_rows_that_are_not_there(path):
+    own = rehearsed({"datasets": [{"path": path, "type": "completion"}]})
+    (dataset,) = own.config["datasets"]
+    assert Path(dataset["path"]).is_file() and dataset["type"] == "alpaca"
+    assert own.config["sequence_len"] == 512
+    assert path in why(own, "datasets.0.path")
+    assert "test_datasets" not in own.config
+    more = rehearsed({"datasets": [{"path": path, "type": "completion"}]}, "datasets.0.split=train[:48]")
+    assert splits(more) == ["train[:48]"]
+
+
+def test_rows_to_evaluate_on_are_its_own_too():
+    own = rehearsed({"test_datasets": [ROWS]})
+    assert own.config["test_datasets"] == [ROWS | {"split": "train[:8]"}]
+    folder = rehearsed({"test_datasets": [{"path": "folder", "type": "completion"}]})
+    assert splits(folder, "test_datasets") == ["test[:8]"]
+    hub = rehearsed({"test_datasets": [{"path": "some/data-set", "type": "completion"}]})
+    assert hub.config["test_datasets"][0]["path"].endswith("valid.jsonl")
+
+
+def test_nothing_is_laid_beside_a_share_that_is_held_out(recipe, place):
+    gone = {"test_datasets": [{"path": "gone.jsonl", "type": "completion"}], "val_set_size": 0.1}
+    assert rehearsed(gone).config["test_datasets"] == gone["test_datasets"]
+    checked = recipe("check", "mine.yaml", "--rehearse")  # the file itself is wrong, with and without a rehearsal
+    (line,) = (line for line in checked.stdout.splitlines() if "[missing-file:test_datasets.0.path]" in line)
+    assert line.startswith("mine.yaml:")
+
+
+@pytest.mark.parametrize(
+    ("asked", "rows", "expected"),
+    [(0.05, "chats", 0.05), (2000, "chats", 0.25), (3, "chats", 3), (100, "rows", 0.25), (0, "rows", 0)],
+)
+def test_a_share_that_is_held_out_stays(asked, rows, expected):
+    data = {"datasets": [{"path": f"{rows}.jsonl", "type": "completion"}]}
+    for own in (rehearsed(data | {"val_set_size": asked}), rehearsed(data, f"val_set_size={asked}")):
+        assert own.config["val_set_size"] == expected
+        assert "test_datasets" not in own.config
+
+
+def test_what_is_set_wins_over_the_profile(place):
+    given = rehearsed(None, "datasets.0.split=train[:48]", "sequence_len=16384", "bf16=false", "base_model=some/other")
+    assert splits(given) == ["train[:48]"]
+    assert (given.config["sequence_len"], given.config["bf16"]) == (16384, False)
+    data = [ROWS | {"split": "train[:40]"}]
+    Path("later.yaml").write_text(yamlfiles.write_yaml({"datasets": data, "sequence_len": 100}))
+    later = rehearsed(None, profiles=("rehearsal", "later.yaml"))
+    assert (splits(later), later.config["sequence_len"]) == (["train[:40]"], 100)
+    earlier = rehearsed(None, profiles=("later.yaml",))
+    assert (splits(earlier), earlier.config["sequence_len"]) == (["train[:32]"], 100)
+
+
+def test_rows_are_cut_at_the_context_of_the_stand_in():
+    assert rehearsed({"sequence_len": 32768}).config["sequence_len"] == 8192
+    assert rehearsed({"sequence_len": 32768}, "base_model=./other").config["sequence_len"] == 32768
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"attn_implementation": "kernels-community/flash-attn3"}, {"attn_implementation": "sdpa"}),
+        ({"xformers_attention": True}, {"xformers_attention": None, "attn_implementation": "sdpa"}),
+        (
+            {"plugins": ["axolotl.integrations.liger.LigerPlugin", "mine.Plugin"], "liger_rope": True},
+            {"plugins": ["mine.Plugin"], "liger_rope": None},
+        ),
+        *[({"attn_implementation": kept}, {"attn_implementation": kept}) for kept in ("sdpa", "eager", None)],
+        ({"lora_mlp_kernel": True}, {"lora_mlp_kernel": False}),
+        ({"fp16": True, "bf16": False}, {"fp16": False}),
+        ({"torch_compile": True, "torch_compile_mode": "default"}, {"torch_compile": None, "torch_compile_mode": None}),
+        ({"activation_offloading": "legacy"}, {"activation_offloading": "legacy"}),  # a CPU has that
+        ({"gradient_checkpointing": "offload_disk"}, {"gradient_checkpointing": True}),
+    ],
+)
+def test_what_a_cpu_lacks_is_exchanged_and_listed(change, expected):
+    as_recipe = rehearsed(change)
+    overrides = [f"{key}={yamlfiles.write_flow(value)}" for key, value in change.items()]
+    for own in (as_recipe, rehearsed(None, *overrides)):
+        assert {key: own.config.get(key) for key in expected} == expected
+    for key in expected.keys() & change.keys():
+        if expected[key] != change[key] and key != "plugins":
+            assert why(as_recipe, key).startswith(("rehearsal: ", "profile rehearsal"))
+
+
+def test_ends_of_turns_stay_and_the_stand_in_gets_those_that_it_lacks():
+    ends = ["<|im_end|>", "<|eot_id|>"]
+    composed = rehearsed({"eot_tokens": ends})
+    assert composed.config["eot_tokens"] == ends
+    assert composed.config["added_tokens_overrides"] == {"3": "<|eot_id|>"}
+
+
+def test_only_packed_rows_are_padded_to_the_length():
+    padded = {"pad_to_sequence_len": True}
+    assert rehearsed(padded).config["pad_to_sequence_len"] is False
+    for own in (rehearsed(padded | {"sample_packing": True}), rehearsed(None, "pad_to_sequence_len=true")):
+        assert own.config["pad_to_sequence_len"] is True
+
+
+@pytest.mark.parametrize(("mib", "kept"), [(1, True), (1025, False)])
+def test_a_small_model_that_is_here_is_kept_with_what_belongs_to_it(mib, kept):
+    Path("own").mkdir()
+    Path("own", "config.json").write_text('{"model_type": "llama"}')
+    with Path("own", "model.safetensors").open("wb") as stream:
+        stream.truncate(mib * 2**20)
+    of_model = {"special_tokens": {"pad_token": "<pad>"}, "type_of_model": "LlamaForCausalLM"}
+    of_model |= {"base_model": "./own", "tokenizer_config": "./own"}
+    content = rehearsed(of_model).config
+    assert {key for key in of_model if content.get(key) == of_model[key]} == (of_model.keys() if kept else set())
+
+
+def test_layers_that_the_stand_in_has_apart_are_named_apart():
+    fused = {"lora_target_modules": ["qkv_proj", "o_proj", "gate_up_prj"]}
+    assert rehearsed(fused).config["lora_target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_prj"]
+    assert rehearsed(fused, "base_model=./phi").config["lora_target_modules"] == fused["lora_target_modules"]
+
+
+def test_a_rehearsal_makes_as_many_steps_as_its_rows():
+    own = rehearsed({"max_steps": 5000, "warmup_steps": 100, "eval_steps": 200, "save_steps": 0.1}).config
+    assert not {"max_steps", "warmup_steps"} & own.keys()
+    assert (own["warmup_ratio"], own["eval_steps"], own["save_steps"]) == (0.1, 0.5, 0.1)
+    assert rehearsed({"max_steps": 5000}, "max_steps=3").config["max_steps"] == 3
+    assert rehearsed({"save_steps": 200}, "save_steps=1").config["save_steps"] == 1
+
+
+def test_data_that_is_set_and_wrong_is_left_to_the_check():
+    for wrong in ("datasets.0.path=gone.jsonl", "datasets.0={path: gone.jsonl, typ: x}", "datasets=null"):
+        assert "sample" not in str(rehearsed(None, wrong).config.get("datasets"))
+    (of_hub,) = rehearsed(None, "datasets.0.path=some/data-set").config["datasets"]
+    assert of_hub["path"].endswith("train.jsonl")  # a rehearsal asks no hub

@@ -1,0 +1,117 @@
+"""What a run, and a file of predictions, are scored with, and how they are decoded."""
+
+from typing import TYPE_CHECKING
+
+import orjson
+import pytest
+from run_folders import STUDY, other_evaluation
+
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.base.files import write_rows
+from qlora_recipes.data import studies
+from qlora_recipes.data.studies import Decoding
+from qlora_recipes.evaluate import evaluate, score
+from qlora_recipes.evaluate.evaluate import EvaluationRequest
+from qlora_recipes.evaluate.scores_file import Completion, Evaluation, read_predictions
+from qlora_recipes.run.rundir import RunDir
+
+if TYPE_CHECKING:
+    from qlora_recipes.evaluate.reference import Reference
+
+ANSWERS = [
+    {"question": "1 + 2?", "gold": "A: 3", "model": {"solution": "so it is 3\nA: 3", "right": True}},
+    {"question": "2 * 600?", "gold": "A: 1,200", "model": {"solution": "A: 1200", "right": True}},
+    {"question": "5 - 1?", "gold": "A: 4", "model": {"solution": "5 - 1 is\nA: 5", "right": False}},
+]
+FIELDS = ("--prediction-field", "model.solution", "--reference-field", "gold")
+
+
+@pytest.fixture
+def generated(monkeypatch: pytest.MonkeyPatch) -> list["Reference"]:
+    """The reference of each evaluation, none of which takes long."""
+    from qlora_recipes.evaluate.reference import Reference
+
+    batches: list[Reference] = []
+
+    def generate(self: Reference, prompts: list[list[int]], done: dict[int, Completion]) -> list[dict[int, Completion]]:
+        batches.append(self)
+        return [{i: Completion(f"answer {len(prompt)}", prompt) for i, prompt in enumerate(prompts)}]
+
+    monkeypatch.setattr(Reference, "generate", generate)
+    return batches
+
+
+def evaluated(run: RunDir, *metrics: str, decoding: str | None = None) -> Evaluation:
+    request = EvaluationRequest(adapter="none", limit=3, metrics=[*metrics, "bertscore:none"], decoding=decoding)
+    return evaluate.evaluate(run, request)
+
+
+def test_a_run_is_scored_with_its_studys_metrics_and_those_asked_for(run, generated):
+    first = evaluated(run)
+    assert list(first.scores["metrics"]) == ["bleu4", "rouge_l", "sacrebleu"]  # BERTScore was asked to be left out
+    more = evaluated(run, "ours: {metric: number, parser: peft}", "perplexity")
+    assert list(more.columns) == ["bleu4", "rouge_l", "sacrebleu", "ours", "perplexity"]
+    assert more.scores["ours"] == 0 and more.scores["notes"][-1].startswith("ours: 3 of 3 ")
+    assert more.scores["perplexity"] is None  # of a training, which this adapter is not from
+    assert len(generated) == 1  # the predictions were there
+    assert all(row["ours"] == 0 for row in read_predictions(other_evaluation(run)))
+    assert evaluated(run) == more  # it has all that is asked for
+
+
+def test_a_metric_of_the_study_is_not_declared_anew(run):
+    with pytest.raises(UserError, match="--metric bleu4: "):
+        evaluated(run, "bleu4: {metric: chrf}")
+    with pytest.raises(UserError, match="--metric bleu: "):
+        evaluated(run, "bleu")
+    assert list(score.columns_of("mine")) == list(score.columns_of())
+    assert list(score.columns_of("mine", ["chrf"])) == ["chrf"]
+
+
+def test_a_further_decoding_is_evaluated_beside_the_usual_one(run, generated, monkeypatch):
+    sampled = Decoding(max_new_tokens=4, do_sample=True, temperature=0.1, top_k=40, top_p=0.95, seed=42)
+    declared = STUDY.model_copy(update={"decodings": {"sampled": sampled}})
+    monkeypatch.setattr(studies, "of", lambda _: declared)
+    usual = evaluated(run)
+    made = evaluated(run, decoding="sampled")
+    assert made.settings.decoding == sampled
+    used = generated[1].decoding()
+    assert (used.do_sample, used.temperature, used.top_k, used.top_p) == (True, 0.1, 40, 0.95)
+    assert {folder / "scores.json" for folder in (run.path / "evaluations").iterdir()} == {
+        evaluation.settings.folder(run.path) / "scores.json" for evaluation in (usual, made)
+    }
+    with pytest.raises(UserError, match=r"--decoding smpled: .* has sampled$"):
+        evaluated(run, decoding="smpled")
+    words = EvaluationRequest(metrics=["chrf"], decoding="sampled").options()
+    assert words[-4:] == ["--decoding", "sampled", "--metric", "chrf"]
+
+
+def test_predictions_are_scored_by_other_fields(recipe, tmp_path):
+    write_rows(tmp_path / "answers.jsonl", ANSWERS * 2)
+    number = ("--metric", 'number: {markers: ["A: "]}')
+    scores = recipe.json("score", "answers.jsonl", *number, *FIELDS, "--out", "s.jsonl")
+    assert scores["number"] == pytest.approx(200 / 3) and len(scores["intervals"]["number"]) == 2
+    assert scores["metrics"] == {"number": {"metric": "number", "markers": ["A: "]}}
+    assert "bleu4" not in scores
+    rows = list(map(orjson.loads, (tmp_path / "s.jsonl").read_bytes().splitlines()))
+    assert [row["number"] == 100 for row in rows] == [row["model"]["right"] for row in rows]
+    assert [row["question"] for row in rows] == [row["question"] for row in ANSWERS * 2]
+    compared = recipe.json("results", "s.jsonl", "s.jsonl", "--metric", "number")
+    assert [row["score"] for row in compared["scores"]] == ["number"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--prediction-field", "model.text"), "model.text; "),
+        (("--prediction-field", "model.right"), "model.right"),
+        ((), "--reference-field"),
+        ((*FIELDS, "--metric", "perplexity"), "--metric perplexity: "),
+        ((*FIELDS, "--metric", "number: {markers: 3}"), "markers: "),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(recipe, tmp_path, words, says):
+    write_rows(tmp_path / "answers.jsonl", ANSWERS)
+    reference = ("--reference-field", "gold") if words and words != FIELDS else ()
+    done = recipe("score", "answers.jsonl", *words, *reference)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr

@@ -1,0 +1,115 @@
+import statistics
+from typing import Any
+
+import orjson
+import pytest
+from scipy import stats
+
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.evaluate import score
+from qlora_recipes.evaluate.predict import as_row
+from qlora_recipes.evaluate.score import columns_of
+from qlora_recipes.metrics import registry
+from qlora_recipes.metrics.text import bleu4
+
+ROWS = [
+    {"reference": "please fix this typo now", "prediction": "fix"},
+    {"reference": "Same text, four tokens.", "prediction": "Same text, four tokens. ", "lang": "py"},
+    {"reference": "why?", "prediction": ""},
+    {"reference": "use a constant", "prediction": "nit"},
+    {"reference": "name this", "prediction": "nit"},
+]
+
+
+USUAL = columns_of()
+
+
+def scored(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Rows with the usual scores, but for BERTScore."""
+    return score.score(rows, USUAL, {"bertscore_f1": None})
+
+
+def test_rows_keep_their_own_scores_and_their_means_are_the_scores():
+    scores, rows = scored(ROWS)
+    assert [row["bleu4"] for row in rows] == [pytest.approx(bleu4(row["reference"], row["prediction"])) for row in ROWS]
+    assert scores["bleu4"] == pytest.approx(statistics.fmean(row["bleu4"] for row in rows))
+    assert scores["rouge_l"] == pytest.approx(statistics.fmean(row["rouge_l"] for row in rows))
+    assert rows[1]["lang"] == "py"
+    low, high = scores["intervals"]["bleu4"]
+    assert low <= scores["bleu4"] <= high
+    assert "bertscore" not in scores and "bertscore_f1" not in scores
+    assert scores["sacrebleu_signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
+
+
+def test_groups_of_rows_count_alike_in_their_mean():
+    right = {"a": [1, 1, 1, 0] * 5, 2: [1, 0] * 5, "c": [0] * 5, "few": [0, 1]}
+    rows = [
+        as_row(0, {"group": group}, "x") | {"prediction": "x" if each else "y"}
+        for group, of_group in right.items()
+        for each in of_group
+    ]
+    columns = registry.columns(
+        {
+            "average": {"metric": "mean_of_groups", "of": "exact_match"},
+            "of_few": {"metric": "mean_of_groups", "of": "exact_match", "group": "few"},
+            "of_b": {"metric": "mean_of_groups", "of": "exact_match", "group": "2"},
+            "exact_match": {},
+        }
+    )
+    few, _ = score.score(rows, columns)
+    assert (few["of_few"], few["intervals"]["of_few"], few["intervals"]["average"]) == (50, None, None)
+    del columns["of_few"]
+    scores, made = score.score([row for row in rows if row["group"] != "few"], columns)
+    assert (scores["average"], scores["of_b"]) == (pytest.approx(125 / 3), 50)
+    counts = ((15, 20), (5, 10), (0, 5))
+    variances = [(p := (x + 2) / (n + 4)) * (1 - p) / (n + 4) for x, n in counts]
+    half = 100 * stats.norm.ppf(0.975) * sum(variances) ** 0.5 / 3
+    assert scores["intervals"]["average"] == pytest.approx([125 / 3 - half, 125 / 3 + half])
+    wilson = stats.binomtest(5, 10).proportion_ci(method="wilson")
+    assert scores["intervals"]["of_b"] == pytest.approx([100 * wilson.low, 100 * wilson.high])
+    assert "average" not in made[0]
+    for of in ("nope", "sacrebleu", "bertscore_f1"):
+        with pytest.raises(UserError, match=of):
+            columns_of(None, ["sacrebleu", "bertscore_f1", f"m: {{metric: mean_of_groups, of: {of}}}"])
+
+
+@pytest.mark.parametrize(("of_data", "named"), [(["a", "b"], []), ([], ["b"])], ids=["in the data", "of a column"])
+def test_a_mean_of_groups_has_no_value_without_rows_of_each_group(of_data, named):
+    over = {"metric": "mean_of_groups", "of": "exact_match"}
+    columns = registry.columns(
+        {"average": over, "exact_match": {}} | {f"of_{group}": over | {"group": group} for group in ["a", *named]}
+    )
+    rows = [as_row(i, {"group": "a"}, "x") | {"prediction": "x"} for i in range(9)]
+    scores, _ = score.score(rows, columns, groups=of_data)
+    assert (scores["average"], scores["intervals"]["average"], scores["of_a"]) == (None, None, 100)
+    assert scores["notes"] == ["average: no mean, because no row of b was scored"]
+    rows.append(as_row(9, {"group": "b"}, "x") | {"prediction": "y"})
+    whole, _ = score.score(rows, columns, groups=of_data)
+    assert (whole["average"], whole.get("notes")) == (50, None)
+
+
+def test_older_scores_of_rows_are_dropped():
+    before = [row | {"bertscore_f1": 0.5, "bleu4": 1.0, "exact": True} for row in ROWS[:2]]
+    assert scored([*before, *ROWS[2:]]) == scored(ROWS)
+
+
+def test_shares_and_lengths():
+    scores, rows = scored(ROWS)
+    assert [row["exact"] for row in rows] == [False, True, False, False, False]
+    assert (scores["rows"], scores["exact"], scores["empty"], scores["repeated"]) == (5, 0.2, 0.2, 0.4)
+
+
+def test_bertscore_is_named_with_its_model():
+    scores, rows = score.score(ROWS, USUAL, score.scorer_models(USUAL, None, rehearsal=True))
+    assert scores["bertscore"]["model"] == "all-MiniLM-L6-v2"
+    assert scores["bertscore_f1"] == pytest.approx(statistics.fmean(row["bertscore_f1"] for row in rows))
+    assert rows[1]["bertscore_f1"] == pytest.approx(1, abs=1e-5)
+
+
+def test_the_command_prints_scores_and_writes_rows(recipe, tmp_path):
+    (tmp_path / "pairs.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in ROWS))
+    assert recipe.json("score", "pairs.jsonl", "--out", "scored.jsonl", "--metric", "bertscore:none") == scored(ROWS)[0]
+    assert list(map(orjson.loads, (tmp_path / "scored.jsonl").read_bytes().splitlines())) == scored(ROWS)[1]
+    lines = recipe("score", "pairs.jsonl").stdout.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith(("exact", "empty"))] == ["0.2000", "0.2000"]
+    assert "`--metric bertscore:roberta-large`" in recipe("score", "pairs.jsonl", "--metric", "bertscore_f1").stderr

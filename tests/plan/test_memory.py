@@ -1,0 +1,179 @@
+"""A plan's memory against measured memory: published figures, and real Axolotl trainings on this CPU."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import compare_memory
+import orjson
+import pytest
+import torch
+from conftest import SMALL, config_with, recipe_config, train_many
+from families import SHIPPED, TINY
+from memory_plugin import MEMORY, peak
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.yamlfiles import Config
+from qlora_recipes.config import models
+from qlora_recipes.data import studies
+from qlora_recipes.plan import memory, traces
+from qlora_recipes.plan import steps as steps_of
+from qlora_recipes.plan.memory import trace
+from qlora_recipes.plan.steps import Step
+
+ALL_LINEAR = models.LINEAR_LAYERS
+
+
+def usage(step: Step, shape: traces.Shape = (2, 128)) -> traces.Usage:
+    return traces.usage(trace(step, shape))
+
+
+def parameters(step: Step) -> dict[str, int]:
+    with memory._fake(step):
+        counts = memory._count(memory._build(step, memory.Recorder())).values()
+    return {kind: sum(count[kind] for count in counts) for kind in ("frozen", "trainable")}
+
+
+QUERIES_AND_VALUES = ("q_proj", "v_proj")
+PEFTS_RUNS = [  # huggingface/peft@5d602fd, method_comparison/MetaMathQA/results: trainable parameters, reserved bytes
+    ({"rank": 32, "targets": QUERIES_AND_VALUES}, 9_175_040, 20_120_076_288),
+    ({"rank": 64, "targets": QUERIES_AND_VALUES}, 18_350_080, 20_369_637_376),
+    ({"rank": 32, "targets": QUERIES_AND_VALUES, "dora": True}, 9_289_728, 22_179_479_552),
+    ({"rank": 10, "targets": ("gate_proj", "up_proj", "down_proj")}, 9_461_760, 22_064_136_192),
+]
+
+
+def of_pefts_comparison(change: dict[str, Any]) -> Step:
+    """The step of a run of PEFT's comparison: weights in bf16, a plain loop, an L40S."""
+    model = json.dumps(models.architecture({"base_model": "meta-llama/Llama-3.2-3B"}))
+    kind: dict[str, Any] = {"adapter": "lora", "weights": "bfloat16", "checkpointing": None, "optimizer": "adamw_torch"}
+    return Step(model=model, axolotl=False, padded=True, capability=(8, 9), **kind, **change)
+
+
+def on_the_head(model: str, rank: int) -> Step:
+    architecture = json.dumps(models.architecture({"base_model": f"meta-llama/Llama-{model}"}))
+    return Step(model=architecture, rank=rank, targets=(*ALL_LINEAR, "lm_head"))
+
+
+def of_recipe(name: str) -> Step:
+    config = recipe_config(name)
+    return steps_of.step_of(config, models.architecture(config), (8, 0))[0]
+
+
+TRAINED = {  # of the studies' own counts
+    name: published.measured.trainable or 0
+    for of_study in ("dora-commonsense", "loraga-metamathqa", "pissa-metamathqa")
+    for name, published in studies.find(of_study).published.items()
+}
+PARAMETERS = [
+    *((of_recipe(name), "trainable", trained) for name, trained in TRAINED.items()),
+    *((Step(model=json.dumps(config), targets="all-linear"), "frozen", known) for config, known in SHIPPED.values()),
+    *((of_pefts_comparison(change), "trainable", trained) for change, trained, _ in PEFTS_RUNS),
+    # thinking-machines-lab/tinker-cookbook@ece68c2a, hyperparam_utils.py; two share a matrix between both ends
+    (on_the_head("3.2-1B", 128), "trainable", 128 * 834_816),
+    (on_the_head("3.2-3B", 64), "trainable", 64 * 1_650_944),
+    (on_the_head("3.1-8B", 4), "trainable", 4 * 2_753_792),
+]
+
+
+@pytest.mark.parametrize(("step", "kind", "published"), PARAMETERS)
+def test_parameters_are_the_published_ones(step, kind, published):
+    assert parameters(step)[kind] == published
+
+
+@pytest.mark.long
+def test_one_length_of_rows_explains_the_memory_of_all_of_pefts_runs():
+    """They publish the 99th percentile of what steps reserved, but not how long the rows of that step were."""
+    shape = (4, 576)
+    planned = [usage(of_pefts_comparison(change), shape).reserved for change, *_ in PEFTS_RUNS]
+    ratios = [plan / reserved for plan, (*_, reserved) in zip(planned, PEFTS_RUNS, strict=True)]
+    print(f"planned at {shape} over measured: {', '.join(f'{ratio:.3f}' for ratio in ratios)}")
+    assert max(ratios) - min(ratios) <= 0.005
+    assert ratios == pytest.approx([1.0] * len(ratios), abs=0.02)
+
+
+@pytest.mark.long
+def test_published_figures_of_the_plain_loop_are_met():
+    """Of each model the longest rows; `make compare-memory` takes all."""
+    loops = (figure for figure in compare_memory.figures() if figure["framework"] == "plain loop")
+    figures = {figure["model"]: figure for figure in loops}.values()
+    errors = [abs(compare_memory.planned(figure) / float(figure["mib"]) - 1) for figure in figures]
+    assert len(errors) == 6
+    assert sum(errors) / len(errors) <= 0.005
+    assert max(errors) <= 0.015
+
+
+def measured(folder: Path, changes: dict[Any, Config]) -> dict[Any, dict[str, Any]]:
+    """Records of the plugin in real trainings of two steps, by name."""
+    files = {}
+    for i, (name, change) in enumerate(changes.items()):
+        output = folder / str(i)
+        output.mkdir()
+        common = {
+            "revision_of_model": None,
+            "special_tokens": None,
+            "test_datasets": None,
+            "evals_per_epoch": None,
+            "saves_per_epoch": None,
+            "save_strategy": "no",
+            "excess_length_strategy": "truncate",
+            "pad_to_sequence_len": True,
+            "fp16": False,
+            "max_steps": 2,
+            "warmup_steps": 1,
+            "output_dir": str(output / "output"),
+            "dataset_prepared_path": str(folder / "prepared"),
+            "plugins": ["qlora_recipes.plugin.RunPlugin", "memory_plugin.MemoryPlugin"],
+        }
+        files[name] = output / "config.yaml"
+        files[name].write_text(yamlfiles.write_yaml(config_with(common | change)))
+    train_many(*files.values())
+    return {name: orjson.loads(file.with_name(MEMORY).read_bytes()) for name, file in files.items()}
+
+
+def change_of(family: str, attention: str, bf16: bool, turn: int, tiny: Path, data: Path, folder: Path) -> Config:
+    """The change of a recipe to a training of a small model of a family, each turn with other settings."""
+    folder.mkdir()
+    for file in tiny.glob("*token*"):
+        shutil.copy(file, folder)
+    sizes = TINY.get(family, SMALL | {"tie_word_embeddings": True})
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes), dtype=dtype).save_pretrained(folder)
+    return {
+        "base_model": str(folder),
+        "special_tokens": {"pad_token": "</s>"},
+        "datasets": [{"path": str(data), "type": "alpaca", "split": "train[:16]"}],
+        "sequence_len": 320,  # most rows are shorter
+        "bf16": bf16,
+        "attn_implementation": attention,
+        "lora_target_modules": None,
+        "lora_target_linear": True,
+        "gradient_checkpointing": turn % 2 == 0,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if turn % 2 == 0 else None,
+        "gradient_accumulation_steps": 1 + turn % 3,
+        "optimizer": ("paged_adamw_32bit", "adamw_torch", "adamw_bnb_8bit")[turn // 2 % 3],
+    }
+
+
+@pytest.mark.long
+def test_real_trainings_of_axolotls_allocate_what_is_planned(tmp_path, tiny, sample):
+    attention = {"gemma2": "eager"}  # which alone caps its scores
+    others = [(family, attention.get(family, "sdpa"), False) for family in TINY]
+    kinds = [("llama", "sdpa", True), ("llama", "sdpa", False), *others]
+    data = sample / "train.jsonl"
+    changes = {turn: change_of(*kind, turn, tiny, data, tmp_path / f"model-{turn}") for turn, kind in enumerate(kinds)}
+    (tmp_path / "runs").mkdir()
+    for turn, real in measured(tmp_path / "runs", changes).items():
+        config = config_with(changes[turn] | {"fp16": False, "pad_to_sequence_len": True})
+        step, notes = steps_of.step_of(config, models.architecture(config), (8, 0))
+        fake = trace(replace(step, capability=None), (2, 320))
+        left = dict(fake.loaded)  # a size of -1 where freed again
+        loaded = sum(size for i, size in left.items() if size > 0 and fake.kinds[i] != "optimizer")
+        planned, found = peak(fake.loaded + fake.step), real["allocated"]
+        print(f"{kinds[turn]}: planned {planned:,}, measured {found:,} bytes, {found / planned - 1:+.2%}")
+        assert planned == pytest.approx(found, rel=0.01 if kinds[turn][2] else 0.001), kinds[turn]
+        assert loaded == pytest.approx(real["loaded"], rel=0.005), kinds[turn]
+        assert notes == []

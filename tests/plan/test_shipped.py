@@ -1,0 +1,84 @@
+"""Plans that ship with the recipes, and what makes them stale."""
+
+import json
+from dataclasses import asdict
+
+import plans
+import pytest
+from conftest import SMALL, config_with
+
+from qlora_recipes.base import paths
+from qlora_recipes.config import gpus
+from qlora_recipes.config.compose import Request, compose
+from qlora_recipes.plan import planner, steps
+from qlora_recipes.plan.planner import Memory, Planner
+
+REMEDY = "run `.venv/bin/python tools/plans.py`, and with --all if only figures differ"
+
+
+@pytest.fixture
+def untraced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a test fail that traces a step."""
+
+    def traced(self: Planner) -> Memory:
+        raise AssertionError(f"traced: {self.step}")
+
+    monkeypatch.setattr(Planner, "traced", traced)
+
+
+@pytest.fixture
+def llama() -> Planner:
+    return planner.planner_of(compose(Request("haider2024/llama-3-8b")).config, gpus.find("T4"))[0]
+
+
+def test_the_file_has_the_steps_of_the_shipped_recipes_and_no_others():
+    assert json.loads(planner.SHIPPED.read_bytes())["versions"] == planner.packages(), REMEDY
+    assert planner.shipped().keys() == plans.planners().keys(), REMEDY
+
+
+def test_a_study_that_fits_is_planned_without_a_trace(recipe, untraced):
+    planned = recipe.json("plan", "haider2024", "--gpu", "Quadro RTX 5000")
+    assert [row["recipe"] for row in planned] == [name for name in paths.recipe_names() if "haider2024/" in name]
+    assert [row["gpus"][0]["fits"] for row in planned] == [True] * 8
+
+
+def test_other_versions_of_the_packages_need_a_trace(llama, monkeypatch):
+    assert llama.stored
+    monkeypatch.setattr(planner, "packages", lambda: {"torch": "3"})
+    assert Planner(llama.step, llama.rows, llama.length).stored is None
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_damaged_file_needs_a_trace(llama, content, tmp_path, monkeypatch):
+    file = tmp_path / "plans.json"
+    file.write_text(content)
+    monkeypatch.setattr(planner, "SHIPPED", file)
+    planner.shipped.cache_clear()
+    try:
+        assert llama.stored is None
+    finally:
+        planner.shipped.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "alike"),
+    [
+        ((7, 0), (7, 5)),
+        ((7, 5), (7, 5)),
+        ((8, 0), (8, 0)),
+        ((8, 9), (8, 0)),
+        ((9, 0), (9, 0)),
+        ((10, 0), (8, 0)),
+        ((12, 0), (8, 0)),
+    ],
+)
+def test_gpus_with_the_same_kernels_share_a_plan(capability, alike):
+    assert steps.step_of(config_with({}), SMALL, capability)[0].capability == alike
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("study", sorted({name.partition("/")[0] for name in paths.recipe_names()}))
+def test_shipped_figures_are_those_of_a_new_trace(study):
+    steps_of_study = plans.planners(study)
+    traced = {key: asdict(step.traced()) for key, step in steps_of_study.items()}
+    assert {key: planner.shipped()[key] for key in traced} == traced, REMEDY

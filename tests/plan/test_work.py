@@ -1,0 +1,131 @@
+"""What a training takes: how many tokens a plan counts with, where it has them from, and the operations of one."""
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from conftest import config_with
+
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.base.hub import importing_axolotl
+from qlora_recipes.config import gpus
+from qlora_recipes.config.compose import Request, compose
+from qlora_recipes.plan import plan, work
+
+PUBLISHED = "peft-metamathqa/lora-rank32"
+
+
+@pytest.fixture
+def own(tiny: Path, sample: Path, tmp_path: Path) -> Path:
+    data = [{"path": str(sample / "train.jsonl"), "type": "alpaca"}]
+    change = {"base_model": str(tiny), "revision_of_model": None, "special_tokens": {"pad_token": "</s>"}}
+    file = tmp_path / "own.yaml"
+    config = config_with(change | {"datasets": data, "test_datasets": None, "evals_per_epoch": None})
+    file.write_text(yamlfiles.write_yaml(config))
+    return file
+
+
+def counted(file: Path | str, *overrides: str) -> work.Lengths:
+    return work.counted(compose(Request(str(file), overrides=list(overrides))))
+
+
+def evaluation_rows_of(file: Path, override: str) -> list[int]:
+    """Lengths of the rows that Axolotl holds out."""
+    config = compose(Request(str(file), overrides=[override])).config
+    with importing_axolotl():
+        from qlora_recipes.training.tokens import Tokenizer
+
+        tokenizer = Tokenizer(config | {"dataset_prepared_path": str(file.with_name("prepared"))})
+        held_out = tokenizer.held_out()
+        return [len(tokenizer.tokenize(key, [row])[0].ids) for key, row in held_out]
+
+
+def published(**change: Any) -> work.Lengths | None:
+    return work.published(compose(Request(PUBLISHED, **change)))
+
+
+def test_rows_are_counted_as_they_are_trained_on(own):
+    every = counted(own)
+    assert every.rows == 109
+    assert every.tokens < every.padded < 1.5 * every.tokens
+    assert counted(own, "val_set_size=0.5").rows == 54
+    assert counted(own, "sequence_len=300").rows < 109  # the others are dropped
+    assert counted(own, "datasets.0.split=train[50:]", "datasets.0.weight=0.5").rows == 29
+    assert counted(own, "datasets.0.type=completion", "datasets.0.field=output", "sequence_len=16").rows > 109
+
+
+def test_tokens_are_those_of_the_rows_left_for_training(own, sample, tmp_path):
+    """Held-out rows are longer or shorter than others, so a share of all tokens would be wrong."""
+    rows = (sample / "train.jsonl").read_text()
+    (tmp_path / "twice.jsonl").write_text(rows * 2)
+    every = counted(own)
+    trained = counted(own, "val_set_size=20")
+    held_out = evaluation_rows_of(own, "val_set_size=20")
+    assert len(held_out) == 20
+    assert (trained.rows, trained.tokens) == (every.rows - 20, every.tokens - sum(held_out))
+    assert trained.tokens != round(every.tokens * 89 / 109)
+    once = counted(own, f"datasets.0.path={tmp_path / 'twice.jsonl'}", "dataset_exact_deduplication=true")
+    assert (once.rows, once.tokens) == (every.rows, every.tokens)
+
+
+def test_hours_count_padding(own):
+    planned = plan.of_request(Request(str(own)), gpus.find("T4"), data=True)
+    known, took, config = counted(own), planned.work, yamlfiles.read_yaml(own)
+    per_token = work.flops_of_token(plan.plan(config)[1], round(known.padded / known.rows))
+    hours = known.padded * config["num_epochs"] * per_token / (65e12 * work.UTILIZATION) / 3600
+    assert took and took.hours == pytest.approx(hours, rel=1e-3)
+    assert not any("upper bound" in note for note in planned.notes)
+
+
+@pytest.mark.parametrize(
+    ("change", "tokens"),
+    [
+        ({}, 4198051),
+        ({"overrides": ["micro_batch_size=2", "gradient_accumulation_steps=2"]}, 4198051),  # padding aside
+        ({"profiles": ["packed"]}, 4198051),
+        ({"profiles": ["mirror"]}, 4198051),
+        *(
+            ({"overrides": [change]}, None)
+            for change in (
+                *("sequence_len=512", "base_model=meta-llama/Llama-2-7b-hf", "revision_of_model=main"),
+                *("val_set_size=0.5", "datasets.0.path=mine.jsonl", "datasets.0.split=train[:100]"),
+                "special_tokens.bos_token=<s>",
+            )
+        ),
+    ],
+)
+def test_a_studys_own_count_is_taken_for_its_own_rows_and_tokenizer(change, tokens):
+    known = published(**change)
+    assert (known.tokens if known else None) == tokens
+
+
+def test_rows_that_cannot_be_counted_are_refused(own, sample, tmp_path):
+    (tmp_path / "rows.parquet").touch()
+    (tmp_path / "broken.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": \n')
+    both = [{"path": str(sample / "train.jsonl"), "type": "alpaca"}, {"path": "tatsu-lab/alpaca", "type": "alpaca"}]
+    for change, problem in (
+        (f"datasets.0.path={tmp_path / 'none.jsonl'}", "datasets.0"),
+        (f"datasets.0.path={tmp_path / 'rows.parquet'}", "is empty"),
+        (f"datasets={orjson.dumps(both).decode()}", "datasets.1"),
+        (f"datasets.0.path={tmp_path / 'broken.jsonl'}", "row"),
+        ("sequence_len=8", "sequence_len"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            counted(own, change)
+
+
+def test_steps_of_packed_rows_are_of_full_sequences(own):
+    config = yamlfiles.read_yaml(own)
+    step = config["micro_batch_size"] * config["gradient_accumulation_steps"] * config["sequence_len"]
+    took = plan.of_request(Request(str(own), overrides=["max_steps=3", "sample_packing=true"])).work
+    assert took and took.tokens == 3 * step
+
+
+@pytest.mark.long
+def test_hours_are_near_those_of_published_runs():
+    """PEFT's run of a rank of 32 trained for 585.2 s on an L40S; with every row as a full one it would be 1,880 s."""
+    planned = plan.of_request(Request("peft-metamathqa/lora-rank32"), gpus.find("L40S"))
+    assert planned.work and planned.work.hours
+    assert planned.work.hours * 3600 == pytest.approx(585.2, rel=0.2)

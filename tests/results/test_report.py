@@ -1,0 +1,353 @@
+"""Reports in a browser, of runs written by hand."""
+
+import math
+import random
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+import run_folders
+
+from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.base.files import sha256, write_rows
+from qlora_recipes.config.datafiles import DataFile
+from qlora_recipes.config.merging import Difference
+from qlora_recipes.data import studies
+from qlora_recipes.results.reports import report, report_figures, report_runs
+from qlora_recipes.run.rundir import RunDir, summarise
+from qlora_recipes.study.sweep import Sweep, SweepMember
+from qlora_recipes.training.run_record import Summary
+
+STUDY = studies.find("haider2024")
+LLAMA_3, LLAMA_2 = "haider2024/llama-3-8b", "haider2024/llama-2-7b"
+SCORES = ("bleu4", "rouge_l", "bertscore_f1")  # of rows
+ATTACKS = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(2)>",
+    "</script><script>alert(3)</script><!-- ",
+    "a\u2028b\u2029c\u0000d",
+    "\u202egnirts\u202c \u2066x\u2069 \u200b",
+    "{{ 7 * 7 }} {% raw %} ${7*7}",
+    "x" * 100_000,
+    "word " * 20_000,
+    "",
+]
+
+
+def some_rows(count: int, data: random.Random) -> list[dict[str, Any]]:
+    """Prepared test rows; the first carry what must be shown as text only."""
+    rows = []
+    for i in range(count):
+        words = " ".join(data.choices(["value", "return", "index", "cache", "why", "not", "rename", "nit"], k=8))
+        lines = [f"@@ -{i},4 +{i},5 @@ def f{i}():", " kept = 1", f"-old = {words}", f"+new = {words}", "+", " end"]
+        output, attack = f"Why {words} {i}?", ATTACKS[i] if i < len(ATTACKS) else ""
+        rows.append({"input": "\n".join([*lines, f"+{attack}"]), "output": f"{output} {attack}", "idx": 7 * i})
+        rows[-1]["lang"] = ("py", "go", "cpp")[i % 3]
+    return rows
+
+
+def a_run(
+    folder: Path, recipe: str = LLAMA_3, name: str = "1", rows: int = 40, rehearsal: bool = True, **more: Any
+) -> RunDir:
+    """A finished and evaluated run, with telemetry of 30 steps."""
+    data = random.Random(name)
+    test = folder / "data" / "test.jsonl"
+    if not test.exists():
+        write_rows(test, some_rows(rows, random.Random(1)))
+    predictions = []
+    for i, row in enumerate(map(orjson.loads, test.read_bytes().splitlines())):
+        score = round(100 * data.random() ** 3, 3)
+        text = ATTACKS[i] if i < len(ATTACKS) else f"Rename {row['output'][4:20]}"
+        predictions.append(
+            {"row": i, "idx": row["idx"], "lang": row["lang"], "reference": row["output"], "prediction": text}
+            | {"bleu4": score, "rouge_l": score / 100, "exact": False, "bertscore_f1": 0.8 + score / 1000}
+        )
+    means = {key: sum(row[key] for row in predictions) / len(predictions) for key in SCORES}
+    intervals = {key: [0.9 * mean, 1.1 * mean] for key, mean in means.items()}
+    run = run_folders.a_run(
+        folder / "runs",
+        recipe,
+        name,
+        bleu4=0,
+        set={"lora_r": 64, "hub_token": "the-secret"},
+        settings={"data": str(test), "data_sha256": sha256(test), "rows": len(predictions), "test_set": None},
+        scores=means | {"rows": len(predictions), "intervals": intervals, "bertscore": {"model": "a-judge"}},
+        rehearsal=rehearsal,
+    )
+    write_rows(run.path / "predictions.jsonl", predictions)
+    load = {"rss_peak_gib": 2.42, "cpu_percent": 187.5}
+    if not rehearsal:
+        load = {"memory_reserved_gib": 7.25, "gpu_utilization": 97}
+    records = []
+    for step in range(31):
+        record = {"time": 1.0 + step, "step": step, "max_steps": 30, "epoch": step / 15} | load
+        if step % 10 == 0:
+            loss = 4 * math.exp(-step / 60) + data.random() / 10
+            records.append(record | {"eval_loss": loss + 0.1, "eval_loss_per_token": loss})
+        if step:
+            loss = 4 * math.exp(-step / 50) + data.random() / 5
+            record |= {"loss": loss, "grad_norm": 1 + data.random(), "learning_rate": 2e-4 * (1 - step / 31)}
+            records.append(record | {"step_seconds": 2.0, "tokens": 600, "tokens_per_second": 300.0})
+    write_rows(run.metrics, records)
+    changed = {
+        "recipe_sha256": sha256(paths.RECIPES / f"{recipe}.yaml"),
+        "cwd": str(folder),
+        "overrides": ["lora_r=64"],
+        "differences": [Difference(key="lora_r", recipe=32, run=64, why="--set lora_r <b>\u202e</b>")],
+        "data": [DataFile(path="data/codereviewer/train.jsonl", sha256="f" * 64, bytes=123456, rows=1000)],
+        "summary": summarise(run.read_metrics()),
+        "provenance": {"python": "3.13.5", "packages": {"axolotl": "0.21.0"}, "cpu": "a <processor>"},
+    }
+    run.write(run.read().model_copy(update=changed | more))
+    return run
+
+
+def html_of(*runs: RunDir) -> str:
+    return report.of_runs(report_runs.reported_runs(runs))
+
+
+def a_sweep(folder: Path) -> Sweep:
+    """A sweep of three members, of two seeds each, and a fourth that has not run."""
+    members = []
+    for name, rank in {"Paper": 32, "High rank": 64, "Low rank": 16, "Odd": 8}.items():
+        for seed in (42, 43):
+            values, digest = {"lora_r": rank, "lora_alpha": 32}, f"{name} {seed}"
+            members.append(SweepMember(name=name, values=values, seed=seed, digest=digest, planned_gib=7.1))
+            if name != "Odd":
+                a_run(folder, name=digest, digest=digest)
+    sweep = Sweep(name="ranks", recipe=LLAMA_3, rehearsal=True, keys=["lora_r", "lora_alpha"], members=members)
+    sweep.write(folder / "runs")
+    return sweep
+
+
+def test_a_report_says_what_the_run_was(tmp_path):
+    html = html_of(a_run(tmp_path))
+    for said in (LLAMA_3, "Rehearsal.", "--set lora_r &lt;b&gt;⟨U+202E⟩&lt;/b&gt;", "f" * 64, "a &lt;processor&gt;"):
+        assert said in html
+    assert "a-judge" in html
+    assert "GPU, an RTX 5000 (Turing)" in html  # the source of fp16
+    assert "the-secret" not in html
+    assert "5.27" not in html  # published, and nothing for a rehearsal to stand beside
+    assert "<script>alert" not in html
+
+
+def test_the_source_of_a_setting_without_a_comment_is_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.setattr(yamlfiles, "sources", lambda file: {})
+    (reported,) = report_runs.reported_runs([a_run(tmp_path)])
+    sources = {row["setting"]: row["source"] for row in reported.settings}
+    assert (sources["lora_alpha"], sources["lora_r"][:5]) == ("the recipe", "--set")
+
+
+def test_a_run_with_nothing_yet(tmp_path):
+    run = a_run(tmp_path, summary=Summary())
+    for file in (run.metrics, run.path / "scores.json", run.path / "predictions.jsonl", run.config):
+        file.unlink()
+    html = html_of(run)
+    assert "data-figure=" not in html and "recipe evaluate RUN" in html
+    assert "reader-data" not in html.partition("<script>")[0]
+
+
+def test_curves_are_the_telemetry(tmp_path):
+    run = a_run(tmp_path)
+    metrics = run.read_metrics()
+    figures = {figure.key: figure for figure in report_figures.training({"a": metrics})}
+    assert set(figures) == {"loss", "rate", "cpu", "norm", "speed"}
+    training, validation = figures["loss"].traces
+    assert training["x"] == list(range(1, 31))
+    assert training["y"] == pytest.approx([record["loss"] for record in metrics if "loss" in record], rel=1e-5)
+    assert validation["x"] == [0, 10, 20, 30]
+    assert figures["cpu"].title == "CPU load" and figures["cpu"].traces[0]["y"][0] == 187.5
+    many = [{"step": i, "loss": float(i)} for i in range(10_000)]
+    averaged = next(report_figures.training({"a": many})).traces[0]
+    assert len(averaged["x"]) == report_figures.MOST_POINTS
+    assert averaged["x"] == averaged["y"]  # the mean loss of ten steps is drawn at their mean step
+
+
+def test_diffs_are_those_that_were_evaluated(tmp_path):
+    members = report_runs.reported_runs([a_run(tmp_path)])
+    (shown,) = report_runs.reader(members)
+    assert shown["diff"][3].startswith("@@ -3,4") and shown["data"] == "data/test.jsonl"
+    test = tmp_path / "data" / "test.jsonl"
+    test.write_bytes(test.read_bytes() + b"\n")
+    (shown,) = report_runs.reader(members)
+    assert shown["diff"] is None and "has changed" in shown["why"]
+
+
+def test_runs_on_the_same_rows_share_them_and_are_told_apart_by_their_labels(tmp_path):
+    runs = [a_run(tmp_path, name="1"), a_run(tmp_path, name="2"), a_run(tmp_path, LLAMA_2)]
+    (shown,) = report_runs.reader(report_runs.reported_runs(runs))
+    assert [model["label"] for model in shown["models"]] == ["llama-3-8b, 1", "llama-3-8b, 2", "llama-2-7b"]
+    (tmp_path / "data" / "test.jsonl").unlink()
+    runs.append(a_run(tmp_path, LLAMA_2, "3", rows=7))
+    assert len(report_runs.reader(report_runs.reported_runs(runs))) == 2
+
+
+def test_the_study_stands_beside_what_is_published_and_rehearsals_do_not(tmp_path):
+    a_run(tmp_path, rehearsal=False)
+    runs = tmp_path / "runs"
+    html = report.of_study(STUDY, False, runs)
+    assert "5.27" in html and STUDY.compared[0].name in html and "Rehearsal." not in html
+    a_run(tmp_path, name="2")
+    html = report.of_study(STUDY, True, runs)
+    assert "5.27" not in html and STUDY.compared[0].name not in html and "Rehearsal." in html
+
+
+def test_a_sweep_shows_its_trade_offs(recipe, tmp_path):
+    a_sweep(tmp_path)
+    done = recipe("report", "ranks")
+    assert (done.returncode, done.stdout) == (0, "report.html\n")
+    html = (tmp_path / "report.html").read_text()
+    assert "Low rank 43" in html and "Odd" in html
+    assert "front: on the Pareto front over peak memory and eval_loss" in html
+    assert 'data-figure="sweep-memory-eval_loss"' in html
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("chromium is not installed; on Debian, `apt-get install chromium`")
+    with sync_api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+PHONE, DESKTOP = (390, 844), (1280, 900)
+FITS = "document.documentElement.scrollWidth <= innerWidth"
+
+
+@contextmanager
+def opened(
+    browser: Any, html: str, folder: Path, size: tuple[int, int] = DESKTOP, scheme: str = "light"
+) -> Iterator[Any]:
+    """A report, opened and drawn; at the end nothing may have been fetched, logged or raised."""
+    file = folder / "report.html"
+    file.write_text(html)
+    context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
+    page, wrong = context.new_page(), []
+    page.on("console", lambda message: wrong.append(message.text))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("dialog", lambda dialog: wrong.append(dialog.message) or dialog.dismiss())
+    local = (file.as_uri(), "data:", "blob:")
+    page.on("request", lambda request: request.url.startswith(local) or wrong.append(request.url))
+    page.goto(file.as_uri())
+    page.wait_for_selector("html[data-figures=drawn]", state="attached", timeout=60_000)
+    if "reader-data" in html:
+        page.wait_for_selector("html[data-reader=ready]", state="attached", timeout=60_000)
+    yield page
+    context.close()
+    assert wrong == []
+
+
+@pytest.fixture(scope="module")
+def run_html(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return html_of(a_run(tmp_path_factory.mktemp("run")))
+
+
+@pytest.mark.parametrize(("scheme", "size"), [("light", PHONE), ("dark", DESKTOP)])
+def test_every_figure_is_drawn_fits_and_is_accessible(browser, run_html, tmp_path, scheme, size):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    with opened(browser, run_html, tmp_path, size, scheme) as page:
+        assert page.locator("figure").count() == 5
+        assert page.locator("figure:has(.main-svg)").count() == 5
+        assert page.evaluate(FITS)
+        for details in page.locator("details > summary").all():
+            details.click()
+        found = axe.Axe().run(page).response
+        assert "color-contrast" in [one["id"] for one in found["passes"]]
+        grave = [one for one in found["violations"] if one["impact"] in ("serious", "critical")]
+        assert [(one["id"], one["nodes"][0]["html"]) for one in grave] == []
+
+
+def test_figures_can_be_saved_and_read_as_tables(browser, run_html, tmp_path):
+    with opened(browser, run_html, tmp_path) as page:
+        loss = page.locator("figure[data-figure=loss]")
+        loss.locator("summary").click()
+        loss.locator("tbody tr").first.wait_for()  # a table is filled once it is opened
+        assert loss.locator("tbody tr").count() == 34
+        assert loss.locator("thead th").all_inner_texts() == ["series", "optimizer step", "loss"]
+        for form, start in (("csv", b'"series","optimizer step"'), ("svg", b"<svg"), ("png", b"\x89PNG")):
+            with page.expect_download() as download:
+                loss.get_by_role("button", name=f"Save Loss as {form.upper()}").click()
+            assert download.value.suggested_filename == f"loss.{form}"
+            assert Path(download.value.path()).read_bytes().startswith(start)
+
+
+def test_reading_predictions(browser, run_html, tmp_path):
+    with opened(browser, run_html, tmp_path) as page:
+        position, row = page.locator("#position"), page.locator("#row")
+        assert row.locator("h3").inner_text().startswith("Row 0 · py · position 0 ")
+        assert row.locator(".diff ins .sign").first.inner_text() == "+"
+        assert row.locator(".diff del").inner_text().startswith("-\nold = ")
+        page.locator("#after").click()
+        assert "Row 1 " in row.locator("h3").inner_text()
+        page.keyboard.press("j")
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("k")
+        assert position.inner_text() == "3 of 40"
+        page.keyboard.press("/")
+        page.keyboard.type("jk 12?")
+        assert page.locator("#count").inner_text() == "0 of 40 rows match"
+        assert row.locator("h3").count() == 0
+        page.locator("#query").fill("def f12()")
+        assert page.locator("#count").inner_text() == "1 of 40 rows match"
+        page.locator("#clear").click()
+        page.locator("#language").select_option("go")
+        assert page.locator("#count").inner_text() == "13 of 40 rows match"
+        page.locator("#low").fill("20")
+        page.locator("#high").fill("60")
+        page.locator("#order").select_option("down")
+        scores = [float(text) for text in page.locator("#matches .head span:last-child").all_inner_texts()]
+        assert scores and scores == sorted(scores, reverse=True) and 20 <= min(scores) <= max(scores) <= 60
+        page.locator("#score").select_option("ROUGE-L")
+        assert page.locator("#count").inner_text() == "0 of 40 rows match"
+
+
+def test_what_others_wrote_is_shown_as_text(browser, run_html, tmp_path):
+    with opened(browser, run_html, tmp_path, PHONE) as page:
+        for i, attack in enumerate(ATTACKS):
+            said = page.locator("#row .said").nth(1)
+            marks = [f"U+{ord(mark):04X}" for mark in attack if mark in "\u2028\u2029\0\u202e\u202c\u2066\u2069\u200b"]
+            assert said.locator(".mark").all_inner_texts() == marks
+            shown = said.evaluate("one => one.textContent")
+            start = re.split("[\u2028\u202e]", attack)[0][:1000]
+            assert shown.startswith(start) if attack else shown == "(empty)"
+            if len(attack) > 9000:
+                while said.locator("button").count():
+                    said.locator("button").click()
+                assert said.evaluate("one => one.textContent") == attack
+            assert page.evaluate(FITS)
+            assert page.locator("main script, main img, main iframe, #row :is(b, a)").count() == 0
+            if i + 1 < len(ATTACKS):
+                page.keyboard.press("j")
+                assert page.locator("#row h3").inner_text().startswith(f"Row {i + 1} ")
+
+
+def test_the_tagged_form_is_shown_as_lines(browser, tmp_path):
+    tagged = {"input": "<keep>a<add>b <i>c</i><del>d"}
+    write_rows(tmp_path / "data" / "test.jsonl", [row | tagged for row in some_rows(9, random.Random(1))])
+    with opened(browser, html_of(a_run(tmp_path)), tmp_path) as page:
+        assert page.locator(".diff > *").all_text_contents() == [" a", "+b <i>c</i>", "-d"]
+
+
+def test_several_runs_the_study_and_a_sweep_open_too(browser, tmp_path):
+    one, other = a_run(tmp_path), a_run(tmp_path, LLAMA_2)
+    with opened(browser, html_of(one, other), tmp_path) as page:
+        headings = [text.split()[-1] for text in page.locator("#row h4").all_inner_texts()]
+        assert headings == ["Diff", "Reference", "llama-3-8b", "llama-2-7b"]
+        assert page.locator("#score option").count() == 6
+    a_run(tmp_path, name="real", rehearsal=False)
+    with opened(browser, report.of_study(STUDY, False, tmp_path / "runs"), tmp_path) as page:
+        assert page.locator("figure[data-figure=study-bleu4] .main-svg").count()
+    sweep = a_sweep(tmp_path / "sweep")
+    html = report.of_sweep(sweep, tmp_path / "sweep" / "runs")
+    with opened(browser, html, tmp_path, PHONE) as page:
+        assert page.locator("figure[data-figure=sweep-memory-eval_loss] .main-svg").count()
+        assert page.evaluate(FITS)

@@ -1,0 +1,239 @@
+"""Records of published numbers: made of runs, read back, refused, and shown."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+import small_study
+from conftest import Recipe
+from pydantic import ValidationError
+from recorded_runs import HOST, a_run, recorded
+
+from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.data import studies
+from qlora_recipes.results import score_records
+from qlora_recipes.results.score_records import Record
+from qlora_recipes.training.run_record import Job
+
+PLAIN, WIDE = small_study.PLAIN, small_study.WIDE
+RESULTS = Path("recipes", "sums2030", "results")
+pytestmark = pytest.mark.usefixtures("runs")
+
+
+def exported(recipe: Recipe, run: str) -> tuple[Path, dict[str, Any]]:
+    done = recipe.ok("results", "--export", run)
+    file = Path(done.stdout.strip())
+    return file, orjson.loads(file.read_bytes())
+
+
+def scores_read() -> list[float]:
+    return [record.scores["accuracy"].value for record in score_records.records(small_study.read())]
+
+
+def status_of(name: str, metric: str = "accuracy, %") -> score_records.Status:
+    of_study = small_study.read()
+    rows = score_records.statuses(of_study, score_records.records(of_study))
+    (row,) = [row for row in rows if f"{row.of} {row.cell or ''}".strip() == name and row.metric == metric]
+    return row
+
+
+def test_a_record_is_exported_added_and_shown(recipe):
+    a_run("one", 67.0)
+    file, content = exported(recipe, "latest")
+    assert re.fullmatch(r"plain-rtx-4090-seed-42-[0-9a-f]{12}\.json", str(file))
+    assert content | {"of": PLAIN, "gpu": "RTX 4090", "gpus": 1, "seed": 42, "profiles": []} == content
+    assert content["scores"]["accuracy"] == {"value": 67.0, "interval": [66.5, 67.5]}
+    assert content["scores"].keys() == {"accuracy", "perplexity", "chrf"}
+    assert scores_read() == []
+    RESULTS.mkdir()
+    file.rename(RESULTS / file.name)
+    recorded(a_run("two", 70.0, recipe=WIDE))
+    assert scores_read() == [67.0, 70.0]
+    shown = recipe("results", "sums2030").stdout
+    assert "retrained on RTX 4090, seed 42  67 (66.5 to 67.5)\n" in shown
+    plain, _ = recipe.json("results", "sums2030")
+    (number,) = [number for number in plain["records"] if number["metric"] == "accuracy, %"]
+    assert (number["published"], number["here"]) == ("67.4 ± 1.0", "67 (66.5 to 67.5)")
+
+
+def test_the_status_of_a_published_number_is_the_furthest_stage_with_a_valid_record():
+    assert (status_of(PLAIN).status, status_of(PLAIN).here) == ("not run", None)
+    recorded(a_run("evaluated", 66.0, published_adapter="authors"))
+    assert status_of(PLAIN).status == "evaluated from the authors' adapter on RTX 4090"
+    failed = recorded(a_run("failed", state="failed"))
+    assert "out of memory" not in status_of(PLAIN).status and "; failed on RTX 4090" in status_of(PLAIN).status
+    first, _ = recorded(a_run("one", 67.0)), recorded(a_run("two", 68.0), seed=43)
+    assert status_of(PLAIN).status.startswith("retrained on RTX 4090, seed 42 and RTX 4090, seed 43; failed on")
+    assert (status_of(PLAIN).published, status_of(PLAIN).here) == ("67.4 ± 1.0", "67.5")
+    assert status_of(WIDE).status == "not run"
+    for file in (failed, first):
+        file.write_bytes(orjson.dumps(orjson.loads(file.read_bytes()) | {"invalidated": "by abcdef1, because wrong"}))
+    assert status_of(PLAIN).here == "68 (67.5 to 68.5)"
+    assert "a record is invalidated by abcdef1, because wrong" in status_of(PLAIN).status
+    assert len(score_records.records(small_study.read(), strict=True)) == 4
+
+
+def test_only_records_of_todays_recipe_count():
+    recorded(a_run("one", 67.0))
+    recorded(a_run("two", 69.0), profiles=["mlflow", "zero2"])
+    recorded(a_run("old", 11.0), settings_sha256="a" * 64)
+    status = status_of(PLAIN)
+    assert status.here == "68"
+    assert "recipe changed since: RTX 4090, seed 42" in status.status.split("; ")
+
+
+def test_predictions_need_their_number_of_rows_and_a_hash():
+    whole = {"made": "2026-11-28", "of": PLAIN, "revision": None, "stage": "predictions", "rows": 4}
+    whole |= {"scores": {"accuracy": {"value": 67.0}}, "texts_sha256": "a" * 64}
+    assert score_records.Record.model_validate(whole).where == ""
+    for absent in ("rows", "texts_sha256"):
+        with pytest.raises(ValidationError, match=f"missing: {absent}"):
+            score_records.Record.model_validate(whole | {absent: None})
+
+
+def test_a_run_that_ran_out_of_memory_is_recorded(recipe):
+    made = a_run("one", state="failed")
+    record = made.read()
+    record.launches[-1].problem = "out of memory"
+    made.write(record)
+    _, content = exported(recipe, "one")
+    assert (content["outcome"], content["scores"], content["adapter_sha256"]) == ("out of memory", {}, None)
+    recorded(made)
+    assert status_of(PLAIN).status == "not run; out of memory on RTX 4090, seed 42"
+
+
+def test_a_cell_has_a_status_of_its_own():
+    cells = [{"values": {"lora_r": r}, "scores": {"accuracy": [60 + r]}} for r in (4, 8)]
+    published = yamlfiles.read_yaml(Path("recipes", "sums2030", "study.yaml"))["published"]
+    published[PLAIN]["cells"] = cells
+    small_study.write(Path(), published=published)
+    recorded(a_run("one", 64.5, set={"lora_r": 4}))
+    assert status_of(f"{PLAIN} --set lora_r=4").status.startswith("retrained")
+    untouched = status_of(f"{PLAIN} --set lora_r=8")
+    assert (untouched.status, untouched.published) == ("not run", "68")
+    assert status_of(PLAIN).status == "not run"
+
+
+def test_a_record_names_no_folder_host_or_user(recipe, tmp_path):
+    planted = {"hub_token": "hf_abcdefghijklmnopqrstuvwx12", "wandb_entity": "mmuster", "seed": 43}
+    folder = a_run("one", 67.0, set=planted, settings={"adapter": "/home/mmuster/a", "data": "/home/mmuster/t.jsonl"})
+    run = folder.read()
+    run.differences = [replace(d, why="profile zero2") if d.key == "hub_token" else d for d in run.differences]
+    run.profiles = ["zero2", "/home/mmuster/mine.yaml"]
+    run.cwd, run.recipe_file = "/home/mmuster/work", "/home/mmuster/r.yaml"
+    run.launches[0].command = [f"/home/mmuster/{HOST}/axolotl"]
+    run.provenance["cpu"] = "mmuster's"
+    folder.write(run)
+    folder.add_job(Job(place="slurm", id="1", step="run", user="mmuster", script="/home/mmuster/s.sh"))
+    file, content = exported(recipe, "one")
+    for word in ("mmuster", "home", "hf_", HOST, "hub_", "wandb", str(tmp_path)):
+        assert word not in file.read_text(), word
+    assert (content["profiles"], content["seed"]) == (["zero2"], 43)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"gpu": "gpu7.example.com"},
+        {"host": "box"},
+        {"of": "sums2030/plane"},
+        {"values": {"lora_r": 8}},
+        {"outcome": "failed"},
+        {"gpu": None},
+        {"settings_sha256": None},
+        {"invalidated": "by abcdef1, because hf_abcdefghijklmnopqrstuvwx12"},
+        {"profiles": ["/home/me/mine.yaml"]},
+        {"profiles": ["packed"]},
+        {"packages": {"torch": "2+0123456789abcdef0123456789abcdef01234567"}},
+        {"scores": {"bleu4": {"value": 1.0}}},
+        {"config_sha256": "hf_abc"},
+        {"made": "yesterday"},
+        {"seconds": -1},
+        {"version": 2},
+    ],
+)
+def test_a_field_takes_only_what_it_is_for(recipe, change):
+    recorded(a_run("good", 67.0))
+    recorded(a_run("edited", 68.0), **change).rename(RESULTS / "edited.json")
+    done = recipe("results", "sums2030", "--json")
+    assert scores_read() == [67.0]
+    lines = [line for line in done.stderr.splitlines() if "results/edited.json: " in line]
+    assert next(iter(change)) in lines[0] and "hf_" not in done.stderr
+    with pytest.raises(UserError, match=r"edited\.json"):
+        score_records.records(small_study.read(), strict=True)
+
+
+@pytest.mark.parametrize("broken", ["", "[]", "[" * 100_000, "\xff", '{"\x1b[31m": 1}'])
+def test_a_broken_file_is_reported(recipe, broken):
+    file = recorded(a_run("one"))
+    file.write_text(broken, encoding="latin-1")
+    done = recipe("results", "sums2030", "--json")
+    assert done.returncode == 0 and file.name in done.stderr and "\x1b" not in done.stderr
+
+
+def test_an_edited_record_is_refused():
+    file = recorded(a_run("one", 67.0))
+    file.write_text(file.read_text().replace("67.0", "67.4"))
+    with pytest.raises(UserError, match="edited"):
+        score_records.read(file, small_study.read())
+
+
+def test_a_comment_in_the_recipe_changes_no_status():
+    recorded(a_run("one", 67.0))
+    file = Path("recipes", f"{PLAIN}.yaml")
+    file.write_text(f"# another comment\n{file.read_text()}")
+    assert status_of(PLAIN).status == "retrained on RTX 4090, seed 42"
+    file.write_text(file.read_text().replace("lora_r: 32", "lora_r: 16"))
+    assert status_of(PLAIN).status == "not run; recipe changed since: RTX 4090, seed 42"
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"state": "interrupted"}, "interrupted"),
+        ({"rehearsal": True}, "rehearsal"),
+        ({"settings": {"limit": 100}}, "study.yaml"),
+        ({"settings": {"engine": "elsewhere"}}, "elsewhere"),
+        ({"decoding": small_study.GREEDY}, "study.yaml"),
+        ({"settings": {"adapter_sha256": None}}, "recipe evaluate"),
+        ({"set": {"base_model": "me/other"}}, "study.yaml"),
+        ({"set": {"datasets.0.path": "mine.jsonl"}}, "study.yaml"),
+        ({"set": {"lora_r": 4}}, "lora_r"),
+        ({"gpus": []}, "gpu"),
+        ({"named": "mine"}, "mine"),
+    ],
+)
+def test_a_run_that_does_not_stand_for_its_recipe_has_none(recipe, more, reason):
+    a_run("one", **more)
+    done = recipe("results", "--export", "latest")
+    assert (done.returncode, done.stdout, [*Path().glob("*.json")]) == (2, "", [])
+    assert reason in done.stderr
+
+
+def test_a_profile_that_changes_settings_has_no_record(recipe):
+    folder = a_run("one", 67.0, set={"sample_packing": True})
+    run = folder.read()
+    run.differences = [replace(difference, why="profile packed") for difference in run.differences]
+    folder.write(run)
+    done = recipe("results", "--export", "latest")
+    assert (done.returncode, "differs from the recipe in sample_packing" in done.stderr) == (2, True)
+
+
+def test_a_study_without_a_published_number_has_no_status(recipe):
+    small_study.write(Path(), published={PLAIN: {}})
+    assert recipe.json("results", "sums2030")[0]["records"] == []
+
+
+def test_export_takes_no_other_name(recipe):
+    refused = recipe("results", "sums2030", "--export", "latest")
+    assert (refused.returncode, "--export" in refused.stderr) == (2, True)
+
+
+def test_every_shipped_record_is_valid():
+    for file in paths.RECIPES.glob("*/study.yaml"):
+        of_study = studies.load(file.parent)
+        assert all(isinstance(record, Record) for record in score_records.records(of_study, strict=True))

@@ -1,0 +1,350 @@
+"""What a sweep's members are, and how they compare, without training."""
+
+import itertools
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small_study
+from conftest import recipe_config
+from run_folders import a_run
+
+from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.base.files import sha256, write_json
+from qlora_recipes.check import check
+from qlora_recipes.config import compose
+from qlora_recipes.config.compose import Request
+from qlora_recipes.data import studies
+from qlora_recipes.evaluate import intervals
+from qlora_recipes.results import sweep_results
+from qlora_recipes.results.reports import report_figures
+from qlora_recipes.run import rundir
+from qlora_recipes.study.sweep import Sweep, SweepMember, find_sweep_file, read_members, varying
+from qlora_recipes.training.run_record import Summary
+
+BASE = "haider2024/code-llama-7b"
+SHIPPED = sorted(file.stem for file in (paths.RECIPES / "sweeps").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", [next(iter(one.published)) for one in studies.every()])
+@pytest.mark.parametrize("sweep", SHIPPED)
+def test_members_of_shipped_sweeps_are_clean_over_a_recipe_of_each_study(sweep, name, place, prepared):
+    (place / "data").symlink_to(prepared)
+    configs = []
+    for member in read_members(find_sweep_file(sweep), [])[1]:
+        composed = compose.compose(Request(name, overrides=member.overrides))
+        found = check.examine(composed).findings
+        wrong = [finding for finding in found if finding.level == "error" and finding.rule != "not-prepared"]
+        assert list(map(str, wrong)) == []  # only the first study's data is here
+        configs.append(composed.config)
+    assert all(a != b for a, b in itertools.combinations(configs, 2))
+
+
+def test_members_are_those_of_axolotl(tmp_path):
+    """In another order, since Axolotl's is by chance."""
+    from axolotl.cli.utils.sweeps import generate_sweep_configs
+
+    content = {"_": [{"lora_r": 8, "lora_alpha": 4}, {"lora_r": 16, "lora_alpha": 8}], "learning_rate": [1e-4, 2e-4]}
+    (tmp_path / "s.yaml").write_text(yamlfiles.write_yaml(content))
+    _, members = read_members(tmp_path / "s.yaml", [])
+    theirs = generate_sweep_configs(recipe_config(BASE), content)
+    ours = [recipe_config(BASE) | member.values for member in members]
+    assert sorted(map(strings, ours)) == sorted(map(strings, theirs))
+
+
+def test_rows_whose_names_show_different_keys_have_the_same_columns(tmp_path):
+    (tmp_path / "s.yaml").write_text("_: [{lora_r: 64, lora_alpha: 128}, {lora_alpha: 16}]")
+    _, members = read_members(tmp_path / "s.yaml", [])
+    sweep = Sweep(name="s", recipe=BASE, rehearsal=False, keys=varying(members), members=members)
+    table = sweep_results.table_of(sweep, sweep_results.rows(sweep, tmp_path))
+    assert [(row["lora_r"], row["lora_alpha"]) for row in table.rows] == [("64", "128"), (None, "16")]
+
+
+def strings(content: dict[str, Any]) -> list[tuple[str, str]]:
+    return sorted((key, str(value)) for key, value in content.items())
+
+
+def test_values_come_from_the_command_line_too():
+    name, members = read_members(None, ["lora_target_modules=[q_proj], [q_proj, v_proj]", "num_epochs=1"])
+    assert name == "lora_target_modules=-q_proj-,-q_proj,-v_proj-+num_epochs=1"
+    assert [(m.name, m.values) for m in members] == [
+        ("lora_target_modules=[q_proj]", {"lora_target_modules": ["q_proj"], "num_epochs": 1}),
+        ("lora_target_modules=[q_proj, v_proj]", {"lora_target_modules": ["q_proj", "v_proj"], "num_epochs": 1}),
+    ]
+    assert varying(members) == ["lora_target_modules"]
+    long, longer = (read_members(None, [f"seed={','.join(map(str, range(count)))}"])[0] for count in (100, 101))
+    assert (len(long), long != longer) == (200, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("lora_r=[16, 32]", [16, 32]),
+        ("datasets.0.split=train[:14]", ["train[:14]"]),
+        ("lora_target_modules=[q_proj, v_proj]", [["q_proj", "v_proj"]]),  # the key takes a list
+        ("lora_target_modules=[[q_proj], [v_proj]]", [["q_proj"], ["v_proj"]]),
+        ("lr_scheduler=[linear, cosine]", ["linear", "cosine"]),
+    ],
+)
+def test_a_list_is_several_values_if_the_key_takes_no_list(text, values):
+    key = text.partition("=")[0]
+    assert [member.values[key] for member in read_members(None, [text])[1]] == values
+
+
+@pytest.mark.parametrize(
+    ("text", "sets", "says"),
+    [
+        ("lora_r: 16", [], "s.yaml:1: lora_r: "),
+        ("a: [1]\nlora_r: []", [], "s.yaml:2: lora_r: "),
+        ("_: [1]", [], "_: "),
+        ("_:\n- {name: a, lora_r: 1}\n- {name: a, lora_r: 2}", [], "called a"),
+        ("[", [], "s.yaml: "),
+        ("{}", ["lora_r"], "--set lora_r: "),
+    ],
+)
+def test_what_is_no_sweep_is_refused_with_its_place(tmp_path, text, sets, says):
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(UserError) as error:
+        read_members(tmp_path / "s.yaml", sets)
+    assert says in str(error.value)
+
+
+def test_nothing_is_started_where_a_member_is_wrong(tmp_path, recipe):
+    done = recipe.fails("sweep", BASE, "--set", "lora_r=8,16", "--set", "lora_alpha=4,x", "--rehearse")
+    assert done.stderr.count("[value:lora_alpha]") == 1
+    assert "lora_r=8, lora_alpha=x; lora_r=16, lora_alpha=x: --set lora_alpha=x: " in done.stderr
+    same = recipe("sweep", BASE, "--set", "lora_r=32,32.0", "--rehearse", "--dry-run")
+    assert (same.returncode, "lora_r=32.0" in same.stderr) == (2, True)
+    one_warns = ("--set", "evals_per_epoch=1,3", "--set", "num_epochs=1", "--rehearse", "--dry-run")
+    forced = recipe("sweep", BASE, *one_warns, "--force", "tpyo")
+    assert (forced.returncode, "--force tpyo: " in forced.stderr) == (2, True)
+    assert forced.stderr.count(":evals_per_epoch]") == 1
+    recipe.ok("sweep", BASE, *one_warns, "--force", "bad-row:datasets.0.path")
+    assert not (tmp_path / "runs").exists()
+    assert " targets" in recipe("sweep", BASE, "tragets").stderr
+
+
+def test_what_does_not_fit_is_told_before_anything_starts(tmp_path, recipe, tiny_profile):
+    (tmp_path / "llama-7b.yaml").write_text(paths.recipe_file(BASE).read_text())  # a part of a shipped recipe's name
+    profile = ("--profile", tiny_profile, "--set", "warmup_steps=0", "--seeds", "2", "--gpu", "L4")
+    words = ("sweep", "llama-7b.yaml", "--set", "micro_batch_size=1,4096", *profile)
+    fits, _, not_fits, _ = recipe.json(*words, "--dry-run", code=1)["steps"]
+    recipe.fails(*words)
+    assert (fits["problem"], not_fits["plan"]) == (None, "failed")
+    assert "more than L4 (sm_89) has" in not_fits["problem"]
+    assert not (tmp_path / "runs").exists()
+
+
+def a_sweep(
+    runs: Path, finished: dict[str, list[tuple[float, float, float]]], seeds: bool = False, of: str = BASE
+) -> Sweep:
+    """A sweep over lora_r, of which a recipe's own value is the third; for each member the BLEU-4, eval loss and memory
+    of each of its seeds' runs."""
+    members = []
+    for i, (name, of_seeds) in enumerate(finished.items()):
+        for seed, (bleu4, loss, memory) in enumerate(of_seeds):
+            digest = f"{name}-{seed}"
+            members.append(
+                SweepMember(name=name, values={"lora_r": 8 << i}, seed=seed if seeds else None, digest=digest)
+            )
+            summary = Summary(
+                eval_loss_per_token=loss,
+                peak_memory=memory,
+                memory_kind="GPU, reserved",
+                train_seconds=60,
+                trainable_parameters=240 << i,
+                parameters=48_000,
+            )
+            changed = {} if i == 2 else {"lora_r": 8 << i}
+            folder = a_run(runs, of, f"2026-{digest}", bleu4, digest=digest, summary=summary, set=changed)
+            run = folder.read()
+            run.overrides = [f"lora_r={8 << i}"]
+            folder.write(run)
+    return Sweep(name="ranks", recipe=of, rehearsal=False, keys=["lora_r"], members=members)
+
+
+def test_members_compare_by_what_their_runs_measured(tmp_path):
+    sweep = a_sweep(tmp_path, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)], "bad": [(9.0, 1.3, 7.5)]})
+    sweep.members.append(SweepMember(name="not yet", values={"lora_r": 1}, digest="none"))
+    rows = {row.member.name: row for row in sweep_results.rows(sweep, tmp_path)}
+    assert [name for name, row in rows.items() if row.pareto] == ["low", "high"]
+    high = sweep_results.record(rows["high"])
+    assert (high["bleu4"], high["bleu4_low"], high["bleu4_high"], high["peak_memory_gib"]) == (5.5, 5.4, 5.6, 8.0)
+    assert high["trainable"] == 480
+    assert rows["not yet"].scores["bleu4"] == (None, None)
+
+
+def score_tokens(runs: Path, letters: dict[str, str]) -> None:
+    """Record the tokens behind the eval loss of runs: a letter for each digest."""
+    for folder in rundir.all_runs(runs):
+        run = folder.read()
+        run.summary.eval_tokens = {"count": 100, "sha256": letters[str(run.digest)] * 64}
+        folder.write(run)
+
+
+def test_members_with_other_tokens_have_neither_front_nor_best(tmp_path, recipe):
+    runs = tmp_path / "runs"
+    sweep = a_sweep(runs, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)], "other": [(9.0, 0.1, 7.5)]})
+    sweep.file(runs).parent.mkdir(parents=True)
+    sweep.write(runs)
+    score_tokens(runs, {"low-0": "a", "high-0": "a", "other-0": "a"})
+    assert [row["pareto"] for row in recipe.json("results", "ranks")] == [True, False, True]
+    score_tokens(runs, {"low-0": "a", "high-0": "a", "other-0": "b"})
+    rows = recipe.json("results", "ranks")
+    assert [row["pareto"] for row in rows] == [False] * 3
+    assert [row["eval_tokens"] for row in rows] == [["a" * 64], ["a" * 64], ["b" * 64]]
+    table = recipe("results", "ranks").stdout
+    assert re.findall(r" (aaaaaaaa|bbbbbbbb) ", table) == ["aaaaaaaa", "aaaaaaaa", "bbbbbbbb"]
+    assert "not comparable" in table and "Pareto front over" not in table
+    (tuned,) = next(row for row in recipe.json("results", "haider2024") if row["recipe"] == BASE)["tuned"]
+    assert tuned["best"] is None
+    assert f"different tokens: ranks/{BASE}" in recipe("results", "haider2024").stdout
+
+
+def test_members_are_compared_seed_by_seed_if_the_seed_holds_out_the_rows(tmp_path):
+    finished = {"low": [(5.0, 1.0, 7.0), (5.0, 3.0, 7.0)], "high": [(5.0, 0.9, 8.0)], "worse": [(5.0, 1.1, 8.5)]}
+    sweep = a_sweep(tmp_path, finished, seeds=True)  # only one member has its second run
+    score_tokens(tmp_path, {"low-0": "a", "low-1": "b", "high-0": "a", "worse-0": "a"})
+    rows = sweep_results.rows(sweep, tmp_path)
+    assert [row.scores["eval_loss"][0] for row in rows] == [2.0, 0.9, 1.1]  # a mean over the repeats
+    assert [row.compared_loss for row in rows] == [1.0, 0.9, 1.1]
+    assert [row.pareto for row in rows] == [True, True, False]
+    notes = [note for note in sweep_results.notes(rows) if "eld-out rows differ by seed" in note]
+    assert len(notes) == 1
+
+
+def published_beside(runs: Path, name: str, members: list[SweepMember], profiles: list[str]) -> list[float | None]:
+    """Published losses beside the members of a sweep, which all have a run."""
+    for i, member in enumerate(members):
+        member.digest = f"{len(list(runs.rglob('run.json')))}"
+        folder = a_run(runs, name, f"2026-{member.digest}-{i}", 5.0, digest=member.digest)
+        run = folder.read()
+        run.differences = compose.compose(Request(name, profiles, member.overrides)).differences
+        folder.write(run)
+    sweep = Sweep(name="s", recipe=name, rehearsal=False, keys=varying(members), members=members)
+    return [row.published.get("nll") for row in sweep_results.rows(sweep, runs)]
+
+
+@pytest.mark.parametrize(
+    ("sets", "profiles", "published"),
+    [
+        (["seed=1,2"], [], [0.7763, 0.7763]),
+        (["lora_alpha=16,32"], [], [None, 0.7763]),
+        (["base_model=Qwen/Qwen2.5-0.5B"], [], [None]),
+        (["datasets.0.type=alpaca,input_output"], [], [None, 0.7763]),
+        ([], ["packed"], [None]),
+        ([], ["mlflow"], [0.7763]),
+        ([], ["mirror"], [0.7763]),
+    ],
+)
+def test_published_scores_stand_only_beside_their_settings(tmp_path, sets, profiles, published):
+    _, members = read_members(None, ["learning_rate=0.001", "lora_r=128", *sets])
+    assert published_beside(tmp_path, "tinker-tulu3/llama-3.2-1b-lora", members, profiles) == published
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-1b-lora", "llama-3.1-8b-qlora"])
+def test_members_stand_beside_the_published_scores_of_their_settings(tmp_path, name):
+    _, members = read_members(find_sweep_file("rate-and-rank"), [])
+    recipe, of_study = f"tinker-tulu3/{name}", studies.find("tinker-tulu3")
+    published = published_beside(tmp_path, recipe, members, [])
+    lowest = float(of_study.published[of_study.origin(recipe)].scores["nll"].value)
+    assert (min(published), len(published)) == (lowest, 16)
+
+
+def test_a_studys_recipes_compare_by_their_best_members(tmp_path, recipe):
+    """Best by eval loss, whatever their scores."""
+    runs, others = tmp_path / "runs", ("haider2024/llama-2-7b", "haider2024/llama-3-8b", "haider2024/llama-3.1-8b")
+    swept = [a_sweep(runs, {"a": [(9.0, 1.3, 7.0)], "b": [(5.0, 1.1, 7.0)], "c": [(5.5, 1.2, 8.0)]})]
+    swept += [a_sweep(runs, {"a": [(6.0, 1.0, 7.0)], "b": [(6.5, 1.4, 7.0)]}, of=other) for other in others]
+    a_run(runs, others[0], "2025-plain", 4.9)
+    (runs / others[2] / "2026-a-0" / "run.json").unlink()
+    for config in (runs / others[1]).rglob("config.yaml"):
+        config.write_text(yamlfiles.write_yaml(yamlfiles.read_yaml(config) | {"test_datasets": None}))
+    for sweep in swept:
+        sweep.file(runs).parent.mkdir(parents=True, exist_ok=True)
+        sweep.write(runs)
+    rows = {row["recipe"]: row for row in recipe.json("results", "haider2024")}
+    (own, plain, unvalidated, begun) = (rows[name]["tuned"][0] for name in (BASE, *others))
+    assert (own["best"]["member"], own["best"]["bleu4"], own["best"]["eval_loss"]) == ("b", 5.0, 1.1)
+    assert rows[BASE]["bleu4"] == 5.5  # represented by the member with its own value
+    assert (plain["best"]["member"], rows[others[0]]["bleu4"]) == ("a", 4.9)
+    assert unvalidated["best"] is None
+    assert (begun["best"]["member"], begun["finished"], begun["members"]) == ("b", 1, 2)
+    table = recipe("results", "haider2024").stdout
+    best = re.findall(r"^(haider\S+) +([ab]) +(\S+)", table, re.MULTILINE)
+    assert best == [(others[0], "a", "1.00"), (BASE, "b", "1.10"), (others[2], "b", "1.40")]
+    assert f"ranks/{others[1]}; add `--set val_set_size" in table
+    assert not recipe("results", "haider2024", "--rehearse").stdout  # of which there are none
+
+
+def test_a_study_is_swept_and_again_nothing_is_done(recipe, tmp_path, tiny_profile, stand_in, monkeypatch):
+    published = {name: {"scores": {"perplexity": 3}} for name in (small_study.PLAIN, small_study.WIDE)}
+    metrics = {"metrics": {"perplexity": {}}, "shown": [], "tolerances": {}, "decodings": {}}  # nothing is generated
+    small_study.write(tmp_path, published=published, **metrics)
+    monkeypatch.setattr(sys, "executable", str(stand_in.with_name("python")))  # of the commands that it starts
+    profiles = ("--profile", "rehearsal", "--profile", tiny_profile)
+    words = ("sweep", "sums2030", "--set", "learning_rate=0.0001,0.0002", *profiles)
+    for more, started in ((("--set", "lora_alpha=4,x"), 2), (("--dry-run",), 0)):
+        assert recipe(*words, *more).returncode == started
+        assert not (tmp_path / "runs").exists()
+    _, made, dry = recipe.json(*words), recipe.json(*words), recipe.json(*words, "--dry-run")
+    folders = rundir.all_runs(tmp_path / "runs")
+    assert sorted(folder.read().recipe for folder in folders) == sorted([*published, *published])
+    assert {step["run"] for step in made["steps"] + dry["steps"]} == {"skipped"}
+    for one in made["tuned"]:
+        of_recipe = [row for row in made["results"] if one["recipe"] in row["runs"][0]]
+        assert one["best"] == min(of_recipe, key=lambda row: row["eval_loss"]) and len(of_recipe) == 2
+        assert one["finished"] == 2
+    shown = recipe.json("results", "sums2030", "--rehearse")
+    assert [row["tuned"] for row in shown] == [[one] for one in made["tuned"]] and len(shown) == 2
+    single = recipe.json("sweep", "sums2030/plain", *words[2:])  # whose members are those of the study
+    assert [row["runs"] for row in single["results"]] == [row["runs"] for row in made["results"][:2]]
+
+
+def test_test_rows_choose_no_member(tmp_path):
+    sweep = a_sweep(tmp_path, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)]})
+    (test := tmp_path / "test.jsonl").write_text("{}\n")
+    write_json(tmp_path / "manifest.json", {"splits": {"test": {"sha256": sha256(test)}}})
+    for config in tmp_path.rglob("config.yaml"):
+        cfg = yamlfiles.read_yaml(config)
+        cfg["test_datasets"][0]["path"] = str(test)
+        config.write_text(yamlfiles.write_yaml(cfg))
+    rows = sweep_results.rows(sweep, tmp_path)
+    figure = report_figures.sweep(rows)
+    assert not any(row.pareto for row in rows) and [trace["name"] for trace in figure.traces] == ["not on the front"]
+    assert not figure.note  # which explains the front
+
+
+def test_scores_over_seeds_have_an_interval_of_rows_and_runs(tmp_path):
+    values = [5.0, 5.3, 5.1]
+    sweep = a_sweep(tmp_path, {"low": [(bleu4, 1.0, 7.0) for bleu4 in values]}, seeds=True)
+    (row,) = sweep_results.rows(sweep, tmp_path)
+    assert row.seeds == [0, 1, 2]
+    mean, within = row.scores["bleu4"]
+    assert mean == pytest.approx(np.mean(values))
+    half = intervals.half_width(np.var(values, ddof=1) / 3, (0.1 / intervals.NORMAL) ** 2, 2, intervals.MANY)
+    assert (within.low, within.high) == pytest.approx((mean - half, mean + half)) and half > 0.1
+    assert within.method == "rows and 3 runs of one seed"
+    assert row.scores["eval_loss"] == (1.0, None)  # its spread over rows is unknown
+
+
+def test_results_of_a_sweep_in_every_form(tmp_path, recipe):
+    runs = tmp_path / "runs"
+    sweep = a_sweep(runs, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)]})
+    sweep.file(runs).parent.mkdir(parents=True)
+    sweep.write(runs)
+    table = recipe("results", "ranks")
+    assert re.findall(r"(?m)^(low|high) .* \*", table.stdout) == ["low", "high"]
+    assert "Pareto front over" in table.stdout
+    rows = recipe.json("results", "ranks")
+    assert [row["values"] for row in rows] == [{"lora_r": 8}, {"lora_r": 16}]
+    wrong = recipe("results", "rnaks")
+    assert (wrong.returncode, " ranks" in wrong.stderr) == (2, True)
+    sweep.model_copy(update={"rehearsal": True}).write(runs)
+    several = recipe("results", "ranks")
+    assert (several.returncode, f" ranks/{BASE}/rehearsal" in several.stderr) == (2, True)
+    recipe.ok("results", f"ranks/{BASE}/rehearsal")

@@ -1,0 +1,336 @@
+"""Runs of a tiny Llama through the command, from launch to results; where they are stopped, mostly of a stand-in."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import RECIPE, finish, start, wait_until
+from filelock import FileLock
+
+from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.base.files import sha256
+from qlora_recipes.config import compose
+from qlora_recipes.config.compose import Request
+from qlora_recipes.evaluate.scores_file import ADAPTER
+from qlora_recipes.run import launch, run, rundir
+from qlora_recipes.run.rundir import RunDir
+
+PAGED = "haider2024/code-llama-7b"
+REPEATABLE = ("--profile", "deterministic")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("place")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Path, tiny_profile: Path) -> RunDir:
+    return RunDir(place / finish(start(place, "run", PAGED, "--profile", tiny_profile, *REPEATABLE)))
+
+
+@pytest.fixture(scope="module")
+def stand_in_undisturbed(place: Path, tiny_profile: Path, stand_in: Path) -> RunDir:
+    """The same run with a stand-in for Axolotl."""
+    words = ("--runs", "stand-in", "run", PAGED, "--profile", tiny_profile)
+    return RunDir(place / finish(start(place, *words, command=stand_in)))
+
+
+def trains(process: "subprocess.Popen[str]") -> bool:
+    return len(psutil.Process(process.pid).children()) == 1
+
+
+def end_of(process: "subprocess.Popen[str]", run: RunDir) -> None:
+    """Wait for the end of a command that was stopped, and of what it left behind."""
+    process.communicate(timeout=120)
+    wait_until(lambda: run.read().state != "running")  # whoever still holds its lock
+
+
+def stop(process: "subprocess.Popen[str]", how: str) -> None:
+    (child,) = psutil.Process(process.pid).children()
+    name, _, whom = how.partition(" to ")
+    for one in {"training": [child], "command": [process], "both": [process, child]}[whom]:
+        one.send_signal(signal.Signals[name])
+
+
+ENDS = {"SIGKILL to both": -signal.SIGKILL, "SIGHUP to command": -signal.SIGHUP}
+
+
+def has_done_five(runs: Path) -> bool:
+    return any(record["step"] >= 5 for run in rundir.all_runs(runs) for record in run.read_metrics())
+
+
+def interrupted_run(process: "subprocess.Popen[str]", runs: Path, how: str) -> RunDir:
+    """A run that is stopped once it has done five of its sixteen steps."""
+    try:
+        wait_until(partial(has_done_five, runs), process)
+        (run,) = rundir.all_runs(runs)
+        assert run.read().state == "running"
+        if how == "cancel":
+            assert f"process {process.pid} " in finish(start(runs, "cancel", run.path))
+        else:
+            stop(process, how)
+        end_of(process, run)
+    finally:
+        process.kill()
+    assert process.returncode == ENDS.get(how, 1)
+    return run
+
+
+def losses(run: RunDir) -> list[tuple[int, float]]:
+    return [(record["step"], record["loss"]) for record in run.read_metrics() if "loss" in record]
+
+
+def check_interrupted(run: RunDir, saved: bool) -> None:
+    """A run that was stopped within a step records how far it got, and has a checkpoint, of that step if `saved`."""
+    assert run.read().state == "interrupted"
+    done = [step for step, _ in losses(run)]
+    assert done == list(range(1, done[-1] + 1))
+    assert 5 <= done[-1] < 16
+    assert run.summary(run.read()).step == done[-1]
+    assert run.last_checkpoint() == run.output / f"checkpoint-{done[-1] if saved else 4}"
+
+
+def check_resumed(run: RunDir, undisturbed: RunDir) -> None:
+    """A run that was interrupted and resumed is the same as one that was not."""
+    record = run.read()
+    assert (record.state, record.launches[-1].exit_code) == ("finished", 0)
+    assert record.launches[1].resumed_from
+    assert record.adapter and record.adapter.sha256 == sha256(run.output / ADAPTER)
+    assert record.adapter.sha256 == sha256(undisturbed.output / ADAPTER)
+    assert losses(run) == losses(undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("how", "saved"),
+    [
+        ("SIGINT to training", False),
+        ("SIGHUP to command", True),  # as when its terminal is closed: with its parent gone Linux sends SIGTERM
+        ("cancel", True),
+    ],
+)
+def test_a_stopped_run_goes_on_to_the_same_adapter(
+    tmp_path, tiny_profile, stand_in, trains_nothing, stand_in_undisturbed, how, saved
+):
+    words = ("run", PAGED, "--profile", tiny_profile)
+    run = interrupted_run(start(tmp_path, *words, command=stand_in, STAND_IN_HOLD="5"), tmp_path / "runs", how)
+    check_interrupted(run, saved)
+    resumed = trains_nothing("resume", "latest")
+    assert (resumed.returncode, tmp_path / resumed.stdout.strip()) == (0, run.path)
+    check_resumed(run, stand_in_undisturbed)
+    before = {file: file.stat().st_mtime_ns for file in run.path.rglob("*")}
+    trains_nothing.ok("resume", run.path)
+    assert {file: file.stat().st_mtime_ns for file in run.path.rglob("*")} == before
+
+
+@pytest.mark.long
+def test_a_killed_training_goes_on_to_the_same_adapter(place, tiny_profile, undisturbed):
+    """The same with real Axolotl, whose trainings the profile makes equal to the last bit."""
+    process = start(place, "--runs", "real", "run", PAGED, "--profile", tiny_profile, *REPEATABLE)
+    run = interrupted_run(process, place / "real", "SIGKILL to both")
+    check_interrupted(run, saved=False)
+    finish(start(place, "--runs", "real", "resume", "latest"))
+    check_resumed(run, undisturbed)
+
+
+@pytest.mark.parametrize("gone", ["axolotl", "there"])
+def test_without_axolotl_or_its_folder_nothing_is_begun(recipe, tmp_path, tiny_profile, monkeypatch, gone):
+    (there := tmp_path / "there").mkdir()
+    (axolotl := tmp_path / "axolotl").touch()
+    monkeypatch.setattr(launch, "AXOLOTL", axolotl)
+    with monkeypatch.context() as patch:
+        patch.chdir(there)
+        request = Request(PAGED, profiles=[str(tiny_profile)])
+        patch.setenv(paths.RUNS, str(tmp_path / "runs"))
+        folder = run.create(compose.compose(request), request)
+    (tmp_path / gone).rename(tmp_path / "away")
+    done = recipe("resume", folder.path)
+    assert (done.returncode, f"{tmp_path / gone}: " in done.stderr) == (2, True)
+    assert folder.read().launches == []
+    if gone == "axolotl":
+        recipe.fails("--runs", "none", "run", PAGED, "--profile", tiny_profile)
+        assert not (tmp_path / "none").exists()
+
+
+STEPS_OF_A_LAUNCH = 45
+KILLS = ("SIGKILL to training", "SIGKILL to both", "SIGKILL to both", "SIGTERM to training", "SIGKILL to command")
+
+
+def moment(chance: random.Random, run: RunDir, launches: int, written: int) -> Callable[[], bool]:
+    """A moment of a launch: when it begins, or has got somewhere; of the third when it has a whole checkpoint, so that
+    the later ones go on from one."""
+
+    def launched() -> bool:
+        return len(run.read().launches) > launches
+
+    def got_somewhere() -> bool:
+        return run.metrics.exists() and run.metrics.stat().st_size > written
+
+    def has_saved() -> bool:
+        return launched() and run.last_checkpoint() is not None  # a command has other children before its launch
+
+    return has_saved if launches == 2 else chance.choice([launched, got_somewhere, got_somewhere])
+
+
+@pytest.mark.parametrize("kills", [6, pytest.param(int(os.environ.get("KILLS", "30")), marks=pytest.mark.long)])
+def test_a_run_killed_at_random_moments_goes_on_to_the_same_adapter(tmp_path, tiny_profile, stand_in, kills):
+    """Each kill meets a training: its process is there, and the run is interrupted afterwards, not at its end."""
+    seed = time.time_ns()
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    steps = kills * 50
+    sets = (f"max_steps={steps}", "evals_per_epoch=null", "saves_per_epoch=null", "eval_steps=50", "save_steps=10")
+    words = ["run", PAGED, "--profile", tiny_profile, *(word for one in sets for word in ("--set", one))]
+    whole = RunDir(tmp_path / finish(start(tmp_path, "--runs", "whole", *words, command=stand_in, STAND_IN_STEP="0")))
+    runs = tmp_path / "runs"
+    slow = {"STAND_IN_STEP": "0.004", "STAND_IN_HOLD": str(STEPS_OF_A_LAUNCH)}  # so that no launch comes to the end
+    process = start(tmp_path, *words, command=stand_in, **slow)
+    wait_until(lambda: bool(rundir.all_runs(runs)) and bool(rundir.all_runs(runs)[0].read().launches), process)
+    (run,) = rundir.all_runs(runs)
+    for kill in range(kills):
+        written = 0
+        if kill:
+            written = run.metrics.stat().st_size if run.metrics.exists() else 0
+            process = start(tmp_path, "resume", "latest", command=stand_in, **slow)
+        wait_until(moment(chance, run, kill, written), process)
+        wait_until(partial(trains, process), process)
+        time.sleep(chance.uniform(0, 0.1))  # in which it saves checkpoints, too
+        assert process.poll() is None
+        stop(process, how := chance.choice(KILLS))
+        end_of(process, run)
+        record = run.read()
+        assert (record.state, len(record.launches)) == ("interrupted", kill + 1), how
+        assert run.summary(record).step < steps
+    finish(start(tmp_path, "resume", "latest", command=stand_in, STAND_IN_STEP="0"))
+    record = run.read()
+    assert (record.state, record.summary.step, len(record.launches)) == ("finished", steps, kills + 1)
+    assert sha256(run.output / ADAPTER) == sha256(whole.output / ADAPTER)
+    assert losses(run) == losses(whole)
+    assert sum(launch.resumed_from is not None for launch in record.launches) > kills // 2
+
+
+def test_a_real_run_records_all(undisturbed, tiny_profile):
+    record = undisturbed.read()
+    assert (record.state, record.recipe, record.profiles) == ("finished", PAGED, [str(tiny_profile), "deterministic"])
+    assert not record.rehearsal
+    assert record.summary.step == record.summary.max_steps == 16
+    assert record.summary.eval_loss is not None and record.summary.eval_loss_first is not None
+    assert record.summary.tokens_per_second
+    assert {"base_model", "fp16", "datasets.0.path"} <= {difference.key for difference in record.differences}
+    assert all(len(file.sha256) == 64 and file.rows for file in record.data)
+    assert record.provenance["packages"]["axolotl"].startswith("0.21")
+    assert record.provenance["cuda"] == torch.version.cuda
+    assert record.provenance["git"] is None or len(record.provenance["git"]["revision"]) == 40
+    assert yamlfiles.read_yaml(undisturbed.config)["optimizer"] == "paged_adamw_32bit"
+    assert "Starting trainer" in (log := undisturbed.log.read_text()) and "Dropping attention" not in log
+
+
+@pytest.mark.long
+def test_early_stopping_finishes_a_run_and_is_named(place, tiny_profile):
+    settings = ("learning_rate=10", "early_stopping_patience=1", "evals_per_epoch=null", "saves_per_epoch=null")
+    sets = [word for one in (*settings, "eval_steps=2", "save_steps=2") for word in ("--set", one)]
+    words = ("--runs", "early", "run", PAGED, "--profile", tiny_profile, *sets, "--force", "value:learning_rate")
+    run = RunDir(place / finish(start(place, *words)))
+    record = run.read()
+    assert (record.state, record.summary.ended) == ("finished", "early stopping")
+    assert (record.summary.step, record.summary.kept_step) == (4, 2)
+    assert sha256(run.output / ADAPTER) == sha256(run.output / "checkpoint-2" / ADAPTER)
+    of_step = {each["step"]: each["eval_loss"] for each in run.read_metrics() if "eval_loss" in each}
+    assert record.summary.eval_loss == of_step[2] < of_step[4]
+    assert "4/16, early stopping" in finish(start(place, "--runs", "early", "results"))
+
+
+@pytest.mark.parametrize(
+    ("code", "stopped", "ended", "has_adapter", "state"),
+    [
+        (0, False, "complete", True, "finished"),
+        (0, False, "complete", False, "failed"),
+        (1, False, "complete", True, "failed"),
+        (-signal.SIGKILL, False, "complete", True, "interrupted"),  # while it saved the adapter
+        (0, False, "early stopping", True, "finished"),
+        (0, False, "signal", True, "interrupted"),
+        (1, False, "signal", True, "interrupted"),  # to torchrun, which then exits with 1
+        (0, False, "callback", True, "failed"),
+        (0, False, "no batch", True, "failed"),
+        (0, False, None, True, "interrupted"),  # by SIGINT
+        (1, True, None, False, "interrupted"),
+        (1, False, None, False, "failed"),
+    ],
+)
+def test_a_run_is_finished_only_when_its_training_says_so(code, stopped, ended, has_adapter, state):
+    assert launch._state(code, stopped, ended, has_adapter) == state
+
+
+def test_a_failing_axolotl_fails_the_run(trains_nothing, tiny_profile, tmp_path):
+    done = trains_nothing("run", PAGED, "--profile", tiny_profile, "--set", "lr_scheduler_kwargs={nonsense: 1}")
+    (run,) = rundir.all_runs(tmp_path / "runs")
+    assert (done.returncode, run.read().state) == (1, "failed")
+    assert "TypeError: " in done.stderr and str(run.log.relative_to(tmp_path)) in done.stderr
+
+
+def drop_half_prepared(run: Path, prepared: Path) -> None:
+    run.mkdir(exist_ok=True)
+    (run / "config.yaml").write_text(f"dataset_prepared_path: {prepared}\n")
+    launch._drop_half_prepared(RunDir(run), rundir.Run(recipe="r", recipe_file="f", recipe_sha256="s", cwd=str(run)))
+
+
+def test_half_prepared_rows_are_removed_in_the_run_only_and_not_while_they_are_written(tmp_path):
+    (half := tmp_path / "prepared" / "half").mkdir(parents=True)  # by a process that was killed
+    (half / "data-00000-of-00001.arrow").touch()
+    (whole := tmp_path / "prepared" / "whole").mkdir()
+    (whole / "dataset_info.json").touch()
+    (linked := tmp_path / "run" / "prepared").mkdir(parents=True)
+    (linked / "half").symlink_to(half)
+    for prepared in (half.parent, linked):
+        drop_half_prepared(tmp_path / "run", prepared)
+        assert half.is_dir()
+    with FileLock(half.parent / "datasets_prep.lock"):  # of a process that is writing them
+        drop_half_prepared(tmp_path, half.parent)
+        assert half.is_dir()
+    drop_half_prepared(tmp_path, half.parent)
+    assert (half.is_dir(), whole.is_dir()) == (False, True)
+
+
+def test_a_run_that_was_queued_is_checked_against_the_machine_that_trains_it(
+    recipe, tmp_path, tiny_profile, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    forced = ["bad-row:datasets.0.path"]  # not found a second time, when rows are not read
+    request = Request(PAGED, profiles=[str(tiny_profile)], overrides=["fp16=true", "bf16=false"], force=forced)
+    folder = run.create(compose.compose(request), request)
+    done = recipe("resume", folder.path, "--force", *forced)
+    assert (done.returncode, "[no-gpu" in done.stderr) == (2, True)
+    assert (folder.read().state, folder.read().launches) == ("failed", [])
+
+
+REACHED = """
+import os, subprocess, sys, traceback
+from qlora_recipes import cli
+
+class Counted(subprocess.Popen):
+    def __init__(self, command, *args, **options):
+        if not str(command[0]).endswith("axolotl"):  # git, for the provenance
+            return super().__init__(command, *args, **options)
+        root = os.path.dirname(cli.__file__)
+        frames = [frame.filename for frame in traceback.extract_stack() if frame.filename.startswith(root)]
+        print(sum(name.startswith("qlora_recipes.") for name in sys.modules), len(frames), flush=True)
+        os._exit(0)
+
+subprocess.Popen = Counted
+cli.main(sys.argv[1:])
+"""
+
+
+def test_a_training_is_started_through_few_modules_and_frames(tmp_path, tiny_profile):
+    command = [RECIPE.with_name("python"), "-c", REACHED, "run", PAGED, "--profile", tiny_profile]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    modules, frames = map(int, done.stdout.split())
+    assert modules <= 61 and frames <= 8

@@ -1,0 +1,141 @@
+import re
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from run_folders import a_checkpoint
+
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.base.progress import TrainingProgress
+from qlora_recipes.run import rundir
+from qlora_recipes.run.rundir import RunDir
+from qlora_recipes.training.run_record import Run
+
+
+def a_run(path: Path, **fields: Any) -> RunDir:
+    path.mkdir(parents=True)
+    run = RunDir(path)
+    run.write(Run(recipe="x", recipe_file="x", recipe_sha256="x", cwd="/", **fields))
+    return run
+
+
+def write_metrics(run: RunDir, *lines: bytes) -> None:
+    run.metrics.write_bytes(b"\n".join(lines) + b"\n")
+
+
+def test_a_run_that_says_running_is_so_only_while_a_process_holds_it(tmp_path):
+    run = a_run(tmp_path / "r", state="running")
+    assert run.read().state == "interrupted"
+    code = "import sys; from qlora_recipes.run.rundir import RunDir; from pathlib import Path\n"
+    code += "with RunDir(Path(sys.argv[1])).held(): print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(run.path)]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout and holder.stdout.readline() == "held\n"
+    assert run.read().state == "running"
+    with pytest.raises(UserError, match=r"`recipe cancel .*r`"), run.held():
+        pass
+    holder.kill()
+    holder.wait()
+    assert run.read().state == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "state"), [(-5, "created"), (5, "created"), (-3600, "interrupted"), (3600, "interrupted")]
+)
+def test_a_run_is_starting_for_seconds_even_if_the_clock_was_set_back(tmp_path, seconds, state):
+    created = datetime.now(UTC) + timedelta(seconds=seconds)
+    assert a_run(tmp_path / "r", created=created.isoformat()).read().state == state
+
+
+def test_metrics_are_read_past_damage_and_count_a_repeated_step_once(tmp_path):
+    run = a_run(tmp_path / "r")
+    lines = [b'{"step":1,"loss":3.0}', b'{"step":2,"loss":2.0}', b"[]", b"{}", b'{"step":2,"eval_loss":2.5}']
+    write_metrics(run, *lines, b'{"step":2,"loss":1.9}', b'{"step":3,"max_steps":3}', b'{"step":3,"lo')
+    assert [record.get("loss", record.get("eval_loss")) for record in run.read_metrics()] == [3.0, 1.9, 2.5, None]
+    assert rundir.summarise(run.read_metrics()).step == 3
+
+
+def test_a_loss_that_is_no_number_is_shown_and_kept_as_such(tmp_path, capsys):
+    run = a_run(tmp_path / "r")
+    progress = TrainingProgress(run.metrics)
+    nothing = float("nan")
+    records: list[dict[str, Any]] = [
+        {"step": 0, "max_steps": 1, "eval_loss": 2.0, "eval_loss_per_token": 2.1},
+        {"step": 1, "max_steps": 1, "loss": nothing, "learning_rate": 0.1},
+        {"step": 1, "max_steps": 1, "eval_loss": nothing, "eval_loss_per_token": nothing},
+    ]
+    write_metrics(run, *map(orjson.dumps, records))
+    progress.read()
+    assert "step 1: " in (said := capsys.readouterr().err) and " nan" in said
+    assert progress.note == "loss nan  rate 1.00e-01"
+    summary = rundir.summarise(run.read_metrics())
+    assert (summary.eval_loss_first, summary.eval_loss) == (2.0, None)
+    assert (summary.eval_loss_per_token_first, summary.eval_loss_per_token) == (2.1, None)
+
+
+def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path, capsys):
+    run = a_run(tmp_path / "r")
+    assert run.last_checkpoint() is None
+    for step in (9, 10, 11):
+        a_checkpoint(run.output, step)
+    (run.output / "checkpoint-11" / "optimizer.pt").unlink()
+    for name in ("12", "x"):
+        (run.output / f"checkpoint-{name}").mkdir()
+    assert run.last_checkpoint() == run.output / "checkpoint-10"
+    found = re.findall(r"(checkpoint-\d+) .* (\w+\.\w+) ", capsys.readouterr().err)
+    assert found == [("checkpoint-12", "trainer_state.json"), ("checkpoint-11", "optimizer.pt")]
+
+
+def test_runs_are_found_by_folder_end_recipe_a_part_of_it_and_latest(tmp_path, capsys):
+    runs = tmp_path / "runs"
+    names = ("s/wide/20260101-a1", "s/wide/20260102-b1", "s/tall/20260103-c1", "s/x/wide/20260104-d1")
+    old, new, other, below = (a_run(runs / name).path for name in names)
+    parts = {"s/wide": new, "wide": new, "tall": other, "ta": other, "x/wide": below, "20260101": old}
+    parts["wide/20260102-b1/"] = new
+    whole = {str(old): old, "s/wide/20260101-a1": old, "latest": below}
+    for name, path in (parts | whole).items():
+        assert rundir.find_run(name, runs).path == path
+        assert capsys.readouterr().err == (f"run {path}\n" if name in parts else "")
+    assert [rundir.find_run(word, runs).path for word in ("Latest", "late")] == [below, below]
+    several = {"wi": "s/wide, s/x/wide", "latets": "latest", "tal1": "tall", "s/wode": "s/wide"}
+    for name, near in (several | dict.fromkeys(("1", "z", "", "/"), "")).items():
+        with pytest.raises(UserError, match=f"{name}.*{near}"):
+            rundir.find_run(name, runs)
+
+
+def test_a_claimed_folder_is_nobody_elses(tmp_path):
+    claimed = {rundir.new_folder(tmp_path / "runs/s/r", "0123456") for _ in range(3)}
+    assert len(claimed) == 3
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        rundir.new_folder(tmp_path / "file/s/r", "0123456")
+
+
+def test_a_run_that_was_resumed_from_before_its_newest_records_is_at_its_own_step(tmp_path):
+    run = a_run(tmp_path / "r", state="interrupted")
+    before = [b'{"step":%d,"loss":%d.0,"step_seconds":1.0}' % (step, 9 - step) for step in range(1, 6)]
+    again = [b'{"step":3,"engine":"DDP"}', b'{"step":4,"loss":1.0,"step_seconds":1.0}']  # from checkpoint-3
+    write_metrics(run, *before, *again)
+    summary = run.summary(run.read())
+    assert (summary.step, summary.loss, summary.train_seconds) == (4, 1.0, 4.0)
+    kept = [(1, 8.0), (2, 7.0), (3, 6.0), (3, None), (4, 1.0)]
+    assert [(record["step"], record.get("loss")) for record in run.read_metrics()] == kept
+
+
+def test_what_a_launch_did_after_its_last_log_entry_counts_after_a_resume_too(tmp_path):
+    run = a_run(tmp_path / "r", state="interrupted")
+    ended = b'{"step":7,"ended":"signal","step_seconds":70.0,"tokens":700,"kept_step":5}'
+    write_metrics(run, b'{"step":0,"gpus":[]}', ended, b'{"step":7,"gpus":[]}')
+    summary = run.summary(run.read())
+    assert (summary.train_seconds, summary.tokens_per_second, summary.ended, summary.kept_step) == (70, 10, None, None)
+
+
+def test_a_damaged_record_is_refused(tmp_path):
+    run = RunDir(tmp_path)
+    (tmp_path / "run.json").write_text('{"state": ')
+    with pytest.raises(UserError, match=r"run\.json"):
+        run.read()

@@ -1,0 +1,144 @@
+"""One real run that four trackers follow, read back from what each of them keeps."""
+
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from conftest import RECIPE
+
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.config import compose
+from qlora_recipes.config.compose import Request
+from qlora_recipes.run.run import launch_config
+from qlora_recipes.run.rundir import RunDir
+from qlora_recipes.writing import new
+
+NAME = "haider2024/code-llama-7b"
+TRACKERS = ("tensorboard", "trackio", "mlflow", "wandb")
+
+Curve = list[tuple[int, float]]
+TAGS = {"loss": "train/loss", "eval_loss": "eval/loss"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_profile: Path) -> RunDir:
+    """A finished run, with all trackers laid over it and none of the user's own settings for them."""
+    place = tmp_path_factory.mktemp("place")
+    profiles = [word for profile in (tiny_profile, *TRACKERS) for word in ("--profile", str(profile))]
+    command = [str(RECIPE), "run", NAME, *profiles, "--set", "num_epochs=1"]
+    own = {key: value for key, value in os.environ.items() if not key.startswith(tuple(map(str.upper, TRACKERS)))}
+    done = subprocess.run(command, cwd=place, env=own | {"HOME": str(place)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return RunDir(place / done.stdout.strip())
+
+
+def of_tensorboard(run: RunDir, key: str) -> Curve:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run.path / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(TAGS[key])]
+
+
+def printed(command: list[str | Path], **env: str) -> str:
+    done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def of_trackio(run: RunDir, key: str) -> Curve:
+    def read(metric: str) -> Curve:
+        words = ("get", "metric", "--project", "haider2024", "--run", f"code-llama-7b/{run.path.name}", "--json")
+        command = [RECIPE.with_name("trackio"), *words, "--metric", metric]
+        values = json.loads(printed(command, TRACKIO_DIR=str(run.runs(NAME) / "trackio")))["values"]
+        return [(value["step"], value["value"]) for value in values]
+
+    # trackio counts what it is given; the trainer's steps are a metric of their own
+    step_of = dict(read("train/global_step"))
+    return [(int(step_of[entry]), value) for entry, value in read(TAGS[key])]
+
+
+def of_mlflow(run: RunDir, key: str) -> Curve:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{run.runs(NAME)}/mlflow.db")
+    (tracked,) = client.search_runs([client.get_experiment_by_name("haider2024").experiment_id])
+    assert (tracked.info.run_name, tracked.info.status) == (f"code-llama-7b/{run.path.name}", "FINISHED")
+    return sorted((metric.step, metric.value) for metric in client.get_metric_history(tracked.info.run_id, key))
+
+
+def of_wandb(run: RunDir, key: str) -> Curve:
+    command = [RECIPE.with_name("wandb"), "leet", "inspect", "--json", run.path / "wandb"]
+    records = list(map(json.loads, printed(command).splitlines()))
+    started = next(record["run"] for record in records if record["type"] == "run")
+    assert (started["project"], started["display_name"]) == ("haider2024", f"code-llama-7b/{run.path.name}")
+    rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+    return [(row["train/global_step"], row[TAGS[key]]) for row in rows if TAGS[key] in row]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("read", [of_tensorboard, of_trackio, of_mlflow, of_wandb])
+def test_each_tracker_reads_the_curves_of_the_metrics(run, read):
+    for key in TAGS:
+        expected = [(record["step"], record[key]) for record in run.read_metrics() if key in record]
+        rel = 1e-6 if read is of_tensorboard else 0  # kept as float32
+        assert len(expected) >= 2
+        assert read(run, key) == [(step, pytest.approx(value, rel=rel, abs=0)) for step, value in expected]
+
+
+@pytest.mark.long
+def test_trackers_leave_nothing_elsewhere(run):
+    place = run.runs(NAME).parent
+    assert {file.name for file in place.iterdir()} <= {"runs", ".cache"}  # the home folder too; wandb logs to its cache
+    assert {file.name for file in run.runs(NAME).iterdir()} == {"haider2024", "trackio", "mlflow.db", ".mlflow.db.lock"}
+
+
+def launched(*profiles: str, name: str = NAME, overrides: Sequence[str] = (), **more: bool) -> yamlfiles.Config:
+    request = Request(name, profiles=[*profiles], overrides=[*overrides], **more)
+    return launch_config(compose.compose(request), RunDir(Path("runs", name, "now")))
+
+
+def test_what_the_user_says_of_a_tracker_holds(place, monkeypatch):
+    new.write("wide", NAME, ["lora_r=64"])
+    variant = launched("wandb", name="wide")
+    assert (variant["wandb_project"], variant["wandb_name"]) == ("haider2024", "wide/now")
+    assert launched("mlflow")["mlflow_tracking_uri"] == "sqlite:///runs/mlflow.db"
+    assert launched("trackio", rehearse=True)["trackio_project_name"] == "haider2024-rehearsal"
+    assert launched("wandb", overrides=["wandb_mode=online"])["wandb_mode"] == "online"
+    assert launched("wandb", overrides=["wandb_name=a {b} {run}"])["wandb_name"] == "a {b} code-llama-7b/now"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://someone:password@example.org")
+    assert launched("mlflow")["mlflow_tracking_uri"] is None
+    of_override = launched("mlflow", overrides=["mlflow_tracking_uri=https://example.org"])
+    assert of_override["mlflow_tracking_uri"] == "https://example.org"
+
+
+REMOTE = {
+    "wandb_project": "mine",
+    "comet_project_name": "mine",
+    "swanlab_project": "mine",
+    "mlflow_experiment_name": "mine",
+    "trackio_project_name": "mine",
+}
+
+
+def test_a_rehearsal_turns_trackers_off_but_for_those_of_this_machine(place, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    servers = ["mlflow_tracking_uri=https://example.org", "trackio_space_id=mine/space"]
+    changes = [f"{key}={value}" for key, value in REMOTE.items()]
+    composed = compose.compose(Request(NAME, overrides=[*changes, *servers], rehearse=True))
+    assert {key: composed.config.get(key) for key in REMOTE} == dict.fromkeys(REMOTE)
+    listed = {each.key: (each.run, each.why) for each in composed.differences if each.key.startswith("use_")}
+    names = [key.partition("_")[0] for key in REMOTE]
+    assert listed == {f"use_{name}": (False, f"rehearsal: a rehearsal sends nothing to {name}") for name in names}
+    local = compose.compose(Request(NAME, profiles=list(TRACKERS), rehearse=True)).config
+    assert [local.get(f"use_{name}") for name in TRACKERS] == [True] * 4
+    assert compose.compose(Request(NAME, overrides=changes)).config["wandb_project"] == "mine"
+
+
+def test_where_a_run_is_tracked_makes_it_no_other_run():
+    plain, tracked = (compose.compose(Request(NAME, profiles=profiles)) for profiles in ([], list(TRACKERS)))
+    assert plain.digest == tracked.digest
+    assert plain.digest != compose.compose(Request(NAME, overrides=["lora_r=8"])).digest

@@ -1,0 +1,156 @@
+"""A run folder from elsewhere: it is resumed only with --trust, and its record cannot consent to code of its config."""
+
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evil import Evil
+from run_folders import a_run
+
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.run import backends, launch, run, trust
+from qlora_recipes.run.backends import Local
+from qlora_recipes.run.rundir import RunDir, all_runs
+from qlora_recipes.training.run_record import JobState
+
+NAME = "haider2024/code-llama-7b"
+PLUGIN = "foreign-code:plugins.0"
+
+
+def theirs(runs: Path, **record: Any) -> RunDir:
+    """A run that was made elsewhere, whose plugin its record says was agreed to."""
+    record = {"state": "interrupted", "set": {"plugins": ["mine.Plugin"]}, "forced": [PLUGIN]} | record
+    return a_run(runs, NAME, "20260101-000000-abcdef0", 5.0, **record)
+
+
+def seal(folder: RunDir) -> None:
+    record = folder.read()
+    record.seal = trust.seal(folder, record)
+    folder.write(record)
+
+
+def refused(folder: RunDir, *force: str) -> set[str]:
+    try:
+        trust.refuse_code(folder, folder.read(), yamlfiles.read_yaml(folder.config), force)
+    except UserError as error:
+        return {line.rpartition("[")[2].rstrip("]") for line in str(error).splitlines()}
+    return set()
+
+
+def test_consent_to_code_counts_in_a_run_of_ones_own_alone(tmp_path):
+    folder = theirs(tmp_path, seal="0" * 64)
+    assert refused(folder) == {PLUGIN}
+    assert refused(folder, PLUGIN) == set()
+    seal(folder)
+    assert refused(folder) == set()
+    changed = yamlfiles.read_yaml(folder.config) | {"trust_remote_code": True}
+    folder.config.write_text(yamlfiles.write_yaml(changed))
+    assert refused(folder) == {PLUGIN, "foreign-code:trust_remote_code"}
+
+
+@pytest.mark.parametrize("words", [("evaluate",), ("publish", "--merge")])
+def test_no_verb_loads_a_strangers_model_unseen(tmp_path, recipe, words):
+    folder = theirs(tmp_path / "runs", state="finished")
+    folder.output.mkdir()
+    (folder.output / "adapter_model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
+    done = recipe.fails(words[0], str(folder.path), *words[1:])
+    assert f"[{PLUGIN}]" in done.stderr
+
+
+@pytest.fixture
+def strangers(tmp_path: Path, tiny: Path) -> tuple[RunDir, Path]:
+    """A stranger's finished run, and the file that its pickles write once they are loaded."""
+    mark = tmp_path / "ran"
+    (tmp_path / "rows.pkl").write_bytes(pickle.dumps(Evil(mark)))
+    rows = {"path": "rows.pkl", "ds_type": "pandas", "type": "alpaca"}
+    changes = {"base_model": str(tiny), "revision_of_model": None, "plugins": None, "test_datasets": [rows]}
+    folder = theirs(tmp_path / "runs", state="finished", set=changes, forced=["foreign-code:test_datasets.0.ds_type"])
+    record = folder.read()
+    record.cwd = str(tmp_path)
+    folder.write(record)
+    shutil.copytree(tiny, folder.output, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder.output / "adapter_model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
+    return folder, mark
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "publish --merge", "publish", "report", "results", "resume", "show"])
+def test_no_verb_unpickles_a_strangers_rows(strangers, recipe, verb):
+    folder, mark = strangers
+    words = ["resume", "--force", "foreign-code:plugins.0"] if verb == "resume" else verb.split()
+    done = recipe(words[0], str(folder.config if verb == "show" else folder.path), *words[1:])
+    if verb in ("evaluate", "publish --merge"):
+        assert (done.returncode, "[foreign-code:test_datasets.0.ds_type]" in done.stderr) == (2, True)
+    assert not mark.exists()
+
+
+def test_a_strangers_files_are_looked_for_where_the_run_ran(strangers, tmp_path, monkeypatch):
+    folder, _ = strangers
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "pytorch_model.bin").touch()
+    changed = yamlfiles.read_yaml(folder.config) | {"base_model": "./model", "test_datasets": None}
+    folder.config.write_text(yamlfiles.write_yaml(changed))
+    monkeypatch.chdir("/")
+    assert refused(folder) == {"pickled-weights:base_model"}
+
+
+def test_a_value_that_breaks_the_schema_does_not_hide_code(strangers):
+    folder, _ = strangers
+    changed = {
+        "trust_remote_code": 1,
+        "plugins": "mine.Plugin",
+        "test_datasets": {"path": "rows.pkl", "ds_type": "sql"},
+    }
+    folder.config.write_text(yamlfiles.write_yaml(yamlfiles.read_yaml(folder.config) | changed))
+    names = {"trust_remote_code", "plugins", "test_datasets.ds_type"}
+    assert refused(folder) == {f"foreign-code:{name}" for name in names}
+
+
+def test_a_strangers_adapter_imports_nothing(strangers):
+    folder, _ = strangers
+    folder.config.write_text(yamlfiles.write_yaml(yamlfiles.read_yaml(folder.config) | {"test_datasets": None}))
+    assert refused(folder) == set()
+    (folder.output / "adapter_config.json").write_text('{"peft_type": "LORA", "megatron_core": "mine"}')
+    assert refused(folder) == {"foreign-code:adapter_config.megatron_core"}
+
+
+def test_a_run_that_ends_meanwhile_stays_finished(tmp_path, monkeypatch):
+    folder = theirs(tmp_path)
+    ended = folder.read().model_copy(update={"state": "finished"})
+    monkeypatch.setattr(trust, "is_own", lambda folder, _: folder.write(ended) or True)
+    with pytest.raises(UserError):
+        run.resume(str(folder.path), Local(rehearsal=False), force=[PLUGIN])
+    assert (folder.read().state, folder.read().forced) == ("finished", [PLUGIN, PLUGIN])
+
+
+@pytest.mark.parametrize("state", ["interrupted", "finished"])
+def test_a_name_that_is_no_error_is_not_recorded(tmp_path, recipe, state):
+    folder = theirs(tmp_path / "runs", state=state)
+    seal(folder)
+    done = recipe("resume", str(folder.path), "--force", "tpyo")
+    assert (done.returncode, "--force tpyo: " in done.stderr) == ((0, False) if state == "finished" else (2, True))
+    assert (folder.read().state, folder.read().forced) == (state, [PLUGIN])
+
+
+def test_a_job_that_starts_before_its_record_resumes(tmp_path, monkeypatch):
+    folder = theirs(tmp_path, set={"output_dir": str(RunDir(tmp_path / NAME / "20260101-000000-abcdef0").output)})
+    monkeypatch.setattr(backends, "job_state", lambda *_: JobState("queued"))
+    monkeypatch.setattr(launch, "preprocess", lambda *_: None)
+    run.resume(str(folder.path), Local(rehearsal=False), prepare_only=True, trusted=True)
+
+
+def test_a_run_from_elsewhere_is_resumed_only_with_trust(tmp_path, trains_nothing, tiny_profile):
+    trains_nothing.ok("run", NAME, "--profile", tiny_profile)
+    (folder,) = all_runs(tmp_path / "runs")
+    record = folder.read()
+    record.state, record.seal, record.recipe_file = "interrupted", "0" * 64, "/home/me/checkout/variants/wide.yaml"
+    folder.write(record)
+    folder.config.write_text(folder.config.read_text() + "gc_steps: 4\n")  # a finding with a line
+    for words in ((), ("--prepare",), ("--force", "too-big")):
+        trains_nothing.fails("resume", folder.path, *words)
+        assert (folder.read().state, len(folder.read().launches)) == ("interrupted", 1)
+    trains_nothing.ok("resume", folder.path, "--trust")
+    assert folder.read().state == "finished"
+    assert trust.is_own(folder, folder.read())

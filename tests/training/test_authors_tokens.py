@@ -1,0 +1,221 @@
+"""The studies on GSM8K, Tulu 3 and OASST1 have the tokens and loss masks that their authors' code makes of the rows."""
+
+import json
+import random
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SHARED
+
+from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.base.hub import importing_axolotl
+from qlora_recipes.config import substitution
+from qlora_recipes.data import studies
+from qlora_recipes.data.raw_rows import RowMaker
+from qlora_recipes.training.eval_loss import MASKED
+
+with importing_axolotl(offline=True):
+    from qlora_recipes.training.tokens import Tokenizer, Tokens
+
+ROWS = 500  # of GSM8K's 7,473 training rows, where they are here
+TASK = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+LOFTQS_QUESTION = "\nAnswer the above question. First think step by step and then answer the final number.\n"
+
+
+def rows() -> list[dict[str, str]]:
+    files = [paths.RECIPES / "loftq-gsm8k/sample/train.jsonl", SHARED / "gsm8k/train.jsonl"]
+    lines = [line for file in files if file.is_file() for line in file.read_text().splitlines()[:ROWS]]
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Llama's SentencePiece tokenizer, Mistral's, and the stand-in's config."""
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    package = find_spec("mistral_common")
+    assert package and package.origin
+    shutil.copy(Path(package.origin).with_name("data") / "tokenizer.model.v1", folder / "tokenizer.model")
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False}  # as Llama 2's
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | tokens))
+    config = json.loads((substitution.model_folder() / "config.json").read_text()) | {"vocab_size": 32000}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(params=["sentencepiece", "bpe"])
+def model(request: pytest.FixtureRequest, sentencepiece: Path) -> Path:
+    return sentencepiece if request.param == "sentencepiece" else substitution.model_folder()
+
+
+def tokenizer_of(recipe: str, model: Path) -> Tokenizer:
+    config = yamlfiles.read_yaml(paths.RECIPES / f"{recipe}.yaml") | {"base_model": str(model)}
+    for key in ("revision_of_model", "special_tokens", "bf16"):  # the model's own, and what a CPU may lack
+        del config[key]
+    return Tokenizer(config)
+
+
+def ours(tokenizer: Tokenizer, rows: list[dict[str, str]], question: str, answer: str) -> list[Tokens]:
+    """Rows as the recipe trains on them; question and answer are templates of the raw row's fields."""
+    messages = [
+        [{"role": "user", "content": question.format(**row)}, {"role": "assistant", "content": answer.format(**row)}]
+        for row in rows
+    ]
+    return tokenizer.tokenize("datasets.0", [{"messages": of_row} for of_row in messages])
+
+
+def encoded(tokenizer: Any, text: str) -> list[int]:
+    """A text as the authors' code tokenizes it for a Llama, whose tokenizer begins with BOS; SmolLM2's does not."""
+    ids = list(tokenizer(text).input_ids)
+    return ids if ids[0] == tokenizer.bos_token_id else [tokenizer.bos_token_id, *ids]
+
+
+def check_row(made: Tokens, tokenizer: Any, question: str, answer: str) -> None:
+    """A row is question, answer and EOS, tokenized as one, with loss on what is behind the question alone."""
+    ids, masked = encoded(tokenizer, question + answer + tokenizer.eos_token), len(encoded(tokenizer, question))
+    assert made.ids == ids
+    assert made.labels == [MASKED] * masked + ids[masked:]
+
+
+@pytest.mark.parametrize("family", ["llama-2-7b", "llama-3-8b"])
+def test_loftqs_rows_have_the_authors_tokens_and_loss(family, sentencepiece):
+    model = sentencepiece if family == "llama-2-7b" else substitution.model_folder()  # Llama 3's is BPE of bytes, too
+    loaded = tokenizer_of(f"loftq-gsm8k/{family}-lora", model)
+    raw = [row | {"answer": row["answer"].replace("####", "The final answer is: ")} for row in rows()]
+    assert len(raw) >= 40
+    for row, made in zip(raw, ours(loaded, raw, "{question}" + LOFTQS_QUESTION, "{answer}"), strict=True):
+        check_row(made, loaded.tokenizer, row["question"] + LOFTQS_QUESTION, row["answer"])
+
+
+def test_pefts_rows_have_the_authors_tokens_and_loss():
+    loaded = tokenizer_of("peft-metamathqa/lora-rank32", substitution.model_folder())
+    question = "Question: {question} Think step by step.\nAnswer:"
+    for row, made in zip(rows(), ours(loaded, rows(), question, "{answer}"), strict=True):
+        ids = encoded(loaded.tokenizer, question.format(**row) + row["answer"])
+        assert made.ids == [*ids, loaded.tokenizer.eos_token_id]
+        assert made.labels[1:] == made.ids[1:]  # no model predicts the first
+
+
+CUT = 513  # tokens, where the recipes of QLoRA's study end a row
+WORDS = ("rain", " two  spaces ", "Größe", "日本", "🙂", "", "x\n\ny", "User:", "\ttab", "don't", "<b>", "3.14", "\n")
+
+
+def text_of(chance: random.Random) -> str:
+    """A dialogue, in some cases longer than that."""
+    return "### Human:" + "### Assistant:".join(
+        " ".join(chance.choices(WORDS, k=chance.choice((3, 400)))) for _ in "ab"
+    )
+
+
+def test_qloras_rows_have_the_authors_tokens_and_loss(model):
+    loaded = tokenizer_of("qlora-guanaco/llama-7b", model)
+    tokenizer = loaded.tokenizer
+    assert (loaded.cfg.sequence_len, loaded.cfg.excess_length_strategy) == (CUT, "truncate")
+    segments = studies.find("qlora-guanaco").data.fields["segments"]
+    own = segments.replace("</s>", tokenizer.eos_token).replace("<s>", tokenizer.bos_token)
+    texts = [text_of(random.Random(seed)) for seed in range(200)]
+    maker = RowMaker({"segments": own}, {}, {}, "0")
+    made = loaded.tokenize("datasets.0", [maker.make({"text": text})[0] for text in texts])
+    assert 0 < sum(len(row.ids) > CUT for row in made) < len(made)
+    for text, row in zip(texts, made, strict=True):
+        limits: dict[str, Any] = {"truncation": True, "add_special_tokens": False}
+        source = tokenizer(tokenizer.bos_token, max_length=16, **limits).input_ids
+        target = tokenizer(text + tokenizer.eos_token, max_length=512, **limits).input_ids
+        assert row.ids[:CUT] == source + target
+        assert row.labels[:CUT] == [MASKED] * len(source) + target
+
+
+def chat(chance: random.Random) -> list[dict[str, str]]:
+    """A chat with or without a system message, of one to four turns."""
+    roles = ["system"] * chance.randint(0, 1) + ["user", "assistant"] * chance.randint(1, 4)
+    return [{"role": role, "content": " ".join(chance.choices(WORDS, k=chance.randint(1, 9)))} for role in roles]
+
+
+def test_tinkers_rows_have_the_authors_tokens_and_loss(model):
+    loaded = tokenizer_of("tinker-tulu3/llama-3.2-1b-lora", model)
+    fields = studies.find("tinker-tulu3").data.fields
+    own = {name: text.replace("<|begin_of_text|>", loaded.tokenizer.bos_token) for name, text in fields.items()}
+    assert own != fields
+    chats = [chat(random.Random(seed)) for seed in range(200)]
+    maker = RowMaker(own, {}, {}, "0")
+    made = loaded.tokenize("datasets.0", [maker.make({"messages": messages})[0] for messages in chats])
+    for messages, tokens in zip(chats, made, strict=True):
+        pieces = [(loaded.tokenizer.bos_token, False)]  # renderers/base.py and role_colon.py, each encoded alone
+        for message in messages:
+            answers = message is messages[-1]
+            pieces += [(f"{message['role'].capitalize()}:", False), (f" {message['content']}\n\n", answers)]
+        pieces.append(("User:", True))
+        parts = [(loaded.tokenizer.encode(text, add_special_tokens=False), loss) for text, loss in pieces]
+        assert tokens.ids == [token for ids, _ in parts for token in ids]
+        assert tokens.labels == [token if loss else MASKED for ids, loss in parts for token in ids]
+    joined = [loaded.tokenizer.encode("".join(text for text, _ in pieces), add_special_tokens=False)]
+    assert joined != [made[-1].ids]  # that they are cut apart is seen in the tokens
+
+
+def raw_maths() -> list[dict[str, str]]:
+    """GSM8K's rows in the form of MetaMathQA's, beside their own fields."""
+    return [
+        row | {"query": row["question"], "response": f"{row['answer']}\nThe answer is: {row['answer'].split()[-1]}"}
+        for row in rows()[:200]
+    ]
+
+
+def prepared(name: str, split: str, raw: list[dict[str, Any]], **fields: str) -> list[dict[str, Any]]:
+    """Rows as `recipe data prepare` makes them for a study, with other expressions for some fields."""
+    data = studies.find(name).data
+    maker = RowMaker(data.fields_of(split, next(iter(data.formats))) | fields, {}, {}, "0")
+    return [maker.make(row)[0] for row in raw]
+
+
+def test_pissas_rows_have_the_authors_tokens_and_a_newline_before_eos(sentencepiece):
+    loaded = tokenizer_of("pissa-metamathqa/llama-2-7b-lora", sentencepiece)
+    newline, eos = loaded.tokenizer.convert_tokens_to_ids("<0x0A>"), loaded.tokenizer.eos_token_id
+    raw = raw_maths()
+    made = loaded.tokenize("datasets.0", prepared("pissa-metamathqa", "train", raw))
+    scored = loaded.tokenize("datasets.0", prepared("pissa-metamathqa", "test", raw))
+    for row, tokens, test in zip(raw, made, scored, strict=True):
+        source = f"{TASK}\n\n### Instruction:\n{row['query']}\n\n### Response:"
+        check_row(tokens, loaded.tokenizer, source, f"{row['response']}\n")
+        assert tokens.ids[-2:] == [newline, eos]
+        assert test.ids[: test.labels.count(MASKED)] == encoded(loaded.tokenizer, source)
+
+
+def test_loragas_rows_have_the_authors_tokens_and_loss(sentencepiece):
+    loaded = tokenizer_of("loraga-metamathqa/llama-2-7b-lora", sentencepiece)
+    raw = raw_maths()
+    made = loaded.tokenize("datasets.0", prepared("loraga-metamathqa", "train", raw))
+    scored = loaded.tokenize("datasets.0", prepared("loraga-metamathqa", "test", raw))
+    for row, tokens, test in zip(raw, made, scored, strict=True):
+        question = f"Q: {row['query']}\nA: "
+        check_row(tokens, loaded.tokenizer, question, f" {row['answer']}")
+        assert test.ids[: test.labels.count(MASKED)] == encoded(loaded.tokenizer, f"{question} ")
+
+
+PAD = " " * 16
+
+
+def written(row: dict[str, str], spaces: str, empty: str) -> str:
+    """A prompt of DoRA's code: the spaces behind its first line, and the line before the response."""
+    rest = ("", f"{PAD}### Instruction:", f"{PAD}{row['instruction']}", empty, f"{PAD}### Response:", PAD)
+    return "\n".join((TASK + spaces, *rest))
+
+
+def test_doras_prompts_have_the_authors_bytes_and_tokens(model):
+    loaded = tokenizer_of("dora-commonsense/llama-2-7b-dora", model)
+    raw = [row | {"instruction": f"{row['question']}\n\nAnswer format: true/false"} for row in rows()[:200]]
+    raw = [row | {"output": f"the correct answer is {row['answer']}"} for row in raw]
+    ends = {"bos": repr(loaded.tokenizer.bos_token), "eos": repr(loaded.tokenizer.eos_token)}
+    trained, scored = (prepared("dora-commonsense", split, raw, **ends) for split in ("train", "test"))
+    tokens, tests = (loaded.tokenize("datasets.0", made) for made in (trained, scored))
+    for row, train, test, made, prompt in zip(raw, trained, scored, tokens, tests, strict=True):
+        text = written(row, "  ", PAD) + row["output"]
+        assert "".join(part["text"] for part in train["segments"][1:]) == text + loaded.tokenizer.eos_token
+        assert test["segments"][1]["text"] == written(row, " ", "")
+        assert made.ids == [*encoded(loaded.tokenizer, text), loaded.tokenizer.eos_token_id]
+        assert made.labels == made.ids
+        answer = loaded.tokenizer(row["answer"], add_special_tokens=False).input_ids
+        assert prompt.ids == encoded(loaded.tokenizer, written(row, " ", "")) + answer
+    assert (loaded.cfg.sequence_len, loaded.cfg.excess_length_strategy) == (256, "truncate")

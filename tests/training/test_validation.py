@@ -1,0 +1,187 @@
+"""Axolotl's own validation as part of every check: in a child process, kept, and at the key it names."""
+
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ASK_CHILD, config_with, recipe_config
+
+from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.base.files import Row
+from qlora_recipes.base.yamlfiles import Config
+from qlora_recipes.check import check
+from qlora_recipes.config.compose import Request
+from qlora_recipes.config.finding import Finding
+from qlora_recipes.config.gpus import ANY_GPU, Gpu
+from qlora_recipes.training import validation
+
+NAME = "haider2024/code-llama-7b"
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Number of configs that each child process has validated; the cache is empty."""
+    numbers = []
+
+    def ask(configs: list[Config], gpu: Gpu) -> list[list[Row]]:
+        numbers.append(len(configs))
+        return ASK_CHILD(configs, gpu)
+
+    monkeypatch.setattr(validation, "_ask_child", ask)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own-cache"))
+    return numbers
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "line"),
+    [
+        ({"load_in_4bit": False}, "axolotl:load_in_4bit", "load_in_4bit: false"),
+        ({"max_packed_sequence_len": 512}, "axolotl:max_packed_sequence_len", "max_packed_sequence_len: 512"),
+    ],
+)
+def test_a_config_that_axolotl_refuses_fails_its_check_at_the_key(tmp_path, recipe, change, name, line):
+    file = tmp_path / "mine.yaml"
+    file.write_text(yamlfiles.write_yaml(config_with(change)))
+    done = recipe.fails("check", "mine.yaml")
+    (said,) = [each for each in done.stdout.splitlines() if ": error: " in each]
+    number = file.read_text().splitlines().index(line) + 1
+    assert (said.split(" ")[0], said.endswith(f"[{name}]")) == (f"mine.yaml:{number}:", True), said
+    assert "next:" not in done.stderr
+    started = recipe("run", "mine.yaml", "--rehearse")
+    assert (started.returncode, f"[{name}]" in started.stderr, (tmp_path / "runs").exists()) == (2, True, False)
+
+
+def test_a_message_without_a_key_of_the_config_stands_at_the_file(tmp_path, recipe):
+    own = config_with({"datasets": None, "test_datasets": None, "evals_per_epoch": None})
+    (tmp_path / "mine.yaml").write_text(yamlfiles.write_yaml(own))
+    done = recipe.fails("check", "mine.yaml")
+    assert any(line.startswith("mine.yaml:1: error: ") for line in done.stdout.splitlines()), done.stdout
+
+
+def test_what_a_rule_has_found_is_not_said_twice(tmp_path, recipe):
+    (tmp_path / "mine.yaml").write_text(yamlfiles.write_yaml(config_with({"num_epochs": "two"})))
+    (only,) = [each for each in recipe.json("check", "mine.yaml", code=2) if each["findings"]]
+    assert [each["name"] for each in only["findings"] if each["key"] == "num_epochs"] == ["value:num_epochs"]
+
+
+def test_a_quick_check_leaves_it_out_says_so_and_recommends_nothing(recipe, asked):
+    done = recipe.ok("check", NAME, "--quick", "--set", "load_in_4bit=false")
+    assert (asked, "next:" in done.stderr) == ([], False)
+    assert "not validated by Axolotl (--quick)" in done.stderr
+    complete = recipe.ok("check", NAME)
+    assert (asked, "next: recipe plan" in complete.stderr) == ([1], True)
+
+
+def test_one_process_validates_all_configs_and_what_passes_is_kept(asked):
+    requests = [Request(NAME), Request(NAME, overrides=["load_in_4bit=false"])]
+
+    def errors() -> list[list[str]]:
+        reports = [check.check(request) for request in requests]
+        check.validate(reports, None)
+        return [[each.name for each in report.findings if each.level == "error"] for report in reports]
+
+    expected = [[], ["axolotl:load_in_4bit"]]
+    assert (errors(), asked) == (expected, [2])
+    assert (errors(), asked) == (expected, [2, 1])  # installing a package can correct an error
+    check.validate([check.check(requests[0])], Gpu("T4", (7, 5)))
+    assert asked == [2, 1, 1]
+
+
+def test_an_environment_without_axolotl_is_a_warning(recipe, asked, tmp_path, monkeypatch):
+    (tmp_path / "broken" / "axolotl").mkdir(parents=True)
+    (tmp_path / "broken" / "axolotl" / "__init__.py").write_text("raise ImportError('no axolotl for this test')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
+    done = recipe.ok("check", NAME)
+    assert "ImportError: no axolotl for this test" in done.stdout and "[not-validated]" in done.stdout
+    assert "next:" not in done.stderr and "Traceback" not in done.stdout + done.stderr
+    monkeypatch.delenv("PYTHONPATH")
+    assert "[not-validated]" not in recipe.ok("check", NAME).stdout
+
+
+def test_plugins_of_an_unreadable_kind_are_not_imported(recipe, tmp_path, monkeypatch, asked):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a_module.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Plugin: pass\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "elsewhere"))
+    (tmp_path / "mine.yaml").write_text(yamlfiles.write_yaml(config_with({"plugins": {"a_module.Plugin": 1}})))
+    done = recipe.fails("check", "mine.yaml")
+    assert (asked, (tmp_path / "ran").exists(), "[not-checked]" in done.stdout) == ([], False, True)
+
+
+def cpu_of(*words: str, cwd: Path, cache: Path) -> float:
+    """Processor seconds of a command and its child processes."""
+    script = f"import sys\nfrom qlora_recipes.cli import main\ncode = main({list(words)!r})\n"
+    script += "assert not {'torch', 'transformers', 'axolotl'} & set(sys.modules), 'slow imports'\nsys.exit(code)"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    env = os.environ | {"XDG_CACHE_HOME": str(cache)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=cwd, env=env, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.mark.long
+def test_a_check_takes_6_s_the_first_time_and_then_0_6_s_and_imports_nothing_slow(tmp_path):
+    caches = [tmp_path / name for name in "abc"]
+    first, then = (min(cpu_of("check", NAME, cwd=tmp_path, cache=cache) for cache in caches) for _ in range(2))
+    assert first <= 6 and then <= 0.6, (first, then)
+
+
+PLANTED: list[dict[str, Any]] = [
+    {"load_in_4bit": False},
+    {"load_in_8bit": True},
+    {"adapter": None},
+    {"adapter": "qlra"},
+    {"adapter": "mixlora"},
+    {"max_packed_sequence_len": 512},
+    {"num_epochs": "two"},
+    {"learning_rate": None},
+    {"base_model": None},
+    {"datasets": []},
+    {"datasets": None},
+    {"datasets": [{"path": ["a"], "type": "alpaca"}]},
+    {"datasets": [{"path": "a", "type": "alpaca", "shards": "many"}]},
+    {"datasets": [{"path": "a", "type": "chat_template", "message_property_mappings": 3}]},
+    {"test_datasets": [{"path": "a", "shards": "many"}]},
+    {"warmup_steps": 1, "warmup_ratio": 0.1},
+    {"val_set_size": 0.1},
+    {"eval_strategy": "epoch"},
+    {"chunked_cross_entropy": True, "cut_cross_entropy": True},
+    {"sample_packing": True, "attn_implementation": "fp8"},
+    {"dataset_processes": 4},
+    {"fp8": True},
+    {"relora": True},
+    {"lora_target_linear": True, "lora_mlp_kernel": True, "lora_dropout": 0.5},
+    {"early_stopping_patience": 3},
+    {"saves_per_epoch": 1, "save_steps": 10},
+    {"neftune_noise_alpha": -1.0},
+    {"gradient_accumulation_steps": 2, "batch_size": 8},
+    {"rl": "dpo"},
+    {"rl": "simpo", "warmup_ratio": 0.1, "warmup_steps": None},
+    {"context_parallel_size": 2},
+    {"context_parallel_size": 2, "context_parallel": {"size": 4}},
+    {"expert_parallel_size": 2},
+    {"fsdp_config": {"offload_params": True}, "fsdp_version": 1},
+    {"deepspeed": "missing.json"},
+    {"flash_attention": True, "sdp_attention": True},
+    {"special_tokens": {"pad_token": 3}},
+]
+
+
+@pytest.mark.long
+def test_the_schema_alone_finds_what_all_of_axolotl_finds(monkeypatch):
+    configs = [recipe_config(name) for name in paths.recipe_names()]
+    configs += [config_with(change) for change in PLANTED]
+    from qlora_recipes.base.hub import importing_axolotl
+
+    alone = [[Finding(**each) for each in found] for found in ASK_CHILD(configs, ANY_GPU)]
+    monkeypatch.setattr(validation, "needs_plugins", lambda _: True)
+    with importing_axolotl():
+        whole = [validation.findings(config, ANY_GPU) for config in configs]
+    for config, (one, other) in zip(configs, zip(alone, whole, strict=True), strict=True):
+        assert list(map(asdict, one)) == list(map(asdict, other)), yamlfiles.write_yaml(config)
+    assert sum(any(each.level == "error" for each in found) for found in alone) >= 20, alone
