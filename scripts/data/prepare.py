@@ -59,8 +59,6 @@ def prepare(
     files = find(raw, of_study.data.raw_files)
     with held(out / PREPARE_LOCK, "another preparation is running", timeout), ExitStack() as stack:
         require_own(out, of_study, out / manifest.MANIFEST)
-        for part in _parts(out):
-            part.unlink()
         splits = _Preparation(of_study, files, input_format, out, stack).splits()
         # before the stack moves the files into place: a killed process then leaves only files that the manifest lists
         return manifest.update(out, of_study, splits)
@@ -68,11 +66,7 @@ def prepare(
 
 def is_unfinished(out: Path) -> bool:
     """True if a killed process left parts of files in a folder."""
-    return any(_parts(out))
-
-
-def _parts(out: Path) -> Iterator[Path]:
-    return out.glob(".*.json*.part")
+    return any(out.glob(".*.json*.part"))
 
 
 def require_own(out: Path, of_study: Study, file: Path) -> None:

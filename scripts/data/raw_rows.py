@@ -289,7 +289,6 @@ class RawFile:
     def _csv_rows(self, stream: IO[bytes]) -> Iterator[Row]:
         csv.field_size_limit(sys.maxsize)
         reader = csv.DictReader((line.decode("utf-8-sig") for line in self._lines(stream)), strict=True)
-        complete = 1
         try:
             names = reader.fieldnames or []
             if len(set(names)) < len(names) or "" in names:
@@ -298,10 +297,9 @@ class RawFile:
                 if None in row or None in row.values():
                     raise UserError(f"{self.where}: the row does not have the {len(names)} fields named in line 1")
                 yield row
-                complete = self._line
         except (csv.Error, UnicodeDecodeError) as error:  # an open quotation mark ends only with the file
-            before = f"the last complete row ends in line {complete}"
-            raise UserError(f"{self.where}: not CSV in UTF-8: {error}; {before}") from None
+            complete = f"{self.read - self._before:,} complete rows precede"
+            raise UserError(f"{self.where}: not CSV in UTF-8: {error}; {complete}") from None
 
 
 def within(given: Path, names: Collection[str]) -> dict[str, Path]:

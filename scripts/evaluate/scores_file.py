@@ -278,22 +278,28 @@ def _damaged[T](file: Path, instead: T) -> T:
     return instead
 
 
-def write(folder: Path, evaluation: Evaluation, rows: Sequence[Row]) -> None:
-    """Write predictions and scores together; add the state of the predictions to the evaluation."""
+def write(folder: Path, evaluation: Evaluation, rows: Sequence[Row], part: Path | None) -> None:
+    """Write predictions and scores together, and remove the file `part` of the predictions until now.
+
+    The state of the predictions is added to the evaluation.
+    """
     content = b"".join(orjson.dumps(row) + b"\n" for row in rows)
-    with replacing(folder / SCORES) as scores, replacing(folder / PREDICTIONS) as predictions:
-        predictions.write(content)
-        predictions.flush()
-        evaluation.files["predictions"] = FileState.of(Path(predictions.name), hashlib.sha256(content).hexdigest())
-        scores.write(evaluation.model_dump_json(indent=1).encode() + b"\n")
-        scores.flush()  # before the predictions move into place, so that `finish_write` finds all of it
+    with replacing(folder / SCORES) as scores:
+        with replacing(folder / PREDICTIONS) as predictions:
+            predictions.write(content)
+            predictions.flush()
+            evaluation.files["predictions"] = FileState.of(Path(predictions.name), hashlib.sha256(content).hexdigest())
+            scores.write(evaluation.model_dump_json(indent=1).encode() + b"\n")
+            scores.flush()  # before the predictions move into place, so that `finish_write` finds all of it
+        if part:  # before the scores, which make the evaluation complete, so that nobody looks at it again
+            part.unlink(missing_ok=True)
 
 
 def finish_write(folder: Path) -> None:
     """Move scores into place whose predictions a killed process has moved; callers hold the folder's lock."""
     for part in parts_of(folder / SCORES):
         with suppress(OSError, ValueError):
-            evaluation = Evaluation.model_validate(parse_json(read_bytes(part)))
+            evaluation = Evaluation.model_validate_json(read_bytes(part))
             if evaluation.files["predictions"].sha256 == sha256(folder / PREDICTIONS):
                 part.replace(folder / SCORES)
 

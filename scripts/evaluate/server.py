@@ -204,10 +204,8 @@ class Server:
                         extra_body=extra,
                     )
                 tokens = _Response.model_validate_json(response.content).choices[0].token_ids
-                if len(tokens) > decoding.max_new_tokens:
-                    raise ValueError(f"{len(tokens):,} tokens, more than requested")
-                if max(tokens, default=0) >= self.vocabulary:
-                    raise ValueError(f"token {max(tokens)} is not in the vocabulary; serve the run's model")
+                if len(tokens) > decoding.max_new_tokens or max(tokens, default=0) >= self.vocabulary:
+                    raise ValueError("more tokens than requested, or of another vocabulary; serve the run's model")
             except (openai.APIError, ValueError, TimeoutError) as error:
                 row = f"row {i + 1}, a prompt of {len(prompt):,} tokens"
                 raise WorkFailed(f"{self.api.url}: {row}: {cause(error)}") from None

@@ -106,7 +106,7 @@ def test_csv_is_text_and_a_quotation_mark_that_stays_open_is_placed(tmp_path):
     assert [*RawFile(file).rows()] == [{"a": "NaN", "b": '=1+"1"'}, {"a": "x\n\ny", "b": ""}]
     with file.open("ab") as stream:
         stream.write(b'"z,1\n2,3\n4,5\n')
-    with pytest.raises(UserError, match=r"a\.csv:8: .*unexpected end of data; the last complete row ends in line 5$"):
+    with pytest.raises(UserError, match=r"a\.csv:8: .*unexpected end of data; 2 complete rows precede$"):
         list(RawFile(file).rows())
 
 
