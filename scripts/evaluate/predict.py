@@ -194,14 +194,6 @@ def resume(
     return {place: done[position] for place, position in enumerate(positions) if position in done}, settings
 
 
-def discard(part: Path, settings: EvaluationSettings, positions: Sequence[int]) -> None:
-    """Delete the file of a complete evaluation, which a killed process left, unless it has more rows."""
-    if part.is_file():
-        with suppress(UserError):
-            resume(part, settings, positions)
-            part.unlink()
-
-
 def _generate(
     engine: Engine,
     prompts: Sequence[list[int]],

@@ -295,13 +295,14 @@ def write(folder: Path, evaluation: Evaluation, rows: Sequence[Row], part: Path 
             part.unlink(missing_ok=True)
 
 
-def finish_write(folder: Path) -> None:
-    """Move scores into place whose predictions a killed process has moved; callers hold the folder's lock."""
-    for part in parts_of(folder / SCORES):
+def finish_write(folder: Path, part: Path) -> None:
+    """Finish a `write` whose process was killed after it moved the predictions; callers hold the folder's lock."""
+    for scores in parts_of(folder / SCORES):
         with suppress(OSError, ValueError):
-            evaluation = Evaluation.model_validate_json(read_bytes(part))
+            evaluation = Evaluation.model_validate_json(read_bytes(scores))
             if evaluation.files["predictions"].sha256 == sha256(folder / PREDICTIONS):
-                part.replace(folder / SCORES)
+                part.unlink(missing_ok=True)
+                scores.replace(folder / SCORES)
 
 
 # Kind of change since an evaluation: `edited` if only the predictions differ, else `stale`.
