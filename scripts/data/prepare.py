@@ -64,11 +64,6 @@ def prepare(
         return manifest.update(out, of_study, splits)
 
 
-def is_unfinished(out: Path) -> bool:
-    """True if a killed process left parts of files in a folder."""
-    return any(out.glob(".*.json*.part"))
-
-
 def require_own(out: Path, of_study: Study, file: Path) -> None:
     """Raise UserError for an existing file that the study's manifest does not list."""
     if file.exists() and not manifest.lists(out, of_study, file):
