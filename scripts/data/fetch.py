@@ -194,8 +194,8 @@ def _extracted(file: Path, source: DataSource, staging: Path) -> dict[str, Path]
         if wrong := [name for name, found in members.items() if len(found) != 1]:
             raise Rejected(f"{', '.join(wrong)}: missing from the zip, or present twice")
         for name, (member,) in members.items():
-            declared = (source.files or {})[name].bytes
-            _require_size(name, member.file_size, declared or MOST_RATIO * file.stat().st_size)
+            most = (source.files or {})[name].bytes or MOST_RATIO * file.stat().st_size
+            _require_size(name, member.file_size, most)
             with archive.open(member) as stream, files[name].open("wb") as copy:
                 shutil.copyfileobj(stream, copy)
     return files

@@ -238,8 +238,8 @@ def have_data(of_study: Study, configs: list[Composed]) -> None:
     """
     for name, form in _needed_formats(of_study, configs):
         folder = Path(form.folder)
-        was_killed = any(folder.glob(".*.json*.part"))
-        if was_killed or not any(folder.glob("[!.]*")):
+        # a part is left by a preparation that was killed
+        if any(folder.glob(".*.json*.part")) or not any(folder.glob("[!.]*")):
             say(f"data: fetching and preparing {folder}")
             _fetch(of_study.data, of_study.data.raw_files)
             prepare.prepare(fetched(of_study.data), folder, of_study, name, timeout=LOCK_TIMEOUT)
