@@ -298,8 +298,9 @@ class RawFile:
                     raise UserError(f"{self.where}: the row does not have the {len(names)} fields named in line 1")
                 yield row
         except (csv.Error, UnicodeDecodeError) as error:  # an open quotation mark ends only with the file
-            complete = f"{self.read - self._before:,} complete rows precede"
-            raise UserError(f"{self.where}: not CSV in UTF-8: {error}; {complete}") from None
+            raise UserError(
+                f"{self.where}: not CSV in UTF-8: {error}; {self.read - self._before:,} complete rows precede"
+            ) from None
 
 
 def within(given: Path, names: Collection[str]) -> dict[str, Path]:
