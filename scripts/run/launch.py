@@ -220,6 +220,7 @@ def _environment(folder: RunDir, record: Run) -> dict[str, str]:
     }
     if record.rehearsal:
         added |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        added["TORCHDYNAMO_DISABLE"] = "1"  # bitsandbytes would import torch's compiler, which a CPU does not need
         # for few rows, importing torch in more processes takes longer than they save
         added["AXOLOTL_DATASET_NUM_PROC"] = "0"
         if record.ranks > 1:

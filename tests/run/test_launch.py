@@ -45,6 +45,14 @@ def test_what_axolotl_refuses_is_named(folder, tmp_path, monkeypatch):
     assert "step" not in str(error)
 
 
+@pytest.mark.parametrize(("rehearsal", "disabled"), [(True, "1"), (False, "")])
+def test_only_a_rehearsal_leaves_out_torchs_compiler(folder, tmp_path, monkeypatch, rehearsal, disabled):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    folder.write(folder.read().model_copy(update={"rehearsal": rehearsal}))
+    fails(folder, monkeypatch, f"printf '%s' \"$TORCHDYNAMO_DISABLE\" > '{tmp_path}/disabled'; exit 1")
+    assert (tmp_path / "disabled").read_text() == disabled
+
+
 @pytest.mark.parametrize("before", ["0.0.1", None])
 def test_another_version_than_in_the_first_launch_is_named(folder, monkeypatch, capsys, before):
     record = folder.read()
