@@ -14,9 +14,8 @@ from ..config.compose import Composed, Request
 from ..config.finding import LEVELS, Case, Finding, override_errors, refuse, remaining_errors, rule_findings
 from ..config.gpus import Gpu
 from ..data import studies
-from ..run import trust  # noqa: F401 (rules add themselves)
 from ..training import validation
-from . import data_rules, model_rules, schema, settings_rules  # noqa: F401 (rules add themselves)
+from . import code_rules, data_rules, model_rules, schema, settings_rules  # noqa: F401 (rules add themselves)
 
 
 @dataclass
@@ -196,7 +195,7 @@ _DECIDES_STEPS = ("num_epochs", "max_steps", "datasets", "val_set_size", "sample
 
 
 def tokens_of(request: Request, count: int) -> list[Row]:
-    """First rows of a config's training data, token by token; see `tokens.by_token`.
+    """First rows of a config's training data, token by token; see `token_lengths.by_token`.
 
     Raises:
         UserError: the config has errors, or its data or tokenizer is missing.
@@ -205,9 +204,9 @@ def tokens_of(request: Request, count: int) -> list[Row]:
     refuse(examine(composed).findings, request.force)
     _need_tokenizer(composed, "--show-tokens", ", or add --rehearse for a small model's tokenizer")
     with importing_axolotl():
-        from ..training import tokens
+        from . import token_lengths
 
-        return tokens.by_token(composed.config, count)
+        return token_lengths.by_token(composed.config, count)
 
 
 def _need_tokenizer(composed: Composed, option: str, instead: str = "") -> None:
@@ -241,9 +240,9 @@ def tokenize(report: Report, composed: Composed, gpus: int = 1, most: int | None
         most: the number of first rows to tokenize in each data set; None for all.
     """
     with importing_axolotl():
-        from ..training import tokens
+        from . import token_lengths
 
-        findings, measured = tokens.lengths(composed.config, most, gpus)
+        findings, measured = token_lengths.lengths(composed.config, most, gpus)
     report.add(placed(findings, composed))
     by_key = {measures["key"]: measures for measures in measured}
     for read in report.data:

@@ -15,11 +15,11 @@ from ..base.files import digest
 from ..base.hub import importing_axolotl
 from ..base.progress import Bar, say
 from ..base.yamlfiles import Config
+from ..check.code_rules import READ_IT, is_listed, leaves
 from ..config import datafiles
 from ..config.finding import TASK_CODE, Finding
 from ..metrics.metric import Column
 from ..metrics.registry import Benchmark, BenchmarkParameters
-from ..run.trust import READ_IT, is_listed, leaves
 from .scores_file import Evaluation, EvaluationSettings, taken
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ from ..base.hub import importing_axolotl
 from ..base.paths import similar_paths
 from ..base.progress import say
 from ..base.yamlfiles import Config
-from ..check.rows import content_of, fields_of, names_of
 from ..config import datafiles
 from ..data import manifest, studies
 from ..data.manifest import is_the_studys
 from ..run.rundir import RunDir
+from ..training.row_fields import content_of, fields_of, names_of
 from ..training.run_record import Run
 from .scores_file import RowsState, taken
 

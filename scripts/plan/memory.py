@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, masking_utils
 from transformers.initialization import no_init_weights
 
+from ..training.chunked_loss import chunked_loss
 from .cuda import Recorder, cuda_attention, cuda_dropout, cuda_softmax
 from .steps import Step
 from .traces import MIB, Counts, MemoryTrace, Shape, lasting, ordered
@@ -59,7 +60,7 @@ def _fake(step: Step) -> Iterator[None]:
             patch.object(F, "dropout", cuda_dropout),
         ]
     if step.chunked_loss:
-        patches.append(patch.dict("transformers.loss.loss_utils.LOSS_MAPPING", {"ForCausalLM": _chunked_loss()}))
+        patches.append(patch.dict("transformers.loss.loss_utils.LOSS_MAPPING", {"ForCausalLM": chunked_loss()}))
     with ExitStack() as stack:
         for each in patches:
             stack.enter_context(each)
@@ -261,14 +262,6 @@ def trace(step: Step, shape: Shape) -> MemoryTrace:
         gc.unfreeze()
         gc.enable()
     return MemoryTrace(loaded, events, recorder.kinds, parameters, sizes, recorder.paged, expandable=step.axolotl)
-
-
-def _chunked_loss() -> Any:
-    """Axolotl's loss in eight chunks, not compiled; its memory is an upper bound."""
-    with patch("torch.compile", lambda function, **_: function):
-        from axolotl.monkeypatch.loss.chunked import get_causal_lm_loss
-
-        return get_causal_lm_loss()
 
 
 def _workspace(capability: tuple[int, int]) -> int:

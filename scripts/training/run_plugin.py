@@ -26,8 +26,8 @@ from ..base.files import append_line
 from ..base.machine import LOCK_TIMEOUT, end_with_parent, held
 from ..config import models
 from ..config.gpus import CPU_RANKS, ENGINE_KEYS, engine_of
-from ..run.rundir import step_of, write_manifest
 from . import eval_loss
+from .checkpoints import step_of, write_manifest
 from .run_record import Ended
 
 GIB = 2**30

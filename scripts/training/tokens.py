@@ -9,8 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import batched, chain, groupby, islice
-from pathlib import Path
+from itertools import batched, chain
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
@@ -30,15 +29,12 @@ from datasets.utils.logging import disable_progress_bar
 from torch.utils.data import RandomSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from ..base.errors import UserError, did_you_mean
+from ..base.errors import UserError
 from ..base.files import Row
 from ..base.machine import end_with_parent
 from ..base.progress import Bar
 from ..base.yamlfiles import Config
-from ..check.rows import Reader
 from ..config import datafiles
-from ..config.finding import Faults, Finding, Level
-from ..config.substitution import stands_in
 from .eval_loss import MASKED
 from .validation import validated
 
@@ -47,9 +43,6 @@ disable_progress_bar()
 os.register_at_fork(after_in_child=end_with_parent)
 
 _NO_LIMIT = 2**24  # tokens
-Place = tuple[str, int]
-"""File and line."""
-_MOST_REFUSED = 20  # rows of a data set that Axolotl cannot tokenize; finding each takes ten calls or more
 
 
 @dataclass
@@ -141,6 +134,10 @@ class Tokenizer:
         longest = self.cfg.sequence_len if pieces else _NO_LIMIT
         return tokenize(key, self.cfg, dataset, self.tokenizer, rows, longest)
 
+    def chat_strategy(self, dataset: Any) -> Any:
+        """Axolotl's strategy for the chats of a data set's entry."""
+        return load_strategy("chat_template", self.tokenizer, self.cfg, dataset)
+
     def load(self, key: str) -> Iterator[Row]:
         """Load rows of a data set as Axolotl does, applying split, shards and weight.
 
@@ -207,91 +204,6 @@ class Tokenizer:
             raise UserError(f"datasets: {problem}; run `recipe check --data`") from None
 
 
-def by_token(content: Config, count: int) -> list[Row]:
-    """The first rows of each training data set, tokenized as in training.
-
-    Returns:
-        For each row: the data set's key, the row's number and length, the number of tokens that carry loss, a flag for
-        rows longer than sequence_len, token ids, labels, and text. In the text, ⟪ and ⟫ enclose tokens that carry loss.
-    """
-    tokenizer = Tokenizer(content)
-    rows = []
-    for key, dataset in datafiles.datasets(content, "datasets"):
-        read = [*islice(_numbered(tokenizer, key, dataset), count)]
-        tokenized = tokenizer.tokenize(key, [row for _, row in read]) if read else []
-        for ((_, line), _), row in zip(read, tokenized, strict=False):
-            text = ""
-            for learnt, parts in groupby(zip(row.ids, row.labels, strict=True), lambda part: part[1] != MASKED):
-                decoded = tokenizer.tokenizer.decode([token for token, _ in parts], skip_special_tokens=False)
-                text += f"⟪{decoded}⟫" if learnt else decoded
-            rows.append(
-                {
-                    "dataset": key,
-                    "row": line,
-                    "length": len(row.ids),
-                    "learnt": row.learnt,
-                    "too_long": len(row.ids) > tokenizer.cfg.sequence_len,
-                    "ids": row.ids,
-                    "labels": row.labels,
-                    "text": text,
-                }
-            )
-    return rows
-
-
-def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[list[Finding], list[Row]]:
-    """Check each data set's tokenized rows and measure their lengths; skip JSONL rows that `rows.check` refuses.
-
-    Args:
-        content: the config.
-        most: the number of first rows to read from each data set; None for all.
-        gpus: the number of GPUs that train.
-
-    Returns:
-        Findings, and measures of each data set with tokenized rows: their lengths, and the share of padding in one
-        epoch's micro batches (None for packed rows).
-    """
-    tokenizer = Tokenizer(content)
-    cfg = tokenizer.cfg
-    findings: list[Finding] = []
-    measured = []
-    for key, dataset in datafiles.datasets(content):
-        total = sum(datafiles.count_rows(file) for file in datafiles.jsonl_files(dataset))
-        total = min(total, datafiles.first_rows(dataset) or total)
-        read = _Read(tokenizer, key)
-        with Bar(f"tokenize {key}", most or total) as bar:
-            for some in batched(islice(_numbered(tokenizer, key, dataset), most), 1000):
-                read.add(some)
-                if read.refused >= _MOST_REFUSED:
-                    break
-                bar.update(read.rows)
-        findings += read.findings()
-        if sizes := read.sizes:
-            kept = _kept(cfg, read)
-            measured.append(
-                {
-                    "key": key,
-                    "rows": len(sizes),
-                    "tokens": sum(sizes),
-                    "with_loss": sum(read.learnt),
-                    "median": _percentile(sizes, 50),
-                    "percentile_95": _percentile(sizes, 95),
-                    "longest": max(sizes),
-                    "too_long": sum(size > cfg.sequence_len for size in sizes),
-                    "padding": None if cfg.sample_packing else _padding(cfg, kept),
-                }
-            )
-            left = kept[: datafiles.not_held_out(content, len(kept))]
-            is_whole = len(cfg.datasets) == 1 and read.rows == total
-            if left and cfg.sample_packing and key.startswith("datasets") and is_whole:
-                findings += _without_batch(cfg, left, gpus)
-    return findings, measured
-
-
-def _percentile(sizes: list[int], share: int) -> int:
-    return int(numpy.percentile(sizes, share, method="inverted_cdf"))
-
-
 def trained_on(content: Config) -> tuple[list[int], float]:
     """Lengths of the rows that a config trains on, and the share of padding in one epoch's micro batches.
 
@@ -303,90 +215,10 @@ def trained_on(content: Config) -> tuple[list[int], float]:
         sizes: list[int] = []
         for rows in tokenizer.split()[0].select_columns("input_ids").iter(1000):
             sizes += map(len, rows["input_ids"])
-    return sizes, 0.0 if content.get("sample_packing") else _padding(tokenizer.cfg, sizes)
+    return sizes, 0.0 if content.get("sample_packing") else padding(tokenizer.cfg, sizes)
 
 
-class _Read:
-    """Statistics of one data set's tokenized rows, and mistakes by rule and subject.
-
-    Args:
-        tokenizer: the config's tokenizer.
-        key: the data set's key.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, key: str):
-        self.tokenizer, self.key = tokenizer, key
-        self.dataset = tokenizer.dataset(key)
-        self.chats: Any = None
-        self.ends = taught_ends(tokenizer.cfg, tokenizer.tokenizer)
-        self.rows = 0
-        self.sizes, self.learnt = list[int](), list[int]()
-        # the author of an input_output row writes the end token; the stand-in's tokenizer may not know it
-        self.learns_end = self.dataset["type"] == "input_output" and stands_in(tokenizer.cfg)
-        self.refused = 0
-        self.faults = Faults()
-
-    def add(self, rows: Sequence[tuple[Place, Row]]) -> bool:
-        """Tokenize more rows; return False if Axolotl cannot tokenize all of them.
-
-        A refused batch is bisected, so that its other rows are read. Some rows fail only together.
-        """
-        if self.refused >= _MOST_REFUSED:
-            return False
-        try:
-            tokenized = self.tokenizer.tokenize(self.key, [row for _, row in rows])
-        except UserError as error:
-            middle = len(rows) // 2
-            halves = [rows[:middle], rows[middle:]] if middle else []
-            if all([self.add(half) for half in halves]):
-                self.refused += 1
-                self.faults.note("bad-row", str(error).partition(": ")[2], *rows[middle][0])
-            return False
-        self.rows += len(rows)
-        self.sizes += [len(tokens.ids) for tokens in tokenized]
-        self.learnt += [tokens.learnt for tokens in tokenized]
-        self.learns_end = self.learns_end or any(not self.ends.isdisjoint(tokens.labels) for tokens in tokenized)
-        for (place, _), tokens in zip(rows, tokenized, strict=False):
-            if not tokens.learnt and len(tokenized) == len(rows):
-                self.faults.note("nothing-learnt", "", *place)
-        if self.dataset["type"] == "chat_template":
-            cfg, tokenizer = self.tokenizer.cfg, self.tokenizer.tokenizer
-            self.chats = self.chats or load_strategy("chat_template", tokenizer, cfg, self.dataset)
-            for place, row in rows:
-                for role in _unknown_roles(self.chats, row):
-                    self.faults.note("unknown-role", role, *place)
-        return True
-
-    def findings(self) -> Iterator[Finding]:
-        """Findings, each at the first row concerned."""
-        cfg, sizes, data = self.tokenizer.cfg, self.sizes, f"{self.key}.path"
-        for (rule, about), rows in self.faults.items():
-            if rule == "bad-row":
-                remedy = "correct the rows, the type or the template"
-                yield Finding("error", rule, data, f"{rows}: {about}", remedy, *rows.place)
-            elif rule == "unknown-role":
-                problem = f"{rows} with the role {about[:60]}, unknown to `roles` and the template"
-                near = did_you_mean(about.lower(), [*self.chats.prompter.roles])
-                yield Finding(
-                    "warning", rule, data, f"{problem}{near}", "correct it, or add it to `roles`", *rows.place
-                )
-            else:
-                level: Level = "error" if rows.count == self.rows else "warning"
-                problem = f"{rows} without tokens that carry loss (empty answer, or wrong role)"
-                yield Finding(level, rule, data, problem, "correct or drop these rows", *rows.place)
-        if self.refused >= _MOST_REFUSED:
-            yield Finding("note", "not-checked", data, f"stopped after {self.refused} rows that Axolotl cannot read")
-        if long := sum(size > cfg.sequence_len for size in sizes):
-            becomes = {"truncate": "cut", "raise": "an error"}.get(cfg.excess_length_strategy, "dropped")
-            problem = f"{long} of {len(sizes)} rows exceed sequence_len, {cfg.sequence_len}: {becomes}"
-            level = "error" if becomes == "an error" or (long == len(sizes) and becomes == "dropped") else "warning"
-            yield Finding(level, "too-long", data, problem, f"the longest has {max(sizes)} tokens")
-        if sizes and not self.learns_end and self.key.startswith("datasets"):
-            problem = "no end token carries loss: the model would not learn to stop"
-            yield Finding("warning", "eos-masked", f"{self.key}.type", problem, "inspect rows with --show-tokens")
-
-
-def _unknown_roles(strategy: Any, row: Row) -> set[str]:
+def unknown_roles(strategy: Any, row: Row) -> set[str]:
     """Roles of a row that neither its data set nor the template knows."""
     roles = {strategy.transform_message(message)["role"] for message in strategy._get_messages(row)}
     template = strategy.prompter.chat_template
@@ -394,10 +226,10 @@ def _unknown_roles(strategy: Any, row: Row) -> set[str]:
     return {role for role in roles - known if not re.search(rf"""['"]{re.escape(role)}['"]""", template)}
 
 
-def _without_batch(cfg: Any, sizes: list[int], gpus: int) -> Iterator[Finding]:
-    """Error if the packed rows are too few for a micro batch on each GPU.
+def packed_sequences(cfg: Any, sizes: list[int]) -> tuple[int, int]:
+    """Number of sequences that rows fill when packed, and how many of them a micro batch has.
 
-    Training would then have no step. The rows are packed as in axolotl/core/trainers/base.py.
+    The rows are packed as in axolotl/core/trainers/base.py.
     """
     real = cfg.multipack_real_batches
     apart = not cfg.attn_supports_packing if real is None else real
@@ -409,23 +241,10 @@ def _without_batch(cfg: Any, sizes: list[int], gpus: int) -> Iterator[Finding]:
         bin_size=cfg.sample_packing_bin_size,
         sequential=cfg.sample_packing_sequentially,
     )
-    sequences, needed = len(sampler), cfg.micro_batch_size if apart else 1
-    if sequences < needed * gpus:
-        each = f" on each of {gpus} GPUs" if gpus > 1 else ""
-        filled = f"{sequences} of the {needed * gpus} packed sequences of a micro batch{each}"
-        fewer = f"micro_batch_size={sequences // gpus}" if sequences >= gpus else "sample_packing=false"
-        remedy = f"set {fewer}, a smaller sequence_len, or more rows (rehearsal: `--set datasets.0.split=train[:N]`)"
-        yield Finding("error", "no-batch", "micro_batch_size", f"no step: {len(sizes)} rows fill {filled}", remedy)
+    return len(sampler), cfg.micro_batch_size if apart else 1
 
 
-def _kept(cfg: Any, read: _Read) -> list[int]:
-    """Lengths of the training rows after Axolotl drops or cuts long rows; packing also drops rows without loss."""
-    cuts = cfg.excess_length_strategy == "truncate"
-    sizes = (size for size, learnt in zip(read.sizes, read.learnt, strict=True) if learnt or not cfg.sample_packing)
-    return [min(size, cfg.sequence_len) for size in sizes if cuts or size <= cfg.sequence_len]
-
-
-def _padding(cfg: Any, kept: list[int]) -> float:
+def padding(cfg: Any, kept: list[int]) -> float:
     """Share of padding among all tokens, if Axolotl's collator pads the batches (core/builders/causal.py)."""
     if kept and cfg.group_by_length and not cfg.curriculum_sampling:
         order = torch.Generator().manual_seed(cfg.seed)
@@ -439,28 +258,3 @@ def _padding(cfg: Any, kept: list[int]) -> float:
         longest = cfg.sequence_len if cfg.pad_to_sequence_len else max(batch)
         padded += math.ceil(longest / multiple) * multiple * len(batch)
     return 1 - sum(kept) / padded if kept else 0.0
-
-
-def _numbered(tokenizer: Tokenizer, key: str, dataset: Config) -> Iterator[tuple[Place, Row]]:
-    """Rows of a data set's local files, each with file and line; for formats other than JSONL, with the row's number.
-
-    Rows beyond the data set's split are left out, and JSONL rows in which `rows.check` finds errors. Axolotl loads the
-    other formats. Missing files have no rows."""
-    files = datafiles.jsonl_files(dataset)
-    if not files and any(file.is_file() for file in datafiles.local_files(dataset)):
-        for number, row in enumerate(tokenizer.load(key), start=1):
-            yield (dataset["path"], number), row
-        return
-    lines = chain.from_iterable(map(_lines_of, files))
-    reader = Reader(dataset, None, {}, trained=False)
-    for place, line in islice(lines, datafiles.first_rows(dataset)):
-        row = reader.readable(line)
-        if row is not None:
-            yield place, row
-
-
-def _lines_of(file: Path) -> Iterator[tuple[Place, bytes]]:
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield (str(file), number), line

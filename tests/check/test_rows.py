@@ -11,6 +11,7 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.check import check, rows
 from qlora_recipes.config.compose import Request
+from qlora_recipes.training import row_fields
 
 pytestmark = pytest.mark.usefixtures("place")
 
@@ -152,14 +153,14 @@ def test_a_folder_is_read_file_by_file(place):
     assert [(finding.rule, finding.where) for finding in findings] == [("not-checked", "rows/manifest.json")]
 
 
-@pytest.mark.parametrize("kind", sorted(rows.FIELDS))
+@pytest.mark.parametrize("kind", sorted(row_fields.FIELDS))
 def test_fields_are_those_that_axolotl_reads(kind, tiny):
     from axolotl.utils.dict import DictDefault
     from transformers import AutoTokenizer
 
     from qlora_recipes.training.tokens import tokenize
 
-    fields = rows.FIELDS[kind]
+    fields = row_fields.FIELDS[kind]
     needed = [*fields.texts, *([fields.reference] if fields.reference else [])]
     row = {name: f"the {name}" for name in needed}
     tokenizer = AutoTokenizer.from_pretrained(tiny)

@@ -16,8 +16,9 @@ from qlora_recipes.data import studies
 from qlora_recipes.evaluate.score import VERSION
 from qlora_recipes.evaluate.scores_file import Evaluation, EvaluationSettings
 from qlora_recipes.metrics import registry
-from qlora_recipes.run import launch, rundir
+from qlora_recipes.run import launch
 from qlora_recipes.run.rundir import RunDir
+from qlora_recipes.training import checkpoints
 from qlora_recipes.training.run_record import Launch, Run, Summary
 
 STUDY = studies.find("haider2024")
@@ -121,7 +122,7 @@ def a_checkpoint(output: Path, step: int, ranks: int = 1) -> Path:
     for name in ("optimizer.pt", "scheduler.pt", *rng_states):
         torch.save({"state": torch.ones(1000)}, folder / name)
     (folder / "trainer_state.json").write_bytes(orjson.dumps({"global_step": step}))
-    rundir.write_manifest(folder)
+    checkpoints.write_manifest(folder)
     return folder
 
 

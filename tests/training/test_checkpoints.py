@@ -6,7 +6,7 @@ import torch
 from run_folders import ADAPTER, a_checkpoint
 
 from qlora_recipes.base.files import read_json
-from qlora_recipes.run import rundir
+from qlora_recipes.training import checkpoints
 from qlora_recipes.training.run_plugin import RunCallback
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
@@ -18,35 +18,35 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("damage", [*DAMAGES, "gone"])
-@pytest.mark.parametrize("name", [ADAPTER, "optimizer.pt", "rng_state.pth", rundir.MANIFEST])
+@pytest.mark.parametrize("name", [ADAPTER, "optimizer.pt", "rng_state.pth", checkpoints.MANIFEST])
 def test_a_damaged_file_is_named(tmp_path, name, damage):
     folder = a_checkpoint(tmp_path, 4)
-    assert rundir.damage(folder, ranks=1) is None
+    assert checkpoints.damage(folder, ranks=1) is None
     content = (file := folder / name).read_bytes()
     file.unlink()
     if damage in DAMAGES:
         file.write_bytes(DAMAGES[damage](content))
-    assert (rundir.damage(folder, ranks=1) or "").startswith(f"{name} ")
+    assert (checkpoints.damage(folder, ranks=1) or "").startswith(f"{name} ")
 
 
 def test_a_run_saves_manifests(tmp_path):
     folder = a_checkpoint(tmp_path / "output", 4)
-    (folder / rundir.MANIFEST).unlink()
+    (folder / checkpoints.MANIFEST).unlink()
     state = SimpleNamespace(is_world_process_zero=True, global_step=4)
     RunCallback(tmp_path / "metrics.jsonl", None, None).on_save(
         SimpleNamespace(output_dir=str(folder.parent), device=torch.device("cpu")), state, None
     )
-    listed = read_json(folder / rundir.MANIFEST)["files"]
+    listed = read_json(folder / checkpoints.MANIFEST)["files"]
     assert listed.keys() == {ADAPTER, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
 
 
 def test_files_of_each_rank_and_of_the_manifest_count_and_the_step_is_that_of_the_name(tmp_path):
     folder = a_checkpoint(tmp_path, 4, ranks=2)
-    assert rundir.damage(folder, ranks=2) is None
-    assert "rng_state_2.pth" in (rundir.damage(folder, ranks=3) or "")
+    assert checkpoints.damage(folder, ranks=2) is None
+    assert "rng_state_2.pth" in (checkpoints.damage(folder, ranks=3) or "")
     (folder / "scaler.pt").touch()
-    rundir.write_manifest(folder)
+    checkpoints.write_manifest(folder)
     (folder / "scaler.pt").unlink()
-    assert "scaler.pt" in (rundir.damage(folder, ranks=2) or "")
+    assert "scaler.pt" in (checkpoints.damage(folder, ranks=2) or "")
     folder = a_checkpoint(tmp_path, 5).rename(tmp_path / "checkpoint-6")
-    assert "trainer_state.json" in (rundir.damage(folder, ranks=1) or "")
+    assert "trainer_state.json" in (checkpoints.damage(folder, ranks=1) or "")

@@ -27,7 +27,7 @@ def trained(content: yamlfiles.Config, cache: Path) -> list[tuple[list[int], lis
 
 
 def shown(content: yamlfiles.Config, count: int) -> list[dict[str, Any]]:
-    from qlora_recipes.training.tokens import by_token
+    from qlora_recipes.check.token_lengths import by_token
 
     return by_token(content, count)
 
@@ -108,7 +108,7 @@ def test_the_text_of_a_row_shows_what_carries_loss(llama, tmp_path):
 
 
 def test_lengths(llama, sample):
-    from qlora_recipes.training.tokens import lengths
+    from qlora_recipes.check.token_lengths import lengths
 
     found, (measured,) = lengths(llama)
     sizes = [row["length"] for row in shown(llama, 200)]
@@ -125,7 +125,7 @@ def test_lengths(llama, sample):
 
 def judged(content: yamlfiles.Config, rows: list[Any], **dataset: Any) -> list[tuple[str, str, int | None]]:
     """The level, rule and line of what Axolotl finds in some training rows."""
-    from qlora_recipes.training.tokens import lengths
+    from qlora_recipes.check.token_lengths import lengths
 
     Path("rows.jsonl").write_bytes(b"\n".join(map(orjson.dumps, rows)) + b"\n")
     data = {"datasets": [{"path": "rows.jsonl", "type": "alpaca"} | dataset], "test_datasets": None}
@@ -211,7 +211,7 @@ def test_rows_of_which_nothing_is_learnt_are_an_error_where_there_are_no_others(
     ],
 )
 def test_long_rows_and_too_few_packed_ones(llama, change, found):
-    from qlora_recipes.training.tokens import lengths
+    from qlora_recipes.check.token_lengths import lengths
 
     packed = {"gradient_accumulation_steps": 64, "warmup_steps": 0} if "sample_packing" in change else {}
     findings, _ = lengths(llama | change | packed)

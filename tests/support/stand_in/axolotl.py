@@ -34,7 +34,7 @@ from filelock import FileLock
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.files import append_line
-from qlora_recipes.run import rundir
+from qlora_recipes.training import checkpoints
 
 ADAPTER = "adapter_model.safetensors"
 STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
@@ -169,7 +169,7 @@ class Training:
             # by age, as transformers does: a damaged checkpoint of a later step has to go before what is saved now
             for old in sorted(self.output.glob("checkpoint-*"), key=lambda folder: folder.stat().st_mtime)[:-limit]:
                 shutil.rmtree(old)
-        rundir.write_manifest(folder)
+        checkpoints.write_manifest(folder)
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint; a file of it that cannot be read ends the process, one that is missing does not."""

@@ -1,0 +1,199 @@
+"""Rules about code from other sources than the installed packages.
+
+Such code is an error. It runs only after the user passes the finding's name to --force. The rules read the config as
+written, with values that break the schema: Axolotl would convert some of them, such as `trust_remote_code: 1`.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..base.secrets import public
+from ..config import datafiles, models
+from ..config.finding import Case, Problems, rule
+from ..config.merging import flatten
+from ..config.models import ModelFiles
+from . import schema
+
+READ_IT = "read the code; to run it, pass the name in brackets to --force"
+SWITCHES = ("trust_remote_code", "allow_all_kernels", "use_kernels")
+"""Keys at any depth that allow code from a repository. `use_kernels` also sets allow_all_kernels (loaders/model.py)."""
+_PLUGINS = "context_parallel|cut_cross_entropy|densemixer|diffusion|expert_parallel|fla_sm120_shim|grokfast|liger"
+_PLUGINS += "|mixlora|mora|spectrum|swanlab"  # nemo_gym clones a repository, lm_eval runs task files, kernels the hub's
+# kernels-community belongs to the hub's maintainers, but anybody can propose a commit there, which has a hash
+_ATTENTION = r"(paged\|)?\w+|kernels-community/[\w.-]+(@v\d{1,3})?(:\w+)?"
+_CLASS = "[A-Z][A-Za-z0-9]*"  # of transformers; a dotted name would be imported
+_PATTERNS = {
+    "plugins": rf"axolotl\.integrations\.({_PLUGINS})[.:][\w.:]+|qlora_recipes\.plugin\.RunPlugin",
+    "adapter_config.auto_mapping.base_model_class": _CLASS,
+    "adapter_config.auto_mapping.parent_library": r"transformers\.models\.[\w.]+",
+    "adapter_config.megatron_core": r"megatron\.core",
+    "adapter_config.peft_type": "LORA|IA3",
+    "attn_implementation": _ATTENTION,
+    "cls_model_config": _CLASS,
+    "processor_type": _CLASS,
+    "tokenizer_type": _CLASS,
+    "type_of_model": _CLASS,
+    "torch_compile_backend": "inductor|eager|aot_eager|cudagraphs",
+    "datasets.ds_type": "|".join(datafiles.FORMATS),
+    "overrides_of_model_config.attn_implementation": _ATTENTION,
+    "overrides_of_model_config._attn_implementation": _ATTENTION,
+    "overrides_of_model_kwargs.attn_implementation": _ATTENTION,
+    "overrides_of_model_kwargs.use_safetensors": "True",
+}
+"""Keys whose values are harmless if they match a pattern."""
+_PLAIN = """
+    adapter added_tokens_overrides.* axolotl_config_path base_model batch_flattening bench_split bf16 chat_template
+    chat_template_jinja chat_template_kwargs.* default_system_message device eot_tokens excess_length_strategy
+    experts_implementation fix_untrained_tokens fp32_norm_classes image_resize_algorithm image_size large_head_attention
+    model_quantization_config model_revision nf4_backend processor_kwargs.use_fast relora_prune_method revision_of_model
+    ring_attn_func sample_packing_mp_start_method special_tokens.* tf32 tokenizer_config tokens
+
+    accelerator_config.* activation_offloading dpo_loss_* dynamic_checkpoint.* eval_strategy evaluation_strategy
+    flex_attn_compile_kwargs.dynamic flex_attn_compile_kwargs.mode gradient_checkpointing
+    gradient_checkpointing_kwargs.* learning_rate lisa_layers_attribute lr_groups.* lr_scheduler lr_scheduler_kwargs.*
+    metric_for_best_model optim_args optim_args.* optim_target_modules optimizer qgalore_proj_type rl save_strategy
+    pose_split_on_token_ids selective_checkpointing* torch_compile torch_compile_mode torch_compile_options.*
+    unfrozen_parameters
+
+    bnb_config_kwargs.* lora_alpha_pattern.* lora_model_dir lora_modules_to_save lora_rank_pattern.* lora_target_modules
+    lora_target_parameters merge_method mora.* peft.* peft_init_lora_weights peft_layer_replication*
+    peft_layers_* peft_trainable_token_indices* qat.* quantization.*
+
+    context_parallel.* device_map device_map.* expert_parallel_backend fp8_config.* fsdp_config.*
+    fsdp_final_state_dict_type gpu_memory_limit max_memory.* resources_per_worker.CPU resources_per_worker.GPU
+
+    comet_* cut_cross_entropy_c_grad_chunk_size dataset_prepared_path diffusion.* diffusion_lm.* gradio_server_name
+    gradio_title hub_model_id hub_revision hub_strategy liger_kernel_impl mlflow_* otel_metrics_host output_dir
+    push_dataset_to_hub ray_run_name spectrum_model_name swanlab_* trackio_* wandb_*
+
+    datasets.chat_template datasets.chat_template_jinja datasets.conversation datasets.data_files datasets.field
+    datasets.field_* datasets.input_format datasets.logprobs_field datasets.message_* datasets.name datasets.path
+    datasets.revision datasets.roles.* datasets.roles_to_train datasets.split datasets.step_separator
+    datasets.template_thinking_key datasets.text_column datasets.train_on_* datasets.type.*
+    datasets.drop_system_message datasets.max_completion_length datasets.preprocess_shards datasets.shards*
+    datasets.skip datasets.split_thinking datasets.temperature datasets.trust_remote_code datasets.weight
+    role_boundaries.*
+
+    ebft.* trl.async_* trl.chat_template_kwargs.* trl.generation_batch_size
+    trl.generation_kwargs.max_tokens
+    trl.generation_kwargs.temperature trl.generation_kwargs.top_k trl.generation_kwargs.top_p
+    trl.importance_sampling_level trl.loss_type trl.multi_objective_aggregation trl.scale_rewards
+    trl.vllm_* trl.beta trl.entropy_* trl.epsilon* trl.log_* trl.max_completion_length trl.num_* trl.replay_*
+    trl.mask_* trl.min_p trl.off_* trl.prefetch_* trl.ref_* trl.repetition_penalty trl.reward_num_workers
+    trl.reward_weights trl.skip_* trl.streaming_* trl.sync_* trl.reroll_* trl.temperature trl.top_* trl.use_*
+
+    overrides_of_model_config.attention_dropout overrides_of_model_config.bos_token_id
+    overrides_of_model_config.eos_token_id overrides_of_model_config.max_position_embeddings
+    overrides_of_model_config.num_* overrides_of_model_config.output_router_logits
+    overrides_of_model_config.pad_token_id overrides_of_model_config.rope_*
+    overrides_of_model_config.router_aux_loss_coef overrides_of_model_config.sliding_window
+    overrides_of_model_config.tie_word_embeddings overrides_of_model_config.use_cache
+    overrides_of_model_config.vocab_size rope_scaling*
+    overrides_of_model_kwargs.device_map overrides_of_model_kwargs.dtype overrides_of_model_kwargs.low_cpu_mem_usage
+    overrides_of_model_kwargs.max_memory.* overrides_of_model_kwargs.torch_dtype overrides_of_model_kwargs.use_cache
+
+    adapter_config.alora_invocation_tokens* adapter_config.alpha_pattern.* adapter_config.base_model_name_or_path
+    adapter_config.bias adapter_config.ensure_weight_tying adapter_config.eva_config.* adapter_config.exclude_modules
+    adapter_config.fan_in_fan_out adapter_config.inference_mode adapter_config.init_lora_weights
+    adapter_config.layer_replication* adapter_config.layers_* adapter_config.loftq_config.*
+    adapter_config.lora_alpha adapter_config.lora_bias adapter_config.lora_dropout adapter_config.modules_to_save
+    adapter_config.peft_version adapter_config.qalora_group_size adapter_config.r adapter_config.rank_pattern.*
+    adapter_config.revision adapter_config.target_modules adapter_config.target_parameters adapter_config.task_type
+    adapter_config.trainable_token_indices* adapter_config.use_*
+
+    deepspeed.activation_checkpointing.* deepspeed.aio.* deepspeed.bf16.* deepspeed.bfloat16.*
+    deepspeed.communication_data_type deepspeed.fp16.* deepspeed.gradient_* deepspeed.optimizer.*
+    deepspeed.prescale_gradients deepspeed.scheduler.* deepspeed.steps_per_print deepspeed.train_*
+    deepspeed.wall_clock_breakdown deepspeed.zero_*
+"""
+"""Keys whose values are only names, paths of data, and settings of installed code.
+
+A * at the end stands for any characters."""
+_NUMBERS = {"boolean", "integer", "number", "null"}
+_ALIASES = {"model_config": "overrides_of_model_config", "model_kwargs": "overrides_of_model_kwargs"}
+_ALIASES |= {"model_type": "type_of_model", "test_datasets": "datasets", "pretraining_dataset": "datasets"}
+
+
+@rule
+def foreign_code(case: Case) -> Problems:
+    """A value that Axolotl hands to transformers, datasets, kernels, PEFT, DeepSpeed or torch, and that is on no list.
+
+    Axolotl imports modules that a config names, and hands other keys on unread. A key is therefore harmless only if it
+    is listed here, or takes only numbers and switches. A plugin or prompt strategy is imported even to validate a
+    config or to tokenize rows. PEFT imports and unpickles what an adapter_config.json names.
+    """
+    written = dict(case.written)
+    if isinstance(engine := written.get("deepspeed"), str):
+        name = engine if Path(engine).is_file() else None  # a finding if not JSON: DeepSpeed reads more than JSON
+        written["deepspeed"] = ModelFiles([], lambda file: Path(file).read_bytes()).json(engine) or name
+    if isinstance(adapter := written.get("lora_model_dir"), str):
+        written["adapter_config"] = ModelFiles.find(adapter, None, case.ask_hub).json("adapter_config.json")
+    for key, value in leaves(written):
+        if not _is_harmless(key, value):
+            shown = public(value, key)
+            yield "error", key, f"may run foreign code: {shown} is not on the list of what is harmless", READ_IT
+
+
+def leaves(content: Any) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values, also of the items of lists."""
+    for key, value in flatten(content):
+        if isinstance(value, list):
+            yield from ((f"{key}.{i}", item) for i, item in enumerate(value))
+        else:
+            yield key, value
+
+
+def _is_harmless(key: str, value: Any) -> bool:
+    """True if a config's value cannot name or allow code."""
+    first, dot, others = key.partition(".")
+    first = _ALIASES.get(first, first)
+    if key.rpartition(".")[2] in SWITCHES:
+        return value in (None, False)
+    keys = schema.load()["properties"]
+    if first not in (*keys, "adapter_config"):
+        return True  # Axolotl ignores other keys
+    if value in (None, {}) and not (dot and first in _PATTERNS):  # Axolotl also takes plugins from a mapping's keys
+        return True
+    if first == "adapter_config" and isinstance(value, bool | int | float):
+        return True  # forks of PEFT write switches of their own
+    if not dot and {kind.get("type") for kind in keys[first].get("anyOf", [keys[first]])} <= _NUMBERS:
+        return True
+    return is_listed(f"{first}{dot}{others}", value, _PLAIN, _patterns())
+
+
+def is_listed(key: str, value: Any, plain: str, patterns: Mapping[str, str]) -> bool:
+    """True if a key is on a list of plain keys, or its value matches its pattern; positions in lists do not matter."""
+    name = re.sub(r"\.\d+(?=\.|$)", "", key)
+    if name in patterns:
+        return re.fullmatch(patterns[name], str(value)) is not None
+    return any(fnmatchcase(name, entry) for entry in plain.split())
+
+
+@cache
+def _patterns() -> Mapping[str, str]:
+    """`_PATTERNS`, with the types of data sets that are part of Axolotl."""
+    types: list[str] = []
+    for name in ("SFTDataset", "DPODataset", "KTODataset"):
+        types += schema.load()["$defs"][name]["properties"]["type"]["anyOf"][0]["enum"]
+    one_word = r"\w+"  # a module of Axolotl, or an error of the schema
+    return _PATTERNS | {"datasets.type": "|".join([one_word, *map(re.escape, types)])}
+
+
+@rule
+def pickled_weights(case: Case) -> Problems:
+    """torch.load unpickles all weights but safetensors; a pickle can contain code.
+
+    By default, recent versions of torch load only weights, but this restriction has had vulnerabilities."""
+    for key, revision in (("base_model", models.revision(case.config)), ("lora_model_dir", None)):
+        name = case[key]
+        files = ModelFiles.find(name, revision, case.ask_hub).pickles() if isinstance(name, str) else []
+        if files:
+            problem = f"would load {files[0]}, which is not a safetensors file: loading it can run code"
+            yield "error", key, problem, "use a safetensors copy; to load it, pass the name in brackets to --force"
+
+
+CODE_RULES = (foreign_code, pickled_weights)
