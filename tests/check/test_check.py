@@ -11,7 +11,6 @@ from qlora_recipes.check import check
 from qlora_recipes.config import gpus
 from qlora_recipes.config.compose import MIRROR, Composed, Request
 from qlora_recipes.config.finding import Case, Finding, refuse
-from qlora_recipes.data import studies
 from qlora_recipes.plan import plan
 from qlora_recipes.verbs import before
 
@@ -158,7 +157,7 @@ def test_a_file_that_is_no_config_is_one_finding(place, content):
     assert not (place / "hit").exists()
 
 
-def test_data_that_are_not_prepared_yet_are_one_warning_of_a_check_and_an_error_of_a_run(recipe, tmp_path):
+def test_data_that_are_not_prepared_yet_are_one_warning_of_a_check_and_an_error_of_a_run(recipe):
     tagged = "haider2024/as-released/llama-3-8b"
     done = recipe.ok("check", tagged)
     (said,) = [line for line in done.stdout.splitlines() if "not-prepared" in line]
@@ -168,10 +167,6 @@ def test_data_that_are_not_prepared_yet_are_one_warning_of_a_check_and_an_error_
         "`recipe data fetch codereviewer`",
     )
     assert prepare in said and fetch in said
-    for file in studies.find("haider2024").data.files:
-        (tmp_path / "data/codereviewer-raw").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "data/codereviewer-raw" / file).touch()
-    assert fetch not in recipe("check", tagged).stdout
     ran = recipe("run", tagged, "--set", "fp16=false")
     assert (ran.returncode, "error: datasets.0.path: data/codereviewer-tagged" in ran.stderr) == (2, True)
     assert "[no-gpu]" in ran.stderr
