@@ -42,25 +42,10 @@ def importing_axolotl(offline: bool = True) -> Iterator[None]:
             patch.object(importlib.metadata, "packages_distributions", _packages_distributions),
             redirect_stdout(sys.stderr),
         ):
-            _import_generation()
             yield
     finally:
         logging.disable(disabled)
         os.environ["HF_HUB_OFFLINE"] = variable
-
-
-def _import_generation() -> None:
-    """Import transformers' generation without scikit-learn, which only generation with a second model needs.
-
-    scikit-learn imports SciPy and pandas, and takes a tenth of the time of all imports.
-    """
-    if "sklearn" in sys.modules:
-        return
-    sys.modules["sklearn"] = None  # type: ignore[assignment]  # Python then reports it as not installed
-    try:
-        import transformers.generation.candidate_generator  # noqa: F401
-    finally:
-        del sys.modules["sklearn"]
 
 
 ANSWER_TIMEOUT = 5.0

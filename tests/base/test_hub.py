@@ -1,8 +1,6 @@
 """What the hub says, against a local server that answers like it."""
 
-import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import orjson
@@ -132,10 +130,3 @@ def test_a_pickle_on_the_hub_is_an_error_before_it_is_fetched(server, recipe, tm
     found = [line for line in recipe("check", "own.yaml").stdout.splitlines() if "pickled-weights" in line]
     assert [f"would load {pickled}, " in line for line in found] == ([True] if pickled else [])
     assert not any(path.endswith((".bin", ".safetensors")) for path in server.paths)
-
-
-def test_scikit_learn_is_hidden_only_while_transformers_is_imported(monkeypatch):
-    monkeypatch.delitem(sys.modules, "sklearn", raising=False)
-    with hub.importing_axolotl():
-        assert "sklearn" not in sys.modules
-        assert find_spec("sklearn")
