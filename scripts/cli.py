@@ -7,16 +7,17 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 
 from .base import paths
 from .base.errors import UserError, WorkFailed
 from .base.files import DISK_FULL
 from .base.progress import say
-from .verbs import after, before, data, recipes, running, scoring
 from .verbs.help import Verbs
 
 FIRST_STEPS = """\
@@ -26,8 +27,41 @@ recipe evaluate latest
 recipe results"""
 
 
+VERBS = {
+    "Recipes": {"list": "list", "show": "list", "diff": "list", "new": "new"},
+    "Before a run": {"data": "data", "check": "check", "plan": "plan"},
+    "Running": {"run": "run", "resume": "run", "sweep": "sweep", "reproduce": "reproduce", "cancel": "run"},
+    "After": {
+        "evaluate": "evaluate",
+        "score": "evaluate",
+        "results": "results",
+        "report": "publish",
+        "publish": "publish",
+    },
+    "Upkeep": {"doctor": "upkeep", "render": "upkeep", "study": "upkeep"},
+}
+"""Verbs by heading, in the order of use, each with its module in verbs/."""
+
+
+class _Verbs(Verbs):
+    """All verbs; a verb's module is imported when it is used, or for help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for modules in VERBS.values() for name in modules]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        for modules in VERBS.values():
+            if cmd_name in modules:
+                module = import_module(f".verbs.{modules[cmd_name]}", __package__)
+                return typer.main.get_group(module.verbs).commands[cmd_name]
+        return None
+
+    def headings(self, ctx: click.Context) -> dict[str, list[str]]:
+        return {heading: list(modules) for heading, modules in VERBS.items()}
+
+
 app = typer.Typer(
-    cls=Verbs,
+    cls=_Verbs,
     help="Axolotl recipes for QLoRA studies: list, run, evaluate and compare them.",
     no_args_is_help=True,
     epilog=FIRST_STEPS,
@@ -36,13 +70,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(recipes.verbs)
-app.add_typer(data.verbs, name="data", rich_help_panel=before.HEADING)
-app.add_typer(before.verbs)
-app.add_typer(running.verbs)
-app.add_typer(scoring.verbs)
-app.add_typer(after.verbs)
-app.add_typer(recipes.upkeep)
 
 
 def _print_version(asked: bool) -> None:

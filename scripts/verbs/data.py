@@ -11,15 +11,17 @@ from ..base.progress import Bar, say
 from .help import Verb, Verbs, next_step
 from .options import Json, complete_studies
 
-verbs = typer.Typer(
+verbs = typer.Typer(rich_markup_mode=None)
+data_verbs = typer.Typer(
     cls=Verbs,
     help="Fetch and prepare the data that recipes train on.",
     no_args_is_help=True,
     epilog="recipe data fetch codereviewer\nrecipe data prepare --study haider2024",
 )
+verbs.add_typer(data_verbs, name="data")
 
 
-@verbs.command(
+@data_verbs.command(
     "fetch",
     cls=Verb,
     epilog="recipe data fetch codereviewer\nrecipe data fetch gsm8k --only test.jsonl",
@@ -53,7 +55,7 @@ def fetch_verb(
     next_step("data", "prepare", "--study", of_study.folder.name, json=json)
 
 
-@verbs.command(
+@data_verbs.command(
     "prepare",
     cls=Verb,
     epilog="recipe data prepare --study haider2024\nrecipe data prepare my-folder --study haider2024",

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 import click
 from typer.core import TyperCommand, TyperGroup
 
-from ..base import paths
+from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.progress import PART, say
+
+if TYPE_CHECKING:
+    from ..config.compose import Request
 
 if TYPE_CHECKING:
     from ..run.rundir import RunDir
@@ -48,13 +51,16 @@ class Verb(TyperCommand):
 class Verbs(TyperGroup):
     """A group of verbs under headings; its epilog consists of examples, one per line."""
 
+    def headings(self, ctx: click.Context) -> dict[str, list[str]]:
+        """Names of the verbs by heading."""
+        return {"Commands": self.list_commands(ctx)}
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        width = max(map(len, self.commands))
-        headings: dict[str, list[tuple[str, str]]] = {}
-        for name, verb in self.commands.items():
-            record = name.ljust(width), verb.get_short_help_str(limit=1000)
-            headings.setdefault(getattr(verb, "rich_help_panel", None) or "Commands", []).append(record)
-        _write_sections(headings, formatter)
+        width = max(map(len, self.list_commands(ctx)))
+        for heading, names in self.headings(ctx).items():
+            verbs = [(name, self.get_command(ctx, name)) for name in names]
+            records = [(name.ljust(width), verb.get_short_help_str(limit=1000)) for name, verb in verbs if verb]
+            _write_sections({heading: records}, formatter)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         _write_examples(self.epilog, formatter)
@@ -85,7 +91,6 @@ def name_of(folder: "RunDir") -> str:
 
 def after_training(folder: "RunDir", on: str) -> None:
     """Suggest the next command after training: the run's evaluation, or a report if its rows have no answers."""
-    from ..base import yamlfiles
     from ..evaluate import evaluation_rows
 
     run, cfg = folder.read(), yamlfiles.read_yaml(folder.config)
@@ -94,3 +99,12 @@ def after_training(folder: "RunDir", on: str) -> None:
         evaluation_rows.require_reference(folder, cfg, evaluation_rows.usual(run, cfg))
         words = ["evaluate", name_of(folder), *([] if on == "local" else ["--on", on])]
     next_step(*words)
+
+
+def launching(request: "Request") -> list[str]:
+    """Arguments of `recipe run`; with --rehearse if there is no GPU."""
+    from ..config import gpus
+
+    rehearsed = ["--rehearse"] if request.rehearse or not gpus.here() else []
+    several = ["--gpus", str(request.gpus)] if request.gpus > 1 else []
+    return [request.name, *over(request.profiles, request.overrides), *several, *rehearsed]

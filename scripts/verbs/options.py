@@ -1,18 +1,21 @@
 """Shared arguments and options of verbs: completion, values, and their conflicts."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..base import paths
+from ..base import paths, tables
 from ..base.errors import UserError
-from ..base.files import read_json
+from ..base.files import Row, read_json
 from ..base.paths import find_recipe
 from ..base.progress import say
+
+if TYPE_CHECKING:
+    from ..run.backends import TaskResult
 
 if TYPE_CHECKING:
     from ..run.backends import Backend
@@ -277,3 +280,28 @@ def backend_of(on: str, rehearsal: bool = False, jobs: int | None = None) -> "Ba
     from ..run.backends.slurm import Slurm
 
     return Slurm(rehearsal, jobs, options)
+
+
+def end(
+    results: "list[TaskResult]",
+    json: bool,
+    head: dict[str, Any],
+    rows: list[Row],
+    show: Callable[[], None],
+) -> None:
+    """Print steps and results, and exit with the steps' code."""
+    from ..study import pipeline
+
+    steps = [result.as_row() for result in results]
+    if json:
+        steps = [step | {"problem": result.problem} for step, result in zip(steps, results, strict=True)]
+        tables.print_json(head | {"steps": steps, "results": rows})
+    else:
+        tables.print_table(steps, below=["run"])
+        print()
+        show()
+    for result in results:
+        if result.problem:
+            say(f"{result.label}: {result.problem}")
+    if code := pipeline.exit_code(results):
+        raise typer.Exit(code)

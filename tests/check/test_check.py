@@ -12,7 +12,7 @@ from qlora_recipes.config import gpus
 from qlora_recipes.config.compose import MIRROR, Composed, Request
 from qlora_recipes.config.finding import Case, Finding, refuse
 from qlora_recipes.plan import plan
-from qlora_recipes.verbs import before
+from qlora_recipes.verbs import check as verb
 
 NAME = "haider2024/code-llama-7b"
 
@@ -124,7 +124,7 @@ def test_what_is_too_big_for_a_card_is_an_error(place, tiny):
     assert (finding.name, finding.level) == ("too-big:micro_batch_size", "error")
     assert (place / "tiny.yaml").read_text().splitlines()[finding.line - 1].startswith("micro_batch_size")
     assert found(small) == [finding]  # from the cache
-    (report,) = before._checked([Request("tiny.yaml", force=[finding.name])], small, False, True)
+    (report,) = verb._checked([Request("tiny.yaml", force=[finding.name])], small, False, True)
     assert [each.level for each in report.findings] == ["warning"]
     assert not found(large)
     engine = {"deepspeed": "zero3_offload.json"}

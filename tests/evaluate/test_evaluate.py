@@ -33,7 +33,7 @@ from qlora_recipes.results import card, run_rows
 from qlora_recipes.results.run_rows import RunResult
 from qlora_recipes.run.rundir import RunDir
 from qlora_recipes.training.run_record import FileState, Launch
-from qlora_recipes.verbs.scoring import evaluate_verb
+from qlora_recipes.verbs.evaluate import evaluate_verb
 
 
 def evaluated(run: RunDir, **more: Any) -> Evaluation:

@@ -10,7 +10,7 @@ from file_server import serving
 from huggingface_hub import close_session, constants
 
 from qlora_recipes.base import hub, machine, paths
-from qlora_recipes.verbs import doctor
+from qlora_recipes.check import environment
 
 Patch = pytest.MonkeyPatch
 Lines = dict[str, dict[str, str]]
@@ -24,7 +24,7 @@ USAGE = SimpleNamespace(free=10**9 // 2, total=10**9)
 def healthy(monkeypatch: Patch) -> None:
     """A machine with a T4 whose torch sees it, and no network."""
     monkeypatch.setattr(machine, "gpus", lambda: [T4])
-    monkeypatch.setattr(doctor, "ask_torch", lambda: TORCH)
+    monkeypatch.setattr(environment, "ask_torch", lambda: TORCH)
     monkeypatch.delenv("HF_TOKEN", raising=False)
 
 
@@ -48,7 +48,7 @@ def test_each_check_of_a_whole_environment_is_one_line(recipe):
     ("module", "name", "returns", "code", "states"),
     [
         (machine, "gpus", lambda: [], 0, {"torch": "ok", "GPU": "note"}),
-        (doctor, "ask_torch", lambda: TORCH | {"gpus": 0}, 0, {"GPU": "note"}),
+        (environment, "ask_torch", lambda: TORCH | {"gpus": 0}, 0, {"GPU": "note"}),
         (shutil, "disk_usage", lambda _: USAGE, 1, {"runs": "wrong", "cache": "wrong", "models": "note"}),
     ],
     ids=["no GPU", "hidden GPUs", "half a GB free"],
@@ -68,7 +68,7 @@ def test_what_a_machine_lacks_is_wrong_or_a_note_and_leaves_the_other_checks(
 )
 def test_torch_has_to_compute_on_the_gpu(recipe, monkeypatch, torch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(doctor, "ask_torch", lambda: TORCH | torch)
+    monkeypatch.setattr(environment, "ask_torch", lambda: TORCH | torch)
     found = lines(recipe, 1)
     assert wrong(found) == {"GPU"} and found["GPU"]["command"] == OLDER
     assert torch.get("problem", "without CUDA") in found["GPU"]["found"]
@@ -80,18 +80,18 @@ def test_torch_has_to_compute_on_the_gpu(recipe, monkeypatch, torch):
 )
 def test_torch_is_asked_in_a_process_that_may_crash(monkeypatch, probe, error):
     monkeypatch.undo()
-    monkeypatch.setattr(doctor, "_PROBE", probe)
-    monkeypatch.setattr(doctor, "TIMEOUT", 60 if error else 0.2)
-    facts = doctor.ask_torch()
+    monkeypatch.setattr(environment, "_PROBE", probe)
+    monkeypatch.setattr(environment, "TIMEOUT", 60 if error else 0.2)
+    facts = environment.ask_torch()
     assert facts.keys() == {"error"} and error in facts["error"]
-    monkeypatch.setattr(doctor, "ask_torch", lambda: facts)
-    (line,) = doctor.check_torch()
+    monkeypatch.setattr(environment, "ask_torch", lambda: facts)
+    (line,) = environment.check_torch()
     assert line.state == "wrong" and line.command
 
 
 def test_torch_is_asked(monkeypatch):
     monkeypatch.undo()
-    facts = doctor.ask_torch()
+    facts = environment.ask_torch()
     assert facts["version"].startswith(version("torch")) and facts["gpus"] == 0
 
 
@@ -108,7 +108,7 @@ def test_packages_have_to_be_those_of_the_lock(recipe, tmp_path, monkeypatch, co
     monkeypatch.setattr(paths, "LOCK", tmp_path / "requirements.lock")
     paths.LOCK.write_text(content)
     if "torch" in content:
-        monkeypatch.setattr(doctor, "package_version", {"torch": "2.14.1+cu126", "triton": "3.0"}.get)
+        monkeypatch.setattr(environment, "package_version", {"torch": "2.14.1+cu126", "triton": "3.0"}.get)
     line = lines(recipe, 0 if state == "ok" else 1)["lock"]
     assert (line["state"], found in line["found"]) == (state, True)
 
@@ -122,10 +122,10 @@ def test_the_hub_is_asked_for_the_recipes_models(monkeypatch, answers, state, va
         monkeypatch.setattr(constants, "ENDPOINT", server.url.partition("/files")[0])
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(hub, "_answers", {})
-        monkeypatch.setattr(doctor, "base_models", lambda: ["a/closed", "b/open"])
+        monkeypatch.setattr(environment, "base_models", lambda: ["a/closed", "b/open"])
         monkeypatch.setenv("HF_TOKEN", "hf_QxW3vBn7mKzLp0aSdFgH")
         server.content, server.answers, server.error_code = b"{}", answers, "GatedRepo" if 403 in answers else ""
         close_session()
-        (line,) = doctor.check_hub()
+        (line,) = environment.check_hub()
         close_session()
     assert (line.state, value in line.found) == (state, True)

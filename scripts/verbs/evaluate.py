@@ -1,4 +1,4 @@
-"""The verbs of predictions: evaluate and score."""
+"""The verbs evaluate and score."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +9,6 @@ import typer
 from ..base import tables, yamlfiles
 from ..base.files import Row, write_rows
 from ..base.progress import Bar, say
-from .after import HEADING
 from .help import Verb, name_of, next_step
 from .options import BatchSize, DecodingName, Force, Json, Metrics, On, RunName, backend_of, exclusive, only_with
 
@@ -43,13 +42,12 @@ EngineName = Annotated[
 ServersModel = Annotated[
     str | None, typer.Option("--model", metavar="NAME", help="With --engine URL: the model name that the server uses.")
 ]
-verbs = typer.Typer()
+verbs = typer.Typer(rich_markup_mode=None)
 
 
 @verbs.command(
     "evaluate",
     cls=Verb,
-    rich_help_panel=HEADING,
     epilog="recipe evaluate latest --base\nrecipe evaluate latest --metric benchmark:mmlu",
 )
 def evaluate_verb(
@@ -101,13 +99,13 @@ def evaluate_verb(
     if isinstance(of_base, Evaluation):
         scores["base"] = of_base.scores
     title = listing.REHEARSALS if folder.read().rehearsal else None
-    _print_scores(scores, scores if base else evaluated.scores, json, title)
+    print_scores(scores, scores if base else evaluated.scores, json, title)
     options = datafiles.chat_options(yamlfiles.read_yaml(folder.config))
     say(f"chat: AXOLOTL_DO_NOT_TRACK=1 axolotl inference {folder.config} --lora-model-dir {folder.output} {options}")
     next_step("report", name_of(folder), json=json)
 
 
-@verbs.command("score", cls=Verb, rich_help_panel=HEADING, epilog="recipe score predictions.jsonl --out scored.jsonl")
+@verbs.command("score", cls=Verb, epilog="recipe score predictions.jsonl --out scored.jsonl")
 def score_verb(
     file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="Rows with the fields reference and prediction.")],
     metric: Metrics = None,
@@ -135,10 +133,10 @@ def score_verb(
         scores["notes"] = [about, *scores.get("notes", ())]
     if out:
         write_rows(out, rows)
-    _print_scores({"predictions": scores}, scores, json)
+    print_scores({"predictions": scores}, scores, json)
 
 
-def _print_scores(models: dict[str, Row], records: Any, json: bool, title: str | None = None) -> None:
+def print_scores(models: dict[str, Row], records: Any, json: bool, title: str | None = None) -> None:
     """Print the scores of some models side by side, with intervals, or `records` as JSON."""
     shown = {model: _numbers(scores) for model, scores in models.items()}
     intervals = {f"{model}, 95 %": scores["intervals"] for model, scores in models.items()}

@@ -1,4 +1,4 @@
-"""The verbs check and plan; `data.py` has fetch and prepare."""
+"""The verb plan."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -7,121 +7,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..base import tables, yamlfiles
-from ..base.errors import UserError
 from ..base.paths import selected
-from ..base.progress import Bar, say
-from .help import Verb, next_step, over
+from ..base.progress import Bar
+from .help import Verb, next_step
 from .options import Force, Json, Names, Overrides, Profiles
 
 if TYPE_CHECKING:
-    from ..check.check import Report
-    from ..config.compose import Request
     from ..config.gpus import Gpu
     from ..plan.plan import Plan
     from ..plan.work import Work
+from .help import launching
 
-HEADING = "Before a run"
-verbs = typer.Typer()
-
-
-@verbs.command(
-    "check",
-    cls=Verb,
-    rich_help_panel=HEADING,
-    epilog="recipe check code-llama-7b --gpu T4 --data\nrecipe check mine.yaml --show-tokens 2",
-)
-def check_verb(
-    names: Names = None,
-    profile: Profiles = None,
-    set_: Overrides = None,
-    rehearse: Annotated[
-        bool, typer.Option("--rehearse", help="Check the reduced CPU config that `run --rehearse` would use.")
-    ] = False,
-    gpu: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="GPU to check against, e.g. T4 or sm_75; default: this machine's.",
-        ),
-    ] = None,
-    data: Annotated[
-        bool,
-        typer.Option("--data", help="Also read every row, and tokenize it if the tokenizer is local."),
-    ] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Leave out Axolotl's own validation (3 s).")] = False,
-    show_tokens: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Show N tokenized rows; mark the tokens that count in the loss."),
-    ] = None,
-    force: Force = None,
-    json: Json = False,
-) -> None:
-    """Find mistakes in a config. Exit code 2 if there is an error."""
-    from ..check import check
-    from ..config import gpus
-    from ..config.compose import Request
-    from ..config.finding import unknown_force
-
-    target = gpus.here() if gpu is None else gpus.find(gpu)
-    requests = [Request(name, profile or [], set_ or [], rehearse, force=force or []) for name in selected(names)]
-    if show_tokens:
-        if len(requests) > 1:
-            raise UserError("--show-tokens: give one recipe")
-        with Bar("tokenizing", 1):
-            rows = check.tokens_of(requests[0], show_tokens)
-        tables.print_json(rows) if json else tables.print_tokens(rows)
-        return
-    reports = _checked(requests, target, data, quick)
-    unknown_force(force or [], {finding.name for report in reports for finding in report.findings})
-    if json:
-        tables.print_json([report.as_json() for report in reports])
-    else:
-        for report in reports:
-            for finding in report.findings:
-                tables.print_text(str(finding))
-        for report in reports:
-            if report.data:
-                tables.print_table(report.data_table(), report.name)
-    counts = {level: sum(report.count(level) for report in reports) for level in ("error", "warning")}
-    skipped = ("" if data else ", rows not read (--data)") + (", not validated by Axolotl (--quick)" if quick else "")
-    say(f"{len(reports)} checked{skipped}; errors: {counts['error']}, warnings: {counts['warning']}")
-    if counts["error"]:
-        raise typer.Exit(2)
-    if not all(report.validated for report in reports):
-        return  # an incomplete check recommends no next step
-    if not rehearse:  # `plan` has no --rehearse
-        next_step("plan", *names or [], *over(profile, set_), *(["--gpu", gpu] if gpu else []), json=json)
-    elif len(requests) == 1:
-        next_step("run", *_launching(requests[0]), json=json)
-
-
-def _checked(requests: "list[Request]", gpu: "Gpu | None", data: bool, quick: bool) -> "list[Report]":
-    """Check each request with a progress bar; return the reports."""
-    from ..check import check
-    from ..config.finding import override_errors
-    from ..plan import plan
-
-    reports: list[Report] = []
-    with Bar("checking", len(requests)) as bar:
-        for request in requests:
-            reports.append(check.check(request, gpu, data))
-            bar.update(len(reports))
-    if not quick:
-        with Bar("validating with Axolotl", 1):
-            check.validate(reports, gpu)
-    for request, report in zip(requests, reports, strict=True):
-        if data:
-            with Bar(f"tokenizing {report.name}", 1):
-                check.tokenize_all(report, request.ranks)
-        plan.add_to(report, gpu)
-        override_errors(report.findings, request.force)
-    return reports
+verbs = typer.Typer(rich_markup_mode=None)
 
 
 @verbs.command(
     "plan",
     cls=Verb,
-    rich_help_panel=HEADING,
     epilog="recipe plan llama-3.2-3b --gpu 4090\nrecipe plan llama-3.2-3b --gpu 16GB",
 )
 def plan_verb(
@@ -162,7 +64,7 @@ def plan_verb(
         planned = plans[0][1]
         _print_plan(planned)
         if any(each.fits for each in planned.gpus):
-            next_step("run", *_launching(requests[0]))
+            next_step("run", *launching(requests[0]))
 
 
 def _target(name: str) -> "tuple[Gpu | None, float | None]":
@@ -264,12 +166,3 @@ def _print_plans(plans: "list[tuple[str, Plan]]") -> None:
     notes = [f"note: {name}: {note}" for name, planned in plans for note in planned.notes]
     for note in dict.fromkeys(notes):
         tables.print_text(note)
-
-
-def _launching(request: "Request") -> list[str]:
-    """Arguments of `recipe run`; with --rehearse if there is no GPU."""
-    from ..config import gpus
-
-    rehearsed = ["--rehearse"] if request.rehearse or not gpus.here() else []
-    several = ["--gpus", str(request.gpus)] if request.gpus > 1 else []
-    return [request.name, *over(request.profiles, request.overrides), *several, *rehearsed]

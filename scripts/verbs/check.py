@@ -1,0 +1,112 @@
+"""The verb check."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..base import tables
+from ..base.errors import UserError
+from ..base.paths import selected
+from ..base.progress import Bar, say
+from .help import Verb, launching, next_step, over
+from .options import Force, Json, Names, Overrides, Profiles
+
+if TYPE_CHECKING:
+    from ..check.check import Report
+    from ..config.compose import Request
+    from ..config.gpus import Gpu
+
+verbs = typer.Typer(rich_markup_mode=None)
+
+
+@verbs.command(
+    "check",
+    cls=Verb,
+    epilog="recipe check code-llama-7b --gpu T4 --data\nrecipe check mine.yaml --show-tokens 2",
+)
+def check_verb(
+    names: Names = None,
+    profile: Profiles = None,
+    set_: Overrides = None,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Check the reduced CPU config that `run --rehearse` would use.")
+    ] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="GPU to check against, e.g. T4 or sm_75; default: this machine's.",
+        ),
+    ] = None,
+    data: Annotated[
+        bool,
+        typer.Option("--data", help="Also read every row, and tokenize it if the tokenizer is local."),
+    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out Axolotl's own validation (3 s).")] = False,
+    show_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Show N tokenized rows; mark the tokens that count in the loss."),
+    ] = None,
+    force: Force = None,
+    json: Json = False,
+) -> None:
+    """Find mistakes in a config. Exit code 2 if there is an error."""
+    from ..check import check
+    from ..config import gpus
+    from ..config.compose import Request
+    from ..config.finding import unknown_force
+
+    target = gpus.here() if gpu is None else gpus.find(gpu)
+    requests = [Request(name, profile or [], set_ or [], rehearse, force=force or []) for name in selected(names)]
+    if show_tokens:
+        if len(requests) > 1:
+            raise UserError("--show-tokens: give one recipe")
+        with Bar("tokenizing", 1):
+            rows = check.tokens_of(requests[0], show_tokens)
+        tables.print_json(rows) if json else tables.print_tokens(rows)
+        return
+    reports = _checked(requests, target, data, quick)
+    unknown_force(force or [], {finding.name for report in reports for finding in report.findings})
+    if json:
+        tables.print_json([report.as_json() for report in reports])
+    else:
+        for report in reports:
+            for finding in report.findings:
+                tables.print_text(str(finding))
+        for report in reports:
+            if report.data:
+                tables.print_table(report.data_table(), report.name)
+    counts = {level: sum(report.count(level) for report in reports) for level in ("error", "warning")}
+    skipped = ("" if data else ", rows not read (--data)") + (", not validated by Axolotl (--quick)" if quick else "")
+    say(f"{len(reports)} checked{skipped}; errors: {counts['error']}, warnings: {counts['warning']}")
+    if counts["error"]:
+        raise typer.Exit(2)
+    if not all(report.validated for report in reports):
+        return  # an incomplete check recommends no next step
+    if not rehearse:  # `plan` has no --rehearse
+        next_step("plan", *names or [], *over(profile, set_), *(["--gpu", gpu] if gpu else []), json=json)
+    elif len(requests) == 1:
+        next_step("run", *launching(requests[0]), json=json)
+
+
+def _checked(requests: "list[Request]", gpu: "Gpu | None", data: bool, quick: bool) -> "list[Report]":
+    """Check each request with a progress bar; return the reports."""
+    from ..check import check
+    from ..config.finding import override_errors
+    from ..plan import plan
+
+    reports: list[Report] = []
+    with Bar("checking", len(requests)) as bar:
+        for request in requests:
+            reports.append(check.check(request, gpu, data))
+            bar.update(len(reports))
+    if not quick:
+        with Bar("validating with Axolotl", 1):
+            check.validate(reports, gpu)
+    for request, report in zip(requests, reports, strict=True):
+        if data:
+            with Bar(f"tokenizing {report.name}", 1):
+                check.tokenize_all(report, request.ranks)
+        plan.add_to(report, gpu)
+        override_errors(report.findings, request.force)
+    return reports

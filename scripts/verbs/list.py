@@ -1,0 +1,159 @@
+"""The verbs list, show and diff."""
+
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..base import paths, tables, yamlfiles
+from ..base.errors import UserError
+from ..base.files import Row
+from ..base.progress import harmless, say
+from .help import Verb, next_step
+from .options import Json, Name, complete_recipes, whole_name
+
+verbs = typer.Typer(rich_markup_mode=None)
+
+
+@verbs.command("list", cls=Verb, epilog="recipe list\nrecipe list haider2024")
+def list_verb(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="[NAME]",
+            show_default=False,
+            autocompletion=complete_recipes,
+            help="Name of a recipe or study, part of one, or a pattern.",
+        ),
+    ] = "",
+    json: Json = False,
+) -> None:
+    """List recipes and variants, with model, epochs, optimizer and published scores."""
+    rows = [row for row in _listed() if fnmatch(f"{row['study'] or ''}/{row['recipe']}".lower(), f"*{name.lower()}*")]
+    if not rows:
+        paths.find_recipe(name)  # suggests similar names
+        raise UserError(f"{name}: a file, not a name; `recipe show {name}` prints its settings")
+    if json:
+        tables.print_json(rows)
+    else:
+        by_study: dict[str | None, list[Row]] = {}
+        for row in rows:
+            by_study.setdefault(row["study"], []).append(_shown(row))
+        for study, table in by_study.items():
+            tables.print_table(table, study or "Without a study", below=["variant of"])
+    next_step("run", rows[0]["recipe"] if name else "start/qlora", "--rehearse", json=json)
+
+
+def _listed() -> list[Row]:
+    """All recipes and variants, with published scores as `published_METRIC`.
+
+    study.yaml is read without validation, which would take longer than everything else together.
+    Files that cannot be read are reported on stderr.
+    """
+    from ..config import merging
+
+    rows = []
+    studies = {folder.name: _declared(folder) for folder in paths.studies()}
+    shipped = {name: paths.recipe_file(name) for name in paths.recipe_names()}
+    own = {name: paths.VARIANTS / f"{name}.yaml" for name in paths.variant_names() if name not in shipped}
+    for name, file in (shipped | own).items():
+        try:
+            recipe = yamlfiles.read_yaml(file)
+            variant_of = merging.parent_of(name, file) if name in own else None
+            study = str(name if name in shipped else merging.origin_of(name, file)).partition("/")[0]
+        except UserError as error:
+            say(str(error))
+            continue
+        row: Row = {
+            "recipe": name,
+            "study": study if study in studies else None,
+            "base_model": recipe.get("base_model"),
+            "epochs": recipe.get("num_epochs"),
+            "optimizer": recipe.get("optimizer"),
+            "variant_of": variant_of,
+        }
+        declared = studies.get(study, {})
+        scores = _mapping(_mapping(_mapping(declared.get("published")).get(name)).get("scores"))
+        for metric in _mapping(declared.get("metrics")):
+            score = scores.get(metric)
+            row[f"published_{metric}"] = score.get("value") if isinstance(score, dict) else score
+        rows.append(row)
+    return rows
+
+
+def _declared(folder: Path) -> yamlfiles.Config:
+    try:
+        return yamlfiles.read_yaml(folder / "study.yaml")
+    except UserError as error:
+        say(str(error))
+        return {}
+
+
+def _mapping(value: Any) -> Row:
+    """Return a mapping unchanged, and {} for other values, which `recipe study check` reports."""
+    return value if isinstance(value, dict) else {}
+
+
+def _shown(row: Row) -> Row:
+    scores = {key.removeprefix("published_"): value for key, value in row.items() if key.startswith("published_")}
+    return {
+        "recipe": row["recipe"],
+        "epochs": row["epochs"],
+        "optimizer": row["optimizer"],
+        **scores,
+        "base model": row["base_model"],
+        "variant of": row["variant_of"],
+    }
+
+
+@verbs.command("show", cls=Verb, epilog="recipe show llama-3.2-3b")
+def show_verb(name: Name, json: Json = False) -> None:
+    """Print a recipe's YAML, with the source of each setting."""
+    recipe, file = paths.find_recipe(name)
+    if json:
+        from ..data import studies
+
+        of_study = studies.of(recipe)
+        published = of_study.published.get(recipe) if of_study else None
+        scores = published.model_dump(exclude_none=True) if published else None
+        tables.print_json({"recipe": recipe, "config": yamlfiles.read_yaml(file), "published": scores})
+    else:
+        print(harmless(yamlfiles.masked_yaml(file)), end="")
+
+
+@verbs.command(
+    "diff",
+    cls=Verb,
+    epilog="recipe diff llama-2-7b llama-3-8b\nrecipe diff runs/A/config.yaml runs/B/config.yaml",
+)
+def diff_verb(
+    a: Annotated[
+        str,
+        typer.Argument(
+            metavar="A",
+            callback=whole_name,
+            autocompletion=complete_recipes,
+            help="Recipe name or YAML file, such as a run's config.yaml.",
+        ),
+    ],
+    b: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[B]",
+            callback=whole_name,
+            autocompletion=complete_recipes,
+            help="Second recipe or file; default: the recipe that A is derived from.",
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Compare two recipes or configs, key by key."""
+    from ..config import merging
+
+    rows = merging.recipe_diff(a, b)
+    if json:
+        tables.print_json(rows)
+    elif rows:
+        texts = [{column: yamlfiles.on_one_line(value) for column, value in row.items()} for row in rows]
+        tables.print_table(texts, below=[*rows[0]][1:])

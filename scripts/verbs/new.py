@@ -1,0 +1,70 @@
+"""The verb new."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..base.progress import say
+from .help import Verb, next_step
+from .options import Overrides, complete_recipes, whole_name
+
+verbs = typer.Typer(rich_markup_mode=None)
+
+
+@verbs.command(
+    "new",
+    cls=Verb,
+    epilog="recipe new mine --data mine.jsonl\nrecipe new wide --from llama-3.2-3b --set lora_r=64",
+)
+def new_verb(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the variant, saved as variants/NAME.yaml.")],
+    from_: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            metavar="BASE",
+            callback=whole_name,
+            autocompletion=complete_recipes,
+            help="The recipe or YAML file to start from.",
+        ),
+    ] = "start/qlora",
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="Another base model: owner/name on the hub, or a folder."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Your rows (JSONL); their fields determine the dataset type."),
+    ] = None,
+    set_: Overrides = None,
+) -> None:
+    """Write a variant of a recipe, with changed lines marked."""
+    from ..check import check
+    from ..config import compose
+    from ..config.finding import refuse
+    from ..writing import new
+
+    sets = set_ or []
+    overrides = sets
+    if data:
+        overrides = [*new.for_data(from_, data), *sets]
+    changes = overrides
+    notes: list[str] = []
+    other = None
+    if model:
+        other = new.for_model(from_, model)
+        changes = [*other.overrides, *overrides]
+        notes = other.not_known
+    composed = compose.compose(compose.Request(from_, overrides=changes))
+    report = check.examine(composed, data=data is not None)
+    refuse([finding for finding in report.findings if finding.scope != "code" and finding.rule != "not-prepared"])
+    print(new.write(name, from_, overrides, other))
+    if data:
+        unread: list[str] = next((read["unread_fields"] for read in report.data), [])
+        notes = [*notes, *new.reasons(composed.config, sets, unread)]
+    for note in notes:
+        say(note)
+    if not model and any(override.startswith("base_model=") for override in overrides):
+        say("revision, special tokens, layers and comments are still those of the former model; --model replaces them")
+    next_step("check", name)

@@ -1,0 +1,112 @@
+"""The verbs run, resume and cancel."""
+
+from typing import Annotated
+
+import typer
+
+from ..base import yamlfiles
+from ..base.errors import UserError
+from ..base.secrets import public
+from .help import Verb, after_training
+from .options import (
+    WHERE,
+    Force,
+    Name,
+    On,
+    Overrides,
+    Profiles,
+    RunName,
+    Things,
+    backend_of,
+)
+
+verbs = typer.Typer(rich_markup_mode=None)
+
+
+@verbs.command(
+    "run",
+    cls=Verb,
+    epilog="recipe run code-llama-7b --rehearse\nrecipe run llama-3.2-3b --set num_epochs=3 --set lora_r=64",
+)
+def run_verb(
+    name: Name,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Try it on the CPU: small model, few rows, no network.")
+    ] = False,
+    profile: Profiles = None,
+    set_: Overrides = None,
+    gpu_count: Annotated[
+        int,
+        typer.Option(
+            "--gpus", rich_help_panel=WHERE, metavar="N", min=1, help="GPUs to train on; with --nodes, GPUs per node."
+        ),
+    ] = 1,
+    nodes: Annotated[
+        int, typer.Option(rich_help_panel=WHERE, metavar="N", min=1, help="Machines to train on, with --on slurm.")
+    ] = 1,
+    on: On = "local",
+    force: Force = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the config and start nothing.")] = False,
+) -> None:
+    """Train a recipe with Axolotl, in a new run folder."""
+    from ..config.compose import Request, is_rehearsal
+    from ..config.merging import OF_THE_RUN
+    from ..run import run
+
+    request = Request(
+        name,
+        profiles=profile or [],
+        overrides=set_ or [],
+        rehearse=rehearse,
+        gpus=gpu_count,
+        nodes=nodes,
+        dry_run=dry_run,
+        force=force or [],
+    )
+    backend = backend_of(on, is_rehearsal(request))
+    if dry_run:
+        composed = run.prepare(request, backend)
+        own = yamlfiles.read_yaml(composed.recipe_file)  # print the recipe's own output folders, for plain Axolotl
+        shown = composed.config | {key: own[key] for key in OF_THE_RUN if key in own}
+        print(yamlfiles.write_yaml(public(shown)), end="")
+    else:
+        folder = run.start(request, backend)
+        print(folder.path)
+        after_training(folder, on)
+
+
+@verbs.command("resume", cls=Verb, epilog="recipe resume latest")
+def resume_verb(
+    run: RunName,
+    prepare: Annotated[
+        bool,
+        typer.Option("--prepare", hidden=True, help="Only tokenize rows and fetch the base model; needs no GPU."),
+    ] = False,
+    trust: Annotated[
+        bool,
+        typer.Option("--trust", help="Trust a run folder from elsewhere; its author's code may execute."),
+    ] = False,
+    force: Force = None,
+    on: On = "local",
+) -> None:
+    """Resume an interrupted run from its last complete checkpoint."""
+    from ..run.run import resume
+
+    backend = backend_of(on)
+    folder = resume(run, backend, prepare, force or [], trust)
+    print(folder.path)
+    if not prepare:  # after --prepare, there is nothing to evaluate
+        after_training(folder, on)
+
+
+@verbs.command("cancel", cls=Verb, epilog="recipe cancel latest\nrecipe cancel lora-tradeoffs")
+def cancel_verb(names: Things) -> None:
+    """Save a checkpoint and stop active jobs; remove queued ones."""
+    from ..study.cancel import cancel
+    from ..study.sweep import find_any
+
+    messages = [message for name in names or [] for message in cancel(find_any(name))]
+    if not messages:
+        raise UserError(f"{', '.join(names or [])}: nothing is running or queued")
+    for message in messages:
+        print(message)

@@ -1,0 +1,112 @@
+"""The verbs doctor, render and study."""
+
+from typing import Annotated
+
+import typer
+
+from ..base import paths, tables
+from ..base.errors import WorkFailed
+from ..base.progress import harmless, say
+from .help import Verb, Verbs, next_step
+from .options import Force, Json, complete_studies
+
+study_verbs = typer.Typer(
+    cls=Verbs,
+    help="Add a study of your own, and check it.",
+    no_args_is_help=True,
+    epilog="recipe study new mine\nrecipe study check mine",
+)
+
+
+verbs = typer.Typer(rich_markup_mode=None)
+
+verbs.add_typer(study_verbs, name="study")
+
+
+@verbs.command("render", cls=Verb, epilog="recipe render --check")
+def render_verb(
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; print differences from the templates, and fail on any.")
+    ] = False,
+) -> None:
+    """Regenerate the recipes from their templates."""
+    from ..writing import render
+
+    drifts: list[str] = []
+    for recipes, templates in paths.homes():
+        rendered = render.rendered(templates)
+        orphans = render.orphans(rendered, recipes)
+        if check:
+            drifts += [render.drift(rendered, recipes), *orphans]
+        else:
+            for file in render.write(rendered, recipes):
+                print(file)
+            for orphan in orphans:
+                say(orphan)
+    if any(drifts):
+        print("\n".join(filter(None, drifts)))
+        raise WorkFailed(
+            "recipes differ from their templates; run `recipe render`, and delete recipes without a template"
+        )
+
+
+@study_verbs.command("new", cls=Verb, epilog="recipe study new smith2026")
+def study_new_verb(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Study name, also used for its folders.")],
+    model: Annotated[
+        str, typer.Option(metavar="MODEL", help="Base model of the study's first recipe.")
+    ] = "meta-llama/Llama-3.2-3B",
+) -> None:
+    """Create a runnable starter study under recipes/ and templates/."""
+    from ..writing import render
+
+    for file in render.write_study(name, model):
+        print(paths.shown(file))
+    next_step("study", "check", name)
+
+
+@study_verbs.command("check", cls=Verb, epilog="recipe study check haider2024")
+def study_check_verb(
+    name: Annotated[
+        str,
+        typer.Argument(metavar="STUDY", autocompletion=complete_studies, help="Study, or part of its name."),
+    ],
+    force: Force = None,
+    json: Json = False,
+) -> None:
+    """Find mistakes in a study. Exit code 2 if there is an error."""
+    from ..data import studies
+    from ..evaluate import benchmarks
+    from ..writing import study_check as checks
+
+    of_study = studies.find(name)
+    findings = checks.findings(of_study)
+    tables.print_json([vars(finding) for finding in findings]) if json else [
+        print(harmless(str(finding))) for finding in findings
+    ]
+    counts = {level: sum(finding.level == level for finding in findings) for level in ("error", "warning")}
+    if not counts["error"]:
+        benchmarks.require(of_study.columns, force=force or [])
+    say(f"{of_study.folder.name}: errors: {counts['error']}, warnings: {counts['warning']}")
+    if counts["error"]:
+        raise typer.Exit(2)
+    next_step("reproduce", of_study.folder.name, "--rehearse", json=json)
+
+
+@verbs.command("doctor", cls=Verb, epilog="recipe doctor\nrecipe doctor --json")
+def doctor_verb(json: Json = False) -> None:
+    """Find problems with this environment, GPU and disk, and suggest remedies."""
+    from ..check.environment import examine
+
+    lines = examine()
+    if json:
+        tables.print_json([vars(line) for line in lines])
+    else:
+        for line in lines:
+            tables.print_text(f"{line.state:5}  {line.name}: {line.found}")
+            if line.remedy:
+                tables.print_text(f"       to do: {line.remedy}")
+            if line.command:
+                print(f"         {line.command}")  # not wrapped, for copying
+    if any(line.state == "wrong" for line in lines):
+        raise typer.Exit(1)
