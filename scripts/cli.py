@@ -17,7 +17,7 @@ import typer
 from .base import paths
 from .base.errors import UserError, WorkFailed
 from .base.files import DISK_FULL
-from .base.progress import say
+from .base.terminal import say
 from .verbs.help import Verbs
 
 FIRST_STEPS = """\

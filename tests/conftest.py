@@ -31,7 +31,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # each with its shar
     os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // int(workers), 1))
 
 from qlora_recipes import cli
-from qlora_recipes.base import hub, paths, progress
+from qlora_recipes.base import hub, paths, terminal
 from qlora_recipes.config.gpus import CPU_RANKS
 from qlora_recipes.data import studies
 from qlora_recipes.data.sample import rehearsal_data, usual_sample
@@ -136,7 +136,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Recipe:
     def run(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
         words = [*map(str, arguments)]
-        progress.say_once.cache_clear()
+        terminal.say_once.cache_clear()
         slurm_site.forget_queue()
         capsys.readouterr()
         with monkeypatch.context() as patch:

@@ -12,8 +12,8 @@ import click
 import orjson
 
 from .files import Row
-from .progress import broken, harmless
 from .secrets import public
+from .terminal import broken, harmless
 from .yamlfiles import write_flow
 
 

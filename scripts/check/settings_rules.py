@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from ..base.machine import torch_cuda
+from ..base.devices import torch_cuda
 from ..base.secrets import is_secret, names_secret, public
 from ..config import substitution
 from ..config.finding import Case, Level, Problems, rule

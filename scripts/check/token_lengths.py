@@ -9,12 +9,12 @@ import numpy
 
 from ..base.errors import UserError, did_you_mean
 from ..base.files import Row
-from ..base.progress import Bar
+from ..base.terminal import Bar
 from ..base.yamlfiles import Config
 from ..config import datafiles
 from ..config.finding import Faults, Finding, Level
 from ..config.substitution import stands_in
-from ..training.eval_loss import MASKED
+from ..training.losses import MASKED
 from ..training.tokens import Tokenizer, packed_sequences, padding, taught_ends, unknown_roles
 from .rows import Reader
 

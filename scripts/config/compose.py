@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..base import machine, paths, yamlfiles
+from ..base import devices, paths, processes, yamlfiles
 from ..base.errors import UserError
 from ..base.yamlfiles import Config
 from ..data.sample import usual_sample
-from . import datafiles, gpus, merging, models, numerics, substitution
+from . import datafiles, gpus, merging, models, numerics, substitution, variants
 from .datafiles import DataFile
 from .gpus import Gpu
-from .merging import Difference, check_not_of_the_run
+from .merging import Difference
+from .variants import check_not_of_the_run
 
 REHEARSAL = "rehearsal"
 MIRROR = "mirror"  # the profile that replaces the base model by an ungated copy
@@ -79,7 +80,7 @@ class Composed:
     @property
     def rows_digest(self) -> str:
         """Hash of the keys that may affect the tokenized rows, the files that they name, and Axolotl's version."""
-        return self._hash(merging.NOT_OF_ROWS, machine.package_version("axolotl"))
+        return self._hash(merging.NOT_OF_ROWS, processes.package_version("axolotl"))
 
     def _hash(self, without: re.Pattern[str], *more: str | None) -> str:
         cfg = {key: value for key, value in self.config.items() if not without.match(key)}
@@ -117,7 +118,7 @@ class _Layers:
     def rehearsal_changes(self, fragment: Config) -> Config:
         """Return the rehearsal profile's changes, except its keys for the sample; store those in `sample`."""
         folders = {"stand_in": str(substitution.folder()), "sample": str(usual_sample())}
-        fragment = filled(fragment, folders) | {"bf16": machine.cpu_has_bf16()}
+        fragment = filled(fragment, folders) | {"bf16": devices.cpu_has_bf16()}
         self.sample = {key: fragment.pop(key) for key in substitution.OF_SAMPLE}
         own_model = substitution.OF_MODEL if models.is_small(self.config) else ()
         kept = {*own_model, *datafiles.missing_paths(self.config)}  # the check reports a missing path
@@ -132,7 +133,7 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     """
     name, file = paths.find_recipe(request.name)
     recipe = yamlfiles.read_yaml(file)
-    origin = merging.origin_of(name, file)
+    origin = variants.origin_of(name, file)
     base = recipe if origin in (name, None) else yamlfiles.read_yaml(paths.recipe_file(origin or name))
     profiles = [paths.find_profile(profile) for profile in request.profiles]
     if request.rehearse and REHEARSAL not in dict(profiles):

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 from ..base.errors import UserError, did_you_mean
-from ..base.machine import package_version
+from ..base.processes import package_version
 from ..base.yamlfiles import Config
 from . import datafiles, models
 from .gpus import Gpu

@@ -12,8 +12,8 @@ from pathlib import Path
 from ..base import paths
 from ..base.errors import UserError
 from ..base.hub import importing_axolotl
-from ..base.machine import make_once
-from ..base.progress import say
+from ..base.processes import make_once
+from ..base.terminal import say
 from ..base.yamlfiles import Config
 from ..data.sample import length_of, twin
 from . import datafiles, models

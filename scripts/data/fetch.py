@@ -19,9 +19,9 @@ import requests
 from .. import __version__
 from ..base.errors import UserError, WorkFailed
 from ..base.files import Row, naming, read_json, sha256, write_json
-from ..base.machine import held
-from ..base.progress import Bar, say
+from ..base.processes import held
 from ..base.secrets import public
+from ..base.terminal import Bar, say
 from .declaration import Data, DataSource, SourceFile
 
 TIMEOUT = (15, 60)  # seconds to wait for a connection, and for the next bytes

@@ -13,8 +13,8 @@ import orjson
 
 from ..base.errors import UserError
 from ..base.files import Row, read_json, replacing, sha256
-from ..base.machine import LOOK, held
 from ..base.paths import shown
+from ..base.processes import LOOK, held
 from . import manifest
 from .declaration import SPLITS, Mistake, Order, Subset
 from .raw_rows import BadRow, Expression, RawFile, RowMaker, find

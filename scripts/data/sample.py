@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..base import paths
 from ..base.files import sha256
-from ..base.machine import make_once
+from ..base.processes import make_once
 from . import studies
 
 VERSION = 2

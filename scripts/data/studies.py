@@ -10,7 +10,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, meant, require_plain
-from ..base.progress import say_once
+from ..base.terminal import say_once
 from ..base.yamlfiles import Config
 from ..metrics import registry
 from ..metrics.metric import Column

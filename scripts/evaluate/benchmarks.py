@@ -13,7 +13,7 @@ from ..base import paths
 from ..base.errors import UserError, WorkFailed
 from ..base.files import digest
 from ..base.hub import importing_axolotl
-from ..base.progress import Bar, say
+from ..base.terminal import Bar, say
 from ..base.yamlfiles import Config
 from ..check.code_rules import READ_IT, is_listed, leaves
 from ..config import datafiles

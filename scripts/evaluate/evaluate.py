@@ -8,8 +8,8 @@ from ..base import yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row, sha256, tensor_shapes
 from ..base.hub import importing_axolotl
-from ..base.machine import held, now
-from ..base.progress import Bar, say
+from ..base.processes import held, now
+from ..base.terminal import Bar, say
 from ..config import substitution
 from ..config.numerics import precision, quantized
 from ..data import studies

@@ -14,7 +14,7 @@ from ..base.errors import UserError
 from ..base.files import Row, digest, json_rows, read_rows, sha256, write_rows
 from ..base.hub import importing_axolotl
 from ..base.paths import similar_paths
-from ..base.progress import say
+from ..base.terminal import say
 from ..base.yamlfiles import Config
 from ..config import datafiles
 from ..data import manifest, studies

@@ -15,7 +15,7 @@ import orjson
 
 from ..base.errors import UserError, WorkFailed
 from ..base.files import Row, digest, naming, opened, parse_json, read_bytes, replacing
-from ..base.progress import Bar, say
+from ..base.terminal import Bar, say
 from ..base.yamlfiles import Config
 from ..config import gpus
 from ..data.studies import Decoding

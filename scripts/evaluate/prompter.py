@@ -16,7 +16,7 @@ from ..base.errors import UserError, WorkFailed
 from ..base.files import Row, json_rows
 from ..base.yamlfiles import Config
 from ..config import datafiles
-from ..training.eval_loss import MASKED
+from ..training.losses import MASKED
 from ..training.row_fields import fields_of
 from ..training.tokens import as_trained, require_one_each, taught_ends, tokenize
 from .scores_file import EvaluationSettings

@@ -19,8 +19,8 @@ from transformers.utils.logging import disable_progress_bar
 from ..base import paths
 from ..base.errors import UserError, WorkFailed
 from ..base.files import digest, embedding_rows, tensor_shapes
-from ..base.machine import make_once
-from ..base.progress import say
+from ..base.processes import make_once
+from ..base.terminal import say
 from .prompter import Prompter
 from .scores_file import ADAPTER, Completion
 

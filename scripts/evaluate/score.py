@@ -7,7 +7,7 @@ from typing import Any
 
 from ..base.errors import UserError
 from ..base.files import Row, read_rows
-from ..base.progress import say
+from ..base.terminal import say
 from ..config import substitution
 from ..data import studies
 from ..metrics import registry

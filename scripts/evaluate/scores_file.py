@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, Field, TypeAdapter
 
 from ..base.errors import UserError
 from ..base.files import Row, digest, parse_json, parts_of, read_bytes, read_rows, replacing, sha256
-from ..base.progress import say_once
+from ..base.terminal import say_once
 from ..data.studies import Decoding
 from ..metrics import registry
 from ..metrics.metric import Column

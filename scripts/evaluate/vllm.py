@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from ..base import paths
 from ..base.errors import UserError, WorkFailed
 from ..base.files import Row, embedding_rows, naming, opened, read_json
-from ..base.machine import start_child
-from ..base.progress import Bar
+from ..base.processes import start_child
+from ..base.terminal import Bar
 from .scores_file import ADAPTER, EvaluationSettings
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, masking_utils
 from transformers.initialization import no_init_weights
 
-from ..training.chunked_loss import chunked_loss
+from ..training.losses import chunked_loss
 from .cuda import Recorder, cuda_attention, cuda_dropout, cuda_softmax
 from .steps import Step
 from .traces import MIB, Counts, MemoryTrace, Shape, lasting, ordered

@@ -11,7 +11,7 @@ from typing import Any
 from ..base import yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row, read_rows
-from ..base.progress import say
+from ..base.terminal import say
 from ..config import merging
 from ..data.published import Published
 from ..data.studies import Study

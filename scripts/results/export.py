@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row, write_atomically
-from ..base.progress import say
+from ..base.terminal import say
 from ..config import gpus, merging
 from ..data import studies
 from ..data.published import Baseline

@@ -11,8 +11,8 @@ from pathlib import Path
 from ..base import yamlfiles
 from ..base.errors import UserError, WorkFailed
 from ..base.files import opened, sha256, tensor_shapes, write_atomically
-from ..base.machine import make_once, start_child
-from ..base.progress import Bar, say
+from ..base.processes import make_once, start_child
+from ..base.terminal import Bar, say
 from ..config import substitution
 from ..evaluate.scores_file import ADAPTER, about_rows, changed, current, read_scores
 from ..run import backends, trust

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, did_you_mean
 from ..base.files import read_bytes
-from ..base.progress import say
+from ..base.terminal import say
 from ..base.yamlfiles import Config
 from ..config.compose import MIRROR, TRACKERS
 from ..config.gpus import catalogue

@@ -5,8 +5,8 @@ from dataclasses import asdict
 
 from ..base import tables
 from ..base.files import Row
-from ..base.progress import say
 from ..base.tables import Table
+from ..base.terminal import say
 from ..data.studies import Study
 from ..evaluate import intervals
 from ..evaluate.scores_file import about_rows

@@ -17,8 +17,8 @@ from filelock import FileLock, Timeout
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, WorkFailed
 from ..base.files import Row, opened, reserved, where_full
-from ..base.machine import now, start_child, stop_requests
-from ..base.progress import TrainingProgress, say
+from ..base.processes import now, start_child, stop_requests
+from ..base.terminal import TrainingProgress, say
 from ..base.yamlfiles import Config
 from ..config import merging
 from ..config.gpus import CPU_RANKS

@@ -10,11 +10,11 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..base import machine, paths, yamlfiles
+from ..base import devices, paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import sha256, write_atomically
-from ..base.progress import Bar, say, say_once
 from ..base.secrets import masked
+from ..base.terminal import Bar, say, say_once
 from ..base.yamlfiles import Config
 from ..check import check
 from ..config import datafiles, gpus, substitution
@@ -231,7 +231,7 @@ def _check_here(folder: RunDir, record: Run) -> None:
         # the other names overrode errors that this check does not report: about rows, code or another GPU
         forced = [name for name in record.forced if name in errors]
         refuse(found, forced)
-        if not record.rehearsal and record.gpus_used > max(visible := len(machine.visible_gpus()), 1):
+        if not record.rehearsal and record.gpus_used > max(visible := len(devices.visible_gpus()), 1):
             raise UserError(f"{folder.path}: the run needs {record.gpus_used} GPUs; {visible} available here")
     except UserError:
         record.state = "failed"

@@ -13,8 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from ..base.errors import UserError, meant
 from ..base.files import Row, parse_json, read_bytes, write_atomically
-from ..base.machine import LOCK_TIMEOUT, held, is_held
-from ..base.progress import say, say_once
+from ..base.processes import LOCK_TIMEOUT, held, is_held
+from ..base.terminal import say, say_once
 from ..base.yamlfiles import read_yaml
 from ..training.checkpoints import damage, step_of
 from ..training.run_record import RECORD, Job, JobState, Run, State, Summary

@@ -11,7 +11,7 @@ import orjson
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
-from ..base.machine import make_once
+from ..base.processes import make_once
 from ..base.yamlfiles import Config
 from ..check import schema
 from ..check.code_rules import CODE_RULES

@@ -13,7 +13,7 @@ from ..base.errors import UserError, WorkFailed
 from ..base.files import read_json, sha256, tensor_shapes, write_json
 from ..base.hub import importing_axolotl
 from ..base.paths import find_recipe
-from ..base.progress import say
+from ..base.terminal import say
 from ..config import datafiles, models, substitution
 from ..config.compose import MIRROR, Composed, Request
 from ..data.published import AdapterFormat

@@ -29,8 +29,8 @@ def cancel(thing: "RunDir | Sweep | Study") -> list[str]:
 def _locks_and_runs(thing: "RunDir | Sweep | Study", runs: Path) -> "tuple[list[Path], Iterable[RunDir]]":
     """Return the locks of the commands that start a sweep's or study's runs, and these runs."""
     from ..run.rundir import RunDir, all_runs, readable
-    from ..study import reproduce
-    from ..study.sweep import Sweep, recorded_sweeps
+    from . import reproduce
+    from .sweep import Sweep, recorded_sweeps
 
     if isinstance(thing, RunDir):
         return [], [thing]

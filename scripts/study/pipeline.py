@@ -9,7 +9,7 @@ from pathlib import Path
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.paths import find_recipe
-from ..base.progress import say, say_once
+from ..base.terminal import say, say_once
 from ..check import check
 from ..config import compose, datafiles, merging
 from ..config.compose import Composed, Request

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..base.errors import UserError
 from ..base.files import Row, read_rows
-from ..base.progress import Bar
+from ..base.terminal import Bar
 from ..data import prepare
 from ..data.published import PublishedPredictions, PublishedScore, Texts
 from ..data.studies import Study

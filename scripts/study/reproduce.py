@@ -13,9 +13,9 @@ from typing import Any
 from ..base import paths, tables, yamlfiles
 from ..base.errors import UserError, WorkFailed, meant
 from ..base.files import Row
-from ..base.machine import LOCK_TIMEOUT, held
 from ..base.paths import find_recipe
-from ..base.progress import Bar, say
+from ..base.processes import LOCK_TIMEOUT, held
+from ..base.terminal import Bar, say
 from ..config import datafiles, models
 from ..config.compose import MIRROR, Composed, Request
 from ..config.gpus import Gpu

@@ -15,11 +15,11 @@ from pydantic import BaseModel, Field
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, meant, require_plain
 from ..base.files import parse_json, read_bytes, write_atomically
-from ..base.machine import held, now
 from ..base.paths import find_recipe
-from ..base.progress import Bar, say
+from ..base.processes import held, now
+from ..base.terminal import Bar, say
 from ..check import schema
-from ..config import merging
+from ..config import merging, variants
 from ..config.compose import Request
 from ..config.gpus import Gpu
 from ..data import studies
@@ -229,7 +229,7 @@ def _refuse_twins(pipelines: list[Pipeline]) -> None:
 def of_recipe(recipe: str) -> dict[str, Column]:
     """Metrics of a recipe or variant."""
     file = file_of(recipe)
-    return columns_of(merging.origin_of(recipe, file) if file else recipe)
+    return columns_of(variants.origin_of(recipe, file) if file else recipe)
 
 
 def file_of(recipe: str) -> Path | None:

@@ -23,10 +23,10 @@ from pynvml import NVMLError
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ..base.files import append_line
-from ..base.machine import LOCK_TIMEOUT, end_with_parent, held
+from ..base.processes import LOCK_TIMEOUT, end_with_parent, held
 from ..config import models
 from ..config.gpus import CPU_RANKS, ENGINE_KEYS, engine_of
-from . import eval_loss
+from . import losses
 from .checkpoints import step_of, write_manifest
 from .run_record import Ended
 
@@ -124,7 +124,7 @@ class RunPlugin(BasePlugin):
 
         trainer._save_checkpoint = saving
         kinds = ("first evaluation", "evaluating")
-        eval_loss.add_to(
+        losses.add_to(
             trainer,
             begins=lambda: _note(cfg.output_dir, phase=kinds[trainer.state.global_step > 0]),
             record=lambda tokens: _note(
@@ -230,13 +230,13 @@ class RunCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Record the trainer's log entry for a step or an evaluation."""
-        if not logs or not {"loss", "eval_loss", eval_loss.NAME} & logs.keys():
+        if not logs or not {"loss", "eval_loss", losses.NAME} & logs.keys():
             return
         usage = _usage()
         peaks = of_all(usage.get("memory_reserved_gib") or usage["rss_peak_gib"], args.device)
         if len(peaks) > 1:
             usage["peak_gib_by_rank"] = peaks
-        kept = ("loss", "eval_loss", eval_loss.NAME, "grad_norm", "learning_rate")
+        kept = ("loss", "eval_loss", losses.NAME, "grad_norm", "learning_rate")
         record = {"epoch": state.epoch} | {key: logs[key] for key in kept if key in logs}
         if "loss" in logs:
             record |= self._of_steps(args)

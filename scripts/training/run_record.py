@@ -12,8 +12,9 @@ import psutil
 from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, with_config
 
 from ..base import paths
+from ..base.devices import GpuInfo, cpu, torch_cuda, visible_gpus
 from ..base.files import sha256
-from ..base.machine import GpuInfo, cpu, now, package_version, torch_cuda, visible_gpus
+from ..base.processes import now, package_version
 from ..config.datafiles import DataFile
 from ..config.merging import Difference, chained
 from ..data.published import EvalTokens

@@ -31,11 +31,11 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..base.errors import UserError
 from ..base.files import Row
-from ..base.machine import end_with_parent
-from ..base.progress import Bar
+from ..base.processes import end_with_parent
+from ..base.terminal import Bar
 from ..base.yamlfiles import Config
 from ..config import datafiles
-from .eval_loss import MASKED
+from .losses import MASKED
 from .validation import validated
 
 disable_progress_bar()

@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from ..base import paths
 from ..base.files import Row, read_json, write_json
 from ..base.hub import importing_axolotl
-from ..base.machine import package_version, start_child
+from ..base.processes import package_version, start_child
 from ..base.yamlfiles import Config
 from ..config import gpus
 from ..config.compose import Composed

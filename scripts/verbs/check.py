@@ -7,7 +7,7 @@ import typer
 from ..base import tables
 from ..base.errors import UserError
 from ..base.paths import selected
-from ..base.progress import Bar, say
+from ..base.terminal import Bar, say
 from .help import Verb, launching, next_step, over
 from .options import Force, Json, Names, Overrides, Profiles
 

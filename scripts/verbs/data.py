@@ -7,7 +7,7 @@ import typer
 
 from ..base import tables
 from ..base.errors import meant
-from ..base.progress import Bar, say
+from ..base.terminal import Bar, say
 from .help import Verb, Verbs, next_step
 from .options import Json, complete_studies
 

@@ -8,7 +8,7 @@ import typer
 
 from ..base import tables, yamlfiles
 from ..base.files import Row, write_rows
-from ..base.progress import Bar, say
+from ..base.terminal import Bar, say
 from .help import Verb, name_of, next_step
 from .options import BatchSize, DecodingName, Force, Json, Metrics, On, RunName, backend_of, exclusive, only_with
 

@@ -11,7 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
-from ..base.progress import PART, say
+from ..base.terminal import PART, say
 
 if TYPE_CHECKING:
     from ..config.compose import Request

@@ -9,7 +9,7 @@ import typer
 from ..base import paths, tables, yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row
-from ..base.progress import harmless, say
+from ..base.terminal import harmless, say
 from .help import Verb, next_step
 from .options import Json, Name, complete_recipes, whole_name
 
@@ -51,7 +51,7 @@ def _listed() -> list[Row]:
     study.yaml is read without validation, which would take longer than everything else together.
     Files that cannot be read are reported on stderr.
     """
-    from ..config import merging
+    from ..config import variants
 
     rows = []
     studies = {folder.name: _declared(folder) for folder in paths.studies()}
@@ -60,8 +60,8 @@ def _listed() -> list[Row]:
     for name, file in (shipped | own).items():
         try:
             recipe = yamlfiles.read_yaml(file)
-            variant_of = merging.parent_of(name, file) if name in own else None
-            study = str(name if name in shipped else merging.origin_of(name, file)).partition("/")[0]
+            variant_of = variants.parent_of(name, file) if name in own else None
+            study = str(name if name in shipped else variants.origin_of(name, file)).partition("/")[0]
         except UserError as error:
             say(str(error))
             continue
@@ -149,9 +149,9 @@ def diff_verb(
     json: Json = False,
 ) -> None:
     """Compare two recipes or configs, key by key."""
-    from ..config import merging
+    from ..config import variants
 
-    rows = merging.recipe_diff(a, b)
+    rows = variants.recipe_diff(a, b)
     if json:
         tables.print_json(rows)
     elif rows:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..base.progress import say
+from ..base.terminal import say
 from .help import Verb, next_step
 from .options import Overrides, complete_recipes, whole_name
 

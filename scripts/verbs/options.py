@@ -12,7 +12,7 @@ from ..base import paths, tables
 from ..base.errors import UserError
 from ..base.files import Row, read_json
 from ..base.paths import find_recipe
-from ..base.progress import say
+from ..base.terminal import say
 
 if TYPE_CHECKING:
     from ..run.backends import TaskResult

@@ -8,7 +8,7 @@ import typer
 
 from ..base import tables, yamlfiles
 from ..base.paths import selected
-from ..base.progress import Bar
+from ..base.terminal import Bar
 from .help import Verb, next_step
 from .options import Force, Json, Names, Overrides, Profiles
 

@@ -8,7 +8,7 @@ import typer
 from ..base import paths
 from ..base.errors import UserError
 from ..base.files import write_atomically
-from ..base.progress import Bar, say
+from ..base.terminal import Bar, say
 from .help import Verb
 from .options import Force, RehearsalsOfStudy, RunName, Things, only_with
 

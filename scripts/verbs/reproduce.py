@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..base import paths, tables
-from ..base.progress import say
+from ..base.terminal import say
 from .help import Verb, next_step
 from .options import (
     Force,

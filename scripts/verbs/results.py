@@ -6,7 +6,7 @@ import typer
 
 from ..base import paths
 from ..base.errors import UserError
-from ..base.progress import say
+from ..base.terminal import say
 from .help import Verb, next_step
 from .options import Json, Metrics, RehearsalsOfStudy, Things, complete_runs, exclusive, only_with
 

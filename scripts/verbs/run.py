@@ -8,17 +8,7 @@ from ..base import yamlfiles
 from ..base.errors import UserError
 from ..base.secrets import public
 from .help import Verb, after_training
-from .options import (
-    WHERE,
-    Force,
-    Name,
-    On,
-    Overrides,
-    Profiles,
-    RunName,
-    Things,
-    backend_of,
-)
+from .options import WHERE, Force, Name, On, Overrides, Profiles, RunName, Things, backend_of
 
 verbs = typer.Typer(rich_markup_mode=None)
 

@@ -6,7 +6,7 @@ import typer
 
 from ..base import paths, tables
 from ..base.errors import WorkFailed
-from ..base.progress import harmless, say
+from ..base.terminal import harmless, say
 from .help import Verb, Verbs, next_step
 from .options import Force, Json, complete_studies
 

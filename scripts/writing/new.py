@@ -15,7 +15,7 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import write_atomically
 from ..base.yamlfiles import Config
-from ..config import datafiles, merging, models
+from ..config import datafiles, merging, models, variants
 from .render import SPECIAL_TOKENS, BaseModel, describe
 
 HELD_OUT = 0.05
@@ -194,7 +194,7 @@ def write(name: str, base: str, overrides: list[str], other: OtherModel | None =
         text = _ABSENT.sub("", text)
     for key, change in changes.items():
         text = edited(text, key, change.value, str(base_file), change.source)
-    origin = merging.origin_of(base_name, base_file) or base_name
+    origin = variants.origin_of(base_name, base_file) or base_name
     schema = os.path.relpath(paths.RECIPES / "axolotl.schema.json", file.parent)
     write_atomically(file, "\n".join(_header(name, base_name, origin, schema, other)) + "\n" + text)
     return file

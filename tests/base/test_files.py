@@ -10,7 +10,7 @@ from conftest import config_with
 from qlora_recipes.base import files, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.files import append_line, opened, replacing, write_rows
-from qlora_recipes.base.machine import held, is_held
+from qlora_recipes.base.processes import held, is_held
 
 
 def test_a_device_is_written_to_and_stays_one(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from qlora_recipes.base import files, yamlfiles
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.base.machine import held
+from qlora_recipes.base.processes import held
 from qlora_recipes.data import prepare, studies
 from qlora_recipes.data.declaration import Data
 from qlora_recipes.data.raw_rows import RawFile, tagged

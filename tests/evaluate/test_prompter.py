@@ -29,7 +29,7 @@ def trained(cfg: dict[str, Any], row: dict[str, Any], tokenizer: Any) -> list[in
     """The tokens of a row that carry no loss at its beginning."""
     from axolotl.utils.dict import DictDefault
 
-    from qlora_recipes.training.eval_loss import MASKED
+    from qlora_recipes.training.losses import MASKED
     from qlora_recipes.training.tokens import tokenize
 
     (tokens,) = tokenize("rows", DictDefault(cfg), DictDefault(cfg["datasets"][0]), tokenizer, [row], 4096)

@@ -24,7 +24,7 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.paths import find_recipe
 from qlora_recipes.config import substitution
 from qlora_recipes.data.sample import usual_sample
-from qlora_recipes.training.eval_loss import MASKED
+from qlora_recipes.training.losses import MASKED
 
 Check = Callable[..., None]
 HALF = torch.bfloat16 if BF16 else torch.float16

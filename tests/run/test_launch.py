@@ -6,7 +6,7 @@ import pytest
 from run_folders import a_run, shell_for_axolotl
 
 from qlora_recipes.base.errors import WorkFailed
-from qlora_recipes.base.machine import package_version
+from qlora_recipes.base.processes import package_version
 from qlora_recipes.run import launch
 from qlora_recipes.run.rundir import RunDir
 from qlora_recipes.training import run_record

@@ -13,7 +13,7 @@ from qlora_recipes.run.backends import stop_holders
 HOLDS = """
 import sys
 from pathlib import Path
-from qlora_recipes.base.machine import held
+from qlora_recipes.base.processes import held
 with held(Path(sys.argv[1]), "held"):
     print(1, flush=True)
     input()

@@ -10,7 +10,7 @@ import pytest
 from run_folders import a_checkpoint
 
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.base.progress import TrainingProgress
+from qlora_recipes.base.terminal import TrainingProgress
 from qlora_recipes.run import rundir
 from qlora_recipes.run.rundir import RunDir
 from qlora_recipes.training.run_record import Run

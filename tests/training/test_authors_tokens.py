@@ -15,7 +15,7 @@ from qlora_recipes.base.hub import importing_axolotl
 from qlora_recipes.config import substitution
 from qlora_recipes.data import studies
 from qlora_recipes.data.raw_rows import RowMaker
-from qlora_recipes.training.eval_loss import MASKED
+from qlora_recipes.training.losses import MASKED
 
 with importing_axolotl(offline=True):
     from qlora_recipes.training.tokens import Tokenizer, Tokens

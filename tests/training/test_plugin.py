@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import WorkFailed
 from qlora_recipes.base.files import tensor_shapes
-from qlora_recipes.base.progress import TrainingProgress
+from qlora_recipes.base.terminal import TrainingProgress
 from qlora_recipes.config import merging
 from qlora_recipes.run import launch
 from qlora_recipes.run.rundir import PLUGIN, RunDir, summarise

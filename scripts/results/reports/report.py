@@ -16,8 +16,8 @@ from markupsafe import Markup, escape
 
 from ...base import paths, tables
 from ...base.errors import UserError
-from ...base.machine import now
 from ...base.paths import template_environment
+from ...base.processes import now
 from ...base.tables import Table
 from ...data.studies import Study
 from ...study.sweep import Sweep

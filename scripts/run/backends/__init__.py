@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ...base import machine
+from ...base import devices, processes
 from ...base.errors import UserError
 from ...base.files import opened
-from ...base.machine import start_child, stop_requests
-from ...base.progress import PART, say
+from ...base.processes import start_child, stop_requests
+from ...base.terminal import PART, say
 from ...config import gpus
 from ...config.finding import Finding
 from ...config.gpus import Gpu
@@ -154,7 +154,7 @@ class Local:
 
     def __init__(self, rehearsal: bool, jobs: int | None = None):
         jobs = jobs or 1
-        visible = [None] * jobs if jobs == 1 or rehearsal else [*machine.visible_gpus()]
+        visible = [None] * jobs if jobs == 1 or rehearsal else [*devices.visible_gpus()]
         if jobs > len(visible):
             raise UserError(f"--jobs {jobs}: each job needs its own GPU; {len(visible)} available on this machine")
         self.devices = visible[:jobs]  # the GPU of each job; None leaves the choice to the run
@@ -171,7 +171,7 @@ class Local:
         """
         if nodes > 1:
             raise UserError(f"--nodes {nodes}: add --on slurm, which starts the run on each node")
-        if gpus > max(available := len(machine.visible_gpus()), 1):
+        if gpus > max(available := len(devices.visible_gpus()), 1):
             raise UserError(f"--gpus {gpus}: too many; {available} available on this machine")
 
     def submit(self, tasks: Sequence[Task], title: str) -> None:
@@ -241,7 +241,7 @@ class Local:
 
 def stop_holders(locks: Iterable[Path]) -> list[str]:
     """Ask the local processes that hold any of these locks to stop; return messages."""
-    pids = dict.fromkeys(pid for lock in locks if (pid := machine.holder(lock)))
+    pids = dict.fromkeys(pid for lock in locks if (pid := processes.holder(lock)))
     for pid in pids:
         os.kill(pid, signal.SIGTERM)
     return [f"process {pid} is asked to stop" for pid in pids]

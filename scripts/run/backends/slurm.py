@@ -19,7 +19,7 @@ from ...base import paths
 from ...base.errors import UserError, WorkFailed, require_plain
 from ...base.files import write_atomically
 from ...base.paths import template_environment
-from ...base.progress import PART, say
+from ...base.terminal import PART, say
 from ...config import gpus
 from ...config.gpus import Gpu
 from ...training.run_record import Job

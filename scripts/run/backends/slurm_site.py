@@ -15,8 +15,8 @@ from pydantic import AfterValidator, BaseModel, StringConstraints, ValidationErr
 
 from ...base import yamlfiles
 from ...base.errors import UserError
-from ...base.progress import say_once
 from ...base.secrets import is_secret
+from ...base.terminal import say_once
 from ...config.merging import flatten, merge
 from ...training.run_record import Job, JobState
 from . import Step

@@ -12,7 +12,7 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.config import merging
 from qlora_recipes.data.published import EvalTokens
 from qlora_recipes.run.rundir import PLUGIN, RunDir, summarise
-from qlora_recipes.training.eval_loss import scored_tokens
+from qlora_recipes.training.losses import scored_tokens
 
 ROWS = 7  # so that the last batch is not full
 PACKED = {"sample_packing": True, "pad_to_sequence_len": True, "sequence_len": 1024}

@@ -1,14 +1,15 @@
-"""Eval loss per token: the mean over all tokens with a label, equally weighted.
+"""Losses: Axolotl's loss in chunks, and the eval loss per token.
 
-Axolotl's `eval_loss` averages the mean losses of batches, so that a token in a batch with few labels weighs more. With
-several ranks, rows repeated to fill the last batch count twice. Packing drops some rows, or all if they are few.
-`eval_loss` therefore depends on packing, batch size, row order and number of ranks. It is comparable only between runs
-that share all four.
+The eval loss per token is the mean over all tokens with a label, equally weighted. Axolotl's `eval_loss` averages the
+mean losses of batches, so that a token in a batch with few labels weighs more. With several ranks, rows repeated to
+fill the last batch count twice. Packing drops some rows, or all if they are few. `eval_loss` therefore depends on
+packing, batch size, row order and number of ranks. It is comparable only between runs that share all four.
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -117,3 +118,11 @@ def _collated(trainer: Any, rows: Sequence[dict[str, Any]], masked: bool) -> dic
         if not masked:
             batch["labels"][i, :end] = torch.as_tensor(row["labels"])
     return trainer._prepare_inputs(batch)
+
+
+def chunked_loss() -> Any:
+    """Axolotl's loss in eight chunks, not compiled; its memory is an upper bound."""
+    with patch("torch.compile", lambda function, **_: function):
+        from axolotl.monkeypatch.loss.chunked import get_causal_lm_loss
+
+        return get_causal_lm_loss()

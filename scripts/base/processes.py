@@ -1,10 +1,9 @@
-"""This machine: clock, processor, GPUs, processes and locks."""
+"""Processes of this machine, locks between them, and the time."""
 
 import ctypes
 import fcntl
 import os
 import platform
-import re
 import shutil
 import signal
 import subprocess
@@ -13,122 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from .errors import UserError
 from .files import naming, opened
 
 LOOK = 0.2  # seconds to wait for a lock; `is_held` holds a lock for less time
 LOCK_TIMEOUT = 600  # seconds to wait for another process to prepare a shared folder
-
-
-class GpuInfo(TypedDict, total=False):
-    """An NVIDIA GPU, or a MIG instance of one."""
-
-    name: str
-    memory_gib: float
-    compute_capability: str
-    driver: str
-
-
-def cpu() -> str:
-    """The processor's name."""
-    name = re.search(r"^model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return name[1].strip() if name else platform.machine()
-
-
-def cpu_has_bf16() -> bool:
-    """True if the processor has bf16 instructions; otherwise fp32 is faster than bf16."""
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(Path("/proc/cpuinfo").read_text().split())
-
-
-def gpus() -> list[GpuInfo]:
-    """All GPUs of this machine, regardless of CUDA_VISIBLE_DEVICES."""
-    with _driver() as handles:
-        return [_gpu_info(handle) for handle in handles]
-
-
-def visible_gpus() -> dict[str, GpuInfo]:
-    """GPUs visible to CUDA in this process.
-
-    The keys are the names in CUDA_VISIBLE_DEVICES; if it is not set, the numbers of all GPUs. The rules are CUDA's
-    (CUDA C++ Programming Guide, "CUDA Environment Variables"). The list ends at the first unknown name, and a GPU split
-    by MIG stands for its first instance. Numbers follow CUDA_DEVICE_ORDER=PCI_BUS_ID, because CUDA's default order puts
-    the fastest GPU first by an unpublished rule.
-    """
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is not None and not listed.strip():
-        return {}
-    found: dict[str, GpuInfo] = {}
-    with _driver() as handles:
-        every = map(str, range(len(handles)))
-        for name in every if listed is None else map(str.strip, listed.split(",")):
-            handle = _handle(name, handles)
-            if handle is None:
-                break
-            found[name] = _gpu_info(handle)
-    return found
-
-
-@contextmanager
-def _driver() -> Iterator[list[Any]]:
-    """NVML handles of this machine's GPUs, in bus order; empty without a driver."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        yield []
-        return
-    try:
-        yield [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _handle(name: str, handles: list[Any]) -> Any:
-    """NVML handle of a GPU or MIG instance, by its name in CUDA_VISIBLE_DEVICES."""
-    import pynvml
-
-    if name.startswith("MIG-"):
-        with suppress(pynvml.NVMLError):
-            return pynvml.nvmlDeviceGetHandleByUUID(name)
-        return None
-    if name.isdecimal():
-        named = handles[int(name) : int(name) + 1]
-    else:
-        named = [handle for handle in handles if name and pynvml.nvmlDeviceGetUUID(handle).startswith(name)]
-    if len(named) != 1:
-        return None
-    with suppress(pynvml.NVMLError):  # most GPUs lack MIG
-        if pynvml.nvmlDeviceGetMigMode(named[0])[0]:
-            return pynvml.nvmlDeviceGetMigDeviceHandleByIndex(named[0], 0)
-    return named[0]
-
-
-def _gpu_info(handle: Any) -> GpuInfo:
-    import pynvml
-
-    whole = handle
-    with suppress(pynvml.NVMLError):  # not a MIG instance
-        whole = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
-    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(whole)
-    return {
-        "name": pynvml.nvmlDeviceGetName(handle),
-        "memory_gib": round(pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30, 1),
-        "compute_capability": f"{major}.{minor}",
-        "driver": pynvml.nvmlSystemGetDriverVersion(),
-    }
-
-
-def torch_cuda() -> str | None:
-    """CUDA version of the installed torch, found without the slow import of torch."""
-    spec = find_spec("torch")
-    source = Path(spec.origin).with_name("version.py").read_text() if spec and spec.origin else ""
-    built_for = re.search(r"^cuda\b.*= '([\d.]+)'", source, re.MULTILINE)
-    return built_for[1] if built_for else None
 
 
 def package_version(name: str) -> str | None:

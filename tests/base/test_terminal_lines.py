@@ -5,15 +5,15 @@ from typing import Any
 import orjson
 import pytest
 
-from qlora_recipes.base import progress
-from qlora_recipes.base.progress import TrainingProgress
+from qlora_recipes.base import terminal
+from qlora_recipes.base.terminal import TrainingProgress
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time in seconds, as bars see it; a test sets it."""
     now = [1000.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -47,4 +47,4 @@ def test_a_log_has_one_line_for_each_phase(tmp_path, capsys, clock):
 
 
 def test_a_command_or_a_remark_that_fits_on_a_line_is_not_broken():
-    assert [*progress.broken("ab cd `ef gh` (ij kl)", 9)] == ["ab cd", "  `ef gh`", "  (ij kl)"]
+    assert [*terminal.broken("ab cd `ef gh` (ij kl)", 9)] == ["ab cd", "  `ef gh`", "  (ij kl)"]
