@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import click
 import typer
+from click.exceptions import NoSuchCommand
 
 from .base import paths
 from .base.errors import UserError, WorkFailed
@@ -55,6 +56,11 @@ class _Verbs(Verbs):
                 module = import_module(f".verbs.{modules[cmd_name]}", __package__)
                 return typer.main.get_group(module.verbs).commands[cmd_name]
         return None
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if not ctx.resilient_parsing and args[0] not in self.list_commands(ctx):  # click would suggest imported verbs
+            raise NoSuchCommand(args[0], possibilities=self.list_commands(ctx), ctx=ctx)
+        return super().resolve_command(ctx, args)
 
     def headings(self, ctx: click.Context) -> dict[str, list[str]]:
         return {heading: list(modules) for heading, modules in VERBS.items()}

@@ -11,9 +11,17 @@ from qlora_recipes import cli
 ALL = typer.main.get_command(cli.app)
 
 
+def subcommands(command: click.Command) -> dict[str, click.Command]:
+    if not isinstance(command, click.Group):
+        return {}
+    context = click.Context(command)
+    found = {name: command.get_command(context, name) for name in command.list_commands(context)}
+    return {name: below for name, below in found.items() if below}
+
+
 def commands(name: str = "recipe", command: click.Command = ALL) -> Iterator[tuple[str, click.Command]]:
     yield name, command
-    for verb, below in getattr(command, "commands", {}).items():
+    for verb, below in subcommands(command).items():
         yield from commands(f"{name} {verb}", below)
 
 
