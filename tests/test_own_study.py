@@ -152,7 +152,7 @@ def test_a_benchmark_that_the_harness_lacks_is_found_before_training(recipe, tmp
     study = write_capitals(tmp_path)
     own = STUDY.replace("{metric: exact_match,", "{metric: benchmark, task: gsm8kk,")
     study.write_text(re.sub("{scores: .*}", "{}", own))
-    assert "accuracy, %" in recipe("results", "capitals").stdout  # also without runs and published scores
+    assert "counted answers by hand" in recipe.ok("results", "capitals").stdout  # also without runs and scores
     recipe.ok("render")
     for words in ("study", "check", "capitals"), ("reproduce", "capitals", "--rehearse", "--json"):
         done = recipe(*words)

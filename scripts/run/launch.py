@@ -41,11 +41,13 @@ LAST_SECONDS = 15  # time for the other ranks to exit after one has failed
 
 
 def require(cwd: Path) -> None:
-    """Check that the working directory of a run exists.
+    """Check that Axolotl and the working directory of a run exist.
 
     Raises:
-        UserError: the working directory is missing.
+        UserError: Axolotl or the working directory is missing.
     """
+    if not AXOLOTL.is_file():
+        raise UserError(f"{AXOLOTL}: not found; install axolotl in the same environment as this command")
     if not cwd.is_dir():
         raise UserError(f"{cwd}: not found, but the run was started in this folder; restore it with its contents")
 

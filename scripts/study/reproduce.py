@@ -3,8 +3,6 @@
 With `recipe reproduce --from`, only published predictions are scored, or published adapters evaluated.
 """
 
-import fnmatch
-import glob
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,10 +44,7 @@ def chosen(of_study: Study, only: list[str]) -> list[str]:
     recipes = [*of_study.published, *of_study.variants]
     named: list[str] = []
     for name in only:
-        found = paths.matching(name, recipes) or fnmatch.filter(recipes, f"*/{name}")
-        if len(found) > 1 and not glob.has_magic(name):
-            raise UserError(f"--only {name}: matches {', '.join(found)}; give the whole name, or '*{name}*' for all")
-        named += found or [meant(name, recipes, "recipe of the study", option="--only")]
+        named += paths.matching(name, recipes) or [meant(name, recipes, "recipe of the study", option="--only")]
     return list(dict.fromkeys(named)) or list(of_study.published)
 
 

@@ -42,7 +42,6 @@ def trained(cfg: dict[str, Any], row: dict[str, Any], tokenizer: Any) -> list[in
         ({"type": "alpaca"}, {"instruction": "Do {this}.", "input": "Now", "output": "Yes."}, ["instruction", "input"]),
         ({"type": "alpaca"}, {"instruction": "Do it.", "output": "Yes."}, ["instruction"]),
         ({"type": "alpaca:chatml"}, {"instruction": "Do it.", "input": "", "output": "Yes."}, ["instruction"]),
-        ({"type": "gpteacher"}, {"instruction": "Do.", "input": "Now", "response": "Yes."}, ["instruction", "input"]),
         ({"type": FORMAT}, {"ask": "Why \"it\"?", "reply": "So."}, ["ask"]),
         (CHAT, {"talk": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}, []),
         (SHAREGPT, {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}, []),

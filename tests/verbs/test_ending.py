@@ -29,7 +29,7 @@ def shell(line: str, place: Path, **env: str) -> "subprocess.CompletedProcess[st
         (f"{RECIPE} results 2>&-", 0, ""),  # messages reach nobody, rather than stdout
         # without `make coverage`, which could not write either
         (f"ulimit -f 0; COVERAGE_PROCESS_CONFIG= {RECIPE} new x --from code-llama-7b", 1, "recipe: variants/x.yaml:"),
-        (f"ulimit -v 1000000; {RECIPE} plan code-llama-7b --gpu T4", 1, "recipe: out of memory"),
+        (f"ulimit -v 1000000; {RECIPE} plan code-llama-7b --gpu T4 --set lora_r=7", 1, "recipe: out of memory"),
     ],
 )
 def test_what_cannot_be_printed_or_written_ends_with_a_line(tmp_path, line, code, says):
