@@ -141,7 +141,7 @@ def plans(_: Path) -> dict[str, Any]:
 def checks(_: Path) -> dict[str, Any]:
     """Findings of every recipe for GPUs, profiles and rehearsals, and of the cases of the rules' tests."""
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "support")]
-    from checks.test_rules import CASES
+    from check.test_rules import CASES
     from conftest import config_with
 
     from qlora_recipes.base import yamlfiles
