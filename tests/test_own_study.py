@@ -13,7 +13,7 @@ from qlora_recipes.base import paths
 from qlora_recipes.data import studies
 from qlora_recipes.evaluate import benchmarks
 from qlora_recipes.results import export
-from qlora_recipes.results.run_rows import RunResult
+from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.run.rundir import RunDir
 
 STUDY = """\

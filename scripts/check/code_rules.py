@@ -194,6 +194,3 @@ def pickled_weights(case: Case) -> Problems:
         if files:
             problem = f"would load {files[0]}, which is not a safetensors file: loading it can run code"
             yield "error", key, problem, "use a safetensors copy; to load it, pass the name in brackets to --force"
-
-
-CODE_RULES = (foreign_code, pickled_weights)

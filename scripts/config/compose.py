@@ -16,6 +16,7 @@ from . import datafiles, gpus, merging, models, numerics, substitution, variants
 from .datafiles import DataFile
 from .gpus import Gpu
 from .merging import Difference
+from .profiles import ADAPTED, Incompatible, adapted
 from .variants import check_not_of_the_run
 
 REHEARSAL = "rehearsal"
@@ -51,7 +52,7 @@ class Composed:
         differences: changes from the recipe file to the composed config.
         files: for each key changed by a file, such as a variant or profile, the path of this file.
         data: the data files; empty until they are read.
-        incompatible: profile keys that do not suit the config, grouped by reason; see `numerics.adapted`.
+        incompatible: profile keys that do not suit the config, grouped by reason; see `profiles.adapted`.
         of_variant: changes from the origin to the recipe file.
     """
 
@@ -64,7 +65,7 @@ class Composed:
     profiles: list[str]
     rehearsal: bool
     data: list[DataFile] = field(default_factory=list)
-    incompatible: numerics.Incompatible = field(default_factory=dict)
+    incompatible: Incompatible = field(default_factory=dict)
     of_variant: list[Difference] = field(default_factory=list)
 
     @property
@@ -89,7 +90,7 @@ class Composed:
 
 
 @dataclass
-class _Layers:
+class _Draft:
     """A config under composition, changed step by step.
 
     Attributes:
@@ -103,7 +104,7 @@ class _Layers:
     reasons: dict[str, tuple[str, Path | None]] = field(default_factory=dict)
     sample: Config = field(default_factory=dict)
     given: Config = field(default_factory=dict)
-    incompatible: numerics.Incompatible = field(default_factory=dict)
+    incompatible: Incompatible = field(default_factory=dict)
 
     def take(self, changed: Config, reason: str, source: Path | None = None) -> None:
         """Adopt a changed config, and record the reason for each changed key."""
@@ -139,53 +140,53 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     if request.rehearse and REHEARSAL not in dict(profiles):
         profiles.append(paths.find_profile(REHEARSAL))  # last, to override other profiles' GPU features
     rehearsal = REHEARSAL in dict(profiles)
-    layers = _Layers(base)
+    draft = _Draft(base)
     own = recipe | {key: base.get(key) for key in merging.OF_THE_RUN}
-    layers.take({key: value for key, value in own.items() if value is not None}, paths.shown(file), file)
-    of_variant, of_file = layers.differences(base), layers.config
+    draft.take({key: value for key, value in own.items() if value is not None}, paths.shown(file), file)
+    of_variant, of_file = draft.differences(base), draft.config
     if MIRROR in dict(profiles):
-        layers.take(_mirrored(layers.config), f"profile {MIRROR}")
+        draft.take(_mirrored(draft.config), f"profile {MIRROR}")
     others = [profile for profile in profiles if profile[0] != MIRROR]
-    begun = layers.config
+    begun = draft.config
     for profile, source in others:
         fragment = yamlfiles.read_yaml(source)
-        if profile in numerics.ADAPTED:
+        if profile in ADAPTED:
             remaining = [path for other, path in others if other not in (profile, REHEARSAL)]
             whole = _preview(begun, remaining, request.overrides)
-            fragment = numerics.adapted(fragment, layers.config, whole, gpu, layers.incompatible)
+            fragment = adapted(fragment, draft.config, whole, gpu, draft.incompatible)
         if profile == REHEARSAL:
-            fragment = layers.rehearsal_changes(fragment)
-        elif layers.sample:
-            layers.given |= dict(merging.flatten(fragment))
-        layers.take(merging.merge(layers.config, fragment), f"profile {profile}", source)
+            fragment = draft.rehearsal_changes(fragment)
+        elif draft.sample:
+            draft.given |= dict(merging.flatten(fragment))
+        draft.take(merging.merge(draft.config, fragment), f"profile {profile}", source)
     for text in request.overrides:
         key, value = merging.parse_override(text)
         check_not_of_the_run(key, f"--set {text}")
-        layers.take(merging.override(layers.config, key, value), f"--set {text}")
-        layers.given |= dict(merging.flatten({key: value}))
+        draft.take(merging.override(draft.config, key, value), f"--set {text}")
+        draft.given |= dict(merging.flatten({key: value}))
     if rehearsal and request.ranks == 1:
-        engine = set(gpus.ENGINE_KEYS).difference(datafiles.missing_paths(layers.config))
-        without = merging.merge(layers.config, dict.fromkeys(engine))
-        layers.take(without, "the rehearsal uses one process; --gpus 2 rehearses the engine too")
+        engine = set(gpus.ENGINE_KEYS).difference(datafiles.missing_paths(draft.config))
+        without = merging.merge(draft.config, dict.fromkeys(engine))
+        draft.take(without, "the rehearsal uses one process; --gpus 2 rehearses the engine too")
     several = f"--gpus {request.gpus}" + (f" --nodes {request.nodes}" if request.nodes > 1 else "")
-    layers.take(gpus.divided(layers.config, request.ranks, several), f"{several}: keeps the number of rows per step")
+    draft.take(gpus.divided(draft.config, request.ranks, several), f"{several}: keeps the number of rows per step")
     if rehearsal:
-        for changes, reason in substitution.substitutions(layers.config, layers.sample, layers.given):
-            layers.take(merging.merge(layers.config, changes), f"rehearsal: {reason}")
-    stated = numerics.engine_precision(layers.config, on_gpu=not rehearsal)
-    layers.take(stated, "DeepSpeed reads auto too late for ZeRO-3")
-    if layers.config.get("seed") is None:
-        layers.take(layers.config | {"seed": merging.AXOLOTL_SEED}, "without a seed, each run would begin differently")
+        for changes, reason in substitution.substitutions(draft.config, draft.sample, draft.given):
+            draft.take(merging.merge(draft.config, changes), f"rehearsal: {reason}")
+    stated = numerics.engine_precision(draft.config, on_gpu=not rehearsal)
+    draft.take(stated, "DeepSpeed reads auto too late for ZeRO-3")
+    if draft.config.get("seed") is None:
+        draft.take(draft.config | {"seed": merging.AXOLOTL_SEED}, "without a seed, each run would begin differently")
     return Composed(
         recipe=name,
         recipe_file=file,
         origin=origin,
-        config=layers.config,
-        differences=layers.differences(of_file),
-        files={key: source for key, (_, source) in layers.reasons.items() if source},
+        config=draft.config,
+        differences=draft.differences(of_file),
+        files={key: source for key, (_, source) in draft.reasons.items() if source},
         profiles=[*dict(profiles)],
         rehearsal=rehearsal,
-        incompatible=layers.incompatible,
+        incompatible=draft.incompatible,
         of_variant=of_variant,
     )
 

@@ -277,8 +277,10 @@ class Case:
         return package_version(package) is not None
 
 
-def rule_findings(case: Case, rules: Sequence[Rule] = RULES) -> Iterator[Finding]:
-    """Findings of rules, by default of all."""
-    for judge in rules:
-        for level, key, problem, remedy in judge(case):
-            yield Finding(level, judge.__name__.replace("_", "-"), key, problem, remedy)
+def rule_findings(case: Case, scope: Scope | None = None) -> Iterator[Finding]:
+    """Findings of the rules of a scope, by default of all."""
+    for judge in RULES:
+        name = judge.__name__.replace("_", "-")
+        if scope in (None, _SCOPES.get(name)):
+            for level, key, problem, remedy in judge(case):
+                yield Finding(level, name, key, problem, remedy)

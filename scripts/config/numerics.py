@@ -16,9 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..base.yamlfiles import Config
-from . import models
-from .gpus import Gpu
-from .merging import flatten, listed, merge
+from .merging import merge
 
 
 @dataclass(frozen=True)
@@ -118,88 +116,9 @@ def takes_varlen(config: Config, model: Config) -> bool:
     return not (slides or width > 256 or model.get("v_head_dim") or scaled or model.get("attention_dropout"))
 
 
-ADAPTED = ("fast", "packed")
-"""The profiles that are adapted to a config."""
 AMPERE = (8, 0)
 """Lowest compute capability for Triton (its README, since 3.3) and for torch's FlashAttention, the base of varlen_attn
 ("FlashAttention only supports Ampere GPUs or newer")."""
-Incompatible = dict[str, Config]
-"""Changed profile keys by reason: None for a key left out, otherwise the value used instead."""
-_LIGER = ("plugins", "liger_rms_norm", "liger_glu_activation", "liger_rope", "liger_fused_linear_cross_entropy")
-_LORA = {
-    "lora_qkv_kernel": ("q_proj", "k_proj", "v_proj"),
-    "lora_o_kernel": ("o_proj",),
-    "lora_mlp_kernel": ("gate_proj", "up_proj", "down_proj"),
-}
-"""For each of Axolotl's LoRA kernels, the layers that all need adapters (monkeypatch/lora_kernels.py)."""
-
-
-def adapted(fragment: Config, before: Config, config: Config, gpu: Gpu | None, incompatible: Incompatible) -> Config:
-    """Adapt a profile of `ADAPTED` to a config and a GPU.
-
-    If the profile lists plugins, the result lists those of `before` too, because merging replaces lists.
-
-    Args:
-        fragment: the content of the profile.
-        before: the config into which the profile is merged, with the earlier profiles only.
-        config: the recipe with the earlier and later profiles, and the overrides.
-        gpu: the GPU; if None, Ampere or newer is assumed.
-        incompatible: the keys left out or changed are added here, by reason.
-    """
-    fit = dict(fragment)
-    for changes, reason in _incompatible(config, gpu):
-        differing = {key: instead for key, instead in changes.items() if key in fit and fit[key] != instead}
-        if differing:
-            incompatible.setdefault(reason, {}).update(differing)
-            fit = merge(fit, differing)
-    if "plugins" in fit:
-        fit["plugins"] = list(dict.fromkeys([*listed(before, "plugins"), *fit["plugins"]]))
-    return fit
-
-
-def _incompatible(config: Config, gpu: Gpu | None) -> Iterator[tuple[Config, str]]:
-    """Keys that a profile must leave out (None) or change, with reasons."""
-    if gpu and gpu.capability < AMPERE:
-        yield dict.fromkeys((*_LIGER, "lora_mlp_kernel")), f"these kernels need Triton, which does not support {gpu}"
-        yield {"sdpa_varlen": False}, f"varlen_attn does not run on {gpu}; sdpa with a mask does"
-    if config.get("pad_to_sequence_len") or config.get("sample_packing"):
-        yield {"pad_to_sequence_len": True}, "the config packs rows, or pads all to one length"
-    model = models.architecture_here(config)
-    yield from _incompatible_liger(config, model)
-    yield from _incompatible_lora(config, model)
-
-
-def _incompatible_liger(config: Config, model: Config) -> Iterator[tuple[Config, str]]:
-    if (kind := model.get("model_type")) and kind not in models.LAYERS:
-        yield dict.fromkeys(_LIGER), f"the Liger kernels are not tested with the model type {kind}"
-    losses = ("chunked_cross_entropy", "cut_cross_entropy", "liger_cross_entropy")
-    if other := next((key for key in losses if config.get(key)), None):
-        yield dict.fromkeys(_LIGER[-1:]), f"the config has {other}"
-    trained = [*listed(config, "lora_modules_to_save"), *listed(config, "lora_target_modules")]
-    if "lm_head" in trained:
-        yield dict.fromkeys(_LIGER[-1:]), "Liger's loss is not tested with a trained lm_head"
-
-
-def _incompatible_lora(config: Config, model: Config) -> Iterator[tuple[Config, str]]:
-    """LoRA kernels to leave out, with reasons.
-
-    With dropout, a kernel uses one mask for all its layers; PEFT uses one per layer (axolotl/kernels/lora.py).
-    """
-    if config.get("adapter") not in ("lora", "qlora") or config.get("rl"):
-        yield dict.fromkeys(_LORA), "the LoRA kernels need LoRA, and do not support preference training"
-    if config.get("lora_dropout"):
-        yield (
-            dict.fromkeys(_LORA),
-            f"with lora_dropout {config['lora_dropout']}, the kernels drop other values than PEFT",
-        )
-    if dict(flatten(config)).get("bnb_config_kwargs.bnb_4bit_quant_type", "nf4") != "nf4":
-        yield dict.fromkeys(_LORA), "the kernels decode doubly quantized weights as NF4 (axolotl/kernels/quantize.py)"
-    if (activation := model.get("hidden_activation") or model.get("hidden_act") or "silu") != "silu":
-        yield {"lora_mlp_kernel": None}, f"the kernel computes SiLU or GELU (erf), but the model uses {activation}"
-    targets = listed(config, "lora_target_modules")
-    for kernel, layers in _LORA.items():
-        if targets and not config.get("lora_target_linear") and not set(layers) <= set(targets):
-            yield {kernel: None}, f"LoRA is not on all of {', '.join(layers)}"
 
 
 def departures(recipe: Config, run: Config) -> Iterator[str]:

@@ -8,10 +8,7 @@ from typing import Any
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.secrets import public
-from .merging import (
-    OF_THE_RUN,
-    differences,
-)
+from .merging import OF_THE_RUN, differences
 
 
 def check_not_of_the_run(key: str, where: str) -> None:

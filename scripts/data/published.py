@@ -57,7 +57,7 @@ class PublishedScore(Strict):
 
 @with_config(extra="forbid", strict=True)
 class EvalTokens(TypedDict):
-    """Tokens behind an eval loss: their number and hash, see `eval_loss.scored_tokens`."""
+    """Tokens behind an eval loss: their number and hash, see `losses.scored_tokens`."""
 
     count: Count
     sha256: Sha256

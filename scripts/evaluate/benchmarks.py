@@ -107,7 +107,7 @@ def _measure(
     from lm_eval.models.huggingface import HFLM
     from torch import OutOfMemoryError
 
-    from .reference import Reference, base_weights
+    from .transformers_engine import Reference, base_weights
 
     tasks = {name: _located(column, force) for name, column in missing.items()}
     settings = prompter.settings

@@ -49,7 +49,7 @@ class EvaluationRequest:
 
     Attributes:
         data: JSONL file of rows; `evaluation_rows.usual` finds the default.
-        limit: number of rows to evaluate, see `evaluation_rows.taken`; by default all, or `REHEARSED` in a rehearsal
+        limit: number of rows to evaluate, see `scores_file.taken`; by default all, or `REHEARSED` in a rehearsal
             without `data`.
         adapter: adapter folder, or `none` for the base model alone; by default the run's adapter.
         max_new_tokens: maximum number of tokens in an answer; by default the study's, or at most 96 in a rehearsal.
@@ -238,7 +238,7 @@ def complete(task: EvaluationTask, judged: ScorerModels) -> Evaluation | None:
 
 
 def _same_work(task: EvaluationTask) -> Evaluation | None:
-    """Return the existing evaluation if it has all predictions of a task."""
+    """Existing evaluation, if it has all predictions of a task; None if they have to be generated."""
     former = read_scores(task.where)
     if not former or former.settings.identity() != task.settings.identity():
         return None

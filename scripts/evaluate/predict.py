@@ -58,7 +58,7 @@ def require(settings: EvaluationSettings, server: str | None, on_gpu: bool) -> N
         at(str(server)).require_model(settings.model)
 
 
-def started(
+def start_engine(
     prompter: "Prompter", prompts: Sequence[list[int]], server: str | None, part: Path
 ) -> AbstractContextManager[Engine]:
     """Start the engine named in the prompter's settings, for a `with` block.
@@ -84,7 +84,7 @@ def started(
         at_once = settings.batch_size or AT_ONCE
         return nullcontext(Server(prompter, at(str(server)), str(settings.model), at_once))
     with Bar("loading the model"):
-        from .reference import Reference
+        from .transformers_engine import Reference
 
         return nullcontext(Reference(prompter))
 
@@ -122,7 +122,7 @@ def predict(
     rows, positions = test.rows, test.positions
     on_gpu = not rehearsal and bool(gpus.here())
     require(settings, server, on_gpu)
-    done, settings = resume(part, settings, positions)
+    done, settings = read_part(part, settings, positions)
     if len(done) < len(rows):
         if rehearsal:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -136,7 +136,7 @@ def predict(
         compared_again = settings.engine == SERVER and (on_gpu or rehearsal)
         compares = compared_again or (settings.engine == VLLM and settings.agreement is None)
         expected = answers_of_reference(prompter, sampled(prompts)) if compares else []
-        with started(prompter, prompts, server, part) as engine:
+        with start_engine(prompter, prompts, server, part) as engine:
             found = agreement(expected, engine, sampled(prompts)) if compares else settings.agreement
             settings = settings.model_copy(update={"batch_tokens": engine.settings.batch_tokens, "agreement": found})
             asked = [
@@ -160,7 +160,7 @@ def part_file(folder: Path, settings: EvaluationSettings) -> Path:
     return folder / f"predictions.{digest(identity)[:12]}.part.jsonl"
 
 
-def resume(
+def read_part(
     part: Path, settings: EvaluationSettings, positions: Sequence[int]
 ) -> tuple[dict[int, Row], EvaluationSettings]:
     """Read an interrupted evaluation, or start a new file.
@@ -233,7 +233,7 @@ def sampled(prompts: Sequence[list[int]]) -> list[list[int]]:
 
 def answers_of_reference(prompter: "Prompter", prompts: Sequence[list[int]]) -> list[Completion]:
     """Greedy answers of the reference engine; its memory is freed afterwards."""
-    from .reference import Reference
+    from .transformers_engine import Reference
 
     reference = Reference(prompter)
     answers = _greedily(reference, prompts, "the reference answers")

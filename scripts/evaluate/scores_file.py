@@ -112,7 +112,7 @@ class EvaluationSettings(BaseModel):
         test_set: name of the study's test set with this content (`test` is the complete test set); None for other rows.
         batch_size: maximum number of rows in a batch; None lets the engine choose.
         batch_tokens: maximum number of tokens in a batch of the reference engine, set by free memory; None for other
-            engines, and where `reference.FIXED` applies.
+            engines, and where `transformers_engine.FIXED` applies.
         built_with: further config keys that change predictions, with their values; see `evaluate.BUILT_WITH`.
         engine: `REFERENCE` (in this process), `VLLM` (a server started for the evaluation) or `SERVER` (a server
             started by a user).

@@ -109,8 +109,8 @@ def started(prompter: "Prompter", prompts: Sequence[list[int]], part: Path) -> I
         UserError: training added tokens that the base model lacks.
         WorkFailed: vLLM does not start.
     """
-    from .reference import weights_folder
     from .server import Api, Server
+    from .transformers_engine import weights_folder
 
     settings = prompter.settings
     if len(prompter.tokenizer) > prompter.config.get_text_config().vocab_size:

@@ -21,7 +21,7 @@ from ..evaluate.scores_file import ADAPTER, Evaluation, EvaluationSettings
 from ..metrics.metric import Column
 from ..run.rundir import PLUGIN, RunDir
 from ..training.run_record import Run
-from .run_rows import RunResult
+from .run_result import RunResult
 
 # Licences of language models in https://huggingface.co/docs/hub/repositories-licenses
 _HUB_LICENCES = ("apache-2.0", "mit", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma")

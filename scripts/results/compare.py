@@ -22,7 +22,7 @@ from ..metrics import registry
 from ..metrics.metric import Column
 from ..run.rundir import RunDir, find_run
 from ..training.run_record import Run
-from .run_rows import trained_settings
+from .run_result import trained_settings
 
 
 @dataclass

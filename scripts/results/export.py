@@ -26,7 +26,7 @@ from ..run.rundir import RunDir
 from ..study import published_predictions
 from ..training.run_record import Provenance, Run, collect
 from . import score_records
-from .run_rows import RunResult
+from .run_result import RunResult
 
 
 def export(folder: RunDir) -> Path:

@@ -13,8 +13,8 @@ from ..metrics import registry
 from ..metrics.metric import Column
 from ..run import backends
 from ..run.rundir import RunDir, readable
-from . import run_rows
-from .run_rows import RunResult
+from . import run_result
+from .run_result import RunResult
 
 AXOLOTL_EVAL_LOSS = "Axolotl's eval loss"  # shown without a loss per token
 REHEARSALS = "Rehearsals (small stand-in model, few rows; not comparable with any published score)"
@@ -27,7 +27,7 @@ def show(folders: Sequence[RunDir], json: bool) -> None:
     jobs = {result.folder.path: [*_jobs(result)] for result in found}
     if changed := [result.folder.path for result in found if result.changed]:
         say(f"evaluations that are stale or edited: {len(changed)}; for the last, run `recipe evaluate {changed[-1]}`")
-    records = (run_rows.record(result, jobs[result.folder.path]) for result in found)
+    records = (run_result.record(result, jobs[result.folder.path]) for result in found)
     tables.show(json, records, _of_runs(found, jobs))
 
 

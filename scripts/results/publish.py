@@ -19,7 +19,7 @@ from ..run import backends, trust
 from ..run.rundir import RunDir
 from ..training.run_record import Run
 from .card import base_model, card
-from .run_rows import RunResult
+from .run_result import RunResult
 
 CARD = "README.md"
 MERGED_FROM = "adapter.sha256"  # file beside merged weights; holds the adapter's hash

@@ -12,7 +12,7 @@ from ..evaluate.score import model_record
 from ..evaluate.scores_file import Evaluation
 from ..metrics.metric import Column
 from ..run import backends, rundir
-from .run_rows import RunResult, trained_settings
+from .run_result import RunResult, trained_settings
 
 SEED = "seed"
 _SAME_ROWS = {"data_sha256", "rows"}

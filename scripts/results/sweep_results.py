@@ -18,9 +18,9 @@ from ..metrics.metric import Column
 from ..study.pipeline import existing_runs
 from ..study.sweep import Sweep, SweepMember, of_recipe
 from ..training.run_record import Summary
-from . import repeats, run_rows
+from . import repeats, run_result
 from .listing import REHEARSALS
-from .run_rows import RunResult
+from .run_result import RunResult
 
 LOSS = "eval_loss"
 
@@ -95,7 +95,7 @@ def _published(sweep: Sweep, results: Sequence[RunResult]) -> dict[str, float]:
     if sweep.rehearsal or not of_study:
         return {}
     run = results[0].run
-    changes = run_rows.other_settings(run)
+    changes = run_result.other_settings(run)
     changes.pop(repeats.SEED, None)
     cell = of_study.cell(run.origin, yamlfiles.read_yaml(paths.recipe_file(run.origin)), changes)
     if cell is None:

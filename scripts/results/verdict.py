@@ -20,7 +20,7 @@ from ..metrics.metric import Column
 from ..training.run_record import Summary
 from . import compare, repeats
 from .compare import CurveGap
-from .run_rows import RunResult, RunScore
+from .run_result import RunResult, RunScore
 
 GIB = 1 << 30
 WITHIN, ACCEPTABLE, OFF = "within the interval", "acceptable", "off"

@@ -76,7 +76,7 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
         say(f"  versions or GPU differ from the first launch; run.json keeps the first launch's: {values}")
     _drop_half_prepared(folder, record)
     launch = Launch(
-        command=_command(folder, record, checkpoint),
+        command=_axolotl_command(folder, record, checkpoint),
         started=now(),
         resumed_from=checkpoint.name if checkpoint else None,
     )
@@ -162,7 +162,7 @@ def follow(folder: RunDir) -> None:
     """
     record = folder.read()
     log = folder.path / f"node-{os.environ['SLURM_NODEID']}.log"
-    command = _command(folder, record, folder.last_checkpoint())
+    command = _axolotl_command(folder, record, folder.last_checkpoint())
     code, stopped = _launch(command, folder, record, log)
     if code and not stopped:
         raise _failed(folder.path, log)
@@ -184,7 +184,7 @@ def preprocess(folder: RunDir, record: Run) -> None:
         raise _failed(folder.path, folder.log)
 
 
-def _command(folder: RunDir, record: Run, checkpoint: Path | None) -> list[str]:
+def _axolotl_command(folder: RunDir, record: Run, checkpoint: Path | None) -> list[str]:
     command = [str(AXOLOTL), "train", str(folder.config.resolve())]
     if checkpoint:
         command += ["--resume-from-checkpoint", str(checkpoint.resolve())]

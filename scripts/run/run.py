@@ -78,7 +78,7 @@ def start(request: Request, backend: Backend) -> RunDir:
     if not backend.here:
         task = Task(
             TaskResult(composed.recipe),
-            lambda: [command(create(composed, request))],
+            lambda: [resume_command(create(composed, request))],
             gpus=0 if composed.rehearsal else request.gpus,
             nodes=request.nodes,
         )
@@ -118,7 +118,7 @@ def resume(
         say(f"{folder.path}: the run is finished")
         return folder
     own = trust.is_own(folder, record)
-    _agree(folder, record, force, own, trusted, backend.here)
+    _authorize(folder, record, force, own, trusted, backend.here)
     if record.rehearsal and folder.config.is_file():
         substitution.restore(yamlfiles.read_yaml(folder.config))
     if not backend.here:  # on this machine, the run's lock shows whether it is running
@@ -126,12 +126,12 @@ def resume(
         if reason := "the run is still running" if current.state == "running" else hindrance(folder, current):
             raise UserError(f"{folder.path}: {reason}")
         gpus_a_node = 0 if record.rehearsal else record.gpus_used
-        task = Task(TaskResult(record.recipe), lambda: [command(folder)], gpus_a_node, record.nodes)
+        task = Task(TaskResult(record.recipe), lambda: [resume_command(folder)], gpus_a_node, record.nodes)
         return backend.carry_out(task, record.recipe)
     return _resume_here(folder, prepare_only, own)
 
 
-def _agree(folder: RunDir, record: Run, force: Sequence[str], own: bool, trusted: bool, here: bool) -> None:
+def _authorize(folder: RunDir, record: Run, force: Sequence[str], own: bool, trusted: bool, here: bool) -> None:
     """Raise UserError for an untrusted run of another user, or for a name in `force` that is no error on this machine.
 
     Record `force`. Sign the record with this user's key if it changed or belonged to another user.
@@ -239,8 +239,8 @@ def _check_here(folder: RunDir, record: Run) -> None:
         raise
 
 
-def command(folder: RunDir) -> Command:
-    """Command that trains or resumes a trusted run."""
+def resume_command(folder: RunDir) -> Command:
+    """Command `recipe resume`, with which a job trains or resumes a run that this user trusts."""
     return Command("run", folder, ["resume", str(folder.path), "--trust"])
 
 

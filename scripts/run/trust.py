@@ -13,8 +13,7 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.processes import make_once
 from ..base.yamlfiles import Config
-from ..check import schema
-from ..check.code_rules import CODE_RULES
+from ..check import code_rules, schema  # noqa: F401 (the rules about code add themselves)
 from ..config.finding import Case, refuse, rule_findings
 from ..training.run_record import Run
 from .rundir import RunDir
@@ -59,7 +58,7 @@ def refuse_code(folder: RunDir, record: Run, config: Config, force: Sequence[str
     case = Case(usable, wrong, ask_hub=not record.rehearsal, as_written=config)
     trained = Case({"lora_model_dir": adapter or str(folder.output.resolve())}, set())
     with chdir(record.cwd if Path(record.cwd).is_dir() else "."):  # the config's paths are relative to it
-        found = [*rule_findings(case, CODE_RULES), *rule_findings(trained, CODE_RULES)]
+        found = [*rule_findings(case, "code"), *rule_findings(trained, "code")]
     for finding in found:
         finding.where = paths.shown(folder.config)
     agreed = [*force, *(record.forced if is_own(folder, record) else ())]

@@ -239,7 +239,7 @@ class Pipeline:
                 if self.existing and _is_resumable(*self.existing)
                 else run.create(self.composed, self.request)
             )
-            training = run.command(folder)
+            training = run.resume_command(folder)
             return [training, evaluation_command(folder, self.evaluation)] if self._generates() else [training]
         folder = self.existing[0]
         if self.state == "finished":

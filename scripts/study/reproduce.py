@@ -31,7 +31,7 @@ from ..plan import plan
 from ..plan.planner import GIB
 from ..run.backends import DONE, Backend, TaskResult
 from . import published_predictions
-from .adapters import as_peft, checked, located, run_of
+from .evaluation import as_peft, checked, located, run_of
 from .pipeline import Pipeline, require_known, require_scorer_models, seeds_of, validate_all
 
 
@@ -277,7 +277,7 @@ def score_predictions(
         scorer: BERTScore's model, see `score.scorer_model`.
 
     Returns:
-        Rows of `published.scores`, and problems by the name of the recipe or baseline. Each row has two more keys:
+        Rows of `scores`, and problems by the name of the recipe or baseline. Each row has two more keys:
         `of`, the name of the recipe or baseline; and `verified`, true if the files match the study's checksums.
 
     Raises:

@@ -241,8 +241,9 @@ def file_of(recipe: str) -> Path | None:
 def read_members(file: Path | None, sets: Sequence[str]) -> tuple[str, list[SweepMember]]:
     """Read the name and members of a sweep.
 
-    Each member combines one entry of `_` with one value of every other key. The sweep has all such combinations. Its
-    name includes `sets`, because a sweep with other values has a record of its own.
+    Each member combines one entry of `_` with one value of every other key; the sweep has all such combinations. A
+    member is named after its entry's `name`, or that entry's settings, and its value of each key with several values. A
+    sweep is named after its file and `sets`, because a sweep with other values has a record of its own.
 
     Args:
         file: a YAML file in Axolotl's sweep format, in which entries of `_` can have a `name`.

@@ -148,13 +148,13 @@ class RunCallback(TrainerCallback):
 
     Phase records have time (seconds since 1970) and phase, the activity that begins. All other records have time, step
     and max_steps. Records of steps and evaluations add epoch; the trainer's loss, eval_loss, grad_norm and
-    learning_rate; eval_loss_per_token from the module `eval_loss`; memory in GiB; GPU utilization in percent; and
+    learning_rate; eval_loss_per_token from the module `losses`; memory in GiB; GPU utilization in percent; and
     cpu_percent (100 is one processor). Records with a loss, and the last record, add values of all steps since the
     previous record with a loss: step_seconds (without evaluation and saving), tokens (without padding) and
     tokens_per_second. Only the first rank writes; peak_gib_by_rank has the memory of all ranks. The first record of a
     launch has engine, training_rows, trainable_parameters and parameters (including frozen ones). The last record
-    has `ended` (see `records.Ended`), and kept_step if the trainer has loaded the best checkpoint. The first evaluation
-    of a launch adds a record with eval_tokens.
+    has `ended` (see `run_record.Ended`), and kept_step if the trainer has loaded the best checkpoint. The first
+    evaluation of a launch adds a record with eval_tokens.
 
     SIGTERM to any rank ends training after the current step, with a checkpoint.
 

@@ -26,7 +26,7 @@ Ended = Literal["complete", "early stopping", "signal", "callback", "no batch"]
 
 @with_config(strict=True, extra="allow")
 class _Record(TypedDict, total=False):
-    """Fields that this project reads from a record of `plugin.RunCallback`."""
+    """Fields that this project reads from a record of `run_plugin.RunCallback`."""
 
     step: Required[int]
     max_steps: int | None
@@ -166,7 +166,7 @@ class Summary(BaseModel):
 
     Attributes:
         eval_loss, eval_loss_first: Axolotl's eval loss, the mean of batch means.
-        eval_loss_per_token, eval_loss_per_token_first: see the module `eval_loss`.
+        eval_loss_per_token, eval_loss_per_token_first: see the module `losses`.
         eval_tokens: tokens behind `eval_loss_per_token`; None without this loss.
         kept_step: step of the best checkpoint, if the trainer loaded its weights at the end; `eval_loss` and
             `eval_loss_per_token` then belong to this step.
@@ -210,7 +210,7 @@ class Run(BaseModel):
     profiles: list[str] = Field(default_factory=list)
     overrides: list[str] = Field(default_factory=list)
     forced: list[str] = Field(default_factory=list)  # names of overridden findings
-    seal: str | None = None  # see `checks.trust`
+    seal: str | None = None  # see `trust.seal` in run/
     gpus_used: int = 1  # GPUs per node
     nodes: int = 1
     differences: list[Difference] = Field(default_factory=list)  # between the run's config and the recipe file

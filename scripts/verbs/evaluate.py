@@ -75,7 +75,7 @@ def evaluate_verb(
     from ..evaluate.scores_file import BASE, Evaluation
     from ..results import listing
     from ..run.rundir import RunDir
-    from ..study import adapters
+    from ..study import evaluation
 
     exclusive({"--adapter": adapter, "--base": base})
     request = EvaluationRequest(data, limit, adapter, max_new_tokens, batch_size, metric or [], decoding)
@@ -87,10 +87,10 @@ def evaluate_verb(
 
         server.at(request.server)  # refuse a wrong address before anything is recorded
     backend = backend_of(on)
-    folder, evaluated = adapters.of_name(run, request, backend)
+    folder, evaluated = evaluation.of_name(run, request, backend)
     of_base = None
     if base:
-        _, of_base = adapters.of_name(str(folder.path), replace(request, adapter=BASE), backend)
+        _, of_base = evaluation.of_name(str(folder.path), replace(request, adapter=BASE), backend)
     if isinstance(evaluated, RunDir):
         print(evaluated.path)
         next_step("results", json=json)

@@ -16,7 +16,7 @@ from ..base.errors import UserError
 from ..base.files import write_atomically
 from ..base.yamlfiles import Config
 from ..config import datafiles, merging, models, variants
-from .render import SPECIAL_TOKENS, BaseModel, describe
+from .render import SPECIAL_TOKENS, ModelFacts, describe
 
 HELD_OUT = 0.05
 """Share of rows held out for the eval loss, if the recipe holds out none."""
@@ -53,7 +53,7 @@ class OtherModel:
         not_known: lines about unknown facts, and about chat templates kept from the recipe.
     """
 
-    about: BaseModel
+    about: ModelFacts
     changes: dict[str, Change]
     not_known: list[str]
 
@@ -201,7 +201,7 @@ def write(name: str, base: str, overrides: list[str], other: OtherModel | None =
 
 
 def _header(name: str, base: str, origin: str, schema: str, other: OtherModel | None) -> list[str]:
-    """Header lines of a variant, from which `config.ancestors` reads its originals.
+    """Header lines of a variant, from which `variants.ancestors` reads its originals.
 
     Args:
         name: the name of the variant.
@@ -234,7 +234,7 @@ def edited(text: str, key: str, value: Any, where: str, source: str | None = Non
         source: source of the new value, or the reason for deleting the key; by default the former comment.
 
     Raises:
-        UserError: `config.override` cannot set the key, or the key's lines cannot be edited.
+        UserError: `merging.override` cannot set the key, or the key's lines cannot be edited.
     """
     before = yamlfiles.parse(text, where)
     after = merging.override(before, key, value)

@@ -32,7 +32,7 @@ _SOFT_CAPS = "this project: sdpa omits the cap on attention scores, with which t
 
 
 @dataclass
-class BaseModel:
+class ModelFacts:
     """Facts that a recipe states about its base model.
 
     Attributes:
@@ -60,7 +60,7 @@ class BaseModel:
         return models.renamed(wanted, self.layers) if self.layers else wanted
 
 
-def describe(entry: Config, name: str, folder: Path | None = None) -> BaseModel:
+def describe(entry: Config, name: str, folder: Path | None = None) -> ModelFacts:
     """Collect the facts that a recipe states about a base model.
 
     Args:
@@ -83,7 +83,7 @@ def describe(entry: Config, name: str, folder: Path | None = None) -> BaseModel:
         "linear layers": layers,
     }
     unpinned = "a folder has none" if is_folder else "models.yaml lists no commit, so a run uses the newest"
-    return BaseModel(
+    return ModelFacts(
         title=str(entry.get("title", name)),
         about=f"licence {entry.get('licence', 'not known')}, {_access(entry, is_folder)}",
         revision=entry.get("revision"),
@@ -142,7 +142,7 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
     listed = next(filter(Path.is_file, (templates / "models.yaml", paths.TEMPLATES / "models.yaml")))
     models = yamlfiles.read_yaml(listed)
 
-    def facts(base_model: str) -> BaseModel:
+    def facts(base_model: str) -> ModelFacts:
         """Facts about a model from models.yaml.
 
         Raises:

@@ -18,7 +18,7 @@ from . import render
 def findings(of_study: Study) -> list[Finding]:
     """The mistakes in a study, errors first.
 
-    Loading study.yaml reports the mistakes within that file; see `study.load`.
+    Loading study.yaml reports the mistakes within that file; see `studies.load`.
     """
     names = [name for name in paths.recipe_names() if name.startswith(f"{of_study.folder.name}/")]
     found = [_finding(of_study, "error", mistake) for mistake in _errors(of_study, names)]

@@ -19,7 +19,6 @@ from qlora_recipes.data.studies import Decoding
 from qlora_recipes.evaluate import evaluate, predict, score
 from qlora_recipes.evaluate.evaluate import EvaluationRequest, EvaluationTask
 from qlora_recipes.evaluate.prompter import Prompter
-from qlora_recipes.evaluate.reference import Reference, base_model
 from qlora_recipes.evaluate.scores_file import (
     ADAPTER,
     Completion,
@@ -29,8 +28,9 @@ from qlora_recipes.evaluate.scores_file import (
     read_scores,
     taken,
 )
-from qlora_recipes.results import card, run_rows
-from qlora_recipes.results.run_rows import RunResult
+from qlora_recipes.evaluate.transformers_engine import Reference, base_model
+from qlora_recipes.results import card, run_result
+from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.run.rundir import RunDir
 from qlora_recipes.training.run_record import FileState, Launch
 from qlora_recipes.verbs.evaluate import evaluate_verb
@@ -134,7 +134,7 @@ def test_a_complete_evaluation_is_not_done_again_but_another_is(run, monkeypatch
     assert len([*run.path.glob("evaluations/*/scores.json")]) == 2  # one of another decoding
     other = evaluated(run, limit=4)
     assert (first.scores["rows"], other.scores["rows"]) == (3, 4)
-    monkeypatch.setattr("qlora_recipes.evaluate.reference.Reference.__init__", None)
+    monkeypatch.setattr("qlora_recipes.evaluate.transformers_engine.Reference.__init__", None)
     with pytest.raises(UserError, match=r"scores\.json: .* 4 .* 2 "):
         evaluated(run, limit=2)
     assert evaluated(run, limit=4) == other
@@ -272,7 +272,7 @@ def scored(run: RunDir, sample: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir
 
 def listed(run: RunDir) -> tuple[str | None, bool]:
     """What a list says of a run's evaluation, and whether it has a score."""
-    row = run_rows.record(RunResult(run, run.read()))
+    row = run_result.record(RunResult(run, run.read()))
     return row["evaluation"], row["bleu4"] is not None
 
 

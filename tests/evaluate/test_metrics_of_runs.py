@@ -16,7 +16,7 @@ from qlora_recipes.evaluate.scores_file import Completion, Evaluation, read_pred
 from qlora_recipes.run.rundir import RunDir
 
 if TYPE_CHECKING:
-    from qlora_recipes.evaluate.reference import Reference
+    from qlora_recipes.evaluate.transformers_engine import Reference
 
 ANSWERS = [
     {"question": "1 + 2?", "gold": "A: 3", "model": {"solution": "so it is 3\nA: 3", "right": True}},
@@ -29,7 +29,7 @@ FIELDS = ("--prediction-field", "model.solution", "--reference-field", "gold")
 @pytest.fixture
 def generated(monkeypatch: pytest.MonkeyPatch) -> list["Reference"]:
     """The reference of each evaluation, none of which takes long."""
-    from qlora_recipes.evaluate.reference import Reference
+    from qlora_recipes.evaluate.transformers_engine import Reference
 
     batches: list[Reference] = []
 

@@ -56,7 +56,7 @@ def three_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def parts(run: RunDir) -> SimpleNamespace:
     """The reference of a run's base model, with what it writes for some rows."""
     from qlora_recipes.evaluate.prompter import Prompter
-    from qlora_recipes.evaluate.reference import Reference
+    from qlora_recipes.evaluate.transformers_engine import Reference
 
     task = EvaluationTask(run, EvaluationRequest(adapter="none", max_new_tokens=6, limit=ROWS))
     prompter = Prompter(task.settings, task.cfg, run.output)

@@ -124,7 +124,7 @@ def test_the_served_weights_are_those_that_the_reference_computes_with(run):
     from safetensors.torch import load_file
 
     from qlora_recipes.evaluate.prompter import Prompter
-    from qlora_recipes.evaluate.reference import base_model, weights_folder
+    from qlora_recipes.evaluate.transformers_engine import base_model, weights_folder
 
     task = EvaluationTask(run, EvaluationRequest(adapter="none"))
     prompter = Prompter(task.settings, task.cfg, run.output)

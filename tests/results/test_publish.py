@@ -36,7 +36,7 @@ from qlora_recipes.evaluate import scores_file
 from qlora_recipes.evaluate.prompter import Prompter
 from qlora_recipes.results import card as model_card
 from qlora_recipes.results import publish
-from qlora_recipes.results.run_rows import RunResult
+from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.run.rundir import RunDir
 from qlora_recipes.training.run_record import Launch, Run, Summary
 

@@ -12,7 +12,7 @@ from qlora_recipes.config.datafiles import DataFile
 from qlora_recipes.evaluate import intervals
 from qlora_recipes.evaluate.scores_file import read_scores
 from qlora_recipes.results import repeats, study_tables, verdict
-from qlora_recipes.results.run_rows import RunResult
+from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.run.rundir import RunDir
 
 RIGHT = [100.0, 0.0, 100.0, 0.0, 100.0, 100.0]

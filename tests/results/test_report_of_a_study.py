@@ -10,7 +10,7 @@ from small_study import PLAIN, WIDE
 from qlora_recipes.evaluate.scores_file import read_scores
 from qlora_recipes.results import card, listing
 from qlora_recipes.results.reports import report, report_runs
-from qlora_recipes.results.run_rows import RunResult
+from qlora_recipes.results.run_result import RunResult
 
 
 def test_scores_spreads_curves_and_what_was_measured_stand_in_it(runs):

@@ -14,7 +14,7 @@ from qlora_recipes.data.published import PublishedScore
 from qlora_recipes.evaluate.intervals import Interval
 from qlora_recipes.results import compare, listing, verdict
 from qlora_recipes.results.compare import CurveGap
-from qlora_recipes.results.run_rows import RunResult
+from qlora_recipes.results.run_result import RunResult
 
 LLAMA_2 = "haider2024/llama-2-7b"
 

@@ -15,7 +15,7 @@ from qlora_recipes.config.datafiles import DataFile
 from qlora_recipes.evaluate.score import VERSION
 from qlora_recipes.evaluate.scores_file import read_scores
 from qlora_recipes.results import export
-from qlora_recipes.results.run_rows import RunResult
+from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.run.rundir import RunDir
 
 RTX_4090 = {"name": "NVIDIA GeForce RTX 4090", "memory_gib": 24.0, "compute_capability": "8.9", "driver": "580.95.05"}

@@ -15,8 +15,8 @@ from qlora_recipes.base.files import read_rows
 from qlora_recipes.check import check
 from qlora_recipes.config import compose, datafiles, merging, variants
 from qlora_recipes.config.compose import Request
-from qlora_recipes.results import run_rows
-from qlora_recipes.results.run_rows import RunResult
+from qlora_recipes.results import run_result
+from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.run import run
 from qlora_recipes.run.rundir import RunDir
 from qlora_recipes.writing import new
@@ -162,7 +162,7 @@ def test_a_run_of_a_variant_lists_its_differences_from_that(place):
     own = {d.key: (d.recipe, d.run) for d in record.from_origin}
     assert own.pop("base_model") == (yamlfiles.parse(TEXT, "")["base_model"], "Qwen/Qwen3-0.6B")
     assert own == {"lora_r": (32, 16), "lora_alpha": (16, 8)}
-    row = run_rows.record(RunResult(RunDir(place / "r"), record))
+    row = run_result.record(RunResult(RunDir(place / "r"), record))
     assert (row["variant_of"], row["changed_keys"]) == (BASE, "lora_r, lora_alpha")
     assert row["other_base_model"] == "Qwen/Qwen3-0.6B"  # of the study's
 

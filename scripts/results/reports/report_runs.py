@@ -21,7 +21,7 @@ from ...metrics import registry
 from ...metrics.metric import Column
 from ...run import backends
 from ...run.rundir import RunDir
-from ..run_rows import RunResult
+from ..run_result import RunResult
 
 _OTHERS = {
     "sacrebleu_signature": "sacreBLEU signature",

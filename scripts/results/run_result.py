@@ -84,7 +84,7 @@ class RunResult:
 
     @cached_property
     def changed(self) -> Changed | None:
-        """`stale` or `edited` if files changed since the last evaluation, else None; see `evaluations.changed`."""
+        """`stale` or `edited` if files changed since the last evaluation, else None; see `scores_file.changed`."""
         return changed(self.folder.path, self._last_evaluation, self.run)
 
     @property
