@@ -1,4 +1,4 @@
-"""What profiles leave out or change for a GPU or a config."""
+"""Keys of profiles that do not suit a GPU or a config."""
 
 from collections.abc import Iterator
 

@@ -14,9 +14,10 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.paths import recipe_names
 from qlora_recipes.check import check
-from qlora_recipes.config import compose, gpus, numerics, profiles
+from qlora_recipes.config import compose, gpus, numerics
 from qlora_recipes.config.compose import Composed, Request
 from qlora_recipes.config.numerics import Precision, precision
+from qlora_recipes.config.profiles import _LIGER, _LORA
 
 pytestmark = pytest.mark.usefixtures("place")
 
@@ -75,8 +76,8 @@ def test_precision_is_what_axolotl_resolves(validated, on_gpu, monkeypatch):
     assert differ == {}
 
 
-LIGER = {*profiles._LIGER} - {"plugins"}
-KERNELS = {*profiles._LORA}
+LIGER = {*_LIGER} - {"plugins"}
+KERNELS = {*_LORA}
 NO_DROPOUT = "peft-metamathqa/qlora-rank32"
 
 
@@ -91,7 +92,7 @@ def on(composed: Composed) -> set[str]:
 
 def mine(*profiles: str, overrides: tuple[str, ...] = (), **change: Any) -> Composed:
     """The profile fast, and others behind it, over a recipe without dropout that has all layers as targets."""
-    layers = [layer for needed in profiles._LORA.values() for layer in needed]
+    layers = [layer for needed in _LORA.values() for layer in needed]
     every = {"lora_dropout": 0, "lora_target_modules": layers}
     Path("mine.yaml").write_text(yamlfiles.write_yaml(config_with(every | change, NO_DROPOUT)))
     return laid("mine.yaml", "fast", *profiles, overrides=overrides)
