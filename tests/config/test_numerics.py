@@ -14,7 +14,7 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.paths import recipe_names
 from qlora_recipes.check import check
-from qlora_recipes.config import compose, gpus, numerics
+from qlora_recipes.config import compose, gpus, models
 from qlora_recipes.config.compose import Composed, Request
 from qlora_recipes.config.numerics import Precision, precision
 from qlora_recipes.config.profiles import _LIGER, _LORA
@@ -131,7 +131,7 @@ def test_lora_kernels_are_on_only_without_dropout_and_triton_only_where_it_runs(
 def test_what_axolotl_refuses_or_would_compute_otherwise_stays_off(change, off, monkeypatch):
     if "gemma" in str(change.get("base_model")):
         gemma = {"model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh"}
-        monkeypatch.setattr(numerics.models, "architecture", lambda config, download: gemma)
+        monkeypatch.setattr(models, "architecture", lambda config, download: gemma)
     composed = mine(**change)
     assert on(composed) == (LIGER | KERNELS) - off
     assert {key for keys in composed.incompatible.values() for key in keys} - {"plugins"} == off
