@@ -82,7 +82,7 @@ def test_rows_at_even_distances_are_compared_and_equal_answers_agree(parts):
 
 def test_another_model_is_recorded_and_does_not_stand_for_the_references(run, parts, monkeypatch, capfd):
     other = Changed(parts.reference, lambda _: Completion("another", [7]))
-    monkeypatch.setattr(predict, "started", lambda *_: nullcontext(other))
+    monkeypatch.setattr(predict, "start_engine", lambda *_: nullcontext(other))
     done = evaluate(run, request_of(engine="http://x", model="m"))
     assert done.settings.agreement and done.settings.agreement.equal == 0
     assert "0 of 3 " in done.scores["notes"][0] and "0 of 3 " in capfd.readouterr().err
@@ -93,7 +93,7 @@ def test_another_model_is_recorded_and_does_not_stand_for_the_references(run, pa
 def test_answers_at_the_limit_without_an_end_are_cut(run, parts, monkeypatch):
     answers = cycle([[7] * 6, [7] * 5 + [min(parts.prompter.ends)], [7]])
     other = Changed(parts.reference, lambda _: Completion("another", next(answers)))
-    monkeypatch.setattr(predict, "started", lambda *_: nullcontext(other))
+    monkeypatch.setattr(predict, "start_engine", lambda *_: nullcontext(other))
     done = evaluate(run, request_of(engine="http://x", model="m"))
     rows = read_predictions(other_evaluation(run))
     assert [row.get("cut", False) for row in rows] == [True, False, False] * 2
@@ -117,7 +117,7 @@ def test_an_evaluation_that_was_left_goes_on_and_a_server_is_compared_again(run,
     request = request_of()
     request.engine, request.model = ("http://x", "m") if engine == "server" else (engine, None)
     changed = Changed(parts.reference, rows=3 + 2)
-    monkeypatch.setattr(predict, "started", lambda *_: nullcontext(changed))
+    monkeypatch.setattr(predict, "start_engine", lambda *_: nullcontext(changed))
     with pytest.raises(WorkFailed, match="2 of 6 "):
         evaluate(run, request)
     folder = other_evaluation(run)

@@ -68,7 +68,6 @@ MISTAKES = [
     ("reproduce other", "other: "),
     ("reproduce haider2024 --only lama-2", "--only lama-2: "),
     ("reproduce haider2024 --only llama-2", "haider2024/all-linear/llama-2-7b, haid"),
-    ("reproduce haider2024 --only code-llama-7b", "haider2024/code-llama-7b, haider2024/all-linear/code-llama-7b"),
     ("reproduce haider2024 --only zz*", "haider2024/llama-2-7b, haid"),
     ("reproduce haider2024 --jobs 3", "--jobs 3: "),
     ("study new ../up", "../up"),
