@@ -15,8 +15,6 @@ from ..base.terminal import PART, say
 
 if TYPE_CHECKING:
     from ..config.compose import Request
-
-if TYPE_CHECKING:
     from ..run.rundir import RunDir
 
 

@@ -15,10 +15,7 @@ from ..base.paths import find_recipe
 from ..base.terminal import say
 
 if TYPE_CHECKING:
-    from ..run.backends import TaskResult
-
-if TYPE_CHECKING:
-    from ..run.backends import Backend
+    from ..run.backends import Backend, TaskResult
 
 
 def whole_name(context: typer.Context, given: str | None) -> str | None:

@@ -9,14 +9,13 @@ import typer
 from ..base import tables, yamlfiles
 from ..base.paths import selected
 from ..base.terminal import Bar
-from .help import Verb, next_step
+from .help import Verb, launching, next_step
 from .options import Force, Json, Names, Overrides, Profiles
 
 if TYPE_CHECKING:
     from ..config.gpus import Gpu
     from ..plan.plan import Plan
     from ..plan.work import Work
-from .help import launching
 
 verbs = typer.Typer(rich_markup_mode=None)
 

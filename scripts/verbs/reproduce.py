@@ -22,12 +22,12 @@ from .options import (
     backend_of,
     complete_recipes,
     complete_studies,
+    end,
     only_with,
 )
 
 if TYPE_CHECKING:
     from ..data.studies import Study
-from .options import end
 
 OnlyRecipes = Annotated[
     list[str] | None,
@@ -37,8 +37,6 @@ OnlyRecipes = Annotated[
         help="Reproduce only this recipe, or a pattern such as 'llama-3*'. Repeatable.",
     ),
 ]
-
-
 verbs = typer.Typer(rich_markup_mode=None)
 
 

@@ -1,6 +1,6 @@
 """The verb sweep."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -20,12 +20,9 @@ from .options import (
     SweepFile,
     backend_of,
     complete_keys,
+    end,
     only_with,
 )
-
-if TYPE_CHECKING:
-    pass
-from .options import end
 
 Tried = Annotated[
     list[str] | None,
@@ -36,8 +33,6 @@ Tried = Annotated[
         help="Values to try for KEY. Repeatable; then all combinations are tried.",
     ),
 ]
-
-
 verbs = typer.Typer(rich_markup_mode=None)
 
 

@@ -16,10 +16,7 @@ study_verbs = typer.Typer(
     no_args_is_help=True,
     epilog="recipe study new mine\nrecipe study check mine",
 )
-
-
 verbs = typer.Typer(rich_markup_mode=None)
-
 verbs.add_typer(study_verbs, name="study")
 
 
