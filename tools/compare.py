@@ -205,9 +205,9 @@ def runs(_: Path) -> dict[str, Any]:
 
 
 def steady(value: Any) -> Any:
-    """A JSON value without times, durations, memory and names of runs, which differ each time."""
+    """A JSON value without times, durations, memory, the front by memory, and names of runs: these differ each time."""
     if isinstance(value, dict):
-        moving = re.compile(r"second|memory|time|hours|gib|path|folder|command")
+        moving = re.compile(r"second|memory|time|hours|gib|path|folder|command|pareto")
         return {key: steady(item) for key, item in value.items() if not moving.search(key)}
     if isinstance(value, list):
         return [steady(item) for item in value]
