@@ -162,7 +162,7 @@ def examine(
     if launching and not (gpu or composed.rehearsal or models.is_small(composed.config)):
         problem = "no NVIDIA GPU found; a CPU is too slow"
         found.append(Finding("error", "no-gpu", "", problem, "add --rehearse for a trial"))
-    if not composed.rehearsal:
+    if not composed.rehearsal and not wrong:  # steps cannot be counted with values that break the schema
         found += _fixed_warm_up(composed, gpus)
     report.add(placed(found, composed))
     if data:
@@ -181,7 +181,8 @@ def _fixed_warm_up(composed: Composed, gpus: int) -> Iterator[Finding]:
     if not steps or "warmup_steps" in original:
         return
     changed = [key for key in original if key.startswith(_DECIDES_STEPS)]
-    if datafiles.effective_batch(composed.config | original) != gpus * datafiles.effective_batch(composed.config):
+    former = composed.config | {key: value for key, value in original.items() if isinstance(value, int)}
+    if datafiles.effective_batch(former) != gpus * datafiles.effective_batch(composed.config):
         changed.append("the number of rows per step")
     if composed.config.get("max_steps"):
         changed = [key for key in changed if key == "max_steps"]

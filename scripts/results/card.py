@@ -45,7 +45,9 @@ def card(result: RunResult, evaluation: Evaluation | None, merged: bool, reposit
     with importing_axolotl(offline=True):
         from ..evaluate.prompter import as_code
 
-        known = {**constants(data.fields), "input": _PATCH} if data else {}
+        # the rows of a rehearsal are made like the study's
+        declared = of_study.data if of_study and (data or result.run.rehearsal) else None
+        known = {**constants(declared.fields), "input": _PATCH} if declared else {}
         prompt = as_code(yamlfiles.read_yaml(folder.config), folder.output, known)
     facts = _facts(result, evaluation)
     scored_on = _scored_on(evaluation.settings, of_study) if evaluation else None

@@ -202,6 +202,7 @@ def test_a_warm_up_in_steps_is_noted_where_an_override_changes_their_number(plac
         ["lora_r=8", "micro_batch_size=4", "gradient_accumulation_steps=2"],
         ["num_epochs=1", "warmup_steps=5"],
         ["num_epochs=1", "warmup_steps=null", "warmup_ratio=0.03"],
+        ["micro_batch_size={a: 1}"],
     ],
 )
 def test_no_warm_up_is_noted_where_steps_stay_or_it_is_set(place, overrides):

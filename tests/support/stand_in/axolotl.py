@@ -75,6 +75,8 @@ class Training:
         steps = self.cfg.get(what)
         if not steps and (times := self.cfg.get(per_epoch)):
             steps = math.ceil(self.max_steps / (times * self.cfg["num_epochs"]))
+        if steps and steps < 1:  # a share of all steps
+            steps = math.ceil(self.max_steps * steps)
         return bool(steps) and self.step % int(steps) == 0
 
     def run(self) -> None:
