@@ -13,7 +13,7 @@ from typing import Any
 
 from ..base.secrets import public
 from ..config import datafiles, models
-from ..config.finding import Case, Problems, rule
+from ..config.finding import Case, Finding, Problems, rule, rule_findings
 from ..config.merging import flatten
 from ..config.models import ModelFiles
 from . import schema
@@ -136,6 +136,11 @@ def foreign_code(case: Case) -> Problems:
         if not _is_harmless(key, value):
             shown = public(value, key)
             yield "error", key, f"may run foreign code: {shown} is not on the list of what is harmless", READ_IT
+
+
+def findings(case: Case) -> Iterator[Finding]:
+    """Findings of the rules about code only."""
+    return rule_findings(case, "code")
 
 
 def leaves(content: Any) -> Iterator[tuple[str, Any]]:

@@ -13,14 +13,14 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.processes import make_once
 from ..base.yamlfiles import Config
-from ..check import code_rules, schema  # noqa: F401 (the rules about code add themselves)
-from ..config.finding import Case, refuse, rule_findings
+from ..check import code_rules, schema
+from ..config.finding import Case, refuse
 from ..training.run_record import Run
 from .rundir import RunDir
 
 
 def seal(folder: RunDir, record: Run) -> str | None:
-    """Keyed hash of a run's config, working directory and overrides; None without a key.
+    """Keyed hash of a run's config, working directory and overridden findings; None without a key.
 
     Only this user can read the key, so that nobody else can create a valid hash."""
     with suppress(OSError, UserError):
@@ -46,7 +46,7 @@ def refuse_code(folder: RunDir, record: Run, config: Config, force: Sequence[str
 
     Args:
         folder: the run's folder.
-        record: the run's record; its overrides count only if this user created the run.
+        record: the run's record; the findings that it overrides count only if this user created the run.
         config: the run's config.
         force: the names of findings to override; other names are ignored.
         adapter: folder of another adapter; by default the run's.
@@ -58,7 +58,7 @@ def refuse_code(folder: RunDir, record: Run, config: Config, force: Sequence[str
     case = Case(usable, wrong, ask_hub=not record.rehearsal, as_written=config)
     trained = Case({"lora_model_dir": adapter or str(folder.output.resolve())}, set())
     with chdir(record.cwd if Path(record.cwd).is_dir() else "."):  # the config's paths are relative to it
-        found = [*rule_findings(case, "code"), *rule_findings(trained, "code")]
+        found = [*code_rules.findings(case), *code_rules.findings(trained)]
     for finding in found:
         finding.where = paths.shown(folder.config)
     agreed = [*force, *(record.forced if is_own(folder, record) else ())]
