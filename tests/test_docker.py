@@ -32,7 +32,8 @@ def test_linters_find_nothing(command):
     tool, *files = command.split()
     present = [file for file in files if (ROOT / file).exists()]  # .ci is not in the image
     done = subprocess.run([TOOLS / tool, *present], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "")
+    assert done.returncode == 0
+    assert done.stdout == ""
 
 
 def test_compose_accepts_its_file_which_fits_the_dockerfile():
@@ -45,7 +46,8 @@ def test_compose_accepts_its_file_which_fits_the_dockerfile():
         pytest.skip("needs docker-compose")
     if "is not a docker command" in done.stderr:
         pytest.skip("needs docker's plugin compose")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert done.stderr == ""
     config = orjson.loads(done.stdout)
     service = config["services"]["recipe"]
     assert Path(service["build"]["context"], service["build"]["dockerfile"]) == DOCKERFILE
@@ -62,7 +64,9 @@ def test_compose_accepts_its_file_which_fits_the_dockerfile():
     assert service["environment"]["HF_TOKEN_PATH"] == secret.get("target", f"/run/secrets/{secret['source']}")
     assert config["secrets"][secret["source"]]["file"] == "/some/token"
     (device,) = service["deploy"]["resources"]["reservations"]["devices"]
-    assert (device["driver"], device["count"], device["capabilities"]) == ("nvidia", -1, ["gpu"])
+    assert device["driver"] == "nvidia"
+    assert device["count"] == -1
+    assert device["capabilities"] == ["gpu"]
 
 
 def test_nothing_is_copied_that_dockerignore_keeps_out():

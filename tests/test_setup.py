@@ -46,7 +46,8 @@ def setup(checkout: Path, *words: str, target: str = "setup", code: int = 0, **e
     env = os.environ | {"MAKEFLAGS": "", "FAILS": "no such"} | env
     command = ["make", "UV=./uv", target, *words]
     done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stdout + done.stderr) == (code, done.stdout + done.stderr)
+    assert done.returncode == code
+    assert done.stdout + done.stderr == done.stdout + done.stderr
     return log.read_text().splitlines()
 
 

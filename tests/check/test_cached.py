@@ -53,7 +53,8 @@ def test_it_goes_on_to_the_same_adapter_and_is_evaluated(own_cache, recipe, tmp_
     before = EvaluationTask(whole, EvaluationRequest())
     forget_model(own_cache)
     after = EvaluationTask(whole, EvaluationRequest())
-    assert (after.settings, after.rows) == (before.settings, before.rows)
+    assert after.settings == before.settings
+    assert after.rows == before.rows
     assert Path(after.settings.base_model).is_dir()
 
 

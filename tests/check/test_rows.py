@@ -138,7 +138,9 @@ def test_evaluation_rows_that_were_trained_on_are_found():
     sections = {"datasets": "train.jsonl", "test_datasets": "test.jsonl"}
     findings, read = rows.check({key: [{"path": file, "type": "alpaca"}] for key, file in sections.items()})
     (finding,) = findings
-    assert (finding.name, finding.where, finding.line) == ("leaked-row:test_datasets.0.path", "test.jsonl", 1)
+    assert finding.name == "leaked-row:test_datasets.0.path"
+    assert finding.where == "test.jsonl"
+    assert finding.line == 1
     assert finding.problem.startswith("2 rows ") and "train.jsonl:2" in finding.problem
     assert [one["rows"] for one in read] == [2, 3]
 
@@ -149,7 +151,8 @@ def test_a_folder_is_read_file_by_file(place):
         (place / "rows" / f"{i}.jsonl").write_text(json.dumps(GOOD | {"output": str(i)}) + "\n")
     (place / "rows" / "manifest.json").write_text("{}")
     findings, (read,) = rows.check({"datasets": [{"path": "rows", "type": "alpaca"}]})
-    assert (read["files"], read["rows"]) == (["rows/0.jsonl", "rows/1.jsonl"], 2)
+    assert read["files"] == ["rows/0.jsonl", "rows/1.jsonl"]
+    assert read["rows"] == 2
     assert [(finding.rule, finding.where) for finding in findings] == [("not-checked", "rows/manifest.json")]
 
 

@@ -172,7 +172,8 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
 @pytest.mark.parametrize(("change", "level", "name", "value"), CASES, ids=[f"{c[2]} {c[0]}" for c in CASES])
 def test_a_mistake_gives_one_finding(change, level, name, value):
     (only,) = found(change)
-    assert (only.level, only.name) == (level, name)
+    assert only.level == level
+    assert only.name == name
     assert value in str(only)
 
 
@@ -314,7 +315,8 @@ def test_fp16_and_fsdp_need_gpus_only_once_a_run_starts():
     assert names({}, launching=True) == ["error no-gpu:fp16"]
     assert found({}, "T4", launching=True) == []
     fsdp = {"optimizer": "adamw_torch", "fsdp_config": {"reshard_after_forward": True}, "fp16": False}
-    assert (names(fsdp), names(fsdp, launching=True)) == ([], ["error engine-needs-gpus:fsdp_config"])
+    assert names(fsdp) == []
+    assert names(fsdp, launching=True) == ["error engine-needs-gpus:fsdp_config"]
 
 
 PACKED = {"fp16": False, "bf16": True, "sample_packing": True}
@@ -366,7 +368,8 @@ def test_a_model_that_is_not_in_the_cache_when_offline(monkeypatch, place):
     (folder / "config.json").write_text('{"max_position_embeddings": 16384, "model_type": "llama"}')
     assert names({}) == no_access  # the weights are not there
     (folder / "model.safetensors").touch()
-    assert (names({}), names({"revision_of_model": "main"})) == ([], no_access)
+    assert names({}) == []
+    assert names({"revision_of_model": "main"}) == no_access
 
 
 def test_chats_need_a_template_of_the_tokenizer_or_the_config(tiny, place):

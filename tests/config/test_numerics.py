@@ -155,7 +155,8 @@ def test_a_profile_fits_what_is_laid_over_it(override, off):
 def test_what_is_laid_over_a_recipe_lets_a_profile_do_more():
     name = "haider2024/all-linear/llama-2-7b"
     without_dropout = laid(name, "fast", overrides=("lora_dropout=0",))
-    assert (on(without_dropout), without_dropout.incompatible) == (LIGER | KERNELS, {})
+    assert on(without_dropout) == LIGER | KERNELS
+    assert without_dropout.incompatible == {}
     explicit = laid(name, "fast", overrides=("lora_mlp_kernel=true",))
     assert on(explicit) == LIGER | {"lora_mlp_kernel"}
     with pytest.raises(UserError, match="plugins"):
@@ -165,7 +166,8 @@ def test_what_is_laid_over_a_recipe_lets_a_profile_do_more():
 @pytest.mark.parametrize("profiles", [("packed", "fast"), ("fast", "packed")])
 def test_sequences_of_one_length_stay_that(profiles):
     both = laid(NO_DROPOUT, *profiles)
-    assert (both.config["pad_to_sequence_len"], both.config["pad_to_multiple_of"]) == (True, 8)
+    assert both.config["pad_to_sequence_len"] is True
+    assert both.config["pad_to_multiple_of"] == 8
     assert mine(pad_to_sequence_len=True).config["pad_to_sequence_len"] is True
     assert "pad_to_sequence_len" not in mine(pad_to_sequence_len=False).config
 

@@ -124,13 +124,16 @@ def test_a_share_that_is_held_out_stays(asked, rows, expected):
 def test_what_is_set_wins_over_the_profile(place):
     given = rehearsed(None, "datasets.0.split=train[:48]", "sequence_len=16384", "bf16=false", "base_model=some/other")
     assert splits(given) == ["train[:48]"]
-    assert (given.config["sequence_len"], given.config["bf16"]) == (16384, False)
+    assert given.config["sequence_len"] == 16384
+    assert given.config["bf16"] is False
     data = [ROWS | {"split": "train[:40]"}]
     Path("later.yaml").write_text(yamlfiles.write_yaml({"datasets": data, "sequence_len": 100}))
     later = rehearsed(None, profiles=("rehearsal", "later.yaml"))
-    assert (splits(later), later.config["sequence_len"]) == (["train[:40]"], 100)
+    assert splits(later) == ["train[:40]"]
+    assert later.config["sequence_len"] == 100
     earlier = rehearsed(None, profiles=("later.yaml",))
-    assert (splits(earlier), earlier.config["sequence_len"]) == (["train[:32]"], 100)
+    assert splits(earlier) == ["train[:32]"]
+    assert earlier.config["sequence_len"] == 100
 
 
 def test_rows_are_cut_at_the_context_of_the_stand_in():
@@ -200,7 +203,9 @@ def test_layers_that_the_stand_in_has_apart_are_named_apart():
 def test_a_rehearsal_makes_as_many_steps_as_its_rows():
     own = rehearsed({"max_steps": 5000, "warmup_steps": 100, "eval_steps": 200, "save_steps": 0.1}).config
     assert not {"max_steps", "warmup_steps"} & own.keys()
-    assert (own["warmup_ratio"], own["eval_steps"], own["save_steps"]) == (0.1, 0.5, 0.1)
+    assert own["warmup_ratio"] == 0.1
+    assert own["eval_steps"] == 0.5
+    assert own["save_steps"] == 0.1
     assert rehearsed({"max_steps": 5000}, "max_steps=3").config["max_steps"] == 3
     assert rehearsed({"save_steps": 200}, "save_steps=1").config["save_steps"] == 1
 

@@ -34,12 +34,15 @@ def test_what_a_study_declares(tmp_path):
     changes["metrics"] = {"accuracy": {"metric": "number", "label": "GSM8K"}, "perplexity": None}
     changes["published"] = {RECIPE: {"scores": scores, "curve": "a.csv"}}
     of_study = loaded(tmp_path, changes | {"decodings": {"greedy": {"max_new_tokens": 9}}})
-    assert (of_study.first.name, of_study.first.label) == ("accuracy", "GSM8K, %")
+    assert of_study.first.name == "accuracy"
+    assert of_study.first.label == "GSM8K, %"
     assert list(of_study.table) == list(of_study.columns) == ["accuracy", "perplexity"]
     published = of_study.published[RECIPE].scores
     assert published == {"accuracy": PublishedScore(value=67.4, spread=1.0), "perplexity": PublishedScore(value=3)}
     assert [str(score) for score in published.values()] == ["67.4 ± 1.0", "3"]
-    assert (of_study.decodings["greedy"].top_k, of_study.variants, of_study.baselines) == (0, {}, [])
+    assert of_study.decodings["greedy"].top_k == 0
+    assert of_study.variants == {}
+    assert of_study.baselines == []
 
 
 def test_repeats_of_a_recipe_stand_for_the_others_of_its_study(tmp_path):

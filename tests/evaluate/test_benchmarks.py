@@ -41,8 +41,11 @@ GROUP: dict[str, Any] = {
 )
 def test_a_group_is_scored_as_the_harness_or_as_the_mean_of_its_tasks(parameters, value, stderr):
     found = benchmarks.summarise(GROUP, BenchmarkParameters(**parameters), [2])
-    assert (found.value, found.stderr) == (pytest.approx(value), stderr and pytest.approx(stderr))
-    assert (found.version, found.shots, found.rows) == ("2", 5, 400)
+    assert found.value == pytest.approx(value)
+    assert found.stderr == (stderr and pytest.approx(stderr))
+    assert found.version == "2"
+    assert found.shots == 5
+    assert found.rows == 400
 
 
 @pytest.mark.parametrize(
@@ -66,7 +69,8 @@ def test_a_result_that_is_missing_or_no_share_is_refused(result):
 
 def test_a_task_is_a_column_of_its_name():
     (column,) = registry.asked(["benchmark:some/my-task.yaml"]).values()
-    assert (column.name, column.label) == ("my_task", "my_task, %")
+    assert column.name == "my_task"
+    assert column.label == "my_task, %"
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(5, True), (None, False), (6, False)])
@@ -132,7 +136,11 @@ def test_a_task_scores_as_by_the_harness_itself_also_when_resumed(tmp_path, stan
     assert recipe(*wanted).returncode != 0 and not (run.path / "scores.json").exists()
     scores = recipe.json(*wanted)
     own = scores["sums_benchmark"]
-    assert (own["version"], own["shots"], own["rows"], own["total_rows"], own["result"]) == ("3", 0, 12, 20, "acc")
+    assert own["version"] == "3"
+    assert own["shots"] == 0
+    assert own["rows"] == 12
+    assert own["total_rows"] == 20
+    assert own["result"] == "acc"
     assert any("sums: 12 of 20 rows" in note for note in scores["notes"])
     resumed = sum(batches)  # the batch before the interruption is not answered again
     assert recipe("publish", "latest", "--merge").returncode == 0
@@ -185,5 +193,6 @@ def test_generated_answers_end_as_the_runs_predictions(run, tiny, tmp_path, monk
     first = [next(i for i, token in enumerate(answer) if token in ends) for answer in answers]
     assert len({*first}) > 1  # some rows end before others of their batch
     assert all(set(answer[i + 1 :]) <= {2} for i, answer in zip(first, answers, strict=True))
-    assert (scores["rows"], scores["sums_benchmark"]["ends"]) == (0, ends)
+    assert scores["rows"] == 0
+    assert scores["sums_benchmark"]["ends"] == ends
     assert again["sums_benchmark"]["version"] == "4" and len(answers) == 8  # cached answers, not generated again

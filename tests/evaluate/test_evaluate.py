@@ -125,7 +125,8 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run, monkeypatch):
     assert calls[0] == 4 and calls[1] == calls[2]
     assert calls[0] + sum(calls[2:]) == 10  # the first batch was not done twice
     assert read_predictions(where) == expected
-    assert (again.scores, again.settings) == (whole.scores, whole.settings)
+    assert again.scores == whole.scores
+    assert again.settings == whole.settings
 
 
 def test_a_complete_evaluation_is_not_done_again_but_another_is(run, monkeypatch):
@@ -133,7 +134,8 @@ def test_a_complete_evaluation_is_not_done_again_but_another_is(run, monkeypatch
     first = evaluated(run, limit=3)
     assert len([*run.path.glob("evaluations/*/scores.json")]) == 2  # one of another decoding
     other = evaluated(run, limit=4)
-    assert (first.scores["rows"], other.scores["rows"]) == (3, 4)
+    assert first.scores["rows"] == 3
+    assert other.scores["rows"] == 4
     monkeypatch.setattr("qlora_recipes.evaluate.transformers_engine.Reference.__init__", None)
     with pytest.raises(UserError, match=r"scores\.json: .* 4 .* 2 "):
         evaluated(run, limit=2)
@@ -395,7 +397,8 @@ def test_scored_rows_that_are_training_rows_are_named(scored, recipe, tmp_path):
     (scored.path / "scores.json").unlink()
     made = evaluated(scored, adapter=None, limit=2)
     named = "1 also in the training data"
-    assert (made.also_trained, [named in note for note in made.scores["notes"]]) == ([last], [True, False])
+    assert made.also_trained == [last]
+    assert [named in note for note in made.scores["notes"]] == [True, False]
     assert named in recipe.ok("results", scored.path).stdout
     assert recipe.json("results", scored.path)[0]["rows_also_trained"] == [last]
     assert named in card.card(RunResult(scored, scored.read()), made, False, None)
@@ -411,7 +414,8 @@ def test_other_rows_are_evaluated_beside_the_usual_ones(run, sample, tmp_path):
     few.write_bytes(b"".join((sample / "valid.jsonl").read_bytes().splitlines(keepends=True)[:2]))
     other = evaluated(run, data=few)
     assert task_of(run, data=few).where not in (run.path, task_of(run).where)
-    assert (usual.scores["rows"], other.scores["rows"]) == (3, 2)
+    assert usual.scores["rows"] == 3
+    assert other.scores["rows"] == 2
     assert evaluated(run, limit=3) == usual
 
 
@@ -466,7 +470,9 @@ def test_decoding_is_the_studys_and_not_the_models_own(run, tiny):
         used = Reference(prompter_of(run)).decoding()
     finally:
         (tiny / "generation_config.json").unlink()
-    assert (used.do_sample, used.temperature, used.max_new_tokens) == (False, None, 8)
+    assert used.do_sample is False
+    assert used.temperature is None
+    assert used.max_new_tokens == 8
     assert used.eos_token_id == [1, 2, 7, 8]  # the ends that training taught, the tokenizer's too, and the model's
 
 
@@ -530,7 +536,9 @@ def test_answers_as_long_as_the_context_are_refused(run):
 def test_a_run_whose_rows_have_no_answers_needs_none_for_benchmarks_alone(run):
     configure(run, datasets=[{"path": "x.jsonl", "type": "completion"}], test_datasets=None)
     task = task_of(run, metrics=["benchmark:mmlu"], limit=7)
-    assert ([*task.columns], task.settings.rows, task.settings.limit) == (["mmlu"], 0, 7)
+    assert [*task.columns] == ["mmlu"]
+    assert task.settings.rows == 0
+    assert task.settings.limit == 7
     for metrics in ([], ["bleu4", "benchmark:mmlu"]):
         with pytest.raises(UserError):
             task_of(run, metrics=metrics)

@@ -75,7 +75,10 @@ def test_a_further_decoding_is_evaluated_beside_the_usual_one(run, generated, mo
     made = evaluated(run, decoding="sampled")
     assert made.settings.decoding == sampled
     used = generated[1].decoding()
-    assert (used.do_sample, used.temperature, used.top_k, used.top_p) == (True, 0.1, 40, 0.95)
+    assert used.do_sample is True
+    assert used.temperature == 0.1
+    assert used.top_k == 40
+    assert used.top_p == 0.95
     assert {folder / "scores.json" for folder in (run.path / "evaluations").iterdir()} == {
         evaluation.settings.folder(run.path) / "scores.json" for evaluation in (usual, made)
     }
@@ -113,5 +116,6 @@ def test_what_cannot_be_scored_is_refused(recipe, tmp_path, words, says):
     write_rows(tmp_path / "answers.jsonl", ANSWERS)
     reference = ("--reference-field", "gold") if words and words != FIELDS else ()
     done = recipe("score", "answers.jsonl", *words, *reference)
-    assert (done.returncode, done.stdout) == (2, "")
+    assert done.returncode == 2
+    assert done.stdout == ""
     assert says in done.stderr

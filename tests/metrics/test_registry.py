@@ -38,7 +38,8 @@ def test_the_eval_loss_and_the_perplexity_are_of_the_run():
 def test_a_column_is_a_metric_with_parameters_under_a_name_and_a_label():
     entry = {"metric": "number", "label": "GSM8K accuracy", "markers": ["A: "]}
     column = registry.column("accuracy", entry)
-    assert (column.label, column.entry) == ("GSM8K accuracy, %", entry)
+    assert column.label == "GSM8K accuracy, %"
+    assert column.entry == entry
     assert registry.column("accuracy", column.entry) == column
     assert column.meaning.endswith("; with markers ['A: ']")
     plain = registry.column("number")

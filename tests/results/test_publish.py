@@ -365,7 +365,8 @@ def test_a_card_tells_the_rows_of_a_file_from_those_trained_on_and_the_scored_on
     evaluated(run, rows=100, total_rows=22_000, limit=100)
     front, text = published(run)
     data, training = tables(text)[:2]
-    assert (data[0][1], data[1][1]) == ("rows in the file", "117,739")
+    assert data[0][1] == "rows in the file"
+    assert data[1][1] == "117,739"
     assert ["rows trained on", "64"] in training
     assert "Test Subset 1, 100 of 22,000 rows" in text
     assert front["model-index"][0]["results"][0]["dataset"]["name"].endswith(", 100 of 22,000 rows")
@@ -390,7 +391,8 @@ def test_a_card_says_when_scores_are_missing_or_of_other_rows(run, stale, capsys
     text = published(run)[1]
     assert "Test Subset 1, 5,000 rows" in text and OF_THE_SAME not in text
     scores = {row[0]: row[3:] for table in tables(text) for row in table}
-    assert (scores["score"], scores["bleu4"][0]) == (["base model", "published"], "5.12")
+    assert scores["score"] == ["base model", "published"]
+    assert scores["bleu4"][0] == "5.12"
 
 
 @pytest.fixture
@@ -432,7 +434,8 @@ def test_a_push_of_a_merge_brings_the_merged_model(run, hub, capsys):
     assert hub.files == {name: (merged / name).read_bytes() for name in wanted}
     hub.create_repo.assert_called_once_with("owner/model", private=True, exist_ok=True)
     front, text = card(merged)
-    assert (front["base_model_relation"], front["library_name"]) == ("finetune", "transformers")
+    assert front["base_model_relation"] == "finetune"
+    assert front["library_name"] == "transformers"
     assert 'AutoModelForCausalLM.from_pretrained("owner/model"' in text
     assert "peft" not in text.lower().replace("peft 0", "")
 

@@ -36,14 +36,16 @@ def test_runs_of_other_seeds_count_as_one(runs):
     with_seed(runs, 43, [100.0, 0.0, 100.0, 100.0, 100.0, 100.0])
     with_seed(runs, 44, [100.0, 0.0, 0.0, 0.0, 100.0, 100.0])
     row = row_of(runs)
-    assert (row["run"], row["runs"]) == (str(own.path), 3)  # that of the recipe's seed speaks
+    assert row["run"] == str(own.path)
+    assert row["runs"] == 3  # that of the recipe's seed speaks
     assert row["accuracy"] == pytest.approx(100 * 12 / 18)
     assert row["accuracy_difference"] == pytest.approx(100 * 12 / 18 - 67.4)
     assert row["accuracy_interval_method"] == "rows and 3 runs"
     table = np.array([RIGHT, [100, 0, 100, 100, 100, 100], [100, 0, 0, 0, 100, 100]])
     half = intervals.mean_squares(table).half_width()
     assert (row["accuracy_low"], row["accuracy_high"]) == pytest.approx((table.mean() - half, table.mean() + half))
-    assert (row["chrf"], row["chrf_interval_method"]) == (20.5, "rows and 3 runs")
+    assert row["chrf"] == 20.5
+    assert row["chrf_interval_method"] == "rows and 3 runs"
     assert (row["chrf_low"], row["chrf_high"]) == pytest.approx((20, 21))  # as for each run, whose rows are not there
     assert row["accuracy_verdict"] == verdict.WITHIN
 
@@ -66,7 +68,8 @@ def test_runs_of_other_seeds_count_as_one(runs):
 def test_a_repeat_differs_in_its_seed_output_and_trackers_only(runs, other, counted):
     with_seed(runs, 42, RIGHT)
     folder = with_seed(runs, 43, [0.0] * 6, **other)
-    assert (row_of(runs)["runs"], row_of(runs)["accuracy"]) == (counted, pytest.approx(400 / 6 / counted))
+    assert row_of(runs)["runs"] == counted
+    assert row_of(runs)["accuracy"] == pytest.approx(400 / 6 / counted)
     folder.config.unlink()
     assert row_of(runs)["runs"] == 1
 
@@ -77,7 +80,8 @@ def test_one_more_run_of_a_seed_does_not_make_the_interval_narrower(runs):
     before = row_of(runs)
     with_seed(runs, 43, [0.0, *RIGHT[1:]], "c")
     after = row_of(runs)
-    assert (after["runs"], after["accuracy_low"]) == (2, before["accuracy_low"])
+    assert after["runs"] == 2
+    assert after["accuracy_low"] == before["accuracy_low"]
 
 
 def test_other_rows_leave_the_spread_of_runs_and_their_own_intervals(runs):
@@ -92,21 +96,26 @@ def test_equal_scores_of_a_metric_without_rows_have_no_interval(runs):
     for seed in (42, 43):
         with_seed(runs, seed, RIGHT, loss=1.08)
     row = row_of(runs)
-    assert (row["perplexity"], row["perplexity_published"]) == (pytest.approx(2.945, abs=1e-3), 3.0)
-    assert (row["runs"], row["perplexity_low"], row["perplexity_high"]) == (2, None, None)
+    assert row["perplexity"] == pytest.approx(2.945, abs=1e-3)
+    assert row["perplexity_published"] == 3.0
+    assert row["runs"] == 2
+    assert row["perplexity_low"] is None
+    assert row["perplexity_high"] is None
     assert row["perplexity_verdict"] == verdict.ACCEPTABLE  # by the tolerance, as for a single run
 
 
 def test_runs_without_an_interval_have_none_together(runs):
     with_seed(runs, 42, RIGHT[:2], within=None)
     with_seed(runs, 43, RIGHT[1:3], within=None)
-    assert (row_of(runs)["runs"], row_of(runs)["accuracy_low"]) == (2, None)
+    assert row_of(runs)["runs"] == 2
+    assert row_of(runs)["accuracy_low"] is None
 
 
 def test_runs_of_one_seed_know_nothing_of_others_and_say_how_to_know_more(runs, recipe):
     with_seed(runs, 42, RIGHT, "a")
     row = row_of(runs)
-    assert (row["runs"], row["accuracy_interval_method"]) == (1, intervals.ROWS_ONLY)
+    assert row["runs"] == 1
+    assert row["accuracy_interval_method"] == intervals.ROWS_ONLY
     assert [row["perplexity_low"], row["perplexity_interval_method"]] == [None, None]
     assert "`recipe reproduce sums2030 --seeds 3`" in recipe("results", "sums2030").stdout
     with_seed(runs, 43, RIGHT)
@@ -154,7 +163,8 @@ def test_the_curves_gap_has_a_verdict_where_the_study_gives_a_tolerance(runs, re
     with_seed(runs, 42, RIGHT)  # 2.5 and 1.4, where 2.5 and 1.5 were published
     row = row_of(runs)
     assert row["train_loss_gap_mean"] == pytest.approx(-0.05)
-    assert (row["train_loss_gap_largest"], row["train_loss_gap_step"]) == (pytest.approx(0.1), 4)
+    assert row["train_loss_gap_largest"] == pytest.approx(0.1)
+    assert row["train_loss_gap_step"] == 4
     assert row["train_loss_verdict"] is None and row_of(runs, WIDE)["train_loss_gap_mean"] is None
     assert study_tables.CURVES in recipe("results", "sums2030").stdout
     # in binary, 0.1 is less than 1.5 - 1.4

@@ -140,7 +140,8 @@ def test_the_source_of_a_setting_without_a_comment_is_the_recipe(tmp_path, monke
     monkeypatch.setattr(yamlfiles, "sources", lambda file: {})
     (reported,) = report_runs.reported_runs([a_run(tmp_path)])
     sources = {row["setting"]: row["source"] for row in reported.settings}
-    assert (sources["lora_alpha"], sources["lora_r"][:5]) == ("the recipe", "--set")
+    assert sources["lora_alpha"] == "the recipe"
+    assert sources["lora_r"][:5] == "--set"
 
 
 def test_a_run_with_nothing_yet(tmp_path):
@@ -200,7 +201,8 @@ def test_the_study_stands_beside_what_is_published_and_rehearsals_do_not(tmp_pat
 def test_a_sweep_shows_its_trade_offs(recipe, tmp_path):
     a_sweep(tmp_path)
     done = recipe("report", "ranks")
-    assert (done.returncode, done.stdout) == (0, "report.html\n")
+    assert done.returncode == 0
+    assert done.stdout == "report.html\n"
     html = (tmp_path / "report.html").read_text()
     assert "Low rank 43" in html and "Odd" in html
     assert "front: on the Pareto front over peak memory and eval_loss" in html

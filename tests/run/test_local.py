@@ -42,7 +42,8 @@ def test_who_holds_a_lock_is_asked_to_stop(tmp_path, holding):
 def test_a_lock_that_names_another_process_or_machine_stops_none(tmp_path, holding, record):
     lock = tmp_path / ".lock"
     host, pid, started = lock.read_text().split()
-    assert (host, pid) == (platform.node(), str(holding.pid))
+    assert host == platform.node()
+    assert pid == str(holding.pid)
     lock.write_text(record.format(host=host, pid=pid, started=started))
     (tmp_path / "copy").write_text(f"{host} {pid} {started}")  # which nobody holds
     assert stop_holders([lock, tmp_path / "copy", tmp_path / "none"]) == []

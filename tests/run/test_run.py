@@ -102,7 +102,8 @@ def check_interrupted(run: RunDir, saved: bool) -> None:
 def check_resumed(run: RunDir, undisturbed: RunDir) -> None:
     """A run that was interrupted and resumed is the same as one that was not."""
     record = run.read()
-    assert (record.state, record.launches[-1].exit_code) == ("finished", 0)
+    assert record.state == "finished"
+    assert record.launches[-1].exit_code == 0
     assert record.launches[1].resumed_from
     assert record.adapter and record.adapter.sha256 == sha256(run.output / ADAPTER)
     assert record.adapter.sha256 == sha256(undisturbed.output / ADAPTER)
@@ -124,7 +125,8 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(
     run = interrupted_run(start(tmp_path, *words, command=stand_in, STAND_IN_HOLD="5"), tmp_path / "runs", how)
     check_interrupted(run, saved)
     resumed = trains_nothing("resume", "latest")
-    assert (resumed.returncode, tmp_path / resumed.stdout.strip()) == (0, run.path)
+    assert resumed.returncode == 0
+    assert tmp_path / resumed.stdout.strip() == run.path
     check_resumed(run, stand_in_undisturbed)
     before = {file: file.stat().st_mtime_ns for file in run.path.rglob("*")}
     trains_nothing.ok("resume", run.path)
@@ -153,7 +155,8 @@ def test_without_axolotl_or_its_folder_nothing_is_begun(recipe, tmp_path, tiny_p
         folder = run.create(compose.compose(request), request)
     (tmp_path / gone).rename(tmp_path / "away")
     done = recipe("resume", folder.path)
-    assert (done.returncode, f"{tmp_path / gone}: " in done.stderr) == (2, True)
+    assert done.returncode == 2
+    assert f"{tmp_path / gone}: " in done.stderr
     assert folder.read().launches == []
     if gone == "axolotl":
         recipe.fails("--runs", "none", "run", PAGED, "--profile", tiny_profile)
@@ -211,7 +214,9 @@ def test_a_run_killed_at_random_moments_goes_on_to_the_same_adapter(tmp_path, ti
         assert run.summary(record).step < steps
     finish(start(tmp_path, "resume", "latest", command=stand_in, STAND_IN_STEP="0"))
     record = run.read()
-    assert (record.state, record.summary.step, len(record.launches)) == ("finished", steps, kills + 1)
+    assert record.state == "finished"
+    assert record.summary.step == steps
+    assert len(record.launches) == kills + 1
     assert sha256(run.output / ADAPTER) == sha256(whole.output / ADAPTER)
     assert losses(run) == losses(whole)
     assert sum(launch.resumed_from is not None for launch in record.launches) > kills // 2
@@ -219,7 +224,9 @@ def test_a_run_killed_at_random_moments_goes_on_to_the_same_adapter(tmp_path, ti
 
 def test_a_real_run_records_all(undisturbed, tiny_profile):
     record = undisturbed.read()
-    assert (record.state, record.recipe, record.profiles) == ("finished", PAGED, [str(tiny_profile), "deterministic"])
+    assert record.state == "finished"
+    assert record.recipe == PAGED
+    assert record.profiles == [str(tiny_profile), "deterministic"]
     assert not record.rehearsal
     assert record.summary.step == record.summary.max_steps == 16
     assert record.summary.eval_loss is not None and record.summary.eval_loss_first is not None
@@ -240,8 +247,10 @@ def test_early_stopping_finishes_a_run_and_is_named(place, tiny_profile):
     words = ("--runs", "early", "run", PAGED, "--profile", tiny_profile, *sets, "--force", "value:learning_rate")
     run = RunDir(place / finish(start(place, *words)))
     record = run.read()
-    assert (record.state, record.summary.ended) == ("finished", "early stopping")
-    assert (record.summary.step, record.summary.kept_step) == (4, 2)
+    assert record.state == "finished"
+    assert record.summary.ended == "early stopping"
+    assert record.summary.step == 4
+    assert record.summary.kept_step == 2
     assert sha256(run.output / ADAPTER) == sha256(run.output / "checkpoint-2" / ADAPTER)
     of_step = {each["step"]: each["eval_loss"] for each in run.read_metrics() if "eval_loss" in each}
     assert record.summary.eval_loss == of_step[2] < of_step[4]
@@ -272,7 +281,8 @@ def test_a_run_is_finished_only_when_its_training_says_so(code, stopped, ended, 
 def test_a_failing_axolotl_fails_the_run(trains_nothing, tiny_profile, tmp_path):
     done = trains_nothing("run", PAGED, "--profile", tiny_profile, "--set", "lr_scheduler_kwargs={nonsense: 1}")
     (run,) = rundir.all_runs(tmp_path / "runs")
-    assert (done.returncode, run.read().state) == (1, "failed")
+    assert done.returncode == 1
+    assert run.read().state == "failed"
     assert "TypeError: " in done.stderr and str(run.log.relative_to(tmp_path)) in done.stderr
 
 
@@ -296,7 +306,8 @@ def test_half_prepared_rows_are_removed_in_the_run_only_and_not_while_they_are_w
         drop_half_prepared(tmp_path, half.parent)
         assert half.is_dir()
     drop_half_prepared(tmp_path, half.parent)
-    assert (half.is_dir(), whole.is_dir()) == (False, True)
+    assert not half.is_dir()
+    assert whole.is_dir()
 
 
 def test_a_run_that_was_queued_is_checked_against_the_machine_that_trains_it(
@@ -307,8 +318,10 @@ def test_a_run_that_was_queued_is_checked_against_the_machine_that_trains_it(
     request = Request(PAGED, profiles=[str(tiny_profile)], overrides=["fp16=true", "bf16=false"], force=forced)
     folder = run.create(compose.compose(request), request)
     done = recipe("resume", folder.path, "--force", *forced)
-    assert (done.returncode, "[no-gpu" in done.stderr) == (2, True)
-    assert (folder.read().state, folder.read().launches) == ("failed", [])
+    assert done.returncode == 2
+    assert "[no-gpu" in done.stderr
+    assert folder.read().state == "failed"
+    assert folder.read().launches == []
 
 
 REACHED = """

@@ -92,7 +92,8 @@ def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(tmp_path, t
     slurm_module.forget_queue()
     for run in runs:
         record = run.read()
-        assert (record.state, len(record.launches)) == ("finished", 2 if run is requeued else 1)
+        assert record.state == "finished"
+        assert len(record.launches) == (2 if run is requeued else 1)
         assert (run.path / "scores.json").is_file()
     last = orjson.loads(asked(*command))
     assert [(step["run"], step["evaluate"]) for step in last["steps"]] == [("skipped", "skipped")] * 3
@@ -169,7 +170,8 @@ def test_what_the_queue_would_not_take_is_told_and_leaves_nothing(
 def test_without_slurm_that_is_told(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     done = recipe("run", NAME, "--rehearse", "--on", "slurm")
-    assert (done.returncode, done.stdout) == (2, "")
+    assert done.returncode == 2
+    assert done.stdout == ""
     assert " squeue: " in done.stderr
 
 
@@ -182,7 +184,8 @@ def test_settings_are_read_as_they_stand(no_settings):
     found = slurm_site.site_settings(["partition=debug", "evaluate.qos=short"])
     assert found.options == {"partition": "debug", "time": "12:00:00", "gpus-per-node": "a100:{gpus}", "exclusive": ""}
     assert found.of_step == {"evaluate": {"time": "1:00:00", "qos": "short"}}
-    assert (found.gpu, found.setup) == ("A100", ["module load cuda"])
+    assert found.gpu == "A100"
+    assert found.setup == ["module load cuda"]
     script = batch(found, gpus=4).script("run", [], 2)
     for line in ("#SBATCH --gpus-per-node=a100:4", "#SBATCH --exclusive", "module load cuda"):
         assert line in script.splitlines()

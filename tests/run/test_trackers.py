@@ -66,7 +66,8 @@ def of_mlflow(run: RunDir, key: str) -> Curve:
 
     client = MlflowClient(f"sqlite:///{run.runs(NAME)}/mlflow.db")
     (tracked,) = client.search_runs([client.get_experiment_by_name("haider2024").experiment_id])
-    assert (tracked.info.run_name, tracked.info.status) == (f"code-llama-7b/{run.path.name}", "FINISHED")
+    assert tracked.info.run_name == f"code-llama-7b/{run.path.name}"
+    assert tracked.info.status == "FINISHED"
     return sorted((metric.step, metric.value) for metric in client.get_metric_history(tracked.info.run_id, key))
 
 
@@ -74,7 +75,8 @@ def of_wandb(run: RunDir, key: str) -> Curve:
     command = [RECIPE.with_name("wandb"), "leet", "inspect", "--json", run.path / "wandb"]
     records = list(map(json.loads, printed(command).splitlines()))
     started = next(record["run"] for record in records if record["type"] == "run")
-    assert (started["project"], started["display_name"]) == ("haider2024", f"code-llama-7b/{run.path.name}")
+    assert started["project"] == "haider2024"
+    assert started["display_name"] == f"code-llama-7b/{run.path.name}"
     rows = [record["history"]["item"] for record in records if record["type"] == "history"]
     return [(row["train/global_step"], row[TAGS[key]]) for row in rows if TAGS[key] in row]
 
@@ -104,7 +106,8 @@ def launched(*profiles: str, name: str = NAME, overrides: Sequence[str] = (), **
 def test_what_the_user_says_of_a_tracker_holds(place, monkeypatch):
     new.write("wide", NAME, ["lora_r=64"])
     variant = launched("wandb", name="wide")
-    assert (variant["wandb_project"], variant["wandb_name"]) == ("haider2024", "wide/now")
+    assert variant["wandb_project"] == "haider2024"
+    assert variant["wandb_name"] == "wide/now"
     assert launched("mlflow")["mlflow_tracking_uri"] == "sqlite:///runs/mlflow.db"
     assert launched("trackio", rehearse=True)["trackio_project_name"] == "haider2024-rehearsal"
     assert launched("wandb", overrides=["wandb_mode=online"])["wandb_mode"] == "online"

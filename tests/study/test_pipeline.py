@@ -43,13 +43,15 @@ def test_a_command_that_fails_is_the_last_of_its_work_and_of_no_other(tmp_path, 
     fine = task(tmp_path / "b", {"run": ["list"], "evaluate": ["list"]}, asked)
     Local(rehearsal=True, jobs=2).submit([refused, fine], "two")
     assert asked == ["a", "b"]  # once each
-    assert (refused.result.steps, refused.result.run) == ({"run": "failed"}, None)
+    assert refused.result.steps == {"run": "failed"}
+    assert refused.result.run is None
     log = tmp_path / "a" / "run.log"
     logs = [log, tmp_path / "b" / "evaluate.log", tmp_path / "b" / "run.log"]
     assert [line.split()[-1] for line in sorted(capfd.readouterr().err.splitlines())] == [*map(str, logs)]
     assert "next:" not in (tmp_path / "b" / "run.log").read_text()  # which `recipe list` says to a user
     assert str(log) in (refused.result.problem or "") and "nothing" in log.read_text()
-    assert (fine.result.steps, fine.result.problem) == ({"run": "done", "evaluate": "done"}, None)
+    assert fine.result.steps == {"run": "done", "evaluate": "done"}
+    assert fine.result.problem is None
     assert fine.result.run == tmp_path / "b"
 
 
@@ -66,7 +68,8 @@ def test_a_config_that_is_too_big_fails_unless_this_is_overridden(monkeypatch, f
         monkeypatch.setattr(module, "required_gib", lambda *_, **__: 38.1)
     asked, backend, t4 = Request("haider2024/llama-2-7b", force=force), Local(rehearsal=False), gpus.find("T4")
     one = pipeline.Pipeline(TaskResult("one"), asked, EvaluationRequest(), backend, t4)
-    assert (one.plan(), one.needed_gib) == (bool(force), 38.1)
+    assert one.plan() == bool(force)
+    assert one.needed_gib == 38.1
     assert pipeline.TOO_BIG in {finding.name for finding in plan._findings({}, t4, 1, False)}
 
 
@@ -113,4 +116,5 @@ def test_a_run_whose_command_was_killed_before_its_start_is_waited_for_and_resum
     folder.write(folder.read().model_copy(update={"created": created.isoformat()}))
     assert folder.read().state == "created"
     training, _ = one.task().claim()
-    assert (training.folder.path, one.state) == (folder.path, "interrupted")
+    assert training.folder.path == folder.path
+    assert one.state == "interrupted"

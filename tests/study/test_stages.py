@@ -58,13 +58,16 @@ def test_published_predictions_are_fetched_and_scored_beside_the_published_score
     published_study.write(tmp_path, address(server), {"bleu4": round(ours, 2), "eval_loss": 1.0})
     found = scored(recipe)
     row = row_of(found)
-    assert (row["rows"], row["score"], row["agrees"]) == (4, pytest.approx(ours), True)
+    assert row["rows"] == 4
+    assert row["score"] == pytest.approx(ours)
+    assert row["agrees"] is True
     assert row["low"] is row["high"] is None and row["verified"] is True and found["problems"] == {}
     assert row["difference"] == pytest.approx(ours - round(ours, 2))
     some = row_of(found, BASELINE)  # its predictions are of the whole test set
     assert some["rows"] == len(SUBSET)
     step = mean([TEST[i] if i % 2 else "no" for i in SUBSET], GOLD) - 4.0
-    assert (some["difference"], some["agrees"]) == (pytest.approx(step), False)
+    assert some["difference"] == pytest.approx(step)
+    assert some["agrees"] is False
     assert {row["of"] for row in found["scores"]} == {RECIPE, BASELINE}
     assert rundir.all_runs(tmp_path / "runs") == []
 
@@ -194,7 +197,9 @@ def test_a_published_adapter_is_evaluated_once_and_marked(recipe, server, tmp_pa
     get_peft_model(LlamaForCausalLM.from_pretrained(tiny), lora).save_pretrained(theirs)
     found = adapters(recipe, tiny_profile)
     (step,), (row,) = found["steps"], found["results"]
-    assert (step["evaluate"], row["rows"], row["published_adapter"]) == ("done", 12, "theirs")
+    assert step["evaluate"] == "done"
+    assert row["rows"] == 12
+    assert row["published_adapter"] == "theirs"
     (made,) = rundir.all_runs(tmp_path / "runs")
     assert tmp_path / row["run"] == made.path and len(read_predictions(made.path)) == 12
     assert adapters(recipe, tiny_profile) == found
@@ -270,7 +275,8 @@ def test_an_adapter_makes_the_predictions_of_the_rehearsal_that_trained_it(train
     assert any(row["prediction"] for row in read_predictions(run.path))
     (row,) = recipe.json("results", "haider2024", "--rehearse")
     assert row["run"] == str(run.path.relative_to(tmp_path))  # the one that was trained here
-    assert (other.read().rehearsal, other.read().published_adapter) == (True, str(adapter))
+    assert other.read().rehearsal is True
+    assert other.read().published_adapter == str(adapter)
 
 
 @pytest.mark.parametrize(

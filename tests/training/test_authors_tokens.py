@@ -113,7 +113,8 @@ def text_of(chance: random.Random) -> str:
 def test_qloras_rows_have_the_authors_tokens_and_loss(model):
     loaded = tokenizer_of("qlora-guanaco/llama-7b", model)
     tokenizer = loaded.tokenizer
-    assert (loaded.cfg.sequence_len, loaded.cfg.excess_length_strategy) == (CUT, "truncate")
+    assert loaded.cfg.sequence_len == CUT
+    assert loaded.cfg.excess_length_strategy == "truncate"
     segments = studies.find("qlora-guanaco").data.fields["segments"]
     own = segments.replace("</s>", tokenizer.eos_token).replace("<s>", tokenizer.bos_token)
     texts = [text_of(random.Random(seed)) for seed in range(200)]
@@ -218,4 +219,5 @@ def test_doras_prompts_have_the_authors_bytes_and_tokens(model):
         assert made.labels == made.ids
         answer = loaded.tokenizer(row["answer"], add_special_tokens=False).input_ids
         assert prompt.ids == encoded(loaded.tokenizer, written(row, " ", "")) + answer
-    assert (loaded.cfg.sequence_len, loaded.cfg.excess_length_strategy) == (256, "truncate")
+    assert loaded.cfg.sequence_len == 256
+    assert loaded.cfg.excess_length_strategy == "truncate"

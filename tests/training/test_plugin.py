@@ -126,8 +126,10 @@ def test_the_eval_loss_is_that_of_the_checkpoint_that_was_kept(tmp_path):
     state = state_at(6, best_model_checkpoint=str(run.output / "checkpoint-4"))
     callback.on_train_end(arguments, state, STOPPING)
     summary = summarise(run.read_metrics())
-    assert (summary.step, summary.kept_step) == (6, 4)
-    assert (summary.eval_loss, summary.eval_loss_per_token) == (4.1, 5.1)
+    assert summary.step == 6
+    assert summary.kept_step == 4
+    assert summary.eval_loss == 4.1
+    assert summary.eval_loss_per_token == 5.1
 
 
 @pytest.mark.parametrize(("step", "ended"), [(0, "no batch"), (3, "callback"), (8, "complete")])
@@ -165,7 +167,8 @@ def test_tokens_are_counted_without_padding_in_training_only(tmp_path):
     callback.step_seconds = 2.0
     callback.on_log(arguments, state_at(1), None, {"loss": 2.0})
     record = RunDir(tmp_path).read_metrics()[-1]
-    assert (record["tokens"], record["tokens_per_second"]) == (8 + 10, 9.0)
+    assert record["tokens"] == 8 + 10
+    assert record["tokens_per_second"] == 9.0
     model.train()(input_ids=ids)
     callback.step_seconds = 0.5  # of a step that the trainer does not log
     callback.on_train_end(
@@ -174,7 +177,8 @@ def test_tokens_are_counted_without_padding_in_training_only(tmp_path):
         STOPPING,
     )
     summary = summarise(RunDir(tmp_path).read_metrics())
-    assert (summary.train_seconds, summary.tokens_per_second) == (2.5, 28 / 2.5)
+    assert summary.train_seconds == 2.5
+    assert summary.tokens_per_second == 28 / 2.5
     assert summary.training_rows == 131
 
 

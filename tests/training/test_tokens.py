@@ -103,7 +103,8 @@ def test_the_text_of_a_row_shows_what_carries_loss(llama, tmp_path):
     first, second = shown(llama | {"datasets": [{"path": str(file), "type": "alpaca"}]}, 5)
     assert first["text"].startswith("<s>") and first["text"].endswith("⟪\u00e9\U0001f680</s>⟫")
     assert "\U0001f600" in first["text"]
-    assert (first["length"], first["learnt"]) == (len(first["ids"]), sum(label != -100 for label in first["labels"]))
+    assert first["length"] == len(first["ids"])
+    assert first["learnt"] == sum(label != -100 for label in first["labels"])
     assert "SEEN" in second["text"]  # a field that the first row has not
 
 
@@ -113,8 +114,10 @@ def test_lengths(llama, sample):
     found, (measured,) = lengths(llama)
     sizes = [row["length"] for row in shown(llama, 200)]
     assert found == []
-    assert (measured["rows"], measured["tokens"]) == (109, sum(sizes))
-    assert (measured["median"], measured["longest"]) == (sorted(sizes)[54], max(sizes))
+    assert measured["rows"] == 109
+    assert measured["tokens"] == sum(sizes)
+    assert measured["median"] == sorted(sizes)[54]
+    assert measured["longest"] == max(sizes)
     assert measured["too_long"] == 0
     assert 0 < measured["padding"] < 0.3
     _, (padded,) = lengths(llama | {"pad_to_sequence_len": True})
@@ -241,7 +244,8 @@ def test_rows_are_judged_by_the_rehearsals_tokenizer_if_asked(recipe, tmp_path):
     assert "tokens" not in unread["data"][0]
     (report,) = recipe.json("check", "own.yaml", "--data", "--rehearse", code=2)
     found = {finding["rule"]: finding for finding in report["findings"]}
-    assert (found["bad-row"]["where"], found["bad-row"]["line"]) == ("rows.jsonl", 4)
+    assert found["bad-row"]["where"] == "rows.jsonl"
+    assert found["bad-row"]["line"] == 4
     assert " 2, 3)" in found["nothing-learnt"]["problem"]
     assert report["data"][0]["rows"] == 3
 

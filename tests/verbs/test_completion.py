@@ -22,7 +22,8 @@ def complete(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Complete:
         monkeypatch.setenv("COMP_WORDS", line)
         monkeypatch.setenv("COMP_CWORD", str(len(line.split(" ")) - 1))
         done = recipe()
-        assert (done.returncode, done.stderr) == (0, "")
+        assert done.returncode == 0
+        assert done.stderr == ""
         return done.stdout.split()
 
     return offered

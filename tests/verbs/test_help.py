@@ -52,7 +52,8 @@ def test_an_example_is_a_command_of_this_verb(place, name, example):
 
 def test_the_versions_of_the_package_and_of_axolotl(recipe):
     done = recipe("--version")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert done.stderr == ""
     assert done.stdout == f"qlora-recipes {version('qlora-recipes')}\naxolotl {version('axolotl')}\n"
 
 

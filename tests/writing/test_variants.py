@@ -95,7 +95,8 @@ def test_a_variant_keeps_comments_on_settings_and_differs_in_just_what_was_chang
 
 def test_a_variant_from_the_command_line_to_its_config(place, recipe):
     made = recipe("new", "ideas/wide", "--from", BASE, "--set", "lora_r=64", "--set", "weight_decay=null")
-    assert (made.returncode, made.stdout) == (0, "variants/ideas/wide.yaml\n")
+    assert made.returncode == 0
+    assert made.stdout == "variants/ideas/wide.yaml\n"
     text = (place / "variants/ideas/wide.yaml").read_text()
     assert "\nlora_r: 64  # variant, was 32; paper\n" in text
     assert "\n# variant, removed: weight_decay: 0.01; paper\n" in text
@@ -147,8 +148,12 @@ def test_a_copy_edited_by_hand_is_known_by_the_recipe_in_its_header(place):
     composed = compose.compose(Request("copy.yaml", overrides=["lora_alpha=8"]))
     assert composed.origin == BASE
     (of_variant,), (difference,) = composed.of_variant, composed.differences
-    assert (of_variant.key, of_variant.recipe, of_variant.run, of_variant.why) == ("lora_r", 32, 8, "copy.yaml")
-    assert (difference.key, difference.why) == ("lora_alpha", "--set lora_alpha=8")
+    assert of_variant.key == "lora_r"
+    assert of_variant.recipe == 32
+    assert of_variant.run == 8
+    assert of_variant.why == "copy.yaml"
+    assert difference.key == "lora_alpha"
+    assert difference.why == "--set lora_alpha=8"
     (place / "own.yaml").write_text(yamlfiles.write_yaml(yamlfiles.parse(TEXT, "")))
     assert compose.compose(Request("own.yaml")).origin is None
     assert compose.compose(Request("own.yaml")).differences == []
@@ -163,7 +168,8 @@ def test_a_run_of_a_variant_lists_its_differences_from_that(place):
     assert own.pop("base_model") == (yamlfiles.parse(TEXT, "")["base_model"], "Qwen/Qwen3-0.6B")
     assert own == {"lora_r": (32, 16), "lora_alpha": (16, 8)}
     row = run_result.record(RunResult(RunDir(place / "r"), record))
-    assert (row["variant_of"], row["changed_keys"]) == (BASE, "lora_r, lora_alpha")
+    assert row["variant_of"] == BASE
+    assert row["changed_keys"] == "lora_r, lora_alpha"
     assert row["other_base_model"] == "Qwen/Qwen3-0.6B"  # of the study's
 
 
@@ -217,13 +223,16 @@ def test_a_variant_for_rows_of_ones_own(recipe, tmp_path, monkeypatch):
     recipe.ok("new", "mine", "--model", "Qwen/Qwen3-4B", "--data", "rows.jsonl")
     made = yamlfiles.read_yaml(tmp_path / "variants" / "mine.yaml")
     assert made["datasets"] == [{"path": "rows.jsonl", "type": PROMPTED}] and "chat_template" not in made
-    assert (made["val_set_size"], made["bf16"], made["base_model"]) == (0.05, True, "Qwen/Qwen3-4B")
+    assert made["val_set_size"] == 0.05
+    assert made["bf16"] is True
+    assert made["base_model"] == "Qwen/Qwen3-4B"
     of_study = ("--from", "peft-metamathqa/lora-rank32", "--data", "rows.jsonl")
     recipe.ok("new", "other", *of_study)
     done = recipe("new", "third", "--from", "haider2024/llama-3-8b", "--data", "rows.jsonl", "--set", "warmup_steps=0")
     assert done.returncode == 0 and "held out: val_set_size 0.05" in done.stderr
     other = yamlfiles.read_yaml(tmp_path / "variants" / "other.yaml")
-    assert (other["val_set_size"], other.get("test_datasets")) == (new.HELD_OUT, None)
+    assert other["val_set_size"] == new.HELD_OUT
+    assert other.get("test_datasets") is None
     (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 30)
     given = recipe.ok("new", "given", "--data", "rows.jsonl", "--set", "datasets.0.type=alpaca")
     assert "rows: " not in given.stderr
