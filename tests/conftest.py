@@ -160,8 +160,8 @@ def train_runs(folder: Path, configs: dict[str, yamlfiles.Config], plugins: str 
     for name, run in runs.items():
         run.path.mkdir()
         here = {"output_dir": str(run.output), "dataset_prepared_path": str(folder / "prepared")}
-        run.config.write_text(yamlfiles.write_yaml(configs[name] | here))
-    train_many(*(run.config for run in runs.values()), plugins=plugins)
+        run.config_file.write_text(yamlfiles.write_yaml(configs[name] | here))
+    train_many(*(run.config_file for run in runs.values()), plugins=plugins)
     return runs
 
 

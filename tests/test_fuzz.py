@@ -125,9 +125,9 @@ def a_run(place: Path) -> RunDir:
     own.write_text('{"instruction": "Add.", "input": "1 + 1", "output": "2"}\n')
     rows = [{"path": str(own), "type": "alpaca"}]
     config = {"datasets": rows, "test_datasets": rows, "warmup_steps": 0, "output_dir": str(left.output.resolve())}
-    left.config.write_text(yamlfiles.write_yaml(yamlfiles.read_yaml(left.config) | config))
+    left.config_file.write_text(yamlfiles.write_yaml(yamlfiles.read_yaml(left.config_file) | config))
     data = DataFile(path=str(own), sha256=sha256(own), bytes=own.stat().st_size, rows=1)
-    changes = {"state": "interrupted", "rehearsal": True, "data": [data], "recipe_file": str(left.config)}
+    changes = {"state": "interrupted", "rehearsal": True, "data": [data], "recipe_file": str(left.config_file)}
     left.write(left.read().model_copy(update=changes))
     folder.output.mkdir()
     save_file({"base_model.model.lora_A.weight": torch.zeros(2, 2)}, folder.output / ADAPTER)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..base import yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row, sha256, tensor_shapes
 from ..base.hub import importing_axolotl
@@ -120,8 +119,8 @@ class EvaluationTask:
     def __init__(self, folder: RunDir, request: EvaluationRequest):
         self.request = request
         self.run = folder.read()
-        self.cfg = yamlfiles.read_yaml(folder.config)
-        trust.refuse_code(folder, self.run, self.cfg, request.force, request.adapter or "")
+        self.cfg = folder.config
+        trust.refuse_code(folder, self.run, request.force, request.adapter or "")
         substitution.restore(self.cfg)
         self.columns = columns_of(self.run.origin, request.metrics)
         adapter = self._adapter(folder)

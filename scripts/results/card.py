@@ -48,7 +48,7 @@ def card(result: RunResult, evaluation: Evaluation | None, merged: bool, reposit
         # the rows of a rehearsal are made like the study's
         declared = of_study.data if of_study and (data or result.run.rehearsal) else None
         known = {**constants(declared.fields), "input": _PATCH} if declared else {}
-        prompt = as_code(yamlfiles.read_yaml(folder.config), folder.output, known)
+        prompt = as_code(folder.config, folder.output, known)
     facts = _facts(result, evaluation)
     scored_on = _scored_on(evaluation.settings, of_study) if evaluation else None
     tags = of_study.tags if of_study and data else []
@@ -67,7 +67,7 @@ def card(result: RunResult, evaluation: Evaluation | None, merged: bool, reposit
         published={name: str(score) for name, score in (result.aim.scores if result.aim else {}).items()},
         of_base={name: score.base_model for name, score in result.scores.items() if score.base_model is not None},
         embedding_rows=embedding_rows(folder.output / ADAPTER),
-        config_sha256=sha256(folder.config),
+        config_sha256=sha256(folder.config_file),
         adapter_sha256=sha256(folder.output / ADAPTER),
         scored_on=scored_on,
         decoding=_arguments(evaluation.settings.decoding if evaluation else studies.decoding_of(of_study, None)),
@@ -133,7 +133,7 @@ def _arguments(decoding: studies.Decoding) -> str:
 def base_model(folder: RunDir, run: Run) -> tuple[str, bool]:
     """Return the name of the adapter's base model, and whether it is a local folder."""
     named = read_json(folder.output / "adapter_config.json").get("base_model_name_or_path")
-    name = str(named or yamlfiles.read_yaml(folder.config).get("base_model"))
+    name = str(named or folder.config.get("base_model"))
     return name, Path(name).is_absolute() or Path(run.cwd, name).is_dir()
 
 

@@ -211,7 +211,7 @@ def _divergence(folders: Sequence[RunDir]) -> Divergence | None:
         say("losses are not compared: the runs have no step with a recorded loss in common")
         return None
     step = next((step for step in common if of_a[step] != of_b[step]), None)
-    settings = [_settings(yamlfiles.read_yaml(folder.config), run) for folder, run in zip(folders, (a, b), strict=True)]
+    settings = [_settings(folder.config, run) for folder, run in zip(folders, (a, b), strict=True)]
     keys = [key for key in settings[0] | settings[1] if settings[0].get(key) != settings[1].get(key)]
     return Divergence(
         first=common[0],

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..base import yamlfiles
 from ..base.errors import UserError, WorkFailed
 from ..base.files import opened, sha256, tensor_shapes, write_atomically
 from ..base.processes import make_once, start_child
@@ -86,16 +85,15 @@ def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:
     if merged_from.is_file() and merged_from.read_text() == digest:
         say(f"{merged}: already merged")
         return merged
-    config = yamlfiles.read_yaml(folder.config)
-    trust.refuse_code(folder, run, config, force)
-    substitution.restore(config)
+    trust.refuse_code(folder, run, force)
+    substitution.restore(folder.config)
     environment = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1"}
     if run.rehearsal:
         environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
     def make(part: Path) -> None:  # not the output folder, where Axolotl would replace the training log
         axolotl = [
-            *(str(Path(sys.executable).with_name("axolotl")), "merge-lora", str(folder.config.resolve())),
+            *(str(Path(sys.executable).with_name("axolotl")), "merge-lora", str(folder.config_file.resolve())),
             *("--lora-model-dir", str(folder.output.resolve()), "--output-dir", str(part.resolve())),
         ]
         cwd = run.cwd if Path(run.cwd).is_dir() else None

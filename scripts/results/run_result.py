@@ -7,7 +7,6 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from ..base import yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row
 from ..base.yamlfiles import Config
@@ -74,9 +73,9 @@ class RunResult:
     @cached_property
     def config(self) -> Config:
         """Config of the run; empty if the file is missing."""
-        if not self.folder.config.is_file():
+        if not self.folder.config_file.is_file():
             return {}
-        return yamlfiles.read_yaml(self.folder.config)
+        return self.folder.config
 
     @cached_property
     def _last_evaluation(self) -> Evaluation | None:

@@ -137,7 +137,7 @@ def _row(
         peak_memory_gib=max((r.summary.peak_memory for r in done if r.summary.peak_memory), default=None),
         train_seconds=fmean(result.summary.train_seconds for result in done) if done else None,
         validated=scores[LOSS][0] is not None
-        and all(evaluation_rows.validation(each.run, yamlfiles.read_yaml(each.folder.config)) for each in done),
+        and all(evaluation_rows.validation(each.run, each.folder.config) for each in done),
     )
 
 

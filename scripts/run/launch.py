@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
-from ..base import paths, yamlfiles
+from ..base import paths
 from ..base.errors import UserError, WorkFailed
 from ..base.files import Row, opened, reserved, where_full
 from ..base.processes import now, start_child, stop_requests
@@ -177,7 +177,7 @@ def preprocess(folder: RunDir, record: Run) -> None:
     """
     require(Path(record.cwd))
     _drop_half_prepared(folder, record)
-    code, stopped = _launch([str(AXOLOTL), "preprocess", str(folder.config.resolve())], folder, record, folder.log)
+    code, stopped = _launch([str(AXOLOTL), "preprocess", str(folder.config_file.resolve())], folder, record, folder.log)
     if stopped:
         raise WorkFailed(f"{folder.path}: interrupted")
     if code:
@@ -185,7 +185,7 @@ def preprocess(folder: RunDir, record: Run) -> None:
 
 
 def _axolotl_command(folder: RunDir, record: Run, checkpoint: Path | None) -> list[str]:
-    command = [str(AXOLOTL), "train", str(folder.config.resolve())]
+    command = [str(AXOLOTL), "train", str(folder.config_file.resolve())]
     if checkpoint:
         command += ["--resume-from-checkpoint", str(checkpoint.resolve())]
     if record.ranks == 1:
@@ -230,7 +230,7 @@ def _environment(folder: RunDir, record: Run) -> dict[str, str]:
             added |= {CPU_RANKS: "1", "OMP_NUM_THREADS": str(threads)}
     elif record.ranks == 1:  # transformers would use all visible GPUs
         added["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-    if yamlfiles.read_yaml(folder.config).get("full_determinism"):
+    if folder.config.get("full_determinism"):
         added["PYTHONHASHSEED"] = "0"  # for code that iterates over sets of texts
     return trackers | os.environ | added
 

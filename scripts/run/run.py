@@ -119,8 +119,8 @@ def resume(
         return folder
     own = trust.is_own(folder, record)
     _authorize(folder, record, force, own, trusted, backend.here)
-    if record.rehearsal and folder.config.is_file():
-        substitution.restore(yamlfiles.read_yaml(folder.config))
+    if record.rehearsal and folder.config_file.is_file():
+        substitution.restore(folder.config)
     if not backend.here:  # on this machine, the run's lock shows whether it is running
         current = backends.read(folder)
         if reason := "the run is still running" if current.state == "running" else hindrance(folder, current):
@@ -136,7 +136,7 @@ def _authorize(folder: RunDir, record: Run, force: Sequence[str], own: bool, tru
 
     Record `force`. Sign the record with this user's key if it changed or belonged to another user.
     """
-    if not folder.config.is_file():
+    if not folder.config_file.is_file():
         return  # `hindrance` gives the reason
     if not (own or trusted):
         raise UserError(
@@ -189,9 +189,9 @@ def hindrance(folder: RunDir, record: Run, alone: bool = False) -> str | None:
         return f"the run is {job}; cancel it first with `recipe cancel {folder.path}`"
     if record.state == "finished":
         return f"the run is finished; evaluate it with `recipe evaluate {folder.path}`"
-    if not folder.config.is_file():
+    if not folder.config_file.is_file():
         return "the run ended before its config was written; start a new run with `recipe run`"
-    output = Path(record.cwd, str(yamlfiles.read_yaml(folder.config).get("output_dir")))
+    output = Path(record.cwd, str(folder.config.get("output_dir")))
     if output.resolve() != folder.output.resolve():
         return f"the run folder was moved, but its config still writes to {output}; move the folder back first"
     if path := record.changed_data:
@@ -206,9 +206,9 @@ def _findings(folder: RunDir, record: Run) -> list[Finding]:
     recipe_file = Path(record.recipe_file)
     composed = Composed(
         recipe=record.recipe,
-        recipe_file=recipe_file if recipe_file.is_file() else folder.config,  # a run copied from another machine
+        recipe_file=recipe_file if recipe_file.is_file() else folder.config_file,  # a run copied from another machine
         origin=record.variant_of,
-        config=yamlfiles.read_yaml(folder.config),
+        config=folder.config,
         differences=[],
         files={},
         profiles=record.profiles,
@@ -262,7 +262,7 @@ def create(composed: Composed, request: Request) -> RunDir:
         difference.run = ours.get(difference.key, difference.run)
     record = record_of(composed, request)
     try:
-        write_atomically(folder.config, yamlfiles.write_yaml(ours))
+        write_atomically(folder.config_file, yamlfiles.write_yaml(ours))
         record.seal = trust.seal(folder, record)
         folder.write(record)
     except OSError:

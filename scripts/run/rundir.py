@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..base.errors import UserError, meant
 from ..base.files import Row, parse_json, read_bytes, write_atomically
 from ..base.processes import LOCK_TIMEOUT, held, is_held
 from ..base.terminal import say, say_once
-from ..base.yamlfiles import read_yaml
+from ..base.yamlfiles import Config, read_yaml
 from ..training.checkpoints import damage, step_of
 from ..training.run_record import RECORD, Job, JobState, Run, State, Summary
 
@@ -28,7 +29,7 @@ class RunDir:
 
     def __init__(self, path: Path):
         self.path = path
-        self.config = path / "config.yaml"
+        self.config_file = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.log = path / "train.log"
         self.output = path / "output"
@@ -39,10 +40,19 @@ class RunDir:
         """Folder of all runs, derived from this run's path and recipe."""
         return self.path.parents[recipe.count("/") + 1]
 
+    @cached_property
+    def config(self) -> Config:
+        """Config that Axolotl receives. Only `run.create` writes the file, so it is read once.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        return read_yaml(self.config_file)
+
     @property
     def prepared(self) -> str:
         """Folder of the run's prepared rows, from its config."""
-        return str(read_yaml(self.config).get("dataset_prepared_path"))
+        return str(self.config.get("dataset_prepared_path"))
 
     def write(self, run: Run) -> None:
         """Replace run.json."""

@@ -12,7 +12,6 @@ import orjson
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.processes import make_once
-from ..base.yamlfiles import Config
 from ..check import code_rules, schema
 from ..config.finding import Case, refuse
 from ..training.run_record import Run
@@ -25,7 +24,7 @@ def seal(folder: RunDir, record: Run) -> str | None:
     Only this user can read the key, so that nobody else can create a valid hash."""
     with suppress(OSError, UserError):
         key = (make_once(paths.kept() / "seal", _make_key) / "key").read_bytes()
-        content = [yamlfiles.read_text(folder.config), record.cwd, record.forced]
+        content = [yamlfiles.read_text(folder.config_file), record.cwd, record.forced]
         return hmac.new(key, orjson.dumps(content), hashlib.sha256).hexdigest()
     return None
 
@@ -41,25 +40,25 @@ def is_own(folder: RunDir, record: Run) -> bool:
     return own is not None and hmac.compare_digest(own, record.seal or "")
 
 
-def refuse_code(folder: RunDir, record: Run, config: Config, force: Sequence[str] = (), adapter: str = "") -> None:
+def refuse_code(folder: RunDir, record: Run, force: Sequence[str] = (), adapter: str = "") -> None:
     """Refuse a run whose config or adapter names untrusted code, unless the user overrides the finding.
 
     Args:
         folder: the run's folder.
         record: the run's record; the findings that it overrides count only if this user created the run.
-        config: the run's config.
         force: the names of findings to override; other names are ignored.
         adapter: folder of another adapter; by default the run's.
 
     Raises:
         UserError: a finding about code is not overridden.
     """
+    config = folder.config
     usable, wrong = schema.usable(config, schema.findings(config))
     case = Case(usable, wrong, ask_hub=not record.rehearsal, as_written=config)
     trained = Case({"lora_model_dir": adapter or str(folder.output.resolve())}, set())
     with chdir(record.cwd if Path(record.cwd).is_dir() else "."):  # the config's paths are relative to it
         found = [*code_rules.findings(case), *code_rules.findings(trained)]
     for finding in found:
-        finding.where = paths.shown(folder.config)
+        finding.where = paths.shown(folder.config_file)
     agreed = [*force, *(record.forced if is_own(folder, record) else ())]
     refuse(found, [finding.name for finding in found if finding.name in agreed])

@@ -77,7 +77,7 @@ def start(folder: RunDir, request: EvaluationRequest, backend: Backend) -> Evalu
             if task.settings.engine != SERVER:  # perhaps only the cluster's nodes can reach the server
                 require(task.settings, None, on_gpu=not record.rehearsal)
         elif request.data:  # before training ends, only these rows can be checked
-            cfg = yamlfiles.read_yaml(folder.config)
+            cfg = folder.config
             evaluation_rows.read(evaluation_rows.named(request.data, cfg, Path(record.cwd)), folder, record, cfg)
         if job := backends.job_state(folder, "evaluate", evaluation.words):
             raise UserError(

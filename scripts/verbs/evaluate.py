@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..base import tables, yamlfiles
+from ..base import tables
 from ..base.files import Row, write_rows
 from ..base.terminal import Bar, say
 from .help import Verb, name_of, next_step
@@ -100,8 +100,8 @@ def evaluate_verb(
         scores["base"] = of_base.scores
     title = listing.REHEARSALS if folder.read().rehearsal else None
     print_scores(scores, scores if base else evaluated.scores, json, title)
-    options = datafiles.chat_options(yamlfiles.read_yaml(folder.config))
-    say(f"chat: AXOLOTL_DO_NOT_TRACK=1 axolotl inference {folder.config} --lora-model-dir {folder.output} {options}")
+    arguments = f"{folder.config_file} --lora-model-dir {folder.output} {datafiles.chat_options(folder.config)}"
+    say(f"chat: AXOLOTL_DO_NOT_TRACK=1 axolotl inference {arguments}")
     next_step("report", name_of(folder), json=json)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 from typer.core import TyperCommand, TyperGroup
 
-from ..base import paths, yamlfiles
+from ..base import paths
 from ..base.errors import UserError
 from ..base.terminal import PART, say
 
@@ -91,7 +91,7 @@ def after_training(folder: "RunDir", on: str) -> None:
     """Suggest the next command after training: the run's evaluation, or a report if its rows have no answers."""
     from ..evaluate import evaluation_rows
 
-    run, cfg = folder.read(), yamlfiles.read_yaml(folder.config)
+    run, cfg = folder.read(), folder.config
     words: list[str | Path] = ["report", name_of(folder)]
     with suppress(UserError):
         evaluation_rows.require_reference(folder, cfg, evaluation_rows.usual(run, cfg))

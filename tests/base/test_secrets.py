@@ -187,5 +187,5 @@ def test_an_address_trains_with_its_parameters_only_by_consent(place):
     finding.override_errors(findings, ["address-parameter:datasets.0.path"])
     assert findings[0].level == "warning"
     folder = run.create(composed, request)
-    assert yamlfiles.read_yaml(folder.config)["datasets"][0]["path"] == ADDRESS
+    assert yamlfiles.read_yaml(folder.config_file)["datasets"][0]["path"] == ADDRESS
     assert "planted" not in (folder.path / "run.json").read_text()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from conftest import finish, start
+from run_folders import configure
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import WorkFailed
@@ -181,8 +182,7 @@ def test_generated_answers_end_as_the_runs_predictions(run, tiny, tmp_path, monk
     generation = {"output_type": "generate_until", "generation_kwargs": {"until": ["no such"], "max_gen_toks": 12}}
     task = a_task(tmp_path, metric_list=[{"metric": "exact_match"}], **generation)
     request = EvaluationRequest(adapter="none", limit=8, metrics=[f"benchmark:{task}"], force=["task-code:sums"])
-    cfg = yamlfiles.read_yaml(run.config) | {"datasets": [{"path": "x.jsonl", "type": "completion"}]}
-    run.config.write_text(yamlfiles.write_yaml(cfg | {"test_datasets": None}))  # no rows with answers
+    configure(run, datasets=[{"path": "x.jsonl", "type": "completion"}], test_datasets=None)  # no rows with answers
     GenerationConfig(eos_token_id=ends).save_pretrained(tiny)
     try:
         scores = evaluate.evaluate(run, request).scores

@@ -7,13 +7,12 @@ from typing import Any
 import orjson
 import pytest
 import torch
-from run_folders import a_checkpoint, other_evaluation
+from run_folders import a_checkpoint, configure, other_evaluation
 from safetensors.torch import load_file, save_file
 
-from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.base.files import Row, sha256, write_rows
-from qlora_recipes.config import merging, substitution
+from qlora_recipes.config import substitution
 from qlora_recipes.config.datafiles import DataFile
 from qlora_recipes.data.studies import Decoding
 from qlora_recipes.evaluate import evaluate, predict, score
@@ -50,11 +49,6 @@ def prompter_of(run: RunDir, **settings: Any) -> Prompter:
     """The prompter of a run's base model, with some settings changed."""
     task = task_of(run)
     return Prompter(task.settings.model_copy(update=settings), task.cfg, run.output)
-
-
-def configure(run: RunDir, **changes: Any) -> None:
-    """Merge keys into a run's config; None deletes one."""
-    run.config.write_text(yamlfiles.write_yaml(merging.merge(yamlfiles.read_yaml(run.config), changes)))
 
 
 def record(run: RunDir, **changes: Any) -> None:

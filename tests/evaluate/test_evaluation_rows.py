@@ -29,12 +29,13 @@ def own(place: Path, tiny: Path, tiny_profile: Path) -> OwnRun:
 
     def make(rehearsal: bool = False, **changes: Any) -> RunDir:
         folder = a_tiny_run(place / "runs" / "mine", tiny, tiny_profile, place)
-        cfg = yamlfiles.read_yaml(folder.config) | {"sequence_len": 256, "evals_per_epoch": None, "eval_steps": 5}
+        cfg = folder.config | {"sequence_len": 256, "evals_per_epoch": None, "eval_steps": 5}
         cfg |= {"dataset_prepared_path": str(place / "prepared"), "test_datasets": None} | changes
         if not cfg.get("test_datasets") and not cfg.get("val_set_size"):
             cfg["eval_steps"] = None
         cfg = {key: value for key, value in cfg.items() if value is not None}
-        folder.config.write_text(yamlfiles.write_yaml(cfg))
+        folder.config_file.write_text(yamlfiles.write_yaml(cfg))
+        del folder.config  # read again
         data = [] if "pretraining_dataset" in cfg else datafiles.record(cfg)
         here = {"recipe": "mine", "cwd": str(place), "test_data": datafiles.test_file(cfg), "data": data}
         folder.write(folder.read().model_copy(update=here | {"rehearsal": rehearsal}))
@@ -110,7 +111,7 @@ def test_prompts_and_references_of_own_rows_are_what_was_trained(own, tmp_path, 
     named = EvaluationTask(run, EvaluationRequest(adapter="none", data=tmp_path / "train.jsonl"))
     prompter, examples = examples_of(run, named)
     assert [example.reference for example in examples] == references
-    trained = load_datasets(cfg=Tokenizer(yamlfiles.read_yaml(run.config)).cfg).train_dataset
+    trained = load_datasets(cfg=Tokenizer(run.config).cfg).train_dataset
     left = [list(ids) for ids in trained["input_ids"]]  # in an order of their own
     for example in sorted(examples, key=lambda one: -len(one.prompt)):
         (ids,) = (ids for ids in left if ids[: len(example.prompt)] == example.prompt)
@@ -260,7 +261,7 @@ def test_rows_that_were_held_out_are_exactly_those_that_the_training_held_out(ow
         datasets.append({"path": "chats.jsonl", **CHATML})
     changes = {"val_set_size": 0.2} | HELD_OUT[how]
     run = own(datasets=datasets, **changes)
-    axolotl = Tokenizer(yamlfiles.read_yaml(run.config))
+    axolotl = Tokenizer(run.config)
     with monkeypatch.context() as patch:
         patch.setenv("AXOLOTL_IS_PREPROCESS", "1")  # does not count steps
         split = load_datasets(cfg=axolotl.cfg)  # as the training does

@@ -10,9 +10,8 @@ import psutil
 import pytest
 import random_models
 from conftest import SUPPORT
-from run_folders import a_tiny_run
+from run_folders import a_tiny_run, configure
 
-from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.evaluate import evaluate
 from qlora_recipes.evaluate.evaluate import EvaluationRequest, EvaluationTask
@@ -187,7 +186,7 @@ def servable(tmp_path: Path, tiny_profile: Path, sample: Path) -> RunDir:
     config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.2, max_position_embeddings=2048, **sizes)
     LlamaForCausalLM(config).save_pretrained(folder)
     made = a_tiny_run(tmp_path, folder, tiny_profile, sample)
-    made.config.write_text(yamlfiles.write_yaml(yamlfiles.read_yaml(made.config) | {"base_model": str(folder)}))
+    configure(made, base_model=str(folder))
     an_adapter(folder, made.output)
     return made
 

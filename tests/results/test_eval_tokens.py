@@ -64,7 +64,7 @@ def test_without_a_reference_harmless_settings_keep_the_verdict(tmp_path, change
 
 def test_another_seed_holds_out_other_rows(tmp_path):
     folder = a_loss(tmp_path, "1", OWN, ("seed=7",))
-    folder.config.write_text(f"{folder.config.read_text()}val_set_size: 0.1\n")
+    folder.config_file.write_text(f"{folder.config_file.read_text()}val_set_size: 0.1\n")
     assert difference(folder) is None
 
 

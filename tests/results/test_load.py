@@ -36,5 +36,5 @@ def test_results_of_a_study_read_each_config_once(recipe, runs, monkeypatch):
 
     monkeypatch.setattr(yamlfiles, "read_yaml", counted)
     recipe.ok("results", "haider2024")
-    configs = {str(Path("runs", *run.config.parts[-4:])): 1 for run in runs}
+    configs = {str(Path("runs", *run.config_file.parts[-4:])): 1 for run in runs}
     assert {file: count for file, count in read.items() if file.startswith("runs/")} == configs

@@ -67,7 +67,7 @@ def run(tmp_path: Path) -> RunDir:
         "wandb_entity": "someone",
         "hf_mlflow_log_artifacts": True,
     }
-    folder.config.write_text(yamlfiles.write_yaml(recipe_config(RECIPE) | ours))
+    folder.config_file.write_text(yamlfiles.write_yaml(recipe_config(RECIPE) | ours))
     folder.write(record(tmp_path))
     return folder
 
@@ -171,7 +171,7 @@ def test_the_card_says_how_the_model_was_made(run, capsys):
     assert scores[1] == ["bleu4", "5.12", "4.90 to 5.30", "5.27"]
     assert ["sacrebleu", "1.50", "–", "–"] in scores
     said = {word for _, value in provenance for word in value.split()}
-    assert said >= {"d" * 40, "uncommitted", sha256(run.config)}
+    assert said >= {"d" * 40, "uncommitted", sha256(run.config_file)}
     assert ["packages", "axolotl 0.21.0, Python 3.13.5"] in provenance
 
     assert blocks(text)["sh"] == f"recipe run {RECIPE}\n"
@@ -198,8 +198,8 @@ def test_the_card_says_how_the_model_was_made(run, capsys):
     ],
 )  # fmt: skip
 def test_a_card_tells_quantization_and_decoding(run, settings, said, unsaid):
-    cfg = yamlfiles.read_yaml(run.config) | settings
-    run.config.write_text(yamlfiles.write_yaml(cfg))
+    cfg = yamlfiles.read_yaml(run.config_file) | settings
+    run.config_file.write_text(yamlfiles.write_yaml(cfg))
     (run.output / "merged" / publish.MERGED_FROM).write_text(sha256(run.output / publish.ADAPTER))
     evaluated(run, quantized=quantized(cfg), decoding=run_folders.STUDY.decoding)
     texts = published(run, merge=True)[1], card(run.output / "merged")[1]
@@ -220,7 +220,7 @@ SECRETS = {
 
 
 def test_a_card_names_nothing_of_the_machine_and_no_secret(run, tmp_path):
-    run.config.write_text(yamlfiles.write_yaml(yamlfiles.read_yaml(run.config) | SECRETS))
+    run.config_file.write_text(yamlfiles.write_yaml(yamlfiles.read_yaml(run.config_file) | SECRETS))
     overrides = [f"{key}={json.dumps(value)}" for key, value in SECRETS.items()]
     planted = [Difference(key=k, run=v, why=f"--set {o}") for (k, v), o in zip(SECRETS.items(), overrides, strict=True)]
     absolute = str(tmp_path / "my data" / "train.jsonl")
@@ -270,7 +270,7 @@ def test_text_of_a_run_neither_breaks_its_card_nor_is_markdown_or_html(run, tmp_
             summary=Summary(memory_kind=odd),
         )
     )
-    run.config.write_text(yamlfiles.write_yaml(recipe_config(RECIPE) | {"chat_template": odd, "base_model": BASE}))
+    run.config_file.write_text(yamlfiles.write_yaml(recipe_config(RECIPE) | {"chat_template": odd, "base_model": BASE}))
     adapter_for(run, odd)
     evaluated(run, test_set=None, data="|`.jsonl", batch_size=None)
     _, text = published(run)
@@ -335,7 +335,7 @@ MIRROR = "NousResearch/Meta-Llama-3-8B"
 )  # fmt: skip
 def test_a_card_claims_no_more_than_the_run_was(run, tmp_path, changes, settings, base, front, said, unsaid):
     run.write(record(tmp_path, **changes))
-    run.config.write_text(yamlfiles.write_yaml(recipe_config(RECIPE) | settings))
+    run.config_file.write_text(yamlfiles.write_yaml(recipe_config(RECIPE) | settings))
     adapter_for(run, base)
     evaluated(run, test_set=None)
     found, text = published(run)
@@ -503,7 +503,7 @@ def test_a_merge_by_axolotl_is_the_adapter_on_its_quantized_base(tmp_path, tiny,
     tokenizer.save_pretrained(run.output)
     cfg = merging.merge(recipe_config("haider2024/llama-2-7b"), yamlfiles.read_yaml(tiny_profile))
     cfg = merging.merge(cfg, {"bf16": False, "special_tokens": {"pad_token": pad_token}, "output_dir": "elsewhere"})
-    run.config.write_text(yamlfiles.write_yaml(cfg))
+    run.config_file.write_text(yamlfiles.write_yaml(cfg))
     data = [DataFile(path=str(sample / "train.jsonl"), sha256=sha256(sample / "train.jsonl"), bytes=9)]
     run.write(record(tmp_path, recipe="haider2024/llama-2-7b", rehearsal=True, data=data, cwd=str(tmp_path)))
     assert publish.publish(run, merge=True) == [str(run.output / "README.md"), str(run.output / "merged" / "README.md")]

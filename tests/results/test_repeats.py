@@ -70,7 +70,7 @@ def test_a_repeat_differs_in_its_seed_output_and_trackers_only(runs, other, coun
     folder = with_seed(runs, 43, [0.0] * 6, **other)
     assert row_of(runs)["runs"] == counted
     assert row_of(runs)["accuracy"] == pytest.approx(400 / 6 / counted)
-    folder.config.unlink()
+    folder.config_file.unlink()
     assert row_of(runs)["runs"] == 1
 
 

@@ -146,7 +146,7 @@ def test_the_source_of_a_setting_without_a_comment_is_the_recipe(tmp_path, monke
 
 def test_a_run_with_nothing_yet(tmp_path):
     run = a_run(tmp_path, summary=Summary())
-    for file in (run.metrics, run.path / "scores.json", run.path / "predictions.jsonl", run.config):
+    for file in (run.metrics, run.path / "scores.json", run.path / "predictions.jsonl", run.config_file):
         file.unlink()
     html = html_of(run)
     assert "data-figure=" not in html and "recipe evaluate RUN" in html

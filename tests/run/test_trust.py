@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 from evil import Evil
-from run_folders import a_run
+from run_folders import a_run, configure
 
-from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.run import backends, launch, run, trust
 from qlora_recipes.run.backends import Local
@@ -34,7 +33,7 @@ def seal(folder: RunDir) -> None:
 
 def refused(folder: RunDir, *force: str) -> set[str]:
     try:
-        trust.refuse_code(folder, folder.read(), yamlfiles.read_yaml(folder.config), force)
+        trust.refuse_code(folder, folder.read(), force)
     except UserError as error:
         return {line.rpartition("[")[2].rstrip("]") for line in str(error).splitlines()}
     return set()
@@ -46,8 +45,7 @@ def test_consent_to_code_counts_in_a_run_of_ones_own_alone(tmp_path):
     assert refused(folder, PLUGIN) == set()
     seal(folder)
     assert refused(folder) == set()
-    changed = yamlfiles.read_yaml(folder.config) | {"trust_remote_code": True}
-    folder.config.write_text(yamlfiles.write_yaml(changed))
+    configure(folder, trust_remote_code=True)
     assert refused(folder) == {PLUGIN, "foreign-code:trust_remote_code"}
 
 
@@ -80,7 +78,7 @@ def strangers(tmp_path: Path, tiny: Path) -> tuple[RunDir, Path]:
 def test_no_verb_unpickles_a_strangers_rows(strangers, recipe, verb):
     folder, mark = strangers
     words = ["resume", "--force", "foreign-code:plugins.0"] if verb == "resume" else verb.split()
-    done = recipe(words[0], str(folder.config if verb == "show" else folder.path), *words[1:])
+    done = recipe(words[0], str(folder.config_file if verb == "show" else folder.path), *words[1:])
     if verb in ("evaluate", "publish --merge"):
         assert done.returncode == 2
         assert "[foreign-code:test_datasets.0.ds_type]" in done.stderr
@@ -91,27 +89,26 @@ def test_a_strangers_files_are_looked_for_where_the_run_ran(strangers, tmp_path,
     folder, _ = strangers
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "pytorch_model.bin").touch()
-    changed = yamlfiles.read_yaml(folder.config) | {"base_model": "./model", "test_datasets": None}
-    folder.config.write_text(yamlfiles.write_yaml(changed))
+    configure(folder, base_model="./model", test_datasets=None)
     monkeypatch.chdir("/")
     assert refused(folder) == {"pickled-weights:base_model"}
 
 
 def test_a_value_that_breaks_the_schema_does_not_hide_code(strangers):
     folder, _ = strangers
-    changed = {
-        "trust_remote_code": 1,
-        "plugins": "mine.Plugin",
-        "test_datasets": {"path": "rows.pkl", "ds_type": "sql"},
-    }
-    folder.config.write_text(yamlfiles.write_yaml(yamlfiles.read_yaml(folder.config) | changed))
+    configure(
+        folder,
+        trust_remote_code=1,
+        plugins="mine.Plugin",
+        test_datasets={"path": "rows.pkl", "ds_type": "sql"},
+    )
     names = {"trust_remote_code", "plugins", "test_datasets.ds_type"}
     assert refused(folder) == {f"foreign-code:{name}" for name in names}
 
 
 def test_a_strangers_adapter_imports_nothing(strangers):
     folder, _ = strangers
-    folder.config.write_text(yamlfiles.write_yaml(yamlfiles.read_yaml(folder.config) | {"test_datasets": None}))
+    configure(folder, test_datasets=None)
     assert refused(folder) == set()
     (folder.output / "adapter_config.json").write_text('{"peft_type": "LORA", "megatron_core": "mine"}')
     assert refused(folder) == {"foreign-code:adapter_config.megatron_core"}
@@ -150,7 +147,7 @@ def test_a_run_from_elsewhere_is_resumed_only_with_trust(tmp_path, trains_nothin
     record = folder.read()
     record.state, record.seal, record.recipe_file = "interrupted", "0" * 64, "/home/me/checkout/variants/wide.yaml"
     folder.write(record)
-    folder.config.write_text(folder.config.read_text() + "gc_steps: 4\n")  # a finding with a line
+    folder.config_file.write_text(folder.config_file.read_text() + "gc_steps: 4\n")  # a finding with a line
     for words in ((), ("--prepare",), ("--force", "too-big")):
         trains_nothing.fails("resume", folder.path, *words)
         assert folder.read().state == "interrupted"

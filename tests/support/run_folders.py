@@ -31,7 +31,7 @@ def a_run(runs: Path, recipe: str, name: str, bleu4: float, within: float = 0.1,
     folder = RunDir(runs / recipe / name)
     folder.path.mkdir(parents=True)
     changed = more.pop("set", {})
-    folder.config.write_text(yamlfiles.write_yaml(recipe_config(recipe) | changed))
+    folder.config_file.write_text(yamlfiles.write_yaml(recipe_config(recipe) | changed))
     ended = Launch(command=[], started="2026-01-01T00:00:00+00:00", ended="2026-01-01T10:00:00+00:00", exit_code=0)
     summary = Summary(train_seconds=9000, peak_memory=7.5, memory_kind="GPU, reserved", tokens_per_second=812.0)
     settings = more.pop("settings", {})
@@ -52,6 +52,12 @@ def a_run(runs: Path, recipe: str, name: str, bleu4: float, within: float = 0.1,
     folder.write(run)
     evaluated(folder, scores, run.rehearsal, **settings)
     return folder
+
+
+def configure(run: RunDir, **changes: Any) -> None:
+    """Merge keys into a run's config; None deletes one."""
+    run.config_file.write_text(yamlfiles.write_yaml(merging.merge(run.config, changes)))
+    del run.config  # read again
 
 
 def shell_for_axolotl(folder: Path, monkeypatch: pytest.MonkeyPatch, does: str) -> None:
@@ -100,7 +106,7 @@ def a_tiny_run(place: Path, tiny: Path, profile: Path, sample: Path) -> RunDir:
     AutoTokenizer.from_pretrained(tiny, pad_token="</s>").save_pretrained(folder.output)  # as a training leaves it
     cfg = merging.merge(recipe_config("haider2024/llama-2-7b"), yamlfiles.read_yaml(profile))
     cfg = merging.merge(cfg, {"bf16": False, "special_tokens": {"pad_token": "</s>"}})
-    folder.config.write_text(yamlfiles.write_yaml(cfg))
+    folder.config_file.write_text(yamlfiles.write_yaml(cfg))
     folder.write(
         Run(
             state="finished",

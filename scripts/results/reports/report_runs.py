@@ -45,7 +45,7 @@ class ReportedRun(RunResult):
     def config(self) -> yamlfiles.Config:
         """Config that Axolotl received; empty if it cannot be read."""
         with suppress(UserError):
-            return yamlfiles.read_yaml(self.folder.config)
+            return self.folder.config
         return {}
 
     def from_cwd(self, path: str) -> str:
