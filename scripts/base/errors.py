@@ -3,13 +3,61 @@
 import re
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class UserError(Exception):
     """Invalid request; the command prints the message and exits with code 2.
 
-    The message says what is wrong, where, and what to do about it.
+    Args:
+        problem: what is wrong.
+        file: the file with the mistake.
+        line: the line in that file, from 1.
+        key: the key, dotted, or the option with the mistake.
+        remedy: what to do about it.
+        others: further mistakes, each printed on a line of its own.
     """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        file: Path | str | None = None,
+        line: int | None = None,
+        key: str = "",
+        remedy: str = "",
+        others: Iterable["UserError"] = (),
+    ):
+        super().__init__(problem)
+        self.problem = problem
+        self.file = str(file) if file else ""
+        self.line = line
+        self.key = key
+        self.remedy = remedy
+        self.others = list(others)
+
+    @property
+    def place(self) -> str:
+        """File and line; empty if the mistake is not in a file."""
+        return f"{self.file}:{self.line}" if self.line else self.file
+
+    @property
+    def explanation(self) -> str:
+        """Problem and remedy."""
+        return f"{self.problem}; {self.remedy}" if self.remedy else self.problem
+
+    @property
+    def description(self) -> str:
+        """Key, problem and remedy."""
+        return f"{self.key}: {self.explanation}" if self.key else self.explanation
+
+    @property
+    def summary(self) -> str:
+        """Place and description, without the other mistakes."""
+        return f"{self.place}: {self.description}" if self.place else self.description
+
+    def __str__(self) -> str:
+        return "\n".join([self.summary, *map(str, self.others)])
 
 
 class WorkFailed(Exception):
@@ -20,7 +68,7 @@ def require_plain(*names: object) -> None:
     """Raise UserError for a name or path with a control character, which could become a line of a script or file."""
     for name in map(str, names):
         if not name.isprintable() and re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", name):
-            raise UserError(f"{name!r}: a control character in this name; rename it")
+            raise UserError("a control character in this name", key=repr(name), remedy="rename it")
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
@@ -60,7 +108,9 @@ def meant(word: str, choices: Collection[str], what: str, hint: str = "", option
     given = f"{option} {word or "''"}".strip()
     if found:
         others = f" and {len(found) - 8} more" if len(found) > 8 else ""
-        raise UserError(f"{given}: matches {', '.join(sorted(found)[:8])}{others}; give more of the name")
+        matches = f"matches {', '.join(sorted(found)[:8])}{others}"
+        raise UserError(matches, key=given, remedy="give more of the name")
     pieces = (piece for choice in choices for piece in re.split("[/ ]", choice))
     near = did_you_mean(word, choices) or did_you_mean(word, pieces)
-    raise UserError(f"{given}: no {what} of that name{near or hint or f'; there are {", ".join(choices)}'}")
+    advice = near or hint or f"; there are {', '.join(choices)}"
+    raise UserError(f"no {what} of that name{advice}", key=given)

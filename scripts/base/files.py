@@ -90,9 +90,9 @@ def opened(file: Path, mode: str) -> IO[bytes]:
         return open(file, mode, opener=partial(_open_regular, links=os.O_NOFOLLOW))
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise UserError(f"{file}: symbolic links are not followed; replace it with a file") from None
+            raise UserError("symbolic links are not followed", file=file, remedy="replace it with a file") from None
         if error.errno in (errno.ENXIO, errno.EINVAL):  # ENXIO: a FIFO that nobody reads, or a socket
-            raise UserError(f"{file}: not a regular file; remove it") from None
+            raise UserError("not a regular file", file=file, remedy="remove it") from None
         raise
 
 
@@ -144,12 +144,12 @@ def _is_deeper(value: Any, levels: int) -> bool:
     return levels == 0 or any(_is_deeper(item, levels - 1) for item in items)
 
 
-def json_rows(lines: Iterable[bytes], where: Path | str, fields: Sequence[str]) -> Iterator[Row]:
+def json_rows(lines: Iterable[bytes], file: Path | str, fields: Sequence[str]) -> Iterator[Row]:
     """Yield the rows of a JSONL file; blank lines are skipped.
 
     Args:
         lines: the lines of the file.
-        where: the name of the file in messages.
+        file: the name of the file in messages.
         fields: the text fields that every row must have.
 
     Raises:
@@ -161,12 +161,12 @@ def json_rows(lines: Iterable[bytes], where: Path | str, fields: Sequence[str]) 
         try:
             row = parse_json(line)
         except orjson.JSONDecodeError as error:
-            raise UserError(f"{where}:{number}: not JSON: {error.msg}") from None
+            raise UserError(f"not JSON: {error.msg}", file=file, line=number) from None
         if not isinstance(row, dict):
-            raise UserError(f"{where}:{number}: not a JSON mapping of fields to values")
+            raise UserError("not a JSON mapping of fields to values", file=file, line=number)
         for name in fields:
             if not isinstance(row.get(name), str):
-                raise UserError(f"{where}:{number}: the text field {name} is missing")
+                raise UserError(f"the text field {name} is missing", file=file, line=number)
         yield row
 
 
@@ -177,11 +177,11 @@ def read_rows(file: Path, fields: Sequence[str] = ("reference", "prediction"), h
         UserError: the file is missing (the message ends with `hint`) or empty, or a row lacks a field.
     """
     if not file.is_file():
-        raise UserError(f"{file}: no such file{hint or similar_paths(file)}")
+        raise UserError(f"no such file{hint or similar_paths(file)}", file=file)
     with file.open("rb") as lines:
         rows = list(json_rows(lines, file, fields))
     if not rows:
-        raise UserError(f"{file}: no rows")
+        raise UserError("no rows", file=file)
     return rows
 
 

@@ -140,7 +140,7 @@ def _found_recipe(name: str) -> tuple[str, Path]:
     if given.suffix in (".yaml", ".yml"):
         if not given.is_file():
             hint = similar_paths(given) or did_you_mean(str(given.with_suffix("")), files)
-            raise UserError(f"{given}: no such file{hint}")
+            raise UserError(f"no such file{hint}", file=given)
         return next((name for name, file in files.items() if file.samefile(given)), given.stem), given
     found = meant(name, files, "recipe", "; `recipe list` shows them all")
     return found, files[found]

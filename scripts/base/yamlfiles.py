@@ -74,34 +74,41 @@ _MOST_VALUES = 100_000  # a config has about a hundred values; nested aliases ca
 _MOST_LEVELS = 50
 
 
-def parse(text: str, where: str, loader: Any = _Loader) -> Any:
+def parse(text: str, file: Path | str = "", loader: Any = _Loader, option: str = "") -> Any:
     """Parse YAML text: text, numbers, booleans, null, lists, and mappings with text keys.
+
+    Args:
+        text: the text.
+        file: its file, for messages.
+        loader: PyYAML's class that reads the text.
+        option: the option that has the text as its value, for messages.
 
     Raises:
         UserError: the text is not YAML (with line and column), is too large, or contains any other value.
     """
     try:
-        require_small(text, where)
+        require_small(text, file, option)
         content = yaml.load(text, loader)
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise UserError(f"{where}{_problem(error, text)}") from None
+        problem, line = _problem(error, text)
+        raise UserError(f"not valid YAML: {problem}", file=file, line=line, key=option) from None
     for value in _values(content):
         too_large = isinstance(value, int | float) and not -(2.0**63) < value < 2.0**63  # True for NaN too
         if not isinstance(value, _PLAIN) or too_large:
-            raise UserError(f"{where}: {value!r:.50} is not allowed in a config; if it is text, put it in quotes")
+            problem = f"{value!r:.50} is not allowed in a config"
+            raise UserError(problem, file=file, key=option, remedy="if it is text, put it in quotes")
         for key in value if isinstance(value, dict) else ():
             if not isinstance(key, str):
-                raise UserError(f"{where}: the key {key!r:.50} is not text; put it in quotes")
+                raise UserError(f"the key {key!r:.50} is not text", file=file, key=option, remedy="put it in quotes")
     return content
 
 
-def _problem(error: Exception, text: str) -> str:
-    """PyYAML's error on one line, preceded by its position in the text."""
+def _problem(error: Exception, text: str) -> tuple[str, int | None]:
+    """PyYAML's error on one line, and the line of the text; None for a text of one line."""
     if not isinstance(error, yaml.MarkedYAMLError) or not error.problem_mark:
-        return f": not valid YAML: {str(error).partition('\n')[0]}"
+        return str(error).partition("\n")[0], None
     mark = error.problem_mark
-    line = f":{mark.line + 1}" if "\n" in text else ""
-    return f"{line}: not valid YAML: {error.problem} (column {mark.column + 1})"
+    return f"{error.problem} (column {mark.column + 1})", mark.line + 1 if "\n" in text else None
 
 
 @dataclass
@@ -116,7 +123,7 @@ class _Size:
         self.levels = max(self.levels, part.levels + 1)
 
 
-def require_small(text: str, where: str) -> None:
+def require_small(text: str, file: Path | str, option: str = "") -> None:
     """Refuse YAML text with too many values or levels before it is composed, which could end the process.
 
     A text counts as a value for every 100 characters. An alias counts as much as the node that it repeats.
@@ -141,7 +148,8 @@ def require_small(text: str, where: str) -> None:
             parents[-1][1].add(by_anchor.get(event.anchor, _Size()))  # composing reports an unknown alias
         size = parents[-1][1]
         if size.values > _MOST_VALUES or max(size.levels, len(parents)) > _MOST_LEVELS:
-            raise UserError(f"{where}: too large or nested too deeply for a config; remove values or aliases (*name)")
+            problem = "too large or nested too deeply for a config"
+            raise UserError(problem, file=file, key=option, remedy="remove values or aliases (*name)")
 
 
 def _values(value: Any) -> Iterator[Any]:
@@ -162,9 +170,9 @@ def read_text(file: Path) -> str:
         with io.TextIOWrapper(reading(file), encoding="utf-8") as stream:
             return stream.read()
     except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from None
+        raise UserError(str(error.strerror), file=file) from None
     except UnicodeDecodeError:
-        raise UserError(f"{file}: not a text file in UTF-8") from None
+        raise UserError("not a text file in UTF-8", file=file) from None
 
 
 def read_yaml(file: Path, as_written: bool = False) -> Config:
@@ -173,9 +181,9 @@ def read_yaml(file: Path, as_written: bool = False) -> Config:
     Raises:
         UserError: the file cannot be read, is not YAML (with the line), or is not a mapping.
     """
-    content = parse(read_text(file), str(file), _WrittenLoader if as_written else _Loader)
+    content = parse(read_text(file), file, _WrittenLoader if as_written else _Loader)
     if not isinstance(content, dict):
-        raise UserError(f"{file}: not a mapping of keys to values")
+        raise UserError("not a mapping of keys to values", file=file)
     return content
 
 

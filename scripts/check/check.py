@@ -1,6 +1,5 @@
 """`recipe check`: finds the mistakes in a config before anything starts."""
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -85,7 +84,7 @@ def check(
                 finding.level = "warning"  # the config is correct; only a run needs the data
         report.add([])  # sorts the findings again, because levels have changed
     except UserError as error:
-        report.add([_unreadable(request.name, str(error))])
+        report.add([_unreadable(request.name, error)])
     return report
 
 
@@ -103,7 +102,7 @@ def tokenize_all(report: Report, ranks: int = 1) -> None:
         try:
             tokenize(report, composed, ranks)
         except UserError as error:
-            report.add([_unreadable(report.name, str(error))])
+            report.add([_unreadable(report.name, error)])
 
 
 def validate(reports: Iterable[Report], gpu: Gpu | None, force: Sequence[str] = ()) -> None:
@@ -273,12 +272,11 @@ def training_lengths(composed: Composed, force: Sequence[str] = ()) -> tuple[lis
         return tokens.trained_on(composed.config)
 
 
-def _unreadable(name: str, message: str) -> Finding:
-    """Finding for an unreadable config, with file and line from the message."""
-    match = re.fullmatch(r"(?s)(.+?\.ya?ml)(?::(\d+))?: (.*)", message)
-    if not match:
-        return Finding("error", "unreadable", "", message.removeprefix(f"{name}: "), where=name)
-    return Finding("error", "unreadable", "", match[3], where=match[1], line=int(match[2]) if match[2] else None)
+def _unreadable(name: str, error: UserError) -> Finding:
+    """Finding for an unreadable config, at the error's place."""
+    first = error.explanation if error.key == name else error.description
+    problem = "\n".join([first, *map(str, error.others)])
+    return Finding("error", "unreadable", "", problem, where=error.file or name, line=error.line)
 
 
 def placed(findings: Iterable[Finding], composed: Composed) -> Iterator[Finding]:

@@ -142,7 +142,7 @@ class _Read:
             halves = [rows[:middle], rows[middle:]] if middle else []
             if all([self.add(half) for half in halves]):
                 self.refused += 1
-                self.faults.note("bad-row", str(error).partition(": ")[2], *rows[middle][0])
+                self.faults.note("bad-row", error.problem, *rows[middle][0])
             return False
         self.rows += len(rows)
         self.sizes += [len(tokens.ids) for tokens in tokenized]

@@ -169,7 +169,7 @@ def record(composed: Config) -> list[DataFile]:
     for where, dataset in datasets(composed):
         for path in local_files(dataset):
             if not path.is_file():
-                raise UserError(f"{where}.path: {paths.shown(path)} does not exist")
+                raise UserError(f"{paths.shown(path)} does not exist", key=f"{where}.path")
             files[path] = DataFile.of(path, count_rows(path) if path.suffix == ".jsonl" else None)
     return list(files.values())
 

@@ -81,7 +81,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, values = parse_overrides(text)
     if len(values) > 1:
         remedy = "write a list as [a,b], and text with commas in quotes"
-        raise UserError(f"--set {text}: several values, which only `recipe sweep` takes; {remedy}")
+        raise UserError("several values, which only `recipe sweep` takes", key=f"--set {text}", remedy=remedy)
     return key, values[0]
 
 
@@ -93,7 +93,7 @@ def parse_overrides(text: str) -> tuple[str, list[Any]]:
     """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise UserError(f"--set {text}: expected key=value, as in --set num_epochs=3")
+        raise UserError("expected key=value, as in --set num_epochs=3", key=f"--set {text}")
     values = [""]
     depth = 0
     for part in re.findall(rf"{_QUOTED}|.", value, re.DOTALL):
@@ -106,8 +106,9 @@ def parse_overrides(text: str) -> tuple[str, list[Any]]:
         elif part in ("]", "}", ")"):
             depth -= 1
     if len(values) > 1 and not all(map(str.strip, values)):
-        raise UserError(f"--set {text}: an empty value; delete a comma, or write null for a member without the key")
-    return key.strip(), [parse(value, f"--set {text}") for value in values]
+        remedy = "delete a comma, or write null for a member without the key"
+        raise UserError("an empty value", key=f"--set {text}", remedy=remedy)
+    return key.strip(), [parse(value, option=f"--set {text}") for value in values]
 
 
 def override(config: Config, key: str, value: Any) -> Config:
@@ -128,10 +129,11 @@ def _replaced(current: Any, path: str, value: Any, key: str) -> Any:
     part, _, rest = path.partition(".")
     if isinstance(current, list):
         if not part.isdecimal() or int(part) >= len(current):
-            raise UserError(f"--set {key}: {part} is not a position in a list of {len(current)}, counted from 0")
+            problem = f"{part} is not a position in a list of {len(current)}, counted from 0"
+            raise UserError(problem, key=f"--set {key}")
         return [_replaced(item, rest, value, key) if i == int(part) else item for i, item in enumerate(current)]
     if not isinstance(current, dict | None):
-        raise UserError(f"--set {key}: {current!r} has no key {part}")
+        raise UserError(f"{current!r} has no key {part}", key=f"--set {key}")
     mapping = current or {}
     changed = mapping | {part: _replaced(mapping.get(part), rest, value, key)}
     return {name: item for name, item in changed.items() if item is not None}

@@ -100,7 +100,7 @@ def architecture(composed: Config, download: bool = True) -> Config:
     """
     name = composed.get("base_model")
     if not isinstance(name, str) or not name or "\0" in name:
-        raise UserError("base_model: not set; name a model")
+        raise UserError("not set", key="base_model", remedy="name a model")
     wanted = revision(composed)
     entry = entry_of(name)
     listed: Config = entry.get("config") or {}
@@ -114,11 +114,11 @@ def architecture(composed: Config, download: bool = True) -> Config:
         except Exception as error:  # raised by the hub, by the network, or for an invalid name
             if whole:
                 return dict(listed)
-            problem = f"base_model: the config.json of {name} is not available: {hub.reason(error)}{similar(name)}"
-            raise UserError(problem) from None
+            problem = f"the config.json of {name} is not available: {hub.reason(error)}{similar(name)}"
+            raise UserError(problem, key="base_model") from None
     content = read_json(file)
     if "model_type" not in content:
-        raise UserError(f"base_model: {file} is missing, is not JSON, or lacks model_type")
+        raise UserError(f"{file} is missing, is not JSON, or lacks model_type", key="base_model")
     return content
 
 

@@ -281,9 +281,10 @@ class RawFile:
         try:
             rows = parse_json(stream.read())
         except orjson.JSONDecodeError as error:
-            raise UserError(f"{self.path}:{error.lineno}: not JSON: {error.msg}") from None
+            raise UserError(f"not JSON: {error.msg}", file=self.path, line=error.lineno) from None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise UserError(f"{self.path}: not a JSON array of mappings; if each line is a row, name the file .jsonl")
+            remedy = "if each line is a row, name the file .jsonl"
+            raise UserError("not a JSON array of mappings", file=self.path, remedy=remedy)
         yield from rows
 
     def _csv_rows(self, stream: IO[bytes]) -> Iterator[Row]:
@@ -292,7 +293,8 @@ class RawFile:
         try:
             names = reader.fieldnames or []
             if len(set(names)) < len(names) or "" in names:
-                raise UserError(f"{self.path}:1: a field's name is missing or occurs twice; give each field a name")
+                remedy = "give each field a name"
+                raise UserError("a field's name is missing or occurs twice", file=self.path, line=1, remedy=remedy)
             for row in reader:
                 if None in row or None in row.values():
                     raise UserError(f"{self.where}: the row does not have the {len(names)} fields named in line 1")

@@ -206,7 +206,9 @@ def _mistake(found: Any) -> Mistake:
 def refusal(file: Path, mistakes: Iterable[Mistake]) -> UserError:
     """Error that lists mistakes in study.yaml by line."""
     lines = sorted((yamlfiles.line_of(file, key), ".".join(key), problem) for key, problem in mistakes)
-    return UserError("\n".join(f"{file}:{line}: {key}: {problem}" for line, key, problem in lines))
+    first, *others = [UserError(problem, file=file, line=line, key=key) for line, key, problem in lines]
+    first.others = others
+    return first
 
 
 def find(name: str | None) -> Study:
@@ -228,8 +230,8 @@ def _loaded(folder: Path) -> Study | None:
     try:
         return load(folder)
     except UserError as error:
-        first = str(error).partition("\n")[0]
-        say_once(f"warning: the study {folder.name} is left out: {first}; see `recipe study check {folder.name}`")
+        hint = f"see `recipe study check {folder.name}`"
+        say_once(f"warning: the study {folder.name} is left out: {error.summary}; {hint}")
         return None
 
 

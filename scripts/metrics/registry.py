@@ -170,7 +170,7 @@ def asked(texts: Iterable[str]) -> dict[str, Column]:
     for text in texts:
         if text.startswith(SCORER):
             continue
-        entries: Any = yamlfiles.parse(text, f"--metric {text}")
+        entries: Any = yamlfiles.parse(text, option=f"--metric {text}")
         if isinstance(entries, str):
             entries = _of_task(text.removeprefix(TASK)) if text.startswith(TASK) else {entries: None}
         well_formed = isinstance(entries, dict) and all(isinstance(e, dict | None) for e in entries.values())

@@ -83,7 +83,7 @@ def tokenize(where: str, cfg: Any, dataset: Any, tokenizer: Any, rows: Sequence[
         tokenized, _ = get_dataset_wrapper(dataset, tokenizer, limited, base, table, style or None)
     except Exception as error:  # prompt strategies, and fields with values of several types, can raise any exception
         problem = f"Axolotl cannot tokenize these rows as {kind}: {type(error).__name__}: {error}"
-        raise UserError(f"{where}: {problem}") from None
+        raise UserError(problem, key=where) from None
     return [Tokens(row["input_ids"], row["labels"]) for row in tokenized]
 
 
@@ -91,7 +91,7 @@ def require_one_each(where: str, dataset: Any, rows: Sequence[Any], tokenized: S
     """Raise UserError unless a data set's type makes one training row from each row."""
     if len(tokenized) != len(rows):
         problem = f"Axolotl turns {len(rows)} rows into {len(tokenized)} training rows ({dataset['type']})"
-        raise UserError(f"{where}: {problem}; evaluation needs exactly one training row for each row")
+        raise UserError(problem, key=where, remedy="evaluation needs exactly one training row for each row")
 
 
 def taught_ends(cfg: Config, tokenizer: Any) -> set[int]:
@@ -120,7 +120,8 @@ class Tokenizer:
             self.cfg = as_trained(content)
             self.tokenizer = load_tokenizer(self.cfg)
         except Exception as error:  # plugins, validators and tokenizers can raise any exception
-            raise UserError(f"{content.get('base_model')}: cannot load the tokenizer: {error}") from None
+            problem = f"cannot load the tokenizer: {error}"
+            raise UserError(problem, key=str(content.get("base_model"))) from None
 
     def dataset(self, key: str) -> Any:
         """The entry of the data set at a key such as `datasets.0`."""
@@ -158,7 +159,7 @@ class Tokenizer:
                     parts.append(loaded)
         except Exception as error:  # files, the network and the hub can raise any exception
             problem = f"cannot load the rows: {type(error).__name__}: {error}"
-            raise UserError(f"{key}: {dataset['path']}: {problem}") from None
+            raise UserError(f"{dataset['path']}: {problem}", key=key) from None
         return chain(*parts)
 
     def held_out(self) -> list[tuple[str, Row]]:
@@ -186,7 +187,9 @@ class Tokenizer:
                         if same := positions.get(tuple(tokens.ids[:cut])):
                             found[same.pop(0)] = key, row
         if len(found) < len(held_out):
-            raise UserError(f"val_set_size: {len(held_out) - len(found)} held-out rows were not found in the data")
+            raise UserError(
+                f"{len(held_out) - len(found)} held-out rows were not found in the data", key="val_set_size"
+            )
         return [found[position] for position in range(len(held_out))]
 
     def split(self) -> tuple[Any, Any]:
@@ -201,7 +204,7 @@ class Tokenizer:
                 return prepare_datasets(self.cfg, self.tokenizer)[:2]
         except Exception as error:  # files, templates and tokenizers can raise any exception
             problem = f"Axolotl cannot prepare the rows: {type(error).__name__}: {error}"
-            raise UserError(f"datasets: {problem}; run `recipe check --data`") from None
+            raise UserError(problem, key="datasets", remedy="run `recipe check --data`") from None
 
 
 def trained_on(content: Config) -> tuple[list[int], float]:

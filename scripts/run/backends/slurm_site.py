@@ -87,7 +87,7 @@ def site_settings(overrides: Sequence[str]) -> Site:
 
 def _read(file: Path) -> dict[str, Any]:
     """Read a mapping with values as text; YAML would turn 12:00:00 into a number."""
-    content = yamlfiles.parse(yamlfiles.read_text(file), str(file), yaml.BaseLoader) or {}
+    content = yamlfiles.parse(yamlfiles.read_text(file), file, yaml.BaseLoader) or {}
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected a mapping of sbatch's long options to values")
     return content
