@@ -18,7 +18,7 @@ from ..base.processes import LOCK_TIMEOUT, held, is_held
 from ..base.terminal import say, say_once
 from ..base.yamlfiles import Config, read_yaml
 from ..training.checkpoints import damage, step_of
-from ..training.run_record import RECORD, Job, JobState, Run, State, Summary
+from ..training.run_record import RECORD, VERSION, Job, JobState, RecordVersion, Run, State, Summary
 
 PLUGIN = "qlora_recipes.plugin.RunPlugin"
 """Name of the plugin in the config of every run."""
@@ -68,17 +68,30 @@ class RunDir:
             job: state of the training job, if the run has one; `backends.read` passes it.
 
         Raises:
-            UserError: run.json is missing or damaged.
+            UserError: run.json is missing, damaged, or of another version.
         """
-        try:
-            run = Run.model_validate(parse_json(read_bytes(self._json)))
-        except (OSError, ValueError) as error:
-            at = ".".join(map(str, error.errors()[0]["loc"])) if isinstance(error, ValidationError) else ""
-            where = f"{self._json}: missing or damaged{at and f' at {at}'}"
-            raise UserError(f"{where}; the folder has no usable run") from None
+        run = self._recorded()
         if run.state != "finished":
             run.state = self._state(run, job)
         return run
+
+    def _recorded(self) -> Run:
+        """Content of run.json, with the state that was last written."""
+        try:
+            content = parse_json(read_bytes(self._json))
+            version = RecordVersion.model_validate(content).version
+            if version != VERSION:
+                raise UserError(
+                    f"version {version}, but this version of qlora-recipes reads version {VERSION}",
+                    file=self._json,
+                    remedy="read it with the version that wrote it, or start a new run with `recipe run`",
+                )
+            return Run.model_validate(content)
+        except (OSError, ValueError) as error:
+            problem = "missing or damaged"
+            if isinstance(error, ValidationError) and (field := error.errors()[0]["loc"]):
+                problem += f" at {'.'.join(map(str, field))}"
+            raise UserError(problem, file=self._json, remedy="the folder has no usable run") from None
 
     def _state(self, run: Run, job: JobState | None) -> State:
         is_in_use = is_held(self.path / ".lock")

@@ -19,6 +19,9 @@ from ..config.datafiles import DataFile
 from ..config.merging import Difference, chained
 from ..data.published import EvalTokens
 
+VERSION = 1
+"""Version of run.json; increase it when a field is renamed, removed or has another meaning."""
+
 Ended = Literal["complete", "early stopping", "signal", "callback", "no batch"]
 """Reason for the end of training.
 `callback`: an Axolotl callback, such as the loss watchdog; `no batch`: the rows do not fill a batch."""
@@ -197,9 +200,16 @@ class Summary(BaseModel):
     ended: Ended | None = None  # None also after a kill
 
 
-class Run(BaseModel):
+class RecordVersion(BaseModel):
+    """Version of a run.json; its other fields may be another version's."""
+
+    version: int
+
+
+class Run(RecordVersion):
     """Content of run.json."""
 
+    version: int = VERSION
     state: State = "created"
     recipe: Text
     variant_of: Text | None = None  # the shipped recipe that the recipe file changes

@@ -141,8 +141,28 @@ def test_what_a_launch_did_after_its_last_log_entry_counts_after_a_resume_too(tm
     assert summary.kept_step is None
 
 
-def test_a_damaged_record_is_refused(tmp_path):
-    run = RunDir(tmp_path)
-    (tmp_path / "run.json").write_text('{"state": ')
-    with pytest.raises(UserError, match=r"run\.json"):
-        run.read()
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        pytest.param(None, "missing or damaged; the folder has no usable run", id="no file"),
+        pytest.param('{"state": ', "missing or damaged; the folder has no usable run", id="not JSON"),
+        pytest.param("[1]", "missing or damaged; the folder has no usable run", id="not a mapping"),
+        pytest.param("{}", "missing or damaged at version; the folder has no usable run", id="no version"),
+        pytest.param(
+            '{"version": 1, "recipe": 7}', "missing or damaged at recipe; the folder has no usable run", id="wrong type"
+        ),
+        pytest.param(
+            '{"version": 2}',
+            "version 2, but this version of qlora-recipes reads version 1; read it with the version that wrote it, or "
+            "start a new run with `recipe run`",
+            id="another version",
+        ),
+    ],
+)
+def test_an_unusable_record_is_refused(tmp_path, content, problem):
+    file = tmp_path / "run.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UserError) as refused:
+        RunDir(tmp_path).read()
+    assert str(refused.value) == f"{file}: {problem}"
