@@ -293,11 +293,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """A folder with the studies' samples where recipes look for their data; in all forms but one many times, each time
     with another answer, for recipes that warm up or evaluate at a step. What else is fetched is there, and empty."""
     folder = tmp_path_factory.mktemp("prepared")
-    for of_study in studies.every():
+    for of_study in studies.load_all():
         for file in of_study.data.files.keys() - of_study.data.raw_files:
             (folder / of_study.data.raw / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / of_study.data.raw / file).touch()
-    forms = [(of_study, *form) for of_study in studies.every() for form in of_study.data.formats.items()]
+    forms = [(of_study, *form) for of_study in studies.load_all() for form in of_study.data.formats.items()]
     for of_study, name, form in forms:
         made = shutil.copytree(rehearsal_data(of_study, name), folder / form.folder)
         if name != "diff":

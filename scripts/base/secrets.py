@@ -67,7 +67,7 @@ def masked_comments(text: str) -> str:
     return _COMMENT.sub(lambda found: found["key"] + MASK, text)
 
 
-def public(value: Any, key: str = "") -> Any:
+def without_secrets(value: Any, key: str = "") -> Any:
     """Copy of a value for people and files, with secrets masked by key and by value.
 
     Args:
@@ -79,9 +79,9 @@ def public(value: Any, key: str = "") -> Any:
     if names_secret(key):
         return MASK
     if isinstance(value, dict):
-        return {masked(str(name)): public(below, f"{key}.{name}".lstrip(".")) for name, below in value.items()}
+        return {masked(str(name)): without_secrets(below, f"{key}.{name}".lstrip(".")) for name, below in value.items()}
     if isinstance(value, list | tuple | Iterator):
-        return [public(below, key) for below in value]
+        return [without_secrets(below, key) for below in value]
     return masked(value) if isinstance(value, str) else value
 
 

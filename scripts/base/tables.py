@@ -12,7 +12,7 @@ import click
 import orjson
 
 from .files import Row
-from .secrets import public
+from .secrets import without_secrets
 from .terminal import broken, harmless
 from .yamlfiles import write_flow
 
@@ -128,7 +128,7 @@ def _arranged(widths: dict[str, int], width: int, below: Sequence[str]) -> tuple
 
 def print_json(value: Any) -> None:
     """Print JSON on stdout, without secrets."""
-    print(orjson.dumps(public(value), option=orjson.OPT_INDENT_2).decode())
+    print(orjson.dumps(without_secrets(value), option=orjson.OPT_INDENT_2).decode())
 
 
 def show(json: bool, records: Any, tables: Iterable[Table], notes: Iterable[str] = ()) -> None:

@@ -148,7 +148,7 @@ def examine(
     Raises:
         UserError: the recipe's study.yaml is malformed.
     """
-    studies.of(composed.origin or composed.recipe)
+    studies.study_of(composed.origin or composed.recipe)
     gpu = None if composed.rehearsal else gpu
     report = Report(composed.recipe, composed)
     of_schema = list(schema.findings(composed.config))
@@ -290,7 +290,7 @@ def placed(findings: Iterable[Finding], composed: Composed) -> Iterator[Finding]
             key, changed = f"{finding.key}.", f"{difference.key}."
             if key.startswith(changed) or changed.startswith(key):
                 file = composed.files.get(difference.key)
-                finding.where = difference.public().why
+                finding.where = difference.without_secrets().why
         if file:
             finding.where, finding.line = paths.shown(file), yamlfiles.line_of(file, finding.key)
         yield finding

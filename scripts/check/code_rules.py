@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..base.secrets import public
+from ..base.secrets import without_secrets
 from ..config import datafiles, models
 from ..config.finding import Case, Finding, Problems, rule, rule_findings
 from ..config.merging import flatten
@@ -134,7 +134,7 @@ def foreign_code(case: Case) -> Problems:
         written["adapter_config"] = ModelFiles.find(adapter, None, case.ask_hub).json("adapter_config.json")
     for key, value in leaves(written):
         if not _is_harmless(key, value):
-            shown = public(value, key)
+            shown = without_secrets(value, key)
             yield "error", key, f"may run foreign code: {shown} is not on the list of what is harmless", READ_IT
 
 

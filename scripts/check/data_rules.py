@@ -25,7 +25,7 @@ def no_data(case: Case) -> Problems:
 def not_prepared(case: Case) -> Problems:
     """A run needs prepared data; checking only the config does not."""
     start = case["lora_model_dir"]
-    if isinstance(start, str) and not Path(start).exists() and (remedy := studies.fetching(start)):
+    if isinstance(start, str) and not Path(start).exists() and (remedy := studies.fetch_command(start)):
         yield "error", "lora_model_dir", f"{paths.shown(Path(start))} is not fetched yet", f"run {remedy}"
     rehearse = "; or add --rehearse, which does not need it" if case.launching else ""
     remedies = set[str]()
@@ -33,7 +33,7 @@ def not_prepared(case: Case) -> Problems:
         for file in datafiles.local_files(dataset):
             if file.is_file():
                 continue
-            remedy = studies.preparation(str(file))
+            remedy = studies.prepare_commands(str(file))
             if remedy and remedy not in remedies:  # it prepares all files of its study
                 remedies.add(remedy)
                 yield "error", f"{key}.path", f"{paths.shown(file)} is not prepared yet", f"run {remedy}{rehearse}"

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import orjson
 from packaging.requirements import Requirement
 
-from ..base import devices, hub, paths, yamlfiles
+from ..base import hardware, hub, paths, yamlfiles
 from ..base.files import free_bytes
 from ..base.processes import package_version
 
@@ -87,7 +87,7 @@ def ask_torch() -> Facts:
 
 def check_torch() -> Iterator[Line]:
     """Check that torch can be imported, and that it computes on each GPU."""
-    gpus, facts, visible = devices.gpus(), ask_torch(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus, facts, visible = hardware.all_gpus(), ask_torch(), os.environ.get("CUDA_VISIBLE_DEVICES")
     if "error" in facts:
         yield Line("torch", "wrong", f"cannot be imported: {facts['error']}", "reinstall it", install_torch())
         return

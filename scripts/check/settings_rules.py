@@ -4,8 +4,8 @@ import os
 import re
 from pathlib import Path
 
-from ..base.devices import torch_cuda
-from ..base.secrets import is_secret, names_secret, public
+from ..base.hardware import torch_cuda
+from ..base.secrets import is_secret, names_secret, without_secrets
 from ..config import substitution
 from ..config.finding import Case, Level, Problems, rule
 from ..config.gpus import deepspeed_of
@@ -246,7 +246,7 @@ def secret(case: Case) -> Problems:
 def address_parameter(case: Case) -> Problems:
     """An unknown parameter of an address can be a signature, and the config is stored in the run's folder."""
     for key, value in flatten(case.config):
-        if not is_secret(key, value) and public(value) != value:
+        if not is_secret(key, value) and without_secrets(value) != value:
             problem = "a parameter of this address can be a secret, and would be stored in the run's folder"
             yield "error", key, problem, "download the file, and name its path"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..base import devices, paths, processes, yamlfiles
+from ..base import hardware, paths, processes, yamlfiles
 from ..base.errors import UserError
 from ..base.yamlfiles import Config
 from ..data.sample import usual_sample
@@ -119,7 +119,7 @@ class _Draft:
     def rehearsal_changes(self, fragment: Config) -> Config:
         """Return the rehearsal profile's changes, except its keys for the sample; store those in `sample`."""
         folders = {"stand_in": str(substitution.folder()), "sample": str(usual_sample())}
-        fragment = filled(fragment, folders) | {"bf16": devices.cpu_has_bf16()}
+        fragment = filled(fragment, folders) | {"bf16": hardware.cpu_has_bf16()}
         self.sample = {key: fragment.pop(key) for key in substitution.OF_SAMPLE}
         own_model = substitution.OF_MODEL if models.is_small(self.config) else ()
         kept = {*own_model, *datafiles.missing_paths(self.config)}  # the check reports a missing path

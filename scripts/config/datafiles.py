@@ -85,7 +85,7 @@ def jsonl_files(dataset: Config) -> list[Path]:
 
 def missing_files(dataset: Config) -> list[Path]:
     """Missing local files of a data set, except prepared rows of a study."""
-    return [file for file in local_files(dataset) if not (file.is_file() or studies.preparation(str(file)))]
+    return [file for file in local_files(dataset) if not (file.is_file() or studies.prepare_commands(str(file)))]
 
 
 def missing_paths(composed: Config) -> list[str]:
@@ -93,7 +93,7 @@ def missing_paths(composed: Config) -> list[str]:
     keys = []
     for key in ("deepspeed", "lora_model_dir", "resume_from_checkpoint"):
         name = composed.get(key)
-        if not isinstance(name, str) or Path(name).exists() or studies.fetching(name):
+        if not isinstance(name, str) or Path(name).exists() or studies.fetch_command(name):
             continue
         may_be_on_hub = key == "lora_model_dir" and name.count("/") == 1
         if not may_be_on_hub or _looks_local(name):

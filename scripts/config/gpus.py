@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..base import devices, yamlfiles
+from ..base import hardware, yamlfiles
 from ..base.errors import UserError, meant
 from ..base.files import read_json
 from ..base.yamlfiles import Config
@@ -75,7 +75,7 @@ def find(name: str, option: str = "--gpu") -> Gpu:
 
 def here() -> Gpu | None:
     """The first NVIDIA GPU visible to CUDA in this process; None without one."""
-    first = next(iter(devices.visible_gpus().values()), None)
+    first = next(iter(hardware.visible_gpus().values()), None)
     if first is None:
         return None
     gpu = Gpu(first["name"], _capability(first["compute_capability"]), first["memory_gib"])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..base.errors import UserError
-from ..base.secrets import MASK, masked, names_secret, public
+from ..base.secrets import MASK, masked, names_secret, without_secrets
 from ..base.yamlfiles import Config, parse
 
 TRACKING = re.compile("(use_|hf_)?(wandb|mlflow|comet|trackio|swanlab|tensorboard|otel)(_|$)")
@@ -179,15 +179,20 @@ class Difference:
     run: Any = None
     why: str
 
-    def public(self) -> "Difference":
+    def without_secrets(self) -> "Difference":
         """The difference with secrets masked."""
         why = masked(self.why)
         if names_secret(self.key):
             why = re.sub("(?s)=.*", f"={MASK}", self.why)  # the option `--set key=value`
-        return Difference(key=self.key, recipe=public(self.recipe, self.key), run=public(self.run, self.key), why=why)
+        return Difference(
+            key=self.key,
+            recipe=without_secrets(self.recipe, self.key),
+            run=without_secrets(self.run, self.key),
+            why=why,
+        )
 
     def __str__(self) -> str:
-        shown = self.public()
+        shown = self.without_secrets()
         recipe, run = (str(value).partition("\n")[0] for value in (shown.recipe, shown.run))  # first lines only
         return f"{self.key}: {recipe} -> {run}  ({shown.why})"
 

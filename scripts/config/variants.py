@@ -7,7 +7,7 @@ from typing import Any
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
-from ..base.secrets import public
+from ..base.secrets import without_secrets
 from .merging import OF_THE_RUN, differences
 
 
@@ -39,7 +39,7 @@ def parent_of(name: str, file: Path) -> str | None:
     if name in paths.recipe_names():
         from ..data import studies
 
-        of_study = studies.of_any(name)
+        of_study = studies.usable_study_of(name)
         return of_study.variants[name].of if of_study and name in of_study.variants else None
     existing = {*paths.recipe_names(), *paths.variant_names()}
     return next((of for of in ancestors(file) if of != name and (of in existing or Path(of).is_file())), None)
@@ -63,7 +63,7 @@ def recipe_diff(a: str, b: str | None) -> list[dict[str, Any]]:
     first, second = (yamlfiles.read_yaml(paths.find_recipe(name)[1]) for name in (a, b))
     differing = differences(first, second).items()
     return [
-        {"key": key, a: public(left, key), b: public(right, key)}
+        {"key": key, a: without_secrets(left, key), b: without_secrets(right, key)}
         for key, (left, right) in differing
         if key not in OF_THE_RUN
     ]

@@ -20,7 +20,7 @@ from .. import __version__
 from ..base.errors import UserError, WorkFailed
 from ..base.files import Row, naming, read_json, sha256, write_json
 from ..base.processes import held
-from ..base.secrets import public
+from ..base.secrets import without_secrets
 from ..base.terminal import Bar, say
 from .declaration import Data, DataSource, SourceFile
 
@@ -211,7 +211,7 @@ def _partial(part: Path, url: str) -> Row:
     """Version and size of a partial download; null and 0 if it has another address, or its record is damaged."""
     known = read_json(_version_file(part))
     has_sizes = isinstance(known.get("version"), str) and isinstance(known.get("bytes"), int)
-    if known.get("url") == public(url) and has_sizes:
+    if known.get("url") == without_secrets(url) and has_sizes:
         return known
     return {"version": None, "bytes": 0}
 
@@ -286,7 +286,7 @@ def _receive(url: str, part: Path, most: int, bar: Bar) -> str:
             if size:
                 say(f"{part}: starting over; the server's file has changed, or the server cannot send parts")
             part.unlink(missing_ok=True)  # delete the old part before recording the new version
-            known = {"url": public(url), "version": version, "bytes": int(length)}
+            known = {"url": without_secrets(url), "version": version, "bytes": int(length)}
             write_json(_version_file(part), known)
         with naming(part), part.open("ab") as stream:
             for chunk in response.iter_content(CHUNK):

@@ -17,7 +17,7 @@ from ..base.paths import shown
 from ..base.processes import LOOK, held
 from . import manifest
 from .declaration import SPLITS, Mistake, Order, Subset
-from .raw_rows import BadRow, Expression, RawFile, RowMaker, find
+from .raw_rows import BadRow, Expression, RawFile, RowMaker, find_files
 from .studies import Study, refusal
 
 PREPARE_LOCK = ".prepare.lock"
@@ -56,7 +56,7 @@ def prepare(
     for file in raw:
         if file.resolve() in {(out / f"{name}.jsonl").resolve() for name in SPLITS}:
             raise UserError(f"{file}: would be overwritten; write to another folder with --out")
-    files = find(raw, of_study.data.raw_files)
+    files = find_files(raw, of_study.data.raw_files)
     with held(out / PREPARE_LOCK, "another preparation is running", timeout), ExitStack() as stack:
         require_own(out, of_study, out / manifest.MANIFEST)
         splits = _Preparation(of_study, files, input_format, out, stack).splits()

@@ -312,7 +312,7 @@ def within(given: Path, names: Collection[str]) -> dict[str, Path]:
     return {name: given for name in names if given.match(name)}
 
 
-def find(raw: Iterable[Path], names: Collection[str]) -> dict[str, Path]:
+def find_files(raw: Iterable[Path], names: Collection[str]) -> dict[str, Path]:
     """Find raw files by name in the user's files and folders.
 
     Raises:
@@ -332,7 +332,7 @@ def find(raw: Iterable[Path], names: Collection[str]) -> dict[str, Path]:
     return found
 
 
-def fetched(data: Data) -> list[Path]:
+def fetched_files(data: Data) -> list[Path]:
     """Raw files in the folder of `recipe data fetch`.
 
     Raises:

@@ -34,7 +34,7 @@ def _prepare(of_study: studies.Study, input_format: str, out: Path) -> None:
 
 def twin(path: str) -> Path | None:
     """Sample file that replaces a study's prepared file; None for other files."""
-    for of_study, input_format in studies.preparing(path):
+    for of_study, input_format in studies.prepared_formats(path):
         if of_study.data.sample:
             file = rehearsal_data(of_study, input_format) / Path(path).name
             return file if file.is_file() else None
@@ -43,7 +43,7 @@ def twin(path: str) -> Path | None:
 
 def usual_sample() -> Path:
     """Sample folder for recipes without a study, preferably with `alpaca` fields."""
-    sampled = [study for study in studies.every() if study.data.sample]
+    sampled = [study for study in studies.load_all() if study.data.sample]
     alpaca = [study for study in sampled if {"instruction", "output"} <= study.data.fields.keys()]
     first = [*alpaca, *sampled][0]
     return rehearsal_data(first, next(iter(first.data.formats)))

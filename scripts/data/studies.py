@@ -113,7 +113,7 @@ class Study(Strict):
         return [baseline for baseline in self.baselines if baseline.compared]
 
     @property
-    def fetched(self) -> list[str]:
+    def default_sources(self) -> list[str]:
         """Default sources of `recipe data fetch`: all except published predictions and adapters."""
         extra = released(self.data, self.published, self.baselines)
         return [name for name in self.data.sources if name not in extra]
@@ -221,7 +221,7 @@ def find(name: str | None) -> Study:
     return load(folders[_only(name, folders, "study")])
 
 
-def every() -> list[Study]:
+def load_all() -> list[Study]:
     """All studies; malformed ones are reported and left out."""
     return [study for folder in paths.studies() if (study := _loaded(folder))]
 
@@ -235,7 +235,7 @@ def _loaded(folder: Path) -> Study | None:
         return None
 
 
-def with_data(key: str | None) -> Study:
+def find_by_data(key: str | None) -> Study:
     """Find the first study that uses a data set; None finds the only data set.
 
     `key` is the data set's name, a part of it, or a study's name.
@@ -246,7 +246,7 @@ def with_data(key: str | None) -> Study:
     if folder := next((folder for folder in paths.studies() if folder.name == key), None):
         return load(folder)
     studies: dict[str, Study] = {}
-    for study in every():
+    for study in load_all():
         studies.setdefault(study.data.key, study)
     return studies[_only(key, studies, "data set")]
 
@@ -259,18 +259,18 @@ def _only(name: str | None, choices: Collection[str], what: str) -> str:
     return next(iter(choices))
 
 
-def fetching(path: str) -> str | None:
+def fetch_command(path: str) -> str | None:
     """Command that fetches a study's raw file or folder; None for other paths."""
-    for study in every():
+    for study in load_all():
         raw = study.data.raw
         if Path(path).is_relative_to(raw) and any((raw / file).is_relative_to(path) for file in study.data.files):
             return f"`recipe data fetch {study.data.key}`"
     return None
 
 
-def preparation(path: str) -> str | None:
+def prepare_commands(path: str) -> str | None:
     """Commands that write a file of prepared rows; None for other files."""
-    for study, name in preparing(path):
+    for study, name in prepared_formats(path):
         if Path(path).name not in {f"{split}.jsonl" for split in (*study.data.splits, *study.data.subsets)}:
             continue
         of_format = "" if name == next(iter(study.data.formats)) else f" --input-format {name}"
@@ -278,15 +278,15 @@ def preparation(path: str) -> str | None:
     return None
 
 
-def preparing(path: str) -> Iterator[tuple[Study, str]]:
+def prepared_formats(path: str) -> Iterator[tuple[Study, str]]:
     """Yield studies that prepare rows in a path's folder, each with the format of those rows."""
-    for study in every():
+    for study in load_all():
         for name, form in study.data.formats.items():
             if Path(form.folder) == Path(path).parent:
                 yield study, name
 
 
-def of(recipe: str) -> Study | None:
+def study_of(recipe: str) -> Study | None:
     """Study of a recipe, by the recipe's name; None without a study.
 
     Raises:
@@ -310,7 +310,7 @@ def decoding_of(of_study: Study | None, name: str | None) -> Decoding:
     return declared[name]
 
 
-def of_any(recipe: str) -> Study | None:
+def usable_study_of(recipe: str) -> Study | None:
     """Study of a recipe; None if it has none, or if the study is malformed, which is logged."""
     return _loaded(folder) if (folder := _folder(recipe)) else None
 

@@ -176,7 +176,7 @@ class EvaluationTask:
     def _settings(self, adapter: Path | None) -> EvaluationSettings:
         """Settings for the predictions."""
         request, run, cfg = self.request, self.run, self.cfg
-        decoding = studies.decoding_of(studies.of(run.origin), request.decoding)
+        decoding = studies.decoding_of(studies.study_of(run.origin), request.decoding)
         cap = studies.OF_NO_STUDY if run.rehearsal and not request.decoding else decoding
         most = min(decoding.max_new_tokens, cap.max_new_tokens)  # a rehearsal's model rarely ends an answer
         if request.engine != REFERENCE and decoding.num_beams > 1:

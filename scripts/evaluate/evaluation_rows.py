@@ -102,10 +102,10 @@ def usual(run: Run, cfg: Config) -> RowSource | None:
     in the config have priority over a test.jsonl beside the training data.
     """
     folder = Path(run.cwd)
-    of_study = studies.of(run.origin)
+    of_study = studies.study_of(run.origin)
     name = run.test_data or datafiles.test_file(cfg, folder)
     beside = Path(folder, name) if name else None
-    if beside and (test_entry(beside) or any(studies.preparing(str(name)))):
+    if beside and (test_entry(beside) or any(studies.prepared_formats(str(name)))):
         scored_on = beside.with_name(f"{of_study.data.test_set}.jsonl") if of_study else beside
         beside = scored_on if scored_on.is_file() else beside
     elif configured := _configured(cfg, folder):

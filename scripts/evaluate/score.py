@@ -41,7 +41,7 @@ def columns_of(recipe: str | None = None, asked: Iterable[str] = ()) -> dict[str
     Raises:
         UserError: a value is malformed or redefines a metric of the study, or a mean is of an unsuitable metric.
     """
-    of_study = studies.of(recipe) if recipe else None
+    of_study = studies.study_of(recipe) if recipe else None
     own = of_study.columns if of_study else {}
     named = registry.asked(asked)
     for name, column in named.items():

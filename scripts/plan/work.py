@@ -99,7 +99,7 @@ def published(composed: Composed) -> Lengths | None:
 
     The counts also apply to an ungated copy of the model, because it has the same tokenizer.
     """
-    of_study = studies.of(composed.origin or composed.recipe)
+    of_study = studies.study_of(composed.origin or composed.recipe)
     changed = {change.key: change for change in composed.from_origin if _DECIDES_TOKENS.match(change.key)}
     name = composed.config["base_model"]
     if (model := changed.get("base_model")) and models.is_copy(model.run, model.recipe):
@@ -148,7 +148,7 @@ def work(composed: Composed, planner: Planner, gpu: Gpu | None, gpus: int, lengt
 def _full(composed: Composed, length: int) -> Lengths | None:
     """Upper bound of the counts, from the row count of the data or study."""
     rows, rows_are = datafiles.training_rows(composed.config), "the config's data"
-    of_study = studies.of(composed.origin or composed.recipe)
+    of_study = studies.study_of(composed.origin or composed.recipe)
     others = any(change.key.startswith(("datasets", "val_set_size")) for change in composed.from_origin)
     if rows is None and of_study and not others:
         rows, rows_are = of_study.data.rows_of("train"), "the study's data"

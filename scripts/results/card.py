@@ -13,7 +13,7 @@ from ..base.errors import UserError
 from ..base.files import Row, embedding_rows, read_json, sha256
 from ..base.hub import importing_axolotl
 from ..base.paths import template_environment
-from ..base.secrets import names_secret, public
+from ..base.secrets import names_secret, without_secrets
 from ..config import datafiles, merging, models
 from ..data import studies
 from ..data.raw_rows import constants
@@ -40,7 +40,7 @@ def card(result: RunResult, evaluation: Evaluation | None, merged: bool, reposit
         merged: True for the card of the merged model.
         repository: repository on the hub, if the card will be pushed.
     """
-    folder, of_study = result.folder, studies.of(result.run.origin)
+    folder, of_study = result.folder, studies.study_of(result.run.origin)
     data = None if of_study is None or result.other_data else of_study.data
     with importing_axolotl(offline=True):
         from ..evaluate.prompter import as_code
@@ -93,7 +93,7 @@ def _facts(result: RunResult, evaluation: Evaluation | None) -> Row:
         "licence": about.get("licence"),
         "config": shown,
     }
-    return _without_folders(public(facts), Path(run.cwd))
+    return _without_folders(without_secrets(facts), Path(run.cwd))
 
 
 def _template() -> Any:

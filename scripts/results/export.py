@@ -92,7 +92,7 @@ def _written(record: score_records.Record, study_name: str) -> Path:
 def _refused(result: RunResult) -> str | None:
     """Reason not to record a run, or None."""
     run, own = result.run, result.evaluation
-    of_study = studies.of(run.origin)
+    of_study = studies.study_of(run.origin)
     if of_study is None or run.origin not in {*of_study.published, *of_study.variants}:
         return f"{run.origin} is not a recipe of a study"
     if run.rehearsal or run.state not in ("finished", "failed"):

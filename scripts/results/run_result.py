@@ -68,7 +68,7 @@ class RunResult:
 
     @cached_property
     def study(self) -> Study | None:
-        return studies.of_any(self.run.origin)
+        return studies.usable_study_of(self.run.origin)
 
     @cached_property
     def config(self) -> Config:

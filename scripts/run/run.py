@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..base import devices, paths, yamlfiles
+from ..base import hardware, paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import sha256, write_atomically
 from ..base.secrets import masked
@@ -231,7 +231,7 @@ def _check_here(folder: RunDir, record: Run) -> None:
         # the other names overrode errors that this check does not report: about rows, code or another GPU
         forced = [name for name in record.forced if name in errors]
         refuse(found, forced)
-        if not record.rehearsal and record.gpus_used > max(visible := len(devices.visible_gpus()), 1):
+        if not record.rehearsal and record.gpus_used > max(visible := len(hardware.visible_gpus()), 1):
             raise UserError(f"{folder.path}: the run needs {record.gpus_used} GPUs; {visible} available here")
     except UserError:
         record.state = "failed"
@@ -295,8 +295,8 @@ def record_of(composed: Composed, request: Request) -> Run:
         forced=request.force,
         gpus_used=request.gpus,
         nodes=request.nodes,
-        differences=[difference.public() for difference in composed.differences],
-        of_variant=[difference.public() for difference in composed.of_variant],
+        differences=[difference.without_secrets() for difference in composed.differences],
+        of_variant=[difference.without_secrets() for difference in composed.of_variant],
         data=composed.data,
         named_files=datafiles.named_files(composed.config),
         test_data=datafiles.test_file(composed.config),

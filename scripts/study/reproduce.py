@@ -21,7 +21,7 @@ from ..config.merging import parse_override
 from ..data import fetch, manifest, prepare
 from ..data.declaration import Data, PreparedFormat
 from ..data.published import adapter_files
-from ..data.raw_rows import fetched
+from ..data.raw_rows import fetched_files
 from ..data.studies import Study
 from ..evaluate import evaluate
 from ..evaluate.evaluate import EvaluationRequest
@@ -237,7 +237,7 @@ def have_data(of_study: Study, configs: list[Composed]) -> None:
         if any(folder.glob(".*.json*.part")) or not any(folder.glob("[!.]*")):
             say(f"data: fetching and preparing {folder}")
             _fetch(of_study.data, of_study.data.raw_files)
-            prepare.prepare(fetched(of_study.data), folder, of_study, name, timeout=LOCK_TIMEOUT)
+            prepare.prepare(fetched_files(of_study.data), folder, of_study, name, timeout=LOCK_TIMEOUT)
         if reason := manifest.is_not_prepared(of_study, folder, name):
             raise UserError(
                 f"{folder}: differs from the study's data: {reason}; move the folder away and run this command again, "

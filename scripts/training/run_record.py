@@ -12,8 +12,8 @@ import psutil
 from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, with_config
 
 from ..base import paths
-from ..base.devices import GpuInfo, cpu, torch_cuda, visible_gpus
 from ..base.files import sha256
+from ..base.hardware import GpuInfo, cpu_name, torch_cuda, visible_gpus
 from ..base.processes import now, package_version
 from ..config.datafiles import DataFile
 from ..config.merging import Difference, chained
@@ -283,7 +283,7 @@ def collect() -> Provenance:
         "python": platform.python_version(),
         "host": platform.node(),
         "os": platform.platform(),
-        "cpu": cpu(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count() or 1,
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": [*visible_gpus().values()],

@@ -47,10 +47,10 @@ def fetch_verb(
     """Download a data set into data/DATA-raw and verify it; an interrupted download resumes."""
     from ..data import fetch, studies
 
-    of_study = studies.with_data(name)
+    of_study = studies.find_by_data(name)
     data = of_study.data
     wanted = [meant(word, data.sources, "source", option="--only") for word in only or ()]
-    rows = fetch.fetch(data, data.raw, wanted or of_study.fetched)
+    rows = fetch.fetch(data, data.raw, wanted or of_study.default_sources)
     tables.print_json(rows) if json else tables.print_table(rows)
     next_step("data", "prepare", "--study", of_study.folder.name, json=json)
 
@@ -89,7 +89,7 @@ def prepare_verb(
 ) -> None:
     """Make a study's training and test rows from its raw files."""
     from ..data import manifest, prepare, studies
-    from ..data.raw_rows import fetched
+    from ..data.raw_rows import fetched_files
 
     of_study = studies.find(study_name)
     formats = of_study.data.formats
@@ -98,7 +98,7 @@ def prepare_verb(
         form = meant(input_format, formats, "format", "", "--input-format")
     folder = out or Path(formats[form].folder)
     with Bar(f"preparing {folder}", 1):
-        made = prepare.prepare(raw or fetched(of_study.data), folder, of_study, form)
+        made = prepare.prepare(raw or fetched_files(of_study.data), folder, of_study, form)
     if json:
         tables.print_json(made)
         return

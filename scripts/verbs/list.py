@@ -114,7 +114,7 @@ def show_verb(name: Name, json: Json = False) -> None:
     if json:
         from ..data import studies
 
-        of_study = studies.of(recipe)
+        of_study = studies.study_of(recipe)
         published = of_study.published.get(recipe) if of_study else None
         scores = published.model_dump(exclude_none=True) if published else None
         tables.print_json({"recipe": recipe, "config": yamlfiles.read_yaml(file), "published": scores})

@@ -6,7 +6,7 @@ import typer
 
 from ..base import yamlfiles
 from ..base.errors import UserError
-from ..base.secrets import public
+from ..base.secrets import without_secrets
 from .help import Verb, after_training
 from .options import WHERE, Force, Name, On, Overrides, Profiles, RunName, Things, backend_of
 
@@ -58,7 +58,7 @@ def run_verb(
         composed = run.prepare(request, backend)
         own = yamlfiles.read_yaml(composed.recipe_file)  # print the recipe's own output folders, for plain Axolotl
         shown = composed.config | {key: own[key] for key in OF_THE_RUN if key in own}
-        print(yamlfiles.write_yaml(public(shown)), end="")
+        print(yamlfiles.write_yaml(without_secrets(shown)), end="")
     else:
         folder = run.start(request, backend)
         print(folder.path)

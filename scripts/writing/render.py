@@ -164,7 +164,7 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
             text = text_of(template, name=name, facts=facts)
             recipes[f"{name}.yaml"] = text
             recipe = yamlfiles.parse(text, f"recipes/{name}.yaml") | {"name": name}
-            if of_study := studies.of(name):
+            if of_study := studies.study_of(name):
                 by_study.setdefault(of_study.title, (of_study, []))[1].append(recipe)
             elif name.startswith("start/"):
                 starts.append(recipe)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qlora_recipes.base import devices
+from qlora_recipes.base import hardware
 from qlora_recipes.base.processes import start_child
 from qlora_recipes.config import gpus
 from qlora_recipes.run.backends import Local
@@ -75,9 +75,9 @@ def test_gpus_are_those_that_cuda_shows(monkeypatch, listed, memory):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     if listed is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
-    found = [(name, card["memory_gib"]) for name, card in devices.visible_gpus().items()]
+    found = [(name, card["memory_gib"]) for name, card in hardware.visible_gpus().items()]
     assert found == list(memory.items())
-    assert len(devices.gpus()) == 3
+    assert len(hardware.all_gpus()) == 3
 
 
 def test_checks_and_plans_are_for_the_first_that_is_shown(monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 from conftest import config_with
 
 from qlora_recipes.base import yamlfiles
-from qlora_recipes.base.secrets import MASK, is_secret, masked, public
+from qlora_recipes.base.secrets import MASK, is_secret, masked, without_secrets
 from qlora_recipes.check import check
 from qlora_recipes.config import compose, finding
 from qlora_recipes.run import run
@@ -115,8 +115,11 @@ def test_a_secret_in_a_text_is_masked_once(text, shown):
 def test_values_are_masked_by_key_at_any_depth():
     content = {"comet_api_key": 1234, "headers": {"authorization": ["planted"]}, "special_tokens": {"pad_token": "<p>"}}
     shown = {"comet_api_key": MASK, "headers": {"authorization": MASK}, "special_tokens": {"pad_token": "<p>"}}
-    assert public(content) == shown
-    assert public({"rows": [content], "hf_use_auth_token": True}) == {"rows": [shown], "hf_use_auth_token": True}
+    assert without_secrets(content) == shown
+    assert without_secrets({"rows": [content], "hf_use_auth_token": True}) == {
+        "rows": [shown],
+        "hf_use_auth_token": True,
+    }
 
 
 @pytest.mark.parametrize("name", ["WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN"])

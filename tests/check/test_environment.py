@@ -9,7 +9,7 @@ from conftest import Recipe
 from file_server import serving
 from huggingface_hub import close_session, constants
 
-from qlora_recipes.base import devices, hub, paths
+from qlora_recipes.base import hardware, hub, paths
 from qlora_recipes.check import environment
 
 Patch = pytest.MonkeyPatch
@@ -23,7 +23,7 @@ USAGE = SimpleNamespace(free=10**9 // 2, total=10**9)
 @pytest.fixture(autouse=True)
 def healthy(monkeypatch: Patch) -> None:
     """A machine with a T4 whose torch sees it, and no network."""
-    monkeypatch.setattr(devices, "gpus", lambda: [T4])
+    monkeypatch.setattr(hardware, "all_gpus", lambda: [T4])
     monkeypatch.setattr(environment, "ask_torch", lambda: TORCH)
     monkeypatch.delenv("HF_TOKEN", raising=False)
 
@@ -47,7 +47,7 @@ def test_each_check_of_a_whole_environment_is_one_line(recipe):
 @pytest.mark.parametrize(
     ("module", "name", "returns", "code", "states"),
     [
-        (devices, "gpus", lambda: [], 0, {"torch": "ok", "GPU": "note"}),
+        (hardware, "all_gpus", lambda: [], 0, {"torch": "ok", "GPU": "note"}),
         (environment, "ask_torch", lambda: TORCH | {"gpus": 0}, 0, {"GPU": "note"}),
         (shutil, "disk_usage", lambda _: USAGE, 1, {"runs": "wrong", "cache": "wrong", "models": "note"}),
     ],

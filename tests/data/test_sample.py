@@ -87,7 +87,7 @@ def test_with_several_studies_the_one_that_is_meant_is_named(recipes, recipe, tm
     assert made.returncode == 0
     assert [line.split()[:2] for line in made.stdout.splitlines()[1:3]] == [["train.jsonl", "8"], ["valid.jsonl", "4"]]
     assert "data/sums/manifest.json" in made.stdout
-    remedy = str(studies.preparation("data/sums/test.jsonl"))
+    remedy = str(studies.prepare_commands("data/sums/test.jsonl"))
     assert "`recipe data fetch sums`" in remedy and "`recipe data prepare --study sums`" in remedy
 
 

@@ -14,16 +14,16 @@ import pytest
 import random_models
 from memory_plugin import MEMORY, SHARE, STOP
 
-from qlora_recipes.base import devices, yamlfiles
+from qlora_recipes.base import hardware, yamlfiles
 from qlora_recipes.base.files import read_json
 from qlora_recipes.base.paths import find_recipe
 from qlora_recipes.config import gpus, models, substitution
 
 GPU = gpus.here()
-BF16 = GPU.capability >= (8, 0) if GPU else devices.cpu_has_bf16()
+BF16 = GPU.capability >= (8, 0) if GPU else hardware.cpu_has_bf16()
 DEVICE = "cuda" if GPU else "cpu"
 needs_gpu = pytest.mark.skipif(GPU is None, reason="needs a GPU")
-needs_two_gpus = pytest.mark.skipif(len(devices.visible_gpus()) < 2, reason="needs two GPUs")
+needs_two_gpus = pytest.mark.skipif(len(hardware.visible_gpus()) < 2, reason="needs two GPUs")
 
 RECIPE = "haider2024/code-llama-7b"
 SHAPES = ("haider2024/llama-3.2-3b", "haider2024/llama-2-7b", "haider2024/llama-3-8b")

@@ -30,7 +30,7 @@ BASE = "haider2024/code-llama-7b"
 SHIPPED = sorted(file.stem for file in (paths.RECIPES / "sweeps").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("name", [next(iter(one.published)) for one in studies.every()])
+@pytest.mark.parametrize("name", [next(iter(one.published)) for one in studies.load_all()])
 @pytest.mark.parametrize("sweep", SHIPPED)
 def test_members_of_shipped_sweeps_are_clean_over_a_recipe_of_each_study(sweep, name, place, prepared):
     (place / "data").symlink_to(prepared)

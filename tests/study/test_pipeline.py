@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from run_folders import a_run
 
-from qlora_recipes.base import devices
+from qlora_recipes.base import hardware
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.config import gpus
 from qlora_recipes.config.compose import Request
@@ -30,7 +30,7 @@ def task(folder: Path, words: dict[Step, list[str]], asked: list[str]) -> Task:
 
 
 def test_jobs_each_see_a_gpu_of_their_own(monkeypatch):
-    monkeypatch.setattr(devices, "visible_gpus", lambda: {"5": {}, "7": {}})
+    monkeypatch.setattr(hardware, "visible_gpus", lambda: {"5": {}, "7": {}})
     assert Local(rehearsal=False, jobs=2).devices == ["5", "7"]
     with pytest.raises(UserError, match=r"--jobs 3: .* 2 "):
         Local(rehearsal=False, jobs=3)

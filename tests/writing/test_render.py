@@ -55,7 +55,7 @@ def test_every_setting_names_its_source(name):
 
 
 def test_the_gains_of_table_ii_follow_from_its_scores():
-    of_study = studies.of("haider2024/llama-2-7b")
+    of_study = studies.study_of("haider2024/llama-2-7b")
     assert of_study
     assert set(of_study.published) <= set(paths.recipe_names())
     printed = of_study.baselines[0].scores

@@ -10,7 +10,7 @@ from pathlib import Path
 from ...base import paths, tables, yamlfiles
 from ...base.errors import UserError
 from ...base.files import Row, json_rows, sha256
-from ...base.secrets import public
+from ...base.secrets import without_secrets
 from ...base.yamlfiles import on_one_line
 from ...config import merging
 from ...config.merging import Difference
@@ -62,7 +62,7 @@ class ReportedRun(RunResult):
                 "this run": on_one_line(d.run),
                 "why": d.why,
             }
-            for d in map(Difference.public, self.run.differences)
+            for d in map(Difference.without_secrets, self.run.differences)
         ]
 
     @cached_property
@@ -77,7 +77,7 @@ class ReportedRun(RunResult):
         of_recipe = (
             dict.fromkeys(yamlfiles.read_yaml(file), "the recipe") | yamlfiles.sources(file) if file.is_file() else {}
         )
-        why = {f"{difference.key}.": difference.public().why for difference in self.run.differences}
+        why = {f"{difference.key}.": difference.without_secrets().why for difference in self.run.differences}
         return [
             {
                 "setting": key,
@@ -85,7 +85,7 @@ class ReportedRun(RunResult):
                 "source": next((why[changed] for changed in why if f"{key}.".startswith(changed)), None)
                 or of_recipe.get(key.partition(".")[0], "set by the run"),
             }
-            for key, value in merging.flatten(public(self.config))
+            for key, value in merging.flatten(without_secrets(self.config))
         ]
 
     @property
@@ -103,7 +103,7 @@ class ReportedRun(RunResult):
         if self.evaluation:
             files["scores.json"] = self.evaluation.model_dump()
         return {
-            name: [(key, on_one_line(value)) for key, value in merging.flatten(public(content))]
+            name: [(key, on_one_line(value)) for key, value in merging.flatten(without_secrets(content))]
             for name, content in files.items()
         }
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ...base import devices, processes
+from ...base import hardware, processes
 from ...base.errors import UserError
 from ...base.files import opened
 from ...base.processes import start_child, stop_requests
@@ -154,7 +154,7 @@ class Local:
 
     def __init__(self, rehearsal: bool, jobs: int | None = None):
         jobs = jobs or 1
-        visible = [None] * jobs if jobs == 1 or rehearsal else [*devices.visible_gpus()]
+        visible = [None] * jobs if jobs == 1 or rehearsal else [*hardware.visible_gpus()]
         if jobs > len(visible):
             raise UserError(f"--jobs {jobs}: each job needs its own GPU; {len(visible)} available on this machine")
         self.devices = visible[:jobs]  # the GPU of each job; None leaves the choice to the run
@@ -171,7 +171,7 @@ class Local:
         """
         if nodes > 1:
             raise UserError(f"--nodes {nodes}: add --on slurm, which starts the run on each node")
-        if gpus > max(available := len(devices.visible_gpus()), 1):
+        if gpus > max(available := len(hardware.visible_gpus()), 1):
             raise UserError(f"--gpus {gpus}: too many; {available} available on this machine")
 
     def submit(self, tasks: Sequence[Task], title: str) -> None:

@@ -19,7 +19,7 @@ class GpuInfo(TypedDict, total=False):
     driver: str
 
 
-def cpu() -> str:
+def cpu_name() -> str:
     """The processor's name."""
     name = re.search(r"^model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return name[1].strip() if name else platform.machine()
@@ -30,7 +30,7 @@ def cpu_has_bf16() -> bool:
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(Path("/proc/cpuinfo").read_text().split())
 
 
-def gpus() -> list[GpuInfo]:
+def all_gpus() -> list[GpuInfo]:
     """All GPUs of this machine, regardless of CUDA_VISIBLE_DEVICES."""
     with _driver() as handles:
         return [_gpu_info(handle) for handle in handles]
