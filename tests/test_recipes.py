@@ -7,7 +7,8 @@ import pytest
 from conftest import recipe_config
 
 from qlora_recipes.base import paths, yamlfiles
-from qlora_recipes.config import datafiles, gpus, merging
+from qlora_recipes.config import gpus, merging
+from qlora_recipes.config.training_settings import TrainingSettings
 
 
 def validated(cfg: yamlfiles.Config, gpu: str) -> dict[str, Any]:
@@ -40,11 +41,11 @@ def test_axolotl_validates_the_recipe(name):
 )
 def test_a_warm_up_of_3_percent_is_rounded_up_as_by_the_authors_transformers(study, rows, steps):
     names = [name for name in paths.recipe_names() if name.startswith(f"{study}/")]
-    stated = {datafiles.steps_of(cfg, rows): cfg.get("warmup_steps") for cfg in map(recipe_config, names)}
+    stated = {TrainingSettings.of(cfg).steps(rows): cfg.get("warmup_steps") for cfg in map(recipe_config, names)}
     assert stated == steps == {count: math.ceil(0.03 * count) for count in steps}
 
 
 def test_no_other_recipe_has_a_ratio_that_rounding_changes():
     ratios = {name: cfg for name in paths.recipe_names() if (cfg := recipe_config(name)).get("warmup_ratio")}
     assert {name.partition("/")[0] for name in ratios} == {"peft-metamathqa"}
-    assert {cfg["warmup_ratio"] * (datafiles.steps_of(cfg, 20_000) or 0) for cfg in ratios.values()} == {500}
+    assert {cfg["warmup_ratio"] * (TrainingSettings.of(cfg).steps(20_000) or 0) for cfg in ratios.values()} == {500}

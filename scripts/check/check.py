@@ -8,10 +8,11 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row
 from ..base.hub import importing_axolotl
-from ..config import compose, datafiles, models, substitution
+from ..config import compose, models, substitution
 from ..config.compose import Composed, Request
 from ..config.finding import LEVELS, Case, Finding, override_errors, refuse, remaining_errors, rule_findings
 from ..config.gpus import Gpu
+from ..config.training_settings import TrainingSettings
 from ..data import studies
 from ..training import validation
 from . import code_rules, data_rules, model_rules, schema, settings_rules  # noqa: F401 (rules add themselves)
@@ -181,9 +182,10 @@ def _fixed_warm_up(composed: Composed, gpus: int) -> Iterator[Finding]:
         return
     changed = [key for key in original if key.startswith(_DECIDES_STEPS)]
     former = composed.config | {key: value for key, value in original.items() if isinstance(value, int)}
-    if datafiles.effective_batch(former) != gpus * datafiles.effective_batch(composed.config):
+    settings = TrainingSettings.of(composed.config)
+    if TrainingSettings.of(former).rows_per_step != gpus * settings.rows_per_step:
         changed.append("the number of rows per step")
-    if composed.config.get("max_steps"):
+    if settings.max_steps:
         changed = [key for key in changed if key == "max_steps"]
     if changed:
         problem = f"still {steps} steps, although {changed[0]} changes the number of steps"

@@ -14,6 +14,7 @@ from ..base.yamlfiles import Config
 from ..config import datafiles
 from ..config.finding import Faults, Finding, Level
 from ..config.substitution import stands_in
+from ..config.training_settings import TrainingSettings
 from ..training.losses import MASKED
 from ..training.tokens import Tokenizer, packed_sequences, padding, taught_ends, unknown_roles
 from .rows import Reader
@@ -97,7 +98,7 @@ def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[li
                     "padding": None if cfg.sample_packing else padding(cfg, kept),
                 }
             )
-            left = kept[: datafiles.not_held_out(content, len(kept))]
+            left = kept[: TrainingSettings.of(content).rows_left(len(kept))]
             is_whole = len(cfg.datasets) == 1 and read.rows == total
             if left and cfg.sample_packing and key.startswith("datasets") and is_whole:
                 findings += _without_batch(cfg, left, gpus)

@@ -17,6 +17,7 @@ from .datafiles import DataFile
 from .gpus import Gpu
 from .merging import Difference
 from .profiles import ADAPTED, Incompatible, adapted
+from .training_settings import SEED
 from .variants import check_not_of_the_run
 
 REHEARSAL = "rehearsal"
@@ -176,7 +177,7 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     stated = numerics.engine_precision(draft.config, on_gpu=not rehearsal)
     draft.take(stated, "DeepSpeed reads auto too late for ZeRO-3")
     if draft.config.get("seed") is None:
-        draft.take(draft.config | {"seed": merging.AXOLOTL_SEED}, "without a seed, each run would begin differently")
+        draft.take(draft.config | {"seed": SEED}, "without a seed, each run would begin differently")
     return Composed(
         recipe=name,
         recipe_file=file,

@@ -1,6 +1,5 @@
 """A config's data sets and their files on this machine."""
 
-import math
 import re
 import sys
 from collections.abc import Collection, Iterator
@@ -18,6 +17,7 @@ from ..base.yamlfiles import Config
 from ..data import studies
 from . import models
 from .merging import flatten
+from .training_settings import TrainingSettings
 
 _SUFFIXES = {".jsonl", ".json", ".parquet", ".csv", ".arrow", ".text", ".txt", ".gz", ".zst"}
 FORMATS = ("json", "csv", "parquet", "arrow", "text")
@@ -237,19 +237,8 @@ def _count_rows(path: Path, mtime_ns: int, size: int) -> int:
 
 
 def training_steps(composed: Config, gpus: int = 1) -> int | None:
-    """Number of optimizer steps of a config; None if unknown, see `steps_of`."""
-    return steps_of(composed, training_rows(composed), gpus)
-
-
-def steps_of(composed: Config, rows: int | None, gpus: int = 1) -> int | None:
-    """Number of optimizer steps for a number of rows; None if unknown, as for packed rows.
-
-    Axolotl counts steps in the same way (utils/trainer.py, calculate_total_num_steps)."""
-    if composed.get("max_steps"):
-        return composed["max_steps"]  # overrides the epochs
-    if rows is None or composed.get("sample_packing"):
-        return None
-    return math.ceil(rows * composed.get("num_epochs", 1) / (effective_batch(composed) * gpus))
+    """Number of optimizer steps of a config; None if unknown, see `TrainingSettings.steps`."""
+    return TrainingSettings.of(composed).steps(training_rows(composed), gpus)
 
 
 def training_rows(composed: Config) -> int | None:
@@ -269,17 +258,4 @@ def training_rows(composed: Config) -> int | None:
         if len(files) != 1 or is_part:
             return None
         rows += min(count_rows(files[0]), sys.maxsize if first is None else first)
-    return not_held_out(composed, rows) if rows else None
-
-
-def not_held_out(composed: Config, rows: int) -> int:
-    """Number of rows that val_set_size leaves for training."""
-    held_out = composed.get("val_set_size") or 0  # a number or a share of rows
-    return max(rows - math.ceil(held_out * rows if held_out < 1 else held_out), 0)
-
-
-def effective_batch(composed: Config) -> int:
-    """Number of rows per optimizer step on one device."""
-    if composed.get("batch_size"):
-        return composed["batch_size"]
-    return (composed.get("micro_batch_size") or 1) * (composed.get("gradient_accumulation_steps") or 1)
+    return TrainingSettings.of(composed).rows_left(rows) if rows else None

@@ -12,6 +12,7 @@ from ..base.errors import UserError, meant
 from ..base.files import read_json
 from ..base.yamlfiles import Config
 from .merging import flatten, merge
+from .training_settings import TrainingSettings
 
 ENGINE_KEYS = ("deepspeed", "fsdp_version", "fsdp_config")  # keys of a config
 SIZE = re.compile(r"(\d{1,3}) ?Gi?B", re.IGNORECASE)  # a memory size, which `recipe plan` accepts in place of a GPU
@@ -141,13 +142,13 @@ def divided(config: Config, gpus: int, asked: str) -> Config:
     Raises:
         UserError: the rows of a step cannot be split evenly.
     """
-    key = "batch_size" if config.get("batch_size") else "gradient_accumulation_steps"
-    micro = config.get("micro_batch_size")
-    accumulated = config.get(key) or 1
-    if gpus == 1 or not isinstance(micro, int) or not isinstance(accumulated, int) or micro < 1 or accumulated < 1:
-        return config  # the schema reports values that are not numbers
-    unit = micro if key == "batch_size" else 1
-    if accumulated % (gpus * unit) == 0:
-        return merge(config, {key: accumulated // gpus})
-    problem = f"{key} is {accumulated}, not a multiple of {gpus * unit}"
+    if gpus == 1:
+        return config
+    settings = TrainingSettings.of(config)
+    key, count, unit = "gradient_accumulation_steps", settings.gradient_accumulation_steps, 1
+    if settings.batch_size:
+        key, count, unit = "batch_size", settings.batch_size, settings.micro_batch_size
+    if count % (gpus * unit) == 0:
+        return merge(config, {key: count // gpus})
+    problem = f"{key} is {config.get(key) or count}, not a multiple of {gpus * unit}"
     raise UserError(f"{asked}: {problem}; use --set to choose a multiple, and perhaps a smaller micro_batch_size")

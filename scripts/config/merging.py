@@ -12,7 +12,6 @@ from ..base.yamlfiles import Config, parse
 
 TRACKING = re.compile("(use_|hf_)?(wandb|mlflow|comet|trackio|swanlab|tensorboard|otel)(_|$)")
 """Keys of experiment trackers, which do not affect training."""
-AXOLOTL_SEED = 42  # Axolotl's default
 OF_THE_RUN = ("output_dir", "dataset_prepared_path", "resume_from_checkpoint")  # `recipe run` sets these keys
 NOT_OF_ROWS = re.compile(
     "|".join(

@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass, field, replace
 from ..base.errors import UserError
 from ..base.yamlfiles import Config
 from ..check import check
-from ..config import datafiles
 from ..config.compose import Composed, Request, compose
 from ..config.finding import Finding, override_errors, refuse
 from ..config.gpus import ENGINE_KEYS, Gpu, engine_of, offloads
 from ..config.merging import merge
+from ..config.training_settings import TrainingSettings
 from . import steps, work
 from .planner import CONTEXT, GIB, USABLE, Planner, needed_per_gpu, per_gpu, planner_of, required_gib
 from .traces import Counts, Usage
@@ -196,53 +196,52 @@ def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus
 
 def _changes(config: Config, planner: Planner, gpu: Gpu, gpus: int) -> Iterator[PlannedChange]:
     """Cumulative changes until a step fits on each of the GPUs, mildest first."""
-    step, usable = planner.step, usable_gib(gpu) * GIB
-    optimizer = str(config.get("optimizer") or steps.OPTIMIZER)
-    paged = "paged_adamw_8bit" if "8bit" in optimizer else "paged_adamw_32bit"
-    candidates: list[tuple[Config, str, bool]] = [
-        ({"gradient_checkpointing": True}, "the same gradients, a third more time", not step.checkpointing),
-        (
-            {"chunked_cross_entropy": True},
-            "the same loss, computed on an eighth of the tokens at a time",
-            gpu.capability >= (8, 0) and not any(map(config.get, steps.LOSSES)),  # Triton requires capability 8.0
-        ),
-        (
-            {"optimizer": paged},
-            "the same steps; optimizer state leaves the GPU when the GPU is full",
-            optimizer in steps.OPTIMIZERS and "paged" not in optimizer and not config.get("fsdp_config"),
-        ),
-        (
-            {
-                "micro_batch_size": 1,
-                # a run divides it among the GPUs, as it divided the config's
-                "gradient_accumulation_steps": max(int(datafiles.effective_batch(config)), planner.rows) * gpus,
-                "batch_size": None,
-            },
-            "the same rows per step, one at a time",
-            planner.rows > 1,
-        ),
-        # DoRA needs weight norms, which a traced 4-bit layer lacks
-        (_with_qlora(config), "a base model in 4 bits", step.adapter != "qlora" and not config.get("peft_use_dora")),
-        *(({"sequence_len": planner.length // part}, "longer rows are lost", True) for part in (2, 4)),
-    ]
+    usable = usable_gib(gpu) * GIB
     changed = config
-    for settings, effect, applies in candidates:
-        if not applies:
-            continue
-        settings = {key: value for key, value in settings.items() if value is not None or key in config}
-        changed = merge(changed, settings)
+    for changes, effect in _reductions(config, planner, gpu, gpus):
+        changed = merge(changed, changes)
         needed = needed_per_gpu(planner_of(changed, gpu)[0], changed, gpus)
-        yield PlannedChange(settings, effect, needed, needed <= usable)
+        yield PlannedChange(changes, effect, needed, needed <= usable)
         if needed <= usable:
             break
 
 
+def _reductions(config: Config, planner: Planner, gpu: Gpu, gpus: int) -> Iterator[tuple[Config, str]]:
+    """Changes that reduce the memory of a step, mildest first, each with its effect."""
+    settings, step = TrainingSettings.of(config), planner.step
+    if not step.checkpointing:
+        yield {"gradient_checkpointing": True}, "the same gradients, a third more time"
+    if gpu.capability >= (8, 0) and not any(map(config.get, steps.LOSSES)):  # Triton requires capability 8.0
+        yield {"chunked_cross_entropy": True}, "the same loss, computed on an eighth of the tokens at a time"
+    if _can_be_paged(settings.optimizer) and not config.get("fsdp_config"):
+        bits = "8bit" if "8bit" in settings.optimizer else "32bit"
+        effect = "the same steps; optimizer state leaves the GPU when the GPU is full"
+        yield {"optimizer": f"paged_adamw_{bits}"}, effect
+    if planner.rows > 1:
+        rows = max(settings.rows_per_step, planner.rows)
+        # a run divides the number among the GPUs, as it divided the config's
+        single_rows: Config = {"micro_batch_size": 1, "gradient_accumulation_steps": rows * gpus}
+        if "batch_size" in config:
+            single_rows["batch_size"] = None
+        yield single_rows, "the same rows per step, one at a time"
+    if step.adapter != "qlora" and not config.get("peft_use_dora"):  # its weight norms are not in a traced 4-bit layer
+        yield _with_qlora(config), "a base model in 4 bits"
+    for part in (2, 4):
+        yield {"sequence_len": planner.length // part}, "longer rows are lost"
+
+
+def _can_be_paged(optimizer: str) -> bool:
+    return optimizer in steps.OPTIMIZERS and "paged" not in optimizer
+
+
 def _with_qlora(config: Config) -> Config:
     """Settings that switch a config to QLoRA, by default on all linear layers."""
-    settings: Config = {"adapter": "qlora", "load_in_4bit": True}
-    if not (config.get("lora_target_modules") or config.get("lora_target_linear")):
-        settings["lora_target_linear"] = True
-    return settings | ({} if config.get("lora_r") else {"lora_r": 16, "lora_alpha": 32})
+    changes: Config = {"adapter": "qlora", "load_in_4bit": True}
+    if not TrainingSettings.of(config).targets:
+        changes["lora_target_linear"] = True
+    if not config.get("lora_r"):
+        changes |= {"lora_r": 16, "lora_alpha": 32}
+    return changes
 
 
 def usable_gib(gpu: Gpu) -> float:
@@ -273,7 +272,7 @@ def _findings(content: Config, gpu: Gpu, gpus: int | None, anew: bool) -> list[F
     needed, key, unplanned = None, "micro_batch_size", "run `recipe plan`"
     if gpus is None and any(content.get(key) for key in ENGINE_KEYS):
         unplanned = f"{engine_of(content)} needs the number of GPUs; run `recipe plan --gpus N`"
-    elif offloads(content) or any((content.get(key) or 1) > 1 for key in steps.SPLIT):
+    elif offloads(content) or steps.split_keys(content):
         unplanned = "plans do not support offloading to main memory, nor this way of splitting the model"
     else:
         try:

@@ -23,6 +23,7 @@ from ..base.yamlfiles import Config
 from ..config import models
 from ..config.gpus import Gpu, engine_of
 from ..config.numerics import attention, precision
+from ..config.training_settings import TrainingSettings
 from . import steps, traces
 from .steps import Step
 from .traces import Counts, Shape, Usage, rounded
@@ -165,7 +166,8 @@ def planner_of(config: Config, gpu: Gpu | None, download: bool = True) -> tuple[
     """
     capability = gpu.capability if gpu else _least_capability(config)
     step, notes = steps.step_of(config, models.architecture(config, download), capability)
-    return Planner(step, steps.rows_of(config), steps.length_of(config)), notes
+    settings = TrainingSettings.of(config)
+    return Planner(step, settings.micro_batch_size, settings.sequence_len), notes
 
 
 def required_gib(config: Config, gpu: Gpu | None = None, anew: bool = False, gpus: int = 1) -> float | None:

@@ -7,11 +7,10 @@ from typing import Any
 
 from ..base.errors import UserError
 from ..base.yamlfiles import Config
-from ..config import datafiles
 from ..config.gpus import offloads
 from ..config.numerics import attention, precision, takes_varlen
+from ..config.training_settings import OPTIMIZER, TrainingSettings
 
-OPTIMIZER = "adamw_torch_fused"  # Axolotl's default
 OPTIMIZERS = {
     "adamw_torch",
     "adamw_torch_fused",
@@ -24,7 +23,6 @@ _TAKE_MORE = ("lora_target_parameters", "unfrozen_parameters", "selective_checkp
 LOSSES = ("cut_cross_entropy", "liger_cross_entropy", "liger_fused_linear_cross_entropy", "chunked_cross_entropy")
 """Optimized losses; Axolotl accepts only one of them (check_cross_entropy_conflicts)."""
 _KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
-SPLIT = ("tensor_parallel_size", "context_parallel_size")
 _TAKE_LESS = (
     *(*LOSSES[:3], "liger_rms_norm", "liger_glu_activation", "activation_offloading", "layer_offloading"),
     *("peft_layers_to_transform", "peft_layers_pattern", "lora_exclude_modules"),
@@ -85,7 +83,7 @@ class Step:
 
 
 def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int, int]) -> tuple[Step, list[str]]:
-    """Training step that Axolotl makes from a config, and notes on untraced settings.
+    """Training step that Axolotl makes from a config, and notes on settings that it does not trace.
 
     Args:
         config: a config that passes `recipe check`.
@@ -95,55 +93,61 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
     Raises:
         UserError: planning does not support the config.
     """
-    _refuse_unplannable(config, architecture)
-    adapter = config.get("adapter")
-    notes = []
-    formats = precision(config, on_gpu=True)
-    dtype = formats.weights
-    if not adapter and formats.autocast == "float16":
-        dtype = "float32"
-        notes.append("weights in fp32: the gradient scaler refuses gradients in fp16")
-    optimizer = str(config.get("optimizer") or OPTIMIZER)
-    if optimizer not in OPTIMIZERS:
-        notes.append(f"optimizer {optimizer}: planned as {OPTIMIZER}")
-        optimizer = OPTIMIZER
-    implementation = attention(config) or "sdpa"
-    if implementation not in ("sdpa", "eager", "flash_attention_2"):
-        notes.append(f"{implementation}: planned as flash_attention_2")
-        implementation = "flash_attention_2"
-    notes += _not_traced(config, architecture)
-    rows = rows_of(config)
-    packed = bool(config.get("sample_packing"))
-    pads = rows > 1 or bool(config.get("pad_to_sequence_len"))
-    masks = implementation != "flash_attention_2"
-    slides = implementation == "sdpa" and _has_window(architecture)
+    settings = TrainingSettings.of(config)
+    _refuse_unplannable(config, settings, architecture)
+    implementation = _attention(config)
+    packs, masks = settings.sample_packing, implementation != "flash_attention_2"
     quantization = config.get("bnb_config_kwargs") or {}
-    reentrant = (config.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant")
-    checkpointing = "reentrant" if reentrant else "non-reentrant"
-    targets = "all-linear" if config.get("lora_target_linear") else config.get("lora_target_modules") or ()
-    return Step(
+    step = Step(
         model=json.dumps(architecture, sort_keys=True),
-        adapter=adapter,
-        weights=dtype,
-        autocast=formats.autocast,
-        rank=int(config.get("lora_r") or 8),
-        targets=targets if isinstance(targets, str) else tuple(targets),
+        adapter=settings.adapter,
+        weights="float32" if _scales_gradients_of_all(config, settings) else precision(config, on_gpu=True).weights,
+        autocast=precision(config, on_gpu=True).autocast,
+        rank=int(config.get("lora_r") or 8),  # PEFT's default
+        targets=settings.targets,
         saved_modules=tuple(config.get("lora_modules_to_save") or ()),
         dora=bool(config.get("peft_use_dora")),
         fp32_adapters=config.get("peft_autocast_adapter_dtype") is not False,
         dropout=float(config.get("lora_dropout") or 0),
         quantization=quantization.get("bnb_4bit_quant_type", "nf4"),
         double_quantization=quantization.get("bnb_4bit_use_double_quant", True),
-        checkpointing=checkpointing if config.get("gradient_checkpointing") else None,
+        checkpointing=_checkpointing(config),
         attention=implementation,
-        padded=(pads or slides) and masks and not packed,
-        packed=packed and masks,
-        flat=packed and not masks,
-        accumulates=datafiles.effective_batch(config) > rows,
-        optimizer=optimizer,
+        padded=masks and not packs and _has_mask(config, settings, architecture),
+        packed=masks and packs,
+        flat=not masks and packs,
+        accumulates=settings.rows_per_step > settings.micro_batch_size,
+        optimizer=settings.optimizer if settings.optimizer in OPTIMIZERS else OPTIMIZER,
         chunked_loss=bool(config.get("chunked_cross_entropy")),
         capability=oldest_alike(capability),
-    ), notes
+    )
+    notes = [*_substitutions(config, settings), *_untraced_keys(config), *_untraced(config, settings, architecture)]
+    return step, notes
+
+
+def _scales_gradients_of_all(config: Config, settings: TrainingSettings) -> bool:
+    """True if fp16's gradient scaler, which refuses gradients in fp16, is used with full fine-tuning."""
+    return settings.adapter is None and precision(config, on_gpu=True).autocast == "float16"
+
+
+def _attention(config: Config) -> str:
+    """Attention implementation in the traced step; kernels other than torch's are traced as FlashAttention."""
+    implementation = attention(config) or "sdpa"
+    return implementation if implementation in ("sdpa", "eager") else "flash_attention_2"
+
+
+def _checkpointing(config: Config) -> str | None:
+    if not config.get("gradient_checkpointing"):
+        return None
+    options = config.get("gradient_checkpointing_kwargs") or {}
+    return "reentrant" if options.get("use_reentrant") else "non-reentrant"
+
+
+def _has_mask(config: Config, settings: TrainingSettings, architecture: dict[str, Any]) -> bool:
+    """True if unpacked rows need a mask: for padding, or for a sliding window under sdpa."""
+    if settings.micro_batch_size > 1 or config.get("pad_to_sequence_len"):
+        return True
+    return _attention(config) == "sdpa" and _has_window(architecture)
 
 
 def oldest_alike(capability: tuple[int, int]) -> tuple[int, int]:
@@ -164,24 +168,48 @@ def _has_window(architecture: dict[str, Any]) -> bool:
     return bool(text.get("sliding_window") and text.get("use_sliding_window", True))
 
 
-def _refuse_unplannable(config: Config, architecture: dict[str, Any]) -> None:
-    adapter = config.get("adapter")
-    if adapter not in (None, "lora", "qlora"):
-        raise UserError(f"adapter: {adapter} cannot be planned; plans support lora, qlora or no adapter")
+def _refuse_unplannable(config: Config, settings: TrainingSettings, architecture: dict[str, Any]) -> None:
+    if settings.adapter not in (None, "lora", "qlora"):
+        raise UserError(f"adapter: {settings.adapter} cannot be planned; plans support lora, qlora or no adapter")
     if config.get("load_in_8bit") or "quantization_config" in architecture:
         raise UserError("base_model: an 8-bit or already quantized model cannot be planned")
     if config.get("rl"):
         raise UserError("rl: preference training cannot be planned")
 
 
-def _not_traced(config: Config, architecture: dict[str, Any]) -> Iterator[str]:
-    """Notes on untraced settings, and whether training will need less or more memory."""
-    yield from (f"{key}: not traced; training needs less memory" for key in _TAKE_LESS if config.get(key))
-    yield from (f"{key}: not planned; counted as 1" for key in SPLIT if (config.get(key) or 1) > 1)
+def _substitutions(config: Config, settings: TrainingSettings) -> Iterator[str]:
+    """Notes on settings that are planned as others."""
+    if _scales_gradients_of_all(config, settings):
+        yield "weights in fp32: the gradient scaler refuses gradients in fp16"
+    if settings.optimizer not in OPTIMIZERS:
+        yield f"optimizer {settings.optimizer}: planned as {OPTIMIZER}"
+    implementation = attention(config) or "sdpa"
+    if implementation != _attention(config):
+        yield f"{implementation}: planned as flash_attention_2"
+
+
+def _untraced_keys(config: Config) -> Iterator[str]:
+    """Notes on keys that change the memory but not the trace."""
+    for key in _TAKE_LESS:
+        if config.get(key):
+            yield f"{key}: not traced; training needs less memory"
+    for key in split_keys(config):
+        yield f"{key}: not planned; counted as 1"
     if config.get("adapter") and all(config.get(key) is None for key in _KERNELS):
         yield "LoRA kernels, which Axolotl turns on by default: not traced; training needs less memory"
-    yield from (f"{key}: not traced; training needs more memory" for key in _TAKE_MORE if config.get(key))
-    if config.get("lora_target_linear") and {"embed_tokens", "lm_head"} & {*(config.get("lora_target_modules") or ())}:
+    for key in _TAKE_MORE:
+        if config.get(key):
+            yield f"{key}: not traced; training needs more memory"
+
+
+def split_keys(config: Config) -> list[str]:
+    """Keys by which several GPUs share the tensors or rows of one model."""
+    return [key for key in ("tensor_parallel_size", "context_parallel_size") if (config.get(key) or 1) > 1]
+
+
+def _untraced(config: Config, settings: TrainingSettings, architecture: dict[str, Any]) -> Iterator[str]:
+    """Notes on values that change the memory but not the trace."""
+    if settings.targets == "all-linear" and {"embed_tokens", "lm_head"} & {*(config.get("lora_target_modules") or ())}:
         yield "lora_target_modules: planned only with the linear layers; training needs more memory"
     if takes_varlen(config, architecture):
         yield "varlen_attn: planned as sdpa with a mask over packed rows; training needs less memory"
@@ -189,15 +217,5 @@ def _not_traced(config: Config, architecture: dict[str, Any]) -> Iterator[str]:
         yield "gradient_checkpointing: offloading is not traced; training needs less memory"
     if offloads(config):
         yield "weights or optimizer state in main memory: not planned; training needs less GPU memory"
-    if int(config.get("eval_batch_size") or 0) > rows_of(config):
+    if int(config.get("eval_batch_size") or 0) > settings.micro_batch_size:
         yield "eval_batch_size: evaluation is not traced; it has more rows than training and may need more memory"
-
-
-def rows_of(config: Config) -> int:
-    """Rows per micro batch."""
-    return int(config.get("micro_batch_size") or 1)
-
-
-def length_of(config: Config) -> int:
-    """Maximum number of tokens per row."""
-    return int(config.get("sequence_len") or 512)  # Axolotl's default (utils/schemas/config.py)

@@ -9,8 +9,8 @@ from ..check import check
 from ..config import datafiles, models
 from ..config.compose import Composed
 from ..config.gpus import Gpu
+from ..config.training_settings import TrainingSettings
 from ..data import studies
-from . import steps
 from .planner import Planner
 
 FULL = "every row counted at full length"
@@ -123,16 +123,17 @@ def work(composed: Composed, planner: Planner, gpu: Gpu | None, gpus: int, lengt
         lengths: counts of rows and tokens; without them every row counts at full length.
     """
     config = composed.config
-    length, packs = steps.length_of(config), bool(config.get("sample_packing"))
+    settings = TrainingSettings.of(config)
+    length, packs = settings.sequence_len, settings.sample_packing
     lengths = lengths or _full(composed, length)
     rows = lengths.rows if lengths else None
     if lengths and not packs:
         length = round(lengths.padded / lengths.rows)
     tokens, tokens_are = (lengths.tokens, lengths.are) if lengths else (None, "")
-    all_steps = datafiles.steps_of(config, rows, gpus)
-    epochs = float(config.get("num_epochs") or 1)
-    if all_steps and config.get("max_steps"):  # overrides num_epochs
-        taken = all_steps * datafiles.effective_batch(config) * gpus
+    all_steps = settings.steps(rows, gpus)
+    epochs = settings.num_epochs
+    if all_steps and settings.max_steps:  # overrides num_epochs
+        taken = all_steps * settings.rows_per_step * gpus
         if packs:  # `taken` counts packed sequences, not rows
             tokens, epochs, tokens_are = length, taken, FULL
         elif rows:

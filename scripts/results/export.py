@@ -16,6 +16,7 @@ from ..base.errors import UserError
 from ..base.files import Row, write_atomically
 from ..base.terminal import say
 from ..config import gpus, merging
+from ..config.training_settings import TrainingSettings
 from ..data import studies
 from ..data.published import Baseline
 from ..data.studies import Study
@@ -177,7 +178,7 @@ def record_of_run(result: RunResult) -> score_records.Record:
         content |= {
             "stage": "training",
             "values": _cell_values(run, result.study),
-            "seed": result.config.get("seed", merging.AXOLOTL_SEED),
+            "seed": TrainingSettings.of(result.config).seed,
             "seconds": summary.train_seconds,
             "peak_gib": summary.peak_memory,
         }

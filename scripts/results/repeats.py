@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.files import Row
-from ..config import merging
+from ..config.training_settings import TrainingSettings
 from ..evaluate import intervals, scores_file
 from ..evaluate.score import model_record
 from ..evaluate.scores_file import Evaluation
@@ -77,7 +77,7 @@ def tokens(result: RunResult) -> str | None:
 
 def seed(result: RunResult) -> str:
     """Seed of a run, as text."""
-    return str(result.config.get(SEED, merging.AXOLOTL_SEED))
+    return str(TrainingSettings.of(result.config).seed)
 
 
 def scores(column: Column, found: Sequence[RunResult]) -> list[tuple[RunResult, float]]:

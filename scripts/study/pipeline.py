@@ -11,10 +11,11 @@ from ..base.errors import UserError
 from ..base.paths import find_recipe
 from ..base.terminal import say, say_once
 from ..check import check
-from ..config import compose, datafiles, merging
+from ..config import compose, datafiles
 from ..config.compose import Composed, Request
 from ..config.finding import unknown_force
 from ..config.gpus import Gpu
+from ..config.training_settings import TrainingSettings
 from ..evaluate import benchmarks, evaluate
 from ..evaluate.evaluate import EvaluationRequest, EvaluationTask
 from ..evaluate.score import columns_of, require_models, scorer_models
@@ -57,7 +58,7 @@ def seeds_of(recipe: str, count: int) -> list[int] | list[None]:
     """Consecutive seeds for a recipe, beginning with the recipe's seed; None for one run, which keeps that seed."""
     if count == 1:
         return [None]
-    first = yamlfiles.read_yaml(find_recipe(recipe)[1]).get("seed", merging.AXOLOTL_SEED)
+    first = TrainingSettings.of(yamlfiles.read_yaml(find_recipe(recipe)[1])).seed
     return [first + i for i in range(count)]
 
 

@@ -34,7 +34,7 @@ from ..base.files import Row
 from ..base.processes import end_with_parent
 from ..base.terminal import Bar
 from ..base.yamlfiles import Config
-from ..config import datafiles
+from ..config.training_settings import TrainingSettings
 from .losses import MASKED
 from .validation import validated
 
@@ -251,7 +251,7 @@ def padding(cfg: Any, kept: list[int]) -> float:
     """Share of padding among all tokens, if Axolotl's collator pads the batches (core/builders/causal.py)."""
     if kept and cfg.group_by_length and not cfg.curriculum_sampling:
         order = torch.Generator().manual_seed(cfg.seed)
-        step = int(datafiles.effective_batch(cfg))
+        step = TrainingSettings.of(cfg).rows_per_step
         kept = [kept[i] for i in LengthGroupedSampler(step, lengths=kept, generator=order)]
     elif not cfg.curriculum_sampling:  # curriculum sampling keeps the order of the file
         random.Random(cfg.seed).shuffle(kept)

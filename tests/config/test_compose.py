@@ -6,6 +6,7 @@ import pytest
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.config import compose, datafiles
 from qlora_recipes.config.compose import Request
+from qlora_recipes.config.training_settings import TrainingSettings
 from qlora_recipes.run import run
 from qlora_recipes.run.rundir import RunDir
 
@@ -100,7 +101,7 @@ def test_a_rehearsal_shortens_a_warm_up_also_where_its_steps_are_not_known(place
 def test_steps_keep_their_rows_on_several_gpus(gpus, change, key, expected):
     of_run = compose.compose(Request(NAME, overrides=change, gpus=gpus))
     assert of_run.config[key] == expected
-    assert datafiles.effective_batch(of_run.config) * gpus == 8
+    assert TrainingSettings.of(of_run.config).rows_per_step * gpus == 8
     (difference,) = (one for one in of_run.differences if one.key == key)
     assert difference.why.startswith(f"--gpus {gpus}: ")
 

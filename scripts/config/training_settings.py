@@ -1,0 +1,99 @@
+"""Settings of a training, read from a config with Axolotl's defaults."""
+
+import math
+from dataclasses import dataclass
+
+from ..base.yamlfiles import Config
+from .merging import listed
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """Settings of a training. Values that the schema refuses count as missing; a check reports them.
+
+    Attributes:
+        micro_batch_size: rows per micro batch on one device.
+        gradient_accumulation_steps: micro batches per optimizer step.
+        batch_size: rows per optimizer step on one device; replaces `gradient_accumulation_steps`.
+        max_steps: number of optimizer steps; replaces `num_epochs`.
+        sequence_len: maximum number of tokens per row.
+        val_set_size: rows held out of the training data: their number, or below 1 their share.
+        adapter: qlora, lora, another adapter, or None for full fine-tuning.
+        targets: layers with LoRA, as in PEFT: their names, a regular expression, or all-linear.
+    """
+
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    batch_size: int | None
+    num_epochs: float
+    max_steps: int | None
+    sequence_len: int
+    sample_packing: bool
+    val_set_size: float
+    seed: int
+    optimizer: str
+    adapter: str | None
+    targets: tuple[str, ...] | str
+
+    @classmethod
+    def of(cls, config: Config) -> "TrainingSettings":
+        """Read the settings from a config. Each default is that of Axolotl 0.21, in the file of the comment."""
+        seed = _whole(config, "seed")
+        return cls(
+            micro_batch_size=_whole(config, "micro_batch_size") or 1,  # axolotl/utils/schemas/training.py
+            gradient_accumulation_steps=_whole(config, "gradient_accumulation_steps") or 1,  # schemas/training.py
+            batch_size=_whole(config, "batch_size") or None,  # schemas/training.py
+            num_epochs=_number(config, "num_epochs") or 1,  # schemas/training.py
+            max_steps=_whole(config, "max_steps") or None,  # schemas/config.py
+            sequence_len=_whole(config, "sequence_len") or 512,  # schemas/config.py
+            sample_packing=bool(config.get("sample_packing")),  # schemas/config.py
+            val_set_size=_number(config, "val_set_size") or 0,  # schemas/config.py
+            seed=SEED if seed is None else seed,
+            optimizer=str(config.get("optimizer") or OPTIMIZER),
+            adapter=config.get("adapter") or None,  # schemas/peft.py
+            targets=_targets(config),  # schemas/peft.py
+        )
+
+    @property
+    def rows_per_step(self) -> int:
+        """Number of rows per optimizer step on one device."""
+        return self.batch_size or self.micro_batch_size * self.gradient_accumulation_steps
+
+    def steps(self, rows: int | None, gpus: int = 1) -> int | None:
+        """Number of optimizer steps for a number of rows; None if unknown, as for packed rows.
+
+        Axolotl counts steps in the same way (utils/trainer.py, calculate_total_num_steps).
+        """
+        if self.max_steps:
+            return self.max_steps
+        if rows is None or self.sample_packing:
+            return None
+        return math.ceil(rows * self.num_epochs / (self.rows_per_step * gpus))
+
+    def rows_left(self, rows: int) -> int:
+        """Number of rows that `val_set_size` leaves for training."""
+        held_out = self.val_set_size
+        if held_out < 1:
+            held_out *= rows
+        return max(rows - math.ceil(held_out), 0)
+
+
+SEED = 42  # axolotl/utils/schemas/validation.py
+OPTIMIZER = "adamw_torch_fused"  # axolotl/utils/schemas/training.py
+
+
+def _number(config: Config, key: str) -> float | None:
+    value = config.get(key)
+    return value if isinstance(value, int | float) else None
+
+
+def _whole(config: Config, key: str) -> int | None:
+    value = _number(config, key)
+    return int(value) if value is not None and value.is_integer() else None
+
+
+def _targets(config: Config) -> tuple[str, ...] | str:
+    if config.get("lora_target_linear"):
+        return "all-linear"
+    targets = config.get("lora_target_modules")
+    return targets if isinstance(targets, str) else tuple(listed(config, "lora_target_modules"))

@@ -1,0 +1,42 @@
+"""Settings of a training, as Axolotl reads them from a config."""
+
+import pytest
+
+from qlora_recipes.config.training_settings import TrainingSettings
+
+DEFAULTS = TrainingSettings(
+    micro_batch_size=1,
+    gradient_accumulation_steps=1,
+    batch_size=None,
+    num_epochs=1,
+    max_steps=None,
+    sequence_len=512,
+    sample_packing=False,
+    val_set_size=0,
+    seed=42,
+    optimizer="adamw_torch_fused",
+    adapter=None,
+    targets=(),
+)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param({}, id="missing"),
+        pytest.param({"micro_batch_size": None, "num_epochs": None, "seed": None, "optimizer": None}, id="null"),
+        pytest.param({"micro_batch_size": 0, "max_steps": 0, "batch_size": 0, "adapter": ""}, id="empty"),
+        pytest.param({"micro_batch_size": "two", "sequence_len": 2.5, "lora_target_modules": 3}, id="refused"),
+    ],
+)
+def test_missing_and_invalid_values_take_axolotls_defaults(config):
+    assert TrainingSettings.of(config) == DEFAULTS
+
+
+def test_defaults_are_those_of_axolotl():
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    fields = AxolotlInputConfig.model_fields
+    keys = {key for key in vars(DEFAULTS) if key in fields} - {"seed"}  # a validator sets the seed
+    assert keys == vars(DEFAULTS).keys() - {"seed", "targets"}
+    assert {key: fields[key].default or None for key in keys} == {key: vars(DEFAULTS)[key] or None for key in keys}
