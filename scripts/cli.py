@@ -36,8 +36,8 @@ VERBS = {
         "evaluate": "evaluate",
         "score": "evaluate",
         "results": "results",
-        "report": "publish",
-        "publish": "publish",
+        "report": "results",
+        "publish": "results",
     },
     "Upkeep": {"doctor": "upkeep", "render": "upkeep", "study": "upkeep"},
 }

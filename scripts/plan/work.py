@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from ..base.errors import UserError
 from ..check import check
@@ -13,7 +14,6 @@ from ..config.training_settings import TrainingSettings
 from ..data import studies
 from .planner import Planner
 
-FULL = "every row counted at full length"
 UTILIZATION = 0.3
 """Assumed share of the GPU's peak rate."""
 
@@ -22,6 +22,15 @@ _DECIDES_TOKENS = re.compile(
     "train_on_inputs|sequence_len|min_sample_len|excess_length|val_set_size"
 )
 """Prefixes of dotted keys that determine training rows and tokens, but not padding."""
+
+
+class TokenCount(StrEnum):
+    """Origin of a number of tokens, in words for tables and JSON."""
+
+    UNKNOWN = ""
+    COUNTED = "counted, without padding"
+    DECLARED = "declared by the study, without padding; the hours also ignore padding"
+    UPPER_BOUND = "every row counted at full length"
 
 
 @dataclass(frozen=True)
@@ -33,13 +42,13 @@ class Lengths:
         rows_are: source of the row count.
         tokens: number of tokens without padding.
         padded: number of tokens with the padding of micro batches.
-        are: source of the token counts.
+        origin: origin of the token counts.
     """
 
     rows: int
     tokens: int
     padded: int
-    are: str
+    origin: TokenCount
     rows_are: str = "the config's data"
 
 
@@ -49,7 +58,7 @@ class Work:
 
     Attributes:
         rows, rows_are: number of rows per epoch, and the source of the count.
-        tokens, tokens_are: number of tokens in all epochs, without padding, and the source of the count.
+        tokens, tokens_are: number of tokens in all epochs, without padding, and the origin of the count.
         flops_per_token: floating-point operations per token, including a share for padding.
         tokens_per_second: speed at `UTILIZATION` of the GPUs' peak rate.
     """
@@ -57,7 +66,7 @@ class Work:
     rows: int | None
     rows_are: str
     tokens: int | None
-    tokens_are: str
+    tokens_are: TokenCount
     steps: int | None
     flops_per_token: float
     tokens_per_second: float | None
@@ -66,7 +75,7 @@ class Work:
     @property
     def at_most(self) -> bool:
         """True if row lengths are unknown and every row counts at full length."""
-        return self.tokens_are.startswith(FULL)
+        return self.tokens_are is TokenCount.UPPER_BOUND
 
     @property
     def hours_are(self) -> str:
@@ -91,7 +100,7 @@ def counted(composed: Composed, force: Sequence[str] = ()) -> Lengths:
     if not sizes:
         raise UserError("--data: sequence_len and val_set_size leave no training rows; leave --data out")
     tokens = sum(sizes)
-    return Lengths(len(sizes), tokens, round(tokens / (1 - padding)), "counted, without padding")
+    return Lengths(len(sizes), tokens, round(tokens / (1 - padding)), TokenCount.COUNTED)
 
 
 def published(composed: Composed) -> Lengths | None:
@@ -108,8 +117,7 @@ def published(composed: Composed) -> Lengths | None:
     split = of_study.data.splits.get("train") if of_study and not changed else None
     rows = of_study.data.rows_of("train") if of_study else None
     tokens = split.tokens.get(str(name)) if split else None
-    are = "declared by the study, without padding; the hours also ignore padding"
-    return Lengths(rows, tokens, tokens, are, "the study's data") if rows and tokens else None
+    return Lengths(rows, tokens, tokens, TokenCount.DECLARED, "the study's data") if rows and tokens else None
 
 
 def work(composed: Composed, planner: Planner, gpu: Gpu | None, gpus: int, lengths: Lengths | None) -> Work:
@@ -129,13 +137,13 @@ def work(composed: Composed, planner: Planner, gpu: Gpu | None, gpus: int, lengt
     rows = lengths.rows if lengths else None
     if lengths and not packs:
         length = round(lengths.padded / lengths.rows)
-    tokens, tokens_are = (lengths.tokens, lengths.are) if lengths else (None, "")
+    tokens, tokens_are = (lengths.tokens, lengths.origin) if lengths else (None, TokenCount.UNKNOWN)
     all_steps = settings.steps(rows, gpus)
     epochs = settings.num_epochs
     if all_steps and settings.max_steps:  # overrides num_epochs
         taken = all_steps * settings.rows_per_step * gpus
         if packs:  # `taken` counts packed sequences, not rows
-            tokens, epochs, tokens_are = length, taken, FULL
+            tokens, epochs, tokens_are = length, taken, TokenCount.UPPER_BOUND
         elif rows:
             epochs = taken / rows
     tokens = round(tokens * epochs) if tokens else None
@@ -153,7 +161,7 @@ def _full(composed: Composed, length: int) -> Lengths | None:
     others = any(change.key.startswith(("datasets", "val_set_size")) for change in composed.from_origin)
     if rows is None and of_study and not others:
         rows, rows_are = of_study.data.rows_of("train"), "the study's data"
-    return Lengths(rows, rows * length, rows * length, FULL, rows_are) if rows else None
+    return Lengths(rows, rows * length, rows * length, TokenCount.UPPER_BOUND, rows_are) if rows else None
 
 
 def flops_of_token(planner: Planner, length: int) -> float:
