@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..base import yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row, read_rows
 from ..base.terminal import say
@@ -39,54 +38,63 @@ class ScoredRows:
     models: dict[str, dict[str, Any] | None] = field(default_factory=dict)
 
 
-def several(names: Sequence[str], runs: Path, asked: Sequence[str] = ()) -> list[ScoredRows]:
+def score_sides(sides: Sequence[RunDir | Path], metrics: Sequence[str] = ()) -> list[ScoredRows]:
     """Score the rows of runs and of JSONL files.
 
     The files have the fields reference and prediction. A run gets the metrics of its evaluation; a file gets the
     metrics of all compared runs. Requested metrics are added to both. Without runs and requested metrics, files get the
     default metrics.
 
+    Args:
+        sides: run folders, and JSONL files.
+        metrics: requested metrics, the values of --metric.
+
     Raises:
-        UserError: a run, file or metric does not exist, or a run was not evaluated.
+        UserError: a file or metric does not exist, or a run was not evaluated.
     """
-    named = registry.asked(asked)
-    if registry.scorer_named(asked) or len(of_single_rows(named)) < len(named):
+    requested = registry.asked(metrics)
+    if registry.scorer_named(metrics) or len(of_single_rows(requested)) < len(requested):
         raise UserError(
-            f"--metric {' '.join(asked)}: to compare metrics of whole files or by a scorer model, run `recipe evaluate "
-            "RUN --metric` for both runs"
+            f"--metric {' '.join(metrics)}: to compare metrics of whole files or by a scorer model, run `recipe "
+            "evaluate RUN --metric` for both runs"
         )
-    found = {name: _of_run(name, runs, named) for name in names if not Path(name).is_file()}
-    beside = {name: column for of_run in found.values() for name, column in of_run.columns.items()}
-    for name in (name for name in names if name not in found):
-        found[name] = _scored(read_rows(Path(name)), beside | named or columns_of())
-        _note(name, about_file(Path(name)))
-    return [found[name] for name in names]
+    scored: dict[RunDir | Path, ScoredRows] = {}
+    of_runs: dict[str, Column] = {}
+    for side in sides:
+        if isinstance(side, RunDir):
+            scored[side] = _score_run(side.path, requested)
+            of_runs |= scored[side].columns
+    for side in sides:
+        if isinstance(side, Path):
+            scored[side] = _score(read_rows(side), of_runs or requested or columns_of())
+            _report(side, about_file(side))
+    return [scored[side] for side in sides]
 
 
-def _of_run(name: str, runs: Path, named: dict[str, Column]) -> ScoredRows:
-    folder = find_run(name, runs).path
+def _score_run(folder: Path, requested: dict[str, Column]) -> ScoredRows:
     rows = read_predictions(folder)
     evaluation = read_scores(folder)
-    if not evaluation or changed(folder, evaluation) or (not rows and evaluation.settings.rows):
-        raise UserError(
-            f"{folder}: {changed(folder, evaluation) or 'not evaluated'}; run `recipe evaluate {folder}` first"
-        )
-    scored = _scored(rows, columns := evaluation.columns | named)
-    _note(name, about_rows(evaluation))
+    problem = changed(folder, evaluation)
+    if evaluation is None or problem or (evaluation.settings.rows and not rows):
+        raise UserError(f"{folder}: {problem or 'not evaluated'}; run `recipe evaluate {folder}` first")
+    columns = evaluation.columns | requested
+    scored = _score(rows, columns)
+    _report(folder, about_rows(evaluation))
     for name in declared_models(columns):
         scored.columns[name] = columns[name]
         scored.models[name] = model_record(columns[name], evaluation.scores)
-        for new, row in zip(scored.rows, rows, strict=True):
-            new[name] = row.get(name)
+        for scored_row, row in zip(scored.rows, rows, strict=True):
+            scored_row[name] = row.get(name)
     return scored
 
 
-def _note(name: str, about: str | None) -> None:
-    if about:
-        say(f"{name}: {about}")
+def _report(side: Path, note: str | None) -> None:
+    """Log a note on the scored rows of a run or file, if there is one."""
+    if note:
+        say(f"{side}: {note}")
 
 
-def _scored(rows: Sequence[Row], columns: dict[str, Column]) -> ScoredRows:
+def _score(rows: Sequence[Row], columns: dict[str, Column]) -> ScoredRows:
     """Score rows with the row-level metrics that need no scorer model."""
     of_rows = of_single_rows(columns)
     return ScoredRows(with_scores(rows, of_rows, {}), of_rows)
@@ -101,43 +109,53 @@ def pair(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row, Row]]:
     Raises:
         UserError: there are no common rows, rows cannot be matched, or the references of a pair differ.
     """
-    by_idx, of_a = ({row.get("idx"): row for row in rows} for rows in (b, a))
-    if None not in (*by_idx, *of_a) and (len(by_idx), len(of_a)) == (len(b), len(a)):
+    if _have_unique_idx(a) and _have_unique_idx(b):
+        by_idx = {row["idx"]: row for row in b}
         pairs = [(row, by_idx[row["idx"]]) for row in a if row["idx"] in by_idx]
     elif len(a) == len(b):
         pairs = list(zip(a, b, strict=True))
     else:
         raise UserError(f"cannot match {len(a)} rows and {len(b)} rows: some lack a unique position in the field idx")
-    for row, other in pairs:
-        if row["reference"].split() != other["reference"].split():
-            where = row.get("idx", row.get("row"))
+    for left, right in pairs:
+        if left["reference"].split() != right["reference"].split():
+            where = left.get("idx", left.get("row"))
             raise UserError(f"row {where} has different references; compare predictions for the same rows")
     if not pairs:
         raise UserError("no row in common; compare predictions for the same rows")
     return pairs
 
 
+def _have_unique_idx(rows: Sequence[Row]) -> bool:
+    positions = {row.get("idx") for row in rows}
+    return None not in positions and len(positions) == len(rows)
+
+
 def compare(a: ScoredRows, b: ScoredRows) -> list[Row]:
     """Compare shared metrics on shared rows, see `intervals.paired`.
-
-    Scores by a scorer model are compared only if both sides used the same model.
 
     Raises:
         UserError: the rows cannot be paired, see `pair`.
     """
-    shared = [
-        name
-        for name, column in a.columns.items()
-        if column.same_scores(b.columns.get(name))
-        and (name not in a.models or (a.models[name] and a.models[name] == b.models.get(name)))
-    ]
-    pairs = pair(a.rows, b.rows) if shared else []
+    shared = [name for name in a.columns if _is_comparable(name, a, b)]
+    if not shared:
+        return []
+    pairs = pair(a.rows, b.rows)
     compared = []
     for name in shared:
-        left, right = ([rows[side][name] for rows in pairs] for side in (0, 1))
+        left = [row[name] for row, _ in pairs]
+        right = [row[name] for _, row in pairs]
         means = {"a": sum(left) / len(pairs), "b": sum(right) / len(pairs)}
         compared.append({"score": name, "rows": len(pairs), **means, **intervals.paired(left, right)})
     return compared
+
+
+def _is_comparable(name: str, a: ScoredRows, b: ScoredRows) -> bool:
+    """True if both sides have a metric, and the same scorer model computed its scores, if it needs one."""
+    if not a.columns[name].same_scores(b.columns.get(name)):
+        return False
+    if name not in a.models:
+        return True
+    return a.models[name] is not None and a.models[name] == b.models.get(name)
 
 
 @dataclass(frozen=True)
@@ -186,64 +204,78 @@ def comparison(pair: tuple[str, str], runs: Path, metrics: Sequence[str] = ()) -
     Raises:
         UserError: a run or file does not exist, or the two cannot be compared.
     """
-    folders = {name: find_run(name, runs) for name in pair if not Path(name).is_file()}
-    names = [str(folders[name].path) if name in folders else name for name in pair]
-    training = _divergence([folders[name] for name in pair]) if len(folders) == len(set(pair)) else None
-    if training and (unscored := [str(folder.path) for folder in folders.values() if not current(folder.path)]):
-        return Comparison(training, None, unscored)
-    return Comparison(training, compare(*several(names, runs, metrics)), [])
+    sides = [_find_side(name, runs) for name in pair]
+    folders = [side for side in sides if isinstance(side, RunDir)]
+    training = None
+    if len(folders) == 2:
+        training = _divergence(*folders)
+    if training:
+        unscored = [str(folder.path) for folder in folders if not current(folder.path)]
+        if unscored:
+            return Comparison(training, None, unscored)
+    return Comparison(training, compare(*score_sides(sides, metrics)), [])
 
 
-def _divergence(folders: Sequence[RunDir]) -> Divergence | None:
+def _find_side(name: str, runs: Path) -> RunDir | Path:
+    """The file of this name, or else the run.
+
+    Raises:
+        UserError: neither exists.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    return find_run(name, runs)
+
+
+def _divergence(a: RunDir, b: RunDir) -> Divergence | None:
     """Divergence of two runs' losses, or None and a message if they have no common step.
 
     Raises:
         UserError: one run is a rehearsal, but the other is not.
     """
-    a, b = (folder.read() for folder in folders)
-    if a.rehearsal != b.rehearsal:
+    run_a, run_b = a.read(), b.read()
+    if run_a.rehearsal != run_b.rehearsal:
         raise UserError("one run is a rehearsal, but the other is not; compare two rehearsals or two real runs")
-    of_a, of_b = (
-        {record["step"]: record["loss"] for record in folder.read_metrics() if "loss" in record} for folder in folders
-    )
-    common = sorted(of_a.keys() & of_b.keys())
-    if not common:
+    losses_a, losses_b = _losses(a), _losses(b)
+    steps = sorted(losses_a.keys() & losses_b.keys())
+    if not steps:
         say("losses are not compared: the runs have no step with a recorded loss in common")
         return None
-    step = next((step for step in common if of_a[step] != of_b[step]), None)
-    settings = [_settings(folder.config, run) for folder, run in zip(folders, (a, b), strict=True)]
-    keys = [key for key in settings[0] | settings[1] if settings[0].get(key) != settings[1].get(key)]
-    return Divergence(
-        first=common[0],
-        last=common[-1],
-        step=step,
-        losses=(of_a[step], of_b[step]) if step is not None else None,
-        differences={key: (settings[0].get(key), settings[1].get(key)) for key in keys},
-    )
+    differences = merging.differences(_settings(a, run_a), _settings(b, run_b))
+    for step in steps:
+        if losses_a[step] != losses_b[step]:
+            return Divergence(steps[0], steps[-1], step, (losses_a[step], losses_b[step]), differences)
+    return Divergence(steps[0], steps[-1], None, None, differences)
 
 
-def _settings(cfg: yamlfiles.Config, run: Run) -> yamlfiles.Config:
+def _losses(folder: RunDir) -> dict[int, float | None]:
+    """Recorded training losses of a run, by step."""
+    return {record["step"]: record["loss"] for record in folder.read_metrics() if "loss" in record}
+
+
+def _settings(folder: RunDir, run: Run) -> dict[str, Any]:
     """Settings, data, versions and machine of a run."""
-    found = trained_settings(cfg) | dict(merging.flatten(run.provenance, "provenance"))
+    settings = trained_settings(folder.config)
+    settings |= merging.flatten(run.provenance, "provenance")
     for file in [*run.data, *run.named_files]:
-        found[f"content of {file.path}"] = f"sha256 {file.sha256[:12]}"
-    found["ranks"] = run.ranks
-    found["resumed from"] = ", ".join(launch.resumed_from for launch in run.launches if launch.resumed_from)
-    return found
+        settings[f"content of {file.path}"] = f"sha256 {file.sha256[:12]}"
+    settings["ranks"] = run.ranks
+    settings["resumed from"] = ", ".join(launch.resumed_from for launch in run.launches if launch.resumed_from)
+    return settings
 
 
 Point = tuple[int, float]  # step, and mean loss since the previous point
 
 
-def published_curve(of_study: Study, of_recipe: Published) -> list[Point]:
+def published_curve(study: Study, published: Published) -> list[Point]:
     """Read the published curve of a recipe; empty without one.
 
     Raises:
         UserError: the file cannot be read as CSV with numbers in the columns step and train_loss.
     """
-    if not of_recipe.curve:
+    if not published.curve:
         return []
-    file = of_study.folder / of_recipe.curve
+    file = study.folder / published.curve
     try:
         with file.open(encoding="utf-8", newline="") as stream:
             return [(int(row["step"]), float(row["train_loss"])) for row in csv.DictReader(stream)]
@@ -281,10 +313,10 @@ def curve_gap(metrics: Iterable[Row], curve: Sequence[Point]) -> CurveGap | None
     losses = [(record["step"], record["loss"]) for record in metrics if record.get("loss") is not None]
     last = max((step for step, _ in losses), default=0)
     gaps: dict[int, float] = {}
-    for (before, _), (step, published) in pairwise([(0, 0.0), *curve]):
-        within = [loss for at, loss in losses if before < at <= step]
-        if within and step <= last:
-            gaps[step] = fmean(within) - published
+    for (previous, _), (step, published) in pairwise([(0, 0.0), *curve]):
+        averaged = [loss for loss_step, loss in losses if previous < loss_step <= step]
+        if averaged and step <= last:
+            gaps[step] = fmean(averaged) - published
     if not gaps:
         return None
     furthest = max(gaps, key=lambda step: abs(gaps[step]))

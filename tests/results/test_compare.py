@@ -47,7 +47,7 @@ def test_bertscores_are_compared_only_where_one_judge_made_both():
 def test_scores_that_a_file_brings_along_are_not_believed(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_bytes(orjson.dumps({"reference": "a b c d", "prediction": "a b c d", "bleu4": 0.01, "bertscore_f1": 9}))
-    (of_file,) = compare.several([str(file)], tmp_path)
+    (of_file,) = compare.score_sides([file])
     (row,) = of_file.rows
     assert row["bleu4"] == pytest.approx(100) and "bertscore_f1" not in row
 
