@@ -13,8 +13,9 @@ from ..metrics import registry
 from ..metrics.metric import Column
 from ..run import backends
 from ..run.rundir import RunDir, readable
+from ..training.run_record import Summary
 from . import run_result
-from .run_result import RunResult
+from .run_result import RunResult, RunScore
 
 AXOLOTL_EVAL_LOSS = "Axolotl's eval loss"  # shown without a loss per token
 REHEARSALS = "Rehearsals (small stand-in model, few rows; not comparable with any published score)"
@@ -23,46 +24,78 @@ _BELOW = ("scored", "trouble", "changed", "variant of", "jobs", "predictions", "
 
 def show(folders: Sequence[RunDir], json: bool) -> None:
     """Print the results of runs."""
-    found = [RunResult(folder, run) for folder, run in readable(folders, backends.read)]
-    jobs = {result.folder.path: [*_jobs(result)] for result in found}
-    if changed := [result.folder.path for result in found if result.changed]:
+    results = [RunResult(folder, run) for folder, run in readable(folders, backends.read)]
+    jobs = {result.folder.path: [*_jobs(result)] for result in results}
+    changed = [result.folder.path for result in results if result.changed]
+    if changed:
         say(f"evaluations that are stale or edited: {len(changed)}; for the last, run `recipe evaluate {changed[-1]}`")
-    records = (run_result.record(result, jobs[result.folder.path]) for result in found)
-    tables.show(json, records, _of_runs(found, jobs))
+    records = (run_result.record(result, jobs[result.folder.path]) for result in results)
+    tables.show(json, records, _tables(results, jobs))
 
 
 def _jobs(result: RunResult) -> Iterator[str]:
     """Yield a text like `evaluate: queued` for each unfinished job of a run."""
-    trained = result.run.state == "finished"
-    for step, done in {"prepare": trained, "run": trained, "evaluate": result.evaluation}.items():
-        if not done and (state := backends.job_state(result.folder, step)):
+    is_trained = result.run.state == "finished"
+    for step, is_done in {"prepare": is_trained, "run": is_trained, "evaluate": result.evaluation}.items():
+        if is_done:
+            continue
+        state = backends.job_state(result.folder, step)
+        if state:
             yield f"{step}: {state}"
 
 
-def _of_runs(found: Sequence[RunResult], jobs: Mapping[Path, list[str]]) -> Iterator[Table]:
-    """Tables of runs: one per study and, for runs of no study, one per set of metrics.
+def _tables(results: Sequence[RunResult], jobs: Mapping[Path, list[str]]) -> Iterator[Table]:
+    """Tables of runs, see `_groups`; rehearsals have separate tables.
 
-    Rehearsals have separate tables. After a study's real runs comes a table of its baselines: published scores of other
-    methods.
+    After a study's real runs comes a table of its baselines.
     """
     for rehearsal in (False, True):
-        groups: dict[str, list[RunResult]] = {}
-        for result in (result for result in found if result.run.rehearsal == rehearsal):
-            of_none = str({name: column.entry for name, column in result.columns.items()})
-            groups.setdefault(result.study.folder.name if result.study else of_none, []).append(result)
-        for group in groups.values():
-            of_study = group[0].study
-            declared = of_study.columns if of_study else {}
-            shown = [*(of_study.table if of_study else group[0].columns).values()]
-            for result in group:
-                shown += [c for name, c in result.columns.items() if c.metric.of_model or name not in declared]
-            columns = registry.distinct(shown)
-            title = REHEARSALS if rehearsal else "Runs"
-            if len(groups) > 1:
-                title += f": {of_study.folder.name}" if of_study else ": of no study"
-            yield Table([cells(result, columns, jobs[result.folder.path]) for result in group], title, below=_BELOW)
-            if of_study and not rehearsal and not all(result.is_of_something_else for result in group):
-                yield baselines(of_study)
+        groups = _groups([result for result in results if result.run.rehearsal == rehearsal])
+        for group in groups:
+            columns = _columns(group)
+            rows = [cells(result, columns, jobs[result.folder.path]) for result in group]
+            yield Table(rows, _title(group, len(groups) > 1), below=_BELOW)
+            study = group[0].study
+            if study and not rehearsal and not all(result.is_of_something_else for result in group):
+                yield baselines(study)
+
+
+def _groups(results: Sequence[RunResult]) -> list[list[RunResult]]:
+    """Runs of each study and, for runs of no study, of each set of metrics."""
+    groups: dict[str, list[RunResult]] = {}
+    for result in results:
+        if result.study:
+            key = result.study.folder.name
+        else:
+            key = str({name: column.entry for name, column in result.columns.items()})
+        groups.setdefault(key, []).append(result)
+    return [*groups.values()]
+
+
+def _title(group: Sequence[RunResult], names_study: bool) -> str:
+    title = REHEARSALS if group[0].run.rehearsal else "Runs"
+    if not names_study:
+        return title
+    study = group[0].study
+    if study is None:
+        return f"{title}: of no study"
+    return f"{title}: {study.folder.name}"
+
+
+def _columns(group: Sequence[RunResult]) -> dict[str, Column]:
+    """Metrics of a group's table, by heading: those of the study's tables, benchmarks, and additional metrics."""
+    study = group[0].study
+    if study:
+        declared = study.columns
+        shown = [*study.table.values()]
+    else:
+        declared = {}
+        shown = [*group[0].columns.values()]
+    for result in group:
+        for name, column in result.columns.items():
+            if column.metric.of_model or name not in declared:
+                shown.append(column)
+    return registry.distinct(shown)
 
 
 def cells(result: RunResult, columns: Mapping[str, Column], jobs: Sequence[str]) -> Row:
@@ -74,47 +107,29 @@ def cells(result: RunResult, columns: Mapping[str, Column], jobs: Sequence[str])
         jobs: descriptions of jobs that have not ended.
     """
     run, summary = result.run, result.summary
-    scores = {
-        heading: result.scores[column.name]
-        for heading, column in columns.items()
-        if column.same_scores(result.columns.get(column.name))
-    }
-    early = ", early stopping" if summary.ended == "early stopping" else ""
-    kept = "" if summary.kept_step in (None, summary.step) else f", step {summary.kept_step} kept"
-    losses = None
-    if summary.eval_loss_per_token is not None:
-        losses = f"{tables.text_of(summary.eval_loss_per_token_first)} → {tables.text_of(summary.eval_loss_per_token)}"
+    scores: dict[str, RunScore] = {}
+    for heading, column in columns.items():
+        if column.same_scores(result.columns.get(column.name)):
+            scores[heading] = result.scores[column.name]
     first, *others = columns
-    of_first = scores.get(first)
     row: Row = {
         "run": result.folder.path.name,
         "recipe": run.recipe,
         "state": run.state,
         "jobs": "; ".join(jobs) or None,
     }
-    if of_first:
-        row |= {
-            first: of_first.value,
-            **{f"{first}, {name}": value for name, value in of_first.decodings.items()},
-            "base model": of_first.base_model,
-        }
-        if not run.rehearsal:
-            row |= {"published": of_first.published and of_first.published.value, "difference": of_first.difference}
-    row |= {
-        "step": f"{summary.step}/{summary.max_steps or '?'}{early}{kept}",
-        "eval loss": losses,
-        AXOLOTL_EVAL_LOSS: None if losses else summary.eval_loss,
-    }
-    row |= {heading: scores[heading].value if heading in scores else None for heading in others}
+    if first in scores:
+        row |= _first_cells(first, scores[first], run.rehearsal)
+    row["step"] = _progress(summary)
+    row |= _eval_losses(summary)
+    for heading in others:
+        row[heading] = scores[heading].value if heading in scores else None
     for heading, score in scores.items():
         if columns[heading].metric.of_model and score.gain is not None:
             row[f"{heading}, gained"] = score.gain
+    row |= {"rows": result.rows_evaluated, "scored": about_rows(result.evaluation)}
+    row |= _costs(summary)
     return row | {
-        "rows": result.rows_evaluated,
-        "scored": about_rows(result.evaluation),
-        "peak GiB": summary.peak_memory,
-        "tokens/s": round(summary.tokens_per_second) if summary.tokens_per_second else None,
-        "minutes": f"{summary.train_seconds / 60:.1f}",
         "predictions": result.changed,
         "adapter": run.published_adapter,
         "trouble": result.trouble,
@@ -124,14 +139,53 @@ def cells(result: RunResult, columns: Mapping[str, Column], jobs: Sequence[str])
     }
 
 
-def baselines(of_study: Study) -> Table:
+def _first_cells(heading: str, score: RunScore, rehearsal: bool) -> Row:
+    """Cells of the first metric; rehearsals are not compared with published scores."""
+    row: Row = {heading: score.value}
+    for decoding, value in score.decodings.items():
+        row[f"{heading}, {decoding}"] = value
+    row["base model"] = score.base_model
+    if not rehearsal:
+        row |= {"published": score.published and score.published.value, "difference": score.difference}
+    return row
+
+
+def _progress(summary: Summary) -> str:
+    """Steps of a training, an early end, and the step whose weights were kept."""
+    text = f"{summary.step}/{summary.max_steps or '?'}"
+    if summary.ended == "early stopping":
+        text += ", early stopping"
+    if summary.kept_step not in (None, summary.step):
+        text += f", step {summary.kept_step} kept"
+    return text
+
+
+def _eval_losses(summary: Summary) -> Row:
+    """Cells of the first and last eval loss per token, or else of Axolotl's eval loss."""
+    if summary.eval_loss_per_token is None:
+        return {"eval loss": None, AXOLOTL_EVAL_LOSS: summary.eval_loss}
+    first, last = map(tables.text_of, (summary.eval_loss_per_token_first, summary.eval_loss_per_token))
+    return {"eval loss": f"{first} → {last}", AXOLOTL_EVAL_LOSS: None}
+
+
+def _costs(summary: Summary) -> Row:
+    """Cells of memory and speed."""
+    tokens_per_second = None
+    if summary.tokens_per_second:
+        tokens_per_second = round(summary.tokens_per_second)
+    return {
+        "peak GiB": summary.peak_memory,
+        "tokens/s": tokens_per_second,
+        "minutes": f"{summary.train_seconds / 60:.1f}",
+    }
+
+
+def baselines(study: Study) -> Table:
     """Table of a study's baselines, which are published scores of other methods."""
-    rows = [
-        {
-            "baseline": baseline.name,
-            **{column.label: baseline.scores.get(name) for name, column in of_study.table.items()},
-            "on": baseline.test_set,
-        }
-        for baseline in of_study.compared
-    ]
+    rows = []
+    for baseline in study.compared:
+        row: Row = {"baseline": baseline.name}
+        for name, column in study.table.items():
+            row[column.label] = baseline.scores.get(name)
+        rows.append(row | {"on": baseline.test_set})
     return Table(rows, "To compare with")
