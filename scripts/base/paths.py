@@ -3,7 +3,7 @@
 import fnmatch
 import glob
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -34,6 +34,15 @@ LOCK = _PACKAGE.parent / "requirements.lock"
 def runs() -> Path:
     """Folder for runs, from --runs or QLORA_RUNS; by default runs/."""
     return Path(os.environ.get(RUNS) or "runs")
+
+
+NEW_RUN = ".new"
+"""Name of a run folder that a process is creating."""
+
+
+def run_folders(folder: Path) -> Iterator[Path]:
+    """Yield the folders of all runs below a folder, in no order."""
+    return (file.parent for file in folder.rglob("run.json") if file.parent.name != NEW_RUN)
 
 
 def cache() -> Path:

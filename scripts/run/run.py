@@ -6,7 +6,6 @@ writes the record; the other processes only start their node's ranks.
 
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from ..config.finding import Finding, refuse, unknown_force
 from ..training.run_record import Run, collect
 from . import backends, launch, trust
 from .backends import Backend, Command, Task, TaskResult
-from .rundir import PLUGIN, RunDir, find_run, new_folder, this_job
+from .rundir import PLUGIN, RunDir, find_run, new_run, this_job
 
 
 def prepare(request: Request, backend: Backend) -> Composed:
@@ -256,18 +255,14 @@ def create(composed: Composed, request: Request) -> RunDir:
     """
     if composed.rehearsal and substitution.stands_in(composed.config):
         substitution.model_folder()
-    folder = RunDir(new_folder(paths.runs() / composed.recipe, composed.digest[:7]))
-    ours = launch_config(composed, folder)
-    for difference in composed.differences:  # record tracker keys with placeholders filled in
-        difference.run = ours.get(difference.key, difference.run)
-    record = record_of(composed, request)
-    try:
-        write_atomically(folder.config_file, yamlfiles.write_yaml(ours))
-        record.seal = trust.seal(folder, record)
-        folder.write(record)
-    except OSError:
-        shutil.rmtree(folder.path)  # without a record the folder is not a run
-        raise
+    with new_run(paths.runs() / composed.recipe, composed.digest[:7]) as (folder, part):
+        config = launch_config(composed, folder)
+        for difference in composed.differences:  # record tracker keys with placeholders filled in
+            difference.run = config.get(difference.key, difference.run)
+        record = record_of(composed, request)
+        write_atomically(part.config_file, yamlfiles.write_yaml(config))
+        record.seal = trust.seal(part, record)
+        part.write(record)
     say(f"run {folder.path}")
     if record.variant_of:
         say(f"  a variant of {record.variant_of}")

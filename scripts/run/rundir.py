@@ -1,6 +1,7 @@
 """Run folders: record, state, jobs, metrics, checkpoints, and lookup by name."""
 
 import itertools
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 import orjson
 from pydantic import TypeAdapter, ValidationError
 
+from ..base import paths
 from ..base.errors import UserError, meant
 from ..base.files import Row, parse_json, read_bytes, write_atomically
 from ..base.processes import LOCK_TIMEOUT, held, is_held
@@ -213,16 +215,24 @@ def this_job(environment: Mapping[str, str]) -> str | None:
     return f"{array}_{task}" if array and task else None
 
 
-def new_folder(parent: Path, name: str) -> Path:
-    """Create a unique folder <time>-<name>."""
-    parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        folder = parent / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}"
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
+@contextmanager
+def new_run(parent: Path, name: str) -> Iterator[tuple[RunDir, RunDir]]:
+    """Create a unique run folder <time>-<name>, complete or not at all.
+
+    Yields:
+        The run folder, which appears at the end of the block; and a hidden folder, in which the block writes its files.
+    """
+    part = RunDir(parent / paths.NEW_RUN)
+    with held(parent / f"{paths.NEW_RUN}.lock", "another process is creating a run", LOCK_TIMEOUT):
+        while (folder := parent / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}").exists():
             time.sleep(0.2)
+        shutil.rmtree(part.path, ignore_errors=True)  # left by a killed process
+        part.path.mkdir()
+        try:
+            yield RunDir(folder), part
+            part.path.rename(folder)
+        finally:
+            shutil.rmtree(part.path, ignore_errors=True)
 
 
 def is_evaluation(record: Row) -> bool:
@@ -283,7 +293,7 @@ def _trouble(metrics: Sequence[Row]) -> str | None:
 
 def all_runs(runs: Path) -> list[RunDir]:
     """All run folders below `runs`, oldest first."""
-    return sorted((RunDir(file.parent) for file in runs.rglob("run.json")), key=lambda run: run.path.name)
+    return sorted(map(RunDir, paths.run_folders(runs)), key=lambda run: run.path.name)
 
 
 def is_run(folder: Path) -> bool:

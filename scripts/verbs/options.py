@@ -57,7 +57,7 @@ def complete_recipes(incomplete: str) -> list[str]:
 def complete_runs(context: typer.Context, incomplete: str) -> list[str]:
     """Complete `latest`, recipes with runs, and run folders."""
     folder = _runs_folder(context)
-    found = sorted(file.parent.relative_to(folder) for file in folder.rglob("run.json"))
+    found = sorted(run.relative_to(folder) for run in paths.run_folders(folder))
     of_recipes = dict.fromkeys(run.parent.as_posix() for run in found)
     return _beginning(incomplete, [*["latest"][: len(found)], *of_recipes, *(run.name for run in found)])
 

@@ -51,7 +51,7 @@ def results_verb(
 
         pair = (names[0], names[1])
         study_tables.show_comparison(compare.comparison(pair, paths.runs(), metric or []), pair, json)
-    elif json or any(paths.runs().rglob("run.json")):
+    elif json or any(paths.run_folders(paths.runs())):
         from ..results import listing
         from ..run.rundir import all_runs
 

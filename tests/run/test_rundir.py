@@ -1,4 +1,5 @@
 import re
+import signal
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -109,12 +110,35 @@ def test_runs_are_found_by_folder_end_recipe_a_part_of_it_and_latest(tmp_path, c
             rundir.find_run(name, runs)
 
 
-def test_a_claimed_folder_is_nobody_elses(tmp_path):
-    claimed = {rundir.new_folder(tmp_path / "runs/s/r", "0123456") for _ in range(3)}
-    assert len(claimed) == 3
-    (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError):
-        rundir.new_folder(tmp_path / "file/s/r", "0123456")
+def test_each_new_run_has_a_folder_of_its_own(tmp_path):
+    folders = set()
+    for _ in range(3):
+        with rundir.new_run(tmp_path / "runs", "0123456") as (folder, _):
+            assert not folder.path.exists()
+        folders.add(folder.path)
+    assert {path for path in (tmp_path / "runs").iterdir() if path.is_dir()} == folders
+    assert len(folders) == 3
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from qlora_recipes.run import rundir
+from qlora_recipes.training.run_record import Run
+
+with rundir.new_run(Path(sys.argv[1]), "0123456") as (folder, part):
+    part.write(Run(recipe="r", recipe_file="r", recipe_sha256="x", cwd="/"))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_kill_while_a_run_is_created_leaves_nothing_once_the_next_is_created(tmp_path):
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)])
+    assert killed.returncode == -signal.SIGKILL
+    assert rundir.all_runs(tmp_path) == []
+    with rundir.new_run(tmp_path, "0123456") as (folder, part):
+        assert [*part.path.iterdir()] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".new.lock", folder.path.name]
 
 
 def test_a_run_that_was_resumed_from_before_its_newest_records_is_at_its_own_step(tmp_path):

@@ -9,8 +9,10 @@ checkpoint.
 import re
 import shlex
 import sys
+import time
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from getpass import getuser
 from pathlib import Path
 from typing import Literal
@@ -23,7 +25,7 @@ from ...base.terminal import PART, say
 from ...config import gpus
 from ...config.gpus import Gpu
 from ...training.run_record import Job
-from ..rundir import RunDir, new_folder
+from ..rundir import RunDir
 from . import Command, Step, Task, TaskResult
 from .slurm_site import STEPS, Site, active, ask, forget_queue, queue, sbatch, settings_file, site_settings
 
@@ -173,7 +175,7 @@ class Batch:
         """
         if not tasks:
             return None
-        self.folder = self.folder or new_folder(paths.runs() / "slurm", self.title)
+        self.folder = self.folder or _new_folder(self.title)
         file = (self.folder / f"{len(self.submitted) + 1}-{step}.sh").resolve()
         write_atomically(file, self.script(step, tasks, len(tasks)))
         waits = [f"--dependency={after}", "--kill-on-invalid-dep=yes"] if after else []
@@ -244,3 +246,16 @@ class Batch:
             site = {key: value for key, value in site.items() if not key.endswith("-per-gpu")}
         options |= {key: value.replace("{gpus}", str(gpus)) for key, value in site.items()}
         return [f"--{key}={value}" if value else f"--{key}" for key, value in options.items()]
+
+
+def _new_folder(title: str) -> Path:
+    """Create a unique folder <time>-<title> for the scripts of a submission."""
+    parent = paths.runs() / "slurm"
+    parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        folder = parent / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{title}"
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            time.sleep(0.2)
