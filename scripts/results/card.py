@@ -4,8 +4,10 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from ..base import paths, tables, yamlfiles
@@ -14,25 +16,276 @@ from ..base.files import Row, embedding_rows, read_json, sha256
 from ..base.hub import importing_axolotl
 from ..base.paths import template_environment
 from ..base.secrets import names_secret, without_secrets
+from ..base.yamlfiles import Config
 from ..config import datafiles, merging, models
 from ..data import studies
+from ..data.declaration import Data
 from ..data.raw_rows import constants
-from ..evaluate.scores_file import ADAPTER, Evaluation, EvaluationSettings
+from ..data.studies import Study
+from ..evaluate.scores_file import ADAPTER, Evaluation
 from ..metrics.metric import Column
 from ..run.rundir import PLUGIN, RunDir
 from ..training.run_record import Run
 from .run_result import RunResult
 
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
 # Licences of language models in https://huggingface.co/docs/hub/repositories-licenses
 _HUB_LICENCES = ("apache-2.0", "mit", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma")
 # Keys that hold local folders, or accounts and hosts to which a run reports
 _NOT_SHOWN = re.compile(f"output_dir|dataset_prepared_path|plugins|hub_|{merging.TRACKING.pattern}")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+"""Name of a repository on the hub, with its owner."""
 _PATCH = "@@ -1 +1 @@\n-x = 1\n+x = 2"
 _LOCAL_PATH = re.compile(r"(?<![\w.<>/~-])(?:\.\.(?:/[^\s/=,:'\")\]}]+)+|(?:file://)?(?:/[^\s/=,:'\")\]}]+){2,})")
 
 
+@dataclass(frozen=True)
+class Base:
+    """Base model of an adapter.
+
+    Attributes:
+        is_local: True if the name is that of a local folder.
+    """
+
+    name: str
+    is_local: bool
+
+
+@dataclass(frozen=True)
+class Card:
+    """Facts on a model card, without names of machines, users and local folders.
+
+    Attributes:
+        result: the run.
+        evaluation: evaluation of the run's adapter.
+        merged: True for the card of the merged model.
+        repository: repository on the hub, or the current folder.
+    """
+
+    result: RunResult
+    evaluation: Evaluation | None
+    merged: bool
+    repository: str
+
+    @cached_property
+    def study(self) -> Study | None:
+        return studies.study_of(self.result.run.origin)
+
+    @cached_property
+    def data(self) -> Data | None:
+        """Data of the study, if the run used them."""
+        if self.study is None or self.result.other_data:
+            return None
+        return self.study.data
+
+    @cached_property
+    def run(self) -> Row:
+        """Public part of run.json."""
+        run = self.result.run
+        differences = [difference for difference in run.differences if not is_private(difference.key)]
+        overrides = [override for override in run.overrides if not _sets_private(override)]
+        public_run = run.model_copy(update={"differences": differences, "overrides": overrides})
+        return self._public(public_run.model_dump(exclude={"of_variant"}))
+
+    @cached_property
+    def config(self) -> Config:
+        """Public part of the run's config."""
+        config = {key: value for key, value in self.result.config.items() if not is_private(key)}
+        plugins = [name for name in self.result.config.get("plugins") or [] if name != PLUGIN]
+        if plugins:
+            config["plugins"] = plugins
+        return self._public(config)
+
+    @cached_property
+    def scored(self) -> Row | None:
+        """Public part of scores.json."""
+        if self.evaluation is None:
+            return None
+        return self._public(self.evaluation.model_dump())
+
+    @property
+    def columns(self) -> Mapping[str, Column]:
+        """Scored metrics by name."""
+        if self.evaluation is None:
+            return {}
+        return self.evaluation.columns
+
+    @cached_property
+    def base(self) -> Base:
+        base = base_model(self.result.folder, self.result.run)
+        return replace(base, name=self._public(base.name))
+
+    @property
+    def title(self) -> str:
+        """Name of the base model."""
+        return self._about_base.get("title", self.base.name)
+
+    @property
+    def licence(self) -> str | None:
+        """Licence of the base model; None if it is unknown."""
+        return self._about_base.get("licence")
+
+    @cached_property
+    def _about_base(self) -> Config:
+        return models.entry_of(base_model(self.result.folder, self.result.run).name)
+
+    @property
+    def other_model(self) -> str | None:
+        """Base model, if it is not the recipe's."""
+        return self.result.other_model
+
+    @cached_property
+    def published(self) -> dict[str, str]:
+        """Published scores by metric."""
+        if self.result.aim is None:
+            return {}
+        return {name: str(score) for name, score in self.result.aim.scores.items()}
+
+    @cached_property
+    def of_base(self) -> dict[str, float]:
+        """Scores of the base model by metric."""
+        return {name: score.base_model for name, score in self.result.scores.items() if score.base_model is not None}
+
+    @property
+    def scored_on(self) -> str:
+        """Description of the scored rows; empty without an evaluation."""
+        if self.evaluation is None:
+            return ""
+        settings = self.evaluation.settings
+        if self.study is None or settings.test_set is None:
+            return f"{settings.data_name}, {settings.rows_in_words}"
+        data, title = self.study.data, "the test set"
+        if settings.test_set in data.subsets:
+            title = data.subsets[settings.test_set].title
+        return f"{data.name}, {title}, {settings.rows_in_words}"
+
+    @property
+    def command(self) -> str:
+        """Command that repeats the run."""
+        run = self.run
+        words = ["recipe", "run", run["recipe"] if run["recipe"] in paths.recipe_names() else run["recipe_file"]]
+        for option, key in (("--profile", "profiles"), ("--set", "overrides"), ("--force", "forced")):
+            for value in run[key]:
+                words += [option, value]
+        for option, key in (("--gpus", "gpus_used"), ("--nodes", "nodes")):
+            if run[key] > 1:
+                words += [option, str(run[key])]
+        return shlex.join(words)
+
+    @property
+    def chat(self) -> str:
+        """Options of `axolotl inference` for a chat."""
+        return datafiles.chat_options(self.config)
+
+    @cached_property
+    def prompt(self) -> str | None:
+        """Code that sets `inputs` to a prompt; None if that is not possible, see `prompter.as_code`."""
+        data, fields = self.data, {}
+        if self.study and self.result.run.rehearsal:
+            data = self.study.data  # the rows of a rehearsal are made like the study's
+        if data:
+            fields = {**constants(data.fields), "input": _PATCH}
+        with importing_axolotl(offline=True):
+            from ..evaluate.prompter import as_code
+
+            return as_code(self.result.folder.config, self.result.folder.output, fields)
+
+    @property
+    def decoding(self) -> str:
+        """Arguments for transformers' `generate`."""
+        if self.evaluation:
+            return _arguments(self.evaluation.settings.decoding)
+        return _arguments(studies.decoding_of(self.study, None))
+
+    @property
+    def embedding_rows(self) -> int | None:
+        """Rows of the adapter's embedding; None if the training added no tokens."""
+        return embedding_rows(self.result.folder.output / ADAPTER)
+
+    @property
+    def config_sha256(self) -> str:
+        return sha256(self.result.folder.config_file)
+
+    @property
+    def adapter_sha256(self) -> str:
+        return sha256(self.result.folder.output / ADAPTER)
+
+    @property
+    def front_matter(self) -> str:
+        """Metadata as YAML; only models and data sets on the hub are named."""
+        from huggingface_hub import ModelCardData
+
+        metadata = ModelCardData(library_name="peft", pipeline_tag="text-generation", tags=self._tags)
+        if self.merged:
+            metadata.library_name = "transformers"
+        if not self.base.is_local:
+            metadata.base_model = self.base.name
+            # on the hub, "merge" means a merge of several models
+            metadata["base_model_relation"] = "finetune" if self.merged else "adapter"
+        metadata.license = self.licence
+        if self.licence is not None and self.licence not in _HUB_LICENCES:
+            metadata.license = "other"
+            metadata.license_name = self.licence
+            metadata.license_link = f"https://huggingface.co/{self.base.name}"
+        metadata.datasets = self._hub_datasets or None
+        metadata.eval_results = self._eval_results or None
+        if metadata.eval_results:
+            metadata.model_name = self.run["recipe"]
+        return metadata.to_yaml()
+
+    @property
+    def _tags(self) -> list[str]:
+        tags = ["axolotl", "lora"]
+        if self.config.get("adapter") == "qlora":
+            tags.append("qlora")
+        if self.study and self.data:
+            tags += self.study.tags
+        return tags
+
+    @property
+    def _hub_datasets(self) -> list[str]:
+        """Names of the data sets on the hub."""
+        files = [file["path"] for file in self.run["data"]]
+        names = []
+        for _, dataset in datafiles.datasets(self.config, "datasets"):
+            name = str(dataset.get("path"))
+            is_local = any(file.startswith(name) for file in files)
+            if HUB_NAME.fullmatch(name) and not is_local:
+                names.append(name)
+        return names
+
+    @property
+    def _eval_results(self) -> "list[EvalResult]":
+        """Scores for the hub; none for a rehearsal."""
+        from huggingface_hub import EvalResult
+
+        if self.scored is None or self.run["rehearsal"]:
+            return []
+        results = []
+        for name, column in self.columns.items():
+            score = self.scored["scores"].get(name)
+            if score is None:
+                continue
+            result = EvalResult(
+                task_type="text-generation",
+                dataset_type="json",
+                dataset_name=getattr(column.parameters, "task", "").rpartition("/")[2] or self.scored_on,
+                metric_type=column.metric.hub_type,
+                metric_name=column.title,
+                metric_value=round(score, 4),
+            )
+            results.append(result)
+        return results
+
+    def _public(self, value: Any) -> Any:
+        """Copy of a value, with secrets masked and local paths shortened."""
+        return _without_folders(without_secrets(value), Path(self.result.run.cwd))
+
+
 def card(result: RunResult, evaluation: Evaluation | None, merged: bool, repository: str | None) -> str:
-    """Text of a model card, without names of machines, users and local folders.
+    """Text of a model card.
 
     Args:
         result: the run.
@@ -40,60 +293,7 @@ def card(result: RunResult, evaluation: Evaluation | None, merged: bool, reposit
         merged: True for the card of the merged model.
         repository: repository on the hub, if the card will be pushed.
     """
-    folder, of_study = result.folder, studies.study_of(result.run.origin)
-    data = None if of_study is None or result.other_data else of_study.data
-    with importing_axolotl(offline=True):
-        from ..evaluate.prompter import as_code
-
-        # the rows of a rehearsal are made like the study's
-        declared = of_study.data if of_study and (data or result.run.rehearsal) else None
-        known = {**constants(declared.fields), "input": _PATCH} if declared else {}
-        prompt = as_code(folder.config, folder.output, known)
-    facts = _facts(result, evaluation)
-    scored_on = _scored_on(evaluation.settings, of_study) if evaluation else None
-    tags = of_study.tags if of_study and data else []
-    return _template().render(
-        **facts,
-        front_matter=_front_matter(facts, evaluation.columns if evaluation else {}, scored_on, merged, tags),
-        command=_command(facts["run"]),
-        chat=datafiles.chat_options(facts["config"]),
-        merged=merged,
-        repository=repository or ".",
-        study=of_study,
-        data=data,
-        other_model=result.other_model,
-        prompt=prompt,
-        columns=evaluation.columns if evaluation else {},
-        published={name: str(score) for name, score in (result.aim.scores if result.aim else {}).items()},
-        of_base={name: score.base_model for name, score in result.scores.items() if score.base_model is not None},
-        embedding_rows=embedding_rows(folder.output / ADAPTER),
-        config_sha256=sha256(folder.config_file),
-        adapter_sha256=sha256(folder.output / ADAPTER),
-        scored_on=scored_on,
-        decoding=_arguments(evaluation.settings.decoding if evaluation else studies.decoding_of(of_study, None)),
-    )
-
-
-def _facts(result: RunResult, evaluation: Evaluation | None) -> Row:
-    """Public parts of a run's record, config, evaluation and base model."""
-    run, cfg = result.run, result.config
-    base, is_local = base_model(result.folder, run)
-    entries = models.catalogue().items()
-    about: yamlfiles.Config = next((entry for name, entry in entries if base in (name, entry.get("mirror"))), {})
-    shown = {key: value for key, value in cfg.items() if not is_private(key)}
-    if plugins := [name for name in cfg.get("plugins") or [] if name != PLUGIN]:
-        shown["plugins"] = plugins
-    differences = [difference for difference in run.differences if not is_private(difference.key)]
-    overrides = [override for override in run.overrides if not _sets_private(override)]
-    public_run = run.model_copy(update={"differences": differences, "overrides": overrides})
-    facts = {
-        "run": public_run.model_dump(exclude={"of_variant"}),
-        "evaluation": evaluation.model_dump() if evaluation else None,
-        "base": {"name": base, "local": is_local, "title": about.get("title", base)},
-        "licence": about.get("licence"),
-        "config": shown,
-    }
-    return _without_folders(without_secrets(facts), Path(run.cwd))
+    return _template().render(card=Card(result, evaluation, merged, repository or "."))
 
 
 def _template() -> Any:
@@ -125,75 +325,19 @@ def _sets_private(override: str) -> bool:
 
 def _arguments(decoding: studies.Decoding) -> str:
     """Decoding settings as arguments for transformers' `generate`."""
-    sampling = ("temperature", "top_p", "top_k") if decoding.do_sample else ()
-    names = ("max_new_tokens", "do_sample", *(("num_beams",) if decoding.num_beams > 1 else ()), *sampling)
+    names = ["max_new_tokens", "do_sample"]
+    if decoding.num_beams > 1:
+        names.append("num_beams")
+    if decoding.do_sample:
+        names += ["temperature", "top_p", "top_k"]
     return ", ".join(f"{name}={getattr(decoding, name)!r}" for name in names)
 
 
-def base_model(folder: RunDir, run: Run) -> tuple[str, bool]:
-    """Return the name of the adapter's base model, and whether it is a local folder."""
-    named = read_json(folder.output / "adapter_config.json").get("base_model_name_or_path")
-    name = str(named or folder.config.get("base_model"))
-    return name, Path(name).is_absolute() or Path(run.cwd, name).is_dir()
-
-
-def _front_matter(
-    facts: Row, columns: Mapping[str, Column], scored_on: str | None, merged: bool, tags: list[str]
-) -> str:
-    """Metadata of a card as YAML; only models and datasets on the hub are named."""
-    from huggingface_hub import EvalResult, ModelCardData
-
-    run, base, licence = (facts[key] for key in ("run", "base", "licence"))
-    other_licence = None if licence in _HUB_LICENCES else licence
-    named = [str(dataset.get("path")) for _, dataset in datafiles.datasets(facts["config"], "datasets")]
-    local = [file["path"] for file in run["data"]]
-    on_hub = [n for n in named if re.fullmatch(r"[\w.-]+/[\w.-]+", n) and not any(p.startswith(n) for p in local)]
-    scores = facts["evaluation"]["scores"] if facts["evaluation"] and not run["rehearsal"] else {}
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type="json",
-            dataset_name=getattr(column.parameters, "task", "").rpartition("/")[2] or scored_on or "",
-            metric_type=column.metric.hub_type,
-            metric_name=column.title,
-            metric_value=round(scores[name], 4),
-        )
-        for name, column in columns.items()
-        if scores.get(name) is not None
-    ]
-    qlora = ["qlora"] if facts["config"].get("adapter") == "qlora" else []
-    relation = "finetune" if merged else "adapter"  # on the hub, "merge" means a merge of several models
-    return ModelCardData(
-        base_model=None if base["local"] else base["name"],
-        base_model_relation=None if base["local"] else relation,
-        license="other" if other_licence else licence,
-        license_name=other_licence,
-        license_link=f"https://huggingface.co/{base['name']}" if other_licence else None,
-        datasets=on_hub or None,
-        model_name=run["recipe"] if results else None,
-        eval_results=results or None,
-        library_name="transformers" if merged else "peft",
-        pipeline_tag="text-generation",
-        tags=["axolotl", "lora", *qlora, *tags],
-    ).to_yaml()
-
-
-def _scored_on(settings: EvaluationSettings, of_study: studies.Study | None) -> str:
-    """Description of the scored rows."""
-    if not (settings.test_set and of_study):
-        return f"{settings.data_name}, {settings.rows_in_words}"
-    subset = of_study.data.subsets.get(settings.test_set)
-    return f"{of_study.data.name}, {subset.title if subset else 'the test set'}, {settings.rows_in_words}"
-
-
-def _command(run: Row) -> str:
-    """Command that repeats a run."""
-    words = ["recipe", "run", run["recipe"] if run["recipe"] in paths.recipe_names() else run["recipe_file"]]
-    for option, key in (("--profile", "profiles"), ("--set", "overrides"), ("--force", "forced")):
-        words += [word for value in run[key] for word in (option, value)]
-    for option, key in (("--gpus", "gpus_used"), ("--nodes", "nodes")):
-        words += [option, str(run[key])] if run[key] > 1 else []
-    return shlex.join(words)
+def base_model(folder: RunDir, run: Run) -> Base:
+    """Base model of a run's adapter."""
+    recorded = read_json(folder.output / "adapter_config.json").get("base_model_name_or_path")
+    name = str(recorded or folder.config.get("base_model"))
+    return Base(name, is_local=Path(name).is_absolute() or Path(run.cwd, name).is_dir())
 
 
 def _without_folders(value: Any, cwd: Path) -> Any:
@@ -208,19 +352,26 @@ def _without_folders(value: Any, cwd: Path) -> Any:
     if not isinstance(value, str):
         return value
     path = Path(value)
-    if ".." in path.parts or (path.is_absolute() and len(path.parts) > 2):
-        return str(path.relative_to(cwd)) if path.is_relative_to(cwd) else path.name
-    return _LOCAL_PATH.sub(lambda found: _without_folders(found[0].removeprefix("file://"), cwd), value)
+    is_long = path.is_absolute() and len(path.parts) > 2
+    if not is_long and ".." not in path.parts:
+        return _LOCAL_PATH.sub(lambda found: _without_folders(found[0].removeprefix("file://"), cwd), value)
+    if path.is_relative_to(cwd):
+        return str(path.relative_to(cwd))
+    return path.name
 
 
 def _code(value: Any) -> str:
     """Value as one line of Markdown code; a dash for None."""
     if value is None:
         return "–"
-    text = " ".join(value.split()) if isinstance(value, str) else ""
+    text = ""
+    if isinstance(value, str):
+        text = " ".join(value.split())
     text = text or json.dumps(value, ensure_ascii=False)
-    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"
+    if "`" not in text:
+        return f"`{text}`"
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text))))
+    return f"{ticks} {text} {ticks}"
 
 
 def _fenced(text: str, language: str) -> str:

@@ -1,7 +1,6 @@
 """Publish a run's adapter: model card, merged model, push to the hub."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from ..evaluate.scores_file import ADAPTER, about_rows, changed, current, read_s
 from ..run import backends, trust
 from ..run.rundir import RunDir
 from ..training.run_record import Run
-from .card import base_model, card
+from .card import HUB_NAME, base_model, card
 from .run_result import RunResult
 
 CARD = "README.md"
@@ -117,15 +116,15 @@ def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:
 
 def _check_push(folder: RunDir, run: Run, repository: str) -> None:
     """Raise UserError if the repository's name is invalid or others cannot use the model."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+    if not HUB_NAME.fullmatch(repository):
         raise UserError(f"--push {repository}: expected OWNER/NAME, of letters, digits, -, _ and .")
     if run.rehearsal:
         raise UserError(f"--push: {folder.path} is a rehearsal with a stand-in model; push a real run")
-    base, is_local = base_model(folder, run)
-    if is_local:
+    base = base_model(folder, run)
+    if base.is_local:
         raise UserError(
-            f"--push: the base model {base} is a local folder, which others cannot load; train with base_model set to "
-            "its name on the hub"
+            f"--push: the base model {base.name} is a local folder, which others cannot load; train with base_model "
+            "set to its name on the hub"
         )
 
 
