@@ -1,7 +1,7 @@
 """Runs repeated with other seeds, and intervals of their scores."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,6 @@ from ..base.files import Row
 from ..config.training_settings import TrainingSettings
 from ..evaluate import intervals, scores_file
 from ..evaluate.score import model_record
-from ..evaluate.scores_file import Evaluation
 from ..metrics.metric import Column
 from ..run import backends, rundir
 from .run_result import RunResult, trained_settings
@@ -22,62 +21,90 @@ ONE_SEED = " of one seed"
 OTHER_ROWS = "held-out rows differ by seed"
 
 
-def usable(runs: Path, rehearsal: bool) -> list[RunResult]:
+@dataclass(frozen=True)
+class Setup:
+    """Inputs of a training except the seed; repeats of a run have the same.
+
+    Attributes:
+        settings: settings by dotted key, see `trained_settings`.
+        data: hashes of the data files.
+        files: hashes of other files that the config names.
+        ranks: number of training processes.
+    """
+
+    recipe: str
+    settings: dict[str, Any]
+    data: list[str]
+    files: list[str]
+    ranks: int
+
+    @classmethod
+    def of(cls, result: RunResult) -> "Setup":
+        run = result.run
+        settings = trained_settings(result.config)
+        settings.pop(SEED, None)
+        data = [file.sha256 for file in run.data]
+        files = [file.sha256 for file in run.named_files]
+        return cls(run.recipe, settings, data, files, run.ranks)
+
+
+def usable_runs(runs: Path, rehearsal: bool) -> list[RunResult]:
     """Real runs that use their recipe's model and data; if `rehearsal` is True, all rehearsals instead."""
-    found = (RunResult(folder, run) for folder, run in rundir.readable(rundir.all_runs(runs), backends.read))
-    return [
-        result
-        for result in found
-        if result.run.rehearsal == rehearsal and (rehearsal or not result.is_of_something_else)
-    ]
+    results = []
+    for folder, run in rundir.readable(rundir.all_runs(runs), backends.read):
+        if run.rehearsal != rehearsal:
+            continue
+        result = RunResult(folder, run)
+        if rehearsal or not result.is_of_something_else:
+            results.append(result)
+    return results
 
 
-def of(chosen: RunResult, candidates: Sequence[RunResult]) -> list[RunResult]:
+def with_repeats(result: RunResult, candidates: Sequence[RunResult]) -> list[RunResult]:
     """Return a run and its repeats, which differ from it at most in the seed.
 
     Repeats are trained and evaluated alike. If there are several seeds, one run counts for each: the given run
     for its own seed, the newest run for each other seed. Further runs of a seed say nothing about the spread between
     seeds. If all runs have the same seed, all of them count. A run that is not finished and scored has no repeats.
     """
-    trained = _training(chosen)
-    if trained is None or not chosen.is_scored:
-        return [chosen]
-    found = []
-    for other in candidates:
-        if other.run.recipe != chosen.run.recipe or other.folder.path == chosen.folder.path:
-            continue
-        if _alike(chosen.evaluation, other.evaluation, _ALIKE) and _training(other) == trained:
-            found.append(other)
-    by_seed = {seed(result): result for result in [*found, chosen]}
+    if not result.is_scored or not _is_trained_here(result):
+        return [result]
+    repeats = [other for other in candidates if _is_repeat(other, result)]
+    by_seed = {seed(run): run for run in [*repeats, result]}
     if len(by_seed) > 1:
-        found = [result for result in by_seed.values() if result != chosen]
-    return [chosen, *found]
+        repeats = [run for run in by_seed.values() if run != result]
+    return [result, *repeats]
 
 
-def _training(result: RunResult) -> Any:
-    """Inputs of a run's training except the seed; None if it is not finished, not our own, or lacks its config."""
-    run = result.run
-    if run.state != "finished" or run.published_adapter or not result.config:
-        return None
-    settings = trained_settings(result.config)
-    settings.pop(SEED, None)
-    return settings, [file.sha256 for file in [*run.data, *run.named_files]], run.ranks
+def _is_repeat(other: RunResult, result: RunResult) -> bool:
+    """True if another run is trained and evaluated as a run is, but for the seed."""
+    if other.run.recipe != result.run.recipe or other.folder.path == result.folder.path:
+        return False
+    if not _is_trained_here(other) or not _evaluated_alike(other, result, _ALIKE):
+        return False
+    return Setup.of(other) == Setup.of(result)
 
 
-def _alike(one: Evaluation | None, other: Evaluation | None, settings: set[str]) -> bool:
-    if one is None or other is None:
-        return one is other
-    return one.settings.model_dump(include=settings) == other.settings.model_dump(include=settings)
+def _is_trained_here(result: RunResult) -> bool:
+    """True for a finished training of our own whose config exists."""
+    return result.run.state == "finished" and not result.run.published_adapter and result.config != {}
+
+
+def _evaluated_alike(a: RunResult, b: RunResult, settings: set[str]) -> bool:
+    """True if some settings of two runs' evaluations are equal, or if both runs lack an evaluation."""
+    if a.evaluation is None or b.evaluation is None:
+        return a.evaluation is b.evaluation
+    return a.evaluation.settings.model_dump(include=settings) == b.evaluation.settings.model_dump(include=settings)
 
 
 def tokens(result: RunResult) -> str | None:
     """Hash of the tokens behind a run's eval loss; None if it is unknown."""
-    return result.summary.eval_tokens["sha256"] if result.summary.eval_tokens else None
+    eval_tokens = result.summary.eval_tokens
+    return eval_tokens["sha256"] if eval_tokens else None
 
 
-def seed(result: RunResult) -> str:
-    """Seed of a run, as text."""
-    return str(TrainingSettings.of(result.config).seed)
+def seed(result: RunResult) -> int:
+    return TrainingSettings.of(result.config).seed
 
 
 def scores(column: Column, found: Sequence[RunResult]) -> list[tuple[RunResult, float]]:
@@ -128,8 +155,8 @@ def interval_cells(name: str, within: intervals.Interval | None) -> Row:
 
 def by_row(name: str, found: Sequence[RunResult]) -> list[list[float]] | None:
     """Row scores of each run; None if rows lack scores or differ between runs."""
-    first = found[0].evaluation
-    if first is None or not all(_alike(first, result.evaluation, _SAME_ROWS) for result in found):
+    first = found[0]
+    if first.evaluation is None or not all(_evaluated_alike(first, result, _SAME_ROWS) for result in found):
         return None
     predicted = [scores_file.read_predictions(result.folder.path) for result in found]
     if len({tuple(row.get("row") for row in rows) for rows in predicted}) != 1 or not predicted[0]:

@@ -133,7 +133,7 @@ def rows(
         representatives: folder of the representative run, by recipe. A recipe whose value is None gets a row without
             a run; for a recipe without an entry, `_preference` chooses the run.
     """
-    all_runs = repeats.usable(runs, rehearsal)
+    all_runs = repeats.usable_runs(runs, rehearsal)
     candidates = [
         each for each in all_runs if (representatives or {}).get(each.run.recipe, each.folder.path) == each.folder.path
     ]
@@ -142,7 +142,7 @@ def rows(
         of_recipe = [candidate for candidate in candidates if candidate.run.recipe == recipe]
         if of_recipe or (recipe in of_study.published and not rehearsal):
             chosen = max(of_recipe, key=partial(_preference, of_study), default=None)
-            found = repeats.of(chosen, all_runs) if chosen else []
+            found = repeats.with_repeats(chosen, all_runs) if chosen else []
             table.append(_row(of_study, recipe, found, rehearsal))
     return table
 
