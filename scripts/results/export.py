@@ -22,7 +22,7 @@ from ..data.published import Baseline
 from ..data.studies import Study
 from ..evaluate import scores_file
 from ..evaluate.score import by_declared_model
-from ..run import backends, launch
+from ..run import backends
 from ..run.rundir import RunDir
 from ..study import published_predictions
 from ..training.run_record import Provenance, Run, collect
@@ -187,8 +187,8 @@ def record_of_run(result: RunResult) -> score_records.Record:
 
 def _outcome(run: Run) -> str:
     """Outcome of a run: finished, failed or out of memory."""
-    if run.state == "failed" and run.launches and run.launches[-1].problem == launch.OUT_OF_MEMORY:
-        return launch.OUT_OF_MEMORY
+    if run.state == "failed" and run.launches and run.launches[-1].out_of_memory:
+        return "out of memory"
     return run.state
 
 

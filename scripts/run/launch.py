@@ -26,17 +26,11 @@ from ..training.run_record import Ended, FileState, Launch, Provenance, Run, Sta
 from .rundir import RunDir, summarise, this_job
 
 AXOLOTL = Path(sys.executable).with_name("axolotl")
-_NO_GPU_MEMORY = re.compile("CUDA out of memory|CUDA error: out of memory")
-_RANK_KILLED = re.compile(r"exitcode\s*: -9\b")  # torchrun's wording
-_OF_TORCHRUN = re.compile("^.*torch/distributed/elastic/multiprocessing/api.py", re.MULTILINE)  # torchrun's report
-_REFUSED = re.compile(r"^(?:([\w.]+)\n)?  (?:Value error, )?(.+?) \[type=\w+, input_value=", re.MULTILINE)  # pydantic
 _KILLED = (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT)
 _LESS_MEMORY = (
     "end other processes, request more memory for the job, or start a run with --set dataloader_num_workers=0 "
     "--set dataset_num_proc=1"
 )
-OUT_OF_MEMORY = "out of memory"
-"""Problem of a launch that ran out of GPU or main memory, see `_problem`."""
 LAST_SECONDS = 15  # time for the other ranks to exit after one has failed
 
 
@@ -67,36 +61,49 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
         WorkFailed: Axolotl failed, or the run was interrupted.
     """
     require(Path(record.cwd))
-    here = collect()  # provenance of the training machine, whose checkout may lack the git history
-    here["gpus"] = here["gpus"][: record.gpus_used]
-    if not record.launches:
-        record.provenance = here | {"git": here["git"] or record.provenance.get("git")}
-    elif changed := merging.differences(_versions(record.provenance), _versions(here)):
-        values = "; ".join(f"{name}: {first} -> {new}" for name, (first, new) in changed.items())
-        say(f"  versions or GPU differ from the first launch; run.json keeps the first launch's: {values}")
+    _record_machine(record)
     _drop_half_prepared(folder, record)
-    launch = Launch(
-        command=_axolotl_command(folder, record, checkpoint),
-        started=now(),
-        resumed_from=checkpoint.name if checkpoint else None,
-    )
-    written = folder.metrics.stat().st_size if folder.metrics.exists() else 0
-    logged = folder.log.stat().st_size if folder.log.exists() else 0
+    launch = Launch(command=_axolotl_command(folder, record, checkpoint), started=now())
+    if checkpoint:
+        launch.resumed_from = checkpoint.name
+    written, logged = _size(folder.metrics), _size(folder.log)
     with reserved(folder.path):
         record.launches.append(launch)
         record.state = "running"
         folder.write(record)
         launch.exit_code, stopped = _launch(launch.command, folder, record, folder.log, lock)
-        launch.problem = _problem(folder, logged) if launch.exit_code not in (0, *_KILLED) else None
+        log = LaunchLog(folder.log, logged)
+        if launch.exit_code not in (0, *_KILLED):
+            launch.out_of_memory = log.out_of_gpu_memory or log.lost_rank
+            if not launch.out_of_memory:
+                launch.full_disk = _full_disk(folder, log)
     launch.ended = now()
-    metrics = folder.read_metrics()
-    record.summary = summarise(metrics)
+    record.summary = summarise(folder.read_metrics())
     record.summary.ended = summarise(folder.read_metrics(since=written)).ended  # ignores earlier launches
     adapter = folder.output / "adapter_model.safetensors"
     record.adapter = FileState.of(adapter) if adapter.is_file() else None
     record.state = _state(launch.exit_code, stopped, record.summary.ended, record.adapter is not None)
     folder.write(record)
-    _require_finished(folder, record, launch, stopped, logged)
+    if record.state != "finished":
+        raise _error(folder, record, stopped, log)
+
+
+def _size(file: Path) -> int:
+    """Size of a file in bytes; 0 if it is missing."""
+    return file.stat().st_size if file.exists() else 0
+
+
+def _record_machine(record: Run) -> None:
+    """Record the provenance of the training machine; report later launches' differences from the first launch."""
+    here = collect()
+    here["gpus"] = here["gpus"][: record.gpus_used]
+    if not record.launches:
+        here["git"] = here["git"] or record.provenance.get("git")  # this machine's checkout may lack the history
+        record.provenance = here
+        return
+    if changed := merging.differences(_versions(record.provenance), _versions(here)):
+        values = "; ".join(f"{name}: {first} -> {new}" for name, (first, new) in changed.items())
+        say(f"  versions or GPU differ from the first launch; run.json keeps the first launch's: {values}")
 
 
 def _versions(provenance: Provenance) -> Config:
@@ -106,34 +113,35 @@ def _versions(provenance: Provenance) -> Config:
     return provenance.get("packages", {}) | of_gpu
 
 
-def _require_finished(folder: RunDir, record: Run, launch: Launch, stopped: bool, logged: int) -> None:
-    """Raise the error that ended a launch, unless the run is finished.
+def _error(folder: RunDir, record: Run, stopped: bool, log: "LaunchLog") -> WorkFailed:
+    """Error that ended the last launch of an unfinished run.
 
     Args:
         stopped: whether `recipe` received a request to stop.
-        logged: offset in bytes at which the launch's log begins.
+        log: log of the launch.
     """
-    again = f"`recipe resume {folder.path}{' --on slurm' if this_job(os.environ) else ''}` continues it"
-    if launch.problem and launch.problem != OUT_OF_MEMORY:
-        raise WorkFailed(f"{folder.path}: {record.state}, {launch.problem}; free some space, then {again}")
+    launch = record.launches[-1]
+    code = launch.exit_code or 0
+    resume = f"`recipe resume {folder.path}{' --on slurm' if this_job(os.environ) else ''}` continues it"
+    if launch.full_disk:
+        return WorkFailed(f"{folder.path}: {record.state}, {launch.problem}; free some space, then {resume}")
+    if record.state == "interrupted" and code == -signal.SIGKILL and not stopped:
+        cause = "killed by signal 9 (SIGKILL) from outside; memory probably ran out"
+        return WorkFailed(f"{folder.path}: {cause}: {_LESS_MEMORY}; {resume}")
     if record.state == "interrupted":
-        if launch.exit_code == -signal.SIGKILL and not stopped:
-            how = "killed by signal 9 (SIGKILL) from outside; memory probably ran out"
-            raise WorkFailed(f"{folder.path}: {how}: {_LESS_MEMORY}; {again}")
-        raise WorkFailed(f"{folder.path}: interrupted{_signal(launch.exit_code or 0, stopped)}; {again}")
-    if record.state == "failed" and record.summary.ended == "callback":
-        where = f"step {record.summary.step} of {record.summary.max_steps}"
-        raise WorkFailed(f"{folder.path}: a callback stopped the training at {where}; see {folder.log} for the reason")
-    if record.state == "failed" and record.summary.ended == "no batch":
-        few = "no step was trained, because the rows do not fill a batch; add rows or lower micro_batch_size"
-        raise WorkFailed(f"{folder.path}: {few}")
-    if record.state == "failed":
-        raise _failed(folder.path, folder.log, launch.exit_code or 0, logged)
+        return WorkFailed(f"{folder.path}: interrupted{'' if stopped else _signal(code)}; {resume}")
+    if record.summary.ended == "callback":
+        step = f"step {record.summary.step} of {record.summary.max_steps}"
+        return WorkFailed(f"{folder.path}: a callback stopped the training at {step}; see {folder.log} for the reason")
+    if record.summary.ended == "no batch":
+        problem = "no step was trained, because the rows do not fill a batch; add rows or lower micro_batch_size"
+        return WorkFailed(f"{folder.path}: {problem}")
+    return _failed(folder, log, code)
 
 
-def _signal(code: int, stopped: bool) -> str:
-    """Message part with the signal that ended a process; empty after a requested stop."""
-    return f" by signal {-code} ({signal.Signals(-code).name})" if code < 0 and not stopped else ""
+def _signal(code: int) -> str:
+    """Message part with the signal that ended a process; empty if it exited."""
+    return f" by signal {-code} ({signal.Signals(-code).name})" if code < 0 else ""
 
 
 def _state(code: int, stopped: bool, ended: Ended | None, has_adapter: bool) -> State:
@@ -147,11 +155,14 @@ def _state(code: int, stopped: bool, ended: Ended | None, has_adapter: bool) -> 
         ended: reason for the end of training, if the process recorded one.
         has_adapter: whether the output folder has an adapter.
     """
-    trained = ended in ("complete", "early stopping")
-    if code == 0 and trained and has_adapter:
-        return "finished"
-    left_off = not trained and (stopped or (code == 0 and ended is None and has_adapter))
-    return "interrupted" if code in _KILLED or ended == "signal" or left_off else "failed"
+    if ended in ("complete", "early stopping"):
+        if code == 0 and has_adapter:
+            return "finished"
+        return "interrupted" if code in _KILLED else "failed"
+    if stopped or ended == "signal" or code in _KILLED:
+        return "interrupted"
+    left_off = code == 0 and ended is None and has_adapter
+    return "interrupted" if left_off else "failed"
 
 
 def follow(folder: RunDir) -> None:
@@ -165,7 +176,7 @@ def follow(folder: RunDir) -> None:
     command = _axolotl_command(folder, record, folder.last_checkpoint())
     code, stopped = _launch(command, folder, record, log)
     if code and not stopped:
-        raise _failed(folder.path, log)
+        raise _failed(folder, LaunchLog(log), code)
 
 
 def preprocess(folder: RunDir, record: Run) -> None:
@@ -181,7 +192,7 @@ def preprocess(folder: RunDir, record: Run) -> None:
     if stopped:
         raise WorkFailed(f"{folder.path}: interrupted")
     if code:
-        raise _failed(folder.path, folder.log)
+        raise _failed(folder, LaunchLog(folder.log), code)
 
 
 def _axolotl_command(folder: RunDir, record: Run, checkpoint: Path | None) -> list[str]:
@@ -250,35 +261,60 @@ def _drop_half_prepared(folder: RunDir, record: Run) -> None:
                 shutil.rmtree(part)
 
 
-def _problem(folder: RunDir, since: int) -> str | None:
-    """Cause of a failed launch: lack of memory or disk space, or None."""
-    text, tail = _log_text(folder.log, since)
-    if _NO_GPU_MEMORY.search(text) or _RANK_KILLED.search(text):
-        return OUT_OF_MEMORY
-    full = where_full("\n".join(tail), [folder.path, paths.cache(), Path(tempfile.gettempdir())])
-    return f"no space left in {full}" if full else None
+class LaunchLog:
+    """Log of one launch: what torch, torchrun and pydantic report in it, in their wording.
+
+    Args:
+        file: file of the log.
+        since: offset in bytes at which the launch begins.
+
+    Attributes:
+        tail: last lines before torchrun's report.
+    """
+
+    def __init__(self, file: Path, since: int = 0):
+        self.file = file
+        self._text = file.read_bytes()[since:].decode(errors="replace")
+        torchrun = re.compile("^.*torch/distributed/elastic/multiprocessing/api.py", re.MULTILINE)
+        self.tail = torchrun.split(self._text, maxsplit=1)[0].splitlines()[-15:]
+
+    @property
+    def out_of_gpu_memory(self) -> bool:
+        """True if torch or CUDA ran out of GPU memory."""
+        return "CUDA out of memory" in self._text or "CUDA error: out of memory" in self._text
+
+    @property
+    def lost_rank(self) -> bool:
+        """True if torchrun lost a rank to SIGKILL."""
+        return re.search(r"exitcode\s*: -9\b", self._text) is not None
+
+    @property
+    def refusals(self) -> list[str]:
+        """Errors that pydantic found in the config."""
+        error = re.compile(r"^(?:([\w.]+)\n)?  (?:Value error, )?(.+?) \[type=\w+, input_value=", re.MULTILINE)
+        return [f"{key}: {problem}" if key else problem for key, problem in error.findall("\n".join(self.tail))]
 
 
-def _failed(folder: Path, log: Path, code: int = 1, since: int = 0) -> WorkFailed:
+def _full_disk(folder: RunDir, log: LaunchLog) -> str | None:
+    """File or folder without space that ended a launch, or None."""
+    full = where_full("\n".join(log.tail), [folder.path, paths.cache(), Path(tempfile.gettempdir())])
+    return str(full) if full else None
+
+
+def _failed(folder: RunDir, log: LaunchLog, code: int) -> WorkFailed:
     """Error for a failed launch, with the last lines of its log."""
-    text, tail = _log_text(log, since)
-    refused = [f"{key}: {why}" if key else why for key, why in _REFUSED.findall("\n".join(tail))]
-    problem = f"Axolotl failed{_signal(code, False)}"
-    if _NO_GPU_MEMORY.search(text):
-        changes = f"`recipe plan {folder / 'config.yaml'}` shows what needs memory, and which changes help"
+    tail = log.tail
+    if log.out_of_gpu_memory:
+        changes = f"`recipe plan {folder.config_file}` shows what needs memory, and which changes help"
         problem = f"out of GPU memory: {changes}; `nvidia-smi` lists other processes on the GPU"
-    elif _RANK_KILLED.search(text):
+    elif log.lost_rank:
         problem = f"a rank was killed by signal 9 (SIGKILL); memory probably ran out: {_LESS_MEMORY}"
-    elif refused:
-        problem = f"Axolotl refuses the config: {'; '.join(refused)}"
-        tail = []  # says nothing else
-    return WorkFailed("\n".join([*tail, f"{folder}: {problem}; the full log is {log}"]))
-
-
-def _log_text(log: Path, since: int) -> tuple[str, list[str]]:
-    """Log text from an offset on, and its last lines before torchrun's report."""
-    text = log.read_bytes()[since:].decode(errors="replace")
-    return text, _OF_TORCHRUN.split(text, maxsplit=1)[0].splitlines()[-15:]
+    elif log.refusals:
+        problem = f"Axolotl refuses the config: {'; '.join(log.refusals)}"
+        tail = []  # has only the refusals
+    else:
+        problem = f"Axolotl failed{_signal(code)}"
+    return WorkFailed("\n".join([*tail, f"{folder.path}: {problem}; the full log is {log.file}"]))
 
 
 def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: int) -> tuple[int, bool]:

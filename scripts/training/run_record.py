@@ -161,7 +161,15 @@ class Launch(BaseModel):
     ended: Moment | None = None
     exit_code: int | None = None
     resumed_from: str | None = None
-    problem: str | None = None  # lack of memory or disk space, if it ended the launch
+    out_of_memory: bool = False  # whether the launch ended for lack of GPU or main memory
+    full_disk: Text | None = None  # file or folder without space, if the launch ended for lack of disk space
+
+    @property
+    def problem(self) -> str | None:
+        """Lack of memory or disk space, in words; None if the launch did not end for it."""
+        if self.full_disk:
+            return f"no space left in {self.full_disk}"
+        return "out of memory" if self.out_of_memory else None
 
 
 class Summary(BaseModel):

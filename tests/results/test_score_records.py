@@ -101,7 +101,7 @@ def test_predictions_need_their_number_of_rows_and_a_hash():
 def test_a_run_that_ran_out_of_memory_is_recorded(recipe):
     made = a_run("one", state="failed")
     record = made.read()
-    record.launches[-1].problem = "out of memory"
+    record.launches[-1].out_of_memory = True
     made.write(record)
     _, content = exported(recipe, "one")
     assert content["outcome"] == "out of memory"

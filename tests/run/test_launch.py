@@ -33,18 +33,6 @@ def fails(folder: RunDir, monkeypatch: pytest.MonkeyPatch, does: str) -> Excepti
     return failed.value
 
 
-def test_what_axolotl_refuses_is_named(folder, tmp_path, monkeypatch):
-    (tmp_path / "said").write_text(
-        f"{STEPS}pydantic_core._pydantic_core.ValidationError: 2 validation errors for AxolotlConfigWCapabilities\n"
-        "num_epochs\n  Input should be a valid number [type=float_parsing, input_value='x', input_type=str]\n"
-        "  Value error, not [so]. [type=value_error, input_value={'a': 1}, input_type=dict]\n"
-        "    For further information visit https://errors.pydantic.dev/2.13/v/value_error\n"
-    )
-    error = fails(folder, monkeypatch, f"cat '{tmp_path}/said'; exit 1")
-    assert "num_epochs: " in str(error) and "not [so]." in str(error)  # each of pydantic's own
-    assert "step" not in str(error)
-
-
 @pytest.mark.parametrize(("rehearsal", "disabled"), [(True, "1"), (False, "")])
 def test_only_a_rehearsal_leaves_out_torchs_compiler(folder, tmp_path, monkeypatch, rehearsal, disabled):
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
@@ -64,25 +52,95 @@ def test_another_version_than_in_the_first_launch_is_named(folder, monkeypatch, 
     assert folder.read().provenance["packages"]["peft"] == (before or package_version("peft"))
 
 
+AGAIN = "`recipe resume {run}` continues it"
+MEMORY = (
+    "memory probably ran out: end other processes, request more memory for the job, or start a run with --set "
+    "dataloader_num_workers=0 --set dataset_num_proc=1"
+)
+LOG = "; the full log is {run}/train.log"
+LAST = "step\n" * 14
+
+
 @pytest.mark.parametrize(
-    ("said", "end", "full"),
+    ("log", "end", "full_disk", "out_of_memory", "message"),
     [
-        (f"{STEPS}{FULL}", "exit 1", "/data/x"),
-        (f"{STEPS}{FULL}{TORCHRUN}", "exit 1", "/data/x"),
-        (f"{TRITON}{STEPS}KeyError: 1\n", "exit 1", None),
-        (f"{TRITON}{NO_MEMORY}", "exit 1", None),
-        (f"{TRITON}{STEPS}", "kill -KILL $$", None),
-        (STEPS, "kill -SEGV $$", None),
+        pytest.param(
+            f"{STEPS}{FULL}",
+            "exit 1",
+            "/data/x",
+            False,
+            "{run}: failed, no space left in /data/x; free some space, then " + AGAIN,
+            id="full disk",
+        ),
+        pytest.param(
+            f"{STEPS}{FULL}{TORCHRUN}",
+            "exit 1",
+            "/data/x",
+            False,
+            "{run}: failed, no space left in /data/x; free some space, then " + AGAIN,
+            id="full disk of a rank",
+        ),
+        pytest.param(
+            f"{TRITON}{STEPS}KeyError: 1\n",
+            "exit 1",
+            None,
+            False,
+            f"{LAST}KeyError: 1\n{{run}}: Axolotl failed{LOG}",
+            id="survived a full disk",
+        ),
+        pytest.param(
+            f"{TRITON}{NO_MEMORY}",
+            "exit 1",
+            None,
+            True,
+            f"{TRITON}{NO_MEMORY}{{run}}: out of GPU memory: `recipe plan {{run}}/config.yaml` shows what needs "
+            f"memory, and which changes help; `nvidia-smi` lists other processes on the GPU{LOG}",
+            id="out of GPU memory",
+        ),
+        pytest.param(
+            f"{STEPS}{TORCHRUN}exitcode  : -9 (pid: 7)\n",
+            "exit 1",
+            None,
+            True,
+            f"step\n{LAST}{{run}}: a rank was killed by signal 9 (SIGKILL); {MEMORY}{LOG}",
+            id="killed rank",
+        ),
+        pytest.param(
+            f"{TRITON}{STEPS}",
+            "kill -KILL $$",
+            None,
+            False,
+            f"{{run}}: killed by signal 9 (SIGKILL) from outside; {MEMORY}; {AGAIN}",
+            id="killed",
+        ),
+        pytest.param(
+            STEPS,
+            "kill -SEGV $$",
+            None,
+            False,
+            f"step\n{LAST}{{run}}: Axolotl failed by signal 11 (SIGSEGV){LOG}",
+            id="crashed",
+        ),
+        pytest.param(
+            f"{STEPS}pydantic_core._pydantic_core.ValidationError: 2 validation errors for AxolotlConfigWCapabilities\n"
+            "num_epochs\n  Input should be a valid number [type=float_parsing, input_value='x', input_type=str]\n"
+            "  Value error, not [so]. [type=value_error, input_value={'a': 1}, input_type=dict]\n"
+            "    For further information visit https://errors.pydantic.dev/2.13/v/value_error\n",
+            "exit 1",
+            None,
+            False,
+            "{run}: Axolotl refuses the config: num_epochs: Input should be a valid number; not [so]." + LOG,
+            id="refused config",
+        ),
     ],
 )
-def test_a_full_disk_is_blamed_only_for_what_it_ended_and_a_signal_is_named(folder, monkeypatch, said, end, full):
-    file = folder.path.parent / "said"
-    file.write_text(said)
+def test_a_failed_launch_records_and_reports_its_cause(
+    folder, monkeypatch, log, end, full_disk, out_of_memory, message
+):
+    file = folder.path.parent / "log"
+    file.write_text(log)
     error = fails(folder, monkeypatch, f"cat '{file}'; {end}")
-    assert isinstance(error, WorkFailed)
-    assert ("recipe plan" in str(error)) == (NO_MEMORY in said) and ("num_workers" in str(error)) == ("KILL" in end)
-    problem = folder.read().launches[-1].problem
-    assert problem == (f"no space left in {full}" if full else launch.OUT_OF_MEMORY if NO_MEMORY in said else None)
-    if end.startswith("kill"):
-        sent = end.split()[1].removeprefix("-")
-        assert f"(SIG{sent})" in str(error) and ("recipe resume" in str(error)) == (sent != "SEGV")
+    assert str(error) == message.format(run=folder.path)
+    launched = folder.read().launches[-1]
+    assert launched.full_disk == full_disk
+    assert launched.out_of_memory is out_of_memory
