@@ -37,7 +37,7 @@ PLAN = """
 import time
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.config import gpus
-from qlora_recipes.plan import memory, plan
+from qlora_recipes.plan import fake_step, plan
 imported = time.process_time()
 config = yamlfiles.read_yaml(paths.recipe_file("haider2024/code-llama-7b")) | {"lora_r": 24}  # of no shipped plan
 plan.plan(config, gpus.find("T4"))

@@ -17,8 +17,8 @@ from typing import Any
 from markdown_table import print_markdown
 
 from qlora_recipes.config import gpus, models
-from qlora_recipes.plan import traces
-from qlora_recipes.plan.memory import trace
+from qlora_recipes.plan import allocator
+from qlora_recipes.plan.fake_step import trace
 from qlora_recipes.plan.steps import Step
 
 FIGURES = Path(__file__).with_name("memory_figures.csv")
@@ -86,10 +86,10 @@ def step_of(figure: dict[str, str]) -> Step:
 
 def planned(figure: dict[str, str]) -> float:
     """MiB that a plan gives for a figure, of the same kind: allocated, reserved, or with CUDA's own."""
-    from qlora_recipes.plan.planner import CONTEXT
+    from qlora_recipes.plan.step_plan import CONTEXT
 
     shape = int(figure["rows"]), int(figure["tokens"])
-    used = traces.usage(trace(step_of(figure), shape))
+    used = allocator.usage(trace(step_of(figure), shape))
     size = used.allocated if figure["kind"] == "allocated" else used.reserved
     return (size + (CONTEXT if figure["kind"] in ("card", "process") else 0)) / MIB
 

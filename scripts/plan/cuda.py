@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from .traces import Events
+from .allocator import Events
 
 
 class Recorder(TorchDispatchMode):

@@ -12,8 +12,8 @@ from ..config.gpus import ENGINE_KEYS, Gpu, engine_of, offloads
 from ..config.merging import merge
 from ..config.training_settings import TrainingSettings
 from . import steps, work
-from .planner import CONTEXT, GIB, USABLE, Planner, needed_per_gpu, per_gpu, planner_of, required_gib
-from .traces import Counts, Usage
+from .allocator import Counts, Usage
+from .step_plan import CONTEXT, GIB, USABLE, StepPlan, needed_per_gpu, per_gpu, plan_step, required_gib
 from .work import Work
 
 SIZES = (8, 12, 16, 24, 40, 48, 80)
@@ -125,13 +125,13 @@ def of_request(
     """
     composed = composed_for(request, gpu)
     found = work.counted(composed, request.force) if data else work.published(composed)
-    planned, planner = plan(composed.config, gpu, vram, request.gpus)
+    planned, step_plan = plan(composed.config, gpu, vram, request.gpus)
     findings = [finding for finding in check.examine(composed, gpu).findings if finding.scope in ("gpu", "code")]
     override_errors(findings, request.force)
     lacks = tuple(finding.key for finding in findings if (finding.rule, finding.level) == ("gpu-lacks", "error"))
     planned.gpus = [replace(fit, fits=fit.fits and not lacks, lacks=lacks) for fit in planned.gpus]
     planned.notes += [f"{finding.name}: {finding.problem}; {finding.remedy}".rstrip("; ") for finding in findings]
-    planned.work = work.work(composed, planner, gpu, request.gpus, found)
+    planned.work = work.work(composed, step_plan, gpu, request.gpus, found)
     return planned
 
 
@@ -148,15 +148,15 @@ def composed_for(request: Request, gpu: Gpu | None = None) -> Composed:
     return composed
 
 
-def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus: int = 1) -> tuple[Plan, Planner]:
+def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus: int = 1) -> tuple[Plan, StepPlan]:
     """Plan a config: parameters, memory of a full micro batch, and sufficient GPUs.
 
     Raises:
         UserError: planning does not support the config.
     """
-    planner, notes = planner_of(config, gpu)
-    memory = planner.memory
-    engines = per_gpu(planner, gpus)
+    step_plan, notes = plan_step(config, gpu)
+    memory = step_plan.memory
+    engines = per_gpu(step_plan, gpus)
     if gpus > 1:
         notes.append(f"fits: computed with the memory per GPU under {engine_of(config)}")
     if memory.paged:  # bitsandbytes allocates paged state in CUDA's unified memory (cudaMallocManaged)
@@ -164,10 +164,10 @@ def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus
             f"{memory.paged / GIB:.2f} GiB of paged optimizer state moves to main memory when the GPU is full; the "
             "required memory excludes it"
         )
-    needed = needed_per_gpu(planner, config, gpus)
+    needed = needed_per_gpu(step_plan, config, gpus)
     size = vram or (gpu and gpu.memory)
     targets = [
-        Gpu(gpu.name if gpu and size else f"{gib:g} GB", planner.step.capability or (0, 0), gib)
+        Gpu(gpu.name if gpu and size else f"{gib:g} GB", step_plan.step.capability or (0, 0), gib)
         for gib in ([size] if size else SIZES)
     ]
     fits = []
@@ -178,37 +178,37 @@ def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus
     frozen, trainable = memory.total("frozen"), memory.total("trainable")
     planned = Plan(
         model=config["base_model"],
-        adapter=planner.step.adapter,
-        micro_batch=MicroBatch(planner.rows, planner.length, planner.required),
+        adapter=step_plan.step.adapter,
+        micro_batch=MicroBatch(step_plan.rows, step_plan.length, step_plan.required),
         parameters=memory.parameters,
         frozen=frozen,
         trainable=trainable,
         trainable_share=trainable / (frozen + trainable),
-        memory=PeakMemory(**asdict(memory.usage), paged=memory.paged, context=CONTEXT, needed=planner.required),
+        memory=PeakMemory(**asdict(memory.usage), paged=memory.paged, context=CONTEXT, needed=step_plan.required),
         gpus=fits,
         per_gpu=engines,
         notes=notes,
     )
     if size and not fits[0].fits:
-        planned.changes += _changes(config, planner, targets[0], gpus)
-    return planned, planner
+        planned.changes += _changes(config, step_plan, targets[0], gpus)
+    return planned, step_plan
 
 
-def _changes(config: Config, planner: Planner, gpu: Gpu, gpus: int) -> Iterator[PlannedChange]:
+def _changes(config: Config, step_plan: StepPlan, gpu: Gpu, gpus: int) -> Iterator[PlannedChange]:
     """Cumulative changes until a step fits on each of the GPUs, mildest first."""
     usable = usable_gib(gpu) * GIB
     changed = config
-    for changes, effect in _reductions(config, planner, gpu, gpus):
+    for changes, effect in _reductions(config, step_plan, gpu, gpus):
         changed = merge(changed, changes)
-        needed = needed_per_gpu(planner_of(changed, gpu)[0], changed, gpus)
+        needed = needed_per_gpu(plan_step(changed, gpu)[0], changed, gpus)
         yield PlannedChange(changes, effect, needed, needed <= usable)
         if needed <= usable:
             break
 
 
-def _reductions(config: Config, planner: Planner, gpu: Gpu, gpus: int) -> Iterator[tuple[Config, str]]:
+def _reductions(config: Config, step_plan: StepPlan, gpu: Gpu, gpus: int) -> Iterator[tuple[Config, str]]:
     """Changes that reduce the memory of a step, mildest first, each with its effect."""
-    settings, step = TrainingSettings.of(config), planner.step
+    settings, step = TrainingSettings.of(config), step_plan.step
     if not step.checkpointing:
         yield {"gradient_checkpointing": True}, "the same gradients, a third more time"
     if gpu.capability >= (8, 0) and not any(map(config.get, steps.LOSSES)):  # Triton requires capability 8.0
@@ -217,8 +217,8 @@ def _reductions(config: Config, planner: Planner, gpu: Gpu, gpus: int) -> Iterat
         bits = "8bit" if "8bit" in settings.optimizer else "32bit"
         effect = "the same steps; optimizer state leaves the GPU when the GPU is full"
         yield {"optimizer": f"paged_adamw_{bits}"}, effect
-    if planner.rows > 1:
-        rows = max(settings.rows_per_step, planner.rows)
+    if step_plan.rows > 1:
+        rows = max(settings.rows_per_step, step_plan.rows)
         # a run divides the number among the GPUs, as it divided the config's
         single_rows: Config = {"micro_batch_size": 1, "gradient_accumulation_steps": rows * gpus}
         if "batch_size" in config:
@@ -227,7 +227,7 @@ def _reductions(config: Config, planner: Planner, gpu: Gpu, gpus: int) -> Iterat
     if step.adapter != "qlora" and not config.get("peft_use_dora"):  # its weight norms are not in a traced 4-bit layer
         yield _with_qlora(config), "a base model in 4 bits"
     for part in (2, 4):
-        yield {"sequence_len": planner.length // part}, "longer rows are lost"
+        yield {"sequence_len": step_plan.length // part}, "longer rows are lost"
 
 
 def _can_be_paged(optimizer: str) -> bool:

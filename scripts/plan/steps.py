@@ -153,7 +153,7 @@ def _has_mask(config: Config, settings: TrainingSettings, architecture: dict[str
 def oldest_alike(capability: tuple[int, int]) -> tuple[int, int]:
     """Lowest compute capability whose kernels need the same memory: Turing's, Ampere's or Hopper's.
 
-    FlashAttention needs Ampere, and Hopper has a larger workspace; see `cuda_attention` and `memory._workspace`.
+    FlashAttention needs Ampere, and Hopper has a larger workspace; see `cuda_attention` and `fake_step._workspace`.
     """
     if capability < (8, 0):
         return (7, 5)

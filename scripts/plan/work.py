@@ -12,7 +12,7 @@ from ..config.compose import Composed
 from ..config.gpus import Gpu
 from ..config.training_settings import TrainingSettings
 from ..data import studies
-from .planner import Planner
+from .step_plan import StepPlan
 
 UTILIZATION = 0.3
 """Assumed share of the GPU's peak rate."""
@@ -120,12 +120,12 @@ def published(composed: Composed) -> Lengths | None:
     return Lengths(rows, tokens, tokens, TokenCount.DECLARED, "the study's data") if rows and tokens else None
 
 
-def work(composed: Composed, planner: Planner, gpu: Gpu | None, gpus: int, lengths: Lengths | None) -> Work:
+def work(composed: Composed, step_plan: StepPlan, gpu: Gpu | None, gpus: int, lengths: Lengths | None) -> Work:
     """Estimate the training work of a config.
 
     Args:
         composed: the config.
-        planner: planner of the config's step.
+        step_plan: plan of the config's step.
         gpu: the GPU, if known.
         gpus: number of GPUs.
         lengths: counts of rows and tokens; without them every row counts at full length.
@@ -147,7 +147,7 @@ def work(composed: Composed, planner: Planner, gpu: Gpu | None, gpus: int, lengt
         elif rows:
             epochs = taken / rows
     tokens = round(tokens * epochs) if tokens else None
-    per_token = flops_of_token(planner, length) * (lengths.padded / lengths.tokens if lengths else 1)
+    per_token = flops_of_token(step_plan, length) * (lengths.padded / lengths.tokens if lengths else 1)
     rate = gpu.tflops * 1e12 * UTILIZATION * gpus / per_token if gpu and gpu.tflops else None
     hours = tokens / rate / 3600 if tokens and rate else None
     rows_are = lengths.rows_are if lengths else ""
@@ -164,7 +164,7 @@ def _full(composed: Composed, length: int) -> Lengths | None:
     return Lengths(rows, rows * length, rows * length, TokenCount.UPPER_BOUND, rows_are) if rows else None
 
 
-def flops_of_token(planner: Planner, length: int) -> float:
+def flops_of_token(step_plan: StepPlan, length: int) -> float:
     """Floating-point operations per token of a training step on full rows.
 
     Each weight costs 2 operations forward, 2 for the input gradient and, if trained, 2 for the weight gradient. LoRA
@@ -172,15 +172,15 @@ def flops_of_token(planner: Planner, length: int) -> float:
     length / 2 forward (a token sees half the row on average), and twice as much backward. Checkpointing repeats the
     forward pass.
     """
-    sizes = planner.memory.sizes
-    again = bool(planner.step.checkpointing)
+    sizes = step_plan.memory.sizes
+    again = bool(step_plan.step.checkpointing)
     passes = 0.0
-    for kind, count in planner.memory.parameters.items():
+    for kind, count in step_plan.memory.parameters.items():
         if kind in ("norm", "embed_tokens", "vision_tower"):
             continue
         passes += 2 * count["frozen"] * (2 + again) + 2 * count["trainable"] * (3 + again)
-    head = planner.memory.parameters.get("lm_head", {})
+    head = step_plan.memory.parameters.get("lm_head", {})
     if sum(head.values()) < sizes["vocabulary"] * sizes["width"]:  # the head shares the embedding's weights
-        passes += 2 * sizes["vocabulary"] * sizes["width"] * (2 + again + (planner.step.adapter is None))
+        passes += 2 * sizes["vocabulary"] * sizes["width"] * (2 + again + (step_plan.step.adapter is None))
     attention = 4 * sizes["attention_width"] * length / 2 * sizes["layers"]
     return passes + attention * (3 + again)

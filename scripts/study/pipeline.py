@@ -20,7 +20,7 @@ from ..evaluate import benchmarks, evaluate
 from ..evaluate.evaluate import EvaluationRequest, EvaluationTask
 from ..evaluate.score import columns_of, require_models, scorer_models
 from ..metrics.metric import Column
-from ..plan import plan, planner
+from ..plan import plan, step_plan
 from ..run import backends, run, trust
 from ..run.backends import DONE, FAILED, SKIPPED, Backend, Command, Step, Task, TaskResult
 from ..run.rundir import RunDir, all_runs
@@ -189,7 +189,7 @@ class Pipeline:
         try:
             planned = plan.composed_for(replace(self.request, rehearse=False), gpu) if rehearsal else self.composed
             assert planned
-            self.needed_gib = planner.required_gib(planned.config, gpu, anew=True)
+            self.needed_gib = step_plan.required_gib(planned.config, gpu, anew=True)
         except UserError as error:
             say(f"{self.result.label}: not planned: {error}")
             self.result.steps["plan"] = "not known"

@@ -28,7 +28,7 @@ from ..evaluate.evaluate import EvaluationRequest
 from ..evaluate.score import declared_models, scorer_models
 from ..metrics.registry import SCORER
 from ..plan import plan
-from ..plan.planner import GIB
+from ..plan.step_plan import GIB
 from ..run.backends import DONE, Backend, TaskResult
 from . import published_predictions
 from .evaluation import as_peft, checked, located, run_of

@@ -76,7 +76,7 @@ def _target(name: str) -> "tuple[Gpu | None, float | None]":
 
 def _print_plan(planned: "Plan") -> None:
     """Print a plan as tables."""
-    from ..plan.planner import GIB
+    from ..plan.step_plan import GIB
 
     batch, memory = planned.micro_batch, planned.memory
     tables.print_text(
@@ -143,7 +143,7 @@ def _work(work: "Work") -> Iterator[tuple[str, str]]:
 
 def _print_plans(plans: "list[tuple[str, Plan]]") -> None:
     """Print several plans as one table."""
-    from ..plan.planner import GIB
+    from ..plan.step_plan import GIB
 
     rows = []
     for name, planned in plans:

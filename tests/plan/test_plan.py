@@ -13,7 +13,7 @@ from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.config import gpus
 from qlora_recipes.config.compose import Request
-from qlora_recipes.plan import plan, planner, steps, work
+from qlora_recipes.plan import plan, step_plan, steps, work
 
 TURING, AMPERE = (7, 5), (8, 0)
 
@@ -99,7 +99,7 @@ def test_packed_documents_make_one_row_where_flash_attention_keeps_them_apart():
         packed = config_with({"sample_packing": True, "attn_implementation": attention})
         step = steps.step_of(packed, SMALL, AMPERE)[0]
         assert step.flat == flat
-        shape = planner.Planner(step, 2, 2048).shape
+        shape = step_plan.StepPlan(step, 2, 2048).shape
         assert shape == ((1, 4096) if flat else (2, 2048))
 
 
@@ -116,7 +116,7 @@ def test_a_plan_adds_up(small):
     planned, _ = plan.plan(small)
     memory = planned.memory
     assert sum(memory.parts.values()) == memory.allocated <= memory.reserved
-    assert memory.needed == memory.reserved + planner.CONTEXT
+    assert memory.needed == memory.reserved + step_plan.CONTEXT
     assert planned.frozen == sum(count["frozen"] for count in planned.parameters.values())
     in_16_bits, _ = plan.plan(small | {"peft_autocast_adapter_dtype": False})
     assert in_16_bits.memory.parts["adapters"] == memory.parts["adapters"] / 2
@@ -127,13 +127,13 @@ def test_a_plan_adds_up(small):
 
 def test_what_a_check_asks_for_is_the_plans_memory(small):
     small |= {"lora_r": 6}
-    assert planner.required_gib(small) is None
-    needed = planner.required_gib(small, anew=True)
-    assert plan.plan(small)[0].memory.needed / planner.GIB == needed == planner.required_gib(small)
+    assert step_plan.required_gib(small) is None
+    needed = step_plan.required_gib(small, anew=True)
+    assert plan.plan(small)[0].memory.needed / step_plan.GIB == needed == step_plan.required_gib(small)
 
 
 def test_what_fits_and_what_does_not(small):
-    size = plan.plan(small)[0].memory.needed / planner.GIB / planner.USABLE
+    size = plan.plan(small)[0].memory.needed / step_plan.GIB / step_plan.USABLE
     fits, not_ = (plan.plan(small, gpus.Gpu("card", TURING, size * share))[0] for share in (1.001, 0.999))
     assert fits.gpus[0].fits is True
     assert fits.changes == []
@@ -161,7 +161,7 @@ def test_a_gpu_that_lacks_a_feature_does_not_fit(recipe, small, tmp_path, sample
 
 
 def test_changes_are_the_mildest_that_do(small):
-    size = plan.plan(small)[0].memory.needed / planner.GIB / planner.USABLE
+    size = plan.plan(small)[0].memory.needed / step_plan.GIB / step_plan.USABLE
     (*_, last) = plan.plan(small, gpus.Gpu("card", TURING, size * 0.7))[0].changes
     assert last.set == {"micro_batch_size": 1, "gradient_accumulation_steps": 8}
     assert last.fits
@@ -215,7 +215,7 @@ SAVED = ["embed_tokens", "lm_head"]
 def test_trained_weights_take_what_engines_were_seen_to_allocate(small, change, zero, fsdp):
     """The bytes are those of two real ranks, see test_shards."""
     config = {key: value for key, value in (small | change).items() if value is not None}
-    step = planner.planner_of(config, gpus.Gpu("card", AMPERE, 80))[0]
+    step = step_plan.plan_step(config, gpus.Gpu("card", AMPERE, 80))[0]
     trained, parts = step.memory.total("trainable"), step.memory.usage.parts
     frozen = sum(parts.get(kind, 0) for kind in WEIGHTS) if step.step.adapter else 0
     upcast = parts["embeddings and head"] if step.step.adapter else 0
@@ -240,15 +240,15 @@ def test_embeddings_have_32_bit_state_with_8_bit_optimizers(small):
 
 def test_the_operations_of_a_token(small):
     """By hand, for the small model: matrices, LoRA's, scores and values, each as often as they are gone through."""
-    step = planner.planner_of(small, None)[0]
+    step = step_plan.plan_step(small, None)[0]
     matrices = 2 * (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 512)
     head, lora = 128256 * 256, sum(count["trainable"] for count in step.memory.parameters.values())
     attention = 4 * 256 * 1024 * 2
     operations = work.flops_of_token(step, 2048)
     assert operations == 2 * (matrices + head) * 3 + 2 * lora * 4 + attention * 4
-    whole = planner.planner_of({k: v for k, v in small.items() if k not in ("adapter", "load_in_4bit")}, None)[0]
+    whole = step_plan.plan_step({k: v for k, v in small.items() if k not in ("adapter", "load_in_4bit")}, None)[0]
     assert work.flops_of_token(whole, 2048) == 2 * (matrices + head) * 4 + attention * 4
-    saved = planner.planner_of(small | {"lora_modules_to_save": ["embed_tokens", "lm_head"]}, None)[0]
+    saved = step_plan.plan_step(small | {"lora_modules_to_save": ["embed_tokens", "lm_head"]}, None)[0]
     assert work.flops_of_token(saved, 2048) == operations + 2 * head
 
 
@@ -280,18 +280,18 @@ def test_a_second_plan_comes_from_the_cache_without_torch(small, tmp_path):
 def test_the_cache_knows_what_a_plan_depends_on(small, monkeypatch):
     step = steps.step_of(small, SMALL, TURING)[0]
     lower = steps.step_of(small | {"lora_r": 8}, SMALL, TURING)[0]
-    files = {planner.Planner(*asked).file for asked in ((step, 2, 64), (step, 3, 64), (lower, 2, 64))}
-    monkeypatch.setattr(planner, "packages", lambda: {"torch": "3"})
-    files.add(planner.Planner(step, 2, 64).file)
-    monkeypatch.setattr(planner, "VERSION", 0)
-    files.add(planner.Planner(step, 2, 64).file)
+    files = {step_plan.StepPlan(*asked).file for asked in ((step, 2, 64), (step, 3, 64), (lower, 2, 64))}
+    monkeypatch.setattr(step_plan, "packages", lambda: {"torch": "3"})
+    files.add(step_plan.StepPlan(step, 2, 64).file)
+    monkeypatch.setattr(step_plan, "VERSION", 0)
+    files.add(step_plan.StepPlan(step, 2, 64).file)
     assert len(files) == 5
 
 
 @pytest.mark.parametrize("content", ["{", '{"usage": {}, "paged": 1}'])
 def test_a_damaged_cache_is_planned_anew(small, content):
     sound = plan.plan(small)[0]
-    cached = planner.planner_of(small, None)[0]
+    cached = step_plan.plan_step(small, None)[0]
     assert cached.file.is_file()
     cached.file.write_text(content)
     assert plan.plan(small)[0] == sound
@@ -347,5 +347,5 @@ def test_mistakes_are_reported(recipe, arguments, names):
 
 @pytest.mark.parametrize("name", [name for name in paths.recipe_names() if name.startswith("haider2024/")])
 def test_recipes_of_the_first_study_fit_its_card(name):
-    needed = planner.required_gib(recipe_config(name), gpus.find("Quadro RTX 5000"))
-    assert needed and needed <= planner.USABLE * 16
+    needed = step_plan.required_gib(recipe_config(name), gpus.find("Quadro RTX 5000"))
+    assert needed and needed <= step_plan.USABLE * 16

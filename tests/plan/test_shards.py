@@ -9,7 +9,7 @@ from shard_plugin import SHARDS
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.config import gpus
 from qlora_recipes.config.gpus import engine_of
-from qlora_recipes.plan import planner
+from qlora_recipes.plan import step_plan
 
 pytestmark = pytest.mark.long
 
@@ -53,7 +53,7 @@ def test_two_ranks_keep_what_is_planned(tmp_path, tiny, sample, profile, change)
     file.write_text(yamlfiles.write_yaml(config))
     train_many(file, ranks=2)
     found = orjson.loads((tmp_path / SHARDS).read_bytes())
-    step, _ = planner.planner_of(config, gpus.Gpu("card", (8, 0), 80))
+    step, _ = step_plan.plan_step(config, gpus.Gpu("card", (8, 0), 80))
     constants = step.memory.usage.parts.get("quantization constants", 0)  # no parameters, so the plugin misses them
     planned = kept_by_rank(step, 2)[engine_of(config)] - constants / 2
     print(f"{profile}: planned {planned:,.0f}, found {sum(found.values()):,} bytes: {found}")

@@ -10,8 +10,8 @@ from conftest import SMALL, config_with
 from qlora_recipes.base import paths
 from qlora_recipes.config import gpus
 from qlora_recipes.config.compose import Request, compose
-from qlora_recipes.plan import planner, steps
-from qlora_recipes.plan.planner import Memory, Planner
+from qlora_recipes.plan import step_plan, steps
+from qlora_recipes.plan.step_plan import Memory, StepPlan
 
 REMEDY = "run `.venv/bin/python tools/plans.py`, and with --all if only figures differ"
 
@@ -20,20 +20,20 @@ REMEDY = "run `.venv/bin/python tools/plans.py`, and with --all if only figures 
 def untraced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets a test fail that traces a step."""
 
-    def traced(self: Planner) -> Memory:
+    def traced(self: StepPlan) -> Memory:
         raise AssertionError(f"traced: {self.step}")
 
-    monkeypatch.setattr(Planner, "traced", traced)
+    monkeypatch.setattr(StepPlan, "traced", traced)
 
 
 @pytest.fixture
-def llama() -> Planner:
-    return planner.planner_of(compose(Request("haider2024/llama-3-8b")).config, gpus.find("T4"))[0]
+def llama() -> StepPlan:
+    return step_plan.plan_step(compose(Request("haider2024/llama-3-8b")).config, gpus.find("T4"))[0]
 
 
 def test_the_file_has_the_steps_of_the_shipped_recipes_and_no_others():
-    assert json.loads(planner.SHIPPED.read_bytes())["versions"] == planner.packages(), REMEDY
-    assert planner.shipped().keys() == plans.planners().keys(), REMEDY
+    assert json.loads(step_plan.SHIPPED.read_bytes())["versions"] == step_plan.packages(), REMEDY
+    assert step_plan.shipped().keys() == plans.step_plans().keys(), REMEDY
 
 
 def test_a_study_that_fits_is_planned_without_a_trace(recipe, untraced):
@@ -44,20 +44,20 @@ def test_a_study_that_fits_is_planned_without_a_trace(recipe, untraced):
 
 def test_other_versions_of_the_packages_need_a_trace(llama, monkeypatch):
     assert llama.stored
-    monkeypatch.setattr(planner, "packages", lambda: {"torch": "3"})
-    assert Planner(llama.step, llama.rows, llama.length).stored is None
+    monkeypatch.setattr(step_plan, "packages", lambda: {"torch": "3"})
+    assert StepPlan(llama.step, llama.rows, llama.length).stored is None
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}"])
 def test_a_damaged_file_needs_a_trace(llama, content, tmp_path, monkeypatch):
     file = tmp_path / "plans.json"
     file.write_text(content)
-    monkeypatch.setattr(planner, "SHIPPED", file)
-    planner.shipped.cache_clear()
+    monkeypatch.setattr(step_plan, "SHIPPED", file)
+    step_plan.shipped.cache_clear()
     try:
         assert llama.stored is None
     finally:
-        planner.shipped.cache_clear()
+        step_plan.shipped.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -79,6 +79,6 @@ def test_gpus_with_the_same_kernels_share_a_plan(capability, alike):
 @pytest.mark.long
 @pytest.mark.parametrize("study", sorted({name.partition("/")[0] for name in paths.recipe_names()}))
 def test_shipped_figures_are_those_of_a_new_trace(study):
-    steps_of_study = plans.planners(study)
+    steps_of_study = plans.step_plans(study)
     traced = {key: asdict(step.traced()) for key, step in steps_of_study.items()}
-    assert {key: planner.shipped()[key] for key in traced} == traced, REMEDY
+    assert {key: step_plan.shipped()[key] for key in traced} == traced, REMEDY

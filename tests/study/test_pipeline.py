@@ -11,7 +11,7 @@ from qlora_recipes.base.errors import UserError
 from qlora_recipes.config import gpus
 from qlora_recipes.config.compose import Request
 from qlora_recipes.evaluate.evaluate import EvaluationRequest
-from qlora_recipes.plan import plan, planner
+from qlora_recipes.plan import plan, step_plan
 from qlora_recipes.run import run
 from qlora_recipes.run.backends import Command, Local, Step, Task, TaskResult
 from qlora_recipes.run.rundir import RunDir
@@ -64,7 +64,7 @@ def test_a_pipeline_is_composed_for_the_card_that_is_named(tmp_path):
 
 @pytest.mark.parametrize("force", [[], [pipeline.TOO_BIG]])
 def test_a_config_that_is_too_big_fails_unless_this_is_overridden(monkeypatch, force):
-    for module in (plan, planner):
+    for module in (plan, step_plan):
         monkeypatch.setattr(module, "required_gib", lambda *_, **__: 38.1)
     asked, backend, t4 = Request("haider2024/llama-2-7b", force=force), Local(rehearsal=False), gpus.find("T4")
     one = pipeline.Pipeline(TaskResult("one"), asked, EvaluationRequest(), backend, t4)

@@ -16,8 +16,8 @@ from peft.tuners.lora import LoraLayer
 from transformers import TrainerCallback
 
 from qlora_recipes.base.files import write_json
+from qlora_recipes.plan.allocator import Events
 from qlora_recipes.plan.cuda import Recorder
-from qlora_recipes.plan.traces import Events
 
 SHARE = 0.9
 """Most of the GPU's free memory that a training takes, so that other programs on it go on."""

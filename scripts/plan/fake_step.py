@@ -26,9 +26,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, mas
 from transformers.initialization import no_init_weights
 
 from ..training.losses import chunked_loss
+from .allocator import MIB, Counts, MemoryTrace, Shape, lasting, ordered
 from .cuda import Recorder, cuda_attention, cuda_dropout, cuda_softmax
 from .steps import Step
-from .traces import MIB, Counts, MemoryTrace, Shape, lasting, ordered
 
 
 @contextmanager

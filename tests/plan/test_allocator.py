@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_recipes.plan import traces
-from qlora_recipes.plan.traces import MIB, Allocator, MemoryTrace
+from qlora_recipes.plan import allocator
+from qlora_recipes.plan.allocator import MIB, Allocator, MemoryTrace
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_usage_says_what_is_there_at_the_peak():
     step = [(2, 2 * MIB), (3, 3 * MIB), (3, -1), (2, -1)]
     kinds = {1: "weights", 2: "activations", 3: "mask"}
     trace = MemoryTrace([(1, 64 * MIB)], step, kinds, {}, {}, 0, expandable=True)
-    used = traces.usage(trace)
+    used = allocator.usage(trace)
     assert used.parts == {"weights": 64 * MIB, "activations": 2 * MIB, "mask": 3 * MIB}
     assert used.allocated == 69 * MIB
     assert used.reserved == 80 * MIB

@@ -24,14 +24,14 @@ from ..config import models
 from ..config.gpus import Gpu, engine_of
 from ..config.numerics import attention, precision
 from ..config.training_settings import TrainingSettings
-from . import steps, traces
+from . import allocator, steps
+from .allocator import Counts, Shape, Usage, rounded
 from .steps import Step
-from .traces import Counts, Shape, Usage, rounded
 
 VERSION = 3
 """Version of the shipped and cached figures; raise it when the computation changes."""
 SHIPPED = Path(__file__).with_name("plans.json")
-"""Memory of the shipped recipes' steps, by `Planner.key`; tools/plans.py writes it."""
+"""Memory of the shipped recipes' steps, by `StepPlan.key`; tools/plans.py writes it."""
 GIB = 2**30
 CONTEXT = 0.14 * GIB
 """Memory of the CUDA context: 133 to 147 MiB in fitcheck's published runs on a T4 (process minus allocator)."""
@@ -77,8 +77,8 @@ class Memory:
 
 
 @dataclass
-class Planner:
-    """Memory planner of one step.
+class StepPlan:
+    """Planned memory of one training step.
 
     Attributes:
         step: the step.
@@ -145,7 +145,7 @@ class Planner:
         from ..base.hub import importing_axolotl
 
         with importing_axolotl():
-            from .memory import trace
+            from .fake_step import trace
 
             logging.disable(logging.CRITICAL)  # otherwise torch logs a traceback
             try:
@@ -153,11 +153,11 @@ class Planner:
             except Exception as error:  # the trace runs model code, which can raise anything
                 problem = shorten(f"{type(error).__name__}: {error}", 200)
                 raise UserError(f"this model and adapter cannot be planned: {problem}") from None
-        return Memory(traces.usage(traced), traced.paged, traced.parameters, traced.sizes)
+        return Memory(allocator.usage(traced), traced.paged, traced.parameters, traced.sizes)
 
 
-def planner_of(config: Config, gpu: Gpu | None, download: bool = True) -> tuple[Planner, list[str]]:
-    """Planner of a config's step, and notes on settings that it does not trace.
+def plan_step(config: Config, gpu: Gpu | None, download: bool = True) -> tuple[StepPlan, list[str]]:
+    """StepPlan of a config's step, and notes on settings that it does not trace.
 
     Args:
         config: the config.
@@ -167,7 +167,7 @@ def planner_of(config: Config, gpu: Gpu | None, download: bool = True) -> tuple[
     capability = gpu.capability if gpu else _least_capability(config)
     step, notes = steps.step_of(config, models.architecture(config, download), capability)
     settings = TrainingSettings.of(config)
-    return Planner(step, settings.micro_batch_size, settings.sequence_len), notes
+    return StepPlan(step, settings.micro_batch_size, settings.sequence_len), notes
 
 
 def required_gib(config: Config, gpu: Gpu | None = None, anew: bool = False, gpus: int = 1) -> float | None:
@@ -175,22 +175,22 @@ def required_gib(config: Config, gpu: Gpu | None = None, anew: bool = False, gpu
 
     Args:
         config: the config.
-        gpu: see `planner_of`.
+        gpu: see `plan_step`.
         anew: make a plan if none is shipped or cached.
         gpus: number of GPUs.
 
     Raises:
         UserError: planning does not support the config.
     """
-    planner, _ = planner_of(config, gpu, download=anew)
-    if not planner.stored and not anew:
+    step_plan, _ = plan_step(config, gpu, download=anew)
+    if not step_plan.stored and not anew:
         return None
-    return needed_per_gpu(planner, config, gpus) / GIB
+    return needed_per_gpu(step_plan, config, gpus) / GIB
 
 
-def needed_per_gpu(planner: Planner, config: Config, gpus: int) -> float:
+def needed_per_gpu(step_plan: StepPlan, config: Config, gpus: int) -> float:
     """Bytes that a config needs on each of its GPUs, under its engine."""
-    return per_gpu(planner, gpus).get(engine_of(config), planner.required)
+    return per_gpu(step_plan, gpus).get(engine_of(config), step_plan.required)
 
 
 def _least_capability(config: Config) -> tuple[int, int]:
@@ -199,7 +199,7 @@ def _least_capability(config: Config) -> tuple[int, int]:
     return (8, 0) if newer else (7, 5)
 
 
-def per_gpu(planner: Planner, gpus: int) -> dict[str, float]:
+def per_gpu(step_plan: StepPlan, gpus: int) -> dict[str, float]:
     """Required bytes on each of several GPUs, by engine, derived from one GPU's peak.
 
     DDP keeps a second copy of the gradients in buckets.
@@ -218,12 +218,12 @@ def per_gpu(planner: Planner, gpus: int) -> dict[str, float]:
     """
     if gpus == 1:
         return {}
-    step, held = planner.step, Counter(planner.memory.usage.parts)
-    trained, embeddings = planner.memory.total("trainable"), held["embeddings and head"]
+    step, held = step_plan.step, Counter(step_plan.memory.usage.parts)
+    trained, embeddings = step_plan.memory.total("trainable"), held["embeddings and head"]
     optimizer: float = held["optimizer"]
     weights = held["base weights"] + held["quantization constants"] + embeddings
     frozen = weights if step.adapter else 0
-    rest = planner.required - weights - held["adapters"] - held["gradients"] - optimizer
+    rest = step_plan.required - weights - held["adapters"] - held["gradients"] - optimizer
     in_zero = trained * (2 if step.autocast else 4)
     if "torch" in step.optimizer:
         optimizer = 8 * trained
@@ -233,10 +233,10 @@ def per_gpu(planner: Planner, gpus: int) -> dict[str, float]:
     loaded = 4 if step.weights == "float32" else 2
     in_fsdp = {"lora": held["adapters"], "qlora": 4 * trained}.get(str(step.adapter), loaded * trained)
     upcast = embeddings * (4 / loaded - 1) if step.adapter == "qlora" else 0
-    largest_layer = max((frozen + in_zero) / planner.memory.sizes["layers"], embeddings)
+    largest_layer = max((frozen + in_zero) / step_plan.memory.sizes["layers"], embeddings)
     gathered = largest_layer * (1 - 1 / gpus)
     return {
-        "DDP": planner.required + held["gradients"],
+        "DDP": step_plan.required + held["gradients"],
         "ZeRO-1": rest + frozen + 2 * in_zero + copies,
         "ZeRO-2": rest + frozen + in_zero + in_zero / gpus + copies,
         "ZeRO-3": rest + (frozen + 2 * in_zero) / gpus + copies + gathered,

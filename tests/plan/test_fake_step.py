@@ -19,21 +19,21 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.yamlfiles import Config
 from qlora_recipes.config import models
 from qlora_recipes.data import studies
-from qlora_recipes.plan import memory, traces
+from qlora_recipes.plan import allocator, fake_step
 from qlora_recipes.plan import steps as steps_of
-from qlora_recipes.plan.memory import trace
+from qlora_recipes.plan.fake_step import trace
 from qlora_recipes.plan.steps import Step
 
 ALL_LINEAR = models.LINEAR_LAYERS
 
 
-def usage(step: Step, shape: traces.Shape = (2, 128)) -> traces.Usage:
-    return traces.usage(trace(step, shape))
+def usage(step: Step, shape: allocator.Shape = (2, 128)) -> allocator.Usage:
+    return allocator.usage(trace(step, shape))
 
 
 def parameters(step: Step) -> dict[str, int]:
-    with memory._fake(step):
-        counts = memory._count(memory._build(step, memory.Recorder())).values()
+    with fake_step._fake(step):
+        counts = fake_step._count(fake_step._build(step, fake_step.Recorder())).values()
     return {kind: sum(count[kind] for count in counts) for kind in ("frozen", "trainable")}
 
 

@@ -1,6 +1,6 @@
 """Memory traces of a training step, and a model of PyTorch's CUDA caching allocator.
 
-`memory.trace` makes a trace; `usage` replays it through the allocator model. This module does not import torch.
+`fake_step.trace` makes a trace; `usage` replays it through the allocator model. This module does not import torch.
 """
 
 from bisect import bisect_left, insort
