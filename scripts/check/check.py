@@ -122,7 +122,7 @@ def validate(reports: Iterable[Report], gpu: Gpu | None, force: Sequence[str] = 
         if any(error.scope == "code" for error in errors):
             report.skip("skipped Axolotl's own validation, because it can run that code; correct the errors first")
         else:
-            ready.append((report, report.composed, {error.key.partition(".")[0] for error in errors} - {""}))
+            ready.append((report, report.composed, {error.top_key for error in errors} - {""}))
     results = validation.validate([composed for _, composed, _ in ready], gpu)
     for (report, composed, wrong), findings in zip(ready, results, strict=True):
         report.validated = all(finding.rule != "not-validated" for finding in findings)
@@ -168,8 +168,7 @@ def examine(
     if data:
         from . import rows
 
-        wrong = {finding.key.removesuffix(".type") for finding in report.findings if finding.key.endswith(".type")}
-        of_rows, report.data = rows.check(usable, wrong)
+        of_rows, report.data = rows.check(usable, {finding.key for finding in report.findings})
         report.add(of_rows)
     return report
 
@@ -267,7 +266,7 @@ def training_lengths(composed: Composed, force: Sequence[str] = ()) -> tuple[lis
     """
     _need_tokenizer(composed, "--data")
     found = examine(composed, data=True).findings
-    refuse([finding for finding in found if finding.key.startswith("datasets") or finding.scope == "code"], force)
+    refuse([finding for finding in found if finding.top_key == "datasets" or finding.scope == "code"], force)
     with importing_axolotl():
         from ..training import tokens
 

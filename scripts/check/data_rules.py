@@ -29,14 +29,15 @@ def not_prepared(case: Case) -> Problems:
         yield "error", "lora_model_dir", f"{paths.shown(Path(start))} is not fetched yet", f"run {remedy}"
     rehearse = "; or add --rehearse, which does not need it" if case.launching else ""
     remedies = set[str]()
-    for key, dataset in datafiles.datasets(case.config):
-        for file in datafiles.local_files(dataset):
+    for dataset in datafiles.datasets(case.config):
+        for file in datafiles.local_files(dataset.entry):
             if file.is_file():
                 continue
             remedy = studies.prepare_commands(str(file))
             if remedy and remedy not in remedies:  # it prepares all files of its study
                 remedies.add(remedy)
-                yield "error", f"{key}.path", f"{paths.shown(file)} is not prepared yet", f"run {remedy}{rehearse}"
+                problem = f"{paths.shown(file)} is not prepared yet"
+                yield "error", f"{dataset.key}.path", problem, f"run {remedy}{rehearse}"
 
 
 @rule
@@ -45,18 +46,19 @@ def missing_file(case: Case) -> Problems:
 
     Axolotl's validation does not check that a DeepSpeed file exists (seen).
     """
-    for key, dataset in datafiles.datasets(case.config):
-        name = dataset.get("path")
+    for dataset in datafiles.datasets(case.config):
+        key, name = f"{dataset.key}.path", dataset.entry.get("path")
+        files = datafiles.local_files(dataset.entry)
         if not isinstance(name, str) or not name:
-            yield "error", f"{key}.path", f"{name!r} is not a path", "give a file, a folder or a data set on the hub"
-        elif Path(name).is_dir() and not datafiles.local_files(dataset):
-            yield "error", f"{key}.path", f"the folder {paths.shown(Path(name))} is empty", "put rows into it"
-        for file in datafiles.local_files(dataset):
+            yield "error", key, f"{name!r} is not a path", "give a file, a folder or a data set on the hub"
+        elif Path(name).is_dir() and not files:
+            yield "error", key, f"the folder {paths.shown(Path(name))} is empty", "put rows into it"
+        for file in files:
             if file.is_file() and not file.stat().st_size:
-                yield "error", f"{key}.path", f"{paths.shown(file)} is empty", "write rows to it, or name another file"
-        for file in datafiles.missing_files(dataset):
+                yield "error", key, f"{paths.shown(file)} is empty", "write rows to it, or name another file"
+        for file in datafiles.missing_files(dataset.entry):
             problem = f"{paths.shown(file)} does not exist{paths.similar_paths(file)}"
-            yield "error", f"{key}.path", problem, "correct the path; only data_files of a folder can be a pattern"
+            yield "error", key, problem, "correct the path; only data_files of a folder can be a pattern"
     for key in datafiles.missing_paths(case.config):
         path = Path(case[key])
         problem = f"{paths.shown(path)} does not exist{paths.similar_paths(path)}"
@@ -98,15 +100,16 @@ def chat_template(case: Case) -> Problems:
     tokenizers of pretrained models have no template, except Qwen's. A data set's chat_template overrides the config's
     (utils/chat_templates/base.py and schemas/datasets.py).
     """
-    for key, dataset in datafiles.datasets(case.config):
-        if dataset.get("type") != "chat_template":
+    for dataset in datafiles.datasets(case.config):
+        key, entry = dataset.key, dataset.entry
+        if entry.get("type") != "chat_template":
             continue
-        own = dataset.get("chat_template")
-        if dataset.get("chat_template_jinja") and not own:
+        own = entry.get("chat_template")
+        if entry.get("chat_template_jinja") and not own:
             problem = "Axolotl ignores this key if the data set has no chat_template"
             yield "error", f"{key}.chat_template_jinja", problem, "also set chat_template: jinja"
             continue
-        written = dataset.get("chat_template_jinja") if own else case["chat_template_jinja"]
+        written = entry.get("chat_template_jinja") if own else case["chat_template_jinja"]
         name = own or case["chat_template"] or ("jinja" if written else "tokenizer_default")
         where = f"{key}.chat_template" if own else "chat_template" if case["chat_template"] else f"{key}.type"
         if name == "jinja" and isinstance(written, str) and "{" not in models.read_template(written):
@@ -123,19 +126,20 @@ def chat_template(case: Case) -> Problems:
 @rule
 def unread_tools(case: Case) -> Problems:
     """Axolotl 0.21 does not pass field_tools to its row reader (prompt_strategies/chat_template.py; seen)."""
-    for key, dataset in datafiles.datasets(case.config):
-        if dataset.get("field_tools") not in (None, "tools"):
+    for dataset in datafiles.datasets(case.config):
+        if dataset.entry.get("field_tools") not in (None, "tools"):
             problem = "Axolotl ignores this key and reads the field `tools`"
-            yield "error", f"{key}.field_tools", problem, "rename the field of the rows to `tools`"
+            yield "error", f"{dataset.key}.field_tools", problem, "rename the field of the rows to `tools`"
 
 
 @rule
 def prompt_format(case: Case) -> Problems:
     """A format without its placeholder omits the row's text from the prompt (prompt_strategies/user_defined.py)."""
     fields = {"format": "{instruction}", "no_input_format": "{instruction}", "system_format": "{system}"}
-    for key, dataset in datafiles.datasets(case.config):
-        kind = dataset.get("type")
+    for dataset in datafiles.datasets(case.config):
+        kind = dataset.entry.get("type")
         for name, field in fields.items():
             text = kind.get(name) if isinstance(kind, dict) else None
             if isinstance(text, str) and text and field not in text:
-                yield "error", f"{key}.type.{name}", f"{field} is missing: prompts lack the rows' text", "add it"
+                problem = f"{field} is missing: prompts lack the rows' text"
+                yield "error", f"{dataset.key}.type.{name}", problem, "add it"

@@ -45,7 +45,7 @@ class _File:
         self.faults.note(rule, about, str(self.path), line, example)
 
 
-def check(config: Config, skipped: Collection[str] = ()) -> tuple[list[Finding], list[Row]]:
+def check(config: Config, wrong: Collection[str] = ()) -> tuple[list[Finding], list[Row]]:
     """Find mistakes in local JSONL rows; also return each data set's size.
 
     Each file is streamed once. A hash of each row (some 100 bytes) stays in memory, to find rows that repeat within
@@ -53,21 +53,22 @@ def check(config: Config, skipped: Collection[str] = ()) -> tuple[list[Finding],
 
     Args:
         config: a config without the values that break the schema.
-        skipped: keys of data sets to skip; their type is invalid, so that their fields are unknown.
+        wrong: keys with findings; a data set whose type is wrong is skipped, because its fields are unknown.
     """
     special = models.find(config).special_tokens
     findings: list[Finding] = []
     read: list[Row] = []
     seen: dict[int, str] = {}
-    for key, dataset in datafiles.datasets(config):
-        if key in skipped:
+    for dataset in datafiles.datasets(config):
+        key, entry = dataset.key, dataset.entry
+        if f"{key}.type" in wrong:
             continue
-        reader = Reader(dataset, special, seen, trained=key.startswith("datasets"))
-        files = [_File(key, path) for path in datafiles.jsonl_files(dataset)]
+        reader = Reader(entry, special, seen, trained=dataset.is_training)
+        files = [_File(key, path) for path in datafiles.jsonl_files(entry)]
         for file in files:
-            reader.read(file, datafiles.first_rows(dataset))
+            reader.read(file, datafiles.first_rows(entry))
             findings += _findings(file)
-        there = [path for path in datafiles.local_files(dataset) if path.is_file()]
+        there = [path for path in datafiles.local_files(entry) if path.is_file()]
         for path in there:
             if path.suffix != ".jsonl":
                 problem, remedy = "not JSONL: missing fields and repeated rows are not reported", "convert it to JSONL"

@@ -53,11 +53,13 @@ def usable(content: Config, broken: Iterable[Finding]) -> tuple[Config, set[str]
     """Remove values that break the schema; return the config and the affected top-level keys.
 
     A removed list item becomes None, so that the other items keep their positions."""
-    keys = [finding.key for finding in broken if finding.rule in ("value", "plugin-key")]
-    for key in keys:
-        with suppress(UserError):  # `override` fails for a key that contains a dot
-            content = override(content, key, None)
-    return content, {key.partition(".")[0] for key in keys}
+    wrong = set()
+    for finding in broken:
+        if finding.rule in ("value", "plugin-key"):
+            wrong.add(finding.top_key)
+            with suppress(UserError):  # `override` fails for a key that contains a dot
+                content = override(content, finding.key, None)
+    return content, wrong
 
 
 def _closest(error: Any) -> Iterator[Any]:

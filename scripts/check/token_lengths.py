@@ -12,6 +12,7 @@ from ..base.files import Row
 from ..base.terminal import Bar
 from ..base.yamlfiles import Config
 from ..config import datafiles
+from ..config.datafiles import DatasetRef
 from ..config.finding import Faults, Finding, Level
 from ..config.substitution import stands_in
 from ..config.training_settings import TrainingSettings
@@ -33,9 +34,9 @@ def by_token(content: Config, count: int) -> list[Row]:
     """
     tokenizer = Tokenizer(content)
     rows = []
-    for key, dataset in datafiles.datasets(content, "datasets"):
-        read = [*islice(_numbered(tokenizer, key, dataset), count)]
-        tokenized = tokenizer.tokenize(key, [row for _, row in read]) if read else []
+    for dataset in datafiles.training_sets(content):
+        read = [*islice(_numbered(tokenizer, dataset), count)]
+        tokenized = tokenizer.tokenize(dataset, [row for _, row in read]) if read else []
         for ((_, line), _), row in zip(read, tokenized, strict=False):
             text = ""
             for learnt, parts in groupby(zip(row.ids, row.labels, strict=True), lambda part: part[1] != MASKED):
@@ -43,7 +44,7 @@ def by_token(content: Config, count: int) -> list[Row]:
                 text += f"⟪{decoded}⟫" if learnt else decoded
             rows.append(
                 {
-                    "dataset": key,
+                    "dataset": dataset.key,
                     "row": line,
                     "length": len(row.ids),
                     "learnt": row.learnt,
@@ -72,12 +73,12 @@ def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[li
     cfg = tokenizer.cfg
     findings: list[Finding] = []
     measured = []
-    for key, dataset in datafiles.datasets(content):
-        total = sum(datafiles.count_rows(file) for file in datafiles.jsonl_files(dataset))
-        total = min(total, datafiles.first_rows(dataset) or total)
-        read = _Read(tokenizer, key)
-        with Bar(f"tokenize {key}", most or total) as bar:
-            for some in batched(islice(_numbered(tokenizer, key, dataset), most), 1000):
+    for dataset in datafiles.datasets(content):
+        total = sum(datafiles.count_rows(file) for file in datafiles.jsonl_files(dataset.entry))
+        total = min(total, datafiles.first_rows(dataset.entry) or total)
+        read = _Read(tokenizer, dataset)
+        with Bar(f"tokenize {dataset.key}", most or total) as bar:
+            for some in batched(islice(_numbered(tokenizer, dataset), most), 1000):
                 read.add(some)
                 if read.refused >= _MOST_REFUSED:
                     break
@@ -87,7 +88,7 @@ def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[li
             kept = _kept(cfg, read)
             measured.append(
                 {
-                    "key": key,
+                    "key": dataset.key,
                     "rows": len(sizes),
                     "tokens": sum(sizes),
                     "with_loss": sum(read.learnt),
@@ -100,7 +101,7 @@ def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[li
             )
             left = kept[: TrainingSettings.of(content).rows_left(len(kept))]
             is_whole = len(cfg.datasets) == 1 and read.rows == total
-            if left and cfg.sample_packing and key.startswith("datasets") and is_whole:
+            if left and cfg.sample_packing and dataset.is_training and is_whole:
                 findings += _without_batch(cfg, left, gpus)
     return findings, measured
 
@@ -114,18 +115,18 @@ class _Read:
 
     Args:
         tokenizer: the config's tokenizer.
-        key: the data set's key.
+        dataset: the data set.
     """
 
-    def __init__(self, tokenizer: Tokenizer, key: str):
-        self.tokenizer, self.key = tokenizer, key
-        self.dataset = tokenizer.dataset(key)
+    def __init__(self, tokenizer: Tokenizer, dataset: DatasetRef):
+        self.tokenizer, self.dataset = tokenizer, dataset
+        self.kind = tokenizer.entry(dataset)["type"]
         self.chats: Any = None
         self.ends = taught_ends(tokenizer.cfg, tokenizer.tokenizer)
         self.rows = 0
         self.sizes, self.learnt = list[int](), list[int]()
         # the author of an input_output row writes the end token; the stand-in's tokenizer may not know it
-        self.learns_end = self.dataset["type"] == "input_output" and stands_in(tokenizer.cfg)
+        self.learns_end = self.kind == "input_output" and stands_in(tokenizer.cfg)
         self.refused = 0
         self.faults = Faults()
 
@@ -137,7 +138,7 @@ class _Read:
         if self.refused >= _MOST_REFUSED:
             return False
         try:
-            tokenized = self.tokenizer.tokenize(self.key, [row for _, row in rows])
+            tokenized = self.tokenizer.tokenize(self.dataset, [row for _, row in rows])
         except UserError as error:
             middle = len(rows) // 2
             halves = [rows[:middle], rows[middle:]] if middle else []
@@ -152,7 +153,7 @@ class _Read:
         for (place, _), tokens in zip(rows, tokenized, strict=False):
             if not tokens.learnt and len(tokenized) == len(rows):
                 self.faults.note("nothing-learnt", "", *place)
-        if self.dataset["type"] == "chat_template":
+        if self.kind == "chat_template":
             self.chats = self.chats or self.tokenizer.chat_strategy(self.dataset)
             for place, row in rows:
                 for role in unknown_roles(self.chats, row):
@@ -161,7 +162,7 @@ class _Read:
 
     def findings(self) -> Iterator[Finding]:
         """Findings, each at the first row concerned."""
-        cfg, sizes, data = self.tokenizer.cfg, self.sizes, f"{self.key}.path"
+        cfg, sizes, data = self.tokenizer.cfg, self.sizes, f"{self.dataset.key}.path"
         for (rule, about), rows in self.faults.items():
             if rule == "bad-row":
                 remedy = "correct the rows, the type or the template"
@@ -183,9 +184,9 @@ class _Read:
             problem = f"{long} of {len(sizes)} rows exceed sequence_len, {cfg.sequence_len}: {becomes}"
             level = "error" if becomes == "an error" or (long == len(sizes) and becomes == "dropped") else "warning"
             yield Finding(level, "too-long", data, problem, f"the longest has {max(sizes)} tokens")
-        if sizes and not self.learns_end and self.key.startswith("datasets"):
-            problem = "no end token carries loss: the model would not learn to stop"
-            yield Finding("warning", "eos-masked", f"{self.key}.type", problem, "inspect rows with --show-tokens")
+        if sizes and not self.learns_end and self.dataset.is_training:
+            key, problem = f"{self.dataset.key}.type", "no end token carries loss: the model would not learn to stop"
+            yield Finding("warning", "eos-masked", key, problem, "inspect rows with --show-tokens")
 
 
 def _without_batch(cfg: Any, sizes: list[int], gpus: int) -> Iterator[Finding]:
@@ -206,19 +207,19 @@ def _kept(cfg: Any, read: _Read) -> list[int]:
     return [min(size, cfg.sequence_len) for size in sizes if cuts or size <= cfg.sequence_len]
 
 
-def _numbered(tokenizer: Tokenizer, key: str, dataset: Config) -> Iterator[tuple[Place, Row]]:
+def _numbered(tokenizer: Tokenizer, dataset: DatasetRef) -> Iterator[tuple[Place, Row]]:
     """Rows of a data set's local files, each with file and line; for formats other than JSONL, with the row's number.
 
     Rows beyond the data set's split are left out, and JSONL rows in which `rows.check` finds errors. Axolotl loads the
     other formats. Missing files have no rows."""
-    files = datafiles.jsonl_files(dataset)
-    if not files and any(file.is_file() for file in datafiles.local_files(dataset)):
-        for number, row in enumerate(tokenizer.load(key), start=1):
-            yield (dataset["path"], number), row
+    files = datafiles.jsonl_files(dataset.entry)
+    if not files and any(file.is_file() for file in datafiles.local_files(dataset.entry)):
+        for number, row in enumerate(tokenizer.load(dataset), start=1):
+            yield (dataset.entry["path"], number), row
         return
     lines = chain.from_iterable(map(_lines_of, files))
-    reader = Reader(dataset, None, {}, trained=False)
-    for place, line in islice(lines, datafiles.first_rows(dataset)):
+    reader = Reader(dataset.entry, None, {}, trained=False)
+    for place, line in islice(lines, datafiles.first_rows(dataset.entry)):
         row = reader.readable(line)
         if row is not None:
             yield place, row

@@ -2,11 +2,12 @@
 
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from functools import lru_cache
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -24,6 +25,10 @@ FORMATS = ("json", "csv", "parquet", "arrow", "text")
 """Formats that `datasets` reads without running or unpickling anything."""
 
 
+Section = Literal["datasets", "test_datasets"]
+"""Keys of a config that list data sets: for training, and for evaluation."""
+
+
 class DataFile(BaseModel):
     """A data file of a run, with hash and size."""
 
@@ -38,18 +43,61 @@ class DataFile(BaseModel):
         return cls(path=str(file), sha256=sha256(file), bytes=file.stat().st_size, rows=rows)
 
 
-def datasets(composed: Config, *sections: str) -> Iterator[tuple[str, Config]]:
-    """Data sets in some sections of a config, each with its key."""
-    for section in sections or ("datasets", "test_datasets"):
-        entries = composed.get(section)
-        for i, dataset in enumerate(entries if isinstance(entries, list) else ()):
-            if isinstance(dataset, dict):
-                yield f"{section}.{i}", dataset
+@dataclass(frozen=True)
+class DatasetRef:
+    """A data set of a config; equal to others at the same place.
+
+    Attributes:
+        section: the config's list of data sets.
+        index: the position in that list.
+        entry: the settings of the data set, as the config has them.
+    """
+
+    section: Section
+    index: int
+    entry: Config = field(compare=False, repr=False)
+
+    @property
+    def key(self) -> str:
+        """Dotted key of the data set, such as `datasets.0`."""
+        return f"{self.section}.{self.index}"
+
+    @property
+    def is_training(self) -> bool:
+        """True for training data, False for evaluation data."""
+        return self.section == "datasets"
+
+
+NO_DATASET = DatasetRef("datasets", 0, {})
+"""First data set of a config that lists none."""
+
+
+def datasets(config: Config) -> list[DatasetRef]:
+    """Data sets of a config: those for training, then those for evaluation."""
+    return [*training_sets(config), *test_sets(config)]
+
+
+def training_sets(config: Config) -> list[DatasetRef]:
+    """Training data sets of a config."""
+    return in_section(config, "datasets")
+
+
+def test_sets(config: Config) -> list[DatasetRef]:
+    """Evaluation data sets of a config, from its key test_datasets."""
+    return in_section(config, "test_datasets")
+
+
+def in_section(config: Config, section: Section) -> list[DatasetRef]:
+    """Data sets in a section of a config; values that are not mappings are left out."""
+    entries = config.get(section)
+    if not isinstance(entries, list):
+        return []
+    return [DatasetRef(section, i, entry) for i, entry in enumerate(entries) if isinstance(entry, dict)]
 
 
 def chat_options(composed: Config) -> str:
     """Options that make `axolotl inference` use the training prompt; empty if Axolotl lacks them."""
-    types = {str(dataset.get("type")) for _, dataset in datasets(composed, "datasets")}
+    types = {str(dataset.entry.get("type")) for dataset in training_sets(composed)}
     return {"chat_template": "--chat", "alpaca": "--prompter AlpacaPrompter"}.get("".join(types), "")
 
 
@@ -166,10 +214,10 @@ def record(composed: Config) -> list[DataFile]:
         UserError: a file does not exist.
     """
     files = {}
-    for where, dataset in datasets(composed):
-        for path in local_files(dataset):
+    for dataset in datasets(composed):
+        for path in local_files(dataset.entry):
             if not path.is_file():
-                raise UserError(f"{paths.shown(path)} does not exist", key=f"{where}.path")
+                raise UserError(f"{paths.shown(path)} does not exist", key=f"{dataset.key}.path")
             files[path] = DataFile.of(path, count_rows(path) if path.suffix == ".jsonl" else None)
     return list(files.values())
 
@@ -194,9 +242,11 @@ def named_files(composed: Config) -> list[DataFile]:
 
 def test_file(composed: Config, folder: Path = Path()) -> str | None:
     """Path of test.jsonl beside the training file, relative to a folder; None if missing."""
-    training_files = (Path(str(dataset.get("path"))) for _, dataset in datasets(composed, "datasets"))
-    test = next((file.with_name("test.jsonl") for file in training_files), None)
-    return str(test) if test and (folder / test).is_file() else None
+    for dataset in training_sets(composed)[:1]:
+        test = Path(str(dataset.entry.get("path"))).with_name("test.jsonl")
+        if (folder / test).is_file():
+            return str(test)
+    return None
 
 
 def can_be_rehearsed(dataset: Config) -> bool:
@@ -208,14 +258,15 @@ def can_be_rehearsed(dataset: Config) -> bool:
     return bool(files) and not whole and all(file.is_file() for file in files)
 
 
-def at_most(dataset: Config, rows: int, section: str) -> Config:
+def at_most(dataset: DatasetRef, rows: int) -> Config:
     """Limit a data set to its first rows; leave splits such as `train[:10%]` unchanged."""
-    only_split = "test" if section == "test_datasets" and Path(dataset["path"]).is_dir() else "train"
-    match = re.fullmatch(r"(\w+)(?:\[(\d*):(\d*)\])?", str(dataset.get("split") or only_split))
+    entry = dataset.entry
+    only_split = "train" if dataset.is_training or not Path(entry["path"]).is_dir() else "test"
+    match = re.fullmatch(r"(\w+)(?:\[(\d*):(\d*)\])?", str(entry.get("split") or only_split))
     if not match:
-        return dataset
+        return entry
     name, begin, end = match.groups(default="")
-    return dataset | {"split": f"{name}[{begin}:{min(int(begin or 0) + rows, int(end or sys.maxsize))}]"}
+    return entry | {"split": f"{name}[{begin}:{min(int(begin or 0) + rows, int(end or sys.maxsize))}]"}
 
 
 def first_rows(dataset: Config) -> int | None:
@@ -246,14 +297,15 @@ def training_rows(composed: Config) -> int | None:
 
     Axolotl splits rows of the type completion into pieces."""
     rows = 0
-    for _, dataset in datasets(composed, "datasets"):
-        files = jsonl_files(dataset)
-        first = first_rows(dataset)
+    for dataset in training_sets(composed):
+        entry = dataset.entry
+        files = jsonl_files(entry)
+        first = first_rows(entry)
         is_part = (
-            dataset.get("shards")
-            or dataset.get("weight")
-            or dataset.get("type") == "completion"
-            or (first is None and dataset.get("split", "train") != "train")
+            entry.get("shards")
+            or entry.get("weight")
+            or entry.get("type") == "completion"
+            or (first is None and entry.get("split", "train") != "train")
         )
         if len(files) != 1 or is_part:
             return None

@@ -84,6 +84,11 @@ class Finding:
         return "data" if self.key.endswith(".path") and scope == "config" else scope
 
     @property
+    def top_key(self) -> str:
+        """Top-level key of the config that the finding concerns; empty without one."""
+        return self.key.partition(".")[0]
+
+    @property
     def name(self) -> str:
         """Name of the finding for `--force`."""
         return f"{self.rule}:{self.key}" if self.key else self.rule

@@ -33,7 +33,7 @@ OF_MODEL = (  # keys of the profile about the base model; ignored if a rehearsal
     *("base_model", "revision_of_model", "model_type", "type_of_model", "overrides_of_model_config"),
     *("tokenizer_config", "special_tokens", "eot_tokens", "added_tokens_overrides", "lora_model_dir"),
 )
-_MOST_ROWS = {"datasets": 32, "test_datasets": 8}  # so that a rehearsal takes minutes
+_MOST_ROWS: dict[datafiles.Section, int] = {"datasets": 32, "test_datasets": 8}  # so that a rehearsal takes minutes
 
 
 def substitutions(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Config, str]]:
@@ -76,21 +76,21 @@ _OF_STEPS: dict[str, Config] = {
 def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Config, str]]:
     """Limit data sets to a few rows, from local files or the sample; keep missing files, which the check reports."""
     for section, most in _MOST_ROWS.items():
-        entries = dict(datafiles.datasets(composed, section))
-        if section in given or any(map(datafiles.missing_files, entries.values())):
+        datasets = datafiles.in_section(composed, section)
+        if section in given or any(datafiles.missing_files(dataset.entry) for dataset in datasets):
             continue
-        here = {key: entry for key, entry in entries.items() if datafiles.can_be_rehearsed(entry)}
+        here = [dataset for dataset in datasets if datafiles.can_be_rehearsed(dataset.entry)]
         if here:
             each = max(most // len(here), 1)
             kept = [
-                entry if f"{key}.split" in given else datafiles.at_most(entry, each, section)
-                for key, entry in here.items()
+                dataset.entry if f"{dataset.key}.split" in given else datafiles.at_most(dataset, each)
+                for dataset in here
             ]
             yield {section: kept}, f"the first rows of the config's data, at most {most}"
-        elif section == "datasets" or (entries and not composed.get("val_set_size")):
-            missing = ", ".join(str(entry.get("path")) for entry in entries.values()) or "the config's data"
+        elif section == "datasets" or (datasets and not composed.get("val_set_size")):
+            missing = ", ".join(str(dataset.entry.get("path")) for dataset in datasets) or "the config's data"
             reason = f"rows of the shipped sample, because {missing} cannot be loaded in part on this machine"
-            lent = _lent(entries, sample[section])
+            lent = _lent(datasets, sample[section])
             for i, entry in enumerate(lent):
                 entry["split"] = given.get(f"{section}.{i}.split", entry["split"])
             yield {section: lent}, reason
@@ -101,13 +101,13 @@ def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Con
                 yield {"sequence_len": shorter}, "no row of the shipped sample is longer"
 
 
-def _lent(entries: dict[str, Config], sample: list[Config]) -> list[Config]:
+def _lent(datasets: list[datafiles.DatasetRef], sample: list[Config]) -> list[Config]:
     """Data sets whose rows are replaced by their studies' samples; `sample` instead if any study has none."""
-    files = [twin(str(entry.get("path"))) for entry in entries.values()]
+    files = [twin(str(dataset.entry.get("path"))) for dataset in datasets]
     if not files or not all(files):
         return [dict(entry) for entry in sample]
-    lent = zip(entries.values(), files, strict=True)
-    return [entry | {"path": str(file), "split": sample[0]["split"]} for entry, file in lent]
+    lent = zip(datasets, files, strict=True)
+    return [dataset.entry | {"path": str(file), "split": sample[0]["split"]} for dataset, file in lent]
 
 
 def _layers(composed: Config) -> Iterator[tuple[Config, str]]:

@@ -116,7 +116,7 @@ def _measure(
     )
     ends = sorted(prompter.ends)
     of_model = base_weights(prompter) | {"adapter": settings.adapter_sha256, "ends": ends}
-    entries = [entry for _, entry in datafiles.datasets(prompter.cfg, "datasets")]
+    entries = [dataset.entry for dataset in datafiles.training_sets(prompter.cfg)]
     found = {}
     for name, (task, manager) in tasks.items():
         parameters = missing[name].parameters

@@ -17,6 +17,7 @@ from ..base.paths import similar_paths
 from ..base.terminal import say
 from ..base.yamlfiles import Config
 from ..config import datafiles
+from ..config.datafiles import DatasetRef
 from ..data import manifest, studies
 from ..data.manifest import is_the_studys
 from ..run.rundir import RunDir
@@ -37,15 +38,30 @@ class RowSource:
 
     Attributes:
         data: file of the rows, or a description.
-        keys: data sets in the config that hold the rows; for --data, the one in whose format the user's file is read.
+        datasets: data sets that hold the rows; for --data, the one in whose format the user's file is read.
         file: JSONL file with all rows; None for other sources.
         held_out: True for rows that val_set_size held out of the training data.
     """
 
     data: str
-    keys: list[str]
+    datasets: list[DatasetRef]
     file: Path | None = None
     held_out: bool = False
+
+
+@dataclass(frozen=True)
+class EvaluationRow:
+    """A row to score.
+
+    Attributes:
+        position: the row's position in its source.
+        dataset: the data set that defines the row's format.
+        content: the row's fields.
+    """
+
+    position: int
+    dataset: DatasetRef
+    content: Row
 
 
 @dataclass(frozen=True)
@@ -54,33 +70,30 @@ class EvaluationRows:
 
     Attributes:
         sha256: hash of all rows of the source.
-        keys: data set of each row, such as `datasets.0`.
-        positions: position of each row in the source.
         files: states of the files with the rows.
     """
 
     data: str
     sha256: str
-    rows: list[Row]
-    keys: list[str]
-    positions: list[int]
+    rows: list[EvaluationRow]
     files: list[RowsState]
+
+    @property
+    def positions(self) -> list[int]:
+        """Position of each row in the source."""
+        return [row.position for row in self.rows]
 
     @property
     def groups(self) -> set[str]:
         """Names of the rows' groups."""
-        return {str(row.get("group")) for row in self.rows}
+        return {str(row.content.get("group")) for row in self.rows}
 
     def part(self, limit: int | None) -> "EvaluationRows":
         """The rows that a limit takes, see `taken`."""
-        positions = taken(len(self.rows), limit)
-        rows, keys = [self.rows[i] for i in positions], [self.keys[i] for i in positions]
-        return replace(self, rows=rows, keys=keys, positions=positions)
+        return replace(self, rows=[self.rows[i] for i in taken(len(self.rows), limit)])
 
 
-NONE = EvaluationRows(
-    "no rows", hashlib.sha256().hexdigest(), [], [], [], []
-)  # for runs without rows that have answers
+NONE = EvaluationRows("no rows", hashlib.sha256().hexdigest(), [], [])  # for runs without rows that have answers
 
 
 def named(file: Path, cfg: Config, folder: Path) -> RowSource:
@@ -90,9 +103,11 @@ def named(file: Path, cfg: Config, folder: Path) -> RowSource:
     format of the first data set. Evaluation data sets are searched before training data sets.
     """
     path = file.resolve()
-    entries = dict(datafiles.datasets(cfg, "test_datasets", "datasets"))
-    same = (key for key, entry in entries.items() if Path(folder, str(entry.get("path"))).resolve() == path)
-    return RowSource(str(path), [next(same, next(iter(entries), "datasets.0"))], file)
+    datasets = [*datafiles.test_sets(cfg), *datafiles.training_sets(cfg)]
+    for dataset in datasets:
+        if Path(folder, str(dataset.entry.get("path"))).resolve() == path:
+            return RowSource(str(path), [dataset], file)
+    return RowSource(str(path), datasets[:1] or [datafiles.NO_DATASET], file)
 
 
 def usual(run: Run, cfg: Config) -> RowSource | None:
@@ -110,27 +125,29 @@ def usual(run: Run, cfg: Config) -> RowSource | None:
         beside = scored_on if scored_on.is_file() else beside
     elif configured := _configured(cfg, folder):
         return configured
-    return RowSource(str(beside.resolve()), ["datasets.0"], beside) if beside else None
+    if beside is None:
+        return None
+    return RowSource(str(beside.resolve()), datafiles.training_sets(cfg)[:1] or [datafiles.NO_DATASET], beside)
 
 
 def validation(run: Run, cfg: Config) -> RowSource | None:
     """Validation rows of a run; None if it has only test rows, or no rows."""
     folder = Path(run.cwd)
-    files = (Path(folder, str(entry.get("path"))) for _, entry in datafiles.datasets(cfg, "test_datasets"))
+    files = (Path(folder, str(dataset.entry.get("path"))) for dataset in datafiles.test_sets(cfg))
     is_test = any(file.is_file() and _set_of(test_entry(file), sha256(file)) for file in files)
     return None if is_test else _configured(cfg, folder)
 
 
 def _configured(cfg: Config, folder: Path) -> RowSource | None:
     """Rows of test_datasets, or rows that val_set_size held out of the training data."""
-    if tests := dict(datafiles.datasets(cfg, "test_datasets")):
-        [entry, *more] = tests.values()
-        file = None if more or datafiles.first_rows(entry) else jsonl(entry, folder)
-        return RowSource(str(file.resolve()) if file else _in_words(tests, folder), [*tests], file)
+    if tests := datafiles.test_sets(cfg):
+        [dataset, *more] = tests
+        file = None if more or datafiles.first_rows(dataset.entry) else jsonl(dataset.entry, folder)
+        return RowSource(str(file.resolve()) if file else _in_words(tests, folder), tests, file)
     if cfg.get("val_set_size"):
-        trained = dict(datafiles.datasets(cfg, "datasets"))
+        trained = datafiles.training_sets(cfg)
         words = f"val_set_size {cfg['val_set_size']} of {_in_words(trained, folder)}"
-        return RowSource(words, [*trained], held_out=True)
+        return RowSource(words, trained, held_out=True)
     return None
 
 
@@ -158,9 +175,9 @@ def require_reference(folder: RunDir, cfg: Config, source: RowSource | None) -> 
         UserError: the rows have no answers, or the source is None.
     """
     key = next((key for key in WITHOUT_ANSWERS if cfg.get(key)), "")
-    for of_dataset, entry in datafiles.datasets(cfg):
-        if str(entry.get("type")).startswith("completion") and (source is None or of_dataset in source.keys):
-            key = f"{of_dataset}.type"
+    for dataset in datafiles.datasets(cfg) if source is None else source.datasets:
+        if str(dataset.entry.get("type")).startswith("completion"):
+            key = f"{dataset.key}.type"
     if key:
         raise UserError(
             f"{folder.path}: rows for {key} have no answers to compare predictions with; `recipe results` shows the "
@@ -184,28 +201,29 @@ def read(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> Evaluation
     Raises:
         UserError: the rows cannot be read, or there are no rows.
     """
-    entries = dict(datafiles.datasets(cfg))
     if source.file:
-        kind = fields_of(entries.get(source.keys[0], {}))
+        kind = fields_of(source.datasets[0].entry)
         fields = (kind.reference,) if kind and kind.reference else ()
         hint = "; `recipe data prepare --study STUDY` writes test.jsonl" if source == usual(run, cfg) else ""
-        pairs = [(source.keys[0], row) for row in read_rows(source.file, fields, hint)]
+        pairs = [(source.datasets[0], row) for row in read_rows(source.file, fields, hint)]
         states = [RowsState.of_rows(source.file, None)]
         sha256_of_rows = states[0].sha256
     else:
-        files = {key: file for key in source.keys if (file := jsonl(entries[key], Path(run.cwd)))}
-        if source.held_out or len(files) < len(source.keys):
+        files = [jsonl(dataset.entry, Path(run.cwd)) for dataset in source.datasets]
+        if source.held_out or None in files:
             pairs = _loaded(source, folder, run, cfg)
             states = [RowsState.of_rows(folder.path / KEPT, None)]
         else:
-            firsts = {key: datafiles.first_rows(entries[key]) for key in files}
-            pairs = [(key, row) for key, file in files.items() for row in read_rows(file, ())[: firsts[key]]]
-            states = [RowsState.of_rows(file, firsts[key]) for key, file in files.items()]
-        sha256_of_rows = digest(pairs)
+            pairs, states = [], []
+            for dataset, file in zip(source.datasets, filter(None, files), strict=True):
+                first = datafiles.first_rows(dataset.entry)
+                pairs += [(dataset, row) for row in read_rows(file, ())[:first]]
+                states.append(RowsState.of_rows(file, first))
+        sha256_of_rows = digest([(dataset.key, row) for dataset, row in pairs])
     if not pairs:
         raise UserError(f"{source.data}: no rows; {_ELSEWHERE}")
-    rows, keys = [row for _, row in pairs], [key for key, _ in pairs]
-    return EvaluationRows(source.data, sha256_of_rows, rows, keys, taken(len(pairs), None), states)
+    rows = [EvaluationRow(position, dataset, row) for position, (dataset, row) in enumerate(pairs)]
+    return EvaluationRows(source.data, sha256_of_rows, rows, states)
 
 
 def jsonl(entry: Config, folder: Path) -> Path | None:
@@ -216,22 +234,23 @@ def jsonl(entry: Config, folder: Path) -> Path | None:
     return file if file.suffix == ".jsonl" and file.is_file() and whole and not parts else None
 
 
-def _in_words(entries: dict[str, Config], folder: Path) -> str:
+def _in_words(datasets: list[DatasetRef], folder: Path) -> str:
     """Describe data sets by name, subset and split, without local folders."""
     named = []
-    for entry in entries.values():
+    for entry in (dataset.entry for dataset in datasets):
         path = str(entry.get("path"))
         taken = [f"{key} {entry[key]}" for key in ("name", "data_files", "split") if entry.get(key)]
         named.append(", ".join([Path(path).name if Path(folder, path).exists() else path, *taken]))
     return " and ".join(named)
 
 
-def _loaded(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> list[tuple[str, Row]]:
+def _loaded(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> list[tuple[DatasetRef, Row]]:
     """Load the rows of a source with Axolotl; return each row with its data set."""
     kept = folder.path / KEPT
     if kept.is_file():
+        by_key = {dataset.key: dataset for dataset in source.datasets}
         with kept.open("rb") as lines:
-            return [(line["dataset"], line["row"]) for line in json_rows(lines, kept, ("dataset",))]
+            return [(by_key[line["dataset"]], line["row"]) for line in json_rows(lines, kept, ("dataset",))]
     if source.held_out and (path := run.changed_data):
         raise UserError(
             f"{path}: missing or changed since training; val_set_size needs it unchanged; restore the file, or "
@@ -241,19 +260,20 @@ def _loaded(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> list[tu
     if run.rehearsal:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with importing_axolotl(offline=run.rehearsal), chdir(run.cwd):
-        for key, entry in datafiles.datasets(cfg):
-            for file in datafiles.local_files(entry) if key in source.keys else ():
+        for dataset in source.datasets:
+            for file in datafiles.local_files(dataset.entry):
                 if not file.is_file():
-                    raise UserError(f"{key}.path: {file.absolute()} does not exist{similar_paths(file)}")
+                    raise UserError(f"{dataset.key}.path: {file.absolute()} does not exist{similar_paths(file)}")
         from ..training.tokens import Tokenizer
 
         tokenizer = Tokenizer(cfg)
         if source.held_out:
             pairs = tokenizer.held_out()
         else:
-            pairs = [(key, row) for key in source.keys for row in tokenizer.load(key)]
+            pairs = [(dataset, row) for dataset in source.datasets for row in tokenizer.load(dataset)]
+    written = [{"dataset": dataset.key, "row": row} for dataset, row in pairs]
     # default=str for dates and bytes, which JSON lacks; such fields hold no training text
-    write_rows(kept, orjson.loads(orjson.dumps([{"dataset": key, "row": row} for key, row in pairs], default=str)))
+    write_rows(kept, orjson.loads(orjson.dumps(written, default=str)))
     return _loaded(source, folder, run, cfg)
 
 
@@ -263,19 +283,19 @@ def trained_positions(test: EvaluationRows, run: Run, cfg: Config) -> list[int] 
     None if unknown: val_set_size holds rows out of the training data, a training data set is not one local JSONL file,
     or a file has changed since training.
     """
-    entries = dict(datafiles.datasets(cfg))
     if cfg.get("val_set_size") or run.changed_data:
         return None
     trained: set[int] = set()
-    for _, entry in datafiles.datasets(cfg, "datasets"):
-        file = jsonl(entry, Path(run.cwd))
+    for dataset in datafiles.training_sets(cfg):
+        file = jsonl(dataset.entry, Path(run.cwd))
         if file is None:
             return None
+        names = names_of(dataset.entry)
         with file.open("rb") as lines:
-            rows = islice(json_rows(lines, file, ()), datafiles.first_rows(entry))
-            trained |= {hash(content_of(row, names_of(entry))) for row in rows}
-    return [
-        position
-        for position, key, row in zip(test.positions, test.keys, test.rows, strict=True)
-        if hash(content_of(row, names_of(entries[key]))) in trained
-    ]
+            rows = islice(json_rows(lines, file, ()), datafiles.first_rows(dataset.entry))
+            trained |= {hash(content_of(row, names)) for row in rows}
+    positions = []
+    for row in test.rows:
+        if hash(content_of(row.content, names_of(row.dataset.entry))) in trained:
+            positions.append(row.position)
+    return positions

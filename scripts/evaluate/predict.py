@@ -119,10 +119,10 @@ def predict(
         UserError: see `resume`, `Prompter.examples` and `started`.
         WorkFailed: the engine cannot continue.
     """
-    rows, positions = test.rows, test.positions
+    rows = test.rows
     on_gpu = not rehearsal and bool(gpus.here())
     require(settings, server, on_gpu)
-    done, settings = read_part(part, settings, positions)
+    done, settings = read_part(part, settings, test.positions)
     if len(done) < len(rows):
         if rehearsal:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -130,7 +130,7 @@ def predict(
             from .prompter import Prompter
 
             prompter = Prompter(settings, cfg, tokenizer)
-            examples = prompter.examples(rows, test.keys, positions)
+            examples = prompter.examples(rows)
         prompts = [example.prompt for example in examples]
         # a server's model can change between calls, so its answers are compared again
         compared_again = settings.engine == SERVER and (on_gpu or rehearsal)
@@ -140,8 +140,8 @@ def predict(
             found = agreement(expected, engine, sampled(prompts)) if compares else settings.agreement
             settings = settings.model_copy(update={"batch_tokens": engine.settings.batch_tokens, "agreement": found})
             asked = [
-                as_row(position, row, example.reference)
-                for position, row, example in zip(positions, rows, examples, strict=True)
+                as_row(row.position, row.content, example.reference)
+                for row, example in zip(rows, examples, strict=True)
             ]
             _generate(engine, prompts, asked, prompter.ends, done, part, settings_line(settings))
     return [done[i] for i in range(len(rows))], settings

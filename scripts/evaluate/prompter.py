@@ -1,6 +1,7 @@
 """Evaluation prompts, identical to the prompts in training."""
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,9 +17,11 @@ from ..base.errors import UserError, WorkFailed
 from ..base.files import Row, json_rows
 from ..base.yamlfiles import Config
 from ..config import datafiles
+from ..config.datafiles import DatasetRef
 from ..training.losses import MASKED
 from ..training.row_fields import fields_of
 from ..training.tokens import as_trained, require_one_each, taught_ends, tokenize
+from .evaluation_rows import EvaluationRow
 from .scores_file import EvaluationSettings
 
 LOSS_ON_ANSWERS = {  # overrides keys of chat data sets that can put loss on more than the answers
@@ -82,7 +85,7 @@ class Prompter:
             own = GenerationConfig.from_model_config(self.config).eos_token_id
         return {*taught_ends(self.cfg, self.tokenizer), *(own if isinstance(own, list) else [own])} - {None}
 
-    def examples(self, rows: Sequence[Row], keys: Sequence[str] = (), positions: Sequence[int] = ()) -> list[Example]:
+    def examples(self, rows: Sequence[EvaluationRow]) -> list[Example]:
         """Prompt and reference of each row, written by Axolotl's code as in training.
 
         Here Axolotl marks only the tokens of answers for loss, even if training marked more. The answer is the last
@@ -92,38 +95,30 @@ class Prompter:
         tokenizes prompt and answer separately, otherwise at its beginning. If a chat's prompt and answer share a token,
         like `:The` in Llama 3, the prompt is tokenized with another answer.
 
-        Args:
-            rows: fields by name.
-            keys: data set in the config that defines the format of each row; by default the first data set.
-            positions: position of each row in its source, for messages.
-
         Raises:
             UserError: Axolotl cannot tokenize the rows, a row has no prompt or no answer, or the context is too short.
         """
-        keys = keys or ["datasets.0"] * len(rows)
-        examples: dict[int, Example] = {}
-        for key in dict.fromkeys(keys):
-            numbers = [number for number, of_row in enumerate(keys) if of_row == key]
-            examples |= zip(numbers, self._of_dataset(key, [rows[number] for number in numbers]), strict=True)
-        in_order = [examples[number] for number in range(len(rows))]
-        for position, example in zip(positions or range(len(rows)), in_order, strict=True):
+        by_dataset: dict[DatasetRef, list[Row]] = defaultdict(list)
+        for row in rows:
+            by_dataset[row.dataset].append(row.content)
+        examples = {dataset: iter(self._of_dataset(dataset, contents)) for dataset, contents in by_dataset.items()}
+        in_order = [next(examples[row.dataset]) for row in rows]
+        for row, example in zip(rows, in_order, strict=True):
             answered = example.reference.strip()  # without an answer, the end of the prompt is unknown
             if not (answered and example.prompt):
-                raise UserError(
-                    f"{self.settings.data}: row {position + 1} has no {'prompt' if answered else 'answer'}; use --data "
-                    "with a copy that has no such rows"
-                )
+                missing = "prompt" if answered else "answer"
+                remedy = "use --data with a copy that has no such rows"
+                raise UserError(f"row {row.position + 1} has no {missing}", key=self.settings.data, remedy=remedy)
         return in_order
 
-    def _of_dataset(self, key: str, rows: Sequence[Row]) -> list[Example]:
+    def _of_dataset(self, ref: DatasetRef, rows: Sequence[Row]) -> list[Example]:
         """Examples of one data set; a missing answer or prompt is empty."""
-        section, _, position = key.partition(".")
         longest = self.config.get_text_config().max_position_embeddings - self.settings.decoding.max_new_tokens
         if longest < 1:
             raise UserError("--max-new-tokens: leaves no room for a prompt in the model's context; give fewer tokens")
         data = self.settings.data
         cfg = DictDefault({**self.trained, "train_on_inputs": False})  # DictDefault's | would keep existing values
-        dataset = DictDefault({**cfg[section][int(position)], **LOSS_ON_ANSWERS})
+        dataset = DictDefault({**cfg[ref.section][ref.index], **LOSS_ON_ANSWERS})
         tokenized = tokenize(data, cfg, dataset, self.tokenizer, rows, longest)
         require_one_each(data, dataset, rows, tokenized)
         fields, is_chat = fields_of(dataset), dataset.get("type") == "chat_template"
@@ -171,11 +166,11 @@ def as_code(cfg: Config, tokenizer: Path, known: dict[str, str]) -> str | None:
         tokenizer: folder of the training tokenizer.
         known: texts for some fields; all other fields stay placeholders.
     """
-    dataset = next((dataset for _, dataset in datafiles.datasets(cfg, "datasets")), {})
-    row = _placeholders(dataset)
+    [first] = datafiles.training_sets(cfg)[:1] or [datafiles.NO_DATASET]
+    row = _placeholders(first.entry)
     if not row:
         return None
-    cfg, dataset = DictDefault(cfg | {"train_on_inputs": False}), DictDefault(dataset | LOSS_ON_ANSWERS)
+    cfg, dataset = DictDefault(cfg | {"train_on_inputs": False}), DictDefault(first.entry | LOSS_ON_ANSWERS)
     row |= {name: text for name, text in known.items() if name in row}
     try:
         loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)

@@ -93,9 +93,9 @@ def counted(composed: Composed, force: Sequence[str] = ()) -> Lengths:
     Raises:
         UserError: rows or tokenizer are missing on this machine, Axolotl refuses the rows, or no rows are left.
     """
-    for key, dataset in datafiles.datasets(composed.config, "datasets"):
-        if not any(file.is_file() for file in datafiles.local_files(dataset)):
-            raise UserError(f"--data: {key}: its rows are not on this machine; leave --data out")
+    for dataset in datafiles.training_sets(composed.config):
+        if not any(file.is_file() for file in datafiles.local_files(dataset.entry)):
+            raise UserError(f"--data: {dataset.key}: its rows are not on this machine; leave --data out")
     sizes, padding = check.training_lengths(composed, force)
     if not sizes:
         raise UserError("--data: sequence_len and val_set_size leave no training rows; leave --data out")

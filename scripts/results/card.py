@@ -249,8 +249,8 @@ class Card:
         """Names of the data sets on the hub."""
         files = [file["path"] for file in self.run["data"]]
         names = []
-        for _, dataset in datafiles.datasets(self.config, "datasets"):
-            name = str(dataset.get("path"))
+        for dataset in datafiles.training_sets(self.config):
+            name = str(dataset.entry.get("path"))
             is_local = any(file.startswith(name) for file in files)
             if HUB_NAME.fullmatch(name) and not is_local:
                 names.append(name)

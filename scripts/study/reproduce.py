@@ -261,7 +261,7 @@ def _needed_beside(data: Data, configs: list[Composed]) -> list[str]:
 
 def _needed_formats(of_study: Study, configs: list[Composed]) -> Iterator[tuple[str, PreparedFormat]]:
     """Names and formats of the prepared data that these configs read."""
-    entries = [entry for composed in configs for _, entry in datafiles.datasets(composed.config)]
+    entries = [dataset.entry for composed in configs for dataset in datafiles.datasets(composed.config)]
     needed = {Path(str(entry.get("path"))).parent for entry in entries}
     return ((name, form) for name, form in of_study.data.formats.items() if Path(form.folder) in needed)
 

@@ -34,6 +34,8 @@ from ..base.files import Row
 from ..base.processes import end_with_parent
 from ..base.terminal import Bar
 from ..base.yamlfiles import Config
+from ..config import datafiles
+from ..config.datafiles import DatasetRef
 from ..config.training_settings import TrainingSettings
 from .losses import MASKED
 from .validation import validated
@@ -123,23 +125,22 @@ class Tokenizer:
             problem = f"cannot load the tokenizer: {error}"
             raise UserError(problem, key=str(content.get("base_model"))) from None
 
-    def dataset(self, key: str) -> Any:
-        """The entry of the data set at a key such as `datasets.0`."""
-        section, position = key.split(".")
-        return self.cfg[section][int(position)]
+    def entry(self, dataset: DatasetRef) -> Any:
+        """Settings of a data set, after Axolotl's validation."""
+        return self.cfg[dataset.section][dataset.index]
 
-    def tokenize(self, key: str, rows: Sequence[Row]) -> list[Tokens]:
-        """Tokenize rows of the data set at a key such as `datasets.0`, without cutting long rows."""
-        dataset = self.dataset(key)
-        pieces = dataset["type"] == "completion"  # Axolotl splits these rows into rows of sequence_len tokens
+    def tokenize(self, dataset: DatasetRef, rows: Sequence[Row]) -> list[Tokens]:
+        """Tokenize rows of a data set, without cutting long rows."""
+        entry = self.entry(dataset)
+        pieces = entry["type"] == "completion"  # Axolotl splits these rows into rows of sequence_len tokens
         longest = self.cfg.sequence_len if pieces else _NO_LIMIT
-        return tokenize(key, self.cfg, dataset, self.tokenizer, rows, longest)
+        return tokenize(dataset.key, self.cfg, entry, self.tokenizer, rows, longest)
 
-    def chat_strategy(self, dataset: Any) -> Any:
-        """Axolotl's strategy for the chats of a data set's entry."""
-        return load_strategy("chat_template", self.tokenizer, self.cfg, dataset)
+    def chat_strategy(self, dataset: DatasetRef) -> Any:
+        """Axolotl's strategy for the chats of a data set."""
+        return load_strategy("chat_template", self.tokenizer, self.cfg, self.entry(dataset))
 
-    def load(self, key: str) -> Iterator[Row]:
+    def load(self, dataset: DatasetRef) -> Iterator[Row]:
         """Load rows of a data set as Axolotl does, applying split, shards and weight.
 
         This calls Axolotl's code (axolotl/utils/data/sft.py) and skips tokenization.
@@ -147,23 +148,23 @@ class Tokenizer:
         Raises:
             UserError: Axolotl cannot load the rows.
         """
-        dataset = self.dataset(key)
-        split = "train" if key.startswith("datasets") else "test"
+        entry = self.entry(dataset)
+        split = "train" if dataset.is_training else "test"
         parts = []
         try:
             with patch.object(sft, "get_dataset_wrapper", lambda dataset, **_: (dataset, None)):
-                for part in datasets_with_name_generator([dataset]):
+                for part in datasets_with_name_generator([entry]):
                     loaded, *_ = sft._load_and_process_single_dataset(
                         part, self.cfg, self.tokenizer, split, self.cfg.seed
                     )
                     parts.append(loaded)
         except Exception as error:  # files, the network and the hub can raise any exception
             problem = f"cannot load the rows: {type(error).__name__}: {error}"
-            raise UserError(f"{dataset['path']}: {problem}", key=key) from None
+            raise UserError(f"{entry['path']}: {problem}", key=dataset.key) from None
         return chain(*parts)
 
-    def held_out(self) -> list[tuple[str, Row]]:
-        """Rows that val_set_size holds out, in Axolotl's order, each with its data set's key.
+    def held_out(self) -> list[tuple[DatasetRef, Row]]:
+        """Rows that val_set_size holds out, in Axolotl's order, each with its data set.
 
         Axolotl holds out rows only after tokenizing, merging, shuffling and filtering them. This method therefore gets
         the held-out tokens from Axolotl, and finds the original rows by these tokens.
@@ -176,16 +177,17 @@ class Tokenizer:
         for position, ids in enumerate(held_out["input_ids"]):
             positions[tuple(ids)].append(position)
         cut = self.cfg.sequence_len if str(self.cfg.excess_length_strategy).lower() == "truncate" else None
-        found: dict[int, tuple[str, Row]] = {}
+        found: dict[int, tuple[DatasetRef, Row]] = {}
         with Bar("finding held-out rows"):
-            for i, dataset in enumerate(self.cfg.datasets):
-                key = f"datasets.{i}"
-                for rows in batched(self.load(key), 1000):
-                    tokenized = tokenize(key, self.cfg, dataset, self.tokenizer, rows, self.cfg.sequence_len)
-                    require_one_each(key, dataset, rows, tokenized)
+            for dataset in datafiles.training_sets(self.cfg):
+                for rows in batched(self.load(dataset), 1000):
+                    tokenized = tokenize(
+                        dataset.key, self.cfg, dataset.entry, self.tokenizer, rows, self.cfg.sequence_len
+                    )
+                    require_one_each(dataset.key, dataset.entry, rows, tokenized)
                     for row, tokens in zip(rows, tokenized, strict=True):
                         if same := positions.get(tuple(tokens.ids[:cut])):
-                            found[same.pop(0)] = key, row
+                            found[same.pop(0)] = dataset, row
         if len(found) < len(held_out):
             raise UserError(
                 f"{len(held_out) - len(found)} held-out rows were not found in the data", key="val_set_size"

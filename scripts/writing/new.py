@@ -143,8 +143,8 @@ def reasons(composed: Config, overrides: Iterable[str], unread: list[str]) -> li
 def _chat_templates(recipe: Config, folder: Path | None, entry: Config, changes: dict[str, Change]) -> list[str]:
     """Use the tokenizer's chat template if it has one; return lines about kept templates."""
     named = {"chat_template": recipe.get("chat_template")}
-    for key, dataset in datafiles.datasets(recipe):
-        named[f"{key}.chat_template"] = dataset.get("chat_template")
+    for dataset in datafiles.datasets(recipe):
+        named[f"{dataset.key}.chat_template"] = dataset.entry.get("chat_template")
     foreign = {
         key: name for key, name in named.items() if name and not str(name).startswith(("tokenizer_default", "jinja"))
     }

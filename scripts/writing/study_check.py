@@ -72,9 +72,10 @@ def _warnings(of_study: Study, names: list[str]) -> Iterator[Mistake]:
     for name in names:
         if name not in of_study.published and name not in of_study.variants:
             yield ("published",), f"{name} is missing; add `{name}: {{}}` here or under variants"
-        for key, entry in datafiles.datasets(yamlfiles.read_yaml(paths.recipe_file(name))):
-            if Path(str(entry.get("path"))) not in made:
+        for dataset in datafiles.datasets(yamlfiles.read_yaml(paths.recipe_file(name))):
+            path = dataset.entry.get("path")
+            if Path(str(path)) not in made:
                 there = ", ".join(map(str, sorted(made)))
-                yield ("data", "splits"), f"{name} reads {entry.get('path')} ({key}.path); the splits write {there}"
+                yield ("data", "splits"), f"{name} reads {path} ({dataset.key}.path); the splits write {there}"
     if not data.sample:
         yield ("data",), "no sample: rehearsals use another study's rows; set sample to a folder with a few rows"

@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 import pytest
 import torch
-from run_folders import a_checkpoint, configure, other_evaluation
+from run_folders import a_checkpoint, configure, other_evaluation, rows_for
 from safetensors.torch import load_file, save_file
 
 from qlora_recipes.base.errors import UserError, WorkFailed
@@ -79,7 +79,7 @@ def test_a_prompt_does_not_depend_on_the_beginning_of_the_answer(run):
     prompter.tokenizer.add_tokens([":The"])  # as in Llama 3, whose vocabulary has it
     answers = ("The end is 7", "7 is the end")
     chats = [[{"role": "user", "content": "Answer:"}, {"role": "assistant", "content": text}] for text in answers]
-    shared, apart = prompter.examples([{"messages": messages} for messages in chats])
+    shared, apart = prompter.examples(rows_for(prompter, [{"messages": messages} for messages in chats]))
     assert shared.prompt == apart.prompt != []
     assert (shared.reference, apart.reference) == answers
 
@@ -197,7 +197,8 @@ def rows(sample: Path) -> list[dict[str, Any]]:
 def generated(reference: Reference, rows: list[dict[str, Any]]) -> list[Completion]:
     """A prediction for each row."""
     done: dict[int, Completion] = {}
-    for answers in reference.generate([example.prompt for example in reference.prompter.examples(rows)], done):
+    examples = reference.prompter.examples(rows_for(reference.prompter, rows))
+    for answers in reference.generate([example.prompt for example in examples], done):
         done |= answers
     return [done[i] for i in range(len(rows))]
 
@@ -516,7 +517,7 @@ def test_a_prompt_longer_than_the_trainings_rows_stays_whole(run):
     configure(run, sequence_len=64)
     patch = "+".join(f"line {i}" for i in range(40))
     prompter = prompter_of(run)
-    (example,) = prompter.examples([{"instruction": "Review.", "input": patch, "output": "Fine."}])
+    (example,) = prompter.examples(rows_for(prompter, [{"instruction": "Review.", "input": patch, "output": "Fine."}]))
     assert len(example.prompt) > 64
     assert patch in prompter.tokenizer.decode(example.prompt)
 
@@ -524,7 +525,7 @@ def test_a_prompt_longer_than_the_trainings_rows_stays_whole(run):
 def test_answers_as_long_as_the_context_are_refused(run):
     prompter = prompter_of(run, decoding=Decoding(max_new_tokens=4096))
     with pytest.raises(UserError):
-        prompter.examples([{"instruction": "Review.", "output": "Fine."}])
+        prompter.examples(rows_for(prompter, [{"instruction": "Review.", "output": "Fine."}]))
 
 
 def test_a_run_whose_rows_have_no_answers_needs_none_for_benchmarks_alone(run):

@@ -215,7 +215,7 @@ def test_a_rehearsal_takes_few_of_its_own_rows(own, tmp_path):
     run = own(rehearsal=True, datasets=[data], test_datasets=[{**data, "path": "check.jsonl"}])
     assert task(run).settings.rows == 12
     assert task(run).settings.limit == 12
-    assert task(run).rows.rows == [alpaca(20)[position] for position in taken(20, 12)]
+    assert [row.content for row in task(run).rows.rows] == [alpaca(20)[position] for position in taken(20, 12)]
     assert task(run, limit=30).settings.rows == 20
     assert task(run, limit=30).settings.limit is None
 
@@ -268,12 +268,13 @@ def test_rows_that_were_held_out_are_exactly_those_that_the_training_held_out(ow
 
     evaluated = task(run)
     trained, held_out = (outputs(rows, axolotl.tokenizer) for rows in (split.train_dataset, split.eval_dataset))
-    texts_of = [row.get("output") or row["messages"][1]["content"] for row in evaluated.rows.rows]
+    contents = [row.content for row in evaluated.rows.rows]
+    texts_of = [row.get("output") or row["messages"][1]["content"] for row in contents]
     assert {text.split()[1] for text in texts_of} == held_out
     assert len(evaluated.rows.rows) == len(split.eval_dataset) == len(held_out)
     assert not held_out & trained
     assert how != "number" or len(held_out) == 7
-    assert two == ("datasets.1" in evaluated.rows.keys)
+    assert {row.dataset.key for row in evaluated.rows.rows} == {"datasets.0", *["datasets.1"][: int(two)]}
     names = "train.jsonl" + ("" if how == "without duplicates" else ", split train[:35]")
     names += " and chats.jsonl" if two else ""
     assert evaluated.settings.data == f"val_set_size {changes['val_set_size']} of {names}"
@@ -286,7 +287,7 @@ def examples_of(run: RunDir, of_task: EvaluationTask) -> tuple[Any, list[Any]]:
     from qlora_recipes.evaluate.prompter import Prompter
 
     prompter = Prompter(of_task.settings, of_task.cfg, run.output)
-    return prompter, prompter.examples(of_task.rows.rows, of_task.rows.keys)
+    return prompter, prompter.examples(of_task.rows.rows)
 
 
 def test_held_out_rows_are_kept_and_not_looked_for_in_data_that_has_changed(own, tmp_path):
@@ -314,9 +315,9 @@ def test_a_data_set_of_other_files_with_a_split(own, tmp_path):
     tests = [{"path": "check.parquet", "split": "train[2:4]"} | entry, {"path": "saved", "split": "test"} | entry]
     run = own(datasets=[{"path": "train.jsonl"} | entry], test_datasets=tests)
     made = task(run)
-    assert made.rows.rows == [*asked(6)[2:4], *asked(3, 70)]
+    assert [row.content for row in made.rows.rows] == [*asked(6)[2:4], *asked(3, 70)]
     assert made.settings.data == "check.parquet, split train[2:4] and saved, split test"
-    assert made.rows.keys == ["test_datasets.0"] * 2 + ["test_datasets.1"] * 3
+    assert [row.dataset.key for row in made.rows.rows] == ["test_datasets.0"] * 2 + ["test_datasets.1"] * 3
 
 
 @pytest.mark.parametrize(

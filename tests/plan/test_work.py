@@ -39,7 +39,7 @@ def evaluation_rows_of(file: Path, override: str) -> list[int]:
 
         tokenizer = Tokenizer(config | {"dataset_prepared_path": str(file.with_name("prepared"))})
         held_out = tokenizer.held_out()
-        return [len(tokenizer.tokenize(key, [row])[0].ids) for key, row in held_out]
+        return [len(tokenizer.tokenize(dataset, [row])[0].ids) for dataset, row in held_out]
 
 
 def published(**change: Any) -> work.Lengths | None:

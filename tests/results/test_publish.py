@@ -535,7 +535,7 @@ def test_a_merge_by_axolotl_is_the_adapter_on_its_quantized_base(tmp_path, tiny,
         with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(snippet, scope)
         assert printed.getvalue().strip()
-        (example,) = prompter.examples([row | {"input": model_card._PATCH}])
+        (example,) = prompter.examples(run_folders.rows_for(prompter, [row | {"input": model_card._PATCH}]))
         assert scope["inputs"]["input_ids"][0].tolist() == example.prompt
 
 

@@ -10,9 +10,12 @@ from conftest import recipe_config
 from safetensors.torch import save_file
 
 from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.files import Row
 from qlora_recipes.config import merging
+from qlora_recipes.config.datafiles import training_sets
 from qlora_recipes.config.merging import Difference
 from qlora_recipes.data import studies
+from qlora_recipes.evaluate.evaluation_rows import EvaluationRow
 from qlora_recipes.evaluate.score import VERSION
 from qlora_recipes.evaluate.scores_file import Evaluation, EvaluationSettings
 from qlora_recipes.metrics import registry
@@ -130,6 +133,12 @@ def a_checkpoint(output: Path, step: int, ranks: int = 1) -> Path:
     (folder / "trainer_state.json").write_bytes(orjson.dumps({"global_step": step}))
     checkpoints.write_manifest(folder)
     return folder
+
+
+def rows_for(prompter: Any, contents: list[Row]) -> list[EvaluationRow]:
+    """Rows in the format of the first training data set of a prompter's config."""
+    first = training_sets(prompter.cfg)[0]
+    return [EvaluationRow(position, first, content) for position, content in enumerate(contents)]
 
 
 def other_evaluation(run: RunDir) -> Path:

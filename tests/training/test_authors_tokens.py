@@ -13,6 +13,7 @@ from conftest import SHARED
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.hub import importing_axolotl
 from qlora_recipes.config import substitution
+from qlora_recipes.config.datafiles import DatasetRef
 from qlora_recipes.data import studies
 from qlora_recipes.data.raw_rows import RowMaker
 from qlora_recipes.training.losses import MASKED
@@ -20,6 +21,7 @@ from qlora_recipes.training.losses import MASKED
 with importing_axolotl(offline=True):
     from qlora_recipes.training.tokens import Tokenizer, Tokens
 
+FIRST = DatasetRef("datasets", 0, {})
 ROWS = 500  # of GSM8K's 7,473 training rows, where they are here
 TASK = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 LOFTQS_QUESTION = "\nAnswer the above question. First think step by step and then answer the final number.\n"
@@ -64,7 +66,7 @@ def ours(tokenizer: Tokenizer, rows: list[dict[str, str]], question: str, answer
         [{"role": "user", "content": question.format(**row)}, {"role": "assistant", "content": answer.format(**row)}]
         for row in rows
     ]
-    return tokenizer.tokenize("datasets.0", [{"messages": of_row} for of_row in messages])
+    return tokenizer.tokenize(FIRST, [{"messages": of_row} for of_row in messages])
 
 
 def encoded(tokenizer: Any, text: str) -> list[int]:
@@ -119,7 +121,7 @@ def test_qloras_rows_have_the_authors_tokens_and_loss(model):
     own = segments.replace("</s>", tokenizer.eos_token).replace("<s>", tokenizer.bos_token)
     texts = [text_of(random.Random(seed)) for seed in range(200)]
     maker = RowMaker({"segments": own}, {}, {}, "0")
-    made = loaded.tokenize("datasets.0", [maker.make({"text": text})[0] for text in texts])
+    made = loaded.tokenize(FIRST, [maker.make({"text": text})[0] for text in texts])
     assert 0 < sum(len(row.ids) > CUT for row in made) < len(made)
     for text, row in zip(texts, made, strict=True):
         limits: dict[str, Any] = {"truncation": True, "add_special_tokens": False}
@@ -142,7 +144,7 @@ def test_tinkers_rows_have_the_authors_tokens_and_loss(model):
     assert own != fields
     chats = [chat(random.Random(seed)) for seed in range(200)]
     maker = RowMaker(own, {}, {}, "0")
-    made = loaded.tokenize("datasets.0", [maker.make({"messages": messages})[0] for messages in chats])
+    made = loaded.tokenize(FIRST, [maker.make({"messages": messages})[0] for messages in chats])
     for messages, tokens in zip(chats, made, strict=True):
         pieces = [(loaded.tokenizer.bos_token, False)]  # renderers/base.py and role_colon.py, each encoded alone
         for message in messages:
@@ -175,8 +177,8 @@ def test_pissas_rows_have_the_authors_tokens_and_a_newline_before_eos(sentencepi
     loaded = tokenizer_of("pissa-metamathqa/llama-2-7b-lora", sentencepiece)
     newline, eos = loaded.tokenizer.convert_tokens_to_ids("<0x0A>"), loaded.tokenizer.eos_token_id
     raw = raw_maths()
-    made = loaded.tokenize("datasets.0", prepared("pissa-metamathqa", "train", raw))
-    scored = loaded.tokenize("datasets.0", prepared("pissa-metamathqa", "test", raw))
+    made = loaded.tokenize(FIRST, prepared("pissa-metamathqa", "train", raw))
+    scored = loaded.tokenize(FIRST, prepared("pissa-metamathqa", "test", raw))
     for row, tokens, test in zip(raw, made, scored, strict=True):
         source = f"{TASK}\n\n### Instruction:\n{row['query']}\n\n### Response:"
         check_row(tokens, loaded.tokenizer, source, f"{row['response']}\n")
@@ -187,8 +189,8 @@ def test_pissas_rows_have_the_authors_tokens_and_a_newline_before_eos(sentencepi
 def test_loragas_rows_have_the_authors_tokens_and_loss(sentencepiece):
     loaded = tokenizer_of("loraga-metamathqa/llama-2-7b-lora", sentencepiece)
     raw = raw_maths()
-    made = loaded.tokenize("datasets.0", prepared("loraga-metamathqa", "train", raw))
-    scored = loaded.tokenize("datasets.0", prepared("loraga-metamathqa", "test", raw))
+    made = loaded.tokenize(FIRST, prepared("loraga-metamathqa", "train", raw))
+    scored = loaded.tokenize(FIRST, prepared("loraga-metamathqa", "test", raw))
     for row, tokens, test in zip(raw, made, scored, strict=True):
         question = f"Q: {row['query']}\nA: "
         check_row(tokens, loaded.tokenizer, question, f" {row['answer']}")
@@ -210,7 +212,7 @@ def test_doras_prompts_have_the_authors_bytes_and_tokens(model):
     raw = [row | {"output": f"the correct answer is {row['answer']}"} for row in raw]
     ends = {"bos": repr(loaded.tokenizer.bos_token), "eos": repr(loaded.tokenizer.eos_token)}
     trained, scored = (prepared("dora-commonsense", split, raw, **ends) for split in ("train", "test"))
-    tokens, tests = (loaded.tokenize("datasets.0", made) for made in (trained, scored))
+    tokens, tests = (loaded.tokenize(FIRST, made) for made in (trained, scored))
     for row, train, test, made, prompt in zip(raw, trained, scored, tokens, tests, strict=True):
         text = written(row, "  ", PAD) + row["output"]
         assert "".join(part["text"] for part in train["segments"][1:]) == text + loaded.tokenizer.eos_token

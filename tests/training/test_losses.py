@@ -9,7 +9,7 @@ from conftest import recipe_config, train_runs
 from datasets import Dataset
 
 from qlora_recipes.base import yamlfiles
-from qlora_recipes.config import merging
+from qlora_recipes.config import datafiles, merging
 from qlora_recipes.data.published import EvalTokens
 from qlora_recipes.run.rundir import PLUGIN, RunDir, summarise
 from qlora_recipes.training.losses import scored_tokens
@@ -93,8 +93,8 @@ def expected_loss(base: yamlfiles.Config) -> float:
 
     from qlora_recipes.training.tokens import Tokenizer
 
-    tokenizer, key = Tokenizer(base), "test_datasets.0"
-    tokenized = tokenizer.tokenize(key, list(tokenizer.load(key)))
+    tokenizer, [dataset] = Tokenizer(base), datafiles.test_sets(base)
+    tokenized = tokenizer.tokenize(dataset, list(tokenizer.load(dataset)))
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                              bnb_4bit_compute_dtype=torch.float32)  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(base["base_model"], quantization_config=nf4, dtype=torch.float32)
