@@ -18,9 +18,9 @@ from ..base.yamlfiles import Config
 from ..check.code_rules import READ_IT, is_listed, leaves
 from ..config import datafiles
 from ..config.finding import TASK_CODE, Finding
-from ..metrics.metric import Column
-from ..metrics.registry import Benchmark, BenchmarkParameters
-from .scores_file import Evaluation, EvaluationSettings, taken
+from ..metrics.metric import Benchmark, Column
+from ..metrics.registry import BenchmarkParameters
+from .scores_file import EvaluationSettings, Scores, taken
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -45,15 +45,15 @@ def require(columns: Mapping[str, Column], offline: bool = False, force: Sequenc
                 _located(column, force)
 
 
-def kept(asked: Mapping[str, Column], former: Evaluation, limit: int | None) -> dict[str, Benchmark]:
-    """Return the benchmark results of an earlier evaluation that are still valid.
+def kept(asked: Mapping[str, Column], former: Scores, limit: int | None) -> dict[str, Benchmark]:
+    """Return the benchmark results among earlier scores that are still valid.
 
     A result is dropped if its column is now requested with different parameters or a different limit, or for a task in
     a YAML file, which can have changed.
     """
     found = {}
     for name, column in former.columns.items():
-        benchmark = former.benchmark(column)
+        benchmark = former.scores[name].benchmark
         if benchmark and column.same_scores(asked.get(name, column)):
             same = benchmark.limit == limit and not benchmark.task.endswith(".yaml")  # cached answers are reused
             if name not in asked or same:

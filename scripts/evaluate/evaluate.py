@@ -304,15 +304,15 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
         result = Evaluation(
             made=now(),
             rehearsal=rehearsal,
-            scores=scores,
+            scores=scores.scores,
+            shares=scores.shares,
             version=VERSION,
             settings=settings,
             files=task.files,
             data=task.every.files,
             also_trained=evaluation_rows.trained_positions(task.rows, task.run, task.cfg),
         )
-        if notes := scores_file.notes(result, rows):
-            result.scores["notes"] = notes + scores.get("notes", [])
+        result.notes = scores_file.notes(result, rows) + scores.notes
         # the file of an existing evaluation has predictions of more rows
         write(task.where, result, rows, None if former else part)
     return result

@@ -12,9 +12,8 @@ from ..config import substitution
 from ..data import studies
 from ..metrics import registry
 from ..metrics.bertscore import ScorerModel, layer_of
-from ..metrics.metric import FEWEST, Column
-from ..metrics.registry import Benchmark
-from .scores_file import Evaluation
+from ..metrics.metric import FEWEST, Benchmark, Column, ScoreRecord, ScorerRecord
+from .scores_file import RowShares, Scores
 
 # Scorer model by column name; None leaves the column out.
 ScorerModels = Mapping[str, ScorerModel | None]
@@ -110,19 +109,19 @@ def require_models(models: Iterable[ScorerModel | None]) -> None:
         layer_of(model)
 
 
-def model_record(column: Column, scores: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Scorer model recorded for a column in scores.json; None without a record."""
-    record = scores.get(column.recorded("bertscore")) if isinstance(column.parameters, ScorerModel) else None
-    return record if isinstance(record, dict) else None
+def model_record(column: Column, scores: Mapping[str, ScoreRecord]) -> ScorerRecord | None:
+    """Scorer model recorded for a column; None without a record."""
+    record = scores.get(column.name)
+    return record.scorer if record else None
 
 
-def by_declared_model(column: Column, scores: Mapping[str, Any]) -> bool:
+def by_declared_model(column: Column, scores: Mapping[str, ScoreRecord]) -> bool:
     """True unless another scorer model, or another layer, than the declared one computed the scores."""
     declared, by = column.parameters, model_record(column, scores)
     if by is None or not isinstance(declared, ScorerModel):
         return True
-    same_model = by["model"] in (declared.model, declared.model.rpartition("/")[2])
-    return same_model and declared.layer in (None, by.get("layer"))
+    same_model = by.model in (declared.model, declared.model.rpartition("/")[2])
+    return same_model and declared.layer in (None, by.layer)
 
 
 # Version of the scoring code. Increase it when a change gives the same texts different scores. Scores of older versions
@@ -206,7 +205,7 @@ def score(
     loss: float | None = None,
     measured: Mapping[str, Benchmark] | None = None,
     groups: Iterable[str] = (),
-) -> tuple[dict[str, Any], list[Row]]:
+) -> tuple[Scores, list[Row]]:
     """Score predictions, as a whole and row by row.
 
     Args:
@@ -217,7 +216,7 @@ def score(
         groups: groups of the data, of which `rows` can be a part.
 
     Returns:
-        Scores for scores.json, as at the end of this function, and the rows with their scores.
+        The scores, and the rows with their scores.
     """
     from . import intervals  # imports NumPy, which `recipe results` does not need
 
@@ -226,54 +225,47 @@ def score(
     kept = {name: column for name, column in columns.items() if judged.get(name, column.parameters)}
     scored = with_scores(rows, kept, judged)
     pairs = [(row["reference"], row["prediction"]) for row in rows]
-    others: dict[str, float | None] = {}
-    records: dict[str, Any] = {}
+    records: dict[str, ScoreRecord] = {}
     notes = [f"rows: {len(rows)} are too few to compare scores"] if 0 < len(rows) < FEWEST else []
-    within: dict[str, list[float] | None] = {}
     for name, column in kept.items():
+        value = within = benchmark = None
+        of_column: list[str] = []
         metric, parameters = column.metric, judged.get(name) or column.parameters
         if metric.of_rows:
             values = [row[name] for row in scored]
-            others[name], within[name] = sum(values) / len(rows), intervals.over_rows(values, metric)
+            value, within = sum(values) / len(rows), intervals.over_rows(values, metric)
         elif metric.of_all:
-            others[name] = metric.of_all(pairs, parameters)
+            value = metric.of_all(pairs, parameters)
         elif metric.of_groups:
-            others[name], within[name], missing = _mean_of_groups(scored, column, columns, groups)
-            notes += missing
+            value, within, of_column = _mean_of_groups(scored, column, columns, groups)
         elif metric.of_loss:
-            others[name] = None if loss is None else metric.of_loss(loss)
+            value = None if loss is None else metric.of_loss(loss)
         elif metric.of_model and (benchmark := (measured or {}).get(name)):
-            others[name] = benchmark.value
-            within |= {name: benchmark.interval} if benchmark.interval else {}
-            records |= {f"{name}_benchmark": benchmark.model_dump()}
-        if metric.record:
-            records |= {column.recorded(key): value for key, value in metric.record(parameters).items()}
+            value, within = benchmark.value, benchmark.interval
         if metric.notes:
-            notes += [f"{name}: {note}" for note in metric.notes(pairs, parameters)]
-    return {
-        "rows": len(rows),
-        "intervals": within,
-        **others,
-        **records,
-        **(_shares(scored) if rows else {}),
-        "metrics": {name: column.entry for name, column in kept.items()},
-        **({"notes": notes} if notes else {}),
-    }, scored
+            of_column = [*metric.notes(pairs, parameters)]
+        records[name] = ScoreRecord(
+            value=value,
+            interval=(within[0], within[1]) if within else None,
+            declaration=column.entry,
+            benchmark=benchmark,
+            notes=of_column,
+            **(metric.record(parameters) if metric.record else {}),
+        )
+    return Scores(scores=records, shares=_shares(scored), notes=notes), scored
 
 
-def keep_judged(scores: Row, rows: Sequence[Row], former: Evaluation, former_rows: Sequence[Row]) -> None:
+def keep_judged(scores: Scores, rows: Sequence[Row], former: Scores, former_rows: Sequence[Row]) -> None:
     """Add scores by scorer models from an earlier evaluation of the same predictions.
 
     Args:
         scores, rows: new scores, see `score`; their own columns are kept.
-        former: earlier evaluation.
+        former: earlier scores.
         former_rows: rows of the earlier evaluation.
     """
     for name, column in former.columns.items():
-        if column.metric.judged and name not in scores["metrics"]:
-            scores |= {key: former.scores[key] for key in (name, column.recorded("bertscore"))}
-            for part in ("intervals", "metrics"):
-                scores[part][name] = former.scores[part][name]
+        if column.metric.judged and name not in scores.scores:
+            scores.scores[name] = former.scores[name]
             for row, former_row in zip(rows, former_rows, strict=True):
                 row[name] = former_row[name]
 
@@ -297,17 +289,20 @@ def _mean_of_groups(
     for row in rows:
         by_group.setdefault(str(row.get("group")), []).append(row[column.entry["of"]])
     if missing := sorted(_groups_of(column, columns, groups) - by_group.keys()):
-        return None, None, [f"{column.name}: no mean, because no row of {', '.join(missing)} was scored"]
+        return None, None, [f"no mean, because no row of {', '.join(missing)} was scored"]
     assert column.metric.of_groups
     found = column.metric.of_groups(by_group, column.parameters, columns[column.entry["of"]].metric)
     return *(found or (None, None)), []
 
 
-def _shares(rows: Sequence[Row]) -> dict[str, float]:
+def _shares(rows: Sequence[Row]) -> RowShares:
     """Shares of exact, empty and repeated predictions."""
+    if not rows:
+        return RowShares(rows=0)
     times = Counter(row["prediction"].strip() for row in rows)
-    return {
-        "exact": sum(row["exact"] for row in rows) / len(rows),
-        "empty": times[""] / len(rows),
-        "repeated": sum(count for text, count in times.items() if text and count > 1) / len(rows),
-    }
+    return RowShares(
+        rows=len(rows),
+        exact=sum(row["exact"] for row in rows) / len(rows),
+        empty=times[""] / len(rows),
+        repeated=sum(count for text, count in times.items() if text and count > 1) / len(rows),
+    )

@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import orjson
-from pydantic import AfterValidator, BaseModel, Field, TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter, field_validator
 
 from ..base.errors import UserError
 from ..base.files import Row, digest, parse_json, parts_of, read_bytes, read_rows, replacing, sha256
 from ..base.terminal import say_once
 from ..data.studies import Decoding
 from ..metrics import registry
-from ..metrics.metric import Column
-from ..metrics.registry import Benchmark
+from ..metrics.metric import Column, ScoreRecord
 from ..training.run_record import FileState, Run
 
 PREDICTIONS = "predictions.jsonl"
@@ -204,8 +203,76 @@ class Engine(Protocol):
         """
 
 
-class Evaluation(BaseModel):
-    """Content of scores.json; see `score.score` for the scores.
+class RowShares(BaseModel):
+    """Number of scored rows, and shares of their predictions; the shares are None without rows.
+
+    Attributes:
+        exact: share of predictions that equal their reference apart from surrounding space.
+        empty: share of empty predictions.
+        repeated: share of predictions that also occur in another row.
+    """
+
+    rows: int
+    exact: float | None = None
+    empty: float | None = None
+    repeated: float | None = None
+
+
+class Scores(BaseModel):
+    """Scores of predictions or a run.
+
+    Attributes:
+        scores: scores by column name.
+        shares: number of scored rows, and shares of their predictions.
+        notes: notes that do not concern a single score.
+    """
+
+    scores: dict[str, ScoreRecord]
+    shares: RowShares
+    notes: list[str] = Field(default_factory=list)
+
+    @field_validator("scores")
+    @classmethod
+    def _require_metrics(cls, scores: dict[str, ScoreRecord]) -> dict[str, ScoreRecord]:
+        registry.recorded(scores)
+        return scores
+
+    @cached_property
+    def columns(self) -> dict[str, Column]:
+        """Scored metrics by name."""
+        return registry.recorded(self.scores)
+
+    def flat(self) -> Row:
+        """Scores, intervals, details and shares side by side, as `--json` prints them."""
+        values: Row = {}
+        intervals: Row = {}
+        details: Row = {}
+        notes = [*self.notes]
+        for name, record in self.scores.items():
+            column = self.columns[name]
+            values[name] = record.value
+            if record.interval:
+                intervals[name] = [*record.interval]
+            elif column.metric.of_rows or column.metric.of_groups:
+                intervals[name] = None
+            if record.benchmark:
+                details[f"{name}_benchmark"] = record.benchmark.model_dump()
+            if record.scorer:
+                details[column.recorded("bertscore")] = record.scorer.model_dump()
+            if record.signature:
+                details[column.recorded("sacrebleu_signature")] = record.signature
+            notes += [f"{name}: {note}" for note in record.notes]
+        declarations = {name: record.declaration for name, record in self.scores.items()}
+        shares = self.shares.model_dump(exclude={"rows"}, exclude_none=True)
+        flat = {"rows": self.shares.rows, "intervals": intervals, **values, **details, **shares}
+        flat["metrics"] = declarations
+        if notes:
+            flat["notes"] = notes
+        return flat
+
+
+class Evaluation(Scores):
+    """Content of scores.json.
 
     Attributes:
         version: version of the scoring code, see `score.VERSION`; scores of another version are computed again.
@@ -216,22 +283,11 @@ class Evaluation(BaseModel):
 
     made: str
     rehearsal: bool
-    scores: Annotated[dict[str, Any], AfterValidator(registry.valid)]
     version: int
     settings: EvaluationSettings
     files: dict[str, FileState]
     data: list[RowsState]
     also_trained: list[int] | None = None
-
-    @cached_property
-    def columns(self) -> dict[str, Column]:
-        """Scored metrics by name."""
-        return registry.recorded(self.scores)
-
-    def benchmark(self, column: Column) -> Benchmark | None:
-        """Benchmark behind a column's score; None for other metrics."""
-        record = self.scores.get(f"{column.name}_benchmark")
-        return Benchmark.model_validate(record) if record else None
 
 
 class Prediction(BaseModel, strict=True, extra="allow"):
@@ -363,10 +419,10 @@ def about_rows(evaluation: Evaluation | None) -> str | None:
         return None
     settings = evaluation.settings
     notes = [settings.rows_in_words] if 0 < settings.rows < settings.total_rows else []
-    for column in evaluation.columns.values():
-        benchmark = evaluation.benchmark(column)
+    for name, record in evaluation.scores.items():
+        benchmark = record.benchmark
         if benchmark and benchmark.rows < benchmark.total_rows:
-            notes.append(f"{column.name}: {benchmark.rows:,} of {benchmark.total_rows:,} rows")
+            notes.append(f"{name}: {benchmark.rows:,} of {benchmark.total_rows:,} rows")
     if evaluation.also_trained:
         notes.append(f"{len(evaluation.also_trained):,} also in the training data")
     return "; ".join(notes) or None

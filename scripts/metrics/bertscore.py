@@ -8,9 +8,9 @@ from typing import Any
 from pydantic import Field
 
 from ..base.errors import UserError, WorkFailed
-from ..base.files import Row, sha256
+from ..base.files import sha256
 from ..base.hub import importing_axolotl
-from .metric import Metric, Pair, Parameters
+from .metric import Metric, Pair, Parameters, ScorerRecord
 
 DEFAULT = "roberta-large"  # bert-score's default for English
 
@@ -47,12 +47,12 @@ class ScorerModel(Parameters):
         )
 
 
-def made_by(by: ScorerModel | None, record: Row | None) -> bool:
+def made_by(by: ScorerModel | None, record: ScorerRecord | None) -> bool:
     """True if the record describes this scorer model, or if both are None."""
     if by is None or record is None:
         return by is None and record is None
-    same_weights = not by.is_local or by.local_revision() == record["revision"]
-    return by.name == record["model"] and by.layer in (None, record["layer"]) and same_weights
+    same_weights = not by.is_local or by.local_revision() == record.revision
+    return by.name == record.model and by.layer in (None, record.layer) and same_weights
 
 
 def _config_of(by: ScorerModel) -> Any:
@@ -121,20 +121,22 @@ def f1(pairs: Sequence[Pair], by: ScorerModel) -> list[float]:
     return values
 
 
-def record(by: ScorerModel) -> Row:
+def record(by: ScorerModel) -> ScorerRecord:
     """Identity of the scorer model, and bert-score's hash of the settings."""
     config, layer = _config_of(by), layer_of(by)
     with importing_axolotl(offline=by.is_local):
         from bert_score.utils import get_hash
-    return {
-        "bertscore": {
-            "model": by.name,
-            "layer": layer,
-            "revision": by.local_revision() if by.is_local else getattr(config, "_commit_hash", None),
-            # no idf weights, no rescaling, no custom baseline, no fast tokenizer
-            "hash": get_hash(by.name, layer, False, False, False, False),
-        }
-    }
+    return ScorerRecord(
+        model=by.name,
+        layer=layer,
+        revision=by.local_revision() if by.is_local else getattr(config, "_commit_hash", None),
+        # no idf weights, no rescaling, no custom baseline, no fast tokenizer
+        hash=get_hash(by.name, layer, False, False, False, False),
+    )
+
+
+def _scorer(by: ScorerModel) -> dict[str, Any]:
+    return {"scorer": record(by)}
 
 
 METRIC = Metric(
@@ -146,6 +148,6 @@ METRIC = Metric(
     source="bert-score, arXiv 1904.09675",
     of_rows=f1,
     parameters=ScorerModel,
-    record=record,
+    record=_scorer,
     judged=True,
 )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 Pair = tuple[str, str]  # reference and prediction
 NORMAL = 1.959964  # 97.5 % quantile of the standard normal distribution
@@ -24,6 +24,80 @@ class Parameters(BaseModel):
     """Base class for parameters; used as is for metrics without parameters."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Benchmark(BaseModel):
+    """Score of a task, in percent, and the settings of its measurement.
+
+    Attributes:
+        version: version of the task or group.
+        filter: the harness's method to extract answers from texts.
+        rows: number of scored rows, over all tasks of a group.
+        total_rows: number of rows, scored or not.
+        limit: maximum number of rows per task; None for all rows.
+        ends: tokens that end an answer.
+    """
+
+    value: float
+    stderr: float | None
+    task: str
+    result: str
+    version: str
+    shots: int | None
+    filter: str
+    rows: int
+    total_rows: int
+    limit: int | None
+    ends: list[int]
+    harness: str
+
+    @property
+    def interval(self) -> list[float] | None:
+        """95 % interval from the standard error, or Wilson's if that is 0; None without a standard error."""
+        if self.stderr is None:
+            return None
+        if self.stderr == 0:
+            return wilson(self.value, self.rows)
+        half = NORMAL * self.stderr
+        return [max(self.value - half, 0.0), min(self.value + half, 100.0)]
+
+
+class ScorerRecord(BaseModel):
+    """Scorer model behind a score.
+
+    Attributes:
+        model: name on the hub, or of a local folder.
+        layer: layer that provides the embeddings.
+        revision: commit on the hub, or hash of the weights in a local folder; None if unknown.
+        hash: bert-score's hash of the settings.
+    """
+
+    model: str
+    layer: int
+    revision: str | None
+    hash: str
+
+
+class ScoreRecord(BaseModel):
+    """Score by a column's metric, as in scores.json.
+
+    Attributes:
+        value: the score; None if it could not be computed.
+        interval: lower and upper end of the 95 % interval; None without one.
+        declaration: the column's declaration, see `Column.entry`.
+        scorer: scorer model that computed the score.
+        signature: sacrebleu's description of its settings.
+        notes: notes for readers, such as on texts without a number.
+        benchmark: measurement of a benchmark task.
+    """
+
+    value: float | None
+    interval: tuple[float, float] | None = None
+    declaration: dict[str, Any]
+    scorer: ScorerRecord | None = None
+    signature: str | None = None
+    notes: list[str] = Field(default_factory=list)
+    benchmark: Benchmark | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +122,7 @@ class Metric:
             of that column.
         of_model: True if lm-evaluation-harness measures the run's model.
         parameters: class of the parameters.
-        record: returns details of the computation for scores.json.
+        record: returns the fields of `ScoreRecord` that describe the computation.
         notes: yields notes for readers of the scores, such as on texts without a number.
         judged: True if a scorer model computes the score; parameters are then a `ScorerModel`.
         all_or_nothing: True if each row scores either 0 or 100.
@@ -121,7 +195,7 @@ class Column:
         return other is not None and (self.metric, self.parameters) == (other.metric, other.parameters)
 
     def recorded(self, key: str) -> str:
-        """Key in scores.json of a detail that `Metric.record` returns.
+        """Key of a detail, such as `bertscore`, in `--json` outputs.
 
         If the names of column and metric differ, the column's name is added as a prefix.
         """

@@ -5,13 +5,13 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import ValidationError
 
 from ..base import yamlfiles
 from ..base.errors import UserError, did_you_mean
 from . import bertscore
 from .answers import METRICS as OF_ANSWERS
-from .metric import NORMAL, Column, Metric, Parameters, wilson
+from .metric import Column, Metric, Parameters, ScoreRecord
 from .text import METRICS as OF_TEXTS
 
 
@@ -31,42 +31,6 @@ class BenchmarkParameters(Parameters):
     result: str | None = None
     mean_of_tasks: bool = False
     shots: int | None = None
-
-
-class Benchmark(BaseModel):
-    """Score of a task, in percent, and the settings of its measurement.
-
-    Attributes:
-        version: version of the task or group.
-        filter: the harness's method to extract answers from texts.
-        rows: number of scored rows, over all tasks of a group.
-        total_rows: number of rows, scored or not.
-        limit: maximum number of rows per task; None for all rows.
-        ends: tokens that end an answer.
-    """
-
-    value: float
-    stderr: float | None
-    task: str
-    result: str
-    version: str
-    shots: int | None
-    filter: str
-    rows: int
-    total_rows: int
-    limit: int | None
-    ends: list[int]
-    harness: str
-
-    @property
-    def interval(self) -> list[float] | None:
-        """95 % interval from the standard error, or Wilson's if that is 0; None without a standard error."""
-        if self.stderr is None:
-            return None
-        if self.stderr == 0:
-            return wilson(self.value, self.rows)
-        half = NORMAL * self.stderr
-        return [max(self.value - half, 0.0), min(self.value + half, 100.0)]
 
 
 BENCHMARK = Metric(
@@ -115,7 +79,7 @@ _TAKEN = (
     *("run", "recipe", "variant_of", "study", "state", "jobs", "step", "steps", "ended", "verdict", "differs", "open"),
     *("rehearsal", "test_set", "rows_evaluated", "memory", "time", "member", "values", "runs", "states", "seeds"),
 )
-"""Keys with another meaning in predictions.jsonl, scores.json and results."""
+"""Keys with another meaning in predictions.jsonl and `--json` outputs."""
 
 
 class WrongMetric(ValueError):
@@ -201,31 +165,13 @@ def scorer_named(texts: Iterable[str]) -> str | None:
     return next((text.removeprefix(SCORER) for text in texts if text.startswith(SCORER)), None)
 
 
-def recorded(scores: Mapping[str, Any]) -> dict[str, Column]:
-    """Columns in scores.json.
+def recorded(scores: Mapping[str, ScoreRecord]) -> dict[str, Column]:
+    """Columns of recorded scores, by name.
 
     Raises:
         WrongMetric: see `column`.
     """
-    return columns(scores["metrics"])
-
-
-class _Scores(BaseModel, extra="allow"):
-    """Schema of `scores` in scores.json; other fields are allowed, such as scores and details from `Metric.record`."""
-
-    __pydantic_extra__: dict[str, float | str | dict[str, Any] | None] = Field(init=False)
-    rows: int
-    metrics: dict[str, dict[str, Any]]
-    intervals: dict[str, tuple[float, float] | None]
-    notes: list[str] = Field(default_factory=list)
-
-
-def valid(scores: dict[str, Any]) -> dict[str, Any]:
-    """Return scores unchanged; raise ValueError if they do not follow the schema."""
-    _Scores.model_validate(scores)
-    if any(not isinstance(scores.get(name), float | int | None) for name in recorded(scores)):
-        raise ValueError("a score is not a number")
-    return scores
+    return columns({name: record.declaration for name, record in scores.items()})
 
 
 def distinct(columns: Iterable[Column]) -> dict[str, Column]:

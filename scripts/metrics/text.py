@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from ..base.files import Row
 from .metric import Metric, Pair, Parameters
 
 _WORD = re.compile(r"[^\W_]+|_|[^\w\s]")
@@ -111,10 +110,10 @@ def sacrebleu(pairs: Sequence[Pair], parameters: SacrebleuParameters) -> float:
     return float(_corpus_bleu(parameters).corpus_score(predictions, [references]).score)
 
 
-def _signature(parameters: SacrebleuParameters) -> Row:
+def _signature(parameters: SacrebleuParameters) -> dict[str, Any]:
     scorer = _corpus_bleu(parameters)
     scorer.corpus_score([""], [[""]])  # the signature includes the number of references
-    return {"sacrebleu_signature": str(scorer.get_signature())}
+    return {"signature": str(scorer.get_signature())}
 
 
 class ChrfParameters(Parameters):

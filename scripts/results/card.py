@@ -103,7 +103,7 @@ class Card:
         """Public part of scores.json."""
         if self.evaluation is None:
             return None
-        return self._public(self.evaluation.model_dump())
+        return self._public(self.evaluation.model_dump() | {"scores": self.evaluation.flat()})
 
     @property
     def columns(self) -> Mapping[str, Column]:

@@ -18,7 +18,7 @@ from ..evaluate import intervals
 from ..evaluate.score import columns_of, declared_models, model_record, of_single_rows, with_scores
 from ..evaluate.scores_file import about_file, about_rows, changed, current, read_predictions, read_scores
 from ..metrics import registry
-from ..metrics.metric import Column
+from ..metrics.metric import Column, ScorerRecord
 from ..run.rundir import RunDir, find_run
 from ..training.run_record import Run
 from .run_result import trained_settings
@@ -35,7 +35,7 @@ class ScoredRows:
 
     rows: list[Row]
     columns: dict[str, Column]
-    models: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    models: dict[str, ScorerRecord | None] = field(default_factory=dict)
 
 
 def score_sides(sides: Sequence[RunDir | Path], metrics: Sequence[str] = ()) -> list[ScoredRows]:

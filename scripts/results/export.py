@@ -201,6 +201,6 @@ def _scores(result: RunResult, of_study: Study) -> dict[str, score_records.Score
     for name, column in of_study.columns.items():
         value = result.score(column)
         if value is not None and by_declared_model(column, own):
-            interval = (own.get("intervals") or {}).get(name)
+            interval = own[name].interval if name in own else None
             found[name] = _score(value, *(interval or (None, None)))
     return found

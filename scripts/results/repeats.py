@@ -133,7 +133,7 @@ def interval(
     """
     found, values = [result for result, _ in scored], [value for _, value in scored]
     evaluated = (result.evaluation.scores if result.evaluation else {} for result in found)
-    over_rows = [(scores.get("intervals") or {}).get(name) for scores in evaluated]
+    over_rows = [scores[name].interval if name in scores else None for scores in evaluated]
     within = [interval for interval in over_rows if interval is not None]
     if len(within) < len(found):
         return None

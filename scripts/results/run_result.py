@@ -141,7 +141,7 @@ class RunResult:
 
     @property
     def rows_evaluated(self) -> int | None:
-        return self.evaluation.scores.get("rows") if self.evaluation else None
+        return self.evaluation.shares.rows if self.evaluation else None
 
     def score(self, column: Column) -> float | None:
         """Score by a metric; None if it is missing, or if the metric's declaration changed."""
@@ -254,7 +254,7 @@ def _value(column: Column, evaluation: Evaluation | None) -> float | None:
     """Score in an evaluation; None if it is missing, or if the metric's declaration changed."""
     if evaluation is None or not column.same_scores(evaluation.columns.get(column.name)):
         return None
-    return evaluation.scores.get(column.name)
+    return evaluation.scores[column.name].value
 
 
 def record(result: RunResult, jobs: Iterable[str] = ()) -> Row:

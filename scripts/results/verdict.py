@@ -206,7 +206,7 @@ def _by_metric(of_study: Study, column: Column, found: Sequence[RunResult], aim:
         published=published,
         difference=difference,
         verdict=found_verdict,
-        model=model.get("model") if model else None,
+        model=model.model if model else None,
         decodings={
             decoding: _mean(result.scores[name].decodings.get(decoding) for result in found)
             for decoding in of_study.decodings

@@ -41,10 +41,11 @@ def scores(
         made, _ = score(rows, of_study.columns, judged)
     table = []
     for name in of_study.columns:
-        ours, theirs = made.get(name), published.get(name)
-        if ours is None:
+        record, theirs = made.scores.get(name), published.get(name)
+        if record is None or record.value is None:
             continue
-        low, high = made["intervals"].get(name) or (None, None)
+        ours = record.value
+        low, high = record.interval or (None, None)
         difference = ours - float(theirs.value) if theirs else None
         table.append(
             {

@@ -95,11 +95,11 @@ def evaluate_verb(
         print(evaluated.path)
         next_step("results", json=json)
         return
-    scores = {"adapter": evaluated.scores}
+    scores = {"adapter": evaluated.flat()}
     if isinstance(of_base, Evaluation):
-        scores["base"] = of_base.scores
+        scores["base"] = of_base.flat()
     title = listing.REHEARSALS if folder.read().rehearsal else None
-    print_scores(scores, scores if base else evaluated.scores, json, title)
+    print_scores(scores, scores if base else scores["adapter"], json, title)
     arguments = f"{folder.config_file} --lora-model-dir {folder.output} {datafiles.chat_options(folder.config)}"
     say(f"chat: AXOLOTL_DO_NOT_TRACK=1 axolotl inference {arguments}")
     next_step("report", name_of(folder), json=json)
@@ -130,10 +130,11 @@ def score_verb(
     with Bar("scoring", 1):
         scores, rows = score(rows, columns, models)
     if about := about_file(file):
-        scores["notes"] = [about, *scores.get("notes", ())]
+        scores.notes.insert(0, about)
     if out:
         write_rows(out, rows)
-    print_scores({"predictions": scores}, scores, json)
+    flat = scores.flat()
+    print_scores({"predictions": flat}, flat, json)
 
 
 def print_scores(models: dict[str, Row], records: Any, json: bool, title: str | None = None) -> None:

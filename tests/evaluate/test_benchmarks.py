@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +12,9 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import WorkFailed
 from qlora_recipes.evaluate import benchmarks, evaluate
 from qlora_recipes.evaluate.evaluate import EvaluationRequest
-from qlora_recipes.evaluate.scores_file import taken
+from qlora_recipes.evaluate.scores_file import RowShares, Scores, taken
 from qlora_recipes.metrics import registry
+from qlora_recipes.metrics.metric import ScoreRecord
 from qlora_recipes.metrics.registry import BenchmarkParameters
 from qlora_recipes.run import rundir
 
@@ -78,7 +78,8 @@ def test_a_task_is_a_column_of_its_name():
 def test_a_benchmark_of_other_rows_is_measured_anew(limit, kept):
     columns = registry.asked(["benchmark:grp"])
     scored = benchmarks.summarise(GROUP, BenchmarkParameters(task="grp"), [2], 5)
-    former: Any = SimpleNamespace(columns=columns, benchmark=lambda _: scored)
+    record = ScoreRecord(value=scored.value, declaration=columns["grp"].entry, benchmark=scored)
+    former = Scores(scores={"grp": record}, shares=RowShares(rows=0))
     assert bool(benchmarks.kept(columns, former, limit)) == kept
     assert benchmarks.kept({}, former, limit)  # not asked for again
 
@@ -185,14 +186,15 @@ def test_generated_answers_end_as_the_runs_predictions(run, tiny, tmp_path, monk
     configure(run, datasets=[{"path": "x.jsonl", "type": "completion"}], test_datasets=None)  # no rows with answers
     GenerationConfig(eos_token_id=ends).save_pretrained(tiny)
     try:
-        scores = evaluate.evaluate(run, request).scores
+        first = evaluate.evaluate(run, request)
         task.write_text(task.read_text().replace("version: 3", "version: 4"))
-        again = evaluate.evaluate(run, request).scores
+        again = evaluate.evaluate(run, request)
     finally:
         (tiny / "generation_config.json").unlink()
-    first = [next(i for i, token in enumerate(answer) if token in ends) for answer in answers]
-    assert len({*first}) > 1  # some rows end before others of their batch
-    assert all(set(answer[i + 1 :]) <= {2} for i, answer in zip(first, answers, strict=True))
-    assert scores["rows"] == 0
-    assert scores["sums_benchmark"]["ends"] == ends
-    assert again["sums_benchmark"]["version"] == "4" and len(answers) == 8  # cached answers, not generated again
+    lengths = [next(i for i, token in enumerate(answer) if token in ends) for answer in answers]
+    assert len({*lengths}) > 1  # some rows end before others of their batch
+    assert all(set(answer[i + 1 :]) <= {2} for i, answer in zip(lengths, answers, strict=True))
+    assert first.shares.rows == 0
+    assert first.scores["sums"].benchmark.ends == ends
+    assert again.scores["sums"].benchmark.version == "4"
+    assert len(answers) == 8  # cached answers, not generated again

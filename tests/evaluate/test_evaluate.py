@@ -23,11 +23,13 @@ from qlora_recipes.evaluate.scores_file import (
     Completion,
     Evaluation,
     EvaluationSettings,
+    RowShares,
     read_predictions,
     read_scores,
     taken,
 )
 from qlora_recipes.evaluate.transformers_engine import Reference, base_model
+from qlora_recipes.metrics.metric import ScoreRecord
 from qlora_recipes.results import card, run_result
 from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.run.rundir import RunDir
@@ -128,8 +130,8 @@ def test_a_complete_evaluation_is_not_done_again_but_another_is(run, monkeypatch
     first = evaluated(run, limit=3)
     assert len([*run.path.glob("evaluations/*/scores.json")]) == 2  # one of another decoding
     other = evaluated(run, limit=4)
-    assert first.scores["rows"] == 3
-    assert other.scores["rows"] == 4
+    assert first.shares.rows == 3
+    assert other.shares.rows == 4
     monkeypatch.setattr("qlora_recipes.evaluate.transformers_engine.Reference.__init__", None)
     with pytest.raises(UserError, match=r"scores\.json: .* 4 .* 2 "):
         evaluated(run, limit=2)
@@ -160,7 +162,8 @@ def test_the_reason_to_score_again_is_named(run, changes, metrics, reason):
     former = Evaluation(
         made="",
         rehearsal=False,
-        scores={"rows": 3, "metrics": declared, "intervals": {}} | dict.fromkeys(declared, 1.0),
+        scores={name: ScoreRecord(value=1.0, declaration=declaration) for name, declaration in declared.items()},
+        shares=RowShares(rows=3),
         version=changes.get("version", score.VERSION),
         settings=task.settings.model_copy(update=settings),
         files={},
@@ -393,7 +396,7 @@ def test_scored_rows_that_are_training_rows_are_named(scored, recipe, tmp_path):
     made = evaluated(scored, adapter=None, limit=2)
     named = "1 also in the training data"
     assert made.also_trained == [last]
-    assert [named in note for note in made.scores["notes"]] == [True, False]
+    assert [named in note for note in made.notes] == [True, False]
     assert named in recipe.ok("results", scored.path).stdout
     assert recipe.json("results", scored.path)[0]["rows_also_trained"] == [last]
     assert named in card.card(RunResult(scored, scored.read()), made, False, None)
@@ -409,8 +412,8 @@ def test_other_rows_are_evaluated_beside_the_usual_ones(run, sample, tmp_path):
     few.write_bytes(b"".join((sample / "valid.jsonl").read_bytes().splitlines(keepends=True)[:2]))
     other = evaluated(run, data=few)
     assert task_of(run, data=few).where not in (run.path, task_of(run).where)
-    assert usual.scores["rows"] == 3
-    assert other.scores["rows"] == 2
+    assert usual.shares.rows == 3
+    assert other.shares.rows == 2
     assert evaluated(run, limit=3) == usual
 
 
@@ -434,26 +437,27 @@ def test_scoring_anew_leaves_no_score_of_another_judge(run, monkeypatch):
     request = EvaluationRequest(adapter="none", max_new_tokens=8, limit=3, metrics=[f"bertscore:{judge}"])
     monkeypatch.setitem(bert_score_utils.model2layers, judge.name, 6)
     first = evaluate.evaluate(run, request)
-    assert first.scores["bertscore"]["model"] == "model"
+    scorer = first.scores["bertscore_f1"].scorer
+    assert scorer and scorer.model == "model"
     where = other_evaluation(run)
     by_row = [row["bertscore_f1"] for row in read_predictions(where)]
     (where / "predictions.other.part.jsonl").write_text("answers of another evaluation")
     request.metrics = ["chrf"]  # the default scorer model is not here
     more = evaluate.evaluate(run, request)
-    chrf = {"chrf": more.scores["chrf"], "metrics": first.scores["metrics"] | {"chrf": {"metric": "chrf"}}}
-    assert more.scores == first.scores | chrf | {"intervals": more.scores["intervals"]}
+    assert more.scores == first.scores | {"chrf": more.scores["chrf"]}
     assert [row["bertscore_f1"] for row in read_predictions(where)] == by_row
     assert (where / "predictions.other.part.jsonl").exists()
     request.metrics = []
     assert evaluate.evaluate(run, request) == more
     without = evaluated(run, limit=3)
-    assert "bertscore" not in without.scores and "bertscore_f1" not in without.scores
+    assert "bertscore_f1" not in without.scores
     assert not any("bertscore_f1" in row for row in read_predictions(other_evaluation(run)))
     record(run, recipe="mine")  # of no study
     for layer, given in ((2, ", layer: 2"), (6, "")):
         metrics = [f"bertscore_f1: {{model: {judge}{given}}}"]
         made = evaluated(run, limit=3, metrics=metrics)
-        assert made.scores["bertscore"]["layer"] == layer
+        scorer = made.scores["bertscore_f1"].scorer
+        assert scorer and scorer.layer == layer
 
 
 def test_decoding_is_the_studys_and_not_the_models_own(run, tiny):

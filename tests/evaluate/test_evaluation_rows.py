@@ -300,7 +300,7 @@ def test_held_out_rows_are_kept_and_not_looked_for_in_data_that_has_changed(own,
         task(run)
     write_rows(train, alpaca(20))
     first = evaluate.evaluate(run, BASE)
-    assert first.scores["rows"] == 4
+    assert first.shares.rows == 4
     train.unlink()
     assert evaluate.evaluate(run, BASE) == first
 

@@ -48,11 +48,11 @@ def evaluated(run: RunDir, *metrics: str, decoding: str | None = None) -> Evalua
 
 def test_a_run_is_scored_with_its_studys_metrics_and_those_asked_for(run, generated):
     first = evaluated(run)
-    assert list(first.scores["metrics"]) == ["bleu4", "rouge_l", "sacrebleu"]  # BERTScore was asked to be left out
+    assert list(first.scores) == ["bleu4", "rouge_l", "sacrebleu"]  # BERTScore was asked to be left out
     more = evaluated(run, "ours: {metric: number, parser: peft}", "perplexity")
     assert list(more.columns) == ["bleu4", "rouge_l", "sacrebleu", "ours", "perplexity"]
-    assert more.scores["ours"] == 0 and more.scores["notes"][-1].startswith("ours: 3 of 3 ")
-    assert more.scores["perplexity"] is None  # of a training, which this adapter is not from
+    assert more.scores["ours"].value == 0 and more.scores["ours"].notes[0].startswith("3 of 3 ")
+    assert more.scores["perplexity"].value is None  # of a training, which this adapter is not from
     assert len(generated) == 1  # the predictions were there
     assert all(row["ours"] == 0 for row in read_predictions(other_evaluation(run)))
     assert evaluated(run) == more  # it has all that is asked for

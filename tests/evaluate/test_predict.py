@@ -85,7 +85,7 @@ def test_another_model_is_recorded_and_does_not_stand_for_the_references(run, pa
     monkeypatch.setattr(predict, "start_engine", lambda *_: nullcontext(other))
     done = evaluate(run, request_of(engine="http://x", model="m"))
     assert done.settings.agreement and done.settings.agreement.equal == 0
-    assert "0 of 3 " in done.scores["notes"][0] and "0 of 3 " in capfd.readouterr().err
+    assert "0 of 3 " in done.notes[0] and "0 of 3 " in capfd.readouterr().err
     with pytest.raises(UserError, match=re.escape(str(other_evaluation(run) / "scores.json"))):
         evaluate(run, request_of())
 
@@ -97,7 +97,7 @@ def test_answers_at_the_limit_without_an_end_are_cut(run, parts, monkeypatch):
     done = evaluate(run, request_of(engine="http://x", model="m"))
     rows = read_predictions(other_evaluation(run))
     assert [row.get("cut", False) for row in rows] == [True, False, False] * 2
-    assert any("2 of 6 " in note and "--max-new-tokens" in note for note in done.scores["notes"])
+    assert any("2 of 6 " in note and "--max-new-tokens" in note for note in done.notes)
 
 
 def test_only_greedy_answers_that_mostly_agree_stand_for_the_references(run):
@@ -129,7 +129,7 @@ def test_an_evaluation_that_was_left_goes_on_and_a_server_is_compared_again(run,
     done = evaluate(run, request)
     assert 100 - changed.left == ROWS - 2 + (3 if engine == "server" else 0)
     assert done.settings.agreement and done.settings.agreement.equal == 3
-    assert "3 of 3 " in done.scores["notes"][0]
+    assert "3 of 3 " in done.notes[0]
     assert not part.exists()
     whole = evaluate(run, request_of())
     assert whole == done  # the same model on the same rows, whatever generated

@@ -9,6 +9,7 @@ from qlora_recipes.base.errors import UserError
 from qlora_recipes.evaluate import score
 from qlora_recipes.evaluate.predict import as_row
 from qlora_recipes.evaluate.score import columns_of
+from qlora_recipes.evaluate.scores_file import Scores
 from qlora_recipes.metrics import registry
 from qlora_recipes.metrics.text import bleu4
 
@@ -24,7 +25,7 @@ ROWS = [
 USUAL = columns_of()
 
 
-def scored(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def scored(rows: list[dict[str, Any]]) -> tuple[Scores, list[dict[str, Any]]]:
     """Rows with the usual scores, but for BERTScore."""
     return score.score(rows, USUAL, {"bertscore_f1": None})
 
@@ -32,13 +33,13 @@ def scored(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, A
 def test_rows_keep_their_own_scores_and_their_means_are_the_scores():
     scores, rows = scored(ROWS)
     assert [row["bleu4"] for row in rows] == [pytest.approx(bleu4(row["reference"], row["prediction"])) for row in ROWS]
-    assert scores["bleu4"] == pytest.approx(statistics.fmean(row["bleu4"] for row in rows))
-    assert scores["rouge_l"] == pytest.approx(statistics.fmean(row["rouge_l"] for row in rows))
+    assert scores.scores["bleu4"].value == pytest.approx(statistics.fmean(row["bleu4"] for row in rows))
+    assert scores.scores["rouge_l"].value == pytest.approx(statistics.fmean(row["rouge_l"] for row in rows))
     assert rows[1]["lang"] == "py"
-    low, high = scores["intervals"]["bleu4"]
-    assert low <= scores["bleu4"] <= high
-    assert "bertscore" not in scores and "bertscore_f1" not in scores
-    assert scores["sacrebleu_signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
+    low, high = scores.scores["bleu4"].interval
+    assert low <= scores.scores["bleu4"].value <= high
+    assert "bertscore_f1" not in scores.scores
+    assert scores.flat()["sacrebleu_signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
 
 
 def test_groups_of_rows_count_alike_in_their_mean():
@@ -57,19 +58,19 @@ def test_groups_of_rows_count_alike_in_their_mean():
         }
     )
     few, _ = score.score(rows, columns)
-    assert few["of_few"] == 50
-    assert few["intervals"]["of_few"] is None
-    assert few["intervals"]["average"] is None
+    assert few.scores["of_few"].value == 50
+    assert few.scores["of_few"].interval is None
+    assert few.scores["average"].interval is None
     del columns["of_few"]
     scores, made = score.score([row for row in rows if row["group"] != "few"], columns)
-    assert scores["average"] == pytest.approx(125 / 3)
-    assert scores["of_b"] == 50
+    assert scores.scores["average"].value == pytest.approx(125 / 3)
+    assert scores.scores["of_b"].value == 50
     counts = ((15, 20), (5, 10), (0, 5))
     variances = [(p := (x + 2) / (n + 4)) * (1 - p) / (n + 4) for x, n in counts]
     half = 100 * stats.norm.ppf(0.975) * sum(variances) ** 0.5 / 3
-    assert scores["intervals"]["average"] == pytest.approx([125 / 3 - half, 125 / 3 + half])
+    assert scores.scores["average"].interval == pytest.approx([125 / 3 - half, 125 / 3 + half])
     wilson = stats.binomtest(5, 10).proportion_ci(method="wilson")
-    assert scores["intervals"]["of_b"] == pytest.approx([100 * wilson.low, 100 * wilson.high])
+    assert scores.scores["of_b"].interval == pytest.approx([100 * wilson.low, 100 * wilson.high])
     assert "average" not in made[0]
     for of in ("nope", "sacrebleu", "bertscore_f1"):
         with pytest.raises(UserError, match=of):
@@ -84,14 +85,14 @@ def test_a_mean_of_groups_has_no_value_without_rows_of_each_group(of_data, named
     )
     rows = [as_row(i, {"group": "a"}, "x") | {"prediction": "x"} for i in range(9)]
     scores, _ = score.score(rows, columns, groups=of_data)
-    assert scores["average"] is None
-    assert scores["intervals"]["average"] is None
-    assert scores["of_a"] == 100
-    assert scores["notes"] == ["average: no mean, because no row of b was scored"]
+    assert scores.scores["average"].value is None
+    assert scores.scores["average"].interval is None
+    assert scores.scores["of_a"].value == 100
+    assert scores.flat()["notes"] == ["average: no mean, because no row of b was scored"]
     rows.append(as_row(9, {"group": "b"}, "x") | {"prediction": "y"})
     whole, _ = score.score(rows, columns, groups=of_data)
-    assert whole["average"] == 50
-    assert whole.get("notes") is None
+    assert whole.scores["average"].value == 50
+    assert "notes" not in whole.flat()
 
 
 def test_older_scores_of_rows_are_dropped():
@@ -102,23 +103,24 @@ def test_older_scores_of_rows_are_dropped():
 def test_shares_and_lengths():
     scores, rows = scored(ROWS)
     assert [row["exact"] for row in rows] == [False, True, False, False, False]
-    assert scores["rows"] == 5
-    assert scores["exact"] == 0.2
-    assert scores["empty"] == 0.2
-    assert scores["repeated"] == 0.4
+    assert scores.shares.rows == 5
+    assert scores.shares.exact == 0.2
+    assert scores.shares.empty == 0.2
+    assert scores.shares.repeated == 0.4
 
 
 def test_bertscore_is_named_with_its_model():
     scores, rows = score.score(ROWS, USUAL, score.scorer_models(USUAL, None, rehearsal=True))
-    assert scores["bertscore"]["model"] == "all-MiniLM-L6-v2"
-    assert scores["bertscore_f1"] == pytest.approx(statistics.fmean(row["bertscore_f1"] for row in rows))
+    assert scores.scores["bertscore_f1"].scorer.model == "all-MiniLM-L6-v2"
+    assert scores.scores["bertscore_f1"].value == pytest.approx(statistics.fmean(row["bertscore_f1"] for row in rows))
     assert rows[1]["bertscore_f1"] == pytest.approx(1, abs=1e-5)
 
 
 def test_the_command_prints_scores_and_writes_rows(recipe, tmp_path):
     (tmp_path / "pairs.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in ROWS))
-    assert recipe.json("score", "pairs.jsonl", "--out", "scored.jsonl", "--metric", "bertscore:none") == scored(ROWS)[0]
-    assert list(map(orjson.loads, (tmp_path / "scored.jsonl").read_bytes().splitlines())) == scored(ROWS)[1]
+    scores, rows = scored(ROWS)
+    assert recipe.json("score", "pairs.jsonl", "--out", "scored.jsonl", "--metric", "bertscore:none") == scores.flat()
+    assert list(map(orjson.loads, (tmp_path / "scored.jsonl").read_bytes().splitlines())) == rows
     lines = recipe("score", "pairs.jsonl").stdout.splitlines()
     assert [line.split()[1] for line in lines if line.startswith(("exact", "empty"))] == ["0.2000", "0.2000"]
     assert "`--metric bertscore:roberta-large`" in recipe("score", "pairs.jsonl", "--metric", "bertscore_f1").stderr

@@ -1,5 +1,4 @@
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,11 +14,6 @@ PAIRS = [
     ("nit: remove this blank line", "LGTM!"),
     ("x " * 900, "y"),
 ]
-
-
-def record(judge: ScorerModel) -> dict[str, Any]:
-    """What scores.json says of a judge."""
-    return bertscore.record(judge)["bertscore"]
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +43,10 @@ def test_scores_are_the_librarys():
     short = PAIRS[:3]  # of a text beyond the model's context, the library would make an error
     expected = library.score([given for _, given in short], [wanted for wanted, _ in short])[2].tolist()
     judge = ScorerModel(model=folder, layer=6)
-    found, made = bertscore.f1(short, judge), record(judge)
+    found, made = bertscore.f1(short, judge), bertscore.record(judge)
     assert found == pytest.approx(expected, abs=1e-6)
-    assert made["hash"] == library.hash.replace(folder, "model")
-    assert made["layer"] == 6
+    assert made.hash == library.hash.replace(folder, "model")
+    assert made.layer == 6
 
 
 def test_empty_texts_score_nothing_and_change_nothing():
@@ -60,12 +54,12 @@ def test_empty_texts_score_nothing_and_change_nothing():
     assert judge
     alone = bertscore.f1(PAIRS, judge)
     among = bertscore.f1([("", "a"), *PAIRS[:2], ("a", " \n"), *PAIRS[2:], ("", "")], judge)
-    made = record(judge)
+    made = bertscore.record(judge)
     assert among[0] == 0
     assert among[3] == 0
     assert among[6] == 0
     assert among[1:3] + among[4:6] == pytest.approx(alone, abs=1e-6)
-    assert made["model"] == "all-MiniLM-L6-v2"
+    assert made.model == "all-MiniLM-L6-v2"
     assert bertscore.f1([("a", "")], judge) == [0]
 
 
@@ -117,7 +111,7 @@ def test_a_missing_layer_or_model_is_reported():
 
 def test_a_judge_is_told_by_its_weights_and_not_by_its_folders_name(roberta, tmp_path):
     judge = ScorerModel(model=str(roberta), layer=2)
-    made = record(judge)
+    made = bertscore.record(judge)
     assert made_by(judge, made) and made_by(ScorerModel(model=str(roberta)), made)
     assert not made_by(ScorerModel(model=str(roberta), layer=1), made)
     other = tmp_path / roberta.name
@@ -126,7 +120,7 @@ def test_a_judge_is_told_by_its_weights_and_not_by_its_folders_name(roberta, tmp
     assert not made_by(ScorerModel(model=str(other), layer=2), made)
     assert made_by(None, None) and not made_by(judge, None) and not made_by(None, made)
     stand_in = score.scorer_model(None, rehearsal=True)
-    assert stand_in and made_by(stand_in, record(stand_in))
+    assert stand_in and made_by(stand_in, bertscore.record(stand_in))
 
 
 def test_the_judge_is_the_default_only_where_it_is_here(tmp_path, monkeypatch):

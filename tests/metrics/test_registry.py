@@ -84,19 +84,3 @@ def test_what_cannot_be_asked_for_is_refused(texts, says):
     with pytest.raises(UserError) as error:
         registry.asked(texts)
     assert says in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("damage", "says"),
-    [
-        ({"metrics": {"unknown": {"metric": "of the future"}}}, "metric: no metric is called of the future"),
-        ({"accuracy": "high"}, "a score is not a number"),
-    ],
-)
-def test_recorded_scores_of_unknown_metrics_are_refused(damage, says):
-    entries = {"accuracy": {"metric": "number", "parser": "peft"}}
-    scores = {"rows": 2, "intervals": {}, "accuracy": 50.0, "metrics": entries}
-    (column,) = registry.recorded(registry.valid(scores)).values()
-    assert column.entry == entries["accuracy"]
-    with pytest.raises(ValueError, match=says):
-        registry.valid(scores | damage)

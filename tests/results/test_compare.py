@@ -9,6 +9,7 @@ from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.files import write_rows
 from qlora_recipes.evaluate import intervals, score
 from qlora_recipes.evaluate.score import columns_of
+from qlora_recipes.metrics.metric import ScorerRecord
 from qlora_recipes.results import compare
 from qlora_recipes.results.compare import ScoredRows
 from qlora_recipes.run.rundir import RunDir
@@ -36,7 +37,7 @@ def test_a_comparison_is_of_the_same_rows():
 
 def test_bertscores_are_compared_only_where_one_judge_made_both():
     a, b = ([row | {"bertscore_f1": value} for row in rows("x", "y")] for value in (0.8, 0.9))
-    judge, other = {"model": "m", "revision": "1"}, {"model": "m", "revision": "2"}
+    judge, other = (ScorerRecord(model="m", layer=9, revision=revision, hash="x") for revision in ("1", "2"))
     for left, right, count in ((judge, judge, 3), (judge, other, 2), (None, None, 2), (judge, None, 2)):
         columns = PLAIN | {"bertscore_f1": USUAL["bertscore_f1"]}
         of_a, of_b = (ScoredRows(rows, columns, {"bertscore_f1": by}) for rows, by in ((a, left), (b, right)))

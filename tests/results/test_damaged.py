@@ -77,7 +77,13 @@ def test_a_provenance_of_odd_types_is_named_with_its_place(recipe, bad, provenan
 
 @pytest.mark.parametrize(
     "scores",
-    [[], {"metrics": 7}, {"metrics": {"bleu4": {}}, "bleu4": "good"}, {"bleu4": 5.0, "intervals": {"bleu4": 1}}],
+    [
+        [],
+        {"bleu4": 7},
+        {"bleu4": {"value": "good", "declaration": {}}},
+        {"bleu4": {"value": 5.0, "interval": 1, "declaration": {}}},
+        {"accuracy": {"value": 5.0, "declaration": {"metric": "of the future"}}},
+    ],
 )
 def test_damaged_scores_are_named_and_the_run_is_as_one_that_is_not_evaluated(recipe, bad, scores):
     edit(bad.path / "scores.json", scores=scores)

@@ -49,7 +49,7 @@ def test_all_steps_are_done_and_the_table_is_there_and_again_it_does_nothing(
     (scored,) = [row for row in printed["results"] if row["bleu4"] is not None]
     (run,) = rundir.all_runs(tmp_path / "runs")
     own = scores_file.read_scores(run.path)
-    assert own and (scored["recipe"], scored["bleu4"]) == (ONE, own.scores["bleu4"])
+    assert own and (scored["recipe"], scored["bleu4"]) == (ONE, own.scores["bleu4"].value)
     assert len(scores_file.read_predictions(run.path)) == 12
 
     def files() -> dict[Path, int]:

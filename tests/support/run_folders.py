@@ -17,8 +17,9 @@ from qlora_recipes.config.merging import Difference
 from qlora_recipes.data import studies
 from qlora_recipes.evaluate.evaluation_rows import EvaluationRow
 from qlora_recipes.evaluate.score import VERSION
-from qlora_recipes.evaluate.scores_file import Evaluation, EvaluationSettings
+from qlora_recipes.evaluate.scores_file import Evaluation, EvaluationSettings, RowShares
 from qlora_recipes.metrics import registry
+from qlora_recipes.metrics.metric import ScoreRecord, ScorerRecord
 from qlora_recipes.run import launch
 from qlora_recipes.run.rundir import RunDir
 from qlora_recipes.training import checkpoints
@@ -86,18 +87,31 @@ def evaluated(folder: RunDir, scores: dict[str, Any], rehearsal: bool = False, *
         "quantized": True,
         "dtype": "float16",
     }
-    named = [name for name in scores if name in registry.METRICS]
-    recorded = {"rows": 5000, "intervals": {}, "metrics": {name: {"metric": name} for name in named}}
     made = Evaluation(
         made="2026-01-01T11:00:00+00:00",
         rehearsal=rehearsal,
-        scores=recorded | scores,
+        scores=score_records(scores),
+        shares=RowShares(rows=scores.get("rows", 5000), exact=scores.get("exact")),
         version=VERSION,
         files={},
         data=[],
         settings=EvaluationSettings(**default | settings),
     )
     (folder.path / "scores.json").write_text(made.model_dump_json())
+
+
+def score_records(scores: dict[str, Any]) -> dict[str, ScoreRecord]:
+    """Records of scores by name, from a dictionary as `--json` prints it."""
+    records = {}
+    default = {name: {"metric": name} for name in scores if name in registry.METRICS}
+    for name, declaration in scores.get("metrics", default).items():
+        interval = scores.get("intervals", {}).get(name)
+        records[name] = ScoreRecord(value=scores.get(name), interval=interval, declaration=declaration)
+    if scorer := scores.get("bertscore"):
+        records["bertscore_f1"].scorer = ScorerRecord(model=scorer["model"], layer=17, revision=None, hash="x")
+    if signature := scores.get("sacrebleu_signature"):
+        records["sacrebleu"].signature = signature
+    return records
 
 
 def a_tiny_run(place: Path, tiny: Path, profile: Path, sample: Path) -> RunDir:

@@ -104,7 +104,8 @@ def decoded(folder: RunDir, accuracy: float) -> None:
     own = read_scores(folder.path)
     assert own
     settings = own.settings.model_copy(update={"decoding": Decoding.model_validate(GREEDY)})
-    other = own.model_copy(update={"scores": own.scores | {"accuracy": accuracy}, "settings": settings})
+    scores = own.scores | {"accuracy": own.scores["accuracy"].model_copy(update={"value": accuracy})}
+    other = own.model_copy(update={"scores": scores, "settings": settings})
     where = settings.folder(folder.path)
     where.mkdir(parents=True)
     (where / "scores.json").write_text(other.model_dump_json())

@@ -156,15 +156,15 @@ def scores(runs: Sequence[ReportedRun], by_heading: Mapping[str, Column]) -> lis
 def _column(evaluation: Evaluation, by_heading: Mapping[str, Column]) -> dict[str, str | None]:
     """Scores of an evaluation as text, with intervals."""
     column: dict[str, str | None] = {}
-    intervals = evaluation.scores.get("intervals") or {}
+    scores = evaluation.flat()
     titles = {name: registry.heading(scored, by_heading) for name, scored in evaluation.columns.items()}
     by_model = {c.recorded("bertscore"): c for c in evaluation.columns.values() if model_record(c, evaluation.scores)}
-    for key, value in evaluation.scores.items():
+    for key, value in scores.items():
         title = titles.get(key) or _OTHERS.get(key, key)
         if key in by_model:
             column[f"{by_model[key].label} by"] = str(value.get("model"))
         elif isinstance(value, int | float | str):
-            within = f" ({tables.text_of(intervals[key])})" if intervals.get(key) else ""
+            within = f" ({tables.text_of(interval)})" if (interval := scores["intervals"].get(key)) else ""
             column[title] = f"{tables.text_of(value)}{within}"
     return column
 
