@@ -141,9 +141,8 @@ def test_every_link_and_module_leads_to_a_file_and_a_heading():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
-def test_a_page_is_short_and_begins_with_a_command(page):
+def test_a_page_begins_with_a_command(page):
     lines = page.read_text().splitlines()
-    assert len(lines) <= 150
     if page.parent.name == "docs":
         assert [line for line in prose(page).splitlines() if len(line) > 120 and not line.startswith("|")] == []
         assert lines[0].startswith("# ") and lines[2] == "```"

@@ -81,12 +81,12 @@ def configs(_: Path) -> dict[str, Any]:
     for file in sorted((ROOT / "recipes" / "profiles").glob("*.yaml")):
         several = ("--gpus", "2") if file.stem.startswith(("zero", "fsdp", "ddp")) else ()
         ways.append(("--profile", file.stem, *several))
-    found = {}
+    outputs = {}
     for name in names():
         for way in ways:
             out = recipe("run", name, "--dry-run", *way, codes=(0, 2))
-            found[f"{name} {' '.join(way)}"] = digest(out.replace(str(Path.home()), "~"))
-    return found
+            outputs[f"{name} {' '.join(way)}"] = digest(out.replace(str(Path.home()), "~"))
+    return outputs
 
 
 def rows(shared: Path) -> dict[str, Any]:
@@ -104,11 +104,11 @@ def rows(shared: Path) -> dict[str, Any]:
             stream.write(json.dumps({"query": f"{row['question']} ({i})", "response": row["answer"]}) + "\n")
     for file in ("train.jsonl", "test.jsonl"):
         (meta / file).write_bytes((shared / "gsm8k" / file).read_bytes())
-    found = {}
+    outputs = {}
     for study, folder in {"haider2024": haider, "loftq-gsm8k": shared / "gsm8k", "peft-metamathqa": meta}.items():
         recipe("data", "prepare", folder, "--study", study, "--out", f"rows-{study}")
-        found |= {str(file): digest(file.read_bytes()) for file in sorted(Path(f"rows-{study}").glob("*.jsonl"))}
-    return found
+        outputs |= {str(file): digest(file.read_bytes()) for file in sorted(Path(f"rows-{study}").glob("*.jsonl"))}
+    return outputs
 
 
 def scores(shared: Path) -> dict[str, Any]:
@@ -130,12 +130,12 @@ def scores(shared: Path) -> dict[str, Any]:
 
 def plans(_: Path) -> dict[str, Any]:
     """Plans of ten recipes on two GPUs, and on two of one."""
-    found = {}
+    outputs = {}
     for name in PLANNED:
         for way in (("--gpu", GPUS[0]), ("--gpu", GPUS[1]), ("--gpu", GPUS[1], "--gpus", "2")):
             out = recipe("plan", name, *way, "--json", codes=(0, 2))  # 2: the batch cannot be divided
-            found[f"{name} {' '.join(way)}"] = json.loads(out or "null")
-    return found
+            outputs[f"{name} {' '.join(way)}"] = json.loads(out or "null")
+    return outputs
 
 
 def checks(_: Path) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def checks(_: Path) -> dict[str, Any]:
 
     from qlora_recipes.base import yamlfiles
 
-    found: dict[str, Any] = {}
+    outputs: dict[str, Any] = {}
     ways = (
         *(("--gpu", "T4"), ("--gpu", "H100"), ("--rehearse",), ("--gpu", "L40S", "--profile", "fast")),
         *(("--gpu", "L40S", "--gpus", "2", "--profile", "zero2"), ("--gpu", "L40S", "--profile", "packed")),
@@ -154,7 +154,7 @@ def checks(_: Path) -> dict[str, Any]:
     for way in ways:
         for name in names():
             out = recipe("check", name, *way, "--quick", "--json", codes=(0, 2))  # 2 without output: no such batch
-            found[f"{name} {' '.join(way)}"] = [
+            outputs[f"{name} {' '.join(way)}"] = [
                 {key: value for key, value in finding.items() if key not in ("where", "line")}
                 for checked in json.loads(out or "[]")
                 for finding in checked["findings"]
@@ -163,8 +163,8 @@ def checks(_: Path) -> dict[str, Any]:
         Path(f"case-{i:03}.yaml").write_text(yamlfiles.write_yaml(config_with(change)))
     out = recipe("check", *sorted(Path().glob("case-*")), "--gpu", "T4", "--quick", "--json", codes=(0, 2))
     for (change, *_rest), checked in zip(CASES, json.loads(out), strict=True):
-        found[str(change)] = sorted(f"{finding['level']} {finding['name']}" for finding in checked["findings"])
-    return found
+        outputs[str(change)] = sorted(f"{finding['level']} {finding['name']}" for finding in checked["findings"])
+    return outputs
 
 
 def runs(_: Path) -> dict[str, Any]:
@@ -174,10 +174,10 @@ def runs(_: Path) -> dict[str, Any]:
     subprocess.run([sys.executable, "-c", make], env=os.environ | support, check=True)
     Path("tiny.yaml").write_text(f"base_model: {Path('tiny').resolve()}\n")
     rehearsed = ("--profile", "rehearsal", "--profile", "tiny.yaml", *SHORT)
-    found: dict[str, Any] = {}
+    outputs: dict[str, Any] = {}
     for name in TRAINED:
         folder = trained("run", name, *rehearsed)
-        found[name] = digest((folder / ADAPTER).read_bytes())
+        outputs[name] = digest((folder / ADAPTER).read_bytes())
     killed = subprocess.Popen(
         [RECIPE, "run", TRAINED[0], *rehearsed, "--set", "saves_per_epoch=4"],
         stdout=subprocess.DEVNULL,
@@ -189,7 +189,7 @@ def runs(_: Path) -> dict[str, Any]:
     children = psutil.Process(killed.pid).children(recursive=True)
     killed.send_signal(signal.SIGKILL)
     psutil.wait_procs([killed, *children])
-    found["killed and resumed"] = digest((trained("resume", "latest") / ADAPTER).read_bytes())
+    outputs["killed and resumed"] = digest((trained("resume", "latest") / ADAPTER).read_bytes())
     grid = ("--set", "lora_r=4,8")
     subprocess.run([RECIPE, "sweep", TRAINED[0], *rehearsed, *grid, "--limit", "4"], check=True, capture_output=True)
     listed = {
@@ -200,8 +200,8 @@ def runs(_: Path) -> dict[str, Any]:
         "reproduce": ("reproduce", "haider2024", "--rehearse", "--dry-run"),
     }
     for title, words in listed.items():
-        found[title] = steady(json.loads(recipe(*words, "--json")))
-    return found
+        outputs[title] = steady(json.loads(recipe(*words, "--json")))
+    return outputs
 
 
 def steady(value: Any) -> Any:
@@ -242,9 +242,9 @@ def main() -> int:
         RECORD.write_text(json.dumps(before | now, indent=1, sort_keys=True) + "\n")
         return 0
     now = json.loads(json.dumps(now))
-    found = list(differences({name: before.get(name) for name in parts}, now))
-    print("\n".join(found) or "no differences")
-    return bool(found)
+    lines = list(differences({name: before.get(name) for name in parts}, now))
+    print("\n".join(lines) or "no differences")
+    return bool(lines)
 
 
 if __name__ == "__main__":

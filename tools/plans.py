@@ -20,13 +20,13 @@ GENERATIONS = ("T4", "A100", "H100")
 
 def step_plans(study: str = "") -> dict[str, StepPlan]:
     """Planners of the shipped recipes' steps, by key, or of one study's; recipes can share a step."""
-    found = {}
+    steps = {}
     for gpu in map(gpus.find, GENERATIONS):
         for name in paths.recipe_names():
             if name.startswith(study):
                 step, _ = step_plan.plan_step(compose(Request(name), gpu).config, gpu)
-                found[step.key] = step
-    return found
+                steps[step.key] = step
+    return steps
 
 
 def write(again: bool) -> None:

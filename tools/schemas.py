@@ -171,11 +171,11 @@ def _add_plugins(
         adapters += [capability.name for capability in plugin.get_adapter_capabilities()]
         path = plugin.get_input_args()
         arguments = pkgutil.resolve_name(path) if path else None
-        own = set(arguments.model_fields) - AxolotlInputConfig.model_fields.keys() if arguments else ()
+        own_keys = set(arguments.model_fields) - AxolotlInputConfig.model_fields.keys() if arguments else ()
         modules = (name.rpartition(".")[0], type(plugin).__module__)
         names = [f"{module}{sign}{type(plugin).__name__}" for module in modules for sign in ".:"]
         spellings[name] = list(dict.fromkeys(names))
-        plugins |= dict.fromkeys(spellings[name], sorted(own))
+        plugins |= dict.fromkeys(spellings[name], sorted(own_keys))
         if arguments:
             of_plugin = arguments.model_json_schema(schema_generator=_Schema)
             definitions |= of_plugin.get("$defs", {})
@@ -196,8 +196,8 @@ def _set_values(keys: dict[str, Any], key: str, values: list[str], pattern: str 
     if pattern:
         text.append({"type": "string", "pattern": pattern})
     names = re.compile("CustomSupported|ChatTemplate")
-    kept = [kind for kind in keys[key]["anyOf"] if kind.get("type") != "string" and not names.search(str(kind))]
-    keys[key]["anyOf"] = text + kept
+    kinds = [kind for kind in keys[key]["anyOf"] if kind.get("type") != "string" and not names.search(str(kind))]
+    keys[key]["anyOf"] = text + kinds
 
 
 def _plugins() -> Iterator[tuple[str, BasePlugin]]:
@@ -236,20 +236,20 @@ def _preference_types(kind: str) -> list[str]:
 
 def _strategies(package: ModuleType, first: str) -> Iterator[tuple[str, str]]:
     """Functions of a package's modules with a first parameter of some name: paths of modules, and names."""
-    for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        path = found.name.removeprefix(f"{package.__name__}.")
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        path = module.name.removeprefix(f"{package.__name__}.")
         if not path.startswith("_"):
-            for name, value in vars(importlib.import_module(found.name)).items():
-                own = callable(value) and not isinstance(value, type) and value.__module__ == found.name
-                if own and next(iter(inspect.signature(value).parameters), None) == first:
+            for name, value in vars(importlib.import_module(module.name)).items():
+                is_own = callable(value) and not isinstance(value, type) and value.__module__ == module.name
+                if is_own and next(iter(inspect.signature(value).parameters), None) == first:
                     yield path, name
 
 
 def study_schema() -> str:
     """The JSON Schema of a study.yaml, for editors."""
-    of_study = studies.Study.model_json_schema()
-    of_study["$defs"]["PublishedScore"] = {"anyOf": [{"type": "number"}, of_study["$defs"]["PublishedScore"]]}
-    return json.dumps(of_study, indent=1, ensure_ascii=False) + "\n"
+    content = studies.Study.model_json_schema()
+    content["$defs"]["PublishedScore"] = {"anyOf": [{"type": "number"}, content["$defs"]["PublishedScore"]]}
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":

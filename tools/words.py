@@ -1,5 +1,9 @@
-"""Finds words that the style of this project rules out: `make lint` calls it. Exit code 1 if there are any."""
+"""Finds words that the style of this project rules out: `make lint` calls it. Exit code 1 if there are any.
 
+Usage: tools/words.py [PREFIX ...]; a prefix such as scripts/base selects files; by default, all that git knows.
+"""
+
+import ast
 import re
 import subprocess
 import sys
@@ -9,23 +13,58 @@ from pathlib import Path
 DOCSTRING = re.compile(r'^\s*"""(?:What|Which|That|Those|Whether|How)\b', re.MULTILINE)
 JINJA = re.compile(r"{%.*?%}|{{.*?}}")  # code in a template
 PHRASE = re.compile(r"\b(?:(?<!there )(?:is|are) none|what of|is said|are told)\b")
+VARIABLES = {"found", "own", "known", "given", "made", "named", "each", "every", "there", "begun", "whole", "others"}
+VARIABLES |= {"of_study", "usual", "kept", "anew"}
+"""Names that do not say which thing a variable or parameter is."""
+FUNCTIONS = {"of", "at", "usual", "kept", "anew", "of_all", "find_any"}
+"""Names that say neither what a function does nor what it returns."""
+UNSEARCHED = ("CHANGELOG", "tools/words.py")
+UNFINISHED = ("scripts/", "tests/")
+"""Prefixes of files whose names are searched only on request, until they are finished."""
 
 
-def found(file: Path) -> Iterator[str]:
-    """Each place in a file with such words."""
-    text = JINJA.sub("", file.read_text())
-    for match in [*PHRASE.finditer(text), *(DOCSTRING.finditer(text) if file.suffix == ".py" else ())]:
-        line = text.count("\n", 0, match.end()) + 1
+def phrases(file: Path, text: str) -> Iterator[str]:
+    """Places with phrases that are not plain, and with docstrings that begin with such a word."""
+    plain_text = JINJA.sub("", text)
+    matches = [*PHRASE.finditer(plain_text)]
+    if file.suffix == ".py":
+        matches += DOCSTRING.finditer(plain_text)
+    for match in matches:
+        line = plain_text.count("\n", 0, match.end()) + 1
         yield f"{file}:{line}: {' '.join(match[0].split()[-3:])}: use a noun or a verb, in the active voice"
 
 
+def names(file: Path, text: str) -> Iterator[str]:
+    """Places in Python code where a variable, parameter or function gets a name that says little."""
+    for node in ast.walk(ast.parse(text)):
+        name = ""
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            name = node.id
+        elif isinstance(node, ast.arg):
+            name = node.arg
+        if name in VARIABLES:
+            yield f"{file}:{getattr(node, "lineno", 0)}: {name}: name the thing"
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name in FUNCTIONS:
+            yield f"{file}:{node.lineno}: {node.name}(): name what the function does or returns"
+
+
 def main() -> int:
-    """Search the files that git knows, but for tests and changes."""
-    listed = subprocess.run(["git", "ls-files", "*.py", "*.md", "*.j2"], capture_output=True, text=True, check=True)
-    names = [name for name in listed.stdout.split() if not name.startswith(("tests/", "CHANGELOG", "tools/words"))]
-    lines = [line for name in names for line in found(Path(name))]
-    print(*lines, sep="\n", end="\n" * bool(lines))
-    return bool(lines)
+    """Search the files that git knows, except the changelog."""
+    listing = subprocess.run(["git", "ls-files", "*.py", "*.md", "*.j2"], capture_output=True, text=True, check=True)
+    prefixes = tuple(sys.argv[1:]) or ("",)
+    places: list[str] = []
+    for name in listing.stdout.split():
+        if not name.startswith(prefixes) or name.startswith(UNSEARCHED):
+            continue
+        file = Path(name)
+        text = file.read_text()
+        if sys.argv[1:] or not name.startswith("tests/"):
+            places += phrases(file, text)
+        if file.suffix == ".py" and (sys.argv[1:] or not name.startswith(UNFINISHED)):
+            places += names(file, text)
+    for place in places:
+        print(place)
+    return int(bool(places))
 
 
 if __name__ == "__main__":
