@@ -15,7 +15,7 @@ class UserError(Exception):
         line: the line in that file, from 1.
         key: the key, dotted, or the option with the mistake.
         remedy: what to do about it.
-        others: further mistakes, each printed on a line of its own.
+        further: other mistakes, each printed on a line of its own.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class UserError(Exception):
         line: int | None = None,
         key: str = "",
         remedy: str = "",
-        others: Iterable["UserError"] = (),
+        further: Iterable["UserError"] = (),
     ):
         super().__init__(problem)
         self.problem = problem
@@ -34,7 +34,7 @@ class UserError(Exception):
         self.line = line
         self.key = key
         self.remedy = remedy
-        self.others = list(others)
+        self.further = list(further)
 
     @property
     def place(self) -> str:
@@ -53,11 +53,11 @@ class UserError(Exception):
 
     @property
     def summary(self) -> str:
-        """Place and description, without the other mistakes."""
+        """Place and description, without further mistakes."""
         return f"{self.place}: {self.description}" if self.place else self.description
 
     def __str__(self) -> str:
-        return "\n".join([self.summary, *map(str, self.others)])
+        return "\n".join([self.summary, *map(str, self.further)])
 
 
 class WorkFailed(Exception):
@@ -73,11 +73,13 @@ def require_plain(*names: object) -> None:
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """A hint with the nearest choices; empty if no choice is near."""
-    lower = {choice.lower(): choice for choice in choices}
-    near = get_close_matches(word.lower(), lower, n=3, cutoff=0.6)
-    # lora_rank means lora_r rather than local_rank
-    near = [choice for choice in near if choice.partition("_")[0] == word.lower().partition("_")[0]] or near
-    return f"; did you mean {' or '.join(lower[choice] for choice in near)}?" if near else ""
+    names = {choice.lower(): choice for choice in choices}
+    near = get_close_matches(word.lower(), names, n=3, cutoff=0.6)
+    first = word.lower().partition("_")[0]
+    same_first = [choice for choice in near if choice.partition("_")[0] == first]
+    if same_first:  # lora_rank means lora_r rather than local_rank
+        near = same_first
+    return f"; did you mean {' or '.join(names[choice] for choice in near)}?" if near else ""
 
 
 def meant(word: str, choices: Collection[str], what: str, hint: str = "", option: str = "") -> str:
@@ -96,21 +98,26 @@ def meant(word: str, choices: Collection[str], what: str, hint: str = "", option
     """
     if word in choices:
         return word
-    part = word.lower().strip("/")
-    whole = [choice for choice in choices if part and f"/{part}/" in f"/{choice.lower()}/"]
-    levels = min((choice.count("/") for choice in whole), default=0)
-    found = {choice for choice in whole if choice.count("/") == levels}
-    if part and not found:
-        having = {choice for choice in choices if re.search(rf"(?<![^\W_]){re.escape(part)}", choice.lower())}
-        found = {choice for choice in having if choice.rpartition("/")[0] not in having}
-    if len(found) == 1:
-        return found.pop()
-    given = f"{option} {word or "''"}".strip()
-    if found:
-        others = f" and {len(found) - 8} more" if len(found) > 8 else ""
-        matches = f"matches {', '.join(sorted(found)[:8])}{others}"
-        raise UserError(matches, key=given, remedy="give more of the name")
-    pieces = (piece for choice in choices for piece in re.split("[/ ]", choice))
-    near = did_you_mean(word, choices) or did_you_mean(word, pieces)
+    matches = sorted(_matches(word.lower().strip("/"), choices))
+    if len(matches) == 1:
+        return matches[0]
+    key = f"{option} {word}".strip() or "''"
+    if matches:
+        more = f" and {len(matches) - 8} more" if len(matches) > 8 else ""
+        raise UserError(f"matches {', '.join(matches[:8])}{more}", key=key, remedy="give more of the name")
+    components = [component for choice in choices for component in re.split("[/ ]", choice)]
+    near = did_you_mean(word, choices) or did_you_mean(word, components)
     advice = near or hint or f"; there are {', '.join(choices)}"
-    raise UserError(f"no {what} of that name{advice}", key=given)
+    raise UserError(f"no {what} of that name{advice}", key=key)
+
+
+def _matches(part: str, choices: Collection[str]) -> set[str]:
+    """Choices with a part in lower case: as a complete component of a path, otherwise at the start of a word."""
+    if not part:
+        return set()
+    levels = {choice: choice.count("/") for choice in choices if f"/{part}/" in f"/{choice.lower()}/"}
+    if levels:
+        return {choice for choice in levels if levels[choice] == min(levels.values())}
+    start = re.compile(rf"(?<![^\W_]){re.escape(part)}")
+    having = {choice for choice in choices if start.search(choice.lower())}
+    return {choice for choice in having if choice.rpartition("/")[0] not in having}

@@ -47,15 +47,17 @@ def visible_gpus() -> dict[str, GpuInfo]:
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None and not listed.strip():
         return {}
-    found: dict[str, GpuInfo] = {}
+    visible: dict[str, GpuInfo] = {}
     with _driver() as handles:
-        every = map(str, range(len(handles)))
-        for name in every if listed is None else map(str.strip, listed.split(",")):
+        names = [str(number) for number in range(len(handles))]
+        if listed is not None:
+            names = [name.strip() for name in listed.split(",")]
+        for name in names:
             handle = _handle(name, handles)
             if handle is None:
                 break
-            found[name] = _gpu_info(handle)
-    return found
+            visible[name] = _gpu_info(handle)
+    return visible
 
 
 @contextmanager
@@ -82,25 +84,27 @@ def _handle(name: str, handles: list[Any]) -> Any:
         with suppress(pynvml.NVMLError):
             return pynvml.nvmlDeviceGetHandleByUUID(name)
         return None
+    if not name:
+        return None
     if name.isdecimal():
-        named = handles[int(name) : int(name) + 1]
+        gpus = handles[int(name) : int(name) + 1]
     else:
-        named = [handle for handle in handles if name and pynvml.nvmlDeviceGetUUID(handle).startswith(name)]
-    if len(named) != 1:
+        gpus = [handle for handle in handles if pynvml.nvmlDeviceGetUUID(handle).startswith(name)]
+    if len(gpus) != 1:
         return None
     with suppress(pynvml.NVMLError):  # most GPUs lack MIG
-        if pynvml.nvmlDeviceGetMigMode(named[0])[0]:
-            return pynvml.nvmlDeviceGetMigDeviceHandleByIndex(named[0], 0)
-    return named[0]
+        if pynvml.nvmlDeviceGetMigMode(gpus[0])[0]:
+            return pynvml.nvmlDeviceGetMigDeviceHandleByIndex(gpus[0], 0)
+    return gpus[0]
 
 
 def _gpu_info(handle: Any) -> GpuInfo:
     import pynvml
 
-    whole = handle
+    gpu = handle
     with suppress(pynvml.NVMLError):  # not a MIG instance
-        whole = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
-    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(whole)
+        gpu = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(gpu)
     return {
         "name": pynvml.nvmlDeviceGetName(handle),
         "memory_gib": round(pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30, 1),

@@ -3,7 +3,7 @@
 import fnmatch
 import glob
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -50,7 +50,7 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-recipes"
 
 
-def kept() -> Path:
+def user_data() -> Path:
     """Per-user data directory."""
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "qlora-recipes"
 
@@ -75,8 +75,10 @@ def homes() -> list[tuple[Path, Path]]:
 
     The user's folders are recipes/ and templates/ in the current folder.
     """
-    own = Path("recipes"), Path("templates")
-    return [(RECIPES, TEMPLATES)] + [own] * (own[0].is_dir() and not own[0].samefile(RECIPES))
+    recipes = Path("recipes")
+    if not recipes.is_dir() or recipes.samefile(RECIPES):
+        return [(RECIPES, TEMPLATES)]
+    return [(RECIPES, TEMPLATES), (recipes, Path("templates"))]
 
 
 def studies() -> list[Path]:
@@ -115,13 +117,18 @@ def matching(word: str, names: Collection[str]) -> list[str]:
     return next(filter(None, (fnmatch.filter(names, pattern) for pattern in patterns)), [])
 
 
-def selected(words: Iterable[str] | None) -> list[str]:
+def selected(words: Collection[str] | None) -> list[str]:
     """Names of the recipes and variants that words select; by default, all recipes.
 
     A word is a name, a pattern or a study. Any other word is returned unchanged, for `find_recipe`.
     """
+    if not words:
+        return recipe_names()
     names = [*recipe_names(), *variant_names()]
-    return [name for word in words or () for name in matching(word, names) or [word]] or recipe_names()
+    selection: list[str] = []
+    for word in words:
+        selection += matching(word, names) or [word]
+    return selection
 
 
 def find_recipe(name: str) -> tuple[str, Path]:
@@ -145,14 +152,19 @@ def _found_recipe(name: str) -> tuple[str, Path]:
     if name in files:
         return name, files[name]
     files |= {recipe: recipe_file(recipe) for recipe in recipes}
-    given = Path(name)
-    if given.suffix in (".yaml", ".yml"):
-        if not given.is_file():
-            hint = similar_paths(given) or did_you_mean(str(given.with_suffix("")), files)
-            raise UserError(f"no such file{hint}", file=given)
-        return next((name for name, file in files.items() if file.samefile(given)), given.stem), given
-    found = meant(name, files, "recipe", "; `recipe list` shows them all")
-    return found, files[found]
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            hint = similar_paths(path) or did_you_mean(str(path.with_suffix("")), files)
+            raise UserError(f"no such file{hint}", file=path)
+        return _name_of(path, files) or path.stem, path
+    recipe = meant(name, files, "recipe", "; `recipe list` shows them all")
+    return recipe, files[recipe]
+
+
+def _name_of(path: Path, files: Mapping[str, Path]) -> str | None:
+    """Name of a path among named files."""
+    return next((name for name, file in files.items() if file.samefile(path)), None)
 
 
 def find_profile(name: str) -> tuple[str, Path]:
@@ -163,12 +175,14 @@ def find_profile(name: str) -> tuple[str, Path]:
     """
     require_plain(name)
     shipped = {file.stem: file for file in sorted(PROFILES.glob("*.yaml"))}
-    if name in shipped:
-        return name, shipped[name]
-    if Path(name).is_file():
-        return next((profile for profile in shipped.items() if profile[1].samefile(name)), (name, Path(name)))
-    found = meant(name, shipped, "profile", f"; there are {', '.join(shipped)}, or any YAML file")
-    return found, shipped[found]
+    file = Path(name)
+    if name not in shipped and file.is_file():
+        profile = _name_of(file, shipped)
+        if profile is None:
+            return name, file
+        return profile, shipped[profile]
+    profile = meant(name, shipped, "profile", f"; there are {', '.join(shipped)}, or any YAML file")
+    return profile, shipped[profile]
 
 
 def template_environment(folder: Path, escape: bool = False) -> "SandboxedEnvironment":

@@ -64,7 +64,7 @@ def masked(text: str) -> str:
 
 def masked_comments(text: str) -> str:
     """Mask `key: value` of secrets in the comments of a YAML text; other text is unchanged."""
-    return _COMMENT.sub(lambda found: found["key"] + MASK, text)
+    return _COMMENT.sub(lambda match: match["key"] + MASK, text)
 
 
 def without_secrets(value: Any, key: str = "") -> Any:
@@ -78,18 +78,21 @@ def without_secrets(value: Any, key: str = "") -> Any:
         return value
     if names_secret(key):
         return MASK
+    if isinstance(value, str):
+        return masked(value)
     if isinstance(value, dict):
-        return {masked(str(name)): without_secrets(below, f"{key}.{name}".lstrip(".")) for name, below in value.items()}
+        above = f"{key}." if key else ""
+        return {masked(str(name)): without_secrets(item, f"{above}{name}") for name, item in value.items()}
     if isinstance(value, list | tuple | Iterator):
-        return [without_secrets(below, key) for below in value]
-    return masked(value) if isinstance(value, str) else value
+        return [without_secrets(item, key) for item in value]
+    return value
 
 
 def _without_tokens(text: str) -> str:
     for secret in _of_environment():
         text = text.replace(secret, MASK)
     text = _ADDRESS.sub(_without_password, text)
-    return _SECRET.sub(lambda found: (found["scheme"] or found["key"] or "") + MASK, text)
+    return _SECRET.sub(lambda match: (match["scheme"] or match["key"] or "") + MASK, text)
 
 
 def _of_environment() -> list[str]:
@@ -103,24 +106,24 @@ def _is_secret_variable(name: str) -> bool:
     return bool(_VARIABLE.fullmatch(name))
 
 
-def _without_password(found: re.Match[str]) -> str:
+def _without_password(match: re.Match[str]) -> str:
     """Address without user and password; other schemes than http can have a name before @."""
-    before, at, behind = found[0].rpartition("@")
+    before, at, behind = match[0].rpartition("@")
     return _USER_OF_WEB.sub(MASK, _PASSWORD.sub(MASK, before + at)) + behind
 
 
-def _shown_address(found: re.Match[str]) -> str:
+def _shown_address(match: re.Match[str]) -> str:
     """Address without the values of parameters that are not in `_SHOWN`."""
-    place, *parameters = re.split("(?=[?#])", found[0], maxsplit=1)
+    place, *parameters = re.split("(?=[?#])", match[0], maxsplit=1)
     is_web = not place.startswith("://")
     return place + "".join(_PARAMETER.sub(lambda part: _shown_parameter(part, is_web), text) for text in parameters)
 
 
-def _shown_parameter(found: re.Match[str], is_web: bool) -> str:
-    separator, name, equals, value = found.groups()
+def _shown_parameter(match: re.Match[str], is_web: bool) -> str:
+    separator, name, equals, value = match.groups()
     if name in _SHOWN and _SHOWN_VALUE.fullmatch(value):
-        return found[0]
+        return match[0]
     if not equals and (separator == "#" or not is_web):  # a place in a page, or a pattern of files
-        return found[0]
+        return match[0]
     is_name = re.fullmatch(r"[A-Za-z][\w.-]{0,40}", name) and value.strip("=")
     return f"{separator}{name}={MASK}" if is_name else separator + MASK

@@ -2,8 +2,9 @@
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from shutil import get_terminal_size
 from typing import Any
@@ -35,13 +36,23 @@ def text_of(value: Any) -> str:
     if value is None:
         return "–"
     if isinstance(value, float):
-        text = f"{value:.2f}" if abs(value) >= 1 else f"{value:.4f}".rstrip("0").rstrip(".")
-        return text if float(text) or not value else f"{value:.2g}"
-    if isinstance(value, list) and len(value) == 2 and all(isinstance(item, float) for item in value):
-        return " to ".join(f"{item:.{2 if max(map(abs, value)) >= 1 else 4}f}" for item in value)
+        return _rounded(value)
+    if isinstance(value, list) and list(map(type, value)) == [float, float]:
+        digits = 2 if max(map(abs, value)) >= 1 else 4
+        return " to ".join(f"{bound:.{digits}f}" for bound in value)
     if isinstance(value, bool | list | dict):
         return write_flow(value)
     return str(value)
+
+
+def _rounded(number: float) -> str:
+    """Number with two decimals; below 1 with at most four, or with two digits."""
+    text = f"{number:.2f}"
+    if abs(number) < 1:
+        text = f"{number:.4f}".rstrip("0").rstrip(".")
+    if float(text) == 0 != number:
+        return f"{number:.2g}"
+    return text
 
 
 def _cell(value: Any) -> str:
@@ -49,6 +60,105 @@ def _cell(value: Any) -> str:
     is_fraction = isinstance(value, float) and 1e-4 <= abs(value) < 1
     text = f"{value:.4f}" if is_fraction else text_of(value)
     return harmless(text).replace("\n", " ")
+
+
+@dataclass
+class _Column:
+    """Column of a printed table: its values, and the texts of its heading and cells."""
+
+    name: str
+    values: Sequence[Any]
+    texts: Sequence[str]
+
+    @cached_property
+    def width(self) -> int:
+        """Width of the longest text, in cells of the terminal."""
+        from rich.cells import cell_len
+
+        return max(map(cell_len, self.texts))
+
+    @cached_property
+    def is_numeric(self) -> bool:
+        """True if all cells are numbers or empty."""
+        return all(map(_NUMBER.fullmatch, self.texts[1:]))
+
+    def padded(self, place: int) -> str:
+        """Text with spaces up to the width of the column; numbers are aligned right."""
+        from rich.cells import cell_len
+
+        text = self.texts[place]
+        spaces = " " * (self.width - cell_len(text))
+        if self.is_numeric:
+            return spaces + text
+        return text + spaces
+
+
+def _columns(rows: Sequence[Row]) -> list[_Column]:
+    """Columns of rows, without those that have no value."""
+    columns = []
+    for name in dict.fromkeys(chain(*rows)):
+        values = [row.get(name) for row in rows]
+        if any(value is not None for value in values):
+            columns.append(_Column(name, values, [harmless(name), *map(_cell, values)]))
+    return columns
+
+
+@dataclass
+class _Layout:
+    """Arrangement of columns in a width of cells.
+
+    Attributes:
+        beside: columns beside each other.
+        above: the first column, if its cells go above their rows.
+        below: columns whose cells go below their rows.
+        left_out: columns that do not fit.
+    """
+
+    width: int
+    beside: list[_Column]
+    above: _Column | None = None
+    below: list[_Column] = field(default_factory=list)
+    left_out: list[_Column] = field(default_factory=list)
+
+    def fits(self) -> bool:
+        """True if the columns beside each other fit the width."""
+        total = sum(column.width + _GAP for column in self.beside)
+        if not self.above:  # otherwise, the first column is indented by a gap
+            total -= _GAP
+        return total <= self.width
+
+    def lines(self, place: int) -> Iterator[str]:
+        """Lines of the headings (place 0) or of a row, without cells below it."""
+        indent = ""
+        if self.above:
+            indent = " " * _GAP
+            yield from broken(self.above.texts[place], self.width)
+        if self.beside:
+            texts = [column.padded(place) for column in self.beside]
+            yield (indent + (" " * _GAP).join(texts)).rstrip()
+
+    def lines_below(self, place: int) -> Iterator[str]:
+        """Lines of the cells below a row."""
+        for column in self.below:
+            if column.values[place - 1] is not None:
+                text = f"{column.name}: {column.texts[place]}".removeprefix(": ")  # a name can be empty
+                for line in broken(text, self.width - 2 * _GAP):
+                    yield " " * _GAP + line
+
+
+def _layout(columns: Sequence[_Column], width: int, below: Sequence[str]) -> _Layout:
+    """Arrangement of columns in a width; `below` names the columns that can go below their rows."""
+    layout = _Layout(width, [*columns])
+    if not layout.fits():
+        by_name = {column.name: column for column in columns}
+        layout.below = [by_name[name] for name in below if name in by_name]
+        layout.beside = [column for column in columns if column.name not in below]
+    if not layout.fits() and columns[0].width > width // 2:
+        layout.above = columns[0]
+        layout.beside.remove(columns[0])
+    while layout.beside and not layout.fits():
+        layout.left_out.insert(0, layout.beside.pop())
+    return layout
 
 
 def print_table(
@@ -65,32 +175,19 @@ def print_table(
     Args:
         below: columns of long texts.
     """
-    from rich.cells import cell_len
-
     if not rows:
         return
-    width = _width()
-    found = dict.fromkeys(chain(*rows))
-    columns = [column for column in found if any(row.get(column) is not None for row in rows)]
-    texts = {column: [harmless(column), *(_cell(row.get(column)) for row in rows)] for column in columns}
-    widths = {column: max(map(cell_len, texts[column])) for column in columns}
-    numbers = {column for column in columns if all(map(_NUMBER.fullmatch, texts[column][1:]))}
-    above, beside, under, left_out = _arranged(widths, width, below)
+    layout = _layout(_columns(rows), _width(), below)
     if title:
         print_text(title)
-    for i, row in enumerate([dict.fromkeys(columns), *rows]):  # the headings, then the rows
-        for line in broken(texts[columns[0]][i], width) if above else ():
-            click.secho(line, bold=not i or None)
-        fills = {column: " " * (widths[column] - cell_len(texts[column][i])) for column in beside}
-        cells = [fills[c] + texts[c][i] if c in numbers else texts[c][i] + fills[c] for c in beside]
-        if cells:
-            click.secho((" " * _GAP * above + (" " * _GAP).join(cells)).rstrip(), bold=not i or None)
-        for column in under:
-            if row.get(column) is not None:
-                for line in broken(f"{column}: {texts[column][i]}".removeprefix(": "), width - 2 * _GAP):
-                    click.echo(" " * _GAP + line)
-    if left_out:
-        print_text(f"columns left out: {', '.join(left_out)}; `| less -S` shows all", dim=True)
+    for line in layout.lines(0):
+        click.secho(line, bold=True)
+    for place in range(1, len(rows) + 1):
+        for line in (*layout.lines(place), *layout.lines_below(place)):
+            click.echo(line)
+    if layout.left_out:
+        names = ", ".join(column.name for column in layout.left_out)
+        print_text(f"columns left out: {names}; `| less -S` shows all", dim=True)
     if title:
         click.echo()
 
@@ -103,27 +200,6 @@ def print_text(text: str, dim: bool = False) -> None:
 
 def _width() -> int:
     return get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
-
-
-def _arranged(widths: dict[str, int], width: int, below: Sequence[str]) -> tuple[bool, list[str], list[str], list[str]]:
-    """True if the first column goes above its rows; columns beside, below, left out."""
-    first, *_ = beside = list(widths)
-    above = False
-    under: list[str] = []
-    left_out: list[str] = []
-
-    def fits() -> bool:
-        return sum(widths[column] + _GAP for column in beside) - (0 if above else _GAP) <= width
-
-    if not fits():
-        under = [column for column in below if column in beside]
-        beside = [column for column in beside if column not in below]
-    if not fits() and widths[first] > width // 2:
-        above = True
-        beside.remove(first)
-    while beside and not fits():
-        left_out.insert(0, beside.pop())
-    return above, beside, under, left_out
 
 
 def print_json(value: Any) -> None:

@@ -119,12 +119,14 @@ class Bar:
     def update(self, done: int, total: int | None = None, note: str = "") -> None:
         """Set the amount of finished work."""
         self.note = note or self.note
-        whole = total or self.task.total
-        self.progress.update(self.task.id, completed=done, total=whole, note=self._note(done, whole))
+        amount = total or self.task.total
+        self.progress.update(self.task.id, completed=done, total=amount, note=self._note(done, amount))
         self._line(after=self.EVERY)
 
     def _note(self, done: int, total: float | None) -> str:
-        return f"{done}/{total:.0f}  {self.note}".strip() if total and total > 1 else self.note
+        if not total or total <= 1:
+            return self.note
+        return f"{done}/{total:.0f}  {self.note}".strip()
 
     def _line(self, after: float = 0.0) -> None:
         line = f"{self.task.description}  {self.task.fields['note']}".rstrip()
@@ -148,11 +150,12 @@ class TrainingProgress(Bar):
         """Read the records since the last call."""
         with suppress(FileNotFoundError), reading(self.metrics) as stream:
             stream.seek(self.position)
-            whole = b"".join(line for line in stream if line.endswith(b"\n"))
-            self.position += len(whole)
-            for line in filter(None, whole.split(b"\n")):
+            lines = [line for line in stream if line.endswith(b"\n")]  # the last one can be unfinished
+            self.position += sum(map(len, lines))
+            for line in lines:
                 with suppress(orjson.JSONDecodeError):  # an unfinished line of a killed process
-                    self._show(record := parse_json(line))
+                    record = parse_json(line)
+                    self._show(record)
                     self.seen(record)
 
     def _show(self, record: Row) -> None:

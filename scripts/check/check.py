@@ -276,7 +276,7 @@ def training_lengths(composed: Composed, force: Sequence[str] = ()) -> tuple[lis
 def _unreadable(name: str, error: UserError) -> Finding:
     """Finding for an unreadable config, at the error's place."""
     first = error.explanation if error.key == name else error.description
-    problem = "\n".join([first, *map(str, error.others)])
+    problem = "\n".join([first, *map(str, error.further)])
     return Finding("error", "unreadable", "", problem, where=error.file or name, line=error.line)
 
 

@@ -206,8 +206,8 @@ def _mistake(found: Any) -> Mistake:
 def refusal(file: Path, mistakes: Iterable[Mistake]) -> UserError:
     """Error that lists mistakes in study.yaml by line."""
     lines = sorted((yamlfiles.line_of(file, key), ".".join(key), problem) for key, problem in mistakes)
-    first, *others = [UserError(problem, file=file, line=line, key=key) for line, key, problem in lines]
-    first.others = others
+    first, *further = [UserError(problem, file=file, line=line, key=key) for line, key, problem in lines]
+    first.further = further
     return first
 
 

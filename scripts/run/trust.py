@@ -23,7 +23,7 @@ def seal(folder: RunDir, record: Run) -> str | None:
 
     Only this user can read the key, so that nobody else can create a valid hash."""
     with suppress(OSError, UserError):
-        key = (make_once(paths.kept() / "seal", _make_key) / "key").read_bytes()
+        key = (make_once(paths.user_data() / "seal", _make_key) / "key").read_bytes()
         content = [yamlfiles.read_text(folder.config_file), record.cwd, record.forced]
         return hmac.new(key, orjson.dumps(content), hashlib.sha256).hexdigest()
     return None
