@@ -43,7 +43,7 @@ def names(file: Path, text: str) -> Iterator[str]:
         elif isinstance(node, ast.arg):
             name = node.arg
         if name in VARIABLES:
-            yield f"{file}:{getattr(node, "lineno", 0)}: {name}: name the thing"
+            yield f"{file}:{getattr(node, 'lineno', 0)}: {name}: name the thing"
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name in FUNCTIONS:
             yield f"{file}:{node.lineno}: {node.name}(): name what the function does or returns"
 
