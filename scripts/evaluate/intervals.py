@@ -7,6 +7,7 @@ mean + a_i + b_j + e_ij: a two-way layout with random effects and one value in e
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from statistics import fmean, stdev, variance
 from typing import Any
 
@@ -81,18 +82,50 @@ def _signed_rank(differences: np.ndarray) -> float:
 
 
 EXACT = 500
-ROWS_ONLY = "rows only"
-BORROWED = "a borrowed spread"
 MANY = 1e6  # degrees of freedom of a variance that counts as known
+
+
+class Origin(Enum):
+    """Variation that an interval covers."""
+
+    ROWS = "rows"
+    ROWS_AND_RUNS = "rows and runs"
+    BORROWED_SPREAD = "rows, and the spread of published repeats"
 
 
 @dataclass(frozen=True)
 class Interval:
-    """95 % interval of a mean score, with a description of its method."""
+    """95 % interval of a mean score.
+
+    Attributes:
+        runs: number of runs.
+        one_seed: True if several runs have the same seed.
+        spread: standard deviation of the published repeats, for a borrowed spread.
+        repeats: number of these repeats.
+    """
 
     low: float
     high: float
-    method: str
+    origin: Origin
+    runs: int = 1
+    one_seed: bool = False
+    spread: float = 0.0
+    repeats: int = 0
+
+    @property
+    def covers_seeds(self) -> bool:
+        """True if the interval covers other seeds, by runs with several seeds."""
+        return self.origin is Origin.ROWS_AND_RUNS and not self.one_seed
+
+    @property
+    def method(self) -> str:
+        """Covered variation in words."""
+        if self.origin is Origin.ROWS:
+            return "rows only"
+        if self.origin is Origin.BORROWED_SPREAD:
+            return f"rows, and a borrowed spread of {self.spread:.2g} from {self.repeats} repeats"
+        seeds = " of one seed" if self.one_seed else ""
+        return f"rows and {self.runs} runs{seeds}"
 
 
 @dataclass(frozen=True)
@@ -161,7 +194,7 @@ def mean_squares(scores: Sequence[Sequence[float]]) -> MeanSquares:
     )
 
 
-def of_runs(
+def interval_of_mean(
     scores: Sequence[float],
     by_row: Sequence[Sequence[float]] | None,
     within: Sequence[Sequence[float]] = (),
@@ -181,19 +214,21 @@ def of_runs(
         repeats: published scores of repeated runs; empty, or at least two.
     """
     mean, runs = fmean(scores), len(scores)
-    if runs > 1 and by_row is not None and (squares := mean_squares(by_row)).knows_rows:
-        half = squares.half_width()
-        return Interval(mean - half, mean + half, f"rows and {runs} runs")
+    if runs > 1 and by_row is not None:
+        squares = mean_squares(by_row)
+        if squares.knows_rows:
+            half = squares.half_width()
+            return Interval(mean - half, mean + half, Origin.ROWS_AND_RUNS, runs)
     if not within:
         return None
     below = max(score - low for score, (low, _) in zip(scores, within, strict=True))
     above = max(high - score for score, (_, high) in zip(scores, within, strict=True))
+    if runs == 1 and not repeats:
+        return Interval(mean - below, mean + above, Origin.ROWS)
+    sample = scores if runs > 1 else repeats
+    of_runs, df = variance(sample) / runs, len(sample) - 1
+    low = mean - half_width(of_runs, (below / NORMAL) ** 2, df, MANY)
+    high = mean + half_width(of_runs, (above / NORMAL) ** 2, df, MANY)
     if runs > 1:
-        of_runs, df, method = variance(scores) / runs, runs - 1, f"rows and {runs} runs"
-    elif repeats:
-        of_runs, df = variance(repeats), len(repeats) - 1
-        method = f"rows, and {BORROWED} of {stdev(repeats):.2g} from {len(repeats)} repeats"
-    else:
-        return Interval(mean - below, mean + above, ROWS_ONLY)
-    below, above = (half_width(of_runs, (side / NORMAL) ** 2, df, MANY) for side in (below, above))
-    return Interval(mean - below, mean + above, method)
+        return Interval(low, high, Origin.ROWS_AND_RUNS, runs)
+    return Interval(low, high, Origin.BORROWED_SPREAD, spread=stdev(repeats), repeats=len(repeats))

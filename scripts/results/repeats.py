@@ -17,7 +17,6 @@ SEED = "seed"
 _SAME_ROWS = {"data_sha256", "rows"}
 # settings shared by evaluations whose scores are averaged
 _ALIKE = _SAME_ROWS | {"decoding", "quantized", "dtype", "engine"}
-ONE_SEED = " of one seed"
 OTHER_ROWS = "held-out rows differ by seed"
 
 
@@ -124,7 +123,7 @@ def scores(column: Column, found: Sequence[RunResult]) -> list[tuple[RunResult, 
 def interval(
     name: str, scored: Sequence[tuple[RunResult, float]], known: Sequence[float] = ()
 ) -> intervals.Interval | None:
-    """95 % interval of the runs' mean score, see `intervals.of_runs`; None if a run has no interval over its rows.
+    """95 % interval of the mean score, see `interval_of_mean`; None if a run has no interval over its rows.
 
     Args:
         name: name of the metric.
@@ -138,10 +137,10 @@ def interval(
     if len(within) < len(found):
         return None
     if len(found) == 1:
-        return intervals.of_runs(values, None, within, known)
-    made = intervals.of_runs(values, by_row(name, found), within)
+        return intervals.interval_of_mean(values, None, within, known)
+    made = intervals.interval_of_mean(values, by_row(name, found), within)
     one_seed = len({seed(result) for result in found}) == 1
-    return replace(made, method=made.method + ONE_SEED) if made and one_seed else made
+    return replace(made, one_seed=True) if made and one_seed else made
 
 
 def interval_cells(name: str, within: intervals.Interval | None) -> Row:

@@ -8,7 +8,6 @@ from ..base.files import Row
 from ..base.tables import Table
 from ..base.terminal import say
 from ..data.studies import Study
-from ..evaluate import intervals
 from ..evaluate.scores_file import about_rows
 from ..metrics.metric import Column
 from . import repeats, score_records, verdict
@@ -121,11 +120,9 @@ def notes(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
 def _of_intervals(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
     """Notes on limitations of the intervals behind verdicts, with remedies."""
     scores = [score for row in rows for score in row.scores.values() if score.verdict]
-    methods = [score.interval.method for score in scores if score.interval]
     if differing := [row.recipe for row in rows if len(set(map(repeats.tokens, row.runs))) > 1]:
         yield f"{', '.join(differing)}: {repeats.OTHER_ROWS}."
-    of_one_seed = (intervals.ROWS_ONLY, intervals.BORROWED, repeats.ONE_SEED)
-    if any(source in method for method in methods for source in of_one_seed):
+    if any(score.interval and not score.interval.covers_seeds for score in scores):
         command = f"`recipe reproduce {of_study.folder.name} --seeds 3`"
         yield f"Intervals of one run or one seed do not cover other seeds; {command} runs each recipe with three seeds."
 

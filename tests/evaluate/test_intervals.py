@@ -117,7 +117,7 @@ def test_the_interval_covers_the_truth(scored, variances, runs):
     covered = 0
     for _ in range(STUDIES):
         table = scored(variances, runs, 400, rng)
-        within = intervals.of_runs(table.mean(axis=1), table)
+        within = intervals.interval_of_mean(table.mean(axis=1), table)
         assert within
         covered += within.low <= 0 <= within.high
     assert 0.93 <= covered / STUDIES <= 0.97
@@ -131,7 +131,7 @@ def test_the_interval_covers_a_share_near_its_end(runs):
     for _ in range(STUDIES):
         table = 100.0 * (normal(Variances(of_runs=0.04, of_rows=1.0, rest=0.5), runs, 12, rng) > -2.2)
         each = [intervals.over_rows(of_run, METRICS["number"]) for of_run in table]
-        within = intervals.of_runs(table.mean(axis=1), table, each)
+        within = intervals.interval_of_mean(table.mean(axis=1), table, each)
         assert within and within.low < within.high
         covered += within.low <= truth <= within.high
     assert covered / STUDIES >= 0.93  # 49 % with two runs, if rows that are all right had no spread
@@ -146,7 +146,7 @@ def test_without_row_scores_the_interval_covers_the_truth_and_is_not_narrower_th
         table = normal(variances, runs, 400, rng)
         means, halves = table.mean(axis=1), 1.96 * table.std(axis=1) / 20
         each = list(zip(means - halves, means + halves, strict=True))
-        within = intervals.of_runs(means, None, each)
+        within = intervals.interval_of_mean(means, None, each)
         assert within and within.high - within.low >= 2 * max(halves)
         covered += within.low <= 0 <= within.high
     assert covered / STUDIES >= 0.93  # 82 % with two runs and noise of rows, were only the runs' spread counted
@@ -161,7 +161,7 @@ def test_one_run_with_a_borrowed_spread_covers_the_truth(repeats):
         half = 1.96 * own.std() / 400**0.5
         of_rows = [own.mean() - half, own.mean() + half]
         means = [other.mean() for other in others]
-        borrowed, rows = (intervals.of_runs([own.mean()], None, [of_rows], of) for of in (means, ()))
+        borrowed, rows = (intervals.interval_of_mean([own.mean()], None, [of_rows], of) for of in (means, ()))
         assert borrowed and rows and rows.method == "rows only"
         covered += borrowed.low <= 0 <= borrowed.high
         alone += rows.low <= 0 <= rows.high
@@ -180,31 +180,31 @@ def test_the_mean_squares_are_those_of_a_two_way_layout():
 
 def test_what_an_interval_knows():
     rows = [[1.0, 2.0, 3.0], [1.5, 2.0, 3.5]]
-    assert intervals.of_runs([2.0, 2.33], rows).method == "rows and 2 runs"
+    assert intervals.interval_of_mean([2.0, 2.33], rows).method == "rows and 2 runs"
     repeats = [47.84, 48.22, 49.05]
     for scores in ([5.0], [5.0, 5.0], [5.0, 5.3, 5.1]):
-        assert intervals.of_runs(scores, None) is intervals.of_runs(scores, None, (), repeats) is None
-    equal = intervals.of_runs([5.0, 5.0], None, [[4.5, 5.6], [4.75, 5.5]])
+        assert intervals.interval_of_mean(scores, None) is intervals.interval_of_mean(scores, None, (), repeats) is None
+    equal = intervals.interval_of_mean([5.0, 5.0], None, [[4.5, 5.6], [4.75, 5.5]])
     assert [equal.low, equal.high] == pytest.approx([4.5, 5.6]) and equal.method == "rows and 2 runs"
-    alone = intervals.of_runs([5.0], None, [[4.5, 5.6]])
+    alone = intervals.interval_of_mean([5.0], None, [[4.5, 5.6]])
     assert [alone.low, alone.high] == pytest.approx([4.5, 5.6]) and alone.method == "rows only"
-    borrowed = intervals.of_runs([48.0], None, [[45.0, 50.0]], repeats)
+    borrowed = intervals.interval_of_mean([48.0], None, [[45.0, 50.0]], repeats)
     assert borrowed.method.startswith("rows, ") and "0.62 from 3 repeats" in borrowed.method
     assert borrowed.low < 45 and borrowed.high > 50 and 48 - borrowed.low > borrowed.high - 48  # the rows' own skew
 
 
 def test_runs_that_are_alike_to_the_last_row_are_as_certain_as_their_rows():
     rows = np.random.default_rng(0).normal(size=100)
-    within = intervals.of_runs([rows.mean()] * 3, [rows] * 3)
+    within = intervals.interval_of_mean([rows.mean()] * 3, [rows] * 3)
     low, high = stats.t.interval(0.95, 99, rows.mean(), stats.sem(rows))
     assert [within.low, within.high] == pytest.approx([low, high])
-    assert intervals.of_runs([4.0, 4.0], [[4.0, 4.0], [4.0, 4.0]]) is None
+    assert intervals.interval_of_mean([4.0, 4.0], [[4.0, 4.0], [4.0, 4.0]]) is None
 
 
 def test_runs_that_err_in_other_rows_have_an_interval():
     rows = [[100.0] * 11 + [0.0], [0.0] + [100.0] * 11]
     within = [intervals.over_rows(of_run, METRICS["number"]) for of_run in rows]
-    two = intervals.of_runs([1100 / 12] * 2, rows, within)  # the layout's variances of runs and of rows are both 0
+    two = intervals.interval_of_mean([1100 / 12] * 2, rows, within)  # both variances of the layout are 0
     assert [two.low, two.high] == pytest.approx(within[0], abs=1e-3)
 
 
@@ -212,5 +212,5 @@ def test_runs_that_err_in_other_rows_have_an_interval():
 def test_runs_that_are_always_right_or_wrong_have_no_narrower_interval_than_one(share):
     rows = [share] * 12
     one = intervals.over_rows(rows, METRICS["number"])
-    two = intervals.of_runs([share] * 2, [rows] * 2, [one] * 2)
+    two = intervals.interval_of_mean([share] * 2, [rows] * 2, [one] * 2)
     assert [two.low, two.high] == pytest.approx(one, abs=1e-3) and two.high - two.low > 24
