@@ -58,7 +58,7 @@ class Report:
         self.add([Finding("note", "not-checked", key, problem, where=self.name)])
 
 
-def check(
+def check_request(
     request: Request,
     gpu: Gpu | None = None,
     data: bool = False,
@@ -77,7 +77,7 @@ def check(
     report = Report(request.name)
     try:
         composed = composed or compose.compose(request, gpu)
-        report = examine(composed, gpu, request.gpus, launching, data, ask_hub=True)
+        report = check_config(composed, gpu, request.gpus, launching, data, ask_hub=True)
         report.name = request.name
         override_errors(report.findings, request.force)
         for finding in report.findings:
@@ -106,7 +106,7 @@ def tokenize_all(report: Report, ranks: int = 1) -> None:
             report.add([_unreadable(report.name, error)])
 
 
-def validate(reports: Iterable[Report], gpu: Gpu | None, force: Sequence[str] = ()) -> None:
+def add_validation(reports: Iterable[Report], gpu: Gpu | None, force: Sequence[str] = ()) -> None:
     """Add the findings of Axolotl's own validation to reports.
 
     Args:
@@ -130,7 +130,7 @@ def validate(reports: Iterable[Report], gpu: Gpu | None, force: Sequence[str] = 
         report.add(placed((finding for finding in findings if finding.key not in wrong), composed))
 
 
-def examine(
+def check_config(
     composed: Composed,
     gpu: Gpu | None = None,
     gpus: int = 1,
@@ -202,7 +202,7 @@ def tokens_of(request: Request, count: int) -> list[Row]:
         UserError: the config has errors, or its data or tokenizer is missing.
     """
     composed = compose.compose(request)
-    refuse(examine(composed).findings, request.force)
+    refuse(check_config(composed).findings, request.force)
     _need_tokenizer(composed, "--show-tokens", ", or add --rehearse for a small model's tokenizer")
     with importing_axolotl():
         from . import token_lengths
@@ -265,7 +265,7 @@ def training_lengths(composed: Composed, force: Sequence[str] = ()) -> tuple[lis
         UserError: the data or the tokenizer is missing, or Axolotl refuses the rows.
     """
     _need_tokenizer(composed, "--data")
-    found = examine(composed, data=True).findings
+    found = check_config(composed, data=True).findings
     refuse([finding for finding in found if finding.top_key == "datasets" or finding.scope == "code"], force)
     with importing_axolotl():
         from ..training import tokens

@@ -58,7 +58,7 @@ class Line:
     command: str = ""
 
 
-def examine() -> list[Line]:
+def check_environment() -> list[Line]:
     """Run every check; if a check fails, its line says so."""
     lines: list[Line] = []
     for name, check in {"torch": check_torch, "lock": check_lock, "hub": check_hub, "disk": check_disks}.items():

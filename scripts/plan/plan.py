@@ -126,7 +126,7 @@ def of_request(
     composed = composed_for(request, gpu)
     found = work.counted(composed, request.force) if data else work.published(composed)
     planned, step_plan = plan(composed.config, gpu, vram, request.gpus)
-    findings = [finding for finding in check.examine(composed, gpu).findings if finding.scope in ("gpu", "code")]
+    findings = [finding for finding in check.check_config(composed, gpu).findings if finding.scope in ("gpu", "code")]
     override_errors(findings, request.force)
     lacks = tuple(finding.key for finding in findings if (finding.rule, finding.level) == ("gpu-lacks", "error"))
     planned.gpus = [replace(fit, fits=fit.fits and not lacks, lacks=lacks) for fit in planned.gpus]
@@ -143,7 +143,7 @@ def composed_for(request: Request, gpu: Gpu | None = None) -> Composed:
             would reveal.
     """
     composed = compose(request, gpu)
-    findings = check.examine(composed, gpus=request.gpus).findings
+    findings = check.check_config(composed, gpus=request.gpus).findings
     refuse([finding for finding in findings if finding.scope in ("step", "file") or finding.rule == "secret"])
     return composed
 

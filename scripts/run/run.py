@@ -40,9 +40,9 @@ def prepare(request: Request, backend: Backend) -> Composed:
     composed = compose(request, gpu)
     starts = not request.dry_run
     with Bar(f"checking {composed.recipe}", 1):
-        report = check.examine(composed, gpu, request.ranks, launching=starts, data=starts)
+        report = check.check_config(composed, gpu, request.ranks, launching=starts, data=starts)
         if starts:
-            check.validate([report], gpu, request.force)
+            check.add_validation([report], gpu, request.force)
         if gpu:  # plans need a GPU
             from ..plan import plan
 
@@ -213,7 +213,7 @@ def _findings(folder: RunDir, record: Run) -> list[Finding]:
         profiles=record.profiles,
         rehearsal=record.rehearsal,
     )
-    report = check.examine(composed, gpus.here(), record.ranks, launching=not record.rehearsal)
+    report = check.check_config(composed, gpus.here(), record.ranks, launching=not record.rehearsal)
     plan.add_to(report, gpus.here(), record.ranks, anew=True)
     return report.findings
 

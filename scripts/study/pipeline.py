@@ -155,11 +155,11 @@ class Pipeline:
         if self.composed is None:
             return False
         launching = starts and not self.request.rehearse
-        report = check.check(self.request, self.gpu, with_data, launching, self.composed)
+        report = check.check_request(self.request, self.gpu, with_data, launching, self.composed)
         if with_data:
             check.tokenize_all(report, self.request.ranks)
         elif starts:
-            check.validate([report], self.gpu, self.request.force)
+            check.add_validation([report], self.gpu, self.request.force)
         self.found.update(finding.name for finding in report.findings)
         found = backends.relevant(self.backend, report.findings)
         if not with_data:

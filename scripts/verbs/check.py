@@ -98,11 +98,11 @@ def _checked(requests: "list[Request]", gpu: "Gpu | None", data: bool, quick: bo
     reports: list[Report] = []
     with Bar("checking", len(requests)) as bar:
         for request in requests:
-            reports.append(check.check(request, gpu, data))
+            reports.append(check.check_request(request, gpu, data))
             bar.update(len(reports))
     if not quick:
         with Bar("validating with Axolotl", 1):
-            check.validate(reports, gpu)
+            check.add_validation(reports, gpu)
     for request, report in zip(requests, reports, strict=True):
         if data:
             with Bar(f"tokenizing {report.name}", 1):

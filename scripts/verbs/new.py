@@ -57,7 +57,7 @@ def new_verb(
         changes = [*other.overrides, *overrides]
         notes = other.not_known
     composed = compose.compose(compose.Request(from_, overrides=changes))
-    report = check.examine(composed, data=data is not None)
+    report = check.check_config(composed, data=data is not None)
     refuse([finding for finding in report.findings if finding.scope != "code" and finding.rule != "not-prepared"])
     print(new.write(name, from_, overrides, other))
     if data:

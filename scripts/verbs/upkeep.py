@@ -93,9 +93,9 @@ def study_check_verb(
 @verbs.command("doctor", cls=Verb, epilog="recipe doctor\nrecipe doctor --json")
 def doctor_verb(json: Json = False) -> None:
     """Find problems with this environment, GPU and disk, and suggest remedies."""
-    from ..check.environment import examine
+    from ..check.environment import check_environment
 
-    lines = examine()
+    lines = check_environment()
     if json:
         tables.print_json([vars(line) for line in lines])
     else:

@@ -23,8 +23,8 @@ def findings(of_study: Study) -> list[Finding]:
     names = [name for name in paths.recipe_names() if name.startswith(f"{of_study.folder.name}/")]
     found = [_finding(of_study, "error", mistake) for mistake in _errors(of_study, names)]
     if not found:
-        reports = [check.check(Request(name)) for name in names]
-        check.validate(reports, None)
+        reports = [check.check_request(Request(name)) for name in names]
+        check.add_validation(reports, None)
         for report in reports:
             found += (finding for finding in report.findings if finding.level == "error")
     found += (_finding(of_study, "warning", mistake) for mistake in _warnings(of_study, names))

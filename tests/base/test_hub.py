@@ -108,7 +108,7 @@ def test_the_hub_is_not_asked_about_a_model_that_is_known_to_be_free(server, rec
 def test_a_silent_hub_is_no_reason_not_to_start(server, tmp_path):
     own(tmp_path, "owner/never")
     composed = compose(Request(str(tmp_path / "own.yaml")))
-    assert [f for f in check.examine(composed, launching=True).findings if f.rule == "no-access"] == []
+    assert [f for f in check.check_config(composed, launching=True).findings if f.rule == "no-access"] == []
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def test_an_address_trains_with_its_parameters_only_by_consent(place):
     request = compose.Request("mine.yaml", overrides=[f"datasets.0.path={ADDRESS}"])
     (place / "mine.yaml").write_text(yamlfiles.write_yaml(config_with({})))
     composed = compose.compose(request)
-    findings = [found for found in check.examine(composed).findings if found.rule == "address-parameter"]
+    findings = [found for found in check.check_config(composed).findings if found.rule == "address-parameter"]
     assert [(found.level, found.name) for found in findings] == [("error", "address-parameter:datasets.0.path")]
     assert "planted" not in "".join(map(masked, map(str, findings)))
     finding.override_errors(findings, ["address-parameter:datasets.0.path"])

@@ -79,7 +79,7 @@ def test_json(place, recipe):
 
 @pytest.mark.parametrize("profile", [file.stem for file in paths.PROFILES.glob("*.yaml") if file.stem != MIRROR])
 def test_profiles_over_a_recipe_are_clean(place, profile):
-    report = check.check(Request(NAME, profiles=[profile]))
+    report = check.check_request(Request(NAME, profiles=[profile]))
     assert [str(finding) for finding in report.findings if finding.level != "note"] == []
 
 
@@ -120,7 +120,7 @@ def test_what_is_too_big_for_a_card_is_an_error(place, tiny):
     small, large = gpus.Gpu("small", (7, 5), 0.2), gpus.Gpu("large", (7, 5), 4)
 
     def found(gpu: gpus.Gpu, anew: bool = False) -> list[Finding]:
-        report = check.check(Request("tiny.yaml"), gpu)
+        report = check.check_request(Request("tiny.yaml"), gpu)
         plan.add_to(report, gpu, anew=anew)
         return report.findings
 
@@ -144,7 +144,7 @@ def test_what_is_too_big_for_a_card_is_an_error(place, tiny):
 def checked(content: bytes) -> list[Finding]:
     file = Path("any.yaml")
     file.write_bytes(content)
-    report = check.check(Request("any.yaml"), data=True)
+    report = check.check_request(Request("any.yaml"), data=True)
     check.tokenize_all(report)
     return report.findings
 
@@ -220,5 +220,5 @@ def test_no_warm_up_is_noted_where_steps_stay_or_it_is_set(place, overrides):
 
 
 def warm_up_notes(**settings):
-    report = check.check(Request(NAME, **settings))
+    report = check.check_request(Request(NAME, **settings))
     return [finding for finding in report.findings if finding.rule == "fixed-warm-up"]

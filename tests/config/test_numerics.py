@@ -186,7 +186,7 @@ def test_plugins_join_those_of_the_config():
 )
 def test_wrong_values_are_left_for_check_to_find(key, wrong):
     mine(**{key: wrong})
-    found = check.check(Request("mine.yaml", profiles=["fast"]), gpus.find("T4")).findings
+    found = check.check_request(Request("mine.yaml", profiles=["fast"]), gpus.find("T4")).findings
     assert not [str(finding) for finding in found if finding.rule == "unreadable"]
 
 
@@ -196,7 +196,7 @@ def test_packed_rows_are_kept_apart_by_a_mask_on_turing():
     assert varlen == [False, True, True]
     Path("mine.yaml").write_text(yamlfiles.write_yaml(config_with({"sample_packing": True})))
     for gpu, refused in (("T4", True), ("A100", False)):
-        found = check.check(Request("mine.yaml"), gpus.find(gpu)).findings
+        found = check.check_request(Request("mine.yaml"), gpus.find(gpu)).findings
         assert ("gpu-lacks:sample_packing" in {finding.name for finding in found}) == refused
 
 

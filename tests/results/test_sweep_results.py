@@ -37,7 +37,7 @@ def test_members_of_shipped_sweeps_are_clean_over_a_recipe_of_each_study(sweep, 
     configs = []
     for member in read_members(find_sweep_file(sweep), [])[1]:
         composed = compose.compose(Request(name, overrides=member.overrides))
-        found = check.examine(composed).findings
+        found = check.check_config(composed).findings
         wrong = [finding for finding in found if finding.level == "error" and finding.rule != "not-prepared"]
         assert list(map(str, wrong)) == []  # only the first study's data is here
         configs.append(composed.config)

@@ -85,12 +85,12 @@ def test_all_recipes_and_profiles_over_them_pass_with_axolotl_asked(place, monke
         for profile in profiles:
             for gpu in cards:
                 data = gpu == "H100" and profile == []
-                report = check.check(Request(name, profiles=profile), gpus.find(gpu), data=data)
+                report = check.check_request(Request(name, profiles=profile), gpus.find(gpu), data=data)
                 if data:
                     check.tokenize_all(report)
                 reports.setdefault(gpu, []).append(report)
     for gpu, checked in reports.items():
-        check.validate(checked, gpus.find(gpu))
+        check.add_validation(checked, gpus.find(gpu))
         for report in checked:
             assert [str(found) for found in report.findings if found.level != "note"] == []
 

@@ -85,15 +85,15 @@ def test_one_process_validates_all_configs_and_what_passes_is_kept(asked):
     requests = [Request(NAME), Request(NAME, overrides=["load_in_4bit=false"])]
 
     def errors() -> list[list[str]]:
-        reports = [check.check(request) for request in requests]
-        check.validate(reports, None)
+        reports = [check.check_request(request) for request in requests]
+        check.add_validation(reports, None)
         return [[each.name for each in report.findings if each.level == "error"] for report in reports]
 
     expected = [[], ["axolotl:load_in_4bit"]]
     assert errors() == expected
     assert asked == [2]
     assert (errors(), asked) == (expected, [2, 1])  # installing a package can correct an error
-    check.validate([check.check(requests[0])], Gpu("T4", (7, 5)))
+    check.add_validation([check.check_request(requests[0])], Gpu("T4", (7, 5)))
     assert asked == [2, 1, 1]
 
 

@@ -87,7 +87,7 @@ def test_a_variant_keeps_comments_on_settings_and_differs_in_just_what_was_chang
         assert composed.differences == []
         assert {difference.key for difference in composed.of_variant} == differing
         assert {difference.why for difference in composed.of_variant} <= {"variants/mine.yaml"}
-        errors = {finding.rule for finding in check.examine(composed).findings if finding.level == "error"}
+        errors = {finding.rule for finding in check.check_config(composed).findings if finding.level == "error"}
         assert errors <= {"not-prepared", "missing-file"}
         for line in set(text.splitlines()) - set(TEXT.splitlines()):
             assert line.startswith("#") or "  # variant, " in line
