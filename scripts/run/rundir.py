@@ -1,9 +1,8 @@
 """Run folders: record, state, jobs, metrics, checkpoints, and lookup by name."""
 
-import itertools
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
@@ -101,10 +100,11 @@ class RunDir:
             return "running"
         if job:
             return run.state if job.kind == "unknown" else job.kind
+        if is_in_use or run.state not in ("created", "running"):
+            return run.state
         age = datetime.now(UTC) - datetime.fromisoformat(run.created)
         is_starting = run.state == "created" and abs(age.total_seconds()) < 10
-        is_gone = run.state in ("created", "running") and not is_in_use and not is_starting
-        return "interrupted" if is_gone else run.state
+        return "created" if is_starting else "interrupted"
 
     def summary(self, run: Run) -> Summary:
         """Summary of the run's metrics so far; for a finished run, from run.json.
@@ -163,33 +163,39 @@ class RunDir:
         Args:
             since: number of bytes to skip, written by earlier launches.
         """
-        try:
-            lines = read_bytes(self.metrics)[since:].split(b"\n")
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            say_once(f"{self.metrics}: {error.strerror}; skipped")
-            return []
         records: dict[tuple[int, int], Row] = {}
         previous = 0
-        for line in filter(None, lines):
+        for record in self._metrics_lines(since):
+            step = record["step"]
+            if step < previous:
+                records = {key: earlier for key, earlier in records.items() if key[0] <= step}
+            previous = step
+            key = (step, _order(record))
+            if key in records:  # written by a launch that ended at this step
+                earlier = {name: value for name, value in records[key].items() if name not in ("ended", "kept_step")}
+                record = earlier | record
+            records[key] = record
+        return [records[key] for key in sorted(records)]
+
+    def _metrics_lines(self, since: int) -> Iterator[Row]:
+        """Yield the undamaged records of steps from metrics.jsonl, in the order of the file."""
+        try:
+            content = read_bytes(self.metrics)[since:]
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            say_once(f"{self.metrics}: {error.strerror}; skipped")
+            return
+        for line in filter(None, content.split(b"\n")):
             try:
                 record = parse_json(line)
-                if "phase" in record:
-                    continue
-                step = RECORD.validate_python(record)["step"]
+                if "phase" not in record:
+                    RECORD.validate_python(record)
+                    yield record
             except orjson.JSONDecodeError:
                 continue  # last line of a killed process
             except (TypeError, ValidationError):
                 say_once(f"{self.metrics}: damaged lines skipped")
-                continue
-            if step < previous:
-                records = {key: kept for key, kept in records.items() if key[0] <= step}
-            previous = step
-            kind = 0 if "loss" in record else 1 if is_evaluation(record) else 2  # order of records within a step
-            former = records.get((step, kind), {})  # of a launch that ended at this step
-            records[step, kind] = {key: former[key] for key in former if key not in ("ended", "kept_step")} | record
-        return [records[key] for key in sorted(records)]
 
     def last_checkpoint(self) -> Path | None:
         """Newest complete checkpoint, or None; reports damaged checkpoints on stderr.
@@ -240,6 +246,13 @@ def is_evaluation(record: Row) -> bool:
     return "eval_loss" in record or "eval_loss_per_token" in record
 
 
+def _order(record: Row) -> int:
+    """Order of a record among those of its step: loss, eval loss, others."""
+    if "loss" in record:
+        return 0
+    return 1 if is_evaluation(record) else 2
+
+
 _MEMORY = {"memory_reserved_gib": "GPU, reserved", "rss_peak_gib": "resident"}
 
 
@@ -249,30 +262,27 @@ def summarise(metrics: list[Row]) -> Summary:
     def last(key: str) -> Any:
         return next((record[key] for record in reversed(metrics) if key in record), None)
 
-    newest = metrics[-1] if metrics else {}
-    evaluations = [record for record in metrics if is_evaluation(record)] or [{}]
-    kept_step = newest.get("kept_step")
-    kept = next((record for record in evaluations if record.get("step") == kept_step), evaluations[-1])
-    counted = [record for record in metrics if record.get("tokens")]
-    tokens = sum(record["tokens"] for record in counted)
-    counted_seconds = sum(record.get("step_seconds") or 0.0 for record in counted)
+    if not metrics:
+        return Summary()
+    newest = metrics[-1]
+    first, final = _first_and_final_evaluation(metrics)
     memory = next((key for record in metrics for key in _MEMORY if key in record), "")
-    of_ranks = [record["peak_gib_by_rank"] for record in metrics if record.get("peak_gib_by_rank")]
-    by_rank = [max(of_rank) for of_rank in zip(*of_ranks, strict=False)]  # after a resume, peaks begin anew
+    by_rank = _peaks_by_rank(metrics)
+    peaks = [record[memory] for record in metrics if memory in record] + by_rank
     return Summary(
-        step=newest.get("step", 0),
+        step=newest["step"],
         max_steps=last("max_steps"),
         epoch=last("epoch"),
         loss=last("loss"),
-        eval_loss_first=evaluations[0].get("eval_loss"),
-        eval_loss=kept.get("eval_loss"),
-        eval_loss_per_token_first=evaluations[0].get("eval_loss_per_token"),
-        eval_loss_per_token=kept.get("eval_loss_per_token"),
+        eval_loss_first=first.get("eval_loss"),
+        eval_loss=final.get("eval_loss"),
+        eval_loss_per_token_first=first.get("eval_loss_per_token"),
+        eval_loss_per_token=final.get("eval_loss_per_token"),
         eval_tokens=last("eval_tokens"),
-        kept_step=kept_step,
-        train_seconds=sum(record.get("step_seconds") or 0.0 for record in metrics),
-        tokens_per_second=tokens / counted_seconds if counted_seconds > 1e-6 else None,
-        peak_memory=max([record[memory] for record in metrics if memory in record] + by_rank, default=None),
+        kept_step=newest.get("kept_step"),
+        train_seconds=_seconds(metrics),
+        tokens_per_second=_tokens_per_second(metrics),
+        peak_memory=max(peaks, default=None),
         memory_kind=_MEMORY.get(memory),
         engine=last("engine"),
         peak_memory_by_rank=by_rank or None,
@@ -284,11 +294,43 @@ def summarise(metrics: list[Row]) -> Summary:
     )
 
 
+def _first_and_final_evaluation(metrics: Sequence[Row]) -> tuple[Row, Row]:
+    """Records of the first eval loss, and of the best checkpoint's or else the last one; empty if there are none."""
+    evaluations = [record for record in metrics if is_evaluation(record)]
+    if not evaluations:
+        return {}, {}
+    best_step = metrics[-1].get("kept_step")
+    final = next((record for record in evaluations if record["step"] == best_step), evaluations[-1])
+    return evaluations[0], final
+
+
+def _seconds(metrics: Iterable[Row]) -> float:
+    """Total time of the recorded steps."""
+    return sum(record.get("step_seconds") or 0.0 for record in metrics)
+
+
+def _tokens_per_second(metrics: Sequence[Row]) -> float | None:
+    """Speed over all steps with a number of tokens, or None."""
+    counted = [record for record in metrics if record.get("tokens")]
+    seconds = _seconds(counted)
+    return sum(record["tokens"] for record in counted) / seconds if seconds > 1e-6 else None
+
+
+def _peaks_by_rank(metrics: Sequence[Row]) -> list[float]:
+    """Peak memory of each rank in GiB; empty if it was not recorded. A resumed training counts its peaks anew."""
+    peaks = [record["peak_gib_by_rank"] for record in metrics if record.get("peak_gib_by_rank")]
+    return [max(of_rank) for of_rank in zip(*peaks, strict=False)]
+
+
 def _trouble(metrics: Sequence[Row]) -> str | None:
     """Message if the last losses are NaN (null in JSON), or None."""
-    losses = [record for record in metrics if "loss" in record]
-    steps = [record["step"] for record in itertools.takewhile(lambda each: each["loss"] is None, reversed(losses))]
-    return f"the loss is NaN since step {steps[-1]}" if steps else None
+    nan_since = None
+    for record in reversed(metrics):
+        if "loss" in record:
+            if record["loss"] is not None:
+                break
+            nan_since = record["step"]
+    return None if nan_since is None else f"the loss is NaN since step {nan_since}"
 
 
 def all_runs(runs: Path) -> list[RunDir]:
@@ -319,10 +361,10 @@ def find_run(name: str, runs: Path) -> RunDir:
         return RunDir(Path(name))
     choices = run_names(runs)
     hint = f" below {runs}/; " + ("`recipe results` lists the runs" if choices else "`recipe run` starts one")
-    found = choices[meant(name.removeprefix(f"{runs}/"), choices, "run", hint)]
-    if name != "latest" and found.path != runs / name:
-        say(f"run {found.path}")
-    return found
+    folder = choices[meant(name.removeprefix(f"{runs}/"), choices, "run", hint)]
+    if name != "latest" and folder.path != runs / name:
+        say(f"run {folder.path}")
+    return folder
 
 
 def readable(folders: Sequence[RunDir], read: Callable[[RunDir], Run] = RunDir.read) -> Iterator[tuple[RunDir, Run]]:
