@@ -15,7 +15,7 @@ import torch
 from conftest import RECIPE, finish, start, wait_until
 from filelock import FileLock
 
-from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.base import paths
 from qlora_recipes.base.files import sha256
 from qlora_recipes.config import compose
 from qlora_recipes.config.compose import Request
@@ -236,7 +236,7 @@ def test_a_real_run_records_all(undisturbed, tiny_profile):
     assert record.provenance["packages"]["axolotl"].startswith("0.21")
     assert record.provenance["cuda"] == torch.version.cuda
     assert record.provenance["git"] is None or len(record.provenance["git"]["revision"]) == 40
-    assert yamlfiles.read_yaml(undisturbed.config)["optimizer"] == "paged_adamw_32bit"
+    assert undisturbed.config["optimizer"] == "paged_adamw_32bit"
     assert "Starting trainer" in (log := undisturbed.log.read_text()) and "Dropping attention" not in log
 
 
