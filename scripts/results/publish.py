@@ -12,7 +12,7 @@ from ..base.files import opened, sha256, tensor_shapes, write_atomically
 from ..base.processes import make_once, start_child
 from ..base.terminal import Bar, say
 from ..config import substitution
-from ..evaluate.scores_file import ADAPTER, about_rows, changed, current, read_scores
+from ..evaluate.scores_file import ADAPTER, Evaluation, about_rows, changed, current, read_scores
 from ..run import backends, trust
 from ..run.rundir import RunDir
 from ..training.run_record import Run
@@ -49,32 +49,52 @@ def publish(
     """
     folder.refuse_links()
     run = backends.read(folder)
-    adapter = folder.output / ADAPTER
-    if run.state != "finished":
-        raise UserError(
-            f"{folder.path}: the run is {run.state}; wait until it ends, or run `recipe resume {folder.path}`"
-        )
-    if run.published_adapter:
-        raise UserError(f"{folder.path}: the adapter {run.published_adapter} was not trained here; publish another run")
-    if tensor_shapes(adapter) is None:
-        raise UserError(f"{adapter}: damaged or missing; restore a copy, or train again: `recipe run {run.recipe}`")
+    _refuse_run(folder, run)
     if push is not None:
-        _check_push(folder, run, push)
+        _refuse_push(folder, run, push)
     elif private:
-        raise UserError("--private: works only with --push")
-    evaluation = current(folder.path, run)
-    if not evaluation or evaluation.settings.adapter_sha256 != sha256(adapter):
-        problem = changed(folder.path, read_scores(folder.path), run) or ("stale" if evaluation else "not evaluated")
-        say(f"{folder.path}: {problem}; for scores, run `recipe evaluate {folder.path}` and repeat this command")
-        evaluation = None
-    elif about := about_rows(evaluation):
-        say(f"{folder.path}: scored {about}")
-    models = [folder.output, *([_merge(folder, run, force)] if merge else [])]
+        raise UserError("works only with --push", key="--private")
+    evaluation = _current_evaluation(folder, run)
+    models = [folder.output]
+    if merge:
+        models.append(_merge(folder, run, force))
     for model in models:
         repository = push if model == models[-1] else None
-        write_atomically(model / CARD, card(RunResult(folder, run), evaluation, model != folder.output, repository))
+        text = card(RunResult(folder, run), evaluation, model != folder.output, repository)
+        write_atomically(model / CARD, text)
     cards = [str(model / CARD) for model in models]
-    return cards if push is None else [*cards, _push(models[-1], push, private, run.recipe)]
+    if push is None:
+        return cards
+    return [*cards, _push(models[-1], push, private, run.recipe)]
+
+
+def _refuse_run(folder: RunDir, run: Run) -> None:
+    """Raise UserError if the run has no adapter to publish."""
+    adapter = folder.output / ADAPTER
+    if run.state != "finished":
+        remedy = f"wait until it ends, or run `recipe resume {folder.path}`"
+        raise UserError(f"the run is {run.state}", file=folder.path, remedy=remedy)
+    if run.published_adapter:
+        problem = f"the adapter {run.published_adapter} was not trained here"
+        raise UserError(problem, file=folder.path, remedy="publish another run")
+    if tensor_shapes(adapter) is None:
+        remedy = f"restore a copy, or train again: `recipe run {run.recipe}`"
+        raise UserError("damaged or missing", file=adapter, remedy=remedy)
+
+
+def _current_evaluation(folder: RunDir, run: Run) -> Evaluation | None:
+    """Evaluation of the adapter, with notes logged; None, with a remedy logged, if it is missing or stale."""
+    evaluation = current(folder.path, run)
+    if evaluation and evaluation.settings.adapter_sha256 == sha256(folder.output / ADAPTER):
+        about = about_rows(evaluation)
+        if about:
+            say(f"{folder.path}: scored {about}")
+        return evaluation
+    problem = "stale"
+    if evaluation is None:
+        problem = changed(folder.path, read_scores(folder.path), run) or "not evaluated"
+    say(f"{folder.path}: {problem}; for scores, run `recipe evaluate {folder.path}` and repeat this command")
+    return None
 
 
 def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:
@@ -91,14 +111,13 @@ def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:
         environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
     def make(part: Path) -> None:  # not the output folder, where Axolotl would replace the training log
-        axolotl = [
-            *(str(Path(sys.executable).with_name("axolotl")), "merge-lora", str(folder.config_file.resolve())),
-            *("--lora-model-dir", str(folder.output.resolve()), "--output-dir", str(part.resolve())),
-        ]
+        axolotl = str(Path(sys.executable).with_name("axolotl"))
+        command = [axolotl, "merge-lora", str(folder.config_file.resolve())]
+        command += ["--lora-model-dir", str(folder.output.resolve()), "--output-dir", str(part.resolve())]
         cwd = run.cwd if Path(run.cwd).is_dir() else None
         part.mkdir()
         with opened(log, "wb") as stream, Bar(f"merging into {merged}"):
-            code = start_child(axolotl, cwd=cwd, env=environment, stdout=stream, stderr=subprocess.STDOUT).wait()
+            code = start_child(command, cwd=cwd, env=environment, stdout=stream, stderr=subprocess.STDOUT).wait()
         if code or not any(part.glob("merged/*.safetensors")):
             tail = log.read_text(errors="replace").splitlines()[-15:]
             raise WorkFailed("\n".join([*tail, f"{folder.path}: Axolotl could not merge; complete log: {log}"]))
@@ -106,26 +125,26 @@ def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:
             file.rename(part / file.name)
         (part / "merged").rmdir()
         (part / "debug.log").unlink(missing_ok=True)  # Axolotl's own log; merge.log has its output
-        for file in (file for pattern in _TOKENIZER for file in folder.output.glob(pattern)):
-            shutil.copy2(file, part)  # Axolotl copies the base model's tokenizer, without added tokens
+        for pattern in _TOKENIZER:
+            for file in folder.output.glob(pattern):
+                shutil.copy2(file, part)  # Axolotl copies the base model's tokenizer, without added tokens
         (part / MERGED_FROM).write_text(digest)
 
     shutil.rmtree(merged, ignore_errors=True)  # merged from another adapter
     return make_once(merged, make)
 
 
-def _check_push(folder: RunDir, run: Run, repository: str) -> None:
+def _refuse_push(folder: RunDir, run: Run, repository: str) -> None:
     """Raise UserError if the repository's name is invalid or others cannot use the model."""
     if not HUB_NAME.fullmatch(repository):
-        raise UserError(f"--push {repository}: expected OWNER/NAME, of letters, digits, -, _ and .")
+        raise UserError("expected OWNER/NAME, of letters, digits, -, _ and .", key=f"--push {repository}")
     if run.rehearsal:
-        raise UserError(f"--push: {folder.path} is a rehearsal with a stand-in model; push a real run")
+        problem = f"{folder.path} is a rehearsal with a stand-in model"
+        raise UserError(problem, key="--push", remedy="push a real run")
     base = base_model(folder, run)
     if base.is_local:
-        raise UserError(
-            f"--push: the base model {base.name} is a local folder, which others cannot load; train with base_model "
-            "set to its name on the hub"
-        )
+        problem = f"the base model {base.name} is a local folder, which others cannot load"
+        raise UserError(problem, key="--push", remedy="train with base_model set to its name on the hub")
 
 
 def _push(model: Path, repository: str, private: bool, recipe: str) -> str:
@@ -137,7 +156,8 @@ def _push(model: Path, repository: str, private: bool, recipe: str) -> str:
         # None leaves the decision to an organization's default; False would not
         address = api.create_repo(repository, private=private or None, exist_ok=True)
         if private and not api.repo_info(repository).private:
-            raise UserError(f"--private: {repository} exists and is public; make it private on the hub first")
+            problem = f"{repository} exists and is public"
+            raise UserError(problem, key="--private", remedy="make it private on the hub first")
         files = _PUSHED if (model / ADAPTER).is_file() else _PUSHED_MERGED
         api.upload_folder(
             repo_id=repository, folder_path=model, allow_patterns=files, commit_message=f"Model of {recipe}"
@@ -145,10 +165,10 @@ def _push(model: Path, repository: str, private: bool, recipe: str) -> str:
     except UserError:
         raise
     except Exception as error:  # from the hub, the network or the token
-        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-            raise UserError(
-                f"--push: no write access to {repository}; give a token with access by `hf auth login` or HF_TOKEN"
-            ) from None
+        response = getattr(error, "response", None)
+        if getattr(response, "status_code", None) in (401, 403):
+            remedy = "give a token with access by `hf auth login` or HF_TOKEN"
+            raise UserError(f"no write access to {repository}", key="--push", remedy=remedy) from None
         reason = " ".join(str(error).split()) or type(error).__name__
         raise WorkFailed(
             f"{repository}: not pushed: {reason}\n{model / CARD} is written; repeat the command to push"
