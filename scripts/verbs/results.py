@@ -131,14 +131,14 @@ def report_verb(
     with Bar(f"writing {out}", 1):
         match things:
             case [Study() as study]:
-                html = report.of_study(study, rehearse, paths.runs())
+                html = report.study_page(study, rehearse, paths.runs()).html()
             case [Sweep() as sweep]:
-                html = report.of_sweep(sweep, paths.runs())
+                html = report.sweep_page(sweep, paths.runs()).html()
             case _:
                 folders = {thing.path: thing for thing in things if isinstance(thing, RunDir)}
                 if not all(isinstance(thing, RunDir) for thing in things):
                     raise UserError(f"{' '.join(names or ())}: a report shows runs, one study or one sweep")
-                html = report.of_runs(report_runs.reported_runs(list(folders.values())))
+                html = report.runs_page(report_runs.reported_runs(list(folders.values()))).html()
     write_atomically(out, html)
     print(out)
     say(f"next: open {out} in a browser; it needs no network")

@@ -108,7 +108,7 @@ def a_run(
 
 
 def html_of(*runs: RunDir) -> str:
-    return report.of_runs(report_runs.reported_runs(runs))
+    return report.runs_page(report_runs.reported_runs(runs)).html()
 
 
 def a_sweep(folder: Path) -> Sweep:
@@ -191,10 +191,10 @@ def test_runs_on_the_same_rows_share_them_and_are_told_apart_by_their_labels(tmp
 def test_the_study_stands_beside_what_is_published_and_rehearsals_do_not(tmp_path):
     a_run(tmp_path, rehearsal=False)
     runs = tmp_path / "runs"
-    html = report.of_study(STUDY, False, runs)
+    html = report.study_page(STUDY, False, runs).html()
     assert "5.27" in html and STUDY.compared[0].name in html and "Rehearsal." not in html
     a_run(tmp_path, name="2")
-    html = report.of_study(STUDY, True, runs)
+    html = report.study_page(STUDY, True, runs).html()
     assert "5.27" not in html and STUDY.compared[0].name not in html and "Rehearsal." in html
 
 
@@ -346,10 +346,10 @@ def test_several_runs_the_study_and_a_sweep_open_too(browser, tmp_path):
         assert headings == ["Diff", "Reference", "llama-3-8b", "llama-2-7b"]
         assert page.locator("#score option").count() == 6
     a_run(tmp_path, name="real", rehearsal=False)
-    with opened(browser, report.of_study(STUDY, False, tmp_path / "runs"), tmp_path) as page:
+    with opened(browser, report.study_page(STUDY, False, tmp_path / "runs").html(), tmp_path) as page:
         assert page.locator("figure[data-figure=study-bleu4] .main-svg").count()
     sweep = a_sweep(tmp_path / "sweep")
-    html = report.of_sweep(sweep, tmp_path / "sweep" / "runs")
+    html = report.sweep_page(sweep, tmp_path / "sweep" / "runs").html()
     with opened(browser, html, tmp_path, PHONE) as page:
         assert page.locator("figure[data-figure=sweep-memory-eval_loss] .main-svg").count()
         assert page.evaluate(FITS)

@@ -16,7 +16,7 @@ from qlora_recipes.results.run_result import RunResult
 def test_scores_spreads_curves_and_what_was_measured_stand_in_it(runs):
     small_study.decoded(small_study.ran(runs, PLAIN, "a", 66.0), 64.5)
     small_study.ran(runs, WIDE, "b", 71.0)
-    html = report.of_study(small_study.read(), False, runs)
+    html = report.study_page(small_study.read(), False, runs).html()
     figures = re.findall('data-figure="([^"]*)"', html)
     assert {"study-accuracy", "study-perplexity"} <= set(figures)
     for text in ("67.4 ± 1.0", "9,175,040", "plain: greedy", "64.50", "accuracy, %"):

@@ -6,6 +6,7 @@ import re
 from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import distribution, version
 from itertools import chain
 from pathlib import Path
@@ -16,16 +17,18 @@ from markupsafe import Markup, escape
 
 from ...base import paths, tables
 from ...base.errors import UserError
+from ...base.files import Row
 from ...base.paths import template_environment
 from ...base.processes import now
 from ...base.tables import Table
 from ...data.studies import Study
+from ...metrics.metric import Column
 from ...study.sweep import Sweep
 from .. import listing, study_tables, sweep_results, verdict
 from . import report_figures as draw
 from . import report_runs
 from .report_figures import Figure
-from .report_runs import ReportedRun, reported_runs
+from .report_runs import ReportedRun, labelled_runs, reported_runs
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,122 @@ _MARKS = re.compile(
 )
 
 
-def of_runs(runs: Sequence[ReportedRun]) -> str:
+@dataclass(frozen=True)
+class Page:
+    """Content of a report; the template asks for its parts.
+
+    Attributes:
+        kind: subject of the report.
+        section: additional section for a study or sweep.
+    """
+
+    title: str
+    kind: str
+    runs: Sequence[ReportedRun]
+    section: Section | None = None
+
+    @property
+    def contents(self) -> dict[str, str]:
+        """Headings of the sections by their ids."""
+        contents = {"overview": "At a glance"}
+        if self.section:
+            contents[self.section.key] = self.section.name
+        contents |= {"training": "Training", "scores": "Scores"}
+        if self._predictions:
+            contents["predictions"] = "Predictions"
+        return contents | {"settings": "Settings", "provenance": "Provenance"}
+
+    @property
+    def created(self) -> str:
+        """Current time."""
+        return now()
+
+    @property
+    def version(self) -> str:
+        return version("qlora-recipes")
+
+    @cached_property
+    def overview(self) -> Sequence[Row]:
+        rows = [listing.cells(reported, self._headings, []) | {"run": reported.label} for reported in self.runs]
+        return _without_empty(Table(rows)).rows
+
+    @cached_property
+    def training(self) -> list[Figure]:
+        """Figures of the training that have points."""
+        figures = draw.training({reported.label: reported.folder.read_metrics() for reported in self.runs})
+        return [figure for figure in figures if figure.traces]
+
+    @cached_property
+    def scores(self) -> list[Row]:
+        return report_runs.scores(self.runs, self._headings)
+
+    @property
+    def scored_on(self) -> str:
+        """Descriptions of the scored rows."""
+        return "; ".join(
+            dict.fromkeys(report_runs.scored_on(reported) for reported in self.runs if reported.evaluation)
+        )
+
+    @property
+    def figures_data(self) -> str:
+        """Figures for the page's script."""
+        figures = [*self.training]
+        if self.section:
+            figures += self.section.figures
+        return _packed(orjson.dumps({figure.key: figure.as_json() for figure in figures}))
+
+    @cached_property
+    def reader_data(self) -> str:
+        """Predictions for the page's script; empty without predictions."""
+        if not self._predictions:
+            return ""
+        return _packed(orjson.dumps(self._predictions))
+
+    @property
+    def style(self) -> Markup:
+        return Markup((TEMPLATES / "report.css").read_text())
+
+    @property
+    def script(self) -> Markup:
+        return Markup("\n".join((TEMPLATES / name).read_text() for name in SCRIPTS))
+
+    @property
+    def plotly_code(self) -> str:
+        """Plotly, for the page's script."""
+        return _packed(self._plotly.encode())
+
+    @property
+    def script_hashes(self) -> str:
+        """Hashes of the scripts that a browser may run."""
+        digests = [hashlib.sha256(code.encode()).digest() for code in (self.script, self._plotly)]
+        return " ".join(f"'sha256-{b64encode(digest).decode()}'" for digest in digests)
+
+    @cached_property
+    def _headings(self) -> dict[str, Column]:
+        return report_runs.headings(self.runs)
+
+    @cached_property
+    def _predictions(self) -> list[Row]:
+        return report_runs.reader(self.runs)
+
+    @cached_property
+    def _plotly(self) -> str:
+        return Path(str(distribution("plotly").locate_file("plotly/package_data/plotly.min.js"))).read_text()
+
+    def html(self) -> str:
+        jinja = template_environment(TEMPLATES, escape=True)
+        jinja.filters |= {"text": visible, "note": _note, "numbers": _has_numbers}
+        return jinja.get_template("report.html.j2").render(page=self)
+
+
+def runs_page(runs: Sequence[ReportedRun]) -> Page:
     """Report on one run, or on several side by side."""
     if len(runs) == 1:
-        return _page(runs[0].run.recipe, f"Run {runs[0].folder.path.name}", runs)
-    return _page(f"{len(runs)} runs", "Runs side by side", runs)
+        return Page(runs[0].run.recipe, f"Run {runs[0].folder.path.name}", runs)
+    return Page(f"{len(runs)} runs", "Runs side by side", runs)
 
 
-def of_study(study: Study, rehearsal: bool, runs: Path) -> str:
+def study_page(study: Study, rehearsal: bool, runs: Path) -> Page:
     """Report on a study, with tables and one run of each recipe, selected by `verdict`.
 
     Raises:
@@ -66,91 +177,55 @@ def of_study(study: Study, rehearsal: bool, runs: Path) -> str:
     name = study.folder.name
     if not folders:
         if rehearsal:
-            raise UserError(f"{name}: no rehearsals; start them with `recipe reproduce {name} --rehearse`")
-        raise UserError(f"{name}: no runs; start them with `recipe reproduce {name}`, or show rehearsals: --rehearse")
+            remedy = f"start them with `recipe reproduce {name} --rehearse`"
+            raise UserError("no rehearsals", key=name, remedy=remedy)
+        remedy = f"start them with `recipe reproduce {name}`, or show rehearsals: --rehearse"
+        raise UserError("no runs", key=name, remedy=remedy)
     section = Section(
         key="study",
         name="Study",
         about=f"{study.cited}.",
         tables=[_without_empty(table) for table in study_tables.of_rows(study, rows, rehearsal) if table.rows],
         notes=[*study_tables.notes(study, rows)],
-        figures=[figure for column in study.table.values() if (figure := draw.study(study, rows, column))],
+        figures=[*draw.study(study, rows)],
     )
-    return _page(study.title, f"Study {name}", reported_runs(folders), section)
+    return Page(study.title, f"Study {name}", reported_runs(folders), section)
 
 
-def of_sweep(sweep: Sweep, runs: Path) -> str:
+def sweep_page(sweep: Sweep, runs: Path) -> Page:
     """Report on a sweep: trade-offs of the members, and their runs.
 
     Raises:
         UserError: no member has a run.
     """
     rows = sweep_results.rows(sweep, runs)
-    labels = {result.folder: row.member.name for row in rows for result in row.runs}
+    labels = {}
+    for row in rows:
+        for result in row.runs:
+            labels[result.folder] = row.member.name
     if not labels:
-        raise UserError(f"{sweep.name}: no member has a run yet; start them with `recipe sweep`")
+        raise UserError("no member has a run yet", key=sweep.name, remedy="start them with `recipe sweep`")
     section = Section(
         key="sweep",
         name="Trade-offs",
         about=f"{len(rows)} variants of {sweep.recipe}, which differ in {', '.join(sweep.keys)}.",
         tables=[_without_empty(sweep_results.table_of(sweep, rows))],
         notes=[*sweep_results.notes(rows)],
-        figures=[figure for figure in [draw.sweep(rows)] if figure],
+        figures=[*draw.sweep(rows)],
     )
-    return _page(sweep.name, f"Sweep of {sweep.recipe}", reported_runs([*labels], [*labels.values()]), section)
+    return Page(sweep.name, f"Sweep of {sweep.recipe}", labelled_runs(labels), section)
 
 
 def _without_empty(table: Table) -> Table:
     """Table without columns that are empty in all rows."""
     columns = dict.fromkeys(chain(*table.rows))
-    kept = [column for column in columns if any(row.get(column) not in (None, "") for row in table.rows)]
-    return replace(table, rows=[{column: row.get(column) for column in kept} for row in table.rows])
+    filled = [column for column in columns if any(row.get(column) not in (None, "") for row in table.rows)]
+    return replace(table, rows=[{column: row.get(column) for column in filled} for row in table.rows])
 
 
-def _page(title: str, kind: str, runs: Sequence[ReportedRun], section: Section | None = None) -> str:
-    """HTML of a report, with an additional section for a study or sweep."""
-    training = [figure for figure in draw.training({r.label: r.folder.read_metrics() for r in runs}) if figure.traces]
-    reader = report_runs.reader(runs)
-    figures = [*training, *(section.figures if section else [])]
-    headings = report_runs.headings(runs)
-    overview = [listing.cells(reported, headings, []) | {"run": reported.label} for reported in runs]
-    contents = {
-        "overview": "At a glance",
-        **({section.key: section.name} if section else {}),
-        "training": "Training",
-        "scores": "Scores",
-        **({"predictions": "Predictions"} if reader else {}),
-        "settings": "Settings",
-        "provenance": "Provenance",
-    }
-    jinja = template_environment(TEMPLATES, escape=True)
-    jinja.filters |= {
-        "text": visible,
-        "note": _note,
-        "numbers": lambda rows, column: any(isinstance(row[column], int | float) for row in rows),
-    }
-    script = "\n".join((TEMPLATES / name).read_text() for name in SCRIPTS)
-    plotly = Path(str(distribution("plotly").locate_file("plotly/package_data/plotly.min.js"))).read_text()
-    digests = [hashlib.sha256(code.encode()).digest() for code in (script, plotly)]
-    return jinja.get_template("report.html.j2").render(
-        title=title,
-        kind=kind,
-        runs=runs,
-        section=section,
-        contents=contents,
-        made=now(),
-        version=version("qlora-recipes"),
-        overview=_without_empty(Table(overview)).rows,
-        training=training,
-        scores=report_runs.scores(runs, headings),
-        scored_on="; ".join(dict.fromkeys(report_runs.scored_on(r) for r in runs if r.evaluation)),
-        reader_data=_packed(orjson.dumps(reader)) if reader else None,
-        figures_data=_packed(orjson.dumps({figure.key: figure.as_json() for figure in figures})),
-        script=Markup(script),
-        style=Markup((TEMPLATES / "report.css").read_text()),
-        plotly_code=_packed(plotly.encode()),
-        script_hashes=" ".join(f"'sha256-{b64encode(code).decode()}'" for code in digests),
-    )
+def _has_numbers(rows: Sequence[Row], column: str) -> bool:
+    """True if a table's column has a number."""
+    return any(isinstance(row[column], int | float) for row in rows)
 
 
 def _packed(content: bytes) -> str:

@@ -1,8 +1,8 @@
 """Figures of a report, for Plotly."""
 
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import batched
 from typing import Any
 
@@ -63,7 +63,8 @@ def _style(i: int) -> Trace:
 
 def _scatter(name: str, mode: str, points: Sequence[tuple[Any, Any]], **more: Any) -> Trace:
     """Trace of points or lines through (x, y)."""
-    xs, ys = ([point[i] for point in points] for i in (0, 1))
+    xs = [x for x, _ in points]
+    ys = [y for _, y in points]
     return {"type": "scatter", "mode": mode, "name": name, "x": xs, "y": ys, **more}
 
 
@@ -71,55 +72,65 @@ def _points(
     name: str, rows: Sequence[tuple[float, float, str]], i: int, symbol: str, mode: str = "markers+text", **more: Any
 ) -> Trace:
     """Trace of named points; names are placed alternately above and below their points."""
-    return _scatter(
-        name,
-        mode,
-        [(x, y) for x, y, _ in rows],
-        text=[text for _, _, text in rows],
-        textposition=[("top center", "bottom center")[place % 2] for place in range(len(rows))],
-        cliponaxis=False,
-        marker={"color": COLOURS[i], "symbol": symbol, "size": 11},
-        **more,
-    )
+    positions = ["top center", "bottom center"] * len(rows)
+    more |= {"text": [text for _, _, text in rows], "textposition": positions[: len(rows)], "cliponaxis": False}
+    more["marker"] = {"color": COLOURS[i], "symbol": symbol, "size": 11}
+    return _scatter(name, mode, [(x, y) for x, y, _ in rows], **more)
 
 
 def _curve(name: str, metrics: Sequence[Row], key: str, i: int, points: bool = False) -> Trace:
     """Line of a value by step; many steps are averaged in groups, each drawn at its mean step."""
-    known = [(record["step"], record[key]) for record in metrics if record.get(key) is not None]
+    values = [(record["step"], record[key]) for record in metrics if record.get(key) is not None]
     means = []
-    for group in batched(known, max(-(-len(known) // MOST_POINTS), 1)):
-        steps, values = zip(*group, strict=True)
-        means.append((statistics.mean(steps), float(f"{statistics.mean(values):.6g}")))
-    return _scatter(name, "lines+markers" if points or len(means) < 2 else "lines", means, **_style(i))
+    for group in batched(values, max(-(-len(values) // MOST_POINTS), 1)):
+        steps, numbers = zip(*group, strict=True)
+        means.append((statistics.mean(steps), float(f"{statistics.mean(numbers):.6g}")))
+    mode = "lines"
+    if points or len(means) < 2:
+        mode = "lines+markers"
+    return _scatter(name, mode, means, **_style(i))
+
+
+_STEP = _axis("optimizer step", rangemode="tozero")
+_RATE = _axis("learning rate", exponentformat="e", rangemode="tozero")  # starts at 0: a constant rate has no range
+_CPU_NOTE = "Load of the training process; 100 % means one fully used core."
+_PANELS = {
+    "learning_rate": Figure("rate", "Learning rate", [], _STEP, _RATE),
+    "gpu_utilization": Figure("gpu", "GPU utilization", [], _STEP, _axis("%", range=[0, 105])),
+    "cpu_percent": Figure("cpu", "CPU load", [], _STEP, _axis("%", rangemode="tozero"), _CPU_NOTE),
+    "grad_norm": Figure("norm", "Gradient norm", [], _STEP, _axis("L2 norm", rangemode="tozero")),
+    "tokens_per_second": Figure(
+        *("speed", "Throughput", [], _STEP, _axis("tokens per second", rangemode="tozero")),
+        "Without padding tokens, evaluation and saving.",
+    ),
+}
+"""Figures of values in metrics.jsonl, without their curves."""
 
 
 def training(runs: dict[str, list[Row]]) -> Iterator[Figure]:
     """Figures of losses, learning rate, load, gradient norm and throughput."""
-    losses = []
-    for i, (name, metrics) in enumerate(runs.items()):
-        losses.append(_curve(f"{name}, training", metrics, "loss", i))
-        per_token = any("eval_loss_per_token" in record for record in metrics)
-        title, key = ("validation", "eval_loss_per_token") if per_token else ("validation, by Axolotl", "eval_loss")
-        losses.append(_curve(f"{name}, {title}", metrics, key, i + len(runs), points=True))
     note = f"If there are more than {MOST_POINTS:,} steps, each point is the mean of several."
-    step = _axis("optimizer step", rangemode="tozero")
-    yield Figure("loss", "Loss", [curve for curve in losses if curve["x"]], step, _axis("loss"), note)
-    cpu = "Load of the training process; 100 % means one fully used core."
-    speed = "Without padding tokens, evaluation and saving."
-    rate = _axis("learning rate", exponentformat="e", rangemode="tozero")
-    panels = [
-        ("rate", "Learning rate", "learning_rate", rate, ""),  # starts at 0, because a constant rate has no range
-        ("gpu", "GPU utilization", "gpu_utilization", _axis("%", range=[0, 105]), ""),
-        ("cpu", "CPU load", "cpu_percent", _axis("%", rangemode="tozero"), cpu),
-        ("norm", "Gradient norm", "grad_norm", _axis("L2 norm", rangemode="tozero"), ""),
-        ("speed", "Throughput", "tokens_per_second", _axis("tokens per second", rangemode="tozero"), speed),
-    ]
+    yield Figure("loss", "Loss", _drawn(_loss_curves(runs)), _STEP, _axis("loss"), note)
     steps = {name: [record for record in metrics if "loss" in record] for name, metrics in runs.items()}
-    for key, title, metric, axis, note in panels:
-        curves = [_curve(name, metrics, metric, i) for i, (name, metrics) in enumerate(steps.items())]
-        drawn = [curve for curve in curves if curve["x"]]
-        if drawn:
-            yield Figure(key, title, drawn, step, axis, note)
+    for key, panel in _PANELS.items():
+        curves = _drawn(_curve(name, metrics, key, i) for i, (name, metrics) in enumerate(steps.items()))
+        if curves:
+            yield replace(panel, traces=curves)
+
+
+def _loss_curves(runs: dict[str, list[Row]]) -> Iterator[Trace]:
+    """Losses of training and validation."""
+    for i, (name, metrics) in enumerate(runs.items()):
+        yield _curve(f"{name}, training", metrics, "loss", i)
+        title, key = "validation, by Axolotl", "eval_loss"
+        if any("eval_loss_per_token" in record for record in metrics):
+            title, key = "validation", "eval_loss_per_token"
+        yield _curve(f"{name}, {title}", metrics, key, i + len(runs), points=True)
+
+
+def _drawn(traces: Iterable[Trace]) -> list[Trace]:
+    """Traces with points."""
+    return [trace for trace in traces if trace["x"]]
 
 
 _FRONT = (
@@ -127,8 +138,8 @@ _FRONT = (
 )
 
 
-def sweep(rows: Sequence[SweepRow]) -> Figure | None:
-    """Figure of a sweep's members by eval loss and memory, with the Pareto front."""
+def sweep(rows: Sequence[SweepRow]) -> Iterator[Figure]:
+    """Figure of a sweep's members by eval loss and memory, with the Pareto front; none without both values."""
     front: list[tuple[float, float, str]] = []
     others: list[tuple[float, float, str]] = []
     for row in rows:
@@ -136,7 +147,7 @@ def sweep(rows: Sequence[SweepRow]) -> Figure | None:
             points = front if row.pareto else others
             points.append((*row.costs, row.member.name))
     if not front and not others:
-        return None
+        return
     line = {"dash": "dot", "color": COLOURS[2], "width": 1.5}
     traces = [
         _points("on the Pareto front", sorted(front), 2, symbol="diamond", mode="lines+markers+text", line=line),
@@ -144,33 +155,40 @@ def sweep(rows: Sequence[SweepRow]) -> Figure | None:
     ]
     kinds = sorted({row.summary.memory_kind for row in rows if row.summary.memory_kind})
     x, y = _axis(f"peak GiB ({', '.join(kinds)})"), _axis("Validation loss (lower is better)")
-    drawn = [trace for trace in traces if trace["x"]]
-    return Figure(f"sweep-memory-{LOSS}", "Validation loss against memory", drawn, x, y, _FRONT if front else "")
+    note = _FRONT if front else ""
+    yield Figure(f"sweep-memory-{LOSS}", "Validation loss against memory", _drawn(traces), x, y, note)
 
 
-def study(of_study: Study, rows: Sequence[StudyRow], column: Column) -> Figure | None:
+def study(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[Figure]:
+    """Figures of a study's scores, one for each metric with a score."""
+    for column in of_study.table.values():
+        if any(row.scores[column.name].value is not None for row in rows):
+            yield _metric_figure(of_study, rows, column)
+
+
+def _metric_figure(of_study: Study, rows: Sequence[StudyRow], column: Column) -> Figure:
     """Figure of a study's scores by one metric, with intervals, beside published scores."""
     ours, below, above = [], [], []
     theirs, spreads = [], []
     for row in rows:
         name, score = row.recipe.removeprefix(f"{of_study.folder.name}/"), row.scores[column.name]
         if score.value is not None:
+            low, high = score.value, score.value
+            if score.interval:
+                low, high = score.interval.low, score.interval.high
             ours.append((score.value, name))
-            below.append(score.value - score.interval.low if score.interval else 0)
-            above.append(score.interval.high - score.value if score.interval else 0)
+            below.append(score.value - low)
+            above.append(high - score.value)
         if score.published:
             theirs.append((float(score.published.value), name))
             spreads.append(float(score.published.spread or 0))
-    if not ours:
-        return None
     marker = _style(0)["marker"] | {"size": 11}
     errors = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1.5}
     traces = [_scatter("ours, with its 95 % interval", "markers", ours, marker=marker, error_x=errors)]
-    if theirs:
-        marker = {"color": COLOURS[1], "symbol": "diamond-open", "size": 12, "line": {"width": 2}}
-        errors = {"type": "data", "array": spreads, "thickness": 1.5}
-        traces.append(_scatter("published, with its ± if known", "markers", theirs, marker=marker, error_x=errors))
+    marker = {"color": COLOURS[1], "symbol": "diamond-open", "size": 12, "line": {"width": 2}}
+    errors = {"type": "data", "array": spreads, "thickness": 1.5}
+    traces.append(_scatter("published, with its ± if known", "markers", theirs, marker=marker, error_x=errors))
     title = f"{column.label} of the study's recipes"
     layout = {"height": 220 + 34 * len(rows)}
     names = {"autorange": "reversed", "type": "category"}
-    return Figure(f"study-{column.name}", title, traces, _axis(column.label), names, layout=layout)
+    return Figure(f"study-{column.name}", title, _drawn(traces), _axis(column.label), names, layout=layout)

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from ...metrics import registry
 from ...metrics.metric import Column
 from ...run import backends
 from ...run.rundir import RunDir
+from ...training.run_record import Run
 from ..run_result import RunResult
 
 _OTHERS = {
@@ -55,38 +56,41 @@ class ReportedRun(RunResult):
     @property
     def differs(self) -> list[Row]:
         """Differences from the recipe."""
-        return [
-            {
-                "setting": d.key,
-                "recipe": on_one_line(d.recipe),
-                "this run": on_one_line(d.run),
-                "why": d.why,
-            }
-            for d in map(Difference.without_secrets, self.run.differences)
-        ]
+        rows = []
+        for difference in map(Difference.without_secrets, self.run.differences):
+            row = {"setting": difference.key, "recipe": on_one_line(difference.recipe)}
+            rows.append(row | {"this run": on_one_line(difference.run), "why": difference.why})
+        return rows
 
     @cached_property
     def _recipe_file(self) -> Path:
         shipped = paths.recipe_file(self.run.recipe)
-        return shipped if shipped.is_file() else Path(self.run.cwd, self.run.recipe_file)
+        if shipped.is_file():
+            return shipped
+        return Path(self.run.cwd, self.run.recipe_file)
 
-    @property
+    @cached_property
     def settings(self) -> list[Row]:
         """Settings with their sources."""
+        rows = []
+        for key, value in merging.flatten(without_secrets(self.config)):
+            rows.append({"setting": key, "value": on_one_line(value), "source": self._source(key)})
+        return rows
+
+    def _source(self, key: str) -> str:
+        """Source of a setting: a difference from the recipe, the recipe's comment, or the run."""
+        for difference in self.run.differences:
+            if f"{key}.".startswith(f"{difference.key}."):
+                return difference.without_secrets().why
+        return self._recipe_sources.get(key.partition(".")[0], "set by the run")
+
+    @cached_property
+    def _recipe_sources(self) -> dict[str, str]:
+        """Sources of the recipe's keys."""
         file = self._recipe_file
-        of_recipe = (
-            dict.fromkeys(yamlfiles.read_yaml(file), "the recipe") | yamlfiles.sources(file) if file.is_file() else {}
-        )
-        why = {f"{difference.key}.": difference.without_secrets().why for difference in self.run.differences}
-        return [
-            {
-                "setting": key,
-                "value": on_one_line(value),
-                "source": next((why[changed] for changed in why if f"{key}.".startswith(changed)), None)
-                or of_recipe.get(key.partition(".")[0], "set by the run"),
-            }
-            for key, value in merging.flatten(without_secrets(self.config))
-        ]
+        if not file.is_file():
+            return {}
+        return dict.fromkeys(yamlfiles.read_yaml(file), "the recipe") | yamlfiles.sources(file)
 
     @property
     def note(self) -> str:
@@ -102,27 +106,41 @@ class ReportedRun(RunResult):
         files = {"run.json": self.run.model_dump(exclude={"differences", "of_variant"})}
         if self.evaluation:
             files["scores.json"] = self.evaluation.model_dump()
-        return {
-            name: [(key, on_one_line(value)) for key, value in merging.flatten(without_secrets(content))]
-            for name, content in files.items()
-        }
+        records = {}
+        for name, content in files.items():
+            records[name] = [(key, on_one_line(value)) for key, value in merging.flatten(without_secrets(content))]
+        return records
 
 
-def reported_runs(folders: Sequence[RunDir], labels: Sequence[str] | None = None) -> list[ReportedRun]:
+def reported_runs(folders: Sequence[RunDir]) -> list[ReportedRun]:
     """Read runs; label them by recipe, and by folder if several share a recipe.
 
     Raises:
         UserError: a folder holds no run, or rehearsals and real runs are mixed.
     """
-    runs = [(folder, backends.read(folder)) for folder in folders]
-    if len({run.rehearsal for _, run in runs}) > 1:
-        raise UserError("rehearsals and real runs are not comparable; report on only one kind")
-    names = labels or [run.recipe.rpartition("/")[2] for _, run in runs]
+    runs = [backends.read(folder) for folder in folders]
+    names = [run.recipe.rpartition("/")[2] for run in runs]
+    return _labelled(folders, runs, names)
+
+
+def labelled_runs(names: Mapping[RunDir, str]) -> list[ReportedRun]:
+    """Read runs; label them by name, and by folder if several share a name.
+
+    Raises:
+        UserError: a folder holds no run, or rehearsals and real runs are mixed.
+    """
+    return _labelled([*names], [backends.read(folder) for folder in names], [*names.values()])
+
+
+def _labelled(folders: Sequence[RunDir], runs: Sequence[Run], names: Sequence[str]) -> list[ReportedRun]:
+    if len({run.rehearsal for run in runs}) > 1:
+        raise UserError("rehearsals and real runs are not comparable", remedy="report on only one kind")
     times = Counter(names)
-    return [
-        ReportedRun(folder, run, name if times[name] == 1 else f"{name}, {folder.path.name}")
-        for name, (folder, run) in zip(names, runs, strict=True)
-    ]
+    reported = []
+    for folder, run, name in zip(folders, runs, names, strict=True):
+        label = name if times[name] == 1 else f"{name}, {folder.path.name}"
+        reported.append(ReportedRun(folder, run, label))
+    return reported
 
 
 def headings(runs: Sequence[ReportedRun]) -> dict[str, Column]:
@@ -177,62 +195,93 @@ def scored_on(reported: ReportedRun) -> str:
     return f"{settings.rows_in_words} of {reported.from_cwd(settings.data)}{by}"
 
 
+@dataclass(frozen=True)
+class ModelPredictions:
+    """Predictions of a model for a file of test rows, by row number.
+
+    Attributes:
+        columns: metrics with scores of rows.
+    """
+
+    label: str
+    rows: dict[int, Row]
+    columns: Mapping[str, Column]
+
+    def as_json(self, numbers: Sequence[int]) -> Row:
+        """Predictions and scores of the numbered rows; None for a missing one."""
+        rows = [self.rows.get(number, {}) for number in numbers]
+        scores = {}
+        for heading, column in registry.distinct(self.columns.values()).items():
+            values = [_rounded(row.get(column.name)) for row in rows]
+            if any(value is not None for value in values):
+                scores[heading] = values
+        return {"label": self.label, "predictions": [row.get("prediction") for row in rows], "scores": scores}
+
+
+def _rounded(score: float | None) -> float | None:
+    return None if score is None else round(score, 4)
+
+
+@dataclass(frozen=True)
+class TestFile:
+    """File of test rows, and predictions for them.
+
+    Attributes:
+        reported: the first run that was evaluated on the file.
+        settings: settings of that evaluation.
+        models: predictions of this and other models.
+    """
+
+    reported: ReportedRun
+    settings: EvaluationSettings
+    models: list[ModelPredictions] = field(default_factory=list)
+
+    def as_json(self) -> Row:
+        """Rows as columns, a compact form that is fast to search."""
+        rows: dict[int, Row] = {}
+        for model in reversed(self.models):
+            rows |= model.rows
+        numbers = sorted(rows)
+        inputs, why = self._inputs()
+        diffs = None
+        if inputs:
+            diffs = [inputs[number] if number < len(inputs) else "" for number in numbers]
+        return {
+            "data": self.reported.from_cwd(self.settings.data),
+            "row": numbers,
+            "idx": [rows[number].get("idx") for number in numbers],
+            "language": [rows[number].get("lang") for number in numbers],
+            "reference": [rows[number]["reference"] for number in numbers],
+            "diff": diffs,
+            "why": why,
+            "models": [model.as_json(numbers) for model in self.models],
+        }
+
+    def _inputs(self) -> tuple[list[str], str]:
+        """Inputs of all rows, such as diffs, or the reason for their absence."""
+        file = Path(self.reported.run.cwd, self.settings.data)
+        if not file.is_file() or sha256(file) != self.settings.data_sha256:
+            name = self.reported.from_cwd(self.settings.data)
+            return [], f"The inputs are not shown: {name} is missing or has changed since the evaluation."
+        with file.open("rb") as lines:
+            inputs = [str(row.get("input", "")) for row in json_rows(lines, file, ())]
+        if not any(inputs):
+            return [], "The rows have no field named input."
+        return inputs, ""
+
+
 def reader(runs: Sequence[ReportedRun]) -> list[Row]:
     """References, inputs and each model's predictions, for each file of test rows."""
-    files: dict[str, Row] = {}
+    files: dict[str, TestFile] = {}
     for reported in runs:
-        sources = [(reported.label, reported.evaluation, read_predictions(reported.folder.path))]
+        evaluations = [(reported.label, reported.folder.path, reported.evaluation)]
         if reported.of_base_model and len(runs) == 1:
-            folder, base = reported.of_base_model
-            sources.append(("the base model alone", base, read_predictions(folder)))
-        for label, evaluation, rows in sources:
-            if evaluation and rows:
-                settings = evaluation.settings
-                new = {"reported": reported, "settings": settings, "rows": {}, "models": []}
-                of_file = files.setdefault(settings.data_sha256, new)
-                by_number = {row["row"]: row for row in rows}
-                of_file["rows"] = by_number | of_file["rows"]
-                of_file["models"].append((label, by_number, evaluation.columns))
-    return [_columns(**of_file) for of_file in files.values()]
-
-
-def _columns(
-    reported: ReportedRun,
-    settings: EvaluationSettings,
-    rows: dict[int, Row],
-    models: list[tuple[str, dict[int, Row], dict[str, Column]]],
-) -> Row:
-    """Rows of a file as columns, a compact form that is fast to search."""
-    numbers = sorted(rows)
-    diffs, why = _diffs(reported, settings)
-    shown = []
-    for label, by_number, columns in models:
-        values = [by_number.get(number, {}) for number in numbers]
-        scores = {
-            heading: [None if row.get(column.name) is None else round(row[column.name], 4) for row in values]
-            for heading, column in registry.distinct(columns.values()).items()
-            if any(row.get(column.name) is not None for row in values)
-        }
-        shown.append({"label": label, "predictions": [row.get("prediction") for row in values], "scores": scores})
-    return {
-        "data": reported.from_cwd(settings.data),
-        "row": numbers,
-        "idx": [rows[number].get("idx") for number in numbers],
-        "language": [rows[number].get("lang") for number in numbers],
-        "reference": [rows[number]["reference"] for number in numbers],
-        "diff": [diffs[number] if number < len(diffs) else "" for number in numbers] if diffs else None,
-        "why": why,
-        "models": shown,
-    }
-
-
-def _diffs(reported: ReportedRun, settings: EvaluationSettings) -> tuple[list[str], str]:
-    """Inputs of all rows in the evaluated file, such as diffs, or the reason for their absence."""
-    file, name = Path(reported.run.cwd, settings.data), reported.from_cwd(settings.data)
-    if not file.is_file() or sha256(file) != settings.data_sha256:
-        return [], f"The inputs are not shown: {name} is missing or has changed since the evaluation."
-    with file.open("rb") as lines:
-        inputs = [str(row.get("input", "")) for row in json_rows(lines, file, ())]
-    if not any(inputs):
-        return [], "The rows have no field named input."
-    return inputs, ""
+            evaluations.append(("the base model alone", *reported.of_base_model))
+        for label, folder, evaluation in evaluations:
+            rows = read_predictions(folder)
+            if evaluation is None or not rows:
+                continue
+            settings = evaluation.settings
+            file = files.setdefault(settings.data_sha256, TestFile(reported, settings))
+            file.models.append(ModelPredictions(label, {row["row"]: row for row in rows}, evaluation.columns))
+    return [file.as_json() for file in files.values()]
