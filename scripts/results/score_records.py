@@ -127,12 +127,27 @@ class Record(_Strict):
         return self.settings_sha256 is not None and self.settings_sha256 != settings_sha256(self.of)
 
     @property
+    def defect(self) -> str | None:
+        """Reason not to count the record; None for a valid record of a finished run."""
+        if self.invalidated:
+            return f"a record is invalidated {self.invalidated}"
+        if self.is_outdated:
+            return f"recipe changed since: {self.where}"
+        if self.outcome != "finished":
+            return f"{self.outcome} on {self.where}"
+        return None
+
+    @property
     def where(self) -> str:
         """The GPUs of a run, and the seed of a training run; empty for predictions."""
         if self.gpu is None:
             return ""
-        hardware = self.gpu if self.gpus == 1 else f"{self.gpus} x {self.gpu}"
-        return hardware if self.seed is None else f"{hardware}, seed {self.seed}"
+        hardware = self.gpu
+        if self.gpus > 1:
+            hardware = f"{self.gpus} x {self.gpu}"
+        if self.seed is None:
+            return hardware
+        return f"{hardware}, seed {self.seed}"
 
     def text(self) -> str:
         """Content of the record's file."""
@@ -160,15 +175,17 @@ def read(file: Path, of_study: Study) -> Record:
     try:
         record = Record.model_validate_json(read_bytes(file))
     except ValidationError as error:
-        wrong = [": ".join([*map(str, found["loc"]), found["msg"]]) for found in error.errors()]
+        problems = [": ".join([*map(str, mistake["loc"]), mistake["msg"]]) for mistake in error.errors()]
     except OSError as error:
-        wrong = [str(error.strerror)]
+        problems = [str(error.strerror)]
     else:
-        wrong = list(_undeclared(record, of_study))
+        problems = list(_undeclared(record, of_study))
         if file.name != record.file_name():
-            wrong.append(f"edited or renamed (from {record.file_name()}); restore it, or add only `invalidated`")
-    if wrong:
-        raise UserError("\n".join(f"{paths.shown(file)}: {problem}" for problem in wrong))
+            problems.append(f"edited or renamed (from {record.file_name()}); restore it, or add only `invalidated`")
+    if problems:
+        first, *further = [UserError(problem, file=paths.shown(file)) for problem in problems]
+        first.further = further
+        raise first
     return record
 
 
@@ -185,22 +202,33 @@ def _undeclared(record: Record, of_study: Study) -> Iterator[str]:
         yield f"values: {record.values} is not a published cell of {record.of}"
 
 
-def records(of_study: Study, strict: bool = False) -> list[Record]:
+def records(of_study: Study) -> list[Record]:
     """Read a study's records from the project and from recipes/ in the current folder.
 
-    Broken records are reported and skipped. With `strict`, read only the folder beside study.yaml, and raise UserError
-    for a broken record."""
-    folders = [of_study.folder] if strict else [home / of_study.folder.name for home, _ in paths.homes()]
-    found = []
-    for folder in folders:
-        for file in sorted((folder / FOLDER).glob("*.json")):
+    Broken records are reported and skipped.
+    """
+    valid = []
+    for home, _ in paths.homes():
+        for file in _files(home / of_study.folder.name):
             try:
-                found.append(read(file, of_study))
+                valid.append(read(file, of_study))
             except UserError as error:
-                if strict:
-                    raise
                 say(str(error))
-    return found
+    return valid
+
+
+def shipped_records(of_study: Study) -> list[Record]:
+    """Read the records beside study.yaml.
+
+    Raises:
+        UserError: a record is broken.
+    """
+    return [read(file, of_study) for file in _files(of_study.folder)]
+
+
+def _files(folder: Path) -> list[Path]:
+    """Files of a study's records."""
+    return sorted((folder / FOLDER).glob("*.json"))
 
 
 @dataclass
@@ -224,58 +252,103 @@ class Status:
     here: str | None
 
 
-def statuses(of_study: Study, found: Sequence[Record]) -> list[Status]:
+@dataclass(frozen=True)
+class _Number:
+    """A published number.
+
+    Attributes:
+        of: the recipe or baseline.
+        values: the settings of a cell in study.yaml; empty for the recipe's own settings.
+        published: the number as text, with its ± if known; or the numbers of several runs.
+    """
+
+    of: str
+    values: Config
+    metric: str
+    published: str
+
+
+def statuses(of_study: Study, records: Sequence[Record]) -> list[Status]:
     """Statuses of a study's published numbers."""
-    numbers = []
+    return [_status(of_study, records, number) for number in _numbers(of_study)]
+
+
+def _numbers(of_study: Study) -> Iterator[_Number]:
+    """Yield a study's published numbers."""
     for name, published in of_study.published.items():
-        file = paths.recipe_file(name)
-        own = yamlfiles.read_yaml(file) if file.is_file() else {}  # the recipe is not rendered yet
         for metric, score in published.scores.items():
-            numbers.append(_status(of_study, found, name, {}, metric, str(score)))
+            yield _Number(name, {}, metric, str(score))
+        settings = _settings(name)
         for cell in published.cells:
-            if cell.values.items() <= own.items():
+            if cell.values.items() <= settings.items():
                 continue
             for metric, scores in cell.scores.items():
-                numbers.append(_status(of_study, found, name, cell.values, metric, ", ".join(map(str, scores))))
+                yield _Number(name, cell.values, metric, ", ".join(map(str, scores)))
     for baseline in of_study.baselines:
         for metric, score in baseline.scores.items():
-            numbers.append(_status(of_study, found, baseline.name, {}, metric, str(score)))
-    return numbers
+            yield _Number(baseline.name, {}, metric, str(score))
 
 
-def _status(of_study: Study, found: Sequence[Record], of: str, values: Config, metric: str, published: str) -> Status:
-    recipes = {of} | {name for name, variant in of_study.variants.items() if variant.reproduces and variant.of == of}
-    scored, notes = [], []
-    for record in found:
-        if record.of not in recipes or record.values != values:
+def _settings(recipe: str) -> Config:
+    """Settings of a recipe; empty if it is not rendered yet."""
+    file = paths.recipe_file(recipe)
+    if not file.is_file():
+        return {}
+    return yamlfiles.read_yaml(file)
+
+
+def _status(of_study: Study, records: Sequence[Record], number: _Number) -> Status:
+    """Status of a published number, from the records of a study."""
+    scored, defects = [], []
+    for record in records:
+        if _reproduced(of_study, record) != number.of or record.values != number.values:
             continue
-        if record.invalidated:
-            notes.append(f"a record is invalidated {record.invalidated}")
-        elif record.is_outdated:
-            notes.append(f"recipe changed since: {record.where}")
-        elif record.outcome != "finished":
-            notes.append(f"{record.outcome} on {record.where}")
-        elif metric in record.scores:
+        if record.defect:
+            defects.append(record.defect)
+        elif number.metric in record.scores:
             scored.append(record)
-    reached, here = NOT_RUN, None
+    progress, mean = NOT_RUN, None
     if scored:
-        stage = max((record.stage for record in scored), key=[*TITLES].index)
-        best = [record for record in scored if record.stage == stage]
-        where = " and ".join(record.where for record in best if record.where)
-        reached = f"{TITLES[stage]} on {where}" if where else TITLES[stage]
-        here = _mean([record.scores[metric] for record in best])
+        scored = _furthest(scored)
+        progress = _progress(scored)
+        mean = _mean([record.scores[number.metric] for record in scored])
     return Status(
-        of=of,
-        cell=" ".join(f"--set {key}={value}" for key, value in values.items()) or None,
-        metric=of_study.columns[metric].label,
-        published=published,
-        status="; ".join([reached, *notes]),
-        here=here,
+        of=number.of,
+        cell=" ".join(f"--set {key}={value}" for key, value in number.values.items()) or None,
+        metric=of_study.columns[number.metric].label,
+        published=number.published,
+        status="; ".join([progress, *defects]),
+        here=mean,
     )
 
 
-def _mean(scores: list[Score]) -> str:
+def _reproduced(of_study: Study, record: Record) -> str:
+    """Recipe or baseline with the published numbers that a record reproduces."""
+    variant = of_study.variants.get(record.of)
+    if variant and variant.reproduces:
+        return variant.of
+    return record.of
+
+
+def _furthest(records: Sequence[Record]) -> list[Record]:
+    """Records of the furthest stage."""
+    furthest = max((record.stage for record in records), key=[*TITLES].index)
+    return [record for record in records if record.stage == furthest]
+
+
+def _progress(records: Sequence[Record]) -> str:
+    """Stage of records as text, with their GPUs and seeds."""
+    title = TITLES[records[0].stage]
+    places = [record.where for record in records if record.where]
+    if not places:
+        return title
+    return f"{title} on {' and '.join(places)}"
+
+
+def _mean(scores: Sequence[Score]) -> str:
     """Mean of scores as text; a single score includes its interval."""
-    interval = scores[0].interval if len(scores) == 1 else None
     mean = f"{fmean(score.value for score in scores):.4g}"
-    return f"{mean} ({interval[0]:.4g} to {interval[1]:.4g})" if interval else mean
+    if len(scores) > 1 or scores[0].interval is None:
+        return mean
+    low, high = scores[0].interval
+    return f"{mean} ({low:.4g} to {high:.4g})"

@@ -171,7 +171,7 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
     if (templates / f"{README}.j2").is_file():
         sections = []
         for of_study, rows in by_study.values():
-            statuses = score_records.statuses(of_study, score_records.records(of_study, strict=True))
+            statuses = score_records.statuses(of_study, score_records.shipped_records(of_study))
             label = of_study.first.label
             numbers = {number.of: number for number in statuses if number.metric == label and not number.cell}
             sections.append((of_study, rows, numbers))

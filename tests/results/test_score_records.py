@@ -77,7 +77,7 @@ def test_the_status_of_a_published_number_is_the_furthest_stage_with_a_valid_rec
         file.write_bytes(orjson.dumps(orjson.loads(file.read_bytes()) | {"invalidated": "by abcdef1, because wrong"}))
     assert status_of(PLAIN).here == "68 (67.5 to 68.5)"
     assert "a record is invalidated by abcdef1, because wrong" in status_of(PLAIN).status
-    assert len(score_records.records(small_study.read(), strict=True)) == 4
+    assert len(score_records.shipped_records(small_study.read())) == 4
 
 
 def test_only_records_of_todays_recipe_count():
@@ -171,7 +171,7 @@ def test_a_field_takes_only_what_it_is_for(recipe, change):
     lines = [line for line in done.stderr.splitlines() if "results/edited.json: " in line]
     assert next(iter(change)) in lines[0] and "hf_" not in done.stderr
     with pytest.raises(UserError, match=r"edited\.json"):
-        score_records.records(small_study.read(), strict=True)
+        score_records.shipped_records(small_study.read())
 
 
 @pytest.mark.parametrize("broken", ["", "[]", "[" * 100_000, "\xff", '{"\x1b[31m": 1}'])
@@ -247,4 +247,4 @@ def test_export_takes_no_other_name(recipe):
 def test_every_shipped_record_is_valid():
     for file in paths.RECIPES.glob("*/study.yaml"):
         of_study = studies.load(file.parent)
-        assert all(isinstance(record, Record) for record in score_records.records(of_study, strict=True))
+        assert all(isinstance(record, Record) for record in score_records.shipped_records(of_study))
