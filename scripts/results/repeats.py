@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 from ..base.files import Row
 from ..config.training_settings import TrainingSettings
@@ -120,6 +121,29 @@ def scores(column: Column, found: Sequence[RunResult]) -> list[tuple[RunResult, 
     ]
 
 
+class MeanScore(NamedTuple):
+    """Mean score of repeated runs by one metric, with its 95 % interval."""
+
+    value: float | None
+    interval: intervals.Interval | None
+
+
+def mean_score(name: str, scored: Sequence[tuple[RunResult, float]]) -> MeanScore:
+    """Mean score of some runs of one recipe by a metric, with an interval from `interval`.
+
+    Args:
+        name: name of the metric.
+        scored: runs with their scores.
+    """
+    if not scored:
+        return MeanScore(None, None)
+    first, _ = scored[0]
+    published_repeats: Sequence[float] = []
+    if first.study and not first.run.rehearsal:
+        published_repeats = first.study.repeats(first.run.origin, name)
+    return MeanScore(fmean(score for _, score in scored), interval(name, scored, published_repeats))
+
+
 def interval(
     name: str, scored: Sequence[tuple[RunResult, float]], known: Sequence[float] = ()
 ) -> intervals.Interval | None:
@@ -141,6 +165,11 @@ def interval(
     made = intervals.interval_of_mean(values, by_row(name, found), within)
     one_seed = len({seed(result) for result in found}) == 1
     return replace(made, one_seed=True) if made and one_seed else made
+
+
+def bounds(interval: intervals.Interval | None) -> list[float] | None:
+    """Table cell of an interval."""
+    return [interval.low, interval.high] if interval else None
 
 
 def interval_cells(name: str, within: intervals.Interval | None) -> Row:

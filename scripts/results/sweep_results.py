@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 
@@ -12,7 +13,6 @@ from ..base.tables import Table
 from ..base.yamlfiles import on_one_line
 from ..data.studies import Study
 from ..evaluate import evaluation_rows
-from ..evaluate.intervals import Interval
 from ..evaluate.scores_file import about_rows
 from ..metrics.metric import Column
 from ..study.pipeline import existing_runs
@@ -20,9 +20,13 @@ from ..study.sweep import Sweep, SweepMember, of_recipe
 from ..training.run_record import Summary
 from . import repeats, run_result
 from .listing import REHEARSALS
+from .repeats import MeanScore
 from .run_result import RunResult
 
 LOSS = "eval_loss"
+
+
+Costs = tuple[float, float]  # peak memory in GiB, and eval loss
 
 
 @dataclass
@@ -32,201 +36,281 @@ class SweepRow:
     Attributes:
         member: the first member.
         runs: existing runs of the members.
-        summary: summary of the first finished run, for values that do not depend on the seed.
         columns: metrics of the sweep's runs; without runs, the recipe's metrics.
-        scores: mean over finished runs and 95 % interval by metric, including the eval loss.
-        losses: eval losses of the finished runs, by hash of the tokens behind them.
         compared_loss: mean eval loss over the tokens that all members share; None if they share none.
-        published: published scores for the member's settings, by metric.
-        validated: whether the eval loss may select a member: it is known, and comes from rows other than the test rows.
         pareto: whether the row is on the Pareto front over peak memory and eval loss.
     """
 
     member: SweepMember
     seeds: list[int]
     runs: list[RunResult]
-    summary: Summary
     columns: dict[str, Column]
-    scores: dict[str, tuple[float | None, Interval | None]]
-    losses: dict[str | None, list[float]]
-    published: dict[str, float]
-    peak_memory_gib: float | None
-    train_seconds: float | None
-    validated: bool
     compared_loss: float | None = None
     pareto: bool = False
 
+    @cached_property
+    def finished(self) -> list[RunResult]:
+        """Finished runs."""
+        return [result for result in self.runs if result.run.state == "finished"]
+
     @property
-    def costs(self) -> tuple[float, float] | None:
+    def states(self) -> list[str]:
+        """States of the runs."""
+        return [result.run.state for result in self.runs]
+
+    @property
+    def state(self) -> str:
+        """Different states, and `not started` if some members have no run."""
+        states = self.states
+        if len(states) < max(len(self.seeds), 1):
+            states.append("not started")
+        return ", ".join(dict.fromkeys(states))
+
+    @property
+    def summary(self) -> Summary:
+        """Summary of the first finished run, for values that do not depend on the seed."""
+        return self.finished[0].summary if self.finished else Summary()
+
+    @cached_property
+    def scores(self) -> dict[str, MeanScore]:
+        """Mean over finished runs and 95 % interval by metric, including the eval loss."""
+        scores = {}
+        for name in (LOSS, *self.columns):
+            scored = []
+            for result in self.finished:
+                score = _score(result, name)
+                if score is not None:
+                    scored.append((result, score))
+            scores[name] = repeats.mean_score(name, scored)
+        return scores
+
+    @cached_property
+    def losses(self) -> dict[str | None, list[float]]:
+        """Eval losses of the finished runs, by hash of the tokens behind them."""
+        losses: dict[str | None, list[float]] = {}
+        for result in self.finished:
+            loss = result.summary.eval_loss_per_token
+            if loss is not None:
+                losses.setdefault(repeats.tokens(result), []).append(loss)
+        return losses
+
+    @cached_property
+    def published(self) -> dict[str, float]:
+        """Published scores for the settings of the runs, by metric; empty without runs or published cells."""
+        if not self.runs:
+            return {}
+        study, run = self.runs[0].study, self.runs[0].run
+        if study is None or run.rehearsal:
+            return {}
+        changes = run_result.other_settings(run)
+        changes.pop(repeats.SEED, None)
+        cell = study.cell(run.origin, yamlfiles.read_yaml(paths.recipe_file(run.origin)), changes)
+        if cell is None:
+            return {}
+        return {name: fmean(scores) for name, scores in cell.scores.items()}
+
+    @property
+    def peak_memory_gib(self) -> float | None:
+        """Largest peak memory of the finished runs."""
+        return max((r.summary.peak_memory for r in self.finished if r.summary.peak_memory), default=None)
+
+    @property
+    def train_seconds(self) -> float | None:
+        """Mean time of the finished runs."""
+        if not self.finished:
+            return None
+        return fmean(result.summary.train_seconds for result in self.finished)
+
+    @cached_property
+    def validated(self) -> bool:
+        """True if the eval loss may select a member: it is known, and comes from rows other than the test rows."""
+        if self.scores[LOSS].value is None:
+            return False
+        return all(evaluation_rows.validation(result.run, result.folder.config) for result in self.finished)
+
+    @property
+    def costs(self) -> Costs | None:
         """Peak memory and eval loss; None unless both are known, and the loss is comparable."""
-        loss = self.compared_loss
-        return None if loss is None or self.peak_memory_gib is None else (self.peak_memory_gib, loss)
+        if self.peak_memory_gib is None or self.compared_loss is None:
+            return None
+        return self.peak_memory_gib, self.compared_loss
+
+    @property
+    def other_tokens(self) -> str | None:
+        """Beginnings of the hashes in `losses`, if the eval losses are not comparable."""
+        if self.compared_loss is not None:
+            return None
+        return ", ".join(str(tokens)[:8] for tokens in self.losses) or None
+
+    @property
+    def scored_rows(self) -> str | None:
+        """Note on the rows behind the scores, see `about_rows`."""
+        return about_rows(self.runs[0].evaluation) if self.runs else None
+
+    @property
+    def minutes(self) -> str | None:
+        return None if self.train_seconds is None else f"{self.train_seconds / 60:.1f}"
+
+
+def _score(result: RunResult, name: str) -> float | None:
+    """Eval loss of a run, or its score by a metric."""
+    if name == LOSS:
+        return result.summary.eval_loss_per_token
+    if name in result.scores:
+        return result.scores[name].value
+    return None
 
 
 def rows(sweep: Sweep, runs: Path) -> list[SweepRow]:
     """Return one row per member name, with measurements of finished runs.
 
     Rows without separate validation data are not on the Pareto front: a loss on test rows must not select members.
-    Losses are compared within the same tokens, thus seed by seed if the seed decides which rows are held out.
     """
+    table = _measured_rows(sweep, runs)
+    _compare_losses(table)
+    all_costs = [row.costs for row in table]
+    for row in table:
+        row.pareto = row.validated and on_front(row.costs, all_costs)
+    return table
+
+
+def _measured_rows(sweep: Sweep, runs: Path) -> list[SweepRow]:
+    """Rows that are not yet compared with each other."""
     existing = existing_runs(runs, sweep.recipe)
     results = {m.digest: RunResult(*existing[m.digest]) for m in sweep.members if m.digest in existing}
     columns: dict[str, Column] = {}
     for result in results.values():
         columns |= result.columns
-    columns = columns or of_recipe(sweep.recipe)
-    compared = []
-    for _, of_name in itertools.groupby(sweep.members, key=lambda member: member.name):
-        members = list(of_name)
-        compared.append(_row(sweep, members, [results[m.digest] for m in members if m.digest in results], columns))
-    of_members = [set(row.losses) for row in compared if row.losses]
-    shared = set.intersection(*of_members) if of_members else set()
-    for row in compared:
-        if row.losses and shared:
-            row.compared_loss = fmean(fmean(row.losses[tokens]) for tokens in shared)
-    for row in compared:
-        row.pareto = row.validated and on_front(row.costs, [other.costs for other in compared])
-    return compared
+    table = []
+    for _, group in itertools.groupby(sweep.members, key=lambda member: member.name):
+        members = list(group)
+        seeds = [member.seed for member in members if member.seed is not None]
+        of_members = [results[member.digest] for member in members if member.digest in results]
+        table.append(SweepRow(members[0], seeds, of_members, columns or of_recipe(sweep.recipe)))
+    return table
 
 
-def _published(sweep: Sweep, results: Sequence[RunResult]) -> dict[str, float]:
-    """Published scores for the settings of a member's runs; empty without runs or published cells."""
-    of_study = results[0].study if results else None
-    if sweep.rehearsal or not of_study:
-        return {}
-    run = results[0].run
-    changes = run_result.other_settings(run)
-    changes.pop(repeats.SEED, None)
-    cell = of_study.cell(run.origin, yamlfiles.read_yaml(paths.recipe_file(run.origin)), changes)
-    if cell is None:
-        return {}
-    return {name: fmean(scores) for name, scores in cell.scores.items()}
+def _compare_losses(table: Sequence[SweepRow]) -> None:
+    """Compute each row's eval loss over the tokens that all rows share.
+
+    If the seed decides which rows are held out, losses are thus compared seed by seed.
+    """
+    measured = [row for row in table if row.losses]
+    if not measured:
+        return
+    shared = set.intersection(*(set(row.losses) for row in measured))
+    if not shared:
+        return
+    for row in measured:
+        row.compared_loss = fmean(fmean(row.losses[tokens]) for tokens in shared)
 
 
-def on_front(own: tuple[float, float] | None, all_costs: Sequence[tuple[float, float] | None]) -> bool:
-    """True if `own` is on the Pareto front of all costs."""
-    rivals = [other for other in all_costs if other not in (None, own)]
-    return own is not None and not any(rival[0] <= own[0] and rival[1] <= own[1] for rival in rivals if rival)
-
-
-def _row(
-    sweep: Sweep, members: Sequence[SweepMember], results: list[RunResult], columns: dict[str, Column]
-) -> SweepRow:
-    """Row for members with the same name."""
-    done = [result for result in results if result.run.state == "finished"]
-    of_study = done[0].study if done and not sweep.rehearsal else None
-    scores: dict[str, tuple[float | None, Interval | None]] = {}
-    for name in (LOSS, *columns):
-        found = [(result, value) for result in done if (value := _score(result, name)) is not None]
-        known = of_study.repeats(done[0].run.origin, name) if of_study else []
-        mean = fmean(value for _, value in found) if found else None
-        scores[name] = (mean, repeats.interval(name, found, known) if found else None)
-    losses: dict[str | None, list[float]] = {}
-    for result in done:
-        if result.summary.eval_loss_per_token is not None:
-            losses.setdefault(repeats.tokens(result), []).append(result.summary.eval_loss_per_token)
-    return SweepRow(
-        member=members[0],
-        seeds=[member.seed for member in members if member.seed is not None],
-        runs=results,
-        summary=done[0].summary if done else Summary(),
-        columns=columns,
-        scores=scores,
-        losses=losses,
-        published=_published(sweep, results),
-        peak_memory_gib=max((r.summary.peak_memory for r in done if r.summary.peak_memory), default=None),
-        train_seconds=fmean(result.summary.train_seconds for result in done) if done else None,
-        validated=scores[LOSS][0] is not None
-        and all(evaluation_rows.validation(each.run, each.folder.config) for each in done),
-    )
-
-
-def _score(result: RunResult, name: str) -> float | None:
-    if name == LOSS:
-        return result.summary.eval_loss_per_token
-    return result.scores[name].value if name in result.scores else None
+def on_front(costs: Costs | None, all_costs: Sequence[Costs | None]) -> bool:
+    """True if no other costs are as low in both values."""
+    if costs is None:
+        return False
+    for other in all_costs:
+        if other is None or other == costs:
+            continue
+        if other[0] <= costs[0] and other[1] <= costs[1]:
+            return False
+    return True
 
 
 def record(row: SweepRow) -> Row:
     """Row in the JSON output."""
-    scores: Row = {}
-    for name, (value, within) in row.scores.items():
-        scores |= {name: value} | repeats.interval_cells(name, within)
-    return {
-        "member": row.member.name,
-        "values": row.member.values,
+    member, summary = row.member, row.summary
+    fields: Row = {
+        "member": member.name,
+        "values": member.values,
         "seeds": row.seeds,
         "runs": [str(result.folder.path) for result in row.runs],
-        "states": [result.run.state for result in row.runs],
-        **scores,
-        "eval_tokens": [*row.losses],
-        "planned_gib": row.member.planned_gib,
-        "peak_memory_gib": row.peak_memory_gib,
-        "memory_kind": row.summary.memory_kind,
-        "trainable": row.summary.trainable_parameters,
-        "train_seconds": row.train_seconds,
-        "tokens_per_second": row.summary.tokens_per_second,
-        **{f"{name}_published": row.published.get(name) for name in row.scores},
-        "pareto": row.pareto,
+        "states": row.states,
     }
+    for name, score in row.scores.items():
+        fields |= {name: score.value} | repeats.interval_cells(name, score.interval)
+    fields |= {
+        "eval_tokens": [*row.losses],
+        "planned_gib": member.planned_gib,
+        "peak_memory_gib": row.peak_memory_gib,
+        "memory_kind": summary.memory_kind,
+        "trainable": summary.trainable_parameters,
+        "train_seconds": row.train_seconds,
+        "tokens_per_second": summary.tokens_per_second,
+    }
+    for name in row.scores:
+        fields[f"{name}_published"] = row.published.get(name)
+    fields["pareto"] = row.pareto
+    return fields
 
 
 def show(sweep: Sweep, json: bool) -> None:
     """Print the rows of a sweep."""
-    found = rows(sweep, paths.runs())
-    tables.show(json, map(record, found), [table_of(sweep, found)], notes(found))
+    table = rows(sweep, paths.runs())
+    tables.show(json, map(record, table), [table_of(sweep, table)], notes(table))
 
 
 def notes(rows: Sequence[SweepRow]) -> Iterator[str]:
     """Notes below the table."""
     if any(row.pareto for row in rows):
         yield f"front: on the Pareto front over peak memory and {LOSS}"
-    if any(row.losses and row.compared_loss is None for row in rows):
+    if any(row.other_tokens for row in rows):
         yield "Members with other tokens are not comparable, so there is no Pareto front and no best member."
     if any(len(row.losses) > 1 for row in rows):
         yield f"{repeats.OTHER_ROWS.capitalize()}; members are compared seed by seed."
     if any(row.member.planned_gib is not None for row in rows):
         yield "Planned memory is that of the recipe on a GPU, also in a rehearsal, whose measured memory is the CPU's."
-    methods = dict.fromkeys(within.method for row in rows for _, within in row.scores.values() if within)
+    methods = _interval_methods(rows)
     if methods:
         yield f"Intervals: {'; '.join(methods)}."
 
 
+def _interval_methods(rows: Sequence[SweepRow]) -> list[str]:
+    """Different methods of the intervals."""
+    methods: list[str] = []
+    for row in rows:
+        methods += [score.interval.method for score in row.scores.values() if score.interval]
+    return list(dict.fromkeys(methods))
+
+
 def table_of(sweep: Sweep, rows: Sequence[SweepRow]) -> Table:
     """Table of the members."""
-    title = f"{sweep.name}: {sweep.recipe}{f'. {REHEARSALS}' if sweep.rehearsal else ''}"
-    return Table([_cells(sweep, row) for row in rows], title, below=["scored"])
+    title = f"{sweep.name}: {sweep.recipe}"
+    if sweep.rehearsal:
+        title += f". {REHEARSALS}"
+    keys = [key for key in sweep.keys if not _names_begin_with(key, sweep)]
+    return Table([_cells(row, keys) for row in rows], title, below=["scored"])
 
 
-def _cells(sweep: Sweep, row: SweepRow) -> Row:
+def _names_begin_with(key: str, sweep: Sweep) -> bool:
+    """True if the members' names show the values of a key first."""
+    return all(member.name.startswith(f"{key}=") for member in sweep.members)
+
+
+def _cells(row: SweepRow, keys: Sequence[str]) -> Row:
     """Table cells of a row: varying values, scores, the first score's interval, and costs."""
     first, *others = row.columns.values()
-    member = row.member
-    values = {
-        key: on_one_line(member.values.get(key))
-        for key in sweep.keys
-        if not all(each.name.startswith(f"{key}=") for each in sweep.members)  # the names show these values
-    }
-    states: list[str] = [result.run.state for result in row.runs]
-    if len(states) < max(len(row.seeds), 1):
-        states.append("not started")
-    within = row.scores[first.name][1]
-    return {
-        "member": member.name,
-        **values,
-        "state": ", ".join(dict.fromkeys(states)),
-        "eval loss": row.scores[LOSS][0],
-        "tokens": None if row.compared_loss else ", ".join(str(tokens)[:8] for tokens in row.losses) or None,
-        first.label: row.scores[first.name][0],
+    member, score = row.member, row.scores[first.name]
+    front = "*" if row.pareto else None
+    cells: Row = {"member": member.name}
+    for key in keys:
+        cells[key] = on_one_line(member.values.get(key))
+    cells |= {
+        "state": row.state,
+        "eval loss": row.scores[LOSS].value,
+        "tokens": row.other_tokens,
+        first.label: score.value,
         "published": row.published.get(first.name),
         "planned GiB": member.planned_gib,
         "measured GiB": row.peak_memory_gib,
-        "front": "*" if row.pareto else None,
-        "95 %": [within.low, within.high] if within else None,
-        "scored": about_rows(row.runs[0].evaluation) if row.runs else None,
-        "minutes": None if row.train_seconds is None else f"{row.train_seconds / 60:.1f}",
-        **{column.label: row.scores[column.name][0] for column in others},
+        "front": front,
+        "95 %": repeats.bounds(score.interval),
+        "scored": row.scored_rows,
+        "minutes": row.minutes,
     }
+    for column in others:
+        cells[column.label] = row.scores[column.name].value
+    return cells
 
 
 @dataclass(frozen=True)
@@ -245,33 +329,41 @@ class BestRow:
     best: SweepRow | None
 
 
-def best_rows(of_study: Study, sweeps: Iterable[Sweep], runs: Path) -> list[BestRow]:
+def best_rows(study: Study, sweeps: Iterable[Sweep], runs: Path) -> list[BestRow]:
     """Return the best member by eval loss of each sweep over a study's recipe.
 
     Test scores never select a member. Sweeps without a finished run are left out. Unless it is a rehearsal, a sweep is
     also left out if its base model or data differ from the study's.
 
     Args:
-        of_study: the study.
+        study: the study.
         sweeps: sweeps over any recipes. Either all of them are rehearsals, or none.
         runs: folder of all runs.
     """
-    order = [*of_study.published, *of_study.variants]
-    found = []
+    order = [*study.published, *study.variants]
+    best = []
     for sweep in sweeps:
-        if sweep.recipe not in order:
-            continue
-        compared = rows(sweep, runs)
-        done = [result for row in compared for result in row.runs if result.run.state == "finished"]
-        if not done or (not sweep.rehearsal and any(result.is_of_something_else for result in done)):
-            continue
-        selectable = {}
-        for row in compared:
-            if row.validated and row.compared_loss is not None:
-                selectable[row.compared_loss] = row
-        best = selectable[min(selectable)] if selectable else None
-        found.append(BestRow(sweep, of_study.first, len(done), best))
-    return sorted(found, key=lambda row: (row.sweep.name, order.index(row.sweep.recipe)))
+        if sweep.recipe in order:
+            row = _best_row(study, sweep, rows(sweep, runs))
+            if row:
+                best.append(row)
+    return sorted(best, key=lambda row: (row.sweep.name, order.index(row.sweep.recipe)))
+
+
+def _best_row(study: Study, sweep: Sweep, rows: Sequence[SweepRow]) -> BestRow | None:
+    """Best member of a sweep by eval loss; None if the sweep is left out, see `best_rows`."""
+    finished: list[RunResult] = []
+    selectable: dict[float, SweepRow] = {}
+    for row in rows:
+        finished += row.finished
+        if row.validated and row.compared_loss is not None:
+            selectable[row.compared_loss] = row
+    if not finished:
+        return None
+    if not sweep.rehearsal and any(result.is_of_something_else for result in finished):
+        return None
+    best = selectable[min(selectable)] if selectable else None
+    return BestRow(sweep, study.first, len(finished), best)
 
 
 def best_record(row: BestRow) -> Row:
@@ -285,13 +377,14 @@ def best_record(row: BestRow) -> Row:
     }
 
 
-def show_best(found: Sequence[BestRow]) -> None:
+def show_best(rows: Sequence[BestRow]) -> None:
     """Print the best members with notes, in one table per sweep name."""
-    for name, of_name in itertools.groupby(found, key=lambda row: row.sweep.name):
-        cells = [_best_cells(row) for row in of_name]
+    for name, group in itertools.groupby(rows, key=lambda row: row.sweep.name):
+        cells = [_best_cells(row) for row in group]
         title = f"{name}: best member of each recipe by eval loss"
         tables.print_table(cells, title, below=["best", "scored"])
-    if without := [row.sweep.label for row in found if not row.best]:
+    without = [row.sweep.label for row in rows if row.best is None]
+    if without:
         tables.print_text(
             "no eval loss on validation rows separate from the test rows, or eval losses over different tokens: "
             f"{', '.join(without)}; add `--set val_set_size=0.05`, or test_datasets with other rows"
@@ -301,12 +394,13 @@ def show_best(found: Sequence[BestRow]) -> None:
 def _best_cells(row: BestRow) -> Row:
     cells: Row = {"recipe": row.sweep.recipe}
     if row.best:
-        value, within = row.best.scores[row.column.name]
+        score = row.best.scores[row.column.name]
         cells |= {
             "best": row.best.member.name,
-            "eval loss": row.best.scores[LOSS][0],
-            row.column.label: value,
-            "95 %": within and [within.low, within.high],
-            "scored": about_rows(row.best.runs[0].evaluation),
+            "eval loss": row.best.scores[LOSS].value,
+            row.column.label: score.value,
+            "95 %": repeats.bounds(score.interval),
+            "scored": row.best.scored_rows,
         }
-    return cells | {"finished": f"{row.finished} of {len(row.sweep.members)}"}
+    cells["finished"] = f"{row.finished} of {len(row.sweep.members)}"
+    return cells
