@@ -124,14 +124,14 @@ def of_request(
         UserError: the config has an error that prevents a plan, or planning does not support it.
     """
     composed = composed_for(request, gpu)
-    found = work.counted(composed, request.force) if data else work.published(composed)
+    lengths = work.counted(composed, request.force) if data else work.published(composed)
     planned, step_plan = plan(composed.config, gpu, vram, request.gpus)
     findings = [finding for finding in check.check_config(composed, gpu).findings if finding.scope in ("gpu", "code")]
     override_errors(findings, request.force)
     lacks = tuple(finding.key for finding in findings if (finding.rule, finding.level) == ("gpu-lacks", "error"))
     planned.gpus = [replace(fit, fits=fit.fits and not lacks, lacks=lacks) for fit in planned.gpus]
     planned.notes += [f"{finding.name}: {finding.problem}; {finding.remedy}".rstrip("; ") for finding in findings]
-    planned.work = work.work(composed, step_plan, gpu, request.gpus, found)
+    planned.work = work.work(composed, step_plan, gpu, request.gpus, lengths)
     return planned
 
 
@@ -165,16 +165,8 @@ def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus
             "required memory excludes it"
         )
     needed = needed_per_gpu(step_plan, config, gpus)
-    size = vram or (gpu and gpu.memory)
-    targets = [
-        Gpu(gpu.name if gpu and size else f"{gib:g} GB", step_plan.step.capability or (0, 0), gib)
-        for gib in ([size] if size else SIZES)
-    ]
-    fits = []
-    for target in targets:
-        usable = usable_gib(target) * GIB
-        free = usable - needed
-        fits.append(Fit(target.name, usable, free >= 0, free))
+    targets = _targets(step_plan.step, gpu, vram)
+    fits = [_fit(target, needed) for target in targets]
     frozen, trainable = memory.total("frozen"), memory.total("trainable")
     planned = Plan(
         model=config["base_model"],
@@ -189,9 +181,25 @@ def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus
         per_gpu=engines,
         notes=notes,
     )
-    if size and not fits[0].fits:
+    if len(targets) == 1 and not fits[0].fits:
         planned.changes += _changes(config, step_plan, targets[0], gpus)
     return planned, step_plan
+
+
+def _targets(step: steps.Step, gpu: Gpu | None, vram: float | None) -> list[Gpu]:
+    """The requested GPU or memory size, or else a GPU for each of `SIZES`."""
+    capability = step.capability or (0, 0)
+    if vram:
+        return [Gpu(gpu.name if gpu else f"{vram:g} GB", capability, vram)]
+    if gpu and gpu.memory:
+        return [replace(gpu, capability=capability)]
+    return [Gpu(f"{size} GB", capability, size) for size in SIZES]
+
+
+def _fit(gpu: Gpu, needed: float) -> Fit:
+    usable = usable_gib(gpu) * GIB
+    free = usable - needed
+    return Fit(gpu.name, usable, free >= 0, free)
 
 
 def _changes(config: Config, step_plan: StepPlan, gpu: Gpu, gpus: int) -> Iterator[PlannedChange]:
@@ -261,29 +269,39 @@ def add_to(report: check.Report, gpu: Gpu | None, gpus: int | None = None, anew:
         anew: make a plan if none is cached, which takes seconds.
     """
     composed = report.composed
-    if composed and gpu and not composed.rehearsal and not report.count("error"):
-        report.add(check.placed(_findings(composed.config, gpu, gpus, anew), composed))
+    if composed is None or composed.rehearsal or report.count("error"):
+        return
+    if gpu is None or not gpu.memory:
+        return
+    finding = _not_planned(composed.config, gpus) or _memory_finding(composed.config, gpu, gpus or 1, anew)
+    if finding:
+        report.add(check.placed([finding], composed))
 
 
-def _findings(content: Config, gpu: Gpu, gpus: int | None, anew: bool) -> list[Finding]:
-    """Finding for a config that needs too much memory, or whose memory is unknown."""
-    if not gpu.memory:
-        return []
-    needed, key, unplanned = None, "micro_batch_size", "run `recipe plan`"
-    if gpus is None and any(content.get(key) for key in ENGINE_KEYS):
-        unplanned = f"{engine_of(content)} needs the number of GPUs; run `recipe plan --gpus N`"
-    elif offloads(content) or steps.split_keys(content):
-        unplanned = "plans do not support offloading to main memory, nor this way of splitting the model"
-    else:
-        try:
-            needed = required_gib(content, gpu, anew, gpus or 1)
-        except UserError as error:
-            key, unplanned = "base_model", str(error)
+def _not_planned(config: Config, gpus: int | None) -> Finding | None:
+    """Note on a config that plans do not support, or only for a known number of GPUs."""
+    if gpus is None and any(config.get(key) for key in ENGINE_KEYS):
+        return _unknown(f"{engine_of(config)} needs the number of GPUs; run `recipe plan --gpus N`")
+    if offloads(config) or steps.split_keys(config):
+        return _unknown("plans do not support offloading to main memory, nor this way of splitting the model")
+    return None
+
+
+def _unknown(reason: str, key: str = "micro_batch_size") -> Finding:
+    return Finding("note", "not-checked", key, f"memory not planned: {reason}")
+
+
+def _memory_finding(config: Config, gpu: Gpu, gpus: int, anew: bool) -> Finding | None:
+    """Finding on a config that needs too much memory, or whose memory is unknown."""
+    try:
+        needed = required_gib(config, gpu, anew, gpus)
+    except UserError as error:
+        return _unknown(str(error), "base_model")
     if needed is None:
-        return [Finding("note", "not-checked", key, f"memory not planned: {unplanned}")]
+        return _unknown("run `recipe plan`")
     usable = usable_gib(gpu)
     if needed <= usable:
-        return []
-    each = f" on each of {gpus} GPUs under {engine_of(content)}" if (gpus or 1) > 1 else ""
-    problem = f"a full batch needs {needed:.1f} GiB{each}; {usable:.1f} GiB of {gpu} are usable"
-    return [Finding("error", "too-big", "micro_batch_size", problem, "`recipe plan --gpu` lists changes that help")]
+        return None
+    place = f" on each of {gpus} GPUs under {engine_of(config)}" if gpus > 1 else ""
+    problem = f"a full batch needs {needed:.1f} GiB{place}; {usable:.1f} GiB of {gpu} are usable"
+    return Finding("error", "too-big", "micro_batch_size", problem, "`recipe plan --gpu` lists changes that help")

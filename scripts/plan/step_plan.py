@@ -218,27 +218,53 @@ def per_gpu(step_plan: StepPlan, gpus: int) -> dict[str, float]:
     """
     if gpus == 1:
         return {}
-    step, held = step_plan.step, Counter(step_plan.memory.usage.parts)
-    trained, embeddings = step_plan.memory.total("trainable"), held["embeddings and head"]
-    optimizer: float = held["optimizer"]
-    weights = held["base weights"] + held["quantization constants"] + embeddings
+    step, memory = step_plan.step, step_plan.memory
+    parts = Counter(memory.usage.parts)  # 0 for kinds that the step lacks
+    trained, embeddings = memory.total("trainable"), parts["embeddings and head"]
+    weights = parts["base weights"] + parts["quantization constants"] + embeddings
     frozen = weights if step.adapter else 0
-    rest = step_plan.required - weights - held["adapters"] - held["gradients"] - optimizer
+    rest = step_plan.required - weights - parts["adapters"] - parts["gradients"] - parts["optimizer"]
     in_zero = trained * (2 if step.autocast else 4)
-    if "torch" in step.optimizer:
-        optimizer = 8 * trained
-    elif "paged" not in step.optimizer:
-        optimizer = trained * (2 + 2 * 4 / 256)  # two bytes, and an fp32 constant each for 256 of them
-    copies = (4 * trained + optimizer) / gpus
-    loaded = 4 if step.weights == "float32" else 2
-    in_fsdp = {"lora": held["adapters"], "qlora": 4 * trained}.get(str(step.adapter), loaded * trained)
-    upcast = embeddings * (4 / loaded - 1) if step.adapter == "qlora" else 0
-    largest_layer = max((frozen + in_zero) / step_plan.memory.sizes["layers"], embeddings)
+    copies = (4 * trained + _state_under_zero(step_plan)) / gpus
+    largest_layer = max((frozen + in_zero) / memory.sizes["layers"], embeddings)
     gathered = largest_layer * (1 - 1 / gpus)
+    in_fsdp, upcast = _trained_under_fsdp(step_plan), _upcast_under_fsdp(step_plan)
     return {
-        "DDP": step_plan.required + held["gradients"],
+        "DDP": step_plan.required + parts["gradients"],
         "ZeRO-1": rest + frozen + 2 * in_zero + copies,
         "ZeRO-2": rest + frozen + in_zero + in_zero / gpus + copies,
         "ZeRO-3": rest + (frozen + 2 * in_zero) / gpus + copies + gathered,
         "FSDP": rest + (frozen + upcast + 4 * in_fsdp) / gpus + gathered,  # weights, gradients, two states
     }
+
+
+def _state_under_zero(step_plan: StepPlan) -> float:
+    """Bytes of optimizer state under ZeRO, in all shards together."""
+    optimizer, trained = step_plan.step.optimizer, step_plan.memory.total("trainable")
+    if "torch" in optimizer:
+        return 8 * trained
+    if "paged" in optimizer:
+        return step_plan.memory.usage.parts.get("optimizer", 0)
+    return trained * (2 + 2 * 4 / 256)  # two bytes, and an fp32 constant each for 256 of them
+
+
+def _trained_under_fsdp(step_plan: StepPlan) -> float:
+    """Bytes of the trained weights under FSDP, in all shards together."""
+    trained, memory = step_plan.memory.total("trainable"), step_plan.memory
+    if step_plan.step.adapter == "lora":
+        return memory.usage.parts.get("adapters", 0)
+    if step_plan.step.adapter == "qlora":
+        return 4 * trained
+    return _bytes_of_weight(step_plan.step) * trained
+
+
+def _upcast_under_fsdp(step_plan: StepPlan) -> float:
+    """Bytes that embeddings and head take in fp32 under FSDP, beyond those in the dtype of the weights."""
+    if step_plan.step.adapter != "qlora":
+        return 0
+    embeddings = step_plan.memory.usage.parts.get("embeddings and head", 0)
+    return embeddings * (4 / _bytes_of_weight(step_plan.step) - 1)
+
+
+def _bytes_of_weight(step: Step) -> int:
+    return 4 if step.weights == "float32" else 2

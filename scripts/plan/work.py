@@ -35,7 +35,7 @@ class TokenCount(StrEnum):
 
 @dataclass(frozen=True)
 class Lengths:
-    """Counts of rows and tokens per epoch.
+    """Counts of rows and tokens per epoch, all above 0.
 
     Attributes:
         rows: number of training rows.
@@ -50,6 +50,11 @@ class Lengths:
     padded: int
     origin: TokenCount
     rows_are: str = "the config's data"
+
+    @property
+    def mean(self) -> int:
+        """Mean number of tokens of a row, with padding."""
+        return round(self.padded / self.rows)
 
 
 @dataclass(frozen=True)
@@ -108,16 +113,28 @@ def published(composed: Composed) -> Lengths | None:
 
     The counts also apply to an ungated copy of the model, because it has the same tokenizer.
     """
-    of_study = studies.study_of(composed.origin or composed.recipe)
-    changed = {change.key: change for change in composed.from_origin if _DECIDES_TOKENS.match(change.key)}
+    study = studies.study_of(composed.origin or composed.recipe)
+    model = _declared_model(composed)
+    if study is None or model is None:
+        return None
+    split = study.data.splits.get("train")
+    rows = study.data.rows_of("train")
+    tokens = split.tokens.get(model) if split else None
+    if not rows or not tokens:
+        return None
+    return Lengths(rows, tokens, tokens, TokenCount.DECLARED, "the study's data")
+
+
+def _declared_model(composed: Composed) -> str | None:
+    """Base model with whose tokenizer the recipe's tokens were counted; None if a changed setting changes the count."""
     name = composed.config["base_model"]
-    if (model := changed.get("base_model")) and models.is_copy(model.run, model.recipe):
+    changed = {change.key: change for change in composed.from_origin if _DECIDES_TOKENS.match(change.key)}
+    model = changed.get("base_model")
+    if model and models.is_copy(model.run, model.recipe):
         name = model.recipe
-        changed = {key: change for key, change in changed.items() if key not in ("base_model", "revision_of_model")}
-    split = of_study.data.splits.get("train") if of_study and not changed else None
-    rows = of_study.data.rows_of("train") if of_study else None
-    tokens = split.tokens.get(str(name)) if split else None
-    return Lengths(rows, tokens, tokens, TokenCount.DECLARED, "the study's data") if rows and tokens else None
+        del changed["base_model"]
+        changed.pop("revision_of_model", None)
+    return None if changed else str(name)
 
 
 def work(composed: Composed, step_plan: StepPlan, gpu: Gpu | None, gpus: int, lengths: Lengths | None) -> Work:
@@ -130,38 +147,50 @@ def work(composed: Composed, step_plan: StepPlan, gpu: Gpu | None, gpus: int, le
         gpus: number of GPUs.
         lengths: counts of rows and tokens; without them every row counts at full length.
     """
-    config = composed.config
-    settings = TrainingSettings.of(config)
-    length, packs = settings.sequence_len, settings.sample_packing
-    lengths = lengths or _full(composed, length)
-    rows = lengths.rows if lengths else None
-    if lengths and not packs:
-        length = round(lengths.padded / lengths.rows)
-    tokens, tokens_are = (lengths.tokens, lengths.origin) if lengths else (None, TokenCount.UNKNOWN)
-    all_steps = settings.steps(rows, gpus)
-    epochs = settings.num_epochs
-    if all_steps and settings.max_steps:  # overrides num_epochs
-        taken = all_steps * settings.rows_per_step * gpus
-        if packs:  # `taken` counts packed sequences, not rows
-            tokens, epochs, tokens_are = length, taken, TokenCount.UPPER_BOUND
-        elif rows:
-            epochs = taken / rows
-    tokens = round(tokens * epochs) if tokens else None
-    per_token = flops_of_token(step_plan, length) * (lengths.padded / lengths.tokens if lengths else 1)
+    settings = TrainingSettings.of(composed.config)
+    lengths = lengths or _full(composed, settings.sequence_len)
+    tokens, origin = _tokens_of_training(settings, lengths, gpus)
+    if lengths is None:
+        rows, rows_are = None, ""
+        per_token = flops_of_token(step_plan, settings.sequence_len)
+    else:
+        rows, rows_are = lengths.rows, lengths.rows_are
+        length = settings.sequence_len if settings.sample_packing else lengths.mean
+        per_token = flops_of_token(step_plan, length) * (lengths.padded / lengths.tokens)
     rate = gpu.tflops * 1e12 * UTILIZATION * gpus / per_token if gpu and gpu.tflops else None
     hours = tokens / rate / 3600 if tokens and rate else None
-    rows_are = lengths.rows_are if lengths else ""
-    return Work(rows, rows_are, tokens, tokens_are, all_steps, per_token, rate, hours)
+    return Work(rows, rows_are, tokens, origin, settings.steps(rows, gpus), per_token, rate, hours)
+
+
+def _tokens_of_training(
+    settings: TrainingSettings, lengths: Lengths | None, gpus: int
+) -> tuple[int | None, TokenCount]:
+    """Number of tokens in all epochs or steps, and the origin of the count."""
+    rows = (settings.max_steps or 0) * settings.rows_per_step * gpus
+    if settings.max_steps and settings.sample_packing:  # each row of a step is a full sequence
+        return settings.sequence_len * rows, TokenCount.UPPER_BOUND
+    if lengths is None:
+        return None, TokenCount.UNKNOWN
+    epochs = rows / lengths.rows if settings.max_steps else settings.num_epochs
+    return round(lengths.tokens * epochs), lengths.origin
 
 
 def _full(composed: Composed, length: int) -> Lengths | None:
     """Upper bound of the counts, from the row count of the data or study."""
     rows, rows_are = datafiles.training_rows(composed.config), "the config's data"
-    of_study = studies.study_of(composed.origin or composed.recipe)
-    others = any(change.key.startswith(("datasets", "val_set_size")) for change in composed.from_origin)
-    if rows is None and of_study and not others:
-        rows, rows_are = of_study.data.rows_of("train"), "the study's data"
-    return Lengths(rows, rows * length, rows * length, TokenCount.UPPER_BOUND, rows_are) if rows else None
+    if rows is None:
+        rows, rows_are = _declared_rows(composed), "the study's data"
+    if not rows:
+        return None
+    return Lengths(rows, rows * length, rows * length, TokenCount.UPPER_BOUND, rows_are)
+
+
+def _declared_rows(composed: Composed) -> int | None:
+    """Row count declared by the study; None if the config trains on other rows than its recipe."""
+    study = studies.study_of(composed.origin or composed.recipe)
+    if study is None or any(change.key.startswith(("datasets", "val_set_size")) for change in composed.from_origin):
+        return None
+    return study.data.rows_of("train")
 
 
 def flops_of_token(step_plan: StepPlan, length: int) -> float:
@@ -172,15 +201,15 @@ def flops_of_token(step_plan: StepPlan, length: int) -> float:
     length / 2 forward (a token sees half the row on average), and twice as much backward. Checkpointing repeats the
     forward pass.
     """
-    sizes = step_plan.memory.sizes
-    again = bool(step_plan.step.checkpointing)
-    passes = 0.0
-    for kind, count in step_plan.memory.parameters.items():
-        if kind in ("norm", "embed_tokens", "vision_tower"):
-            continue
-        passes += 2 * count["frozen"] * (2 + again) + 2 * count["trainable"] * (3 + again)
-    head = step_plan.memory.parameters.get("lm_head", {})
-    if sum(head.values()) < sizes["vocabulary"] * sizes["width"]:  # the head shares the embedding's weights
-        passes += 2 * sizes["vocabulary"] * sizes["width"] * (2 + again + (step_plan.step.adapter is None))
+    step, sizes, parameters = step_plan.step, step_plan.memory.sizes, step_plan.memory.parameters
+    forward = 2 if step.checkpointing else 1  # number of forward passes
+    operations = 0.0
+    for kind, count in parameters.items():
+        if kind not in ("norm", "embed_tokens", "vision_tower"):
+            operations += 2 * count["frozen"] * (forward + 1) + 2 * count["trainable"] * (forward + 2)
+    head = sizes["vocabulary"] * sizes["width"]
+    if sum(parameters.get("lm_head", {}).values()) < head:  # the head shares the embedding's weights
+        backward = 1 if step.adapter else 2
+        operations += 2 * head * (forward + backward)
     attention = 4 * sizes["attention_width"] * length / 2 * sizes["layers"]
-    return passes + attention * (3 + again)
+    return operations + attention * (forward + 2)
