@@ -19,7 +19,9 @@ class TrainingSettings:
         sequence_len: maximum number of tokens per row.
         val_set_size: rows held out of the training data: their number, or below 1 their share.
         adapter: qlora, lora, another adapter, or None for full fine-tuning.
+        rank, dropout: of LoRA.
         targets: layers with LoRA, as in PEFT: their names, a regular expression, or all-linear.
+        saved_modules: modules that are fully trained beside LoRA.
     """
 
     micro_batch_size: int
@@ -33,7 +35,10 @@ class TrainingSettings:
     seed: int
     optimizer: str
     adapter: str | None
+    rank: int
+    dropout: float
     targets: tuple[str, ...] | str
+    saved_modules: tuple[str, ...]
 
     @classmethod
     def of(cls, config: Config) -> "TrainingSettings":
@@ -51,7 +56,10 @@ class TrainingSettings:
             seed=SEED if seed is None else seed,
             optimizer=str(config.get("optimizer") or OPTIMIZER),
             adapter=config.get("adapter") or None,  # schemas/peft.py
+            rank=_whole(config, "lora_r") or 8,  # peft/tuners/lora/config.py
+            dropout=_number(config, "lora_dropout") or 0.0,  # schemas/peft.py
             targets=_targets(config),  # schemas/peft.py
+            saved_modules=tuple(listed(config, "lora_modules_to_save")),  # schemas/peft.py
         )
 
     @property

@@ -86,7 +86,7 @@ class Allocator:
         """Allocate a block of at least `size` bytes."""
         size = max(_ROUND, rounded(size, _ROUND))
         pool = self._small if size <= _SMALL else self._large
-        block = pool.fitting(size) or (self._grow(pool, size) if self.expandable else self._segment(pool, size))
+        block = pool.fitting(size) or self._extend(pool, size)
         _split(block, size)
         block.free = False
         self.allocated += block.size
@@ -96,23 +96,26 @@ class Allocator:
     def release(self, block: Block) -> None:
         """Free a block, and merge it with free neighbours."""
         self.allocated -= block.size
-        for neighbour in (block.before, block.after):
-            if neighbour and neighbour.free:
-                block.pool.take(neighbour)
-                block = _joined(neighbour, block) if neighbour is block.before else _joined(block, neighbour)
+        before, after = block.before, block.after
+        if before and before.free:
+            block.pool.take(before)
+            block = _joined(before, block)
+        if after and after.free:
+            block.pool.take(after)
+            block = _joined(block, after)
         block.free = True
         block.pool.put(block)
 
     def empty_cache(self) -> None:
         """Return unused segments, and unused end pages of growing segments, to the device."""
         for pool in (self._small, self._large):
-            if not self.expandable:
-                for block in [block for block in pool.at.values() if not (block.before or block.after)]:
-                    pool.take(block)
-                    self.reserved -= block.size
-            elif pool.last and pool.last.free and pool.last.size >= pool.segment:
-                # the real allocator keeps the unmapped range and maps it again page by page: the totals are the same
-                self._shorten(pool, pool.last)
+            if self.expandable:
+                self._shorten(pool)
+                continue
+            segments = [block for block in pool.at.values() if block.before is None and block.after is None]
+            for segment in segments:
+                pool.take(segment)
+                self.reserved -= segment.size
 
     def reset_peaks(self) -> None:
         """Start measuring new peaks."""
@@ -123,8 +126,10 @@ class Allocator:
         self.reserved += size
         self.peak_reserved = max(self.peak_reserved, self.reserved)
 
-    def _segment(self, pool: Pool, size: int) -> Block:
-        """Reserve a new segment for a block of `size` bytes; return the segment as one block."""
+    def _extend(self, pool: Pool, size: int) -> Block:
+        """Reserve memory, and return a block of at least `size` bytes."""
+        if self.expandable:
+            return self._grow(pool, size)
         length = pool.segment if size < _OWN_SEGMENT else rounded(size, _SMALL_SEGMENT)
         self._reserve(length)
         self._address += length
@@ -145,8 +150,14 @@ class Allocator:
         block.size += added
         return block
 
-    def _shorten(self, pool: Pool, block: Block) -> None:
-        """Unmap the whole pages within the free block at a growing segment's end."""
+    def _shorten(self, pool: Pool) -> None:
+        """Unmap whole pages if the block at a growing segment's end is free.
+
+        The real allocator keeps the unmapped range and maps it again page by page; the totals are the same.
+        """
+        block = pool.last
+        if block is None or not block.free or block.size < pool.segment:
+            return
         pool.take(block)
         kept = -block.address % pool.segment
         self.reserved -= block.size - kept
@@ -198,14 +209,21 @@ Counts = dict[str, dict[str, int]]
 
 def lasting(events: Events) -> Events:
     """Events, except those of storages that are both allocated and freed within the list."""
-    passing = {storage for storage, size in events if size < 0} & {storage for storage, size in events if size >= 0}
+    allocated = {storage for storage, size in events if size >= 0}
+    freed = {storage for storage, size in events if size < 0}
+    passing = allocated & freed
     return [event for event in events if event[0] not in passing]
 
 
 def ordered(events: Events) -> Events:
     """Events with consecutive frees sorted by id; Python frees set members in random order."""
-    groups = groupby(events, key=lambda event: event[1] >= 0)
-    return [event for made, group in groups for event in (group if made else sorted(group))]
+    result: Events = []
+    for allocates, group in groupby(events, key=lambda event: event[1] >= 0):
+        if allocates:
+            result += group
+        else:
+            result += sorted(group)
+    return result
 
 
 @dataclass

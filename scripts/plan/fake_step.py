@@ -34,18 +34,35 @@ from .steps import Step
 @contextmanager
 def _fake(step: Step) -> Iterator[None]:
     """Run the block on fake CPU tensors that behave like GPU tensors."""
-    patches: list[AbstractContextManager[Any]] = [
+    with ExitStack() as stack:
+        for context in (*_torch_contexts(), *_bitsandbytes_patches(), *_model_patches(step)):
+            stack.enter_context(context)
+        yield
+
+
+def _torch_contexts() -> list[AbstractContextManager[Any]]:
+    return [
         catch_warnings(action="ignore"),  # warnings about fake tensors
         FakeTensorMode(allow_non_fake_inputs=True),
         # nn.Module._apply swaps tensors, but recorded fake tensors cannot be swapped
         patch("torch.utils.swap_tensors", lambda old, new: setattr(old, "data", new.data)),
+        patch("torch.optim.adam._get_value", lambda value: 1.0 if isinstance(value, torch.Tensor) else value),
+    ]
+
+
+def _bitsandbytes_patches() -> list[AbstractContextManager[Any]]:
+    return [
         # a Params4bit cannot hold a fake tensor, but a plain parameter with the same attributes can
         patch("bitsandbytes.nn.modules.Params4bit", lambda data, **_: nn.Parameter(data, requires_grad=False)),
         # the original would compute 256 values with real tensors, and cache them for the process
         patch("bitsandbytes.functional.create_dynamic_map", lambda *_, **__: torch.empty(256)),
         patch.dict(bnb.functional.name2qmap),
-        patch("torch.optim.adam._get_value", lambda value: 1.0 if isinstance(value, torch.Tensor) else value),
     ]
+
+
+def _model_patches(step: Step) -> list[AbstractContextManager[Any]]:
+    """Patches of masks, kernels and loss for a step."""
+    patches: list[AbstractContextManager[Any]] = []
     if not step.packed:  # with fake tensors, the function would always find packed rows
         patches.append(patch("transformers.masking_utils.find_packed_sequence_indices", lambda *_, **__: None))
     if step.attention == "flash_attention_2":  # traced as sdpa without a mask, even for a sliding window
@@ -61,32 +78,18 @@ def _fake(step: Step) -> Iterator[None]:
         ]
     if step.chunked_loss:
         patches.append(patch.dict("transformers.loss.loss_utils.LOSS_MAPPING", {"ForCausalLM": chunked_loss()}))
-    with ExitStack() as stack:
-        for each in patches:
-            stack.enter_context(each)
-        yield
+    return patches
 
 
 def _build(step: Step, recorder: Recorder) -> Any:
     """Load the model: base weights one by one, then the adapters."""
-    config = AutoConfig.for_model(**json.loads(step.model))
-    config.use_cache = False
-    config._attn_implementation = "eager" if step.attention == "eager" else "sdpa"
-    dtype = getattr(torch, step.weights)
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()
-    for module in model.modules():
-        if getattr(module, "rope_type", None) in ("dynamic", "longrope"):  # these need the values of positions
-            module.rope_type = "default"
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if step.adapter == "qlora" and isinstance(layer, nn.Linear) and name != "lm_head":
-                setattr(parent, name, _quantized(step, layer, recorder))
+    model = _base_model(step)
+    if step.adapter == "qlora":
+        _quantize(step, model, recorder)
     for tensor in (*model.parameters(), *model.buffers()):
         recorder.add(tensor, "base weights")
     with recorder:
-        model = _trainable(step, model, dtype)
+        model = _trainable(step, model)
     model.train()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.requires_grad and step.adapter:
@@ -96,6 +99,28 @@ def _build(step: Step, recorder: Recorder) -> Any:
         else:
             recorder.add(tensor, "base weights")
     return model
+
+
+def _base_model(step: Step) -> Any:
+    """Model with unquantized weights, without adapters."""
+    config = AutoConfig.for_model(**json.loads(step.model))
+    config.use_cache = False
+    config._attn_implementation = "eager" if step.attention == "eager" else "sdpa"
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, step.weights))
+    model.tie_weights()
+    for module in model.modules():
+        if getattr(module, "rope_type", None) in ("dynamic", "longrope"):  # these need the values of positions
+            module.rope_type = "default"
+    return model
+
+
+def _quantize(step: Step, model: nn.Module, recorder: Recorder) -> None:
+    """Replace the linear layers except the output head by 4-bit layers."""
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, nn.Linear) and name != "lm_head":
+                setattr(parent, name, _quantized(step, layer, recorder))
 
 
 def _quantized(step: Step, layer: nn.Linear, recorder: Recorder) -> nn.Module:
@@ -124,35 +149,51 @@ def _quantized(step: Step, layer: nn.Linear, recorder: Recorder) -> nn.Module:
     return quantized
 
 
-def _trainable(step: Step, model: Any, dtype: torch.dtype) -> Any:
+def _trainable(step: Step, model: Any) -> Any:
     """Prepare the model for training: adapters, dtypes and checkpointing."""
     if step.adapter == "qlora":
         model.is_loaded_in_4bit = model.is_quantized = True
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=bool(step.checkpointing))
     if step.axolotl:
-        # axolotl/loaders/model.py, _configure_embedding_dtypes
-        cast = dtype if step.adapter or step.attention not in ("sdpa", "eager") else torch.float32
-        for name, module in model.named_modules():
-            if "norm" in name or name.endswith(("embed_tokens", "lm_head")):
-                module.to(cast)
+        _convert_embeddings(step, model)
     elif not step.adapter:
         model.float()
     if step.adapter:
-        lora = LoraConfig(
-            r=step.rank,
-            lora_alpha=step.rank,
-            lora_dropout=step.dropout,
-            target_modules=step.targets if isinstance(step.targets, str) else list(step.targets),
-            modules_to_save=list(step.saved_modules) or None,
-            use_dora=step.dora,
-            task_type="CAUSAL_LM",
-        )
-        model = get_peft_model(model, lora, autocast_adapter_dtype=step.fp32_adapters)
+        model = get_peft_model(model, _lora_config(step), autocast_adapter_dtype=step.fp32_adapters)
     if step.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": step.checkpointing == "reentrant"})
-    if step.adapter if step.axolotl else step.checkpointing:  # axolotl/loaders/adapter.py, load_adapter
+    if _requires_input_gradients(step):
         model.enable_input_require_grads()
     return model
+
+
+def _convert_embeddings(step: Step, model: nn.Module) -> None:
+    """Convert embeddings, head and norms as Axolotl does (loaders/model.py, _configure_embedding_dtypes)."""
+    dtype = torch.float32
+    if step.adapter or step.attention == "flash_attention_2":
+        dtype = getattr(torch, step.weights)
+    for name, module in model.named_modules():
+        if "norm" in name or name.endswith(("embed_tokens", "lm_head")):
+            module.to(dtype)
+
+
+def _lora_config(step: Step) -> LoraConfig:
+    return LoraConfig(
+        r=step.rank,
+        lora_alpha=step.rank,
+        lora_dropout=step.dropout,
+        target_modules=step.targets if isinstance(step.targets, str) else list(step.targets),
+        modules_to_save=list(step.saved_modules) or None,
+        use_dora=step.dora,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _requires_input_gradients(step: Step) -> bool:
+    """True if the embedding's output requires gradients, as in axolotl/loaders/adapter.py, load_adapter."""
+    if step.axolotl:
+        return step.adapter is not None
+    return step.checkpointing is not None
 
 
 def _optimizer(step: Step, model: nn.Module, trained: list[torch.Tensor], recorder: Recorder) -> Any:

@@ -229,13 +229,12 @@ def per_gpu(step_plan: StepPlan, gpus: int) -> dict[str, float]:
     largest_layer = max((frozen + in_zero) / memory.sizes["layers"], embeddings)
     gathered = largest_layer * (1 - 1 / gpus)
     in_fsdp, upcast = _trained_under_fsdp(step_plan), _upcast_under_fsdp(step_plan)
-    return {
-        "DDP": step_plan.required + parts["gradients"],
-        "ZeRO-1": rest + frozen + 2 * in_zero + copies,
-        "ZeRO-2": rest + frozen + in_zero + in_zero / gpus + copies,
-        "ZeRO-3": rest + (frozen + 2 * in_zero) / gpus + copies + gathered,
-        "FSDP": rest + (frozen + upcast + 4 * in_fsdp) / gpus + gathered,  # weights, gradients, two states
-    }
+    engines = {"DDP": step_plan.required + parts["gradients"]}
+    engines["ZeRO-1"] = rest + frozen + 2 * in_zero + copies
+    engines["ZeRO-2"] = rest + frozen + in_zero + in_zero / gpus + copies
+    engines["ZeRO-3"] = rest + (frozen + 2 * in_zero) / gpus + copies + gathered
+    engines["FSDP"] = rest + (frozen + upcast + 4 * in_fsdp) / gpus + gathered  # weights, gradients, two states
+    return engines
 
 
 def _state_under_zero(step_plan: StepPlan) -> float:

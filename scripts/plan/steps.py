@@ -3,11 +3,12 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..base.errors import UserError
 from ..base.yamlfiles import Config
 from ..config.gpus import offloads
+from ..config.merging import listed
 from ..config.numerics import attention, precision, takes_varlen
 from ..config.training_settings import OPTIMIZER, TrainingSettings
 
@@ -95,29 +96,28 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
     """
     settings = TrainingSettings.of(config)
     _refuse_unplannable(config, settings, architecture)
-    implementation = _attention(config)
-    packs, masks = settings.sample_packing, implementation != "flash_attention_2"
+    layout = _layout(config, settings, architecture)
     quantization = config.get("bnb_config_kwargs") or {}
     step = Step(
         model=json.dumps(architecture, sort_keys=True),
         adapter=settings.adapter,
-        weights="float32" if _scales_gradients_of_all(config, settings) else precision(config, on_gpu=True).weights,
+        weights=_weights(config, settings),
         autocast=precision(config, on_gpu=True).autocast,
-        rank=int(config.get("lora_r") or 8),  # PEFT's default
+        rank=settings.rank,
         targets=settings.targets,
-        saved_modules=tuple(config.get("lora_modules_to_save") or ()),
+        saved_modules=settings.saved_modules,
         dora=bool(config.get("peft_use_dora")),
         fp32_adapters=config.get("peft_autocast_adapter_dtype") is not False,
-        dropout=float(config.get("lora_dropout") or 0),
+        dropout=settings.dropout,
         quantization=quantization.get("bnb_4bit_quant_type", "nf4"),
         double_quantization=quantization.get("bnb_4bit_use_double_quant", True),
         checkpointing=_checkpointing(config),
-        attention=implementation,
-        padded=masks and not packs and _has_mask(config, settings, architecture),
-        packed=masks and packs,
-        flat=not masks and packs,
+        attention=_attention(config),
+        padded=layout == "padded",
+        packed=layout == "packed",
+        flat=layout == "flat",
         accumulates=settings.rows_per_step > settings.micro_batch_size,
-        optimizer=settings.optimizer if settings.optimizer in OPTIMIZERS else OPTIMIZER,
+        optimizer=_optimizer(settings),
         chunked_loss=bool(config.get("chunked_cross_entropy")),
         capability=oldest_alike(capability),
     )
@@ -125,15 +125,22 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
     return step, notes
 
 
-def _scales_gradients_of_all(config: Config, settings: TrainingSettings) -> bool:
-    """True if fp16's gradient scaler, which refuses gradients in fp16, is used with full fine-tuning."""
-    return settings.adapter is None and precision(config, on_gpu=True).autocast == "float16"
+def _weights(config: Config, settings: TrainingSettings) -> str:
+    """Dtype of unquantized weights. In full fine-tuning with fp16, the gradient scaler refuses gradients in fp16."""
+    formats = precision(config, on_gpu=True)
+    if settings.adapter is None and formats.autocast == "float16":
+        return "float32"
+    return formats.weights
 
 
 def _attention(config: Config) -> str:
     """Attention implementation in the traced step; kernels other than torch's are traced as FlashAttention."""
     implementation = attention(config) or "sdpa"
     return implementation if implementation in ("sdpa", "eager") else "flash_attention_2"
+
+
+def _optimizer(settings: TrainingSettings) -> str:
+    return settings.optimizer if settings.optimizer in OPTIMIZERS else OPTIMIZER
 
 
 def _checkpointing(config: Config) -> str | None:
@@ -143,11 +150,19 @@ def _checkpointing(config: Config) -> str | None:
     return "reentrant" if options.get("use_reentrant") else "non-reentrant"
 
 
-def _has_mask(config: Config, settings: TrainingSettings, architecture: dict[str, Any]) -> bool:
-    """True if unpacked rows need a mask: for padding, or for a sliding window under sdpa."""
+Layout = Literal["packed", "flat", "padded", "plain"]
+"""Layout of the rows in a micro batch; see `Step`. `plain` means rows of one length, which need no mask."""
+
+
+def _layout(config: Config, settings: TrainingSettings, architecture: dict[str, Any]) -> Layout:
+    implementation = _attention(config)
+    if implementation == "flash_attention_2":
+        return "flat" if settings.sample_packing else "plain"
+    if settings.sample_packing:
+        return "packed"
     if settings.micro_batch_size > 1 or config.get("pad_to_sequence_len"):
-        return True
-    return _attention(config) == "sdpa" and _has_window(architecture)
+        return "padded"
+    return "padded" if implementation == "sdpa" and _has_window(architecture) else "plain"
 
 
 def oldest_alike(capability: tuple[int, int]) -> tuple[int, int]:
@@ -179,9 +194,9 @@ def _refuse_unplannable(config: Config, settings: TrainingSettings, architecture
 
 def _substitutions(config: Config, settings: TrainingSettings) -> Iterator[str]:
     """Notes on settings that are planned as others."""
-    if _scales_gradients_of_all(config, settings):
+    if _weights(config, settings) != precision(config, on_gpu=True).weights:
         yield "weights in fp32: the gradient scaler refuses gradients in fp16"
-    if settings.optimizer not in OPTIMIZERS:
+    if settings.optimizer != _optimizer(settings):
         yield f"optimizer {settings.optimizer}: planned as {OPTIMIZER}"
     implementation = attention(config) or "sdpa"
     if implementation != _attention(config):
@@ -209,7 +224,7 @@ def split_keys(config: Config) -> list[str]:
 
 def _untraced(config: Config, settings: TrainingSettings, architecture: dict[str, Any]) -> Iterator[str]:
     """Notes on values that change the memory but not the trace."""
-    if settings.targets == "all-linear" and {"embed_tokens", "lm_head"} & {*(config.get("lora_target_modules") or ())}:
+    if settings.targets == "all-linear" and {"embed_tokens", "lm_head"} & {*listed(config, "lora_target_modules")}:
         yield "lora_target_modules: planned only with the linear layers; training needs more memory"
     if takes_varlen(config, architecture):
         yield "varlen_attn: planned as sdpa with a mask over packed rows; training needs less memory"
