@@ -33,6 +33,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # each with its shar
 from qlora_recipes import cli
 from qlora_recipes.base import hub, paths, terminal
 from qlora_recipes.config.gpus import CPU_RANKS
+from qlora_recipes.config.merging import Override, parse_override
 from qlora_recipes.data import studies
 from qlora_recipes.data.sample import rehearsal_data, usual_sample
 from qlora_recipes.run import launch
@@ -311,6 +312,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 def config_with(change: yamlfiles.Config, name: str = "haider2024/code-llama-7b") -> yamlfiles.Config:
     """A shipped recipe with some keys changed; None deletes one."""
     return {key: value for key, value in (recipe_config(name) | change).items() if value is not None}
+
+
+def typed(*texts: str) -> list[Override]:
+    """Overrides as the command line parses them."""
+    return [parse_override(text) for text in texts]
 
 
 def recipe_config(name: str) -> yamlfiles.Config:

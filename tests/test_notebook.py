@@ -20,6 +20,7 @@ import pytest
 from conftest import wait_until
 
 from qlora_recipes.base import paths
+from qlora_recipes.config.merging import Override
 from qlora_recipes.run import rundir
 from qlora_recipes.run.rundir import RunDir
 
@@ -129,7 +130,7 @@ def test_the_cells_train_on_one_day_and_go_on_the_next(tmp_path, repository, sta
     record = kept.read()
     assert record.state == "interrupted"
     assert record.rehearsal is True
-    assert record.overrides[-3] == "save_steps=50"
+    assert record.overrides[-3] == Override("save_steps", 50)
     env = a_machine(tmp_path, "second", stand_in)
     another_day = a_session(tmp_path, [*CELLS[:-2], CELLS[-1]], repository, env)
     said, _ = another_day.communicate(timeout=300)

@@ -291,7 +291,7 @@ def placed(findings: Iterable[Finding], composed: Composed) -> Iterator[Finding]
             key, changed = f"{finding.key}.", f"{difference.key}."
             if key.startswith(changed) or changed.startswith(key):
                 file = composed.files.get(difference.key)
-                finding.where = difference.without_secrets().why
+                finding.where = difference.without_secrets().source.text
         if file:
             finding.where, finding.line = paths.shown(file), yamlfiles.line_of(file, finding.key)
         yield finding

@@ -15,7 +15,7 @@ from ..data.sample import usual_sample
 from . import datafiles, gpus, merging, models, numerics, substitution, variants
 from .datafiles import DataFile
 from .gpus import Gpu
-from .merging import Difference
+from .merging import Difference, Override, Source
 from .profiles import ADAPTED, Incompatible, adapted
 from .training_settings import SEED
 from .variants import check_not_of_the_run
@@ -31,7 +31,7 @@ class Request:
 
     name: str
     profiles: list[str] = field(default_factory=list)
-    overrides: list[str] = field(default_factory=list)
+    overrides: list[Override] = field(default_factory=list)
     rehearse: bool = False
     gpus: int = 1  # on each node
     dry_run: bool = False
@@ -95,27 +95,27 @@ class _Draft:
     """A config under composition, changed step by step.
 
     Attributes:
-        reasons: reason and file of the last change of each key.
+        sources: source and file of the last change of each key.
         sample: the rehearsal profile's keys for the shipped sample.
         given: the user's changes merged after the rehearsal profile, by dotted key.
         incompatible: see `Composed`.
     """
 
     config: Config
-    reasons: dict[str, tuple[str, Path | None]] = field(default_factory=dict)
+    sources: dict[str, tuple[Source, Path | None]] = field(default_factory=dict)
     sample: Config = field(default_factory=dict)
     given: Config = field(default_factory=dict)
     incompatible: Incompatible = field(default_factory=dict)
 
-    def take(self, changed: Config, reason: str, source: Path | None = None) -> None:
-        """Adopt a changed config, and record the reason for each changed key."""
-        self.reasons.update(dict.fromkeys(merging.differences(self.config, changed), (reason, source)))
+    def take(self, changed: Config, source: Source, file: Path | None = None) -> None:
+        """Adopt a changed config, and record the source of each changed key."""
+        self.sources.update(dict.fromkeys(merging.differences(self.config, changed), (source, file)))
         self.config = changed
 
     def differences(self, before: Config) -> list[Difference]:
         """Differences from an earlier config."""
         differing = merging.differences(before, self.config).items()
-        return [Difference(key=key, recipe=old, run=new, why=self.reasons[key][0]) for key, (old, new) in differing]
+        return [Difference(key=key, recipe=old, run=new, source=self.sources[key][0]) for key, (old, new) in differing]
 
     def rehearsal_changes(self, fragment: Config) -> Config:
         """Return the rehearsal profile's changes, except its keys for the sample; store those in `sample`."""
@@ -143,10 +143,12 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     rehearsal = REHEARSAL in dict(profiles)
     draft = _Draft(base)
     own = recipe | {key: base.get(key) for key in merging.OF_THE_RUN}
-    draft.take({key: value for key, value in own.items() if value is not None}, paths.shown(file), file)
+    draft.take(
+        {key: value for key, value in own.items() if value is not None}, Source("recipe", paths.shown(file)), file
+    )
     of_variant, of_file = draft.differences(base), draft.config
     if MIRROR in dict(profiles):
-        draft.take(_mirrored(draft.config), f"profile {MIRROR}")
+        draft.take(_mirrored(draft.config), Source("profile", MIRROR))
     others = [profile for profile in profiles if profile[0] != MIRROR]
     begun = draft.config
     for profile, source in others:
@@ -159,32 +161,35 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
             fragment = draft.rehearsal_changes(fragment)
         elif draft.sample:
             draft.given |= dict(merging.flatten(fragment))
-        draft.take(merging.merge(draft.config, fragment), f"profile {profile}", source)
-    for text in request.overrides:
-        key, value = merging.parse_override(text)
-        check_not_of_the_run(key, f"--set {text}")
-        draft.take(merging.override(draft.config, key, value), f"--set {text}")
-        draft.given |= dict(merging.flatten({key: value}))
+        draft.take(merging.merge(draft.config, fragment), Source("profile", profile), source)
+    for override in request.overrides:
+        check_not_of_the_run(override.key, f"--set {override.text}")
+        draft.take(merging.override(draft.config, override.key, override.value), override.source)
+        draft.given |= dict(merging.flatten({override.key: override.value}))
     if rehearsal and request.ranks == 1:
         engine = set(gpus.ENGINE_KEYS).difference(datafiles.missing_paths(draft.config))
         without = merging.merge(draft.config, dict.fromkeys(engine))
-        draft.take(without, "the rehearsal uses one process; --gpus 2 rehearses the engine too")
+        reason = "the rehearsal uses one process; --gpus 2 rehearses the engine too"
+        draft.take(without, Source("default", detail=reason))
     several = f"--gpus {request.gpus}" + (f" --nodes {request.nodes}" if request.nodes > 1 else "")
-    draft.take(gpus.divided(draft.config, request.ranks, several), f"{several}: keeps the number of rows per step")
+    draft.take(
+        gpus.divided(draft.config, request.ranks, several), Source("gpus", several, "keeps the number of rows per step")
+    )
     if rehearsal:
         for changes, reason in substitution.substitutions(draft.config, draft.sample, draft.given):
-            draft.take(merging.merge(draft.config, changes), f"rehearsal: {reason}")
+            draft.take(merging.merge(draft.config, changes), Source("rehearsal", detail=reason))
     stated = numerics.engine_precision(draft.config, on_gpu=not rehearsal)
-    draft.take(stated, "DeepSpeed reads auto too late for ZeRO-3")
+    draft.take(stated, Source("default", detail="DeepSpeed reads auto too late for ZeRO-3"))
     if draft.config.get("seed") is None:
-        draft.take(draft.config | {"seed": SEED}, "without a seed, each run would begin differently")
+        reason = "without a seed, each run would begin differently"
+        draft.take(draft.config | {"seed": SEED}, Source("default", detail=reason))
     return Composed(
         recipe=name,
         recipe_file=file,
         origin=origin,
         config=draft.config,
         differences=draft.differences(of_file),
-        files={key: source for key, (_, source) in draft.reasons.items() if source},
+        files={key: changed_by for key, (_, changed_by) in draft.sources.items() if changed_by},
         profiles=[*dict(profiles)],
         rehearsal=rehearsal,
         incompatible=draft.incompatible,
@@ -192,13 +197,13 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     )
 
 
-def _preview(composed: Config, profiles: list[Path], overrides: list[str]) -> Config:
+def _preview(composed: Config, profiles: list[Path], overrides: list[Override]) -> Config:
     """Merge the other profiles and the overrides into a config, so that `fast` and `packed` can adapt to it."""
     for file in profiles:
         composed = merging.merge(composed, yamlfiles.read_yaml(file))
-    for text in overrides:
+    for override in overrides:
         with suppress(UserError):  # `compose` reports the error
-            composed = merging.override(composed, *merging.parse_override(text))
+            composed = merging.override(composed, override.key, override.value)
     return composed
 
 

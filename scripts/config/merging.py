@@ -4,11 +4,11 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from ..base.errors import UserError
 from ..base.secrets import MASK, masked, names_secret, without_secrets
-from ..base.yamlfiles import Config, parse
+from ..base.yamlfiles import Config, parse, write_flow
 
 TRACKING = re.compile("(use_|hf_)?(wandb|mlflow|comet|trackio|swanlab|tensorboard|otel)(_|$)")
 """Keys of experiment trackers, which do not affect training."""
@@ -71,8 +71,56 @@ def merge(config: Config, changes: Config) -> Config:
 _QUOTED = r"""(?<![^\s,\[\]{}():'"])(?:'(?:[^']|'')*'|"(?:\\.|[^"\\])*")"""  # YAML's quotes begin a value
 
 
-def parse_override(text: str) -> tuple[str, Any]:
-    """Split `key=value` from --set into a dotted key and a YAML value.
+def top_key(key: str) -> str:
+    """First part of a dotted key."""
+    return key.partition(".")[0]
+
+
+def last_key(key: str) -> str:
+    """Last part of a dotted key."""
+    return key.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class Override:
+    """A value for a dotted key; None deletes the key."""
+
+    key: str
+    value: Any = None  # run.json omits None
+
+    @property
+    def written(self) -> str:
+        """The value as YAML on one line."""
+        return write_flow(self.value)
+
+    @property
+    def text(self) -> str:
+        """The override as `key=value`."""
+        return f"{self.key}={self.written}"
+
+    @property
+    def source(self) -> "Source":
+        """The override as the source of a change."""
+        return Source("override", self.key, self.written)
+
+    def without_secrets(self) -> "Override":
+        """The override with secrets masked."""
+        return Override(self.key, without_secrets(self.value, self.key))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TypedOverride(Override):
+    """An override from the command line, which messages repeat as the user typed it."""
+
+    typed: str
+
+    @property
+    def written(self) -> str:
+        return self.typed
+
+
+def parse_override(text: str) -> Override:
+    """Parse `key=value` from --set, whose value is YAML.
 
     Raises:
         UserError: the text is malformed, or has several values.
@@ -81,7 +129,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     if len(values) > 1:
         remedy = "write a list as [a,b], and text with commas in quotes"
         raise UserError("several values, which only `recipe sweep` takes", key=f"--set {text}", remedy=remedy)
-    return key, values[0]
+    return TypedOverride(key, values[0], typed=text.partition("=")[2])
 
 
 def parse_overrides(text: str) -> tuple[str, list[Any]]:
@@ -169,31 +217,65 @@ def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
     }
 
 
+SourceKind = Literal["recipe", "profile", "override", "rehearsal", "gpus", "default"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Source of a changed value.
+
+    Attributes:
+        kind: `recipe`, the file of a variant or edited copy; `profile`; `override`; `rehearsal`, a substitution;
+            `gpus`, the division of the batch; `default`, a setting that the project makes explicit.
+        name: the file, the profile, the key of the override, or the options that request the GPUs.
+        detail: the value of the override as written, or the reason for the change.
+    """
+
+    kind: SourceKind
+    name: str = ""
+    detail: str = ""
+
+    @property
+    def text(self) -> str:
+        """The source in words, for tables and messages."""
+        if self.kind == "profile":
+            return f"profile {self.name}"
+        if self.kind == "override":
+            return f"--set {self.name}={self.detail}"
+        if self.kind == "rehearsal":
+            return f"rehearsal: {self.detail}"
+        if self.kind == "gpus":
+            return f"{self.name}: {self.detail}"
+        return self.name or self.detail
+
+    def without_secrets(self, key: str) -> "Source":
+        """The source of a key's value, with secrets masked."""
+        is_secret = self.kind == "override" and (names_secret(self.name) or names_secret(key))
+        return Source(self.kind, masked(self.name), MASK if is_secret else masked(self.detail))
+
+
 @dataclass(kw_only=True)
 class Difference:
-    """A changed key: its values in the recipe file and the run, and the reason."""
+    """A changed key: its values in the recipe file and the run, and the source of the change."""
 
     key: str
     recipe: Any = None
     run: Any = None
-    why: str
+    source: Source
 
     def without_secrets(self) -> "Difference":
         """The difference with secrets masked."""
-        why = masked(self.why)
-        if names_secret(self.key):
-            why = re.sub("(?s)=.*", f"={MASK}", self.why)  # the option `--set key=value`
         return Difference(
             key=self.key,
             recipe=without_secrets(self.recipe, self.key),
             run=without_secrets(self.run, self.key),
-            why=why,
+            source=self.source.without_secrets(self.key),
         )
 
     def __str__(self) -> str:
         shown = self.without_secrets()
         recipe, run = (str(value).partition("\n")[0] for value in (shown.recipe, shown.run))  # first lines only
-        return f"{self.key}: {recipe} -> {run}  ({shown.why})"
+        return f"{self.key}: {recipe} -> {run}  ({shown.source.text})"
 
 
 def chained(first: Sequence[Difference], second: Sequence[Difference]) -> list[Difference]:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from ..base import paths, tables, yamlfiles
-from ..base.errors import UserError
 from ..base.files import Row, embedding_rows, read_json, sha256
 from ..base.hub import importing_axolotl
 from ..base.paths import template_environment
 from ..base.secrets import names_secret, without_secrets
 from ..base.yamlfiles import Config
 from ..config import datafiles, merging, models
+from ..config.merging import Override
 from ..data import studies
 from ..data.declaration import Data
 from ..data.raw_rows import constants
@@ -84,10 +84,19 @@ class Card:
     def run(self) -> Row:
         """Public part of run.json."""
         run = self.result.run
-        differences = [difference for difference in run.differences if not is_private(difference.key)]
-        overrides = [override for override in run.overrides if not _sets_private(override)]
-        public_run = run.model_copy(update={"differences": differences, "overrides": overrides})
-        return self._public(public_run.model_dump(exclude={"of_variant"}))
+        overrides = [override.text for override in run.overrides if not _sets_private(override)]
+        dumped = run.model_dump(exclude={"differences", "of_variant"})
+        return self._public(dumped | {"overrides": overrides})
+
+    @property
+    def differences(self) -> list[Row]:
+        """Differences from the recipe, except those of private keys."""
+        rows: list[Row] = []
+        for difference in self.result.run.differences:
+            if not is_private(difference.key):
+                shown = difference.without_secrets()
+                rows.append({"key": shown.key, "recipe": shown.recipe, "run": shown.run, "why": shown.source.text})
+        return self._public(rows)
 
     @cached_property
     def config(self) -> Config:
@@ -314,13 +323,9 @@ def is_private(key: str) -> bool:
     return bool(_NOT_SHOWN.match(key)) or names_secret(key)
 
 
-def _sets_private(override: str) -> bool:
-    """True if `key=value` sets a private key, possibly a nested one."""
-    try:
-        key, value = merging.parse_override(override)
-    except UserError:
-        key, value = override.partition("=")[0], None
-    return any(is_private(below) for below, _ in merging.flatten(value, key))
+def _sets_private(override: Override) -> bool:
+    """True if an override sets a private key, possibly a nested one."""
+    return any(is_private(below) for below, _ in merging.flatten(override.value, override.key))
 
 
 def _arguments(decoding: studies.Decoding) -> str:

@@ -123,8 +123,8 @@ def _changes(run: Run) -> yamlfiles.Config:
     """Changed settings with the run's values, except those that leave the recipe's meaning."""
     changes = {}
     for difference in run.from_origin:
-        key, (how, _, which) = difference.key, difference.why.partition(" ")
-        if how == "--gpus" or (how == "profile" and which in score_records.PROFILES):
+        key, source = difference.key, difference.source
+        if source.kind == "gpus" or (source.kind == "profile" and source.name in score_records.PROFILES):
             continue
         if key == "seed" or merging.TRACKING.match(key) or re.fullmatch(r"(test_)?datasets\b.*\.path", key):
             continue

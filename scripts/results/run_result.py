@@ -11,8 +11,8 @@ from ..base.errors import UserError
 from ..base.files import Row
 from ..base.yamlfiles import Config
 from ..config import merging, models
-from ..config.compose import MIRROR
-from ..config.merging import Difference
+from ..config.compose import MIRROR, REHEARSAL
+from ..config.merging import Difference, Source
 from ..data import manifest, studies
 from ..data.manifest import is_the_studys
 from ..data.published import EvalTokens, Published, PublishedScore
@@ -22,8 +22,6 @@ from ..evaluate.scores_file import BASE, Changed, Evaluation, changed, read_scor
 from ..metrics.metric import Column
 from ..run.rundir import RunDir
 from ..training.run_record import Run, Summary
-
-REHEARSED = ("profile rehearsal", "rehearsal: ")  # a rehearsal's changes of settings have reasons that begin so
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +135,7 @@ class RunResult:
     @property
     def changed_keys(self) -> list[str]:
         """Keys that the user changed."""
-        return [difference.key for difference in self.run.differences if not difference.why.startswith(REHEARSED)]
+        return [difference.key for difference in self.run.differences if not _is_rehearsed(difference.source)]
 
     @property
     def rows_evaluated(self) -> int | None:
@@ -317,13 +315,18 @@ def trained_settings(cfg: Config) -> dict[str, Any]:
     return settings
 
 
+def _is_rehearsed(source: Source) -> bool:
+    """True for a change that every rehearsal makes."""
+    return source.kind == "rehearsal" or source == Source("profile", REHEARSAL)
+
+
 def _is_negligible(change: Difference) -> bool:
     """True for another tracker, output or number of GPUs, and for a copy of the recipe's model."""
     if change.key in ("base_model", "tokenizer_config"):
         return models.is_copy(change.run, change.recipe)
     if change.key == "seed":
         return change.recipe is None  # Axolotl's default, see `compose`
-    if change.why == f"profile {MIRROR}" or change.why.startswith("--gpus "):
+    if change.source.kind == "gpus" or change.source == Source("profile", MIRROR):
         return True
     return change.key in merging.OF_THE_RUN or bool(merging.TRACKING.match(change.key))
 

@@ -155,7 +155,7 @@ def _preference(of_study: Study, result: RunResult) -> tuple[bool, bool, bool, b
     """
     run, evaluated = result.run, result.is_scored
     # an override that repeats the recipe's value, as in a sweep, is not among the differences
-    changed = [one.key for one in run.differences if one.why.startswith("--set ") and one.key != repeats.SEED]
+    changed = [one.key for one in run.differences if one.source.kind == "override" and one.key != repeats.SEED]
     plain = not changed and not set(run.profiles) - {REHEARSAL, *TRACKERS} and run.ranks == 1
     own_seed = all(difference.key != repeats.SEED for difference in run.differences)
     done = run.state == "finished" and evaluated
@@ -268,7 +268,7 @@ def _settings(of_study: Study, recipe: str, chosen: RunResult) -> tuple[list[str
     of_paper, comment_prefixes = yamlfiles.sources(file), tuple(of_study.comment_prefixes)
     paper = yamlfiles.read_yaml(file)
     sources = yamlfiles.sources(paths.recipe_file(recipe))
-    sources |= {difference.key.partition(".")[0]: difference.why for difference in run.differences}
+    sources |= {merging.top_key(difference.key): difference.source.text for difference in run.differences}
     ours = chosen.config
     differs = [
         f"{key}: {_in_words(after)} instead of {_in_words(before)}"

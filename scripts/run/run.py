@@ -12,7 +12,6 @@ from pathlib import Path
 from ..base import hardware, paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import sha256, write_atomically
-from ..base.secrets import masked
 from ..base.terminal import Bar, say, say_once
 from ..base.yamlfiles import Config
 from ..check import check
@@ -286,7 +285,7 @@ def record_of(composed: Composed, request: Request) -> Run:
         digest=composed.digest,
         rehearsal=composed.rehearsal,
         profiles=composed.profiles,
-        overrides=[*map(masked, request.overrides)],
+        overrides=[override.without_secrets() for override in request.overrides],
         forced=request.force,
         gpus_used=request.gpus,
         nodes=request.nodes,

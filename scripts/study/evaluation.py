@@ -16,6 +16,7 @@ from ..base.paths import find_recipe
 from ..base.terminal import say
 from ..config import datafiles, models, substitution
 from ..config.compose import MIRROR, Composed, Request
+from ..config.merging import Override
 from ..data.published import AdapterFormat
 from ..evaluate import evaluate, evaluation_rows
 from ..evaluate.evaluate import EvaluationRequest, EvaluationTask
@@ -164,7 +165,7 @@ def checked(request: Request, backend: Backend) -> Composed:
     Raises:
         UserError: the config has errors, or this machine lacks the required GPU.
     """
-    request = replace(request, overrides=[*request.overrides, "lora_model_dir=null"])
+    request = replace(request, overrides=[*request.overrides, Override("lora_model_dir", None)])
     pipeline = Pipeline(TaskResult(request.name), request, EvaluationRequest(), backend)
     if not pipeline.check(with_data=False) or pipeline.composed is None:
         raise UserError(pipeline.result.problem or f"{request.name}: refused")

@@ -17,7 +17,7 @@ from ..base.terminal import Bar, say
 from ..config import datafiles, models
 from ..config.compose import MIRROR, Composed, Request
 from ..config.gpus import Gpu
-from ..config.merging import parse_override
+from ..config.merging import Override
 from ..data import fetch, manifest, prepare
 from ..data.declaration import Data, PreparedFormat
 from ..data.published import adapter_files
@@ -150,7 +150,7 @@ def _outlined(pipeline: Pipeline) -> Row:
     row: Row = {"recipe": pipeline.result.label, "training": "new"}
     row |= dict.fromkeys(("steps", "needs GiB", "fits", "hours", "changes", "problem"))
     if pipeline.composed:
-        changes = (str(change) for change in pipeline.composed.differences if change.why.startswith("--set "))
+        changes = (str(change) for change in pipeline.composed.differences if change.source.kind == "override")
         row["changes"] = "; ".join(changes) or None
     pipeline.look_up()
     if pipeline.existing:
@@ -204,12 +204,12 @@ def _wanted(of_study: Study, request: Request, only: list[str], seeds: int) -> l
     Raises:
         UserError: see `chosen`; or an override sets the seed although several seeds are requested.
     """
-    if seeds > 1 and any(parse_override(text)[0] == "seed" for text in request.overrides):
+    if seeds > 1 and any(override.key == "seed" for override in request.overrides):
         raise UserError("--seeds: --set already sets seed; give only one of the two")
     return [
         (
             TaskResult(recipe, seed=seed),
-            asked if seed is None else replace(asked, overrides=[*asked.overrides, f"seed={seed}"]),
+            asked if seed is None else replace(asked, overrides=[*asked.overrides, Override("seed", seed)]),
         )
         for recipe in chosen(of_study, only)
         for asked in [request_for(request, recipe)]

@@ -22,6 +22,7 @@ from ..check import schema
 from ..config import merging, variants
 from ..config.compose import Request
 from ..config.gpus import Gpu
+from ..config.merging import Override
 from ..data import studies
 from ..data.studies import Study
 from ..evaluate.evaluate import EvaluationRequest
@@ -55,10 +56,10 @@ class SweepMember(BaseModel):
         return self.name if self.seed is None else f"{self.name}, seed {self.seed}"
 
     @property
-    def overrides(self) -> list[str]:
-        """Values and seed as key=value texts for --set."""
+    def overrides(self) -> list[Override]:
+        """Overrides with the values and the seed."""
         values = self.values if self.seed is None else self.values | {"seed": self.seed}
-        return settings(values)
+        return [Override(key, value) for key, value in values.items()]
 
 
 class Sweep(BaseModel):

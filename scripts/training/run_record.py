@@ -16,7 +16,7 @@ from ..base.files import sha256
 from ..base.hardware import GpuInfo, cpu_name, torch_cuda, visible_gpus
 from ..base.processes import now, package_version
 from ..config.datafiles import DataFile
-from ..config.merging import Difference, chained
+from ..config.merging import Difference, Override, chained
 from ..data.published import EvalTokens
 
 VERSION = 1
@@ -226,7 +226,7 @@ class Run(RecordVersion):
     digest: str | None = None  # hash of the data, and of the config without the keys that a run adds
     rehearsal: bool = False
     profiles: list[str] = Field(default_factory=list)
-    overrides: list[str] = Field(default_factory=list)
+    overrides: list[Override] = Field(default_factory=list)
     forced: list[str] = Field(default_factory=list)  # names of overridden findings
     seal: str | None = None  # see `trust.seal` in run/
     gpus_used: int = 1  # GPUs per node

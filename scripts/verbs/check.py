@@ -84,7 +84,7 @@ def check_verb(
     if not all(report.validated for report in reports):
         return  # an incomplete check recommends no next step
     if not rehearse:  # `plan` has no --rehearse
-        next_step("plan", *names or [], *over(profile, set_), *(["--gpu", gpu] if gpu else []), json=json)
+        next_step("plan", *names or [], *over(profile or [], set_ or []), *(["--gpu", gpu] if gpu else []), json=json)
     elif len(requests) == 1:
         next_step("run", *launching(requests[0]), json=json)
 

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from ..base.terminal import PART, say
 
 if TYPE_CHECKING:
     from ..config.compose import Request
+    from ..config.merging import Override
     from ..run.rundir import RunDir
 
 
@@ -76,10 +78,14 @@ def next_step(*words: str | Path, json: bool = False) -> None:
         say(f"next: recipe {shlex.join(map(str, [*where, *words]))}")
 
 
-def over(profiles: list[str] | None, sets: list[str] | None) -> list[str]:
+def over(profiles: Sequence[str], overrides: "Sequence[Override]") -> list[str]:
     """Arguments --profile and --set for a command."""
-    laid = [("--profile", profiles), ("--set", sets)]
-    return [word for option, values in laid for value in values or [] for word in (option, value)]
+    words: list[str] = []
+    for profile in profiles:
+        words += ["--profile", profile]
+    for override in overrides:
+        words += ["--set", override.text]
+    return words
 
 
 def name_of(folder: "RunDir") -> str:

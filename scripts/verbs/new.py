@@ -65,6 +65,6 @@ def new_verb(
         notes = [*notes, *new.reasons(composed.config, sets, unread)]
     for note in notes:
         say(note)
-    if not model and any(override.startswith("base_model=") for override in overrides):
+    if not model and any(override.key == "base_model" for override in overrides):
         say("revision, special tokens, layers and comments are still those of the former model; --model replaces them")
     next_step("check", name)

@@ -13,6 +13,7 @@ from ..base.errors import UserError
 from ..base.files import Row, read_json
 from ..base.paths import find_recipe
 from ..base.terminal import say
+from ..config.merging import Override, parse_override
 
 if TYPE_CHECKING:
     from ..run.backends import Backend, TaskResult
@@ -173,9 +174,10 @@ Profiles = Annotated[
     ),
 ]
 Overrides = Annotated[
-    list[str] | None,
+    list[Override] | None,
     typer.Option(
         "--set",
+        parser=parse_override,
         metavar="KEY=VALUE",
         autocompletion=complete_keys,
         help="Override a config key, or a nested key such as a.b.0.c. Repeatable.",

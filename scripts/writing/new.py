@@ -16,6 +16,7 @@ from ..base.errors import UserError
 from ..base.files import write_atomically
 from ..base.yamlfiles import Config
 from ..config import datafiles, merging, models, variants
+from ..config.merging import Override
 from .render import SPECIAL_TOKENS, ModelFacts, describe
 
 HELD_OUT = 0.05
@@ -58,9 +59,9 @@ class OtherModel:
     not_known: list[str]
 
     @property
-    def overrides(self) -> list[str]:
-        """The changes in the form of --set."""
-        return [f"{key}={yamlfiles.write_flow(change.value)}" for key, change in self.changes.items()]
+    def overrides(self) -> list[Override]:
+        """The changes as overrides."""
+        return [Override(key, change.value) for key, change in self.changes.items()]
 
 
 def for_model(base: str, name: str) -> OtherModel:
@@ -104,7 +105,7 @@ def for_model(base: str, name: str) -> OtherModel:
     return OtherModel(about, changes, lines)
 
 
-def for_data(base: str, file: Path) -> list[str]:
+def for_data(base: str, file: Path) -> list[Override]:
     """Overrides for training a recipe on a file of rows, with a held-out share.
 
     Raises:
@@ -120,10 +121,10 @@ def for_data(base: str, file: Path) -> list[str]:
     if not recipe.get("val_set_size"):
         changes |= {"test_datasets": None} if recipe.get("test_datasets") else {}
         changes["val_set_size"] = HELD_OUT
-    return [f"{key}={yamlfiles.write_flow(value)}" for key, value in changes.items()]
+    return [Override(key, value) for key, value in changes.items()]
 
 
-def reasons(composed: Config, overrides: Iterable[str], unread: list[str]) -> list[str]:
+def reasons(composed: Config, overrides: Iterable[Override], unread: list[str]) -> list[str]:
     """Give the reasons for those settings of a variant that the user's rows require, one per line.
 
     Settings named in `overrides` are not explained. The last line lists text fields that are not read.
@@ -134,7 +135,7 @@ def reasons(composed: Config, overrides: Iterable[str], unread: list[str]) -> li
         "val_set_size": f"held out: val_set_size {composed['val_set_size']}, for the eval loss and `recipe evaluate`; "
         "--set val_set_size=20 holds out 20 rows",
     }
-    overridden = {re.split("[.=]", override)[0] for override in overrides}
+    overridden = {merging.top_key(override.key) for override in overrides}
     if unread:
         lines["unread"] = f"not used: {' and '.join(unread)}; add the text to a field that is used, or --set the fields"
     return [line for key, line in lines.items() if key not in overridden]
@@ -154,13 +155,13 @@ def _chat_templates(recipe: Config, folder: Path | None, entry: Config, changes:
     return [f"{key} stays {name}: check that it suits the model" for key, name in foreign.items()]
 
 
-def write(name: str, base: str, overrides: list[str], other: OtherModel | None = None) -> Path:
+def write(name: str, base: str, overrides: list[Override], other: OtherModel | None = None) -> Path:
     """Write a variant of a recipe or file to variants/<name>.yaml.
 
     Args:
         name: the name of the variant.
         base: the recipe or file to change.
-        overrides: the changes, as `key=value`.
+        overrides: the changes.
         other: the base model that replaces the recipe's.
 
     Raises:
@@ -178,8 +179,9 @@ def write(name: str, base: str, overrides: list[str], other: OtherModel | None =
     text = yamlfiles.read_text(base_file)
     recipe = yamlfiles.parse(text, str(base_file))
     changes = dict(other.changes) if other else {}
-    for key, value in map(merging.parse_override, overrides):
-        top = key.partition(".")[0]
+    for override in overrides:
+        key, value = override.key, override.value
+        top = merging.top_key(key)
         if other and top == "base_model":
             raise UserError("--set base_model: --model sets the model already; give only one")
         if top in changes and changes[top].source:
@@ -240,7 +242,7 @@ def edited(text: str, key: str, value: Any, where: str, source: str | None = Non
     after = merging.override(before, key, value)
     if _is_same(before, after) and (source is None or key not in before):
         return text
-    top = key.partition(".")[0]
+    top = merging.top_key(key)
     document = yaml.compose(text, Loader=yaml.CSafeLoader)
     lines = text.split("\n")
     first = end = _last_line(document, lines) + 1

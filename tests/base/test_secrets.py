@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from conftest import config_with
+from conftest import config_with, typed
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.secrets import MASK, is_secret, masked, without_secrets
@@ -170,7 +170,7 @@ def test_a_secret_that_an_override_deletes_is_not_recorded(place, recipe):
     (place / "mine.yaml").write_text(yamlfiles.write_yaml(config_with({"comet_api_key": "planted-word"})))
     done = recipe("run", "mine.yaml", "--rehearse", "--dry-run", "--set", "comet_api_key=null")
     assert done.returncode == 0, done.stderr
-    request = compose.Request("mine.yaml", overrides=["comet_api_key=null", "learning_rate=1e-4"])
+    request = compose.Request("mine.yaml", overrides=typed("comet_api_key=null", "learning_rate=1e-4"))
     record = run.record_of(compose.compose(request), request).model_dump_json()
     assert "planted" not in done.stdout + done.stderr + record
     assert '"key":"comet_api_key","recipe":"***"' in record
@@ -181,7 +181,7 @@ ADDRESS = "https://example.org/rows.jsonl?id=planted"
 
 def test_an_address_trains_with_its_parameters_only_by_consent(place):
     """The config of the run keeps the parameter; all else masks it."""
-    request = compose.Request("mine.yaml", overrides=[f"datasets.0.path={ADDRESS}"])
+    request = compose.Request("mine.yaml", overrides=typed(f"datasets.0.path={ADDRESS}"))
     (place / "mine.yaml").write_text(yamlfiles.write_yaml(config_with({})))
     composed = compose.compose(request)
     findings = [found for found in check.check_config(composed).findings if found.rule == "address-parameter"]

@@ -1,9 +1,10 @@
 """`recipe check` as a user meets it, and whatever a file may hold."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import config_with
+from conftest import config_with, typed
 
 from qlora_recipes.base import hub, paths, yamlfiles
 from qlora_recipes.base.errors import UserError
@@ -219,6 +220,6 @@ def test_no_warm_up_is_noted_where_steps_stay_or_it_is_set(place, overrides):
     assert warm_up_notes(overrides=overrides) == []
 
 
-def warm_up_notes(**settings):
-    report = check.check_request(Request(NAME, **settings))
+def warm_up_notes(overrides: list[str], **settings: Any) -> list[Finding]:
+    report = check.check_request(Request(NAME, overrides=typed(*overrides), **settings))
     return [finding for finding in report.findings if finding.rule == "fixed-warm-up"]

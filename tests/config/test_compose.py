@@ -2,10 +2,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import typed
 
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.config import compose, datafiles
 from qlora_recipes.config.compose import Request
+from qlora_recipes.config.merging import Source
 from qlora_recipes.config.training_settings import TrainingSettings
 from qlora_recipes.run import run
 from qlora_recipes.run.rundir import RunDir
@@ -26,7 +28,7 @@ def place(place: Path) -> Path:
 def test_rows_are_prepared_anew_after_a_change_of_data_or_of_a_setting_that_may_affect_them(place):
     def prepared(*more: str) -> str:
         overrides = ["datasets.0.path=data/a.jsonl", "test_datasets=null", *more]
-        of_run = compose.compose(Request(NAME, overrides=overrides))
+        of_run = compose.compose(Request(NAME, overrides=typed(*overrides)))
         of_run.data = datafiles.record(of_run.config)
         return str(run.launch_config(of_run, RunDir(Path("runs", NAME, "now")))["dataset_prepared_path"])
 
@@ -42,7 +44,7 @@ def test_rows_are_prepared_anew_after_a_change_of_data_or_of_a_setting_that_may_
     [("chat_template_jinja", "t.jinja"), ("deepspeed", "ds.json"), ("base_model", "model/tokenizer.json")],
 )
 def test_another_content_of_a_file_that_a_config_names_is_another_config(place, key, file):
-    request = Request(NAME, overrides=[f"{key}={file.partition('/')[0]}"])
+    request = Request(NAME, overrides=typed(f"{key}={file.partition('/')[0]}"))
     of_run = compose.compose(request)
     (place / file).parent.mkdir(exist_ok=True)
     (place / file).write_text("{}")
@@ -60,7 +62,7 @@ def test_a_config_without_a_seed_gets_axolotls_own(place):
 
 
 def test_a_mirror_is_a_difference(place):
-    found = {d.key: (d.run, d.why) for d in compose.compose(Request(NAME, ["mirror"])).differences}
+    found = {d.key: (d.run, d.source.text) for d in compose.compose(Request(NAME, ["mirror"])).differences}
     assert found["base_model"] == ("NousResearch/Llama-2-7b-hf", "profile mirror")
     (place / "own.yaml").write_text("base_model: meta-llama/Llama-2-7b-hf\ntokenizer_config: meta-llama/Llama-3.2-3B\n")
     assert compose.compose(Request("own.yaml", ["mirror"])).config["tokenizer_config"] == "unsloth/Llama-3.2-3B"
@@ -83,7 +85,7 @@ def test_a_rehearsal_in_one_process_drops_the_engine():
     ],
 )
 def test_a_rehearsal_shortens_a_warm_up_also_where_its_steps_are_not_known(place, override):
-    of_run = compose.compose(Request(NAME, overrides=[override], rehearse=True))
+    of_run = compose.compose(Request(NAME, overrides=typed(override), rehearse=True))
     assert datafiles.training_steps(of_run.config) is None
     changed = {d.key: (d.recipe, d.run) for d in of_run.differences if d.key.startswith("warmup_")}
     assert changed == {"warmup_steps": (10, None), "warmup_ratio": (None, 0.1)}
@@ -99,11 +101,11 @@ def test_a_rehearsal_shortens_a_warm_up_also_where_its_steps_are_not_known(place
     ],
 )
 def test_steps_keep_their_rows_on_several_gpus(gpus, change, key, expected):
-    of_run = compose.compose(Request(NAME, overrides=change, gpus=gpus))
+    of_run = compose.compose(Request(NAME, overrides=typed(*change), gpus=gpus))
     assert of_run.config[key] == expected
     assert TrainingSettings.of(of_run.config).rows_per_step * gpus == 8
     (difference,) = (one for one in of_run.differences if one.key == key)
-    assert difference.why.startswith(f"--gpus {gpus}: ")
+    assert difference.source == Source("gpus", f"--gpus {gpus}", "keeps the number of rows per step")
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_steps_keep_their_rows_on_several_gpus(gpus, change, key, expected):
 )
 def test_steps_that_cannot_keep_their_rows_are_refused(gpus, change, unit):
     with pytest.raises(UserError, match=unit):
-        compose.compose(Request(NAME, overrides=change, gpus=gpus))
+        compose.compose(Request(NAME, overrides=typed(*change), gpus=gpus))
 
 
 @pytest.mark.parametrize(
@@ -124,8 +126,9 @@ def test_steps_that_cannot_keep_their_rows_are_refused(gpus, change, unit):
 )
 def test_deepspeed_gets_the_configs_precision(changes, bf16, fp16):
     """ZeRO-3 reads "auto" as off, and then keeps an unquantized model in fp32."""
-    composed = compose.compose(Request("haider2024/llama-3-8b", ["zero3"], changes))
+    composed = compose.compose(Request("haider2024/llama-3-8b", ["zero3"], typed(*changes)))
     assert composed.config["deepspeed"]["bf16"] == {"enabled": bf16}
     assert composed.config["deepspeed"]["fp16"] == {"enabled": fp16}
-    on_a_cpu = compose.compose(Request("haider2024/llama-3-8b", ["zero3"], ["bf16=true"], rehearse=True, gpus=2))
+    in_bf16 = typed("bf16=true")
+    on_a_cpu = compose.compose(Request("haider2024/llama-3-8b", ["zero3"], in_bf16, rehearse=True, gpus=2))
     assert on_a_cpu.config["deepspeed"]["bf16"] == {"enabled": True}

@@ -19,8 +19,8 @@ def place(place: Path) -> Path:
 
 
 def with_data(override: str) -> yamlfiles.Config:
-    key, value = merging.parse_override(override)
-    return merging.override(merging.merge(recipe_config(NAME), {"test_datasets": None}), key, value)
+    change = merging.parse_override(override)
+    return merging.override(merging.merge(recipe_config(NAME), {"test_datasets": None}), change.key, change.value)
 
 
 @pytest.mark.parametrize(

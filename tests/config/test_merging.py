@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.config import merging
+from qlora_recipes.config.merging import Override
 
 leaves = st.one_of(st.integers(), st.booleans(), st.text(max_size=5), st.floats(allow_nan=False))
 keys = st.text("abcdef_", min_size=1, max_size=4)
@@ -47,13 +48,47 @@ def test_merge_reaches_below_replaces_lists_and_deletes_by_null():
 )
 def test_override_sets_what_it_names(text, expected):
     base = {"a": 1, "d": [{"p": "x"}, {"p": "y"}]}
-    assert merging.override(base, *merging.parse_override(text)) == expected
+    override = merging.parse_override(text)
+    assert merging.override(base, override.key, override.value) == expected
+    assert override.text == text
 
 
-@pytest.mark.parametrize("text", ["novalue", "=1", "d.7.p=1", "d.x=1", "a.b=1", "a=[1", "a=1,2"])
-def test_override_refuses_what_it_cannot_set(text):
-    with pytest.raises(UserError, match="--set"):
-        merging.override({"a": 1, "d": [{"p": "x"}]}, *merging.parse_override(text))
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        pytest.param("d.7.p", "--set d.7.p: 7 is not a position in a list of 1, counted from 0", id="position"),
+        pytest.param("d.x", "--set d.x: x is not a position in a list of 1, counted from 0", id="key-of-a-list"),
+        pytest.param("a.b", "--set a.b: 1 has no key b", id="key-of-a-number"),
+    ],
+)
+def test_an_override_of_a_missing_place_is_refused(key, message):
+    with pytest.raises(UserError) as refused:
+        merging.override({"a": 1, "d": [{"p": "x"}]}, key, 1)
+    assert str(refused.value) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        pytest.param("novalue", "--set novalue: expected key=value, as in --set num_epochs=3", id="no-value"),
+        pytest.param("=1", "--set =1: expected key=value, as in --set num_epochs=3", id="no-key"),
+        pytest.param(
+            "a=[1",
+            "--set a=[1: not valid YAML: did not find expected ',' or ']' (column 1)",
+            id="yaml",
+        ),
+        pytest.param(
+            "a=1,2",
+            "--set a=1,2: several values, which only `recipe sweep` takes; write a list as [a,b], and text with commas "
+            "in quotes",
+            id="several-values",
+        ),
+    ],
+)
+def test_a_malformed_override_is_refused(text, message):
+    with pytest.raises(UserError) as refused:
+        merging.parse_override(text)
+    assert str(refused.value) == message
 
 
 @pytest.mark.parametrize(
@@ -72,7 +107,7 @@ def test_override_refuses_what_it_cannot_set(text):
 def test_several_values_are_split_at_commas_outside_brackets_and_quotes(text, values):
     assert merging.parse_overrides(f"a={text}") == ("a", values)
     for value in values:  # as a sweep passes it to `run`
-        assert merging.parse_override(f"a={yamlfiles.write_flow(value)}") == ("a", value)
+        assert merging.parse_override(Override("a", value).text).value == value
 
 
 @pytest.mark.parametrize("text", ["16,", ",16", "1,,2"])

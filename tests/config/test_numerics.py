@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import config_with
+from conftest import config_with, typed
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
@@ -82,7 +82,7 @@ NO_DROPOUT = "peft-metamathqa/qlora-rank32"
 
 
 def laid(name: str, *profiles: str, gpu: str | None = "A100", overrides: tuple[str, ...] = ()) -> Composed:
-    return compose.compose(Request(name, [*profiles], [*overrides]), gpus.find(gpu) if gpu else None)
+    return compose.compose(Request(name, [*profiles], typed(*overrides)), gpus.find(gpu) if gpu else None)
 
 
 def on(composed: Composed) -> set[str]:

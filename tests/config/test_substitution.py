@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import typed
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.files import write_rows
 from qlora_recipes.config import compose
 from qlora_recipes.config.compose import Composed, Request
+from qlora_recipes.config.merging import Source
 
 OWN: dict[str, Any] = {
     "base_model": "some/llama",
@@ -39,11 +41,11 @@ def rehearsed(change: dict[str, Any] | None = None, *overrides: str, profiles: t
     """The rehearsal of a recipe of one's own."""
     content = {key: value for key, value in (OWN | (change or {})).items() if value is not None}
     Path("mine.yaml").write_text(yamlfiles.write_yaml(content))
-    return compose.compose(Request("mine.yaml", profiles=[*profiles], overrides=[*overrides], rehearse=True))
+    return compose.compose(Request("mine.yaml", profiles=[*profiles], overrides=typed(*overrides), rehearse=True))
 
 
-def why(composed: Composed, key: str) -> str:
-    return next(difference.why for difference in composed.differences if difference.key == key)
+def source(composed: Composed, key: str) -> Source:
+    return next(difference.source for difference in composed.differences if difference.key == key)
 
 
 def splits(composed: Composed, section: str = "datasets") -> list[str | None]:
@@ -54,7 +56,9 @@ def test_a_rehearsal_takes_the_first_of_its_own_rows_and_says_so():
     own = rehearsed()
     assert own.config["datasets"] == [OWN["datasets"][0] | {"split": "train[:32]"}]
     assert own.config["sequence_len"] == 4096
-    assert why(own, "datasets.0.split").startswith("rehearsal: ")
+    assert source(own, "datasets.0.split") == Source(
+        "rehearsal", detail="the first rows of the config's data, at most 32"
+    )
     assert not {"test_datasets", "val_set_size"} & own.config.keys()  # no evaluation was asked for
 
 
@@ -87,7 +91,8 @@ def test_the_sample_takes_the_place_of_rows_that_are_not_there(path):
     (dataset,) = own.config["datasets"]
     assert Path(dataset["path"]).is_file() and dataset["type"] == "alpaca"
     assert own.config["sequence_len"] == 512
-    assert path in why(own, "datasets.0.path")
+    reason = f"rows of the shipped sample, because {path} cannot be loaded in part on this machine"
+    assert source(own, "datasets.0.path") == Source("rehearsal", detail=reason)
     assert "test_datasets" not in own.config
     more = rehearsed({"datasets": [{"path": path, "type": "completion"}]}, "datasets.0.split=train[:48]")
     assert splits(more) == ["train[:48]"]
@@ -165,7 +170,8 @@ def test_what_a_cpu_lacks_is_exchanged_and_listed(change, expected):
         assert {key: own.config.get(key) for key in expected} == expected
     for key in expected.keys() & change.keys():
         if expected[key] != change[key] and key != "plugins":
-            assert why(as_recipe, key).startswith(("rehearsal: ", "profile rehearsal"))
+            of_key = source(as_recipe, key)
+            assert of_key == Source("profile", "rehearsal") or of_key.kind == "rehearsal"
 
 
 def test_ends_of_turns_stay_and_the_stand_in_gets_those_that_it_lacks():

@@ -6,6 +6,7 @@ from typing import Any
 
 import orjson
 import pytest
+from conftest import typed
 from declared import sums
 
 from qlora_recipes.base import paths, yamlfiles
@@ -38,7 +39,7 @@ def rehearsed(recipes: Path, *overrides: str, **changes: Any) -> Composed:
     own = {"path": "data/sums/train.jsonl", "type": OWN} | changes.pop("entry", {})
     recipe = of_first | {"datasets": [own], "test_datasets": [own | {"path": "data/sums/valid.jsonl"}]} | changes
     (recipes / "sums" / "one.yaml").write_text(yamlfiles.write_yaml(recipe))
-    return compose(Request("sums/one", rehearse=True, overrides=[*overrides]))
+    return compose(Request("sums/one", rehearse=True, overrides=typed(*overrides)))
 
 
 @pytest.mark.parametrize("entry", [{"type": OWN}, CHAT, {"type": None, "ds_type": "json"}], ids=str)

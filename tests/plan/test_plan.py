@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL, config_with, recipe_config
+from conftest import SMALL, config_with, recipe_config, typed
 from planned_memory import WEIGHTS, kept_by_rank
 
 from qlora_recipes.base import paths, yamlfiles
@@ -259,7 +259,7 @@ def test_work_counts_the_rows_that_are_there(small, sample, tmp_path):
     found = plan.of_request(Request(str(file)), gpus.find("T4")).work
     assert found and (found.rows, found.tokens, found.steps) == (109, 109 * 2048 * 2, 28)
     assert found.hours == pytest.approx(found.tokens * found.flops_per_token / (65e12 * work.UTILIZATION) / 3600)
-    few = plan.of_request(Request(str(file), overrides=["max_steps=3"])).work
+    few = plan.of_request(Request(str(file), overrides=typed("max_steps=3"))).work
     assert few and (few.steps, few.tokens) == (3, 3 * 8 * 2048)
 
 

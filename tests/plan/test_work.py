@@ -5,7 +5,7 @@ from typing import Any
 
 import orjson
 import pytest
-from conftest import config_with
+from conftest import config_with, typed
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
@@ -28,12 +28,12 @@ def own(tiny: Path, sample: Path, tmp_path: Path) -> Path:
 
 
 def counted(file: Path | str, *overrides: str) -> work.Lengths:
-    return work.counted(compose(Request(str(file), overrides=list(overrides))))
+    return work.counted(compose(Request(str(file), overrides=typed(*overrides))))
 
 
 def evaluation_rows_of(file: Path, override: str) -> list[int]:
     """Lengths of the rows that Axolotl holds out."""
-    config = compose(Request(str(file), overrides=[override])).config
+    config = compose(Request(str(file), overrides=typed(override))).config
     with importing_axolotl():
         from qlora_recipes.training.tokens import Tokenizer
 
@@ -85,11 +85,14 @@ def test_hours_count_padding(own):
     ("change", "tokens"),
     [
         ({}, 4198051),
-        ({"overrides": ["micro_batch_size=2", "gradient_accumulation_steps=2"]}, 4198051),  # padding aside
+        (
+            {"overrides": typed("micro_batch_size=2", "gradient_accumulation_steps=2")},
+            4198051,
+        ),  # padding aside
         ({"profiles": ["packed"]}, 4198051),
         ({"profiles": ["mirror"]}, 4198051),
         *(
-            ({"overrides": [change]}, None)
+            ({"overrides": typed(change)}, None)
             for change in (
                 *("sequence_len=512", "base_model=meta-llama/Llama-2-7b-hf", "revision_of_model=main"),
                 *("val_set_size=0.5", "datasets.0.path=mine.jsonl", "datasets.0.split=train[:100]"),
@@ -121,7 +124,7 @@ def test_rows_that_cannot_be_counted_are_refused(own, sample, tmp_path):
 def test_steps_of_packed_rows_are_of_full_sequences(own):
     config = yamlfiles.read_yaml(own)
     step = config["micro_batch_size"] * config["gradient_accumulation_steps"] * config["sequence_len"]
-    took = plan.of_request(Request(str(own), overrides=["max_steps=3", "sample_packing=true"])).work
+    took = plan.of_request(Request(str(own), overrides=typed("max_steps=3", "sample_packing=true"))).work
     assert took and took.tokens == 3 * step
 
 

@@ -149,7 +149,7 @@ def test_an_odd_value_of_a_record_is_named_with_its_field(recipe, bad, change):
 
 
 def test_an_integer_beyond_64_bits_becomes_a_float(recipe, bad):
-    difference = {"key": "lora_r", "run": 10**30, "why": "--set lora_r"}
+    difference = {"key": "lora_r", "run": 10**30, "source": {"kind": "override", "name": "lora_r", "detail": "1"}}
     edit(bad.path / "run.json", differences=[difference], provenance={"other": 10**30})
     assert listed(recipe.ok("results", "--json").stdout) == {"good", "bad"}
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import typed
 from run_folders import a_run
 
 from qlora_recipes.base.errors import UserError
@@ -27,7 +28,7 @@ def a_loss(
     folder = a_run(runs, RECIPE, name, 0, scores={"rows": 0}, summary=summary)
     (folder.path / "scores.json").unlink()
     run = folder.read()
-    run.differences = compose(Request(RECIPE, overrides=[*sets], profiles=[*profile])).differences
+    run.differences = compose(Request(RECIPE, overrides=typed(*sets), profiles=[*profile])).differences
     folder.write(run)
     return folder
 

@@ -29,7 +29,7 @@ from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.base.files import sha256
 from qlora_recipes.config import merging
 from qlora_recipes.config.datafiles import DataFile
-from qlora_recipes.config.merging import Difference
+from qlora_recipes.config.merging import Difference, Override, Source, parse_override
 from qlora_recipes.config.numerics import quantized
 from qlora_recipes.data.studies import Decoding
 from qlora_recipes.evaluate import scores_file
@@ -221,10 +221,10 @@ SECRETS = {
 
 def test_a_card_names_nothing_of_the_machine_and_no_secret(run, tmp_path):
     run.config_file.write_text(yamlfiles.write_yaml(yamlfiles.read_yaml(run.config_file) | SECRETS))
-    overrides = [f"{key}={json.dumps(value)}" for key, value in SECRETS.items()]
-    planted = [Difference(key=k, run=v, why=f"--set {o}") for (k, v), o in zip(SECRETS.items(), overrides, strict=True)]
     absolute = str(tmp_path / "my data" / "train.jsonl")
-    overrides += [f"datasets.0.path={absolute}", "deepspeed=../someone/zero.json", "wandb_entity=someone"]
+    changes = SECRETS | {"datasets.0.path": absolute, "deepspeed": "../someone/zero.json", "wandb_entity": "someone"}
+    overrides = [Override(key, value) for key, value in changes.items()]
+    planted = [Difference(key=o.key, run=o.value, source=o.source) for o in overrides if o.key in SECRETS]
     run.write(
         record(
             tmp_path,
@@ -232,9 +232,11 @@ def test_a_card_names_nothing_of_the_machine_and_no_secret(run, tmp_path):
             profiles=[str(tmp_path / "work" / "profiles" / "p.yaml"), "/home/someone/q.yaml"],
             overrides=overrides,
             differences=[
-                Difference(key="datasets.0.path", recipe="a", run=absolute, why="profile /home/someone/q.yaml"),
-                Difference(key="special_tokens", run={"pad_token": "</s>", "url": "https://a.org/b/c"}, why="--set"),
-                Difference(key="wandb_entity", run="someone", why="--set wandb_entity=someone"),
+                Difference(
+                    key="datasets.0.path", recipe="a", run=absolute, source=Source("profile", "/home/someone/q.yaml")
+                ),
+                Difference(key="special_tokens", run={"pad_token": "</s>"}, source=Source("gpus", "--gpus 2", "a/b")),
+                Difference(key="wandb_entity", run="someone", source=Source("override", "wandb_entity", "someone")),
                 *planted,
             ],
             data=[DataFile(path=absolute, sha256="b" * 64, bytes=9)],
@@ -250,7 +252,7 @@ def test_a_card_names_nothing_of_the_machine_and_no_secret(run, tmp_path):
     differences, data = tables(text)[:2]
     assert differences[1:3] == [
         ["datasets.0.path", "a", "train.jsonl", "profile q.yaml"],
-        ["special_tokens", "–", '{"pad_token": "</s>", "url": "https://a.org/b/c"}', "--set"],
+        ["special_tokens", "–", '{"pad_token": "</s>"}', "--gpus 2: a/b"],
     ]
     assert data[1][0] == "train.jsonl"
     assert front["model-index"][0]["results"][0]["dataset"]["name"].startswith("train.jsonl, ")
@@ -263,8 +265,8 @@ def test_text_of_a_run_neither_breaks_its_card_nor_is_markdown_or_html(run, tmp_
         record(
             tmp_path,
             recipe="x: |y|\n---\n# z",
-            overrides=[f"chat_template={odd}"],
-            differences=[Difference(key="k|k", recipe="`", run=odd, why="|")],
+            overrides=[Override("chat_template", odd)],
+            differences=[Difference(key="k|k", recipe="`", run=odd, source=Source("recipe", "|"))],
             data=[DataFile(path="a|b `c`\n---\n<b>", sha256="b" * 64, bytes=9)],
             provenance={"packages": {odd: odd}, "python": odd, "gpus": [{"name": odd}]},
             summary=Summary(memory_kind=odd),
@@ -278,7 +280,7 @@ def test_text_of_a_run_neither_breaks_its_card_nor_is_markdown_or_html(run, tmp_
     assert differences[1:] == [["k|k", "`", " ".join(odd.split()), "|"]]
     assert data[1:] == [["a|b `c` --- <b>", "–", "b" * 64]]
     assert yaml.safe_load(blocks(text)["yaml"])["chat_template"] == odd
-    assert odd in blocks(text)["sh"]
+    assert parse_override(shlex.split(blocks(text)["sh"])[-1]).value == odd
     tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(text)
     types = {token.type for token in tokens} | {below.type for token in tokens for below in token.children or ()}
     assert not types & {"html_block", "html_inline", "image", "strong_open"}
@@ -302,7 +304,7 @@ def test_prose_is_a_paragraph_of_the_same_text(text):
 
 
 MINE = {"recipe": "mine", "data": [DataFile(path="mine.jsonl", sha256="b" * 64, bytes=9, rows=40)]}
-VARIANT = {"variant_of": RECIPE, "of_variant": [Difference(**PATH, why="variants/mine.yaml")]}
+VARIANT = {"variant_of": RECIPE, "of_variant": [Difference(**PATH, source=Source("recipe", "variants/mine.yaml"))]}
 OWN = {"base_model": "owner/model", "datasets": [{"path": "owner/data", "type": "chat_template"}]}
 QWEN = "Qwen/Qwen2.5-3B"  # whose licence the hub does not know
 MIRROR = "NousResearch/Meta-Llama-3-8B"
@@ -312,7 +314,7 @@ MIRROR = "NousResearch/Meta-Llama-3-8B"
     ("changes", "settings", "base", "front", "said", "unsaid"),
     [
         (
-            {"rehearsal": True, "differences": [Difference(**PATH, why="profile rehearsal")]}, {}, BASE,
+            {"rehearsal": True, "differences": [Difference(**PATH, source=Source("profile", "rehearsal"))]}, {}, BASE,
             {"model-index": None}, ["[!WARNING]", "2411.10129"], ["published", "CC-BY"],
         ),
         (

@@ -16,7 +16,7 @@ import run_folders
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.files import sha256, write_rows
 from qlora_recipes.config.datafiles import DataFile
-from qlora_recipes.config.merging import Difference
+from qlora_recipes.config.merging import Difference, Override, Source
 from qlora_recipes.data import studies
 from qlora_recipes.results.reports import report, report_figures, report_runs
 from qlora_recipes.run.rundir import RunDir, summarise
@@ -97,8 +97,10 @@ def a_run(
     changed = {
         "recipe_sha256": sha256(paths.RECIPES / f"{recipe}.yaml"),
         "cwd": str(folder),
-        "overrides": ["lora_r=64"],
-        "differences": [Difference(key="lora_r", recipe=32, run=64, why="--set lora_r <b>\u202e</b>")],
+        "overrides": [Override("lora_r", 64)],
+        "differences": [
+            Difference(key="lora_r", recipe=32, run=64, source=Source("override", "lora_r", "<b>\u202e</b>"))
+        ],
         "data": [DataFile(path="data/codereviewer/train.jsonl", sha256="f" * 64, bytes=123456, rows=1000)],
         "summary": summarise(run.read_metrics()),
         "provenance": {"python": "3.13.5", "packages": {"axolotl": "0.21.0"}, "cpu": "a <processor>"},
@@ -127,7 +129,7 @@ def a_sweep(folder: Path) -> Sweep:
 
 def test_a_report_says_what_the_run_was(tmp_path):
     html = html_of(a_run(tmp_path))
-    for said in (LLAMA_3, "Rehearsal.", "--set lora_r &lt;b&gt;⟨U+202E⟩&lt;/b&gt;", "f" * 64, "a &lt;processor&gt;"):
+    for said in (LLAMA_3, "Rehearsal.", "--set lora_r=&lt;b&gt;⟨U+202E⟩&lt;/b&gt;", "f" * 64, "a &lt;processor&gt;"):
         assert said in html
     assert "a-judge" in html
     assert "GPU, an RTX 5000 (Turing)" in html  # the source of fp16

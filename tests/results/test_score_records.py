@@ -14,6 +14,7 @@ from recorded_runs import HOST, a_run, recorded
 
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
+from qlora_recipes.config.merging import Source
 from qlora_recipes.data import studies
 from qlora_recipes.results import score_records
 from qlora_recipes.results.score_records import Record
@@ -128,7 +129,8 @@ def test_a_record_names_no_folder_host_or_user(recipe, tmp_path):
     planted = {"hub_token": "hf_abcdefghijklmnopqrstuvwx12", "wandb_entity": "mmuster", "seed": 43}
     folder = a_run("one", 67.0, set=planted, settings={"adapter": "/home/mmuster/a", "data": "/home/mmuster/t.jsonl"})
     run = folder.read()
-    run.differences = [replace(d, why="profile zero2") if d.key == "hub_token" else d for d in run.differences]
+    of_profile = Source("profile", "zero2")
+    run.differences = [replace(d, source=of_profile) if d.key == "hub_token" else d for d in run.differences]
     run.profiles = ["zero2", "/home/mmuster/mine.yaml"]
     run.cwd, run.recipe_file = "/home/mmuster/work", "/home/mmuster/r.yaml"
     run.launches[0].command = [f"/home/mmuster/{HOST}/axolotl"]
@@ -226,7 +228,7 @@ def test_a_run_that_does_not_stand_for_its_recipe_has_none(recipe, more, reason)
 def test_a_profile_that_changes_settings_has_no_record(recipe):
     folder = a_run("one", 67.0, set={"sample_packing": True})
     run = folder.read()
-    run.differences = [replace(difference, why="profile packed") for difference in run.differences]
+    run.differences = [replace(difference, source=Source("profile", "packed")) for difference in run.differences]
     folder.write(run)
     done = recipe("results", "--export", "latest")
     assert done.returncode == 2

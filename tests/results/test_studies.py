@@ -182,4 +182,4 @@ def test_a_study_says_how_its_authors_statements_begin(runs):
     assert row_of(runs)["differs"] == ["lora_r: 64 instead of 32"]  # a comment that begins with "paper"
     small_study.write(Path(), comment_prefixes=["the appendix"], open_settings=["lora_r"])
     row = row_of(runs)
-    assert row["differs"] == [] and row["open"] == ["lora_r: 64 (--set lora_r)"]
+    assert row["differs"] == [] and row["open"] == ["lora_r: 64 (--set lora_r=64)"]

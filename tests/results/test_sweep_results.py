@@ -18,6 +18,7 @@ from qlora_recipes.base.files import sha256, write_json
 from qlora_recipes.check import check
 from qlora_recipes.config import compose
 from qlora_recipes.config.compose import Request
+from qlora_recipes.config.merging import Override
 from qlora_recipes.data import studies
 from qlora_recipes.evaluate import intervals
 from qlora_recipes.results import sweep_results
@@ -166,7 +167,7 @@ def a_sweep(
             changed = {} if i == 2 else {"lora_r": 8 << i}
             folder = a_run(runs, of, f"2026-{digest}", bleu4, digest=digest, summary=summary, set=changed)
             run = folder.read()
-            run.overrides = [f"lora_r={8 << i}"]
+            run.overrides = [Override("lora_r", 8 << i)]
             folder.write(run)
     return Sweep(name="ranks", recipe=of, rehearsal=False, keys=["lora_r"], members=members)
 

@@ -11,7 +11,7 @@ from run_folders import STUDY, a_run
 from qlora_recipes.base import paths
 from qlora_recipes.config import merging
 from qlora_recipes.config.datafiles import DataFile
-from qlora_recipes.config.merging import Difference
+from qlora_recipes.config.merging import Difference, Override
 from qlora_recipes.data import studies
 from qlora_recipes.evaluate import scores_file
 from qlora_recipes.results import card, listing, run_result, study_tables, verdict
@@ -43,7 +43,7 @@ def test_only_a_run_on_the_recipes_model_and_data_is_set_beside_published_scores
     folder = a_run(tmp_path / "runs", LLAMA_2, "a", 5.0)
     run = folder.read()
     before = {"base_model": "meta-llama/Llama-2-7b-hf"}.get(key, "data/codereviewer/train.jsonl")
-    run.differences = [Difference(key=key, recipe=before, run=value, why=f"--set {key}")] if key else []
+    run.differences = [Difference(key=key, recipe=before, run=value, source=Override(key, value).source)] if key else []
     run.data = [DataFile(path=value, sha256="a" * 64, bytes=9)] if key != "base_model" else []
     known = {"file": "train.jsonl", "sha256": "a" * 64, "is_the_study_file": True}
     changes = {"moved": {}, "edited": {"sha256": "b" * 64}, "of-other-raw-rows": {"is_the_study_file": False}}
@@ -157,7 +157,7 @@ def test_what_differs_from_the_paper_and_what_it_leaves_open(tmp_path):
     row = row_of(tmp_path, "haider2024/llama-3-8b")
     assert row["differs"] == ["lora_r: 64 instead of 32"]
     assert row["open"][0].startswith("lora_target_modules: q_proj k_proj v_proj o_proj (third-party notebook")
-    assert "warmup_steps: 5 (--set warmup_steps)" in row["open"]
+    assert "warmup_steps: 5 (--set warmup_steps=5)" in row["open"]
     stated = {text.partition(":")[0] for text in row["open"]}
     assert not stated & {"lora_r", "num_epochs", "optimizer"}
     *_, off, left_open = study_tables.notes(STUDY, table)

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import RECIPE, finish, start, wait_until
+from conftest import RECIPE, finish, start, typed, wait_until
 from filelock import FileLock
 
 from qlora_recipes.base import paths
@@ -315,7 +315,7 @@ def test_a_run_that_was_queued_is_checked_against_the_machine_that_trains_it(
 ):
     monkeypatch.chdir(tmp_path)
     forced = ["bad-row:datasets.0.path"]  # not found a second time, when rows are not read
-    request = Request(PAGED, profiles=[str(tiny_profile)], overrides=["fp16=true", "bf16=false"], force=forced)
+    request = Request(PAGED, profiles=[str(tiny_profile)], overrides=typed("fp16=true", "bf16=false"), force=forced)
     folder = run.create(compose.compose(request), request)
     done = recipe("resume", folder.path, "--force", *forced)
     assert done.returncode == 2

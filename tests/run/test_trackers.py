@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from conftest import RECIPE
+from conftest import RECIPE, typed
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.config import compose
@@ -99,12 +99,12 @@ def test_trackers_leave_nothing_elsewhere(run):
 
 
 def launched(*profiles: str, name: str = NAME, overrides: Sequence[str] = (), **more: bool) -> yamlfiles.Config:
-    request = Request(name, profiles=[*profiles], overrides=[*overrides], **more)
+    request = Request(name, profiles=[*profiles], overrides=typed(*overrides), **more)
     return launch_config(compose.compose(request), RunDir(Path("runs", name, "now")))
 
 
 def test_what_the_user_says_of_a_tracker_holds(place, monkeypatch):
-    new.write("wide", NAME, ["lora_r=64"])
+    new.write("wide", NAME, typed("lora_r=64"))
     variant = launched("wandb", name="wide")
     assert variant["wandb_project"] == "haider2024"
     assert variant["wandb_name"] == "wide/now"
@@ -131,17 +131,17 @@ def test_a_rehearsal_turns_trackers_off_but_for_those_of_this_machine(place, mon
     monkeypatch.delenv("WANDB_MODE", raising=False)
     servers = ["mlflow_tracking_uri=https://example.org", "trackio_space_id=mine/space"]
     changes = [f"{key}={value}" for key, value in REMOTE.items()]
-    composed = compose.compose(Request(NAME, overrides=[*changes, *servers], rehearse=True))
+    composed = compose.compose(Request(NAME, overrides=typed(*changes, *servers), rehearse=True))
     assert {key: composed.config.get(key) for key in REMOTE} == dict.fromkeys(REMOTE)
-    listed = {each.key: (each.run, each.why) for each in composed.differences if each.key.startswith("use_")}
+    listed = {each.key: (each.run, each.source.text) for each in composed.differences if each.key.startswith("use_")}
     names = [key.partition("_")[0] for key in REMOTE]
     assert listed == {f"use_{name}": (False, f"rehearsal: a rehearsal sends nothing to {name}") for name in names}
     local = compose.compose(Request(NAME, profiles=list(TRACKERS), rehearse=True)).config
     assert [local.get(f"use_{name}") for name in TRACKERS] == [True] * 4
-    assert compose.compose(Request(NAME, overrides=changes)).config["wandb_project"] == "mine"
+    assert compose.compose(Request(NAME, overrides=typed(*changes))).config["wandb_project"] == "mine"
 
 
 def test_where_a_run_is_tracked_makes_it_no_other_run():
     plain, tracked = (compose.compose(Request(NAME, profiles=profiles)) for profiles in ([], list(TRACKERS)))
     assert plain.digest == tracked.digest
-    assert plain.digest != compose.compose(Request(NAME, overrides=["lora_r=8"])).digest
+    assert plain.digest != compose.compose(Request(NAME, overrides=typed("lora_r=8"))).digest

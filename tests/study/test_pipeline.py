@@ -4,6 +4,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from conftest import typed
 from run_folders import a_run
 
 from qlora_recipes.base import hardware
@@ -75,13 +76,13 @@ def test_a_config_that_is_too_big_fails_unless_this_is_overridden(monkeypatch, f
 
 @pytest.mark.parametrize("path", ["owner/rows", "rows.jsonl"])
 def test_data_on_the_hub_has_a_digest_and_a_missing_file_has_none(path):
-    asked = Request("haider2024/llama-2-7b", overrides=[f"datasets=[{{path: {path}}}]", "test_datasets=null"])
+    asked = Request("haider2024/llama-2-7b", overrides=typed(f"datasets=[{{path: {path}}}]", "test_datasets=null"))
     one = pipeline.Pipeline(TaskResult("one"), asked, EvaluationRequest(), Local(rehearsal=False))
     assert (one.digest() is None) == (path == "rows.jsonl")
 
 
 def test_what_axolotl_refuses_is_not_submitted(place, monkeypatch):
-    asked = Request("haider2024/llama-2-7b", rehearse=True, overrides=["early_stopping_patience=2"])
+    asked = Request("haider2024/llama-2-7b", rehearse=True, overrides=typed("early_stopping_patience=2"))
     result, backend = TaskResult("one"), Local(rehearsal=True, jobs=1)
     one = pipeline.Pipeline(result, asked, EvaluationRequest(), backend)
     assert one.check(with_data=False, starts=False)
@@ -108,7 +109,7 @@ def test_the_former_run_of_a_config_is_the_newest_but_a_finished_one_before_othe
 
 
 def test_a_run_whose_command_was_killed_before_its_start_is_waited_for_and_resumed(place):
-    request = Request("haider2024/llama-2-7b", overrides=["datasets=[{path: owner/rows}]", "test_datasets=null"])
+    request = Request("haider2024/llama-2-7b", overrides=typed("datasets=[{path: owner/rows}]", "test_datasets=null"))
     one = pipeline.Pipeline(TaskResult("haider2024/llama-2-7b"), request, EvaluationRequest(), Local(rehearsal=False))
     one.digest()
     folder = run.create(one.composed, request)

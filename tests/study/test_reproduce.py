@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 import pytest
-from conftest import SAMPLE, Recipe, recipe_config
+from conftest import SAMPLE, Recipe, recipe_config, typed
 from file_server import Server, serving
 
 from qlora_recipes.base import yamlfiles
@@ -172,14 +172,14 @@ def test_an_adapter_that_a_recipe_starts_from_is_fetched_beside_its_rows(publish
     published_data.data.sources["init/adapter_config.json"] = DataSource(url=url)
     reproduce.have_data(published_data, composed("llama-2-7b"))
     assert not Path("data/codereviewer-raw/init").exists()
-    start = composed("llama-2-7b", overrides=["lora_model_dir=data/codereviewer-raw/init"])
+    start = composed("llama-2-7b", overrides=typed("lora_model_dir=data/codereviewer-raw/init"))
     (line,) = reproduce._outlined_data(published_data, start)
     assert line.startswith("data/codereviewer-raw: ") and line.endswith(" https://zenodo.org/records/6900648")
     reproduce.have_data(published_data, start)
     assert Path("data/codereviewer-raw/init/adapter_config.json").read_text() == "{}"
     assert reproduce._outlined_data(published_data, start) == []
     published_data.data.sources["own/adapter_config.json"] = DataSource()
-    start = composed("llama-2-7b", overrides=["lora_model_dir=data/codereviewer-raw/own"])
+    start = composed("llama-2-7b", overrides=typed("lora_model_dir=data/codereviewer-raw/own"))
     (line,) = reproduce._outlined_data(published_data, start)
     assert "own/adapter_config.json" in line and "https" not in line
 

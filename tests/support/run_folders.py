@@ -13,7 +13,7 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.files import Row
 from qlora_recipes.config import merging
 from qlora_recipes.config.datafiles import training_sets
-from qlora_recipes.config.merging import Difference
+from qlora_recipes.config.merging import Difference, Override
 from qlora_recipes.data import studies
 from qlora_recipes.evaluate.evaluation_rows import EvaluationRow
 from qlora_recipes.evaluate.score import VERSION
@@ -35,6 +35,7 @@ def a_run(runs: Path, recipe: str, name: str, bleu4: float, within: float = 0.1,
     folder = RunDir(runs / recipe / name)
     folder.path.mkdir(parents=True)
     changed = more.pop("set", {})
+    overrides = [Override(key, value) for key, value in changed.items()]
     folder.config_file.write_text(yamlfiles.write_yaml(recipe_config(recipe) | changed))
     ended = Launch(command=[], started="2026-01-01T00:00:00+00:00", ended="2026-01-01T10:00:00+00:00", exit_code=0)
     summary = Summary(train_seconds=9000, peak_memory=7.5, memory_kind="GPU, reserved", tokens_per_second=812.0)
@@ -49,8 +50,8 @@ def a_run(runs: Path, recipe: str, name: str, bleu4: float, within: float = 0.1,
         cwd="/",
         launches=[ended],
         summary=more.pop("summary", summary),
-        overrides=[f"{key}={value}" for key, value in changed.items()],
-        differences=[Difference(key=key, run=value, why=f"--set {key}") for key, value in changed.items()],
+        overrides=overrides,
+        differences=[Difference(key=change.key, run=change.value, source=change.source) for change in overrides],
         **more,
     )
     folder.write(run)

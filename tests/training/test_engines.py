@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import finish, start, wait_until
 
+from qlora_recipes.config.merging import Source
 from qlora_recipes.run import rundir
 from qlora_recipes.run.rundir import RunDir
 
@@ -109,11 +110,11 @@ def test_every_engine_trains_like_one_process(alone, divided):
     assert record.summary.eval_tokens == alone.read().summary.eval_tokens is not None
     assert abs(losses(alone, "eval_loss")[0] - losses(run, "eval_loss")[0]) > 1e-4  # Axolotl's own
     assert max(losses(alone, "loss").values()) - min(losses(alone, "loss").values()) > 5 * CLOSE
-    changed = {difference.key: (difference.run, difference.why) for difference in record.differences}
-    assert changed["gradient_accumulation_steps"][0] == 2
-    assert changed["gradient_accumulation_steps"][1].startswith("--gpus 2: ")
+    changed = {difference.key: (difference.run, difference.source) for difference in record.differences}
+    divided = Source("gpus", "--gpus 2", "keeps the number of rows per step")
+    assert changed["gradient_accumulation_steps"] == (2, divided)
     if profile == "fsdp2":
-        assert changed["optimizer"] == ("adamw_torch_fused", "profile fsdp2")
+        assert changed["optimizer"] == ("adamw_torch_fused", Source("profile", "fsdp2"))
     else:
         assert "optimizer" not in changed
 
@@ -159,4 +160,4 @@ def test_two_nodes_train_like_one_process(alone, place, tiny_profile, slurm):
     expected, found = losses(alone, "loss"), losses(run, "loss")
     assert {step: found[step] for step in expected} == pytest.approx(expected, abs=CLOSE)
     (difference,) = (one for one in record.differences if one.key == "gradient_accumulation_steps")
-    assert difference.why.startswith("--gpus 1 --nodes 2: ")
+    assert difference.source == Source("gpus", "--gpus 1 --nodes 2", "keeps the number of rows per step")

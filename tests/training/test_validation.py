@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ASK_CHILD, config_with, recipe_config
+from conftest import ASK_CHILD, config_with, recipe_config, typed
 
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.files import Row
@@ -82,7 +82,7 @@ def test_a_quick_check_leaves_it_out_says_so_and_recommends_nothing(recipe, aske
 
 
 def test_one_process_validates_all_configs_and_what_passes_is_kept(asked):
-    requests = [Request(NAME), Request(NAME, overrides=["load_in_4bit=false"])]
+    requests = [Request(NAME), Request(NAME, overrides=typed("load_in_4bit=false"))]
 
     def errors() -> list[list[str]]:
         reports = [check.check_request(request) for request in requests]

@@ -6,6 +6,7 @@ from typing import Any
 
 import orjson
 import pytest
+from conftest import typed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from qlora_recipes.base.files import read_rows
 from qlora_recipes.check import check
 from qlora_recipes.config import compose, datafiles, merging, variants
 from qlora_recipes.config.compose import Request
+from qlora_recipes.config.merging import Override, Source
 from qlora_recipes.results import run_result
 from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.run import run
@@ -68,15 +70,15 @@ def test_a_variant_keeps_comments_on_settings_and_differs_in_just_what_was_chang
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("variant"))
         base = expected = yamlfiles.parse(TEXT, "")
-        words = [f"{key}={yamlfiles.write_flow(value)}" for key, value in overrides]
+        changes = [Override(key, value) for key, value in overrides]
         try:
             for key, value in overrides:
                 expected = merging.override(expected, key, value)
         except UserError:  # an earlier one took the list away that a later one reaches into
             with pytest.raises(UserError):
-                new.write("mine", BASE, words)
+                new.write("mine", BASE, changes)
             return
-        file = new.write("mine", BASE, words)
+        file = new.write("mine", BASE, changes)
         text = file.read_text()
         tops = {key.partition(".")[0] for key, _ in overrides}
         assert [comment for comment in comments(TEXT, tops) if comment not in text] == []
@@ -86,7 +88,7 @@ def test_a_variant_keeps_comments_on_settings_and_differs_in_just_what_was_chang
         assert composed.config == expected
         assert composed.differences == []
         assert {difference.key for difference in composed.of_variant} == differing
-        assert {difference.why for difference in composed.of_variant} <= {"variants/mine.yaml"}
+        assert {difference.source for difference in composed.of_variant} <= {Source("recipe", "variants/mine.yaml")}
         errors = {finding.rule for finding in check.check_config(composed).findings if finding.level == "error"}
         assert errors <= {"not-prepared", "missing-file"}
         for line in set(text.splitlines()) - set(TEXT.splitlines()):
@@ -145,23 +147,23 @@ def test_a_variant_that_is_there_is_not_overwritten(place, recipe):
 
 def test_a_copy_edited_by_hand_is_known_by_the_recipe_in_its_header(place):
     (place / "copy.yaml").write_text(TEXT.replace("lora_r: 32", "lora_r: 8"))
-    composed = compose.compose(Request("copy.yaml", overrides=["lora_alpha=8"]))
+    composed = compose.compose(Request("copy.yaml", overrides=typed("lora_alpha=8")))
     assert composed.origin == BASE
     (of_variant,), (difference,) = composed.of_variant, composed.differences
     assert of_variant.key == "lora_r"
     assert of_variant.recipe == 32
     assert of_variant.run == 8
-    assert of_variant.why == "copy.yaml"
+    assert of_variant.source == Source("recipe", "copy.yaml")
     assert difference.key == "lora_alpha"
-    assert difference.why == "--set lora_alpha=8"
+    assert difference.source == Source("override", "lora_alpha", "8")
     (place / "own.yaml").write_text(yamlfiles.write_yaml(yamlfiles.parse(TEXT, "")))
     assert compose.compose(Request("own.yaml")).origin is None
     assert compose.compose(Request("own.yaml")).differences == []
 
 
 def test_a_run_of_a_variant_lists_its_differences_from_that(place):
-    new.write("mine", BASE, ["base_model=Qwen/Qwen3-0.6B", "lora_r=8"])
-    request = Request("mine", overrides=["lora_r=16", "lora_alpha=8"])
+    new.write("mine", BASE, typed("base_model=Qwen/Qwen3-0.6B", "lora_r=8"))
+    request = Request("mine", overrides=typed("lora_r=16", "lora_alpha=8"))
     record = run.record_of(compose.compose(request), request)
     assert [(d.key, d.recipe, d.run) for d in record.differences] == [("lora_r", 8, 16), ("lora_alpha", 16, 8)]
     own = {d.key: (d.recipe, d.run) for d in record.from_origin}

@@ -59,7 +59,7 @@ class ReportedRun(RunResult):
         rows = []
         for difference in map(Difference.without_secrets, self.run.differences):
             row = {"setting": difference.key, "recipe": on_one_line(difference.recipe)}
-            rows.append(row | {"this run": on_one_line(difference.run), "why": difference.why})
+            rows.append(row | {"this run": on_one_line(difference.run), "why": difference.source.text})
         return rows
 
     @cached_property
@@ -81,8 +81,8 @@ class ReportedRun(RunResult):
         """Source of a setting: a difference from the recipe, the recipe's comment, or the run."""
         for difference in self.run.differences:
             if f"{key}.".startswith(f"{difference.key}."):
-                return difference.without_secrets().why
-        return self._recipe_sources.get(key.partition(".")[0], "set by the run")
+                return difference.without_secrets().source.text
+        return self._recipe_sources.get(merging.top_key(key), "set by the run")
 
     @cached_property
     def _recipe_sources(self) -> dict[str, str]:
