@@ -159,10 +159,10 @@ class Allocator:
         if block is None or not block.free or block.size < pool.segment:
             return
         pool.take(block)
-        kept = -block.address % pool.segment
-        self.reserved -= block.size - kept
-        block.size = kept
-        if kept:
+        block_size = -block.address % pool.segment  # up to the next page
+        self.reserved -= block.size - block_size
+        block.size = block_size
+        if block_size:
             pool.put(block)
         else:
             pool.last = block.before

@@ -43,10 +43,10 @@ class Recorder(TorchDispatchMode):
         if key in self._live:
             self.kinds[self._live[key]] = kind
         elif storage.nbytes():
-            self._live[key] = self.made(storage.nbytes(), kind)
+            self._live[key] = self.new_storage(storage.nbytes(), kind)
             weakref.finalize(storage, self._freed, key)
 
-    def made(self, size: int, kind: str) -> int:
+    def new_storage(self, size: int, kind: str) -> int:
         """Record a new storage and return its id."""
         self.storages += 1
         self.kinds[self.storages] = kind
@@ -69,7 +69,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _scratch(self, size: int) -> None:
-        self.events.append((self.made(size, "kernel workspaces"), -1))
+        self.events.append((self.new_storage(size, "kernel workspaces"), -1))
 
 
 def _dequantized(args: Any) -> int:
@@ -92,8 +92,10 @@ def _attention_backward(args: Any) -> int:
     """
     query = args[1]
     sums = query.shape[:-1].numel() * 4
-    accumulators = 0 if query.dtype == torch.float32 else 4 * query.numel() * (3 if query.shape[-1] > 64 else 1)
-    return sums + accumulators
+    if query.dtype == torch.float32:
+        return sums
+    accumulators = 3 if query.shape[-1] > 64 else 1
+    return sums + 4 * query.numel() * accumulators
 
 
 # Functions from a kernel's arguments to its scratch bytes, allocated before or after the kernel's result.
@@ -119,10 +121,10 @@ def cuda_attention(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """Attention with the kernel that torch chooses on CUDA: FlashAttention or memory-efficient."""
+    aten = torch.ops.aten
     if capability >= (8, 0) and attn_mask is None and query.dtype != torch.float32:
-        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[
-            0
-        ]
+        outputs = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)
+        return outputs[0]
     groups = query.size(-3) // key.size(-3)
     if groups > 1:
         key, value = (part.repeat_interleave(groups, dim=-3) for part in (key, value))
@@ -130,9 +132,10 @@ def cuda_attention(
         if attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask, 0)
         attn_mask = attn_mask.expand(*query.shape[:-1], key.size(-2))
-    return torch.ops.aten._scaled_dot_product_efficient_attention(
+    outputs = aten._scaled_dot_product_efficient_attention(
         query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
-    )[0]
+    )
+    return outputs[0]
 
 
 def cuda_dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:

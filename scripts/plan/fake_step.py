@@ -274,7 +274,7 @@ def trace(step: Step, shape: Shape) -> MemoryTrace:
             sizes = _sizes(model.config.get_text_config())
             if step.capability:
                 for _ in range(2):  # cuBLAS has one workspace per thread: one for forward, one for backward
-                    recorder.made(_workspace(step.capability), "kernel workspaces")
+                    recorder.new_storage(_workspace(step.capability), "kernel workspaces")
             trained = [
                 parameter
                 for name, parameter in model.named_parameters()

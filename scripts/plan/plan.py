@@ -107,7 +107,7 @@ class Plan:
     work: Work | None = None
 
 
-def of_request(
+def plan_request(
     request: Request,
     gpu: Gpu | None = None,
     vram: float | None = None,
@@ -221,7 +221,7 @@ def _reductions(config: Config, step_plan: StepPlan, gpu: Gpu, gpus: int) -> Ite
         yield {"gradient_checkpointing": True}, "the same gradients, a third more time"
     if gpu.capability >= (8, 0) and not any(map(config.get, steps.LOSSES)):  # Triton requires capability 8.0
         yield {"chunked_cross_entropy": True}, "the same loss, computed on an eighth of the tokens at a time"
-    if _can_be_paged(settings.optimizer) and not config.get("fsdp_config"):
+    if _can_page_optimizer(config):
         bits = "8bit" if "8bit" in settings.optimizer else "32bit"
         effect = "the same steps; optimizer state leaves the GPU when the GPU is full"
         yield {"optimizer": f"paged_adamw_{bits}"}, effect
@@ -238,8 +238,10 @@ def _reductions(config: Config, step_plan: StepPlan, gpu: Gpu, gpus: int) -> Ite
         yield {"sequence_len": step_plan.length // part}, "longer rows are lost"
 
 
-def _can_be_paged(optimizer: str) -> bool:
-    return optimizer in steps.OPTIMIZERS and "paged" not in optimizer
+def _can_page_optimizer(config: Config) -> bool:
+    """True if a paged optimizer takes the same steps; FSDP works with none of them."""
+    optimizer = TrainingSettings.of(config).optimizer
+    return optimizer in steps.OPTIMIZERS and "paged" not in optimizer and not config.get("fsdp_config")
 
 
 def _with_qlora(config: Config) -> Config:
@@ -257,7 +259,7 @@ def usable_gib(gpu: Gpu) -> float:
     return (gpu.memory or 0) * USABLE
 
 
-def add_to(report: check.Report, gpu: Gpu | None, gpus: int | None = None, anew: bool = False) -> None:
+def add_memory_finding(report: check.Report, gpu: Gpu | None, gpus: int | None = None, trace: bool = False) -> None:
     """Add a finding on GPU memory to a report, unless the report has an error.
 
     A rehearsal uses no GPU and gets no finding.
@@ -266,14 +268,14 @@ def add_to(report: check.Report, gpu: Gpu | None, gpus: int | None = None, anew:
         report: the report of the check.
         gpu: the GPU, or None.
         gpus: number of GPUs; None if unknown.
-        anew: make a plan if none is cached, which takes seconds.
+        trace: make a plan if none is cached, which takes seconds.
     """
     composed = report.composed
     if composed is None or composed.rehearsal or report.count("error"):
         return
     if gpu is None or not gpu.memory:
         return
-    finding = _not_planned(composed.config, gpus) or _memory_finding(composed.config, gpu, gpus or 1, anew)
+    finding = _not_planned(composed.config, gpus) or _memory_finding(composed.config, gpu, gpus or 1, trace)
     if finding:
         report.add(check.placed([finding], composed))
 
@@ -291,10 +293,10 @@ def _unknown(reason: str, key: str = "micro_batch_size") -> Finding:
     return Finding("note", "not-checked", key, f"memory not planned: {reason}")
 
 
-def _memory_finding(config: Config, gpu: Gpu, gpus: int, anew: bool) -> Finding | None:
+def _memory_finding(config: Config, gpu: Gpu, gpus: int, trace: bool) -> Finding | None:
     """Finding on a config that needs too much memory, or whose memory is unknown."""
     try:
-        needed = required_gib(config, gpu, anew, gpus)
+        needed = required_gib(config, gpu, trace, gpus)
     except UserError as error:
         return _unknown(str(error), "base_model")
     if needed is None:

@@ -170,20 +170,20 @@ def plan_step(config: Config, gpu: Gpu | None, download: bool = True) -> tuple[S
     return StepPlan(step, settings.micro_batch_size, settings.sequence_len), notes
 
 
-def required_gib(config: Config, gpu: Gpu | None = None, anew: bool = False, gpus: int = 1) -> float | None:
+def required_gib(config: Config, gpu: Gpu | None = None, trace: bool = False, gpus: int = 1) -> float | None:
     """GiB that a config needs on each GPU; None if no plan is shipped or cached.
 
     Args:
         config: the config.
         gpu: see `plan_step`.
-        anew: make a plan if none is shipped or cached.
+        trace: make a plan if none is shipped or cached.
         gpus: number of GPUs.
 
     Raises:
         UserError: planning does not support the config.
     """
-    step_plan, _ = plan_step(config, gpu, download=anew)
-    if not step_plan.stored and not anew:
+    step_plan, _ = plan_step(config, gpu, download=trace)
+    if not step_plan.stored and not trace:
         return None
     return needed_per_gpu(step_plan, config, gpus) / GIB
 

@@ -45,7 +45,7 @@ def prepare(request: Request, backend: Backend) -> Composed:
         if gpu:  # plans need a GPU
             from ..plan import plan
 
-            plan.add_to(report, gpu, request.ranks, anew=starts)
+            plan.add_memory_finding(report, gpu, request.ranks, trace=starts)
     found = report.findings
     for finding in found:
         if not starts and finding.scope == "data":
@@ -213,7 +213,7 @@ def _findings(folder: RunDir, record: Run) -> list[Finding]:
         rehearsal=record.rehearsal,
     )
     report = check.check_config(composed, gpus.here(), record.ranks, launching=not record.rehearsal)
-    plan.add_to(report, gpus.here(), record.ranks, anew=True)
+    plan.add_memory_finding(report, gpus.here(), record.ranks, trace=True)
     return report.findings
 
 

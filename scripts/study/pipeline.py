@@ -27,7 +27,7 @@ from ..run.rundir import RunDir, all_runs
 from ..training import validation
 from ..training.run_record import Run
 
-TOO_BIG = "too-big:micro_batch_size"  # name of the finding of `plan.add_to`
+TOO_BIG = "too-big:micro_batch_size"  # name of the finding of `plan.add_memory_finding`
 
 
 def evaluation_command(folder: RunDir, request: EvaluationRequest) -> Command:
@@ -189,7 +189,7 @@ class Pipeline:
         try:
             planned = plan.composed_for(replace(self.request, rehearse=False), gpu) if rehearsal else self.composed
             assert planned
-            self.needed_gib = step_plan.required_gib(planned.config, gpu, anew=True)
+            self.needed_gib = step_plan.required_gib(planned.config, gpu, trace=True)
         except UserError as error:
             say(f"{self.result.label}: not planned: {error}")
             self.result.steps["plan"] = "not known"

@@ -162,7 +162,7 @@ def _outlined(pipeline: Pipeline) -> Row:
     if pipeline.request.rehearse:
         return row | {"steps": datafiles.training_steps(pipeline.composed.config)}
     try:
-        planned = plan.of_request(pipeline.request, pipeline.gpu)
+        planned = plan.plan_request(pipeline.request, pipeline.gpu)
     except UserError as error:
         return row | {"problem": f"not planned: {error}"}
     row["needs GiB"] = planned.memory.needed / GIB

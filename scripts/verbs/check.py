@@ -107,6 +107,6 @@ def _checked(requests: "list[Request]", gpu: "Gpu | None", data: bool, quick: bo
         if data:
             with Bar(f"tokenizing {report.name}", 1):
                 check.tokenize_all(report, request.ranks)
-        plan.add_to(report, gpu)
+        plan.add_memory_finding(report, gpu)
         override_errors(report.findings, request.force)
     return reports

@@ -53,7 +53,7 @@ def plan_verb(
         for done, request in enumerate(requests, 1):
             bar.begin(f"planning {request.name}")
             for target, memory in targets:
-                plans.append((request.name, plan.of_request(request, target, memory, data)))
+                plans.append((request.name, plan.plan_request(request, target, memory, data)))
             bar.update(done)
     if json:
         tables.print_json([{"recipe": name, **asdict(planned)} for name, planned in plans])

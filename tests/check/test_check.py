@@ -120,14 +120,14 @@ def test_what_is_too_big_for_a_card_is_an_error(place, tiny):
     (place / "tiny.yaml").write_text(yamlfiles.write_yaml(config_with(change)))
     small, large = gpus.Gpu("small", (7, 5), 0.2), gpus.Gpu("large", (7, 5), 4)
 
-    def found(gpu: gpus.Gpu, anew: bool = False) -> list[Finding]:
+    def found(gpu: gpus.Gpu, trace: bool = False) -> list[Finding]:
         report = check.check_request(Request("tiny.yaml"), gpu)
-        plan.add_to(report, gpu, anew=anew)
+        plan.add_memory_finding(report, gpu, trace=trace)
         return report.findings
 
     (unplanned,) = found(small)
     assert unplanned.name == "not-checked:micro_batch_size"
-    (finding,) = found(small, anew=True)
+    (finding,) = found(small, trace=True)
     assert finding.name == "too-big:micro_batch_size"
     assert finding.level == "error"
     assert (place / "tiny.yaml").read_text().splitlines()[finding.line - 1].startswith("micro_batch_size")
@@ -138,7 +138,7 @@ def test_what_is_too_big_for_a_card_is_an_error(place, tiny):
     engine = {"deepspeed": "zero3_offload.json"}
     composed = Composed("x", place / "tiny.yaml", None, config_with(change | engine), [], {}, [], False)
     report = check.Report("x", composed)
-    plan.add_to(report, small, 2)
+    plan.add_memory_finding(report, small, 2)
     assert [each.name for each in report.findings] == ["not-checked:micro_batch_size"]
 
 

@@ -128,7 +128,7 @@ def test_a_plan_adds_up(small):
 def test_what_a_check_asks_for_is_the_plans_memory(small):
     small |= {"lora_r": 6}
     assert step_plan.required_gib(small) is None
-    needed = step_plan.required_gib(small, anew=True)
+    needed = step_plan.required_gib(small, trace=True)
     assert plan.plan(small)[0].memory.needed / step_plan.GIB == needed == step_plan.required_gib(small)
 
 
@@ -256,10 +256,10 @@ def test_work_counts_the_rows_that_are_there(small, sample, tmp_path):
     small["datasets"] = [{"path": str(sample / "train.jsonl"), "type": "alpaca"}]
     file = tmp_path / "mine.yaml"
     file.write_text(yamlfiles.write_yaml(small))
-    found = plan.of_request(Request(str(file)), gpus.find("T4")).work
+    found = plan.plan_request(Request(str(file)), gpus.find("T4")).work
     assert found and (found.rows, found.tokens, found.steps) == (109, 109 * 2048 * 2, 28)
     assert found.hours == pytest.approx(found.tokens * found.flops_per_token / (65e12 * work.UTILIZATION) / 3600)
-    few = plan.of_request(Request(str(file), overrides=typed("max_steps=3"))).work
+    few = plan.plan_request(Request(str(file), overrides=typed("max_steps=3"))).work
     assert few and (few.steps, few.tokens) == (3, 3 * 8 * 2048)
 
 

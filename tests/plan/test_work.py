@@ -73,7 +73,7 @@ def test_tokens_are_those_of_the_rows_left_for_training(own, sample, tmp_path):
 
 
 def test_hours_count_padding(own):
-    planned = plan.of_request(Request(str(own)), gpus.find("T4"), data=True)
+    planned = plan.plan_request(Request(str(own)), gpus.find("T4"), data=True)
     known, took, config = counted(own), planned.work, yamlfiles.read_yaml(own)
     per_token = work.flops_of_token(plan.plan(config)[1], round(known.padded / known.rows))
     hours = known.padded * config["num_epochs"] * per_token / (65e12 * work.UTILIZATION) / 3600
@@ -124,13 +124,13 @@ def test_rows_that_cannot_be_counted_are_refused(own, sample, tmp_path):
 def test_steps_of_packed_rows_are_of_full_sequences(own):
     config = yamlfiles.read_yaml(own)
     step = config["micro_batch_size"] * config["gradient_accumulation_steps"] * config["sequence_len"]
-    took = plan.of_request(Request(str(own), overrides=typed("max_steps=3", "sample_packing=true"))).work
+    took = plan.plan_request(Request(str(own), overrides=typed("max_steps=3", "sample_packing=true"))).work
     assert took and took.tokens == 3 * step
 
 
 @pytest.mark.long
 def test_hours_are_near_those_of_published_runs():
     """PEFT's run of a rank of 32 trained for 585.2 s on an L40S; with every row as a full one it would be 1,880 s."""
-    planned = plan.of_request(Request("peft-metamathqa/lora-rank32"), gpus.find("L40S"))
+    planned = plan.plan_request(Request("peft-metamathqa/lora-rank32"), gpus.find("L40S"))
     assert planned.work and planned.work.hours
     assert planned.work.hours * 3600 == pytest.approx(585.2, rel=0.2)
