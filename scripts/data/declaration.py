@@ -1,6 +1,7 @@
 """Declaration of a study's data in study.yaml: origin and preparation."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -38,10 +39,11 @@ def exactly_one(part: BaseModel, first: str, second: str) -> None:
         raise ValueError(f"give either {first.rstrip('_')} or {second}")
 
 
-def undeclared(at: Key, name: str | None, known: Collection[str]) -> Iterator[Mistake]:
-    """Yield a mistake if a name is given but not declared."""
-    if name is not None and name not in known:
-        yield at, f"{name} is unknown{did_you_mean(name, known) or f'; known: {", ".join([*known][:20])}'}"
+def undeclared(at: Key, name: str | None, declared: Collection[str]) -> Iterator[Mistake]:
+    """Yield a mistake if there is a name, but it is not declared."""
+    if name is not None and name not in declared:
+        hint = did_you_mean(name, declared) or f"; known: {', '.join([*declared][:20])}"
+        yield at, f"{name} is unknown{hint}"
 
 
 class SourceFile(Strict):
@@ -87,13 +89,18 @@ class DataSource(SourceFile):
         """True for a file that nobody publishes; users copy it to the raw folder."""
         return not self.url and not self.hub
 
+    def contents(self, name: str) -> Mapping[str, SourceFile]:
+        """Files of the source by name; a source of one file has the file's name, `name`."""
+        return self.files or {name: self}
+
     @model_validator(mode="after")
     def _has_the_keys_of_its_kind(self) -> Self:
         if self.url and self.hub:
             raise ValueError("give url or hub, not both; with neither, users copy the file to the raw folder")
         kind = self.kind if self.hub else "url"
-        if others := self.model_fields_set - _KEYS_OF[kind]:
-            raise ValueError(f"{', '.join(sorted(others))}: not a key for sources of kind {kind}; delete it")
+        extra = self.model_fields_set - _KEYS_OF[kind]
+        if extra:
+            raise ValueError(f"{', '.join(sorted(extra))}: not a key for sources of kind {kind}; delete it")
         if self.hub and self.revision is None:
             raise ValueError("give a commit as revision, because branches change")
         return self
@@ -173,13 +180,13 @@ class Split(Strict):
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
         exactly_one(self, "from_", "sample_from")
-        given = {key for key in self.model_fields_set if getattr(self, key) is not None}
+        keys = {key for key in self.model_fields_set if getattr(self, key) is not None}
         for key in ("seed", "sample_from"):
-            if key in given and self.sample is None:
+            if key in keys and self.sample is None:
                 raise ValueError(f"{key} needs sample, the number of rows to sample")
         excluding = (("first", "sample"), ("fields", "sample_from"), ("filters", "sample_from"), ("seed", "shuffle"))
         for key, other in excluding:
-            if {key, other} <= given:
+            if {key, other} <= keys:
                 raise ValueError(f"{key} and {other} exclude each other; delete one")
         return self
 
@@ -221,15 +228,14 @@ class Data(Strict):
     @property
     def files(self) -> dict[str, SourceFile]:
         """Files that `recipe data fetch` writes to `raw`, by name."""
-        return {
-            name: known
-            for source_name, source in self.sources.items()
-            for name, known in (source.files or {source_name: source}).items()
-        }
+        files: dict[str, SourceFile] = {}
+        for name, source in self.sources.items():
+            files |= source.contents(name)
+        return files
 
     def sources_of(self, files: Collection[str]) -> list[str]:
         """Names of the sources that contain any of the files."""
-        return [name for name, source in self.sources.items() if any(file in files for file in source.files or (name,))]
+        return [name for name, source in self.sources.items() if not source.contents(name).keys().isdisjoint(files)]
 
     def missing(self, files: Iterable[str]) -> list[str]:
         """Names of the sources of files that are not in `raw`."""
@@ -255,20 +261,25 @@ class Data(Strict):
         subset = self.subsets.get(self.test_set)
         return subset.rows if subset else self.rows_of("test")
 
-    def _made_as(self, split: str) -> Split:
+    def _origin(self, split: str) -> Split:
         """Split whose raw files, fields and filters apply: this one, or the one that its rows are sampled from."""
         declared = self.splits[split]
         return self.splits.get(str(declared.sample_from), declared)
 
     def raw_files_of(self, split: str) -> list[str]:
         """Names of a split's raw files, in order."""
-        files = self._made_as(split).from_ or []
+        files = self._origin(split).from_ or []
         return [files] if isinstance(files, str) else files
 
     def raw_rows_of(self, split: str) -> int | None:
         """Number of rows in a split's raw files; None if unknown."""
-        known = [self.files[name].rows for name in self.raw_files_of(split)]
-        return None if None in known else sum(filter(None, known))
+        total = 0
+        for name in self.raw_files_of(split):
+            rows = self.files[name].rows
+            if rows is None:
+                return None
+            total += rows
+        return total
 
     @property
     def raw_files(self) -> list[str]:
@@ -277,24 +288,29 @@ class Data(Strict):
 
     def fields_of(self, split: str, input_format: str) -> dict[str, str]:
         """Expressions for the fields of a split."""
-        own = self._made_as(split).fields
-        fields = self.fields if own is None else own
-        return fields | {name: text for name, text in self.formats[input_format].fields.items() if name in fields}
+        fields = self._origin(split).fields
+        if fields is None:
+            fields = self.fields
+        replaced = self.formats[input_format].fields
+        return fields | {name: text for name, text in replaced.items() if name in fields}
 
     def filters_of(self, split: str) -> dict[str, str]:
         """Expressions for the rows that a split leaves out."""
-        own = self._made_as(split).filters
-        return self.filters if own is None else own
+        filters = self._origin(split).filters
+        return self.filters if filters is None else filters
 
     def rows_of(self, split: str) -> int | None:
         """Number of rows in a split; None if unknown, for example because of filters."""
-        if (declared := self.splits.get(split)) is None:
+        declared = self.splits.get(split)
+        if declared is None:
             return None
-        if chosen := declared.rows or declared.sample or declared.first:
-            return chosen
-        known = self.raw_rows_of(split)
-        sampled = sum(other.sample or 0 for other in self.splits.values() if other.sample_from == split)
-        return None if known is None or self.filters_of(split) else known - sampled
+        size = declared.rows or declared.sample or declared.first
+        if size:
+            return size
+        raw_rows = self.raw_rows_of(split)
+        if raw_rows is None or self.filters_of(split):
+            return None
+        return raw_rows - sum(other.sample or 0 for other in self.splits.values() if other.sample_from == split)
 
     def expressions(self) -> Iterator[tuple[Key, str]]:
         """Yield all expressions, with their paths of keys."""
@@ -303,43 +319,61 @@ class Data(Strict):
         parts += [(("data", "splits", name), split) for name, split in self.splits.items()]
         for at, part in parts:
             for key in ("fields", "filters", "extra_fields"):
-                for name, text in (getattr(part, key, None) or {}).items():
+                texts = getattr(part, key, None) or {}
+                for name, text in texts.items():
                     yield (*at, key, name), text
             if isinstance(part, Split) and part.order:
                 yield (*at, "order", "longest_first"), part.order.longest_first
 
     def mistakes(self, folder: Path) -> Iterator[Mistake]:
         """Yield contradictions in the declaration, and files missing from the study's folder."""
-        names = [name for key, source in self.sources.items() for name in source.files or (key,)]
-        for name in sorted({name for name in names if names.count(name) > 1}):
-            yield ("data", "sources"), f"several sources give a file {name}; rename one"
-        for split, declared in self.splits.items():
-            at = ("data", "splits", split)
-            for name in self.raw_files_of(split) if declared.from_ else ():
-                yield from undeclared((*at, "from"), name, self.files)
-            whole = [other for other in self.splits if other != split and self.splits[other].from_]
-            yield from undeclared((*at, "sample_from"), declared.sample_from, whole)
-            if declared.subsets and split != "test":
-                yield (*at, "subsets"), "only the split test can have subsets; delete them"
+        yield from self._mistakes_in_sources()
+        for name, split in self.splits.items():
+            yield from self._mistakes_in_split(name, split)
         yield from undeclared(("data", "test_set"), self.test_set, ["test", *self.subsets])
-        folders = [str(self.raw), *(str(Path(form.folder)) for form in self.input_formats.values())]
-        for name, form in self.input_formats.items():
-            at = ("data", "input_formats", name)
-            if folders.count(str(Path(form.folder))) > 1:
-                yield (*at, "folder"), "other files use this folder; choose another"
-            for field in form.fields:
-                yield from undeclared((*at, "fields", field), field, self.fields)
+        yield from self._mistakes_in_formats()
         for field in sorted(self.fields.keys() & {*self.extra_fields, "idx"}):
             yield ("data", "fields", field), "scored rows have another field of this name; rename one"
         for name, subset in self.subsets.items():
-            of_subset = ("data", "splits", "test", "subsets", name)
-            if name in SPLITS:
-                yield of_subset, "a split has this name; choose another"
-            if subset.positions and not (folder / subset.positions).is_file():
-                yield (
-                    (*of_subset, "positions"),
-                    f"no such file beside study.yaml: {subset.positions}; add it, with row numbers from 0",
-                )
+            yield from _mistakes_in_subset(name, subset, folder)
         if self.sample and not any((folder / self.sample / name).is_file() for name in self.raw_files):
             expected = " or ".join(f"{self.sample}/{name}" for name in self.raw_files)
             yield ("data", "sample"), f"no {expected} beside study.yaml; add a few rows, or delete the key"
+
+    def _mistakes_in_sources(self) -> Iterator[Mistake]:
+        """Files that several sources give."""
+        counts = Counter(file for name, source in self.sources.items() for file in source.contents(name))
+        for file in sorted(counts):
+            if counts[file] > 1:
+                yield ("data", "sources"), f"several sources give a file {file}; rename one"
+
+    def _mistakes_in_split(self, name: str, split: Split) -> Iterator[Mistake]:
+        """Undeclared files and splits, and subsets of a split other than test."""
+        at = ("data", "splits", name)
+        if split.from_:
+            for file in self.raw_files_of(name):
+                yield from undeclared((*at, "from"), file, self.files)
+        complete = [other for other in self.splits if other != name and self.splits[other].from_]
+        yield from undeclared((*at, "sample_from"), split.sample_from, complete)
+        if split.subsets and name != "test":
+            yield (*at, "subsets"), "only the split test can have subsets; delete them"
+
+    def _mistakes_in_formats(self) -> Iterator[Mistake]:
+        """Formats that share a folder, and undeclared fields."""
+        folders = Counter([self.raw, *(Path(form.folder) for form in self.input_formats.values())])
+        for name, form in self.input_formats.items():
+            at = ("data", "input_formats", name)
+            if folders[Path(form.folder)] > 1:
+                yield (*at, "folder"), "other files use this folder; choose another"
+            for field in form.fields:
+                yield from undeclared((*at, "fields", field), field, self.fields)
+
+
+def _mistakes_in_subset(name: str, subset: Subset, folder: Path) -> Iterator[Mistake]:
+    """A name that a split has, and a missing file of positions."""
+    at = ("data", "splits", "test", "subsets", name)
+    if name in SPLITS:
+        yield at, "a split has this name; choose another"
+    if subset.positions and not (folder / subset.positions).is_file():
+        problem = f"no such file beside study.yaml: {subset.positions}; add it, with row numbers from 0"
+        yield (*at, "positions"), problem

@@ -9,8 +9,10 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePath
 
 import orjson
@@ -59,53 +61,71 @@ def fetch(data: Data, out: Path, only: Collection[str] | None = None) -> list[Ro
         OSError: the disk is full.
     """
     wanted = [name for name in data.sources if only is None or name in only]
-    own = (file for name in wanted if data.sources[name].is_own for file in data.sources[name].files or (name,))
-    if absent := [file for file in own if not (out / file).is_file()]:
-        raise UserError(
-            f"{out / absent[0]}: no such file, and study.yaml gives neither url nor hub for it; copy it there, or run "
-            "`recipe data prepare --study STUDY FOLDER`, where FOLDER contains the file"
-        )
+    _require_users_files(data, out, wanted)
     out.mkdir(parents=True, exist_ok=True)
     with held(out / ".fetch.lock", "another fetch is running"), naming(out):
-        rows = _present(data, out, wanted)
+        recorded = _recorded(out)
+        rows = _complete(data, out, recorded)
         missing = [name for name in wanted if name not in rows]
+        for name in missing:
+            _require_replaceable(out, data.sources[name].contents(name), recorded)
         if not missing:
             say(f"{out}: all files exist and are unchanged; nothing to fetch")
-        for left in out.glob(".fetching-*"):  # leftovers of a killed process
-            shutil.rmtree(left, ignore_errors=True)
+        for folder in out.glob(".fetching-*"):  # leftovers of a killed process
+            shutil.rmtree(folder, ignore_errors=True)
         for name in missing:
-            with tempfile.TemporaryDirectory(dir=out, prefix=".fetching-") as staging:
-                found = _fetched(name, data, out, Path(staging))
-                rows[name] = [row for row, _ in found]
-                files = [row for of_source in rows.values() for row in of_source]
-                # before the files move into place: a killed process then leaves only files that the record lists
-                write_json(out / RECORD, {"made_by": f"qlora-recipes {__version__}", "files": files})
-                for row, path in found:
-                    (out / row["file"]).parent.mkdir(parents=True, exist_ok=True)
-                    path.replace(out / row["file"])
-            part = out / f"{name}.part"
-            for file in (part, _version_file(part)):
-                file.unlink(missing_ok=True)
-        return [row for name in wanted for row in rows[name]]
+            _fetch_source(name, data, out, rows)
+    return [row for name in wanted for row in rows[name]]
 
 
-def _present(data: Data, out: Path, wanted: list[str]) -> dict[str, list[Row]]:
-    """Table rows of complete sources; logs files that will be fetched again."""
-    recorded = _recorded(out)
-    present = {}
-    for source_name, source in data.sources.items():
-        files = source.files or {source_name: source}
-        rows = [_row(name, out / name, known) for name, known in files.items() if (out / name).is_file()]
-        expected = [known.sha256 or recorded.get(name) for name, known in files.items()]
+def _require_users_files(data: Data, out: Path, wanted: Iterable[str]) -> None:
+    """Raise UserError if a file is missing that nobody publishes."""
+    for name in wanted:
+        source = data.sources[name]
+        for file in source.contents(name):
+            if source.is_own and not (out / file).is_file():
+                problem = "no such file, and study.yaml gives neither url nor hub for it"
+                command = "`recipe data prepare --study STUDY FOLDER`, where FOLDER contains the file"
+                raise UserError(problem, file=out / file, remedy=f"copy it there, or run {command}")
+
+
+def _complete(data: Data, out: Path, recorded: Mapping[str, str]) -> dict[str, list[Row]]:
+    """Table rows of the files of complete sources, by source."""
+    complete = {}
+    for name, source in data.sources.items():
+        contents = source.contents(name)
+        rows = [_row(file, out / file, facts) for file, facts in contents.items() if (out / file).is_file()]
+        expected = [facts.sha256 or recorded.get(file) for file, facts in contents.items()]
         if [row["sha256"] for row in rows] == expected or (rows and source.is_own):
-            present[source_name] = rows
-        elif source_name in wanted:
-            for name in files:
-                if name not in recorded and (out / name).exists():
-                    raise UserError(f"{out / name}: not replaced, because {RECORD} does not list it; move it away")
-            if there := [name for name in files if name in recorded]:
-                say(f"{out}: fetching changed or incomplete files again: {', '.join(there)}")
-    return present
+            complete[name] = rows
+    return complete
+
+
+def _require_replaceable(out: Path, files: Iterable[str], recorded: Mapping[str, str]) -> None:
+    """Raise UserError for an existing file that an earlier fetch did not write; log files to fetch again."""
+    for file in files:
+        if file not in recorded and (out / file).exists():
+            problem = f"not replaced, because {RECORD} does not list it"
+            raise UserError(problem, file=out / file, remedy="move it away")
+    fetched_before = [file for file in files if file in recorded]
+    if fetched_before:
+        say(f"{out}: fetching changed or incomplete files again: {', '.join(fetched_before)}")
+
+
+def _fetch_source(name: str, data: Data, out: Path, rows: dict[str, list[Row]]) -> None:
+    """Fetch a source, add its table rows to `rows`, record these, and move the files into place."""
+    with tempfile.TemporaryDirectory(dir=out, prefix=".fetching-") as staging:
+        files = _verified_files(name, data, out, Path(staging))
+        rows[name] = [row for row, _ in files]
+        all_rows = list(chain.from_iterable(rows.values()))
+        # before the files move into place: a killed process then leaves only files that the record lists
+        write_json(out / RECORD, {"made_by": f"qlora-recipes {__version__}", "files": all_rows})
+        for row, path in files:
+            (out / row["file"]).parent.mkdir(parents=True, exist_ok=True)
+            path.replace(out / row["file"])
+    part = out / f"{name}.part"
+    part.unlink(missing_ok=True)
+    _version_file(part).unlink(missing_ok=True)
 
 
 def _recorded(out: Path) -> dict[str, str]:
@@ -116,46 +136,38 @@ def _recorded(out: Path) -> dict[str, str]:
         return {}
 
 
-def _row(name: str, file: Path, known: SourceFile) -> Row:
+def _row(name: str, file: Path, facts: SourceFile) -> Row:
     digest = sha256(file)
-    verified = digest == known.sha256 if known.sha256 else None
+    verified = digest == facts.sha256 if facts.sha256 else None
     return {"file": name, "bytes": file.stat().st_size, "sha256": digest, "verified": verified}
 
 
-def _verified(name: str, file: Path, known: SourceFile) -> Row:
+def _verified(name: str, file: Path, facts: SourceFile) -> Row:
     """Table row of a verified file.
 
     Raises:
         Rejected: the size or checksum differs from study.yaml.
     """
-    row = _row(name, file, known)
-    for key, expected in (("bytes", known.bytes), ("sha256", known.sha256)):
+    row = _row(name, file, facts)
+    for key, expected in (("bytes", facts.bytes), ("sha256", facts.sha256)):
         if expected not in (None, row[key]):
             raise Rejected(f"{name} differs from study.yaml: {key} {expected} expected, {row[key]} found")
     return row
 
 
-def _fetched(name: str, data: Data, out: Path, staging: Path) -> list[tuple[Row, Path]]:
-    """Fetch a source; return table rows of its verified files, with the places where these are."""
+def _verified_files(name: str, data: Data, out: Path, staging: Path) -> list[tuple[Row, Path]]:
+    """Download a source; return table rows of its verified files, with the places where these are."""
     source = data.sources[name]
     part = out / f"{name}.part"
     try:
-        if source.url:
-            download(source.url, part, 2 * source.bytes if source.bytes else MOST_BYTES)
-            found = {name: part}
-        else:
-            with _hub_errors(str(source.hub)):
-                found = {name: _from_hub(name, source, staging / "copy")}
-        if source.files:
-            found = _extracted(found[name], source, staging)
-        files = source.files or {name: source}
-        return [(_verified(member, path, files[member]), path) for member, path in found.items()]
+        paths = _download_source(name, source, part, staging)
+        return [(_verified(file, paths[file], facts), paths[file]) for file, facts in source.contents(name).items()]
     except (Rejected, RuntimeError, *DAMAGED_ZIP) as error:  # RuntimeError: unknown encryption or compression
-        aside = ""
+        remedy = ""
         if part.exists():
-            aside = f"; moved to {part.replace(part.with_suffix('.rejected'))}; the next fetch starts over"
+            remedy = f"moved to {part.replace(part.with_suffix('.rejected'))}; the next fetch starts over"
             _version_file(part).unlink(missing_ok=True)
-        raise UserError(f"{part}: {error}{aside}") from None
+        raise UserError(str(error), file=part, remedy=remedy) from None
     except (UserError, WorkFailed) as error:
         raise type(error)(
             f"{error}; or run `recipe data fetch {data.key}` on another machine and copy the folder to {out}, or give "
@@ -163,14 +175,27 @@ def _fetched(name: str, data: Data, out: Path, staging: Path) -> list[tuple[Row,
         ) from None
 
 
-def _from_hub(name: str, source: DataSource, file: Path) -> Path:
-    """Download a file of a model, or write a data set's split as JSON lines."""
+def _download_source(name: str, source: DataSource, part: Path, staging: Path) -> dict[str, Path]:
+    """Download a source; return the paths of its files, in `staging` or `part`."""
+    if source.url:
+        file = part
+        download(source.url, part, 2 * source.bytes if source.bytes else MOST_BYTES)
+    else:
+        file = staging / "copy"
+        with _hub_errors(str(source.hub)):
+            _download_from_hub(name, source, file)
+    if source.files:
+        return _extracted(file, source, source.files, staging)
+    return {name: file}
+
+
+def _download_from_hub(name: str, source: DataSource, file: Path) -> None:
+    """Write a file of a model, or a data set's split as JSON lines."""
     if source.kind == "model":
         from huggingface_hub import hf_hub_download
 
-        return Path(
-            shutil.copyfile(hf_hub_download(str(source.hub), source.file or name, revision=source.revision), file)
-        )
+        shutil.copyfile(hf_hub_download(str(source.hub), source.file or name, revision=source.revision), file)
+        return
     import datasets
 
     datasets.disable_progress_bars()
@@ -182,23 +207,26 @@ def _from_hub(name: str, source: DataSource, file: Path) -> Path:
             for values in zip(*batch.values(), strict=True):
                 stream.write(orjson.dumps(dict(zip(batch, values, strict=True)), default=str) + b"\n")
             bar.update(min(count * 1000, len(rows)))
-    return file
 
 
-def _extracted(file: Path, source: DataSource, staging: Path) -> dict[str, Path]:
+def _extracted(file: Path, source: DataSource, wanted: Mapping[str, SourceFile], staging: Path) -> dict[str, Path]:
     """Extract wanted files from a zip, by name without folders."""
     _verified(file.name, file, SourceFile(sha256=source.sha256))
-    files = {name: staging / name for name in source.files or ()}
+    members: dict[str, list[zipfile.ZipInfo]] = {name: [] for name in wanted}
     with zipfile.ZipFile(file) as archive:
-        members = {name: [m for m in archive.infolist() if PurePath(m.filename).name == name] for name in files}
-        if wrong := [name for name, found in members.items() if len(found) != 1]:
+        for member in archive.infolist():
+            name = PurePath(member.filename).name
+            if name in members:
+                members[name].append(member)
+        wrong = [name for name in wanted if len(members[name]) != 1]
+        if wrong:
             raise Rejected(f"{', '.join(wrong)}: missing from the zip, or present twice")
-        for name, (member,) in members.items():
-            most = (source.files or {})[name].bytes or MOST_RATIO * file.stat().st_size
-            _require_size(name, member.file_size, most)
-            with archive.open(member) as stream, files[name].open("wb") as copy:
+        for name, facts in wanted.items():
+            [member] = members[name]
+            _require_size(name, member.file_size, facts.bytes or MOST_RATIO * file.stat().st_size)
+            with archive.open(member) as stream, (staging / name).open("wb") as copy:
                 shutil.copyfileobj(stream, copy)
-    return files
+    return {name: staging / name for name in wanted}
 
 
 def _require_size(name: str, size: int, most: int) -> None:
@@ -207,13 +235,37 @@ def _require_size(name: str, size: int, most: int) -> None:
         raise Rejected(f"{name} is larger than {most:,} bytes; if that is right, declare its `bytes` in study.yaml")
 
 
-def _partial(part: Path, url: str) -> Row:
-    """Version and size of a partial download; null and 0 if it has another address, or its record is damaged."""
-    known = read_json(_version_file(part))
-    has_sizes = isinstance(known.get("version"), str) and isinstance(known.get("bytes"), int)
-    if known.get("url") == without_secrets(url) and has_sizes:
-        return known
-    return {"version": None, "bytes": 0}
+@dataclass(frozen=True)
+class _Partial:
+    """Partial download.
+
+    Attributes:
+        version: ETag or date of the file on the server; empty if nothing is downloaded.
+        total: size of the file on the server; 0 if unknown.
+        size: number of bytes downloaded so far.
+    """
+
+    version: str = ""
+    total: int = 0
+    size: int = 0
+
+    def is_continued_by(self, response: requests.Response) -> bool:
+        """True if a response has the remaining bytes of the same version."""
+        rest = rf"bytes {self.size}-\d+/{self.total or '.+'}"
+        if not self.size or not re.fullmatch(rest, response.headers.get("Content-Range", "")):
+            return False
+        return _version_of(response) in (None, self.version)
+
+
+def _partial(part: Path, url: str) -> _Partial:
+    """Partial download in a file; an empty one if it has another address, or its record is damaged."""
+    record = read_json(_version_file(part))
+    version, total = record.get("version"), record.get("bytes")
+    if record.get("url") != without_secrets(url) or not part.exists():
+        return _Partial()
+    if not isinstance(version, str) or not isinstance(total, int):
+        return _Partial()
+    return _Partial(version, total, part.stat().st_size if version else 0)
 
 
 def _version_file(part: Path) -> Path:
@@ -239,17 +291,20 @@ def download(url: str, part: Path, most: int) -> None:
                 if not _version_file(part).exists():  # the server was never reached
                     break
             except requests.RequestException as error:
-                answer = f"{error.response.status_code} {error.response.reason}" if error.response is not None else ""
-                raise UserError(f"{url}: {answer or type(error).__name__}") from None
+                answer = type(error).__name__
+                if error.response is not None:
+                    answer = f"{error.response.status_code} {error.response.reason}"
+                raise UserError(answer, key=url) from None
             except ValueError as error:  # from urllib, for a redirect
-                raise UserError(f"{url}: the server redirects to an invalid address: {error}") from None
+                raise UserError(f"the server redirects to an invalid address: {error}", key=url) from None
             if not problem:
                 return
             if pause is not None:
                 say(f"{url}: {problem}; next try in {pause} s")
                 time.sleep(pause)
     size = part.stat().st_size if part.exists() else 0
-    raise WorkFailed(f"{url}: {problem}" + (f"; repeat the command to resume from {size:,} bytes" if size else ""))
+    remedy = f"; repeat the command to resume from {size:,} bytes" if size else ""
+    raise WorkFailed(f"{url}: {problem}{remedy}")
 
 
 def _receive(url: str, part: Path, most: int, bar: Bar) -> str:
@@ -257,43 +312,59 @@ def _receive(url: str, part: Path, most: int, bar: Bar) -> str:
 
     The address and version are recorded beside the file, so that a later call can resume the download.
     """
-    known = _partial(part, url)
-    size = part.stat().st_size if part.exists() and known["version"] else 0
-    if size and size == known["bytes"]:
+    partial = _partial(part, url)
+    if partial.size and partial.size == partial.total:
         return ""
     headers = {"Accept-Encoding": "identity"}  # without compression, lengths and ranges count bytes of the file
-    if size:
-        headers |= {"Range": f"bytes={size}-", "If-Range": known["version"]}
+    if partial.size:
+        headers |= {"Range": f"bytes={partial.size}-", "If-Range": partial.version}
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        etag = response.headers.get("ETag", "W/")
-        # a weak ETag does not identify the bytes
-        version = response.headers.get("Last-Modified") if etag.startswith("W/") else etag
-        rest = rf"bytes {size}-\d+/{known['bytes'] or '.+'}"
-        continues = re.fullmatch(rest, response.headers.get("Content-Range", ""))
-        resumes = size and continues and version in (None, known["version"])
-        if response.status_code == 416 or (response.status_code == 206 and not resumes):
+        status = response.status_code
+        if status == 416 or (status == 206 and not partial.is_continued_by(response)):
             part.unlink(missing_ok=True)
             return "the file on the server has changed"
-        if response.status_code == 429 or response.status_code >= 500:
-            return f"the server answers {response.status_code} {response.reason}"
+        answer = f"the server answers {status} {response.reason}"
+        if status == 429 or status >= 500:
+            return answer
         response.raise_for_status()
-        if response.status_code not in (200, 206):
-            raise UserError(f"{url}: the server answers {response.status_code} {response.reason} instead of the file")
-        if response.status_code == 200:
-            length = response.headers.get("Content-Length", "0")
-            if not re.fullmatch(r"(?a)\d{1,18}", length):
-                raise UserError(f"{url}: the server's Content-Length is not a size: {length:.40}")
-            if size:
+        if status not in (200, 206):
+            raise UserError(f"{answer} instead of the file", key=url)
+        total = partial.total
+        if status == 200:
+            total = _content_length(url, response)
+            if partial.size:
                 say(f"{part}: starting over; the server's file has changed, or the server cannot send parts")
             part.unlink(missing_ok=True)  # delete the old part before recording the new version
-            known = {"url": without_secrets(url), "version": version, "bytes": int(length)}
-            write_json(_version_file(part), known)
+            version = {"url": without_secrets(url), "version": _version_of(response), "bytes": total}
+            write_json(_version_file(part), version)
         with naming(part), part.open("ab") as stream:
             for chunk in response.iter_content(CHUNK):
                 stream.write(chunk)
                 _require_size(part.stem, stream.tell(), most)
-                bar.update(stream.tell() >> 20, known["bytes"] >> 20)
-    return "the connection was lost" if known["bytes"] and part.stat().st_size != known["bytes"] else ""
+                bar.update(stream.tell() >> 20, total >> 20)
+    if total and part.stat().st_size != total:
+        return "the connection was lost"
+    return ""
+
+
+def _version_of(response: requests.Response) -> str | None:
+    """Version of the file on the server: its ETag or date; None if the server sends neither."""
+    etag = response.headers.get("ETag", "W/")
+    if etag.startswith("W/"):  # a weak ETag does not identify the bytes
+        return response.headers.get("Last-Modified")
+    return etag
+
+
+def _content_length(url: str, response: requests.Response) -> int:
+    """Size of the file on the server; 0 if the server does not send it.
+
+    Raises:
+        UserError: the header is not a size.
+    """
+    length = response.headers.get("Content-Length", "0")
+    if not re.fullmatch(r"(?a)\d{1,18}", length):
+        raise UserError(f"the server's Content-Length is not a size: {length:.40}", key=url)
+    return int(length)
 
 
 def _cause(error: BaseException) -> str:
@@ -318,4 +389,4 @@ def _hub_errors(repository: str) -> Iterator[None]:
         problem = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, unreached) and not isinstance(error, absent):
             raise WorkFailed(f"{repository}: the hub cannot be reached: {problem}") from None
-        raise UserError(f"{repository}: {problem}") from None
+        raise UserError(problem, key=repository) from None
