@@ -11,7 +11,7 @@ from typing import Any
 from ..base import hardware, paths, processes, yamlfiles
 from ..base.errors import UserError
 from ..base.yamlfiles import Config
-from ..data.sample import usual_sample
+from ..data.sample import default_sample
 from . import datafiles, gpus, merging, models, numerics, substitution, variants
 from .datafiles import DataFile
 from .gpus import Gpu
@@ -119,7 +119,7 @@ class _Draft:
 
     def rehearsal_changes(self, fragment: Config) -> Config:
         """Return the rehearsal profile's changes, except its keys for the sample; store those in `sample`."""
-        folders = {"stand_in": str(substitution.folder()), "sample": str(usual_sample())}
+        folders = {"stand_in": str(substitution.folder()), "sample": str(default_sample())}
         fragment = filled(fragment, folders) | {"bf16": hardware.cpu_has_bf16()}
         self.sample = {key: fragment.pop(key) for key in substitution.OF_SAMPLE}
         own_model = substitution.OF_MODEL if models.is_small(self.config) else ()

@@ -13,27 +13,28 @@ MANIFEST = "manifest.json"
 def entries(out: Path) -> dict[str, Row]:
     """Entries of the splits in a folder's manifest."""
     splits = read_json(out / MANIFEST).get("splits")
-    found = splits if isinstance(splits, dict) else {}
-    return {name: entry for name, entry in found.items() if isinstance(entry, dict)}
+    if not isinstance(splits, dict):
+        return {}
+    return {name: entry for name, entry in splits.items() if isinstance(entry, dict)}
 
 
-def lists(out: Path, of_study: Study, file: Path) -> bool:
+def lists(out: Path, study: Study, file: Path) -> bool:
     """True if a folder's manifest was written for a study, and lists a file."""
-    if read_json(out / MANIFEST).get("study") != of_study.folder.name:
+    if read_json(out / MANIFEST).get("study") != study.folder.name:
         return False
     splits = entries(out)
     subsets = splits.get("test", {}).get("subsets", {})
     return file.name in {MANIFEST, *(f"{name}.jsonl" for name in (*splits, *subsets))}
 
 
-def update(out: Path, of_study: Study, splits: dict[str, Row]) -> Row:
+def update(out: Path, study: Study, splits: dict[str, Row]) -> Row:
     """Update splits in the manifest, after deleting files of subsets that it will no longer list."""
     former = entries(out)
     if "test" in splits:
         for key in former.get("test", {}).get("subsets", {}).keys() - splits["test"]["subsets"]:
             (out / Path(f"{key}.jsonl").name).unlink(missing_ok=True)  # a subset of earlier test rows
     made_by = f"qlora-recipes {__version__}"
-    manifest = {"made_by": made_by, "study": of_study.folder.name, "splits": former | splits}
+    manifest = {"made_by": made_by, "study": study.folder.name, "splits": former | splits}
     write_json(out / MANIFEST, manifest)
     return manifest
 
@@ -42,21 +43,29 @@ def table(manifest: Row) -> list[Row]:
     """Table of a manifest's files, with counts of rows read and left out."""
     rows = []
     for split in manifest["splits"].values():
-        moved = split.get("moved", {})
-        left_out = split["dropped"] | {f"in {name}.jsonl": count for name, count in moved.items()}
-        left_out["not chosen"] = split["kept"] - split["rows"] - sum(moved.values())
-        rows.append(
-            {
-                "file": split["file"],
-                "rows": split["rows"],
-                "read": split["read"],
-                "left out": ", ".join(f"{count} ({why})" for why, count in left_out.items() if count) or "none",
-                "verified": {True: "yes", False: "differs"}.get(split["is_the_study_file"]),  # None without a checksum
-            }
-        )
+        row = {
+            "file": split["file"],
+            "rows": split["rows"],
+            "read": split["read"],
+            "left out": _left_out(split),
+            "verified": _VERIFIED[split["is_the_study_file"]],
+        }
+        rows.append(row)
         for subset in split.get("subsets", {}).values():
-            rows.append(dict.fromkeys(rows[-1]) | {"file": subset["file"], "rows": subset["rows"]})
+            rows.append(dict.fromkeys(row) | {"file": subset["file"], "rows": subset["rows"]})
     return rows
+
+
+_VERIFIED = {True: "yes", False: "differs", None: None}
+"""Cells for the raw files of a split: None if study.yaml has no checksum."""
+
+
+def _left_out(split: Row) -> str:
+    """Number of raw rows that a split leaves out, by reason."""
+    moved = split.get("moved", {})
+    counts = split["dropped"] | {f"in {name}.jsonl": count for name, count in moved.items()}
+    counts["not chosen"] = split["kept"] - split["rows"] - sum(moved.values())
+    return ", ".join(f"{count} ({cause})" for cause, count in counts.items() if count) or "none"
 
 
 def is_the_studys(entry: Row) -> bool:
@@ -64,20 +73,20 @@ def is_the_studys(entry: Row) -> bool:
     return bool(entry.get("is_the_study_file"))
 
 
-def how_made(of_study: Study, split: str, input_format: str) -> Row:
+def how_made(study: Study, split: str, input_format: str) -> Row:
     """Part of a manifest entry that describes the preparation of a split."""
-    data, declared = of_study.data, of_study.data.splits[split]
-    made: Row = {
+    data, declared = study.data, study.data.splits[split]
+    entry: Row = {
         "input_format": input_format,
         "raw_files": {name: data.files[name].sha256 for name in data.raw_files_of(split)},
         "fields": data.fields_of(split, input_format),
         "filters": data.filters_of(split),
     }
     if split == "test":
-        made["extra_fields"] = data.extra_fields
+        entry["extra_fields"] = data.extra_fields
     chosen_by = {"sample", "seed", "shuffle", "sample_from"} if declared.sample else {"first"}
-    made["sampled"] = declared.model_dump(include=chosen_by, exclude_none=True)
-    return made | declared.model_dump(include={"shuffle", "order"})
+    entry["sampled"] = declared.model_dump(include=chosen_by, exclude_none=True)
+    return entry | declared.model_dump(include={"shuffle", "order"})
 
 
 def how_chosen(subset: Subset, folder: Path) -> Row:
@@ -88,28 +97,28 @@ def how_chosen(subset: Subset, folder: Path) -> Row:
     return {"positions": file.name, "sha256_of_positions": sha256(file)}
 
 
-def is_not_prepared(of_study: Study, out: Path, input_format: str) -> str | None:
+def is_not_prepared(study: Study, out: Path, input_format: str) -> str | None:
     """Reason why a folder lacks the study's prepared data; None if it has them.
 
     Compares the manifest with the study, and the files with their checksums.
     """
     splits = entries(out)
-    for name in of_study.data.splits:
+    for name in study.data.splits:
         entry = splits.get(name)
         if not entry:
             return f"{MANIFEST} lists no {name}.jsonl"
-        if any(entry.get(key) != value for key, value in how_made(of_study, name, input_format).items()):
+        if not how_made(study, name, input_format).items() <= entry.items():
             return f"{name}.jsonl was prepared with another input format, other raw files, expressions or settings"
         if entry.get("is_the_study_file") is False:
             return f"{name}.jsonl was prepared from a file other than the study's"
     test = splits.get("test", {})
     subsets = test.get("subsets", {})
-    for name, subset in of_study.data.subsets.items():
-        how = how_chosen(subset, of_study.folder)
+    for name, subset in study.data.subsets.items():
+        how = how_chosen(subset, study.folder)
         if name not in test.get("left_out", {}) and not how.items() <= subsets.get(name, {}).items():
             return f"{name}.jsonl is missing or has different rows"
-    for written in (*splits.values(), *subsets.values()):
-        file = out / str(written.get("file"))
-        if not file.is_file() or sha256(file) != written.get("sha256"):
+    for entry in (*splits.values(), *subsets.values()):
+        file = out / str(entry.get("file"))
+        if not file.is_file() or sha256(file) != entry.get("sha256"):
             return f"{file.name} is missing or differs from its checksum in {MANIFEST}"
     return None

@@ -3,10 +3,10 @@
 import hashlib
 import random
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import batched, chain, islice
 from pathlib import Path
 
 import orjson
@@ -27,7 +27,7 @@ PlacedRow = tuple[int, bytes, float]  # position in the raw file, prepared line,
 def prepare(
     raw: list[Path],
     out: Path,
-    of_study: Study,
+    study: Study,
     input_format: str,
     timeout: float = LOOK,
 ) -> Row:
@@ -40,7 +40,7 @@ def prepare(
     Args:
         raw: raw files of the study, or folders with them.
         out: folder to write to.
-        of_study: the study.
+        study: the study.
         input_format: name of one of the study's formats.
         timeout: seconds to wait for another process that prepares data in the same folder.
 
@@ -52,35 +52,35 @@ def prepare(
         UserError: a file is missing or empty, a row cannot be prepared, an expression is invalid, or another process
             prepares data in the folder.
     """
-    check_expressions(of_study)
+    check_expressions(study)
     for file in raw:
         if file.resolve() in {(out / f"{name}.jsonl").resolve() for name in SPLITS}:
-            raise UserError(f"{file}: would be overwritten; write to another folder with --out")
-    files = find_files(raw, of_study.data.raw_files)
+            raise UserError("would be overwritten", file=file, remedy="write to another folder with --out")
+    files = find_files(raw, study.data.raw_files)
     with held(out / PREPARE_LOCK, "another preparation is running", timeout), ExitStack() as stack:
-        require_own(out, of_study, out / manifest.MANIFEST)
-        splits = _Preparation(of_study, files, input_format, out, stack).splits()
+        require_own(out, study, out / manifest.MANIFEST)
+        splits = _Preparation(study, files, input_format, out, stack).splits()
         # before the stack moves the files into place: a killed process then leaves only files that the manifest lists
-        return manifest.update(out, of_study, splits)
+        return manifest.update(out, study, splits)
 
 
-def require_own(out: Path, of_study: Study, file: Path) -> None:
+def require_own(out: Path, study: Study, file: Path) -> None:
     """Raise UserError for an existing file that the study's manifest does not list."""
-    if file.exists() and not manifest.lists(out, of_study, file):
-        owner = f"{of_study.folder.name}'s {manifest.MANIFEST} does not list it"
+    if file.exists() and not manifest.lists(out, study, file):
+        owner = f"{study.folder.name}'s {manifest.MANIFEST} does not list it"
         raise UserError(f"{file}: not replaced, because {owner}; move it away, or write to another folder with --out")
 
 
-def check_expressions(of_study: Study) -> None:
+def check_expressions(study: Study) -> None:
     """Raise UserError, with file and line, if a study has invalid expressions."""
     mistakes: list[Mistake] = []
-    for key, text in of_study.data.expressions():
+    for key, text in study.data.expressions():
         try:
             Expression(key[-1], text)
         except ValueError as error:
             mistakes.append((key, str(error)))
     if mistakes:
-        raise refusal(Path(shown(of_study.folder / "study.yaml")), mistakes)
+        raise refusal(Path(shown(study.folder / "study.yaml")), mistakes)
 
 
 @dataclass
@@ -110,59 +110,68 @@ class _Preparation:
         Closing the stack moves the files into place.
         """
         data = self.study.data
-        there = [name for name in SPLITS if name in data.splits and self.raw.keys() >= {*data.raw_files_of(name)}]
-        for name in there:
-            self.read[name] = RawFile(*(self.raw[file] for file in data.raw_files_of(name)))
-            if data.splits[name].sample_from:  # sample first: the other split is written without these rows
-                self.sampled[name] = self._selection(name)
-        return {name: self._split(name) for name in there}
+        for name in SPLITS:
+            files = data.raw_files_of(name) if name in data.splits else []
+            if files and self.raw.keys() >= set(files):
+                self.read[name] = RawFile(*(self.raw[file] for file in files))
+                if data.splits[name].sample_from:  # sample first: the other split is written without these rows
+                    self.sampled[name] = self._selection(name)
+        return {name: self._split(name) for name in self.read}
 
     def _selection(self, name: str) -> list[int]:
         """Positions of the rows of a sampled or shuffled split, in order."""
         split = self.study.data.splits[name]
         source = split.sample_from or name
-        gone = {position for positions in self._moved(source).values() for position in positions}
-        positions = self.order.get(source) or [row[0] for row in self._kept(name)]
-        rest = [position for position in positions if position not in gone]
-        if split.shuffle is None:
-            return sample(rest, split.sample, split.seed) if split.sample else rest[: split.first]
-        rest = shuffled(rest, split.shuffle)
-        if split.sample_from:
-            self.order[source] = rest
-        return rest[: split.sample or split.first]
+        moved = self._moved_positions(source)
+        positions = self.order.get(source) or [row[0] for row in self._prepared_rows(name)]
+        rest = [position for position in positions if position not in moved]
+        if split.shuffle is not None:
+            rest = shuffled(rest, split.shuffle)
+            if split.sample_from:
+                self.order[source] = rest
+            return rest[: split.sample or split.first]
+        if split.sample:
+            return sample(rest, split.sample, split.seed)
+        return rest[: split.first]
 
     def _moved(self, name: str) -> dict[str, list[int]]:
         """Positions of rows that are moved from a split, by the split that they are moved to."""
         splits = self.study.data.splits
         return {other: rows for other, rows in self.sampled.items() if splits[other].sample_from == name}
 
-    def _at(self, positions: Iterable[int], name: str) -> list[PlacedRow]:
-        """Rows at the given positions, in that order."""
+    def _moved_positions(self, name: str) -> set[int]:
+        """Positions of all rows that are moved from a split."""
+        return set(chain.from_iterable(self._moved(name).values()))
+
+    def _rows_at(self, positions: Iterable[int], name: str) -> list[PlacedRow]:
+        """Rows at positions of a split, in that order."""
         rank = {position: place for place, position in enumerate(positions)}
-        rows = [row for row in self._kept(name) if row[0] in rank]
+        rows = [row for row in self._prepared_rows(name) if row[0] in rank]
         return sorted(rows, key=lambda row: rank[row[0]])
 
-    def _kept(self, name: str) -> Iterator[PlacedRow]:
-        """Kept rows as JSON lines, with raw position and sort value; sets `counts` anew.
+    def _prepared_rows(self, name: str) -> Iterator[PlacedRow]:
+        """Rows that the filters keep, as JSON lines, with raw position and sort value; counts all rows.
 
         Test rows also contain their raw position, in the field `idx`, and the study's extra fields.
         """
         data = self.study.data
-        raw, order, scored = self.read[name], data.splits[name].order, name == "test"
+        raw, order, is_scored = self.read[name], data.splits[name].order, name == "test"
         counts = self.counts[name] = Counter()
         maker = RowMaker(
             data.fields_of(name, self.input_format),
             data.filters_of(name),
-            data.extra_fields if scored else {},
+            data.extra_fields if is_scored else {},
             order.longest_first if order else "0",
         )
         for position, row in enumerate(raw.rows()):
             try:
-                made, reason, extra, length = maker.make(row, raw.path.name)
-                counts[reason or ""] += 1
-                if reason is not None:
+                prepared, filter_name, extra, length = maker.make(row, raw.path.name)
+                counts[filter_name or ""] += 1
+                if filter_name is not None:
                     continue
-                line = orjson.dumps(made | {"idx": position} | extra if scored else made)
+                if is_scored:
+                    prepared |= {"idx": position} | extra
+                line = orjson.dumps(prepared)
             except BadRow as error:
                 raise UserError(f"{raw.where}: {error}; the row's fields: {', '.join(row) or 'none'}") from None
             except TypeError as error:  # from orjson
@@ -179,7 +188,8 @@ class _Preparation:
         written = self._write(name, rows)
         account = self._account(name, raw)
         if not written["rows"]:
-            raise UserError(f"{raw.path}: no rows left to write; dropped: {account['dropped'] or 'no rows'}")
+            dropped = account["dropped"] or "no rows"
+            raise UserError(f"no rows left to write; dropped: {dropped}", file=raw.path)
         entry = manifest.how_made(self.study, name, self.input_format) | account | written
         if moved := self._moved(name):
             entry["moved"] = {other: len(rows) for other, rows in moved.items()}
@@ -194,25 +204,38 @@ class _Preparation:
         """
         split = self.study.data.splits[name]
         if name in self.sampled:
-            yield from self._at(self.sampled[name], name)
+            yield from self._rows_at(self.sampled[name], name)
         elif split.sample or split.shuffle is not None or name in self.order:
-            yield from self._at(self._selection(name), name)
+            yield from self._rows_at(self._selection(name), name)
         else:
-            gone = {position for positions in self._moved(name).values() for position in positions}
-            kept = (row for row in self._kept(name) if row[0] not in gone)
-            yield from islice(kept, split.first)
-            deque(kept, maxlen=0)
+            moved = self._moved_positions(name)
+            rest = (row for row in self._prepared_rows(name) if row[0] not in moved)
+            yield from islice(rest, split.first)
+            deque(rest, maxlen=0)
+
+    def _is_the_study_file(self, name: str, checksums: Sequence[str], rows: int) -> bool | None:
+        """True if a split's raw files have the checksums in study.yaml; None if it has no checksum to compare.
+
+        Without a checksum, another number of rows shows that they are other files.
+        """
+        data = self.study.data
+        declared = [data.files[file].sha256 for file in data.raw_files_of(name)]
+        for expected, checksum in zip(declared, checksums, strict=True):
+            if expected not in (None, checksum):
+                return False
+        if None not in declared:
+            return True
+        if data.raw_rows_of(name) not in (None, rows):
+            return False
+        return None
 
     def _account(self, name: str, raw: RawFile) -> Row:
-        data, counts = self.study.data, self.counts[name]
-        known = [data.files[file].sha256 for file in data.raw_files_of(name)]
+        counts = self.counts[name]
         checksums = [sha256(path) for path in raw.paths]
-        wrong = any(sha not in (None, checksum) for sha, checksum in zip(known, checksums, strict=True))
-        wrong = wrong or (None in known and data.raw_rows_of(name) not in (None, raw.read))
         return {
             "source": ", ".join(map(str, raw.paths)),
             "source_sha256": ", ".join(checksums),
-            "is_the_study_file": False if wrong else None if None in known else True,
+            "is_the_study_file": self._is_the_study_file(name, checksums, raw.read),
             "read": raw.read,
             "kept": counts[""],
             "dropped": {reason: count for reason, count in counts.items() if reason},
@@ -246,11 +269,13 @@ class _Preparation:
         return {"file": file.name, "rows": count, "sha256": digest.hexdigest()}
 
 
-def _ordered(rows: Iterable[PlacedRow], order: Order | None) -> Iterator[PlacedRow]:
-    rows = iter(rows)
-    while order and (bucket := list(islice(rows, order.buckets))):
+def _ordered(rows: Iterable[PlacedRow], order: Order | None) -> Iterable[PlacedRow]:
+    return _sorted_in_buckets(rows, order.buckets) if order else rows
+
+
+def _sorted_in_buckets(rows: Iterable[PlacedRow], size: int) -> Iterator[PlacedRow]:
+    for bucket in batched(rows, size):
         yield from sorted(bucket, key=lambda row: row[2], reverse=True)
-    yield from rows
 
 
 def sample(positions: Iterable[int], size: int, seed: int) -> list[int]:
@@ -260,8 +285,10 @@ def sample(positions: Iterable[int], size: int, seed: int) -> list[int]:
     for count, position in enumerate(positions, start=1):
         if len(chosen) < size:
             chosen.append(position)
-        elif (place := chance.randrange(count)) < size:
-            chosen[place] = position
+        else:
+            place = chance.randrange(count)
+            if place < size:
+                chosen[place] = position
     return sorted(chosen)
 
 

@@ -16,9 +16,9 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 TRAIN_LOSS = "train_loss"  # column of a published curve; its tolerance limits the largest gap to a run's curve
 
 
-def _printed(given: Any) -> Any:
+def _printed(value: Any) -> Any:
     """Decimal with the digits of a number in study.yaml; other values unchanged."""
-    return Decimal(str(given)) if isinstance(given, float) or type(given) is int else given
+    return Decimal(str(value)) if isinstance(value, float) or type(value) is int else value
 
 
 Printed = Annotated[Decimal, BeforeValidator(_printed), WithJsonSchema({"type": "number"})]
@@ -42,8 +42,8 @@ class PublishedScore(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _of_number(cls, given: Any) -> Any:
-        return given if isinstance(given, dict) else {"value": given}
+    def _of_number(cls, value: Any) -> Any:
+        return value if isinstance(value, dict) else {"value": value}
 
     @property
     def margin(self) -> float:
@@ -222,7 +222,11 @@ def adapter_files(data: Data, folder: str) -> list[str]:
 
 def released(data: Data, published: dict[str, Published], baselines: list[Baseline]) -> set[str]:
     """Names of the sources that are needed only for published predictions and adapters."""
-    predictions = [of.predictions for of in published.values()] + [of.predictions for of in baselines]
-    files = [file for some in predictions if some for file in some.files]
-    files += [file for of in published.values() if of.adapter for file in adapter_files(data, of.adapter)]
+    files: list[str] = []
+    for results in (*published.values(), *baselines):
+        if results.predictions:
+            files += results.predictions.files
+    for results in published.values():
+        if results.adapter:
+            files += adapter_files(data, results.adapter)
     return set(data.sources_of(files)) - set(data.sources_of(data.raw_files))

@@ -52,9 +52,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise SecurityError("% formats text, which is not allowed; join texts with ~")
         if operator == "**" and isinstance(left, int):
             _limit(left.bit_length() * right)
-        for value, times in ((left, right), (right, left)):
-            if operator == "*" and isinstance(value, str | list | tuple):
-                _limit(size(value) * times)
+        if operator == "*":
+            for value, times in ((left, right), (right, left)):
+                if isinstance(value, str | list | tuple):
+                    _limit(size(value) * times)
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
@@ -71,7 +72,9 @@ def size(value: Any) -> int:
         return len(value)
     if isinstance(value, dict):
         value = [*value, *value.values()]
-    return 1 + sum(map(size, value)) if isinstance(value, list | tuple) else 1
+    if isinstance(value, list | tuple):
+        return 1 + sum(map(size, value))
+    return 1
 
 
 def _limit(number: float) -> None:
@@ -179,8 +182,10 @@ class Expression:
 
 def has_gap(value: Any) -> bool:
     """True if a value, or a value inside it, is null or missing."""
-    if isinstance(value, list | tuple | dict):
-        return any(map(has_gap, value.values() if isinstance(value, dict) else value))
+    if isinstance(value, dict):
+        value = [*value.values()]
+    if isinstance(value, list | tuple):
+        return any(map(has_gap, value))
     return value is None or isinstance(value, jinja2.Undefined)
 
 
@@ -189,6 +194,10 @@ def constants(fields: Mapping[str, str]) -> dict[str, Any]:
     parsed = {name: _JINJA.parse(f"{{{{ {text} }}}}") for name, text in fields.items()}
     same = [name for name, tree in parsed.items() if not meta.find_undeclared_variables(tree)]
     return {name: Expression(name, fields[name]).value({}) for name in same}
+
+
+def _compiled(texts: Mapping[str, str]) -> dict[str, Expression]:
+    return {name: Expression(name, text) for name, text in texts.items()}
 
 
 class RowMaker:
@@ -204,9 +213,9 @@ class RowMaker:
     def __init__(
         self, fields: Mapping[str, str], filters: Mapping[str, str], extra_fields: Mapping[str, str], order: str
     ):
-        self._fields, self._filters, self._extra_fields = (
-            {name: Expression(name, text) for name, text in texts.items()} for texts in (fields, filters, extra_fields)
-        )
+        self._fields = _compiled(fields)
+        self._filters = _compiled(filters)
+        self._extra_fields = _compiled(extra_fields)
         self._order = Expression("longest_first", order)
 
     def make(self, raw: Row, file: str = "") -> tuple[Row, str | None, Row, float]:
@@ -217,28 +226,29 @@ class RowMaker:
         prepared field have the same name, `fields` use the raw one; `filters` and `order` use the prepared one.
 
         Returns:
-            The prepared row, the reason to leave it out (None to keep it), extra fields, and sort value.
+            The prepared row, the filter that leaves it out (None to keep it), extra fields, and sort value.
 
         Raises:
             BadRow: a field is missing, an expression fails, a prepared field contains null or is neither text nor a
                 list or mapping, or the sort value is not a number.
         """
-        known = {"row": raw, "file": file} | raw
+        names = {"row": raw, "file": file} | raw
         row: Row = {}
         for name, expression in self._fields.items():
-            row[name] = expression.value(row | known)
-        both = known | row
-        for reason, expression in self._filters.items():
-            if expression.value(both):
-                return row, reason, {}, 0
+            row[name] = expression.value(row | names)
+        all_names = names | row
+        for filter_name, expression in self._filters.items():
+            if expression.value(all_names):
+                return row, filter_name, {}, 0
         for name, value in row.items():
-            if not isinstance(value, str) and (not isinstance(value, list | tuple | dict) or has_gap(value)):
+            if not isinstance(value, str | list | tuple | dict) or has_gap(value):
                 problem = f"{value!r:.60} is neither text nor a list or mapping of texts; filter such rows out"
                 raise BadRow(f"{self._fields[name].label}: {problem}")
-        length = self._order.value(both)
+        length = self._order.value(all_names)
         if not isinstance(length, int | float):
             raise BadRow(f"{self._order.label}: {length!r:.60} is not a number; use a number, such as a length")
-        return row, None, {name: extra.value(known) for name, extra in self._extra_fields.items()}, length
+        extra = {name: expression.value(names) for name, expression in self._extra_fields.items()}
+        return row, None, extra, length
 
 
 class RawFile:
@@ -267,11 +277,17 @@ class RawFile:
         self.read = 0
         for path in self.paths:
             self.path, self._line, self._before = path, 0, self.read
-            parse = {".csv": self._csv_rows, ".json": self._array}.get(self.path.suffix)
             with self.path.open("rb", 1 << 18) as stream:
-                for row in parse(stream) if parse else json_rows(self._lines(stream), self.path, ()):
+                for row in self._parse(stream):
                     self.read += 1
                     yield row
+
+    def _parse(self, stream: IO[bytes]) -> Iterator[Row]:
+        if self.path.suffix == ".csv":
+            return self._csv_rows(stream)
+        if self.path.suffix == ".json":
+            return self._array(stream)
+        return json_rows(self._lines(stream), self.path, ())
 
     def _lines(self, stream: IO[bytes]) -> Iterator[bytes]:
         for self._line, line in enumerate(stream, start=1):
@@ -305,11 +321,11 @@ class RawFile:
             ) from None
 
 
-def within(given: Path, names: Collection[str]) -> dict[str, Path]:
-    """Raw files with the given names at a path: the file itself, or files in the folder."""
-    if given.is_dir():
-        return {name: given / name for name in names if (given / name).is_file()}
-    return {name: given for name in names if given.match(name)}
+def within(path: Path, names: Collection[str]) -> dict[str, Path]:
+    """Raw files with some names at a path: the file itself, or files in the folder."""
+    if path.is_dir():
+        return {name: path / name for name in names if (path / name).is_file()}
+    return {name: path for name in names if path.match(name)}
 
 
 def find_files(raw: Iterable[Path], names: Collection[str]) -> dict[str, Path]:
@@ -318,18 +334,20 @@ def find_files(raw: Iterable[Path], names: Collection[str]) -> dict[str, Path]:
     Raises:
         UserError: a path does not exist, a path has no raw file, or two files have the same name.
     """
-    found: dict[str, Path] = {}
-    for given in raw:
-        if not given.exists():
-            raise UserError(f"{given}: no such file")
-        files = within(given, names)
+    raw_files: dict[str, Path] = {}
+    for path in raw:
+        if not path.exists():
+            raise UserError("no such file", file=path)
+        files = within(path, names)
         if not files:
-            raise UserError(f"{given}: not a raw file of the study, or no folder with one; expected {', '.join(names)}")
+            problem = "not a raw file of the study, or no folder with one"
+            raise UserError(problem, file=path, remedy=f"expected {', '.join(names)}")
         for name, file in files.items():
-            if name in found:
-                raise UserError(f"{file}: {found[name]} is also named {name}; give only one of them")
-            found[name] = file
-    return found
+            if name in raw_files:
+                problem = f"{raw_files[name]} is also named {name}"
+                raise UserError(problem, file=file, remedy="give only one of them")
+            raw_files[name] = file
+    return raw_files
 
 
 def fetched_files(data: Data) -> list[Path]:
@@ -339,8 +357,11 @@ def fetched_files(data: Data) -> list[Path]:
         UserError: a file is missing.
     """
     files = [data.raw / name for name in data.raw_files]
-    if missing := data.missing(data.raw_files):
-        remedy = "copy it there" if data.sources[missing[0]].is_own else f"run `recipe data fetch {data.key}`"
-        first = next(file for file in files if not file.is_file())
-        raise UserError(f"{first}: no such file; {remedy}, or give its folder to `recipe data prepare --study STUDY`")
+    missing = data.missing(data.raw_files)
+    if missing:
+        remedy = f"run `recipe data fetch {data.key}`"
+        if data.sources[missing[0]].is_own:
+            remedy = "copy it there"
+        remedy += ", or give its folder to `recipe data prepare --study STUDY`"
+        raise UserError("no such file", file=next(file for file in files if not file.is_file()), remedy=remedy)
     return files

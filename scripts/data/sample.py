@@ -13,35 +13,35 @@ VERSION = 2
 """Version of the preparation code; increase it when the same study and raw files give other rows."""
 
 
-def rehearsal_data(of_study: studies.Study, input_format: str) -> Path:
+def rehearsal_data(study: studies.Study, input_format: str) -> Path:
     """Prepare a study's sample in the cache, if necessary; return the folder."""
-    content = [str(VERSION), of_study.data.model_dump_json(), input_format, *map(sha256, _raw(of_study))]
+    content = [str(VERSION), study.data.model_dump_json(), input_format, *map(sha256, _raw(study))]
     key = hashlib.sha256("".join(content).encode()).hexdigest()
-    made = paths.cache() / f"sample-{of_study.folder.name}-{input_format}-{key[:16]}"
-    return make_once(made, partial(_prepare, of_study, input_format))
+    out = paths.cache() / f"sample-{study.folder.name}-{input_format}-{key[:16]}"
+    return make_once(out, partial(_prepare, study, input_format))
 
 
-def _raw(of_study: studies.Study) -> list[Path]:
+def _raw(study: studies.Study) -> list[Path]:
     """Existing raw files of a study's sample."""
-    return sorted(file for name in of_study.data.raw_files if (file := folder(of_study) / name).is_file())
+    return sorted(file for file in map(folder(study).joinpath, study.data.raw_files) if file.is_file())
 
 
-def _prepare(of_study: studies.Study, input_format: str, out: Path) -> None:
+def _prepare(study: studies.Study, input_format: str, out: Path) -> None:
     from .prepare import prepare
 
-    prepare(_raw(of_study), out, _with_few_sampled(of_study), input_format)
+    prepare(_raw(study), out, _with_few_sampled(study), input_format)
 
 
 def twin(path: str) -> Path | None:
     """Sample file that replaces a study's prepared file; None for other files."""
-    for of_study, input_format in studies.prepared_formats(path):
-        if of_study.data.sample:
-            file = rehearsal_data(of_study, input_format) / Path(path).name
+    for study, input_format in studies.prepared_formats(path):
+        if study.data.sample:
+            file = rehearsal_data(study, input_format) / Path(path).name
             return file if file.is_file() else None
     return None
 
 
-def usual_sample() -> Path:
+def default_sample() -> Path:
     """Sample folder for recipes without a study, preferably with `alpaca` fields."""
     sampled = [study for study in studies.load_all() if study.data.sample]
     alpaca = [study for study in sampled if {"instruction", "output"} <= study.data.fields.keys()]
@@ -59,17 +59,17 @@ def length_of(file: Path) -> int:
     return -(-longest // 512) * 256
 
 
-def _with_few_sampled(of_study: studies.Study) -> studies.Study:
+def _with_few_sampled(study: studies.Study) -> studies.Study:
     """Copy of a study whose sampled splits take at most a quarter of the rows."""
-    splits = dict(of_study.data.splits)
+    splits = dict(study.data.splits)
     for name, split in splits.items():
         if split.sample_from and split.sample:
-            with (folder(of_study) / of_study.data.raw_files_of(name)[0]).open("rb") as lines:
+            with (folder(study) / study.data.raw_files_of(name)[0]).open("rb") as lines:
                 few = max(sum(1 for _ in lines) // 4, 1)
             splits[name] = split.model_copy(update={"sample": min(split.sample, few)})
-    return of_study.model_copy(update={"data": of_study.data.model_copy(update={"splits": splits})})
+    return study.model_copy(update={"data": study.data.model_copy(update={"splits": splits})})
 
 
-def folder(of_study: studies.Study) -> Path:
+def folder(study: studies.Study) -> Path:
     """Folder with the raw files of a study's sample."""
-    return of_study.folder / str(of_study.data.sample)
+    return study.folder / str(study.data.sample)

@@ -125,8 +125,10 @@ class Study(Strict):
     def repeats(self, recipe: str, metric: str) -> list[float]:
         """Published scores of a recipe's repeated runs; if it has none, those of the first recipe that has some."""
         recipes = [self.origin(recipe), *self.published]
-        known = (self.published[name].repeats.get(metric) for name in recipes if name in self.published)
-        return next(filter(None, known), [])
+        for name in recipes:
+            if name in self.published and self.published[name].repeats.get(metric):
+                return self.published[name].repeats[metric]
+        return []
 
     def cell(self, recipe: str, settings: Mapping[str, Any], changes: Mapping[str, Any]) -> Cell | None:
         """First published grid point that matches a recipe's settings with changes, and has every changed key."""
@@ -145,15 +147,7 @@ class Study(Strict):
 
     def mistakes(self) -> Iterator[Mistake]:
         """Yield invalid metrics, undeclared names and missing files."""
-        labels: dict[str, str] = {}
-        for name, entry in self.metrics.items():
-            try:
-                column = registry.column(name, entry)
-                yield from undeclared(("metrics", name, "of"), getattr(column.parameters, "of", None), self.metrics)
-                if labels.setdefault(column.label, name) != name:
-                    yield ("metrics", name), f"expected a label other than that of {labels[column.label]}"
-            except registry.WrongMetric as error:
-                yield ("metrics", name, *filter(None, error.key.split("."))), error.problem
+        yield from self._mistakes_in_metrics()
         yield from self.data.mistakes(self.folder)
         metrics = list(self.metrics)
         curve = [TRAIN_LOSS] if any(published.curve for published in self.published.values()) else []
@@ -169,6 +163,19 @@ class Study(Strict):
             yield from undeclared(("variants", name, "of"), variant.of, self.published)
         for i, baseline in enumerate(self.baselines):
             yield from baseline.mistakes(("baselines", str(i)), metrics, self.data)
+
+    def _mistakes_in_metrics(self) -> Iterator[Mistake]:
+        """Invalid metrics, and two metrics with the same label."""
+        labels: dict[str, str] = {}
+        for name, entry in self.metrics.items():
+            try:
+                column = registry.column(name, entry)
+            except registry.WrongMetric as error:
+                yield ("metrics", name, *filter(None, error.key.split("."))), error.problem
+                continue
+            yield from undeclared(("metrics", name, "of"), getattr(column.parameters, "of", None), self.metrics)
+            if labels.setdefault(column.label, name) != name:
+                yield ("metrics", name), f"expected a label other than that of {labels[column.label]}"
 
 
 def load(folder: Path) -> Study:
@@ -195,12 +202,14 @@ def _load(file: Path, _: int) -> Study:
     return study
 
 
-def _mistake(found: Any) -> Mistake:
+def _mistake(error: Any) -> Mistake:
     """Convert a pydantic error; leave pydantic's marker `[key]` out of the path of keys."""
-    place = tuple(str(part) for part in found["loc"] if part != "[key]")
-    if found["type"] == "extra_forbidden":
+    place = tuple(str(part) for part in error["loc"] if part != "[key]")
+    if error["type"] == "extra_forbidden":
         return place, "unknown key; correct or delete it"
-    return place, yamlfiles.in_words(found).replace("Field required", "missing; add this key")
+    if error["type"] == "missing":
+        return place, "missing; add this key"
+    return place, yamlfiles.in_words(error)
 
 
 def refusal(file: Path, mistakes: Iterable[Mistake]) -> UserError:
@@ -223,7 +232,7 @@ def find(name: str | None) -> Study:
 
 def load_all() -> list[Study]:
     """All studies; malformed ones are reported and left out."""
-    return [study for folder in paths.studies() if (study := _loaded(folder))]
+    return [study for study in map(_loaded, paths.studies()) if study]
 
 
 def _loaded(folder: Path) -> Study | None:
@@ -243,8 +252,9 @@ def find_by_data(key: str | None) -> Study:
     Raises:
         UserError: no data set or several data sets match.
     """
-    if folder := next((folder for folder in paths.studies() if folder.name == key), None):
-        return load(folder)
+    for folder in paths.studies():
+        if folder.name == key:
+            return load(folder)
     studies: dict[str, Study] = {}
     for study in load_all():
         studies.setdefault(study.data.key, study)
@@ -263,7 +273,8 @@ def fetch_command(path: str) -> str | None:
     """Command that fetches a study's raw file or folder; None for other paths."""
     for study in load_all():
         raw = study.data.raw
-        if Path(path).is_relative_to(raw) and any((raw / file).is_relative_to(path) for file in study.data.files):
+        has_file = any((raw / file).is_relative_to(path) for file in study.data.files)
+        if has_file and Path(path).is_relative_to(raw):
             return f"`recipe data fetch {study.data.key}`"
     return None
 
@@ -273,8 +284,8 @@ def prepare_commands(path: str) -> str | None:
     for study, name in prepared_formats(path):
         if Path(path).name not in {f"{split}.jsonl" for split in (*study.data.splits, *study.data.subsets)}:
             continue
-        of_format = "" if name == next(iter(study.data.formats)) else f" --input-format {name}"
-        return f"`recipe data fetch {study.data.key}` and `recipe data prepare --study {study.folder.name}{of_format}`"
+        option = "" if name == next(iter(study.data.formats)) else f" --input-format {name}"
+        return f"`recipe data fetch {study.data.key}` and `recipe data prepare --study {study.folder.name}{option}`"
     return None
 
 
@@ -292,30 +303,36 @@ def study_of(recipe: str) -> Study | None:
     Raises:
         UserError: the study is malformed.
     """
-    return load(folder) if (folder := _folder(recipe)) else None
+    folder = _folder(recipe)
+    return load(folder) if folder else None
 
 
-def decoding_of(of_study: Study | None, name: str | None) -> Decoding:
+def decoding_of(study: Study | None, name: str | None) -> Decoding:
     """Return the named decoding configuration; without a name, the study's default.
 
     Raises:
         UserError: the study declares no decoding of that name.
     """
     if name is None:
-        return of_study.decoding if of_study else OF_NO_STUDY
-    declared = of_study.decodings if of_study else {}
+        return study.decoding if study else OF_NO_STUDY
+    declared = study.decodings if study else {}
     if name not in declared:
         names = ", ".join(declared) or "none"
-        raise UserError(f"--decoding {name}: not declared under decodings in study.yaml, which has {names}")
+        raise UserError(f"not declared under decodings in study.yaml, which has {names}", key=f"--decoding {name}")
     return declared[name]
 
 
 def usable_study_of(recipe: str) -> Study | None:
     """Study of a recipe; None if it has none, or if the study is malformed, which is logged."""
-    return _loaded(folder) if (folder := _folder(recipe)) else None
+    folder = _folder(recipe)
+    return _loaded(folder) if folder else None
 
 
 def _folder(recipe: str) -> Path | None:
+    """Folder of a recipe's study, found without a listing of all recipes, which is slow."""
     name, slash, _ = recipe.partition("/")
-    folders = (recipes / name for recipes, _ in paths.homes() if slash)  # no listing of all recipes, which is slow
-    return next((folder for folder in folders if (folder / "study.yaml").is_file()), None)
+    if slash:
+        for recipes, _ in paths.homes():
+            if (recipes / name / "study.yaml").is_file():
+                return recipes / name
+    return None

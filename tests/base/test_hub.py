@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from qlora_recipes.base import hub, yamlfiles
 from qlora_recipes.check import check
 from qlora_recipes.config.compose import Request, compose
-from qlora_recipes.data.sample import usual_sample
+from qlora_recipes.data.sample import default_sample
 
 CONFIG = b'{"model_type": "llama", "num_hidden_layers": 2}'
 # status, X-Error-Code and X-Error-Message, as the hub sends them
@@ -76,7 +76,7 @@ def test_the_hub_is_asked_once_for_a_model_and_no_more_once_it_is_silent(server)
 
 def own(place: Path, model: str) -> None:
     """Write a recipe for a model, whose data is there."""
-    data = usual_sample()
+    data = default_sample()
     sets = {
         section: [{"path": str(data / f"{name}.jsonl"), "type": "alpaca"}]
         for section, name in (("datasets", "train"), ("test_datasets", "valid"))

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.paths import find_recipe
 from qlora_recipes.config import substitution
-from qlora_recipes.data.sample import usual_sample
+from qlora_recipes.data.sample import default_sample
 from qlora_recipes.training.losses import MASKED
 
 Check = Callable[..., None]
@@ -41,7 +41,7 @@ def free_memory() -> Iterator[None]:
 
 
 def texts(count: int) -> list[str]:
-    rows = map(orjson.loads, (usual_sample() / "train.jsonl").read_bytes().splitlines()[:count])
+    rows = map(orjson.loads, (default_sample() / "train.jsonl").read_bytes().splitlines()[:count])
     return [f"{row['input']}\n{row['output']}" for row in rows]
 
 

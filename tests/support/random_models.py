@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from qlora_recipes.base.files import write_json, write_rows
-from qlora_recipes.data.sample import usual_sample
+from qlora_recipes.data.sample import default_sample
 
 FILLED = 0.93
 """How full a row is: nearly, so that attention needs a mask, which a plan counts with."""
@@ -68,7 +68,7 @@ def tokenizer() -> Any:
     special = ["<unk>", "<s>", "</s>", "<|end_of_text|>", "<|finetune_right_pad_id|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=special, initial_alphabet=alphabet)
-    made.train([str(usual_sample() / "train.jsonl")], trainer)
+    made.train([str(default_sample() / "train.jsonl")], trainer)
     made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
@@ -107,7 +107,7 @@ def write_full_rows(file: Path, model: Path, length: int, count: int) -> None:
 
 
 def _texts() -> Iterator[str]:
-    rows = list(map(orjson.loads, (usual_sample() / "train.jsonl").read_bytes().splitlines()))
+    rows = list(map(orjson.loads, (default_sample() / "train.jsonl").read_bytes().splitlines()))
     while True:
         for row in rows:
             yield f"{row['input']}\n{row['output']}\n"
