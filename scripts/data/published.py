@@ -223,10 +223,12 @@ def adapter_files(data: Data, folder: str) -> list[str]:
 def released(data: Data, published: dict[str, Published], baselines: list[Baseline]) -> set[str]:
     """Names of the sources that are needed only for published predictions and adapters."""
     files: list[str] = []
-    for results in (*published.values(), *baselines):
+    for baseline in baselines:
+        if baseline.predictions:
+            files += baseline.predictions.files
+    for results in published.values():
         if results.predictions:
             files += results.predictions.files
-    for results in published.values():
         if results.adapter:
             files += adapter_files(data, results.adapter)
     return set(data.sources_of(files)) - set(data.sources_of(data.raw_files))
