@@ -14,7 +14,7 @@ from typing import Any
 from ..base.secrets import without_secrets
 from ..config import datafiles, models
 from ..config.finding import Case, Finding, Problems, rule, rule_findings
-from ..config.merging import flatten
+from ..config.merging import flatten, last_key
 from ..config.models import ModelFiles
 from . import schema
 
@@ -156,7 +156,7 @@ def _is_harmless(key: str, value: Any) -> bool:
     """True if a config's value cannot name or allow code."""
     first, dot, others = key.partition(".")
     first = _ALIASES.get(first, first)
-    if key.rpartition(".")[2] in SWITCHES:
+    if last_key(key) in SWITCHES:
         return value in (None, False)
     keys = schema.load()["properties"]
     if first not in (*keys, "adapter_config"):

@@ -17,7 +17,7 @@ from ..base.files import json_rows, sha256
 from ..base.yamlfiles import Config
 from ..data import studies
 from . import models
-from .merging import flatten
+from .merging import flatten, last_key
 from .training_settings import TrainingSettings
 
 _SUFFIXES = {".jsonl", ".json", ".parquet", ".csv", ".arrow", ".text", ".txt", ".gz", ".zst"}
@@ -234,7 +234,7 @@ def named_files(composed: Config) -> list[DataFile]:
     """
     files: set[Path] = set()
     for key, name in flatten(composed):
-        names_file = key.rpartition(".")[2] in _NAME_FILES and isinstance(name, str) and not set("{\n\0") & set(name)
+        names_file = last_key(key) in _NAME_FILES and isinstance(name, str) and not set("{\n\0") & set(name)
         if names_file and name and not Path(name).is_relative_to(paths.cache()):
             files |= {Path(name), *(file for file in Path(name).glob("*") if _OF_MODELS.fullmatch(file.name))}
     return [DataFile.of(file) for file in sorted(files) if file.is_file()]

@@ -18,6 +18,7 @@ from ..base.processes import package_version
 from ..base.yamlfiles import Config
 from . import datafiles, models
 from .gpus import Gpu
+from .merging import last_key, top_key
 from .numerics import AMPERE, OLD_KEYS, attention
 
 Level = Literal["error", "warning", "note"]
@@ -81,24 +82,37 @@ class Finding:
         meant for. `machine`: this machine.
         """
         scope = _SCOPES.get(self.rule, "config")
-        return "data" if self.key.endswith(".path") and scope == "config" else scope
+        if scope == "config" and last_key(self.key) == "path":
+            return "data"
+        return scope
 
     @property
     def top_key(self) -> str:
         """Top-level key of the config that the finding concerns; empty without one."""
-        return self.key.partition(".")[0]
+        return top_key(self.key)
 
     @property
     def name(self) -> str:
         """Name of the finding for `--force`."""
         return f"{self.rule}:{self.key}" if self.key else self.rule
 
+    @property
+    def is_overridable(self) -> bool:
+        """True if `--force` can override the finding."""
+        return bool(self.rule) and self.rule not in _NEVER_OVERRIDDEN
+
     def __str__(self) -> str:
-        place = f"{self.where}:{self.line}" if self.line else self.where
-        about = f"{self.key}: " if self.key else ""
-        remedy = f"; {self.remedy}" if self.remedy else ""
-        name = f" [{self.name}]" if self.rule else ""
-        return f"{place}: {self.level}: {about}{self.problem}{remedy}{name}"
+        parts = [self.where, self.level, self.problem]
+        if self.line:
+            parts[0] = f"{self.where}:{self.line}"
+        if self.key:
+            parts.insert(2, self.key)
+        text = ": ".join(parts)
+        if self.remedy:
+            text += f"; {self.remedy}"
+        if self.rule:
+            text += f" [{self.name}]"
+        return text
 
 
 @dataclass
@@ -142,30 +156,28 @@ class Faults(dict[tuple[str, str], FaultyRows]):
             rows.first.append((file, line, example))
 
 
-_NEVER_FORCED = ("secret:", "axolotl")
-"""Prefixes of errors that `--force` cannot override."""
-
-
-def _is_overridden(finding: Finding, force: Sequence[str]) -> bool:
-    return finding.name in force and not finding.name.startswith(_NEVER_FORCED)
+_NEVER_OVERRIDDEN = ("secret", "axolotl")
+"""Rules whose errors `--force` cannot override."""
 
 
 def remaining_errors(findings: Iterable[Finding], force: Sequence[str]) -> list[Finding]:
     """Errors that --force does not override."""
-    return [finding for finding in findings if finding.level == "error" and not _is_overridden(finding, force)]
+    errors = [finding for finding in findings if finding.level == "error"]
+    return [error for error in errors if error.name not in force or not error.is_overridable]
 
 
 def override_errors(findings: Iterable[Finding], force: Sequence[str]) -> None:
-    """Turn the errors named by --force into warnings, except those of `_NEVER_FORCED`."""
+    """Turn the errors named by --force into warnings, except those of `_NEVER_OVERRIDDEN`."""
     for finding in findings:
-        if finding.level == "error" and _is_overridden(finding, force):
+        if finding.level == "error" and finding.name in force and finding.is_overridable:
             finding.level, finding.remedy = "warning", "overridden by --force"
 
 
 def unknown_force(force: Sequence[str], names: set[str]) -> None:
     """Raise UserError if --force names a finding that does not exist; task files are read only before an evaluation."""
     for name in force:
-        if name not in names and not name.startswith(TASK_CODE):
+        rule = name.partition(":")[0]
+        if name not in names and rule != TASK_CODE:
             hint = did_you_mean(name, names) or "; errors show their names in brackets"
             raise UserError(f"--force {name}: this config has no such error{hint}")
 

@@ -8,12 +8,12 @@ from typing import Any
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.secrets import without_secrets
-from .merging import OF_THE_RUN, differences
+from .merging import OF_THE_RUN, differences, top_key
 
 
 def check_not_of_the_run(key: str, where: str) -> None:
     """Raise UserError for a key of `OF_THE_RUN`; `where` begins the message."""
-    if key.partition(".")[0] in OF_THE_RUN:
+    if top_key(key) in OF_THE_RUN:
         raise UserError(
             f"{where}: `recipe run` sets {key}; --runs selects the folder of runs, and `recipe resume` continues a run"
         )

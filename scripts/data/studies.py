@@ -139,6 +139,12 @@ class Study(Strict):
                 return cell
         return None
 
+    def stated_settings(self, recipe: str) -> set[str]:
+        """Top-level keys of a shipped recipe whose comment begins with one of `comment_prefixes`."""
+        prefixes = tuple(self.comment_prefixes)
+        comments = yamlfiles.sources(paths.recipe_file(recipe))
+        return {key for key, comment in comments.items() if comment.startswith(prefixes)}
+
     def aimed_at(self, recipe: str) -> Published | None:
         """Published results that a recipe should reach; None for other recipes."""
         if recipe in self.variants and not self.variants[recipe].reproduces:

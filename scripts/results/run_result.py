@@ -310,7 +310,7 @@ def trained_settings(cfg: Config) -> dict[str, Any]:
     """Settings of a config by dotted key, without trackers and output folders."""
     settings = {}
     for key, value in merging.flatten(cfg):
-        if key.partition(".")[0] not in merging.OF_THE_RUN and not merging.TRACKING.match(key):
+        if merging.top_key(key) not in merging.OF_THE_RUN and not merging.TRACKING.match(key):
             settings[key] = value
     return settings
 

@@ -258,14 +258,14 @@ def record(row: StudyRow) -> Row:
 def _settings(of_study: Study, recipe: str, chosen: RunResult) -> tuple[list[str], list[str]]:
     """Stated settings that a run changed, and settings that the paper leaves open.
 
-    A setting is stated if its comment in the shipped recipe begins with one of the study's `comment_prefixes`. It is
-    open if study.yaml lists it as open and the paper does not state it. Each open setting is listed with the source
-    of the run's value: the comment in the run's recipe or, if the run changed the setting, the reason for the change.
+    For stated settings, see `Study.stated_settings`. A setting is open if study.yaml lists it as open and the paper
+    does not state it. Each open setting is listed with the source of the run's value: the comment in the run's recipe
+    or, if the run changed the setting, the source of the change.
     """
     run = chosen.run
     origin = of_study.origin(recipe)
     file = paths.recipe_file(origin)
-    of_paper, comment_prefixes = yamlfiles.sources(file), tuple(of_study.comment_prefixes)
+    stated = of_study.stated_settings(origin)
     paper = yamlfiles.read_yaml(file)
     sources = yamlfiles.sources(paths.recipe_file(recipe))
     sources |= {merging.top_key(difference.key): difference.source.text for difference in run.differences}
@@ -273,7 +273,7 @@ def _settings(of_study: Study, recipe: str, chosen: RunResult) -> tuple[list[str
     differs = [
         f"{key}: {_in_words(after)} instead of {_in_words(before)}"
         for key, (before, after) in merging.differences(paper, ours).items()
-        if of_paper.get(key.partition(".")[0], "").startswith(comment_prefixes)
+        if merging.top_key(key) in stated
     ]
     differs += departures(paper, ours)
     if run.ranks > 1:
@@ -281,7 +281,7 @@ def _settings(of_study: Study, recipe: str, chosen: RunResult) -> tuple[list[str
     left_open = [
         f"{key}: {_in_words(ours[key])} ({sources.get(key, 'Axolotl')})"
         for key in of_study.open_settings
-        if key in ours and not of_paper.get(key, "").startswith(comment_prefixes)
+        if key in ours and key not in stated
     ]
     published = of_study.published[origin]
     if published.trainer != "Axolotl":

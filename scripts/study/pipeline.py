@@ -15,6 +15,7 @@ from ..config import compose, datafiles
 from ..config.compose import Composed, Request
 from ..config.finding import unknown_force
 from ..config.gpus import Gpu
+from ..config.merging import last_key
 from ..config.training_settings import TrainingSettings
 from ..evaluate import benchmarks, evaluate
 from ..evaluate.evaluate import EvaluationRequest, EvaluationTask
@@ -291,7 +292,7 @@ def require_known(force: Sequence[str], pipelines: Sequence[Pipeline], dry_run: 
 
     A dry run does not read the rows. It therefore accepts the names of all findings about data files.
     """
-    names = [name for name in force if not (dry_run and name.endswith(".path"))]
+    names = [name for name in force if not (dry_run and last_key(name) == "path")]
     unknown_force(names, set[str]().union(*(pipeline.found for pipeline in pipelines)))
 
 

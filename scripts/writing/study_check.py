@@ -6,7 +6,7 @@ from pathlib import Path
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..check import check, schema
-from ..config import datafiles
+from ..config import datafiles, merging
 from ..config.compose import Request
 from ..config.finding import Finding, Level
 from ..data import prepare, sample
@@ -55,7 +55,7 @@ def _errors(of_study: Study, names: list[str]) -> Iterator[Mistake]:
             yield from undeclared((section, name), name, names)
     for i, key in enumerate(of_study.open_settings):
         yield from undeclared(
-            ("open_settings", str(i)), key.partition(".")[0], [*schema.load()["properties"], "decoding"]
+            ("open_settings", str(i)), merging.top_key(key), [*schema.load()["properties"], "decoding"]
         )
     try:
         prepare.check_expressions(of_study)
