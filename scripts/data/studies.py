@@ -13,7 +13,7 @@ from ..base.errors import UserError, meant, require_plain
 from ..base.terminal import say_once
 from ..base.yamlfiles import Config
 from ..metrics import registry
-from ..metrics.metric import Column
+from ..metrics.metric import Column, LossMetric
 from .declaration import Data, Mistake, Strict, undeclared
 from .published import TRAIN_LOSS, Baseline, Cell, Published, Variant, released
 
@@ -93,7 +93,7 @@ class Study(Strict):
     @property
     def generates(self) -> bool:
         """True if a metric needs predictions, not only the eval loss."""
-        return any(column.metric.of_loss is None for column in self.columns.values())
+        return any(not isinstance(column.metric, LossMetric) for column in self.columns.values())
 
     @property
     def cited(self) -> str:

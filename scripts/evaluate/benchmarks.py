@@ -18,7 +18,7 @@ from ..base.yamlfiles import Config
 from ..check.code_rules import READ_IT, is_listed, leaves
 from ..config import datafiles
 from ..config.finding import TASK_CODE, Finding
-from ..metrics.metric import Benchmark, Column
+from ..metrics.metric import Benchmark, BenchmarkMetric, Column
 from ..metrics.registry import BenchmarkParameters
 from .scores_file import EvaluationSettings, Scores, taken
 
@@ -41,7 +41,7 @@ def require(columns: Mapping[str, Column], offline: bool = False, force: Sequenc
     """
     with importing_axolotl(offline):
         for column in columns.values():
-            if column.metric.of_model:
+            if isinstance(column.metric, BenchmarkMetric):
                 _located(column, force)
 
 
@@ -89,7 +89,10 @@ def measured(
         UserError: see `require`.
         WorkFailed: a task fails, for example because its rows cannot be loaded, or does not report the result.
     """
-    missing = {name: column for name, column in columns.items() if column.metric.of_model and name not in valid}
+    missing = {}
+    for name, column in columns.items():
+        if isinstance(column.metric, BenchmarkMetric) and name not in valid:
+            missing[name] = column
     if not missing:
         return {}
     if rehearsal:

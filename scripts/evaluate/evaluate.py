@@ -14,12 +14,22 @@ from ..config.numerics import precision, quantized
 from ..data import studies
 from ..metrics import registry
 from ..metrics.bertscore import made_by
+from ..metrics.metric import BenchmarkMetric, CorpusMetric, RowMetric, ScoringInput
 from ..run import trust
 from ..run.rundir import RunDir
 from ..training.run_record import FileState
 from . import benchmarks, evaluation_rows, scores_file
 from .predict import part_file, predict
-from .score import VERSION, ScorerModels, columns_of, keep_judged, model_record, require_models, score, scorer_models
+from .score import (
+    VERSION,
+    ScorerModels,
+    columns_of,
+    keep_scorer_scores,
+    model_record,
+    require_models,
+    score,
+    scorer_models,
+)
 from .scores_file import (
     ADAPTER,
     BASE,
@@ -132,7 +142,7 @@ class EvaluationTask:
         try:
             source = evaluation_rows.require_reference(folder, self.cfg, source)
         except UserError as error:
-            self.columns = registry.asked(request.metrics) or self.columns  # default metrics need answers
+            self.columns = registry.requested(request.metrics) or self.columns  # default metrics need answers
             if self.predicts or request.data:
                 raise
             say(f"{error}; scoring without rows: {', '.join(self.columns)}")
@@ -145,7 +155,7 @@ class EvaluationTask:
         if source and source.file:
             self.settings.test_set = evaluation_rows.test_set(source.file, self.every.sha256)
         left_out = len(self.rows.rows) < len(self.every.rows)
-        if left_out or any(column.metric.of_model for column in self.columns.values()):
+        if left_out or any(isinstance(column.metric, BenchmarkMetric) for column in self.columns.values()):
             self.settings.limit = self.most_rows
         other_rows = source and usual and source.data != usual.data
         is_default = request.adapter is None and not request.decoding and not other_rows
@@ -154,7 +164,7 @@ class EvaluationTask:
     @property
     def predicts(self) -> bool:
         """True if a metric needs predictions; eval loss and benchmarks need no rows."""
-        return any(column.metric.of_rows or column.metric.of_all for column in self.columns.values())
+        return any(isinstance(column.metric, RowMetric | CorpusMetric) for column in self.columns.values())
 
     def _adapter(self, folder: RunDir) -> Path | None:
         """Folder of the adapter; None for the base model alone."""
@@ -223,7 +233,7 @@ def outdated(former: Evaluation, task: EvaluationTask, judged: ScorerModels) -> 
         return None
     valid = benchmarks.kept(task.columns, former, task.most_rows)
     for name, column in task.columns.items():
-        if column.metric.of_model and name not in valid:
+        if isinstance(column.metric, BenchmarkMetric) and name not in valid:
             return f"benchmark {name}: another limit, or a task in a file"
     return None
 
@@ -298,9 +308,10 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
         with Bar("scoring", 1):
             # the run's eval loss does not describe another adapter
             loss = summary.eval_loss_per_token if request.adapter is None else None
-            scores, rows = score(rows, columns, judged, loss, measured, task.every.groups)
+            run = ScoringInput(loss=loss, benchmarks=measured, groups=task.every.groups)
+            scores, rows = score(rows, columns, judged, run)
             if former and former.version == VERSION and request.judge != "none":
-                keep_judged(scores, rows, former, read_predictions(task.where))
+                keep_scorer_scores(scores, rows, former, read_predictions(task.where))
         result = Evaluation(
             made=now(),
             rehearsal=rehearsal,

@@ -13,30 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..metrics.metric import FEWEST, NORMAL, Metric, wilson
-
-RESAMPLES = 9_999
-
-
-def _bootstrap(values: np.ndarray) -> list[float]:
-    """95 % interval of the mean of some values, by scipy's percentile method."""
-    from scipy.stats import bootstrap
-
-    rng, batch = np.random.default_rng(0), 20  # a batch of this size stays in the processor's cache
-    found = bootstrap((values,), np.mean, n_resamples=RESAMPLES, batch=batch, method="percentile", rng=rng)
-    return [float(bound) for bound in found.confidence_interval]
-
-
-def over_rows(scores: Sequence[float], metric: Metric) -> list[float] | None:
-    """95 % interval of the mean of row scores: Wilson's for shares, else a bootstrap percentile interval.
-
-    None below `FEWEST` rows, or if scores that are not shares are all equal, because their spread is then unknown.
-    """
-    if len(scores) < FEWEST:
-        return None
-    if metric.all_or_nothing:
-        return wilson(fmean(scores), len(scores))
-    return _bootstrap(np.asarray(scores, dtype=float)) if min(scores) < max(scores) else None
+from ..metrics.metric import FEWEST, NORMAL, bootstrap
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
@@ -50,7 +27,7 @@ def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
     difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
     low_high = p_wilcoxon = None
     if len(difference) >= FEWEST:
-        low_high = _bootstrap(difference)
+        low_high = [*bootstrap(difference.tolist())]
         p_wilcoxon = _signed_rank(difference[difference != 0])
     return {
         "difference": float(difference.mean()),

@@ -17,7 +17,7 @@ from ..base.files import Row, digest, parse_json, parts_of, read_bytes, read_row
 from ..base.terminal import say_once
 from ..data.studies import Decoding
 from ..metrics import registry
-from ..metrics.metric import Column, ScoreRecord
+from ..metrics.metric import BenchmarkMetric, Column, ScoreRecord
 from ..training.run_record import FileState, Run
 
 PREDICTIONS = "predictions.jsonl"
@@ -250,17 +250,18 @@ class Scores(BaseModel):
         notes = [*self.notes]
         for name, record in self.scores.items():
             column = self.columns[name]
-            values[name] = record.value
+            if record.value is not None or not isinstance(column.metric, BenchmarkMetric):
+                values[name] = record.value
             if record.interval:
                 intervals[name] = [*record.interval]
-            elif column.metric.of_rows or column.metric.of_groups:
+            elif column.metric.estimates_interval:
                 intervals[name] = None
             if record.benchmark:
                 details[f"{name}_benchmark"] = record.benchmark.model_dump()
             if record.scorer:
-                details[column.recorded("bertscore")] = record.scorer.model_dump()
+                details[column.detail_key("bertscore")] = record.scorer.model_dump()
             if record.signature:
-                details[column.recorded("sacrebleu_signature")] = record.signature
+                details[column.detail_key("sacrebleu_signature")] = record.signature
             notes += [f"{name}: {note}" for note in record.notes]
         declarations = {name: record.declaration for name, record in self.scores.items()}
         shares = self.shares.model_dump(exclude={"rows"}, exclude_none=True)

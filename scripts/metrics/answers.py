@@ -19,15 +19,28 @@ Numbers are found and compared by one of four methods, reimplemented from descri
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from decimal import Decimal, DecimalException
 from statistics import fmean, pvariance
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from .metric import FEWEST, NORMAL, Metric, Pair, Parameters, wilson
+from .metric import (
+    FEWEST,
+    NORMAL,
+    Bounds,
+    Column,
+    Metric,
+    Pair,
+    Parameters,
+    RowMetric,
+    ScoreRecord,
+    ScoringInput,
+    wilson,
+)
 
 MARKERS = {
     "loftq": ("The final answer is: ",),
@@ -63,9 +76,12 @@ def _marker(text: str, markers: Sequence[str]) -> str | None:
 def _by_loftq(text: str, markers: Sequence[str]) -> float | None:
     text = text.replace(",", "")
     marker = _marker(text, markers)
-    behind = _NUMBER.search(text.split(marker)[1]) if marker else None
-    found = behind[0] if behind else next(reversed(_NUMBER.findall(text)), None)
-    return float(found) if found else None
+    if marker:
+        behind = _NUMBER.search(text.split(marker)[1])
+        if behind:
+            return float(behind[0])
+    numbers = _NUMBER.findall(text)
+    return float(numbers[-1]) if numbers else None
 
 
 def _by_peft(text: str, markers: Sequence[str]) -> Decimal | str | None:
@@ -74,26 +90,32 @@ def _by_peft(text: str, markers: Sequence[str]) -> Decimal | str | None:
         return None
     line = text.rpartition(marker)[2].strip().partition("\n")[0].strip(" .!?$%")
     with suppress(DecimalException):  # not a number, or a division by zero
-        above, *below = [Decimal(part.strip()) for part in line.split("/")]
-        if len(below) < 2 and all(part.is_finite() for part in (above, *below)):
-            return above / below[0] if below else above
+        parts = [Decimal(part.strip()) for part in line.split("/")]
+        if len(parts) > 2 or not all(part.is_finite() for part in parts):
+            return line
+        if len(parts) == 2:
+            return parts[0] / parts[1]
+        return parts[0]
     return line
 
 
 def _by_pissa(text: str, markers: Sequence[str]) -> int | None:
     marker = _marker(text, markers)
-    found = _SIGNED.search(text.rpartition(marker)[2]) if marker else None
-    above, _, below = found[0].replace(",", "").partition("/") if found else ("", "", "")
+    number = _SIGNED.search(text.rpartition(marker)[2]) if marker else None
+    if number is None:
+        return None
+    above, _, below = number[0].replace(",", "").partition("/")
     if not above.strip("+-"):
         return None
     with suppress(DecimalException):  # a million digits are too many to divide
-        return round(Decimal(above) / (Decimal(below or 1) or 1))
+        divisor = Decimal(below or 1)
+        return round(Decimal(above) / (divisor or 1))
     return None
 
 
 def _by_loraga(text: str, markers: Sequence[str]) -> Decimal:
-    found = re.search(rf"(?:{'|'.join(map(re.escape, markers))})\s*(\d+)", text)
-    return Decimal(found[1]) if found else Decimal()
+    number = re.search(rf"(?:{'|'.join(map(re.escape, markers))})\s*(\d+)", text)
+    return Decimal(number[1]) if number else Decimal()
 
 
 _PARSERS: dict[str, Callable[[str, Sequence[str]], float | Decimal | str | None]] = {
@@ -123,8 +145,8 @@ def number(pairs: Sequence[Pair], parameters: NumberParameters) -> list[float]:
     """Score 100 for each prediction with the reference's number, otherwise 0."""
     scores = []
     for reference, prediction in pairs:
-        wanted = number_of_reference(reference, parameters)
-        is_right = wanted is not None and wanted == number_of(prediction, parameters)
+        expected = number_of_reference(reference, parameters)
+        is_right = expected is not None and expected == number_of(prediction, parameters)
         scores.append(100.0 if is_right else 0.0)
     return scores
 
@@ -149,20 +171,24 @@ def choice(pairs: Sequence[Pair], parameters: ChoiceParameters) -> list[float]:
         words_of_row = next((words for words in parameters.words if reference in words), (reference,))
         text = prediction.rpartition(parameters.behind)[2] if parameters.behind else prediction
         first = re.search("|".join(map(re.escape, words_of_row)), text)
-        scores.append(100.0 * (first is not None and first[0] == reference))
+        is_right = first is not None and first[0] == reference
+        scores.append(100.0 if is_right else 0.0)
     return scores
 
 
-def _notes(pairs: Sequence[Pair], parameters: NumberParameters) -> Iterator[str]:
+def notes_on_numbers(pairs: Sequence[Pair], parameters: NumberParameters) -> list[str]:
     """Notes on texts without a number; a marker may be missing."""
+    references = [pair[0] for pair in pairs if number_of_reference(pair[0], parameters) is None]
+    predictions = [pair[1] for pair in pairs if number_of(pair[1], parameters) is None]
     remedy = "; other markers can be set with `markers`" if parameters.markers is None else ""
-    references, predictions = ([pair[side] for pair in pairs] for side in (0, 1))
-    sides = (("references", references, number_of_reference), ("predictions", predictions, number_of))
-    for name, texts, read in sides:
-        unread = [text for text in texts if read(text, parameters) is None]
-        if unread:
-            example = f"as in {unread[0].rstrip()[-30:]!r}; the markers are {' or '.join(map(repr, parameters.sought))}"
-            yield f"{len(unread)} of {len(pairs)} {name} have no number, so their rows score 0 ({example}){remedy}"
+    markers = " or ".join(map(repr, parameters.sought))
+    notes = []
+    for side, texts in (("references", references), ("predictions", predictions)):
+        if texts:
+            example = f"as in {texts[0].rstrip()[-30:]!r}; the markers are {markers}"
+            count = f"{len(texts)} of {len(pairs)} {side}"
+            notes.append(f"{count} have no number, so their rows score 0 ({example}){remedy}")
+    return notes
 
 
 class GroupParameters(Parameters):
@@ -177,30 +203,67 @@ class GroupParameters(Parameters):
     group: str | None = None
 
 
-def mean_of_groups(
-    groups: Mapping[str, Sequence[float]], parameters: GroupParameters, averaged: Metric
-) -> tuple[float, list[float] | None] | None:
-    """Unweighted mean over group means; None without rows.
+@dataclass(frozen=True, kw_only=True)
+class GroupMetric(Metric):
+    """Unweighted mean over groups of another column's mean row scores."""
 
-    It has a 95 % interval if each group has at least `FEWEST` rows, and scores that are not shares are not all equal.
+    estimates_interval: ClassVar[bool] = True
+
+    def measure(self, column: Column, data: ScoringInput) -> ScoreRecord:
+        parameters = column.parameters
+        assert isinstance(parameters, GroupParameters)
+        averaged = data.columns[parameters.of].metric
+        assert isinstance(averaged, RowMetric)
+        groups: dict[str, list[float]] = {}
+        for row in data.rows:
+            groups.setdefault(str(row.get("group")), []).append(row[parameters.of])
+        if parameters.group is not None:
+            groups = {name: scores for name, scores in groups.items() if name == parameters.group}
+        elif missing := sorted(_required_groups(parameters, data) - groups.keys()):
+            note = f"no mean, because no row of {', '.join(missing)} was scored"
+            return ScoreRecord(value=None, declaration=column.entry, notes=[note])
+        if not groups:
+            return ScoreRecord(value=None, declaration=column.entry)
+        value, interval = mean_of_groups([*groups.values()], averaged)
+        return ScoreRecord(value=value, interval=interval, declaration=column.entry)
+
+
+def _required_groups(parameters: GroupParameters, data: ScoringInput) -> set[str]:
+    """Groups that a mean over all groups needs: those of the data, and those that other columns name."""
+    required = {*data.groups}
+    for column in data.columns.values():
+        other = column.parameters
+        if isinstance(other, GroupParameters) and other.of == parameters.of and other.group is not None:
+            required.add(other.group)
+    return required
+
+
+def mean_of_groups(groups: Sequence[Sequence[float]], averaged: RowMetric) -> tuple[float, Bounds | None]:
+    """Unweighted mean over group means, and its 95 % interval.
+
+    The interval is None if a group has fewer than `FEWEST` rows, or if scores that are not shares are all equal.
+
+    Args:
+        groups: row scores of each group, at least one.
+        averaged: metric of the row scores.
     """
-    chosen = [scores for name, scores in groups.items() if parameters.group in (None, name)]
-    if not chosen:
-        return None
-    mean = fmean(map(fmean, chosen))
-    if min(map(len, chosen)) < FEWEST:
+    mean = fmean(map(fmean, groups))
+    if min(map(len, groups)) < FEWEST:
         return mean, None
-    if averaged.all_or_nothing and len(chosen) == 1:
-        return mean, wilson(mean, len(chosen[0]))
+    if averaged.all_or_nothing and len(groups) == 1:
+        return mean, wilson(mean, len(groups[0]))
     # two right and two wrong rows more, as in Agresti and Coull 1998: at 0 and 100 %, shares show no spread
     added = (0, 0, 100, 100) if averaged.all_or_nothing else ()
-    variance = sum(pvariance([*scores, *added]) / (len(scores) + len(added)) for scores in chosen)
-    half = NORMAL * variance**0.5 / len(chosen)
-    return mean, [max(mean - half, averaged.low), min(mean + half, averaged.high or math.inf)] if half else None
+    variance = sum(pvariance([*scores, *added]) / (len(scores) + len(added)) for scores in groups)
+    half = NORMAL * variance**0.5 / len(groups)
+    if half == 0:
+        return mean, None
+    high = math.inf if averaged.high is None else averaged.high
+    return mean, (max(mean - half, averaged.low), min(mean + half, high))
 
 
 METRICS = (
-    Metric(
+    RowMetric(
         name="number",
         label="right numbers",
         hub_type="accuracy",
@@ -208,12 +271,12 @@ METRICS = (
         high=100,
         unit="%",
         source="the code of LoftQ, PEFT's method comparison, PiSSA or LoRA-GA",
-        of_rows=number,
+        score_rows=number,
         all_or_nothing=True,
         parameters=NumberParameters,
-        notes=_notes,
+        notes=notes_on_numbers,
     ),
-    Metric(
+    RowMetric(
         name="choice",
         label="right choices",
         hub_type="accuracy",
@@ -221,11 +284,11 @@ METRICS = (
         high=100,
         unit="%",
         source="this project",
-        of_rows=choice,
+        score_rows=choice,
         all_or_nothing=True,
         parameters=ChoiceParameters,
     ),
-    Metric(
+    GroupMetric(
         name="mean_of_groups",
         label="mean of groups",
         hub_type="accuracy",
@@ -233,7 +296,6 @@ METRICS = (
         high=100,
         unit="%",
         source="this project",
-        of_groups=mean_of_groups,
         parameters=GroupParameters,
     ),
 )

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from pydantic import Field
 from ..base.errors import UserError, WorkFailed
 from ..base.files import sha256
 from ..base.hub import importing_axolotl
-from .metric import Metric, Pair, Parameters, ScorerRecord
+from .metric import Column, Pair, Parameters, RowMetric, ScoreRecord, ScorerRecord, ScoringInput
 
 DEFAULT = "roberta-large"  # bert-score's default for English
 
@@ -135,19 +136,23 @@ def record(by: ScorerModel) -> ScorerRecord:
     )
 
 
-def _scorer(by: ScorerModel) -> dict[str, Any]:
-    return {"scorer": record(by)}
+@dataclass(frozen=True, kw_only=True)
+class ScorerMetric(RowMetric):
+    """Metric of rows that a scorer model computes; its parameters are a `ScorerModel`."""
+
+    def measure(self, column: Column, data: ScoringInput) -> ScoreRecord:
+        scorer = data.scorers[column.name]
+        assert isinstance(scorer, ScorerModel)
+        return super().measure(column, data).model_copy(update={"scorer": record(scorer)})
 
 
-METRIC = Metric(
+METRIC = ScorerMetric(
     name="bertscore_f1",
     label="BERTScore F1",
     hub_type="bertscore",
     low=-1,
     high=1,
     source="bert-score, arXiv 1904.09675",
-    of_rows=f1,
+    score_rows=f1,
     parameters=ScorerModel,
-    record=_scorer,
-    judged=True,
 )

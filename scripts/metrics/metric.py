@@ -1,23 +1,45 @@
-"""Metrics, and columns: named metrics with parameters."""
+"""Metrics, columns (named metrics with parameters), and score records."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from statistics import fmean
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..base.files import Row
+
 Pair = tuple[str, str]  # reference and prediction
+Bounds = tuple[float, float]  # lower and upper end of a 95 % interval
 NORMAL = 1.959964  # 97.5 % quantile of the standard normal distribution
 FEWEST = 5  # minimum number of rows for an interval: fewer rows have too few distinct resamples
+RESAMPLES = 9_999
 
 
-def wilson(share: float, rows: int) -> list[float]:
+def wilson(share: float, rows: int) -> Bounds:
     """Wilson's 95 % interval of a share in percent, which is not 0 wide at 0 and 100 % (Wilson 1927)."""
     from scipy.stats import binomtest
 
-    found = binomtest(round(share * rows / 100), rows).proportion_ci(method="wilson")
-    return [100 * float(found.low), 100 * float(found.high)]
+    interval = binomtest(round(share * rows / 100), rows).proportion_ci(method="wilson")
+    return 100 * float(interval.low), 100 * float(interval.high)
+
+
+def bootstrap(values: Sequence[float]) -> Bounds:
+    """95 % interval of the mean of some values, by scipy's percentile method."""
+    import numpy as np
+    from scipy import stats
+
+    interval = stats.bootstrap(
+        (np.asarray(values, dtype=float),),
+        np.mean,
+        n_resamples=RESAMPLES,
+        batch=20,  # stays in the processor's cache
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
 
 
 class Parameters(BaseModel):
@@ -52,14 +74,14 @@ class Benchmark(BaseModel):
     harness: str
 
     @property
-    def interval(self) -> list[float] | None:
+    def interval(self) -> Bounds | None:
         """95 % interval from the standard error, or Wilson's if that is 0; None without a standard error."""
         if self.stderr is None:
             return None
         if self.stderr == 0:
             return wilson(self.value, self.rows)
         half = NORMAL * self.stderr
-        return [max(self.value - half, 0.0), min(self.value + half, 100.0)]
+        return max(self.value - half, 0.0), min(self.value + half, 100.0)
 
 
 class ScorerRecord(BaseModel):
@@ -83,7 +105,7 @@ class ScoreRecord(BaseModel):
 
     Attributes:
         value: the score; None if it could not be computed.
-        interval: lower and upper end of the 95 % interval; None without one.
+        interval: 95 % interval; None without one.
         declaration: the column's declaration, see `Column.entry`.
         scorer: scorer model that computed the score.
         signature: sacrebleu's description of its settings.
@@ -92,7 +114,7 @@ class ScoreRecord(BaseModel):
     """
 
     value: float | None
-    interval: tuple[float, float] | None = None
+    interval: Bounds | None = None
     declaration: dict[str, Any]
     scorer: ScorerRecord | None = None
     signature: str | None = None
@@ -101,11 +123,34 @@ class ScoreRecord(BaseModel):
 
 
 @dataclass(frozen=True)
-class Metric:
-    """Method to score predictions or a run.
+class ScoringInput:
+    """Inputs of metrics.
 
-    Exactly one of `of_rows`, `of_all`, `of_loss`, `of_groups` and `of_model` is set. All functions except `of_loss` get
-    parameters.
+    Attributes:
+        rows: predictions with their row scores.
+        columns: scored columns by name.
+        scorers: scorer models by column name.
+        loss: eval loss of the run, in nats per token; None if it does not apply.
+        benchmarks: measurements of benchmark tasks by column name.
+        groups: groups of the data, of which the rows can be a part.
+    """
+
+    rows: Sequence[Row] = ()
+    columns: Mapping[str, "Column"] = field(default_factory=dict)
+    scorers: Mapping[str, Parameters] = field(default_factory=dict)
+    loss: float | None = None
+    benchmarks: Mapping[str, Benchmark] = field(default_factory=dict)
+    groups: Collection[str] = ()
+
+    @cached_property
+    def pairs(self) -> list[Pair]:
+        """Reference and prediction of each row."""
+        return [(row["reference"], row["prediction"]) for row in self.rows]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric(ABC):
+    """Method to score predictions or a run.
 
     Attributes:
         name: name in study.yaml, options and files.
@@ -115,17 +160,9 @@ class Metric:
         source: source of the definition.
         unit: unit, such as %; empty for a plain number.
         higher_is_better: True if higher values are better.
-        of_rows: computes a score for each (reference, prediction); the overall score is their mean, with an interval.
-        of_all: computes one score from all pairs together.
-        of_loss: computes a run's score from the eval loss in nats per token, without predictions.
-        of_groups: computes a score and an interval from another column's row scores by group; it also gets the metric
-            of that column.
-        of_model: True if lm-evaluation-harness measures the run's model.
         parameters: class of the parameters.
-        record: returns the fields of `ScoreRecord` that describe the computation.
-        notes: yields notes for readers of the scores, such as on texts without a number.
-        judged: True if a scorer model computes the score; parameters are then a `ScorerModel`.
-        all_or_nothing: True if each row scores either 0 or 100.
+        scope: scored unit, for titles; may be empty.
+        estimates_interval: True if the metric estimates an interval, unless there are too few rows.
     """
 
     name: str
@@ -136,18 +173,107 @@ class Metric:
     source: str
     unit: str = ""
     higher_is_better: bool = True
-    of_rows: Callable[[Sequence[Pair], Any], list[float]] | None = None
-    of_all: Callable[[Sequence[Pair], Any], float] | None = None
-    of_loss: Callable[[float], float] | None = None
-    of_groups: (
-        Callable[[Mapping[str, Sequence[float]], Any, "Metric"], tuple[float, list[float] | None] | None] | None
-    ) = None
-    of_model: bool = False
     parameters: type[Parameters] = Parameters
-    record: Callable[[Any], dict[str, Any]] | None = None
-    notes: Callable[[Sequence[Pair], Any], Iterator[str]] | None = None
-    judged: bool = False
+    scope: ClassVar[str] = ""
+    estimates_interval: ClassVar[bool] = False
+
+    @abstractmethod
+    def measure(self, column: "Column", data: ScoringInput) -> ScoreRecord:
+        """Score by a column with this metric.
+
+        Raises:
+            UserError, WorkFailed: the score cannot be computed.
+        """
+
+
+def no_notes(_pairs: Sequence[Pair], _parameters: Parameters) -> list[str]:
+    return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowMetric(Metric):
+    """Metric that scores single rows; the overall score is their mean.
+
+    Attributes:
+        score_rows: computes the score of each (reference, prediction), with parameters.
+        notes: notes for readers of the scores, such as on texts without a number.
+        all_or_nothing: True if each row scores either 0 or 100.
+    """
+
+    score_rows: Callable[[Sequence[Pair], Any], list[float]]
+    notes: Callable[[Sequence[Pair], Any], list[str]] = no_notes
     all_or_nothing: bool = False
+    scope: ClassVar[str] = "mean over rows"
+    estimates_interval: ClassVar[bool] = True
+
+    def measure(self, column: "Column", data: ScoringInput) -> ScoreRecord:
+        values = [row[column.name] for row in data.rows]
+        return ScoreRecord(
+            value=sum(values) / len(values),
+            interval=self.interval(values),
+            declaration=column.entry,
+            notes=self.notes(data.pairs, column.parameters),
+        )
+
+    def interval(self, values: Sequence[float]) -> Bounds | None:
+        """95 % interval of the mean of row scores: Wilson's for shares, else a bootstrap percentile interval.
+
+        None below `FEWEST` rows, or if scores that are not shares are all equal, because their spread is then unknown.
+        """
+        if len(values) < FEWEST:
+            return None
+        if self.all_or_nothing:
+            return wilson(fmean(values), len(values))
+        if min(values) == max(values):
+            return None
+        return bootstrap(values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusMetric(Metric):
+    """Metric that computes one score from all rows together.
+
+    Attributes:
+        score_corpus: computes the score of all (reference, prediction), with parameters.
+        signature: describes the computation, from parameters.
+    """
+
+    score_corpus: Callable[[Sequence[Pair], Any], float]
+    signature: Callable[[Any], str]
+
+    def measure(self, column: "Column", data: ScoringInput) -> ScoreRecord:
+        value = self.score_corpus(data.pairs, column.parameters)
+        signature = self.signature(column.parameters)
+        return ScoreRecord(value=value, declaration=column.entry, signature=signature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossMetric(Metric):
+    """Metric that is computed from a run's eval loss, without predictions.
+
+    Attributes:
+        score_loss: computes the score from the eval loss in nats per token.
+    """
+
+    score_loss: Callable[[float], float]
+    scope: ClassVar[str] = "of the run"
+
+    def measure(self, column: "Column", data: ScoringInput) -> ScoreRecord:
+        value = None if data.loss is None else self.score_loss(data.loss)
+        return ScoreRecord(value=value, declaration=column.entry)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkMetric(Metric):
+    """Score of a benchmark task, which lm-evaluation-harness measures with the run's model."""
+
+    def measure(self, column: "Column", data: ScoringInput) -> ScoreRecord:
+        benchmark = data.benchmarks.get(column.name)
+        if benchmark is None:
+            return ScoreRecord(value=None, declaration=column.entry)
+        return ScoreRecord(
+            value=benchmark.value, interval=benchmark.interval, declaration=column.entry, benchmark=benchmark
+        )
 
 
 @dataclass(frozen=True)
@@ -173,30 +299,35 @@ class Column:
     @property
     def title(self) -> str:
         """Name on a model card."""
-        of_what = "mean over rows" if self.metric.of_rows else "of the run" if self.metric.of_loss else ""
-        return ", ".join(filter(None, [self.label, of_what]))
+        return f"{self.label}, {self.metric.scope}" if self.metric.scope else self.label
 
     @property
     def meaning(self) -> str:
         """One-line description: title, range, source, and parameters that are not the default."""
-        high = "" if self.metric.high is None else f", {self.metric.low:g} to {self.metric.high:g}"
-        given = self.parameters.model_dump(mode="json", exclude_defaults=True)
-        with_given = f"; with {', '.join(f'{key} {value}' for key, value in given.items())}" if given else ""
-        return f"{self.title}{high}; {self.metric.source}{with_given}"
+        meaning = self.title
+        if self.metric.high is not None:
+            meaning += f", {self.metric.low:g} to {self.metric.high:g}"
+        meaning += f"; {self.metric.source}"
+        parameters = self.parameters.model_dump(mode="json", exclude_defaults=True)
+        if parameters:
+            meaning += f"; with {', '.join(f'{key} {value}' for key, value in parameters.items())}"
+        return meaning
 
     @cached_property
     def entry(self) -> dict[str, Any]:
         """Declaration as in study.yaml and scores.json."""
-        label = {"label": self.given_label} if self.given_label else {}
-        return {"metric": self.metric.name} | label | self.parameters.model_dump(mode="json", exclude_defaults=True)
+        entry = {"metric": self.metric.name}
+        if self.given_label:
+            entry["label"] = self.given_label
+        return entry | self.parameters.model_dump(mode="json", exclude_defaults=True)
 
     def same_scores(self, other: "Column | None") -> bool:
         """True if another column has the same metric and parameters; labels can differ."""
         return other is not None and (self.metric, self.parameters) == (other.metric, other.parameters)
 
-    def recorded(self, key: str) -> str:
+    def detail_key(self, detail: str) -> str:
         """Key of a detail, such as `bertscore`, in `--json` outputs.
 
         If the names of column and metric differ, the column's name is added as a prefix.
         """
-        return key if self.name == self.metric.name else f"{self.name}_{key}"
+        return detail if self.name == self.metric.name else f"{self.name}_{detail}"

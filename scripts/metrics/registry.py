@@ -11,7 +11,7 @@ from ..base import yamlfiles
 from ..base.errors import UserError, did_you_mean
 from . import bertscore
 from .answers import METRICS as OF_ANSWERS
-from .metric import Column, Metric, Parameters, ScoreRecord
+from .metric import BenchmarkMetric, Column, LossMetric, Metric, Parameters, ScoreRecord
 from .text import METRICS as OF_TEXTS
 
 
@@ -33,7 +33,7 @@ class BenchmarkParameters(Parameters):
     shots: int | None = None
 
 
-BENCHMARK = Metric(
+BENCHMARK = BenchmarkMetric(
     name="benchmark",
     label="benchmark",
     hub_type="accuracy",
@@ -41,11 +41,10 @@ BENCHMARK = Metric(
     high=100,
     unit="%",
     source="a task of lm-evaluation-harness",
-    of_model=True,
     parameters=BenchmarkParameters,
 )
 _OF_RUNS = (
-    Metric(
+    LossMetric(
         name="eval_loss",
         label="eval loss",
         hub_type="loss",
@@ -54,9 +53,9 @@ _OF_RUNS = (
         unit="nats per token",
         source="the last eval loss of the training, a mean over all tokens with loss",
         higher_is_better=False,
-        of_loss=float,
+        score_loss=float,
     ),
-    Metric(
+    LossMetric(
         name="perplexity",
         label="perplexity",
         hub_type="perplexity",
@@ -64,11 +63,11 @@ _OF_RUNS = (
         high=None,
         source="exp of the eval loss per token",
         higher_is_better=False,
-        of_loss=math.exp,
+        score_loss=math.exp,
     ),
     BENCHMARK,
 )
-METRICS = {metric.name: metric for metric in (*OF_TEXTS, *OF_ANSWERS, bertscore.METRIC, *_OF_RUNS)}
+METRICS: dict[str, Metric] = {metric.name: metric for metric in (*OF_TEXTS, *OF_ANSWERS, bertscore.METRIC, *_OF_RUNS)}
 TASK, SCORER = "benchmark:", "bertscore:"  # prefixes in --metric
 DEFAULT = ("bleu4", "rouge_l", "bertscore_f1", "sacrebleu")
 """Default metrics, for use if neither a study nor --metric names any."""
@@ -124,7 +123,7 @@ def columns(declared: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Colum
     return {name: column(name, entry) for name, entry in declared.items()}
 
 
-def asked(texts: Iterable[str]) -> dict[str, Column]:
+def requested(texts: Iterable[str]) -> dict[str, Column]:
     """Columns from --metric, such as `bleu4`, `number: {markers: ["A: "]}` or `benchmark:mmlu`.
 
     Raises:

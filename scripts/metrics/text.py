@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from .metric import Metric, Pair, Parameters
+from .metric import CorpusMetric, Pair, Parameters, RowMetric
 
 _WORD = re.compile(r"[^\W_]+|_|[^\w\s]")
 _TINY = sys.float_info.min  # replaces 0 in logarithms: an empty prediction scores 100 exp(-len(reference))
@@ -31,21 +31,20 @@ def bleu4(reference: str, prediction: str) -> float:
     setting of BLEU in sacrebleu or nltk gives the same score. It follows the script smooth_bleu of CodeBERT and
     CodeReviewer (arXiv 2203.09095), but keeps stop words.
     """
-    wanted = words(reference)
-    given = words(prediction)
+    expected_words, predicted_words = words(reference), words(prediction)
     log_precisions = 0.0
     matches = 1
     for n in range(1, 5):
-        # longer n-grams cannot match if shorter ones do not
-        matches = matches and (_ngrams(wanted, n) & _ngrams(given, n)).total()
-        total = max(len(given) - n + 1, 0)
-        smooth = n > 1
-        log_precisions += math.log(matches + smooth or _TINY) - math.log(total + smooth or _TINY)
-    brevity = min(0.0, 1 - (len(wanted) + 1) / (len(given) + 1))
+        if matches:  # longer n-grams cannot match if shorter ones do not
+            matches = (_ngrams(expected_words, n) & _ngrams(predicted_words, n)).total()
+        total = max(len(predicted_words) - n + 1, 0)
+        smoothing = 0 if n == 1 else 1
+        log_precisions += math.log(matches + smoothing or _TINY) - math.log(total + smoothing or _TINY)
+    brevity = min(0.0, 1 - (len(expected_words) + 1) / (len(predicted_words) + 1))
     return 100 * math.exp(log_precisions / 4 + brevity)
 
 
-def _bleu4_of_rows(pairs: Sequence[Pair], _: Parameters) -> list[float]:
+def _bleu4_by_row(pairs: Sequence[Pair], _: Parameters) -> list[float]:
     return [bleu4(reference, prediction) for reference, prediction in pairs]
 
 
@@ -69,11 +68,12 @@ def _common(reference: Sequence[str], prediction: Sequence[str]) -> int:
     for place, word in enumerate(reference):
         places[word] = places.get(word, 0) | (1 << place)
     # a bit for each place in the reference: 0 if the common subsequence with the words so far grows there
-    flat = every = (1 << len(reference)) - 1
+    all_places = (1 << len(reference)) - 1
+    flat = all_places
     for word in prediction:
-        found = flat & places.get(word, 0)
+        matches = flat & places.get(word, 0)
         # in the gap below each 0, the lowest match becomes 0 and that 0 becomes 1; above all zeros, it adds a 0
-        flat = ((flat + found) | (flat - found)) & every
+        flat = ((flat + matches) | (flat - matches)) & all_places
     return len(reference) - flat.bit_count()
 
 
@@ -106,14 +106,16 @@ def _corpus_bleu(parameters: SacrebleuParameters) -> Any:
 
 def sacrebleu(pairs: Sequence[Pair], parameters: SacrebleuParameters) -> float:
     """Corpus BLEU over all pairs; it differs from the mean of BLEU over rows."""
-    references, predictions = ([pair[side] for pair in pairs] for side in (0, 1))
+    references = [reference for reference, _ in pairs]
+    predictions = [prediction for _, prediction in pairs]
     return float(_corpus_bleu(parameters).corpus_score(predictions, [references]).score)
 
 
-def _signature(parameters: SacrebleuParameters) -> dict[str, Any]:
+def signature(parameters: SacrebleuParameters) -> str:
+    """sacrebleu's description of its settings and version."""
     scorer = _corpus_bleu(parameters)
     scorer.corpus_score([""], [[""]])  # the signature includes the number of references
-    return {"signature": str(scorer.get_signature())}
+    return str(scorer.get_signature())
 
 
 class ChrfParameters(Parameters):
@@ -149,51 +151,51 @@ def exact_match(pairs: Sequence[Pair], parameters: ExactMatchParameters) -> list
         text = " ".join(text.split()) if parameters.ignore_space else text.strip()
         return text.casefold() if parameters.ignore_case else text
 
-    return [100.0 * (plain(reference) == plain(prediction)) for reference, prediction in pairs]
+    return [100.0 if plain(reference) == plain(prediction) else 0.0 for reference, prediction in pairs]
 
 
 METRICS = (
-    Metric(
+    RowMetric(
         name="bleu4",
         label="BLEU-4",
         hub_type="bleu",
         low=0,
         high=100,
         source="smoothed sentence BLEU-4 as CodeReviewer computes it, arXiv 2203.09095",
-        of_rows=_bleu4_of_rows,
+        score_rows=_bleu4_by_row,
     ),
-    Metric(
+    RowMetric(
         name="rouge_l",
         label="ROUGE-L",
         hub_type="rouge",
         low=0,
         high=1,
         source="the F1 of rouge-score, Lin 2004, https://aclanthology.org/W04-1013",
-        of_rows=rouge_l,
+        score_rows=rouge_l,
         parameters=RougeParameters,
     ),
-    Metric(
+    CorpusMetric(
         name="sacrebleu",
         label="sacrebleu's corpus BLEU",
         hub_type="sacrebleu",
         low=0,
         high=100,
         source="corpus BLEU of sacrebleu, Post 2018, https://aclanthology.org/W18-6319",
-        of_all=sacrebleu,
+        score_corpus=sacrebleu,
         parameters=SacrebleuParameters,
-        record=_signature,
+        signature=signature,
     ),
-    Metric(
+    RowMetric(
         name="chrf",
         label="chrF",
         hub_type="chrf",
         low=0,
         high=100,
         source="sentence chrF of sacrebleu, Popović 2015, https://aclanthology.org/W15-3049",
-        of_rows=chrf,
+        score_rows=chrf,
         parameters=ChrfParameters,
     ),
-    Metric(
+    RowMetric(
         name="exact_match",
         label="exact match",
         hub_type="exact_match",
@@ -201,7 +203,7 @@ METRICS = (
         high=100,
         unit="%",
         source="this project",
-        of_rows=exact_match,
+        score_rows=exact_match,
         all_or_nothing=True,
         parameters=ExactMatchParameters,
     ),

@@ -15,7 +15,7 @@ from ..config import merging
 from ..data.published import Published
 from ..data.studies import Study
 from ..evaluate import intervals
-from ..evaluate.score import columns_of, declared_models, model_record, of_single_rows, with_scores
+from ..evaluate.score import columns_of, declared_models, model_record, row_columns, with_scores
 from ..evaluate.scores_file import about_file, about_rows, changed, current, read_predictions, read_scores
 from ..metrics import registry
 from ..metrics.metric import Column, ScorerRecord
@@ -52,8 +52,8 @@ def score_sides(sides: Sequence[RunDir | Path], metrics: Sequence[str] = ()) -> 
     Raises:
         UserError: a file or metric does not exist, or a run was not evaluated.
     """
-    requested = registry.asked(metrics)
-    if registry.scorer_named(metrics) or len(of_single_rows(requested)) < len(requested):
+    requested = registry.requested(metrics)
+    if registry.scorer_named(metrics) or len(row_columns(requested)) < len(requested):
         raise UserError(
             f"--metric {' '.join(metrics)}: to compare metrics of whole files or by a scorer model, run `recipe "
             "evaluate RUN --metric` for both runs"
@@ -96,7 +96,7 @@ def _report(side: Path, note: str | None) -> None:
 
 def _score(rows: Sequence[Row], columns: dict[str, Column]) -> ScoredRows:
     """Score rows with the row-level metrics that need no scorer model."""
-    of_rows = of_single_rows(columns)
+    of_rows = row_columns(columns)
     return ScoredRows(with_scores(rows, of_rows, {}), of_rows)
 
 

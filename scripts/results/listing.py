@@ -10,7 +10,7 @@ from ..base.terminal import say
 from ..data.studies import Study
 from ..evaluate.scores_file import about_rows
 from ..metrics import registry
-from ..metrics.metric import Column
+from ..metrics.metric import BenchmarkMetric, Column
 from ..run import backends
 from ..run.rundir import RunDir, readable
 from ..training.run_record import Summary
@@ -93,7 +93,7 @@ def _columns(group: Sequence[RunResult]) -> dict[str, Column]:
         shown = [*group[0].columns.values()]
     for result in group:
         for name, column in result.columns.items():
-            if column.metric.of_model or name not in declared:
+            if isinstance(column.metric, BenchmarkMetric) or name not in declared:
                 shown.append(column)
     return registry.distinct(shown)
 
@@ -125,7 +125,7 @@ def cells(result: RunResult, columns: Mapping[str, Column], jobs: Sequence[str])
     for heading in others:
         row[heading] = scores[heading].value if heading in scores else None
     for heading, score in scores.items():
-        if columns[heading].metric.of_model and score.gain is not None:
+        if isinstance(columns[heading].metric, BenchmarkMetric) and score.gain is not None:
             row[f"{heading}, gained"] = score.gain
     row |= {"rows": result.rows_evaluated, "scored": about_rows(result.evaluation)}
     row |= _costs(summary)

@@ -19,7 +19,7 @@ from ..data.published import EvalTokens, Published, PublishedScore
 from ..data.studies import Study
 from ..evaluate.score import by_declared_model, columns_of
 from ..evaluate.scores_file import BASE, Changed, Evaluation, changed, read_scores, sibling
-from ..metrics.metric import Column
+from ..metrics.metric import BenchmarkMetric, Column, LossMetric
 from ..run.rundir import RunDir
 from ..training.run_record import Run, Summary
 
@@ -143,10 +143,10 @@ class RunResult:
 
     def score(self, column: Column) -> float | None:
         """Score by a metric; None if it is missing, or if the metric's declaration changed."""
-        if column.metric.of_loss is None:
+        if not isinstance(column.metric, LossMetric):
             return _value(column, self.evaluation)
         loss = self.summary.eval_loss_per_token
-        return None if loss is None else column.metric.of_loss(loss)
+        return None if loss is None else column.metric.score_loss(loss)
 
     def is_comparable(self, column: Column) -> bool:
         """True if a score is comparable with a published one.
@@ -158,15 +158,16 @@ class RunResult:
         run, own = self.run, self.evaluation
         if not self.study or run.state != "finished" or run.rehearsal or self.is_of_something_else:
             return False
-        if column.metric.of_loss:
+        if isinstance(column.metric, LossMetric):
             return self.other_tokens is None
+        is_benchmark = isinstance(column.metric, BenchmarkMetric)
         return bool(
             own
             and by_declared_model(column, own.scores)
             and column.same_scores(own.columns.get(column.name))
             and own.settings.limit is None
-            and (column.metric.of_model or own.settings.test_set == self.study.data.test_set)
-            and (column.metric.of_model or own.settings.decoding == self.study.decoding)
+            and (is_benchmark or own.settings.test_set == self.study.data.test_set)
+            and (is_benchmark or own.settings.decoding == self.study.decoding)
         )
 
     @cached_property
@@ -176,7 +177,9 @@ class RunResult:
         The tokens behind both must be the same: those of a run of the unchanged recipe, or else those in study.yaml.
         Without either, no setting may differ that may affect them.
         """
-        if not self.study or not self.aim or not any(self.columns[name].metric.of_loss for name in self.aim.scores):
+        if not self.study or not self.aim:
+            return None
+        if not any(isinstance(self.columns[name].metric, LossMetric) for name in self.aim.scores):
             return None
         if self.summary.eval_loss_per_token is None and self.summary.eval_loss is not None:
             return "the scored tokens are unknown under tensor or context parallelism, and for streamed rows"
@@ -200,7 +203,7 @@ class RunResult:
             difference = None
             if published and ours is not None and self.is_comparable(column):
                 difference = ours - float(published.value)
-            decoded = {} if column.metric.of_loss else self.decoded
+            decoded = {} if isinstance(column.metric, LossMetric) else self.decoded
             found[name] = RunScore(
                 value=ours,
                 base_model=_value(column, self.base_evaluation),

@@ -20,7 +20,7 @@ from ..config.training_settings import TrainingSettings
 from ..evaluate import benchmarks, evaluate
 from ..evaluate.evaluate import EvaluationRequest, EvaluationTask
 from ..evaluate.score import columns_of, require_models, scorer_models
-from ..metrics.metric import Column
+from ..metrics.metric import Column, LossMetric
 from ..plan import plan, step_plan
 from ..run import backends, run, trust
 from ..run.backends import DONE, FAILED, SKIPPED, Backend, Command, Step, Task, TaskResult
@@ -264,7 +264,7 @@ class Pipeline:
         """True if any metric needs predictions; eval loss metrics do not."""
         assert self.composed
         columns = columns_of(self.composed.origin, self.evaluation.metrics)
-        return any(column.metric.of_loss is None for column in columns.values())
+        return any(not isinstance(column.metric, LossMetric) for column in columns.values())
 
     def _evaluation(self) -> str | None:
         """State of the existing run's evaluation; None if it still has to start.

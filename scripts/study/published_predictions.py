@@ -10,7 +10,7 @@ from ..base.terminal import Bar
 from ..data import prepare
 from ..data.published import PublishedPredictions, PublishedScore, Texts
 from ..data.studies import Study
-from ..evaluate.score import ScorerModels, below, score
+from ..evaluate.score import ScorerModels, nested_value, score
 
 
 def scores(
@@ -95,7 +95,7 @@ def _texts(texts: Texts, folder: Path) -> list[str]:
                 return [line.removesuffix("\n").removesuffix("\r") for line in lines]
         except UnicodeDecodeError:
             raise UserError(f"{file}: not UTF-8 text") from None
-    found = [below(row, texts.field) for row in read_rows(file, ())]
+    found = [nested_value(row, texts.field) for row in read_rows(file, ())]
     if wrong := next((number for number, text in enumerate(found, start=1) if not isinstance(text, str)), None):
         raise UserError(f"{file}: row {wrong} has no text field {texts.field}; correct the field in study.yaml")
     return found

@@ -120,11 +120,12 @@ def score_verb(
     json: Json = False,
 ) -> None:
     """Score predictions from any source."""
-    from ..evaluate.score import columns_of, of_predictions, read_pairs, score, scorer_models
+    from ..evaluate.score import columns_of, read_pairs, refuse_run_metrics, score, scorer_models
     from ..evaluate.scores_file import about_file
     from ..metrics.registry import scorer_named
 
-    columns = of_predictions(columns_of(None, metric or []))
+    columns = columns_of(None, metric or [])
+    refuse_run_metrics(columns)
     rows = read_pairs(file, prediction_field, reference_field)
     models = scorer_models(columns, scorer_named(metric or []), report=True)
     with Bar("scoring", 1):

@@ -69,14 +69,14 @@ def test_a_result_that_is_missing_or_no_share_is_refused(result):
 
 
 def test_a_task_is_a_column_of_its_name():
-    (column,) = registry.asked(["benchmark:some/my-task.yaml"]).values()
+    (column,) = registry.requested(["benchmark:some/my-task.yaml"]).values()
     assert column.name == "my_task"
     assert column.label == "my_task, %"
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(5, True), (None, False), (6, False)])
 def test_a_benchmark_of_other_rows_is_measured_anew(limit, kept):
-    columns = registry.asked(["benchmark:grp"])
+    columns = registry.requested(["benchmark:grp"])
     scored = benchmarks.summarise(GROUP, BenchmarkParameters(task="grp"), [2], 5)
     record = ScoreRecord(value=scored.value, declaration=columns["grp"].entry, benchmark=scored)
     former = Scores(scores={"grp": record}, shares=RowShares(rows=0))

@@ -41,13 +41,13 @@ def test_equal_systems_and_few_rows_tell_nothing():
         **{"better": 4, "equal": 0, "worse": 0},
     }
     for name, values in (("chrf", scores[:4]), ("number", [100.0] * 4), ("chrf", [4.0] * 20)):
-        assert intervals.over_rows(values, METRICS[name]) is None
+        assert METRICS[name].interval(values) is None
 
 
 @pytest.mark.parametrize(("right", "rows"), [(0, 12), (12, 12), (1, 12), (286, 1319)])
 def test_a_share_has_wilsons_interval(right, rows):
     expected = stats.binomtest(right, rows).proportion_ci(method="wilson")
-    found = intervals.over_rows([100.0] * right + [0.0] * (rows - right), METRICS["number"])
+    found = METRICS["number"].interval([100.0] * right + [0.0] * (rows - right))
     assert found == pytest.approx([100 * expected.low, 100 * expected.high], abs=1e-4)
     assert 0 <= found[0] < found[1] <= 100
 
@@ -65,10 +65,9 @@ def test_wilsons_interval_covers_the_truth(rows):
 @pytest.mark.parametrize("truths", [np.linspace(0.7, 0.95, 8), np.full(8, 0.98)], ids=["apart", "near 100 %"])
 def test_the_interval_of_a_mean_of_groups_covers_the_truth(truths):
     rng, covered = np.random.default_rng(7), 0
-    parameters = METRICS["mean_of_groups"].parameters(of="number")
     for _ in range(STUDIES):
-        groups = {str(i): (100.0 * (rng.random(20) < truth)).tolist() for i, truth in enumerate(truths)}
-        _, (low, high) = answers.mean_of_groups(groups, parameters, METRICS["number"])
+        groups = [(100.0 * (rng.random(20) < truth)).tolist() for truth in truths]
+        _, (low, high) = answers.mean_of_groups(groups, METRICS["number"])
         covered += low <= 100 * truths.mean() <= high
     assert covered / STUDIES >= 0.93  # 89 % near 100 %, were the groups' own variances taken
 
@@ -130,7 +129,7 @@ def test_the_interval_covers_a_share_near_its_end(runs):
     covered = 0
     for _ in range(STUDIES):
         table = 100.0 * (normal(Variances(of_runs=0.04, of_rows=1.0, rest=0.5), runs, 12, rng) > -2.2)
-        each = [intervals.over_rows(of_run, METRICS["number"]) for of_run in table]
+        each = [METRICS["number"].interval(of_run) for of_run in table]
         within = intervals.interval_of_mean(table.mean(axis=1), table, each)
         assert within and within.low < within.high
         covered += within.low <= truth <= within.high
@@ -203,7 +202,7 @@ def test_runs_that_are_alike_to_the_last_row_are_as_certain_as_their_rows():
 
 def test_runs_that_err_in_other_rows_have_an_interval():
     rows = [[100.0] * 11 + [0.0], [0.0] + [100.0] * 11]
-    within = [intervals.over_rows(of_run, METRICS["number"]) for of_run in rows]
+    within = [METRICS["number"].interval(of_run) for of_run in rows]
     two = intervals.interval_of_mean([1100 / 12] * 2, rows, within)  # both variances of the layout are 0
     assert [two.low, two.high] == pytest.approx(within[0], abs=1e-3)
 
@@ -211,6 +210,6 @@ def test_runs_that_err_in_other_rows_have_an_interval():
 @pytest.mark.parametrize("share", [0.0, 100.0])
 def test_runs_that_are_always_right_or_wrong_have_no_narrower_interval_than_one(share):
     rows = [share] * 12
-    one = intervals.over_rows(rows, METRICS["number"])
+    one = METRICS["number"].interval(rows)
     two = intervals.interval_of_mean([share] * 2, [rows] * 2, [one] * 2)
     assert [two.low, two.high] == pytest.approx(one, abs=1e-3) and two.high - two.low > 24

@@ -70,7 +70,7 @@ def test_a_metric_of_the_study_is_not_declared_anew(run):
 def test_a_further_decoding_is_evaluated_beside_the_usual_one(run, generated, monkeypatch):
     sampled = Decoding(max_new_tokens=4, do_sample=True, temperature=0.1, top_k=40, top_p=0.95, seed=42)
     declared = STUDY.model_copy(update={"decodings": {"sampled": sampled}})
-    monkeypatch.setattr(studies, "of", lambda _: declared)
+    monkeypatch.setattr(studies, "study_of", lambda _: declared)
     usual = evaluated(run)
     made = evaluated(run, decoding="sampled")
     assert made.settings.decoding == sampled

@@ -11,6 +11,7 @@ from qlora_recipes.evaluate.predict import as_row
 from qlora_recipes.evaluate.score import columns_of
 from qlora_recipes.evaluate.scores_file import Scores
 from qlora_recipes.metrics import registry
+from qlora_recipes.metrics.metric import ScoringInput
 from qlora_recipes.metrics.text import bleu4
 
 ROWS = [
@@ -57,12 +58,12 @@ def test_groups_of_rows_count_alike_in_their_mean():
             "exact_match": {},
         }
     )
-    few, _ = score.score(rows, columns)
+    few, _ = score.score(rows, columns, {})
     assert few.scores["of_few"].value == 50
     assert few.scores["of_few"].interval is None
     assert few.scores["average"].interval is None
     del columns["of_few"]
-    scores, made = score.score([row for row in rows if row["group"] != "few"], columns)
+    scores, made = score.score([row for row in rows if row["group"] != "few"], columns, {})
     assert scores.scores["average"].value == pytest.approx(125 / 3)
     assert scores.scores["of_b"].value == 50
     counts = ((15, 20), (5, 10), (0, 5))
@@ -84,13 +85,13 @@ def test_a_mean_of_groups_has_no_value_without_rows_of_each_group(of_data, named
         {"average": over, "exact_match": {}} | {f"of_{group}": over | {"group": group} for group in ["a", *named]}
     )
     rows = [as_row(i, {"group": "a"}, "x") | {"prediction": "x"} for i in range(9)]
-    scores, _ = score.score(rows, columns, groups=of_data)
+    scores, _ = score.score(rows, columns, {}, ScoringInput(groups=of_data))
     assert scores.scores["average"].value is None
     assert scores.scores["average"].interval is None
     assert scores.scores["of_a"].value == 100
     assert scores.flat()["notes"] == ["average: no mean, because no row of b was scored"]
     rows.append(as_row(9, {"group": "b"}, "x") | {"prediction": "y"})
-    whole, _ = score.score(rows, columns, groups=of_data)
+    whole, _ = score.score(rows, columns, {}, ScoringInput(groups=of_data))
     assert whole.scores["average"].value == 50
     assert "notes" not in whole.flat()
 

@@ -45,7 +45,7 @@ def ran(place: Path) -> Path:
 
 def refused(place: Path, force: list[str] | None = None, name: str = "evil") -> str:
     benchmarks._tasks.cache_clear()
-    columns = registry.asked([f"benchmark:{place / name}.yaml"])
+    columns = registry.requested([f"benchmark:{place / name}.yaml"])
     try:
         benchmarks.require(columns, force=force or [])
     except UserError as error:

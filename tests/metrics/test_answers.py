@@ -3,13 +3,14 @@
 import pytest
 
 from qlora_recipes.metrics import answers, registry
+from qlora_recipes.metrics.metric import RowMetric
 
 
 def right(reference: str, prediction: str, **parameters: object) -> bool:
     """Whether a prediction counts as right."""
     column = registry.column("number", parameters)
-    assert column.metric.of_rows
-    (score,) = column.metric.of_rows([(reference, prediction)], column.parameters)
+    assert isinstance(column.metric, RowMetric)
+    (score,) = column.metric.score_rows([(reference, prediction)], column.parameters)
     assert score in (0, 100)
     return score == 100
 
@@ -102,12 +103,12 @@ def test_what_has_no_number_is_never_right_and_noted_with_an_example():
     assert not right("A: 7", "A: 7", parser="peft")
     assert right("#### 8", "A: 8", parser="peft", markers=["A: ", "#### "])
     plain, told = (registry.column("number", {"parser": "peft"} | more) for more in ({}, {"markers": ["A: ", "#### "]}))
-    assert plain.metric.notes
+    assert isinstance(plain.metric, RowMetric)
     pairs = [("A: 7", "A: 7"), ("#### 8", "A: 8")]
     references, predictions = plain.metric.notes(pairs, plain.parameters)
     assert references.startswith("1 of 2 references ") and "'A: 7'" in references
     assert predictions.startswith("2 of 2 predictions ") and "`markers`" in predictions
-    assert list(plain.metric.notes(pairs, told.parameters)) == []
+    assert plain.metric.notes(pairs, told.parameters) == []
 
 
 CHOICES = {
@@ -144,8 +145,8 @@ CHOICES = {
 )
 def test_the_first_word_of_the_references_set_is_the_choice(reference, prediction, expected):
     column = registry.column("choice", CHOICES)
-    assert column.metric.of_rows
-    assert column.metric.of_rows([(reference, prediction)], column.parameters) == [100.0 * expected]
+    assert isinstance(column.metric, RowMetric)
+    assert column.metric.score_rows([(reference, prediction)], column.parameters) == [100.0 * expected]
     assert registry.column("choice", column.entry).same_scores(column)  # as scores.json has it
 
 

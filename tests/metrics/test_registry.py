@@ -3,7 +3,9 @@
 import pytest
 
 from qlora_recipes.base.errors import UserError
+from qlora_recipes.base.files import Row
 from qlora_recipes.metrics import registry
+from qlora_recipes.metrics.metric import LossMetric, RowMetric, ScoringInput
 from qlora_recipes.metrics.registry import METRICS, WrongMetric
 
 PAIRS = [("rename this variable please", "rename this variable"), ("why?", "why?"), ("a  B", "a b"), ("use it", "")]
@@ -14,25 +16,25 @@ PAIRS = [("rename this variable please", "rename this variable"), ("why?", "why?
 )  # which need more
 def test_scores_are_within_the_range_that_a_metric_names(name):
     metric = METRICS[name]
-    scores: list[float]
-    if metric.of_rows:
-        scores = metric.of_rows(PAIRS, metric.parameters())
-        assert len(scores) == len(PAIRS)
-    elif metric.of_all:
-        scores = [metric.of_all(PAIRS, metric.parameters())]
-    else:
-        assert metric.of_loss
-        scores = [metric.of_loss(1.25)]
-    assert all(metric.low <= score <= (metric.high or score) for score in scores)
+    column = registry.column(name)
+    rows: list[Row] = [{"reference": reference, "prediction": prediction} for reference, prediction in PAIRS]
+    if isinstance(metric, RowMetric):
+        for row, score in zip(rows, metric.score_rows(PAIRS, metric.parameters()), strict=True):
+            row[name] = score
+            assert metric.low <= score <= (metric.high or score)
+    value = metric.measure(column, ScoringInput(rows=rows, loss=1.25)).value
+    assert value is not None
+    assert metric.low <= value <= (metric.high or value)
     assert metric.source and metric.label and metric.hub_type
     perfect = [(reference, reference) for reference, _ in PAIRS]
-    if metric.of_rows and name != "number":  # of which these texts have none
-        assert metric.of_rows(perfect, metric.parameters()) == pytest.approx([metric.high] * len(PAIRS))
+    if isinstance(metric, RowMetric) and name != "number":  # of which these texts have none
+        assert metric.score_rows(perfect, metric.parameters()) == pytest.approx([metric.high] * len(PAIRS))
 
 
 def test_the_eval_loss_and_the_perplexity_are_of_the_run():
-    assert METRICS["perplexity"].of_loss and METRICS["perplexity"].of_loss(0) == 1
-    assert {name for name, metric in METRICS.items() if metric.of_loss} == {"eval_loss", "perplexity"}
+    record = METRICS["perplexity"].measure(registry.column("perplexity"), ScoringInput(loss=0))
+    assert record.value == 1
+    assert {name for name, metric in METRICS.items() if isinstance(metric, LossMetric)} == {"eval_loss", "perplexity"}
 
 
 def test_a_column_is_a_metric_with_parameters_under_a_name_and_a_label():
@@ -66,7 +68,7 @@ def test_what_is_no_metric_is_refused_with_its_key(name, entry, key, says):
 
 
 def test_metrics_are_asked_for_as_study_yaml_declares_them():
-    asked = registry.asked(["rouge_l", 'number: {markers: ["A: "]}', "chrf: {word_order: 2}"])
+    asked = registry.requested(["rouge_l", 'number: {markers: ["A: "]}', "chrf: {word_order: 2}"])
     entries = [("rouge_l", {}), ("number", {"markers": ["A: "]}), ("chrf", {"word_order": 2})]
     assert [column.entry for column in asked.values()] == [{"metric": name} | more for name, more in entries]
 
@@ -82,5 +84,5 @@ def test_metrics_are_asked_for_as_study_yaml_declares_them():
 )
 def test_what_cannot_be_asked_for_is_refused(texts, says):
     with pytest.raises(UserError) as error:
-        registry.asked(texts)
+        registry.requested(texts)
     assert says in str(error.value)

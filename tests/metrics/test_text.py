@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from qlora_recipes.metrics import registry
+from qlora_recipes.metrics.metric import RowMetric
 from qlora_recipes.metrics.text import RougeParameters, bleu4, rouge_l, words
 
 
@@ -56,8 +57,8 @@ def test_rouge_l_is_that_of_the_library():
 def test_exact_match_and_what_it_can_leave_out():
     def scores(**parameters: bool) -> list[float]:
         column = registry.column("exact_match", parameters)
-        assert column.metric.of_rows
-        return column.metric.of_rows([("a  B", "a  B\n"), ("a  B", "a B"), ("a  B", "a  b")], column.parameters)
+        assert isinstance(column.metric, RowMetric)
+        return column.metric.score_rows([("a  B", "a  B\n"), ("a  B", "a B"), ("a  B", "a  b")], column.parameters)
 
     assert scores() == [100, 0, 0]
     assert scores(ignore_space=True) == [100, 100, 0]

@@ -24,4 +24,4 @@ def test_gsm8ks_published_solutions_score_as_printed(place):
         assert predictions and str(by_name[name].scores["accuracy"]) == str(printed)
         pairs = published_predictions.read(of_study, predictions, "test")
         assert len(pairs) == 1319
-        assert score(pairs, of_study.columns)[0].scores["accuracy"].value == pytest.approx(printed, abs=0.005)
+        assert score(pairs, of_study.columns, {})[0].scores["accuracy"].value == pytest.approx(printed, abs=0.005)

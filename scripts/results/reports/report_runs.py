@@ -176,7 +176,7 @@ def _column(evaluation: Evaluation, by_heading: Mapping[str, Column]) -> dict[st
     column: dict[str, str | None] = {}
     scores = evaluation.flat()
     titles = {name: registry.heading(scored, by_heading) for name, scored in evaluation.columns.items()}
-    by_model = {c.recorded("bertscore"): c for c in evaluation.columns.values() if model_record(c, evaluation.scores)}
+    by_model = {c.detail_key("bertscore"): c for c in evaluation.columns.values() if model_record(c, evaluation.scores)}
     for key, value in scores.items():
         title = titles.get(key) or _OTHERS.get(key, key)
         if key in by_model:
