@@ -168,7 +168,7 @@ def check_config(
     if data:
         from . import rows
 
-        of_rows, report.data = rows.check(usable, {finding.key for finding in report.findings})
+        of_rows, report.data = rows.check_rows(usable, {finding.key for finding in report.findings})
         report.add(of_rows)
     return report
 

@@ -17,8 +17,9 @@ from ..config.finding import Faults, Finding, Level
 from ..config.substitution import stands_in
 from ..config.training_settings import TrainingSettings
 from ..training.losses import MASKED
+from ..training.row_types import row_type
 from ..training.tokens import Tokenizer, packed_sequences, padding, taught_ends, unknown_roles
-from .rows import Reader
+from .rows import readable
 
 Place = tuple[str, int]
 """File and line."""
@@ -58,7 +59,7 @@ def by_token(content: Config, count: int) -> list[Row]:
 
 
 def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[list[Finding], list[Row]]:
-    """Check each data set's tokenized rows and measure their lengths; skip JSONL rows that `rows.check` refuses.
+    """Check each data set's tokenized rows and measure their lengths; skip JSONL rows that Axolotl cannot read.
 
     Args:
         content: the config.
@@ -210,7 +211,7 @@ def _kept(cfg: Any, read: _Read) -> list[int]:
 def _numbered(tokenizer: Tokenizer, dataset: DatasetRef) -> Iterator[tuple[Place, Row]]:
     """Rows of a data set's local files, each with file and line; for formats other than JSONL, with the row's number.
 
-    Rows beyond the data set's split are left out, and JSONL rows in which `rows.check` finds errors. Axolotl loads the
+    Rows beyond the data set's split are left out, and JSONL rows that Axolotl cannot read. Axolotl loads the
     other formats. Missing files have no rows."""
     files = datafiles.jsonl_files(dataset.entry)
     if not files and any(file.is_file() for file in datafiles.local_files(dataset.entry)):
@@ -218,9 +219,9 @@ def _numbered(tokenizer: Tokenizer, dataset: DatasetRef) -> Iterator[tuple[Place
             yield (dataset.entry["path"], number), row
         return
     lines = chain.from_iterable(map(_lines_of, files))
-    reader = Reader(dataset.entry, None, {}, trained=False)
+    kind = row_type(dataset.entry)
     for place, line in islice(lines, datafiles.first_rows(dataset.entry)):
-        row = reader.readable(line)
+        row = readable(kind, line)
         if row is not None:
             yield place, row
 

@@ -21,7 +21,7 @@ from ..config.datafiles import DatasetRef
 from ..data import manifest, studies
 from ..data.manifest import is_the_studys
 from ..run.rundir import RunDir
-from ..training.row_fields import content_of, fields_of, names_of
+from ..training.row_types import row_type
 from ..training.run_record import Run
 from .scores_file import RowsState, taken
 
@@ -202,8 +202,8 @@ def read(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> Evaluation
         UserError: the rows cannot be read, or there are no rows.
     """
     if source.file:
-        kind = fields_of(source.datasets[0].entry)
-        fields = (kind.reference,) if kind and kind.reference else ()
+        reference = row_type(source.datasets[0].entry).reference
+        fields = (reference,) if reference else ()
         hint = "; `recipe data prepare --study STUDY` writes test.jsonl" if source == usual(run, cfg) else ""
         pairs = [(source.datasets[0], row) for row in read_rows(source.file, fields, hint)]
         states = [RowsState.of_rows(source.file, None)]
@@ -290,12 +290,12 @@ def trained_positions(test: EvaluationRows, run: Run, cfg: Config) -> list[int] 
         file = jsonl(dataset.entry, Path(run.cwd))
         if file is None:
             return None
-        names = names_of(dataset.entry)
+        kind = row_type(dataset.entry)
         with file.open("rb") as lines:
             rows = islice(json_rows(lines, file, ()), datafiles.first_rows(dataset.entry))
-            trained |= {hash(content_of(row, names)) for row in rows}
+            trained |= {hash(kind.content_of(row)) for row in rows}
     positions = []
     for row in test.rows:
-        if hash(content_of(row.content, names_of(row.dataset.entry))) in trained:
+        if hash(row_type(row.dataset.entry).content_of(row.content)) in trained:
             positions.append(row.position)
     return positions

@@ -19,7 +19,7 @@ from ..base.yamlfiles import Config
 from ..config import datafiles
 from ..config.datafiles import DatasetRef
 from ..training.losses import MASKED
-from ..training.row_fields import fields_of
+from ..training.row_types import Chat, row_type
 from ..training.tokens import as_trained, require_one_each, taught_ends, tokenize
 from .evaluation_rows import EvaluationRow
 from .scores_file import EvaluationSettings
@@ -121,19 +121,18 @@ class Prompter:
         dataset = DictDefault({**cfg[ref.section][ref.index], **LOSS_ON_ANSWERS})
         tokenized = tokenize(data, cfg, dataset, self.tokenizer, rows, longest)
         require_one_each(data, dataset, rows, tokenized)
-        fields, is_chat = fields_of(dataset), dataset.get("type") == "chat_template"
+        kind = row_type(dataset)
         examples, shared = [], {}
         for number, (row, tokens) in enumerate(zip(rows, tokenized, strict=True)):
             start, end = answer_of(tokens.labels)
-            reference = row.get(fields.reference) if fields and fields.reference else None
+            reference = row.get(kind.reference) if kind.reference else None
             if reference is None:
                 reference = str(self.tokenizer.decode(tokens.ids[start:end], skip_special_tokens=True)).strip()
-            if fields and is_chat and row.get(fields.lists[0]):
-                (messages,), (_, content) = fields.lists, fields.items
-                *turns, last = row[messages]
+            if isinstance(kind, Chat) and row.get(kind.messages):
+                *turns, last = row[kind.messages]
                 first = str(self.tokenizer.decode(tokens.ids[start : start + 1])).strip()
-                if (answer := str(last.get(content) or "").strip()) and not answer.startswith(first):
-                    shared[number] = row | {messages: [*turns, last | {content: NEUTRAL}]}
+                if (answer := str(last.get(kind.content) or "").strip()) and not answer.startswith(first):
+                    shared[number] = row | {kind.messages: [*turns, last | {kind.content: NEUTRAL}]}
                     reference = answer if reference.endswith(answer) else reference
             examples.append(Example(tokens.ids[:start][-longest:], reference if start < end else ""))
         alone = tokenize(data, cfg, dataset, self.tokenizer, [*shared.values()], longest) if shared else ()
@@ -192,17 +191,16 @@ def _placeholders(dataset: Config) -> Row:
 
     Optional fields are present if the first row of the data has them, because they can change the prompt's wording.
     """
-    fields = fields_of(dataset)
-    if fields and dataset.get("type") == "chat_template":
-        (messages,), (role, content) = fields.lists, fields.items
+    kind = row_type(dataset)
+    if isinstance(kind, Chat):
         user, assistant = ((dataset.get("roles") or {}).get(role, [role])[0] for role in ("user", "assistant"))
         turns = ((user, "{question}"), (assistant, ANSWER))
-        return {messages: [{role: name, content: text} for name, text in turns]}
-    if not fields or not fields.reference or not fields.texts:
+        return {kind.messages: [{kind.role: name, kind.content: text} for name, text in turns]}
+    if not kind.reference or len(kind.required) == 1:  # completion has no prompt
         return {}
     first: Row = {}
     for file in datafiles.jsonl_files(dataset)[:1]:
         with file.open("rb") as lines:
             first = next(islice(json_rows(lines, file, ()), 1), {})
-    named = [name for name in (*fields.texts, *fields.optional) if not first or first.get(name)]
-    return {name: f"{{{name}}}" for name in named} | {fields.reference: ANSWER}
+    placeholders = {name: f"{{{name}}}" for name in kind.names if not first or first.get(name)}
+    return placeholders | {kind.reference: ANSWER}

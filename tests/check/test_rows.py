@@ -11,7 +11,7 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.check import check, rows
 from qlora_recipes.config.compose import Request
-from qlora_recipes.training import row_fields
+from qlora_recipes.training import row_types
 
 pytestmark = pytest.mark.usefixtures("place")
 
@@ -33,48 +33,77 @@ def write(name: str, lines: list[Any]) -> None:
     Path(name).write_bytes(b"\n".join(raw) + b"\n")
 
 
-def found(lines: list[Any], dataset: dict[str, Any] | None = None, model: str = LLAMA_2) -> list[tuple[Any, str]]:
-    """The line, level and rule of each finding for a training file of some rows or raw lines, and its problem."""
+def findings_of(lines: list[Any], dataset: dict[str, Any] | None = None, model: str = LLAMA_2) -> list[str]:
+    """Findings for a training file of some rows or raw lines."""
     write("train.jsonl", lines)
     data = {"path": "train.jsonl", "type": "alpaca"} | (dataset or {})
-    findings, _ = rows.check({"base_model": model, "datasets": [data]})
-    assert {finding.where for finding in findings} <= {"train.jsonl"}
-    return [
-        ((finding.line, finding.level, finding.rule), f"{finding.problem} {finding.remedy}") for finding in findings
-    ]
+    findings, _ = rows.check_rows({"base_model": model, "datasets": [data]})
+    return [str(finding).replace("datasets.0.path", "KEY") for finding in findings]
 
 
 def chat(*messages: Any, **fields: Any) -> dict[str, Any]:
     return {"messages": list(messages)} | fields
 
 
-# a row, or line, behind a good one; the level and rule of the one finding that it gives, and a value that this tells
-MISTAKES: list[tuple[Any, dict[str, Any], str, str]] = [
-    (b'{"instruction": ', {}, "error bad-row", "JSON"),
-    (b'{"instruction": "caf\xe9", "output": "a"}', {}, "error bad-row", "UTF-8"),
-    ({"instruction": "a"}, {}, "error bad-row", "output"),
-    (GOOD | {"instruction": None}, {}, "error bad-row", "instruction"),
-    (GOOD | {"output": " \n"}, {}, "warning empty-reference", "output"),
-    (GOOD | {"input": "<s>old</s>"}, {}, "warning special-token", "<s>"),
-    (GOOD, {}, "warning repeated-row", "train.jsonl:1"),
-    ({"instruction": "a", "inptu": "b", "output": "c"}, {}, "warning misspelt-field", "mean input?"),
-    ({"instruction": "a", "output": "b"}, NO_FORMAT, "error no-format", "no_input_format"),
-    ({"text": "a"}, CHATS, "error bad-row", "messages"),
-    (chat(ASKED, "A test."), CHATS, "error bad-row", "mapping"),
-    (chat({"role": "user", "content": None}, ANSWER), CHATS, "error bad-row", "content"),
-    (chat(ASKED, ANSWER | {"content": " "}), CHATS, "warning empty-reference", "content"),
-    (chat(ASKED, ANSWER, sytem="Be brief."), CHATS, "warning misspelt-field", "mean system?"),
-    ({"messages": [dict(reversed(turn.items())) for turn in GOOD_CHAT["messages"]]}, CHATS, "warning repeated-row", ""),
-    ({"segments": [{"label": "false", "text": "a"}]}, SEGMENTS, "error bad-row", "label"),
+BAD = "error: KEY: 1 row: {}; correct or drop these rows [bad-row:KEY]"
+EMPTY = "warning: KEY: 1 row with an empty {}: the model learns nothing; drop these rows [empty-reference:KEY]"
+MISSPELT = "warning: KEY: 1 row: the field {} [misspelt-field:KEY]"
+REPEATED = (
+    "warning: KEY: 1 row: repeated (train.jsonl:1); `dataset_exact_deduplication: true` drops them [repeated-row:KEY]"
+)
+OF_TEXTS = [  # a row, or line, behind a good one, and the one finding that it gives
+    (b'{"instruction": ', BAD.format("not JSON in UTF-8 (unexpected end of data)")),
+    (b'{"a": "caf\xe9"}', BAD.format("not JSON in UTF-8 (str is not valid UTF-8: surrogates not allowed)")),
+    ([1], BAD.format("not a mapping of fields to values")),
+    ({"instruction": "a"}, BAD.format("the field output is missing")),
+    (GOOD | {"instruction": None}, BAD.format("the field instruction is not text")),
+    (GOOD | {"input": 3}, BAD.format("the field input is not text")),
+    ({"instruction": "a", "outptu": "c"}, BAD.format("the field outptu; did you mean output?")),
+    ({"instruction": "a", "inptu": "b", "output": "c"}, MISSPELT.format("inptu; did you mean input?")),
+    (GOOD | {"output": " \n"}, EMPTY.format("output")),
+    (
+        GOOD | {"input": "<s>old</s>"},
+        "warning: KEY: 1 row with the text <s>, which the tokenizer reads as a special token [special-token:KEY]",
+    ),
+    (GOOD, REPEATED),
 ]
+OF_CHATS = [
+    ({"text": "a"}, BAD.format("the type reads other fields: messages (fields: text)")),
+    (chat(), BAD.format("the field messages is missing or not a list")),
+    (chat(ASKED, "A test."), BAD.format("an item of messages is not a mapping")),
+    (chat(ASKED | {"content": None}, ANSWER), BAD.format("an item of messages lacks content")),
+    (chat({"role": "user"}, {"role": "assistant"}), BAD.format("an item of messages lacks content")),
+    (
+        chat({"role": "user", "contnet": "a"}, ANSWER),
+        BAD.format("the field contnet in messages; did you mean content?"),
+    ),
+    (chat(ASKED, ANSWER | {"content": " "}), EMPTY.format("content")),
+    (chat(ASKED, ANSWER, sytem="Be brief."), MISSPELT.format("sytem; did you mean system?")),
+    (chat(*[dict(reversed(turn.items())) for turn in GOOD_CHAT["messages"]]), REPEATED),
+]
+OF_SEGMENTS = [
+    ({"segments": [{"label": "false", "text": "a"}]}, BAD.format("label is text; Axolotl reads any text as true")),
+    ({"segments": [{"text": "a"}]}, BAD.format("an item of segments lacks label")),
+    ({"segments": ["a"]}, BAD.format("an item of segments is not a mapping")),
+]
+WITHOUT_INPUT = (
+    {"instruction": "a", "output": "b"},
+    "error: KEY: 1 row without input: Axolotl uses its own prompt instead of format; "
+    "set no_input_format [no-format:KEY]",
+)
 
 
-@pytest.mark.parametrize(("row", "dataset", "name", "value"), MISTAKES)
-def test_a_row_that_spoils_a_training_is_found_with_its_line(row, dataset, name, value):
-    good = {"chat_template": GOOD_CHAT, "input_output": GOOD_SEGMENTS}.get(str(dataset.get("type")), GOOD)
-    ((where, says),) = found([good, row], dataset)
-    assert where == (2, *name.split())
-    assert value in says
+@pytest.mark.parametrize(
+    ("good", "dataset", "row", "finding"),
+    [
+        *((GOOD, {}, *mistake) for mistake in OF_TEXTS),
+        *((GOOD_CHAT, CHATS, *mistake) for mistake in OF_CHATS),
+        *((GOOD_SEGMENTS, SEGMENTS, *mistake) for mistake in OF_SEGMENTS),
+        (GOOD, NO_FORMAT, *WITHOUT_INPUT),
+    ],
+)
+def test_a_row_that_spoils_a_training_is_found_with_its_line(good, dataset, row, finding):
+    assert findings_of([good, row], dataset) == [f"train.jsonl:2: {finding}"]
 
 
 SHAREGPT = {"field_messages": "conversations", "message_property_mappings": {"role": "from", "content": "value"}}
@@ -101,23 +130,35 @@ SHARED = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "va
     ],
 )
 def test_rows_that_are_right_give_no_finding(lines, dataset):
-    assert found(lines, dataset) == []
+    assert findings_of(lines, dataset) == []
 
 
 def test_a_system_text_that_only_some_rows_have_is_an_error():
-    ((where, _),) = found([chat(ASKED, ANSWER), GOOD_CHAT | {"system": "Be brief."}], CHATS)
-    assert where == (1, "error", "lacks-system")
+    assert findings_of([chat(ASKED, ANSWER), GOOD_CHAT | {"system": "Be brief."}], CHATS) == [
+        "train.jsonl:1: error: KEY: 1 row without the field system, which Axolotl fills with None; "
+        'add it; it can be "" [lacks-system:KEY]'
+    ]
 
 
 def test_rows_with_the_same_mistake_are_one_finding():
-    ((where, says),) = found([GOOD, *({"instruction": str(i)} for i in range(11))])
-    assert where == (2, "error", "bad-row") and says.startswith("11 rows") and " 2, 3, " in says and " 12" not in says
+    assert findings_of([GOOD, *({"instruction": str(i)} for i in range(11))]) == [
+        "train.jsonl:2: error: KEY: 11 rows (lines 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, …): the field output is missing; "
+        "correct or drop these rows [bad-row:KEY]"
+    ]
 
 
-@pytest.mark.parametrize(("row", "form"), [(GOOD_CHAT, "type: chat_template"), ({"q": "a", "a": "b"}, "field_output")])
-def test_rows_of_another_form_are_one_finding_that_names_it(row, form):
-    ((where, says),) = found([row, row | {"more": 1}], {})
-    assert where == (1, "error", "bad-row") and form in says and says.startswith("2 rows")
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        pytest.param(GOOD_CHAT, "(fields: messages); set type: chat_template to", id="chat"),
+        pytest.param({"q": "a", "a": "b"}, "(fields: q, a); set type: {field_output: answer} to", id="unknown fields"),
+    ],
+)
+def test_rows_of_another_form_are_one_finding_that_names_it(row, says):
+    assert findings_of([row, row | {"more": 1}]) == [
+        "train.jsonl:1: error: KEY: 2 rows (lines 1, 2): the type reads other fields: instruction, output "
+        f"{says} read them [bad-row:KEY]"
+    ]
 
 
 def test_rows_of_a_misspelt_type_are_not_judged():
@@ -136,13 +177,12 @@ def test_evaluation_rows_that_were_trained_on_are_found():
     write("train.jsonl", [GOOD, other])
     write("test.jsonl", [other, GOOD, GOOD | {"output": "New."}])
     sections = {"datasets": "train.jsonl", "test_datasets": "test.jsonl"}
-    findings, read = rows.check({key: [{"path": file, "type": "alpaca"}] for key, file in sections.items()})
-    (finding,) = findings
-    assert finding.name == "leaked-row:test_datasets.0.path"
-    assert finding.where == "test.jsonl"
-    assert finding.line == 1
-    assert finding.problem.startswith("2 rows ") and "train.jsonl:2" in finding.problem
-    assert [one["rows"] for one in read] == [2, 3]
+    findings, sizes = rows.check_rows({key: [{"path": file, "type": "alpaca"}] for key, file in sections.items()})
+    assert list(map(str, findings)) == [
+        "test.jsonl:1: warning: test_datasets.0.path: 2 rows (lines 1, 2) also in the training data: scores mean "
+        "little (1 = train.jsonl:2, 2 = train.jsonl:1); drop them from it [leaked-row:test_datasets.0.path]"
+    ]
+    assert [size["rows"] for size in sizes] == [2, 3]
 
 
 def test_a_folder_is_read_file_by_file(place):
@@ -150,22 +190,24 @@ def test_a_folder_is_read_file_by_file(place):
     for i in range(2):
         (place / "rows" / f"{i}.jsonl").write_text(json.dumps(GOOD | {"output": str(i)}) + "\n")
     (place / "rows" / "manifest.json").write_text("{}")
-    findings, (read,) = rows.check({"datasets": [{"path": "rows", "type": "alpaca"}]})
-    assert read["files"] == ["rows/0.jsonl", "rows/1.jsonl"]
-    assert read["rows"] == 2
-    assert [(finding.rule, finding.where) for finding in findings] == [("not-checked", "rows/manifest.json")]
+    findings, (size,) = rows.check_rows({"datasets": [{"path": "rows", "type": "alpaca"}]})
+    assert size["files"] == ["rows/0.jsonl", "rows/1.jsonl"]
+    assert size["rows"] == 2
+    assert list(map(str, findings)) == [
+        "rows/manifest.json: note: datasets.0.path: not JSONL: missing fields and repeated rows are not reported; "
+        "convert it to JSONL [not-checked:datasets.0.path]"
+    ]
 
 
-@pytest.mark.parametrize("kind", sorted(row_fields.FIELDS))
+@pytest.mark.parametrize("kind", sorted(row_types.TYPES))
 def test_fields_are_those_that_axolotl_reads(kind, tiny):
     from axolotl.utils.dict import DictDefault
     from transformers import AutoTokenizer
 
     from qlora_recipes.training.tokens import tokenize
 
-    fields = row_fields.FIELDS[kind]
-    needed = [*fields.texts, *([fields.reference] if fields.reference else [])]
-    row = {name: f"the {name}" for name in needed}
+    fields = row_types.TYPES[kind]
+    row = {name: f"the {name}" for name in fields.required}
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     cfg = DictDefault(sequence_len=512, train_on_inputs=False)
 
@@ -173,34 +215,37 @@ def test_fields_are_those_that_axolotl_reads(kind, tiny):
         (only,) = tokenize(kind, cfg, DictDefault(path="x", type=kind), tokenizer, [row], 512)
         return str(tokenizer.decode(only.ids))
 
-    whole = tokenized(row | {name: f"the {name}" for name in fields.optional})
-    assert all(f"the {name}" in whole for name in (*needed, *fields.optional))
+    text = tokenized({name: f"the {name}" for name in fields.names})
+    assert [name for name in fields.names if f"the {name}" not in text] == []
     assert tokenized(row)  # optional fields may be missing
-    for name in needed:
+    for name in fields.required:
         with pytest.raises(UserError, match="KeyError"):
             tokenized({other: text for other, text in row.items() if other != name} | {"some": "x"})
 
 
 def test_each_repeated_row_is_listed_with_its_original():
     other = GOOD | {"output": "Another."}
-    ((where, says),) = found([GOOD, other, GOOD, other, other])
-    assert where == (3, "warning", "repeated-row")
-    assert "3 rows (lines 3, 4, 5): repeated (3 = train.jsonl:1, 4 = train.jsonl:2, 5 = train.jsonl:2)" in says
+    assert findings_of([GOOD, other, GOOD, other, other]) == [
+        "train.jsonl:3: warning: KEY: 3 rows (lines 3, 4, 5): repeated "
+        "(3 = train.jsonl:1, 4 = train.jsonl:2, 5 = train.jsonl:2); "
+        "`dataset_exact_deduplication: true` drops them [repeated-row:KEY]"
+    ]
 
 
 def test_memory_does_not_grow_with_the_number_of_faulty_rows():
     write("train.jsonl", [b"{"] * 30_000)
     tracemalloc.start()
-    (finding,), _ = rows.check({"datasets": [{"path": "train.jsonl", "type": "alpaca"}]})
+    (finding,), _ = rows.check_rows({"datasets": [{"path": "train.jsonl", "type": "alpaca"}]})
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert finding.problem.startswith("30000 rows (lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, …): not JSON")
+    assert finding.problem.startswith("30000 rows ")
     assert peak < 500_000, peak
 
 
 def test_memory_does_not_grow_with_the_kinds_of_faults():
-    findings = found([{"instruction": "a", f"output{i}": "b"} for i in range(300)])  # also one repeated row
-    says = [text for where, text in findings if where[2] == "bad-row"]
-    assert sum(int(text.split()[0]) for text in says) == 300
-    assert len(says) == 100
-    assert says[-1].startswith("201 rows (lines 100, 101, ")
+    findings = findings_of([{"instruction": "a", f"output{i}": "b"} for i in range(300)])
+    assert len(findings) == 101  # also one for the repeated rows
+    assert findings[-1] == (
+        "train.jsonl:100: error: KEY: 201 rows (lines 100, 101, 102, 103, 104, 105, 106, 107, 108, 109, …): …; "
+        "correct or drop these rows [bad-row:KEY]"
+    )

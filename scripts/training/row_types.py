@@ -1,0 +1,272 @@
+"""Axolotl's types of data sets: the fields that they read from a row, and the mistakes in a row."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import lru_cache
+from typing import Any
+
+import orjson
+
+from ..base.files import Row
+from ..base.yamlfiles import Config
+
+
+@dataclass(frozen=True)
+class RowMistake:
+    """A mistake in a row.
+
+    Attributes:
+        rule: the name of the mistake; `bad-row` and `other-fields` if Axolotl cannot read the row.
+        about: the field or the kind of mistake; equal in all rows with the same mistake.
+    """
+
+    rule: str
+    about: str = ""
+
+    @property
+    def is_unreadable(self) -> bool:
+        """True if Axolotl cannot read the row."""
+        return self.rule in ("bad-row", "other-fields")
+
+
+@lru_cache(1000)
+def misspelt(names: tuple[str, ...], fields: tuple[str, ...]) -> dict[str, str]:
+    """Missing fields of a row, each with the misspelt name that the row has instead.
+
+    `inptu` counts as a misspelt `input`; `output` does not, because it resembles `input` too little.
+    """
+    missing = [field for field in fields if field not in names]
+    meant = {}
+    for name in names:
+        if name not in fields:
+            for field in get_close_matches(name, missing, 1, 0.75):
+                meant[field] = name
+    return meant
+
+
+@dataclass(frozen=True)
+class RowType:
+    """A type of data set; without fields, a type that this project does not know.
+
+    Attributes:
+        required: the fields that a row must have.
+        optional: the fields that a row can have.
+        reference: the required text field that the model learns; None if it does not learn exactly one field.
+    """
+
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    reference: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Fields that the type reads, in a fixed order."""
+        return self.required + self.optional
+
+    def content_of(self, row: Row) -> str:
+        """Text to compare rows by: the values of the fields, or the whole row if the type is unknown."""
+        content: Any = row
+        if self.names:
+            content = [row[name] for name in self.names if row.get(name) is not None]
+        return orjson.dumps(content, option=orjson.OPT_SORT_KEYS, default=str).decode()
+
+    def mistakes(self, row: Row) -> Iterator[RowMistake]:
+        """Mistakes in a row."""
+        meant = misspelt(tuple(row), self.names)
+        if self.required and not meant and row.keys().isdisjoint(self.names):
+            yield RowMistake("other-fields", ", ".join(self.required))
+            return
+        for name in self.names:
+            if name in meant:
+                rule = "misspelt-field" if name in self.optional else "bad-row"
+                yield RowMistake(rule, f"the field {meant[name]}; did you mean {name}?")
+            else:
+                yield from self.field_mistakes(name, row)
+        yield from self.further_mistakes(row)
+
+    def field_mistakes(self, name: str, row: Row) -> Iterator[RowMistake]:
+        """Mistake in the value of a field, if there is one."""
+        yield from ()
+
+    def further_mistakes(self, row: Row) -> Iterator[RowMistake]:
+        """Mistakes apart from those in single fields."""
+        yield from ()
+
+
+@dataclass(frozen=True)
+class Texts(RowType):
+    """A type whose fields are texts: completion, alpaca, and the types that a config describes.
+
+    Attributes:
+        needs_input: the first optional field must have a text.
+    """
+
+    needs_input: bool = False
+
+    def field_mistakes(self, name: str, row: Row) -> Iterator[RowMistake]:
+        value = row.get(name)
+        if value is None and name in self.optional:
+            return
+        if not isinstance(value, str):
+            yield RowMistake("bad-row", f"the field {name} is {'not text' if name in row else 'missing'}")
+        elif name == self.reference and not value.strip():
+            yield RowMistake("empty-reference", name)
+
+    def further_mistakes(self, row: Row) -> Iterator[RowMistake]:
+        if self.needs_input and not row.get(self.optional[0]):
+            yield RowMistake("no-format", self.optional[0])
+
+
+@dataclass(frozen=True)
+class Tokenized(RowType):
+    """A type whose required fields are lists: rows that are tokenized already, and the base of chats and segments."""
+
+    def field_mistakes(self, name: str, row: Row) -> Iterator[RowMistake]:
+        value = row.get(name)
+        is_filled = value and isinstance(value, list | str)  # a chat can hold its messages as JSON text
+        if name in self.required and not is_filled:
+            yield RowMistake("bad-row", f"the field {name} is missing or not a list")
+
+    def items_of(self, row: Row) -> list[Any]:
+        """Items of the first list; none if it is missing or JSON text."""
+        items: Any = row.get(self.required[0])
+        return items if isinstance(items, list) else []
+
+    def item_mistakes(self, item: Row, required: Collection[str], keys: tuple[str, ...]) -> Iterator[RowMistake]:
+        """Missing and misspelt keys of an item in the first list.
+
+        Args:
+            item: the item.
+            required: the keys that it must have.
+            keys: all keys that the type reads.
+        """
+        meant, field = misspelt(tuple(item), keys), self.required[0]
+        for name in keys:
+            is_missing = name in required and item.get(name) is None
+            if name in meant:
+                rule = "bad-row" if is_missing else "misspelt-field"
+                yield RowMistake(rule, f"the field {meant[name]} in {field}; did you mean {name}?")
+            elif is_missing:
+                yield RowMistake("bad-row", f"an item of {field} lacks {name}")
+
+
+@dataclass(frozen=True)
+class Segments(Tokenized):
+    """The type input_output: pieces of text, each with a label that is true if the model learns it."""
+
+    def further_mistakes(self, row: Row) -> Iterator[RowMistake]:
+        keys = ("text", "label")
+        for item in self.items_of(row):
+            if not isinstance(item, dict):
+                yield RowMistake("bad-row", f"an item of {self.required[0]} is not a mapping")
+                continue
+            yield from self.item_mistakes(item, keys, keys)
+            if isinstance(item.get("label"), str):
+                yield RowMistake("bad-row", "label is text; Axolotl reads any text as true")
+
+
+@dataclass(frozen=True)
+class Chat(Tokenized):
+    """The type chat_template: a list of messages.
+
+    Attributes:
+        role: the key of a message's role.
+        content: the key of a message's text.
+        other_keys: further keys that the type reads from a message.
+    """
+
+    role: str = "role"
+    content: str = "content"
+    other_keys: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.optional + self.required
+
+    @property
+    def messages(self) -> str:
+        """The field with the messages."""
+        return self.required[0]
+
+    def further_mistakes(self, row: Row) -> Iterator[RowMistake]:
+        messages = self.items_of(row)
+        for message in messages:
+            if isinstance(message, dict):
+                yield from self._message_mistakes(message)
+            else:
+                yield RowMistake("bad-row", f"an item of {self.messages} is not a mapping")
+        if not messages:
+            return
+        first, last = messages[0], messages[-1]
+        if isinstance(last, dict) and str(last.get(self.content)).isspace() and not last.get("tool_calls"):
+            yield RowMistake("empty-reference", self.content)
+        if isinstance(first, dict) and first.get(self.role) != "system" and row.get("system") is None:
+            yield RowMistake("lacks-system")
+
+    def _message_mistakes(self, message: Row) -> Iterator[RowMistake]:
+        required = () if message.get("tool_calls") else (self.role, self.content)
+        return self.item_mistakes(message, required, (self.role, self.content, *self.other_keys))
+
+
+_ALPACA = Texts(("instruction", "output"), ("input",), "output")
+_WITH_SYSTEM = Texts(("instruction", "system", "output"), ("input",), "output")
+_ORCA = Texts(("question", "system_prompt", "response"), (), "response")
+
+TYPES = {
+    "alpaca": _ALPACA,
+    "alpaca_chat": _ALPACA,
+    "alpaca_chat.load_concise": _ALPACA,
+    "alpaca_chat.load_no_prompt": _ALPACA,
+    "alpaca_chat.load_qa": Texts(("question", "answer"), (), "answer"),
+    "alpaca_instruct": _ALPACA,
+    "alpaca_instruct.load_no_prompt": _ALPACA,
+    "alpaca_w_system": _WITH_SYSTEM,
+    "alpaca_w_system.load_chat": _WITH_SYSTEM,
+    "alpaca_w_system.load_instruct": _WITH_SYSTEM,
+    "alpaca_w_system.load_open_orca": _ORCA,
+    "alpaca_w_system.load_open_orca_chatml": _ORCA,
+    "completion": Texts(("text",), (), "text"),
+}
+"""Types by the part of their name before any colon.
+
+From axolotl/prompt_strategies and prompt_tokenizers.py."""
+
+
+def row_type(entry: Config) -> RowType:
+    """Type of a data set, from its entry in a config."""
+    name = entry.get("type")
+    if isinstance(name, dict):
+        return _described_type(name)
+    if name is None:
+        return Tokenized(("input_ids", "attention_mask", "labels"))
+    if name == "completion":
+        field = entry.get("field") or "text"
+        return Texts((field,), (), field)
+    if name == "chat_template":
+        return _chat_type(entry)
+    if name == "input_output":
+        return Segments(("segments",))
+    return TYPES.get(str(name).partition(":")[0], RowType())
+
+
+def _described_type(description: Config) -> Texts:
+    """Type that a config describes by fields and formats."""
+    names = {}
+    for field in ("output", "instruction", "input", "system"):
+        names[field] = description.get(f"field_{field}") or field
+    # without no_input_format, Axolotl uses its own prompt for rows without input (user_defined.py)
+    needs_input = bool(description.get("format") and not description.get("no_input_format"))
+    required, optional = (names["instruction"], names["output"]), (names["input"], names["system"])
+    return Texts(required, optional, names["output"], needs_input)
+
+
+def _chat_type(entry: Config) -> Chat:
+    """Type chat_template with the names of a data set's entry."""
+    keys = {name: entry.get(f"message_field_{name}") or name for name in ("role", "content")}
+    for name, key in (entry.get("message_property_mappings") or {}).items():
+        if key:
+            keys[name] = key
+    role, content, *others = keys.values()
+    other_keys = (*others, "tool_calls", "tool_call_id", "reasoning_content", "name")
+    return Chat((entry.get("field_messages") or "messages",), ("system", "tools"), None, role, content, other_keys)
