@@ -111,10 +111,12 @@ def scorer_model(
         return ScorerModel(model=requested)
     if rehearsal:
         return StandIn(model=str(substitution.scorer_folder()), layer=substitution.SCORER_LAYERS)
+    if declared.is_local:
+        return declared
     from huggingface_hub import try_to_load_from_cache
 
     is_cached = isinstance(try_to_load_from_cache(declared.model, "config.json"), str)
-    return declared if declared.is_local or is_cached else None
+    return declared if is_cached else None
 
 
 def scorer_models(
