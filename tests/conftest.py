@@ -1,4 +1,4 @@
-"""What tests share: a cache of their own, no network, and a tiny random Llama with a tokenizer of its own."""
+"""Fixtures and helpers of all tests: a separate cache, no network, a tiny random Llama, and a fake Axolotl."""
 
 import functools
 import importlib.metadata
@@ -27,8 +27,9 @@ os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 os.environ["AXOLOTL_DATASET_NUM_PROC"] = "0"  # else it maps a few rows in processes that import torch
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # see cli.main
-if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # each with its share of the processors, not all of them
-    os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // int(workers), 1))
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0"))
+if workers:  # each gets its share of the processors
+    os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // workers, 1))
 
 from qlora_recipes import cli
 from qlora_recipes.base import hub, paths, terminal
@@ -94,15 +95,15 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take minutes, so that no process is left with one of them when the others are done."""
+    """Begin with the files that take minutes, so that no process still has one when the others have finished."""
     ranks = {f"test_{name}": rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache folder of the whole test session: xdist's processes share it, as converting the stand-in model takes
-    half a minute."""
+    """Cache folder of the test session; xdist's processes share it, because converting the stand-in model takes half
+    a minute."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
     folder.mkdir(exist_ok=True)
@@ -209,26 +210,26 @@ def wait_until(holds: Callable[[], object], process: "subprocess.Popen[Any] | No
 
 
 @pytest.fixture(scope="session")
-def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The command in an environment whose `axolotl`, which it looks for beside its own Python, trains nothing.
+def fake_axolotl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The command `recipe` in an environment with a fake Axolotl, which trains nothing, see fake_axolotl.py.
 
-    See stand_in/axolotl.py. For all else that environment is this one.
+    The command starts the `axolotl` beside its Python. All packages are this environment's.
     """
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, symlinks=True)
     (packages,) = folder.glob("lib/python*/site-packages")
     (packages / "all.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
     entry = "import sys\nfrom qlora_recipes.cli import main\nsys.exit(main())\n"
-    for name, source in (("axolotl", (SUPPORT / "stand_in" / "axolotl.py").read_text()), ("recipe", entry)):
+    for name, source in (("axolotl", (SUPPORT / "fake_axolotl.py").read_text()), ("recipe", entry)):
         (folder / "bin" / name).write_text(f"#!{folder / 'bin' / 'python'}\n{source}")
         (folder / "bin" / name).chmod(0o755)
     return folder / "bin" / "recipe"
 
 
 @pytest.fixture
-def trains_nothing(recipe: Recipe, stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    """Runs the command as `recipe` does, with the `axolotl` of `stand_in`."""
-    monkeypatch.setattr(launch, "AXOLOTL", stand_in.with_name("axolotl"))
+def with_fake_axolotl(recipe: Recipe, fake_axolotl: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """Runs the command in this process, as `recipe` does, with the fake Axolotl."""
+    monkeypatch.setattr(launch, "AXOLOTL", fake_axolotl.with_name("axolotl"))
     return recipe
 
 
@@ -263,7 +264,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_profile(tmp_path_factory: pytest.TempPathFactory, tiny: Path, sample: Path) -> Path:
-    """A profile that puts the tiny Llama and the sample in the place of a recipe's model and data."""
+    """A profile that replaces a recipe's model and data by the tiny Llama and the sample."""
     file = tmp_path_factory.mktemp("profile") / "tiny.yaml"
     data = {"type": "alpaca"}
     fragment = {
@@ -283,7 +284,7 @@ def tiny_profile(tmp_path_factory: pytest.TempPathFactory, tiny: Path, sample: P
 
 @pytest.fixture
 def run(tmp_path: Path, tiny: Path, tiny_profile: Path, sample: Path) -> RunDir:
-    """A finished run of the tiny Llama as far as an evaluation of its base model needs one."""
+    """A finished run of the tiny Llama, with the files that an evaluation of its base model needs."""
     from run_folders import a_tiny_run
 
     return a_tiny_run(tmp_path, tiny, tiny_profile, sample)
@@ -291,22 +292,31 @@ def run(tmp_path: Path, tiny: Path, tiny_profile: Path, sample: Path) -> RunDir:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    """A folder with the studies' samples where recipes look for their data; in all forms but one many times, each time
-    with another answer, for recipes that warm up or evaluate at a step. What else is fetched is there, and empty."""
+    """Folder `data` with the studies' samples, where recipes look for their rows.
+
+    Training rows of all formats except `diff` are repeated with different answers, so that there are enough for warm-up
+    and evaluations. Other files of the studies are empty.
+    """
     folder = tmp_path_factory.mktemp("prepared")
-    for of_study in studies.load_all():
-        for file in of_study.data.files.keys() - of_study.data.raw_files:
-            (folder / of_study.data.raw / file).parent.mkdir(parents=True, exist_ok=True)
-            (folder / of_study.data.raw / file).touch()
-    forms = [(of_study, *form) for of_study in studies.load_all() for form in of_study.data.formats.items()]
-    for of_study, name, form in forms:
-        made = shutil.copytree(rehearsal_data(of_study, name), folder / form.folder)
-        if name != "diff":
-            lines = (made / "train.jsonl").read_text().splitlines()
-            times = {"tulu3": 1100, "loraga": 80}.get(of_study.data.key, 25)  # steps of 128 rows; 94 steps of warm-up
-            again = (re.sub(r'("\}|"\}\]\})$', rf" ({i})\1", line) for i in range(times) for line in lines)
-            (made / "train.jsonl").write_text("".join(f"{line}\n" for line in again))
+    for study in studies.load_all():
+        for file in study.data.files.keys() - study.data.raw_files:
+            (folder / study.data.raw / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / study.data.raw / file).touch()
+        for name, form in study.data.formats.items():
+            rows = shutil.copytree(rehearsal_data(study, name), folder / form.folder)
+            if name != "diff":
+                times = {"tulu3": 1100, "loraga": 80}.get(study.data.key, 25)  # steps of 128 rows; 94 of warm-up
+                repeat_rows(rows / "train.jsonl", times)
     return folder / "data"
+
+
+def repeat_rows(file: Path, times: int) -> None:
+    """Repeat the rows of a file, each time with a different number at the end of the last text."""
+    lines = file.read_text().splitlines()
+    with file.open("w") as stream:
+        for i in range(times):
+            for line in lines:
+                stream.write(re.sub(r'("\}|"\}\]\})$', rf" ({i})\1", line) + "\n")
 
 
 def config_with(change: yamlfiles.Config, name: str = "haider2024/code-llama-7b") -> yamlfiles.Config:

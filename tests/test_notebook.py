@@ -74,8 +74,8 @@ def repository(tmp_path: Path) -> Path:
     return folder
 
 
-def a_machine(place: Path, name: str, stand_in: Path) -> dict[str, str]:
-    """A new machine's folder with the stand-ins, and the environment of a notebook there."""
+def a_machine(place: Path, name: str, fake_axolotl: Path) -> dict[str, str]:
+    """A new machine's folder with fake programs, and the environment of a notebook there."""
     machine = place / name
     (machine / "tmp").mkdir(parents=True)
     (machine / "bin").mkdir()
@@ -85,7 +85,7 @@ def a_machine(place: Path, name: str, stand_in: Path) -> dict[str, str]:
     for module, text in MODULES.items():
         (machine / module).parent.mkdir(parents=True, exist_ok=True)
         (machine / module).write_text(f"{text}\n")
-    added = {"MACHINE": machine, "RECIPE": stand_in, "SAMPLE": SAMPLE, "PYTHONPATH": machine}
+    added = {"MACHINE": machine, "RECIPE": fake_axolotl, "SAMPLE": SAMPLE, "PYTHONPATH": machine}
     of_kernel = {"PATH": f"{machine / 'bin'}:{os.environ['PATH']}", "MPLBACKEND": BACKEND}
     return os.environ | {key: str(value) for key, value in added.items()} | of_kernel | {"MAKEFLAGS": ""}
 
@@ -114,10 +114,10 @@ def test_the_notebook_has_the_cells_of_the_page():
 
 @pytest.mark.long
 @pytest.mark.parametrize("host", ["content/drive/MyDrive", "kaggle/working"])
-def test_the_cells_train_on_one_day_and_go_on_the_next(tmp_path, repository, stand_in, host):
+def test_the_cells_train_on_one_day_and_go_on_the_next(tmp_path, repository, fake_axolotl, host):
     if host.startswith("kaggle"):
         (tmp_path / "kaggle").mkdir()
-    env = a_machine(tmp_path, "first", stand_in) | {"STAND_IN_HOLD": "3"}
+    env = a_machine(tmp_path, "first", fake_axolotl) | {"FAKE_HOLD": "3"}
     session = a_session(tmp_path, CELLS[:-1], repository, env)
     runs = tmp_path / "disk" / "qlora-recipes" / "runs"
     wait_until(lambda: any(run.summary(run.read()).step >= 3 for run in rundir.all_runs(runs)), session)
@@ -131,7 +131,7 @@ def test_the_cells_train_on_one_day_and_go_on_the_next(tmp_path, repository, sta
     assert record.state == "interrupted"
     assert record.rehearsal is True
     assert record.overrides[-3] == Override("save_steps", 50)
-    env = a_machine(tmp_path, "second", stand_in)
+    env = a_machine(tmp_path, "second", fake_axolotl)
     another_day = a_session(tmp_path, [*CELLS[:-2], CELLS[-1]], repository, env)
     said, _ = another_day.communicate(timeout=300)
     record = kept.read()

@@ -163,9 +163,9 @@ def test_a_benchmark_that_the_harness_lacks_is_found_before_training(recipe, tmp
 
 
 @pytest.mark.long
-def test_a_study_of_another_kind_goes_to_the_end(recipe, tmp_path, tiny, stand_in, monkeypatch):
+def test_a_study_of_another_kind_goes_to_the_end(recipe, tmp_path, tiny, fake_axolotl, monkeypatch):
     """Another task, CSV, accuracy, no validation rows, and not a line of Python."""
-    monkeypatch.setattr(sys, "executable", str(stand_in.with_name("python")))  # of the commands that it starts
+    monkeypatch.setattr(sys, "executable", str(fake_axolotl.with_name("python")))  # of the commands that it starts
     write_capitals(tmp_path)
 
     def done(*arguments: str | Path) -> str:
@@ -201,10 +201,10 @@ def test_a_study_of_another_kind_goes_to_the_end(recipe, tmp_path, tiny, stand_i
     ],
 )
 def test_the_studies_of_other_kinds_are_rehearsed(
-    recipe, tiny, stand_in, tmp_path, monkeypatch, name, real, evaluated, rows
+    recipe, tiny, fake_axolotl, tmp_path, monkeypatch, name, real, evaluated, rows
 ):
     if not real:
-        monkeypatch.setattr(sys, "executable", str(stand_in.with_name("python")))
+        monkeypatch.setattr(sys, "executable", str(fake_axolotl.with_name("python")))
     of_study = studies.find(name.partition("/")[0])
     words = (of_study.folder.name, "--rehearse", "--set", f"base_model={tiny}", "--only", name)
     reproduced = recipe.json("reproduce", *words)

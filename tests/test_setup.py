@@ -1,4 +1,4 @@
-"""`make setup` and `make vllm` with a stand-in for uv: which environment they make, and that it stays that one."""
+"""`make setup` and `make vllm` with a fake uv: which environment they make, and that it stays that one."""
 
 import os
 import re

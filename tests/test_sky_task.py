@@ -45,12 +45,12 @@ def test_skypilot_takes_the_task(tmp_path):
 
 
 @pytest.fixture
-def checkout(tmp_path: Path, stand_in: Path) -> Path:
+def checkout(tmp_path: Path, fake_axolotl: Path) -> Path:
     """A clean folder in which `make setup` has nothing left to do, and `axolotl` trains nothing."""
     (folder := tmp_path / "checkout").mkdir()
     for name in ("Makefile", "pyproject.toml", "requirements.lock"):
         shutil.copy2(ROOT / name, folder)
-    (folder / ".venv").symlink_to(environment := stand_in.parents[1])
+    (folder / ".venv").symlink_to(environment := fake_axolotl.parents[1])
     (folder / ".uv").symlink_to(ROOT / ".uv")
     for stamp in (".locked", ".complete"):
         (environment / stamp).touch()
@@ -85,7 +85,7 @@ def test_a_job_that_is_taken_away_goes_on_to_an_evaluated_run(checkout, tmp_path
     """Each machine has what is stored alone, and another key for what is the user's own."""
     saves = "--set save_steps=2 --set saves_per_epoch=null --set num_epochs=1"
     envs = {"RECIPE": NAME, "ARGS": f"--profile rehearsal --profile {tiny_profile} {saves}"}
-    holds = envs | {"STAND_IN_HOLD": "3"}
+    holds = envs | {"FAKE_HOLD": "3"}
 
     def runs(job: str = "sky-managed-1") -> list[RunDir]:
         return rundir.all_runs(tmp_path / "storage" / job)

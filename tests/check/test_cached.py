@@ -16,7 +16,7 @@ NAME = "haider2024/llama-3.2-3b"
 
 
 @pytest.fixture
-def own_cache(tmp_path: Path, tiny: Path, trains_nothing: Recipe, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_cache(tmp_path: Path, tiny: Path, with_fake_axolotl: Recipe, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of its own, in which the tiny Llama is what the stand-in is converted to."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(substitution, "_convert", lambda target: shutil.copytree(tiny, target))
@@ -26,7 +26,7 @@ def own_cache(tmp_path: Path, tiny: Path, trains_nothing: Recipe, monkeypatch: p
 def rehearsal(recipe: Recipe, place: Path, monkeypatch: pytest.MonkeyPatch, fails: bool = False) -> RunDir:
     with monkeypatch.context() as patch:
         if fails:
-            patch.setenv("STAND_IN_NO_MEMORY", "6")
+            patch.setenv("FAKE_NO_MEMORY", "6")
         done = recipe("run", NAME, "--rehearse", "--set", "saves_per_epoch=4")
     assert done.returncode == fails, done.stderr
     return all_runs(place / "runs")[-1]

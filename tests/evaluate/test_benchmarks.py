@@ -110,7 +110,7 @@ def a_task(place: Path, **more: Any) -> Path:
 
 
 @pytest.mark.long
-def test_a_task_scores_as_by_the_harness_itself_also_when_resumed(tmp_path, stand_in, recipe, tiny, monkeypatch):
+def test_a_task_scores_as_by_the_harness_itself_also_when_resumed(tmp_path, fake_axolotl, recipe, tiny, monkeypatch):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -126,7 +126,7 @@ def test_a_task_scores_as_by_the_harness_itself_also_when_resumed(tmp_path, stan
 
     monkeypatch.setattr(HFLM, "_model_call", interrupted)
     words = ("run", "haider2024/llama-3.2-3b", "--rehearse", "--set", f"base_model={tiny}")
-    finish(start(tmp_path, *words, command=stand_in))
+    finish(start(tmp_path, *words, command=fake_axolotl))
     (run,) = rundir.all_runs(tmp_path / "runs")
     evaluate = ("evaluate", "latest", "--max-new-tokens", "8", "--metric", "bertscore:none")
     for name in ("no_such_task", "ai2_arc", "leaderboard_math_hard", "humaneval"):  # the last runs generated code

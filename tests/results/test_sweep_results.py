@@ -295,11 +295,11 @@ def test_a_studys_recipes_compare_by_their_best_members(tmp_path, recipe):
     assert not recipe("results", "haider2024", "--rehearse").stdout  # of which there are none
 
 
-def test_a_study_is_swept_and_again_nothing_is_done(recipe, tmp_path, tiny_profile, stand_in, monkeypatch):
+def test_a_study_is_swept_and_again_nothing_is_done(recipe, tmp_path, tiny_profile, fake_axolotl, monkeypatch):
     published = {name: {"scores": {"perplexity": 3}} for name in (small_study.PLAIN, small_study.WIDE)}
     metrics = {"metrics": {"perplexity": {}}, "shown": [], "tolerances": {}, "decodings": {}}  # nothing is generated
     small_study.write(tmp_path, published=published, **metrics)
-    monkeypatch.setattr(sys, "executable", str(stand_in.with_name("python")))  # of the commands that it starts
+    monkeypatch.setattr(sys, "executable", str(fake_axolotl.with_name("python")))  # of the commands that it starts
     profiles = ("--profile", "rehearsal", "--profile", tiny_profile)
     words = ("sweep", "sums2030", "--set", "learning_rate=0.0001,0.0002", *profiles)
     for more, started in ((("--set", "lora_alpha=4,x"), 2), (("--dry-run",), 0)):

@@ -16,7 +16,7 @@ KEPT = {"config.yaml", "run.json", "metrics.jsonl", "train.log", "output", ".loc
 
 
 @pytest.fixture
-def disk(tmp_path: Path, trains_nothing: Recipe) -> Iterator[Path]:
+def disk(tmp_path: Path, with_fake_axolotl: Recipe) -> Iterator[Path]:
     """A disk with room for a part of a run, and an Axolotl that trains nothing."""
     (folder := tmp_path / "disk").mkdir()
     if _mount(folder, "-o", "size=400k", "-t", "tmpfs", "tmpfs").returncode:

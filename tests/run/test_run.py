@@ -1,4 +1,4 @@
-"""Runs of a tiny Llama through the command, from launch to results; where they are stopped, mostly of a stand-in."""
+"""Runs of a tiny Llama through the command, from launch to results; where they are stopped, mostly of a fake Axolotl."""
 
 import os
 import random
@@ -38,10 +38,10 @@ def undisturbed(place: Path, tiny_profile: Path) -> RunDir:
 
 
 @pytest.fixture(scope="module")
-def stand_in_undisturbed(place: Path, tiny_profile: Path, stand_in: Path) -> RunDir:
-    """The same run with a stand-in for Axolotl."""
-    words = ("--runs", "stand-in", "run", PAGED, "--profile", tiny_profile)
-    return RunDir(place / finish(start(place, *words, command=stand_in)))
+def fake_undisturbed(place: Path, tiny_profile: Path, fake_axolotl: Path) -> RunDir:
+    """The same run with a fake Axolotl."""
+    words = ("--runs", "fake", "run", PAGED, "--profile", tiny_profile)
+    return RunDir(place / finish(start(place, *words, command=fake_axolotl)))
 
 
 def trains(process: "subprocess.Popen[str]") -> bool:
@@ -119,17 +119,17 @@ def check_resumed(run: RunDir, undisturbed: RunDir) -> None:
     ],
 )
 def test_a_stopped_run_goes_on_to_the_same_adapter(
-    tmp_path, tiny_profile, stand_in, trains_nothing, stand_in_undisturbed, how, saved
+    tmp_path, tiny_profile, fake_axolotl, with_fake_axolotl, fake_undisturbed, how, saved
 ):
     words = ("run", PAGED, "--profile", tiny_profile)
-    run = interrupted_run(start(tmp_path, *words, command=stand_in, STAND_IN_HOLD="5"), tmp_path / "runs", how)
+    run = interrupted_run(start(tmp_path, *words, command=fake_axolotl, FAKE_HOLD="5"), tmp_path / "runs", how)
     check_interrupted(run, saved)
-    resumed = trains_nothing("resume", "latest")
+    resumed = with_fake_axolotl("resume", "latest")
     assert resumed.returncode == 0
     assert tmp_path / resumed.stdout.strip() == run.path
-    check_resumed(run, stand_in_undisturbed)
+    check_resumed(run, fake_undisturbed)
     before = {file: file.stat().st_mtime_ns for file in run.path.rglob("*")}
-    trains_nothing.ok("resume", run.path)
+    with_fake_axolotl.ok("resume", run.path)
     assert {file: file.stat().st_mtime_ns for file in run.path.rglob("*")} == before
 
 
@@ -184,7 +184,7 @@ def moment(chance: random.Random, run: RunDir, launches: int, written: int) -> C
 
 
 @pytest.mark.parametrize("kills", [6, pytest.param(int(os.environ.get("KILLS", "30")), marks=pytest.mark.long)])
-def test_a_run_killed_at_random_moments_goes_on_to_the_same_adapter(tmp_path, tiny_profile, stand_in, kills):
+def test_a_run_killed_at_random_moments_goes_on_to_the_same_adapter(tmp_path, tiny_profile, fake_axolotl, kills):
     """Each kill meets a training: its process is there, and the run is interrupted afterwards, not at its end."""
     seed = time.time_ns()
     print(f"seed {seed}")
@@ -192,17 +192,17 @@ def test_a_run_killed_at_random_moments_goes_on_to_the_same_adapter(tmp_path, ti
     steps = kills * 50
     sets = (f"max_steps={steps}", "evals_per_epoch=null", "saves_per_epoch=null", "eval_steps=50", "save_steps=10")
     words = ["run", PAGED, "--profile", tiny_profile, *(word for one in sets for word in ("--set", one))]
-    whole = RunDir(tmp_path / finish(start(tmp_path, "--runs", "whole", *words, command=stand_in, STAND_IN_STEP="0")))
+    whole = RunDir(tmp_path / finish(start(tmp_path, "--runs", "whole", *words, command=fake_axolotl, FAKE_STEP="0")))
     runs = tmp_path / "runs"
-    slow = {"STAND_IN_STEP": "0.004", "STAND_IN_HOLD": str(STEPS_OF_A_LAUNCH)}  # so that no launch comes to the end
-    process = start(tmp_path, *words, command=stand_in, **slow)
+    slow = {"FAKE_STEP": "0.004", "FAKE_HOLD": str(STEPS_OF_A_LAUNCH)}  # so that no launch comes to the end
+    process = start(tmp_path, *words, command=fake_axolotl, **slow)
     wait_until(lambda: bool(rundir.all_runs(runs)) and bool(rundir.all_runs(runs)[0].read().launches), process)
     (run,) = rundir.all_runs(runs)
     for kill in range(kills):
         written = 0
         if kill:
             written = run.metrics.stat().st_size if run.metrics.exists() else 0
-            process = start(tmp_path, "resume", "latest", command=stand_in, **slow)
+            process = start(tmp_path, "resume", "latest", command=fake_axolotl, **slow)
         wait_until(moment(chance, run, kill, written), process)
         wait_until(partial(trains, process), process)
         time.sleep(chance.uniform(0, 0.1))  # in which it saves checkpoints, too
@@ -212,7 +212,7 @@ def test_a_run_killed_at_random_moments_goes_on_to_the_same_adapter(tmp_path, ti
         record = run.read()
         assert (record.state, len(record.launches)) == ("interrupted", kill + 1), how
         assert run.summary(record).step < steps
-    finish(start(tmp_path, "resume", "latest", command=stand_in, STAND_IN_STEP="0"))
+    finish(start(tmp_path, "resume", "latest", command=fake_axolotl, FAKE_STEP="0"))
     record = run.read()
     assert record.state == "finished"
     assert record.summary.step == steps
@@ -278,8 +278,8 @@ def test_a_run_is_finished_only_when_its_training_says_so(code, stopped, ended, 
     assert launch._state(code, stopped, ended, has_adapter) == state
 
 
-def test_a_failing_axolotl_fails_the_run(trains_nothing, tiny_profile, tmp_path):
-    done = trains_nothing("run", PAGED, "--profile", tiny_profile, "--set", "lr_scheduler_kwargs={nonsense: 1}")
+def test_a_failing_axolotl_fails_the_run(with_fake_axolotl, tiny_profile, tmp_path):
+    done = with_fake_axolotl("run", PAGED, "--profile", tiny_profile, "--set", "lr_scheduler_kwargs={nonsense: 1}")
     (run,) = rundir.all_runs(tmp_path / "runs")
     assert done.returncode == 1
     assert run.read().state == "failed"

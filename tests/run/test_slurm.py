@@ -52,12 +52,12 @@ def wait_for(run: RunDir, holds: Callable[[rundir.Run], bool], seconds: float = 
 
 
 @pytest.mark.long
-def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(tmp_path, tiny_profile, stand_in, slurm):
+def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(tmp_path, tiny_profile, fake_axolotl, slurm):
     """An earlier command trains one member, one is requeued, and all are held until there is no more to submit.
 
-    A stand-in trains, and waits within its fourth step for the requeue.
+    A fake Axolotl trains, and waits within its fourth step for the requeue.
     """
-    asked = partial(submitted, tmp_path, command=stand_in, STAND_IN_HOLD="3", STAND_IN_GO=str(tmp_path / "go"))
+    asked = partial(submitted, tmp_path, command=fake_axolotl, FAKE_HOLD="3", FAKE_GO=str(tmp_path / "go"))
     (tmp_path / "three.yaml").write_text(yamlfiles.write_yaml({"_": MEMBERS}))
     queue = ("--on", "slurm,gres=gpu:1")
     rehearsed = ("--profile", "rehearsal", "--profile", tiny_profile, "--set", "num_epochs=1")
@@ -101,12 +101,12 @@ def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(tmp_path, t
 
 
 @pytest.mark.long
-def test_it_goes_on_after_a_requeue_and_a_time_limit_until_it_is_cancelled(tmp_path, tiny_profile, stand_in, slurm):
-    """A stand-in trains, for as long as the shortest time limit takes."""
+def test_it_goes_on_after_a_requeue_and_a_time_limit_until_it_is_cancelled(tmp_path, tiny_profile, fake_axolotl, slurm):
+    """A fake Axolotl trains, for as long as the shortest time limit takes."""
     steps = ("--set", "num_epochs=800", "--set", "save_steps=10", "--set", "saves_per_epoch=null")
     queue = ("--on", "slurm,signal=B:USR1@119")
     words = ("run", NAME, "--profile", tiny_profile, *steps, *queue)
-    run = RunDir(tmp_path / submitted(tmp_path, *words, command=stand_in, STAND_IN_STEP="0.2"))
+    run = RunDir(tmp_path / submitted(tmp_path, *words, command=fake_axolotl, FAKE_STEP="0.2"))
     (job,) = (one.id for one in run.jobs() if one.step == "run")
     assert "gres/gpu:1" in slurm.ask("scontrol", "show", "job", job)  # a run that is no rehearsal asks for a GPU
     wait_for(run, lambda record: record.summary.step >= 12)
@@ -126,7 +126,7 @@ def test_it_goes_on_after_a_requeue_and_a_time_limit_until_it_is_cancelled(tmp_p
     wait_for(run, lambda record: record.state == "interrupted")
     assert run.last_checkpoint()
     finish(start(tmp_path, "cancel", "latest"), code=2)
-    submitted(tmp_path, "resume", "latest", "--on", "slurm,begin=now+1hour", command=stand_in)
+    submitted(tmp_path, "resume", "latest", "--on", "slurm,begin=now+1hour", command=fake_axolotl)
     wait_for(run, lambda record: record.state == "queued")
     assert f"recipe cancel {run.path.relative_to(tmp_path)}" in finish(start(tmp_path, "resume", "latest"), code=2)
     submitted(tmp_path, "cancel", "latest")

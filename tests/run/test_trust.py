@@ -141,17 +141,17 @@ def test_a_job_that_starts_before_its_record_resumes(tmp_path, monkeypatch):
     run.resume(str(folder.path), Local(rehearsal=False), prepare_only=True, trusted=True)
 
 
-def test_a_run_from_elsewhere_is_resumed_only_with_trust(tmp_path, trains_nothing, tiny_profile):
-    trains_nothing.ok("run", NAME, "--profile", tiny_profile)
+def test_a_run_from_elsewhere_is_resumed_only_with_trust(tmp_path, with_fake_axolotl, tiny_profile):
+    with_fake_axolotl.ok("run", NAME, "--profile", tiny_profile)
     (folder,) = all_runs(tmp_path / "runs")
     record = folder.read()
     record.state, record.seal, record.recipe_file = "interrupted", "0" * 64, "/home/me/checkout/variants/wide.yaml"
     folder.write(record)
     folder.config_file.write_text(folder.config_file.read_text() + "gc_steps: 4\n")  # a finding with a line
     for words in ((), ("--prepare",), ("--force", "too-big")):
-        trains_nothing.fails("resume", folder.path, *words)
+        with_fake_axolotl.fails("resume", folder.path, *words)
         assert folder.read().state == "interrupted"
         assert len(folder.read().launches) == 1
-    trains_nothing.ok("resume", folder.path, "--trust")
+    with_fake_axolotl.ok("resume", folder.path, "--trust")
     assert folder.read().state == "finished"
     assert trust.is_own(folder, folder.read())

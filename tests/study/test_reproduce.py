@@ -36,9 +36,9 @@ def reproduced(recipe: Recipe, profile: Path) -> dict[str, Any]:
 
 
 def test_all_steps_are_done_and_the_table_is_there_and_again_it_does_nothing(
-    recipe, tmp_path, tiny_profile, stand_in, monkeypatch
+    recipe, tmp_path, tiny_profile, fake_axolotl, monkeypatch
 ):
-    monkeypatch.setattr(sys, "executable", str(stand_in.with_name("python")))  # of the commands that it starts
+    monkeypatch.setattr(sys, "executable", str(fake_axolotl.with_name("python")))  # of the commands that it starts
     printed = reproduced(recipe, tiny_profile)
     (row,) = printed["steps"]
     assert row["check"] == "done"

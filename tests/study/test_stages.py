@@ -261,8 +261,8 @@ def test_an_adapter_of_a_fork_makes_the_predictions_of_its_twin(recipe, server, 
 
 
 @pytest.mark.long
-def test_an_adapter_makes_the_predictions_of_the_rehearsal_that_trained_it(trains_nothing, recipe, tmp_path):
-    trains_nothing.ok("run", "haider2024/llama-3.2-3b", "--rehearse")
+def test_an_adapter_makes_the_predictions_of_the_rehearsal_that_trained_it(with_fake_axolotl, recipe, tmp_path):
+    with_fake_axolotl.ok("run", "haider2024/llama-3.2-3b", "--rehearse")
     (run,) = rundir.all_runs(tmp_path / "runs")
     few = ("--limit", "3", "--max-new-tokens", "8", "--metric", "bertscore:none")
     recipe.ok("evaluate", "latest", *few)

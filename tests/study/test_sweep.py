@@ -1,6 +1,6 @@
 """A sweep over a tiny Llama through the command: stopped, started again, and compared.
 
-A stand-in trains its members; their evaluations are real.
+A fake Axolotl trains its members; their evaluations are real.
 """
 
 import os
@@ -48,14 +48,14 @@ def stop(process: "subprocess.Popen[bytes]", place: Path, how: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(place: Path, tiny_profile: Path, stand_in: Path) -> dict[str, Any]:
+def finished(place: Path, tiny_profile: Path, fake_axolotl: Path) -> dict[str, Any]:
     """What a sweep printed that was stopped in one of these ways while it trained a member, and then ran to its end."""
     seed = time.time_ns()
     print(f"seed {seed}")
     chance = random.Random(seed)
-    held = os.environ | {"STAND_IN_STEP": "0.02", "STAND_IN_HOLD": "3"}  # of sixteen steps
+    held = os.environ | {"FAKE_STEP": "0.02", "FAKE_HOLD": "3"}  # of sixteen steps
     with (place / "said").open("w") as said:
-        process = subprocess.Popen(command(stand_in, tiny_profile), cwd=place, env=held, stderr=said)
+        process = subprocess.Popen(command(fake_axolotl, tiny_profile), cwd=place, env=held, stderr=said)
     wait_until(lambda: [run for run in rundir.all_runs(place / "runs" / BASE) if run.read().launches], process)
     time.sleep(chance.uniform(0, 0.5))
     assert process.poll() is None
@@ -64,7 +64,7 @@ def finished(place: Path, tiny_profile: Path, stand_in: Path) -> dict[str, Any]:
     (run,) = rundir.all_runs(place / "runs" / BASE)
     wait_until(lambda: run.read().state != "running")  # ends by itself when the sweep was killed
     assert (run.read().state, len(run.read().launches)) == ("interrupted", 1), stop
-    done = subprocess.run(command(stand_in, tiny_profile), cwd=place, capture_output=True, text=True)
+    done = subprocess.run(command(fake_axolotl, tiny_profile), cwd=place, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr  # for the member that fails
     assert re.findall(r"(\d) of 3, (\w+): ", done.stderr)[-2:] == [("2", "high"), ("3", "broken")]
     assert "recipe resume" not in done.stderr and "next:" not in done.stderr

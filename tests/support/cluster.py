@@ -1,4 +1,4 @@
-"""A real SLURM on this machine: a controller and two nodes, each with a stand-in for a GPU."""
+"""A real SLURM on this machine: a controller and two nodes, each with a fake GPU."""
 
 import os
 import platform

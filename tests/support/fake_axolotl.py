@@ -1,4 +1,4 @@
-"""A stand-in for the command `axolotl`: it trains nothing, and leaves in milliseconds what a training leaves.
+"""A fake command `axolotl`: it trains nothing, and leaves in milliseconds what a training leaves.
 
 Files are written in the order in which Axolotl, transformers and this project's plugin write them, piece by piece, so
 that a killed process leaves half of one. What it learns is a chain of hashes with a link for each step. Checkpoints
@@ -7,10 +7,10 @@ missing one is replaced by a new one in silence. So a resumed run ends with the 
 began at a whole checkpoint, with the step after it.
 
 Environment variables:
-    STAND_IN_STEP: seconds that a step takes.
-    STAND_IN_HOLD: after how many steps of this launch to wait, within a step, for a signal
-    STAND_IN_GO: or for this file.
-    STAND_IN_NO_MEMORY: after how many steps of this launch to fail as where a GPU's memory does not suffice.
+    FAKE_STEP: seconds that a step takes.
+    FAKE_HOLD: after how many steps of this launch to wait, within a step, for a signal
+    FAKE_GO: or for this file.
+    FAKE_NO_MEMORY: after how many steps of this launch to fail as where a GPU's memory does not suffice.
 """
 
 import argparse
@@ -39,10 +39,10 @@ from qlora_recipes.training import checkpoints
 ADAPTER = "adapter_model.safetensors"
 STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-STEP = float(os.environ.get("STAND_IN_STEP", "0.001"))
-HOLD = int(os.environ.get("STAND_IN_HOLD", sys.maxsize))
-NO_MEMORY = int(os.environ.get("STAND_IN_NO_MEMORY", sys.maxsize))
-GO = Path(os.environ.get("STAND_IN_GO", os.devnull + "/none"))
+STEP = float(os.environ.get("FAKE_STEP", "0.001"))
+HOLD = int(os.environ.get("FAKE_HOLD", sys.maxsize))
+NO_MEMORY = int(os.environ.get("FAKE_NO_MEMORY", sys.maxsize))
+GO = Path(os.environ.get("FAKE_GO", os.devnull + "/none"))
 
 
 def write(file: Path, content: bytes) -> None:
@@ -230,7 +230,7 @@ def prepare(cfg: yamlfiles.Config) -> None:
     """Prepare rows as datasets does; like Axolotl, take a folder that is there for whole."""
     folder = Path(str(cfg["dataset_prepared_path"]))
     folder.mkdir(parents=True, exist_ok=True)
-    rows = folder / "stand-in"
+    rows = folder / "fake"
     with FileLock(folder / "datasets_prep.lock"):
         if not rows.is_dir():
             rows.mkdir()
@@ -247,7 +247,7 @@ def merge(output: Path) -> None:
     with (output / "merged" / "model.safetensors").open("wb") as stream:
         stream.write(b"half")
         stream.flush()
-        while "STAND_IN_GO" in os.environ and not GO.exists():
+        while "FAKE_GO" in os.environ and not GO.exists():
             time.sleep(0.01)
         stream.write(b"other half")
 
