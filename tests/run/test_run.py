@@ -1,4 +1,4 @@
-"""Runs of a tiny Llama through the command, from launch to results; where they are stopped, mostly of a fake Axolotl."""
+"""Runs of a tiny Llama through the command, from launch to results; where they are stopped, mostly of the fake one."""
 
 import os
 import random
