@@ -16,8 +16,9 @@ from ..data.published import ROUNDING, TRAIN_LOSS, Measured, Published, Publishe
 from ..data.studies import Study
 from ..evaluate.intervals import Interval
 from ..evaluate.score import model_record
+from ..evaluate.scores_file import Evaluation
 from ..metrics.metric import Column
-from ..training.run_record import Summary
+from ..training.run_record import GPU_MEMORY, State, Summary
 from . import compare, repeats
 from .compare import CurveGap
 from .run_result import RunResult, RunScore
@@ -41,6 +42,13 @@ class MetricRow(RunScore):
     interval: Interval | None
     verdict: str | None
     model: str | None
+
+    @property
+    def spread(self) -> float | None:
+        """Spread of the published score."""
+        if self.published is None or self.published.spread is None:
+            return None
+        return float(self.published.spread)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,25 +81,39 @@ class StudyRow:
         return self.runs[0] if self.runs else None
 
     @property
+    def summary(self) -> Summary:
+        """Summary of the representative run; an empty one without a run."""
+        return self.chosen.summary if self.chosen else Summary()
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """Evaluation of the representative run."""
+        return self.chosen.evaluation if self.chosen else None
+
+    @property
     def on_gpu(self) -> bool:
-        return bool(self.chosen and str(self.chosen.summary.memory_kind).startswith("GPU"))
+        """True if the memory of a GPU was measured."""
+        return self.summary.memory_kind == GPU_MEMORY
 
     @property
     def gpu_hours(self) -> float | None:
-        run = self.chosen
-        return run.summary.train_seconds * run.run.ranks / 3600 if run and self.on_gpu else None
+        if self.chosen is None or not self.on_gpu:
+            return None
+        return self.summary.train_seconds * self.chosen.run.ranks / 3600
 
     def costs(self) -> dict[str, tuple[float | None, float | None]]:
         """Costs of the run, paired with the published costs."""
-        published, ours = self.measured, self.chosen.summary if self.chosen else Summary()
+        ours, published = self.summary, self.measured
+        peak = ours.peak_memory if self.on_gpu else None
+        seconds = ours.train_seconds if self.chosen else None
+        published_peak = None
+        if published.reserved_bytes:
+            published_peak = published.reserved_bytes / GIB
         return {
             "trainable": (ours.trainable_parameters, published.trainable),
-            "peak_gpu_memory_gib": (
-                ours.peak_memory if self.on_gpu else None,
-                published.reserved_bytes / GIB if published.reserved_bytes else None,
-            ),
+            "peak_gpu_memory_gib": (peak, published_peak),
             "tokens_per_second": (ours.tokens_per_second, published.tokens_per_second),
-            "train_seconds": (ours.train_seconds if self.chosen else None, published.train_seconds),
+            "train_seconds": (seconds, published.train_seconds),
         }
 
 
@@ -107,11 +129,14 @@ def verdict(
     but the difference is at most the study's tolerance. `OFF`: neither. None: interval, spread and
     tolerance are all missing.
     """
-    value, bounded = float(published.value), interval is not None or published.spread is not None
-    if not bounded and tolerance is None:
+    value = float(published.value)
+    has_range = interval is not None or published.spread is not None
+    if not has_range and tolerance is None:
         return None
-    nearest = min(max(value, interval.low), interval.high) if interval else ours
-    if bounded and abs(nearest - value) <= published.margin:
+    nearest = ours
+    if interval:
+        nearest = min(max(value, interval.low), interval.high)
+    if has_range and abs(nearest - value) <= published.margin:
         return WITHIN
     if tolerance is not None and abs(ours - value) <= tolerance + rounding(published.value):
         return ACCEPTABLE
@@ -119,7 +144,7 @@ def verdict(
 
 
 def rows(
-    of_study: Study, runs: Path, rehearsal: bool, representatives: Mapping[str, Path | None] | None = None
+    study: Study, runs: Path, rehearsal: bool, representatives: Mapping[str, Path | None] | None = None
 ) -> list[StudyRow]:
     """Return a row for each recipe: representative run and verdicts.
 
@@ -127,171 +152,202 @@ def rows(
     compared with published results. In a table of rehearsals, a recipe without a rehearsal has no row.
 
     Args:
-        of_study: the study.
+        study: the study.
         runs: folder with the runs.
         rehearsal: True for a table of rehearsals.
         representatives: folder of the representative run, by recipe. A recipe whose value is None gets a row without
             a run; for a recipe without an entry, `_preference` chooses the run.
     """
-    all_runs = repeats.usable_runs(runs, rehearsal)
-    candidates = [
-        each for each in all_runs if (representatives or {}).get(each.run.recipe, each.folder.path) == each.folder.path
-    ]
+    representatives = representatives or {}
+    usable = repeats.usable_runs(runs, rehearsal)
     table = []
-    for recipe in [*of_study.published, *of_study.variants]:
-        of_recipe = [candidate for candidate in candidates if candidate.run.recipe == recipe]
-        if of_recipe or (recipe in of_study.published and not rehearsal):
-            chosen = max(of_recipe, key=partial(_preference, of_study), default=None)
-            found = repeats.with_repeats(chosen, all_runs) if chosen else []
-            table.append(_row(of_study, recipe, found, rehearsal))
+    for recipe in [*study.published, *study.variants]:
+        recipe_runs = [result for result in usable if result.run.recipe == recipe]
+        candidates = recipe_runs
+        if recipe in representatives:
+            candidates = [result for result in recipe_runs if result.folder.path == representatives[recipe]]
+        if candidates:
+            chosen = max(candidates, key=partial(_preference, study))
+            table.append(_row(study, repeats.with_repeats(chosen, recipe_runs)))
+        elif recipe in study.published and not rehearsal:
+            table.append(_row_without_run(study, recipe))
     return table
 
 
-def _preference(of_study: Study, result: RunResult) -> tuple[bool, bool, bool, bool, bool, bool, str]:
+def _preference(study: Study, result: RunResult) -> tuple[bool, bool, bool, bool, bool, bool, str]:
     """Sort key of a recipe's runs; the representative run has the largest.
 
     Preferences, most important first: trained here; finished and evaluated, else evaluated but not finished; comparable
     with the published score; without changes and in one process; with the recipe's seed; newest.
     """
-    run, evaluated = result.run, result.is_scored
+    run = result.run
+    is_done = run.state == "finished" and result.is_scored
     # an override that repeats the recipe's value, as in a sweep, is not among the differences
-    changed = [one.key for one in run.differences if one.source.kind == "override" and one.key != repeats.SEED]
-    plain = not changed and not set(run.profiles) - {REHEARSAL, *TRACKERS} and run.ranks == 1
-    own_seed = all(difference.key != repeats.SEED for difference in run.differences)
-    done = run.state == "finished" and evaluated
-    comparable = result.is_comparable(of_study.first)
-    return not run.published_adapter, done, evaluated, comparable, plain, own_seed, result.folder.path.name
+    overridden = {difference.key for difference in run.differences if difference.source.kind == "override"}
+    has_changes = overridden - {repeats.SEED} or set(run.profiles) - {REHEARSAL, *TRACKERS}
+    is_plain = not has_changes and run.ranks == 1
+    has_recipe_seed = repeats.SEED not in {difference.key for difference in run.differences}
+    is_comparable = result.is_comparable(study.first)
+    name = result.folder.path.name
+    return not run.published_adapter, is_done, result.is_scored, is_comparable, is_plain, has_recipe_seed, name
 
 
-def _row(of_study: Study, recipe: str, found: list[RunResult], rehearsal: bool) -> StudyRow:
+def _row(study: Study, results: list[RunResult]) -> StudyRow:
     """Row for a recipe's representative run and its repeats."""
-    chosen = found[0] if found else None
-    aim = None if rehearsal else of_study.aimed_at(recipe)
-    curve = compare.published_curve(of_study, aim) if aim else []
-    gap = compare.curve_gap(chosen.folder.read_metrics(), curve) if chosen and curve else None
-    gap_verdict = None
-    if gap and chosen and chosen.run.state == "finished" and TRAIN_LOSS in of_study.tolerances:
-        gap_verdict = ACCEPTABLE if gap.largest <= of_study.tolerances[TRAIN_LOSS] * (1 + ROUNDING) else OFF
-    differs, left_open = _settings(of_study, recipe, chosen) if chosen and not rehearsal else ([], [])
+    chosen = results[0]
+    run = chosen.run
+    published = Published()
+    differs: list[str] = []
+    open_settings: list[str] = []
+    if not run.rehearsal:
+        published = study.aimed_at(run.recipe) or published
+        stated = study.stated_settings(study.origin(run.recipe))
+        differs = _changed_settings(study, chosen, stated)
+        open_settings = _open_settings(study, chosen, stated)
+    gap = _curve_gap(study, published, chosen)
     return StudyRow(
-        recipe=recipe,
-        rehearsal=rehearsal,
-        runs=found,
-        scores={name: _by_metric(of_study, column, found, aim) for name, column in of_study.columns.items()},
-        measured=aim.measured if aim else Measured(),
+        recipe=run.recipe,
+        rehearsal=run.rehearsal,
+        runs=results,
+        scores={
+            name: _metric_row(study, column, results, published.scores.get(name))
+            for name, column in study.columns.items()
+        },
+        measured=published.measured,
         gap=gap,
-        gap_verdict=gap_verdict,
+        gap_verdict=_gap_verdict(study, gap, run.state),
         differs=differs,
-        open=left_open,
+        open=open_settings,
     )
 
 
-def _by_metric(of_study: Study, column: Column, found: Sequence[RunResult], aim: Published | None) -> MetricRow:
+def _row_without_run(study: Study, recipe: str) -> StudyRow:
+    """Row for a published recipe without a run."""
+    published = study.published[recipe]
+    decodings = dict.fromkeys(study.decodings)
+    scores = {}
+    for name in study.columns:
+        scores[name] = MetricRow(None, None, published.scores.get(name), None, decodings, None, None, None)
+    return StudyRow(recipe, False, [], scores, published.measured, None, None, [], [])
+
+
+def _curve_gap(study: Study, published: Published, chosen: RunResult) -> CurveGap | None:
+    """Gap between a run's training loss and the published curve; None without a curve, see also `curve_gap`."""
+    curve = compare.published_curve(study, published)
+    if not curve:
+        return None
+    return compare.curve_gap(chosen.folder.read_metrics(), curve)
+
+
+def _gap_verdict(study: Study, gap: CurveGap | None, state: State) -> str | None:
+    """Verdict on the gap of a finished run; None without a gap, or if the study gives no tolerance."""
+    if gap is None or state != "finished" or TRAIN_LOSS not in study.tolerances:
+        return None
+    if gap.largest <= study.tolerances[TRAIN_LOSS] * (1 + ROUNDING):
+        return ACCEPTABLE
+    return OFF
+
+
+def _metric_row(
+    study: Study, column: Column, results: Sequence[RunResult], published: PublishedScore | None
+) -> MetricRow:
     """Results of a representative run and its repeats by one metric."""
-    name, chosen = column.name, found[0] if found else None
-    published, of_chosen = aim.scores.get(name) if aim else None, chosen.scores[name] if chosen else None
-    reached = repeats.scores(column, found)
-    known = of_study.repeats(chosen.run.origin, name) if chosen and not chosen.run.rehearsal else []
-    within = repeats.interval(name, reached, known) if reached else None
-    mean = _mean(value for _, value in reached)
-    difference = found_verdict = None
-    if published and mean is not None and of_chosen and of_chosen.difference is not None:  # the scores are comparable
+    name, chosen = column.name, results[0]
+    mean, interval = repeats.mean_score(name, repeats.scores(column, results))
+    difference = metric_verdict = None
+    is_comparable = chosen.scores[name].difference is not None
+    if published and mean is not None and is_comparable:
         difference = mean - float(published.value)
-        found_verdict = verdict(mean, within, published, of_study.tolerances.get(name))
-    model = model_record(column, chosen.evaluation.scores) if chosen and chosen.evaluation else None
+        metric_verdict = verdict(mean, interval, published, study.tolerances.get(name))
+    decodings = {}
+    for decoding in study.decodings:
+        decodings[decoding] = _mean(result.scores[name].decodings.get(decoding) for result in results)
+    scorer = model_record(column, chosen.evaluation.scores) if chosen.evaluation else None
     return MetricRow(
         value=mean,
-        interval=within,
-        base_model=of_chosen.base_model if of_chosen else None,
+        base_model=chosen.scores[name].base_model,
         published=published,
         difference=difference,
-        verdict=found_verdict,
-        model=model.model if model else None,
-        decodings={
-            decoding: _mean(result.scores[name].decodings.get(decoding) for result in found)
-            for decoding in of_study.decodings
-        },
+        decodings=decodings,
+        interval=interval,
+        verdict=metric_verdict,
+        model=scorer.model if scorer else None,
     )
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
     """Mean of the values that are not None; None without values."""
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None
+    numbers = [value for value in values if value is not None]
+    return fmean(numbers) if numbers else None
 
 
 def record(row: StudyRow) -> Row:
     """Flat JSON record of a row; the keys of a metric begin with the metric's name."""
-    chosen = row.chosen
-    scores: Row = {}
-    for name, score in row.scores.items():
-        spread = score.published.spread if score.published else None
-        scores |= score.record(name) | repeats.interval_cells(name, score.interval)
-        scores |= {
-            f"{name}_spread": None if spread is None else float(spread),
-            f"{name}_verdict": score.verdict,
-            f"{name}_model": score.model,
-        }
-    costs: Row = {}
-    for key, (ours, published) in row.costs().items():
-        costs |= {key: ours, f"{key}_published": published}
-    return {
+    fields: Row = {
         "recipe": row.recipe,
-        "run": chosen and str(chosen.folder.path),
-        "state": chosen and chosen.run.state,
-        "published_adapter": chosen and chosen.run.published_adapter,
+        "run": None,
+        "state": None,
+        "published_adapter": None,
         "runs": len(row.runs),
         "rehearsal": row.rehearsal,
-        "rows": chosen and chosen.rows_evaluated,
-        **scores,
-        "eval_loss": chosen and chosen.summary.eval_loss_per_token,
-        "other_tokens": chosen and chosen.other_tokens,
-        **costs,
-        **{f"train_loss_gap_{key}": getattr(row.gap, key, None) for key in ("mean", "largest", "step")},
-        "train_loss_verdict": row.gap_verdict,
-        "gpu_hours": row.gpu_hours,
-        "differs": row.differs,
-        "open": row.open,
+        "rows": None,
     }
+    for name, score in row.scores.items():
+        fields |= score.record(name) | repeats.interval_cells(name, score.interval)
+        fields |= {f"{name}_spread": score.spread, f"{name}_verdict": score.verdict, f"{name}_model": score.model}
+    fields |= {"eval_loss": row.summary.eval_loss_per_token, "other_tokens": None}
+    for key, (ours, published) in row.costs().items():
+        fields |= {key: ours, f"{key}_published": published}
+    for key in ("mean", "largest", "step"):
+        fields[f"train_loss_gap_{key}"] = getattr(row.gap, key, None)
+    fields |= {"train_loss_verdict": row.gap_verdict, "gpu_hours": row.gpu_hours}
+    fields |= {"differs": row.differs, "open": row.open}
+    if row.chosen:
+        fields |= {
+            "run": str(row.chosen.folder.path),
+            "state": row.chosen.run.state,
+            "published_adapter": row.chosen.run.published_adapter,
+            "rows": row.chosen.rows_evaluated,
+            "other_tokens": row.chosen.other_tokens,
+        }
+    return fields
 
 
-def _settings(of_study: Study, recipe: str, chosen: RunResult) -> tuple[list[str], list[str]]:
-    """Stated settings that a run changed, and settings that the paper leaves open.
+def _changed_settings(study: Study, chosen: RunResult, stated: set[str]) -> list[str]:
+    """Stated settings that a run changed, and other differences from the paper's training."""
+    paper = yamlfiles.read_yaml(paths.recipe_file(study.origin(chosen.run.recipe)))
+    differs = []
+    for key, (before, after) in merging.differences(paper, chosen.config).items():
+        if merging.top_key(key) in stated:
+            differs.append(f"{key}: {_in_words(after)} instead of {_in_words(before)}")
+    differs += departures(paper, chosen.config)
+    if chosen.run.ranks > 1:
+        differs.append(f"GPUs: {chosen.run.ranks} instead of 1")
+    return differs
 
-    For stated settings, see `Study.stated_settings`. A setting is open if study.yaml lists it as open and the paper
-    does not state it. Each open setting is listed with the source of the run's value: the comment in the run's recipe
-    or, if the run changed the setting, the source of the change.
+
+def _open_settings(study: Study, chosen: RunResult, stated: set[str]) -> list[str]:
+    """Settings that the paper leaves open: those that study.yaml lists, and the paper does not state.
+
+    Each is listed with the source of the run's value: the comment in the run's recipe or, if the run changed the
+    setting, the source of the change.
     """
-    run = chosen.run
-    origin = of_study.origin(recipe)
-    file = paths.recipe_file(origin)
-    stated = of_study.stated_settings(origin)
-    paper = yamlfiles.read_yaml(file)
-    sources = yamlfiles.sources(paths.recipe_file(recipe))
-    sources |= {merging.top_key(difference.key): difference.source.text for difference in run.differences}
-    ours = chosen.config
-    differs = [
-        f"{key}: {_in_words(after)} instead of {_in_words(before)}"
-        for key, (before, after) in merging.differences(paper, ours).items()
-        if merging.top_key(key) in stated
-    ]
-    differs += departures(paper, ours)
-    if run.ranks > 1:
-        differs.append(f"GPUs: {run.ranks} instead of 1")
-    left_open = [
-        f"{key}: {_in_words(ours[key])} ({sources.get(key, 'Axolotl')})"
-        for key in of_study.open_settings
-        if key in ours and key not in stated
-    ]
-    published = of_study.published[origin]
-    if published.trainer != "Axolotl":
-        left_open.append(f"trainer: Axolotl (the paper used {published.trainer})")
-    if "decoding" in of_study.open_settings:
-        decoding = (chosen.evaluation.settings.decoding if chosen.evaluation else of_study.decoding).model_dump(
-            exclude_defaults=True
-        )
-        left_open.append(f"decoding: {_in_words(decoding)} (the paper does not state it)")
-    return differs, left_open
+    run, config = chosen.run, chosen.config
+    sources = yamlfiles.sources(paths.recipe_file(run.recipe))
+    for difference in run.differences:
+        sources[merging.top_key(difference.key)] = difference.source.text
+    open_settings = []
+    for key in study.open_settings:
+        if key in config and key not in stated:
+            open_settings.append(f"{key}: {_in_words(config[key])} ({sources.get(key, 'Axolotl')})")
+    trainer = study.published[study.origin(run.recipe)].trainer
+    if trainer != "Axolotl":
+        open_settings.append(f"trainer: Axolotl (the paper used {trainer})")
+    if "decoding" in study.open_settings:
+        decoding = chosen.evaluation.settings.decoding if chosen.evaluation else study.decoding
+        words = _in_words(decoding.model_dump(exclude_defaults=True))
+        open_settings.append(f"decoding: {words} (the paper does not state it)")
+    return open_settings
 
 
 def _in_words(value: Any) -> str:

@@ -19,7 +19,7 @@ from ..base.processes import LOCK_TIMEOUT, held, is_held
 from ..base.terminal import say, say_once
 from ..base.yamlfiles import Config, read_yaml
 from ..training.checkpoints import damage, step_of
-from ..training.run_record import RECORD, VERSION, Job, JobState, RecordVersion, Run, State, Summary
+from ..training.run_record import GPU_MEMORY, RECORD, VERSION, Job, JobState, RecordVersion, Run, State, Summary
 
 PLUGIN = "qlora_recipes.plugin.RunPlugin"
 """Name of the plugin in the config of every run."""
@@ -253,7 +253,7 @@ def _order(record: Row) -> int:
     return 1 if is_evaluation(record) else 2
 
 
-_MEMORY = {"memory_reserved_gib": "GPU, reserved", "rss_peak_gib": "resident"}
+_MEMORY = {"memory_reserved_gib": GPU_MEMORY, "rss_peak_gib": "resident"}
 
 
 def summarise(metrics: list[Row]) -> Summary:

@@ -172,6 +172,10 @@ class Launch(BaseModel):
         return "out of memory" if self.out_of_memory else None
 
 
+GPU_MEMORY = "GPU, reserved"
+"""Value of `Summary.memory_kind` for memory that was measured on a GPU."""
+
+
 class Summary(BaseModel):
     """Summary of the training so far, in seconds and GiB; NaN becomes null.
 
