@@ -25,9 +25,10 @@ verbs = typer.Typer(rich_markup_mode=None)
     epilog="recipe check code-llama-7b --gpu T4 --data\nrecipe check mine.yaml --show-tokens 2",
 )
 def check_verb(
-    names: Names = None,
-    profile: Profiles = None,
-    set_: Overrides = None,
+    *,
+    names: Names,
+    profile: Profiles,
+    set_: Overrides,
     rehearse: Annotated[
         bool, typer.Option("--rehearse", help="Check the reduced CPU config that `run --rehearse` would use.")
     ] = False,
@@ -47,46 +48,69 @@ def check_verb(
         int | None,
         typer.Option(metavar="N", min=1, help="Show N tokenized rows; mark the tokens that count in the loss."),
     ] = None,
-    force: Force = None,
+    force: Force,
     json: Json = False,
 ) -> None:
     """Find mistakes in a config. Exit code 2 if there is an error."""
-    from ..check import check
     from ..config import gpus
     from ..config.compose import Request
     from ..config.finding import unknown_force
 
     target = gpus.here() if gpu is None else gpus.find(gpu)
-    requests = [Request(name, profile or [], set_ or [], rehearse, force=force or []) for name in selected(names)]
+    requests = [Request(name, profile, set_, rehearse, force=force) for name in selected(names)]
     if show_tokens:
-        if len(requests) > 1:
-            raise UserError("--show-tokens: give one recipe")
-        with Bar("tokenizing", 1):
-            rows = check.tokens_of(requests[0], show_tokens)
-        tables.print_json(rows) if json else tables.print_tokens(rows)
+        _show_tokens(requests, show_tokens, json)
         return
     reports = _checked(requests, target, data, quick)
-    unknown_force(force or [], {finding.name for report in reports for finding in report.findings})
+    unknown_force(force, {finding.name for report in reports for finding in report.findings})
     if json:
         tables.print_json([report.as_json() for report in reports])
     else:
-        for report in reports:
-            for finding in report.findings:
-                tables.print_text(str(finding))
-        for report in reports:
-            if report.data:
-                tables.print_table(report.data_table(), report.name)
-    counts = {level: sum(report.count(level) for report in reports) for level in ("error", "warning")}
-    skipped = ("" if data else ", rows not read (--data)") + (", not validated by Axolotl (--quick)" if quick else "")
-    say(f"{len(reports)} checked{skipped}; errors: {counts['error']}, warnings: {counts['warning']}")
-    if counts["error"]:
+        _print(reports)
+    errors, warnings = (sum(report.count(level) for report in reports) for level in ("error", "warning"))
+    say(f"{len(reports)} checked{_skipped(data, quick)}; errors: {errors}, warnings: {warnings}")
+    if errors:
         raise typer.Exit(2)
     if not all(report.validated for report in reports):
         return  # an incomplete check recommends no next step
     if not rehearse:  # `plan` has no --rehearse
-        next_step("plan", *names or [], *over(profile or [], set_ or []), *(["--gpu", gpu] if gpu else []), json=json)
+        gpu_option = ["--gpu", gpu] if gpu else []
+        next_step("plan", *names, *over(profile, set_), *gpu_option, json=json)
     elif len(requests) == 1:
         next_step("run", *launching(requests[0]), json=json)
+
+
+def _show_tokens(requests: "list[Request]", count: int, json: bool) -> None:
+    from ..check import check
+
+    if len(requests) > 1:
+        raise UserError("--show-tokens: give one recipe")
+    with Bar("tokenizing", 1):
+        rows = check.tokens_of(requests[0], count)
+    if json:
+        tables.print_json(rows)
+    else:
+        tables.print_tokens(rows)
+
+
+def _print(reports: "list[Report]") -> None:
+    """Print all findings, then the sizes of the data."""
+    for report in reports:
+        for finding in report.findings:
+            tables.print_text(str(finding))
+    for report in reports:
+        if report.data:
+            tables.print_table(report.data_table(), report.name)
+
+
+def _skipped(data: bool, quick: bool) -> str:
+    """Parts of the check that were left out."""
+    text = ""
+    if not data:
+        text += ", rows not read (--data)"
+    if quick:
+        text += ", not validated by Axolotl (--quick)"
+    return text
 
 
 def _checked(requests: "list[Request]", gpu: "Gpu | None", data: bool, quick: bool) -> "list[Report]":

@@ -27,6 +27,7 @@ verbs.add_typer(data_verbs, name="data")
     epilog="recipe data fetch codereviewer\nrecipe data fetch gsm8k --only test.jsonl",
 )
 def fetch_verb(
+    *,
     name: Annotated[
         str | None,
         typer.Argument(
@@ -36,12 +37,14 @@ def fetch_verb(
         ),
     ] = None,
     only: Annotated[
-        list[str] | None,
+        list[str],
         typer.Option(
+            default_factory=list,
+            show_default=False,
             metavar="SOURCE",
             help="Fetch only this file of the data (full or partial name). Repeatable.",
         ),
-    ] = None,
+    ],
     json: Json = False,
 ) -> None:
     """Download a data set into data/DATA-raw and verify it; an interrupted download resumes."""
@@ -49,7 +52,7 @@ def fetch_verb(
 
     of_study = studies.find_by_data(name)
     data = of_study.data
-    wanted = [meant(word, data.sources, "source", option="--only") for word in only or ()]
+    wanted = [meant(word, data.sources, "source", option="--only") for word in only]
     rows = fetch.fetch(data, data.raw, wanted or of_study.default_sources)
     tables.print_json(rows) if json else tables.print_table(rows)
     next_step("data", "prepare", "--study", of_study.folder.name, json=json)
@@ -61,13 +64,16 @@ def fetch_verb(
     epilog="recipe data prepare --study haider2024\nrecipe data prepare my-folder --study haider2024",
 )
 def prepare_verb(
+    *,
     raw: Annotated[
-        list[Path] | None,
+        list[Path],
         typer.Argument(
+            default_factory=list,
+            show_default=False,
             metavar="[RAW]...",
             help="Raw files, or folders with them; default: those of `data fetch`.",
         ),
-    ] = None,
+    ],
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Output folder; default: the one named in study.yaml for the input format."),

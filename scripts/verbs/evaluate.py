@@ -51,6 +51,7 @@ verbs = typer.Typer(rich_markup_mode=None)
     epilog="recipe evaluate latest --base\nrecipe evaluate latest --metric benchmark:mmlu",
 )
 def evaluate_verb(
+    *,
     run: RunName,
     data: Data = None,
     limit: Limit = None,
@@ -63,9 +64,9 @@ def evaluate_verb(
     batch_size: BatchSize = None,
     engine: EngineName = "transformers",
     model: ServersModel = None,
-    metric: Metrics = None,
+    metric: Metrics,
     base: Annotated[bool, typer.Option("--base", help="Also score the base model, in a second column.")] = False,
-    force: Force = None,
+    force: Force,
     on: On = "local",
     json: Json = False,
 ) -> None:
@@ -78,8 +79,8 @@ def evaluate_verb(
     from ..study import evaluation
 
     exclusive({"--adapter": adapter, "--base": base})
-    request = EvaluationRequest(data, limit, adapter, max_new_tokens, batch_size, metric or [], decoding)
-    request.force, request.engine, request.model = force or [], engine, model
+    request = EvaluationRequest(data, limit, adapter, max_new_tokens, batch_size, metric, decoding)
+    request.force, request.engine, request.model = force, engine, model
     only_with("--model", model, "--engine URL", request.server)
     exclusive({"--base": base, "--engine URL": request.server})
     if request.server:
@@ -107,8 +108,9 @@ def evaluate_verb(
 
 @verbs.command("score", cls=Verb, epilog="recipe score predictions.jsonl --out scored.jsonl")
 def score_verb(
+    *,
     file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="Rows with the fields reference and prediction.")],
-    metric: Metrics = None,
+    metric: Metrics,
     prediction_field: Annotated[
         str,
         typer.Option(metavar="FIELD", help="The field with the prediction; use dots for nested fields (answer.text)."),
@@ -124,10 +126,10 @@ def score_verb(
     from ..evaluate.scores_file import about_file
     from ..metrics.registry import scorer_named
 
-    columns = columns_of(None, metric or [])
+    columns = columns_of(None, metric)
     refuse_run_metrics(columns)
     rows = read_pairs(file, prediction_field, reference_field)
-    models = scorer_models(columns, scorer_named(metric or []), report=True)
+    models = scorer_models(columns, scorer_named(metric), report=True)
     with Bar("scoring", 1):
         scores, rows = score(rows, columns, models)
     if about := about_file(file):

@@ -109,6 +109,11 @@ def launching(request: "Request") -> list[str]:
     """Arguments of `recipe run`; with --rehearse if there is no GPU."""
     from ..config import gpus
 
-    rehearsed = ["--rehearse"] if request.rehearse or not gpus.here() else []
     several = ["--gpus", str(request.gpus)] if request.gpus > 1 else []
+    rehearsed = rehearse_option(request.rehearse or gpus.here() is None)
     return [request.name, *over(request.profiles, request.overrides), *several, *rehearsed]
+
+
+def rehearse_option(rehearse: bool) -> list[str]:
+    """The option --rehearse, or nothing."""
+    return ["--rehearse"] if rehearse else []

@@ -18,6 +18,7 @@ verbs = typer.Typer(rich_markup_mode=None)
     epilog="recipe new mine --data mine.jsonl\nrecipe new wide --from llama-3.2-3b --set lora_r=64",
 )
 def new_verb(
+    *,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the variant, saved as variants/NAME.yaml.")],
     from_: Annotated[
         str,
@@ -37,7 +38,7 @@ def new_verb(
         Path | None,
         typer.Option(metavar="FILE", help="Your rows (JSONL); their fields determine the dataset type."),
     ] = None,
-    set_: Overrides = None,
+    set_: Overrides,
 ) -> None:
     """Write a variant of a recipe, with changed lines marked."""
     from ..check import check
@@ -45,7 +46,7 @@ def new_verb(
     from ..config.finding import refuse
     from ..writing import new
 
-    sets = set_ or []
+    sets = set_
     overrides = sets
     if data:
         overrides = [*new.for_data(from_, data), *sets]

@@ -30,9 +30,9 @@ def whole_name(context: typer.Context, given: str | None) -> str | None:
     return given
 
 
-def whole_names(context: typer.Context, given: list[str] | None) -> list[str]:
+def whole_names(context: typer.Context, names: list[str]) -> list[str]:
     """Full names of several recipes; see `whole_name`."""
-    return [whole_name(context, name) or name for name in given or ()]
+    return [whole_name(context, name) or name for name in names]
 
 
 def _beginning(incomplete: str, names: Sequence[str]) -> list[str]:
@@ -114,8 +114,10 @@ NameOrStudy = Annotated[
     ),
 ]
 Names = Annotated[
-    list[str] | None,
+    list[str],
     typer.Argument(
+        default_factory=list,
+        show_default=False,
         metavar="[NAME|FILE|STUDY]...",
         callback=whole_names,
         autocompletion=complete_recipes,
@@ -131,8 +133,10 @@ RunName = Annotated[
     ),
 ]
 Things = Annotated[
-    list[str] | None,
+    list[str],
     typer.Argument(
+        default_factory=list,
+        show_default=False,
         metavar="[RUN|STUDY|SWEEP]...",
         autocompletion=complete_things,
         help="Runs (folder, partial name, recipe or latest), a study, or a sweep.",
@@ -165,27 +169,37 @@ SweepFile = Annotated[
     ),
 ]
 Profiles = Annotated[
-    list[str] | None,
+    list[str],
     typer.Option(
         "--profile",
+        default_factory=list,
+        show_default=False,
         metavar="P",
         autocompletion=complete_profiles,
         help=f"Merge in a YAML file, or a shipped profile: {', '.join(_PROFILES)}. Repeatable.",
     ),
 ]
 Overrides = Annotated[
-    list[Override] | None,
+    list[Override],
     typer.Option(
         "--set",
         parser=parse_override,
+        default_factory=list,
+        show_default=False,
         metavar="KEY=VALUE",
         autocompletion=complete_keys,
         help="Override a config key, or a nested key such as a.b.0.c. Repeatable.",
     ),
 ]
 Force = Annotated[
-    list[str] | None,
-    typer.Option("--force", metavar="FINDING", help="Override the `recipe check` error named FINDING. Repeatable."),
+    list[str],
+    typer.Option(
+        "--force",
+        default_factory=list,
+        show_default=False,
+        metavar="FINDING",
+        help="Override the `recipe check` error named FINDING. Repeatable.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", rich_help_panel="Output", help="Print JSON.")]
 
@@ -195,9 +209,11 @@ Seeds = Annotated[
     typer.Option("--seeds", metavar="N", min=1, help="Train everything with N seeds, the recipe's own seed first."),
 ]
 Metrics = Annotated[
-    list[str] | None,
+    list[str],
     typer.Option(
         "--metric",
+        default_factory=list,
+        show_default=False,
         metavar="NAME",
         help="Compute this metric besides the study's, or instead of the defaults. Repeatable.",
     ),

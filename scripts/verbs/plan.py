@@ -1,12 +1,13 @@
 """The verb plan."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..base import tables, yamlfiles
+from ..base.files import Row
 from ..base.paths import selected
 from ..base.terminal import Bar
 from .help import Verb, launching, next_step
@@ -14,7 +15,7 @@ from .options import Force, Json, Names, Overrides, Profiles
 
 if TYPE_CHECKING:
     from ..config.gpus import Gpu
-    from ..plan.plan import Plan
+    from ..plan.plan import Fit, Plan
     from ..plan.work import Work
 
 verbs = typer.Typer(rich_markup_mode=None)
@@ -26,19 +27,22 @@ verbs = typer.Typer(rich_markup_mode=None)
     epilog="recipe plan llama-3.2-3b --gpu 4090\nrecipe plan llama-3.2-3b --gpu 16GB",
 )
 def plan_verb(
-    names: Names = None,
-    profile: Profiles = None,
-    set_: Overrides = None,
+    *,
+    names: Names,
+    profile: Profiles,
+    set_: Overrides,
     gpu: Annotated[
-        list[str] | None,
+        list[str],
         typer.Option(
+            default_factory=list,
+            show_default=False,
             metavar="NAME",
             help="A GPU (T4) or its memory (24GB); default: this machine's. Repeatable.",
         ),
-    ] = None,
+    ],
     gpu_count: Annotated[int, typer.Option("--gpus", metavar="N", min=1, help="Number of GPUs to train on.")] = 1,
     data: Annotated[bool, typer.Option("--data", help="Also tokenize all rows, to count those trained on.")] = False,
-    force: Force = None,
+    force: Force,
     json: Json = False,
 ) -> None:
     """Estimate memory, steps and hours, and whether GPUs suffice. Needs no GPU."""
@@ -46,8 +50,8 @@ def plan_verb(
     from ..config.compose import Request
     from ..plan import plan
 
-    targets = [_target(name) for name in gpu or []] or [(gpus.here(), None)]
-    requests = [Request(name, profile or [], set_ or [], gpus=gpu_count, force=force or []) for name in selected(names)]
+    targets = [_target(name) for name in gpu] or [(gpus.here(), None)]
+    requests = [Request(name, profile, set_, gpus=gpu_count, force=force) for name in selected(names)]
     plans = []
     with Bar("planning", len(requests)) as bar:
         for done, request in enumerate(requests, 1):
@@ -62,7 +66,7 @@ def plan_verb(
     else:
         planned = plans[0][1]
         _print_plan(planned)
-        if any(each.fits for each in planned.gpus):
+        if any(fit.fits for fit in planned.gpus):
             next_step("run", *launching(requests[0]))
 
 
@@ -71,49 +75,28 @@ def _target(name: str) -> "tuple[Gpu | None, float | None]":
     from ..config import gpus
 
     size = gpus.SIZE.fullmatch(name)
-    return (None, float(size[1])) if size else (gpus.find(name), None)
+    if size:
+        return None, float(size[1])
+    return gpus.find(name), None
 
 
 def _print_plan(planned: "Plan") -> None:
     """Print a plan as tables."""
-    from ..plan.step_plan import GIB
-
-    batch, memory = planned.micro_batch, planned.memory
-    tables.print_text(
-        f"{planned.model}, {planned.adapter or 'all weights'}, {batch.rows} x {batch.tokens} tokens per micro batch"
-    )
+    batch = f"{_micro_batch(planned)} tokens per micro batch"
+    tables.print_text(f"{planned.model}, {planned.adapter or 'all weights'}, {batch}")
     print()
     counts = planned.parameters | {"all": {"frozen": planned.frozen, "trainable": planned.trainable}}
     tables.print_table(
         [{"parameters": layer} | {kind: f"{n:,}" for kind, n in count.items()} for layer, count in counts.items()]
     )
     print(f"{planned.trainable_share:.3%} trainable\n")
-    lines = [
-        *sorted(memory.parts.items(), key=lambda part: -part[1]),
-        ("allocated at the peak", memory.allocated),
-        ("reserved but unused", memory.reserved - memory.allocated),
-        ("CUDA context", memory.context),
-        ("needed", memory.needed),
-        ("paged optimizer state, not included", memory.paged),
-        *((f"needed on each GPU with {method}", size) for method, size in planned.per_gpu.items()),
-    ]
-    tables.print_table([{"memory": name, "GiB": f"{size / GIB:.2f}"} for name, size in lines if size])
+    tables.print_table([{"memory": name, "GiB": _gib(size)} for name, size in _memory(planned) if size])
     print()
-    tables.print_table(
-        [
-            {
-                "GPU": each.gpu,
-                "usable GiB": f"{each.usable / GIB:.2f}",
-                "fits": each.verdict,
-                "free GiB": f"{each.free / GIB:.2f}",
-            }
-            for each in planned.gpus
-        ]
-    )
+    tables.print_table([{heading: cell(fit) for heading, cell in _FIT_COLUMNS.items()} for fit in planned.gpus])
     for change in planned.changes:
         settings = " ".join(f"--set {key}={yamlfiles.write_flow(value)}" for key, value in change.set.items())
         verdict = "then it fits" if change.fits else "not enough"
-        tables.print_text(f"{verdict}, {change.needed / GIB:.2f} GiB: {settings} ({change.effect})")
+        tables.print_text(f"{verdict}, {_gib(change.needed)} GiB: {settings} ({change.effect})")
     print()
     if planned.work:
         tables.print_table([{"work": name, "": text} for name, text in _work(planned.work)], below=[""])
@@ -121,9 +104,39 @@ def _print_plan(planned: "Plan") -> None:
         tables.print_text(f"note: {note}")
 
 
+def _gib(size: float) -> str:
+    """Bytes as GiB."""
+    return f"{size / 2**30:.2f}"
+
+
+def _micro_batch(planned: "Plan") -> str:
+    return f"{planned.micro_batch.rows} x {planned.micro_batch.tokens}"
+
+
+def _memory(planned: "Plan") -> Iterator[tuple[str, float]]:
+    """Parts of the memory at the peak, and sums, in bytes."""
+    memory = planned.memory
+    yield from sorted(memory.parts.items(), key=lambda part: -part[1])
+    yield "allocated at the peak", memory.allocated
+    yield "reserved but unused", memory.reserved - memory.allocated
+    yield "CUDA context", memory.context
+    yield "needed", memory.needed
+    yield "paged optimizer state, not included", memory.paged
+    for engine, size in planned.per_gpu.items():
+        yield f"needed on each GPU with {engine}", size
+
+
+_FIT_COLUMNS: "dict[str, Callable[[Fit], str]]" = {
+    "GPU": lambda fit: fit.gpu,
+    "usable GiB": lambda fit: _gib(fit.usable),
+    "fits": lambda fit: fit.verdict,
+    "free GiB": lambda fit: _gib(fit.free),
+}
+
+
 def _work(work: "Work") -> Iterator[tuple[str, str]]:
     """Known facts about a training's rows, tokens, steps and time, as label and text."""
-    up_to = "up to " if work.at_most else ""
+    up_to = _up_to(work)
     if work.at_most:
         yield (
             "row lengths",
@@ -138,30 +151,35 @@ def _work(work: "Work") -> Iterator[tuple[str, str]]:
     if work.tokens_per_second:
         yield "tokens per second", f"{work.tokens_per_second:,.0f}"
     if work.hours:
-        yield "hours", f"{up_to}{work.hours:,.{1 if work.hours >= 1 else 2}f} ({work.hours_are})"
+        digits = 1 if work.hours >= 1 else 2
+        yield "hours", f"{up_to}{work.hours:,.{digits}f} ({work.hours_are})"
 
 
 def _print_plans(plans: "list[tuple[str, Plan]]") -> None:
     """Print several plans as one table."""
-    from ..plan.step_plan import GIB
-
-    rows = []
-    for name, planned in plans:
-        fits = planned.gpus
-        row: dict[str, str | None] = {
-            "recipe": name,
-            "trainable": f"{planned.trainable:,}",
-            "micro batch": f"{planned.micro_batch.rows} x {planned.micro_batch.tokens}",
-            "needed GiB": f"{planned.memory.needed / GIB:.2f}",
-        }
-        if len(fits) == 1:
-            first, hours = fits[0], planned.work and planned.work.hours
-            row |= {"GPU": first.gpu, "fits": first.verdict, "free GiB": f"{first.free / GIB:.2f}"}
-            row["hours"] = f"{'up to ' if planned.work.at_most else ''}{hours:.3g}" if planned.work and hours else None
-        else:
-            row["smallest GPU"] = next((each.gpu for each in fits if each.fits), "none")
-        rows.append(row)
-    tables.print_table(rows)
+    tables.print_table([_row(name, planned) for name, planned in plans])
     notes = [f"note: {name}: {note}" for name, planned in plans for note in planned.notes]
     for note in dict.fromkeys(notes):
         tables.print_text(note)
+
+
+def _row(name: str, planned: "Plan") -> Row:
+    """Row of a plan, with the requested GPU or the smallest one that suffices."""
+    row: Row = {
+        "recipe": name,
+        "trainable": f"{planned.trainable:,}",
+        "micro batch": _micro_batch(planned),
+        "needed GiB": _gib(planned.memory.needed),
+    }
+    if len(planned.gpus) > 1:
+        row["smallest GPU"] = next((fit.gpu for fit in planned.gpus if fit.fits), "none")
+        return row
+    [fit] = planned.gpus
+    row |= {"GPU": fit.gpu, "fits": fit.verdict, "free GiB": _gib(fit.free), "hours": None}
+    if planned.work and planned.work.hours:
+        row["hours"] = f"{_up_to(planned.work)}{planned.work.hours:.3g}"
+    return row
+
+
+def _up_to(work: "Work") -> str:
+    return "up to " if work.at_most else ""

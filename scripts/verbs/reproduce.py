@@ -1,12 +1,12 @@
 """The verb reproduce."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..base import paths, tables
 from ..base.terminal import say
-from .help import Verb, next_step
+from .help import Verb, next_step, rehearse_option
 from .options import (
     Force,
     FromStage,
@@ -28,10 +28,13 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..data.studies import Study
+    from ..run.backends import TaskResult
 
 OnlyRecipes = Annotated[
-    list[str] | None,
+    list[str],
     typer.Option(
+        default_factory=list,
+        show_default=False,
         metavar="NAME",
         autocompletion=complete_recipes,
         help="Reproduce only this recipe, or a pattern such as 'llama-3*'. Repeatable.",
@@ -46,19 +49,20 @@ verbs = typer.Typer(rich_markup_mode=None)
     epilog="recipe reproduce haider2024 --rehearse\nrecipe reproduce haider2024 --dry-run --gpu T4",
 )
 def reproduce_verb(
-    study: Annotated[
+    *,
+    name: Annotated[
         str, typer.Argument(metavar="STUDY", autocompletion=complete_studies, help="Study, e.g. haider2024.")
     ],
     from_: FromStage = "training",
     rehearse: RehearseAll = False,
-    only: OnlyRecipes = None,
+    only: OnlyRecipes,
     seeds: Seeds = 1,
     jobs: Jobs = None,
     on: On = "local",
-    profile: Profiles = None,
-    set_: Overrides = None,
-    metric: Metrics = None,
-    force: Force = None,
+    profile: Profiles,
+    set_: Overrides,
+    metric: Metrics,
+    force: Force,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the data and runs, with memory and hours; start nothing.")
     ] = False,
@@ -70,44 +74,61 @@ def reproduce_verb(
     from ..config.compose import Request, is_rehearsal
     from ..data.studies import find
     from ..evaluate.evaluate import EvaluationRequest
-    from ..results import study_tables, verdict
     from ..study import reproduce
 
     only_with("--gpu", gpu, "--dry-run", dry_run)
-    of_study = find(study)
-    request = Request(of_study.folder.name, profile or [], set_ or [], rehearse, force=force or [])
+    study = find(name)
+    request = Request(study.folder.name, profile, set_, rehearse, force=force)
     request.rehearse = is_rehearsal(request)
+    later_options: dict[str, object] = {}
     if from_ != "training":
-        later: dict[str, object] = {f"--on {on}": on != "local", "--seeds": seeds > 1, "--dry-run": dry_run}
-        if from_ == "predictions":
-            later |= {"--rehearse": request.rehearse, "--set": set_, "--profile": profile, "--jobs": jobs}
-        for option, given in later.items():
-            only_with(option, given, f"a later stage than --from {from_}", False)
-    evaluation = EvaluationRequest(metrics=metric or [])
+        later_options |= {f"--on {on}": on != "local", "--seeds": seeds > 1, "--dry-run": dry_run}
+    if from_ == "predictions":
+        later_options |= {"--rehearse": request.rehearse, "--set": set_, "--profile": profile, "--jobs": jobs}
+    for option, value in later_options.items():
+        only_with(option, value, f"a later stage than --from {from_}", False)
+    evaluation = EvaluationRequest(metrics=metric)
     backend = backend_of(on, request.rehearse, jobs)
     if from_ == "predictions":
-        _score_predictions(of_study, only or [], evaluation.judge, json)
-        return
-    if dry_run:
+        _score_predictions(study, only, evaluation.judge, json)
+    elif dry_run:
         target = gpus.find(gpu) if gpu else None
-        outline = reproduce.outline(of_study, request, only or [], evaluation, backend, target, seeds)
-        reproduce.show_outline(outline, json)
-        if any(row["training"] == "refused" for row in outline["recipes"]):
-            raise typer.Exit(2)
-        if not json:
-            say("next: the same command without --dry-run")
-        return
-    if from_ == "adapter":
-        results = reproduce.evaluate_adapters(of_study, request, only or [], evaluation, backend)
+        _show_outline(reproduce.outline(study, request, only, evaluation, backend, target, seeds), json)
     else:
-        results = reproduce.reproduce(of_study, request, only or [], evaluation, backend, seeds)
-    rows = verdict.rows(of_study, paths.runs(), request.rehearse, reproduce.representative_runs(results))
+        if from_ == "adapter":
+            results = reproduce.evaluate_adapters(study, request, only, evaluation, backend)
+        else:
+            results = reproduce.reproduce(study, request, only, evaluation, backend, seeds)
+        _show_results(study, request.rehearse, results, json)
+        next_step("results", name, *rehearse_option(request.rehearse), json=json)
+
+
+def _show_outline(outline: dict[str, list[Any]], json: bool) -> None:
+    """Print an outline.
+
+    Raises:
+        typer.Exit: code 2 if a recipe would be refused.
+    """
+    from ..study import reproduce
+
+    reproduce.show_outline(outline, json)
+    if any(row["training"] == "refused" for row in outline["recipes"]):
+        raise typer.Exit(2)
+    if not json:
+        say("next: the same command without --dry-run")
+
+
+def _show_results(study: "Study", rehearse: bool, results: "list[TaskResult]", json: bool) -> None:
+    """Print the steps, and compare the scores with the published ones; exit with the steps' code."""
+    from ..results import study_tables, verdict
+    from ..study import reproduce
+
+    rows = verdict.rows(study, paths.runs(), rehearse, reproduce.representative_runs(results))
     records = [verdict.record(row) for row in rows]
-    end(results, json, {}, records, lambda: study_tables.show_study(of_study, rows, request.rehearse, json))
-    next_step("results", study, *["--rehearse"][: request.rehearse], json=json)
+    end(results, json, {}, records, lambda: study_tables.show_study(study, rows, rehearse, json))
 
 
-def _score_predictions(of_study: "Study", only: list[str], scorer: str | None, json: bool) -> None:
+def _score_predictions(study: "Study", only: list[str], scorer: str | None, json: bool) -> None:
     """Score a study's published predictions, and print the scores.
 
     Raises:
@@ -115,7 +136,7 @@ def _score_predictions(of_study: "Study", only: list[str], scorer: str | None, j
     """
     from ..study import reproduce
 
-    rows, problems = reproduce.score_predictions(of_study, only, scorer)
+    rows, problems = reproduce.score_predictions(study, only, scorer)
     if json:
         tables.print_json({"scores": rows, "problems": problems})
     elif rows:
@@ -124,4 +145,4 @@ def _score_predictions(of_study: "Study", only: list[str], scorer: str | None, j
         say(f"{name}: {problem}")
     if problems:
         raise typer.Exit(1)
-    next_step("reproduce", of_study.folder.name, json=json)
+    next_step("reproduce", study.folder.name, json=json)

@@ -9,7 +9,7 @@ from ..base import paths
 from ..base.errors import UserError
 from ..base.files import write_atomically
 from ..base.terminal import Bar, say
-from .help import Verb, next_step
+from .help import Verb, next_step, rehearse_option
 from .options import Force, Json, Metrics, RehearsalsOfStudy, RunName, Things, complete_runs, exclusive, only_with
 
 verbs = typer.Typer(rich_markup_mode=None)
@@ -21,9 +21,10 @@ verbs = typer.Typer(rich_markup_mode=None)
     epilog="recipe results haider2024\nrecipe results lora-tradeoffs\nrecipe results RUN RUN",
 )
 def results_verb(
-    names: Things = None,
+    *,
+    names: Things,
     rehearse: RehearsalsOfStudy = False,
-    metric: Metrics = None,
+    metric: Metrics,
     export: Annotated[
         str | None,
         typer.Option(
@@ -35,7 +36,6 @@ def results_verb(
     json: Json = False,
 ) -> None:
     """Show losses and scores of runs, a study or a sweep, or compare two runs."""
-    names = names or []
     exclusive({"--export": export, "--rehearse": rehearse, "--metric": metric})
     exclusive({" ".join(names): names, "--export": export})
     only_with("--metric", metric, "two runs", len(names) == 2)
@@ -50,7 +50,7 @@ def results_verb(
         from ..results import compare, study_tables
 
         pair = (names[0], names[1])
-        study_tables.show_comparison(compare.comparison(pair, paths.runs(), metric or []), pair, json)
+        study_tables.show_comparison(compare.comparison(pair, paths.runs(), metric), pair, json)
     elif json or any(paths.run_folders(paths.runs())):
         from ..results import listing
         from ..run.rundir import all_runs
@@ -102,7 +102,7 @@ def _show_one(name: str, rehearse: bool, json: bool) -> None:
         sweep_results.show(thing, json)
     else:
         listing.show([thing], json)
-    next_step("report", name, *["--rehearse"][:rehearse], json=json)
+    next_step("report", name, *rehearse_option(rehearse), json=json)
 
 
 @verbs.command(
@@ -111,7 +111,8 @@ def _show_one(name: str, rehearse: bool, json: bool) -> None:
     epilog="recipe report latest\nrecipe report haider2024 --out study.html",
 )
 def report_verb(
-    names: Things = None,
+    *,
+    names: Things,
     rehearse: RehearsalsOfStudy = False,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.html", help="Output file.")] = Path("report.html"),
 ) -> None:
@@ -137,7 +138,7 @@ def report_verb(
             case _:
                 folders = {thing.path: thing for thing in things if isinstance(thing, RunDir)}
                 if not all(isinstance(thing, RunDir) for thing in things):
-                    raise UserError(f"{' '.join(names or ())}: a report shows runs, one study or one sweep")
+                    raise UserError(f"{' '.join(names)}: a report shows runs, one study or one sweep")
                 html = report.runs_page(report_runs.reported_runs(list(folders.values()))).html()
     write_atomically(out, html)
     print(out)
@@ -150,6 +151,7 @@ def report_verb(
     epilog="recipe publish latest\nrecipe publish latest --push owner/name --private",
 )
 def publish_verb(
+    *,
     run: RunName,
     merge: Annotated[
         bool, typer.Option("--merge", help="Also merge base model and adapter into one model, in output/merged.")
@@ -161,11 +163,11 @@ def publish_verb(
         ),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="If the repository is new, make it private.")] = False,
-    force: Force = None,
+    force: Force,
 ) -> None:
     """Write a run's model card; with options, also merge or upload the adapter."""
     from ..results import publish
     from ..run.rundir import find_run
 
-    for published in publish.publish(find_run(run, paths.runs()), merge, push, private, force or []):
+    for published in publish.publish(find_run(run, paths.runs()), merge, push, private, force):
         print(published)

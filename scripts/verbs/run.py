@@ -19,12 +19,13 @@ verbs = typer.Typer(rich_markup_mode=None)
     epilog="recipe run code-llama-7b --rehearse\nrecipe run llama-3.2-3b --set num_epochs=3 --set lora_r=64",
 )
 def run_verb(
+    *,
     name: Name,
     rehearse: Annotated[
         bool, typer.Option("--rehearse", help="Try it on the CPU: small model, few rows, no network.")
     ] = False,
-    profile: Profiles = None,
-    set_: Overrides = None,
+    profile: Profiles,
+    set_: Overrides,
     gpu_count: Annotated[
         int,
         typer.Option(
@@ -35,7 +36,7 @@ def run_verb(
         int, typer.Option(rich_help_panel=WHERE, metavar="N", min=1, help="Machines to train on, with --on slurm.")
     ] = 1,
     on: On = "local",
-    force: Force = None,
+    force: Force,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the config and start nothing.")] = False,
 ) -> None:
     """Train a recipe with Axolotl, in a new run folder."""
@@ -45,13 +46,13 @@ def run_verb(
 
     request = Request(
         name,
-        profiles=profile or [],
-        overrides=set_ or [],
+        profiles=profile,
+        overrides=set_,
         rehearse=rehearse,
         gpus=gpu_count,
         nodes=nodes,
         dry_run=dry_run,
-        force=force or [],
+        force=force,
     )
     backend = backend_of(on, is_rehearsal(request))
     if dry_run:
@@ -67,6 +68,7 @@ def run_verb(
 
 @verbs.command("resume", cls=Verb, epilog="recipe resume latest")
 def resume_verb(
+    *,
     run: RunName,
     prepare: Annotated[
         bool,
@@ -76,27 +78,27 @@ def resume_verb(
         bool,
         typer.Option("--trust", help="Trust a run folder from elsewhere; its author's code may execute."),
     ] = False,
-    force: Force = None,
+    force: Force,
     on: On = "local",
 ) -> None:
     """Resume an interrupted run from its last complete checkpoint."""
     from ..run.run import resume
 
     backend = backend_of(on)
-    folder = resume(run, backend, prepare, force or [], trust)
+    folder = resume(run, backend, prepare, force, trust)
     print(folder.path)
     if not prepare:  # after --prepare, there is nothing to evaluate
         after_training(folder, on)
 
 
 @verbs.command("cancel", cls=Verb, epilog="recipe cancel latest\nrecipe cancel lora-tradeoffs")
-def cancel_verb(names: Things) -> None:
+def cancel_verb(*, names: Things) -> None:
     """Save a checkpoint and stop active jobs; remove queued ones."""
     from ..study.cancel import cancel
     from ..study.sweep import find_any
 
-    messages = [message for name in names or [] for message in cancel(find_any(name))]
+    messages = [message for name in names for message in cancel(find_any(name))]
     if not messages:
-        raise UserError(f"{', '.join(names or [])}: nothing is running or queued")
+        raise UserError(f"{', '.join(names)}: nothing is running or queued")
     for message in messages:
         print(message)

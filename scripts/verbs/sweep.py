@@ -1,11 +1,11 @@
 """The verb sweep."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..base import paths
-from .help import Verb, next_step
+from .help import Verb, next_step, rehearse_option
 from .options import (
     Force,
     Jobs,
@@ -24,10 +24,17 @@ from .options import (
     only_with,
 )
 
+if TYPE_CHECKING:
+    from ..data.studies import Study
+    from ..run.backends import TaskResult
+    from ..study.sweep import Sweep
+
 Tried = Annotated[
-    list[str] | None,
+    list[str],
     typer.Option(
         "--set",
+        default_factory=list,
+        show_default=False,
         metavar="KEY=V,V,V",
         autocompletion=complete_keys,
         help="Values to try for KEY. Repeatable; then all combinations are tried.",
@@ -43,11 +50,12 @@ verbs = typer.Typer(rich_markup_mode=None)
     "\nrecipe sweep haider2024 --set learning_rate=1e-4,2e-4,5e-4",
 )
 def sweep_verb(
+    *,
     name: NameOrStudy,
     file: SweepFile = None,
-    set_: Tried = None,
+    set_: Tried,
     rehearse: RehearseAll = False,
-    profile: Profiles = None,
+    profile: Profiles,
     seeds: Seeds = 1,
     jobs: Jobs = None,
     on: On = "local",
@@ -58,8 +66,8 @@ def sweep_verb(
             metavar="N", min=1, help="Evaluate only N rows, chosen pseudo-randomly; default: all (rehearsal: 12)."
         ),
     ] = None,
-    metric: Metrics = None,
-    force: Force = None,
+    metric: Metrics,
+    force: Force,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan every run, but start none.")] = False,
     json: Json = False,
 ) -> None:
@@ -68,30 +76,42 @@ def sweep_verb(
     from ..config.compose import Request, is_rehearsal
     from ..data import studies
     from ..evaluate.evaluate import EvaluationRequest
-    from ..results import sweep_results
     from ..study import reproduce, sweep
 
     only_with("--gpu", gpu, "--dry-run", dry_run)
-    sweep_name, members = sweep.read_members(sweep.find_sweep_file(file) if file else None, set_ or [])
-    request = Request(name, profiles=profile or [], rehearse=rehearse, force=force or [])
+    shipped_or_file = sweep.find_sweep_file(file) if file else None
+    sweep_name, members = sweep.read_members(shipped_or_file, set_)
+    request = Request(name, profiles=profile, rehearse=rehearse, force=force)
     request.rehearse = is_rehearsal(request)
-    evaluation = EvaluationRequest(limit=limit, metrics=metric or [])
-    backend = backend_of(on, request.rehearse, jobs)
-    of_study = studies.find(name) if name in {folder.name for folder in paths.studies()} else None
+    requests, study = [request], None
+    if name in {folder.name for folder in paths.studies()}:
+        study = studies.find(name)
+        requests = [reproduce.request_for(request, recipe) for recipe in study.published]
     records, results = sweep.sweep(
         sweep_name,
         members,
-        [reproduce.request_for(request, recipe) for recipe in of_study.published] if of_study else [request],
-        evaluation,
-        backend,
+        requests,
+        EvaluationRequest(limit=limit, metrics=metric),
+        backend_of(on, request.rehearse, jobs),
         seeds=seeds,
         gpu=gpus.find(gpu) if gpu else None,
         dry_run=dry_run,
     )
-    runs, best = paths.runs(), []
-    if of_study:
-        best = sweep_results.best_rows(of_study, records, runs)
-    rows = [sweep_results.record(row) for record in records for row in sweep_results.rows(record, runs)]
+    _show_results(study, records, results, json)
+    if study:
+        next_step("results", name, *rehearse_option(request.rehearse), json=json or dry_run)
+    else:
+        next_step("results", records[0].label, json=json or dry_run)
+
+
+def _show_results(study: "Study | None", records: "list[Sweep]", results: "list[TaskResult]", json: bool) -> None:
+    """Print the steps, the members' scores and a study's best members; exit with the steps' code."""
+    from ..results import sweep_results
+
+    best = sweep_results.best_rows(study, records, paths.runs()) if study else []
+    rows = []
+    for record in records:
+        rows += [sweep_results.record(row) for row in sweep_results.rows(record, paths.runs())]
 
     def show() -> None:
         for record in records:
@@ -100,7 +120,3 @@ def sweep_verb(
 
     head = {"sweep": records[0].label, "tuned": [*map(sweep_results.best_record, best)]}
     end(results, json, head, rows, show)
-    if of_study:
-        next_step("results", name, *["--rehearse"][: request.rehearse], json=json or dry_run)
-    else:
-        next_step("results", records[0].label, json=json or dry_run)

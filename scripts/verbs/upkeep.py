@@ -22,6 +22,7 @@ verbs.add_typer(study_verbs, name="study")
 
 @verbs.command("render", cls=Verb, epilog="recipe render --check")
 def render_verb(
+    *,
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; print differences from the templates, and fail on any.")
     ] = False,
@@ -49,6 +50,7 @@ def render_verb(
 
 @study_verbs.command("new", cls=Verb, epilog="recipe study new smith2026")
 def study_new_verb(
+    *,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Study name, also used for its folders.")],
     model: Annotated[
         str, typer.Option(metavar="MODEL", help="Base model of the study's first recipe.")
@@ -64,11 +66,12 @@ def study_new_verb(
 
 @study_verbs.command("check", cls=Verb, epilog="recipe study check haider2024")
 def study_check_verb(
+    *,
     name: Annotated[
         str,
         typer.Argument(metavar="STUDY", autocompletion=complete_studies, help="Study, or part of its name."),
     ],
-    force: Force = None,
+    force: Force,
     json: Json = False,
 ) -> None:
     """Find mistakes in a study. Exit code 2 if there is an error."""
@@ -83,7 +86,7 @@ def study_check_verb(
     ]
     counts = {level: sum(finding.level == level for finding in findings) for level in ("error", "warning")}
     if not counts["error"]:
-        benchmarks.require(of_study.columns, force=force or [])
+        benchmarks.require(of_study.columns, force=force)
     say(f"{of_study.folder.name}: errors: {counts['error']}, warnings: {counts['warning']}")
     if counts["error"]:
         raise typer.Exit(2)
@@ -91,7 +94,7 @@ def study_check_verb(
 
 
 @verbs.command("doctor", cls=Verb, epilog="recipe doctor\nrecipe doctor --json")
-def doctor_verb(json: Json = False) -> None:
+def doctor_verb(*, json: Json = False) -> None:
     """Find problems with this environment, GPU and disk, and suggest remedies."""
     from ..check.environment import check_environment
 

@@ -552,9 +552,9 @@ def test_bad_test_data_is_told_before_a_model_is_loaded(run, tmp_path):
 
 def test_the_base_model_is_scored_beside_the_adapter(run, tiny, capsys):
     save_adapter(tiny, run.output)
-    evaluate_verb(str(run.path), limit=2, max_new_tokens=4, metric=["bertscore:none"], base=True)
+    evaluate_verb(run=str(run.path), limit=2, max_new_tokens=4, metric=["bertscore:none"], base=True, force=[])
     heading, *scores = capsys.readouterr().out.splitlines()
     assert heading.split() == ["score", "adapter", "base"] and scores[0].split() == ["rows", "2", "2"]
     assert read_scores(run.path) and read_scores(other_evaluation(run))
     with pytest.raises(UserError, match="--base"):  # the server has one model
-        evaluate_verb(str(run.path), base=True, engine="http://localhost:1", model="adapter")
+        evaluate_verb(run=str(run.path), base=True, engine="http://localhost:1", model="adapter", metric=[], force=[])
