@@ -164,7 +164,7 @@ def no_gpu(case: Case) -> Problems:
     loaded."""
     if not case.launching or case.gpu:
         return
-    for change, reason in substitution.lacking(case.config):
+    for change, reason in substitution.gpu_replacements(case.config):
         keys = [key for key in change if key not in ("fp16", "float16")]
         if keys:
             key = next(filter(case.__getitem__, keys), keys[0])

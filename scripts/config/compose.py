@@ -16,9 +16,8 @@ from . import datafiles, gpus, merging, models, numerics, substitution, variants
 from .datafiles import DataFile
 from .gpus import Gpu
 from .merging import Difference, Override, Source
-from .profiles import ADAPTED, Incompatible, adapted
+from .profiles import ADAPTED, Incompatible, adapted, incompatible_keys
 from .training_settings import SEED
-from .variants import check_not_of_the_run
 
 REHEARSAL = "rehearsal"
 MIRROR = "mirror"  # the profile that replaces the base model by an ungated copy
@@ -43,6 +42,13 @@ class Request:
         """Number of training processes, one for each GPU."""
         return self.gpus * self.nodes
 
+    @property
+    def gpu_options(self) -> str:
+        """Options that request the GPUs."""
+        if self.nodes > 1:
+            return f"--gpus {self.gpus} --nodes {self.nodes}"
+        return f"--gpus {self.gpus}"
+
 
 @dataclass
 class Composed:
@@ -53,7 +59,7 @@ class Composed:
         differences: changes from the recipe file to the composed config.
         files: for each key changed by a file, such as a variant or profile, the path of this file.
         data: the data files; empty until they are read.
-        incompatible: profile keys that do not suit the config, grouped by reason; see `profiles.adapted`.
+        incompatible: profile keys that do not suit the config, grouped by reason; see `profiles.incompatible_keys`.
         of_variant: changes from the origin to the recipe file.
     """
 
@@ -90,136 +96,202 @@ class Composed:
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-@dataclass
-class _Draft:
-    """A config under composition, changed step by step.
-
-    Attributes:
-        sources: source and file of the last change of each key.
-        sample: the rehearsal profile's keys for the shipped sample.
-        given: the user's changes merged after the rehearsal profile, by dotted key.
-        incompatible: see `Composed`.
-    """
-
-    config: Config
-    sources: dict[str, tuple[Source, Path | None]] = field(default_factory=dict)
-    sample: Config = field(default_factory=dict)
-    given: Config = field(default_factory=dict)
-    incompatible: Incompatible = field(default_factory=dict)
-
-    def take(self, changed: Config, source: Source, file: Path | None = None) -> None:
-        """Adopt a changed config, and record the source of each changed key."""
-        self.sources.update(dict.fromkeys(merging.differences(self.config, changed), (source, file)))
-        self.config = changed
-
-    def differences(self, before: Config) -> list[Difference]:
-        """Differences from an earlier config."""
-        differing = merging.differences(before, self.config).items()
-        return [Difference(key=key, recipe=old, run=new, source=self.sources[key][0]) for key, (old, new) in differing]
-
-    def rehearsal_changes(self, fragment: Config) -> Config:
-        """Return the rehearsal profile's changes, except its keys for the sample; store those in `sample`."""
-        folders = {"stand_in": str(substitution.folder()), "sample": str(default_sample())}
-        fragment = filled(fragment, folders) | {"bf16": hardware.cpu_has_bf16()}
-        self.sample = {key: fragment.pop(key) for key in substitution.OF_SAMPLE}
-        own_model = substitution.OF_MODEL if models.is_small(self.config) else ()
-        kept = {*own_model, *datafiles.missing_paths(self.config)}  # the check reports a missing path
-        return {key: value for key, value in fragment.items() if key not in kept}
-
-
 def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     """Compose a request's config, for a GPU if known, without checking it.
 
     Raises:
         UserError: a name or file is wrong, or a change cannot be merged into the recipe.
     """
-    name, file = paths.find_recipe(request.name)
-    recipe = yamlfiles.read_yaml(file)
-    origin = variants.origin_of(name, file)
-    base = recipe if origin in (name, None) else yamlfiles.read_yaml(paths.recipe_file(origin or name))
-    profiles = [paths.find_profile(profile) for profile in request.profiles]
-    if request.rehearse and REHEARSAL not in dict(profiles):
-        profiles.append(paths.find_profile(REHEARSAL))  # last, to override other profiles' GPU features
-    rehearsal = REHEARSAL in dict(profiles)
-    draft = _Draft(base)
-    own = recipe | {key: base.get(key) for key in merging.OF_THE_RUN}
-    draft.take(
-        {key: value for key, value in own.items() if value is not None}, Source("recipe", paths.shown(file)), file
-    )
-    of_variant, of_file = draft.differences(base), draft.config
-    if MIRROR in dict(profiles):
-        draft.take(_mirrored(draft.config), Source("profile", MIRROR))
-    others = [profile for profile in profiles if profile[0] != MIRROR]
-    begun = draft.config
-    for profile, source in others:
-        fragment = yamlfiles.read_yaml(source)
-        if profile in ADAPTED:
-            remaining = [path for other, path in others if other not in (profile, REHEARSAL)]
-            whole = _preview(begun, remaining, request.overrides)
-            fragment = adapted(fragment, draft.config, whole, gpu, draft.incompatible)
-        if profile == REHEARSAL:
-            fragment = draft.rehearsal_changes(fragment)
-        elif draft.sample:
-            draft.given |= dict(merging.flatten(fragment))
-        draft.take(merging.merge(draft.config, fragment), Source("profile", profile), source)
-    for override in request.overrides:
-        check_not_of_the_run(override.key, f"--set {override.text}")
-        draft.take(merging.override(draft.config, override.key, override.value), override.source)
-        draft.given |= dict(merging.flatten({override.key: override.value}))
-    if rehearsal and request.ranks == 1:
-        engine = set(gpus.ENGINE_KEYS).difference(datafiles.missing_paths(draft.config))
-        without = merging.merge(draft.config, dict.fromkeys(engine))
-        reason = "the rehearsal uses one process; --gpus 2 rehearses the engine too"
-        draft.take(without, Source("default", detail=reason))
-    several = f"--gpus {request.gpus}" + (f" --nodes {request.nodes}" if request.nodes > 1 else "")
-    draft.take(
-        gpus.divided(draft.config, request.ranks, several), Source("gpus", several, "keeps the number of rows per step")
-    )
-    if rehearsal:
-        for changes, reason in substitution.substitutions(draft.config, draft.sample, draft.given):
-            draft.take(merging.merge(draft.config, changes), Source("rehearsal", detail=reason))
-    stated = numerics.engine_precision(draft.config, on_gpu=not rehearsal)
-    draft.take(stated, Source("default", detail="DeepSpeed reads auto too late for ZeRO-3"))
-    if draft.config.get("seed") is None:
-        reason = "without a seed, each run would begin differently"
-        draft.take(draft.config | {"seed": SEED}, Source("default", detail=reason))
+    recipe, file = paths.find_recipe(request.name)
+    content = yamlfiles.read_yaml(file)
+    origin = variants.origin_of(recipe, file)
+    shipped = content
+    if origin not in (recipe, None):
+        shipped = yamlfiles.read_yaml(paths.recipe_file(origin))
+    composition = _Composition(request, gpu, _profiles(request), shipped)
+    composition.derive(content, file)
+    of_variant, of_file = composition.differences(shipped), composition.config
+    composition.mirror()
+    composition.apply_profiles()
+    composition.apply_overrides()
+    composition.drop_engine()
+    composition.divide_batch()
+    composition.substitute()
+    composition.state_precision()
+    composition.state_seed()
     return Composed(
-        recipe=name,
+        recipe=recipe,
         recipe_file=file,
         origin=origin,
-        config=draft.config,
-        differences=draft.differences(of_file),
-        files={key: changed_by for key, (_, changed_by) in draft.sources.items() if changed_by},
-        profiles=[*dict(profiles)],
-        rehearsal=rehearsal,
-        incompatible=draft.incompatible,
+        config=composition.config,
+        differences=composition.differences(of_file),
+        files=composition.files,
+        profiles=[*dict(composition.profiles)],
+        rehearsal=composition.is_rehearsal,
+        incompatible=composition.incompatible,
         of_variant=of_variant,
     )
 
 
-def _preview(composed: Config, profiles: list[Path], overrides: list[Override]) -> Config:
-    """Merge the other profiles and the overrides into a config, so that `fast` and `packed` can adapt to it."""
-    for file in profiles:
-        composed = merging.merge(composed, yamlfiles.read_yaml(file))
-    for override in overrides:
-        with suppress(UserError):  # `compose` reports the error
-            composed = merging.override(composed, override.key, override.value)
-    return composed
-
-
 def is_rehearsal(request: Request) -> bool:
     """True if the request is for a rehearsal."""
-    return request.rehearse or REHEARSAL in (paths.find_profile(profile)[0] for profile in request.profiles)
+    return REHEARSAL in dict(_profiles(request))
 
 
-def _mirrored(composed: Config) -> Config:
+def _profiles(request: Request) -> list[tuple[str, Path]]:
+    """Names and files of a request's profiles."""
+    profiles = [paths.find_profile(profile) for profile in request.profiles]
+    if request.rehearse and REHEARSAL not in dict(profiles):
+        profiles.append(paths.find_profile(REHEARSAL))  # last, to override other profiles' GPU features
+    return profiles
+
+
+@dataclass
+class _Composition:
+    """A config under composition; its methods are the steps, in the order in which they apply.
+
+    Attributes:
+        config: the config so far, at first the origin's.
+        sources: source of the last change of each key.
+        files: the file of this source, if it is a file.
+        sample: the rehearsal profile's keys for the shipped sample.
+        kept: the user's settings that a rehearsal keeps, by dotted key.
+        incompatible: see `Composed`.
+    """
+
+    request: Request
+    gpu: Gpu | None
+    profiles: list[tuple[str, Path]]
+    config: Config
+    sources: dict[str, Source] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict)
+    sample: Config = field(default_factory=dict)
+    kept: Config = field(default_factory=dict)
+    incompatible: Incompatible = field(default_factory=dict)
+
+    @property
+    def is_rehearsal(self) -> bool:
+        return REHEARSAL in dict(self.profiles)
+
+    def differences(self, before: Config) -> list[Difference]:
+        """Differences from an earlier config."""
+        differing = merging.differences(before, self.config).items()
+        return [Difference(key=key, recipe=old, run=new, source=self.sources[key]) for key, (old, new) in differing]
+
+    def derive(self, recipe: Config, file: Path) -> None:
+        """Turn the origin's config into that of a variant or edited copy, except for the keys that a run sets."""
+        derived = recipe | {key: self.config.get(key) for key in merging.OF_THE_RUN}
+        derived = {key: value for key, value in derived.items() if value is not None}
+        self._adopt_file(derived, Source("recipe", paths.shown(file)), file)
+
+    def mirror(self) -> None:
+        """Replace a gated base model by its ungated copy, for the profile mirror."""
+        if MIRROR in dict(self.profiles):
+            self._adopt(_mirrored(self.config), Source("profile", MIRROR))
+
+    def apply_profiles(self) -> None:
+        """Merge the other profiles."""
+        before = self.config
+        for name, file in self.profiles:
+            if name == MIRROR:
+                continue
+            fragment = yamlfiles.read_yaml(file)
+            if name in ADAPTED:
+                fragment = self._adapted(fragment, self._preview(before, name))
+            if name == REHEARSAL:
+                fragment = self._rehearsal_changes(fragment)
+            elif self.sample:
+                self.kept |= dict(merging.flatten(fragment))
+            self._adopt_file(merging.merge(self.config, fragment), Source("profile", name), file)
+
+    def apply_overrides(self) -> None:
+        """Set the keys of --set."""
+        for override in self.request.overrides:
+            variants.check_not_of_the_run(override.key, f"--set {override.text}")
+            self._adopt(merging.override(self.config, override.key, override.value), override.source)
+            self.kept |= dict(merging.flatten({override.key: override.value}))
+
+    def drop_engine(self) -> None:
+        """Remove the engine from a rehearsal in one process; keep missing files, which the check reports."""
+        if self.is_rehearsal and self.request.ranks == 1:
+            engine = set(gpus.ENGINE_KEYS).difference(datafiles.missing_paths(self.config))
+            reason = "the rehearsal uses one process; --gpus 2 rehearses the engine too"
+            self._adopt(merging.merge(self.config, dict.fromkeys(engine)), Source("default", detail=reason))
+
+    def divide_batch(self) -> None:
+        """Divide the rows of a step among the GPUs."""
+        options = self.request.gpu_options
+        divided = gpus.divided(self.config, self.request.ranks, options)
+        self._adopt(divided, Source("gpus", options, "keeps the number of rows per step"))
+
+    def substitute(self) -> None:
+        """Replace what a rehearsal cannot use."""
+        if self.is_rehearsal:
+            for changes, reason in substitution.substitutions(self.config, self.sample, self.kept):
+                self._adopt(merging.merge(self.config, changes), Source("rehearsal", detail=reason))
+
+    def state_precision(self) -> None:
+        """Replace DeepSpeed's automatic precision by the config's."""
+        stated = numerics.engine_precision(self.config, on_gpu=not self.is_rehearsal)
+        self._adopt(stated, Source("default", detail="DeepSpeed reads auto too late for ZeRO-3"))
+
+    def state_seed(self) -> None:
+        """Set Axolotl's default seed if the config has none."""
+        if self.config.get("seed") is None:
+            reason = "without a seed, each run would begin differently"
+            self._adopt(self.config | {"seed": SEED}, Source("default", detail=reason))
+
+    def _adopt(self, changed: Config, source: Source) -> list[str]:
+        """Adopt a changed config, and record the source of each changed key; return these keys."""
+        keys = list(merging.differences(self.config, changed))
+        for key in keys:
+            self.sources[key] = source
+            self.files.pop(key, None)
+        self.config = changed
+        return keys
+
+    def _adopt_file(self, changed: Config, source: Source, file: Path) -> None:
+        """Adopt a config changed by a file."""
+        for key in self._adopt(changed, source):
+            self.files[key] = file
+
+    def _preview(self, before: Config, profile: str) -> Config:
+        """Config with the overrides and all profiles except one, to which that one is adapted."""
+        config = before
+        for name, file in self.profiles:
+            if name not in (profile, MIRROR, REHEARSAL):
+                config = merging.merge(config, yamlfiles.read_yaml(file))
+        for override in self.request.overrides:
+            with suppress(UserError):  # `apply_overrides` reports the error
+                config = merging.override(config, override.key, override.value)
+        return config
+
+    def _adapted(self, fragment: Config, config: Config) -> Config:
+        """Adapt a profile of `ADAPTED` to a config and the GPU."""
+        incompatible = incompatible_keys(fragment, config, self.gpu)
+        for reason, changes in incompatible.items():
+            self.incompatible.setdefault(reason, {}).update(changes)
+        return adapted(fragment, self.config, incompatible)
+
+    def _rehearsal_changes(self, fragment: Config) -> Config:
+        """Return the rehearsal profile's changes, except its keys for the sample; store those in `sample`."""
+        folders = {"stand_in": str(substitution.folder()), "sample": str(default_sample())}
+        fragment = filled(fragment, folders) | {"bf16": hardware.cpu_has_bf16()}
+        self.sample = {key: fragment.pop(key) for key in substitution.OF_SAMPLE}
+        kept = datafiles.missing_paths(self.config)  # the check reports a missing path
+        if models.is_small(self.config):
+            kept += substitution.OF_MODEL
+        return {key: value for key, value in fragment.items() if key not in kept}
+
+
+def _mirrored(config: Config) -> Config:
     """Replace the gated base model, and a gated tokenizer, by ungated copies."""
-    model, tokenizer = composed.get("base_model"), composed.get("tokenizer_config")
+    model, tokenizer = config.get("base_model"), config.get("tokenizer_config")
     entry = models.catalogue().get(str(model), {})
     if "mirror" not in entry:
         raise UserError(f"profile {MIRROR}: {paths.TEMPLATES / 'models.yaml'} lists no mirror for {model}")
     copy = models.catalogue().get(str(tokenizer), {}).get("mirror", tokenizer)
-    return merging.merge(composed, {"base_model": entry["mirror"], "revision_of_model": None, "tokenizer_config": copy})
+    return merging.merge(config, {"base_model": entry["mirror"], "revision_of_model": None, "tokenizer_config": copy})
 
 
 def filled(fragment: Any, values: dict[str, str]) -> Any:

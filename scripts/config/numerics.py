@@ -104,16 +104,40 @@ def takes_varlen(config: Config, model: Config) -> bool:
         config: the config.
         model: the content of the model's config.json; for missing keys, Llama's values are assumed.
     """
-    packs = config.get("sample_packing") and attention(config) == "sdpa" and config.get("sdpa_varlen") is not False
-    if not packs or precision(config, on_gpu=True).weights == "float32":
+    if not config.get("sample_packing") or attention(config) != "sdpa" or config.get("sdpa_varlen") is False:
         return False
-    width = model.get("head_dim") or (model.get("hidden_size") or 0) // (model.get("num_attention_heads") or 1)
-    slides = model.get("sliding_window") and model.get("use_sliding_window") is not False
-    slides = slides and "sliding_attention" in (model.get("layer_types") or ["sliding_attention"])
-    queries = model.get("query_pre_attn_scalar")
-    scale = model.get("attention_multiplier") or (queries and queries**-0.5)
-    scaled = bool(scale and width) and abs(scale - width**-0.5) > 1e-9
-    return not (slides or width > 256 or model.get("v_head_dim") or scaled or model.get("attention_dropout"))
+    if precision(config, on_gpu=True).weights == "float32":
+        return False
+    width = _head_width(model)
+    if width > 256 or model.get("v_head_dim"):
+        return False
+    return not (_has_sliding_window(model) or _has_custom_scale(model, width) or model.get("attention_dropout"))
+
+
+def _head_width(model: Config) -> int:
+    """Width of an attention head; 0 if unknown."""
+    width: int | None = model.get("head_dim")
+    if width:
+        return width
+    return (model.get("hidden_size") or 0) // (model.get("num_attention_heads") or 1)
+
+
+def _has_sliding_window(model: Config) -> bool:
+    """True if a layer has a sliding window."""
+    if not model.get("sliding_window") or model.get("use_sliding_window") is False:
+        return False
+    layers = model.get("layer_types")
+    return not layers or "sliding_attention" in layers
+
+
+def _has_custom_scale(model: Config, width: int) -> bool:
+    """True if attention scores are scaled by another factor than the root of the head's width."""
+    scale, queries = model.get("attention_multiplier"), model.get("query_pre_attn_scalar")
+    if not scale and queries:
+        scale = queries**-0.5
+    if not scale or not width:
+        return False
+    return abs(scale - width**-0.5) > 1e-9
 
 
 AMPERE = (8, 0)

@@ -21,27 +21,38 @@ _LORA = {
 """For each of Axolotl's LoRA kernels, the layers that all need adapters (monkeypatch/lora_kernels.py)."""
 
 
-def adapted(fragment: Config, before: Config, config: Config, gpu: Gpu | None, incompatible: Incompatible) -> Config:
-    """Adapt a profile of `ADAPTED` to a config and a GPU.
-
-    If the profile lists plugins, the result lists those of `before` too, because merging replaces lists.
+def incompatible_keys(fragment: Config, config: Config, gpu: Gpu | None) -> Incompatible:
+    """Keys of a profile of `ADAPTED` that do not suit a config or a GPU.
 
     Args:
         fragment: the content of the profile.
-        before: the config into which the profile is merged, with the earlier profiles only.
-        config: the recipe with the earlier and later profiles, and the overrides.
+        config: the recipe with the other profiles and the overrides.
         gpu: the GPU; if None, Ampere or newer is assumed.
-        incompatible: the keys left out or changed are added here, by reason.
     """
-    fit = dict(fragment)
+    incompatible: Incompatible = {}
     for changes, reason in _incompatible(config, gpu):
-        differing = {key: instead for key, instead in changes.items() if key in fit and fit[key] != instead}
-        if differing:
-            incompatible.setdefault(reason, {}).update(differing)
-            fit = merge(fit, differing)
-    if "plugins" in fit:
-        fit["plugins"] = list(dict.fromkeys([*listed(before, "plugins"), *fit["plugins"]]))
-    return fit
+        for key, instead in changes.items():
+            if key in fragment and fragment[key] != instead:
+                incompatible.setdefault(reason, {})[key] = instead
+                fragment = merge(fragment, {key: instead})
+    return incompatible
+
+
+def adapted(fragment: Config, config: Config, incompatible: Incompatible) -> Config:
+    """Profile without the keys that do not suit a config.
+
+    If the profile lists plugins, the result lists those of the config too, because merging replaces lists.
+
+    Args:
+        fragment: the content of the profile.
+        config: the config into which the profile is merged.
+        incompatible: see `incompatible_keys`.
+    """
+    for changes in incompatible.values():
+        fragment = merge(fragment, changes)
+    if "plugins" in fragment:
+        fragment["plugins"] = list(dict.fromkeys([*listed(config, "plugins"), *fragment["plugins"]]))
+    return fragment
 
 
 def _incompatible(config: Config, gpu: Gpu | None) -> Iterator[tuple[Config, str]]:

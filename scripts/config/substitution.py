@@ -5,6 +5,7 @@ A small Llama stands in for the base model, and a small BERT for BERTScore's mod
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import distribution
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..base.terminal import say
 from ..base.yamlfiles import Config
 from ..data.sample import length_of, twin
 from . import datafiles, models
+from .datafiles import DatasetRef
 from .merging import listed, remote_trackers
 from .numerics import OLD_KEYS, attention
 
@@ -36,32 +38,25 @@ OF_MODEL = (  # keys of the profile about the base model; ignored if a rehearsal
 _MOST_ROWS: dict[datafiles.Section, int] = {"datasets": 32, "test_datasets": 8}  # so that a rehearsal takes minutes
 
 
-def substitutions(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Config, str]]:
+def substitutions(config: Config, sample: Config, kept: Config) -> Iterator[tuple[Config, str]]:
     """Changes to the config of a rehearsal, each with a reason.
 
     Args:
-        composed: the config.
+        config: the config.
         sample: settings of the shipped sample: the keys in `OF_SAMPLE`, with the profile's values.
-        given: the user's changes merged after the profile, by dotted key; a rehearsal keeps these.
+        kept: the user's changes merged after the profile, by dotted key; a rehearsal keeps these.
     """
-    length = composed.get("sequence_len")
-    if isinstance(length, int) and length > CONTEXT and stands_in(composed) and "sequence_len" not in given:
-        yield {"sequence_len": CONTEXT}, "the context of the stand-in model"
-    yield from _rows(composed, sample, given)
-    yield from _layers(composed)
-    yield from _ends(composed)
-    yield from lacking(composed)
-    yield from _trackers(composed)
-    pads = composed.get("pad_to_sequence_len") and not composed.get("sample_packing")  # Axolotl pads packed rows
-    if pads and "pad_to_sequence_len" not in given:
-        yield {"pad_to_sequence_len": False}, "padding takes time and changes no result"
-    held_out = composed.get("val_set_size")
-    if isinstance(held_out, int | float) and held_out > _MOST_ROWS["test_datasets"]:
-        yield {"val_set_size": 0.25}, "to keep enough training rows"
-    for key, instead in _OF_STEPS.items():
-        count = composed.get(key)
-        if isinstance(count, int) and count > 0 and key not in given:
-            yield instead, "the few rows determine the number of steps"
+    rehearsal = _Rehearsal(config, sample, kept)
+    yield from rehearsal.context()
+    yield from rehearsal.rows("datasets")
+    yield from rehearsal.rows("test_datasets")
+    yield from rehearsal.layers()
+    yield from rehearsal.turn_ends()
+    yield from gpu_replacements(config)
+    yield from rehearsal.trackers()
+    yield from rehearsal.padding()
+    yield from rehearsal.held_out()
+    yield from rehearsal.steps()
 
 
 _OF_STEPS: dict[str, Config] = {
@@ -73,90 +68,140 @@ _OF_STEPS: dict[str, Config] = {
 """Keys that count steps, each with its replacement."""
 
 
-def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Config, str]]:
-    """Limit data sets to a few rows, from local files or the sample; keep missing files, which the check reports."""
-    for section, most in _MOST_ROWS.items():
-        datasets = datafiles.in_section(composed, section)
-        if section in given or any(datafiles.missing_files(dataset.entry) for dataset in datasets):
-            continue
-        here = [dataset for dataset in datasets if datafiles.can_be_rehearsed(dataset.entry)]
-        if here:
-            each = max(most // len(here), 1)
-            kept = [
-                dataset.entry if f"{dataset.key}.split" in given else datafiles.at_most(dataset, each)
-                for dataset in here
-            ]
-            yield {section: kept}, f"the first rows of the config's data, at most {most}"
-        elif section == "datasets" or (datasets and not composed.get("val_set_size")):
-            missing = ", ".join(str(dataset.entry.get("path")) for dataset in datasets) or "the config's data"
-            reason = f"rows of the shipped sample, because {missing} cannot be loaded in part on this machine"
-            lent = _lent(datasets, sample[section])
-            for i, entry in enumerate(lent):
-                entry["split"] = given.get(f"{section}.{i}.split", entry["split"])
-            yield {section: lent}, reason
-            if section == "datasets" and "sequence_len" not in given:
-                longest = max(length_of(Path(entry["path"])) for entry in lent)
-                length = composed.get("sequence_len")
-                shorter = min(longest, length) if isinstance(length, int) else longest
-                yield {"sequence_len": shorter}, "no row of the shipped sample is longer"
+@dataclass(frozen=True)
+class _Rehearsal:
+    """A config, and its substitutions in a rehearsal; for the attributes, see `substitutions`."""
 
+    config: Config
+    sample: Config
+    kept: Config
 
-def _lent(datasets: list[datafiles.DatasetRef], sample: list[Config]) -> list[Config]:
-    """Data sets whose rows are replaced by their studies' samples; `sample` instead if any study has none."""
-    files = [twin(str(dataset.entry.get("path"))) for dataset in datasets]
-    if not files or not all(files):
-        return [dict(entry) for entry in sample]
-    lent = zip(datasets, files, strict=True)
-    return [dataset.entry | {"path": str(file), "split": sample[0]["split"]} for dataset, file in lent]
+    def context(self) -> Iterator[tuple[Config, str]]:
+        """Shorten rows to the context of the stand-in."""
+        length = self.config.get("sequence_len")
+        if not stands_in(self.config) or "sequence_len" in self.kept:
+            return
+        if isinstance(length, int) and length > CONTEXT:
+            yield {"sequence_len": CONTEXT}, "the context of the stand-in model"
 
+    def rows(self, section: datafiles.Section) -> Iterator[tuple[Config, str]]:
+        """Limit data sets to a few rows, from local files or the sample.
 
-def _layers(composed: Config) -> Iterator[tuple[Config, str]]:
-    """Rename LoRA layers of other model families, such as Phi-3, for the stand-in."""
-    targets = listed(composed, "lora_target_modules")
-    if targets and stands_in(composed):
-        renamed = models.renamed(targets, models.LAYERS["llama"])
-        yield {"lora_target_modules": renamed}, "the stand-in's names of these layers"
+        Missing files stay, because the check reports them."""
+        datasets = datafiles.in_section(self.config, section)
+        if section in self.kept or any(datafiles.missing_files(dataset.entry) for dataset in datasets):
+            return
+        local = [dataset for dataset in datasets if datafiles.can_be_rehearsed(dataset.entry)]
+        if local:
+            most = _MOST_ROWS[section]
+            entries = [self._first_rows(dataset, max(most // len(local), 1)) for dataset in local]
+            yield {section: entries}, f"the first rows of the config's data, at most {most}"
+        elif section == "datasets" or (datasets and not self.config.get("val_set_size")):
+            yield from self._sample_rows(section, datasets)
 
+    def _first_rows(self, dataset: DatasetRef, rows: int) -> Config:
+        if f"{dataset.key}.split" in self.kept:
+            return dataset.entry
+        return datafiles.at_most(dataset, rows)
 
-def _ends(composed: Config) -> Iterator[tuple[Config, str]]:
-    """Map end-of-turn tokens that the stand-in's tokenizer lacks to unused tokens."""
-    if stands_in(composed):
-        lacking = [end for end in listed(composed, "eot_tokens") if end not in TURNS]
-        if lacking:
-            names = dict(zip(map(str, UNUSED), lacking, strict=False))
+    def _sample_rows(self, section: datafiles.Section, datasets: list[DatasetRef]) -> Iterator[tuple[Config, str]]:
+        """Replace the rows of data sets by those of samples, which have short rows."""
+        names = ", ".join(str(dataset.entry.get("path")) for dataset in datasets) or "the config's data"
+        reason = f"rows of the shipped sample, because {names} cannot be loaded in part on this machine"
+        entries = _with_sample_rows(datasets, self.sample[section])
+        for i, entry in enumerate(entries):
+            entry["split"] = self.kept.get(f"{section}.{i}.split", entry["split"])
+        yield {section: entries}, reason
+        if section == "datasets" and "sequence_len" not in self.kept:
+            length = max(length_of(Path(entry["path"])) for entry in entries)
+            if isinstance(self.config.get("sequence_len"), int):
+                length = min(length, self.config["sequence_len"])
+            yield {"sequence_len": length}, "no row of the shipped sample is longer"
+
+    def layers(self) -> Iterator[tuple[Config, str]]:
+        """Rename LoRA layers of other model families, such as Phi-3, for the stand-in."""
+        targets = listed(self.config, "lora_target_modules")
+        if targets and stands_in(self.config):
+            renamed = models.renamed(targets, models.LAYERS["llama"])
+            yield {"lora_target_modules": renamed}, "the stand-in's names of these layers"
+
+    def turn_ends(self) -> Iterator[tuple[Config, str]]:
+        """Map end-of-turn tokens that the stand-in's tokenizer lacks to unused tokens."""
+        if not stands_in(self.config):
+            return
+        missing = [end for end in listed(self.config, "eot_tokens") if end not in TURNS]
+        if missing:
+            names = dict(zip(map(str, UNUSED), missing, strict=False))
             yield {"added_tokens_overrides": names}, "the stand-in's tokenizer lacks these end-of-turn tokens"
 
+    def trackers(self) -> Iterator[tuple[Config, str]]:
+        """Turn off trackers, except those that store their data on this machine."""
+        for name, keys in remote_trackers(self.config):
+            yield dict.fromkeys(keys) | {f"use_{name}": False}, f"a rehearsal sends nothing to {name}"
 
-def _trackers(composed: Config) -> Iterator[tuple[Config, str]]:
-    """Turn off trackers, except those that store their data on this machine."""
-    for name, keys in remote_trackers(composed):
-        yield dict.fromkeys(keys) | {f"use_{name}": False}, f"a rehearsal sends nothing to {name}"
+    def padding(self) -> Iterator[tuple[Config, str]]:
+        """Turn off padding to the full length, which Axolotl needs only for packed rows."""
+        if "pad_to_sequence_len" in self.kept or self.config.get("sample_packing"):
+            return
+        if self.config.get("pad_to_sequence_len"):
+            yield {"pad_to_sequence_len": False}, "padding takes time and changes no result"
+
+    def held_out(self) -> Iterator[tuple[Config, str]]:
+        """Limit the number of held-out rows."""
+        held_out = self.config.get("val_set_size")
+        if isinstance(held_out, int | float) and held_out > _MOST_ROWS["test_datasets"]:
+            yield {"val_set_size": 0.25}, "to keep enough training rows"
+
+    def steps(self) -> Iterator[tuple[Config, str]]:
+        """Replace numbers of steps by shares."""
+        for key, instead in _OF_STEPS.items():
+            count = self.config.get(key)
+            if key not in self.kept and isinstance(count, int) and count > 0:
+                yield instead, "the few rows determine the number of steps"
 
 
-def lacking(composed: Config) -> Iterator[tuple[Config, str]]:
+def _with_sample_rows(datasets: list[DatasetRef], sample: list[Config]) -> list[Config]:
+    """Data sets whose rows are replaced by their studies' samples; `sample` instead if any study has none."""
+    entries = []
+    for dataset in datasets:
+        file = twin(str(dataset.entry.get("path")))
+        if file is None:
+            break
+        entries.append(dataset.entry | {"path": str(file), "split": sample[0]["split"]})
+    if not datasets or len(entries) < len(datasets):
+        return [dict(entry) for entry in sample]
+    return entries
+
+
+def gpu_replacements(config: Config) -> Iterator[tuple[Config, str]]:
     """Changes that replace GPU features of a config, each with a reason.
 
     With Axolotl 0.21, training on a CPU fails with nearly all of these features, usually after loading the model.
     """
-    if (wanted := attention(composed)) not in ("", "sdpa", "eager"):
-        old = dict.fromkeys(key for key in OLD_KEYS if key in composed)
-        yield old | {"attn_implementation": "sdpa"}, f"{wanted} needs a GPU"
-    plugins = listed(composed, "plugins")
-    kept = [name for name in plugins if not _PLUGINS.search(name)]
-    if kept != plugins:
-        yield {"plugins": kept or None}, "these plugins' kernels need a GPU"
-    for pattern, instead, reason in _LACKING:
-        found = [key for key, value in composed.items() if value and re.fullmatch(pattern, f"{key}={value}")]
-        if found:
-            yield dict.fromkeys(found, instead), reason
-    kernels = (value for key, value in composed.items() if re.fullmatch(_LORA_KERNELS, str(key)))
-    if composed.get("adapter") in ("lora", "qlora") and all(value is None for value in kernels):
+    implementation = attention(config)
+    if implementation not in ("", "sdpa", "eager"):
+        old = dict.fromkeys(key for key in OLD_KEYS if key in config)
+        yield old | {"attn_implementation": "sdpa"}, f"{implementation} needs a GPU"
+    plugins = listed(config, "plugins")
+    remaining = [name for name in plugins if not _PLUGINS.search(name)]
+    if remaining != plugins:
+        yield {"plugins": remaining or None}, "these plugins' kernels need a GPU"
+    for pattern, instead, reason in _GPU_SETTINGS:
+        keys = [key for key, value in config.items() if value and re.fullmatch(pattern, f"{key}={value}")]
+        if keys:
+            yield dict.fromkeys(keys, instead), reason
+    if config.get("adapter") in ("lora", "qlora") and not _sets_kernels(config):
         yield {"lora_mlp_kernel": False}, "Axolotl turns on the LoRA kernels by default, but they need a GPU"
+
+
+def _sets_kernels(config: Config) -> bool:
+    """True if a config turns a LoRA kernel on or off."""
+    return any(value is not None for key, value in config.items() if re.fullmatch(_LORA_KERNELS, str(key)))
 
 
 _LORA_KERNELS = "lora_(qkv|o|mlp|embedding)_kernel"
 _PLUGINS = re.compile("integrations[.](liger|cut_cross_entropy)[.:]")
-_LACKING = (  # pattern of key=value, replacement, reason
+_GPU_SETTINGS = (  # pattern of key=value, replacement, reason
     ("(liger_|cut_cross_entropy).*", None, "its kernels need a GPU"),
     (f"{_LORA_KERNELS}=.*", False, "its kernels need a GPU"),
     (
