@@ -81,10 +81,7 @@ class Finding:
         `code`: foreign code. `data`: a data file or its rows. `file`: a missing file. `gpu`: the GPU that the config is
         meant for. `machine`: this machine.
         """
-        scope = _SCOPES.get(self.rule, "config")
-        if scope == "config" and last_key(self.key) == "path":
-            return "data"
-        return scope
+        return _scope(self.rule, self.key)
 
     @property
     def top_key(self) -> str:
@@ -113,6 +110,19 @@ class Finding:
         if self.rule:
             text += f" [{self.name}]"
         return text
+
+
+def _scope(rule: str, key: str) -> Scope:
+    scope = _SCOPES.get(rule, "config")
+    if scope == "config" and last_key(key) == "path":
+        return "data"
+    return scope
+
+
+def is_about_data(name: str) -> bool:
+    """True for the name of a finding about a data file or its rows, see `Finding.name`."""
+    rule, _, key = name.partition(":")
+    return _scope(rule, key) == "data"
 
 
 @dataclass

@@ -278,13 +278,8 @@ def table_of(sweep: Sweep, rows: Sequence[SweepRow]) -> Table:
     title = f"{sweep.name}: {sweep.recipe}"
     if sweep.rehearsal:
         title += f". {REHEARSALS}"
-    keys = [key for key in sweep.keys if not _names_begin_with(key, sweep)]
+    keys = [key for key in sweep.keys if key != sweep.leading_key]
     return Table([_cells(row, keys) for row in rows], title, below=["scored"])
-
-
-def _names_begin_with(key: str, sweep: Sweep) -> bool:
-    """True if the members' names show the values of a key first."""
-    return all(member.name.startswith(f"{key}=") for member in sweep.members)
 
 
 def _cells(row: SweepRow, keys: Sequence[str]) -> Row:

@@ -167,7 +167,7 @@ def checked(request: Request, backend: Backend) -> Composed:
     """
     request = replace(request, overrides=[*request.overrides, Override("lora_model_dir", None)])
     pipeline = Pipeline(TaskResult(request.name), request, EvaluationRequest(), backend)
-    if not pipeline.check(with_data=False) or pipeline.composed is None:
+    if not pipeline.check_config() or pipeline.composed is None:
         raise UserError(pipeline.result.problem or f"{request.name}: refused")
     return pipeline.composed
 

@@ -1,7 +1,7 @@
 """Pipeline from config to scores for reproductions and sweeps; finished steps are skipped."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +13,8 @@ from ..base.terminal import say, say_once
 from ..check import check
 from ..config import compose, datafiles
 from ..config.compose import Composed, Request
-from ..config.finding import unknown_force
+from ..config.finding import Finding, is_about_data, unknown_force
 from ..config.gpus import Gpu
-from ..config.merging import last_key
 from ..config.training_settings import TrainingSettings
 from ..evaluate import benchmarks, evaluate
 from ..evaluate.evaluate import EvaluationRequest, EvaluationTask
@@ -42,7 +41,7 @@ def existing_runs(runs: Path, recipe: str) -> dict[str, tuple[RunDir, Run]]:
     A finished run takes precedence over newer unfinished runs. Runs with several ranks or with arguments for Axolotl
     are left out, because a digest does not cover these settings.
     """
-    found: dict[str, tuple[RunDir, Run]] = {}
+    newest: dict[str, tuple[RunDir, Run]] = {}
     for folder in all_runs(runs / recipe):
         try:
             run = backends.read(folder)
@@ -50,9 +49,10 @@ def existing_runs(runs: Path, recipe: str) -> dict[str, tuple[RunDir, Run]]:
             continue
         if run.digest is None or run.recipe != recipe or run.ranks > 1:
             continue
-        if run.digest not in found or run.state == "finished" or found[run.digest][1].state != "finished":
-            found[run.digest] = (folder, run)
-    return found
+        if run.state != "finished" and run.digest in newest and newest[run.digest][1].state == "finished":
+            continue
+        newest[run.digest] = (folder, run)
+    return newest
 
 
 def seeds_of(recipe: str, count: int) -> list[int] | list[None]:
@@ -65,19 +65,27 @@ def seeds_of(recipe: str, count: int) -> list[int] | list[None]:
 
 def exit_code(results: list[TaskResult]) -> int:
     """Exit code: 0 without problems, 2 if every task failed its check or plan, otherwise 1."""
-    problems = [result for result in results if result.problem]
-    refused = all(
-        result.problem and FAILED in (result.steps.get("check"), result.steps.get("plan")) for result in results
-    )
-    return 2 if refused else 1 if problems else 0
+    if all(map(_is_refused, results)):
+        return 2
+    return 1 if any(result.problem for result in results) else 0
+
+
+def _is_refused(result: TaskResult) -> bool:
+    """True if a task failed its check or plan."""
+    return result.problem is not None and FAILED in (result.steps.get("check"), result.steps.get("plan"))
 
 
 def validate_all(pipelines: Sequence["Pipeline"]) -> None:
-    """Validate all configs without plugins in one process; `Pipeline.check` finds the results in the cache."""
-    composed = [pipeline.composed for pipeline in pipelines if pipeline.composed]
-    safe = [each for each in composed if not each.config.get("plugins")]
-    if safe:
-        validation.validate(safe, pipelines[0].gpu)
+    """Validate all configs without plugins in one process; `Pipeline.check_config` finds the results in the cache."""
+    configs = [pipeline.composed for pipeline in pipelines if pipeline.composed]
+    without_plugins = [composed for composed in configs if not composed.config.get("plugins")]
+    if without_plugins:
+        validation.validate(without_plugins, pipelines[0].gpu)
+
+
+def _errors(findings: Iterable[Finding]) -> list[str]:
+    """Texts of the errors among findings."""
+    return [str(finding) for finding in findings if finding.level == "error"]
 
 
 class Pipeline:
@@ -94,8 +102,8 @@ class Pipeline:
         composed: the config; None if it is invalid.
         existing: newest run with this config and data; a finished run takes precedence. See `look_up`.
         needed_gib: required memory; None before the plan.
-        found: names that `--force` accepts: those of this pipeline's findings, and those that the existing run has
-            overridden.
+        forceable: names that `--force` accepts: those of this pipeline's findings, and those that the existing run
+            has overridden.
     """
 
     def __init__(
@@ -114,7 +122,7 @@ class Pipeline:
         self.composed: Composed | None = None
         self.existing: tuple[RunDir, Run] | None = None
         self.needed_gib: float | None = None
-        self.found = {TOO_BIG}
+        self.forceable = {TOO_BIG}
         try:
             self.composed = compose.compose(request, self.gpu)
         except UserError as error:
@@ -126,17 +134,18 @@ class Pipeline:
         return self.existing[1].state if self.existing else None
 
     @property
-    def rows(self) -> str:
+    def rows_digest(self) -> str:
         """Key shared by pipelines whose tokenized rows are the same, apart from effects of the seed."""
-        composed = self.composed
-        return replace(composed, config=composed.config | {"seed": None}).rows_digest if composed else ""
+        if not self.composed:
+            return ""
+        return replace(self.composed, config=self.composed.config | {"seed": None}).rows_digest
 
     def look_up(self) -> None:
         """Find the existing run in the run folders."""
         if digest := self.digest():
             self.existing = existing_runs(paths.runs(), self.result.recipe).get(digest)
         if self.existing:
-            self.found.update(self.existing[1].forced)
+            self.forceable.update(self.existing[1].forced)
 
     def is_finished(self) -> bool:
         """True if a finished run with this config and data exists."""
@@ -145,40 +154,56 @@ class Pipeline:
         self.result.steps |= {"check": SKIPPED, "plan": SKIPPED}
         return True
 
-    def check(self, with_data: bool, starts: bool = True) -> bool:
+    def check_config(self, starts: bool = True) -> bool:
         """Check the config, and print warnings; return True if there are no errors.
 
         Args:
-            with_data: also check the data.
-            starts: whether the run is about to start. If so, the check without data, which comes first, also lets
-                Axolotl validate the config, and checks the benchmarks.
+            starts: whether the run is about to start. If so, Axolotl validates the config, too, and the benchmarks are
+                checked.
         """
         if self.composed is None:
             return False
         launching = starts and not self.request.rehearse
-        report = check.check_request(self.request, self.gpu, with_data, launching, self.composed)
-        if with_data:
-            check.tokenize_all(report, self.request.ranks)
-        elif starts:
+        report = check.check_request(self.request, self.gpu, data=False, launching=launching, composed=self.composed)
+        if starts:
             check.add_validation([report], self.gpu, self.request.force)
-        self.found.update(finding.name for finding in report.findings)
-        found = backends.relevant(self.backend, report.findings)
-        if not with_data:
-            found = [finding for finding in found if finding.scope != "data"]
-        errors = [str(finding) for finding in found if finding.level == "error"]
-        if starts and not with_data and not errors:
-            try:
-                columns = columns_of(self.composed.origin, self.evaluation.metrics)
-                benchmarks.require(columns, self.request.rehearse, self.evaluation.force)
-            except UserError as error:
-                errors.append(str(error))
+        findings = [finding for finding in self._relevant(report) if finding.scope != "data"]
+        errors = _errors(findings)
+        if starts and not errors:
+            errors = self._benchmark_errors(self.composed)
+        return self._record_check(findings, errors)
+
+    def check_rows(self) -> bool:
+        """Check the rows of a checked config that is about to start, and print warnings; True without errors."""
+        launching = not self.request.rehearse
+        report = check.check_request(self.request, self.gpu, data=True, launching=launching, composed=self.composed)
+        check.tokenize_all(report, self.request.ranks)
+        findings = self._relevant(report)
+        return self._record_check(findings, _errors(findings))
+
+    def _relevant(self, report: check.Report) -> list[Finding]:
+        """Findings that apply to the backend; `--force` accepts the names of all findings."""
+        self.forceable.update(finding.name for finding in report.findings)
+        return backends.relevant(self.backend, report.findings)
+
+    def _benchmark_errors(self, composed: Composed) -> list[str]:
+        """Errors of the benchmarks that the evaluation needs."""
+        try:
+            columns = columns_of(composed.origin, self.evaluation.metrics)
+            benchmarks.require(columns, self.request.rehearse, self.evaluation.force)
+        except UserError as error:
+            return [str(error)]
+        return []
+
+    def _record_check(self, findings: Sequence[Finding], errors: Sequence[str]) -> bool:
+        """Record the result of a check, and print its warnings; return True if there are no errors."""
         if errors:
             self.result.fail("check", "\n".join(errors))
             return False
         self.result.steps["check"] = DONE
-        for finding in found:
+        for finding in findings:
             if finding.level == "warning":
-                say_once(str(finding))  # printed only once if other pipelines or a check without data have found it
+                say_once(str(finding))  # printed only once if other pipelines or another check have found it
         return True
 
     def plan(self) -> bool:
@@ -186,22 +211,34 @@ class Pipeline:
 
         For a rehearsal, this plans the recipe itself, and returns True even if the recipe exceeds the GPU's memory.
         """
-        gpu, rehearsal = self.gpu, self.request.rehearse
         try:
-            planned = plan.composed_for(replace(self.request, rehearse=False), gpu) if rehearsal else self.composed
-            assert planned
-            self.needed_gib = step_plan.required_gib(planned.config, gpu, trace=True)
+            required = self.needed_gib = self._required_gib()
         except UserError as error:
             say(f"{self.result.label}: not planned: {error}")
             self.result.steps["plan"] = "not known"
             return True
-        needed = f"{self.needed_gib:.1f} GiB"
-        too_big = gpu and gpu.memory and (self.needed_gib or 0) > plan.usable_gib(gpu) and not rehearsal
-        if too_big and TOO_BIG not in self.request.force:
-            self.result.fail("plan", f"needs {needed}, more than {gpu} has; `recipe plan` lists changes that help")
+        if self._exceeds_memory(required) and TOO_BIG not in self.request.force:
+            problem = f"needs {required:.1f} GiB, more than {self.gpu} has; `recipe plan` lists changes that help"
+            self.result.fail("plan", problem)
             return False
-        self.result.steps["plan"] = f"{DONE}: {needed}"
+        self.result.steps["plan"] = f"{DONE}: {required:.1f} GiB"
         return True
+
+    def _required_gib(self) -> float:
+        """Memory that the recipe requires, even if the request is a rehearsal."""
+        composed = self.composed
+        if self.request.rehearse:
+            composed = plan.composed_for(replace(self.request, rehearse=False), self.gpu)
+        assert composed
+        required = step_plan.required_gib(composed.config, self.gpu, trace=True)
+        assert required is not None
+        return required
+
+    def _exceeds_memory(self, required: float) -> bool:
+        """True if a run, other than a rehearsal, needs more memory than its GPU has."""
+        if self.request.rehearse or not self.gpu or not self.gpu.memory:
+            return False
+        return required > plan.usable_gib(self.gpu)
 
     def digest(self) -> str | None:
         """Hash of config and data; None if the data is missing."""
@@ -213,50 +250,67 @@ class Pipeline:
 
     def task(self) -> Task:
         """Task with the steps that are neither done nor running nor queued."""
-        steps: list[Step] = ["evaluate"]
-        if self.state not in ("queued", "running", "finished"):
-            steps = ["prepare", "run", "evaluate"] if self._generates() else ["prepare", "run"]
-        else:
-            with suppress(UserError):
-                steps = [] if self._evaluation() else ["evaluate"]
         gpus = 0 if self.request.rehearse else 1
-        return Task(self.result, self._claim, gpus, steps=steps)
+        return Task(self.result, self._claim, gpus, steps=self._remaining_steps())
+
+    def _remaining_steps(self) -> list[Step]:
+        if self.state not in ("queued", "running", "finished"):
+            return ["prepare", "run", "evaluate"] if self._generates() else ["prepare", "run"]
+        with suppress(UserError):
+            if self._evaluation():
+                return []
+        return ["evaluate"]
 
     def _claim(self) -> list[Command]:
         """Return the remaining commands; record finished and queued steps in the result."""
         assert self.composed
+        self._wait_for_start()
+        if self.existing is None:
+            return self._training(run.create(self.composed, self.request))
+        folder, record = self.existing
+        if record.state == "finished":
+            self.result.run = folder.path
+            self.result.steps["run"] = SKIPPED
+            return self._evaluation_of(folder, trained=True)
+        if record.state == "running" and not folder.jobs():
+            where = folder.path
+            raise UserError(f"{where}: still running; `recipe cancel {where}` stops it at a checkpoint")
+        job = backends.job_state(folder, "run")
+        is_queued = job is not None and job.kind != "unknown"
+        if record.state in ("failed", "interrupted") and (is_queued or job is None):
+            if _is_resumable(folder, record):
+                return self._training(folder)
+            return self._training(run.create(self.composed, self.request))
+        self.result.steps["run"] = str(job or record.state)
+        return self._evaluation_of(folder, trained=is_queued and not self.backend.here)
+
+    def _wait_for_start(self) -> None:
+        """Look up the existing run; wait while it was just created, until it runs or turns out to be interrupted."""
         self.look_up()
-        # a run that was just created is soon running, or was left by a killed process
         while self.existing and self.state == "created" and not self.existing[0].jobs():
             time.sleep(0.2)
             self.look_up()
-        if self.existing and self.state == "running" and not self.existing[0].jobs():
-            where = self.existing[0].path
-            raise UserError(f"{where}: still running; `recipe cancel {where}` stops it at a checkpoint")
-        job = backends.job_state(self.existing[0], "run") if self.existing and self.state != "finished" else None
-        unknown = job is not None and job.kind == "unknown"
-        if self.existing is None or not (unknown or self.state in ("created", "queued", "running", "finished")):
-            folder = (
-                self.existing[0]
-                if self.existing and _is_resumable(*self.existing)
-                else run.create(self.composed, self.request)
-            )
-            training = run.resume_command(folder)
-            return [training, evaluation_command(folder, self.evaluation)] if self._generates() else [training]
-        folder = self.existing[0]
-        if self.state == "finished":
-            self.result.run = folder.path
-        self.result.steps["run"] = SKIPPED if self.state == "finished" else str(job or self.state)
+
+    def _training(self, folder: RunDir) -> list[Command]:
+        """Commands that train a run and evaluate it, if its metrics need predictions."""
+        training = run.resume_command(folder)
+        return [training, evaluation_command(folder, self.evaluation)] if self._generates() else [training]
+
+    def _evaluation_of(self, folder: RunDir, trained: bool) -> list[Command]:
+        """Command of the evaluation that is still to start, if any; otherwise record the evaluation's state.
+
+        Args:
+            trained: whether the run is finished, or in a queue in which the evaluation can wait for it.
+        """
         try:
-            evaluation = self._evaluation()
+            state = self._evaluation()
         except UserError as error:
             self.result.fail("evaluate", str(error))
             return []
-        waits = not self.backend.here and job is not None and job.kind != "unknown"
-        if not evaluation and self.state != "finished" and not waits:
-            evaluation = "not queued; run the same command again after the training"
-        if evaluation:
-            self.result.steps["evaluate"] = evaluation
+        if not state and not trained:
+            state = "not queued; run the same command again after the training"
+        if state:
+            self.result.steps["evaluate"] = state
             return []
         return [evaluation_command(folder, self.evaluation)]
 
@@ -292,8 +346,8 @@ def require_known(force: Sequence[str], pipelines: Sequence[Pipeline], dry_run: 
 
     A dry run does not read the rows. It therefore accepts the names of all findings about data files.
     """
-    names = [name for name in force if not (dry_run and last_key(name) == "path")]
-    unknown_force(names, set[str]().union(*(pipeline.found for pipeline in pipelines)))
+    names = [name for name in force if not is_about_data(name)] if dry_run else force
+    unknown_force(names, set[str]().union(*(pipeline.forceable for pipeline in pipelines)))
 
 
 def require_scorer_models(

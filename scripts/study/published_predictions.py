@@ -1,32 +1,23 @@
 """Read and score published predictions."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from ..base.errors import UserError
 from ..base.files import Row, read_rows
 from ..base.terminal import Bar
 from ..data import prepare
-from ..data.published import PublishedPredictions, PublishedScore, Texts
+from ..data.published import Baseline, PublishedPredictions, PublishedScore, Texts
 from ..data.studies import Study
 from ..evaluate.score import ScorerModels, nested_value, score
 
 
-def scores(
-    of_study: Study,
-    predictions: PublishedPredictions,
-    test_set: str,
-    published: Mapping[str, PublishedScore],
-    judged: ScorerModels,
-) -> list[dict[str, Any]]:
+def scores(of_study: Study, published: Baseline, models: ScorerModels) -> list[Row]:
     """Score published predictions on the test set of the published scores.
 
     Args:
-        predictions: files of the predictions.
-        test_set: name of the test set.
-        published: published scores by metric.
-        judged: scorer models by column name.
+        published: published scores and their predictions.
+        models: scorer models by column name.
 
     Returns:
         A row for each metric: `test_set`, `rows`, `metric`, `score`, the 95 % interval `low` and `high`, `published`,
@@ -36,31 +27,28 @@ def scores(
         UserError: a file is damaged, or its rows are not those of the test set.
         WorkFailed: a scorer model cannot be loaded.
     """
-    rows = read(of_study, predictions, test_set)
+    assert published.predictions
+    rows = read(of_study, published.predictions, published.test_set)
     with Bar(f"scoring {len(rows):,} published predictions", 1):
-        made, _ = score(rows, of_study.columns, judged)
+        records, _ = score(rows, of_study.columns, models)
     table = []
     for name in of_study.columns:
-        record, theirs = made.scores.get(name), published.get(name)
-        if record is None or record.value is None:
-            continue
-        ours = record.value
-        low, high = record.interval or (None, None)
-        difference = ours - float(theirs.value) if theirs else None
-        table.append(
-            {
-                "test_set": test_set,
-                "rows": len(rows),
-                "metric": name,
-                "score": ours,
-                "low": low,
-                "high": high,
-                "published": float(theirs.value) if theirs else None,
-                "difference": difference,
-                "agrees": abs(difference) <= theirs.margin if theirs and difference is not None else None,
-            }
-        )
+        record = records.scores.get(name)
+        if record and record.value is not None:
+            row = {"test_set": published.test_set, "rows": len(rows), "metric": name}
+            table.append(row | _compared(record.value, record.interval, published.scores.get(name)))
     return table
+
+
+def _compared(score: float, interval: tuple[float, float] | None, published: PublishedScore | None) -> Row:
+    """Score, its interval, and its difference from the published score, see `scores`."""
+    low, high = interval or (None, None)
+    row: Row = {"score": score, "low": low, "high": high, "published": None, "difference": None, "agrees": None}
+    if published:
+        row["published"] = float(published.value)
+        row["difference"] = score - float(published.value)
+        row["agrees"] = abs(row["difference"]) <= published.margin
+    return row
 
 
 def read(of_study: Study, predictions: PublishedPredictions, test_set: str) -> list[Row]:
@@ -69,33 +57,34 @@ def read(of_study: Study, predictions: PublishedPredictions, test_set: str) -> l
     Raises:
         UserError: see `scores`.
     """
-    data, own = of_study.data, predictions.test_set or test_set
-    written, references = (_texts(texts, data.raw) for texts in (predictions.prediction, predictions.reference))
+    data, rows_of = of_study.data, predictions.test_set or test_set
+    written, references = _texts(predictions.prediction, data.raw), _texts(predictions.reference, data.raw)
     file = data.raw / predictions.prediction.file
     if len(written) != len(references):
         raise UserError(
             f"{file}: {len(written):,} predictions for {len(references):,} references; the two numbers must be equal"
         )
-    expected = data.raw_rows_of("test") if own == "test" else data.subsets[own].rows
+    expected = data.raw_rows_of("test") if rows_of == "test" else data.subsets[rows_of].rows
     if expected not in (None, len(written)):
-        title = data.title_of(own)
+        title = data.title_of(rows_of)
         raise UserError(f"{file}: {len(written):,} predictions, but {title} of the study has {expected:,} rows")
     positions: Iterable[int] = range(len(written))
-    if own != test_set:
+    if rows_of != test_set:
         positions = prepare.choose(data.subsets[test_set], of_study.folder, range(len(written)))
     return [{"reference": references[position], "prediction": written[position]} for position in positions]
 
 
-def _texts(texts: Texts, folder: Path) -> list[str]:
+def _texts(declared: Texts, folder: Path) -> list[str]:
     """Read texts from a file: its lines, or a field of its rows."""
-    file = folder / texts.file
-    if texts.field is None:
+    file, field = folder / declared.file, declared.field
+    if field is None:
         try:
             with file.open(encoding="utf-8-sig", newline="\n") as lines:
                 return [line.removesuffix("\n").removesuffix("\r") for line in lines]
         except UnicodeDecodeError:
             raise UserError(f"{file}: not UTF-8 text") from None
-    found = [nested_value(row, texts.field) for row in read_rows(file, ())]
-    if wrong := next((number for number, text in enumerate(found, start=1) if not isinstance(text, str)), None):
-        raise UserError(f"{file}: row {wrong} has no text field {texts.field}; correct the field in study.yaml")
-    return found
+    texts = [nested_value(row, field) for row in read_rows(file, ())]
+    for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise UserError(f"{file}: row {number} has no text field {field}; correct the field in study.yaml")
+    return texts

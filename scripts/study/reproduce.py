@@ -3,10 +3,10 @@
 With `recipe reproduce --from`, only published predictions are scored, or published adapters evaluated.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..base import paths, tables, yamlfiles
 from ..base.errors import UserError, WorkFailed, meant
@@ -20,7 +20,7 @@ from ..config.gpus import Gpu
 from ..config.merging import Override
 from ..data import fetch, manifest, prepare
 from ..data.declaration import Data, PreparedFormat
-from ..data.published import adapter_files
+from ..data.published import Baseline, adapter_files
 from ..data.raw_rows import fetched_files
 from ..data.studies import Study
 from ..evaluate import evaluate
@@ -35,17 +35,19 @@ from .evaluation import as_peft, checked, located, run_of
 from .pipeline import Pipeline, require_known, require_scorer_models, seeds_of, validate_all
 
 
-def chosen(of_study: Study, only: list[str]) -> list[str]:
+def selected_recipes(of_study: Study, only: Sequence[str]) -> list[str]:
     """Recipes of a study by name or pattern; by default, all with published scores.
 
     Raises:
         UserError: a name or pattern matches no recipe of the study, or a name matches several.
     """
+    if not only:
+        return list(of_study.published)
     recipes = [*of_study.published, *of_study.variants]
-    named: list[str] = []
+    selected: list[str] = []
     for name in only:
-        named += paths.matching(name, recipes) or [meant(name, recipes, "recipe of the study", option="--only")]
-    return list(dict.fromkeys(named)) or list(of_study.published)
+        selected += paths.matching(name, recipes) or [meant(name, recipes, "recipe of the study", option="--only")]
+    return list(dict.fromkeys(selected))
 
 
 def reproduce(
@@ -74,32 +76,53 @@ def reproduce(
         WorkFailed: the data cannot be fetched, or BERTScore's model cannot be loaded.
     """
     wanted = _wanted(of_study, request, only, seeds)
-    scorers = {declared.model for declared in declared_models(of_study.columns).values()}
-    # `require_scorer_models` fetches this model if it is missing; --metric cannot name more than one
-    if not request.rehearse and evaluation.judge is None and len(scorers) == 1:
-        evaluation.metrics = [*evaluation.metrics, f"{SCORER}{scorers.pop()}"]
+    if not request.rehearse and evaluation.judge is None:
+        evaluation.metrics = [*evaluation.metrics, *_declared_scorer(of_study)]
     with held(lock(request.name), "another reproduction of this study is running"):
         pipelines = [Pipeline(result, asked, evaluation, backend) for result, asked in wanted]
-        for pipeline in pipelines:
-            pipeline.look_up()
-        validate_all([pipeline for pipeline in pipelines if not pipeline.is_finished()])
-        runnable = [pipeline for pipeline in pipelines if pipeline.is_finished() or pipeline.check(with_data=False)]
-        have_data(of_study, [pipeline.composed for pipeline in runnable if pipeline.composed])
-        for pipeline in runnable:
-            if not pipeline.existing:  # `have_data` may have fetched the data that the digest needs
-                pipeline.look_up()
-        ready = []
-        with Bar("checking and planning", len(runnable)) as bar:
-            for done, pipeline in enumerate(runnable, start=1):
-                bar.begin(f"checking and planning {pipeline.result.label}")
-                if pipeline.is_finished() or (pipeline.check(with_data=True) and pipeline.plan()):
-                    ready.append(pipeline)
-                bar.update(done)
+        ready = _planned(_with_data(of_study, pipelines))
         require_known(request.force, pipelines)
         tasks = [pipeline.task() for pipeline in ready]
         require_scorer_models(tasks, of_study.columns, evaluation, request.rehearse)
         backend.submit(tasks, request.name)
     return [result for result, _ in wanted]
+
+
+def _declared_scorer(of_study: Study) -> list[str]:
+    """Value for --metric that names the scorer model of the published scores; none if they have several."""
+    scorers = {declared.model for declared in declared_models(of_study.columns).values()}
+    # `require_scorer_models` fetches this model if it is missing; --metric cannot name more than one
+    return [f"{SCORER}{scorers.pop()}"] if len(scorers) == 1 else []
+
+
+def _with_data(of_study: Study, pipelines: Sequence[Pipeline]) -> list[Pipeline]:
+    """Pipelines whose config has no errors, with their data fetched and prepared and their existing runs looked up."""
+    for pipeline in pipelines:
+        pipeline.look_up()
+    validate_all([pipeline for pipeline in pipelines if not pipeline.is_finished()])
+    runnable = [pipeline for pipeline in pipelines if pipeline.is_finished() or pipeline.check_config()]
+    have_data(of_study, _composed(runnable))
+    for pipeline in runnable:
+        if not pipeline.existing:  # `have_data` may have fetched the data that the digest needs
+            pipeline.look_up()
+    return runnable
+
+
+def _planned(pipelines: Sequence[Pipeline]) -> list[Pipeline]:
+    """Pipelines that are finished, or whose rows have no errors and whose plan fits."""
+    ready = []
+    with Bar("checking and planning", len(pipelines)) as bar:
+        for done, pipeline in enumerate(pipelines, start=1):
+            bar.begin(f"checking and planning {pipeline.result.label}")
+            if pipeline.is_finished() or (pipeline.check_rows() and pipeline.plan()):
+                ready.append(pipeline)
+            bar.update(done)
+    return ready
+
+
+def _composed(pipelines: Iterable[Pipeline]) -> list[Composed]:
+    """Configs of the pipelines with a valid config."""
+    return [pipeline.composed for pipeline in pipelines if pipeline.composed]
 
 
 def representative_runs(results: Iterable[TaskResult]) -> dict[str, Path | None]:
@@ -131,7 +154,7 @@ def outline(
         its training, required memory and time.
 
     Raises:
-        UserError: see `chosen`.
+        UserError: see `selected_recipes`.
     """
     wanted = _wanted(of_study, request, only, seeds)
     pipelines = [Pipeline(result, asked, evaluation, backend, gpu) for result, asked in wanted]
@@ -142,22 +165,20 @@ def outline(
             rows.append(_outlined(pipeline))
             bar.update(len(rows))
     require_known(request.force, pipelines, dry_run=True)
-    return {"data": _outlined_data(of_study, [one.composed for one in pipelines if one.composed]), "recipes": rows}
+    return {"data": _outlined_data(of_study, _composed(pipelines)), "recipes": rows}
 
 
 def _outlined(pipeline: Pipeline) -> Row:
     """Preview of one recipe; `hours` covers only training."""
     row: Row = {"recipe": pipeline.result.label, "training": "new"}
     row |= dict.fromkeys(("steps", "needs GiB", "fits", "hours", "changes", "problem"))
-    if pipeline.composed:
-        changes = (str(change) for change in pipeline.composed.differences if change.source.kind == "override")
-        row["changes"] = "; ".join(changes) or None
+    row["changes"] = "; ".join(_changes(pipeline)) or None
     pipeline.look_up()
     if pipeline.existing:
         row["training"] = f"{pipeline.state}: {pipeline.existing[0].path}"
     if pipeline.state == "finished":
         return row
-    if not pipeline.composed or not pipeline.check(with_data=False, starts=False):
+    if not pipeline.composed or not pipeline.check_config(starts=False):
         return row | {"training": "refused", "problem": pipeline.result.problem}
     if pipeline.request.rehearse:
         return row | {"steps": datafiles.training_steps(pipeline.composed.config)}
@@ -168,20 +189,38 @@ def _outlined(pipeline: Pipeline) -> Row:
     row["needs GiB"] = planned.memory.needed / GIB
     if pipeline.gpu and pipeline.gpu.memory:
         row["fits"] = f"{pipeline.gpu.name}: {planned.gpus[0].verdict}"
-    return row | ({"steps": planned.work.steps, "hours": planned.work.hours} if planned.work else {})
+    if planned.work:
+        row |= {"steps": planned.work.steps, "hours": planned.work.hours}
+    return row
+
+
+def _changes(pipeline: Pipeline) -> list[str]:
+    """Differences from the recipe that --set makes."""
+    differences = pipeline.composed.differences if pipeline.composed else []
+    return [str(difference) for difference in differences if difference.source.kind == "override"]
 
 
 def _outlined_data(of_study: Study, configs: list[Composed]) -> list[str]:
     """Preview of the data to fetch and prepare for these configs."""
     data = of_study.data
-    forms = [form for form in _needed_formats(of_study, configs) if not any(Path(form[1].folder).glob("[!.]*"))]
-    sources = data.missing([*(data.raw_files if forms else ()), *_needed_beside(data, configs)])
-    own = [name for name in sources if data.sources[name].is_own]
-    lines = [f"{data.raw}: copy {', '.join(own)} there; study.yaml has no address for it"] if own else []
-    if len(sources) > len(own):
-        fetched = sum(data.sources[name].bytes or 0 for name in sources) / 1e6
-        lines.append(f"{data.raw}: to be fetched, {fetched:,.0f} MB or more from {data.source or data.name}")
-    return lines + [f"{form.folder}: to be prepared, in the format {name}" for name, form in forms]
+    unprepared = [(name, form) for name, form in _needed_formats(of_study, configs) if not _has_files(form)]
+    files = _needed_adapter_files(data, configs)
+    if unprepared:
+        files += data.raw_files
+    sources = data.missing(files)
+    users = [name for name in sources if data.sources[name].is_own]
+    lines = []
+    if users:
+        lines.append(f"{data.raw}: copy {', '.join(users)} there; study.yaml has no address for it")
+    if len(sources) > len(users):
+        megabytes = sum(data.sources[name].bytes or 0 for name in sources) / 1e6
+        lines.append(f"{data.raw}: to be fetched, {megabytes:,.0f} MB or more from {data.source or data.name}")
+    return lines + [f"{form.folder}: to be prepared, in the format {name}" for name, form in unprepared]
+
+
+def _has_files(form: PreparedFormat) -> bool:
+    """True if the folder of a format has a file that is not hidden."""
+    return any(Path(form.folder).glob("[!.]*"))
 
 
 def show_outline(outlined: dict[str, list[Any]], json: bool) -> None:
@@ -202,19 +241,17 @@ def _wanted(of_study: Study, request: Request, only: list[str], seeds: int) -> l
     """Requested runs of a study: one per recipe and seed.
 
     Raises:
-        UserError: see `chosen`; or an override sets the seed although several seeds are requested.
+        UserError: see `selected_recipes`; or an override sets the seed although several seeds are requested.
     """
     if seeds > 1 and any(override.key == "seed" for override in request.overrides):
         raise UserError("--seeds: --set already sets seed; give only one of the two")
-    return [
-        (
-            TaskResult(recipe, seed=seed),
-            asked if seed is None else replace(asked, overrides=[*asked.overrides, Override("seed", seed)]),
-        )
-        for recipe in chosen(of_study, only)
-        for asked in [request_for(request, recipe)]
-        for seed in seeds_of(recipe, seeds)
-    ]
+    wanted = []
+    for recipe in selected_recipes(of_study, only):
+        asked = request_for(request, recipe)
+        for seed in seeds_of(recipe, seeds):
+            seeded = asked if seed is None else replace(asked, overrides=[*asked.overrides, Override("seed", seed)])
+            wanted.append((TaskResult(recipe, seed=seed), seeded))
+    return wanted
 
 
 def request_for(shared: Request, recipe: str) -> Request:
@@ -234,7 +271,7 @@ def have_data(of_study: Study, configs: list[Composed]) -> None:
     for name, form in _needed_formats(of_study, configs):
         folder = Path(form.folder)
         # a part is left by a preparation that was killed
-        if any(folder.glob(".*.json*.part")) or not any(folder.glob("[!.]*")):
+        if any(folder.glob(".*.json*.part")) or not _has_files(form):
             say(f"data: fetching and preparing {folder}")
             _fetch(of_study.data, of_study.data.raw_files)
             prepare.prepare(fetched_files(of_study.data), folder, of_study, name, timeout=LOCK_TIMEOUT)
@@ -244,7 +281,7 @@ def have_data(of_study: Study, configs: list[Composed]) -> None:
                 "or run the recipes one by one with this data"
             )
         say(f"data: {folder} has the study's data")
-    _fetch(of_study.data, _needed_beside(of_study.data, configs))
+    _fetch(of_study.data, _needed_adapter_files(of_study.data, configs))
 
 
 def _fetch(data: Data, files: Iterable[str]) -> None:
@@ -253,10 +290,10 @@ def _fetch(data: Data, files: Iterable[str]) -> None:
         fetch.fetch(data, data.raw, only=sources)
 
 
-def _needed_beside(data: Data, configs: list[Composed]) -> list[str]:
+def _needed_adapter_files(data: Data, configs: list[Composed]) -> list[str]:
     """Files of the configs' initial adapters (lora_model_dir) that a data set provides."""
-    starts = [str(composed.config.get("lora_model_dir") or "") for composed in configs]
-    return [file for file in data.files if any(Path(data.raw, file).parent == Path(start) for start in starts)]
+    adapters = {Path(str(composed.config.get("lora_model_dir") or "")) for composed in configs}
+    return [file for file in data.files if Path(data.raw, file).parent in adapters]
 
 
 def _needed_formats(of_study: Study, configs: list[Composed]) -> Iterator[tuple[str, PreparedFormat]]:
@@ -283,30 +320,38 @@ def score_predictions(
     Raises:
         UserError: a name is wrong, or no predictions are published.
     """
-    data = of_study.data
-    owners = []
-    for name in chosen(of_study, list(only)):
-        if name in of_study.published:
-            of_recipe = of_study.published[name]
-            owners.append((name, of_recipe.scores, of_recipe.predictions, data.test_set))
-    if not only:
-        owners += [(of.name, of.scores, of.predictions, of.test_set) for of in of_study.baselines]
-    if not any(predictions for *_, predictions, _ in owners):
+    predicted = _published_predictions(of_study, only)
+    if not any(published.predictions for published in predicted):
         raise _none_published(of_study, "predictions")
     models = scorer_models(of_study.columns, scorer, report=True)
     rows, problems = [], {}
-    for name, scores, predictions, test_set in owners:
-        if predictions is None:
-            say(f"{name}: no predictions are published")
+    for published in predicted:
+        if published.predictions is None:
+            say(f"{published.name}: no predictions are published")
             continue
         try:
-            fetched = fetch.fetch(data, data.raw, only=data.sources_of(predictions.files))
-            verified = all(row["verified"] for row in fetched if row["file"] in predictions.files)
-            made = published_predictions.scores(of_study, predictions, test_set, scores, models)
-            rows += [{"of": name} | row | {"verified": verified} for row in made]
+            verified = _fetch_verified(of_study.data, published.predictions.files)
+            for row in published_predictions.scores(of_study, published, models):
+                rows.append({"of": published.name, **row, "verified": verified})
         except (UserError, WorkFailed) as error:
-            problems[name] = str(error)
+            problems[published.name] = str(error)
     return rows, problems
+
+
+def _published_predictions(of_study: Study, only: Sequence[str]) -> list[Baseline]:
+    """Predictions and scores of the selected recipes; by default of all recipes and baselines."""
+    predicted = []
+    for name in selected_recipes(of_study, only):
+        if published := of_study.published.get(name):
+            test_set, predictions = of_study.data.test_set, published.predictions
+            predicted.append(Baseline(name=name, scores=published.scores, test_set=test_set, predictions=predictions))
+    return predicted if only else predicted + of_study.baselines
+
+
+def _fetch_verified(data: Data, files: Collection[str]) -> bool:
+    """Fetch files of a data set; return True if they match the study's checksums."""
+    fetched_files = fetch.fetch(data, data.raw, only=data.sources_of(files))
+    return all(row["verified"] for row in fetched_files if row["file"] in files)
 
 
 def evaluate_adapters(
@@ -327,44 +372,61 @@ def evaluate_adapters(
     Raises:
         UserError: a name is wrong, or no adapter is published.
     """
-    named = {}
-    for name in chosen(of_study, list(only)):
-        if name in of_study.published and (adapter := of_study.published[name].adapter):
-            named[name] = adapter
-    if not named:
+    results, adapters = [], []
+    for name in selected_recipes(of_study, only):
+        published = of_study.published.get(name)
+        if published and published.adapter:
+            results.append(TaskResult(name))
+            adapters.append(published.adapter)
+    if not results:
         raise _none_published(of_study, "adapter")
-    results = [TaskResult(recipe) for recipe in named]
-    for result, adapter in zip(results, named.values(), strict=True):
-        step = "check"
+    for result, adapter in zip(results, adapters, strict=True):
+        asked = request_for(request, result.recipe)
         try:
-            asked = request_for(request, result.recipe)
             composed = checked(asked, backend)
-            files = adapter_files(of_study.data, adapter)
-            if not request.rehearse:
-                have_data(of_study, [composed])
-                fetch.fetch(of_study.data, of_study.data.raw, only=of_study.data.sources_of(files))
-            elif missing := of_study.data.missing(files):
-                fetching = " ".join(f"--only {source}" for source in missing)
-                raise UserError(
-                    f"{result.recipe}: a rehearsal does not fetch the adapter; run `recipe data fetch "
-                    f"{of_study.data.key} {fetching}`"
-                )
-            if not all(of_study.data.files[file].sha256 for file in files):
-                say(f"{result.recipe}: adapter not verified, because study.yaml lacks checksums for the files")
-            folder, form = of_study.data.raw / adapter, of_study.published[result.recipe].adapter_format
-            folder, _ = located(str(as_peft(folder, form) if form else folder))
-            step = "evaluate"
-            with run_of(composed, asked, folder, adapter) as made:
-                evaluate.evaluate(made, evaluation)
-            result.run, result.steps[step] = made.path, DONE
+            folder = _fetch_adapter(of_study, result.recipe, composed)
         except (UserError, WorkFailed) as error:
-            result.fail(step, str(error))
+            result.fail("check", str(error))
+            continue
+        try:
+            with run_of(composed, asked, folder, adapter) as run:
+                evaluate.evaluate(run, evaluation)
+            result.run, result.steps["evaluate"] = run.path, DONE
+        except (UserError, WorkFailed) as error:
+            result.fail("evaluate", str(error))
     return results
 
 
-def _none_published(of_study: Study, what: str) -> UserError:
-    having = [name for name, published in of_study.published.items() if getattr(published, what)]
-    of = ", ".join(having) or "no recipe"
+def _fetch_adapter(of_study: Study, recipe: str, composed: Composed) -> Path:
+    """Fetch a recipe's published adapter, and the data for its evaluation; return its folder, in PEFT's format.
+
+    Raises:
+        UserError: a file is missing or damaged.
+        WorkFailed: a file cannot be fetched.
+    """
+    data, published = of_study.data, of_study.published[recipe]
+    assert published.adapter
+    files = adapter_files(data, published.adapter)
+    if not composed.rehearsal:
+        have_data(of_study, [composed])
+        fetch.fetch(data, data.raw, only=data.sources_of(files))
+    elif missing := data.missing(files):
+        fetching = " ".join(f"--only {source}" for source in missing)
+        raise UserError(
+            f"{recipe}: a rehearsal does not fetch the adapter; run `recipe data fetch {data.key} {fetching}`"
+        )
+    if any(not data.files[file].sha256 for file in files):
+        say(f"{recipe}: adapter not verified, because study.yaml lacks checksums for the files")
+    folder = data.raw / published.adapter
+    if published.adapter_format:
+        folder = as_peft(folder, published.adapter_format)
+    folder, _ = located(str(folder))
+    return folder
+
+
+def _none_published(of_study: Study, what: Literal["predictions", "adapter"]) -> UserError:
+    recipes = [name for name, published in of_study.published.items() if getattr(published, what)]
     return UserError(
-        f"--from {what}: {of_study.folder.name}'s study.yaml declares none for these recipes, but for {of}"
+        f"--from {what}: {of_study.folder.name}'s study.yaml declares none for these recipes, but for "
+        f"{', '.join(recipes) or 'no recipe'}"
     )

@@ -4,11 +4,11 @@ import hashlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, Field
 
@@ -33,6 +33,8 @@ from ..run.rundir import RunDir, find_run, is_run, run_names
 from .pipeline import Pipeline, existing_runs, require_known, require_scorer_models, seeds_of, validate_all
 
 PAIRED = "_"
+NAME = "name"
+"""Key of an entry of `_` that names the entry's members."""
 
 
 class SweepMember(BaseModel):
@@ -67,12 +69,14 @@ class Sweep(BaseModel):
 
     Attributes:
         keys: keys with different values among the members.
+        leading_key: the key among them whose value begins every member's name, or None.
     """
 
     name: str
     recipe: str
     rehearsal: bool
     keys: list[str]
+    leading_key: str | None = None
     members: list[SweepMember]
     made: str = Field(default_factory=now)
 
@@ -95,9 +99,141 @@ class Sweep(BaseModel):
         write_atomically(self.file(runs), self.model_dump_json(indent=1) + "\n")
 
 
+@dataclass
+class Grid:
+    """Values to combine, from a sweep file, from --set, or from both.
+
+    Attributes:
+        source: the sweep file, or --set, for messages.
+        values: values to combine, by dotted key.
+        titles: parts of the sweep's name.
+        entries: settings that are tried together, see `PAIRED`; by default a single entry without settings.
+    """
+
+    source: str
+    values: dict[str, list[Any]]
+    titles: list[str]
+    entries: list[dict[str, Any]] = field(default_factory=lambda: [{}])
+
+    @classmethod
+    def from_file(cls, file: Path) -> Self:
+        """Read a YAML file in Axolotl's sweep format, in which entries of `_` can have a `name`.
+
+        Raises:
+            UserError: the file is malformed.
+        """
+        values = yamlfiles.read_yaml(file)
+        entries = values.pop(PAIRED, [{}])
+        for key, tried in values.items():
+            if not isinstance(tried, list) or not tried:
+                raise UserError("expected a list of values", file=file, line=yamlfiles.line_of(file, key), key=key)
+        if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+            problem = "expected a list of mappings, as in `- {name: Wide, lora_r: 64}`"
+            raise UserError(problem, file=file, key=PAIRED)
+        return cls(str(file), values, [file.stem], entries)
+
+    @classmethod
+    def from_overrides(cls, texts: Sequence[str]) -> Self:
+        """Parse `key=value,value` from --set, or `key=[value, value]` if the key takes no list.
+
+        Raises:
+            UserError: a text is malformed.
+        """
+        grid = cls("--set", {}, [])
+        for text in texts:
+            key, values = merging.parse_overrides(text)
+            if len(values) == 1 and _has_several(key, values[0]):
+                values = values[0]
+            grid.values[key] = values
+            title = f"{key}={','.join(map(yamlfiles.write_flow, values))}"
+            grid.titles.append(re.sub(r"(?a)[^\w.,=+-]+", "-", title))  # usable in a file name
+        return grid
+
+    def merged(self, overrides: "Grid") -> "Grid":
+        """Grid with the values of another grid, which replace those of the same key."""
+        return replace(self, values=self.values | overrides.values, titles=[*self.titles, *overrides.titles])
+
+    @property
+    def name(self) -> str:
+        """Name of the sweep: its file and its values from --set, because each such sweep has a record of its own."""
+        name = "+".join(self.titles)
+        if len(name) <= 200:
+            return name
+        return f"{name[:191]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+    def members(self) -> list[SweepMember]:
+        """Members: every combination of an entry with a value of each key.
+
+        Raises:
+            UserError: there are no values, or two members have the same name.
+        """
+        if not self.titles:
+            raise UserError("no values to try; give a sweep file, or values as in --set lora_r=16,32")
+        members = []
+        for entry in self.entries:
+            for combination in itertools.product(*self.values.values()):
+                members.append(self._member(entry, dict(zip(self.values, combination, strict=True))))
+        for name, count in Counter(member.name for member in members).items():
+            if count > 1:
+                remedy = "give each entry of _ a different name"
+                raise UserError(f"two members are called {name}", file=self.source, remedy=remedy)
+        return members
+
+    def _member(self, entry: dict[str, Any], values: dict[str, Any]) -> SweepMember:
+        """Member with an entry's settings and one value of each key, named after them."""
+        settings = {key: value for key, value in entry.items() if key != NAME}
+        titles = [str(entry[NAME])] if NAME in entry else _texts(settings)
+        titles += _texts({key: values[key] for key in self._varied})
+        return SweepMember(name=", ".join(titles) or "as it is", values=values | settings)
+
+    @property
+    def _varied(self) -> list[str]:
+        """Keys with several values to combine."""
+        return [key for key, values in self.values.items() if len(values) > 1]
+
+    def keys(self) -> list[str]:
+        """Keys with different values among the members."""
+        members = self.members()
+        keys = []
+        for key in dict.fromkeys(key for member in members for key in member.values):
+            values = [member.values.get(key) for member in members]
+            if any(value != values[0] for value in values):
+                keys.append(key)
+        return keys
+
+    @property
+    def leading_key(self) -> str | None:
+        """Key whose value begins the name of every member, or None."""
+        keys = {self._leading_key(entry) for entry in self.entries}
+        return keys.pop() if len(keys) == 1 else None
+
+    def _leading_key(self, entry: dict[str, Any]) -> str | None:
+        return None if NAME in entry else next(iter([*entry, *self._varied]), None)
+
+    def record(self, recipe: str, rehearsal: bool, members: list[SweepMember]) -> Sweep:
+        """Record of a sweep over a recipe."""
+        return Sweep(
+            name=self.name,
+            recipe=recipe,
+            rehearsal=rehearsal,
+            keys=self.keys(),
+            leading_key=self.leading_key,
+            members=members,
+        )
+
+
+def _has_several(key: str, value: Any) -> bool:
+    """True if a value is a list of values for a key, because the key itself takes no list."""
+    return isinstance(value, list) and bool(value) and not schema.takes(key, value)
+
+
+def _texts(values: Mapping[str, Any]) -> list[str]:
+    """Values as `key=value`."""
+    return [Override(key, value).text for key, value in values.items()]
+
+
 def sweep(
-    name: str,
-    members: list[SweepMember],
+    grid: Grid,
     requests: Sequence[Request],
     evaluation: EvaluationRequest,
     backend: Backend,
@@ -112,8 +248,7 @@ def sweep(
     not stop the others.
 
     Args:
-        name: name of the sweep.
-        members: see `read_members`.
+        grid: values to combine.
         requests: one request per recipe, with overrides for all members.
         evaluation: settings of each evaluation.
         backend: backend that carries out the members.
@@ -126,24 +261,19 @@ def sweep(
             nothing was started.
         WorkFailed: BERTScore's model cannot be loaded.
     """
+    members = grid.members()
     records: list[Sweep] = []
     pipelines: list[Pipeline] = []
     for request in requests:
         recipe, _ = find_recipe(request.name)
-        seeded = _seeded(members, request.name, seeds)
-        records.append(
-            Sweep(name=name, recipe=recipe, rehearsal=request.rehearse, keys=varying(members), members=seeded)
-        )
-        pipelines += [
-            Pipeline(
-                TaskResult(recipe, f"{recipe}, " * (len(requests) > 1) + re.sub(r"[/\0]", "-", member.label)),
-                replace(request, overrides=member.overrides),
-                evaluation,
-                backend,
-                gpu,
-            )
-            for member in seeded
-        ]
+        record = grid.record(recipe, request.rehearse, _seeded(members, request.name, seeds))
+        records.append(record)
+        for member in record.members:
+            label = re.sub(r"[/\0]", "-", member.label)
+            if len(requests) > 1:
+                label = f"{recipe}, {label}"
+            asked = replace(request, overrides=member.overrides)
+            pipelines.append(Pipeline(TaskResult(recipe, label), asked, evaluation, backend, gpu))
     _check(pipelines, starts=not dry_run)
     _refuse_twins(pipelines)
     require_known(requests[0].force, pipelines, dry_run)
@@ -159,15 +289,22 @@ def _plan(members: list[SweepMember], pipelines: list[Pipeline], starts: bool) -
             bar.begin(f"planning {pipeline.result.label}")
             member.digest = pipeline.digest()
             pipeline.plan()
-            if pipeline.result.problem and starts:
-                say(f"{pipeline.result.label}: {pipeline.result.problem}")
             member.planned_gib = pipeline.needed_gib
             if not starts:
-                pipeline.look_up()
-                left = pipeline.task().steps
-                if pipeline.state == "finished":
-                    pipeline.result.steps |= {step: SKIPPED for step in ("run", "evaluate") if step not in left}
+                _skip_finished_steps(pipeline)
+            elif pipeline.result.problem:
+                say(f"{pipeline.result.label}: {pipeline.result.problem}")
             bar.update(done)
+
+
+def _skip_finished_steps(pipeline: Pipeline) -> None:
+    """Record the steps that a member's existing run has finished."""
+    pipeline.look_up()
+    if pipeline.state == "finished":
+        remaining = pipeline.task().steps
+        for step in ("run", "evaluate"):
+            if step not in remaining:
+                pipeline.result.steps[step] = SKIPPED
 
 
 def _carry_out(
@@ -202,22 +339,26 @@ def _check(pipelines: list[Pipeline], starts: bool) -> None:
     """
     if starts:
         validate_all(pipelines)
-    of_distinct_rows = list({pipeline.rows: pipeline for pipeline in pipelines}.values())
-    for some, with_data in ((pipelines, False), (of_distinct_rows if starts else [], True)):
-        wrong: dict[str, list[str]] = {}
-        with Bar("reading the rows of members" if with_data else "checking members", len(some)) as bar:
-            for done, pipeline in enumerate(some, start=1):
-                if not pipeline.check(with_data, starts):
-                    for problem in str(pipeline.result.problem).splitlines():
-                        wrong.setdefault(problem, []).append(pipeline.result.label)
-                bar.update(done)
-        if wrong:
-            raise UserError(
-                "\n".join(
-                    f"{'every member' if len(labels) == len(some) else '; '.join(labels)}: {problem}"
-                    for problem, labels in wrong.items()
-                )
-            )
+    _check_each(pipelines, "checking members", lambda pipeline: pipeline.check_config(starts))
+    if starts:
+        distinct = {pipeline.rows_digest: pipeline for pipeline in pipelines}
+        _check_each([*distinct.values()], "reading the rows of members", Pipeline.check_rows)
+
+
+def _check_each(pipelines: Sequence[Pipeline], title: str, check: Callable[[Pipeline], bool]) -> None:
+    """Check members one by one; raise UserError with each problem once, and the labels of the members that have it."""
+    labels: dict[str, list[str]] = {}
+    with Bar(title, len(pipelines)) as bar:
+        for done, pipeline in enumerate(pipelines, start=1):
+            if not check(pipeline):
+                for problem in str(pipeline.result.problem).splitlines():
+                    labels.setdefault(problem, []).append(pipeline.result.label)
+            bar.update(done)
+    lines = []
+    for problem, members in labels.items():
+        lines.append(f"{'every member' if len(members) == len(pipelines) else '; '.join(members)}: {problem}")
+    if lines:
+        raise UserError("\n".join(lines))
 
 
 def _refuse_twins(pipelines: list[Pipeline]) -> None:
@@ -239,65 +380,7 @@ def file_of(recipe: str) -> Path | None:
     return next(filter(Path.is_file, files), None)
 
 
-def read_members(file: Path | None, sets: Sequence[str]) -> tuple[str, list[SweepMember]]:
-    """Read the name and members of a sweep.
-
-    Each member combines one entry of `_` with one value of every other key; the sweep has all such combinations. A
-    member is named after its entry's `name`, or that entry's settings, and its value of each key with several values. A
-    sweep is named after its file and `sets`, because a sweep with other values has a record of its own.
-
-    Args:
-        file: a YAML file in Axolotl's sweep format, in which entries of `_` can have a `name`.
-        sets: `key=value,value` from --set, or `key=[value, value]` if the key takes no list.
-
-    Raises:
-        UserError: both arguments are empty, an argument is malformed, or two members have the same name.
-    """
-    if not file and not sets:
-        raise UserError("no values to try; give a sweep file, or values as in --set lora_r=16,32")
-    grid = yamlfiles.read_yaml(file) if file else {}
-    paired = grid.pop(PAIRED, [{}])
-    for key, values in grid.items():
-        if not isinstance(values, list) or not values:
-            raise UserError(f"{file}:{yamlfiles.line_of(file, key) if file else 0}: {key}: expected a list of values")
-    names = [file.stem] if file else []
-    for text in sets:
-        key, values = merging.parse_overrides(text)
-        if len(values) == 1 and values[0] and isinstance(values[0], list) and not schema.takes(key, values[0]):
-            [values] = values
-        grid[key] = values
-        shown = f"{key}={','.join(map(yamlfiles.write_flow, values))}"
-        names.append(re.sub(r"(?a)[^\w.,=+-]+", "-", shown))  # usable in a file name
-    if not isinstance(paired, list) or not paired or not all(isinstance(entry, dict) for entry in paired):
-        raise UserError(f"{file}: {PAIRED}: expected a list of mappings, as in `- {{name: Wide, lora_r: 64}}`")
-    several = [key for key, values in grid.items() if len(values) > 1]
-    members = []
-    for entry, combination in itertools.product(paired, itertools.product(*grid.values())):
-        chosen = dict(zip(grid, combination, strict=True))
-        own = {key: value for key, value in entry.items() if key != "name"}
-        named = [str(entry["name"])] if "name" in entry else settings(own)
-        named += settings({key: chosen[key] for key in several})
-        members.append(SweepMember(name=", ".join(named) or "as it is", values=chosen | own))
-    for name, count in Counter(member.name for member in members).items():
-        if count > 1:
-            raise UserError(f"{file or '--set'}: two members are called {name}; give each entry of _ a different name")
-    full_name = "+".join(names)
-    short_name = f"{full_name[:191]}-{hashlib.sha256(full_name.encode()).hexdigest()[:8]}"
-    return full_name if len(full_name) <= 200 else short_name, members
-
-
-def settings(values: Mapping[str, Any]) -> list[str]:
-    """Values as key=value texts for --set."""
-    return [f"{key}={yamlfiles.write_flow(value)}" for key, value in values.items()]
-
-
-def varying(members: Sequence[SweepMember]) -> list[str]:
-    """Keys with different values among the members."""
-    keys = dict.fromkeys(key for member in members for key in member.values)
-    return [key for key in keys if any(m.values.get(key) != members[0].values.get(key) for m in members)]
-
-
-def find_any(name: str) -> RunDir | Sweep | Study:
+def find_run_sweep_or_study(name: str) -> RunDir | Sweep | Study:
     """Find a run, sweep or study by part of its name, see `meant`.
 
     Raises:
@@ -306,24 +389,30 @@ def find_any(name: str) -> RunDir | Sweep | Study:
     runs = paths.runs()
     if name == "latest" or is_run(Path(name)):
         return find_run(name, runs)
-    sweeps = recorded_sweeps()
-    folders = {folder.name: folder for folder in paths.studies()}
-    named = run_names(runs)
-    choices = [*named, *sweeps, *folders]
-    recipes, hint = paths.recipe_names(), f" below {runs}/; there are {', '.join([*folders, *sweeps])}"
+    run_folders, sweeps = run_names(runs), recorded_sweeps()
+    study_folders = {folder.name: folder for folder in paths.studies()}
+    choices = [*run_folders, *sweeps, *study_folders]
+    hint = f" below {runs}/; there are {', '.join([*study_folders, *sweeps])}"
     try:
         chosen = meant(name, choices, "run, sweep or study", hint)
     except UserError:
+        recipes = paths.recipe_names()
         chosen = meant(name, [*choices, *recipes], "run, sweep, study or recipe", hint)
         if chosen in recipes:
             raise UserError(f"{name}: no run of {chosen} below {runs}/; `recipe run {chosen}` starts one") from None
-    also = f"{chosen}/rehearsal"
-    if choices.count(chosen) > 1 or (chosen != name and also in sweeps):  # `recipe cancel` must not stop the wrong run
-        several = f"{chosen} or {also}" if also in sweeps else "a run, a sweep or a study"
-        raise UserError(f"{name}: ambiguous: {several}; give the full name, or a run folder")
-    if chosen in folders:
-        return studies.load(folders[chosen])
+    # `recipe cancel` must not stop the wrong run
+    is_ambiguous, rehearsal = choices.count(chosen) > 1, f"{chosen}/rehearsal"
+    if rehearsal in sweeps and (is_ambiguous or chosen != name):
+        raise _ambiguous(name, f"{chosen} or {rehearsal}")
+    if is_ambiguous:
+        raise _ambiguous(name, "a run, a sweep or a study")
+    if chosen in study_folders:
+        return studies.load(study_folders[chosen])
     return sweeps[chosen] if chosen in sweeps else find_run(chosen, runs)
+
+
+def _ambiguous(name: str, choices: str) -> UserError:
+    return UserError(f"{name}: ambiguous: {choices}; give the full name, or a run folder")
 
 
 def recorded_sweeps() -> dict[str, Sweep]:

@@ -87,9 +87,9 @@ def _export(name: str) -> None:
 def _show_one(name: str, rehearse: bool, json: bool) -> None:
     from ..data.studies import Study
     from ..results import listing, study_tables, sweep_results, verdict
-    from ..study.sweep import Sweep, find_any, recorded_sweeps
+    from ..study.sweep import Sweep, find_run_sweep_or_study, recorded_sweeps
 
-    thing = find_any(name)
+    thing = find_run_sweep_or_study(name)
     only_with("--rehearse", rehearse, "a study", isinstance(thing, Study))
     if isinstance(thing, Study):
         rows = verdict.rows(thing, paths.runs(), rehearse)
@@ -123,9 +123,9 @@ def report_verb(
     from ..data.studies import Study
     from ..results.reports import report, report_runs
     from ..run.rundir import RunDir
-    from ..study.sweep import Sweep, find_any
+    from ..study.sweep import Sweep, find_run_sweep_or_study
 
-    things = [find_any(name) for name in names or ["latest"]]
+    things = [find_run_sweep_or_study(name) for name in names or ["latest"]]
     only_with("--rehearse", rehearse, "a study", isinstance(things[0], Study))
     if out.suffix not in (".html", ".htm"):
         raise UserError(f"-o {out}: name an .html file")

@@ -95,9 +95,9 @@ def resume_verb(
 def cancel_verb(*, names: Things) -> None:
     """Save a checkpoint and stop active jobs; remove queued ones."""
     from ..study.cancel import cancel
-    from ..study.sweep import find_any
+    from ..study.sweep import find_run_sweep_or_study
 
-    messages = [message for name in names for message in cancel(find_any(name))]
+    messages = [message for name in names for message in cancel(find_run_sweep_or_study(name))]
     if not messages:
         raise UserError(f"{', '.join(names)}: nothing is running or queued")
     for message in messages:

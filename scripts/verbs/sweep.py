@@ -79,8 +79,9 @@ def sweep_verb(
     from ..study import reproduce, sweep
 
     only_with("--gpu", gpu, "--dry-run", dry_run)
-    shipped_or_file = sweep.find_sweep_file(file) if file else None
-    sweep_name, members = sweep.read_members(shipped_or_file, set_)
+    grid = sweep.Grid.from_overrides(set_)
+    if file:
+        grid = sweep.Grid.from_file(sweep.find_sweep_file(file)).merged(grid)
     request = Request(name, profiles=profile, rehearse=rehearse, force=force)
     request.rehearse = is_rehearsal(request)
     requests, study = [request], None
@@ -88,8 +89,7 @@ def sweep_verb(
         study = studies.find(name)
         requests = [reproduce.request_for(request, recipe) for recipe in study.published]
     records, results = sweep.sweep(
-        sweep_name,
-        members,
+        grid,
         requests,
         EvaluationRequest(limit=limit, metrics=metric),
         backend_of(on, request.rehearse, jobs),

@@ -4,16 +4,13 @@ import itertools
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import small_study
-from conftest import recipe_config
 from run_folders import a_run
 
 from qlora_recipes.base import paths, yamlfiles
-from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.files import sha256, write_json
 from qlora_recipes.check import check
 from qlora_recipes.config import compose
@@ -24,7 +21,7 @@ from qlora_recipes.evaluate import intervals
 from qlora_recipes.results import sweep_results
 from qlora_recipes.results.reports import report_figures
 from qlora_recipes.run import rundir
-from qlora_recipes.study.sweep import Sweep, SweepMember, find_sweep_file, read_members, varying
+from qlora_recipes.study.sweep import Grid, Sweep, SweepMember, find_sweep_file
 from qlora_recipes.training.run_record import Summary
 
 BASE = "haider2024/code-llama-7b"
@@ -36,7 +33,7 @@ SHIPPED = sorted(file.stem for file in (paths.RECIPES / "sweeps").glob("*.yaml")
 def test_members_of_shipped_sweeps_are_clean_over_a_recipe_of_each_study(sweep, name, place, prepared):
     (place / "data").symlink_to(prepared)
     configs = []
-    for member in read_members(find_sweep_file(sweep), [])[1]:
+    for member in Grid.from_file(find_sweep_file(sweep)).members():
         composed = compose.compose(Request(name, overrides=member.overrides))
         found = check.check_config(composed).findings
         wrong = [finding for finding in found if finding.level == "error" and finding.rule != "not-prepared"]
@@ -45,74 +42,12 @@ def test_members_of_shipped_sweeps_are_clean_over_a_recipe_of_each_study(sweep, 
     assert all(a != b for a, b in itertools.combinations(configs, 2))
 
 
-def test_members_are_those_of_axolotl(tmp_path):
-    """In another order, since Axolotl's is by chance."""
-    from axolotl.cli.utils.sweeps import generate_sweep_configs
-
-    content = {"_": [{"lora_r": 8, "lora_alpha": 4}, {"lora_r": 16, "lora_alpha": 8}], "learning_rate": [1e-4, 2e-4]}
-    (tmp_path / "s.yaml").write_text(yamlfiles.write_yaml(content))
-    _, members = read_members(tmp_path / "s.yaml", [])
-    theirs = generate_sweep_configs(recipe_config(BASE), content)
-    ours = [recipe_config(BASE) | member.values for member in members]
-    assert sorted(map(strings, ours)) == sorted(map(strings, theirs))
-
-
 def test_rows_whose_names_show_different_keys_have_the_same_columns(tmp_path):
     (tmp_path / "s.yaml").write_text("_: [{lora_r: 64, lora_alpha: 128}, {lora_alpha: 16}]")
-    _, members = read_members(tmp_path / "s.yaml", [])
-    sweep = Sweep(name="s", recipe=BASE, rehearsal=False, keys=varying(members), members=members)
+    grid = Grid.from_file(tmp_path / "s.yaml")
+    sweep = grid.record(BASE, rehearsal=False, members=grid.members())
     table = sweep_results.table_of(sweep, sweep_results.rows(sweep, tmp_path))
     assert [(row["lora_r"], row["lora_alpha"]) for row in table.rows] == [("64", "128"), (None, "16")]
-
-
-def strings(content: dict[str, Any]) -> list[tuple[str, str]]:
-    return sorted((key, str(value)) for key, value in content.items())
-
-
-def test_values_come_from_the_command_line_too():
-    name, members = read_members(None, ["lora_target_modules=[q_proj], [q_proj, v_proj]", "num_epochs=1"])
-    assert name == "lora_target_modules=-q_proj-,-q_proj,-v_proj-+num_epochs=1"
-    assert [(m.name, m.values) for m in members] == [
-        ("lora_target_modules=[q_proj]", {"lora_target_modules": ["q_proj"], "num_epochs": 1}),
-        ("lora_target_modules=[q_proj, v_proj]", {"lora_target_modules": ["q_proj", "v_proj"], "num_epochs": 1}),
-    ]
-    assert varying(members) == ["lora_target_modules"]
-    long, longer = (read_members(None, [f"seed={','.join(map(str, range(count)))}"])[0] for count in (100, 101))
-    assert len(long) == 200
-    assert long != longer
-
-
-@pytest.mark.parametrize(
-    ("text", "values"),
-    [
-        ("lora_r=[16, 32]", [16, 32]),
-        ("datasets.0.split=train[:14]", ["train[:14]"]),
-        ("lora_target_modules=[q_proj, v_proj]", [["q_proj", "v_proj"]]),  # the key takes a list
-        ("lora_target_modules=[[q_proj], [v_proj]]", [["q_proj"], ["v_proj"]]),
-        ("lr_scheduler=[linear, cosine]", ["linear", "cosine"]),
-    ],
-)
-def test_a_list_is_several_values_if_the_key_takes_no_list(text, values):
-    key = text.partition("=")[0]
-    assert [member.values[key] for member in read_members(None, [text])[1]] == values
-
-
-@pytest.mark.parametrize(
-    ("text", "sets", "says"),
-    [
-        ("lora_r: 16", [], "s.yaml:1: lora_r: "),
-        ("a: [1]\nlora_r: []", [], "s.yaml:2: lora_r: "),
-        ("_: [1]", [], "_: "),
-        ("_:\n- {name: a, lora_r: 1}\n- {name: a, lora_r: 2}", [], "called a"),
-        ("[", [], "s.yaml: "),
-        ("{}", ["lora_r"], "--set lora_r: "),
-    ],
-)
-def test_what_is_no_sweep_is_refused_with_its_place(tmp_path, text, sets, says):
-    (tmp_path / "s.yaml").write_text(text)
-    with pytest.raises(UserError) as error:
-        read_members(tmp_path / "s.yaml", sets)
-    assert says in str(error.value)
 
 
 def test_nothing_is_started_where_a_member_is_wrong(tmp_path, recipe):
@@ -225,15 +160,16 @@ def test_members_are_compared_seed_by_seed_if_the_seed_holds_out_the_rows(tmp_pa
     assert len(notes) == 1
 
 
-def published_beside(runs: Path, name: str, members: list[SweepMember], profiles: list[str]) -> list[float | None]:
+def published_beside(runs: Path, name: str, grid: Grid, profiles: list[str]) -> list[float | None]:
     """Published losses beside the members of a sweep, which all have a run."""
+    members = grid.members()
     for i, member in enumerate(members):
         member.digest = f"{len(list(runs.rglob('run.json')))}"
         folder = a_run(runs, name, f"2026-{member.digest}-{i}", 5.0, digest=member.digest)
         run = folder.read()
         run.differences = compose.compose(Request(name, profiles, member.overrides)).differences
         folder.write(run)
-    sweep = Sweep(name="s", recipe=name, rehearsal=False, keys=varying(members), members=members)
+    sweep = grid.record(name, rehearsal=False, members=members)
     return [row.published.get("nll") for row in sweep_results.rows(sweep, runs)]
 
 
@@ -250,15 +186,15 @@ def published_beside(runs: Path, name: str, members: list[SweepMember], profiles
     ],
 )
 def test_published_scores_stand_only_beside_their_settings(tmp_path, sets, profiles, published):
-    _, members = read_members(None, ["learning_rate=0.001", "lora_r=128", *sets])
-    assert published_beside(tmp_path, "tinker-tulu3/llama-3.2-1b-lora", members, profiles) == published
+    grid = Grid.from_overrides(["learning_rate=0.001", "lora_r=128", *sets])
+    assert published_beside(tmp_path, "tinker-tulu3/llama-3.2-1b-lora", grid, profiles) == published
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-1b-lora", "llama-3.1-8b-qlora"])
 def test_members_stand_beside_the_published_scores_of_their_settings(tmp_path, name):
-    _, members = read_members(find_sweep_file("rate-and-rank"), [])
+    grid = Grid.from_file(find_sweep_file("rate-and-rank"))
     recipe, of_study = f"tinker-tulu3/{name}", studies.find("tinker-tulu3")
-    published = published_beside(tmp_path, recipe, members, [])
+    published = published_beside(tmp_path, recipe, grid, [])
     lowest = float(of_study.published[of_study.origin(recipe)].scores["nll"].value)
     assert min(published) == lowest
     assert len(published) == 16

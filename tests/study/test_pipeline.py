@@ -71,7 +71,8 @@ def test_a_config_that_is_too_big_fails_unless_this_is_overridden(monkeypatch, f
     one = pipeline.Pipeline(TaskResult("one"), asked, EvaluationRequest(), backend, t4)
     assert one.plan() == bool(force)
     assert one.needed_gib == 38.1
-    assert pipeline.TOO_BIG in {finding.name for finding in plan._findings({}, t4, 1, False)}
+    finding = plan._memory_finding({}, t4, 1, trace=False)
+    assert finding and finding.name == pipeline.TOO_BIG
 
 
 @pytest.mark.parametrize("path", ["owner/rows", "rows.jsonl"])
@@ -85,8 +86,8 @@ def test_what_axolotl_refuses_is_not_submitted(place, monkeypatch):
     asked = Request("haider2024/llama-2-7b", rehearse=True, overrides=typed("early_stopping_patience=2"))
     result, backend = TaskResult("one"), Local(rehearsal=True, jobs=1)
     one = pipeline.Pipeline(result, asked, EvaluationRequest(), backend)
-    assert one.check(with_data=False, starts=False)
-    assert not one.check(with_data=False)
+    assert one.check_config(starts=False)
+    assert not one.check_config()
     assert result.steps == {"check": "failed"} and "[axolotl:early_stopping_patience]" in str(result.problem)
     monkeypatch.setattr(backend, "here", False)
     with pytest.raises(UserError, match=r"\[axolotl:early_stopping_patience\]"):

@@ -100,10 +100,10 @@ def test_a_dry_run_of_several_seeds_lists_each(recipe, tmp_path):
 @pytest.mark.parametrize("word", ["llama-3.*", "haider2024/llama-3.*"])
 def test_a_pattern_chooses_several_recipes(word):
     several = ["haider2024/llama-3.1-8b", "haider2024/llama-3.2-3b"]
-    assert reproduce.chosen(STUDY, [word, "3.1"]) == several
-    assert reproduce.chosen(STUDY, ["llama-3-8b"]) == ["haider2024/llama-3-8b"]
+    assert reproduce.selected_recipes(STUDY, [word, "3.1"]) == several
+    assert reproduce.selected_recipes(STUDY, ["llama-3-8b"]) == ["haider2024/llama-3-8b"]
     with pytest.raises(UserError, match=r"--only llama-3: matches .*; give more of the name"):
-        reproduce.chosen(STUDY, ["llama-3"])
+        reproduce.selected_recipes(STUDY, ["llama-3"])
 
 
 def test_of_several_seeds_the_first_that_ended_speaks():
@@ -227,7 +227,7 @@ def test_a_mirror_is_taken_where_a_model_is_gated():
 
 
 def test_several_scorer_models_are_not_replaced_by_one(monkeypatch):
-    monkeypatch.setattr(reproduce, "chosen", lambda *_: [])
+    monkeypatch.setattr(reproduce, "selected_recipes", lambda *_: [])
     for models, metrics in (("aa", ["bertscore:a"]), ("ab", [])):
         columns = {f"of_{i}": {"metric": "bertscore_f1", "model": model} for i, model in enumerate(models)}
         of_study, asked = STUDY.model_copy(update={"columns": registry.columns(columns)}), EvaluationRequest()
