@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from ..base.files import Row
 from ..config.training_settings import TrainingSettings
 from ..evaluate import intervals, scores_file
-from ..evaluate.score import model_record
-from ..metrics.metric import Column
+from ..evaluate.intervals import Interval
+from ..metrics.metric import Bounds, Column, ScoreRecord, ScorerRecord
 from ..run import backends, rundir
 from .run_result import RunResult, trained_settings
 
@@ -19,6 +19,16 @@ _SAME_ROWS = {"data_sha256", "rows"}
 # settings shared by evaluations whose scores are averaged
 _ALIKE = _SAME_ROWS | {"decoding", "quantized", "dtype", "engine"}
 OTHER_ROWS = "held-out rows differ by seed"
+
+
+ScoredRun = tuple[RunResult, float]  # with its score by a metric
+
+
+class MeanScore(NamedTuple):
+    """Mean score of repeated runs by one metric, with its 95 % interval."""
+
+    value: float | None
+    interval: Interval | None
 
 
 @dataclass(frozen=True)
@@ -107,87 +117,94 @@ def seed(result: RunResult) -> int:
     return TrainingSettings.of(result.config).seed
 
 
-def scores(column: Column, found: Sequence[RunResult]) -> list[tuple[RunResult, float]]:
-    """Runs with their scores by a metric, all from the same scorer model.
+def score_record(result: RunResult, name: str) -> ScoreRecord | None:
+    """Record of a score in a run's scores.json."""
+    return result.evaluation.scores.get(name) if result.evaluation else None
 
-    Runs with a scorer model other than the first run's are left out.
+
+def scorer(result: RunResult, name: str) -> ScorerRecord | None:
+    """Scorer model behind a score of a run; None for metrics without one."""
+    record = score_record(result, name)
+    return record.scorer if record else None
+
+
+def scored_runs(column: Column, results: Sequence[RunResult]) -> list[ScoredRun]:
+    """Runs with their scores by a metric, all from the first run's scorer model.
+
+    Runs without a score, or with another scorer model, are left out.
     """
-    models = [model_record(column, result.evaluation.scores) if result.evaluation else None for result in found]
-    scored = [(result, result.score(column)) for result in found]
-    return [
-        (result, score)
-        for (result, score), model in zip(scored, models, strict=True)
-        if score is not None and (result.evaluation is None or model == models[0])
-    ]
+    scored = []
+    for result in results:
+        score = result.score(column)
+        if score is not None and scorer(result, column.name) == scorer(results[0], column.name):
+            scored.append((result, score))
+    return scored
 
 
-class MeanScore(NamedTuple):
-    """Mean score of repeated runs by one metric, with its 95 % interval."""
+def mean_score(name: str, scored: Sequence[ScoredRun]) -> MeanScore:
+    """Mean score of some runs of one recipe by a metric, with an interval from `interval_of_mean`.
 
-    value: float | None
-    interval: intervals.Interval | None
-
-
-def mean_score(name: str, scored: Sequence[tuple[RunResult, float]]) -> MeanScore:
-    """Mean score of some runs of one recipe by a metric, with an interval from `interval`.
-
-    Args:
-        name: name of the metric.
-        scored: runs with their scores.
+    There is no interval if a run has none over its rows. The spread of published repeats counts only for a single run.
     """
     if not scored:
         return MeanScore(None, None)
-    first, _ = scored[0]
-    published_repeats: Sequence[float] = []
-    if first.study and not first.run.rehearsal:
-        published_repeats = first.study.repeats(first.run.origin, name)
-    return MeanScore(fmean(score for _, score in scored), interval(name, scored, published_repeats))
+    results = [result for result, _ in scored]
+    scores = [score for _, score in scored]
+    over_rows = _intervals_over_rows(name, results)
+    if over_rows is None:
+        return MeanScore(fmean(scores), None)
+    if len(scored) == 1:
+        interval = intervals.interval_of_mean(scores, None, over_rows, _published_repeats(name, results[0]))
+        return MeanScore(scores[0], interval)
+    interval = intervals.interval_of_mean(scores, scores_by_row(name, results), over_rows)
+    if interval and len(set(map(seed, results))) == 1:
+        interval = replace(interval, one_seed=True)
+    return MeanScore(fmean(scores), interval)
 
 
-def interval(
-    name: str, scored: Sequence[tuple[RunResult, float]], known: Sequence[float] = ()
-) -> intervals.Interval | None:
-    """95 % interval of the mean score, see `interval_of_mean`; None if a run has no interval over its rows.
+def _intervals_over_rows(name: str, results: Sequence[RunResult]) -> list[Bounds] | None:
+    """Interval of each run over its rows; None if a run has none."""
+    over_rows = []
+    for result in results:
+        record = score_record(result, name)
+        if record is None or record.interval is None:
+            return None
+        over_rows.append(record.interval)
+    return over_rows
 
-    Args:
-        name: name of the metric.
-        scored: runs with their scores.
-        known: scores of the authors' repeats, whose spread is used if there is only one run.
-    """
-    found, values = [result for result, _ in scored], [value for _, value in scored]
-    evaluated = (result.evaluation.scores if result.evaluation else {} for result in found)
-    over_rows = [scores[name].interval if name in scores else None for scores in evaluated]
-    within = [interval for interval in over_rows if interval is not None]
-    if len(within) < len(found):
+
+def _published_repeats(name: str, result: RunResult) -> Sequence[float]:
+    """Published scores of a recipe's repeated runs; empty for a rehearsal, or without a study."""
+    if result.study is None or result.run.rehearsal:
+        return ()
+    return result.study.repeats(result.run.origin, name)
+
+
+def scores_by_row(name: str, results: Sequence[RunResult]) -> list[list[float]] | None:
+    """Row scores of each run; None if rows lack scores or differ between runs."""
+    first = results[0]
+    if first.evaluation is None or not all(_evaluated_alike(first, result, _SAME_ROWS) for result in results):
         return None
-    if len(found) == 1:
-        return intervals.interval_of_mean(values, None, within, known)
-    made = intervals.interval_of_mean(values, by_row(name, found), within)
-    one_seed = len({seed(result) for result in found}) == 1
-    return replace(made, one_seed=True) if made and one_seed else made
+    table: list[list[float]] = []
+    positions = set()
+    for result in results:
+        rows = scores_file.read_predictions(result.folder.path)
+        scores = [row[name] for row in rows if row.get(name) is not None]
+        if not rows or len(scores) < len(rows):
+            return None
+        positions.add(tuple(row.get("row") for row in rows))
+        table.append(scores)
+    return table if len(positions) == 1 else None
 
 
-def bounds(interval: intervals.Interval | None) -> list[float] | None:
+def bounds(interval: Interval | None) -> list[float] | None:
     """Table cell of an interval."""
     return [interval.low, interval.high] if interval else None
 
 
-def interval_cells(name: str, within: intervals.Interval | None) -> Row:
+def interval_cells(name: str, interval: Interval | None) -> Row:
     """Fields of a record for the interval of a metric."""
-    return {
-        f"{name}_low": within.low if within else None,
-        f"{name}_high": within.high if within else None,
-        f"{name}_interval_method": within.method if within else None,
-    }
-
-
-def by_row(name: str, found: Sequence[RunResult]) -> list[list[float]] | None:
-    """Row scores of each run; None if rows lack scores or differ between runs."""
-    first = found[0]
-    if first.evaluation is None or not all(_evaluated_alike(first, result, _SAME_ROWS) for result in found):
-        return None
-    predicted = [scores_file.read_predictions(result.folder.path) for result in found]
-    if len({tuple(row.get("row") for row in rows) for rows in predicted}) != 1 or not predicted[0]:
-        return None
-    table = [[row[name] for row in rows if row.get(name) is not None] for rows in predicted]
-    return table if all(len(one) == len(predicted[0]) for one in table) else None
+    low = high = method = None
+    if interval:
+        low, high, method = interval.low, interval.high, interval.method
+    return {f"{name}_low": low, f"{name}_high": high, f"{name}_interval_method": method}

@@ -15,7 +15,6 @@ from ..config.numerics import departures
 from ..data.published import ROUNDING, TRAIN_LOSS, Measured, Published, PublishedScore, rounding
 from ..data.studies import Study
 from ..evaluate.intervals import Interval
-from ..evaluate.score import model_record
 from ..evaluate.scores_file import Evaluation
 from ..metrics.metric import Column
 from ..training.run_record import GPU_MEMORY, State, Summary
@@ -253,7 +252,7 @@ def _metric_row(
 ) -> MetricRow:
     """Results of a representative run and its repeats by one metric."""
     name, chosen = column.name, results[0]
-    mean, interval = repeats.mean_score(name, repeats.scores(column, results))
+    mean, interval = repeats.mean_score(name, repeats.scored_runs(column, results))
     difference = metric_verdict = None
     is_comparable = chosen.scores[name].difference is not None
     if published and mean is not None and is_comparable:
@@ -262,7 +261,7 @@ def _metric_row(
     decodings = {}
     for decoding in study.decodings:
         decodings[decoding] = _mean(result.scores[name].decodings.get(decoding) for result in results)
-    scorer = model_record(column, chosen.evaluation.scores) if chosen.evaluation else None
+    scorer = repeats.scorer(chosen, name)
     return MetricRow(
         value=mean,
         base_model=chosen.scores[name].base_model,

@@ -155,8 +155,8 @@ def test_scores_by_another_judge_are_not_averaged(runs):
         folders.append(a_run(runs, recipe, name, 0, scores=scores))
     found = [RunResult(folder, folder.read()) for folder in folders]
     columns = read_scores(folders[0].path).columns
-    assert len(repeats.scores(columns["bleu4"], found)) == 2
-    assert repeats.scores(columns["bertscore_f1"], found) == [(found[0], 0.8)]
+    assert len(repeats.scored_runs(columns["bleu4"], found)) == 2
+    assert repeats.scored_runs(columns["bertscore_f1"], found) == [(found[0], 0.8)]
 
 
 def test_the_curves_gap_has_a_verdict_where_the_study_gives_a_tolerance(runs, recipe):
