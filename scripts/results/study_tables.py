@@ -1,6 +1,6 @@
 """Print results of studies, and comparisons of runs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from ..base import tables
@@ -13,6 +13,7 @@ from ..metrics.metric import Column
 from . import repeats, score_records, verdict
 from .compare import Comparison, Divergence
 from .listing import REHEARSALS, baselines
+from .score_records import Status
 from .verdict import StudyRow
 
 RECORDS = "Published numbers: submitted records, and cells with other settings"
@@ -26,105 +27,121 @@ _HEADINGS = {
 }
 
 
-def show_study(
-    of_study: Study, rows: Sequence[StudyRow], rehearsal: bool, json: bool, tuned: Sequence[Row] = ()
-) -> None:
+def show_study(study: Study, rows: Sequence[StudyRow], rehearsal: bool, json: bool, tuned: Sequence[Row] = ()) -> None:
     """Print a study's results, and records of its published numbers; JSON also has the best member of each sweep."""
     if not rows and not json:
         say("no recipe of the study has been rehearsed yet; run `recipe reproduce` with --rehearse")
         return
     records = [verdict.record(row) for row in rows]
-    for one in records:
-        one["tuned"] = [best for best in tuned if best["recipe"] == one["recipe"]]
+    for fields in records:
+        fields["tuned"] = [best for best in tuned if best["recipe"] == fields["recipe"]]
+    shown = [*tables_of(study, rows, rehearsal)]
     if rehearsal:
-        tables.show(json, records, of_rows(of_study, rows, rehearsal))
+        tables.show(json, records, shown)
         return
-    numbers = score_records.statuses(of_study, score_records.records(of_study))
-    for one in records:
-        one["records"] = [asdict(number) for number in numbers if number.of == one["recipe"]]
-    notable = [asdict(number) for number in numbers if number.cell or number.status != score_records.NOT_RUN]
-    shown = [*of_rows(of_study, rows, rehearsal), Table(notable, RECORDS, below=["status"])]
-    tables.show(json, records, shown, notes(of_study, rows))
+    numbers = score_records.statuses(study, score_records.records(study))
+    for fields in records:
+        fields["records"] = [asdict(number) for number in numbers if number.of == fields["recipe"]]
+    tables.show(json, records, [*shown, _records_table(numbers)], notes(study, rows))
 
 
-def of_rows(of_study: Study, rows: Sequence[StudyRow], rehearsal: bool) -> Iterator[Table]:
-    """Tables of a study: one per metric in `Study.table`, then costs, curves and baselines."""
-    title = REHEARSALS if rehearsal else of_study.cited
-    if any(score.published for row in rows for score in row.scores.values()):
-        title += f"; published scores are on {of_study.test_title}"
-    for column in of_study.table.values():
-        scores = [row.scores[column.name] for row in rows]
-        if any(score.value is not None or score.published for score in scores):
-            yield Table([_of_metric(row, column) for row in rows], title, below=["scored"])
-            title = column.label
-    others = {name: column for name, column in of_study.columns.items() if name not in of_study.table}
+def _records_table(numbers: Sequence[Status]) -> Table:
+    """Table of the published numbers that are in no other table, and of those with records."""
+    rows = [asdict(number) for number in numbers if number.cell or number.status != score_records.NOT_RUN]
+    return Table(rows, RECORDS, below=["status"])
+
+
+def tables_of(study: Study, rows: Sequence[StudyRow], rehearsal: bool) -> Iterator[Table]:
+    """Tables of a study: scores, costs, curves and baselines."""
+    title = REHEARSALS if rehearsal else study.cited
+    if any(row.is_published for row in rows):
+        title += f"; published scores are on {study.test_title}"
+    yield from _score_tables(study, rows, title)
     if any(row.chosen for row in rows):
-        yield Table([_of_costs(row, others) for row in rows], COSTS)
+        others = [column for name, column in study.columns.items() if name not in study.table]
+        yield Table([_cost_cells(row, others) for row in rows], COSTS)
     gaps = [{"recipe": row.recipe, **asdict(row.gap), "verdict": row.gap_verdict} for row in rows if row.gap]
     yield Table(gaps, CURVES)
     if not rehearsal:
-        yield baselines(of_study)
+        yield baselines(study)
 
 
-def _of_metric(row: StudyRow, column: Column) -> Row:
+def _score_tables(study: Study, rows: Sequence[StudyRow], title: str) -> Iterator[Table]:
+    """One table per metric in `Study.table`; all but the first are named after their metric."""
+    for column in study.table.values():
+        if any(row.scores[column.name].is_known for row in rows):
+            yield Table([_metric_cells(row, column) for row in rows], title, below=["scored"])
+            title = column.label
+
+
+def _metric_cells(row: StudyRow, column: Column) -> Row:
     """Table cells of a study's row for one metric."""
-    score, within = row.scores[column.name], row.scores[column.name].interval
+    score = row.scores[column.name]
+    interval = score.interval
     return {
         "recipe": row.recipe,
         column.label: score.value,
-        "95 %": within and [within.low, within.high],
+        "95 %": repeats.bounds(interval),
         "published": score.published,
         "difference": score.difference,
         "verdict": score.verdict,
-        "95 % covers": within and within.method,
-        "scored": row.chosen and about_rows(row.chosen.evaluation),
+        "95 % covers": interval.method if interval else None,
+        "scored": about_rows(row.evaluation),
         **score.decodings,
         "by": score.model,
     }
 
 
-def _of_costs(row: StudyRow, others: Mapping[str, Column]) -> Row:
+def _cost_cells(row: StudyRow, others: Sequence[Column]) -> Row:
     """Table cells of a study's row: costs, and scores by metrics that are not in `Study.table`."""
     cells: Row = {"recipe": row.recipe}
-    cells |= {column.label: row.scores[name].value for name, column in others.items()}
-    cells["eval loss"] = row.chosen and row.chosen.summary.eval_loss_per_token
+    for column in others:
+        cells[column.label] = row.scores[column.name].value
+    cells["eval loss"] = row.summary.eval_loss_per_token
     for key, (ours, published) in row.costs().items():
-        cells |= {_HEADINGS[key]: _whole(ours), f"{_HEADINGS[key]}, published": _whole(published)}
+        cells |= {_HEADINGS[key]: _rounded(ours), f"{_HEADINGS[key]}, published": _rounded(published)}
     return cells | {"GPU hours": row.gpu_hours}
 
 
-def _whole(value: float | None) -> str | float | None:
+def _rounded(value: float | None) -> str | float | None:
     """Format large numbers without decimals; return others unchanged."""
-    return f"{value:,.0f}" if value is not None and value >= 100 else value
+    if value is None or value < 100:
+        return value
+    return f"{value:,.0f}"
 
 
-def notes(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
+def notes(study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
     """Notes under the tables: differences from the paper, limitations of intervals, open settings."""
-    for difference in of_study.differences:
+    for difference in study.differences:
         yield f"All recipes: {difference}"
-    yield from _of_intervals(of_study, rows)
+    yield from _interval_notes(study, rows)
     for row in rows:
-        if adapter := row.chosen and row.chosen.run.published_adapter:
-            yield f"{row.recipe}: scores of the adapter {adapter}, which was not trained here."
-        if row.chosen and row.chosen.other_tokens:
-            yield f"{row.recipe} is not compared with the published eval loss: {row.chosen.other_tokens}."
-        if row.differs:
-            yield f"{row.recipe} differs from the paper: {'; '.join(row.differs)}"
-        verdicts = {of_study.columns[name].label: score.verdict for name, score in row.scores.items()}
-        verdicts["training loss"] = row.gap_verdict
-        if off := [label for label, found in verdicts.items() if found == verdict.OFF]:
-            of_which = "" if off == [of_study.first.label] else f" in {' and '.join(off)}"
-            yield f"{row.recipe} is off{of_which}. The paper leaves these settings open: {'; '.join(row.open)}"
+        yield from _row_notes(study, row)
 
 
-def _of_intervals(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
+def _interval_notes(study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
     """Notes on limitations of the intervals behind verdicts, with remedies."""
-    scores = [score for row in rows for score in row.scores.values() if score.verdict]
-    if differing := [row.recipe for row in rows if len(set(map(repeats.tokens, row.runs))) > 1]:
+    differing = [row.recipe for row in rows if len(set(map(repeats.tokens, row.runs))) > 1]
+    if differing:
         yield f"{', '.join(differing)}: {repeats.OTHER_ROWS}."
-    if any(score.interval and not score.interval.covers_seeds for score in scores):
-        command = f"`recipe reproduce {of_study.folder.name} --seeds 3`"
+    if any(row.lacks_seeds for row in rows):
+        command = f"`recipe reproduce {study.folder.name} --seeds 3`"
         yield f"Intervals of one run or one seed do not cover other seeds; {command} runs each recipe with three seeds."
+
+
+def _row_notes(study: Study, row: StudyRow) -> Iterator[str]:
+    if row.chosen and row.chosen.run.published_adapter:
+        yield f"{row.recipe}: scores of the adapter {row.chosen.run.published_adapter}, which was not trained here."
+    if row.chosen and row.chosen.other_tokens:
+        yield f"{row.recipe} is not compared with the published eval loss: {row.chosen.other_tokens}."
+    if row.differs:
+        yield f"{row.recipe} differs from the paper: {'; '.join(row.differs)}"
+    off = [study.columns[name].label for name, score in row.scores.items() if score.verdict == verdict.OFF]
+    if row.gap_verdict == verdict.OFF:
+        off.append("training loss")
+    if off:
+        metrics = "" if off == [study.first.label] else f" in {' and '.join(off)}"
+        yield f"{row.recipe} is off{metrics}. The paper leaves these settings open: {'; '.join(row.open)}"
 
 
 def show_comparison(compared: Comparison, pair: tuple[str, str], json: bool) -> None:

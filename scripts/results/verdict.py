@@ -43,6 +43,11 @@ class MetricRow(RunScore):
     model: str | None
 
     @property
+    def is_known(self) -> bool:
+        """True if there is a score, ours or a published one."""
+        return self.value is not None or self.published is not None
+
+    @property
     def spread(self) -> float | None:
         """Spread of the published score."""
         if self.published is None or self.published.spread is None:
@@ -88,6 +93,17 @@ class StudyRow:
     def evaluation(self) -> Evaluation | None:
         """Evaluation of the representative run."""
         return self.chosen.evaluation if self.chosen else None
+
+    @property
+    def is_published(self) -> bool:
+        """True if there is a published score."""
+        return any(score.published for score in self.scores.values())
+
+    @property
+    def lacks_seeds(self) -> bool:
+        """True if the interval behind a verdict does not cover other seeds."""
+        judged = [score.interval for score in self.scores.values() if score.verdict and score.interval]
+        return not all(interval.covers_seeds for interval in judged)
 
     @property
     def on_gpu(self) -> bool:

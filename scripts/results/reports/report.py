@@ -185,7 +185,7 @@ def study_page(study: Study, rehearsal: bool, runs: Path) -> Page:
         key="study",
         name="Study",
         about=f"{study.cited}.",
-        tables=[_without_empty(table) for table in study_tables.of_rows(study, rows, rehearsal) if table.rows],
+        tables=[_without_empty(table) for table in study_tables.tables_of(study, rows, rehearsal) if table.rows],
         notes=[*study_tables.notes(study, rows)],
         figures=[*draw.study(study, rows)],
     )
