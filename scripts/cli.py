@@ -127,42 +127,62 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # shows ? for characters that the terminal's encoding lacks
             stream.reconfigure(errors="replace")
-    return ended(partial(app, None if argv is None else list(argv), prog_name="recipe"))
+    return exit_code(partial(app, None if argv is None else list(argv), prog_name="recipe"))
 
 
-def ended(command: Callable[[], object]) -> int:
+def exit_code(command: Callable[[], object]) -> int:
     """Run a command and report its errors.
 
     Returns:
         The exit code: 0 done, 1 the work failed, 2 the request was wrong.
     """
     try:
-        try:
-            command()
-        except SystemExit as end:
-            sys.stdout.flush()
-            if isinstance(end.code, str):  # a message instead of a code
-                return _refused(end.code, 1)
-            return int(end.code or 0)
-        sys.stdout.flush()
-        return 0
+        return _run(command)
     except UserError as error:
         return _refused(str(error), 2)
     except WorkFailed as error:
         return _refused(str(error), 1)
-    except (ImportError, MemoryError) as error:
-        if isinstance(error, ImportError) and "failed to map segment" not in str(error):
+    except MemoryError as error:
+        return _out_of_memory(error)
+    except ImportError as error:
+        if "failed to map segment" not in str(error):  # glibc's words for a library that does not fit into memory
             raise
-        return _refused(f"out of memory; free some, or raise the limit{f': {error}' if str(error) else ''}", 1)
+        return _out_of_memory(error)
     except OSError as error:
-        if error.errno is None:  # from transformers, if the hub lacks a file or does not answer
-            return _refused(str(error.__context__ if isinstance(error.__context__, WorkFailed) else error), 1)
-        if error.filename is None and error.errno not in (*DISK_FULL, errno.EIO):
-            raise  # not an error with a user's file
-        if error.filename is None:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that a later flush succeeds
-        where = error.filename or "standard output, or a folder for temporary files"
-        return _refused(f"{where}: {_in_words(error)}", 1 if error.errno in (*DISK_FULL, errno.EIO) else 2)
+        return _report(error)
+
+
+def _run(command: Callable[[], object]) -> int:
+    """Run a command; return the code with which it exits."""
+    code: int | str | None = 0
+    try:
+        command()
+    except SystemExit as end:
+        code = end.code
+    sys.stdout.flush()
+    if isinstance(code, str):  # a message instead of a code
+        return _refused(code, 1)
+    return int(code or 0)
+
+
+def _out_of_memory(error: Exception) -> int:
+    detail = f": {error}" if str(error) else ""
+    return _refused(f"out of memory; free some, or raise the limit{detail}", 1)
+
+
+def _report(error: OSError) -> int:
+    """Report an error of the operating system, or raise it again if it does not concern a user's file."""
+    if error.errno is None:  # from transformers, if the hub lacks a file or does not answer
+        cause = error.__context__
+        return _refused(str(cause if isinstance(cause, WorkFailed) else error), 1)
+    is_disk_error = error.errno in (*DISK_FULL, errno.EIO)
+    place = error.filename
+    if place is None:
+        if not is_disk_error:
+            raise error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that a later flush succeeds
+        place = "standard output, or a folder for temporary files"
+    return _refused(f"{place}: {_in_words(error)}", 1 if is_disk_error else 2)
 
 
 def _in_words(error: OSError) -> str:

@@ -30,7 +30,7 @@ def list_verb(
     json: Json = False,
 ) -> None:
     """List recipes and variants, with model, epochs, optimizer and published scores."""
-    rows = [row for row in _listed() if fnmatch(f"{row['study'] or ''}/{row['recipe']}".lower(), f"*{name.lower()}*")]
+    rows = [row for row in _listed() if _matches(row, name)]
     if not rows:
         paths.find_recipe(name)  # suggests similar names
         raise UserError(f"{name}: a file, not a name; `recipe show {name}` prints its settings")
@@ -45,41 +45,57 @@ def list_verb(
     next_step("run", rows[0]["recipe"] if name else "start/qlora", "--rehearse", json=json)
 
 
+def _matches(row: Row, pattern: str) -> bool:
+    """True if a recipe's study and name contain a pattern."""
+    return fnmatch(f"{row['study'] or ''}/{row['recipe']}".lower(), f"*{pattern.lower()}*")
+
+
 def _listed() -> list[Row]:
     """All recipes and variants, with published scores as `published_METRIC`.
 
     study.yaml is read without validation, which would take longer than everything else together.
     Files that cannot be read are reported on stderr.
     """
-    from ..config import variants
-
-    rows = []
     studies = {folder.name: _declared(folder) for folder in paths.studies()}
-    shipped = {name: paths.recipe_file(name) for name in paths.recipe_names()}
-    own = {name: paths.VARIANTS / f"{name}.yaml" for name in paths.variant_names() if name not in shipped}
-    for name, file in (shipped | own).items():
+    recipes = {name: paths.recipe_file(name) for name in paths.recipe_names()}
+    variants = {name: paths.VARIANTS / f"{name}.yaml" for name in paths.variant_names()}
+    rows = []
+    for name, file in (recipes | {name: file for name, file in variants.items() if name not in recipes}).items():
         try:
-            recipe = yamlfiles.read_yaml(file)
-            variant_of = variants.parent_of(name, file) if name in own else None
-            study = str(name if name in shipped else variants.origin_of(name, file)).partition("/")[0]
+            rows.append(_row(name, file, studies))
         except UserError as error:
             say(str(error))
-            continue
-        row: Row = {
-            "recipe": name,
-            "study": study if study in studies else None,
-            "base_model": recipe.get("base_model"),
-            "epochs": recipe.get("num_epochs"),
-            "optimizer": recipe.get("optimizer"),
-            "variant_of": variant_of,
-        }
-        declared = studies.get(study, {})
-        scores = _mapping(_mapping(_mapping(declared.get("published")).get(name)).get("scores"))
-        for metric in _mapping(declared.get("metrics")):
-            score = scores.get(metric)
-            row[f"published_{metric}"] = score.get("value") if isinstance(score, dict) else score
-        rows.append(row)
     return rows
+
+
+def _row(name: str, file: Path, studies: dict[str, yamlfiles.Config]) -> Row:
+    from ..config import variants
+
+    recipe = yamlfiles.read_yaml(file)
+    origin, variant_of = name, None
+    if paths.VARIANTS in file.parents:
+        origin, variant_of = str(variants.origin_of(name, file)), variants.parent_of(name, file)
+    study = origin.partition("/")[0]
+    row: Row = {
+        "recipe": name,
+        "study": study if study in studies else None,
+        "base_model": recipe.get("base_model"),
+        "epochs": recipe.get("num_epochs"),
+        "optimizer": recipe.get("optimizer"),
+        "variant_of": variant_of,
+    }
+    return row | _published(name, studies.get(study, {}))
+
+
+def _published(recipe: str, study: yamlfiles.Config) -> Row:
+    """A recipe's published score for each metric that the study declares."""
+    published = _mapping(_mapping(study.get("published")).get(recipe))
+    scores = _mapping(published.get("scores"))
+    row: Row = {}
+    for metric in _mapping(study.get("metrics")):
+        score = scores.get(metric)
+        row[f"published_{metric}"] = score.get("value") if isinstance(score, dict) else score
+    return row
 
 
 def _declared(folder: Path) -> yamlfiles.Config:
@@ -114,8 +130,8 @@ def show_verb(name: Name, json: Json = False) -> None:
     if json:
         from ..data import studies
 
-        of_study = studies.study_of(recipe)
-        published = of_study.published.get(recipe) if of_study else None
+        study = studies.study_of(recipe)
+        published = study.published.get(recipe) if study else None
         scores = published.model_dump(exclude_none=True) if published else None
         tables.print_json({"recipe": recipe, "config": yamlfiles.read_yaml(file), "published": scores})
     else:

@@ -1,13 +1,16 @@
 """The verb new."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..base.terminal import say
 from .help import Verb, next_step
 from .options import Overrides, complete_recipes, whole_name
+
+if TYPE_CHECKING:
+    from ..check.check import Report
 
 verbs = typer.Typer(rich_markup_mode=None)
 
@@ -43,29 +46,31 @@ def new_verb(
     """Write a variant of a recipe, with changed lines marked."""
     from ..check import check
     from ..config import compose
-    from ..config.finding import refuse
     from ..writing import new
 
-    sets = set_
-    overrides = sets
+    overrides = set_
     if data:
-        overrides = [*new.for_data(from_, data), *sets]
-    changes = overrides
-    notes: list[str] = []
-    other = None
+        overrides = [*new.for_data(from_, data), *set_]
+    changes, notes, other = overrides, list[str](), None
     if model:
         other = new.for_model(from_, model)
-        changes = [*other.overrides, *overrides]
-        notes = other.not_known
+        changes, notes = [*other.overrides, *overrides], other.not_known
     composed = compose.compose(compose.Request(from_, overrides=changes))
     report = check.check_config(composed, data=data is not None)
-    refuse([finding for finding in report.findings if finding.scope != "code" and finding.rule != "not-prepared"])
+    _refuse_errors(report)
     print(new.write(name, from_, overrides, other))
     if data:
         unread: list[str] = next((read["unread_fields"] for read in report.data), [])
-        notes = [*notes, *new.reasons(composed.config, sets, unread)]
+        notes = [*notes, *new.reasons(composed.config, set_, unread)]
     for note in notes:
         say(note)
-    if not model and any(override.key == "base_model" for override in overrides):
+    if not model and "base_model" in [override.key for override in overrides]:
         say("revision, special tokens, layers and comments are still those of the former model; --model replaces them")
     next_step("check", name)
+
+
+def _refuse_errors(report: "Report") -> None:
+    """Refuse a variant with errors; foreign code and data matter only to a run."""
+    from ..config.finding import refuse
+
+    refuse([finding for finding in report.findings if finding.scope != "code" and finding.rule != "not-prepared"])

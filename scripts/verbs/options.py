@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,15 +18,18 @@ if TYPE_CHECKING:
     from ..run.backends import Backend, TaskResult
 
 
-def whole_name(context: typer.Context, given: str | None) -> str | None:
+def whole_name(context: typer.Context, name: str | None) -> str | None:
     """Replace a partial recipe name by the full one, and print it; leave a study's name."""
-    if given and not context.resilient_parsing:
-        with suppress(UserError):  # the verb reports this error
-            name, file = find_recipe(given)
-            if name != given and file != Path(given) and given not in {folder.name for folder in paths.studies()}:
-                say(f"recipe {name}")
-                return name
-    return given
+    if not name or context.resilient_parsing or name in {folder.name for folder in paths.studies()}:
+        return name
+    try:
+        recipe, file = find_recipe(name)
+    except UserError:  # the verb reports this error
+        return name
+    if name == recipe or file == Path(name):
+        return name
+    say(f"recipe {recipe}")
+    return recipe
 
 
 def whole_names(context: typer.Context, names: list[str]) -> list[str]:
@@ -40,9 +42,11 @@ def _beginning(incomplete: str, names: Sequence[str]) -> list[str]:
 
     If no name does, return the last parts of names that begin with the text.
     """
-    ends = [name.rpartition("/")[2] for name in names]
-    whole, parts = ([name for name in dict.fromkeys(some) if name.startswith(incomplete)] for some in (names, ends))
-    return whole or parts
+    matches = [name for name in dict.fromkeys(names) if name.startswith(incomplete)]
+    if matches:
+        return matches
+    last_parts = dict.fromkeys(name.rpartition("/")[2] for name in names)
+    return [part for part in last_parts if part.startswith(incomplete)]
 
 
 def _yaml_files(incomplete: str) -> list[str]:
@@ -58,9 +62,11 @@ def complete_recipes(incomplete: str) -> list[str]:
 def complete_runs(context: typer.Context, incomplete: str) -> list[str]:
     """Complete `latest`, recipes with runs, and run folders."""
     folder = _runs_folder(context)
-    found = sorted(run.relative_to(folder) for run in paths.run_folders(folder))
-    of_recipes = dict.fromkeys(run.parent.as_posix() for run in found)
-    return _beginning(incomplete, [*["latest"][: len(found)], *of_recipes, *(run.name for run in found)])
+    runs = sorted(run.relative_to(folder) for run in paths.run_folders(folder))
+    if not runs:
+        return []
+    recipes = dict.fromkeys(run.parent.as_posix() for run in runs)
+    return _beginning(incomplete, ["latest", *recipes, *(run.name for run in runs)])
 
 
 def complete_things(context: typer.Context, incomplete: str) -> list[str]:
@@ -261,19 +267,19 @@ def exclusive(options: dict[str, object]) -> None:
         raise UserError(f"{', '.join(names)} and {last}: give only one of them")
 
 
-def only_with(option: str, given: object, other: str, needed: object) -> None:
+def only_with(option: str, value: object, other: str, needed: object) -> None:
     """Refuse an option that is given without its requirement.
 
     Args:
         option: name of the option.
-        given: value of the option.
+        value: value of the option.
         other: description of the requirement.
         needed: true if the requirement is met.
 
     Raises:
         UserError: the requirement is not met.
     """
-    if given and not needed:
+    if value and not needed:
         raise UserError(f"{option}: works only with {other}")
 
 

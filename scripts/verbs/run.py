@@ -92,7 +92,7 @@ def resume_verb(
 
 
 @verbs.command("cancel", cls=Verb, epilog="recipe cancel latest\nrecipe cancel lora-tradeoffs")
-def cancel_verb(*, names: Things) -> None:
+def cancel_verb(names: Things) -> None:
     """Save a checkpoint and stop active jobs; remove queued ones."""
     from ..study.cancel import cancel
     from ..study.sweep import find_run_sweep_or_study

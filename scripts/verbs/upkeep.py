@@ -22,7 +22,6 @@ verbs.add_typer(study_verbs, name="study")
 
 @verbs.command("render", cls=Verb, epilog="recipe render --check")
 def render_verb(
-    *,
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; print differences from the templates, and fail on any.")
     ] = False,
@@ -50,7 +49,6 @@ def render_verb(
 
 @study_verbs.command("new", cls=Verb, epilog="recipe study new smith2026")
 def study_new_verb(
-    *,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Study name, also used for its folders.")],
     model: Annotated[
         str, typer.Option(metavar="MODEL", help="Base model of the study's first recipe.")
@@ -79,22 +77,24 @@ def study_check_verb(
     from ..evaluate import benchmarks
     from ..writing import study_check as checks
 
-    of_study = studies.find(name)
-    findings = checks.findings(of_study)
-    tables.print_json([vars(finding) for finding in findings]) if json else [
-        print(harmless(str(finding))) for finding in findings
-    ]
-    counts = {level: sum(finding.level == level for finding in findings) for level in ("error", "warning")}
-    if not counts["error"]:
-        benchmarks.require(of_study.columns, force=force)
-    say(f"{of_study.folder.name}: errors: {counts['error']}, warnings: {counts['warning']}")
-    if counts["error"]:
+    study = studies.find(name)
+    findings = checks.findings(study)
+    if json:
+        tables.print_json([vars(finding) for finding in findings])
+    else:
+        for finding in findings:
+            print(harmless(str(finding)))
+    errors, warnings = (sum(finding.level == level for finding in findings) for level in ("error", "warning"))
+    if not errors:
+        benchmarks.require(study.columns, force=force)
+    say(f"{study.folder.name}: errors: {errors}, warnings: {warnings}")
+    if errors:
         raise typer.Exit(2)
-    next_step("reproduce", of_study.folder.name, "--rehearse", json=json)
+    next_step("reproduce", study.folder.name, "--rehearse", json=json)
 
 
 @verbs.command("doctor", cls=Verb, epilog="recipe doctor\nrecipe doctor --json")
-def doctor_verb(*, json: Json = False) -> None:
+def doctor_verb(json: Json = False) -> None:
     """Find problems with this environment, GPU and disk, and suggest remedies."""
     from ..check.environment import check_environment
 
