@@ -14,7 +14,6 @@ from ..metrics.metric import BenchmarkMetric, Column
 from ..run import backends
 from ..run.rundir import RunDir, readable
 from ..training.run_record import Summary
-from . import run_result
 from .run_result import RunResult, RunScore
 
 AXOLOTL_EVAL_LOSS = "Axolotl's eval loss"  # shown without a loss per token
@@ -29,7 +28,7 @@ def show(folders: Sequence[RunDir], json: bool) -> None:
     changed = [result.folder.path for result in results if result.changed]
     if changed:
         say(f"evaluations that are stale or edited: {len(changed)}; for the last, run `recipe evaluate {changed[-1]}`")
-    records = (run_result.record(result, jobs[result.folder.path]) for result in results)
+    records = (result.as_json(jobs[result.folder.path]) for result in results)
     tables.show(json, records, _tables(results, jobs))
 
 

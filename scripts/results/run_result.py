@@ -12,6 +12,7 @@ from ..base.files import Row
 from ..base.yamlfiles import Config
 from ..config import merging, models
 from ..config.compose import MIRROR, REHEARSAL
+from ..config.datafiles import DataFile
 from ..config.merging import Difference, Source
 from ..data import manifest, studies
 from ..data.manifest import is_the_studys
@@ -46,7 +47,7 @@ class RunScore:
         """Gain over the base model."""
         return None if self.value is None or self.base_model is None else self.value - self.base_model
 
-    def record(self, name: str) -> Row:
+    def as_json(self, name: str) -> Row:
         """JSON fields; their names begin with the metric's name."""
         return {
             name: self.value,
@@ -110,10 +111,11 @@ class RunResult:
 
         None stands for a missing evaluation.
         """
+        if self.study is None:
+            return {}
         decoded: dict[str, Evaluation | None] = {}
-        for name, decoding in self.study.decodings.items() if self.study else ():
-            found = sibling(self.folder.path, self.evaluation, decoding=decoding)
-            decoded[name] = found[1] if found else None
+        for name, decoding in self.study.decodings.items():
+            _, decoded[name] = sibling(self.folder.path, self.evaluation, decoding=decoding) or (None, None)
         return decoded
 
     @cached_property
@@ -130,7 +132,9 @@ class RunResult:
     @property
     def trouble(self) -> str | None:
         """Problem with the losses, or else with the last launch."""
-        return self.summary.trouble or (self.run.launches[-1].problem if self.run.launches else None)
+        if self.summary.trouble or not self.run.launches:
+            return self.summary.trouble
+        return self.run.launches[-1].problem
 
     @property
     def changed_keys(self) -> list[str]:
@@ -177,22 +181,33 @@ class RunResult:
         The tokens behind both must be the same: those of a run of the unchanged recipe, or else those in study.yaml.
         Without either, no setting may differ that may affect them.
         """
-        if not self.study or not self.aim:
+        study, aim = self.study, self.aim
+        if study is None or aim is None:
             return None
-        if not any(isinstance(self.columns[name].metric, LossMetric) for name in self.aim.scores):
+        if not any(isinstance(self.columns[name].metric, LossMetric) for name in aim.scores):
             return None
         if self.summary.eval_loss_per_token is None and self.summary.eval_loss is not None:
             return "the scored tokens are unknown under tensor or context parallelism, and for streamed rows"
-        of_recipe = _of_unchanged(self.folder.runs(self.run.recipe), self.study.origin(self.run.origin))
-        own, expected = self.summary.eval_tokens, of_recipe or self.aim.eval_tokens
-        if own and expected:
-            return None if own == expected else f"the eval loss covers {own['count']:,} tokens, not those of the recipe"
-        changed = [key for key in other_settings(self.run) if not merging.NOT_OF_EVAL_TOKENS.match(key)]
-        if "seed" in changed and not self.config.get("val_set_size"):
-            changed.remove("seed")  # it decides only which rows val_set_size holds out
-        if changed:
-            return f"the eval loss may cover other tokens than the recipe's, by {', '.join(changed)}"
+        tokens = self.summary.eval_tokens
+        expected = (
+            _tokens_of_recipe(self.folder.runs(self.run.recipe), study.origin(self.run.origin)) or aim.eval_tokens
+        )
+        if tokens and expected:
+            if tokens == expected:
+                return None
+            return f"the eval loss covers {tokens['count']:,} tokens, not those of the recipe"
+        keys = self._keys_of_tokens
+        if keys:
+            return f"the eval loss may cover other tokens than the recipe's, by {', '.join(keys)}"
         return None
+
+    @property
+    def _keys_of_tokens(self) -> list[str]:
+        """Keys that differ from the recipe's, and that may affect the tokens behind the eval loss."""
+        keys = [key for key in other_settings(self.run) if not merging.NOT_OF_EVAL_TOKENS.match(key)]
+        if "seed" in keys and not self.config.get("val_set_size"):
+            keys.remove("seed")  # it decides only which rows val_set_size holds out
+        return keys
 
     @cached_property
     def scores(self) -> dict[str, RunScore]:
@@ -234,13 +249,14 @@ class RunResult:
         verified = 0
         for file in self.run.data:
             for entry in manifest.entries(Path(self.run.cwd, file.path).parent).values():
-                same = entry.get("sha256") == file.sha256
-                if entry.get("file") == Path(file.path).name and (not same or entry.get("is_the_study_file") is False):
+                if _contradicts(entry, file):
                     return True
-                if same and is_the_studys(entry):
+                if entry.get("sha256") == file.sha256 and is_the_studys(entry):
                     verified += 1
-        moved = any(d.key.startswith("datasets") and d.key.endswith("path") for d in self.run.from_origin)
-        return moved and not 0 < len(self.run.data) == verified
+        for difference in self.run.from_origin:
+            if difference.key.startswith("datasets") and difference.key.endswith("path"):
+                return verified == 0 or verified < len(self.run.data)
+        return False
 
     @property
     def is_of_something_else(self) -> bool:
@@ -250,58 +266,74 @@ class RunResult:
         """
         return bool(self.other_model) or self.other_data
 
+    def as_json(self, jobs: Iterable[str]) -> Row:
+        """JSON fields of the run and its results.
+
+        Args:
+            jobs: descriptions of jobs that have not ended.
+        """
+        run, summary = self.run, self.summary
+        row: Row = {
+            "run": str(self.folder.path),
+            "recipe": run.recipe,
+            "variant_of": run.variant_of,
+            "study": self.study and self.study.folder.name,
+            "rehearsal": run.rehearsal,
+            "state": run.state,
+            "published_adapter": run.published_adapter,
+            "jobs": "; ".join(jobs) or None,
+            "step": summary.step,
+            "steps": summary.max_steps,
+            "ended": summary.ended,
+            "kept_step": summary.kept_step,
+            "trouble": self.trouble,
+            "eval_loss_first": summary.eval_loss_per_token_first,
+            "eval_loss": summary.eval_loss_per_token,
+            "eval_loss_axolotl": summary.eval_loss,
+            "eval_tokens": summary.eval_tokens,
+            "other_tokens": self.other_tokens,
+        }
+        row |= self._evaluation_as_json()
+        for name, score in self.scores.items():
+            row |= score.as_json(name)
+        return row | {
+            "peak_memory_gib": summary.peak_memory,
+            "memory_kind": summary.memory_kind,
+            "other_base_model": self.other_model,
+            "other_data": not run.rehearsal and self.other_data,
+            "tokens_per_second": summary.tokens_per_second,
+            "train_seconds": summary.train_seconds,
+            "changed_keys": ", ".join(self.changed_keys),
+        }
+
+    def _evaluation_as_json(self) -> Row:
+        """JSON fields of the evaluation, without scores."""
+        total = also_trained = test_set = None
+        if self.evaluation:
+            total = self.evaluation.settings.total_rows
+            also_trained = self.evaluation.also_trained
+            test_set = self.evaluation.settings.test_set
+        return {
+            "rows_evaluated": self.rows_evaluated,
+            "rows_total": total,
+            "rows_also_trained": also_trained,
+            "test_set": test_set,
+            "evaluation": self.changed,
+        }
+
+
+def _contradicts(entry: Row, file: DataFile) -> bool:
+    """True if an entry of a manifest shows that a data file is not the study's."""
+    if entry.get("file") != Path(file.path).name:
+        return False
+    return entry.get("sha256") != file.sha256 or entry.get("is_the_study_file") is False
+
 
 def _value(column: Column, evaluation: Evaluation | None) -> float | None:
     """Score in an evaluation; None if it is missing, or if the metric's declaration changed."""
     if evaluation is None or not column.same_scores(evaluation.columns.get(column.name)):
         return None
     return evaluation.scores[column.name].value
-
-
-def record(result: RunResult, jobs: Iterable[str] = ()) -> Row:
-    """JSON record of a run and its results.
-
-    Args:
-        result: the run.
-        jobs: descriptions of jobs that have not ended.
-    """
-    folder, run, own, summary = result.folder, result.run, result.evaluation, result.summary
-    scores: Row = {}
-    for name, score in result.scores.items():
-        scores |= score.record(name)
-    return {
-        "run": str(folder.path),
-        "recipe": run.recipe,
-        "variant_of": run.variant_of,
-        "study": result.study.folder.name if result.study else None,
-        "rehearsal": run.rehearsal,
-        "state": run.state,
-        "published_adapter": run.published_adapter,
-        "jobs": "; ".join(jobs) or None,
-        "step": summary.step,
-        "steps": summary.max_steps,
-        "ended": summary.ended,
-        "kept_step": summary.kept_step,
-        "trouble": result.trouble,
-        "eval_loss_first": summary.eval_loss_per_token_first,
-        "eval_loss": summary.eval_loss_per_token,
-        "eval_loss_axolotl": summary.eval_loss,
-        "eval_tokens": summary.eval_tokens,
-        "other_tokens": result.other_tokens,
-        "rows_evaluated": result.rows_evaluated,
-        "rows_total": own.settings.total_rows if own else None,
-        "rows_also_trained": own.also_trained if own else None,
-        "test_set": own.settings.test_set if own else None,
-        "evaluation": result.changed,
-        **scores,
-        "peak_memory_gib": summary.peak_memory,
-        "memory_kind": summary.memory_kind,
-        "other_base_model": result.other_model,
-        "other_data": not run.rehearsal and result.other_data,
-        "tokens_per_second": summary.tokens_per_second,
-        "train_seconds": summary.train_seconds,
-        "changed_keys": ", ".join(result.changed_keys),
-    }
 
 
 def other_settings(run: Run) -> dict[str, Any]:
@@ -334,18 +366,23 @@ def _is_negligible(change: Difference) -> bool:
     return change.key in merging.OF_THE_RUN or bool(merging.TRACKING.match(change.key))
 
 
-def _of_unchanged(runs: Path, recipe: str) -> EvalTokens | None:
+def _tokens_of_recipe(runs: Path, recipe: str) -> EvalTokens | None:
     """Tokens behind the eval loss of the newest finished run of an unchanged recipe."""
-    files = sorted((runs / recipe).glob("*/run.json"), reverse=True)
-    tokens = (_if_unchanged(file.parent, file.stat().st_mtime_ns) for file in files)
-    return next(filter(None, tokens), None)
+    for file in sorted((runs / recipe).glob("*/run.json"), reverse=True):
+        tokens = _tokens_if_unchanged(file.parent, file.stat().st_mtime_ns)
+        if tokens:
+            return tokens
+    return None
 
 
 @cache
-def _if_unchanged(folder: Path, _: int) -> EvalTokens | None:
+def _tokens_if_unchanged(folder: Path, _: int) -> EvalTokens | None:
+    """Tokens behind a finished run's eval loss; None if the run differs from its recipe or cannot be read."""
     with suppress(UserError):
         result = RunResult(RunDir(folder), RunDir(folder).read())
         run = result.run
-        if run.state == "finished" and not run.rehearsal and not other_settings(run) and not result.other_data:
+        if run.state != "finished" or run.rehearsal:
+            return None
+        if not other_settings(run) and not result.other_data:
             return run.summary.eval_tokens
     return None

@@ -308,7 +308,7 @@ def record(row: StudyRow) -> Row:
         "rows": None,
     }
     for name, score in row.scores.items():
-        fields |= score.record(name) | repeats.interval_cells(name, score.interval)
+        fields |= score.as_json(name) | repeats.interval_cells(name, score.interval)
         fields |= {f"{name}_spread": score.spread, f"{name}_verdict": score.verdict, f"{name}_model": score.model}
     fields |= {"eval_loss": row.summary.eval_loss_per_token, "other_tokens": None}
     for key, (ours, published) in row.costs().items():

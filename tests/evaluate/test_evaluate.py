@@ -30,7 +30,7 @@ from qlora_recipes.evaluate.scores_file import (
 )
 from qlora_recipes.evaluate.transformers_engine import Reference, base_model
 from qlora_recipes.metrics.metric import ScoreRecord
-from qlora_recipes.results import card, run_result
+from qlora_recipes.results import card
 from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.run.rundir import RunDir
 from qlora_recipes.training.run_record import FileState, Launch
@@ -272,7 +272,7 @@ def scored(run: RunDir, sample: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir
 
 def listed(run: RunDir) -> tuple[str | None, bool]:
     """What a list says of a run's evaluation, and whether it has a score."""
-    row = run_result.record(RunResult(run, run.read()))
+    row = RunResult(run, run.read()).as_json([])
     return row["evaluation"], row["bleu4"] is not None
 
 

@@ -10,7 +10,7 @@ from run_folders import a_run
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.config.compose import Request, compose
 from qlora_recipes.data import studies
-from qlora_recipes.results import export, run_result, study_tables, verdict
+from qlora_recipes.results import export, study_tables, verdict
 from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.run.rundir import RunDir
 from qlora_recipes.training.run_record import Summary
@@ -76,7 +76,7 @@ def test_the_tokens_of_the_unchanged_recipe_decide(tmp_path, profile):
     same, other = (a_loss(tmp_path, name, of, ("train_on_inputs=true",)) for name, of in (("3", OWN), ("4", OTHER)))
     assert difference(same) == pytest.approx(0.78 - 0.7763)
     assert difference(other) is None
-    assert "900 tokens" in run_result.record(RunResult(other, other.read()))["other_tokens"]
+    assert "900 tokens" in RunResult(other, other.read()).as_json([])["other_tokens"]
     with pytest.raises(UserError, match="900 tokens"):
         export.export(other)
 

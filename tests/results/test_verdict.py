@@ -14,7 +14,7 @@ from qlora_recipes.config.datafiles import DataFile
 from qlora_recipes.config.merging import Difference, Override
 from qlora_recipes.data import studies
 from qlora_recipes.evaluate import scores_file
-from qlora_recipes.results import card, listing, run_result, study_tables, verdict
+from qlora_recipes.results import card, listing, study_tables, verdict
 from qlora_recipes.results.reports import report_runs
 from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.training.run_record import FileState, Summary
@@ -54,7 +54,7 @@ def test_only_a_run_on_the_recipes_model_and_data_is_set_beside_published_scores
     folder.write(run)
     (folder.output / scores_file.ADAPTER).parent.mkdir()
     (folder.output / scores_file.ADAPTER).write_bytes(b"")
-    listed, (member,) = run_result.record(RunResult(folder, run)), report_runs.reported_runs([folder])
+    listed, (member,) = RunResult(folder, run).as_json([]), report_runs.reported_runs([folder])
     assert listed["bleu4"] == 5.0
     assert listed["bleu4_published"] == (5.02 if same else None)
     assert row_of(tmp_path / "runs")["run"] == (str(folder.path) if same else None)

@@ -17,7 +17,6 @@ from qlora_recipes.check import check
 from qlora_recipes.config import compose, datafiles, merging, variants
 from qlora_recipes.config.compose import Request
 from qlora_recipes.config.merging import Override, Source
-from qlora_recipes.results import run_result
 from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.run import run
 from qlora_recipes.run.rundir import RunDir
@@ -169,7 +168,7 @@ def test_a_run_of_a_variant_lists_its_differences_from_that(place):
     own = {d.key: (d.recipe, d.run) for d in record.from_origin}
     assert own.pop("base_model") == (yamlfiles.parse(TEXT, "")["base_model"], "Qwen/Qwen3-0.6B")
     assert own == {"lora_r": (32, 16), "lora_alpha": (16, 8)}
-    row = run_result.record(RunResult(RunDir(place / "r"), record))
+    row = RunResult(RunDir(place / "r"), record).as_json([])
     assert row["variant_of"] == BASE
     assert row["changed_keys"] == "lora_r, lora_alpha"
     assert row["other_base_model"] == "Qwen/Qwen3-0.6B"  # of the study's
