@@ -14,8 +14,8 @@ class TrainingSettings:
     Attributes:
         micro_batch_size: rows per micro batch on one device.
         gradient_accumulation_steps: micro batches per optimizer step.
-        batch_size: rows per optimizer step on one device; replaces `gradient_accumulation_steps`.
-        max_steps: number of optimizer steps; replaces `num_epochs`.
+        batch_size: rows per optimizer step on one device, in place of `gradient_accumulation_steps`; 0 if not set.
+        max_steps: number of optimizer steps, in place of `num_epochs`; 0 if not set.
         sequence_len: maximum number of tokens per row.
         val_set_size: rows held out of the training data: their number, or below 1 their share.
         adapter: qlora, lora, another adapter, or None for full fine-tuning.
@@ -26,9 +26,9 @@ class TrainingSettings:
 
     micro_batch_size: int
     gradient_accumulation_steps: int
-    batch_size: int | None
+    batch_size: int
     num_epochs: float
-    max_steps: int | None
+    max_steps: int
     sequence_len: int
     sample_packing: bool
     val_set_size: float
@@ -43,21 +43,20 @@ class TrainingSettings:
     @classmethod
     def of(cls, config: Config) -> "TrainingSettings":
         """Read the settings from a config. Each default is that of Axolotl 0.21, in the file of the comment."""
-        seed = _whole(config, "seed")
         return cls(
-            micro_batch_size=_whole(config, "micro_batch_size") or 1,  # axolotl/utils/schemas/training.py
-            gradient_accumulation_steps=_whole(config, "gradient_accumulation_steps") or 1,  # schemas/training.py
-            batch_size=_whole(config, "batch_size") or None,  # schemas/training.py
-            num_epochs=_number(config, "num_epochs") or 1,  # schemas/training.py
-            max_steps=_whole(config, "max_steps") or None,  # schemas/config.py
-            sequence_len=_whole(config, "sequence_len") or 512,  # schemas/config.py
+            micro_batch_size=_count(config, "micro_batch_size", 1),  # axolotl/utils/schemas/training.py
+            gradient_accumulation_steps=_count(config, "gradient_accumulation_steps", 1),  # schemas/training.py
+            batch_size=_count(config, "batch_size", 0),  # schemas/training.py
+            num_epochs=_number(config, "num_epochs", 1),  # schemas/training.py
+            max_steps=_count(config, "max_steps", 0),  # schemas/config.py
+            sequence_len=_count(config, "sequence_len", 512),  # schemas/config.py
             sample_packing=bool(config.get("sample_packing")),  # schemas/config.py
-            val_set_size=_number(config, "val_set_size") or 0,  # schemas/config.py
-            seed=SEED if seed is None else seed,
+            val_set_size=_number(config, "val_set_size", 0),  # schemas/config.py
+            seed=_seed(config),
             optimizer=str(config.get("optimizer") or OPTIMIZER),
             adapter=config.get("adapter") or None,  # schemas/peft.py
-            rank=_whole(config, "lora_r") or 8,  # peft/tuners/lora/config.py
-            dropout=_number(config, "lora_dropout") or 0.0,  # schemas/peft.py
+            rank=_count(config, "lora_r", 8),  # peft/tuners/lora/config.py
+            dropout=_number(config, "lora_dropout", 0.0),  # schemas/peft.py
             targets=_targets(config),  # schemas/peft.py
             saved_modules=tuple(listed(config, "lora_modules_to_save")),  # schemas/peft.py
         )
@@ -90,14 +89,19 @@ SEED = 42  # axolotl/utils/schemas/validation.py
 OPTIMIZER = "adamw_torch_fused"  # axolotl/utils/schemas/training.py
 
 
-def _number(config: Config, key: str) -> float | None:
+def _number(config: Config, key: str, default: float) -> float:
     value = config.get(key)
-    return value if isinstance(value, int | float) else None
+    return float(value) if isinstance(value, int | float) and value else default
 
 
-def _whole(config: Config, key: str) -> int | None:
-    value = _number(config, key)
-    return int(value) if value is not None and value.is_integer() else None
+def _count(config: Config, key: str, default: int) -> int:
+    value = _number(config, key, default)
+    return int(value) if value.is_integer() else default
+
+
+def _seed(config: Config) -> int:
+    seed = config.get("seed")
+    return seed if isinstance(seed, int) else SEED
 
 
 def _targets(config: Config) -> tuple[str, ...] | str:

@@ -166,7 +166,7 @@ def _tokens_of_training(
     settings: TrainingSettings, lengths: Lengths | None, gpus: int
 ) -> tuple[int | None, TokenCount]:
     """Number of tokens in all epochs or steps, and the origin of the count."""
-    rows = (settings.max_steps or 0) * settings.rows_per_step * gpus
+    rows = settings.max_steps * settings.rows_per_step * gpus
     if settings.max_steps and settings.sample_packing:  # each row of a step is a full sequence
         return settings.sequence_len * rows, TokenCount.UPPER_BOUND
     if lengths is None:
