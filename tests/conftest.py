@@ -193,7 +193,7 @@ def start(place: Path, *arguments: str | Path, command: Path = RECIPE, **env: st
 
 
 def finish(process: "subprocess.Popen[str]", code: int = 0, seconds: float = 600) -> str:
-    """What a started command prints, or says where it prints nothing."""
+    """Output of a started command, or its messages if it has no output."""
     out, err = process.communicate(timeout=seconds)
     assert process.returncode == code, err
     return out.strip() or err

@@ -38,7 +38,7 @@ def numbers(text: str) -> list[str]:
 
 
 def differs(number: str, another: str, tolerance: float) -> bool:
-    """Whether two printed numbers differ: integers at all, decimals by more than a share."""
+    """True if two printed numbers differ: integers at all, decimals by more than a share."""
     if "." not in number:
         return number != another
     return float(another) != pytest.approx(float(number), rel=tolerance, abs=0.0002)

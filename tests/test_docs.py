@@ -106,14 +106,14 @@ def unknown(words: list[str]) -> Iterator[str]:
 
 
 def test_commands_and_options_in_running_text_exist():
-    known = OF_OTHERS.union(*map(options, COMMANDS.values()))
+    declared = OF_OTHERS.union(*map(options, COMMANDS.values()))
     wrong = []
     for page in PAGES:
         for code in re.findall(r"`([^`]+)`", prose(page)):
             first, *words = code.split()
             if first == "recipe":
                 wrong += [f"{named(page)}: {code}: {word}" for word in unknown(words)]
-            elif first.startswith("--") and first.partition("=")[0] not in known:
+            elif first.startswith("--") and first.partition("=")[0] not in declared:
                 wrong.append(f"{named(page)}: {code}")
     assert wrong == []
 
@@ -145,7 +145,8 @@ def test_a_page_begins_with_a_command(page):
     lines = page.read_text().splitlines()
     if page.parent.name == "docs":
         assert [line for line in prose(page).splitlines() if len(line) > 120 and not line.startswith("|")] == []
-        assert lines[0].startswith("# ") and lines[2] == "```"
+        assert lines[0].startswith("# ")
+        assert lines[2] == "```"
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/check.md"])
@@ -160,10 +161,14 @@ def test_the_demo_does_what_it_says():
     assert [verb.info_name for verb in verbs] == ["run", "evaluate", "report", "results", "plan"]
     trained, evaluated, reported, *_ = (verb.params for verb in verbs)
     composed = compose(Request(trained["name"], overrides=trained["set_"], rehearse=True)).config
-    rows, every = datafiles.training_rows(composed), datafiles.training_rows(composed | {"val_set_size": 0})
-    assert trained["rehearse"] and rows and every and evaluated["limit"] <= every - rows
+    rows, total_rows = datafiles.training_rows(composed), datafiles.training_rows(composed | {"val_set_size": 0})
+    assert trained["rehearse"]
+    assert rows
+    assert total_rows
+    assert evaluated["limit"] <= total_rows - rows
     shown = " ".join(re.findall(r'(?m)^echo "(.*)"', done))
-    assert f"on {rows} rows" in shown and f"the {every - rows} held-out rows" in shown
+    assert f"on {rows} rows" in shown
+    assert f"the {total_rows - rows} held-out rows" in shown
     assert str(reported["out"]) in shown
 
 
@@ -176,5 +181,6 @@ def nodes(module: str) -> int:
 def test_the_reading_path_is_short():
     _, path, *_ = re.split(r"(?m)^## ", (ROOT / "scripts" / "README.md").read_text())
     modules = re.findall(r"(?m)^\d+\. `(\S+\.py)`", path)
-    assert path.startswith("Reading path") and 15 < len(modules) == len(set(modules)) <= 25
+    assert path.startswith("Reading path")
+    assert 15 < len(modules) == len(set(modules)) <= 25
     assert sum(map(nodes, modules)) <= 19_000

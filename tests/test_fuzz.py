@@ -1,6 +1,6 @@
-"""Files that a user, another program or a failing disk has changed end a command with a message, never a traceback.
+"""A file that a user, another program or a failing disk has changed ends a command with a message, not a traceback.
 
-The files are real ones, each time with one thing changed in their structure, or cut off. For a longer search:
+Each case changes one thing in the structure of a real file, or cuts the file off. For a longer search:
 FUZZ_CASES=9000 FUZZ_SEED=7 .venv/bin/pytest tests/test_fuzz.py -m long
 """
 
@@ -48,17 +48,25 @@ def text_of(value: Any) -> str:
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
-    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-    return [(value, key) for key in keys] + [place for key in keys for place in places(value[key])]
+    """Containers and keys of all values inside a value."""
+    keys: list[Any] = []
+    if isinstance(value, dict):
+        keys = list(value)
+    elif isinstance(value, list):
+        keys = list(range(len(value)))
+    inside = [(value, key) for key in keys]
+    for key in keys:
+        inside += places(value[key])
+    return inside
 
 
 def restructured(text: str, chance: random.Random) -> str:
     """A JSON text with one value replaced, deleted, wrapped, renamed or exchanged for another of its own."""
     value = json.loads(text)
-    there = places(value)
-    if not there:
+    spots = places(value)
+    if not spots:
         return text_of(chance.choice(ODD))
-    container, key = chance.choice(there)
+    container, key = chance.choice(spots)
     match chance.randrange(8):
         case 0:
             del container[key]
@@ -69,7 +77,7 @@ def restructured(text: str, chance: random.Random) -> str:
         case 3 if isinstance(container, dict):
             container[chance.choice(["", "a.b", "x" * 300, "\0"])] = container.pop(key)
         case 4:
-            other, of_other = chance.choice(there)
+            other, of_other = chance.choice(spots)
             container[key] = deepcopy(other[of_other])
         case _:
             container[key] = chance.choice(ODD)
@@ -108,9 +116,9 @@ def a_run(place: Path) -> RunDir:
     """A run that is complete enough for a record, with all the files that there can be."""
     folder = recorded_runs.a_run("one")
     recorded_runs.a_run("two", 68.0)
-    own = read_scores(folder.path)
-    assert own
-    of_base = own.settings.model_copy(update={"adapter": "none", "adapter_sha256": None}).folder(folder.path)
+    scores = read_scores(folder.path)
+    assert scores
+    of_base = scores.settings.model_copy(update={"adapter": "none", "adapter_sha256": None}).folder(folder.path)
     shutil.copytree(folder.path, place / "copied")
     shutil.copytree(place / "copied", of_base)
     texts = {"reference": "a = 1", "prediction": "a = 2", "chrf": 2.0, "exact": False}
@@ -121,12 +129,12 @@ def a_run(place: Path) -> RunDir:
     (folder.path / "jobs.json").write_text(json.dumps([job]))
     left = RunDir(folder.path.with_name("left"))
     shutil.copytree(folder.path, left.path)
-    own = place / "own.jsonl"
-    own.write_text('{"instruction": "Add.", "input": "1 + 1", "output": "2"}\n')
-    rows = [{"path": str(own), "type": "alpaca"}]
+    file = place / "own.jsonl"
+    file.write_text('{"instruction": "Add.", "input": "1 + 1", "output": "2"}\n')
+    rows = [{"path": str(file), "type": "alpaca"}]
     config = {"datasets": rows, "test_datasets": rows, "warmup_steps": 0, "output_dir": str(left.output.resolve())}
     left.config_file.write_text(yamlfiles.write_yaml(yamlfiles.read_yaml(left.config_file) | config))
-    data = DataFile(path=str(own), sha256=sha256(own), bytes=own.stat().st_size, rows=1)
+    data = DataFile(path=str(file), sha256=sha256(file), bytes=file.stat().st_size, rows=1)
     changes = {"state": "interrupted", "rehearsal": True, "data": [data], "recipe_file": str(left.config_file)}
     left.write(left.read().model_copy(update=changes))
     folder.output.mkdir()
@@ -146,14 +154,14 @@ def run_folder(place: Path) -> Target:
 
 
 def config(place: Path) -> Target:
-    own = place / "mine.yaml"
-    own.write_text(yamlfiles.write_yaml(config_with({"lora_target_parameters": ["x"], "lora_dropout": 0.0})))
+    config = place / "mine.yaml"
+    config.write_text(yamlfiles.write_yaml(config_with({"lora_target_parameters": ["x"], "lora_dropout": 0.0})))
     profile = place / "more.yaml"
     (place / "x.jsonl").write_text('{"instruction": "Add.", "input": "1 + 1", "output": "2"}\n')
     profile.write_text(yamlfiles.write_yaml({"warmup_steps": 0, "datasets": [{"path": "x.jsonl", "type": "alpaca"}]}))
     lines = ["check mine.yaml --rehearse --json", "show mine.yaml", "diff mine.yaml haider2024/code-llama-7b"]
     lines += ["check haider2024/code-llama-7b --profile more.yaml", "new other --from mine.yaml"]
-    return [own, own, own, profile], lines
+    return [config, config, config, profile], lines
 
 
 TARGETS: list[Callable[[Path], Target]] = [run_folder, config]
@@ -174,21 +182,23 @@ def test_a_changed_file_never_ends_in_a_traceback(tmp_path, monkeypatch, recipe,
 
     for line in commands:  # which also imports what they need, so that it is not counted below
         done = recipe(*line.split())
-        code, named = REFUSED.get(line, (0, ""))
-        assert done.returncode == code and named in done.stdout + done.stderr, (line, done.stdout, done.stderr)
+        code, named_text = REFUSED.get(line, (0, ""))
+        assert done.returncode == code, (line, done.stderr)
+        assert named_text in done.stdout + done.stderr
         restore()
     chance = random.Random(SEED)
     for _ in range(CASES):
         file, line = chance.choice(files), chance.choice(commands)
         file.write_bytes(changed(file, contents[file], chance))
-        shutil.copy(file, kept := tmp_path / f"found-{file.name}")
+        copy = tmp_path / f"found-{file.name}"
+        shutil.copy(file, copy)
         began = time.process_time()
         try:
             done = recipe(*line.split())
         except BaseException as error:
-            error.add_note(f"`recipe {line}` with {file} as in {kept}")
+            error.add_note(f"`recipe {line}` with {file} as in {copy}")
             raise
-        assert done.returncode in (0, 1, 2), (line, kept)
-        assert done.returncode == 0 or done.stderr.strip(), (line, kept)
-        assert time.process_time() - began < MOST, (line, kept)
+        assert done.returncode in (0, 1, 2), (line, copy)
+        assert done.returncode == 0 or done.stderr.strip(), (line, copy)
+        assert time.process_time() - began < MOST, (line, copy)
         restore()

@@ -51,7 +51,7 @@ IN_A_NOTEBOOK = "import os, subprocess\ndef sh(line): subprocess.run(['bash', '-
 
 
 def script(cells: Sequence[str]) -> str:
-    """What IPython makes of cells: `!` is for the shell, whose exit code stops nothing, and `%cd` for this process."""
+    """Cells as IPython runs them: `!` is for the shell, whose exit code stops nothing, and `%cd` for this process."""
     shell = re.sub(r"^!(.*)$", lambda line: f"sh({line[1]!r})", "\n".join(cells), flags=re.MULTILINE)
     return IN_A_NOTEBOOK + re.sub(r"^%cd (.*)$", lambda line: f"os.chdir({line[1]!r})", shell, flags=re.MULTILINE)
 
@@ -101,9 +101,9 @@ def a_session(place: Path, cells: Sequence[str], repository: Path, env: dict[str
 
 
 def limited(session: "subprocess.Popen[str]") -> psutil.Process:
-    every = psutil.Process(session.pid).children(recursive=True)
-    (found,) = (each for each in every if each.name() == "timeout")
-    return found
+    children = psutil.Process(session.pid).children(recursive=True)
+    (timeout,) = (child for child in children if child.name() == "timeout")
+    return timeout
 
 
 def test_the_notebook_has_the_cells_of_the_page():
@@ -125,16 +125,16 @@ def test_the_cells_train_on_one_day_and_go_on_the_next(tmp_path, repository, fak
     said, _ = session.communicate(timeout=120)
     assert "Tesla T4, 550.54.15" in said
     (folder,) = rundir.all_runs(runs)
-    kept = RunDir(folder.path.resolve())
-    assert kept.path.is_relative_to(tmp_path / host)
-    record = kept.read()
+    on_drive = RunDir(folder.path.resolve())
+    assert on_drive.path.is_relative_to(tmp_path / host)
+    record = on_drive.read()
     assert record.state == "interrupted"
     assert record.rehearsal is True
     assert record.overrides[-3] == Override("save_steps", 50)
     env = a_machine(tmp_path, "second", fake_axolotl)
     another_day = a_session(tmp_path, [*CELLS[:-2], CELLS[-1]], repository, env)
     said, _ = another_day.communicate(timeout=300)
-    record = kept.read()
+    record = on_drive.read()
     assert record.state == "finished", said
     assert len(record.launches) == 2
     assert record.launches[1].resumed_from == "checkpoint-4"

@@ -85,16 +85,16 @@ def write_capitals(folder: Path) -> Path:
 
 
 def test_the_skeleton_of_a_study_passes_every_check(recipe, tmp_path):
-    made = recipe("study", "new", "mine")
-    assert made.returncode == 0 and "recipe study check mine" in made.stderr
-    assert all((tmp_path / file).is_file() for file in made.stdout.split())
+    done = recipe.ok("study", "new", "mine")
+    assert [file for file in done.stdout.split() if not (tmp_path / file).is_file()] == []
     recipe.ok("render", "--check")
     written = (tmp_path / "recipes" / "mine" / "llama-3.2-3b-mine.yaml").read_text()
     assert "\n# Run       recipe run mine/llama-3.2-3b-mine\n" in written  # from the project's parent of all templates
     schema = re.match(r"# yaml-language-server: \$schema=(\S+)\n", written)
-    assert schema and (tmp_path / "recipes" / "mine" / schema[1]).samefile(paths.RECIPES / "axolotl.schema.json")
-    checked = recipe("study", "check", "mine")
-    assert checked.returncode == 0 and not {"error:", "warning:"} & {*checked.stdout.split()}
+    assert schema
+    assert (tmp_path / "recipes" / "mine" / schema[1]).samefile(paths.RECIPES / "axolotl.schema.json")
+    checked = recipe.ok("study", "check", "mine")
+    assert {"error:", "warning:"} & {*checked.stdout.split()} == set()
     recipe.ok("check", "mine/llama-3.2-3b-mine", "--rehearse")
     assert "haider2024" in recipe("show", "llama-3.2-3b").stdout  # a shipped recipe's short name stays its own
     again = recipe.fails("study", "new", "mine")
@@ -117,11 +117,15 @@ def test_a_study_needs_no_paper_and_its_own_file_is_not_fetched(recipe, tmp_path
     study.write_text(re.sub("learn.csv: {.*}", "learn.csv: {}", "\n".join(lines)))
     recipe("render")
     recipe.ok("study", "check", "capitals")
-    for verb in ("fetch", "capitals"), ("prepare", "--study", "capitals"):
-        done = recipe("data", *verb)
-        assert done.returncode == 2
-        assert "data/capitals-raw/learn.csv: " in done.stderr
-        assert "data fetch" not in done.stderr and not (tmp_path / "data").exists()
+    missing = "recipe: data/capitals-raw/learn.csv: no such file"
+    assert recipe.fails("data", "fetch", "capitals").stderr == (
+        f"{missing}, and study.yaml gives neither url nor hub for it; copy it there, or run `recipe data prepare "
+        "--study STUDY FOLDER`, where FOLDER contains the file\n"
+    )
+    assert recipe.fails("data", "prepare", "--study", "capitals").stderr == (
+        f"{missing}; copy it there, or give its folder to `recipe data prepare --study STUDY`\n"
+    )
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_study_says_what_it_lacks(recipe, tmp_path):
@@ -135,30 +139,27 @@ def test_a_study_says_what_it_lacks(recipe, tmp_path):
     )
     checked = recipe.fails("study", "check", "capitals")
     place = "recipes/capitals/study.yaml"
-    found = [line.removeprefix(f"{place}:").split(": ", 3) for line in checked.stdout.splitlines()]
-    assert [words[:3] for words in found if words[1] != "note"] == [
-        ["23", "error", "published.capitals/frist"],
-        ["24", "error", "open_settings.0"],
-        ["18", "error", "data.sample"],
-        ["22", "warning", "published"],
-        ["15", "warning", "data.splits"],
+    sample = tmp_path / "recipes" / "capitals" / "sample"
+    assert [line for line in checked.stdout.splitlines() if ": note: " not in line] == [
+        f"{place}:23: error: published.capitals/frist: capitals/frist is unknown; did you mean capitals/first?",
+        f"{place}:24: error: open_settings.0: learning_rte is unknown; did you mean learning_rate?",
+        f'{place}:18: error: data.sample: rows cannot be prepared: {sample}/learn.csv:2: question ("What is the '
+        """capital of " ~ contry ~ "?"): 'contry' is undefined; the row's fields: country, capital""",
+        f"{place}:22: warning: published: capitals/first is missing; add `capitals/first: {{}}` here or under variants",
+        f"{place}:15: warning: data.splits: capitals/first reads data/capitals/train.jsonl (datasets.0.path); the "
+        "splits write data/cities/test.jsonl, data/cities/train.jsonl",
     ]
-    told = {key: told for _, _, key, told in found}
-    assert "capitals/first" in told["published.capitals/frist"] and "learning_rate" in told["open_settings.0"]
-    assert "contry" in told["data.sample"]
-    assert "data/capitals/train.jsonl" in told["data.splits"] and "data/cities/train.jsonl" in told["data.splits"]
 
 
 def test_a_benchmark_that_the_harness_lacks_is_found_before_training(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmarks, "_tasks", lambda _: SimpleNamespace(all_tasks=[]))
     study = write_capitals(tmp_path)
-    own = STUDY.replace("{metric: exact_match,", "{metric: benchmark, task: gsm8kk,")
-    study.write_text(re.sub("{scores: .*}", "{}", own))
+    with_benchmark = STUDY.replace("{metric: exact_match,", "{metric: benchmark, task: gsm8kk,")
+    study.write_text(re.sub("{scores: .*}", "{}", with_benchmark))
     assert "counted answers by hand" in recipe.ok("results", "capitals").stdout  # also without runs and scores
     recipe.ok("render")
     for words in ("study", "check", "capitals"), ("reproduce", "capitals", "--rehearse", "--json"):
-        done = recipe(*words)
-        assert done.returncode == 2
+        done = recipe.fails(*words)
         assert "gsm8kk" in done.stdout + done.stderr
 
 
@@ -180,11 +181,15 @@ def test_a_study_of_another_kind_goes_to_the_end(recipe, tmp_path, tiny, fake_ax
     rows = [orjson.loads(line) for line in (tmp_path / "data" / "capitals" / "test.jsonl").read_bytes().splitlines()]
     assert rows[0] == {"question": "What is the capital of France?", "answer": "Paris", "idx": 0}
     table = done("reproduce", "capitals", "--rehearse", "--set", f"base_model={tiny}")
-    assert "capitals/first" in table and "accuracy, %" in table
+    assert "capitals/first" in table
+    assert "accuracy, %" in table
     scores = orjson.loads(done("evaluate", "latest", "--json"))
-    assert scores["rows"] == 4 and 0 <= scores["accuracy"] <= 100 and "bleu4" not in scores
+    assert scores["rows"] == 4
+    assert 0 <= scores["accuracy"] <= 100
+    assert "bleu4" not in scores
     (row,) = orjson.loads(done("results", "--json"))
-    assert row["accuracy"] == scores["accuracy"] and row["accuracy_published"] is None  # of a rehearsal
+    assert row["accuracy"] == scores["accuracy"]
+    assert row["accuracy_published"] is None  # of a rehearsal
     done("report", "latest")
     assert "accuracy, %" in (tmp_path / "report.html").read_text()
 
@@ -205,20 +210,22 @@ def test_the_studies_of_other_kinds_are_rehearsed(
 ):
     if not real:
         monkeypatch.setattr(sys, "executable", str(fake_axolotl.with_name("python")))
-    of_study = studies.find(name.partition("/")[0])
-    words = (of_study.folder.name, "--rehearse", "--set", f"base_model={tiny}", "--only", name)
+    study = studies.find(name.partition("/")[0])
+    words = (study.folder.name, "--rehearse", "--set", f"base_model={tiny}", "--only", name)
     reproduced = recipe.json("reproduce", *words)
     (step,), (row,) = reproduced["steps"], reproduced["results"]
     assert step["recipe"] == name
     assert step["run"] == "done"
     assert step["evaluate"] == evaluated
     assert row["rows"] == rows
-    score = row[of_study.first.name]
-    assert row["recipe"] == name and (score is None) == (rows == 0) and 0 <= (score or 0) <= 100
+    score = row[study.first.name]
+    assert row["recipe"] == name
+    assert (score is None) == (rows == 0)
+    assert 0 <= (score or 0) <= 100
     again = recipe.json("reproduce", *words)
     assert {again["steps"][0][key] for key in ("run", "evaluate")} == {"skipped"}
     if rows:  # it has all that a record needs, but for a GPU
         run = RunDir(tmp_path / row["run"])
         with pytest.raises(ValidationError) as raised:
             export.record_of_run(RunResult(run, run.read()))
-        assert {found["loc"][0] for found in raised.value.errors()} == {"gpu"}
+        assert {error["loc"][0] for error in raised.value.errors()} == {"gpu"}

@@ -55,7 +55,8 @@ def test_a_task_of_ones_own_goes_the_whole_way(recipe, tmp_path, tiny):
     assert "fits" in done("plan", "mine", "--gpu", "A100")
 
     said = done("run", "mine", "--rehearse", *LEARNING, "--set", f"base_model={model}")
-    assert "config's data" in said and "sample" not in said
+    assert "config's data" in said
+    assert "sample" not in said
     (run,) = (tmp_path / "runs" / "mine").iterdir()
     metrics = [orjson.loads(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
     losses = [record["eval_loss_per_token"] for record in metrics if "eval_loss_per_token" in record]
@@ -75,7 +76,9 @@ def test_a_task_of_ones_own_goes_the_whole_way(recipe, tmp_path, tiny):
 
     done("report", "latest", "-o", "mine.html")
     page = (tmp_path / "mine.html").read_text()
-    assert "mine.jsonl" in page and "Rehearsal." in page
+    assert "mine.jsonl" in page
+    assert "Rehearsal." in page
     done("publish", "latest")
     card = (run / "output" / "README.md").read_text()
-    assert "mine.jsonl" in card and "code-review" not in card
+    assert "mine.jsonl" in card
+    assert "code-review" not in card

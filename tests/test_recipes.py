@@ -46,6 +46,7 @@ def test_a_warm_up_of_3_percent_is_rounded_up_as_by_the_authors_transformers(stu
 
 
 def test_no_other_recipe_has_a_ratio_that_rounding_changes():
-    ratios = {name: cfg for name in paths.recipe_names() if (cfg := recipe_config(name)).get("warmup_ratio")}
+    configs = {name: recipe_config(name) for name in paths.recipe_names()}
+    ratios = {name: config for name, config in configs.items() if config.get("warmup_ratio")}
     assert {name.partition("/")[0] for name in ratios} == {"peft-metamathqa"}
     assert {cfg["warmup_ratio"] * (TrainingSettings.of(cfg).steps(20_000) or 0) for cfg in ratios.values()} == {500}

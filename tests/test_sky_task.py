@@ -41,16 +41,19 @@ def test_skypilot_takes_the_task(tmp_path):
     shown = subprocess.run(command, input=repr(cases), env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
     taken, misspelt, lacking = shown.splitlines()[-3:]
     assert taken.split() == ["/runs", "my-runs", "MOUNT_CACHED", "HF_TOKEN", *yamlfiles.parse(text, "")["envs"]]
-    assert "use_spott" in misspelt and "RECIPE" in lacking
+    assert "use_spott" in misspelt
+    assert "RECIPE" in lacking
 
 
 @pytest.fixture
 def checkout(tmp_path: Path, fake_axolotl: Path) -> Path:
     """A clean folder in which `make setup` has nothing left to do, and `axolotl` trains nothing."""
-    (folder := tmp_path / "checkout").mkdir()
+    folder = tmp_path / "checkout"
+    folder.mkdir()
     for name in ("Makefile", "pyproject.toml", "requirements.lock"):
         shutil.copy2(ROOT / name, folder)
-    (folder / ".venv").symlink_to(environment := fake_axolotl.parents[1])
+    environment = fake_axolotl.parents[1]
+    (folder / ".venv").symlink_to(environment)
     (folder / ".uv").symlink_to(ROOT / ".uv")
     for stamp in (".locked", ".complete"):
         (environment / stamp).touch()
@@ -74,15 +77,16 @@ def done(checkout: Path, section: str, **envs: str) -> tuple[int, str]:
 
 
 def kill(process: "subprocess.Popen[bytes]") -> None:
-    for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+    parent = psutil.Process(process.pid)
+    for member in [parent, *parent.children(recursive=True)]:
         with suppress(psutil.NoSuchProcess):  # it ended with its parent
-            each.kill()
+            member.kill()
     process.communicate()
 
 
 @pytest.mark.long
 def test_a_job_that_is_taken_away_goes_on_to_an_evaluated_run(checkout, tmp_path, tiny_profile):
-    """Each machine has what is stored alone, and another key for what is the user's own."""
+    """Each machine has only the stored files, and another key for the user's files."""
     saves = "--set save_steps=2 --set saves_per_epoch=null --set num_epochs=1"
     envs = {"RECIPE": NAME, "ARGS": f"--profile rehearsal --profile {tiny_profile} {saves}"}
     holds = envs | {"FAKE_HOLD": "3"}
@@ -92,9 +96,9 @@ def test_a_job_that_is_taken_away_goes_on_to_an_evaluated_run(checkout, tmp_path
 
     def evaluates() -> bool:
         job = psutil.Process(process.pid)
-        for each in [job, *job.children(recursive=True)]:  # the shell becomes its last command
+        for member in [job, *job.children(recursive=True)]:  # the shell becomes its last command
             with suppress(psutil.Error):  # it has just ended
-                if "evaluate" in each.cmdline():
+                if "evaluate" in member.cmdline():
                     return True
         return False
 
@@ -111,13 +115,18 @@ def test_a_job_that_is_taken_away_goes_on_to_an_evaluated_run(checkout, tmp_path
     assert done(checkout, "run", **envs, XDG_DATA_HOME=str(tmp_path / "third"))[0] == 0
     (folder,) = rundir.all_runs(tmp_path / "storage" / "sky-managed-1")
     record, scores = folder.read(), (folder.path / "scores.json").read_bytes()
-    assert record.state == "finished" and record.launches[1].resumed_from
+    assert record.state == "finished"
+    assert record.launches[1].resumed_from
     assert done(checkout, "run", **envs, XDG_DATA_HOME=str(tmp_path / "third"))[0] == 0
-    assert folder.read() == record and (folder.path / "scores.json").read_bytes() == scores
+    assert folder.read() == record
+    assert (folder.path / "scores.json").read_bytes() == scores
 
 
 def test_mistakes_end_a_job_before_it_trains(checkout, tmp_path):
     code, said = done(checkout, "run", RECIPE="haider2024/code-lama-7b", ARGS="--rehearse")
-    assert code == 2 and NAME in said and not (tmp_path / "storage").exists()
+    assert code == 2
+    assert NAME in said
+    assert not (tmp_path / "storage").exists()
     code, said = done(checkout, "setup", STUDY="haider2023")
-    assert code == 2 and "haider2023" in said
+    assert code == 2
+    assert "haider2023" in said

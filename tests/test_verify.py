@@ -1,4 +1,4 @@
-"""What `make verify` runs, on this CPU: all passes, and planted errors are found."""
+"""`make verify` on this CPU: all passes, and planted errors are found."""
 
 import json
 import os

@@ -31,7 +31,8 @@ def test_the_wheel_holds_all_that_the_command_needs(tmp_path):
         assert {file.relative_to(package) for file in (package / folder).rglob("*") if file.is_file()} == expected
 
     assert (package / "plan" / "plans.json").is_file()
-    (place := tmp_path / "place").mkdir()
+    place = tmp_path / "place"
+    place.mkdir()
     program = "import sys; from qlora_recipes.cli import main; sys.exit(main(sys.argv[1:]))"
     new = ("new", "mine", "--from", "haider2024/llama-3-8b", "--set", "lora_r=8")
     for words, printed in (

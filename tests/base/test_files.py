@@ -14,10 +14,12 @@ from qlora_recipes.base.processes import held, is_held
 
 
 def test_a_device_is_written_to_and_stays_one(tmp_path):
-    os.mkfifo(pipe := tmp_path / "pipe")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     write_rows(pipe, [{"a": 1}])
-    assert pipe.is_fifo() and os.read(reader, 100) == b'{"a":1}\n'
+    assert pipe.is_fifo()
+    assert os.read(reader, 100) == b'{"a":1}\n'
     os.close(reader)
     assert [file.name for file in tmp_path.iterdir()] == ["pipe"]
 
@@ -46,7 +48,8 @@ def test_a_file_that_another_process_removed_before_its_lock_is_created_again(tm
 
     monkeypatch.setattr(files.fcntl, "flock", removed)
     write_rows(tmp_path / "a", [{"a": 1}])
-    assert len(calls) == 2 and [*tmp_path.iterdir()] == [tmp_path / "a"]
+    assert len(calls) == 2
+    assert [*tmp_path.iterdir()] == [tmp_path / "a"]
 
 
 def test_a_full_disk_is_reported_with_the_file_and_other_errors_as_they_are(tmp_path):
@@ -63,12 +66,14 @@ def test_a_full_disk_is_reported_with_the_file_and_other_errors_as_they_are(tmp_
     assert not any(tmp_path.iterdir())
     with pytest.raises(OSError) as full:
         write_rows(Path("/dev/full"), [{"a": 1}])
-    assert full.value.filename == "/dev/full" and Path("/dev/full").is_char_device()
+    assert full.value.filename == "/dev/full"
+    assert Path("/dev/full").is_char_device()
 
 
 def test_no_link_is_followed(tmp_path):
-    (mine := tmp_path / "mine").write_text("mine")
-    (link := tmp_path / "link").symlink_to(mine)
+    mine, link = tmp_path / "mine", tmp_path / "link"
+    mine.write_text("mine")
+    link.symlink_to(mine)
     for touch in (
         lambda: opened(link, "ab"),
         lambda: append_line(link, b"line"),
@@ -80,11 +85,13 @@ def test_no_link_is_followed(tmp_path):
     assert mine.read_text() == "mine"
     with replacing(link) as stream:
         stream.write(b"new")
-    assert mine.read_text() == "mine" and not link.is_symlink()
+    assert mine.read_text() == "mine"
+    assert not link.is_symlink()
 
 
 def test_a_lock_is_held_as_long_as_its_block(tmp_path):
-    with held(file := tmp_path / ".lock", "is held"):
+    file = tmp_path / ".lock"
+    with held(file, "is held"):
         assert is_held(file)
     assert not is_held(file)
 
@@ -101,8 +108,8 @@ def test_a_lock_is_held_as_long_as_its_block(tmp_path):
     ],
 )
 def test_a_log_tells_of_a_full_disk(tmp_path, said, where):
-    found = files.where_full(said, [tmp_path])
-    assert found == (None if where is None else Path(where or tmp_path))
+    place = files.where_full(said, [tmp_path])
+    assert place == (None if where is None else Path(where or tmp_path))
 
 
 DEEP = [b"[" * levels + b"1" + b"]" * levels for levels in (101, 400, 1023, 5000)]

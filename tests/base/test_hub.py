@@ -1,4 +1,4 @@
-"""What the hub says, against a local server that answers like it."""
+"""Answers of the hub, from a local server."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,10 +90,13 @@ def own(place: Path, model: str) -> None:
 )
 def test_check_and_run_say_what_the_hub_refuses(server, recipe, tmp_path, model, level, says):
     own(tmp_path, model)
-    (found,) = [line for line in recipe("check", "own.yaml").stdout.splitlines() if "no-access" in line]
-    assert f"{level}: base_model: " in found and model in found and says in found
+    (line,) = [line for line in recipe("check", "own.yaml").stdout.splitlines() if "no-access" in line]
+    assert f"{level}: base_model: " in line
+    assert model in line
+    assert says in line
     ran = recipe.fails("run", "own.yaml")
-    assert "error: base_model: " in ran.stderr and model in ran.stderr
+    assert "error: base_model: " in ran.stderr
+    assert model in ran.stderr
     assert not (tmp_path / "runs").exists()
     assert server.paths == [f"/api/models/{model}/auth-check"]  # one process: asked once
 
@@ -127,6 +130,6 @@ def test_a_pickle_on_the_hub_is_an_error_before_it_is_fetched(server, recipe, tm
     server.files |= {"/tree/main?recursive=true&expand=false": orjson.dumps(listed)}
     server.files |= {"/resolve/main/model.safetensors.index.json": index}
     hub.files.cache_clear()
-    found = [line for line in recipe("check", "own.yaml").stdout.splitlines() if "pickled-weights" in line]
-    assert [f"would load {pickled}, " in line for line in found] == ([True] if pickled else [])
+    lines = [line for line in recipe("check", "own.yaml").stdout.splitlines() if "pickled-weights" in line]
+    assert [f"would load {pickled}, " in line for line in lines] == ([True] if pickled else [])
     assert not any(path.endswith((".bin", ".safetensors")) for path in server.paths)

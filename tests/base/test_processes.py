@@ -21,7 +21,7 @@ CARDS: list[dict[str, Any]] = [
 
 
 class _Error(Exception):
-    """What NVML raises."""
+    """Error of NVML."""
 
 
 def _by_uuid(uuid: str) -> dict[str, Any]:
@@ -75,21 +75,25 @@ def test_gpus_are_those_that_cuda_shows(monkeypatch, listed, memory):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     if listed is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
-    found = [(name, card["memory_gib"]) for name, card in hardware.visible_gpus().items()]
-    assert found == list(memory.items())
+    visible = [(name, card["memory_gib"]) for name, card in hardware.visible_gpus().items()]
+    assert visible == list(memory.items())
     assert len(hardware.all_gpus()) == 3
 
 
 def test_checks_and_plans_are_for_the_first_that_is_shown(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
     here = gpus.here()
-    assert here and (here.name, here.capability, here.memory) == (A100, (8, 0), 40)
+    assert here
+    assert (here.name, here.capability, here.memory) == (A100, (8, 0), 40)
     assert Local(rehearsal=False, jobs=2).devices == ["1", "0"]
     monkeypatch.setitem(CARDS[1], "gib", 24)  # a size that gpus.yaml does not list for this name
-    assert (other := gpus.here()) and (other.memory, other.tflops) == (24, here.tflops)
+    other = gpus.here()
+    assert other
+    assert (other.memory, other.tflops) == (24, here.tflops)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1")
     part = gpus.here()
-    assert part and (part.capability, part.memory) == ((8, 0), 5)
+    assert part
+    assert (part.capability, part.memory) == ((8, 0), 5)
 
 
 @pytest.mark.parametrize("options", [{}, {"env": {}}])

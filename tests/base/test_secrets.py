@@ -130,9 +130,9 @@ def test_a_secret_of_the_environment_is_masked(monkeypatch, name):
 
 def test_long_texts_are_masked_in_linear_time():
     for part in ("a-", "://", "https://", "token", "?a=", "-----BEGIN PRIVATE KEY-----", "eyJ", "://a:", "Bearer "):
-        begun = time.process_time()
+        start = time.process_time()
         masked(part * (200_000 // len(part)))
-        assert time.process_time() - begun < 2, part
+        assert time.process_time() - start < 2, part
 
 
 OF_A_RECIPE = """\
@@ -184,8 +184,8 @@ def test_an_address_trains_with_its_parameters_only_by_consent(place):
     request = compose.Request("mine.yaml", overrides=typed(f"datasets.0.path={ADDRESS}"))
     (place / "mine.yaml").write_text(yamlfiles.write_yaml(config_with({})))
     composed = compose.compose(request)
-    findings = [found for found in check.check_config(composed).findings if found.rule == "address-parameter"]
-    assert [(found.level, found.name) for found in findings] == [("error", "address-parameter:datasets.0.path")]
+    findings = [finding for finding in check.check_config(composed).findings if finding.rule == "address-parameter"]
+    assert [(finding.level, finding.name) for finding in findings] == [("error", "address-parameter:datasets.0.path")]
     assert "planted" not in "".join(map(masked, map(str, findings)))
     finding.override_errors(findings, ["address-parameter:datasets.0.path"])
     assert findings[0].level == "warning"

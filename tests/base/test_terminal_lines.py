@@ -1,4 +1,4 @@
-"""What is shown of work while it goes on, in a log."""
+"""Lines of progress in a log."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What is said of a file that is not YAML."""
+"""Messages for text that is not YAML, or not allowed in a config."""
 
 import time
 
@@ -66,11 +66,11 @@ def nested(head: str, item: str, levels: int, times: int = 9) -> str:
     ids=lambda text: text[:40],
 )
 def test_what_aliases_and_merge_keys_expand_to_is_bounded_before_they_do(tmp_path, text):
-    begun = time.process_time()
+    start = time.process_time()
     with pytest.raises(UserError, match=r"^f: too large or nested too deeply"):
         parse(text, "f")
     (tmp_path / "qlora-recipes").mkdir()
     (tmp_path / "qlora-recipes" / "slurm.yaml").write_text(text)
     with pytest.raises(UserError, match=r"slurm\.yaml: too large or nested too deeply"):
         slurm_site._read(tmp_path / "qlora-recipes" / "slurm.yaml")
-    assert time.process_time() - begun < 2
+    assert time.process_time() - start < 2

@@ -54,12 +54,12 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 def data(url: str, **changed: str | None) -> Data:
     """A zip with small files; `changed` are other checksums, by split."""
-    known: dict[str, dict[str, Any]] = {}
+    files: dict[str, dict[str, Any]] = {}
     for name, content in FILES.items():
         checksum = changed.get(name.removeprefix("msg-").removesuffix(".jsonl"), digest(content))
-        known[name] = {"rows": 1, "bytes": len(content), "sha256": checksum}
-    known[UNKNOWN] = {"rows": 1}
-    source = {"url": url or "https://127.0.0.1:9/none", "bytes": 847_000_000, "files": known}
+        files[name] = {"rows": 1, "bytes": len(content), "sha256": checksum}
+    files[UNKNOWN] = {"rows": 1}
+    source = {"url": url or "https://127.0.0.1:9/none", "bytes": 847_000_000, "files": files}
     return data_of({ARCHIVE_NAME: source})
 
 
@@ -197,10 +197,10 @@ def test_a_zip_bomb_is_refused_before_it_is_extracted(tmp_path, server, declared
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as stream:
         stream.writestr("rows.jsonl", bytes(4 * len(TEST)))
     server.content = buffer.getvalue()
-    known = {"bytes": declared} if declared else {}
+    size = {"bytes": declared} if declared else {}
     limit = declared or 100 * len(server.content)
     with pytest.raises(UserError, match=rf"rows\.jsonl is larger than {limit:,} bytes"):
-        fetch(data_of({"rows.zip": {"url": server.url, "files": {"rows.jsonl": known}}}), tmp_path)
+        fetch(data_of({"rows.zip": {"url": server.url, "files": {"rows.jsonl": size}}}), tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {".fetch.lock", "rows.zip.rejected"}
 
 
@@ -322,8 +322,8 @@ def test_a_damaged_record_of_a_partial_download_starts_over(tmp_path, server, ch
     with pytest.raises(WorkFailed):
         fetch(data(server.url), tmp_path)
     record = tmp_path / f"{ARCHIVE_NAME}.part.json"
-    kept = orjson.loads(record.read_bytes()) | change
-    record.write_bytes(orjson.dumps({key: value for key, value in kept.items() if value is not None}))
+    content = orjson.loads(record.read_bytes()) | change
+    record.write_bytes(orjson.dumps({key: value for key, value in content.items() if value is not None}))
     server.breaks_after = []
     server.seen.clear()
     fetch(data(server.url), tmp_path)

@@ -31,8 +31,8 @@ def read(file: Path) -> list[dict[str, str]]:
     return [orjson.loads(line) for line in file.read_bytes().splitlines()]
 
 
-def prepared(raw: list[Path], out: Path, of_study: studies.Study = STUDY, input_format: str = "diff") -> dict[str, Any]:
-    return prepare.prepare(raw, out, of_study, input_format)
+def prepared(raw: list[Path], out: Path, study: studies.Study = STUDY, input_format: str = "diff") -> dict[str, Any]:
+    return prepare.prepare(raw, out, study, input_format)
 
 
 def test_the_tagged_form():
@@ -45,8 +45,8 @@ def test_the_tagged_form():
 def test_the_manifest_accounts_for_every_row(tmp_path):
     rows = [row("a"), row(" \n"), row("b", patch=""), row("a"), row("c")]
     raw = write(tmp_path / "raw", "msg-train.jsonl", *rows)
-    made = prepared([raw], tmp_path / "out")
-    split = made["splits"]["train"]
+    manifest = prepared([raw], tmp_path / "out")
+    split = manifest["splits"]["train"]
     assert split["read"] == 5
     assert split["kept"] == 3
     assert split["rows"] == 3
@@ -55,13 +55,13 @@ def test_the_manifest_accounts_for_every_row(tmp_path):
     assert split["source_sha256"] == files.sha256(raw)
     assert split["sha256"] == files.sha256(tmp_path / "out" / "train.jsonl")
     assert split["is_the_study_file"] is False  # too few rows
-    assert orjson.loads((tmp_path / "out" / "manifest.json").read_bytes()) == made
+    assert orjson.loads((tmp_path / "out" / "manifest.json").read_bytes()) == manifest
 
 
 def small_study(raw: Path, **subsets: Any) -> studies.Study:
     changed = DATA | {"sources": {"msg-test.jsonl": {"url": "https://a.b/c", "sha256": files.sha256(raw)}}}
-    made = {name: {"title": name, "rows": 1} | subset for name, subset in subsets.items()}
-    changed |= {"splits": {"test": {"from": raw.name, "subsets": made}}, "test_set": "test"}
+    declared = {name: {"title": name, "rows": 1} | subset for name, subset in subsets.items()}
+    changed |= {"splits": {"test": {"from": raw.name, "subsets": declared}}, "test_set": "test"}
     return STUDY.model_copy(update={"data": Data.model_validate(changed), "folder": raw.parent})
 
 
@@ -74,14 +74,14 @@ def test_test_rows_have_their_position_and_language(tmp_path):
 def test_a_listed_subset_has_its_rows_in_the_lists_order_and_goes_with_its_file(tmp_path):
     raw = write(tmp_path / "raw", "msg-test.jsonl", *(row(str(i)) for i in range(20)))
     (tmp_path / "raw" / "positions.json").write_text('{"rows": [7, 3, 7, 19]}')
-    of_study = small_study(raw, listed={"positions": "positions.json"})
-    split = prepared([raw], tmp_path / "out", of_study)["splits"]["test"]
+    study = small_study(raw, listed={"positions": "positions.json"})
+    split = prepared([raw], tmp_path / "out", study)["splits"]["test"]
     file = tmp_path / "out" / "listed.jsonl"
     assert [r["output"] for r in read(file)] == ["7", "3", "7", "19"]
     assert split["subsets"]["listed"]["rows"] == 4
     assert split["subsets"]["listed"]["sha256"] == files.sha256(file)
     write(tmp_path / "raw", "msg-test.jsonl", *(row(str(i)) for i in range(30)))
-    split = prepared([raw], tmp_path / "out", of_study)["splits"]["test"]
+    split = prepared([raw], tmp_path / "out", study)["splits"]["test"]
     assert split["subsets"] == {}
     assert list(split["left_out"]) == ["listed"]
     assert not file.exists()
@@ -89,10 +89,11 @@ def test_a_listed_subset_has_its_rows_in_the_lists_order_and_goes_with_its_file(
 
 def test_drawn_subsets_have_a_seed_and_are_left_out_where_rows_are_too_few(tmp_path):
     raw = write(tmp_path / "raw", "msg-test.jsonl", *(row(str(i)) for i in range(20)))
-    of_study = small_study(raw, few={"rows": 5, "seed": 1}, many={"rows": 50, "seed": 1})
-    split = prepared([raw], tmp_path / "out", of_study)["splits"]["test"]
+    study = small_study(raw, few={"rows": 5, "seed": 1}, many={"rows": 50, "seed": 1})
+    split = prepared([raw], tmp_path / "out", study)["splits"]["test"]
     assert {name: (s["rows"], s["seed"]) for name, s in split["subsets"].items()} == {"few": (5, 1)}
-    assert list(split["left_out"]) == ["many"] and "20" in split["left_out"]["many"]
+    assert list(split["left_out"]) == ["many"]
+    assert "20" in split["left_out"]["many"]
     assert len({r["idx"] for r in read(tmp_path / "out" / "few.jsonl")}) == 5
 
 

@@ -67,9 +67,8 @@ def test_a_source_that_is_rejected_leaves_those_before_it_in_place(tmp_path, ser
     server.files = {"rows.zip": packed({"train.jsonl": b"{}"}), "test.jsonl": b"tset"}
     with pytest.raises(UserError, match=r"more/test\.jsonl"):
         fetch(several(server.url), tmp_path)
-    assert {file.name for file in tmp_path.glob("*.jsonl")} == {"train.jsonl"} and not list(
-        tmp_path.glob("more/*.jsonl")
-    )
+    assert {file.name for file in tmp_path.glob("*.jsonl")} == {"train.jsonl"}
+    assert not list(tmp_path.glob("more/*.jsonl"))
     server.files["test.jsonl"] = b"test"
     rows = fetch(several(server.url), tmp_path)
     assert [row["file"] for row in rows] == ["train.jsonl", "more/test.jsonl"]

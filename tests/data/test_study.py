@@ -21,8 +21,8 @@ def loaded(folder: Path, change: dict[str, Any]) -> Study:
     """The first study with some keys changed; None deletes one."""
     shutil.copytree(paths.RECIPES / "haider2024", folder, dirs_exist_ok=True)
     content = yamlfiles.read_yaml(folder / "study.yaml") | change
-    kept = {key: value for key, value in content.items() if value is not None}
-    (folder / "study.yaml").write_text(yamlfiles.write_yaml(kept))
+    values = {key: value for key, value in content.items() if value is not None}
+    (folder / "study.yaml").write_text(yamlfiles.write_yaml(values))
     return studies.load(folder)
 
 
@@ -33,16 +33,16 @@ def test_what_a_study_declares(tmp_path):
     changes: dict[str, Any] = dict.fromkeys(("shown", "variants", "tolerances", "baselines", "open_settings"))
     changes["metrics"] = {"accuracy": {"metric": "number", "label": "GSM8K"}, "perplexity": None}
     changes["published"] = {RECIPE: {"scores": scores, "curve": "a.csv"}}
-    of_study = loaded(tmp_path, changes | {"decodings": {"greedy": {"max_new_tokens": 9}}})
-    assert of_study.first.name == "accuracy"
-    assert of_study.first.label == "GSM8K, %"
-    assert list(of_study.table) == list(of_study.columns) == ["accuracy", "perplexity"]
-    published = of_study.published[RECIPE].scores
+    study = loaded(tmp_path, changes | {"decodings": {"greedy": {"max_new_tokens": 9}}})
+    assert study.first.name == "accuracy"
+    assert study.first.label == "GSM8K, %"
+    assert list(study.table) == list(study.columns) == ["accuracy", "perplexity"]
+    published = study.published[RECIPE].scores
     assert published == {"accuracy": PublishedScore(value=67.4, spread=1.0), "perplexity": PublishedScore(value=3)}
     assert [str(score) for score in published.values()] == ["67.4 ± 1.0", "3"]
-    assert of_study.decodings["greedy"].top_k == 0
-    assert of_study.variants == {}
-    assert of_study.baselines == []
+    assert study.decodings["greedy"].top_k == 0
+    assert study.variants == {}
+    assert study.baselines == []
 
 
 def test_repeats_of_a_recipe_stand_for_the_others_of_its_study(tmp_path):
@@ -67,7 +67,8 @@ def test_repeats_of_a_recipe_stand_for_the_others_of_its_study(tmp_path):
     ids=str,
 )
 def test_a_malformed_study_is_an_error_for_itself_alone(place, recipe, words, code):
-    (folder := place / "recipes" / "broken").mkdir(parents=True)
+    folder = place / "recipes" / "broken"
+    folder.mkdir(parents=True)
     (folder / "study.yaml").write_text("titel: x\n")
     (folder / "mine.yaml").write_text((paths.RECIPES / "haider2024" / "code-llama-7b.yaml").read_text())
     a_run(place / "runs", "broken/mine", "one", 5.0)
@@ -80,7 +81,7 @@ def test_a_malformed_study_is_an_error_for_itself_alone(place, recipe, words, co
 def test_how_many_rows_a_split_will_have_is_known_where_nothing_is_left_out(tmp_path):
     rows = {"data > sources > train.jsonl > rows": 100}
     assert sums(tmp_path, rows).data.rows_of("train") is None  # some may have no answer
-    known = sums(tmp_path, rows | {"data > filters": None}).data
-    assert [known.rows_of(split) for split in ("train", "valid", "test")] == [96, 4, None]
+    data = sums(tmp_path, rows | {"data > filters": None}).data
+    assert [data.rows_of(split) for split in ("train", "valid", "test")] == [96, 4, None]
     assert sums(tmp_path, rows | {"data > splits > train > first": 30}).data.rows_of("train") == 30
     assert sums(tmp_path, rows | {"data > splits > train > rows": 90}).data.rows_of("train") == 90

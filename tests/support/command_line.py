@@ -15,8 +15,8 @@ def subcommands(command: click.Command) -> dict[str, click.Command]:
     if not isinstance(command, click.Group):
         return {}
     context = click.Context(command)
-    found = {name: command.get_command(context, name) for name in command.list_commands(context)}
-    return {name: below for name, below in found.items() if below}
+    below = {name: command.get_command(context, name) for name in command.list_commands(context)}
+    return {name: subcommand for name, subcommand in below.items() if subcommand}
 
 
 def commands(name: str = "recipe", command: click.Command = ALL) -> Iterator[tuple[str, click.Command]]:
@@ -36,6 +36,7 @@ def parsed(line: str) -> click.Context:
         context = command.make_context(name, words)
         if not isinstance(command, click.Group):
             return context
-        found, below, words = command.resolve_command(context, [*context._protected_args, *context.args])
-        assert found and below
-        name, command = found, below
+        verb, below, words = command.resolve_command(context, [*context._protected_args, *context.args])
+        assert verb
+        assert below
+        name, command = verb, below

@@ -29,12 +29,12 @@ SUMS: dict[str, Any] = {
 
 def sums(folder: Path, changes: dict[str, Any] | None = None) -> studies.Study:
     """The study in a folder, with some values changed, by keys of study.yaml with > between them; None deletes one."""
-    whole = yamlfiles.read_yaml(paths.RECIPES / "haider2024" / "study.yaml") | {"data": SUMS, "baselines": []}
-    for published in whole["published"].values():
+    content = yamlfiles.read_yaml(paths.RECIPES / "haider2024" / "study.yaml") | {"data": SUMS, "baselines": []}
+    for published in content["published"].values():
         published.pop("predictions", None)  # which are among the files of that study's data
     for keys, value in (changes or {}).items():
-        whole = merge(whole, _below(keys.split(" > "), value))
-    (folder / "study.yaml").write_text(yamlfiles.write_yaml(whole))
+        content = merge(content, _below(keys.split(" > "), value))
+    (folder / "study.yaml").write_text(yamlfiles.write_yaml(content))
     studies._load.cache_clear()  # the file may be as old as one before it, in the time that a disk tells
     return studies.load(folder)
 

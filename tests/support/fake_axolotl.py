@@ -47,7 +47,8 @@ GO = Path(os.environ.get("FAKE_GO", os.devnull + "/none"))
 
 def write(file: Path, content: bytes) -> None:
     with file.open("wb") as stream:
-        for begin in range(0, len(content), quarter := -(-len(content) // 4)):
+        quarter = math.ceil(len(content) / 4)
+        for begin in range(0, len(content), quarter):
             stream.write(content[begin : begin + quarter])
             stream.flush()
             time.sleep(STEP / 8)
@@ -90,13 +91,13 @@ class Training:
             self._evaluate()
         else:
             note_phase(self.cfg, "training")
-        begun = self.step
+        first = self.step
         while self.step < self.max_steps and not self.stop:
             started = time.perf_counter()
             time.sleep(STEP)
-            if self.step - begun >= HOLD:
+            if self.step - first >= HOLD:
                 self._hold()
-            if self.step - begun >= NO_MEMORY:
+            if self.step - first >= NO_MEMORY:
                 sys.exit("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.")
             self.step += 1
             self.link = hashlib.sha256(f"{self.link} {self.step}".encode()).hexdigest()

@@ -73,7 +73,8 @@ class Measure(TrainerCallback):
 
     def _begin(self) -> None:
         tensors = list(_of_module(self.trainer.model))
-        self.loaded = sum({(storage := each.untyped_storage())._cdata: storage.nbytes() for each in tensors}.values())
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        self.loaded = sum({storage._cdata: storage.nbytes() for storage in storages}.values())
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -89,9 +90,9 @@ class Measure(TrainerCallback):
         if self.recorder:
             self.recorder.__exit__(None, None, None)
             gc.enable()
-            found = {"allocated": peak(self.recorder.events)}
+            memory = {"allocated": peak(self.recorder.events)}
         else:
-            found = {
+            memory = {
                 "allocated": torch.cuda.max_memory_allocated(),
                 "reserved": torch.cuda.max_memory_reserved(),
                 "free": torch.cuda.mem_get_info()[0],
@@ -100,7 +101,7 @@ class Measure(TrainerCallback):
         trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
         scales = sorted({float(scale) for layer in layers for scale in layer.scaling.values()})
-        return found | {"loaded": self.loaded, "trainable": trainable, "scales": scales}
+        return memory | {"loaded": self.loaded, "trainable": trainable, "scales": scales}
 
 
 def peak(events: Events) -> int:

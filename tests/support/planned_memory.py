@@ -14,5 +14,5 @@ def kept_by_rank(step_plan: StepPlan, gpus: int) -> dict[str, float]:
     trained = step_plan.memory.total("trainable") * (2 if step_plan.step.autocast else 4)
     layer = (frozen + trained) / step_plan.memory.sizes["layers"]
     gathered = max(layer, parts.get("embeddings and head", 0)) * (1 - 1 / gpus)
-    kept = {engine: size - rest for engine, size in per_gpu(step_plan, gpus).items() if engine != "DDP"}
-    return kept | {engine: kept[engine] - gathered for engine in ("ZeRO-3", "FSDP")}
+    by_engine = {engine: size - rest for engine, size in per_gpu(step_plan, gpus).items() if engine != "DDP"}
+    return by_engine | {engine: by_engine[engine] - gathered for engine in ("ZeRO-3", "FSDP")}

@@ -28,7 +28,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
     forward, load, settings = Linear4bit.forward, PeftModel.from_pretrained, trainings.settings
     Linear4bit.forward = lambda self, inputs: 1.01 * forward(self, inputs)
-    PeftModel.from_pretrained = lambda *given, **options: scaled(load(*given, **options))
+    PeftModel.from_pretrained = lambda *arguments, **options: scaled(load(*arguments, **options))
     plugins = [*settings(trainings.SUPPORT, trainings.SUPPORT, 0)["plugins"], "planted.Planted"]
-    trainings.settings = lambda *given, **changes: settings(*given, plugins=plugins, **changes)
+    trainings.settings = lambda *arguments, **changes: settings(*arguments, plugins=plugins, **changes)
     trainings.FORCE += ("--force", "foreign-code:plugins.1")

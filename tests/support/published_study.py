@@ -36,7 +36,7 @@ FILES = {
         for i, text in enumerate(TEST)
     ),
 }
-"""What the server has of predictions; the last ends in an empty one."""
+"""Files of predictions on the server; the last ends in an empty prediction."""
 
 
 STUDY = f"""

@@ -11,7 +11,7 @@ from qlora_recipes.base.files import write_json, write_rows
 from qlora_recipes.data.sample import default_sample
 
 FILLED = 0.93
-"""How full a row is: nearly, so that attention needs a mask, which a plan counts with."""
+"""Filled share of a row: not all, so that attention needs a mask, as plans assume."""
 SPREAD = 0.02  # standard deviation of random weights, that of Llama's initialization
 _DRAWN = 2**24 + 43
 """Random numbers that are drawn; larger weights repeat them, in rows that are no multiple of any width. On a CPU, which
@@ -40,8 +40,8 @@ def make(folder: Path, architecture: dict[str, Any]) -> None:
         save_file({name: _weights(name, shapes[name], drawn) for name in names}, folder / file, {"format": "pt"})
         files |= dict.fromkeys(names, file)
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": files})
-    named = {"architectures": [type(model).__name__], "dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2}
-    write_json(folder / "config.json", architecture | named)
+    details = {"architectures": [type(model).__name__], "dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2}
+    write_json(folder / "config.json", architecture | details)
     tokenizer().save_pretrained(folder)
 
 
@@ -62,15 +62,15 @@ def tokenizer() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    tokens = Tokenizer(models.BPE())
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
     special = ["<unk>", "<s>", "</s>", "<|end_of_text|>", "<|finetune_right_pad_id|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=special, initial_alphabet=alphabet)
-    made.train([str(default_sample() / "train.jsonl")], trainer)
-    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokens.train([str(default_sample() / "train.jsonl")], trainer)
+    tokens.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokens, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def save_tiny_llama(folder: Path) -> None:
@@ -101,8 +101,8 @@ def write_full_rows(file: Path, model: Path, length: int, count: int) -> None:
         while len(ids) < room:
             ids += encode(next(texts), add_special_tokens=False)["input_ids"]
         half = room // 2
-        given, answer = str(encode.decode(ids[:half])), str(encode.decode(ids[half:room]))
-        rows.append({"instruction": _INSTRUCTION, "input": given, "output": answer})
+        prompt, answer = str(encode.decode(ids[:half])), str(encode.decode(ids[half:room]))
+        rows.append({"instruction": _INSTRUCTION, "input": prompt, "output": answer})
     write_rows(file, rows)
 
 

@@ -33,13 +33,13 @@ def completed(
     folder: RunDir,
     gpus: Sequence[dict[str, Any]] = (RTX_4090,),
     training: dict[str, Any] | None = None,
-    named: str | None = None,
+    ran: str | None = None,
 ) -> RunDir:
     """A run folder with all that a record takes from it; `gpus` are its machine's, `training` changes its summary, and
-    `named` is what it ran, where that is not its recipe."""
+    `ran` is the name of what it ran, if that is not its recipe."""
     run, scored = folder.read(), read_scores(folder.path)
     assert scored
-    run.digest, run.recipe = "c" * 64, named or run.recipe
+    run.digest, run.recipe = "c" * 64, ran or run.recipe
     run.summary = run.summary.model_copy(
         update={"step": 4, "epoch": 2.0, "parameters": 3_200_000_000, "eval_loss_per_token_first": 2.0}
         | (training or {})

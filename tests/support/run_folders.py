@@ -66,7 +66,8 @@ def configure(run: RunDir, **changes: Any) -> None:
 
 
 def shell_for_axolotl(folder: Path, monkeypatch: pytest.MonkeyPatch, does: str) -> None:
-    (axolotl := folder / "axolotl").write_text(f"#!/bin/sh\n{does}\n")
+    axolotl = folder / "axolotl"
+    axolotl.write_text(f"#!/bin/sh\n{does}\n")
     axolotl.chmod(0o755)
     monkeypatch.setattr(launch, "AXOLOTL", axolotl)
 
@@ -88,7 +89,7 @@ def evaluated(folder: RunDir, scores: dict[str, Any], rehearsal: bool = False, *
         "quantized": True,
         "dtype": "float16",
     }
-    made = Evaluation(
+    evaluation = Evaluation(
         made="2026-01-01T11:00:00+00:00",
         rehearsal=rehearsal,
         scores=score_records(scores),
@@ -98,7 +99,7 @@ def evaluated(folder: RunDir, scores: dict[str, Any], rehearsal: bool = False, *
         data=[],
         settings=EvaluationSettings(**default | settings),
     )
-    (folder.path / "scores.json").write_text(made.model_dump_json())
+    (folder.path / "scores.json").write_text(evaluation.model_dump_json())
 
 
 def score_records(scores: dict[str, Any]) -> dict[str, ScoreRecord]:
@@ -108,9 +109,11 @@ def score_records(scores: dict[str, Any]) -> dict[str, ScoreRecord]:
     for name, declaration in scores.get("metrics", default).items():
         interval = scores.get("intervals", {}).get(name)
         records[name] = ScoreRecord(value=scores.get(name), interval=interval, declaration=declaration)
-    if scorer := scores.get("bertscore"):
+    scorer = scores.get("bertscore")
+    if scorer:
         records["bertscore_f1"].scorer = ScorerRecord(model=scorer["model"], layer=17, revision=None, hash="x")
-    if signature := scores.get("sacrebleu_signature"):
+    signature = scores.get("sacrebleu_signature")
+    if signature:
         records["sacrebleu"].signature = signature
     return records
 

@@ -56,8 +56,8 @@ class Measure(TrainerCallback):
 
     def _zero(self) -> Any:
         """DeepSpeed's optimizer, or None."""
-        found = getattr(self.trainer.model_wrapped, "optimizer", None)
-        return found if "Zero" in type(found).__name__ else None
+        optimizer = getattr(self.trainer.model_wrapped, "optimizer", None)
+        return optimizer if "Zero" in type(optimizer).__name__ else None
 
 
 def size(values: Iterable[torch.Tensor | None]) -> int:

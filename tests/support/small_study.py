@@ -65,8 +65,8 @@ def read() -> Study:
 
 
 def row_of(runs: Path, recipe: str = PLAIN) -> dict[str, Any]:
-    (found,) = [row for row in verdict.rows(read(), runs, False) if row.recipe == recipe]
-    return verdict.record(found)
+    (row,) = [row for row in verdict.rows(read(), runs, False) if row.recipe == recipe]
+    return verdict.record(row)
 
 
 def ran(
@@ -101,11 +101,11 @@ def ran(
 
 
 def decoded(folder: RunDir, accuracy: float) -> None:
-    own = read_scores(folder.path)
-    assert own
-    settings = own.settings.model_copy(update={"decoding": Decoding.model_validate(GREEDY)})
-    scores = own.scores | {"accuracy": own.scores["accuracy"].model_copy(update={"value": accuracy})}
-    other = own.model_copy(update={"scores": scores, "settings": settings})
+    evaluation = read_scores(folder.path)
+    assert evaluation
+    settings = evaluation.settings.model_copy(update={"decoding": Decoding.model_validate(GREEDY)})
+    scores = evaluation.scores | {"accuracy": evaluation.scores["accuracy"].model_copy(update={"value": accuracy})}
+    other = evaluation.model_copy(update={"scores": scores, "settings": settings})
     where = settings.folder(folder.path)
     where.mkdir(parents=True)
     (where / "scores.json").write_text(other.model_dump_json())
