@@ -1,6 +1,7 @@
 """Tokens of a config's rows: lengths, mistakes, and rows to look at."""
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import batched, chain, groupby, islice
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ from ..base.terminal import Bar
 from ..base.yamlfiles import Config
 from ..config import datafiles
 from ..config.datafiles import DatasetRef
-from ..config.finding import Faults, Finding, Level
+from ..config.finding import Faults, FaultyRows, Finding, Level
 from ..config.substitution import stands_in
 from ..config.training_settings import TrainingSettings
 from ..training.losses import MASKED
 from ..training.row_types import row_type
-from ..training.tokens import Tokenizer, packed_sequences, padding, taught_ends, unknown_roles
+from ..training.tokens import Tokenizer, Tokens, packed_sequences, padding, taught_ends, unknown_roles
 from .rows import readable
 
 Place = tuple[str, int]
@@ -36,26 +37,31 @@ def by_token(content: Config, count: int) -> list[Row]:
     tokenizer = Tokenizer(content)
     rows = []
     for dataset in datafiles.training_sets(content):
-        read = [*islice(_numbered(tokenizer, dataset), count)]
-        tokenized = tokenizer.tokenize(dataset, [row for _, row in read]) if read else []
-        for ((_, line), _), row in zip(read, tokenized, strict=False):
-            text = ""
-            for learnt, parts in groupby(zip(row.ids, row.labels, strict=True), lambda part: part[1] != MASKED):
-                decoded = tokenizer.tokenizer.decode([token for token, _ in parts], skip_special_tokens=False)
-                text += f"⟪{decoded}⟫" if learnt else decoded
+        numbered = [*islice(_numbered(tokenizer, dataset), count)]
+        tokenized = tokenizer.tokenize(dataset, [row for _, row in numbered]) if numbered else []
+        for ((_, line), _), tokens in zip(numbered, tokenized, strict=False):
             rows.append(
                 {
                     "dataset": dataset.key,
                     "row": line,
-                    "length": len(row.ids),
-                    "learnt": row.learnt,
-                    "too_long": len(row.ids) > tokenizer.cfg.sequence_len,
-                    "ids": row.ids,
-                    "labels": row.labels,
-                    "text": text,
+                    "length": len(tokens.ids),
+                    "learnt": tokens.learnt,
+                    "too_long": len(tokens.ids) > tokenizer.cfg.sequence_len,
+                    "ids": tokens.ids,
+                    "labels": tokens.labels,
+                    "text": _marked_text(tokenizer, tokens),
                 }
             )
     return rows
+
+
+def _marked_text(tokenizer: Tokenizer, tokens: Tokens) -> str:
+    """Text of a row, with ⟪ and ⟫ around the tokens that carry loss."""
+    text = ""
+    for learnt, pairs in groupby(zip(tokens.ids, tokens.labels, strict=True), lambda pair: pair[1] != MASKED):
+        decoded = tokenizer.tokenizer.decode([token for token, _ in pairs], skip_special_tokens=False)
+        text += f"⟪{decoded}⟫" if learnt else decoded
+    return text
 
 
 def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[list[Finding], list[Row]]:
@@ -67,145 +73,211 @@ def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[li
         gpus: the number of GPUs that train.
 
     Returns:
-        Findings, and measures of each data set with tokenized rows: their lengths, and the share of padding in one
-        epoch's micro batches (None for packed rows).
+        Findings, and measures of each data set with tokenized rows, see `_TokenizedSet.measures`.
     """
     tokenizer = Tokenizer(content)
-    cfg = tokenizer.cfg
     findings: list[Finding] = []
     measured = []
     for dataset in datafiles.datasets(content):
-        total = sum(datafiles.count_rows(file) for file in datafiles.jsonl_files(dataset.entry))
-        total = min(total, datafiles.first_rows(dataset.entry) or total)
-        read = _Read(tokenizer, dataset)
+        total = _count_rows(dataset)
+        tokenized = _TokenizedSet(tokenizer, dataset)
         with Bar(f"tokenize {dataset.key}", most or total) as bar:
-            for some in batched(islice(_numbered(tokenizer, dataset), most), 1000):
-                read.add(some)
-                if read.refused >= _MOST_REFUSED:
+            for batch in batched(islice(_numbered(tokenizer, dataset), most), 1000):
+                tokenized.add(batch)
+                if tokenized.is_given_up:
                     break
-                bar.update(read.rows)
-        findings += read.findings()
-        if sizes := read.sizes:
-            kept = _kept(cfg, read)
-            measured.append(
-                {
-                    "key": dataset.key,
-                    "rows": len(sizes),
-                    "tokens": sum(sizes),
-                    "with_loss": sum(read.learnt),
-                    "median": _percentile(sizes, 50),
-                    "percentile_95": _percentile(sizes, 95),
-                    "longest": max(sizes),
-                    "too_long": sum(size > cfg.sequence_len for size in sizes),
-                    "padding": None if cfg.sample_packing else padding(cfg, kept),
-                }
-            )
-            left = kept[: TrainingSettings.of(content).rows_left(len(kept))]
-            is_whole = len(cfg.datasets) == 1 and read.rows == total
-            if left and cfg.sample_packing and dataset.is_training and is_whole:
-                findings += _without_batch(cfg, left, gpus)
+                bar.update(tokenized.rows)
+        findings += tokenized.findings()
+        if tokenized.sizes:
+            measured.append(tokenized.measures())
+        is_whole = len(tokenizer.cfg.datasets) == 1 and tokenized.rows == total
+        if tokenizer.cfg.sample_packing and dataset.is_training and is_whole:
+            findings += tokenized.packing_findings(gpus)
     return findings, measured
+
+
+def _count_rows(dataset: DatasetRef) -> int:
+    """Number of rows of a data set in JSONL files, up to the limit of its split."""
+    total = sum(datafiles.count_rows(file) for file in datafiles.jsonl_files(dataset.entry))
+    limit = datafiles.first_rows(dataset.entry)
+    return min(total, limit) if limit else total
 
 
 def _percentile(sizes: list[int], share: int) -> int:
     return int(numpy.percentile(sizes, share, method="inverted_cdf"))
 
 
-class _Read:
-    """Statistics of one data set's tokenized rows, and mistakes by rule and subject.
+class _TokenizedSet:
+    """Lengths of one data set's tokenized rows, and mistakes by rule and subject.
 
     Args:
         tokenizer: the config's tokenizer.
         dataset: the data set.
+
+    Attributes:
+        rows: number of rows that Axolotl has tokenized.
+        sizes: lengths in tokens; the type completion makes several of one row.
+        learnt: numbers of tokens that carry loss.
+        learns_end: an end token carries loss.
+        refused: number of rows that Axolotl cannot tokenize.
     """
 
     def __init__(self, tokenizer: Tokenizer, dataset: DatasetRef):
-        self.tokenizer, self.dataset = tokenizer, dataset
+        self.tokenizer = tokenizer
+        self.dataset = dataset
         self.kind = tokenizer.entry(dataset)["type"]
-        self.chats: Any = None
         self.ends = taught_ends(tokenizer.cfg, tokenizer.tokenizer)
         self.rows = 0
-        self.sizes, self.learnt = list[int](), list[int]()
+        self.sizes: list[int] = []
+        self.learnt: list[int] = []
         # the author of an input_output row writes the end token; the stand-in's tokenizer may not know it
         self.learns_end = self.kind == "input_output" and stands_in(tokenizer.cfg)
         self.refused = 0
         self.faults = Faults()
 
-    def add(self, rows: Sequence[tuple[Place, Row]]) -> bool:
-        """Tokenize more rows; return False if Axolotl cannot tokenize all of them.
+    @cached_property
+    def chats(self) -> Any:
+        """Axolotl's strategy for the chats."""
+        return self.tokenizer.chat_strategy(self.dataset)
 
-        A refused batch is bisected, so that its other rows are read. Some rows fail only together.
-        """
-        if self.refused >= _MOST_REFUSED:
+    @property
+    def is_given_up(self) -> bool:
+        """True if Axolotl cannot tokenize so many rows that no more are read."""
+        return self.refused >= _MOST_REFUSED
+
+    def add(self, rows: Sequence[tuple[Place, Row]]) -> bool:
+        """Tokenize more rows; return False if Axolotl cannot tokenize all of them."""
+        if self.is_given_up:
             return False
         try:
             tokenized = self.tokenizer.tokenize(self.dataset, [row for _, row in rows])
         except UserError as error:
-            middle = len(rows) // 2
-            halves = [rows[:middle], rows[middle:]] if middle else []
-            if all([self.add(half) for half in halves]):
-                self.refused += 1
-                self.faults.note("bad-row", error.problem, *rows[middle][0])
+            self._add_halves(rows, error.problem)
             return False
-        self.rows += len(rows)
-        self.sizes += [len(tokens.ids) for tokens in tokenized]
-        self.learnt += [tokens.learnt for tokens in tokenized]
-        self.learns_end = self.learns_end or any(not self.ends.isdisjoint(tokens.labels) for tokens in tokenized)
-        for (place, _), tokens in zip(rows, tokenized, strict=False):
-            if not tokens.learnt and len(tokenized) == len(rows):
-                self.faults.note("nothing-learnt", "", *place)
-        if self.kind == "chat_template":
-            self.chats = self.chats or self.tokenizer.chat_strategy(self.dataset)
-            for place, row in rows:
-                for role in unknown_roles(self.chats, row):
-                    self.faults.note("unknown-role", role, *place)
+        self._measure(rows, tokenized)
         return True
 
+    def _add_halves(self, rows: Sequence[tuple[Place, Row]], problem: str) -> None:
+        """Bisect rows that Axolotl refuses, so that it reads the others; some rows fail only together."""
+        middle = len(rows) // 2
+        if middle:
+            reads_first = self.add(rows[:middle])
+            reads_second = self.add(rows[middle:])
+            if not (reads_first and reads_second):
+                return
+        self.refused += 1
+        place, _ = rows[middle]
+        self.faults.note("bad-row", problem, *place)
+
+    def _measure(self, rows: Sequence[tuple[Place, Row]], tokenized: list[Tokens]) -> None:
+        """Add rows to the statistics, and count the faulty ones."""
+        self.rows += len(rows)
+        for tokens in tokenized:
+            self.sizes.append(len(tokens.ids))
+            self.learnt.append(tokens.learnt)
+            if not self.ends.isdisjoint(tokens.labels):
+                self.learns_end = True
+        if len(tokenized) == len(rows):
+            for (place, _), tokens in zip(rows, tokenized, strict=True):
+                if not tokens.learnt:
+                    self.faults.note("nothing-learnt", "", *place)
+        if self.kind == "chat_template":
+            self._check_roles(rows)
+
+    def _check_roles(self, rows: Sequence[tuple[Place, Row]]) -> None:
+        for place, row in rows:
+            for role in unknown_roles(self.chats, row):
+                self.faults.note("unknown-role", role, *place)
+
+    def measures(self) -> Row:
+        """Lengths in tokens, and the share of padding in one epoch's micro batches; None for packed rows."""
+        cfg, sizes = self.tokenizer.cfg, self.sizes
+        return {
+            "key": self.dataset.key,
+            "rows": len(sizes),
+            "tokens": sum(sizes),
+            "with_loss": sum(self.learnt),
+            "median": _percentile(sizes, 50),
+            "percentile_95": _percentile(sizes, 95),
+            "longest": max(sizes),
+            "too_long": self._count_long(),
+            "padding": None if cfg.sample_packing else padding(cfg, self._trained_sizes()),
+        }
+
+    def _count_long(self) -> int:
+        """Number of rows longer than sequence_len."""
+        return sum(size > self.tokenizer.cfg.sequence_len for size in self.sizes)
+
+    def _trained_sizes(self) -> list[int]:
+        """Lengths of the rows after Axolotl drops or cuts long rows; packing also drops rows without loss."""
+        cfg = self.tokenizer.cfg
+        trained = []
+        for size, learnt in zip(self.sizes, self.learnt, strict=True):
+            if cfg.sample_packing and not learnt:
+                continue
+            if size <= cfg.sequence_len:
+                trained.append(size)
+            elif cfg.excess_length_strategy == "truncate":
+                trained.append(cfg.sequence_len)
+        return trained
+
     def findings(self) -> Iterator[Finding]:
-        """Findings, each at the first row concerned."""
-        cfg, sizes, data = self.tokenizer.cfg, self.sizes, f"{self.dataset.key}.path"
+        """Findings about rows, each at the first row concerned, then about all rows together."""
         for (rule, about), rows in self.faults.items():
             if rule == "bad-row":
                 remedy = "correct the rows, the type or the template"
-                yield Finding("error", rule, data, f"{rows}: {about}", remedy, *rows.place)
+                yield self._finding("error", rule, f"{rows}: {about}", remedy, rows)
             elif rule == "unknown-role":
-                problem = f"{rows} with the role {about[:60]}, unknown to `roles` and the template"
                 near = did_you_mean(about.lower(), [*self.chats.prompter.roles])
-                yield Finding(
-                    "warning", rule, data, f"{problem}{near}", "correct it, or add it to `roles`", *rows.place
-                )
+                problem = f"{rows} with the role {about[:60]}, unknown to `roles` and the template{near}"
+                yield self._finding("warning", rule, problem, "correct it, or add it to `roles`", rows)
             else:
                 level: Level = "error" if rows.count == self.rows else "warning"
                 problem = f"{rows} without tokens that carry loss (empty answer, or wrong role)"
-                yield Finding(level, rule, data, problem, "correct or drop these rows", *rows.place)
-        if self.refused >= _MOST_REFUSED:
-            yield Finding("note", "not-checked", data, f"stopped after {self.refused} rows that Axolotl cannot read")
-        if long := sum(size > cfg.sequence_len for size in sizes):
-            becomes = {"truncate": "cut", "raise": "an error"}.get(cfg.excess_length_strategy, "dropped")
-            problem = f"{long} of {len(sizes)} rows exceed sequence_len, {cfg.sequence_len}: {becomes}"
-            level = "error" if becomes == "an error" or (long == len(sizes) and becomes == "dropped") else "warning"
-            yield Finding(level, "too-long", data, problem, f"the longest has {max(sizes)} tokens")
-        if sizes and not self.learns_end and self.dataset.is_training:
-            key, problem = f"{self.dataset.key}.type", "no end token carries loss: the model would not learn to stop"
-            yield Finding("warning", "eos-masked", key, problem, "inspect rows with --show-tokens")
+                yield self._finding(level, rule, problem, "correct or drop these rows", rows)
+        key = self.dataset.key
+        if self.is_given_up:
+            problem = f"stopped after {self.refused} rows that Axolotl cannot read"
+            yield Finding("note", "not-checked", f"{key}.path", problem)
+        yield from self._long_rows()
+        if self.sizes and self.dataset.is_training and not self.learns_end:
+            problem = "no end token carries loss: the model would not learn to stop"
+            yield Finding("warning", "eos-masked", f"{key}.type", problem, "inspect rows with --show-tokens")
 
+    def _finding(self, level: Level, rule: str, problem: str, remedy: str, rows: FaultyRows) -> Finding:
+        """Finding at the first of some faulty rows."""
+        return Finding(level, rule, f"{self.dataset.key}.path", problem, remedy, *rows.place)
 
-def _without_batch(cfg: Any, sizes: list[int], gpus: int) -> Iterator[Finding]:
-    """Error if the packed rows are too few for a micro batch on each GPU, so that training would have no step."""
-    sequences, needed = packed_sequences(cfg, sizes)
-    if sequences < needed * gpus:
-        each = f" on each of {gpus} GPUs" if gpus > 1 else ""
-        filled = f"{sequences} of the {needed * gpus} packed sequences of a micro batch{each}"
+    def _long_rows(self) -> Iterator[Finding]:
+        """Finding about rows longer than sequence_len, by what Axolotl does with them."""
+        cfg, rows, long = self.tokenizer.cfg, len(self.sizes), self._count_long()
+        if not long:
+            return
+        level: Level = "warning"
+        if cfg.excess_length_strategy == "truncate":
+            consequence = "cut"
+        elif cfg.excess_length_strategy == "raise":
+            level, consequence = "error", "an error"
+        else:
+            level, consequence = "error" if long == rows else "warning", "dropped"
+        problem = f"{long} of {rows} rows exceed sequence_len, {cfg.sequence_len}: {consequence}"
+        remedy = f"the longest has {max(self.sizes)} tokens"
+        yield Finding(level, "too-long", f"{self.dataset.key}.path", problem, remedy)
+
+    def packing_findings(self, gpus: int) -> Iterator[Finding]:
+        """Error if the packed rows are too few for a micro batch on each GPU, so that training would have no step."""
+        cfg, trained = self.tokenizer.cfg, self._trained_sizes()
+        sizes = trained[: TrainingSettings.of(cfg).rows_left(len(trained))]
+        if not sizes:
+            return
+        sequences, per_batch = packed_sequences(cfg, sizes)
+        if sequences >= per_batch * gpus:
+            return
+        on_each = f" on each of {gpus} GPUs" if gpus > 1 else ""
+        filled = f"{sequences} of the {per_batch * gpus} packed sequences of a micro batch{on_each}"
         fewer = f"micro_batch_size={sequences // gpus}" if sequences >= gpus else "sample_packing=false"
         remedy = f"set {fewer}, a smaller sequence_len, or more rows (rehearsal: `--set datasets.0.split=train[:N]`)"
         yield Finding("error", "no-batch", "micro_batch_size", f"no step: {len(sizes)} rows fill {filled}", remedy)
-
-
-def _kept(cfg: Any, read: _Read) -> list[int]:
-    """Lengths of the training rows after Axolotl drops or cuts long rows; packing also drops rows without loss."""
-    cuts = cfg.excess_length_strategy == "truncate"
-    sizes = (size for size, learnt in zip(read.sizes, read.learnt, strict=True) if learnt or not cfg.sample_packing)
-    return [min(size, cfg.sequence_len) for size in sizes if cuts or size <= cfg.sequence_len]
 
 
 def _numbered(tokenizer: Tokenizer, dataset: DatasetRef) -> Iterator[tuple[Place, Row]]:
