@@ -1,8 +1,10 @@
 """Rules about a config's data."""
 
 from pathlib import Path
+from typing import Any
 
 from ..base import paths
+from ..base.yamlfiles import Config
 from ..config import datafiles, models
 from ..config.finding import Case, Problems, rule
 from ..config.numerics import AMPERE, precision, takes_varlen
@@ -24,16 +26,14 @@ def no_data(case: Case) -> Problems:
 @rule
 def not_prepared(case: Case) -> Problems:
     """A run needs prepared data; checking only the config does not."""
-    start = case["lora_model_dir"]
-    if isinstance(start, str) and not Path(start).exists() and (remedy := studies.fetch_command(start)):
-        yield "error", "lora_model_dir", f"{paths.shown(Path(start))} is not fetched yet", f"run {remedy}"
+    adapter = case["lora_model_dir"]
+    if isinstance(adapter, str) and not Path(adapter).exists() and (remedy := studies.fetch_command(adapter)):
+        yield "error", "lora_model_dir", f"{paths.shown(Path(adapter))} is not fetched yet", f"run {remedy}"
     rehearse = "; or add --rehearse, which does not need it" if case.launching else ""
     remedies = set[str]()
     for dataset in datafiles.datasets(case.config):
         for file in datafiles.local_files(dataset.entry):
-            if file.is_file():
-                continue
-            remedy = studies.prepare_commands(str(file))
+            remedy = "" if file.is_file() else studies.prepare_commands(str(file))
             if remedy and remedy not in remedies:  # it prepares all files of its study
                 remedies.add(remedy)
                 problem = f"{paths.shown(file)} is not prepared yet"
@@ -47,22 +47,27 @@ def missing_file(case: Case) -> Problems:
     Axolotl's validation does not check that a DeepSpeed file exists (seen).
     """
     for dataset in datafiles.datasets(case.config):
-        key, name = f"{dataset.key}.path", dataset.entry.get("path")
-        files = datafiles.local_files(dataset.entry)
-        if not isinstance(name, str) or not name:
-            yield "error", key, f"{name!r} is not a path", "give a file, a folder or a data set on the hub"
-        elif Path(name).is_dir() and not files:
-            yield "error", key, f"the folder {paths.shown(Path(name))} is empty", "put rows into it"
-        for file in files:
-            if file.is_file() and not file.stat().st_size:
-                yield "error", key, f"{paths.shown(file)} is empty", "write rows to it, or name another file"
-        for file in datafiles.missing_files(dataset.entry):
-            problem = f"{paths.shown(file)} does not exist{paths.similar_paths(file)}"
-            yield "error", key, problem, "correct the path; only data_files of a folder can be a pattern"
+        yield from _file_problems(f"{dataset.key}.path", dataset.entry)
     for key in datafiles.missing_paths(case.config):
         path = Path(case[key])
         problem = f"{paths.shown(path)} does not exist{paths.similar_paths(path)}"
         yield "error", key, problem, "correct the path or delete the key"
+
+
+def _file_problems(key: str, entry: Config) -> Problems:
+    """Problems with the files of a data set; the key is that of its path."""
+    name = entry.get("path")
+    files = datafiles.local_files(entry)
+    if not isinstance(name, str) or not name:
+        yield "error", key, f"{name!r} is not a path", "give a file, a folder or a data set on the hub"
+    elif Path(name).is_dir() and not files:
+        yield "error", key, f"the folder {paths.shown(Path(name))} is empty", "put rows into it"
+    for file in files:
+        if file.is_file() and not file.stat().st_size:
+            yield "error", key, f"{paths.shown(file)} is empty", "write rows to it, or name another file"
+    for file in datafiles.missing_files(entry):
+        problem = f"{paths.shown(file)} does not exist{paths.similar_paths(file)}"
+        yield "error", key, problem, "correct the path; only data_files of a folder can be a pattern"
 
 
 @rule
@@ -73,13 +78,15 @@ def packing_leaks(case: Case) -> Problems:
 
     Axolotl also warns that sdpa with a mask can give a loss of 0 in bf16 on GPUs before Hopper.
     """
-    if case["sample_packing"] and case.attention not in KEEP_DOCUMENTS_APART:
+    if not case["sample_packing"]:
+        return
+    if case.attention not in KEEP_DOCUMENTS_APART:
         problem = f"with {case.attention or 'no attn_implementation'}, packed rows attend to each other"
         yield "error", "sample_packing", problem, f"set {case.advised_attention}"
-    before_hopper = case.gpu and AMPERE <= case.gpu.capability < (9, 0)  # bf16 is an error on older GPUs
-    in_bf16 = precision(case.config, on_gpu=True).weights == "bfloat16"
-    masked = case["sample_packing"] and case.attention == "sdpa" and not takes_varlen(case.config, case.architecture)
-    if masked and in_bf16 and before_hopper:
+    if case.gpu is None or not AMPERE <= case.gpu.capability < (9, 0):  # bf16 is an error on older GPUs
+        return
+    is_masked = case.attention == "sdpa" and not takes_varlen(case.config, case.architecture)
+    if is_masked and precision(case.config, on_gpu=True).weights == "bfloat16":
         problem = f"sdpa with a mask in bf16 can give losses of 0 on {case.gpu}"
         yield "warning", "sample_packing", problem, f"set {case.advised_attention}"
 
@@ -101,26 +108,40 @@ def chat_template(case: Case) -> Problems:
     (utils/chat_templates/base.py and schemas/datasets.py).
     """
     for dataset in datafiles.datasets(case.config):
-        key, entry = dataset.key, dataset.entry
+        entry = dataset.entry
         if entry.get("type") != "chat_template":
             continue
-        own = entry.get("chat_template")
-        if entry.get("chat_template_jinja") and not own:
+        if entry.get("chat_template"):
+            key = f"{dataset.key}.chat_template"
+            yield from _template_problems(case, key, entry["chat_template"], entry.get("chat_template_jinja"))
+        elif entry.get("chat_template_jinja"):
             problem = "Axolotl ignores this key if the data set has no chat_template"
-            yield "error", f"{key}.chat_template_jinja", problem, "also set chat_template: jinja"
-            continue
-        written = entry.get("chat_template_jinja") if own else case["chat_template_jinja"]
-        name = own or case["chat_template"] or ("jinja" if written else "tokenizer_default")
-        where = f"{key}.chat_template" if own else "chat_template" if case["chat_template"] else f"{key}.type"
-        if name == "jinja" and isinstance(written, str) and "{" not in models.read_template(written):
-            yield "error", where, f"chat_template_jinja: {written[:80]} is neither a file nor a template", ""
-        elif name == "tokenizer_default" and not case.model.chat_template:
-            if case.model.tokenizer_here:
-                problem = "the tokenizer of the base model has no chat template"
-                yield "error", where, problem, "set chat_template, for example to chatml"
-            elif case.model.chat is False and not str(case["base_model"]).startswith("Qwen/"):
-                problem = "not a chat model: its tokenizer may lack a chat template"
-                yield "warning", where, problem, "set chat_template, for example to chatml"
+            yield "error", f"{dataset.key}.chat_template_jinja", problem, "also set chat_template: jinja"
+        elif case["chat_template"]:
+            yield from _template_problems(case, "chat_template", case["chat_template"], case["chat_template_jinja"])
+        else:
+            name = "jinja" if case["chat_template_jinja"] else "tokenizer_default"
+            yield from _template_problems(case, f"{dataset.key}.type", name, case["chat_template_jinja"])
+
+
+def _template_problems(case: Case, key: str, name: str, jinja: Any) -> Problems:
+    """Problems with a chat template.
+
+    Args:
+        key: the key that selects the template.
+        name: the template's name.
+        jinja: the template or its file, if the name is jinja.
+    """
+    remedy = "set chat_template, for example to chatml"
+    if name == "jinja":
+        if isinstance(jinja, str) and "{" not in models.read_template(jinja):
+            yield "error", key, f"chat_template_jinja: {jinja[:80]} is neither a file nor a template", ""
+    elif name != "tokenizer_default" or case.model.chat_template:
+        return
+    elif case.model.tokenizer_here:
+        yield "error", key, "the tokenizer of the base model has no chat template", remedy
+    elif case.model.chat is False and not str(case["base_model"]).startswith("Qwen/"):
+        yield "warning", key, "not a chat model: its tokenizer may lack a chat template", remedy
 
 
 @rule

@@ -139,27 +139,30 @@ def check_lock() -> Iterator[Line]:
     """Compare the versions of the installed packages with requirements.lock, which only a checkout has."""
     if not paths.LOCK.is_file():
         return
-    required = [one for one in map(Requirement, _locked()) if not one.marker or one.marker.evaluate()]
-    if "+" in (package_version("torch") or ""):  # this torch requires other CUDA libraries than the lock
-        required = [one for one in required if not _OF_TORCH.match(one.name)]
-    unmet = [f"{one} (installed: {package_version(one.name) or 'none'})" for one in required if not _is_met(one)]
+    required = list(_locked())
+    unmet = []
+    for requirement in required:
+        installed = package_version(requirement.name)
+        if installed is None or not requirement.specifier.contains(installed, prereleases=True):
+            unmet.append(f"{requirement} (installed: {installed or 'none'})")
     if unmet:
-        found = f"{len(unmet)} differ, such as {', '.join(unmet[:_SHOWN])}"
+        differences = f"{len(unmet)} differ, such as {', '.join(unmet[:_SHOWN])}"
         command = "touch requirements.lock && make setup"
-        yield Line("lock", "wrong", found, "install the required versions", command)
+        yield Line("lock", "wrong", differences, "install the required versions", command)
     else:
         yield Line("lock", "ok", f"all {len(required)} packages match requirements.lock")
 
 
-def _locked() -> Iterator[str]:
+def _locked() -> Iterator[Requirement]:
+    """Requirements of the lock that apply to this machine."""
+    other_cuda = "+" in (package_version("torch") or "")  # this torch requires other CUDA libraries than the lock
     for line in paths.LOCK.read_text(encoding="utf-8").splitlines():
-        if line.strip() and not line.startswith((" ", "#")):
-            yield line.removesuffix("\\").strip()
-
-
-def _is_met(requirement: Requirement) -> bool:
-    installed = package_version(requirement.name)
-    return installed is not None and requirement.specifier.contains(installed, prereleases=True)
+        if not line.strip() or line.startswith((" ", "#")):
+            continue
+        requirement = Requirement(line.removesuffix("\\").strip())
+        applies = requirement.marker is None or requirement.marker.evaluate()
+        if applies and not (other_cuda and _OF_TORCH.match(requirement.name)):
+            yield requirement
 
 
 def check_hub() -> Iterator[Line]:

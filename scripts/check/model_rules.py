@@ -1,12 +1,17 @@
 """Rules about the base model: access, layers, tokens and context."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..base import hub, paths
 from ..base.errors import did_you_mean
 from ..config import models
 from ..config.finding import Case, Level, Problems, rule
+
+_TRAINABLE = ("embed_tokens", "lm_head")
+"""Modules outside the layers that can be trained beside LoRA."""
 
 
 @rule
@@ -25,18 +30,18 @@ def missing_special_token(case: Case) -> Problems:
     For a padding token, the untrained row does not matter, because padding carries no loss. But the row must be added
     to the base model before the adapter is loaded; otherwise PEFT fails (seen).
     """
-    own = case.model.special_tokens
-    if not own or {"embed_tokens", "lm_head"} <= set(case["lora_modules_to_save"] or []):
+    pattern = case.model.special_tokens
+    if not pattern or set(_TRAINABLE) <= set(case["lora_modules_to_save"] or []):
         return
     for name, token in (case["special_tokens"] or {}).items():
-        if isinstance(token, str) and not re.fullmatch(own, token):
+        if isinstance(token, str) and not re.fullmatch(pattern, token):
             level: Level = "warning" if name == "pad_token" else "error"
             problem = (
                 f"{token} is not a special token of this model: Axolotl adds it with a new embedding row; LoRA does "
                 "not train that row, and loading the adapter requires adding it to the base model"
             )
-            own_pad = f", such as {case.model.pad_token} for padding" if case.model.pad_token else ""
-            remedy = f"use one of the model's tokens{own_pad}, or set lora_modules_to_save: [embed_tokens, lm_head]"
+            such_as = f", such as {case.model.pad_token} for padding" if case.model.pad_token else ""
+            remedy = f"use one of the model's tokens{such_as}, or set lora_modules_to_save: [embed_tokens, lm_head]"
             yield level, f"special_tokens.{name}", problem, remedy
 
 
@@ -62,7 +67,6 @@ def no_access(case: Case) -> Problems:
 
 def _access(case: Case, key: str, model: models.Model, is_here: bool) -> Problems:
     """Problems with access to a model or its tokenizer."""
-    level: Level = "error" if case.launching else "warning"
     name = case[key]
     if is_here or not isinstance(name, str) or Path(name).is_relative_to(paths.cache()):
         return  # the stand-in model is created on demand
@@ -71,7 +75,14 @@ def _access(case: Case, key: str, model: models.Model, is_here: bool) -> Problem
     elif models.is_path(name):
         problem = f"{name} does not exist{paths.similar_paths(Path(name))}"
         yield "error", key, problem, "give a folder, or a model on the hub as owner/name"
-    elif hub.is_offline():
+    else:
+        yield from _hub_access(case, key, name, model)
+
+
+def _hub_access(case: Case, key: str, name: str, model: models.Model) -> Problems:
+    """Problems with access to a model on the hub."""
+    level: Level = "error" if case.launching else "warning"
+    if hub.is_offline():
         yield level, key, f"{name} is not cached, and HF_HUB_OFFLINE is set", "fetch the model first"
     elif model.gated and not hub.has_token():
         yield level, key, f"{name} is gated, and no token for the hub was found", _how_to_get(name)
@@ -117,34 +128,52 @@ def no_lora_targets(case: Case) -> Problems:
         yield "error", "adapter", "LoRA has no target layers", "set lora_target_modules or lora_target_linear: true"
 
 
-_TRAINABLE = ("embed_tokens", "lm_head")
-
-
 @rule
 def unknown_lora_target(case: Case) -> Problems:
     """PEFT ignores an unknown name if another name matches a layer (BaseTuner.inject_adapter)."""
-    targets, linear = case["lora_target_modules"], case.model.linear
+    linear = case.model.linear
+    if not linear:
+        return
     for i, name in enumerate(case["lora_modules_to_save"] or ()):
         near = did_you_mean(str(name).rpartition(".")[2], _TRAINABLE)
-        if linear and near and not str(name).endswith(_TRAINABLE):
+        if near and not str(name).endswith(_TRAINABLE):
             yield "error", f"lora_modules_to_save.{i}", f"no module of this model is called {name}{near}", ""
-    if not (case.lora and targets and linear) or targets == "all-linear":
-        return
-    layers = ["model.embed_tokens", "lm_head"]
-    for i in range(case.model.layers or 1000):
-        layers += [f"model.layers.{i}.{'mlp' if name in models.MLP else 'self_attn'}.{name}" for name in linear]
-    listed = isinstance(targets, list)
-    for i, name in enumerate(targets if listed else [targets]):
-        key = f"lora_target_modules.{i}" if listed else "lora_target_modules"
-        pattern = rf"(.*\.)?{re.escape(str(name))}" if listed else name
+    if case.lora:
+        yield from _unknown_targets(case, linear)
+
+
+def _unknown_targets(case: Case, linear: tuple[str, ...]) -> Problems:
+    """Targets that match no layer of the model, whose linear layers have these names."""
+    layers = _layer_names(linear, case.model.layers or 1000)
+    for key, name, pattern in _target_patterns(case["lora_target_modules"]):
         try:
             is_layer = any(re.fullmatch(pattern, layer) for layer in layers)
         except (re.error, OverflowError, RecursionError) as error:
             yield "error", key, f"{name} is not a regular expression: {error}", "use a list of names"
             return
-        if name is not None and not is_layer:
+        if not is_layer:
             hint = did_you_mean(name, linear) or f"; choose from {', '.join(linear)}"
             yield "error", key, f"no layer of this model is called {name}{hint}", ""
+
+
+def _layer_names(linear: tuple[str, ...], count: int) -> list[str]:
+    """Full names of the layers that LoRA can adapt; `count` is the number of transformer layers."""
+    layers = ["model.embed_tokens", "lm_head"]
+    for i in range(count):
+        for name in linear:
+            block = "mlp" if name in models.MLP else "self_attn"
+            layers.append(f"model.layers.{i}.{block}.{name}")
+    return layers
+
+
+def _target_patterns(targets: Any) -> Iterator[tuple[str, str, str]]:
+    """Key, name and pattern of each LoRA target; PEFT reads a text as a pattern, and a name in a list as an ending."""
+    if isinstance(targets, list):
+        for i, name in enumerate(targets):
+            if name is not None:
+                yield f"lora_target_modules.{i}", name, rf"(.*\.)?{re.escape(str(name))}"
+    elif targets and targets != "all-linear":
+        yield "lora_target_modules", targets, targets
 
 
 @rule

@@ -106,34 +106,52 @@ def _as_findings(error: Any, foreign: list[str]) -> Iterator[Finding]:
     """Convert an error of jsonschema to findings, with similar names as hints."""
     path = ".".join(map(str, error.absolute_path))
     start = f"{path}." if path else ""
-    value = error.instance
     if error.validator == "additionalProperties":
         for key in _unknown(error):
-            near = did_you_mean(key, error.schema.get("properties", {}))
-            problem = f"unknown to Axolotl{near or ', which would ignore it'}"
-            if value[key] is None:
-                yield Finding("warning", "unknown-key", f"{start}{key}", problem, "delete the empty key")
-            elif foreign and not path:  # perhaps a key of that plugin
-                yield Finding("warning", "unknown-key", key, problem, f"or does it belong to {foreign[0]}?")
-            else:
-                yield Finding("error", "unknown-key", f"{start}{key}", problem)
+            yield _unknown_key(error, start, key, foreign)
     elif "errorMessage" in error.schema:
         yield Finding("error", "plugin-key", path, error.schema["errorMessage"], "add it, or delete the key")
     elif error.validator == "required":
-        for key in [key for key in error.validator_value if key not in value]:
-            yield Finding("error", "missing-key", f"{start}{key}", "missing; set it")
+        for key in error.validator_value:
+            if key not in error.instance:
+                yield Finding("error", "missing-key", f"{start}{key}", "missing; set it")
     elif error.validator in ("enum", "const"):
-        choices = [str(choice) for choice in error.schema.get("enum", [error.validator_value])]
-        if error.parent and {"type": "boolean"} in error.parent.schema["anyOf"]:
-            choices += ["true", "false"]
-        near = did_you_mean(str(value), choices) or (f"; choose {', '.join(choices)}" if len(choices) < 40 else "")
-        yield Finding("error", "value", path, f"{_as_yaml(value)} is not an allowed value{near}", _how_to_write(value))
+        problem = f"{_as_yaml(error.instance)} is not an allowed value{_choices(error)}"
+        yield Finding("error", "value", path, problem, _how_to_write(error.instance))
     elif error.validator in ("anyOf", "type"):
-        types = [cause.validator_value for cause in (error, *error.context) if cause.validator == "type"]
-        allowed = " or ".join(dict.fromkeys(_TYPES[kind] for kind in types if kind in _TYPES))
-        yield Finding("error", "value", path, f"{_as_yaml(value)} is not {allowed}", _how_to_write(value))
+        problem = f"{_as_yaml(error.instance)} is not {_allowed_types(error)}"
+        yield Finding("error", "value", path, problem, _how_to_write(error.instance))
     else:
         yield Finding("error", "value", path, error.message[:200])
+
+
+def _unknown_key(error: Any, start: str, key: str, foreign: list[str]) -> Finding:
+    """Finding for a key that the schema does not list; `start` is the beginning of its dotted key."""
+    near = did_you_mean(key, error.schema.get("properties", {}))
+    problem = f"unknown to Axolotl{near or ', which would ignore it'}"
+    if error.instance[key] is None:
+        return Finding("warning", "unknown-key", f"{start}{key}", problem, "delete the empty key")
+    if foreign and not start:  # perhaps a key of that plugin
+        return Finding("warning", "unknown-key", key, problem, f"or does it belong to {foreign[0]}?")
+    return Finding("error", "unknown-key", f"{start}{key}", problem)
+
+
+def _choices(error: Any) -> str:
+    """Hint with the allowed values nearest to a value, or with all if they are few."""
+    choices = [str(choice) for choice in error.schema.get("enum", [error.validator_value])]
+    if error.parent and {"type": "boolean"} in error.parent.schema["anyOf"]:
+        choices += ["true", "false"]
+    listed = f"; choose {', '.join(choices)}" if len(choices) < 40 else ""
+    return did_you_mean(str(error.instance), choices) or listed
+
+
+def _allowed_types(error: Any) -> str:
+    """Types that the schema allows, in words."""
+    types = []
+    for cause in (error, *error.context):
+        if cause.validator == "type" and cause.validator_value in _TYPES:
+            types.append(_TYPES[cause.validator_value])
+    return " or ".join(dict.fromkeys(types))
 
 
 def _as_yaml(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..base.hardware import torch_cuda
@@ -41,17 +42,20 @@ def gpu_lacks(case: Case) -> Problems:
     """
     if not case.gpu:
         return
-    has = case.gpu.capability
-    name = str(case.gpu)
-    if has < (7, 5) and (torch_cuda() or "").startswith("13."):
+    capability = case.gpu.capability
+    if capability < (7, 5) and (torch_cuda() or "").startswith("13."):
         remedy = "use Turing (7.5) or newer, or torch for CUDA 12.6: `make setup CUDA=12.6`"
-        yield "error", "base_model", f"torch for CUDA 13 does not run on {name}", remedy
-    least, most = _ATTENTION_RUNS_ON.get(case.attention, ((0, 0), (99, 0)))
-    if not least <= has <= most:
-        problem = f"{case.attention} does not run on {name}"
+        yield "error", "base_model", f"torch for CUDA 13 does not run on {case.gpu}", remedy
+    lowest, highest = _ATTENTION_RUNS_ON.get(case.attention, _ON_ALL)
+    if not lowest <= capability <= highest:
+        problem = f"{case.attention} does not run on {case.gpu}"
         yield "error", case.attention_key, problem, f"use {case.advised_attention} instead"
-    if has >= AMPERE:
-        return
+    if capability < AMPERE:
+        yield from _needs_ampere(case, str(case.gpu))
+
+
+def _needs_ampere(case: Case, name: str) -> Problems:
+    """Features that a GPU before Ampere lacks, by the GPU's name."""
     if precision(case.config, on_gpu=True).weights == "bfloat16":
         problem = f"{name} only emulates bf16, slowly; the default, auto, turns it on"
         yield "error", "bf16", problem, "use `--set bf16=false --set fp16=true`"
@@ -66,12 +70,22 @@ def gpu_lacks(case: Case) -> Problems:
 
 
 _HUB = "kernels-community/"
-_ATTENTION_RUNS_ON = {  # lowest and highest compute capability
-    **dict.fromkeys(("flash_attention_2", f"{_HUB}flash-attn2"), ((8, 0), (99, 0))),
-    **dict.fromkeys(("flash_attention_3", f"{_HUB}flash-attn3", f"{_HUB}vllm-flash-attn3"), ((9, 0), (9, 0))),
-    **dict.fromkeys(("flash_attention_4", f"{_HUB}flash-attn4"), ((9, 0), (99, 0))),
-    **dict.fromkeys(("sage", f"{_HUB}sage-attention"), ((8, 0), (12, 0))),
-    "fp8": ((9, 0), (99, 0)),
+_ON_ALL = ((0, 0), (99, 0))  # lowest and highest compute capability
+_FROM_AMPERE = ((8, 0), (99, 0))
+_FROM_HOPPER = ((9, 0), (99, 0))
+_ON_HOPPER = ((9, 0), (9, 0))
+_UNTIL_BLACKWELL = ((8, 0), (12, 0))
+_ATTENTION_RUNS_ON = {
+    "flash_attention_2": _FROM_AMPERE,
+    f"{_HUB}flash-attn2": _FROM_AMPERE,
+    "flash_attention_3": _ON_HOPPER,
+    f"{_HUB}flash-attn3": _ON_HOPPER,
+    f"{_HUB}vllm-flash-attn3": _ON_HOPPER,
+    "flash_attention_4": _FROM_HOPPER,
+    f"{_HUB}flash-attn4": _FROM_HOPPER,
+    "sage": _UNTIL_BLACKWELL,
+    f"{_HUB}sage-attention": _UNTIL_BLACKWELL,
+    "fp8": _FROM_HOPPER,
 }
 
 
@@ -86,16 +100,28 @@ def missing_package(case: Case) -> Problems:
     others).
     """
     level: Level = "error" if case.launching else "warning"
-    asked = {package: next(filter(case.__getitem__, keys), None) for package, keys in _PACKAGES.items()}
-    asked |= {package: "plugins" for plugin, package in _PLUGIN_NEEDS.items() if plugin in case.plugins}
-    asked |= {package: "optimizer" for name, package in _OPTIMIZERS.items() if str(case["optimizer"]).startswith(name)}
-    package, kernel = _ATTENTION_NEEDS.get(case.attention, ("", case.attention if "/" in case.attention else ""))
-    if not (kernel and case.is_installed("kernels")):
-        asked[package or "kernels"] = case.attention_key if package or kernel else None
-    for package, key in asked.items():
-        if key and not case.is_installed(package):
+    for package, key in _required_packages(case):
+        if not case.is_installed(package):
             remedy = f"install it{_FROM.get(package, '')}, or delete {key}"
             yield level, key, f"the package {package} is not installed", remedy
+
+
+def _required_packages(case: Case) -> Iterator[tuple[str, str]]:
+    """Packages that a config needs, each with the key that needs it."""
+    for package, keys in _PACKAGES.items():
+        for key in [key for key in keys if case[key]][:1]:
+            yield package, key
+    for plugin, package in _PLUGIN_NEEDS.items():
+        if plugin in case.plugins:
+            yield package, "plugins"
+    for name, package in _OPTIMIZERS.items():
+        if str(case["optimizer"]).startswith(name):
+            yield package, "optimizer"
+    if "/" in case.attention:
+        yield "kernels", case.attention_key
+    package, kernel = _ATTENTION_NEEDS.get(case.attention, ("", ""))
+    if package and not (kernel and case.is_installed("kernels")):
+        yield package, case.attention_key
 
 
 _PACKAGES = {  # keys that need the package
@@ -201,16 +227,20 @@ def packed_weights_cast(case: Case) -> Problems:
     DeepSpeed casts each floating-point parameter to the training dtype (runtime/engine.py,
     _cast_module_mixed_precision); FSDP2 casts at each all-gather; `axolotl inference` casts the complete model. Casts
     treat the codes as numbers (seen: loss 4.4 becomes 21.3)."""
-    engine = case["deepspeed"] or case["fsdp_config"]
-    of_config = precision(case.config, on_gpu=True)
-    trained = of_config.autocast if engine else of_config.weights  # without autocast, engines cast nothing
-    storage = (case["bnb_config_kwargs"] or {}).get("bnb_4bit_quant_storage", "bfloat16")
-    in_four_bits = case["load_in_4bit"] and quantized(case.config) and "quantization_config" not in case.architecture
-    if not in_four_bits or storage in (trained, "uint8", "int8") or trained is None:
+    if not case["load_in_4bit"] or not quantized(case.config) or "quantization_config" in case.architecture:
         return
-    who = "the engine" if engine else "`axolotl inference`"
-    problem = f"{who} casts the 4-bit weights, stored as {storage}, to {trained} and destroys them"
-    level: Level = "error" if engine else "note"
+    numbers = precision(case.config, on_gpu=True)
+    level: Level = "note"
+    who = "`axolotl inference`"
+    dtype: str | None = numbers.weights
+    if case["deepspeed"] or case["fsdp_config"]:
+        level = "error"
+        who = "the engine"
+        dtype = numbers.autocast
+    storage = (case["bnb_config_kwargs"] or {}).get("bnb_4bit_quant_storage", "bfloat16")
+    if dtype is None or storage in (dtype, "uint8", "int8"):  # without autocast, engines cast nothing
+        return
+    problem = f"{who} casts the 4-bit weights, stored as {storage}, to {dtype} and destroys them"
     yield level, "bnb_config_kwargs", problem, "add bnb_4bit_quant_storage: uint8, which nothing casts"
 
 
@@ -232,14 +262,14 @@ def fsdp_saves(case: Case) -> Problems:
 @rule
 def secret(case: Case) -> Problems:
     """The config is stored in the run's folder, which users may share."""
+    remedy = "use an environment variable instead"
     for key, value in flatten(case.config):
         if value is None or isinstance(value, bool):
             continue
         if names_secret(key):
-            yield "error", key, "this secret would be stored in the run's folder", "use an environment variable instead"
+            yield "error", key, "this secret would be stored in the run's folder", remedy
         elif is_secret(key, value):
-            problem = "contains a secret, which would be stored in the run's folder"
-            yield "error", key, problem, "use an environment variable instead"
+            yield "error", key, "contains a secret, which would be stored in the run's folder", remedy
 
 
 @rule
@@ -302,26 +332,32 @@ def never_evaluated(case: Case) -> Problems:
     num_epochs), a fraction of all steps. If the result is 1 or more, Axolotl skips all evaluations. It warns of this
     only if the result is more than 1 (axolotl/utils/config, normalize_config).
     """
-    asked = [key for key in ("evals_per_epoch", "eval_steps", "eval_strategy") if case[key] and case[key] != "no"]
-    has_data = bool(case["test_datasets"] or case["val_set_size"])
-    if asked and not case.is_set("test_datasets", "val_set_size"):
-        yield "error", asked[0], "no evaluation data", "set test_datasets or val_set_size, or delete the key"
-    if not has_data or case["eval_strategy"] == "no":
+    timing = [key for key in _EVALUATION_KEYS if case[key] and case[key] != "no"]
+    if timing and not case.is_set("test_datasets", "val_set_size"):
+        yield "error", timing[0], "no evaluation data", "set test_datasets or val_set_size, or delete the key"
+    data = [key for key in ("test_datasets", "val_set_size") if case[key]]
+    if not data or case["eval_strategy"] == "no":
         return
-    data = "test_datasets" if case["test_datasets"] else "val_set_size"
-    share = (case["evals_per_epoch"] or 0) * case.config.get("num_epochs", 1)
-    if not asked and not case.is_set("evals_per_epoch", "eval_steps", "eval_strategy"):
-        yield "warning", data, "never used: no key says when to evaluate", "set evals_per_epoch"
-    elif asked == ["evals_per_epoch"] and share <= 1:
+    if not case.is_set(*_EVALUATION_KEYS):
+        yield "warning", data[0], "never used: no key says when to evaluate", "set evals_per_epoch"
+    elif timing == ["evals_per_epoch"] and case["evals_per_epoch"] * case.config.get("num_epochs", 1) <= 1:
         yield "warning", "evals_per_epoch", "one evaluation, which Axolotl skips", "use eval_strategy: epoch instead"
-    elif case.steps and (case["eval_steps"] or 0) > case.steps:
+    elif _is_beyond_training(case, "eval_steps"):
         yield "warning", "eval_steps", f"no evaluation: training has at most {case.steps} steps", "lower it"
+
+
+_EVALUATION_KEYS = ("evals_per_epoch", "eval_steps", "eval_strategy")
+
+
+def _is_beyond_training(case: Case, key: str) -> bool:
+    """True if a key names a later step than the last."""
+    return case.steps is not None and (case[key] or 0) > case.steps
 
 
 @rule
 def never_saved(case: Case) -> Problems:
     """Without checkpoints, an interrupted run starts over; only the final adapter is saved."""
-    if case.steps and (case["save_steps"] or 0) > case.steps:
+    if _is_beyond_training(case, "save_steps"):
         yield "warning", "save_steps", f"no checkpoint: training has at most {case.steps} steps", "lower it"
 
 
