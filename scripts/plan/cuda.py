@@ -17,7 +17,7 @@ class Recorder(TorchDispatchMode):
 
     Attributes:
         cuda: also record scratch memory inside CUDA kernels, which no tensor shows.
-        events: storages made and freed, in order.
+        events: new and freed storages, in order.
         kinds: kind of content by storage id.
         kind: kind assigned to new storages.
         vocabulary: vocabulary size; a tensor is logits if its last dimension has this size.

@@ -67,10 +67,7 @@ def check_verb(
         tables.print_json([report.as_json() for report in reports])
     else:
         _print(reports)
-    errors, warnings = (sum(report.count(level) for report in reports) for level in ("error", "warning"))
-    say(f"{len(reports)} checked{_skipped(data, quick)}; errors: {errors}, warnings: {warnings}")
-    if errors:
-        raise typer.Exit(2)
+    _say_counts(reports, _skipped(data, quick))
     if not all(report.validated for report in reports):
         return  # an incomplete check recommends no next step
     if not rehearse:  # `plan` has no --rehearse
@@ -101,6 +98,19 @@ def _print(reports: "list[Report]") -> None:
     for report in reports:
         if report.data:
             tables.print_table(report.data_table(), report.name)
+
+
+def _say_counts(reports: "list[Report]", skipped: str) -> None:
+    """Log the numbers of errors and warnings.
+
+    Raises:
+        typer.Exit: code 2 if there is an error.
+    """
+    errors = sum(report.count("error") for report in reports)
+    warnings = sum(report.count("warning") for report in reports)
+    say(f"{len(reports)} checked{skipped}; errors: {errors}, warnings: {warnings}")
+    if errors:
+        raise typer.Exit(2)
 
 
 def _skipped(data: bool, quick: bool) -> str:

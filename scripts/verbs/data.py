@@ -50,12 +50,12 @@ def fetch_verb(
     """Download a data set into data/DATA-raw and verify it; an interrupted download resumes."""
     from ..data import fetch, studies
 
-    of_study = studies.find_by_data(name)
-    data = of_study.data
+    study = studies.find_by_data(name)
+    data = study.data
     wanted = [meant(word, data.sources, "source", option="--only") for word in only]
-    rows = fetch.fetch(data, data.raw, wanted or of_study.default_sources)
+    rows = fetch.fetch(data, data.raw, wanted or study.default_sources)
     tables.print_json(rows) if json else tables.print_table(rows)
-    next_step("data", "prepare", "--study", of_study.folder.name, json=json)
+    next_step("data", "prepare", "--study", study.folder.name, json=json)
 
 
 @data_verbs.command(
@@ -97,22 +97,22 @@ def prepare_verb(
     from ..data import manifest, prepare, studies
     from ..data.raw_rows import fetched_files
 
-    of_study = studies.find(study_name)
-    formats = of_study.data.formats
+    study = studies.find(study_name)
+    formats = study.data.formats
     form = default = next(iter(formats))
     if input_format is not None:
         form = meant(input_format, formats, "format", "", "--input-format")
     folder = out or Path(formats[form].folder)
     with Bar(f"preparing {folder}", 1):
-        made = prepare.prepare(raw or fetched_files(of_study.data), folder, of_study, form)
+        prepared = prepare.prepare(raw or fetched_files(study.data), folder, study, form)
     if json:
-        tables.print_json(made)
+        tables.print_json(prepared)
         return
-    for split in made["splits"].values():
+    for split in prepared["splits"].values():
         for name, reason in split.get("left_out", {}).items():
             say(f"{name}.jsonl: not written: {reason}")
-    tables.print_table(manifest.table(made), below=["left out"])
+    tables.print_table(manifest.table(prepared), below=["left out"])
     print(folder / manifest.MANIFEST)
-    recipes = [*of_study.published, *of_study.variants]
+    recipes = [*study.published, *study.variants]
     if recipes and form == default:
         next_step("check", recipes[0], "--data")

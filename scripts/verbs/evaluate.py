@@ -142,13 +142,13 @@ def score_verb(
 
 def print_scores(models: dict[str, Row], records: Any, json: bool, title: str | None = None) -> None:
     """Print the scores of some models side by side, with intervals, or `records` as JSON."""
-    shown = {model: _numbers(scores) for model, scores in models.items()}
-    intervals = {f"{model}, 95 %": scores["intervals"] for model, scores in models.items()}
-    columns = dict(sorted((shown | intervals).items()))
-    rows = [
-        {"score": name} | {column: values.get(name) for column, values in columns.items()}
-        for name in next(iter(shown.values()))
-    ]
+    columns: dict[str, Row] = {}
+    for model, scores in models.items():
+        columns[model] = _numbers(scores)
+        columns[f"{model}, 95 %"] = scores["intervals"]
+    rows: list[Row] = []
+    for name in next(iter(columns.values())):
+        rows.append({"score": name} | {column: values.get(name) for column, values in columns.items()})
     notes = [f"{model}: {note}" for model, scores in models.items() for note in _notes(scores)]
     tables.show(json, records, [tables.Table(rows, title)], notes)
 
@@ -158,8 +158,11 @@ def _numbers(scores: Row) -> Row:
 
 
 def _notes(scores: Row) -> list[str]:
-    """Notes on scores, and details such as the scorer model."""
-    aside = ("intervals", "metrics", "notes")
-    details = {name: value for name, value in scores.items() if name not in aside and isinstance(value, str | dict)}
-    shown = {name: value.get("hash", value) if isinstance(value, dict) else value for name, value in details.items()}
-    return [*(f"{name}: {tables.text_of(value)}" for name, value in shown.items()), *scores.get("notes", ())]
+    """Details of scores, such as the scorer model, and notes."""
+    notes = []
+    for name, value in scores.items():
+        if name in ("intervals", "metrics", "notes") or not isinstance(value, str | dict):
+            continue
+        text = value.get("hash", value) if isinstance(value, dict) else value
+        notes.append(f"{name}: {tables.text_of(text)}")
+    return [*notes, *scores.get("notes", ())]

@@ -15,7 +15,7 @@ from .options import Force, Json, Names, Overrides, Profiles
 
 if TYPE_CHECKING:
     from ..config.gpus import Gpu
-    from ..plan.plan import Fit, Plan
+    from ..plan.plan import Fit, Plan, PlannedChange
     from ..plan.work import Work
 
 verbs = typer.Typer(rich_markup_mode=None)
@@ -82,26 +82,36 @@ def _target(name: str) -> "tuple[Gpu | None, float | None]":
 
 def _print_plan(planned: "Plan") -> None:
     """Print a plan as tables."""
-    batch = f"{_micro_batch(planned)} tokens per micro batch"
-    tables.print_text(f"{planned.model}, {planned.adapter or 'all weights'}, {batch}")
+    adapter = planned.adapter or "all weights"
+    tables.print_text(f"{planned.model}, {adapter}, {_micro_batch(planned)} tokens per micro batch")
     print()
-    counts = planned.parameters | {"all": {"frozen": planned.frozen, "trainable": planned.trainable}}
-    tables.print_table(
-        [{"parameters": layer} | {kind: f"{n:,}" for kind, n in count.items()} for layer, count in counts.items()]
-    )
+    tables.print_table(_parameters(planned))
     print(f"{planned.trainable_share:.3%} trainable\n")
     tables.print_table([{"memory": name, "GiB": _gib(size)} for name, size in _memory(planned) if size])
     print()
     tables.print_table([{heading: cell(fit) for heading, cell in _FIT_COLUMNS.items()} for fit in planned.gpus])
     for change in planned.changes:
-        settings = " ".join(f"--set {key}={yamlfiles.write_flow(value)}" for key, value in change.set.items())
-        verdict = "then it fits" if change.fits else "not enough"
-        tables.print_text(f"{verdict}, {_gib(change.needed)} GiB: {settings} ({change.effect})")
+        tables.print_text(_advice(change))
     print()
     if planned.work:
         tables.print_table([{"work": name, "": text} for name, text in _work(planned.work)], below=[""])
     for note in planned.notes:
         tables.print_text(f"note: {note}")
+
+
+def _parameters(planned: "Plan") -> list[Row]:
+    """Rows of parameter counts by kind of layer."""
+    counts = planned.parameters | {"all": {"frozen": planned.frozen, "trainable": planned.trainable}}
+    rows: list[Row] = []
+    for layer, count in counts.items():
+        rows.append({"parameters": layer} | {kind: f"{number:,}" for kind, number in count.items()})
+    return rows
+
+
+def _advice(change: "PlannedChange") -> str:
+    settings = " ".join(f"--set {key}={yamlfiles.write_flow(value)}" for key, value in change.set.items())
+    verdict = "then it fits" if change.fits else "not enough"
+    return f"{verdict}, {_gib(change.needed)} GiB: {settings} ({change.effect})"
 
 
 def _gib(size: float) -> str:

@@ -74,9 +74,9 @@ def _export(name: str) -> None:
     if name not in {folder.name for folder in paths.studies()}:
         print(export.export(find_run(name, paths.runs())))
         return
-    of_study = studies.find(name)
-    rows, problems = reproduce.score_predictions(of_study, [], None)
-    for file in export.export_predictions(of_study, rows):
+    study = studies.find(name)
+    rows, problems = reproduce.score_predictions(study, [], None)
+    for file in export.export_predictions(study, rows):
         print(file)
     for owner, problem in problems.items():
         say(f"{owner}: {problem}")
