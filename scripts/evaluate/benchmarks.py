@@ -4,6 +4,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from ..config import datafiles
 from ..config.finding import TASK_CODE, Finding
 from ..metrics.metric import Benchmark, BenchmarkMetric, Column
 from ..metrics.registry import BenchmarkParameters
-from .scores_file import EvaluationSettings, Scores, taken
+from .scores_file import EvaluationSettings, Scores, sample_positions
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -42,109 +43,123 @@ def require(columns: Mapping[str, Column], offline: bool = False, force: Sequenc
     with importing_axolotl(offline):
         for column in columns.values():
             if isinstance(column.metric, BenchmarkMetric):
-                _located(column, force)
+                _locate(column, force)
 
 
-def kept(asked: Mapping[str, Column], former: Scores, limit: int | None) -> dict[str, Benchmark]:
+def valid_benchmarks(requested: Mapping[str, Column], former: Scores, limit: int | None) -> dict[str, Benchmark]:
     """Return the benchmark results among earlier scores that are still valid.
 
     A result is dropped if its column is now requested with different parameters or a different limit, or for a task in
     a YAML file, which can have changed.
     """
-    found = {}
+    valid = {}
     for name, column in former.columns.items():
         benchmark = former.scores[name].benchmark
-        if benchmark and column.same_scores(asked.get(name, column)):
-            same = benchmark.limit == limit and not benchmark.task.endswith(".yaml")  # cached answers are reused
-            if name not in asked or same:
-                found[name] = benchmark
-    return found
+        if benchmark is None:
+            continue
+        if name not in requested:
+            valid[name] = benchmark
+            continue
+        is_cached = benchmark.limit == limit and not benchmark.task.endswith(".yaml")
+        if is_cached and column.same_scores(requested[name]):
+            valid[name] = benchmark
+    return valid
 
 
-def measured(
+def missing_benchmarks(columns: Mapping[str, Column], valid: Mapping[str, Benchmark]) -> dict[str, Column]:
+    """Columns of benchmarks without a valid result."""
+    missing = {}
+    for name, column in columns.items():
+        if isinstance(column.metric, BenchmarkMetric) and name not in valid:
+            missing[name] = column
+    return missing
+
+
+@dataclass(frozen=True)
+class MeasurementOptions:
+    """Options of a measurement.
+
+    Attributes:
+        limit: maximum number of rows per task; None for all rows.
+        rehearsal: True to use no GPU, and to leave out tasks whose rows are not on this machine.
+        force: names of findings about code to override.
+    """
+
+    limit: int | None
+    rehearsal: bool
+    force: Sequence[str]
+
+
+def measure(
     columns: Mapping[str, Column],
-    valid: Mapping[str, Benchmark],
     settings: EvaluationSettings,
     cfg: Config,
     tokenizer: Path,
-    limit: int | None = None,
-    rehearsal: bool = False,
-    force: Sequence[str] = (),
+    options: MeasurementOptions,
 ) -> dict[str, Benchmark]:
-    """Measure the benchmarks that are missing.
+    """Measure benchmarks.
 
     Answers are cached by model and adapter, so a repeated call continues an interrupted measurement.
 
     Args:
-        columns: metrics, including benchmarks.
-        valid: results to keep, see `kept`.
+        columns: benchmarks by name, at least one.
         settings: model and adapter.
         cfg: the run's config.
         tokenizer: folder of the training tokenizer.
-        limit: maximum number of rows per task.
-        rehearsal: True to use no GPU, and to leave out tasks whose rows are not on this machine.
-        force: names of findings about code to override.
+        options: rows and code.
 
     Raises:
         UserError: see `require`.
         WorkFailed: a task fails, for example because its rows cannot be loaded, or does not report the result.
     """
-    missing = {}
-    for name, column in columns.items():
-        if isinstance(column.metric, BenchmarkMetric) and name not in valid:
-            missing[name] = column
-    if not missing:
-        return {}
-    if rehearsal:
+    if options.rehearsal:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    with importing_axolotl(offline=rehearsal), Bar(f"benchmarks: {', '.join(missing)}"):
+    with importing_axolotl(offline=options.rehearsal), Bar(f"benchmarks: {', '.join(columns)}"):
         from .prompter import Prompter
 
-        return _measure(missing, Prompter(settings, cfg, tokenizer), limit, rehearsal, force)
+        return _measure(columns, Prompter(settings, cfg, tokenizer), options)
 
 
-def _measure(
-    missing: Mapping[str, Column], prompter: "Prompter", limit: int | None, rehearsal: bool, force: Sequence[str]
-) -> dict[str, Benchmark]:
+def _measure(columns: Mapping[str, Column], prompter: "Prompter", options: MeasurementOptions) -> dict[str, Benchmark]:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from torch import OutOfMemoryError
 
     from .transformers_engine import Reference, base_weights
 
-    tasks = {name: _located(column, force) for name, column in missing.items()}
+    tasks = {name: _locate(column, options.force) for name, column in columns.items()}
     settings = prompter.settings
     model = HFLM(
         pretrained=Reference(prompter).model, tokenizer=prompter.tokenizer, batch_size=settings.batch_size or ROWS
     )
     ends = sorted(prompter.ends)
-    of_model = base_weights(prompter) | {"adapter": settings.adapter_sha256, "ends": ends}
+    model_hash = digest(base_weights(prompter) | {"adapter": settings.adapter_sha256, "ends": ends})
     entries = [dataset.entry for dataset in datafiles.training_sets(prompter.cfg)]
-    found = {}
+    benchmarks = {}
     for name, (task, manager) in tasks.items():
-        parameters = missing[name].parameters
+        parameters = columns[name].parameters
         assert isinstance(parameters, BenchmarkParameters)
         try:
-            samples = None if limit is None else _samples(task, manager, limit)
-            done = simple_evaluate(
+            samples = None if options.limit is None else _samples(task, manager, options.limit)
+            report = simple_evaluate(
                 model=model,
                 tasks=[task],
                 task_manager=manager,
                 num_fewshot=parameters.shots,
                 samples=samples,
-                use_cache=str(paths.cache() / "benchmarks" / f"{digest(of_model)[:16]}-{name}"),
+                use_cache=str(paths.cache() / "benchmarks" / f"{model_hash[:16]}-{name}"),
                 apply_chat_template=any(entry.get("type") == "chat_template" for entry in entries),
                 log_samples=False,
             )
         except Exception as error:  # tasks run code of their own
-            problem = f"{missing[name].label}: the task {task} fails: {type(error).__name__}: {error}"
-            if rehearsal and isinstance(error, OSError):  # includes the hub's errors
+            problem = f"{columns[name].label}: the task {task} fails: {type(error).__name__}: {error}"
+            if options.rehearsal and isinstance(error, OSError):  # includes the hub's errors
                 say(f"{problem}; the rehearsal leaves this task out")
                 continue
             smaller = " with a smaller --batch-size" if isinstance(error, OutOfMemoryError) else ""
             raise WorkFailed(f"{problem}; predictions are kept; repeat the command{smaller} to continue") from error
-        found[name] = summarise(done, parameters, ends, limit, samples)
-    return found
+        benchmarks[name] = summarise(report, parameters, ends, options.limit, samples)
+    return benchmarks
 
 
 def _samples(task: str, manager: "TaskManager", limit: int) -> dict[str, list[int]]:
@@ -153,10 +168,10 @@ def _samples(task: str, manager: "TaskManager", limit: int) -> dict[str, list[in
     from lm_eval.tasks import get_task_dict
 
     leaves = get_task_list(get_task_dict([task], manager))
-    return {leaf.task_name: taken(len(leaf.task.eval_docs), limit) for leaf in leaves}
+    return {leaf.task_name: sample_positions(len(leaf.task.eval_docs), limit) for leaf in leaves}
 
 
-def _located(column: Column, force: Sequence[str]) -> "tuple[str, TaskManager]":
+def _locate(column: Column, force: Sequence[str]) -> "tuple[str, TaskManager]":
     """Return a column's task name, and a task manager that has the task.
 
     Raises:
@@ -220,7 +235,7 @@ def _tasks(folder: str | None) -> "TaskManager":
 
 
 def summarise(
-    done: Mapping[str, Any],
+    report: Mapping[str, Any],
     parameters: BenchmarkParameters,
     ends: list[int],
     limit: int | None = None,
@@ -229,7 +244,7 @@ def summarise(
     """Extract a task's score from the harness's report.
 
     Args:
-        done: the report, which counts all rows even if `samples` leaves some out.
+        report: counts all rows even if `samples` leaves some out.
         parameters: the task, and the result that counts.
         ends, limit: see `Benchmark`.
         samples: positions of the scored rows by task; None for all rows.
@@ -239,47 +254,64 @@ def summarise(
     """
     from importlib.metadata import version
 
-    results, leaves = done["results"], list(done["configs"])
+    results, leaves = report["results"], list(report["configs"])
     name = parameters.task if parameters.task in results else leaves[0]
     counted = leaves if parameters.mean_of_tasks else [name]
-    reported = [
-        key
-        for key, value in results[counted[0]].items()
-        if "," in key and "_stderr," not in key and isinstance(value, float | int)
-    ]
-    wanted = parameters.result or (reported[0] if reported else "")
-    result = next((key for key in reported if wanted in (key, key.partition(",")[0])), None)
-    if result is None:
-        raise WorkFailed(
-            f"{parameters.task}: reports no {wanted or 'number'}; its results: {', '.join(reported) or 'none'}"
-        )
-    metric, _, filtered = result.partition(",")
-    values = [results[each][result] for each in counted]
-    if done["higher_is_better"].get(counted[0], {}).get(metric) is False or not all(
-        0 <= value <= 1 for value in values
-    ):
+    result = _chosen_result(parameters, results[counted[0]])
+    metric, _, extraction = result.partition(",")
+    values = [results[task][result] for task in counted]
+    higher_is_better = report["higher_is_better"].get(counted[0], {}).get(metric)
+    are_shares = all(0 <= value <= 1 for value in values)
+    if higher_is_better is False or not are_shares:
         raise WorkFailed(
             f"{parameters.task}: {metric} is not a share from 0 to 1 that is better if higher; set the parameter "
-            f"result to another of its results: {', '.join(reported)}"
+            f"result to another of its results: {', '.join(_numbers(results[counted[0]]))}"
         )
-    errors = [results[each].get(f"{metric}_stderr,{filtered}") for each in counted]
-    known = all(isinstance(error, float | int) for error in errors)
-    total_rows = sum(done["n-samples"][each]["original"] for each in leaves)
-    shots = {done["n-shot"].get(each) for each in leaves}
+    total_rows = sum(report["n-samples"][task]["original"] for task in leaves)
+    shots = {report["n-shot"].get(task) for task in leaves}
     return Benchmark(
         value=100 * sum(values) / len(values),
-        stderr=100 * math.sqrt(sum(error**2 for error in errors)) / len(errors) if known else None,
+        stderr=_standard_error([results[task].get(f"{metric}_stderr,{extraction}") for task in counted]),
         task=parameters.task,
         result=metric,
-        version=str(done["versions"].get(name)),
+        version=str(report["versions"].get(name)),
         shots=shots.pop() if len(shots) == 1 else None,
-        filter=filtered,
+        filter=extraction,
         rows=total_rows if samples is None else sum(map(len, samples.values())),
         total_rows=total_rows,
         limit=limit,
         ends=ends,
         harness=version("lm_eval"),
     )
+
+
+def _numbers(results: Mapping[str, Any]) -> list[str]:
+    """Keys of a task's results that are numbers, as `metric,filter`."""
+    keys = []
+    for key, value in results.items():
+        if "," in key and "_stderr," not in key and isinstance(value, float | int):
+            keys.append(key)
+    return keys
+
+
+def _chosen_result(parameters: BenchmarkParameters, results: Mapping[str, Any]) -> str:
+    """Key of the result that counts; by default the first number."""
+    reported = _numbers(results)
+    if reported and not parameters.result:
+        return reported[0]
+    for key in reported:
+        if parameters.result in (key, key.partition(",")[0]):
+            return key
+    raise WorkFailed(
+        f"{parameters.task}: reports no {parameters.result or 'number'}; its results: {', '.join(reported) or 'none'}"
+    )
+
+
+def _standard_error(errors: Sequence[Any]) -> float | None:
+    """Standard error in percent of a mean over tasks; None if that of a task is missing."""
+    if not all(isinstance(error, float | int) for error in errors):
+        return None
+    return 100 * math.sqrt(sum(error**2 for error in errors)) / len(errors)
 
 
 _PLAIN = """

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from ..base.errors import UserError
@@ -12,13 +13,15 @@ from ..base.terminal import Bar, say
 from ..config import substitution
 from ..config.numerics import precision, quantized
 from ..data import studies
+from ..data.studies import Decoding
 from ..metrics import registry
-from ..metrics.bertscore import made_by
+from ..metrics.bertscore import is_recorded
 from ..metrics.metric import BenchmarkMetric, CorpusMetric, RowMetric, ScoringInput
 from ..run import trust
 from ..run.rundir import RunDir
-from ..training.run_record import FileState
+from ..training.run_record import FileState, Summary
 from . import benchmarks, evaluation_rows, scores_file
+from .evaluation_rows import RowSource
 from .predict import part_file, predict
 from .score import (
     VERSION,
@@ -57,9 +60,9 @@ class EvaluationRequest:
     """Rows, adapter and engine of an evaluation.
 
     Attributes:
-        data: JSONL file of rows; `evaluation_rows.usual` finds the default.
-        limit: number of rows to evaluate, see `scores_file.taken`; by default all, or `REHEARSED` in a rehearsal
-            without `data`.
+        data: JSONL file of rows; `evaluation_rows.default_source` finds the default.
+        limit: number of rows to evaluate, see `sample_positions`; by default all, or `REHEARSED` in a rehearsal without
+            `data`.
         adapter: adapter folder, or `none` for the base model alone; by default the run's adapter.
         max_new_tokens: maximum number of tokens in an answer; by default the study's, or at most 96 in a rehearsal.
         batch_size: maximum number of rows in a batch, or of simultaneous server requests; None lets the engine choose.
@@ -87,9 +90,9 @@ class EvaluationRequest:
         return None if self.engine in (REFERENCE, VLLM) else self.engine
 
     @property
-    def judge(self) -> str | None:
+    def scorer(self) -> str | None:
         """Scorer model named by --metric, see `score.scorer_model`."""
-        return registry.scorer_named(self.metrics)
+        return registry.requested_scorer(self.metrics)
 
     def options(self) -> list[str]:
         """The request as options of `recipe evaluate`."""
@@ -103,9 +106,15 @@ class EvaluationRequest:
             "--engine": None if self.engine == REFERENCE else self.engine,
             "--model": self.model,
         }
-        words = [word for option, value in options.items() if value is not None for word in (option, str(value))]
-        words += [word for name in self.force for word in ("--force", name)]
-        return words + [word for metric in self.metrics for word in ("--metric", metric)]
+        words = []
+        for option, value in options.items():
+            if value is not None:
+                words += [option, str(value)]
+        for name in self.force:
+            words += ["--force", name]
+        for metric in self.metrics:
+            words += ["--metric", metric]
+        return words
 
 
 class EvaluationTask:
@@ -114,7 +123,8 @@ class EvaluationTask:
     Attributes:
         run: evaluated run.
         cfg: the run's config.
-        every: all rows of the data.
+        adapter: folder of the adapter; None for the base model alone.
+        all_rows: all rows of the data.
         rows: evaluated rows; empty if no metric needs predictions.
         settings: settings of the predictions.
         columns: metrics by name.
@@ -127,82 +137,112 @@ class EvaluationTask:
     """
 
     def __init__(self, folder: RunDir, request: EvaluationRequest):
+        self.folder = folder
         self.request = request
         self.run = folder.read()
         self.cfg = folder.config
         trust.refuse_code(folder, self.run, request.force, request.adapter or "")
         substitution.restore(self.cfg)
         self.columns = columns_of(self.run.origin, request.metrics)
-        adapter = self._adapter(folder)
-        self.files = {"adapter": FileState.of(adapter / ADAPTER)} if adapter else {}
-        usual = evaluation_rows.usual(self.run, self.cfg)
-        source = usual
-        if request.data:
-            source = evaluation_rows.named(request.data, self.cfg, Path(self.run.cwd))
-        try:
-            source = evaluation_rows.require_reference(folder, self.cfg, source)
-        except UserError as error:
-            self.columns = registry.requested(request.metrics) or self.columns  # default metrics need answers
-            if self.predicts or request.data:
-                raise
-            say(f"{error}; scoring without rows: {', '.join(self.columns)}")
-            source = usual = None
-        self.every = evaluation_rows.read(source, folder, self.run, self.cfg) if source else evaluation_rows.NONE
-        self.most_rows = request.limit or (REHEARSED if self.run.rehearsal else None)
-        limit = request.limit if request.data else self.most_rows
-        self.rows = self.every.part(limit if self.predicts else 0)
-        self.settings = self._settings(adapter)
-        if source and source.file:
-            self.settings.test_set = evaluation_rows.test_set(source.file, self.every.sha256)
-        left_out = len(self.rows.rows) < len(self.every.rows)
-        if left_out or any(isinstance(column.metric, BenchmarkMetric) for column in self.columns.values()):
-            self.settings.limit = self.most_rows
-        other_rows = source and usual and source.data != usual.data
-        is_default = request.adapter is None and not request.decoding and not other_rows
-        self.where = folder.path if is_default else self.settings.folder(folder.path)
+        self.adapter = self._adapter()
+        self.files = {"adapter": FileState.of(self.adapter / ADAPTER)} if self.adapter else {}
+        default = evaluation_rows.default_source(self.run, self.cfg)
+        source = self._source(default)
+        self.all_rows = evaluation_rows.NO_ROWS
+        if source:
+            self.all_rows = evaluation_rows.read_source(source, folder, self.run, self.cfg)
+        self.most_rows = request.limit
+        if self.run.rehearsal and not request.limit:
+            self.most_rows = REHEARSED
+        self.rows = self.all_rows.sample(self._row_limit())
+        self.settings = self._settings(source)
+        has_default_rows = source is None or default is None or source.data == default.data
+        if has_default_rows and request.adapter is None and not request.decoding:
+            self.where = folder.path
+        else:
+            self.where = self.settings.folder(folder.path)
+
+    @cached_property
+    def summary(self) -> Summary:
+        """Summary of the run's metrics."""
+        return self.folder.summary(self.run)
 
     @property
     def predicts(self) -> bool:
         """True if a metric needs predictions; eval loss and benchmarks need no rows."""
         return any(isinstance(column.metric, RowMetric | CorpusMetric) for column in self.columns.values())
 
-    def _adapter(self, folder: RunDir) -> Path | None:
+    def _adapter(self) -> Path | None:
         """Folder of the adapter; None for the base model alone."""
-        asked = self.request.adapter
-        adapter = folder.output if asked is None else Path(asked)
-        if asked != BASE and tensor_shapes(adapter / ADAPTER) is None:
+        output, state = self.folder.output, self.run.state
+        adapter = output if self.request.adapter is None else Path(self.request.adapter)
+        is_base = self.request.adapter == BASE
+        if not is_base and tensor_shapes(adapter / ADAPTER) is None:
             raise UserError(
-                f"{adapter / ADAPTER}: damaged or missing; the run is {self.run.state}; resume it, or name a "
+                f"{adapter / ADAPTER}: damaged or missing; the run is {state}; resume it, or name a "
                 "checkpoint's folder with --adapter"
             )
-        if not (folder.output / "tokenizer_config.json").is_file() or "base_model" not in self.cfg:
-            raise UserError(f"{folder.path}: has no tokenizer or no base_model; the run is {self.run.state}")
+        if not (output / "tokenizer_config.json").is_file() or "base_model" not in self.cfg:
+            raise UserError(f"{self.folder.path}: has no tokenizer or no base_model; the run is {state}")
+        if is_base:
+            return None
         trained = self.run.adapter
-        if asked is None and trained and trained.sha256 != sha256(adapter / ADAPTER):
+        if self.request.adapter is None and trained and trained.sha256 != sha256(adapter / ADAPTER):
             problem = f"{adapter}: differs from the adapter at the end of training"
             raise UserError(f"{problem}; restore that adapter, or evaluate the current one with --adapter {adapter}")
-        return None if asked == BASE else adapter
+        return adapter
 
-    def _settings(self, adapter: Path | None) -> EvaluationSettings:
+    def _source(self, default: RowSource | None) -> RowSource | None:
+        """Source of the rows: --data, or else the default.
+
+        None if the rows have no answers; only metrics that need no predictions then remain.
+        """
+        source = default
+        if self.request.data:
+            source = evaluation_rows.source_of_file(self.request.data, self.cfg, Path(self.run.cwd))
+        try:
+            return evaluation_rows.require_reference(self.folder, self.cfg, source)
+        except UserError as error:
+            self.columns = registry.requested(self.request.metrics) or self.columns  # default metrics need answers
+            if self.predicts or self.request.data:
+                raise
+            say(f"{error}; scoring without rows: {', '.join(self.columns)}")
+            return None
+
+    def _row_limit(self) -> int | None:
+        """Maximum number of evaluated rows; None for all."""
+        if not self.predicts:
+            return 0
+        return self.request.limit if self.request.data else self.most_rows
+
+    def _settings(self, source: RowSource | None) -> EvaluationSettings:
         """Settings for the predictions."""
         request, run, cfg = self.request, self.run, self.cfg
-        decoding = studies.decoding_of(studies.study_of(run.origin), request.decoding)
-        cap = studies.OF_NO_STUDY if run.rehearsal and not request.decoding else decoding
-        most = min(decoding.max_new_tokens, cap.max_new_tokens)  # a rehearsal's model rarely ends an answer
-        if request.engine != REFERENCE and decoding.num_beams > 1:
-            raise UserError(f"--engine: decoding uses {decoding.num_beams} beams; only --engine {REFERENCE} has beams")
-        local = Path(run.cwd, str(cfg["base_model"]))
+        adapter, adapter_sha256 = BASE, None
+        if self.adapter:
+            adapter, adapter_sha256 = str(self.adapter.resolve()), self.files["adapter"].sha256
+        base_model = cfg["base_model"]
+        local = Path(run.cwd, str(base_model))
+        if local.is_dir():
+            base_model = str(local)
+        test_set = None
+        if source and source.file:
+            test_set = evaluation_rows.test_set(source.file, self.all_rows.sha256)
+        has_benchmarks = any(isinstance(column.metric, BenchmarkMetric) for column in self.columns.values())
+        is_part = len(self.rows.rows) < len(self.all_rows.rows)
         # resolves `bf16: auto` as in training; if a run recorded no list of GPUs, assume a GPU
         on_gpu = not run.rehearsal and bool(run.provenance.get("gpus", True))
         return EvaluationSettings(
-            base_model=str(local) if local.is_dir() else cfg["base_model"],
-            adapter=str(adapter.resolve()) if adapter else BASE,
-            adapter_sha256=self.files["adapter"].sha256 if adapter else None,
+            base_model=base_model,
+            adapter=adapter,
+            adapter_sha256=adapter_sha256,
             data=self.rows.data,
             data_sha256=self.rows.sha256,
+            test_set=test_set,
             rows=len(self.rows.rows),
-            total_rows=len(self.every.rows),
-            decoding=decoding.model_copy(update={"max_new_tokens": request.max_new_tokens or most}),
+            total_rows=len(self.all_rows.rows),
+            limit=self.most_rows if is_part or has_benchmarks else None,
+            decoding=self._decoding(),
             batch_size=request.batch_size,
             quantized=quantized(cfg),
             built_with={key: cfg[key] for key in BUILT_WITH if cfg.get(key)},
@@ -211,8 +251,19 @@ class EvaluationTask:
             model=request.model,
         )
 
+    def _decoding(self) -> Decoding:
+        """Decoding of the study, with the requested maximum of new tokens."""
+        request = self.request
+        decoding = studies.decoding_of(studies.study_of(self.run.origin), request.decoding)
+        if request.engine != REFERENCE and decoding.num_beams > 1:
+            raise UserError(f"--engine: decoding uses {decoding.num_beams} beams; only --engine {REFERENCE} has beams")
+        most = decoding.max_new_tokens
+        if self.run.rehearsal and not request.decoding:  # a rehearsal's model rarely ends an answer
+            most = min(most, studies.OF_NO_STUDY.max_new_tokens)
+        return decoding.model_copy(update={"max_new_tokens": request.max_new_tokens or most})
 
-def outdated(former: Evaluation, task: EvaluationTask, judged: ScorerModels) -> str | None:
+
+def outdated(former: Evaluation, task: EvaluationTask, models: ScorerModels) -> str | None:
     """Reason to compute scores of existing predictions again, or None."""
     if former.version != VERSION:
         return "the scoring code has changed"
@@ -220,34 +271,37 @@ def outdated(former: Evaluation, task: EvaluationTask, judged: ScorerModels) -> 
         return "another --limit"
     if former.settings.test_set != task.settings.test_set:
         return "another test set"
-    for name, model in judged.items():
+    for name, model in models.items():
         record = model_record(task.columns[name], former.scores)
         # earlier scores remain valid without their model, unless --metric names another model, or none
-        if (model or task.request.judge) and not made_by(model, record):
+        if (model or task.request.scorer) and not is_recorded(model, record):
             return "another scorer model"
     for name, column in task.columns.items():
         # a metric without its scorer model is left out of the scores
-        if judged.get(name, True) and not column.same_scores(former.columns.get(name)):
+        if models.get(name, True) and not column.same_scores(former.columns.get(name)):
             return f"metric {name} is new or has changed"
     if task.run.rehearsal:  # leaves out benchmarks whose rows are not on this machine
         return None
-    valid = benchmarks.kept(task.columns, former, task.most_rows)
-    for name, column in task.columns.items():
-        if isinstance(column.metric, BenchmarkMetric) and name not in valid:
-            return f"benchmark {name}: another limit, or a task in a file"
+    valid = benchmarks.valid_benchmarks(task.columns, former, task.most_rows)
+    for name in benchmarks.missing_benchmarks(task.columns, valid):
+        return f"benchmark {name}: another limit, or a task in a file"
     return None
 
 
-def complete(task: EvaluationTask, judged: ScorerModels) -> Evaluation | None:
+def complete_evaluation(task: EvaluationTask, models: ScorerModels) -> Evaluation | None:
     """Return the existing evaluation if it has all predictions and scores of a task."""
-    former = _same_work(task)
-    if former is None or outdated(former, task, judged):
+    former = reusable_evaluation(task)
+    if former is None or outdated(former, task, models):
         return None
     return former
 
 
-def _same_work(task: EvaluationTask) -> Evaluation | None:
-    """Existing evaluation, if it has all predictions of a task; None if they have to be generated."""
+def reusable_evaluation(task: EvaluationTask) -> Evaluation | None:
+    """Existing evaluation, if it has all predictions of a task; None if they have to be generated.
+
+    Raises:
+        UserError: the predictions were edited.
+    """
     former = read_scores(task.where)
     if not former or former.settings.identity() != task.settings.identity():
         return None
@@ -275,73 +329,94 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
     """
     folder.refuse_links()
     task = EvaluationTask(folder, request)
-    judged = scorer_models(task.columns, request.judge, task.run.rehearsal, report=True)
-    summary = folder.summary(task.run)
+    models = scorer_models(task.columns, request.scorer, task.run.rehearsal, report=True)
+    summary = task.summary  # of this moment, if the run is in training
     if task.run.state != "finished":
         say(f"{folder.path}: the run is {task.run.state} at step {summary.step} of {summary.max_steps}")
     task.where.mkdir(parents=True, exist_ok=True)
     with held(task.where / scores_file.LOCK, "another evaluation is running"):
         part = part_file(task.where, task.settings)
         scores_file.finish_write(task.where, part)
-        former = _same_work(task)
-        reason = outdated(former, task, judged) if former else None
+        former = reusable_evaluation(task)
+        reason = outdated(former, task, models) if former else None
         if former and not reason:
             say(f"{task.where / PREDICTIONS}: complete and scored as requested; generated by {former.settings.engine}")
             return former
-        _require(task, judged)
+        _require(task, models)
         if former:
             say(f"{task.where / PREDICTIONS}: complete, with the same settings; computing new scores: {reason}")
-            rows, settings = _kept(task, former)
-            columns = former.columns | task.columns
-            measured = benchmarks.kept(task.columns, former, task.most_rows)
-        else:
-            _make_room(task)
-            with importing_axolotl(offline=task.run.rehearsal):
-                rows, settings = predict(
-                    task.settings, task.rows, task.cfg, folder.output, part, request.server, task.run.rehearsal
-                )
-            columns, measured = task.columns, {}
-        rehearsal = task.run.rehearsal
-        measured |= benchmarks.measured(
-            columns, measured, settings, task.cfg, folder.output, task.most_rows, rehearsal, request.force
-        )
-        with Bar("scoring", 1):
-            # the run's eval loss does not describe another adapter
-            loss = summary.eval_loss_per_token if request.adapter is None else None
-            run = ScoringInput(loss=loss, benchmarks=measured, groups=task.every.groups)
-            scores, rows = score(rows, columns, judged, run)
-            if former and former.version == VERSION and request.judge != "none":
-                keep_scorer_scores(scores, rows, former, read_predictions(task.where))
-        result = Evaluation(
-            made=now(),
-            rehearsal=rehearsal,
-            scores=scores.scores,
-            shares=scores.shares,
-            version=VERSION,
-            settings=settings,
-            files=task.files,
-            data=task.every.files,
-            also_trained=evaluation_rows.trained_positions(task.rows, task.run, task.cfg),
-        )
-        result.notes = scores_file.notes(result, rows) + scores.notes
-        # the file of an existing evaluation has predictions of more rows
-        write(task.where, result, rows, None if former else part)
+            rows, settings = _existing_predictions(task, former)
+            result, rows = _scored(task, rows, settings, models, former)
+            write(task.where, result, rows, None)  # the file has predictions of more rows
+            return result
+        _make_room(task)
+        with importing_axolotl(offline=task.run.rehearsal):
+            rows, settings = predict(
+                task.settings, task.rows, task.cfg, folder.output, part, request.server, task.run.rehearsal
+            )
+        result, rows = _scored(task, rows, settings, models, None)
+        write(task.where, result, rows, part)
     return result
 
 
-def _require(task: EvaluationTask, judged: ScorerModels) -> None:
+def _require(task: EvaluationTask, models: ScorerModels) -> None:
     """Check scorer models and benchmark tasks before hours of generation."""
-    if any(judged.values()):
+    if any(models.values()):
         with Bar("looking for the scorer model", 1):
-            require_models(judged.values())
+            require_models(models.values())
     benchmarks.require(task.columns, task.run.rehearsal, task.request.force)
 
 
-def _kept(task: EvaluationTask, former: Evaluation) -> tuple[list[Row], EvaluationSettings]:
-    """Return existing predictions and their settings, to compute new scores."""
-    rows = [{key: row[key] for key in Prediction.model_fields if key in row} for row in read_predictions(task.where)]
-    kept = former.settings.model_dump(include={"batch_size", *scores_file.ORIGIN})
-    return rows, EvaluationSettings.model_validate(task.settings.model_dump() | kept)
+def _existing_predictions(task: EvaluationTask, former: Evaluation) -> tuple[list[Row], EvaluationSettings]:
+    """Return existing predictions without scores, and their settings."""
+    rows = []
+    for row in read_predictions(task.where):
+        rows.append({key: row[key] for key in Prediction.model_fields if key in row})
+    engine = former.settings.model_dump(include={"batch_size", *scores_file.ORIGIN})
+    return rows, EvaluationSettings.model_validate(task.settings.model_dump() | engine)
+
+
+def _scored(
+    task: EvaluationTask,
+    predictions: Sequence[Row],
+    settings: EvaluationSettings,
+    models: ScorerModels,
+    former: Evaluation | None,
+) -> tuple[Evaluation, list[Row]]:
+    """Evaluation with the scores of predictions, and the predictions with their row scores.
+
+    Args:
+        former: earlier evaluation of the same predictions, whose columns and valid scores are kept.
+    """
+    request, run = task.request, task.run
+    columns, results = task.columns, {}
+    if former:
+        columns = former.columns | task.columns
+        results = benchmarks.valid_benchmarks(task.columns, former, task.most_rows)
+    if missing := benchmarks.missing_benchmarks(columns, results):
+        options = benchmarks.MeasurementOptions(task.most_rows, run.rehearsal, request.force)
+        results |= benchmarks.measure(missing, settings, task.cfg, task.folder.output, options)
+    with Bar("scoring", 1):
+        loss = None
+        if request.adapter is None:  # the run's eval loss does not describe another adapter
+            loss = task.summary.eval_loss_per_token
+        inputs = ScoringInput(loss=loss, benchmarks=results, groups=task.all_rows.groups)
+        scores, rows = score(predictions, columns, models, inputs)
+        if former and former.version == VERSION and request.scorer != "none":
+            keep_scorer_scores(scores, rows, former, read_predictions(task.where))
+    evaluation = Evaluation(
+        made=now(),
+        rehearsal=run.rehearsal,
+        scores=scores.scores,
+        shares=scores.shares,
+        version=VERSION,
+        settings=settings,
+        files=task.files,
+        data=task.all_rows.files,
+        also_trained=evaluation_rows.trained_positions(task.rows, run, task.cfg),
+    )
+    evaluation.notes = scores_file.notes(evaluation, rows) + scores.notes
+    return evaluation, rows
 
 
 def _make_room(task: EvaluationTask) -> None:
@@ -352,22 +427,28 @@ def _make_room(task: EvaluationTask) -> None:
     Raises:
         UserError: existing predictions have other settings, more rows or another engine.
     """
-    former, wanted = read_scores(task.where), task.settings
-    if former is None or former.settings.rows == 0:
+    evaluation, settings = read_scores(task.where), task.settings
+    if evaluation is None or evaluation.settings.rows == 0:
         return
-    if changed(task.where, former, None if task.request.adapter else task.run) == "stale":
+    if changed(task.where, evaluation, None if task.request.adapter else task.run) == "stale":
         return
-    there, identity = former.settings, wanted.identity()
-    differing = [key for key, value in there.identity().items() if value != identity[key]]
+    former, identity = evaluation.settings, settings.identity()
+    differing = [key for key, value in former.identity().items() if value != identity[key]]
     if differing == ["decoding"]:
-        kept = there.folder(task.where)
-        kept.mkdir(parents=True, exist_ok=True)
-        for file in filter(Path.is_file, (task.where / PREDICTIONS, task.where / SCORES)):
-            file.replace(kept / file.name)
-        say(f"{task.where / SCORES}: has another decoding; moved to {kept}")
-    elif differing or there.rows > wanted.rows or not there.stands_for(wanted):
+        _move_away(task.where, former)
+    elif differing or former.rows > settings.rows or not former.stands_for(settings):
         with_other = f", with another {', '.join(differing)}" if differing else ""
         raise UserError(
-            f"{task.where / SCORES}: has scores of {there.rows_in_words}, generated by {there.engine}{with_other}; "
-            f"move it and {PREDICTIONS} away to evaluate {wanted.rows:,} rows with {wanted.engine}"
+            f"{task.where / SCORES}: has scores of {former.rows_in_words}, generated by {former.engine}{with_other}; "
+            f"move it and {PREDICTIONS} away to evaluate {settings.rows:,} rows with {settings.engine}"
         )
+
+
+def _move_away(folder: Path, settings: EvaluationSettings) -> None:
+    """Move predictions and scores to the folder of their settings."""
+    target = settings.folder(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    for file in (folder / PREDICTIONS, folder / SCORES):
+        if file.is_file():
+            file.replace(target / file.name)
+    say(f"{folder / SCORES}: has another decoding; moved to {target}")

@@ -23,7 +23,7 @@ from ..data.manifest import is_the_studys
 from ..run.rundir import RunDir
 from ..training.row_types import row_type
 from ..training.run_record import Run
-from .scores_file import RowsState, taken
+from .scores_file import RowsState, sample_positions
 
 # File in a run folder: rows that only Axolotl can load, each with its data set. The first evaluation writes it.
 KEPT = "evaluation-rows.jsonl"
@@ -88,15 +88,16 @@ class EvaluationRows:
         """Names of the rows' groups."""
         return {str(row.content.get("group")) for row in self.rows}
 
-    def part(self, limit: int | None) -> "EvaluationRows":
-        """The rows that a limit takes, see `taken`."""
-        return replace(self, rows=[self.rows[i] for i in taken(len(self.rows), limit)])
+    def sample(self, limit: int | None) -> "EvaluationRows":
+        """Rows that a limit takes, see `sample_positions`."""
+        return replace(self, rows=[self.rows[i] for i in sample_positions(len(self.rows), limit)])
 
 
-NONE = EvaluationRows("no rows", hashlib.sha256().hexdigest(), [], [])  # for runs without rows that have answers
+# for runs without rows that have answers
+NO_ROWS = EvaluationRows("no rows", hashlib.sha256().hexdigest(), [], [])
 
 
-def named(file: Path, cfg: Config, folder: Path) -> RowSource:
+def source_of_file(file: Path, cfg: Config, folder: Path) -> RowSource:
     """Source for a user's file.
 
     If a data set in the config has the same path, the file is read in the format of that data set; otherwise in the
@@ -110,24 +111,25 @@ def named(file: Path, cfg: Config, folder: Path) -> RowSource:
     return RowSource(str(path), datasets[:1] or [datafiles.NO_DATASET], file)
 
 
-def usual(run: Run, cfg: Config) -> RowSource | None:
+def default_source(run: Run, cfg: Config) -> RowSource | None:
     """Default evaluation rows of a run; None if it has none.
 
     For a study's prepared data, the default is the study's test set. For all other data, test_datasets and val_set_size
     in the config have priority over a test.jsonl beside the training data.
     """
     folder = Path(run.cwd)
-    of_study = studies.study_of(run.origin)
     name = run.test_data or datafiles.test_file(cfg, folder)
-    beside = Path(folder, name) if name else None
-    if beside and (test_entry(beside) or any(studies.prepared_formats(str(name)))):
-        scored_on = beside.with_name(f"{of_study.data.test_set}.jsonl") if of_study else beside
-        beside = scored_on if scored_on.is_file() else beside
-    elif configured := _configured(cfg, folder):
-        return configured
-    if beside is None:
-        return None
-    return RowSource(str(beside.resolve()), datafiles.training_sets(cfg)[:1] or [datafiles.NO_DATASET], beside)
+    if name is None:
+        return _configured(cfg, folder)
+    file = Path(folder, name)
+    if test_entry(file) or any(studies.prepared_formats(name)):
+        study = studies.study_of(run.origin)
+        test_file = file.with_name(f"{study.data.test_set}.jsonl") if study else file
+        if test_file.is_file():
+            file = test_file
+    elif source := _configured(cfg, folder):
+        return source
+    return RowSource(str(file.resolve()), datafiles.training_sets(cfg)[:1] or [datafiles.NO_DATASET], file)
 
 
 def validation(run: Run, cfg: Config) -> RowSource | None:
@@ -141,8 +143,9 @@ def validation(run: Run, cfg: Config) -> RowSource | None:
 def _configured(cfg: Config, folder: Path) -> RowSource | None:
     """Rows of test_datasets, or rows that val_set_size held out of the training data."""
     if tests := datafiles.test_sets(cfg):
-        [dataset, *more] = tests
-        file = None if more or datafiles.first_rows(dataset.entry) else jsonl(dataset.entry, folder)
+        file = None
+        if len(tests) == 1 and not datafiles.first_rows(tests[0].entry):
+            file = jsonl(tests[0].entry, folder)
         return RowSource(str(file.resolve()) if file else _in_words(tests, folder), tests, file)
     if cfg.get("val_set_size"):
         trained = datafiles.training_sets(cfg)
@@ -192,7 +195,7 @@ def require_reference(folder: RunDir, cfg: Config, source: RowSource | None) -> 
     return source
 
 
-def read(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> EvaluationRows:
+def read_source(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> EvaluationRows:
     """Read the rows of a source.
 
     Local JSONL files are read directly. Axolotl loads the rows if val_set_size held them out, or if a data set is not
@@ -204,21 +207,13 @@ def read(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> Evaluation
     if source.file:
         reference = row_type(source.datasets[0].entry).reference
         fields = (reference,) if reference else ()
-        hint = "; `recipe data prepare --study STUDY` writes test.jsonl" if source == usual(run, cfg) else ""
+        is_default = source == default_source(run, cfg)
+        hint = "; `recipe data prepare --study STUDY` writes test.jsonl" if is_default else ""
         pairs = [(source.datasets[0], row) for row in read_rows(source.file, fields, hint)]
         states = [RowsState.of_rows(source.file, None)]
         sha256_of_rows = states[0].sha256
     else:
-        files = [jsonl(dataset.entry, Path(run.cwd)) for dataset in source.datasets]
-        if source.held_out or None in files:
-            pairs = _loaded(source, folder, run, cfg)
-            states = [RowsState.of_rows(folder.path / KEPT, None)]
-        else:
-            pairs, states = [], []
-            for dataset, file in zip(source.datasets, filter(None, files), strict=True):
-                first = datafiles.first_rows(dataset.entry)
-                pairs += [(dataset, row) for row in read_rows(file, ())[:first]]
-                states.append(RowsState.of_rows(file, first))
+        pairs, states = _read_datasets(source, folder, run, cfg)
         sha256_of_rows = digest([(dataset.key, row) for dataset, row in pairs])
     if not pairs:
         raise UserError(f"{source.data}: no rows; {_ELSEWHERE}")
@@ -226,31 +221,60 @@ def read(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> Evaluation
     return EvaluationRows(source.data, sha256_of_rows, rows, states)
 
 
+def _read_datasets(
+    source: RowSource, folder: RunDir, run: Run, cfg: Config
+) -> tuple[list[tuple[DatasetRef, Row]], list[RowsState]]:
+    """Rows of data sets, each with its data set, and the states of the files."""
+    pairs, states = [], []
+    for dataset in source.datasets:
+        file = jsonl(dataset.entry, Path(run.cwd))
+        if source.held_out or file is None:
+            rows_file = folder.path / KEPT
+            if not rows_file.is_file():
+                _load(source, rows_file, run, cfg)
+            return _loaded_rows(source, rows_file), [RowsState.of_rows(rows_file, None)]
+        first = datafiles.first_rows(dataset.entry)
+        pairs += [(dataset, row) for row in read_rows(file, ())[:first]]
+        states.append(RowsState.of_rows(file, first))
+    return pairs, states
+
+
 def jsonl(entry: Config, folder: Path) -> Path | None:
     """JSONL file of a data set; None if Axolotl must load the rows."""
     file = Path(folder, str(entry.get("path")))
-    parts = any(entry.get(key) for key in ("shards", "weight", "preprocess_shards", "name", "ds_type"))
-    whole = entry.get("split") in (None, "train") or datafiles.first_rows(entry) is not None
-    return file if file.suffix == ".jsonl" and file.is_file() and whole and not parts else None
+    if file.suffix != ".jsonl" or not file.is_file():
+        return None
+    if any(entry.get(key) for key in ("shards", "weight", "preprocess_shards", "name", "ds_type")):
+        return None
+    if entry.get("split") not in (None, "train") and datafiles.first_rows(entry) is None:
+        return None
+    return file
 
 
 def _in_words(datasets: list[DatasetRef], folder: Path) -> str:
     """Describe data sets by name, subset and split, without local folders."""
-    named = []
-    for entry in (dataset.entry for dataset in datasets):
-        path = str(entry.get("path"))
-        taken = [f"{key} {entry[key]}" for key in ("name", "data_files", "split") if entry.get(key)]
-        named.append(", ".join([Path(path).name if Path(folder, path).exists() else path, *taken]))
-    return " and ".join(named)
+    descriptions = []
+    for dataset in datasets:
+        entry, path = dataset.entry, str(dataset.entry.get("path"))
+        words = [Path(path).name if Path(folder, path).exists() else path]
+        words += [f"{key} {entry[key]}" for key in ("name", "data_files", "split") if entry.get(key)]
+        descriptions.append(", ".join(words))
+    return " and ".join(descriptions)
 
 
-def _loaded(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> list[tuple[DatasetRef, Row]]:
-    """Load the rows of a source with Axolotl; return each row with its data set."""
-    kept = folder.path / KEPT
-    if kept.is_file():
-        by_key = {dataset.key: dataset for dataset in source.datasets}
-        with kept.open("rb") as lines:
-            return [(by_key[line["dataset"]], line["row"]) for line in json_rows(lines, kept, ("dataset",))]
+def _loaded_rows(source: RowSource, rows_file: Path) -> list[tuple[DatasetRef, Row]]:
+    """Rows that `_load` wrote, each with its data set."""
+    by_key = {dataset.key: dataset for dataset in source.datasets}
+    with rows_file.open("rb") as lines:
+        return [(by_key[line["dataset"]], line["row"]) for line in json_rows(lines, rows_file, ("dataset",))]
+
+
+def _load(source: RowSource, rows_file: Path, run: Run, cfg: Config) -> None:
+    """Load the rows of a source with Axolotl, and write them to a file, each with the key of its data set.
+
+    Raises:
+        UserError: a file of the data is missing or has changed since training.
+    """
     if source.held_out and (path := run.changed_data):
         raise UserError(
             f"{path}: missing or changed since training; val_set_size needs it unchanged; restore the file, or "
@@ -267,14 +291,15 @@ def _loaded(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> list[tu
         from ..training.tokens import Tokenizer
 
         tokenizer = Tokenizer(cfg)
+        pairs: list[tuple[DatasetRef, Row]] = []
         if source.held_out:
             pairs = tokenizer.held_out()
         else:
-            pairs = [(dataset, row) for dataset in source.datasets for row in tokenizer.load(dataset)]
-    written = [{"dataset": dataset.key, "row": row} for dataset, row in pairs]
+            for dataset in source.datasets:
+                pairs += [(dataset, row) for row in tokenizer.load(dataset)]
+    lines = [{"dataset": dataset.key, "row": row} for dataset, row in pairs]
     # default=str for dates and bytes, which JSON lacks; such fields hold no training text
-    write_rows(kept, orjson.loads(orjson.dumps(written, default=str)))
-    return _loaded(source, folder, run, cfg)
+    write_rows(rows_file, orjson.loads(orjson.dumps(lines, default=str)))
 
 
 def trained_positions(test: EvaluationRows, run: Run, cfg: Config) -> list[int] | None:

@@ -53,8 +53,8 @@ class Completion:
     tokens: list[int]
 
 
-def taken(total: int, limit: int | None) -> list[int]:
-    """Positions that a limit takes from some rows, ascending.
+def sample_positions(total: int, limit: int | None) -> list[int]:
+    """Positions of the rows that a limit takes, ascending.
 
     Their order is pseudo-random and fixed: a larger limit takes the rows of a smaller one, and further rows.
     """

@@ -48,7 +48,7 @@ class ScorerModel(Parameters):
         )
 
 
-def made_by(by: ScorerModel | None, record: ScorerRecord | None) -> bool:
+def is_recorded(by: ScorerModel | None, record: ScorerRecord | None) -> bool:
     """True if the record describes this scorer model, or if both are None."""
     if by is None or record is None:
         return by is None and record is None

@@ -159,7 +159,7 @@ def _of_task(task: str) -> dict[str, Any]:
     return {name: {"metric": BENCHMARK.name, "label": name, "task": task}}
 
 
-def scorer_named(texts: Iterable[str]) -> str | None:
+def requested_scorer(texts: Iterable[str]) -> str | None:
     """Scorer model from --metric bertscore:MODEL, or None. The model `none` leaves BERTScore out."""
     return next((text.removeprefix(SCORER) for text in texts if text.startswith(SCORER)), None)
 

@@ -53,7 +53,7 @@ def score_sides(sides: Sequence[RunDir | Path], metrics: Sequence[str] = ()) -> 
         UserError: a file or metric does not exist, or a run was not evaluated.
     """
     requested = registry.requested(metrics)
-    if registry.scorer_named(metrics) or len(row_columns(requested)) < len(requested):
+    if registry.requested_scorer(metrics) or len(row_columns(requested)) < len(requested):
         raise UserError(
             f"--metric {' '.join(metrics)}: to compare metrics of whole files or by a scorer model, run `recipe "
             "evaluate RUN --metric` for both runs"

@@ -79,7 +79,8 @@ def start(folder: RunDir, request: EvaluationRequest, backend: Backend) -> Evalu
                 require(task.settings, None, on_gpu=not record.rehearsal)
         elif request.data:  # before training ends, only these rows can be checked
             cfg = folder.config
-            evaluation_rows.read(evaluation_rows.named(request.data, cfg, Path(record.cwd)), folder, record, cfg)
+            source = evaluation_rows.source_of_file(request.data, cfg, Path(record.cwd))
+            evaluation_rows.read_source(source, folder, record, cfg)
         if job := backends.job_state(folder, "evaluate", evaluation.words):
             raise UserError(
                 f"{folder.path}: this evaluation is already {job}; `recipe cancel {folder.path}` cancels all jobs of "

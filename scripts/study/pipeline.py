@@ -334,8 +334,8 @@ class Pipeline:
         folder = self.existing[0]
         if self.state == "finished":
             task = EvaluationTask(folder, self.evaluation)
-            models = scorer_models(task.columns, self.evaluation.judge, self.request.rehearse)
-            if evaluate.complete(task, models):
+            models = scorer_models(task.columns, self.evaluation.scorer, self.request.rehearse)
+            if evaluate.complete_evaluation(task, models):
                 return SKIPPED
         job = backends.job_state(folder, "evaluate", evaluation_command(folder, self.evaluation).words)
         return str(job) if job and (job.kind != "unknown" or not self.backend.here) else None
@@ -359,7 +359,7 @@ def require_scorer_models(
         UserError, WorkFailed: see `score.require_models`.
     """
     if any("evaluate" in task.steps for task in tasks):
-        require_models(scorer_models(columns, evaluation.judge, rehearsal).values())
+        require_models(scorer_models(columns, evaluation.scorer, rehearsal).values())
 
 
 def _is_resumable(folder: RunDir, former_run: Run) -> bool:

@@ -76,7 +76,7 @@ def reproduce(
         WorkFailed: the data cannot be fetched, or BERTScore's model cannot be loaded.
     """
     wanted = _wanted(of_study, request, only, seeds)
-    if not request.rehearse and evaluation.judge is None:
+    if not request.rehearse and evaluation.scorer is None:
         evaluation.metrics = [*evaluation.metrics, *_declared_scorer(of_study)]
     with held(lock(request.name), "another reproduction of this study is running"):
         pipelines = [Pipeline(result, asked, evaluation, backend) for result, asked in wanted]

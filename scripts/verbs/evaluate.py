@@ -124,12 +124,12 @@ def score_verb(
     """Score predictions from any source."""
     from ..evaluate.score import columns_of, read_pairs, refuse_run_metrics, score, scorer_models
     from ..evaluate.scores_file import about_file
-    from ..metrics.registry import scorer_named
+    from ..metrics.registry import requested_scorer
 
     columns = columns_of(None, metric)
     refuse_run_metrics(columns)
     rows = read_pairs(file, prediction_field, reference_field)
-    models = scorer_models(columns, scorer_named(metric), report=True)
+    models = scorer_models(columns, requested_scorer(metric), report=True)
     with Bar("scoring", 1):
         scores, rows = score(rows, columns, models)
     if about := about_file(file):

@@ -100,7 +100,7 @@ def after_training(folder: "RunDir", on: str) -> None:
     run, cfg = folder.read(), folder.config
     words: list[str | Path] = ["report", name_of(folder)]
     with suppress(UserError):
-        evaluation_rows.require_reference(folder, cfg, evaluation_rows.usual(run, cfg))
+        evaluation_rows.require_reference(folder, cfg, evaluation_rows.default_source(run, cfg))
         words = ["evaluate", name_of(folder), *([] if on == "local" else ["--on", on])]
     next_step(*words)
 

@@ -90,7 +90,7 @@ def reproduce_verb(
     evaluation = EvaluationRequest(metrics=metric)
     backend = backend_of(on, request.rehearse, jobs)
     if from_ == "predictions":
-        _score_predictions(study, only, evaluation.judge, json)
+        _score_predictions(study, only, evaluation.scorer, json)
     elif dry_run:
         target = gpus.find(gpu) if gpu else None
         _show_outline(reproduce.outline(study, request, only, evaluation, backend, target, seeds), json)

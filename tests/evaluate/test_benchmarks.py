@@ -12,7 +12,7 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import WorkFailed
 from qlora_recipes.evaluate import benchmarks, evaluate
 from qlora_recipes.evaluate.evaluate import EvaluationRequest
-from qlora_recipes.evaluate.scores_file import RowShares, Scores, taken
+from qlora_recipes.evaluate.scores_file import RowShares, Scores, sample_positions
 from qlora_recipes.metrics import registry
 from qlora_recipes.metrics.metric import ScoreRecord
 from qlora_recipes.metrics.registry import BenchmarkParameters
@@ -80,8 +80,8 @@ def test_a_benchmark_of_other_rows_is_measured_anew(limit, kept):
     scored = benchmarks.summarise(GROUP, BenchmarkParameters(task="grp"), [2], 5)
     record = ScoreRecord(value=scored.value, declaration=columns["grp"].entry, benchmark=scored)
     former = Scores(scores={"grp": record}, shares=RowShares(rows=0))
-    assert bool(benchmarks.kept(columns, former, limit)) == kept
-    assert benchmarks.kept({}, former, limit)  # not asked for again
+    assert bool(benchmarks.valid_benchmarks(columns, former, limit)) == kept
+    assert benchmarks.valid_benchmarks({}, former, limit)  # not asked for again
 
 
 def a_task(place: Path, **more: Any) -> Path:
@@ -148,7 +148,7 @@ def test_a_task_scores_as_by_the_harness_itself_also_when_resumed(tmp_path, fake
     assert recipe("publish", "latest", "--merge").returncode == 0
     model = HFLM(str(run.output / "merged"), dtype="bfloat16", device="cpu")
     tasks = TaskManager(include_path=str(tmp_path))
-    rows = taken(20, 12)
+    rows = sample_positions(20, 12)
     theirs = simple_evaluate(model, tasks=["sums"], task_manager=tasks, samples={"sums": rows})["results"]["sums"]
     before = sum(batches)
     assert (

@@ -26,7 +26,7 @@ from qlora_recipes.evaluate.scores_file import (
     RowShares,
     read_predictions,
     read_scores,
-    taken,
+    sample_positions,
 )
 from qlora_recipes.evaluate.transformers_engine import Reference, base_model
 from qlora_recipes.metrics.metric import ScoreRecord
@@ -97,7 +97,7 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run, monkeypatch):
     whole = evaluated(run, limit=10, batch_size=4)
     where = other_evaluation(run)
     expected = read_predictions(where)
-    assert [row["row"] for row in expected] == taken(whole.settings.total_rows, 10)
+    assert [row["row"] for row in expected] == sample_positions(whole.settings.total_rows, 10)
     (where / "scores.json").unlink()
     answers, calls = Reference.answers, []
 
@@ -169,7 +169,7 @@ def test_the_reason_to_score_again_is_named(run, changes, metrics, reason):
         files={},
         data=[],
     )
-    assert evaluate.outdated(former, task, score.scorer_models(task.columns, task.request.judge)) == reason
+    assert evaluate.outdated(former, task, score.scorer_models(task.columns, task.request.scorer)) == reason
 
 
 def test_the_runs_predictions_move_to_their_folder_unless_they_are_stale(run, tiny):
@@ -368,7 +368,7 @@ def test_a_larger_limit_goes_on_with_the_predictions_of_a_smaller_one(run, monke
     more = evaluated(run, limit=9, batch_size=1)
     assert len(asked) - 3 == 9 - 2
     rows = read_predictions(other_evaluation(run))
-    assert [row["row"] for row in rows] == taken(more.settings.total_rows, 9)
+    assert [row["row"] for row in rows] == sample_positions(more.settings.total_rows, 9)
 
 
 def test_every_output_of_scores_of_a_part_says_so(scored, recipe):
@@ -386,7 +386,7 @@ def test_every_output_of_scores_of_a_part_says_so(scored, recipe):
 
 def test_scored_rows_that_are_training_rows_are_named(scored, recipe, tmp_path):
     rows = [orjson.loads(line) for line in (scored.path / "test.jsonl").read_bytes().splitlines()]
-    first, last = taken(len(rows), 2)
+    first, last = sample_positions(len(rows), 2)
     copied = {name: rows[last].get(name) for name in ("instruction", "input", "output")}  # without idx
     write_rows(train := tmp_path / "train.jsonl", [{"instruction": "other", "output": "b"}, copied, rows[first]])
     configure(scored, datasets=[{"path": str(train), "type": "alpaca", "split": "train[:2]"}])

@@ -15,7 +15,7 @@ from qlora_recipes.base.yamlfiles import Config
 from qlora_recipes.config import datafiles
 from qlora_recipes.evaluate import evaluate, evaluation_rows
 from qlora_recipes.evaluate.evaluate import EvaluationRequest, EvaluationTask
-from qlora_recipes.evaluate.scores_file import changed, read_predictions, read_scores, taken
+from qlora_recipes.evaluate.scores_file import changed, read_predictions, read_scores, sample_positions
 from qlora_recipes.results.reports.report_runs import reader, reported_runs
 from qlora_recipes.run.rundir import RunDir
 
@@ -199,13 +199,13 @@ def test_a_studys_data_is_evaluated_on_its_test_set_whatever_the_config_evaluate
 
 
 def test_a_limit_takes_rows_from_all_of_the_data_and_a_larger_one_contains_them():
-    whole = taken(22_000, None)
-    few, more = (taken(22_000, limit) for limit in (100, 1_000))
+    whole = sample_positions(22_000, None)
+    few, more = (sample_positions(22_000, limit) for limit in (100, 1_000))
     assert whole == [*range(22_000)] and [*map(len, (few, more))] == [100, 1_000]
     assert {*few} < {*more} < {*whole} and more == sorted(more)
     tenths = [sum(position // 2_200 == tenth for position in more) for tenth in range(10)]
     assert min(tenths) > 70 and max(tenths) < 130, tenths
-    assert taken(5, 9) == [*range(5)] and taken(9, 0) == []
+    assert sample_positions(5, 9) == [*range(5)] and sample_positions(9, 0) == []
 
 
 def test_a_rehearsal_takes_few_of_its_own_rows(own, tmp_path):
@@ -215,7 +215,8 @@ def test_a_rehearsal_takes_few_of_its_own_rows(own, tmp_path):
     run = own(rehearsal=True, datasets=[data], test_datasets=[{**data, "path": "check.jsonl"}])
     assert task(run).settings.rows == 12
     assert task(run).settings.limit == 12
-    assert [row.content for row in task(run).rows.rows] == [alpaca(20)[position] for position in taken(20, 12)]
+    rows = alpaca(20)
+    assert [row.content for row in task(run).rows.rows] == [rows[i] for i in sample_positions(20, 12)]
     assert task(run, limit=30).settings.rows == 20
     assert task(run, limit=30).settings.limit is None
 

@@ -17,7 +17,7 @@ from qlora_recipes.data.studies import Decoding
 from qlora_recipes.evaluate import evaluate
 from qlora_recipes.evaluate import server as servers
 from qlora_recipes.evaluate.evaluate import EvaluationRequest
-from qlora_recipes.evaluate.scores_file import Completion, read_predictions, taken
+from qlora_recipes.evaluate.scores_file import Completion, read_predictions, sample_positions
 
 PROMPTS = [[5, 6, 7, 8], [5, 6], [9, 10, 11], [12, 13, 14, 15, 16]]
 
@@ -223,7 +223,7 @@ def test_an_evaluation_goes_on_when_its_server_is_there_again(tmp_path, tiny, ti
         resumed = evaluate.evaluate(run, request)
         assert len(server.requests) == 9 - 5
     rows = [row["row"] for row in read_predictions(other_evaluation(run))]
-    assert rows == taken(resumed.settings.total_rows, 9)
+    assert rows == sample_positions(resumed.settings.total_rows, 9)
     assert resumed.settings.engine == "server"
     assert resumed.settings.model == "m"
     assert resumed.settings.agreement is None

@@ -6,7 +6,7 @@ from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.config import substitution
 from qlora_recipes.evaluate import score
 from qlora_recipes.metrics import bertscore
-from qlora_recipes.metrics.bertscore import DEFAULT, ScorerModel, made_by
+from qlora_recipes.metrics.bertscore import DEFAULT, ScorerModel, is_recorded
 
 PAIRS = [
     ("please fix this typo now", "fix this typo"),
@@ -112,15 +112,15 @@ def test_a_missing_layer_or_model_is_reported():
 def test_a_judge_is_told_by_its_weights_and_not_by_its_folders_name(roberta, tmp_path):
     judge = ScorerModel(model=str(roberta), layer=2)
     made = bertscore.record(judge)
-    assert made_by(judge, made) and made_by(ScorerModel(model=str(roberta)), made)
-    assert not made_by(ScorerModel(model=str(roberta), layer=1), made)
+    assert is_recorded(judge, made) and is_recorded(ScorerModel(model=str(roberta)), made)
+    assert not is_recorded(ScorerModel(model=str(roberta), layer=1), made)
     other = tmp_path / roberta.name
     other.mkdir()
     (other / "model.safetensors").write_bytes(b"others")
-    assert not made_by(ScorerModel(model=str(other), layer=2), made)
-    assert made_by(None, None) and not made_by(judge, None) and not made_by(None, made)
+    assert not is_recorded(ScorerModel(model=str(other), layer=2), made)
+    assert is_recorded(None, None) and not is_recorded(judge, None) and not is_recorded(None, made)
     stand_in = score.scorer_model(None, rehearsal=True)
-    assert stand_in and made_by(stand_in, bertscore.record(stand_in))
+    assert stand_in and is_recorded(stand_in, bertscore.record(stand_in))
 
 
 def test_the_judge_is_the_default_only_where_it_is_here(tmp_path, monkeypatch):
