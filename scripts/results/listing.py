@@ -1,7 +1,6 @@
 """Print the results of runs."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ..base import tables
 from ..base.files import Row
@@ -24,12 +23,11 @@ _BELOW = ("scored", "trouble", "changed", "variant of", "jobs", "predictions", "
 def show(folders: Sequence[RunDir], json: bool) -> None:
     """Print the results of runs."""
     results = [RunResult(folder, run) for folder, run in readable(folders, backends.read)]
-    jobs = {result.folder.path: [*_jobs(result)] for result in results}
     changed = [result.folder.path for result in results if result.changed]
     if changed:
         say(f"evaluations that are stale or edited: {len(changed)}; for the last, run `recipe evaluate {changed[-1]}`")
-    records = (result.as_json(jobs[result.folder.path]) for result in results)
-    tables.show(json, records, _tables(results, jobs))
+    records = (result.as_json(_jobs(result)) for result in results)
+    tables.show(json, records, _tables(results))
 
 
 def _jobs(result: RunResult) -> Iterator[str]:
@@ -43,7 +41,7 @@ def _jobs(result: RunResult) -> Iterator[str]:
             yield f"{step}: {state}"
 
 
-def _tables(results: Sequence[RunResult], jobs: Mapping[Path, list[str]]) -> Iterator[Table]:
+def _tables(results: Sequence[RunResult]) -> Iterator[Table]:
     """Tables of runs, see `_groups`; rehearsals have separate tables.
 
     After a study's real runs comes a table of its baselines.
@@ -52,7 +50,7 @@ def _tables(results: Sequence[RunResult], jobs: Mapping[Path, list[str]]) -> Ite
         groups = _groups([result for result in results if result.run.rehearsal == rehearsal])
         for group in groups:
             columns = _columns(group)
-            rows = [cells(result, columns, jobs[result.folder.path]) for result in group]
+            rows = [cells(result, columns, _jobs(result)) for result in group]
             yield Table(rows, _title(group, len(groups) > 1), below=_BELOW)
             study = group[0].study
             if study and not rehearsal and not all(result.is_of_something_else for result in group):
@@ -97,7 +95,7 @@ def _columns(group: Sequence[RunResult]) -> dict[str, Column]:
     return registry.distinct(shown)
 
 
-def cells(result: RunResult, columns: Mapping[str, Column], jobs: Sequence[str]) -> Row:
+def cells(result: RunResult, columns: Mapping[str, Column], jobs: Iterable[str]) -> Row:
     """Table cells of a run; only the first metric has a published score and a difference.
 
     Args:
@@ -106,23 +104,19 @@ def cells(result: RunResult, columns: Mapping[str, Column], jobs: Sequence[str])
         jobs: descriptions of jobs that have not ended.
     """
     run, summary = result.run, result.summary
-    scores: dict[str, RunScore] = {}
-    for heading, column in columns.items():
-        if column.same_scores(result.columns.get(column.name)):
-            scores[heading] = result.scores[column.name]
-    first, *others = columns
+    scores = {heading: _score(result, column) for heading, column in columns.items()}
+    first, *further = columns
     row: Row = {
         "run": result.folder.path.name,
         "recipe": run.recipe,
         "state": run.state,
         "jobs": "; ".join(jobs) or None,
     }
-    if first in scores:
-        row |= _first_cells(first, scores[first], run.rehearsal)
+    row |= _first_cells(first, scores[first], run.rehearsal)
     row["step"] = _progress(summary)
     row |= _eval_losses(summary)
-    for heading in others:
-        row[heading] = scores[heading].value if heading in scores else None
+    for heading in further:
+        row[heading] = scores[heading].value
     for heading, score in scores.items():
         if isinstance(columns[heading].metric, BenchmarkMetric) and score.gain is not None:
             row[f"{heading}, gained"] = score.gain
@@ -136,6 +130,13 @@ def cells(result: RunResult, columns: Mapping[str, Column], jobs: Sequence[str])
         "variant of": run.variant_of,
         "changed": ", ".join(result.changed_keys) or None,
     }
+
+
+def _score(result: RunResult, column: Column) -> RunScore:
+    """Score of a run by a metric; an empty one if the run has no metric with these parameters."""
+    if column.same_scores(result.columns.get(column.name)):
+        return result.scores[column.name]
+    return RunScore(None, None, None, None, {})
 
 
 def _first_cells(heading: str, score: RunScore, rehearsal: bool) -> Row:

@@ -181,14 +181,13 @@ def _published_repeats(name: str, result: RunResult) -> Sequence[float]:
 
 
 def scores_by_row(name: str, results: Sequence[RunResult]) -> list[list[float]] | None:
-    """Row scores of each run; None if rows lack scores or differ between runs."""
-    first = results[0]
-    if first.evaluation is None or not all(_evaluated_alike(first, result, _SAME_ROWS) for result in results):
+    """Row scores of evaluated runs; None if rows lack scores or differ between runs."""
+    if not all(_evaluated_alike(results[0], result, _SAME_ROWS) for result in results):
         return None
+    predictions = [scores_file.read_predictions(result.folder.path) for result in results]
     table: list[list[float]] = []
     positions = set()
-    for result in results:
-        rows = scores_file.read_predictions(result.folder.path)
+    for rows in predictions:
         scores = [row[name] for row in rows if row.get(name) is not None]
         if not rows or len(scores) < len(rows):
             return None

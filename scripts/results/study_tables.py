@@ -58,8 +58,7 @@ def tables_of(study: Study, rows: Sequence[StudyRow], rehearsal: bool) -> Iterat
         title += f"; published scores are on {study.test_title}"
     yield from _score_tables(study, rows, title)
     if any(row.chosen for row in rows):
-        others = [column for name, column in study.columns.items() if name not in study.table]
-        yield Table([_cost_cells(row, others) for row in rows], COSTS)
+        yield Table([_cost_cells(study, row) for row in rows], COSTS)
     gaps = [{"recipe": row.recipe, **asdict(row.gap), "verdict": row.gap_verdict} for row in rows if row.gap]
     yield Table(gaps, CURVES)
     if not rehearsal:
@@ -92,11 +91,12 @@ def _metric_cells(row: StudyRow, column: Column) -> Row:
     }
 
 
-def _cost_cells(row: StudyRow, others: Sequence[Column]) -> Row:
+def _cost_cells(study: Study, row: StudyRow) -> Row:
     """Table cells of a study's row: costs, and scores by metrics that are not in `Study.table`."""
     cells: Row = {"recipe": row.recipe}
-    for column in others:
-        cells[column.label] = row.scores[column.name].value
+    for name, column in study.columns.items():
+        if name not in study.table:
+            cells[column.label] = row.scores[name].value
     cells["eval loss"] = row.summary.eval_loss_per_token
     for key, (ours, published) in row.costs().items():
         cells |= {_HEADINGS[key]: _rounded(ours), f"{_HEADINGS[key]}, published": _rounded(published)}
@@ -164,7 +164,7 @@ def show_comparison(compared: Comparison, pair: tuple[str, str], json: bool) -> 
 
 
 def _in_words(training: Divergence) -> Iterator[str]:
-    if training.step is None or training.losses is None:
+    if training.losses is None:
         yield f"The recorded losses of steps {training.first} to {training.last} are equal."
     else:
         a, b = training.losses

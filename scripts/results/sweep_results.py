@@ -284,7 +284,7 @@ def table_of(sweep: Sweep, rows: Sequence[SweepRow]) -> Table:
 
 def _cells(row: SweepRow, keys: Sequence[str]) -> Row:
     """Table cells of a row: varying values, scores, the first score's interval, and costs."""
-    first, *others = row.columns.values()
+    first, *further = row.columns.values()
     member, score = row.member, row.scores[first.name]
     front = "*" if row.pareto else None
     cells: Row = {"member": member.name}
@@ -303,7 +303,7 @@ def _cells(row: SweepRow, keys: Sequence[str]) -> Row:
         "scored": row.scored_rows,
         "minutes": row.minutes,
     }
-    for column in others:
+    for column in further:
         cells[column.label] = row.scores[column.name].value
     return cells
 

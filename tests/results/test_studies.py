@@ -172,7 +172,7 @@ def test_metrics_of_one_kind_never_share_a_heading(runs):
         scores = {"rows": 9, "choice": 87.5, "other": value, "metrics": metrics, "intervals": {}}
         folder = a_run(runs, PLAIN, name, 0, scores=scores)
         found.append(RunResult(folder, folder.read()))
-    table, _ = listing._tables(found, {result.folder.path: [] for result in found})
+    table, _ = listing._tables(found)
     shown = [[value for heading, value in row.items() if "choices" in heading] for row in table.rows]
     assert shown == [[87.5, 12.5, None], [87.5, None, 37.5]]
 
