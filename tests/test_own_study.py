@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from qlora_recipes.base import paths
 from qlora_recipes.data import studies
 from qlora_recipes.evaluate import benchmarks
-from qlora_recipes.results import export
+from qlora_recipes.results import export_records
 from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.run.rundir import RunDir
 
@@ -227,5 +227,5 @@ def test_the_studies_of_other_kinds_are_rehearsed(
     if rows:  # it has all that a record needs, but for a GPU
         run = RunDir(tmp_path / row["run"])
         with pytest.raises(ValidationError) as raised:
-            export.record_of_run(RunResult(run, run.read()))
+            export_records.record_of_run(RunResult(run, run.read()))
         assert {error["loc"][0] for error in raised.value.errors()} == {"gpu"}

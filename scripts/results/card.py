@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +22,6 @@ from ..data.declaration import Data
 from ..data.raw_rows import constants
 from ..data.studies import Study
 from ..evaluate.scores_file import ADAPTER, Evaluation
-from ..metrics.metric import Column
 from ..run.rundir import PLUGIN, RunDir
 from ..training.run_record import Run
 from .run_result import RunResult
@@ -114,13 +112,6 @@ class Card:
             return None
         return self._public(self.evaluation.model_dump() | {"scores": self.evaluation.flat()})
 
-    @property
-    def columns(self) -> Mapping[str, Column]:
-        """Scored metrics by name."""
-        if self.evaluation is None:
-            return {}
-        return self.evaluation.columns
-
     @cached_property
     def base(self) -> Base:
         base = base_model(self.result.folder, self.result.run)
@@ -159,9 +150,8 @@ class Card:
 
     @property
     def scored_on(self) -> str:
-        """Description of the scored rows; empty without an evaluation."""
-        if self.evaluation is None:
-            return ""
+        """Description of the scored rows of the evaluation."""
+        assert self.evaluation
         settings = self.evaluation.settings
         if self.study is None or settings.test_set is None:
             return f"{settings.data_name}, {settings.rows_in_words}"
@@ -270,11 +260,11 @@ class Card:
         """Scores for the hub; none for a rehearsal."""
         from huggingface_hub import EvalResult
 
-        if self.scored is None or self.run["rehearsal"]:
+        if self.evaluation is None or self.run["rehearsal"]:
             return []
         results = []
-        for name, column in self.columns.items():
-            score = self.scored["scores"].get(name)
+        for name, column in self.evaluation.columns.items():
+            score = self.evaluation.scores[name].value
             if score is None:
                 continue
             result = EvalResult(

@@ -49,13 +49,15 @@ class RunScore:
 
     def as_json(self, name: str) -> Row:
         """JSON fields; their names begin with the metric's name."""
-        return {
+        fields = {
             name: self.value,
             f"{name}_base_model": self.base_model,
             f"{name}_published": self.published and float(self.published.value),
             f"{name}_difference": self.difference,
-            **{f"{name}_{decoding}": value for decoding, value in self.decodings.items()},
         }
+        for decoding, value in self.decodings.items():
+            fields[f"{name}_{decoding}"] = value
+        return fields
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,9 @@ class RunResult:
     def columns(self) -> dict[str, Column]:
         """Metrics of the study, and additional metrics of the evaluation."""
         recorded = self.evaluation.columns if self.evaluation else {}
-        declared = self.study.columns if self.study else {}
-        return declared | {name: recorded[name] for name in recorded if name not in declared} or columns_of()
+        if self.study is None:
+            return recorded or columns_of()
+        return self.study.columns | recorded | self.study.columns  # the study's come first, and replace recorded ones
 
     @cached_property
     def summary(self) -> Summary:
@@ -159,20 +162,23 @@ class RunResult:
         measured in training, and needs no evaluation, but the recipe's tokens, see `other_tokens`. A benchmark needs
         neither the study's rows nor its decoding.
         """
-        run, own = self.run, self.evaluation
-        if not self.study or run.state != "finished" or run.rehearsal or self.is_of_something_else:
+        if self.study is None or self.run.state != "finished":
+            return False
+        if self.run.rehearsal or self.is_of_something_else:
             return False
         if isinstance(column.metric, LossMetric):
             return self.other_tokens is None
-        is_benchmark = isinstance(column.metric, BenchmarkMetric)
-        return bool(
-            own
-            and by_declared_model(column, own.scores)
-            and column.same_scores(own.columns.get(column.name))
-            and own.settings.limit is None
-            and (is_benchmark or own.settings.test_set == self.study.data.test_set)
-            and (is_benchmark or own.settings.decoding == self.study.decoding)
-        )
+        evaluation = self.evaluation
+        if evaluation is None or evaluation.settings.limit is not None:
+            return False
+        if not column.same_scores(evaluation.columns.get(column.name)):
+            return False
+        if not by_declared_model(column, evaluation.scores):
+            return False
+        if isinstance(column.metric, BenchmarkMetric):
+            return True
+        has_all_rows = evaluation.settings.test_set == self.study.data.test_set
+        return has_all_rows and evaluation.settings.decoding == self.study.decoding
 
     @cached_property
     def other_tokens(self) -> str | None:
@@ -212,21 +218,23 @@ class RunResult:
     @cached_property
     def scores(self) -> dict[str, RunScore]:
         """Scores by metric, each with the base model's and the published score."""
-        found = {}
-        for name, column in self.columns.items():
-            ours, published = self.score(column), self.aim.scores.get(name) if self.aim else None
-            difference = None
-            if published and ours is not None and self.is_comparable(column):
-                difference = ours - float(published.value)
-            decoded = {} if isinstance(column.metric, LossMetric) else self.decoded
-            found[name] = RunScore(
-                value=ours,
-                base_model=_value(column, self.base_evaluation),
-                published=published,
-                difference=difference,
-                decodings={decoding: _value(column, other) for decoding, other in decoded.items()},
-            )
-        return found
+        published = self.aim.scores if self.aim else {}
+        return {name: self._run_score(column, published.get(name)) for name, column in self.columns.items()}
+
+    def _run_score(self, column: Column, published: PublishedScore | None) -> RunScore:
+        value, difference = self.score(column), None
+        if published and value is not None and self.is_comparable(column):
+            difference = value - float(published.value)
+        decodings = {}
+        if not isinstance(column.metric, LossMetric):
+            decodings = {name: _value(column, evaluation) for name, evaluation in self.decoded.items()}
+        return RunScore(
+            value=value,
+            base_model=_value(column, self.base_evaluation),
+            published=published,
+            difference=difference,
+            decodings=decodings,
+        )
 
     @cached_property
     def aim(self) -> Published | None:

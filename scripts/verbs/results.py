@@ -67,16 +67,16 @@ def _export(name: str) -> None:
         typer.Exit: code 1 if some predictions cannot be scored; the other records are still written.
     """
     from ..data import studies
-    from ..results import export
+    from ..results import export_records
     from ..run.rundir import find_run
     from ..study import reproduce
 
     if name not in {folder.name for folder in paths.studies()}:
-        print(export.export(find_run(name, paths.runs())))
+        print(export_records.export_run(find_run(name, paths.runs())))
         return
     study = studies.find(name)
     rows, problems = reproduce.score_predictions(study, [], None)
-    for file in export.export_predictions(study, rows):
+    for file in export_records.export_predictions(study, rows):
         print(file)
     for owner, problem in problems.items():
         say(f"{owner}: {problem}")

@@ -10,7 +10,7 @@ from run_folders import a_run
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.config.compose import Request, compose
 from qlora_recipes.data import studies
-from qlora_recipes.results import export, study_tables, verdict
+from qlora_recipes.results import export_records, study_tables, verdict
 from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.run.rundir import RunDir
 from qlora_recipes.training.run_record import Summary
@@ -78,7 +78,7 @@ def test_the_tokens_of_the_unchanged_recipe_decide(tmp_path, profile):
     assert difference(other) is None
     assert "900 tokens" in RunResult(other, other.read()).as_json([])["other_tokens"]
     with pytest.raises(UserError, match="900 tokens"):
-        export.export(other)
+        export_records.export_run(other)
 
 
 def test_else_those_of_study_yaml_decide(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from qlora_recipes.base import paths
 from qlora_recipes.config.datafiles import DataFile
 from qlora_recipes.evaluate.score import VERSION
 from qlora_recipes.evaluate.scores_file import read_scores
-from qlora_recipes.results import export
+from qlora_recipes.results import export_records
 from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.run.rundir import RunDir
 
@@ -68,7 +68,7 @@ def completed(
 def recorded(folder: RunDir, **change: Any) -> Path:
     """Put the record of a run into its study's results/ in the folder of work, with some fields changed."""
     run = folder.read()
-    record = export.record_of_run(RunResult(folder, run))
+    record = export_records.record_of_run(RunResult(folder, run))
     content = record.model_dump(mode="json", exclude_unset=True) | change
     with suppress(ValidationError):
         record = type(record).model_validate_json(orjson.dumps(content))

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 from ...base import paths, tables, yamlfiles
@@ -15,16 +16,15 @@ from ...base.yamlfiles import on_one_line
 from ...config import merging
 from ...config.merging import Difference
 from ...evaluate import scores_file
-from ...evaluate.score import model_record
 from ...evaluate.scores_file import Evaluation, EvaluationSettings, read_predictions
 from ...metrics import registry
-from ...metrics.metric import Column
+from ...metrics.metric import Column, ScoreRecord
 from ...run import backends
 from ...run.rundir import RunDir
 from ...training.run_record import Run
 from ..run_result import RunResult
 
-_OTHERS = {
+_TITLES = {
     "sacrebleu_signature": "sacreBLEU signature",
     "exact": "exact matches, share of rows",
     "empty": "empty predictions, share of rows",
@@ -152,47 +152,63 @@ def scores(runs: Sequence[ReportedRun], by_heading: Mapping[str, Column]) -> lis
     """Table of scores, with columns for runs, base models and published scores."""
     columns: dict[str, dict[str, str | None]] = {}
     for reported in runs:
-        if not reported.evaluation:
-            continue
-        shown = {
-            reported.label: reported.evaluation,
-            **{f"{reported.label}: {name}": other for name, other in reported.decoded.items()},
-            f"{reported.label}: base model alone": reported.base_evaluation,
-        }
-        columns |= {label: _column(evaluation, by_heading) for label, evaluation in shown.items() if evaluation}
-        published: dict[str, str | None] = {
-            str(registry.heading(reported.columns[name], by_heading)): str(aim)
-            for name, score in reported.scores.items()
-            if (aim := score.published) and score.difference is not None
-        }
-        if published:
-            columns[f"{reported.label}: published"] = published
-    names = dict.fromkeys(name for column in columns.values() for name in column)
-    return [{"score": name} | {label: column.get(name) for label, column in columns.items()} for name in names]
+        columns |= _score_columns(reported, by_heading)
+    rows: list[Row] = []
+    for name in dict.fromkeys(chain(*columns.values())):
+        rows.append({"score": name} | {label: column.get(name) for label, column in columns.items()})
+    return rows
 
 
-def _column(evaluation: Evaluation, by_heading: Mapping[str, Column]) -> dict[str, str | None]:
-    """Scores of an evaluation as text, with intervals."""
-    column: dict[str, str | None] = {}
-    scores = evaluation.flat()
-    titles = {name: registry.heading(scored, by_heading) for name, scored in evaluation.columns.items()}
-    by_model = {c.detail_key("bertscore"): c for c in evaluation.columns.values() if model_record(c, evaluation.scores)}
-    for key, value in scores.items():
-        title = titles.get(key) or _OTHERS.get(key, key)
-        if key in by_model:
-            column[f"{by_model[key].label} by"] = str(value.get("model"))
-        elif isinstance(value, int | float | str):
-            within = f" ({tables.text_of(interval)})" if (interval := scores["intervals"].get(key)) else ""
-            column[title] = f"{tables.text_of(value)}{within}"
-    return column
+def _score_columns(reported: ReportedRun, by_heading: Mapping[str, Column]) -> dict[str, dict[str, str | None]]:
+    """Columns of a run by heading: its scores, those with other decodings, the base model's, and published scores."""
+    label = reported.label
+    evaluations = {label: reported.evaluation}
+    for name, evaluation in reported.decoded.items():
+        evaluations[f"{label}: {name}"] = evaluation
+    evaluations[f"{label}: base model alone"] = reported.base_evaluation
+    columns = {name: _scores(evaluation, by_heading) for name, evaluation in evaluations.items() if evaluation}
+    published: dict[str, str | None] = {}
+    for name, score in reported.scores.items():
+        if score.published and score.difference is not None:
+            heading = registry.heading(reported.columns[name], by_heading)
+            published[str(heading)] = str(score.published)
+    if published and reported.evaluation:
+        columns[f"{label}: published"] = published
+    return columns
+
+
+def _scores(evaluation: Evaluation, by_heading: Mapping[str, Column]) -> dict[str, str | None]:
+    """Scores of an evaluation as text, with intervals, scorer models and shares of rows."""
+    texts: dict[str, str | None] = {"rows": tables.text_of(evaluation.shares.rows)}
+    details: dict[str, str | None] = {}
+    for name, record in evaluation.scores.items():
+        column = evaluation.columns[name]
+        if record.value is not None:
+            texts[registry.heading(column, by_heading) or name] = _with_interval(record)
+        if record.scorer:
+            details[f"{column.label} by"] = record.scorer.model
+        if record.signature:
+            key = column.detail_key("sacrebleu_signature")
+            details[_TITLES.get(key, key)] = record.signature
+    shares = evaluation.shares.model_dump(exclude={"rows"}, exclude_none=True)
+    return texts | details | {_TITLES[name]: tables.text_of(share) for name, share in shares.items()}
+
+
+def _with_interval(record: ScoreRecord) -> str | None:
+    """Score as text, with its interval if known."""
+    if record.interval is None:
+        return tables.text_of(record.value)
+    return f"{tables.text_of(record.value)} ({tables.text_of([*record.interval])})"
 
 
 def scored_on(reported: ReportedRun) -> str:
     """Description of the rows that a run was evaluated on."""
     assert reported.evaluation
     settings = reported.evaluation.settings
-    by = "" if settings.engine == scores_file.REFERENCE else f", predictions by {settings.engine}"
-    return f"{settings.rows_in_words} of {reported.from_cwd(settings.data)}{by}"
+    rows = f"{settings.rows_in_words} of {reported.from_cwd(settings.data)}"
+    if settings.engine == scores_file.REFERENCE:
+        return rows
+    return f"{rows}, predictions by {settings.engine}"
 
 
 @dataclass(frozen=True)

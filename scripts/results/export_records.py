@@ -1,0 +1,259 @@
+"""Records of runs and of published predictions: `recipe results --export`."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from itertools import groupby
+from pathlib import Path
+from typing import get_args
+
+import orjson
+from pydantic import ValidationError
+
+from ..base import paths, yamlfiles
+from ..base.errors import UserError
+from ..base.files import Row, write_atomically
+from ..base.terminal import say
+from ..base.yamlfiles import Config
+from ..config import gpus, merging
+from ..config.merging import Difference
+from ..config.training_settings import TrainingSettings
+from ..data import studies
+from ..data.published import Baseline
+from ..data.studies import Study
+from ..evaluate.score import by_declared_model
+from ..evaluate.scores_file import REFERENCE
+from ..run import backends
+from ..run.rundir import RunDir
+from ..study import published_predictions
+from ..training.run_record import Provenance, Run, collect
+from . import score_records
+from .run_result import RunResult
+from .score_records import Package, Record, Score
+
+
+def export_run(folder: RunDir) -> Path:
+    """Write the record of a run to the current folder.
+
+    Raises:
+        UserError: the run cannot be recorded, or a value for the record is missing or invalid.
+    """
+    result = RunResult(folder, backends.read(folder))
+    reason = _refusal(result)
+    if reason:
+        raise UserError(f"not exported: {reason}", file=folder.path)
+    try:
+        record = record_of_run(result)
+    except ValidationError as error:
+        fields = ", ".join(".".join(map(str, mistake["loc"])) for mistake in error.errors())
+        problem = f"not exported: the run's record of {fields} is missing or invalid"
+        raise UserError(problem, file=folder.path) from None
+    return _written(record, result.run.origin.partition("/")[0])
+
+
+def export_predictions(study: Study, rows: Sequence[Row]) -> list[Path]:
+    """Write records of published predictions to the current folder.
+
+    Args:
+        rows: scores from `reproduce.score_predictions`.
+    """
+    files = []
+    for name, scored in groupby(rows, key=lambda row: str(row["of"])):
+        record = _record_of_predictions(study, name, [*scored])
+        files.append(_written(record, study.folder.name))
+    return files
+
+
+def _record_of_predictions(study: Study, name: str, scored: Sequence[Row]) -> Record:
+    """Record of a recipe's or baseline's published predictions.
+
+    Args:
+        scored: scores by metric, from `reproduce.score_predictions`.
+    """
+    owners = study.published | {baseline.name: baseline for baseline in study.baselines}
+    owner, test_set = owners[name], study.data.test_set
+    if isinstance(owner, Baseline):
+        test_set = owner.test_set
+    assert owner.predictions
+    predictions = published_predictions.read(study, owner.predictions, test_set)
+    texts = b"".join(orjson.dumps([row["reference"], row["prediction"]]) + b"\n" for row in predictions)
+    content: Row = {
+        "made": datetime.now(UTC).date(),
+        "of": name,
+        "revision": _revision(collect()),
+        "scores": {row["metric"]: _score_of(row) for row in scored},
+        "invalidated": None,
+        "stage": "predictions",
+        "rows": scored[0]["rows"],
+        "texts_sha256": hashlib.sha256(texts).hexdigest(),
+    }
+    return Record.model_validate(content)
+
+
+def _score_of(row: Row) -> Score:
+    """Score in a row of `reproduce.score_predictions`."""
+    if row["low"] is None:
+        return Score(value=row["score"])
+    return Score(value=row["score"], interval=(row["low"], row["high"]))
+
+
+def _written(record: Record, study_name: str) -> Path:
+    file = Path(record.file_name())
+    write_atomically(file, record.text())
+    where = f"recipes/{study_name}/{score_records.FOLDER}/"
+    say(f"the record belongs in {where}; CONTRIBUTING.md describes how to submit it")
+    return file
+
+
+def _refusal(result: RunResult) -> str | None:
+    """Reason not to record a run, or None."""
+    run = result.run
+    study = studies.study_of(run.origin)
+    if study is None or run.origin not in {*study.published, *study.variants}:
+        return f"{run.origin} is not a recipe of a study"
+    if run.rehearsal or run.state not in ("finished", "failed"):
+        return f"a record needs a finished or failed run that is not a rehearsal; this one is {run.state}"
+    if result.other_tokens:
+        return result.other_tokens
+    if run.state == "finished" and not _has_comparable_scores(result, study):
+        return (
+            f"it needs the recipe's model and data, and a current evaluation of its adapter on {study.test_title}, "
+            f"decoded as in study.yaml; run `recipe evaluate {result.folder.path}`"
+        )
+    if result.evaluation:
+        settings = result.evaluation.settings
+        if not settings.stands_for(settings.model_copy(update={"engine": REFERENCE})):
+            return f"its predictions were {settings.note}"
+    changes = _changes(run)
+    if changes and not _cell_values(run, study):
+        return f"it differs from the recipe in {', '.join(changes)}"
+    return None
+
+
+def _has_comparable_scores(result: RunResult, study: Study) -> bool:
+    """True if a run's scores belong to a known adapter, and are comparable with the published ones."""
+    return result.is_comparable(study.first) and _adapter(result) is not None
+
+
+def _adapter(result: RunResult) -> str | None:
+    """Hash of the scored adapter."""
+    if result.evaluation:
+        return result.evaluation.settings.adapter_sha256
+    if result.run.adapter:
+        return result.run.adapter.sha256
+    return None
+
+
+def _changes(run: Run) -> Config:
+    """Changed settings with the run's values, except those that leave the recipe's meaning."""
+    return {change.key: change.run for change in run.from_origin if not _leaves_meaning(change)}
+
+
+def _leaves_meaning(change: Difference) -> bool:
+    """True for a seed, a tracker, a path of data, and the settings of GPUs and of recorded profiles."""
+    if change.source.kind == "gpus":
+        return True
+    if change.source.kind == "profile" and change.source.name in score_records.PROFILES:
+        return True
+    if change.key == "seed" or merging.TRACKING.match(change.key):
+        return True
+    return re.fullmatch(r"(test_)?datasets\b.*\.path", change.key) is not None
+
+
+def _cell_values(run: Run, study: Study) -> Config:
+    """Settings of the published grid point that a run repeats; empty if it repeats none."""
+    changes = _changes(run)
+    if not changes:
+        return {}
+    recipe = yamlfiles.read_yaml(paths.recipe_file(run.origin))
+    cell = study.cell(run.origin, recipe, changes)
+    return cell.values if cell else {}
+
+
+def _revision(provenance: Provenance) -> str | None:
+    """Commit of the project, with + for uncommitted changes; None outside a checkout."""
+    git = provenance.get("git")
+    if git is None:
+        return None
+    return f"{git['revision']}+" if git["dirty"] else git["revision"]
+
+
+def record_of_run(result: RunResult) -> Record:
+    """Create the record of a run.
+
+    Raises:
+        ValidationError: a value for the record is missing or invalid.
+    """
+    run = result.run
+    assert result.study
+    versions = run.provenance.get("packages", {})
+    content: Row = {
+        "made": _moment(result)[:10],
+        "of": run.origin,
+        "settings_sha256": score_records.settings_sha256(run.origin),
+        "config_sha256": run.digest,
+        "adapter_sha256": None,
+        "profiles": [name for name in run.profiles if name in score_records.PROFILES],
+        "revision": _revision(run.provenance),
+        "packages": {name: versions[name] for name in get_args(Package) if versions.get(name)},
+        "gpus": run.ranks,
+        "gpu": _gpu(run.provenance),
+        "scores": {},
+        "invalidated": None,
+        "outcome": _outcome(run),
+        "stage": "adapter",
+    }
+    if run.state == "finished":
+        content |= {"adapter_sha256": _adapter(result), "scores": _scores(result, result.study)}
+    if not run.published_adapter:
+        content |= {
+            "stage": "training",
+            "values": _cell_values(run, result.study),
+            "seed": TrainingSettings.of(result.config).seed,
+            "seconds": result.summary.train_seconds,
+            "peak_gib": result.summary.peak_memory,
+        }
+    return Record.model_validate(content)
+
+
+def _moment(result: RunResult) -> str:
+    """Time of the scoring; without one, of the end of the last launch, or of the run's creation."""
+    if result.evaluation:
+        return result.evaluation.made
+    launches = result.run.launches
+    if launches and launches[-1].ended:
+        return launches[-1].ended
+    return result.run.created
+
+
+def _gpu(provenance: Provenance) -> str:
+    """Name of the first GPU in gpus.yaml; for an unlisted one, its capability, such as sm_86."""
+    used = (provenance.get("gpus") or [{}])[0]
+    gpu = gpus.named(str(used.get("name")))
+    if gpu:
+        return gpu.name
+    return f"sm_{used.get('compute_capability')}".replace(".", "")
+
+
+def _outcome(run: Run) -> str:
+    """Outcome of a run: finished, failed or out of memory."""
+    if run.state == "failed" and run.launches and run.launches[-1].out_of_memory:
+        return "out of memory"
+    return run.state
+
+
+def _scores(result: RunResult, study: Study) -> dict[str, Score]:
+    """Scores by the study's metrics.
+
+    Scores from a scorer model that the study does not declare are left out.
+    """
+    records = result.evaluation.scores if result.evaluation else {}
+    scores = {}
+    for name, column in study.columns.items():
+        value = result.score(column)
+        if value is None or not by_declared_model(column, records):
+            continue
+        interval = records[name].interval if name in records else None
+        scores[name] = Score(value=value, interval=interval)
+    return scores
