@@ -59,26 +59,27 @@ def score_sides(sides: Sequence[RunDir | Path], metrics: Sequence[str] = ()) -> 
             "evaluate RUN --metric` for both runs"
         )
     scored: dict[RunDir | Path, ScoredRows] = {}
-    of_runs: dict[str, Column] = {}
+    run_columns: dict[str, Column] = {}
     for side in sides:
         if isinstance(side, RunDir):
             scored[side] = _score_run(side.path, requested)
-            of_runs |= scored[side].columns
+            run_columns |= scored[side].columns
     for side in sides:
         if isinstance(side, Path):
-            scored[side] = _score(read_rows(side), of_runs or requested or columns_of())
+            scored[side] = _score_rows(read_rows(side), run_columns or requested or columns_of())
             _report(side, about_file(side))
     return [scored[side] for side in sides]
 
 
 def _score_run(folder: Path, requested: dict[str, Column]) -> ScoredRows:
+    """Score the rows of a run; scores by a scorer model come from its evaluation."""
     rows = read_predictions(folder)
     evaluation = read_scores(folder)
     problem = changed(folder, evaluation)
     if evaluation is None or problem or (evaluation.settings.rows and not rows):
         raise UserError(f"{folder}: {problem or 'not evaluated'}; run `recipe evaluate {folder}` first")
     columns = evaluation.columns | requested
-    scored = _score(rows, columns)
+    scored = _score_rows(rows, columns)
     _report(folder, about_rows(evaluation))
     for name in declared_models(columns):
         scored.columns[name] = columns[name]
@@ -94,10 +95,10 @@ def _report(side: Path, note: str | None) -> None:
         say(f"{side}: {note}")
 
 
-def _score(rows: Sequence[Row], columns: dict[str, Column]) -> ScoredRows:
+def _score_rows(rows: Sequence[Row], columns: dict[str, Column]) -> ScoredRows:
     """Score rows with the row-level metrics that need no scorer model."""
-    of_rows = row_columns(columns)
-    return ScoredRows(with_scores(rows, of_rows, {}), of_rows)
+    columns = row_columns(columns)
+    return ScoredRows(with_scores(rows, columns, {}), columns)
 
 
 def pair(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row, Row]]:

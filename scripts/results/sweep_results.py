@@ -185,8 +185,8 @@ def _measured_rows(sweep: Sweep, runs: Path) -> list[SweepRow]:
     for _, group in itertools.groupby(sweep.members, key=lambda member: member.name):
         members = list(group)
         seeds = [member.seed for member in members if member.seed is not None]
-        of_members = [results[member.digest] for member in members if member.digest in results]
-        table.append(SweepRow(members[0], seeds, of_members, columns or of_recipe(sweep.recipe)))
+        member_runs = [results[member.digest] for member in members if member.digest in results]
+        table.append(SweepRow(members[0], seeds, member_runs, columns or of_recipe(sweep.recipe)))
     return table
 
 
@@ -206,7 +206,7 @@ def _compare_losses(table: Sequence[SweepRow]) -> None:
 
 
 def on_front(costs: Costs | None, all_costs: Sequence[Costs | None]) -> bool:
-    """True if no other costs are as low in both values."""
+    """True if no different costs are at most as high in both values."""
     if costs is None:
         return False
     for other in all_costs:
