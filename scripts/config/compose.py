@@ -155,7 +155,7 @@ class _Composition:
         sources: source of the last change of each key.
         files: the file of this source, if it is a file.
         sample: the rehearsal profile's keys for the shipped sample.
-        kept: the user's settings that a rehearsal keeps, by dotted key.
+        user_settings: settings merged after the rehearsal profile, which a rehearsal keeps, by dotted key.
         incompatible: see `Composed`.
     """
 
@@ -166,7 +166,7 @@ class _Composition:
     sources: dict[str, Source] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
     sample: Config = field(default_factory=dict)
-    kept: Config = field(default_factory=dict)
+    user_settings: Config = field(default_factory=dict)
     incompatible: Incompatible = field(default_factory=dict)
 
     @property
@@ -201,7 +201,7 @@ class _Composition:
             if name == REHEARSAL:
                 fragment = self._rehearsal_changes(fragment)
             elif self.sample:
-                self.kept |= dict(merging.flatten(fragment))
+                self.user_settings |= dict(merging.flatten(fragment))
             self._adopt_file(merging.merge(self.config, fragment), Source("profile", name), file)
 
     def apply_overrides(self) -> None:
@@ -209,7 +209,7 @@ class _Composition:
         for override in self.request.overrides:
             variants.check_not_of_the_run(override.key, f"--set {override.text}")
             self._adopt(merging.override(self.config, override.key, override.value), override.source)
-            self.kept |= dict(merging.flatten({override.key: override.value}))
+            self.user_settings |= dict(merging.flatten({override.key: override.value}))
 
     def drop_engine(self) -> None:
         """Remove the engine from a rehearsal in one process; keep missing files, which the check reports."""
@@ -227,7 +227,7 @@ class _Composition:
     def substitute(self) -> None:
         """Replace what a rehearsal cannot use."""
         if self.is_rehearsal:
-            for changes, reason in substitution.substitutions(self.config, self.sample, self.kept):
+            for changes, reason in substitution.substitutions(self.config, self.sample, self.user_settings):
                 self._adopt(merging.merge(self.config, changes), Source("rehearsal", detail=reason))
 
     def state_precision(self) -> None:
@@ -278,10 +278,10 @@ class _Composition:
         folders = {"stand_in": str(substitution.folder()), "sample": str(default_sample())}
         fragment = filled(fragment, folders) | {"bf16": hardware.cpu_has_bf16()}
         self.sample = {key: fragment.pop(key) for key in substitution.OF_SAMPLE}
-        kept = datafiles.missing_paths(self.config)  # the check reports a missing path
+        unchanged = datafiles.missing_paths(self.config)  # the check reports a missing path
         if models.is_small(self.config):
-            kept += substitution.OF_MODEL
-        return {key: value for key, value in fragment.items() if key not in kept}
+            unchanged += substitution.OF_MODEL
+        return {key: value for key, value in fragment.items() if key not in unchanged}
 
 
 def _mirrored(config: Config) -> Config:

@@ -38,7 +38,7 @@ class DataFile(BaseModel):
     rows: int | None = None  # None for formats other than JSON lines
 
     @classmethod
-    def of(cls, file: Path, rows: int | None = None) -> "DataFile":
+    def from_file(cls, file: Path, rows: int | None = None) -> "DataFile":
         """Record of an existing file."""
         return cls(path=str(file), sha256=sha256(file), bytes=file.stat().st_size, rows=rows)
 
@@ -95,9 +95,9 @@ def in_section(config: Config, section: Section) -> list[DatasetRef]:
     return [DatasetRef(section, i, entry) for i, entry in enumerate(entries) if isinstance(entry, dict)]
 
 
-def chat_options(composed: Config) -> str:
+def chat_options(config: Config) -> str:
     """Options that make `axolotl inference` use the training prompt; empty if Axolotl lacks them."""
-    types = {str(dataset.entry.get("type")) for dataset in training_sets(composed)}
+    types = {str(dataset.entry.get("type")) for dataset in training_sets(config)}
     return {"chat_template": "--chat", "alpaca": "--prompter AlpacaPrompter"}.get("".join(types), "")
 
 
@@ -108,22 +108,32 @@ def local_files(dataset: Config) -> list[Path]:
     `data_files` only if `path` is a folder or on a hub, and accepts patterns only in `data_files`
     (utils/data/shared.py).
     """
-    name = dataset.get("path")
-    listed = dataset.get("data_files") or []
-    if not isinstance(name, str) or not name or "\0" in name or "://" in name:
+    path = _local_path(dataset.get("path"))
+    if path is None:
         return []
-    path = Path(name)
     if not path.is_dir():
-        return [path] if path.is_file() or _looks_local(name) else []
-    if not listed:
+        return [path]
+    patterns = dataset.get("data_files") or []
+    if not patterns:
         return sorted(file for file in path.rglob("*") if file.is_file())
-    patterns = map(str, listed if isinstance(listed, list) else [listed])
-    return [
-        Path(file)
-        for pattern in patterns
-        if "://" not in pattern
-        for file in sorted(glob(pattern, recursive=True)) or [pattern]  # noqa: PTH207 (Path.glob refuses absolute patterns)
-    ]
+    if not isinstance(patterns, list):
+        patterns = [patterns]
+    files: list[Path] = []
+    for pattern in map(str, patterns):
+        if "://" not in pattern:
+            matching = sorted(glob(pattern, recursive=True))  # noqa: PTH207 (Path.glob refuses absolute patterns)
+            files += map(Path, matching or [pattern])
+    return files
+
+
+def _local_path(name: Any) -> Path | None:
+    """Path of a data set on this machine, existing or not; None for remote data."""
+    if not isinstance(name, str) or not name or "\0" in name or "://" in name:
+        return None
+    path = Path(name)
+    if path.exists() or _looks_local(name):
+        return path
+    return None
 
 
 def jsonl_files(dataset: Config) -> list[Path]:
@@ -136,11 +146,11 @@ def missing_files(dataset: Config) -> list[Path]:
     return [file for file in local_files(dataset) if not (file.is_file() or studies.prepare_commands(str(file)))]
 
 
-def missing_paths(composed: Config) -> list[str]:
+def missing_paths(config: Config) -> list[str]:
     """Keys that name a missing local file or folder beside data and models."""
     keys = []
     for key in ("deepspeed", "lora_model_dir", "resume_from_checkpoint"):
-        name = composed.get(key)
+        name = config.get(key)
         if not isinstance(name, str) or Path(name).exists() or studies.fetch_command(name):
             continue
         may_be_on_hub = key == "lora_model_dir" and name.count("/") == 1
@@ -157,18 +167,21 @@ def _looks_local(name: str) -> bool:
 
 
 _PROMPT = "Question: {instruction}\nAnswer: "
+
+
+def _prompted(question: str, answer: str) -> Config:
+    """Data set entry for rows with a question and an answer."""
+    return {"type": {"field_instruction": question, "field_output": answer, "no_input_format": _PROMPT}}
+
+
 _FORMS: list[tuple[set[str], Config]] = [
     ({"messages"}, {"type": "chat_template"}),
     ({"conversations"}, {"type": "chat_template", "field_messages": "conversations"}),
     ({"segments"}, {"type": "input_output"}),
     ({"instruction", "output"}, {"type": "alpaca"}),
-    *(
-        (
-            {question, answer},
-            {"type": {"field_instruction": question, "field_output": answer, "no_input_format": _PROMPT}},
-        )
-        for question, answer in (("question", "answer"), ("prompt", "completion"), ("prompt", "response"))
-    ),
+    ({"question", "answer"}, _prompted("question", "answer")),
+    ({"prompt", "completion"}, _prompted("prompt", "completion")),
+    ({"prompt", "response"}, _prompted("prompt", "response")),
     ({"text"}, {"type": "completion"}),
 ]
 """Forms of rows: the fields, and the data set entry with which Axolotl reads them."""
@@ -176,7 +189,7 @@ _FORMS: list[tuple[set[str], Config]] = [
 
 def form_of(fields: Collection[str]) -> Config | None:
     """Data set entry, without path, for rows with these fields; None for unknown fields."""
-    return next((entry for known, entry in _FORMS if known <= set(fields)), None)
+    return next((entry for required, entry in _FORMS if required <= set(fields)), None)
 
 
 def entry_for(file: Path) -> Config:
@@ -196,29 +209,34 @@ def entry_for(file: Path) -> Config:
         raise UserError(f"{file}: {problem}") from None
     entry = form_of(row)
     if entry is None:
-        known = "; ".join(" and ".join(sorted(fields)) for fields, _ in _FORMS)
-        own = f"[{{path: {file}, type: {{field_instruction: QUESTION, field_output: ANSWER}}}}]"
-        hint = f"known fields are {known}; for others replace --data by --set 'datasets={own}', with your fields"
+        forms = "; ".join(" and ".join(sorted(fields)) for fields, _ in _FORMS)
+        datasets = f"[{{path: {file}, type: {{field_instruction: QUESTION, field_output: ANSWER}}}}]"
+        hint = f"known fields are {forms}; for others replace --data by --set 'datasets={datasets}', with your fields"
         raise UserError(f"{file}: unknown fields {', '.join(row)}; {hint}")
-    turns = row.get("conversations")
-    first: Any = turns[0] if isinstance(turns, list) and turns else None
-    if "field_messages" in entry and isinstance(first, dict) and "from" in first:
+    if "field_messages" in entry and _is_sharegpt(row["conversations"]):
         entry = entry | {"message_property_mappings": {"role": "from", "content": "value"}}
     return {"path": str(file)} | entry
 
 
-def record(composed: Config) -> list[DataFile]:
+def _is_sharegpt(conversation: Any) -> bool:
+    """True if the turns have the fields from and value, instead of role and content."""
+    if not isinstance(conversation, list) or not conversation:
+        return False
+    return isinstance(conversation[0], dict) and "from" in conversation[0]
+
+
+def record(config: Config) -> list[DataFile]:
     """Local data files of a config, with hashes.
 
     Raises:
         UserError: a file does not exist.
     """
     files = {}
-    for dataset in datasets(composed):
+    for dataset in datasets(config):
         for path in local_files(dataset.entry):
             if not path.is_file():
                 raise UserError(f"{paths.shown(path)} does not exist", key=f"{dataset.key}.path")
-            files[path] = DataFile.of(path, count_rows(path) if path.suffix == ".jsonl" else None)
+            files[path] = DataFile.from_file(path, count_rows(path) if path.suffix == ".jsonl" else None)
     return list(files.values())
 
 
@@ -226,23 +244,31 @@ _NAME_FILES = ("base_model", "tokenizer_config", "lora_model_dir", "deepspeed", 
 _OF_MODELS = re.compile(r".*\.(json|jinja|model|txt)|adapter_model\..*")
 
 
-def named_files(composed: Config) -> list[DataFile]:
+def named_files(config: Config) -> list[DataFile]:
     """Local files other than data that a config names, with hashes.
 
     From a model's folder, this function lists settings, tokenizer, and an adapter's weights, but not the base weights.
     The rehearsal's stand-in, which is created on demand, is left out.
     """
     files: set[Path] = set()
-    for key, name in flatten(composed):
-        names_file = last_key(key) in _NAME_FILES and isinstance(name, str) and not set("{\n\0") & set(name)
-        if names_file and name and not Path(name).is_relative_to(paths.cache()):
-            files |= {Path(name), *(file for file in Path(name).glob("*") if _OF_MODELS.fullmatch(file.name))}
-    return [DataFile.of(file) for file in sorted(files) if file.is_file()]
+    for key, name in flatten(config):
+        if not _names_file(key, name) or Path(name).is_relative_to(paths.cache()):
+            continue
+        files.add(Path(name))
+        files.update(file for file in Path(name).glob("*") if _OF_MODELS.fullmatch(file.name))
+    return [DataFile.from_file(file) for file in sorted(files) if file.is_file()]
 
 
-def test_file(composed: Config, folder: Path = Path()) -> str | None:
+def _names_file(key: str, value: Any) -> bool:
+    """True if a setting can be the path of a file or folder."""
+    if last_key(key) not in _NAME_FILES or not isinstance(value, str):
+        return False
+    return bool(value) and not set("{\n\0") & set(value)
+
+
+def test_file(config: Config, folder: Path = Path()) -> str | None:
     """Path of test.jsonl beside the training file, relative to a folder; None if missing."""
-    for dataset in training_sets(composed)[:1]:
+    for dataset in training_sets(config)[:1]:
         test = Path(str(dataset.entry.get("path"))).with_name("test.jsonl")
         if (folder / test).is_file():
             return str(test)
@@ -254,8 +280,8 @@ def can_be_rehearsed(dataset: Config) -> bool:
 
     Axolotl loads a folder from `save_to_disk` only as a whole (axolotl/utils/data/shared.py)."""
     files = local_files(dataset)
-    whole = {"state.json", "dataset_dict.json"} & {file.name for file in files}
-    return bool(files) and not whole and all(file.is_file() for file in files)
+    saved = {"state.json", "dataset_dict.json"} & {file.name for file in files}
+    return bool(files) and not saved and all(file.is_file() for file in files)
 
 
 def at_most(dataset: DatasetRef, rows: int) -> Config:
@@ -287,27 +313,35 @@ def _count_rows(path: Path, mtime_ns: int, size: int) -> int:
         return sum(1 for line in stream if line.strip())
 
 
-def training_steps(composed: Config, gpus: int = 1) -> int | None:
+def training_steps(config: Config, gpus: int = 1) -> int | None:
     """Number of optimizer steps of a config; None if unknown, see `TrainingSettings.steps`."""
-    return TrainingSettings.of(composed).steps(training_rows(composed), gpus)
+    return TrainingSettings.of(config).steps(training_rows(config), gpus)
 
 
-def training_rows(composed: Config) -> int | None:
-    """Number of training rows; None unless each data set is one local JSONL file of complete rows.
+def training_rows(config: Config) -> int | None:
+    """Number of training rows; None if there are none, or if a data set's rows cannot be counted."""
+    rows = 0
+    for dataset in training_sets(config):
+        count = _complete_rows(dataset.entry)
+        if count is None:
+            return None
+        rows += count
+    if rows == 0:
+        return None
+    return TrainingSettings.of(config).rows_left(rows)
+
+
+def _complete_rows(dataset: Config) -> int | None:
+    """Number of a data set's rows; None unless it is one local JSONL file of complete rows.
 
     Axolotl splits rows of the type completion into pieces."""
-    rows = 0
-    for dataset in training_sets(composed):
-        entry = dataset.entry
-        files = jsonl_files(entry)
-        first = first_rows(entry)
-        is_part = (
-            entry.get("shards")
-            or entry.get("weight")
-            or entry.get("type") == "completion"
-            or (first is None and entry.get("split", "train") != "train")
-        )
-        if len(files) != 1 or is_part:
-            return None
-        rows += min(count_rows(files[0]), sys.maxsize if first is None else first)
-    return TrainingSettings.of(composed).rows_left(rows) if rows else None
+    files, first = jsonl_files(dataset), first_rows(dataset)
+    if len(files) != 1 or dataset.get("type") == "completion":
+        return None
+    if dataset.get("shards") or dataset.get("weight"):
+        return None
+    if first is not None:
+        return min(count_rows(files[0]), first)
+    if dataset.get("split", "train") != "train":
+        return None
+    return count_rows(files[0])

@@ -81,9 +81,9 @@ def here() -> Gpu | None:
         return None
     gpu = Gpu(first["name"], _capability(first["compute_capability"]), first["memory_gib"])
     listed = named(gpu.name) or gpu
-    same_size = math.isclose(listed.memory or 0, first["memory_gib"], rel_tol=0.15)  # some GPUs are sold in two sizes
-    # the nominal memory, because plans subtract the part that torch cannot use
-    return replace(gpu, memory=listed.memory if same_size else gpu.memory, tflops=listed.tflops)
+    if math.isclose(listed.memory or 0, first["memory_gib"], rel_tol=0.15):  # some GPUs are sold in two sizes
+        gpu = replace(gpu, memory=listed.memory)  # nominal, because plans subtract the part that torch cannot use
+    return replace(gpu, tflops=listed.tflops)
 
 
 def named(name: str) -> Gpu | None:
@@ -108,12 +108,16 @@ def deepspeed_of(config: Any) -> Config:
 
     If the file is missing or damaged, stage and offloading are taken from its name, such as zero3.
     """
-    named = config.get("deepspeed") or {}
-    if not isinstance(named, str):
-        return named
-    stage = next((stage for stage in (3, 2, 1) if f"zero{stage}" in named.lower()), 2)
-    offload = {"offload_param": {"device": "cpu"}} if "offload" in named else {}
-    return read_json(Path(named)) or {"zero_optimization": {"stage": stage} | offload}
+    settings = config.get("deepspeed") or {}
+    if not isinstance(settings, str):
+        return settings
+    content = read_json(Path(settings))
+    if content:
+        return content
+    stage = next((stage for stage in (3, 2, 1) if f"zero{stage}" in settings.lower()), 2)
+    if "offload" in settings:
+        return {"zero_optimization": {"stage": stage, "offload_param": {"device": "cpu"}}}
+    return {"zero_optimization": {"stage": stage}}
 
 
 def engine_of(config: Any) -> str:

@@ -59,73 +59,82 @@ def catalogue() -> Config:
     return yamlfiles.read_yaml(paths.TEMPLATES / "models.yaml")
 
 
-def find(composed: Config) -> Model:
+def find(config: Config) -> Model:
     """Find facts about a config's base model, in local files or models.yaml."""
-    name = composed.get("base_model")
+    name = config.get("base_model")
     if not isinstance(name, str) or "\0" in name:
         return Model()
-    entry = entry_of(name)
+    entry, folder = entry_of(name), folder_of(config)
     sizes = entry.get("config") or {}
-    special_tokens = entry.get("special_tokens")
-    folder = folder_of(composed)
+    model = Model(
+        gated=entry.get("gated"), special_tokens=entry.get("special_tokens"), pad_token=entry.get("own_pad_token")
+    )
+    if entry:
+        model.chat = entry.get("chat", False)
+    if Path(name).is_dir():
+        model.gated = False
     if folder:
         sizes = sizes | read_json(folder / "config.json")
-        special_tokens = _special_tokens(folder) or special_tokens
-    return Model(
-        gated=False if Path(name).is_dir() else entry.get("gated"),
-        weights_here=folder is not None and any(any(folder.glob(f"*{suffix}")) for suffix in WEIGHTS),
-        tokenizer_here=folder is not None and (folder / "config.json").is_file() and any(folder.glob("tokenizer*")),
-        context=sizes.get("max_position_embeddings"),
-        layers=sizes.get("num_hidden_layers"),
-        linear=LAYERS.get(str(sizes.get("model_type"))),
-        special_tokens=special_tokens,
-        pad_token=token(folder, "pad_token") or entry.get("own_pad_token"),
-        chat=entry.get("chat", False) if entry else None,
-        chat_template=chat_template(folder),
-    )
+        model.weights_here = any(file.suffix in WEIGHTS for file in folder.iterdir())
+        model.tokenizer_here = (folder / "config.json").is_file() and any(folder.glob("tokenizer*"))
+        model.special_tokens = _special_tokens(folder) or model.special_tokens
+        model.pad_token = token(folder, "pad_token") or model.pad_token
+        model.chat_template = chat_template(folder)
+    model.context = sizes.get("max_position_embeddings")
+    model.layers = sizes.get("num_hidden_layers")
+    model.linear = LAYERS.get(str(sizes.get("model_type")))
+    return model
 
 
-def architecture(composed: Config, download: bool = True) -> Config:
+def architecture(config: Config, download: bool = True) -> Config:
     """Content of the base model's config.json, at the revision in the config.
 
     Sources in order: a local model folder; models.yaml, if the config names no other revision; the hub's cache; the
     hub, for at most 10 s. If no source has the revision, the entry in models.yaml is used for it.
 
     Args:
-        composed: the config.
+        config: the config.
         download: also ask the hub.
 
     Raises:
         UserError: no source has the file, or the file lacks model_type.
     """
-    name = composed.get("base_model")
+    name = config.get("base_model")
     if not isinstance(name, str) or not name or "\0" in name:
         raise UserError("not set", key="base_model", remedy="name a model")
-    wanted = revision(composed)
-    entry = entry_of(name)
-    listed: Config = entry.get("config") or {}
-    whole = set(NEEDED) <= listed.keys()
-    file = Path(name) / "config.json"
-    if not Path(name).is_dir():
-        if whole and wanted in (None, entry.get("revision")):
-            return dict(listed)
-        try:
-            file = _config_file(name, wanted, download)
-        except Exception as error:  # raised by the hub, by the network, or for an invalid name
-            if whole:
-                return dict(listed)
-            problem = f"the config.json of {name} is not available: {hub.reason(error)}{similar(name)}"
-            raise UserError(problem, key="base_model") from None
+    if Path(name).is_dir():
+        return _read_architecture(Path(name) / "config.json")
+    listed: Config = dict(entry_of(name).get("config") or {})
+    is_complete = set(NEEDED) <= listed.keys()
+    if is_complete and _is_listed(name, revision(config)):
+        return listed
+    try:
+        file = _config_file(name, revision(config), download)
+    except Exception as error:  # raised by the hub, by the network, or for an invalid name
+        if is_complete:
+            return listed
+        problem = f"the config.json of {name} is not available: {hub.reason(error)}{similar(name)}"
+        raise UserError(problem, key="base_model") from None
+    return _read_architecture(file)
+
+
+def _read_architecture(file: Path) -> Config:
     content = read_json(file)
     if "model_type" not in content:
         raise UserError(f"{file} is missing, is not JSON, or lacks model_type", key="base_model")
     return content
 
 
-def architecture_here(composed: Config) -> Config:
+def _is_listed(name: str, revision: Any) -> bool:
+    """True if models.yaml lists a model at a revision."""
+    entry = entry_of(name)
+    return bool(entry) and revision in (None, entry.get("revision"))
+
+
+def architecture_here(config: Config) -> Config:
     """Content of config.json without asking the hub; empty if not found."""
     with suppress(UserError):
-        return architecture(composed, download=False)
+        return architecture(config, download=False)
     return {}
 
 
@@ -138,12 +147,20 @@ def renamed(targets: list[str], layers: tuple[str, ...]) -> list[str]:
         targets: the names of the layers.
         layers: the names of the other family's layers, as in LAYERS.
     """
-    whole = {part: name for name, parts in FUSED.items() if name in layers for part in parts}
-    found: list[str] = []
-    for name in targets:
-        parts = [part for part in FUSED.get(name, ()) if part in layers]
-        found += [name] if name in layers else parts or [whole.get(name, name)]
-    return list(dict.fromkeys(found))
+    names: list[str] = []
+    for target in targets:
+        names += _counterparts(target, layers)
+    return list(dict.fromkeys(names))
+
+
+def _counterparts(target: str, layers: tuple[str, ...]) -> list[str]:
+    """Layers of another family that compute what one layer computes; the layer itself if there are none."""
+    if target in layers:
+        return [target]
+    for fused, parts in FUSED.items():
+        if target in parts and fused in layers:
+            return [fused]
+    return [part for part in FUSED.get(target, ()) if part in layers] or [target]
 
 
 def _config_file(name: str, revision: Any, download: bool) -> Path:
@@ -188,24 +205,24 @@ def similar(name: str) -> str:
     return "" if entry_of(name) else did_you_mean(name, catalogue())
 
 
-def folder_of(composed: Config) -> Path | None:
+def folder_of(config: Config) -> Path | None:
     """Folder of a config's base model, local or in the hub's cache; None if missing."""
-    name = str(composed.get("base_model"))
-    return Path(name) if Path(name).is_dir() else _in_hub_cache(name, revision(composed))
+    name = str(config.get("base_model"))
+    return Path(name) if Path(name).is_dir() else _in_hub_cache(name, revision(config))
 
 
-def revision(composed: Config) -> Any:
+def revision(config: Config) -> Any:
     """Revision of a config's base model; None for the default."""
-    return composed.get("revision_of_model") or composed.get("model_revision")  # model_revision is deprecated
+    return config.get("revision_of_model") or config.get("model_revision")  # model_revision is deprecated
 
 
 SMALL = 2**30
 """Maximum size of weights in a rehearsal, in bytes: half a billion parameters in 16 bits."""
 
 
-def is_small(composed: Config) -> bool:
+def is_small(config: Config) -> bool:
     """True if a local base model is unquantized, and small enough for a CPU."""
-    folder = folder_of(composed)
+    folder = folder_of(config)
     if not folder:
         return False
     content = read_json(folder / "config.json")
@@ -233,10 +250,11 @@ class ModelFiles:
     def find(cls, name: str, revision: Any, ask_hub: bool) -> "ModelFiles":
         """Files on this machine; else on the hub, unless models.yaml lists the model at this revision."""
         folder = folder_of({"base_model": name, "revision_of_model": revision}) or Path(name)
-        names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
-        here = Path(name).is_dir() or is_path(name) or any(file.endswith(WEIGHTS) for file in names)
-        listed = entry_of(name) and revision in (None, entry_of(name).get("revision"))
-        if here or listed or not ask_hub or hub.is_offline():
+        names = []
+        if folder.is_dir():
+            names = [file.name for file in folder.iterdir()]
+        is_local = Path(name).is_dir() or is_path(name) or any(file.endswith(WEIGHTS) for file in names)
+        if is_local or _is_listed(name, revision) or not ask_hub or hub.is_offline():
             return cls(names, lambda file: (folder / file).read_bytes())
         return cls(hub.files(name, revision), lambda file: hub.content(name, file, revision))
 
@@ -271,43 +289,55 @@ DEFAULT_TOKENS = {"Qwen2Tokenizer": {"pad_token": "<|endoftext|>"}, "GemmaTokeni
 """Default tokens of tokenizer classes in transformers."""
 
 
-def token(folder: Path | None, name: str) -> str | None:
+def token(folder: Path, name: str) -> str | None:
     """A tokenizer's token by name, such as pad_token; None if missing.
 
     special_tokens_map.json is read only if transformers would read it (tokenization_utils_base.py, _from_pretrained).
     """
-    settings = read_json(folder / "tokenizer_config.json") if folder else {}
-    if folder and "added_tokens_decoder" not in settings:
+    settings = read_json(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in settings:
         settings |= read_json(folder / "special_tokens_map.json")
     kind = str(settings.get("tokenizer_class")).removesuffix("Fast")
-    named = settings.get(name, DEFAULT_TOKENS.get(kind, {}).get(name))
-    content = named.get("content") if isinstance(named, dict) else named
+    content = settings.get(name, DEFAULT_TOKENS.get(kind, {}).get(name))
+    if isinstance(content, dict):
+        content = content.get("content")
     return content if isinstance(content, str) else None
 
 
 def read_template(written: str) -> str:
     """Text of a chat template, given as text or as a file name, as in Axolotl."""
-    is_file = len(written) < 1000 and Path(written).is_file()
-    return yamlfiles.read_text(Path(written)) if is_file else written
+    if len(written) < 1000 and Path(written).is_file():
+        return yamlfiles.read_text(Path(written))
+    return written
 
 
-def chat_template(folder: Path | None) -> str | None:
+def chat_template(folder: Path) -> str | None:
     """Chat template in a model's folder, from a template file or tokenizer_config.json."""
-    if not folder:
-        return None
-    if (file := folder / "chat_template.jinja").is_file():
+    file = folder / "chat_template.jinja"
+    if file.is_file():
         return file.read_text(encoding="utf-8", errors="replace")
-    named = read_json(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(named, list):
-        named = {str(one.get("name")): one.get("template") for one in named if isinstance(one, dict)}.get("default")
-    return named if isinstance(named, str) else None
+    template = read_json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):
+        template = _default_template(template)
+    return template if isinstance(template, str) else None
+
+
+def _default_template(templates: list[Any]) -> Any:
+    """Template called default among several; None if there is none."""
+    default = None
+    for template in templates:
+        if isinstance(template, dict) and template.get("name") == "default":
+            default = template.get("template")
+    return default
 
 
 def _special_tokens(folder: Path) -> str | None:
     """A regular expression for the special tokens in tokenizer.json; None if it has none."""
-    added = read_json(folder / "tokenizer.json").get("added_tokens") or ()
-    special = [token for token in added if isinstance(token, dict) and token.get("special")]
-    return "|".join(re.escape(str(token["content"])) for token in special if token.get("content")) or None
+    patterns = []
+    for token in read_json(folder / "tokenizer.json").get("added_tokens") or ():
+        if isinstance(token, dict) and token.get("special") and token.get("content"):
+            patterns.append(re.escape(str(token["content"])))
+    return "|".join(patterns) or None
 
 
 def _in_hub_cache(name: str, revision: Any) -> Path | None:

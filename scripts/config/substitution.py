@@ -38,15 +38,15 @@ OF_MODEL = (  # keys of the profile about the base model; ignored if a rehearsal
 _MOST_ROWS: dict[datafiles.Section, int] = {"datasets": 32, "test_datasets": 8}  # so that a rehearsal takes minutes
 
 
-def substitutions(config: Config, sample: Config, kept: Config) -> Iterator[tuple[Config, str]]:
+def substitutions(config: Config, sample: Config, user_settings: Config) -> Iterator[tuple[Config, str]]:
     """Changes to the config of a rehearsal, each with a reason.
 
     Args:
         config: the config.
         sample: settings of the shipped sample: the keys in `OF_SAMPLE`, with the profile's values.
-        kept: the user's changes merged after the profile, by dotted key; a rehearsal keeps these.
+        user_settings: the user's changes merged after the profile, by dotted key; a rehearsal keeps these.
     """
-    rehearsal = _Rehearsal(config, sample, kept)
+    rehearsal = _Rehearsal(config, sample, user_settings)
     yield from rehearsal.context()
     yield from rehearsal.rows("datasets")
     yield from rehearsal.rows("test_datasets")
@@ -74,12 +74,12 @@ class _Rehearsal:
 
     config: Config
     sample: Config
-    kept: Config
+    user_settings: Config
 
     def context(self) -> Iterator[tuple[Config, str]]:
         """Shorten rows to the context of the stand-in."""
         length = self.config.get("sequence_len")
-        if not stands_in(self.config) or "sequence_len" in self.kept:
+        if not stands_in(self.config) or "sequence_len" in self.user_settings:
             return
         if isinstance(length, int) and length > CONTEXT:
             yield {"sequence_len": CONTEXT}, "the context of the stand-in model"
@@ -89,7 +89,7 @@ class _Rehearsal:
 
         Missing files stay, because the check reports them."""
         datasets = datafiles.in_section(self.config, section)
-        if section in self.kept or any(datafiles.missing_files(dataset.entry) for dataset in datasets):
+        if section in self.user_settings or any(datafiles.missing_files(dataset.entry) for dataset in datasets):
             return
         local = [dataset for dataset in datasets if datafiles.can_be_rehearsed(dataset.entry)]
         if local:
@@ -100,7 +100,7 @@ class _Rehearsal:
             yield from self._sample_rows(section, datasets)
 
     def _first_rows(self, dataset: DatasetRef, rows: int) -> Config:
-        if f"{dataset.key}.split" in self.kept:
+        if f"{dataset.key}.split" in self.user_settings:
             return dataset.entry
         return datafiles.at_most(dataset, rows)
 
@@ -110,9 +110,9 @@ class _Rehearsal:
         reason = f"rows of the shipped sample, because {names} cannot be loaded in part on this machine"
         entries = _with_sample_rows(datasets, self.sample[section])
         for i, entry in enumerate(entries):
-            entry["split"] = self.kept.get(f"{section}.{i}.split", entry["split"])
+            entry["split"] = self.user_settings.get(f"{section}.{i}.split", entry["split"])
         yield {section: entries}, reason
-        if section == "datasets" and "sequence_len" not in self.kept:
+        if section == "datasets" and "sequence_len" not in self.user_settings:
             length = max(length_of(Path(entry["path"])) for entry in entries)
             if isinstance(self.config.get("sequence_len"), int):
                 length = min(length, self.config["sequence_len"])
@@ -141,7 +141,7 @@ class _Rehearsal:
 
     def padding(self) -> Iterator[tuple[Config, str]]:
         """Turn off padding to the full length, which Axolotl needs only for packed rows."""
-        if "pad_to_sequence_len" in self.kept or self.config.get("sample_packing"):
+        if "pad_to_sequence_len" in self.user_settings or self.config.get("sample_packing"):
             return
         if self.config.get("pad_to_sequence_len"):
             yield {"pad_to_sequence_len": False}, "padding takes time and changes no result"
@@ -156,7 +156,7 @@ class _Rehearsal:
         """Replace numbers of steps by shares."""
         for key, instead in _OF_STEPS.items():
             count = self.config.get(key)
-            if key not in self.kept and isinstance(count, int) and count > 0:
+            if key not in self.user_settings and isinstance(count, int) and count > 0:
                 yield instead, "the few rows determine the number of steps"
 
 

@@ -1,12 +1,11 @@
 """Variants: the recipe that a config derives from."""
 
 import re
-from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
+from ..base.files import Row
 from ..base.secrets import without_secrets
 from .merging import OF_THE_RUN, differences, top_key
 
@@ -19,13 +18,19 @@ def check_not_of_the_run(key: str, where: str) -> None:
         )
 
 
-_NAMED = re.compile(r"# (?:\S+: a variant of (\S+)|(\S+): .*)")
+_ORIGINAL = re.compile(r"# (?:\S+: a variant of (\S+)|(\S+): .*)")
 
 
 def ancestors(file: Path) -> list[str]:
     """Originals of a variant or copy, nearest first, as listed in its header comments."""
-    header = takewhile(lambda line: not line or line.startswith("#"), yamlfiles.read_text(file).splitlines())
-    return [named[1] or named[2] for line in header if (named := _NAMED.fullmatch(line))]
+    originals = []
+    for line in yamlfiles.read_text(file).splitlines():
+        if line and not line.startswith("#"):
+            break
+        match = _ORIGINAL.fullmatch(line)
+        if match:
+            originals.append(match[1] or match[2])
+    return originals
 
 
 def origin_of(name: str, file: Path) -> str | None:
@@ -37,33 +42,45 @@ def origin_of(name: str, file: Path) -> str | None:
 def parent_of(name: str, file: Path) -> str | None:
     """The recipe from which a variant derives directly; None if it has no parent."""
     if name in paths.recipe_names():
-        from ..data import studies
-
-        of_study = studies.usable_study_of(name)
-        return of_study.variants[name].of if of_study and name in of_study.variants else None
+        return _declared_parent(name)
     existing = {*paths.recipe_names(), *paths.variant_names()}
-    return next((of for of in ancestors(file) if of != name and (of in existing or Path(of).is_file())), None)
+    for original in ancestors(file):
+        if original != name and (original in existing or Path(original).is_file()):
+            return original
+    return None
 
 
-def recipe_diff(a: str, b: str | None) -> list[dict[str, Any]]:
-    """Table rows of keys in which two recipes differ; `OF_THE_RUN` is ignored.
+def _declared_parent(recipe: str) -> str | None:
+    """The recipe of which a shipped recipe is a variant, in its study.yaml; None if it is not a variant."""
+    from ..data import studies
 
-    Args:
-        a: a recipe's name or file.
-        b: another recipe; by default the parent of the first.
+    study = studies.usable_study_of(recipe)
+    if study is None or recipe not in study.variants:
+        return None
+    return study.variants[recipe].of
+
+
+def diff_from_parent(name: str) -> list[Row]:
+    """Table rows of keys in which a variant differs from its parent, see `recipe_diff`.
 
     Raises:
-        UserError: a recipe does not exist, or the second is omitted and the first has no parent.
+        UserError: the recipe does not exist, or has no parent.
     """
-    if b is None:
-        above = parent_of(*paths.find_recipe(a))
-        if above is None:
-            raise UserError(f"{a}: not a variant of another recipe; give a second recipe")
-        return recipe_diff(above, a)
+    parent = parent_of(*paths.find_recipe(name))
+    if parent is None:
+        raise UserError(f"{name}: not a variant of another recipe; give a second recipe")
+    return recipe_diff(parent, name)
+
+
+def recipe_diff(a: str, b: str) -> list[Row]:
+    """Table rows of keys in which two recipes or files differ; `OF_THE_RUN` is ignored.
+
+    Raises:
+        UserError: a recipe does not exist.
+    """
     first, second = (yamlfiles.read_yaml(paths.find_recipe(name)[1]) for name in (a, b))
-    differing = differences(first, second).items()
-    return [
-        {"key": key, a: without_secrets(left, key), b: without_secrets(right, key)}
-        for key, (left, right) in differing
-        if key not in OF_THE_RUN
-    ]
+    rows = []
+    for key, (left, right) in differences(first, second).items():
+        if key not in OF_THE_RUN:
+            rows.append({"key": key, a: without_secrets(left, key), b: without_secrets(right, key)})
+    return rows

@@ -167,7 +167,7 @@ def diff_verb(
     """Compare two recipes or configs, key by key."""
     from ..config import variants
 
-    rows = variants.recipe_diff(a, b)
+    rows = variants.recipe_diff(a, b) if b else variants.diff_from_parent(a)
     if json:
         tables.print_json(rows)
     elif rows:

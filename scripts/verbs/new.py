@@ -51,19 +51,19 @@ def new_verb(
     overrides = set_
     if data:
         overrides = [*new.for_data(from_, data), *set_]
-    changes, notes, other = overrides, list[str](), None
+    other = new.SAME_MODEL
     if model:
         other = new.for_model(from_, model)
-        changes, notes = [*other.overrides, *overrides], other.not_known
-    composed = compose.compose(compose.Request(from_, overrides=changes))
+    composed = compose.compose(compose.Request(from_, overrides=[*other.overrides, *overrides]))
     report = check.check_config(composed, data=data is not None)
     _refuse_errors(report)
     print(new.write(name, from_, overrides, other))
+    for note in other.notes:
+        say(note)
     if data:
         unread: list[str] = next((read["unread_fields"] for read in report.data), [])
-        notes = [*notes, *new.reasons(composed.config, set_, unread)]
-    for note in notes:
-        say(note)
+        for reason in new.reasons(composed.config, set_, unread):
+            say(reason)
     if not model and "base_model" in [override.key for override in overrides]:
         say("revision, special tokens, layers and comments are still those of the former model; --model replaces them")
     next_step("check", name)

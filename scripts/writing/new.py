@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import dropwhile
 from pathlib import Path
 from typing import Any
@@ -49,19 +49,23 @@ class OtherModel:
     """A new base model for a recipe.
 
     Attributes:
-        about: facts about the model.
         changes: the changes by top-level key.
-        not_known: lines about unknown facts, and about chat templates kept from the recipe.
+        header: lines about the model for the variant's header.
+        notes: lines about unknown facts, and about chat templates that stay those of the recipe.
     """
 
-    about: ModelFacts
-    changes: dict[str, Change]
-    not_known: list[str]
+    changes: dict[str, Change] = field(default_factory=dict)
+    header: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def overrides(self) -> list[Override]:
         """The changes as overrides."""
         return [Override(key, change.value) for key, change in self.changes.items()]
+
+
+SAME_MODEL = OtherModel()
+"""No new base model."""
 
 
 def for_model(base: str, name: str) -> OtherModel:
@@ -82,27 +86,55 @@ def for_model(base: str, name: str) -> OtherModel:
         raise UserError(f"--model {name}: {base} has this model already; name another model")
     entry = models.entry_of(name)
     folder = models.folder_of({"base_model": name, "revision_of_model": entry.get("revision")})
-    about = describe(entry, name, folder)
+    facts = describe(entry, name, folder)
+    other = OtherModel(_model_changes(recipe, name, facts), [f"# Model     {facts.title}: {facts.about}"])
+    foreign = _foreign_templates(recipe)
+    if "chat_template" in foreign and (entry.get("chat") or (folder and models.chat_template(folder))):
+        other.changes["chat_template"] = Change("tokenizer_default", "the model's template")
+        del foreign["chat_template"]
+    if facts.unknown:
+        unknown = ", ".join(facts.unknown)
+        other.header.append(f"# Not known {unknown}")
+        other.notes.append(f"not known about {name}: {unknown}")
+        if folder is None:
+            pinned = f" --revision {facts.revision}" if facts.revision else ""
+            fetch = f"for more facts run `hf download {name}{pinned} --include '*.json'` and try again"
+            other.notes[0] += f"; {fetch}{models.similar(name)}"
+    for key, template in foreign.items():
+        other.notes.append(f"{key} stays {template}: check that it suits the model")
+    return other
+
+
+def _model_changes(recipe: Config, name: str, facts: ModelFacts) -> dict[str, Change]:
+    """Changes of a recipe's keys for another base model, except for chat templates."""
     changes = {
         "base_model": Change(name, "chosen by --model"),
-        "revision_of_model": Change(about.revision, about.revision_reason),
-        "special_tokens": Change(None, about.pad_reason),
+        "revision_of_model": Change(facts.revision, facts.revision_reason),
+        "special_tokens": Change(None, facts.pad_reason),
     }
-    if about.pad_token:
-        changes["special_tokens"] = Change({"pad_token": about.pad_token}, f"{SPECIAL_TOKENS}; {about.pad_reason}")
-    changes |= {key: Change(None, "valid only for the former model") for key in _OF_ONE_MODEL if key in recipe}
+    if facts.pad_token:
+        changes["special_tokens"] = Change({"pad_token": facts.pad_token}, f"{SPECIAL_TOKENS}; {facts.pad_reason}")
+    for key in _OF_ONE_MODEL:
+        if key in recipe:
+            changes[key] = Change(None, "valid only for the former model")
     targets = recipe.get("lora_target_modules")
-    if isinstance(targets, list) and (renamed := about.targets(targets)) != targets:
-        changes["lora_target_modules"] = Change(renamed)
-    if about.soft_caps and recipe.get("attn_implementation") == "sdpa":
-        changes["attn_implementation"] = Change("eager", about.soft_caps)
-    lines = _chat_templates(recipe, folder, entry, changes)
-    if about.unknown:
-        pinned = f" --revision {about.revision}" if about.revision else ""
-        fetch = f"for more facts run `hf download {name}{pinned} --include '*.json'` and try again"
-        hint = "" if folder else f"; {fetch}{models.similar(name)}"
-        lines.insert(0, f"not known about {name}: {', '.join(about.unknown)}{hint}")
-    return OtherModel(about, changes, lines)
+    if isinstance(targets, list) and facts.targets(targets) != targets:
+        changes["lora_target_modules"] = Change(facts.targets(targets))
+    if facts.soft_caps and recipe.get("attn_implementation") == "sdpa":
+        changes["attn_implementation"] = Change("eager", facts.soft_caps)
+    return changes
+
+
+def _foreign_templates(recipe: Config) -> dict[str, str]:
+    """Chat templates of a recipe, by dotted key, that may not suit another model."""
+    templates = {"chat_template": recipe.get("chat_template")}
+    for dataset in datafiles.datasets(recipe):
+        templates[f"{dataset.key}.chat_template"] = dataset.entry.get("chat_template")
+    foreign = {}
+    for key, template in templates.items():
+        if template and not str(template).startswith(("tokenizer_default", "jinja")):
+            foreign[key] = str(template)
+    return foreign
 
 
 def for_data(base: str, file: Path) -> list[Override]:
@@ -113,26 +145,29 @@ def for_data(base: str, file: Path) -> list[Override]:
     """
     recipe = yamlfiles.read_yaml(paths.find_recipe(base)[1])
     entry = datafiles.entry_for(file)
-    changes: Config = {"datasets": [entry]}
+    overrides = [Override("datasets", [entry])]
     if entry["type"] != "chat_template":
-        changes |= {key: None for key in ("chat_template", "chat_template_jinja") if key in recipe}
+        for key in ("chat_template", "chat_template_jinja"):
+            if key in recipe:
+                overrides.append(Override(key, None))
     elif not recipe.get("chat_template"):
-        changes["chat_template"] = "tokenizer_default"
+        overrides.append(Override("chat_template", "tokenizer_default"))
     if not recipe.get("val_set_size"):
-        changes |= {"test_datasets": None} if recipe.get("test_datasets") else {}
-        changes["val_set_size"] = HELD_OUT
-    return [Override(key, value) for key, value in changes.items()]
+        if recipe.get("test_datasets"):
+            overrides.append(Override("test_datasets", None))
+        overrides.append(Override("val_set_size", HELD_OUT))
+    return overrides
 
 
-def reasons(composed: Config, overrides: Iterable[Override], unread: list[str]) -> list[str]:
+def reasons(config: Config, overrides: Iterable[Override], unread: list[str]) -> list[str]:
     """Give the reasons for those settings of a variant that the user's rows require, one per line.
 
     Settings named in `overrides` are not explained. The last line lists text fields that are not read.
     """
-    entry = {key: value for key, value in composed["datasets"][0].items() if key != "path"}
+    entry = {key: value for key, value in config["datasets"][0].items() if key != "path"}
     lines = {
         "datasets": f"rows: {yamlfiles.write_flow(entry)[1:-1]}, because of their fields; --set changes it",
-        "val_set_size": f"held out: val_set_size {composed['val_set_size']}, for the eval loss and `recipe evaluate`; "
+        "val_set_size": f"held out: val_set_size {config['val_set_size']}, for the eval loss and `recipe evaluate`; "
         "--set val_set_size=20 holds out 20 rows",
     }
     overridden = {merging.top_key(override.key) for override in overrides}
@@ -141,21 +176,7 @@ def reasons(composed: Config, overrides: Iterable[Override], unread: list[str]) 
     return [line for key, line in lines.items() if key not in overridden]
 
 
-def _chat_templates(recipe: Config, folder: Path | None, entry: Config, changes: dict[str, Change]) -> list[str]:
-    """Use the tokenizer's chat template if it has one; return lines about kept templates."""
-    named = {"chat_template": recipe.get("chat_template")}
-    for dataset in datafiles.datasets(recipe):
-        named[f"{dataset.key}.chat_template"] = dataset.entry.get("chat_template")
-    foreign = {
-        key: name for key, name in named.items() if name and not str(name).startswith(("tokenizer_default", "jinja"))
-    }
-    if "chat_template" in foreign and (entry.get("chat") or models.chat_template(folder)):
-        changes["chat_template"] = Change("tokenizer_default", "the model's template")
-        del foreign["chat_template"]
-    return [f"{key} stays {name}: check that it suits the model" for key, name in foreign.items()]
-
-
-def write(name: str, base: str, overrides: list[Override], other: OtherModel | None = None) -> Path:
+def write(name: str, base: str, overrides: list[Override], other: OtherModel = SAME_MODEL) -> Path:
     """Write a variant of a recipe or file to variants/<name>.yaml.
 
     Args:
@@ -167,63 +188,78 @@ def write(name: str, base: str, overrides: list[Override], other: OtherModel | N
     Raises:
         UserError: the name is taken or invalid, or a key cannot be changed.
     """
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name) or name.endswith((".yaml", ".yml")):
-        raise UserError(f"{name}: not a name for a variant; use letters, digits, -, _ and folders, as in my-ideas/wide")
-    file = paths.VARIANTS / f"{name}.yaml"
-    if name in paths.recipe_names() or file.exists():
-        hint = f", or delete {paths.shown(file)}" if file.exists() else ""
-        raise UserError(f"{name}: a recipe has this name; choose another{hint}")
+    file = _free_file(name)
     base_name, base_file = paths.find_recipe(base)
     if base_name not in (*paths.recipe_names(), *paths.variant_names()):
         base_name = paths.shown(base_file)
     text = yamlfiles.read_text(base_file)
-    recipe = yamlfiles.parse(text, str(base_file))
-    changes = dict(other.changes) if other else {}
-    for override in overrides:
-        key, value = override.key, override.value
-        top = merging.top_key(key)
-        if other and top == "base_model":
-            raise UserError("--set base_model: --model sets the model already; give only one")
-        if top in changes and changes[top].source:
-            below = merging.override({top: changes[top].value}, key, value).get(top)
-            changes[top] = Change(below, "chosen by --set")
-        else:
-            changes[key] = Change(value, "your rows" if key == "datasets" else None)
-    if "output_dir" in recipe:  # so that plain Axolotl does not overwrite the base recipe's output
-        changes["output_dir"] = Change(f"outputs/{name}")
+    changes = _merged_changes(overrides, other)
+    if "output_dir" in yamlfiles.parse(text, str(base_file)):
+        changes["output_dir"] = Change(f"outputs/{name}")  # plain Axolotl keeps the base recipe's output
     text = "".join(dropwhile(lambda line: line.startswith("#"), text.splitlines(keepends=True)))
-    if other:
+    if other.changes:
         text = _ABSENT.sub("", text)
     for key, change in changes.items():
-        text = edited(text, key, change.value, str(base_file), change.source)
+        text = edited(text, key, change, str(base_file))
     origin = variants.origin_of(base_name, base_file) or base_name
     schema = os.path.relpath(paths.RECIPES / "axolotl.schema.json", file.parent)
-    write_atomically(file, "\n".join(_header(name, base_name, origin, schema, other)) + "\n" + text)
+    lines = [f"# yaml-language-server: $schema={schema}", *_header(name, base_name, origin), *other.header]
+    write_atomically(file, "\n".join(lines) + "\n" + text)
     return file
 
 
-def _header(name: str, base: str, origin: str, schema: str, other: OtherModel | None) -> list[str]:
+def _free_file(name: str) -> Path:
+    """File for a new variant.
+
+    Raises:
+        UserError: the name is taken or invalid.
+    """
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name) or name.endswith((".yaml", ".yml")):
+        raise UserError(f"{name}: not a name for a variant; use letters, digits, -, _ and folders, as in my-ideas/wide")
+    file = paths.VARIANTS / f"{name}.yaml"
+    if file.exists():
+        raise UserError(f"{name}: a recipe has this name; choose another, or delete {paths.shown(file)}")
+    if name in paths.recipe_names():
+        raise UserError(f"{name}: a recipe has this name; choose another")
+    return file
+
+
+def _merged_changes(overrides: list[Override], other: OtherModel) -> dict[str, Change]:
+    """Changes for another model, and those of --set, which win.
+
+    Raises:
+        UserError: both set the model, or a key cannot be set.
+    """
+    changes = dict(other.changes)
+    for override in overrides:
+        top = merging.top_key(override.key)
+        if top == "base_model" and top in other.changes:
+            raise UserError("--set base_model: --model sets the model already; give only one")
+        if top in changes and changes[top].source:
+            value = merging.override({top: changes[top].value}, override.key, override.value).get(top)
+            changes[top] = Change(value, "chosen by --set")
+        elif override.key == "datasets":
+            changes["datasets"] = Change(override.value, "your rows")
+        else:
+            changes[override.key] = Change(override.value)
+    return changes
+
+
+def _header(name: str, base: str, origin: str) -> list[str]:
     """Header lines of a variant, from which `variants.ancestors` reads its originals.
 
     Args:
         name: the name of the variant.
         base: the complete name of the original.
         origin: the shipped recipe behind the original, or the original.
-        schema: path of the schema for code editors, relative to the variant.
-        other: the base model that replaces the original's.
     """
-    lines = [f"# yaml-language-server: $schema={schema}", f"# {name}: a variant of {base}"]
+    lines = [f"# {name}: a variant of {base}"]
     if origin != base:
         lines.append(f"# {base}: a variant of {origin}")
-    lines += ["#", f"# Changes   recipe diff {name} lists them; changed lines state the former value"]
-    if other:
-        lines.append(f"# Model     {other.about.title}: {other.about.about}")
-        if other.about.unknown:
-            lines.append(f"# Not known {', '.join(other.about.unknown)}")
-    return lines
+    return [*lines, "#", f"# Changes   recipe diff {name} lists them; changed lines state the former value"]
 
 
-def edited(text: str, key: str, value: Any, where: str, source: str | None = None) -> str:
+def edited(text: str, key: str, change: Change, where: str) -> str:
     """Set or delete a dotted key in a config's text, and note the change in a comment.
 
     The lines of the top-level key become one line, whose comment gives the former value. Comments between them go.
@@ -231,15 +267,14 @@ def edited(text: str, key: str, value: Any, where: str, source: str | None = Non
     Args:
         text: the text.
         key: the key.
-        value: the new value; None deletes the key.
+        change: the change.
         where: the name of the text in messages.
-        source: source of the new value, or the reason for deleting the key; by default the former comment.
 
     Raises:
         UserError: `merging.override` cannot set the key, or the key's lines cannot be edited.
     """
     before = yamlfiles.parse(text, where)
-    after = merging.override(before, key, value)
+    after, source = merging.override(before, key, change.value), change.source
     if _is_same(before, after) and (source is None or key not in before):
         return text
     top = merging.top_key(key)
@@ -247,7 +282,8 @@ def edited(text: str, key: str, value: Any, where: str, source: str | None = Non
     lines = text.split("\n")
     first = end = _last_line(document, lines) + 1
     was = "not set"
-    if entry := yamlfiles.inside(document, top):
+    entry = yamlfiles.inside(document, top)
+    if entry:
         name, node = entry
         first = name.start_mark.line
         end = max(_last_line(node, lines), first) + 1  # an alias has the lines of its anchor, which come earlier

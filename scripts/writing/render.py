@@ -5,6 +5,7 @@ import os
 import re
 import traceback
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ README = "README.md"
 _SKELETON = ".txt"  # suffix of skeleton files, so that they do not count as templates or recipes
 _REQUIRED = ("title", "licence")  # facts that every recipe states about its model
 SPECIAL_TOKENS = "this project: the tokenizer names no padding token"
-_NOT_KNOWN = "not known whether the tokenizer names a padding token; if not, Axolotl pads with EOS"
 
 # Gemma 2 passes attn_logit_softcapping to its attention (transformers/models/gemma2/modeling_gemma2.py);
 # transformers/integrations/sdpa_attention.py ignores it.
@@ -68,56 +68,86 @@ def describe(entry: Config, name: str, folder: Path | None = None) -> ModelFacts
         name: the name on the hub, or the folder.
         folder: the folder with the model's files, which override the entry.
     """
-    sizes = dict(entry.get("config") or {}) | (read_json(folder / "config.json") if folder else {})
-    is_folder = Path(name).is_dir()
-    pad_token, pad_reason = _padding(entry, folder)
-    layers = models.LAYERS.get(str(sizes.get("model_type")))
-    facts = {
-        "licence": entry.get("licence"),
-        "whether it is gated": is_folder or entry.get("gated") is not None,
-        "revision": is_folder or entry.get("revision"),
-        "padding token": pad_reason != _NOT_KNOWN,
-        "special tokens": entry.get("special_tokens") or (folder and (folder / "tokenizer.json").is_file()),
-        "type and sizes": all(size in sizes for size in models.NEEDED),
-        "context": sizes.get("max_position_embeddings"),
-        "linear layers": layers,
-    }
-    unpinned = "a folder has none" if is_folder else "models.yaml lists no commit, so a run uses the newest"
-    return ModelFacts(
+    sizes = dict(entry.get("config") or {})
+    if folder:
+        sizes |= read_json(folder / "config.json")
+    padding = _padding(entry, folder)
+    facts = ModelFacts(
         title=str(entry.get("title", name)),
-        about=f"licence {entry.get('licence', 'not known')}, {_access(entry, is_folder)}",
+        about=f"licence {entry.get('licence', 'not known')}, {_access(entry, name)}",
         revision=entry.get("revision"),
-        revision_reason="this project: pinned" if entry.get("revision") else unpinned,
-        pad_token=pad_token,
-        pad_reason=pad_reason,
-        layers=layers,
-        soft_caps=_SOFT_CAPS if sizes.get("model_type") == "gemma2" else "",
-        unknown=[fact for fact, is_known in facts.items() if not is_known],
+        revision_reason=_revision_reason(entry, name),
+        pad_token=padding.token,
+        pad_reason=padding.reason,
+        layers=models.LAYERS.get(str(sizes.get("model_type"))),
+        soft_caps="",
     )
+    if sizes.get("model_type") == "gemma2":
+        facts.soft_caps = _SOFT_CAPS
+    is_known = {
+        "licence": entry.get("licence"),
+        "whether it is gated": entry.get("gated") is not None,
+        "revision": facts.revision,
+        "padding token": padding != _UNKNOWN_PADDING,
+        "special tokens": entry.get("special_tokens"),
+        "type and sizes": sizes.keys() >= set(models.NEEDED),
+        "context": sizes.get("max_position_embeddings"),
+        "linear layers": facts.layers,
+    }
+    if Path(name).is_dir():
+        is_known |= {"whether it is gated": True, "revision": True}
+    if folder and (folder / "tokenizer.json").is_file():
+        is_known["special tokens"] = True
+    facts.unknown = [fact for fact in is_known if not is_known[fact]]
+    return facts
 
 
-def _access(entry: Config, is_folder: bool) -> str:
-    if is_folder:
+def _access(entry: Config, name: str) -> str:
+    """Access to a model's weights, in words."""
+    if Path(name).is_dir():
         return "a folder on this machine"
-    if entry.get("gated"):
-        return f"gated: accept it on the hub and log in{', or use --profile mirror' if 'mirror' in entry else ''}"
-    return "not gated" if "gated" in entry else "not known whether it is gated"
+    if "gated" not in entry:
+        return "not known whether it is gated"
+    if not entry["gated"]:
+        return "not gated"
+    if "mirror" in entry:
+        return "gated: accept it on the hub and log in, or use --profile mirror"
+    return "gated: accept it on the hub and log in"
 
 
-def _padding(entry: Config, folder: Path | None) -> tuple[str | None, str]:
-    """Return the padding token for a recipe to set, or None, with the reason."""
+def _revision_reason(entry: Config, name: str) -> str:
+    if entry.get("revision"):
+        return "this project: pinned"
+    if Path(name).is_dir():
+        return "a folder has none"
+    return "models.yaml lists no commit, so a run uses the newest"
+
+
+@dataclass(frozen=True)
+class _Padding:
+    """Padding token for a recipe to set, or None, with the reason."""
+
+    token: str | None
+    reason: str
+
+
+_UNKNOWN_PADDING = _Padding(
+    None, "not known whether the tokenizer names a padding token; if not, Axolotl pads with EOS"
+)
+
+
+def _padding(entry: Config, folder: Path | None) -> _Padding:
+    """Choose the padding token of a model, from its tokenizer or its entry in models.yaml."""
+    token, eos = entry.get("own_pad_token"), None
     if folder and (folder / "tokenizer_config.json").is_file():
-        own = models.token(folder, "pad_token")
-    else:
-        folder, own = None, entry.get("own_pad_token")
-    if own:
-        return None, f"the tokenizer has a padding token, {own}"
+        token, eos = models.token(folder, "pad_token"), models.token(folder, "eos_token")
+    if token:
+        return _Padding(None, f"the tokenizer has a padding token, {token}")
     if "pad_token" in entry:
-        return str(entry["pad_token"]), str(entry.get("pad_reason", "the one in templates/models.yaml"))
-    if not folder:
-        return None, _NOT_KNOWN
-    eos = models.token(folder, "eos_token")
-    return (eos, "EOS, Axolotl's fallback; padding carries no label") if eos else (None, _NOT_KNOWN)
+        return _Padding(str(entry["pad_token"]), str(entry.get("pad_reason", "the one in templates/models.yaml")))
+    if eos:
+        return _Padding(eos, "EOS, Axolotl's fallback; padding carries no label")
+    return _UNKNOWN_PADDING
 
 
 def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
@@ -129,54 +159,94 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
     Raises:
         UserError: a template is broken or uses an undefined variable, or a record is invalid.
     """
-    jinja = template_environment(templates)
+    renderer = _Renderer(templates)
+    recipes = renderer.recipes()
+    files = {f"{recipe.name}.yaml": recipe.text for recipe in recipes}
+    if (templates / f"{README}.j2").is_file():
+        files[README] = renderer.readme(recipes)
+    return files
 
-    def text_of(template: str, **variables: Any) -> str:
+
+@dataclass(frozen=True)
+class _Recipe:
+    """A rendered recipe."""
+
+    name: str
+    text: str
+    content: Config
+
+
+@dataclass
+class _Renderer:
+    """Renders the templates of a folder."""
+
+    folder: Path
+
+    @cached_property
+    def _jinja(self) -> jinja2.Environment:
+        return template_environment(self.folder)
+
+    def recipes(self) -> list[_Recipe]:
+        recipes = []
+        for file in sorted(self.folder.rglob("*.yaml.j2")):
+            if not file.name.startswith("_"):
+                template = file.relative_to(self.folder).as_posix()
+                name = template.removesuffix(".yaml.j2")
+                text = self._text(template, name=name, facts=self._facts)
+                recipes.append(_Recipe(name, text, yamlfiles.parse(text, f"recipes/{name}.yaml")))
+        return recipes
+
+    def readme(self, recipes: list[_Recipe]) -> str:
+        """Text of README.md, with a table of recipes for each study."""
+        starts: list[Row] = []
+        by_study: dict[str, tuple[Study, list[Row]]] = {}
+        for recipe in recipes:
+            row = recipe.content | {"name": recipe.name}
+            study = studies.study_of(recipe.name)
+            if study:
+                by_study.setdefault(study.title, (study, []))[1].append(row)
+            elif recipe.name.startswith("start/"):
+                starts.append(row)
+        sections = [(study, rows, _statuses(study)) for study, rows in by_study.values()]
+        return self._text(f"{README}.j2", studies=sections, starts=starts)
+
+    def _text(self, template: str, **variables: Any) -> str:
         try:
-            return jinja.get_template(template).render(template=f"templates/{template}", **variables)
+            return self._jinja.get_template(template).render(template=f"templates/{template}", **variables)
         except UserError:
             raise
         except Exception as error:  # expressions in templates can raise any exception
-            raise UserError(f"{_where(error, templates, templates / template)}: {error}") from None
+            raise UserError(f"{_where(error, self.folder, self.folder / template)}: {error}") from None
 
-    listed = next(filter(Path.is_file, (templates / "models.yaml", paths.TEMPLATES / "models.yaml")))
-    models = yamlfiles.read_yaml(listed)
+    @cached_property
+    def _models_file(self) -> Path:
+        """Facts about models: the folder's, or else this project's."""
+        file = self.folder / "models.yaml"
+        return file if file.is_file() else paths.TEMPLATES / "models.yaml"
 
-    def facts(base_model: str) -> ModelFacts:
-        """Facts about a model from models.yaml.
+    @cached_property
+    def _models(self) -> Config:
+        return yamlfiles.read_yaml(self._models_file)
+
+    def _facts(self, base_model: str) -> ModelFacts:
+        """Facts about a model, for templates.
 
         Raises:
             UserError: the model has no entry, or the entry lacks a required fact.
         """
-        entry = models.get(base_model) or {}
-        if absent := [fact for fact in _REQUIRED if not entry.get(fact)]:
-            near = did_you_mean(base_model, models.keys() - {base_model})
-            raise UserError(f"{listed}: {base_model}: add its {' and '.join(absent)}{near}")
+        entry = self._models.get(base_model) or {}
+        absent = [fact for fact in _REQUIRED if not entry.get(fact)]
+        if absent:
+            near = did_you_mean(base_model, self._models.keys() - {base_model})
+            raise UserError(f"{self._models_file}: {base_model}: add its {' and '.join(absent)}{near}")
         return describe(entry, base_model)
 
-    recipes = {}
-    starts: list[Row] = []
-    by_study: dict[str, tuple[Study, list[Row]]] = {}
-    for file in sorted(templates.rglob("*.yaml.j2")):
-        if not file.name.startswith("_"):
-            template = file.relative_to(templates).as_posix()
-            name = template.removesuffix(".yaml.j2")
-            text = text_of(template, name=name, facts=facts)
-            recipes[f"{name}.yaml"] = text
-            recipe = yamlfiles.parse(text, f"recipes/{name}.yaml") | {"name": name}
-            if of_study := studies.study_of(name):
-                by_study.setdefault(of_study.title, (of_study, []))[1].append(recipe)
-            elif name.startswith("start/"):
-                starts.append(recipe)
-    if (templates / f"{README}.j2").is_file():
-        sections = []
-        for of_study, rows in by_study.values():
-            statuses = score_records.statuses(of_study, score_records.shipped_records(of_study))
-            label = of_study.first.label
-            numbers = {number.of: number for number in statuses if number.metric == label and not number.cell}
-            sections.append((of_study, rows, numbers))
-        recipes[README] = text_of(f"{README}.j2", studies=sections, starts=starts)
-    return recipes
+
+def _statuses(study: Study) -> dict[str, score_records.Status]:
+    """Status of a study's first metric, by recipe."""
+    statuses = score_records.statuses(study, score_records.shipped_records(study))
+    label = study.first.label
+    return {status.of: status for status in statuses if status.metric == label and not status.cell}
 
 
 def _where(error: Exception, templates: Path, file: Path) -> str:
@@ -204,10 +274,10 @@ def drift(files: dict[str, str], recipes: Path = paths.RECIPES) -> str:
 
 def orphans(files: dict[str, str], recipes: Path = paths.RECIPES) -> list[str]:
     """Messages about recipes on disk that no template renders."""
-    others = {*map(paths.recipe_file, paths.recipe_names())} - {recipes / name for name in files}
+    unrendered = {*map(paths.recipe_file, paths.recipe_names())} - {recipes / name for name in files}
     return [
         f"{paths.shown(file)}: no template renders this recipe; delete the file, or add its template"
-        for file in sorted(others)
+        for file in sorted(unrendered)
         if file.is_relative_to(recipes)
     ]
 
@@ -240,9 +310,9 @@ def write_study(name: str, base_model: str) -> list[Path]:
     if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", name):
         raise UserError(f"{name}: not a name for a study; use a-z, digits, -, _ and ., as in first-author-2026")
     recipes, templates = Path("recipes", name), Path("templates", name)
-    for there in (*(folder for folder in paths.studies() if folder.name == name), recipes, templates):
-        if there.exists():
-            raise UserError(f"{paths.shown(there)}: exists already; choose another name, or move it away")
+    for folder in (*(folder for folder in paths.studies() if folder.name == name), recipes, templates):
+        if folder.exists():
+            raise UserError(f"{paths.shown(folder)}: exists already; choose another name, or move it away")
     model = f"{base_model.rpartition('/')[2].lower()}-{name}"  # no shipped recipe has this short name
     words = {
         "{NAME}": name,
