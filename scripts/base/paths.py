@@ -131,6 +131,11 @@ def selected(words: Collection[str] | None) -> list[str]:
     return selection
 
 
+def study_name(recipe: str) -> str:
+    """Name of a recipe's study; of the recipe, if it belongs to no study."""
+    return recipe.partition("/")[0]
+
+
 def find_recipe(name: str) -> tuple[str, Path]:
     """Find a recipe or variant; return its name and file.
 

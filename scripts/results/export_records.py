@@ -49,7 +49,7 @@ def export_run(folder: RunDir) -> Path:
         fields = ", ".join(".".join(map(str, mistake["loc"])) for mistake in error.errors())
         problem = f"not exported: the run's record of {fields} is missing or invalid"
         raise UserError(problem, file=folder.path) from None
-    return _written(record, result.run.origin.partition("/")[0])
+    return _written(record, paths.study_name(result.run.origin))
 
 
 def export_predictions(study: Study, rows: Sequence[Row]) -> list[Path]:

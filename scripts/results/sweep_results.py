@@ -16,7 +16,7 @@ from ..evaluate import evaluation_rows
 from ..evaluate.scores_file import about_rows
 from ..metrics.metric import Column
 from ..study.pipeline import existing_runs
-from ..study.sweep import Sweep, SweepMember, of_recipe
+from ..study.sweep import Sweep, SweepMember, default_columns
 from ..training.run_record import Summary
 from . import repeats, run_result
 from .listing import REHEARSALS
@@ -186,7 +186,7 @@ def _measured_rows(sweep: Sweep, runs: Path) -> list[SweepRow]:
         members = list(group)
         seeds = [member.seed for member in members if member.seed is not None]
         member_runs = [results[member.digest] for member in members if member.digest in results]
-        table.append(SweepRow(members[0], seeds, member_runs, columns or of_recipe(sweep.recipe)))
+        table.append(SweepRow(members[0], seeds, member_runs, columns or default_columns(sweep.recipe)))
     return table
 
 

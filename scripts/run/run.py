@@ -6,7 +6,7 @@ writes the record; the other processes only start their node's ranks.
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..base import hardware, paths, yamlfiles
@@ -24,7 +24,7 @@ from .backends import Backend, Command, Task, TaskResult
 from .rundir import PLUGIN, RunDir, find_run, new_run, this_job
 
 
-def prepare(request: Request, backend: Backend) -> Composed:
+def compose_and_check(request: Request, backend: Backend) -> Composed:
     """Return the checked config of a run; print findings on stderr.
 
     Args:
@@ -34,7 +34,8 @@ def prepare(request: Request, backend: Backend) -> Composed:
     Raises:
         UserError: the request or the config is wrong.
     """
-    backend.check_size(1 if request.dry_run or is_rehearsal(request) else request.gpus, request.nodes)
+    uses_one_gpu = request.dry_run or is_rehearsal(request)
+    backend.check_size(1 if uses_one_gpu else request.gpus, request.nodes)
     gpu = backend.gpu()
     composed = compose(request, gpu)
     starts = not request.dry_run
@@ -46,23 +47,48 @@ def prepare(request: Request, backend: Backend) -> Composed:
             from ..plan import plan
 
             plan.add_memory_finding(report, gpu, request.ranks, trace=starts)
-    found = report.findings
-    for finding in found:
-        if not starts and finding.scope == "data":
-            finding.level = "note"  # a dry run only shows the config
-    for finding in refuse(backends.relevant(backend, found), request.force):
-        say(str(finding))
-    # Axolotl tokenizes rows now, rather than after a wait in the queue or after loading the model. On this machine,
-    # rehearsals and CPU training soon report the same errors, so they skip this unless they pack rows.
-    soon = backend.here and (composed.rehearsal or not gpu) and not composed.config.get("sample_packing")
-    if starts and not soon and check.has_tokenizer(composed):
-        rows = check.Report(composed.recipe, composed)
-        check.tokenize(rows, composed, request.ranks, most=check.SOME)
-        for finding in refuse(rows.findings):
-            say(str(finding))
+    if request.dry_run:
+        _note_data_findings(report)
+    _print(refuse(backends.relevant(backend, report.findings), request.force))
     if starts:
+        if not _rows_are_soon_tokenized(composed, backend):
+            _check_first_rows(composed, request)
         composed.data = datafiles.record(composed.config)
     return composed
+
+
+def _note_data_findings(report: check.Report) -> None:
+    """Turn findings about data into notes: a dry run only shows the config."""
+    for finding in report.findings:
+        if finding.scope == "data":
+            finding.level = "note"
+
+
+def _rows_are_soon_tokenized(composed: Composed, backend: Backend) -> bool:
+    """True if Axolotl reports errors in rows soon after the start: in rehearsals and CPU training on this machine.
+
+    Otherwise it reports them after a wait in the queue, or after loading the model; with packed rows, it takes longer.
+    """
+    if not backend.here or composed.config.get("sample_packing"):
+        return False
+    return composed.rehearsal or not backend.gpu()
+
+
+def _check_first_rows(composed: Composed, request: Request) -> None:
+    """Tokenize the first rows with Axolotl, and print the findings.
+
+    Raises:
+        UserError: rows have errors.
+    """
+    if check.has_tokenizer(composed):
+        report = check.Report(composed.recipe, composed)
+        check.tokenize(report, composed, request.ranks, most=check.SOME)
+        _print(refuse(report.findings))
+
+
+def _print(findings: Iterable[Finding]) -> None:
+    for finding in findings:
+        say(str(finding))
 
 
 def start(request: Request, backend: Backend) -> RunDir:
@@ -72,7 +98,7 @@ def start(request: Request, backend: Backend) -> RunDir:
         UserError: the request is wrong, or the backend refuses it; nothing was started.
         WorkFailed: Axolotl failed, or the run was interrupted.
     """
-    composed = prepare(request, backend)
+    composed = compose_and_check(request, backend)
     if not backend.here:
         task = Task(
             TaskResult(composed.recipe),
@@ -115,28 +141,31 @@ def resume(
     if record.state == "finished":
         say(f"{folder.path}: the run is finished")
         return folder
-    own = trust.is_own(folder, record)
-    _authorize(folder, record, force, own, trusted, backend.here)
+    is_own = trust.is_own(folder, record)
+    _authorize(folder, record, force, is_own or trusted, backend.here)
     if record.rehearsal and folder.config_file.is_file():
         substitution.restore(folder.config)
-    if not backend.here:  # on this machine, the run's lock shows whether it is running
-        current = backends.read(folder)
-        if reason := "the run is still running" if current.state == "running" else hindrance(folder, current):
-            raise UserError(f"{folder.path}: {reason}")
-        gpus_a_node = 0 if record.rehearsal else record.gpus_used
-        task = Task(TaskResult(record.recipe), lambda: [resume_command(folder)], gpus_a_node, record.nodes)
-        return backend.carry_out(task, record.recipe)
-    return _resume_here(folder, prepare_only, own)
+    if backend.here:
+        _resume_here(folder, prepare_only, is_own)
+        return folder
+    current = backends.read(folder)
+    if current.state == "running":  # on this machine, the run's lock shows it
+        raise UserError(f"{folder.path}: the run is still running")
+    if reason := hindrance(folder, current):
+        raise UserError(f"{folder.path}: {reason}")
+    gpus_a_node = 0 if record.rehearsal else record.gpus_used
+    task = Task(TaskResult(record.recipe), lambda: [resume_command(folder)], gpus_a_node, record.nodes)
+    return backend.carry_out(task, record.recipe)
 
 
-def _authorize(folder: RunDir, record: Run, force: Sequence[str], own: bool, trusted: bool, here: bool) -> None:
+def _authorize(folder: RunDir, record: Run, force: Sequence[str], is_trusted: bool, here: bool) -> None:
     """Raise UserError for an untrusted run of another user, or for a name in `force` that is no error on this machine.
 
     Record `force`. Sign the record with this user's key if it changed or belonged to another user.
     """
     if not folder.config_file.is_file():
         return  # `hindrance` gives the reason
-    if not (own or trusted):
+    if not is_trusted:
         raise UserError(
             f"{folder.path}: not created by you on this machine, or changed since; resuming it can run its author's "
             "code; if you trust the author, add --trust"
@@ -144,7 +173,9 @@ def _authorize(folder: RunDir, record: Run, force: Sequence[str], own: bool, tru
     if force and here:  # a job is checked on its own machine
         errors = {finding.name for finding in _findings(folder, record) if finding.level == "error"}
         unknown_force(force, errors.union(record.forced))
-    if (force or not own) and not this_job(os.environ):  # a job may lack the user's key
+    if this_job(os.environ):
+        return  # a job may lack the user's key
+    if force or not trust.is_own(folder, record):
         with folder.held():
             record = folder.read()  # a training may have just ended
             record.forced = [*record.forced, *force]
@@ -152,43 +183,49 @@ def _authorize(folder: RunDir, record: Run, force: Sequence[str], own: bool, tru
             folder.write(record)
 
 
-def _resume_here(folder: RunDir, prepare_only: bool, own: bool) -> RunDir:
-    if (record := folder.read()).nodes > 1 and os.environ.get("SLURM_NODEID", "0") != "0":
+def _resume_here(folder: RunDir, prepare_only: bool, is_own: bool) -> None:
+    """Resume a run on this machine, which may be one of its nodes."""
+    if folder.read().nodes > 1 and os.environ.get("SLURM_NODEID", "0") != "0":
         launch.follow(folder)
-        return folder
+        return
     with folder.held() as lock:
         record = folder.read()
-        jobs = {job.id for job in folder.jobs()}
-        if reason := hindrance(folder, record, alone=not jobs or this_job(os.environ) in jobs):
+        if reason := defect(folder, record) if _is_alone(folder) else hindrance(folder, record):
             raise UserError(f"{folder.path}: {reason}")
         if prepare_only:
             launch.preprocess(folder, record)
-            return folder
+            return
         if record.nodes > 1 and "SLURM_LAUNCH_NODE_IPADDR" not in os.environ:
             raise UserError(f"{folder.path}: the run needs {record.nodes} machines; resume it with --on slurm")
-        if not record.launches or not own:
+        if not record.launches or not is_own:
             _check_here(folder, record)
         checkpoint = folder.last_checkpoint()
         if record.launches:
             begin = checkpoint.name if checkpoint else "the beginning: it has no complete checkpoint"
             say(f"resume {folder.path} from {begin}")
         launch.train(folder, record, lock, checkpoint)
-    return folder
 
 
-def hindrance(folder: RunDir, record: Run, alone: bool = False) -> str | None:
-    """Reason why a run cannot be resumed, or None.
+def _is_alone(folder: RunDir) -> bool:
+    """True if a run has no jobs, or this process is one of them."""
+    jobs = {job.id for job in folder.jobs()}
+    return not jobs or this_job(os.environ) in jobs
 
-    Args:
-        alone: whether the run has no jobs, or this process is one of them.
-    """
-    job = None if alone else backends.job_state(folder, "run")
+
+def hindrance(folder: RunDir, record: Run) -> str | None:
+    """Reason why a run cannot be resumed, or None."""
+    job = backends.job_state(folder, "run")
     if job and job.kind != "unknown":
         return f"the run is {job}; cancel it first with `recipe cancel {folder.path}`"
+    return defect(folder, record)
+
+
+def defect(folder: RunDir, record: Run) -> str | None:
+    """Reason why a run cannot be resumed, apart from its jobs; or None."""
     if record.state == "finished":
         return f"the run is finished; evaluate it with `recipe evaluate {folder.path}`"
     if not folder.config_file.is_file():
-        return "the run ended before its config was written; start a new run with `recipe run`"
+        return f"{folder.config_file.name} is missing; restore it, or start a new run with `recipe run`"
     output = Path(record.cwd, str(folder.config.get("output_dir")))
     if output.resolve() != folder.output.resolve():
         return f"the run folder was moved, but its config still writes to {output}; move the folder back first"
@@ -224,13 +261,14 @@ def _check_here(folder: RunDir, record: Run) -> None:
         UserError: this machine cannot train the run; the run's state becomes failed.
     """
     try:
-        found = [each for each in _findings(folder, record) if each.scope != "code"]  # the user trusts the run's code
-        errors = {finding.name for finding in found if finding.level == "error"}
+        findings = [finding for finding in _findings(folder, record) if finding.scope != "code"]  # trusted by the user
+        errors = {finding.name for finding in findings if finding.level == "error"}
         # the other names overrode errors that this check does not report: about rows, code or another GPU
-        forced = [name for name in record.forced if name in errors]
-        refuse(found, forced)
-        if not record.rehearsal and record.gpus_used > max(visible := len(hardware.visible_gpus()), 1):
-            raise UserError(f"{folder.path}: the run needs {record.gpus_used} GPUs; {visible} available here")
+        refuse(findings, [name for name in record.forced if name in errors])
+        if not record.rehearsal:
+            available = len(hardware.visible_gpus())
+            if record.gpus_used > max(available, 1):
+                raise UserError(f"{folder.path}: the run needs {record.gpus_used} GPUs; {available} available here")
     except UserError:
         record.state = "failed"
         folder.write(record)
@@ -277,26 +315,28 @@ def record_of(composed: Composed, request: Request) -> Run:
         composed: the run's checked config.
         request: request from which the config was composed.
     """
-    return Run(
+    record = Run(
         recipe=composed.recipe,
-        variant_of=composed.origin if composed.origin != composed.recipe else None,
         recipe_file=str(composed.recipe_file),
         recipe_sha256=sha256(composed.recipe_file),
         digest=composed.digest,
         rehearsal=composed.rehearsal,
         profiles=composed.profiles,
-        overrides=[override.without_secrets() for override in request.overrides],
         forced=request.force,
         gpus_used=request.gpus,
         nodes=request.nodes,
-        differences=[difference.without_secrets() for difference in composed.differences],
-        of_variant=[difference.without_secrets() for difference in composed.of_variant],
         data=composed.data,
         named_files=datafiles.named_files(composed.config),
         test_data=datafiles.test_file(composed.config),
         cwd=str(Path.cwd()),
         provenance=collect(),
     )
+    if composed.origin != composed.recipe:
+        record.variant_of = composed.origin
+    record.overrides = [override.without_secrets() for override in request.overrides]
+    record.differences = [difference.without_secrets() for difference in composed.differences]
+    record.of_variant = [difference.without_secrets() for difference in composed.of_variant]
+    return record
 
 
 def launch_config(composed: Composed, folder: RunDir) -> Config:
@@ -305,12 +345,13 @@ def launch_config(composed: Composed, folder: RunDir) -> Config:
     Axolotl's own hash of prepared rows does not cover the data and some settings, so their folder's name has a hash
     that does. auto_resume_from_checkpoints is off, because Axolotl would also resume from a damaged checkpoint.
     """
-    return _with_tracker_names(composed, folder) | {
-        "output_dir": str(folder.output),
-        "dataset_prepared_path": str(paths.cache() / "prepared" / composed.rows_digest[:16]),
-        "plugins": [*(composed.config.get("plugins") or []), PLUGIN],
-        **({AUTO_RESUME: False} if composed.config.get(AUTO_RESUME) else {}),
-    }
+    config = _with_tracker_names(composed, folder)
+    config["output_dir"] = str(folder.output)
+    config["dataset_prepared_path"] = str(paths.cache() / "prepared" / composed.rows_digest[:16])
+    config["plugins"] = [*(config.get("plugins") or []), PLUGIN]
+    if config.get(AUTO_RESUME):
+        config[AUTO_RESUME] = False
+    return config
 
 
 def _with_tracker_names(composed: Composed, folder: RunDir) -> Config:
@@ -322,12 +363,16 @@ def _with_tracker_names(composed: Composed, folder: RunDir) -> Config:
     name, unless the user has set this variable.
     """
     runs = folder.runs(composed.recipe)
-    study = (composed.origin or composed.recipe).partition("/")[0]
+    study = paths.study_name(composed.origin or composed.recipe)
     values = {
         "project": f"{study}-rehearsal" if composed.rehearsal else study,
         "run": str(folder.path.relative_to(runs)).removeprefix(f"{study}/"),
         "runs": str(runs),
     }
-    trackers = {key: value for key, value in composed.config.items() if re.match("(wandb|mlflow|trackio)_", key)}
-    named = {key: text for key, value in trackers.items() if (text := filled(value, values)) != value}
-    return composed.config | {key: None if key.upper() in os.environ else text for key, text in named.items()}
+    config = dict(composed.config)
+    for key, value in composed.config.items():
+        if re.match("(wandb|mlflow|trackio)_", key):
+            text = filled(value, values)
+            if text != value:
+                config[key] = None if key.upper() in os.environ else text
+    return config

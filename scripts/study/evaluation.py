@@ -25,7 +25,7 @@ from ..evaluate.scores_file import ADAPTER, BASE, SERVER, Evaluation
 from ..run import backends, run
 from ..run.backends import Backend, Task, TaskResult
 from ..run.rundir import RunDir, find_run
-from ..training.run_record import FileState
+from ..training.run_record import FileState, Run
 from .pipeline import Pipeline, evaluation_command, existing_runs
 
 CONFIG = "adapter_config.json"
@@ -34,7 +34,7 @@ SUFFIXES = (".json", ".jinja", ".model", ".txt")
 """Suffixes of an adapter's and tokenizer's files, other than the weights."""
 
 
-def of_name(name: str, request: EvaluationRequest, backend: Backend) -> tuple[RunDir, Evaluation | RunDir]:
+def evaluate_by_name(name: str, request: EvaluationRequest, backend: Backend) -> tuple[RunDir, Evaluation | RunDir]:
     """Evaluate a run, or an external adapter with a recipe's settings; see `start`.
 
     An external adapter gets a run folder.
@@ -47,10 +47,10 @@ def of_name(name: str, request: EvaluationRequest, backend: Backend) -> tuple[Ru
     if request.adapter in (None, BASE) or not _is_recipe(name):
         folder = find_run(name, paths.runs())
         return folder, start(folder, request, backend)
-    adapter, label = located(str(request.adapter))
+    adapter, label = locate_adapter(str(request.adapter))
     asked = request_for(name, adapter, request.force)
-    composed = checked(asked, backend)
-    with run_of(composed, asked, adapter, label) as folder:
+    composed = compose_for_adapter(asked, backend)
+    with adapter_run(composed, asked, adapter, label) as folder:
         return folder, start(folder, replace(request, adapter=None), backend)
 
 
@@ -70,29 +70,35 @@ def start(folder: RunDir, request: EvaluationRequest, backend: Backend) -> Evalu
         UserError: the evaluation is already queued, or `EvaluationTask` or the backend refuses it. Nothing was started.
         WorkFailed: see `evaluate.evaluate`.
     """
+    if backend.here:
+        return evaluate.evaluate(folder, request)
     record = folder.read()
+    _check_before_queueing(folder, record, request)
     evaluation = evaluation_command(folder, request)
-    if not backend.here:
-        if not backends.job_state(folder, "run"):
-            task = EvaluationTask(folder, request)
-            if task.settings.engine != SERVER:  # perhaps only the cluster's nodes can reach the server
-                require(task.settings, None, on_gpu=not record.rehearsal)
-        elif request.data:  # before training ends, only these rows can be checked
-            cfg = folder.config
-            source = evaluation_rows.source_of_file(request.data, cfg, Path(record.cwd))
-            evaluation_rows.read_source(source, folder, record, cfg)
-        if job := backends.job_state(folder, "evaluate", evaluation.words):
-            raise UserError(
-                f"{folder.path}: this evaluation is already {job}; `recipe cancel {folder.path}` cancels all jobs of "
-                "the run"
-            )
-        gpus = 0 if record.rehearsal else 1
-        queued = Task(TaskResult(record.recipe), lambda: [evaluation], gpus, steps=["evaluate"])
-        return backend.carry_out(queued, record.recipe)
-    return evaluate.evaluate(folder, request)
+    if job := backends.job_state(folder, "evaluate", evaluation.words):
+        remedy = f"`recipe cancel {folder.path}` cancels all jobs of the run"
+        raise UserError(f"this evaluation is already {job}", file=folder.path, remedy=remedy)
+    gpus = 0 if record.rehearsal else 1
+    task = Task(TaskResult(record.recipe), lambda: [evaluation], gpus, steps=["evaluate"])
+    return backend.carry_out(task, record.recipe)
 
 
-def located(adapter: str) -> tuple[Path, str]:
+def _check_before_queueing(folder: RunDir, record: Run, request: EvaluationRequest) -> None:
+    """Check a requested evaluation as far as possible on this machine; before training ends, check only its rows.
+
+    Raises:
+        UserError: see `start`.
+    """
+    if not backends.job_state(folder, "run"):
+        task = EvaluationTask(folder, request)
+        if task.settings.engine != SERVER:  # perhaps only the cluster's nodes can reach the server
+            require(task.settings, None, on_gpu=not record.rehearsal)
+    elif request.data:
+        source = evaluation_rows.source_of_file(request.data, folder.config, Path(record.cwd))
+        evaluation_rows.read_source(source, folder, record, folder.config)
+
+
+def locate_adapter(adapter: str) -> tuple[Path, str]:
     """Return an adapter's folder and name; fetch the adapter if it is not local.
 
     Raises:
@@ -119,7 +125,7 @@ def located(adapter: str) -> tuple[Path, str]:
     return folder, name
 
 
-def as_peft(folder: Path, form: AdapterFormat) -> Path:
+def convert_to_peft(folder: Path, form: AdapterFormat) -> Path:
     """Convert a PEFT fork's adapter to PEFT's format in a subfolder; return the subfolder.
 
     Raises:
@@ -136,15 +142,16 @@ def as_peft(folder: Path, form: AdapterFormat) -> Path:
         ) from None
     weights = {}
     for name, tensor in theirs.items():
-        for part, own in form.names.items():
-            name = name.replace(part, own)
-        # PEFT stores magnitudes as vectors
-        weights[name] = (tensor.flatten() if "magnitude" in name else tensor).contiguous()
-    made = folder / "peft"
-    made.mkdir(exist_ok=True)
-    save_file(weights, made / ADAPTER)
-    write_json(made / CONFIG, read_json(folder / CONFIG) | form.config)
-    return made
+        for part, replacement in form.names.items():
+            name = name.replace(part, replacement)
+        if "magnitude" in name:
+            tensor = tensor.flatten()  # PEFT stores magnitudes as vectors
+        weights[name] = tensor.contiguous()
+    converted = folder / "peft"
+    converted.mkdir(exist_ok=True)
+    save_file(weights, converted / ADAPTER)
+    write_json(converted / CONFIG, read_json(folder / CONFIG) | form.config)
+    return converted
 
 
 def request_for(name: str, adapter: Path, force: Sequence[str]) -> Request:
@@ -152,16 +159,19 @@ def request_for(name: str, adapter: Path, force: Sequence[str]) -> Request:
 
     The base model is the recipe's model, an ungated copy of it, or a rehearsal's stand-in.
     """
-    base = str(read_json(adapter / CONFIG).get("base_model_name_or_path"))
-    own = yamlfiles.read_yaml(find_recipe(name)[1]).get("base_model")
-    rehearsal, copied = Path(base).name == substitution.folder().name, models.is_copy(base, own)
-    if not (rehearsal or copied):
-        say(f"{adapter}: trained on {base}, but evaluated with {own}, the base model of {name}")
-    return Request(name, [MIRROR] if copied and base != own else [], rehearse=rehearsal, force=[*force])
+    trained_on = str(read_json(adapter / CONFIG).get("base_model_name_or_path"))
+    base_model = yamlfiles.read_yaml(find_recipe(name)[1]).get("base_model")
+    request = Request(name, rehearse=Path(trained_on).name == substitution.folder().name, force=[*force])
+    if models.is_copy(trained_on, base_model):
+        if trained_on != base_model:
+            request.profiles = [MIRROR]
+    elif not request.rehearse:
+        say(f"{adapter}: trained on {trained_on}, but evaluated with {base_model}, the base model of {name}")
+    return request
 
 
-def checked(request: Request, backend: Backend) -> Composed:
-    """Return the checked config for evaluating an adapter, without lora_model_dir.
+def compose_for_adapter(request: Request, backend: Backend) -> Composed:
+    """Return the compose_for_adapter config for evaluating an adapter, without lora_model_dir.
 
     Raises:
         UserError: the config has errors, or this machine lacks the required GPU.
@@ -174,13 +184,13 @@ def checked(request: Request, backend: Backend) -> Composed:
 
 
 @contextmanager
-def run_of(composed: Composed, request: Request, adapter: Path, name: str) -> Iterator[RunDir]:
+def adapter_run(composed: Composed, request: Request, adapter: Path, name: str) -> Iterator[RunDir]:
     """Yield the run folder for an adapter and config; create it if it is missing.
 
     Args:
-        composed: the config, see `checked`.
+        composed: the config, see `compose_for_adapter`.
         request: request from which the config was composed.
-        adapter: folder of the adapter, see `located`.
+        adapter: folder of the adapter, see `locate_adapter`.
         name: name of the adapter. run.json records it, because this run did not train the adapter.
 
     Raises:

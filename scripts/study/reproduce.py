@@ -29,10 +29,22 @@ from ..evaluate.score import declared_models, scorer_models
 from ..metrics.registry import SCORER
 from ..plan import plan
 from ..plan.step_plan import GIB
+from ..run import backends
 from ..run.backends import DONE, Backend, TaskResult
+from ..run.rundir import all_runs, readable
 from . import published_predictions
-from .evaluation import as_peft, checked, located, run_of
+from .evaluation import adapter_run, compose_for_adapter, convert_to_peft, locate_adapter
 from .pipeline import Pipeline, require_known, require_scorer_models, seeds_of, validate_all
+from .sweep import recorded_sweeps
+
+
+def cancel(of_study: Study) -> list[str]:
+    """Ask the commands that reproduce or sweep a study to stop, or else its runs; return messages."""
+    name, runs = of_study.folder.name, paths.runs()
+    sweeps = [sweep for sweep in recorded_sweeps().values() if paths.study_name(sweep.recipe) == name]
+    if messages := backends.stop_holders([lock(name), *(sweep.lock(runs) for sweep in sweeps)]):
+        return messages
+    return backends.cancel(folder for folder, run in readable(all_runs(runs)) if paths.study_name(run.origin) == name)
 
 
 def selected_recipes(of_study: Study, only: Sequence[str]) -> list[str]:
@@ -383,13 +395,13 @@ def evaluate_adapters(
     for result, adapter in zip(results, adapters, strict=True):
         asked = request_for(request, result.recipe)
         try:
-            composed = checked(asked, backend)
+            composed = compose_for_adapter(asked, backend)
             folder = _fetch_adapter(of_study, result.recipe, composed)
         except (UserError, WorkFailed) as error:
             result.fail("check", str(error))
             continue
         try:
-            with run_of(composed, asked, folder, adapter) as run:
+            with adapter_run(composed, asked, folder, adapter) as run:
                 evaluate.evaluate(run, evaluation)
             result.run, result.steps["evaluate"] = run.path, DONE
         except (UserError, WorkFailed) as error:
@@ -419,8 +431,8 @@ def _fetch_adapter(of_study: Study, recipe: str, composed: Composed) -> Path:
         say(f"{recipe}: adapter not verified, because study.yaml lacks checksums for the files")
     folder = data.raw / published.adapter
     if published.adapter_format:
-        folder = as_peft(folder, published.adapter_format)
-    folder, _ = located(str(folder))
+        folder = convert_to_peft(folder, published.adapter_format)
+    folder, _ = locate_adapter(str(folder))
     return folder
 
 

@@ -28,8 +28,9 @@ from ..data.studies import Study
 from ..evaluate.evaluate import EvaluationRequest
 from ..evaluate.score import columns_of
 from ..metrics.metric import Column
+from ..run import backends
 from ..run.backends import SKIPPED, Backend, TaskResult
-from ..run.rundir import RunDir, find_run, is_run, run_names
+from ..run.rundir import RunDir, all_runs, find_run, is_run, readable, run_names
 from .pipeline import Pipeline, existing_runs, require_known, require_scorer_models, seeds_of, validate_all
 
 PAIRED = "_"
@@ -321,7 +322,7 @@ def _carry_out(
         for pipeline in fitting:
             pipeline.existing = existing[pipeline.result.recipe].get(pipeline.digest() or "")
         tasks = [pipeline.task() for pipeline in fitting]
-        require_scorer_models(tasks, of_recipe(first.recipe), evaluation, first.rehearsal)
+        require_scorer_models(tasks, default_columns(first.recipe), evaluation, first.rehearsal)
         backend.submit(tasks, first.name)
 
 
@@ -368,8 +369,17 @@ def _refuse_twins(pipelines: list[Pipeline]) -> None:
             raise UserError(f"{a.result.label} and {b.result.label} have the same config; remove one of them")
 
 
-def of_recipe(recipe: str) -> dict[str, Column]:
-    """Metrics of a recipe or variant."""
+def cancel(sweep: Sweep) -> list[str]:
+    """Ask the command that carries out a sweep to stop, or else its runs; return a message per process or job."""
+    runs = paths.runs()
+    if messages := backends.stop_holders([sweep.lock(runs)]):  # it would start the next run
+        return messages
+    digests = {member.digest for member in sweep.members}
+    return backends.cancel(folder for folder, run in readable(all_runs(runs / sweep.recipe)) if run.digest in digests)
+
+
+def default_columns(recipe: str) -> dict[str, Column]:
+    """Metrics of a recipe or variant, see `columns_of`."""
     file = file_of(recipe)
     return columns_of(variants.origin_of(recipe, file) if file else recipe)
 

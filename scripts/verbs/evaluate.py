@@ -88,10 +88,10 @@ def evaluate_verb(
 
         server.at(request.server)  # refuse a wrong address before anything is recorded
     backend = backend_of(on)
-    folder, evaluated = evaluation.of_name(run, request, backend)
+    folder, evaluated = evaluation.evaluate_by_name(run, request, backend)
     of_base = None
     if base:
-        _, of_base = evaluation.of_name(str(folder.path), replace(request, adapter=BASE), backend)
+        _, of_base = evaluation.evaluate_by_name(str(folder.path), replace(request, adapter=BASE), backend)
     if isinstance(evaluated, RunDir):
         print(evaluated.path)
         next_step("results", json=json)

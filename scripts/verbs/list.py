@@ -75,7 +75,7 @@ def _row(name: str, file: Path, studies: dict[str, yamlfiles.Config]) -> Row:
     origin, variant_of = name, None
     if paths.VARIANTS in file.parents:
         origin, variant_of = str(variants.origin_of(name, file)), variants.parent_of(name, file)
-    study = origin.partition("/")[0]
+    study = paths.study_name(origin)
     row: Row = {
         "recipe": name,
         "study": study if study in studies else None,

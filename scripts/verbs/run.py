@@ -56,7 +56,7 @@ def run_verb(
     )
     backend = backend_of(on, is_rehearsal(request))
     if dry_run:
-        composed = run.prepare(request, backend)
+        composed = run.compose_and_check(request, backend)
         own = yamlfiles.read_yaml(composed.recipe_file)  # print the recipe's own output folders, for plain Axolotl
         shown = composed.config | {key: own[key] for key in OF_THE_RUN if key in own}
         print(yamlfiles.write_yaml(without_secrets(shown)), end="")
@@ -94,11 +94,22 @@ def resume_verb(
 @verbs.command("cancel", cls=Verb, epilog="recipe cancel latest\nrecipe cancel lora-tradeoffs")
 def cancel_verb(names: Things) -> None:
     """Save a checkpoint and stop active jobs; remove queued ones."""
-    from ..study.cancel import cancel
-    from ..study.sweep import find_run_sweep_or_study
-
-    messages = [message for name in names for message in cancel(find_run_sweep_or_study(name))]
+    messages = []
+    for name in names:
+        messages += _cancel(name)
     if not messages:
         raise UserError(f"{', '.join(names)}: nothing is running or queued")
     for message in messages:
         print(message)
+
+
+def _cancel(name: str) -> list[str]:
+    """Ask a run, or the runs of a sweep or study, to stop; return a message per process or job."""
+    from ..run import backends
+    from ..run.rundir import RunDir
+    from ..study import reproduce, sweep
+
+    target = sweep.find_run_sweep_or_study(name)
+    if isinstance(target, RunDir):
+        return backends.cancel([target])
+    return sweep.cancel(target) if isinstance(target, sweep.Sweep) else reproduce.cancel(target)

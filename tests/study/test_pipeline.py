@@ -91,7 +91,7 @@ def test_what_axolotl_refuses_is_not_submitted(place, monkeypatch):
     assert result.steps == {"check": "failed"} and "[axolotl:early_stopping_patience]" in str(result.problem)
     monkeypatch.setattr(backend, "here", False)
     with pytest.raises(UserError, match=r"\[axolotl:early_stopping_patience\]"):
-        run.prepare(asked, backend)
+        run.compose_and_check(asked, backend)
 
 
 def test_the_former_run_of_a_config_is_the_newest_but_a_finished_one_before_others(tmp_path):

@@ -179,7 +179,9 @@ class Local:
 
         After a request to stop, running commands stop at a checkpoint, and no further command starts.
         """
-        waiting = deque((f"{n} of {len(tasks)}, {task.result.label}", task) for n, task in enumerate(tasks, start=1))
+        waiting: deque[tuple[str, Task]] = deque()
+        for number, task in enumerate(tasks, start=1):
+            waiting.append((f"{number} of {len(tasks)}, {task.result.label}", task))
         with stop_requests() as stops:
             passed_on = 0
             workers = [self._worker(device, waiting, stops) for device in self.devices]
@@ -226,13 +228,12 @@ class Local:
     def _start(self, command: Command, label: str, device: str | None) -> "subprocess.Popen[bytes]":
         log = self._log(command)
         say(f"{label}: {DOES[command.step]}{f'; log: {log}' if log else ''}")
+        environment = os.environ | {PART: "1"}
+        if device:
+            environment["CUDA_VISIBLE_DEVICES"] = device
+        recipe = str(Path(sys.executable).with_name("recipe"))
         with opened(log, "ab") if log else nullcontext() as stream:
-            return start_child(
-                [str(Path(sys.executable).with_name("recipe")), *command.words],
-                env=os.environ | {PART: "1"} | ({"CUDA_VISIBLE_DEVICES": device} if device else {}),
-                stdout=subprocess.DEVNULL,
-                stderr=stream,
-            )
+            return start_child([recipe, *command.words], env=environment, stdout=subprocess.DEVNULL, stderr=stream)
 
     def _log(self, command: Command) -> Path | None:
         """Log file of a command; None if it writes to the terminal."""
@@ -241,7 +242,22 @@ class Local:
 
 def stop_holders(locks: Iterable[Path]) -> list[str]:
     """Ask the local processes that hold any of these locks to stop; return messages."""
-    pids = dict.fromkeys(pid for lock in locks if (pid := processes.holder(lock)))
-    for pid in pids:
-        os.kill(pid, signal.SIGTERM)
+    pids: list[int] = []
+    for lock in locks:
+        pid = processes.holder(lock)
+        if pid and pid not in pids:
+            os.kill(pid, signal.SIGTERM)
+            pids.append(pid)
     return [f"process {pid} is asked to stop" for pid in pids]
+
+
+def cancel(folders: Iterable[RunDir]) -> list[str]:
+    """Ask runs to stop; return a message per process or job."""
+    from . import slurm_site
+
+    messages = []
+    for folder in folders:
+        # ask each run only once: a second request would stop training without a checkpoint
+        asked = slurm_site.cancel(folder.jobs()) or stop_holders(folder.path.rglob("*lock"))
+        messages += [f"{folder.path}: {message}" for message in asked]
+    return messages

@@ -104,24 +104,35 @@ class Slurm:
         return [commands[0].folder for _, commands in claimed if commands]
 
     def _queue(self, batch: "Batch", claimed: Sequence[tuple[TaskResult, list[Command]]]) -> None:
-        to_train: list[Command] = []
-        trained: list[Command] = []  # evaluations; each waits for the training with the same index in `to_train`
-        by_training: dict[str | None, list[Command]] = {}  # other evaluations, by id of the training job to wait for
+        trainings: list[Command] = []
+        evaluations: list[Command] = []  # each waits for the training with the same index
+        others: list[Command] = []  # evaluations whose training is not among these tasks
         for result, commands in claimed:
             by_step = {command.step: replace(command, result=result) for command in commands}
-            scoring = by_step.get("evaluate")
-            if "run" in by_step:
-                to_train.append(by_step["run"])
-                trained += [scoring] if scoring else []
-            elif scoring:
-                earlier = active([job for job in scoring.folder.jobs() if job.step == "run"])
-                by_training.setdefault(next(iter(earlier or ()), None), []).append(scoring)
-        preparing = {each.folder.prepared: replace(each, words=[*each.words, "--prepare"]) for each in to_train}
+            training, evaluation = by_step.get("run"), by_step.get("evaluate")
+            if training:
+                trainings.append(training)
+            if evaluation and training:
+                evaluations.append(evaluation)
+            elif evaluation:
+                others.append(evaluation)
+        preparing: dict[str, Command] = {}  # by folder of the prepared rows
+        for training in trainings:
+            preparing[training.folder.prepared] = replace(training, words=[*training.words, "--prepare"])
         prepared = batch.submit("prepare", list(preparing.values()))
-        trainings = batch.submit("run", to_train, f"afterany:{prepared}")  # training prepares missing rows itself
-        batch.submit("evaluate", trained, f"aftercorr:{trainings}")
-        for job, others in by_training.items():
-            batch.submit("evaluate", others, f"afterok:{job}" if job else None)
+        trained = batch.submit("run", trainings, f"afterany:{prepared}")  # training prepares missing rows itself
+        batch.submit("evaluate", evaluations, f"aftercorr:{trained}")
+        for job, commands in _by_training_job(others).items():
+            batch.submit("evaluate", commands, f"afterok:{job}" if job else None)
+
+
+def _by_training_job(evaluations: Sequence[Command]) -> dict[str | None, list[Command]]:
+    """Evaluations by id of the queued training job that they have to wait for; None if their training has ended."""
+    by_job: dict[str | None, list[Command]] = {}
+    for evaluation in evaluations:
+        queued = active([job for job in evaluation.folder.jobs() if job.step == "run"])
+        by_job.setdefault(next(iter(queued or ()), None), []).append(evaluation)
+    return by_job
 
 
 @dataclass
@@ -203,12 +214,6 @@ class Batch:
             tasks: commands of the tasks; empty if only the options are tested.
             count: number of tasks in the array.
         """
-        nodes = self.nodes if step == "run" else 1
-        prefix = self.site.prefix
-        recipe = f"{prefix} recipe" if prefix else shlex.quote(str(Path(sys.executable).with_name("recipe")))
-        if nodes > 1:
-            cores = "${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}"  # srun does not inherit this option
-            recipe = f"srun --nodes={nodes} --ntasks-per-node=1 --kill-on-bad-exit=1 {cores} {recipe}"
         jinja = template_environment(paths.TEMPLATES)
         jinja.filters["quote"] = lambda value: shlex.quote(str(value))
         return jinja.get_template("slurm.sh.j2").render(
@@ -219,33 +224,61 @@ class Batch:
             cwd=Path.cwd(),
             part=PART,
             tasks=tasks,
-            nodes=nodes,
-            launcher=recipe,
+            nodes=self._nodes(step),
+            launcher=self._launcher(step),
         )
+
+    def _launcher(self, step: Step) -> str:
+        """Shell command that starts `recipe` on each node of a step."""
+        if self.site.prefix:
+            recipe = f"{self.site.prefix} recipe"
+        else:
+            recipe = shlex.quote(str(Path(sys.executable).with_name("recipe")))
+        nodes = self._nodes(step)
+        if nodes == 1:
+            return recipe
+        cores = "${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}"  # srun does not inherit this option
+        return f"srun --nodes={nodes} --ntasks-per-node=1 --kill-on-bad-exit=1 {cores} {recipe}"
+
+    def _nodes(self, step: Step) -> int:
+        return self.nodes if step == "run" else 1
+
+    def _gpus(self, step: Step) -> int:
+        """GPUs per node: an evaluation uses one, and preparing rows none."""
+        if step == "run":
+            return self.gpus
+        return min(self.gpus, 1) if step == "evaluate" else 0
 
     def _options(self, step: Step, count: int) -> list[str]:
         """sbatch options for a step's array."""
-        gpus = {"run": self.gpus, "evaluate": min(self.gpus, 1)}.get(step, 0)
-        limit = f"%{self.jobs}" if self.jobs and step in ("run", "evaluate") else ""
-        own = self.site.options | self.site.of_step.get(step, {})
-        site = {key: value for key, value in own.items() if gpus or "{gpus}" not in value}
+        array = f"0-{count - 1}"
+        if self.jobs and step != "prepare":
+            array += f"%{self.jobs}"
         options = {
             "job-name": f"{self.title}-{step}",
             "output": str((self.folder or Path.cwd()) / "%x-%A_%a.log"),
             "open-mode": "append",
-            "array": f"0-{count - 1}{limit}",
-            "nodes": str(self.nodes if step == "run" else 1),
+            "array": array,
+            "nodes": str(self._nodes(step)),
             "ntasks-per-node": "1",
             "requeue": "",
             "signal": f"B:USR1@{GRACE}",
         }
-        asks_itself = site.keys() & {"gpus", "gpus-per-node", "gpus-per-task"} or "gpu" in site.get("gres", "")
-        if gpus and not asks_itself:
-            options["gres"] = ",".join(filter(None, (site.pop("gres", None), f"gpu:{gpus}")))
-        if not gpus and not asks_itself:  # sbatch refuses these options without a GPU
-            site = {key: value for key, value in site.items() if not key.endswith("-per-gpu")}
-        options |= {key: value.replace("{gpus}", str(gpus)) for key, value in site.items()}
+        options |= _site_options(self.site.options | self.site.of_step.get(step, {}), self._gpus(step))
         return [f"--{key}={value}" if value else f"--{key}" for key, value in options.items()]
+
+
+def _site_options(options: dict[str, str], gpus: int) -> dict[str, str]:
+    """Options of a site for jobs with a number of GPUs per node; request the GPUs, unless the options do."""
+    if not gpus:
+        options = {key: value for key, value in options.items() if "{gpus}" not in value}
+    requests_gpus = options.keys() & {"gpus", "gpus-per-node", "gpus-per-task"} or "gpu" in options.get("gres", "")
+    if gpus and not requests_gpus:
+        gres = [options["gres"]] if "gres" in options else []
+        options = options | {"gres": ",".join([*gres, f"gpu:{gpus}"])}
+    if not gpus and not requests_gpus:  # sbatch refuses these options without a GPU
+        options = {key: value for key, value in options.items() if not key.endswith("-per-gpu")}
+    return {key: value.replace("{gpus}", str(gpus)) for key, value in options.items()}
 
 
 def _new_folder(title: str) -> Path:

@@ -155,7 +155,8 @@ def forget_queue() -> None:
 def _state(job: str, state: str, reason: str) -> JobState:
     if state in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED"):
         return JobState("running", "" if state == "RUNNING" else state.lower(), job)
-    return JobState("queued", "" if reason in ("None", "Dependency") else reason, job)
+    is_informative = reason not in ("None", "Dependency")  # another program's text
+    return JobState("queued", reason if is_informative else "", job)
 
 
 def ask(*command: str, script: str = "") -> str:
