@@ -41,9 +41,14 @@ class Report:
 
     def data_table(self) -> list[Row]:
         """A row for each data set, with size, lengths and padding."""
-        apart = ("key", "files", "unread_fields")
-        shown = [{name.replace("_", " "): read[name] for name in read if name not in apart} for read in self.data]
-        return [{"data": ", ".join(read["files"])} | row for read, row in zip(self.data, shown, strict=True)]
+        rows = []
+        for measures in self.data:
+            row = {"data": ", ".join(measures["files"])}
+            for name, value in measures.items():
+                if name not in ("key", "files", "unread_fields"):
+                    row[name.replace("_", " ")] = value
+            rows.append(row)
+        return rows
 
     def count(self, level: str) -> int:
         """Number of findings of a level."""
@@ -91,19 +96,20 @@ def check_request(
 
 def tokenize_all(report: Report, ranks: int = 1) -> None:
     """Tokenize the readable rows of a checked config, unless errors in the config or a missing tokenizer prevent it."""
-    composed = report.composed
-    errors = [finding for finding in report.findings if finding.level == "error"]
-    if any(finding.scope in ("code", "step") for finding in errors):
-        report.skip("skipped tokenizing the rows, because of errors; correct them, then check again")
-    elif composed and report.data:
-        if not has_tokenizer(composed):
-            remedy = "`recipe check --data --rehearse --set datasets.0.split=train[:1000]` takes a small model's"
-            report.skip(f"skipped tokenizing the rows: no tokenizer on this machine; {remedy}", "base_model")
+    for finding in report.findings:
+        if finding.level == "error" and finding.scope in ("code", "step"):
+            report.skip("skipped tokenizing the rows, because of errors; correct them, then check again")
             return
-        try:
-            tokenize(report, composed, ranks)
-        except UserError as error:
-            report.add([_unreadable(report.name, error)])
+    if report.composed is None or not report.data:
+        return
+    if not has_tokenizer(report.composed):
+        remedy = "`recipe check --data --rehearse --set datasets.0.split=train[:1000]` takes a small model's"
+        report.skip(f"skipped tokenizing the rows: no tokenizer on this machine; {remedy}", "base_model")
+        return
+    try:
+        tokenize(report, report.composed, ranks)
+    except UserError as error:
+        report.add([_unreadable(report.name, error)])
 
 
 def add_validation(reports: Iterable[Report], gpu: Gpu | None, force: Sequence[str] = ()) -> None:
@@ -114,19 +120,19 @@ def add_validation(reports: Iterable[Report], gpu: Gpu | None, force: Sequence[s
         gpu: the GPU; rehearsals ignore it.
         force: the names of findings to override.
     """
-    ready: list[tuple[Report, Composed, set[str]]] = []
+    ready: list[tuple[Report, Composed]] = []
     for report in reports:
-        if not report.composed:
+        if report.composed is None:
             continue
-        errors = remaining_errors(report.findings, force)
-        if any(error.scope == "code" for error in errors):
+        if any(error.scope == "code" for error in remaining_errors(report.findings, force)):
             report.skip("skipped Axolotl's own validation, because it can run that code; correct the errors first")
         else:
-            ready.append((report, report.composed, {error.top_key for error in errors} - {""}))
-    results = validation.validate([composed for _, composed, _ in ready], gpu)
-    for (report, composed, wrong), findings in zip(ready, results, strict=True):
+            ready.append((report, report.composed))
+    results = validation.validate([composed for _, composed in ready], gpu)
+    for (report, composed), findings in zip(ready, results, strict=True):
         report.validated = all(finding.rule != "not-validated" for finding in findings)
         # the rules have better messages for the same mistake
+        wrong = {error.top_key for error in remaining_errors(report.findings, force)} - {""}
         report.add(placed((finding for finding in findings if finding.key not in wrong), composed))
 
 
@@ -151,20 +157,11 @@ def check_config(
     """
     studies.study_of(composed.origin or composed.recipe)
     gpu = None if composed.rehearsal else gpu
-    report = Report(composed.recipe, composed)
     of_schema = list(schema.findings(composed.config))
     usable, wrong = schema.usable(composed.config, of_schema)
     case = Case(usable, wrong, gpu, gpus, launching, ask_hub or launching, composed.config)
-    found = [*of_schema, *rule_findings(case)]
-    for why, changes in composed.incompatible.items():
-        problem = f"the profile leaves out or changes {', '.join(changes)}, because {why}"
-        found.append(Finding("note", "unfit", "", problem))
-    if launching and not (gpu or composed.rehearsal or models.is_small(composed.config)):
-        problem = "no NVIDIA GPU found; a CPU is too slow"
-        found.append(Finding("error", "no-gpu", "", problem, "add --rehearse for a trial"))
-    if not composed.rehearsal and not wrong:  # steps cannot be counted with values that break the schema
-        found += _fixed_warm_up(composed, gpus)
-    report.add(placed(found, composed))
+    report = Report(composed.recipe, composed)
+    report.add(placed([*of_schema, *rule_findings(case), *_run_findings(case, composed)], composed))
     if data:
         from . import rows
 
@@ -173,19 +170,33 @@ def check_config(
     return report
 
 
+def _run_findings(case: Case, composed: Composed) -> Iterator[Finding]:
+    """Findings about the profiles, the GPU and the warm-up of a run."""
+    for why, changes in composed.incompatible.items():
+        problem = f"the profile leaves out or changes {', '.join(changes)}, because {why}"
+        yield Finding("note", "unfit", "", problem)
+    if composed.rehearsal:
+        return
+    if case.launching and not case.gpu and not models.is_small(composed.config):
+        problem = "no NVIDIA GPU found; a CPU is too slow"
+        yield Finding("error", "no-gpu", "", problem, "add --rehearse for a trial")
+    if not case.wrong:  # steps cannot be counted with values that break the schema
+        yield from _fixed_warm_up(composed, case.gpus)
+
+
 def _fixed_warm_up(composed: Composed, gpus: int) -> Iterator[Finding]:
     """Note on a warm-up in steps that stays, although the variant or the run changes the number of steps."""
     original = {change.key: change.recipe for change in composed.from_origin}
     steps = composed.config.get("warmup_steps")
     if not steps or "warmup_steps" in original:
         return
-    changed = [key for key in original if key.startswith(_DECIDES_STEPS)]
-    former = composed.config | {key: value for key, value in original.items() if isinstance(value, int)}
     settings = TrainingSettings.of(composed.config)
-    if TrainingSettings.of(former).rows_per_step != gpus * settings.rows_per_step:
+    deciding = ("max_steps",) if settings.max_steps else _DECIDES_STEPS
+    changed = [key for key in original if key.startswith(deciding)]
+    former = composed.config | {key: value for key, value in original.items() if isinstance(value, int)}
+    same_batch = TrainingSettings.of(former).rows_per_step == gpus * settings.rows_per_step
+    if not same_batch and not settings.max_steps:
         changed.append("the number of rows per step")
-    if settings.max_steps:
-        changed = [key for key in changed if key == "max_steps"]
     if changed:
         problem = f"still {steps} steps, although {changed[0]} changes the number of steps"
         yield Finding("note", "fixed-warm-up", "warmup_steps", problem, "set it for the new number of steps")
@@ -265,8 +276,8 @@ def training_lengths(composed: Composed, force: Sequence[str] = ()) -> tuple[lis
         UserError: the data or the tokenizer is missing, or Axolotl refuses the rows.
     """
     _need_tokenizer(composed, "--data")
-    found = check_config(composed, data=True).findings
-    refuse([finding for finding in found if finding.top_key == "datasets" or finding.scope == "code"], force)
+    findings = check_config(composed, data=True).findings
+    refuse([finding for finding in findings if finding.top_key == "datasets" or finding.scope == "code"], force)
     with importing_axolotl():
         from ..training import tokens
 
@@ -283,15 +294,19 @@ def _unreadable(name: str, error: UserError) -> Finding:
 def placed(findings: Iterable[Finding], composed: Composed) -> Iterator[Finding]:
     """Add the source of each finding's key: file and line, or an option."""
     for finding in findings:
-        if finding.where:  # already known, for a row of a file
-            yield finding
-            continue
-        file: Path | None = composed.recipe_file
-        for difference in composed.differences:
-            key, changed = f"{finding.key}.", f"{difference.key}."
-            if key.startswith(changed) or changed.startswith(key):
-                file = composed.files.get(difference.key)
-                finding.where = difference.without_secrets().source.text
-        if file:
-            finding.where, finding.line = paths.shown(file), yamlfiles.line_of(file, finding.key)
+        if not finding.where:  # already known, for a row of a file
+            _place(finding, composed)
         yield finding
+
+
+def _place(finding: Finding, composed: Composed) -> None:
+    """Set the source of a finding's key: file and line, or an option."""
+    file: Path | None = composed.recipe_file
+    for difference in composed.differences:
+        key, changed = f"{finding.key}.", f"{difference.key}."
+        if key.startswith(changed) or changed.startswith(key):  # one of them is the other, or a part of it
+            file = composed.files.get(difference.key)
+            finding.where = difference.without_secrets().source.text
+    if file:
+        finding.where = paths.shown(file)
+        finding.line = yamlfiles.line_of(file, finding.key)
