@@ -165,8 +165,8 @@ def check_config(
     if data:
         from . import rows
 
-        of_rows, report.data = rows.check_rows(usable, {finding.key for finding in report.findings})
-        report.add(of_rows)
+        row_findings, report.data = rows.check_rows(usable, {finding.key for finding in report.findings})
+        report.add(row_findings)
     return report
 
 
@@ -226,10 +226,8 @@ def _need_tokenizer(composed: Composed, option: str, instead: str = "") -> None:
         name = composed.config["base_model"]
         revision = composed.config.get("revision_of_model")
         pinned = f" --revision {revision}" if revision else ""
-        raise UserError(
-            f"{option}: the tokenizer of {name} is not on this machine; run `hf download {name}{pinned} "
-            f"--include config.json --include 'tokenizer*'`{instead}"
-        )
+        remedy = f"run `hf download {name}{pinned} --include config.json --include 'tokenizer*'`{instead}"
+        raise UserError(f"the tokenizer of {name} is not on this machine", key=option, remedy=remedy)
 
 
 def has_tokenizer(composed: Composed) -> bool:
@@ -257,8 +255,8 @@ def tokenize(report: Report, composed: Composed, gpus: int = 1, most: int | None
         findings, measured = token_lengths.lengths(composed.config, most, gpus)
     report.add(placed(findings, composed))
     by_key = {measures["key"]: measures for measures in measured}
-    for read in report.data:
-        read |= by_key.get(read["key"], {})
+    for size in report.data:
+        size |= by_key.get(size["key"], {})
 
 
 SOME = 1000

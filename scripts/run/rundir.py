@@ -19,7 +19,7 @@ from ..base.processes import LOCK_TIMEOUT, held, is_held
 from ..base.terminal import say, say_once
 from ..base.yamlfiles import Config, read_yaml
 from ..training.checkpoints import damage, step_of
-from ..training.run_record import GPU_MEMORY, RECORD, VERSION, Job, JobState, RecordVersion, Run, State, Summary
+from ..training.run_record import GPU_MEMORY, METRICS_RECORD, VERSION, Job, JobState, RecordVersion, Run, State, Summary
 
 PLUGIN = "qlora_recipes.plugin.RunPlugin"
 """Name of the plugin in the config of every run."""
@@ -190,7 +190,7 @@ class RunDir:
             try:
                 record = parse_json(line)
                 if "phase" not in record:
-                    RECORD.validate_python(record)
+                    METRICS_RECORD.validate_python(record)
                     yield record
             except orjson.JSONDecodeError:
                 continue  # last line of a killed process

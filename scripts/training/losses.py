@@ -8,6 +8,7 @@ packing, batch size, row order and number of ranks. It is comparable only betwee
 
 import hashlib
 from collections.abc import Callable, Sequence
+from itertools import batched
 from typing import Any
 from unittest.mock import patch
 
@@ -37,7 +38,7 @@ def add_to(trainer: Any, begins: Callable[[], None], record: Callable[[EvalToken
         nonlocal is_recorded
         begins()
         output = evaluate(dataloader, *arguments, **options)
-        if options.get("metric_key_prefix") == "eval" and (loss := _of_rows(trainer, dataloader.dataset)) is not None:
+        if options.get("metric_key_prefix") == "eval" and (loss := _mean_loss(trainer, dataloader.dataset)) is not None:
             output.metrics[NAME] = loss
             if trainer.is_world_process_zero() and not is_recorded:
                 record(scored_tokens(dataloader.dataset))
@@ -69,17 +70,22 @@ def scored_tokens(rows: Any) -> EvalTokens:
     return {"count": count, "sha256": hashlib.sha256(b"".join(sorted(digests))).hexdigest()}
 
 
-def _of_rows(trainer: Any, rows: Any) -> float | None:
-    """Mean loss per labelled token over all ranks; None if not measurable, see `add_to`."""
+def _is_measurable(trainer: Any, rows: Any) -> bool:
+    """True if each rank can compute the loss of its share of the rows, see `add_to`."""
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     if parallelism is not None and parallelism.non_data_parallel_size > 1:
-        return None
-    if not {"input_ids", "labels"} <= set(getattr(rows, "column_names", None) or ()) or not hasattr(rows, "__len__"):
+        return False
+    columns = getattr(rows, "column_names", None) or ()
+    return {"input_ids", "labels"} <= set(columns) and hasattr(rows, "__len__")
+
+
+def _mean_loss(trainer: Any, rows: Any) -> float | None:
+    """Mean loss per labelled token over all ranks; None if not measurable."""
+    if not _is_measurable(trainer, rows):
         return None
     lengths = [len(ids) for ids in rows["input_ids"]]
     longest_first = sorted(range(len(rows)), key=lambda i: -lengths[i])  # similar lengths need little padding
-    size = trainer.args.per_device_eval_batch_size
-    batches = [longest_first[start : start + size] for start in range(0, len(rows), size)]
+    batches = list(batched(longest_first, trainer.args.per_device_eval_batch_size))
     ranks = trainer.accelerator.num_processes
     total = 0.0
     tokens = 0
@@ -88,10 +94,7 @@ def _of_rows(trainer: Any, rows: Any) -> float | None:
         # engines exchange weights in each step, so all ranks need equally many;
         # extra steps repeat the last batch without labels
         batch = _collated(trainer, [rows[i] for i in batches[min(mine, len(batches) - 1)]], mine >= len(batches))
-        with (
-            torch.no_grad(),
-            trainer.compute_loss_context_manager(),
-        ):  # same precision as the trainer's evaluation
+        with torch.no_grad(), trainer.compute_loss_context_manager():  # same precision as the trainer's evaluation
             loss = float(trainer.model(**batch).loss)
         if count := int((batch["labels"][:, 1:] != MASKED).sum()):  # without labels the loss is NaN
             total += loss * count

@@ -26,6 +26,7 @@ from ..base.files import append_line
 from ..base.processes import LOCK_TIMEOUT, end_with_parent, held
 from ..config import models
 from ..config.gpus import CPU_RANKS, ENGINE_KEYS, engine_of
+from ..data.published import EvalTokens
 from . import losses
 from .checkpoints import step_of, write_manifest
 from .run_record import Ended
@@ -90,8 +91,8 @@ class RunPlugin(BasePlugin):
     def post_lora_load(self, cfg: Any, model: Any) -> None:
         """Count parameters before an engine shards them; a packed byte counts as two weights."""
         if isinstance(model, PeftModel):
-            trainable, every = model.get_nb_trainable_parameters()
-            self.parameters = {"trainable_parameters": trainable, "parameters": every}
+            trainable, total = model.get_nb_trainable_parameters()
+            self.parameters = {"trainable_parameters": trainable, "parameters": total}
 
     def post_model_load(self, cfg: Any, model: torch.nn.Module) -> None:
         """Keep bitsandbytes from repacking 4-bit weights for CPU inference at the first evaluation.
@@ -118,22 +119,19 @@ class RunPlugin(BasePlugin):
             trainer.processing_class.padding_side = "right"
         save = trainer._save_checkpoint
 
-        def saving(*arguments: Any, **options: Any) -> None:
+        def note_and_save(*arguments: Any, **options: Any) -> None:
             _note(cfg.output_dir, phase="saving a checkpoint")
             save(*arguments, **options)
 
-        trainer._save_checkpoint = saving
-        kinds = ("first evaluation", "evaluating")
-        losses.add_to(
-            trainer,
-            begins=lambda: _note(cfg.output_dir, phase=kinds[trainer.state.global_step > 0]),
-            record=lambda tokens: _note(
-                cfg.output_dir,
-                step=trainer.state.global_step,
-                max_steps=trainer.state.max_steps,
-                eval_tokens=tokens,
-            ),
-        )
+        def note_evaluation() -> None:
+            _note(cfg.output_dir, phase="evaluating" if trainer.state.global_step else "first evaluation")
+
+        def note_tokens(tokens: EvalTokens) -> None:
+            steps = {"step": trainer.state.global_step, "max_steps": trainer.state.max_steps}
+            _note(cfg.output_dir, **steps, eval_tokens=tokens)
+
+        trainer._save_checkpoint = note_and_save
+        losses.add_to(trainer, begins=note_evaluation, record=note_tokens)
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
         """Callback that records metrics and stops training on request."""
@@ -201,8 +199,12 @@ class RunCallback(TrainerCallback):
 
     def _count(self, model: torch.nn.Module, _: Any, inputs: dict[str, Any]) -> None:
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-        if model.training and ids is not None:
-            self.tokens += (mask != 0).sum() if mask is not None and mask.shape == ids.shape else ids.numel()
+        if not model.training or ids is None:
+            return
+        if mask is not None and mask.shape == ids.shape:
+            self.tokens += (mask != 0).sum()
+        else:
+            self.tokens += ids.numel()
 
     def _stop(self, *_: Any) -> None:
         self.stop = True
@@ -214,7 +216,7 @@ class RunCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop timing the step; stop training if requested."""
         self.step_seconds += time.perf_counter() - self.step_started
-        if any(of_all(self.stop, args.device)):
+        if any(gather(self.stop, args.device)):
             self.stopped = control.should_training_stop = control.should_save = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -223,7 +225,7 @@ class RunCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the manifest of a checkpoint that the trainer has saved."""
-        of_all(0, args.device)  # a barrier, because each rank writes its own files
+        gather(0, args.device)  # a barrier, because each rank writes its own files
         if state.is_world_process_zero:
             write_manifest(Path(args.output_dir, f"checkpoint-{state.global_step}"))
         _note(args.output_dir, phase="training")
@@ -233,21 +235,23 @@ class RunCallback(TrainerCallback):
         if not logs or not {"loss", "eval_loss", losses.NAME} & logs.keys():
             return
         usage = _usage()
-        peaks = of_all(usage.get("memory_reserved_gib") or usage["rss_peak_gib"], args.device)
+        peaks = gather(usage.get("memory_reserved_gib") or usage["rss_peak_gib"], args.device)
         if len(peaks) > 1:
             usage["peak_gib_by_rank"] = peaks
-        kept = ("loss", "eval_loss", losses.NAME, "grad_norm", "learning_rate")
-        record = {"epoch": state.epoch} | {key: logs[key] for key in kept if key in logs}
+        record = {"epoch": state.epoch}
+        for key in ("loss", "eval_loss", losses.NAME, "grad_norm", "learning_rate"):
+            if key in logs:
+                record[key] = logs[key]
         if "loss" in logs:
-            record |= self._of_steps(args)
+            record |= self._measure_steps(args)
         self._append(state, record | usage | {"cpu_percent": self.process.cpu_percent()})
         if "loss" in logs and self.vocabulary:
             require_sane(logs["loss"], self.vocabulary)
             self.vocabulary = None
 
-    def _of_steps(self, args: Any) -> dict[str, float]:
+    def _measure_steps(self, args: Any) -> dict[str, float]:
         """Time and tokens of the steps since the previous call."""
-        tokens = int(sum(of_all(float(self.tokens), args.device)))
+        tokens = int(sum(gather(float(self.tokens), args.device)))
         seconds, self.step_seconds, self.tokens = self.step_seconds, 0.0, 0
         rate = {"tokens_per_second": tokens / seconds} if seconds else {}
         return {"step_seconds": seconds, "tokens": tokens} | rate
@@ -258,7 +262,7 @@ class RunCallback(TrainerCallback):
         if args.load_best_model_at_end and state.best_model_checkpoint:  # the trainer has loaded it
             ended["kept_step"] = step_of(Path(state.best_model_checkpoint))
         if self.step_seconds:  # of steps behind the last multiple of logging_steps
-            ended |= self._of_steps(args)
+            ended |= self._measure_steps(args)
         self._append(state, ended)
         _note(args.output_dir, phase="saving the model")
 
@@ -268,9 +272,9 @@ class RunCallback(TrainerCallback):
             return "complete"
         if not state.global_step:  # transformers stops if an epoch has no batch
             return "no batch"
-        stoppers = [each for each in self.trainer.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
-        if any(each.early_stopping_patience_counter >= each.early_stopping_patience for each in stoppers):
-            return "early stopping"
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback) and _has_stopped(callback):
+                return "early stopping"
         return "signal" if self.stopped else "callback"
 
     def _append(self, state: Any, record: dict[str, Any]) -> None:
@@ -279,15 +283,21 @@ class RunCallback(TrainerCallback):
             append_line(self.file, orjson.dumps(when | record))
 
 
+def _has_stopped(callback: EarlyStoppingCallback) -> bool:
+    """True if the eval loss has not improved for as many evaluations as a callback waits."""
+    return callback.early_stopping_patience_counter >= callback.early_stopping_patience
+
+
 def require_sane(loss: float, vocabulary: int) -> None:
     """Refuse a first training loss above 1.2 times the loss of random guessing.
 
     Raises:
         RuntimeError: the loss is above this limit.
     """
-    if loss > (most := 1.2 * math.log(vocabulary)):
+    guessing = math.log(vocabulary)
+    if loss > 1.2 * guessing:
         raise RuntimeError(
-            f"the first training loss is {loss:.4g}, but guessing among {vocabulary:,} tokens gives {most / 1.2:.4g}: "
+            f"the first training loss is {loss:.4g}, but guessing among {vocabulary:,} tokens gives {guessing:.4g}: "
             "the base model is damaged; compare its precision, quantization and tokenizer with the recipe's"
         )
 
@@ -346,19 +356,19 @@ def engine_in_use(trainer: Any) -> str:
     return "DDP" if isinstance(model, torch.nn.parallel.DistributedDataParallel) else "one process"
 
 
-def check_engine(asked: str, trainer: Any) -> None:
+def check_engine(requested: str, trainer: Any) -> None:
     """Stop training if Axolotl silently uses another engine or number of ranks than requested.
 
     Raises:
         RuntimeError: the engine or the number of ranks differs.
     """
-    used = engine_in_use(trainer)
-    among = trainer.accelerator.num_processes
-    if (used, among) != (asked, WORLD_SIZE):
-        raise RuntimeError(f"requested {asked} on {WORLD_SIZE} processes, but Axolotl uses {used} on {among}")
+    engine = engine_in_use(trainer)
+    ranks = trainer.accelerator.num_processes
+    if (engine, ranks) != (requested, WORLD_SIZE):
+        raise RuntimeError(f"requested {requested} on {WORLD_SIZE} processes, but Axolotl uses {engine} on {ranks}")
 
 
-def of_all(value: float, device: torch.device) -> list[float]:
+def gather(value: float, device: torch.device) -> list[float]:
     """Values of all ranks in rank order, gathered on each rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]

@@ -28,8 +28,8 @@ Ended = Literal["complete", "early stopping", "signal", "callback", "no batch"]
 
 
 @with_config(strict=True, extra="allow")
-class _Record(TypedDict, total=False):
-    """Fields that this project reads from a record of `run_plugin.RunCallback`."""
+class MetricsRecord(TypedDict, total=False):
+    """Fields that this project reads from a line of metrics.jsonl, see `run_plugin.RunCallback`."""
 
     step: Required[int]
     max_steps: int | None
@@ -54,7 +54,7 @@ class _Record(TypedDict, total=False):
     kept_step: int
 
 
-RECORD = TypeAdapter(_Record)
+METRICS_RECORD = TypeAdapter(MetricsRecord)
 
 
 class Git(TypedDict):
@@ -251,8 +251,11 @@ class Run(RecordVersion):
     @property
     def changed_data(self) -> Path | None:
         """A file that the config names, and that is missing or has changed since training."""
-        files = ((Path(self.cwd, file.path), file.sha256) for file in [*self.data, *self.named_files])
-        return next((path for path, digest in files if not path.is_file() or sha256(path) != digest), None)
+        for file in [*self.data, *self.named_files]:
+            path = Path(self.cwd, file.path)
+            if not path.is_file() or sha256(path) != file.sha256:
+                return path
+        return None
 
     @property
     def origin(self) -> str:
@@ -313,5 +316,6 @@ def _git() -> Git | None:
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     except (OSError, subprocess.CalledProcessError):
         return None
-    head, *others = done.stdout.splitlines()
-    return {"revision": head.removeprefix("# branch.oid "), "dirty": not all(line[0] == "#" for line in others)}
+    head, *lines = done.stdout.splitlines()
+    changes = [line for line in lines if not line.startswith("#")]
+    return {"revision": head.removeprefix("# branch.oid "), "dirty": bool(changes)}

@@ -98,8 +98,8 @@ def require_one_each(where: str, dataset: Any, rows: Sequence[Any], tokenized: S
 
 def taught_ends(cfg: Config, tokenizer: Any) -> set[int]:
     """Tokens that end an answer in training: the end-of-text token and `eot_tokens`."""
-    of_turns = tokenizer.convert_tokens_to_ids(list(cfg.get("eot_tokens") or []))
-    return ({tokenizer.eos_token_id} | (set(of_turns) - {tokenizer.unk_token_id})) - {None}
+    turn_ends = tokenizer.convert_tokens_to_ids(list(cfg.get("eot_tokens") or []))
+    return {tokenizer.eos_token_id, *(set(turn_ends) - {tokenizer.unk_token_id})} - {None}
 
 
 def as_trained(content: Config) -> Any:
@@ -177,7 +177,7 @@ class Tokenizer:
         for position, ids in enumerate(held_out["input_ids"]):
             positions[tuple(ids)].append(position)
         cut = self.cfg.sequence_len if str(self.cfg.excess_length_strategy).lower() == "truncate" else None
-        found: dict[int, tuple[DatasetRef, Row]] = {}
+        by_position: dict[int, tuple[DatasetRef, Row]] = {}
         with Bar("finding held-out rows"):
             for dataset in datafiles.training_sets(self.cfg):
                 for rows in batched(self.load(dataset), 1000):
@@ -187,12 +187,12 @@ class Tokenizer:
                     require_one_each(dataset.key, dataset.entry, rows, tokenized)
                     for row, tokens in zip(rows, tokenized, strict=True):
                         if same := positions.get(tuple(tokens.ids[:cut])):
-                            found[same.pop(0)] = dataset, row
-        if len(found) < len(held_out):
+                            by_position[same.pop(0)] = dataset, row
+        if len(by_position) < len(held_out):
             raise UserError(
-                f"{len(held_out) - len(found)} held-out rows were not found in the data", key="val_set_size"
+                f"{len(held_out) - len(by_position)} held-out rows were not found in the data", key="val_set_size"
             )
-        return [found[position] for position in range(len(held_out))]
+        return [by_position[position] for position in range(len(held_out))]
 
     def split(self) -> tuple[Any, Any]:
         """Training and held-out rows, after Axolotl tokenizes, merges, filters, shuffles and splits the rows.
@@ -227,8 +227,8 @@ def unknown_roles(strategy: Any, row: Row) -> set[str]:
     """Roles of a row that neither its data set nor the template knows."""
     roles = {strategy.transform_message(message)["role"] for message in strategy._get_messages(row)}
     template = strategy.prompter.chat_template
-    known = {*strategy.prompter.roles.values(), *strategy.roles_to_train}
-    return {role for role in roles - known if not re.search(rf"""['"]{re.escape(role)}['"]""", template)}
+    roles -= {*strategy.prompter.roles.values(), *strategy.roles_to_train}
+    return {role for role in roles if not re.search(rf"""['"]{re.escape(role)}['"]""", template)}
 
 
 def packed_sequences(cfg: Any, sizes: list[int]) -> tuple[int, int]:
@@ -236,30 +236,46 @@ def packed_sequences(cfg: Any, sizes: list[int]) -> tuple[int, int]:
 
     The rows are packed as in axolotl/core/trainers/base.py.
     """
-    real = cfg.multipack_real_batches
-    apart = not cfg.attn_supports_packing if real is None else real
+    keeps_apart = cfg.multipack_real_batches
+    if keeps_apart is None:
+        keeps_apart = not cfg.attn_supports_packing
+    per_batch = cfg.micro_batch_size if keeps_apart else 1
     sampler = MultipackBatchSampler(
         RandomSampler(sizes),
         batch_size=1,
-        batch_max_len=cfg.sequence_len * (1 if apart else cfg.micro_batch_size),
+        batch_max_len=cfg.sequence_len * cfg.micro_batch_size // per_batch,
         lengths=numpy.array(sizes),
         bin_size=cfg.sample_packing_bin_size,
         sequential=cfg.sample_packing_sequentially,
     )
-    return len(sampler), cfg.micro_batch_size if apart else 1
+    return len(sampler), per_batch
 
 
-def padding(cfg: Any, kept: list[int]) -> float:
-    """Share of padding among all tokens, if Axolotl's collator pads the batches (core/builders/causal.py)."""
-    if kept and cfg.group_by_length and not cfg.curriculum_sampling:
-        order = torch.Generator().manual_seed(cfg.seed)
-        step = TrainingSettings.of(cfg).rows_per_step
-        kept = [kept[i] for i in LengthGroupedSampler(step, lengths=kept, generator=order)]
-    elif not cfg.curriculum_sampling:  # curriculum sampling keeps the order of the file
-        random.Random(cfg.seed).shuffle(kept)
-    multiple = (cfg.pad_to_multiple_of or 64) if cfg.pad_to_sequence_len is not False else 1
+def padding(cfg: Any, sizes: list[int]) -> float:
+    """Share of padding among all tokens, if Axolotl's collator pads the batches (core/builders/causal.py).
+
+    Args:
+        cfg: a config, as Axolotl's DictDefault.
+        sizes: lengths of the training rows in tokens, in the order of the file.
+    """
+    if not sizes:
+        return 0.0
+    multiple = 1 if cfg.pad_to_sequence_len is False else cfg.pad_to_multiple_of or 64
     padded = 0
-    for batch in batched(kept, cfg.micro_batch_size):
+    for batch in batched(_in_training_order(cfg, sizes), cfg.micro_batch_size):
         longest = cfg.sequence_len if cfg.pad_to_sequence_len else max(batch)
         padded += math.ceil(longest / multiple) * multiple * len(batch)
-    return 1 - sum(kept) / padded if kept else 0.0
+    return 1 - sum(sizes) / padded
+
+
+def _in_training_order(cfg: Any, sizes: list[int]) -> list[int]:
+    """Lengths of rows in the order in which a training reads them."""
+    if cfg.curriculum_sampling:
+        return sizes  # the order of the file
+    if cfg.group_by_length:
+        order = torch.Generator().manual_seed(cfg.seed)
+        step = TrainingSettings.of(cfg).rows_per_step
+        return [sizes[i] for i in LengthGroupedSampler(step, lengths=sizes, generator=order)]
+    shuffled = sizes.copy()
+    random.Random(cfg.seed).shuffle(shuffled)
+    return shuffled

@@ -42,20 +42,28 @@ _STUBBED = ("axolotl.integrations", "axolotl.integrations.mixlora")
 
 def validate(composed: Sequence[Composed], gpu: Gpu | None) -> list[list[Finding]]:
     """Findings of Axolotl's own validation for each config; rehearsals ignore the GPU."""
-    if not gpu or any(each.rehearsal for each in composed):
+    if gpu is None or any(config.rehearsal for config in composed):
         gpu = ANY_GPU
-    files = [_cache_file(each.config, gpu) for each in composed]
-    results = [read_json(file).get("findings") for file in files]
-    new = [index for index, found in enumerate(results) if found is None]
-    if new:
-        answer = _ask_child([composed[index].config for index in new], gpu)
-        for index, found in zip(new, answer, strict=True):
-            results[index] = found
-            # errors are not cached, because installing a package can correct them
-            if all(finding["rule"] == "axolotl-warning" for finding in found):
-                with suppress(OSError):
-                    write_json(files[index], {"findings": found})
-    return [[Finding(**finding) for finding in found or ()] for found in results]
+    files = [_cache_file(config.config, gpu) for config in composed]
+    results: list[Any] = [read_json(file).get("findings") for file in files]
+    missing = [index for index, rows in enumerate(results) if rows is None]
+    if missing:
+        answers = _ask_child([composed[index].config for index in missing], gpu)
+        for index, rows in zip(missing, answers, strict=True):
+            results[index] = rows
+            _keep(files[index], rows)
+    return [_findings_of(rows) for rows in results]
+
+
+def _keep(file: Path, rows: list[Row]) -> None:
+    """Cache findings, unless there are errors, because installing a package can correct them."""
+    if all(row["rule"] == "axolotl-warning" for row in rows):
+        with suppress(OSError):
+            write_json(file, {"findings": rows})
+
+
+def _findings_of(rows: list[Row]) -> list[Finding]:
+    return [Finding(**row) for row in rows]
 
 
 def _cache_file(config: Config, gpu: Gpu) -> Path:
@@ -84,7 +92,7 @@ def _ask_child(configs: Sequence[Config], gpu: Gpu) -> list[list[Row]]:
 
 def capabilities(gpu: Gpu = ANY_GPU) -> tuple[dict[str, Any], dict[str, Any]]:
     """Capabilities of a GPU and of torch, in the format of `axolotl.cli.config.gpu_capabilities`."""
-    of_gpu = {
+    gpu_facts = {
         "bf16": True,  # on every GPU, because torch emulates bf16 on older GPUs
         "fp8": gpu.capability >= (9, 0),
         "tf32": gpu.capability >= (8, 0),
@@ -92,7 +100,7 @@ def capabilities(gpu: Gpu = ANY_GPU) -> tuple[dict[str, Any], dict[str, Any]]:
         "n_node": 1,
         "compute_capability": gpu.sm,
     }
-    return of_gpu, {"torch_version": version("torch").partition("+")[0]}
+    return gpu_facts, {"torch_version": version("torch").partition("+")[0]}
 
 
 def validated(content: Config, gpu: Gpu = ANY_GPU) -> Any:
@@ -112,11 +120,11 @@ def by_schema(content: Config, gpu: Gpu) -> None:
     from axolotl.utils.schemas.config import AxolotlConfigWCapabilities
     from axolotl.utils.schemas.datasets import SFTDataset
 
-    of_gpu, of_environment = capabilities(gpu)
+    gpu_facts, torch_facts = capabilities(gpu)
     copied = copy.deepcopy(content)  # the schema changes it
     if content.get("datasets"):
         copied["datasets"] = [SFTDataset(**entry) for entry in copied["datasets"]]
-    AxolotlConfigWCapabilities(**copied, capabilities=of_gpu, env_capabilities=of_environment)
+    AxolotlConfigWCapabilities(**copied, capabilities=gpu_facts, env_capabilities=torch_facts)
 
 
 def needs_plugins(content: Config) -> bool:
@@ -144,37 +152,51 @@ def findings(content: Config, gpu: Gpu) -> list[Finding]:
 
     MultiProcessAdapter.warning_once.cache_clear()  # another config may have had the same warning
     handler = BufferingHandler(sys.maxsize)
-    errors: list[tuple[str, str]] = []
     disabled = logging.root.manager.disable
     logging.disable(logging.INFO)
     with patch.multiple(logging.getLogger("axolotl"), handlers=[handler], propagate=False):
-        try:
-            if needs_plugins(content):
-                validated(content, gpu)
-            else:
-                by_schema(content, gpu)
-        except ValidationError as error:
-            inside = ("datasets",) if error.title == "SFTDataset" else ()
-            for problem in error.errors():
-                place = [*inside, *problem["loc"], ""]  # deeper levels include pydantic's class names
-                errors.append((str(place[0]), problem["msg"].removeprefix("Value error, ")))
-        except Exception as error:
-            errors = [("", f"{type(error).__name__}: {error}")]
+        errors = _errors(content, gpu)
     logging.disable(disabled)
-    found = [Finding("error", "axolotl", key or _named_key(text, content), text) for key, text in errors]
-    for text in map(logging.LogRecord.getMessage, handler.buffer):
-        found.append(Finding(_level(text), "axolotl-warning", _named_key(text, content), text))
-    return found
+    return errors + [_warning(record.getMessage(), content) for record in handler.buffer]
 
 
-def _level(text: str) -> Level:
-    """Level of a warning: a note if the recipe of a study can be right."""
-    return "note" if text.startswith("eval_batch_size != micro_batch_size") else "warning"
+def _errors(content: Config, gpu: Gpu) -> list[Finding]:
+    """Errors of Axolotl's validation."""
+    try:
+        if needs_plugins(content):
+            validated(content, gpu)
+        else:
+            by_schema(content, gpu)
+    except ValidationError as error:
+        return _pydantic_errors(error, content)
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        return [Finding("error", "axolotl", _named_key(text, content), text)]
+    return []
+
+
+def _pydantic_errors(error: ValidationError, content: Config) -> list[Finding]:
+    """Errors from pydantic's places and messages; only here is a text of pydantic read."""
+    mistakes = []
+    for problem in error.errors():
+        text = problem["msg"].removeprefix("Value error, ")
+        key = str(problem["loc"][0]) if problem["loc"] else ""  # deeper levels include pydantic's class names
+        if error.title == "SFTDataset":
+            key = "datasets"
+        mistakes.append(Finding("error", "axolotl", key or _named_key(text, content), text))
+    return mistakes
+
+
+def _warning(text: str, content: Config) -> Finding:
+    """Warning from Axolotl's log; a note if the recipe of a study can be right. Only here is a text of Axolotl read."""
+    level: Level = "note" if text.startswith("eval_batch_size != micro_batch_size") else "warning"
+    return Finding(level, "axolotl-warning", _named_key(text, content), text)
 
 
 def _named_key(text: str, content: Config) -> str:
-    """First key of a config that a text names, or an empty text; other words have no underscore."""
-    words = sorted(re.findall(r"\w+", text), key=lambda word: "_" not in word)
+    """First key of a config that a message of pydantic or Axolotl names, or an empty text."""
+    words = re.findall(r"\w+", text)
+    words.sort(key=lambda word: "_" not in word)  # a word with an underscore can only be a key
     return next((word for word in words if word in content), "")
 
 
@@ -186,8 +208,8 @@ def main(request: Path) -> None:
     order = sorted(range(len(configs)), key=lambda index: needs_plugins(configs[index]))
     with importing_axolotl():
         import_schema()
-        found = {index: findings(configs[index], gpu) for index in order}
-    sys.stdout.buffer.write(orjson.dumps([found[index] for index in range(len(configs))]))
+        by_index = {index: findings(configs[index], gpu) for index in order}
+    sys.stdout.buffer.write(orjson.dumps([by_index[index] for index in range(len(configs))]))
 
 
 if __name__ == "__main__":
