@@ -11,7 +11,7 @@ from ..base.terminal import Bar, say
 from .help import Verb, Verbs, next_step
 from .options import Json, complete_studies
 
-verbs = typer.Typer(rich_markup_mode=None)
+verbs = typer.Typer(rich_markup_mode=None, suggest_commands=False)  # click suggests commands already
 data_verbs = typer.Typer(
     cls=Verbs,
     help="Fetch and prepare the data that recipes train on.",

@@ -16,7 +16,7 @@ study_verbs = typer.Typer(
     no_args_is_help=True,
     epilog="recipe study new mine\nrecipe study check mine",
 )
-verbs = typer.Typer(rich_markup_mode=None)
+verbs = typer.Typer(rich_markup_mode=None, suggest_commands=False)  # click suggests commands already
 verbs.add_typer(study_verbs, name="study")
 
 

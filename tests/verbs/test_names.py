@@ -18,8 +18,7 @@ def test_a_part_of_a_recipes_name_is_enough_and_the_whole_is_said(recipe):
     part = recipe("run", PART, "--dry-run")
     assert part.returncode == 0
     assert part.stdout == whole.stdout
-    assert f"recipe {BASE}\n" in part.stderr
-    assert f"recipe {BASE}\n" not in whole.stderr
+    assert part.stderr == f"recipe {BASE}\n{whole.stderr}"
     assert recipe.json("show", "linear/code-llama")["recipe"] == BASE
 
 
@@ -29,39 +28,55 @@ def test_a_variant_is_found_by_its_name_and_parts_of_that(recipe, tmp_path):
     assert f"mine/wide-r64: a variant of {BASE}" in header
     for name in ("mine/wide-r64", "wide-r64", "wide", "r64"):
         diff = recipe("diff", name, "--json")
-        assert orjson.loads(diff.stdout) == [{"key": "lora_r", BASE: 32, "mine/wide-r64": 64}], name
-        assert ("recipe mine/wide-r64" in diff.stderr) == (name != "mine/wide-r64")
+        assert orjson.loads(diff.stdout) == [{"key": "lora_r", BASE: 32, "mine/wide-r64": 64}]
+        assert diff.stderr == ("" if name == "mine/wide-r64" else "recipe mine/wide-r64\n")
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
-        (("show", "variants/wode.yaml"), " variants/wide.yaml?"),
-        (("show", "wide.yaml"), " wide?"),
-        (("run", BASE, "--profile", "tensorb", "--rehearse", "--dry-run"), "use_tensorboard: true"),
-        (("results", "haider", "--json"), "haider2024/llama-3-8b"),
-        (("data", "fetch", "code", "--only", "nowhere"), "--only nowhere: "),
+        ("show variants/wode.yaml", "variants/wode.yaml: no such file; did you mean variants/wide.yaml?"),
+        ("show wide.yaml", "wide.yaml: no such file; did you mean wide?"),
+        (
+            "data fetch code --only nowhere",
+            "--only nowhere: no source of that name; there are Comment_Generation.zip, msg-5000-pred.txt, "
+            "msg-5000-gold.txt",
+        ),
+        (
+            "list llama-3-8x",
+            "llama-3-8x: no recipe of that name; did you mean llama-3-8b or llama-3.1-8b or llama-3.2-3b?",
+        ),
+        (
+            "list variants/wide.yaml",
+            "variants/wide.yaml: a file, not a name; `recipe show variants/wide.yaml` prints its settings",
+        ),
     ],
 )
-def test_files_profiles_studies_and_data_sets_by_a_part(recipe, tmp_path, words, says):
+def test_a_name_of_nothing_is_refused_with_similar_names(recipe, tmp_path, words, message):
     (tmp_path / "variants").mkdir()
     shutil.copy(paths.RECIPES / f"{BASE}.yaml", tmp_path / "variants" / "wide.yaml")
-    done = recipe(*words)
-    assert says in done.stdout + done.stderr
+    assert recipe.fails(*words.split()).stderr == f"recipe: {message}\n"
+
+
+def test_profiles_and_studies_are_named_by_a_part(recipe):
+    dry_run = recipe.ok("run", BASE, "--profile", "tensorb", "--rehearse", "--dry-run")
+    assert "use_tensorboard: true" in dry_run.stdout.splitlines()
+    rows = recipe.json("results", "haider")
+    assert "haider2024/llama-3-8b" in [row["recipe"] for row in rows]
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
-        (("chek", "mine"), "'chek'. Did you mean 'check'?"),
-        (("data", "fecth"), "'fecth'. Did you mean 'fetch'?"),
-        (("study", "nwe"), "'nwe'. Did you mean 'new'?"),
-        (("run", "mine", "--reherse"), "Did you mean '--rehearse'?"),
-        (("--rnus", "x", "list"), "Did you mean '--runs'?"),
+        ("chek mine", "No such command 'chek'. Did you mean 'check'?"),
+        ("data fecth", "No such command 'fecth'. Did you mean 'fetch'?"),
+        ("study nwe", "No such command 'nwe'. Did you mean 'new'?"),
+        ("run mine --reherse", "No such option '--reherse'. Did you mean '--rehearse'?"),
+        ("--rnus x list", "No such option '--rnus'. Did you mean '--runs'?"),
     ],
 )
-def test_a_misspelt_verb_or_option_names_the_nearest(recipe, words, says):
-    assert says in recipe.fails(*words).stderr
+def test_a_misspelt_verb_or_option_names_the_nearest(recipe, words, message):
+    assert recipe.fails(*words.split()).stderr.splitlines()[-1] == f"Error: {message}"
 
 
 def test_a_study_of_one_recipe_keeps_its_name(recipe, runs):
@@ -79,7 +94,8 @@ def test_list_shows_the_variants_of_the_working_folder_by_the_names_that_run_tak
     (tmp_path / "variants" / "broken.yaml").write_text("lora_r: [1\n")  # hides no other
     listed = recipe("list", "--json")
     rows = orjson.loads(listed.stdout)
-    assert rows[: len(shipped)] == shipped and listed.stderr.startswith("variants/broken.yaml:")
+    assert rows[: len(shipped)] == shipped
+    assert listed.stderr == "variants/broken.yaml:2: not valid YAML: did not find expected ',' or ']' (column 1)\n"
     wider, wide = rows[len(shipped) :]
     assert wide["recipe"] == "wide"
     assert wide["variant_of"] == BASE
@@ -93,7 +109,3 @@ def test_list_shows_the_variants_of_the_working_folder_by_the_names_that_run_tak
     for name, recipes in matching.items():
         listed = recipe.json("list", name.upper())
         assert {row["recipe"] for row in listed} == recipes != set()
-    done = recipe("list", "llama-3-8x")
-    assert done.returncode == 2
-    assert "llama-3-8b" in done.stderr
-    recipe.fails("list", str(tmp_path / "variants" / "wide.yaml"))
