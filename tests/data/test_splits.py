@@ -179,8 +179,8 @@ def test_a_test_set_is_the_studys_if_its_raw_file_and_its_expressions_are(tmp_pa
 
     def names(study: Study) -> list[str | None]:
         prepared(study)
-        files = [tmp_path / "out" / f"{name}.jsonl" for name in ("test", "few")]
-        return [evaluation_rows.test_set(file, files.sha256(file)) for file in files]
+        sets = [tmp_path / "out" / f"{name}.jsonl" for name in ("test", "few")]
+        return [evaluation_rows.test_set(file, files.sha256(file)) for file in sets]
 
     assert names(study) == ["test", "few"]
     assert names(sums(tmp_path, subset)) == [None, None]  # no checksum is known
