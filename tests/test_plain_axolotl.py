@@ -18,9 +18,9 @@ def test_a_recipe_trains_with_plain_axolotl(tmp_path, tiny, sample):
     for name, rows in (("train", 16), ("valid", 4)):
         lines = (sample / f"{name}.jsonl").read_bytes().splitlines(keepends=True)
         (folder / f"{name}.jsonl").write_bytes(b"".join(lines[:rows]))
-    recipe = paths.RECIPES / "haider2024" / "llama-3.1-8b.yaml"
+    file = paths.RECIPES / "haider2024" / "llama-3.1-8b.yaml"
     overrides = ["--base-model", str(tiny), "--output-dir", "out", "--no-fp16"]
-    command = [sys.executable, "-c", AXOLOTL, "train", str(recipe), *overrides, "--launcher", "python"]
+    command = [sys.executable, "-c", AXOLOTL, "train", str(file), *overrides, "--launcher", "python"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()

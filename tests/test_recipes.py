@@ -22,9 +22,9 @@ def validated(cfg: yamlfiles.Config, gpu: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", paths.recipe_names())
 def test_axolotl_validates_the_recipe(name):
-    recipe = recipe_config(name)
-    passed = validated(recipe, "H100" if recipe.get("bf16") else "T4")
-    for key, value in merging.flatten(recipe):
+    config = recipe_config(name)
+    passed = validated(config, "H100" if config.get("bf16") else "T4")
+    for key, value in merging.flatten(config):
         of_result: Any = passed
         for part in key.split("."):
             of_result = of_result[int(part) if part.isdigit() else part]

@@ -25,10 +25,13 @@ def with_rows(folder: RunDir, right: list[float], first: int = 0) -> RunDir:
     return folder
 
 
-def with_seed(runs: Path, seed: int, right: list[float], name: str = "", recipe: str = PLAIN, **more: Any) -> RunDir:
+def with_seed(
+    runs: Path, seed: int, right: list[float], name: str = "", recipe_name: str = PLAIN, **more: Any
+) -> RunDir:
     """A run of a seed with the scores of its rows; 42 is the recipe's own."""
     changed = ({"seed": seed} if seed != 42 else {}) | more.pop("set", {})
-    return with_rows(small_study.ran(runs, recipe, name or f"2026-{seed}", np.mean(right), set=changed, **more), right)
+    folder = small_study.ran(runs, recipe_name, name or f"2026-{seed}", np.mean(right), set=changed, **more)
+    return with_rows(folder, right)
 
 
 def test_runs_of_other_seeds_count_as_one(runs):
@@ -148,11 +151,11 @@ def test_a_further_decoding_is_the_mean_of_the_runs_that_have_it(runs):
 
 
 def test_scores_by_another_judge_are_not_averaged(runs):
-    recipe = "haider2024/llama-2-7b"
+    recipe_name = "haider2024/llama-2-7b"
     folders = []
     for name, model in (("a", "roberta-large"), ("b", "other")):
         scores = {"rows": 5000, "bleu4": 5.0, "bertscore_f1": 0.8, "bertscore": {"model": model}, "intervals": {}}
-        folders.append(a_run(runs, recipe, name, 0, scores=scores))
+        folders.append(a_run(runs, recipe_name, name, 0, scores=scores))
     found = [RunResult(folder, folder.read()) for folder in folders]
     columns = read_scores(folders[0].path).columns
     assert len(repeats.scored_runs(columns["bleu4"], found)) == 2

@@ -52,7 +52,7 @@ def some_rows(count: int, data: random.Random) -> list[dict[str, Any]]:
 
 
 def a_run(
-    folder: Path, recipe: str = LLAMA_3, name: str = "1", rows: int = 40, rehearsal: bool = True, **more: Any
+    folder: Path, recipe_name: str = LLAMA_3, name: str = "1", rows: int = 40, rehearsal: bool = True, **more: Any
 ) -> RunDir:
     """A finished and evaluated run, with telemetry of 30 steps."""
     data = random.Random(name)
@@ -71,7 +71,7 @@ def a_run(
     intervals = {key: [0.9 * mean, 1.1 * mean] for key, mean in means.items()}
     run = run_folders.a_run(
         folder / "runs",
-        recipe,
+        recipe_name,
         name,
         bleu4=0,
         set={"lora_r": 64, "hub_token": "the-secret"},
@@ -95,7 +95,7 @@ def a_run(
             records.append(record | {"step_seconds": 2.0, "tokens": 600, "tokens_per_second": 300.0})
     write_rows(run.metrics, records)
     changed = {
-        "recipe_sha256": sha256(paths.RECIPES / f"{recipe}.yaml"),
+        "recipe_sha256": sha256(paths.RECIPES / f"{recipe_name}.yaml"),
         "cwd": str(folder),
         "overrides": [Override("lora_r", 64)],
         "differences": [

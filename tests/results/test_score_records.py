@@ -52,7 +52,7 @@ def test_a_record_is_exported_added_and_shown(recipe):
     assert scores_read() == []
     RESULTS.mkdir()
     file.rename(RESULTS / file.name)
-    recorded(a_run("two", 70.0, recipe=WIDE))
+    recorded(a_run("two", 70.0, recipe_name=WIDE))
     assert scores_read() == [67.0, 70.0]
     shown = recipe("results", "sums2030").stdout
     assert "retrained on RTX 4090, seed 42  67 (66.5 to 67.5)\n" in shown
@@ -213,7 +213,7 @@ def test_a_comment_in_the_recipe_changes_no_status():
         ({"set": {"datasets.0.path": "mine.jsonl"}}, "study.yaml"),
         ({"set": {"lora_r": 4}}, "lora_r"),
         ({"gpus": []}, "gpu"),
-        ({"named": "mine"}, "mine"),
+        ({"ran": "mine"}, "mine"),
     ],
 )
 def test_a_run_that_does_not_stand_for_its_recipe_has_none(recipe, more, reason):

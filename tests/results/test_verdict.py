@@ -22,8 +22,8 @@ from qlora_recipes.training.run_record import FileState, Summary
 LLAMA_2 = "haider2024/llama-2-7b"
 
 
-def row_of(runs: Path, recipe: str = LLAMA_2, rehearsal: bool = False) -> dict[str, Any]:
-    (found,) = [row for row in verdict.rows(STUDY, runs, rehearsal) if row.recipe == recipe]
+def row_of(runs: Path, name: str = LLAMA_2, rehearsal: bool = False) -> dict[str, Any]:
+    (found,) = [row for row in verdict.rows(STUDY, runs, rehearsal) if row.recipe == name]
     return verdict.record(found)
 
 

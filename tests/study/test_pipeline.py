@@ -95,7 +95,7 @@ def test_what_axolotl_refuses_is_not_submitted(place, monkeypatch):
 
 
 def test_the_former_run_of_a_config_is_the_newest_but_a_finished_one_before_others(tmp_path):
-    recipe = "haider2024/llama-2-7b"
+    recipe_name = "haider2024/llama-2-7b"
     for name, digest, more in (
         ("1-old", "a", {}),
         ("2-newer", "a", {}),
@@ -104,8 +104,8 @@ def test_the_former_run_of_a_config_is_the_newest_but_a_finished_one_before_othe
         ("1-failed", "b", {"state": "failed"}),
         ("2-failed", "b", {"state": "failed"}),
     ):
-        a_run(tmp_path, recipe, f"{name}-{digest}", 5.0, digest=digest, **more)
-    found = pipeline.existing_runs(tmp_path, recipe)
+        a_run(tmp_path, recipe_name, f"{name}-{digest}", 5.0, digest=digest, **more)
+    found = pipeline.existing_runs(tmp_path, recipe_name)
     assert {digest: folder.path.name for digest, (folder, _) in found.items()} == {"a": "2-newer-a", "b": "2-failed-b"}
 
 

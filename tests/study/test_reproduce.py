@@ -152,7 +152,7 @@ def published_data(server: Server) -> studies.Study:
 
 
 def composed(*recipes: str, **more: Any) -> list[Composed]:
-    return [compose.compose(Request(f"haider2024/{recipe}", **more)) for recipe in recipes]
+    return [compose.compose(Request(f"haider2024/{name}", **more)) for name in recipes]
 
 
 def test_data_is_fetched_and_prepared_in_the_forms_that_recipes_read_and_only_once(published_data):

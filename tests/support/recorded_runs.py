@@ -22,11 +22,11 @@ RTX_4090 = {"name": "NVIDIA GeForce RTX 4090", "memory_gib": 24.0, "compute_capa
 HOST = "gpunode17"
 
 
-def a_run(name: str, accuracy: float = 67.0, recipe: str = small_study.PLAIN, **more: Any) -> RunDir:
+def a_run(name: str, accuracy: float = 67.0, recipe_name: str = small_study.PLAIN, **more: Any) -> RunDir:
     """A finished and evaluated run in runs/ of the folder of work; see `completed` for `gpus`, `training` and
-    `named`, and for the rest `small_study.ran`."""
-    complete = {key: more.pop(key) for key in ("gpus", "training", "named") if key in more}
-    return completed(small_study.ran(Path("runs"), recipe, name, accuracy, **more), **complete)
+    `ran`, and for the rest `small_study.ran`."""
+    complete = {key: more.pop(key) for key in ("gpus", "training", "ran") if key in more}
+    return completed(small_study.ran(Path("runs"), recipe_name, name, accuracy, **more), **complete)
 
 
 def completed(

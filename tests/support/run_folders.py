@@ -29,14 +29,14 @@ STUDY = studies.find("haider2024")
 ADAPTER = "adapter_model.safetensors"
 
 
-def a_run(runs: Path, recipe: str, name: str, bleu4: float, within: float = 0.1, **more: Any) -> RunDir:
+def a_run(runs: Path, recipe_name: str, name: str, bleu4: float, within: float = 0.1, **more: Any) -> RunDir:
     """A finished and evaluated run; `set` changes keys of its config, `settings` what it was evaluated on, and `scores`
     takes the place of the BLEU-4."""
-    folder = RunDir(runs / recipe / name)
+    folder = RunDir(runs / recipe_name / name)
     folder.path.mkdir(parents=True)
     changed = more.pop("set", {})
     overrides = [Override(key, value) for key, value in changed.items()]
-    folder.config_file.write_text(yamlfiles.write_yaml(recipe_config(recipe) | changed))
+    folder.config_file.write_text(yamlfiles.write_yaml(recipe_config(recipe_name) | changed))
     ended = Launch(command=[], started="2026-01-01T00:00:00+00:00", ended="2026-01-01T10:00:00+00:00", exit_code=0)
     summary = Summary(train_seconds=9000, peak_memory=7.5, memory_kind="GPU, reserved", tokens_per_second=812.0)
     settings = more.pop("settings", {})
@@ -44,7 +44,7 @@ def a_run(runs: Path, recipe: str, name: str, bleu4: float, within: float = 0.1,
     scores = more.pop("scores", scores)
     run = Run(
         state=more.pop("state", "finished"),
-        recipe=recipe,
+        recipe=recipe_name,
         recipe_file="f",
         recipe_sha256="x",
         cwd="/",

@@ -64,14 +64,14 @@ def read() -> Study:
     return studies.find("sums2030")
 
 
-def row_of(runs: Path, recipe: str = PLAIN) -> dict[str, Any]:
-    (row,) = [row for row in verdict.rows(read(), runs, False) if row.recipe == recipe]
+def row_of(runs: Path, recipe_name: str = PLAIN) -> dict[str, Any]:
+    (row,) = [row for row in verdict.rows(read(), runs, False) if row.recipe == recipe_name]
     return verdict.record(row)
 
 
 def ran(
     runs: Path,
-    recipe: str,
+    recipe_name: str,
     name: str,
     accuracy: float,
     within: float | None = 0.5,
@@ -92,7 +92,7 @@ def ran(
     summary = Summary(eval_loss_per_token=loss, trainable_parameters=9175040, **measured)
     decoding = Decoding.model_validate(more.pop("decoding", SAMPLED))
     settings = {"decoding": decoding} | more.pop("settings", {})
-    folder = a_run(runs, recipe, name, 0, scores=scores, settings=settings, summary=summary, **more)
+    folder = a_run(runs, recipe_name, name, 0, scores=scores, settings=settings, summary=summary, **more)
     losses = (3.0, 2.0, 1.6, 1.2)
     write_rows(
         folder.metrics, [{"step": step, "loss": loss, "step_seconds": 1.0} for step, loss in enumerate(losses, 1)]

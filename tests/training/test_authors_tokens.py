@@ -53,8 +53,8 @@ def model(request: pytest.FixtureRequest, sentencepiece: Path) -> Path:
     return sentencepiece if request.param == "sentencepiece" else substitution.model_folder()
 
 
-def tokenizer_of(recipe: str, model: Path) -> Tokenizer:
-    config = yamlfiles.read_yaml(paths.RECIPES / f"{recipe}.yaml") | {"base_model": str(model)}
+def tokenizer_of(name: str, model: Path) -> Tokenizer:
+    config = yamlfiles.read_yaml(paths.RECIPES / f"{name}.yaml") | {"base_model": str(model)}
     for key in ("revision_of_model", "special_tokens", "bf16"):  # the model's own, and what a CPU may lack
         del config[key]
     return Tokenizer(config)

@@ -14,10 +14,10 @@ NAME = "haider2024/code-llama-7b"
 
 def prepare_files(folder: Path) -> None:
     """The files that the mistakes below are made with."""
-    recipe = (paths.RECIPES / f"{NAME}.yaml").read_text()
+    text = (paths.RECIPES / f"{NAME}.yaml").read_text()
     (folder / "broken.yaml").write_text("base_model: x\nlora_r: [1, 2\nlora_alpha: 3\n")
     (folder / "twice.yaml").write_text("base_model: x\nlora_r: 1\nlora_r: 2\n")
-    (folder / "typo.yaml").write_text(recipe.replace("weight_decay:", "weight_decai:"))
+    (folder / "typo.yaml").write_text(text.replace("weight_decay:", "weight_decai:"))
     (folder / "cycle.yaml").write_text("deepspeed: &a {b: *a}\n")
     for name in ("train.jsonl", "good-train.jsonl"):
         (folder / name).write_text('{"patch": "@@ -1 +1 @@\\n-a\\n+b", "msg": "a"}\n')

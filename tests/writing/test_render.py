@@ -120,9 +120,9 @@ def template_for(templates: Path, model: str) -> str:
 
 def test_a_template_for_a_model_of_another_family_says_what_is_true_of_that(templates):
     text = template_for(templates, PHI)
-    recipe = yaml.safe_load(text)
-    assert recipe["lora_target_modules"] == ["qkv_proj", "o_proj"]
-    assert "special_tokens" not in recipe
+    settings = yaml.safe_load(text)
+    assert settings["lora_target_modules"] == ["qkv_proj", "o_proj"]
+    assert "special_tokens" not in settings
     assert "\n# special_tokens is not set: the tokenizer has a padding token, <|endoftext|>\n" in text
     assert "\n# Model     licence mit, not gated\n# Not known special tokens\n" in text
     assert "Table II" not in text and "Unsloth" not in text and "not one of the paper's runs" in text
