@@ -1,12 +1,12 @@
+"""Comparisons of two runs, or of files of predictions."""
+
 from pathlib import Path
 from typing import Any
 
-import orjson
 import pytest
 from run_folders import ADAPTER, a_run, evaluated
 
-from qlora_recipes.base.errors import UserError
-from qlora_recipes.base.files import write_rows
+from qlora_recipes.base.files import Row, write_rows
 from qlora_recipes.evaluate import intervals, score
 from qlora_recipes.evaluate.score import columns_of
 from qlora_recipes.metrics.metric import ScorerRecord
@@ -14,116 +14,203 @@ from qlora_recipes.results import compare
 from qlora_recipes.results.compare import ScoredRows
 from qlora_recipes.run.rundir import RunDir
 
-USUAL = columns_of()
-PLAIN = {name: USUAL[name] for name in ("bleu4", "rouge_l")}
-
-
-def rows(*texts: str, **more: list[Any]) -> list[dict[str, Any]]:
-    made = [{"row": i, "reference": f"rename variable {i} please", "prediction": text} for i, text in enumerate(texts)]
-    for name, values in more.items():
-        made = [row | {name: value} for row, value in zip(made, values, strict=True)]
-    return score.with_scores(made, PLAIN, {})
-
-
-def test_a_comparison_is_of_the_same_rows():
-    a = rows("rename variable", "why", "rename it please", "nit", idx=[7, 8, 9, 11])
-    b = rows("nit", "x", "rename", "nit", idx=[7, 8, 9, 10])
-    compared = compare.compare(ScoredRows(a, PLAIN), ScoredRows(list(reversed(b)), PLAIN))
-    assert [row["score"] for row in compared] == ["bleu4", "rouge_l"]
-    expected = intervals.paired([row["bleu4"] for row in a[:3]], [row["bleu4"] for row in b[:3]])
-    assert compared[0] == {"score": "bleu4", "rows": 3, "a": pytest.approx(sum(r["bleu4"] for r in a[:3]) / 3),
-                           "b": pytest.approx(sum(r["bleu4"] for r in b[:3]) / 3)} | expected  # fmt: skip
-
-
-def test_bertscores_are_compared_only_where_one_judge_made_both():
-    a, b = ([row | {"bertscore_f1": value} for row in rows("x", "y")] for value in (0.8, 0.9))
-    judge, other = (ScorerRecord(model="m", layer=9, revision=revision, hash="x") for revision in ("1", "2"))
-    for left, right, count in ((judge, judge, 3), (judge, other, 2), (None, None, 2), (judge, None, 2)):
-        columns = PLAIN | {"bertscore_f1": USUAL["bertscore_f1"]}
-        of_a, of_b = (ScoredRows(rows, columns, {"bertscore_f1": by}) for rows, by in ((a, left), (b, right)))
-        made = compare.compare(of_a, of_b)
-        assert len(made) == count
-
-
-def test_scores_that_a_file_brings_along_are_not_believed(tmp_path):
-    file = tmp_path / "a.jsonl"
-    file.write_bytes(orjson.dumps({"reference": "a b c d", "prediction": "a b c d", "bleu4": 0.01, "bertscore_f1": 9}))
-    (of_file,) = compare.score_sides([file])
-    (row,) = of_file.rows
-    assert row["bleu4"] == pytest.approx(100) and "bertscore_f1" not in row
-
-
-def test_rows_are_matched_by_position_or_order_and_others_are_refused():
-    assert len(compare.pair(rows("a", "b"), rows("c", "d"))) == 2
-    other = [row | {"reference": "something else"} for row in rows("a", "b")]
-    for left, right, named in (
-        (rows("a", "b"), rows("c"), "2 rows and 1"),
-        (rows("a", "b"), other, "row 0 "),
-        (rows("a", idx=[1]), rows("a", idx=[2]), "no row "),
-    ):
-        with pytest.raises(UserError, match=named):
-            compare.pair(left, right)
-
-
-def test_the_command_compares_files(recipe, tmp_path):
-    for name, made in (("a.jsonl", rows("rename variable", "why")), ("b.jsonl", rows("x", "y"))):
-        (tmp_path / name).write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in made))
-    assert recipe.json("results", "a.jsonl", "b.jsonl")["scores"][0]["better"] == 1
-    recipe.fails("results", "a.jsonl", "nowhere.jsonl")
-    for metric in ("bertscore:roberta-large", "bertscore_f1", "perplexity", "benchmark:mmlu", "sacrebleu"):
-        recipe.fails("results", "a.jsonl", "b.jsonl", "--metric", metric)
-
-
+DEFAULT = columns_of()
+PLAIN = {name: DEFAULT[name] for name in ("bleu4", "rouge_l")}
 LLAMA_2 = "haider2024/llama-2-7b"
-PREDICTIONS = [{"row": n, "reference": f"rename {n} please", "prediction": f"rename {n}", "idx": n} for n in range(4)]
 
 
-def trained(place: Path, name: str, rate: float = 2e-4, predicted: bool = True, **more: Any) -> RunDir:
-    """A run in a folder of work, whose learning rate shows from the second step's loss on."""
-    run = a_run(place / "runs", LLAMA_2, name, 5.0, set={"learning_rate": rate}, **more)
-    write_rows(run.metrics, ({"step": n, "loss": 2.0 / n + (rate if n > 1 else 0)} for n in range(1, 7)))
-    run.output.mkdir()
-    (run.output / ADAPTER).write_text(str(rate))
-    if predicted:
-        write_rows(run.path / "predictions.jsonl", PREDICTIONS)
-    else:
-        (run.path / "scores.json").unlink()
+def rows(*texts: str, **fields: list[Any]) -> list[Row]:
+    """Scored rows with these predictions, and further fields."""
+    table = [{"row": i, "reference": f"rename variable {i} please", "prediction": text} for i, text in enumerate(texts)]
+    for name, values in fields.items():
+        for row, value in zip(table, values, strict=True):
+            row[name] = value
+    return score.with_scores(table, PLAIN, {})
+
+
+def trained(place: Path, name: str, rate: float = 2e-4, **changes: Any) -> RunDir:
+    """A run that is not evaluated; its learning rate changes the losses from the second step on."""
+    run = a_run(place / "runs", LLAMA_2, name, 5.0, set={"learning_rate": rate}, **changes)
+    write_rows(run.metrics, [{"step": 1, "loss": 2.0}, *({"step": n, "loss": 2.0 / n + rate} for n in range(2, 7))])
+    (run.path / "scores.json").unlink()
     return run
 
 
-def test_runs_that_are_not_evaluated_are_compared_by_their_trainings(recipe, tmp_path):
-    for name, rate in (("one", 2e-4), ("two", 2e-4), ("other", 3e-4)):
-        trained(tmp_path, name, rate, predicted=False)
-    equal = {"first": 1, "last": 6, "step": None, "losses": None, "differences": {}}
-    assert recipe.json("results", "one", "two") == {"training": equal, "scores": None}
-    other = recipe.json("results", "one", "other")["training"]
-    assert other["step"] == 2
-    assert other["losses"] == [1.0002, 1.0003]
-    assert other["differences"] == {"learning_rate": [2e-4, 3e-4]}
+def predicted(place: Path, name: str, **changes: Any) -> RunDir:
+    """A run that is trained and evaluated, with predictions."""
+    run = trained(place, name, **changes)
+    run.output.mkdir()
+    (run.output / ADAPTER).write_text("x")
+    evaluated(run, {"bleu4": 5.0})
+    write_rows(run.path / "predictions.jsonl", rows("rename variable", "why", idx=[0, 1]))
+    return run
 
 
-def test_runs_without_a_metric_of_rows_in_common_are_compared_by_their_trainings(recipe, tmp_path):
+@pytest.fixture
+def files(tmp_path: Path) -> None:
+    """Files of predictions, and runs with different parts of a training and an evaluation."""
+    write_rows(tmp_path / "a.jsonl", rows("rename variable", "why"))
+    write_rows(tmp_path / "b.jsonl", rows("x", "y"))
+    write_rows(tmp_path / "one-row.jsonl", rows("x"))
+    write_rows(tmp_path / "other.jsonl", [row | {"reference": "other"} for row in rows("x", "y")])
+    write_rows(tmp_path / "idx-1.jsonl", rows("x", idx=[1]))
+    write_rows(tmp_path / "idx-2.jsonl", rows("x", idx=[2]))
+    predicted(tmp_path, "evaluated")
+    predicted(tmp_path, "stopped").metrics.unlink()
+    trained(tmp_path, "trained")
+    trained(tmp_path, "faster", rate=3e-4)
+    trained(tmp_path, "rehearsal", rehearsal=True)
     metrics = {"mmlu": {"metric": "benchmark", "task": "mmlu"}}
-    for name in ("one", "two"):
-        run = trained(tmp_path, name, predicted=False)
-        evaluated(run, {"rows": 0, "mmlu": 40.0, "metrics": metrics, "intervals": {}}, rows=0)
-    compared = recipe.json("results", "one", "two")
-    assert compared["training"] and compared["scores"] == []
-    recipe.ok("results", "one", "two")
+    evaluated(trained(tmp_path, "benchmark"), {"rows": 0, "mmlu": 40.0, "metrics": metrics, "intervals": {}}, rows=0)
 
 
-def test_both_parts_are_shown_where_both_are_there(recipe, tmp_path):
-    for name in ("one", "two"):
-        run = trained(tmp_path, name)
-    compared = recipe.json("results", "one", "two")
-    assert compared["training"] and "bleu4" in {row["score"] for row in compared["scores"]}
-    write_rows(tmp_path / "p.jsonl", PREDICTIONS)
-    run.metrics.unlink()
-    for other in ("p.jsonl", "two"):  # without a training
-        compared = recipe.json("results", "one", other)
-        assert compared["training"] is None and compared["scores"]
-    (run.path / "predictions.jsonl").unlink()
-    recipe.fails("results", "one", "two")
+def test_rows_are_compared_that_both_have():
+    a = rows("rename variable", "why", "rename it please", "nit", idx=[7, 8, 9, 11])
+    b = rows("nit", "x", "rename", "nit", idx=[7, 8, 9, 10])
+    bleu4, rouge_l = compare.compare(ScoredRows(a, PLAIN), ScoredRows(b[::-1], PLAIN))
+    of_a, of_b = ([row["bleu4"] for row in side[:3]] for side in (a, b))
+    means = {"a": pytest.approx(sum(of_a) / 3), "b": pytest.approx(sum(of_b) / 3)}
+    assert bleu4 == {"score": "bleu4", "rows": 3, **means, **intervals.paired(of_a, of_b)}
+    assert rouge_l["score"] == "rouge_l"
+
+
+def test_rows_without_positions_are_compared_in_their_order():
+    a, b = rows("a", "b"), rows("c", "d")
+    assert compare.pair(a, b) == [(a[0], b[0]), (a[1], b[1])]
+
+
+JUDGE, OTHER = (ScorerRecord(model="m", layer=9, revision=revision, hash="x") for revision in ("1", "2"))
+
+
+@pytest.mark.parametrize(
+    ("of_a", "of_b", "metrics"), [(JUDGE, JUDGE, 3), (JUDGE, OTHER, 2), (JUDGE, None, 2), (None, None, 2)]
+)
+def test_bertscores_are_compared_only_by_the_same_scorer_model(of_a, of_b, metrics):
+    columns = PLAIN | {"bertscore_f1": DEFAULT["bertscore_f1"]}
+    scored = [row | {"bertscore_f1": 0.8} for row in rows("x", "y")]
+    a, b = (ScoredRows(scored, columns, {"bertscore_f1": scorer}) for scorer in (of_a, of_b))
+    assert len(compare.compare(a, b)) == metrics
+
+
+def test_scores_that_a_file_brings_along_are_not_believed(tmp_path):
+    write_rows(
+        tmp_path / "a.jsonl", [{"reference": "a b c d", "prediction": "a b c d", "bleu4": 0.01, "bertscore_f1": 9}]
+    )
+    (of_file,) = compare.score_sides([tmp_path / "a.jsonl"])
+    (row,) = of_file.rows
+    assert row["bleu4"] == pytest.approx(100)
+    assert "bertscore_f1" not in row
+
+
+RUNS = f"runs/{LLAMA_2}"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        pytest.param(
+            "a.jsonl", "no", "no: no run of that name below runs/; `recipe results` lists the runs", id="missing"
+        ),
+        pytest.param(
+            "a.jsonl",
+            "one-row.jsonl",
+            "cannot match 2 rows and 1 rows: some lack a unique position in the field idx",
+            id="other number of rows",
+        ),
+        pytest.param(
+            "a.jsonl",
+            "other.jsonl",
+            "row 0 has different references; compare predictions for the same rows",
+            id="other references",
+        ),
+        pytest.param(
+            "idx-1.jsonl", "idx-2.jsonl", "no row in common; compare predictions for the same rows", id="other rows"
+        ),
+        pytest.param(
+            f"{RUNS}/trained",
+            "a.jsonl",
+            f"{RUNS}/trained: not evaluated; run `recipe evaluate {RUNS}/trained` first",
+            id="not evaluated",
+        ),
+        pytest.param(
+            f"{RUNS}/evaluated",
+            f"{RUNS}/rehearsal",
+            "one run is a rehearsal, but the other is not; compare two rehearsals or two real runs",
+            id="rehearsal",
+        ),
+    ],
+)
+def test_what_cannot_be_compared(files, recipe, a, b, message):
+    assert recipe.fails("results", a, b).stderr == f"recipe: {message}\n"
+
+
+@pytest.mark.parametrize(
+    "metric", ["bertscore:roberta-large", "bertscore_f1", "perplexity", "benchmark:mmlu", "sacrebleu"]
+)
+def test_metrics_that_do_not_score_rows_are_not_compared(files, recipe, metric):
+    assert recipe.fails("results", "a.jsonl", "b.jsonl", "--metric", metric).stderr == (
+        f"recipe: --metric {metric}: to compare metrics of whole files or by a scorer model, run `recipe evaluate RUN "
+        "--metric` for both runs\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        pytest.param(
+            "trained",
+            "faster",
+            f"scores are not compared; first run `recipe evaluate` for {RUNS}/trained, {RUNS}/faster",
+            id="not evaluated",
+        ),
+        pytest.param(
+            "evaluated",
+            "stopped",
+            "losses are not compared: the runs have no step with a recorded loss in common",
+            id="no common step",
+        ),
+        pytest.param(
+            "evaluated",
+            "benchmark",
+            "scores are not compared: the two have no metric of rows in common; `--metric NAME` adds one to both",
+            id="no common metric",
+        ),
+    ],
+)
+def test_what_is_left_out_is_logged(files, recipe, a, b, message):
+    assert recipe.ok("results", f"{RUNS}/{a}", f"{RUNS}/{b}").stderr == f"{message}\n"
+
+
+def test_several_metrics_are_compared_with_a_warning(files, recipe):
+    message = "intervals and p values of 2 metrics are not corrected for multiple comparisons"
+    assert recipe.ok("results", "a.jsonl", "b.jsonl").stderr == f"{message}\n"
+
+
+def test_a_run_and_a_file_are_compared_by_their_scores(files, recipe):
+    compared = recipe.json("results", "evaluated", "b.jsonl")
+    assert compared["training"] is None
+    assert [row["better"] for row in compared["scores"] if row["score"] == "bleu4"] == [1]
+
+
+def test_runs_are_compared_by_trainings_and_scores(files, recipe):
+    compared = recipe.json("results", "evaluated", "evaluated")
+    assert compared["training"] == EQUAL
+    assert {row["score"]: row["difference"] for row in compared["scores"]} == {"bleu4": 0}
+
+
+EQUAL = {"first": 1, "last": 6, "step": None, "losses": None, "differences": {}}
+
+
+def test_runs_that_are_not_evaluated_are_compared_by_their_trainings(files, recipe):
+    differing = {"step": 2, "losses": [1.0002, 1.0003], "differences": {"learning_rate": [2e-4, 3e-4]}}
+    assert recipe.json("results", "trained", "faster") == {"training": EQUAL | differing, "scores": None}
+    assert recipe("results", "trained", "faster").stdout.splitlines() == [
+        "Trainings, a: trained, b: faster",
+        "The losses differ from step 2 on: 1.0002 in a, 1.0003 in b.",
+        "Recorded differences between the runs:",
+        "learning_rate: 0.0002 -> 0.0003",
+        "",
+    ]
 
 
 def test_versions_and_machine_are_among_what_differs(recipe, tmp_path):
@@ -135,9 +222,3 @@ def test_versions_and_machine_are_among_what_differs(recipe, tmp_path):
         "provenance.gpus.0.driver": ["580", "590"],
         "ranks": [1, 2],
     }
-
-
-def test_a_rehearsal_is_not_compared_with_a_real_run(recipe, tmp_path):
-    for name, rehearsal in (("one", True), ("two", False)):
-        trained(tmp_path, name, rehearsal=rehearsal)
-    recipe.fails("results", "one", "two")
