@@ -26,7 +26,7 @@ TRACKERS = {"tensorboard", "trackio", "mlflow", "wandb"}  # profiles that do not
 
 @dataclass
 class Request:
-    """Request of `recipe run`."""
+    """Request for a recipe with changes, from `recipe run` and the verbs that prepare or preview it."""
 
     name: str
     profiles: list[str] = field(default_factory=list)

@@ -145,9 +145,12 @@ class FaultyRows:
         """Number of rows, with the first of their lines, and with files other than the first row's."""
         if self.count == 1:
             return "1 row"
-        lines = ", ".join(str(line) if file == self.place[0] else f"{file}:{line}" for file, line, _ in self.first)
-        more = ", …" if self.count > len(self.first) else ""
-        return f"{self.count} rows (lines {lines}{more})"
+        lines = []
+        for file, line, _ in self.first:
+            lines.append(str(line) if file == self.place[0] else f"{file}:{line}")
+        if self.count > len(self.first):
+            lines.append("…")
+        return f"{self.count} rows (lines {', '.join(lines)})"
 
 
 class Faults(dict[tuple[str, str], FaultyRows]):
@@ -201,10 +204,12 @@ def refuse(findings: list[Finding], force: Sequence[str] = ()) -> list[Finding]:
     Raises:
         UserError: an error remains, or --force names an error that does not exist.
     """
-    unknown_force(force, {finding.name for finding in findings if finding.level == "error"})
-    override_errors(findings, force)
-    if errors := [str(finding) for finding in findings if finding.level == "error"]:
-        raise UserError("\n".join(errors))
+    errors = [finding for finding in findings if finding.level == "error"]
+    unknown_force(force, {error.name for error in errors})
+    override_errors(errors, force)
+    remaining = [str(error) for error in errors if error.level == "error"]
+    if remaining:
+        raise UserError("\n".join(remaining))
     return [finding for finding in findings if finding.name not in force or finding.scope == "code"]
 
 
@@ -262,7 +267,9 @@ class Case:
     @cached_property
     def steps(self) -> int | None:
         """Optimizer steps, if they can be counted; an upper bound for packed rows."""
-        return None if self.wrong else datafiles.training_steps(self.config | {"sample_packing": False}, self.gpus)
+        if self.wrong:
+            return None
+        return datafiles.training_steps(self.config | {"sample_packing": False}, self.gpus)
 
     @property
     def attention(self) -> str:
@@ -287,8 +294,10 @@ class Case:
 
         If cut_cross_entropy is false, its plugin is inactive, even if the config lists the plugin
         (axolotl/integrations/cut_cross_entropy/args.py)."""
-        listed = {re.split("[.:]", str(name))[-1] for name in self["plugins"] or ()}
-        return listed - ({"CutCrossEntropyPlugin"} if self["cut_cross_entropy"] is False else set())
+        plugins = {re.split("[.:]", str(name))[-1] for name in self["plugins"] or ()}
+        if self["cut_cross_entropy"] is False:
+            plugins.discard("CutCrossEntropyPlugin")
+        return plugins
 
     @property
     def lora(self) -> bool:

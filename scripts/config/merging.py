@@ -11,7 +11,7 @@ from ..base.secrets import MASK, masked, names_secret, without_secrets
 from ..base.yamlfiles import Config, parse, write_flow
 
 TRACKING = re.compile("(use_|hf_)?(wandb|mlflow|comet|trackio|swanlab|tensorboard|otel)(_|$)")
-"""Keys of experiment trackers, which do not affect training."""
+"""Keys of experiment trackers in the schema of Axolotl 0.21; they do not affect training."""
 OF_THE_RUN = ("output_dir", "dataset_prepared_path", "resume_from_checkpoint")  # `recipe run` sets these keys
 NOT_OF_ROWS = re.compile(
     "|".join(
@@ -25,12 +25,12 @@ NOT_OF_ROWS = re.compile(
         )
     )
 )
-"""Keys that do not affect the tokenized rows. Axolotl's other keys may, unknown ones too."""
+"""Keys that do not affect the tokenized rows in Axolotl 0.21. Other keys may, unknown ones too."""
 NOT_OF_EVAL_TOKENS = re.compile(
     f"{NOT_OF_ROWS.pattern}|deepspeed|fsdp|full_determinism|(eval_)?sample_packing|pad_to_|sdpa_varlen"
     r"|datasets\.\d+\.path$"  # the hashes of the files decide
 )
-"""Keys that do not affect the tokens behind an eval loss per token. Axolotl's other keys may, unknown ones too."""
+"""Keys that do not affect the tokens behind an eval loss per token in Axolotl 0.21. Others may, unknown ones too."""
 
 
 _TRACKERS = {  # keys that turn a tracker on (axolotl/utils/wandb_.py and others); key and values that keep it local
@@ -202,19 +202,20 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def listed(config: Config, key: str) -> list[str]:
     """Names in the list at a key of an unchecked config; empty if it is not a list."""
     value = config.get(key)
-    return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
+    if not isinstance(value, list):
+        return []
+    return [name for name in value if isinstance(name, str)]
 
 
 def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
     """Dotted keys in which two configs differ, with both values (None if missing)."""
-    left = dict(flatten(a))
-    right = dict(flatten(b))
-    pairs = {key: (left.get(key), right.get(key)) for key in left | right}
-    return {
-        key: (old, new)
-        for key, (old, new) in pairs.items()
-        if old != new or isinstance(old, bool) != isinstance(new, bool)  # in Python, True equals 1
-    }
+    left, right = dict(flatten(a)), dict(flatten(b))
+    differing = {}
+    for key in left | right:
+        old, new = left.get(key), right.get(key)
+        if old != new or isinstance(old, bool) != isinstance(new, bool):  # in Python, True equals 1
+            differing[key] = (old, new)
+    return differing
 
 
 SourceKind = Literal["recipe", "profile", "override", "rehearsal", "gpus", "default"]
@@ -250,8 +251,9 @@ class Source:
 
     def without_secrets(self, key: str) -> "Source":
         """The source of a key's value, with secrets masked."""
-        is_secret = self.kind == "override" and (names_secret(self.name) or names_secret(key))
-        return Source(self.kind, masked(self.name), MASK if is_secret else masked(self.detail))
+        if self.kind == "override" and (names_secret(self.name) or names_secret(key)):
+            return Source(self.kind, masked(self.name), MASK)
+        return Source(self.kind, masked(self.name), masked(self.detail))
 
 
 @dataclass(kw_only=True)
@@ -274,7 +276,7 @@ class Difference:
 
     def __str__(self) -> str:
         shown = self.without_secrets()
-        recipe, run = (str(value).partition("\n")[0] for value in (shown.recipe, shown.run))  # first lines only
+        recipe, run = (str(value).partition("\n")[0] for value in (shown.recipe, shown.run))  # only the first lines
         return f"{self.key}: {recipe} -> {run}  ({shown.source.text})"
 
 

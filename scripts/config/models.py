@@ -170,7 +170,8 @@ def _config_file(name: str, revision: Any, download: bool) -> Path:
         return cached / "config.json"
     if not download:
         raise FileNotFoundError("not on this machine")
-    if (answer := hub.access(name)).access != "open":
+    answer = hub.access(name)
+    if answer.access != "open":
         raise ConnectionError(answer.says)
     from huggingface_hub import hf_hub_download
 
@@ -194,10 +195,11 @@ def is_path(name: str) -> bool:
 
 def entry_of(name: str) -> Config:
     """Entry of a model in models.yaml; for a mirror, its original's entry; empty if unlisted."""
-    if original := mirrored_by(name):
-        entry = catalogue()[original] | {"gated": False}
-        return {key: fact for key, fact in entry.items() if key not in ("mirror", "revision")}
-    return catalogue().get(name, {})
+    original = mirrored_by(name)
+    if original is None:
+        return catalogue().get(name, {})
+    entry = catalogue()[original] | {"gated": False}
+    return {key: fact for key, fact in entry.items() if key not in ("mirror", "revision")}
 
 
 def similar(name: str) -> str:

@@ -68,11 +68,13 @@ def _incompatible(config: Config, gpu: Gpu | None) -> Iterator[tuple[Config, str
 
 
 def _incompatible_liger(config: Config, model: Config) -> Iterator[tuple[Config, str]]:
-    if (kind := model.get("model_type")) and kind not in models.LAYERS:
+    kind = model.get("model_type")
+    if kind and kind not in models.LAYERS:
         yield dict.fromkeys(_LIGER), f"the Liger kernels are not tested with the model type {kind}"
-    losses = ("chunked_cross_entropy", "cut_cross_entropy", "liger_cross_entropy")
-    if other := next((key for key in losses if config.get(key)), None):
-        yield dict.fromkeys(_LIGER[-1:]), f"the config has {other}"
+    for loss in ("chunked_cross_entropy", "cut_cross_entropy", "liger_cross_entropy"):
+        if config.get(loss):
+            yield dict.fromkeys(_LIGER[-1:]), f"the config has {loss}"
+            break
     trained = [*listed(config, "lora_modules_to_save"), *listed(config, "lora_target_modules")]
     if "lm_head" in trained:
         yield dict.fromkeys(_LIGER[-1:]), "Liger's loss is not tested with a trained lm_head"
@@ -92,9 +94,12 @@ def _incompatible_lora(config: Config, model: Config) -> Iterator[tuple[Config, 
         )
     if dict(flatten(config)).get("bnb_config_kwargs.bnb_4bit_quant_type", "nf4") != "nf4":
         yield dict.fromkeys(_LORA), "the kernels decode doubly quantized weights as NF4 (axolotl/kernels/quantize.py)"
-    if (activation := model.get("hidden_activation") or model.get("hidden_act") or "silu") != "silu":
+    activation = model.get("hidden_activation") or model.get("hidden_act") or "silu"
+    if activation != "silu":
         yield {"lora_mlp_kernel": None}, f"the kernel computes SiLU or GELU (erf), but the model uses {activation}"
     targets = listed(config, "lora_target_modules")
+    if not targets or config.get("lora_target_linear"):
+        return
     for kernel, layers in _LORA.items():
-        if targets and not config.get("lora_target_linear") and not set(layers) <= set(targets):
+        if not set(layers) <= set(targets):
             yield {kernel: None}, f"LoRA is not on all of {', '.join(layers)}"
