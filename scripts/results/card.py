@@ -100,7 +100,7 @@ class Card:
     def config(self) -> Config:
         """Public part of the run's config."""
         config = {key: value for key, value in self.result.config.items() if not is_private(key)}
-        plugins = [name for name in self.result.config.get("plugins") or [] if name != PLUGIN]
+        plugins = [name for name in self.result.config.get("plugins", []) if name != PLUGIN]
         if plugins:
             config["plugins"] = plugins
         return self._public(config)
@@ -224,7 +224,7 @@ class Card:
             # on the hub, "merge" means a merge of several models
             metadata["base_model_relation"] = "finetune" if self.merged else "adapter"
         metadata.license = self.licence
-        if self.licence is not None and self.licence not in _HUB_LICENCES:
+        if self.licence not in (None, *_HUB_LICENCES):
             metadata.license = "other"
             metadata.license_name = self.licence
             metadata.license_link = f"https://huggingface.co/{self.base.name}"

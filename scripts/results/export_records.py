@@ -187,7 +187,6 @@ def record_of_run(result: RunResult) -> Record:
     """
     run = result.run
     assert result.study
-    versions = run.provenance.get("packages", {})
     content: Row = {
         "made": _moment(result)[:10],
         "of": run.origin,
@@ -196,7 +195,7 @@ def record_of_run(result: RunResult) -> Record:
         "adapter_sha256": None,
         "profiles": [name for name in run.profiles if name in score_records.PROFILES],
         "revision": _revision(run.provenance),
-        "packages": {name: versions[name] for name in get_args(Package) if versions.get(name)},
+        "packages": _packages(run.provenance),
         "gpus": run.ranks,
         "gpu": _gpu(run.provenance),
         "scores": {},
@@ -225,6 +224,12 @@ def _moment(result: RunResult) -> str:
     if launches and launches[-1].ended:
         return launches[-1].ended
     return result.run.created
+
+
+def _packages(provenance: Provenance) -> dict[str, str]:
+    """Versions of the installed packages that records name."""
+    versions = provenance.get("packages", {})
+    return {name: version for name, version in versions.items() if version and name in get_args(Package)}
 
 
 def _gpu(provenance: Provenance) -> str:

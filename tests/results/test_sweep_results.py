@@ -264,7 +264,7 @@ def test_test_rows_choose_no_member(tmp_path):
         cfg["test_datasets"][0]["path"] = str(test)
         config.write_text(yamlfiles.write_yaml(cfg))
     rows = sweep_results.rows(sweep, tmp_path)
-    (figure,) = report_figures.sweep(rows)
+    figure = report_figures.sweep(rows)
     assert not any(row.pareto for row in rows) and [trace["name"] for trace in figure.traces] == ["not on the front"]
     assert not figure.note  # which explains the front
 

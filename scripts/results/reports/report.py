@@ -4,7 +4,7 @@ import gzip
 import hashlib
 import re
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import distribution, version
@@ -93,8 +93,7 @@ class Page:
     @cached_property
     def training(self) -> list[Figure]:
         """Figures of the training that have points."""
-        figures = draw.training({reported.label: reported.folder.read_metrics() for reported in self.runs})
-        return [figure for figure in figures if figure.traces]
+        return _drawn(draw.training({reported.label: reported.folder.read_metrics() for reported in self.runs}))
 
     @cached_property
     def scores(self) -> list[Row]:
@@ -211,9 +210,14 @@ def sweep_page(sweep: Sweep, runs: Path) -> Page:
         about=f"{len(rows)} variants of {sweep.recipe}, which differ in {', '.join(sweep.keys)}.",
         tables=[_without_empty(sweep_results.table_of(sweep, rows))],
         notes=[*sweep_results.notes(rows)],
-        figures=[*draw.sweep(rows)],
+        figures=_drawn([draw.sweep(rows)]),
     )
     return Page(sweep.name, f"Sweep of {sweep.recipe}", labelled_runs(labels), section)
+
+
+def _drawn(figures: Iterable[Figure]) -> list[Figure]:
+    """Figures with points."""
+    return [figure for figure in figures if figure.traces]
 
 
 def _without_empty(table: Table) -> Table:

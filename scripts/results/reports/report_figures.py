@@ -1,7 +1,7 @@
 """Figures of a report, for Plotly."""
 
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import batched
 from typing import Any
@@ -27,7 +27,7 @@ class Figure:
     Attributes:
         key: id in the page.
         title: title of the figure.
-        traces: Plotly traces.
+        traces: Plotly traces; those without points are left out.
         x: Plotly x axis.
         y: Plotly y axis.
         note: note for readers.
@@ -41,6 +41,9 @@ class Figure:
     y: Trace
     note: str = ""
     layout: Trace = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.traces = [trace for trace in self.traces if trace["x"]]
 
     def as_json(self) -> Trace:
         """Figure as JSON for the page."""
@@ -94,6 +97,7 @@ def _curve(name: str, metrics: Sequence[Row], key: str, i: int, points: bool = F
 _STEP = _axis("optimizer step", rangemode="tozero")
 _RATE = _axis("learning rate", exponentformat="e", rangemode="tozero")  # starts at 0: a constant rate has no range
 _CPU_NOTE = "Load of the training process; 100 % means one fully used core."
+_MEANS_NOTE = f"If there are more than {MOST_POINTS:,} steps, each point is the mean of several."
 _PANELS = {
     "learning_rate": Figure("rate", "Learning rate", [], _STEP, _RATE),
     "gpu_utilization": Figure("gpu", "GPU utilization", [], _STEP, _axis("%", range=[0, 105])),
@@ -108,14 +112,11 @@ _PANELS = {
 
 
 def training(runs: dict[str, list[Row]]) -> Iterator[Figure]:
-    """Figures of losses, learning rate, load, gradient norm and throughput."""
-    note = f"If there are more than {MOST_POINTS:,} steps, each point is the mean of several."
-    yield Figure("loss", "Loss", _drawn(_loss_curves(runs)), _STEP, _axis("loss"), note)
+    """Figures of losses, learning rate, load, gradient norm and throughput; without points for an unknown value."""
+    yield Figure("loss", "Loss", [*_loss_curves(runs)], _STEP, _axis("loss"), _MEANS_NOTE)
     steps = {name: [record for record in metrics if "loss" in record] for name, metrics in runs.items()}
     for key, panel in _PANELS.items():
-        curves = _drawn(_curve(name, metrics, key, i) for i, (name, metrics) in enumerate(steps.items()))
-        if curves:
-            yield replace(panel, traces=curves)
+        yield replace(panel, traces=[_curve(name, metrics, key, i) for i, (name, metrics) in enumerate(steps.items())])
 
 
 def _loss_curves(runs: dict[str, list[Row]]) -> Iterator[Trace]:
@@ -128,26 +129,19 @@ def _loss_curves(runs: dict[str, list[Row]]) -> Iterator[Trace]:
         yield _curve(f"{name}, {title}", metrics, key, i + len(runs), points=True)
 
 
-def _drawn(traces: Iterable[Trace]) -> list[Trace]:
-    """Traces with points."""
-    return [trace for trace in traces if trace["x"]]
-
-
 _FRONT = (
     "Filled diamonds form the Pareto front: no other member is better in one value and at least as good in the other."
 )
 
 
-def sweep(rows: Sequence[SweepRow]) -> Iterator[Figure]:
-    """Figure of a sweep's members by eval loss and memory, with the Pareto front; none without both values."""
+def sweep(rows: Sequence[SweepRow]) -> Figure:
+    """Figure of a sweep's members by eval loss and memory, with the Pareto front; without points for one value."""
     front: list[tuple[float, float, str]] = []
     others: list[tuple[float, float, str]] = []
     for row in rows:
         if row.costs:
             points = front if row.pareto else others
             points.append((*row.costs, row.member.name))
-    if not front and not others:
-        return
     line = {"dash": "dot", "color": COLOURS[2], "width": 1.5}
     traces = [
         _points("on the Pareto front", sorted(front), 2, symbol="diamond", mode="lines+markers+text", line=line),
@@ -156,7 +150,7 @@ def sweep(rows: Sequence[SweepRow]) -> Iterator[Figure]:
     kinds = sorted({row.summary.memory_kind for row in rows if row.summary.memory_kind})
     x, y = _axis(f"peak GiB ({', '.join(kinds)})"), _axis("Validation loss (lower is better)")
     note = _FRONT if front else ""
-    yield Figure(f"sweep-memory-{LOSS}", "Validation loss against memory", _drawn(traces), x, y, note)
+    return Figure(f"sweep-memory-{LOSS}", "Validation loss against memory", traces, x, y, note)
 
 
 def study(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[Figure]:
@@ -191,4 +185,4 @@ def _metric_figure(of_study: Study, rows: Sequence[StudyRow], column: Column) ->
     title = f"{column.label} of the study's recipes"
     layout = {"height": 220 + 34 * len(rows)}
     names = {"autorange": "reversed", "type": "category"}
-    return Figure(f"study-{column.name}", title, _drawn(traces), _axis(column.label), names, layout=layout)
+    return Figure(f"study-{column.name}", title, traces, _axis(column.label), names, layout=layout)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from ...base import paths, tables, yamlfiles
 from ...base.errors import UserError
@@ -228,14 +229,15 @@ class ModelPredictions:
         rows = [self.rows.get(number, {}) for number in numbers]
         scores = {}
         for heading, column in registry.distinct(self.columns.values()).items():
-            values = [_rounded(row.get(column.name)) for row in rows]
+            values = _values(rows, column.name)
             if any(value is not None for value in values):
-                scores[heading] = values
-        return {"label": self.label, "predictions": [row.get("prediction") for row in rows], "scores": scores}
+                scores[heading] = [value if value is None else round(value, 4) for value in values]
+        return {"label": self.label, "predictions": _values(rows, "prediction"), "scores": scores}
 
 
-def _rounded(score: float | None) -> float | None:
-    return None if score is None else round(score, 4)
+def _values(rows: Sequence[Row], name: str) -> list[Any]:
+    """Values of a field; None where it is missing."""
+    return [row.get(name) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -258,31 +260,32 @@ class TestFile:
         for model in reversed(self.models):
             rows |= model.rows
         numbers = sorted(rows)
+        ordered = [rows[number] for number in numbers]
         inputs, why = self._inputs()
         diffs = None
         if inputs:
-            diffs = [inputs[number] if number < len(inputs) else "" for number in numbers]
+            diffs = [inputs.get(number, "") for number in numbers]
         return {
             "data": self.reported.from_cwd(self.settings.data),
             "row": numbers,
-            "idx": [rows[number].get("idx") for number in numbers],
-            "language": [rows[number].get("lang") for number in numbers],
-            "reference": [rows[number]["reference"] for number in numbers],
+            "idx": _values(ordered, "idx"),
+            "language": _values(ordered, "lang"),
+            "reference": _values(ordered, "reference"),
             "diff": diffs,
             "why": why,
             "models": [model.as_json(numbers) for model in self.models],
         }
 
-    def _inputs(self) -> tuple[list[str], str]:
-        """Inputs of all rows, such as diffs, or the reason for their absence."""
+    def _inputs(self) -> tuple[dict[int, str], str]:
+        """Inputs by row number, such as diffs; or the reason for their absence."""
         file = Path(self.reported.run.cwd, self.settings.data)
         if not file.is_file() or sha256(file) != self.settings.data_sha256:
             name = self.reported.from_cwd(self.settings.data)
-            return [], f"The inputs are not shown: {name} is missing or has changed since the evaluation."
+            return {}, f"The inputs are not shown: {name} is missing or has changed since the evaluation."
         with file.open("rb") as lines:
-            inputs = [str(row.get("input", "")) for row in json_rows(lines, file, ())]
-        if not any(inputs):
-            return [], "The rows have no field named input."
+            inputs = {number: str(row.get("input", "")) for number, row in enumerate(json_rows(lines, file, ()))}
+        if not any(inputs.values()):
+            return {}, "The rows have no field named input."
         return inputs, ""
 
 
