@@ -355,12 +355,12 @@ def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: 
 
 def _wait(child: "subprocess.Popen[bytes]", stops: list[int], progress: TrainingProgress) -> None:
     """Show the child's progress; forward a first stop request, kill on the next one."""
-    asked = False
+    is_stopping = False
     while child.poll() is None:
         time.sleep(0.1)
         progress.read()
-        if stops and not asked:
-            asked = True
+        if stops and not is_stopping:
+            is_stopping = True
             say("stopping after this step, with a checkpoint; a second request stops at once")
             for process in _training(child):  # their data loaders stay alive, because the current step needs them
                 with suppress(psutil.NoSuchProcess):

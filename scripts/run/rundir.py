@@ -346,9 +346,11 @@ def is_run(folder: Path) -> bool:
 def run_names(runs: Path) -> dict[str, RunDir]:
     """Runs by name: the path below `runs`, a recipe's name (its newest run), or `latest`."""
     folders = all_runs(runs)
-    named = {run.path.relative_to(runs).as_posix(): run for run in folders}
-    named |= {path.rpartition("/")[0]: run for path, run in named.items() if "/" in path}  # the last is the newest
-    return ({"latest": folders[-1]} if folders else {}) | named
+    if not folders:
+        return {}
+    by_path = {run.path.relative_to(runs).as_posix(): run for run in folders}
+    newest = {path.rpartition("/")[0]: run for path, run in by_path.items() if "/" in path}  # the last replaces others
+    return {"latest": folders[-1]} | by_path | newest
 
 
 def find_run(name: str, runs: Path) -> RunDir:

@@ -36,8 +36,10 @@ def _make_key(folder: Path) -> None:
 
 def is_own(folder: RunDir, record: Run) -> bool:
     """True if this user created a run, and the run's hashed content is unchanged."""
-    own = seal(folder, record) if record.seal else None
-    return own is not None and hmac.compare_digest(own, record.seal or "")
+    if not record.seal:
+        return False
+    expected = seal(folder, record)
+    return expected is not None and hmac.compare_digest(expected, record.seal)
 
 
 def refuse_code(folder: RunDir, record: Run, force: Sequence[str] = (), adapter: str = "") -> None:
@@ -57,8 +59,10 @@ def refuse_code(folder: RunDir, record: Run, force: Sequence[str] = (), adapter:
     case = Case(usable, wrong, ask_hub=not record.rehearsal, as_written=config)
     trained = Case({"lora_model_dir": adapter or str(folder.output.resolve())}, set())
     with chdir(record.cwd if Path(record.cwd).is_dir() else "."):  # the config's paths are relative to it
-        found = [*code_rules.findings(case), *code_rules.findings(trained)]
-    for finding in found:
+        findings = [*code_rules.findings(case), *code_rules.findings(trained)]
+    for finding in findings:
         finding.where = paths.shown(folder.config_file)
-    agreed = [*force, *(record.forced if is_own(folder, record) else ())]
-    refuse(found, [finding.name for finding in found if finding.name in agreed])
+    accepted = {*force}
+    if is_own(folder, record):
+        accepted.update(record.forced)
+    refuse(findings, [finding.name for finding in findings if finding.name in accepted])

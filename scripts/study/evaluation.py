@@ -48,9 +48,9 @@ def evaluate_by_name(name: str, request: EvaluationRequest, backend: Backend) ->
         folder = find_run(name, paths.runs())
         return folder, start(folder, request, backend)
     adapter, label = locate_adapter(str(request.adapter))
-    asked = request_for(name, adapter, request.force)
-    composed = compose_for_adapter(asked, backend)
-    with adapter_run(composed, asked, adapter, label) as folder:
+    recipe_request = request_for(name, adapter, request.force)
+    composed = compose_for_adapter(recipe_request, backend)
+    with adapter_run(composed, recipe_request, adapter, label) as folder:
         return folder, start(folder, replace(request, adapter=None), backend)
 
 
@@ -135,13 +135,13 @@ def convert_to_peft(folder: Path, form: AdapterFormat) -> Path:
     from safetensors.torch import save_file
 
     try:
-        theirs = torch.load(folder / form.weights, map_location="cpu", weights_only=True)
+        fork_weights = torch.load(folder / form.weights, map_location="cpu", weights_only=True)
     except (EOFError, RuntimeError, UnpicklingError) as error:
         raise UserError(
             f"{folder / form.weights}: damaged, or contains more than weights: {str(error).partition('\n')[0]}"
         ) from None
     weights = {}
-    for name, tensor in theirs.items():
+    for name, tensor in fork_weights.items():
         for part, replacement in form.names.items():
             name = name.replace(part, replacement)
         if "magnitude" in name:

@@ -102,6 +102,7 @@ class Pipeline:
         composed: the config; None if it is invalid.
         existing: newest run with this config and data; a finished run takes precedence. See `look_up`.
         needed_gib: required memory; None before the plan.
+        errors: errors of the last check.
         forceable: names that `--force` accepts: those of this pipeline's findings, and those that the existing run
             has overridden.
     """
@@ -123,10 +124,16 @@ class Pipeline:
         self.existing: tuple[RunDir, Run] | None = None
         self.needed_gib: float | None = None
         self.forceable = {TOO_BIG}
+        self.errors: list[str] = []
         try:
             self.composed = compose.compose(request, self.gpu)
         except UserError as error:
-            result.fail("check", str(error))
+            self._fail_check([error.summary, *map(str, error.further)])
+
+    def _fail_check(self, errors: list[str]) -> None:
+        """Record the errors of a check."""
+        self.errors = errors
+        self.result.fail("check", "\n".join(errors))
 
     @property
     def state(self) -> str | None:
@@ -195,10 +202,10 @@ class Pipeline:
             return [str(error)]
         return []
 
-    def _record_check(self, findings: Sequence[Finding], errors: Sequence[str]) -> bool:
+    def _record_check(self, findings: Sequence[Finding], errors: list[str]) -> bool:
         """Record the result of a check, and print its warnings; return True if there are no errors."""
         if errors:
-            self.result.fail("check", "\n".join(errors))
+            self._fail_check(errors)
             return False
         self.result.steps["check"] = DONE
         for finding in findings:

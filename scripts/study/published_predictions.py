@@ -12,7 +12,7 @@ from ..data.studies import Study
 from ..evaluate.score import ScorerModels, nested_value, score
 
 
-def scores(of_study: Study, published: Baseline, models: ScorerModels) -> list[Row]:
+def scores(study: Study, published: Baseline, models: ScorerModels) -> list[Row]:
     """Score published predictions on the test set of the published scores.
 
     Args:
@@ -28,11 +28,11 @@ def scores(of_study: Study, published: Baseline, models: ScorerModels) -> list[R
         WorkFailed: a scorer model cannot be loaded.
     """
     assert published.predictions
-    rows = read(of_study, published.predictions, published.test_set)
+    rows = read(study, published.predictions, published.test_set)
     with Bar(f"scoring {len(rows):,} published predictions", 1):
-        records, _ = score(rows, of_study.columns, models)
+        records, _ = score(rows, study.columns, models)
     table = []
-    for name in of_study.columns:
+    for name in study.columns:
         record = records.scores.get(name)
         if record and record.value is not None:
             row = {"test_set": published.test_set, "rows": len(rows), "metric": name}
@@ -51,13 +51,13 @@ def _compared(score: float, interval: tuple[float, float] | None, published: Pub
     return row
 
 
-def read(of_study: Study, predictions: PublishedPredictions, test_set: str) -> list[Row]:
+def read(study: Study, predictions: PublishedPredictions, test_set: str) -> list[Row]:
     """Read rows of a test set with `reference` and `prediction`; choose them if the files have the complete test set.
 
     Raises:
         UserError: see `scores`.
     """
-    data, rows_of = of_study.data, predictions.test_set or test_set
+    data, rows_of = study.data, predictions.test_set or test_set
     written, references = _texts(predictions.prediction, data.raw), _texts(predictions.reference, data.raw)
     file = data.raw / predictions.prediction.file
     if len(written) != len(references):
@@ -70,7 +70,7 @@ def read(of_study: Study, predictions: PublishedPredictions, test_set: str) -> l
         raise UserError(f"{file}: {len(written):,} predictions, but {title} of the study has {expected:,} rows")
     positions: Iterable[int] = range(len(written))
     if rows_of != test_set:
-        positions = prepare.choose(data.subsets[test_set], of_study.folder, range(len(written)))
+        positions = prepare.choose(data.subsets[test_set], study.folder, range(len(written)))
     return [{"reference": references[position], "prediction": written[position]} for position in positions]
 
 

@@ -38,24 +38,24 @@ from .pipeline import Pipeline, require_known, require_scorer_models, seeds_of, 
 from .sweep import recorded_sweeps
 
 
-def cancel(of_study: Study) -> list[str]:
+def cancel(study: Study) -> list[str]:
     """Ask the commands that reproduce or sweep a study to stop, or else its runs; return messages."""
-    name, runs = of_study.folder.name, paths.runs()
+    name, runs = study.folder.name, paths.runs()
     sweeps = [sweep for sweep in recorded_sweeps().values() if paths.study_name(sweep.recipe) == name]
     if messages := backends.stop_holders([lock(name), *(sweep.lock(runs) for sweep in sweeps)]):
         return messages
     return backends.cancel(folder for folder, run in readable(all_runs(runs)) if paths.study_name(run.origin) == name)
 
 
-def selected_recipes(of_study: Study, only: Sequence[str]) -> list[str]:
+def selected_recipes(study: Study, only: Sequence[str]) -> list[str]:
     """Recipes of a study by name or pattern; by default, all with published scores.
 
     Raises:
         UserError: a name or pattern matches no recipe of the study, or a name matches several.
     """
     if not only:
-        return list(of_study.published)
-    recipes = [*of_study.published, *of_study.variants]
+        return list(study.published)
+    recipes = [*study.published, *study.variants]
     selected: list[str] = []
     for name in only:
         selected += paths.matching(name, recipes) or [meant(name, recipes, "recipe of the study", option="--only")]
@@ -63,7 +63,7 @@ def selected_recipes(of_study: Study, only: Sequence[str]) -> list[str]:
 
 
 def reproduce(
-    of_study: Study,
+    study: Study,
     request: Request,
     only: list[str],
     evaluation: EvaluationRequest,
@@ -75,7 +75,7 @@ def reproduce(
     All recipes are checked and planned before the first one starts. A failed recipe does not stop the others.
 
     Args:
-        of_study: the study.
+        study: the study.
         request: the study's name, and overrides for each recipe. A mirror applies only to recipes with a gated model.
         only: recipes to run; by default those with published scores.
         evaluation: settings of each evaluation. By default, BERTScore uses the same model as the published scores; in a
@@ -87,33 +87,33 @@ def reproduce(
         UserError: the request is wrong, or existing data differs from the study's; nothing was started.
         WorkFailed: the data cannot be fetched, or BERTScore's model cannot be loaded.
     """
-    wanted = _wanted(of_study, request, only, seeds)
+    requested = _requested_runs(study, request, only, seeds)
     if not request.rehearse and evaluation.scorer is None:
-        evaluation.metrics = [*evaluation.metrics, *_declared_scorer(of_study)]
+        evaluation.metrics = [*evaluation.metrics, *_declared_scorer(study)]
     with held(lock(request.name), "another reproduction of this study is running"):
-        pipelines = [Pipeline(result, asked, evaluation, backend) for result, asked in wanted]
-        ready = _planned(_with_data(of_study, pipelines))
+        pipelines = [Pipeline(result, run_request, evaluation, backend) for result, run_request in requested]
+        ready = _planned(_with_data(study, pipelines))
         require_known(request.force, pipelines)
         tasks = [pipeline.task() for pipeline in ready]
-        require_scorer_models(tasks, of_study.columns, evaluation, request.rehearse)
+        require_scorer_models(tasks, study.columns, evaluation, request.rehearse)
         backend.submit(tasks, request.name)
-    return [result for result, _ in wanted]
+    return [result for result, _ in requested]
 
 
-def _declared_scorer(of_study: Study) -> list[str]:
+def _declared_scorer(study: Study) -> list[str]:
     """Value for --metric that names the scorer model of the published scores; none if they have several."""
-    scorers = {declared.model for declared in declared_models(of_study.columns).values()}
+    scorers = {declared.model for declared in declared_models(study.columns).values()}
     # `require_scorer_models` fetches this model if it is missing; --metric cannot name more than one
     return [f"{SCORER}{scorers.pop()}"] if len(scorers) == 1 else []
 
 
-def _with_data(of_study: Study, pipelines: Sequence[Pipeline]) -> list[Pipeline]:
+def _with_data(study: Study, pipelines: Sequence[Pipeline]) -> list[Pipeline]:
     """Pipelines whose config has no errors, with their data fetched and prepared and their existing runs looked up."""
     for pipeline in pipelines:
         pipeline.look_up()
     validate_all([pipeline for pipeline in pipelines if not pipeline.is_finished()])
     runnable = [pipeline for pipeline in pipelines if pipeline.is_finished() or pipeline.check_config()]
-    have_data(of_study, _composed(runnable))
+    have_data(study, _composed(runnable))
     for pipeline in runnable:
         if not pipeline.existing:  # `have_data` may have fetched the data that the digest needs
             pipeline.look_up()
@@ -146,7 +146,7 @@ def representative_runs(results: Iterable[TaskResult]) -> dict[str, Path | None]
 
 
 def outline(
-    of_study: Study,
+    study: Study,
     request: Request,
     only: list[str],
     evaluation: EvaluationRequest,
@@ -168,8 +168,8 @@ def outline(
     Raises:
         UserError: see `selected_recipes`.
     """
-    wanted = _wanted(of_study, request, only, seeds)
-    pipelines = [Pipeline(result, asked, evaluation, backend, gpu) for result, asked in wanted]
+    requested = _requested_runs(study, request, only, seeds)
+    pipelines = [Pipeline(result, run_request, evaluation, backend, gpu) for result, run_request in requested]
     rows = []
     with Bar("planning", len(pipelines)) as bar:
         for pipeline in pipelines:
@@ -177,7 +177,7 @@ def outline(
             rows.append(_outlined(pipeline))
             bar.update(len(rows))
     require_known(request.force, pipelines, dry_run=True)
-    return {"data": _outlined_data(of_study, _composed(pipelines)), "recipes": rows}
+    return {"data": _outlined_data(study, _composed(pipelines)), "recipes": rows}
 
 
 def _outlined(pipeline: Pipeline) -> Row:
@@ -212,10 +212,10 @@ def _changes(pipeline: Pipeline) -> list[str]:
     return [str(difference) for difference in differences if difference.source.kind == "override"]
 
 
-def _outlined_data(of_study: Study, configs: list[Composed]) -> list[str]:
+def _outlined_data(study: Study, configs: list[Composed]) -> list[str]:
     """Preview of the data to fetch and prepare for these configs."""
-    data = of_study.data
-    unprepared = [(name, form) for name, form in _needed_formats(of_study, configs) if not _has_files(form)]
+    data = study.data
+    unprepared = [(name, form) for name, form in _needed_formats(study, configs) if not _has_files(form)]
     files = _needed_adapter_files(data, configs)
     if unprepared:
         files += data.raw_files
@@ -249,7 +249,7 @@ def lock(name: str) -> Path:
     return paths.runs() / f".reproduce-{name.replace('/', '--')}.lock"
 
 
-def _wanted(of_study: Study, request: Request, only: list[str], seeds: int) -> list[tuple[TaskResult, Request]]:
+def _requested_runs(study: Study, request: Request, only: list[str], seeds: int) -> list[tuple[TaskResult, Request]]:
     """Requested runs of a study: one per recipe and seed.
 
     Raises:
@@ -257,13 +257,14 @@ def _wanted(of_study: Study, request: Request, only: list[str], seeds: int) -> l
     """
     if seeds > 1 and any(override.key == "seed" for override in request.overrides):
         raise UserError("--seeds: --set already sets seed; give only one of the two")
-    wanted = []
-    for recipe in selected_recipes(of_study, only):
-        asked = request_for(request, recipe)
+    requested = []
+    for recipe in selected_recipes(study, only):
         for seed in seeds_of(recipe, seeds):
-            seeded = asked if seed is None else replace(asked, overrides=[*asked.overrides, Override("seed", seed)])
-            wanted.append((TaskResult(recipe, seed=seed), seeded))
-    return wanted
+            run_request = request_for(request, recipe)
+            if seed is not None:
+                run_request.overrides = [*run_request.overrides, Override("seed", seed)]
+            requested.append((TaskResult(recipe, seed=seed), run_request))
+    return requested
 
 
 def request_for(shared: Request, recipe: str) -> Request:
@@ -274,26 +275,26 @@ def request_for(shared: Request, recipe: str) -> Request:
     return replace(shared, name=recipe, profiles=profiles)
 
 
-def have_data(of_study: Study, configs: list[Composed]) -> None:
+def have_data(study: Study, configs: list[Composed]) -> None:
     """Fetch and prepare a study's missing data in the formats that these configs read.
 
     Raises:
         UserError: existing data differs from the study's.
     """
-    for name, form in _needed_formats(of_study, configs):
+    for name, form in _needed_formats(study, configs):
         folder = Path(form.folder)
         # a part is left by a preparation that was killed
         if any(folder.glob(".*.json*.part")) or not _has_files(form):
             say(f"data: fetching and preparing {folder}")
-            _fetch(of_study.data, of_study.data.raw_files)
-            prepare.prepare(fetched_files(of_study.data), folder, of_study, name, timeout=LOCK_TIMEOUT)
-        if reason := manifest.is_not_prepared(of_study, folder, name):
+            _fetch(study.data, study.data.raw_files)
+            prepare.prepare(fetched_files(study.data), folder, study, name, timeout=LOCK_TIMEOUT)
+        if reason := manifest.is_not_prepared(study, folder, name):
             raise UserError(
                 f"{folder}: differs from the study's data: {reason}; move the folder away and run this command again, "
                 "or run the recipes one by one with this data"
             )
         say(f"data: {folder} has the study's data")
-    _fetch(of_study.data, _needed_adapter_files(of_study.data, configs))
+    _fetch(study.data, _needed_adapter_files(study.data, configs))
 
 
 def _fetch(data: Data, files: Iterable[str]) -> None:
@@ -308,20 +309,20 @@ def _needed_adapter_files(data: Data, configs: list[Composed]) -> list[str]:
     return [file for file in data.files if Path(data.raw, file).parent in adapters]
 
 
-def _needed_formats(of_study: Study, configs: list[Composed]) -> Iterator[tuple[str, PreparedFormat]]:
+def _needed_formats(study: Study, configs: list[Composed]) -> Iterator[tuple[str, PreparedFormat]]:
     """Names and formats of the prepared data that these configs read."""
     entries = [dataset.entry for composed in configs for dataset in datafiles.datasets(composed.config)]
     needed = {Path(str(entry.get("path"))).parent for entry in entries}
-    return ((name, form) for name, form in of_study.data.formats.items() if Path(form.folder) in needed)
+    return ((name, form) for name, form in study.data.formats.items() if Path(form.folder) in needed)
 
 
 def score_predictions(
-    of_study: Study, only: Sequence[str], scorer: str | None
+    study: Study, only: Sequence[str], scorer: str | None
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Fetch and score a study's published predictions.
 
     Args:
-        of_study: the study.
+        study: the study.
         only: names of recipes; by default all recipes and the baselines.
         scorer: BERTScore's model, see `score.scorer_model`.
 
@@ -332,32 +333,32 @@ def score_predictions(
     Raises:
         UserError: a name is wrong, or no predictions are published.
     """
-    predicted = _published_predictions(of_study, only)
+    predicted = _published_predictions(study, only)
     if not any(published.predictions for published in predicted):
-        raise _none_published(of_study, "predictions")
-    models = scorer_models(of_study.columns, scorer, report=True)
+        raise _none_published(study, "predictions")
+    models = scorer_models(study.columns, scorer, report=True)
     rows, problems = [], {}
     for published in predicted:
         if published.predictions is None:
             say(f"{published.name}: no predictions are published")
             continue
         try:
-            verified = _fetch_verified(of_study.data, published.predictions.files)
-            for row in published_predictions.scores(of_study, published, models):
+            verified = _fetch_verified(study.data, published.predictions.files)
+            for row in published_predictions.scores(study, published, models):
                 rows.append({"of": published.name, **row, "verified": verified})
         except (UserError, WorkFailed) as error:
             problems[published.name] = str(error)
     return rows, problems
 
 
-def _published_predictions(of_study: Study, only: Sequence[str]) -> list[Baseline]:
+def _published_predictions(study: Study, only: Sequence[str]) -> list[Baseline]:
     """Predictions and scores of the selected recipes; by default of all recipes and baselines."""
     predicted = []
-    for name in selected_recipes(of_study, only):
-        if published := of_study.published.get(name):
-            test_set, predictions = of_study.data.test_set, published.predictions
+    for name in selected_recipes(study, only):
+        if published := study.published.get(name):
+            test_set, predictions = study.data.test_set, published.predictions
             predicted.append(Baseline(name=name, scores=published.scores, test_set=test_set, predictions=predictions))
-    return predicted if only else predicted + of_study.baselines
+    return predicted if only else predicted + study.baselines
 
 
 def _fetch_verified(data: Data, files: Collection[str]) -> bool:
@@ -367,12 +368,12 @@ def _fetch_verified(data: Data, files: Collection[str]) -> bool:
 
 
 def evaluate_adapters(
-    of_study: Study, request: Request, only: Sequence[str], evaluation: EvaluationRequest, backend: Backend
+    study: Study, request: Request, only: Sequence[str], evaluation: EvaluationRequest, backend: Backend
 ) -> list[TaskResult]:
     """Fetch a study's published adapters, and evaluate each with its recipe's settings.
 
     Args:
-        of_study: the study.
+        study: the study.
         request: the study's name, and overrides for each recipe.
         only: names of recipes; by default all.
         evaluation: settings of the evaluations.
@@ -385,23 +386,23 @@ def evaluate_adapters(
         UserError: a name is wrong, or no adapter is published.
     """
     results, adapters = [], []
-    for name in selected_recipes(of_study, only):
-        published = of_study.published.get(name)
+    for name in selected_recipes(study, only):
+        published = study.published.get(name)
         if published and published.adapter:
             results.append(TaskResult(name))
             adapters.append(published.adapter)
     if not results:
-        raise _none_published(of_study, "adapter")
+        raise _none_published(study, "adapter")
     for result, adapter in zip(results, adapters, strict=True):
-        asked = request_for(request, result.recipe)
+        recipe_request = request_for(request, result.recipe)
         try:
-            composed = compose_for_adapter(asked, backend)
-            folder = _fetch_adapter(of_study, result.recipe, composed)
+            composed = compose_for_adapter(recipe_request, backend)
+            folder = _fetch_adapter(study, result.recipe, composed)
         except (UserError, WorkFailed) as error:
             result.fail("check", str(error))
             continue
         try:
-            with adapter_run(composed, asked, folder, adapter) as run:
+            with adapter_run(composed, recipe_request, folder, adapter) as run:
                 evaluate.evaluate(run, evaluation)
             result.run, result.steps["evaluate"] = run.path, DONE
         except (UserError, WorkFailed) as error:
@@ -409,18 +410,18 @@ def evaluate_adapters(
     return results
 
 
-def _fetch_adapter(of_study: Study, recipe: str, composed: Composed) -> Path:
+def _fetch_adapter(study: Study, recipe: str, composed: Composed) -> Path:
     """Fetch a recipe's published adapter, and the data for its evaluation; return its folder, in PEFT's format.
 
     Raises:
         UserError: a file is missing or damaged.
         WorkFailed: a file cannot be fetched.
     """
-    data, published = of_study.data, of_study.published[recipe]
+    data, published = study.data, study.published[recipe]
     assert published.adapter
     files = adapter_files(data, published.adapter)
     if not composed.rehearsal:
-        have_data(of_study, [composed])
+        have_data(study, [composed])
         fetch.fetch(data, data.raw, only=data.sources_of(files))
     elif missing := data.missing(files):
         fetching = " ".join(f"--only {source}" for source in missing)
@@ -436,9 +437,9 @@ def _fetch_adapter(of_study: Study, recipe: str, composed: Composed) -> Path:
     return folder
 
 
-def _none_published(of_study: Study, what: Literal["predictions", "adapter"]) -> UserError:
-    recipes = [name for name, published in of_study.published.items() if getattr(published, what)]
+def _none_published(study: Study, what: Literal["predictions", "adapter"]) -> UserError:
+    recipes = [name for name, published in study.published.items() if getattr(published, what)]
     return UserError(
-        f"--from {what}: {of_study.folder.name}'s study.yaml declares none for these recipes, but for "
+        f"--from {what}: {study.folder.name}'s study.yaml declares none for these recipes, but for "
         f"{', '.join(recipes) or 'no recipe'}"
     )

@@ -79,7 +79,7 @@ class Sweep(BaseModel):
     keys: list[str]
     leading_key: str | None = None
     members: list[SweepMember]
-    made: str = Field(default_factory=now)
+    started: str = Field(default_factory=now)
 
     @property
     def label(self) -> str:
@@ -273,8 +273,8 @@ def sweep(
             label = re.sub(r"[/\0]", "-", member.label)
             if len(requests) > 1:
                 label = f"{recipe}, {label}"
-            asked = replace(request, overrides=member.overrides)
-            pipelines.append(Pipeline(TaskResult(recipe, label), asked, evaluation, backend, gpu))
+            member_request = replace(request, overrides=member.overrides)
+            pipelines.append(Pipeline(TaskResult(recipe, label), member_request, evaluation, backend, gpu))
     _check(pipelines, starts=not dry_run)
     _refuse_twins(pipelines)
     require_known(requests[0].force, pipelines, dry_run)
@@ -347,17 +347,17 @@ def _check(pipelines: list[Pipeline], starts: bool) -> None:
 
 
 def _check_each(pipelines: Sequence[Pipeline], title: str, check: Callable[[Pipeline], bool]) -> None:
-    """Check members one by one; raise UserError with each problem once, and the labels of the members that have it."""
+    """Check members one by one; raise UserError with each error once, and the labels of the members that have it."""
     labels: dict[str, list[str]] = {}
     with Bar(title, len(pipelines)) as bar:
         for done, pipeline in enumerate(pipelines, start=1):
             if not check(pipeline):
-                for problem in str(pipeline.result.problem).splitlines():
-                    labels.setdefault(problem, []).append(pipeline.result.label)
+                for error in pipeline.errors:
+                    labels.setdefault(error, []).append(pipeline.result.label)
             bar.update(done)
     lines = []
-    for problem, members in labels.items():
-        lines.append(f"{'every member' if len(members) == len(pipelines) else '; '.join(members)}: {problem}")
+    for error, members in labels.items():
+        lines.append(f"{'every member' if len(members) == len(pipelines) else '; '.join(members)}: {error}")
     if lines:
         raise UserError("\n".join(lines))
 
@@ -431,7 +431,7 @@ def recorded_sweeps() -> dict[str, Sweep]:
     for file in paths.runs().glob("sweeps/*/*.json"):
         with suppress(OSError, ValueError):
             recorded.append(Sweep.model_validate(parse_json(read_bytes(file))))
-    return {sweep.label: sweep for sweep in sorted(recorded, key=lambda sweep: sweep.made)}
+    return {sweep.label: sweep for sweep in sorted(recorded, key=lambda sweep: sweep.started)}
 
 
 def find_sweep_file(name: str) -> Path:

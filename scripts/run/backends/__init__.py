@@ -105,9 +105,9 @@ class Task:
 _AGAIN = "run the same command again to continue"
 
 
-def relevant(backend: Backend, found: Iterable[Finding]) -> list[Finding]:
+def relevant(backend: Backend, findings: Iterable[Finding]) -> list[Finding]:
     """Findings that apply to a backend; only a local backend gets findings about this machine."""
-    return [finding for finding in found if backend.here or finding.scope != "machine"]
+    return [finding for finding in findings if backend.here or finding.scope != "machine"]
 
 
 def read(folder: RunDir) -> Run:

@@ -106,7 +106,7 @@ class Slurm:
     def _queue(self, batch: "Batch", claimed: Sequence[tuple[TaskResult, list[Command]]]) -> None:
         trainings: list[Command] = []
         evaluations: list[Command] = []  # each waits for the training with the same index
-        others: list[Command] = []  # evaluations whose training is not among these tasks
+        scoring_only: list[Command] = []  # evaluations whose training is not among these tasks
         for result, commands in claimed:
             by_step = {command.step: replace(command, result=result) for command in commands}
             training, evaluation = by_step.get("run"), by_step.get("evaluate")
@@ -115,14 +115,14 @@ class Slurm:
             if evaluation and training:
                 evaluations.append(evaluation)
             elif evaluation:
-                others.append(evaluation)
+                scoring_only.append(evaluation)
         preparing: dict[str, Command] = {}  # by folder of the prepared rows
         for training in trainings:
             preparing[training.folder.prepared] = replace(training, words=[*training.words, "--prepare"])
         prepared = batch.submit("prepare", list(preparing.values()))
         trained = batch.submit("run", trainings, f"afterany:{prepared}")  # training prepares missing rows itself
         batch.submit("evaluate", evaluations, f"aftercorr:{trained}")
-        for job, commands in _by_training_job(others).items():
+        for job, commands in _by_training_job(scoring_only).items():
             batch.submit("evaluate", commands, f"afterok:{job}" if job else None)
 
 

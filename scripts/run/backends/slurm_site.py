@@ -94,14 +94,17 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _site(content: dict[str, Any], where: str) -> Site:
-    own = {key: content[key] for key in ("gpu", "prefix", "setup") if key in content}
-    of_step = {key: content[key] for key in STEPS if key in content}
-    options = {key: value for key, value in content.items() if key not in own | of_step}
+    site: dict[str, Any] = {"options": {}, "of_step": {}}
+    for key, value in content.items():
+        if key in ("gpu", "prefix", "setup"):
+            site[key] = value
+        else:
+            site["of_step" if key in STEPS else "options"][key] = value
     for key, value in flatten(content):
         if is_secret(key, value):
             raise UserError(f"{where}: {key}: a secret, which would be stored in the job's script; export it instead")
     try:
-        return Site.model_validate(own | {"of_step": of_step, "options": options})
+        return Site.model_validate(site)
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{where}: {' '.join(map(str, first['loc']))}: {first['msg']}") from None
@@ -187,7 +190,8 @@ def sbatch(*arguments: str) -> str:
         UserError: sbatch is missing, fails, does not end in time, or prints no id.
     """
     output = ask("sbatch", "--parsable", *arguments)
-    ids = {found[1] for line in output.splitlines() if (found := re.fullmatch(r"(\d+)(;\S+)?", line.strip()))}
+    lines = (re.fullmatch(r"(\d+)(;\S+)?", line.strip()) for line in output.splitlines())  # another program's text
+    ids = {line[1] for line in lines if line}
     if len(ids) == 1:
         return ids.pop()
     problem = f"printed {output[-200:]!r} instead of a job id; check with `squeue --me` whether the job is queued"
