@@ -8,6 +8,7 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row
 from ..base.hub import importing_axolotl
+from ..base.yamlfiles import Config
 from ..config import compose, models, substitution
 from ..config.compose import Composed, Request
 from ..config.finding import LEVELS, Case, Finding, override_errors, refuse, remaining_errors, rule_findings
@@ -186,20 +187,27 @@ def _run_findings(case: Case, composed: Composed) -> Iterator[Finding]:
 
 def _fixed_warm_up(composed: Composed, gpus: int) -> Iterator[Finding]:
     """Note on a warm-up in steps that stays, although the variant or the run changes the number of steps."""
-    original = {change.key: change.recipe for change in composed.from_origin}
     steps = composed.config.get("warmup_steps")
+    original = {change.key: change.recipe for change in composed.from_origin}
     if not steps or "warmup_steps" in original:
         return
-    settings = TrainingSettings.of(composed.config)
-    deciding = ("max_steps",) if settings.max_steps else _DECIDES_STEPS
-    changed = [key for key in original if key.startswith(deciding)]
-    former = composed.config | {key: value for key, value in original.items() if isinstance(value, int)}
-    same_batch = TrainingSettings.of(former).rows_per_step == gpus * settings.rows_per_step
-    if not same_batch and not settings.max_steps:
-        changed.append("the number of rows per step")
-    if changed:
-        problem = f"still {steps} steps, although {changed[0]} changes the number of steps"
+    cause = _step_change(composed.config, original, gpus)
+    if cause:
+        problem = f"still {steps} steps, although {cause} changes the number of steps"
         yield Finding("note", "fixed-warm-up", "warmup_steps", problem, "set it for the new number of steps")
+
+
+def _step_change(config: Config, original: Config, gpus: int) -> str | None:
+    """Cause of a changed number of steps, from the original values of the changed keys; None without one."""
+    settings = TrainingSettings.of(config)
+    deciding = ("max_steps",) if settings.max_steps else _DECIDES_STEPS
+    for key in original:
+        if key.startswith(deciding):
+            return key
+    former = config | {key: value for key, value in original.items() if isinstance(value, int)}
+    if settings.max_steps or TrainingSettings.of(former).rows_per_step == gpus * settings.rows_per_step:
+        return None
+    return "the number of rows per step"
 
 
 _DECIDES_STEPS = ("num_epochs", "max_steps", "datasets", "val_set_size", "sample_packing")

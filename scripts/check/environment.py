@@ -91,7 +91,8 @@ def check_torch() -> Iterator[Line]:
     if "error" in facts:
         yield Line("torch", "wrong", f"cannot be imported: {facts['error']}", "reinstall it", install_torch())
         return
-    built = f"{facts['version']}, built {'for CUDA ' + facts['cuda'] if facts['cuda'] else 'without CUDA'}"
+    cuda = f"for CUDA {facts['cuda']}" if facts["cuda"] else "without CUDA"
+    built = f"{facts['version']}, built {cuda}"
     yield Line("torch", "ok", built)
     if not gpus:
         yield Line(
@@ -101,14 +102,13 @@ def check_torch() -> Iterator[Line]:
             remedy="if this machine has a GPU, `nvidia-smi` shows why it is not found",
         )
         return
-    found = "; ".join(
-        dict.fromkeys(f"{gpu['name']} ({gpu['compute_capability']}), driver {gpu['driver']}" for gpu in gpus)
-    )
+    names = [f"{gpu['name']} ({gpu['compute_capability']}), driver {gpu['driver']}" for gpu in gpus]
+    listed = "; ".join(dict.fromkeys(names))
     if not facts["gpus"] and visible is not None:
         yield Line(
             "GPU",
             "note",
-            f"{found}; CUDA_VISIBLE_DEVICES={visible} hides it",
+            f"{listed}; CUDA_VISIBLE_DEVICES={visible} hides it",
             remedy="unset it to use the GPU",
             command="unset CUDA_VISIBLE_DEVICES",
         )
@@ -116,12 +116,12 @@ def check_torch() -> Iterator[Line]:
         yield Line(
             "GPU",
             "wrong",
-            f"{found}; torch does not compute on it: {facts['problem'] or built}",
+            f"{listed}; torch does not compute on it: {facts['problem'] or built}",
             remedy=f"install a newer driver, or torch's build for CUDA {OLDER_CUDA}, which has kernels for older GPUs",
             command=install_torch(OLDER_CUDA),
         )
     else:
-        yield Line("GPU", "ok", found)
+        yield Line("GPU", "ok", listed)
 
 
 def install_torch(cuda: str = "") -> str:
@@ -170,14 +170,15 @@ def check_hub() -> Iterator[Line]:
     if hub.is_offline():
         yield Line("hub", "note", "not checked, because HF_HUB_OFFLINE is set; only cached models and data work")
         return
-    answers = {name: hub.access(name) for name in base_models()}
-    problems = {name: answer for name, answer in answers.items() if answer.access != "open"}
-    by_access = {answer.access: answer for answer in problems.values()}
-    if not problems:
-        yield Line("hub", "ok", f"answers; your account has access to all {len(answers)} base models")
+    models = base_models()
+    answers = {name: hub.access(name) for name in models}
+    by_access = {answer.access: answer for answer in answers.values()}
+    closed = [name for name in models if answers[name].access != "open"]
+    if not closed:
+        yield Line("hub", "ok", f"answers; your account has access to all {len(models)} base models")
     elif "unknown" in by_access:
-        found = f"no answer: {by_access['unknown'].says}"
-        yield Line("hub", "note", found, "cached models still work", "export HF_HUB_OFFLINE=1")
+        text = f"no answer: {by_access['unknown'].says}"
+        yield Line("hub", "note", text, "cached models still work", "export HF_HUB_OFFLINE=1")
     elif "refused" in by_access:
         yield Line(
             "hub",
@@ -190,8 +191,8 @@ def check_hub() -> Iterator[Line]:
         yield Line(
             "hub",
             "note",
-            f"answers; no access to {', '.join(problems)}",
-            remedy=f"with the account of your token, ask for access at {hub.page(next(iter(problems)))} and the like",
+            f"answers; no access to {', '.join(closed)}",
+            remedy=f"with the account of your token, ask for access at {hub.page(closed[0])} and the like",
             command="" if hub.has_token() else "hf auth login",
         )
 

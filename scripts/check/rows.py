@@ -197,13 +197,12 @@ class _Reader:
 
     def size(self) -> Row:
         """Files and number of rows; the number is None if Axolotl loads the rows."""
-        read = [file.path for file in self.files]
-        return {
-            "key": self.dataset.key,
-            "files": list(map(str, read or self.paths)),
-            "rows": sum(file.rows for file in self.files) if read else None,
-            "unread_fields": sorted(self.unread),
-        }
+        paths, rows = self.paths, None
+        if self.files:
+            paths = [file.path for file in self.files]
+            rows = sum(file.rows for file in self.files)
+        files = [str(path) for path in paths]
+        return {"key": self.dataset.key, "files": files, "rows": rows, "unread_fields": sorted(self.unread)}
 
     def _check_line(self, file: _File, number: int, line: bytes) -> None:
         try:

@@ -69,7 +69,6 @@ def _needs_ampere(case: Case, name: str) -> Problems:
             yield "warning", key, f"its kernels need Triton, which does not support {name}", "delete it"
 
 
-_HUB = "kernels-community/"
 _ON_ALL = ((0, 0), (99, 0))  # lowest and highest compute capability
 _FROM_AMPERE = ((8, 0), (99, 0))
 _FROM_HOPPER = ((9, 0), (99, 0))
@@ -77,14 +76,14 @@ _ON_HOPPER = ((9, 0), (9, 0))
 _UNTIL_BLACKWELL = ((8, 0), (12, 0))
 _ATTENTION_RUNS_ON = {
     "flash_attention_2": _FROM_AMPERE,
-    f"{_HUB}flash-attn2": _FROM_AMPERE,
+    "kernels-community/flash-attn2": _FROM_AMPERE,
     "flash_attention_3": _ON_HOPPER,
-    f"{_HUB}flash-attn3": _ON_HOPPER,
-    f"{_HUB}vllm-flash-attn3": _ON_HOPPER,
+    "kernels-community/flash-attn3": _ON_HOPPER,
+    "kernels-community/vllm-flash-attn3": _ON_HOPPER,
     "flash_attention_4": _FROM_HOPPER,
-    f"{_HUB}flash-attn4": _FROM_HOPPER,
+    "kernels-community/flash-attn4": _FROM_HOPPER,
     "sage": _UNTIL_BLACKWELL,
-    f"{_HUB}sage-attention": _UNTIL_BLACKWELL,
+    "kernels-community/sage-attention": _UNTIL_BLACKWELL,
     "fp8": _FROM_HOPPER,
 }
 
@@ -109,7 +108,8 @@ def missing_package(case: Case) -> Problems:
 def _required_packages(case: Case) -> Iterator[tuple[str, str]]:
     """Packages that a config needs, each with the key that needs it."""
     for package, keys in _PACKAGES.items():
-        for key in [key for key in keys if case[key]][:1]:
+        key = next(filter(case.__getitem__, keys), None)
+        if key:
             yield package, key
     for plugin, package in _PLUGIN_NEEDS.items():
         if plugin in case.plugins:
@@ -119,9 +119,10 @@ def _required_packages(case: Case) -> Iterator[tuple[str, str]]:
             yield package, "optimizer"
     if "/" in case.attention:
         yield "kernels", case.attention_key
-    package, kernel = _ATTENTION_NEEDS.get(case.attention, ("", ""))
-    if package and not (kernel and case.is_installed("kernels")):
-        yield package, case.attention_key
+    elif case.attention in _ATTENTION_NEEDS:
+        package, kernel = _ATTENTION_NEEDS[case.attention]
+        if not kernel or not case.is_installed("kernels"):
+            yield package, case.attention_key
 
 
 _PACKAGES = {  # keys that need the package
@@ -151,9 +152,9 @@ _OPTIMIZERS = {  # by the beginning of the optimizer's name
     "stable_adamw": "torch-optimi",
 }
 _ATTENTION_NEEDS = {  # package, and the hub's kernel that transformers uses if the package is missing
-    "flash_attention_2": ("flash-attn", f"{_HUB}flash-attn2"),
-    "flash_attention_3": ("flash-attn-3", f"{_HUB}vllm-flash-attn3"),
-    "flash_attention_4": ("flash-attn-4", f"{_HUB}flash-attn4"),
+    "flash_attention_2": ("flash-attn", "kernels-community/flash-attn2"),
+    "flash_attention_3": ("flash-attn-3", "kernels-community/vllm-flash-attn3"),
+    "flash_attention_4": ("flash-attn-4", "kernels-community/flash-attn4"),
     "xformers": ("xformers", ""),
     "sage": ("sageattention", ""),
     "fp8": ("torchao", ""),
@@ -332,7 +333,7 @@ def never_evaluated(case: Case) -> Problems:
     num_epochs), a fraction of all steps. If the result is 1 or more, Axolotl skips all evaluations. It warns of this
     only if the result is more than 1 (axolotl/utils/config, normalize_config).
     """
-    timing = [key for key in _EVALUATION_KEYS if case[key] and case[key] != "no"]
+    timing = [key for key in _EVALUATION_KEYS if case[key] not in (None, 0, "", "no")]
     if timing and not case.is_set("test_datasets", "val_set_size"):
         yield "error", timing[0], "no evaluation data", "set test_datasets or val_set_size, or delete the key"
     data = [key for key in ("test_datasets", "val_set_size") if case[key]]
@@ -340,13 +341,18 @@ def never_evaluated(case: Case) -> Problems:
         return
     if not case.is_set(*_EVALUATION_KEYS):
         yield "warning", data[0], "never used: no key says when to evaluate", "set evals_per_epoch"
-    elif timing == ["evals_per_epoch"] and case["evals_per_epoch"] * case.config.get("num_epochs", 1) <= 1:
+    elif timing == ["evals_per_epoch"] and _evaluations(case) <= 1:
         yield "warning", "evals_per_epoch", "one evaluation, which Axolotl skips", "use eval_strategy: epoch instead"
     elif _is_beyond_training(case, "eval_steps"):
         yield "warning", "eval_steps", f"no evaluation: training has at most {case.steps} steps", "lower it"
 
 
 _EVALUATION_KEYS = ("evals_per_epoch", "eval_steps", "eval_strategy")
+
+
+def _evaluations(case: Case) -> float:
+    """Number of evaluations that evals_per_epoch asks for."""
+    return case["evals_per_epoch"] * case.config.get("num_epochs", 1)
 
 
 def _is_beyond_training(case: Case, key: str) -> bool:

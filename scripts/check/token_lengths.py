@@ -40,13 +40,14 @@ def by_token(content: Config, count: int) -> list[Row]:
         numbered = [*islice(_numbered(tokenizer, dataset), count)]
         tokenized = tokenizer.tokenize(dataset, [row for _, row in numbered]) if numbered else []
         for ((_, line), _), tokens in zip(numbered, tokenized, strict=False):
+            length = len(tokens.ids)
             rows.append(
                 {
                     "dataset": dataset.key,
                     "row": line,
-                    "length": len(tokens.ids),
+                    "length": length,
                     "learnt": tokens.learnt,
-                    "too_long": len(tokens.ids) > tokenizer.cfg.sequence_len,
+                    "too_long": length > tokenizer.cfg.sequence_len,
                     "ids": tokens.ids,
                     "labels": tokens.labels,
                     "text": _marked_text(tokenizer, tokens),
@@ -191,7 +192,9 @@ class _TokenizedSet:
 
     def measures(self) -> Row:
         """Lengths in tokens, and the share of padding in one epoch's micro batches; None for packed rows."""
-        cfg, sizes = self.tokenizer.cfg, self.sizes
+        sizes, share = self.sizes, None
+        if not self.tokenizer.cfg.sample_packing:
+            share = padding(self.tokenizer.cfg, self._trained_sizes())
         return {
             "key": self.dataset.key,
             "rows": len(sizes),
@@ -201,7 +204,7 @@ class _TokenizedSet:
             "percentile_95": _percentile(sizes, 95),
             "longest": max(sizes),
             "too_long": self._count_long(),
-            "padding": None if cfg.sample_packing else padding(cfg, self._trained_sizes()),
+            "padding": share,
         }
 
     def _count_long(self) -> int:

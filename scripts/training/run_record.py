@@ -290,17 +290,20 @@ PACKAGES = [
 
 def collect() -> Provenance:
     """Provenance for run.json: git state, lock file, versions and machine."""
+    lock_sha256 = sha256(paths.LOCK) if paths.LOCK.is_file() else None
+    packages = {name: package_version(name) for name in PACKAGES}
+    memory = psutil.virtual_memory().total / 2**30
     return {
         "git": _git(),
-        "lock_sha256": sha256(paths.LOCK) if paths.LOCK.is_file() else None,
-        "packages": {name: package_version(name) for name in PACKAGES},
+        "lock_sha256": lock_sha256,
+        "packages": packages,
         "cuda": torch_cuda(),
         "python": platform.python_version(),
         "host": platform.node(),
         "os": platform.platform(),
         "cpu": cpu_name(),
         "cores": os.cpu_count() or 1,
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "memory_gib": round(memory, 1),
         "gpus": [*visible_gpus().values()],
     }
 
