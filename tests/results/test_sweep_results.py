@@ -3,12 +3,13 @@
 import itertools
 import re
 import sys
+from itertools import batched
 from pathlib import Path
 
 import numpy as np
 import pytest
 import small_study
-from run_folders import a_run
+from run_folders import a_run, fields
 
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.files import sha256, write_json
@@ -113,11 +114,8 @@ def test_members_compare_by_what_their_runs_measured(tmp_path):
     rows = {row.member.name: row for row in sweep_results.rows(sweep, tmp_path)}
     assert [name for name, row in rows.items() if row.pareto] == ["low", "high"]
     high = sweep_results.record(rows["high"])
-    assert high["bleu4"] == 5.5
-    assert high["bleu4_low"] == 5.4
-    assert high["bleu4_high"] == 5.6
-    assert high["peak_memory_gib"] == 8.0
-    assert high["trainable"] == 480
+    assert fields(high, "bleu4", "bleu4_low", "bleu4_high") == [5.5, 5.4, 5.6]
+    assert fields(high, "peak_memory_gib", "trainable") == [8.0, 480]
     assert rows["not yet"].scores["bleu4"] == (None, None)
 
 
@@ -129,10 +127,17 @@ def score_tokens(runs: Path, letters: dict[str, str]) -> None:
         folder.write(run)
 
 
+def without_best(labels: str) -> str:
+    """Note on sweeps without a best member."""
+    return (
+        "no eval loss on validation rows separate from the test rows, or eval losses over different tokens: "
+        f"{labels}; add `--set val_set_size=0.05`, or test_datasets with other rows"
+    )
+
+
 def test_members_with_other_tokens_have_neither_front_nor_best(tmp_path, recipe):
     runs = tmp_path / "runs"
     sweep = a_sweep(runs, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)], "other": [(9.0, 0.1, 7.5)]})
-    sweep.file(runs).parent.mkdir(parents=True)
     sweep.write(runs)
     score_tokens(runs, {"low-0": "a", "high-0": "a", "other-0": "a"})
     assert [row["pareto"] for row in recipe.json("results", "ranks")] == [True, False, True]
@@ -142,10 +147,31 @@ def test_members_with_other_tokens_have_neither_front_nor_best(tmp_path, recipe)
     assert [row["eval_tokens"] for row in rows] == [["a" * 64], ["a" * 64], ["b" * 64]]
     table = recipe("results", "ranks").stdout
     assert re.findall(r" (aaaaaaaa|bbbbbbbb) ", table) == ["aaaaaaaa", "aaaaaaaa", "bbbbbbbb"]
-    assert "not comparable" in table and "Pareto front over" not in table
-    (tuned,) = next(row for row in recipe.json("results", "haider2024") if row["recipe"] == BASE)["tuned"]
-    assert tuned["best"] is None
-    assert f"different tokens: ranks/{BASE}" in recipe("results", "haider2024").stdout
+    assert recipe("results", "haider2024").stdout.splitlines()[-1] == without_best(f"ranks/{BASE}")
+
+
+FRONT = "front: on the Pareto front over peak memory and eval_loss"
+OTHER_TOKENS = "Members with other tokens are not comparable, so there is no Pareto front and no best member."
+BY_SEED = "Held-out rows differ by seed; members are compared seed by seed."
+PLANNED = "Planned memory is that of the recipe on a GPU, also in a rehearsal, whose measured memory is the CPU's."
+
+
+@pytest.mark.parametrize(
+    ("tokens", "planned", "notes"),
+    [
+        pytest.param("aaaa", None, [FRONT], id="same tokens"),
+        pytest.param("aabb", None, [OTHER_TOKENS], id="other tokens"),
+        pytest.param("abab", None, [FRONT, BY_SEED], id="other tokens by seed"),
+        pytest.param("aaaa", 7.0, [FRONT, PLANNED], id="planned memory"),
+    ],
+)
+def test_notes_on_a_sweep(tmp_path, tokens, planned, notes):
+    of_seeds = [(5.0, 1.0, 7.0), (5.0, 3.0, 7.0)]
+    sweep = a_sweep(tmp_path, {"low": of_seeds, "high": of_seeds}, seeds=True)
+    sweep.members[0].planned_gib = planned
+    score_tokens(tmp_path, dict(zip(["low-0", "low-1", "high-0", "high-1"], tokens, strict=True)))
+    shown = sweep_results.notes(sweep_results.rows(sweep, tmp_path))
+    assert [*shown] == [*notes, "Intervals: rows and 2 runs of one seed."]
 
 
 def test_members_are_compared_seed_by_seed_if_the_seed_holds_out_the_rows(tmp_path):
@@ -153,11 +179,9 @@ def test_members_are_compared_seed_by_seed_if_the_seed_holds_out_the_rows(tmp_pa
     sweep = a_sweep(tmp_path, finished, seeds=True)  # only one member has its second run
     score_tokens(tmp_path, {"low-0": "a", "low-1": "b", "high-0": "a", "worse-0": "a"})
     rows = sweep_results.rows(sweep, tmp_path)
-    assert [row.scores["eval_loss"][0] for row in rows] == [2.0, 0.9, 1.1]  # a mean over the repeats
+    assert [row.scores["eval_loss"].value for row in rows] == [2.0, 0.9, 1.1]  # a mean over the repeats
     assert [row.compared_loss for row in rows] == [1.0, 0.9, 1.1]
     assert [row.pareto for row in rows] == [True, True, False]
-    notes = [note for note in sweep_results.notes(rows) if "eld-out rows differ by seed" in note]
-    assert len(notes) == 1
 
 
 def published_beside(runs: Path, name: str, grid: Grid, profiles: list[str]) -> list[float | None]:
@@ -210,25 +234,21 @@ def test_a_studys_recipes_compare_by_their_best_members(tmp_path, recipe):
     for config in (runs / others[1]).rglob("config.yaml"):
         config.write_text(yamlfiles.write_yaml(yamlfiles.read_yaml(config) | {"test_datasets": None}))
     for sweep in swept:
-        sweep.file(runs).parent.mkdir(parents=True, exist_ok=True)
         sweep.write(runs)
     rows = {row["recipe"]: row for row in recipe.json("results", "haider2024")}
-    (own, plain, unvalidated, begun) = (rows[name]["tuned"][0] for name in (BASE, *others))
-    assert own["best"]["member"] == "b"
-    assert own["best"]["bleu4"] == 5.0
-    assert own["best"]["eval_loss"] == 1.1
-    assert rows[BASE]["bleu4"] == 5.5  # represented by the member with its own value
+    best, plain, unvalidated, unfinished = (rows[name]["tuned"][0] for name in (BASE, *others))
+    assert fields(best["best"], "member", "bleu4", "eval_loss") == ["b", 5.0, 1.1]
+    assert rows[BASE]["bleu4"] == 5.5  # represented by the member with the recipe's own value
     assert plain["best"]["member"] == "a"
     assert rows[others[0]]["bleu4"] == 4.9
     assert unvalidated["best"] is None
-    assert begun["best"]["member"] == "b"
-    assert begun["finished"] == 1
-    assert begun["members"] == 2
+    assert unfinished["best"]["member"] == "b"
+    assert fields(unfinished, "finished", "members") == [1, 2]
     table = recipe("results", "haider2024").stdout
-    best = re.findall(r"^(haider\S+) +([ab]) +(\S+)", table, re.MULTILINE)
-    assert best == [(others[0], "a", "1.00"), (BASE, "b", "1.10"), (others[2], "b", "1.40")]
-    assert f"ranks/{others[1]}; add `--set val_set_size" in table
-    assert not recipe("results", "haider2024", "--rehearse").stdout  # of which there are none
+    shown = re.findall(r"^(haider\S+) +([ab]) +(\S+)", table, re.MULTILINE)
+    assert shown == [(others[0], "a", "1.00"), (BASE, "b", "1.10"), (others[2], "b", "1.40")]
+    assert table.splitlines()[-1] == without_best(f"ranks/{others[1]}")
+    assert recipe("results", "haider2024", "--rehearse").stdout == ""  # of which there are none
 
 
 def test_a_study_is_swept_and_again_nothing_is_done(recipe, tmp_path, tiny_profile, fake_axolotl, monkeypatch):
@@ -241,23 +261,23 @@ def test_a_study_is_swept_and_again_nothing_is_done(recipe, tmp_path, tiny_profi
     for more, started in ((("--set", "lora_alpha=4,x"), 2), (("--dry-run",), 0)):
         assert recipe(*words, *more).returncode == started
         assert not (tmp_path / "runs").exists()
-    _, made, dry = recipe.json(*words), recipe.json(*words), recipe.json(*words, "--dry-run")
+    _, swept, dry = recipe.json(*words), recipe.json(*words), recipe.json(*words, "--dry-run")
     folders = rundir.all_runs(tmp_path / "runs")
     assert sorted(folder.read().recipe for folder in folders) == sorted([*published, *published])
-    assert {step["run"] for step in made["steps"] + dry["steps"]} == {"skipped"}
-    for one in made["tuned"]:
-        of_recipe = [row for row in made["results"] if one["recipe"] in row["runs"][0]]
-        assert one["best"] == min(of_recipe, key=lambda row: row["eval_loss"]) and len(of_recipe) == 2
-        assert one["finished"] == 2
+    assert {step["run"] for step in swept["steps"] + dry["steps"]} == {"skipped"}
+    for tuned, members in zip(swept["tuned"], batched(swept["results"], 2), strict=True):
+        assert tuned["best"] == min(members, key=lambda row: row["eval_loss"])
+        assert tuned["finished"] == 2
     shown = recipe.json("results", "sums2030", "--rehearse")
-    assert [row["tuned"] for row in shown] == [[one] for one in made["tuned"]] and len(shown) == 2
+    assert [row["tuned"] for row in shown] == [[tuned] for tuned in swept["tuned"]]
     single = recipe.json("sweep", "sums2030/plain", *words[2:])  # whose members are those of the study
-    assert [row["runs"] for row in single["results"]] == [row["runs"] for row in made["results"][:2]]
+    assert [row["runs"] for row in single["results"]] == [row["runs"] for row in swept["results"][:2]]
 
 
 def test_test_rows_choose_no_member(tmp_path):
     sweep = a_sweep(tmp_path, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)]})
-    (test := tmp_path / "test.jsonl").write_text("{}\n")
+    test = tmp_path / "test.jsonl"
+    test.write_text("{}\n")
     write_json(tmp_path / "manifest.json", {"splits": {"test": {"sha256": sha256(test)}}})
     for config in tmp_path.rglob("config.yaml"):
         cfg = yamlfiles.read_yaml(config)
@@ -265,8 +285,9 @@ def test_test_rows_choose_no_member(tmp_path):
         config.write_text(yamlfiles.write_yaml(cfg))
     rows = sweep_results.rows(sweep, tmp_path)
     figure = report_figures.sweep(rows)
-    assert not any(row.pareto for row in rows) and [trace["name"] for trace in figure.traces] == ["not on the front"]
-    assert not figure.note  # which explains the front
+    assert [row.pareto for row in rows] == [False, False]
+    assert [trace["name"] for trace in figure.traces] == ["not on the front"]
+    assert figure.note == ""  # it explains the front
 
 
 def test_scores_over_seeds_have_an_interval_of_rows_and_runs(tmp_path):
@@ -277,7 +298,8 @@ def test_scores_over_seeds_have_an_interval_of_rows_and_runs(tmp_path):
     mean, within = row.scores["bleu4"]
     assert mean == pytest.approx(np.mean(values))
     half = intervals.half_width(np.var(values, ddof=1) / 3, (0.1 / intervals.NORMAL) ** 2, 2, intervals.MANY)
-    assert (within.low, within.high) == pytest.approx((mean - half, mean + half)) and half > 0.1
+    assert half > 0.1
+    assert (within.low, within.high) == pytest.approx((mean - half, mean + half))
     assert within.method == "rows and 3 runs of one seed"
     assert row.scores["eval_loss"] == (1.0, None)  # its spread over rows is unknown
 
@@ -285,18 +307,28 @@ def test_scores_over_seeds_have_an_interval_of_rows_and_runs(tmp_path):
 def test_results_of_a_sweep_in_every_form(tmp_path, recipe):
     runs = tmp_path / "runs"
     sweep = a_sweep(runs, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)]})
-    sweep.file(runs).parent.mkdir(parents=True)
     sweep.write(runs)
-    table = recipe("results", "ranks")
-    assert re.findall(r"(?m)^(low|high) .* \*", table.stdout) == ["low", "high"]
-    assert "Pareto front over" in table.stdout
-    rows = recipe.json("results", "ranks")
-    assert [row["values"] for row in rows] == [{"lora_r": 8}, {"lora_r": 16}]
-    wrong = recipe("results", "rnaks")
-    assert wrong.returncode == 2
-    assert " ranks" in wrong.stderr
+    assert re.findall(r"(?m)^(low|high) .* \*", recipe("results", "ranks").stdout) == ["low", "high"]
+    assert [row["values"] for row in recipe.json("results", "ranks")] == [{"lora_r": 8}, {"lora_r": 16}]
     sweep.model_copy(update={"rehearsal": True}).write(runs)
-    several = recipe("results", "ranks")
-    assert several.returncode == 2
-    assert f" ranks/{BASE}/rehearsal" in several.stderr
-    recipe.ok("results", f"ranks/{BASE}/rehearsal")
+    assert recipe.ok("results", f"ranks/{BASE}/rehearsal").stdout.splitlines()[0] == (
+        f"ranks: {BASE}. Rehearsals (small stand-in model, few rows; not comparable with any published score)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        pytest.param("rnaks", "no run, sweep, study or recipe of that name; did you mean ranks?", id="unknown"),
+        pytest.param(
+            "ranks",
+            f"ambiguous: ranks/{BASE} or ranks/{BASE}/rehearsal; give the full name, or a run folder",
+            id="ambiguous",
+        ),
+    ],
+)
+def test_a_name_that_is_not_of_one_sweep(tmp_path, recipe, name, message):
+    sweep = a_sweep(tmp_path / "runs", {"low": [(5.0, 1.2, 7.0)]})
+    sweep.write(tmp_path / "runs")
+    sweep.model_copy(update={"rehearsal": True}).write(tmp_path / "runs")
+    assert recipe.fails("results", name).stderr == f"recipe: {name}: {message}\n"

@@ -72,6 +72,11 @@ def shell_for_axolotl(folder: Path, monkeypatch: pytest.MonkeyPatch, does: str) 
     monkeypatch.setattr(launch, "AXOLOTL", axolotl)
 
 
+def fields(record: dict[str, Any], *names: str) -> list[Any]:
+    """Values of some fields of a record."""
+    return [record[name] for name in names]
+
+
 def evaluated(folder: RunDir, scores: dict[str, Any], rehearsal: bool = False, **settings: Any) -> None:
     default = {
         "base_model": "m",
