@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import orjson
 import pytest
 from conftest import config_with, typed
 
@@ -18,10 +17,10 @@ PUBLISHED = "peft-metamathqa/lora-rank32"
 
 
 @pytest.fixture
-def own(tiny: Path, sample: Path, tmp_path: Path) -> Path:
+def recipe_file(tiny: Path, sample: Path, tmp_path: Path) -> Path:
     data = [{"path": str(sample / "train.jsonl"), "type": "alpaca"}]
     change = {"base_model": str(tiny), "revision_of_model": None, "special_tokens": {"pad_token": "</s>"}}
-    file = tmp_path / "own.yaml"
+    file = tmp_path / "mine.yaml"
     config = config_with(change | {"datasets": data, "test_datasets": None, "evals_per_epoch": None})
     file.write_text(yamlfiles.write_yaml(config))
     return file
@@ -31,7 +30,7 @@ def counted(file: Path | str, *overrides: str) -> work.Lengths:
     return work.counted(compose(Request(str(file), overrides=typed(*overrides))))
 
 
-def evaluation_rows_of(file: Path, override: str) -> list[int]:
+def evaluation_rows(file: Path, override: str) -> list[int]:
     """Lengths of the rows that Axolotl holds out."""
     config = compose(Request(str(file), overrides=typed(override))).config
     with importing_axolotl():
@@ -46,39 +45,39 @@ def published(**change: Any) -> work.Lengths | None:
     return work.published(compose(Request(PUBLISHED, **change)))
 
 
-def test_rows_are_counted_as_they_are_trained_on(own):
-    every = counted(own)
-    assert every.rows == 109
-    assert every.tokens < every.padded < 1.5 * every.tokens
-    assert counted(own, "val_set_size=0.5").rows == 54
-    assert counted(own, "sequence_len=300").rows < 109  # the others are dropped
-    assert counted(own, "datasets.0.split=train[50:]", "datasets.0.weight=0.5").rows == 29
-    assert counted(own, "datasets.0.type=completion", "datasets.0.field=output", "sequence_len=16").rows > 109
+def test_rows_are_counted_as_they_are_trained_on(recipe_file):
+    all_rows = counted(recipe_file)
+    assert all_rows.rows == 109
+    assert all_rows.tokens < all_rows.padded < 1.5 * all_rows.tokens
+    assert counted(recipe_file, "val_set_size=0.5").rows == 54
+    assert counted(recipe_file, "sequence_len=300").rows < 109  # the others are dropped
+    assert counted(recipe_file, "datasets.0.split=train[50:]", "datasets.0.weight=0.5").rows == 29
+    assert counted(recipe_file, "datasets.0.type=completion", "datasets.0.field=output", "sequence_len=16").rows > 109
 
 
-def test_tokens_are_those_of_the_rows_left_for_training(own, sample, tmp_path):
+def test_tokens_are_those_of_the_rows_left_for_training(recipe_file, sample, tmp_path):
     """Held-out rows are longer or shorter than others, so a share of all tokens would be wrong."""
     rows = (sample / "train.jsonl").read_text()
     (tmp_path / "twice.jsonl").write_text(rows * 2)
-    every = counted(own)
-    trained = counted(own, "val_set_size=20")
-    held_out = evaluation_rows_of(own, "val_set_size=20")
+    all_rows = counted(recipe_file)
+    trained = counted(recipe_file, "val_set_size=20")
+    held_out = evaluation_rows(recipe_file, "val_set_size=20")
     assert len(held_out) == 20
-    assert trained.rows == every.rows - 20
-    assert trained.tokens == every.tokens - sum(held_out)
-    assert trained.tokens != round(every.tokens * 89 / 109)
-    once = counted(own, f"datasets.0.path={tmp_path / 'twice.jsonl'}", "dataset_exact_deduplication=true")
-    assert once.rows == every.rows
-    assert once.tokens == every.tokens
+    assert trained.rows == all_rows.rows - 20
+    assert trained.tokens == all_rows.tokens - sum(held_out)
+    assert trained.tokens != round(all_rows.tokens * 89 / 109)
+    once = counted(recipe_file, f"datasets.0.path={tmp_path / 'twice.jsonl'}", "dataset_exact_deduplication=true")
+    assert once.rows == all_rows.rows
+    assert once.tokens == all_rows.tokens
 
 
-def test_hours_count_padding(own):
-    planned = plan.plan_request(Request(str(own)), gpus.find("T4"), data=True)
-    known, took, config = counted(own), planned.work, yamlfiles.read_yaml(own)
-    per_token = work.flops_of_token(plan.plan(config)[1], round(known.padded / known.rows))
-    hours = known.padded * config["num_epochs"] * per_token / (65e12 * work.UTILIZATION) / 3600
-    assert took and took.hours == pytest.approx(hours, rel=1e-3)
-    assert not any("upper bound" in note for note in planned.notes)
+def test_hours_count_padding(recipe_file):
+    planned = plan.plan_request(Request(str(recipe_file)), gpus.find("T4"), data=True)
+    lengths, estimate, config = counted(recipe_file), planned.work, yamlfiles.read_yaml(recipe_file)
+    per_token = work.flops_of_token(plan.plan(config)[1], round(lengths.padded / lengths.rows))
+    hours = lengths.padded * config["num_epochs"] * per_token / (65e12 * work.UTILIZATION) / 3600
+    assert estimate
+    assert estimate.hours == pytest.approx(hours, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -102,30 +101,45 @@ def test_hours_count_padding(own):
     ],
 )
 def test_a_studys_own_count_is_taken_for_its_own_rows_and_tokenizer(change, tokens):
-    known = published(**change)
-    assert (known.tokens if known else None) == tokens
+    lengths = published(**change)
+    assert (lengths.tokens if lengths else None) == tokens
 
 
-def test_rows_that_cannot_be_counted_are_refused(own, sample, tmp_path):
-    (tmp_path / "rows.parquet").touch()
-    (tmp_path / "broken.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": \n')
-    both = [{"path": str(sample / "train.jsonl"), "type": "alpaca"}, {"path": "tatsu-lab/alpaca", "type": "alpaca"}]
-    for change, problem in (
-        (f"datasets.0.path={tmp_path / 'none.jsonl'}", "datasets.0"),
-        (f"datasets.0.path={tmp_path / 'rows.parquet'}", "is empty"),
-        (f"datasets={orjson.dumps(both).decode()}", "datasets.1"),
-        (f"datasets.0.path={tmp_path / 'broken.jsonl'}", "row"),
-        ("sequence_len=8", "sequence_len"),
-    ):
-        with pytest.raises(UserError, match=problem):
-            counted(own, change)
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("datasets.0.path=none.jsonl", "--data: datasets.0: its rows are not on this machine; leave --data out"),
+        (
+            "datasets=[{path: broken.jsonl, type: alpaca}, {path: tatsu-lab/alpaca, type: alpaca}]",
+            "--data: datasets.1: its rows are not on this machine; leave --data out",
+        ),
+        (
+            "datasets.0.path=rows.parquet",
+            "--set datasets.0.path=rows.parquet: error: datasets.0.path: rows.parquet is empty; write rows to it, or "
+            "name another file [missing-file:datasets.0.path]",
+        ),
+        (
+            "datasets.0.path=broken.jsonl",
+            "broken.jsonl:2: error: datasets.0.path: 1 row: not JSON in UTF-8 (unexpected end of data); correct or "
+            "drop these rows [bad-row:datasets.0.path]",
+        ),
+        ("sequence_len=8", "--data: sequence_len and val_set_size leave no training rows; leave --data out"),
+    ],
+)
+def test_rows_that_cannot_be_counted_are_refused(recipe_file, place, override, message):
+    (place / "rows.parquet").touch()
+    (place / "broken.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": \n')
+    with pytest.raises(UserError) as refused:
+        counted(recipe_file, override)
+    assert str(refused.value) == message
 
 
-def test_steps_of_packed_rows_are_of_full_sequences(own):
-    config = yamlfiles.read_yaml(own)
+def test_steps_of_packed_rows_are_of_full_sequences(recipe_file):
+    config = yamlfiles.read_yaml(recipe_file)
     step = config["micro_batch_size"] * config["gradient_accumulation_steps"] * config["sequence_len"]
-    took = plan.plan_request(Request(str(own), overrides=typed("max_steps=3", "sample_packing=true"))).work
-    assert took and took.tokens == 3 * step
+    estimate = plan.plan_request(Request(str(recipe_file), overrides=typed("max_steps=3", "sample_packing=true"))).work
+    assert estimate
+    assert estimate.tokens == 3 * step
 
 
 @pytest.mark.long
