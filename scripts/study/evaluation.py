@@ -178,8 +178,8 @@ def compose_for_adapter(request: Request, backend: Backend) -> Composed:
     """
     request = replace(request, overrides=[*request.overrides, Override("lora_model_dir", None)])
     pipeline = Pipeline(TaskResult(request.name), request, EvaluationRequest(), backend)
-    if not pipeline.check_config() or pipeline.composed is None:
-        raise UserError(pipeline.result.problem or f"{request.name}: refused")
+    if not pipeline.check_config():
+        raise UserError(str(pipeline.result.problem))
     return pipeline.composed
 
 

@@ -12,7 +12,7 @@ from ..base.paths import find_recipe
 from ..base.terminal import say, say_once
 from ..check import check
 from ..config import compose, datafiles
-from ..config.compose import Composed, Request
+from ..config.compose import Request
 from ..config.finding import Finding, is_about_data, unknown_force
 from ..config.gpus import Gpu
 from ..config.training_settings import TrainingSettings
@@ -77,10 +77,9 @@ def _is_refused(result: TaskResult) -> bool:
 
 def validate_all(pipelines: Sequence["Pipeline"]) -> None:
     """Validate all configs without plugins in one process; `Pipeline.check_config` finds the results in the cache."""
-    configs = [pipeline.composed for pipeline in pipelines if pipeline.composed]
-    without_plugins = [composed for composed in configs if not composed.config.get("plugins")]
-    if without_plugins:
-        validation.validate(without_plugins, pipelines[0].gpu)
+    configs = [pipeline.composed for pipeline in pipelines if not pipeline.composed.config.get("plugins")]
+    if configs:
+        validation.validate(configs, pipelines[0].gpu)
 
 
 def _errors(findings: Iterable[Finding]) -> list[str]:
@@ -99,12 +98,14 @@ class Pipeline:
         gpu: GPU for which the config is composed, checked and planned; by default the backend's.
 
     Attributes:
-        composed: the config; None if it is invalid.
+        composed: the config.
         existing: newest run with this config and data; a finished run takes precedence. See `look_up`.
         needed_gib: required memory; None before the plan.
-        errors: errors of the last check.
         forceable: names that `--force` accepts: those of this pipeline's findings, and those that the existing run
             has overridden.
+
+    Raises:
+        UserError: the config is invalid.
     """
 
     def __init__(
@@ -120,20 +121,10 @@ class Pipeline:
         self.evaluation = replace(evaluation, force=request.force)
         self.backend = backend
         self.gpu = gpu or backend.gpu()
-        self.composed: Composed | None = None
+        self.composed = compose.compose(request, self.gpu)
         self.existing: tuple[RunDir, Run] | None = None
         self.needed_gib: float | None = None
-        self.forceable = {TOO_BIG}
-        self.errors: list[str] = []
-        try:
-            self.composed = compose.compose(request, self.gpu)
-        except UserError as error:
-            self._fail_check([error.summary, *map(str, error.further)])
-
-    def _fail_check(self, errors: list[str]) -> None:
-        """Record the errors of a check."""
-        self.errors = errors
-        self.result.fail("check", "\n".join(errors))
+        self.forceable: set[str] = set()
 
     @property
     def state(self) -> str | None:
@@ -143,8 +134,6 @@ class Pipeline:
     @property
     def rows_digest(self) -> str:
         """Key shared by pipelines whose tokenized rows are the same, apart from effects of the seed."""
-        if not self.composed:
-            return ""
         return replace(self.composed, config=self.composed.config | {"seed": None}).rows_digest
 
     def look_up(self) -> None:
@@ -168,8 +157,6 @@ class Pipeline:
             starts: whether the run is about to start. If so, Axolotl validates the config, too, and the benchmarks are
                 checked.
         """
-        if self.composed is None:
-            return False
         launching = starts and not self.request.rehearse
         report = check.check_request(self.request, self.gpu, data=False, launching=launching, composed=self.composed)
         if starts:
@@ -177,7 +164,7 @@ class Pipeline:
         findings = [finding for finding in self._relevant(report) if finding.scope != "data"]
         errors = _errors(findings)
         if starts and not errors:
-            errors = self._benchmark_errors(self.composed)
+            errors = self._benchmark_errors()
         return self._record_check(findings, errors)
 
     def check_rows(self) -> bool:
@@ -193,10 +180,10 @@ class Pipeline:
         self.forceable.update(finding.name for finding in report.findings)
         return backends.relevant(self.backend, report.findings)
 
-    def _benchmark_errors(self, composed: Composed) -> list[str]:
+    def _benchmark_errors(self) -> list[str]:
         """Errors of the benchmarks that the evaluation needs."""
         try:
-            columns = columns_of(composed.origin, self.evaluation.metrics)
+            columns = columns_of(self.composed.origin, self.evaluation.metrics)
             benchmarks.require(columns, self.request.rehearse, self.evaluation.force)
         except UserError as error:
             return [str(error)]
@@ -205,7 +192,7 @@ class Pipeline:
     def _record_check(self, findings: Sequence[Finding], errors: list[str]) -> bool:
         """Record the result of a check, and print its warnings; return True if there are no errors."""
         if errors:
-            self._fail_check(errors)
+            self.result.fail("check", *errors)
             return False
         self.result.steps["check"] = DONE
         for finding in findings:
@@ -236,7 +223,6 @@ class Pipeline:
         composed = self.composed
         if self.request.rehearse:
             composed = plan.composed_for(replace(self.request, rehearse=False), self.gpu)
-        assert composed
         required = step_plan.required_gib(composed.config, self.gpu, trace=True)
         assert required is not None
         return required
@@ -250,9 +236,8 @@ class Pipeline:
     def digest(self) -> str | None:
         """Hash of config and data; None if the data is missing."""
         with suppress(UserError):
-            if self.composed:
-                self.composed.data = self.composed.data or datafiles.record(self.composed.config)
-                return self.composed.digest
+            self.composed.data = self.composed.data or datafiles.record(self.composed.config)
+            return self.composed.digest
         return None
 
     def task(self) -> Task:
@@ -270,7 +255,6 @@ class Pipeline:
 
     def _claim(self) -> list[Command]:
         """Return the remaining commands; record finished and queued steps in the result."""
-        assert self.composed
         self._wait_for_start()
         if self.existing is None:
             return self._training(run.create(self.composed, self.request))
@@ -323,7 +307,6 @@ class Pipeline:
 
     def _generates(self) -> bool:
         """True if any metric needs predictions; eval loss metrics do not."""
-        assert self.composed
         columns = columns_of(self.composed.origin, self.evaluation.metrics)
         return any(not isinstance(column.metric, LossMetric) for column in columns.values())
 
@@ -348,13 +331,29 @@ class Pipeline:
         return str(job) if job and (job.kind != "unknown" or not self.backend.here) else None
 
 
+def pipelines_of(
+    requests: Iterable[tuple[TaskResult, Request]],
+    evaluation: EvaluationRequest,
+    backend: Backend,
+    gpu: Gpu | None = None,
+) -> list[Pipeline]:
+    """Pipelines of the requests with a valid config; the results of the others record the error."""
+    pipelines = []
+    for result, request in requests:
+        try:
+            pipelines.append(Pipeline(result, request, evaluation, backend, gpu))
+        except UserError as error:
+            result.fail("check", error.summary, *map(str, error.further))
+    return pipelines
+
+
 def require_known(force: Sequence[str], pipelines: Sequence[Pipeline], dry_run: bool = False) -> None:
     """Raise UserError if --force names a finding that no pipeline has.
 
     A dry run does not read the rows. It therefore accepts the names of all findings about data files.
     """
     names = [name for name in force if not is_about_data(name)] if dry_run else force
-    unknown_force(names, set[str]().union(*(pipeline.forceable for pipeline in pipelines)))
+    unknown_force(names, {TOO_BIG}.union(*(pipeline.forceable for pipeline in pipelines)))
 
 
 def require_scorer_models(

@@ -34,7 +34,7 @@ from ..run.backends import DONE, Backend, TaskResult
 from ..run.rundir import all_runs, readable
 from . import published_predictions
 from .evaluation import adapter_run, compose_for_adapter, convert_to_peft, locate_adapter
-from .pipeline import Pipeline, require_known, require_scorer_models, seeds_of, validate_all
+from .pipeline import Pipeline, pipelines_of, require_known, require_scorer_models, seeds_of, validate_all
 from .sweep import recorded_sweeps
 
 
@@ -91,7 +91,7 @@ def reproduce(
     if not request.rehearse and evaluation.scorer is None:
         evaluation.metrics = [*evaluation.metrics, *_declared_scorer(study)]
     with held(lock(request.name), "another reproduction of this study is running"):
-        pipelines = [Pipeline(result, run_request, evaluation, backend) for result, run_request in requested]
+        pipelines = pipelines_of(requested, evaluation, backend)
         ready = _planned(_with_data(study, pipelines))
         require_known(request.force, pipelines)
         tasks = [pipeline.task() for pipeline in ready]
@@ -113,7 +113,7 @@ def _with_data(study: Study, pipelines: Sequence[Pipeline]) -> list[Pipeline]:
         pipeline.look_up()
     validate_all([pipeline for pipeline in pipelines if not pipeline.is_finished()])
     runnable = [pipeline for pipeline in pipelines if pipeline.is_finished() or pipeline.check_config()]
-    have_data(study, _composed(runnable))
+    have_data(study, [pipeline.composed for pipeline in runnable])
     for pipeline in runnable:
         if not pipeline.existing:  # `have_data` may have fetched the data that the digest needs
             pipeline.look_up()
@@ -130,11 +130,6 @@ def _planned(pipelines: Sequence[Pipeline]) -> list[Pipeline]:
                 ready.append(pipeline)
             bar.update(done)
     return ready
-
-
-def _composed(pipelines: Iterable[Pipeline]) -> list[Composed]:
-    """Configs of the pipelines with a valid config."""
-    return [pipeline.composed for pipeline in pipelines if pipeline.composed]
 
 
 def representative_runs(results: Iterable[TaskResult]) -> dict[str, Path | None]:
@@ -169,28 +164,35 @@ def outline(
         UserError: see `selected_recipes`.
     """
     requested = _requested_runs(study, request, only, seeds)
-    pipelines = [Pipeline(result, run_request, evaluation, backend, gpu) for result, run_request in requested]
+    pipelines = {pipeline.result.label: pipeline for pipeline in pipelines_of(requested, evaluation, backend, gpu)}
     rows = []
-    with Bar("planning", len(pipelines)) as bar:
-        for pipeline in pipelines:
-            bar.begin(f"planning {pipeline.result.label}")
-            rows.append(_outlined(pipeline))
+    with Bar("planning", len(requested)) as bar:
+        for result, _ in requested:
+            bar.begin(f"planning {result.label}")
+            row: Row = {"recipe": result.label, "training": "refused", "problem": result.problem}
+            if result.label in pipelines:
+                row |= _outlined(pipelines[result.label])
+            rows.append(row)
             bar.update(len(rows))
-    require_known(request.force, pipelines, dry_run=True)
-    return {"data": _outlined_data(study, _composed(pipelines)), "recipes": rows}
+    require_known(request.force, [*pipelines.values()], dry_run=True)
+    data = _outlined_data(study, [pipeline.composed for pipeline in pipelines.values()])
+    return {"data": data, "recipes": [dict.fromkeys(_OUTLINED) | row for row in rows]}
+
+
+_OUTLINED = ("recipe", "training", "steps", "needs GiB", "fits", "hours", "changes", "problem")
+"""Columns of a preview."""
 
 
 def _outlined(pipeline: Pipeline) -> Row:
-    """Preview of one recipe; `hours` covers only training."""
-    row: Row = {"recipe": pipeline.result.label, "training": "new"}
-    row |= dict.fromkeys(("steps", "needs GiB", "fits", "hours", "changes", "problem"))
-    row["changes"] = "; ".join(_changes(pipeline)) or None
+    """Preview of one recipe with a valid config; `hours` covers only training."""
+    changes = [str(change) for change in pipeline.composed.differences if change.source.kind == "override"]
+    row: Row = {"training": "new", "changes": "; ".join(changes) or None}
     pipeline.look_up()
     if pipeline.existing:
         row["training"] = f"{pipeline.state}: {pipeline.existing[0].path}"
     if pipeline.state == "finished":
         return row
-    if not pipeline.composed or not pipeline.check_config(starts=False):
+    if not pipeline.check_config(starts=False):
         return row | {"training": "refused", "problem": pipeline.result.problem}
     if pipeline.request.rehearse:
         return row | {"steps": datafiles.training_steps(pipeline.composed.config)}
@@ -204,12 +206,6 @@ def _outlined(pipeline: Pipeline) -> Row:
     if planned.work:
         row |= {"steps": planned.work.steps, "hours": planned.work.hours}
     return row
-
-
-def _changes(pipeline: Pipeline) -> list[str]:
-    """Differences from the recipe that --set makes."""
-    differences = pipeline.composed.differences if pipeline.composed else []
-    return [str(difference) for difference in differences if difference.source.kind == "override"]
 
 
 def _outlined_data(study: Study, configs: list[Composed]) -> list[str]:

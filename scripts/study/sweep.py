@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,7 +31,15 @@ from ..metrics.metric import Column
 from ..run import backends
 from ..run.backends import SKIPPED, Backend, TaskResult
 from ..run.rundir import RunDir, all_runs, find_run, is_run, readable, run_names
-from .pipeline import Pipeline, existing_runs, require_known, require_scorer_models, seeds_of, validate_all
+from .pipeline import (
+    Pipeline,
+    existing_runs,
+    pipelines_of,
+    require_known,
+    require_scorer_models,
+    seeds_of,
+    validate_all,
+)
 
 PAIRED = "_"
 NAME = "name"
@@ -264,7 +272,7 @@ def sweep(
     """
     members = grid.members()
     records: list[Sweep] = []
-    pipelines: list[Pipeline] = []
+    requested: list[tuple[TaskResult, Request]] = []
     for request in requests:
         recipe, _ = find_recipe(request.name)
         record = grid.record(recipe, request.rehearse, _seeded(members, request.name, seeds))
@@ -273,15 +281,16 @@ def sweep(
             label = re.sub(r"[/\0]", "-", member.label)
             if len(requests) > 1:
                 label = f"{recipe}, {label}"
-            member_request = replace(request, overrides=member.overrides)
-            pipelines.append(Pipeline(TaskResult(recipe, label), member_request, evaluation, backend, gpu))
-    _check(pipelines, starts=not dry_run)
+            requested.append((TaskResult(recipe, label), replace(request, overrides=member.overrides)))
+    results = [result for result, _ in requested]
+    pipelines = pipelines_of(requested, evaluation, backend, gpu)
+    _check(pipelines, results, starts=not dry_run)
     _refuse_twins(pipelines)
     require_known(requests[0].force, pipelines, dry_run)
     _plan([member for record in records for member in record.members], pipelines, starts=not dry_run)
     if not dry_run:
         _carry_out(records, pipelines, evaluation, backend)
-    return records, [pipeline.result for pipeline in pipelines]
+    return records, results
 
 
 def _plan(members: list[SweepMember], pipelines: list[Pipeline], starts: bool) -> None:
@@ -332,40 +341,50 @@ def _seeded(members: list[SweepMember], recipe: str, seeds: int) -> list[SweepMe
     return [member.model_copy(update={"seed": seed}) for member in members for seed in seeds_of(recipe, seeds)]
 
 
-def _check(pipelines: list[Pipeline], starts: bool) -> None:
+def _check(pipelines: list[Pipeline], results: list[TaskResult], starts: bool) -> None:
     """Check every member; before a start, also check each distinct set of rows.
 
+    Args:
+        pipelines: pipelines of the members with a valid config.
+        results: results of all members.
+
     Raises:
-        UserError: members have errors; each problem is listed once.
+        UserError: members have errors; each error is listed once.
     """
     if starts:
         validate_all(pipelines)
-    _check_each(pipelines, "checking members", lambda pipeline: pipeline.check_config(starts))
-    if starts:
-        distinct = {pipeline.rows_digest: pipeline for pipeline in pipelines}
-        _check_each([*distinct.values()], "reading the rows of members", Pipeline.check_rows)
-
-
-def _check_each(pipelines: Sequence[Pipeline], title: str, check: Callable[[Pipeline], bool]) -> None:
-    """Check members one by one; raise UserError with each error once, and the labels of the members that have it."""
-    labels: dict[str, list[str]] = {}
-    with Bar(title, len(pipelines)) as bar:
+    with Bar("checking members", len(pipelines)) as bar:
         for done, pipeline in enumerate(pipelines, start=1):
-            if not check(pipeline):
-                for error in pipeline.errors:
-                    labels.setdefault(error, []).append(pipeline.result.label)
+            pipeline.check_config(starts)
             bar.update(done)
+    _refuse_errors(results)
+    if not starts:
+        return
+    distinct = {pipeline.rows_digest: pipeline for pipeline in pipelines}
+    with Bar("reading the rows of members", len(distinct)) as bar:
+        for done, pipeline in enumerate(distinct.values(), start=1):
+            pipeline.check_rows()
+            bar.update(done)
+    _refuse_errors([pipeline.result for pipeline in distinct.values()])
+
+
+def _refuse_errors(results: Sequence[TaskResult]) -> None:
+    """Raise UserError if members have errors: each error once, with the labels of its members."""
+    labels: dict[str, list[str]] = {}
+    for result in results:
+        for error in result.errors:
+            labels.setdefault(error, []).append(result.label)
     lines = []
     for error, members in labels.items():
-        lines.append(f"{'every member' if len(members) == len(pipelines) else '; '.join(members)}: {error}")
+        lines.append(f"{'every member' if len(members) == len(results) else '; '.join(members)}: {error}")
     if lines:
         raise UserError("\n".join(lines))
 
 
 def _refuse_twins(pipelines: list[Pipeline]) -> None:
     for a, b in itertools.combinations(pipelines, 2):
-        of_one = a.result.recipe == b.result.recipe
-        if of_one and a.composed and b.composed and not merging.differences(a.composed.config, b.composed.config):
+        same_recipe = a.result.recipe == b.result.recipe
+        if same_recipe and not merging.differences(a.composed.config, b.composed.config):
             raise UserError(f"{a.result.label} and {b.result.label} have the same config; remove one of them")
 
 

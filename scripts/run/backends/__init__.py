@@ -35,7 +35,7 @@ DOES = {"run": "the training", "evaluate": "the evaluation"}
 
 @dataclass
 class TaskResult:
-    """Result of a recipe: the state of each step, and the problem if one failed.
+    """Result of a recipe: the state of each step, and the errors of a failed one.
 
     Attributes:
         member: name of the sweep member, or None.
@@ -47,13 +47,18 @@ class TaskResult:
     recipe: str
     member: str | None = None
     steps: dict[str, str] = field(default_factory=dict)
-    problem: str | None = None
+    errors: list[str] = field(default_factory=list)
     run: Path | None = None
     seed: int | None = None
 
-    def fail(self, step: str, problem: str) -> None:
-        """Record that a step failed, with the problem."""
-        self.steps[step], self.problem = FAILED, problem
+    def fail(self, step: str, *errors: str) -> None:
+        """Record that a step failed, with its errors."""
+        self.steps[step], self.errors = FAILED, list(errors)
+
+    @property
+    def problem(self) -> str | None:
+        """Errors in words; None if no step failed or was interrupted."""
+        return "\n".join(self.errors) or None
 
     @property
     def label(self) -> str:
@@ -192,7 +197,7 @@ class Local:
                         process.terminate()
                 time.sleep(0.05)
         for _, task in waiting:
-            task.result.problem = f"interrupted before its start; {_AGAIN}"
+            task.result.errors = [f"interrupted before its start; {_AGAIN}"]
 
     def _worker(
         self, device: str | None, waiting: deque[tuple[str, Task]], stops: list[int]
@@ -222,7 +227,7 @@ class Local:
                 task.result.fail(command.step, f"{DOES[command.step]} failed{f'; see {log}' if log else ''}")
                 return
             if stops:
-                task.result.problem = f"interrupted; {_AGAIN}"
+                task.result.errors = [f"interrupted; {_AGAIN}"]
                 return
 
     def _start(self, command: Command, label: str, device: str | None) -> "subprocess.Popen[bytes]":
