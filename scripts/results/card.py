@@ -349,7 +349,7 @@ def _without_folders(value: Any, cwd: Path) -> Any:
     path = Path(value)
     is_long = path.is_absolute() and len(path.parts) > 2
     if not is_long and ".." not in path.parts:
-        return _LOCAL_PATH.sub(lambda found: _without_folders(found[0].removeprefix("file://"), cwd), value)
+        return _LOCAL_PATH.sub(lambda match: _without_folders(match[0].removeprefix("file://"), cwd), value)
     if path.is_relative_to(cwd):
         return str(path.relative_to(cwd))
     return path.name

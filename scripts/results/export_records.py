@@ -234,11 +234,11 @@ def _packages(provenance: Provenance) -> dict[str, str]:
 
 def _gpu(provenance: Provenance) -> str:
     """Name of the first GPU in gpus.yaml; for an unlisted one, its capability, such as sm_86."""
-    used = (provenance.get("gpus") or [{}])[0]
-    gpu = gpus.named(str(used.get("name")))
+    first = (provenance.get("gpus") or [{}])[0]
+    gpu = gpus.named(str(first.get("name")))
     if gpu:
         return gpu.name
-    return f"sm_{used.get('compute_capability')}".replace(".", "")
+    return f"sm_{first.get('compute_capability')}".replace(".", "")
 
 
 def _outcome(run: Run) -> str:

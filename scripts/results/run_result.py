@@ -262,7 +262,7 @@ class RunResult:
                 if entry.get("sha256") == file.sha256 and is_the_studys(entry):
                     verified += 1
         for difference in self.run.from_origin:
-            if difference.key.startswith("datasets") and difference.key.endswith("path"):
+            if merging.top_key(difference.key) == "datasets" and difference.key.endswith("path"):
                 return verified == 0 or verified < len(self.run.data)
         return False
 

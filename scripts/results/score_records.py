@@ -166,7 +166,7 @@ def settings_sha256(recipe: str) -> str:
     return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-def read(file: Path, of_study: Study) -> Record:
+def read(file: Path, study: Study) -> Record:
     """Read a record of a study.
 
     Raises:
@@ -179,7 +179,7 @@ def read(file: Path, of_study: Study) -> Record:
     except OSError as error:
         problems = [str(error.strerror)]
     else:
-        problems = list(_undeclared(record, of_study))
+        problems = list(_undeclared(record, study))
         if file.name != record.file_name():
             problems.append(f"edited or renamed (from {record.file_name()}); restore it, or add only `invalidated`")
     if problems:
@@ -189,41 +189,41 @@ def read(file: Path, of_study: Study) -> Record:
     return record
 
 
-def _undeclared(record: Record, of_study: Study) -> Iterator[str]:
+def _undeclared(record: Record, study: Study) -> Iterator[str]:
     """Yield a problem if a record has a name that study.yaml does not declare."""
-    names = [*of_study.published, *of_study.variants]
+    names = [*study.published, *study.variants]
     if record.stage == "predictions":
-        names += [baseline.name for baseline in of_study.baselines]
+        names += [baseline.name for baseline in study.baselines]
     if record.of not in names:
-        yield f"of: {record.of} does not belong to the study {of_study.folder.name}"
-    elif unknown := record.scores.keys() - of_study.columns.keys():
+        yield f"of: {record.of} does not belong to the study {study.folder.name}"
+    elif unknown := record.scores.keys() - study.columns.keys():
         yield f"scores: {', '.join(unknown)} is not a metric of the study"
-    elif record.values and not of_study.cell(record.of, {}, record.values):
+    elif record.values and not study.cell(record.of, {}, record.values):
         yield f"values: {record.values} is not a published cell of {record.of}"
 
 
-def records(of_study: Study) -> list[Record]:
+def records(study: Study) -> list[Record]:
     """Read a study's records from the project and from recipes/ in the current folder.
 
     Broken records are reported and skipped.
     """
     valid = []
     for home, _ in paths.homes():
-        for file in _files(home / of_study.folder.name):
+        for file in _files(home / study.folder.name):
             try:
-                valid.append(read(file, of_study))
+                valid.append(read(file, study))
             except UserError as error:
                 say(str(error))
     return valid
 
 
-def shipped_records(of_study: Study) -> list[Record]:
+def shipped_records(study: Study) -> list[Record]:
     """Read the records beside study.yaml.
 
     Raises:
         UserError: a record is broken.
     """
-    return [read(file, of_study) for file in _files(of_study.folder)]
+    return [read(file, study) for file in _files(study.folder)]
 
 
 def _files(folder: Path) -> list[Path]:
@@ -268,14 +268,14 @@ class _Number:
     published: str
 
 
-def statuses(of_study: Study, records: Sequence[Record]) -> list[Status]:
+def statuses(study: Study, records: Sequence[Record]) -> list[Status]:
     """Statuses of a study's published numbers."""
-    return [_status(of_study, records, number) for number in _numbers(of_study)]
+    return [_status(study, records, number) for number in _numbers(study)]
 
 
-def _numbers(of_study: Study) -> Iterator[_Number]:
+def _numbers(study: Study) -> Iterator[_Number]:
     """Yield a study's published numbers."""
-    for name, published in of_study.published.items():
+    for name, published in study.published.items():
         for metric, score in published.scores.items():
             yield _Number(name, {}, metric, str(score))
         settings = _settings(name)
@@ -284,7 +284,7 @@ def _numbers(of_study: Study) -> Iterator[_Number]:
                 continue
             for metric, scores in cell.scores.items():
                 yield _Number(name, cell.values, metric, ", ".join(map(str, scores)))
-    for baseline in of_study.baselines:
+    for baseline in study.baselines:
         for metric, score in baseline.scores.items():
             yield _Number(baseline.name, {}, metric, str(score))
 
@@ -297,11 +297,11 @@ def _settings(recipe: str) -> Config:
     return yamlfiles.read_yaml(file)
 
 
-def _status(of_study: Study, records: Sequence[Record], number: _Number) -> Status:
+def _status(study: Study, records: Sequence[Record], number: _Number) -> Status:
     """Status of a published number, from the records of a study."""
     scored, defects = [], []
     for record in records:
-        if _reproduced(of_study, record) != number.of or record.values != number.values:
+        if _reproduced(study, record) != number.of or record.values != number.values:
             continue
         if record.defect:
             defects.append(record.defect)
@@ -315,16 +315,16 @@ def _status(of_study: Study, records: Sequence[Record], number: _Number) -> Stat
     return Status(
         of=number.of,
         cell=" ".join(f"--set {key}={value}" for key, value in number.values.items()) or None,
-        metric=of_study.columns[number.metric].label,
+        metric=study.columns[number.metric].label,
         published=number.published,
         status="; ".join([progress, *defects]),
         here=mean,
     )
 
 
-def _reproduced(of_study: Study, record: Record) -> str:
+def _reproduced(study: Study, record: Record) -> str:
     """Recipe or baseline with the published numbers that a record reproduces."""
-    variant = of_study.variants.get(record.of)
+    variant = study.variants.get(record.of)
     if variant and variant.reproduces:
         return variant.of
     return record.of

@@ -158,7 +158,7 @@ def test_a_run_with_nothing_yet(tmp_path):
 def test_curves_are_the_telemetry(tmp_path):
     run = a_run(tmp_path)
     metrics = run.read_metrics()
-    figures = {figure.key: figure for figure in report_figures.training({"a": metrics})}
+    figures = {figure.key: figure for figure in report_figures.training_figures({"a": metrics})}
     assert {key for key, figure in figures.items() if figure.traces} == {"loss", "rate", "cpu", "norm", "speed"}
     training, validation = figures["loss"].traces
     assert training["x"] == list(range(1, 31))
@@ -166,7 +166,7 @@ def test_curves_are_the_telemetry(tmp_path):
     assert validation["x"] == [0, 10, 20, 30]
     assert figures["cpu"].title == "CPU load" and figures["cpu"].traces[0]["y"][0] == 187.5
     many = [{"step": i, "loss": float(i)} for i in range(10_000)]
-    averaged = next(report_figures.training({"a": many})).traces[0]
+    averaged = next(report_figures.training_figures({"a": many})).traces[0]
     assert len(averaged["x"]) == report_figures.MOST_POINTS
     assert averaged["x"] == averaged["y"]  # the mean loss of ten steps is drawn at their mean step
 

@@ -284,7 +284,7 @@ def test_test_rows_choose_no_member(tmp_path):
         cfg["test_datasets"][0]["path"] = str(test)
         config.write_text(yamlfiles.write_yaml(cfg))
     rows = sweep_results.rows(sweep, tmp_path)
-    figure = report_figures.sweep(rows)
+    figure = report_figures.sweep_figure(rows)
     assert [row.pareto for row in rows] == [False, False]
     assert [trace["name"] for trace in figure.traces] == ["not on the front"]
     assert figure.note == ""  # it explains the front

@@ -25,9 +25,8 @@ from ...data.studies import Study
 from ...metrics.metric import Column
 from ...study.sweep import Sweep
 from .. import listing, study_tables, sweep_results, verdict
-from . import report_figures as draw
 from . import report_runs
-from .report_figures import Figure
+from .report_figures import Figure, study_figures, sweep_figure, training_figures
 from .report_runs import ReportedRun, labelled_runs, reported_runs
 
 
@@ -93,7 +92,7 @@ class Page:
     @cached_property
     def training(self) -> list[Figure]:
         """Figures of the training that have points."""
-        return _drawn(draw.training({reported.label: reported.folder.read_metrics() for reported in self.runs}))
+        return _drawn(training_figures({reported.label: reported.folder.read_metrics() for reported in self.runs}))
 
     @cached_property
     def scores(self) -> list[Row]:
@@ -186,7 +185,7 @@ def study_page(study: Study, rehearsal: bool, runs: Path) -> Page:
         about=f"{study.cited}.",
         tables=[_without_empty(table) for table in study_tables.tables_of(study, rows, rehearsal) if table.rows],
         notes=[*study_tables.notes(study, rows)],
-        figures=[*draw.study(study, rows)],
+        figures=[*study_figures(study, rows)],
     )
     return Page(study.title, f"Study {name}", reported_runs(folders), section)
 
@@ -210,7 +209,7 @@ def sweep_page(sweep: Sweep, runs: Path) -> Page:
         about=f"{len(rows)} variants of {sweep.recipe}, which differ in {', '.join(sweep.keys)}.",
         tables=[_without_empty(sweep_results.table_of(sweep, rows))],
         notes=[*sweep_results.notes(rows)],
-        figures=_drawn([draw.sweep(rows)]),
+        figures=_drawn([sweep_figure(rows)]),
     )
     return Page(sweep.name, f"Sweep of {sweep.recipe}", labelled_runs(labels), section)
 

@@ -111,7 +111,7 @@ _PANELS = {
 """Figures of values in metrics.jsonl, without their curves."""
 
 
-def training(runs: dict[str, list[Row]]) -> Iterator[Figure]:
+def training_figures(runs: dict[str, list[Row]]) -> Iterator[Figure]:
     """Figures of losses, learning rate, load, gradient norm and throughput; without points for an unknown value."""
     yield Figure("loss", "Loss", [*_loss_curves(runs)], _STEP, _axis("loss"), _MEANS_NOTE)
     steps = {name: [record for record in metrics if "loss" in record] for name, metrics in runs.items()}
@@ -134,18 +134,18 @@ _FRONT = (
 )
 
 
-def sweep(rows: Sequence[SweepRow]) -> Figure:
+def sweep_figure(rows: Sequence[SweepRow]) -> Figure:
     """Figure of a sweep's members by eval loss and memory, with the Pareto front; without points for one value."""
     front: list[tuple[float, float, str]] = []
-    others: list[tuple[float, float, str]] = []
+    dominated: list[tuple[float, float, str]] = []
     for row in rows:
         if row.costs:
-            points = front if row.pareto else others
+            points = front if row.pareto else dominated
             points.append((*row.costs, row.member.name))
     line = {"dash": "dot", "color": COLOURS[2], "width": 1.5}
     traces = [
         _points("on the Pareto front", sorted(front), 2, symbol="diamond", mode="lines+markers+text", line=line),
-        _points("not on the front", others, 1, symbol="circle-open"),
+        _points("not on the front", dominated, 1, symbol="circle-open"),
     ]
     kinds = sorted({row.summary.memory_kind for row in rows if row.summary.memory_kind})
     x, y = _axis(f"peak GiB ({', '.join(kinds)})"), _axis("Validation loss (lower is better)")
@@ -153,19 +153,19 @@ def sweep(rows: Sequence[SweepRow]) -> Figure:
     return Figure(f"sweep-memory-{LOSS}", "Validation loss against memory", traces, x, y, note)
 
 
-def study(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[Figure]:
+def study_figures(study: Study, rows: Sequence[StudyRow]) -> Iterator[Figure]:
     """Figures of a study's scores, one for each metric with a score."""
-    for column in of_study.table.values():
+    for column in study.table.values():
         if any(row.scores[column.name].value is not None for row in rows):
-            yield _metric_figure(of_study, rows, column)
+            yield _metric_figure(study, rows, column)
 
 
-def _metric_figure(of_study: Study, rows: Sequence[StudyRow], column: Column) -> Figure:
+def _metric_figure(study: Study, rows: Sequence[StudyRow], column: Column) -> Figure:
     """Figure of a study's scores by one metric, with intervals, beside published scores."""
     ours, below, above = [], [], []
     theirs, spreads = [], []
     for row in rows:
-        name, score = row.recipe.removeprefix(f"{of_study.folder.name}/"), row.scores[column.name]
+        name, score = row.recipe.removeprefix(f"{study.folder.name}/"), row.scores[column.name]
         if score.value is not None:
             low, high = score.value, score.value
             if score.interval:
