@@ -72,7 +72,7 @@ READING = [
     "record['problem'].removeprefix('error: ')",
     "record.get('remedy', '').removesuffix('.')",
     "'memory' in warning",
-    "reason not in REASONS",
+    "reason not in ('a', 'b')",
     "finding.problem == 'missing'",
     "re.match('x', error.problem)",
     "PATTERN.search(message)",
@@ -111,6 +111,7 @@ def test_a_problem_names_line_and_code():
         "x = 'datasets' in config",
         "x = problem == ''",
         "x = key.startswith('lora')",
+        "x = remedy in remedies",
     ],
 )
 def test_other_code_is_not_found(code):

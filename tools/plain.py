@@ -99,7 +99,8 @@ def reads_sentence(node: ast.AST, errors: set[str | None]) -> bool:
         case ast.Call(func=ast.Attribute(value=value, attr=name), args=arguments) if name in METHODS:
             return any(is_sentence(part, errors) for part in (value, *arguments))
         case ast.Compare(left=left, ops=[ast.In() | ast.NotIn()], comparators=[right]):
-            return is_sentence(right, errors) or (is_sentence(left, errors) and not isinstance(left, ast.Constant))
+            is_display = isinstance(right, ast.List | ast.Tuple | ast.Set)
+            return is_sentence(right, errors) or (is_display and is_sentence(left, errors))
         case ast.Compare(left=left, ops=[ast.Eq() | ast.NotEq()], comparators=[ast.Constant(value=str(text))]):
             return is_sentence(left, errors) and text != ""
     return False
