@@ -311,7 +311,7 @@ def _place(finding: Finding, composed: Composed) -> None:
     for difference in composed.differences:
         key, changed = f"{finding.key}.", f"{difference.key}."
         if key.startswith(changed) or changed.startswith(key):  # one of them is the other, or a part of it
-            file = composed.files.get(difference.key)
+            file = compose.profile_file(difference.source)
             finding.where = difference.without_secrets().source.text
     if file:
         finding.where = paths.shown(file)

@@ -57,7 +57,6 @@ class Composed:
     Attributes:
         origin: the shipped recipe from which a variant or edited copy derives.
         differences: changes from the recipe file to the composed config.
-        files: for each key changed by a file, such as a variant or profile, the path of this file.
         data: the data files; empty until they are read.
         incompatible: profile keys that do not suit the config, grouped by reason; see `profiles.incompatible_keys`.
         of_variant: changes from the origin to the recipe file.
@@ -68,7 +67,6 @@ class Composed:
     origin: str | None
     config: Config
     differences: list[Difference]
-    files: dict[str, Path]
     profiles: list[str]
     rehearsal: bool
     data: list[DataFile] = field(default_factory=list)
@@ -125,12 +123,18 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
         origin=origin,
         config=composition.config,
         differences=composition.differences(of_file),
-        files=composition.files,
         profiles=[*dict(composition.profiles)],
         rehearsal=composition.is_rehearsal,
         incompatible=composition.incompatible,
         of_variant=of_variant,
     )
+
+
+def profile_file(source: Source) -> Path | None:
+    """File of the profile that changed a value; None for other sources."""
+    if source.kind != "profile" or source.name == MIRROR:
+        return None
+    return paths.find_profile(source.name)[1]
 
 
 def is_rehearsal(request: Request) -> bool:
@@ -153,7 +157,6 @@ class _Composition:
     Attributes:
         config: the config so far, at first the origin's.
         sources: source of the last change of each key.
-        files: the file of this source, if it is a file.
         sample: the rehearsal profile's keys for the shipped sample.
         user_settings: settings merged after the rehearsal profile, which a rehearsal keeps, by dotted key.
         incompatible: see `Composed`.
@@ -164,7 +167,6 @@ class _Composition:
     profiles: list[tuple[str, Path]]
     config: Config
     sources: dict[str, Source] = field(default_factory=dict)
-    files: dict[str, Path] = field(default_factory=dict)
     sample: Config = field(default_factory=dict)
     user_settings: Config = field(default_factory=dict)
     incompatible: Incompatible = field(default_factory=dict)
@@ -182,7 +184,7 @@ class _Composition:
         """Turn the origin's config into that of a variant or edited copy, except for the keys that a run sets."""
         derived = recipe | {key: self.config.get(key) for key in merging.OF_THE_RUN}
         derived = {key: value for key, value in derived.items() if value is not None}
-        self._adopt_file(derived, Source("recipe", paths.shown(file)), file)
+        self._adopt(derived, Source("recipe", paths.shown(file)))
 
     def mirror(self) -> None:
         """Replace a gated base model by its ungated copy, for the profile mirror."""
@@ -202,7 +204,7 @@ class _Composition:
                 fragment = self._rehearsal_changes(fragment)
             elif self.sample:
                 self.user_settings |= dict(merging.flatten(fragment))
-            self._adopt_file(merging.merge(self.config, fragment), Source("profile", name), file)
+            self._adopt(merging.merge(self.config, fragment), Source("profile", name))
 
     def apply_overrides(self) -> None:
         """Set the keys of --set."""
@@ -241,19 +243,10 @@ class _Composition:
             reason = "without a seed, each run would begin differently"
             self._adopt(self.config | {"seed": SEED}, Source("default", detail=reason))
 
-    def _adopt(self, changed: Config, source: Source) -> list[str]:
-        """Adopt a changed config, and record the source of each changed key; return these keys."""
-        keys = list(merging.differences(self.config, changed))
-        for key in keys:
-            self.sources[key] = source
-            self.files.pop(key, None)
+    def _adopt(self, changed: Config, source: Source) -> None:
+        """Adopt a changed config, and record the source of each changed key."""
+        self.sources |= dict.fromkeys(merging.differences(self.config, changed), source)
         self.config = changed
-        return keys
-
-    def _adopt_file(self, changed: Config, source: Source, file: Path) -> None:
-        """Adopt a config changed by a file."""
-        for key in self._adopt(changed, source):
-            self.files[key] = file
 
     def _preview(self, before: Config, profile: str) -> Config:
         """Config with the overrides and all profiles except one, to which that one is adapted."""

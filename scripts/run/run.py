@@ -245,7 +245,6 @@ def _findings(folder: RunDir, record: Run) -> list[Finding]:
         origin=record.variant_of,
         config=folder.config,
         differences=[],
-        files={},
         profiles=record.profiles,
         rehearsal=record.rehearsal,
     )
