@@ -4,13 +4,12 @@ from typing import Any
 import numpy as np
 import pytest
 import small_study
-from run_folders import a_run
+from run_folders import a_run, fields
 from small_study import PLAIN, WIDE, row_of
 
 from qlora_recipes.base.files import write_rows
 from qlora_recipes.config.datafiles import DataFile
 from qlora_recipes.evaluate import intervals
-from qlora_recipes.evaluate.scores_file import read_scores
 from qlora_recipes.results import repeats, study_tables, verdict
 from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.run.rundir import RunDir
@@ -35,22 +34,19 @@ def with_seed(
 
 
 def test_runs_of_other_seeds_count_as_one(runs):
-    own = with_seed(runs, 42, RIGHT)
+    folder = with_seed(runs, 42, RIGHT)
     with_seed(runs, 43, [100.0, 0.0, 100.0, 100.0, 100.0, 100.0])
     with_seed(runs, 44, [100.0, 0.0, 0.0, 0.0, 100.0, 100.0])
     row = row_of(runs)
-    assert row["run"] == str(own.path)
-    assert row["runs"] == 3  # that of the recipe's seed speaks
-    assert row["accuracy"] == pytest.approx(100 * 12 / 18)
-    assert row["accuracy_difference"] == pytest.approx(100 * 12 / 18 - 67.4)
-    assert row["accuracy_interval_method"] == "rows and 3 runs"
+    assert fields(row, "run", "runs") == [str(folder.path), 3]  # the run with the recipe's seed represents it
+    assert fields(row, "accuracy", "accuracy_difference") == pytest.approx([100 * 12 / 18, 100 * 12 / 18 - 67.4])
     table = np.array([RIGHT, [100, 0, 100, 100, 100, 100], [100, 0, 0, 0, 100, 100]])
     half = intervals.mean_squares(table).half_width()
-    assert (row["accuracy_low"], row["accuracy_high"]) == pytest.approx((table.mean() - half, table.mean() + half))
-    assert row["chrf"] == 20.5
+    assert fields(row, "accuracy_low", "accuracy_high") == pytest.approx([table.mean() - half, table.mean() + half])
+    assert fields(row, "accuracy_interval_method", "accuracy_verdict") == ["rows and 3 runs", verdict.WITHIN]
+    # as for each run, because no row has a chrF
+    assert fields(row, "chrf", "chrf_low", "chrf_high") == pytest.approx([20.5, 20, 21])
     assert row["chrf_interval_method"] == "rows and 3 runs"
-    assert (row["chrf_low"], row["chrf_high"]) == pytest.approx((20, 21))  # as for each run, whose rows are not there
-    assert row["accuracy_verdict"] == verdict.WITHIN
 
 
 @pytest.mark.parametrize(
@@ -71,8 +67,7 @@ def test_runs_of_other_seeds_count_as_one(runs):
 def test_a_repeat_differs_in_its_seed_output_and_trackers_only(runs, other, counted):
     with_seed(runs, 42, RIGHT)
     folder = with_seed(runs, 43, [0.0] * 6, **other)
-    assert row_of(runs)["runs"] == counted
-    assert row_of(runs)["accuracy"] == pytest.approx(400 / 6 / counted)
+    assert fields(row_of(runs), "runs", "accuracy") == pytest.approx([counted, 400 / 6 / counted])
     folder.config_file.unlink()
     assert row_of(runs)["runs"] == 1
 
@@ -83,8 +78,7 @@ def test_one_more_run_of_a_seed_does_not_make_the_interval_narrower(runs):
     before = row_of(runs)
     with_seed(runs, 43, [0.0, *RIGHT[1:]], "c")
     after = row_of(runs)
-    assert after["runs"] == 2
-    assert after["accuracy_low"] == before["accuracy_low"]
+    assert fields(after, "runs", "accuracy_low") == [2, before["accuracy_low"]]
 
 
 def test_other_rows_leave_the_spread_of_runs_and_their_own_intervals(runs):
@@ -100,47 +94,47 @@ def test_equal_scores_of_a_metric_without_rows_have_no_interval(runs):
         with_seed(runs, seed, RIGHT, loss=1.08)
     row = row_of(runs)
     assert row["perplexity"] == pytest.approx(2.945, abs=1e-3)
-    assert row["perplexity_published"] == 3.0
-    assert row["runs"] == 2
-    assert row["perplexity_low"] is None
-    assert row["perplexity_high"] is None
+    assert fields(row, "runs", "perplexity_low", "perplexity_high") == [2, None, None]
     assert row["perplexity_verdict"] == verdict.ACCEPTABLE  # by the tolerance, as for a single run
 
 
 def test_runs_without_an_interval_have_none_together(runs):
     with_seed(runs, 42, RIGHT[:2], within=None)
     with_seed(runs, 43, RIGHT[1:3], within=None)
-    assert row_of(runs)["runs"] == 2
-    assert row_of(runs)["accuracy_low"] is None
+    assert fields(row_of(runs), "runs", "accuracy_low") == [2, None]
 
 
-def test_runs_of_one_seed_know_nothing_of_others_and_say_how_to_know_more(runs, recipe):
-    with_seed(runs, 42, RIGHT, "a")
-    row = row_of(runs)
-    assert row["runs"] == 1
-    assert row["accuracy_interval_method"] == "rows only"
-    assert [row["perplexity_low"], row["perplexity_interval_method"]] == [None, None]
-    assert "`recipe reproduce sums2030 --seeds 3`" in recipe("results", "sums2030").stdout
-    with_seed(runs, 43, RIGHT)
-    said = recipe("results", "sums2030").stdout
-    assert "--seeds" not in said and "rows and 2 runs" in said
+@pytest.mark.parametrize(
+    ("seeds", "method", "lacks_seeds"),
+    [
+        ([42], "rows only", True),
+        ([42, 42], "rows and 2 runs of one seed", True),
+        ([42, 42, 43], "rows and 2 runs", False),
+    ],
+)
+def test_an_interval_knows_what_it_covers(runs, seeds, method, lacks_seeds):
+    for number, seed in enumerate(seeds):
+        with_seed(runs, seed, RIGHT, f"2026-{number}")
+    (row,) = [row for row in verdict.rows(small_study.read(), runs, False) if row.runs]
+    assert row.scores["accuracy"].interval.method == method
+    assert row.scores["perplexity"].interval is None
+    assert row.lacks_seeds == lacks_seeds
 
 
-def test_a_known_spread_stands_in_and_is_marked(runs, recipe):
-    published = {PLAIN: {"scores": {"accuracy": 67.4}, "repeats": {"accuracy": [67.4, 68.0, 66.9]}}, WIDE: {}}
+def test_one_run_borrows_the_spread_of_published_repeats(runs):
+    repeated = [67.4, 68.0, 66.9]
+    published = {PLAIN: {"scores": {"accuracy": 67.4}, "repeats": {"accuracy": repeated}}, WIDE: {}}
     small_study.write(Path(), published=published, tolerances={})
     with_seed(runs, 42, RIGHT)
     small_study.ran(runs, WIDE, "a", 70.0)
     row = row_of(runs)
-    method = row["accuracy_interval_method"]
-    assert method == row_of(runs, WIDE)["accuracy_interval_method"] and {"0.55", "3"} < set(method.split())
-    half = float(
-        intervals.half_width(np.std([67.4, 68.0, 66.9], ddof=1) ** 2, (0.5 / intervals.NORMAL) ** 2, 2, intervals.MANY)
-    )
-    assert row["accuracy_high"] - row["accuracy"] == pytest.approx(half) and half > 0.5
-    assert method in recipe("results", "sums2030").stdout
+    half = intervals.half_width(np.var(repeated, ddof=1), (0.5 / intervals.NORMAL) ** 2, 2, intervals.MANY)
+    assert half > 0.5
+    assert row["accuracy_high"] - row["accuracy"] == pytest.approx(half)
+    methods = [row_of(runs, name)["accuracy_interval_method"] for name in (PLAIN, WIDE)]
+    assert methods == ["rows, and a borrowed spread of 0.55 from 3 repeats"] * 2
     with_seed(runs, 43, RIGHT)
-    assert row_of(runs)["accuracy_interval_method"] == "rows and 2 runs"  # ours are better than any borrowed
+    assert row_of(runs)["accuracy_interval_method"] == "rows and 2 runs"  # a measured spread is better
 
 
 def test_a_further_decoding_is_the_mean_of_the_runs_that_have_it(runs):
@@ -156,21 +150,27 @@ def test_scores_by_another_judge_are_not_averaged(runs):
     for name, model in (("a", "roberta-large"), ("b", "other")):
         scores = {"rows": 5000, "bleu4": 5.0, "bertscore_f1": 0.8, "bertscore": {"model": model}, "intervals": {}}
         folders.append(a_run(runs, recipe_name, name, 0, scores=scores))
-    found = [RunResult(folder, folder.read()) for folder in folders]
-    columns = read_scores(folders[0].path).columns
-    assert len(repeats.scored_runs(columns["bleu4"], found)) == 2
-    assert repeats.scored_runs(columns["bertscore_f1"], found) == [(found[0], 0.8)]
+    one, other = (RunResult(folder, folder.read()) for folder in folders)
+    columns = one.columns
+    assert repeats.scored_runs(columns["bleu4"], [one, other]) == [(one, 5.0), (other, 5.0)]
+    assert repeats.scored_runs(columns["bertscore_f1"], [one, other]) == [(one, 0.8)]
 
 
-def test_the_curves_gap_has_a_verdict_where_the_study_gives_a_tolerance(runs, recipe):
+def test_the_gap_of_a_curve_is_shown(runs, recipe):
     with_seed(runs, 42, RIGHT)  # 2.5 and 1.4, where 2.5 and 1.5 were published
     row = row_of(runs)
-    assert row["train_loss_gap_mean"] == pytest.approx(-0.05)
-    assert row["train_loss_gap_largest"] == pytest.approx(0.1)
-    assert row["train_loss_gap_step"] == 4
-    assert row["train_loss_verdict"] is None and row_of(runs, WIDE)["train_loss_gap_mean"] is None
-    assert study_tables.CURVES in recipe("results", "sums2030").stdout
-    # in binary, 0.1 is less than 1.5 - 1.4
-    for tolerance, expected in ((0.1, verdict.ACCEPTABLE), (0.09, verdict.OFF)):
-        small_study.write(Path(), tolerances={"train_loss": tolerance})
-        assert row_of(runs)["train_loss_verdict"] == expected
+    gap = ("train_loss_gap_mean", "train_loss_gap_largest", "train_loss_gap_step")
+    assert fields(row, *gap) == pytest.approx([-0.05, 0.1, 4])
+    assert row["train_loss_verdict"] is None
+    assert fields(row_of(runs, WIDE), *gap) == [None, None, None]
+    assert study_tables.CURVES in recipe("results", "sums2030").stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "expected"),
+    [(0.1, verdict.ACCEPTABLE), (0.09, verdict.OFF)],  # in binary, 0.1 is less than 1.5 - 1.4
+)
+def test_the_gap_of_a_curve_has_a_verdict_where_the_study_gives_a_tolerance(runs, tolerance, expected):
+    small_study.write(Path(), tolerances={"train_loss": tolerance})
+    with_seed(runs, 42, RIGHT)
+    assert row_of(runs)["train_loss_verdict"] == expected
