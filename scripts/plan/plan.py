@@ -168,6 +168,7 @@ def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus
     targets = _targets(step_plan.step, gpu, vram)
     fits = [_fit(target, needed) for target in targets]
     frozen, trainable = memory.total("frozen"), memory.total("trainable")
+    peak = PeakMemory(**asdict(memory.usage), paged=memory.paged, context=CONTEXT, needed=step_plan.required)
     planned = Plan(
         model=config["base_model"],
         adapter=step_plan.step.adapter,
@@ -176,7 +177,7 @@ def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus
         frozen=frozen,
         trainable=trainable,
         trainable_share=trainable / (frozen + trainable),
-        memory=PeakMemory(**asdict(memory.usage), paged=memory.paged, context=CONTEXT, needed=step_plan.required),
+        memory=peak,
         gpus=fits,
         per_gpu=engines,
         notes=notes,

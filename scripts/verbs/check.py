@@ -8,7 +8,7 @@ from ..base import tables
 from ..base.errors import UserError
 from ..base.paths import selected
 from ..base.terminal import Bar, say
-from .help import Verb, launching, next_step, over
+from .help import Verb, override_options, run_arguments, suggest
 from .options import Force, Json, Names, Overrides, Profiles
 
 if TYPE_CHECKING:
@@ -72,9 +72,9 @@ def check_verb(
         return  # an incomplete check recommends no next step
     if not rehearse:  # `plan` has no --rehearse
         gpu_option = ["--gpu", gpu] if gpu else []
-        next_step("plan", *names, *over(profile, set_), *gpu_option, json=json)
+        suggest("plan", *names, *override_options(profile, set_), *gpu_option, json=json)
     elif len(requests) == 1:
-        next_step("run", *launching(requests[0]), json=json)
+        suggest("run", *run_arguments(requests[0]), json=json)
 
 
 def _show_tokens(requests: "list[Request]", count: int, json: bool) -> None:

@@ -8,7 +8,7 @@ import typer
 from ..base import tables
 from ..base.errors import meant
 from ..base.terminal import Bar, say
-from .help import Verb, Verbs, next_step
+from .help import Verb, Verbs, suggest
 from .options import Json, complete_studies
 
 verbs = typer.Typer(rich_markup_mode=None, suggest_commands=False)  # click suggests commands already
@@ -55,7 +55,7 @@ def fetch_verb(
     wanted = [meant(word, data.sources, "source", option="--only") for word in only]
     rows = fetch.fetch(data, data.raw, wanted or study.default_sources)
     tables.print_json(rows) if json else tables.print_table(rows)
-    next_step("data", "prepare", "--study", study.folder.name, json=json)
+    suggest("data", "prepare", "--study", study.folder.name, json=json)
 
 
 @data_verbs.command(
@@ -115,4 +115,4 @@ def prepare_verb(
     print(folder / manifest.MANIFEST)
     recipes = [*study.published, *study.variants]
     if recipes and form == default:
-        next_step("check", recipes[0], "--data")
+        suggest("check", recipes[0], "--data")

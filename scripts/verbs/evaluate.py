@@ -9,8 +9,19 @@ import typer
 from ..base import tables
 from ..base.files import Row, write_rows
 from ..base.terminal import Bar, say
-from .help import Verb, name_of, next_step
-from .options import BatchSize, DecodingName, Force, Json, Metrics, On, RunName, backend_of, exclusive, only_with
+from .help import Verb, name_of, suggest
+from .options import (
+    BatchSize,
+    DecodingName,
+    Force,
+    Json,
+    Metrics,
+    On,
+    RunName,
+    backend_of,
+    refuse_together,
+    refuse_without,
+)
 
 Data = Annotated[
     Path | None,
@@ -78,11 +89,11 @@ def evaluate_verb(
     from ..run.rundir import RunDir
     from ..study import evaluation
 
-    exclusive({"--adapter": adapter, "--base": base})
+    refuse_together({"--adapter": adapter, "--base": base})
     request = EvaluationRequest(data, limit, adapter, max_new_tokens, batch_size, metric, decoding)
     request.force, request.engine, request.model = force, engine, model
-    only_with("--model", model, "--engine URL", request.server)
-    exclusive({"--base": base, "--engine URL": request.server})
+    refuse_without("--model", model, "--engine URL", request.server)
+    refuse_together({"--base": base, "--engine URL": request.server})
     if request.server:
         from ..evaluate import server
 
@@ -94,7 +105,7 @@ def evaluate_verb(
         _, of_base = evaluation.evaluate_by_name(str(folder.path), replace(request, adapter=BASE), backend)
     if isinstance(evaluated, RunDir):
         print(evaluated.path)
-        next_step("results", json=json)
+        suggest("results", json=json)
         return
     scores = {"adapter": evaluated.flat()}
     if isinstance(of_base, Evaluation):
@@ -103,7 +114,7 @@ def evaluate_verb(
     print_scores(scores, scores if base else scores["adapter"], json, title)
     arguments = f"{folder.config_file} --lora-model-dir {folder.output} {datafiles.chat_options(folder.config)}"
     say(f"chat: AXOLOTL_DO_NOT_TRACK=1 axolotl inference {arguments}")
-    next_step("report", name_of(folder), json=json)
+    suggest("report", name_of(folder), json=json)
 
 
 @verbs.command("score", cls=Verb, epilog="recipe score predictions.jsonl --out scored.jsonl")

@@ -66,7 +66,7 @@ class Verbs(TyperGroup):
         _write_examples(self.epilog, formatter)
 
 
-def next_step(*words: str | Path, json: bool = False) -> None:
+def suggest(*words: str | Path, json: bool = False) -> None:
     """Suggest the next command, unless another `recipe` started this one.
 
     Args:
@@ -78,7 +78,7 @@ def next_step(*words: str | Path, json: bool = False) -> None:
         say(f"next: recipe {shlex.join(map(str, [*where, *words]))}")
 
 
-def over(profiles: Sequence[str], overrides: "Sequence[Override]") -> list[str]:
+def override_options(profiles: Sequence[str], overrides: "Sequence[Override]") -> list[str]:
     """Arguments --profile and --set for a command."""
     words: list[str] = []
     for profile in profiles:
@@ -93,7 +93,7 @@ def name_of(folder: "RunDir") -> str:
     return folder.path.name if folder.path.is_relative_to(paths.runs()) else str(folder.path)
 
 
-def after_training(folder: "RunDir", on: str) -> None:
+def suggest_evaluation(folder: "RunDir", on: str) -> None:
     """Suggest the next command after training: the run's evaluation, or a report if its rows have no answers."""
     from ..evaluate import evaluation_rows
 
@@ -102,16 +102,16 @@ def after_training(folder: "RunDir", on: str) -> None:
     with suppress(UserError):
         evaluation_rows.require_reference(folder, cfg, evaluation_rows.default_source(run, cfg))
         words = ["evaluate", name_of(folder), *([] if on == "local" else ["--on", on])]
-    next_step(*words)
+    suggest(*words)
 
 
-def launching(request: "Request") -> list[str]:
+def run_arguments(request: "Request") -> list[str]:
     """Arguments of `recipe run`; with --rehearse if there is no GPU."""
     from ..config import gpus
 
     several = ["--gpus", str(request.gpus)] if request.gpus > 1 else []
     rehearsed = rehearse_option(request.rehearse or gpus.here() is None)
-    return [request.name, *over(request.profiles, request.overrides), *several, *rehearsed]
+    return [request.name, *override_options(request.profiles, request.overrides), *several, *rehearsed]
 
 
 def rehearse_option(rehearse: bool) -> list[str]:

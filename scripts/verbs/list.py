@@ -10,8 +10,8 @@ from ..base import paths, tables, yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row
 from ..base.terminal import harmless, say
-from .help import Verb, next_step
-from .options import Json, Name, complete_recipes, whole_name
+from .help import Verb, suggest
+from .options import Json, Name, complete_recipes, full_name
 
 verbs = typer.Typer(rich_markup_mode=None)
 
@@ -42,7 +42,7 @@ def list_verb(
             by_study.setdefault(row["study"], []).append(_shown(row))
         for study, table in by_study.items():
             tables.print_table(table, study or "Without a study", below=["variant of"])
-    next_step("run", rows[0]["recipe"] if name else "start/qlora", "--rehearse", json=json)
+    suggest("run", rows[0]["recipe"] if name else "start/qlora", "--rehearse", json=json)
 
 
 def _matches(row: Row, pattern: str) -> bool:
@@ -148,7 +148,7 @@ def diff_verb(
         str,
         typer.Argument(
             metavar="A",
-            callback=whole_name,
+            callback=full_name,
             autocompletion=complete_recipes,
             help="Recipe name or YAML file, such as a run's config.yaml.",
         ),
@@ -157,7 +157,7 @@ def diff_verb(
         str | None,
         typer.Argument(
             metavar="[B]",
-            callback=whole_name,
+            callback=full_name,
             autocompletion=complete_recipes,
             help="Second recipe or file; default: the recipe that A is derived from.",
         ),

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..base.terminal import say
-from .help import Verb, next_step
-from .options import Overrides, complete_recipes, whole_name
+from .help import Verb, suggest
+from .options import Overrides, complete_recipes, full_name
 
 if TYPE_CHECKING:
     from ..check.check import Report
@@ -28,7 +28,7 @@ def new_verb(
         typer.Option(
             "--from",
             metavar="BASE",
-            callback=whole_name,
+            callback=full_name,
             autocompletion=complete_recipes,
             help="The recipe or YAML file to start from.",
         ),
@@ -66,7 +66,7 @@ def new_verb(
             say(reason)
     if not model and "base_model" in [override.key for override in overrides]:
         say("revision, special tokens, layers and comments are still those of the former model; --model replaces them")
-    next_step("check", name)
+    suggest("check", name)
 
 
 def _refuse_errors(report: "Report") -> None:

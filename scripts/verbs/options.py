@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..run.backends import Backend, TaskResult
 
 
-def whole_name(context: typer.Context, name: str | None) -> str | None:
+def full_name(context: typer.Context, name: str | None) -> str | None:
     """Replace a partial recipe name by the full one, and print it; leave a study's name."""
     if not name or context.resilient_parsing or name in {folder.name for folder in paths.studies()}:
         return name
@@ -32,9 +32,9 @@ def whole_name(context: typer.Context, name: str | None) -> str | None:
     return recipe
 
 
-def whole_names(context: typer.Context, names: list[str]) -> list[str]:
-    """Full names of several recipes; see `whole_name`."""
-    return [whole_name(context, name) or name for name in names]
+def full_names(context: typer.Context, names: list[str]) -> list[str]:
+    """Full names of several recipes; see `full_name`."""
+    return [full_name(context, name) or name for name in names]
 
 
 def _beginning(incomplete: str, names: Sequence[str]) -> list[str]:
@@ -105,7 +105,7 @@ Name = Annotated[
     str,
     typer.Argument(
         metavar="NAME|FILE",
-        callback=whole_name,
+        callback=full_name,
         autocompletion=complete_recipes,
         help="Recipe name, partial name, or YAML file.",
     ),
@@ -114,7 +114,7 @@ NameOrStudy = Annotated[
     str,
     typer.Argument(
         metavar="NAME|FILE|STUDY",
-        callback=whole_name,
+        callback=full_name,
         autocompletion=complete_recipes,
         help="Recipe name, partial name, YAML file, or study.",
     ),
@@ -125,7 +125,7 @@ Names = Annotated[
         default_factory=list,
         show_default=False,
         metavar="[NAME|FILE|STUDY]...",
-        callback=whole_names,
+        callback=full_names,
         autocompletion=complete_recipes,
         help="Recipes (names, parts, or patterns: 'llama-3*'), YAML files, or studies; default: all.",
     ),
@@ -253,7 +253,7 @@ DecodingName = Annotated[
 ]
 
 
-def exclusive(options: dict[str, object]) -> None:
+def refuse_together(options: dict[str, object]) -> None:
     """Refuse more than one of several options.
 
     Args:
@@ -267,7 +267,7 @@ def exclusive(options: dict[str, object]) -> None:
         raise UserError(f"{', '.join(names)} and {last}: give only one of them")
 
 
-def only_with(option: str, value: object, other: str, needed: object) -> None:
+def refuse_without(option: str, value: object, other: str, needed: object) -> None:
     """Refuse an option that is given without its requirement.
 
     Args:

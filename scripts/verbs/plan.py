@@ -10,7 +10,7 @@ from ..base import tables, yamlfiles
 from ..base.files import Row
 from ..base.paths import selected
 from ..base.terminal import Bar
-from .help import Verb, launching, next_step
+from .help import Verb, run_arguments, suggest
 from .options import Force, Json, Names, Overrides, Profiles
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def plan_verb(
         planned = plans[0][1]
         _print_plan(planned)
         if any(fit.fits for fit in planned.gpus):
-            next_step("run", *launching(requests[0]))
+            suggest("run", *run_arguments(requests[0]))
 
 
 def _target(name: str) -> "tuple[Gpu | None, float | None]":

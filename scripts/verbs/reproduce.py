@@ -6,7 +6,7 @@ import typer
 
 from ..base import paths, tables
 from ..base.terminal import say
-from .help import Verb, next_step, rehearse_option
+from .help import Verb, rehearse_option, suggest
 from .options import (
     Force,
     FromStage,
@@ -23,7 +23,7 @@ from .options import (
     complete_recipes,
     complete_studies,
     end,
-    only_with,
+    refuse_without,
 )
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def reproduce_verb(
     from ..evaluate.evaluate import EvaluationRequest
     from ..study import reproduce
 
-    only_with("--gpu", gpu, "--dry-run", dry_run)
+    refuse_without("--gpu", gpu, "--dry-run", dry_run)
     study = find(name)
     request = Request(study.folder.name, profile, set_, rehearse, force=force)
     request.rehearse = is_rehearsal(request)
@@ -86,7 +86,7 @@ def reproduce_verb(
     if from_ == "predictions":
         later_options |= {"--rehearse": request.rehearse, "--set": set_, "--profile": profile, "--jobs": jobs}
     for option, value in later_options.items():
-        only_with(option, value, f"a later stage than --from {from_}", False)
+        refuse_without(option, value, f"a later stage than --from {from_}", False)
     evaluation = EvaluationRequest(metrics=metric)
     backend = backend_of(on, request.rehearse, jobs)
     if from_ == "predictions":
@@ -100,7 +100,7 @@ def reproduce_verb(
         else:
             results = reproduce.reproduce(study, request, only, evaluation, backend, seeds)
         _show_results(study, request.rehearse, results, json)
-        next_step("results", name, *rehearse_option(request.rehearse), json=json)
+        suggest("results", name, *rehearse_option(request.rehearse), json=json)
 
 
 def _show_outline(outline: dict[str, list[Any]], json: bool) -> None:
@@ -145,4 +145,4 @@ def _score_predictions(study: "Study", only: list[str], scorer: str | None, json
         say(f"{name}: {problem}")
     if problems:
         raise typer.Exit(1)
-    next_step("reproduce", study.folder.name, json=json)
+    suggest("reproduce", study.folder.name, json=json)

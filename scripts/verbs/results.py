@@ -9,8 +9,18 @@ from ..base import paths
 from ..base.errors import UserError
 from ..base.files import write_atomically
 from ..base.terminal import Bar, say
-from .help import Verb, next_step, rehearse_option
-from .options import Force, Json, Metrics, RehearsalsOfStudy, RunName, Things, complete_runs, exclusive, only_with
+from .help import Verb, rehearse_option, suggest
+from .options import (
+    Force,
+    Json,
+    Metrics,
+    RehearsalsOfStudy,
+    RunName,
+    Things,
+    complete_runs,
+    refuse_together,
+    refuse_without,
+)
 
 verbs = typer.Typer(rich_markup_mode=None)
 
@@ -36,10 +46,10 @@ def results_verb(
     json: Json = False,
 ) -> None:
     """Show losses and scores of runs, a study or a sweep, or compare two runs."""
-    exclusive({"--export": export, "--rehearse": rehearse, "--metric": metric})
-    exclusive({" ".join(names): names, "--export": export})
-    only_with("--metric", metric, "two runs", len(names) == 2)
-    only_with("--rehearse", rehearse, "a study", len(names) == 1)
+    refuse_together({"--export": export, "--rehearse": rehearse, "--metric": metric})
+    refuse_together({" ".join(names): names, "--export": export})
+    refuse_without("--metric", metric, "two runs", len(names) == 2)
+    refuse_without("--rehearse", rehearse, "a study", len(names) == 1)
     if export:
         _export(export)
     elif len(names) == 1:
@@ -90,7 +100,7 @@ def _show_one(name: str, rehearse: bool, json: bool) -> None:
     from ..study.sweep import Sweep, find_run_sweep_or_study, recorded_sweeps
 
     thing = find_run_sweep_or_study(name)
-    only_with("--rehearse", rehearse, "a study", isinstance(thing, Study))
+    refuse_without("--rehearse", rehearse, "a study", isinstance(thing, Study))
     if isinstance(thing, Study):
         rows = verdict.rows(thing, paths.runs(), rehearse)
         sweeps = [sweep for sweep in recorded_sweeps().values() if sweep.rehearsal == rehearse]
@@ -102,7 +112,7 @@ def _show_one(name: str, rehearse: bool, json: bool) -> None:
         sweep_results.show(thing, json)
     else:
         listing.show([thing], json)
-    next_step("report", name, *rehearse_option(rehearse), json=json)
+    suggest("report", name, *rehearse_option(rehearse), json=json)
 
 
 @verbs.command(
@@ -126,7 +136,7 @@ def report_verb(
     from ..study.sweep import Sweep, find_run_sweep_or_study
 
     things = [find_run_sweep_or_study(name) for name in names or ["latest"]]
-    only_with("--rehearse", rehearse, "a study", isinstance(things[0], Study))
+    refuse_without("--rehearse", rehearse, "a study", isinstance(things[0], Study))
     if out.suffix not in (".html", ".htm"):
         raise UserError(f"-o {out}: name an .html file")
     with Bar(f"writing {out}", 1):

@@ -7,7 +7,7 @@ import typer
 from ..base import yamlfiles
 from ..base.errors import UserError
 from ..base.secrets import without_secrets
-from .help import Verb, after_training
+from .help import Verb, suggest_evaluation
 from .options import WHERE, Force, Name, On, Overrides, Profiles, RunName, Things, backend_of
 
 verbs = typer.Typer(rich_markup_mode=None)
@@ -63,7 +63,7 @@ def run_verb(
     else:
         folder = run.start(request, backend)
         print(folder.path)
-        after_training(folder, on)
+        suggest_evaluation(folder, on)
 
 
 @verbs.command("resume", cls=Verb, epilog="recipe resume latest")
@@ -88,7 +88,7 @@ def resume_verb(
     folder = resume(run, backend, prepare, force, trust)
     print(folder.path)
     if not prepare:  # after --prepare, there is nothing to evaluate
-        after_training(folder, on)
+        suggest_evaluation(folder, on)
 
 
 @verbs.command("cancel", cls=Verb, epilog="recipe cancel latest\nrecipe cancel lora-tradeoffs")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..base import paths
-from .help import Verb, next_step, rehearse_option
+from .help import Verb, rehearse_option, suggest
 from .options import (
     Force,
     Jobs,
@@ -21,7 +21,7 @@ from .options import (
     backend_of,
     complete_keys,
     end,
-    only_with,
+    refuse_without,
 )
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def sweep_verb(
     from ..evaluate.evaluate import EvaluationRequest
     from ..study import reproduce, sweep
 
-    only_with("--gpu", gpu, "--dry-run", dry_run)
+    refuse_without("--gpu", gpu, "--dry-run", dry_run)
     grid = sweep.Grid.from_overrides(set_)
     if file:
         grid = sweep.Grid.from_file(sweep.find_sweep_file(file)).merged(grid)
@@ -99,9 +99,9 @@ def sweep_verb(
     )
     _show_results(study, records, results, json)
     if study:
-        next_step("results", name, *rehearse_option(request.rehearse), json=json or dry_run)
+        suggest("results", name, *rehearse_option(request.rehearse), json=json or dry_run)
     else:
-        next_step("results", records[0].label, json=json or dry_run)
+        suggest("results", records[0].label, json=json or dry_run)
 
 
 def _show_results(study: "Study | None", records: "list[Sweep]", results: "list[TaskResult]", json: bool) -> None:

@@ -7,7 +7,7 @@ import typer
 from ..base import paths, tables
 from ..base.errors import WorkFailed
 from ..base.terminal import harmless, say
-from .help import Verb, Verbs, next_step
+from .help import Verb, Verbs, suggest
 from .options import Force, Json, complete_studies
 
 study_verbs = typer.Typer(
@@ -59,7 +59,7 @@ def study_new_verb(
 
     for file in render.write_study(name, model):
         print(paths.shown(file))
-    next_step("study", "check", name)
+    suggest("study", "check", name)
 
 
 @study_verbs.command("check", cls=Verb, epilog="recipe study check haider2024")
@@ -90,7 +90,7 @@ def study_check_verb(
     say(f"{study.folder.name}: errors: {errors}, warnings: {warnings}")
     if errors:
         raise typer.Exit(2)
-    next_step("reproduce", study.folder.name, "--rehearse", json=json)
+    suggest("reproduce", study.folder.name, "--rehearse", json=json)
 
 
 @verbs.command("doctor", cls=Verb, epilog="recipe doctor\nrecipe doctor --json")

@@ -9,7 +9,7 @@ from run_folders import a_run
 
 from qlora_recipes.base import paths
 from qlora_recipes.check import check
-from qlora_recipes.verbs.help import after_training
+from qlora_recipes.verbs.help import suggest_evaluation
 
 NAME = "haider2024/code-llama-7b"
 
@@ -60,5 +60,5 @@ def test_from_results_to_a_report(recipe, tmp_path):
 def test_a_run_is_evaluated_next_if_its_rows_have_answers(place, monkeypatch, capsys, change, runs, says):
     folder = a_run(Path(runs), NAME, "1-a", 5.0, set=change)
     monkeypatch.setenv(paths.RUNS, runs)
-    after_training(folder, "local")
+    suggest_evaluation(folder, "local")
     assert capsys.readouterr().err == f"next: {says}\n"
