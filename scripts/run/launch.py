@@ -122,7 +122,7 @@ def _error(folder: RunDir, record: Run, stopped: bool, log: "LaunchLog") -> Work
     """
     launch = record.launches[-1]
     code = launch.exit_code or 0
-    resume = f"`recipe resume {folder.path}{' --on slurm' if this_job(os.environ) else ''}` continues it"
+    resume = f"`recipe resume {folder.path}{' --on slurm' if this_job() else ''}` continues it"
     if launch.full_disk:
         return WorkFailed(f"{folder.path}: {record.state}, {launch.problem}; free some space, then {resume}")
     if record.state == "interrupted" and code == -signal.SIGKILL and not stopped:

@@ -143,7 +143,7 @@ def resume(
         return folder
     is_own = trust.is_own(folder, record)
     _authorize(folder, record, force, is_own or trusted, backend.here)
-    if record.rehearsal and folder.config_file.is_file():
+    if record.rehearsal:
         substitution.restore(folder.config)
     if backend.here:
         _resume_here(folder, prepare_only, is_own)
@@ -163,8 +163,6 @@ def _authorize(folder: RunDir, record: Run, force: Sequence[str], is_trusted: bo
 
     Record `force`. Sign the record with this user's key if it changed or belonged to another user.
     """
-    if not folder.config_file.is_file():
-        return  # `hindrance` gives the reason
     if not is_trusted:
         raise UserError(
             f"{folder.path}: not created by you on this machine, or changed since; resuming it can run its author's "
@@ -173,7 +171,7 @@ def _authorize(folder: RunDir, record: Run, force: Sequence[str], is_trusted: bo
     if force and here:  # a job is checked on its own machine
         errors = {finding.name for finding in _findings(folder, record) if finding.level == "error"}
         unknown_force(force, errors.union(record.forced))
-    if this_job(os.environ):
+    if this_job():
         return  # a job may lack the user's key
     if force or not trust.is_own(folder, record):
         with folder.held():
@@ -209,7 +207,7 @@ def _resume_here(folder: RunDir, prepare_only: bool, is_own: bool) -> None:
 def _is_alone(folder: RunDir) -> bool:
     """True if a run has no jobs, or this process is one of them."""
     jobs = {job.id for job in folder.jobs()}
-    return not jobs or this_job(os.environ) in jobs
+    return not jobs or this_job() in jobs
 
 
 def hindrance(folder: RunDir, record: Run) -> str | None:
@@ -224,8 +222,6 @@ def defect(folder: RunDir, record: Run) -> str | None:
     """Reason why a run cannot be resumed, apart from its jobs; or None."""
     if record.state == "finished":
         return f"the run is finished; evaluate it with `recipe evaluate {folder.path}`"
-    if not folder.config_file.is_file():
-        return f"{folder.config_file.name} is missing; restore it, or start a new run with `recipe run`"
     output = Path(record.cwd, str(folder.config.get("output_dir")))
     if output.resolve() != folder.output.resolve():
         return f"the run folder was moved, but its config still writes to {output}; move the folder back first"

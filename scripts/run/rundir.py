@@ -1,8 +1,9 @@
 """Run folders: record, state, jobs, metrics, checkpoints, and lookup by name."""
 
+import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
@@ -215,9 +216,9 @@ class RunDir:
 _JOBS = TypeAdapter(list[Job])
 
 
-def this_job(environment: Mapping[str, str]) -> str | None:
-    """Id of this process's SLURM array task, from its environment, or None."""
-    array, task = (environment.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+def this_job() -> str | None:
+    """Id of this process's SLURM array task, from the environment, or None."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else None
 
 

@@ -41,18 +41,16 @@ def existing_runs(runs: Path, recipe: str) -> dict[str, tuple[RunDir, Run]]:
     A finished run takes precedence over newer unfinished runs. Runs with several ranks or with arguments for Axolotl
     are left out, because a digest does not cover these settings.
     """
-    newest: dict[str, tuple[RunDir, Run]] = {}
+    candidates = []
     for folder in all_runs(runs / recipe):
         try:
             run = backends.read(folder)
         except UserError:  # damaged; `recipe results` reports it
             continue
-        if run.digest is None or run.recipe != recipe or run.ranks > 1:
-            continue
-        if run.state != "finished" and run.digest in newest and newest[run.digest][1].state == "finished":
-            continue
-        newest[run.digest] = (folder, run)
-    return newest
+        if run.digest and run.recipe == recipe and run.ranks == 1:
+            candidates.append((run.digest, folder, run))
+    candidates.sort(key=lambda candidate: candidate[2].state == "finished")  # later ones replace others below
+    return {digest: (folder, run) for digest, folder, run in candidates}
 
 
 def seeds_of(recipe: str, count: int) -> list[int] | list[None]:

@@ -461,6 +461,8 @@ def find_sweep_file(name: str) -> Path:
     """
     require_plain(name)
     shipped = {file.stem: file for file in sorted((paths.RECIPES / "sweeps").glob("*.yaml"))}
-    if name in shipped or Path(name).is_file():
-        return shipped.get(name) or Path(name)
+    if name in shipped:
+        return shipped[name]
+    if Path(name).is_file():
+        return Path(name)
     return shipped[meant(name, shipped, "sweep", f"; there are {', '.join(shipped)}, or any YAML file")]
