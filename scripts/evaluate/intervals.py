@@ -25,17 +25,18 @@ def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
         `worse` count the rows in which the first score is larger, equal or smaller.
     """
     difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
-    low_high = p_wilcoxon = None
+    signs = np.sign(difference)
+    interval = p_wilcoxon = None
     if len(difference) >= FEWEST:
-        low_high = [*bootstrap(difference.tolist())]
+        interval = [*bootstrap(difference.tolist())]
         p_wilcoxon = _signed_rank(difference[difference != 0])
     return {
         "difference": float(difference.mean()),
-        "interval": low_high,
+        "interval": interval,
         "p_wilcoxon": p_wilcoxon,
-        "better": int((difference > 0).sum()),
-        "equal": int((difference == 0).sum()),
-        "worse": int((difference < 0).sum()),
+        "better": int((signs == 1).sum()),
+        "equal": int((signs == 0).sum()),
+        "worse": int((signs == -1).sum()),
     }
 
 
@@ -123,8 +124,8 @@ class MeanSquares:
     def half_width(self) -> float:
         """Half-width of the 95 % interval of the mean over runs and rows."""
         size = self.runs * self.rows
-        own = max(self.of_rows - self.rest, 0) / size  # an estimated variance can be negative
-        return half_width(self.of_runs / size, own, self.runs - 1, self.rows - 1)
+        of_rows = max(self.of_rows - self.rest, 0) / size  # an estimated variance can be negative
+        return half_width(self.of_runs / size, of_rows, self.runs - 1, self.rows - 1)
 
 
 def half_width(of_runs: float, of_rows: float, df_runs: float, df_rows: float) -> float:
@@ -162,13 +163,10 @@ def mean_squares(scores: Sequence[Sequence[float]]) -> MeanSquares:
     runs, rows = table.shape
     by_run, by_row, mean = table.mean(axis=1), table.mean(axis=0), table.mean()
     rest = table - by_run[:, None] - by_row[None, :] + mean
-    return MeanSquares(
-        of_runs=float(rows * ((by_run - mean) ** 2).sum() / (runs - 1)),
-        of_rows=float(runs * ((by_row - mean) ** 2).sum() / (rows - 1)),
-        rest=float((rest**2).sum() / ((runs - 1) * (rows - 1))),
-        runs=runs,
-        rows=rows,
-    )
+    of_runs = float(rows * ((by_run - mean) ** 2).sum() / (runs - 1))
+    of_rows = float(runs * ((by_row - mean) ** 2).sum() / (rows - 1))
+    of_rest = float((rest**2).sum() / ((runs - 1) * (rows - 1)))
+    return MeanSquares(of_runs, of_rows, of_rest, runs, rows)
 
 
 def interval_of_mean(

@@ -6,7 +6,7 @@ equal probability, and the answers differ from there on. With a wrong adapter or
 """
 
 import os
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,16 +25,16 @@ from .scores_file import REFERENCE, SERVER, VLLM, Agreement, Completion, Engine,
 if TYPE_CHECKING:
     from .prompter import Prompter  # imports torch and Axolotl, which `require` does not need
 
-KNOWN = {"batch_tokens", "agreement"}  # settings that are known only after an engine has started
+OF_ENGINE = {"batch_tokens", "agreement"}  # settings that are known only after an engine has started
 COMPARED = 32  # number of rows to compare; they are evenly spaced, to cover all kinds of rows
 
 
 def as_row(position: int, row: Row, reference: str) -> Row:
     """Row of predictions.jsonl without its prediction."""
     # user data can have other types in these fields; type() also rejects bool, which isinstance accepts as int
-    known = {"idx": (int, str), "lang": (str,), "group": (int, str)}
-    kept = {key: row[key] for key, kinds in known.items() if type(row.get(key)) in kinds}
-    return {"row": position} | kept | {"reference": reference}
+    types: dict[str, tuple[type, ...]] = {"idx": (int, str), "lang": (str,), "group": (int, str)}
+    fields = {key: row[key] for key, expected in types.items() if type(row.get(key)) in expected}
+    return {"row": position} | fields | {"reference": reference}
 
 
 def require(settings: EvaluationSettings, server: str | None, on_gpu: bool) -> None:
@@ -53,9 +53,9 @@ def require(settings: EvaluationSettings, server: str | None, on_gpu: bool) -> N
 
         vllm.require(settings, on_gpu)
     if settings.engine == SERVER:
-        from .server import at
+        from .server import api_at
 
-        at(str(server)).require_model(settings.model)
+        api_at(str(server)).require_model(settings.model)
 
 
 def start_engine(
@@ -77,12 +77,12 @@ def start_engine(
     if settings.engine == VLLM:
         from . import vllm
 
-        return vllm.started(prompter, prompts, part)
+        return vllm.running_server(prompter, prompts, part)
     if settings.engine == SERVER:
-        from .server import AT_ONCE, Server, at
+        from .server import AT_ONCE, Server, api_at
 
         at_once = settings.batch_size or AT_ONCE
-        return nullcontext(Server(prompter, at(str(server)), str(settings.model), at_once))
+        return nullcontext(Server(prompter, api_at(str(server)), str(settings.model), at_once))
     with Bar("loading the model"):
         from .transformers_engine import Reference
 
@@ -113,43 +113,53 @@ def predict(
         rehearsal: True for a rehearsal.
 
     Returns:
-        Predictions, and the settings, including those that only the running engine knows (`KNOWN`).
+        Predictions, and the settings, including those that only the running engine knows (`OF_ENGINE`).
 
     Raises:
-        UserError: see `resume`, `Prompter.examples` and `started`.
+        UserError: see `read_part`, `Prompter.examples` and `start_engine`.
         WorkFailed: the engine cannot continue.
     """
-    rows = test.rows
     on_gpu = not rehearsal and bool(gpus.here())
     require(settings, server, on_gpu)
     done, settings = read_part(part, settings, test.positions)
-    if len(done) < len(rows):
-        if rehearsal:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        with Bar("tokenizing the prompts"):
-            from .prompter import Prompter
+    if len(done) == len(test.rows):
+        return _in_order(done), settings
+    if rehearsal:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    with Bar("tokenizing the prompts"):
+        from .prompter import Prompter
 
-            prompter = Prompter(settings, cfg, tokenizer)
-            examples = prompter.examples(rows)
-        prompts = [example.prompt for example in examples]
-        # a server's model can change between calls, so its answers are compared again
-        compared_again = settings.engine == SERVER and (on_gpu or rehearsal)
-        compares = compared_again or (settings.engine == VLLM and settings.agreement is None)
-        expected = answers_of_reference(prompter, sampled(prompts)) if compares else []
-        with start_engine(prompter, prompts, server, part) as engine:
-            found = agreement(expected, engine, sampled(prompts)) if compares else settings.agreement
-            settings = settings.model_copy(update={"batch_tokens": engine.settings.batch_tokens, "agreement": found})
-            asked = [
-                as_row(row.position, row.content, example.reference)
-                for row, example in zip(rows, examples, strict=True)
-            ]
-            _generate(engine, prompts, asked, prompter.ends, done, part, settings_line(settings))
-    return [done[i] for i in range(len(rows))], settings
+        prompter = Prompter(settings, cfg, tokenizer)
+        examples = prompter.examples(test.rows)
+    prompts = [example.prompt for example in examples]
+    compares = _is_compared(settings, on_gpu or rehearsal)
+    expected = answers_of_reference(prompter, sampled(prompts)) if compares else []
+    with start_engine(prompter, prompts, server, part) as engine:
+        agreement = settings.agreement
+        if compares:
+            agreement = compare_answers(expected, engine, sampled(prompts))
+        settings = settings.model_copy(update={"batch_tokens": engine.settings.batch_tokens, "agreement": agreement})
+        rows = []
+        for row, example in zip(test.rows, examples, strict=True):
+            rows.append(as_row(row.position, row.content, example.reference))
+        _generate(engine, prompts, rows, prompter.ends, done, part, settings_line(settings))
+    return _in_order(done), settings
+
+
+def _is_compared(settings: EvaluationSettings, reference_runs_here: bool) -> bool:
+    """True if the engine's answers are compared with those of the reference engine."""
+    if settings.engine == SERVER:  # its model can change between calls, so its answers are compared again
+        return reference_runs_here
+    return settings.engine == VLLM and settings.agreement is None
+
+
+def _in_order(done: Mapping[int, Row]) -> list[Row]:
+    return [row for _, row in sorted(done.items())]
 
 
 def settings_line(settings: EvaluationSettings) -> bytes:
-    """Line with the settings in `KNOWN`, for the predictions that follow it in the file."""
-    return orjson.dumps(settings.model_dump(include=KNOWN)) + b"\n"
+    """Line with the settings in `OF_ENGINE`, for the predictions that follow it in the file."""
+    return orjson.dumps(settings.model_dump(include=OF_ENGINE)) + b"\n"
 
 
 def part_file(folder: Path, settings: EvaluationSettings) -> Path:
@@ -177,12 +187,13 @@ def read_part(
         UserError: the file has predictions of more rows.
     """
     done: dict[int, Row] = {}
-    for line in read_bytes(part).split(b"\n") if part.is_file() else ():
+    lines = read_bytes(part).split(b"\n") if part.is_file() else []
+    for line in lines:
         with suppress(ValueError):  # skips lines truncated by a killed process or a power failure
             row = parse_json(line)
             if isinstance(row, dict) and "agreement" in row:
-                known = {key: row.get(key) for key in KNOWN}
-                settings = EvaluationSettings.model_validate(settings.model_dump() | known)
+                of_engine = {key: row.get(key) for key in OF_ENGINE}
+                settings = EvaluationSettings.model_validate(settings.model_dump() | of_engine)
             else:
                 Prediction.model_validate(row)
                 done[row["row"]] = row
@@ -197,33 +208,34 @@ def read_part(
 def _generate(
     engine: Engine,
     prompts: Sequence[list[int]],
-    asked: Sequence[Row],
+    rows: Sequence[Row],
     ends: Container[int],
     done: dict[int, Row],
     part: Path,
-    first: bytes,
+    first_line: bytes,
 ) -> None:
     """Generate missing predictions; add them to `done` and to the file `part`.
 
-    The line `first` is written to `part` before the predictions. A prediction is marked as cut if it reaches the limit
-    of new tokens and does not end with a token in `ends`.
+    `first_line` is written to `part` before the predictions. A prediction is marked as cut if it reaches the limit of
+    new tokens and does not end with a token in `ends`.
     """
     most = engine.settings.decoding.max_new_tokens
-    with Bar("evaluating", len(asked), len(done)) as bar, naming(part), opened(part, "ab") as stream:
-        stream.write(first)
+    with Bar("evaluating", len(rows), len(done)) as bar, naming(part), opened(part, "ab") as stream:
+        stream.write(first_line)
         try:
             for answers in engine.generate(prompts, done):
-                made = {i: asked[i] | {"prediction": answer.text} for i, answer in answers.items()}
                 for i, answer in answers.items():
+                    done[i] = rows[i] | {"prediction": answer.text}
                     if len(answer.tokens) >= most and answer.tokens[-1] not in ends:
-                        made[i]["cut"] = True
-                stream.write(b"".join(orjson.dumps(row) + b"\n" for row in made.values()))
+                        done[i]["cut"] = True
+                stream.write(b"".join(orjson.dumps(done[i]) + b"\n" for i in answers))
                 stream.flush()
-                done |= made
                 bar.update(len(done))
         except WorkFailed as error:
-            kept = f"\n{len(done):,} of {len(asked):,} rows are kept; repeat the command to continue"
-            raise WorkFailed(f"{error}{kept if done else ''}") from None
+            if not done:
+                raise
+            kept_rows = f"{len(done):,} of {len(rows):,} rows are kept; repeat the command to continue"
+            raise WorkFailed(f"{error}\n{kept_rows}") from None
 
 
 def sampled(prompts: Sequence[list[int]]) -> list[list[int]]:
@@ -241,24 +253,24 @@ def answers_of_reference(prompter: "Prompter", prompts: Sequence[list[int]]) -> 
     return answers
 
 
-def agreement(expected: Sequence[Completion], engine: Engine, prompts: Sequence[list[int]]) -> Agreement:
+def compare_answers(expected: Sequence[Completion], engine: Engine, prompts: Sequence[list[int]]) -> Agreement:
     """Compare an engine's greedy answers with those of the reference engine; log the result."""
     name = engine.settings.engine
     answers = _greedily(engine, prompts, f"{name} answers")
-    equal = sum(own.text == other.text for own, other in zip(expected, answers, strict=True))
-    found = Agreement(rows=len(answers), equal=equal)
-    say(f"{name}: {found}")
-    return found
+    equal = sum(answer.text == other.text for answer, other in zip(expected, answers, strict=True))
+    agreement = Agreement(rows=len(answers), equal=equal)
+    say(f"{name}: {agreement}")
+    return agreement
 
 
 def _greedily(engine: Engine, prompts: Sequence[list[int]], doing: str) -> list[Completion]:
-    usual = engine.settings
-    greedy = Decoding(max_new_tokens=usual.decoding.max_new_tokens)
-    engine.settings = usual.model_copy(update={"decoding": greedy})
+    settings = engine.settings
+    greedy = Decoding(max_new_tokens=settings.decoding.max_new_tokens)
+    engine.settings = settings.model_copy(update={"decoding": greedy})
     done: dict[int, Completion] = {}
     with Bar(doing, len(prompts)) as bar:
         for answers in engine.generate(prompts, done):
             done |= answers
             bar.update(len(done))
-    engine.settings = usual
+    engine.settings = settings
     return [done[i] for i in range(len(prompts))]

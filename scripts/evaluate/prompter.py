@@ -80,10 +80,15 @@ class Prompter:
     def ends(self) -> set[int]:
         """Tokens that end an answer: from training, and from the base model's config."""
         try:
-            own = GenerationConfig.from_pretrained(self.settings.base_model, revision=self.revision).eos_token_id
+            config = GenerationConfig.from_pretrained(self.settings.base_model, revision=self.revision)
         except OSError:  # the model has no generation config
-            own = GenerationConfig.from_model_config(self.config).eos_token_id
-        return {*taught_ends(self.cfg, self.tokenizer), *(own if isinstance(own, list) else [own])} - {None}
+            config = GenerationConfig.from_model_config(self.config)
+        ends = {*taught_ends(self.cfg, self.tokenizer)}
+        if isinstance(config.eos_token_id, list):
+            ends.update(config.eos_token_id)
+        elif config.eos_token_id is not None:
+            ends.add(config.eos_token_id)
+        return ends
 
     def examples(self, rows: Sequence[EvaluationRow]) -> list[Example]:
         """Prompt and reference of each row, written by Axolotl's code as in training.
@@ -101,7 +106,7 @@ class Prompter:
         by_dataset: dict[DatasetRef, list[Row]] = defaultdict(list)
         for row in rows:
             by_dataset[row.dataset].append(row.content)
-        examples = {dataset: iter(self._of_dataset(dataset, contents)) for dataset, contents in by_dataset.items()}
+        examples = {dataset: iter(self._examples(dataset, contents)) for dataset, contents in by_dataset.items()}
         in_order = [next(examples[row.dataset]) for row in rows]
         for row, example in zip(rows, in_order, strict=True):
             answered = example.reference.strip()  # without an answer, the end of the prompt is unknown
@@ -111,7 +116,7 @@ class Prompter:
                 raise UserError(f"row {row.position + 1} has no {missing}", key=self.settings.data, remedy=remedy)
         return in_order
 
-    def _of_dataset(self, ref: DatasetRef, rows: Sequence[Row]) -> list[Example]:
+    def _examples(self, ref: DatasetRef, rows: Sequence[Row]) -> list[Example]:
         """Examples of one data set; a missing answer or prompt is empty."""
         longest = self.config.get_text_config().max_position_embeddings - self.settings.decoding.max_new_tokens
         if longest < 1:
@@ -122,23 +127,39 @@ class Prompter:
         tokenized = tokenize(data, cfg, dataset, self.tokenizer, rows, longest)
         require_one_each(data, dataset, rows, tokenized)
         kind = row_type(dataset)
-        examples, shared = [], {}
+        examples = []
+        with_other_answer: dict[int, Row] = {}
         for number, (row, tokens) in enumerate(zip(rows, tokenized, strict=True)):
             start, end = answer_of(tokens.labels)
             reference = row.get(kind.reference) if kind.reference else None
             if reference is None:
                 reference = str(self.tokenizer.decode(tokens.ids[start:end], skip_special_tokens=True)).strip()
-            if isinstance(kind, Chat) and row.get(kind.messages):
-                *turns, last = row[kind.messages]
-                first = str(self.tokenizer.decode(tokens.ids[start : start + 1])).strip()
-                if (answer := str(last.get(kind.content) or "").strip()) and not answer.startswith(first):
-                    shared[number] = row | {kind.messages: [*turns, last | {kind.content: NEUTRAL}]}
-                    reference = answer if reference.endswith(answer) else reference
+            if isinstance(kind, Chat):
+                answer = last_answer(kind, row)
+                first_token = str(self.tokenizer.decode(tokens.ids[start : start + 1])).strip()
+                if answer and not answer.startswith(first_token):  # the token also has the end of the prompt
+                    with_other_answer[number] = replace_answer(kind, row, NEUTRAL)
+                    if reference.endswith(answer):
+                        reference = answer
             examples.append(Example(tokens.ids[:start][-longest:], reference if start < end else ""))
-        alone = tokenize(data, cfg, dataset, self.tokenizer, [*shared.values()], longest) if shared else ()
-        for number, tokens in zip(shared, alone, strict=True):
-            examples[number].prompt = tokens.ids[: answer_of(tokens.labels)[0]][-longest:]
+        if with_other_answer:
+            tokenized = tokenize(data, cfg, dataset, self.tokenizer, [*with_other_answer.values()], longest)
+            for number, tokens in zip(with_other_answer, tokenized, strict=True):
+                start, _ = answer_of(tokens.labels)
+                examples[number].prompt = tokens.ids[:start][-longest:]
         return examples
+
+
+def last_answer(kind: Chat, row: Row) -> str:
+    """Text of a chat's last turn, which is its answer; empty without turns."""
+    turns = row.get(kind.messages) or [{}]
+    return str(turns[-1].get(kind.content) or "").strip()
+
+
+def replace_answer(kind: Chat, row: Row, answer: str) -> Row:
+    """Chat with another text in its last turn."""
+    *turns, last = row[kind.messages]
+    return row | {kind.messages: [*turns, last | {kind.content: answer}]}
 
 
 NEUTRAL = "0"  # tokenizers separate a digit from the text before it
@@ -146,15 +167,19 @@ NEUTRAL = "0"  # tokenizers separate a digit from the text before it
 
 def answer_of(labels: Sequence[int]) -> tuple[int, int]:
     """Start and end of the last sequence of tokens with loss; (0, 0) if no token has loss."""
-    end = next((i for i in range(len(labels), 0, -1) if labels[i - 1] != MASKED), 0)
-    start = next((i for i in range(end, 0, -1) if labels[i - 1] == MASKED), 0)
+    end = len(labels)
+    while end > 0 and labels[end - 1] == MASKED:
+        end -= 1
+    start = end
+    while start > 0 and labels[start - 1] != MASKED:
+        start -= 1
     return start, end
 
 
 ANSWER = "An answer."
 
 
-def as_code(cfg: Config, tokenizer: Path, known: dict[str, str]) -> str | None:
+def as_code(cfg: Config, tokenizer: Path, texts: dict[str, str]) -> str | None:
     """Python code that sets `inputs` to the tokens of a training prompt.
 
     The prompt is the one that Axolotl writes for a row whose fields are {placeholders}. Returns None if tokenizing the
@@ -163,22 +188,22 @@ def as_code(cfg: Config, tokenizer: Path, known: dict[str, str]) -> str | None:
     Args:
         cfg: the run's config.
         tokenizer: folder of the training tokenizer.
-        known: texts for some fields; all other fields stay placeholders.
+        texts: texts of some fields; all other fields stay placeholders.
     """
     [first] = datafiles.training_sets(cfg)[:1] or [datafiles.NO_DATASET]
     row = _placeholders(first.entry)
     if not row:
         return None
     cfg, dataset = DictDefault(cfg | {"train_on_inputs": False}), DictDefault(first.entry | LOSS_ON_ANSWERS)
-    row |= {name: text for name, text in known.items() if name in row}
+    row |= {name: text for name, text in texts.items() if name in row}
     try:
         loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         (tokens,) = tokenize("its prompt", cfg, dataset, loaded, [row], 2**20)
     except (OSError, ValueError, UserError):
         return None
     ids = tokens.ids[: answer_of(tokens.labels)[0]]
-    begun = len(loaded("")["input_ids"])  # number of special tokens before every text, such as BOS
-    text = str(loaded.decode(ids[begun:], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    prefix = len(loaded("")["input_ids"])  # number of special tokens before any text, such as BOS
+    text = str(loaded.decode(ids[prefix:], skip_special_tokens=False, clean_up_tokenization_spaces=False))
     if loaded(text)["input_ids"] != list(ids):
         return None
     lines = "".join(f"    {json.dumps(line, ensure_ascii=False)}\n" for line in text.splitlines(keepends=True))
@@ -193,9 +218,9 @@ def _placeholders(dataset: Config) -> Row:
     """
     kind = row_type(dataset)
     if isinstance(kind, Chat):
-        user, assistant = ((dataset.get("roles") or {}).get(role, [role])[0] for role in ("user", "assistant"))
-        turns = ((user, "{question}"), (assistant, ANSWER))
-        return {kind.messages: [{kind.role: name, kind.content: text} for name, text in turns]}
+        roles = {"user": ["user"], "assistant": ["assistant"]} | (dataset.get("roles") or {})
+        question = {kind.role: roles["user"][0], kind.content: "{question}"}
+        return {kind.messages: [question, {kind.role: roles["assistant"][0], kind.content: ANSWER}]}
     if not kind.reference or len(kind.required) == 1:  # completion has no prompt
         return {}
     first: Row = {}

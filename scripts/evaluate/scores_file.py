@@ -26,7 +26,8 @@ ADAPTER = "adapter_model.safetensors"
 LOCK = ".evaluation.lock"
 BASE = "none"  # value of --adapter for the base model without an adapter
 REFERENCE, VLLM, SERVER = "transformers", "vllm", "server"
-# Settings that describe the engine.
+# Settings that describe the choice of rows, and the engine.
+_SELECTION = ("data", "rows", "total_rows", "limit")
 ORIGIN = ("batch_tokens", "engine", "model", "agreement")
 
 
@@ -163,16 +164,16 @@ class EvaluationSettings(BaseModel):
         """
         if self.engine == REFERENCE or (self.engine, self.model) == (other.engine, other.model):
             return True
-        found = self.agreement
-        return found is not None and 2 * found.equal >= found.rows and not self.decoding.do_sample
+        if self.agreement is None or self.decoding.do_sample:
+            return False
+        return 2 * self.agreement.equal >= self.agreement.rows
 
     def identity(self) -> dict[str, Any]:
         """Settings that determine a prediction, except the engine.
 
         Batches and engines change predictions only by rounding, see `stands_for`.
         """
-        others = {"adapter", "data", "rows", "total_rows", "limit", "test_set", "batch_size", *ORIGIN}
-        return self.model_dump(exclude=others)
+        return self.model_dump(exclude={"adapter", "test_set", "batch_size", *_SELECTION, *ORIGIN})
 
     def folder(self, run: Path) -> Path:
         """Folder for an evaluation with these settings, if they are not the default, in a run folder."""
@@ -242,33 +243,43 @@ class Scores(BaseModel):
         """Scored metrics by name."""
         return registry.recorded(self.scores)
 
-    def flat(self) -> Row:
-        """Scores, intervals, details and shares side by side, as `--json` prints them."""
-        values: Row = {}
-        intervals: Row = {}
-        details: Row = {}
+    @property
+    def all_notes(self) -> list[str]:
+        """Notes, including those on single scores."""
         notes = [*self.notes]
         for name, record in self.scores.items():
+            notes += [f"{name}: {note}" for note in record.notes]
+        return notes
+
+    @property
+    def details(self) -> Row:
+        """Benchmarks, scorer models and signatures behind the scores."""
+        details: Row = {}
+        for name, record in self.scores.items():
             column = self.columns[name]
-            if record.value is not None or not isinstance(column.metric, BenchmarkMetric):
-                values[name] = record.value
-            if record.interval:
-                intervals[name] = [*record.interval]
-            elif column.metric.estimates_interval:
-                intervals[name] = None
             if record.benchmark:
                 details[f"{name}_benchmark"] = record.benchmark.model_dump()
             if record.scorer:
                 details[column.detail_key("bertscore")] = record.scorer.model_dump()
             if record.signature:
                 details[column.detail_key("sacrebleu_signature")] = record.signature
-            notes += [f"{name}: {note}" for note in record.notes]
-        declarations = {name: record.declaration for name, record in self.scores.items()}
-        shares = self.shares.model_dump(exclude={"rows"}, exclude_none=True)
-        flat = {"rows": self.shares.rows, "intervals": intervals, **values, **details, **shares}
-        flat["metrics"] = declarations
-        if notes:
-            flat["notes"] = notes
+        return details
+
+    def flat(self) -> Row:
+        """Scores, intervals, details and shares side by side, as `--json` prints them."""
+        values: Row = {}
+        intervals: Row = {}
+        for name, record in self.scores.items():
+            metric = self.columns[name].metric
+            if record.value is not None or not isinstance(metric, BenchmarkMetric):
+                values[name] = record.value
+            if record.interval or metric.estimates_interval:
+                intervals[name] = record.interval and [*record.interval]
+        flat = {"rows": self.shares.rows, "intervals": intervals, **values, **self.details}
+        flat |= self.shares.model_dump(exclude={"rows"}, exclude_none=True)
+        flat["metrics"] = {name: record.declaration for name, record in self.scores.items()}
+        if self.all_notes:
+            flat["notes"] = self.all_notes
         return flat
 
 
@@ -315,7 +326,8 @@ def read_scores(folder: Path) -> Evaluation | None:
     except FileNotFoundError:
         return None
     except (OSError, TypeError, ValueError):
-        return _damaged(folder / SCORES, None)
+        _report_damage(folder / SCORES)
+        return None
 
 
 def read_predictions(folder: Path) -> list[Row]:
@@ -326,13 +338,13 @@ def read_predictions(folder: Path) -> list[Row]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError):
-        return _damaged(folder / PREDICTIONS, [])
+        _report_damage(folder / PREDICTIONS)
+        return []
     return rows
 
 
-def _damaged[T](file: Path, instead: T) -> T:
+def _report_damage(file: Path) -> None:
     say_once(f"{file}: damaged; recreate it with `recipe evaluate`")
-    return instead
 
 
 def write(folder: Path, evaluation: Evaluation, rows: Sequence[Row], part: Path | None) -> None:
@@ -380,9 +392,10 @@ def changed(folder: Path, evaluation: Evaluation | None, run: Run | None = None)
         return None
     if run and run.adapter and evaluation.settings.adapter_sha256 != run.adapter.sha256:
         return "stale"
-    own = folder / "output"  # even in a moved run folder
-    adapter = (own if own.is_dir() else Path(evaluation.settings.adapter)) / ADAPTER
-    files = {"adapter": adapter, "predictions": folder / PREDICTIONS}
+    adapter = folder / "output"  # even in a moved run folder
+    if not adapter.is_dir():
+        adapter = Path(evaluation.settings.adapter)
+    files = {"adapter": adapter / ADAPTER, "predictions": folder / PREDICTIONS}
     differing = [name for name, state in evaluation.files.items() if state.differs(files[name])]
     if "adapter" in differing or any(state.changed for state in evaluation.data):
         return "stale"
@@ -395,21 +408,23 @@ def current(folder: Path, run: Run | None = None) -> Evaluation | None:
     return None if changed(folder, evaluation, run) else evaluation
 
 
-def sibling(run: Path, own: Evaluation | None, **changes: Any) -> tuple[Path, Evaluation] | None:
+def find_evaluation(run: Path, default: Evaluation | None, **changes: Any) -> tuple[Path, Evaluation] | None:
     """Evaluation of the same rows with other settings, and its folder.
 
     Returns None if there is no such evaluation, if its files changed, or without a default evaluation.
 
     Args:
         run: run folder.
-        own: the run's default evaluation.
+        default: the run's default evaluation.
         changes: settings that differ.
     """
-    if own is None:
+    if default is None:
         return None
-    folder = own.settings.model_copy(update=changes).folder(run)
+    folder = default.settings.model_copy(update=changes).folder(run)
     other = current(folder)
-    if other is None or (other.settings.rows, other.settings.limit) != (own.settings.rows, own.settings.limit):
+    if other is None or other.settings.rows != default.settings.rows:
+        return None
+    if other.settings.limit != default.settings.limit:
         return None
     return folder, other
 
@@ -436,8 +451,9 @@ def about_file(file: Path) -> str | None:
 
 def notes(evaluation: Evaluation, predictions: Sequence[Row]) -> list[str]:
     """Notes on the engine, on the scored rows, and on answers that were cut."""
-    found = [note for note in (evaluation.settings.note, about_rows(evaluation)) if note]
-    if cut := sum(bool(row.get("cut")) for row in predictions):
+    notes = [note for note in (evaluation.settings.note, about_rows(evaluation)) if note]
+    cut = sum(bool(row.get("cut")) for row in predictions)
+    if cut:
         most = evaluation.settings.decoding.max_new_tokens
-        found.append(f"{cut} of {len(predictions)} answers were cut at {most} new tokens; raise --max-new-tokens")
-    return found
+        notes.append(f"{cut} of {len(predictions)} answers were cut at {most} new tokens; raise --max-new-tokens")
+    return notes

@@ -106,12 +106,17 @@ class Api:
         try:
             models = asyncio.run(self.models())
         except (openai.APIError, ValidationError, TimeoutError) as error:
-            key = isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError)
-            remedy = f"set {KEY} to the server's key" if key else "start vLLM there, or correct the address"
+            remedy = "start vLLM there, or correct the address"
+            if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
+                remedy = f"set {KEY} to the server's key"
             raise UserError(f"--engine {self.url}: {cause(error)}; {remedy}") from None
-        if name not in models:
-            wrong = f"--model {name}: not a model of the server" if name else "--engine URL: needs --model"
-            raise UserError(f"{wrong}{did_you_mean(name or '', models)}; its models: {', '.join(models) or 'none'}")
+        if name in models:
+            return
+        if name:
+            problem = f"--model {name}: not a model of the server{did_you_mean(name, models)}"
+        else:
+            problem = f"--engine URL: needs --model{did_you_mean('', models)}"
+        raise UserError(f"{problem}; its models: {', '.join(models) or 'none'}")
 
 
 async def _limit_size(response: httpx.Response) -> None:
@@ -212,7 +217,7 @@ class Server:
         return {i: Completion(str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip(), tokens)}
 
 
-def at(url: str) -> Api:
+def api_at(url: str) -> Api:
     """Access to the server at a user's address, with the key from the environment.
 
     Raises:
@@ -229,7 +234,7 @@ def at(url: str) -> Api:
     key = os.environ.get(KEY, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise UserError(f"{KEY}: contains characters that are invalid in a key, such as line breaks; correct it")
-    path = "" if (address.path or "/") != "/" else "/v1"
+    path = "/v1" if address.path in (None, "/") else ""
     return Api(f"{str(address).rstrip('/')}{path}/", key or None)
 
 

@@ -1,7 +1,7 @@
 """Reference engine: transformers, with the base model quantized as in training."""
 
 import gc
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence, Set
 from copy import deepcopy
 from itertools import batched, groupby
 from pathlib import Path
@@ -9,11 +9,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from ..base import paths
@@ -61,37 +57,44 @@ class Reference:
         self.model = base_model(prompter)
         self.device = self.model.device
         dtype = getattr(torch, settings.dtype)
-        small = self.device.type == "cpu" and self.model.num_parameters() * dtype.itemsize < SMALL
-        how = prompter.quantization
-        if small and how and how.load_in_4bit and how.bnb_4bit_compute_dtype == dtype:
+        is_small = self.device.type == "cpu" and self.model.num_parameters() * dtype.itemsize < SMALL
+        if is_small and _computes_in(prompter.quantization, dtype):
             self.model = self.model.dequantize(dtype=dtype)
         # The model's published config would change the decoding. The harness ends answers by this config.
         self.model.generation_config = GenerationConfig(eos_token_id=sorted(prompter.ends))
-        rows = len(self.tokenizer)
-        if settings.adapter_sha256:
-            rows = embedding_rows(Path(settings.adapter) / ADAPTER) or rows
-        # Axolotl adds rows for tokens that a config adds to the tokenizer (loaders/model.py). PEFT saves these rows
-        # with the adapter, but does not add rows to the model when it loads the adapter.
-        if rows > len(self.model.get_input_embeddings().weight):
-            self.model.resize_token_embeddings(rows)
+        self._add_embeddings()
         if settings.adapter_sha256:
             self.model = with_adapter(self.model, settings.adapter)
         self.model.eval()
-        by_memory = (small or self.device.type == "cuda") and not settings.decoding.do_sample
-        if settings.batch_tokens is None and by_memory:
+        fills_memory = (is_small or self.device.type == "cuda") and not settings.decoding.do_sample
+        if settings.batch_tokens is None and fills_memory:
             self.settings = settings.model_copy(update={"batch_tokens": self._room()})
+
+    def _add_embeddings(self) -> None:
+        """Add embeddings for tokens that training added.
+
+        Axolotl adds rows for tokens that a config adds to the tokenizer (loaders/model.py). PEFT saves these rows with
+        the adapter, but does not add rows to the model when it loads the adapter.
+        """
+        rows = len(self.tokenizer)
+        if self.settings.adapter_sha256:
+            rows = embedding_rows(Path(self.settings.adapter) / ADAPTER) or rows
+        if rows > len(self.model.get_input_embeddings().weight):
+            self.model.resize_token_embeddings(rows)
 
     def decoding(self) -> GenerationConfig:
         """Decoding configuration from the settings, with the tokens that end an answer."""
         decoding = self.settings.decoding
-        sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
+        sampling = {}
+        if decoding.do_sample:
+            sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
         return GenerationConfig(
             max_new_tokens=decoding.max_new_tokens,
             num_beams=decoding.num_beams,
             do_sample=decoding.do_sample,
             eos_token_id=sorted(self.prompter.ends),
             pad_token_id=self.tokenizer.pad_token_id,
-            **(sampling if decoding.do_sample else {}),
+            **sampling,
         )
 
     def _room(self) -> int:
@@ -120,27 +123,35 @@ class Reference:
         Raises:
             WorkFailed: a single row or a batch of sampled answers does not fit.
         """
-        lengths = [len(prompt) + self.settings.decoding.max_new_tokens for prompt in prompts]
-        most, tokens = MOST_ROWS, self.settings.batch_tokens
-        if tokens is None or self.settings.decoding.do_sample:
-            most, tokens = FIXED
-        fits = most = self.settings.batch_size or most
-        for number, (room, batch) in enumerate(batches(lengths, most, tokens)):
-            waiting = [] if all(i in done for i in batch) else [list(part) for part in batched(batch, fits)][::-1]
-            while waiting:
-                part = waiting.pop()
+        decoding = self.settings.decoding
+        lengths = [len(prompt) + decoding.max_new_tokens for prompt in prompts]
+        most_rows, most_tokens = MOST_ROWS, self.settings.batch_tokens
+        if most_tokens is None or decoding.do_sample:
+            most_rows, most_tokens = FIXED
+        most_rows = self.settings.batch_size or most_rows
+        fitting_rows = most_rows
+        for number, (room, batch) in enumerate(batches(lengths, most_rows, most_tokens)):
+            if all(i in done for i in batch):
+                continue
+            parts = [*batched(batch, fitting_rows)]
+            while parts:
+                part = parts.pop(0)
                 try:
                     answers = self.answers([prompts[i] for i in part], number)
                 except torch.OutOfMemoryError:
-                    if len(part) == 1 or self.settings.decoding.do_sample:  # halves would draw other answers
-                        less = f"; run `recipe evaluate RUN --batch-size {len(part) // 2}`" if len(part) > 1 else ""
-                        raise WorkFailed(f"{len(part)} x {room} tokens do not fit the GPU's memory{less}") from None
+                    if len(part) == 1 or decoding.do_sample:  # halves would draw other answers
+                        raise self._too_large(len(part), room) from None
                     say(f"{len(part)} rows of up to {room} tokens do not fit the GPU's memory; halving the batch")
-                    fits = len(part) // 2
-                    waiting += [list(half) for half in batched(part, fits)][::-1]
+                    fitting_rows = len(part) // 2
+                    parts[:0] = batched(part, fitting_rows)
                     continue
                 texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
                 yield {i: Completion(text.strip(), ids) for i, text, ids in zip(part, texts, answers, strict=True)}
+
+    @staticmethod
+    def _too_large(rows: int, tokens: int) -> WorkFailed:
+        smaller = f"; run `recipe evaluate RUN --batch-size {rows // 2}`" if rows > 1 else ""
+        return WorkFailed(f"{rows} x {tokens} tokens do not fit the GPU's memory{smaller}")
 
     @torch.inference_mode()
     def answers(self, prompts: Sequence[list[int]], number: int) -> list[list[int]]:
@@ -154,14 +165,21 @@ class Reference:
         set_seed(self.settings.decoding.seed + number)
         output = self.model.generate(**batch, generation_config=self.decoding())
         answers = output[:, batch["input_ids"].shape[1] :].tolist()
-        ends = self.prompter.ends
-        return [answer[: next((i + 1 for i, token in enumerate(answer) if token in ends), None)] for answer in answers]
+        return [_until_end(answer, self.prompter.ends) for answer in answers]
 
     def free(self) -> None:
         """Free memory for another engine; this object is unusable afterwards."""
         del self.model
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def _until_end(answer: list[int], ends: Container[int]) -> list[int]:
+    """Tokens of an answer up to the first that ends it, without padding."""
+    for i, token in enumerate(answer):
+        if token in ends:
+            return answer[: i + 1]
+    return answer
 
 
 def batches(lengths: Sequence[int], most: int, tokens: int) -> Iterator[tuple[int, list[int]]]:
@@ -213,31 +231,44 @@ def with_adapter(model: Any, folder: str) -> Any:
         adapted = PeftModel.from_pretrained(model, folder)
     except (RuntimeError, ValueError, KeyError) as error:  # shapes or layers differ from the model's
         raise UserError(f"{file}: not this model's adapter: {str(error).strip().partition('\n')[0]}") from error
-    own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    every = get_peft_model_state_dict(adapted, save_embedding_layers=True)
-    for problem, names in (("the model lacks", saved - every), ("the file lacks weights for", own.keys() - saved)):
-        if names:
-            some = f"{min(names)}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
-            raise UserError(f"{file}: not this model's adapter: {problem}: {some}; name another adapter with --adapter")
-    changes = [tensor for name, tensor in own.items() if "lora_B" in name or "lora_embedding_B" in name]
+    layers = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    with_embeddings = get_peft_model_state_dict(adapted, save_embedding_layers=True)
+    _require_none(file, "the model lacks", saved - with_embeddings.keys())
+    _require_none(file, "the file lacks weights for", layers.keys() - saved)
+    changes = [tensor for name, tensor in layers.items() if "lora_B" in name or "lora_embedding_B" in name]
     if changes and not any(tensor.any() for tensor in changes):
         raise UserError(f"{file}: changes nothing: LoRA's B is 0 in every layer; evaluate a trained adapter")
     return adapted
 
 
+def _require_none(file: Path, problem: str, layers: Set[str]) -> None:
+    """Raise UserError if an adapter and a model differ in some layers."""
+    if layers:
+        more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+        raise UserError(
+            f"{file}: not this model's adapter: {problem}: {min(layers)}{more}; name another adapter with --adapter"
+        )
+
+
 def base_weights(prompter: Prompter) -> dict[str, Any]:
     """Identity of the base model's weights: revision, files, quantization and config."""
-    settings = prompter.settings
+    settings, quantization = prompter.settings, prompter.quantization
+    states = [(file.name, file.stat()) for file in Path(settings.base_model).glob("*.*")]
     return {
         "model": settings.base_model,
         "revision": getattr(prompter.config, "_commit_hash", None) or prompter.revision,
-        "files": sorted(
-            (f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in Path(settings.base_model).glob("*.*")
-        ),
-        "kinds": prompter.quantization.to_diff_dict() if prompter.quantization else None,
+        "files": sorted((name, state.st_size, state.st_mtime_ns) for name, state in states),
+        "kinds": quantization.to_diff_dict() if quantization else None,
         "config": settings.built_with,
         "dtype": settings.dtype,
     }
+
+
+def _computes_in(quantization: BitsAndBytesConfig | None, dtype: torch.dtype) -> bool:
+    """True if 4-bit layers compute in a dtype."""
+    if quantization is None or not quantization.load_in_4bit:
+        return False
+    return bool(quantization.bnb_4bit_compute_dtype == dtype)
 
 
 def weights_folder(prompter: Prompter) -> Path:
@@ -251,13 +282,13 @@ def weights_folder(prompter: Prompter) -> Path:
         OSError: the disk is full.
     """
     settings, model = prompter.settings, Path(prompter.settings.base_model)
-    made = paths.cache() / f"dequantized-{model.name}-{digest(base_weights(prompter))[:16]}"
+    folder = paths.cache() / f"dequantized-{model.name}-{digest(base_weights(prompter))[:16]}"
 
     def make(target: Path) -> None:
-        say(f"dequantizing {model.name} once, to {made}")
+        say(f"dequantizing {model.name} once, to {folder}")
         base_model(prompter).dequantize(dtype=getattr(torch, settings.dtype)).save_pretrained(target)
         prompter.config.save_pretrained(target)  # replaces the config.json written above, which has additional keys
         gc.collect()
         torch.cuda.empty_cache()  # vLLM needs the memory
 
-    return make_once(made, make)
+    return make_once(folder, make)

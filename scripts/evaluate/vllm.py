@@ -60,8 +60,10 @@ def require(settings: EvaluationSettings, on_gpu: bool) -> None:
             f"--engine vllm: {ENVIRONMENT} has vLLM for another kind of processor; run `make vllm "
             f"VLLM_LOCK={_lock(on_gpu)}`"
         )
-    if settings.adapter_sha256 and (reason := _unservable(Path(settings.adapter))):
-        raise UserError(f"--engine vllm: cannot serve {settings.adapter}, {reason}; leave --engine out")
+    if settings.adapter_sha256:
+        obstacle = _obstacle(Path(settings.adapter))
+        if obstacle:
+            raise UserError(f"--engine vllm: cannot serve {settings.adapter}, {obstacle}; leave --engine out")
 
 
 def _lock(on_gpu: bool) -> str:
@@ -73,22 +75,28 @@ def for_cpu() -> bool:
     return (ENVIRONMENT / f".{_lock(on_gpu=False)}").exists()
 
 
-def _unservable(adapter: Path) -> str | None:
+def _obstacle(adapter: Path) -> str | None:
     """Reason why vLLM cannot serve an adapter; None if it can."""
     config = read_json(adapter / "adapter_config.json")
-    targets = config.get("target_modules")
-    reasons = {
-        "whose weights are decomposed (DoRA)": config.get("use_dora"),
-        "which holds complete layers (modules_to_save)": config.get("modules_to_save"),
-        "which holds embeddings of single tokens": config.get("trainable_token_indices"),
-        "which holds an embedding for added tokens": embedding_rows(adapter / ADAPTER),
-        "which is not a LoRA adapter": config.get("peft_type") != "LORA",
-        "which has biases": config.get("bias", "none") != "none" or config.get("lora_bias"),
-        "which changes the base model's weights": config.get("init_lora_weights", True) not in _PLAIN,
-        "whose LoRA is on an embedding or head, which can be tied": for_cpu() and re.search(_ENDS, str(targets)),
-        f"of rank {config.get('r')}": not 1 <= _rank(config) <= RANKS[-1],
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    if config.get("use_dora"):
+        return "whose weights are decomposed (DoRA)"
+    if config.get("modules_to_save"):
+        return "which holds complete layers (modules_to_save)"
+    if config.get("trainable_token_indices"):
+        return "which holds embeddings of single tokens"
+    if embedding_rows(adapter / ADAPTER):
+        return "which holds an embedding for added tokens"
+    if config.get("peft_type") != "LORA":
+        return "which is not a LoRA adapter"
+    if config.get("bias", "none") != "none" or config.get("lora_bias"):
+        return "which has biases"
+    if config.get("init_lora_weights", True) not in _PLAIN:
+        return "which changes the base model's weights"
+    if for_cpu() and re.search(_ENDS, str(config.get("target_modules"))):
+        return "whose LoRA is on an embedding or head, which can be tied"
+    if not 1 <= _rank(config) <= RANKS[-1]:
+        return f"of rank {config.get('r')}"
+    return None
 
 
 def _rank(config: Row) -> int:
@@ -97,7 +105,7 @@ def _rank(config: Row) -> int:
 
 
 @contextmanager
-def started(prompter: "Prompter", prompts: Sequence[list[int]], part: Path) -> Iterator["Server"]:
+def running_server(prompter: "Prompter", prompts: Sequence[list[int]], part: Path) -> Iterator["Server"]:
     """Start vLLM with a run's base model and adapter, for a `with` block.
 
     Args:
@@ -117,7 +125,9 @@ def started(prompter: "Prompter", prompts: Sequence[list[int]], part: Path) -> I
         raise UserError("--engine vllm: cannot serve a base model with tokens added in training; leave --engine out")
     longest = max(map(len, prompts)) + settings.decoding.max_new_tokens
     port, key, log = _free_port(), secrets.token_hex(16), part.with_name("vllm.log")
-    environment = os.environ | PRIVATE | (ON_CPU if for_cpu() else {}) | {"VLLM_API_KEY": key}
+    environment = os.environ | PRIVATE | {"VLLM_API_KEY": key}
+    if for_cpu():
+        environment |= ON_CPU
     model = str(weights_folder(prompter)) if settings.quantized else settings.base_model
     with naming(log), opened(log, "wb") as stream:
         command = _command(prompter, model, longest, port)
@@ -139,13 +149,21 @@ def started(prompter: "Prompter", prompts: Sequence[list[int]], part: Path) -> I
 def _command(prompter: "Prompter", model: str, longest: int, port: int) -> list[str]:
     """Command of a server for the models `base` and, if there is an adapter, `adapter`."""
     settings = prompter.settings
-    words = [
-        *(str(ENVIRONMENT / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"),
-        *("--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"),
-        *("--model", model, "--tokenizer", str(prompter.tokenizer.name_or_path), "--served-model-name", "base"),
-        *("--dtype", settings.dtype, "--seed", str(settings.decoding.seed), "--max-model-len", str(longest)),
-        *("--generation-config", "vllm"),  # the model's generation config would change the decoding
-    ]
+    options = {
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--model": model,
+        "--tokenizer": str(prompter.tokenizer.name_or_path),
+        "--served-model-name": "base",
+        "--dtype": settings.dtype,
+        "--seed": str(settings.decoding.seed),
+        "--max-model-len": str(longest),
+        "--generation-config": "vllm",  # the model's generation config would change the decoding
+    }
+    words = [str(ENVIRONMENT / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"]
+    words.append("--disable-uvicorn-access-log")
+    for option, value in options.items():
+        words += [option, value]
     if model == settings.base_model:
         words += ["--revision", prompter.revision]
         if overrides := settings.built_with.get("overrides_of_model_config"):

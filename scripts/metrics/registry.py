@@ -95,23 +95,26 @@ def column(name: str, entry: Mapping[str, Any] | None = None) -> Column:
     Raises:
         WrongMetric: the metric or a parameter is unknown, or a value is invalid.
     """
-    given = dict(entry or {})
-    kind, label = str(given.pop("metric", name)), given.pop("label", None)
+    parameters = dict(entry or {})
+    key = "metric" if "metric" in parameters else ""
+    kind, label = str(parameters.pop("metric", name)), parameters.pop("label", None)
     if kind not in METRICS:
         hint = did_you_mean(kind, METRICS) or f"; the metrics are {', '.join(METRICS)}"
-        raise WrongMetric("metric" if "metric" in (entry or {}) else "", f"no metric is called {kind}{hint}")
-    if not _NAME.fullmatch(name) or name in _TAKEN:
-        problem = "has another meaning in results" if name in _TAKEN else "must consist of letters, digits and _"
-        raise WrongMetric("", f"{name} {problem}; give the column another name")
+        raise WrongMetric(key, f"no metric is called {kind}{hint}")
+    if name in _TAKEN:
+        raise WrongMetric("", f"{name} has another meaning in results; give the column another name")
+    if not _NAME.fullmatch(name):
+        raise WrongMetric("", f"{name} must consist of letters, digits and _; give the column another name")
     if label is not None and not (isinstance(label, str) and label.strip()):
         raise WrongMetric("label", "expected a text")
-    parameters = METRICS[kind].parameters
+    metric = METRICS[kind]
     try:
-        return Column(name, METRICS[kind], parameters.model_validate(given), label)
+        return Column(name, metric, metric.parameters.model_validate(parameters), label)
     except ValidationError as error:
-        first, there = error.errors()[0], ", ".join(parameters.model_fields) or "no parameters"
-        key = ".".join(map(str, first["loc"]))
-        raise WrongMetric(key, f"{yamlfiles.in_words(first)}; {kind} takes {there}") from None
+        mistake = error.errors()[0]
+        names = ", ".join(metric.parameters.model_fields) or "no parameters"
+        key = ".".join(map(str, mistake["loc"]))
+        raise WrongMetric(key, f"{yamlfiles.in_words(mistake)}; {kind} takes {names}") from None
 
 
 def columns(declared: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Column]:
@@ -129,31 +132,37 @@ def requested(texts: Iterable[str]) -> dict[str, Column]:
     Raises:
         UserError: a value is malformed, or two columns have the same name.
     """
-    found: dict[str, Column] = {}
+    columns: dict[str, Column] = {}
     for text in texts:
         if text.startswith(SCORER):
             continue
-        entries: Any = yamlfiles.parse(text, option=f"--metric {text}")
-        if isinstance(entries, str):
-            entries = _of_task(text.removeprefix(TASK)) if text.startswith(TASK) else {entries: None}
-        well_formed = isinstance(entries, dict) and all(isinstance(e, dict | None) for e in entries.values())
-        if not well_formed or not entries:
-            raise UserError(
-                f"--metric {text}: expected a metric's name, or parameters as in 'number: {{markers: [\"A: \"]}}'"
-            )
-        for name, entry in entries.items():
+        for name, entry in _declarations(text).items():
             try:
-                new = column(name, entry)
+                additional = column(name, entry)
             except WrongMetric as error:
                 raise UserError(f"--metric {text}: {error}") from None
-            if name in found:
-                raise UserError(f"--metric {text}: two metrics are called {name}; rename one, as in "
-                                f"'other: {{metric: {new.metric.name}}}'")  # fmt: skip
-            found[name] = new
-    return found
+            if name in columns:
+                raise UserError(
+                    f"--metric {text}: two metrics are called {name}; rename one, as in "
+                    f"'other: {{metric: {additional.metric.name}}}'"
+                )
+            columns[name] = additional
+    return columns
 
 
-def _of_task(task: str) -> dict[str, Any]:
+def _declarations(text: str) -> dict[str, dict[str, Any] | None]:
+    """Declarations by column name from a value of --metric, at least one."""
+    entries: Any = yamlfiles.parse(text, option=f"--metric {text}")
+    if isinstance(entries, str):
+        if text.startswith(TASK):
+            return _of_task(text.removeprefix(TASK))
+        return {entries: None}
+    if entries and isinstance(entries, dict) and all(isinstance(entry, dict | None) for entry in entries.values()):
+        return entries
+    raise UserError(f"--metric {text}: expected a metric's name, or parameters as in 'number: {{markers: [\"A: \"]}}'")
+
+
+def _of_task(task: str) -> dict[str, dict[str, Any] | None]:
     """Declaration of a column for a benchmark task, named after the task."""
     name = re.sub(r"\W+", "_", task.removesuffix(".yaml").rpartition("/")[2])
     return {name: {"metric": BENCHMARK.name, "label": name, "task": task}}
@@ -178,15 +187,17 @@ def distinct(columns: Iterable[Column]) -> dict[str, Column]:
 
     Columns with the same name, metric and parameters occur once.
     """
-    found: dict[str, Column] = {}
+    by_heading: dict[str, Column] = {}
     for column in columns:
-        if heading(column, found) is None:
-            more = f" {yamlfiles.write_flow(column.entry)}" if column.label in found else ""
-            found[f"{column.label}{more}"] = column
-    return found
+        if heading(column, by_heading) is None:
+            more = f" {yamlfiles.write_flow(column.entry)}" if column.label in by_heading else ""
+            by_heading[f"{column.label}{more}"] = column
+    return by_heading
 
 
 def heading(column: Column, headings: Mapping[str, Column]) -> str | None:
     """Heading of a column in the result of `distinct`."""
-    same = (text for text, c in headings.items() if c.name == column.name and c.same_scores(column))
-    return next(same, None)
+    for text, other in headings.items():
+        if other.name == column.name and other.same_scores(column):
+            return text
+    return None

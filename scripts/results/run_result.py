@@ -19,7 +19,7 @@ from ..data.manifest import is_the_studys
 from ..data.published import EvalTokens, Published, PublishedScore
 from ..data.studies import Study
 from ..evaluate.score import by_declared_model, columns_of
-from ..evaluate.scores_file import BASE, Changed, Evaluation, changed, read_scores, sibling
+from ..evaluate.scores_file import BASE, Changed, Evaluation, changed, find_evaluation, read_scores
 from ..metrics.metric import BenchmarkMetric, Column, LossMetric
 from ..run.rundir import RunDir
 from ..training.run_record import Run, Summary
@@ -100,7 +100,7 @@ class RunResult:
     @cached_property
     def of_base_model(self) -> tuple[Path, Evaluation] | None:
         """Folder and evaluation of the base model alone, with the run's rows and decoding."""
-        return sibling(self.folder.path, self.evaluation, adapter=BASE, adapter_sha256=None)
+        return find_evaluation(self.folder.path, self.evaluation, adapter=BASE, adapter_sha256=None)
 
     @property
     def base_evaluation(self) -> Evaluation | None:
@@ -117,7 +117,7 @@ class RunResult:
             return {}
         decoded: dict[str, Evaluation | None] = {}
         for name, decoding in self.study.decodings.items():
-            _, decoded[name] = sibling(self.folder.path, self.evaluation, decoding=decoding) or (None, None)
+            _, decoded[name] = find_evaluation(self.folder.path, self.evaluation, decoding=decoding) or (None, None)
         return decoded
 
     @cached_property

@@ -97,7 +97,7 @@ def evaluate_verb(
     if request.server:
         from ..evaluate import server
 
-        server.at(request.server)  # refuse a wrong address before anything is recorded
+        server.api_at(request.server)  # refuse a wrong address before anything is recorded
     backend = backend_of(on)
     folder, evaluated = evaluation.evaluate_by_name(run, request, backend)
     of_base = None

@@ -72,7 +72,7 @@ def request_of(**more: Any) -> EvaluationRequest:
 
 
 def compared(parts: SimpleNamespace, engine: Changed) -> Any:
-    return predict.agreement(parts.expected, engine, parts.prompts)
+    return predict.compare_answers(parts.expected, engine, parts.prompts)
 
 
 def test_rows_at_even_distances_are_compared_and_equal_answers_agree(parts):

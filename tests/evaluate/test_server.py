@@ -41,7 +41,7 @@ def prompter(**decoding: Any) -> Any:
 
 
 def engine(server: AServer, at_once: int = 2, timeout: float = 5, **decoding: Any) -> Any:
-    there = servers.Api(servers.at(server.url).url, timeout=timeout)
+    there = servers.Api(servers.api_at(server.url).url, timeout=timeout)
     return servers.Server(prompter(**decoding), there, "m", at_once)
 
 
@@ -149,7 +149,7 @@ def test_a_model_is_asked_for_before_anything(models, model, problem):
     with serving(echo) as server:
         server.models = models or server.models
         with pytest.raises(UserError, match=problem):
-            servers.at(server.url).require_model(model)
+            servers.api_at(server.url).require_model(model)
         assert not server.requests
 
 
@@ -163,14 +163,14 @@ def test_a_model_is_asked_for_before_anything(models, model, problem):
 )
 def test_addresses_that_are_none_or_hold_a_key_are_refused(url, problem):
     with pytest.raises(UserError, match=problem) as refused:
-        servers.at(url)
+        servers.api_at(url)
     assert "geheim" not in str(refused.value)
 
 
 @pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
 def test_an_address_may_end_as_it_is_written_anywhere(end):
-    assert servers.at(f"https://host:1{end}").url == "https://host:1/v1/"
-    assert servers.at("https://host/openai").url == "https://host/openai/"
+    assert servers.api_at(f"https://host:1{end}").url == "https://host:1/v1/"
+    assert servers.api_at("https://host/openai").url == "https://host/openai/"
 
 
 @pytest.mark.parametrize("key", [None, "geheim"])
@@ -182,7 +182,7 @@ def test_a_server_gets_no_key_of_another(key, monkeypatch):
     for name, value in foreign.items():
         monkeypatch.setenv(name, value)
     with serving(echo) as server:
-        there = servers.at(server.url)
+        there = servers.api_at(server.url)
         there.require_model("m")
         assert answers(servers.Server(prompter(), there, "m", 1))
         with serving(echo) as other:
@@ -200,10 +200,10 @@ def test_a_server_gets_no_key_of_another(key, monkeypatch):
 def test_a_key_that_is_none_is_refused_unseen(key, monkeypatch):
     monkeypatch.setenv(servers.KEY, key)
     with pytest.raises(UserError, match=servers.KEY) as refused:
-        servers.at("http://host")
+        servers.api_at("http://host")
     assert "geh" not in str(refused.value)
     monkeypatch.setenv(servers.KEY, "geheim\r\n")
-    assert servers.at("http://host").key == "geheim"
+    assert servers.api_at("http://host").key == "geheim"
 
 
 def test_an_evaluation_goes_on_when_its_server_is_there_again(tmp_path, tiny, tiny_profile, sample, monkeypatch):
@@ -250,7 +250,7 @@ def test_the_list_of_models_is_bounded_in_time_and_size(monkeypatch, chunk, paus
 
     monkeypatch.setattr("a_server._Handler.do_GET", endless)
     with serving(echo) as server, pytest.raises(UserError, match=problem):
-        servers.at(server.url).require_model("m")
+        servers.api_at(server.url).require_model("m")
     assert len(sent) < 50
 
 
@@ -259,7 +259,7 @@ def test_a_compressed_response_is_refused():
         server.headers["Content-Encoding"] = "gzip"
         server.models = (200, gzip.compress(b'{"data": [{"id": "m"}]}'))
         with pytest.raises(UserError, match="compressed response"):
-            servers.at(server.url).require_model("m")
+            servers.api_at(server.url).require_model("m")
 
 
 def test_an_endless_answer_is_given_up(monkeypatch):
