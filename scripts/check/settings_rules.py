@@ -12,6 +12,7 @@ from ..config.finding import Case, Level, Problems, rule
 from ..config.gpus import deepspeed_of
 from ..config.merging import flatten, remote_trackers
 from ..config.numerics import AMPERE, precision, quantized, takes_varlen
+from ..config.training_settings import TrainingSettings
 
 
 @rule
@@ -352,7 +353,7 @@ _EVALUATION_KEYS = ("evals_per_epoch", "eval_steps", "eval_strategy")
 
 def _evaluations(case: Case) -> float:
     """Number of evaluations that evals_per_epoch asks for."""
-    return case["evals_per_epoch"] * case.config.get("num_epochs", 1)
+    return case["evals_per_epoch"] * TrainingSettings.of(case.config).num_epochs
 
 
 def _is_beyond_training(case: Case, key: str) -> bool:

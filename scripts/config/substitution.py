@@ -21,6 +21,7 @@ from . import datafiles, models
 from .datafiles import DatasetRef
 from .merging import listed, remote_trackers
 from .numerics import OLD_KEYS, attention
+from .training_settings import TrainingSettings
 
 NAME = "SmolLM2-135M-Instruct"
 CONTEXT = 8192  # tokens
@@ -148,8 +149,7 @@ class _Rehearsal:
 
     def held_out(self) -> Iterator[tuple[Config, str]]:
         """Limit the number of held-out rows."""
-        held_out = self.config.get("val_set_size")
-        if isinstance(held_out, int | float) and held_out > _MOST_ROWS["test_datasets"]:
+        if TrainingSettings.of(self.config).val_set_size > _MOST_ROWS["test_datasets"]:
             yield {"val_set_size": 0.25}, "to keep enough training rows"
 
     def steps(self) -> Iterator[tuple[Config, str]]:
