@@ -100,7 +100,7 @@ class Card:
     def config(self) -> Config:
         """Public part of the run's config."""
         config = {key: value for key, value in self.result.config.items() if not is_private(key)}
-        plugins = [name for name in self.result.config.get("plugins", []) if name != PLUGIN]
+        plugins = [name for name in self.result.config.get("plugins") or [] if name != PLUGIN]
         if plugins:
             config["plugins"] = plugins
         return self._public(config)
