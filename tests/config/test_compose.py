@@ -28,9 +28,9 @@ def place(place: Path) -> Path:
 def test_rows_are_prepared_anew_after_a_change_of_data_or_of_a_setting_that_may_affect_them(place):
     def prepared(*more: str) -> str:
         overrides = ["datasets.0.path=data/a.jsonl", "test_datasets=null", *more]
-        of_run = compose.compose(Request(NAME, overrides=typed(*overrides)))
-        of_run.data = datafiles.record(of_run.config)
-        return str(run.launch_config(of_run, RunDir(Path("runs", NAME, "now")))["dataset_prepared_path"])
+        composed = compose.compose(Request(NAME, overrides=typed(*overrides)))
+        composed.data = datafiles.record(composed.config)
+        return str(run.launch_config(composed, RunDir(Path("runs", NAME, "now")))["dataset_prepared_path"])
 
     before = prepared()
     assert {prepared(f"{key}=7") for key in OF_TRAINING} == {before}
@@ -45,13 +45,13 @@ def test_rows_are_prepared_anew_after_a_change_of_data_or_of_a_setting_that_may_
 )
 def test_another_content_of_a_file_that_a_config_names_is_another_config(place, key, file):
     request = Request(NAME, overrides=typed(f"{key}={file.partition('/')[0]}"))
-    of_run = compose.compose(request)
+    composed = compose.compose(request)
     (place / file).parent.mkdir(exist_ok=True)
     (place / file).write_text("{}")
-    before, record = {of_run.digest, of_run.rows_digest}, run.record_of(of_run, request)
-    assert {of_run.digest, of_run.rows_digest} == before and record.changed_data is None
+    before, record = {composed.digest, composed.rows_digest}, run.record_of(composed, request)
+    assert {composed.digest, composed.rows_digest} == before and record.changed_data is None
     (place / file).write_text("{ }")
-    assert not {of_run.digest, of_run.rows_digest} & before
+    assert not {composed.digest, composed.rows_digest} & before
     assert record.changed_data == place / file
 
 
@@ -62,17 +62,17 @@ def test_a_config_without_a_seed_gets_axolotls_own(place):
 
 
 def test_a_mirror_is_a_difference(place):
-    found = {d.key: (d.run, d.source.text) for d in compose.compose(Request(NAME, ["mirror"])).differences}
-    assert found["base_model"] == ("NousResearch/Llama-2-7b-hf", "profile mirror")
+    changes = {d.key: (d.run, d.source.text) for d in compose.compose(Request(NAME, ["mirror"])).differences}
+    assert changes["base_model"] == ("NousResearch/Llama-2-7b-hf", "profile mirror")
     (place / "own.yaml").write_text("base_model: meta-llama/Llama-2-7b-hf\ntokenizer_config: meta-llama/Llama-3.2-3B\n")
     assert compose.compose(Request("own.yaml", ["mirror"])).config["tokenizer_config"] == "unsloth/Llama-3.2-3B"
-    assert found["revision_of_model"] == (None, "profile mirror")
+    assert changes["revision_of_model"] == (None, "profile mirror")
 
 
 def test_a_rehearsal_in_one_process_drops_the_engine():
     request = Request(NAME, profiles=["zero2"], rehearse=True)
-    of_run = compose.compose(request)
-    assert "deepspeed" not in of_run.config
+    composed = compose.compose(request)
+    assert "deepspeed" not in composed.config
     assert compose.compose(replace(request, gpus=2)).config["deepspeed"]["zero_optimization"]["stage"] == 2
 
 
@@ -85,9 +85,9 @@ def test_a_rehearsal_in_one_process_drops_the_engine():
     ],
 )
 def test_a_rehearsal_shortens_a_warm_up_also_where_its_steps_are_not_known(place, override):
-    of_run = compose.compose(Request(NAME, overrides=typed(override), rehearse=True))
-    assert datafiles.training_steps(of_run.config) is None
-    changed = {d.key: (d.recipe, d.run) for d in of_run.differences if d.key.startswith("warmup_")}
+    composed = compose.compose(Request(NAME, overrides=typed(override), rehearse=True))
+    assert datafiles.training_steps(composed.config) is None
+    changed = {d.key: (d.recipe, d.run) for d in composed.differences if d.key.startswith("warmup_")}
     assert changed == {"warmup_steps": (10, None), "warmup_ratio": (None, 0.1)}
 
 
@@ -101,23 +101,31 @@ def test_a_rehearsal_shortens_a_warm_up_also_where_its_steps_are_not_known(place
     ],
 )
 def test_steps_keep_their_rows_on_several_gpus(gpus, change, key, expected):
-    of_run = compose.compose(Request(NAME, overrides=typed(*change), gpus=gpus))
-    assert of_run.config[key] == expected
-    assert TrainingSettings.of(of_run.config).rows_per_step * gpus == 8
-    (difference,) = (one for one in of_run.differences if one.key == key)
+    composed = compose.compose(Request(NAME, overrides=typed(*change), gpus=gpus))
+    assert composed.config[key] == expected
+    assert TrainingSettings.of(composed.config).rows_per_step * gpus == 8
+    (difference,) = (one for one in composed.differences if one.key == key)
     assert difference.source == Source("gpus", f"--gpus {gpus}", "keeps the number of rows per step")
 
 
 @pytest.mark.parametrize(
-    ("gpus", "change", "unit"),
+    ("gpus", "change", "problem"),
     [
-        *((gpus, [], f"gradient_accumulation_steps is 4, .* {gpus};") for gpus in (3, 8)),
-        (3, ["gradient_accumulation_steps=null", "batch_size=4"], "batch_size is 4, .* 6;"),
+        pytest.param(3, [], "gradient_accumulation_steps is 4, not a multiple of 3", id="3-gpus"),
+        pytest.param(8, [], "gradient_accumulation_steps is 4, not a multiple of 8", id="8-gpus"),
+        pytest.param(
+            3,
+            ["gradient_accumulation_steps=null", "batch_size=4"],
+            "batch_size is 4, not a multiple of 6",
+            id="batch-size",
+        ),
     ],
 )
-def test_steps_that_cannot_keep_their_rows_are_refused(gpus, change, unit):
-    with pytest.raises(UserError, match=unit):
+def test_a_step_whose_rows_cannot_be_divided_is_refused(gpus, change, problem):
+    with pytest.raises(UserError) as refused:
         compose.compose(Request(NAME, overrides=typed(*change), gpus=gpus))
+    remedy = "use --set to choose a multiple, and perhaps a smaller micro_batch_size"
+    assert str(refused.value) == f"--gpus {gpus}: {problem}; {remedy}"
 
 
 @pytest.mark.parametrize(

@@ -98,5 +98,9 @@ def test_the_tokens_that_no_file_names_are_the_defaults_of_transformers():
 
 
 def test_a_misspelt_model_is_suggested_to_a_plan():
-    with pytest.raises(UserError, match="Coder-7B"):
+    with pytest.raises(UserError) as refused:
         models.architecture({"base_model": "Qwen/Qwen2.5-Codr-7B"}, download=False)
+    assert str(refused.value) == (
+        "base_model: the config.json of Qwen/Qwen2.5-Codr-7B is not available: not on this machine; did you mean "
+        "Qwen/Qwen2.5-Coder-7B or Qwen/Qwen2.5-Coder-3B or Qwen/Qwen2.5-Coder-32B?"
+    )

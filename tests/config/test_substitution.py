@@ -1,4 +1,4 @@
-"""What a rehearsal exchanges: rows that are not there, and what a CPU lacks."""
+"""Substitutions in a rehearsal: missing rows, and features that a CPU lacks."""
 
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def place(place: Path) -> Path:
 
 
 def rehearsed(change: dict[str, Any] | None = None, *overrides: str, profiles: tuple[str, ...] = ()) -> Composed:
-    """The rehearsal of a recipe of one's own."""
+    """The rehearsal of a recipe of one's composed."""
     content = {key: value for key, value in (OWN | (change or {})).items() if value is not None}
     Path("mine.yaml").write_text(yamlfiles.write_yaml(content))
     return compose.compose(Request("mine.yaml", profiles=[*profiles], overrides=typed(*overrides), rehearse=True))
@@ -53,13 +53,13 @@ def splits(composed: Composed, section: str = "datasets") -> list[str | None]:
 
 
 def test_a_rehearsal_takes_the_first_of_its_own_rows_and_says_so():
-    own = rehearsed()
-    assert own.config["datasets"] == [OWN["datasets"][0] | {"split": "train[:32]"}]
-    assert own.config["sequence_len"] == 4096
-    assert source(own, "datasets.0.split") == Source(
+    composed = rehearsed()
+    assert composed.config["datasets"] == [OWN["datasets"][0] | {"split": "train[:32]"}]
+    assert composed.config["sequence_len"] == 4096
+    assert source(composed, "datasets.0.split") == Source(
         "rehearsal", detail="the first rows of the config's data, at most 32"
     )
-    assert not {"test_datasets", "val_set_size"} & own.config.keys()  # no evaluation was asked for
+    assert not {"test_datasets", "val_set_size"} & composed.config.keys()  # no evaluation was asked for
 
 
 @pytest.mark.parametrize(
@@ -78,29 +78,29 @@ def test_a_split_is_cut_to_its_first_rows(split, expected):
 
 def test_several_data_sets_share_the_rows_and_those_elsewhere_are_left_out():
     hub = {"path": "some/data-set", "type": "alpaca"}
-    own = rehearsed({"datasets": [ROWS, hub, OWN["datasets"][0]]})
-    assert [dataset["path"] for dataset in own.config["datasets"]] == ["rows.jsonl", "chats.jsonl"]
-    assert splits(own) == ["train[:16]", "train[:16]"]
-    given = rehearsed({"datasets": [hub, ROWS, OWN["datasets"][0]]}, "datasets.2.split=train[:40]")
-    assert splits(given) == ["train[:16]", "train[:40]"]
+    composed = rehearsed({"datasets": [ROWS, hub, OWN["datasets"][0]]})
+    assert [dataset["path"] for dataset in composed.config["datasets"]] == ["rows.jsonl", "chats.jsonl"]
+    assert splits(composed) == ["train[:16]", "train[:16]"]
+    overridden = rehearsed({"datasets": [hub, ROWS, OWN["datasets"][0]]}, "datasets.2.split=train[:40]")
+    assert splits(overridden) == ["train[:16]", "train[:40]"]
 
 
 @pytest.mark.parametrize("path", ["some/data-set", "s3://bucket/rows.jsonl", "saved"])
 def test_the_sample_takes_the_place_of_rows_that_are_not_there(path):
-    own = rehearsed({"datasets": [{"path": path, "type": "completion"}]})
-    (dataset,) = own.config["datasets"]
+    composed = rehearsed({"datasets": [{"path": path, "type": "completion"}]})
+    (dataset,) = composed.config["datasets"]
     assert Path(dataset["path"]).is_file() and dataset["type"] == "alpaca"
-    assert own.config["sequence_len"] == 512
+    assert composed.config["sequence_len"] == 512
     reason = f"rows of the shipped sample, because {path} cannot be loaded in part on this machine"
-    assert source(own, "datasets.0.path") == Source("rehearsal", detail=reason)
-    assert "test_datasets" not in own.config
+    assert source(composed, "datasets.0.path") == Source("rehearsal", detail=reason)
+    assert "test_datasets" not in composed.config
     more = rehearsed({"datasets": [{"path": path, "type": "completion"}]}, "datasets.0.split=train[:48]")
     assert splits(more) == ["train[:48]"]
 
 
 def test_rows_to_evaluate_on_are_its_own_too():
-    own = rehearsed({"test_datasets": [ROWS]})
-    assert own.config["test_datasets"] == [ROWS | {"split": "train[:8]"}]
+    composed = rehearsed({"test_datasets": [ROWS]})
+    assert composed.config["test_datasets"] == [ROWS | {"split": "train[:8]"}]
     folder = rehearsed({"test_datasets": [{"path": "folder", "type": "completion"}]})
     assert splits(folder, "test_datasets") == ["test[:8]"]
     hub = rehearsed({"test_datasets": [{"path": "some/data-set", "type": "completion"}]})
@@ -121,16 +121,18 @@ def test_nothing_is_laid_beside_a_share_that_is_held_out(recipe, place):
 )
 def test_a_share_that_is_held_out_stays(asked, rows, expected):
     data = {"datasets": [{"path": f"{rows}.jsonl", "type": "completion"}]}
-    for own in (rehearsed(data | {"val_set_size": asked}), rehearsed(data, f"val_set_size={asked}")):
-        assert own.config["val_set_size"] == expected
-        assert "test_datasets" not in own.config
+    for composed in (rehearsed(data | {"val_set_size": asked}), rehearsed(data, f"val_set_size={asked}")):
+        assert composed.config["val_set_size"] == expected
+        assert "test_datasets" not in composed.config
 
 
 def test_what_is_set_wins_over_the_profile(place):
-    given = rehearsed(None, "datasets.0.split=train[:48]", "sequence_len=16384", "bf16=false", "base_model=some/other")
-    assert splits(given) == ["train[:48]"]
-    assert given.config["sequence_len"] == 16384
-    assert given.config["bf16"] is False
+    overridden = rehearsed(
+        None, "datasets.0.split=train[:48]", "sequence_len=16384", "bf16=false", "base_model=some/other"
+    )
+    assert splits(overridden) == ["train[:48]"]
+    assert overridden.config["sequence_len"] == 16384
+    assert overridden.config["bf16"] is False
     data = [ROWS | {"split": "train[:40]"}]
     Path("later.yaml").write_text(yamlfiles.write_yaml({"datasets": data, "sequence_len": 100}))
     later = rehearsed(None, profiles=("rehearsal", "later.yaml"))
@@ -155,7 +157,7 @@ def test_rows_are_cut_at_the_context_of_the_stand_in():
             {"plugins": ["axolotl.integrations.liger.LigerPlugin", "mine.Plugin"], "liger_rope": True},
             {"plugins": ["mine.Plugin"], "liger_rope": None},
         ),
-        *[({"attn_implementation": kept}, {"attn_implementation": kept}) for kept in ("sdpa", "eager", None)],
+        *[({"attn_implementation": name}, {"attn_implementation": name}) for name in ("sdpa", "eager", None)],
         ({"lora_mlp_kernel": True}, {"lora_mlp_kernel": False}),
         ({"fp16": True, "bf16": False}, {"fp16": False}),
         ({"torch_compile": True, "torch_compile_mode": "default"}, {"torch_compile": None, "torch_compile_mode": None}),
@@ -166,8 +168,8 @@ def test_rows_are_cut_at_the_context_of_the_stand_in():
 def test_what_a_cpu_lacks_is_exchanged_and_listed(change, expected):
     as_recipe = rehearsed(change)
     overrides = [f"{key}={yamlfiles.write_flow(value)}" for key, value in change.items()]
-    for own in (as_recipe, rehearsed(None, *overrides)):
-        assert {key: own.config.get(key) for key in expected} == expected
+    for composed in (as_recipe, rehearsed(None, *overrides)):
+        assert {key: composed.config.get(key) for key in expected} == expected
     for key in expected.keys() & change.keys():
         if expected[key] != change[key] and key != "plugins":
             of_key = source(as_recipe, key)
@@ -184,12 +186,12 @@ def test_ends_of_turns_stay_and_the_stand_in_gets_those_that_it_lacks():
 def test_only_packed_rows_are_padded_to_the_length():
     padded = {"pad_to_sequence_len": True}
     assert rehearsed(padded).config["pad_to_sequence_len"] is False
-    for own in (rehearsed(padded | {"sample_packing": True}), rehearsed(None, "pad_to_sequence_len=true")):
-        assert own.config["pad_to_sequence_len"] is True
+    for composed in (rehearsed(padded | {"sample_packing": True}), rehearsed(None, "pad_to_sequence_len=true")):
+        assert composed.config["pad_to_sequence_len"] is True
 
 
-@pytest.mark.parametrize(("mib", "kept"), [(1, True), (1025, False)])
-def test_a_small_model_that_is_here_is_kept_with_what_belongs_to_it(mib, kept):
+@pytest.mark.parametrize(("mib", "is_kept"), [(1, True), (1025, False)])
+def test_a_small_model_that_is_here_is_kept_with_what_belongs_to_it(mib, is_kept):
     Path("own").mkdir()
     Path("own", "config.json").write_text('{"model_type": "llama"}')
     with Path("own", "model.safetensors").open("wb") as stream:
@@ -197,7 +199,7 @@ def test_a_small_model_that_is_here_is_kept_with_what_belongs_to_it(mib, kept):
     of_model = {"special_tokens": {"pad_token": "<pad>"}, "type_of_model": "LlamaForCausalLM"}
     of_model |= {"base_model": "./own", "tokenizer_config": "./own"}
     content = rehearsed(of_model).config
-    assert {key for key in of_model if content.get(key) == of_model[key]} == (of_model.keys() if kept else set())
+    assert {key for key in of_model if content.get(key) == of_model[key]} == (of_model.keys() if is_kept else set())
 
 
 def test_layers_that_the_stand_in_has_apart_are_named_apart():
@@ -207,11 +209,11 @@ def test_layers_that_the_stand_in_has_apart_are_named_apart():
 
 
 def test_a_rehearsal_makes_as_many_steps_as_its_rows():
-    own = rehearsed({"max_steps": 5000, "warmup_steps": 100, "eval_steps": 200, "save_steps": 0.1}).config
-    assert not {"max_steps", "warmup_steps"} & own.keys()
-    assert own["warmup_ratio"] == 0.1
-    assert own["eval_steps"] == 0.5
-    assert own["save_steps"] == 0.1
+    composed = rehearsed({"max_steps": 5000, "warmup_steps": 100, "eval_steps": 200, "save_steps": 0.1}).config
+    assert not {"max_steps", "warmup_steps"} & composed.keys()
+    assert composed["warmup_ratio"] == 0.1
+    assert composed["eval_steps"] == 0.5
+    assert composed["save_steps"] == 0.1
     assert rehearsed({"max_steps": 5000}, "max_steps=3").config["max_steps"] == 3
     assert rehearsed({"save_steps": 200}, "save_steps=1").config["save_steps"] == 1
 

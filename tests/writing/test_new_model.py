@@ -38,7 +38,7 @@ def written(recipe: Recipe, tmp_path: Path, model: str | Path, *options: str, ba
 
 
 def wrong(recipe: Recipe) -> list[str]:
-    """What `recipe check` finds in the new variant, but for data and a hub that are not here."""
+    """Findings of `recipe check` in the new variant, except on data and a hub that are not here."""
     (report,) = recipe.json("check", "mine")
     names = [finding["name"] for finding in report["findings"] if finding["level"] != "note"]
     return [name for name in names if not name.startswith(("not-prepared", "no-access"))]
@@ -68,9 +68,9 @@ def test_a_known_model_takes_the_place_of_another_with_true_comments(tmp_path, r
     assert f"\n# variant, removed: {removed}; the tokenizer has a padding token, <|endoftext|>\n" in text
     assert "\n# Model     Qwen2.5 Coder 7B: licence apache-2.0, not gated\n" in text
     assert "\nlora_r: 32  # paper\n" in text
-    own = re.sub(r"variant, was .*?;|a variant of .*", "", about_the_model(text, base))
+    comments = re.sub(r"variant, was .*?;|a variant of .*", "", about_the_model(text, base))
     of_paper = r"paper\b(?! names none)|Table II|Llama[ -][23]|Code Llama|no padding token|Unsloth|Not known"
-    assert not re.search(of_paper, own)
+    assert not re.search(of_paper, comments)
     assert wrong(recipe) == []
 
 
@@ -86,14 +86,26 @@ def test_what_is_changed_is_all_that_list_and_diff_name(tmp_path, recipe):
     assert wrong(recipe) == []
 
 
+ALL_FACTS = (
+    "licence, whether it is gated, revision, padding token, special tokens, type and sizes, context, linear layers"
+)
+
+
 def test_a_model_that_nothing_is_known_of_is_taken_with_its_missing_facts_named(tmp_path, recipe):
-    text, said = written(recipe, tmp_path, "nobody/some-7b")
-    of_model = "type and sizes, context, linear layers"
-    facts = f"licence, whether it is gated, revision, padding token, special tokens, {of_model}"
-    assert "nobody/some-7b: " in said and facts in said and "`hf download nobody/some-7b --include '*.json'`" in said
-    assert f"\n# Not known {facts}\n" in text
-    misspelt = recipe("new", "other", "--from", BASE, "--model", "Qwen/Qwen3-8B-B")
-    assert "Qwen/Qwen3-8B-Base" in misspelt.stderr.partition("\n")[0]
+    text, notes = written(recipe, tmp_path, "nobody/some-7b")
+    assert notes == (
+        f"not known about nobody/some-7b: {ALL_FACTS}; for more facts run `hf download nobody/some-7b --include "
+        "'*.json'` and try again\n"
+    )
+    assert f"\n# Not known {ALL_FACTS}\n" in text
+
+
+def test_the_name_of_an_unknown_model_may_be_misspelt(tmp_path, recipe):
+    _, notes = written(recipe, tmp_path, "Qwen/Qwen3-8B-B")
+    assert notes == (
+        f"not known about Qwen/Qwen3-8B-B: {ALL_FACTS}; for more facts run `hf download Qwen/Qwen3-8B-B --include "
+        "'*.json'` and try again; did you mean Qwen/Qwen3-8B or Qwen/Qwen3-8B-Base or Qwen/Qwen3-4B?\n"
+    )
 
 
 ADDED = [{"id": i, "content": token, "special": True} for i, token in enumerate(("<s>", "</s>", "<unused>"))]

@@ -21,14 +21,14 @@ def test_the_recipes_are_those_of_the_templates():
 
 
 def test_the_row_of_a_recipe_shows_what_was_recorded(place, monkeypatch):
-    of_study = studies.find("haider2024")
+    study = studies.find("haider2024")
     for name, bleu4 in (("a", 5.0), ("b", 5.1)):
-        made = recorded_runs.completed(run_folders.a_run(Path("runs"), "haider2024/llama-2-7b", name, bleu4))
-        recorded_runs.recorded(made)
-    here, shipped = score_records.records(of_study), score_records.shipped_records(of_study)
+        run = recorded_runs.completed(run_folders.a_run(Path("runs"), "haider2024/llama-2-7b", name, bleu4))
+        recorded_runs.recorded(run)
+    here, shipped = score_records.records(study), score_records.shipped_records(study)
     assert len(here) == 2 + len(shipped)  # they are not beside the study's recipes
     with monkeypatch.context() as patch:  # as if they were
-        patch.setattr(score_records, "shipped_records", lambda of: here if of.folder == of_study.folder else [])
+        patch.setattr(score_records, "shipped_records", lambda of: here if of.folder == study.folder else [])
         readme = render.rendered()[render.README]
     (line,) = [line for line in readme.splitlines() if line.startswith("| [haider2024/llama-2-7b]")]
     assert line.split(" | ")[4:] == ["5.02", "5.05", "retrained on RTX 4090, seed 42 and RTX 4090, seed 42 |"]
@@ -55,10 +55,10 @@ def test_every_setting_names_its_source(name):
 
 
 def test_the_gains_of_table_ii_follow_from_its_scores():
-    of_study = studies.study_of("haider2024/llama-2-7b")
-    assert of_study
-    assert set(of_study.published) <= set(paths.recipe_names())
-    printed = of_study.baselines[0].scores
+    study = studies.study_of("haider2024/llama-2-7b")
+    assert study
+    assert set(study.published) <= set(paths.recipe_names())
+    printed = study.baselines[0].scores
     gains = {  # in percent, as the paper prints them
         "llama-2-7b": {"bleu4": 17.29, "bertscore_f1": 0.59},
         "code-llama-7b": {"bleu4": 30.37, "bertscore_f1": 1.58},
@@ -66,11 +66,11 @@ def test_the_gains_of_table_ii_follow_from_its_scores():
         "llama-3.1-8b": {"bleu4": 25.7, "bertscore_f1": 1.62},
         "llama-3.2-3b": {"bleu4": 6.07, "bertscore_f1": 0.28},
     }
-    assert {f"haider2024/{name}" for name in gains} == set(of_study.published)
+    assert {f"haider2024/{name}" for name in gains} == set(study.published)
     for name, of_recipe in gains.items():
-        scores = of_study.published[f"haider2024/{name}"].scores
-        made = {metric: 100 * float(scores[metric].value / printed[metric].value - 1) for metric in of_recipe}
-        assert made == pytest.approx(of_recipe, abs=0.02)
+        scores = study.published[f"haider2024/{name}"].scores
+        computed = {metric: 100 * float(scores[metric].value / printed[metric].value - 1) for metric in of_recipe}
+        assert computed == pytest.approx(of_recipe, abs=0.02)
 
 
 @pytest.fixture
@@ -79,17 +79,30 @@ def templates(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("text", "place"),
+    ("text", "message"),
     [
-        ('{% extends "haider2024/_base.yaml.j2" %}', r"_base\.yaml\.j2:\d+: '\w+' is undefined"),
-        ("a: 1\nb: {{ name\n", r"other\.yaml\.j2:2: "),
-        ('{% extends "_recipe.yaml.j2" %}', r"_recipe\.yaml\.j2:\d+: Required block 'header' not found"),
+        pytest.param(
+            '{% extends "haider2024/_base.yaml.j2" %}',
+            "haider2024/_base.yaml.j2:5: 'base_model' is undefined",
+            id="undefined-variable",
+        ),
+        pytest.param(
+            "a: 1\nb: {{ name\n",
+            "haider2024/other.yaml.j2:2: unexpected end of template, expected 'end of print statement'.",
+            id="syntax",
+        ),
+        pytest.param(
+            '{% extends "_recipe.yaml.j2" %}',
+            "_recipe.yaml.j2:7: Required block 'header' not found",
+            id="missing-block",
+        ),
     ],
 )
-def test_a_broken_template_is_an_error_with_its_place(templates, text, place):
+def test_a_broken_template_is_an_error_with_its_place(templates, text, message):
     (templates / "haider2024" / "other.yaml.j2").write_text(text)
-    with pytest.raises(UserError, match=place):
+    with pytest.raises(UserError) as refused:
         render.rendered(templates)
+    assert str(refused.value) == f"{templates}/{message}"
 
 
 def test_no_study_repeats_what_all_recipes_share():
@@ -106,7 +119,7 @@ PHI = "microsoft/Phi-3-mini-4k-instruct"
 
 
 def template_for(templates: Path, model: str) -> str:
-    """What a template like the study's renders for a model that the paper did not train."""
+    """Text that a template like the study's renders for a model that the paper did not train."""
     lines = [
         '{% extends "haider2024/_base.yaml.j2" %}',
         f'{{% set base_model, base_model_source = "{model}", "this project: to compare" %}}',

@@ -2,6 +2,7 @@
 
 import codecs
 import re
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -53,14 +54,14 @@ OVERRIDES = st.lists(st.sampled_from(sorted(VALUES)), unique=True, max_size=8).f
 
 def comments(text: str, changed: set[str]) -> list[str]:
     """The comments of a YAML text that has no # elsewhere, but for its header and for lines inside changed keys."""
-    found = []
+    texts = []
     key = ""
     for line in text.partition("\n\n")[2].splitlines():
         inside = line.startswith(" ") and key in changed
         key = line.partition(":")[0] if re.match(r"\w", line) else key
         if not inside and (comment := re.search(r"(?:^|\s)#+ ?(.*)", line)):
-            found.append(comment[1].strip())
-    return found
+            texts.append(comment[1].strip())
+    return texts
 
 
 @settings(max_examples=25)  # each composes and checks a variant
@@ -95,9 +96,8 @@ def test_a_variant_keeps_comments_on_settings_and_differs_in_just_what_was_chang
 
 
 def test_a_variant_from_the_command_line_to_its_config(place, recipe):
-    made = recipe("new", "ideas/wide", "--from", BASE, "--set", "lora_r=64", "--set", "weight_decay=null")
-    assert made.returncode == 0
-    assert made.stdout == "variants/ideas/wide.yaml\n"
+    done = recipe.ok("new", "ideas/wide", "--from", BASE, "--set", "lora_r=64", "--set", "weight_decay=null")
+    assert done.stdout == "variants/ideas/wide.yaml\n"
     text = (place / "variants/ideas/wide.yaml").read_text()
     assert "\nlora_r: 64  # variant, was 32; paper\n" in text
     assert "\n# variant, removed: weight_decay: 0.01; paper\n" in text
@@ -116,25 +116,69 @@ def test_a_variant_from_the_command_line_to_its_config(place, recipe):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
-        (["x", "--from", "haider2024/code-lama-7b"], BASE),
-        (["../x", "--from", BASE], "../x: "),
-        ([BASE, "--from", BASE], f"{BASE}: "),
-        ([*MINE, "lora_rr=3"], "lora_rr: "),
-        ([*MINE, "lora_target_modules.9=q_proj"], "lora_target_modules.9"),
-        ([*MINE, "output_dir=x"], "output_dir"),
-        ([*MINE, "base_model=x/y", "--model", "Qwen/Qwen3-4B"], "--set base_model: "),
-        ([*MINE, "sequence_len=8192", "--model", "microsoft/Phi-3-mini-4k-instruct"], "4096"),
-        (["x", "--from", BASE, "--model", "./nowhere"], "--model ./nowhere: "),
-        (["x", "--from", BASE, "--model", "Llama 3.2 1B"], "--model Llama 3.2 1B: "),
-        (["x", "--from", BASE, "--model", "codellama/CodeLlama-7b-hf"], BASE),
+        pytest.param(
+            ["x", "--from", "haider2024/code-lama-7b"],
+            "haider2024/code-lama-7b: no recipe of that name; did you mean haider2024/code-llama-7b or "
+            "haider2024/llama-2-7b or haider2024/all-linear/code-llama-7b?",
+            id="unknown-base",
+        ),
+        pytest.param(
+            ["../x", "--from", BASE],
+            "../x: not a name for a variant; use letters, digits, -, _ and folders, as in my-ideas/wide",
+            id="name-outside-variants",
+        ),
+        pytest.param([BASE, "--from", BASE], f"{BASE}: a recipe has this name; choose another", id="name-of-a-recipe"),
+        pytest.param(
+            [*MINE, "lora_rr=3"],
+            "--set lora_rr=3: error: lora_rr: unknown to Axolotl; did you mean lora_r or lora_dropout? "
+            "[unknown-key:lora_rr]",
+            id="unknown-key",
+        ),
+        pytest.param(
+            [*MINE, "lora_target_modules.9=q_proj"],
+            "--set lora_target_modules.9: 9 is not a position in a list of 4, counted from 0",
+            id="missing-position",
+        ),
+        pytest.param(
+            [*MINE, "output_dir=x"],
+            "--set output_dir=x: `recipe run` sets output_dir; --runs selects the folder of runs, and `recipe resume` "
+            "continues a run",
+            id="key-of-the-run",
+        ),
+        pytest.param(
+            [*MINE, "base_model=x/y", "--model", "Qwen/Qwen3-4B"],
+            "--set base_model: --model sets the model already; give only one",
+            id="two-models",
+        ),
+        pytest.param(
+            [*MINE, "sequence_len=8192", "--model", "microsoft/Phi-3-mini-4k-instruct"],
+            "--set sequence_len=8192: error: sequence_len: 8192 exceeds the model's context of 4096 tokens; lower it "
+            "[beyond-context:sequence_len]",
+            id="beyond-context",
+        ),
+        pytest.param(
+            ["x", "--from", BASE, "--model", "./nowhere"],
+            "--model ./nowhere: no such folder; give a folder, or a model on the hub as owner/name",
+            id="missing-folder",
+        ),
+        pytest.param(
+            ["x", "--from", BASE, "--model", "Llama 3.2 1B"],
+            "--model Llama 3.2 1B: no such folder; give a folder, or a model on the hub as owner/name",
+            id="not-a-name-on-the-hub",
+        ),
+        pytest.param(
+            ["x", "--from", BASE, "--model", "codellama/CodeLlama-7b-hf"],
+            f"--model codellama/CodeLlama-7b-hf: {BASE} has this model already; name another model",
+            id="same-model",
+        ),
+        pytest.param(["x", "--data", "gone.jsonl"], "--data gone.jsonl: no such file", id="missing-rows"),
     ],
 )
-def test_what_cannot_be_is_refused_and_nothing_written(tmp_path, recipe, arguments, says):
-    done = recipe.fails("new", *arguments)
-    assert says in done.stderr
-    assert list(tmp_path.iterdir()) == []
+def test_a_refused_variant_is_not_written(place, recipe, arguments, message):
+    assert recipe.fails("new", *arguments).stderr == f"recipe: {message}\n"
+    assert list(place.iterdir()) == []
 
 
 def test_a_variant_that_is_there_is_not_overwritten(place, recipe):
@@ -165,9 +209,11 @@ def test_a_run_of_a_variant_lists_its_differences_from_that(place):
     request = Request("mine", overrides=typed("lora_r=16", "lora_alpha=8"))
     record = run.record_of(compose.compose(request), request)
     assert [(d.key, d.recipe, d.run) for d in record.differences] == [("lora_r", 8, 16), ("lora_alpha", 16, 8)]
-    own = {d.key: (d.recipe, d.run) for d in record.from_origin}
-    assert own.pop("base_model") == (yamlfiles.parse(TEXT, "")["base_model"], "Qwen/Qwen3-0.6B")
-    assert own == {"lora_r": (32, 16), "lora_alpha": (16, 8)}
+    assert {d.key: (d.recipe, d.run) for d in record.from_origin} == {
+        "base_model": (yamlfiles.parse(TEXT, "")["base_model"], "Qwen/Qwen3-0.6B"),
+        "lora_r": (32, 16),
+        "lora_alpha": (16, 8),
+    }
     row = RunResult(RunDir(place / "r"), record).as_json([])
     assert row["variant_of"] == BASE
     assert row["changed_keys"] == "lora_r, lora_alpha"
@@ -211,34 +257,74 @@ def test_the_fields_of_rows_decide_their_type(tmp_path, row, entry):
         assert read_rows(file, ()) == [row]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"a": 1}', "\xff", '{"conversations": [3]}'])
-def test_rows_of_no_known_form_are_refused(recipe, tmp_path, content):
-    (tmp_path / "rows.jsonl").write_text(content, encoding="latin-1")
-    recipe.fails("new", "mine", "--data", "rows.jsonl")
-    assert not (tmp_path / "variants").exists()
+NOT_JSON = (
+    'rows.jsonl: not JSON lines; write one object per line, as {"question": "…", "answer": "…"} (docs/variants.md '
+    "shows how to convert CSV and JSON)"
+)
+UNKNOWN_FIELDS = (
+    "rows.jsonl: unknown fields a; known fields are messages; conversations; segments; instruction and output; answer "
+    "and question; completion and prompt; prompt and response; text; for others replace --data by --set "
+    "'datasets=[{path: rows.jsonl, type: {field_instruction: QUESTION, field_output: ANSWER}}]', with your fields"
+)
 
 
-def test_a_variant_for_rows_of_ones_own(recipe, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 30)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param("", NOT_JSON, id="empty"),
+        pytest.param("[]", NOT_JSON, id="a-list"),
+        pytest.param("{", NOT_JSON, id="half-an-object"),
+        pytest.param("\xff", NOT_JSON, id="not-utf-8"),
+        pytest.param('{"a": 1}', UNKNOWN_FIELDS, id="unknown-fields"),
+    ],
+)
+def test_rows_of_an_unknown_form_are_refused(recipe, place, content, message):
+    (place / "rows.jsonl").write_text(content, encoding="latin-1")
+    assert recipe.fails("new", "mine", "--data", "rows.jsonl").stderr == f"recipe: {message}\n"
+    assert not (place / "variants").exists()
+
+
+@pytest.fixture
+def questions(place: Path) -> Path:
+    """A file of questions and answers."""
+    file = place / "rows.jsonl"
+    file.write_text('{"question": "a", "answer": "b"}\n' * 30)
+    return file
+
+
+def test_a_variant_for_own_rows_and_another_model(recipe, questions):
     recipe.ok("new", "mine", "--model", "Qwen/Qwen3-4B", "--data", "rows.jsonl")
-    made = yamlfiles.read_yaml(tmp_path / "variants" / "mine.yaml")
-    assert made["datasets"] == [{"path": "rows.jsonl", "type": PROMPTED}] and "chat_template" not in made
-    assert made["val_set_size"] == 0.05
-    assert made["bf16"] is True
-    assert made["base_model"] == "Qwen/Qwen3-4B"
-    of_study = ("--from", "peft-metamathqa/lora-rank32", "--data", "rows.jsonl")
-    recipe.ok("new", "other", *of_study)
-    done = recipe("new", "third", "--from", "haider2024/llama-3-8b", "--data", "rows.jsonl", "--set", "warmup_steps=0")
-    assert done.returncode == 0 and "held out: val_set_size 0.05" in done.stderr
-    other = yamlfiles.read_yaml(tmp_path / "variants" / "other.yaml")
-    assert other["val_set_size"] == new.HELD_OUT
-    assert other.get("test_datasets") is None
-    (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 30)
-    given = recipe.ok("new", "given", "--data", "rows.jsonl", "--set", "datasets.0.type=alpaca")
-    assert "rows: " not in given.stderr
-    for variant in ("mine", "given"):  # as the former value only
-        assert (tmp_path / "variants" / f"{variant}.yaml").read_text().count("data/gsm8k") == 1
+    variant = questions.parent / "variants" / "mine.yaml"
+    expected = {"datasets": [{"path": "rows.jsonl", "type": PROMPTED}], "val_set_size": 0.05, "bf16": True}
+    expected |= {"base_model": "Qwen/Qwen3-4B", "chat_template": None}
+    config = yamlfiles.read_yaml(variant)
+    assert {key: config.get(key) for key in expected} == expected
+    assert variant.read_text().count("data/gsm8k") == 1  # as the former value only
+
+
+def test_own_rows_replace_the_rows_to_evaluate_on(recipe, questions):
+    recipe.ok("new", "mine", "--from", "peft-metamathqa/lora-rank32", "--data", "rows.jsonl")
+    config = yamlfiles.read_yaml(questions.parent / "variants" / "mine.yaml")
+    assert config["val_set_size"] == new.HELD_OUT
+    assert "test_datasets" not in config
+
+
+def test_held_out_rows_are_explained(recipe, questions):
+    done = recipe.ok(
+        *("new", "mine", "--from", "haider2024/llama-3-8b", "--data", "rows.jsonl", "--set", "warmup_steps=0")
+    )
+    explanation = (
+        "held out: val_set_size 0.05, for the eval loss and `recipe evaluate`; --set val_set_size=20 holds out 20 rows"
+    )
+    assert done.stderr.splitlines()[1] == explanation
+
+
+def test_a_type_of_rows_that_is_set_is_not_explained(recipe, place):
+    (place / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 30)
+    done = recipe.ok("new", "mine", "--data", "rows.jsonl", "--set", "datasets.0.type=alpaca")
+    lines = done.stderr.splitlines()
+    assert [line for line in lines if line.startswith("rows: ")] == []
+    assert (place / "variants" / "mine.yaml").read_text().count("data/gsm8k") == 1  # as the former value only
 
 
 @pytest.mark.parametrize(
