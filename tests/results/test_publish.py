@@ -72,6 +72,23 @@ def run(tmp_path: Path) -> RunDir:
     return folder
 
 
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """huggingface_hub's API; `files` are those of its last upload."""
+    api = Mock(files={})
+
+    def upload(repo_id: str, folder_path: Path, allow_patterns: list[str], commit_message: str) -> None:
+        names = [str(file.relative_to(folder_path)) for file in folder_path.rglob("*") if file.is_file()]
+        kept = filter_repo_objects(names, allow_patterns=allow_patterns)
+        api.files = {name: (folder_path / name).read_bytes() for name in kept}
+
+    api.create_repo.return_value = "https://hub/owner/model"
+    api.repo_info.return_value.private = True
+    api.upload_folder = upload
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
+    return api
+
+
 def adapter_for(run: RunDir, base: str) -> None:
     (run.output / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base, "r": 32}))
 
@@ -170,19 +187,18 @@ def test_the_card_says_how_the_model_was_made(run, capsys):
     assert values >= {"2.50, 1.25", "13.20 GiB (GPU, reserved)", "2.00", "1 x NVIDIA T4"}
     assert scores[1] == ["bleu4", "5.12", "4.90 to 5.30", "5.27"]
     assert ["sacrebleu", "1.50", "–", "–"] in scores
-    said = {word for _, value in provenance for word in value.split()}
-    assert said >= {"d" * 40, "uncommitted", sha256(run.config_file)}
+    words = {word for _, value in provenance for word in value.split()}
+    assert words >= {"d" * 40, "uncommitted", sha256(run.config_file)}
     assert ["packages", "axolotl 0.21.0, Python 3.13.5"] in provenance
 
     assert blocks(text)["sh"] == f"recipe run {RECIPE}\n"
     shown = yaml.safe_load(blocks(text)["yaml"])
     assert shown.pop("deepspeed") == "zero2.json"
     assert shown == {key: value for key, value in recipe_config(RECIPE).items() if key != "output_dir"}
-    for said in (OF_THE_SAME, "CC-BY-4.0", "`data/codereviewer/test-subset-1.jsonl`", "9" * 64):
-        assert said in text
-    for said in ('"max_new_tokens": 96', "`nrefs:1|case:mixed`", "**Built with Meta Llama 3**"):
-        assert said in text
-    assert f'revision="{recipe_config(RECIPE)["revision_of_model"]}"' in text
+    parts = [OF_THE_SAME, "CC-BY-4.0", "`data/codereviewer/test-subset-1.jsonl`", "9" * 64, '"max_new_tokens": 96']
+    parts += ["`nrefs:1|case:mixed`", "**Built with Meta Llama 3**"]
+    parts.append(f'revision="{recipe_config(RECIPE)["revision_of_model"]}"')
+    assert [part for part in parts if part not in text] == []
     assert "https://arxiv.org/abs/2411.10129" in links(text)
     assert "ehearsal" not in text
 
@@ -203,7 +219,7 @@ def test_a_card_tells_quantization_and_decoding(run, settings, said, unsaid):
     (run.output / "merged" / publish.MERGED_FROM).write_text(sha256(run.output / publish.ADAPTER))
     evaluated(run, quantized=quantized(cfg), decoding=run_folders.STUDY.decoding)
     texts = published(run, merge=True)[1], card(run.output / "merged")[1]
-    text = "".join(each.partition("## Provenance")[0] for each in texts)
+    text = "".join(text.partition("## Provenance")[0] for text in texts)
     assert [word for word in said if word not in text] == []
     assert [word for word in (*unsaid, "other settings") if word in text] == []
     evaluated(run, decoding=Decoding(max_new_tokens=8))
@@ -344,22 +360,49 @@ def test_a_card_claims_no_more_than_the_run_was(run, tmp_path, changes, settings
     assert {key: found.get(key) for key in front} == front
     assert [word for word in said if word not in text] == []
     assert [word for word in unsaid if word in text or word in found["tags"]] == []
-    if changes.get("rehearsal"):
-        with pytest.raises(UserError, match="rehearsal"):
-            publish.publish(run, push="someone/model")
 
 
-@pytest.mark.parametrize("state", ["interrupted", "failed"])
-def test_only_a_finished_run_with_its_adapter_is_published(run, tmp_path, state):
+PUSH = {"push": "owner/model"}
+REFUSALS = [
+    ({"state": "failed"}, {}, "{run}: the run is failed; wait until it ends, or run `recipe resume {run}`"),
+    ({"published_adapter": "x"}, {}, "{run}: the adapter x was not trained here; publish another run"),
+    ({}, {"private": True}, "--private: works only with --push"),
+    ({}, {"push": "model"}, "--push model: expected OWNER/NAME, of letters, digits, -, _ and ."),
+    ({}, {"push": "a/b/c"}, "--push a/b/c: expected OWNER/NAME, of letters, digits, -, _ and ."),
+    ({}, {"push": "a/b c"}, "--push a/b c: expected OWNER/NAME, of letters, digits, -, _ and ."),
+    ({"rehearsal": True}, PUSH, "--push: {run} is a rehearsal with a stand-in model; push a real run"),
+]
+
+
+@pytest.mark.parametrize(("changes", "options", "message"), REFUSALS)
+def test_publish_refuses_before_it_writes(run, tmp_path, hub, changes, options, message):
     before = (run.output / "README.md").read_bytes()
-    run.write(record(tmp_path, state=state))
-    with pytest.raises(UserError, match="`recipe resume"):
-        publish.publish(run)
-    run.write(record(tmp_path))
-    (run.output / publish.ADAPTER).unlink()
-    with pytest.raises(UserError, match=f"`recipe run {RECIPE}`"):
-        publish.publish(run)
+    run.write(record(tmp_path, **changes))
+    with pytest.raises(UserError) as raised:
+        publish.publish(run, **options)
+    assert str(raised.value) == message.format(run=run.path)
     assert (run.output / "README.md").read_bytes() == before
+    assert hub.files == {}
+
+
+def test_a_run_without_its_adapter_is_not_published(run):
+    adapter = run.output / publish.ADAPTER
+    adapter.unlink()
+    with pytest.raises(UserError) as raised:
+        publish.publish(run)
+    assert str(raised.value) == f"{adapter}: damaged or missing; restore a copy, or train again: `recipe run {RECIPE}`"
+
+
+def test_an_adapter_for_a_folder_is_not_pushed(run, tmp_path):
+    (tmp_path / "work" / "models" / "own").mkdir(parents=True)
+    adapter_for(run, "models/own")
+    with pytest.raises(UserError) as raised:
+        publish.publish(run, **PUSH)
+    assert str(raised.value) == (
+        "--push: the base model models/own is a local folder, which others cannot load; train with base_model set to "
+        "its name on the hub"
+    )
+    assert "base_model" not in published(run)[0]
 
 
 def test_a_card_tells_the_rows_of_a_file_from_those_trained_on_and_the_scored_ones_from_all(run, tmp_path):
@@ -374,44 +417,32 @@ def test_a_card_tells_the_rows_of_a_file_from_those_trained_on_and_the_scored_on
     assert front["model-index"][0]["results"][0]["dataset"]["name"].endswith(", 100 of 22,000 rows")
 
 
-@pytest.mark.parametrize("stale", [False, True])
-def test_a_card_says_when_scores_are_missing_or_of_other_rows(run, stale, capsys):
-    if stale:
-        evaluated(run, adapter_sha256="0" * 64)
+@pytest.mark.parametrize(("adapter", "problem"), [(None, "not evaluated"), ("0" * 64, "stale")])
+def test_a_card_without_current_scores_says_so(run, adapter, problem, capsys):
+    if adapter:
+        evaluated(run, adapter_sha256=adapter)
     front, text = published(run)
-    assert "model-index" not in front and len(tables(text)) == 3  # none of scores
-    assert f"`recipe evaluate {run.path}`" in capsys.readouterr().err
-    evaluated(run, limit=100, rows=100)  # of other rows than the published
-    of_none = {"rows": 100, "adapter": "none", "adapter_sha256": None}
-    own = scores_file.read_scores(run.path)
-    assert own
-    of_base = own.settings.model_copy(update=of_none).folder(run.path)
-    shutil.copytree(run.path, of_base, ignore=lambda *_: ["evaluations"])
-    evaluated(RunDir(of_base), limit=10, **of_none)  # of fewer rows of a benchmark
+    assert capsys.readouterr().err == (
+        f"{run.path}: {problem}; for scores, run `recipe evaluate {run.path}` and repeat this command\n"
+    )
+    assert "model-index" not in front
+    assert [table[0][0] for table in tables(text)] == ["training or validation file", "", ""]
+
+
+def test_a_card_sets_scores_of_some_rows_beside_those_of_the_base_model_on_the_same_rows(run):
+    evaluated(run, limit=100, rows=100)
+    without_adapter = {"rows": 100, "adapter": "none", "adapter_sha256": None}
+    evaluation = scores_file.read_scores(run.path)
+    of_base = RunDir(evaluation.settings.model_copy(update=without_adapter).folder(run.path))
+    shutil.copytree(run.path, of_base.path, ignore=lambda *_: ["evaluations"])
+    evaluated(of_base, limit=10, **without_adapter)  # of fewer rows of a benchmark
     assert RunResult(run, run.read()).base_evaluation is None
-    evaluated(RunDir(of_base), limit=100, **of_none)
+    evaluated(of_base, limit=100, **without_adapter)
     text = published(run)[1]
-    assert "Test Subset 1, 5,000 rows" in text and OF_THE_SAME not in text
+    assert "Test Subset 1, 5,000 rows; this run's scores are on other rows." in text
     scores = {row[0]: row[3:] for table in tables(text) for row in table}
     assert scores["score"] == ["base model", "published"]
-    assert scores["bleu4"][0] == "5.12"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Mock:
-    """huggingface_hub's API; `files` are those of its last upload."""
-    api = Mock(files={})
-
-    def upload(repo_id: str, folder_path: Path, allow_patterns: list[str], commit_message: str) -> None:
-        names = [str(file.relative_to(folder_path)) for file in folder_path.rglob("*") if file.is_file()]
-        kept = filter_repo_objects(names, allow_patterns=allow_patterns)
-        api.files = {name: (folder_path / name).read_bytes() for name in kept}
-
-    api.create_repo.return_value = "https://hub/owner/model"
-    api.repo_info.return_value.private = True
-    api.upload_folder = upload
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
-    return api
+    assert scores["bleu4"] == ["5.12", "5.27"]
 
 
 def test_a_push_brings_the_adapter_its_tokenizer_and_its_card(run, hub):
@@ -430,7 +461,7 @@ def test_a_push_of_a_merge_brings_the_merged_model(run, hub, capsys):
     (merged / publish.MERGED_FROM).write_text(sha256(run.output / publish.ADAPTER))
     os.utime(run.output / publish.ADAPTER)  # a copy's time is no change
     written = publish.publish(run, merge=True, push="owner/model", private=True)
-    assert str(merged) in capsys.readouterr().err  # merged already
+    assert capsys.readouterr().err.splitlines()[-1] == f"{merged}: already merged"
     assert written == [str(run.output / "README.md"), str(merged / "README.md"), "https://hub/owner/model"]
     wanted = {"README.md", "config.json", "LICENSE.txt", "model.safetensors"}
     assert hub.files == {name: (merged / name).read_bytes() for name in wanted}
@@ -442,39 +473,31 @@ def test_a_push_of_a_merge_brings_the_merged_model(run, hub, capsys):
     assert "peft" not in text.lower().replace("peft 0", "")
 
 
-def test_what_is_to_be_private_is_not_pushed_to_a_public_repository(run, hub):
+def test_a_private_model_is_not_pushed_to_a_public_repository(run, hub):
     hub.repo_info.return_value.private = False
-    with pytest.raises(UserError, match="--private: owner/model"):
+    with pytest.raises(UserError) as raised:
         publish.publish(run, push="owner/model", private=True)
+    assert str(raised.value) == "--private: owner/model exists and is public; make it private on the hub first"
     assert hub.files == {}
 
 
+NO_ACCESS = "--push: no write access to owner/model; give a token with access by `hf auth login` or HF_TOKEN"
+NOT_PUSHED = "owner/model: not pushed: refused\n{card} is written; repeat the command to push"
+
+
 @pytest.mark.parametrize(
-    ("status", "expected", "named"),
-    [(401, UserError, "HF_TOKEN"), (403, UserError, "HF_TOKEN"), (None, WorkFailed, r"refused.*\n.*README.md")],
+    ("status", "error", "message"),
+    [(401, UserError, NO_ACCESS), (403, UserError, NO_ACCESS), (None, WorkFailed, NOT_PUSHED)],
 )
-def test_a_push_that_fails_names_the_remedy_and_leaves_the_card(run, hub, status, expected, named):
-    hub.create_repo.side_effect = refusal = ConnectionError("refused")
+def test_a_push_that_fails_leaves_the_card(run, hub, status, error, message):
+    refusal = ConnectionError("refused")
     refusal.response = SimpleNamespace(status_code=status)
-    with pytest.raises(expected, match=named):
+    hub.create_repo.side_effect = refusal
+    with pytest.raises(error) as raised:
         publish.publish(run, push="owner/model")
-    assert hub.files == {} and card(run.output)[0]["base_model"] == BASE
-
-
-@pytest.mark.parametrize("name", ["model", "a/b/c", "owner/mo del", None])
-def test_a_bad_name_of_a_repository_is_refused_before_anything_is_written(run, name):
-    before = (run.output / "README.md").read_bytes()
-    with pytest.raises(UserError, match="--push"):
-        publish.publish(run, push=name, private=True)
-    assert (run.output / "README.md").read_bytes() == before
-
-
-def test_an_adapter_for_a_folder_is_not_pushed(run, tmp_path):
-    (tmp_path / "work" / "models" / "own").mkdir(parents=True)
-    adapter_for(run, "models/own")
-    with pytest.raises(UserError, match="--push"):
-        publish.publish(run, push="owner/model")
-    assert "base_model" not in published(run)[0]
+    assert str(raised.value) == message.format(card=run.output / "README.md")
+    assert hub.files == {}
+    assert card(run.output)[0]["base_model"] == BASE
 
 
 def test_a_merge_that_fails_shows_the_end_of_its_log(run, tmp_path, monkeypatch):
@@ -482,8 +505,11 @@ def test_a_merge_that_fails_shows_the_end_of_its_log(run, tmp_path, monkeypatch)
     (tmp_path / "axolotl").write_text("#!/bin/sh\necho no such model\nexit 3\n")
     (tmp_path / "axolotl").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    with pytest.raises(WorkFailed, match=r"merge\.log"):
+    with pytest.raises(WorkFailed) as raised:
         publish.publish(run, merge=True)
+    assert str(raised.value) == (
+        f"no such model\n{run.path}: Axolotl could not merge; complete log: {run.path / 'merge.log'}"
+    )
     assert not (run.output / "merged").exists()
 
 
