@@ -35,7 +35,7 @@ def ran(place: Path, monkeypatch: pytest.MonkeyPatch, tiny: Path) -> Path:
 UNREADABLE = ("pandas", "webdataset", "sql", "spark", "./rows", "rows.py")
 
 
-def found(change: dict[str, Any]) -> dict[str, str]:
+def levels_by_name(change: dict[str, Any]) -> dict[str, str]:
     cfg = config_with({"revision_of_model": None} | change)
     return {one.name: one.level for one in rule_findings(Case(cfg, set())) if one.scope == "code"}
 
@@ -91,25 +91,28 @@ ROWS = {"path": "owner/rows", "type": "alpaca"}
     ],
 )
 def test_each_key_that_runs_others_code_is_an_error(change, name):
-    assert found(change) == {name: "error"}
+    assert levels_by_name(change) == {name: "error"}
 
 
 def test_axolotls_own_and_this_projects_are_not_foreign():
-    own = ["axolotl.integrations.liger.LigerPlugin", "qlora_recipes.plugin.RunPlugin"]
-    assert found({"plugins": own, "trust_remote_code": False, "trl": {"reward_funcs": []}}) == {}
-    assert found({"attn_implementation": "kernels-community/flash-attn2@v1"}) == {}
-    assert found({"datasets": [ROWS | {"type": "chatml.intel"}], "rl": "dpo"}) == {}
-    assert found({"datasets": [ROWS | {"ds_type": kind} for kind in datafiles.FORMATS]}) == {}
+    shipped = ["axolotl.integrations.liger.LigerPlugin", "qlora_recipes.plugin.RunPlugin"]
+    assert levels_by_name({"plugins": shipped, "trust_remote_code": False, "trl": {"reward_funcs": []}}) == {}
+    assert levels_by_name({"attn_implementation": "kernels-community/flash-attn2@v1"}) == {}
+    assert levels_by_name({"datasets": [ROWS | {"type": "chatml.intel"}], "rl": "dpo"}) == {}
+    assert levels_by_name({"datasets": [ROWS | {"ds_type": kind} for kind in datafiles.FORMATS]}) == {}
     harmless = {"attn_implementation": "sdpa", "use_safetensors": True, "low_cpu_mem_usage": True}
     rope = {"rope_scaling": {"type": "linear", "factor": 2}}
-    assert found({"overrides_of_model_kwargs": harmless, "overrides_of_model_config": rope, "use_kernels": False}) == {}
+    assert (
+        levels_by_name({"overrides_of_model_kwargs": harmless, "overrides_of_model_config": rope, "use_kernels": False})
+        == {}
+    )
 
 
 def test_a_deepspeed_file_is_read_and_what_is_not_json_is_an_error(place):
     (place / "mine.json").write_text('{"compile": {"backend": "mine.compile"}, "zero_optimization": {"stage": 2}}')
-    assert found({"deepspeed": "mine.json"}) == {"foreign-code:deepspeed.compile.backend": "error"}
+    assert levels_by_name({"deepspeed": "mine.json"}) == {"foreign-code:deepspeed.compile.backend": "error"}
     (place / "mine.json").write_text("{compile: {backend: mine.compile}}")  # Hjson, which DeepSpeed reads
-    assert found({"deepspeed": "mine.json"}) == {"foreign-code:deepspeed": "error"}
+    assert levels_by_name({"deepspeed": "mine.json"}) == {"foreign-code:deepspeed": "error"}
 
 
 def test_the_format_of_a_folder_is_never_guessed_as_one_that_unpickles():
@@ -147,7 +150,7 @@ SAFE = "model.safetensors"
 def test_a_base_model_is_safe_if_the_loaded_files_are(tmp_path, files, safe):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-    assert found({"base_model": str(tmp_path)}) == ({} if safe else {"pickled-weights:base_model": "error"})
+    assert levels_by_name({"base_model": str(tmp_path)}) == ({} if safe else {"pickled-weights:base_model": "error"})
 
 
 @pytest.mark.parametrize(
@@ -175,7 +178,7 @@ def test_a_base_model_is_safe_if_the_loaded_files_are(tmp_path, files, safe):
 def test_an_adapter_is_safe_if_the_loaded_files_are(tmp_path, files, name):
     for file, content in files.items():
         (tmp_path / file).write_text(content)
-    assert found({"lora_model_dir": str(tmp_path)}) == ({name: "error"} if name else {})
+    assert levels_by_name({"lora_model_dir": str(tmp_path)}) == ({name: "error"} if name else {})
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def place(place: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Path:
     return place
 
 
-def found(
+def findings_of(
     change: dict[str, Any], gpu: str | None = None, launching: bool = False, name: str = "haider2024/code-llama-7b"
 ) -> list[Finding]:
     cfg = config_with(change, name)
@@ -43,7 +43,7 @@ def found(
 
 
 def names(change: dict[str, Any], gpu: str | None = None, launching: bool = False) -> list[str]:
-    return [f"{finding.level} {finding.name}" for finding in found(change, gpu, launching)]
+    return [f"{finding.level} {finding.name}" for finding in findings_of(change, gpu, launching)]
 
 
 def of_rule(rule: str, change: dict[str, Any], gpu: str | None = None, launching: bool = False) -> list[str]:
@@ -64,8 +64,8 @@ FUSED_LOSS = {
 CCE = "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"
 
 
-def own(**formats: str) -> dict[str, Any]:
-    """Data with a prompt of one's own."""
+def formatted(**formats: str) -> dict[str, Any]:
+    """Data with a prompt that the config describes."""
     return {"datasets": [DATA | {"type": formats}]}
 
 
@@ -200,7 +200,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
         "of the rows to `tools` [unread-tools:datasets.0.field_tools]",
     ),
     (
-        own(format="Q: "),
+        formatted(format="Q: "),
         "error: datasets.0.type.format: {instruction} is missing: prompts lack the rows' text; add it "
         "[prompt-format:datasets.0.type.format]",
     ),
@@ -370,7 +370,7 @@ def name_of(text: str) -> str:
 
 @pytest.mark.parametrize(("change", "text"), CASES, ids=[f"{name_of(text)} {change}" for change, text in CASES])
 def test_a_mistake_gives_one_finding(change, text):
-    assert list(map(str, found(change))) == [f": {text}"]
+    assert list(map(str, findings_of(change))) == [f": {text}"]
 
 
 OTHERS = {"gpu-lacks", "no-gpu", "engine-needs-gpus"}  # which have tests of their own
@@ -387,7 +387,7 @@ def test_every_rule_has_a_case():
     + [(name, "T4") for name in paths.recipe_names() if not recipe_config(name).get("bf16")],
 )
 def test_a_recipe_gives_no_error_and_no_warning(name, gpu):
-    assert [finding for finding in found({}, gpu, name=name) if finding.level != "note"] == []
+    assert [finding for finding in findings_of({}, gpu, name=name) if finding.level != "note"] == []
 
 
 # what is changed in a recipe, or for some GPU, and gives no finding
@@ -421,7 +421,7 @@ RIGHT: list[tuple[dict[str, Any], str | None]] = [
 
 @pytest.mark.parametrize(("change", "gpu"), RIGHT, ids=str)
 def test_what_is_right_gives_none(change, gpu):
-    assert found(change, gpu) == []
+    assert findings_of(change, gpu) == []
 
 
 TRITON = {"plugins": ["axolotl.integrations.liger.LigerPlugin"], "liger_rope": True, "lora_mlp_kernel": True}
@@ -450,7 +450,7 @@ def test_what_a_gpu_lacks(gpu, change, keys):
 def test_torch_for_an_older_cuda_runs_on_older_gpus(monkeypatch):
     for cuda in ("12.6", None):
         monkeypatch.setattr(settings_rules, "torch_cuda", lambda cuda=cuda: cuda)
-        assert found({}, "V100") == []
+        assert findings_of({}, "V100") == []
 
 
 FLASH = {"attn_implementation": "flash_attention_2"}
@@ -463,8 +463,10 @@ def test_packages_that_are_installed_or_missing(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "for the test")
     installed: set[str] = {"flash-attn", "cut-cross-entropy", "wandb"}
     monkeypatch.setattr(Case, "is_installed", lambda _, package: package in installed)
-    assert found(FLASH | {"plugins": [CCE], "use_wandb": True}) == []
-    (only,) = found({"attn_implementation": "flash_attention_4"})  # flash-attn is another package of the same name
+    assert findings_of(FLASH | {"plugins": [CCE], "use_wandb": True}) == []
+    (only,) = findings_of(
+        {"attn_implementation": "flash_attention_4"}
+    )  # flash-attn is another package of the same name
     assert "flash-attn-4" in only.problem
     installed.clear()
     for attention in (FLASH, {"attn_implementation": "kernels-community/flash-attn3"}):
@@ -476,17 +478,17 @@ def test_wandb_without_a_login_is_a_warning(tmp_path, monkeypatch):
     (tmp_path / ".netrc").write_text("machine example.org login a password b\n")
     assert names({"wandb_project": "mine"}) == ["warning no-login:wandb_project"]
     monkeypatch.setenv("WANDB_API_KEY", "0")
-    assert found({"wandb_project": "mine"}) == []
+    assert findings_of({"wandb_project": "mine"}) == []
 
 
 def test_logins_in_files_and_trackers_of_this_machine_need_no_warning(tmp_path, monkeypatch):
     monkeypatch.setattr(Case, "is_installed", lambda *_: True)
     assert names({"use_wandb": True}) == ["warning no-login:use_wandb"]
-    assert found({"use_wandb": True, "wandb_mode": "offline"}) == []
-    assert found({"comet_project_name": "a"}) == []
-    assert found({"use_mlflow": True, "use_trackio": True, "use_tensorboard": True}) == []
+    assert findings_of({"use_wandb": True, "wandb_mode": "offline"}) == []
+    assert findings_of({"comet_project_name": "a"}) == []
+    assert findings_of({"use_mlflow": True, "use_trackio": True, "use_tensorboard": True}) == []
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password 0\n")
-    assert found({"use_wandb": True}) == []
+    assert findings_of({"use_wandb": True}) == []
 
 
 @pytest.mark.parametrize(
@@ -507,9 +509,9 @@ def test_what_a_cpu_lacks_is_an_error_only_once_a_run_starts(change, keys):
 def test_fp16_and_fsdp_need_gpus_only_once_a_run_starts():
     by_default = {"fp16": None, "bf16": "auto"}  # which becomes fp16 on a CPU
     assert names(by_default, launching=True) == ["error no-gpu:bf16"]
-    assert found(by_default | {"fp16": False}, launching=True) == []
+    assert findings_of(by_default | {"fp16": False}, launching=True) == []
     assert names({}, launching=True) == ["error no-gpu:fp16"]
-    assert found({}, "T4", launching=True) == []
+    assert findings_of({}, "T4", launching=True) == []
     fsdp = {"optimizer": "adamw_torch", "fsdp_config": {"reshard_after_forward": True}, "fp16": False}
     assert names(fsdp) == []
     assert names(fsdp, launching=True) == ["error engine-needs-gpus:fsdp_config"]
@@ -532,8 +534,8 @@ PACKED = {"fp16": False, "bf16": True, "sample_packing": True}
     ids=str,
 )
 def test_packed_rows_in_bf16_with_a_mask_before_hopper(tmp_path, sizes, change, warns):
-    own = {"model_type": "llama", "hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 2}
-    (tmp_path / "config.json").write_text(json.dumps(own | sizes))
+    architecture = {"model_type": "llama", "hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(architecture | sizes))
     change = {"base_model": str(tmp_path), "sdpa_varlen": True} | PACKED | change
     assert of_rule("packing-leaks", change, "A100") == ["warning packing-leaks:sample_packing"] * warns
     assert of_rule("packing-leaks", change, "H100") == []
@@ -542,13 +544,13 @@ def test_packed_rows_in_bf16_with_a_mask_before_hopper(tmp_path, sizes, change, 
 def test_a_gated_model_without_a_token(monkeypatch, place):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(place / "token"))
-    assert [(f.level, f.name) for f in found({}, name=LLAMA_3)] == [("warning", "no-access:base_model")]
-    assert [f.level for f in found({}, "T4", launching=True, name=LLAMA_3)] == ["error"]
-    assert found({"base_model": "NousResearch/Meta-Llama-3-8B"}, name=LLAMA_3) == []
+    assert [(f.level, f.name) for f in findings_of({}, name=LLAMA_3)] == [("warning", "no-access:base_model")]
+    assert [f.level for f in findings_of({}, "T4", launching=True, name=LLAMA_3)] == ["error"]
+    assert findings_of({"base_model": "NousResearch/Meta-Llama-3-8B"}, name=LLAMA_3) == []
     tokenizer: dict[str, Any] = {"tokenizer_config": "meta-llama/Llama-3.2-3B"}
     assert names(tokenizer | {"revision_of_model": None}) == ["warning no-access:tokenizer_config"]
     (place / "token").write_text("x")
-    assert found({}, name=LLAMA_3) == []
+    assert findings_of({}, name=LLAMA_3) == []
     assert names(tokenizer) == ["error no-access:tokenizer_config"]  # revision_of_model is a commit of the model
     assert names(tokenizer | {"revision_of_model": "main"}) == names({"tokenizer_config": str(place)}) == []
 
@@ -574,15 +576,15 @@ def test_chats_need_a_template_of_the_tokenizer_or_the_config(tiny, place):
     local = {"base_model": str(tiny), "revision_of_model": None} | CHAT
     assert names(local) == ["error chat-template:datasets.0.type"]
     for name in ("chatml", "tokenizer_default_fallback_chatml"):
-        assert found(local | {"chat_template": name}) == []
+        assert findings_of(local | {"chat_template": name}) == []
     model = shutil.copytree(tiny, place / "model")
     (model / "chat_template.jinja").write_text("{{ messages }}")
-    assert found(local | {"base_model": str(model)}) == []
+    assert findings_of(local | {"base_model": str(model)}) == []
 
 
 def test_a_local_model_is_judged_by_its_own_files(tiny):
     local = {"base_model": str(tiny), "revision_of_model": None}
-    assert found(local) == []
+    assert findings_of(local) == []
     assert names(local | {"sequence_len": 2049}) == ["error beyond-context:sequence_len"]
     pad = {"special_tokens": {"pad_token": "<|im_end|>"}}
     assert names(local | pad) == ["warning missing-special-token:special_tokens.pad_token"]
