@@ -111,9 +111,9 @@ def test_the_text_of_a_row_shows_what_carries_loss(llama, tmp_path):
 def test_lengths(llama, sample):
     from qlora_recipes.check.token_lengths import lengths
 
-    found, (measured,) = lengths(llama)
+    findings, (measured,) = lengths(llama)
     sizes = [row["length"] for row in shown(llama, 200)]
-    assert found == []
+    assert findings == []
     assert measured["rows"] == 109
     assert measured["tokens"] == sum(sizes)
     assert measured["median"] == sorted(sizes)[54]
@@ -126,14 +126,19 @@ def test_lengths(llama, sample):
     assert lengths(llama | {"group_by_length": True})[1][0]["padding"] < 0.7 * measured["padding"]
 
 
-def judged(content: yamlfiles.Config, rows: list[Any], **dataset: Any) -> list[tuple[str, str, int | None]]:
-    """The level, rule and line of what Axolotl finds in some training rows."""
-    from qlora_recipes.check.token_lengths import lengths
-
+def findings_of(content: yamlfiles.Config, rows: list[Any], **dataset: Any) -> list[str]:
+    """What Axolotl finds in some training rows."""
     Path("rows.jsonl").write_bytes(b"\n".join(map(orjson.dumps, rows)) + b"\n")
     data = {"datasets": [{"path": "rows.jsonl", "type": "alpaca"} | dataset], "test_datasets": None}
-    findings, _ = lengths(content | {"evals_per_epoch": None} | data)
-    return [(finding.level, finding.rule, finding.line) for finding in findings]
+    return findings_in(content | {"evals_per_epoch": None} | data)
+
+
+def findings_in(content: yamlfiles.Config) -> list[str]:
+    """What Axolotl finds in the rows of a config, with DATA for the first data set's key."""
+    from qlora_recipes.check.token_lengths import lengths
+
+    findings, _ = lengths(content)
+    return [str(finding).replace("datasets.0", "DATA") for finding in findings]
 
 
 def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
@@ -148,86 +153,150 @@ ASKED, ANSWER, SYSTEM = said("user", "What is it?"), said("assistant", "A test."
 PARTS = [{"type": "text", "text": "A test."}]
 SEGMENTS = {"segments": [{"label": False, "text": "a"}, {"label": True, "text": "b</s>"}]}
 ROW = {"instruction": "Say it.", "output": "x"}
-FAILS, UNLEARNT, UNKNOWN = ("error", "bad-row"), ("warning", "nothing-learnt"), ("warning", "unknown-role")
+UNLEARNT = (
+    "{} without tokens that carry loss (empty answer, or wrong role); correct or drop these rows "
+    "[nothing-learnt:DATA.path]"
+)
+UNKNOWN = (
+    "rows.jsonl:3: warning: DATA.path: 1 row with the role {}, unknown to `roles` and the template{}; correct it, or "
+    "add it to `roles` [unknown-role:DATA.path]"
+)
+FAILS = (
+    "error: DATA.path: {}: Axolotl cannot tokenize these rows as {}; correct the rows, the type or the template "
+    "[bad-row:DATA.path]"
+)
+MASKED = (
+    ": warning: DATA.type: no end token carries loss: the model would not learn to stop; inspect rows with "
+    "--show-tokens [eos-masked:DATA.type]"
+)
+THIRD_UNLEARNT = f"rows.jsonl:3: warning: DATA.path: {UNLEARNT.format('1 row')}"
+
+
+def fails(line: int, error: str, kind: str = "chat_template", rows: str = "1 row") -> str:
+    return f"rows.jsonl:{line}: {FAILS.format(rows, f'{kind}: {error}')}"
+
+
+ALTERNATE = "TemplateError: Conversation roles must alternate user/assistant/user/assistant/..."
 
 
 @pytest.mark.parametrize(
-    ("kind", "row", "found"),
+    ("template", "row", "findings"),
     [
         ("chatml", chat(SYSTEM, ASKED, ANSWER, ASKED, ANSWER), []),
         ("chatml", chat(said("user", PARTS), said("assistant", PARTS)), []),
-        ("chatml", chat(ASKED), [UNLEARNT]),
-        ("chatml", chat(said("User", "a"), said("Assistant", "b")), [UNLEARNT, UNKNOWN, UNKNOWN]),
-        ("chatml", chat(ASKED, ANSWER, said("observer", "a"), ANSWER), [UNKNOWN]),
-        ("gemma", chat(ASKED, ASKED, ANSWER), [FAILS]),
-        ("gemma", chat(SYSTEM, ASKED, ANSWER), [FAILS]),
-        ("input_output", SEGMENTS, []),
-        ("input_output", {"segments": [{"label": False, "text": "a"}]}, [UNLEARNT]),
+        ("chatml", chat(ASKED), [THIRD_UNLEARNT]),
+        (
+            "chatml",
+            chat(said("User", "a"), said("Assistant", "b")),
+            [
+                THIRD_UNLEARNT,
+                UNKNOWN.format("User", "; did you mean user?"),
+                UNKNOWN.format("Assistant", "; did you mean assistant?"),
+            ],
+        ),
+        ("chatml", chat(ASKED, ANSWER, said("observer", "a"), ANSWER), [UNKNOWN.format("observer", "")]),
+        ("gemma", chat(ASKED, ASKED, ANSWER), [fails(3, ALTERNATE)]),
+        ("gemma", chat(SYSTEM, ASKED, ANSWER), [fails(3, "TemplateError: System role not supported")]),
     ],
 )
-def test_axolotl_reads_a_row_behind_good_ones(llama, place, kind, row, found):
-    good: Any = {"input_output": SEGMENTS}.get(kind, chat(said("user", "Fine?"), ANSWER))
-    chats = {"type": "chat_template", "chat_template": kind, "eot_tokens": None} if kind in ("chatml", "gemma") else {}
-    rows = [good, good, row] if found else [row]
-    masked = [("warning", "eos-masked", None)] * bool(chats)  # as of a base model
-    assert judged(llama, rows, **({"type": kind} | chats)) == [*((*one, 3) for one in found), *masked]
+def test_axolotl_reads_a_chat_behind_good_ones(llama, place, template, row, findings):
+    good = chat(said("user", "Fine?"), ANSWER)
+    kind = {"type": "chat_template", "chat_template": template, "eot_tokens": None}
+    rows = [good, good, row] if findings else [row]  # texts and parts cannot be in one file
+    assert findings_of(llama, rows, **kind) == [*findings, MASKED]  # masked, as of a base model
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "kind", "found"),
+    ("row", "findings"),
+    [(SEGMENTS, []), ({"segments": [{"label": False, "text": "a"}]}, [THIRD_UNLEARNT])],
+    ids=["good", "nothing learnt"],
+)
+def test_axolotl_reads_segments_behind_good_ones(llama, place, row, findings):
+    assert findings_of(llama, [SEGMENTS, SEGMENTS, row], type="input_output") == findings
+
+
+NO_MESSAGES = "chat_template: ValueError: Messages is null. Please check `field_messages`."
+SECOND_UNLEARNT = f"2: warning: DATA.path: {UNLEARNT.format('1 row')}"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "kind", "finding"),
     [
-        ("rows.csv", "instruction,output\na,b\nc,\n", "alpaca", (*UNLEARNT, 2)),
-        ("rows.csv", "instruction,output\na,b\n", "chat_template", (*FAILS, 1)),
-        ("rows.json", '[{"instruction": "a", "output": "b"}, {"instruction": "c"}]', "alpaca", (*UNLEARNT, 2)),
+        ("rows.csv", "instruction,output\na,b\nc,\n", "alpaca", SECOND_UNLEARNT),
+        ("rows.csv", "instruction,output\na,b\n", "chat_template", f"1: {FAILS.format('1 row', NO_MESSAGES)}"),
+        ("rows.json", '[{"instruction": "a", "output": "b"}, {"instruction": "c"}]', "alpaca", SECOND_UNLEARNT),
     ],
 )
-def test_axolotl_loads_other_formats(llama, place, name, text, kind, found):
+def test_axolotl_loads_other_formats(llama, place, name, text, kind, finding):
     Path(name).write_text(text)
-    assert judged(llama | {"chat_template": "chatml"}, [], path=name, type=kind) == [found]
+    assert findings_of(llama | {"chat_template": "chatml"}, [], path=name, type=kind) == [f"{name}:{finding}"]
 
 
 def test_rows_with_values_of_several_types_are_found_with_the_line(llama, place):
     mixed = [ROW | {"id": 1}] * 40 + [ROW | {"id": "x"}] * 2
-    assert judged(llama, mixed) == [("error", "bad-row", 41)]
-    with pytest.raises(UserError, match=r"datasets\.0: .*alpaca"):
+    error = "ArrowInvalid: Could not convert 'x' with type str: tried to convert to int64"
+    assert findings_of(llama, mixed) == [fails(41, error, "alpaca")]
+    with pytest.raises(UserError) as raised:
         shown(llama | {"datasets": [{"path": "rows.jsonl", "type": "alpaca"}]}, 42)
+    assert str(raised.value) == f"datasets.0: Axolotl cannot tokenize these rows as alpaca: {error}"
 
 
 def test_rows_of_which_nothing_is_learnt_are_an_error_where_there_are_no_others(llama, place):
-    found = judged(llama, [chat(ASKED), chat(said("user", "And?"))], type="chat_template", chat_template="chatml")
-    assert found == [("error", "nothing-learnt", 1), ("warning", "eos-masked", None)]
+    kind = {"type": "chat_template", "chat_template": "chatml"}
+    assert findings_of(llama, [chat(ASKED), chat(said("user", "And?"))], **kind) == [
+        f"rows.jsonl:1: error: DATA.path: {UNLEARNT.format('2 rows (lines 1, 2)')}",
+        MASKED,
+    ]
+
+
+NO_BATCH = (
+    ": error: micro_batch_size: no step: {} packed sequences of a micro batch; set micro_batch_size={}, a smaller "
+    "sequence_len, or more rows (rehearsal: `--set DATA.split=train[:N]`) [no-batch:micro_batch_size]"
+)
+
+
+def test_rows_without_loss_fill_no_packed_sequence(llama, place):
     packed = {"sample_packing": True, "micro_batch_size": 2, "sequence_len": 32, "val_set_size": 0.1, "warmup_steps": 0}
     rows = [SEGMENTS] * 6 + [{"segments": [{"label": False, "text": "a"}]}] * 40
-    assert ("error", "no-batch", None) in judged(llama | packed, rows, type="input_output")
+    assert findings_of(llama | packed, rows, type="input_output")[1:] == [NO_BATCH.format("5 rows fill 1 of the 2", 1)]
+
+
+TOO_LONG = ": {}: DATA.path: {} of 109 rows exceed sequence_len, {}; the longest has 496 tokens [too-long:DATA.path]"
 
 
 @pytest.mark.parametrize(
-    ("change", "found"),
+    ("change", "findings"),
     [
         ({}, []),
-        ({"sequence_len": 300}, ["warning too-long:datasets.0.path"]),
-        ({"sequence_len": 300, "excess_length_strategy": "raise"}, ["error too-long:datasets.0.path"]),
-        ({"sequence_len": 20}, ["error too-long:datasets.0.path"]),  # nothing would be left
+        ({"sequence_len": 300}, [TOO_LONG.format("warning", 67, "300: dropped")]),
+        (
+            {"sequence_len": 300, "excess_length_strategy": "truncate"},
+            [TOO_LONG.format("warning", 67, "300: cut")],
+        ),
+        (
+            {"sequence_len": 300, "excess_length_strategy": "raise"},
+            [TOO_LONG.format("error", 67, "300: an error")],
+        ),
+        ({"sequence_len": 20}, [TOO_LONG.format("error", 109, "20: dropped")]),  # nothing would be left
         # a pad token that equals EOS masks nothing: Axolotl pads labels, not ids
         ({"special_tokens": {"pad_token": "</s>"}}, []),
-        ({"sample_packing": True, "micro_batch_size": 200}, ["error no-batch:micro_batch_size"]),
+        (
+            {"sample_packing": True, "micro_batch_size": 200, "gradient_accumulation_steps": 64, "warmup_steps": 0},
+            [NO_BATCH.format("109 rows fill 18 of the 200", 18)],
+        ),
     ],
 )
-def test_long_rows_and_too_few_packed_ones(llama, change, found):
-    from qlora_recipes.check.token_lengths import lengths
-
-    packed = {"gradient_accumulation_steps": 64, "warmup_steps": 0} if "sample_packing" in change else {}
-    findings, _ = lengths(llama | change | packed)
-    assert [f"{finding.level} {finding.name}" for finding in findings] == found
+def test_long_rows_and_too_few_packed_ones(llama, change, findings):
+    assert findings_in(llama | change) == findings
 
 
 def test_an_end_that_is_not_taught(llama, smollm2, place):
     masked = {"input_ids": [1, 5, 2], "attention_mask": [1, 1, 1], "labels": [-100, 5, -100]}
-    assert judged(llama, [masked], type="") == [("warning", "eos-masked", None)]
+    assert findings_of(llama, [masked], type="") == [MASKED]
     base = {"special_tokens": {"eos_token": "<|endoftext|>"}}  # as of a base model, which the template does not write
     chats = {"type": "chat_template", "chat_template": "chatml"}
-    assert judged(smollm2 | base, [chat(ASKED, ANSWER)], **chats) == [("warning", "eos-masked", None)]
-    assert judged(smollm2 | base | {"eot_tokens": ["<|im_end|>"]}, [chat(ASKED, ANSWER)], **chats) == []
+    assert findings_of(smollm2 | base, [chat(ASKED, ANSWER)], **chats) == [MASKED]
+    assert findings_of(smollm2 | base | {"eot_tokens": ["<|im_end|>"]}, [chat(ASKED, ANSWER)], **chats) == []
 
 
 def test_rows_are_judged_by_the_rehearsals_tokenizer_if_asked(recipe, tmp_path):
@@ -238,15 +307,13 @@ def test_rows_are_judged_by_the_rehearsals_tokenizer_if_asked(recipe, tmp_path):
     lines = [chat(ASKED, ANSWER), chat(ASKED), chat(said("user", "Why?")), chat(SYSTEM, ASKED, ANSWER)]
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(map(orjson.dumps, lines)))
     (unread,) = recipe.json("check", "own.yaml", "--data")
-    assert "--rehearse" in next(
-        found["problem"] for found in unread["findings"] if found["name"] == "not-checked:base_model"
-    )
+    assert unread["findings"][-1]["name"] == "not-checked:base_model"
     assert "tokens" not in unread["data"][0]
     (report,) = recipe.json("check", "own.yaml", "--data", "--rehearse", code=2)
-    found = {finding["rule"]: finding for finding in report["findings"]}
-    assert found["bad-row"]["where"] == "rows.jsonl"
-    assert found["bad-row"]["line"] == 4
-    assert " 2, 3)" in found["nothing-learnt"]["problem"]
+    by_rule = {finding["rule"]: finding for finding in report["findings"]}
+    assert by_rule["bad-row"]["where"] == "rows.jsonl"
+    assert by_rule["bad-row"]["line"] == 4
+    assert by_rule["nothing-learnt"]["line"] == 2
     assert report["data"][0]["rows"] == 3
 
 
@@ -258,14 +325,10 @@ def test_faults_of_the_text_and_of_the_tokens_are_reported_together(recipe, tmp_
     lines += [orjson.dumps(chat(ASKED, said("robot", "a"), ASKED, ANSWER)), orjson.dumps({"text": "a"}), lines[3]]
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
     (report,) = recipe.json("check", "own.yaml", "--data", code=2)
-    of_rows = [finding for finding in report["findings"] if finding["where"] == "rows.jsonl"]
-    found = sorted((finding["rule"], finding["line"]) for finding in of_rows)
-    ours = [("bad-row", 2), ("bad-row", 7), ("repeated-row", 5)]
-    of_axolotl = [("bad-row", 4), ("nothing-learnt", 3), ("unknown-role", 6)]
-    assert found == sorted([*ours, *of_axolotl])
-    (refused,) = (finding for finding in of_rows if (finding["rule"], finding["line"]) == ("bad-row", 4))
-    assert refused["problem"].startswith("2 rows (lines 4, 8): Axolotl cannot tokenize"), refused
-    assert not any("skipped tokenizing" in finding["problem"] for finding in report["findings"])
+    places = [(finding["rule"], finding["line"]) for finding in report["findings"] if finding["where"] == "rows.jsonl"]
+    text_mistakes = [("bad-row", 2), ("bad-row", 7), ("repeated-row", 5)]
+    token_mistakes = [("bad-row", 4), ("nothing-learnt", 3), ("unknown-role", 6)]
+    assert sorted(places) == sorted(text_mistakes + token_mistakes)
 
 
 def test_a_wrong_gpu_or_a_missing_second_file_hides_no_row(recipe, tmp_path, llama):
@@ -279,8 +342,11 @@ def test_a_wrong_gpu_or_a_missing_second_file_hides_no_row(recipe, tmp_path, lla
 
 def test_reading_stops_after_twenty_rows_that_axolotl_refuses(llama, place):
     kind = {"type": "chat_template", "chat_template": "gemma", "eot_tokens": None}
-    found = judged(llama, [chat(ASKED, ANSWER), *[chat(ASKED, ASKED, ANSWER)] * 50], **kind)
-    assert found[:2] == [("error", "bad-row", 2), ("note", "not-checked", None)]
+    assert findings_of(llama, [chat(ASKED, ANSWER), *[chat(ASKED, ASKED, ANSWER)] * 50], **kind) == [
+        fails(2, ALTERNATE, rows="20 rows (lines 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, …)"),
+        ": note: DATA.path: stopped after 20 rows that Axolotl cannot read [not-checked:DATA.path]",
+        MASKED,
+    ]
 
 
 def test_run_asks_axolotl_before_it_starts_on_a_gpu(recipe, tmp_path, tiny_profile, monkeypatch):
