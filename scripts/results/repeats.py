@@ -49,7 +49,7 @@ class Setup:
     ranks: int
 
     @classmethod
-    def of(cls, result: RunResult) -> "Setup":
+    def of_run(cls, result: RunResult) -> "Setup":
         run = result.run
         settings = trained_settings(result.config)
         settings.pop(SEED, None)
@@ -92,7 +92,7 @@ def _is_repeat(other: RunResult, result: RunResult) -> bool:
         return False
     if not _is_trained_here(other) or not _evaluated_alike(other, result, _ALIKE):
         return False
-    return Setup.of(other) == Setup.of(result)
+    return Setup.of_run(other) == Setup.of_run(result)
 
 
 def _is_trained_here(result: RunResult) -> bool:

@@ -121,6 +121,17 @@ def test_an_interval_knows_what_it_covers(runs, seeds, method, lacks_seeds):
     assert row.lacks_seeds == lacks_seeds
 
 
+def test_held_out_rows_that_differ_by_seed_are_noted(runs):
+    for seed, letter in ((42, "a"), (43, "b")):
+        folder = with_seed(runs, seed, RIGHT)
+        run = folder.read()
+        run.summary.eval_tokens = {"count": 9, "sha256": letter * 64}
+        folder.write(run)
+    study = small_study.read()
+    notes = study_tables.notes(study, verdict.rows(study, runs, False))
+    assert f"{PLAIN}: held-out rows differ by seed." in [*notes]
+
+
 def test_one_run_borrows_the_spread_of_published_repeats(runs):
     repeated = [67.4, 68.0, 66.9]
     published = {PLAIN: {"scores": {"accuracy": 67.4}, "repeats": {"accuracy": repeated}}, WIDE: {}}

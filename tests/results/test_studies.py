@@ -215,13 +215,13 @@ def test_numbers_of_different_metrics_never_share_a_column(runs, recipe):
 
 
 def test_metrics_of_one_kind_never_share_a_heading(runs):
-    found = []
+    results = []
     for name, word, value in (("a", "yes", 12.5), ("b", "no", 37.5)):
         metrics = {"choice": {"words": [["x"]]}, "other": {"metric": "choice", "words": [[word]]}}
         scores = {"rows": 9, "choice": 87.5, "other": value, "metrics": metrics, "intervals": {}}
         folder = a_run(runs, PLAIN, name, 0, scores=scores)
-        found.append(RunResult(folder, folder.read()))
-    table, _ = listing._tables(found)
+        results.append(RunResult(folder, folder.read()))
+    table, _ = listing._tables(results)
     shown = [[value for heading, value in row.items() if "choices" in heading] for row in table.rows]
     assert shown == [[87.5, 12.5, None], [87.5, None, 37.5]]
 

@@ -1,4 +1,4 @@
-"""What a sweep's members are, and how they compare, without training."""
+"""Members of sweeps, and comparisons of their runs, without training."""
 
 import itertools
 import re
@@ -36,8 +36,8 @@ def test_members_of_shipped_sweeps_are_clean_over_a_recipe_of_each_study(sweep, 
     configs = []
     for member in Grid.from_file(find_sweep_file(sweep)).members():
         composed = compose.compose(Request(name, overrides=member.overrides))
-        found = check.check_config(composed).findings
-        wrong = [finding for finding in found if finding.level == "error" and finding.rule != "not-prepared"]
+        findings = check.check_config(composed).findings
+        wrong = [finding for finding in findings if finding.level == "error" and finding.rule != "not-prepared"]
         assert list(map(str, wrong)) == []  # only the first study's data is here
         configs.append(composed.config)
     assert all(a != b for a, b in itertools.combinations(configs, 2))
@@ -217,38 +217,34 @@ def test_published_scores_stand_only_beside_their_settings(tmp_path, sets, profi
 @pytest.mark.parametrize("name", ["llama-3.2-1b-lora", "llama-3.1-8b-qlora"])
 def test_members_stand_beside_the_published_scores_of_their_settings(tmp_path, name):
     grid = Grid.from_file(find_sweep_file("rate-and-rank"))
-    recipe, of_study = f"tinker-tulu3/{name}", studies.find("tinker-tulu3")
-    published = published_beside(tmp_path, recipe, grid, [])
-    lowest = float(of_study.published[of_study.origin(recipe)].scores["nll"].value)
-    assert min(published) == lowest
-    assert len(published) == 16
+    study = studies.find("tinker-tulu3")
+    published = published_beside(tmp_path, f"tinker-tulu3/{name}", grid, [])
+    lowest = study.published[study.origin(f"tinker-tulu3/{name}")].scores["nll"]
+    assert (len(published), min(published)) == (16, float(lowest.value))
 
 
 def test_a_studys_recipes_compare_by_their_best_members(tmp_path, recipe):
     """Best by eval loss, whatever their scores."""
-    runs, others = tmp_path / "runs", ("haider2024/llama-2-7b", "haider2024/llama-3-8b", "haider2024/llama-3.1-8b")
-    swept = [a_sweep(runs, {"a": [(9.0, 1.3, 7.0)], "b": [(5.0, 1.1, 7.0)], "c": [(5.5, 1.2, 8.0)]})]
-    swept += [a_sweep(runs, {"a": [(6.0, 1.0, 7.0)], "b": [(6.5, 1.4, 7.0)]}, of=other) for other in others]
-    a_run(runs, others[0], "2025-plain", 4.9)
-    (runs / others[2] / "2026-a-0" / "run.json").unlink()
-    for config in (runs / others[1]).rglob("config.yaml"):
+    runs = tmp_path / "runs"
+    a_sweep(runs, {"a": [(9.0, 1.3, 7.0)], "b": [(5.0, 1.1, 7.0)], "c": [(5.5, 1.2, 8.0)]}).write(runs)
+    plain, unvalidated, unfinished = "haider2024/llama-2-7b", "haider2024/llama-3-8b", "haider2024/llama-3.1-8b"
+    for name in (plain, unvalidated, unfinished):
+        a_sweep(runs, {"a": [(6.0, 1.0, 7.0)], "b": [(6.5, 1.4, 7.0)]}, of=name).write(runs)
+    a_run(runs, plain, "2025-plain", 4.9)
+    for config in (runs / unvalidated).rglob("config.yaml"):
         config.write_text(yamlfiles.write_yaml(yamlfiles.read_yaml(config) | {"test_datasets": None}))
-    for sweep in swept:
-        sweep.write(runs)
+    (runs / unfinished / "2026-a-0" / "run.json").unlink()
     rows = {row["recipe"]: row for row in recipe.json("results", "haider2024")}
-    best, plain, unvalidated, unfinished = (rows[name]["tuned"][0] for name in (BASE, *others))
-    assert fields(best["best"], "member", "bleu4", "eval_loss") == ["b", 5.0, 1.1]
-    assert rows[BASE]["bleu4"] == 5.5  # represented by the member with the recipe's own value
-    assert plain["best"]["member"] == "a"
-    assert rows[others[0]]["bleu4"] == 4.9
-    assert unvalidated["best"] is None
-    assert unfinished["best"]["member"] == "b"
-    assert fields(unfinished, "finished", "members") == [1, 2]
+    assert [rows[name]["bleu4"] for name in (BASE, plain)] == [5.5, 4.9]  # of the runs with the recipe's own values
+    tuned = {name: rows[name]["tuned"][0] for name in (BASE, plain, unvalidated, unfinished)}
+    assert fields(tuned[BASE]["best"], "member", "bleu4", "eval_loss") == ["b", 5.0, 1.1]
+    assert [tuned[name]["best"]["member"] for name in (plain, unfinished)] == ["a", "b"]
+    assert tuned[unvalidated]["best"] is None
+    assert fields(tuned[unfinished], "finished", "members") == [1, 2]
     table = recipe("results", "haider2024").stdout
     shown = re.findall(r"^(haider\S+) +([ab]) +(\S+)", table, re.MULTILINE)
-    assert shown == [(others[0], "a", "1.00"), (BASE, "b", "1.10"), (others[2], "b", "1.40")]
-    assert table.splitlines()[-1] == without_best(f"ranks/{others[1]}")
-    assert recipe("results", "haider2024", "--rehearse").stdout == ""  # of which there are none
+    assert shown == [(plain, "a", "1.00"), (BASE, "b", "1.10"), (unfinished, "b", "1.40")]
+    assert table.splitlines()[-1] == without_best(f"ranks/{unvalidated}")
 
 
 def test_a_study_is_swept_and_again_nothing_is_done(recipe, tmp_path, tiny_profile, fake_axolotl, monkeypatch):
