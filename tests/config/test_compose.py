@@ -49,7 +49,8 @@ def test_another_content_of_a_file_that_a_config_names_is_another_config(place, 
     (place / file).parent.mkdir(exist_ok=True)
     (place / file).write_text("{}")
     before, record = {composed.digest, composed.rows_digest}, run.record_of(composed, request)
-    assert {composed.digest, composed.rows_digest} == before and record.changed_data is None
+    assert {composed.digest, composed.rows_digest} == before
+    assert record.changed_data is None
     (place / file).write_text("{ }")
     assert not {composed.digest, composed.rows_digest} & before
     assert record.changed_data == place / file
@@ -58,7 +59,8 @@ def test_another_content_of_a_file_that_a_config_names_is_another_config(place, 
 def test_a_config_without_a_seed_gets_axolotls_own(place):
     (place / "own.yaml").write_text("base_model: m\nadapter: lora\n")
     composed = compose.compose(Request("own.yaml"))
-    assert composed.config["seed"] == 42 and [one.key for one in composed.differences] == ["seed"]
+    assert composed.config["seed"] == 42
+    assert [difference.key for difference in composed.differences] == ["seed"]
 
 
 def test_a_mirror_is_a_difference(place):

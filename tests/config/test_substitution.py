@@ -89,7 +89,8 @@ def test_several_data_sets_share_the_rows_and_those_elsewhere_are_left_out():
 def test_the_sample_takes_the_place_of_rows_that_are_not_there(path):
     composed = rehearsed({"datasets": [{"path": path, "type": "completion"}]})
     (dataset,) = composed.config["datasets"]
-    assert Path(dataset["path"]).is_file() and dataset["type"] == "alpaca"
+    assert Path(dataset["path"]).is_file()
+    assert dataset["type"] == "alpaca"
     assert composed.config["sequence_len"] == 512
     reason = f"rows of the shipped sample, because {path} cannot be loaded in part on this machine"
     assert source(composed, "datasets.0.path") == Source("rehearsal", detail=reason)
