@@ -1,9 +1,11 @@
-"""tools/plain.py finds dense code and code that reads sentences."""
+"""tools/plain.py finds dense code and code that reads sentences; tools/words.py finds words."""
 
 import ast
+from pathlib import Path
 
 import plain
 import pytest
+import words
 
 DENSE = [
     pytest.param(
@@ -123,3 +125,19 @@ def test_the_source_is_plain(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["plain.py"])
     plain.main()
     assert capsys.readouterr().out == ""
+
+
+def test_names_that_say_little_are_found():
+    code = "def of(given):\n    found = [each for each in given]\n    return found.own"
+    assert sorted(words.names(Path("a.py"), code)) == [
+        "a.py:1: given: name the thing",
+        "a.py:1: of(): name what the function does or returns",
+        "a.py:2: each: name the thing",
+        "a.py:2: found: name the thing",
+    ]
+
+
+def test_phrases_are_found_outside_of_jinja():
+    assert [*words.phrases(Path("a.md"), "one\nthe file is none {{ is none }}")] == [
+        "a.md:2: is none: use a noun or a verb, in the active voice"
+    ]

@@ -149,7 +149,7 @@ def _bound_and_describe(keys: dict[str, Any]) -> None:
         alternatives = keys[name].get("anyOf", [keys[name]])
         for alternative in alternatives:
             if alternative["type"] in ("integer", "number"):
-                alternative |= bound
+                alternative.update(bound)
         alternatives.sort(key=lambda alternative: alternative["type"] == "string")  # editors judge by the first
     for name, description in DESCRIPTIONS.items():
         keys[name]["description"] = description

@@ -80,8 +80,9 @@ def test_no_link_is_followed(tmp_path):
         lambda: held(link, "is held").__enter__(),
         lambda: is_held(link),
     ):
-        with pytest.raises(UserError, match="link: "):
+        with pytest.raises(UserError) as refused:
             touch()
+        assert str(refused.value) == f"{link}: symbolic links are not followed; replace it with a file"
     assert mine.read_text() == "mine"
     with replacing(link) as stream:
         stream.write(b"new")
@@ -123,7 +124,7 @@ def test_deep_json_is_refused_where_it_is_read(tmp_path, recipe, value):
     )
     for options in ((), ("--out", "scored.jsonl"), ("--json",)):
         done = recipe.fails("score", "deep.jsonl", *options)
-        assert "deep.jsonl:2: not JSON: " in done.stderr
+        assert done.stderr.startswith("recipe: deep.jsonl:2: not JSON: ")
     assert [file.name for file in tmp_path.iterdir()] == ["deep.jsonl"]
     assert files.read_json(deep) == {}
     (tmp_path / "mine.yaml").write_text(yamlfiles.write_yaml(config_with(DEEP_ROWS)))
