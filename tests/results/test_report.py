@@ -14,6 +14,7 @@ import pytest
 import run_folders
 
 from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.files import sha256, write_rows
 from qlora_recipes.config.datafiles import DataFile
 from qlora_recipes.config.merging import Difference, Override, Source
@@ -127,32 +128,46 @@ def a_sweep(folder: Path) -> Sweep:
     return sweep
 
 
-def test_a_report_says_what_the_run_was(tmp_path):
-    html = html_of(a_run(tmp_path))
-    for said in (LLAMA_3, "Rehearsal.", "--set lora_r=&lt;b&gt;⟨U+202E⟩&lt;/b&gt;", "f" * 64, "a &lt;processor&gt;"):
-        assert said in html
-    assert "a-judge" in html
-    assert "GPU, an RTX 5000 (Turing)" in html  # the source of fp16
-    assert "the-secret" not in html
-    assert "5.27" not in html  # published, and nothing for a rehearsal to stand beside
-    assert "<script>alert" not in html
+def test_a_report_has_the_runs_scores_and_differences(tmp_path):
+    reported = report_runs.reported_runs([a_run(tmp_path)])
+    page = report.runs_page(reported)
+    assert page.kind == "Run 1"
+    scores = [("rows", "40"), ("BLEU-4", "20.62 (18.56 to 22.68)"), ("ROUGE-L", "0.2062 (0.1856 to 0.2268)")]
+    scores += [("BERTScore F1", "0.8206 (0.7386 to 0.9027)"), ("BERTScore F1 by", "a-judge")]
+    assert [tuple(row.values()) for row in page.scores] == scores
+    assert page.scored_on == "40 of 5,000 rows of data/test.jsonl"
+    why = "--set lora_r=<b>\u202e</b>"
+    assert reported[0].differs == [{"setting": "lora_r", "recipe": "32", "this run": "64", "why": why}]
 
 
-def test_the_source_of_a_setting_without_a_comment_is_the_recipe(tmp_path, monkeypatch):
-    monkeypatch.setattr(yamlfiles, "sources", lambda file: {})
-    (reported,) = report_runs.reported_runs([a_run(tmp_path)])
+def test_each_setting_has_its_source(tmp_path, monkeypatch):
+    run = a_run(tmp_path)
+    (reported,) = report_runs.reported_runs([run])
     sources = {row["setting"]: row["source"] for row in reported.settings}
-    assert sources["lora_alpha"] == "the recipe"
-    assert sources["lora_r"][:5] == "--set"
+    assert sources["lora_r"] == "--set lora_r=<b>\u202e</b>"
+    assert sources["fp16"] == "authors' notebook; the paper's GPU, an RTX 5000 (Turing), has no bf16"
+    assert sources["hub_token"] == "set by the run"
+    monkeypatch.setattr(yamlfiles, "sources", lambda file: {})
+    (reported,) = report_runs.reported_runs([run])
+    assert {row["setting"]: row["source"] for row in reported.settings}["lora_alpha"] == "the recipe"
+
+
+def test_text_of_a_run_is_escaped_and_its_secrets_are_masked(tmp_path):
+    html = html_of(a_run(tmp_path))
+    parts = ["--set lora_r=&lt;b&gt;⟨U+202E⟩&lt;/b&gt;", "a &lt;processor&gt;", "f" * 64, "Rehearsal."]
+    assert [part for part in parts if part not in html] == []
+    assert [part for part in ("the-secret", "<script>alert") if part in html] == []
 
 
 def test_a_run_with_nothing_yet(tmp_path):
     run = a_run(tmp_path, summary=Summary())
     for file in (run.metrics, run.path / "scores.json", run.path / "predictions.jsonl", run.config_file):
         file.unlink()
-    html = html_of(run)
-    assert "data-figure=" not in html and "recipe evaluate RUN" in html
-    assert "reader-data" not in html.partition("<script>")[0]
+    page = report.runs_page(report_runs.reported_runs([run]))
+    assert page.training == []
+    assert page.scores == []
+    assert page.reader_data == ""
+    assert "Not evaluated yet: <code>recipe evaluate RUN</code>" in page.html()
 
 
 def test_curves_are_the_telemetry(tmp_path):
@@ -164,7 +179,11 @@ def test_curves_are_the_telemetry(tmp_path):
     assert training["x"] == list(range(1, 31))
     assert training["y"] == pytest.approx([record["loss"] for record in metrics if "loss" in record], rel=1e-5)
     assert validation["x"] == [0, 10, 20, 30]
-    assert figures["cpu"].title == "CPU load" and figures["cpu"].traces[0]["y"][0] == 187.5
+    assert figures["cpu"].title == "CPU load"
+    assert figures["cpu"].traces[0]["y"][0] == 187.5
+
+
+def test_many_steps_are_averaged():
     many = [{"step": i, "loss": float(i)} for i in range(10_000)]
     averaged = next(report_figures.training_figures({"a": many})).traces[0]
     assert len(averaged["x"]) == report_figures.MOST_POINTS
@@ -174,11 +193,13 @@ def test_curves_are_the_telemetry(tmp_path):
 def test_diffs_are_those_that_were_evaluated(tmp_path):
     members = report_runs.reported_runs([a_run(tmp_path)])
     (shown,) = report_runs.reader(members)
-    assert shown["diff"][3].startswith("@@ -3,4") and shown["data"] == "data/test.jsonl"
+    assert shown["diff"][3].partition(" @@")[0] == "@@ -3,4 +3,5"
+    assert shown["data"] == "data/test.jsonl"
     test = tmp_path / "data" / "test.jsonl"
     test.write_bytes(test.read_bytes() + b"\n")
     (shown,) = report_runs.reader(members)
-    assert shown["diff"] is None and "has changed" in shown["why"]
+    assert shown["diff"] is None
+    assert shown["why"] == ("The inputs are not shown: data/test.jsonl is missing or has changed since the evaluation.")
 
 
 def test_runs_on_the_same_rows_share_them_and_are_told_apart_by_their_labels(tmp_path):
@@ -190,25 +211,40 @@ def test_runs_on_the_same_rows_share_them_and_are_told_apart_by_their_labels(tmp
     assert len(report_runs.reader(report_runs.reported_runs(runs))) == 2
 
 
-def test_the_study_stands_beside_what_is_published_and_rehearsals_do_not(tmp_path):
+def test_only_real_runs_of_a_study_stand_beside_published_scores(tmp_path):
     a_run(tmp_path, rehearsal=False)
-    runs = tmp_path / "runs"
-    html = report.study_page(STUDY, False, runs).html()
-    assert "5.27" in html and STUDY.compared[0].name in html and "Rehearsal." not in html
+    page = report.study_page(STUDY, False, tmp_path / "runs")
+    assert [str(row["published"]) for row in page.overview] == ["5.27"]
+    assert page.section.tables[-1].title == "To compare with"
     a_run(tmp_path, name="2")
-    html = report.study_page(STUDY, True, runs).html()
-    assert "5.27" not in html and STUDY.compared[0].name not in html and "Rehearsal." in html
+    page = report.study_page(STUDY, True, tmp_path / "runs")
+    assert ["published" in row for row in page.overview] == [False]
+    assert page.section.tables[-1].title == "Other scores, and costs of the runs"
+
+
+def test_a_report_does_not_mix_rehearsals_and_real_runs(tmp_path):
+    with pytest.raises(UserError) as raised:
+        html_of(a_run(tmp_path), a_run(tmp_path, name="2", rehearsal=False))
+    assert str(raised.value) == "rehearsals and real runs are not comparable; report on only one kind"
+
+
+def test_a_sweep_without_a_run_has_no_report(tmp_path):
+    sweep = Sweep(name="ranks", recipe=LLAMA_3, rehearsal=True, keys=["lora_r"], members=[])
+    with pytest.raises(UserError) as raised:
+        report.sweep_page(sweep, tmp_path)
+    assert str(raised.value) == "ranks: no member has a run yet; start them with `recipe sweep`"
 
 
 def test_a_sweep_shows_its_trade_offs(recipe, tmp_path):
-    a_sweep(tmp_path)
-    done = recipe("report", "ranks")
-    assert done.returncode == 0
-    assert done.stdout == "report.html\n"
-    html = (tmp_path / "report.html").read_text()
-    assert "Low rank 43" in html and "Odd" in html
-    assert "front: on the Pareto front over peak memory and eval_loss" in html
-    assert 'data-figure="sweep-memory-eval_loss"' in html
+    sweep = a_sweep(tmp_path)
+    page = report.sweep_page(sweep, tmp_path / "runs")
+    (table,) = page.section.tables
+    assert [row["member"] for row in table.rows] == ["Paper", "High rank", "Low rank", "Odd"]
+    assert page.section.notes[0] == "front: on the Pareto front over peak memory and eval_loss"
+    assert [figure.key for figure in page.section.figures] == ["sweep-memory-eval_loss"]
+    assert page.runs[-1].label == "Low rank, Low rank 43"
+    assert recipe.ok("report", "ranks").stdout == "report.html\n"
+    assert 'data-figure="sweep-memory-eval_loss"' in (tmp_path / "report.html").read_text()
 
 
 @pytest.fixture(scope="module")
