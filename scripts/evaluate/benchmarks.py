@@ -134,7 +134,8 @@ def _measure(columns: Mapping[str, Column], prompter: "Prompter", options: Measu
     )
     ends = sorted(prompter.ends)
     model_hash = digest(base_weights(prompter) | {"adapter": settings.adapter_sha256, "ends": ends})
-    entries = [dataset.entry for dataset in datafiles.training_sets(prompter.cfg)]
+    cache = paths.cache() / "benchmarks" / model_hash[:16]
+    types = [dataset.entry.get("type") for dataset in datafiles.training_sets(prompter.cfg)]
     benchmarks = {}
     for name, (task, manager) in tasks.items():
         parameters = columns[name].parameters
@@ -147,8 +148,8 @@ def _measure(columns: Mapping[str, Column], prompter: "Prompter", options: Measu
                 task_manager=manager,
                 num_fewshot=parameters.shots,
                 samples=samples,
-                use_cache=str(paths.cache() / "benchmarks" / f"{model_hash[:16]}-{name}"),
-                apply_chat_template=any(entry.get("type") == "chat_template" for entry in entries),
+                use_cache=f"{cache}-{name}",
+                apply_chat_template="chat_template" in types,
                 log_samples=False,
             )
         except Exception as error:  # tasks run code of their own
@@ -261,23 +262,24 @@ def summarise(
     metric, _, extraction = result.partition(",")
     values = [results[task][result] for task in counted]
     higher_is_better = report["higher_is_better"].get(counted[0], {}).get(metric)
-    are_shares = all(0 <= value <= 1 for value in values)
-    if higher_is_better is False or not are_shares:
+    if higher_is_better is False or not all(0 <= value <= 1 for value in values):
         raise WorkFailed(
             f"{parameters.task}: {metric} is not a share from 0 to 1 that is better if higher; set the parameter "
             f"result to another of its results: {', '.join(_numbers(results[counted[0]]))}"
         )
+    errors = [results[task].get(f"{metric}_stderr,{extraction}") for task in counted]
     total_rows = sum(report["n-samples"][task]["original"] for task in leaves)
+    rows = total_rows if samples is None else sum(map(len, samples.values()))
     shots = {report["n-shot"].get(task) for task in leaves}
     return Benchmark(
         value=100 * sum(values) / len(values),
-        stderr=_standard_error([results[task].get(f"{metric}_stderr,{extraction}") for task in counted]),
+        stderr=_standard_error(errors),
         task=parameters.task,
         result=metric,
         version=str(report["versions"].get(name)),
         shots=shots.pop() if len(shots) == 1 else None,
         filter=extraction,
-        rows=total_rows if samples is None else sum(map(len, samples.values())),
+        rows=rows,
         total_rows=total_rows,
         limit=limit,
         ends=ends,

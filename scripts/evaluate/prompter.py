@@ -133,7 +133,7 @@ class Prompter:
             start, end = answer_of(tokens.labels)
             reference = row.get(kind.reference) if kind.reference else None
             if reference is None:
-                reference = str(self.tokenizer.decode(tokens.ids[start:end], skip_special_tokens=True)).strip()
+                reference = self._decode(tokens.ids[start:end])
             if isinstance(kind, Chat):
                 answer = last_answer(kind, row)
                 first_token = str(self.tokenizer.decode(tokens.ids[start : start + 1])).strip()
@@ -142,12 +142,17 @@ class Prompter:
                     if reference.endswith(answer):
                         reference = answer
             examples.append(Example(tokens.ids[:start][-longest:], reference if start < end else ""))
-        if with_other_answer:
-            tokenized = tokenize(data, cfg, dataset, self.tokenizer, [*with_other_answer.values()], longest)
-            for number, tokens in zip(with_other_answer, tokenized, strict=True):
-                start, _ = answer_of(tokens.labels)
-                examples[number].prompt = tokens.ids[:start][-longest:]
+        if not with_other_answer:
+            return examples
+        tokenized = tokenize(data, cfg, dataset, self.tokenizer, [*with_other_answer.values()], longest)
+        for number, tokens in zip(with_other_answer, tokenized, strict=True):
+            start, _ = answer_of(tokens.labels)
+            examples[number].prompt = tokens.ids[:start][-longest:]
         return examples
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        """Text of some tokens, without special tokens."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
 def last_answer(kind: Chat, row: Row) -> str:

@@ -64,12 +64,16 @@ def columns_of(recipe: str | None = None, requested: Iterable[str] = ()) -> dict
     columns = declared | additional
     if all(isinstance(column.metric, BenchmarkMetric) for column in columns.values()) and not declared:
         columns = registry.columns(dict.fromkeys(registry.DEFAULT)) | additional
-    scored_by_row = row_columns(columns)
-    for column in columns.values():
-        if isinstance(column.parameters, GroupParameters) and column.parameters.of not in scored_by_row:
-            averaged = column.parameters.of
-            raise UserError(f"mean_of_groups: {averaged} does not score single rows; name another metric in `of`")
+    _require_averaged(columns)
     return columns
+
+
+def _require_averaged(columns: Mapping[str, Column]) -> None:
+    """Raise UserError if a mean of groups names a metric that does not score single rows."""
+    by_row = row_columns(columns)
+    for parameters in (column.parameters for column in columns.values()):
+        if isinstance(parameters, GroupParameters) and parameters.of not in by_row:
+            raise UserError(f"mean_of_groups: {parameters.of} does not score single rows; name another metric in `of`")
 
 
 def row_columns(columns: Mapping[str, Column]) -> dict[str, Column]:
@@ -276,10 +280,8 @@ def _shares(rows: Sequence[Row]) -> RowShares:
     if not rows:
         return RowShares(rows=0)
     times = Counter(row["prediction"].strip() for row in rows)
+    exact = sum(row["exact"] for row in rows)
     empty = times.pop("", 0)
-    return RowShares(
-        rows=len(rows),
-        exact=sum(row["exact"] for row in rows) / len(rows),
-        empty=empty / len(rows),
-        repeated=sum(count for count in times.values() if count > 1) / len(rows),
-    )
+    repeated = sum(count for count in times.values() if count > 1)
+    total = len(rows)
+    return RowShares(rows=total, exact=exact / total, empty=empty / total, repeated=repeated / total)

@@ -146,7 +146,9 @@ class EvaluationSettings(BaseModel):
 
     @property
     def rows_in_words(self) -> str:
-        return f"{self.rows:,} of {self.total_rows:,} rows" if self.rows < self.total_rows else f"{self.rows:,} rows"
+        if self.rows < self.total_rows:
+            return f"{self.rows:,} of {self.total_rows:,} rows"
+        return f"{self.rows:,} rows"
 
     @property
     def note(self) -> str | None:
@@ -174,6 +176,11 @@ class EvaluationSettings(BaseModel):
         Batches and engines change predictions only by rounding, see `stands_for`.
         """
         return self.model_dump(exclude={"adapter", "test_set", "batch_size", *_SELECTION, *ORIGIN})
+
+    def differing_keys(self, other: "EvaluationSettings") -> list[str]:
+        """Keys of `identity` that have another value in other settings."""
+        identity = other.identity()
+        return [key for key, value in self.identity().items() if value != identity[key]]
 
     def folder(self, run: Path) -> Path:
         """Folder for an evaluation with these settings, if they are not the default, in a run folder."""
@@ -278,8 +285,8 @@ class Scores(BaseModel):
         flat = {"rows": self.shares.rows, "intervals": intervals, **values, **self.details}
         flat |= self.shares.model_dump(exclude={"rows"}, exclude_none=True)
         flat["metrics"] = {name: record.declaration for name, record in self.scores.items()}
-        if self.all_notes:
-            flat["notes"] = self.all_notes
+        if notes := self.all_notes:
+            flat["notes"] = notes
         return flat
 
 
@@ -293,7 +300,7 @@ class Evaluation(Scores):
         also_trained: positions of evaluated rows that are also training rows; None if unknown.
     """
 
-    made: str
+    created: str
     rehearsal: bool
     version: int
     settings: EvaluationSettings
@@ -392,9 +399,8 @@ def changed(folder: Path, evaluation: Evaluation | None, run: Run | None = None)
         return None
     if run and run.adapter and evaluation.settings.adapter_sha256 != run.adapter.sha256:
         return "stale"
-    adapter = folder / "output"  # even in a moved run folder
-    if not adapter.is_dir():
-        adapter = Path(evaluation.settings.adapter)
+    output = folder / "output"  # even in a moved run folder
+    adapter = output if output.is_dir() else Path(evaluation.settings.adapter)
     files = {"adapter": adapter / ADAPTER, "predictions": folder / PREDICTIONS}
     differing = [name for name, state in evaluation.files.items() if state.differs(files[name])]
     if "adapter" in differing or any(state.changed for state in evaluation.data):

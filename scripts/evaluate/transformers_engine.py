@@ -125,10 +125,7 @@ class Reference:
         """
         decoding = self.settings.decoding
         lengths = [len(prompt) + decoding.max_new_tokens for prompt in prompts]
-        most_rows, most_tokens = MOST_ROWS, self.settings.batch_tokens
-        if most_tokens is None or decoding.do_sample:
-            most_rows, most_tokens = FIXED
-        most_rows = self.settings.batch_size or most_rows
+        most_rows, most_tokens = self._batch_limits()
         fitting_rows = most_rows
         for number, (room, batch) in enumerate(batches(lengths, most_rows, most_tokens)):
             if all(i in done for i in batch):
@@ -147,6 +144,13 @@ class Reference:
                     continue
                 texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
                 yield {i: Completion(text.strip(), ids) for i, text, ids in zip(part, texts, answers, strict=True)}
+
+    def _batch_limits(self) -> tuple[int, int]:
+        """Maximum numbers of rows and tokens in a batch."""
+        most_rows, most_tokens = MOST_ROWS, self.settings.batch_tokens
+        if most_tokens is None or self.settings.decoding.do_sample:
+            most_rows, most_tokens = FIXED
+        return self.settings.batch_size or most_rows, most_tokens
 
     @staticmethod
     def _too_large(rows: int, tokens: int) -> WorkFailed:
@@ -253,11 +257,14 @@ def _require_none(file: Path, problem: str, layers: Set[str]) -> None:
 def base_weights(prompter: Prompter) -> dict[str, Any]:
     """Identity of the base model's weights: revision, files, quantization and config."""
     settings, quantization = prompter.settings, prompter.quantization
-    states = [(file.name, file.stat()) for file in Path(settings.base_model).glob("*.*")]
+    files = []
+    for file in Path(settings.base_model).glob("*.*"):
+        state = file.stat()
+        files.append((file.name, state.st_size, state.st_mtime_ns))
     return {
         "model": settings.base_model,
         "revision": getattr(prompter.config, "_commit_hash", None) or prompter.revision,
-        "files": sorted((name, state.st_size, state.st_mtime_ns) for name, state in states),
+        "files": sorted(files),
         "kinds": quantization.to_diff_dict() if quantization else None,
         "config": settings.built_with,
         "dtype": settings.dtype,

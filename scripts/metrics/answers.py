@@ -118,7 +118,8 @@ def _by_loraga(text: str, markers: Sequence[str]) -> Decimal:
     return Decimal(number[1]) if number else Decimal()
 
 
-_PARSERS: dict[str, Callable[[str, Sequence[str]], float | Decimal | str | None]] = {
+Number = float | Decimal | str | None  # a text is compared as it is
+_PARSERS: dict[str, Callable[[str, Sequence[str]], Number]] = {
     "loftq": _by_loftq,
     "peft": _by_peft,
     "pissa": _by_pissa,
@@ -126,12 +127,12 @@ _PARSERS: dict[str, Callable[[str, Sequence[str]], float | Decimal | str | None]
 }
 
 
-def number_of(text: str, parameters: NumberParameters) -> float | Decimal | str | None:
+def number_of(text: str, parameters: NumberParameters) -> Number:
     """Number in an answer, or a text that is compared instead; None without either."""
     return _PARSERS[parameters.parser](text, parameters.sought)
 
 
-def number_of_reference(text: str, parameters: NumberParameters) -> float | Decimal | str | None:
+def number_of_reference(text: str, parameters: NumberParameters) -> Number:
     """Number behind the last marker of a reference.
 
     A reference ends with its answer, so an earlier marker is part of its explanation. This holds for all parsers; the
@@ -262,40 +263,39 @@ def mean_of_groups(groups: Sequence[Sequence[float]], averaged: RowMetric) -> tu
     return mean, (max(mean - half, averaged.low), min(mean + half, high))
 
 
-METRICS = (
-    RowMetric(
-        name="number",
-        label="right numbers",
-        hub_type="accuracy",
-        low=0,
-        high=100,
-        unit="%",
-        source="the code of LoftQ, PEFT's method comparison, PiSSA or LoRA-GA",
-        score_rows=number,
-        all_or_nothing=True,
-        parameters=NumberParameters,
-        notes=notes_on_numbers,
-    ),
-    RowMetric(
-        name="choice",
-        label="right choices",
-        hub_type="accuracy",
-        low=0,
-        high=100,
-        unit="%",
-        source="this project",
-        score_rows=choice,
-        all_or_nothing=True,
-        parameters=ChoiceParameters,
-    ),
-    GroupMetric(
-        name="mean_of_groups",
-        label="mean of groups",
-        hub_type="accuracy",
-        low=0,
-        high=100,
-        unit="%",
-        source="this project",
-        parameters=GroupParameters,
-    ),
+NUMBER = RowMetric(
+    name="number",
+    label="right numbers",
+    hub_type="accuracy",
+    low=0,
+    high=100,
+    unit="%",
+    source="the code of LoftQ, PEFT's method comparison, PiSSA or LoRA-GA",
+    score_rows=number,
+    all_or_nothing=True,
+    parameters=NumberParameters,
+    notes=notes_on_numbers,
 )
+CHOICE = RowMetric(
+    name="choice",
+    label="right choices",
+    hub_type="accuracy",
+    low=0,
+    high=100,
+    unit="%",
+    source="this project",
+    score_rows=choice,
+    all_or_nothing=True,
+    parameters=ChoiceParameters,
+)
+MEAN_OF_GROUPS = GroupMetric(
+    name="mean_of_groups",
+    label="mean of groups",
+    hub_type="accuracy",
+    low=0,
+    high=100,
+    unit="%",
+    source="this project",
+    parameters=GroupParameters,
+)
+METRICS = (NUMBER, CHOICE, MEAN_OF_GROUPS)

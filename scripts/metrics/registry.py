@@ -43,30 +43,28 @@ BENCHMARK = BenchmarkMetric(
     source="a task of lm-evaluation-harness",
     parameters=BenchmarkParameters,
 )
-_OF_RUNS = (
-    LossMetric(
-        name="eval_loss",
-        label="eval loss",
-        hub_type="loss",
-        low=0,
-        high=None,
-        unit="nats per token",
-        source="the last eval loss of the training, a mean over all tokens with loss",
-        higher_is_better=False,
-        score_loss=float,
-    ),
-    LossMetric(
-        name="perplexity",
-        label="perplexity",
-        hub_type="perplexity",
-        low=1,
-        high=None,
-        source="exp of the eval loss per token",
-        higher_is_better=False,
-        score_loss=math.exp,
-    ),
-    BENCHMARK,
+EVAL_LOSS = LossMetric(
+    name="eval_loss",
+    label="eval loss",
+    hub_type="loss",
+    low=0,
+    high=None,
+    unit="nats per token",
+    source="the last eval loss of the training, a mean over all tokens with loss",
+    higher_is_better=False,
+    score_loss=float,
 )
+PERPLEXITY = LossMetric(
+    name="perplexity",
+    label="perplexity",
+    hub_type="perplexity",
+    low=1,
+    high=None,
+    source="exp of the eval loss per token",
+    higher_is_better=False,
+    score_loss=math.exp,
+)
+_OF_RUNS = (EVAL_LOSS, PERPLEXITY, BENCHMARK)
 METRICS: dict[str, Metric] = {metric.name: metric for metric in (*OF_TEXTS, *OF_ANSWERS, bertscore.METRIC, *_OF_RUNS)}
 TASK, SCORER = "benchmark:", "bertscore:"  # prefixes in --metric
 DEFAULT = ("bleu4", "rouge_l", "bertscore_f1", "sacrebleu")

@@ -219,7 +219,7 @@ def record_of_run(result: RunResult) -> Record:
 def _moment(result: RunResult) -> str:
     """Time of the scoring; without one, of the end of the last launch, or of the run's creation."""
     if result.evaluation:
-        return result.evaluation.made
+        return result.evaluation.created
     launches = result.run.launches
     if launches and launches[-1].ended:
         return launches[-1].ended

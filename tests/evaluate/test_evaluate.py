@@ -160,7 +160,7 @@ def test_the_reason_to_score_again_is_named(run, changes, metrics, reason):
     declared = {column.name: column.entry for column in task_of(run, limit=3).columns.values()}
     settings = {key: value for key, value in changes.items() if key != "version"}
     former = Evaluation(
-        made="",
+        created="",
         rehearsal=False,
         scores={name: ScoreRecord(value=1.0, declaration=declaration) for name, declaration in declared.items()},
         shares=RowShares(rows=3),
@@ -291,7 +291,7 @@ def test_times_alone_make_no_evaluation_another(scored):
         os.utime(file, (1, 1))  # as a copy's
     assert listed(scored) == (None, True)
     after = scored_again(scored)
-    assert before and (after.made, after.scores) == (before.made, before.scores)
+    assert before and (after.created, after.scores) == (before.created, before.scores)
 
 
 def test_edited_predictions_are_not_scored_as_the_adapters(scored):

@@ -95,7 +95,7 @@ def evaluated(folder: RunDir, scores: dict[str, Any], rehearsal: bool = False, *
         "dtype": "float16",
     }
     evaluation = Evaluation(
-        made="2026-01-01T11:00:00+00:00",
+        created="2026-01-01T11:00:00+00:00",
         rehearsal=rehearsal,
         scores=score_records(scores),
         shares=RowShares(rows=scores.get("rows", 5000), exact=scores.get("exact")),
