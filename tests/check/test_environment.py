@@ -32,16 +32,20 @@ def lines(recipe: Recipe, code: int) -> Lines:
     return {line["name"]: line for line in recipe.json("doctor", code=code)}
 
 
-def wrong(found: Lines) -> set[str]:
-    assert all(line["remedy"] for line in found.values() if line["state"] == "wrong")
-    return {name for name, line in found.items() if line["state"] == "wrong"}
+def wrong(lines_by_name: Lines) -> set[str]:
+    """Names of the lines with a fault; each has a remedy."""
+    faults = {name: line["remedy"] for name, line in lines_by_name.items() if line["state"] == "wrong"}
+    assert [name for name, remedy in faults.items() if not remedy] == []
+    return set(faults)
 
 
 def test_each_check_of_a_whole_environment_is_one_line(recipe):
-    found = lines(recipe, 0)
-    assert list(found) == ["torch", "GPU", "lock", "hub", "runs", "cache", "models"]
-    assert {found[name]["state"] for name in ("torch", "GPU", "lock", "runs", "cache")} == {"ok"}
-    assert found["hub"]["state"] == "note" and "HF_HUB_OFFLINE" in found["hub"]["found"]
+    by_name = lines(recipe, 0)
+    assert list(by_name) == ["torch", "GPU", "lock", "hub", "runs", "cache", "models"]
+    assert {by_name[name]["state"] for name in ("torch", "GPU", "lock", "runs", "cache")} == {"ok"}
+    assert by_name["hub"]["state"] == "note"
+    offline = "not checked, because HF_HUB_OFFLINE is set; only cached models and data work"
+    assert by_name["hub"]["found"] == offline
 
 
 @pytest.mark.parametrize(
@@ -58,67 +62,89 @@ def test_what_a_machine_lacks_is_wrong_or_a_note_and_leaves_the_other_checks(
 ):
     monkeypatch.setattr(module, name, returns)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    found = lines(recipe, code)
-    assert {name: found.get(name, {}).get("state") for name in states} == states
-    assert wrong(found) == {name for name, state in states.items() if state == "wrong"}
+    by_name = lines(recipe, code)
+    assert {name: by_name.get(name, {}).get("state") for name in states} == states
+    assert wrong(by_name) == {name for name, state in states.items() if state == "wrong"}
 
 
 @pytest.mark.parametrize(
-    "torch", [{"cuda": None, "gpus": 0}, {"gpus": 0, "problem": "Error 802"}, {"problem": "no kernel image"}]
+    ("torch", "problem"),
+    [
+        ({"cuda": None, "gpus": 0}, f"{TORCH['version']}, built without CUDA"),
+        ({"gpus": 0, "problem": "Error 802"}, "Error 802"),
+        ({"problem": "no kernel image"}, "no kernel image"),
+    ],
 )
-def test_torch_has_to_compute_on_the_gpu(recipe, monkeypatch, torch):
+def test_torch_has_to_compute_on_the_gpu(recipe, monkeypatch, torch, problem):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(environment, "ask_torch", lambda: TORCH | torch)
-    found = lines(recipe, 1)
-    assert wrong(found) == {"GPU"} and found["GPU"]["command"] == OLDER
-    assert torch.get("problem", "without CUDA") in found["GPU"]["found"]
+    by_name = lines(recipe, 1)
+    assert wrong(by_name) == {"GPU"}
+    assert by_name["GPU"]["command"] == OLDER
+    assert by_name["GPU"]["found"].partition("; ")[2] == f"torch does not compute on it: {problem}"
 
 
 @pytest.mark.parametrize(
-    ("probe", "error"),
-    [("raise ImportError('libcudart.so.13')", "libcudart.so.13"), ("import time; time.sleep(60)", "")],
+    ("probe", "timeout", "error"),
+    [
+        ("raise ImportError('libcudart.so.13')", 60, "ImportError: libcudart.so.13"),
+        ("import time; time.sleep(60)", 0.2, "no answer within 0.2 s"),
+    ],
 )
-def test_torch_is_asked_in_a_process_that_may_crash(monkeypatch, probe, error):
+def test_torch_is_asked_in_a_process_that_may_crash(monkeypatch, probe, timeout, error):
     monkeypatch.undo()
     monkeypatch.setattr(environment, "_PROBE", probe)
-    monkeypatch.setattr(environment, "TIMEOUT", 60 if error else 0.2)
-    facts = environment.ask_torch()
-    assert facts.keys() == {"error"} and error in facts["error"]
-    monkeypatch.setattr(environment, "ask_torch", lambda: facts)
+    monkeypatch.setattr(environment, "TIMEOUT", timeout)
     (line,) = environment.check_torch()
-    assert line.state == "wrong" and line.command
+    command = environment.install_torch()
+    assert line == environment.Line("torch", "wrong", f"cannot be imported: {error}", "reinstall it", command)
 
 
 def test_torch_is_asked(monkeypatch):
     monkeypatch.undo()
     facts = environment.ask_torch()
-    assert facts["version"].startswith(version("torch")) and facts["gpus"] == 0
+    assert facts["version"].partition("+")[0] == version("torch").partition("+")[0]
+    assert facts["gpus"] == 0
 
 
 @pytest.mark.parametrize(
-    ("content", "state", "found"),
+    ("content", "text"),
     [
-        ("orjson==0.0.1 ; sys_platform == 'linux' \\\n    --hash=sha256:00\n", "wrong", "orjson==0.0.1"),
-        ("# by uv\ngone==1.0 ; python_full_version < '3.0' \\\n    --hash=sha256:00\n", "ok", ""),
-        ("torch==2.14.1\ntriton==3.0\nnvidia-nothing-cu13==13.0\n", "ok", ""),  # torch for another CUDA has its own
-        ("torch==2.14.1\ntriton==3.1\n", "wrong", "triton==3.1"),
+        (
+            "orjson==0.0.1 ; sys_platform == 'linux' \\\n    --hash=sha256:00\n",
+            f'1 differ, such as orjson==0.0.1; sys_platform == "linux" (installed: {version("orjson")})',
+        ),
+        (
+            "# by uv\ngone==1.0 ; python_full_version < '3.0' \\\n    --hash=sha256:00\n",
+            "all 0 packages match requirements.lock",
+        ),
+        (  # torch for another CUDA requires other packages
+            "torch==2.14.1\ntriton==3.0\nnvidia-nothing-cu13==13.0\n",
+            "all 2 packages match requirements.lock",
+        ),
+        ("torch==2.14.1\ntriton==3.1\n", "1 differ, such as triton==3.1 (installed: 3.0)"),
     ],
 )
-def test_packages_have_to_be_those_of_the_lock(recipe, tmp_path, monkeypatch, content, state, found):
+def test_packages_have_to_be_those_of_the_lock(tmp_path, monkeypatch, content, text):
     monkeypatch.setattr(paths, "LOCK", tmp_path / "requirements.lock")
     paths.LOCK.write_text(content)
     if "torch" in content:
         monkeypatch.setattr(environment, "package_version", {"torch": "2.14.1+cu126", "triton": "3.0"}.get)
-    line = lines(recipe, 0 if state == "ok" else 1)["lock"]
-    assert line["state"] == state
-    assert found in line["found"]
+    (line,) = environment.check_lock()
+    assert line.found == text
+    assert line.state == ("ok" if text.startswith("all ") else "wrong")
 
 
 @pytest.mark.parametrize(
-    ("answers", "state", "value"),
-    [([], "ok", "2"), ([403], "note", "a/closed"), ([401, 401], "wrong", ""), ([500] * 12, "note", "500")],
+    ("answers", "state", "text"),
+    [
+        ([], "ok", "answers; your account has access to all 2 base models"),
+        ([403], "note", "answers; no access to a/closed"),
+        ([401, 401], "wrong", "refuses the token"),
+        ([500] * 12, "note", "no answer: status 500"),
+    ],
 )
-def test_the_hub_is_asked_for_the_recipes_models(monkeypatch, answers, state, value):
+def test_the_hub_is_asked_for_the_recipes_models(monkeypatch, answers, state, text):
     with serving(monkeypatch) as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url.partition("/files")[0])
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -130,4 +156,4 @@ def test_the_hub_is_asked_for_the_recipes_models(monkeypatch, answers, state, va
         (line,) = environment.check_hub()
         close_session()
     assert line.state == state
-    assert value in line.found
+    assert line.found == text
