@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import config_with, typed
 
 from qlora_recipes.base import hub, paths, yamlfiles
@@ -37,23 +38,18 @@ def test_every_finding_is_told_at_once_with_its_place(place, recipe):
     )
     (place / "more.yaml").write_text("bf16: true\nlogging_step: 1\n")
 
-    def at(start: str) -> str:
-        lines = (place / "mine.yaml").read_text().splitlines()
-        return f"mine.yaml:{next(i for i, line in enumerate(lines, 1) if line.startswith(start))}: error: "
-
+    keys = [line.partition(":")[0] for line in (place / "mine.yaml").read_text().splitlines()]
     done = recipe.fails("check", "mine.yaml", "--profile", "more.yaml", "--set", "lora_dropout=2", "--gpu", "T4")
-    lines = done.stdout.splitlines()
-    for start, name in (
-        (at("optimizer"), "value:optimizer"),
-        (at("weight_decai"), "unknown-key:weight_decai"),
-        (at("  - v_prj"), "unknown-lora-target:lora_target_modules.2"),
-        ("more.yaml:1: error: ", "gpu-lacks:bf16"),
-        (at("fp16"), "two-precisions:fp16"),
-        ("more.yaml:2: error: ", "unknown-key:logging_step"),
-        ("--set lora_dropout=2: error: ", "value:lora_dropout"),
-    ):
-        assert any(line.startswith(start) and line.endswith(f"[{name}]") for line in lines), (start, done.stdout)
-    assert sum(": error: " in line for line in lines) == 7
+    errors = [line.split(": error: ") for line in done.stdout.splitlines()]
+    assert {error.rpartition("[")[2].rstrip("]"): where for where, error in errors} == {
+        "value:optimizer": f"mine.yaml:{keys.index('optimizer') + 1}",
+        "unknown-key:weight_decai": f"mine.yaml:{keys.index('weight_decai') + 1}",
+        "unknown-lora-target:lora_target_modules.2": f"mine.yaml:{keys.index('  - v_prj') + 1}",
+        "gpu-lacks:bf16": "more.yaml:1",
+        "two-precisions:fp16": f"mine.yaml:{keys.index('fp16') + 1}",
+        "unknown-key:logging_step": "more.yaml:2",
+        "value:lora_dropout": "--set lora_dropout=2",
+    }
 
 
 def test_json(place, recipe):
@@ -62,9 +58,9 @@ def test_json(place, recipe):
     mine, broken, nowhere = recipe.json("check", "mine.yaml", "broken.yaml", "nowhere", "--data", code=2)
     assert mine["checked"] == "mine.yaml"
     (error,) = [finding for finding in mine["findings"] if finding["level"] == "error"]
-    assert "lora_r" in error.pop("problem")
     assert error == {
         "level": "error",
+        "problem": "unknown to Axolotl; did you mean lora_r or lora_dropout?",
         "rule": "unknown-key",
         "name": "unknown-key:lora_rr",
         "key": "lora_rr",
@@ -86,31 +82,38 @@ def test_profiles_over_a_recipe_are_clean(place, profile):
 
 def test_force_overrides_a_named_finding_only(place, recipe):
     wrong = ("run", NAME, "--rehearse", "--dry-run", "--set", "lora_rr=1", "--set", "num_epochs=-1")
-    assert "[unknown-key:lora_rr]" in recipe(*wrong).stderr
-    one = recipe(*wrong, "--force", "unknown-key:lora_rr")
-    assert one.returncode == 2
-    assert "lora_rr" not in one.stderr
-    assert "num_epochs" in one.stderr
-    both = recipe(*wrong, "--force", "unknown-key:lora_rr", "--force", "value:num_epochs")
-    assert both.returncode == 0
-    assert "lora_rr: 1\n" in both.stdout
-    for name in ("unknown-key:lora_r", "everything"):
-        other = recipe(*wrong, "--force", name)
-        assert other.returncode == 2
-        assert f"--force {name}: " in other.stderr
+    epochs = "--set num_epochs=-1: error: num_epochs: -1 is less than or equal to the minimum of 0 [value:num_epochs]\n"
+    assert recipe.fails(*wrong, "--force", "unknown-key:lora_rr").stderr == f"recipe: {epochs}"
+    both = recipe.ok(*wrong, "--force", "unknown-key:lora_rr", "--force", "value:num_epochs")
+    assert yaml.safe_load(both.stdout)["lora_rr"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("unknown-key:lora_r", "; did you mean unknown-key:lora_rr?"),
+        ("everything", "; errors show their names in brackets"),
+    ],
+)
+def test_a_name_of_no_error_is_refused(place, recipe, name, hint):
+    done = recipe.fails("run", NAME, "--rehearse", "--dry-run", "--set", "lora_rr=1", "--force", name)
+    assert done.stderr == f"recipe: --force {name}: this config has no such error{hint}\n"
 
 
 def test_a_secret_cannot_be_forced():
-    with pytest.raises(UserError, match="secret:hub_token"):
-        refuse([Finding("error", "secret", "hub_token", "x")], ["secret:hub_token"])
+    with pytest.raises(UserError) as raised:
+        refuse([Finding("error", "secret", "hub_token", "x", where="mine.yaml")], ["secret:hub_token"])
+    assert str(raised.value) == "mine.yaml: error: hub_token: x [secret:hub_token]"
 
 
 def test_a_run_refuses_bad_rows(place, recipe):
     (place / "bad.jsonl").write_text('{"instruction": "a"}\n')
-    done = recipe("run", NAME, "--rehearse", "--set", "datasets.0.path=bad.jsonl")
-    assert done.returncode == 2
+    done = recipe.fails("run", NAME, "--rehearse", "--set", "datasets.0.path=bad.jsonl")
     assert done.stdout == ""
-    assert "bad.jsonl:1: error: datasets.0.path: " in done.stderr and "[bad-row:" in done.stderr
+    assert done.stderr == (
+        "recipe: bad.jsonl:1: error: datasets.0.path: 1 row: the field output is missing; correct or drop these rows "
+        "[bad-row:datasets.0.path]\n"
+    )
     assert not (place / "runs").exists()
 
 
@@ -120,26 +123,27 @@ def test_what_is_too_big_for_a_card_is_an_error(place, tiny):
     (place / "tiny.yaml").write_text(yamlfiles.write_yaml(config_with(change)))
     small, large = gpus.Gpu("small", (7, 5), 0.2), gpus.Gpu("large", (7, 5), 4)
 
-    def found(gpu: gpus.Gpu, trace: bool = False) -> list[Finding]:
+    def findings_for(gpu: gpus.Gpu, trace: bool = False) -> list[Finding]:
         report = check.check_request(Request("tiny.yaml"), gpu)
         plan.add_memory_finding(report, gpu, trace=trace)
         return report.findings
 
-    (unplanned,) = found(small)
+    (unplanned,) = findings_for(small)
     assert unplanned.name == "not-checked:micro_batch_size"
-    (finding,) = found(small, trace=True)
+    (finding,) = findings_for(small, trace=True)
     assert finding.name == "too-big:micro_batch_size"
     assert finding.level == "error"
-    assert (place / "tiny.yaml").read_text().splitlines()[finding.line - 1].startswith("micro_batch_size")
-    assert found(small) == [finding]  # from the cache
+    line = (place / "tiny.yaml").read_text().splitlines()[finding.line - 1]
+    assert line.partition(":")[0] == "micro_batch_size"
+    assert findings_for(small) == [finding]  # from the cache
     (report,) = verb._checked([Request("tiny.yaml", force=[finding.name])], small, False, True)
-    assert [each.level for each in report.findings] == ["warning"]
-    assert not found(large)
+    assert [warning.level for warning in report.findings] == ["warning"]
+    assert findings_for(large) == []
     engine = {"deepspeed": "zero3_offload.json"}
     composed = Composed("x", place / "tiny.yaml", None, config_with(change | engine), [], {}, [], False)
     report = check.Report("x", composed)
     plan.add_memory_finding(report, small, 2)
-    assert [each.name for each in report.findings] == ["not-checked:micro_batch_size"]
+    assert [note.name for note in report.findings] == ["not-checked:micro_batch_size"]
 
 
 def checked(content: bytes) -> list[Finding]:
@@ -151,44 +155,59 @@ def checked(content: bytes) -> list[Finding]:
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "text"),
     [
-        b"a: !!python/object/apply:os.system ['touch hit']\n",
-        b"\x00\xff\xfe",
-        b"- a\n",
-        b"",
+        pytest.param(
+            b"a: !!python/object/apply:os.system ['touch hit']\n",
+            "any.yaml:1: error: not valid YAML: could not determine a constructor for the tag "
+            "'tag:yaml.org,2002:python/object/apply:os.system' (column 4) [unreadable]",
+            id="code",
+        ),
+        pytest.param(b"\x00\xff\xfe", "any.yaml: error: not a text file in UTF-8 [unreadable]", id="bytes"),
+        pytest.param(b"- a\n", "any.yaml: error: not a mapping of keys to values [unreadable]", id="list"),
+        pytest.param(b"", "any.yaml: error: not a mapping of keys to values [unreadable]", id="empty"),
     ],
-)  # fmt: skip
-def test_a_file_that_is_no_config_is_one_finding(place, content):
-    (only,) = checked(content)
-    assert only.level == "error"
-    assert only.rule == "unreadable"
-    assert only.where == "any.yaml"
+)
+def test_a_file_that_is_no_config_is_one_finding(place, content, text):
+    assert list(map(str, checked(content))) == [text]
     assert not (place / "hit").exists()
 
 
-def test_data_that_are_not_prepared_yet_are_one_warning_of_a_check_and_an_error_of_a_run(recipe):
-    tagged = "haider2024/as-released/llama-3-8b"
-    done = recipe.ok("check", tagged)
-    (said,) = [line for line in done.stdout.splitlines() if "not-prepared" in line]
-    assert "data/codereviewer-tagged/train.jsonl" in said
-    prepare, fetch = (
-        "`recipe data prepare --study haider2024 --input-format tagged`",
-        "`recipe data fetch codereviewer`",
+TAGGED = "haider2024/as-released/llama-3-8b"
+
+
+def test_data_that_are_not_prepared_yet_are_one_warning_of_a_check(recipe):
+    (report,) = recipe.json("check", TAGGED)
+    by_name = {finding["name"]: finding for finding in report["findings"]}
+    finding = by_name["not-prepared:datasets.0.path"]
+    assert finding["level"] == "warning"
+    assert finding["problem"] == "data/codereviewer-tagged/train.jsonl is not prepared yet"
+    assert finding["remedy"] == (
+        "run `recipe data fetch codereviewer` and `recipe data prepare --study haider2024 --input-format tagged`"
     )
-    assert prepare in said and fetch in said
-    ran = recipe("run", tagged, "--set", "fp16=false")
-    assert ran.returncode == 2
-    assert "error: datasets.0.path: data/codereviewer-tagged" in ran.stderr
-    assert "[no-gpu]" in ran.stderr
-    assert "[no-gpu]" not in recipe("run", tagged, "--set", "fp16=false", "--force", "no-gpu").stderr
 
 
-def test_what_is_not_written_by_preparing_data_or_is_to_be_read_now_is_an_error(recipe):
-    own = recipe.fails("check", NAME, "--set", "datasets.0.path=data/codereviewer/train_mine.jsonl")
-    assert "[missing-file:datasets.0.path]" in own.stdout
-    read = recipe.fails("check", NAME, "--data")
-    assert "error: datasets.0.path: data/codereviewer/train.jsonl" in read.stdout
+def errors_of(output: str) -> list[str]:
+    """Names of the errors in an output, which it has at the ends of lines, in brackets."""
+    return [line.rpartition("[")[2].rstrip("]") for line in output.splitlines() if ": error: " in line]
+
+
+def test_data_that_are_not_prepared_yet_are_an_error_of_a_run(recipe):
+    run = ("run", TAGGED, "--set", "fp16=false")
+    errors = ["not-prepared:datasets.0.path", "no-access:base_model"]
+    assert errors_of(recipe.fails(*run).stderr) == [*errors, "no-gpu"]
+    assert errors_of(recipe.fails(*run, "--force", "no-gpu").stderr) == errors
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (("--set", "datasets.0.path=data/codereviewer/train_mine.jsonl"), "missing-file:datasets.0.path"),
+        (("--data",), "not-prepared:datasets.0.path"),
+    ],
+)
+def test_what_is_not_written_by_preparing_data_or_is_to_be_read_now_is_an_error(recipe, options, error):
+    assert errors_of(recipe.fails("check", NAME, *options).stdout) == [error]
 
 
 @pytest.mark.parametrize(
