@@ -86,7 +86,8 @@ def test_the_tokens_of_the_unchanged_recipe_decide(tmp_path, profile):
 
 
 def test_else_those_of_study_yaml_decide(tmp_path, monkeypatch):
-    monkeypatch.setattr(STUDY.published[RECIPE], "eval_tokens", OWN)
+    study = studies.find("tinker-tulu3")  # as loaded now: other tests clear the cache
+    monkeypatch.setattr(study.published[RECIPE], "eval_tokens", OWN)
     same, other = (a_loss(tmp_path, name, of, ("sequence_len=512",)) for name, of in (("3", OWN), ("4", OTHER)))
     assert difference(same) == pytest.approx(0.78 - 0.7763)
     assert difference(other) is None

@@ -170,9 +170,7 @@ def test_recipes_beside_the_studys(tmp_path):
 
 def test_every_recipe_belongs_to_a_study():
     declared = [name for study in studies.load_all() for name in (*study.published, *study.variants)]
-    assert [name for name in sorted(declared)] == [
-        name for name in sorted(paths.recipe_names()) if name[:6] != "start/"
-    ]
+    assert sorted(declared) == sorted(name for name in paths.recipe_names() if not name.startswith("start/"))
 
 
 @pytest.mark.parametrize("name", STUDY.variants)
