@@ -201,6 +201,17 @@ def test_runs_are_compared_by_trainings_and_scores(files, recipe):
 EQUAL = {"first": 1, "last": 6, "step": None, "losses": None, "differences": {}}
 
 
+def test_bertscores_of_runs_come_from_their_evaluations(recipe, tmp_path):
+    for name, value in (("one", 0.8), ("two", 0.9)):
+        run = predicted(tmp_path, name)
+        evaluated(run, {"bertscore_f1": value, "bertscore": {"model": "m"}}, rows=2, total_rows=9)
+        write_rows(run.path / "predictions.jsonl", [row | {"bertscore_f1": value} for row in rows("x", "y")])
+    (compared,) = recipe.json("results", f"{RUNS}/one", f"{RUNS}/two")["scores"]
+    assert (compared["score"], compared["difference"]) == ("bertscore_f1", pytest.approx(-0.1))
+    notes = [f"{RUNS}/{name}: 2 of 9 rows" for name in ("one", "two")]
+    assert recipe("results", f"{RUNS}/one", f"{RUNS}/two").stderr.splitlines() == notes
+
+
 def test_runs_that_are_not_evaluated_are_compared_by_their_trainings(files, recipe):
     differing = {"step": 2, "losses": [1.0002, 1.0003], "differences": {"learning_rate": [2e-4, 3e-4]}}
     assert recipe.json("results", "trained", "faster") == {"training": EQUAL | differing, "scores": None}

@@ -1,0 +1,52 @@
+"""Tables of runs."""
+
+from pathlib import Path
+
+import pytest
+from run_folders import a_run, fields
+
+from qlora_recipes.evaluate.score import columns_of
+from qlora_recipes.results import listing
+from qlora_recipes.results.run_result import RunResult
+from qlora_recipes.training.run_record import FileState, Summary
+
+LLAMA_2 = "haider2024/llama-2-7b"
+
+
+@pytest.mark.parametrize(
+    ("summary", "step"),
+    [
+        ({"step": 3}, "3/?"),
+        ({"step": 3, "max_steps": 9}, "3/9"),
+        ({"step": 3, "max_steps": 9, "ended": "early stopping"}, "3/9, early stopping"),
+        ({"step": 9, "max_steps": 9, "kept_step": 9}, "9/9"),
+        ({"step": 9, "max_steps": 9, "kept_step": 6}, "9/9, step 6 kept"),
+    ],
+)
+def test_the_step_says_how_the_training_ended(tmp_path, summary, step):
+    assert cells(tmp_path, Summary(**summary), "step") == [step]
+
+
+@pytest.mark.parametrize(
+    ("summary", "losses"),
+    [
+        ({"eval_loss_per_token_first": 1.2, "eval_loss_per_token": 1.0, "eval_loss": 0.9}, ["1.20 → 1.00", None]),
+        ({"eval_loss": 0.9}, [None, 0.9]),
+    ],
+)
+def test_the_eval_loss_per_token_goes_before_axolotls(tmp_path, summary, losses):
+    assert cells(tmp_path, Summary(**summary), "eval loss", listing.AXOLOTL_EVAL_LOSS) == losses
+
+
+def cells(runs: Path, summary: Summary, *headings: str) -> list[object]:
+    folder = a_run(runs, LLAMA_2, "a", 5.0, summary=summary)
+    columns = {column.label: column for column in columns_of(LLAMA_2).values()}
+    return fields(listing.cells(RunResult(folder, folder.read()), columns, []), *headings)
+
+
+def test_stale_evaluations_are_counted(tmp_path, recipe):
+    a_run(tmp_path / "runs", LLAMA_2, "a", 5.0)
+    resumed = FileState(sha256="of a resumed training", bytes=1, mtime=0)
+    a_run(tmp_path / "runs", LLAMA_2, "b", 5.0, adapter=resumed)
+    command = f"`recipe evaluate runs/{LLAMA_2}/b`"
+    assert recipe.ok("results").stderr == f"evaluations that are stale or edited: 1; for the last, run {command}\n"
