@@ -264,7 +264,7 @@ def tokenize(report: Report, composed: Composed, gpus: int = 1, most: int | None
     report.add(placed(findings, composed))
     by_key = {measures["key"]: measures for measures in measured}
     for size in report.data:
-        size |= by_key.get(size["key"], {})
+        size.update(by_key.get(size["key"], {}))
 
 
 SOME = 1000

@@ -189,7 +189,7 @@ def read_pairs(file: Path, prediction: str = "prediction", reference: str = "ref
                     f"{file}: row {number} lacks the text field {field}; its fields: {', '.join(row) or 'none'}; name "
                     f"another field with --{side}-field"
                 )
-        row |= pair
+        row.update(pair)
     return rows
 
 

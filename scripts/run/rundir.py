@@ -172,10 +172,9 @@ class RunDir:
                 records = {key: earlier for key, earlier in records.items() if key[0] <= step}
             previous = step
             key = (step, _order(record))
-            if key in records:  # written by a launch that ended at this step
-                earlier = {name: value for name, value in records[key].items() if name not in ("ended", "kept_step")}
-                record = earlier | record
-            records[key] = record
+            earlier = records.get(key, {})  # written by a launch that ended at this step
+            kept_fields = {name: value for name, value in earlier.items() if name not in ("ended", "kept_step")}
+            records[key] = kept_fields | record
         return [records[key] for key in sorted(records)]
 
     def _metrics_lines(self, since: int) -> Iterator[Row]:

@@ -142,11 +142,11 @@ def convert_to_peft(folder: Path, form: AdapterFormat) -> Path:
         ) from None
     weights = {}
     for name, tensor in fork_weights.items():
+        peft_name = name
         for part, replacement in form.names.items():
-            name = name.replace(part, replacement)
-        if "magnitude" in name:
-            tensor = tensor.flatten()  # PEFT stores magnitudes as vectors
-        weights[name] = tensor.contiguous()
+            peft_name = peft_name.replace(part, replacement)
+        is_vector = "magnitude" in peft_name  # in PEFT
+        weights[peft_name] = (tensor.flatten() if is_vector else tensor).contiguous()
     converted = folder / "peft"
     converted.mkdir(exist_ok=True)
     save_file(weights, converted / ADAPTER)
