@@ -1,6 +1,7 @@
 """Facts about base models, from local files, models.yaml and the hub, without loading them."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -21,6 +22,8 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 _LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "olmo2", "smollm3")
 LAYERS = dict.fromkeys(_LIKE_LLAMA, LINEAR_LAYERS) | {"phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}
 """Linear layers of a decoder layer, by model type; from transformers/models/<type>/modeling_<type>.py."""
+NO_FOLDER = Path(os.devnull)
+"""Folder of a model whose files do not matter."""
 NEEDED = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 """Keys that an entry of models.yaml needs to replace config.json."""
 
@@ -73,13 +76,13 @@ def find(config: Config) -> Model:
         model.chat = entry.get("chat", False)
     if Path(name).is_dir():
         model.gated = False
-    if folder:
-        sizes = sizes | read_json(folder / "config.json")
-        model.weights_here = any(file.suffix in WEIGHTS for file in folder.iterdir())
-        model.tokenizer_here = (folder / "config.json").is_file() and any(folder.glob("tokenizer*"))
-        model.special_tokens = _special_tokens(folder) or model.special_tokens
-        model.pad_token = token(folder, "pad_token") or model.pad_token
-        model.chat_template = chat_template(folder)
+    sizes = sizes | read_json(folder / "config.json")
+    names = _file_names(folder)
+    model.weights_here = any(name.endswith(WEIGHTS) for name in names)
+    model.tokenizer_here = (folder / "config.json").is_file() and any(name.startswith("tokenizer") for name in names)
+    model.special_tokens = _special_tokens(folder) or model.special_tokens
+    model.pad_token = token(folder, "pad_token") or model.pad_token
+    model.chat_template = chat_template(folder)
     model.context = sizes.get("max_position_embeddings")
     model.layers = sizes.get("num_hidden_layers")
     model.linear = LAYERS.get(str(sizes.get("model_type")))
@@ -166,7 +169,7 @@ def _counterparts(target: str, layers: tuple[str, ...]) -> list[str]:
 def _config_file(name: str, revision: Any, download: bool) -> Path:
     """config.json of a model from the hub's cache or the hub, within 10 s."""
     cached = _in_hub_cache(name, revision)
-    if cached and (cached / "config.json").is_file():
+    if (cached / "config.json").is_file():
         return cached / "config.json"
     if not download:
         raise FileNotFoundError("not on this machine")
@@ -207,10 +210,19 @@ def similar(name: str) -> str:
     return "" if entry_of(name) else did_you_mean(name, catalogue())
 
 
-def folder_of(config: Config) -> Path | None:
-    """Folder of a config's base model, local or in the hub's cache; None if missing."""
+def folder_of(config: Config) -> Path:
+    """Folder of a config's base model, local or in the hub's cache, existing or not."""
     name = str(config.get("base_model"))
-    return Path(name) if Path(name).is_dir() else _in_hub_cache(name, revision(config))
+    if Path(name).is_dir():
+        return Path(name)
+    return _in_hub_cache(name, revision(config))
+
+
+def _file_names(folder: Path) -> list[str]:
+    """Names of the files in a folder; empty if the folder is missing."""
+    if not folder.is_dir():
+        return []
+    return [file.name for file in folder.iterdir()]
 
 
 def revision(config: Config) -> Any:
@@ -225,8 +237,6 @@ SMALL = 2**30
 def is_small(config: Config) -> bool:
     """True if a local base model is unquantized, and small enough for a CPU."""
     folder = folder_of(config)
-    if not folder:
-        return False
     content = read_json(folder / "config.json")
     if "model_type" not in content or "quantization_config" in content:
         return False
@@ -251,10 +261,8 @@ class ModelFiles:
     @classmethod
     def find(cls, name: str, revision: Any, ask_hub: bool) -> "ModelFiles":
         """Files on this machine; else on the hub, unless models.yaml lists the model at this revision."""
-        folder = folder_of({"base_model": name, "revision_of_model": revision}) or Path(name)
-        names = []
-        if folder.is_dir():
-            names = [file.name for file in folder.iterdir()]
+        folder = folder_of({"base_model": name, "revision_of_model": revision})
+        names = _file_names(folder)
         is_local = Path(name).is_dir() or is_path(name) or any(file.endswith(WEIGHTS) for file in names)
         if is_local or _is_listed(name, revision) or not ask_hub or hub.is_offline():
             return cls(names, lambda file: (folder / file).read_bytes())
@@ -342,15 +350,16 @@ def _special_tokens(folder: Path) -> str | None:
     return "|".join(patterns) or None
 
 
-def _in_hub_cache(name: str, revision: Any) -> Path | None:
-    """Cached snapshot of a hub model at a revision (default: main), or None.
+def _in_hub_cache(name: str, revision: Any) -> Path:
+    """Cached snapshot of a hub model at a revision (default: main), existing or not.
 
     huggingface_hub has such a function, but importing it would double the time of `recipe check`.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
     repository = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
-    wanted = str(revision or "main")
-    ref = repository / "refs" / wanted
-    snapshot = repository / "snapshots" / (ref.read_text().strip() if ref.is_file() else wanted)
-    return snapshot if snapshot.is_dir() else None
+    commit = str(revision or "main")
+    ref = repository / "refs" / commit
+    if ref.is_file():
+        commit = ref.read_text().strip()
+    return repository / "snapshots" / commit

@@ -89,14 +89,14 @@ def for_model(base: str, name: str) -> OtherModel:
     facts = describe(entry, name, folder)
     other = OtherModel(_model_changes(recipe, name, facts), [f"# Model     {facts.title}: {facts.about}"])
     foreign = _foreign_templates(recipe)
-    if "chat_template" in foreign and (entry.get("chat") or (folder and models.chat_template(folder))):
+    if "chat_template" in foreign and (entry.get("chat") or models.chat_template(folder)):
         other.changes["chat_template"] = Change("tokenizer_default", "the model's template")
         del foreign["chat_template"]
     if facts.unknown:
         unknown = ", ".join(facts.unknown)
         other.header.append(f"# Not known {unknown}")
         other.notes.append(f"not known about {name}: {unknown}")
-        if folder is None:
+        if not folder.is_dir():
             pinned = f" --revision {facts.revision}" if facts.revision else ""
             fetch = f"for more facts run `hf download {name}{pinned} --include '*.json'` and try again"
             other.notes[0] += f"; {fetch}{models.similar(name)}"

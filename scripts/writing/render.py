@@ -60,17 +60,15 @@ class ModelFacts:
         return models.renamed(wanted, self.layers) if self.layers else wanted
 
 
-def describe(entry: Config, name: str, folder: Path | None = None) -> ModelFacts:
+def describe(entry: Config, name: str, folder: Path) -> ModelFacts:
     """Collect the facts that a recipe states about a base model.
 
     Args:
         entry: the model's entry in models.yaml, perhaps empty.
         name: the name on the hub, or the folder.
-        folder: the folder with the model's files, which override the entry.
+        folder: the folder with the model's files, existing or not; they override the entry.
     """
-    sizes = dict(entry.get("config") or {})
-    if folder:
-        sizes |= read_json(folder / "config.json")
+    sizes = (entry.get("config") or {}) | read_json(folder / "config.json")
     padding = _padding(entry, folder)
     facts = ModelFacts(
         title=str(entry.get("title", name)),
@@ -96,7 +94,7 @@ def describe(entry: Config, name: str, folder: Path | None = None) -> ModelFacts
     }
     if Path(name).is_dir():
         is_known |= {"whether it is gated": True, "revision": True}
-    if folder and (folder / "tokenizer.json").is_file():
+    if (folder / "tokenizer.json").is_file():
         is_known["special tokens"] = True
     facts.unknown = [fact for fact in is_known if not is_known[fact]]
     return facts
@@ -136,10 +134,10 @@ _UNKNOWN_PADDING = _Padding(
 )
 
 
-def _padding(entry: Config, folder: Path | None) -> _Padding:
+def _padding(entry: Config, folder: Path) -> _Padding:
     """Choose the padding token of a model, from its tokenizer or its entry in models.yaml."""
     token, eos = entry.get("own_pad_token"), None
-    if folder and (folder / "tokenizer_config.json").is_file():
+    if (folder / "tokenizer_config.json").is_file():
         token, eos = models.token(folder, "pad_token"), models.token(folder, "eos_token")
     if token:
         return _Padding(None, f"the tokenizer has a padding token, {token}")
@@ -239,7 +237,7 @@ class _Renderer:
         if absent:
             near = did_you_mean(base_model, self._models.keys() - {base_model})
             raise UserError(f"{self._models_file}: {base_model}: add its {' and '.join(absent)}{near}")
-        return describe(entry, base_model)
+        return describe(entry, base_model, models.NO_FOLDER)  # a recipe is the same on every machine
 
 
 def _statuses(study: Study) -> dict[str, score_records.Status]:
