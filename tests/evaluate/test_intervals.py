@@ -1,3 +1,4 @@
+from statistics import stdev
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 from scipy import stats
 
 from qlora_recipes.evaluate import intervals
+from qlora_recipes.evaluate.intervals import Interval, Origin
 from qlora_recipes.metrics import answers
 from qlora_recipes.metrics.metric import wilson
 from qlora_recipes.metrics.registry import METRICS
@@ -161,7 +163,7 @@ def test_one_run_with_a_borrowed_spread_covers_the_truth(repeats):
         of_rows = [own.mean() - half, own.mean() + half]
         means = [other.mean() for other in others]
         borrowed, rows = (intervals.interval_of_mean([own.mean()], None, [of_rows], of) for of in (means, ()))
-        assert borrowed and rows and rows.method == "rows only"
+        assert borrowed and rows and rows.origin is Origin.ROWS
         covered += borrowed.low <= 0 <= borrowed.high
         alone += rows.low <= 0 <= rows.high
     assert 0.93 <= covered / STUDIES <= 0.97
@@ -177,19 +179,49 @@ def test_the_mean_squares_are_those_of_a_two_way_layout():
     assert total == pytest.approx(120 * np.var(table))
 
 
-def test_what_an_interval_knows():
+@pytest.mark.parametrize(
+    ("interval", "words", "covers_seeds"),
+    [
+        pytest.param(Interval(0, 1, Origin.ROWS), "rows only", False, id="rows"),
+        pytest.param(Interval(0, 1, Origin.ROWS_AND_RUNS, 2), "rows and 2 runs", True, id="runs"),
+        pytest.param(
+            Interval(0, 1, Origin.ROWS_AND_RUNS, 2, one_seed=True),
+            "rows and 2 runs of one seed",
+            False,
+            id="one seed",
+        ),
+        pytest.param(
+            Interval(0, 1, Origin.BORROWED_SPREAD, spread=0.6188, repeats=3),
+            "rows, and a borrowed spread of 0.62 from 3 repeats",
+            False,
+            id="borrowed",
+        ),
+    ],
+)
+def test_an_interval_says_which_variation_it_covers(interval, words, covers_seeds):
+    assert interval.method == words
+    assert interval.covers_seeds is covers_seeds
+
+
+def test_an_interval_covers_rows_runs_or_a_borrowed_spread():
     rows = [[1.0, 2.0, 3.0], [1.5, 2.0, 3.5]]
-    assert intervals.interval_of_mean([2.0, 2.33], rows).method == "rows and 2 runs"
+    two = intervals.interval_of_mean([2.0, 2.33], rows)
+    assert (two.origin, two.runs) == (Origin.ROWS_AND_RUNS, 2)
     repeats = [47.84, 48.22, 49.05]
     for scores in ([5.0], [5.0, 5.0], [5.0, 5.3, 5.1]):
         assert intervals.interval_of_mean(scores, None) is intervals.interval_of_mean(scores, None, (), repeats) is None
     equal = intervals.interval_of_mean([5.0, 5.0], None, [[4.5, 5.6], [4.75, 5.5]])
-    assert [equal.low, equal.high] == pytest.approx([4.5, 5.6]) and equal.method == "rows and 2 runs"
+    assert [equal.low, equal.high] == pytest.approx([4.5, 5.6])
+    assert (equal.origin, equal.runs) == (Origin.ROWS_AND_RUNS, 2)
     alone = intervals.interval_of_mean([5.0], None, [[4.5, 5.6]])
-    assert [alone.low, alone.high] == pytest.approx([4.5, 5.6]) and alone.method == "rows only"
+    assert [alone.low, alone.high] == pytest.approx([4.5, 5.6])
+    assert alone.origin is Origin.ROWS
     borrowed = intervals.interval_of_mean([48.0], None, [[45.0, 50.0]], repeats)
-    assert borrowed.method.startswith("rows, ") and "0.62 from 3 repeats" in borrowed.method
-    assert borrowed.low < 45 and borrowed.high > 50 and 48 - borrowed.low > borrowed.high - 48  # the rows' own skew
+    assert borrowed.origin is Origin.BORROWED_SPREAD
+    assert (borrowed.spread, borrowed.repeats) == (stdev(repeats), 3)
+    assert borrowed.low < 45
+    assert borrowed.high > 50
+    assert 48 - borrowed.low > borrowed.high - 48  # the rows' own skew
 
 
 def test_runs_that_are_alike_to_the_last_row_are_as_certain_as_their_rows():

@@ -143,19 +143,24 @@ def test_the_served_weights_are_those_that_the_reference_computes_with(run):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"use_dora": True}, "DoRA"),
-        ({"modules_to_save": ["lm_head"]}, "layers"),
-        ({"peft_type": "IA3"}, "LoRA"),
-        ({"bias": "all"}, "biases"),
-        ({"r": 513}, "513"),
-        ({"trainable_token_indices": [3]}, "embeddings"),
+        pytest.param({"use_dora": True}, "whose weights are decomposed (DoRA)", id="DoRA"),
+        pytest.param(
+            {"modules_to_save": ["lm_head"]}, "which holds complete layers (modules_to_save)", id="complete layers"
+        ),
+        pytest.param({"trainable_token_indices": [3]}, "which holds embeddings of single tokens", id="tokens"),
+        pytest.param({"peft_type": "IA3"}, "which is not a LoRA adapter", id="not LoRA"),
+        pytest.param({"bias": "all"}, "which has biases", id="biases"),
+        pytest.param({"init_lora_weights": "pissa"}, "which changes the base model's weights", id="base weights"),
+        pytest.param({"r": 513}, "of rank 513", id="rank"),
     ],
 )
-def test_what_vllm_cannot_serve_is_refused_at_once(run, fake_vllm, change, reason):
+def test_an_adapter_that_vllm_cannot_serve_is_refused_at_once(run, fake_vllm, change, reason):
     file = run.output / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(UserError, match=reason):
+    with pytest.raises(UserError) as error:
         evaluated(run, engine="vllm")
+    adapter = run.output.resolve()
+    assert str(error.value) == f"--engine vllm: cannot serve {adapter}, {reason}; leave --engine out"
     assert not (fake_vllm / "bin" / "given.json").exists()
 
 

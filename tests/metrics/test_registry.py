@@ -1,4 +1,4 @@
-"""How metrics are declared, what each says of itself, and what is refused."""
+"""Declarations of metrics, their ranges, and mistakes in them."""
 
 import pytest
 
@@ -50,21 +50,58 @@ def test_a_column_is_a_metric_with_parameters_under_a_name_and_a_label():
 
 
 @pytest.mark.parametrize(
-    ("name", "entry", "key", "says"),
+    ("name", "entry", "key", "problem"),
     [
-        ("blue4", {}, "", "blue4"),
-        ("accuracy", {"metric": "numbers"}, "metric", "number?"),
-        ("number", {"marker": ["A"]}, "marker", "parser, markers"),
-        ("number", {"parser": "us"}, "parser", "'loftq', 'peft'"),
-        ("chrf", {"char_order": 99999999}, "char_order", "20"),
-        ("rows", {"metric": "bleu4"}, "", "rows"),
+        pytest.param("blue4", {}, "", "no metric is called blue4; did you mean bleu4?", id="unknown name"),
+        pytest.param(
+            "accuracy",
+            {"metric": "numbers"},
+            "metric",
+            "no metric is called numbers; did you mean number?",
+            id="unknown metric",
+        ),
+        pytest.param(
+            "number",
+            {"marker": ["A"]},
+            "marker",
+            "Extra inputs are not permitted, not [A]; number takes parser, markers",
+            id="unknown parameter",
+        ),
+        pytest.param(
+            "number",
+            {"parser": "us"},
+            "parser",
+            "Input should be 'loftq', 'peft', 'pissa' or 'loraga', not us; number takes parser, markers",
+            id="unknown parser",
+        ),
+        pytest.param(
+            "chrf",
+            {"char_order": 99999999},
+            "char_order",
+            "Input should be less than or equal to 20, not 99999999; chrf takes char_order, word_order, beta",
+            id="parameter out of range",
+        ),
+        pytest.param(
+            "rows",
+            {"metric": "bleu4"},
+            "",
+            "rows has another meaning in results; give the column another name",
+            id="name of a field",
+        ),
+        pytest.param(
+            "a-b",
+            {"metric": "bleu4"},
+            "",
+            "a-b must consist of letters, digits and _; give the column another name",
+            id="hyphen in a name",
+        ),
+        pytest.param("chrf", {"label": " "}, "label", "expected a text", id="empty label"),
     ],
 )
-def test_what_is_no_metric_is_refused_with_its_key(name, entry, key, says):
+def test_a_wrong_declaration_is_refused_with_its_key(name, entry, key, problem):
     with pytest.raises(WrongMetric) as error:
         registry.column(name, entry)
-    assert error.value.key == key
-    assert says in error.value.problem
+    assert (error.value.key, error.value.problem) == (key, problem)
 
 
 def test_metrics_are_asked_for_as_study_yaml_declares_them():
@@ -74,15 +111,32 @@ def test_metrics_are_asked_for_as_study_yaml_declares_them():
 
 
 @pytest.mark.parametrize(
-    ("texts", "says"),
+    ("texts", "message"),
     [
-        (["bleu"], "--metric bleu: "),
-        (["number: {"], "--metric number: {: "),
-        (["number: {marker: x}"], "marker: "),
-        (["number", "number: {parser: peft}"], "'other: {metric"),
+        pytest.param(["bleu"], "bleu: no metric is called bleu; did you mean bleu4 or sacrebleu?", id="unknown name"),
+        pytest.param(
+            ["number: {"],
+            "number: {: not valid YAML: did not find expected node content (column 1)",
+            id="not YAML",
+        ),
+        pytest.param(
+            ["- a"],
+            "- a: expected a metric's name, or parameters as in 'number: {markers: [\"A: \"]}'",
+            id="not a mapping",
+        ),
+        pytest.param(
+            ["number: {marker: x}"],
+            "number: {marker: x}: marker: Extra inputs are not permitted, not x; number takes parser, markers",
+            id="unknown parameter",
+        ),
+        pytest.param(
+            ["number", "number: {parser: peft}"],
+            "number: {parser: peft}: two metrics are called number; rename one, as in 'other: {metric: number}'",
+            id="twice the same name",
+        ),
     ],
 )
-def test_what_cannot_be_asked_for_is_refused(texts, says):
+def test_a_wrong_value_of_metric_is_refused(texts, message):
     with pytest.raises(UserError) as error:
         registry.requested(texts)
-    assert says in str(error.value)
+    assert str(error.value) == f"--metric {message}"
