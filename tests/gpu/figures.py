@@ -15,7 +15,7 @@ class Figure:
 
     @property
     def passed(self) -> bool:
-        """Whether the figure keeps its bound; one that is not a number does not."""
+        """True if the figure keeps its bound; NaN does not."""
         if self.measured is None:
             return False
         if self.expected is None:

@@ -75,21 +75,21 @@ def loss_and_norm(model: Any, device: str, autocast: torch.dtype | None = None) 
     return loss.item(), math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients))
 
 
-def compared(name: str, found: Sequence[float], expected: Sequence[float], bounds: Sequence[float]) -> list[Figure]:
+def compared(name: str, measured: Sequence[float], expected: Sequence[float], bounds: Sequence[float]) -> list[Figure]:
     names = (f"{name}, loss", f"{name}, gradient norm")
-    return [Figure(*each) for each in zip(names, found, expected, bounds, strict=True)]
+    return [Figure(*each) for each in zip(names, measured, expected, bounds, strict=True)]
 
 
-def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.float().cpu() - expected.float().cpu()).abs().max() / expected.abs().max())
+def apart(measured: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((measured.float().cpu() - expected.float().cpu()).abs().max() / expected.abs().max())
 
 
 def test_model_in_4_bits(training, check):
     model = load(training, DEVICE, torch.float32)
-    found = loss_and_norm(model, DEVICE)
+    measured = loss_and_norm(model, DEVICE)
     put_plain_layers(model)
     # fp32 rounds by 6e-8 in each of some 200 sums one after the other
-    check(*compared("NF4 beside its definition", found, loss_and_norm(model, DEVICE), (1e-5, 1e-4)))
+    check(*compared("NF4 beside its definition", measured, loss_and_norm(model, DEVICE), (1e-5, 1e-4)))
 
 
 def put_plain_layers(model: Any) -> None:
@@ -119,15 +119,15 @@ def dequantized(weight: Any) -> torch.Tensor:
 @pytest.mark.skipif(not BF16, reason="needs a processor, or a GPU, that computes in bf16")
 def test_model_in_bf16(training, check):
     exact = loss_and_norm(load(training, DEVICE, torch.float32), DEVICE)
-    found = loss_and_norm(load(training, DEVICE, torch.bfloat16), DEVICE, torch.bfloat16)
+    measured = loss_and_norm(load(training, DEVICE, torch.bfloat16), DEVICE, torch.bfloat16)
     # rounds by 4e-3, of which the mean over a few hundred tokens keeps little, and a norm more
-    check(*compared("bf16 beside fp32", found, exact, (0.01, 0.05)))
+    check(*compared("bf16 beside fp32", measured, exact, (0.01, 0.05)))
 
 
 @needs_gpu
 def test_model_on_gpu_and_cpu(training, check):
-    found, exact = (loss_and_norm(load(training, device, torch.float32), device) for device in (DEVICE, "cpu"))
-    check(*compared("NF4 on GPU beside CPU", found, exact, (1e-3, 1e-2)))  # GPUs add in another order
+    measured, exact = (loss_and_norm(load(training, device, torch.float32), device) for device in (DEVICE, "cpu"))
+    check(*compared("NF4 on GPU beside CPU", measured, exact, (1e-3, 1e-2)))  # GPUs add in another order
 
 
 def test_saved_adapter(training, check):
@@ -153,9 +153,9 @@ def scale_of(model: Any, inputs: torch.Tensor) -> float | None:
     """
     sums = torch.zeros(3, dtype=torch.float64)
 
-    def add(layer: Any, given: Any, output: torch.Tensor) -> None:
-        added = output - layer.base_layer(given[0])
-        update = layer.lora_B["default"](layer.lora_A["default"](given[0]))
+    def add(layer: Any, arguments: Any, output: torch.Tensor) -> None:
+        added = output - layer.base_layer(arguments[0])
+        update = layer.lora_B["default"](layer.lora_A["default"](arguments[0]))
         sums.add_(torch.stack([(added * update).sum(), update.square().sum(), added.square().sum()]).cpu())
 
     hooks = [module.register_forward_hook(add) for module in model.modules() if isinstance(module, LoraLayer)]
@@ -184,15 +184,15 @@ def test_packed_rows_do_not_see_each_other(check):
     packed = collate([[add_position_ids(dict(row)) for row in rows]])
     packed.pop("attention_mask", None)
     one, other = losses(model, alone), losses(model, packed)
-    found = float((one - other).abs().mean()) if one.shape == other.shape else None
+    measured = float((one - other).abs().mean()) if one.shape == other.shape else None
     # seen on a CPU: 1e-7 in fp32, 8e-4 in bf16, and 0.8 or more where rows see each other
-    check(Figure("packed rows, mean difference of losses", found, bound=0.01 if GPU else 1e-5))
+    check(Figure("packed rows, mean difference of losses", measured, bound=0.01 if GPU else 1e-5))
 
 
 @torch.inference_mode()
 def losses(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """The loss of each token that carries one, row by row."""
-    given = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    labels = given.pop("labels")[:, 1:].flatten()
-    logits = model.eval()(**given, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+    inputs_here = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    labels = inputs_here.pop("labels")[:, 1:].flatten()
+    logits = model.eval()(**inputs_here, use_cache=False).logits[:, :-1].flatten(0, 1).float()
     return torch.nn.functional.cross_entropy(logits[labels != MASKED], labels[labels != MASKED], reduction="none").cpu()

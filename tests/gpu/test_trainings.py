@@ -23,30 +23,30 @@ HALF = {"lora_dropout": 0.0, "attn_implementation": "sdpa"}
 
 
 def test_memory_of_a_step(training, check):
-    found, planned = trainings.memory(training), trainings.plan(training)
+    measured, planned = trainings.memory(training), trainings.plan(training)
     parts = planned["memory"]["parts"]
     allocated = planned["memory"]["allocated"] - (0 if GPU else parts["kernel workspaces"])  # CUDA's alone
     check(
-        Figure("trained parameters", found["trainable"], planned["trainable"]),
+        Figure("trained parameters", measured["trainable"], planned["trainable"]),
         # plans round tensors to CUDA's blocks of 512 bytes, 0.2 % of a small model
-        Figure("weights in memory", found["loaded"] / MIB, sum(parts[name] for name in WEIGHTS) / MIB, 0.005, "MiB"),
+        Figure("weights in memory", measured["loaded"] / MIB, sum(parts[name] for name in WEIGHTS) / MIB, 0.005, "MiB"),
         # on a CPU 0.1 % off, for the same reason; on a T4 at most 0.9 %, by 39 published runs of a plain loop
-        Figure("step, allocated", found["allocated"] / MIB, allocated / MIB, 0.02 if GPU else 0.005, "MiB"),
+        Figure("step, allocated", measured["allocated"] / MIB, allocated / MIB, 0.02 if GPU else 0.005, "MiB"),
     )
 
 
 def test_adapter_scale_in_training(training, check):
     config = yamlfiles.read_yaml(find_recipe(RECIPE)[1])
     scales = trainings.memory(training)["scales"]
-    found = scales[0] if len(scales) == 1 else None
-    check(Figure("adapter scale, in training", found, config["lora_alpha"] / config["lora_r"]))
+    scale = scales[0] if len(scales) == 1 else None
+    check(Figure("adapter scale, in training", scale, config["lora_alpha"] / config["lora_r"]))
 
 
 def test_resume_to_the_same_adapter(training, folder, check):
     run = train(folder, "stopped", RECIPE, of_stand_in(folder), stop=trainings.STOPPED_AT)
     trainings.recipe("resume", run)
-    pairs = [logged(each, key) for key in ("loss", "grad_norm") for each in (training, run)]
-    adapters = [load_file(each / "output" / "adapter_model.safetensors") for each in (training, run)]
+    pairs = [logged(folder, key) for key in ("loss", "grad_norm") for folder in (training, run)]
+    adapters = [load_file(folder / "output" / "adapter_model.safetensors") for folder in (training, run)]
     same = [{name: tensor.shape for name, tensor in adapter.items()} for adapter in adapters]
     differ = sum(int((tensor != adapters[1][name]).sum()) for name, tensor in adapters[0].items())
     check(
@@ -76,13 +76,13 @@ def test_half_precision(folder, check):
 
 @needs_gpu
 def test_profile_fast(folder, check):
-    every = {"lora_dropout": 0.0, "lora_target_linear": True, "lora_target_modules": None}  # so that it applies whole
-    changes = of_stand_in(folder, attn_implementation="sdpa", **every)
+    changed = {"lora_dropout": 0.0, "lora_target_linear": True, "lora_target_modules": None}  # so that it applies whole
+    changes = of_stand_in(folder, attn_implementation="sdpa", **changed)
     plain, fast = pair(folder, "stand-in", RECIPE, changes, "fast")
     with trainings.random_weights(folder, trainings.SHAPES[0], trainings.LAYERS) as (model, length):
         rows = folder / "full.jsonl"
         random_models.write_full_rows(rows, model, length, 4 * trainings.STEPS)
-        full = settings(model, rows, length, **trainings.UNSAVED, **every)
+        full = settings(model, rows, length, **trainings.UNSAVED, **changed)
         before, after = pair(folder, "layers", trainings.SHAPES[0], full, "fast")
     check(
         # other orders of adding, in half precision, as under an engine
@@ -106,12 +106,12 @@ def test_shape(folder, check, name):
         random_models.write_full_rows(rows, model, length, 6 * config["micro_batch_size"])
         free = trainings.free_memory()
         run = train(folder, short, name, settings(model, rows, length, **trainings.UNSAVED))
-        found, planned = trainings.memory(run), trainings.plan(run)
-        in_use, needed, speed = free - found["free"], planned["memory"], planned["work"]["tokens_per_second"]
+        measured, planned = trainings.memory(run), trainings.plan(run)
+        in_use, needed, speed = free - measured["free"], planned["memory"], planned["work"]["tokens_per_second"]
         check(
-            Figure(f"{short}, allocated", found["allocated"] / MIB, needed["allocated"] / MIB, 0.02, "MiB"),
+            Figure(f"{short}, allocated", measured["allocated"] / MIB, needed["allocated"] / MIB, 0.02, "MiB"),
             # what is reserved was at most 14 % off in the same runs
-            Figure(f"{short}, reserved", found["reserved"] / MIB, needed["reserved"] / MIB, 0.15, "MiB"),
+            Figure(f"{short}, reserved", measured["reserved"] / MIB, needed["reserved"] / MIB, 0.15, "MiB"),
             Figure(f"{short}, in use by the driver", in_use / MIB, needed["needed"] / MIB, 0.15, "MiB"),
             # plans assume 30 % of a GPU's peak rate, if that is listed
             *([Figure(f"{short}, speed", rate(run), speed, 0.5, "tokens/s")] if speed else []),

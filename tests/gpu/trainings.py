@@ -81,11 +81,11 @@ def of_stand_in(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def stand_in(folder: Path) -> Path:
     """The rehearsal's model; on a CPU random weights in its shape with fewer layers, which train in seconds."""
-    whole, few = substitution.model_folder(), folder / "stand-in"
+    model, few = substitution.model_folder(), folder / "stand-in"
     if GPU:
-        return whole
+        return model
     if not few.is_dir():
-        random_models.make(few, read_json(whole / "config.json") | {"num_hidden_layers": LAYERS})
+        random_models.make(few, read_json(model / "config.json") | {"num_hidden_layers": LAYERS})
     return few
 
 
@@ -108,7 +108,9 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 def logged(run: Path, key: str) -> dict[int, float]:
     """The losses or gradient norms of a run by step; infinite where not a number."""
-    return {each["step"]: float("inf") if each[key] is None else each[key] for each in metrics(run) if key in each}
+    return {
+        record["step"]: float("inf") if record[key] is None else record[key] for record in metrics(run) if key in record
+    }
 
 
 def relative(values: dict[int, float], exact: dict[int, float]) -> float | None:
