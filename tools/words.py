@@ -22,10 +22,7 @@ UNSEARCHED = ("CHANGELOG", "tools/words.py")
 UNFINISHED = (
     *("scripts/check/", "scripts/config/", "scripts/evaluate/", "scripts/metrics/", "scripts/results/"),
     *("scripts/training/", "scripts/verbs/"),
-    *(
-        f"tests/{room}/"
-        for room in ("check", "config", "evaluate", "metrics", "plan", "results", "run", "study")
-    ),
+    *(f"tests/{room}/" for room in ("check", "config", "evaluate", "metrics", "plan", "results", "run", "study")),
     *("tests/training/", "tests/verbs/", "tests/writing/"),
 )
 """Prefixes of files that are searched only on request, until they are finished."""

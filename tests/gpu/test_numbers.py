@@ -77,7 +77,7 @@ def loss_and_norm(model: Any, device: str, autocast: torch.dtype | None = None) 
 
 def compared(name: str, measured: Sequence[float], expected: Sequence[float], bounds: Sequence[float]) -> list[Figure]:
     names = (f"{name}, loss", f"{name}, gradient norm")
-    return [Figure(*each) for each in zip(names, measured, expected, bounds, strict=True)]
+    return [Figure(*values) for values in zip(names, measured, expected, bounds, strict=True)]
 
 
 def apart(measured: torch.Tensor, expected: torch.Tensor) -> float:

@@ -45,8 +45,8 @@ def test_adapter_scale_in_training(training, check):
 def test_resume_to_the_same_adapter(training, folder, check):
     run = train(folder, "stopped", RECIPE, of_stand_in(folder), stop=trainings.STOPPED_AT)
     trainings.recipe("resume", run)
-    pairs = [logged(folder, key) for key in ("loss", "grad_norm") for folder in (training, run)]
-    adapters = [load_file(folder / "output" / "adapter_model.safetensors") for folder in (training, run)]
+    pairs = [logged(run_folder, key) for key in ("loss", "grad_norm") for run_folder in (training, run)]
+    adapters = [load_file(run_folder / "output" / "adapter_model.safetensors") for run_folder in (training, run)]
     same = [{name: tensor.shape for name, tensor in adapter.items()} for adapter in adapters]
     differ = sum(int((tensor != adapters[1][name]).sum()) for name, tensor in adapters[0].items())
     check(
