@@ -136,8 +136,13 @@ def exit_code(command: Callable[[], object]) -> int:
     Returns:
         The exit code: 0 done, 1 the work failed, 2 the request was wrong.
     """
+    code: int | str | None = 0
     try:
-        return _run(command)
+        try:
+            command()
+        except SystemExit as end:
+            code = end.code
+        return _flushed(code)
     except UserError as error:
         return _refused(str(error), 2)
     except WorkFailed as error:
@@ -152,13 +157,8 @@ def exit_code(command: Callable[[], object]) -> int:
         return _report(error)
 
 
-def _run(command: Callable[[], object]) -> int:
-    """Run a command; return the code with which it exits."""
-    code: int | str | None = 0
-    try:
-        command()
-    except SystemExit as end:
-        code = end.code
+def _flushed(code: int | str | None) -> int:
+    """Write out the rest of standard output; return a command's exit code."""
     sys.stdout.flush()
     if isinstance(code, str):  # a message instead of a code
         return _refused(code, 1)

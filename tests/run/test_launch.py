@@ -1,4 +1,4 @@
-"""What is said of a training that failed, by what its log ends with."""
+"""Messages and records of a failed training, by the end of its log."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Which processes on this machine are asked to stop."""
+"""Requests to stop for processes on this machine."""
 
 import platform
 import subprocess
@@ -32,10 +32,10 @@ def holding(tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
     child.wait()
 
 
-def test_who_holds_a_lock_is_asked_to_stop(tmp_path, holding):
+def test_the_holder_of_a_lock_is_asked_to_stop(tmp_path, holding):
     assert stop_holders([tmp_path / ".lock", tmp_path / ".lock"]) == [f"process {holding.pid} is asked to stop"]
     assert holding.wait(10) == -15
-    assert stop_holders([tmp_path / ".lock"]) == []  # what it left there is of nobody
+    assert stop_holders([tmp_path / ".lock"]) == []  # nobody holds the lock file that it left
 
 
 @pytest.mark.parametrize("record", ["elsewhere {pid} {started}", "{host} {pid} 1", "{host} 1 {started}", ""])
@@ -45,6 +45,6 @@ def test_a_lock_that_names_another_process_or_machine_stops_none(tmp_path, holdi
     assert host == platform.node()
     assert pid == str(holding.pid)
     lock.write_text(record.format(host=host, pid=pid, started=started))
-    (tmp_path / "copy").write_text(f"{host} {pid} {started}")  # which nobody holds
+    (tmp_path / "copy").write_text(f"{host} {pid} {started}")  # without a holder
     assert stop_holders([lock, tmp_path / "copy", tmp_path / "none"]) == []
     assert holding.poll() is None

@@ -1,4 +1,4 @@
-"""Runs of a tiny Llama through the command, from launch to results; where they are stopped, mostly of the fake one."""
+"""Runs of a tiny Llama through the command, from launch to results; most of the stopped ones use a fake Axolotl."""
 
 import os
 import random
@@ -143,24 +143,31 @@ def test_a_killed_training_goes_on_to_the_same_adapter(place, tiny_profile, undi
     check_resumed(run, undisturbed)
 
 
-@pytest.mark.parametrize("gone", ["axolotl", "there"])
-def test_without_axolotl_or_its_folder_nothing_is_begun(recipe, tmp_path, tiny_profile, monkeypatch, gone):
-    (there := tmp_path / "there").mkdir()
-    (axolotl := tmp_path / "axolotl").touch()
-    monkeypatch.setattr(launch, "AXOLOTL", axolotl)
+@pytest.mark.parametrize(
+    ("missing", "problem"),
+    [
+        ("axolotl", "not found; install axolotl in the same environment as this command"),
+        ("cwd", "not found, but the run was started in this folder; restore it with its contents"),
+    ],
+)
+def test_without_axolotl_or_its_folder_no_run_is_resumed(recipe, tmp_path, tiny_profile, monkeypatch, missing, problem):
+    (tmp_path / "cwd").mkdir()
+    (tmp_path / "axolotl").touch()
+    monkeypatch.setattr(launch, "AXOLOTL", tmp_path / "axolotl")
     with monkeypatch.context() as patch:
-        patch.chdir(there)
+        patch.chdir(tmp_path / "cwd")
         request = Request(PAGED, profiles=[str(tiny_profile)])
         patch.setenv(paths.RUNS, str(tmp_path / "runs"))
         folder = run.create(compose.compose(request), request)
-    (tmp_path / gone).rename(tmp_path / "away")
-    done = recipe("resume", folder.path)
-    assert done.returncode == 2
-    assert f"{tmp_path / gone}: " in done.stderr
+    (tmp_path / missing).rename(tmp_path / "away")
+    assert recipe.fails("resume", folder.path).stderr == f"recipe: {tmp_path / missing}: {problem}\n"
     assert folder.read().launches == []
-    if gone == "axolotl":
-        recipe.fails("--runs", "none", "run", PAGED, "--profile", tiny_profile)
-        assert not (tmp_path / "none").exists()
+
+
+def test_without_axolotl_no_run_is_created(recipe, tmp_path, tiny_profile, monkeypatch):
+    monkeypatch.setattr(launch, "AXOLOTL", tmp_path / "axolotl")
+    recipe.fails("run", PAGED, "--profile", tiny_profile)
+    assert not (tmp_path / "runs").exists()
 
 
 STEPS_OF_A_LAUNCH = 45
@@ -192,7 +199,8 @@ def test_a_run_killed_at_random_moments_goes_on_to_the_same_adapter(tmp_path, ti
     steps = kills * 50
     sets = (f"max_steps={steps}", "evals_per_epoch=null", "saves_per_epoch=null", "eval_steps=50", "save_steps=10")
     words = ["run", PAGED, "--profile", tiny_profile, *(word for one in sets for word in ("--set", one))]
-    whole = RunDir(tmp_path / finish(start(tmp_path, "--runs", "whole", *words, command=fake_axolotl, FAKE_STEP="0")))
+    at_once = start(tmp_path, "--runs", "undisturbed", *words, command=fake_axolotl, FAKE_STEP="0")
+    undisturbed = RunDir(tmp_path / finish(at_once))
     runs = tmp_path / "runs"
     slow = {"FAKE_STEP": "0.004", "FAKE_HOLD": str(STEPS_OF_A_LAUNCH)}  # so that no launch comes to the end
     process = start(tmp_path, *words, command=fake_axolotl, **slow)
@@ -207,18 +215,20 @@ def test_a_run_killed_at_random_moments_goes_on_to_the_same_adapter(tmp_path, ti
         wait_until(partial(trains, process), process)
         time.sleep(chance.uniform(0, 0.1))  # in which it saves checkpoints, too
         assert process.poll() is None
-        stop(process, how := chance.choice(KILLS))
+        how = chance.choice(KILLS)
+        stop(process, how)
         end_of(process, run)
         record = run.read()
-        assert (record.state, len(record.launches)) == ("interrupted", kill + 1), how
+        assert record.state == "interrupted", how
+        assert len(record.launches) == kill + 1, how
         assert run.summary(record).step < steps
     finish(start(tmp_path, "resume", "latest", command=fake_axolotl, FAKE_STEP="0"))
     record = run.read()
     assert record.state == "finished"
     assert record.summary.step == steps
     assert len(record.launches) == kills + 1
-    assert sha256(run.output / ADAPTER) == sha256(whole.output / ADAPTER)
-    assert losses(run) == losses(whole)
+    assert sha256(run.output / ADAPTER) == sha256(undisturbed.output / ADAPTER)
+    assert losses(run) == losses(undisturbed)
     assert sum(launch.resumed_from is not None for launch in record.launches) > kills // 2
 
 
@@ -229,7 +239,8 @@ def test_a_real_run_records_all(undisturbed, tiny_profile):
     assert record.profiles == [str(tiny_profile), "deterministic"]
     assert not record.rehearsal
     assert record.summary.step == record.summary.max_steps == 16
-    assert record.summary.eval_loss is not None and record.summary.eval_loss_first is not None
+    assert record.summary.eval_loss is not None
+    assert record.summary.eval_loss_first is not None
     assert record.summary.tokens_per_second
     assert {"base_model", "fp16", "datasets.0.path"} <= {difference.key for difference in record.differences}
     assert all(len(file.sha256) == 64 and file.rows for file in record.data)
@@ -237,7 +248,9 @@ def test_a_real_run_records_all(undisturbed, tiny_profile):
     assert record.provenance["cuda"] == torch.version.cuda
     assert record.provenance["git"] is None or len(record.provenance["git"]["revision"]) == 40
     assert undisturbed.config["optimizer"] == "paged_adamw_32bit"
-    assert "Starting trainer" in (log := undisturbed.log.read_text()) and "Dropping attention" not in log
+    log = undisturbed.log.read_text()
+    assert "Starting trainer" in log
+    assert "Dropping attention" not in log
 
 
 @pytest.mark.long
@@ -252,8 +265,8 @@ def test_early_stopping_finishes_a_run_and_is_named(place, tiny_profile):
     assert record.summary.step == 4
     assert record.summary.kept_step == 2
     assert sha256(run.output / ADAPTER) == sha256(run.output / "checkpoint-2" / ADAPTER)
-    of_step = {each["step"]: each["eval_loss"] for each in run.read_metrics() if "eval_loss" in each}
-    assert record.summary.eval_loss == of_step[2] < of_step[4]
+    losses = {metric["step"]: metric["eval_loss"] for metric in run.read_metrics() if "eval_loss" in metric}
+    assert record.summary.eval_loss == losses[2] < losses[4]
     assert "4/16, early stopping" in finish(start(place, "--runs", "early", "results"))
 
 
@@ -274,7 +287,7 @@ def test_early_stopping_finishes_a_run_and_is_named(place, tiny_profile):
         (1, False, None, False, "failed"),
     ],
 )
-def test_a_run_is_finished_only_when_its_training_says_so(code, stopped, ended, has_adapter, state):
+def test_the_state_of_a_run_follows_from_the_end_of_its_process(code, stopped, ended, has_adapter, state):
     assert launch._state(code, stopped, ended, has_adapter) == state
 
 
@@ -283,7 +296,8 @@ def test_a_failing_axolotl_fails_the_run(with_fake_axolotl, tiny_profile, tmp_pa
     (run,) = rundir.all_runs(tmp_path / "runs")
     assert done.returncode == 1
     assert run.read().state == "failed"
-    assert "TypeError: " in done.stderr and str(run.log.relative_to(tmp_path)) in done.stderr
+    assert "TypeError: " in done.stderr
+    assert str(run.log.relative_to(tmp_path)) in done.stderr
 
 
 def drop_half_prepared(run: Path, prepared: Path) -> None:
@@ -293,11 +307,13 @@ def drop_half_prepared(run: Path, prepared: Path) -> None:
 
 
 def test_half_prepared_rows_are_removed_in_the_run_only_and_not_while_they_are_written(tmp_path):
-    (half := tmp_path / "prepared" / "half").mkdir(parents=True)  # by a process that was killed
+    half, complete = (tmp_path / "prepared" / name for name in ("half", "complete"))
+    half.mkdir(parents=True)  # by a process that was killed
     (half / "data-00000-of-00001.arrow").touch()
-    (whole := tmp_path / "prepared" / "whole").mkdir()
-    (whole / "dataset_info.json").touch()
-    (linked := tmp_path / "run" / "prepared").mkdir(parents=True)
+    complete.mkdir()
+    (complete / "dataset_info.json").touch()
+    linked = tmp_path / "run" / "prepared"
+    linked.mkdir(parents=True)
     (linked / "half").symlink_to(half)
     for prepared in (half.parent, linked):
         drop_half_prepared(tmp_path / "run", prepared)
@@ -307,7 +323,7 @@ def test_half_prepared_rows_are_removed_in_the_run_only_and_not_while_they_are_w
         assert half.is_dir()
     drop_half_prepared(tmp_path, half.parent)
     assert not half.is_dir()
-    assert whole.is_dir()
+    assert complete.is_dir()
 
 
 def test_a_run_that_was_queued_is_checked_against_the_machine_that_trains_it(

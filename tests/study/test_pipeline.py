@@ -1,4 +1,4 @@
-"""What a backend does with commands, jobs and failures; test_reproduce.py and test_sweep.py have the commands."""
+"""Commands, jobs and failures on this machine; test_reproduce.py and test_sweep.py have the verbs."""
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,13 +18,15 @@ from qlora_recipes.run.backends import Command, Local, Step, Task, TaskResult
 from qlora_recipes.run.rundir import RunDir
 from qlora_recipes.study import pipeline
 
+NAME = "haider2024/llama-2-7b"
 
-def task(folder: Path, words: dict[Step, list[str]], asked: list[str]) -> Task:
-    """Commands; that they are asked for is noted."""
+
+def task(folder: Path, words: dict[Step, list[str]], claimed: list[str]) -> Task:
+    """Task with these commands; records in `claimed` that it is claimed."""
     folder.mkdir()
 
     def commands() -> list[Command]:
-        asked.append(folder.name)
+        claimed.append(folder.name)
         return [Command(step, RunDir(folder), line) for step, line in words.items()]
 
     return Task(TaskResult(folder.name), commands, gpus=0)
@@ -33,69 +35,87 @@ def task(folder: Path, words: dict[Step, list[str]], asked: list[str]) -> Task:
 def test_jobs_each_see_a_gpu_of_their_own(monkeypatch):
     monkeypatch.setattr(hardware, "visible_gpus", lambda: {"5": {}, "7": {}})
     assert Local(rehearsal=False, jobs=2).devices == ["5", "7"]
-    with pytest.raises(UserError, match=r"--jobs 3: .* 2 "):
+    with pytest.raises(UserError) as refused:
         Local(rehearsal=False, jobs=3)
+    assert str(refused.value) == "--jobs 3: each job needs its own GPU; 2 available on this machine"
     assert Local(rehearsal=True, jobs=3).devices == [None, None, None]
 
 
-def test_a_command_that_fails_is_the_last_of_its_work_and_of_no_other(tmp_path, capfd):
-    asked: list[str] = []
-    refused = task(tmp_path / "a", {"run": ["show", "nothing"], "evaluate": ["list"]}, asked)
-    fine = task(tmp_path / "b", {"run": ["list"], "evaluate": ["list"]}, asked)
-    Local(rehearsal=True, jobs=2).submit([refused, fine], "two")
-    assert asked == ["a", "b"]  # once each
-    assert refused.result.steps == {"run": "failed"}
-    assert refused.result.run is None
+def test_a_command_that_fails_is_the_last_of_its_task_and_of_no_other(tmp_path, capfd):
+    claimed: list[str] = []
+    failing = task(tmp_path / "a", {"run": ["show", "nothing"], "evaluate": ["list"]}, claimed)
+    fine = task(tmp_path / "b", {"run": ["list"], "evaluate": ["list"]}, claimed)
+    Local(rehearsal=True, jobs=2).submit([failing, fine], "two")
+    assert claimed == ["a", "b"]  # once each
     log = tmp_path / "a" / "run.log"
+    assert failing.result.steps == {"run": "failed"}
+    assert failing.result.problem == f"the training failed; see {log}"
+    assert failing.result.run is None
     logs = [log, tmp_path / "b" / "evaluate.log", tmp_path / "b" / "run.log"]
     assert [line.split()[-1] for line in sorted(capfd.readouterr().err.splitlines())] == [*map(str, logs)]
-    assert "next:" not in (tmp_path / "b" / "run.log").read_text()  # which `recipe list` says to a user
-    assert str(log) in (refused.result.problem or "") and "nothing" in log.read_text()
+    assert "recipe: nothing: " in log.read_text()
+    assert "next:" not in (tmp_path / "b" / "run.log").read_text()  # which `recipe list` suggests to a user
     assert fine.result.steps == {"run": "done", "evaluate": "done"}
     assert fine.result.problem is None
     assert fine.result.run == tmp_path / "b"
 
 
-def test_a_pipeline_is_composed_for_the_card_that_is_named(tmp_path):
-    asked, backend = Request("haider2024/llama-2-7b", ["packed"]), Local(rehearsal=False, jobs=1)
-    for gpu, varlen in (("T4", False), ("A100", True)):
-        one = pipeline.Pipeline(TaskResult(gpu), asked, EvaluationRequest(), backend, gpus.find(gpu))
-        assert one.composed and one.composed.config["sdpa_varlen"] is varlen
+def pipeline_of(request: Request, gpu: gpus.Gpu | None = None) -> pipeline.Pipeline:
+    backend = Local(rehearsal=request.rehearse)
+    return pipeline.Pipeline(TaskResult(request.name), request, EvaluationRequest(), backend, gpu)
+
+
+@pytest.mark.parametrize(("gpu", "varlen"), [("T4", False), ("A100", True)])
+def test_a_pipeline_is_composed_for_the_named_gpu(gpu, varlen):
+    assert pipeline_of(Request(NAME, ["packed"]), gpus.find(gpu)).composed.config["sdpa_varlen"] is varlen
+
+
+def test_an_invalid_config_has_no_pipeline_but_a_result():
+    result = TaskResult(NAME)
+    request = Request(NAME, overrides=typed("output_dir=x"))
+    assert pipeline.pipelines_of([(result, request)], EvaluationRequest(), Local(rehearsal=False)) == []
+    assert result.steps == {"check": "failed"}
+    reason = "`recipe run` sets output_dir; --runs selects the folder of runs, and `recipe resume` continues a run"
+    assert result.errors == [f"--set output_dir=x: {reason}"]
 
 
 @pytest.mark.parametrize("force", [[], [pipeline.TOO_BIG]])
 def test_a_config_that_is_too_big_fails_unless_this_is_overridden(monkeypatch, force):
     for module in (plan, step_plan):
         monkeypatch.setattr(module, "required_gib", lambda *_, **__: 38.1)
-    asked, backend, t4 = Request("haider2024/llama-2-7b", force=force), Local(rehearsal=False), gpus.find("T4")
-    one = pipeline.Pipeline(TaskResult("one"), asked, EvaluationRequest(), backend, t4)
-    assert one.plan() == bool(force)
-    assert one.needed_gib == 38.1
+    t4 = gpus.find("T4")
+    planned = pipeline_of(Request(NAME, force=force), t4)
+    assert planned.plan() == bool(force)
+    assert planned.needed_gib == 38.1
     finding = plan._memory_finding({}, t4, 1, trace=False)
-    assert finding and finding.name == pipeline.TOO_BIG
+    assert finding
+    assert finding.name == pipeline.TOO_BIG
 
 
-@pytest.mark.parametrize("path", ["owner/rows", "rows.jsonl"])
-def test_data_on_the_hub_has_a_digest_and_a_missing_file_has_none(path):
-    asked = Request("haider2024/llama-2-7b", overrides=typed(f"datasets=[{{path: {path}}}]", "test_datasets=null"))
-    one = pipeline.Pipeline(TaskResult("one"), asked, EvaluationRequest(), Local(rehearsal=False))
-    assert (one.digest() is None) == (path == "rows.jsonl")
+def with_rows(path: str) -> Request:
+    return Request(NAME, overrides=typed(f"datasets=[{{path: {path}}}]", "test_datasets=null"))
 
 
-def test_what_axolotl_refuses_is_not_submitted(place, monkeypatch):
-    asked = Request("haider2024/llama-2-7b", rehearse=True, overrides=typed("early_stopping_patience=2"))
-    result, backend = TaskResult("one"), Local(rehearsal=True, jobs=1)
-    one = pipeline.Pipeline(result, asked, EvaluationRequest(), backend)
-    assert one.check_config(starts=False)
-    assert not one.check_config()
-    assert result.steps == {"check": "failed"} and "[axolotl:early_stopping_patience]" in str(result.problem)
-    monkeypatch.setattr(backend, "here", False)
-    with pytest.raises(UserError, match=r"\[axolotl:early_stopping_patience\]"):
-        run.compose_and_check(asked, backend)
+def test_data_on_the_hub_has_a_digest_and_a_missing_file_has_none():
+    assert pipeline_of(with_rows("owner/rows")).digest()
+    assert pipeline_of(with_rows("rows.jsonl")).digest() is None
 
 
-def test_the_former_run_of_a_config_is_the_newest_but_a_finished_one_before_others(tmp_path):
-    recipe_name = "haider2024/llama-2-7b"
+def test_a_config_that_axolotl_refuses_is_not_submitted(place, monkeypatch):
+    request = Request(NAME, rehearse=True, overrides=typed("early_stopping_patience=2"))
+    refused = pipeline_of(request)
+    assert refused.check_config(starts=False)
+    assert not refused.check_config()
+    assert refused.result.steps == {"check": "failed"}
+    (error,) = refused.result.errors
+    assert error.endswith(" [axolotl:early_stopping_patience]")
+    monkeypatch.setattr(refused.backend, "here", False)
+    with pytest.raises(UserError) as raised:
+        run.compose_and_check(request, refused.backend)
+    assert str(raised.value) == error
+
+
+def test_the_existing_run_of_a_config_is_the_newest_but_a_finished_one_before_others(tmp_path):
     for name, digest, more in (
         ("1-old", "a", {}),
         ("2-newer", "a", {}),
@@ -104,19 +124,20 @@ def test_the_former_run_of_a_config_is_the_newest_but_a_finished_one_before_othe
         ("1-failed", "b", {"state": "failed"}),
         ("2-failed", "b", {"state": "failed"}),
     ):
-        a_run(tmp_path, recipe_name, f"{name}-{digest}", 5.0, digest=digest, **more)
-    found = pipeline.existing_runs(tmp_path, recipe_name)
-    assert {digest: folder.path.name for digest, (folder, _) in found.items()} == {"a": "2-newer-a", "b": "2-failed-b"}
+        a_run(tmp_path, NAME, f"{name}-{digest}", 5.0, digest=digest, **more)
+    existing = pipeline.existing_runs(tmp_path, NAME)
+    names = {digest: folder.path.name for digest, (folder, _) in existing.items()}
+    assert names == {"a": "2-newer-a", "b": "2-failed-b"}
 
 
 def test_a_run_whose_command_was_killed_before_its_start_is_waited_for_and_resumed(place):
-    request = Request("haider2024/llama-2-7b", overrides=typed("datasets=[{path: owner/rows}]", "test_datasets=null"))
-    one = pipeline.Pipeline(TaskResult("haider2024/llama-2-7b"), request, EvaluationRequest(), Local(rehearsal=False))
-    one.digest()
-    folder = run.create(one.composed, request)
+    request = with_rows("owner/rows")
+    waiting = pipeline_of(request)
+    waiting.digest()
+    folder = run.create(waiting.composed, request)
     created = datetime.now(UTC) - timedelta(seconds=9.5)
     folder.write(folder.read().model_copy(update={"created": created.isoformat()}))
     assert folder.read().state == "created"
-    training, _ = one.task().claim()
+    training, _ = waiting.task().claim()
     assert training.folder.path == folder.path
-    assert one.state == "interrupted"
+    assert waiting.state == "interrupted"

@@ -14,14 +14,15 @@ GSM8K = SHARED / "gsm8k"
 
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="the data sets' files are not part of the project")
 def test_gsm8ks_published_solutions_score_as_printed(place):
-    of_study = studies.find("loftq-gsm8k")
+    study = studies.find("loftq-gsm8k")
     rows = [orjson.loads(line) for line in (GSM8K / "solutions-6b.jsonl").read_bytes().splitlines()]
     as_published = [row | {"ground_truth": row.pop("reference")} for row in rows]
-    write_rows(place / of_study.data.raw / "example_model_solutions.jsonl", as_published)
-    by_name = {baseline.name: baseline for baseline in of_study.baselines}
+    write_rows(place / study.data.raw / "example_model_solutions.jsonl", as_published)
+    by_name = {baseline.name: baseline for baseline in study.baselines}
     for name, printed in (("GPT-3 6B, finetuned", 21.68), ("GPT-3 6B, with a verifier", 39.04)):
         predictions = by_name[name].predictions
-        assert predictions and str(by_name[name].scores["accuracy"]) == str(printed)
-        pairs = published_predictions.read(of_study, predictions, "test")
+        assert predictions
+        assert str(by_name[name].scores["accuracy"]) == str(printed)
+        pairs = published_predictions.read(study, predictions, "test")
         assert len(pairs) == 1319
-        assert score(pairs, of_study.columns, {})[0].scores["accuracy"].value == pytest.approx(printed, abs=0.005)
+        assert score(pairs, study.columns, {})[0].scores["accuracy"].value == pytest.approx(printed, abs=0.005)

@@ -1,6 +1,5 @@
 """Stages of a reproduction before the training: published predictions are scored, published adapters evaluated."""
 
-import re
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -43,8 +42,10 @@ def scored(recipe: Recipe, *words: str, code: int = 0) -> Any:
     return recipe.json("reproduce", "reviews", "--from", "predictions", *words, code=code)
 
 
-def row_of(found: Any, of: str = RECIPE, test_set: str = "some", metric: str = "bleu4") -> dict[str, Any]:
-    (row,) = [row for row in found["scores"] if (row["of"], row["test_set"], row["metric"]) == (of, test_set, metric)]
+def row_of(printed: Any, name: str = RECIPE) -> dict[str, Any]:
+    """The BLEU-4 of a recipe's or baseline's predictions."""
+    (row,) = [row for row in printed["scores"] if row["of"] == name and row["metric"] == "bleu4"]
+    assert row["test_set"] == "some"
     return row
 
 
@@ -56,19 +57,27 @@ def mean(predictions: list[str], references: list[str]) -> float:
 def test_published_predictions_are_fetched_and_scored_beside_the_published_score(recipe, server, tmp_path):
     ours = mean(PREDICTED, GOLD)
     published_study.write(tmp_path, address(server), {"bleu4": round(ours, 2), "eval_loss": 1.0})
-    found = scored(recipe)
-    row = row_of(found)
-    assert row["rows"] == 4
-    assert row["score"] == pytest.approx(ours)
-    assert row["agrees"] is True
-    assert row["low"] is row["high"] is None and row["verified"] is True and found["problems"] == {}
-    assert row["difference"] == pytest.approx(ours - round(ours, 2))
-    some = row_of(found, BASELINE)  # its predictions are of the whole test set
-    assert some["rows"] == len(SUBSET)
+    printed = scored(recipe)
+    assert row_of(printed) == {
+        "of": RECIPE,
+        "test_set": "some",
+        "rows": 4,
+        "metric": "bleu4",
+        "score": pytest.approx(ours),
+        "low": None,
+        "high": None,
+        "published": round(ours, 2),
+        "difference": pytest.approx(ours - round(ours, 2)),
+        "agrees": True,
+        "verified": True,
+    }
+    baseline = row_of(printed, BASELINE)  # its predictions are of the whole test set
+    assert baseline["rows"] == len(SUBSET)
     step = mean([TEST[i] if i % 2 else "no" for i in SUBSET], GOLD) - 4.0
-    assert some["difference"] == pytest.approx(step)
-    assert some["agrees"] is False
-    assert {row["of"] for row in found["scores"]} == {RECIPE, BASELINE}
+    assert baseline["difference"] == pytest.approx(step)
+    assert baseline["agrees"] is False
+    assert {row["of"] for row in printed["scores"]} == {RECIPE, BASELINE}
+    assert printed["problems"] == {}
     assert rundir.all_runs(tmp_path / "runs") == []
 
 
@@ -79,11 +88,12 @@ def test_published_predictions_are_recorded(recipe, server, place):
     results.mkdir()
     for name in done.stdout.split():
         (place / name).rename(results / name)
-    of_study = studies.find("reviews")
-    records = score_records.records(of_study)
-    assert {(record.of, record.rows) for record in records} == {(RECIPE, 4), (BASELINE, 4)}
-    own, _, base = score_records.statuses(of_study, records)
-    assert (own.status, base.status) == ("scored from the authors' predictions",) * 2
+    study = studies.find("reviews")
+    records = score_records.records(study)
+    assert {record.of: record.rows for record in records} == {RECIPE: 4, BASELINE: 4}
+    recipes, _, baseline = score_records.statuses(study, records)
+    assert recipes.status == "scored from the authors' predictions"
+    assert baseline.status == "scored from the authors' predictions"
 
 
 def test_files_without_a_checksum_are_marked(recipe, server, tmp_path):
@@ -91,62 +101,88 @@ def test_files_without_a_checksum_are_marked(recipe, server, tmp_path):
     assert row_of(scored(recipe))["verified"] is False
 
 
-@pytest.mark.parametrize(
-    ("break_it", "says"),
-    [
-        (lambda server: server.files.update({"pred.txt": b"x" * len(FILES["pred.txt"])}), "sha256"),
-        (lambda server: server.files.pop("pred.txt"), "404"),
-    ],
-)
-def test_what_cannot_be_had_says_why_and_stops_nothing_else(recipe, server, tmp_path, break_it, says):
+def test_a_file_that_cannot_be_fetched_stops_no_other(recipe, server, tmp_path):
     published_study.write(tmp_path, address(server))
-    break_it(server)
-    found = scored(recipe, code=1)
-    assert says in found["problems"][RECIPE] and {row["of"] for row in found["scores"]} == {BASELINE}
+    del server.files["pred.txt"]
+    printed = scored(recipe, code=1)
+    assert list(printed["problems"]) == [RECIPE]
+    assert {row["of"] for row in printed["scores"]} == {BASELINE}
     assert not (tmp_path / "data" / "reviews-raw" / "pred.txt").exists()
     server.files = dict(FILES)
     assert scored(recipe)["problems"] == {}
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "says"),
+    ("file", "content", "name", "problem"),
     [
-        ("pred.txt", published_study.lines(PREDICTED[:3]), "pred.txt: 3 .* 4 "),
-        ("whole.jsonl", FILES["whole.jsonl"].splitlines()[0], "whole.jsonl: 1 "),
-        ("whole.jsonl", b'{"target": "a", "model": {}}\n' * len(TEST), "row 1 .*model.output"),
-        ("whole.jsonl", b"{\n", "whole.jsonl:1: "),
-        ("pred.txt", b"\xff\n" * 4, "pred.txt: .*UTF-8"),
+        pytest.param(
+            "pred.txt",
+            published_study.lines(PREDICTED[:3]),
+            RECIPE,
+            ": 3 predictions for 4 references; the two numbers must be equal",
+            id="too few",
+        ),
+        pytest.param(
+            "whole.jsonl",
+            FILES["whole.jsonl"].splitlines()[0],
+            BASELINE,
+            f": 1 predictions, but the complete test set of the study has {len(TEST)} rows",
+            id="other rows",
+        ),
+        pytest.param(
+            "whole.jsonl",
+            b'{"target": "a", "model": {}}\n' * len(TEST),
+            BASELINE,
+            ": row 1 has no text field model.output; correct the field in study.yaml",
+            id="no field",
+        ),
+        pytest.param("whole.jsonl", b"{\n", BASELINE, ":1: not JSON: unexpected end of data", id="not JSON"),
+        pytest.param("pred.txt", b"\xff\n" * 4, RECIPE, ": not UTF-8 text", id="not UTF-8"),
     ],
 )
-def test_files_that_do_not_hold_the_predictions_are_refused(recipe, server, tmp_path, file, content, says):
+def test_files_without_the_predictions_are_refused(recipe, server, tmp_path, file, content, name, problem):
     server.files[file] = content
-    known = {"sha256": published_study.digest(content), "bytes": len(content)}
-    published_study.write(tmp_path, address(server), **{file.replace(".", "__"): known})
-    problems = scored(recipe, code=1)["problems"]
-    assert problems and all(re.search(says, problem) for problem in problems.values())
+    declared = {"sha256": published_study.digest(content), "bytes": len(content)}
+    published_study.write(tmp_path, address(server), **{file.replace(".", "__"): declared})
+    assert scored(recipe, code=1)["problems"] == {name: f"data/reviews-raw/{file}{problem}"}
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
-        (["reviews", "--rehearse"], "--rehearse: "),
-        (["reviews", "--only", "other"], f"--from predictions: .*{RECIPE}"),
-        (["reviews", "--only", "nothing"], "--only nothing: "),
-        (["peft-metamathqa"], "--from predictions: peft-metamathqa"),
+        pytest.param(
+            ["reviews", "--rehearse"],
+            "--rehearse: works only with a later stage than --from predictions",
+            id="rehearsal",
+        ),
+        pytest.param(
+            ["reviews", "--only", "other"],
+            f"--from predictions: reviews's study.yaml declares none for these recipes, but for {RECIPE}",
+            id="recipe without predictions",
+        ),
+        pytest.param(
+            ["reviews", "--only", "nothing"],
+            f"--only nothing: no recipe of the study of that name; there are {RECIPE}, reviews/other",
+            id="unknown recipe",
+        ),
+        pytest.param(
+            ["peft-metamathqa"],
+            "--from predictions: peft-metamathqa's study.yaml declares none for these recipes, but for no recipe",
+            id="study without predictions",
+        ),
     ],
 )
-def test_a_wrong_request_fetches_nothing(recipe, server, tmp_path, words, says):
+def test_a_wrong_request_fetches_nothing(recipe, server, tmp_path, words, message):
     published_study.write(tmp_path, address(server))
     done = recipe.fails("reproduce", *words, "--from", "predictions")
-    assert re.search(says, done.stderr)
-    assert not server.paths
+    assert done.stderr == f"recipe: {message}\n"
+    assert server.paths == []
 
 
 @pytest.mark.skipif(not (SHARED / "haider2024").is_dir(), reason="the authors' files are not part of the project")
 def test_the_first_studys_predictions(recipe, server, tmp_path):
     """The real files behind a server in place of the internet: Table II's score of Llama 3, and not its baseline's."""
-    of_study = studies.find("haider2024")
-    content = yamlfiles.read_yaml(of_study.folder / "study.yaml")
+    content = yamlfiles.read_yaml(studies.find("haider2024").folder / "study.yaml")
     server.files = {}
     for file in ("msg-5000-pred.txt", "msg-5000-gold.txt"):
         server.files[file] = (SHARED / "haider2024" / file).read_bytes()
@@ -161,13 +197,13 @@ def test_the_first_studys_predictions(recipe, server, tmp_path):
     (tmp_path / "recipes" / "reviews" / "study.yaml").write_text(yamlfiles.write_yaml(content))
     shutil.copy(paths.RECIPES / "haider2024" / "test-subset-1.json", tmp_path / "recipes" / "reviews")
     studies._load.cache_clear()
-    found = [
+    rows = [
         (row["of"], row["test_set"], round(row["score"], 2), row["published"], row["agrees"])
         for row in scored(recipe)["scores"]
         if row["metric"] == "bleu4"
     ]
     baseline, recomputed = content["baselines"][0]["name"], content["baselines"][1]["scores"]["bleu4"]
-    assert found == [
+    assert rows == [
         (RECIPE, "test-subset-1", 5.27, 5.27, True),
         (baseline, "test-subset-1", recomputed, 4.28, False),
     ]
@@ -183,8 +219,10 @@ def adapters(recipe: Recipe, profile: Path, code: int = 0) -> Any:
 def test_a_rehearsal_fetches_no_adapter(recipe, server, tmp_path, tiny_profile):
     published_study.write(tmp_path, address(server))
     (step,) = adapters(recipe, tiny_profile, code=2)["steps"]
-    fetch = f"`recipe data fetch reviews {' '.join(f'--only theirs/{name}' for name in ADAPTER)}`"
-    assert fetch in step["problem"] and not server.paths
+    sources = " ".join(f"--only theirs/{name}" for name in ADAPTER)
+    fetch = f"run `recipe data fetch reviews {sources}`"
+    assert step["problem"] == f"{RECIPE}: a rehearsal does not fetch the adapter; {fetch}"
+    assert server.paths == []
 
 
 def test_a_published_adapter_is_evaluated_once_and_marked(recipe, server, tmp_path, tiny, tiny_profile):
@@ -195,15 +233,16 @@ def test_a_published_adapter_is_evaluated_once_and_marked(recipe, server, tmp_pa
     theirs = tmp_path / "data" / "reviews-raw" / "theirs"
     lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(LlamaForCausalLM.from_pretrained(tiny), lora).save_pretrained(theirs)
-    found = adapters(recipe, tiny_profile)
-    (step,), (row,) = found["steps"], found["results"]
+    printed = adapters(recipe, tiny_profile)
+    (step,), (row,) = printed["steps"], printed["results"]
     assert step["evaluate"] == "done"
     assert row["rows"] == 12
     assert row["published_adapter"] == "theirs"
-    (made,) = rundir.all_runs(tmp_path / "runs")
-    assert tmp_path / row["run"] == made.path and len(read_predictions(made.path)) == 12
-    assert adapters(recipe, tiny_profile) == found
-    assert [run.path for run in rundir.all_runs(tmp_path / "runs")] == [made.path]
+    (run,) = rundir.all_runs(tmp_path / "runs")
+    assert tmp_path / row["run"] == run.path
+    assert len(read_predictions(run.path)) == 12
+    assert adapters(recipe, tiny_profile) == printed
+    assert [folder.path for folder in rundir.all_runs(tmp_path / "runs")] == [run.path]
     recipe.fails("publish", "latest")
     for verb in (("results",), ("results", "reviews", "--rehearse"), ("report", "-o", "a.html")):
         recipe.ok(*verb)
@@ -213,8 +252,9 @@ def test_a_published_adapter_is_evaluated_once_and_marked(recipe, server, tmp_pa
     shutil.rmtree(theirs)
     get_peft_model(LlamaForCausalLM(LlamaConfig(**SMALLER)), lora).save_pretrained(theirs)
     (step,) = adapters(recipe, tiny_profile, code=1)["steps"]
-    assert step["evaluate"] == "failed" and "adapter_model.safetensors" in step["problem"]
-    assert [run.path for run in rundir.all_runs(tmp_path / "runs")] == [made.path]
+    assert step["evaluate"] == "failed"
+    assert "adapter_model.safetensors" in step["problem"]
+    assert [folder.path for folder in rundir.all_runs(tmp_path / "runs")] == [run.path]
 
 
 MAGNITUDE = "weight_m_wdecomp.weight"  # as DoRA's fork of PEFT calls it, with a second dimension of one
@@ -248,13 +288,14 @@ def test_an_adapter_of_a_fork_makes_the_predictions_of_its_twin(recipe, server, 
         is_vector = name.endswith("lora_magnitude_vector")
         of_fork[name.replace("lora_magnitude_vector", MAGNITUDE)] = tensor[:, None] if is_vector else tensor
     torch.save(of_fork, fork / "adapter_model.bin")
-    own = orjson.loads((theirs / ADAPTER[0]).read_bytes())
-    del own["use_dora"]
+    config = orjson.loads((theirs / ADAPTER[0]).read_bytes())
+    del config["use_dora"]
     of_fork_alone = {"peft_type": "DORA", "dora_simple": True, "merge_weights": False}
-    (fork / ADAPTER[0]).write_bytes(orjson.dumps(own | of_fork_alone))
+    (fork / ADAPTER[0]).write_bytes(orjson.dumps(config | of_fork_alone))
     assert [step["evaluate"] for step in adapters(recipe, tiny_profile)["steps"]] == ["done", "done"]
-    one, other = (read_predictions(run.path) for run in rundir.all_runs(tmp_path / "runs"))
-    assert one == other and any(row["prediction"] for row in one)
+    predictions, of_twin = (read_predictions(run.path) for run in rundir.all_runs(tmp_path / "runs"))
+    assert predictions == of_twin
+    assert any(row["prediction"] for row in predictions)
     (fork / "adapter_model.bin").write_bytes(b"")
     failed = adapters(recipe, tiny_profile, code=1)["steps"][1]
     assert "adapter_model.bin" in failed["problem"]
@@ -270,7 +311,7 @@ def test_an_adapter_makes_the_predictions_of_the_rehearsal_that_trained_it(with_
     for file in ADAPTER:  # without a tokenizer
         shutil.copy(run.output / file, adapter)
     recipe.ok("evaluate", "llama-3.2-3b", "--adapter", adapter, *few)
-    (other,) = [made for made in rundir.all_runs(tmp_path / "runs") if made.path != run.path]
+    (other,) = [folder for folder in rundir.all_runs(tmp_path / "runs") if folder.path != run.path]
     assert read_predictions(other.path) == read_predictions(run.path)
     assert any(row["prediction"] for row in read_predictions(run.path))
     (row,) = recipe.json("results", "haider2024", "--rehearse")
@@ -280,32 +321,49 @@ def test_an_adapter_makes_the_predictions_of_the_rehearsal_that_trained_it(with_
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("adapter", "code", "message"),
     [
-        (("llama-3-8b", "--adapter", "nowhere"), "--adapter nowhere"),
-        (("llama-3-8b", "--adapter", "empty"), "empty: .*adapter_config.json"),
-        (("llama-3-8b", "--adapter", "theirs"), "no-gpu"),
+        pytest.param(
+            "nowhere", 1, "recipe: --adapter nowhere: no local folder; fetching it from the hub failed: ", id="missing"
+        ),
+        pytest.param(
+            "empty",
+            2,
+            "recipe: empty: adapter_config.json or adapter_model.safetensors is missing or damaged; give a folder "
+            "saved by PEFT\n",
+            id="empty",
+        ),
+        pytest.param(
+            "theirs",
+            2,
+            "theirs: trained on somebody/model, but evaluated with meta-llama/Meta-Llama-3-8B, the base model of "
+            "llama-3-8b\nrecipe: ",
+            id="without a GPU",
+        ),
     ],
 )
-def test_an_adapter_that_cannot_be_evaluated_leaves_nothing(recipe, tmp_path, words, says):
+def test_an_adapter_that_cannot_be_evaluated_leaves_nothing(recipe, tmp_path, adapter, code, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/model"}')
     save_file({"lora_A": np.ones((2, 2))}, tmp_path / "theirs" / "adapter_model.safetensors")
-    done = recipe("evaluate", *words)
-    assert done.returncode in (1, 2) and re.search(says, done.stderr), done.stderr
+    done = recipe("evaluate", "llama-3-8b", "--adapter", adapter)
+    assert done.returncode == code
+    assert done.stderr[: len(message)] == message  # the hub's and the check's own words follow
     assert not (tmp_path / "runs").exists()
 
 
 def test_data_is_fetched_without_what_authors_published_unless_that_is_named(recipe, server, tmp_path):
     published_study.write(tmp_path, address(server))
     rows = list(SAMPLE.glob("msg-*.jsonl"))
-    with zipfile.ZipFile(packed := tmp_path / "rows.zip", "w") as archive:
+    packed = tmp_path / "rows.zip"
+    with zipfile.ZipFile(packed, "w") as archive:
         for file in rows:
             archive.write(file, file.name)
     server.files["rows.zip"] = packed.read_bytes()
-    kept = {file.name for file in rows} | {"fetched.json", ".fetch.lock"}
-    for fetched, words in ((set(), ()), ({"gold.txt"}, ("--only", "gold"))):
-        recipe.ok("data", "fetch", "reviews", *words)
-        kept |= fetched
-        assert {file.name for file in (tmp_path / "data" / "reviews-raw").iterdir()} == kept
+    names = {file.name for file in rows} | {"fetched.json", ".fetch.lock"}
+    folder = tmp_path / "data" / "reviews-raw"
+    recipe.ok("data", "fetch", "reviews")
+    assert {file.name for file in folder.iterdir()} == names
+    recipe.ok("data", "fetch", "reviews", "--only", "gold")
+    assert {file.name for file in folder.iterdir()} == names | {"gold.txt"}
