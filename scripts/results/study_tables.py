@@ -1,4 +1,4 @@
-"""Print results of studies, and comparisons of runs."""
+"""Tables and JSON of studies' results, and of comparisons of runs."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -16,6 +16,7 @@ from .listing import REHEARSALS, baselines
 from .score_records import Status
 from .verdict import StudyRow
 
+GIB = 1 << 30
 RECORDS = "Published numbers: submitted records, and cells with other settings"
 COSTS = "Other scores, and costs of the runs"
 CURVES = "Our training loss minus the published one: mean and largest gap, and its step"
@@ -32,7 +33,7 @@ def show_study(study: Study, rows: Sequence[StudyRow], rehearsal: bool, json: bo
     if not rows and not json:
         say("no recipe of the study has been rehearsed yet; run `recipe reproduce` with --rehearse")
         return
-    records = [verdict.record(row) for row in rows]
+    records = [record(row) for row in rows]
     for fields in records:
         fields["tuned"] = [best for best in tuned if best["recipe"] == fields["recipe"]]
     shown = [*tables_of(study, rows, rehearsal)]
@@ -43,6 +44,38 @@ def show_study(study: Study, rows: Sequence[StudyRow], rehearsal: bool, json: bo
     for fields in records:
         fields["records"] = [asdict(number) for number in numbers if number.of == fields["recipe"]]
     tables.show(json, records, [*shown, _records_table(numbers)], notes(study, rows))
+
+
+def record(row: StudyRow) -> Row:
+    """Flat JSON record of a row; the keys of a metric begin with the metric's name."""
+    fields: Row = {
+        "recipe": row.recipe,
+        "run": None,
+        "state": None,
+        "published_adapter": None,
+        "runs": len(row.runs),
+        "rehearsal": row.rehearsal,
+        "rows": None,
+    }
+    for name, score in row.scores.items():
+        fields |= score.as_json(name) | repeats.interval_cells(name, score.interval)
+        fields |= {f"{name}_spread": score.spread, f"{name}_verdict": score.verdict, f"{name}_model": score.model}
+    fields |= {"eval_loss": row.summary.eval_loss_per_token, "other_tokens": None}
+    for key, (ours, published) in _costs(row).items():
+        fields |= {key: ours, f"{key}_published": published}
+    for key in ("mean", "largest", "step"):
+        fields[f"train_loss_gap_{key}"] = getattr(row.gap, key, None)
+    fields |= {"train_loss_verdict": row.gap_verdict, "gpu_hours": row.gpu_hours}
+    fields |= {"differs": row.differs, "open": row.open}
+    if row.chosen:
+        fields |= {
+            "run": str(row.chosen.folder.path),
+            "state": row.chosen.run.state,
+            "published_adapter": row.chosen.run.published_adapter,
+            "rows": row.chosen.rows_evaluated,
+            "other_tokens": row.chosen.other_tokens,
+        }
+    return fields
 
 
 def _records_table(numbers: Sequence[Status]) -> Table:
@@ -98,9 +131,25 @@ def _cost_cells(study: Study, row: StudyRow) -> Row:
         if name not in study.table:
             cells[column.label] = row.scores[name].value
     cells["eval loss"] = row.summary.eval_loss_per_token
-    for key, (ours, published) in row.costs().items():
+    for key, (ours, published) in _costs(row).items():
         cells |= {_HEADINGS[key]: _rounded(ours), f"{_HEADINGS[key]}, published": _rounded(published)}
     return cells | {"GPU hours": row.gpu_hours}
+
+
+def _costs(row: StudyRow) -> dict[str, tuple[float | None, float | None]]:
+    """Costs of the run, paired with the published costs."""
+    ours, published = row.summary, row.measured
+    peak = ours.peak_memory if row.on_gpu else None
+    seconds = ours.train_seconds if row.chosen else None
+    published_peak = None
+    if published.reserved_bytes:
+        published_peak = published.reserved_bytes / GIB
+    return {
+        "trainable": (ours.trainable_parameters, published.trainable),
+        "peak_gpu_memory_gib": (peak, published_peak),
+        "tokens_per_second": (ours.tokens_per_second, published.tokens_per_second),
+        "train_seconds": (seconds, published.train_seconds),
+    }
 
 
 def _rounded(value: float | None) -> str | float | None:

@@ -8,7 +8,6 @@ from statistics import fmean
 from typing import Any
 
 from ..base import paths, yamlfiles
-from ..base.files import Row
 from ..config import merging
 from ..config.compose import REHEARSAL, TRACKERS
 from ..config.numerics import departures
@@ -22,7 +21,6 @@ from . import compare, repeats
 from .compare import CurveGap
 from .run_result import RunResult, RunScore
 
-GIB = 1 << 30
 WITHIN, ACCEPTABLE, OFF = "within the interval", "acceptable", "off"
 
 
@@ -115,21 +113,6 @@ class StudyRow:
         if self.chosen is None or not self.on_gpu:
             return None
         return self.summary.train_seconds * self.chosen.run.ranks / 3600
-
-    def costs(self) -> dict[str, tuple[float | None, float | None]]:
-        """Costs of the run, paired with the published costs."""
-        ours, published = self.summary, self.measured
-        peak = ours.peak_memory if self.on_gpu else None
-        seconds = ours.train_seconds if self.chosen else None
-        published_peak = None
-        if published.reserved_bytes:
-            published_peak = published.reserved_bytes / GIB
-        return {
-            "trainable": (ours.trainable_parameters, published.trainable),
-            "peak_gpu_memory_gib": (peak, published_peak),
-            "tokens_per_second": (ours.tokens_per_second, published.tokens_per_second),
-            "train_seconds": (seconds, published.train_seconds),
-        }
 
 
 def verdict(
@@ -294,38 +277,6 @@ def _mean(values: Iterable[float | None]) -> float | None:
     """Mean of the values that are not None; None without values."""
     numbers = [value for value in values if value is not None]
     return fmean(numbers) if numbers else None
-
-
-def record(row: StudyRow) -> Row:
-    """Flat JSON record of a row; the keys of a metric begin with the metric's name."""
-    fields: Row = {
-        "recipe": row.recipe,
-        "run": None,
-        "state": None,
-        "published_adapter": None,
-        "runs": len(row.runs),
-        "rehearsal": row.rehearsal,
-        "rows": None,
-    }
-    for name, score in row.scores.items():
-        fields |= score.as_json(name) | repeats.interval_cells(name, score.interval)
-        fields |= {f"{name}_spread": score.spread, f"{name}_verdict": score.verdict, f"{name}_model": score.model}
-    fields |= {"eval_loss": row.summary.eval_loss_per_token, "other_tokens": None}
-    for key, (ours, published) in row.costs().items():
-        fields |= {key: ours, f"{key}_published": published}
-    for key in ("mean", "largest", "step"):
-        fields[f"train_loss_gap_{key}"] = getattr(row.gap, key, None)
-    fields |= {"train_loss_verdict": row.gap_verdict, "gpu_hours": row.gpu_hours}
-    fields |= {"differs": row.differs, "open": row.open}
-    if row.chosen:
-        fields |= {
-            "run": str(row.chosen.folder.path),
-            "state": row.chosen.run.state,
-            "published_adapter": row.chosen.run.published_adapter,
-            "rows": row.chosen.rows_evaluated,
-            "other_tokens": row.chosen.other_tokens,
-        }
-    return fields
 
 
 def _changed_settings(study: Study, chosen: RunResult, stated: set[str]) -> list[str]:

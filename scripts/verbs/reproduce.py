@@ -124,7 +124,7 @@ def _show_results(study: "Study", rehearse: bool, results: "list[TaskResult]", j
     from ..study import reproduce
 
     rows = verdict.rows(study, paths.runs(), rehearse, reproduce.representative_runs(results))
-    records = [verdict.record(row) for row in rows]
+    records = [study_tables.record(row) for row in rows]
     end(results, json, {}, records, lambda: study_tables.show_study(study, rows, rehearse, json))
 
 

@@ -15,7 +15,7 @@ from qlora_recipes.config.datafiles import DataFile
 from qlora_recipes.config.merging import Difference, Override
 from qlora_recipes.data import studies
 from qlora_recipes.evaluate import scores_file
-from qlora_recipes.results import card, listing, verdict
+from qlora_recipes.results import card, listing, study_tables, verdict
 from qlora_recipes.results.reports import report_runs
 from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.training.run_record import FileState, Summary
@@ -25,7 +25,7 @@ LLAMA_2 = "haider2024/llama-2-7b"
 
 def row_of(runs: Path, name: str = LLAMA_2, rehearsal: bool = False) -> dict[str, Any]:
     (row,) = [row for row in verdict.rows(STUDY, runs, rehearsal) if row.recipe == name]
-    return verdict.record(row)
+    return study_tables.record(row)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_every_form_of_the_table(recipe, tmp_path):
     ]
     shown = recipe.json("results", "haider2024")
     assert [number["metric"] for number in shown[0]["records"]] == ["BLEU-4", "BERTScore F1"]
-    records = [verdict.record(row) for row in verdict.rows(STUDY, tmp_path / "runs", False)]
+    records = [study_tables.record(row) for row in verdict.rows(STUDY, tmp_path / "runs", False)]
     for row, record in zip(shown, records, strict=True):
         run = record["run"] and f"runs/{LLAMA_2}/a"
         assert row == record | {"run": run, "records": row["records"], "tuned": []}

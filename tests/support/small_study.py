@@ -12,7 +12,7 @@ from qlora_recipes.base.files import write_rows
 from qlora_recipes.data import studies
 from qlora_recipes.data.studies import Decoding, Study
 from qlora_recipes.evaluate.scores_file import read_scores
-from qlora_recipes.results import verdict
+from qlora_recipes.results import study_tables, verdict
 from qlora_recipes.run.rundir import RunDir
 from qlora_recipes.training.run_record import Summary
 
@@ -66,7 +66,7 @@ def read() -> Study:
 
 def row_of(runs: Path, recipe_name: str = PLAIN) -> dict[str, Any]:
     (row,) = [row for row in verdict.rows(read(), runs, False) if row.recipe == recipe_name]
-    return verdict.record(row)
+    return study_tables.record(row)
 
 
 def ran(
