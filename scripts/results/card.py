@@ -131,11 +131,6 @@ class Card:
     def _about_base(self) -> Config:
         return models.entry_of(base_model(self.result.folder, self.result.run).name)
 
-    @property
-    def other_model(self) -> str | None:
-        """Base model, if it is not the recipe's."""
-        return self.result.other_model
-
     @cached_property
     def published(self) -> dict[str, str]:
         """Published scores by metric."""

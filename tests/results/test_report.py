@@ -385,7 +385,11 @@ def test_several_runs_the_study_and_a_sweep_open_too(browser, tmp_path):
         assert page.locator("#score option").count() == 6
     a_run(tmp_path, name="real", rehearsal=False)
     with opened(browser, report.study_page(STUDY, False, tmp_path / "runs").html(), tmp_path) as page:
-        assert page.locator("figure[data-figure=study-bleu4] .main-svg").count()
+        figure = page.locator("figure[data-figure=study-bleu4]")
+        assert figure.locator(".main-svg").count()
+        figure.locator("summary").click()
+        last = figure.locator("tbody tr").last.inner_text()
+        assert last.split("\t") == ["published, with its ± if known", "4.54", "llama-3.2-3b", "4.54", "4.54"]
     sweep = a_sweep(tmp_path / "sweep")
     html = report.sweep_page(sweep, tmp_path / "sweep" / "runs").html()
     with opened(browser, html, tmp_path, PHONE) as page:

@@ -27,7 +27,7 @@ from ...study.sweep import Sweep
 from .. import listing, study_tables, sweep_results, verdict
 from . import report_runs
 from .report_figures import Figure, study_figures, sweep_figure, training_figures
-from .report_runs import ReportedRun, labelled_runs, reported_runs
+from .report_runs import ReportedRun, labelled, labelled_by_recipe
 
 
 @dataclass(frozen=True)
@@ -171,9 +171,9 @@ def study_page(study: Study, rehearsal: bool, runs: Path) -> Page:
         UserError: the study has no run.
     """
     rows = verdict.rows(study, runs, rehearsal)
-    folders = [row.chosen.folder for row in rows if row.chosen]
+    results = [row.chosen for row in rows if row.chosen]
     name = study.folder.name
-    if not folders:
+    if not results:
         if rehearsal:
             remedy = f"start them with `recipe reproduce {name} --rehearse`"
             raise UserError("no rehearsals", key=name, remedy=remedy)
@@ -187,7 +187,7 @@ def study_page(study: Study, rehearsal: bool, runs: Path) -> Page:
         notes=[*study_tables.notes(study, rows)],
         figures=[*study_figures(study, rows)],
     )
-    return Page(study.title, f"Study {name}", reported_runs(folders), section)
+    return Page(study.title, f"Study {name}", labelled_by_recipe(results), section)
 
 
 def sweep_page(sweep: Sweep, runs: Path) -> Page:
@@ -197,11 +197,11 @@ def sweep_page(sweep: Sweep, runs: Path) -> Page:
         UserError: no member has a run.
     """
     rows = sweep_results.rows(sweep, runs)
-    labels = {}
+    results, names = [], []
     for row in rows:
-        for result in row.runs:
-            labels[result.folder] = row.member.name
-    if not labels:
+        results += row.runs
+        names += [row.member.name] * len(row.runs)
+    if not results:
         raise UserError("no member has a run yet", key=sweep.name, remedy="start them with `recipe sweep`")
     section = Section(
         key="sweep",
@@ -211,7 +211,7 @@ def sweep_page(sweep: Sweep, runs: Path) -> Page:
         notes=[*sweep_results.notes(rows)],
         figures=_drawn([sweep_figure(rows)]),
     )
-    return Page(sweep.name, f"Sweep of {sweep.recipe}", labelled_runs(labels), section)
+    return Page(sweep.name, f"Sweep of {sweep.recipe}", labelled(results, names), section)
 
 
 def _drawn(figures: Iterable[Figure]) -> list[Figure]:

@@ -160,29 +160,42 @@ def study_figures(study: Study, rows: Sequence[StudyRow]) -> Iterator[Figure]:
             yield _metric_figure(study, rows, column)
 
 
+@dataclass
+class _Bar:
+    """Score of a recipe, with the lengths of its error bar to both sides."""
+
+    recipe: str
+    value: float
+    below: float = 0
+    above: float = 0
+
+
 def _metric_figure(study: Study, rows: Sequence[StudyRow], column: Column) -> Figure:
     """Figure of a study's scores by one metric, with intervals, beside published scores."""
-    ours, below, above = [], [], []
-    theirs, spreads = [], []
+    ours, published = [], []
     for row in rows:
-        name, score = row.recipe.removeprefix(f"{study.folder.name}/"), row.scores[column.name]
+        recipe, score = row.recipe.removeprefix(f"{study.folder.name}/"), row.scores[column.name]
         if score.value is not None:
-            low, high = score.value, score.value
+            bar = _Bar(recipe, score.value)
             if score.interval:
-                low, high = score.interval.low, score.interval.high
-            ours.append((score.value, name))
-            below.append(score.value - low)
-            above.append(high - score.value)
+                bar.below, bar.above = score.value - score.interval.low, score.interval.high - score.value
+            ours.append(bar)
         if score.published:
-            theirs.append((float(score.published.value), name))
-            spreads.append(float(score.published.spread or 0))
-    marker = _style(0)["marker"] | {"size": 11}
-    errors = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1.5}
-    traces = [_scatter("ours, with its 95 % interval", "markers", ours, marker=marker, error_x=errors)]
+            spread = float(score.published.spread or 0)
+            published.append(_Bar(recipe, float(score.published.value), spread, spread))
     marker = {"color": COLOURS[1], "symbol": "diamond-open", "size": 12, "line": {"width": 2}}
-    errors = {"type": "data", "array": spreads, "thickness": 1.5}
-    traces.append(_scatter("published, with its ± if known", "markers", theirs, marker=marker, error_x=errors))
-    title = f"{column.label} of the study's recipes"
+    traces = [
+        _bars("ours, with its 95 % interval", ours, _style(0)["marker"] | {"size": 11}),
+        _bars("published, with its ± if known", published, marker),
+    ]
+    recipes = {"autorange": "reversed", "type": "category"}
     layout = {"height": 220 + 34 * len(rows)}
-    names = {"autorange": "reversed", "type": "category"}
-    return Figure(f"study-{column.name}", title, traces, _axis(column.label), names, layout=layout)
+    title = f"{column.label} of the study's recipes"
+    return Figure(f"study-{column.name}", title, traces, _axis(column.label), recipes, layout=layout)
+
+
+def _bars(name: str, bars: Sequence[_Bar], marker: Trace) -> Trace:
+    """Trace of scores with error bars; charts.js reads the lengths to both sides."""
+    errors = {"type": "data", "symmetric": False, "thickness": 1.5}
+    errors |= {"array": [bar.above for bar in bars], "arrayminus": [bar.below for bar in bars]}
+    return _scatter(name, "markers", [(bar.value, bar.recipe) for bar in bars], marker=marker, error_x=errors)

@@ -22,7 +22,6 @@ from ...metrics import registry
 from ...metrics.metric import Column, ScoreRecord
 from ...run import backends
 from ...run.rundir import RunDir
-from ...training.run_record import Run
 from ..run_result import RunResult
 
 _TITLES = {
@@ -114,34 +113,33 @@ class ReportedRun(RunResult):
 
 
 def reported_runs(folders: Sequence[RunDir]) -> list[ReportedRun]:
-    """Read runs; label them by recipe, and by folder if several share a recipe.
+    """Read runs, and label them by recipe.
 
     Raises:
         UserError: a folder holds no run, or rehearsals and real runs are mixed.
     """
-    runs = [backends.read(folder) for folder in folders]
-    names = [run.recipe.rpartition("/")[2] for run in runs]
-    return _labelled(folders, runs, names)
+    return labelled_by_recipe([RunResult(folder, backends.read(folder)) for folder in folders])
 
 
-def labelled_runs(names: Mapping[RunDir, str]) -> list[ReportedRun]:
-    """Read runs; label them by name, and by folder if several share a name.
+def labelled_by_recipe(results: Sequence[RunResult]) -> list[ReportedRun]:
+    """Runs with labels, see `labelled`."""
+    return labelled(results, [result.run.recipe.rpartition("/")[2] for result in results])
+
+
+def labelled(results: Sequence[RunResult], names: Sequence[str]) -> list[ReportedRun]:
+    """Runs with labels: their names, and also their folders if several have the same name.
 
     Raises:
-        UserError: a folder holds no run, or rehearsals and real runs are mixed.
+        UserError: rehearsals and real runs are mixed.
     """
-    return _labelled([*names], [backends.read(folder) for folder in names], [*names.values()])
-
-
-def _labelled(folders: Sequence[RunDir], runs: Sequence[Run], names: Sequence[str]) -> list[ReportedRun]:
-    if len({run.rehearsal for run in runs}) > 1:
+    if len({result.run.rehearsal for result in results}) > 1:
         raise UserError("rehearsals and real runs are not comparable", remedy="report on only one kind")
     times = Counter(names)
-    reported = []
-    for folder, run, name in zip(folders, runs, names, strict=True):
-        label = name if times[name] == 1 else f"{name}, {folder.path.name}"
-        reported.append(ReportedRun(folder, run, label))
-    return reported
+    runs = []
+    for result, name in zip(results, names, strict=True):
+        label = name if times[name] == 1 else f"{name}, {result.folder.path.name}"
+        runs.append(ReportedRun(result.folder, result.run, label))
+    return runs
 
 
 def headings(runs: Sequence[ReportedRun]) -> dict[str, Column]:
