@@ -1,7 +1,6 @@
 """A config's data sets and their files on this machine."""
 
 import re
-import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -292,7 +291,10 @@ def at_most(dataset: DatasetRef, rows: int) -> Config:
     if not match:
         return entry
     name, begin, end = match.groups(default="")
-    return entry | {"split": f"{name}[{begin}:{min(int(begin or 0) + rows, int(end or sys.maxsize))}]"}
+    last = int(begin or 0) + rows
+    if end:
+        last = min(last, int(end))
+    return entry | {"split": f"{name}[{begin}:{last}]"}
 
 
 def first_rows(dataset: Config) -> int | None:

@@ -97,9 +97,12 @@ def _incompatible_lora(config: Config, model: Config) -> Iterator[tuple[Config, 
     activation = model.get("hidden_activation") or model.get("hidden_act") or "silu"
     if activation != "silu":
         yield {"lora_mlp_kernel": None}, f"the kernel computes SiLU or GELU (erf), but the model uses {activation}"
-    targets = listed(config, "lora_target_modules")
-    if not targets or config.get("lora_target_linear"):
-        return
+    if not config.get("lora_target_linear"):
+        yield from _partial_kernels(listed(config, "lora_target_modules"))
+
+
+def _partial_kernels(targets: list[str]) -> Iterator[tuple[Config, str]]:
+    """Kernels for layers of which only some have LoRA."""
     for kernel, layers in _LORA.items():
-        if not set(layers) <= set(targets):
+        if targets and not set(layers) <= set(targets):
             yield {kernel: None}, f"LoRA is not on all of {', '.join(layers)}"

@@ -178,28 +178,38 @@ def gpu_replacements(config: Config) -> Iterator[tuple[Config, str]]:
 
     With Axolotl 0.21, training on a CPU fails with nearly all of these features, usually after loading the model.
     """
+    yield from _replaced_attention(config)
+    yield from _replaced_plugins(config)
+    active = {key: value for key, value in config.items() if value}
+    for pattern, instead, reason in _GPU_SETTINGS:
+        keys = _matching_keys(active, pattern)
+        if keys:
+            yield dict.fromkeys(keys, instead), reason
+    if config.get("adapter") in ("lora", "qlora") and not _matching_keys(config, _SET_KERNELS):
+        yield {"lora_mlp_kernel": False}, "Axolotl turns on the LoRA kernels by default, but they need a GPU"
+
+
+def _replaced_attention(config: Config) -> Iterator[tuple[Config, str]]:
     implementation = attention(config)
     if implementation not in ("", "sdpa", "eager"):
         old = dict.fromkeys(key for key in OLD_KEYS if key in config)
         yield old | {"attn_implementation": "sdpa"}, f"{implementation} needs a GPU"
+
+
+def _replaced_plugins(config: Config) -> Iterator[tuple[Config, str]]:
     plugins = listed(config, "plugins")
     remaining = [name for name in plugins if not _PLUGINS.search(name)]
     if remaining != plugins:
         yield {"plugins": remaining or None}, "these plugins' kernels need a GPU"
-    for pattern, instead, reason in _GPU_SETTINGS:
-        keys = [key for key, value in config.items() if value and re.fullmatch(pattern, f"{key}={value}")]
-        if keys:
-            yield dict.fromkeys(keys, instead), reason
-    if config.get("adapter") in ("lora", "qlora") and not _sets_kernels(config):
-        yield {"lora_mlp_kernel": False}, "Axolotl turns on the LoRA kernels by default, but they need a GPU"
 
 
-def _sets_kernels(config: Config) -> bool:
-    """True if a config turns a LoRA kernel on or off."""
-    return any(value is not None for key, value in config.items() if re.fullmatch(_LORA_KERNELS, str(key)))
+def _matching_keys(config: Config, pattern: str) -> list[str]:
+    """Keys whose text key=value matches a pattern."""
+    return [key for key, value in config.items() if re.fullmatch(pattern, f"{key}={value}")]
 
 
 _LORA_KERNELS = "lora_(qkv|o|mlp|embedding)_kernel"
+_SET_KERNELS = f"(?s){_LORA_KERNELS}=(?!None$).*"
 _PLUGINS = re.compile("integrations[.](liger|cut_cross_entropy)[.:]")
 _GPU_SETTINGS = (  # pattern of key=value, replacement, reason
     ("(liger_|cut_cross_entropy).*", None, "its kernels need a GPU"),

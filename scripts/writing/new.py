@@ -93,16 +93,21 @@ def for_model(base: str, name: str) -> OtherModel:
         other.changes["chat_template"] = Change("tokenizer_default", "the model's template")
         del foreign["chat_template"]
     if facts.unknown:
-        unknown = ", ".join(facts.unknown)
-        other.header.append(f"# Not known {unknown}")
-        other.notes.append(f"not known about {name}: {unknown}")
-        if not folder.is_dir():
-            pinned = f" --revision {facts.revision}" if facts.revision else ""
-            fetch = f"for more facts run `hf download {name}{pinned} --include '*.json'` and try again"
-            other.notes[0] += f"; {fetch}{models.similar(name)}"
+        other.header.append(f"# Not known {', '.join(facts.unknown)}")
+        other.notes.append(f"not known about {name}: {', '.join(facts.unknown)}{_fetch_hint(name, facts, folder)}")
     for key, template in foreign.items():
         other.notes.append(f"{key} stays {template}: check that it suits the model")
     return other
+
+
+def _fetch_hint(name: str, facts: ModelFacts, folder: Path) -> str:
+    """Hint with the command that fetches a model's files; empty if they are on this machine."""
+    if folder.is_dir():
+        return ""
+    words = f"hf download {name}"
+    if facts.revision:
+        words += f" --revision {facts.revision}"
+    return f"; for more facts run `{words} --include '*.json'` and try again{models.similar(name)}"
 
 
 def _model_changes(recipe: Config, name: str, facts: ModelFacts) -> dict[str, Change]:
