@@ -20,7 +20,6 @@ from ..config import gpus, merging
 from ..config.merging import Difference
 from ..config.training_settings import TrainingSettings
 from ..data import studies
-from ..data.published import Baseline
 from ..data.studies import Study
 from ..evaluate.score import by_declared_model
 from ..evaluate.scores_file import REFERENCE
@@ -72,11 +71,9 @@ def _record_of_predictions(study: Study, name: str, scored: Sequence[Row]) -> Re
         scored: scores by metric, from `reproduce.score_predictions`.
     """
     owners = study.published | {baseline.name: baseline for baseline in study.baselines}
-    owner, test_set = owners[name], study.data.test_set
-    if isinstance(owner, Baseline):
-        test_set = owner.test_set
-    assert owner.predictions
-    predictions = published_predictions.read(study, owner.predictions, test_set)
+    published = owners[name].predictions
+    assert published
+    predictions = published_predictions.read(study, published, scored[0]["test_set"])
     texts = b"".join(orjson.dumps([row["reference"], row["prediction"]]) + b"\n" for row in predictions)
     content: Row = {
         "made": datetime.now(UTC).date(),

@@ -105,7 +105,9 @@ class RunResult:
     @property
     def base_evaluation(self) -> Evaluation | None:
         """Evaluation of the base model alone, with the run's rows and decoding."""
-        return self.of_base_model[1] if self.of_base_model else None
+        if self.of_base_model is None:
+            return None
+        return self.of_base_model[1]
 
     @cached_property
     def decoded(self) -> dict[str, Evaluation | None]:
@@ -115,9 +117,10 @@ class RunResult:
         """
         if self.study is None:
             return {}
-        decoded: dict[str, Evaluation | None] = {}
+        decoded = {}
         for name, decoding in self.study.decodings.items():
-            _, decoded[name] = find_evaluation(self.folder.path, self.evaluation, decoding=decoding) or (None, None)
+            located = find_evaluation(self.folder.path, self.evaluation, decoding=decoding)
+            decoded[name] = located[1] if located else None
         return decoded
 
     @cached_property

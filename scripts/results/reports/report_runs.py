@@ -122,7 +122,7 @@ def reported_runs(folders: Sequence[RunDir]) -> list[ReportedRun]:
 
 
 def labelled_by_recipe(results: Sequence[RunResult]) -> list[ReportedRun]:
-    """Runs with labels, see `labelled`."""
+    """Runs labelled by recipe, see `labelled`."""
     return labelled(results, [result.run.recipe.rpartition("/")[2] for result in results])
 
 
