@@ -18,8 +18,8 @@ ROWS = '{"instruction": "Ask.", "output": "Yes."}\n' * 40
 def moved(tmp_path: Path) -> Path:
     """A config whose rows were renamed."""
     (tmp_path / "support.jsonl").write_text(ROWS)
-    own = {"datasets": [{"path": "suport.jsonl", "type": "alpaca"}], "test_datasets": None, "evals_per_epoch": None}
-    (tmp_path / "mine.yaml").write_text(yamlfiles.write_yaml(config_with(own | {"warmup_steps": 0})))
+    change = {"datasets": [{"path": "suport.jsonl", "type": "alpaca"}], "test_datasets": None, "warmup_steps": 0}
+    (tmp_path / "mine.yaml").write_text(yamlfiles.write_yaml(config_with(change | {"evals_per_epoch": None})))
     return tmp_path
 
 
