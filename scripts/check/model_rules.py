@@ -9,6 +9,7 @@ from ..base import hub, paths
 from ..base.errors import did_you_mean
 from ..config import models
 from ..config.finding import Case, Level, Problems, rule
+from ..config.merging import listed
 
 _TRAINABLE = ("embed_tokens", "lm_head")
 """Modules outside the layers that can be trained beside LoRA."""
@@ -31,7 +32,7 @@ def missing_special_token(case: Case) -> Problems:
     to the base model before the adapter is loaded; otherwise PEFT fails (seen).
     """
     pattern = case.model.special_tokens
-    if not pattern or set(_TRAINABLE) <= set(case["lora_modules_to_save"] or []):
+    if not pattern or set(_TRAINABLE) <= set(listed(case.config, "lora_modules_to_save")):
         return
     for name, token in (case["special_tokens"] or {}).items():
         if isinstance(token, str) and not re.fullmatch(pattern, token):
@@ -182,11 +183,11 @@ def head_without_lora(case: Case) -> Problems:
 
     Both read the base weight of lm_head. Liger: see transformers/model/llama.py. Cut cross entropy: only in versions
     whose transformers/utils.py lacks apply_lce_lm_head, which was added in 2026."""
-    targets = case["lora_target_modules"] or ()
-    adapted = case.lora and any(isinstance(name, str) and name.endswith("lm_head") for name in targets)
+    if not case.lora or not any(name.endswith("lm_head") for name in listed(case.config, "lora_target_modules")):
+        return
     levels: dict[str, Level] = {"liger_fused_linear_cross_entropy": "error", "cut_cross_entropy": "warning"}
     for key, level in levels.items():
-        if adapted and case[key]:
+        if case[key]:
             problem = "computes the loss without LoRA on lm_head, so that lm_head is not trained"
             yield level, key, problem, "set chunked_cross_entropy: true instead"
 

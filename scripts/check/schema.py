@@ -46,7 +46,7 @@ def findings(content: Config) -> Iterator[Finding]:
 
 def takes(key: str, value: Any) -> bool:
     """True if Axolotl's schema allows a value for a top-level key, or does not describe the key."""
-    return not any(finding.rule == "value" and finding.key.startswith(key) for finding in findings({key: value}))
+    return not any(finding.rule == "value" and finding.top_key == key for finding in findings({key: value}))
 
 
 def usable(content: Config, broken: Iterable[Finding]) -> tuple[Config, set[str]]:

@@ -21,7 +21,7 @@ def two_precisions(case: Case) -> Problems:
 
     If the key bfloat16 is true instead, Axolotl ignores only float16; transformers then refuses fp16.
     float16 needs bf16: false, because the default, auto, turns bf16 on for every GPU (see `precision`)."""
-    ignored = next((key for key in ("fp16", "float16") if case[key]), None)
+    ignored = case.first_set("fp16", "float16")
     if not ignored or precision(case.config, on_gpu=True).weights != "bfloat16":
         return
     problem = (
@@ -109,8 +109,7 @@ def missing_package(case: Case) -> Problems:
 def _required_packages(case: Case) -> Iterator[tuple[str, str]]:
     """Packages that a config needs, each with the key that needs it."""
     for package, keys in _PACKAGES.items():
-        key = next(filter(case.__getitem__, keys), None)
-        if key:
+        if key := case.first_set(*keys):
             yield package, key
     for plugin, package in _PLUGIN_NEEDS.items():
         if plugin in case.plugins:
@@ -195,7 +194,7 @@ def no_gpu(case: Case) -> Problems:
     for change, reason in substitution.gpu_replacements(case.config):
         keys = [key for key in change if key not in ("fp16", "float16")]
         if keys:
-            key = next(filter(case.__getitem__, keys), keys[0])
+            key = case.first_set(*keys) or keys[0]
             yield "error", key, f"no NVIDIA GPU found: {reason}", "add --rehearse, which replaces this setting"
     if precision(case.config, on_gpu=False).autocast == "float16":
         key = "fp16" if case["fp16"] else "bf16"
@@ -337,11 +336,11 @@ def never_evaluated(case: Case) -> Problems:
     timing = [key for key in _EVALUATION_KEYS if case[key] not in (None, 0, "", "no")]
     if timing and not case.is_set("test_datasets", "val_set_size"):
         yield "error", timing[0], "no evaluation data", "set test_datasets or val_set_size, or delete the key"
-    data = [key for key in ("test_datasets", "val_set_size") if case[key]]
+    data = case.first_set("test_datasets", "val_set_size")
     if not data or case["eval_strategy"] == "no":
         return
     if not case.is_set(*_EVALUATION_KEYS):
-        yield "warning", data[0], "never used: no key says when to evaluate", "set evals_per_epoch"
+        yield "warning", data, "never used: no key says when to evaluate", "set evals_per_epoch"
     elif timing == ["evals_per_epoch"] and _evaluations(case) <= 1:
         yield "warning", "evals_per_epoch", "one evaluation, which Axolotl skips", "use eval_strategy: epoch instead"
     elif _is_beyond_training(case, "eval_steps"):

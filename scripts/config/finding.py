@@ -279,7 +279,7 @@ class Case:
     @property
     def attention_key(self) -> str:
         """The key that sets the attention, perhaps one of Axolotl's old keys."""
-        return next((old for old in OLD_KEYS if self[old]), "attn_implementation")
+        return self.first_set(*OLD_KEYS) or "attn_implementation"
 
     @property
     def advised_attention(self) -> str:
@@ -303,6 +303,10 @@ class Case:
     def lora(self) -> bool:
         """True if the config trains a LoRA adapter with PEFT."""
         return self["adapter"] in ("lora", "qlora")
+
+    def first_set(self, *keys: str) -> str | None:
+        """The first of some keys that has a value other than empty or false; None if none has."""
+        return next((key for key in keys if self[key]), None)
 
     def is_set(self, *keys: str) -> bool:
         """True if a key is set to a value other than empty or false. Invalid values count as set."""

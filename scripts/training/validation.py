@@ -40,19 +40,21 @@ _STUBBED = ("axolotl.integrations", "axolotl.integrations.mixlora")
 """Packages that the schema names for a table of constants; they would import all plugins' libraries."""
 
 
-def validate(composed: Sequence[Composed], gpu: Gpu | None) -> list[list[Finding]]:
+def validate(configs: Sequence[Composed], gpu: Gpu | None) -> list[list[Finding]]:
     """Findings of Axolotl's own validation for each config; rehearsals ignore the GPU."""
-    if gpu is None or any(config.rehearsal for config in composed):
+    if gpu is None or any(composed.rehearsal for composed in configs):
         gpu = ANY_GPU
-    files = [_cache_file(config.config, gpu) for config in composed]
-    results: list[Any] = [read_json(file).get("findings") for file in files]
-    missing = [index for index, rows in enumerate(results) if rows is None]
-    if missing:
-        answers = _ask_child([composed[index].config for index in missing], gpu)
-        for index, rows in zip(missing, answers, strict=True):
-            results[index] = rows
-            _keep(files[index], rows)
-    return [_findings_of(rows) for rows in results]
+    files = [_cache_file(composed.config, gpu) for composed in configs]
+    cached = [read_json(file).get("findings") for file in files]
+    missing = [composed.config for composed, rows in zip(configs, cached, strict=True) if rows is None]
+    answers = iter(_ask_child(missing, gpu) if missing else [])
+    results = []
+    for file, rows in zip(files, cached, strict=True):
+        if rows is None:
+            rows = next(answers)
+            _keep(file, rows)
+        results.append([Finding(**row) for row in rows])
+    return results
 
 
 def _keep(file: Path, rows: list[Row]) -> None:
@@ -60,10 +62,6 @@ def _keep(file: Path, rows: list[Row]) -> None:
     if all(row["rule"] == "axolotl-warning" for row in rows):
         with suppress(OSError):
             write_json(file, {"findings": rows})
-
-
-def _findings_of(rows: list[Row]) -> list[Finding]:
-    return [Finding(**row) for row in rows]
 
 
 def _cache_file(config: Config, gpu: Gpu) -> Path:
