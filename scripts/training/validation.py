@@ -49,7 +49,8 @@ def validate(configs: Sequence[Composed], gpu: Gpu | None) -> list[list[Finding]
     missing = [composed.config for composed, rows in zip(configs, cached, strict=True) if rows is None]
     answers = iter(_ask_child(missing, gpu) if missing else [])
     results = []
-    for file, rows in zip(files, cached, strict=True):
+    for file, cached_rows in zip(files, cached, strict=True):
+        rows = cached_rows
         if rows is None:
             rows = next(answers)
             _keep(file, rows)
