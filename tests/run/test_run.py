@@ -105,7 +105,8 @@ def check_resumed(run: RunDir, undisturbed: RunDir) -> None:
     assert record.state == "finished"
     assert record.launches[-1].exit_code == 0
     assert record.launches[1].resumed_from
-    assert record.adapter and record.adapter.sha256 == sha256(run.output / ADAPTER)
+    assert record.adapter
+    assert record.adapter.sha256 == sha256(run.output / ADAPTER)
     assert record.adapter.sha256 == sha256(undisturbed.output / ADAPTER)
     assert losses(run) == losses(undisturbed)
 
@@ -243,7 +244,9 @@ def test_a_real_run_records_all(undisturbed, tiny_profile):
     assert record.summary.eval_loss_first is not None
     assert record.summary.tokens_per_second
     assert {"base_model", "fp16", "datasets.0.path"} <= {difference.key for difference in record.differences}
-    assert all(len(file.sha256) == 64 and file.rows for file in record.data)
+    for file in record.data:
+        assert file.sha256 == sha256(Path(record.cwd, file.path))
+        assert file.rows
     assert record.provenance["packages"]["axolotl"].startswith("0.21")
     assert record.provenance["cuda"] == torch.version.cuda
     assert record.provenance["git"] is None or len(record.provenance["git"]["revision"]) == 40

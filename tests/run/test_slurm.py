@@ -70,7 +70,9 @@ def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(tmp_path, t
     slurm.ask("scancel", waiting)
     command = ["sweep", NAME, "three.yaml", *rehearsed, "--metric", "bertscore:none", "--json"]
     first = orjson.loads(asked(*command))
-    assert all("job" in step["run"] and step["evaluate"].startswith("queued (job") for step in first["steps"])
+    for step in first["steps"]:
+        assert "job" in step["run"]
+        assert step["evaluate"].startswith("queued (job")
     runs = rundir.all_runs(tmp_path / "runs")
     jobs = {run.path: {job.step: job.id for job in run.jobs()} for run in runs}
     for step, sizes in (("run", [1, 2]), ("evaluate", [1, 2])):
@@ -79,7 +81,9 @@ def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(tmp_path, t
     assert sum("prepare" in of_run for of_run in jobs.values()) == 2  # by each command once, for all that it trains
     assert "afterok:" in slurm.ask("scontrol", "show", "job", jobs[alone.path]["evaluate"])
     again = orjson.loads(asked(*command))  # nothing is submitted twice
-    assert all("job" in step["run"] and "job" in step["evaluate"] for step in again["steps"])
+    for step in again["steps"]:
+        assert "job" in step["run"]
+        assert "job" in step["evaluate"]
     assert {run.path: {job.step: job.id for job in run.jobs()} for run in runs} == jobs
     slurm.ask("scontrol", "release", *{of_run["run"].partition("_")[0] for of_run in jobs.values()})
     first_two = [run for run in runs if jobs[run.path]["run"].endswith("_0")]  # there are two GPUs
@@ -118,7 +122,9 @@ def test_it_goes_on_after_a_requeue_and_a_time_limit_until_it_is_cancelled(tmp_p
     wait_for(run, lambda record: len(record.launches) == 3)
     slurm.ask("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     _, warned, last = run.read().launches
-    assert warned.resumed_from and last.resumed_from and warned.exit_code == 0  # the second ended in order
+    assert warned.resumed_from
+    assert warned.exit_code == 0  # it ended in order
+    assert last.resumed_from
     reached = int(last.resumed_from.partition("-")[2])
     wait_for(run, lambda record: record.state == "running" and record.summary.step > reached)
     assert f"job {job} " in submitted(tmp_path, "cancel", "latest")
@@ -153,52 +159,75 @@ def test_cancelling_a_sweep_takes_it_out_of_the_queue(recipe, tmp_path, tiny_pro
         (["slurm,gpu=T4", "--set", "micro_batch_size=4096"], r"T4.*\[too-big"),
     ],
 )
-def test_what_the_queue_would_not_take_is_told_and_leaves_nothing(
-    recipe, tmp_path, prepared, tiny, slurm, options, says
-):
+def test_a_run_that_the_queue_would_refuse_leaves_nothing(recipe, tmp_path, prepared, tiny, slurm, options, says):
     (tmp_path / "data").symlink_to(prepared)
     slurm.wait_until_empty(60)
     (tmp_path / "model").symlink_to(tiny)
-    own = ["--set", "base_model=model", "--set", "revision_of_model=null", "--set", "special_tokens=null"]
+    model = ["--set", "base_model=model", "--set", "revision_of_model=null", "--set", "special_tokens=null"]
     rows = ["--set", "gradient_accumulation_steps=15", "--set", "warmup_steps=0"]
-    done = recipe.fails("run", NAME, *own, *rows, "--on", *options)
+    done = recipe.fails("run", NAME, *model, *rows, "--on", *options)
     assert re.search(says, done.stderr), done.stderr
     assert not (tmp_path / "runs").exists()
     assert slurm.ask("squeue", "--noheader") == ""
 
 
-def test_without_slurm_that_is_told(recipe, tmp_path, monkeypatch):
+def test_without_slurm_nothing_is_queued(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     done = recipe("run", NAME, "--rehearse", "--on", "slurm")
     assert done.returncode == 2
     assert done.stdout == ""
-    assert " squeue: " in done.stderr
+    missing = "not found on this machine; run this on a login node of the cluster"
+    assert done.stderr == f"recipe: --on slurm: squeue: {missing}\n"
 
 
-def test_settings_are_read_as_they_stand(no_settings):
+def test_settings_are_read_as_text(no_settings):
     no_settings.parent.mkdir(parents=True)
     no_settings.write_text(
         "partition: gpu\ntime: 12:00:00\ngpus-per-node: a100:{gpus}\nexclusive:\ngpu: A100\n"
         "prefix: apptainer exec --nv image.sif\nsetup:\n- module load cuda\nevaluate: {time: 1:00:00}\n"
     )
-    found = slurm_site.site_settings(["partition=debug", "evaluate.qos=short"])
-    assert found.options == {"partition": "debug", "time": "12:00:00", "gpus-per-node": "a100:{gpus}", "exclusive": ""}
-    assert found.of_step == {"evaluate": {"time": "1:00:00", "qos": "short"}}
-    assert found.gpu == "A100"
-    assert found.setup == ["module load cuda"]
-    script = batch(found, gpus=4).script("run", [], 2)
+    site = slurm_site.site_settings(["partition=debug", "evaluate.qos=short"])
+    assert site == slurm_site.Site(
+        gpu="A100",
+        prefix="apptainer exec --nv image.sif",
+        setup=["module load cuda"],
+        options={"partition": "debug", "time": "12:00:00", "gpus-per-node": "a100:{gpus}", "exclusive": ""},
+        of_step={"evaluate": {"time": "1:00:00", "qos": "short"}},
+    )
+    script = batch(site, gpus=4).script("run", [], 2)
     for line in ("#SBATCH --gpus-per-node=a100:4", "#SBATCH --exclusive", "module load cuda"):
         assert line in script.splitlines()
     assert "--gres" not in script
     assert "\napptainer exec --nv image.sif recipe " in script
-    no_settings.unlink()
-    found = slurm_site.site_settings(["gres=nvme:1", "mem-per-gpu=40G"])
-    assert "--gres=nvme:1,gpu:4" in (script := batch(found, gpus=4).script("run", [], 2))
-    assert "mem-per-gpu" in script and "mem-per-gpu" not in batch(found, gpus=4).script("prepare", [], 2)
-    for broken in ("[gpu]", "partition: [a]", "gpu: {"):
-        no_settings.write_text(broken)
-        with pytest.raises(UserError, match=r"slurm\.yaml"):
-            slurm_site.site_settings([])
+
+
+@pytest.mark.parametrize(
+    ("step", "options"),
+    [
+        ("run", {"gres": "nvme:1,gpu:4", "mem-per-gpu": "40G"}),
+        ("evaluate", {"gres": "nvme:1,gpu:1", "mem-per-gpu": "40G"}),
+        ("prepare", {"gres": "nvme:1"}),
+    ],
+)
+def test_gpus_are_requested_for_the_steps_that_use_them(step, options):
+    requests = batch(slurm_site.site_settings(["gres=nvme:1", "mem-per-gpu=40G"]), gpus=4)
+    assert slurm_module._site_options(requests.site.options, requests._gpus(step)) == options
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        pytest.param("[gpu]", ": expected a mapping of sbatch's long options to values", id="no mapping"),
+        pytest.param("partition: [a]", ": options partition: Input should be a valid string", id="list"),
+        pytest.param("gpu: {", ": not valid YAML: did not find expected node content (column 1)", id="no YAML"),
+    ],
+)
+def test_malformed_settings_are_refused(no_settings, text, problem):
+    no_settings.parent.mkdir(parents=True)
+    no_settings.write_text(text)
+    with pytest.raises(UserError) as refused:
+        slurm_site.site_settings([])
+    assert str(refused.value) == f"{no_settings}{problem}"
 
 
 def batch(site: slurm_site.Site, gpus: int = 1, nodes: int = 1) -> slurm_module.Batch:
@@ -299,8 +328,9 @@ def odd_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_folder_with_a_line_end_is_refused(odd_folder, capsys):
-    with pytest.raises(UserError, match="a control character"):
+    with pytest.raises(UserError) as refused:
         slurm_module.Slurm(True, None, [])
+    assert str(refused.value) == f"{str(odd_folder)!r}: a control character in this name; rename it"
 
 
 @pytest.mark.parametrize("name", ["x\ntouch marker\n.yaml", "x\r.yaml", "x\x1b[2J.yaml"])
@@ -329,12 +359,17 @@ def test_no_value_is_shell_code_in_the_script(place):
 
 @pytest.mark.parametrize("option", ["a b", "x\ntouch", "--x", "X"])
 def test_an_option_that_is_no_long_option_of_sbatch_is_refused(option):
-    with pytest.raises(UserError, match="is not a long option"):
+    with pytest.raises(UserError) as refused:
         slurm_site.site_settings([f"{option}=1"])
+    problem = f"options {option} [key]: Value error, {option!r} is not a long option of sbatch"
+    assert str(refused.value) == f"--on slurm,{option}=1: {problem}"
 
 
 @pytest.mark.parametrize("setting", ["setup=export HF_TOKEN=planted-word", "export=WANDB_API_KEY=planted-word"])
 def test_a_secret_in_the_settings_of_a_site_is_refused(setting):
-    with pytest.raises(UserError, match="a secret, which would be stored in the job's script"):
+    with pytest.raises(UserError) as refused:
         slurm_site.site_settings([setting])
+    key = setting.partition("=")[0]
+    problem = "a secret, which would be stored in the job's script; export it instead"
+    assert str(refused.value) == f"--on slurm,{setting}: {key}: {problem}"
     assert slurm_site.site_settings(["setup=export HF_TOKEN=$(cat token)"]).setup == "export HF_TOKEN=$(cat token)"

@@ -307,7 +307,8 @@ def test_an_adapter_makes_the_predictions_of_the_rehearsal_that_trained_it(with_
     (run,) = rundir.all_runs(tmp_path / "runs")
     few = ("--limit", "3", "--max-new-tokens", "8", "--metric", "bertscore:none")
     recipe.ok("evaluate", "latest", *few)
-    (adapter := tmp_path / "theirs").mkdir()
+    adapter = tmp_path / "theirs"
+    adapter.mkdir()
     for file in ADAPTER:  # without a tokenizer
         shutil.copy(run.output / file, adapter)
     recipe.ok("evaluate", "llama-3.2-3b", "--adapter", adapter, *few)
