@@ -19,9 +19,10 @@ from .rundir import RunDir
 
 
 def seal(folder: RunDir, record: Run) -> str | None:
-    """Keyed hash of a run's config, working directory and overridden findings; None without a key.
+    """Keyed hash of a run's config, working directory and overridden findings; None without a key or a config.
 
-    Only this user can read the key, so that nobody else can create a valid hash."""
+    Only this user can read the key, so that nobody else can create a valid hash.
+    """
     with suppress(OSError, UserError):
         key = (make_once(paths.user_data() / "seal", _make_key) / "key").read_bytes()
         content = [yamlfiles.read_text(folder.config_file), record.cwd, record.forced]
@@ -35,7 +36,7 @@ def _make_key(folder: Path) -> None:
 
 
 def is_own(folder: RunDir, record: Run) -> bool:
-    """True if this user created a run, and the run's hashed content is unchanged."""
+    """True if this user created a run, or trusted it with --trust, and its hashed content has not changed since."""
     if not record.seal:
         return False
     expected = seal(folder, record)

@@ -38,8 +38,8 @@ def evaluation_command(folder: RunDir, request: EvaluationRequest) -> Command:
 def existing_runs(runs: Path, recipe: str) -> dict[str, tuple[RunDir, Run]]:
     """Newest run of a recipe for each digest of config and data.
 
-    A finished run takes precedence over newer unfinished runs. Runs with several ranks or with arguments for Axolotl
-    are left out, because a digest does not cover these settings.
+    A finished run takes precedence over newer unfinished runs. Runs with several ranks are left out, because a digest
+    does not cover their number.
     """
     candidates = []
     for folder in all_runs(runs / recipe):
