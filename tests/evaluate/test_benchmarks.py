@@ -41,12 +41,12 @@ GROUP: dict[str, Any] = {
     ],
 )
 def test_a_group_is_scored_as_the_harness_or_as_the_mean_of_its_tasks(parameters, value, stderr):
-    found = benchmarks.summarise(GROUP, BenchmarkParameters(**parameters), [2])
-    assert found.value == pytest.approx(value)
-    assert found.stderr == (stderr and pytest.approx(stderr))
-    assert found.version == "2"
-    assert found.shots == 5
-    assert found.rows == 400
+    benchmark = benchmarks.summarise(GROUP, BenchmarkParameters(**parameters), [2])
+    assert benchmark.value == pytest.approx(value)
+    assert benchmark.stderr == (stderr and pytest.approx(stderr))
+    assert benchmark.version == "2"
+    assert benchmark.shots == 5
+    assert benchmark.rows == 400
 
 
 @pytest.mark.parametrize(
@@ -56,16 +56,16 @@ def test_a_group_is_scored_as_the_harness_or_as_the_mean_of_its_tasks(parameters
 def test_a_benchmark_of_0_or_100_percent_has_an_interval_within_its_range(share, error, expected):
     results = {"a": {"acc,none": share, "acc_stderr,none": error}}
     counts = {"configs": {"a": {}}, "n-samples": {"a": {"original": 12, "effective": 12}}}
-    found = benchmarks.summarise(GROUP | counts | {"results": results}, BenchmarkParameters(task="a"), [2])
-    assert found.interval == pytest.approx(expected, abs=0.01)
+    benchmark = benchmarks.summarise(GROUP | counts | {"results": results}, BenchmarkParameters(task="a"), [2])
+    assert benchmark.interval == pytest.approx(expected, abs=0.01)
 
 
 @pytest.mark.parametrize("result", ["exact_match", "word_perplexity", "bpb", "bleu"])
 def test_a_result_that_is_missing_or_no_share_is_refused(result):
     other = {"word_perplexity,none": 15.3, "bpb,none": 0.7, "bleu,none": 27.0}
-    made = GROUP | {"results": {"a": other}, "higher_is_better": {"a": {"bpb": False}}}
+    report = GROUP | {"results": {"a": other}, "higher_is_better": {"a": {"bpb": False}}}
     with pytest.raises(WorkFailed):  # after generation: a UserError would remove a published adapter's run
-        benchmarks.summarise(made, BenchmarkParameters(task="a", result=result), [2])
+        benchmarks.summarise(report, BenchmarkParameters(task="a", result=result), [2])
 
 
 def test_a_task_is_a_column_of_its_name():
@@ -74,13 +74,13 @@ def test_a_task_is_a_column_of_its_name():
     assert column.label == "my_task, %"
 
 
-@pytest.mark.parametrize(("limit", "kept"), [(5, True), (None, False), (6, False)])
-def test_a_benchmark_of_other_rows_is_measured_anew(limit, kept):
+@pytest.mark.parametrize(("limit", "is_kept"), [(5, True), (None, False), (6, False)])
+def test_a_benchmark_of_other_rows_is_measured_anew(limit, is_kept):
     columns = registry.requested(["benchmark:grp"])
     scored = benchmarks.summarise(GROUP, BenchmarkParameters(task="grp"), [2], 5)
     record = ScoreRecord(value=scored.value, declaration=columns["grp"].entry, benchmark=scored)
     former = Scores(scores={"grp": record}, shares=RowShares(rows=0))
-    assert bool(benchmarks.valid_benchmarks(columns, former, limit)) == kept
+    assert bool(benchmarks.valid_benchmarks(columns, former, limit)) == is_kept
     assert benchmarks.valid_benchmarks({}, former, limit)  # not asked for again
 
 
@@ -117,12 +117,12 @@ def test_a_task_scores_as_by_the_harness_itself_also_when_resumed(tmp_path, fake
 
     answer, batches = HFLM._model_call, list[int]()
 
-    def interrupted(model: HFLM, rows: Any, *others: Any, **more: Any) -> Any:
+    def interrupted(model: HFLM, rows: Any, *arguments: Any, **more: Any) -> Any:
         if len(batches) == 1:
             batches.append(0)
             raise KeyboardInterrupt
         batches.append(len(rows))
-        return answer(model, rows, *others, **more)
+        return answer(model, rows, *arguments, **more)
 
     monkeypatch.setattr(HFLM, "_model_call", interrupted)
     words = ("run", "haider2024/llama-3.2-3b", "--rehearse", "--set", f"base_model={tiny}")
@@ -137,13 +137,13 @@ def test_a_task_scores_as_by_the_harness_itself_also_when_resumed(tmp_path, fake
     wanted = (*evaluate, "--metric", f"benchmark:{task}", "--force", "task-code:sums")
     assert recipe(*wanted).returncode != 0 and not (run.path / "scores.json").exists()
     scores = recipe.json(*wanted)
-    own = scores["sums_benchmark"]
-    assert own["version"] == "3"
-    assert own["shots"] == 0
-    assert own["rows"] == 12
-    assert own["total_rows"] == 20
-    assert own["result"] == "acc"
-    assert any("sums: 12 of 20 rows" in note for note in scores["notes"])
+    benchmark = scores["sums_benchmark"]
+    assert benchmark["version"] == "3"
+    assert benchmark["shots"] == 0
+    assert benchmark["rows"] == 12
+    assert benchmark["total_rows"] == 20
+    assert benchmark["result"] == "acc"
+    assert scores["notes"][0] == "sums: 12 of 20 rows"
     resumed = sum(batches)  # the batch before the interruption is not answered again
     assert recipe("publish", "latest", "--merge").returncode == 0
     model = HFLM(str(run.output / "merged"), dtype="bfloat16", device="cpu")
@@ -153,11 +153,11 @@ def test_a_task_scores_as_by_the_harness_itself_also_when_resumed(tmp_path, fake
     before = sum(batches)
     assert (
         scores["sums"]
-        == own["value"]
+        == benchmark["value"]
         == pytest.approx(100 * theirs["acc,none"])
         == pytest.approx(100 * sum(i % 3 > 0 for i in rows) / 12)
     )
-    assert own["stderr"] == pytest.approx(100 * theirs["acc_stderr,none"])
+    assert benchmark["stderr"] == pytest.approx(100 * theirs["acc_stderr,none"])
     assert "sums" in recipe.json(*evaluate)  # kept
     recipe.ok(*wanted, "--adapter", "none")
     assert sum(batches) == before + resumed
@@ -173,8 +173,8 @@ def test_generated_answers_end_as_the_runs_predictions(run, tiny, tmp_path, monk
 
     generate, answers = HFLM._model_generate, list[list[int]]()
 
-    def generated(model: HFLM, context: Any, *others: Any, **more: Any) -> Any:
-        tokens = generate(model, context, *others, **more)
+    def generated(model: HFLM, context: Any, *arguments: Any, **more: Any) -> Any:
+        tokens = generate(model, context, *arguments, **more)
         answers.extend(tokens[:, context.shape[1] :].tolist())
         return tokens
 

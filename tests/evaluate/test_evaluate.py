@@ -38,8 +38,8 @@ from qlora_recipes.verbs.evaluate import evaluate_verb
 
 
 def evaluated(run: RunDir, **more: Any) -> Evaluation:
-    usual = {"adapter": "none", "max_new_tokens": 8, "metrics": ["bertscore:none"]}
-    return evaluate.evaluate(run, EvaluationRequest(**usual | more))
+    default = {"adapter": "none", "max_new_tokens": 8, "metrics": ["bertscore:none"]}
+    return evaluate.evaluate(run, EvaluationRequest(**default | more))
 
 
 def task_of(run: RunDir, **more: Any) -> EvaluationTask:
@@ -94,10 +94,10 @@ def test_a_rehearsal_ends_answers_early(run, rehearsal, asked, most):
 
 
 def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run, monkeypatch):
-    whole = evaluated(run, limit=10, batch_size=4)
+    complete = evaluated(run, limit=10, batch_size=4)
     where = other_evaluation(run)
     expected = read_predictions(where)
-    assert [row["row"] for row in expected] == sample_positions(whole.settings.total_rows, 10)
+    assert [row["row"] for row in expected] == sample_positions(complete.settings.total_rows, 10)
     (where / "scores.json").unlink()
     answers, calls = Reference.answers, []
 
@@ -121,8 +121,8 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run, monkeypatch):
     assert calls[0] == 4 and calls[1] == calls[2]
     assert calls[0] + sum(calls[2:]) == 10  # the first batch was not done twice
     assert read_predictions(where) == expected
-    assert again.scores == whole.scores
-    assert again.settings == whole.settings
+    assert again.scores == complete.scores
+    assert again.settings == complete.settings
 
 
 def test_a_complete_evaluation_is_not_done_again_but_another_is(run, monkeypatch):
@@ -174,16 +174,16 @@ def test_the_reason_to_score_again_is_named(run, changes, metrics, reason):
 
 def test_the_runs_predictions_move_to_their_folder_unless_they_are_stale(run, tiny):
     save_adapter(tiny, run.output)
-    usual = {"adapter": None, "limit": 2, "max_new_tokens": 4}
-    first = evaluated(run, **usual)
-    second = evaluated(run, **usual | {"max_new_tokens": 5})
+    request = {"adapter": None, "limit": 2, "max_new_tokens": 4}
+    first = evaluated(run, **request)
+    second = evaluated(run, **request | {"max_new_tokens": 5})
     assert read_scores(run.path) == second
-    (kept,) = run.path.glob("evaluations/*")
-    assert read_scores(kept) == first and len(read_predictions(kept)) == 2
+    (folder,) = run.path.glob("evaluations/*")
+    assert read_scores(folder) == first and len(read_predictions(folder)) == 2
     changes = second.model_copy(update={"files": {"adapter": second.files["predictions"]}})  # of another adapter
     (run.path / "scores.json").write_text(changes.model_dump_json())
-    assert evaluated(run, **usual | {"max_new_tokens": 6}).settings.decoding.max_new_tokens == 6
-    assert [*run.path.glob("evaluations/*")] == [kept]
+    assert evaluated(run, **request | {"max_new_tokens": 6}).settings.decoding.max_new_tokens == 6
+    assert [*run.path.glob("evaluations/*")] == [folder]
 
 
 @pytest.fixture
@@ -271,15 +271,15 @@ def scored(run: RunDir, sample: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir
 
 
 def listed(run: RunDir) -> tuple[str | None, bool]:
-    """What a list says of a run's evaluation, and whether it has a score."""
+    """Note of a list on a run's evaluation, and whether it has a score."""
     row = RunResult(run, run.read()).as_json([])
     return row["evaluation"], row["bleu4"] is not None
 
 
 def scored_again(run: RunDir) -> Evaluation:
-    made = evaluated(run, adapter=None, limit=2)
+    evaluation = evaluated(run, adapter=None, limit=2)
     assert listed(run) == (None, True)
-    return made
+    return evaluation
 
 
 def test_times_alone_make_no_evaluation_another(scored):
@@ -331,8 +331,8 @@ def test_a_replaced_adapter_is_not_scored_as_the_runs(scored):
     assert listed(scored) == ("stale", False)
     with pytest.raises(UserError):
         scored_again(scored)
-    named = evaluated(scored, adapter=str(scored.output), limit=2)
-    assert named.settings.adapter_sha256 == sha256(scored.output / ADAPTER)
+    by_name = evaluated(scored, adapter=str(scored.output), limit=2)
+    assert by_name.settings.adapter_sha256 == sha256(scored.output / ADAPTER)
 
 
 def test_an_evaluation_of_rows_that_changed_since_is_stale(scored, monkeypatch):
@@ -393,28 +393,28 @@ def test_scored_rows_that_are_training_rows_are_named(scored, recipe, tmp_path):
     files = [DataFile(path=str(file), sha256=sha256(file), bytes=0) for file in (train, scored.path / "test.jsonl")]
     record(scored, data=files)
     (scored.path / "scores.json").unlink()
-    made = evaluated(scored, adapter=None, limit=2)
-    named = "1 also in the training data"
-    assert made.also_trained == [last]
-    assert [named in note for note in made.notes] == [True, False]
-    assert named in recipe.ok("results", scored.path).stdout
+    evaluation = evaluated(scored, adapter=None, limit=2)
+    note = "2 of 26 rows; 1 also in the training data"
+    assert evaluation.also_trained == [last]
+    assert evaluation.notes == [note, "rows: 2 are too few to compare scores"]
+    assert note in recipe.ok("results", scored.path).stdout
     assert recipe.json("results", scored.path)[0]["rows_also_trained"] == [last]
-    assert named in card.card(RunResult(scored, scored.read()), made, False, None)
-    assert named in recipe.ok("publish", scored.path).stderr
+    assert note in card.card(RunResult(scored, scored.read()), evaluation, False, None)
+    assert note in recipe.ok("publish", scored.path).stderr
     train.write_bytes(train.read_bytes() * 2)  # no longer what was trained on
     (scored.path / "scores.json").unlink()
     assert evaluated(scored, adapter=None, limit=2).also_trained is None
 
 
 def test_other_rows_are_evaluated_beside_the_usual_ones(run, sample, tmp_path):
-    usual = evaluated(run, limit=3)
+    default = evaluated(run, limit=3)
     few = tmp_path / "few.jsonl"
     few.write_bytes(b"".join((sample / "valid.jsonl").read_bytes().splitlines(keepends=True)[:2]))
     other = evaluated(run, data=few)
     assert task_of(run, data=few).where not in (run.path, task_of(run).where)
-    assert usual.shares.rows == 3
+    assert default.shares.rows == 3
     assert other.shares.rows == 2
-    assert evaluated(run, limit=3) == usual
+    assert evaluated(run, limit=3) == default
 
 
 @pytest.mark.parametrize("state", ["interrupted", "queued"])
@@ -453,10 +453,10 @@ def test_scoring_anew_leaves_no_score_of_another_judge(run, monkeypatch):
     assert "bertscore_f1" not in without.scores
     assert not any("bertscore_f1" in row for row in read_predictions(other_evaluation(run)))
     record(run, recipe="mine")  # of no study
-    for layer, given in ((2, ", layer: 2"), (6, "")):
-        metrics = [f"bertscore_f1: {{model: {judge}{given}}}"]
-        made = evaluated(run, limit=3, metrics=metrics)
-        scorer = made.scores["bertscore_f1"].scorer
+    for layer, parameter in ((2, ", layer: 2"), (6, "")):
+        metrics = [f"bertscore_f1: {{model: {judge}{parameter}}}"]
+        evaluation = evaluated(run, limit=3, metrics=metrics)
+        scorer = evaluation.scores["bertscore_f1"].scorer
         assert scorer and scorer.layer == layer
 
 

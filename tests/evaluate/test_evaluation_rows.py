@@ -1,4 +1,4 @@
-"""Which rows a run is evaluated on, for own data of every type, against what Axolotl itself does with them."""
+"""Evaluation rows of own data of every type, compared with what Axolotl itself does with them."""
 
 import shutil
 from collections.abc import Callable
@@ -24,7 +24,7 @@ BASE = EvaluationRequest(adapter="none", max_new_tokens=4, metrics=["bertscore:n
 
 
 @pytest.fixture
-def own(place: Path, tiny: Path, tiny_profile: Path) -> OwnRun:
+def own_run(place: Path, tiny: Path, tiny_profile: Path) -> OwnRun:
     """A maker of finished runs of an own task, in a folder with own files, as far as their base model needs one."""
 
     def make(rehearsal: bool = False, **changes: Any) -> RunDir:
@@ -100,16 +100,16 @@ TYPES: dict[str, tuple[Config, list[dict[str, Any]], list[str]]] = {
     ("kind", "on_inputs"),
     [*((kind, False) for kind in TYPES), *((kind, True) for kind in ("alpaca", "messages", "input_output"))],
 )
-def test_prompts_and_references_of_own_rows_are_what_was_trained(own, tmp_path, kind, on_inputs):
+def test_prompts_and_references_of_own_rows_are_what_was_trained(own_run, tmp_path, kind, on_inputs):
     from axolotl.common.datasets import load_datasets
 
     from qlora_recipes.training.tokens import Tokenizer
 
     form, rows, references = TYPES[kind]
     write_rows(tmp_path / "train.jsonl", rows)
-    run = own(datasets=[{"path": "train.jsonl", **form}], train_on_inputs=on_inputs)
-    named = EvaluationTask(run, EvaluationRequest(adapter="none", data=tmp_path / "train.jsonl"))
-    prompter, examples = examples_of(run, named)
+    run = own_run(datasets=[{"path": "train.jsonl", **form}], train_on_inputs=on_inputs)
+    of_file = EvaluationTask(run, EvaluationRequest(adapter="none", data=tmp_path / "train.jsonl"))
+    prompter, examples = examples_of(run, of_file)
     assert [example.reference for example in examples] == references
     trained = load_datasets(cfg=Tokenizer(run.config).cfg).train_dataset
     left = [list(ids) for ids in trained["input_ids"]]  # in an order of their own
@@ -121,11 +121,11 @@ def test_prompts_and_references_of_own_rows_are_what_was_trained(own, tmp_path, 
     assert left == []
 
 
-def test_own_rows_are_evaluated_and_recognised_without_axolotl(own, tmp_path, monkeypatch, recipe):
+def test_own_rows_are_evaluated_and_recognised_without_axolotl(own_run, tmp_path, monkeypatch, recipe):
     write_rows(tmp_path / "train.jsonl", alpaca(4))
     write_rows(tmp_path / "check.jsonl", [{"messages": chat} for chat in chats(5)])
     test = {"path": "check.jsonl", "split": "train[:3]", **CHATML}  # of another type than the training data
-    run = own(datasets=[{"path": "train.jsonl", "type": "alpaca"}], test_datasets=[test])
+    run = own_run(datasets=[{"path": "train.jsonl", "type": "alpaca"}], test_datasets=[test])
     first = evaluate.evaluate(run, BASE)
     assert first.settings.data == first.settings.data_name == "check.jsonl, split train[:3]"
     assert first.settings.rows == 3
@@ -145,14 +145,14 @@ def test_own_rows_are_evaluated_and_recognised_without_axolotl(own, tmp_path, mo
     assert read_scores(where) == first  # of the former rows
 
 
-def test_results_and_reports_take_own_rows(own, tmp_path, recipe):
+def test_results_and_reports_take_own_rows(own_run, tmp_path, recipe):
     write_rows(tmp_path / "train.jsonl", asked(4))
     write_rows(tmp_path / "check.jsonl", asked(3, 50))
     entry = {"type": USER_DEFINED}
-    run = own(datasets=[{"path": "train.jsonl"} | entry], test_datasets=[{"path": "check.jsonl"} | entry])
-    made = evaluate.evaluate(run, BASE)
-    assert made.settings.data_name == "check.jsonl"
-    assert made.settings.data_sha256 == sha256(tmp_path / "check.jsonl")
+    run = own_run(datasets=[{"path": "train.jsonl"} | entry], test_datasets=[{"path": "check.jsonl"} | entry])
+    evaluation = evaluate.evaluate(run, BASE)
+    assert evaluation.settings.data_name == "check.jsonl"
+    assert evaluation.settings.data_sha256 == sha256(tmp_path / "check.jsonl")
     for file in ("predictions.jsonl", "scores.json"):  # as if they were the adapter's
         shutil.copy(other_evaluation(run) / file, run.path)
     (row,) = recipe.json("results")
@@ -164,55 +164,55 @@ def test_results_and_reports_take_own_rows(own, tmp_path, recipe):
 
 
 @pytest.mark.parametrize("tests", [1, 2])
-def test_scores_of_own_rows_that_were_replaced_are_stale_in_a_rehearsal_too(own, tmp_path, tests):
+def test_scores_of_own_rows_that_were_replaced_are_stale_in_a_rehearsal_too(own_run, tmp_path, tests):
     write_rows(tmp_path / "train.jsonl", alpaca(30))
     entry = {"type": "alpaca", "split": "train[:8]"}  # as a rehearsal limits rows
     files = [tmp_path / f"ev{i}.jsonl" for i in range(tests)]
     for file in files:
         write_rows(file, asked_alpaca := [{"instruction": f"Say {i}.", "output": f"{i}!"} for i in range(50, 70)])
     test_datasets = [{"path": file.name, **entry} for file in files]
-    run = own(rehearsal=True, datasets=[{"path": "train.jsonl", **entry}], test_datasets=test_datasets)
-    made = evaluate.evaluate(run, BASE)
+    run = own_run(rehearsal=True, datasets=[{"path": "train.jsonl", **entry}], test_datasets=test_datasets)
+    evaluation = evaluate.evaluate(run, BASE)
     where = other_evaluation(run)
-    assert changed(where, made) is None
+    assert changed(where, evaluation) is None
     write_rows(files[-1], [*asked_alpaca[:8], *alpaca(3)])  # the same first rows
-    assert changed(where, made) is None and evaluate.evaluate(run, BASE) == made
+    assert changed(where, evaluation) is None and evaluate.evaluate(run, BASE) == evaluation
     shutil.copy(tmp_path / "train.jsonl", files[-1])
-    assert changed(where, made) == "stale"
+    assert changed(where, evaluation) == "stale"
     files[-1].write_text("not JSON\n")
-    assert changed(where, made) == "stale"
+    assert changed(where, evaluation) == "stale"
 
 
-def test_what_the_config_names_wins_over_a_test_file_that_happens_to_lie_there(own, tmp_path):
+def test_what_the_config_names_wins_over_a_test_file_that_happens_to_lie_there(own_run, tmp_path):
     for name, count in (("train", 4), ("test", 2), ("check", 3)):
         write_rows(tmp_path / f"{name}.jsonl", alpaca(count))
     entry = {"path": "train.jsonl", "type": "alpaca"}
-    named = own(datasets=[entry], test_datasets=[{"path": "check.jsonl", "type": "alpaca"}])
-    assert task(named).settings.data == str(tmp_path / "check.jsonl")
-    shutil.rmtree(named.path)
-    assert task(own(datasets=[entry])).settings.data == str(tmp_path / "test.jsonl")
+    configured = own_run(datasets=[entry], test_datasets=[{"path": "check.jsonl", "type": "alpaca"}])
+    assert task(configured).settings.data == str(tmp_path / "check.jsonl")
+    shutil.rmtree(configured.path)
+    assert task(own_run(datasets=[entry])).settings.data == str(tmp_path / "test.jsonl")
 
 
-def test_a_studys_data_is_evaluated_on_its_test_set_whatever_the_config_evaluates(own, sample):
+def test_a_studys_data_is_evaluated_on_its_test_set_whatever_the_config_evaluates(own_run, sample):
     train, valid = ([{"path": str(sample / f"{name}.jsonl"), "type": "alpaca"}] for name in ("train", "valid"))
-    assert task(own(datasets=train, test_datasets=valid)).settings.data == str(sample / "test.jsonl")
+    assert task(own_run(datasets=train, test_datasets=valid)).settings.data == str(sample / "test.jsonl")
 
 
 def test_a_limit_takes_rows_from_all_of_the_data_and_a_larger_one_contains_them():
-    whole = sample_positions(22_000, None)
+    all_positions = sample_positions(22_000, None)
     few, more = (sample_positions(22_000, limit) for limit in (100, 1_000))
-    assert whole == [*range(22_000)] and [*map(len, (few, more))] == [100, 1_000]
-    assert {*few} < {*more} < {*whole} and more == sorted(more)
+    assert all_positions == [*range(22_000)] and [*map(len, (few, more))] == [100, 1_000]
+    assert {*few} < {*more} < {*all_positions} and more == sorted(more)
     tenths = [sum(position // 2_200 == tenth for position in more) for tenth in range(10)]
     assert min(tenths) > 70 and max(tenths) < 130, tenths
     assert sample_positions(5, 9) == [*range(5)] and sample_positions(9, 0) == []
 
 
-def test_a_rehearsal_takes_few_of_its_own_rows(own, tmp_path):
+def test_a_rehearsal_takes_few_of_its_own_rows(own_run, tmp_path):
     for name in ("train", "check"):
         write_rows(tmp_path / f"{name}.jsonl", alpaca(30))
     data = {"path": "train.jsonl", "type": "alpaca", "split": "train[:20]"}
-    run = own(rehearsal=True, datasets=[data], test_datasets=[{**data, "path": "check.jsonl"}])
+    run = own_run(rehearsal=True, datasets=[data], test_datasets=[{**data, "path": "check.jsonl"}])
     assert task(run).settings.rows == 12
     assert task(run).settings.limit == 12
     rows = alpaca(20)
@@ -242,7 +242,7 @@ LONG = [pytest.param(how, marks=pytest.mark.long) for how in HELD_OUT if how not
 
 
 @pytest.mark.parametrize("how", [*FAST, *LONG])
-def test_rows_that_were_held_out_are_exactly_those_that_the_training_held_out(own, tmp_path, monkeypatch, how):
+def test_rows_that_were_held_out_are_exactly_those_that_the_training_held_out(own_run, tmp_path, monkeypatch, how):
     from axolotl.common.datasets import load_datasets
 
     from qlora_recipes.training.tokens import Tokenizer
@@ -261,7 +261,7 @@ def test_rows_that_were_held_out_are_exactly_those_that_the_training_held_out(ow
     if two := how not in ALONE:
         datasets.append({"path": "chats.jsonl", **CHATML})
     changes = {"val_set_size": 0.2} | HELD_OUT[how]
-    run = own(datasets=datasets, **changes)
+    run = own_run(datasets=datasets, **changes)
     axolotl = Tokenizer(run.config)
     with monkeypatch.context() as patch:
         patch.setenv("AXOLOTL_IS_PREPROCESS", "1")  # does not count steps
@@ -292,10 +292,10 @@ def examples_of(run: RunDir, of_task: EvaluationTask) -> tuple[Any, list[Any]]:
     return prompter, prompter.examples(of_task.rows.rows)
 
 
-def test_held_out_rows_are_kept_and_not_looked_for_in_data_that_has_changed(own, tmp_path):
+def test_held_out_rows_are_kept_and_not_looked_for_in_data_that_has_changed(own_run, tmp_path):
     train = tmp_path / "train.jsonl"
     write_rows(train, alpaca(20))
-    run = own(datasets=[{"path": "train.jsonl", "type": "alpaca"}], val_set_size=0.2)
+    run = own_run(datasets=[{"path": "train.jsonl", "type": "alpaca"}], val_set_size=0.2)
     write_rows(train, alpaca(21))
     with pytest.raises(UserError, match=r"train\.jsonl"):
         task(run)
@@ -306,7 +306,7 @@ def test_held_out_rows_are_kept_and_not_looked_for_in_data_that_has_changed(own,
     assert evaluate.evaluate(run, BASE) == first
 
 
-def test_a_data_set_of_other_files_with_a_split(own, tmp_path):
+def test_a_data_set_of_other_files_with_a_split(own_run, tmp_path):
     from datasets import Dataset, DatasetDict
 
     write_rows(tmp_path / "train.jsonl", asked(4))
@@ -315,11 +315,11 @@ def test_a_data_set_of_other_files_with_a_split(own, tmp_path):
     saved.save_to_disk(tmp_path / "saved")
     entry = {"type": USER_DEFINED}
     tests = [{"path": "check.parquet", "split": "train[2:4]"} | entry, {"path": "saved", "split": "test"} | entry]
-    run = own(datasets=[{"path": "train.jsonl"} | entry], test_datasets=tests)
-    made = task(run)
-    assert [row.content for row in made.rows.rows] == [*asked(6)[2:4], *asked(3, 70)]
-    assert made.settings.data == "check.parquet, split train[2:4] and saved, split test"
-    assert [row.dataset.key for row in made.rows.rows] == ["test_datasets.0"] * 2 + ["test_datasets.1"] * 3
+    run = own_run(datasets=[{"path": "train.jsonl"} | entry], test_datasets=tests)
+    evaluation_task = task(run)
+    assert [row.content for row in evaluation_task.rows.rows] == [*asked(6)[2:4], *asked(3, 70)]
+    assert evaluation_task.settings.data == "check.parquet, split train[2:4] and saved, split test"
+    assert [row.dataset.key for row in evaluation_task.rows.rows] == ["test_datasets.0"] * 2 + ["test_datasets.1"] * 3
 
 
 @pytest.mark.parametrize(
@@ -331,12 +331,12 @@ def test_a_data_set_of_other_files_with_a_split(own, tmp_path):
         ({"datasets": [{"path": "a.jsonl", "type": "alpaca"}]}, "val_set_size.* --data.* test_datasets"),
     ],
 )
-def test_where_there_is_nothing_to_score_that_is_said(own, tmp_path, changes, says):
+def test_where_there_is_nothing_to_score_that_is_said(own_run, tmp_path, changes, says):
     write_rows(tmp_path / "a.jsonl", [{"text": "All of it."}])
-    run = own(**changes)
-    for named in (None, tmp_path / "a.jsonl") if says == "datasets.0.type " else (None,):
+    run = own_run(**changes)
+    for file in (None, tmp_path / "a.jsonl") if says == "datasets.0.type " else (None,):
         with pytest.raises(UserError, match=says):
-            task(run, data=named)
+            task(run, data=file)
     assert not list(run.path.glob("evaluation*"))
 
 
@@ -351,21 +351,21 @@ def test_where_there_is_nothing_to_score_that_is_said(own, tmp_path, changes, sa
         ({"type": "input_output"}, [{"segments": [{"label": True, "text": "All of it."}]}], "row 1 .*prompt"),
     ],
 )  # fmt: skip
-def test_rows_without_an_answer_are_named(own, tmp_path, form, rows, says):
+def test_rows_without_an_answer_are_named(own_run, tmp_path, form, rows, says):
     write_rows(tmp_path / "check.jsonl", rows)
-    run = own(datasets=[{"path": "check.jsonl", **form}], test_datasets=[{"path": "check.jsonl", **form}])
+    run = own_run(datasets=[{"path": "check.jsonl", **form}], test_datasets=[{"path": "check.jsonl", **form}])
     with pytest.raises(UserError, match=rf"check\.jsonl: {says}"):
         evaluate.evaluate(run, BASE)
 
 
-def test_data_that_is_gone_is_named(own, tmp_path):
+def test_data_that_is_gone_is_named(own_run, tmp_path):
     write_rows(tmp_path / "check.jsonl", alpaca(4))
     entry = {"path": "check.jsonl", "type": "alpaca"}
-    hub = own(datasets=[entry], test_datasets=[{"path": "somebody/none", "split": "test", "type": "alpaca"}])
+    hub = own_run(datasets=[entry], test_datasets=[{"path": "somebody/none", "split": "test", "type": "alpaca"}])
     with pytest.raises(UserError, match=r"test_datasets\.0: somebody/none"):
         task(hub)
     shutil.rmtree(hub.path)
-    run = own(datasets=[entry], test_datasets=[entry])
+    run = own_run(datasets=[entry], test_datasets=[entry])
     (tmp_path / "check.jsonl").unlink()
     with pytest.raises(UserError, match=r"test_datasets\.0\.path: .*/check\.jsonl"):
         task(run)

@@ -23,12 +23,12 @@ def scores() -> tuple[list[float], list[float]]:
 
 def test_a_comparison_pairs_the_rows(scores):
     a, b = scores
-    found = intervals.paired(a, b)
-    assert found["difference"] == pytest.approx(np.mean(a) - np.mean(b))
-    assert found["p_wilcoxon"] == pytest.approx(stats.wilcoxon(a, b).pvalue, rel=0.01)  # the normal approximation
-    assert found["better"] == sum(x > y for x, y in zip(a, b, strict=True))
-    assert found["equal"] == sum(x == y for x, y in zip(a, b, strict=True))
-    assert found["worse"] == sum(x < y for x, y in zip(a, b, strict=True))
+    comparison = intervals.paired(a, b)
+    assert comparison["difference"] == pytest.approx(np.mean(a) - np.mean(b))
+    assert comparison["p_wilcoxon"] == pytest.approx(stats.wilcoxon(a, b).pvalue, rel=0.01)  # the normal approximation
+    assert comparison["better"] == sum(x > y for x, y in zip(a, b, strict=True))
+    assert comparison["equal"] == sum(x == y for x, y in zip(a, b, strict=True))
+    assert comparison["worse"] == sum(x < y for x, y in zip(a, b, strict=True))
 
 
 def test_equal_systems_and_few_rows_tell_nothing():
@@ -49,9 +49,9 @@ def test_equal_systems_and_few_rows_tell_nothing():
 @pytest.mark.parametrize(("right", "rows"), [(0, 12), (12, 12), (1, 12), (286, 1319)])
 def test_a_share_has_wilsons_interval(right, rows):
     expected = stats.binomtest(right, rows).proportion_ci(method="wilson")
-    found = METRICS["number"].interval([100.0] * right + [0.0] * (rows - right))
-    assert found == pytest.approx([100 * expected.low, 100 * expected.high], abs=1e-4)
-    assert 0 <= found[0] < found[1] <= 100
+    interval = METRICS["number"].interval([100.0] * right + [0.0] * (rows - right))
+    assert interval == pytest.approx([100 * expected.low, 100 * expected.high], abs=1e-4)
+    assert 0 <= interval[0] < interval[1] <= 100
 
 
 @pytest.mark.parametrize("rows", [5, 12, 50, 400])
@@ -131,8 +131,8 @@ def test_the_interval_covers_a_share_near_its_end(runs):
     covered = 0
     for _ in range(STUDIES):
         table = 100.0 * (normal(Variances(of_runs=0.04, of_rows=1.0, rest=0.5), runs, 12, rng) > -2.2)
-        each = [METRICS["number"].interval(of_run) for of_run in table]
-        within = intervals.interval_of_mean(table.mean(axis=1), table, each)
+        over_rows = [METRICS["number"].interval(of_run) for of_run in table]
+        within = intervals.interval_of_mean(table.mean(axis=1), table, over_rows)
         assert within and within.low < within.high
         covered += within.low <= truth <= within.high
     assert covered / STUDIES >= 0.93  # 49 % with two runs, if rows that are all right had no spread
@@ -146,8 +146,8 @@ def test_without_row_scores_the_interval_covers_the_truth_and_is_not_narrower_th
     for _ in range(STUDIES):
         table = normal(variances, runs, 400, rng)
         means, halves = table.mean(axis=1), 1.96 * table.std(axis=1) / 20
-        each = list(zip(means - halves, means + halves, strict=True))
-        within = intervals.interval_of_mean(means, None, each)
+        over_rows = list(zip(means - halves, means + halves, strict=True))
+        within = intervals.interval_of_mean(means, None, over_rows)
         assert within and within.high - within.low >= 2 * max(halves)
         covered += within.low <= 0 <= within.high
     assert covered / STUDIES >= 0.93  # 82 % with two runs and noise of rows, were only the runs' spread counted
@@ -158,11 +158,11 @@ def test_one_run_with_a_borrowed_spread_covers_the_truth(repeats):
     rng = np.random.default_rng(5)
     covered = alone = 0
     for _ in range(STUDIES):
-        own, *others = normal(Variances(of_runs=0.04, of_rows=1.0, rest=0.01), repeats + 1, 400, rng)
-        half = 1.96 * own.std() / 400**0.5
-        of_rows = [own.mean() - half, own.mean() + half]
-        means = [other.mean() for other in others]
-        borrowed, rows = (intervals.interval_of_mean([own.mean()], None, [of_rows], of) for of in (means, ()))
+        run, *other_runs = normal(Variances(of_runs=0.04, of_rows=1.0, rest=0.01), repeats + 1, 400, rng)
+        half = 1.96 * run.std() / 400**0.5
+        of_rows = [run.mean() - half, run.mean() + half]
+        means = [other.mean() for other in other_runs]
+        borrowed, rows = (intervals.interval_of_mean([run.mean()], None, [of_rows], of) for of in (means, ()))
         assert borrowed and rows and rows.origin is Origin.ROWS
         covered += borrowed.low <= 0 <= borrowed.high
         alone += rows.low <= 0 <= rows.high

@@ -1,4 +1,4 @@
-"""What a run, and a file of predictions, are scored with, and how they are decoded."""
+"""Metrics and decoding of runs and of files of predictions."""
 
 from typing import TYPE_CHECKING
 
@@ -71,16 +71,16 @@ def test_a_further_decoding_is_evaluated_beside_the_usual_one(run, generated, mo
     sampled = Decoding(max_new_tokens=4, do_sample=True, temperature=0.1, top_k=40, top_p=0.95, seed=42)
     declared = STUDY.model_copy(update={"decodings": {"sampled": sampled}})
     monkeypatch.setattr(studies, "study_of", lambda _: declared)
-    usual = evaluated(run)
-    made = evaluated(run, decoding="sampled")
-    assert made.settings.decoding == sampled
+    default = evaluated(run)
+    sampled_evaluation = evaluated(run, decoding="sampled")
+    assert sampled_evaluation.settings.decoding == sampled
     used = generated[1].decoding()
     assert used.do_sample is True
     assert used.temperature == 0.1
     assert used.top_k == 40
     assert used.top_p == 0.95
     assert {folder / "scores.json" for folder in (run.path / "evaluations").iterdir()} == {
-        evaluation.settings.folder(run.path) / "scores.json" for evaluation in (usual, made)
+        evaluation.settings.folder(run.path) / "scores.json" for evaluation in (default, sampled_evaluation)
     }
     with pytest.raises(UserError, match=r"--decoding smpled: .* has sampled$"):
         evaluated(run, decoding="smpled")

@@ -46,9 +46,9 @@ def test_rows_keep_their_own_scores_and_their_means_are_the_scores():
 def test_groups_of_rows_count_alike_in_their_mean():
     right = {"a": [1, 1, 1, 0] * 5, 2: [1, 0] * 5, "c": [0] * 5, "few": [0, 1]}
     rows = [
-        as_row(0, {"group": group}, "x") | {"prediction": "x" if each else "y"}
+        as_row(0, {"group": group}, "x") | {"prediction": "x" if is_right else "y"}
         for group, of_group in right.items()
-        for each in of_group
+        for is_right in of_group
     ]
     columns = registry.columns(
         {
@@ -63,7 +63,7 @@ def test_groups_of_rows_count_alike_in_their_mean():
     assert few.scores["of_few"].interval is None
     assert few.scores["average"].interval is None
     del columns["of_few"]
-    scores, made = score.score([row for row in rows if row["group"] != "few"], columns, {})
+    scores, scored_rows = score.score([row for row in rows if row["group"] != "few"], columns, {})
     assert scores.scores["average"].value == pytest.approx(125 / 3)
     assert scores.scores["of_b"].value == 50
     counts = ((15, 20), (5, 10), (0, 5))
@@ -72,17 +72,17 @@ def test_groups_of_rows_count_alike_in_their_mean():
     assert scores.scores["average"].interval == pytest.approx([125 / 3 - half, 125 / 3 + half])
     wilson = stats.binomtest(5, 10).proportion_ci(method="wilson")
     assert scores.scores["of_b"].interval == pytest.approx([100 * wilson.low, 100 * wilson.high])
-    assert "average" not in made[0]
+    assert "average" not in scored_rows[0]
     for of in ("nope", "sacrebleu", "bertscore_f1"):
         with pytest.raises(UserError, match=of):
             columns_of(None, ["sacrebleu", "bertscore_f1", f"m: {{metric: mean_of_groups, of: {of}}}"])
 
 
-@pytest.mark.parametrize(("of_data", "named"), [(["a", "b"], []), ([], ["b"])], ids=["in the data", "of a column"])
-def test_a_mean_of_groups_has_no_value_without_rows_of_each_group(of_data, named):
+@pytest.mark.parametrize(("of_data", "of_columns"), [(["a", "b"], []), ([], ["b"])], ids=["in the data", "of a column"])
+def test_a_mean_of_groups_has_no_value_without_rows_of_each_group(of_data, of_columns):
     over = {"metric": "mean_of_groups", "of": "exact_match"}
     columns = registry.columns(
-        {"average": over, "exact_match": {}} | {f"of_{group}": over | {"group": group} for group in ["a", *named]}
+        {"average": over, "exact_match": {}} | {f"of_{group}": over | {"group": group} for group in ["a", *of_columns]}
     )
     rows = [as_row(i, {"group": "a"}, "x") | {"prediction": "x"} for i in range(9)]
     scores, _ = score.score(rows, columns, {}, ScoringInput(groups=of_data))
@@ -91,9 +91,9 @@ def test_a_mean_of_groups_has_no_value_without_rows_of_each_group(of_data, named
     assert scores.scores["of_a"].value == 100
     assert scores.flat()["notes"] == ["average: no mean, because no row of b was scored"]
     rows.append(as_row(9, {"group": "b"}, "x") | {"prediction": "y"})
-    whole, _ = score.score(rows, columns, {}, ScoringInput(groups=of_data))
-    assert whole.scores["average"].value == 50
-    assert "notes" not in whole.flat()
+    complete, _ = score.score(rows, columns, {}, ScoringInput(groups=of_data))
+    assert complete.scores["average"].value == 50
+    assert "notes" not in complete.flat()
 
 
 def test_older_scores_of_rows_are_dropped():

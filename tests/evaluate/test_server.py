@@ -41,8 +41,8 @@ def prompter(**decoding: Any) -> Any:
 
 
 def engine(server: AServer, at_once: int = 2, timeout: float = 5, **decoding: Any) -> Any:
-    there = servers.Api(servers.api_at(server.url).url, timeout=timeout)
-    return servers.Server(prompter(**decoding), there, "m", at_once)
+    api = servers.Api(servers.api_at(server.url).url, timeout=timeout)
+    return servers.Server(prompter(**decoding), api, "m", at_once)
 
 
 def answers(of: Any, done: tuple[int, ...] = ()) -> dict[int, Completion]:
@@ -75,8 +75,8 @@ def test_samples_differ_by_row_and_repeat(top_k, asked):
     with serving(echo) as server:
         answers(engine(server, do_sample=True, temperature=0.7, top_p=0.9, top_k=top_k, seed=3))
     assert sorted(body["seed"] for body in server.requests) == [3, 4, 5, 6]
-    found = {tuple(body[key] for key in ("temperature", "top_p", "top_k", "min_p")) for body in server.requests}
-    assert found == {(0.7, 0.9, asked, 0)}
+    decodings = {tuple(body[key] for key in ("temperature", "top_p", "top_k", "min_p")) for body in server.requests}
+    assert decodings == {(0.7, 0.9, asked, 0)}
 
 
 def test_errors_that_pass_are_waited_for_and_no_row_is_asked_twice():
@@ -111,11 +111,11 @@ def test_errors_that_pass_are_waited_for_and_no_row_is_asked_twice():
 )
 def test_what_a_server_cannot_answer_ends_it_and_loses_nothing(reply, problem):
     with serving(lambda body: reply if len(body["prompt"]) == 5 else echo(body)) as server:
-        made: dict[int, Completion] = {}
+        completions: dict[int, Completion] = {}
         with pytest.raises(WorkFailed, match=problem):
             for group in engine(server, at_once=1).generate(PROMPTS, ()):
-                made |= group
-    assert sorted(made) == [0, 1, 2]
+                completions |= group
+    assert sorted(completions) == [0, 1, 2]
 
 
 def test_only_the_first_of_several_failures_is_reported(caplog):
@@ -182,14 +182,14 @@ def test_a_server_gets_no_key_of_another(key, monkeypatch):
     for name, value in foreign.items():
         monkeypatch.setenv(name, value)
     with serving(echo) as server:
-        there = servers.api_at(server.url)
-        there.require_model("m")
-        assert answers(servers.Server(prompter(), there, "m", 1))
+        api = servers.api_at(server.url)
+        api.require_model("m")
+        assert answers(servers.Server(prompter(), api, "m", 1))
         with serving(echo) as other:
             server.models = 307, {}
             server.headers = {"Location": f"{other.url}/v1/models"}
             with pytest.raises(UserError, match="307") as refused:
-                there.require_model("m")
+                api.require_model("m")
     assert "geheim" not in str(refused.value)
     sent = server.requests[0]["headers"]
     assert sent["authorization"] == f"Bearer {key or 'none'}" and "theirs" not in str(server.requests + server.asked)

@@ -78,16 +78,16 @@ def test_vllm_is_started_with_the_runs_model_and_ends_with_the_evaluation(run, f
     settings = evaluated(run, engine="vllm").settings
     assert settings.engine == "vllm"
     assert settings.agreement and settings.agreement.rows == 5  # but the fake server only repeats prompts
-    given, environment, process = json.loads((fake_vllm / "bin" / "given.json").read_text())
+    words, environment, process = json.loads((fake_vllm / "bin" / "given.json").read_text())
     assert not psutil.pid_exists(process)
     expected = {"--host": "127.0.0.1", "--tokenizer": str(run.output), "--dtype": "float32"}
     expected |= {"--generation-config": "vllm"}
-    assert given | expected == given
-    assert given["--lora-modules"] == f"adapter={run.output}"
-    assert (Path(given["--model"]) / "model.safetensors").is_file()
-    assert int(given["--max-model-len"]) == 8 + max(int(file.stem) for file in (fake_vllm / "bin").glob("*.tokens"))
+    assert words | expected == words
+    assert words["--lora-modules"] == f"adapter={run.output}"
+    assert (Path(words["--model"]) / "model.safetensors").is_file()
+    assert int(words["--max-model-len"]) == 8 + max(int(file.stem) for file in (fake_vllm / "bin").glob("*.tokens"))
     assert len(environment["VLLM_API_KEY"]) == 32 and environment["VLLM_NO_USAGE_STATS"] == "1"
-    assert environment["VLLM_API_KEY"] not in "".join(given)
+    assert environment["VLLM_API_KEY"] not in "".join(words)
     log = (run.path / "vllm.log").read_text()
     assert log.startswith("INFO this is vLLM")
     assert not list(run.path.rglob("*.part.*"))
@@ -105,9 +105,9 @@ def test_on_a_gpu_the_adapter_is_served_as_lora(run, fake_vllm, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8 << 30, 16 << 30))
     task = EvaluationTask(run, EvaluationRequest())
     words = vllm._command(Prompter(task.settings, task.cfg, run.output), "m", 512, 8000)
-    given = dict(pairwise(words))
+    options = dict(pairwise(words))
     expected = {"--max-lora-rank": "16", "--lora-modules": f"adapter={run.output}", "--gpu-memory-utilization": "0.475"}
-    assert given | expected == given and "--enable-lora" in words
+    assert options | expected == options and "--enable-lora" in words
 
 
 def test_a_vllm_that_does_not_start_says_why(run, fake_vllm):
@@ -127,17 +127,17 @@ def test_the_served_weights_are_those_that_the_reference_computes_with(run):
 
     task = EvaluationTask(run, EvaluationRequest(adapter="none"))
     prompter = Prompter(task.settings, task.cfg, run.output)
-    made = weights_folder(prompter)
-    assert weights_folder(prompter) == made
-    served, model = load_file(made / "model.safetensors"), base_model(prompter)
+    folder = weights_folder(prompter)
+    assert weights_folder(prompter) == folder
+    served, model = load_file(folder / "model.safetensors"), base_model(prompter)
     for name, weight in model.named_parameters():
         quantized = getattr(weight, "quant_state", None)
         expected = dequantize_4bit(weight.data, quantized) if quantized else weight
         assert torch.equal(served[name], expected), name
     assert sum(hasattr(weight, "quant_state") for weight in model.parameters()) == 14
-    assert "quantization_config" not in json.loads((made / "config.json").read_text())
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     half = task.settings.model_copy(update={"dtype": "bfloat16"})
-    assert weights_folder(Prompter(half, task.cfg, run.output)) != made
+    assert weights_folder(Prompter(half, task.cfg, run.output)) != folder
 
 
 @pytest.mark.parametrize(
@@ -190,10 +190,10 @@ def servable(tmp_path: Path, tiny_profile: Path, sample: Path) -> RunDir:
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.2, max_position_embeddings=2048, **sizes)
     LlamaForCausalLM(config).save_pretrained(folder)
-    made = a_tiny_run(tmp_path, folder, tiny_profile, sample)
-    configure(made, base_model=str(folder))
-    an_adapter(folder, made.output)
-    return made
+    run = a_tiny_run(tmp_path, folder, tiny_profile, sample)
+    configure(run, base_model=str(folder))
+    an_adapter(folder, run.output)
+    return run
 
 
 @pytest.mark.long

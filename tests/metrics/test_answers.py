@@ -7,7 +7,7 @@ from qlora_recipes.metrics.metric import RowMetric
 
 
 def right(reference: str, prediction: str, **parameters: object) -> bool:
-    """Whether a prediction counts as right."""
+    """True if a prediction counts as right."""
     column = registry.column("number", parameters)
     assert isinstance(column.metric, RowMetric)
     (score,) = column.metric.score_rows([(reference, prediction)], column.parameters)
@@ -33,8 +33,8 @@ FOUND: list[tuple[str, str, float | str | None]] = [  # parser, prediction, the 
     ("peft", "The answer is: NaN", "NaN"),
     ("peft", "it is 7", None),
     *(
-        ("pissa", prediction, found)
-        for prediction, found in {
+        ("pissa", prediction, number)
+        for prediction, number in {
             "The answer is: 7": 7,
             "The answer is: 7.": 7,
             "2 apples are left. The answer is: 7 of 9": 7,
@@ -60,8 +60,8 @@ FOUND: list[tuple[str, str, float | str | None]] = [  # parser, prediction, the 
         }.items()
     ),
     *(
-        ("loraga", prediction, found)
-        for prediction, found in {
+        ("loraga", prediction, number)
+        for prediction, number in {
             "#### 7": 7,
             "7 apples\n#### 7 apples": 7,
             "####7": 7,
@@ -83,11 +83,11 @@ FOUND: list[tuple[str, str, float | str | None]] = [  # parser, prediction, the 
 ]
 
 
-@pytest.mark.parametrize(("parser", "prediction", "found"), FOUND)
-def test_a_number_is_found_as_each_evaluation_finds_it(parser, prediction, found):
-    assert answers.number_of(prediction, answers.NumberParameters.model_validate({"parser": parser})) == found
+@pytest.mark.parametrize(("parser", "prediction", "number"), FOUND)
+def test_a_number_is_found_as_each_evaluation_finds_it(parser, prediction, number):
+    assert answers.number_of(prediction, answers.NumberParameters.model_validate({"parser": parser})) == number
     reference = "so #### 7" if parser in ("peft", "loraga") else "The final answer is:  7. The answer is: 7"
-    assert right(reference, prediction, parser=parser) == (found == 7)
+    assert right(reference, prediction, parser=parser) == (number == 7)
 
 
 @pytest.mark.parametrize("digits", [4_301, 1_000_100])

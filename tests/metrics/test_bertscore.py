@@ -41,12 +41,12 @@ def test_scores_are_the_librarys():
     folder = str(substitution.scorer_folder())
     library = BERTScorer(model_type=folder, num_layers=6, lang="en")
     short = PAIRS[:3]  # of a text beyond the model's context, the library would make an error
-    expected = library.score([given for _, given in short], [wanted for wanted, _ in short])[2].tolist()
+    expected = library.score([prediction for _, prediction in short], [reference for reference, _ in short])[2].tolist()
     judge = ScorerModel(model=folder, layer=6)
-    found, made = bertscore.f1(short, judge), bertscore.record(judge)
-    assert found == pytest.approx(expected, abs=1e-6)
-    assert made.hash == library.hash.replace(folder, "model")
-    assert made.layer == 6
+    scores, scorer_record = bertscore.f1(short, judge), bertscore.record(judge)
+    assert scores == pytest.approx(expected, abs=1e-6)
+    assert scorer_record.hash == library.hash.replace(folder, "model")
+    assert scorer_record.layer == 6
 
 
 def test_empty_texts_score_nothing_and_change_nothing():
@@ -54,12 +54,12 @@ def test_empty_texts_score_nothing_and_change_nothing():
     assert judge
     alone = bertscore.f1(PAIRS, judge)
     among = bertscore.f1([("", "a"), *PAIRS[:2], ("a", " \n"), *PAIRS[2:], ("", "")], judge)
-    made = bertscore.record(judge)
+    scorer_record = bertscore.record(judge)
     assert among[0] == 0
     assert among[3] == 0
     assert among[6] == 0
     assert among[1:3] + among[4:6] == pytest.approx(alone, abs=1e-6)
-    assert made.model == "all-MiniLM-L6-v2"
+    assert scorer_record.model == "all-MiniLM-L6-v2"
     assert bertscore.f1([("a", "")], judge) == [0]
 
 
@@ -84,11 +84,14 @@ def test_a_roberta_gets_the_space_before_the_first_word_that_the_published_score
 
     scorer = ScorerModel(model=str(roberta), layer=2)
     weights = dict.fromkeys(range(400), 1.0) | {tokenizer.cls_token_id: 0.0, tokenizer.sep_token_id: 0.0}
-    for wanted, given in PAIRS[:3]:
-        sides = [get_bert_embedding([text], model.eval(), Spaced(), weights, device="cpu") for text in (wanted, given)]
+    for reference, prediction in PAIRS[:3]:
+        sides = [
+            get_bert_embedding([text], model.eval(), Spaced(), weights, device="cpu")
+            for text in (reference, prediction)
+        ]
         (ref, ref_mask, ref_idf), (hyp, hyp_mask, hyp_idf) = sides
         expected = greedy_cos_idf(ref, ref_mask, ref_idf, hyp, hyp_mask, hyp_idf)[2].item()
-        assert bertscore.f1([(wanted, given)], scorer)[0] == pytest.approx(expected, abs=1e-5)
+        assert bertscore.f1([(reference, prediction)], scorer)[0] == pytest.approx(expected, abs=1e-5)
     assert bertscore.f1(PAIRS, scorer)[3] > 0  # longer than its positions
 
 
@@ -111,14 +114,14 @@ def test_a_missing_layer_or_model_is_reported():
 
 def test_a_judge_is_told_by_its_weights_and_not_by_its_folders_name(roberta, tmp_path):
     judge = ScorerModel(model=str(roberta), layer=2)
-    made = bertscore.record(judge)
-    assert is_recorded(judge, made) and is_recorded(ScorerModel(model=str(roberta)), made)
-    assert not is_recorded(ScorerModel(model=str(roberta), layer=1), made)
+    scorer_record = bertscore.record(judge)
+    assert is_recorded(judge, scorer_record) and is_recorded(ScorerModel(model=str(roberta)), scorer_record)
+    assert not is_recorded(ScorerModel(model=str(roberta), layer=1), scorer_record)
     other = tmp_path / roberta.name
     other.mkdir()
     (other / "model.safetensors").write_bytes(b"others")
-    assert not is_recorded(ScorerModel(model=str(other), layer=2), made)
-    assert is_recorded(None, None) and not is_recorded(judge, None) and not is_recorded(None, made)
+    assert not is_recorded(ScorerModel(model=str(other), layer=2), scorer_record)
+    assert is_recorded(None, None) and not is_recorded(judge, None) and not is_recorded(None, scorer_record)
     stand_in = score.scorer_model(None, rehearsal=True)
     assert stand_in and is_recorded(stand_in, bertscore.record(stand_in))
 

@@ -48,8 +48,8 @@ def test_rouge_l_is_that_of_the_library():
     draw = random.Random(0)
     texts = [" ".join(draw.choices(vocabulary, k=draw.randrange(100))) for _ in range(400)]
     pairs = [*zip(texts[::2], texts[1::2], strict=True), ("fixes", "fixed"), ("a b", "")]
-    made = subprocess.check_output([sys.executable, "-c", LIBRARY], input=json.dumps(pairs), text=True)
-    expected = [json.loads(line) for line in made.splitlines()]
+    output = subprocess.check_output([sys.executable, "-c", LIBRARY], input=json.dumps(pairs), text=True)
+    expected = [json.loads(line) for line in output.splitlines()]
     assert [rouge_l(pairs, RougeParameters(stemmed=stemmed)) for stemmed in (True, False)] == expected
     assert expected[0][-2:] == [1, 0] and expected[1][-2:] == [0, 0]
 
