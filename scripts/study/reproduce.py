@@ -196,11 +196,16 @@ def _outlined(pipeline: Pipeline) -> Row:
         return row | {"training": "refused", "problem": pipeline.result.problem}
     if pipeline.request.rehearse:
         return row | {"steps": datafiles.training_steps(pipeline.composed.config)}
+    return row | _planned_cells(pipeline)
+
+
+def _planned_cells(pipeline: Pipeline) -> Row:
+    """Cells of a recipe's plan; if it cannot be planned, the reason."""
     try:
         planned = plan.plan_request(pipeline.request, pipeline.gpu)
     except UserError as error:
-        return row | {"problem": f"not planned: {error}"}
-    row["needs GiB"] = planned.memory.needed / GIB
+        return {"problem": f"not planned: {error}"}
+    row: Row = {"needs GiB": planned.memory.needed / GIB}
     if pipeline.gpu and pipeline.gpu.memory:
         row["fits"] = f"{pipeline.gpu.name}: {planned.gpus[0].verdict}"
     if planned.work:

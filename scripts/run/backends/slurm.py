@@ -274,9 +274,8 @@ def _site_options(options: dict[str, str], gpus: int) -> dict[str, str]:
         options = {key: value for key, value in options.items() if "{gpus}" not in value}
     requests_gpus = options.keys() & {"gpus", "gpus-per-node", "gpus-per-task"} or "gpu" in options.get("gres", "")
     if gpus and not requests_gpus:
-        gres = [options["gres"]] if "gres" in options else []
-        options = options | {"gres": ",".join([*gres, f"gpu:{gpus}"])}
-    if not gpus and not requests_gpus:  # sbatch refuses these options without a GPU
+        options = options | {"gres": f"{options['gres']},gpu:{gpus}" if "gres" in options else f"gpu:{gpus}"}
+    elif not requests_gpus:  # sbatch refuses these options without a GPU
         options = {key: value for key, value in options.items() if not key.endswith("-per-gpu")}
     return {key: value.replace("{gpus}", str(gpus)) for key, value in options.items()}
 
