@@ -241,20 +241,27 @@ FAST = *ALONE, "packed", "without duplicates"
 LONG = [pytest.param(how, marks=pytest.mark.long) for how in HELD_OUT if how not in FAST]
 
 
+def write_numbered_rows(folder: Path, duplicates: bool) -> None:
+    """Write train.jsonl and chats.jsonl, with a number in each row."""
+    rows = [{"instruction": f"Say row{i} please.", "output": f"Here: row{i} now."} for i in range(40)]
+    rows[3]["output"] += " and more" * 300  # longer than sequence_len
+    if duplicates:
+        rows += rows[10:20]
+    write_rows(folder / "train.jsonl", rows)
+    chats = []
+    for i in range(100, 130):
+        answer = {"role": "assistant", "content": f"Here: row{i} now."}
+        chats.append({"messages": [{"role": "user", "content": f"Say row{i} ."}, answer]})
+    write_rows(folder / "chats.jsonl", chats)
+
+
 @pytest.mark.parametrize("how", [*FAST, *LONG])
 def test_rows_that_were_held_out_are_exactly_those_that_the_training_held_out(own_run, tmp_path, monkeypatch, how):
     from axolotl.common.datasets import load_datasets
 
     from qlora_recipes.training.tokens import Tokenizer
 
-    rows = [{"instruction": f"Say row{i} please.", "output": f"Here: row{i} now."} for i in range(40)]
-    rows[3]["output"] += " and more" * 300  # longer than sequence_len
-    if how == "without duplicates":
-        rows += rows[10:20]
-    write_rows(tmp_path / "train.jsonl", rows)
-    turns = [("user", "Say row{} ."), ("assistant", "Here: row{} now.")]
-    talks = [[{"role": role, "content": text.format(i)} for role, text in turns] for i in range(100, 130)]
-    write_rows(tmp_path / "chats.jsonl", [{"messages": talk} for talk in talks])
+    write_numbered_rows(tmp_path, duplicates=how == "without duplicates")
     datasets: list[Config] = [{"path": "train.jsonl", "type": "alpaca"}]
     if how != "without duplicates":
         datasets[0]["split"] = "train[:35]"
@@ -275,8 +282,7 @@ def test_rows_that_were_held_out_are_exactly_those_that_the_training_held_out(ow
     assert len(evaluated.rows.rows) == len(split.eval_dataset) == len(held_out)
     assert not held_out & trained
     assert how != "number" or len(held_out) == 7
-    keys = {"datasets.0", "datasets.1"} if two else {"datasets.0"}
-    assert {row.dataset.key for row in evaluated.rows.rows} == keys
+    assert ("datasets.1" in {row.dataset.key for row in evaluated.rows.rows}) == two
     names = "train.jsonl" + ("" if how == "without duplicates" else ", split train[:35]")
     names += " and chats.jsonl" if two else ""
     assert evaluated.settings.data == f"val_set_size {changes['val_set_size']} of {names}"
