@@ -178,7 +178,7 @@ def _pydantic_errors(error: ValidationError, content: Config) -> list[Finding]:
     """Errors from pydantic's places and messages; only here is a text of pydantic read."""
     mistakes = []
     for problem in error.errors():
-        text = problem["msg"].removeprefix("Value error, ")
+        text = problem["msg"].removeprefix("Value error, ")  # another program's text
         key = str(problem["loc"][0]) if problem["loc"] else ""  # deeper levels include pydantic's class names
         if error.title == "SFTDataset":
             key = "datasets"
@@ -188,13 +188,15 @@ def _pydantic_errors(error: ValidationError, content: Config) -> list[Finding]:
 
 def _warning(text: str, content: Config) -> Finding:
     """Warning from Axolotl's log; a note if the recipe of a study can be right. Only here is a text of Axolotl read."""
-    level: Level = "note" if text.startswith("eval_batch_size != micro_batch_size") else "warning"
+    level: Level = "warning"
+    if text.startswith("eval_batch_size != micro_batch_size"):  # another program's text
+        level = "note"
     return Finding(level, "axolotl-warning", _named_key(text, content), text)
 
 
 def _named_key(text: str, content: Config) -> str:
     """First key of a config that a message of pydantic or Axolotl names, or an empty text."""
-    words = re.findall(r"\w+", text)
+    words = re.findall(r"\w+", text)  # another program's text
     words.sort(key=lambda word: "_" not in word)  # a word with an underscore can only be a key
     return next((word for word in words if word in content), "")
 

@@ -15,10 +15,9 @@ from qlora_recipes.training import row_types
 
 pytestmark = pytest.mark.usefixtures("place")
 
-LLAMA_2, LLAMA_3 = "meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B"
+LLAMA_2 = "meta-llama/Llama-2-7b-hf"
 GOOD = {"instruction": "Review it.", "input": "@@ -1 +1 @@\n-a\n+b", "output": "Why b?"}
 FORMATS = {"format": "[Q] {instruction} {input} ### Answer:", "no_input_format": "[Q] {instruction} ### Answer:"}
-OWN = {"type": FORMATS}
 NO_FORMAT = {"type": FORMATS | {"no_input_format": None}}
 CHATS = {"type": "chat_template"}
 SEGMENTS = {"type": "input_output"}
@@ -33,11 +32,11 @@ def write(name: str, lines: list[Any]) -> None:
     Path(name).write_bytes(b"\n".join(raw) + b"\n")
 
 
-def findings_of(lines: list[Any], dataset: dict[str, Any] | None = None, model: str = LLAMA_2) -> list[str]:
+def findings_of(lines: list[Any], dataset: dict[str, Any] | None = None) -> list[str]:
     """Findings for a training file of some rows or raw lines."""
     write("train.jsonl", lines)
     data = {"path": "train.jsonl", "type": "alpaca"} | (dataset or {})
-    findings, _ = rows.check_rows({"base_model": model, "datasets": [data]})
+    findings, _ = rows.check_rows({"base_model": LLAMA_2, "datasets": [data]})
     return [str(finding).replace("datasets.0.path", "KEY") for finding in findings]
 
 
