@@ -67,6 +67,7 @@ lint: setup
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-logo --no-cache
 	.venv/bin/python tools/words.py
+	.venv/bin/python tools/plain.py
 
 benchmark: setup  ## Measure the speed; prints the table in CONTRIBUTING.md
 	PYTHONPATH=tests:tests/support .venv/bin/python tools/benchmark.py

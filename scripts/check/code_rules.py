@@ -154,7 +154,7 @@ def leaves(content: Any) -> Iterator[tuple[str, Any]]:
 
 def _is_harmless(key: str, value: Any) -> bool:
     """True if a config's value cannot name or allow code."""
-    first, dot, others = key.partition(".")
+    first, dot, rest = key.partition(".")
     first = _ALIASES.get(first, first)
     if last_key(key) in SWITCHES:
         return value in (None, False)
@@ -167,7 +167,7 @@ def _is_harmless(key: str, value: Any) -> bool:
         return True  # forks of PEFT write switches of their own
     if not dot and {kind.get("type") for kind in keys[first].get("anyOf", [keys[first]])} <= _NUMBERS:
         return True
-    return is_listed(f"{first}{dot}{others}", value, _PLAIN, _patterns())
+    return is_listed(f"{first}{dot}{rest}", value, _PLAIN, _patterns())
 
 
 def is_listed(key: str, value: Any, plain: str, patterns: Mapping[str, str]) -> bool:

@@ -267,6 +267,6 @@ def _chat_type(entry: Config) -> Chat:
     for name, key in (entry.get("message_property_mappings") or {}).items():
         if key:
             keys[name] = key
-    role, content, *others = keys.values()
-    other_keys = (*others, "tool_calls", "tool_call_id", "reasoning_content", "name")
+    role, content, *further = keys.values()
+    other_keys = (*further, "tool_calls", "tool_call_id", "reasoning_content", "name")
     return Chat((entry.get("field_messages") or "messages",), ("system", "tools"), None, role, content, other_keys)

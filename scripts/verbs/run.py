@@ -57,8 +57,8 @@ def run_verb(
     backend = backend_of(on, is_rehearsal(request))
     if dry_run:
         composed = run.compose_and_check(request, backend)
-        own = yamlfiles.read_yaml(composed.recipe_file)  # print the recipe's own output folders, for plain Axolotl
-        shown = composed.config | {key: own[key] for key in OF_THE_RUN if key in own}
+        recipe = yamlfiles.read_yaml(composed.recipe_file)  # print the recipe's own output folders, for plain Axolotl
+        shown = composed.config | {key: recipe[key] for key in OF_THE_RUN if key in recipe}
         print(yamlfiles.write_yaml(without_secrets(shown)), end="")
     else:
         folder = run.start(request, backend)

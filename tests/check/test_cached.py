@@ -43,16 +43,16 @@ def adapter(run: RunDir) -> str:
 
 
 def test_it_goes_on_to_the_same_adapter_and_is_evaluated(own_cache, recipe, tmp_path, monkeypatch):
-    whole = rehearsal(recipe, tmp_path, monkeypatch)
+    undisturbed = rehearsal(recipe, tmp_path, monkeypatch)
     run = rehearsal(recipe, tmp_path, monkeypatch, fails=True)
     assert run.read().state == "failed" and run.last_checkpoint()
     forget_model(own_cache)
     recipe.ok("resume", run.path)
     assert run.read().launches[-1].resumed_from
-    assert adapter(run) == adapter(whole)
-    before = EvaluationTask(whole, EvaluationRequest())
+    assert adapter(run) == adapter(undisturbed)
+    before = EvaluationTask(undisturbed, EvaluationRequest())
     forget_model(own_cache)
-    after = EvaluationTask(whole, EvaluationRequest())
+    after = EvaluationTask(undisturbed, EvaluationRequest())
     assert after.settings == before.settings
     assert after.rows == before.rows
     assert Path(after.settings.base_model).is_dir()
@@ -60,7 +60,7 @@ def test_it_goes_on_to_the_same_adapter_and_is_evaluated(own_cache, recipe, tmp_
 
 @pytest.mark.long
 def test_the_stand_in_is_converted_to_the_same_bytes(tmp_path):
-    made = substitution.model_folder()
+    folder = substitution.model_folder()
     substitution._convert(tmp_path / "again")
     again = {file.name: sha256(file) for file in (tmp_path / "again").iterdir()}
-    assert again == {file.name: sha256(file) for file in made.iterdir()}
+    assert again == {file.name: sha256(file) for file in folder.iterdir()}

@@ -71,7 +71,7 @@ def test_json(place, recipe):
     assert [read["rows"] for read in mine["data"]] == [109, 27]
     assert broken["findings"][0]["where"] == "broken.yaml"
     assert broken["findings"][0]["line"] == 2
-    assert [finding["rule"] for finding in nowhere["findings"]] == ["unreadable"]
+    assert [(finding["rule"], finding["where"]) for finding in nowhere["findings"]] == [("unreadable", "nowhere")]
 
 
 @pytest.mark.parametrize("profile", [file.stem for file in paths.PROFILES.glob("*.yaml") if file.stem != MIRROR])

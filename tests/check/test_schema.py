@@ -17,7 +17,7 @@ BASE = recipe_config("haider2024/llama-2-7b")
 
 
 def findings_of(change: yamlfiles.Config) -> list[str]:
-    """What the schema finds wrong with a recipe that is changed in some keys."""
+    """Findings of the schema in a recipe with some keys changed."""
     return list(map(str, schema.findings(BASE | change)))
 
 
