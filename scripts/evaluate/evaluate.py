@@ -24,7 +24,6 @@ from . import benchmarks, evaluation_rows, scores_file
 from .evaluation_rows import RowSource
 from .predict import part_file, predict
 from .score import (
-    VERSION,
     ScorerModels,
     columns_of,
     keep_scorer_scores,
@@ -40,6 +39,7 @@ from .scores_file import (
     REFERENCE,
     SCORES,
     SERVER,
+    VERSION,
     VLLM,
     Evaluation,
     EvaluationSettings,

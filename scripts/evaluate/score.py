@@ -164,11 +164,6 @@ def by_declared_model(column: Column, scores: Mapping[str, ScoreRecord]) -> bool
     return declared.layer in (None, scorer.layer)
 
 
-# Version of the scoring code. Increase it when a change gives the same texts different scores. Scores of older versions
-# are then computed again.
-VERSION = 3
-
-
 def read_pairs(file: Path, prediction: str = "prediction", reference: str = "reference") -> list[Row]:
     """Read rows; copy the named fields to `reference` and `prediction`.
 

@@ -18,8 +18,14 @@ from ..base.terminal import say_once
 from ..data.studies import Decoding
 from ..metrics import registry
 from ..metrics.metric import BenchmarkMetric, Column, ScoreRecord
-from ..training.run_record import FileState, Run
+from ..training.run_record import FileState, RecordVersion, Run
 
+VERSION = 3
+"""Version of scores.json and of the scoring code.
+
+Increase it when a change gives the same texts different scores, or renames or removes a field. Scores of another
+version are then computed again.
+"""
 PREDICTIONS = "predictions.jsonl"
 SCORES = "scores.json"
 ADAPTER = "adapter_model.safetensors"
@@ -294,7 +300,7 @@ class Evaluation(Scores):
     """Content of scores.json.
 
     Attributes:
-        version: version of the scoring code, see `score.VERSION`; scores of another version are computed again.
+        version: see `VERSION`.
         files: states of the files `adapter` and `predictions`; an entry is absent if there is no such file.
         data: states of the files with the rows.
         also_trained: positions of evaluated rows that are also training rows; None if unknown.
@@ -327,13 +333,17 @@ _PREDICTIONS = TypeAdapter(list[Prediction])
 
 
 def read_scores(folder: Path) -> Evaluation | None:
-    """Read a folder's scores.json; None if missing or damaged. Damage is logged."""
+    """Read a folder's scores.json; None if missing or unreadable. A problem is logged."""
+    problem = "damaged"
     try:
-        return Evaluation.model_validate(parse_json(read_bytes(folder / SCORES)))
+        content = parse_json(read_bytes(folder / SCORES))
+        if RecordVersion.model_validate(content).version != VERSION:
+            problem = "written by another version of qlora-recipes"
+        return Evaluation.model_validate(content)
     except FileNotFoundError:
         return None
     except (OSError, TypeError, ValueError):
-        _report_damage(folder / SCORES)
+        _report(folder / SCORES, problem)
         return None
 
 
@@ -345,13 +355,13 @@ def read_predictions(folder: Path) -> list[Row]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError):
-        _report_damage(folder / PREDICTIONS)
+        _report(folder / PREDICTIONS, "damaged")
         return []
     return rows
 
 
-def _report_damage(file: Path) -> None:
-    say_once(f"{file}: damaged; recreate it with `recipe evaluate`")
+def _report(file: Path, problem: str) -> None:
+    say_once(f"{file}: {problem}; recreate it with `recipe evaluate`")
 
 
 def write(folder: Path, evaluation: Evaluation, rows: Sequence[Row], part: Path | None) -> None:

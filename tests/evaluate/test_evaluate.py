@@ -20,6 +20,7 @@ from qlora_recipes.evaluate.evaluate import EvaluationRequest, EvaluationTask
 from qlora_recipes.evaluate.prompter import Prompter
 from qlora_recipes.evaluate.scores_file import (
     ADAPTER,
+    VERSION,
     Completion,
     Evaluation,
     EvaluationSettings,
@@ -164,7 +165,7 @@ def test_the_reason_to_score_again_is_named(run, changes, metrics, reason):
         rehearsal=False,
         scores={name: ScoreRecord(value=1.0, declaration=declaration) for name, declaration in declared.items()},
         shares=RowShares(rows=3),
-        version=changes.get("version", score.VERSION),
+        version=changes.get("version", VERSION),
         settings=task.settings.model_copy(update=settings),
         files={},
         data=[],

@@ -93,6 +93,12 @@ def test_damaged_scores_are_named_and_the_run_is_as_one_that_is_not_evaluated(re
     assert {row["bleu4"] for row in recipe.json("results")} == {10.0, None}
 
 
+def test_scores_in_the_form_of_another_version_are_named_as_such(recipe, bad):
+    edit(bad.path / "scores.json", version=0, scores=None)
+    problem = "written by another version of qlora-recipes; recreate it with `recipe evaluate`"
+    assert recipe.ok("results", "--json").stderr == f"runs/{NAME}/bad/scores.json: {problem}\n"
+
+
 @pytest.mark.parametrize("change", [{"row": None}, {"bleu4": "good"}, {"bleu4": 1e308}, {"prediction": 1}])
 def test_predictions_that_are_none_are_named(recipe, bad, change):
     row = {"row": 1, "idx": 1, "lang": "go", "reference": "a", "prediction": "b", "bleu4": 1.0, "exact": False}

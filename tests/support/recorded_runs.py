@@ -12,8 +12,7 @@ from pydantic import ValidationError
 
 from qlora_recipes.base import paths
 from qlora_recipes.config.datafiles import DataFile
-from qlora_recipes.evaluate.score import VERSION
-from qlora_recipes.evaluate.scores_file import read_scores
+from qlora_recipes.evaluate.scores_file import VERSION, read_scores
 from qlora_recipes.results import export_records
 from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.run.rundir import RunDir

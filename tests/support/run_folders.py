@@ -16,8 +16,7 @@ from qlora_recipes.config.datafiles import training_sets
 from qlora_recipes.config.merging import Difference, Override
 from qlora_recipes.data import studies
 from qlora_recipes.evaluate.evaluation_rows import EvaluationRow
-from qlora_recipes.evaluate.score import VERSION
-from qlora_recipes.evaluate.scores_file import Evaluation, EvaluationSettings, RowShares
+from qlora_recipes.evaluate.scores_file import VERSION, Evaluation, EvaluationSettings, RowShares
 from qlora_recipes.metrics import registry
 from qlora_recipes.metrics.metric import ScoreRecord, ScorerRecord
 from qlora_recipes.run import launch
