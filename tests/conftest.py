@@ -35,7 +35,7 @@ from qlora_recipes.base import hub, paths, terminal
 from qlora_recipes.config.gpus import CPU_RANKS
 from qlora_recipes.config.merging import Override, parse_override
 from qlora_recipes.data import studies
-from qlora_recipes.data.sample import default_sample, rehearsal_data
+from qlora_recipes.data.prepare import default_sample, rehearsal_data
 from qlora_recipes.run import launch
 from qlora_recipes.run.backends import slurm_site
 from qlora_recipes.run.rundir import RunDir

@@ -22,7 +22,7 @@ import run_folders
 from markdown_table import print_markdown
 
 from qlora_recipes.base import paths, yamlfiles
-from qlora_recipes.data.sample import usual_sample
+from qlora_recipes.data.prepare import default_sample
 
 BIN = Path(sys.executable).parent
 COMMANDS = (
@@ -89,7 +89,7 @@ def config(folder: Path) -> Path:
     random_models.save_tiny_llama(folder / "tiny")
     change = {
         "base_model": str(folder / "tiny"),
-        "datasets": [{"path": str(usual_sample() / "train.jsonl"), "type": "alpaca"}],
+        "datasets": [{"path": str(default_sample() / "train.jsonl"), "type": "alpaca"}],
         "fp16": False,
         "max_steps": 1,
         "logging_steps": 1,

@@ -11,7 +11,6 @@ from typing import Any
 from ..base import hardware, paths, processes, yamlfiles
 from ..base.errors import UserError
 from ..base.yamlfiles import Config
-from ..data.sample import default_sample
 from . import datafiles, gpus, merging, models, numerics, substitution, variants
 from .datafiles import DataFile
 from .gpus import Gpu
@@ -268,6 +267,8 @@ class _Composition:
 
     def _rehearsal_changes(self, fragment: Config) -> Config:
         """Return the rehearsal profile's changes, except its keys for the sample; store those in `sample`."""
+        from ..data.prepare import default_sample
+
         folders = {"stand_in": str(substitution.folder()), "sample": str(default_sample())}
         fragment = filled(fragment, folders) | {"bf16": hardware.cpu_has_bf16()}
         self.sample = {key: fragment.pop(key) for key in substitution.OF_SAMPLE}

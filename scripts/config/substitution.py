@@ -16,7 +16,6 @@ from ..base.hub import importing_axolotl
 from ..base.processes import make_once
 from ..base.terminal import say
 from ..base.yamlfiles import Config
-from ..data.sample import length_of, twin
 from . import datafiles, models
 from .datafiles import DatasetRef
 from .merging import listed, remote_trackers
@@ -114,7 +113,7 @@ class _Rehearsal:
             entry["split"] = self.user_settings.get(f"{section}.{i}.split", entry["split"])
         yield {section: entries}, reason
         if section == "datasets" and "sequence_len" not in self.user_settings:
-            length = max(length_of(Path(entry["path"])) for entry in entries)
+            length = max(_token_bound(Path(entry["path"])) for entry in entries)
             if isinstance(self.config.get("sequence_len"), int):
                 length = min(length, self.config["sequence_len"])
             yield {"sequence_len": length}, "no row of the shipped sample is longer"
@@ -160,8 +159,20 @@ class _Rehearsal:
                 yield instead, "the few rows determine the number of steps"
 
 
+def _token_bound(file: Path) -> int:
+    """Upper bound of tokens per row, rounded up to a multiple of 256.
+
+    Assumes that a token has at least two bytes.
+    """
+    with file.open("rb") as lines:
+        longest = max(map(len, lines))
+    return -(-longest // 512) * 256
+
+
 def _with_sample_rows(datasets: list[DatasetRef], sample: list[Config]) -> list[Config]:
     """Data sets whose rows are replaced by their studies' samples; `sample` instead if any study has none."""
+    from ..data.prepare import twin
+
     entries = []
     for dataset in datasets:
         file = twin(str(dataset.entry.get("path")))

@@ -1,4 +1,4 @@
-"""Prepare a study's rows from raw files, and write a manifest."""
+"""Prepare a study's rows from raw files, and write a manifest; also from its sample, for rehearsals."""
 
 import hashlib
 import random
@@ -6,21 +6,24 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import batched, chain, islice
 from pathlib import Path
 
 import orjson
 
+from ..base import paths
 from ..base.errors import UserError
 from ..base.files import Row, read_json, replacing, sha256
-from ..base.paths import shown
-from ..base.processes import LOOK, held
-from . import manifest
+from ..base.processes import LOOK, held, make_once
+from . import manifest, studies
 from .declaration import SPLITS, Mistake, Order, Subset
 from .raw_rows import BadRow, Expression, RawFile, RowMaker, find_files
 from .studies import Study, refusal
 
 PREPARE_LOCK = ".prepare.lock"
+VERSION = 2
+"""Version of the preparation code; increase it when the same study and raw files give other rows."""
 PlacedRow = tuple[int, bytes, float]  # position in the raw file, prepared line, and sort value
 
 
@@ -80,7 +83,7 @@ def check_expressions(study: Study) -> None:
         except ValueError as error:
             mistakes.append((key, str(error)))
     if mistakes:
-        raise refusal(Path(shown(study.folder / "study.yaml")), mistakes)
+        raise refusal(Path(paths.shown(study.folder / "study.yaml")), mistakes)
 
 
 @dataclass
@@ -304,3 +307,53 @@ def choose(subset: Subset, folder: Path, positions: Collection[int]) -> list[int
     if subset.positions is None:
         return sample(positions, subset.rows, subset.seed or 0)
     return [position for position in read_json(folder / subset.positions)["rows"] if position in positions]
+
+
+def rehearsal_data(study: Study, input_format: str) -> Path:
+    """Prepare a study's sample in the cache, if necessary; return the folder."""
+    content = [str(VERSION), study.data.model_dump_json(), input_format, *map(sha256, _raw_sample(study))]
+    key = hashlib.sha256("".join(content).encode()).hexdigest()
+    out = paths.cache() / f"sample-{study.folder.name}-{input_format}-{key[:16]}"
+    return make_once(out, partial(_prepare_sample, study, input_format))
+
+
+def _sample_folder(study: Study) -> Path:
+    """Folder with the raw files of a study's sample."""
+    return study.folder / str(study.data.sample)
+
+
+def _raw_sample(study: Study) -> list[Path]:
+    """Existing raw files of a study's sample."""
+    return sorted(file for file in map(_sample_folder(study).joinpath, study.data.raw_files) if file.is_file())
+
+
+def _prepare_sample(study: Study, input_format: str, out: Path) -> None:
+    prepare(_raw_sample(study), out, _with_few_sampled(study), input_format)
+
+
+def _with_few_sampled(study: Study) -> Study:
+    """Copy of a study whose sampled splits take at most a quarter of the rows."""
+    splits = dict(study.data.splits)
+    for name, split in splits.items():
+        if split.sample and split.sample_from:
+            with (_sample_folder(study) / study.data.raw_files_of(name)[0]).open("rb") as lines:
+                few = max(len(lines.readlines()) // 4, 1)
+            splits[name] = split.model_copy(update={"sample": min(split.sample, few)})
+    return study.model_copy(update={"data": study.data.model_copy(update={"splits": splits})})
+
+
+def twin(path: str) -> Path | None:
+    """Sample file that replaces a study's prepared file; None for other files."""
+    for study, input_format in studies.prepared_formats(path):
+        if study.data.sample:
+            file = rehearsal_data(study, input_format) / Path(path).name
+            return file if file.is_file() else None
+    return None
+
+
+def default_sample() -> Path:
+    """Sample folder for recipes without a study, preferably with `alpaca` fields."""
+    sampled = [study for study in studies.load_all() if study.data.sample]
+    alpaca = [study for study in sampled if {"instruction", "output"} <= study.data.fields.keys()]
+    first = [*alpaca, *sampled][0]
+    return rehearsal_data(first, next(iter(first.data.formats)))

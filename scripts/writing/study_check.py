@@ -9,7 +9,7 @@ from ..check import check, schema
 from ..config import datafiles, merging
 from ..config.compose import Request
 from ..config.finding import Finding, Level
-from ..data import prepare, sample
+from ..data import prepare
 from ..data.declaration import Mistake, undeclared
 from ..data.studies import Study
 from . import render
@@ -84,7 +84,7 @@ def _unprepared(study: Study) -> Iterator[Mistake]:
         prepare.check_expressions(study)
         if study.data.sample:
             for input_format in study.data.formats:
-                sample.rehearsal_data(study, input_format)
+                prepare.rehearsal_data(study, input_format)
     except UserError as error:
         key = "sample" if study.data.sample else "fields"
         yield ("data", key), f"rows cannot be prepared: {error}"

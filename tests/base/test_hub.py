@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from qlora_recipes.base import hub, yamlfiles
 from qlora_recipes.check import check
 from qlora_recipes.config.compose import Request, compose
-from qlora_recipes.data.sample import default_sample
+from qlora_recipes.data.prepare import default_sample
 
 CONFIG = b'{"model_type": "llama", "num_hidden_layers": 2}'
 # status, X-Error-Code and X-Error-Message, as the hub sends them

@@ -12,7 +12,7 @@ from declared import sums
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.files import sha256, write_rows
 from qlora_recipes.config.compose import Composed, Request, compose
-from qlora_recipes.data import sample, studies
+from qlora_recipes.data import prepare, studies
 
 ROWS = [{"question": f"{i} + 1", "answer": f"It is {i + 1}."} for i in range(12)]
 OWN: dict[str, Any] = {"field_instruction": "input", "field_output": "output", "format": "Q: {instruction}\nA:"}
@@ -46,7 +46,7 @@ def rehearsed(recipes: Path, *overrides: str, **changes: Any) -> Composed:
 @pytest.mark.parametrize("entry", [{"type": OWN}, CHAT, {"type": None, "ds_type": "json"}], ids=str)
 def test_a_recipes_data_sets_keep_their_types(recipes, entry):
     config = rehearsed(recipes, entry=entry).config
-    folder = sample.rehearsal_data(studies.find("sums"), "default")
+    folder = prepare.rehearsal_data(studies.find("sums"), "default")
     train = {"path": str(folder / "train.jsonl"), "type": OWN, "split": "train[:32]"} | entry
     assert config["datasets"] == [train]
     assert config["test_datasets"] == [train | {"path": str(folder / "valid.jsonl"), "split": "train[:8]"}]
@@ -63,7 +63,7 @@ def test_a_recipe_is_no_longer_than_the_samples_rows_need_or_than_it_was(recipes
 
 def test_rows_that_are_no_studys_are_exchanged_for_those_of_the_first(recipes):
     [entry] = rehearsed(recipes, entry={"path": "owner/name"}).config["datasets"]
-    first = sample.rehearsal_data(studies.find("haider2024"), "diff")
+    first = prepare.rehearsal_data(studies.find("haider2024"), "diff")
     assert entry == {"path": str(first / "train.jsonl"), "split": "train[:32]", "type": "alpaca"}
 
 
@@ -72,7 +72,7 @@ def test_the_first_studys_sample_is_prepared_to_known_bytes():
         ("diff", {"train": "60be135a4dfa", "valid": "82a4b0d94ede", "test": "249c6444e337"}),
         ("tagged", {"train": "d20733cbee9a", "valid": "6d98a8fd841f", "test": "5116465649d0"}),
     ):
-        folder = sample.rehearsal_data(studies.find("haider2024"), form)
+        folder = prepare.rehearsal_data(studies.find("haider2024"), form)
         assert {file.stem: sha256(file)[:12] for file in folder.glob("*l")} == expected
 
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.paths import find_recipe
 from qlora_recipes.config import substitution
-from qlora_recipes.data.sample import default_sample
+from qlora_recipes.data.prepare import default_sample
 from qlora_recipes.training.losses import MASKED
 
 Check = Callable[..., None]

@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from qlora_recipes.base.files import write_json, write_rows
-from qlora_recipes.data.sample import default_sample
+from qlora_recipes.data.prepare import default_sample
 
 FILLED = 0.93
 """Filled share of a row: not all, so that attention needs a mask, as plans assume."""
