@@ -9,6 +9,7 @@ import tempfile
 import time
 import zipfile
 import zlib
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class Rejected(Exception):
     """Content that contradicts study.yaml."""
 
 
-def fetch(data: Data, out: Path, only: Collection[str] | None = None) -> list[Row]:
+def fetch(data: Data, out: Path, wanted: Collection[str]) -> list[Row]:
     """Fetch missing files of a data set, and record all files in fetched.json.
 
     The next call resumes an interrupted download from <file>.part, or from the hub's cache. A download from a web
@@ -49,7 +50,7 @@ def fetch(data: Data, out: Path, only: Collection[str] | None = None) -> list[Ro
     Args:
         data: the study's data, with the sources.
         out: folder to write to.
-        only: names of wanted sources; by default all.
+        wanted: names of the sources to fetch.
 
     Returns:
         A row for each file: `file`, `bytes`, `sha256`, and `verified`, which is None if study.yaml has no checksum.
@@ -60,7 +61,6 @@ def fetch(data: Data, out: Path, only: Collection[str] | None = None) -> list[Ro
         WorkFailed: a server cannot be reached or fails, or the connection breaks too often.
         OSError: the disk is full.
     """
-    wanted = [name for name in data.sources if only is None or name in only]
     _require_users_files(data, out, wanted)
     out.mkdir(parents=True, exist_ok=True)
     with held(out / ".fetch.lock", "another fetch is running"), naming(out):
@@ -212,12 +212,10 @@ def _download_from_hub(name: str, source: DataSource, file: Path) -> None:
 def _extracted(file: Path, source: DataSource, wanted: Mapping[str, SourceFile], staging: Path) -> dict[str, Path]:
     """Extract wanted files from a zip, by name without folders."""
     _verified(file.name, file, SourceFile(sha256=source.sha256))
-    members: dict[str, list[zipfile.ZipInfo]] = {name: [] for name in wanted}
+    members: defaultdict[str, list[zipfile.ZipInfo]] = defaultdict(list)
     with zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
-            name = PurePath(member.filename).name
-            if name in members:
-                members[name].append(member)
+            members[PurePath(member.filename).name].append(member)
         wrong = [name for name in wanted if len(members[name]) != 1]
         if wrong:
             raise Rejected(f"{', '.join(wrong)}: missing from the zip, or present twice")
@@ -248,6 +246,25 @@ class _Partial:
     version: str = ""
     total: int = 0
     size: int = 0
+
+    @property
+    def is_complete(self) -> bool:
+        """True if all bytes are downloaded."""
+        return bool(self.size) and self.size == self.total
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of a request for the missing bytes."""
+        headers = {"Accept-Encoding": "identity"}  # without compression, lengths and ranges count bytes of the file
+        if self.size:
+            headers |= {"Range": f"bytes={self.size}-", "If-Range": self.version}
+        return headers
+
+    def is_outdated(self, response: requests.Response) -> bool:
+        """True if a response shows that the file on the server has changed."""
+        if response.status_code == 206:
+            return not self.is_continued_by(response)
+        return response.status_code == 416
 
     def is_continued_by(self, response: requests.Response) -> bool:
         """True if a response has the remaining bytes of the same version."""
@@ -313,30 +330,19 @@ def _receive(url: str, part: Path, most: int, bar: Bar) -> str:
     The address and version are recorded beside the file, so that a later call can resume the download.
     """
     partial = _partial(part, url)
-    if partial.size and partial.size == partial.total:
+    if partial.is_complete:
         return ""
-    headers = {"Accept-Encoding": "identity"}  # without compression, lengths and ranges count bytes of the file
-    if partial.size:
-        headers |= {"Range": f"bytes={partial.size}-", "If-Range": partial.version}
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        status = response.status_code
-        if status == 416 or (status == 206 and not partial.is_continued_by(response)):
+    with requests.get(url, headers=partial.headers, stream=True, timeout=TIMEOUT) as response:
+        if partial.is_outdated(response):
             part.unlink(missing_ok=True)
             return "the file on the server has changed"
-        answer = f"the server answers {status} {response.reason}"
-        if status == 429 or status >= 500:
-            return answer
-        response.raise_for_status()
-        if status not in (200, 206):
-            raise UserError(f"{answer} instead of the file", key=url)
+        if problem := _failure(url, response):
+            return problem
         total = partial.total
-        if status == 200:
-            total = _content_length(url, response)
+        if response.status_code == 200:
             if partial.size:
                 say(f"{part}: starting over; the server's file has changed, or the server cannot send parts")
-            part.unlink(missing_ok=True)  # delete the old part before recording the new version
-            version = {"url": without_secrets(url), "version": _version_of(response), "bytes": total}
-            write_json(_version_file(part), version)
+            total = _start_over(url, part, response)
         with naming(part), part.open("ab") as stream:
             for chunk in response.iter_content(CHUNK):
                 stream.write(chunk)
@@ -345,6 +351,31 @@ def _receive(url: str, part: Path, most: int, bar: Bar) -> str:
     if total and part.stat().st_size != total:
         return "the connection was lost"
     return ""
+
+
+def _failure(url: str, response: requests.Response) -> str:
+    """Failure of the server that can pass, or "" if the server sends the file.
+
+    Raises:
+        UserError: the server sends something else.
+        requests.HTTPError: the server refuses.
+    """
+    answer = f"the server answers {response.status_code} {response.reason}"
+    if response.status_code == 429 or response.status_code >= 500:
+        return answer
+    response.raise_for_status()
+    if response.status_code not in (200, 206):
+        raise UserError(f"{answer} instead of the file", key=url)
+    return ""
+
+
+def _start_over(url: str, part: Path, response: requests.Response) -> int:
+    """Delete a partial download, and record the version on the server; return its size, 0 if unknown."""
+    total = _content_length(url, response)
+    part.unlink(missing_ok=True)  # before the new version is recorded
+    version = {"url": without_secrets(url), "version": _version_of(response), "bytes": total}
+    write_json(_version_file(part), version)
+    return total
 
 
 def _version_of(response: requests.Response) -> str | None:

@@ -301,7 +301,7 @@ def have_data(study: Study, configs: list[Composed]) -> None:
 def _fetch(data: Data, files: Iterable[str]) -> None:
     """Fetch the sources of a data set's missing files."""
     if sources := data.missing(files):
-        fetch.fetch(data, data.raw, only=sources)
+        fetch.fetch(data, data.raw, sources)
 
 
 def _needed_adapter_files(data: Data, configs: list[Composed]) -> list[str]:
@@ -364,7 +364,7 @@ def _published_predictions(study: Study, only: Sequence[str]) -> list[Baseline]:
 
 def _fetch_verified(data: Data, files: Collection[str]) -> bool:
     """Fetch files of a data set; return True if they match the study's checksums."""
-    fetched_files = fetch.fetch(data, data.raw, only=data.sources_of(files))
+    fetched_files = fetch.fetch(data, data.raw, data.sources_of(files))
     return all(row["verified"] for row in fetched_files if row["file"] in files)
 
 
@@ -423,7 +423,7 @@ def _fetch_adapter(study: Study, recipe: str, composed: Composed) -> Path:
     files = adapter_files(data, published.adapter)
     if not composed.rehearsal:
         have_data(study, [composed])
-        fetch.fetch(data, data.raw, only=data.sources_of(files))
+        fetch.fetch(data, data.raw, data.sources_of(files))
     elif missing := data.missing(files):
         fetching = " ".join(f"--only {source}" for source in missing)
         raise UserError(

@@ -52,7 +52,7 @@ def fetch_verb(
 
     study = studies.find_by_data(name)
     data = study.data
-    wanted = [meant(word, data.sources, "source", option="--only") for word in only]
+    wanted = dict.fromkeys(meant(word, data.sources, "source", option="--only") for word in only)
     rows = fetch.fetch(data, data.raw, wanted or study.default_sources)
     tables.print_json(rows) if json else tables.print_table(rows)
     suggest("data", "prepare", "--study", study.folder.name, json=json)

@@ -13,12 +13,11 @@ from typing import Any
 
 import orjson
 import pytest
-from file_server import Server, data_of, serving
+from file_server import Server, data_of, fetch_all, serving
 
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.data import fetch as fetching
 from qlora_recipes.data.declaration import Data
-from qlora_recipes.data.fetch import fetch
 
 FILES = {f"msg-{split}.jsonl": random.Random(split).randbytes(400_000) for split in ("train", "valid", "test")}
 ARCHIVE_NAME = "Comment_Generation.zip"
@@ -66,7 +65,7 @@ def data(url: str, **changed: str | None) -> Data:
 def message(kind: type[Exception], declared: Data, out: Path) -> str:
     """Message of a fetch that fails."""
     with pytest.raises(kind) as failed:
-        fetch(declared, out)
+        fetch_all(declared, out)
     return str(failed.value)
 
 
@@ -86,7 +85,7 @@ def wanted(out: Path) -> dict[str, bytes]:
 
 def test_the_files_are_put_in_place_and_recorded(tmp_path, server):
     out = tmp_path / "data" / "raw"
-    rows = fetch(data(server.url), out)
+    rows = fetch_all(data(server.url), out)
     assert wanted(out) == FILES
     assert [(row["file"], row["bytes"], row["verified"]) for row in rows] == [
         ("msg-train.jsonl", 400_000, None),
@@ -101,7 +100,7 @@ def test_the_files_are_put_in_place_and_recorded(tmp_path, server):
 
 def test_a_connection_that_breaks_off_is_resumed(tmp_path, server):
     server.breaks_after = [300_000, 200_000]
-    fetch(data(server.url), tmp_path)
+    fetch_all(data(server.url), tmp_path)
     assert wanted(tmp_path) == FILES
     assert server.asked_for() == [None, "bytes=300000-", "bytes=500000-"]
     assert server.seen[1]["If-Range"] == '"1"'
@@ -115,7 +114,7 @@ def test_one_that_breaks_off_too_often_says_what_is_there_and_resumes_next_time(
         f"{server.url}: {problem}; repeat the command to resume from 300,000 bytes{by_hand(tmp_path)}"
     )
     assert wanted(tmp_path) == {}
-    fetch(data(server.url), tmp_path)
+    fetch_all(data(server.url), tmp_path)
     assert server.asked_for()[-1] == "bytes=300000-"
     assert server.sent == len(ARCHIVE)
 
@@ -124,7 +123,7 @@ def test_one_that_breaks_off_too_often_says_what_is_there_and_resumes_next_time(
 def test_a_server_that_cannot_send_the_rest_sends_all(tmp_path, server, change):
     vars(server).update(change)
     server.breaks_after = [300_000]
-    fetch(data(server.url), tmp_path)
+    fetch_all(data(server.url), tmp_path)
     assert wanted(tmp_path) == FILES
     assert server.sent == 300_000 + len(ARCHIVE)
 
@@ -137,7 +136,7 @@ def test_a_server_in_trouble_is_asked_again(tmp_path, server, status, reason):
     )
     assert wanted(tmp_path) == {}
     server.answers = [status]
-    fetch(data(server.url), tmp_path)
+    fetch_all(data(server.url), tmp_path)
     assert wanted(tmp_path) == FILES
     assert len(server.seen) == 8
 
@@ -159,20 +158,20 @@ def test_without_a_network_the_way_by_hand_is_shown(tmp_path, server):
 
 
 def test_what_is_there_as_recorded_is_not_fetched_again(tmp_path, server):
-    rows = fetch(data(server.url), tmp_path)
+    rows = fetch_all(data(server.url), tmp_path)
     os.utime(tmp_path / UNKNOWN)
-    assert fetch(data(server.url), tmp_path) == rows
+    assert fetch_all(data(server.url), tmp_path) == rows
     assert len(server.seen) == 1
-    (copied,) = fetch(data_of({UNKNOWN: {"sha256": digest(b"other")}}), tmp_path)
+    (copied,) = fetch_all(data_of({UNKNOWN: {"sha256": digest(b"other")}}), tmp_path)
     assert copied["verified"] is False
 
 
 @pytest.mark.parametrize("content", [b"short", bytes(400_000), None])
 def test_a_file_that_is_not_as_recorded_is_fetched_again(tmp_path, server, capsys, content):
-    fetch(data(server.url), tmp_path)
+    fetch_all(data(server.url), tmp_path)
     file = tmp_path / "msg-valid.jsonl"
     file.write_bytes(content) if content else file.unlink()
-    fetch(data(server.url), tmp_path)
+    fetch_all(data(server.url), tmp_path)
     assert wanted(tmp_path) == FILES
     assert file.name in capsys.readouterr().err
     assert len(server.seen) == 2
@@ -186,7 +185,7 @@ def test_a_wrong_checksum_is_reported_and_puts_the_download_aside(tmp_path, serv
     )
     assert wanted(tmp_path) == {}
     assert aside.read_bytes() == ARCHIVE
-    fetch(data(server.url), tmp_path)
+    fetch_all(data(server.url), tmp_path)
     assert server.asked_for() == [None, None]
 
 
@@ -251,7 +250,7 @@ def test_a_body_without_an_end_is_cut_off(tmp_path, monkeypatch, chunked, source
         body = b"Transfer-Encoding: chunked\r\n\r\n" + 9 * (b"7a120\r\n" + bytes(500_000) + b"\r\n")
     too_large = pytest.raises(UserError, match=f"a.jsonl is larger than {limit:,} bytes")
     with answering(b"HTTP/1.1 200 OK\r\n" + body) as (url, _), too_large:
-        fetch(data_of({"a.jsonl": {"url": url} | source}), tmp_path)
+        fetch_all(data_of({"a.jsonl": {"url": url} | source}), tmp_path)
     (aside,) = tmp_path.glob("a.*")
     assert limit < aside.stat().st_size <= limit + fetching.CHUNK
 
@@ -268,9 +267,9 @@ def test_after_a_kill_while_files_move_into_place_the_same_command_finishes(tmp_
     next(names)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "replace", killed)
-        fetch(data(server.url), tmp_path)
+        fetch_all(data(server.url), tmp_path)
     assert len([*tmp_path.glob("msg-*")]) == moved
-    fetch(data(server.url), tmp_path)
+    fetch_all(data(server.url), tmp_path)
     assert wanted(tmp_path) == FILES
     assert {file.name for file in tmp_path.iterdir()} == {*FILES, "fetched.json", ".fetch.lock"}
     assert server.asked_for() == [None]
@@ -287,7 +286,7 @@ def link() -> zipfile.ZipInfo:
 )
 def test_only_wanted_files_of_an_archive_are_extracted(tmp_path, server, member):
     server.content = packed(FILES, member)
-    fetch(data(server.url), tmp_path / "raw")
+    fetch_all(data(server.url), tmp_path / "raw")
     assert wanted(tmp_path / "raw") == FILES
     assert [file.name for file in tmp_path.iterdir()] == ["raw"]
     assert {file.name for file in (tmp_path / "raw").iterdir()} == {*FILES, "fetched.json", ".fetch.lock"}
@@ -331,7 +330,7 @@ def test_a_malformed_answer_is_refused_at_once(tmp_path, monkeypatch, answer, sa
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(fetching, "PAUSES", (0,) * 5)
     with answering(answer.encode()) as (url, asked), pytest.raises(UserError, match=f"{url}: .*({says})"):
-        fetch(data_of({"a.jsonl": {"url": url}}), tmp_path)
+        fetch_all(data_of({"a.jsonl": {"url": url}}), tmp_path)
     assert len(asked) == 1
     assert not (tmp_path / "a.jsonl").exists()
 
@@ -349,7 +348,7 @@ def test_a_server_that_never_sends_the_file_is_left_after_the_last_try(tmp_path,
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(fetching, "PAUSES", (0,) * 5)
     with answering(answer.encode()) as (url, asked), pytest.raises(WorkFailed, match=url):
-        fetch(data_of({"a.jsonl": {"url": url}}), tmp_path)
+        fetch_all(data_of({"a.jsonl": {"url": url}}), tmp_path)
     assert 1 <= len(asked) <= 6
 
 
@@ -357,13 +356,13 @@ def test_a_server_that_never_sends_the_file_is_left_after_the_last_try(tmp_path,
 def test_a_damaged_record_of_a_partial_download_starts_over(tmp_path, server, change):
     server.breaks_after = [100_000] * 6
     with pytest.raises(WorkFailed):
-        fetch(data(server.url), tmp_path)
+        fetch_all(data(server.url), tmp_path)
     record = tmp_path / f"{ARCHIVE_NAME}.part.json"
     content = orjson.loads(record.read_bytes()) | change
     record.write_bytes(orjson.dumps({key: value for key, value in content.items() if value is not None}))
     server.breaks_after = []
     server.seen.clear()
-    fetch(data(server.url), tmp_path)
+    fetch_all(data(server.url), tmp_path)
     assert wanted(tmp_path) == FILES
     assert server.asked_for() == [None]
 
@@ -371,7 +370,7 @@ def test_a_damaged_record_of_a_partial_download_starts_over(tmp_path, server, ch
 @pytest.mark.parametrize("damaged", ["[]", '{"files": 3}', '{"files": [{}]}'])
 def test_a_damaged_record_of_fetched_files_lists_none(tmp_path, server, damaged):
     (tmp_path / "fetched.json").write_text(damaged)
-    fetch(data(server.url), tmp_path)
+    fetch_all(data(server.url), tmp_path)
     assert wanted(tmp_path) == FILES
 
 
@@ -388,7 +387,7 @@ def test_a_signed_address_is_used_but_neither_stored_nor_shown(tmp_path, server,
     server.answers = [500]
     server.breaks_after = [1000]
     signed = f"{server.url}?download=1&X-Amz-Signature=planted"
-    fetch(data(signed), tmp_path)
+    fetch_all(data(signed), tmp_path)
     assert server.paths[-1].endswith("?download=1&X-Amz-Signature=planted")
     assert "planted" not in capsys.readouterr().err
     assert not [file for file in tmp_path.iterdir() if b"planted" in file.read_bytes()]

@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 import pyarrow
 import pytest
-from file_server import Server, as_hub, data_of, serving
+from file_server import Server, as_hub, data_of, fetch_all, serving
 from pyarrow import parquet
 from test_fetch import digest, packed
 
@@ -37,7 +37,7 @@ def plain(url: str, content: bytes = TRAIN, **more: Any) -> dict[str, Any]:
 
 
 def test_a_plain_file_is_kept_as_it_is_and_verified(tmp_path, server):
-    rows = fetch(data_of({"train.jsonl": plain(server.url)}), tmp_path)
+    rows = fetch_all(data_of({"train.jsonl": plain(server.url)}), tmp_path)
     assert (tmp_path / "train.jsonl").read_bytes() == TRAIN
     assert rows == [{"file": "train.jsonl", "bytes": len(TRAIN), "sha256": digest(TRAIN), "verified": True}]
     assert sorted(file.name for file in tmp_path.iterdir()) == [".fetch.lock", "fetched.json", "train.jsonl"]
@@ -46,10 +46,10 @@ def test_a_plain_file_is_kept_as_it_is_and_verified(tmp_path, server):
 def test_a_file_put_in_place_by_hand_is_verified_and_not_fetched(tmp_path):
     wanted = data_of({"train.jsonl": plain("https://127.0.0.1:9/none")})
     with pytest.raises(WorkFailed, match=rf"on another machine .* {tmp_path}, "):
-        fetch(wanted, tmp_path)
+        fetch_all(wanted, tmp_path)
     (tmp_path / "train.jsonl").write_bytes(TRAIN)
-    assert [row["verified"] for row in fetch(wanted, tmp_path)] == [True]
-    assert [row["verified"] for row in fetch(data_of({"train.jsonl": {}}), tmp_path)] == [None]
+    assert [row["verified"] for row in fetch_all(wanted, tmp_path)] == [True]
+    assert [row["verified"] for row in fetch_all(data_of({"train.jsonl": {}}), tmp_path)] == [None]
 
 
 def several(url: str) -> Data:
@@ -66,11 +66,11 @@ def several(url: str) -> Data:
 def test_a_source_that_is_rejected_leaves_those_before_it_in_place(tmp_path, server):
     server.files = {"rows.zip": packed({"train.jsonl": b"{}"}), "test.jsonl": b"tset"}
     with pytest.raises(UserError, match=r"more/test\.jsonl"):
-        fetch(several(server.url), tmp_path)
+        fetch_all(several(server.url), tmp_path)
     assert {file.name for file in tmp_path.glob("*.jsonl")} == {"train.jsonl"}
     assert not list(tmp_path.glob("more/*.jsonl"))
     server.files["test.jsonl"] = b"test"
-    rows = fetch(several(server.url), tmp_path)
+    rows = fetch_all(several(server.url), tmp_path)
     assert [row["file"] for row in rows] == ["train.jsonl", "more/test.jsonl"]
     assert (tmp_path / "more" / "test.jsonl").read_bytes() == b"test"
     assert len([path for path in server.paths if "rows.zip" in path]) == 1  # it is there, as recorded
@@ -109,11 +109,11 @@ def test_a_data_set_of_a_hub_becomes_json_lines(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets, "load_dataset", load_copy)
-    [row] = fetch(of_hub(config="main"), tmp_path / "out")
+    [row] = fetch_all(of_hub(config="main"), tmp_path / "out")
     assert asked == [("owner/Maths", "main", "train", COMMIT)]
     assert [orjson.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_bytes().splitlines()] == MATHS
     assert row["verified"] is None
-    [again] = fetch(of_hub(config="main", sha256=row["sha256"]), tmp_path / "out2")
+    [again] = fetch_all(of_hub(config="main", sha256=row["sha256"]), tmp_path / "out2")
     assert again == row | {"verified": True}
     for wrong, says in (
         ({"config": "other"}, r"train\.jsonl .*rows 2500 .*3 "),
@@ -121,13 +121,13 @@ def test_a_data_set_of_a_hub_becomes_json_lines(tmp_path, monkeypatch):
         ({"config": "main", "split": "tset"}, "owner/Maths: .*tset"),
     ):
         with pytest.raises(UserError, match=says):
-            fetch(of_hub(**wrong), tmp_path / "out3")
+            fetch_all(of_hub(**wrong), tmp_path / "out3")
     assert not list((tmp_path / "out3").glob("*.jsonl"))
 
 
 def test_without_the_hub_the_way_by_hand_is_shown(tmp_path):
     with pytest.raises(WorkFailed, match=r"owner/Maths: .*`recipe data fetch .*`"):
-        fetch(of_hub(), tmp_path)
+        fetch_all(of_hub(), tmp_path)
     assert not list(tmp_path.glob("*.jsonl"))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from huggingface_hub import close_session, constants
 
+from qlora_recipes.base.files import Row
 from qlora_recipes.data import fetch as fetching
 from qlora_recipes.data.declaration import Data
 
@@ -136,3 +137,8 @@ def data_of(sources: dict[str, Any]) -> Data:
     return Data.model_validate(
         about | {"sources": sources, "fields": {"input": "a"}, "splits": {"train": {"from": first}}}
     )
+
+
+def fetch_all(data: Data, out: Path) -> list[Row]:
+    """Fetch all sources of a data set."""
+    return fetching.fetch(data, out, data.sources)
