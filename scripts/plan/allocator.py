@@ -209,10 +209,8 @@ Counts = dict[str, dict[str, int]]
 
 def lasting(events: Events) -> Events:
     """Events, except those of storages that are both allocated and freed within the list."""
-    allocated = {storage for storage, size in events if size >= 0}
-    freed = {storage for storage, size in events if size < 0}
-    passing = allocated & freed
-    return [event for event in events if event[0] not in passing]
+    occurrences = Counter(storage for storage, _ in events)
+    return [event for event in events if occurrences[event[0]] == 1]
 
 
 def ordered(events: Events) -> Events:

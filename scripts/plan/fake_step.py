@@ -225,8 +225,8 @@ def _optimizer(step: Step, model: nn.Module, trained: list[torch.Tensor], record
 
 
 def _uses_bitsandbytes(optimizer: str) -> bool:
-    """True for an optimizer of bitsandbytes, which updates weights in place."""
-    return "8bit" in optimizer or "paged" in optimizer or "bnb" in optimizer
+    """True for an optimizer of bitsandbytes, which updates weights in place; `OPTIMIZERS` has also torch's."""
+    return "torch" not in optimizer
 
 
 def _run(step: Step, recorder: Recorder, model: Any, trained: list[torch.Tensor], optimizer: Any, shape: Shape) -> None:
@@ -325,25 +325,31 @@ def _sizes(config: PreTrainedConfig) -> dict[str, int]:
 
 
 def _count(model: nn.Module) -> Counts:
-    """Counts of trainable and frozen parameters by layer name.
+    """Counts of trainable and frozen parameters by kind of layer.
 
     4-bit parameters are counted unpacked. If a module is fully trained beside LoRA, its frozen original is not counted.
     """
     counts: Counts = {}
     for name, parameter in model.named_parameters():
-        layer = _LAYER.search(name)
-        if "original_module" in name or not layer:
+        if "original_module" in name:
             continue
-        kind = _VISION if _VISION in name else "norm" if "norm" in layer["name"] else layer["name"]
         state = getattr(parameter, "quant_state", None)
         size = state.shape.numel() if state else parameter.numel()
-        count = counts.setdefault(kind, {"frozen": 0, "trainable": 0})
+        count = counts.setdefault(_kind(name), {"frozen": 0, "trainable": 0})
         count["trainable" if parameter.requires_grad else "frozen"] += size
     return counts
+
+
+def _kind(parameter: str) -> str:
+    """Kind of the layer to which a parameter belongs: vision_tower, norm, or the layer's own name."""
+    layer = _IN_LAYER.sub("", parameter).rpartition(".")[2]
+    if _VISION in parameter:
+        return _VISION
+    return "norm" if "norm" in layer else layer
 
 
 _VISION = "vision_tower"
 """Name of a model's image encoder, for example in Gemma 3."""
 
-_LAYER = re.compile(r"(?P<name>\w+)(\.(weight|bias|default|base_layer|modules_to_save|lora_\w+))*$")
-"""Pattern for a parameter name from the layer's name to the end."""
+_IN_LAYER = re.compile(r"(\.(weight|bias|default|base_layer|modules_to_save|lora_\w+))+$")
+"""Part of a parameter's name behind the layer's name."""

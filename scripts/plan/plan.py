@@ -13,7 +13,17 @@ from ..config.merging import merge
 from ..config.training_settings import TrainingSettings
 from . import steps, work
 from .allocator import Counts, Usage
-from .step_plan import CONTEXT, GIB, USABLE, StepPlan, needed_per_gpu, per_gpu, plan_step, required_gib
+from .step_plan import (
+    CONTEXT,
+    GIB,
+    USABLE,
+    StepPlan,
+    least_capability,
+    needed_per_gpu,
+    per_gpu,
+    plan_step,
+    required_gib,
+)
 from .work import Work
 
 SIZES = (8, 12, 16, 24, 40, 48, 80)
@@ -117,7 +127,7 @@ def plan_request(
 
     Args:
         gpu: the GPU to plan for.
-        vram: GPU memory in GiB; replaces the memory of `gpu`.
+        vram: a memory size in GiB to plan for, instead of a GPU.
         data: tokenize all training data to count tokens.
 
     Raises:
@@ -126,13 +136,24 @@ def plan_request(
     composed = composed_for(request, gpu)
     lengths = work.counted(composed, request.force) if data else work.published(composed)
     planned, step_plan = plan(composed.config, gpu, vram, request.gpus)
-    findings = [finding for finding in check.check_config(composed, gpu).findings if finding.scope in ("gpu", "code")]
+    findings = check.check_config(composed, gpu).findings
     override_errors(findings, request.force)
-    lacks = tuple(finding.key for finding in findings if (finding.rule, finding.level) == ("gpu-lacks", "error"))
-    planned.gpus = [replace(fit, fits=fit.fits and not lacks, lacks=lacks) for fit in planned.gpus]
-    planned.notes += [f"{finding.name}: {finding.problem}; {finding.remedy}".rstrip("; ") for finding in findings]
+    _add_findings(planned, findings)
     planned.work = work.work(composed, step_plan, gpu, request.gpus, lengths)
     return planned
+
+
+def _add_findings(planned: Plan, findings: list[Finding]) -> None:
+    """Add notes on findings about GPU and code to a plan; a GPU that lacks a feature does not fit."""
+    lacks: list[str] = []
+    for finding in findings:
+        if finding.scope not in ("gpu", "code"):
+            continue
+        planned.notes.append(f"{finding.name}: {finding.problem}; {finding.remedy}".rstrip("; "))
+        if (finding.rule, finding.level) == ("gpu-lacks", "error"):
+            lacks.append(finding.key)
+    if lacks:
+        planned.gpus = [replace(fit, fits=False, lacks=tuple(lacks)) for fit in planned.gpus]
 
 
 def composed_for(request: Request, gpu: Gpu | None = None) -> Composed:
@@ -165,7 +186,7 @@ def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus
             "required memory excludes it"
         )
     needed = needed_per_gpu(step_plan, config, gpus)
-    targets = _targets(step_plan.step, gpu, vram)
+    targets = _targets(config, gpu, vram)
     fits = [_fit(target, needed) for target in targets]
     frozen, trainable = memory.total("frozen"), memory.total("trainable")
     peak = PeakMemory(**asdict(memory.usage), paged=memory.paged, context=CONTEXT, needed=step_plan.required)
@@ -187,14 +208,12 @@ def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus
     return planned, step_plan
 
 
-def _targets(step: steps.Step, gpu: Gpu | None, vram: float | None) -> list[Gpu]:
-    """The requested GPU or memory size, or else a GPU for each of `SIZES`."""
-    capability = step.capability or (0, 0)
-    if vram:
-        return [Gpu(gpu.name if gpu else f"{vram:g} GB", capability, vram)]
+def _targets(config: Config, gpu: Gpu | None, vram: float | None) -> list[Gpu]:
+    """The requested GPU, or the oldest GPUs for a config with the requested size or each of `SIZES`."""
     if gpu and gpu.memory:
-        return [replace(gpu, capability=capability)]
-    return [Gpu(f"{size} GB", capability, size) for size in SIZES]
+        return [gpu]
+    sizes = [vram] if vram else SIZES
+    return [Gpu(f"{size:g} GB", least_capability(config), size) for size in sizes]
 
 
 def _fit(gpu: Gpu, needed: float) -> Fit:

@@ -164,7 +164,7 @@ def plan_step(config: Config, gpu: Gpu | None, download: bool = True) -> tuple[S
         gpu: the GPU; None selects the oldest GPU generation that supports the config.
         download: allow fetching the model's config.json from the hub.
     """
-    capability = gpu.capability if gpu else _least_capability(config)
+    capability = gpu.capability if gpu else least_capability(config)
     step, notes = steps.step_of(config, models.architecture(config, download), capability)
     settings = TrainingSettings.of(config)
     return StepPlan(step, settings.micro_batch_size, settings.sequence_len), notes
@@ -193,7 +193,7 @@ def needed_per_gpu(step_plan: StepPlan, config: Config, gpus: int) -> float:
     return per_gpu(step_plan, gpus).get(engine_of(config), step_plan.required)
 
 
-def _least_capability(config: Config) -> tuple[int, int]:
+def least_capability(config: Config) -> tuple[int, int]:
     """Lowest compute capability for a config: Turing, or Ampere for bf16 and FlashAttention."""
     newer = precision(config, on_gpu=True).weights == "bfloat16" or attention(config) == "flash_attention_2"
     return (8, 0) if newer else (7, 5)

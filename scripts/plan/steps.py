@@ -20,7 +20,6 @@ OPTIMIZERS = {
     "paged_adamw_8bit",
     "paged_adamw_32bit",
 }
-_TAKE_MORE = ("lora_target_parameters", "unfrozen_parameters", "selective_checkpointing")
 LOSSES = ("cut_cross_entropy", "liger_cross_entropy", "liger_fused_linear_cross_entropy", "chunked_cross_entropy")
 """Optimized losses; Axolotl accepts only one of them (check_cross_entropy_conflicts)."""
 _KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
@@ -29,6 +28,9 @@ _TAKE_LESS = (
     *("peft_layers_to_transform", "peft_layers_pattern", "lora_exclude_modules"),
     *_KERNELS,
 )
+_TAKE_MORE = ("lora_target_parameters", "unfrozen_parameters", "selective_checkpointing")
+_UNTRACED = dict.fromkeys(_TAKE_LESS, "less") | dict.fromkeys(_TAKE_MORE, "more")
+"""Keys that change the memory but not the trace, and the change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,10 +153,11 @@ def _checkpointing(config: Config) -> str | None:
 
 
 Layout = Literal["packed", "flat", "padded", "plain"]
-"""Layout of the rows in a micro batch; see `Step`. `plain` means rows of one length, which need no mask."""
+"""Layout of the rows in a micro batch; see `Step`. `plain` means that attention needs no mask."""
 
 
 def _layout(config: Config, settings: TrainingSettings, architecture: dict[str, Any]) -> Layout:
+    """Layout of the rows. FlashAttention never needs a mask; for a single row, sdpa needs it only with a window."""
     implementation = _attention(config)
     if implementation == "flash_attention_2":
         return "flat" if settings.sample_packing else "plain"
@@ -162,7 +165,9 @@ def _layout(config: Config, settings: TrainingSettings, architecture: dict[str, 
         return "packed"
     if settings.micro_batch_size > 1 or config.get("pad_to_sequence_len"):
         return "padded"
-    return "padded" if implementation == "sdpa" and _has_window(architecture) else "plain"
+    if implementation == "sdpa" and _has_window(architecture):
+        return "padded"
+    return "plain"
 
 
 def oldest_alike(capability: tuple[int, int]) -> tuple[int, int]:
@@ -204,17 +209,14 @@ def _substitutions(config: Config, settings: TrainingSettings) -> Iterator[str]:
 
 
 def _untraced_keys(config: Config) -> Iterator[str]:
-    """Notes on keys that change the memory but not the trace."""
-    for key in _TAKE_LESS:
+    """Notes on keys whose effect on the memory is not traced if they are set, or on by default."""
+    for key, change in _UNTRACED.items():
         if config.get(key):
-            yield f"{key}: not traced; training needs less memory"
+            yield f"{key}: not traced; training needs {change} memory"
     for key in split_keys(config):
         yield f"{key}: not planned; counted as 1"
     if config.get("adapter") and all(config.get(key) is None for key in _KERNELS):
         yield "LoRA kernels, which Axolotl turns on by default: not traced; training needs less memory"
-    for key in _TAKE_MORE:
-        if config.get(key):
-            yield f"{key}: not traced; training needs more memory"
 
 
 def split_keys(config: Config) -> list[str]:
@@ -223,7 +225,7 @@ def split_keys(config: Config) -> list[str]:
 
 
 def _untraced(config: Config, settings: TrainingSettings, architecture: dict[str, Any]) -> Iterator[str]:
-    """Notes on values that change the memory but not the trace."""
+    """Notes on other settings whose effect on the memory is not traced: combinations, and certain values of keys."""
     if settings.targets == "all-linear" and {"embed_tokens", "lm_head"} & {*listed(config, "lora_target_modules")}:
         yield "lora_target_modules: planned only with the linear layers; training needs more memory"
     if takes_varlen(config, architecture):
