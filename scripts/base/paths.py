@@ -86,6 +86,11 @@ def studies() -> list[Path]:
     return [file.parent for recipes, _ in homes() for file in sorted(recipes.glob("*/study.yaml"))]
 
 
+def is_study(name: str) -> bool:
+    """True for the name of a study."""
+    return name in {folder.name for folder in studies()}
+
+
 def recipe_names() -> list[str]:
     """Names of the recipes of studies and in start/: paths under recipes/ without suffix."""
     names = set()

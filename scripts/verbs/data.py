@@ -54,7 +54,7 @@ def fetch_verb(
     data = study.data
     wanted = dict.fromkeys(meant(word, data.sources, "source", option="--only") for word in only)
     rows = fetch.fetch(data, data.raw, wanted or study.default_sources)
-    tables.print_json(rows) if json else tables.print_table(rows)
+    tables.show(json, rows, [tables.Table(rows)])
     suggest("data", "prepare", "--study", study.folder.name, json=json)
 
 

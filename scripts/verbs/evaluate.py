@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,9 @@ from .options import (
     refuse_together,
     refuse_without,
 )
+
+if TYPE_CHECKING:
+    from ..evaluate.scores_file import Scores
 
 Data = Annotated[
     Path | None,
@@ -84,7 +87,7 @@ def evaluate_verb(
     """Generate predictions for test rows with a run's adapter, and score them."""
     from ..config import datafiles
     from ..evaluate.evaluate import EvaluationRequest
-    from ..evaluate.scores_file import BASE, Evaluation
+    from ..evaluate.scores_file import BASE, Evaluation, Scores
     from ..results import listing
     from ..run.rundir import RunDir
     from ..study import evaluation
@@ -107,11 +110,11 @@ def evaluate_verb(
         print(evaluated.path)
         suggest("results", json=json)
         return
-    scores = {"adapter": evaluated.flat()}
+    scores: dict[str, Scores] = {"adapter": evaluated}
     if isinstance(of_base, Evaluation):
-        scores["base"] = of_base.flat()
+        scores["base"] = of_base
     title = listing.REHEARSALS if folder.read().rehearsal else None
-    print_scores(scores, scores if base else scores["adapter"], json, title)
+    print_scores(scores, json, title)
     arguments = f"{folder.config_file} --lora-model-dir {folder.output} {datafiles.chat_options(folder.config)}"
     say(f"chat: AXOLOTL_DO_NOT_TRACK=1 axolotl inference {arguments}")
     suggest("report", name_of(folder), json=json)
@@ -147,33 +150,29 @@ def score_verb(
         scores.notes.insert(0, about)
     if out:
         write_rows(out, rows)
-    flat = scores.flat()
-    print_scores({"predictions": flat}, flat, json)
+    print_scores({"predictions": scores}, json)
 
 
-def print_scores(models: dict[str, Row], records: Any, json: bool, title: str | None = None) -> None:
-    """Print the scores of some models side by side, with intervals, or `records` as JSON."""
+def print_scores(models: "dict[str, Scores]", json: bool, title: str | None = None) -> None:
+    """Print the scores of some models side by side, with intervals and notes; as JSON, without names for one model."""
+    records = {model: scores.flat() for model, scores in models.items()}
     columns: dict[str, Row] = {}
-    for model, scores in models.items():
-        columns[model] = _numbers(scores)
-        columns[f"{model}, 95 %"] = scores["intervals"]
+    notes: list[str] = []
+    for model, flat in records.items():
+        columns[model] = {name: value for name, value in flat.items() if isinstance(value, int | float | None)}
+        columns[f"{model}, 95 %"] = flat["intervals"]
+        notes += [f"{model}: {note}" for note in _notes(models[model])]
+    first = next(iter(records))
     rows: list[Row] = []
-    for name in next(iter(columns.values())):
+    for name in columns[first]:
         rows.append({"score": name} | {column: values.get(name) for column, values in columns.items()})
-    notes = [f"{model}: {note}" for model, scores in models.items() for note in _notes(scores)]
-    tables.show(json, records, [tables.Table(rows, title)], notes)
+    tables.show(json, records if len(records) > 1 else records[first], [tables.Table(rows, title)], notes)
 
 
-def _numbers(scores: Row) -> Row:
-    return {name: value for name, value in scores.items() if isinstance(value, int | float | None)}
-
-
-def _notes(scores: Row) -> list[str]:
+def _notes(scores: "Scores") -> list[str]:
     """Details of scores, such as the scorer model, and notes."""
     notes = []
-    for name, value in scores.items():
-        if name in ("intervals", "metrics", "notes") or not isinstance(value, str | dict):
-            continue
+    for name, value in scores.details.items():
         text = value.get("hash", value) if isinstance(value, dict) else value
         notes.append(f"{name}: {tables.text_of(text)}")
-    return [*notes, *scores.get("notes", ())]
+    return notes + scores.all_notes

@@ -27,8 +27,9 @@ def _write_sections(sections: dict[str, list[tuple[str, str]]], formatter: click
 
 
 def _write_examples(epilog: str | None, formatter: click.HelpFormatter) -> None:
+    assert epilog
     with formatter.section("Examples"):
-        for line in (epilog or "").splitlines():
+        for line in epilog.splitlines():
             formatter.write(f"  {line}\n")
 
 
@@ -58,8 +59,11 @@ class Verbs(TyperGroup):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         width = max(map(len, self.list_commands(ctx)))
         for heading, names in self.headings(ctx).items():
-            verbs = [(name, self.get_command(ctx, name)) for name in names]
-            records = [(name.ljust(width), verb.get_short_help_str(limit=1000)) for name, verb in verbs if verb]
+            records = []
+            for name in names:
+                verb = self.get_command(ctx, name)
+                assert verb
+                records.append((name.ljust(width), verb.get_short_help_str(limit=1000)))
             _write_sections({heading: records}, formatter)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

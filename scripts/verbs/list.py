@@ -32,16 +32,13 @@ def list_verb(
     """List recipes and variants, with model, epochs, optimizer and published scores."""
     rows = [row for row in _listed() if _matches(row, name)]
     if not rows:
-        paths.find_recipe(name)  # suggests similar names
+        paths.find_recipe(name)  # refuses other words than files, and suggests similar names
         raise UserError(f"{name}: a file, not a name; `recipe show {name}` prints its settings")
-    if json:
-        tables.print_json(rows)
-    else:
-        by_study: dict[str | None, list[Row]] = {}
-        for row in rows:
-            by_study.setdefault(row["study"], []).append(_shown(row))
-        for study, table in by_study.items():
-            tables.print_table(table, study or "Without a study", below=["variant of"])
+    by_study: dict[str, list[Row]] = {}
+    for row in rows:
+        by_study.setdefault(row["study"] or "Without a study", []).append(_shown(row))
+    studies = [tables.Table(table, study, ["variant of"]) for study, table in by_study.items()]
+    tables.show(json, rows, studies)
     suggest("run", rows[0]["recipe"] if name else "start/qlora", "--rehearse", json=json)
 
 
@@ -154,14 +151,15 @@ def diff_verb(
         ),
     ],
     b: Annotated[
-        str | None,
+        str,
         typer.Argument(
             metavar="[B]",
+            show_default=False,
             callback=full_name,
             autocompletion=complete_recipes,
             help="Second recipe or file; default: the recipe that A is derived from.",
         ),
-    ] = None,
+    ] = "",
     json: Json = False,
 ) -> None:
     """Compare two recipes or configs, key by key."""

@@ -12,29 +12,34 @@ from ..base.errors import UserError
 from ..base.files import Row, read_json
 from ..base.paths import find_recipe
 from ..base.terminal import say
+from ..config import gpus
 from ..config.merging import Override, parse_override
 
 if TYPE_CHECKING:
     from ..run.backends import Backend, TaskResult
 
 
-def full_name(context: typer.Context, name: str | None) -> str | None:
-    """Replace a partial recipe name by the full one, and print it; leave a study's name."""
-    if not name or context.resilient_parsing or name in {folder.name for folder in paths.studies()}:
+def full_name(context: typer.Context, name: str) -> str:
+    """Replace part of a recipe's name by the full name, and log it.
+
+    The name of a study or file stays, also a name that matches nothing, and any name during completion.
+    """
+    if context.resilient_parsing or paths.is_study(name):
         return name
     try:
         recipe, file = find_recipe(name)
     except UserError:  # the verb reports this error
         return name
-    if name == recipe or file == Path(name):
+    if file == Path(name):
         return name
-    say(f"recipe {recipe}")
+    if recipe != name:
+        say(f"recipe {recipe}")
     return recipe
 
 
 def full_names(context: typer.Context, names: list[str]) -> list[str]:
     """Full names of several recipes; see `full_name`."""
-    return [full_name(context, name) or name for name in names]
+    return [full_name(context, name) for name in names]
 
 
 def _beginning(incomplete: str, names: Sequence[str]) -> list[str]:
@@ -149,9 +154,10 @@ Things = Annotated[
     ),
 ]
 PlannedGpu = Annotated[
-    str | None,
+    gpus.Gpu | None,
     typer.Option(
         "--gpu",
+        parser=gpus.find,
         rich_help_panel=WHERE,
         metavar="NAME",
         help="With --dry-run: GPU to plan for; default: this machine's.",

@@ -70,7 +70,6 @@ def reproduce_verb(
     json: Json = False,
 ) -> None:
     """Run a whole study, from data to comparison with published scores. Completed stages are skipped."""
-    from ..config import gpus
     from ..config.compose import Request, is_rehearsal
     from ..data.studies import find
     from ..evaluate.evaluate import EvaluationRequest
@@ -92,8 +91,7 @@ def reproduce_verb(
     if from_ == "predictions":
         _score_predictions(study, only, evaluation.scorer, json)
     elif dry_run:
-        target = gpus.find(gpu) if gpu else None
-        _show_outline(reproduce.outline(study, request, only, evaluation, backend, target, seeds), json)
+        _show_outline(reproduce.outline(study, request, only, evaluation, backend, gpu, seeds), json)
     else:
         if from_ == "adapter":
             results = reproduce.evaluate_adapters(study, request, only, evaluation, backend)
@@ -137,10 +135,7 @@ def _score_predictions(study: "Study", only: list[str], scorer: str | None, json
     from ..study import reproduce
 
     rows, problems = reproduce.score_predictions(study, only, scorer)
-    if json:
-        tables.print_json({"scores": rows, "problems": problems})
-    elif rows:
-        tables.print_table(rows)
+    tables.show(json, {"scores": rows, "problems": problems}, [tables.Table(rows)])
     for name, problem in problems.items():
         say(f"{name}: {problem}")
     if problems:

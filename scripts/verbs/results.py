@@ -81,7 +81,7 @@ def _export(name: str) -> None:
     from ..run.rundir import find_run
     from ..study import reproduce
 
-    if name not in {folder.name for folder in paths.studies()}:
+    if not paths.is_study(name):
         print(export_records.export_run(find_run(name, paths.runs())))
         return
     study = studies.find(name)
@@ -146,10 +146,12 @@ def report_verb(
             case [Sweep() as sweep]:
                 html = report.sweep_page(sweep, paths.runs()).html()
             case _:
-                folders = {thing.path: thing for thing in things if isinstance(thing, RunDir)}
-                if not all(isinstance(thing, RunDir) for thing in things):
-                    raise UserError(f"{' '.join(names)}: a report shows runs, one study or one sweep")
-                html = report.runs_page(report_runs.reported_runs(list(folders.values()))).html()
+                folders: dict[Path, RunDir] = {}
+                for thing in things:
+                    if not isinstance(thing, RunDir):
+                        raise UserError(f"{' '.join(names)}: a report shows runs, one study or one sweep")
+                    folders[thing.path] = thing
+                html = report.runs_page(report_runs.reported_runs([*folders.values()])).html()
     write_atomically(out, html)
     print(out)
     say(f"next: open {out} in a browser; it needs no network")

@@ -72,7 +72,6 @@ def sweep_verb(
     json: Json = False,
 ) -> None:
     """Train and score a recipe or study with each combination of values. Completed steps are skipped."""
-    from ..config import gpus
     from ..config.compose import Request, is_rehearsal
     from ..data import studies
     from ..evaluate.evaluate import EvaluationRequest
@@ -85,7 +84,7 @@ def sweep_verb(
     request = Request(name, profiles=profile, rehearse=rehearse, force=force)
     request.rehearse = is_rehearsal(request)
     requests, study = [request], None
-    if name in {folder.name for folder in paths.studies()}:
+    if paths.is_study(name):
         study = studies.find(name)
         requests = [reproduce.request_for(request, recipe) for recipe in study.published]
     records, results = sweep.sweep(
@@ -94,7 +93,7 @@ def sweep_verb(
         EvaluationRequest(limit=limit, metrics=metric),
         backend_of(on, request.rehearse, jobs),
         seeds=seeds,
-        gpu=gpus.find(gpu) if gpu else None,
+        gpu=gpu,
         dry_run=dry_run,
     )
     _show_results(study, records, results, json)

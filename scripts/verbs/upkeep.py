@@ -1,12 +1,13 @@
 """The verbs doctor, render and study."""
 
+from collections import Counter
 from typing import Annotated
 
 import typer
 
 from ..base import paths, tables
 from ..base.errors import WorkFailed
-from ..base.terminal import harmless, say
+from ..base.terminal import say
 from .help import Verb, Verbs, suggest
 from .options import Force, Json, complete_studies
 
@@ -79,16 +80,12 @@ def study_check_verb(
 
     study = studies.find(name)
     findings = checks.findings(study)
-    if json:
-        tables.print_json([vars(finding) for finding in findings])
-    else:
-        for finding in findings:
-            print(harmless(str(finding)))
-    errors, warnings = (sum(finding.level == level for finding in findings) for level in ("error", "warning"))
-    if not errors:
+    tables.show(json, [vars(finding) for finding in findings], [], map(str, findings))
+    counts = Counter(finding.level for finding in findings)
+    if not counts["error"]:
         benchmarks.require(study.columns, force=force)
-    say(f"{study.folder.name}: errors: {errors}, warnings: {warnings}")
-    if errors:
+    say(f"{study.folder.name}: errors: {counts['error']}, warnings: {counts['warning']}")
+    if counts["error"]:
         raise typer.Exit(2)
     suggest("reproduce", study.folder.name, "--rehearse", json=json)
 
