@@ -15,6 +15,8 @@ class UserError(Exception):
         line: the line in that file, from 1.
         key: the key, dotted, or the option with the mistake.
         remedy: what to do about it.
+
+    Attributes:
         further: other mistakes, each printed on a line of its own.
     """
 
@@ -26,7 +28,6 @@ class UserError(Exception):
         line: int | None = None,
         key: str = "",
         remedy: str = "",
-        further: Iterable["UserError"] = (),
     ):
         super().__init__(problem)
         self.problem = problem
@@ -34,7 +35,7 @@ class UserError(Exception):
         self.line = line
         self.key = key
         self.remedy = remedy
-        self.further = list(further)
+        self.further: list[UserError] = []
 
     @property
     def place(self) -> str:
@@ -67,7 +68,7 @@ class WorkFailed(Exception):
 def require_plain(*names: object) -> None:
     """Raise UserError for a name or path with a control character, which could become a line of a script or file."""
     for name in map(str, names):
-        if not name.isprintable() and re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", name):
+        if re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", name):
             raise UserError("a control character in this name", key=repr(name), remedy="rename it")
 
 

@@ -170,7 +170,7 @@ def json_rows(lines: Iterable[bytes], file: Path | str, fields: Sequence[str]) -
         yield row
 
 
-def read_rows(file: Path, fields: Sequence[str] = ("reference", "prediction"), hint: str = "") -> list[Row]:
+def read_rows(file: Path, fields: Sequence[str] = (), hint: str = "") -> list[Row]:
     """Read the rows of a JSONL file; every row must have the given text fields.
 
     Raises:

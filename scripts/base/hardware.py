@@ -44,15 +44,11 @@ def visible_gpus() -> dict[str, GpuInfo]:
     by MIG stands for its first instance. Numbers follow CUDA_DEVICE_ORDER=PCI_BUS_ID, because CUDA's default order puts
     the fastest GPU first by an unpublished rule.
     """
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is not None and not listed.strip():
-        return {}
     visible: dict[str, GpuInfo] = {}
     with _driver() as handles:
-        names = [str(number) for number in range(len(handles))]
-        if listed is not None:
-            names = [name.strip() for name in listed.split(",")]
-        for name in names:
+        numbers = ",".join(map(str, range(len(handles))))
+        listed = os.environ.get("CUDA_VISIBLE_DEVICES", numbers)
+        for name in map(str.strip, listed.split(",")):
             handle = _handle(name, handles)
             if handle is None:
                 break
@@ -84,7 +80,7 @@ def _handle(name: str, handles: list[Any]) -> Any:
         with suppress(pynvml.NVMLError):
             return pynvml.nvmlDeviceGetHandleByUUID(name)
         return None
-    if not name:
+    if not name:  # an empty list, or no GPU
         return None
     if name.isdecimal():
         gpus = handles[int(name) : int(name) + 1]

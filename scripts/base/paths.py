@@ -149,27 +149,19 @@ def find_recipe(name: str) -> tuple[str, Path]:
     Raises:
         UserError: the name matches no recipe, variant or file, or several, or has a control character.
     """
-    recipe, file = _found_recipe(name)
+    files = {variant: VARIANTS / f"{variant}.yaml" for variant in variant_names()}
+    files |= {recipe: recipe_file(recipe) for recipe in recipe_names()}
+    file = Path(name)
+    if file.suffix not in (".yaml", ".yml"):
+        recipe = meant(name, files, "recipe", "; `recipe list` shows them all")
+        file = files[recipe]
+    elif file.is_file():
+        recipe = _name_of(file, files) or file.stem
+    else:
+        hint = similar_paths(file) or did_you_mean(str(file.with_suffix("")), files)
+        raise UserError(f"no such file{hint}", file=file)
     require_plain(recipe, file)
     return recipe, file
-
-
-def _found_recipe(name: str) -> tuple[str, Path]:
-    recipes = recipe_names()
-    if name in recipes:
-        return name, recipe_file(name)
-    files = {variant: VARIANTS / f"{variant}.yaml" for variant in variant_names()}
-    if name in files:
-        return name, files[name]
-    files |= {recipe: recipe_file(recipe) for recipe in recipes}
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            hint = similar_paths(path) or did_you_mean(str(path.with_suffix("")), files)
-            raise UserError(f"no such file{hint}", file=path)
-        return _name_of(path, files) or path.stem, path
-    recipe = meant(name, files, "recipe", "; `recipe list` shows them all")
-    return recipe, files[recipe]
 
 
 def _name_of(path: Path, files: Mapping[str, Path]) -> str | None:

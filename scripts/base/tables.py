@@ -187,15 +187,15 @@ def print_table(
             click.echo(line)
     if layout.left_out:
         names = ", ".join(column.name for column in layout.left_out)
-        print_text(f"columns left out: {names}; `| less -S` shows all", dim=True)
+        print_text(f"columns left out: {names}; `| less -S` shows all")
     if title:
         click.echo()
 
 
-def print_text(text: str, dim: bool = False) -> None:
+def print_text(text: str) -> None:
     """Print a paragraph on stdout, wrapped to the terminal's width."""
     for line in broken(text, _width()):
-        click.secho(line, dim=dim or None)
+        click.echo(line)
 
 
 def _width() -> int:

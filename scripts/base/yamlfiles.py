@@ -57,7 +57,7 @@ class Written(float):
         return self.text
 
 
-class _WrittenLoader(_Loader):
+class WrittenLoader(_Loader):
     """Loader that keeps the digits of decimal numbers."""
 
     def construct_yaml_float(self, node: yaml.ScalarNode) -> Written:
@@ -66,7 +66,7 @@ class _WrittenLoader(_Loader):
         return number
 
 
-_WrittenLoader.add_constructor("tag:yaml.org,2002:float", _WrittenLoader.construct_yaml_float)
+WrittenLoader.add_constructor("tag:yaml.org,2002:float", WrittenLoader.construct_yaml_float)
 _Dumper.add_representer(Written, lambda dumper, number: dumper.represent_scalar("tag:yaml.org,2002:float", number.text))
 
 _PLAIN = (type(None), bool, int, float, str, list, dict)
@@ -97,9 +97,11 @@ def parse(text: str, file: Path | str = "", loader: Any = _Loader, option: str =
         if not isinstance(value, _PLAIN) or too_large:
             problem = f"{value!r:.50} is not allowed in a config"
             raise UserError(problem, file=file, key=option, remedy="if it is text, put it in quotes")
-        for key in value if isinstance(value, dict) else ():
-            if not isinstance(key, str):
-                raise UserError(f"the key {key!r:.50} is not text", file=file, key=option, remedy="put it in quotes")
+        if isinstance(value, dict):
+            for key in value:
+                if not isinstance(key, str):
+                    problem = f"the key {key!r:.50} is not text"
+                    raise UserError(problem, file=file, key=option, remedy="put it in quotes")
     return content
 
 
@@ -155,9 +157,11 @@ def require_small(text: str, file: Path | str, option: str = "") -> None:
 def _values(value: Any) -> Iterator[Any]:
     """A value and all nested values."""
     yield value
-    items = value.values() if isinstance(value, dict) else value
-    for item in items if isinstance(value, dict | list) else ():
-        yield from _values(item)
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _values(item)
 
 
 def read_text(file: Path) -> str:
@@ -175,13 +179,17 @@ def read_text(file: Path) -> str:
         raise UserError("not a text file in UTF-8", file=file) from None
 
 
-def read_yaml(file: Path, as_written: bool = False) -> Config:
-    """The mapping in a YAML file; with `as_written`, its decimal numbers are `Written`.
+def read_yaml(file: Path, loader: type[yaml.CSafeLoader] = _Loader) -> Config:
+    """The mapping in a YAML file.
+
+    Args:
+        file: the file.
+        loader: PyYAML's class that reads the text, such as `WrittenLoader`.
 
     Raises:
         UserError: the file cannot be read, is not YAML (with the line), or is not a mapping.
     """
-    content = parse(read_text(file), file, _WrittenLoader if as_written else _Loader)
+    content = parse(read_text(file), file, loader)
     if not isinstance(content, dict):
         raise UserError("not a mapping of keys to values", file=file)
     return content
@@ -238,16 +246,16 @@ def on_one_line(value: Any) -> str | None:
     return value if value is None or isinstance(value, str) else write_flow(value)
 
 
-def line_of(file: Path, key: str | Sequence[str]) -> int:
+def line_of(file: Path, key: Sequence[str]) -> int:
     """Line of a key, or of its nearest existing parent, in a YAML file; else 1.
 
     Args:
         file: the file.
-        key: a dotted key, or the sequence of its parts.
+        key: the parts of the key, outermost first.
     """
     node = _composed(read_text(file))
     line = 1
-    for part in key.split(".") if isinstance(key, str) else key:
+    for part in key:
         entry = inside(node, part)
         if not entry:
             break

@@ -315,4 +315,4 @@ def _place(finding: Finding, composed: Composed) -> None:
             finding.where = difference.without_secrets().source.text
     if file:
         finding.where = paths.shown(file)
-        finding.line = yamlfiles.line_of(file, finding.key)
+        finding.line = yamlfiles.line_of(file, finding.key.split("."))

@@ -92,7 +92,7 @@ def how_made(study: Study, split: str, input_format: str) -> Row:
 def how_chosen(subset: Subset, folder: Path) -> Row:
     """Part of a manifest entry that describes the choice of a subset's rows."""
     if subset.positions is None:
-        return {"rows": subset.rows, "seed": subset.seed or 0}
+        return {"rows": subset.rows, "seed": subset.seed}
     file = folder / subset.positions
     return {"positions": file.name, "sha256_of_positions": sha256(file)}
 

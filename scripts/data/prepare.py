@@ -114,9 +114,8 @@ class _Preparation:
         """
         data = self.study.data
         for name in SPLITS:
-            files = data.raw_files_of(name) if name in data.splits else []
-            if files and self.raw.keys() >= set(files):
-                self.read[name] = RawFile(*(self.raw[file] for file in files))
+            if name in data.splits and self.raw.keys() >= set(data.raw_files_of(name)):
+                self.read[name] = RawFile(*(self.raw[file] for file in data.raw_files_of(name)))
                 if data.splits[name].sample_from:  # sample first: the other split is written without these rows
                     self.sampled[name] = self._selection(name)
         return {name: self._split(name) for name in self.read}
@@ -352,8 +351,7 @@ def twin(path: str) -> Path | None:
 
 
 def default_sample() -> Path:
-    """Sample folder for recipes without a study, preferably with `alpaca` fields."""
+    """Sample folder for recipes without a study: the first with `alpaca` fields."""
     sampled = [study for study in studies.load_all() if study.data.sample]
-    alpaca = [study for study in sampled if {"instruction", "output"} <= study.data.fields.keys()]
-    first = [*alpaca, *sampled][0]
+    first = next(study for study in sampled if {"instruction", "output"} <= study.data.fields.keys())
     return rehearsal_data(first, next(iter(first.data.formats)))

@@ -164,10 +164,12 @@ class Published(Strict):
                 yield from undeclared((*at, *key, name), name, metrics)
         if self.curve and not (folder / self.curve).is_file():
             yield (*at, "curve"), f"no such file beside study.yaml: {self.curve}; add it"
-        config, weights = ADAPTER_FILES
-        weights = self.adapter_format.weights if self.adapter_format else weights
-        for file in (config, weights) if self.adapter else ():
-            yield from undeclared((*at, "adapter"), f"{self.adapter}/{file}", data.files)
+        if self.adapter:
+            config, weights = ADAPTER_FILES
+            if self.adapter_format:
+                weights = self.adapter_format.weights
+            for file in (config, weights):
+                yield from undeclared((*at, "adapter"), f"{self.adapter}/{file}", data.files)
         yield from undeclared_predictions(at, self.predictions, data)
 
 

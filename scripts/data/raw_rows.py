@@ -356,12 +356,11 @@ def fetched_files(data: Data) -> list[Path]:
     Raises:
         UserError: a file is missing.
     """
-    files = [data.raw / name for name in data.raw_files]
-    missing = data.missing(data.raw_files)
-    if missing:
-        remedy = f"run `recipe data fetch {data.key}`"
-        if data.sources[missing[0]].is_own:
-            remedy = "copy it there"
-        remedy += ", or give its folder to `recipe data prepare --study STUDY`"
-        raise UserError("no such file", file=next(file for file in files if not file.is_file()), remedy=remedy)
-    return files
+    for name in data.raw_files:
+        file = data.raw / name
+        if not file.is_file():
+            [source] = data.sources_of([name])
+            remedy = "copy it there" if data.sources[source].is_own else f"run `recipe data fetch {data.key}`"
+            remedy += ", or give its folder to `recipe data prepare --study STUDY`"
+            raise UserError("no such file", file=file, remedy=remedy)
+    return [data.raw / name for name in data.raw_files]

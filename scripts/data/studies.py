@@ -191,14 +191,14 @@ def load(folder: Path) -> Study:
         UserError: study.yaml is malformed; the error lists every mistake with its line.
     """
     file = (folder / "study.yaml").absolute()
-    return _load(file, file.stat().st_mtime_ns if file.exists() else 0)
+    return _load(file, file.stat().st_mtime_ns)
 
 
 @cache
 def _load(file: Path, _: int) -> Study:
     require_plain(file.parent.name)
     folder, file = file.parent, Path(paths.shown(file))
-    content = yamlfiles.read_yaml(file, as_written=True) | {"folder": folder}
+    content = yamlfiles.read_yaml(file, yamlfiles.WrittenLoader) | {"folder": folder}
     try:
         study = Study.model_validate(content)
     except ValidationError as error:
@@ -271,7 +271,7 @@ def _only(name: str | None, choices: Collection[str], what: str) -> str:
     if name is not None:
         return meant(name, choices, what)
     if len(choices) != 1:
-        raise UserError(f"name the {what}: there are {', '.join(choices) or 'none'}")
+        raise UserError(f"name the {what}: there are {', '.join(choices)}")
     return next(iter(choices))
 
 

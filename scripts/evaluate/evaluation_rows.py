@@ -234,7 +234,7 @@ def _read_datasets(
                 _load(source, rows_file, run, cfg)
             return _loaded_rows(source, rows_file), [RowsState.of_rows(rows_file, None)]
         first = datafiles.first_rows(dataset.entry)
-        pairs += [(dataset, row) for row in read_rows(file, ())[:first]]
+        pairs += [(dataset, row) for row in read_rows(file)[:first]]
         states.append(RowsState.of_rows(file, first))
     return pairs, states
 

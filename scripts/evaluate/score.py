@@ -175,7 +175,7 @@ def read_pairs(file: Path, prediction: str = "prediction", reference: str = "ref
     Raises:
         UserError: see `read_rows`.
     """
-    rows = read_rows(file, ())
+    rows = read_rows(file)
     for number, row in enumerate(rows, start=1):
         pair = {"reference": nested_value(row, reference), "prediction": nested_value(row, prediction)}
         for side, field in (("reference", reference), ("prediction", prediction)):

@@ -101,7 +101,7 @@ class RowsState(FileState):
 def _digest(file: Path, first: int | None) -> str:
     """Hash of a JSONL file's rows; empty if they are not JSON."""
     try:
-        return digest(read_rows(file, ())[:first])
+        return digest(read_rows(file)[:first])
     except UserError:
         return ""
 

@@ -66,7 +66,9 @@ def score_sides(sides: Sequence[RunDir | Path], metrics: Sequence[str] = ()) -> 
             run_columns |= scored[side].columns
     for side in sides:
         if isinstance(side, Path):
-            scored[side] = _score_rows(read_rows(side), run_columns or requested or columns_of())
+            scored[side] = _score_rows(
+                read_rows(side, ("reference", "prediction")), run_columns or requested or columns_of()
+            )
             _report(side, about_file(side))
     return [scored[side] for side in sides]
 

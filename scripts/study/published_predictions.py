@@ -83,7 +83,7 @@ def _texts(declared: Texts, folder: Path) -> list[str]:
                 return [line.removesuffix("\n").removesuffix("\r") for line in lines]
         except UnicodeDecodeError:
             raise UserError(f"{file}: not UTF-8 text") from None
-    texts = [nested_value(row, field) for row in read_rows(file, ())]
+    texts = [nested_value(row, field) for row in read_rows(file)]
     for number, text in enumerate(texts, start=1):
         if not isinstance(text, str):
             raise UserError(f"{file}: row {number} has no text field {field}; correct the field in study.yaml")

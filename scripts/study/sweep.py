@@ -135,7 +135,7 @@ class Grid:
         entries = values.pop(PAIRED, [{}])
         for key, tried in values.items():
             if not isinstance(tried, list) or not tried:
-                raise UserError("expected a list of values", file=file, line=yamlfiles.line_of(file, key), key=key)
+                raise UserError("expected a list of values", file=file, line=yamlfiles.line_of(file, [key]), key=key)
         if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
             problem = "expected a list of mappings, as in `- {name: Wide, lora_r: 64}`"
             raise UserError(problem, file=file, key=PAIRED)

@@ -72,7 +72,8 @@ def test_choices_with_the_same_first_word_are_suggested_alone():
 
 def test_the_text_of_an_error_has_place_key_problem_and_remedy():
     second = UserError("missing", file="a.yaml", line=4, key="c")
-    error = UserError("unknown", file="a.yaml", line=3, key="b", remedy="delete it", further=[second])
+    error = UserError("unknown", file="a.yaml", line=3, key="b", remedy="delete it")
+    error.further = [second]
     assert str(error) == "a.yaml:3: b: unknown; delete it\na.yaml:4: c: missing"
     assert str(UserError("unknown", file="a.yaml")) == "a.yaml: unknown"
     assert str(UserError("unknown", key="--set b")) == "--set b: unknown"

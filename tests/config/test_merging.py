@@ -125,4 +125,4 @@ def test_a_config_written_and_read_again_is_the_same(content):
 
 def test_the_line_of_a_nested_key_is_found(tmp_path):
     file = write(tmp_path, "# head\na: 1\nd:\n  - p: x\n  - p: y\n    q: 1\n")
-    assert [yamlfiles.line_of(file, key) for key in ("a", "d.0.p", "d.1.q", "d")] == [2, 4, 6, 3]
+    assert [yamlfiles.line_of(file, key.split(".")) for key in ("a", "d.0.p", "d.1.q", "d")] == [2, 4, 6, 3]

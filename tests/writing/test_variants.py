@@ -256,7 +256,7 @@ def test_the_fields_of_rows_decide_their_type(tmp_path, row, entry):
     for before in (b"\n", codecs.BOM_UTF8):
         file.write_bytes(before + orjson.dumps(row))
         assert datafiles.entry_for(file) == {"path": str(file)} | entry
-        assert read_rows(file, ()) == [row]
+        assert read_rows(file) == [row]
 
 
 NOT_JSON = (
