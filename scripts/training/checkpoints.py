@@ -1,5 +1,6 @@
 """Checkpoints: their files, checksums and damage."""
 
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ CHUNK = 1 << 22  # bytes
 
 def step_of(folder: Path) -> int | None:
     """Step of a checkpoint, from the folder's name; None for other folders."""
-    number = folder.name.removeprefix("checkpoint-")
-    return int(number) if number.isdecimal() and number != folder.name else None
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return int(match[1]) if match else None
 
 
 def write_manifest(folder: Path) -> None:
@@ -56,13 +57,15 @@ def _missing(folder: Path, ranks: int) -> str | None:
     If optimizer, schedule or random state are missing, the trainer silently starts with new ones. DeepSpeed writes
     `latest` last. FSDP writes `.metadata` last in each folder of shards.
     """
-    rng_states = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
-    needed = [
+    needed: list[tuple[str, ...]] = [
         ("adapter_model.safetensors", "pytorch_model_fsdp_0/.metadata"),
         ("optimizer.pt", "optimizer.bin", "optimizer_0/.metadata", "latest"),
         ("scheduler.pt", "latest"),
-        *((name,) for name in rng_states),
     ]
+    if ranks == 1:
+        needed.append(("rng_state.pth",))
+    else:
+        needed += [(f"rng_state_{rank}.pth",) for rank in range(ranks)]
     for names in needed:
         if not any(any(folder.glob(name)) for name in names):
             return names[0]

@@ -191,17 +191,17 @@ class Chat(Tokenized):
 
     def further_mistakes(self, row: Row) -> Iterator[RowMistake]:
         messages = self.items_of(row)
-        for message in messages:
-            if isinstance(message, dict):
-                yield from self._message_mistakes(message)
-            else:
-                yield RowMistake("bad-row", f"an item of {self.messages} is not a mapping")
         if not messages:
-            return
+            return  # `field_mistakes` reports an empty list
+        for message in messages:
+            if not isinstance(message, dict):
+                yield RowMistake("bad-row", f"an item of {self.messages} is not a mapping")
+                return
+            yield from self._message_mistakes(message)
         first, last = messages[0], messages[-1]
-        if isinstance(last, dict) and str(last.get(self.content)).isspace() and not last.get("tool_calls"):
+        if str(last.get(self.content)).isspace() and not last.get("tool_calls"):
             yield RowMistake("empty-reference", self.content)
-        if isinstance(first, dict) and first.get(self.role) != "system" and row.get("system") is None:
+        if first.get(self.role) != "system" and row.get("system") is None:
             yield RowMistake("lacks-system")
 
     def _message_mistakes(self, message: Row) -> Iterator[RowMistake]:

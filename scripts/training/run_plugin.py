@@ -72,7 +72,7 @@ class RunPlugin(BasePlugin):
             args["average_tokens_across_devices"] = True
         if cfg.trackio_project_name:
             args["project"] = cfg.trackio_project_name
-        if cfg.use_trackio and not os.environ.get("TRACKIO_SPACE_ID"):
+        if not os.environ.get("TRACKIO_SPACE_ID"):
             args["trackio_static_space_id"] = False
         return args
 
@@ -230,9 +230,10 @@ class RunCallback(TrainerCallback):
             write_manifest(Path(args.output_dir, f"checkpoint-{state.global_step}"))
         _note(args.output_dir, phase="training")
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Record the trainer's log entry for a step or an evaluation."""
-        if not logs or not {"loss", "eval_loss", losses.NAME} & logs.keys():
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Record the trainer's log entry for a step or an evaluation; ignore others, such as that of the end."""
+        logs: dict[str, Any] = kwargs["logs"]
+        if logs.keys().isdisjoint({"loss", "eval_loss", losses.NAME}):
             return
         usage = _usage()
         peaks = gather(usage.get("memory_reserved_gib") or usage["rss_peak_gib"], args.device)
@@ -340,17 +341,12 @@ def use_cpu(engine: str) -> None:
 def engine_in_use(trainer: Any) -> str:
     """Name of the active engine, as in `gpus.engine_of`, or "one process"."""
     from deepspeed import DeepSpeedEngine
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
     from torch.distributed.tensor import DTensor
 
     model = trainer.model_wrapped
     if isinstance(model, DeepSpeedEngine):
-        if isinstance(model.optimizer, DeepSpeedZeroOptimizer_Stage3):
-            return "ZeRO-3"
-        if isinstance(model.optimizer, DeepSpeedZeroOptimizer):
-            return "ZeRO-2" if model.optimizer.partition_gradients else "ZeRO-1"
-        return "DDP"
+        stage = model.zero_optimization_stage()
+        return f"ZeRO-{stage}" if stage else "DDP"
     if all(isinstance(weight, DTensor) for weight in model.parameters()):
         return "FSDP"
     return "DDP" if isinstance(model, torch.nn.parallel.DistributedDataParallel) else "one process"
@@ -370,10 +366,10 @@ def check_engine(requested: str, trainer: Any) -> None:
 
 def gather(value: float, device: torch.device) -> list[float]:
     """Values of all ranks in rank order, gathered on each rank."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if WORLD_SIZE == 1:
         return [value]
     mine = torch.tensor([value], dtype=torch.float64, device=device)
-    gathered = [mine.clone() for _ in range(dist.get_world_size())]
+    gathered = [mine.clone() for _ in range(WORLD_SIZE)]
     dist.all_gather(gathered, mine)
     return [float(number) for number in gathered]
 

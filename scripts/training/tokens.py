@@ -79,9 +79,7 @@ def tokenize(where: str, cfg: Any, dataset: Any, tokenizer: Any, rows: Sequence[
     base, _, style = kind.partition(":") if isinstance(kind, str) else ("", "", "")
     # not DictDefault's |, which would keep cfg's values; any dataset_num_proc, even 1, would fork for these few rows
     limited = DictDefault({**cfg, "sequence_len": longest, "dataset_num_proc": None})
-    fields: dict[str, None] = {}
-    for row in rows:
-        fields |= dict.fromkeys(row)
+    fields = dict.fromkeys(chain.from_iterable(rows))
     try:
         table = Dataset.from_list([{name: row.get(name) for name in fields} for row in rows])
         tokenized, _ = get_dataset_wrapper(dataset, tokenizer, limited, base, table, style or None)

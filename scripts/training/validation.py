@@ -45,17 +45,20 @@ def validate(configs: Sequence[Composed], gpu: Gpu | None) -> list[list[Finding]
     if gpu is None or any(composed.rehearsal for composed in configs):
         gpu = ANY_GPU
     files = [_cache_file(composed.config, gpu) for composed in configs]
-    cached = [read_json(file).get("findings") for file in files]
-    missing = [composed.config for composed, rows in zip(configs, cached, strict=True) if rows is None]
-    answers = iter(_ask_child(missing, gpu) if missing else [])
-    results = []
-    for file, cached_rows in zip(files, cached, strict=True):
-        rows = cached_rows
+    by_file: dict[Path, list[Row]] = {}
+    missing = {}
+    for file, composed in zip(files, configs, strict=True):
+        rows = read_json(file).get("findings")
         if rows is None:
-            rows = next(answers)
+            missing[file] = composed.config
+        else:
+            by_file[file] = rows
+    if missing:
+        answers = _ask_child(list(missing.values()), gpu)
+        for file, rows in zip(missing, answers, strict=True):
             _keep(file, rows)
-        results.append([Finding(**row) for row in rows])
-    return results
+            by_file[file] = rows
+    return [[Finding(**row) for row in by_file[file]] for file in files]
 
 
 def _keep(file: Path, rows: list[Row]) -> None:

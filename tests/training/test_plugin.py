@@ -121,7 +121,7 @@ def test_the_eval_loss_is_that_of_the_checkpoint_that_was_kept(tmp_path):
     callback = RunCallback(run.metrics, TRAINER, None)
     arguments = SimpleNamespace(device="cpu", output_dir=str(run.output), load_best_model_at_end=True)
     for step, loss in ((2, 4.2), (4, 4.1), (6, 7.1)):
-        callback.on_log(arguments, state_at(step), STOPPING, {"eval_loss": loss, "eval_loss_per_token": loss + 1})
+        callback.on_log(arguments, state_at(step), STOPPING, logs={"eval_loss": loss, "eval_loss_per_token": loss + 1})
     assert summarise(run.read_metrics()).eval_loss == 7.1
     state = state_at(6, best_model_checkpoint=str(run.output / "checkpoint-4"))
     callback.on_train_end(arguments, state, STOPPING)
@@ -165,7 +165,7 @@ def test_tokens_are_counted_without_padding_in_training_only(tmp_path):
     model(input_ids=ids)
     model.eval()(input_ids=ids)
     callback.step_seconds = 2.0
-    callback.on_log(arguments, state_at(1), None, {"loss": 2.0})
+    callback.on_log(arguments, state_at(1), None, logs={"loss": 2.0})
     record = RunDir(tmp_path).read_metrics()[-1]
     assert record["tokens"] == 8 + 10
     assert record["tokens_per_second"] == 9.0
