@@ -97,10 +97,9 @@ def check_request(
 
 def tokenize_all(report: Report, ranks: int = 1) -> None:
     """Tokenize the readable rows of a checked config, unless errors in the config or a missing tokenizer prevent it."""
-    for finding in report.findings:
-        if finding.level == "error" and finding.scope in ("code", "step"):
-            report.skip("skipped tokenizing the rows, because of errors; correct them, then check again")
-            return
+    if any(error.scope in ("code", "step") for error in remaining_errors(report.findings)):
+        report.skip("skipped tokenizing the rows, because of errors; correct them, then check again")
+        return
     if report.composed is None or not report.data:
         return
     if not has_tokenizer(report.composed):
@@ -156,7 +155,7 @@ def check_config(
     Raises:
         UserError: the recipe's study.yaml is malformed.
     """
-    studies.study_of(composed.origin or composed.recipe)
+    studies.study_of(composed.origin)
     gpu = None if composed.rehearsal else gpu
     of_schema = list(schema.findings(composed.config))
     usable, wrong = schema.usable(composed.config, of_schema)
@@ -200,14 +199,15 @@ def _fixed_warm_up(composed: Composed, gpus: int) -> Iterator[Finding]:
 def _step_change(config: Config, original: Config, gpus: int) -> str | None:
     """Cause of a changed number of steps, from the original values of the changed keys; None without one."""
     settings = TrainingSettings.of(config)
-    deciding = ("max_steps",) if settings.max_steps else _DECIDES_STEPS
+    if settings.max_steps:
+        return "max_steps" if "max_steps" in original else None
     for key in original:
-        if key.startswith(deciding):
+        if key.startswith(_DECIDES_STEPS):
             return key
-    former = config | {key: value for key, value in original.items() if isinstance(value, int)}
-    if settings.max_steps or TrainingSettings.of(former).rows_per_step == gpus * settings.rows_per_step:
-        return None
-    return "the number of rows per step"
+    former = TrainingSettings.of(config | original)
+    if former.rows_per_step != gpus * settings.rows_per_step:
+        return "the number of rows per step"
+    return None
 
 
 _DECIDES_STEPS = ("num_epochs", "max_steps", "datasets", "val_set_size", "sample_packing")

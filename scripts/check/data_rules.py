@@ -58,7 +58,7 @@ def _file_problems(key: str, entry: Config) -> Problems:
     """Problems with the files of a data set; the key is that of its path."""
     name = entry.get("path")
     files = datafiles.local_files(entry)
-    if not isinstance(name, str) or not name:
+    if not name:
         yield "error", key, f"{name!r} is not a path", "give a file, a folder or a data set on the hub"
     elif Path(name).is_dir() and not files:
         yield "error", key, f"the folder {paths.shown(Path(name))} is empty", "put rows into it"
@@ -159,8 +159,10 @@ def prompt_format(case: Case) -> Problems:
     fields = {"format": "{instruction}", "no_input_format": "{instruction}", "system_format": "{system}"}
     for dataset in datafiles.datasets(case.config):
         kind = dataset.entry.get("type")
+        if not isinstance(kind, dict):
+            continue
         for name, field in fields.items():
-            text = kind.get(name) if isinstance(kind, dict) else None
-            if isinstance(text, str) and text and field not in text:
+            text = kind.get(name)
+            if text and field not in text:
                 problem = f"{field} is missing: prompts lack the rows' text"
                 yield "error", f"{dataset.key}.type.{name}", problem, "add it"

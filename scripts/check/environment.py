@@ -89,7 +89,7 @@ def check_torch() -> Iterator[Line]:
     """Check that torch can be imported, and that it computes on each GPU."""
     gpus, facts, visible = hardware.all_gpus(), ask_torch(), os.environ.get("CUDA_VISIBLE_DEVICES")
     if "error" in facts:
-        yield Line("torch", "wrong", f"cannot be imported: {facts['error']}", "reinstall it", install_torch())
+        yield Line("torch", "wrong", f"cannot be imported: {facts['error']}", "reinstall it", reinstall_torch())
         return
     cuda = f"for CUDA {facts['cuda']}" if facts["cuda"] else "without CUDA"
     built = f"{facts['version']}, built {cuda}"
@@ -118,21 +118,24 @@ def check_torch() -> Iterator[Line]:
             "wrong",
             f"{listed}; torch does not compute on it: {facts['problem'] or built}",
             remedy=f"install a newer driver, or torch's build for CUDA {OLDER_CUDA}, which has kernels for older GPUs",
-            command=install_torch(OLDER_CUDA),
+            command=install_older_torch(),
         )
     else:
         yield Line("GPU", "ok", listed)
 
 
-def install_torch(cuda: str = "") -> str:
-    """Command that installs torch, optionally for a CUDA version.
-
-    In a checkout, the command uses `make` and must be run there.
-    """
+def reinstall_torch() -> str:
+    """Command that installs torch again; in a checkout it must be run there."""
     if paths.LOCK.is_file():
-        return f"make setup CUDA={cuda}" if cuda else "rm -r .venv && make setup"
-    backend = f"cu{cuda.replace('.', '')}" if cuda else "auto"
-    return f"uv pip install --reinstall-package torch --torch-backend {backend} torch"
+        return "rm -r .venv && make setup"
+    return "uv pip install --reinstall-package torch --torch-backend auto torch"
+
+
+def install_older_torch() -> str:
+    """Command that installs torch's build for `OLDER_CUDA`; in a checkout it must be run there."""
+    if paths.LOCK.is_file():
+        return f"make setup CUDA={OLDER_CUDA}"
+    return f"uv pip install --reinstall-package torch --torch-backend cu{OLDER_CUDA.replace('.', '')} torch"
 
 
 def check_lock() -> Iterator[Line]:
@@ -157,7 +160,7 @@ def _locked() -> Iterator[Requirement]:
     """Requirements of the lock that apply to this machine."""
     other_cuda = "+" in (package_version("torch") or "")  # this torch requires other CUDA libraries than the lock
     for line in paths.LOCK.read_text(encoding="utf-8").splitlines():
-        if not line.strip() or line.startswith((" ", "#")):
+        if not line[:1].isalnum():  # a comment, a hash, or blank
             continue
         requirement = Requirement(line.removesuffix("\\").strip())
         applies = requirement.marker is None or requirement.marker.evaluate()
@@ -171,9 +174,8 @@ def check_hub() -> Iterator[Line]:
         yield Line("hub", "note", "not checked, because HF_HUB_OFFLINE is set; only cached models and data work")
         return
     models = base_models()
-    answers = {name: hub.access(name) for name in models}
-    by_access = {answer.access: answer for answer in answers.values()}
-    closed = [name for name in models if answers[name].access != "open"]
+    closed = [name for name in models if hub.access(name).access != "open"]
+    by_access = {hub.access(name).access: hub.access(name) for name in closed}
     if not closed:
         yield Line("hub", "ok", f"answers; your account has access to all {len(models)} base models")
     elif "unknown" in by_access:
@@ -188,13 +190,9 @@ def check_hub() -> Iterator[Line]:
             command="hf auth login --force",
         )
     else:
-        yield Line(
-            "hub",
-            "note",
-            f"answers; no access to {', '.join(closed)}",
-            remedy=f"with the account of your token, ask for access at {hub.page(closed[0])} and the like",
-            command="" if hub.has_token() else "hf auth login",
-        )
+        remedy = f"with the account of your token, ask for access at {hub.page(closed[0])} and the like"
+        command = "" if hub.has_token() else "hf auth login"
+        yield Line("hub", "note", f"answers; no access to {', '.join(closed)}", remedy, command)
 
 
 def base_models() -> list[str]:

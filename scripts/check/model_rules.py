@@ -106,7 +106,7 @@ def _how_to_get(name: str) -> str:
 def unknown_model(case: Case) -> Problems:
     """Some rules are skipped if the model's config.json and tokenizer are missing; a note says so."""
     name = case["base_model"]
-    if name and isinstance(name, str) and not models.is_path(name) and case.model == models.Model():
+    if name and not models.is_path(name) and case.model == models.Model():
         problem = f"{name} is not on this machine: its layers, context and special tokens are not checked"
         remedy = f"to check them, run `hf download {name} --include config.json --include 'tokenizer*'`"
         yield "note", "base_model", f"{models.similar(name)} {problem}".lstrip("; "), remedy

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import orjson
 
 from ..base import yamlfiles
-from ..base.files import Row, parse_json
+from ..base.errors import UserError
+from ..base.files import Row, json_rows, parse_json
 from ..base.yamlfiles import Config
 from ..config import datafiles, models
 from ..config.datafiles import DatasetRef
@@ -48,52 +49,55 @@ def check_rows(config: Config, wrong: Collection[str] = ()) -> tuple[list[Findin
 def readable(kind: RowType, line: bytes) -> Row | None:
     """Row of a line, or None if a data set's type cannot read it."""
     try:
-        row = parse_json(line)
-    except orjson.JSONDecodeError:
-        return None
-    if not isinstance(row, dict):
+        row = next(json_rows([line], "", ()))
+    except UserError:
         return None
     is_unreadable = any(mistake.is_unreadable for mistake in kind.mistakes(row))
     return None if is_unreadable else row
 
 
-class _Wording(NamedTuple):
-    """Finding for a kind of mistake; in the problem, {n} is the number of rows, {about} the mistake's subject."""
+class Wording(NamedTuple):
+    """Words for rows with the same fault; in the problem, {n} is their number, {about} the fault's subject."""
 
     level: Level
     rule: str
     problem: str
     remedy: str
 
+    def finding(self, key: str, about: str, rows: FaultyRows) -> Finding:
+        """Finding at the first of some faulty rows."""
+        problem = self.problem.format(n=rows, about=about)
+        return Finding(self.level, self.rule, key, problem, self.remedy, *rows.place)
+
 
 _WORDING = {
-    "bad-row": _Wording("error", "bad-row", "{n}: {about}", "correct or drop these rows"),
-    "other-fields": _Wording(
+    "bad-row": Wording("error", "bad-row", "{n}: {about}", "correct or drop these rows"),
+    "other-fields": Wording(
         "error", "bad-row", "{n}: the type reads other fields: {about}", "correct or drop these rows"
     ),
-    "empty-reference": _Wording(
+    "empty-reference": Wording(
         "warning", "empty-reference", "{n} with an empty {about}: the model learns nothing", "drop these rows"
     ),
-    "lacks-system": _Wording(
+    "lacks-system": Wording(
         "error",
         "lacks-system",
         "{n} without the field system, which Axolotl fills with None",
         'add it; it can be ""',
     ),
-    "no-format": _Wording(
+    "no-format": Wording(
         "error",
         "no-format",
         "{n} without {about}: Axolotl uses its own prompt instead of format",
         "set no_input_format",
     ),
-    "misspelt-field": _Wording("warning", "misspelt-field", "{n}: {about}", ""),
-    "special-token": _Wording(
+    "misspelt-field": Wording("warning", "misspelt-field", "{n}: {about}", ""),
+    "special-token": Wording(
         "warning", "special-token", "{n} with the text {about}, which the tokenizer reads as a special token", ""
     ),
-    "repeated-row": _Wording(
+    "repeated-row": Wording(
         "warning", "repeated-row", "{n}: repeated", "`dataset_exact_deduplication: true` drops them"
     ),
-    "leaked-row": _Wording(
+    "leaked-row": Wording(
         "warning", "leaked-row", "{n} also in the training data: scores mean little", "drop them from it"
     ),
 }
@@ -107,7 +111,7 @@ class _File:
         key: the key of the file's data set, with `.path`.
         rows: number of rows.
         has_system: a row has a system text.
-        other_fields: fields of the first row that has none of the type's fields.
+        other_fields: fields of the last row that has none of the type's fields.
         faults: the faulty rows.
     """
 
@@ -126,14 +130,14 @@ class _File:
         """A finding for each kind of mistake, at the mistake's first row."""
         if not self.rows and self.path.stat().st_size:  # another rule reports files of 0 bytes
             yield Finding("error", "bad-row", self.key, "no rows", where=str(self.path))
-        for (rule, about), rows in self.faults.items():
-            if rule == "lacks-system" and not self.has_system:
+        for (fault, about), rows in self.faults.items():
+            if fault == "lacks-system" and not self.has_system:
                 continue
-            level, name, problem, remedy = _WORDING[rule]
-            if rule == "other-fields" and rows.count == self.rows:  # the type is wrong, not the rows
-                remedy = _type_remedy(self.other_fields)
-            text = problem.format(n=rows, about=about)
-            yield Finding(level, name, self.key, f"{text}{_example(rule, rows)}", remedy, *rows.place)
+            finding = _WORDING[fault].finding(self.key, about, rows)
+            finding.problem += _example(fault, rows)
+            if fault == "other-fields" and rows.count == self.rows:  # the type is wrong, not the rows
+                finding.remedy = _type_remedy(self.other_fields)
+            yield finding
 
 
 def _type_remedy(fields: Sequence[str]) -> str:
@@ -142,10 +146,10 @@ def _type_remedy(fields: Sequence[str]) -> str:
     return f"set {yamlfiles.write_flow(form)[1:-1]} to read them"
 
 
-def _example(rule: str, rows: FaultyRows) -> str:
+def _example(fault: str, rows: FaultyRows) -> str:
     """Example of a mistake, in parentheses; for copies of rows, the originals."""
     example = rows.first[0][2]
-    if rule in ("repeated-row", "leaked-row") and rows.count > 1:
+    if fault in ("repeated-row", "leaked-row") and rows.count > 1:
         example = ", ".join(f"{line} = {original}" for _, line, original in rows.first)
     return f" ({example})" if example else ""
 
@@ -218,7 +222,7 @@ class _Reader:
     def _check_row(self, file: _File, number: int, row: Row) -> None:
         for mistake in dict.fromkeys(self.type.mistakes(row)):  # once for each row, even if many messages have it
             if mistake.rule == "other-fields":
-                file.other_fields = file.other_fields or list(row)
+                file.other_fields = list(row)
                 file.count(mistake, number, f"fields: {', '.join(row)}"[:80])
                 return
             file.count(mistake, number)

@@ -185,7 +185,7 @@ def _has_wandb_login() -> bool:
 
 @rule
 def no_gpu(case: Case) -> Problems:
-    """A CPU lacks the features listed in `substitution`, does not train in fp16, and is too slow for large models.
+    """A run without a GPU: a CPU lacks the features listed in `substitution`, and does not train in fp16.
 
     On a CPU, Axolotl turns its default, bf16: auto, into fp16. transformers refuses fp16, but only after the model is
     loaded."""
@@ -292,9 +292,9 @@ def no_batch_size(case: Case) -> Problems:
 @rule
 def does_not_divide(case: Case) -> Problems:
     """Axolotl divides batch_size by micro_batch_size and silently rounds down."""
-    batch, micro_batch = case["batch_size"], case["micro_batch_size"]
-    if batch and micro_batch and batch % micro_batch:
-        problem = f"{batch} is not a multiple of micro_batch_size, {micro_batch}"
+    settings = TrainingSettings.of(case.config)
+    if settings.batch_size % settings.micro_batch_size:
+        problem = f"{settings.batch_size} is not a multiple of micro_batch_size, {settings.micro_batch_size}"
         yield "error", "batch_size", problem, "set a multiple"
 
 

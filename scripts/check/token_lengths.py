@@ -14,17 +14,29 @@ from ..base.terminal import Bar
 from ..base.yamlfiles import Config
 from ..config import datafiles
 from ..config.datafiles import DatasetRef
-from ..config.finding import Faults, FaultyRows, Finding, Level
+from ..config.finding import Faults, Finding, Level
 from ..config.substitution import stands_in
 from ..config.training_settings import TrainingSettings
 from ..training.losses import MASKED
 from ..training.row_types import row_type
 from ..training.tokens import Tokenizer, Tokens, packed_sequences, padding, taught_ends, unknown_roles
-from .rows import readable
+from .rows import Wording, readable
 
 Place = tuple[str, int]
 """File and line."""
 _MOST_REFUSED = 20  # rows of a data set that Axolotl cannot tokenize; finding each takes ten calls or more
+
+
+_WORDING = {
+    "refused-row": Wording("error", "bad-row", "{n}: {about}", "correct the rows, the type or the template"),
+    "unknown-role": Wording("warning", "unknown-role", "{n} with the role {about}", "correct it, or add it to `roles`"),
+    "nothing-learnt": Wording(
+        "warning",
+        "nothing-learnt",
+        "{n} without tokens that carry loss (empty answer, or wrong role)",
+        "correct or drop these rows",
+    ),
+}
 
 
 def by_token(content: Config, count: int) -> list[Row]:
@@ -168,7 +180,7 @@ class _TokenizedSet:
                 return
         self.refused += 1
         place, _ = rows[middle]
-        self.faults.note("bad-row", problem, *place)
+        self.faults.note("refused-row", problem, *place)
 
     def _measure(self, rows: Sequence[tuple[Place, Row]], tokenized: list[Tokens]) -> None:
         """Add rows to the statistics, and count the faulty ones."""
@@ -188,7 +200,9 @@ class _TokenizedSet:
     def _check_roles(self, rows: Sequence[tuple[Place, Row]]) -> None:
         for place, row in rows:
             for role in unknown_roles(self.chats, row):
-                self.faults.note("unknown-role", role, *place)
+                near = did_you_mean(role.lower(), [*self.chats.prompter.roles])
+                about = f"{role[:60]}, unknown to `roles` and the template{near}"
+                self.faults.note("unknown-role", about, *place)
 
     def measures(self) -> Row:
         """Lengths in tokens, and the share of padding in one epoch's micro batches; None for packed rows."""
@@ -226,19 +240,12 @@ class _TokenizedSet:
 
     def findings(self) -> Iterator[Finding]:
         """Findings about rows, each at the first row concerned, then about all rows together."""
-        for (rule, about), rows in self.faults.items():
-            if rule == "bad-row":
-                remedy = "correct the rows, the type or the template"
-                yield self._finding("error", rule, f"{rows}: {about}", remedy, rows)
-            elif rule == "unknown-role":
-                near = did_you_mean(about.lower(), [*self.chats.prompter.roles])
-                problem = f"{rows} with the role {about[:60]}, unknown to `roles` and the template{near}"
-                yield self._finding("warning", rule, problem, "correct it, or add it to `roles`", rows)
-            else:
-                level: Level = "error" if rows.count == self.rows else "warning"
-                problem = f"{rows} without tokens that carry loss (empty answer, or wrong role)"
-                yield self._finding(level, rule, problem, "correct or drop these rows", rows)
         key = self.dataset.key
+        for (fault, about), rows in self.faults.items():
+            finding = _WORDING[fault].finding(f"{key}.path", about, rows)
+            if fault == "nothing-learnt" and rows.count == self.rows:
+                finding.level = "error"
+            yield finding
         if self.is_given_up:
             problem = f"stopped after {self.refused} rows that Axolotl cannot read"
             yield Finding("note", "not-checked", f"{key}.path", problem)
@@ -246,10 +253,6 @@ class _TokenizedSet:
         if self.sizes and self.dataset.is_training and not self.learns_end:
             problem = "no end token carries loss: the model would not learn to stop"
             yield Finding("warning", "eos-masked", f"{key}.type", problem, "inspect rows with --show-tokens")
-
-    def _finding(self, level: Level, rule: str, problem: str, remedy: str, rows: FaultyRows) -> Finding:
-        """Finding at the first of some faulty rows."""
-        return Finding(level, rule, f"{self.dataset.key}.path", problem, remedy, *rows.place)
 
     def _long_rows(self) -> Iterator[Finding]:
         """Finding about rows longer than sequence_len, by what Axolotl does with them."""
@@ -276,8 +279,7 @@ class _TokenizedSet:
         sequences, per_batch = packed_sequences(cfg, sizes)
         if sequences >= per_batch * gpus:
             return
-        on_each = f" on each of {gpus} GPUs" if gpus > 1 else ""
-        filled = f"{sequences} of the {per_batch * gpus} packed sequences of a micro batch{on_each}"
+        filled = f"{sequences} of the {per_batch * gpus} packed sequences of a micro batch per GPU"
         fewer = f"micro_batch_size={sequences // gpus}" if sequences >= gpus else "sample_packing=false"
         remedy = f"set {fewer}, a smaller sequence_len, or more rows (rehearsal: `--set datasets.0.split=train[:N]`)"
         yield Finding("error", "no-batch", "micro_batch_size", f"no step: {len(sizes)} rows fill {filled}", remedy)

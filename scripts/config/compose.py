@@ -54,7 +54,7 @@ class Composed:
     """A config and its origin.
 
     Attributes:
-        origin: the shipped recipe from which a variant or edited copy derives.
+        origin: the shipped recipe from which a variant or edited copy derives; otherwise the recipe itself.
         differences: changes from the recipe file to the composed config.
         data: the data files; empty until they are read.
         incompatible: profile keys that do not suit the config, grouped by reason; see `profiles.incompatible_keys`.
@@ -63,7 +63,7 @@ class Composed:
 
     recipe: str
     recipe_file: Path
-    origin: str | None
+    origin: str
     config: Config
     differences: list[Difference]
     profiles: list[str]
@@ -101,9 +101,9 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     """
     recipe, file = paths.find_recipe(request.name)
     content = yamlfiles.read_yaml(file)
-    origin = variants.origin_of(recipe, file)
+    origin = variants.origin_of(recipe, file) or recipe
     shipped = content
-    if origin not in (recipe, None):
+    if origin != recipe:
         shipped = yamlfiles.read_yaml(paths.recipe_file(origin))
     composition = _Composition(request, gpu, _profiles(request), shipped)
     composition.derive(content, file)

@@ -173,7 +173,7 @@ _NEVER_OVERRIDDEN = ("secret", "axolotl")
 """Rules whose errors `--force` cannot override."""
 
 
-def remaining_errors(findings: Iterable[Finding], force: Sequence[str]) -> list[Finding]:
+def remaining_errors(findings: Iterable[Finding], force: Sequence[str] = ()) -> list[Finding]:
     """Errors that --force does not override."""
     errors = [finding for finding in findings if finding.level == "error"]
     return [error for error in errors if error.name not in force or not error.is_overridable]

@@ -113,7 +113,7 @@ def published(composed: Composed) -> Lengths | None:
 
     The counts also apply to an ungated copy of the model, because it has the same tokenizer.
     """
-    study = studies.study_of(composed.origin or composed.recipe)
+    study = studies.study_of(composed.origin)
     model = _declared_model(composed)
     if study is None or model is None:
         return None
@@ -187,7 +187,7 @@ def _full(composed: Composed, length: int) -> Lengths | None:
 
 def _declared_rows(composed: Composed) -> int | None:
     """Row count declared by the study; None if the config trains on other rows than its recipe."""
-    study = studies.study_of(composed.origin or composed.recipe)
+    study = studies.study_of(composed.origin)
     if study is None or any(change.key.startswith(("datasets", "val_set_size")) for change in composed.from_origin):
         return None
     return study.data.rows_of("train")

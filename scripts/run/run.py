@@ -238,7 +238,7 @@ def _findings(folder: RunDir, record: Run) -> list[Finding]:
     composed = Composed(
         recipe=record.recipe,
         recipe_file=recipe_file if recipe_file.is_file() else folder.config_file,  # a run copied from another machine
-        origin=record.variant_of,
+        origin=record.origin,
         config=folder.config,
         differences=[],
         profiles=record.profiles,
@@ -358,7 +358,7 @@ def _with_tracker_names(composed: Composed, folder: RunDir) -> Config:
     name, unless the user has set this variable.
     """
     runs = folder.runs(composed.recipe)
-    study = paths.study_name(composed.origin or composed.recipe)
+    study = paths.study_name(composed.origin)
     values = {
         "project": f"{study}-rehearsal" if composed.rehearsal else study,
         "run": str(folder.path.relative_to(runs)).removeprefix(f"{study}/"),

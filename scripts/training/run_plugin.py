@@ -65,9 +65,8 @@ class RunPlugin(BasePlugin):
         trackio takes its project from these arguments alone. Without trackio_static_space_id=False, a push to the
         hub publishes a Space.
         """
-        args: dict[str, Any] = {"logging_nan_inf_filter": False}  # the filter logs a NaN loss as 0
-        if not torch.cuda.is_available():
-            args["use_cpu"] = True
+        args: dict[str, Any] = {"use_cpu": not torch.cuda.is_available()}
+        args["logging_nan_inf_filter"] = False  # the filter logs a NaN loss as 0
         if WORLD_SIZE > 1:
             args["average_tokens_across_devices"] = True
         if cfg.trackio_project_name:
@@ -279,9 +278,7 @@ class RunCallback(TrainerCallback):
         return "signal" if self.stopped else "callback"
 
     def _append(self, state: Any, record: dict[str, Any]) -> None:
-        if state.is_world_process_zero:
-            when = {"time": time.time(), "step": state.global_step, "max_steps": state.max_steps}
-            append_line(self.file, orjson.dumps(when | record))
+        _write(self.file, {"step": state.global_step, "max_steps": state.max_steps} | record)
 
 
 def _has_stopped(callback: EarlyStoppingCallback) -> bool:
@@ -375,8 +372,13 @@ def gather(value: float, device: torch.device) -> list[float]:
 
 
 def _note(output: str, **record: Any) -> None:
+    _write(Path(output).with_name("metrics.jsonl"), record)
+
+
+def _write(file: Path, record: dict[str, Any]) -> None:
+    """Append a record with the time to a file, on the first rank only."""
     if os.environ.get("RANK", "0") == "0":
-        append_line(Path(output).with_name("metrics.jsonl"), orjson.dumps({"time": time.time()} | record))
+        append_line(file, orjson.dumps({"time": time.time()} | record))
 
 
 def _usage() -> dict[str, Any]:

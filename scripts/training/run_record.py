@@ -1,5 +1,6 @@
 """Schemas of run.json (with provenance), jobs.json, and the lines of metrics.jsonl."""
 
+import multiprocessing
 import os
 import platform
 import subprocess
@@ -302,7 +303,7 @@ def collect() -> Provenance:
         "host": platform.node(),
         "os": platform.platform(),
         "cpu": cpu_name(),
-        "cores": os.cpu_count() or 1,
+        "cores": multiprocessing.cpu_count(),
         "memory_gib": round(memory, 1),
         "gpus": [*visible_gpus().values()],
     }

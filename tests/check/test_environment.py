@@ -96,7 +96,7 @@ def test_torch_is_asked_in_a_process_that_may_crash(monkeypatch, probe, timeout,
     monkeypatch.setattr(environment, "_PROBE", probe)
     monkeypatch.setattr(environment, "TIMEOUT", timeout)
     (line,) = environment.check_torch()
-    command = environment.install_torch()
+    command = environment.reinstall_torch()
     assert line == environment.Line("torch", "wrong", f"cannot be imported: {error}", "reinstall it", command)
 
 

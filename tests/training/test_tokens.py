@@ -250,8 +250,8 @@ def test_rows_of_which_nothing_is_learnt_are_an_error_where_there_are_no_others(
 
 
 NO_BATCH = (
-    ": error: micro_batch_size: no step: {} packed sequences of a micro batch; set micro_batch_size={}, a smaller "
-    "sequence_len, or more rows (rehearsal: `--set DATA.split=train[:N]`) [no-batch:micro_batch_size]"
+    ": error: micro_batch_size: no step: {} packed sequences of a micro batch per GPU; set micro_batch_size={}, a "
+    "smaller sequence_len, or more rows (rehearsal: `--set DATA.split=train[:N]`) [no-batch:micro_batch_size]"
 )
 
 
