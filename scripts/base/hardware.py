@@ -5,7 +5,7 @@ import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib.util import find_spec
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -111,7 +111,6 @@ def _gpu_info(handle: Any) -> GpuInfo:
 
 def torch_cuda() -> str | None:
     """CUDA version of the installed torch, found without the slow import of torch."""
-    spec = find_spec("torch")
-    source = Path(spec.origin).with_name("version.py").read_text() if spec and spec.origin else ""
+    source = Path(str(distribution("torch").locate_file("torch/version.py"))).read_text()
     built_for = re.search(r"^cuda\b.*= '([\d.]+)'", source, re.MULTILINE)
     return built_for[1] if built_for else None

@@ -284,7 +284,10 @@ class Data(Strict):
     @property
     def raw_files(self) -> list[str]:
         """Names of the raw files of all splits."""
-        return list(dict.fromkeys(name for split in self.splits for name in self.raw_files_of(split)))
+        names: dict[str, None] = {}
+        for split in self.splits:
+            names |= dict.fromkeys(self.raw_files_of(split))
+        return list(names)
 
     def fields_of(self, split: str, input_format: str) -> dict[str, str]:
         """Expressions for the fields of a split."""
@@ -342,10 +345,12 @@ class Data(Strict):
 
     def _mistakes_in_sources(self) -> Iterator[Mistake]:
         """Files that several sources give."""
-        counts = Counter(file for name, source in self.sources.items() for file in source.contents(name))
-        for file in sorted(counts):
-            if counts[file] > 1:
+        files: set[str] = set()
+        for name, source in self.sources.items():
+            contents = source.contents(name).keys()
+            for file in sorted(files & contents):
                 yield ("data", "sources"), f"several sources give a file {file}; rename one"
+            files |= contents
 
     def _mistakes_in_split(self, name: str, split: Split) -> Iterator[Mistake]:
         """Undeclared files and splits, and subsets of a split other than test."""

@@ -250,7 +250,7 @@ class _Partial:
     @property
     def is_complete(self) -> bool:
         """True if all bytes are downloaded."""
-        return bool(self.size) and self.size == self.total
+        return 0 < self.size == self.total
 
     @property
     def headers(self) -> dict[str, str]:
@@ -282,7 +282,7 @@ def _partial(part: Path, url: str) -> _Partial:
         return _Partial()
     if not isinstance(version, str) or not isinstance(total, int):
         return _Partial()
-    return _Partial(version, total, part.stat().st_size if version else 0)
+    return _Partial(version, total, part.stat().st_size)
 
 
 def _version_file(part: Path) -> Path:
@@ -319,9 +319,9 @@ def download(url: str, part: Path, most: int) -> None:
             if pause is not None:
                 say(f"{url}: {problem}; next try in {pause} s")
                 time.sleep(pause)
-    size = part.stat().st_size if part.exists() else 0
-    remedy = f"; repeat the command to resume from {size:,} bytes" if size else ""
-    raise WorkFailed(f"{url}: {problem}{remedy}")
+    if part.exists():
+        problem += f"; repeat the command to resume from {part.stat().st_size:,} bytes"
+    raise WorkFailed(f"{url}: {problem}")
 
 
 def _receive(url: str, part: Path, most: int, bar: Bar) -> str:
@@ -380,10 +380,10 @@ def _start_over(url: str, part: Path, response: requests.Response) -> int:
 
 def _version_of(response: requests.Response) -> str | None:
     """Version of the file on the server: its ETag or date; None if the server sends neither."""
-    etag = response.headers.get("ETag", "W/")
-    if etag.startswith("W/"):  # a weak ETag does not identify the bytes
-        return response.headers.get("Last-Modified")
-    return etag
+    etag = response.headers.get("ETag", "")
+    if etag.startswith('"'):  # else a weak ETag, which does not identify the bytes
+        return etag
+    return response.headers.get("Last-Modified")
 
 
 def _content_length(url: str, response: requests.Response) -> int:

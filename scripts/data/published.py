@@ -225,12 +225,11 @@ def adapter_files(data: Data, folder: str) -> list[str]:
 def released(data: Data, published: dict[str, Published], baselines: list[Baseline]) -> set[str]:
     """Names of the sources that are needed only for published predictions and adapters."""
     files: list[str] = []
-    for baseline in baselines:
-        if baseline.predictions:
-            files += baseline.predictions.files
+    parts: list[Baseline | Published] = [*baselines, *published.values()]
+    for part in parts:
+        if part.predictions:
+            files += part.predictions.files
     for results in published.values():
-        if results.predictions:
-            files += results.predictions.files
         if results.adapter:
             files += adapter_files(data, results.adapter)
     return set(data.sources_of(files)) - set(data.sources_of(data.raw_files))

@@ -191,9 +191,11 @@ def has_gap(value: Any) -> bool:
 
 def constants(fields: Mapping[str, str]) -> dict[str, Any]:
     """Values of fields whose expressions use no field of the raw row."""
-    parsed = {name: _JINJA.parse(f"{{{{ {text} }}}}") for name, text in fields.items()}
-    same = [name for name, tree in parsed.items() if not meta.find_undeclared_variables(tree)]
-    return {name: Expression(name, fields[name]).value({}) for name in same}
+    values = {}
+    for name, text in fields.items():
+        if not meta.find_undeclared_variables(_JINJA.parse(f"{{{{ {text} }}}}")):
+            values[name] = Expression(name, text).value({})
+    return values
 
 
 def _compiled(texts: Mapping[str, str]) -> dict[str, Expression]:

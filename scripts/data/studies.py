@@ -133,8 +133,10 @@ class Study(Strict):
     def cell(self, recipe: str, settings: Mapping[str, Any], changes: Mapping[str, Any]) -> Cell | None:
         """First published grid point that matches a recipe's settings with changes, and has every changed key."""
         published = self.published.get(self.origin(recipe))
+        if published is None:
+            return None
         changed = {**settings, **changes}
-        for cell in published.cells if published else []:
+        for cell in published.cells:
             if cell.values.items() <= changed.items() and changes.keys() <= cell.values.keys():
                 return cell
         return None
@@ -156,9 +158,8 @@ class Study(Strict):
         yield from self._mistakes_in_metrics()
         yield from self.data.mistakes(self.folder)
         metrics = list(self.metrics)
-        curve = [TRAIN_LOSS] if any(published.curve for published in self.published.values()) else []
         for name in self.tolerances:
-            yield from undeclared(("tolerances", name), name, [*metrics, *curve])
+            yield from undeclared(("tolerances", name), name, [*metrics, TRAIN_LOSS])
         for i, name in enumerate(self.shown):
             yield from undeclared(("shown", str(i)), name, metrics)
         for name in self.decodings.keys() & _OF_SCORES:
