@@ -223,12 +223,12 @@ def trained_on(content: Config) -> tuple[list[int], float]:
     return sizes, 0.0 if content.get("sample_packing") else padding(tokenizer.cfg, sizes)
 
 
-def unknown_roles(strategy: Any, row: Row) -> set[str]:
-    """Roles of a row that neither its data set nor the template knows."""
+def unknown_roles(strategy: Any, row: Row) -> list[str]:
+    """Roles of a row that neither its data set nor the template knows, in alphabetical order."""
     roles = {strategy.transform_message(message)["role"] for message in strategy._get_messages(row)}
     template = strategy.prompter.chat_template
     roles -= {*strategy.prompter.roles.values(), *strategy.roles_to_train}
-    return {role for role in roles if not re.search(rf"""['"]{re.escape(role)}['"]""", template)}
+    return sorted(role for role in roles if not re.search(rf"""['"]{re.escape(role)}['"]""", template))
 
 
 def packed_sequences(cfg: Any, sizes: list[int]) -> tuple[int, int]:

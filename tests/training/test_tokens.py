@@ -190,8 +190,8 @@ ALTERNATE = "TemplateError: Conversation roles must alternate user/assistant/use
             chat(said("User", "a"), said("Assistant", "b")),
             [
                 THIRD_UNLEARNT,
-                UNKNOWN.format("User", "; did you mean user?"),
                 UNKNOWN.format("Assistant", "; did you mean assistant?"),
+                UNKNOWN.format("User", "; did you mean user?"),
             ],
         ),
         ("chatml", chat(ASKED, ANSWER, said("observer", "a"), ANSWER), [UNKNOWN.format("observer", "")]),
