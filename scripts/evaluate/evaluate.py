@@ -146,7 +146,7 @@ class EvaluationTask:
         self.request = request
         self.run = folder.read()
         self.cfg = folder.config
-        trust.refuse_code(folder, self.run, request.force, request.adapter or "")
+        trust.refuse_code(folder, self.run, request.force, request.adapter or str(folder.output.resolve()))
         substitution.restore(self.cfg)
         self.columns = columns_of(self.run.origin, request.metrics)
         self.adapter = self._adapter()

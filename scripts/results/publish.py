@@ -104,7 +104,7 @@ def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:
     if merged_from.is_file() and merged_from.read_text() == digest:
         say(f"{merged}: already merged")
         return merged
-    trust.refuse_code(folder, run, force)
+    trust.refuse_code(folder, run, force, str(folder.output.resolve()))
     substitution.restore(folder.config)
     environment = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1"}
     if run.rehearsal:

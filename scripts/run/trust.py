@@ -13,19 +13,22 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.processes import make_once
 from ..check import code_rules, schema
-from ..config.finding import Case, refuse
+from ..config.finding import Case, override_errors, refuse
 from ..training.run_record import Run
 from .rundir import RunDir
 
 
 def seal(folder: RunDir, record: Run) -> str | None:
-    """Keyed hash of a run's config, working directory and overridden findings; None without a key or a config.
+    """Keyed hash of a run's config, working directory and overridden findings; None without a key.
 
     Only this user can read the key, so that nobody else can create a valid hash.
+
+    Raises:
+        UserError: the config is missing or damaged.
     """
+    content = [yamlfiles.read_text(folder.config_file), record.cwd, record.forced]
     with suppress(OSError, UserError):
         key = (make_once(paths.user_data() / "seal", _make_key) / "key").read_bytes()
-        content = [yamlfiles.read_text(folder.config_file), record.cwd, record.forced]
         return hmac.new(key, orjson.dumps(content), hashlib.sha256).hexdigest()
     return None
 
@@ -39,18 +42,19 @@ def is_own(folder: RunDir, record: Run) -> bool:
     """True if this user created a run, or trusted it with --trust, and its hashed content has not changed since."""
     if not record.seal:
         return False
-    expected = seal(folder, record)
-    return expected is not None and hmac.compare_digest(expected, record.seal)
+    with suppress(UserError):
+        return hmac.compare_digest((seal(folder, record) or "").encode(), record.seal.encode())
+    return False
 
 
-def refuse_code(folder: RunDir, record: Run, force: Sequence[str] = (), adapter: str = "") -> None:
+def refuse_code(folder: RunDir, record: Run, force: Sequence[str], adapter: str) -> None:
     """Refuse a run whose config or adapter names untrusted code, unless the user overrides the finding.
 
     Args:
         folder: the run's folder.
         record: the run's record; the findings that it overrides count only if this user created the run.
         force: the names of findings to override; other names are ignored.
-        adapter: folder of another adapter; by default the run's.
+        adapter: folder of the adapter.
 
     Raises:
         UserError: a finding about code is not overridden.
@@ -58,12 +62,12 @@ def refuse_code(folder: RunDir, record: Run, force: Sequence[str] = (), adapter:
     config = folder.config
     usable, wrong = schema.usable(config, schema.findings(config))
     case = Case(usable, wrong, ask_hub=not record.rehearsal, as_written=config)
-    trained = Case({"lora_model_dir": adapter or str(folder.output.resolve())}, set())
+    trained = Case({"lora_model_dir": adapter}, set())
     with chdir(record.cwd if Path(record.cwd).is_dir() else "."):  # the config's paths are relative to it
         findings = [*code_rules.findings(case), *code_rules.findings(trained)]
     for finding in findings:
         finding.where = paths.shown(folder.config_file)
-    accepted = {*force}
+    override_errors(findings, force)
     if is_own(folder, record):
-        accepted.update(record.forced)
-    refuse(findings, [finding.name for finding in findings if finding.name in accepted])
+        override_errors(findings, record.forced)
+    refuse(findings)

@@ -33,7 +33,7 @@ def seal(folder: RunDir) -> None:
 
 def refused(folder: RunDir, *force: str) -> set[str]:
     try:
-        trust.refuse_code(folder, folder.read(), force)
+        trust.refuse_code(folder, folder.read(), force, str(folder.output))
     except UserError as error:
         return {line.rpartition("[")[2].rstrip("]") for line in str(error).splitlines()}
     return set()
@@ -131,6 +131,28 @@ def test_a_name_that_is_no_error_is_not_recorded(tmp_path, recipe):
     assert done.stderr == "recipe: --force tpyo: this config has no such error; errors show their names in brackets\n"
     assert folder.read().state == "interrupted"
     assert folder.read().forced == [PLUGIN]
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        pytest.param(
+            [],
+            ": not created by you on this machine, or changed since; resuming it can run its author's code; if you "
+            "trust the author, add --trust",
+            id="resume",
+        ),
+        pytest.param(["--trust"], "/config.yaml: No such file or directory", id="resume --trust"),
+        pytest.param(["--trust", "--force", PLUGIN], "/config.yaml: No such file or directory", id="resume --force"),
+    ],
+)
+def test_a_run_whose_config_was_deleted_is_not_resumed(tmp_path, recipe, options, problem):
+    folder = theirs(tmp_path / "runs")
+    seal(folder)
+    folder.config_file.unlink()
+    record = folder.read()
+    assert recipe.fails("resume", folder.path, *options).stderr == f"recipe: {folder.path}{problem}\n"
+    assert folder.read() == record
 
 
 def test_a_job_that_starts_before_its_record_resumes(tmp_path, monkeypatch):
