@@ -85,7 +85,7 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
     record.state = _state(launch.exit_code, stopped, record.summary.ended, record.adapter is not None)
     folder.write(record)
     if record.state != "finished":
-        raise _error(folder, record, stopped, log)
+        raise _error(folder, record, launch.exit_code, stopped, log)
 
 
 def _size(file: Path) -> int:
@@ -113,23 +113,23 @@ def _versions(provenance: Provenance) -> Config:
     return provenance.get("packages", {}) | of_gpu
 
 
-def _error(folder: RunDir, record: Run, stopped: bool, log: "LaunchLog") -> WorkFailed:
+def _error(folder: RunDir, record: Run, code: int, stopped: bool, log: "LaunchLog") -> WorkFailed:
     """Error that ended the last launch of an unfinished run.
 
     Args:
+        code: exit code of the process.
         stopped: whether `recipe` received a request to stop.
         log: log of the launch.
     """
     launch = record.launches[-1]
-    code = launch.exit_code or 0
     resume = f"`recipe resume {folder.path}{' --on slurm' if this_job() else ''}` continues it"
     if launch.full_disk:
         return WorkFailed(f"{folder.path}: {record.state}, {launch.problem}; free some space, then {resume}")
-    if record.state == "interrupted" and code == -signal.SIGKILL and not stopped:
-        cause = "killed by signal 9 (SIGKILL) from outside; memory probably ran out"
-        return WorkFailed(f"{folder.path}: {cause}: {_LESS_MEMORY}; {resume}")
     if record.state == "interrupted":
-        return WorkFailed(f"{folder.path}: interrupted{'' if stopped else _signal(code)}; {resume}")
+        if code == -signal.SIGKILL and not stopped:
+            cause = "killed by signal 9 (SIGKILL) from outside; memory probably ran out"
+            return WorkFailed(f"{folder.path}: {cause}: {_LESS_MEMORY}; {resume}")
+        return WorkFailed(f"{folder.path}: interrupted{_signal(code)}; {resume}")
     if record.summary.ended == "callback":
         step = f"step {record.summary.step} of {record.summary.max_steps}"
         return WorkFailed(f"{folder.path}: a callback stopped the training at {step}; see {folder.log} for the reason")
@@ -155,14 +155,17 @@ def _state(code: int, stopped: bool, ended: Ended | None, has_adapter: bool) -> 
         ended: reason for the end of training, if the process recorded one.
         has_adapter: whether the output folder has an adapter.
     """
-    if ended in ("complete", "early stopping"):
-        if code == 0 and has_adapter:
-            return "finished"
-        return "interrupted" if code in _KILLED else "failed"
-    if stopped or ended == "signal" or code in _KILLED:
+    is_complete = ended in ("complete", "early stopping")
+    if code in _KILLED:
         return "interrupted"
-    left_off = code == 0 and ended is None and has_adapter
-    return "interrupted" if left_off else "failed"
+    if code == 0 and has_adapter:
+        if is_complete:
+            return "finished"
+        if ended is None:  # see above
+            return "interrupted"
+    if is_complete:
+        return "failed"
+    return "interrupted" if stopped or ended == "signal" else "failed"
 
 
 def follow(folder: RunDir) -> None:

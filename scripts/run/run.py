@@ -17,7 +17,7 @@ from ..base.yamlfiles import Config
 from ..check import check
 from ..config import datafiles, gpus, substitution
 from ..config.compose import Composed, Request, compose, filled, is_rehearsal
-from ..config.finding import Finding, refuse, unknown_force
+from ..config.finding import Finding, override_errors, refuse, unknown_force
 from ..training.run_record import Run, collect
 from . import backends, launch, trust
 from .backends import Backend, Command, Task, TaskResult
@@ -100,9 +100,10 @@ def start(request: Request, backend: Backend) -> RunDir:
     """
     composed = compose_and_check(request, backend)
     if not backend.here:
+        result = TaskResult(composed.recipe)
         task = Task(
-            TaskResult(composed.recipe),
-            lambda: [resume_command(create(composed, request))],
+            result,
+            lambda: [resume_command(create(composed, request), result)],
             gpus=0 if composed.rehearsal else request.gpus,
             nodes=request.nodes,
         )
@@ -154,7 +155,8 @@ def resume(
     if reason := hindrance(folder, current):
         raise UserError(f"{folder.path}: {reason}")
     gpus_a_node = 0 if record.rehearsal else record.gpus_used
-    task = Task(TaskResult(record.recipe), lambda: [resume_command(folder)], gpus_a_node, record.nodes)
+    result = TaskResult(record.recipe)
+    task = Task(result, lambda: [resume_command(folder, result)], gpus_a_node, record.nodes)
     return backend.carry_out(task, record.recipe)
 
 
@@ -188,7 +190,7 @@ def _resume_here(folder: RunDir, prepare_only: bool, is_own: bool) -> None:
         return
     with folder.held() as lock:
         record = folder.read()
-        if reason := defect(folder, record) if _is_alone(folder) else hindrance(folder, record):
+        if reason := hindrance(folder, record):
             raise UserError(f"{folder.path}: {reason}")
         if prepare_only:
             launch.preprocess(folder, record)
@@ -204,22 +206,12 @@ def _resume_here(folder: RunDir, prepare_only: bool, is_own: bool) -> None:
         launch.train(folder, record, lock, checkpoint)
 
 
-def _is_alone(folder: RunDir) -> bool:
-    """True if a run has no jobs, or this process is one of them."""
-    jobs = {job.id for job in folder.jobs()}
-    return not jobs or this_job() in jobs
-
-
 def hindrance(folder: RunDir, record: Run) -> str | None:
-    """Reason why a run cannot be resumed, or None."""
-    job = backends.job_state(folder, "run")
-    if job and job.kind != "unknown":
-        return f"the run is {job}; cancel it first with `recipe cancel {folder.path}`"
-    return defect(folder, record)
-
-
-def defect(folder: RunDir, record: Run) -> str | None:
-    """Reason why a run cannot be resumed, apart from its jobs; or None."""
+    """Reason why this process cannot resume a run, which may be its own job's; or None."""
+    if this_job() not in {job.id for job in folder.jobs()}:
+        job = backends.job_state(folder, "run")
+        if job and job.kind != "unknown":
+            return f"the run is {job}; cancel it first with `recipe cancel {folder.path}`"
     if record.state == "finished":
         return f"the run is finished; evaluate it with `recipe evaluate {folder.path}`"
     output = Path(record.cwd, str(folder.config.get("output_dir")))
@@ -257,9 +249,8 @@ def _check_here(folder: RunDir, record: Run) -> None:
     """
     try:
         findings = [finding for finding in _findings(folder, record) if finding.scope != "code"]  # trusted by the user
-        errors = {finding.name for finding in findings if finding.level == "error"}
-        # the other names overrode errors that this check does not report: about rows, code or another GPU
-        refuse(findings, [name for name in record.forced if name in errors])
+        override_errors(findings, record.forced)
+        refuse(findings)
         if not record.rehearsal:
             available = len(hardware.visible_gpus())
             if record.gpus_used > max(available, 1):
@@ -270,9 +261,9 @@ def _check_here(folder: RunDir, record: Run) -> None:
         raise
 
 
-def resume_command(folder: RunDir) -> Command:
+def resume_command(folder: RunDir, result: TaskResult) -> Command:
     """Command `recipe resume`, with which a job trains or resumes a run that this user trusts."""
-    return Command("run", folder, ["resume", str(folder.path), "--trust"])
+    return Command("run", folder, ["resume", str(folder.path), "--trust"], result)
 
 
 AUTO_RESUME = "auto_resume_from_checkpoints"

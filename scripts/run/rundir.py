@@ -96,6 +96,7 @@ class RunDir:
             raise UserError(problem, file=self._json, remedy="the folder has no usable run") from None
 
     def _state(self, run: Run, job: JobState | None) -> State:
+        """State of a run, from its recorded state, its lock and its job; see `read`."""
         is_in_use = is_held(self.path / ".lock")
         if run.state == "running" and is_in_use:  # preparing rows also locks a queued run
             return "running"
@@ -104,8 +105,9 @@ class RunDir:
         if is_in_use or run.state not in ("created", "running"):
             return run.state
         age = datetime.now(UTC) - datetime.fromisoformat(run.created)
-        is_starting = run.state == "created" and abs(age.total_seconds()) < 10
-        return "created" if is_starting else "interrupted"
+        if run.state == "running" or abs(age.total_seconds()) >= 10:
+            return "interrupted"
+        return "created"
 
     def summary(self, run: Run) -> Summary:
         """Summary of the run's metrics so far; for a finished run, from run.json.
@@ -157,9 +159,10 @@ class RunDir:
             yield lock
 
     def read_metrics(self, since: int = 0) -> list[Row]:
-        """Records of metrics.jsonl, sorted by step; a resumed run replaces the records of repeated steps.
+        """Records of metrics.jsonl, sorted by step: per step one with a loss, one with an eval loss, and one other.
 
-        Damaged lines are skipped with a warning, except lines that a kill cut off: these are skipped silently.
+        A resumed run starts again at an earlier step: its records replace those of the same and later steps. Damaged
+        lines are skipped with a warning, except lines that a kill cut off: these are skipped silently.
 
         Args:
             since: number of bytes to skip, written by earlier launches.
@@ -171,10 +174,10 @@ class RunDir:
             if step < previous:
                 records = {key: earlier for key, earlier in records.items() if key[0] <= step}
             previous = step
-            key = (step, _order(record))
-            earlier = records.get(key, {})  # written by a launch that ended at this step
-            kept_fields = {name: value for name, value in earlier.items() if name not in ("ended", "kept_step")}
-            records[key] = kept_fields | record
+            merged = records.setdefault((step, _order(record)), {})
+            merged.pop("ended", None)  # the launch that ended at this step was resumed
+            merged.pop("kept_step", None)
+            merged.update(record)
         return [records[key] for key in sorted(records)]
 
     def _metrics_lines(self, since: int) -> Iterator[Row]:
@@ -186,14 +189,14 @@ class RunDir:
         except OSError as error:
             say_once(f"{self.metrics}: {error.strerror}; skipped")
             return
-        for line in filter(None, content.split(b"\n")):
+        for line in content.split(b"\n"):
             try:
                 record = parse_json(line)
                 if "phase" not in record:
                     METRICS_RECORD.validate_python(record)
                     yield record
             except orjson.JSONDecodeError:
-                continue  # last line of a killed process
+                continue  # last line of a killed process, or an empty line
             except (TypeError, ValidationError):
                 say_once(f"{self.metrics}: damaged lines skipped")
 

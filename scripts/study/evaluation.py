@@ -74,12 +74,13 @@ def start(folder: RunDir, request: EvaluationRequest, backend: Backend) -> Evalu
         return evaluate.evaluate(folder, request)
     record = folder.read()
     _check_before_queueing(folder, record, request)
-    evaluation = evaluation_command(folder, request)
+    result = TaskResult(record.recipe)
+    evaluation = evaluation_command(folder, request, result)
     if job := backends.job_state(folder, "evaluate", evaluation.words):
         remedy = f"`recipe cancel {folder.path}` cancels all jobs of the run"
         raise UserError(f"this evaluation is already {job}", file=folder.path, remedy=remedy)
     gpus = 0 if record.rehearsal else 1
-    task = Task(TaskResult(record.recipe), lambda: [evaluation], gpus, steps=["evaluate"])
+    task = Task(result, lambda: [evaluation], gpus, steps=["evaluate"])
     return backend.carry_out(task, record.recipe)
 
 

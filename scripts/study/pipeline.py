@@ -30,9 +30,9 @@ from ..training.run_record import Run
 TOO_BIG = "too-big:micro_batch_size"  # name of the finding of `plan.add_memory_finding`
 
 
-def evaluation_command(folder: RunDir, request: EvaluationRequest) -> Command:
+def evaluation_command(folder: RunDir, request: EvaluationRequest, result: TaskResult) -> Command:
     """Command line of a requested evaluation."""
-    return Command("evaluate", folder, ["evaluate", str(folder.path), *request.options()])
+    return Command("evaluate", folder, ["evaluate", str(folder.path), *request.options()], result)
 
 
 def existing_runs(runs: Path, recipe: str) -> dict[str, tuple[RunDir, Run]]:
@@ -252,7 +252,13 @@ class Pipeline:
         return ["evaluate"]
 
     def _claim(self) -> list[Command]:
-        """Return the remaining commands; record finished and queued steps in the result."""
+        """Return the commands that are still to be carried out, and record the steps that are finished or queued.
+
+        An interrupted or failed run is resumed if possible, and otherwise replaced. A queued run is left to its job.
+
+        Raises:
+            UserError: the run is running on this machine.
+        """
         self._wait_for_start()
         if self.existing is None:
             return self._training(run.create(self.composed, self.request))
@@ -265,13 +271,13 @@ class Pipeline:
             where = folder.path
             raise UserError(f"{where}: still running; `recipe cancel {where}` stops it at a checkpoint")
         job = backends.job_state(folder, "run")
-        is_queued = job is not None and job.kind != "unknown"
-        if record.state in ("failed", "interrupted") and (is_queued or job is None):
+        if record.state in ("failed", "interrupted") and job is None:
             if _is_resumable(folder, record):
                 return self._training(folder)
             return self._training(run.create(self.composed, self.request))
         self.result.steps["run"] = str(job or record.state)
-        return self._evaluation_of(folder, trained=is_queued and not self.backend.here)
+        # an evaluation here cannot wait for a job
+        return self._evaluation_of(folder, trained=job is not None and not self.backend.here)
 
     def _wait_for_start(self) -> None:
         """Look up the existing run; wait while it was just created, until it runs or turns out to be interrupted."""
@@ -282,8 +288,11 @@ class Pipeline:
 
     def _training(self, folder: RunDir) -> list[Command]:
         """Commands that train a run and evaluate it, if its metrics need predictions."""
-        training = run.resume_command(folder)
-        return [training, evaluation_command(folder, self.evaluation)] if self._generates() else [training]
+        training = run.resume_command(folder, self.result)
+        return [training, self._evaluation_command(folder)] if self._generates() else [training]
+
+    def _evaluation_command(self, folder: RunDir) -> Command:
+        return evaluation_command(folder, self.evaluation, self.result)
 
     def _evaluation_of(self, folder: RunDir, trained: bool) -> list[Command]:
         """Command of the evaluation that is still to start, if any; otherwise record the evaluation's state.
@@ -301,7 +310,7 @@ class Pipeline:
         if state:
             self.result.steps["evaluate"] = state
             return []
-        return [evaluation_command(folder, self.evaluation)]
+        return [self._evaluation_command(folder)]
 
     def _generates(self) -> bool:
         """True if any metric needs predictions; eval loss metrics do not."""
@@ -325,7 +334,7 @@ class Pipeline:
             models = scorer_models(task.columns, self.evaluation.scorer, self.request.rehearse)
             if evaluate.complete_evaluation(task, models):
                 return SKIPPED
-        job = backends.job_state(folder, "evaluate", evaluation_command(folder, self.evaluation).words)
+        job = backends.job_state(folder, "evaluate", self._evaluation_command(folder).words)
         return str(job) if job and (job.kind != "unknown" or not self.backend.here) else None
 
 

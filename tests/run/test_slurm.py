@@ -18,7 +18,7 @@ from conftest import RECIPE, config_with, finish, start
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.run import backends, rundir
-from qlora_recipes.run.backends import Command, slurm_site
+from qlora_recipes.run.backends import Command, TaskResult, slurm_site
 from qlora_recipes.run.backends import slurm as slurm_module
 from qlora_recipes.run.rundir import RunDir
 
@@ -235,7 +235,7 @@ def batch(site: slurm_site.Site, gpus: int = 1, nodes: int = 1) -> slurm_module.
 
 
 def command(folder: Path, *words: str) -> Command:
-    return Command("run", RunDir(folder), list(words))
+    return Command("run", RunDir(folder), list(words), TaskResult(NAME))
 
 
 def program(file: Path, script: str) -> None:

@@ -10,10 +10,9 @@ from evil import Evil
 from run_folders import a_run, configure
 
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.run import backends, launch, run, trust
+from qlora_recipes.run import launch, run, trust
 from qlora_recipes.run.backends import Local
 from qlora_recipes.run.rundir import RunDir, all_runs
-from qlora_recipes.training.run_record import JobState
 
 NAME = "haider2024/code-llama-7b"
 PLUGIN = "foreign-code:plugins.0"
@@ -157,7 +156,8 @@ def test_a_run_whose_config_was_deleted_is_not_resumed(tmp_path, recipe, options
 
 def test_a_job_that_starts_before_its_record_resumes(tmp_path, monkeypatch):
     folder = theirs(tmp_path, set={"output_dir": str(RunDir(tmp_path / NAME / "20260101-000000-abcdef0").output)})
-    monkeypatch.setattr(backends, "job_state", lambda *_: JobState("queued"))
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
     monkeypatch.setattr(launch, "preprocess", lambda *_: None)
     run.resume(str(folder.path), Local(rehearsal=False), prepare_only=True, trusted=True)
 

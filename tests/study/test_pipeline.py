@@ -24,12 +24,13 @@ NAME = "haider2024/llama-2-7b"
 def task(folder: Path, words: dict[Step, list[str]], claimed: list[str]) -> Task:
     """Task with these commands; records in `claimed` that it is claimed."""
     folder.mkdir()
+    result = TaskResult(folder.name)
 
     def commands() -> list[Command]:
         claimed.append(folder.name)
-        return [Command(step, RunDir(folder), line) for step, line in words.items()]
+        return [Command(step, RunDir(folder), line, result) for step, line in words.items()]
 
-    return Task(TaskResult(folder.name), commands, gpus=0)
+    return Task(result, commands, gpus=0)
 
 
 def test_jobs_each_see_a_gpu_of_their_own(monkeypatch):

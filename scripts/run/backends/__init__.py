@@ -79,13 +79,13 @@ class Command:
         step: the step.
         folder: the run folder.
         words: arguments of `recipe`.
-        result: result in which the command's job is recorded.
+        result: result in which the step is recorded.
     """
 
     step: Step
     folder: RunDir
     words: list[str]
-    result: TaskResult | None = None
+    result: TaskResult
 
 
 @dataclass
@@ -135,12 +135,9 @@ def job_state(folder: RunDir, step: str, words: Sequence[str] | None = None) -> 
     Raises:
         UserError: jobs.json is damaged.
     """
-    jobs = [job for job in folder.jobs() if job.step == step and words in (None, job.words)]
-    if not jobs:
-        return None
     from .slurm_site import active
 
-    states = active(jobs)
+    states = active([job for job in folder.jobs() if job.step == step and words in (None, job.words)])
     return JobState("unknown") if states is None else next(iter(states.values()), None)
 
 
@@ -220,8 +217,7 @@ class Local:
                 yield process
             if not process.returncode:
                 task.result.steps[command.step] = DONE
-                if command.step == "run":
-                    task.result.run = command.folder.path
+                task.result.run = command.folder.path
             elif not stops:
                 log = self._log(command)
                 task.result.fail(command.step, f"{DOES[command.step]} failed{f'; see {log}' if log else ''}")
@@ -247,12 +243,9 @@ class Local:
 
 def stop_holders(locks: Iterable[Path]) -> list[str]:
     """Ask the local processes that hold any of these locks to stop; return messages."""
-    pids: list[int] = []
-    for lock in locks:
-        pid = processes.holder(lock)
-        if pid and pid not in pids:
-            os.kill(pid, signal.SIGTERM)
-            pids.append(pid)
+    pids = {pid for lock in locks if (pid := processes.holder(lock))}
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
     return [f"process {pid} is asked to stop" for pid in pids]
 
 

@@ -26,7 +26,7 @@ from ...config import gpus
 from ...config.gpus import Gpu
 from ...training.run_record import Job
 from ..rundir import RunDir
-from . import Command, Step, Task, TaskResult
+from . import Command, Step, Task
 from .slurm_site import STEPS, Site, active, ask, forget_queue, queue, sbatch, settings_file, site_settings
 
 GRACE = 300  # training stops at a checkpoint this many seconds before the limit; --on slurm,signal=… changes it
@@ -97,25 +97,25 @@ class Slurm:
         claimed = []
         for task in tasks:
             try:
-                claimed.append((task.result, task.claim()))
+                claimed.append(task.claim())
             except UserError as error:
                 task.result.fail("run", str(error))
         self._queue(batch, claimed)
-        return [commands[0].folder for _, commands in claimed if commands]
+        return [commands[0].folder for commands in claimed if commands]
 
-    def _queue(self, batch: "Batch", claimed: Sequence[tuple[TaskResult, list[Command]]]) -> None:
+    def _queue(self, batch: "Batch", claimed: Sequence[list[Command]]) -> None:
+        """Submit the commands of each task: a training, an evaluation, or both in this order."""
         trainings: list[Command] = []
         evaluations: list[Command] = []  # each waits for the training with the same index
         scoring_only: list[Command] = []  # evaluations whose training is not among these tasks
-        for result, commands in claimed:
-            by_step = {command.step: replace(command, result=result) for command in commands}
-            training, evaluation = by_step.get("run"), by_step.get("evaluate")
-            if training:
-                trainings.append(training)
-            if evaluation and training:
-                evaluations.append(evaluation)
-            elif evaluation:
-                scoring_only.append(evaluation)
+        for commands in claimed:
+            for command in commands:
+                if command.step == "run":
+                    trainings.append(command)
+                elif len(commands) > 1:
+                    evaluations.append(command)
+                else:
+                    scoring_only.append(command)
         preparing: dict[str, Command] = {}  # by folder of the prepared rows
         for training in trainings:
             preparing[training.folder.prepared] = replace(training, words=[*training.words, "--prepare"])
@@ -201,8 +201,7 @@ class Batch:
         for i, task in enumerate(tasks):
             id_ = f"{job}_{i}"
             task.folder.add_job(Job(id=id_, step=step, user=getuser(), script=str(file), words=task.words))
-            if task.result:
-                task.result.steps[step] = f"queued (job {id_})"
+            task.result.steps[step] = f"queued (job {id_})"
         forget_queue()
         return job
 
@@ -269,15 +268,26 @@ class Batch:
 
 
 def _site_options(options: dict[str, str], gpus: int) -> dict[str, str]:
-    """Options of a site for jobs with a number of GPUs per node; request the GPUs, unless the options do."""
-    if not gpus:
-        options = {key: value for key, value in options.items() if "{gpus}" not in value}
-    requests_gpus = options.keys() & {"gpus", "gpus-per-node", "gpus-per-task"} or "gpu" in options.get("gres", "")
-    if gpus and not requests_gpus:
-        options = options | {"gres": f"{options['gres']},gpu:{gpus}" if "gres" in options else f"gpu:{gpus}"}
-    elif not requests_gpus:  # sbatch refuses these options without a GPU
-        options = {key: value for key, value in options.items() if not key.endswith("-per-gpu")}
-    return {key: value.replace("{gpus}", str(gpus)) for key, value in options.items()}
+    """Options of a site for jobs with a number of GPUs per node, with {gpus} replaced by this number."""
+    if gpus:
+        return {key: value.replace("{gpus}", str(gpus)) for key, value in _with_gpus(options, gpus).items()}
+    options = {key: value for key, value in options.items() if "{gpus}" not in value}
+    if _request_gpus(options):
+        return options
+    # sbatch refuses these options without a GPU
+    return {key: value for key, value in options.items() if not key.endswith("-per-gpu")}
+
+
+def _with_gpus(options: dict[str, str], gpus: int) -> dict[str, str]:
+    """Options that request GPUs; those of the site may do so already."""
+    if _request_gpus(options):
+        return options
+    gres = f"{options['gres']}," if "gres" in options else ""
+    return options | {"gres": f"{gres}gpu:{gpus}"}
+
+
+def _request_gpus(options: dict[str, str]) -> bool:
+    return not options.keys().isdisjoint(("gpus", "gpus-per-node", "gpus-per-task")) or "gpu" in options.get("gres", "")
 
 
 def _new_folder(title: str) -> Path:
