@@ -18,7 +18,7 @@ from ..base import paths
 from ..base.errors import UserError, WorkFailed
 from ..base.files import Row, opened, reserved, where_full
 from ..base.processes import now, start_child, stop_requests
-from ..base.terminal import TrainingProgress, say
+from ..base.terminal import TrainingProgress, say, say_once
 from ..base.yamlfiles import Config
 from ..config import merging
 from ..config.gpus import CPU_RANKS
@@ -330,15 +330,12 @@ def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: 
         WorkFailed: the run folder was deleted.
     """
     with stop_requests() as stops, opened(log, "ab") as stream:
-        troubled: list[Row] = []
 
-        def seen(record: Row) -> None:
-            if "loss" in record and record["loss"] is None and not troubled:
-                troubled.append(record)
-                stop = f"`recipe cancel {folder.path}` stops the run at a checkpoint"
-                say(f"  the loss is NaN since step {record['step']}; {stop}")
+        def report_nan(record: Row) -> None:
+            if "loss" in record and record["loss"] is None:
+                say_once(f"  the loss is NaN; `recipe cancel {folder.path}` stops the run at a checkpoint")
 
-        progress = TrainingProgress(folder.metrics, seen)  # created before the process writes metrics
+        progress = TrainingProgress(folder.metrics, report_nan)  # created before the process writes metrics
         child = start_child(
             command,
             cwd=record.cwd,

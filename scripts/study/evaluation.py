@@ -30,8 +30,8 @@ from .pipeline import Pipeline, evaluation_command, existing_runs
 
 CONFIG = "adapter_config.json"
 TOKENIZER = "tokenizer_config.json"
-SUFFIXES = (".json", ".jinja", ".model", ".txt")
-"""Suffixes of an adapter's and tokenizer's files, other than the weights."""
+PATTERNS = (ADAPTER, "*.json", "*.jinja", "*.model", "*.txt")
+"""Files of an adapter and its tokenizer."""
 
 
 def evaluate_by_name(name: str, request: EvaluationRequest, backend: Backend) -> tuple[RunDir, Evaluation | RunDir]:
@@ -113,7 +113,7 @@ def locate_adapter(adapter: str) -> tuple[Path, str]:
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
         try:
-            folder = Path(snapshot_download(adapter, allow_patterns=[ADAPTER, *(f"*{end}" for end in SUFFIXES)]))
+            folder = Path(snapshot_download(adapter, allow_patterns=[*PATTERNS]))
         except (HFValidationError, RepositoryNotFoundError):
             raise UserError(f"--adapter {adapter}: neither a folder nor a hub repository") from None
         except (HTTPError, LocalEntryNotFoundError) as error:
@@ -172,7 +172,7 @@ def request_for(name: str, adapter: Path, force: Sequence[str]) -> Request:
 
 
 def compose_for_adapter(request: Request, backend: Backend) -> Composed:
-    """Return the compose_for_adapter config for evaluating an adapter, without lora_model_dir.
+    """Return a recipe's config for evaluating an adapter, without lora_model_dir.
 
     Raises:
         UserError: the config has errors, or this machine lacks the required GPU.
@@ -206,9 +206,10 @@ def adapter_run(composed: Composed, request: Request, adapter: Path, name: str) 
     folder = run.create(composed, request)
     try:
         folder.output.mkdir(exist_ok=True)
-        for file in adapter.iterdir():
-            if file.is_file() and (file.name == ADAPTER or file.suffix in SUFFIXES):
-                shutil.copyfile(file, folder.output / file.name)
+        for pattern in PATTERNS:
+            for file in adapter.glob(pattern):
+                if file.is_file():
+                    shutil.copyfile(file, folder.output / file.name)
         if not (folder.output / TOKENIZER).is_file():
             with importing_axolotl(offline=composed.rehearsal):
                 from ..training.tokens import Tokenizer

@@ -1,7 +1,7 @@
 """Pipeline from config to scores for reproductions and sweeps; finished steps are skipped."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -53,10 +53,16 @@ def existing_runs(runs: Path, recipe: str) -> dict[str, tuple[RunDir, Run]]:
     return {digest: (folder, run) for digest, folder, run in candidates}
 
 
-def seeds_of(recipe: str, count: int) -> list[int] | list[None]:
-    """Consecutive seeds for a recipe, beginning with the recipe's seed; None for one run, which keeps that seed."""
+def seeds_of(recipe: str, count: int, overridden_keys: Collection[str]) -> list[int] | list[None]:
+    """Consecutive seeds for a recipe, beginning with the recipe's seed; None for one run, which keeps that seed.
+
+    Raises:
+        UserError: several seeds are requested, and the seed is overridden.
+    """
     if count == 1:
         return [None]
+    if "seed" in overridden_keys:
+        raise UserError("--seeds: seed is already set; give only one of the two")
     first = TrainingSettings.of(yamlfiles.read_yaml(find_recipe(recipe)[1])).seed
     return [first + i for i in range(count)]
 

@@ -115,8 +115,7 @@ def _with_data(study: Study, pipelines: Sequence[Pipeline]) -> list[Pipeline]:
     runnable = [pipeline for pipeline in pipelines if pipeline.is_finished() or pipeline.check_config()]
     have_data(study, [pipeline.composed for pipeline in runnable])
     for pipeline in runnable:
-        if not pipeline.existing:  # `have_data` may have fetched the data that the digest needs
-            pipeline.look_up()
+        pipeline.look_up()  # `have_data` may have fetched the data that the digest needs
     return runnable
 
 
@@ -215,20 +214,24 @@ def _planned_cells(pipeline: Pipeline) -> Row:
 
 def _outlined_data(study: Study, configs: list[Composed]) -> list[str]:
     """Preview of the data to fetch and prepare for these configs."""
-    data = study.data
     unprepared = [(name, form) for name, form in _needed_formats(study, configs) if not _has_files(form)]
-    files = _needed_adapter_files(data, configs)
+    files = _needed_adapter_files(study.data, configs)
     if unprepared:
-        files += data.raw_files
-    sources = data.missing(files)
-    users = [name for name in sources if data.sources[name].is_own]
-    lines = []
-    if users:
-        lines.append(f"{data.raw}: copy {', '.join(users)} there; study.yaml has no address for it")
-    if len(sources) > len(users):
-        megabytes = sum(data.sources[name].bytes or 0 for name in sources) / 1e6
-        lines.append(f"{data.raw}: to be fetched, {megabytes:,.0f} MB or more from {data.source or data.name}")
+        files += study.data.raw_files
+    lines = _outlined_sources(study.data, study.data.missing(files))
     return lines + [f"{form.folder}: to be prepared, in the format {name}" for name, form in unprepared]
+
+
+def _outlined_sources(data: Data, names: list[str]) -> list[str]:
+    """Preview of missing sources: those that the user has to copy, and the size of those to be fetched."""
+    to_copy = [name for name in names if data.sources[name].is_own]
+    lines = []
+    if to_copy:
+        lines.append(f"{data.raw}: copy {', '.join(to_copy)} there; study.yaml has no address for it")
+    if len(names) > len(to_copy):
+        megabytes = sum(data.sources[name].bytes or 0 for name in names) / 1e6
+        lines.append(f"{data.raw}: to be fetched, {megabytes:,.0f} MB or more from {data.source or data.name}")
+    return lines
 
 
 def _has_files(form: PreparedFormat) -> bool:
@@ -254,13 +257,12 @@ def _requested_runs(study: Study, request: Request, only: list[str], seeds: int)
     """Requested runs of a study: one per recipe and seed.
 
     Raises:
-        UserError: see `selected_recipes`; or an override sets the seed although several seeds are requested.
+        UserError: see `selected_recipes` and `seeds_of`.
     """
-    if seeds > 1 and any(override.key == "seed" for override in request.overrides):
-        raise UserError("--seeds: --set already sets seed; give only one of the two")
+    overridden_keys = [override.key for override in request.overrides]
     requested = []
     for recipe in selected_recipes(study, only):
-        for seed in seeds_of(recipe, seeds):
+        for seed in seeds_of(recipe, seeds, overridden_keys):
             run_request = request_for(request, recipe)
             if seed is not None:
                 run_request.overrides = [*run_request.overrides, Override("seed", seed)]
@@ -386,19 +388,21 @@ def evaluate_adapters(
     Raises:
         UserError: a name is wrong, or no adapter is published.
     """
-    results, adapters = [], []
+    adapters = {}
     for name in selected_recipes(study, only):
         published = study.published.get(name)
         if published and published.adapter:
-            results.append(TaskResult(name))
-            adapters.append(published.adapter)
-    if not results:
+            adapters[name] = published.adapter
+    if not adapters:
         raise _none_published(study, "adapter")
-    for result, adapter in zip(results, adapters, strict=True):
-        recipe_request = request_for(request, result.recipe)
+    results = []
+    for name, adapter in adapters.items():
+        result = TaskResult(name)
+        results.append(result)
+        recipe_request = request_for(request, name)
         try:
             composed = compose_for_adapter(recipe_request, backend)
-            folder = _fetch_adapter(study, result.recipe, composed)
+            folder = _fetch_adapter(study, name, composed)
         except (UserError, WorkFailed) as error:
             result.fail("check", str(error))
             continue

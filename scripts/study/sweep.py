@@ -33,7 +33,6 @@ from ..run.backends import SKIPPED, Backend, TaskResult
 from ..run.rundir import RunDir, all_runs, find_run, is_run, readable, run_names
 from .pipeline import (
     Pipeline,
-    existing_runs,
     pipelines_of,
     require_known,
     require_scorer_models,
@@ -182,10 +181,10 @@ class Grid:
         for entry in self.entries:
             for combination in itertools.product(*self.values.values()):
                 members.append(self._member(entry, dict(zip(self.values, combination, strict=True))))
-        for name, count in Counter(member.name for member in members).items():
-            if count > 1:
-                remedy = "give each entry of _ a different name"
-                raise UserError(f"two members are called {name}", file=self.source, remedy=remedy)
+        name, count = Counter(member.name for member in members).most_common(1)[0]
+        if count > 1:
+            remedy = "give each entry of _ a different name"
+            raise UserError(f"two members are called {name}", file=self.source, remedy=remedy)
         return members
 
     def _member(self, entry: dict[str, Any], values: dict[str, Any]) -> SweepMember:
@@ -206,7 +205,7 @@ class Grid:
         keys = []
         for key in dict.fromkeys(key for member in members for key in member.values):
             values = [member.values.get(key) for member in members]
-            if any(value != values[0] for value in values):
+            if values.count(values[0]) < len(values):
                 keys.append(key)
         return keys
 
@@ -327,18 +326,20 @@ def _carry_out(
         for record in records:
             record.write(runs)
         fitting = [pipeline for pipeline in pipelines if not pipeline.result.problem]
-        existing = {record.recipe: existing_runs(runs, record.recipe) for record in records}
         for pipeline in fitting:
-            pipeline.existing = existing[pipeline.result.recipe].get(pipeline.digest() or "")
+            pipeline.look_up()
         tasks = [pipeline.task() for pipeline in fitting]
         require_scorer_models(tasks, default_columns(first.recipe), evaluation, first.rehearsal)
         backend.submit(tasks, first.name)
 
 
 def _seeded(members: list[SweepMember], recipe: str, seeds: int) -> list[SweepMember]:
-    if seeds > 1 and any("seed" in member.values for member in members):
-        raise UserError("--seeds: the sweep already sets seed; give only one of the two")
-    return [member.model_copy(update={"seed": seed}) for member in members for seed in seeds_of(recipe, seeds)]
+    """Members, each with several seeds if these are requested."""
+    seeded = []
+    for member in members:
+        for seed in seeds_of(recipe, seeds, member.values):
+            seeded.append(member.model_copy(update={"seed": seed}))
+    return seeded
 
 
 def _check(pipelines: list[Pipeline], results: list[TaskResult], starts: bool) -> None:
@@ -410,7 +411,10 @@ def file_of(recipe: str) -> Path | None:
 
 
 def find_run_sweep_or_study(name: str) -> RunDir | Sweep | Study:
-    """Find a run, sweep or study by part of its name, see `meant`.
+    """Find a run, sweep or study by its folder, `latest`, or a part of its name.
+
+    `recipe cancel` must not stop the wrong run. So a name that several things share is refused, and so is part of the
+    name of a sweep that was also rehearsed.
 
     Raises:
         UserError: no name or several names match.
@@ -418,26 +422,32 @@ def find_run_sweep_or_study(name: str) -> RunDir | Sweep | Study:
     runs = paths.runs()
     if name == "latest" or is_run(Path(name)):
         return find_run(name, runs)
-    run_folders, sweeps = run_names(runs), recorded_sweeps()
+    sweeps = recorded_sweeps()
     study_folders = {folder.name: folder for folder in paths.studies()}
-    choices = [*run_folders, *sweeps, *study_folders]
-    hint = f" below {runs}/; there are {', '.join([*study_folders, *sweeps])}"
-    try:
-        chosen = meant(name, choices, "run, sweep or study", hint)
-    except UserError:
-        recipes = paths.recipe_names()
-        chosen = meant(name, [*choices, *recipes], "run, sweep, study or recipe", hint)
-        if chosen in recipes:
-            raise UserError(f"{name}: no run of {chosen} below {runs}/; `recipe run {chosen}` starts one") from None
-    # `recipe cancel` must not stop the wrong run
-    is_ambiguous, rehearsal = choices.count(chosen) > 1, f"{chosen}/rehearsal"
-    if rehearsal in sweeps and (is_ambiguous or chosen != name):
-        raise _ambiguous(name, f"{chosen} or {rehearsal}")
-    if is_ambiguous:
+    names = [*run_names(runs), *sweeps, *study_folders]
+    full_name = _full_name(name, names, f" below {runs}/; there are {', '.join([*study_folders, *sweeps])}")
+    if names.count(full_name) > 1:
         raise _ambiguous(name, "a run, a sweep or a study")
-    if chosen in study_folders:
-        return studies.load(study_folders[chosen])
-    return sweeps[chosen] if chosen in sweeps else find_run(chosen, runs)
+    rehearsal = f"{full_name}/rehearsal"
+    if name != full_name and rehearsal in sweeps:
+        raise _ambiguous(name, f"{full_name} or {rehearsal}")
+    if full_name in study_folders:
+        return studies.load(study_folders[full_name])
+    return sweeps[full_name] if full_name in sweeps else find_run(full_name, runs)
+
+
+def _full_name(name: str, names: list[str], hint: str) -> str:
+    """Full name of a run, sweep or study.
+
+    Raises:
+        UserError: no name or several names match; a recipe without a run is named.
+    """
+    try:
+        return meant(name, names, "run, sweep or study", hint)
+    except UserError:
+        recipe = meant(name, [*names, *paths.recipe_names()], "run, sweep, study or recipe", hint)
+        problem = f"{name}: no run of {recipe} below {paths.runs()}/; `recipe run {recipe}` starts one"
+        raise UserError(problem) from None
 
 
 def _ambiguous(name: str, choices: str) -> UserError:
@@ -461,8 +471,6 @@ def find_sweep_file(name: str) -> Path:
     """
     require_plain(name)
     shipped = {file.stem: file for file in sorted((paths.RECIPES / "sweeps").glob("*.yaml"))}
-    if name in shipped:
-        return shipped[name]
     if Path(name).is_file():
         return Path(name)
     return shipped[meant(name, shipped, "sweep", f"; there are {', '.join(shipped)}, or any YAML file")]

@@ -146,7 +146,7 @@ def test_what_a_recipe_starts_from_is_still_to_be_fetched_and_no_reason_to_refus
         ),
         pytest.param(
             ["--seeds", "2", "--set", "seed=7"],
-            "recipe: --seeds: --set already sets seed; give only one of the two\n",
+            "recipe: --seeds: seed is already set; give only one of the two\n",
             id="seed twice",
         ),
     ],
