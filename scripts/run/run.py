@@ -27,6 +27,8 @@ from .rundir import PLUGIN, RunDir, find_run, new_run, this_job
 def compose_and_check(request: Request, backend: Backend) -> Composed:
     """Return the checked config of a run; print findings on stderr.
 
+    A dry run only shows the config: findings about data become notes, and Axolotl is not asked.
+
     Args:
         request: the requested run.
         backend: backend of the run.
@@ -34,11 +36,11 @@ def compose_and_check(request: Request, backend: Backend) -> Composed:
     Raises:
         UserError: the request or the config is wrong.
     """
-    uses_one_gpu = request.dry_run or is_rehearsal(request)
-    backend.check_size(1 if uses_one_gpu else request.gpus, request.nodes)
+    starts = not request.dry_run
+    needs_gpus = starts and not is_rehearsal(request)
+    backend.check_size(request.gpus if needs_gpus else 1, request.nodes)
     gpu = backend.gpu()
     composed = compose(request, gpu)
-    starts = not request.dry_run
     with Bar(f"checking {composed.recipe}", 1):
         report = check.check_config(composed, gpu, request.ranks, launching=starts, data=starts)
         if starts:
@@ -47,7 +49,7 @@ def compose_and_check(request: Request, backend: Backend) -> Composed:
             from ..plan import plan
 
             plan.add_memory_finding(report, gpu, request.ranks, trace=starts)
-    if request.dry_run:
+    if not starts:
         _note_data_findings(report)
     _print(refuse(backends.relevant(backend, report.findings), request.force))
     if starts:
@@ -58,7 +60,7 @@ def compose_and_check(request: Request, backend: Backend) -> Composed:
 
 
 def _note_data_findings(report: check.Report) -> None:
-    """Turn findings about data into notes: a dry run only shows the config."""
+    """Turn findings about data into notes."""
     for finding in report.findings:
         if finding.scope == "data":
             finding.level = "note"
@@ -350,11 +352,9 @@ def _with_tracker_names(composed: Composed, folder: RunDir) -> Config:
     """
     runs = folder.runs(composed.recipe)
     study = paths.study_name(composed.origin)
-    values = {
-        "project": f"{study}-rehearsal" if composed.rehearsal else study,
-        "run": str(folder.path.relative_to(runs)).removeprefix(f"{study}/"),
-        "runs": str(runs),
-    }
+    project = f"{study}-rehearsal" if composed.rehearsal else study
+    run_name = str(folder.path.relative_to(runs)).removeprefix(f"{study}/")
+    values = {"project": project, "run": run_name, "runs": str(runs)}
     config = dict(composed.config)
     for key, value in composed.config.items():
         if re.match("(wandb|mlflow|trackio)_", key):

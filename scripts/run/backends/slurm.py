@@ -253,9 +253,10 @@ class Batch:
         array = f"0-{count - 1}"
         if self.jobs and step != "prepare":
             array += f"%{self.jobs}"
+        folder = self.folder or Path.cwd()
         options = {
             "job-name": f"{self.title}-{step}",
-            "output": str((self.folder or Path.cwd()) / "%x-%A_%a.log"),
+            "output": str(folder / "%x-%A_%a.log"),
             "open-mode": "append",
             "array": array,
             "nodes": str(self._nodes(step)),
