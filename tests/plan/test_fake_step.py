@@ -65,12 +65,12 @@ def of_recipe(name: str) -> Step:
 
 TRAINED = {  # of the studies' own counts
     name: published.measured.trainable or 0
-    for of_study in ("dora-commonsense", "loraga-metamathqa", "pissa-metamathqa")
-    for name, published in studies.find(of_study).published.items()
+    for study in ("dora-commonsense", "loraga-metamathqa", "pissa-metamathqa")
+    for name, published in studies.find(study).published.items()
 }
 PARAMETERS = [
     *((of_recipe(name), "trainable", trained) for name, trained in TRAINED.items()),
-    *((Step(model=json.dumps(config), targets="all-linear"), "frozen", known) for config, known in SHIPPED.values()),
+    *((Step(model=json.dumps(config), targets="all-linear"), "frozen", frozen) for config, frozen in SHIPPED.values()),
     *((of_pefts_comparison(change), "trainable", trained) for change, trained, _ in PEFTS_RUNS),
     # thinking-machines-lab/tinker-cookbook@ece68c2a, hyperparam_utils.py; two share a matrix between both ends
     (on_the_head("3.2-1B", 128), "trainable", 128 * 834_816),
@@ -161,8 +161,8 @@ def change_of(family: str, attention: str, bf16: bool, turn: int, tiny: Path, da
 @pytest.mark.long
 def test_real_trainings_of_axolotls_allocate_what_is_planned(tmp_path, tiny, sample):
     attention = {"gemma2": "eager"}  # which alone caps its scores
-    others = [(family, attention.get(family, "sdpa"), False) for family in TINY]
-    kinds = [("llama", "sdpa", True), ("llama", "sdpa", False), *others]
+    by_family = [(family, attention.get(family, "sdpa"), False) for family in TINY]
+    kinds = [("llama", "sdpa", True), ("llama", "sdpa", False), *by_family]
     data = sample / "train.jsonl"
     changes = {turn: change_of(*kind, turn, tiny, data, tmp_path / f"model-{turn}") for turn, kind in enumerate(kinds)}
     (tmp_path / "runs").mkdir()
@@ -172,8 +172,8 @@ def test_real_trainings_of_axolotls_allocate_what_is_planned(tmp_path, tiny, sam
         fake = trace(replace(step, capability=None), (2, 320))
         left = dict(fake.loaded)  # a size of -1 where freed again
         loaded = sum(size for i, size in left.items() if size > 0 and fake.kinds[i] != "optimizer")
-        planned, found = peak(fake.loaded + fake.step), real["allocated"]
-        print(f"{kinds[turn]}: planned {planned:,}, measured {found:,} bytes, {found / planned - 1:+.2%}")
-        assert planned == pytest.approx(found, rel=0.01 if kinds[turn][2] else 0.001), kinds[turn]
+        planned, allocated = peak(fake.loaded + fake.step), real["allocated"]
+        print(f"{kinds[turn]}: planned {planned:,}, measured {allocated:,} bytes, {allocated / planned - 1:+.2%}")
+        assert planned == pytest.approx(allocated, rel=0.01 if kinds[turn][2] else 0.001), kinds[turn]
         assert loaded == pytest.approx(real["loaded"], rel=0.005), kinds[turn]
         assert notes == []

@@ -247,12 +247,12 @@ def test_trained_weights_take_what_engines_were_seen_to_allocate(small, change, 
     frozen = sum(parts.get(kind, 0) for kind in WEIGHTS) if step.step.adapter else 0
     upcast = parts["embeddings and head"] if step.step.adapter else 0
     bytes_by_engine = kept_by_rank(step, 4)
-    each, state = zero
+    copy, state = zero
     if "paged" in step.step.optimizer:
         state += parts["optimizer"] / trained  # of small tensors, which stays on the GPU
-    assert bytes_by_engine["ZeRO-1"] == pytest.approx(frozen + trained * (2 * each + state / 4), rel=1e-3)
-    assert bytes_by_engine["ZeRO-2"] == pytest.approx(frozen + trained * (each + (each + state) / 4), rel=1e-3)
-    assert bytes_by_engine["ZeRO-3"] == pytest.approx((frozen + trained * (2 * each + state)) / 4, rel=1e-3)
+    assert bytes_by_engine["ZeRO-1"] == pytest.approx(frozen + trained * (2 * copy + state / 4), rel=1e-3)
+    assert bytes_by_engine["ZeRO-2"] == pytest.approx(frozen + trained * (copy + (copy + state) / 4), rel=1e-3)
+    assert bytes_by_engine["ZeRO-3"] == pytest.approx((frozen + trained * (2 * copy + state)) / 4, rel=1e-3)
     assert bytes_by_engine["FSDP"] == pytest.approx((frozen + upcast + trained * fsdp) / 4, rel=1e-3)
 
 
@@ -273,8 +273,8 @@ def test_the_operations_of_a_token(small):
     attention = 4 * 256 * 1024 * 2
     operations = work.flops_of_token(step, 2048)
     assert operations == 2 * (matrices + head) * 3 + 2 * lora * 4 + attention * 4
-    whole = step_plan.plan_step({k: v for k, v in small.items() if k not in ("adapter", "load_in_4bit")}, None)[0]
-    assert work.flops_of_token(whole, 2048) == 2 * (matrices + head) * 4 + attention * 4
+    full = step_plan.plan_step({k: v for k, v in small.items() if k not in ("adapter", "load_in_4bit")}, None)[0]
+    assert work.flops_of_token(full, 2048) == 2 * (matrices + head) * 4 + attention * 4
     saved = step_plan.plan_step(small | {"lora_modules_to_save": ["embed_tokens", "lm_head"]}, None)[0]
     assert work.flops_of_token(saved, 2048) == operations + 2 * head
 

@@ -1,4 +1,4 @@
-"""What each of two real ranks keeps of weights, gradients and optimizer state, against a plan."""
+"""Weights, gradients and optimizer state on each of two real ranks, compared with a plan."""
 
 import orjson
 import pytest
@@ -52,9 +52,9 @@ def test_two_ranks_keep_what_is_planned(tmp_path, tiny, sample, profile, change)
     }
     file.write_text(yamlfiles.write_yaml(config))
     train_many(file, ranks=2)
-    found = orjson.loads((tmp_path / SHARDS).read_bytes())
+    shards = orjson.loads((tmp_path / SHARDS).read_bytes())
     step, _ = step_plan.plan_step(config, gpus.Gpu("card", (8, 0), 80))
     constants = step.memory.usage.parts.get("quantization constants", 0)  # no parameters, so the plugin misses them
     planned = kept_by_rank(step, 2)[engine_of(config)] - constants / 2
-    print(f"{profile}: planned {planned:,.0f}, found {sum(found.values()):,} bytes: {found}")
-    assert sum(found.values()) == pytest.approx(planned, rel=0.02)
+    print(f"{profile}: planned {planned:,.0f}, measured {sum(shards.values()):,} bytes: {shards}")
+    assert sum(shards.values()) == pytest.approx(planned, rel=0.02)

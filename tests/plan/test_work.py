@@ -1,4 +1,4 @@
-"""What a training takes: how many tokens a plan counts with, where it has them from, and the operations of one."""
+"""Work of a training: the tokens that a plan counts, their source, and the operations per token."""
 
 from pathlib import Path
 from typing import Any

@@ -79,8 +79,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Mock:
 
     def upload(repo_id: str, folder_path: Path, allow_patterns: list[str], commit_message: str) -> None:
         names = [str(file.relative_to(folder_path)) for file in folder_path.rglob("*") if file.is_file()]
-        kept = filter_repo_objects(names, allow_patterns=allow_patterns)
-        api.files = {name: (folder_path / name).read_bytes() for name in kept}
+        uploaded = filter_repo_objects(names, allow_patterns=allow_patterns)
+        api.files = {name: (folder_path / name).read_bytes() for name in uploaded}
 
     api.create_repo.return_value = "https://hub/owner/model"
     api.repo_info.return_value.private = True
@@ -94,7 +94,7 @@ def adapter_for(run: RunDir, base: str) -> None:
 
 
 def record(tmp_path: Path, **changes: Any) -> Run:
-    usual = {
+    fields = {
         "state": "finished",
         "recipe": RECIPE,
         "recipe_file": str(tmp_path / "work" / "mine.yaml"),
@@ -112,7 +112,7 @@ def record(tmp_path: Path, **changes: Any) -> Run:
             "packages": {"axolotl": "0.21.0", "deepspeed": None}, "python": "3.13.5", "gpus": [{"name": "NVIDIA T4"}],
         },
     }  # fmt: skip
-    return Run(**usual | changes)
+    return Run(**fields | changes)
 
 
 def evaluated(run: RunDir, **settings: Any) -> None:
@@ -136,22 +136,22 @@ def published(run: RunDir, **options: Any) -> tuple[dict[str, Any], str]:
 
 
 def card(folder: Path) -> tuple[dict[str, Any], str]:
-    found = re.fullmatch(r"---\n(.*?)\n---\n(.*)", (folder / "README.md").read_text(), re.DOTALL)
-    assert found
-    return yaml.safe_load(found[1]), found[2]
+    match = re.fullmatch(r"---\n(.*?)\n---\n(.*)", (folder / "README.md").read_text(), re.DOTALL)
+    assert match
+    return yaml.safe_load(match[1]), match[2]
 
 
 def tables(text: str) -> list[list[list[str]]]:
     """The cells of each table of a Markdown text, as text."""
-    found: list[list[list[str]]] = []
+    cells: list[list[list[str]]] = []
     for token in MarkdownIt("commonmark").enable("table").parse(text):
         if token.type == "table_open":
-            found.append([])
+            cells.append([])
         elif token.type == "tr_open":
-            found[-1].append([])
+            cells[-1].append([])
         elif token.type == "inline" and token.level >= 4:
-            found[-1][-1].append("".join(child.content for child in token.children or []))
-    return found
+            cells[-1][-1].append("".join(child.content for child in token.children or []))
+    return cells
 
 
 def links(text: str) -> list[str]:
@@ -260,9 +260,9 @@ def test_a_card_names_nothing_of_the_machine_and_no_secret(run, tmp_path):
     )
     evaluated(run, data=absolute, test_set=None, limit=12)
     front, text = published(run)
-    whole = f"{front}{text}"
+    content = f"{front}{text}"
     for private in (str(tmp_path), "/home", "someone", str(Path.home()), f"`{platform.node()}`", ".cache", "planted"):
-        assert private not in whole
+        assert private not in content
     words = shlex.split(blocks(text)["sh"])
     assert words[2:7] == ["mine.yaml", "--profile", "profiles/p.yaml", "--profile", "q.yaml"]
     differences, data = tables(text)[:2]
@@ -356,10 +356,10 @@ def test_a_card_claims_no_more_than_the_run_was(run, tmp_path, changes, settings
     run.config_file.write_text(yamlfiles.write_yaml(recipe_config(RECIPE) | settings))
     adapter_for(run, base)
     evaluated(run, test_set=None)
-    found, text = published(run)
-    assert {key: found.get(key) for key in front} == front
+    metadata, text = published(run)
+    assert {key: metadata.get(key) for key in front} == front
     assert [word for word in said if word not in text] == []
-    assert [word for word in unsaid if word in text or word in found["tags"]] == []
+    assert [word for word in unsaid if word in text or word in metadata["tags"]] == []
 
 
 PUSH = {"push": "owner/model"}

@@ -254,9 +254,9 @@ def browser() -> Iterator[Any]:
     if not chromium:
         pytest.skip("chromium is not installed; on Debian, `apt-get install chromium`")
     with sync_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield found
-        found.close()
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 PHONE, DESKTOP = (390, 844), (1280, 900)
@@ -300,9 +300,9 @@ def test_every_figure_is_drawn_fits_and_is_accessible(browser, run_html, tmp_pat
         assert page.evaluate(FITS)
         for details in page.locator("details > summary").all():
             details.click()
-        found = axe.Axe().run(page).response
-        assert "color-contrast" in [one["id"] for one in found["passes"]]
-        grave = [one for one in found["violations"] if one["impact"] in ("serious", "critical")]
+        audit = axe.Axe().run(page).response
+        assert "color-contrast" in [one["id"] for one in audit["passes"]]
+        grave = [one for one in audit["violations"] if one["impact"] in ("serious", "critical")]
         assert [(one["id"], one["nodes"][0]["html"]) for one in grave] == []
 
 

@@ -94,24 +94,24 @@ def test_only_records_of_todays_recipe_count():
 
 
 def test_predictions_need_their_number_of_rows_and_a_hash():
-    whole = {"made": "2026-11-28", "of": PLAIN, "revision": None, "stage": "predictions", "rows": 4}
-    whole |= {"scores": {"accuracy": {"value": 67.0}}, "texts_sha256": "a" * 64}
-    assert score_records.Record.model_validate(whole).where == ""
+    record = {"made": "2026-11-28", "of": PLAIN, "revision": None, "stage": "predictions", "rows": 4}
+    record |= {"scores": {"accuracy": {"value": 67.0}}, "texts_sha256": "a" * 64}
+    assert score_records.Record.model_validate(record).where == ""
     for absent in ("rows", "texts_sha256"):
         with pytest.raises(ValidationError, match=f"missing: {absent}"):
-            score_records.Record.model_validate(whole | {absent: None})
+            score_records.Record.model_validate(record | {absent: None})
 
 
 def test_a_run_that_ran_out_of_memory_is_recorded(recipe):
-    made = a_run("one", state="failed")
-    record = made.read()
+    run = a_run("one", state="failed")
+    record = run.read()
     record.launches[-1].out_of_memory = True
-    made.write(record)
+    run.write(record)
     _, content = exported(recipe, "one")
     assert content["outcome"] == "out of memory"
     assert content["scores"] == {}
     assert content["adapter_sha256"] is None
-    recorded(made)
+    recorded(run)
     assert status_of(PLAIN).status == "not run; out of memory on RTX 4090, seed 42"
 
 

@@ -75,11 +75,11 @@ def encoded(tokenizer: Any, text: str) -> list[int]:
     return ids if ids[0] == tokenizer.bos_token_id else [tokenizer.bos_token_id, *ids]
 
 
-def check_row(made: Tokens, tokenizer: Any, question: str, answer: str) -> None:
+def check_row(row: Tokens, tokenizer: Any, question: str, answer: str) -> None:
     """A row is question, answer and EOS, tokenized as one, with loss on what is behind the question alone."""
     ids, masked = encoded(tokenizer, question + answer + tokenizer.eos_token), len(encoded(tokenizer, question))
-    assert made.ids == ids
-    assert made.labels == [MASKED] * masked + ids[masked:]
+    assert row.ids == ids
+    assert row.labels == [MASKED] * masked + ids[masked:]
 
 
 @pytest.mark.parametrize("family", ["llama-2-7b", "llama-3-8b"])
@@ -88,17 +88,17 @@ def test_loftqs_rows_have_the_authors_tokens_and_loss(family, sentencepiece):
     loaded = tokenizer_of(f"loftq-gsm8k/{family}-lora", model)
     raw = [row | {"answer": row["answer"].replace("####", "The final answer is: ")} for row in rows()]
     assert len(raw) >= 40
-    for row, made in zip(raw, ours(loaded, raw, "{question}" + LOFTQS_QUESTION, "{answer}"), strict=True):
-        check_row(made, loaded.tokenizer, row["question"] + LOFTQS_QUESTION, row["answer"])
+    for row, tokens in zip(raw, ours(loaded, raw, "{question}" + LOFTQS_QUESTION, "{answer}"), strict=True):
+        check_row(tokens, loaded.tokenizer, row["question"] + LOFTQS_QUESTION, row["answer"])
 
 
 def test_pefts_rows_have_the_authors_tokens_and_loss():
     loaded = tokenizer_of("peft-metamathqa/lora-rank32", substitution.model_folder())
     question = "Question: {question} Think step by step.\nAnswer:"
-    for row, made in zip(rows(), ours(loaded, rows(), question, "{answer}"), strict=True):
+    for row, tokens in zip(rows(), ours(loaded, rows(), question, "{answer}"), strict=True):
         ids = encoded(loaded.tokenizer, question.format(**row) + row["answer"])
-        assert made.ids == [*ids, loaded.tokenizer.eos_token_id]
-        assert made.labels[1:] == made.ids[1:]  # no model predicts the first
+        assert tokens.ids == [*ids, loaded.tokenizer.eos_token_id]
+        assert tokens.labels[1:] == tokens.ids[1:]  # no model predicts the first
 
 
 CUT = 513  # tokens, where the recipes of QLoRA's study end a row
@@ -118,12 +118,12 @@ def test_qloras_rows_have_the_authors_tokens_and_loss(model):
     assert loaded.cfg.sequence_len == CUT
     assert loaded.cfg.excess_length_strategy == "truncate"
     segments = studies.find("qlora-guanaco").data.fields["segments"]
-    own = segments.replace("</s>", tokenizer.eos_token).replace("<s>", tokenizer.bos_token)
+    expression = segments.replace("</s>", tokenizer.eos_token).replace("<s>", tokenizer.bos_token)
     texts = [text_of(random.Random(seed)) for seed in range(200)]
-    maker = RowMaker({"segments": own}, {}, {}, "0")
-    made = loaded.tokenize(FIRST, [maker.make({"text": text})[0] for text in texts])
-    assert 0 < sum(len(row.ids) > CUT for row in made) < len(made)
-    for text, row in zip(texts, made, strict=True):
+    maker = RowMaker({"segments": expression}, {}, {}, "0")
+    tokenized = loaded.tokenize(FIRST, [maker.make({"text": text})[0] for text in texts])
+    assert 0 < sum(len(row.ids) > CUT for row in tokenized) < len(tokenized)
+    for text, row in zip(texts, tokenized, strict=True):
         limits: dict[str, Any] = {"truncation": True, "add_special_tokens": False}
         source = tokenizer(tokenizer.bos_token, max_length=16, **limits).input_ids
         target = tokenizer(text + tokenizer.eos_token, max_length=512, **limits).input_ids
@@ -140,12 +140,12 @@ def chat(chance: random.Random) -> list[dict[str, str]]:
 def test_tinkers_rows_have_the_authors_tokens_and_loss(model):
     loaded = tokenizer_of("tinker-tulu3/llama-3.2-1b-lora", model)
     fields = studies.find("tinker-tulu3").data.fields
-    own = {name: text.replace("<|begin_of_text|>", loaded.tokenizer.bos_token) for name, text in fields.items()}
-    assert own != fields
+    expressions = {name: text.replace("<|begin_of_text|>", loaded.tokenizer.bos_token) for name, text in fields.items()}
+    assert expressions != fields
     chats = [chat(random.Random(seed)) for seed in range(200)]
-    maker = RowMaker(own, {}, {}, "0")
-    made = loaded.tokenize(FIRST, [maker.make({"messages": messages})[0] for messages in chats])
-    for messages, tokens in zip(chats, made, strict=True):
+    maker = RowMaker(expressions, {}, {}, "0")
+    tokenized = loaded.tokenize(FIRST, [maker.make({"messages": messages})[0] for messages in chats])
+    for messages, tokens in zip(chats, tokenized, strict=True):
         pieces = [(loaded.tokenizer.bos_token, False)]  # renderers/base.py and role_colon.py, each encoded alone
         for message in messages:
             answers = message is messages[-1]
@@ -155,7 +155,7 @@ def test_tinkers_rows_have_the_authors_tokens_and_loss(model):
         assert tokens.ids == [token for ids, _ in parts for token in ids]
         assert tokens.labels == [token if loss else MASKED for ids, loss in parts for token in ids]
     joined = [loaded.tokenizer.encode("".join(text for text, _ in pieces), add_special_tokens=False)]
-    assert joined != [made[-1].ids]  # that they are cut apart is seen in the tokens
+    assert joined != [tokenized[-1].ids]  # that they are cut apart is seen in the tokens
 
 
 def raw_maths() -> list[dict[str, str]]:
@@ -177,9 +177,9 @@ def test_pissas_rows_have_the_authors_tokens_and_a_newline_before_eos(sentencepi
     loaded = tokenizer_of("pissa-metamathqa/llama-2-7b-lora", sentencepiece)
     newline, eos = loaded.tokenizer.convert_tokens_to_ids("<0x0A>"), loaded.tokenizer.eos_token_id
     raw = raw_maths()
-    made = loaded.tokenize(FIRST, prepared("pissa-metamathqa", "train", raw))
+    trained = loaded.tokenize(FIRST, prepared("pissa-metamathqa", "train", raw))
     scored = loaded.tokenize(FIRST, prepared("pissa-metamathqa", "test", raw))
-    for row, tokens, test in zip(raw, made, scored, strict=True):
+    for row, tokens, test in zip(raw, trained, scored, strict=True):
         source = f"{TASK}\n\n### Instruction:\n{row['query']}\n\n### Response:"
         check_row(tokens, loaded.tokenizer, source, f"{row['response']}\n")
         assert tokens.ids[-2:] == [newline, eos]
@@ -189,9 +189,9 @@ def test_pissas_rows_have_the_authors_tokens_and_a_newline_before_eos(sentencepi
 def test_loragas_rows_have_the_authors_tokens_and_loss(sentencepiece):
     loaded = tokenizer_of("loraga-metamathqa/llama-2-7b-lora", sentencepiece)
     raw = raw_maths()
-    made = loaded.tokenize(FIRST, prepared("loraga-metamathqa", "train", raw))
+    trained = loaded.tokenize(FIRST, prepared("loraga-metamathqa", "train", raw))
     scored = loaded.tokenize(FIRST, prepared("loraga-metamathqa", "test", raw))
-    for row, tokens, test in zip(raw, made, scored, strict=True):
+    for row, tokens, test in zip(raw, trained, scored, strict=True):
         question = f"Q: {row['query']}\nA: "
         check_row(tokens, loaded.tokenizer, question, f" {row['answer']}")
         assert test.ids[: test.labels.count(MASKED)] == encoded(loaded.tokenizer, f"{question} ")
@@ -212,13 +212,14 @@ def test_doras_prompts_have_the_authors_bytes_and_tokens(model):
     raw = [row | {"output": f"the correct answer is {row['answer']}"} for row in raw]
     ends = {"bos": repr(loaded.tokenizer.bos_token), "eos": repr(loaded.tokenizer.eos_token)}
     trained, scored = (prepared("dora-commonsense", split, raw, **ends) for split in ("train", "test"))
-    tokens, tests = (loaded.tokenize(FIRST, made) for made in (trained, scored))
-    for row, train, test, made, prompt in zip(raw, trained, scored, tokens, tests, strict=True):
+    tokens = loaded.tokenize(FIRST, trained)
+    prompts = loaded.tokenize(FIRST, scored)
+    for row, train, test, tokenized, prompt in zip(raw, trained, scored, tokens, prompts, strict=True):
         text = written(row, "  ", PAD) + row["output"]
         assert "".join(part["text"] for part in train["segments"][1:]) == text + loaded.tokenizer.eos_token
         assert test["segments"][1]["text"] == written(row, " ", "")
-        assert made.ids == [*encoded(loaded.tokenizer, text), loaded.tokenizer.eos_token_id]
-        assert made.labels == made.ids
+        assert tokenized.ids == [*encoded(loaded.tokenizer, text), loaded.tokenizer.eos_token_id]
+        assert tokenized.labels == tokenized.ids
         answer = loaded.tokenizer(row["answer"], add_special_tokens=False).input_ids
         assert prompt.ids == encoded(loaded.tokenizer, written(row, " ", "")) + answer
     assert loaded.cfg.sequence_len == 256

@@ -103,8 +103,8 @@ def test_every_engine_trains_like_one_process(alone, divided):
     assert len(record.summary.peak_memory_by_rank or []) == 2
     assert record.summary.peak_memory == max(record.summary.peak_memory_by_rank or [])
     for kind in ("loss", "eval_loss_per_token"):
-        expected, found = losses(alone, kind), losses(run, kind)
-        assert {step: found[step] for step in expected} == pytest.approx(expected, abs=CLOSE)
+        expected, actual = losses(alone, kind), losses(run, kind)
+        assert {step: actual[step] for step in expected} == pytest.approx(expected, abs=CLOSE)
     before = [losses(one, "eval_loss_per_token")[0] for one in (alone, run)]
     assert before[0] == pytest.approx(before[1], abs=1e-4)
     assert record.summary.eval_tokens == alone.read().summary.eval_tokens is not None
@@ -129,8 +129,8 @@ def logits(adapter: Path | None, model: Path, merged: bool = False) -> torch.Ten
     if merged:
         of_model = of_model.merge_and_unload()
     with torch.no_grad():
-        found: torch.Tensor = of_model(torch.arange(5, 205)[None]).logits
-    return found
+        result: torch.Tensor = of_model(torch.arange(5, 205)[None]).logits
+    return result
 
 
 def test_every_engine_leaves_an_ordinary_adapter(alone, divided, tiny):
@@ -157,7 +157,7 @@ def test_two_nodes_train_like_one_process(alone, place, tiny_profile, slurm):
     warned, last = record.launches
     assert "--nnodes=2" in warned.command and warned.exit_code == 0 and last.resumed_from
     assert (run.path / "node-1.log").is_file()
-    expected, found = losses(alone, "loss"), losses(run, "loss")
-    assert {step: found[step] for step in expected} == pytest.approx(expected, abs=CLOSE)
+    expected, actual = losses(alone, "loss"), losses(run, "loss")
+    assert {step: actual[step] for step in expected} == pytest.approx(expected, abs=CLOSE)
     (difference,) = (one for one in record.differences if one.key == "gradient_accumulation_steps")
     assert difference.source == Source("gpus", "--gpus 1 --nodes 2", "keeps the number of rows per step")

@@ -1,4 +1,4 @@
-"""What rules say of Axolotl and its stack, asked of those that are installed."""
+"""Claims of the rules about Axolotl and its stack, checked with the installed packages."""
 
 from typing import Any
 
@@ -30,8 +30,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("change", "says"), REFUSED, ids=str)
 def test_what_axolotl_refuses_is_an_error(change, says):
-    found = validation.findings(config_with(change), gpus.find("A100"))
-    assert any(finding.level == "error" and says in finding.problem for finding in found)
+    findings = validation.findings(config_with(change), gpus.find("A100"))
+    assert any(finding.level == "error" and says in finding.problem for finding in findings)
 
 
 def test_what_axolotl_warns_of_is_a_warning():
@@ -92,7 +92,7 @@ def test_all_recipes_and_profiles_over_them_pass_with_axolotl_asked(place, monke
     for gpu, checked in reports.items():
         check.add_validation(checked, gpus.find(gpu))
         for report in checked:
-            assert [str(found) for found in report.findings if found.level != "note"] == []
+            assert [str(finding) for finding in report.findings if finding.level != "note"] == []
 
 
 def test_peft_splits_weights_anew_as_the_rule_changed_base_says(tiny, tmp_path):

@@ -112,13 +112,13 @@ def expected_loss(base: yamlfiles.Config) -> float:
 @pytest.mark.long  # four trainings
 def test_however_rows_are_batched_and_packed(evaluated, base):
     losses = {name: before_training(run) for name, run in evaluated.items() if name != ON_INPUTS}
-    own = [loss["eval_loss"] for loss in losses.values() if "eval_loss" in loss]
-    assert max(own) - min(own) > 5e-3  # Axolotl's differ
-    assert len(own) == len(losses) - 1  # and of rows that do not fill a packed batch it has none
+    axolotls = [loss["eval_loss"] for loss in losses.values() if "eval_loss" in loss]
+    assert max(axolotls) - min(axolotls) > 5e-3  # Axolotl's differ
+    assert len(axolotls) == len(losses) - 1  # and of rows that do not fill a packed batch it has none
     ours = [loss["eval_loss_per_token"] for loss in losses.values()]
     assert max(ours) - min(ours) < 1e-4
     assert ours[0] == pytest.approx(expected_loss(base), rel=1e-4)  # one row at a time
-    first, *others = [summarise(evaluated[name].read_metrics()).eval_tokens for name in EVALUATIONS]
-    assert first and others == [first, first]
+    first, *further = [summarise(evaluated[name].read_metrics()).eval_tokens for name in EVALUATIONS]
+    assert first and further == [first, first]
     on_inputs = summarise(evaluated[ON_INPUTS].read_metrics()).eval_tokens
     assert on_inputs and on_inputs["count"] > first["count"] and on_inputs["sha256"] != first["sha256"]

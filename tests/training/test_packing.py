@@ -39,7 +39,7 @@ def config(tiny: Path, tiny_profile: Path, profiles: list[str], change: dict[str
 
 @pytest.fixture(scope="module")
 def stepped(tmp_path_factory: pytest.TempPathFactory, tiny: Path, tiny_profile: Path) -> dict[str, dict[str, float]]:
-    """What the trainer logged of the step: rows alone, packed, and packed without being kept apart."""
+    """Metrics that the trainer logged for the step: rows alone, packed, and packed without being kept apart."""
     folder = tmp_path_factory.mktemp("packing")
     configs = {
         "alone": config(tiny, tiny_profile, [], ALONE),

@@ -1,4 +1,4 @@
-"""What `recipe check` shows of tokens is what the trainer gets, for a tokenizer like Llama's and for SmolLM2's."""
+"""Tokens that `recipe check` shows are the trainer's, for a tokenizer like Llama's and for SmolLM2's."""
 
 from pathlib import Path
 from typing import Any
@@ -127,14 +127,14 @@ def test_lengths(llama, sample):
 
 
 def findings_of(content: yamlfiles.Config, rows: list[Any], **dataset: Any) -> list[str]:
-    """What Axolotl finds in some training rows."""
+    """Axolotl's findings in some training rows."""
     Path("rows.jsonl").write_bytes(b"\n".join(map(orjson.dumps, rows)) + b"\n")
     data = {"datasets": [{"path": "rows.jsonl", "type": "alpaca"} | dataset], "test_datasets": None}
     return findings_in(content | {"evals_per_epoch": None} | data)
 
 
 def findings_in(content: yamlfiles.Config) -> list[str]:
-    """What Axolotl finds in the rows of a config, with DATA for the first data set's key."""
+    """Axolotl's findings in the rows of a config, with DATA for the first data set's key."""
     from qlora_recipes.check.token_lengths import lengths
 
     findings, _ = lengths(content)

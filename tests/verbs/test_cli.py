@@ -1,4 +1,4 @@
-"""What a user sees of a mistake: exit code 2, one message, nothing left behind."""
+"""Mistakes of users: exit code 2, one message, nothing left behind."""
 
 from pathlib import Path
 

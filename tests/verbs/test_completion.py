@@ -1,4 +1,4 @@
-"""What a shell offers after the tabulator key."""
+"""Completions that a shell offers after the tabulator key."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ Complete = Callable[[str], list[str]]
 
 @pytest.fixture
 def complete(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Complete:
-    """What is offered at the end of a command line, as bash asks for it."""
+    """Completions at the end of a command line, as bash asks for them."""
 
     def offered(line: str) -> list[str]:
         monkeypatch.setenv("_RECIPE_COMPLETE", "complete_bash")

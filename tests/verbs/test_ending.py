@@ -1,4 +1,4 @@
-"""How the command ends where it cannot print, and what it prints of texts that strangers wrote."""
+"""The end of a command that cannot print, and the printed part of texts that strangers wrote."""
 
 import json
 import os

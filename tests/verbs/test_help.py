@@ -1,4 +1,4 @@
-"""What `--help` shows, whatever the width of the terminal, and that its examples are commands; `--version`."""
+"""`--help` at any width of the terminal, its examples, which are commands, and `--version`."""
 
 import re
 from importlib.metadata import version
@@ -45,9 +45,9 @@ def test_an_example_is_a_command_of_this_verb(place, name, example):
     (place / "mine.jsonl").touch()  # of `recipe new --data`
     assert f"{example} ".startswith(f"{name} ")
     assert parsed(example).args == []
-    named = [word for word in example.split() if re.fullmatch(r"[a-z-]*llama-[\d.]*-?\d+b", word)]
-    assert named or "llama" not in example
-    assert {f"haider2024/{word}" for word in named} <= {*paths.recipe_names()}
+    models = [word for word in example.split() if re.fullmatch(r"[a-z-]*llama-[\d.]*-?\d+b", word)]
+    assert models or "llama" not in example
+    assert {f"haider2024/{word}" for word in models} <= {*paths.recipe_names()}
 
 
 def test_the_versions_of_the_package_and_of_axolotl(recipe):

@@ -14,11 +14,11 @@ PART = "all-linear/code"
 
 
 def test_a_part_of_a_recipes_name_is_enough_and_the_whole_is_said(recipe):
-    whole = recipe("run", BASE, "--dry-run")
+    full_name = recipe("run", BASE, "--dry-run")
     part = recipe("run", PART, "--dry-run")
     assert part.returncode == 0
-    assert part.stdout == whole.stdout
-    assert part.stderr == f"recipe {BASE}\n{whole.stderr}"
+    assert part.stdout == full_name.stdout
+    assert part.stderr == f"recipe {BASE}\n{full_name.stderr}"
     assert recipe.json("show", "linear/code-llama")["recipe"] == BASE
 
 

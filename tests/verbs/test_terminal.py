@@ -30,8 +30,8 @@ def test_any_table_fits_and_shows_or_names_every_column(columns, data, width):
     rows: list[dict[str, Any]] = [
         {columns[0]: data.draw(NAMES)} | {column: data.draw(VALUES) for column in columns[1:]} for _ in range(3)
     ]
-    others = st.lists(st.sampled_from(columns[1:]), unique=True) if columns[1:] else st.just([])
-    below = data.draw(others)
+    names = st.lists(st.sampled_from(columns[1:]), unique=True) if columns[1:] else st.just([])
+    below = data.draw(names)
     with pytest.MonkeyPatch.context() as patch:
         said = io.StringIO()
         patch.setattr(said, "isatty", lambda: True)
