@@ -181,14 +181,14 @@ def notes_on_numbers(pairs: Sequence[Pair], parameters: NumberParameters) -> lis
     """Notes on texts without a number; a marker may be missing."""
     references = [pair[0] for pair in pairs if number_of_reference(pair[0], parameters) is None]
     predictions = [pair[1] for pair in pairs if number_of(pair[1], parameters) is None]
-    remedy = "; other markers can be set with `markers`" if parameters.markers is None else ""
     markers = " or ".join(map(repr, parameters.sought))
     notes = []
     for side, texts in (("references", references), ("predictions", predictions)):
         if texts:
-            example = f"as in {texts[0].rstrip()[-30:]!r}; the markers are {markers}"
-            count = f"{len(texts)} of {len(pairs)} {side}"
-            notes.append(f"{count} have no number, so their rows score 0 ({example}){remedy}")
+            notes.append(
+                f"{len(texts)} of {len(pairs)} {side} have no number, so their rows score 0 (as in "
+                f"{texts[0].rstrip()[-30:]!r}; the markers are {markers}); other markers can be set with `markers`"
+            )
     return notes
 
 
@@ -253,7 +253,7 @@ def mean_of_groups(groups: Sequence[Sequence[float]], averaged: RowMetric) -> tu
         return mean, None
     if averaged.all_or_nothing and len(groups) == 1:
         return mean, wilson(mean, len(groups[0]))
-    # two right and two wrong rows more, as in Agresti and Coull 1998: at 0 and 100 %, shares show no spread
+    # shares of 0 and 100 % show no spread, so two right and two wrong rows are added (Agresti and Coull 1998)
     added = (0, 0, 100, 100) if averaged.all_or_nothing else ()
     variance = sum(pvariance([*scores, *added]) / (len(scores) + len(added)) for scores in groups)
     half = NORMAL * variance**0.5 / len(groups)

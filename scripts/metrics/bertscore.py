@@ -107,11 +107,12 @@ def f1(pairs: Sequence[Pair], by: ScorerModel) -> list[float]:
                 scorer._tokenizer = AutoTokenizer.from_pretrained(by.model, add_prefix_space=True)
         except (OSError, ValueError) as error:
             raise by.not_loaded(error) from None
-        config = scorer._model.config
-        positions = getattr(config, "max_position_embeddings", -1) - (2 if is_roberta else 0)  # RoBERTa counts from 2
-        if positions < 0:  # T5 and XLNet have no limit
-            positions = 10**6
-        scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, positions)
+        longest = getattr(scorer._model.config, "max_position_embeddings", -1)  # in tokens
+        if longest < 0:  # T5 and XLNet have no limit
+            longest = 10**6
+        if is_roberta:  # its positions count from 2
+            longest -= 2
+        scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, longest)
         values = [0.0] * len(pairs)
         with_text = [i for i, pair in enumerate(pairs) if all(map(str.strip, pair))]
         if with_text:

@@ -94,16 +94,17 @@ def column(name: str, entry: Mapping[str, Any] | None = None) -> Column:
         WrongMetric: the metric or a parameter is unknown, or a value is invalid.
     """
     parameters = dict(entry or {})
-    key = "metric" if "metric" in parameters else ""
-    kind, label = str(parameters.pop("metric", name)), parameters.pop("label", None)
+    wrong_key = "metric" if "metric" in parameters else ""
+    kind = str(parameters.pop("metric", name))
+    label = parameters.pop("label", None)
     if kind not in METRICS:
         hint = did_you_mean(kind, METRICS) or f"; the metrics are {', '.join(METRICS)}"
-        raise WrongMetric(key, f"no metric is called {kind}{hint}")
+        raise WrongMetric(wrong_key, f"no metric is called {kind}{hint}")
     if name in _TAKEN:
         raise WrongMetric("", f"{name} has another meaning in results; give the column another name")
     if not _NAME.fullmatch(name):
         raise WrongMetric("", f"{name} must consist of letters, digits and _; give the column another name")
-    if label is not None and not (isinstance(label, str) and label.strip()):
+    if not isinstance(label, str | None):
         raise WrongMetric("label", "expected a text")
     metric = METRICS[kind]
     try:
@@ -111,8 +112,8 @@ def column(name: str, entry: Mapping[str, Any] | None = None) -> Column:
     except ValidationError as error:
         mistake = error.errors()[0]
         names = ", ".join(metric.parameters.model_fields) or "no parameters"
-        key = ".".join(map(str, mistake["loc"]))
-        raise WrongMetric(key, f"{yamlfiles.in_words(mistake)}; {kind} takes {names}") from None
+        wrong_key = ".".join(map(str, mistake["loc"]))
+        raise WrongMetric(wrong_key, f"{yamlfiles.in_words(mistake)}; {kind} takes {names}") from None
 
 
 def columns(declared: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Column]:

@@ -33,10 +33,8 @@ def bleu4(reference: str, prediction: str) -> float:
     """
     expected_words, predicted_words = words(reference), words(prediction)
     log_precisions = 0.0
-    matches = 1
     for n in range(1, 5):
-        if matches:  # longer n-grams cannot match if shorter ones do not
-            matches = (_ngrams(expected_words, n) & _ngrams(predicted_words, n)).total()
+        matches = (_ngrams(expected_words, n) & _ngrams(predicted_words, n)).total()
         total = max(len(predicted_words) - n + 1, 0)
         smoothing = 0 if n == 1 else 1
         log_precisions += math.log(matches + smoothing or _TINY) - math.log(total + smoothing or _TINY)

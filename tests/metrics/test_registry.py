@@ -95,7 +95,7 @@ def test_a_column_is_a_metric_with_parameters_under_a_name_and_a_label():
             "a-b must consist of letters, digits and _; give the column another name",
             id="hyphen in a name",
         ),
-        pytest.param("chrf", {"label": " "}, "label", "expected a text", id="empty label"),
+        pytest.param("chrf", {"label": 5}, "label", "expected a text", id="number as a label"),
     ],
 )
 def test_a_wrong_declaration_is_refused_with_its_key(name, entry, key, problem):
