@@ -8,7 +8,7 @@ from typing import Any
 
 from ..base.errors import UserError
 from ..base.files import Row, read_rows
-from ..base.terminal import say
+from ..base.terminal import Bar, say
 from ..config import substitution
 from ..data import studies
 from ..metrics import registry
@@ -71,7 +71,8 @@ def columns_of(recipe: str | None = None, requested: Iterable[str] = ()) -> dict
 def _require_averaged(columns: Mapping[str, Column]) -> None:
     """Raise UserError if a mean of groups names a metric that does not score single rows."""
     by_row = row_columns(columns)
-    for parameters in (column.parameters for column in columns.values()):
+    for column in columns.values():
+        parameters = column.parameters
         if isinstance(parameters, GroupParameters) and parameters.of not in by_row:
             raise UserError(f"mean_of_groups: {parameters.of} does not score single rows; name another metric in `of`")
 
@@ -83,6 +84,15 @@ def row_columns(columns: Mapping[str, Column]) -> dict[str, Column]:
         if isinstance(column.metric, RowMetric) and not isinstance(column.metric, ScorerMetric):
             by_row[name] = column
     return by_row
+
+
+def computable(columns: Mapping[str, Column], models: ScorerModels) -> dict[str, Column]:
+    """Columns without those whose scorer model is missing."""
+    computed = {}
+    for name, column in columns.items():
+        if models.get(name) or not isinstance(column.metric, ScorerMetric):
+            computed[name] = column
+    return computed
 
 
 def refuse_run_metrics(columns: Mapping[str, Column]) -> None:
@@ -145,7 +155,8 @@ def require_models(models: Iterable[ScorerModel | None]) -> None:
         UserError, WorkFailed: see `layer_of`.
     """
     for model in filter(None, dict.fromkeys(models)):
-        layer_of(model)
+        with Bar("looking for the scorer model", 1):
+            layer_of(model)
 
 
 def model_record(column: Column, scores: Mapping[str, ScoreRecord]) -> ScorerRecord | None:
@@ -181,7 +192,7 @@ def read_pairs(file: Path, prediction: str = "prediction", reference: str = "ref
         for side, field in (("reference", reference), ("prediction", prediction)):
             if not isinstance(pair[side], str):
                 raise UserError(
-                    f"{file}: row {number} lacks the text field {field}; its fields: {', '.join(row) or 'none'}; name "
+                    f"{file}: row {number} lacks the text field {field}; its fields: {', '.join(row)}; name "
                     f"another field with --{side}-field"
                 )
         row.update(pair)
@@ -194,8 +205,8 @@ def nested_value(row: Any, field: str) -> Any:
         return None
     if field in row:
         return row[field]
-    first, dot, rest = field.partition(".")
-    return nested_value(row.get(first), rest) if dot else None
+    first, _, rest = field.partition(".")
+    return nested_value(row.get(first), rest)
 
 
 def with_scores(rows: Sequence[Row], columns: Mapping[str, Column], scorers: Mapping[str, ScorerModel]) -> list[Row]:
@@ -242,10 +253,7 @@ def score(
         UserError, WorkFailed: a scorer model cannot be loaded.
     """
     scorers = {name: model for name, model in models.items() if model}
-    computed = {}
-    for name, column in columns.items():
-        if name in scorers or not isinstance(column.metric, ScorerMetric):
-            computed[name] = column
+    computed = computable(columns, models)
     scored = with_scores(rows, computed, scorers)
     data = replace(run, rows=scored, columns=computed, scorers=scorers)
     records = {name: column.metric.measure(column, data) for name, column in computed.items()}

@@ -17,7 +17,7 @@ from ..base.files import Row, digest, parse_json, parts_of, read_bytes, read_row
 from ..base.terminal import say_once
 from ..data.studies import Decoding
 from ..metrics import registry
-from ..metrics.metric import BenchmarkMetric, Column, ScoreRecord
+from ..metrics.metric import Column, ScoreRecord
 from ..training.run_record import FileState, RecordVersion, Run
 
 VERSION = 3
@@ -283,10 +283,8 @@ class Scores(BaseModel):
         values: Row = {}
         intervals: Row = {}
         for name, record in self.scores.items():
-            metric = self.columns[name].metric
-            if record.value is not None or not isinstance(metric, BenchmarkMetric):
-                values[name] = record.value
-            if record.interval or metric.estimates_interval:
+            values[name] = record.value
+            if record.interval or self.columns[name].metric.estimates_interval:
                 intervals[name] = record.interval and [*record.interval]
         flat = {"rows": self.shares.rows, "intervals": intervals, **values, **self.details}
         flat |= self.shares.model_dump(exclude={"rows"}, exclude_none=True)
@@ -294,6 +292,9 @@ class Scores(BaseModel):
         if notes := self.all_notes:
             flat["notes"] = notes
         return flat
+
+
+NO_SCORES = Scores(scores={}, shares=RowShares(rows=0))
 
 
 class Evaluation(Scores):
