@@ -123,7 +123,6 @@ def measure(
 def _measure(columns: Mapping[str, Column], prompter: "Prompter", options: MeasurementOptions) -> dict[str, Benchmark]:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from torch import OutOfMemoryError
 
     from .transformers_engine import Reference, base_weights
 
@@ -157,8 +156,8 @@ def _measure(columns: Mapping[str, Column], prompter: "Prompter", options: Measu
             if options.rehearsal and isinstance(error, OSError):  # includes the hub's errors
                 say(f"{problem}; the rehearsal leaves this task out")
                 continue
-            smaller = " with a smaller --batch-size" if isinstance(error, OutOfMemoryError) else ""
-            raise WorkFailed(f"{problem}; predictions are kept; repeat the command{smaller} to continue") from error
+            remedy = "repeat the command to continue, with a smaller --batch-size if memory is short"
+            raise WorkFailed(f"{problem}; predictions are kept; {remedy}") from error
         benchmarks[name] = summarise(report, parameters, ends, options.limit, samples)
     return benchmarks
 
@@ -211,10 +210,11 @@ def _require_task(name: str, task: str, manager: "TaskManager", force: Sequence[
     if task not in manager.all_tasks:
         raise UserError(f"{name}: lm-evaluation-harness has no task {task}; `lm_eval ls tasks` lists its tasks")
     entry = manager.task_index[task]
-    config = entry if entry["type"] == "tag" else load_yaml_config(entry["yaml_path"], mode="simple")
-    if config.get("unsafe_code"):
-        raise UserError(f"{name}: the task {task} runs generated code; leave it out")
-    if entry["type"] != "tag":
+    config = entry
+    if entry["type"] != "tag":  # a tag has no file
+        config = load_yaml_config(entry["yaml_path"], mode="simple")
+        if config.get("unsafe_code"):
+            raise UserError(f"{name}: the task {task} runs generated code; leave it out")
         refuse(name, entry["yaml_path"], config, force)
     if entry["type"] in ("tag", "group"):
         for member in members(config["task"]):
@@ -299,13 +299,11 @@ def _numbers(results: Mapping[str, Any]) -> list[str]:
 def _chosen_result(parameters: BenchmarkParameters, results: Mapping[str, Any]) -> str:
     """Key of the result that counts; by default the first number."""
     reported = _numbers(results)
-    if reported and not parameters.result:
-        return reported[0]
     for key in reported:
-        if parameters.result in (key, key.partition(",")[0]):
+        if parameters.result in (None, key, key.partition(",")[0]):
             return key
     raise WorkFailed(
-        f"{parameters.task}: reports no {parameters.result or 'number'}; its results: {', '.join(reported) or 'none'}"
+        f"{parameters.task}: reports no {parameters.result or 'number'}; its results: {', '.join(reported)}"
     )
 
 

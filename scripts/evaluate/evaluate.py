@@ -21,7 +21,7 @@ from ..run import trust
 from ..run.rundir import RunDir
 from ..training.run_record import FileState, Summary
 from . import benchmarks, evaluation_rows, scores_file
-from .evaluation_rows import RowSource
+from .evaluation_rows import NO_ROWS, EvaluationRows, RowSource
 from .predict import part_file, predict
 from .score import (
     ScorerModels,
@@ -155,16 +155,13 @@ class EvaluationTask:
         self.adapter = self._adapter()
         self.files = {"adapter": FileState.of(self.adapter / ADAPTER)} if self.adapter else {}
         default = evaluation_rows.default_source(self.run, self.cfg)
-        source = self._source(default)
-        self.all_rows = evaluation_rows.NO_ROWS
-        if source:
-            self.all_rows = evaluation_rows.read_source(source, folder, self.run, self.cfg)
+        self.all_rows = self._read_rows(default)
         self.most_rows = request.limit
         if self.run.rehearsal and not request.limit:
             self.most_rows = REHEARSED
         self.rows = self.all_rows.sample(self._row_limit())
-        self.settings = self._settings(source)
-        has_default_rows = source is None or default is None or source.data == default.data
+        self.settings = self._settings()
+        has_default_rows = default is None or self.all_rows.data in (default.data, NO_ROWS.data)
         if has_default_rows and request.adapter is None and not request.decoding:
             self.where = folder.path
         else:
@@ -200,22 +197,23 @@ class EvaluationTask:
             raise UserError(f"{problem}; restore that adapter, or evaluate the current one with --adapter {adapter}")
         return adapter
 
-    def _source(self, default: RowSource | None) -> RowSource | None:
-        """Source of the rows: --data, or else the default.
+    def _read_rows(self, default: RowSource | None) -> EvaluationRows:
+        """Rows of --data, or else of the default source.
 
-        None if the rows have no answers; only metrics that need no predictions then remain.
+        `NO_ROWS` if the default rows have no answers; only metrics that need no predictions then remain.
         """
         source = default
         if self.request.data:
             source = evaluation_rows.source_of_file(self.request.data, self.cfg, Path(self.run.cwd))
         try:
-            return evaluation_rows.require_reference(self.folder, self.cfg, source)
+            source = evaluation_rows.require_reference(self.folder, self.cfg, source)
         except UserError as error:
             self.columns = registry.requested(self.request.metrics) or self.columns  # default metrics need answers
             if self.predicts or self.request.data:
                 raise
             say(f"{error}; scoring without rows: {', '.join(self.columns)}")
-            return None
+            return NO_ROWS
+        return evaluation_rows.read_source(source, self.folder, self.run, self.cfg)
 
     def _row_limit(self) -> int | None:
         """Maximum number of evaluated rows; None for all."""
@@ -223,7 +221,7 @@ class EvaluationTask:
             return 0
         return self.request.limit if self.request.data else self.most_rows
 
-    def _settings(self, source: RowSource | None) -> EvaluationSettings:
+    def _settings(self) -> EvaluationSettings:
         """Settings for the predictions."""
         request, run, cfg = self.request, self.run, self.cfg
         adapter, adapter_sha256 = BASE, None
@@ -231,9 +229,6 @@ class EvaluationTask:
             adapter, adapter_sha256 = str(self.adapter.resolve()), self.files["adapter"].sha256
         local_model = Path(run.cwd, str(cfg["base_model"]))
         base_model = str(local_model) if local_model.is_dir() else cfg["base_model"]
-        test_set = None
-        if source and source.file:
-            test_set = evaluation_rows.test_set(source.file, self.all_rows.sha256)
         # resolves `bf16: auto` as in training; if a run recorded no list of GPUs, assume a GPU
         on_gpu = not run.rehearsal and bool(run.provenance.get("gpus", True))
         return EvaluationSettings(
@@ -242,7 +237,7 @@ class EvaluationTask:
             adapter_sha256=adapter_sha256,
             data=self.rows.data,
             data_sha256=self.rows.sha256,
-            test_set=test_set,
+            test_set=self.rows.test_set,
             rows=len(self.rows.rows),
             total_rows=len(self.all_rows.rows),
             limit=self._recorded_limit(),

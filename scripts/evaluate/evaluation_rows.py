@@ -71,12 +71,14 @@ class EvaluationRows:
     Attributes:
         sha256: hash of all rows of the source.
         files: states of the files with the rows.
+        test_set: name of the study's test set with these rows; None for other rows.
     """
 
     data: str
     sha256: str
     rows: list[EvaluationRow]
     files: list[RowsState]
+    test_set: str | None = None
 
     @property
     def positions(self) -> list[int]:
@@ -108,7 +110,7 @@ def source_of_file(file: Path, cfg: Config, folder: Path) -> RowSource:
     for dataset in datasets:
         if Path(folder, str(dataset.entry.get("path"))).resolve() == path:
             return RowSource(str(path), [dataset], file)
-    return RowSource(str(path), datasets[:1] or [datafiles.NO_DATASET], file)
+    return RowSource(str(path), [next(iter(datasets), datafiles.NO_DATASET)], file)
 
 
 def default_source(run: Run, cfg: Config) -> RowSource | None:
@@ -129,7 +131,8 @@ def default_source(run: Run, cfg: Config) -> RowSource | None:
             file = test_file
     elif source := _configured(cfg, folder):
         return source
-    return RowSource(str(file.resolve()), datafiles.training_sets(cfg)[:1] or [datafiles.NO_DATASET], file)
+    first = next(iter(datafiles.training_sets(cfg)), datafiles.NO_DATASET)
+    return RowSource(str(file.resolve()), [first], file)
 
 
 def validation(run: Run, cfg: Config) -> RowSource | None:
@@ -204,6 +207,7 @@ def read_source(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> Eva
     Raises:
         UserError: the rows cannot be read, or there are no rows.
     """
+    name = None
     if source.file:
         reference = row_type(source.datasets[0].entry).reference
         fields = (reference,) if reference else ()
@@ -212,13 +216,14 @@ def read_source(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> Eva
         pairs = [(source.datasets[0], row) for row in read_rows(source.file, fields, hint)]
         states = [RowsState.of_rows(source.file, None)]
         sha256_of_rows = states[0].sha256
+        name = test_set(source.file, sha256_of_rows)
     else:
         pairs, states = _read_datasets(source, folder, run, cfg)
         sha256_of_rows = digest([(dataset.key, row) for dataset, row in pairs])
     if not pairs:
         raise UserError(f"{source.data}: no rows; {_ELSEWHERE}")
     rows = [EvaluationRow(position, dataset, row) for position, (dataset, row) in enumerate(pairs)]
-    return EvaluationRows(source.data, sha256_of_rows, rows, states)
+    return EvaluationRows(source.data, sha256_of_rows, rows, states, name)
 
 
 def _read_datasets(

@@ -195,7 +195,7 @@ def as_code(cfg: Config, tokenizer: Path, texts: dict[str, str]) -> str | None:
         tokenizer: folder of the training tokenizer.
         texts: texts of some fields; all other fields stay placeholders.
     """
-    [first] = datafiles.training_sets(cfg)[:1] or [datafiles.NO_DATASET]
+    first = next(iter(datafiles.training_sets(cfg)), datafiles.NO_DATASET)
     row = _placeholders(first.entry)
     if not row:
         return None

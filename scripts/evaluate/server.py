@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # Environment variable for the server's key. Another tool's variable could hold a key that must not go to this server.
 KEY = "QLORA_RECIPES_SERVER_KEY"
 RETRIES = 9  # pauses double up to 8 s, at most 48 s in total; the server can request other pauses
+NO_KEY = "none"  # the client requires a text
 TIMEOUT = 300.0  # seconds for an answer; all attempts of a request together may take twice as long
 LIST_TIMEOUT = 30.0  # seconds for the list of models
 MOST_BYTES = 1 << 24  # bytes of a response; an answer of 100,000 tokens takes 1 MB
@@ -54,12 +55,12 @@ class Api:
 
     Attributes:
         url: base URL of the protocol, with a slash at the end.
-        key: the server's key; None for a server without a key.
+        key: the server's key; any text for a server without a key.
         timeout: seconds for an answer; None for no limit.
     """
 
     url: str
-    key: str | None = None
+    key: str = NO_KEY
     timeout: float | None = TIMEOUT
 
     def client(self, retries: int) -> openai.AsyncOpenAI:
@@ -72,7 +73,7 @@ class Api:
         headers |= dict.fromkeys(("OpenAI-Organization", "OpenAI-Project"), openai.Omit())  # openai's way to send none
         local = urlsplit(self.url).hostname in ("127.0.0.1", "::1", "localhost")
         return openai.AsyncOpenAI(
-            api_key=self.key or "none",
+            api_key=self.key,
             admin_api_key="",
             organization="",
             project="",
@@ -195,9 +196,11 @@ class Server:
         """Answer to a prompt; the client repeats requests after temporary errors."""
         decoding = self.settings.decoding
         extra: dict[str, object] = {"stop_token_ids": self.ends, "return_token_ids": True, "repetition_penalty": 1.0}
+        extra["temperature"] = 0
         if decoding.do_sample:
             # vLLM takes missing values from the model's generation config; -1 is all tokens, also in old versions
             extra |= {"top_p": decoding.top_p, "top_k": decoding.top_k or -1, "min_p": 0, "seed": decoding.seed + i}
+            extra["temperature"] = decoding.temperature
         async with free:
             try:
                 async with asyncio.timeout(self.api.timeout and 2 * self.api.timeout):
@@ -205,7 +208,6 @@ class Server:
                         model=self.model,
                         prompt=prompt,
                         max_tokens=decoding.max_new_tokens,
-                        temperature=decoding.temperature if decoding.do_sample else 0,
                         extra_body=extra,
                     )
                 tokens = _Response.model_validate_json(response.content).choices[0].token_ids
@@ -235,7 +237,7 @@ def api_at(url: str) -> Api:
     if not (key.isascii() and key.isprintable()):
         raise UserError(f"{KEY}: contains characters that are invalid in a key, such as line breaks; correct it")
     path = "/v1" if address.path in (None, "/") else ""
-    return Api(f"{str(address).rstrip('/')}{path}/", key or None)
+    return Api(f"{str(address).rstrip('/')}{path}/", key or NO_KEY)
 
 
 def cause(error: Exception) -> str:

@@ -52,7 +52,8 @@ class Reference:
 
     def __init__(self, prompter: Prompter):
         self.prompter = prompter
-        self.settings = settings = prompter.settings
+        settings = prompter.settings
+        self.settings = settings
         self.tokenizer = prompter.tokenizer
         self.model = base_model(prompter)
         self.device = self.model.device
@@ -66,8 +67,8 @@ class Reference:
         if settings.adapter_sha256:
             self.model = with_adapter(self.model, settings.adapter)
         self.model.eval()
-        fills_memory = (is_small or self.device.type == "cuda") and not settings.decoding.do_sample
-        if settings.batch_tokens is None and fills_memory:
+        fits_batches_to_memory = (is_small or self.device.type == "cuda") and not settings.decoding.do_sample
+        if settings.batch_tokens is None and fits_batches_to_memory:  # a resumed evaluation keeps its batches
             self.settings = settings.model_copy(update={"batch_tokens": self._room()})
 
     def _add_embeddings(self) -> None:
@@ -148,7 +149,7 @@ class Reference:
     def _batch_limits(self) -> tuple[int, int]:
         """Maximum numbers of rows and tokens in a batch."""
         most_rows, most_tokens = MOST_ROWS, self.settings.batch_tokens
-        if most_tokens is None or self.settings.decoding.do_sample:
+        if most_tokens is None:
             most_rows, most_tokens = FIXED
         return self.settings.batch_size or most_rows, most_tokens
 
@@ -248,9 +249,8 @@ def with_adapter(model: Any, folder: str) -> Any:
 def _require_none(file: Path, problem: str, layers: Set[str]) -> None:
     """Raise UserError if an adapter and a model differ in some layers."""
     if layers:
-        more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
         raise UserError(
-            f"{file}: not this model's adapter: {problem}: {min(layers)}{more}; name another adapter with --adapter"
+            f"{file}: not this model's adapter: {problem}: {min(layers)}; name another adapter with --adapter"
         )
 
 
