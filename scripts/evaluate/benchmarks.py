@@ -1,7 +1,6 @@
 """Measure a run's model with lm-evaluation-harness; load the model as for predictions."""
 
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,7 +80,7 @@ class MeasurementOptions:
 
     Attributes:
         limit: maximum number of rows per task; None for all rows.
-        rehearsal: True to use no GPU, and to leave out tasks whose rows are not on this machine.
+        rehearsal: True to leave out tasks whose rows are not on this machine.
         force: names of findings about code to override.
     """
 
@@ -112,8 +111,6 @@ def measure(
         UserError: see `require`.
         WorkFailed: a task fails, for example because its rows cannot be loaded, or does not report the result.
     """
-    if options.rehearsal:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with importing_axolotl(offline=options.rehearsal), Bar(f"benchmarks: {', '.join(columns)}"):
         from .prompter import Prompter
 

@@ -1,5 +1,6 @@
 """Generate and score a run's predictions on test rows: `recipe evaluate`."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ from ..data import studies
 from ..data.studies import Decoding
 from ..metrics import registry
 from ..metrics.bertscore import is_recorded
-from ..metrics.metric import BenchmarkMetric, CorpusMetric, RowMetric, ScoringInput
+from ..metrics.metric import BenchmarkMetric, LossMetric, ScoringInput
 from ..run import trust
 from ..run.rundir import RunDir
 from ..training.run_record import FileState, Summary
@@ -175,7 +176,7 @@ class EvaluationTask:
     @property
     def predicts(self) -> bool:
         """True if a metric needs predictions; eval loss and benchmarks need no rows."""
-        return any(isinstance(column.metric, RowMetric | CorpusMetric) for column in self.columns.values())
+        return any(not isinstance(column.metric, LossMetric | BenchmarkMetric) for column in self.columns.values())
 
     def _adapter(self) -> Path | None:
         """Folder of the adapter; None for the base model alone."""
@@ -187,8 +188,8 @@ class EvaluationTask:
                 f"{adapter / ADAPTER}: damaged or missing; the run is {state}; resume it, or name a "
                 "checkpoint's folder with --adapter"
             )
-        if not (output / "tokenizer_config.json").is_file() or "base_model" not in self.cfg:
-            raise UserError(f"{self.folder.path}: has no tokenizer or no base_model; the run is {state}")
+        if not (output / "tokenizer_config.json").is_file():
+            raise UserError(f"{self.folder.path}: has no tokenizer; the run is {state}")
         if is_base:
             return None
         trained = self.run.adapter
@@ -333,6 +334,8 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
         WorkFailed: the scorer model cannot be loaded, or memory does not suffice.
     """
     folder.refuse_links()
+    if folder.read().rehearsal:  # before anything imports torch
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     task = EvaluationTask(folder, request)
     models = scorer_models(task.columns, request.scorer, task.run.rehearsal, report=True)
     summary = task.summary  # of this moment, if the run is in training

@@ -1,7 +1,6 @@
 """Find and read the evaluation rows of a run."""
 
 import hashlib
-import os
 from contextlib import chdir
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -286,8 +285,6 @@ def _load(source: RowSource, rows_file: Path, run: Run, cfg: Config) -> None:
             f"{_ELSEWHERE}"
         )
     say(f"loading {source.data}")  # no progress bar: its thread can deadlock with forked processes
-    if run.rehearsal:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with importing_axolotl(offline=run.rehearsal), chdir(run.cwd):
         for dataset in source.datasets:
             for file in datafiles.local_files(dataset.entry):

@@ -5,7 +5,6 @@ of the reference engine. Different engines add numbers in different orders. Occa
 equal probability, and the answers differ from there on. With a wrong adapter or prompt, most answers differ early.
 """
 
-import os
 from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
@@ -124,8 +123,6 @@ def predict(
     done, settings = read_part(part, settings, test.positions)
     if len(done) == len(test.rows):
         return _in_order(done), settings
-    if rehearsal:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with Bar("tokenizing the prompts"):
         from .prompter import Prompter
 

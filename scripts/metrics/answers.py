@@ -185,10 +185,9 @@ def notes_on_numbers(pairs: Sequence[Pair], parameters: NumberParameters) -> lis
     notes = []
     for side, texts in (("references", references), ("predictions", predictions)):
         if texts:
-            notes.append(
-                f"{len(texts)} of {len(pairs)} {side} have no number, so their rows score 0 (as in "
-                f"{texts[0].rstrip()[-30:]!r}; the markers are {markers}); other markers can be set with `markers`"
-            )
+            example = f"as in {texts[0].rstrip()[-30:]!r}; the markers are {markers}"
+            reason = f"{len(texts)} of {len(pairs)} {side} have no number, so their rows score 0 ({example})"
+            notes.append(f"{reason}; other markers can be set with `markers`")
     return notes
 
 
@@ -218,19 +217,19 @@ class GroupMetric(Metric):
         groups: dict[str, list[float]] = {}
         for row in data.rows:
             groups.setdefault(str(row.get("group")), []).append(row[parameters.of])
-        if parameters.group is not None:
-            groups = {name: scores for name, scores in groups.items() if name == parameters.group}
-        elif missing := sorted(_required_groups(parameters, data) - groups.keys()):
+        missing = sorted(_required_groups(parameters, data) - groups.keys())
+        if missing:
             note = f"no mean, because no row of {', '.join(missing)} was scored"
             return ScoreRecord(value=None, declaration=column.entry, notes=[note])
-        if not groups:
-            return ScoreRecord(value=None, declaration=column.entry)
-        value, interval = mean_of_groups([*groups.values()], averaged)
+        scores = [scores for name, scores in groups.items() if parameters.group in (None, name)]
+        value, interval = mean_of_groups(scores, averaged)
         return ScoreRecord(value=value, interval=interval, declaration=column.entry)
 
 
 def _required_groups(parameters: GroupParameters, data: ScoringInput) -> set[str]:
-    """Groups that a mean over all groups needs: those of the data, and those that other columns name."""
+    """Groups that a mean needs: its own, or else those of the data and those that other columns name."""
+    if parameters.group is not None:
+        return {parameters.group}
     required = {*data.groups}
     for column in data.columns.values():
         other = column.parameters
