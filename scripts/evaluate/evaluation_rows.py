@@ -137,9 +137,11 @@ def default_source(run: Run, cfg: Config) -> RowSource | None:
 def validation(run: Run, cfg: Config) -> RowSource | None:
     """Validation rows of a run; None if it has only test rows, or no rows."""
     folder = Path(run.cwd)
-    files = (Path(folder, str(dataset.entry.get("path"))) for dataset in datafiles.test_sets(cfg))
-    is_test = any(file.is_file() and _set_of(test_entry(file), sha256(file)) for file in files)
-    return None if is_test else _configured(cfg, folder)
+    for dataset in datafiles.test_sets(cfg):
+        file = Path(folder, str(dataset.entry.get("path")))
+        if file.is_file() and _set_of(test_entry(file), sha256(file)):
+            return None
+    return _configured(cfg, folder)
 
 
 def _configured(cfg: Config, folder: Path) -> RowSource | None:

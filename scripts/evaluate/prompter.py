@@ -131,7 +131,7 @@ class Prompter:
         with_other_answer: dict[int, Row] = {}
         for number, (row, tokens) in enumerate(zip(rows, tokenized, strict=True)):
             start, end = answer_of(tokens.labels)
-            reference = row.get(kind.reference) if kind.reference else None
+            reference = row.get(kind.reference)
             if reference is None:
                 reference = self._decode(tokens.ids[start:end])
             if isinstance(kind, Chat):

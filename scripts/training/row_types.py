@@ -52,12 +52,12 @@ class RowType:
     Attributes:
         required: the fields that a row must have.
         optional: the fields that a row can have.
-        reference: the required text field that the model learns; None if it does not learn exactly one field.
+        reference: the required text field that the model learns; empty if it does not learn exactly one field.
     """
 
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
-    reference: str | None = None
+    reference: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -269,4 +269,4 @@ def _chat_type(entry: Config) -> Chat:
             keys[name] = key
     role, content, *further = keys.values()
     other_keys = (*further, "tool_calls", "tool_call_id", "reasoning_content", "name")
-    return Chat((entry.get("field_messages") or "messages",), ("system", "tools"), None, role, content, other_keys)
+    return Chat((entry.get("field_messages") or "messages",), ("system", "tools"), "", role, content, other_keys)
