@@ -11,7 +11,7 @@ from typing import Any
 from ..base import hardware, paths, processes, yamlfiles
 from ..base.errors import UserError
 from ..base.yamlfiles import Config
-from . import datafiles, gpus, merging, models, numerics, substitution, variants
+from . import datafiles, gpus, merging, models, numerics, substitution
 from .datafiles import DataFile
 from .gpus import Gpu
 from .merging import Difference, Override, Source
@@ -101,7 +101,7 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     """
     recipe, file = paths.find_recipe(request.name)
     content = yamlfiles.read_yaml(file)
-    origin = variants.origin_of(recipe, file) or recipe
+    origin = merging.origin_of(recipe, file) or recipe
     shipped = content
     if origin != recipe:
         shipped = yamlfiles.read_yaml(paths.recipe_file(origin))
@@ -208,7 +208,7 @@ class _Composition:
     def apply_overrides(self) -> None:
         """Set the keys of --set."""
         for override in self.request.overrides:
-            variants.check_not_of_the_run(override.key, f"--set {override.text}")
+            merging.check_not_of_the_run(override.key, f"--set {override.text}")
             self._adopt(merging.override(self.config, override.key, override.value), override.source)
             self.user_settings |= dict(merging.flatten({override.key: override.value}))
 

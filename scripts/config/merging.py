@@ -1,12 +1,15 @@
-"""Axolotl configs: merged changes, overrides and differences by key."""
+"""Changes of configs: merging, overrides, differences by key, and the recipe that a variant changes."""
 
 import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
+from ..base import paths, yamlfiles
 from ..base.errors import UserError
+from ..base.files import Row
 from ..base.secrets import MASK, masked, names_secret, without_secrets
 from ..base.yamlfiles import Config, parse, write_flow
 
@@ -186,6 +189,14 @@ def _replaced(current: Any, path: str, value: Any, key: str) -> Any:
     return {name: item for name, item in changed.items() if item is not None}
 
 
+def check_not_of_the_run(key: str, where: str) -> None:
+    """Raise UserError for a key of `OF_THE_RUN`; `where` begins the message."""
+    if top_key(key) in OF_THE_RUN:
+        raise UserError(
+            f"{where}: `recipe run` sets {key}; --runs selects the folder of runs, and `recipe resume` continues a run"
+        )
+
+
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and values; a list of plain values counts as one value."""
     if isinstance(config, dict) and (config or not prefix):
@@ -285,3 +296,72 @@ def chained(first: Sequence[Difference], second: Sequence[Difference]) -> list[D
     before, after = ({difference.key: difference for difference in step} for step in (first, second))
     both = (replace(last, recipe=before.get(key, last).recipe) for key, last in (before | after).items())
     return [difference for difference in both if difference.recipe != difference.run]
+
+
+_ORIGINAL = re.compile(r"# (?:\S+: a variant of (\S+)|(\S+): .*)")
+
+
+def ancestors(file: Path) -> list[str]:
+    """Originals of a variant or copy, nearest first, as listed in its header comments."""
+    originals = []
+    for line in yamlfiles.read_text(file).splitlines():
+        if line and not line.startswith("#"):
+            break
+        match = _ORIGINAL.fullmatch(line)
+        if match:
+            originals.append(match[1] or match[2])
+    return originals
+
+
+def origin_of(name: str, file: Path) -> str | None:
+    """Shipped recipe from which a file, variant or edited copy derives; None if unknown."""
+    shipped = paths.recipe_names()
+    return next((recipe for recipe in (name, *ancestors(file)) if recipe in shipped), None)
+
+
+def parent_of(name: str, file: Path) -> str | None:
+    """The recipe from which a variant derives directly; None if it has no parent."""
+    if name in paths.recipe_names():
+        return _declared_parent(name)
+    existing = {*paths.recipe_names(), *paths.variant_names()}
+    for original in ancestors(file):
+        if original != name and (original in existing or Path(original).is_file()):
+            return original
+    return None
+
+
+def _declared_parent(recipe: str) -> str | None:
+    """The recipe of which a shipped recipe is a variant, in its study.yaml; None if it is not a variant."""
+    from ..data import studies
+
+    study = studies.usable_study_of(recipe)
+    if study is None or recipe not in study.variants:
+        return None
+    return study.variants[recipe].of
+
+
+def recipe_diff(a: str, b: str | None = None) -> list[Row]:
+    """Table rows of keys in which two recipes or files differ; `OF_THE_RUN` is ignored.
+
+    Args:
+        a: a recipe or file.
+        b: another; by default the parent of `a`, which then comes first.
+
+    Raises:
+        UserError: a recipe does not exist, or `a` has no parent.
+    """
+    if b is None:
+        a, b = _parent(a), a
+    first, second = (yamlfiles.read_yaml(paths.find_recipe(name)[1]) for name in (a, b))
+    rows = []
+    for key, (left, right) in differences(first, second).items():
+        if key not in OF_THE_RUN:
+            rows.append({"key": key, a: without_secrets(left, key), b: without_secrets(right, key)})
+    return rows
+
+
+def _parent(name: str) -> str:
+    parent = parent_of(*paths.find_recipe(name))
+    if parent is None:
+        raise UserError(f"{name}: not a variant of another recipe; give a second recipe")
+    return parent

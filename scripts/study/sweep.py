@@ -19,7 +19,7 @@ from ..base.paths import find_recipe
 from ..base.processes import held, now
 from ..base.terminal import Bar, say
 from ..check import schema
-from ..config import merging, variants
+from ..config import merging
 from ..config.compose import Request
 from ..config.gpus import Gpu
 from ..config.merging import Override
@@ -401,7 +401,7 @@ def cancel(sweep: Sweep) -> list[str]:
 def default_columns(recipe: str) -> dict[str, Column]:
     """Metrics of a recipe or variant, see `columns_of`."""
     file = file_of(recipe)
-    return columns_of(variants.origin_of(recipe, file) if file else recipe)
+    return columns_of(merging.origin_of(recipe, file) if file else recipe)
 
 
 def file_of(recipe: str) -> Path | None:

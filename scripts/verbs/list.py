@@ -66,12 +66,12 @@ def _listed() -> list[Row]:
 
 
 def _row(name: str, file: Path, studies: dict[str, yamlfiles.Config]) -> Row:
-    from ..config import variants
+    from ..config import merging
 
     recipe = yamlfiles.read_yaml(file)
     origin, variant_of = name, None
     if paths.VARIANTS in file.parents:
-        origin, variant_of = str(variants.origin_of(name, file)), variants.parent_of(name, file)
+        origin, variant_of = str(merging.origin_of(name, file)), merging.parent_of(name, file)
     study = paths.study_name(origin)
     row: Row = {
         "recipe": name,
@@ -163,9 +163,9 @@ def diff_verb(
     json: Json = False,
 ) -> None:
     """Compare two recipes or configs, key by key."""
-    from ..config import variants
+    from ..config import merging
 
-    rows = variants.recipe_diff(a, b) if b else variants.diff_from_parent(a)
+    rows = merging.recipe_diff(a, b)
     if json:
         tables.print_json(rows)
     elif rows:

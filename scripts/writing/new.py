@@ -15,7 +15,7 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import write_atomically
 from ..base.yamlfiles import Config
-from ..config import datafiles, merging, models, variants
+from ..config import datafiles, merging, models
 from ..config.merging import Override
 from .render import SPECIAL_TOKENS, ModelFacts, describe
 
@@ -206,7 +206,7 @@ def write(name: str, base: str, overrides: list[Override], other: OtherModel = S
         text = _ABSENT.sub("", text)
     for key, change in changes.items():
         text = edited(text, key, change, str(base_file))
-    origin = variants.origin_of(base_name, base_file) or base_name
+    origin = merging.origin_of(base_name, base_file) or base_name
     schema = os.path.relpath(paths.RECIPES / "axolotl.schema.json", file.parent)
     lines = [f"# yaml-language-server: $schema={schema}", *_header(name, base_name, origin), *other.header]
     write_atomically(file, "\n".join(lines) + "\n" + text)
@@ -251,7 +251,7 @@ def _merged_changes(overrides: list[Override], other: OtherModel) -> dict[str, C
 
 
 def _header(name: str, base: str, origin: str) -> list[str]:
-    """Header lines of a variant, from which `variants.ancestors` reads its originals.
+    """Header lines of a variant, from which `merging.ancestors` reads its originals.
 
     Args:
         name: the name of the variant.

@@ -15,7 +15,7 @@ from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.files import read_rows
 from qlora_recipes.check import check
-from qlora_recipes.config import compose, datafiles, merging, variants
+from qlora_recipes.config import compose, datafiles, merging
 from qlora_recipes.config.compose import Request
 from qlora_recipes.config.merging import Override, Source
 from qlora_recipes.results.run_result import RunResult
@@ -84,7 +84,7 @@ def test_a_variant_keeps_comments_on_settings_and_differs_in_just_what_was_chang
         tops = {key.partition(".")[0] for key, _ in overrides}
         assert [comment for comment in comments(TEXT, tops) if comment not in text] == []
         differing = set(merging.differences(base, expected))
-        assert {row["key"] for row in variants.recipe_diff(BASE, "mine")} == differing
+        assert {row["key"] for row in merging.recipe_diff(BASE, "mine")} == differing
         composed = compose.compose(Request("mine"))
         assert composed.config == expected
         assert composed.differences == []
