@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..base.hardware import torch_cuda
+from ..base.processes import package_version
 from ..base.secrets import is_secret, names_secret, without_secrets
 from ..config import substitution
 from ..config.finding import Case, Level, Problems, rule
@@ -101,7 +102,7 @@ def missing_package(case: Case) -> Problems:
     """
     level: Level = "error" if case.launching else "warning"
     for package, key in _required_packages(case):
-        if not case.is_installed(package):
+        if package_version(package) is None:
             remedy = f"install it{_FROM.get(package, '')}, or delete {key}"
             yield level, key, f"the package {package} is not installed", remedy
 
@@ -121,7 +122,7 @@ def _required_packages(case: Case) -> Iterator[tuple[str, str]]:
         yield "kernels", case.attention_key
     elif case.attention in _ATTENTION_NEEDS:
         package, kernel = _ATTENTION_NEEDS[case.attention]
-        if not kernel or not case.is_installed("kernels"):
+        if not kernel or package_version("kernels") is None:
             yield package, case.attention_key
 
 

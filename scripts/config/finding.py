@@ -14,11 +14,10 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 from ..base.errors import UserError, did_you_mean
-from ..base.processes import package_version
 from ..base.yamlfiles import Config
 from . import datafiles, models
 from .gpus import Gpu
-from .merging import last_key, top_key
+from .merging import last_key, listed, top_key
 from .numerics import AMPERE, OLD_KEYS, attention
 
 Level = Literal["error", "warning", "note"]
@@ -93,20 +92,13 @@ class Finding:
         """Name of the finding for `--force`."""
         return f"{self.rule}:{self.key}" if self.key else self.rule
 
-    @property
-    def is_overridable(self) -> bool:
-        """True if `--force` can override the finding."""
-        return bool(self.rule) and self.rule not in _NEVER_OVERRIDDEN
+    def is_forced(self, force: Sequence[str]) -> bool:
+        """True if `--force` with these names overrides the finding."""
+        return self.name in force and self.rule not in _NEVER_OVERRIDDEN
 
     def __str__(self) -> str:
-        parts = [self.where, self.level, self.problem]
-        if self.line:
-            parts[0] = f"{self.where}:{self.line}"
-        if self.key:
-            parts.insert(2, self.key)
-        text = ": ".join(parts)
-        if self.remedy:
-            text += f"; {self.remedy}"
+        error = UserError(self.problem, file=self.where, line=self.line, key=self.key, remedy=self.remedy)
+        text = f"{error.place}: {self.level}: {error.description}"
         if self.rule:
             text += f" [{self.name}]"
         return text
@@ -169,20 +161,19 @@ class Faults(dict[tuple[str, str], FaultyRows]):
             rows.first.append((file, line, example))
 
 
-_NEVER_OVERRIDDEN = ("secret", "axolotl")
-"""Rules whose errors `--force` cannot override."""
+_NEVER_OVERRIDDEN = ("secret", "axolotl", "")
+"""Rules whose errors `--force` cannot override; also findings without a rule."""
 
 
 def remaining_errors(findings: Iterable[Finding], force: Sequence[str] = ()) -> list[Finding]:
     """Errors that --force does not override."""
-    errors = [finding for finding in findings if finding.level == "error"]
-    return [error for error in errors if error.name not in force or not error.is_overridable]
+    return [finding for finding in findings if finding.level == "error" and not finding.is_forced(force)]
 
 
 def override_errors(findings: Iterable[Finding], force: Sequence[str]) -> None:
     """Turn the errors named by --force into warnings, except those of `_NEVER_OVERRIDDEN`."""
     for finding in findings:
-        if finding.level == "error" and finding.name in force and finding.is_overridable:
+        if finding.level == "error" and finding.is_forced(force):
             finding.level, finding.remedy = "warning", "overridden by --force"
 
 
@@ -229,27 +220,22 @@ class Case:
     """A config and its circumstances, for rules.
 
     Attributes:
-        config: the config, without the values that break the schema.
+        written: the config as written, also with values that break the schema.
+        config: the config without these values.
         wrong: the top-level keys from which a value was removed.
         gpu: the GPU that the config is meant for; None if the user names no GPU and this machine has none.
         gpus: the number of GPUs.
         launching: a run is about to start here, so that anything missing on this machine is an error.
         ask_hub: rules may ask the hub about a model that is not on this machine.
-        as_written: the config with all values, for rules about code; by default `config`.
     """
 
+    written: Config
     config: Config
     wrong: set[str]
     gpu: Gpu | None = None
     gpus: int = 1
     launching: bool = False
     ask_hub: bool = False
-    as_written: Config | None = None
-
-    @property
-    def written(self) -> Config:
-        """The config as written, also with values that break the schema."""
-        return self.config if self.as_written is None else self.as_written
 
     def __getitem__(self, key: str) -> Any:
         return self.config.get(key)
@@ -294,7 +280,7 @@ class Case:
 
         If cut_cross_entropy is false, its plugin is inactive, even if the config lists the plugin
         (axolotl/integrations/cut_cross_entropy/args.py)."""
-        plugins = {re.split("[.:]", str(name))[-1] for name in self["plugins"] or ()}
+        plugins = {re.split("[.:]", name)[-1] for name in listed(self.config, "plugins")}
         if self["cut_cross_entropy"] is False:
             plugins.discard("CutCrossEntropyPlugin")
         return plugins
@@ -311,10 +297,6 @@ class Case:
     def is_set(self, *keys: str) -> bool:
         """True if a key is set to a value other than empty or false. Invalid values count as set."""
         return any(self.config.get(key) or key in self.wrong for key in keys)
-
-    def is_installed(self, package: str) -> bool:
-        """True if a package with this distribution name is installed."""
-        return package_version(package) is not None
 
 
 def rule_findings(case: Case, scope: Scope | None = None) -> Iterator[Finding]:

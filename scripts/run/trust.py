@@ -61,8 +61,9 @@ def refuse_code(folder: RunDir, record: Run, force: Sequence[str], adapter: str)
     """
     config = folder.config
     usable, wrong = schema.usable(config, schema.findings(config))
-    case = Case(usable, wrong, ask_hub=not record.rehearsal, as_written=config)
-    trained = Case({"lora_model_dir": adapter}, set())
+    case = Case(config, usable, wrong, ask_hub=not record.rehearsal)
+    of_adapter = {"lora_model_dir": adapter}
+    trained = Case(of_adapter, of_adapter, set())
     with chdir(record.cwd if Path(record.cwd).is_dir() else "."):  # the config's paths are relative to it
         findings = [*code_rules.findings(case), *code_rules.findings(trained)]
     for finding in findings:

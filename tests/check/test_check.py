@@ -9,10 +9,10 @@ from conftest import config_with, typed
 
 from qlora_recipes.base import hub, paths, yamlfiles
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.check import check
+from qlora_recipes.check import check, settings_rules
 from qlora_recipes.config import gpus
 from qlora_recipes.config.compose import MIRROR, Composed, Request
-from qlora_recipes.config.finding import Case, Finding, refuse
+from qlora_recipes.config.finding import Finding, refuse
 from qlora_recipes.plan import plan
 from qlora_recipes.verbs import check as verb
 
@@ -24,7 +24,7 @@ def place(place: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Path:
     """A folder with the data that recipes name, a network, and the packages of all trackers."""
     (place / "data").symlink_to(prepared)
     monkeypatch.setattr(hub, "is_offline", lambda: False)
-    monkeypatch.setattr(Case, "is_installed", lambda *_: True)
+    monkeypatch.setattr(settings_rules, "package_version", lambda _: "1.0")
     monkeypatch.setenv("HF_TOKEN", "for the test")
     return place
 

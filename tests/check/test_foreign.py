@@ -37,7 +37,7 @@ UNREADABLE = ("pandas", "webdataset", "sql", "spark", "./rows", "rows.py")
 
 def levels_by_name(change: dict[str, Any]) -> dict[str, str]:
     cfg = config_with({"revision_of_model": None} | change)
-    return {one.name: one.level for one in rule_findings(Case(cfg, set())) if one.scope == "code"}
+    return {one.name: one.level for one in rule_findings(Case(cfg, cfg, set())) if one.scope == "code"}
 
 
 ROWS = {"path": "owner/rows", "type": "alpaca"}

@@ -39,7 +39,7 @@ def findings_of(
     change: dict[str, Any], gpu: str | None = None, launching: bool = False, name: str = "haider2024/code-llama-7b"
 ) -> list[Finding]:
     cfg = config_with(change, name)
-    return list(rule_findings(Case(cfg, set(), gpus.find(gpu) if gpu else None, launching=launching)))
+    return list(rule_findings(Case(cfg, cfg, set(), gpus.find(gpu) if gpu else None, launching=launching)))
 
 
 def names(change: dict[str, Any], gpu: str | None = None, launching: bool = False) -> list[str]:
@@ -461,8 +461,8 @@ def test_packages_that_are_installed_or_missing(monkeypatch):
     missing = ["error missing-package:attn_implementation", "error missing-package:use_comet"]
     assert sorted(names(change, "A100", launching=True)) == missing
     monkeypatch.setenv("WANDB_API_KEY", "for the test")
-    installed: set[str] = {"flash-attn", "cut-cross-entropy", "wandb"}
-    monkeypatch.setattr(Case, "is_installed", lambda _, package: package in installed)
+    installed = {"flash-attn": "1.0", "cut-cross-entropy": "1.0", "wandb": "1.0"}
+    monkeypatch.setattr(settings_rules, "package_version", installed.get)
     assert findings_of(FLASH | {"plugins": [CCE], "use_wandb": True}) == []
     (only,) = findings_of(
         {"attn_implementation": "flash_attention_4"}
@@ -474,7 +474,7 @@ def test_packages_that_are_installed_or_missing(monkeypatch):
 
 
 def test_wandb_without_a_login_is_a_warning(tmp_path, monkeypatch):
-    monkeypatch.setattr(Case, "is_installed", lambda *_: True)
+    monkeypatch.setattr(settings_rules, "package_version", lambda _: "1.0")
     (tmp_path / ".netrc").write_text("machine example.org login a password b\n")
     assert names({"wandb_project": "mine"}) == ["warning no-login:wandb_project"]
     monkeypatch.setenv("WANDB_API_KEY", "0")
@@ -482,7 +482,7 @@ def test_wandb_without_a_login_is_a_warning(tmp_path, monkeypatch):
 
 
 def test_logins_in_files_and_trackers_of_this_machine_need_no_warning(tmp_path, monkeypatch):
-    monkeypatch.setattr(Case, "is_installed", lambda *_: True)
+    monkeypatch.setattr(settings_rules, "package_version", lambda _: "1.0")
     assert names({"use_wandb": True}) == ["warning no-login:use_wandb"]
     assert findings_of({"use_wandb": True, "wandb_mode": "offline"}) == []
     assert findings_of({"comet_project_name": "a"}) == []
