@@ -14,6 +14,7 @@ from ..base import hub, paths, yamlfiles
 from ..base.errors import UserError, did_you_mean
 from ..base.files import read_json
 from ..base.yamlfiles import Config
+from .merging import merge
 
 MLP = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", *MLP[:3])
@@ -24,7 +25,7 @@ LAYERS = dict.fromkeys(_LIKE_LLAMA, LINEAR_LAYERS) | {"phi3": ("qkv_proj", "o_pr
 """Linear layers of a decoder layer, by model type; from transformers/models/<type>/modeling_<type>.py."""
 NO_FOLDER = Path(os.devnull)
 """Folder of a model whose files do not matter."""
-NEEDED = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+NEEDED = {"model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"}
 """Keys that an entry of models.yaml needs to replace config.json."""
 
 
@@ -68,24 +69,23 @@ def find(config: Config) -> Model:
     if not isinstance(name, str) or "\0" in name:
         return Model()
     entry, folder = entry_of(name), folder_of(config)
-    sizes = entry.get("config") or {}
+    sizes = entry.get("config", {}) | read_json(folder / "config.json")
+    files = _file_names(folder)
     model = Model(
-        gated=entry.get("gated"), special_tokens=entry.get("special_tokens"), pad_token=entry.get("own_pad_token")
+        gated=entry.get("gated"),
+        context=sizes.get("max_position_embeddings"),
+        layers=sizes.get("num_hidden_layers"),
+        linear=LAYERS.get(str(sizes.get("model_type"))),
+        special_tokens=_special_tokens(folder) or entry.get("special_tokens"),
+        pad_token=token(folder, "pad_token") or entry.get("own_pad_token"),
+        chat_template=chat_template(folder),
     )
+    model.weights_here = any(file.endswith(WEIGHTS) for file in files)
+    model.tokenizer_here = "config.json" in files and any(file.startswith("tokenizer") for file in files)
     if entry:
         model.chat = entry.get("chat", False)
     if Path(name).is_dir():
         model.gated = False
-    sizes = sizes | read_json(folder / "config.json")
-    names = _file_names(folder)
-    model.weights_here = any(name.endswith(WEIGHTS) for name in names)
-    model.tokenizer_here = (folder / "config.json").is_file() and any(name.startswith("tokenizer") for name in names)
-    model.special_tokens = _special_tokens(folder) or model.special_tokens
-    model.pad_token = token(folder, "pad_token") or model.pad_token
-    model.chat_template = chat_template(folder)
-    model.context = sizes.get("max_position_embeddings")
-    model.layers = sizes.get("num_hidden_layers")
-    model.linear = LAYERS.get(str(sizes.get("model_type")))
     return model
 
 
@@ -107,8 +107,8 @@ def architecture(config: Config, download: bool = True) -> Config:
         raise UserError("not set", key="base_model", remedy="name a model")
     if Path(name).is_dir():
         return _read_architecture(Path(name) / "config.json")
-    listed: Config = dict(entry_of(name).get("config") or {})
-    is_complete = set(NEEDED) <= listed.keys()
+    listed = dict(entry_of(name).get("config", {}))
+    is_complete = listed.keys() >= NEEDED
     if is_complete and _is_listed(name, revision(config)):
         return listed
     try:
@@ -163,7 +163,8 @@ def _counterparts(target: str, layers: tuple[str, ...]) -> list[str]:
     for fused, parts in FUSED.items():
         if target in parts and fused in layers:
             return [fused]
-    return [part for part in FUSED.get(target, ()) if part in layers] or [target]
+    parts = [part for part in FUSED.get(target, ()) if part in layers]
+    return parts or [target]
 
 
 def _config_file(name: str, revision: Any, download: bool) -> Path:
@@ -181,14 +182,14 @@ def _config_file(name: str, revision: Any, download: bool) -> Path:
     return Path(hub.within(hub.ANSWER_TIMEOUT, partial(hf_hub_download, name, "config.json", revision=revision)))
 
 
-def mirrored_by(name: Any) -> str | None:
-    """Original of a model that models.yaml lists as a mirror; None if it is not a mirror."""
-    return next((model for model, entry in catalogue().items() if name and entry.get("mirror") == name), None)
+def original(name: Any) -> Any:
+    """Model whose mirror has this name in models.yaml; the name itself if it is not a mirror's."""
+    return next((model for model, entry in catalogue().items() if entry.get("mirror", "") == name), name)
 
 
 def is_copy(name: Any, of: Any) -> bool:
     """True if `name` equals `of` or is the mirror of the model `of`."""
-    return name == of or (of is not None and mirrored_by(name) == of)
+    return of in (name, original(name))
 
 
 def is_path(name: str) -> bool:
@@ -198,11 +199,10 @@ def is_path(name: str) -> bool:
 
 def entry_of(name: str) -> Config:
     """Entry of a model in models.yaml; for a mirror, its original's entry; empty if unlisted."""
-    original = mirrored_by(name)
-    if original is None:
-        return catalogue().get(name, {})
-    entry = catalogue()[original] | {"gated": False}
-    return {key: fact for key, fact in entry.items() if key not in ("mirror", "revision")}
+    entry: Config = catalogue().get(original(name), {})
+    if original(name) == name:
+        return entry
+    return merge(entry, {"gated": False, "mirror": None, "revision": None})
 
 
 def similar(name: str) -> str:

@@ -114,7 +114,7 @@ class RunPlugin(BasePlugin):
         method makes mirrors pad on the right, so that batches are the same as with Meta's model. Recipes set the same
         pad token for both.
         """
-        if models.mirrored_by(cfg.base_model):
+        if models.original(cfg.base_model) != cfg.base_model:
             trainer.processing_class.padding_side = "right"
         save = trainer._save_checkpoint
 

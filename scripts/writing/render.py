@@ -28,7 +28,8 @@ SPECIAL_TOKENS = "this project: the tokenizer names no padding token"
 
 # Gemma 2 passes attn_logit_softcapping to its attention (transformers/models/gemma2/modeling_gemma2.py);
 # transformers/integrations/sdpa_attention.py ignores it.
-_SOFT_CAPS = "this project: sdpa omits the cap on attention scores, with which this model was trained"
+_SOFT_CAPS = {"gemma2": "this project: sdpa omits the cap on attention scores, with which this model was trained"}
+"""Reasons for not using sdpa, by model type."""
 
 
 @dataclass
@@ -40,7 +41,7 @@ class ModelFacts:
         about: licence and access.
         revision: the commit to pin; None if unknown, with the reason in `revision_reason`.
         pad_token: the padding token to set, or None; the reason is in `pad_reason`.
-        layers: the names of the linear layers; None if unknown.
+        layers: the names of the linear layers; empty if unknown.
         soft_caps: the reason for not using sdpa; empty if sdpa suits the model.
         unknown: the unknown facts, in words.
     """
@@ -51,13 +52,13 @@ class ModelFacts:
     revision_reason: str
     pad_token: str | None
     pad_reason: str
-    layers: tuple[str, ...] | None
+    layers: tuple[str, ...]
     soft_caps: str
     unknown: list[str] = field(default_factory=list)
 
     def targets(self, wanted: list[str]) -> list[str]:
         """LoRA's target modules, by the names that they have in this model; see `models.renamed`."""
-        return models.renamed(wanted, self.layers) if self.layers else wanted
+        return models.renamed(wanted, self.layers)
 
 
 def describe(entry: Config, name: str, folder: Path) -> ModelFacts:
@@ -68,7 +69,8 @@ def describe(entry: Config, name: str, folder: Path) -> ModelFacts:
         name: the name on the hub, or the folder.
         folder: the folder with the model's files, existing or not; they override the entry.
     """
-    sizes = (entry.get("config") or {}) | read_json(folder / "config.json")
+    sizes = entry.get("config", {}) | read_json(folder / "config.json")
+    kind = str(sizes.get("model_type"))
     padding = _padding(entry, folder)
     facts = ModelFacts(
         title=str(entry.get("title", name)),
@@ -77,18 +79,16 @@ def describe(entry: Config, name: str, folder: Path) -> ModelFacts:
         revision_reason=_revision_reason(entry, name),
         pad_token=padding.token,
         pad_reason=padding.reason,
-        layers=models.LAYERS.get(str(sizes.get("model_type"))),
-        soft_caps="",
+        layers=models.LAYERS.get(kind, ()),
+        soft_caps=_SOFT_CAPS.get(kind, ""),
     )
-    if sizes.get("model_type") == "gemma2":
-        facts.soft_caps = _SOFT_CAPS
     is_known = {
         "licence": entry.get("licence"),
-        "whether it is gated": entry.get("gated") is not None,
+        "whether it is gated": "gated" in entry,
         "revision": facts.revision,
         "padding token": padding != _UNKNOWN_PADDING,
         "special tokens": entry.get("special_tokens"),
-        "type and sizes": sizes.keys() >= set(models.NEEDED),
+        "type and sizes": sizes.keys() >= models.NEEDED,
         "context": sizes.get("max_position_embeddings"),
         "linear layers": facts.layers,
     }
@@ -308,7 +308,7 @@ def write_study(name: str, base_model: str) -> list[Path]:
     if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", name):
         raise UserError(f"{name}: not a name for a study; use a-z, digits, -, _ and ., as in first-author-2026")
     recipes, templates = Path("recipes", name), Path("templates", name)
-    for folder in (*(folder for folder in paths.studies() if folder.name == name), recipes, templates):
+    for folder in (paths.RECIPES / name, recipes, templates):
         if folder.exists():
             raise UserError(f"{paths.shown(folder)}: exists already; choose another name, or move it away")
     model = f"{base_model.rpartition('/')[2].lower()}-{name}"  # no shipped recipe has this short name

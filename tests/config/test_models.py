@@ -68,7 +68,7 @@ def test_entries_of_a_family_share_sizes_and_never_a_revision():
     assert {"Qwen/Qwen2.5-Coder-7B-Instruct", "Qwen/Qwen3-8B-Base", "google/gemma-2-27b-it"} < set(listed)
     for name, entry in listed.items():
         assert {"title", "licence"} <= entry.keys(), name
-        assert "config" not in entry or set(models.NEEDED) <= set(entry["config"]), name
+        assert "config" not in entry or set(entry["config"]) >= models.NEEDED, name
         assert "config" not in entry or models.find({"base_model": name}).linear, name
         assert not {"own_pad_token", "pad_token"} <= set(entry), name
 
