@@ -37,8 +37,9 @@ class DataFile(BaseModel):
     rows: int | None = None  # None for formats other than JSON lines
 
     @classmethod
-    def from_file(cls, file: Path, rows: int | None = None) -> "DataFile":
+    def from_file(cls, file: Path) -> "DataFile":
         """Record of an existing file."""
+        rows = count_rows(file) if file.suffix == ".jsonl" else None
         return cls(path=str(file), sha256=sha256(file), bytes=file.stat().st_size, rows=rows)
 
 
@@ -112,7 +113,7 @@ def local_files(dataset: Config) -> list[Path]:
         return []
     if not path.is_dir():
         return [path]
-    patterns = dataset.get("data_files") or []
+    patterns = dataset.get("data_files")
     if not patterns:
         return sorted(file for file in path.rglob("*") if file.is_file())
     if not isinstance(patterns, list):
@@ -212,16 +213,9 @@ def entry_for(file: Path) -> Config:
         datasets = f"[{{path: {file}, type: {{field_instruction: QUESTION, field_output: ANSWER}}}}]"
         hint = f"known fields are {forms}; for others replace --data by --set 'datasets={datasets}', with your fields"
         raise UserError(f"{file}: unknown fields {', '.join(row)}; {hint}")
-    if "field_messages" in entry and _is_sharegpt(row["conversations"]):
+    if "field_messages" in entry and "0.from" in dict(flatten(row["conversations"])):  # ShareGPT's fields
         entry = entry | {"message_property_mappings": {"role": "from", "content": "value"}}
     return {"path": str(file)} | entry
-
-
-def _is_sharegpt(conversation: Any) -> bool:
-    """True if the turns have the fields from and value, instead of role and content."""
-    if not isinstance(conversation, list) or not conversation:
-        return False
-    return isinstance(conversation[0], dict) and "from" in conversation[0]
 
 
 def record(config: Config) -> list[DataFile]:
@@ -235,7 +229,7 @@ def record(config: Config) -> list[DataFile]:
         for path in local_files(dataset.entry):
             if not path.is_file():
                 raise UserError(f"{paths.shown(path)} does not exist", key=f"{dataset.key}.path")
-            files[path] = DataFile.from_file(path, count_rows(path) if path.suffix == ".jsonl" else None)
+            files[path] = DataFile.from_file(path)
     return list(files.values())
 
 

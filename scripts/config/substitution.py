@@ -78,10 +78,9 @@ class _Rehearsal:
 
     def context(self) -> Iterator[tuple[Config, str]]:
         """Shorten rows to the context of the stand-in."""
-        length = self.config.get("sequence_len")
         if not stands_in(self.config) or "sequence_len" in self.user_settings:
             return
-        if isinstance(length, int) and length > CONTEXT:
+        if TrainingSettings.of(self.config).sequence_len > CONTEXT:
             yield {"sequence_len": CONTEXT}, "the context of the stand-in model"
 
     def rows(self, section: datafiles.Section) -> Iterator[tuple[Config, str]]:
@@ -108,14 +107,14 @@ class _Rehearsal:
         """Replace the rows of data sets by those of samples, which have short rows."""
         names = ", ".join(str(dataset.entry.get("path")) for dataset in datasets) or "the config's data"
         reason = f"rows of the shipped sample, because {names} cannot be loaded in part on this machine"
-        entries = _with_sample_rows(datasets, self.sample[section])
-        for i, entry in enumerate(entries):
-            entry["split"] = self.user_settings.get(f"{section}.{i}.split", entry["split"])
+        entries = []
+        for i, entry in enumerate(_sampled(datasets, self.sample[section])):
+            split = self.user_settings.get(f"{section}.{i}.split", entry["split"])
+            entries.append(entry | {"split": split})
         yield {section: entries}, reason
         if section == "datasets" and "sequence_len" not in self.user_settings:
-            length = max(_token_bound(Path(entry["path"])) for entry in entries)
-            if isinstance(self.config.get("sequence_len"), int):
-                length = min(length, self.config["sequence_len"])
+            longest = max(_token_bound(Path(entry["path"])) for entry in entries)
+            length = min(longest, TrainingSettings.of(self.config).sequence_len)
             yield {"sequence_len": length}, "no row of the shipped sample is longer"
 
     def layers(self) -> Iterator[tuple[Config, str]]:
@@ -169,19 +168,17 @@ def _token_bound(file: Path) -> int:
     return -(-longest // 512) * 256
 
 
-def _with_sample_rows(datasets: list[DatasetRef], sample: list[Config]) -> list[Config]:
-    """Data sets whose rows are replaced by their studies' samples; `sample` instead if any study has none."""
+def _sampled(datasets: list[DatasetRef], default: list[Config]) -> list[Config]:
+    """Data sets with rows of their studies' samples; `default` if a study has no sample, or without data sets."""
     from ..data.prepare import twin
 
     entries = []
     for dataset in datasets:
         file = twin(str(dataset.entry.get("path")))
         if file is None:
-            break
-        entries.append(dataset.entry | {"path": str(file), "split": sample[0]["split"]})
-    if not datasets or len(entries) < len(datasets):
-        return [dict(entry) for entry in sample]
-    return entries
+            return default
+        entries.append(dataset.entry | {"path": str(file), "split": default[0]["split"]})
+    return entries or default
 
 
 def gpu_replacements(config: Config) -> Iterator[tuple[Config, str]]:
@@ -203,8 +200,7 @@ def gpu_replacements(config: Config) -> Iterator[tuple[Config, str]]:
 def _replaced_attention(config: Config) -> Iterator[tuple[Config, str]]:
     implementation = attention(config)
     if implementation not in ("", "sdpa", "eager"):
-        old = dict.fromkeys(key for key in OLD_KEYS if key in config)
-        yield old | {"attn_implementation": "sdpa"}, f"{implementation} needs a GPU"
+        yield dict.fromkeys(OLD_KEYS) | {"attn_implementation": "sdpa"}, f"{implementation} needs a GPU"
 
 
 def _replaced_plugins(config: Config) -> Iterator[tuple[Config, str]]:
