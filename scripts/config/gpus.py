@@ -66,8 +66,9 @@ def find(name: str, option: str = "--gpu") -> Gpu:
     Raises:
         UserError: the name matches no GPU or several GPUs, or is a memory size.
     """
-    if match := re.fullmatch(r"sm_?(\d{1,2})(\d)|(\d{1,2})\.(\d)", name, re.IGNORECASE):
-        return Gpu(name, (int(match[1] or match[3]), int(match[2] or match[4])))
+    capability = re.sub(r"(?i)^sm_?(\d+)(\d)$", r"\1.\2", name)
+    if re.fullmatch(r"\d{1,2}\.\d", capability):
+        return Gpu(name, _capability(capability))
     if SIZE.fullmatch(name):
         raise UserError(f"{option} {name}: a memory size, which only `recipe plan` accepts; name a GPU")
     hint = f"; choose {', '.join(catalogue())}, or a compute capability such as sm_86"
@@ -114,18 +115,21 @@ def deepspeed_of(config: Any) -> Config:
     content = read_json(Path(settings))
     if content:
         return content
-    stage = next((stage for stage in (3, 2, 1) if f"zero{stage}" in settings.lower()), 2)
+    stage = re.search("zero([123])", settings.lower())
+    zero: Config = {"stage": int(stage[1]) if stage else 2}
     if "offload" in settings:
-        return {"zero_optimization": {"stage": stage, "offload_param": {"device": "cpu"}}}
-    return {"zero_optimization": {"stage": stage}}
+        zero["offload_param"] = {"device": "cpu"}
+    return {"zero_optimization": zero}
 
 
 def engine_of(config: Any) -> str:
     """Engine for training on several GPUs: DDP, ZeRO-1, ZeRO-2, ZeRO-3 or FSDP."""
-    if deepspeed := deepspeed_of(config):
-        stage = (deepspeed.get("zero_optimization") or {}).get("stage")
-        return f"ZeRO-{stage}" if stage in (1, 2, 3) else "DDP"
-    return "FSDP" if config.get("fsdp_config") else "DDP"
+    stage = dict(flatten(deepspeed_of(config))).get("zero_optimization.stage")
+    if stage in (1, 2, 3):
+        return f"ZeRO-{stage}"
+    if config.get("fsdp_config") and not config.get("deepspeed"):
+        return "FSDP"
+    return "DDP"
 
 
 def offloads(config: Any) -> bool:
@@ -154,5 +158,5 @@ def divided(config: Config, gpus: int, asked: str) -> Config:
         key, count, unit = "batch_size", settings.batch_size, settings.micro_batch_size
     if count % (gpus * unit) == 0:
         return merge(config, {key: count // gpus})
-    problem = f"{key} is {config.get(key) or count}, not a multiple of {gpus * unit}"
+    problem = f"{key} is {count}, not a multiple of {gpus * unit}"
     raise UserError(f"{asked}: {problem}; use --set to choose a multiple, and perhaps a smaller micro_batch_size")

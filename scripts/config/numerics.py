@@ -44,15 +44,19 @@ def precision(config: Config, on_gpu: bool) -> Precision:
         on_gpu: true for training on an NVIDIA GPU, false on a CPU.
     """
     bf16, fp16, float16 = config.get("bf16", "auto"), config.get("fp16"), config.get("float16")
-    if bf16 == "auto":
-        bf16 = on_gpu and not fp16
-        if not on_gpu and fp16 is None and not float16:
-            fp16 = True
+    if bf16 == "auto" and on_gpu:
+        bf16 = not fp16
+    elif bf16 == "auto":
+        bf16 = False
+        if fp16 is None:
+            fp16 = not float16
     if bf16 or config.get("bfloat16"):
         return Precision("bfloat16", "bfloat16")
     if fp16:
         return Precision("float16", "float16")
-    return Precision("float16" if float16 or config.get("load_in_8bit") else "float32", None)
+    if float16 or config.get("load_in_8bit"):
+        return Precision("float16", None)
+    return Precision("float32", None)
 
 
 def engine_precision(config: Config, on_gpu: bool) -> Config:

@@ -32,7 +32,7 @@ def incompatible_keys(fragment: Config, config: Config, gpu: Gpu | None) -> Inco
     incompatible: Incompatible = {}
     for changes, reason in _incompatible(config, gpu):
         for key, instead in changes.items():
-            if key in fragment and fragment[key] != instead:
+            if fragment.get(key, instead) != instead:
                 incompatible.setdefault(reason, {})[key] = instead
                 fragment = merge(fragment, {key: instead})
     return incompatible
@@ -74,7 +74,6 @@ def _incompatible_liger(config: Config, model: Config) -> Iterator[tuple[Config,
     for loss in ("chunked_cross_entropy", "cut_cross_entropy", "liger_cross_entropy"):
         if config.get(loss):
             yield dict.fromkeys(_LIGER[-1:]), f"the config has {loss}"
-            break
     trained = [*listed(config, "lora_modules_to_save"), *listed(config, "lora_target_modules")]
     if "lm_head" in trained:
         yield dict.fromkeys(_LIGER[-1:]), "Liger's loss is not tested with a trained lm_head"
@@ -94,7 +93,7 @@ def _incompatible_lora(config: Config, model: Config) -> Iterator[tuple[Config, 
         )
     if dict(flatten(config)).get("bnb_config_kwargs.bnb_4bit_quant_type", "nf4") != "nf4":
         yield dict.fromkeys(_LORA), "the kernels decode doubly quantized weights as NF4 (axolotl/kernels/quantize.py)"
-    activation = model.get("hidden_activation") or model.get("hidden_act") or "silu"
+    activation = model.get("hidden_activation") or model.get("hidden_act", "silu")
     if activation != "silu":
         yield {"lora_mlp_kernel": None}, f"the kernel computes SiLU or GELU (erf), but the model uses {activation}"
     if not config.get("lora_target_linear"):
