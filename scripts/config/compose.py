@@ -208,7 +208,10 @@ class _Composition:
     def apply_overrides(self) -> None:
         """Set the keys of --set."""
         for override in self.request.overrides:
-            merging.check_not_of_the_run(override.key, f"--set {override.text}")
+            if merging.top_key(override.key) in merging.OF_THE_RUN:
+                problem = f"`recipe run` sets {override.key}"
+                remedy = "--runs selects the folder of runs, and `recipe resume` continues a run"
+                raise UserError(problem, key=f"--set {override.text}", remedy=remedy)
             self._adopt(merging.override(self.config, override.key, override.value), override.source)
             self.user_settings |= dict(merging.flatten({override.key: override.value}))
 

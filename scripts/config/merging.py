@@ -189,14 +189,6 @@ def _replaced(current: Any, path: str, value: Any, key: str) -> Any:
     return {name: item for name, item in changed.items() if item is not None}
 
 
-def check_not_of_the_run(key: str, where: str) -> None:
-    """Raise UserError for a key of `OF_THE_RUN`; `where` begins the message."""
-    if top_key(key) in OF_THE_RUN:
-        raise UserError(
-            f"{where}: `recipe run` sets {key}; --runs selects the folder of runs, and `recipe resume` continues a run"
-        )
-
-
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and values; a list of plain values counts as one value."""
     if isinstance(config, dict) and (config or not prefix):
@@ -293,9 +285,11 @@ class Difference:
 
 def chained(first: Sequence[Difference], second: Sequence[Difference]) -> list[Difference]:
     """Combine the differences of two steps: recipe to variant, variant to run."""
-    before, after = ({difference.key: difference for difference in step} for step in (first, second))
-    both = (replace(last, recipe=before.get(key, last).recipe) for key, last in (before | after).items())
-    return [difference for difference in both if difference.recipe != difference.run]
+    combined = {difference.key: difference for difference in first}
+    for difference in second:
+        former = combined.get(difference.key, difference)
+        combined[difference.key] = replace(difference, recipe=former.recipe)
+    return [difference for difference in combined.values() if difference.recipe != difference.run]
 
 
 _ORIGINAL = re.compile(r"# (?:\S+: a variant of (\S+)|(\S+): .*)")

@@ -92,9 +92,10 @@ def for_model(base: str, name: str) -> OtherModel:
     if "chat_template" in foreign and (entry.get("chat") or models.chat_template(folder)):
         other.changes["chat_template"] = Change("tokenizer_default", "the model's template")
         del foreign["chat_template"]
-    if facts.unknown:
-        other.header.append(f"# Not known {', '.join(facts.unknown)}")
-        other.notes.append(f"not known about {name}: {', '.join(facts.unknown)}{_fetch_hint(name, facts, folder)}")
+    unknown = ", ".join(facts.unknown)
+    if unknown:
+        other.header.append(f"# Not known {unknown}")
+        other.notes.append(f"not known about {name}: {unknown}{_fetch_hint(name, facts, folder)}")
     for key, template in foreign.items():
         other.notes.append(f"{key} stays {template}: check that it suits the model")
     return other
@@ -122,8 +123,8 @@ def _model_changes(recipe: Config, name: str, facts: ModelFacts) -> dict[str, Ch
     for key in _OF_ONE_MODEL:
         if key in recipe:
             changes[key] = Change(None, "valid only for the former model")
-    targets = recipe.get("lora_target_modules")
-    if isinstance(targets, list) and facts.targets(targets) != targets:
+    targets = merging.listed(recipe, "lora_target_modules")
+    if facts.targets(targets) != targets:
         changes["lora_target_modules"] = Change(facts.targets(targets))
     if facts.soft_caps and recipe.get("attn_implementation") == "sdpa":
         changes["attn_implementation"] = Change("eager", facts.soft_caps)
@@ -135,11 +136,8 @@ def _foreign_templates(recipe: Config) -> dict[str, str]:
     templates = {"chat_template": recipe.get("chat_template")}
     for dataset in datafiles.datasets(recipe):
         templates[f"{dataset.key}.chat_template"] = dataset.entry.get("chat_template")
-    foreign = {}
-    for key, template in templates.items():
-        if template and not str(template).startswith(("tokenizer_default", "jinja")):
-            foreign[key] = str(template)
-    return foreign
+    texts = {key: str(template) for key, template in templates.items() if template}
+    return {key: text for key, text in texts.items() if not text.startswith(("tokenizer_default", "jinja"))}
 
 
 def for_data(base: str, file: Path) -> list[Override]:
@@ -152,15 +150,11 @@ def for_data(base: str, file: Path) -> list[Override]:
     entry = datafiles.entry_for(file)
     overrides = [Override("datasets", [entry])]
     if entry["type"] != "chat_template":
-        for key in ("chat_template", "chat_template_jinja"):
-            if key in recipe:
-                overrides.append(Override(key, None))
+        overrides += [Override("chat_template", None), Override("chat_template_jinja", None)]
     elif not recipe.get("chat_template"):
         overrides.append(Override("chat_template", "tokenizer_default"))
     if not recipe.get("val_set_size"):
-        if recipe.get("test_datasets"):
-            overrides.append(Override("test_datasets", None))
-        overrides.append(Override("val_set_size", HELD_OUT))
+        overrides += [Override("test_datasets", None), Override("val_set_size", HELD_OUT)]
     return overrides
 
 
@@ -240,7 +234,7 @@ def _merged_changes(overrides: list[Override], other: OtherModel) -> dict[str, C
         top = merging.top_key(override.key)
         if top == "base_model" and top in other.changes:
             raise UserError("--set base_model: --model sets the model already; give only one")
-        if top in changes and changes[top].source:
+        if top in changes and changes[top].source:  # one line and one comment for both changes
             value = merging.override({top: changes[top].value}, override.key, override.value).get(top)
             changes[top] = Change(value, "chosen by --set")
         elif override.key == "datasets":
@@ -280,7 +274,7 @@ def edited(text: str, key: str, change: Change, where: str) -> str:
     """
     before = yamlfiles.parse(text, where)
     after, source = merging.override(before, key, change.value), change.source
-    if _is_same(before, after) and (source is None or key not in before):
+    if not merging.differences(before, after) and (source is None or key not in before):
         return text
     top = merging.top_key(key)
     document = yaml.compose(text, Loader=yaml.CSafeLoader)
@@ -302,13 +296,9 @@ def edited(text: str, key: str, change: Change, where: str) -> str:
         lines[first:end] = [f"# variant, removed: {top}: {was}{reason}"]
     changed = "\n".join(lines)
     with suppress(UserError):
-        if _is_same(yamlfiles.parse(changed, where), after):
+        if not merging.differences(yamlfiles.parse(changed, where), after):
             return changed
     raise UserError(f"--set {key}: cannot edit the lines of this key in {where}; edit a copy by hand")
-
-
-def _is_same(a: Any, b: Any) -> bool:
-    return a == b and not merging.differences({"": a}, {"": b})  # in Python, True equals 1
 
 
 def _last_line(node: Any, lines: list[str]) -> int:

@@ -95,7 +95,7 @@ def _warnings(study: Study, names: list[str]) -> Iterator[Mistake]:
     data = study.data
     files = {Path(form.folder, f"{split}.jsonl") for form in data.formats.values() for split in data.splits}
     for name in names:
-        if name not in study.published and name not in study.variants:
+        if name not in [*study.published, *study.variants]:
             yield ("published",), f"{name} is missing; add `{name}: {{}}` here or under variants"
         for dataset in datafiles.datasets(yamlfiles.read_yaml(paths.recipe_file(name))):
             path = dataset.entry.get("path")
