@@ -163,8 +163,8 @@ def _counterparts(target: str, layers: tuple[str, ...]) -> list[str]:
     for fused, parts in FUSED.items():
         if target in parts and fused in layers:
             return [fused]
-    parts = [part for part in FUSED.get(target, ()) if part in layers]
-    return parts or [target]
+    counterparts = [part for part in FUSED.get(target, ()) if part in layers]
+    return counterparts or [target]
 
 
 def _config_file(name: str, revision: Any, download: bool) -> Path:
