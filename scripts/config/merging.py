@@ -334,17 +334,17 @@ def _declared_parent(recipe: str) -> str | None:
     return study.variants[recipe].of
 
 
-def recipe_diff(a: str, b: str | None = None) -> list[Row]:
+def recipe_diff(a: str, b: str) -> list[Row]:
     """Table rows of keys in which two recipes or files differ; `OF_THE_RUN` is ignored.
 
     Args:
         a: a recipe or file.
-        b: another; by default the parent of `a`, which then comes first.
+        b: another; empty for the parent of `a`, which then comes first.
 
     Raises:
         UserError: a recipe does not exist, or `a` has no parent.
     """
-    if b is None:
+    if not b:
         a, b = _parent(a), a
     first, second = (yamlfiles.read_yaml(paths.find_recipe(name)[1]) for name in (a, b))
     rows = []
