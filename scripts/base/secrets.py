@@ -120,10 +120,12 @@ def _shown_address(match: re.Match[str]) -> str:
 
 
 def _shown_parameter(match: re.Match[str], is_web: bool) -> str:
+    """Parameter of an address; its value is masked unless `_SHOWN` has its name. Without a name, it is a value."""
     separator, name, equals, value = match.groups()
     if name in _SHOWN and _SHOWN_VALUE.fullmatch(value):
         return match[0]
     if not equals and (separator == "#" or not is_web):  # a place in a page, or a pattern of files
         return match[0]
-    is_name = re.fullmatch(r"[A-Za-z][\w.-]{0,40}", name) and value.strip("=")
-    return f"{separator}{name}={MASK}" if is_name else separator + MASK
+    if re.fullmatch(r"[A-Za-z][\w.-]{0,40}", name) and value.strip("="):  # else a value that ends with =
+        return f"{separator}{name}={MASK}"
+    return separator + MASK

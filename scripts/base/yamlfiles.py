@@ -134,22 +134,22 @@ def require_small(text: str, file: Path | str, option: str = "") -> None:
         UserError: the text is too large, or a node contains itself.
     """
     by_anchor: dict[str | None, _Size] = {}
-    parents: list[tuple[str | None, _Size]] = [(None, _Size())]
+    open_nodes: list[tuple[str | None, _Size]] = [(None, _Size())]
     for event in yaml.parse(text, _Loader):
         if isinstance(event, yaml.CollectionStartEvent):
             by_anchor[event.anchor] = _Size(math.inf)  # an alias inside this node would repeat it endlessly
-            parents.append((event.anchor, _Size(1)))
+            open_nodes.append((event.anchor, _Size(1)))
         elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, size = parents.pop()
+            anchor, size = open_nodes.pop()
             by_anchor[anchor] = size
-            parents[-1][1].add(size)
+            open_nodes[-1][1].add(size)
         elif isinstance(event, yaml.ScalarEvent):
             by_anchor[event.anchor] = _Size(1 + len(event.value) // 100)
-            parents[-1][1].add(by_anchor[event.anchor])
+            open_nodes[-1][1].add(by_anchor[event.anchor])
         elif isinstance(event, yaml.AliasEvent):
-            parents[-1][1].add(by_anchor.get(event.anchor, _Size()))  # composing reports an unknown alias
-        size = parents[-1][1]
-        if size.values > _MOST_VALUES or max(size.levels, len(parents)) > _MOST_LEVELS:
+            open_nodes[-1][1].add(by_anchor.get(event.anchor, _Size()))  # composing reports an unknown alias
+        size = open_nodes[-1][1]
+        if size.values > _MOST_VALUES or max(size.levels, len(open_nodes)) > _MOST_LEVELS:
             problem = "too large or nested too deeply for a config"
             raise UserError(problem, file=file, key=option, remedy="remove values or aliases (*name)")
 

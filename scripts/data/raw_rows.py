@@ -234,22 +234,22 @@ class RowMaker:
             BadRow: a field is missing, an expression fails, a prepared field contains null or is neither text nor a
                 list or mapping, or the sort value is not a number.
         """
-        names = {"row": raw, "file": file} | raw
+        raw_fields = {"row": raw, "file": file} | raw
         row: Row = {}
         for name, expression in self._fields.items():
-            row[name] = expression.value(row | names)
-        all_names = names | row
+            row[name] = expression.value(row | raw_fields)
+        all_fields = raw_fields | row
         for filter_name, expression in self._filters.items():
-            if expression.value(all_names):
+            if expression.value(all_fields):
                 return row, filter_name, {}, 0
         for name, value in row.items():
             if not isinstance(value, str | list | tuple | dict) or has_gap(value):
                 problem = f"{value!r:.60} is neither text nor a list or mapping of texts; filter such rows out"
                 raise BadRow(f"{self._fields[name].label}: {problem}")
-        length = self._order.value(all_names)
+        length = self._order.value(all_fields)
         if not isinstance(length, int | float):
             raise BadRow(f"{self._order.label}: {length!r:.60} is not a number; use a number, such as a length")
-        extra = {name: expression.value(names) for name, expression in self._extra_fields.items()}
+        extra = {name: expression.value(raw_fields) for name, expression in self._extra_fields.items()}
         return row, None, extra, length
 
 
