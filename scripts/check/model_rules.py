@@ -10,6 +10,7 @@ from ..base.errors import did_you_mean
 from ..config import models
 from ..config.finding import Case, Level, Problems, rule
 from ..config.merging import listed
+from ..config.training_settings import TrainingSettings
 
 _TRAINABLE = ("embed_tokens", "lm_head")
 """Modules outside the layers that can be trained beside LoRA."""
@@ -19,8 +20,8 @@ _TRAINABLE = ("embed_tokens", "lm_head")
 def beyond_context(case: Case) -> Problems:
     """RoPE accepts rows longer than the model's context, for which the model was never trained."""
     context = case.model.context
-    length = case["sequence_len"] or 0
-    if context and length > context and not (case["overrides_of_model_config"] or case["model_config"]):
+    length = TrainingSettings.of(case.config).sequence_len
+    if context and length > context and not case.is_set("overrides_of_model_config", "model_config"):
         yield "error", "sequence_len", f"{length} exceeds the model's context of {context} tokens", "lower it"
 
 

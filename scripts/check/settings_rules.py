@@ -195,8 +195,7 @@ def no_gpu(case: Case) -> Problems:
     for change, reason in substitution.gpu_replacements(case.config):
         keys = [key for key in change if key not in ("fp16", "float16")]
         if keys:
-            key = case.first_set(*keys) or keys[0]
-            yield "error", key, f"no NVIDIA GPU found: {reason}", "add --rehearse, which replaces this setting"
+            yield "error", keys[0], f"no NVIDIA GPU found: {reason}", "add --rehearse, which replaces this setting"
     if precision(case.config, on_gpu=False).autocast == "float16":
         key = "fp16" if case["fp16"] else "bf16"
         problem = "no NVIDIA GPU found, and a CPU does not train in fp16, which it uses by default (bf16: auto)"
@@ -210,14 +209,14 @@ def optimizer_and_engine(case: Case) -> Problems:
     With offload_optimizer, accelerate replaces the optimizer by DeepSpeed's Adam. DeepSpeed's Adam uses AdamW's
     weight decay only if the config's optimizer is a 32-bit AdamW (map_pytorch_optim_to_deepspeed).
     """
-    optimizer = str(case["optimizer"] or "")
+    optimizer = TrainingSettings.of(case.config).optimizer
     of_bnb = re.search(r"paged|bnb|^(adamw|ademamix|lion|rmsprop)_(8|32)bit$", optimizer)
     if case["fsdp_config"] and of_bnb:
         yield "error", "optimizer", f"{optimizer} does not work with FSDP2", "set adamw_torch_8bit or adamw_torch_fused"
     deepspeed = dict(flatten(deepspeed_of(case.config)))
     offloaded = deepspeed.get("zero_optimization.offload_optimizer.device", "none") != "none"
     replaced = offloaded and deepspeed.get("zero_force_ds_cpu_optimizer", True)
-    if replaced and not re.fullmatch("|adamw_torch|adamw_torch_fused|paged_adamw_32bit", optimizer):
+    if replaced and not re.fullmatch("adamw_torch|adamw_torch_fused|paged_adamw_32bit", optimizer):
         problem = f"offload_optimizer replaces {optimizer} by Adam without AdamW's weight decay"
         yield "error", "optimizer", problem, "set adamw_torch, or use the profile zero3-offload"
 
