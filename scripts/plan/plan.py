@@ -156,7 +156,7 @@ def _add_findings(planned: Plan, findings: list[Finding]) -> None:
         planned.gpus = [replace(fit, fits=False, lacks=tuple(lacks)) for fit in planned.gpus]
 
 
-def composed_for(request: Request, gpu: Gpu | None = None) -> Composed:
+def composed_for(request: Request, gpu: Gpu | None) -> Composed:
     """Config of a request, composed for a GPU if one is given.
 
     Raises:
@@ -229,8 +229,9 @@ def _changes(config: Config, step_plan: StepPlan, gpu: Gpu, gpus: int) -> Iterat
     for changes, effect in _reductions(config, step_plan, gpu, gpus):
         changed = merge(changed, changes)
         needed = needed_per_gpu(plan_step(changed, gpu)[0], changed, gpus)
-        yield PlannedChange(changes, effect, needed, needed <= usable)
-        if needed <= usable:
+        fits = needed <= usable
+        yield PlannedChange(changes, effect, needed, fits)
+        if fits:
             break
 
 

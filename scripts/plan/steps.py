@@ -62,27 +62,27 @@ class Step:
     """
 
     model: str
-    adapter: str | None = "qlora"
-    weights: str = "float16"
-    autocast: str | None = None
-    rank: int = 32
-    targets: tuple[str, ...] | str = ("q_proj", "k_proj", "v_proj", "o_proj")
-    saved_modules: tuple[str, ...] = ()
-    dora: bool = False
-    fp32_adapters: bool = True
-    dropout: float = 0.0
-    quantization: str = "nf4"
-    double_quantization: bool = True
-    checkpointing: str | None = "non-reentrant"
-    attention: str = "sdpa"
-    padded: bool = False
-    packed: bool = False
-    flat: bool = False
-    accumulates: bool = False
-    optimizer: str = "adamw_torch_fused"
-    chunked_loss: bool = False
-    axolotl: bool = True
-    capability: tuple[int, int] | None = (7, 5)
+    adapter: str | None
+    weights: str
+    autocast: str | None
+    rank: int
+    targets: tuple[str, ...] | str
+    saved_modules: tuple[str, ...]
+    dora: bool
+    fp32_adapters: bool
+    dropout: float
+    quantization: str
+    double_quantization: bool
+    checkpointing: str | None
+    attention: str
+    padded: bool
+    packed: bool
+    flat: bool
+    accumulates: bool
+    optimizer: str
+    chunked_loss: bool
+    axolotl: bool
+    capability: tuple[int, int] | None
 
 
 def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int, int]) -> tuple[Step, list[str]]:
@@ -121,6 +121,7 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
         accumulates=settings.rows_per_step > settings.micro_batch_size,
         optimizer=_optimizer(settings),
         chunked_loss=bool(config.get("chunked_cross_entropy")),
+        axolotl=True,
         capability=oldest_alike(capability),
     )
     notes = [*_substitutions(config, settings), *_untraced_keys(config), *_untraced(config, settings, architecture)]

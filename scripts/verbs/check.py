@@ -68,13 +68,18 @@ def check_verb(
     else:
         _print(reports)
     _say_counts(reports, _skipped(data, quick))
-    if not all(report.validated for report in reports):
-        return  # an incomplete check recommends no next step
-    if not rehearse:  # `plan` has no --rehearse
+    if all(report.validated for report in reports):  # an incomplete check recommends no next step
+        _suggest_next(names, gpu, requests, json)
+
+
+def _suggest_next(names: list[str], gpu: str | None, requests: "list[Request]", json: bool) -> None:
+    """Suggest a plan of the same configs; for one rehearsal, which has no plan, suggest its run."""
+    first = requests[0]
+    if not first.rehearse:
         gpu_option = ["--gpu", gpu] if gpu else []
-        suggest("plan", *names, *override_options(profile, set_), *gpu_option, json=json)
+        suggest("plan", *names, *override_options(first.profiles, first.overrides), *gpu_option, json=json)
     elif len(requests) == 1:
-        suggest("run", *run_arguments(requests[0]), json=json)
+        suggest("run", *run_arguments(first), json=json)
 
 
 def _show_tokens(requests: "list[Request]", count: int, json: bool) -> None:
@@ -96,8 +101,7 @@ def _print(reports: "list[Report]") -> None:
         for finding in report.findings:
             tables.print_text(str(finding))
     for report in reports:
-        if report.data:
-            tables.print_table(report.data_table(), report.name)
+        tables.print_table(report.data_table(), report.name)
 
 
 def _say_counts(reports: "list[Report]", skipped: str) -> None:

@@ -15,6 +15,7 @@ from .options import (
     DecodingName,
     Force,
     Json,
+    Limit,
     Metrics,
     On,
     RunName,
@@ -30,12 +31,6 @@ Data = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE", help="JSONL rows; default: the study's test set, else `test_datasets`, else held-out rows."
-    ),
-]
-Limit = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N", min=1, help="Evaluate only N rows, chosen pseudo-randomly; default: all (rehearsal: 12)."
     ),
 ]
 Adapter = Annotated[

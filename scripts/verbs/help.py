@@ -40,9 +40,9 @@ class Verb(TyperCommand):
         """Write arguments, then options under their headings."""
         headings: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
-            kind = "Arguments" if isinstance(param, click.Argument) else "Options"
+            heading = getattr(param, "rich_help_panel", None) or f"{param.param_type_name}s".capitalize()
             if record := param.get_help_record(ctx):
-                headings.setdefault(getattr(param, "rich_help_panel", None) or kind, []).append(record)
+                headings.setdefault(heading, []).append(record)
         _write_sections(headings, formatter)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

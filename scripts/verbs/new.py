@@ -51,14 +51,14 @@ def new_verb(
     overrides = set_
     if data:
         overrides = [*new.for_data(from_, data), *set_]
-    other = new.SAME_MODEL
+    replacement = new.SAME_MODEL
     if model:
-        other = new.for_model(from_, model)
-    composed = compose.compose(compose.Request(from_, overrides=[*other.overrides, *overrides]))
+        replacement = new.for_model(from_, model)
+    composed = compose.compose(compose.Request(from_, overrides=[*replacement.overrides, *overrides]))
     report = check.check_config(composed, data=data is not None)
     _refuse_errors(report)
-    print(new.write(name, from_, overrides, other))
-    for note in other.notes:
+    print(new.write(name, from_, overrides, replacement))
+    for note in replacement.notes:
         say(note)
     if data:
         unread: list[str] = next((read["unread_fields"] for read in report.data), [])

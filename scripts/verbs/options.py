@@ -68,8 +68,6 @@ def complete_runs(context: typer.Context, incomplete: str) -> list[str]:
     """Complete `latest`, recipes with runs, and run folders."""
     folder = _runs_folder(context)
     runs = sorted(run.relative_to(folder) for run in paths.run_folders(folder))
-    if not runs:
-        return []
     recipes = dict.fromkeys(run.parent.as_posix() for run in runs)
     return _beginning(incomplete, ["latest", *recipes, *(run.name for run in runs)])
 
@@ -216,6 +214,12 @@ Force = Annotated[
 Json = Annotated[bool, typer.Option("--json", rich_help_panel="Output", help="Print JSON.")]
 
 
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", min=1, help="Evaluate only N rows, chosen pseudo-randomly; default: all (rehearsal: 12)."
+    ),
+]
 Seeds = Annotated[
     int,
     typer.Option("--seeds", metavar="N", min=1, help="Train everything with N seeds, the recipe's own seed first."),
@@ -289,6 +293,18 @@ def refuse_without(option: str, value: object, other: str, needed: object) -> No
         raise UserError(f"{option}: works only with {other}")
 
 
+def report_problems(problems: dict[str, str]) -> None:
+    """Log problems, each with the name of its subject.
+
+    Raises:
+        typer.Exit: code 1 if there is a problem.
+    """
+    for name, problem in problems.items():
+        say(f"{name}: {problem}")
+    if problems:
+        raise typer.Exit(1)
+
+
 def backend_of(on: str, rehearsal: bool = False, jobs: int | None = None) -> "Backend":
     """Return the backend that --on names, with the options after the name.
 
@@ -319,12 +335,11 @@ def end(
     """Print steps and results, and exit with the steps' code."""
     from ..study import pipeline
 
-    steps = [result.as_row() for result in results]
     if json:
-        steps = [step | {"problem": result.problem} for step, result in zip(steps, results, strict=True)]
+        steps = [result.as_row() | {"problem": result.problem} for result in results]
         tables.print_json(head | {"steps": steps, "results": rows})
     else:
-        tables.print_table(steps, below=["run"])
+        tables.print_table([result.as_row() for result in results], below=["run"])
         print()
         show()
     for result in results:

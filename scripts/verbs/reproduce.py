@@ -24,6 +24,7 @@ from .options import (
     complete_studies,
     end,
     refuse_without,
+    report_problems,
 )
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def reproduce_verb(
     study = find(name)
     request = Request(study.folder.name, profile, set_, rehearse, force=force)
     request.rehearse = is_rehearsal(request)
-    later_options: dict[str, object] = {}
+    later_options: dict[str, object] = {}  # values of options that only stages after --from have
     if from_ != "training":
         later_options |= {f"--on {on}": on != "local", "--seeds": seeds > 1, "--dry-run": dry_run}
     if from_ == "predictions":
@@ -136,8 +137,5 @@ def _score_predictions(study: "Study", only: list[str], scorer: str | None, json
 
     rows, problems = reproduce.score_predictions(study, only, scorer)
     tables.show(json, {"scores": rows, "problems": problems}, [tables.Table(rows)])
-    for name, problem in problems.items():
-        say(f"{name}: {problem}")
-    if problems:
-        raise typer.Exit(1)
+    report_problems(problems)
     suggest("reproduce", study.folder.name, json=json)

@@ -20,6 +20,7 @@ from .options import (
     complete_runs,
     refuse_together,
     refuse_without,
+    report_problems,
 )
 
 verbs = typer.Typer(rich_markup_mode=None)
@@ -46,7 +47,6 @@ def results_verb(
     json: Json = False,
 ) -> None:
     """Show losses and scores of runs, a study or a sweep, or compare two runs."""
-    refuse_together({"--export": export, "--rehearse": rehearse, "--metric": metric})
     refuse_together({" ".join(names): names, "--export": export})
     refuse_without("--metric", metric, "two runs", len(names) == 2)
     refuse_without("--rehearse", rehearse, "a study", len(names) == 1)
@@ -88,10 +88,7 @@ def _export(name: str) -> None:
     rows, problems = reproduce.score_predictions(study, [], None)
     for file in export_records.export_predictions(study, rows):
         print(file)
-    for owner, problem in problems.items():
-        say(f"{owner}: {problem}")
-    if problems:
-        raise typer.Exit(1)
+    report_problems(problems)
 
 
 def _show_one(name: str, rehearse: bool, json: bool) -> None:

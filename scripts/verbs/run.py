@@ -8,7 +8,7 @@ from ..base import yamlfiles
 from ..base.errors import UserError
 from ..base.secrets import without_secrets
 from .help import Verb, suggest_evaluation
-from .options import WHERE, Force, Name, On, Overrides, Profiles, RunName, Things, backend_of
+from .options import WHERE, Force, Name, On, Overrides, Profiles, RehearseAll, RunName, Things, backend_of
 
 verbs = typer.Typer(rich_markup_mode=None)
 
@@ -21,9 +21,7 @@ verbs = typer.Typer(rich_markup_mode=None)
 def run_verb(
     *,
     name: Name,
-    rehearse: Annotated[
-        bool, typer.Option("--rehearse", help="Try it on the CPU: small model, few rows, no network.")
-    ] = False,
+    rehearse: RehearseAll = False,
     profile: Profiles,
     set_: Overrides,
     gpu_count: Annotated[
@@ -99,8 +97,7 @@ def cancel_verb(names: Things) -> None:
         messages += _cancel(name)
     if not messages:
         raise UserError(f"{', '.join(names)}: nothing is running or queued")
-    for message in messages:
-        print(message)
+    print(*messages, sep="\n")
 
 
 def _cancel(name: str) -> list[str]:

@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..base import paths
+from ..base.files import Row
 from .help import Verb, rehearse_option, suggest
 from .options import (
     Force,
     Jobs,
     Json,
+    Limit,
     Metrics,
     NameOrStudy,
     On,
@@ -60,12 +62,7 @@ def sweep_verb(
     jobs: Jobs = None,
     on: On = "local",
     gpu: PlannedGpu = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, help="Evaluate only N rows, chosen pseudo-randomly; default: all (rehearsal: 12)."
-        ),
-    ] = None,
+    limit: Limit = None,
     metric: Metrics,
     force: Force,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan every run, but start none.")] = False,
@@ -97,10 +94,10 @@ def sweep_verb(
         dry_run=dry_run,
     )
     _show_results(study, records, results, json)
+    words = [records[0].label]
     if study:
-        suggest("results", name, *rehearse_option(request.rehearse), json=json or dry_run)
-    else:
-        suggest("results", records[0].label, json=json or dry_run)
+        words = [name, *rehearse_option(request.rehearse)]
+    suggest("results", *words, json=json or dry_run)
 
 
 def _show_results(study: "Study | None", records: "list[Sweep]", results: "list[TaskResult]", json: bool) -> None:
@@ -108,9 +105,9 @@ def _show_results(study: "Study | None", records: "list[Sweep]", results: "list[
     from ..results import sweep_results
 
     best = sweep_results.best_rows(study, records, paths.runs()) if study else []
-    rows = []
+    rows: list[Row] = []
     for record in records:
-        rows += [sweep_results.record(row) for row in sweep_results.rows(record, paths.runs())]
+        rows += map(sweep_results.record, sweep_results.rows(record, paths.runs()))
 
     def show() -> None:
         for record in records:

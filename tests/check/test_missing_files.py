@@ -90,7 +90,7 @@ def test_a_rehearsal_replaces_no_missing_file(recipe, moved, change):
 def test_rows_that_are_not_prepared_yet_are_replaced_in_a_rehearsal(recipe, tmp_path):
     recipe.ok("check", LLAMA_2, "--rehearse")
     recipe.ok("run", LLAMA_2, "--dry-run")
-    assert plan.composed_for(Request(LLAMA_2)).recipe == LLAMA_2
+    assert plan.composed_for(Request(LLAMA_2), None).recipe == LLAMA_2
 
 
 @pytest.mark.parametrize(

@@ -46,21 +46,25 @@ PEFTS_RUNS = [  # huggingface/peft@5d602fd, method_comparison/MetaMathQA/results
 ]
 
 
+def of_recipe(name: str) -> Step:
+    config = recipe_config(name)
+    return steps_of.step_of(config, models.architecture(config), (8, 0))[0]
+
+
 def of_pefts_comparison(change: dict[str, Any]) -> Step:
     """The step of a run of PEFT's comparison: weights in bf16, a plain loop, an L40S."""
-    model = json.dumps(models.architecture({"base_model": "meta-llama/Llama-3.2-3B"}))
-    kind: dict[str, Any] = {"adapter": "lora", "weights": "bfloat16", "checkpointing": None, "optimizer": "adamw_torch"}
-    return Step(model=model, axolotl=False, padded=True, capability=(8, 9), **kind, **change)
+    kind: dict[str, Any] = {"weights": "bfloat16", "autocast": None, "dropout": 0.0, "optimizer": "adamw_torch"}
+    kind |= {"axolotl": False, "padded": True, "accumulates": False, "capability": (8, 9)}
+    return replace(of_recipe("peft-metamathqa/lora-rank32"), checkpointing=None, **kind, **change)
 
 
 def on_the_head(model: str, rank: int) -> Step:
     architecture = json.dumps(models.architecture({"base_model": f"meta-llama/Llama-{model}"}))
-    return Step(model=architecture, rank=rank, targets=(*ALL_LINEAR, "lm_head"))
+    return replace(of_recipe("start/qlora"), model=architecture, rank=rank, targets=(*ALL_LINEAR, "lm_head"))
 
 
-def of_recipe(name: str) -> Step:
-    config = recipe_config(name)
-    return steps_of.step_of(config, models.architecture(config), (8, 0))[0]
+def of_family(config: Config) -> Step:
+    return replace(of_recipe("start/qlora"), model=json.dumps(config), targets="all-linear")
 
 
 TRAINED = {  # of the studies' own counts
@@ -70,7 +74,7 @@ TRAINED = {  # of the studies' own counts
 }
 PARAMETERS = [
     *((of_recipe(name), "trainable", trained) for name, trained in TRAINED.items()),
-    *((Step(model=json.dumps(config), targets="all-linear"), "frozen", frozen) for config, frozen in SHIPPED.values()),
+    *((of_family(config), "frozen", frozen) for config, frozen in SHIPPED.values()),
     *((of_pefts_comparison(change), "trainable", trained) for change, trained, _ in PEFTS_RUNS),
     # thinking-machines-lab/tinker-cookbook@ece68c2a, hyperparam_utils.py; two share a matrix between both ends
     (on_the_head("3.2-1B", 128), "trainable", 128 * 834_816),

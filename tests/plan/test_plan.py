@@ -29,11 +29,27 @@ def test_a_recipe_becomes_its_step():
     step, notes = steps.step_of(recipe_config("haider2024/llama-3-8b"), SMALL, TURING)
     assert step == steps.Step(
         model=json.dumps(SMALL, sort_keys=True),
+        adapter="qlora",
+        weights="float16",
         autocast="float16",
+        rank=32,
+        targets=("q_proj", "k_proj", "v_proj", "o_proj"),
+        saved_modules=(),
+        dora=False,
+        fp32_adapters=True,
         dropout=0.05,
+        quantization="nf4",
+        double_quantization=True,
+        checkpointing="non-reentrant",
+        attention="sdpa",
         padded=True,
+        packed=False,
+        flat=False,
         accumulates=True,
         optimizer="adamw_bnb_8bit",
+        chunked_loss=False,
+        axolotl=True,
+        capability=TURING,
     )
     assert notes == []
 
