@@ -147,11 +147,11 @@ class Study(Strict):
         comments = yamlfiles.sources(paths.recipe_file(recipe))
         return {key for key, comment in comments.items() if comment.startswith(prefixes)}
 
-    def aimed_at(self, recipe: str) -> Published | None:
-        """Published results that a recipe should reach; None for other recipes."""
+    def aimed_at(self, recipe: str) -> Published:
+        """Published results that a recipe should reach; empty for other recipes."""
         if recipe in self.variants and not self.variants[recipe].reproduces:
-            return None
-        return self.published.get(self.origin(recipe))
+            return Published()
+        return self.published.get(self.origin(recipe), Published())
 
     def mistakes(self) -> Iterator[Mistake]:
         """Yield invalid metrics, undeclared names and missing files."""

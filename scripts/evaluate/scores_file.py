@@ -425,8 +425,8 @@ def current(folder: Path, run: Run | None = None) -> Evaluation | None:
     return None if changed(folder, evaluation, run) else evaluation
 
 
-def find_evaluation(run: Path, default: Evaluation | None, **changes: Any) -> tuple[Path, Evaluation] | None:
-    """Evaluation of the same rows with other settings, and its folder.
+def find_evaluation(run: Path, default: Evaluation | None, **changes: Any) -> Evaluation | None:
+    """Evaluation of the same rows with other settings.
 
     Returns None if there is no such evaluation, if its files changed, or without a default evaluation.
 
@@ -443,7 +443,7 @@ def find_evaluation(run: Path, default: Evaluation | None, **changes: Any) -> tu
         return None
     if other.settings.limit != default.settings.limit:
         return None
-    return folder, other
+    return other
 
 
 def about_rows(evaluation: Evaluation | None) -> str | None:

@@ -73,7 +73,7 @@ class Card:
 
     @cached_property
     def data(self) -> Data | None:
-        """Data of the study, if the run used them."""
+        """Data of the study, if the run used them, or is a rehearsal, whose rows are made like them."""
         if self.study is None or self.result.other_data:
             return None
         return self.study.data
@@ -134,8 +134,6 @@ class Card:
     @cached_property
     def published(self) -> dict[str, str]:
         """Published scores by metric."""
-        if self.result.aim is None:
-            return {}
         return {name: str(score) for name, score in self.result.aim.scores.items()}
 
     @cached_property
@@ -176,11 +174,9 @@ class Card:
     @cached_property
     def prompt(self) -> str | None:
         """Code that sets `inputs` to a prompt; None if that is not possible, see `prompter.as_code`."""
-        data, fields = self.data, {}
-        if self.study and self.result.run.rehearsal:
-            data = self.study.data  # the rows of a rehearsal are made like the study's
-        if data:
-            fields = {**constants(data.fields), "input": _PATCH}
+        fields = {}
+        if self.data:
+            fields = {**constants(self.data.fields), "input": _PATCH}
         with importing_axolotl(offline=True):
             from ..evaluate.prompter import as_code
 

@@ -250,8 +250,7 @@ def _scores(result: RunResult, study: Study) -> dict[str, Score]:
 
     Scores from a scorer model that the study does not declare are left out.
     """
-    records = result.evaluation.scores if result.evaluation else {}
-    scores = {}
+    records, scores = result.score_records, {}
     for name, column in study.columns.items():
         value = result.score(column)
         if value is None or not by_declared_model(column, records):

@@ -10,7 +10,8 @@ from ..base.files import Row
 from ..config.training_settings import TrainingSettings
 from ..evaluate import intervals, scores_file
 from ..evaluate.intervals import Interval
-from ..metrics.metric import Bounds, Column, ScoreRecord, ScorerRecord
+from ..evaluate.score import model_record
+from ..metrics.metric import Bounds, Column
 from ..run import backends, rundir
 from .run_result import RunResult, trained_settings
 
@@ -65,7 +66,7 @@ def usable_runs(runs: Path, rehearsal: bool) -> list[RunResult]:
         if run.rehearsal != rehearsal:
             continue
         result = RunResult(folder, run)
-        if rehearsal or not result.is_of_something_else:
+        if not result.is_of_something_else:
             results.append(result)
     return results
 
@@ -76,11 +77,15 @@ def with_repeats(result: RunResult, candidates: Sequence[RunResult]) -> list[Run
     Repeats are trained and evaluated alike. If there are several seeds, one run counts for each: the given run
     for its own seed, the newest run for each other seed. Further runs of a seed say nothing about the spread between
     seeds. If all runs have the same seed, all of them count. A run that is not finished and scored has no repeats.
+
+    Args:
+        result: the run.
+        candidates: possible repeats, from the oldest to the newest.
     """
     if not result.is_scored or not _is_trained_here(result):
         return [result]
     repeats = [other for other in candidates if _is_repeat(other, result)]
-    by_seed = {seed(run): run for run in [*repeats, result]}
+    by_seed = {seed(run): run for run in [*repeats, result]}  # the last run of a seed replaces the others
     if len(by_seed) > 1:
         repeats = [run for run in by_seed.values() if run != result]
     return [result, *repeats]
@@ -117,17 +122,6 @@ def seed(result: RunResult) -> int:
     return TrainingSettings.of(result.config).seed
 
 
-def score_record(result: RunResult, name: str) -> ScoreRecord | None:
-    """Record of a score in a run's scores.json."""
-    return result.evaluation.scores.get(name) if result.evaluation else None
-
-
-def scorer(result: RunResult, name: str) -> ScorerRecord | None:
-    """Scorer model behind a score of a run; None for metrics without one."""
-    record = score_record(result, name)
-    return record.scorer if record else None
-
-
 def scored_runs(column: Column, results: Sequence[RunResult]) -> list[ScoredRun]:
     """Runs with their scores by a metric, all from the first run's scorer model.
 
@@ -135,8 +129,8 @@ def scored_runs(column: Column, results: Sequence[RunResult]) -> list[ScoredRun]
     """
     scored = []
     for result in results:
-        score = result.score(column)
-        if score is not None and scorer(result, column.name) == scorer(results[0], column.name):
+        score, scorer = result.score(column), model_record(column, result.score_records)
+        if score is not None and scorer == model_record(column, results[0].score_records):
             scored.append((result, score))
     return scored
 
@@ -166,7 +160,7 @@ def _intervals_over_rows(name: str, results: Sequence[RunResult]) -> list[Bounds
     """Interval of each run over its rows; None if a run has none."""
     over_rows = []
     for result in results:
-        record = score_record(result, name)
+        record = result.score_records.get(name)
         if record is None or record.interval is None:
             return None
         over_rows.append(record.interval)
@@ -181,19 +175,18 @@ def _published_repeats(name: str, result: RunResult) -> Sequence[float]:
 
 
 def scores_by_row(name: str, results: Sequence[RunResult]) -> list[list[float]] | None:
-    """Row scores of evaluated runs; None if rows lack scores or differ between runs."""
+    """Scores of single rows, for each run; None if a row lacks a score, or if the runs were scored on other rows."""
     if not all(_evaluated_alike(results[0], result, _SAME_ROWS) for result in results):
         return None
     predictions = [scores_file.read_predictions(result.folder.path) for result in results]
+    numbers = [row["row"] for row in predictions[0]]
     table: list[list[float]] = []
-    positions = set()
     for rows in predictions:
-        scores = [row[name] for row in rows if row.get(name) is not None]
-        if not rows or len(scores) < len(rows):
+        scores: list[Any] = [row.get(name) for row in rows]
+        if not rows or None in scores or [row["row"] for row in rows] != numbers:
             return None
-        positions.add(tuple(row.get("row") for row in rows))
         table.append(scores)
-    return table if len(positions) == 1 else None
+    return table
 
 
 def bounds(interval: Interval | None) -> list[float] | None:

@@ -20,7 +20,7 @@ from ..data.published import EvalTokens, Published, PublishedScore
 from ..data.studies import Study
 from ..evaluate.score import by_declared_model, columns_of
 from ..evaluate.scores_file import BASE, Changed, Evaluation, changed, find_evaluation, read_scores
-from ..metrics.metric import BenchmarkMetric, Column, LossMetric
+from ..metrics.metric import BenchmarkMetric, Column, LossMetric, ScoreRecord
 from ..run.rundir import RunDir
 from ..training.run_record import Run, Summary
 
@@ -97,17 +97,15 @@ class RunResult:
         """True if the run is evaluated, or its study needs only the eval loss."""
         return self.evaluation is not None or (self.study is not None and not self.study.generates)
 
-    @cached_property
-    def of_base_model(self) -> tuple[Path, Evaluation] | None:
-        """Folder and evaluation of the base model alone, with the run's rows and decoding."""
-        return find_evaluation(self.folder.path, self.evaluation, adapter=BASE, adapter_sha256=None)
-
     @property
+    def score_records(self) -> dict[str, ScoreRecord]:
+        """Records of the evaluation's scores by metric; empty without an evaluation."""
+        return self.evaluation.scores if self.evaluation else {}
+
+    @cached_property
     def base_evaluation(self) -> Evaluation | None:
         """Evaluation of the base model alone, with the run's rows and decoding."""
-        if self.of_base_model is None:
-            return None
-        return self.of_base_model[1]
+        return find_evaluation(self.folder.path, self.evaluation, adapter=BASE, adapter_sha256=None)
 
     @cached_property
     def decoded(self) -> dict[str, Evaluation | None]:
@@ -119,8 +117,7 @@ class RunResult:
             return {}
         decoded = {}
         for name, decoding in self.study.decodings.items():
-            located = find_evaluation(self.folder.path, self.evaluation, decoding=decoding)
-            decoded[name] = located[1] if located else None
+            decoded[name] = find_evaluation(self.folder.path, self.evaluation, decoding=decoding)
         return decoded
 
     @cached_property
@@ -191,9 +188,7 @@ class RunResult:
         Without either, no setting may differ that may affect them.
         """
         study, aim = self.study, self.aim
-        if study is None or aim is None:
-            return None
-        if not any(isinstance(self.columns[name].metric, LossMetric) for name in aim.scores):
+        if study is None or not any(isinstance(self.columns[name].metric, LossMetric) for name in aim.scores):
             return None
         if self.summary.eval_loss_per_token is None and self.summary.eval_loss is not None:
             return "the scored tokens are unknown under tensor or context parallelism, and for streamed rows"
@@ -221,8 +216,7 @@ class RunResult:
     @cached_property
     def scores(self) -> dict[str, RunScore]:
         """Scores by metric, each with the base model's and the published score."""
-        published = self.aim.scores if self.aim else {}
-        return {name: self._run_score(column, published.get(name)) for name, column in self.columns.items()}
+        return {name: self._run_score(column, self.aim.scores.get(name)) for name, column in self.columns.items()}
 
     def _run_score(self, column: Column, published: PublishedScore | None) -> RunScore:
         value, difference = self.score(column), None
@@ -240,10 +234,10 @@ class RunResult:
         )
 
     @cached_property
-    def aim(self) -> Published | None:
-        """Published results that the run should reach; None for a rehearsal, another model or other data."""
+    def aim(self) -> Published:
+        """Published results that the run should reach; empty for a rehearsal, another model or other data."""
         if self.study is None or self.run.rehearsal or self.is_of_something_else:
-            return None
+            return Published()
         return self.study.aimed_at(self.run.origin)
 
     @cached_property
@@ -256,7 +250,12 @@ class RunResult:
 
     @cached_property
     def other_data(self) -> bool:
-        """True if the config names data files that are not the study's, or a manifest shows other content."""
+        """True if the config names data files that are not the study's, or a manifest shows other content.
+
+        A rehearsal's rows are made like the study's, and do not count as other data.
+        """
+        if self.run.rehearsal:
+            return False
         verified = 0
         for file in self.run.data:
             for entry in manifest.entries(Path(self.run.cwd, file.path).parent).values():
@@ -311,7 +310,7 @@ class RunResult:
             "peak_memory_gib": summary.peak_memory,
             "memory_kind": summary.memory_kind,
             "other_base_model": self.other_model,
-            "other_data": not run.rehearsal and self.other_data,
+            "other_data": self.other_data,
             "tokens_per_second": summary.tokens_per_second,
             "train_seconds": summary.train_seconds,
             "changed_keys": ", ".join(self.changed_keys),

@@ -1,9 +1,10 @@
 """Results of a sweep: rows and tables."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
 
@@ -14,6 +15,7 @@ from ..base.yamlfiles import on_one_line
 from ..data.studies import Study
 from ..evaluate import evaluation_rows
 from ..evaluate.scores_file import about_rows
+from ..metrics import registry
 from ..metrics.metric import Column
 from ..study.pipeline import existing_runs
 from ..study.sweep import Sweep, SweepMember, default_columns
@@ -23,7 +25,7 @@ from .listing import REHEARSALS
 from .repeats import MeanScore
 from .run_result import RunResult
 
-LOSS = "eval_loss"
+LOSS = registry.EVAL_LOSS.name
 
 
 Costs = tuple[float, float]  # peak memory in GiB, and eval loss
@@ -74,15 +76,11 @@ class SweepRow:
     @cached_property
     def scores(self) -> dict[str, MeanScore]:
         """Mean over finished runs and 95 % interval by metric, including the eval loss."""
-        scores = {}
-        for name in (LOSS, *self.columns):
-            scored = []
-            for result in self.finished:
-                score = _score(result, name)
-                if score is not None:
-                    scored.append((result, score))
-            scores[name] = repeats.mean_score(name, scored)
-        return scores
+        columns = registry.columns({LOSS: None}) | self.columns
+        return {
+            name: repeats.mean_score(name, repeats.scored_runs(column, self.finished))
+            for name, column in columns.items()
+        }
 
     @cached_property
     def losses(self) -> dict[str | None, list[float]]:
@@ -152,15 +150,6 @@ class SweepRow:
         return None if self.train_seconds is None else f"{self.train_seconds / 60:.1f}"
 
 
-def _score(result: RunResult, name: str) -> float | None:
-    """Eval loss of a run, or its score by a metric."""
-    if name == LOSS:
-        return result.summary.eval_loss_per_token
-    if name in result.scores:
-        return result.scores[name].value
-    return None
-
-
 def rows(sweep: Sweep, runs: Path) -> list[SweepRow]:
     """Return one row per member name, with measurements of finished runs.
 
@@ -168,9 +157,9 @@ def rows(sweep: Sweep, runs: Path) -> list[SweepRow]:
     """
     table = _measured_rows(sweep, runs)
     _compare_losses(table)
-    all_costs = [row.costs for row in table]
+    front = _pareto_front({row.costs for row in table if row.costs})
     for row in table:
-        row.pareto = row.validated and on_front(row.costs, all_costs)
+        row.pareto = row.validated and row.costs in front
     return table
 
 
@@ -205,16 +194,13 @@ def _compare_losses(table: Sequence[SweepRow]) -> None:
         row.compared_loss = fmean(fmean(row.losses[tokens]) for tokens in shared)
 
 
-def on_front(costs: Costs | None, all_costs: Sequence[Costs | None]) -> bool:
-    """True if no different costs are at most as high in both values."""
-    if costs is None:
-        return False
-    for other in all_costs:
-        if other is None or other == costs:
-            continue
-        if other[0] <= costs[0] and other[1] <= costs[1]:
-            return False
-    return True
+def _pareto_front(costs: Collection[Costs]) -> list[Costs]:
+    """Costs for which no others are at most as high in both values."""
+    front: list[Costs] = []
+    for memory, loss in sorted(costs):
+        if not front or loss < front[-1][1]:  # no costs with less memory have so low a loss
+            front.append((memory, loss))
+    return front
 
 
 def record(row: SweepRow) -> Row:
@@ -347,17 +333,11 @@ def best_rows(study: Study, sweeps: Iterable[Sweep], runs: Path) -> list[BestRow
 
 def _best_row(study: Study, sweep: Sweep, rows: Sequence[SweepRow]) -> BestRow | None:
     """Best member of a sweep by eval loss; None if the sweep is left out, see `best_rows`."""
-    finished: list[RunResult] = []
-    selectable: dict[float, SweepRow] = {}
-    for row in rows:
-        finished += row.finished
-        if row.validated and row.compared_loss is not None:
-            selectable[row.compared_loss] = row
-    if not finished:
+    finished = [*itertools.chain.from_iterable(row.finished for row in rows)]
+    if not finished or any(result.is_of_something_else for result in finished):
         return None
-    if not sweep.rehearsal and any(result.is_of_something_else for result in finished):
-        return None
-    best = selectable[min(selectable)] if selectable else None
+    selectable = [row for row in rows if row.validated and row.compared_loss is not None]
+    best = min(selectable, key=attrgetter("compared_loss"), default=None)
     return BestRow(sweep, study.first, len(finished), best)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 from ..base import paths, yamlfiles
@@ -14,6 +15,7 @@ from ..config.numerics import departures
 from ..data.published import ROUNDING, TRAIN_LOSS, Measured, Published, PublishedScore, rounding
 from ..data.studies import Study
 from ..evaluate.intervals import Interval
+from ..evaluate.score import model_record
 from ..evaluate.scores_file import Evaluation
 from ..metrics.metric import Column
 from ..training.run_record import GPU_MEMORY, State, Summary
@@ -142,7 +144,7 @@ def verdict(
 
 
 def rows(
-    study: Study, runs: Path, rehearsal: bool, representatives: Mapping[str, Path | None] | None = None
+    study: Study, runs: Path, rehearsal: bool, representatives: Mapping[str, Path | None] = MappingProxyType({})
 ) -> list[StudyRow]:
     """Return a row for each recipe: representative run and verdicts.
 
@@ -156,7 +158,6 @@ def rows(
         representatives: folder of the representative run, by recipe. A recipe whose value is None gets a row without
             a run; for a recipe without an entry, `_preference` chooses the run.
     """
-    representatives = representatives or {}
     usable = repeats.usable_runs(runs, rehearsal)
     table = []
     for recipe in [*study.published, *study.variants]:
@@ -198,7 +199,7 @@ def _row(study: Study, results: list[RunResult]) -> StudyRow:
     differs: list[str] = []
     open_settings: list[str] = []
     if not run.rehearsal:
-        published = study.aimed_at(run.recipe) or published
+        published = study.aimed_at(run.recipe)
         stated = study.stated_settings(study.origin(run.recipe))
         differs = _changed_settings(study, chosen, stated)
         open_settings = _open_settings(study, chosen, stated)
@@ -260,7 +261,7 @@ def _metric_row(
     decodings = {}
     for decoding in study.decodings:
         decodings[decoding] = _mean(result.scores[name].decodings.get(decoding) for result in results)
-    scorer = repeats.scorer(chosen, name)
+    scorer = model_record(column, chosen.score_records)
     return MetricRow(
         value=mean,
         base_model=chosen.scores[name].base_model,

@@ -292,8 +292,9 @@ def reader(runs: Sequence[ReportedRun]) -> list[Row]:
     files: dict[str, TestFile] = {}
     for reported in runs:
         evaluations = [(reported.label, reported.folder.path, reported.evaluation)]
-        if reported.of_base_model and len(runs) == 1:
-            evaluations.append(("the base model alone", *reported.of_base_model))
+        alone = reported.base_evaluation
+        if alone and len(runs) == 1:
+            evaluations.append(("the base model alone", alone.settings.folder(reported.folder.path), alone))
         for label, folder, evaluation in evaluations:
             rows = read_predictions(folder)
             if evaluation is None or not rows:
