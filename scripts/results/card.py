@@ -57,15 +57,18 @@ class Card:
 
     Attributes:
         result: the run.
-        evaluation: evaluation of the run's adapter.
         merged: True for the card of the merged model.
         repository: repository on the hub, or the current folder.
     """
 
     result: RunResult
-    evaluation: Evaluation | None
     merged: bool
     repository: str
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """Evaluation of the run's adapter."""
+        return self.result.evaluation
 
     @cached_property
     def study(self) -> Study | None:
@@ -274,16 +277,15 @@ class Card:
         return _without_folders(without_secrets(value), Path(self.result.run.cwd))
 
 
-def card(result: RunResult, evaluation: Evaluation | None, merged: bool, repository: str | None) -> str:
+def card(result: RunResult, merged: bool, repository: str | None) -> str:
     """Text of a model card.
 
     Args:
         result: the run.
-        evaluation: evaluation of the run's adapter.
         merged: True for the card of the merged model.
         repository: repository on the hub, if the card will be pushed.
     """
-    return _template().render(card=Card(result, evaluation, merged, repository or "."))
+    return _template().render(card=Card(result, merged, repository or "."))
 
 
 def _template() -> Any:

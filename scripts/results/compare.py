@@ -10,7 +10,7 @@ from typing import Any
 
 from ..base.errors import UserError
 from ..base.files import Row, read_rows
-from ..base.terminal import say
+from ..base.terminal import say, say_once
 from ..config import merging
 from ..data.published import Published
 from ..data.studies import Study
@@ -92,9 +92,9 @@ def _score_run(folder: Path, requested: dict[str, Column]) -> ScoredRows:
 
 
 def _report(side: Path, note: str | None) -> None:
-    """Log a note on the scored rows of a run or file, if there is one."""
+    """Log a note on the scored rows of a run or file, if there is one; only once for a run compared with itself."""
     if note:
-        say(f"{side}: {note}")
+        say_once(f"{side}: {note}")
 
 
 def _score_rows(rows: Sequence[Row], columns: dict[str, Column]) -> ScoredRows:

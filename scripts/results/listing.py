@@ -51,9 +51,9 @@ def _tables(results: Sequence[RunResult]) -> Iterator[Table]:
         for group in groups:
             columns = _columns(group)
             rows = [cells(result, columns, _jobs(result)) for result in group]
-            yield Table(rows, _title(group, len(groups) > 1), below=_BELOW)
+            yield Table(rows, _title(group[0]), below=_BELOW)
             study = group[0].study
-            if study and not rehearsal and not all(result.is_of_something_else for result in group):
+            if study and not rehearsal:
                 yield baselines(study)
 
 
@@ -69,25 +69,22 @@ def _groups(results: Sequence[RunResult]) -> list[list[RunResult]]:
     return [*groups.values()]
 
 
-def _title(group: Sequence[RunResult], names_study: bool) -> str:
-    title = REHEARSALS if group[0].run.rehearsal else "Runs"
-    if not names_study:
-        return title
-    study = group[0].study
-    if study is None:
+def _title(result: RunResult) -> str:
+    """Title of the table with a run."""
+    title = REHEARSALS if result.run.rehearsal else "Runs"
+    if result.study is None:
         return f"{title}: of no study"
-    return f"{title}: {study.folder.name}"
+    return f"{title}: {result.study.folder.name}"
 
 
 def _columns(group: Sequence[RunResult]) -> dict[str, Column]:
     """Metrics of a group's table, by heading: those of the study's tables, benchmarks, and additional metrics."""
     study = group[0].study
+    declared: dict[str, Column] = {}
+    shown: list[Column] = []
     if study:
         declared = study.columns
-        shown = [*study.table.values()]
-    else:
-        declared = {}
-        shown = [*group[0].columns.values()]
+        shown += study.table.values()
     for result in group:
         for name, column in result.columns.items():
             if isinstance(column.metric, BenchmarkMetric) or name not in declared:
@@ -112,13 +109,13 @@ def cells(result: RunResult, columns: Mapping[str, Column], jobs: Iterable[str])
         "state": run.state,
         "jobs": "; ".join(jobs) or None,
     }
-    row |= _first_cells(first, scores[first], run.rehearsal)
+    row |= _first_cells(first, scores[first])
     row["step"] = _progress(summary)
     row |= _eval_losses(summary)
     for heading in further:
         row[heading] = scores[heading].value
     for heading, score in scores.items():
-        if isinstance(columns[heading].metric, BenchmarkMetric) and score.gain is not None:
+        if isinstance(columns[heading].metric, BenchmarkMetric):
             row[f"{heading}, gained"] = score.gain
     row |= {"rows": result.rows_evaluated, "scored": about_rows(result.evaluation)}
     row |= _costs(summary)
@@ -139,14 +136,14 @@ def _score(result: RunResult, column: Column) -> RunScore:
     return RunScore(None, None, None, None, {})
 
 
-def _first_cells(heading: str, score: RunScore, rehearsal: bool) -> Row:
-    """Cells of the first metric; rehearsals are not compared with published scores."""
+def _first_cells(heading: str, score: RunScore) -> Row:
+    """Cells of the first metric."""
     row: Row = {heading: score.value}
     for decoding, value in score.decodings.items():
         row[f"{heading}, {decoding}"] = value
     row["base model"] = score.base_model
-    if not rehearsal:
-        row |= {"published": score.published and score.published.value, "difference": score.difference}
+    row["published"] = score.published and score.published.value
+    row["difference"] = score.difference
     return row
 
 

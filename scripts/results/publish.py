@@ -12,7 +12,7 @@ from ..base.files import opened, sha256, tensor_shapes, write_atomically
 from ..base.processes import make_once, start_child
 from ..base.terminal import Bar, say
 from ..config import substitution
-from ..evaluate.scores_file import ADAPTER, Evaluation, about_rows, changed, current, read_scores
+from ..evaluate.scores_file import ADAPTER, about_rows
 from ..run import backends, trust
 from ..run.rundir import RunDir
 from ..training.run_record import Run
@@ -52,16 +52,14 @@ def publish(
     _refuse_run(folder, run)
     if push is not None:
         _refuse_push(folder, run, push)
-    elif private:
-        raise UserError("works only with --push", key="--private")
-    evaluation = _current_evaluation(folder, run)
+    result = RunResult(folder, run)
+    _report_evaluation(result)
     models = [folder.output]
     if merge:
         models.append(_merge(folder, run, force))
     for model in models:
         repository = push if model == models[-1] else None
-        text = card(RunResult(folder, run), evaluation, model != folder.output, repository)
-        write_atomically(model / CARD, text)
+        write_atomically(model / CARD, card(result, model != folder.output, repository))
     cards = [str(model / CARD) for model in models]
     if push is None:
         return cards
@@ -82,19 +80,14 @@ def _refuse_run(folder: RunDir, run: Run) -> None:
         raise UserError("damaged or missing", file=adapter, remedy=remedy)
 
 
-def _current_evaluation(folder: RunDir, run: Run) -> Evaluation | None:
-    """Evaluation of the adapter, with notes logged; None, with a remedy logged, if it is missing or stale."""
-    evaluation = current(folder.path, run)
-    if evaluation and evaluation.settings.adapter_sha256 == sha256(folder.output / ADAPTER):
-        about = about_rows(evaluation)
-        if about:
-            say(f"{folder.path}: scored {about}")
-        return evaluation
-    problem = "stale"
-    if evaluation is None:
-        problem = changed(folder.path, read_scores(folder.path), run) or "not evaluated"
-    say(f"{folder.path}: {problem}; for scores, run `recipe evaluate {folder.path}` and repeat this command")
-    return None
+def _report_evaluation(result: RunResult) -> None:
+    """Log a note on the scored rows; or a remedy, if the evaluation is missing or stale."""
+    folder, about = result.folder.path, about_rows(result.evaluation)
+    if result.evaluation is None:
+        problem = result.changed or "not evaluated"
+        say(f"{folder}: {problem}; for scores, run `recipe evaluate {folder}` and repeat this command")
+    elif about:
+        say(f"{folder}: scored {about}")
 
 
 def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:

@@ -179,9 +179,12 @@ def _interval_notes(study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
 
 
 def _row_notes(study: Study, row: StudyRow) -> Iterator[str]:
-    if row.chosen and row.chosen.run.published_adapter:
+    """Notes on a recipe's run."""
+    if row.chosen is None:
+        return
+    if row.chosen.run.published_adapter:
         yield f"{row.recipe}: scores of the adapter {row.chosen.run.published_adapter}, which was not trained here."
-    if row.chosen and row.chosen.other_tokens:
+    if row.chosen.other_tokens:
         yield f"{row.recipe} is not compared with the published eval loss: {row.chosen.other_tokens}."
     if row.differs:
         yield f"{row.recipe} differs from the paper: {'; '.join(row.differs)}"
@@ -189,8 +192,10 @@ def _row_notes(study: Study, row: StudyRow) -> Iterator[str]:
     if row.gap_verdict == verdict.OFF:
         off.append("training loss")
     if off:
-        metrics = "" if off == [study.first.label] else f" in {' and '.join(off)}"
-        yield f"{row.recipe} is off{metrics}. The paper leaves these settings open: {'; '.join(row.open)}"
+        note = f"{row.recipe} is off in {' and '.join(off)}."
+        if row.open:
+            note += f" The paper leaves these settings open: {'; '.join(row.open)}"
+        yield note
 
 
 def show_comparison(compared: Comparison, pair: tuple[str, str], json: bool) -> None:

@@ -178,5 +178,6 @@ def publish_verb(
     from ..results import publish
     from ..run.rundir import find_run
 
+    refuse_without("--private", private, "--push", push)
     for published in publish.publish(find_run(run, paths.runs()), merge, push, private, force):
         print(published)

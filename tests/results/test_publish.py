@@ -366,7 +366,6 @@ PUSH = {"push": "owner/model"}
 REFUSALS = [
     ({"state": "failed"}, {}, "{run}: the run is failed; wait until it ends, or run `recipe resume {run}`"),
     ({"published_adapter": "x"}, {}, "{run}: the adapter x was not trained here; publish another run"),
-    ({}, {"private": True}, "--private: works only with --push"),
     ({}, {"push": "model"}, "--push model: expected OWNER/NAME, of letters, digits, -, _ and ."),
     ({}, {"push": "a/b/c"}, "--push a/b/c: expected OWNER/NAME, of letters, digits, -, _ and ."),
     ({}, {"push": "a/b c"}, "--push a/b c: expected OWNER/NAME, of letters, digits, -, _ and ."),

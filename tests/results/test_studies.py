@@ -120,7 +120,7 @@ OPEN = (
     [
         pytest.param({}, {}, [ONE_SEED], id="one seed"),
         pytest.param({"accuracy": 67.0, "within": None}, {}, [], id="no interval"),
-        pytest.param({"accuracy": 60.0}, {}, [ONE_SEED, f"{PLAIN} is off. {OPEN}"], id="off"),
+        pytest.param({"accuracy": 60.0}, {}, [ONE_SEED, f"{PLAIN} is off in accuracy, %. {OPEN}"], id="off"),
         pytest.param(
             {"loss": 1.5}, {"perplexity": 0.1}, [ONE_SEED, f"{PLAIN} is off in perplexity. {OPEN}"], id="off in one"
         ),

@@ -127,6 +127,7 @@ MISTAKES = [
     ),
     ("evaluate latest --adapter none --base", "--adapter and --base: give only one of them"),
     ("evaluate latest --model x", "--model: works only with --engine URL"),
+    ("publish latest --private", "--private: works only with --push"),
     (
         "score pairs.jsonl",
         "pairs.jsonl: row 2 lacks the text field prediction; its fields: reference; name another field with "
