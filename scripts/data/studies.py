@@ -147,11 +147,14 @@ class Study(Strict):
         comments = yamlfiles.sources(paths.recipe_file(recipe))
         return {key for key, comment in comments.items() if comment.startswith(prefixes)}
 
+    def reproduced(self, recipe: str) -> str:
+        """Published recipe that a variant reproduces; other recipes are returned unchanged."""
+        variant = self.variants.get(recipe)
+        return variant.of if variant and variant.reproduces else recipe
+
     def aimed_at(self, recipe: str) -> Published:
         """Published results that a recipe should reach; empty for other recipes."""
-        if recipe in self.variants and not self.variants[recipe].reproduces:
-            return Published()
-        return self.published.get(self.origin(recipe), Published())
+        return self.published.get(self.reproduced(recipe), Published())
 
     def mistakes(self) -> Iterator[Mistake]:
         """Yield invalid metrics, undeclared names and missing files."""

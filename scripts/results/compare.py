@@ -66,9 +66,8 @@ def score_sides(sides: Sequence[RunDir | Path], metrics: Sequence[str] = ()) -> 
             run_columns |= scored[side].columns
     for side in sides:
         if isinstance(side, Path):
-            scored[side] = _score_rows(
-                read_rows(side, ("reference", "prediction")), run_columns or requested or columns_of()
-            )
+            rows = read_rows(side, ("reference", "prediction"))
+            scored[side] = _score_rows(rows, run_columns or columns_of(requested=metrics))
             _report(side, about_file(side))
     return [scored[side] for side in sides]
 
@@ -304,7 +303,7 @@ class CurveGap:
 
 
 def curve_gap(metrics: Iterable[Row], curve: Sequence[Point]) -> CurveGap | None:
-    """Gap between a run's training loss and a curve; None if the run did not reach the first point.
+    """Gap between a run's training loss and a curve; None without points, or if the run did not reach the first one.
 
     The run's losses are averaged between consecutive steps of the curve. Intervals that the run did not complete are
     left out.

@@ -74,6 +74,7 @@ def _record_of_predictions(study: Study, name: str, scored: Sequence[Row]) -> Re
     published = owners[name].predictions
     assert published
     predictions = published_predictions.read(study, published, scored[0]["test_set"])
+    first = scored[0]
     texts = b"".join(orjson.dumps([row["reference"], row["prediction"]]) + b"\n" for row in predictions)
     content: Row = {
         "made": datetime.now(UTC).date(),
@@ -82,7 +83,7 @@ def _record_of_predictions(study: Study, name: str, scored: Sequence[Row]) -> Re
         "scores": {row["metric"]: _score_of(row) for row in scored},
         "invalidated": None,
         "stage": "predictions",
-        "rows": scored[0]["rows"],
+        "rows": first["rows"],
         "texts_sha256": hashlib.sha256(texts).hexdigest(),
     }
     return Record.model_validate(content)
@@ -134,12 +135,8 @@ def _has_comparable_scores(result: RunResult, study: Study) -> bool:
 
 
 def _adapter(result: RunResult) -> str | None:
-    """Hash of the scored adapter."""
-    if result.evaluation:
-        return result.evaluation.settings.adapter_sha256
-    if result.run.adapter:
-        return result.run.adapter.sha256
-    return None
+    """Hash of the run's adapter, which is the scored one unless the evaluation is stale."""
+    return result.run.adapter.sha256 if result.run.adapter else None
 
 
 def _changes(run: Run) -> Config:
@@ -190,15 +187,17 @@ def record_of_run(result: RunResult) -> Record:
         "settings_sha256": score_records.settings_sha256(run.origin),
         "config_sha256": run.digest,
         "adapter_sha256": None,
+        "scores": {},
+        "invalidated": None,
+        "outcome": _outcome(run),
+        "stage": "adapter",
+    }
+    content |= {
         "profiles": [name for name in run.profiles if name in score_records.PROFILES],
         "revision": _revision(run.provenance),
         "packages": _packages(run.provenance),
         "gpus": run.ranks,
         "gpu": _gpu(run.provenance),
-        "scores": {},
-        "invalidated": None,
-        "outcome": _outcome(run),
-        "stage": "adapter",
     }
     if run.state == "finished":
         content |= {"adapter_sha256": _adapter(result), "scores": _scores(result, result.study)}

@@ -42,39 +42,28 @@ def _jobs(result: RunResult) -> Iterator[str]:
 
 
 def _tables(results: Sequence[RunResult]) -> Iterator[Table]:
-    """Tables of runs, see `_groups`; rehearsals have separate tables.
+    """Tables of the runs of each study, and of runs of no study; rehearsals have separate tables.
 
     After a study's real runs comes a table of its baselines.
     """
     for rehearsal in (False, True):
         groups = _groups([result for result in results if result.run.rehearsal == rehearsal])
-        for group in groups:
+        for name, group in groups.items():
             columns = _columns(group)
             rows = [cells(result, columns, _jobs(result)) for result in group]
-            yield Table(rows, _title(group[0]), below=_BELOW)
+            yield Table(rows, f"{REHEARSALS if rehearsal else 'Runs'}: {name}", below=_BELOW)
             study = group[0].study
             if study and not rehearsal:
                 yield baselines(study)
 
 
-def _groups(results: Sequence[RunResult]) -> list[list[RunResult]]:
-    """Runs of each study and, for runs of no study, of each set of metrics."""
+def _groups(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
+    """Runs by study, and runs of no study."""
     groups: dict[str, list[RunResult]] = {}
     for result in results:
-        if result.study:
-            key = result.study.folder.name
-        else:
-            key = str({name: column.entry for name, column in result.columns.items()})
-        groups.setdefault(key, []).append(result)
-    return [*groups.values()]
-
-
-def _title(result: RunResult) -> str:
-    """Title of the table with a run."""
-    title = REHEARSALS if result.run.rehearsal else "Runs"
-    if result.study is None:
-        return f"{title}: of no study"
-    return f"{title}: {result.study.folder.name}"
+        name = result.study.folder.name if result.study else "of no study"
+        groups.setdefault(name, []).append(result)
+    return groups
 
 
 def _columns(group: Sequence[RunResult]) -> dict[str, Column]:
@@ -167,14 +156,18 @@ def _eval_losses(summary: Summary) -> Row:
 
 def _costs(summary: Summary) -> Row:
     """Cells of memory and speed."""
-    tokens_per_second = None
-    if summary.tokens_per_second:
-        tokens_per_second = round(summary.tokens_per_second)
     return {
         "peak GiB": summary.peak_memory,
-        "tokens/s": tokens_per_second,
+        "tokens/s": rounded(summary.tokens_per_second),
         "minutes": f"{summary.train_seconds / 60:.1f}",
     }
+
+
+def rounded(value: float | None) -> str | float | None:
+    """Format large numbers without decimals; return others unchanged."""
+    if value is None or value < 100:
+        return value
+    return f"{value:,.0f}"
 
 
 def baselines(study: Study) -> Table:

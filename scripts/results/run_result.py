@@ -47,12 +47,16 @@ class RunScore:
         """Gain over the base model."""
         return None if self.value is None or self.base_model is None else self.value - self.base_model
 
+    @property
+    def published_value(self) -> float | None:
+        return float(self.published.value) if self.published else None
+
     def as_json(self, name: str) -> Row:
         """JSON fields; their names begin with the metric's name."""
         fields = {
             name: self.value,
             f"{name}_base_model": self.base_model,
-            f"{name}_published": self.published and float(self.published.value),
+            f"{name}_published": self.published_value,
             f"{name}_difference": self.difference,
         }
         for decoding, value in self.decodings.items():
@@ -73,10 +77,10 @@ class RunResult:
 
     @cached_property
     def config(self) -> Config:
-        """Config of the run; empty if the file is missing."""
-        if not self.folder.config_file.is_file():
-            return {}
-        return self.folder.config
+        """Config that Axolotl received; empty if it cannot be read."""
+        with suppress(UserError):
+            return self.folder.config
+        return {}
 
     @cached_property
     def _last_evaluation(self) -> Evaluation | None:
@@ -292,6 +296,8 @@ class RunResult:
             "state": run.state,
             "published_adapter": run.published_adapter,
             "jobs": "; ".join(jobs) or None,
+        }
+        row |= {
             "step": summary.step,
             "steps": summary.max_steps,
             "ended": summary.ended,

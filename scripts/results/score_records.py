@@ -267,6 +267,11 @@ class _Number:
     metric: str
     published: str
 
+    @property
+    def cell(self) -> str | None:
+        """The settings as --set options."""
+        return " ".join(f"--set {key}={value}" for key, value in self.values.items()) or None
+
 
 def statuses(study: Study, records: Sequence[Record]) -> list[Status]:
     """Statuses of a study's published numbers."""
@@ -301,7 +306,7 @@ def _status(study: Study, records: Sequence[Record], number: _Number) -> Status:
     """Status of a published number, from the records of a study."""
     scored, defects = [], []
     for record in records:
-        if _reproduced(study, record) != number.of or record.values != number.values:
+        if study.reproduced(record.of) != number.of or record.values != number.values:
             continue
         if record.defect:
             defects.append(record.defect)
@@ -314,20 +319,12 @@ def _status(study: Study, records: Sequence[Record], number: _Number) -> Status:
         mean = _mean([record.scores[number.metric] for record in scored])
     return Status(
         of=number.of,
-        cell=" ".join(f"--set {key}={value}" for key, value in number.values.items()) or None,
+        cell=number.cell,
         metric=study.columns[number.metric].label,
         published=number.published,
         status="; ".join([progress, *defects]),
         here=mean,
     )
-
-
-def _reproduced(study: Study, record: Record) -> str:
-    """Recipe or baseline with the published numbers that a record reproduces."""
-    variant = study.variants.get(record.of)
-    if variant and variant.reproduces:
-        return variant.of
-    return record.of
 
 
 def _furthest(records: Sequence[Record]) -> list[Record]:
@@ -338,11 +335,10 @@ def _furthest(records: Sequence[Record]) -> list[Record]:
 
 def _progress(records: Sequence[Record]) -> str:
     """Stage of records as text, with their GPUs and seeds."""
-    title = TITLES[records[0].stage]
-    places = [record.where for record in records if record.where]
-    if not places:
-        return title
-    return f"{title} on {' and '.join(places)}"
+    stage = records[0].stage
+    if stage == "predictions":
+        return TITLES[stage]
+    return f"{TITLES[stage]} on {' and '.join(record.where for record in records)}"
 
 
 def _mean(scores: Sequence[Score]) -> str:

@@ -12,7 +12,7 @@ from ..evaluate.scores_file import about_rows
 from ..metrics.metric import Column
 from . import repeats, score_records, verdict
 from .compare import Comparison, Divergence
-from .listing import REHEARSALS, baselines
+from .listing import REHEARSALS, baselines, rounded
 from .score_records import Status
 from .verdict import StudyRow
 
@@ -132,7 +132,7 @@ def _cost_cells(study: Study, row: StudyRow) -> Row:
             cells[column.label] = row.scores[name].value
     cells["eval loss"] = row.summary.eval_loss_per_token
     for key, (ours, published) in _costs(row).items():
-        cells |= {_HEADINGS[key]: _rounded(ours), f"{_HEADINGS[key]}, published": _rounded(published)}
+        cells |= {_HEADINGS[key]: rounded(ours), f"{_HEADINGS[key]}, published": rounded(published)}
     return cells | {"GPU hours": row.gpu_hours}
 
 
@@ -150,13 +150,6 @@ def _costs(row: StudyRow) -> dict[str, tuple[float | None, float | None]]:
         "tokens_per_second": (ours.tokens_per_second, published.tokens_per_second),
         "train_seconds": (seconds, published.train_seconds),
     }
-
-
-def _rounded(value: float | None) -> str | float | None:
-    """Format large numbers without decimals; return others unchanged."""
-    if value is None or value < 100:
-        return value
-    return f"{value:,.0f}"
 
 
 def notes(study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:

@@ -166,16 +166,19 @@ def rows(sweep: Sweep, runs: Path) -> list[SweepRow]:
 def _measured_rows(sweep: Sweep, runs: Path) -> list[SweepRow]:
     """Rows that are not yet compared with each other."""
     existing = existing_runs(runs, sweep.recipe)
-    results = {m.digest: RunResult(*existing[m.digest]) for m in sweep.members if m.digest in existing}
-    columns: dict[str, Column] = {}
-    for result in results.values():
-        columns |= result.columns
+    columns: dict[str, Column] = {}  # shared by all rows
     table = []
     for _, group in itertools.groupby(sweep.members, key=lambda member: member.name):
         members = list(group)
         seeds = [member.seed for member in members if member.seed is not None]
-        member_runs = [results[member.digest] for member in members if member.digest in results]
-        table.append(SweepRow(members[0], seeds, member_runs, columns or default_columns(sweep.recipe)))
+        row = SweepRow(members[0], seeds, [], columns)
+        for member in members:
+            if member.digest in existing:
+                row.runs.append(RunResult(*existing[member.digest]))
+                columns |= row.runs[-1].columns
+        table.append(row)
+    if not columns:
+        columns |= default_columns(sweep.recipe)
     return table
 
 

@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 from types import MappingProxyType
-from typing import Any
 
 from ..base import paths, yamlfiles
+from ..base.yamlfiles import on_one_line
 from ..config import merging
 from ..config.compose import REHEARSAL, TRACKERS
 from ..config.numerics import departures
@@ -112,9 +112,9 @@ class StudyRow:
 
     @property
     def gpu_hours(self) -> float | None:
-        if self.chosen is None or not self.on_gpu:
+        if not self.on_gpu:
             return None
-        return self.summary.train_seconds * self.chosen.run.ranks / 3600
+        return self.summary.train_seconds * self.runs[0].run.ranks / 3600
 
 
 def verdict(
@@ -203,7 +203,7 @@ def _row(study: Study, results: list[RunResult]) -> StudyRow:
         stated = study.stated_settings(study.origin(run.recipe))
         differs = _changed_settings(study, chosen, stated)
         open_settings = _open_settings(study, chosen, stated)
-    gap = _curve_gap(study, published, chosen)
+    gap = compare.curve_gap(chosen.folder.read_metrics(), compare.published_curve(study, published))
     return StudyRow(
         recipe=run.recipe,
         rehearsal=run.rehearsal,
@@ -230,14 +230,6 @@ def _row_without_run(study: Study, recipe: str) -> StudyRow:
     return StudyRow(recipe, False, [], scores, published.measured, None, None, [], [])
 
 
-def _curve_gap(study: Study, published: Published, chosen: RunResult) -> CurveGap | None:
-    """Gap between a run's training loss and the published curve; None without a curve, see also `curve_gap`."""
-    curve = compare.published_curve(study, published)
-    if not curve:
-        return None
-    return compare.curve_gap(chosen.folder.read_metrics(), curve)
-
-
 def _gap_verdict(study: Study, gap: CurveGap | None, state: State) -> str | None:
     """Verdict on the gap of a finished run; None without a gap, or if the study gives no tolerance."""
     if gap is None or state != "finished" or TRAIN_LOSS not in study.tolerances:
@@ -255,7 +247,8 @@ def _metric_row(
     mean, interval = repeats.mean_score(name, repeats.scored_runs(column, results))
     difference = metric_verdict = None
     is_comparable = chosen.scores[name].difference is not None
-    if published and mean is not None and is_comparable:
+    if published and is_comparable:
+        assert mean is not None  # `chosen` has a score
         difference = mean - float(published.value)
         metric_verdict = verdict(mean, interval, published, study.tolerances.get(name))
     decodings = {}
@@ -286,7 +279,7 @@ def _changed_settings(study: Study, chosen: RunResult, stated: set[str]) -> list
     differs = []
     for key, (before, after) in merging.differences(paper, chosen.config).items():
         if merging.top_key(key) in stated:
-            differs.append(f"{key}: {_in_words(after)} instead of {_in_words(before)}")
+            differs.append(f"{key}: {on_one_line(after)} instead of {on_one_line(before)}")
     differs += departures(paper, chosen.config)
     if chosen.run.ranks > 1:
         differs.append(f"GPUs: {chosen.run.ranks} instead of 1")
@@ -306,18 +299,12 @@ def _open_settings(study: Study, chosen: RunResult, stated: set[str]) -> list[st
     open_settings = []
     for key in study.open_settings:
         if key in config and key not in stated:
-            open_settings.append(f"{key}: {_in_words(config[key])} ({sources.get(key, 'Axolotl')})")
+            open_settings.append(f"{key}: {on_one_line(config[key])} ({sources.get(key, 'Axolotl')})")
     trainer = study.published[study.origin(run.recipe)].trainer
     if trainer != "Axolotl":
         open_settings.append(f"trainer: Axolotl (the paper used {trainer})")
     if "decoding" in study.open_settings:
         decoding = chosen.evaluation.settings.decoding if chosen.evaluation else study.decoding
-        words = _in_words(decoding.model_dump(exclude_defaults=True))
-        open_settings.append(f"decoding: {words} (the paper does not state it)")
+        settings = on_one_line(decoding.model_dump(exclude_defaults=True))
+        open_settings.append(f"decoding: {settings} (the paper does not state it)")
     return open_settings
-
-
-def _in_words(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_in_words(item)}" for key, item in value.items())
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -38,7 +38,7 @@ from qlora_recipes.results import card as model_card
 from qlora_recipes.results import publish
 from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.run.rundir import RunDir
-from qlora_recipes.training.run_record import Launch, Run, Summary
+from qlora_recipes.training.run_record import FileState, Launch, Run, Summary
 
 RECIPE = "haider2024/llama-3-8b"
 BASE = "meta-llama/Meta-Llama-3-8B"
@@ -419,6 +419,7 @@ def test_a_card_tells_the_rows_of_a_file_from_those_trained_on_and_the_scored_on
 @pytest.mark.parametrize(("adapter", "problem"), [(None, "not evaluated"), ("0" * 64, "stale")])
 def test_a_card_without_current_scores_says_so(run, adapter, problem, capsys):
     if adapter:
+        run.write(run.read().model_copy(update={"adapter": FileState.of(run.output / publish.ADAPTER)}))
         evaluated(run, adapter_sha256=adapter)
     front, text = published(run)
     assert capsys.readouterr().err == (

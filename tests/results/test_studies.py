@@ -110,8 +110,8 @@ ONE_SEED = (
     "with three seeds."
 )
 OPEN = (
-    "The paper leaves these settings open: decoding: max_new_tokens 64, do_sample True, temperature 0.1, top_p 0.95, "
-    "top_k 40 (the paper does not state it)"
+    "The paper leaves these settings open: decoding: {max_new_tokens: 64, do_sample: true, temperature: 0.1, "
+    "top_p: 0.95, top_k: 40} (the paper does not state it)"
 )
 
 

@@ -179,11 +179,12 @@ def study_page(study: Study, rehearsal: bool, runs: Path) -> Page:
             raise UserError("no rehearsals", key=name, remedy=remedy)
         remedy = f"start them with `recipe reproduce {name}`, or show rehearsals: --rehearse"
         raise UserError("no runs", key=name, remedy=remedy)
+    shown = [_without_empty(table) for table in study_tables.tables_of(study, rows, rehearsal) if table.rows]
     section = Section(
         key="study",
         name="Study",
         about=f"{study.cited}.",
-        tables=[_without_empty(table) for table in study_tables.tables_of(study, rows, rehearsal) if table.rows],
+        tables=shown,
         notes=[*study_tables.notes(study, rows)],
         figures=[*study_figures(study, rows)],
     )
@@ -203,10 +204,11 @@ def sweep_page(sweep: Sweep, runs: Path) -> Page:
         names += [row.member.name] * len(row.runs)
     if not results:
         raise UserError("no member has a run yet", key=sweep.name, remedy="start them with `recipe sweep`")
+    about = f"{len(rows)} variants of {sweep.recipe}, which differ in {', '.join(sweep.keys)}."
     section = Section(
         key="sweep",
         name="Trade-offs",
-        about=f"{len(rows)} variants of {sweep.recipe}, which differ in {', '.join(sweep.keys)}.",
+        about=about,
         tables=[_without_empty(sweep_results.table_of(sweep, rows))],
         notes=[*sweep_results.notes(rows)],
         figures=_drawn([sweep_figure(rows)]),

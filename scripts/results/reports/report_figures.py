@@ -27,18 +27,18 @@ class Figure:
     Attributes:
         key: id in the page.
         title: title of the figure.
-        traces: Plotly traces; those without points are left out.
-        x: Plotly x axis.
         y: Plotly y axis.
+        x: Plotly x axis; by default steps.
+        traces: Plotly traces; those without points are left out.
         note: note for readers.
         layout: other keys of the Plotly layout.
     """
 
     key: str
     title: str
-    traces: list[Trace]
-    x: Trace
     y: Trace
+    x: Trace = field(default_factory=lambda: _axis("optimizer step", rangemode="tozero"))
+    traces: list[Trace] = field(default_factory=list)
     note: str = ""
     layout: Trace = field(default_factory=dict)
 
@@ -58,10 +58,9 @@ def _style(i: int) -> Trace:
     """Style of lines and points for run number i."""
     colour = COLOURS[i % len(COLOURS)]
     turn = i + i // len(COLOURS)
-    return {
-        "line": {"color": colour, "dash": DASHES[turn % len(DASHES)], "width": 2},
-        "marker": {"color": colour, "symbol": SYMBOLS[turn % len(SYMBOLS)], "size": 8},
-    }
+    line = {"color": colour, "dash": DASHES[turn % len(DASHES)], "width": 2}
+    marker = {"color": colour, "symbol": SYMBOLS[turn % len(SYMBOLS)], "size": 8}
+    return {"line": line, "marker": marker}
 
 
 def _scatter(name: str, mode: str, points: Sequence[tuple[Any, Any]], **more: Any) -> Trace:
@@ -94,26 +93,25 @@ def _curve(name: str, metrics: Sequence[Row], key: str, i: int, points: bool = F
     return _scatter(name, mode, means, **_style(i))
 
 
-_STEP = _axis("optimizer step", rangemode="tozero")
 _RATE = _axis("learning rate", exponentformat="e", rangemode="tozero")  # starts at 0: a constant rate has no range
+_GPU, _CPU = _axis("%", range=[0, 105]), _axis("%", rangemode="tozero")
+_NORM, _SPEED = _axis("L2 norm", rangemode="tozero"), _axis("tokens per second", rangemode="tozero")
 _CPU_NOTE = "Load of the training process; 100 % means one fully used core."
+_SPEED_NOTE = "Without padding tokens, evaluation and saving."
 _MEANS_NOTE = f"If there are more than {MOST_POINTS:,} steps, each point is the mean of several."
 _PANELS = {
-    "learning_rate": Figure("rate", "Learning rate", [], _STEP, _RATE),
-    "gpu_utilization": Figure("gpu", "GPU utilization", [], _STEP, _axis("%", range=[0, 105])),
-    "cpu_percent": Figure("cpu", "CPU load", [], _STEP, _axis("%", rangemode="tozero"), _CPU_NOTE),
-    "grad_norm": Figure("norm", "Gradient norm", [], _STEP, _axis("L2 norm", rangemode="tozero")),
-    "tokens_per_second": Figure(
-        *("speed", "Throughput", [], _STEP, _axis("tokens per second", rangemode="tozero")),
-        "Without padding tokens, evaluation and saving.",
-    ),
+    "learning_rate": Figure("rate", "Learning rate", _RATE),
+    "gpu_utilization": Figure("gpu", "GPU utilization", _GPU),
+    "cpu_percent": Figure("cpu", "CPU load", _CPU, note=_CPU_NOTE),
+    "grad_norm": Figure("norm", "Gradient norm", _NORM),
+    "tokens_per_second": Figure("speed", "Throughput", _SPEED, note=_SPEED_NOTE),
 }
 """Figures of values in metrics.jsonl, without their curves."""
 
 
 def training_figures(runs: dict[str, list[Row]]) -> Iterator[Figure]:
     """Figures of losses, learning rate, load, gradient norm and throughput; without points for an unknown value."""
-    yield Figure("loss", "Loss", [*_loss_curves(runs)], _STEP, _axis("loss"), _MEANS_NOTE)
+    yield Figure("loss", "Loss", _axis("loss"), traces=[*_loss_curves(runs)], note=_MEANS_NOTE)
     steps = {name: [record for record in metrics if "loss" in record] for name, metrics in runs.items()}
     for key, panel in _PANELS.items():
         yield replace(panel, traces=[_curve(name, metrics, key, i) for i, (name, metrics) in enumerate(steps.items())])
@@ -149,8 +147,7 @@ def sweep_figure(rows: Sequence[SweepRow]) -> Figure:
     ]
     kinds = sorted({row.summary.memory_kind for row in rows if row.summary.memory_kind})
     x, y = _axis(f"peak GiB ({', '.join(kinds)})"), _axis("Validation loss (lower is better)")
-    note = _FRONT if front else ""
-    return Figure(f"sweep-memory-{LOSS}", "Validation loss against memory", traces, x, y, note)
+    return Figure(f"sweep-memory-{LOSS}", "Validation loss against memory", y, x, traces, _FRONT)
 
 
 def study_figures(study: Study, rows: Sequence[StudyRow]) -> Iterator[Figure]:
@@ -191,7 +188,7 @@ def _metric_figure(study: Study, rows: Sequence[StudyRow], column: Column) -> Fi
     recipes = {"autorange": "reversed", "type": "category"}
     layout = {"height": 220 + 34 * len(rows)}
     title = f"{column.label} of the study's recipes"
-    return Figure(f"study-{column.name}", title, traces, _axis(column.label), recipes, layout=layout)
+    return Figure(f"study-{column.name}", title, recipes, _axis(column.label), traces, layout=layout)
 
 
 def _bars(name: str, bars: Sequence[_Bar], marker: Trace) -> Trace:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -41,13 +40,6 @@ class ReportedRun(RunResult):
     """
 
     label: str
-
-    @cached_property
-    def config(self) -> yamlfiles.Config:
-        """Config that Axolotl received; empty if it cannot be read."""
-        with suppress(UserError):
-            return self.folder.config
-        return {}
 
     def from_cwd(self, path: str) -> str:
         """Path relative to the run's working folder, if it is inside."""
@@ -168,7 +160,7 @@ def _score_columns(reported: ReportedRun, by_heading: Mapping[str, Column]) -> d
     columns = {name: _scores(evaluation, by_heading) for name, evaluation in evaluations.items() if evaluation}
     published: dict[str, str | None] = {}
     for name, score in reported.scores.items():
-        if score.published and score.difference is not None:
+        if score.difference is not None:  # from the published score
             heading = registry.heading(reported.columns[name], by_heading)
             published[str(heading)] = str(score.published)
     if published and reported.evaluation:
