@@ -135,8 +135,12 @@ def _has_comparable_scores(result: RunResult, study: Study) -> bool:
 
 
 def _adapter(result: RunResult) -> str | None:
-    """Hash of the run's adapter, which is the scored one unless the evaluation is stale."""
-    return result.run.adapter.sha256 if result.run.adapter else None
+    """Hash of the scored adapter."""
+    if result.evaluation:
+        return result.evaluation.settings.adapter_sha256
+    if result.run.adapter:
+        return result.run.adapter.sha256
+    return None
 
 
 def _changes(run: Run) -> Config:

@@ -53,7 +53,7 @@ def _tables(results: Sequence[RunResult]) -> Iterator[Table]:
             rows = [cells(result, columns, _jobs(result)) for result in group]
             yield Table(rows, f"{REHEARSALS if rehearsal else 'Runs'}: {name}", below=_BELOW)
             study = group[0].study
-            if study and not rehearsal:
+            if study and not rehearsal and not all(result.is_of_something_else for result in group):
                 yield baselines(study)
 
 

@@ -400,7 +400,7 @@ def test_scored_rows_that_are_training_rows_are_named(scored, recipe, tmp_path):
     assert evaluation.notes == [note, "rows: 2 are too few to compare scores"]
     assert note in recipe.ok("results", scored.path).stdout
     assert recipe.json("results", scored.path)[0]["rows_also_trained"] == [last]
-    assert note in card.card(RunResult(scored, scored.read()), evaluation, False, None)
+    assert note in card.card(RunResult(scored, scored.read()), False, None)
     assert note in recipe.ok("publish", scored.path).stderr
     train.write_bytes(train.read_bytes() * 2)  # no longer what was trained on
     (scored.path / "scores.json").unlink()

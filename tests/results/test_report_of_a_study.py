@@ -6,7 +6,6 @@ import small_study
 from run_folders import a_run
 from small_study import PLAIN, WIDE
 
-from qlora_recipes.evaluate.scores_file import read_scores
 from qlora_recipes.results import card, listing
 from qlora_recipes.results.reports import report, report_runs
 from qlora_recipes.results.run_result import RunResult
@@ -41,7 +40,7 @@ def test_a_card_has_the_studys_metrics_and_its_tags(runs):
     folder.output.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (folder.output / name).write_text("{}")
-    text = card.card(RunResult(folder, folder.read()), read_scores(folder.path), merged=False, repository=None)
+    text = card.card(RunResult(folder, folder.read()), merged=False, repository=None)
     parts = [
         "- arithmetic",
         "name: accuracy, %",

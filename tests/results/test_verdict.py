@@ -61,7 +61,7 @@ def test_only_a_run_on_the_recipes_model_and_data_is_set_beside_published_scores
     assert row_of(tmp_path / "runs")["run"] == (str(folder.path) if same else None)
     texts = [
         recipe("results").stdout,
-        card.card(member, scores_file.read_scores(folder.path), False, None),
+        card.card(member, False, None),
         str(report_runs.scores([member], report_runs.headings([member]))),
     ]
     assert [any(score in text for score in ("5.02", "4.28", "5.47")) for text in texts] == [same] * len(texts)
@@ -152,7 +152,7 @@ def test_what_differs_from_the_paper_and_what_it_leaves_open(tmp_path):
     assert row["differs"] == ["lora_r: 64 instead of 32"]
     sources = dict(text.split(": ", 1) for text in row["open"])
     assert sources["warmup_steps"] == "5 (--set warmup_steps=5)"
-    assert sources["lora_target_modules"].partition(";")[0] == "q_proj k_proj v_proj o_proj (third-party notebook"
+    assert sources["lora_target_modules"].partition(";")[0] == "[q_proj, k_proj, v_proj, o_proj] (third-party notebook"
     assert sources.keys() & {"lora_r", "num_epochs", "optimizer"} == set()
 
 
@@ -162,7 +162,7 @@ def test_recipes_beside_the_studys(tmp_path):
     a_run(tmp_path, "haider2024/as-released/llama-3-8b", "b", 5.2)
     likely_origin = row_of(tmp_path, "haider2024/all-linear/llama-2-7b")
     assert fields(likely_origin, "bleu4_published", "bleu4_verdict", "differs") == [5.02, verdict.WITHIN, []]
-    assert "lora_target_linear: True (Axolotl's example)" in likely_origin["open"]
+    assert "lora_target_linear: true (Axolotl's example)" in likely_origin["open"]
     as_released = row_of(tmp_path, "haider2024/as-released/llama-3-8b")
     assert fields(as_released, "bleu4_published", "bleu4_verdict") == [None, None]  # no reproduction of Table II
     assert "lora_dropout: 0 instead of 0.05" in as_released["differs"]
