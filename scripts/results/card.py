@@ -313,7 +313,9 @@ def _sets_private(override: Override) -> bool:
 
 def _arguments(decoding: studies.Decoding) -> str:
     """Decoding settings as arguments for transformers' `generate`."""
-    names = ["max_new_tokens", "do_sample", "num_beams"]
+    names = ["max_new_tokens", "do_sample"]
+    if decoding.num_beams > 1:
+        names.append("num_beams")
     if decoding.do_sample:
         names += ["temperature", "top_p", "top_k"]
     return ", ".join(f"{name}={getattr(decoding, name)!r}" for name in names)
