@@ -147,7 +147,8 @@ def sweep_figure(rows: Sequence[SweepRow]) -> Figure:
     ]
     kinds = sorted({row.summary.memory_kind for row in rows if row.summary.memory_kind})
     x, y = _axis(f"peak GiB ({', '.join(kinds)})"), _axis("Validation loss (lower is better)")
-    return Figure(f"sweep-memory-{LOSS}", "Validation loss against memory", y, x, traces, _FRONT)
+    note = _FRONT if front else ""
+    return Figure(f"sweep-memory-{LOSS}", "Validation loss against memory", y, x, traces, note)
 
 
 def study_figures(study: Study, rows: Sequence[StudyRow]) -> Iterator[Figure]:
