@@ -195,7 +195,8 @@ def no_gpu(case: Case) -> Problems:
     for change, reason in substitution.gpu_replacements(case.config):
         keys = [key for key in change if key not in ("fp16", "float16")]
         if keys:
-            yield "error", keys[0], f"no NVIDIA GPU found: {reason}", "add --rehearse, which replaces this setting"
+            key = case.first_set(*keys) or keys[0]
+            yield "error", key, f"no NVIDIA GPU found: {reason}", "add --rehearse, which replaces this setting"
     if precision(case.config, on_gpu=False).autocast == "float16":
         key = "fp16" if case["fp16"] else "bf16"
         problem = "no NVIDIA GPU found, and a CPU does not train in fp16, which it uses by default (bf16: auto)"

@@ -203,7 +203,10 @@ def _row(study: Study, results: list[RunResult]) -> StudyRow:
         stated = study.stated_settings(study.origin(run.recipe))
         differs = _changed_settings(study, chosen, stated)
         open_settings = _open_settings(study, chosen, stated)
-    gap = compare.curve_gap(chosen.folder.read_metrics(), compare.published_curve(study, published))
+    curve = compare.published_curve(study, published)
+    gap = None
+    if curve:
+        gap = compare.curve_gap(chosen.folder.read_metrics(), curve)
     return StudyRow(
         recipe=run.recipe,
         rehearsal=run.rehearsal,

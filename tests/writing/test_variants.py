@@ -202,7 +202,7 @@ def test_a_copy_edited_by_hand_is_known_by_the_recipe_in_its_header(place):
     assert difference.key == "lora_alpha"
     assert difference.source == Source("override", "lora_alpha", "8")
     (place / "own.yaml").write_text(yamlfiles.write_yaml(yamlfiles.parse(TEXT, "")))
-    assert compose.compose(Request("own.yaml")).origin is None
+    assert compose.compose(Request("own.yaml")).origin == "own"
     assert compose.compose(Request("own.yaml")).differences == []
 
 
