@@ -57,7 +57,7 @@ def test_a_task_of_ones_own_goes_the_whole_way(recipe, tmp_path, tiny):
     said = done("run", "mine", "--rehearse", *LEARNING, "--set", f"base_model={model}")
     assert "config's data" in said
     assert "sample" not in said
-    (run,) = (tmp_path / "runs" / "mine").iterdir()
+    (run,) = (tmp_path / "runs" / "mine").glob("[!.]*")
     metrics = [orjson.loads(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
     losses = [record["eval_loss_per_token"] for record in metrics if "eval_loss_per_token" in record]
     assert losses[-1] < losses[0]

@@ -76,8 +76,8 @@ class Card:
 
     @cached_property
     def data(self) -> Data | None:
-        """Data of the study, if the run used them, or is a rehearsal, whose rows are made like them."""
-        if self.study is None or self.result.other_data:
+        """Data of the study, if the run used them; None for a rehearsal."""
+        if self.study is None or self.result.run.rehearsal or self.result.other_data:
             return None
         return self.study.data
 

@@ -143,7 +143,7 @@ def test_a_task_scores_as_by_the_harness_itself_also_when_resumed(tmp_path, fake
     assert benchmark["rows"] == 12
     assert benchmark["total_rows"] == 20
     assert benchmark["result"] == "acc"
-    assert scores["notes"][0] == "sums: 12 of 20 rows"
+    assert scores["notes"][0] == "12 of 26 rows; sums: 12 of 20 rows"
     resumed = sum(batches)  # the batch before the interruption is not answered again
     assert recipe("publish", "latest", "--merge").returncode == 0
     model = HFLM(str(run.output / "merged"), dtype="bfloat16", device="cpu")
