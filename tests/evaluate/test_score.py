@@ -129,3 +129,18 @@ def test_the_command_prints_scores_and_writes_rows(recipe, tmp_path):
     lines = recipe("score", "pairs.jsonl").stdout.splitlines()
     assert [line.split()[1] for line in lines if line.startswith(("exact", "empty"))] == ["0.2000", "0.2000"]
     assert "`--metric bertscore:roberta-large`" in recipe("score", "pairs.jsonl", "--metric", "bertscore_f1").stderr
+
+
+@pytest.mark.parametrize(
+    ("metric", "interval", "shown"),
+    [
+        ("rouge_l", (1.0, 3.0), {"x": [1.0, 3.0]}),
+        ("rouge_l", None, {"x": None}),  # too few rows
+        ("sacrebleu", None, {}),
+        ("sacrebleu", (1.0, 3.0), {"x": [1.0, 3.0]}),
+    ],
+)
+def test_json_has_the_intervals_that_a_metric_can_have(metric, interval, shown):
+    record = {"value": 2.0, "interval": interval, "declaration": {"metric": metric}}
+    scores = Scores.model_validate({"scores": {"x": record}, "shares": {"rows": 9}})
+    assert scores.flat()["intervals"] == shown

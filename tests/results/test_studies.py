@@ -201,6 +201,18 @@ def test_a_table_of_a_group_needs_a_score(runs, recipe):
     assert re.findall(r"^recipe +(\S+)", table, re.MULTILINE)[:2] == ["average", "BoolQ,"]
 
 
+@pytest.mark.parametrize(
+    ("rehearsal", "title"), [(True, listing.REHEARSALS), (False, "A. Nobody; published scores are on Test Subset 1")]
+)
+def test_a_studys_table_names_rehearsals_or_the_study(rehearsal, title, runs):
+    folder = small_study.ran(runs, PLAIN, "a", 66.0)
+    folder.write(folder.read().model_copy(update={"rehearsal": rehearsal}))
+    study = small_study.read()
+    tables = [*study_tables.tables_of(study, verdict.rows(study, runs, rehearsal), rehearsal)]
+    assert tables[0].title == title
+    assert [table.title for table in tables].count(study_tables.baselines(study).title) == (0 if rehearsal else 1)
+
+
 def test_numbers_of_different_metrics_never_share_a_column(runs, recipe):
     small_study.ran(runs, PLAIN, "a", 66.0)
     a_run(runs, LLAMA_2, "b", 5.0)
