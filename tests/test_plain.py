@@ -76,6 +76,7 @@ READING = [
     "record['problem'].removeprefix('error: ')",
     "record.get('remedy', '').removesuffix('.')",
     "'memory' in warning",
+    "'rehearsal' in str(change.reason)",
     "reason not in ('a', 'b')",
     "finding.problem == 'missing'",
     "re.match('x', error.problem)",

@@ -86,8 +86,9 @@ def is_sentence(node: ast.expr, errors: set[str | None]) -> bool:
             return name in SENTENCES
         case ast.Call(func=ast.Attribute(attr="get"), args=[ast.Constant(value=name), *_]):
             return name in SENTENCES
-        case ast.Call(func=ast.Name(id="str"), args=[ast.Name(id=name)]):
-            return name in SENTENCES | errors
+        case ast.Call(func=ast.Name(id="str"), args=[argument]):
+            is_error = isinstance(argument, ast.Name) and argument.id in errors
+            return is_error or is_sentence(argument, errors)
         case ast.Constant(value=str(text)):
             return text.startswith("datasets")
     return False
