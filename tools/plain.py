@@ -27,9 +27,10 @@ MARK = "# another program's text"
 def expressions(statement: ast.AST) -> Iterator[ast.AST]:
     """Expressions of a statement, without those of statements inside it."""
     for child in ast.iter_child_nodes(statement):
-        if not isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case):
-            yield child
-            yield from expressions(child)
+        part = child.guard if isinstance(child, ast.match_case) else child
+        if part and not isinstance(part, ast.stmt | ast.ExceptHandler):
+            yield part
+            yield from expressions(part)
 
 
 def decisions_inside(statement: ast.stmt) -> int:

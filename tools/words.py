@@ -48,6 +48,10 @@ def names(file: Path, text: str) -> Iterator[str]:
             name = node.id
         elif isinstance(node, ast.arg):
             name = node.arg
+        elif isinstance(node, ast.ExceptHandler | ast.MatchAs):
+            name = node.name or ""
+        elif isinstance(node, ast.alias):
+            name = node.asname or ""
         if name in VARIABLES:
             yield f"{file}:{getattr(node, 'lineno', 0)}: {name}: name the thing"
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name in FUNCTIONS:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import logging
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -48,6 +49,7 @@ def importing_axolotl(offline: bool = True) -> Iterator[None]:
         os.environ["HF_HUB_OFFLINE"] = variable
 
 
+NAME = re.compile(r"[\w.-]+/[\w.-]+")  # a repository with its owner
 ANSWER_TIMEOUT = 5.0
 """Seconds to wait for the hub."""
 

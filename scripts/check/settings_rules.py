@@ -358,7 +358,7 @@ def _evaluations(case: Case) -> float:
 
 def _is_beyond_training(case: Case, key: str) -> bool:
     """True if a key names a later step than the last."""
-    return case.steps is not None and (case[key] or 0) > case.steps
+    return case.steps is not None and 0 < case.steps < (case[key] or 0)
 
 
 @rule

@@ -270,7 +270,7 @@ class _Composition:
 
     def _rehearsal_changes(self, fragment: Config) -> Config:
         """Return the rehearsal profile's changes, except its keys for the sample; store those in `sample`."""
-        from ..data.prepare import default_sample
+        from ..data.prepare import default_sample  # only a rehearsal needs what prepares rows
 
         folders = {"stand_in": str(substitution.folder()), "sample": str(default_sample())}
         fragment = filled(fragment, folders) | {"bf16": hardware.cpu_has_bf16()}

@@ -150,8 +150,9 @@ def divided(config: Config, gpus: int, asked: str) -> Config:
     Raises:
         UserError: the rows of a step cannot be split evenly.
     """
-    if gpus == 1:
-        return config
+    counts = [config.get(key) or 1 for key in ("micro_batch_size", "gradient_accumulation_steps", "batch_size")]
+    if gpus == 1 or not all(isinstance(count, int) and count > 0 for count in counts):
+        return config  # the schema reports values that are not counts
     settings = TrainingSettings.of(config)
     key, count, unit = "gradient_accumulation_steps", settings.gradient_accumulation_steps, 1
     if settings.batch_size:

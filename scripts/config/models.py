@@ -184,7 +184,7 @@ def _config_file(name: str, revision: Any, download: bool) -> Path:
 
 def original(name: Any) -> Any:
     """Model whose mirror has this name in models.yaml; the name itself if it is not a mirror's."""
-    return next((model for model, entry in catalogue().items() if entry.get("mirror", "") == name), name)
+    return next((model for model, entry in catalogue().items() if name and entry.get("mirror") == name), name)
 
 
 def is_copy(name: Any, of: Any) -> bool:

@@ -135,7 +135,7 @@ def _has_sliding_window(model: Config) -> bool:
 
 
 def _has_custom_scale(model: Config, width: int) -> bool:
-    """True if attention scores are scaled by another factor than the root of the head's width."""
+    """True if attention scores are scaled by another factor than the inverse root of the head's width."""
     scale, queries = model.get("attention_multiplier"), model.get("query_pre_attn_scalar")
     if not scale and queries:
         scale = queries**-0.5

@@ -93,7 +93,7 @@ def _incompatible_lora(config: Config, model: Config) -> Iterator[tuple[Config, 
         )
     if dict(flatten(config)).get("bnb_config_kwargs.bnb_4bit_quant_type", "nf4") != "nf4":
         yield dict.fromkeys(_LORA), "the kernels decode doubly quantized weights as NF4 (axolotl/kernels/quantize.py)"
-    activation = model.get("hidden_activation") or model.get("hidden_act", "silu")
+    activation = model.get("hidden_activation") or model.get("hidden_act") or "silu"
     if activation != "silu":
         yield {"lora_mlp_kernel": None}, f"the kernel computes SiLU or GELU (erf), but the model uses {activation}"
     if not config.get("lora_target_linear"):

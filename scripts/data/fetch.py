@@ -319,7 +319,7 @@ def download(url: str, part: Path, most: int) -> None:
             if pause is not None:
                 say(f"{url}: {problem}; next try in {pause} s")
                 time.sleep(pause)
-    if part.exists():
+    if part.exists() and part.stat().st_size:
         problem += f"; repeat the command to resume from {part.stat().st_size:,} bytes"
     raise WorkFailed(f"{url}: {problem}")
 

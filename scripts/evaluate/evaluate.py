@@ -149,6 +149,8 @@ class EvaluationTask:
         self.folder = folder
         self.request = request
         self.run = folder.read()
+        if self.run.rehearsal:  # before anything imports torch
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self.cfg = folder.config
         trust.refuse_code(folder, self.run, request.force, request.adapter or str(folder.output.resolve()))
         substitution.restore(self.cfg)
@@ -334,8 +336,6 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
         WorkFailed: the scorer model cannot be loaded, or memory does not suffice.
     """
     folder.refuse_links()
-    if folder.read().rehearsal:  # before anything imports torch
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     task = EvaluationTask(folder, request)
     models = scorer_models(task.columns, request.scorer, task.run.rehearsal, report=True)
     summary = task.summary  # of this moment, if the run is in training

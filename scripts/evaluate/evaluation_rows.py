@@ -231,14 +231,14 @@ def _read_datasets(
     source: RowSource, folder: RunDir, run: Run, cfg: Config
 ) -> tuple[list[tuple[DatasetRef, Row]], list[RowsState]]:
     """Rows of data sets, each with its data set, and the states of the files."""
+    files = [file for dataset in source.datasets if (file := jsonl(dataset.entry, Path(run.cwd)))]
+    if source.held_out or len(files) < len(source.datasets):
+        rows_file = folder.path / KEPT
+        if not rows_file.is_file():
+            _load(source, rows_file, run, cfg)
+        return _loaded_rows(source, rows_file), [RowsState.of_rows(rows_file, None)]
     pairs, states = [], []
-    for dataset in source.datasets:
-        file = jsonl(dataset.entry, Path(run.cwd))
-        if source.held_out or file is None:
-            rows_file = folder.path / KEPT
-            if not rows_file.is_file():
-                _load(source, rows_file, run, cfg)
-            return _loaded_rows(source, rows_file), [RowsState.of_rows(rows_file, None)]
+    for dataset, file in zip(source.datasets, files, strict=True):
         first = datafiles.first_rows(dataset.entry)
         pairs += [(dataset, row) for row in read_rows(file)[:first]]
         states.append(RowsState.of_rows(file, first))

@@ -5,7 +5,7 @@ of the reference engine. Different engines add numbers in different orders. Occa
 equal probability, and the answers differ from there on. With a wrong adapter or prompt, most answers differ early.
 """
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -122,7 +122,7 @@ def predict(
     require(settings, server, on_gpu)
     done, settings = read_part(part, settings, test.positions)
     if len(done) == len(test.rows):
-        return _in_order(done), settings
+        return [done[place] for place in range(len(test.rows))], settings
     with Bar("tokenizing the prompts"):
         from .prompter import Prompter
 
@@ -140,7 +140,7 @@ def predict(
         for row, example in zip(test.rows, examples, strict=True):
             rows.append(as_row(row.position, row.content, example.reference))
         _generate(engine, prompts, rows, prompter.ends, done, part, settings_line(settings))
-    return _in_order(done), settings
+    return [done[place] for place in range(len(test.rows))], settings
 
 
 def _is_compared(settings: EvaluationSettings, reference_runs_here: bool) -> bool:
@@ -148,10 +148,6 @@ def _is_compared(settings: EvaluationSettings, reference_runs_here: bool) -> boo
     if settings.engine == SERVER:  # its model can change between calls, so its answers are compared again
         return reference_runs_here
     return settings.engine == VLLM and settings.agreement is None
-
-
-def _in_order(done: Mapping[int, Row]) -> list[Row]:
-    return [row for _, row in sorted(done.items())]
 
 
 def settings_line(settings: EvaluationSettings) -> bytes:

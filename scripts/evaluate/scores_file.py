@@ -20,7 +20,7 @@ from ..metrics import registry
 from ..metrics.metric import Column, ScoreRecord
 from ..training.run_record import FileState, RecordVersion, Run
 
-VERSION = 3
+VERSION = 4
 """Version of scores.json and of the scoring code.
 
 Increase it when a change gives the same texts different scores, or renames or removes a field. Scores of another

@@ -116,7 +116,7 @@ class Api:
         if name:
             problem = f"--model {name}: not a model of the server{did_you_mean(name, models)}"
         else:
-            problem = f"--engine URL: needs --model{did_you_mean('', models)}"
+            problem = "--engine URL: needs --model"
         raise UserError(f"{problem}; its models: {', '.join(models) or 'none'}")
 
 

@@ -101,7 +101,7 @@ def _obstacle(adapter: Path) -> str | None:
 
 def _rank(config: Row) -> int:
     """Highest rank in an adapter's config; 0 without a rank."""
-    return max([config.get("r", 0), *config.get("rank_pattern", {}).values()])
+    return max([config.get("r") or 0, *(config.get("rank_pattern") or {}).values()])
 
 
 @contextmanager

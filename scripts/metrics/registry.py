@@ -104,7 +104,7 @@ def column(name: str, entry: Mapping[str, Any] | None = None) -> Column:
         raise WrongMetric("", f"{name} has another meaning in results; give the column another name")
     if not _NAME.fullmatch(name):
         raise WrongMetric("", f"{name} must consist of letters, digits and _; give the column another name")
-    if not isinstance(label, str | None):
+    if label is not None and not (isinstance(label, str) and label.strip()):
         raise WrongMetric("label", "expected a text")
     metric = METRICS[kind]
     try:

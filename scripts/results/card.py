@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from ..base import paths, tables, yamlfiles
+from ..base import hub, paths, tables, yamlfiles
 from ..base.files import Row, embedding_rows, read_json, sha256
 from ..base.hub import importing_axolotl
 from ..base.paths import template_environment
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 _HUB_LICENCES = ("apache-2.0", "mit", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma")
 # Keys that hold local folders, or accounts and hosts to which a run reports
 _NOT_SHOWN = re.compile(f"output_dir|dataset_prepared_path|plugins|hub_|{merging.TRACKING.pattern}")
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-"""Name of a repository on the hub, with its owner."""
 _PATCH = "@@ -1 +1 @@\n-x = 1\n+x = 2"
 _LOCAL_PATH = re.compile(r"(?<![\w.<>/~-])(?:\.\.(?:/[^\s/=,:'\")\]}]+)+|(?:file://)?(?:/[^\s/=,:'\")\]}]+){2,})")
 
@@ -116,9 +114,12 @@ class Card:
         return self._public(self.evaluation.model_dump() | {"scores": self.evaluation.flat()})
 
     @cached_property
+    def _base(self) -> Base:
+        return base_model(self.result.folder, self.result.run)
+
+    @property
     def base(self) -> Base:
-        base = base_model(self.result.folder, self.result.run)
-        return replace(base, name=self._public(base.name))
+        return replace(self._base, name=self._public(self._base.name))
 
     @property
     def title(self) -> str:
@@ -132,7 +133,7 @@ class Card:
 
     @cached_property
     def _about_base(self) -> Config:
-        return models.entry_of(base_model(self.result.folder, self.result.run).name)
+        return models.entry_of(self._base.name)
 
     @cached_property
     def published(self) -> dict[str, str]:
@@ -245,7 +246,7 @@ class Card:
         for dataset in datafiles.training_sets(self.config):
             name = str(dataset.entry.get("path"))
             is_local = any(file.startswith(name) for file in files)
-            if HUB_NAME.fullmatch(name) and not is_local:
+            if hub.NAME.fullmatch(name) and not is_local:
                 names.append(name)
         return names
 

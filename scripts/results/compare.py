@@ -212,7 +212,7 @@ def comparison(pair: tuple[str, str], runs: Path, metrics: Sequence[str] = ()) -
     if len(folders) == 2:
         training = _divergence(*folders)
     if training:
-        unscored = [str(folder.path) for folder in folders if not current(folder.path)]
+        unscored = [str(path) for path in dict.fromkeys(folder.path for folder in folders) if not current(path)]
         if unscored:
             return Comparison(training, None, unscored)
     return Comparison(training, compare(*score_sides(sides, metrics)), [])

@@ -158,7 +158,7 @@ def _costs(summary: Summary) -> Row:
     """Cells of memory and speed."""
     return {
         "peak GiB": summary.peak_memory,
-        "tokens/s": rounded(summary.tokens_per_second),
+        "tokens/s": round(summary.tokens_per_second) if summary.tokens_per_second else None,
         "minutes": f"{summary.train_seconds / 60:.1f}",
     }
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..base import hub
 from ..base.errors import UserError, WorkFailed
 from ..base.files import opened, sha256, tensor_shapes, write_atomically
 from ..base.processes import make_once, start_child
@@ -16,7 +17,7 @@ from ..evaluate.scores_file import ADAPTER, about_rows
 from ..run import backends, trust
 from ..run.rundir import RunDir
 from ..training.run_record import Run
-from .card import HUB_NAME, base_model, card
+from .card import base_model, card
 from .run_result import RunResult
 
 CARD = "README.md"
@@ -129,7 +130,7 @@ def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:
 
 def _refuse_push(folder: RunDir, run: Run, repository: str) -> None:
     """Raise UserError if the repository's name is invalid or others cannot use the model."""
-    if not HUB_NAME.fullmatch(repository):
+    if not hub.NAME.fullmatch(repository):
         raise UserError("expected OWNER/NAME, of letters, digits, -, _ and .", key=f"--push {repository}")
     if run.rehearsal:
         problem = f"{folder.path} is a rehearsal with a stand-in model"

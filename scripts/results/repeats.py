@@ -84,7 +84,8 @@ def with_repeats(result: RunResult, candidates: Sequence[RunResult]) -> list[Run
     """
     if not result.is_scored or not _is_trained_here(result):
         return [result]
-    repeats = [other for other in candidates if _is_repeat(other, result)]
+    setup = Setup.of_run(result)
+    repeats = [other for other in candidates if _is_repeat(other, result) and Setup.of_run(other) == setup]
     by_seed = {seed(run): run for run in [*repeats, result]}  # the last run of a seed replaces the others
     if len(by_seed) > 1:
         repeats = [run for run in by_seed.values() if run != result]
@@ -92,12 +93,10 @@ def with_repeats(result: RunResult, candidates: Sequence[RunResult]) -> list[Run
 
 
 def _is_repeat(other: RunResult, result: RunResult) -> bool:
-    """True if another run is trained and evaluated as a run is, but for the seed."""
+    """True if another finished run of the recipe is evaluated as a run is."""
     if other.run.recipe != result.run.recipe or other.folder.path == result.folder.path:
         return False
-    if not _is_trained_here(other) or not _evaluated_alike(other, result, _ALIKE):
-        return False
-    return Setup.of_run(other) == Setup.of_run(result)
+    return _is_trained_here(other) and _evaluated_alike(other, result, _ALIKE)
 
 
 def _is_trained_here(result: RunResult) -> bool:

@@ -77,10 +77,8 @@ class RunResult:
 
     @cached_property
     def config(self) -> Config:
-        """Config that Axolotl received; empty if it cannot be read."""
-        with suppress(UserError):
-            return self.folder.config
-        return {}
+        """Config that Axolotl received; empty if the file is missing."""
+        return self.folder.config if self.folder.config_file.is_file() else {}
 
     @cached_property
     def _last_evaluation(self) -> Evaluation | None:

@@ -308,8 +308,9 @@ def _status(study: Study, records: Sequence[Record], number: _Number) -> Status:
     for record in records:
         if study.reproduced(record.of) != number.of or record.values != number.values:
             continue
-        if record.defect:
-            defects.append(record.defect)
+        defect = record.defect
+        if defect:
+            defects.append(defect)
         elif number.metric in record.scores:
             scored.append(record)
     progress, mean = NOT_RUN, None

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 
 import psutil
@@ -270,16 +271,21 @@ class LaunchLog:
     Args:
         file: file of the log.
         since: offset in bytes at which the launch begins.
-
-    Attributes:
-        tail: last lines before torchrun's report.
     """
 
     def __init__(self, file: Path, since: int = 0):
         self.file = file
-        self._text = file.read_bytes()[since:].decode(errors="replace")
+        self.since = since
+
+    @cached_property
+    def _text(self) -> str:
+        return self.file.read_bytes()[self.since :].decode(errors="replace")
+
+    @cached_property
+    def tail(self) -> list[str]:
+        """Last lines before torchrun's report."""
         torchrun = re.compile("^.*torch/distributed/elastic/multiprocessing/api.py", re.MULTILINE)
-        self.tail = torchrun.split(self._text, maxsplit=1)[0].splitlines()[-15:]
+        return torchrun.split(self._text, maxsplit=1)[0].splitlines()[-15:]
 
     @property
     def out_of_gpu_memory(self) -> bool:

@@ -145,7 +145,12 @@ def resume(
         say(f"{folder.path}: the run is finished")
         return folder
     is_own = trust.is_own(folder, record)
-    _authorize(folder, record, force, is_own or trusted, backend.here)
+    if not (is_own or trusted):
+        raise UserError(
+            f"{folder.path}: not created by you on this machine, or changed since; resuming it can run its author's "
+            "code; if you trust the author, add --trust"
+        )
+    _record_force(folder, record, force, is_own, backend.here)
     if record.rehearsal:
         substitution.restore(folder.config)
     if backend.here:
@@ -162,22 +167,18 @@ def resume(
     return backend.carry_out(task, record.recipe)
 
 
-def _authorize(folder: RunDir, record: Run, force: Sequence[str], is_trusted: bool, here: bool) -> None:
-    """Raise UserError for an untrusted run of another user, or for a name in `force` that is no error on this machine.
+def _record_force(folder: RunDir, record: Run, force: Sequence[str], is_own: bool, here: bool) -> None:
+    """Record `force`, and sign the record with this user's key if it changed or belonged to another user.
 
-    Record `force`. Sign the record with this user's key if it changed or belonged to another user.
+    Raises:
+        UserError: a name in `force` is no error on this machine.
     """
-    if not is_trusted:
-        raise UserError(
-            f"{folder.path}: not created by you on this machine, or changed since; resuming it can run its author's "
-            "code; if you trust the author, add --trust"
-        )
     if force and here:  # a job is checked on its own machine
         errors = {finding.name for finding in _findings(folder, record) if finding.level == "error"}
         unknown_force(force, errors.union(record.forced))
     if this_job():
         return  # a job may lack the user's key
-    if force or not trust.is_own(folder, record):
+    if force or not is_own:
         with folder.held():
             record = folder.read()  # a training may have just ended
             record.forced = [*record.forced, *force]

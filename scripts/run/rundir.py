@@ -224,6 +224,11 @@ def this_job() -> str | None:
     return f"{array}_{task}" if array and task else None
 
 
+def stamped(name: str) -> str:
+    """Name of a folder that is created now: <time>-<name>."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}"
+
+
 @contextmanager
 def new_run(parent: Path, name: str) -> Iterator[tuple[RunDir, RunDir]]:
     """Create a unique run folder <time>-<name>, complete or not at all.
@@ -233,7 +238,7 @@ def new_run(parent: Path, name: str) -> Iterator[tuple[RunDir, RunDir]]:
     """
     part = RunDir(parent / paths.NEW_RUN)
     with held(parent / f"{paths.NEW_RUN}.lock", "another process is creating a run", LOCK_TIMEOUT):
-        while (folder := parent / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}").exists():
+        while (folder := parent / stamped(name)).exists():
             time.sleep(0.2)
         shutil.rmtree(part.path, ignore_errors=True)  # left by a killed process
         part.path.mkdir()

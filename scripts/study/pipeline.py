@@ -282,8 +282,9 @@ class Pipeline:
                 return self._training(folder)
             return self._training(run.create(self.composed, self.request))
         self.result.steps["run"] = str(job or record.state)
-        # an evaluation here cannot wait for a job
-        return self._evaluation_of(folder, trained=job is not None and not self.backend.here)
+        # an evaluation here cannot wait for a job, and none can wait for a job whose state is unknown
+        can_wait = job is not None and job.kind != "unknown" and not self.backend.here
+        return self._evaluation_of(folder, trained=can_wait)
 
     def _wait_for_start(self) -> None:
         """Look up the existing run; wait while it was just created, until it runs or turns out to be interrupted."""

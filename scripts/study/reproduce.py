@@ -115,7 +115,8 @@ def _with_data(study: Study, pipelines: Sequence[Pipeline]) -> list[Pipeline]:
     runnable = [pipeline for pipeline in pipelines if pipeline.is_finished() or pipeline.check_config()]
     have_data(study, [pipeline.composed for pipeline in runnable])
     for pipeline in runnable:
-        pipeline.look_up()  # `have_data` may have fetched the data that the digest needs
+        if not pipeline.existing:
+            pipeline.look_up()  # `have_data` may have fetched the data that the digest needs
     return runnable
 
 

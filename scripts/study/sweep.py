@@ -471,6 +471,6 @@ def find_sweep_file(name: str) -> Path:
     """
     require_plain(name)
     shipped = {file.stem: file for file in sorted((paths.RECIPES / "sweeps").glob("*.yaml"))}
-    if Path(name).is_file():
+    if name not in shipped and Path(name).is_file():
         return Path(name)
     return shipped[meant(name, shipped, "sweep", f"; there are {', '.join(shipped)}, or any YAML file")]

@@ -1,6 +1,5 @@
 """Schemas of run.json (with provenance), jobs.json, and the lines of metrics.jsonl."""
 
-import multiprocessing
 import os
 import platform
 import subprocess
@@ -303,7 +302,7 @@ def collect() -> Provenance:
         "host": platform.node(),
         "os": platform.platform(),
         "cpu": cpu_name(),
-        "cores": multiprocessing.cpu_count(),
+        "cores": os.cpu_count() or 1,
         "memory_gib": round(memory, 1),
         "gpus": [*visible_gpus().values()],
     }

@@ -178,7 +178,7 @@ def _errors(content: Config, gpu: Gpu) -> list[Finding]:
 
 
 def _pydantic_errors(error: ValidationError, content: Config) -> list[Finding]:
-    """Errors from pydantic's places and messages; only here is a text of pydantic read."""
+    """Errors from pydantic's places and messages."""
     mistakes = []
     for problem in error.errors():
         text = problem["msg"].removeprefix("Value error, ")  # another program's text
@@ -190,7 +190,7 @@ def _pydantic_errors(error: ValidationError, content: Config) -> list[Finding]:
 
 
 def _warning(text: str, content: Config) -> Finding:
-    """Warning from Axolotl's log; a note if the recipe of a study can be right. Only here is a text of Axolotl read."""
+    """Warning from Axolotl's log; a note if the recipe of a study can be right."""
     level: Level = "warning"
     if text.startswith("eval_batch_size != micro_batch_size"):  # another program's text
         level = "note"

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ..base import paths, yamlfiles
+from ..base import hub, paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import write_atomically
 from ..base.yamlfiles import Config
@@ -79,7 +79,7 @@ def for_model(base: str, name: str) -> OtherModel:
         UserError: the folder does not exist, or the recipe has this model already.
     """
     recipe = yamlfiles.read_yaml(paths.find_recipe(base)[1])
-    if not Path(name).is_dir() and (models.is_path(name) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
+    if not Path(name).is_dir() and (models.is_path(name) or not hub.NAME.fullmatch(name)):
         hint = f"give a folder, or a model on the hub as owner/name{models.similar(name)}"
         raise UserError(f"--model {name}: no such folder; {hint}")
     if name == recipe.get("base_model"):

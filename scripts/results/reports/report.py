@@ -124,7 +124,7 @@ class Page:
     def style(self) -> Markup:
         return Markup((TEMPLATES / "report.css").read_text())
 
-    @property
+    @cached_property
     def script(self) -> Markup:
         return Markup("\n".join((TEMPLATES / name).read_text() for name in SCRIPTS))
 

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from getpass import getuser
 from pathlib import Path
 from typing import Literal
@@ -25,7 +24,7 @@ from ...base.terminal import PART, say
 from ...config import gpus
 from ...config.gpus import Gpu
 from ...training.run_record import Job
-from ..rundir import RunDir
+from ..rundir import RunDir, stamped
 from . import Command, Step, Task
 from .slurm_site import STEPS, Site, active, ask, forget_queue, queue, sbatch, settings_file, site_settings
 
@@ -283,7 +282,7 @@ def _with_gpus(options: dict[str, str], gpus: int) -> dict[str, str]:
     """Options that request GPUs; those of the site may do so already."""
     if _request_gpus(options):
         return options
-    gres = f"{options['gres']}," if "gres" in options else ""
+    gres = f"{options['gres']}," if options.get("gres") else ""
     return options | {"gres": f"{gres}gpu:{gpus}"}
 
 
@@ -296,7 +295,7 @@ def _new_folder(title: str) -> Path:
     parent = paths.runs() / "slurm"
     parent.mkdir(parents=True, exist_ok=True)
     while True:
-        folder = parent / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{title}"
+        folder = parent / stamped(title)
         try:
             folder.mkdir()
             return folder
