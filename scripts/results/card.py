@@ -179,8 +179,8 @@ class Card:
     def prompt(self) -> str | None:
         """Code that sets `inputs` to a prompt; None if that is not possible, see `prompter.as_code`."""
         fields = {}
-        if self.data:
-            fields = {**constants(self.data.fields), "input": _PATCH}
+        if self.study and (self.data or self.result.run.rehearsal):  # a rehearsal's rows are made like the study's
+            fields = {**constants(self.study.data.fields), "input": _PATCH}
         with importing_axolotl(offline=True):
             from ..evaluate.prompter import as_code
 
