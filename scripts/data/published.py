@@ -1,12 +1,14 @@
 """Declaration of published results in study.yaml."""
 
+import csv
 from collections.abc import Collection, Iterator
 from decimal import Decimal
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator, with_config
 
+from ..base.errors import UserError
 from ..base.yamlfiles import Config
 from .declaration import Count, Data, FilePath, Key, Mistake, Name, Sha256, Strict, Text, undeclared
 
@@ -32,6 +34,25 @@ ROUNDING = 1e-9
 def rounding(number: Decimal) -> float:
     """Largest difference that rounding to the printed digits can make: half a unit of the last one."""
     return (0.5 + ROUNDING) * 10.0 ** int(number.as_tuple().exponent)
+
+
+Point = tuple[int, float]
+"""Step and value."""
+
+
+def read_points(file: Path, column: str) -> list[Point]:
+    """Read the columns step and `column` of a CSV file.
+
+    Raises:
+        UserError: the file cannot be read as CSV with numbers in both columns.
+    """
+    try:
+        with file.open(encoding="utf-8", newline="") as stream:
+            return [(int(row["step"]), float(row[column])) for row in csv.DictReader(stream)]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file}: expected the columns step and {column} with a number in each row ({error!r:.60})"
+        ) from None
 
 
 class PublishedScore(Strict):
@@ -63,18 +84,58 @@ class EvalTokens(TypedDict):
     sha256: Sha256
 
 
-class Measured(Strict):
-    """Published figures of a run besides its scores.
+Figure = Literal["steps", "learning_rates", "trainable", "adapter_bytes", "reserved_bytes"]
+"""Figure of a log that `recipe plan` computes."""
+
+
+class Log(Strict):
+    """Published figures of a training besides its scores.
 
     Attributes:
-        reserved_bytes: GPU memory.
+        source: file or page that states the figures.
+        rows: training rows per epoch; by default those of the study.
+        settings: settings of Axolotl in which the training differs from the recipe.
+        steps: number of optimizer steps.
+        learning_rates: CSV file beside study.yaml with the columns step and learning_rate. Each rate is that after the
+            step, as transformers 4 logs it.
+        skipped_steps: logged steps; before each, the gradient scaler of fp16 skipped one step since the previous one.
         trainable: number of trained parameters.
+        adapter_bytes: size of adapter_model.safetensors.
+        reserved_bytes: largest GPU memory that torch reserved in training.
+        train_seconds, tokens_per_second: duration and speed of the training alone.
+        unverified: figures that were not read in the source.
+        reasons: known reasons for differences from the plan, by figure.
     """
 
+    source: Text
+    rows: Count | None = None
+    settings: Config = Field(default={})
+    steps: Count | None = None
+    learning_rates: FilePath | None = None
+    skipped_steps: list[Count] = Field(default=[])
+    trainable: Count | None = None
+    adapter_bytes: Count | None = None
+    reserved_bytes: Count | None = None
     train_seconds: float | None = None
     tokens_per_second: float | None = None
-    reserved_bytes: int | None = None
-    trainable: int | None = None
+    unverified: list[Figure] = Field(default=[])
+    reasons: dict[Figure, Text] = Field(default={})
+
+    @property
+    def is_of_recipe(self) -> bool:
+        """True if the training has the recipe's rows and settings."""
+        return self.rows is None and not self.settings
+
+    def mistakes(self, at: Key, folder: Path) -> Iterator[Mistake]:
+        """Yield a missing file of learning rates, and notes on figures that the log lacks."""
+        if self.learning_rates and not (folder / self.learning_rates).is_file():
+            yield (*at, "learning_rates"), f"no such file beside study.yaml: {self.learning_rates}; add it"
+        if self.skipped_steps and not self.learning_rates:
+            yield (*at, "skipped_steps"), "needs learning_rates; add them, or delete the key"
+        for key, figures in {"unverified": self.unverified, "reasons": self.reasons}.items():
+            for figure in figures:
+                if getattr(self, figure) is None:
+                    yield (*at, key), f"the log has no {figure}; add it, or delete it here"
 
 
 class Texts(Strict):
@@ -139,6 +200,7 @@ class Published(Strict):
         repeats: scores of all repeated runs, including the reported run, by metric.
         cells: scores with changed settings, for comparison with sweeps.
         eval_tokens: tokens of the published eval loss, as in the metrics.jsonl of a run.
+        log: figures of the training.
         curve: CSV file beside study.yaml with the columns step and train_loss.
         adapter: folder of the adapter that the authors trained; its files are declared in the data's `sources`.
         adapter_format: format of the adapter if PEFT did not save it.
@@ -149,7 +211,7 @@ class Published(Strict):
     cells: list[Cell] = Field(default=[])
     trainer: str = "Axolotl"
     eval_tokens: EvalTokens | None = None
-    measured: Measured = Measured()
+    log: Log | None = None
     curve: FilePath | None = None
     predictions: PublishedPredictions | None = None
     adapter: FilePath | None = None
@@ -164,6 +226,8 @@ class Published(Strict):
                 yield from undeclared((*at, *key, name), name, metrics)
         if self.curve and not (folder / self.curve).is_file():
             yield (*at, "curve"), f"no such file beside study.yaml: {self.curve}; add it"
+        if self.log:
+            yield from self.log.mistakes((*at, "log"), folder)
         if self.adapter:
             config, weights = ADAPTER_FILES
             if self.adapter_format:
@@ -179,10 +243,12 @@ class Variant(Strict):
     Attributes:
         of: published recipe that the variant is based on.
         reproduces: True if the variant should reach the published score of that recipe.
+        log: figures of a training by the authors with the variant's settings.
     """
 
     of: str
     reproduces: bool
+    log: Log | None = None
 
 
 class Baseline(Strict):

@@ -15,7 +15,7 @@ from ..base.yamlfiles import Config
 from ..metrics import registry
 from ..metrics.metric import Column, LossMetric
 from .declaration import Data, Mistake, Strict, undeclared
-from .published import TRAIN_LOSS, Baseline, Cell, Published, Variant, released
+from .published import TRAIN_LOSS, Baseline, Cell, Log, Published, Variant, released
 
 SCHEMA = paths.RECIPES / "study.schema.json"
 _OF_SCORES = (
@@ -122,6 +122,11 @@ class Study(Strict):
         """Published recipe that a variant is based on; other recipes are returned unchanged."""
         return self.variants[recipe].of if recipe in self.variants else recipe
 
+    def log(self, recipe: str) -> Log | None:
+        """Published figures of a recipe's training; None without any."""
+        part = self.variants.get(recipe) or self.published.get(recipe)
+        return part.log if part else None
+
     def repeats(self, recipe: str, metric: str) -> list[float]:
         """Published scores of a recipe's repeated runs; if it has none, those of the first recipe that has some."""
         recipes = [self.origin(recipe), *self.published]
@@ -172,6 +177,8 @@ class Study(Strict):
             yield from published.mistakes(("published", name), metrics, self.data, self.folder)
         for name, variant in self.variants.items():
             yield from undeclared(("variants", name, "of"), variant.of, self.published)
+            if variant.log:
+                yield from variant.log.mistakes(("variants", name, "log"), self.folder)
         for i, baseline in enumerate(self.baselines):
             yield from baseline.mistakes(("baselines", str(i)), metrics, self.data)
 

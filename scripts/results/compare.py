@@ -1,6 +1,5 @@
 """Compare two runs' losses and predictions, and a loss with a published curve."""
 
-import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -12,7 +11,7 @@ from ..base.errors import UserError
 from ..base.files import Row, read_rows
 from ..base.terminal import say, say_once
 from ..config import merging
-from ..data.published import Published
+from ..data.published import TRAIN_LOSS, Point, Published, read_points
 from ..data.studies import Study
 from ..evaluate import intervals
 from ..evaluate.score import columns_of, declared_models, model_record, row_columns, with_scores
@@ -266,25 +265,15 @@ def _settings(folder: RunDir, run: Run) -> dict[str, Any]:
     return settings
 
 
-Point = tuple[int, float]  # step, and mean loss since the previous point
-
-
 def published_curve(study: Study, published: Published) -> list[Point]:
     """Read the published curve of a recipe; empty without one.
 
     Raises:
-        UserError: the file cannot be read as CSV with numbers in the columns step and train_loss.
+        UserError: see `read_points`.
     """
     if not published.curve:
         return []
-    file = study.folder / published.curve
-    try:
-        with file.open(encoding="utf-8", newline="") as stream:
-            return [(int(row["step"]), float(row["train_loss"])) for row in csv.DictReader(stream)]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{file}: expected the columns step and train_loss with a number in each row ({error!r:.60})"
-        ) from None
+    return read_points(study.folder / published.curve, TRAIN_LOSS)
 
 
 @dataclass(frozen=True)
@@ -310,7 +299,7 @@ def curve_gap(metrics: Iterable[Row], curve: Sequence[Point]) -> CurveGap | None
 
     Args:
         metrics: records of the run's steps.
-        curve: published points.
+        curve: published points, each with the mean loss since the previous point.
     """
     losses = [(record["step"], record["loss"]) for record in metrics if record.get("loss") is not None]
     last = max((step for step, _ in losses), default=0)

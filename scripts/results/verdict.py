@@ -12,7 +12,7 @@ from ..base.yamlfiles import on_one_line
 from ..config import merging
 from ..config.compose import REHEARSAL, TRACKERS
 from ..config.numerics import departures
-from ..data.published import ROUNDING, TRAIN_LOSS, Measured, Published, PublishedScore, rounding
+from ..data.published import ROUNDING, TRAIN_LOSS, Log, Published, PublishedScore, rounding
 from ..data.studies import Study
 from ..evaluate.intervals import Interval
 from ..evaluate.score import model_record
@@ -62,7 +62,7 @@ class StudyRow:
     Attributes:
         runs: the representative run, then its repeats; empty without a run.
         scores: results by metric.
-        measured: other published figures, such as memory and speed.
+        log: other published figures, such as memory and speed; None if those of the recipe are unknown.
         gap: gap between the training loss and the published curve.
         gap_verdict: verdict on the gap.
         differs: settings that the paper states and the run changed.
@@ -73,7 +73,7 @@ class StudyRow:
     rehearsal: bool
     runs: list[RunResult]
     scores: dict[str, MetricRow]
-    measured: Measured
+    log: Log | None
     gap: CurveGap | None
     gap_verdict: str | None
     differs: list[str]
@@ -215,7 +215,7 @@ def _row(study: Study, results: list[RunResult]) -> StudyRow:
             name: _metric_row(study, column, results, published.scores.get(name))
             for name, column in study.columns.items()
         },
-        measured=published.measured,
+        log=_log_of_recipe(published),
         gap=gap,
         gap_verdict=_gap_verdict(study, gap, run.state),
         differs=differs,
@@ -230,7 +230,14 @@ def _row_without_run(study: Study, recipe: str) -> StudyRow:
     scores = {}
     for name in study.columns:
         scores[name] = MetricRow(None, None, published.scores.get(name), None, decodings, None, None, None)
-    return StudyRow(recipe, False, [], scores, published.measured, None, None, [], [])
+    return StudyRow(recipe, False, [], scores, _log_of_recipe(published), None, None, [], [])
+
+
+def _log_of_recipe(published: Published) -> Log | None:
+    """Published figures of a training with the recipe's settings and rows."""
+    if published.log and published.log.is_of_recipe:
+        return published.log
+    return None
 
 
 def _gap_verdict(study: Study, gap: CurveGap | None, state: State) -> str | None:

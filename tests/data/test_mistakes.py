@@ -28,6 +28,7 @@ def not_matching(pattern: str, value: str) -> str:
     return f"String should match pattern '{pattern}', not {value}"
 
 
+UNVERIFIED = {"source": "a", "unverified": ["steps"]}  # a log
 # fmt: off
 IN_STUDY_YAML = [
     pytest.param({"titel": "x"}, "titel", "unknown key; correct or delete it", id="unknown key"),
@@ -75,6 +76,20 @@ IN_STUDY_YAML = [
         "bleu is unknown; did you mean bleu4 or sacrebleu?", id="score of an unknown metric"),
     pytest.param({f"{RESULTS} > curve": "c.csv"}, "published.haider2024/llama-3.2-3b.curve",
         "no such file beside study.yaml: c.csv; add it", id="missing curve"),
+    pytest.param({f"{RESULTS} > log": {"steps": 3}}, f"published.{RECIPE}.log.source",
+        "missing; add this key", id="log without a source"),
+    pytest.param({f"{RESULTS} > log": {"source": "a", "learning_rates": "r.csv"}},
+        f"published.{RECIPE}.log.learning_rates", "no such file beside study.yaml: r.csv; add it",
+        id="missing learning rates"),
+    pytest.param({f"{RESULTS} > log": {"source": "a", "skipped_steps": [100]}},
+        f"published.{RECIPE}.log.skipped_steps", "needs learning_rates; add them, or delete the key",
+        id="skipped steps without learning rates"),
+    pytest.param({f"{RESULTS} > log": {"source": "a", "reasons": {"steps": "rounding"}}},
+        f"published.{RECIPE}.log.reasons", "the log has no steps; add it, or delete it here",
+        id="reason without a figure"),
+    pytest.param({"variants > a/b": {"of": RECIPE, "reproduces": True, "log": UNVERIFIED}},
+        "variants.a/b.log.unverified", "the log has no steps; add it, or delete it here",
+        id="variant with an unverified figure that its log lacks"),
     pytest.param({f"{RESULTS} > repeats > bleu4": [5.0]}, "published.haider2024/llama-3.2-3b.repeats.bleu4",
         "List should have at least 2 items after validation, not 1, not [5.0]", id="a single repeat"),
     pytest.param({f"{RESULTS} > predictions > prediction > file": "test.csv"},

@@ -18,7 +18,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.yamlfiles import Config
 from qlora_recipes.config import models
-from qlora_recipes.data import studies
 from qlora_recipes.plan import allocator, fake_step
 from qlora_recipes.plan import steps as steps_of
 from qlora_recipes.plan.fake_step import trace
@@ -67,10 +66,18 @@ def of_family(config: Config) -> Step:
     return replace(of_recipe("start/qlora"), model=json.dumps(config), targets="all-linear")
 
 
-TRAINED = {  # of the studies' own counts
-    name: published.measured.trainable or 0
-    for study in ("dora-commonsense", "loraga-metamathqa", "pissa-metamathqa")
-    for name, published in studies.find(study).published.items()
+TRAINED = {  # this project's own counts; the authors give none
+    "dora-commonsense/llama-2-7b-lora": 56_098_816,
+    "dora-commonsense/llama-2-7b-dora": 56_975_360,
+    "dora-commonsense/llama-3-8b-lora": 56_623_104,
+    "dora-commonsense/llama-3-8b-dora": 57_409_536,
+    "loraga-metamathqa/llama-2-7b-lora": 19_988_480,
+    "loraga-metamathqa/llama-2-7b-rslora": 19_988_480,
+    "loraga-metamathqa/llama-2-7b-lora-plus": 19_988_480,
+    "loraga-metamathqa/llama-2-7b-dora": 21_348_352,
+    "pissa-metamathqa/llama-2-7b-lora": 319_815_680,
+    "pissa-metamathqa/llama-2-7b-qlora": 319_815_680,
+    "pissa-metamathqa/llama-2-7b-pissa": 319_815_680,
 }
 PARAMETERS = [
     *((of_recipe(name), "trainable", trained) for name, trained in TRAINED.items()),

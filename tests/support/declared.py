@@ -32,6 +32,8 @@ def sums(folder: Path, changes: dict[str, Any] | None = None) -> studies.Study:
     content = yamlfiles.read_yaml(paths.RECIPES / "haider2024" / "study.yaml") | {"data": SUMS, "baselines": []}
     for published in content["published"].values():
         published.pop("predictions", None)  # which are among the files of that study's data
+    for variant in content["variants"].values():
+        variant.pop("log", None)  # whose learning rates are in another file
     for keys, value in (changes or {}).items():
         content = merge(content, _below(keys.split(" > "), value))
     (folder / "study.yaml").write_text(yamlfiles.write_yaml(content))

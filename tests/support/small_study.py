@@ -38,7 +38,8 @@ def write(place: Path, **changes: Any) -> None:
             PLAIN: {
                 "scores": {"accuracy": {"value": 67.4, "spread": 1.0}, "perplexity": 3.0},
                 "curve": "plain.csv",
-                "measured": {
+                "log": {
+                    "source": "On sums",
                     "train_seconds": 585.2,
                     "tokens_per_second": 7198,
                     "reserved_bytes": 20 * GIB,
