@@ -5,7 +5,7 @@ from typing import Any
 
 from ..base import paths
 from ..base.yamlfiles import Config
-from ..config import datafiles, models
+from ..config import datafiles, gpus, models
 from ..config.finding import Case, Problems, rule
 from ..config.numerics import AMPERE, precision, takes_varlen
 from ..data import studies
@@ -51,7 +51,18 @@ def missing_file(case: Case) -> Problems:
     for key in datafiles.missing_paths(case.config):
         path = Path(case[key])
         problem = f"{paths.shown(path)} does not exist{paths.similar_paths(path)}"
-        yield "error", key, problem, "correct the path or delete the key"
+        remedy = "correct the path or delete the key"
+        if key == "deepspeed":
+            remedy = f"correct the path, or delete the key and add --profile {_deepspeed_profile(case.config)}"
+        yield "error", key, problem, remedy
+
+
+def _deepspeed_profile(config: Config) -> str:
+    """Shipped profile for the stage and the offloading in the name of a DeepSpeed file, such as zero3_bf16.json."""
+    profile = gpus.engine_of(config).replace("-", "").lower()
+    if profile == "zero3" and gpus.offloads({"deepspeed": config["deepspeed"]}):
+        return "zero3-offload"
+    return profile
 
 
 def _file_problems(key: str, entry: Config) -> Problems:

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -93,7 +94,11 @@ class Override:
 
     @property
     def written(self) -> str:
-        """The value as YAML on one line."""
+        """The value as --set takes it: text that needs no quotes without them, all else as YAML on one line."""
+        if isinstance(self.value, str):
+            with suppress(UserError):
+                if parse_overrides(f"{self.key}={self.value}")[1] == [self.value]:
+                    return self.value
         return write_flow(self.value)
 
     @property

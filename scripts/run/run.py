@@ -12,16 +12,18 @@ from pathlib import Path
 from ..base import hardware, paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import sha256, write_atomically
+from ..base.secrets import without_secrets
 from ..base.terminal import Bar, say, say_once
 from ..base.yamlfiles import Config
 from ..check import check
 from ..config import datafiles, gpus, substitution
 from ..config.compose import Composed, Request, compose, filled, is_rehearsal
 from ..config.finding import Finding, override_errors, refuse, unknown_force
+from ..config.merging import OF_THE_RUN
 from ..training.run_record import Run, collect
 from . import backends, launch, trust
 from .backends import Backend, Command, Task, TaskResult
-from .rundir import PLUGIN, RunDir, find_run, new_run, this_job
+from .rundir import PLUGIN, RunDir, find_run, new_run, stamped, this_job
 
 
 def compose_and_check(request: Request, backend: Backend) -> Composed:
@@ -106,7 +108,7 @@ def start(request: Request, backend: Backend) -> RunDir:
         task = Task(
             result,
             lambda: [resume_command(create(composed, request), result)],
-            gpus=0 if composed.rehearsal else request.gpus,
+            gpus=_gpus_a_node(composed, request),
             nodes=request.nodes,
         )
         return backend.carry_out(task, composed.recipe)
@@ -115,6 +117,31 @@ def start(request: Request, backend: Backend) -> RunDir:
     with folder.held() as lock:
         launch.train(folder, folder.read(), lock)
     return folder
+
+
+def preview(request: Request, backend: Backend) -> dict[str, str]:
+    """Return what `start` would hand over, and log the differences from the recipe; nothing is written.
+
+    Returns:
+        The config, as YAML under `config`; for a queue, the batch scripts by step.
+
+    Raises:
+        UserError: the request is wrong.
+    """
+    composed = compose_and_check(request, backend)
+    log_differences(composed)
+    if not backend.here:
+        folder = RunDir(paths.runs() / composed.recipe / stamped("dry-run"))
+        training = resume_command(folder, TaskResult(composed.recipe))
+        return backend.preview(training, _gpus_a_node(composed, request), request.nodes)
+    recipe = yamlfiles.read_yaml(composed.recipe_file)  # show the recipe's own output folders, for plain Axolotl
+    config = composed.config | {key: recipe[key] for key in OF_THE_RUN if key in recipe}
+    return {"config": yamlfiles.write_yaml(without_secrets(config))}
+
+
+def _gpus_a_node(composed: Composed, request: Request) -> int:
+    """GPUs per node that a job requests; a rehearsal needs none."""
+    return 0 if composed.rehearsal else request.gpus
 
 
 def resume(
@@ -144,6 +171,9 @@ def resume(
     if record.state == "finished":
         say(f"{folder.path}: the run is finished")
         return folder
+    if not folder.config_file.is_file():
+        remedy = f"restore it, or start a new run with `recipe run {record.recipe}`"
+        raise UserError("missing", file=folder.config_file, remedy=remedy)
     is_own = trust.is_own(folder, record)
     if not (is_own or trusted):
         raise UserError(
@@ -290,11 +320,16 @@ def create(composed: Composed, request: Request) -> RunDir:
         record.seal = trust.seal(part, record)
         part.write(record)
     say(f"run {folder.path}")
-    if record.variant_of:
-        say(f"  a variant of {record.variant_of}")
-    for difference in composed.differences:
-        say_once(f"  {difference}")  # printed only once if this command creates several runs
+    log_differences(composed)
     return folder
+
+
+def log_differences(composed: Composed) -> None:
+    """Log the origin of a variant, and the differences of a config from its recipe."""
+    if composed.origin != composed.recipe:
+        say(f"  a variant of {composed.origin}")
+    for difference in composed.differences:
+        say_once(f"  {difference}")  # only once if this command creates several runs
 
 
 def record_of(composed: Composed, request: Request) -> Run:

@@ -65,9 +65,11 @@ def complete_recipes(incomplete: str) -> list[str]:
 
 
 def complete_runs(context: typer.Context, incomplete: str) -> list[str]:
-    """Complete `latest`, recipes with runs, and run folders."""
+    """Complete `latest`, recipes with runs, and run folders; nothing without runs."""
     folder = _runs_folder(context)
     runs = sorted(run.relative_to(folder) for run in paths.run_folders(folder))
+    if not runs:
+        return []
     recipes = dict.fromkeys(run.parent.as_posix() for run in runs)
     return _beginning(incomplete, ["latest", *recipes, *(run.name for run in runs)])
 
@@ -305,10 +307,16 @@ def report_problems(problems: dict[str, str]) -> None:
         raise typer.Exit(1)
 
 
-def backend_of(on: str, rehearsal: bool = False, jobs: int | None = None) -> "Backend":
+def backend_of(on: str, rehearsal: bool = False, jobs: int | None = None, submits: bool = True) -> "Backend":
     """Return the backend that --on names, with the options after the name.
 
     Commas separate the options. A part without `=` continues the value before it: `nodelist=a,b` is one option.
+
+    Args:
+        on: value of --on.
+        rehearsal: whether the runs are rehearsals.
+        jobs: value of --jobs.
+        submits: whether jobs are about to be submitted, for which SLURM must answer.
 
     Raises:
         UserError: the backend does not exist, or refuses the options.
@@ -322,7 +330,7 @@ def backend_of(on: str, rehearsal: bool = False, jobs: int | None = None) -> "Ba
         raise UserError(f"--on {on}: give local or slurm, with options as in slurm,partition=gpu,time=8:00:00")
     from ..run.backends.slurm import Slurm
 
-    return Slurm(rehearsal, jobs, options)
+    return Slurm(rehearsal, jobs, options, submits)
 
 
 def end(

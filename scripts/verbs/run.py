@@ -4,9 +4,7 @@ from typing import Annotated
 
 import typer
 
-from ..base import yamlfiles
 from ..base.errors import UserError
-from ..base.secrets import without_secrets
 from .help import Verb, suggest_evaluation
 from .options import WHERE, Force, Name, On, Overrides, Profiles, RehearseAll, RunName, Things, backend_of
 
@@ -35,11 +33,12 @@ def run_verb(
     ] = 1,
     on: On = "local",
     force: Force,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the config and start nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the config, or the batch scripts; start nothing.")
+    ] = False,
 ) -> None:
     """Train a recipe with Axolotl, in a new run folder."""
     from ..config.compose import Request, is_rehearsal
-    from ..config.merging import OF_THE_RUN
     from ..run import run
 
     request = Request(
@@ -52,12 +51,10 @@ def run_verb(
         dry_run=dry_run,
         force=force,
     )
-    backend = backend_of(on, is_rehearsal(request))
+    backend = backend_of(on, is_rehearsal(request), submits=not dry_run)
     if dry_run:
-        composed = run.compose_and_check(request, backend)
-        recipe = yamlfiles.read_yaml(composed.recipe_file)  # print the recipe's own output folders, for plain Axolotl
-        shown = composed.config | {key: recipe[key] for key in OF_THE_RUN if key in recipe}
-        print(yamlfiles.write_yaml(without_secrets(shown)), end="")
+        for content in run.preview(request, backend).values():
+            print(content, end="")
     else:
         folder = run.start(request, backend)
         print(folder.path)

@@ -1,13 +1,15 @@
 """The GPUs that CUDA shows, from a made-up driver (a T4, an A100, one in two parts); and processes that end."""
 
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from qlora_recipes.base import hardware
-from qlora_recipes.base.processes import start_child
+from qlora_recipes.base.processes import held, start_child
 from qlora_recipes.config import gpus
 from qlora_recipes.run.backends import Local
 
@@ -103,3 +105,22 @@ def test_no_python_below_a_child_imports_from_the_working_directory(tmp_path, op
     script = f"import subprocess; raise SystemExit(subprocess.call({command}))"
     assert start_child(command, cwd=tmp_path, **options).wait() == 0
     assert start_child([sys.executable, "-c", script], cwd=tmp_path, **options).wait() == 0  # as of torchrun's ranks
+
+
+def test_a_lock_that_its_holder_deletes_is_still_held_by_one_at_a_time(tmp_path):
+    file, holders, most = tmp_path / ".lock", [], 0
+
+    def hold() -> None:
+        nonlocal most
+        with held(file, "held by another", timeout=60):
+            holders.append(1)
+            most = max(most, len(holders))
+            time.sleep(0.002)
+            holders.pop()
+            file.unlink()
+
+    with ThreadPoolExecutor(8) as threads:
+        for future in [threads.submit(hold) for _ in range(8)]:
+            future.result()
+    assert most == 1
+    assert not file.exists()

@@ -131,8 +131,14 @@ CASES: list[tuple[dict[str, Any], str]] = [
         "pattern [missing-file:datasets.0.path]",
     ),
     (
-        {"deepspeed": "zero3.json"},
-        "error: deepspeed: zero3.json does not exist; correct the path or delete the key [missing-file:deepspeed]",
+        {"deepspeed": "deepspeed_configs/zero2.json"},
+        "error: deepspeed: deepspeed_configs/zero2.json does not exist; correct the path, or delete the key and add "
+        "--profile zero2 [missing-file:deepspeed]",
+    ),
+    (
+        {"deepspeed": "zero3_bf16_cpuoffload_all.json"},
+        "error: deepspeed: zero3_bf16_cpuoffload_all.json does not exist; correct the path, or delete the key and add "
+        "--profile zero3-offload [missing-file:deepspeed]",
     ),
     (
         {"micro_batch_size": None},

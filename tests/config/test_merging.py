@@ -54,6 +54,23 @@ def test_override_sets_what_it_names(text, expected):
 
 
 @pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("train[:14]", "train[:14]"),
+        ("x, y", "'x, y'"),
+        ("true", "'true'"),
+        ("a # b", "'a # b'"),
+        ("1\n2", '"1\\n2"'),
+        (["a", 1], "[a, 1]"),
+        (None, "null"),
+    ],
+)
+def test_a_value_is_written_without_needless_quotes(value, text):
+    assert merging.Override("k", value).text == f"k={text}"
+    assert merging.parse_override(f"k={text}").value == value
+
+
+@pytest.mark.parametrize(
     ("key", "message"),
     [
         pytest.param("d.7.p", "--set d.7.p: 7 is not a position in a list of 1, counted from 0", id="position"),

@@ -180,6 +180,19 @@ def test_without_slurm_nothing_is_queued(recipe, tmp_path, monkeypatch):
     assert done.stderr == f"recipe: --on slurm: squeue: {missing}\n"
 
 
+def test_a_dry_run_prints_the_scripts_without_slurm(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = recipe.ok("run", NAME, "--gpus", "2", "--on", "slurm,partition=a100,run.time=8:00:00", "--dry-run")
+    prepare, run = done.stdout.split("#!/bin/bash\n")[1:]
+    assert prepare.startswith("# haider2024-code-llama-7b: prepare.")
+    assert "#SBATCH --partition=a100\n#SBATCH --time=8:00:00\n#SBATCH --gres=gpu:2\n" in run
+    (command,) = re.findall("set -- (.*) ;;", run)
+    (preparing,) = re.findall("set -- (.*) ;;", prepare)
+    assert re.fullmatch(rf"resume runs/{NAME}/[0-9-]+-dry-run --trust", command)
+    assert preparing == f"{command} --prepare"
+    assert not (tmp_path / "runs").exists()
+
+
 def test_settings_are_read_as_text(no_settings):
     no_settings.parent.mkdir(parents=True)
     no_settings.write_text(

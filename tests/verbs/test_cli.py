@@ -197,6 +197,9 @@ def test_data_prepare_and_a_dry_run(recipe, tmp_path):
     assert "revision_of_model" not in config
     assert config["base_model"] == "NousResearch/Llama-2-7b-hf"
     assert config["lora_r"] == 8
+    differences = [line.strip() for line in dry.stderr.splitlines() if line.startswith("  ")]
+    assert "fp16: True -> False  (--set fp16=false)" in differences
+    assert "lora_r: 32 -> 8  (--set lora_r=8)" in differences
     assert recipe("run", NAME, "--gpus", "2", "--dry-run").returncode == 0  # this needs no GPU
     assert not (tmp_path / "runs").exists()
 

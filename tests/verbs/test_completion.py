@@ -64,6 +64,10 @@ def test_names_are_completed(complete, place, line, offered):
     assert complete(line) == offered
 
 
+def test_without_runs_there_is_no_latest(complete):
+    assert complete("recipe evaluate ") == []
+
+
 def test_quick_commands_and_completions_import_nothing_heavy(place):
     heavy = ["torch", "numpy", "pydantic", "rich.table", "jsonschema", "qlora_recipes.run", "qlora_recipes.check"]
     code = f"""

@@ -38,19 +38,20 @@ class Slurm:
         rehearsal: whether the runs are rehearsals, which need no GPU.
         jobs: maximum number of simultaneous tasks of an array; None sets no limit.
         options: sbatch options, as KEY=VALUE.
+        submits: whether jobs are about to be submitted.
 
     Raises:
-        UserError: a setting is invalid, or SLURM does not answer.
+        UserError: a setting is invalid, or jobs are to be submitted and SLURM does not answer.
     """
 
     here: Literal[False] = False
 
-    def __init__(self, rehearsal: bool, jobs: int | None, options: Sequence[str]):
+    def __init__(self, rehearsal: bool, jobs: int | None, options: Sequence[str], submits: bool = True):
         require_plain(Path.cwd(), paths.runs(), sys.executable)
         self.site = site_settings(options)
         self.jobs = jobs
         self._gpu = gpus.find(self.site.gpu, "gpu") if self.site.gpu and not rehearsal else None
-        if isinstance(error := queue([getuser()]), UserError):
+        if submits and isinstance(error := queue([getuser()]), UserError):
             raise error  # without SLURM's answer, a queued run could be submitted again
 
     def gpu(self) -> Gpu | None:
@@ -71,6 +72,21 @@ class Slurm:
             raise UserError(str(task.result.problem))
         return folders[0]
 
+    def preview(self, training: Command, gpus: int, nodes: int) -> dict[str, str]:
+        """Scripts of the jobs that would prepare and train a run, by step; nothing is written.
+
+        Args:
+            training: command of the training.
+            gpus: number of GPUs per node.
+            nodes: number of nodes.
+        """
+        title = _file_name(training.result.recipe)
+        batch = Batch(
+            self.site, self.jobs, title, gpus, nodes, folder=paths.runs().absolute() / "slurm" / stamped(title)
+        )
+        commands: dict[Step, Command] = {"prepare": _preparing(training), "run": training}
+        return {step: batch.script(step, [command], 1) for step, command in commands.items()}
+
     def submit(self, tasks: Sequence[Task], title: str) -> list[RunDir]:
         """Submit tasks as one job array per step; record each job in its task's `result`.
 
@@ -90,8 +106,7 @@ class Slurm:
         if not tasks:
             return []
         forget_queue()  # the cached job states may be outdated after checks and plans
-        name = re.sub(r"[^\w.,=+-]+", "-", title)
-        batch = Batch(self.site, self.jobs, name, tasks[0].gpus, tasks[0].nodes)
+        batch = Batch(self.site, self.jobs, _file_name(title), tasks[0].gpus, tasks[0].nodes)
         batch.check({step for task in tasks for step in task.steps}, len(tasks))
         claimed = []
         for task in tasks:
@@ -117,12 +132,22 @@ class Slurm:
                     scoring_only.append(command)
         preparing: dict[str, Command] = {}  # by folder of the prepared rows
         for training in trainings:
-            preparing[training.folder.prepared] = replace(training, words=[*training.words, "--prepare"])
+            preparing[training.folder.prepared] = _preparing(training)
         prepared = batch.submit("prepare", list(preparing.values()))
         trained = batch.submit("run", trainings, f"afterany:{prepared}")  # training prepares missing rows itself
         batch.submit("evaluate", evaluations, f"aftercorr:{trained}")
         for job, commands in _by_training_job(scoring_only).items():
             batch.submit("evaluate", commands, f"afterok:{job}" if job else None)
+
+
+def _file_name(title: str) -> str:
+    """Title of a submission, with characters that suit file names."""
+    return re.sub(r"[^\w.,=+-]+", "-", title)
+
+
+def _preparing(training: Command) -> Command:
+    """Command that tokenizes the rows of a training, and fetches its base model."""
+    return replace(training, words=[*training.words, "--prepare"])
 
 
 def _by_training_job(evaluations: Sequence[Command]) -> dict[str | None, list[Command]]:
