@@ -35,6 +35,10 @@ NOT_OF_EVAL_TOKENS = re.compile(
     r"|datasets\.\d+\.path$"  # the hashes of the files decide
 )
 """Keys that do not affect the tokens behind an eval loss per token in Axolotl 0.21. Others may, unknown ones too."""
+OF_EVAL_BATCHES = re.compile(
+    "(micro_|eval_)?batch_size|(eval_)?sample_packing|multipack|dataloader_drop_last|batch_flattening|(eval_)?sequence_len"
+)
+"""Keys that decide which rows share a batch in an evaluation by Axolotl 0.21, and so the Trainer's eval loss."""
 
 
 _TRACKERS = {  # keys that turn a tracker on (axolotl/utils/wandb_.py and others); key and values that keep it local

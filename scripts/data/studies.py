@@ -13,6 +13,7 @@ from ..base.errors import UserError, meant, require_plain
 from ..base.terminal import say_once
 from ..base.yamlfiles import Config
 from ..metrics import registry
+from ..metrics.answers import GroupParameters
 from ..metrics.metric import Column, LossMetric
 from .declaration import Data, Mistake, Strict, undeclared
 from .published import TRAIN_LOSS, Baseline, Cell, Log, Published, Variant, released
@@ -191,7 +192,8 @@ class Study(Strict):
             except registry.WrongMetric as error:
                 yield ("metrics", name, *filter(None, error.key.split("."))), error.problem
                 continue
-            yield from undeclared(("metrics", name, "of"), getattr(column.parameters, "of", None), self.metrics)
+            if isinstance(column.parameters, GroupParameters):
+                yield from undeclared(("metrics", name, "of"), column.parameters.of, self.metrics)
             if labels.setdefault(column.label, name) != name:
                 yield ("metrics", name), f"expected a label other than that of {labels[column.label]}"
 

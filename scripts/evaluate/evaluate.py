@@ -17,7 +17,7 @@ from ..data import studies
 from ..data.studies import Decoding
 from ..metrics import registry
 from ..metrics.bertscore import is_recorded
-from ..metrics.metric import BenchmarkMetric, LossMetric, ScoringInput
+from ..metrics.metric import NO_LOSSES, BenchmarkMetric, LossMetric, ScoringInput
 from ..run import trust
 from ..run.rundir import RunDir
 from ..training.run_record import FileState, Summary
@@ -411,10 +411,10 @@ def _scored(
         options = benchmarks.MeasurementOptions(task.most_rows, run.rehearsal, request.force)
         results |= benchmarks.measure(missing, settings, task.cfg, task.folder.output, options)
     with Bar("scoring", 1):
-        loss = None
-        if request.adapter is None:  # the run's eval loss does not describe another adapter
-            loss = task.summary.eval_loss_per_token
-        inputs = ScoringInput(loss=loss, benchmarks=results, groups=task.all_rows.groups)
+        losses = NO_LOSSES
+        if request.adapter is None:  # the run's eval losses do not describe another adapter
+            losses = task.summary.eval_losses
+        inputs = ScoringInput(losses=losses, benchmarks=results, groups=task.all_rows.groups)
         scores, rows = score(predictions, columns, models, inputs)
     evaluation = Evaluation(
         created=now(),

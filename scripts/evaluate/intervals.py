@@ -67,8 +67,10 @@ class Origin(Enum):
     """Variation that an interval covers."""
 
     ROWS = "rows"
+    RUNS = "runs"
     ROWS_AND_RUNS = "rows and runs"
     BORROWED_SPREAD = "rows, and the spread of published repeats"
+    BORROWED_RUNS = "the spread of published repeats"
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,7 @@ class Interval:
     Attributes:
         runs: number of runs.
         one_seed: True if several runs have the same seed.
-        spread: standard deviation of the published repeats, for a borrowed spread.
-        repeats: number of these repeats.
+        repeats: published scores of repeats, for a borrowed spread.
     """
 
     low: float
@@ -87,13 +88,12 @@ class Interval:
     origin: Origin
     runs: int = 1
     one_seed: bool = False
-    spread: float = 0.0
-    repeats: int = 0
+    repeats: tuple[float, ...] = ()
 
     @property
     def covers_seeds(self) -> bool:
         """True if the interval covers other seeds, by runs with several seeds."""
-        return self.origin is Origin.ROWS_AND_RUNS and not self.one_seed
+        return self.origin in (Origin.ROWS_AND_RUNS, Origin.RUNS) and not self.one_seed
 
     @property
     def method(self) -> str:
@@ -101,9 +101,18 @@ class Interval:
         if self.origin is Origin.ROWS:
             return "rows only"
         if self.origin is Origin.BORROWED_SPREAD:
-            return f"rows, and a borrowed spread of {self.spread:.2g} from {self.repeats} repeats"
+            return f"rows, and a {self._borrowed}"
+        if self.origin is Origin.BORROWED_RUNS:
+            return f"a {self._borrowed}"
         seeds = " of one seed" if self.one_seed else ""
-        return f"rows and {self.runs} runs{seeds}"
+        runs = f"{self.runs} runs{seeds}"
+        return runs if self.origin is Origin.RUNS else f"rows and {runs}"
+
+    @property
+    def _borrowed(self) -> str:
+        """Spread of the published repeats in words."""
+        count, lowest, highest = len(self.repeats), min(self.repeats), max(self.repeats)
+        return f"borrowed spread of {stdev(self.repeats):.2g} from {count} repeats, {lowest:g} to {highest:g}"
 
 
 @dataclass(frozen=True)
@@ -206,4 +215,23 @@ def interval_of_mean(
     high = mean + half_width(of_runs, (above / NORMAL) ** 2, df, MANY)
     if runs > 1:
         return Interval(low, high, Origin.ROWS_AND_RUNS, runs)
-    return Interval(low, high, Origin.BORROWED_SPREAD, spread=stdev(repeats), repeats=len(repeats))
+    return Interval(low, high, Origin.BORROWED_SPREAD, repeats=tuple(repeats))
+
+
+def interval_on_fixed_rows(scores: Sequence[float], repeats: Sequence[float] = ()) -> Interval | None:
+    """95 % interval of the mean score of repeated runs on the same rows, by Student's t.
+
+    None if no spread is known. Equal scores tell none: a spread below their last digit, or runs without randomness.
+
+    Args:
+        scores: score of each run.
+        repeats: published scores of repeated runs, whose spread a single run borrows; empty, or at least two.
+    """
+    mean, runs = fmean(scores), len(scores)
+    sample = scores if runs > 1 else repeats
+    if len(set(sample)) < 2:
+        return None
+    half = half_width(variance(sample) / runs, 0.0, len(sample) - 1, MANY)
+    if runs > 1:
+        return Interval(mean - half, mean + half, Origin.RUNS, runs)
+    return Interval(mean - half, mean + half, Origin.BORROWED_RUNS, repeats=tuple(repeats))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -122,6 +122,22 @@ class ScoreRecord(BaseModel):
     benchmark: Benchmark | None = None
 
 
+class EvalLosses(NamedTuple):
+    """Eval losses of a run, in nats.
+
+    Attributes:
+        tokens: mean over all tokens with a label, see the module `losses`.
+        trainer: `eval_loss` of the Trainer: the mean over batches of their mean per token, weighted by the rows of a
+            batch if rows are not packed.
+    """
+
+    tokens: float | None = None
+    trainer: float | None = None
+
+
+NO_LOSSES = EvalLosses()
+
+
 @dataclass(frozen=True)
 class ScoringInput:
     """Inputs of metrics.
@@ -130,7 +146,7 @@ class ScoringInput:
         rows: predictions with their row scores.
         columns: scored columns by name.
         scorers: scorer models by column name.
-        loss: eval loss of the run, in nats per token; None if it does not apply.
+        losses: eval losses of the run; None values if they do not apply.
         benchmarks: measurements of benchmark tasks by column name.
         groups: groups of the data, of which the rows can be a part.
     """
@@ -138,7 +154,7 @@ class ScoringInput:
     rows: Sequence[Row] = ()
     columns: Mapping[str, "Column"] = field(default_factory=dict)
     scorers: Mapping[str, Parameters] = field(default_factory=dict)
-    loss: float | None = None
+    losses: EvalLosses = NO_LOSSES
     benchmarks: Mapping[str, Benchmark] = field(default_factory=dict)
     groups: Collection[str] = ()
 
@@ -247,20 +263,31 @@ class CorpusMetric(Metric):
         return ScoreRecord(value=value, declaration=column.entry, signature=signature)
 
 
+class LossParameters(Parameters):
+    """Kind of eval loss: per token, or the Trainer's own; see `EvalLosses`."""
+
+    of: Literal["tokens", "trainer"] = "tokens"
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossMetric(Metric):
     """Metric that is computed from a run's eval loss, without predictions.
 
     Attributes:
-        score_loss: computes the score from the eval loss in nats per token.
+        score_loss: computes the score from an eval loss in nats.
     """
 
     score_loss: Callable[[float], float]
+    parameters: type[Parameters] = LossParameters
     scope: ClassVar[str] = "of the run"
 
     def measure(self, column: "Column", data: ScoringInput) -> ScoreRecord:
-        value = None if data.loss is None else self.score_loss(data.loss)
-        return ScoreRecord(value=value, declaration=column.entry)
+        return ScoreRecord(value=self.score(column, data.losses), declaration=column.entry)
+
+    def score(self, column: "Column", losses: EvalLosses) -> float | None:
+        """Score from the eval loss that a column takes; None if the run lacks it."""
+        loss = losses.trainer if is_of_trainer(column) else losses.tokens
+        return None if loss is None else self.score_loss(loss)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,3 +358,8 @@ class Column:
         If the names of column and metric differ, the column's name is added as a prefix.
         """
         return detail if self.name == self.metric.name else f"{self.name}_{detail}"
+
+
+def is_of_trainer(column: Column) -> bool:
+    """True if a column's metric takes the Trainer's own eval loss."""
+    return isinstance(column.parameters, LossParameters) and column.parameters.of == "trainer"

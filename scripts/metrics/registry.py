@@ -50,7 +50,7 @@ EVAL_LOSS = LossMetric(
     low=0,
     high=None,
     unit="nats per token",
-    source="the last eval loss of the training, a mean over all tokens with loss",
+    source="the last eval loss of the training, by default a mean over all tokens with loss",
     higher_is_better=False,
     score_loss=float,
 )
@@ -60,7 +60,7 @@ PERPLEXITY = LossMetric(
     hub_type="perplexity",
     low=1,
     high=None,
-    source="exp of the eval loss per token",
+    source="exp of the eval loss",
     higher_is_better=False,
     score_loss=math.exp,
 )

@@ -112,8 +112,8 @@ def _refusal(result: RunResult) -> str | None:
         return f"{run.origin} is not a recipe of a study"
     if run.rehearsal or run.state not in ("finished", "failed"):
         return f"a record needs a finished or failed run that is not a rehearsal; this one is {run.state}"
-    if result.other_tokens:
-        return result.other_tokens
+    if result.incomparable_loss:
+        return result.incomparable_loss
     if run.state == "finished" and not _has_comparable_scores(result, study):
         return (
             f"it needs the recipe's model and data, and a current evaluation of its adapter on {study.test_title}, "

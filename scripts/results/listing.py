@@ -112,7 +112,7 @@ def cells(result: RunResult, columns: Mapping[str, Column], jobs: Iterable[str])
         "predictions": result.changed,
         "adapter": run.published_adapter,
         "trouble": result.trouble,
-        "not compared": result.other_tokens,
+        "not compared": result.incomparable_loss,
         "variant of": run.variant_of,
         "changed": ", ".join(result.changed_keys) or None,
     }

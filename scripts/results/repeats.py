@@ -11,7 +11,7 @@ from ..config.training_settings import TrainingSettings
 from ..evaluate import intervals, scores_file
 from ..evaluate.intervals import Interval
 from ..evaluate.score import model_record
-from ..metrics.metric import Bounds, Column
+from ..metrics.metric import Bounds, Column, LossMetric
 from ..run import backends, rundir
 from .run_result import RunResult, trained_settings
 
@@ -135,24 +135,34 @@ def scored_runs(column: Column, results: Sequence[RunResult]) -> list[ScoredRun]
 
 
 def mean_score(name: str, scored: Sequence[ScoredRun]) -> MeanScore:
-    """Mean score of some runs of one recipe by a metric, with an interval from `interval_of_mean`.
+    """Mean score of some runs of one recipe by a metric, with an interval.
 
-    There is no interval if a run has none over its rows. The spread of published repeats counts only for a single run.
+    The eval loss of runs on the same tokens varies by run only. Otherwise, there is no interval if a run has none over
+    its rows. The spread of published repeats counts only for a single run.
     """
     if not scored:
         return MeanScore(None, None)
     results = [result for result, _ in scored]
     scores = [score for _, score in scored]
-    over_rows = _intervals_over_rows(name, results)
-    if over_rows is None:
-        return MeanScore(fmean(scores), None)
-    if len(scored) == 1:
-        interval = intervals.interval_of_mean(scores, None, over_rows, _published_repeats(name, results[0]))
-        return MeanScore(scores[0], interval)
-    interval = intervals.interval_of_mean(scores, scores_by_row(name, results), over_rows)
-    if interval and len(set(map(seed, results))) == 1:
+    interval = _interval(name, results, scores)
+    if interval and len(scores) > 1 and len(set(map(seed, results))) == 1:
         interval = replace(interval, one_seed=True)
     return MeanScore(fmean(scores), interval)
+
+
+def _interval(name: str, results: list[RunResult], scores: list[float]) -> Interval | None:
+    """Interval of the mean score of some runs."""
+    published = _published_repeats(name, results[0])
+    column = results[0].columns.get(name)
+    if column and isinstance(column.metric, LossMetric):
+        if len(set(map(tokens, results))) > 1:
+            return None
+        return intervals.interval_on_fixed_rows(scores, published)
+    over_rows = _intervals_over_rows(name, results)
+    if over_rows is None:
+        return None
+    by_row = scores_by_row(name, results) if len(scores) > 1 else None
+    return intervals.interval_of_mean(scores, by_row, over_rows, published)
 
 
 def _intervals_over_rows(name: str, results: Sequence[RunResult]) -> list[Bounds] | None:

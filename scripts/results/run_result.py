@@ -20,7 +20,7 @@ from ..data.published import EvalTokens, Published, PublishedScore
 from ..data.studies import Study
 from ..evaluate.score import by_declared_model, columns_of
 from ..evaluate.scores_file import BASE, Changed, Evaluation, changed, find_evaluation, read_scores
-from ..metrics.metric import BenchmarkMetric, Column, LossMetric, ScoreRecord
+from ..metrics.metric import BenchmarkMetric, Column, LossMetric, ScoreRecord, is_of_trainer
 from ..run.rundir import RunDir
 from ..training.run_record import Run, Summary
 
@@ -154,22 +154,21 @@ class RunResult:
         """Score by a metric; None if it is missing, or if the metric's declaration changed."""
         if not isinstance(column.metric, LossMetric):
             return _value(column, self.evaluation)
-        loss = self.summary.eval_loss_per_token
-        return None if loss is None else column.metric.score_loss(loss)
+        return column.metric.score(column, self.summary.eval_losses)
 
     def is_comparable(self, column: Column) -> bool:
         """True if a score is comparable with a published one.
 
         The run must be finished, and evaluated with the same rows, decoding, metric and scorer model. The eval loss is
-        measured in training, and needs no evaluation, but the recipe's tokens, see `other_tokens`. A benchmark needs
-        neither the study's rows nor its decoding.
+        measured in training, and needs no evaluation, but the recipe's tokens and, if it is the Trainer's, the recipe's
+        batches. A benchmark needs neither the study's rows nor its decoding.
         """
         if self.study is None or self.run.state != "finished":
             return False
         if self.run.rehearsal or self.is_of_something_else:
             return False
         if isinstance(column.metric, LossMetric):
-            return self.other_tokens is None
+            return self._other_tokens is None and not (is_of_trainer(column) and self._other_batches)
         evaluation = self.evaluation
         if evaluation is None or evaluation.settings.limit is not None:
             return False
@@ -182,9 +181,28 @@ class RunResult:
         has_all_rows = evaluation.settings.test_set == self.study.data.test_set
         return has_all_rows and evaluation.settings.decoding == self.study.decoding
 
+    @property
+    def incomparable_loss(self) -> str | None:
+        """Reason not to compare the eval loss with the published one; None without a reason or a published one."""
+        return self._other_tokens or self._other_batches
+
     @cached_property
-    def other_tokens(self) -> str | None:
-        """Reason not to compare the eval loss with the published one; None without a reason or a published one.
+    def _other_batches(self) -> str | None:
+        """Reason not to compare the Trainer's eval loss: settings that may put other rows into a batch; or None."""
+        if not any(is_of_trainer(self.columns[name]) for name in self.aim.scores):
+            return None
+        keys = [key for key in other_settings(self.run) if merging.OF_EVAL_BATCHES.match(key)]
+        if "micro_batch_size" in keys and self.config.get("eval_batch_size"):
+            keys.remove("micro_batch_size")  # the default of eval_batch_size
+        if self.run.ranks > 1:
+            keys.append("the number of GPUs")
+        if not keys:
+            return None
+        return f"the Trainer's eval loss is a mean over batches, which differ from the recipe's by {', '.join(keys)}"
+
+    @cached_property
+    def _other_tokens(self) -> str | None:
+        """Reason not to compare any eval loss with the published one; None without a reason or a published one.
 
         The tokens behind both must be the same: those of a run of the unchanged recipe, or else those in study.yaml.
         Without either, no setting may differ that may affect them.
@@ -305,7 +323,7 @@ class RunResult:
             "eval_loss": summary.eval_loss_per_token,
             "eval_loss_axolotl": summary.eval_loss,
             "eval_tokens": summary.eval_tokens,
-            "other_tokens": self.other_tokens,
+            "incomparable_loss": self.incomparable_loss,
         }
         row |= self._evaluation_as_json()
         for name, score in self.scores.items():

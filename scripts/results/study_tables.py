@@ -60,7 +60,7 @@ def record(row: StudyRow) -> Row:
     for name, score in row.scores.items():
         fields |= score.as_json(name) | repeats.interval_cells(name, score.interval)
         fields |= {f"{name}_spread": score.spread, f"{name}_verdict": score.verdict, f"{name}_model": score.model}
-    fields |= {"eval_loss": row.summary.eval_loss_per_token, "other_tokens": None}
+    fields |= {"eval_loss": row.summary.eval_loss_per_token, "incomparable_loss": None}
     for key, (ours, published) in _costs(row).items():
         fields |= {key: ours, f"{key}_published": published}
     for key in ("mean", "largest", "step"):
@@ -73,7 +73,7 @@ def record(row: StudyRow) -> Row:
             "state": row.chosen.run.state,
             "published_adapter": row.chosen.run.published_adapter,
             "rows": row.chosen.rows_evaluated,
-            "other_tokens": row.chosen.other_tokens,
+            "incomparable_loss": row.chosen.incomparable_loss,
         }
     return fields
 
@@ -178,8 +178,8 @@ def _row_notes(study: Study, row: StudyRow) -> Iterator[str]:
         return
     if row.chosen.run.published_adapter:
         yield f"{row.recipe}: scores of the adapter {row.chosen.run.published_adapter}, which was not trained here."
-    if row.chosen.other_tokens:
-        yield f"{row.recipe} is not compared with the published eval loss: {row.chosen.other_tokens}."
+    if row.chosen.incomparable_loss:
+        yield f"{row.recipe} is not compared with the published eval loss: {row.chosen.incomparable_loss}."
     if row.differs:
         yield f"{row.recipe} differs from the paper: {'; '.join(row.differs)}"
     off = [study.columns[name].label for name, score in row.scores.items() if score.verdict == verdict.OFF]

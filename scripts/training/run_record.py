@@ -18,6 +18,7 @@ from ..base.processes import now, package_version
 from ..config.datafiles import DataFile
 from ..config.merging import Difference, Override, chained
 from ..data.published import EvalTokens
+from ..metrics.metric import EvalLosses
 
 VERSION = 1
 """Version of run.json; increase it when a field is renamed, removed or has another meaning."""
@@ -210,6 +211,11 @@ class Summary(BaseModel):
     parameters: int | None = None
     trouble: str | None = None  # a message if the last losses are NaN
     ended: Ended | None = None  # None also after a kill
+
+    @property
+    def eval_losses(self) -> EvalLosses:
+        """Eval losses for metrics."""
+        return EvalLosses(tokens=self.eval_loss_per_token, trainer=self.eval_loss)
 
 
 class RecordVersion(BaseModel):

@@ -1,4 +1,3 @@
-from statistics import stdev
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -191,8 +190,8 @@ def test_the_mean_squares_are_those_of_a_two_way_layout():
             id="one seed",
         ),
         pytest.param(
-            Interval(0, 1, Origin.BORROWED_SPREAD, spread=0.6188, repeats=3),
-            "rows, and a borrowed spread of 0.62 from 3 repeats",
+            Interval(0, 1, Origin.BORROWED_SPREAD, repeats=(48.0, 48.2, 49.14)),
+            "rows, and a borrowed spread of 0.61 from 3 repeats, 48 to 49.14",
             False,
             id="borrowed",
         ),
@@ -218,7 +217,7 @@ def test_an_interval_covers_rows_runs_or_a_borrowed_spread():
     assert alone.origin is Origin.ROWS
     borrowed = intervals.interval_of_mean([48.0], None, [[45.0, 50.0]], repeats)
     assert borrowed.origin is Origin.BORROWED_SPREAD
-    assert (borrowed.spread, borrowed.repeats) == (stdev(repeats), 3)
+    assert borrowed.repeats == tuple(repeats)
     assert borrowed.low < 45
     assert borrowed.high > 50
     assert 48 - borrowed.low > borrowed.high - 48  # the rows' own skew
@@ -245,3 +244,14 @@ def test_runs_that_are_always_right_or_wrong_have_no_narrower_interval_than_one(
     one = METRICS["number"].interval(rows)
     two = intervals.interval_of_mean([share] * 2, [rows] * 2, [one] * 2)
     assert [two.low, two.high] == pytest.approx(one, abs=1e-3) and two.high - two.low > 24
+
+
+def test_runs_on_the_same_rows_vary_by_students_t():
+    assert intervals.interval_on_fixed_rows([0.38]) is None
+    assert intervals.interval_on_fixed_rows([0.802], [0.802, 0.802]) is None
+    borrowed = intervals.interval_on_fixed_rows([0.38], [0.3797, 0.3796, 0.3796])
+    assert borrowed is not None and borrowed.method == "a borrowed spread of 5.8e-05 from 3 repeats, 0.3796 to 0.3797"
+    assert borrowed.high - 0.38 == pytest.approx(4.302653 * 5.7735e-5, rel=1e-5)  # of two degrees of freedom
+    measured = intervals.interval_on_fixed_rows([0.38, 0.382], [0.3797, 0.3796, 0.3796])
+    assert measured is not None and (measured.method, measured.covers_seeds) == ("2 runs", True)
+    assert measured.high - 0.381 == pytest.approx(12.7062 * 0.0014142 / 2**0.5, rel=1e-4)

@@ -5,7 +5,7 @@ import pytest
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.files import Row
 from qlora_recipes.metrics import registry
-from qlora_recipes.metrics.metric import LossMetric, RowMetric, ScoringInput
+from qlora_recipes.metrics.metric import EvalLosses, LossMetric, RowMetric, ScoringInput
 from qlora_recipes.metrics.registry import METRICS, WrongMetric
 
 PAIRS = [("rename this variable please", "rename this variable"), ("why?", "why?"), ("a  B", "a b"), ("use it", "")]
@@ -22,7 +22,7 @@ def test_scores_are_within_the_range_that_a_metric_names(name):
         for row, score in zip(rows, metric.score_rows(PAIRS, metric.parameters()), strict=True):
             row[name] = score
             assert metric.low <= score <= (metric.high or score)
-    value = metric.measure(column, ScoringInput(rows=rows, loss=1.25)).value
+    value = metric.measure(column, ScoringInput(rows=rows, losses=EvalLosses(1.25, 1.5))).value
     assert value is not None
     assert metric.low <= value <= (metric.high or value)
     assert metric.source and metric.label and metric.hub_type
@@ -32,9 +32,29 @@ def test_scores_are_within_the_range_that_a_metric_names(name):
 
 
 def test_the_eval_loss_and_the_perplexity_are_of_the_run():
-    record = METRICS["perplexity"].measure(registry.column("perplexity"), ScoringInput(loss=0))
+    record = METRICS["perplexity"].measure(registry.column("perplexity"), ScoringInput(losses=EvalLosses(0)))
     assert record.value == 1
     assert {name for name, metric in METRICS.items() if isinstance(metric, LossMetric)} == {"eval_loss", "perplexity"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "losses", "value"),
+    [
+        pytest.param({}, EvalLosses(1.25, 1.5), 1.25, id="per token by default"),
+        pytest.param({"of": "tokens"}, EvalLosses(1.25, 1.5), 1.25, id="per token"),
+        pytest.param({"of": "trainer"}, EvalLosses(1.25, 1.5), 1.5, id="the Trainer's"),
+        pytest.param({"of": "trainer"}, EvalLosses(1.25), None, id="the Trainer's is missing"),
+    ],
+)
+def test_an_eval_loss_is_per_token_or_the_trainers(entry, losses, value):
+    column = registry.column("loss", {"metric": "eval_loss"} | entry)
+    assert column.metric.measure(column, ScoringInput(losses=losses)).value == value
+
+
+def test_an_eval_loss_of_something_else_is_refused():
+    with pytest.raises(WrongMetric) as raised:
+        registry.column("loss", {"metric": "eval_loss", "of": "rows"})
+    assert str(raised.value) == "of: Input should be 'tokens' or 'trainer', not rows; eval_loss takes of"
 
 
 def test_a_column_is_a_metric_with_parameters_under_a_name_and_a_label():

@@ -79,7 +79,7 @@ def test_the_tokens_of_the_unchanged_recipe_decide(tmp_path, profile):
     assert difference(same) == pytest.approx(0.78 - 0.7763)
     assert difference(other) is None
     reason = "the eval loss covers 900 tokens, not those of the recipe"
-    assert RunResult(other, other.read()).as_json([])["other_tokens"] == reason
+    assert RunResult(other, other.read()).as_json([])["incomparable_loss"] == reason
     with pytest.raises(UserError) as raised:
         export_records.export_run(other)
     assert str(raised.value) == f"{other.path}: not exported: {reason}"
@@ -92,7 +92,7 @@ def test_else_those_of_study_yaml_decide(tmp_path, monkeypatch):
     assert difference(same) == pytest.approx(0.78 - 0.7763)
     assert difference(other) is None
     rehearsal = a_loss(tmp_path, "5", OTHER).read()
-    assert RunResult(RunDir(tmp_path), rehearsal.model_copy(update={"rehearsal": True})).other_tokens is None
+    assert RunResult(RunDir(tmp_path), rehearsal.model_copy(update={"rehearsal": True})).incomparable_loss is None
 
 
 def test_an_eval_loss_that_is_no_mean_over_tokens_says_so(tmp_path):
@@ -100,6 +100,6 @@ def test_an_eval_loss_that_is_no_mean_over_tokens_says_so(tmp_path):
     run = folder.read()
     run.summary = Summary(eval_loss=0.8)
     folder.write(run)
-    assert RunResult(folder, run).other_tokens == (
+    assert RunResult(folder, run).incomparable_loss == (
         "the scored tokens are unknown under tensor or context parallelism, and for streamed rows"
     )
