@@ -22,7 +22,7 @@ from ..data.manifest import is_the_studys
 from ..run.rundir import RunDir
 from ..training.row_types import row_type
 from ..training.run_record import Run
-from .scores_file import RowsState, sample_positions
+from .scores_file import Evaluation, RowsState, sample_positions
 
 # File in a run folder: rows that only Axolotl can load, each with its data set. The first evaluation writes it.
 KEPT = "evaluation-rows.jsonl"
@@ -199,11 +199,34 @@ def require_reference(folder: RunDir, cfg: Config, source: RowSource | None) -> 
     return source
 
 
-def read_source(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> EvaluationRows:
+def prompts(evaluation: Evaluation, folder: RunDir, run: Run, cfg: Config) -> dict[int, list[tuple[str, str]]]:
+    """Names and texts of the fields or messages before the answer, for each row of an evaluated source.
+
+    Raises:
+        UserError: the rows are missing on this machine, or have changed since the evaluation.
+    """
+    settings = evaluation.settings
+    source = default_source(run, cfg)
+    if source is None or source.data != settings.data:
+        source = source_of_file(Path(settings.data), cfg, Path(run.cwd))
+    rows = read_source(source, folder, run, cfg, loads=False)
+    if rows.sha256 != settings.data_sha256:
+        raise UserError("changed since the evaluation", file=settings.data)
+    return {row.position: row_type(row.dataset.entry).prompt_of(row.content) for row in rows.rows}
+
+
+def read_source(source: RowSource, folder: RunDir, run: Run, cfg: Config, loads: bool = True) -> EvaluationRows:
     """Read the rows of a source.
 
     Local JSONL files are read directly. Axolotl loads the rows if val_set_size held them out, or if a data set is not
     a local JSONL file.
+
+    Args:
+        source: the source.
+        folder: folder of the run.
+        run: the run.
+        cfg: the run's config.
+        loads: whether Axolotl may load rows, which can run code in their files.
 
     Raises:
         UserError: the rows cannot be read, or there are no rows.
@@ -219,7 +242,7 @@ def read_source(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> Eva
         sha256_of_rows = states[0].sha256
         name = test_set(source.file, sha256_of_rows)
     else:
-        pairs, states = _read_datasets(source, folder, run, cfg)
+        pairs, states = _read_datasets(source, folder, run, cfg, loads)
         sha256_of_rows = digest([(dataset.key, row) for dataset, row in pairs])
     if not pairs:
         raise UserError(f"{source.data}: no rows; {_ELSEWHERE}")
@@ -228,13 +251,13 @@ def read_source(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> Eva
 
 
 def _read_datasets(
-    source: RowSource, folder: RunDir, run: Run, cfg: Config
+    source: RowSource, folder: RunDir, run: Run, cfg: Config, loads: bool
 ) -> tuple[list[tuple[DatasetRef, Row]], list[RowsState]]:
     """Rows of data sets, each with its data set, and the states of the files."""
     files = [file for dataset in source.datasets if (file := jsonl(dataset.entry, Path(run.cwd)))]
     if source.held_out or len(files) < len(source.datasets):
         rows_file = folder.path / KEPT
-        if not rows_file.is_file():
+        if loads and not rows_file.is_file():
             _load(source, rows_file, run, cfg)
         return _loaded_rows(source, rows_file), [RowsState.of_rows(rows_file, None)]
     pairs, states = [], []

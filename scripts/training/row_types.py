@@ -71,6 +71,14 @@ class RowType:
             content = [row[name] for name in self.names if row.get(name) is not None]
         return orjson.dumps(content, option=orjson.OPT_SORT_KEYS, default=str).decode()
 
+    def prompt_of(self, row: Row) -> list[tuple[str, str]]:
+        """Names and texts of what precedes the answer; for an unknown type, all texts of the row."""
+        parts = []
+        for name in self.names or row:
+            if name != self.reference and row.get(name) and isinstance(row[name], str):
+                parts.append((name, row[name]))
+        return parts
+
     def mistakes(self, row: Row) -> Iterator[RowMistake]:
         """Mistakes in a row."""
         meant = misspelt(tuple(row), self.names)
@@ -155,6 +163,10 @@ class Tokenized(RowType):
 class Segments(Tokenized):
     """The type input_output: pieces of text, each with a label that is true if the model learns it."""
 
+    def prompt_of(self, row: Row) -> list[tuple[str, str]]:
+        """Text of the pieces that the model does not learn."""
+        return [("prompt", "".join(str(item["text"]) for item in self.items_of(row) if not item["label"]))]
+
     def further_mistakes(self, row: Row) -> Iterator[RowMistake]:
         keys = ("text", "label")
         for item in self.items_of(row):
@@ -188,6 +200,11 @@ class Chat(Tokenized):
     def messages(self) -> str:
         """The field with the messages."""
         return self.required[0]
+
+    def prompt_of(self, row: Row) -> list[tuple[str, str]]:
+        """Roles and texts of the messages before the last one, which is the answer."""
+        messages = [(message.get(self.role), message.get(self.content)) for message in self.items_of(row)[:-1]]
+        return [(str(role), str(text)) for role, text in [("system", row.get("system")), *messages] if text]
 
     def further_mistakes(self, row: Row) -> Iterator[RowMistake]:
         messages = self.items_of(row)

@@ -84,6 +84,32 @@ function fillTable(figure, place) {
   place.replaceChildren(table);
 }
 
+/** Draw a figure in its box, with its buttons and its table. */
+async function draw(box, figure) {
+  const { xaxis, yaxis, height, ...more } = figure.layout;
+  const plot = box.querySelector(".plot");
+  const legend = Math.ceil(figure.traces.length / (plot.clientWidth > 420 ? 2 : 1)) - 1;
+  plot.style.height = `${(height ?? 300) + 19 * legend}px`;
+  const traces = figure.traces.map(named);
+  const layout = { ...LAYOUT, ...more, xaxis: axis(xaxis), yaxis: axis(yaxis), showlegend: traces.length > 1 };
+  const bars = traces.some((trace) => trace.orientation === "h");
+  layout.margin = { ...LAYOUT.margin, l: leftMargin(traces), r: bars ? 48 : LAYOUT.margin.r };
+  await Plotly.newPlot(plot, traces, layout, DRAWN);
+  const file = box.dataset.figure;
+  for (const form of ["png", "svg"]) {
+    box.querySelector(`[data-save="${form}"]`).addEventListener("click", () => {
+      Plotly.downloadImage(plot, { format: form, filename: file, width: 900, height: height ?? 500, scale: 2 });
+    });
+  }
+  box.querySelector('[data-save="csv"]').addEventListener("click", () => {
+    const text = cells(figure).map((row) => row.map(csvCell).join(",")).join("\r\n");
+    save(`${file}.csv`, new Blob([text], { type: "text/csv" }));
+  });
+  const details = box.querySelector("details");
+  details.addEventListener("toggle", () => details.open && fillTable(figure, details.querySelector(".scroll")));
+  box.dataset.drawn = "";
+}
+
 async function drawFigures() {
   const figures = JSON.parse(await unpack("figures-data"));
   const all = [...document.querySelectorAll("figure[data-figure]")];
@@ -92,29 +118,9 @@ async function drawFigures() {
   script.textContent = await unpack("plotly-code");
   document.head.append(script);
   for (const box of all) {
-    const figure = figures[box.dataset.figure];
-    const { xaxis, yaxis, height, ...more } = figure.layout;
-    const plot = box.querySelector(".plot");
-    const legend = Math.ceil(figure.traces.length / (plot.clientWidth > 420 ? 2 : 1)) - 1;
-    plot.style.height = `${(height ?? 300) + 19 * legend}px`;
-    const traces = figure.traces.map(named);
-    const layout = { ...LAYOUT, ...more, xaxis: axis(xaxis), yaxis: axis(yaxis), showlegend: traces.length > 1 };
-    const bars = traces.some((trace) => trace.orientation === "h");
-    layout.margin = { ...LAYOUT.margin, l: leftMargin(traces), r: bars ? 48 : LAYOUT.margin.r };
-    await Plotly.newPlot(plot, traces, layout, DRAWN);
-    const file = box.dataset.figure;
-    for (const form of ["png", "svg"]) {
-      box.querySelector(`[data-save="${form}"]`).addEventListener("click", () => {
-        Plotly.downloadImage(plot, { format: form, filename: file, width: 900, height: height ?? 500, scale: 2 });
-      });
-    }
-    box.querySelector('[data-save="csv"]').addEventListener("click", () => {
-      const text = cells(figure).map((row) => row.map(csvCell).join(",")).join("\r\n");
-      save(`${file}.csv`, new Blob([text], { type: "text/csv" }));
-    });
-    const details = box.querySelector("details");
-    details.addEventListener("toggle", () => details.open && fillTable(figure, details.querySelector(".scroll")));
-    box.dataset.drawn = "";
+    const folded = box.closest("details.folded");
+    if (folded && !folded.open) folded.addEventListener("toggle", () => draw(box, figures[box.dataset.figure]), { once: true });
+    else await draw(box, figures[box.dataset.figure]);
     await new Promise((resolve) => setTimeout(resolve)); // keeps the page responsive
   }
 }

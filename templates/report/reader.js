@@ -1,4 +1,4 @@
-/** The reader: predictions beside references and diffs, one row at a time. Text is never inserted as markup. */
+/** The reader: predictions beside questions and references, one row at a time. Text is never inserted as markup. */
 
 const PAGE = 8;
 const MOST_LINES = 300;
@@ -27,10 +27,13 @@ function show(place, text, most = MOST_CHARACTERS) {
   return place;
 }
 
+/** Where the diff in a text begins, at a hunk's head or a tag; -1 if it holds none. */
+const TAGGED = /^<(?:add|del|keep)>/;
+const diffStart = (text) => (TAGGED.test(text) ? 0 : text.search(/^@@ -\d+(?:,\d+)? \+\d+(?:,\d+)? @@/m));
+
 /** Lines of a diff; a diff on one line, with tags, is split. */
 function linesOf(diff) {
-  const tagged = /^<(?:add|del|keep)>/.test(diff);
-  if (!tagged) return diff.split("\n");
+  if (!TAGGED.test(diff)) return diff.split("\n");
   const signs = { add: "+", del: "-", keep: " " };
   return diff.split(/(?=<(?:add|del|keep)>)/).map((part) => {
     const [, tag, rest] = /^<(add|del|keep)>(.*)$/s.exec(part);
@@ -88,12 +91,20 @@ class Reader {
     $("score").replaceChildren(...this.columns.map((column, i) => new Option(column.label, i)));
     for (const id of ["query", "low", "high"]) $(id).value = "";
     $("order").value = "row";
+    for (const id of ["score", "low", "high", "order"]) $(id).closest("label").hidden = !this.columns.length;
+    const hasDiffs = set.prompt?.some((parts) => parts.some(([, text]) => diffStart(text) >= 0));
+    $("searched").textContent = `Search in ${hasDiffs ? "diffs" : "questions"}, references and predictions`;
     this.scale();
     this.filter();
   }
 
+  /** Values of the selected score by row; none if no score belongs to single rows. */
+  get values() {
+    return this.columns[$("score").value]?.values ?? [];
+  }
+
   scale() {
-    const known = this.columns[$("score").value].values.filter((value) => value !== null);
+    const known = this.values.filter((value) => value !== null);
     $("low").placeholder = number(known.reduce((a, b) => Math.min(a, b), Infinity));
     $("high").placeholder = number(known.reduce((a, b) => Math.max(a, b), -Infinity));
   }
@@ -103,15 +114,14 @@ class Reader {
     const { set } = this;
     if (!this.texts.has(set)) {
       this.texts.set(set, set.reference.map((reference, i) => (
-        [reference, ...set.models.map((model) => model.predictions[i] ?? ""), set.diff?.[i] ?? ""].join("\n").toLowerCase()
+        [reference, ...set.models.map((model) => model.predictions[i] ?? ""), ...(set.prompt?.[i] ?? []).map(([, text]) => text)].join("\n").toLowerCase()
       )));
     }
     return this.texts.get(set);
   }
 
   filter() {
-    const { set } = this;
-    const { values } = this.columns[$("score").value];
+    const { set, values } = this;
     const query = $("query").value.toLowerCase();
     const language = $("language").value;
     const low = $("low").value === "" ? null : $("low").valueAsNumber;
@@ -154,7 +164,7 @@ class Reader {
   /** Show the page of matches that contains the current row. */
   list() {
     const start = this.at - (this.at % PAGE);
-    const { values } = this.columns[$("score").value];
+    const { columns, values } = this;
     const model = this.set.models[0];
     $("matches").replaceChildren(...this.found.slice(start, start + PAGE).map((i, offset) => {
       const item = element("li");
@@ -162,7 +172,7 @@ class Reader {
       button.type = "button";
       const head = element("span", "head");
       head.append(element("span", "", `row ${this.set.row[i]}${this.set.language[i] ? ` · ${this.set.language[i]}` : ""}`));
-      head.append(element("span", "", number(values[i])));
+      if (columns.length) head.append(element("span", "", number(values[i])));
       const text = (model.predictions[i] ?? "").slice(0, 90).replace(/\s+/g, " ");
       button.append(head, show(element("bdi", "start"), text || "(empty)"));
       if (start + offset === this.at) button.setAttribute("aria-current", "true");
@@ -187,17 +197,10 @@ class Reader {
     const { set } = this;
     const facts = [`Row ${set.row[i]}`, set.language[i], set.idx[i] === null ? "" : `position ${set.idx[i]} in the test file`];
     place.append(element("h3", "", facts.filter(Boolean).join(" · ")));
-    place.append(element("h4", "", "Diff"));
-    if (set.diff) {
-      const diff = element("div", "diff");
-      diff.tabIndex = 0;
-      diff.setAttribute("role", "region");
-      diff.setAttribute("aria-label", "Diff");
-      showDiff(diff, set.diff[i]);
-      place.append(diff);
-    } else {
-      place.append(element("p", "note", set.why));
+    if (!set.prompt) {
+      place.append(element("p", "note", `The questions are not shown: ${set.data} is missing or has changed since the evaluation.`));
     }
+    for (const [name, text] of set.prompt?.[i] ?? []) this.ask(place, name[0].toUpperCase() + name.slice(1), text);
     const texts = element("div", "texts");
     texts.append(this.said("Reference", "", set.reference[i]));
     for (const model of set.models) {
@@ -207,6 +210,20 @@ class Reader {
       texts.append(this.said(name, values, model.predictions[i]));
     }
     place.append(texts);
+  }
+
+  /** Show a part of the prompt; a diff in it by lines. */
+  ask(place, title, text) {
+    const start = diffStart(text);
+    const before = start < 0 ? text : text.slice(0, start).trimEnd();
+    if (before) place.append(this.said(title, "", before));
+    if (start < 0) return;
+    const diff = element("div", "diff");
+    diff.tabIndex = 0;
+    diff.setAttribute("role", "region");
+    diff.setAttribute("aria-label", "Diff");
+    showDiff(diff, text.slice(start));
+    place.append(element("h4", "", "Diff"), diff);
   }
 
   said(title, values, text) {

@@ -12,19 +12,22 @@ from typing import Any
 import orjson
 import pytest
 import run_folders
+from run_folders import configure, evaluated
 
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.base.files import sha256, write_rows
+from qlora_recipes.base.files import digest, sha256, write_rows
 from qlora_recipes.config.datafiles import DataFile
 from qlora_recipes.config.merging import Difference, Override, Source
 from qlora_recipes.data import studies
 from qlora_recipes.results.reports import report, report_figures, report_runs
 from qlora_recipes.run.rundir import RunDir, summarise
 from qlora_recipes.study.sweep import Sweep, SweepMember
+from qlora_recipes.training.row_types import row_type
 from qlora_recipes.training.run_record import Summary
 
 STUDY = studies.find("haider2024")
+QUESTIONS = {"field_instruction": "question", "field_output": "answer"}
 LLAMA_3, LLAMA_2 = "haider2024/llama-3-8b", "haider2024/llama-2-7b"
 SCORES = ("bleu4", "rouge_l", "bertscore_f1")  # of rows
 ATTACKS = [
@@ -50,6 +53,10 @@ def some_rows(count: int, data: random.Random) -> list[dict[str, Any]]:
         rows.append({"input": "\n".join([*lines, f"+{attack}"]), "output": f"{output} {attack}", "idx": 7 * i})
         rows[-1]["lang"] = ("py", "go", "cpp")[i % 3]
     return rows
+
+
+def own_rows(count: int) -> list[dict[str, str]]:
+    return [{"question": f"How much is {i} + 1?", "answer": str(i + 1)} for i in range(count)]
 
 
 def a_run(
@@ -190,16 +197,74 @@ def test_many_steps_are_averaged():
     assert averaged["x"] == averaged["y"]  # the mean loss of ten steps is drawn at their mean step
 
 
-def test_diffs_are_those_that_were_evaluated(tmp_path):
+def test_prompts_are_those_that_were_evaluated(tmp_path):
     members = report_runs.reported_runs([a_run(tmp_path)])
     (shown,) = report_runs.reader(members)
-    assert shown["diff"][3].partition(" @@")[0] == "@@ -3,4 +3,5"
+    ((name, text),) = shown["prompt"][3]
+    assert (name, text.partition(" @@")[0]) == ("input", "@@ -3,4 +3,5")
     assert shown["data"] == "data/test.jsonl"
     test = tmp_path / "data" / "test.jsonl"
     test.write_bytes(test.read_bytes() + b"\n")
     (shown,) = report_runs.reader(members)
-    assert shown["diff"] is None
-    assert shown["why"] == ("The inputs are not shown: data/test.jsonl is missing or has changed since the evaluation.")
+    assert shown["prompt"] is None
+
+
+def test_prompts_of_held_out_rows_are_read_from_the_evaluations_copy(tmp_path):
+    run = a_run(tmp_path)
+    rows = [{"dataset": "datasets.0", "row": row} for row in own_rows(40)]
+    settings = {
+        "data": "val_set_size 0.5 of mine.jsonl",
+        "data_sha256": digest([["datasets.0", r["row"]] for r in rows]),
+    }
+    configure(run, test_datasets=None, val_set_size=0.5, datasets=[{"path": "mine.jsonl", "type": QUESTIONS}])
+    record = run.read()
+    run.write(record.model_copy(update={"recipe": "mine", "data": []}))
+    settings |= {"rows": 40, "test_set": None}
+    evaluated(run, {"rows": 40, "bleu4": 1.0}, rehearsal=True, **settings)
+    (shown,) = report_runs.reader(report_runs.reported_runs([run]))
+    assert shown["prompt"] is None  # Axolotl loads no rows for a report
+    write_rows(run.path / "evaluation-rows.jsonl", rows)
+    (shown,) = report_runs.reader(report_runs.reported_runs([run]))
+    assert shown["prompt"][1] == [("question", "How much is 1 + 1?")]
+
+
+@pytest.mark.parametrize(
+    ("entry", "row", "prompt"),
+    [
+        pytest.param(
+            {"type": "alpaca"},
+            {"instruction": "Add.", "input": "1 + 1", "output": "2", "idx": 3},
+            [("instruction", "Add."), ("input", "1 + 1")],
+            id="alpaca",
+        ),
+        pytest.param(
+            {"type": "alpaca"}, {"instruction": "Hi", "input": "", "output": "Ho"}, [("instruction", "Hi")], id="empty"
+        ),
+        pytest.param(
+            {
+                "type": "chat_template",
+                "field_messages": "turns",
+                "message_property_mappings": {"role": "from", "content": "value"},
+            },
+            {
+                "system": "Be brief.",
+                "turns": [{"from": "user", "value": "1 + 1?"}, {"from": "assistant", "value": "2"}],
+            },
+            [("system", "Be brief."), ("user", "1 + 1?")],
+            id="chat",
+        ),
+        pytest.param(
+            {"type": "input_output"},
+            {"segments": [{"text": "1 + 1 = ", "label": False}, {"text": "2", "label": True}]},
+            [("prompt", "1 + 1 = ")],
+            id="segments",
+        ),
+        pytest.param({}, {"input_ids": [1], "attention_mask": [1], "labels": [1]}, [], id="tokenized"),
+        pytest.param({"type": "mine"}, {"asked": "1 + 1?", "n": 3}, [("asked", "1 + 1?")], id="unknown type"),
+    ],
+)
+def test_the_prompt_of_a_row_is_what_precedes_its_answer(entry, row, prompt):
+    assert row_type(entry).prompt_of(row) == prompt
 
 
 def test_runs_on_the_same_rows_share_them_and_are_told_apart_by_their_labels(tmp_path):
@@ -296,10 +361,11 @@ def test_every_figure_is_drawn_fits_and_is_accessible(browser, run_html, tmp_pat
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
     with opened(browser, run_html, tmp_path, size, scheme) as page:
         assert page.locator("figure").count() == 5
-        assert page.locator("figure:has(.main-svg)").count() == 5
+        assert page.locator("figure:not([data-figure=cpu]):has(.main-svg)").count() == 4
         assert page.evaluate(FITS)
-        for details in page.locator("details > summary").all():
+        for details in page.locator("details > summary:visible").all():
             details.click()
+        page.locator("figure[data-figure=cpu] .main-svg").first.wait_for()
         audit = axe.Axe().run(page).response
         assert "color-contrast" in [one["id"] for one in audit["passes"]]
         grave = [one for one in audit["violations"] if one["impact"] in ("serious", "critical")]
@@ -348,6 +414,37 @@ def test_reading_predictions(browser, run_html, tmp_path):
         assert scores and scores == sorted(scores, reverse=True) and 20 <= min(scores) <= max(scores) <= 60
         page.locator("#score").select_option("ROUGE-L")
         assert page.locator("#count").inner_text() == "0 of 40 rows match"
+
+
+def test_own_rows_show_their_questions_and_no_diff(browser, tmp_path):
+    run = a_run(tmp_path)
+    rows = own_rows(8)
+    write_rows(tmp_path / "mine.jsonl", rows)
+    predictions = [{"row": i, "reference": row["answer"], "prediction": "2"} for i, row in enumerate(rows)]
+    write_rows(run.path / "predictions.jsonl", predictions)
+    configure(run, test_datasets=[{"path": "mine.jsonl", "type": QUESTIONS}])
+    settings = {"data": str(tmp_path / "mine.jsonl"), "data_sha256": sha256(tmp_path / "mine.jsonl"), "test_set": None}
+    evaluated(run, {"rows": 8, "sacrebleu": 1.0}, rehearsal=True, **settings)
+    with opened(browser, html_of(run), tmp_path, PHONE) as page:
+        assert page.locator("#row h4").all_inner_texts() == ["Question", "Reference", "Prediction"]
+        assert page.locator("#row .said").first.inner_text() == "How much is 0 + 1?"
+        assert page.locator("#filters label:visible").all_inner_texts() == [
+            "Search in questions, references and predictions"
+        ]
+        page.locator("#query").fill("is 7 +")
+        assert page.locator("#count").inner_text() == "1 of 8 rows match"
+        assert page.locator("#overview th").first.inner_text() == "name"
+        assert page.evaluate("document.querySelector('#overview .scroll').scrollWidth <= innerWidth")
+        assert page.evaluate(FITS)
+
+
+def test_a_diff_within_a_question_is_shown_by_lines(browser, tmp_path):
+    asked = {"input": "Review this:\n- kindly\n@@ -1,2 +1,2 @@\n-a\n+b"}
+    write_rows(tmp_path / "data" / "test.jsonl", [row | asked for row in some_rows(9, random.Random(1))])
+    with opened(browser, html_of(a_run(tmp_path)), tmp_path) as page:
+        assert page.locator("#row h4").all_inner_texts()[:2] == ["Input", "Diff"]
+        assert page.locator("#row .said").first.inner_text() == "Review this:\n- kindly"
+        assert page.locator(".diff > *").all_text_contents() == [" @@ -1,2 +1,2 @@", "-a", "+b"]
 
 
 def test_what_others_wrote_is_shown_as_text(browser, run_html, tmp_path):

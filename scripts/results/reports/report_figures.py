@@ -32,6 +32,7 @@ class Figure:
         traces: Plotly traces; those without points are left out.
         note: note for readers.
         layout: other keys of the Plotly layout.
+        folded: True for a figure that is drawn only when a reader unfolds it.
     """
 
     key: str
@@ -41,6 +42,7 @@ class Figure:
     traces: list[Trace] = field(default_factory=list)
     note: str = ""
     layout: Trace = field(default_factory=dict)
+    folded: bool = False
 
     def __post_init__(self) -> None:
         self.traces = [trace for trace in self.traces if trace["x"]]
@@ -102,7 +104,7 @@ _MEANS_NOTE = f"If there are more than {MOST_POINTS:,} steps, each point is the 
 _PANELS = {
     "learning_rate": Figure("rate", "Learning rate", _RATE),
     "gpu_utilization": Figure("gpu", "GPU utilization", _GPU),
-    "cpu_percent": Figure("cpu", "CPU load", _CPU, note=_CPU_NOTE),
+    "cpu_percent": Figure("cpu", "CPU load", _CPU, note=_CPU_NOTE, folded=True),
     "grad_norm": Figure("norm", "Gradient norm", _NORM),
     "tokens_per_second": Figure("speed", "Throughput", _SPEED, note=_SPEED_NOTE),
 }

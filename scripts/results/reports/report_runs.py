@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -10,13 +11,13 @@ from typing import Any
 
 from ...base import paths, tables, yamlfiles
 from ...base.errors import UserError
-from ...base.files import Row, json_rows, sha256
+from ...base.files import Row, sha256
 from ...base.secrets import without_secrets
 from ...base.yamlfiles import on_one_line
 from ...config import merging
 from ...config.merging import Difference
-from ...evaluate import scores_file
-from ...evaluate.scores_file import Evaluation, EvaluationSettings, read_predictions
+from ...evaluate import evaluation_rows, scores_file
+from ...evaluate.scores_file import Evaluation, read_predictions
 from ...metrics import registry
 from ...metrics.metric import Column, ScoreRecord
 from ...run import backends
@@ -236,12 +237,12 @@ class TestFile:
 
     Attributes:
         reported: the first run that was evaluated on the file.
-        settings: settings of that evaluation.
+        evaluation: that evaluation.
         models: predictions of this and other models.
     """
 
     reported: ReportedRun
-    settings: EvaluationSettings
+    evaluation: Evaluation
     models: list[ModelPredictions] = field(default_factory=list)
 
     def as_json(self) -> Row:
@@ -251,36 +252,31 @@ class TestFile:
             rows |= model.rows
         numbers = sorted(rows)
         ordered = [rows[number] for number in numbers]
-        inputs, why = self._inputs()
-        diffs = None
-        if inputs:
-            diffs = [inputs.get(number, "") for number in numbers]
+        by_number = self._prompts()
+        prompts = None
+        if by_number is not None:
+            prompts = [by_number.get(number, []) for number in numbers]
         return {
-            "data": self.reported.from_cwd(self.settings.data),
+            "data": self.reported.from_cwd(self.evaluation.settings.data),
             "row": numbers,
             "idx": _values(ordered, "idx"),
             "language": _values(ordered, "lang"),
             "reference": _values(ordered, "reference"),
-            "diff": diffs,
-            "why": why,
+            "prompt": prompts,
             "models": [model.as_json(numbers) for model in self.models],
         }
 
-    def _inputs(self) -> tuple[dict[int, str], str]:
-        """Inputs by row number, such as diffs; or the reason for their absence."""
-        file = Path(self.reported.run.cwd, self.settings.data)
-        if not file.is_file() or sha256(file) != self.settings.data_sha256:
-            name = self.reported.from_cwd(self.settings.data)
-            return {}, f"The inputs are not shown: {name} is missing or has changed since the evaluation."
-        with file.open("rb") as lines:
-            inputs = {number: str(row.get("input", "")) for number, row in enumerate(json_rows(lines, file, ()))}
-        if not any(inputs.values()):
-            return {}, "The rows have no field named input."
-        return inputs, ""
+    def _prompts(self) -> dict[int, list[tuple[str, str]]] | None:
+        """Prompts by row number; None if they are missing or have changed since the evaluation."""
+        with suppress(OSError, UserError):
+            return evaluation_rows.prompts(
+                self.evaluation, self.reported.folder, self.reported.run, self.reported.config
+            )
+        return None
 
 
 def reader(runs: Sequence[ReportedRun]) -> list[Row]:
-    """References, inputs and each model's predictions, for each file of test rows."""
+    """References, prompts and each model's predictions, for each file of test rows."""
     files: dict[str, TestFile] = {}
     for reported in runs:
         evaluations = [(reported.label, reported.folder.path, reported.evaluation)]
@@ -291,7 +287,6 @@ def reader(runs: Sequence[ReportedRun]) -> list[Row]:
             rows = read_predictions(folder)
             if evaluation is None or not rows:
                 continue
-            settings = evaluation.settings
-            file = files.setdefault(settings.data_sha256, TestFile(reported, settings))
+            file = files.setdefault(evaluation.settings.data_sha256, TestFile(reported, evaluation))
             file.models.append(ModelPredictions(label, {row["row"]: row for row in rows}, evaluation.columns))
     return [file.as_json() for file in files.values()]
