@@ -66,6 +66,7 @@ def test_offline_examples_run_and_print_as_shown(page, recipe, tmp_path):
     offline = {"diff", "list", "new", "render", "show", "study"}
     chats = {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}
     write_rows(tmp_path / "mine.jsonl", [chats] * 100)
+    (tmp_path / "mine.csv").write_text("Frage;Antwort\n" + "1 + 1?;2\n" * 100)
     text = (paths.RECIPES / "haider2024" / "llama-3-8b.yaml").read_text()
     for right, wrong in (("weight_decay:", "weight_decai:"), ("- v_proj", "- v_prj"), ("bf16: false", "bf16: true")):
         text = text.replace(right, wrong)

@@ -142,8 +142,9 @@ class _File:
 
 def _type_remedy(fields: Sequence[str]) -> str:
     """Advice to set the type that reads rows with these fields."""
-    form = datafiles.form_of(fields) or {"type": {"field_output": "answer"}}
-    return f"set {yamlfiles.write_flow(form)[1:-1]} to read them"
+    form = datafiles.form_of(fields)
+    entry = form.entry if form else {"type": {"field_output": "answer"}}
+    return f"set {yamlfiles.write_flow(entry)[1:-1]} to read them"
 
 
 def _example(fault: str, rows: FaultyRows) -> str:

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from ..base import paths
 from ..base.errors import UserError
-from ..base.files import json_rows, sha256
+from ..base.files import sha256
 from ..base.yamlfiles import Config
 from ..data import studies
 from . import models
@@ -169,53 +169,46 @@ def _looks_local(name: str) -> bool:
 _PROMPT = "Question: {instruction}\nAnswer: "
 
 
-def _prompted(question: str, answer: str) -> Config:
-    """Data set entry for rows with a question and an answer."""
-    return {"type": {"field_instruction": question, "field_output": answer, "no_input_format": _PROMPT}}
+@dataclass(frozen=True)
+class Form:
+    """Form of rows.
 
-
-_FORMS: list[tuple[set[str], Config]] = [
-    ({"messages"}, {"type": "chat_template"}),
-    ({"conversations"}, {"type": "chat_template", "field_messages": "conversations"}),
-    ({"segments"}, {"type": "input_output"}),
-    ({"instruction", "output"}, {"type": "alpaca"}),
-    ({"question", "answer"}, _prompted("question", "answer")),
-    ({"prompt", "completion"}, _prompted("prompt", "completion")),
-    ({"prompt", "response"}, _prompted("prompt", "response")),
-    ({"text"}, {"type": "completion"}),
-]
-"""Forms of rows: the fields, and the data set entry with which Axolotl reads them."""
-
-
-def form_of(fields: Collection[str]) -> Config | None:
-    """Data set entry, without path, for rows with these fields; None for unknown fields."""
-    return next((entry for required, entry in _FORMS if required <= set(fields)), None)
-
-
-def entry_for(file: Path) -> Config:
-    """Data set entry for a file, by the fields of its first row.
-
-    Raises:
-        UserError: the lines are not JSON objects, or the fields match no known form.
+    Attributes:
+        fields: the fields that a row must have; those of a question and its answer come in this order.
+        entry: the data set entry, without path, with which Axolotl reads the rows.
     """
-    if not file.is_file():
-        raise UserError(f"--data {file}: no such file{paths.similar_paths(file)}")
-    try:
-        with file.open("rb") as lines:
-            row = next(json_rows(lines, file, ()))
-    except (UserError, StopIteration):
-        form = 'write one object per line, as {"question": "…", "answer": "…"}'
-        problem = f"not JSON lines; {form} (docs/variants.md shows how to convert CSV and JSON)"
-        raise UserError(f"{file}: {problem}") from None
-    entry = form_of(row)
-    if entry is None:
-        forms = "; ".join(" and ".join(sorted(fields)) for fields, _ in _FORMS)
-        datasets = f"[{{path: {file}, type: {{field_instruction: QUESTION, field_output: ANSWER}}}}]"
-        hint = f"known fields are {forms}; for others replace --data by --set 'datasets={datasets}', with your fields"
-        raise UserError(f"{file}: unknown fields {', '.join(row)}; {hint}")
-    if "field_messages" in entry and "0.from" in dict(flatten(row["conversations"])):  # ShareGPT's fields
-        entry = entry | {"message_property_mappings": {"role": "from", "content": "value"}}
-    return {"path": str(file)} | entry
+
+    fields: tuple[str, ...]
+    entry: Config
+
+    @property
+    def is_pair(self) -> bool:
+        """True for a question and its answer, without roles."""
+        return len(self.fields) == 2
+
+
+def _prompted(question: str, answer: str) -> Form:
+    """Form of rows with a question and an answer, with a prompt of this project."""
+    kind = {"field_instruction": question, "field_output": answer, "no_input_format": _PROMPT}
+    return Form((question, answer), {"type": kind})
+
+
+FORMS = (
+    Form(("messages",), {"type": "chat_template"}),
+    Form(("conversations",), {"type": "chat_template", "field_messages": "conversations"}),
+    Form(("segments",), {"type": "input_output"}),
+    Form(("instruction", "output"), {"type": "alpaca"}),
+    _prompted("question", "answer"),
+    _prompted("prompt", "completion"),
+    _prompted("prompt", "response"),
+    Form(("text",), {"type": "completion"}),
+)
+"""Forms of rows that this project recognizes by their fields; an earlier one has priority."""
+
+
+def form_of(fields: Collection[str]) -> Form | None:
+    """Form of rows with these fields; None for unknown fields."""
+    return next((form for form in FORMS if set(form.fields) <= set(fields)), None)
 
 
 def record(config: Config) -> list[DataFile]:

@@ -41,7 +41,7 @@ class Model:
         linear: the names of a decoder layer's linear layers, which LoRA can adapt.
         special_tokens: a regular expression for the tokenizer's special tokens.
         pad_token: the tokenizer's padding token.
-        chat: True if the model was trained with a chat template.
+        chat: True if the model was trained with a chat template; for unlisted models, if the tokenizer has one.
         chat_template: the tokenizer's chat template.
     """
 
@@ -84,6 +84,8 @@ def find(config: Config) -> Model:
     model.tokenizer_here = "config.json" in files and any(file.startswith("tokenizer") for file in files)
     if entry:
         model.chat = entry.get("chat", False)
+    elif model.tokenizer_here:
+        model.chat = model.chat_template is not None
     if Path(name).is_dir():
         model.gated = False
     return model

@@ -3,9 +3,12 @@
 Jinja's sandbox evaluates the expressions, with a bound on what they compute.
 """
 
+import codecs
 import csv
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +26,8 @@ from .declaration import Data
 MOST = 1_000_000
 """Largest number of characters, items or bits that an operator or a filter can create."""
 MOST_TEXT = 2000  # characters of an expression
+_DELIMITERS = "\t;|^~,"
+"""Delimiters of columns; a comma comes last, because it can be in a column's name."""
 _FILTERS = (
     "abs capitalize count d default dictsort first float groupby int items last length list lower max min reject "
     "rejectattr reverse select selectattr sort string title trim unique upper wordcount"
@@ -253,6 +258,15 @@ class RowMaker:
         return row, None, extra, length
 
 
+def _delimiter(header: str) -> str:
+    """Delimiter of a file's columns, from its first line; a comma if there is one column."""
+    sniffer = csv.Sniffer()
+    sniffer.preferred = list(_DELIMITERS)
+    with suppress(csv.Error):
+        return sniffer.sniff(header, _DELIMITERS).delimiter
+    return ","
+
+
 class RawFile:
     """Raw file, or several files read as one.
 
@@ -279,15 +293,19 @@ class RawFile:
         self.read = 0
         for path in self.paths:
             self.path, self._line, self._before = path, 0, self.read
-            with self.path.open("rb", 1 << 18) as stream:
+            with BufferedReader(self.path.open("rb", 0), 1 << 18) as stream:
                 for row in self._parse(stream):
                     self.read += 1
                     yield row
 
-    def _parse(self, stream: IO[bytes]) -> Iterator[Row]:
-        if self.path.suffix == ".csv":
+    def _parse(self, stream: "BufferedReader[Any]") -> Iterator[Row]:
+        suffix = self.path.suffix.lower()
+        if suffix in (".csv", ".tsv", ".txt"):
             return self._csv_rows(stream)
-        if self.path.suffix == ".json":
+        if suffix == ".parquet":
+            return self._parquet_rows(stream)
+        is_array = stream.peek(1 << 10).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+        if suffix == ".json" and is_array:
             return self._array(stream)
         return json_rows(self._lines(stream), self.path, ())
 
@@ -300,14 +318,25 @@ class RawFile:
             rows = parse_json(stream.read())
         except orjson.JSONDecodeError as error:
             raise UserError(f"not JSON: {error.msg}", file=self.path, line=error.lineno) from None
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            remedy = "if each line is a row, name the file .jsonl"
-            raise UserError("not a JSON array of mappings", file=self.path, remedy=remedy)
+        if not all(isinstance(row, dict) for row in rows):
+            raise UserError("not a JSON array of mappings", file=self.path)
         yield from rows
 
-    def _csv_rows(self, stream: IO[bytes]) -> Iterator[Row]:
+    def _parquet_rows(self, stream: IO[bytes]) -> Iterator[Row]:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+
+        try:
+            for batch in ParquetFile(stream).iter_batches(1000):
+                yield from batch.to_pylist()
+        except (ArrowException, OSError) as error:
+            raise UserError(f"not a complete Parquet file: {error}", file=self.path) from None
+
+    def _csv_rows(self, stream: "BufferedReader[Any]") -> Iterator[Row]:
         csv.field_size_limit(sys.maxsize)
-        reader = csv.DictReader((line.decode("utf-8-sig") for line in self._lines(stream)), strict=True)
+        header = stream.peek(1 << 16).partition(b"\n")[0].decode("utf-8-sig", "replace")
+        texts = (line.decode("utf-8-sig") for line in self._lines(stream))
+        reader = csv.DictReader(texts, delimiter=_delimiter(header), strict=True)
         try:
             names = reader.fieldnames or []
             if len(set(names)) < len(names) or "" in names:
@@ -317,10 +346,12 @@ class RawFile:
                 if None in row or None in row.values():
                     raise UserError(f"{self.where}: the row does not have the {len(names)} fields named in line 1")
                 yield row
-        except (csv.Error, UnicodeDecodeError) as error:  # an open quotation mark ends only with the file
-            raise UserError(
-                f"{self.where}: not CSV in UTF-8: {error}; {self.read - self._before:,} complete rows precede"
-            ) from None
+        except UnicodeDecodeError:
+            remedy = f"convert it, as in `iconv -f WINDOWS-1252 -t UTF-8 {self.path.name} > utf8{self.path.suffix}`"
+            raise UserError("not UTF-8", file=self.path, line=self._line, remedy=remedy) from None
+        except csv.Error as error:  # an open quotation mark ends only with the file
+            problem = f"not CSV: {error}; {self.read - self._before:,} complete rows precede"
+            raise UserError(problem, file=self.path, line=self._line) from None
 
 
 def within(path: Path, names: Collection[str]) -> dict[str, Path]:

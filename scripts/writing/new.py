@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import dropwhile
@@ -19,8 +18,6 @@ from ..config import datafiles, merging, models
 from ..config.merging import Override
 from .render import SPECIAL_TOKENS, ModelFacts, describe
 
-HELD_OUT = 0.05
-"""Share of rows held out for the eval loss, if the recipe holds out none."""
 _ABSENT = re.compile(r"(?m)^# (variant, removed: )?(revision_of_model|special_tokens)( is not set)?: .*\n")
 """Comments about keys of the base model that are not set."""
 # Keys that suit only one model; `for_model` drops them
@@ -140,41 +137,6 @@ def _foreign_templates(recipe: Config) -> dict[str, str]:
     return {key: text for key, text in texts.items() if not text.startswith(("tokenizer_default", "jinja"))}
 
 
-def for_data(base: str, file: Path) -> list[Override]:
-    """Overrides for training a recipe on a file of rows, with a held-out share.
-
-    Raises:
-        UserError: see `datafiles.entry_for`.
-    """
-    recipe = yamlfiles.read_yaml(paths.find_recipe(base)[1])
-    entry = datafiles.entry_for(file)
-    overrides = [Override("datasets", [entry])]
-    if entry["type"] != "chat_template":
-        overrides += [Override("chat_template", None), Override("chat_template_jinja", None)]
-    elif not recipe.get("chat_template"):
-        overrides.append(Override("chat_template", "tokenizer_default"))
-    if not recipe.get("val_set_size"):
-        overrides += [Override("test_datasets", None), Override("val_set_size", HELD_OUT)]
-    return overrides
-
-
-def reasons(config: Config, overrides: Iterable[Override], unread: list[str]) -> list[str]:
-    """Give the reasons for those settings of a variant that the user's rows require, one per line.
-
-    Settings named in `overrides` are not explained. The last line lists text fields that are not read.
-    """
-    entry = {key: value for key, value in config["datasets"][0].items() if key != "path"}
-    lines = {
-        "datasets": f"rows: {yamlfiles.write_flow(entry)[1:-1]}, because of their fields; --set changes it",
-        "val_set_size": f"held out: val_set_size {config['val_set_size']}, for the eval loss and `recipe evaluate`; "
-        "--set val_set_size=20 holds out 20 rows",
-    }
-    overridden = {merging.top_key(override.key) for override in overrides}
-    if unread:
-        lines["unread"] = f"not used: {' and '.join(unread)}; add the text to a field that is used, or --set the fields"
-    return [line for key, line in lines.items() if key not in overridden]
-
-
 def write(name: str, base: str, overrides: list[Override], other: OtherModel = SAME_MODEL) -> Path:
     """Write a variant of a recipe or file to variants/<name>.yaml.
 
@@ -187,7 +149,7 @@ def write(name: str, base: str, overrides: list[Override], other: OtherModel = S
     Raises:
         UserError: the name is taken or invalid, or a key cannot be changed.
     """
-    file = _free_file(name)
+    file = free_file(name)
     base_name, base_file = paths.find_recipe(base)
     if base_name not in (*paths.recipe_names(), *paths.variant_names()):
         base_name = paths.shown(base_file)
@@ -207,7 +169,7 @@ def write(name: str, base: str, overrides: list[Override], other: OtherModel = S
     return file
 
 
-def _free_file(name: str) -> Path:
+def free_file(name: str) -> Path:
     """File for a new variant.
 
     Raises:

@@ -171,10 +171,10 @@ IN_ROWS = [
     pytest.param("question", "a.csv", b"question,answer\n1,2\n3\n",
         "a.csv:3: the row does not have the 2 fields named in line 1", id="row of CSV with too few fields"),
     pytest.param("question", "a.csv", b'question,answer\n1,"2\n',
-        "a.csv:2: not CSV in UTF-8: unexpected end of data; 0 complete rows precede", id="quote in CSV without end"),
+        "a.csv:2: not CSV: unexpected end of data; 0 complete rows precede", id="quote in CSV without end"),
     pytest.param("question", "a.csv", b"question,answer\n1,\xff\n",
-        "a.csv:2: not CSV in UTF-8: 'utf-8' codec can't decode byte 0xff in position 2: invalid start "
-        "byte; 0 complete rows precede", id="not UTF-8 in CSV"),
+        "a.csv:2: not UTF-8; convert it, as in `iconv -f WINDOWS-1252 -t UTF-8 a.csv > utf8.csv`",
+        id="not UTF-8 in CSV"),
     pytest.param("question", "a.json", b"[\n1", "a.json:2: not JSON: unexpected end of data", id="array cut"),
     pytest.param("question", "a.json", b"[" + QUESTION + b',{"question": "a"}]',
         "a.json: row 2: output (answer): 'answer' is undefined; the row's fields: question",

@@ -1,11 +1,8 @@
 """`recipe new` and `recipe diff`, and files edited by hand."""
 
-import codecs
 import re
-from pathlib import Path
 from typing import Any
 
-import orjson
 import pytest
 from conftest import typed
 from hypothesis import given, settings
@@ -13,9 +10,8 @@ from hypothesis import strategies as st
 
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.base.files import read_rows
 from qlora_recipes.check import check
-from qlora_recipes.config import compose, datafiles, merging
+from qlora_recipes.config import compose, merging
 from qlora_recipes.config.compose import Request
 from qlora_recipes.config.merging import Override, Source
 from qlora_recipes.results.run_result import RunResult
@@ -220,154 +216,3 @@ def test_a_run_of_a_variant_lists_its_differences_from_that(place):
     assert row["variant_of"] == BASE
     assert row["changed_keys"] == "lora_r, lora_alpha"
     assert row["other_base_model"] == "Qwen/Qwen3-0.6B"  # of the study's
-
-
-PROMPTED = {
-    "field_instruction": "question",
-    "field_output": "answer",
-    "no_input_format": "Question: {instruction}\nAnswer: ",
-}
-
-
-@pytest.mark.parametrize(
-    ("row", "entry"),
-    [
-        ({"messages": []}, {"type": "chat_template"}),
-        (
-            {"conversations": [{"from": "human", "value": "a"}]},
-            {
-                "type": "chat_template",
-                "field_messages": "conversations",
-                "message_property_mappings": {"role": "from", "content": "value"},
-            },
-        ),
-        (
-            {"conversations": [{"role": "user", "content": "a"}]},
-            {"type": "chat_template", "field_messages": "conversations"},
-        ),
-        ({"instruction": "a", "output": "b", "text": "c"}, {"type": "alpaca"}),
-        ({"segments": []}, {"type": "input_output"}),
-        ({"question": "a", "answer": "b"}, {"type": PROMPTED}),
-        ({"text": "a"}, {"type": "completion"}),
-    ],
-)
-def test_the_fields_of_rows_decide_their_type(tmp_path, row, entry):
-    file = tmp_path / "rows.jsonl"
-    for before in (b"\n", codecs.BOM_UTF8):
-        file.write_bytes(before + orjson.dumps(row))
-        assert datafiles.entry_for(file) == {"path": str(file)} | entry
-        assert read_rows(file) == [row]
-
-
-NOT_JSON = (
-    'rows.jsonl: not JSON lines; write one object per line, as {"question": "…", "answer": "…"} (docs/variants.md '
-    "shows how to convert CSV and JSON)"
-)
-UNKNOWN_FIELDS = (
-    "rows.jsonl: unknown fields a; known fields are messages; conversations; segments; instruction and output; answer "
-    "and question; completion and prompt; prompt and response; text; for others replace --data by --set "
-    "'datasets=[{path: rows.jsonl, type: {field_instruction: QUESTION, field_output: ANSWER}}]', with your fields"
-)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        pytest.param("", NOT_JSON, id="empty"),
-        pytest.param("[]", NOT_JSON, id="a-list"),
-        pytest.param("{", NOT_JSON, id="half-an-object"),
-        pytest.param("\xff", NOT_JSON, id="not-utf-8"),
-        pytest.param('{"a": 1}', UNKNOWN_FIELDS, id="unknown-fields"),
-    ],
-)
-def test_rows_of_an_unknown_form_are_refused(recipe, place, content, message):
-    (place / "rows.jsonl").write_text(content, encoding="latin-1")
-    assert recipe.fails("new", "mine", "--data", "rows.jsonl").stderr == f"recipe: {message}\n"
-    assert not (place / "variants").exists()
-
-
-@pytest.fixture
-def questions(place: Path) -> Path:
-    """A file of questions and answers."""
-    file = place / "rows.jsonl"
-    file.write_text('{"question": "a", "answer": "b"}\n' * 30)
-    return file
-
-
-def test_a_variant_for_own_rows_and_another_model(recipe, questions):
-    recipe.ok("new", "mine", "--model", "Qwen/Qwen3-4B", "--data", "rows.jsonl")
-    variant = questions.parent / "variants" / "mine.yaml"
-    expected = {"datasets": [{"path": "rows.jsonl", "type": PROMPTED}], "val_set_size": 0.05, "bf16": True}
-    expected |= {"base_model": "Qwen/Qwen3-4B", "chat_template": None}
-    config = yamlfiles.read_yaml(variant)
-    assert {key: config.get(key) for key in expected} == expected
-    assert variant.read_text().count("data/gsm8k") == 1  # as the former value only
-
-
-def test_own_rows_replace_the_rows_to_evaluate_on(recipe, questions):
-    recipe.ok("new", "mine", "--from", "peft-metamathqa/lora-rank32", "--data", "rows.jsonl")
-    config = yamlfiles.read_yaml(questions.parent / "variants" / "mine.yaml")
-    assert config["val_set_size"] == new.HELD_OUT
-    assert "test_datasets" not in config
-
-
-def test_held_out_rows_are_explained(recipe, questions):
-    done = recipe.ok(
-        *("new", "mine", "--from", "haider2024/llama-3-8b", "--data", "rows.jsonl", "--set", "warmup_steps=0")
-    )
-    explanation = (
-        "held out: val_set_size 0.05, for the eval loss and `recipe evaluate`; --set val_set_size=20 holds out 20 rows"
-    )
-    assert done.stderr.splitlines()[1] == explanation
-
-
-def test_a_type_of_rows_that_is_set_is_not_explained(recipe, place):
-    (place / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 30)
-    done = recipe.ok("new", "mine", "--data", "rows.jsonl", "--set", "datasets.0.type=alpaca")
-    lines = done.stderr.splitlines()
-    assert [line for line in lines if line.startswith("rows: ")] == []
-    assert (place / "variants" / "mine.yaml").read_text().count("data/gsm8k") == 1  # as the former value only
-
-
-@pytest.mark.parametrize(
-    ("lines", "line"),
-    [
-        (['{"question": "a", "answer": "b"}', "{"], 2),
-        (['{"question": "a", "answer": "b"}', '{"question": 1, "answer": "b"}'], 2),
-        (['{"messages": [{"role": "user", "content": "a"}]}', '{"messages": [], "system": ""}'], 2),
-    ],
-)
-def test_broken_rows_leave_the_name_free(recipe, tmp_path, lines, line):
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    done = recipe.fails("new", "mine", "--data", "rows.jsonl")
-    assert f"rows.jsonl:{line}: error: datasets.0.path: " in done.stderr
-    assert "next: " not in done.stderr
-    assert not (tmp_path / "variants").exists()
-    (tmp_path / "rows.jsonl").write_text(f"{lines[0]}\n" * 9)
-    recipe.ok("new", "mine", "--data", "rows.jsonl")
-
-
-@pytest.mark.parametrize(
-    ("rows", "unread"),
-    [
-        ([{"question": "a", "answer": "b", "context": "c"}], "context"),
-        ([{"prompt": "a", "completion": "b", "response": "c"}], "response"),
-        ([{"text": "a", "label": "b"}], "label"),
-        ([{"text": "a"}, {"text": "a", "title": "b", "length": 3, "id": "4"}], "id and title"),
-        ([{"messages": [{"role": "user", "content": "a"}], "source": "b", "tools": []}], "source"),
-        ([{"text": "a", "label": 3}], None),
-        ([{"instruction": "a", "input": "b", "output": "c"}], None),
-    ],
-)
-def test_text_fields_that_are_not_used_are_named(recipe, tmp_path, rows, unread):
-    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(map(orjson.dumps, rows * 9)))
-    done = recipe.ok("new", "mine", "--data", "rows.jsonl")
-    lines = [line for line in done.stderr.splitlines() if line.startswith("not used: ")]
-    assert [line.partition(";")[0] for line in lines] == [f"not used: {unread}"] * bool(unread)
-
-
-def test_a_field_that_is_set_is_used(recipe, tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b", "context": "c"}\n' * 9)
-    kind = "{field_instruction: question, field_input: context, field_output: answer}"
-    done = recipe.ok("new", "mine", "--data", "rows.jsonl", "--set", f"datasets.0.type={kind}")
-    assert "not used" not in done.stderr

@@ -1,0 +1,227 @@
+"""A user's rows for `recipe new --data`: their columns, and chats made from questions and answers."""
+
+import csv
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..base import paths, yamlfiles
+from ..base.errors import UserError
+from ..base.files import Row, write_rows
+from ..base.yamlfiles import Config
+from ..config import datafiles, merging, models
+from ..config.datafiles import FORMS, Form
+from ..config.merging import Override
+from ..data.raw_rows import RawFile
+
+Type = Literal["chat", "plain"]
+"""Prompts of questions: by the chat template, or without it."""
+HELD_OUT, HELD_OUT_OF_FEW = 0.05, 0.2
+"""Shares of rows held out for the eval loss: if the recipe holds out none, and of fewer than `FEW` rows."""
+FEW = 200
+"""Number of rows of which 5 % are too few to compare scores."""
+
+
+@dataclass
+class OwnRows:
+    """Rows in a user's file.
+
+    Attributes:
+        file: the file.
+        copy: the file for the rows as Axolotl reads them, if it cannot read `file`.
+        form: the form of the rows.
+        fields: the field of each column that the form reads.
+        entry: the data set entry, without path.
+        left_out: places of rows without a question or an answer, after `copied`.
+    """
+
+    file: Path
+    copy: Path
+    form: Form
+    fields: dict[str, str]
+    entry: Config
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def are_chats(self) -> bool:
+        """True if questions and answers become chats."""
+        return self.form.is_pair and self.entry["type"] == "chat_template"
+
+    @property
+    def path(self) -> Path:
+        """File that Axolotl reads: the user's, or its copy."""
+        is_renamed = any(column != name for column, name in self.fields.items())
+        if self.are_chats or is_renamed or self.file.suffix != ".jsonl":
+            return self.copy
+        return self.file
+
+    @contextmanager
+    def copied(self) -> Iterator[None]:
+        """Copy the rows if necessary; delete the copy if the block fails.
+
+        Raises:
+            UserError: a row cannot be read, or the copy exists.
+        """
+        if self.path == self.file:
+            yield
+            return
+        if self.copy.exists():
+            remedy = "choose another name, or delete this file"
+            raise UserError("has the rows of an earlier variant", file=paths.shown(self.copy), remedy=remedy)
+        try:
+            write_rows(self.copy, self._rows())
+            yield
+        except BaseException:
+            self.copy.unlink(missing_ok=True)
+            raise
+
+    def _rows(self) -> Iterator[Row]:
+        """Rows as Axolotl reads them; of other columns, the texts stay, so that `recipe check` names them."""
+        source = RawFile(self.file)
+        for raw in source.rows():
+            row: Row = {}
+            for column, value in raw.items():
+                if column in self.fields or isinstance(value, str):
+                    row[self.fields.get(column, column)] = value
+            if self.form.is_pair and not self._prepare(row, source.where):
+                self.left_out.append(source.where)
+            else:
+                yield row
+
+    def _prepare(self, row: Row, where: str) -> bool:
+        """Prepare question and answer in a row; return False if one is missing."""
+        for name in self.form.fields:
+            row[name] = _text(row.get(name), f"{where}: {name}")
+            if not row[name].strip():
+                return False
+        if self.are_chats:
+            question, answer = map(row.pop, self.form.fields)
+            addition = row.pop("input", None)
+            if addition:
+                question += f"\n{addition}"
+            row["messages"] = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return True
+
+
+def _text(value: Any, where: str) -> str:
+    """Value as a text: numbers are written out, and nothing is an empty text."""
+    if isinstance(value, str):
+        return value
+    if value is None:
+        return ""
+    if type(value) in (int, float):
+        return str(value)
+    raise UserError(f"{where} is not a text")
+
+
+def parse_fields(text: str) -> dict[str, str]:
+    """Columns by field, from --fields, such as `question=Frage,answer=Antwort`.
+
+    Raises:
+        UserError: the text is malformed.
+    """
+    columns = {}
+    for part in next(csv.reader([text]), []):  # a column's name with a comma can be in quotation marks
+        name, _, column = part.partition("=")
+        if not column:
+            raise UserError(f"--fields {text}: expected FIELD=COLUMN, as in question=Frage,answer=Antwort")
+        columns[name] = column
+    return columns
+
+
+def recognize(file: Path, fields: Mapping[str, str], copy: Path) -> OwnRows:
+    """Recognize the form of a file's rows by the columns of the first one.
+
+    Args:
+        file: JSON lines, a JSON array, Parquet, or columns with any delimiter.
+        fields: columns by field, as the user names them.
+        copy: the file for a copy of the rows.
+
+    Raises:
+        UserError: the file cannot be read, or its columns match no form.
+    """
+    if not file.is_file():
+        raise UserError(f"--data {file}: no such file{paths.similar_paths(file)}")
+    row = next(RawFile(file).rows(), None)
+    if not row:
+        raise UserError("no rows", file=file)
+    for name, column in fields.items():
+        if column not in row:
+            raise UserError(f"--fields {name}={column}: the columns of {file} are {', '.join(row)}")
+    columns = {column.strip().lower(): column for column in row} | dict(fields)
+    form = datafiles.form_of(fields) or datafiles.form_of(columns)
+    if form is None:
+        forms = "; ".join(" and ".join(form.fields) for form in FORMS)
+        remedy = "map columns to these, as in `--fields question=Frage,answer=Antwort`"
+        raise UserError(f"unknown columns {', '.join(row)}; known are {forms}", file=file, remedy=remedy)
+    entry = form.entry
+    conversation = row.get(columns.get("conversations", ""))
+    if "0.from" in dict(merging.flatten(conversation)):  # ShareGPT's keys
+        entry = entry | {"message_property_mappings": {"role": "from", "content": "value"}}
+    read = (*form.fields, "input", "system", "tools")
+    return OwnRows(file, copy, form, {columns[name]: name for name in read if name in columns}, entry)
+
+
+def set_prompts(rows: OwnRows, requested: Type | None, config: Config) -> str:
+    """Make chats of questions and answers if the user or the config's base model requires it; return the reason.
+
+    LLaMA-Factory and Unsloth, too, write questions and answers with the template of an instruct model.
+
+    Raises:
+        UserError: the user requests a type for rows that are not pairs.
+    """
+    if not rows.form.is_pair:
+        if requested:
+            raise UserError(f"--type: only for questions and answers; the rows have {rows.form.fields[0]}")
+        return "because of their fields; --set changes it"
+    is_chat, reason = requested == "chat", "as --type says"
+    if not requested:
+        name, model = config.get("base_model"), models.find(config)
+        is_chat = model.chat is not False
+        reason = f"because {name} is a base model; --type chat makes chats"
+        if is_chat:
+            reason = f"because {name} is an instruct model; --type plain omits its template"
+        if model.chat is None:
+            reason = f"because {name} may be an instruct model; for a base model, --type plain"
+    if is_chat:
+        rows.entry = {"type": "chat_template"}
+    return reason
+
+
+def overrides(rows: OwnRows, config: Config) -> list[Override]:
+    """Overrides that train a config on rows, with a held-out share."""
+    changes = [Override("datasets", [{"path": str(rows.path)} | rows.entry])]
+    if rows.entry["type"] != "chat_template":
+        changes += [Override("chat_template", None), Override("chat_template_jinja", None)]
+    elif not config.get("chat_template"):
+        changes.append(Override("chat_template", "tokenizer_default"))
+    if not config.get("val_set_size"):
+        changes += [Override("test_datasets", None), Override("val_set_size", HELD_OUT)]
+    if datafiles.count_rows(rows.path) < FEW:
+        changes.append(Override("val_set_size", HELD_OUT_OF_FEW))
+    return changes
+
+
+def reasons(rows: OwnRows, reason: str, config: Config, overridden: set[str], unread: list[str]) -> Iterator[str]:
+    """Explain the settings that the rows require, one per line.
+
+    Args:
+        rows: the rows.
+        reason: the reason for the prompts.
+        config: the variant's config.
+        overridden: top-level keys that the user sets; they are not explained.
+        unread: text fields that Axolotl does not read.
+    """
+    if rows.path == rows.copy:
+        yield f"rows: {datafiles.count_rows(rows.copy):,} of {rows.file}, copied to {paths.shown(rows.copy)}"
+    if rows.left_out:
+        yield f"left out: {len(rows.left_out):,} without question or answer, the first at {rows.left_out[0]}"
+    if "datasets" not in overridden:
+        yield f"prompts: {yamlfiles.write_flow(rows.entry)[1:-1]}, {reason}"
+    if "val_set_size" not in overridden:
+        size = f"val_set_size {config['val_set_size']}"
+        yield f"held out: {size}, for the eval loss and `recipe evaluate`; --set val_set_size=20 holds out 20 rows"
+    if unread:
+        yield f"not used: {' and '.join(unread)}; add the text to a field that is used"
