@@ -18,7 +18,8 @@ from qlora_recipes.config import merging
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = Path(sys.executable).with_name("recipe")
 TINY = "import pathlib, random_models; random_models.save_tiny_llama(pathlib.Path('tiny'))"
-TRAINING = ("gradient_accumulation_steps=1", "max_steps=8", "logging_steps=1")
+# The tiny model has no chat template, which recipes for chats take from the model.
+TRAINING = ("gradient_accumulation_steps=1", "max_steps=8", "logging_steps=1", "chat_template=chatml")
 
 
 def recipe(*words: str) -> str:
