@@ -104,6 +104,7 @@ audit: setup $(filter .uv/%,$(UV))  ## List licences and advisories of the packa
 	test -z "$$failed" || { echo "make audit: an advisory on, or no answer from OSV for:$$failed" >&2; exit 1; }
 
 .uv/bin/uv:
+	@echo "Downloading uv, which installs the other packages, into .uv"
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target .uv uv
 
 # `uv pip sync` is not quiet: it shows what it downloads, and how large that is.
@@ -135,6 +136,7 @@ endif
 	touch $@
 
 .venv/.complete: .venv/.locked pyproject.toml
+	@echo "Installing the command recipe into .venv"
 	$(UV) pip install --quiet --python .venv --no-deps --no-build-isolation --editable .
 	.venv/bin/python -m compileall -q scripts .venv/lib/python3.*/site-packages/__editable__*  # the rest is compiled
 	touch $@

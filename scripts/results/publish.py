@@ -60,7 +60,8 @@ def publish(
         models.append(_merge(folder, run, force))
     for model in models:
         repository = push if model == models[-1] else None
-        write_atomically(model / CARD, card(result, model != folder.output, repository))
+        with Bar(f"writing {model / CARD}"):
+            write_atomically(model / CARD, card(result, model != folder.output, repository))
     cards = [str(model / CARD) for model in models]
     if push is None:
         return cards

@@ -201,8 +201,14 @@ class Pipeline:
         self.result.steps["check"] = DONE
         for finding in findings:
             if finding.level == "warning":
-                say_once(str(finding))  # printed only once if other pipelines or another check have found it
+                say_once(self._text_of(finding))  # only once if other pipelines or another check have found it
         return True
+
+    def _text_of(self, warning: Finding) -> str:
+        """Text of a warning; without its line, if other recipes of the study can have it in other lines."""
+        if warning.line and not self.result.member:
+            warning = replace(warning, where=paths.study_name(self.result.recipe), line=None)
+        return str(warning)
 
     def plan(self) -> bool:
         """Plan the required memory; return False if it exceeds the GPU's memory.

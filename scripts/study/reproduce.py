@@ -3,6 +3,7 @@
 With `recipe reproduce --from`, only published predictions are scored, or published adapters evaluated.
 """
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..config import datafiles, models
 from ..config.compose import MIRROR, Composed, Request
 from ..config.gpus import Gpu
 from ..config.merging import Override
+from ..config.training_settings import TrainingSettings
 from ..data import fetch, manifest, prepare
 from ..data.declaration import Data, PreparedFormat
 from ..data.published import Baseline, adapter_files
@@ -148,7 +150,7 @@ def outline(
     backend: Backend,
     gpu: Gpu | None,
     seeds: int = 1,
-) -> dict[str, list[Any]]:
+) -> dict[str, Any]:
     """Preview `reproduce` with the same arguments, without starting anything.
 
     Plans are cached.
@@ -157,34 +159,59 @@ def outline(
         gpu: GPU to plan for; by default the backend's.
 
     Returns:
-        `data`: one line for each part of the data to fetch or prepare. `recipes`: one row per recipe, with the state of
-        its training, required memory and time.
+        `data`: one line for each part of the data to fetch or prepare. `models`: size in GB of each base model that is
+        not on this machine. `recipes`: one row per recipe, with the state of its training, required memory and time.
 
     Raises:
         UserError: see `selected_recipes`.
     """
     requested = _requested_runs(study, request, only, seeds)
     pipelines = {pipeline.result.label: pipeline for pipeline in pipelines_of(requested, evaluation, backend, gpu)}
-    rows = []
+    rows, sizes = [], {}
     with Bar("planning", len(requested)) as bar:
         for result, _ in requested:
             bar.begin(f"planning {result.label}")
             row: Row = {"recipe": result.label, "training": "refused", "problem": result.problem}
             if result.label in pipelines:
-                row |= _outlined(pipelines[result.label])
+                pipeline = pipelines[result.label]
+                row |= _outlined(pipeline, study)
+                if size := row.pop("download GB", None):
+                    sizes[str(pipeline.composed.config["base_model"])] = size
             rows.append(row)
             bar.update(len(rows))
     require_known(request.force, [*pipelines.values()], dry_run=True)
     data = _outlined_data(study, [pipeline.composed for pipeline in pipelines.values()])
-    return {"data": data, "recipes": [dict.fromkeys(_OUTLINED) | row for row in rows]}
+    return {"data": data, "models": sizes, "recipes": [dict.fromkeys(_OUTLINED) | row for row in rows]}
 
 
-_OUTLINED = ("recipe", "training", "steps", "needs GiB", "fits", "hours", "changes", "problem")
-"""Columns of a preview."""
+_OUTLINED = ("recipe", "training", "steps", "needs GiB", "fits", "hours", "bound", "evaluation hours", "changes",
+             "problem")  # fmt: skip
+"""Columns of a preview; `bound` is true if `hours` is an upper bound, as `evaluation hours` always is."""
+SEQUENCES_PER_BATCH = 16  # answers in a batch; `evaluate` makes larger ones if memory suffices
+SECONDS_PER_TOKEN = 0.1
+"""Assumed time in which a 7B model in 4 bits generates a token for each sequence of a batch; not measured."""
+FORWARD_PASSES = 3
+"""A training step costs at least as much as this number of forward passes, see `work.flops_of_token`."""
 
 
-def _outlined(pipeline: Pipeline) -> Row:
-    """Preview of one recipe with a valid config; `hours` covers only training."""
+def _evaluation_hours(study: Study, speed: float, length: int) -> float | None:
+    """Upper bound of an evaluation's hours, with prompts and answers of maximum length; None for an unknown test set.
+
+    Args:
+        study: the study.
+        speed: planned speed of training, in tokens per second.
+        length: maximum number of tokens in a prompt.
+    """
+    rows, decoding = study.data.scored_rows, study.decoding
+    if not rows or not study.generates:
+        return None
+    prompts = rows * length / (FORWARD_PASSES * speed)
+    batches = math.ceil(rows * decoding.num_beams / SEQUENCES_PER_BATCH)
+    return (prompts + batches * decoding.max_new_tokens * SECONDS_PER_TOKEN) / 3600
+
+
+def _outlined(pipeline: Pipeline, study: Study) -> Row:
+    """Preview of one recipe with a valid config; `hours` covers only training, `download GB` only a missing model."""
     changes = [str(change) for change in pipeline.composed.differences if change.source.kind == "override"]
     row: Row = {"training": "new", "changes": "; ".join(changes) or None}
     pipeline.look_up()
@@ -196,10 +223,10 @@ def _outlined(pipeline: Pipeline) -> Row:
         return row | {"training": "refused", "problem": pipeline.result.problem}
     if pipeline.request.rehearse:
         return row | {"steps": datafiles.training_steps(pipeline.composed.config)}
-    return row | _planned_cells(pipeline)
+    return row | _planned_cells(pipeline, study)
 
 
-def _planned_cells(pipeline: Pipeline) -> Row:
+def _planned_cells(pipeline: Pipeline, study: Study) -> Row:
     """Cells of a recipe's plan; if it cannot be planned, the reason."""
     try:
         planned = plan.plan_request(pipeline.request, pipeline.gpu)
@@ -208,8 +235,13 @@ def _planned_cells(pipeline: Pipeline) -> Row:
     row: Row = {"needs GiB": planned.memory.needed / GIB}
     if pipeline.gpu and pipeline.gpu.memory:
         row["fits"] = f"{pipeline.gpu.name}: {planned.gpus[0].verdict}"
+    if not models.find(pipeline.composed.config).weights_here:
+        row["download GB"] = 2 * max(planned.frozen, planned.trainable) / 1e9  # 16 bits per weight of the base model
     if planned.work:
-        row |= {"steps": planned.work.steps, "hours": planned.work.hours}
+        row |= {"steps": planned.work.steps, "hours": planned.work.hours, "bound": planned.work.at_most}
+        if speed := planned.work.tokens_per_second:
+            length = TrainingSettings.of(pipeline.composed.config).sequence_len
+            row["evaluation hours"] = _evaluation_hours(study, speed, length)
     return row
 
 
@@ -240,13 +272,28 @@ def _has_files(form: PreparedFormat) -> bool:
     return any(Path(form.folder).glob("[!.]*"))
 
 
-def show_outline(outlined: dict[str, list[Any]], json: bool) -> None:
+def show_outline(outlined: dict[str, Any], json: bool) -> None:
     """Print the preview from `outline`."""
-    recipes = tables.Table(outlined["recipes"], below=["changes", "problem"])
-    hours = sum(row["hours"] or 0 for row in recipes.rows)
-    total = f"; up to {hours:,.1f} hours of training in total" if hours else ""
-    runs = f"runs: {len(recipes.rows)}, each trained and evaluated unless finished{total}"
-    tables.show(json, outlined, [recipes], [*(f"data: {line}" for line in outlined["data"]), runs])
+    rows, lines = outlined["recipes"], [f"data: {line}" for line in outlined["data"]]
+    if sizes := outlined["models"]:
+        lines.append(f"models: {', '.join(sizes)}: to be fetched, about {sum(sizes.values()):,.0f} GB")
+    total = ""
+    if hours := sum(row["hours"] or 0 for row in rows):
+        evaluation = sum(row["evaluation hours"] or 0 for row in rows)
+        total = f"; up to {hours:,.0f} hours of training and {evaluation:,.0f} of evaluation"
+    lines.append(f"runs: {len(rows)}, each trained and evaluated unless finished{total}")
+    shown = []
+    for row in rows:
+        cells = {"hours": _rounded(row["hours"], row["bound"]), "evaluation hours": _rounded(row["evaluation hours"])}
+        shown.append(row | cells | {"bound": None})
+    tables.show(json, outlined, [tables.Table(shown, below=["changes", "problem"])], lines)
+
+
+def _rounded(hours: float | None, is_bound: bool = True) -> str | None:
+    """Hours for people; None if unknown."""
+    if hours is None:
+        return None
+    return f"{'up to ' if is_bound else ''}{hours:,.{0 if hours >= 10 else 1}f}"
 
 
 def lock(name: str) -> Path:

@@ -102,7 +102,7 @@ def reproduce_verb(
         suggest("results", name, *rehearse_option(request.rehearse), json=json)
 
 
-def _show_outline(outline: dict[str, list[Any]], json: bool) -> None:
+def _show_outline(outline: dict[str, Any], json: bool) -> None:
     """Print an outline.
 
     Raises:

@@ -7,7 +7,7 @@ import typer
 
 from ..base import paths, tables
 from ..base.errors import WorkFailed
-from ..base.terminal import say
+from ..base.terminal import Bar, say
 from .help import Verb, Verbs, suggest
 from .options import Force, Json, complete_studies
 
@@ -32,7 +32,8 @@ def render_verb(
 
     drifts: list[str] = []
     for recipes, templates in paths.homes():
-        rendered = render.rendered(templates)
+        with Bar(f"rendering {paths.shown(templates)}"):
+            rendered = render.rendered(templates)
         orphans = render.orphans(rendered, recipes)
         if check:
             drifts += [render.drift(rendered, recipes), *orphans]
@@ -79,7 +80,8 @@ def study_check_verb(
     from ..writing import study_check as checks
 
     study = studies.find(name)
-    findings = checks.findings(study)
+    with Bar(f"checking {study.folder.name}: recipes, data, and Axolotl's validation"):
+        findings = checks.findings(study)
     tables.show(json, [vars(finding) for finding in findings], [], map(str, findings))
     counts = Counter(finding.level for finding in findings)
     if not counts["error"]:

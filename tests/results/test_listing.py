@@ -1,5 +1,6 @@
 """Tables of runs."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,21 @@ def cells(runs: Path, summary: Summary, *headings: str) -> list[object]:
     folder = a_run(runs, LLAMA_2, "a", 5.0, summary=summary)
     columns = {column.label: column for column in columns_of(LLAMA_2).values()}
     return fields(listing.cells(RunResult(folder, folder.read()), columns, []), *headings)
+
+
+def test_rehearsals_of_no_study_share_a_table_of_the_columns_with_values(tmp_path, recipe):
+    a_run(tmp_path / "runs", "start/qlora", "a", 5.0, rehearsal=True)
+    scores = {"number": 40.0, "metrics": {"accuracy": {"metric": "number"}}, "accuracy": 40.0}
+    a_run(tmp_path / "runs", "start/lora", "b", 0, rehearsal=True, scores=scores)
+    title, head, *rows, end = recipe.ok("results").stdout.splitlines()
+    assert title == f"{listing.REHEARSALS}: of no study"
+    headings = ["run", "recipe", "state", "BLEU-4", "step", "right numbers, %", "rows", "peak GiB"]
+    assert re.split("  +", head) == [*headings, "tokens/s", "minutes"]
+    assert [row.split()[:4] for row in rows] == [
+        ["a", "start/qlora", "finished", "5.00"],
+        ["b", "start/lora", "finished", "–"],
+    ]
+    assert end == ""
 
 
 def test_stale_evaluations_are_counted(tmp_path, recipe):

@@ -167,7 +167,7 @@ def blocks(text: str) -> dict[str, str]:
 def test_the_card_says_how_the_model_was_made(run, capsys):
     evaluated(run)
     assert publish.publish(run) == [str(run.output / "README.md")]
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == f"writing {run.output}/README.md\n"
     front, text = card(run.output)
     results = front.pop("model-index")
     assert front == {
@@ -424,6 +424,7 @@ def test_a_card_without_current_scores_says_so(run, adapter, problem, capsys):
     front, text = published(run)
     assert capsys.readouterr().err == (
         f"{run.path}: {problem}; for scores, run `recipe evaluate {run.path}` and repeat this command\n"
+        f"writing {run.output}/README.md\n"
     )
     assert "model-index" not in front
     assert [table[0][0] for table in tables(text)] == ["training or validation file", "", ""]
@@ -461,7 +462,7 @@ def test_a_push_of_a_merge_brings_the_merged_model(run, hub, capsys):
     (merged / publish.MERGED_FROM).write_text(sha256(run.output / publish.ADAPTER))
     os.utime(run.output / publish.ADAPTER)  # a copy's time is no change
     written = publish.publish(run, merge=True, push="owner/model", private=True)
-    assert capsys.readouterr().err.splitlines()[-1] == f"{merged}: already merged"
+    assert f"{merged}: already merged" in capsys.readouterr().err.splitlines()
     assert written == [str(run.output / "README.md"), str(merged / "README.md"), "https://hub/owner/model"]
     wanted = {"README.md", "config.json", "LICENSE.txt", "model.safetensors"}
     assert hub.files == {name: (merged / name).read_bytes() for name in wanted}

@@ -93,7 +93,33 @@ def test_a_dry_run_plans_each_seed_and_writes_nothing(recipe, tmp_path, dry_run)
     assert other["steps"] == 73587
     assert 0 < row["needs GiB"] < 1
     assert row["hours"] > 0
+    assert row["evaluation hours"] > 313 * 96 * 0.1 / 3600  # 313 batches of answers with 96 tokens
     assert [file.name for file in tmp_path.iterdir()] == ["small.yaml"]
+
+
+def test_a_dry_run_rounds_hours_and_adds_up_downloads(capsys):
+    row = {"recipe": "a", "training": "new", "hours": 288.93, "bound": True, "evaluation hours": 2.26}
+    other = {"recipe": "b", "training": "new", "hours": 1.02, "bound": False, "evaluation hours": None}
+    models = {"owner/seven": 13.48, "owner/eight": 16.06}
+    reproduce.show_outline({"data": ["data/raw: to be fetched"], "models": models, "recipes": [row, other]}, json=False)
+    assert capsys.readouterr().out.splitlines() == [
+        "recipe  training  hours      evaluation hours",
+        "a       new       up to 289  up to 2.3",
+        "b       new       1.0        –",
+        "data: data/raw: to be fetched",
+        "models: owner/seven, owner/eight: to be fetched, about 30 GB",
+        "runs: 2, each trained and evaluated unless finished; up to 290 hours of training and 2 of evaluation",
+    ]
+
+
+def test_a_dry_run_prints_a_warning_of_several_recipes_once(recipe):
+    done = recipe.ok("reproduce", "loftq-gsm8k", "--dry-run", "--only", "llama-2-7b-lora", "--only", "llama-3-8b-lora",
+                     "--only", "llama-2-7b-qlora")  # fmt: skip
+    warnings = [line for line in done.stderr.splitlines() if "warning" in line]
+    assert [line.partition(" is ")[0] for line in warnings] == [
+        "loftq-gsm8k: warning: base_model: meta-llama/Llama-2-7b-hf",
+        "loftq-gsm8k: warning: base_model: meta-llama/Meta-Llama-3-8B",
+    ]
 
 
 def test_a_dry_run_of_several_seeds_lists_each(recipe, tmp_path):
