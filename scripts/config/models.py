@@ -242,7 +242,12 @@ def is_small(config: Config) -> bool:
     content = read_json(folder / "config.json")
     if "model_type" not in content or "quantization_config" in content:
         return False
-    return 0 < sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= SMALL
+    return 0 < weights_bytes(folder) <= SMALL
+
+
+def weights_bytes(folder: Path) -> int:
+    """Size of a model's weights; 0 if the folder has none."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")

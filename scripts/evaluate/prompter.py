@@ -182,13 +182,39 @@ def answer_of(labels: Sequence[int]) -> tuple[int, int]:
 
 
 ANSWER = "An answer."
+_QUESTION = "question"  # placeholder of a chat's first turn
+
+
+@dataclass(frozen=True)
+class PromptText:
+    """Text of a training prompt.
+
+    Attributes:
+        text: the prompt with {placeholders}, without the tokens that the tokenizer adds before any text.
+        fields: names of the placeholders.
+        ends: texts of the tokens that end an answer in training.
+    """
+
+    text: str
+    fields: list[str]
+    ends: list[str]
 
 
 def as_code(cfg: Config, tokenizer: Path, texts: dict[str, str]) -> str | None:
-    """Python code that sets `inputs` to the tokens of a training prompt.
+    """Python code that sets `inputs` to the tokens of a training prompt; for arguments and None, see `prompt_text`."""
+    prompt = prompt_text(cfg, tokenizer, texts)
+    if prompt is None:
+        return None
+    lines = "".join(f"    {json.dumps(line, ensure_ascii=False)}\n" for line in prompt.text.splitlines(keepends=True))
+    call = 'inputs = tokenizer(prompt, return_tensors="pt")'
+    return f"# replace each name in braces with a text\nprompt = (\n{lines})\n{call}"
 
-    The prompt is the one that Axolotl writes for a row whose fields are {placeholders}. Returns None if tokenizing the
-    prompt's text gives tokens that differ from Axolotl's, if the data set type is unknown, or if there is no tokenizer.
+
+def prompt_text(cfg: Config, tokenizer: Path, texts: dict[str, str]) -> PromptText | None:
+    """Text of the prompt that Axolotl writes for a row whose fields are {placeholders}.
+
+    Returns None if tokenizing the text gives tokens that differ from Axolotl's, if the data set type is unknown, or if
+    there is no tokenizer.
 
     Args:
         cfg: the run's config.
@@ -211,9 +237,8 @@ def as_code(cfg: Config, tokenizer: Path, texts: dict[str, str]) -> str | None:
     text = str(loaded.decode(ids[prefix:], skip_special_tokens=False, clean_up_tokenization_spaces=False))
     if loaded(text)["input_ids"] != list(ids):
         return None
-    lines = "".join(f"    {json.dumps(line, ensure_ascii=False)}\n" for line in text.splitlines(keepends=True))
-    call = 'inputs = tokenizer(prompt, return_tensors="pt")'
-    return f"# replace each name in braces with a text\nprompt = (\n{lines})\n{call}"
+    fields = [name for name in (_QUESTION, *row) if f"{{{name}}}" in text]
+    return PromptText(text, fields, [str(loaded.decode([end])) for end in taught_ends(cfg, loaded)])
 
 
 def _placeholders(dataset: Config) -> Row:
@@ -224,7 +249,7 @@ def _placeholders(dataset: Config) -> Row:
     kind = row_type(dataset)
     if isinstance(kind, Chat):
         roles = {"user": ["user"], "assistant": ["assistant"]} | (dataset.get("roles") or {})
-        question = {kind.role: roles["user"][0], kind.content: "{question}"}
+        question = {kind.role: roles["user"][0], kind.content: f"{{{_QUESTION}}}"}
         return {kind.messages: [question, {kind.role: roles["assistant"][0], kind.content: ANSWER}]}
     if not kind.reference or len(kind.required) == 1:  # completion has no prompt
         return {}

@@ -178,20 +178,34 @@ class Card:
     @cached_property
     def prompt(self) -> str | None:
         """Code that sets `inputs` to a prompt; None if that is not possible, see `prompter.as_code`."""
-        fields = {}
-        if self.study and (self.data or self.result.run.rehearsal):  # a rehearsal's rows are made like the study's
-            fields = {**constants(self.study.data.fields), "input": _PATCH}
+        fields = self.constant_fields
+        if fields:
+            fields = fields | {"input": _PATCH}
         with importing_axolotl(offline=True):
             from ..evaluate.prompter import as_code
 
             return as_code(self.result.folder.config, self.result.folder.output, fields)
 
     @property
-    def decoding(self) -> str:
-        """Arguments for transformers' `generate`."""
+    def constant_fields(self) -> dict[str, str]:
+        """Texts of the fields that are the same in all rows of the study's data; empty for other data."""
+        if self.study is None:
+            return {}
+        if self.data or self.result.run.rehearsal:  # a rehearsal's rows are made like the study's
+            return constants(self.study.data.fields)
+        return {}
+
+    @property
+    def decoding(self) -> studies.Decoding:
+        """Decoding of the evaluation, or else of the study."""
         if self.evaluation:
-            return _arguments(self.evaluation.settings.decoding)
-        return _arguments(studies.decoding_of(self.study, None))
+            return self.evaluation.settings.decoding
+        return studies.decoding_of(self.study, None)
+
+    @property
+    def generate_arguments(self) -> str:
+        """Decoding as arguments for transformers' `generate`."""
+        return _arguments(self.decoding)
 
     @property
     def embedding_rows(self) -> int | None:

@@ -1,27 +1,29 @@
 """Publish a run's adapter: model card, merged model, push to the hub."""
 
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..base import hub
 from ..base.errors import UserError, WorkFailed
-from ..base.files import opened, sha256, tensor_shapes, write_atomically
-from ..base.processes import make_once, start_child
+from ..base.files import sha256, tensor_shapes, write_atomically
+from ..base.processes import make_once
 from ..base.terminal import Bar, say
-from ..config import substitution
 from ..evaluate.scores_file import ADAPTER, about_rows
-from ..run import backends, trust
+from ..run import backends, launch, trust
 from ..run.rundir import RunDir
 from ..training.run_record import Run
+from . import gguf
 from .card import base_model, card
 from .run_result import RunResult
 
+if TYPE_CHECKING:
+    from ..training.validation import GgufTools
+
 CARD = "README.md"
-MERGED_FROM = "adapter.sha256"  # file beside merged weights; holds the adapter's hash
+MADE_FROM = "adapter.sha256"  # file beside weights made from an adapter; holds the adapter's hash
+SUMS = "SHA256SUMS"
 _TOKENIZER = ["tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"]
 _PUSHED = [CARD, ADAPTER, "adapter_config.json", *_TOKENIZER]
 _PUSHED_MERGED = [CARD, "model*.safetensors*", "config.json", "generation_config.json", *_TOKENIZER,
@@ -29,24 +31,30 @@ _PUSHED_MERGED = [CARD, "model*.safetensors*", "config.json", "generation_config
 
 
 def publish(
-    folder: RunDir, merge: bool = False, push: str | None = None, private: bool = False, force: Sequence[str] = ()
+    folder: RunDir,
+    merge: bool = False,
+    tools: "GgufTools | None" = None,
+    push: str | None = None,
+    private: bool = False,
+    force: Sequence[str] = (),
 ) -> list[str]:
-    """Write a model card for a finished run; optionally merge and push.
+    """Write a model card for a finished run; optionally merge, export to GGUF and push.
 
     Args:
         folder: run folder.
         merge: True to merge base model and adapter into output/merged; a push then uploads the merged model.
+        tools: types of GGUF files to export the merged model to; None for no export.
         push: repository on the hub, as owner/name.
         private: True to create a private repository.
         force: names of the findings about untrusted code to accept.
 
     Returns:
-        Files of the written cards and, after a push, the address of the repository.
+        Files of the written cards and of GGUF and, after a push, the address of the repository.
 
     Raises:
-        UserError: the run has no adapter to publish or must not be pushed, its config names untrusted code, or the hub
-            refuses the token.
-        WorkFailed: Axolotl cannot merge, or the hub cannot be reached or fails.
+        UserError: the run has no adapter to publish or must not be pushed, its config names untrusted code, disk
+            space is missing, or the hub refuses the token.
+        WorkFailed: Axolotl cannot merge or export, or the hub cannot be reached or fails.
     """
     folder.refuse_links()
     run = backends.read(folder)
@@ -56,13 +64,18 @@ def publish(
     result = RunResult(folder, run)
     _report_evaluation(result)
     models = [folder.output]
-    if merge:
-        models.append(_merge(folder, run, force))
+    if tools:
+        gguf.require_space(result, tools)
+    if merge or tools:
+        trust.refuse_code(folder, run, force, str(folder.output.resolve()))
+        models.append(_merge(result))
     for model in models:
         repository = push if model == models[-1] else None
         with Bar(f"writing {model / CARD}"):
             write_atomically(model / CARD, card(result, model != folder.output, repository))
     cards = [str(model / CARD) for model in models]
+    if tools:
+        return [*cards, *map(str, _export(result, tools))]
     if push is None:
         return cards
     return [*cards, _push(models[-1], push, private, run.recipe)]
@@ -92,30 +105,15 @@ def _report_evaluation(result: RunResult) -> None:
         say(f"{folder}: scored {about}")
 
 
-def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:
+def _merge(result: RunResult) -> Path:
     """Merge base model and adapter with Axolotl, if necessary; return the merged model's folder."""
-    merged, log = folder.output / "merged", folder.path / "merge.log"
-    digest, merged_from = sha256(folder.output / ADAPTER), merged / MERGED_FROM
-    if merged_from.is_file() and merged_from.read_text() == digest:
-        say(f"{merged}: already merged")
-        return merged
-    trust.refuse_code(folder, run, force, str(folder.output.resolve()))
-    substitution.restore(folder.config)
-    environment = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1"}
-    if run.rehearsal:
-        environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    folder = result.folder
+    merged = folder.output / "merged"
 
     def make(part: Path) -> None:  # not the output folder, where Axolotl would replace the training log
-        axolotl = str(Path(sys.executable).with_name("axolotl"))
-        command = [axolotl, "merge-lora", str(folder.config_file.resolve())]
-        command += ["--lora-model-dir", str(folder.output.resolve()), "--output-dir", str(part.resolve())]
-        cwd = run.cwd if Path(run.cwd).is_dir() else None
-        part.mkdir()
-        with opened(log, "wb") as stream, Bar(f"merging into {merged}"):
-            code = start_child(command, cwd=cwd, env=environment, stdout=stream, stderr=subprocess.STDOUT).wait()
-        if code or not any(part.glob("merged/*.safetensors")):
-            tail = log.read_text(errors="replace").splitlines()[-15:]
-            raise WorkFailed("\n".join([*tail, f"{folder.path}: Axolotl could not merge; complete log: {log}"]))
+        words = ["merge-lora", str(folder.config_file.resolve()), "--lora-model-dir", str(folder.output.resolve())]
+        words += ["--output-dir", str(part.resolve())]
+        launch.convert(folder, result.run, words, part / "merged" / "*.safetensors", {})
         for file in (part / "merged").iterdir():
             file.rename(part / file.name)
         (part / "merged").rmdir()
@@ -123,10 +121,56 @@ def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:
         for pattern in _TOKENIZER:
             for file in folder.output.glob(pattern):
                 shutil.copy2(file, part)  # Axolotl copies the base model's tokenizer, without added tokens
-        (part / MERGED_FROM).write_text(digest)
 
-    shutil.rmtree(merged, ignore_errors=True)  # merged from another adapter
-    return make_once(merged, make)
+    return _made(merged, sha256(folder.output / ADAPTER), make)
+
+
+def _made(folder: Path, source: str, make: Callable[[Path], object]) -> Path:
+    """Folder of a model's files, made unless it was made from the same source.
+
+    Args:
+        folder: the folder; its file `MADE_FROM` holds the source.
+        source: the adapter's hash, and settings.
+        make: function that fills a temporary folder.
+    """
+    marker = folder / MADE_FROM
+    if marker.is_file() and marker.read_text() == source:
+        say(f"{folder}: already made")
+        return folder
+
+    def make_and_mark(part: Path) -> None:
+        part.mkdir()
+        with Bar(f"making {folder}"):
+            make(part)
+        (part / MADE_FROM).write_text(source)
+
+    shutil.rmtree(folder, ignore_errors=True)  # made from another adapter
+    return make_once(folder, make_and_mark)
+
+
+def _export(result: RunResult, tools: "GgufTools") -> list[Path]:
+    """Export the merged model to f16 and quantized GGUF files, with their hashes, and write a Modelfile.
+
+    Returns:
+        The files, the first type first, and the Modelfile.
+    """
+    folder, types = result.folder, ",".join(tools.types)
+    pattern = f"{Path(result.run.recipe).name}-{{ftype}}.gguf"
+    names = [pattern.format(ftype=name) for name in (*tools.types, "f16")]
+
+    def make(part: Path) -> None:
+        words = ["export", str(folder.config_file.resolve()), "--model-dir", str((folder.output / "merged").resolve())]
+        words += ["--outfile", str(part.resolve() / pattern), "--outtype", "f16", "--quantize", types]
+        words += ["--llama-cpp-dir", str(tools.llama_cpp)]
+        # the converter's package, which Python does not look for beside it: see start_child
+        launch.convert(folder, result.run, words, part / names[0], {"PYTHONPATH": str(tools.llama_cpp)})
+        write_atomically(part / SUMS, "".join(f"{sha256(part / name)}  {name}\n" for name in names))
+
+    gguf_folder = _made(folder.output / "gguf", f"{sha256(folder.output / ADAPTER)} {types}", make)
+    files = [gguf_folder / name for name in names]
+    for file in files:
+        say(f"{file}: {file.stat().st_size / 1e9:.2f} GB; its hash is in {SUMS}")
+    return [*files, *gguf.write_modelfile(result, files[0])]
 
 
 def _refuse_push(folder: RunDir, run: Run, repository: str) -> None:

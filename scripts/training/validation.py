@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from logging.handlers import BufferingHandler
 from pathlib import Path
@@ -25,6 +25,7 @@ import orjson
 from pydantic import ValidationError
 
 from ..base import paths
+from ..base.errors import UserError
 from ..base.files import Row, read_json, write_json
 from ..base.hub import importing_axolotl
 from ..base.processes import package_version, start_child
@@ -214,6 +215,39 @@ def main(request: Path) -> None:
         import_schema()
         by_index = {index: findings(configs[index], gpu) for index in order}
     sys.stdout.buffer.write(orjson.dumps([by_index[index] for index in range(len(configs))]))
+
+
+@dataclass(frozen=True)
+class GgufTools:
+    """Types of GGUF files, and the folder of llama.cpp that makes them.
+
+    Attributes:
+        types: the types besides f16, as llama.cpp names them.
+    """
+
+    types: list[str]
+    llama_cpp: Path
+
+    @classmethod
+    def find(cls, types: str) -> "GgufTools":
+        """Find llama.cpp's programs, as `axolotl export` does, but not through a config.
+
+        Args:
+            types: the types, separated by commas.
+
+        Raises:
+            UserError: a type is unknown, or a program is missing.
+        """
+        from axolotl.utils import gguf
+        from axolotl.utils.schemas.export import ExportConfig
+
+        try:
+            names = ExportConfig.validate_quant_types(types)
+            llama_cpp = gguf.resolve_llama_cpp()
+            gguf.resolve_quantize_bin(llama_cpp)
+        except ValueError as error:
+            raise UserError(str(error), key="--gguf", remedy="docs/laptop.md has the steps") from None
+        return cls([name for name in names if name != "F16"], llama_cpp.resolve())
 
 
 if __name__ == "__main__":

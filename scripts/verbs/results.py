@@ -8,6 +8,7 @@ import typer
 from ..base import paths
 from ..base.errors import UserError
 from ..base.files import write_atomically
+from ..base.hub import importing_axolotl
 from ..base.terminal import Bar, say
 from .help import Verb, rehearse_option, suggest
 from .options import (
@@ -157,7 +158,7 @@ def report_verb(
 @verbs.command(
     "publish",
     cls=Verb,
-    epilog="recipe publish latest\nrecipe publish latest --push owner/name --private",
+    epilog="recipe publish latest --push owner/name --private\nrecipe publish latest --gguf q4_k_m,q8_0",
 )
 def publish_verb(
     *,
@@ -165,6 +166,13 @@ def publish_verb(
     merge: Annotated[
         bool, typer.Option("--merge", help="Also merge base model and adapter into one model, in output/merged.")
     ] = False,
+    gguf: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE[,TYPE]...",
+            help="Also merge, and export to GGUF with llama.cpp, such as q4_k_m,q8_0.",
+        ),
+    ] = None,
     push: Annotated[
         str | None,
         typer.Option(
@@ -179,5 +187,12 @@ def publish_verb(
     from ..run.rundir import find_run
 
     refuse_without("--private", private, "--push", push)
-    for published in publish.publish(find_run(run, paths.runs()), merge, push, private, force):
+    refuse_together({"--gguf": gguf, "--push": push})
+    tools = None
+    if gguf is not None:
+        with importing_axolotl():
+            from ..training.validation import GgufTools
+
+            tools = GgufTools.find(gguf)
+    for published in publish.publish(find_run(run, paths.runs()), merge, tools, push, private, force):
         print(published)

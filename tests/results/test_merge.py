@@ -44,5 +44,5 @@ def test_a_merge_that_is_stopped_leaves_no_process_and_no_half_a_model(tmp_path,
     assert not merged.exists() and (by == signal.SIGKILL or not (run.output / ".merged.part").exists())
     finish(start(tmp_path, *words, command=fake_axolotl))
     assert merged.read_bytes() == b"halfother half"
-    assert {path.name for path in merged.parent.iterdir()} == {merged.name, publish.MERGED_FROM, publish.CARD}
+    assert {path.name for path in merged.parent.iterdir()} == {merged.name, publish.MADE_FROM, publish.CARD}
     assert not (run.output / ".merged.part").exists()

@@ -8,7 +8,6 @@ import platform
 import re
 import shlex
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +36,7 @@ from qlora_recipes.evaluate.prompter import Prompter
 from qlora_recipes.results import card as model_card
 from qlora_recipes.results import publish
 from qlora_recipes.results.run_result import RunResult
+from qlora_recipes.run import launch
 from qlora_recipes.run.rundir import RunDir
 from qlora_recipes.training.run_record import FileState, Launch, Run, Summary
 
@@ -216,7 +216,7 @@ def test_the_card_says_how_the_model_was_made(run, capsys):
 def test_a_card_tells_quantization_and_decoding(run, settings, said, unsaid):
     cfg = yamlfiles.read_yaml(run.config_file) | settings
     run.config_file.write_text(yamlfiles.write_yaml(cfg))
-    (run.output / "merged" / publish.MERGED_FROM).write_text(sha256(run.output / publish.ADAPTER))
+    (run.output / "merged" / publish.MADE_FROM).write_text(sha256(run.output / publish.ADAPTER))
     evaluated(run, quantized=quantized(cfg), decoding=run_folders.STUDY.decoding)
     texts = published(run, merge=True)[1], card(run.output / "merged")[1]
     text = "".join(text.partition("## Provenance")[0] for text in texts)
@@ -459,10 +459,10 @@ def test_a_push_of_a_merge_brings_the_merged_model(run, hub, capsys):
     merged = run.output / "merged"
     for name in ("config.json", "LICENSE.txt", "README.md", "pytorch_model.bin", "x.log"):
         (merged / name).write_text(name)
-    (merged / publish.MERGED_FROM).write_text(sha256(run.output / publish.ADAPTER))
+    (merged / publish.MADE_FROM).write_text(sha256(run.output / publish.ADAPTER))
     os.utime(run.output / publish.ADAPTER)  # a copy's time is no change
     written = publish.publish(run, merge=True, push="owner/model", private=True)
-    assert f"{merged}: already merged" in capsys.readouterr().err.splitlines()
+    assert f"{merged}: already made" in capsys.readouterr().err.splitlines()
     assert written == [str(run.output / "README.md"), str(merged / "README.md"), "https://hub/owner/model"]
     wanted = {"README.md", "config.json", "LICENSE.txt", "model.safetensors"}
     assert hub.files == {name: (merged / name).read_bytes() for name in wanted}
@@ -505,7 +505,7 @@ def test_a_merge_that_fails_shows_the_end_of_its_log(run, tmp_path, monkeypatch)
     shutil.rmtree(run.output / "merged")
     (tmp_path / "axolotl").write_text("#!/bin/sh\necho no such model\nexit 3\n")
     (tmp_path / "axolotl").chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(launch, "AXOLOTL", tmp_path / "axolotl")
     with pytest.raises(WorkFailed) as raised:
         publish.publish(run, merge=True)
     assert str(raised.value) == (
