@@ -119,11 +119,8 @@ def start(request: Request, backend: Backend) -> RunDir:
     return folder
 
 
-def preview(request: Request, backend: Backend) -> dict[str, str]:
-    """Return what `start` would hand over, and log the differences from the recipe; nothing is written.
-
-    Returns:
-        The config, as YAML under `config`; for a queue, the batch scripts by step.
+def preview(request: Request, backend: Backend) -> str:
+    """Return the config that `start` would train, or the scripts that it would submit; log the differences.
 
     Raises:
         UserError: the request is wrong.
@@ -136,7 +133,7 @@ def preview(request: Request, backend: Backend) -> dict[str, str]:
         return backend.preview(training, _gpus_a_node(composed, request), request.nodes)
     recipe = yamlfiles.read_yaml(composed.recipe_file)  # show the recipe's own output folders, for plain Axolotl
     config = composed.config | {key: recipe[key] for key in OF_THE_RUN if key in recipe}
-    return {"config": yamlfiles.write_yaml(without_secrets(config))}
+    return yamlfiles.write_yaml(without_secrets(config))
 
 
 def _gpus_a_node(composed: Composed, request: Request) -> int:

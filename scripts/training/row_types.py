@@ -73,11 +73,8 @@ class RowType:
 
     def prompt_of(self, row: Row) -> list[tuple[str, str]]:
         """Names and texts of what precedes the answer; for an unknown type, all texts of the row."""
-        parts = []
-        for name in self.names or row:
-            if name != self.reference and row.get(name) and isinstance(row[name], str):
-                parts.append((name, row[name]))
-        return parts
+        texts = {name: row.get(name) for name in self.names or row if name != self.reference}
+        return [(name, text) for name, text in texts.items() if text and isinstance(text, str)]
 
     def mistakes(self, row: Row) -> Iterator[RowMistake]:
         """Mistakes in a row."""
@@ -164,8 +161,8 @@ class Segments(Tokenized):
     """The type input_output: pieces of text, each with a label that is true if the model learns it."""
 
     def prompt_of(self, row: Row) -> list[tuple[str, str]]:
-        """Text of the pieces that the model does not learn."""
-        return [("prompt", "".join(str(item["text"]) for item in self.items_of(row) if not item["label"]))]
+        """Texts of the pieces that the model does not learn."""
+        return [("text", item["text"]) for item in self.items_of(row) if not item["label"]]
 
     def further_mistakes(self, row: Row) -> Iterator[RowMistake]:
         keys = ("text", "label")
@@ -202,9 +199,9 @@ class Chat(Tokenized):
         return self.required[0]
 
     def prompt_of(self, row: Row) -> list[tuple[str, str]]:
-        """Roles and texts of the messages before the last one, which is the answer."""
-        messages = [(message.get(self.role), message.get(self.content)) for message in self.items_of(row)[:-1]]
-        return [(str(role), str(text)) for role, text in [("system", row.get("system")), *messages] if text]
+        """Text fields, such as system; roles and texts of the messages before the last one, which is the answer."""
+        turns = self.items_of(row)[:-1]
+        return super().prompt_of(row) + [(str(turn.get(self.role)), str(turn.get(self.content))) for turn in turns]
 
     def further_mistakes(self, row: Row) -> Iterator[RowMistake]:
         messages = self.items_of(row)

@@ -53,8 +53,7 @@ def run_verb(
     )
     backend = backend_of(on, is_rehearsal(request), submits=not dry_run)
     if dry_run:
-        for content in run.preview(request, backend).values():
-            print(content, end="")
+        print(run.preview(request, backend), end="")
     else:
         folder = run.start(request, backend)
         print(folder.path)

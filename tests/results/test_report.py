@@ -256,7 +256,7 @@ def test_prompts_of_held_out_rows_are_read_from_the_evaluations_copy(tmp_path):
         pytest.param(
             {"type": "input_output"},
             {"segments": [{"text": "1 + 1 = ", "label": False}, {"text": "2", "label": True}]},
-            [("prompt", "1 + 1 = ")],
+            [("text", "1 + 1 = ")],
             id="segments",
         ),
         pytest.param({}, {"input_ids": [1], "attention_mask": [1], "labels": [1]}, [], id="tokenized"),

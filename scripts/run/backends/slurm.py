@@ -72,8 +72,8 @@ class Slurm:
             raise UserError(str(task.result.problem))
         return folders[0]
 
-    def preview(self, training: Command, gpus: int, nodes: int) -> dict[str, str]:
-        """Scripts of the jobs that would prepare and train a run, by step; nothing is written.
+    def preview(self, training: Command, gpus: int, nodes: int) -> str:
+        """Scripts of the jobs that would prepare and train a run; nothing is written.
 
         Args:
             training: command of the training.
@@ -81,11 +81,9 @@ class Slurm:
             nodes: number of nodes.
         """
         title = _file_name(training.result.recipe)
-        batch = Batch(
-            self.site, self.jobs, title, gpus, nodes, folder=paths.runs().absolute() / "slurm" / stamped(title)
-        )
-        commands: dict[Step, Command] = {"prepare": _preparing(training), "run": training}
-        return {step: batch.script(step, [command], 1) for step, command in commands.items()}
+        folder = paths.runs().absolute() / "slurm" / stamped(title)
+        batch = Batch(self.site, self.jobs, title, gpus, nodes, folder)
+        return batch.script("prepare", [_preparing(training)], 1) + batch.script("run", [training], 1)
 
     def submit(self, tasks: Sequence[Task], title: str) -> list[RunDir]:
         """Submit tasks as one job array per step; record each job in its task's `result`.
