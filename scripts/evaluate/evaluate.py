@@ -48,6 +48,7 @@ from .scores_file import (
     EvaluationSettings,
     Prediction,
     Scores,
+    ServedFile,
     changed,
     read_predictions,
     read_scores,
@@ -72,7 +73,7 @@ class EvaluationRequest:
         batch_size: maximum number of rows in a batch, or of simultaneous server requests; None lets the engine choose.
         metrics: values of --metric, added to the study's metrics.
         decoding: name of a decoding configuration in the study; by default the study's default.
-        engine: transformers, vllm, or the address of a vLLM server.
+        engine: transformers, vllm, or the address of a vLLM or llama.cpp server.
         model: name of the run's model on the server.
         force: names of the findings about untrusted code to accept; see `trust.refuse_code`.
     """
@@ -165,7 +166,8 @@ class EvaluationTask:
         self.rows = self.all_rows.sample(self._row_limit())
         self.settings = self._settings()
         has_default_rows = default is None or self.all_rows.data in (default.data, NO_ROWS.data)
-        if has_default_rows and request.adapter is None and not request.decoding:
+        is_default = request.adapter is None and not request.decoding and not self.settings.file
+        if has_default_rows and is_default:
             self.where = folder.path
         else:
             self.where = self.settings.folder(folder.path)
@@ -251,7 +253,16 @@ class EvaluationTask:
             dtype=precision(cfg, on_gpu).weights,
             engine=request.kind_of_engine,
             model=request.model,
+            file=self._served_file(),
         )
+
+    def _served_file(self) -> ServedFile | None:
+        """GGUF file that a llama.cpp server answers with; None for other engines, and if no server responds yet."""
+        if self.request.server is None:
+            return None
+        from .llama import served_file
+
+        return served_file(self.request.server, self.request.model)
 
     def _recorded_limit(self) -> int | None:
         """Limit, if it leaves out rows of the data, or may leave out rows of a benchmark; otherwise None."""

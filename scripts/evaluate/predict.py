@@ -19,12 +19,22 @@ from ..base.yamlfiles import Config
 from ..config import gpus
 from ..data.studies import Decoding
 from .evaluation_rows import EvaluationRows
-from .scores_file import REFERENCE, SERVER, VLLM, Agreement, Completion, Engine, EvaluationSettings, Prediction
+from .scores_file import (
+    REFERENCE,
+    SERVER,
+    VLLM,
+    Agreement,
+    Completion,
+    Distance,
+    Engine,
+    EvaluationSettings,
+    Prediction,
+)
 
 if TYPE_CHECKING:
-    from .prompter import Prompter  # imports torch and Axolotl, which `require` does not need
+    from .prompter import Example, Prompter  # imports torch and Axolotl, which `require` does not need
 
-OF_ENGINE = {"batch_tokens", "agreement"}  # settings that are known only after an engine has started
+OF_ENGINE = {"batch_tokens", "agreement", "distance"}  # settings that are known only after an engine has started
 COMPARED = 32  # number of rows to compare; they are evenly spaced, to cover all kinds of rows
 
 
@@ -81,6 +91,10 @@ def start_engine(
         from .server import AT_ONCE, Server, api_at
 
         at_once = settings.batch_size or AT_ONCE
+        if settings.file:
+            from .llama import LlamaServer
+
+            return nullcontext(LlamaServer(prompter, api_at(str(server)), settings.file, at_once))
         return nullcontext(Server(prompter, api_at(str(server)), str(settings.model), at_once))
     with Bar("loading the model"):
         from .transformers_engine import Reference
@@ -100,7 +114,8 @@ def predict(
     """Generate predictions of test rows.
 
     vLLM's answers are first compared with the reference engine's. A server's answers are compared if this machine has a
-    GPU, or in a rehearsal, which needs no GPU.
+    GPU, or in a rehearsal, which needs no GPU. Of a GGUF file, the tokens are compared, and then the log-probabilities;
+    see `llama.LlamaServer`.
 
     Args:
         settings: model, engine and decoding.
@@ -132,10 +147,12 @@ def predict(
     compares = _is_compared(settings, on_gpu or rehearsal)
     expected = answers_of_reference(prompter, sampled(prompts)) if compares else []
     with start_engine(prompter, prompts, server, part) as engine:
-        agreement = settings.agreement
+        changes: dict[str, object] = {"batch_tokens": engine.settings.batch_tokens}
         if compares:
-            agreement = compare_answers(expected, engine, sampled(prompts))
-        settings = settings.model_copy(update={"batch_tokens": engine.settings.batch_tokens, "agreement": agreement})
+            changes["agreement"] = compare_answers(expected, engine, sampled(prompts))
+        if settings.file:
+            changes["distance"] = _distance(engine, examples, on_gpu or rehearsal)
+        settings = settings.model_copy(update=changes)
         rows = []
         for row, example in zip(test.rows, examples, strict=True):
             rows.append(as_row(row.position, row.content, example.reference))
@@ -145,9 +162,20 @@ def predict(
 
 def _is_compared(settings: EvaluationSettings, reference_runs_here: bool) -> bool:
     """True if the engine's answers are compared with those of the reference engine."""
+    if settings.file:  # compared by its log-probabilities
+        return False
     if settings.engine == SERVER:  # its model can change between calls, so its answers are compared again
         return reference_runs_here
     return settings.engine == VLLM and settings.agreement is None
+
+
+def _distance(engine: Engine, examples: Sequence["Example"], reference_runs_here: bool) -> Distance | None:
+    """Check a GGUF file's tokens, and return its distance from the trained model; None if that cannot run here."""
+    from .llama import LlamaServer
+
+    assert isinstance(engine, LlamaServer)
+    engine.require_tokens(examples)
+    return engine.distance(examples) if reference_runs_here else None
 
 
 def settings_line(settings: EvaluationSettings) -> bytes:

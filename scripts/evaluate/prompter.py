@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from axolotl.loaders import ModelLoader
@@ -20,7 +21,7 @@ from ..config import datafiles
 from ..config.datafiles import DatasetRef
 from ..training.losses import MASKED
 from ..training.row_types import Chat, row_type
-from ..training.tokens import as_trained, require_one_each, taught_ends, tokenize
+from ..training.tokens import as_trained, load_strategy, require_one_each, taught_ends, tokenize
 from .evaluation_rows import EvaluationRow
 from .scores_file import EvaluationSettings
 
@@ -34,10 +35,19 @@ LOSS_ON_ANSWERS = {  # overrides keys of chat data sets that can put loss on mor
 
 @dataclass
 class Example:
-    """Prompt (as tokens) and expected answer of a test row."""
+    """Prompt and expected answer of a test row.
+
+    Attributes:
+        prompt: tokens of the prompt.
+        reference: text of the answer.
+        answer: tokens of the answer, with the token that ends it if training puts loss on it.
+        messages: messages of the prompt, with `role` and `content`; None if the row is no chat, or calls tools.
+    """
 
     prompt: list[int]
     reference: str
+    answer: list[int]
+    messages: list[Row] | None = None
 
 
 class Prompter:
@@ -75,6 +85,11 @@ class Prompter:
             return None
         self._loader._set_quantization_config()
         return self._loader.model_kwargs["quantization_config"]
+
+    @property
+    def longest(self) -> int:
+        """Maximum number of tokens in a prompt; longer prompts are truncated."""
+        return int(self.config.get_text_config().max_position_embeddings - self.settings.decoding.max_new_tokens)
 
     @cached_property
     def ends(self) -> set[int]:
@@ -118,7 +133,7 @@ class Prompter:
 
     def _examples(self, ref: DatasetRef, rows: Sequence[Row]) -> list[Example]:
         """Examples of one data set; a missing answer or prompt is empty."""
-        longest = self.config.get_text_config().max_position_embeddings - self.settings.decoding.max_new_tokens
+        longest = self.longest
         if longest < 1:
             raise UserError("--max-new-tokens: leaves no room for a prompt in the model's context; give fewer tokens")
         data = self.settings.data
@@ -127,7 +142,7 @@ class Prompter:
         tokenized = tokenize(data, cfg, dataset, self.tokenizer, rows, longest)
         require_one_each(data, dataset, rows, tokenized)
         kind = row_type(dataset)
-        examples = []
+        examples: list[Example] = []
         with_other_answer: dict[int, Row] = {}
         for number, (row, tokens) in enumerate(zip(rows, tokenized, strict=True)):
             start, end = answer_of(tokens.labels)
@@ -141,18 +156,45 @@ class Prompter:
                     with_other_answer[number] = replace_answer(kind, row, NEUTRAL)
                     if reference.endswith(answer):
                         reference = answer
-            examples.append(Example(tokens.ids[:start][-longest:], reference if start < end else ""))
+            reference = reference if start < end else ""
+            examples.append(Example(tokens.ids[:start][-longest:], reference, tokens.ids[start:end]))
+        if isinstance(kind, Chat):
+            strategy = load_strategy("chat_template", self.tokenizer, cfg, dataset)
+            for row, example in zip(rows, examples, strict=True):
+                example.messages = _prompt_messages(strategy, row)
         if not with_other_answer:
             return examples
         tokenized = tokenize(data, cfg, dataset, self.tokenizer, [*with_other_answer.values()], longest)
         for number, tokens in zip(with_other_answer, tokenized, strict=True):
             start, _ = answer_of(tokens.labels)
             examples[number].prompt = tokens.ids[:start][-longest:]
+            reference = examples[number].reference
+            examples[number].answer = self.tokenizer(reference, add_special_tokens=False)["input_ids"]
         return examples
 
     def _decode(self, tokens: Sequence[int]) -> str:
         """Text of some tokens, without special tokens."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+
+def _prompt_messages(strategy: Any, row: Row) -> list[Row] | None:
+    """Messages before the answer of a chat, as Axolotl's strategy reads them; None if the row has tools."""
+    if row.get("tools"):
+        return None
+    messages = []
+    for turn in strategy.get_conversation_thread(row)[:-1]:
+        messages.append({key: turn[key] for key in ("role", "content") if key in turn})
+    return messages
+
+
+def text_of(tokenizer: Any, tokens: Sequence[int]) -> str | None:
+    """Text that the tokenizer turns into these tokens, without those that it adds to any text, such as BOS.
+
+    None if there is no such text.
+    """
+    prefix = len(tokenizer("")["input_ids"])
+    text = str(tokenizer.decode(tokens[prefix:], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return text if tokenizer(text)["input_ids"] == list(tokens) else None
 
 
 def last_answer(kind: Chat, row: Row) -> str:
@@ -233,9 +275,8 @@ def prompt_text(cfg: Config, tokenizer: Path, texts: dict[str, str]) -> PromptTe
     except (OSError, ValueError, UserError):
         return None
     ids = tokens.ids[: answer_of(tokens.labels)[0]]
-    prefix = len(loaded("")["input_ids"])  # number of special tokens before any text, such as BOS
-    text = str(loaded.decode(ids[prefix:], skip_special_tokens=False, clean_up_tokenization_spaces=False))
-    if loaded(text)["input_ids"] != list(ids):
+    text = text_of(loaded, ids)
+    if text is None:
         return None
     fields = [name for name in (_QUESTION, *row) if f"{{{name}}}" in text]
     return PromptText(text, fields, [str(loaded.decode([end])) for end in taught_ends(cfg, loaded)])

@@ -1,4 +1,4 @@
-"""vLLM server as an engine, called through OpenAI's client.
+"""vLLM server as an engine, called through OpenAI's client; for llama.cpp's server, see llama.py.
 
 Prompts and answers are sent as tokens.
 """
@@ -41,12 +41,28 @@ class _Response(BaseModel):
     choices: list[Choice] = Field(min_length=1)
 
 
-class _Model(BaseModel):
+class Weights(BaseModel):
+    """Size of a model's file, as llama.cpp's server gives it.
+
+    Attributes:
+        size: bytes of all tensors.
+        n_params: number of weights.
+    """
+
+    size: int
+    n_params: int = Field(ge=1)
+
+
+class ServedModel(BaseModel):
+    """Entry in a server's list of models; only llama.cpp's server sends `meta`."""
+
     id: str
+    owned_by: str | None = None
+    meta: Weights | None = None
 
 
 class _Models(BaseModel):
-    data: list[_Model]
+    data: list[ServedModel]
 
 
 @dataclass
@@ -87,8 +103,8 @@ class Api:
             ),
         )
 
-    async def models(self) -> list[str]:
-        """Names of the server's models.
+    async def models(self) -> list[ServedModel]:
+        """Models of the server.
 
         Raises:
             TimeoutError: the server does not respond in time.
@@ -96,7 +112,7 @@ class Api:
         """
         async with self.client(retries=0) as client, asyncio.timeout(LIST_TIMEOUT):
             response = await client.models.with_raw_response.list()
-        return [model.id for model in _Models.model_validate_json(response.content).data]
+        return _Models.model_validate_json(response.content).data
 
     def require_model(self, name: str | None) -> None:
         """Raise UserError if the server lacks a model.
@@ -105,9 +121,9 @@ class Api:
             UserError: the server lacks the model, refuses the key, or does not use OpenAI's protocol.
         """
         try:
-            models = asyncio.run(self.models())
+            models = [model.id for model in asyncio.run(self.models())]
         except (openai.APIError, ValidationError, TimeoutError) as error:
-            remedy = "start vLLM there, or correct the address"
+            remedy = "start vLLM or llama.cpp's server there, or correct the address"
             if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
                 remedy = f"set {KEY} to the server's key"
             raise UserError(f"--engine {self.url}: {cause(error)}; {remedy}") from None
@@ -194,29 +210,38 @@ class Server:
         self, client: openai.AsyncOpenAI, free: asyncio.Semaphore, i: int, prompt: list[int]
     ) -> dict[int, Completion]:
         """Answer to a prompt; the client repeats requests after temporary errors."""
-        decoding = self.settings.decoding
-        extra: dict[str, object] = {"stop_token_ids": self.ends, "return_token_ids": True, "repetition_penalty": 1.0}
-        extra["temperature"] = 0
-        if decoding.do_sample:
-            # vLLM takes missing values from the model's generation config; -1 is all tokens, also in old versions
-            extra |= {"top_p": decoding.top_p, "top_k": decoding.top_k or -1, "min_p": 0, "seed": decoding.seed + i}
-            extra["temperature"] = decoding.temperature
+        most = self.settings.decoding.max_new_tokens
         async with free:
             try:
                 async with asyncio.timeout(self.api.timeout and 2 * self.api.timeout):
                     response = await client.completions.with_raw_response.create(
-                        model=self.model,
-                        prompt=prompt,
-                        max_tokens=decoding.max_new_tokens,
-                        extra_body=extra,
+                        model=self.model, prompt=prompt, max_tokens=most, extra_body=self.options(i)
                     )
-                tokens = _Response.model_validate_json(response.content).choices[0].token_ids
-                if len(tokens) > decoding.max_new_tokens or max(tokens, default=0) >= self.vocabulary:
+                tokens = self.tokens_of(response.content)
+                if len(tokens) > most or max(tokens, default=0) >= self.vocabulary:
                     raise ValueError("more tokens than requested, or of another vocabulary; serve the run's model")
             except (openai.APIError, ValueError, TimeoutError) as error:
                 row = f"row {i + 1}, a prompt of {len(prompt):,} tokens"
                 raise WorkFailed(f"{self.api.url}: {row}: {cause(error)}") from None
         return {i: Completion(str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip(), tokens)}
+
+    def options(self, i: int) -> dict[str, object]:
+        """Options of the request for a prompt, in addition to OpenAI's."""
+        decoding = self.settings.decoding
+        options: dict[str, object] = {"stop_token_ids": self.ends, "return_token_ids": True, "repetition_penalty": 1.0}
+        if not decoding.do_sample:
+            return options | {"temperature": 0}
+        # vLLM takes missing values from the model's generation config; -1 is all tokens, also in old versions
+        options |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k or -1}
+        return options | {"min_p": 0, "seed": decoding.seed + i}
+
+    def tokens_of(self, content: bytes) -> list[int]:
+        """Tokens of an answer, from the body of a response.
+
+        Raises:
+            ValidationError: the response has no tokens.
+        """
+        return _Response.model_validate_json(content).choices[0].token_ids
 
 
 def api_at(url: str) -> Api:

@@ -18,7 +18,7 @@ from ..base.files import digest, embedding_rows, tensor_shapes
 from ..base.processes import make_once
 from ..base.terminal import say
 from .prompter import Prompter
-from .scores_file import ADAPTER, Completion
+from .scores_file import ADAPTER, Completion, until_end
 
 disable_progress_bar()
 
@@ -170,21 +170,20 @@ class Reference:
         set_seed(self.settings.decoding.seed + number)
         output = self.model.generate(**batch, generation_config=self.decoding())
         answers = output[:, batch["input_ids"].shape[1] :].tolist()
-        return [_until_end(answer, self.prompter.ends) for answer in answers]
+        return [until_end(answer, self.prompter.ends) for answer in answers]
+
+    @torch.inference_mode()
+    def log_probabilities(self, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
+        """Log-probabilities of all tokens at each token of an answer, in float64, with shape (answer, vocabulary)."""
+        tokens = torch.tensor([[*prompt, *answer[:-1]]], device=self.device)
+        logits = self.model(input_ids=tokens).logits[0, -len(answer) :]
+        return logits.double().log_softmax(-1).cpu()
 
     def free(self) -> None:
         """Free memory for another engine; this object is unusable afterwards."""
         del self.model
         gc.collect()
         torch.cuda.empty_cache()
-
-
-def _until_end(answer: list[int], ends: Container[int]) -> list[int]:
-    """Tokens of an answer up to the first that ends it, without padding."""
-    for i, token in enumerate(answer):
-        if token in ends:
-            return answer[: i + 1]
-    return answer
 
 
 def batches(lengths: Sequence[int], most: int, tokens: int) -> Iterator[tuple[int, list[int]]]:

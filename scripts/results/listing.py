@@ -52,6 +52,9 @@ def _tables(results: Sequence[RunResult]) -> Iterator[Table]:
             columns = _columns(group)
             rows = [cells(result, columns, _jobs(result)) for result in group]
             yield Table(rows, f"{REHEARSALS if rehearsal else 'Runs'}: {name}", below=_BELOW)
+            files = [*_files(group, columns)]
+            if files:
+                yield Table(files, "GGUF files, each under the adapter that it was made of")
             study = group[0].study
             if study and not rehearsal and not all(result.is_of_something_else for result in group):
                 yield baselines(study)
@@ -123,6 +126,25 @@ def _score(result: RunResult, column: Column) -> RunScore:
     if column.same_scores(result.columns.get(column.name)):
         return result.scores[column.name]
     return RunScore(None, None, None, None, {})
+
+
+def _files(group: Sequence[RunResult], columns: Mapping[str, Column]) -> Iterator[Row]:
+    """Rows of runs with GGUF files: the adapter's scores, and below it those of each file."""
+    for result in group:
+        if not result.served:
+            continue
+        scores = {heading: _score(result, column).value for heading, column in columns.items()}
+        yield {"run": result.folder.path.name, "file": "adapter"} | scores | {"rows": result.rows_evaluated}
+        for evaluation in result.served:
+            file, distance = evaluation.settings.file, evaluation.settings.distance
+            row: Row = {"run": result.folder.path.name, "file": str(file)}
+            for heading, column in columns.items():
+                row[heading] = result.served_scores(column.name).get(str(file))
+            row["rows"] = evaluation.shares.rows
+            if distance:
+                row["loss"] = f"{distance.trained_loss:.3f} → {distance.loss:.3f}"
+                row["mean KL"] = f"{distance.kl:.4f}"
+            yield row
 
 
 def _first_cells(heading: str, score: RunScore) -> Row:

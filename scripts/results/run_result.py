@@ -19,7 +19,7 @@ from ..data.manifest import is_the_studys
 from ..data.published import EvalTokens, Published, PublishedScore
 from ..data.studies import Study
 from ..evaluate.score import by_declared_model, columns_of
-from ..evaluate.scores_file import BASE, Changed, Evaluation, changed, find_evaluation, read_scores
+from ..evaluate.scores_file import BASE, Changed, Evaluation, changed, find_evaluation, read_scores, served_evaluations
 from ..metrics.metric import BenchmarkMetric, Column, LossMetric, ScoreRecord, is_of_trainer
 from ..run.rundir import RunDir
 from ..training.run_record import Run, Summary
@@ -108,6 +108,18 @@ class RunResult:
     def base_evaluation(self) -> Evaluation | None:
         """Evaluation of the base model alone, with the run's rows and decoding."""
         return find_evaluation(self.folder.path, self.evaluation, adapter=BASE, adapter_sha256=None)
+
+    @cached_property
+    def served(self) -> list[Evaluation]:
+        """Evaluations of GGUF files of the adapter."""
+        return served_evaluations(self.folder.path, self.run)
+
+    def served_scores(self, name: str) -> dict[str, float | None]:
+        """Scores of the GGUF files by a metric, by file."""
+        scores = {}
+        for evaluation in self.served:
+            scores[str(evaluation.settings.file)] = _value(self.columns[name], evaluation)
+        return scores
 
     @cached_property
     def decoded(self) -> dict[str, Evaluation | None]:
@@ -351,7 +363,16 @@ class RunResult:
             "rows_also_trained": also_trained,
             "test_set": test_set,
             "evaluation": self.changed,
+            "files": [self._file_as_json(evaluation) for evaluation in self.served],
         }
+
+    def _file_as_json(self, evaluation: Evaluation) -> Row:
+        """JSON fields of the evaluation of a GGUF file."""
+        settings = evaluation.settings
+        row: Row = {"rows_evaluated": settings.rows}
+        for part in (settings.file, settings.distance):
+            row |= part.model_dump() if part else {}
+        return row | {name: _value(column, evaluation) for name, column in self.columns.items()}
 
 
 def _contradicts(entry: Row, file: DataFile) -> bool:

@@ -45,7 +45,7 @@ EngineName = Annotated[
     typer.Option(
         "--engine",
         metavar="transformers|vllm|URL",
-        help="Generation engine; URL: a vLLM server. `make vllm` installs vllm.",
+        help="Generation engine; URL: a vLLM or llama.cpp server. `make vllm` installs vllm.",
     ),
 ]
 ServersModel = Annotated[
@@ -82,7 +82,7 @@ def evaluate_verb(
     """Generate predictions for test rows with a run's adapter, and score them."""
     from ..config import datafiles
     from ..evaluate.evaluate import EvaluationRequest
-    from ..evaluate.scores_file import BASE, Evaluation, Scores
+    from ..evaluate.scores_file import BASE, Evaluation, Scores, current
     from ..results import listing
     from ..run.rundir import RunDir
     from ..study import evaluation
@@ -106,6 +106,10 @@ def evaluate_verb(
         suggest("results", json=json)
         return
     scores: dict[str, Scores] = {"adapter": evaluated}
+    if evaluated.settings.file:
+        of_adapter = current(folder.path, folder.read())
+        scores = {"adapter": of_adapter} if of_adapter else {}
+        scores[str(evaluated.settings.file)] = evaluated
     if isinstance(of_base, Evaluation):
         scores["base"] = of_base
     title = listing.REHEARSALS if folder.read().rehearsal else None

@@ -12,7 +12,7 @@ Reply = tuple[int, Any] | None
 
 
 class AServer(ThreadingHTTPServer):
-    """Serves the model `m`; `reply` makes its answers to completions, `models` is the one to GET."""
+    """Serves the model `m`; `reply` makes its answers to POST, `others` and `models` are those to GET."""
 
     daemon_threads = True
 
@@ -22,6 +22,7 @@ class AServer(ThreadingHTTPServer):
         self.requests: list[dict[str, Any]] = []  # bodies, each with its headers
         self.asked: list[dict[str, str]] = []  # headers of each GET
         self.models: Reply = (200, {"data": [{"id": "m", "owned_by": "tests"}, {"id": "another"}]})
+        self.others: dict[str, Reply] = {}  # answers to GET by path
         self.headers = {"Retry-After-Ms": "10"}
 
     @property
@@ -37,12 +38,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.asked.append(self._lowered())
-        self._answer(self.server.models)
+        self._answer(self.server.others.get(self.path, self.server.models))
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append(body | {"headers": self._lowered()})
-        self._answer(self.server.reply(body))
+        self._answer(self.server.reply(body | {"path": self.path}))
 
     def _lowered(self) -> dict[str, str]:
         return {name.lower(): value for name, value in self.headers.items()}

@@ -158,6 +158,8 @@ def _score_columns(reported: ReportedRun, by_heading: Mapping[str, Column]) -> d
     for name, evaluation in reported.decoded.items():
         evaluations[f"{label}: {name}"] = evaluation
     evaluations[f"{label}: base model alone"] = reported.base_evaluation
+    for evaluation in reported.served:
+        evaluations[f"{label}: {evaluation.settings.file}"] = evaluation
     columns = {name: _scores(evaluation, by_heading) for name, evaluation in evaluations.items() if evaluation}
     published: dict[str, str | None] = {}
     for name, score in reported.scores.items():
@@ -182,6 +184,10 @@ def _scores(evaluation: Evaluation, by_heading: Mapping[str, Column]) -> dict[st
         if record.signature:
             key = column.detail_key("sacrebleu_signature")
             details[_TITLES.get(key, key)] = record.signature
+    distance = evaluation.settings.distance
+    if distance:
+        texts["loss of reference answers"] = f"{distance.trained_loss:.3f} → {distance.loss:.3f}"
+        texts["mean KL from the trained model"] = f"{distance.kl:.4f}"
     shares = evaluation.shares.model_dump(exclude={"rows"}, exclude_none=True)
     return texts | details | {_TITLES[name]: tables.text_of(share) for name, share in shares.items()}
 
@@ -283,6 +289,10 @@ def reader(runs: Sequence[ReportedRun]) -> list[Row]:
         alone = reported.base_evaluation
         if alone and len(runs) == 1:
             evaluations.append(("the base model alone", alone.settings.folder(reported.folder.path), alone))
+        if len(runs) == 1:
+            for served in reported.served:
+                folder = served.settings.folder(reported.folder.path)
+                evaluations.append((str(served.settings.file), folder, served))
         for label, folder, evaluation in evaluations:
             rows = read_predictions(folder)
             if evaluation is None or not rows:

@@ -1,0 +1,220 @@
+"""llama.cpp's server as an engine: with a fake server, and with the real one, in a long test."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from a_server import AServer, serving
+from fake_llama import FakeLlama, chatml, serving_llama
+
+from qlora_recipes.base.errors import UserError, WorkFailed
+from qlora_recipes.data.studies import Decoding
+from qlora_recipes.evaluate import llama as llamas
+from qlora_recipes.evaluate import server as servers
+from qlora_recipes.evaluate import transformers_engine
+from qlora_recipes.evaluate.llama import LlamaServer
+from qlora_recipes.evaluate.prompter import Example
+from qlora_recipes.evaluate.scores_file import Completion, Distance, ServedFile
+
+QUESTIONS = ["Hi there", "What now?", "Bye"]
+F16 = ServedFile(name="m-f16.gguf", quantization="F16", bits=16)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "RETRIES", 1)
+    monkeypatch.setattr(llamas, "RETRIES", 1)
+
+
+def engine(server: AServer, llama: FakeLlama, file: ServedFile = F16, **decoding: Any) -> LlamaServer:
+    from transformers import LlamaConfig
+
+    prompter: Any = SimpleNamespace(
+        settings=SimpleNamespace(decoding=Decoding(max_new_tokens=8, **decoding), base_model="nowhere/m", model="m"),
+        tokenizer=llama.tokenizer,
+        config=LlamaConfig(vocab_size=1024),
+        cfg={},
+        ends={2},
+        longest=1000,
+    )
+    return LlamaServer(prompter, servers.Api(servers.api_at(server.url).url, timeout=5), file, at_once=2)
+
+
+def chats(llama: FakeLlama) -> list[Example]:
+    """Chats as their training tokenized them."""
+    examples = []
+    for question in QUESTIONS:
+        messages = [{"role": "user", "content": question}]
+        examples.append(Example(llama.tokenizer(chatml(messages))["input_ids"], "Yes.", [40, 50, 2], messages))
+    return examples
+
+
+def test_the_file_is_named_by_its_server():
+    with serving_llama(FakeLlama(quantization="Q4_K - Medium", bits=4.85)) as server:
+        server.models[1]["data"][0]["meta"] = {"n_params": 100, "size": 61}
+        file = llamas.served_file(server.url, "m")
+        assert llamas.served_file(server.url, "other") is None
+    assert file == ServedFile(name="m-f16.gguf", quantization="Q4_K - Medium", bits=4.88)
+    assert file.is_quantized and not F16.is_quantized
+    assert str(F16) == "m-f16.gguf (F16, 16.0 bits)"
+
+
+def test_other_servers_serve_no_file():
+    with serving(lambda body: None) as server:
+        assert llamas.served_file(server.url, "m") is None
+    assert llamas.served_file(server.url, "m") is None  # which has ended
+
+
+def test_answers_are_cut_at_the_ends_of_the_run():
+    with serving_llama(FakeLlama()) as server:
+        of = engine(server, FakeLlama())
+        answers = [*of.generate([[5, 6]], ())]
+    assert answers == [{0: Completion(of.tokenizer.decode([7, 8]).strip(), [7, 8, 2])}]
+    request = server.requests[0]
+    assert [request[key] for key in ("prompt", "samplers", "temperature")] == [[5, 6], ["temperature"], 0]
+
+
+def test_samples_use_only_the_samplers_of_the_decoding():
+    with serving_llama(FakeLlama()) as server:
+        [*engine(server, FakeLlama(), do_sample=True, temperature=0.7, top_p=0.9, top_k=0, seed=3).generate([[5]], ())]
+    asked = {key: server.requests[0][key] for key in ("samplers", "temperature", "top_p", "top_k", "seed")}
+    assert asked == {
+        "samplers": ["temperature", "top_k", "top_p"],
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 0,
+        "seed": 3,
+    }
+
+
+def test_equal_tokens_pass(capsys):
+    llama = FakeLlama()
+    with serving_llama(llama) as server:
+        engine(server, llama).require_tokens(chats(llama))
+        assert capsys.readouterr().err.splitlines()[-1] == "m-f16.gguf: tokens of 3 of 3 prompts equal the training's"
+        instructions = chats(llama)
+        for example in instructions:
+            example.messages = None
+        engine(server, llama).require_tokens(instructions)
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "m-f16.gguf: tokens of 3 of 3 prompts equal the training's; its chat template was not compared, because the "
+        "run did not train on chats"
+    )
+
+
+AGAIN = "\nexport the file again, with the tokenizer and the chat template in the run's folder"
+FIRST = "m-f16.gguf: the prompt of row 1 differs from the training's from token"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        pytest.param(
+            {"before": [1, 1]},
+            f"""{FIRST} 2 on: the server adds a token in front, such as a second BOS
+  training: 1 '<s>', 32 '<', 96 '|', 87 's', 93 'y', 268 'st', 1014 'em', 96 '|', 34 '>', …
+  server:   1 '<s>', 1 '<s>', 32 '<', 96 '|', 87 's', 93 'y', 268 'st', 1014 'em', 96 '|', …{AGAIN}""",
+            id="BOS doubled",
+        ),
+        pytest.param(
+            {"before": []},
+            f"""{FIRST} 1 on: the server lacks the first token, such as BOS
+  training: 1 '<s>', 32 '<', 96 '|', 87 's', 93 'y', 268 'st', 1014 'em', 96 '|', …
+  server:   32 '<', 96 '|', 87 's', 93 'y', 268 'st', 1014 'em', 96 '|', 34 '>', …{AGAIN}""",
+            id="BOS lost",
+        ),
+        pytest.param(
+            {"system": ""},
+            f"""{FIRST} 11 on: another chat template, system prompt or tokenizer
+  training: …, 34 '>', 203 'Ċ', 38 'B', 73 'e', 555 'Ġsh', 446 'ort', 18 '.', 203 'Ċ', 32 '<', 96 '|', …
+  server:   …, 34 '>', 203 'Ċ', 203 'Ċ', 32 '<', 96 '|', 413 'us', 269 'er', 96 '|', 34 '>', 203 'Ċ', …{AGAIN}""",
+            id="system prompt lost",
+        ),
+        pytest.param(
+            {"ends": {3}},
+            "m-f16.gguf: does not end an answer at '</s>' (token 2), as the training does; export it again, with the "
+            "tokenizer in the run's folder",
+            id="end token lost",
+        ),
+        pytest.param(
+            {"context": 40},
+            "--engine URL/v1/: the server has a context of 40 tokens for each of its 2 slots, and the longest row "
+            "needs 44; start it with `-c 88`",
+            id="context too small",
+        ),
+        pytest.param(
+            {"missing": ["/apply-template"]},
+            "--engine URL/v1/: the server has no /apply-template; use a llama.cpp of February 2025 or newer",
+            id="old llama.cpp",
+        ),
+        pytest.param(
+            {"forces": False},
+            "URL/v1/: ValueError: the server does not force tokens by logit_bias; use a newer llama.cpp",
+            id="tokens are not forced",
+        ),
+    ],
+)
+def test_faults_are_refused_before_any_answer(fault, message):
+    llama = FakeLlama(**fault)
+    with serving_llama(llama) as server, pytest.raises((UserError, WorkFailed)) as refused:
+        engine(server, llama).require_tokens(chats(llama))
+    assert str(refused.value).replace(server.url, "URL") == message
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """Logits of the trained model, which takes the place of the reference engine."""
+    logits = torch.linspace(0, 5, 1024).double()
+
+    class Trained:
+        def __init__(self, prompter: Any): ...
+
+        def log_probabilities(self, prompt: list[int], answer: list[int]) -> torch.Tensor:
+            return logits.log_softmax(-1).repeat(len(answer), 1)
+
+        def free(self) -> None: ...
+
+    monkeypatch.setattr(transformers_engine, "Reference", Trained)
+    return logits
+
+
+def measured(logits: torch.Tensor, file: ServedFile = F16) -> Distance:
+    llama = FakeLlama(logits=logits)
+    with serving_llama(llama) as server:
+        return engine(server, llama, file).distance(chats(llama))
+
+
+def test_a_right_file_has_no_distance(trained, capsys):
+    distance = measured(trained)
+    assert (distance.rows, distance.tokens) == (3, 9)
+    assert distance.kl == pytest.approx(0, abs=1e-9)
+    assert distance.difference == pytest.approx(0, abs=1e-9)
+    assert distance.loss == pytest.approx(distance.trained_loss)
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "m-f16.gguf (F16, 16.0 bits): loss 10.167 → 10.167, mean KL 0.0000, mean difference of log-probabilities "
+        "0.000, on 9 tokens of 3 rows"
+    )
+
+
+def test_other_weights_are_refused_unless_the_file_is_quantized(trained):
+    changed = trained.clone()
+    changed[-8:] += 0.5
+    with pytest.raises(UserError) as refused:
+        measured(changed)
+    assert str(refused.value) == (
+        "m-f16.gguf: differs from the trained model by a mean KL of 0.0054, more than the 0.003 of a right file with "
+        "16-bit weights; export it again with `recipe publish RUN --gguf f16`, which merges the adapter into the "
+        "weights that it was trained on"
+    )
+    quantized = measured(changed, ServedFile(name="m-q4_k_m.gguf", quantization="Q4_K - Medium", bits=4.9))
+    assert quantized.kl == pytest.approx(0.0054, abs=1e-4)
+
+
+def test_divergence_counts_unlisted_tokens_as_one(trained):
+    expected = trained.log_softmax(-1)
+    changed = (trained + torch.linspace(1, 0, 1024)).log_softmax(-1)
+    all_listed = llamas.kl(expected, dict(enumerate(changed.tolist())))
+    assert all_listed == pytest.approx(float((expected.exp() * (expected - changed)).sum()), abs=1e-6)
+    first = {i: float(changed[i]) for i in changed.topk(64).indices.tolist()}
+    assert 0 < llamas.kl(expected, first) < all_listed
