@@ -21,7 +21,7 @@ def chatml(messages: Sequence[dict[str, str]], system: str = "Be short.") -> str
 
 @dataclass
 class FakeLlama:
-    """What the server has; each attribute can be changed to plant a fault.
+    """State of the server; a test changes attributes to plant faults.
 
     Attributes:
         ends: tokens at which it ends an answer.
