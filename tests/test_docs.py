@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
+from a_card import CARD
 from command_line import ALL, COMMANDS, parsed, subcommands
 
 from qlora_recipes.base import paths
@@ -71,6 +72,9 @@ def test_offline_examples_run_and_print_as_shown(page, recipe, tmp_path):
     for right, wrong in (("weight_decay:", "weight_decai:"), ("- v_proj", "- v_prj"), ("bf16: false", "bf16: true")):
         text = text.replace(right, wrong)
     (tmp_path / "mine.yaml").write_text(text.replace("fp16: true", "fp16: false"))
+    (tmp_path / "README.md").write_text(CARD)
+    (tmp_path / "lora.yml").write_text(CARD.partition("```yaml\n")[2].partition("```")[0])
+    write_rows(tmp_path / "rows.jsonl", [{"instruction": "1 + 1?", "output": "2"}] * 100)
     for block in FENCE.findall(page.read_text()):
         shown = block.splitlines()[2:-1] if block.startswith("```\n$ ") else []
         for line in COMMAND.findall(block):

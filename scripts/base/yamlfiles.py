@@ -253,7 +253,12 @@ def line_of(file: Path, key: Sequence[str]) -> int:
         file: the file.
         key: the parts of the key, outermost first.
     """
-    node = _composed(read_text(file))
+    return line_in(read_text(file), key)
+
+
+def line_in(text: str, key: Sequence[str]) -> int:
+    """Line of a key in YAML text, as for `line_of`."""
+    node = _composed(text)
     line = 1
     for part in key:
         entry = inside(node, part)

@@ -1,5 +1,6 @@
 """The verb check."""
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -61,6 +62,7 @@ def check_verb(
     if show_tokens:
         _show_tokens(requests, show_tokens, json)
         return
+    _suggest_migration(names)
     reports = _checked(requests, target, data, quick)
     unknown_force(force, {finding.name for report in reports for finding in report.findings})
     if json:
@@ -70,6 +72,16 @@ def check_verb(
     _say_counts(reports, _skipped(data, quick))
     if all(report.validated for report in reports):  # an incomplete check recommends no next step
         _suggest_next(names, gpu, requests, json)
+
+
+def _suggest_migration(names: list[str]) -> None:
+    """Suggest to migrate files that were written for an older release of Axolotl."""
+    from ..writing import migrate
+
+    for name in names:
+        with suppress(UserError):  # the check reports it
+            if not migrate.of_file(name, None).is_current:
+                say(f"{name}: written for an older Axolotl; `recipe new NAME --from {name}` migrates it")
 
 
 def _suggest_next(names: list[str], gpu: str | None, requests: "list[Request]", json: bool) -> None:

@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from ..base import tables
 from ..base.terminal import say
-from .help import Verb, suggest
-from .options import Overrides, complete_recipes, full_name, refuse_without
+from .help import Verb, override_options, suggest
+from .options import OldRelease, Overrides, complete_recipes, full_name, refuse_without
 
 if TYPE_CHECKING:
-    from ..check.check import Report
+    from ..config.merging import Override
+    from ..writing.migrate import Migration, OldConfig
 
 verbs = typer.Typer(rich_markup_mode=None)
 
@@ -30,9 +32,10 @@ def new_verb(
             metavar="BASE",
             callback=full_name,
             autocompletion=complete_recipes,
-            help="The recipe or YAML file to start from.",
+            help="The recipe or YAML file to start from, or a model card with an Axolotl config, of any release.",
         ),
     ] = "start/qlora",
+    axolotl: OldRelease = None,
     model: Annotated[
         str | None,
         typer.Option("--model", metavar="MODEL", help="Another base model: owner/name on the hub, or a folder."),
@@ -54,20 +57,45 @@ def new_verb(
     set_: Overrides,
 ) -> None:
     """Write a variant of a recipe, with changed lines marked."""
-    from ..check import check
-    from ..config import compose, merging
-    from ..writing import new, own_rows
+    from ..writing import migrate
 
     refuse_without("--fields", fields, "--data", data)
     refuse_without("--type", type_, "--data", data)
+    old = migrate.of_file(from_, axolotl)
+    with old.as_yaml() as base:
+        _write(name, old, base, axolotl, model, data, fields, type_, set_)
+
+
+def _write(
+    name: str,
+    old: "OldConfig",
+    base: str,
+    release: str | None,
+    model: str | None,
+    data: Path | None,
+    fields: str,
+    type_: Literal["chat", "plain"] | None,
+    set_: "list[Override]",
+) -> None:
+    """Write a variant of `base`, the file with `old`; see the options of `new_verb`."""
+    from ..check import check
+    from ..config import compose, merging
+    from ..writing import migrate, new, own_rows
+
     file = new.free_file(name)
     replacement = new.SAME_MODEL
     if model:
-        replacement = new.for_model(from_, model)
-    composed = compose.compose(compose.Request(from_, overrides=[*replacement.overrides, *set_]))
+        replacement = new.for_model(base, model)
+    decided = [*replacement.overrides, *set_]
+    if data:
+        decided.append(merging.Override("datasets", []))
+    migration = migrate.migrate(old, release, decided)
+    changes = [*migration.overrides(), *replacement.overrides]
+    other = migrate.as_changes(migration, replacement)
+    composed = compose.compose(compose.Request(base, overrides=[*changes, *set_]))
     if data is None:
-        _refuse_errors(check.check_config(composed))
-        print(new.write(name, from_, set_, replacement))
+        migration.refuse_errors(check.check_config(composed), composed)
+        print(new.write(name, base, set_, other, migration.origins(name)))
     else:
         rows = own_rows.recognize(data, own_rows.parse_fields(fields), file.with_suffix(".jsonl"))
         overridden = {merging.top_key(override.key) for override in set_}
@@ -76,22 +104,27 @@ def new_verb(
         why = own_rows.set_prompts(rows, type_, composed.config)
         with rows.copied():
             overrides = [*own_rows.overrides(rows, composed.config), *set_]
-            composed = compose.compose(compose.Request(from_, overrides=[*replacement.overrides, *overrides]))
+            composed = compose.compose(compose.Request(base, overrides=[*changes, *overrides]))
             report = check.check_config(composed, data=True)
-            _refuse_errors(report)
-            print(new.write(name, from_, overrides, replacement))
+            migration.refuse_errors(report, composed)
+            print(new.write(name, base, overrides, other, migration.origins(name)))
         unread: list[str] = next((read["unread_fields"] for read in report.data), [])
         for reason in own_rows.reasons(rows, why, composed.config, overridden, unread):
             say(reason)
+    if not old.is_current:
+        report_migration(migration)
     for note in replacement.notes:
         say(note)
     if not model and "base_model" in [override.key for override in set_]:
         say("revision, special tokens, layers and comments are still those of the former model; --model replaces them")
-    suggest("check", name)
+    suggest("check", name, *override_options(migration.profiles, []))
 
 
-def _refuse_errors(report: "Report") -> None:
-    """Refuse a variant with errors; foreign code and data matter only to a run."""
-    from ..config.finding import refuse
-
-    refuse([finding for finding in report.findings if finding.scope != "code" and finding.rule != "not-prepared"])
+def report_migration(migration: "Migration") -> None:
+    """Print the changes of a migration, and log what they cannot undo."""
+    tables.print_table([step.row() for step in migration.steps], below=["reason"])
+    if migration.sign:
+        guess = f"Axolotl {migration.release} is a guess, from {migration.sign}"
+        say(f"{guess}; the split of the rows and other defaults depend on it: pass --axolotl VERSION if you know it")
+    for meaning in migration.meanings():
+        say(f"since {migration.release}: {meaning}")

@@ -203,6 +203,14 @@ Overrides = Annotated[
         help="Override a config key, or a nested key such as a.b.0.c. Repeatable.",
     ),
 ]
+OldRelease = Annotated[
+    str | None,
+    typer.Option(
+        "--axolotl",
+        metavar="VERSION",
+        help="Release of Axolotl that the file of --from was written for; default: the card's, or a guess.",
+    ),
+]
 Force = Annotated[
     list[str],
     typer.Option(

@@ -1,6 +1,7 @@
 """The verbs doctor, render and study."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,7 +10,10 @@ from ..base import paths, tables
 from ..base.errors import WorkFailed
 from ..base.terminal import Bar, say
 from .help import Verb, Verbs, suggest
-from .options import Force, Json, complete_studies
+from .new import report_migration
+from .options import Force, Json, OldRelease, complete_studies, refuse_together, refuse_without
+
+_STARTER_MODEL = "meta-llama/Llama-3.2-3B"
 
 study_verbs = typer.Typer(
     cls=Verbs,
@@ -49,19 +53,40 @@ def render_verb(
         )
 
 
-@study_verbs.command("new", cls=Verb, epilog="recipe study new smith2026")
+@study_verbs.command("new", cls=Verb, epilog="recipe study new smith2026\nrecipe study new their-run --from README.md")
 def study_new_verb(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Study name, also used for its folders.")],
     model: Annotated[
-        str, typer.Option(metavar="MODEL", help="Base model of the study's first recipe.")
-    ] = "meta-llama/Llama-3.2-3B",
+        str | None,
+        typer.Option(metavar="MODEL", help=f"Base model of the study's first recipe; default: {_STARTER_MODEL}."),
+    ] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="CARD",
+            help="Model card with an Axolotl config and training results, to reproduce its last eval loss.",
+        ),
+    ] = None,
+    axolotl: OldRelease = None,
 ) -> None:
-    """Create a runnable starter study under recipes/ and templates/."""
+    """Create a runnable starter study, or a model card's, under recipes/ and templates/."""
     from ..writing import render
 
-    for file in render.write_study(name, model):
+    refuse_together({"--model": model, "--from": from_})
+    refuse_without("--axolotl", axolotl, "--from", from_)
+    if from_ is None:
+        for file in render.write_study(name, model or _STARTER_MODEL):
+            print(paths.shown(file))
+        suggest("study", "check", name)
+        return
+    from ..writing import card_study, migrate
+
+    migration = migrate.migrate(migrate.read(from_), axolotl)
+    for file in card_study.write(name, migration):
         print(paths.shown(file))
-    suggest("study", "check", name)
+    report_migration(migration)
+    suggest("reproduce", name, "--rehearse")
 
 
 @study_verbs.command("check", cls=Verb, epilog="recipe study check haider2024")

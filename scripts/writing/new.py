@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import dropwhile
@@ -15,6 +16,7 @@ from ..base.errors import UserError
 from ..base.files import write_atomically
 from ..base.yamlfiles import Config
 from ..config import datafiles, merging, models
+from ..config.finding import Finding, refuse
 from ..config.merging import Override
 from .render import SPECIAL_TOKENS, ModelFacts, describe
 
@@ -137,7 +139,18 @@ def _foreign_templates(recipe: Config) -> dict[str, str]:
     return {key: text for key, text in texts.items() if not text.startswith(("tokenizer_default", "jinja"))}
 
 
-def write(name: str, base: str, overrides: list[Override], other: OtherModel = SAME_MODEL) -> Path:
+def refuse_errors(findings: Iterable[Finding]) -> None:
+    """Refuse a variant with errors; foreign code and data matter only to a run.
+
+    Raises:
+        UserError: there are errors.
+    """
+    refuse([finding for finding in findings if finding.scope != "code" and finding.rule != "not-prepared"])
+
+
+def write(
+    name: str, base: str, overrides: list[Override], other: OtherModel = SAME_MODEL, origins: Sequence[str] = ()
+) -> Path:
     """Write a variant of a recipe or file to variants/<name>.yaml.
 
     Args:
@@ -145,11 +158,20 @@ def write(name: str, base: str, overrides: list[Override], other: OtherModel = S
         base: the recipe or file to change.
         overrides: the changes.
         other: the base model that replaces the recipe's.
+        origins: the first lines of the header; by default, they name the original.
 
     Raises:
         UserError: the name is taken or invalid, or a key cannot be changed.
     """
     file = free_file(name)
+    write_atomically(file, variant(name, file.parent, base, overrides, other, origins))
+    return file
+
+
+def variant(
+    name: str, folder: Path, base: str, overrides: list[Override], other: OtherModel, origins: Sequence[str]
+) -> str:
+    """Text of a variant in a folder; for the other arguments, see `write`."""
     base_name, base_file = paths.find_recipe(base)
     if base_name not in (*paths.recipe_names(), *paths.variant_names()):
         base_name = paths.shown(base_file)
@@ -157,16 +179,15 @@ def write(name: str, base: str, overrides: list[Override], other: OtherModel = S
     changes = _merged_changes(overrides, other)
     if "output_dir" in yamlfiles.parse(text, str(base_file)):
         changes["output_dir"] = Change(f"outputs/{name}")  # plain Axolotl keeps the base recipe's output
-    text = "".join(dropwhile(lambda line: line.startswith("#"), text.splitlines(keepends=True)))
+    text = "".join(dropwhile(lambda line: line.startswith("#"), f"{text.rstrip()}\n".splitlines(keepends=True)))
     if other.changes:
         text = _ABSENT.sub("", text)
     for key, change in changes.items():
         text = edited(text, key, change, str(base_file))
-    origin = merging.origin_of(base_name, base_file) or base_name
-    schema = os.path.relpath(paths.RECIPES / "axolotl.schema.json", file.parent)
-    lines = [f"# yaml-language-server: $schema={schema}", *_header(name, base_name, origin), *other.header]
-    write_atomically(file, "\n".join(lines) + "\n" + text)
-    return file
+    header = origins or _origins(name, base_name, merging.origin_of(base_name, base_file) or base_name)
+    schema = os.path.relpath(paths.RECIPES / "axolotl.schema.json", folder)
+    lines = [f"# yaml-language-server: $schema={schema}", *header, *other.header]
+    return "\n".join(lines) + "\n" + text
 
 
 def free_file(name: str) -> Path:
@@ -206,7 +227,7 @@ def _merged_changes(overrides: list[Override], other: OtherModel) -> dict[str, C
     return changes
 
 
-def _header(name: str, base: str, origin: str) -> list[str]:
+def _origins(name: str, base: str, origin: str) -> list[str]:
     """Header lines of a variant, from which `merging.ancestors` reads its originals.
 
     Args:
@@ -254,6 +275,8 @@ def edited(text: str, key: str, change: Change, where: str) -> str:
     reason = f"; {source}" if source else ""
     if top in after:
         lines[first:end] = [f"{top}: {yamlfiles.write_flow(after[top])}  # variant, was {was}{reason}"]
+    elif before[top] is None:
+        del lines[first:end]  # an empty key was as good as absent
     else:
         lines[first:end] = [f"# variant, removed: {top}: {was}{reason}"]
     changed = "\n".join(lines)

@@ -305,12 +305,7 @@ def write_study(name: str, base_model: str) -> list[Path]:
     Raises:
         UserError: the name is invalid, or belongs to an existing study or folder.
     """
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", name):
-        raise UserError(f"{name}: not a name for a study; use a-z, digits, -, _ and ., as in first-author-2026")
-    recipes, templates = Path("recipes", name), Path("templates", name)
-    for folder in (paths.RECIPES / name, recipes, templates):
-        if folder.exists():
-            raise UserError(f"{paths.shown(folder)}: exists already; choose another name, or move it away")
+    recipes, templates = free_folders(name)
     model = f"{base_model.rpartition('/')[2].lower()}-{name}"  # no shipped recipe has this short name
     words = {
         "{NAME}": name,
@@ -333,3 +328,18 @@ def write_study(name: str, base_model: str) -> list[Path]:
         place.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(place, text)
     return [*places.values(), *write(rendered(templates.parent), recipes.parent)]
+
+
+def free_folders(name: str) -> tuple[Path, Path]:
+    """Folders of a new study, below recipes/ and templates/.
+
+    Raises:
+        UserError: the name is invalid, or belongs to an existing study or folder.
+    """
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", name):
+        raise UserError(f"{name}: not a name for a study; use a-z, digits, -, _ and ., as in first-author-2026")
+    recipes, templates = Path("recipes", name), Path("templates", name)
+    for folder in (paths.RECIPES / name, recipes, templates):
+        if folder.exists():
+            raise UserError(f"{paths.shown(folder)}: exists already; choose another name, or move it away")
+    return recipes, templates

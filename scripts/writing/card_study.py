@@ -1,0 +1,90 @@
+"""Studies from model cards: the card's config as the recipe, its last eval loss as the published number."""
+
+import os
+from pathlib import Path
+
+from ..base import hub, paths, yamlfiles
+from ..base.errors import UserError
+from ..base.files import write_atomically
+from ..base.yamlfiles import Config
+from ..check import check
+from ..config import compose, datafiles
+from ..config.compose import Request
+from ..data import studies
+from . import migrate, new, render
+from .migrate import Migration
+
+_LOSS, _STEP = "Validation Loss", "Step"
+"""Columns of the table of training results that transformers writes into a model card."""
+
+
+def last_result(card: Path) -> tuple[str, str]:
+    """Last eval loss of a model card, as printed, and its step.
+
+    Raises:
+        UserError: the card has no table of training results with an eval loss.
+    """
+    head: list[str] = []
+    result = None
+    for line in yamlfiles.read_text(card).splitlines():
+        cells = [cell.strip() for cell in line.strip(" |").split("|")]
+        if _LOSS in cells and _STEP in cells:
+            head = cells
+        elif head and len(cells) == len(head):
+            row = dict(zip(head, cells, strict=True))
+            if row[_LOSS][:1].isdigit():
+                result = row[_LOSS], row[_STEP]
+    if result:
+        return result
+    problem = f"no table of training results with the columns {_STEP} and {_LOSS}"
+    raise UserError(problem, file=card, remedy="`recipe new NAME --from CARD` takes its config alone")
+
+
+def write(name: str, migration: Migration) -> list[Path]:
+    """Write the study of a model card below recipes/ and templates/, and render its recipe.
+
+    Args:
+        name: the name of the study and its folders.
+        migration: the card's config, migrated.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: the name is invalid or taken, the card has no eval loss, or its config has errors.
+    """
+    loss, step = last_result(migration.old.file)
+    recipes, templates = render.free_folders(name)
+    recipe = f"{name}/as-published"
+    with migration.old.as_yaml() as base:
+        composed = compose.compose(Request(base, overrides=migration.overrides()))
+        migration.refuse_errors(check.check_config(composed), composed)
+        changes = migrate.as_changes(migration, new.SAME_MODEL)
+        text = new.variant(recipe, recipes, base, [], changes, migration.origins(recipe))
+    declaration = paths.template_environment(paths.TEMPLATES / "skeleton").get_template("card-study.yaml.txt")
+    study = declaration.render(
+        schema=os.path.relpath(studies.SCHEMA, recipes),
+        name=name,
+        recipe=recipe,
+        migration=migration,
+        data=_data(migration),
+        loss=loss,
+        step=step,
+    )
+    # raw, because the recipe can contain chat templates in Jinja
+    raw = "{% raw %}\n" + text + "{% endraw %}\n"
+    files = {recipes / "study.yaml": study, templates / "as-published.yaml.j2": raw}
+    for file, content in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, content)
+    return [*files, *render.write(render.rendered(templates.parent), recipes.parent)]
+
+
+def _data(migration: Migration) -> Config:
+    """Path of the first data set, and its declaration as a source in study.yaml."""
+    entry = next(iter(datafiles.training_sets(migration.config)), datafiles.NO_DATASET).entry
+    path = str(entry.get("path"))
+    source = {}
+    if hub.NAME.fullmatch(path) and not Path(path).exists():
+        source = {"hub": path, "revision": entry.get("revision", "main")}
+    return {"path": yamlfiles.write_flow(path), "source": yamlfiles.write_flow(source)}

@@ -1,0 +1,496 @@
+"""Configs for older releases of Axolotl, from YAML files and model cards, brought to the supported release.
+
+templates/old-axolotl.yaml has the tables: renamed and removed keys, changed defaults, each with its source.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from textwrap import shorten
+from typing import Any
+
+from packaging.version import InvalidVersion, Version
+
+from ..base import paths, yamlfiles
+from ..base.errors import UserError
+from ..base.files import Row
+from ..base.yamlfiles import Config
+from ..check import check
+from ..check.check import Report
+from ..config import datafiles, merging
+from ..config.compose import Composed
+from ..config.datafiles import DatasetRef
+from ..config.merging import Override, Source
+from .new import Change, OtherModel, refuse_errors
+
+TABLES = paths.TEMPLATES / "old-axolotl.yaml"
+_CARDS_CONFIG = re.compile(r"^```ya?ml[ \t]*\n((?:(?!```).*\n)*?base_model:(?:(?!```).*\n)*)```", re.MULTILINE)
+_CARDS_RELEASE = re.compile(r"axolotl version: `?([\w.+-]+)`?")  # as Axolotl writes it into a model card
+_OF_ACCOUNT = re.compile(rf"{merging.TRACKING.pattern}|hub_")
+_SHAREGPT = re.compile(r"sharegpt(?:_simple|:chat)?(?:\.(.*))?")
+_LAST_WITH_SHAREGPT = Version(
+    "0.4.1"
+)  # v0.5.0 refuses it: src/axolotl/utils/config/models/input/v0_4_1/__init__.py:786
+_OF_SHAREGPT = ("conversation", "strict", "field_human", "field_model")
+"""Keys of a data set that only type sharegpt reads."""
+_OF_ROLES = {"user": "field_human", "assistant": "field_model"}
+_EVALUATION = ("evals_per_epoch", "eval_steps", "eval_strategy")
+
+
+@cache
+def tables() -> Config:
+    """Tables of what older releases read differently."""
+    return yamlfiles.read_yaml(TABLES)
+
+
+@dataclass(frozen=True)
+class OldConfig:
+    """A config of another release, as its author published it.
+
+    Attributes:
+        file: the YAML file or model card.
+        text: the YAML.
+        skipped: number of lines in the file before the YAML.
+        stated: the release that a model card states; empty without one.
+        is_current: True for a recipe, a variant, or a file for the supported release, whose text is not read.
+    """
+
+    file: Path
+    text: str = "{}"
+    skipped: int = 0
+    stated: str = ""
+    is_current: bool = False
+
+    @property
+    def config(self) -> Config:
+        """Content of the YAML."""
+        content = yamlfiles.parse(self.text, self.file)
+        if not isinstance(content, dict):
+            raise UserError("not a mapping of keys to values", file=self.file)
+        return content
+
+    def place(self, key: str) -> str:
+        """File and line of a dotted key, or of its nearest existing parent."""
+        line = yamlfiles.line_in(self.text, key.split("."))
+        return f"{paths.shown(self.file)}:{self.skipped + line}"
+
+    @contextmanager
+    def as_yaml(self) -> Iterator[str]:
+        """Path of a file with only the YAML; for a model card, a temporary one."""
+        if not self.skipped:
+            yield str(self.file)
+            return
+        with TemporaryDirectory() as folder:
+            yaml = Path(folder, "card.yaml")
+            yaml.write_text(self.text, encoding="utf-8")
+            yield str(yaml)
+
+
+def read(file: Path) -> OldConfig:
+    """Read a YAML file, or a model card with a config in it.
+
+    Raises:
+        UserError: the file cannot be read, or is a card without a config.
+    """
+    text = yamlfiles.read_text(file)
+    if file.suffix != ".md":
+        return OldConfig(file, text)
+    block = _CARDS_CONFIG.search(text)
+    if block is None:
+        problem = "no Axolotl config in this model card, as a block ```yaml with base_model"
+        raise UserError(problem, file=file, remedy="copy the config into a YAML file, and give that to --from")
+    release = _CARDS_RELEASE.search(text)
+    return OldConfig(file, block[1], text.count("\n", 0, block.start(1)), release[1] if release else "")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A change of a setting; values are None if a key is not set.
+
+    Attributes:
+        key: the old dotted key.
+        to: the new dotted key, often the same.
+        reason: the reason for the change.
+    """
+
+    key: str
+    old: Any
+    to: str
+    new: Any
+    reason: str
+
+    def row(self) -> Row:
+        """Row of a table for people."""
+        new = "removed"
+        if self.new is not None:
+            new = f"{self.to}: {_shown(self.new)}"
+        return {"key": self.key, "old": _shown(self.old), "new": new, "reason": self.reason}
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value as YAML on one line."""
+    if value is None:
+        return "not set"
+    return shorten(yamlfiles.write_flow(value), 60, placeholder=" …")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MigratedOverride(Override):
+    """A migrated setting, which messages name by its place in the old file."""
+
+    place: str
+
+    @property
+    def source(self) -> Source:
+        return Source("recipe", self.place)
+
+
+@dataclass
+class Migration:
+    """An old config on its way to the supported release; its methods are the steps, in their order.
+
+    Attributes:
+        release: the release of Axolotl that the config was written for.
+        sign: the key from which the release is guessed; empty if it is stated.
+        before: the old config with the user's overrides.
+        config: the config so far.
+        steps: the changes so far.
+        undecided: what the user has to decide.
+        profiles: the profile that replaces the config's DeepSpeed file, if there is one.
+    """
+
+    old: OldConfig
+    release: Version
+    sign: str
+    before: Config
+    config: Config
+    steps: list[Step] = field(default_factory=list)
+    undecided: list[UserError] = field(default_factory=list)
+    profiles: list[str] = field(default_factory=list)
+
+    def replace(self, step: Step) -> None:
+        """Carry out a step."""
+        if step.to != step.key:
+            self.config = merging.override(self.config, step.key, None)
+        self.config = merging.override(self.config, step.to, step.new)
+        self.steps.append(step)
+
+    def set(self, key: str, value: Any, reason: str) -> None:
+        """Set a top-level key; None removes it."""
+        self.replace(Step(key, self.config.get(key), key, value, reason))
+
+    def refuse(self, key: str, problem: str, remedy: str) -> None:
+        """Note a setting that the user has to decide."""
+        self.undecided.append(UserError(problem, file=self.old.place(key), key=key, remedy=remedy))
+
+    def drop_empty(self) -> None:
+        """Remove keys without a value, as `merging.override` does whenever it deletes a key."""
+        empty = [key for key, value in self.config.items() if value is None]
+        if empty:
+            self.replace(Step("keys without a value", None, "keys without a value", None, ", ".join(empty)))
+
+    def pack(self) -> None:
+        """Limit packed rows to max_packed_sequence_len, as its release did."""
+        packed, longest = self.config.get("max_packed_sequence_len"), self.config.get("sequence_len")
+        if isinstance(packed, int) and isinstance(longest, int) and 0 < packed < longest:
+            self.set("sequence_len", packed, "max_packed_sequence_len limited it")
+
+    def use_profile(self) -> None:
+        """Replace a DeepSpeed file of Axolotl by this project's profile."""
+        file = self.config.get("deepspeed")
+        if not isinstance(file, str) or Path(file).is_file():
+            return
+        profile = tables()["deepspeed"].get(Path(file).stem)
+        if profile:
+            self.profiles.append(profile)
+            self.set("deepspeed", None, f"a file of another machine; `--profile {profile}` has the same stage")
+        else:
+            remedy = "copy the file here, or delete the key and use --profile zero1, zero2 or zero3"
+            self.refuse("deepspeed", f"no such file: {file}", remedy)
+
+    def update_fsdp(self) -> None:
+        """Turn FSDP1's settings into FSDP2's; the list `fsdp` is removed later."""
+        options = self.config.get("fsdp") or []
+        settings = self.config.get("fsdp_config") or {}
+        if not isinstance(settings, dict) or not (options or settings):
+            return
+        names = {key.removeprefix("fsdp_"): value for key, value in settings.items()}
+        if not options and names == settings and self.config.get("fsdp_version") == 2:
+            return
+        if isinstance(options, str):
+            options = options.split()
+        updated: Config = {}
+        for option in (str(names.pop("sharding_strategy", "full_shard")).lower(), *options):
+            if option not in tables()["fsdp"]:
+                remedy = "delete fsdp and fsdp_config, and use --profile fsdp2 or zero2"
+                self.refuse("fsdp_config", f"FSDP2 has no counterpart of {option}", remedy)
+            updated |= tables()["fsdp"].get(option, {})
+        for name in tables()["fsdp_without_effect"]:
+            names.pop(name, None)
+        updated |= names
+        self.set("fsdp_config", updated, "FSDP2's names; Axolotl has no FSDP1 any more")
+        self.set("fsdp_version", 2, "Axolotl has no FSDP1 any more")
+
+    def replace_keys(self) -> None:
+        """Rename and remove keys, and keep those that are gone for the user to decide."""
+        for key, change in _concerned(self.config).items():
+            value, new = self.config[key], change.get("to", key)
+            if not value:
+                self.set(key, None, "off, so without effect")
+            elif "gone" in change:
+                self.refuse(key, "Axolotl no longer has this feature", f"delete the key; {change['gone']}")
+            elif "to" not in change:
+                self.set(key, None, change["why"])
+            elif new != key and new in self.config:
+                self.set(key, None, f"{new} is set, too, and decides")
+            else:
+                self.replace(Step(key, value, new, change.get("value", value), change["why"]))
+
+    def list_tokens(self) -> None:
+        """Turn `tokens` into a list; of a mapping, older releases read the keys."""
+        tokens = self.config.get("tokens")
+        if isinstance(tokens, list):
+            return
+        if isinstance(tokens, str):
+            tokens = [tokens]
+        if tokens:
+            self.set("tokens", list(tokens), "Axolotl reads a list")
+
+    def leave_accounts(self) -> None:
+        """Remove the author's accounts and projects, on trackers and the hub."""
+        for key in list(self.config):
+            if _OF_ACCOUNT.match(key):
+                self.set(key, None, "the author's account or project; `--profile wandb`, `recipe publish` use yours")
+
+    def update_datasets(self) -> None:
+        """Turn rows of type sharegpt, and renamed keys of data sets, into today's."""
+        for dataset in datafiles.datasets(self.config):
+            kind = _SHAREGPT.fullmatch(str(dataset.entry.get("type")))
+            if kind:
+                self._chat_rows(dataset, kind[1] or "")
+            for key, new in tables()["datasets"].items():
+                value = dataset.entry.get(key)
+                if value:
+                    self.replace(Step(f"{dataset.key}.{key}", value, f"{dataset.key}.{new}", value, "renamed"))
+
+    def _chat_rows(self, dataset: DatasetRef, loader: str) -> None:
+        """Turn a data set of type sharegpt into one of type chat_template with the same text."""
+        entry = dataset.entry
+        rows = tables()["sharegpt"].get(loader)
+        name = str(entry.get("conversation") or self._default_conversation())
+        template = tables()["conversations"].get(name)
+        if not rows or not template or "roles" in entry:
+            problem = f"no counterpart of {entry['type']} with the conversation {name} and these roles"
+            names = ", ".join(tables()["conversations"])
+            remedy = f"use type: chat_template with a template of your own; known conversations are {names}"
+            self.refuse(f"{dataset.key}.type", problem, remedy)
+            return
+        updated = entry | deepcopy(rows) | {"type": "chat_template", "chat_template": template}
+        for role, key in _OF_ROLES.items():
+            if updated.get(key):
+                updated["roles"] = updated["roles"] | {role: [entry[key]]}
+        updated = {key: value for key, value in updated.items() if key not in _OF_SHAREGPT}
+        if "{" in template:
+            updated |= {"chat_template": "jinja", "chat_template_jinja": template}
+        reason = f"type sharegpt is gone; the same text as FastChat's conversation {name}"
+        self.replace(Step(dataset.key, entry, dataset.key, updated, reason))
+
+    def _default_conversation(self) -> str:
+        """Conversation of rows that name none (v0.4.0: src/axolotl/utils/config.py:173-184, prompters.py:277-285)."""
+        template = self.config.get("chat_template")
+        if template in ("chatml", "llama3"):
+            return str(template)
+        return "vicuna_v1.1"
+
+    def skip_evaluation(self) -> None:
+        """Remove times of evaluation if no rows are held out."""
+        if self._has("val_set_size", "test_datasets"):
+            return
+        for key in _EVALUATION:
+            if self.config.get(key):
+                self.set(key, None, "no rows are held out, so it had no effect")
+
+    def state_defaults(self) -> None:
+        """State the defaults of the config's release where they have changed."""
+        for default in tables()["defaults"]:
+            key = default["key"]
+            if key not in self.config and self._applies(default):
+                self.set(key, default["old"], f"{default['why']} (default before {default['before']})")
+
+    def _applies(self, entry: Config) -> bool:
+        """True if a changed default or meaning matters to this config."""
+        if self.release >= Version(entry["before"]) or self._has(*entry.get("unless", ())):
+            return False
+        if entry.get("one") and len(datafiles.training_sets(self.config)) != 1:
+            return False
+        return "with" not in entry or self._has(*entry["with"])
+
+    def _has(self, *keys: str) -> bool:
+        """True if one of several keys is on."""
+        return any(self.config.get(key) for key in keys)
+
+    def meanings(self) -> list[str]:
+        """Changes since the config's release that no key undoes."""
+        return [entry["text"] for entry in tables()["meanings"] if self._applies(entry)]
+
+    def changes(self) -> dict[str, Change]:
+        """Changes of the old config by top-level key, each with its reasons."""
+        changed = [key for key in self.before if key not in self.config]
+        changed += [merging.top_key(key) for key in merging.differences(self.before, self.config)]
+        return {key: Change(self.config.get(key), self._reasons(key)) for key in changed}
+
+    def _reasons(self, key: str) -> str:
+        """Reasons for the changes of a top-level key."""
+        reasons = []
+        for step in self.steps:
+            top, to = merging.top_key(step.key), merging.top_key(step.to)
+            if key == top == to:
+                reasons.append(step.reason)
+            elif key == top:
+                reasons.append(f"now {step.to}")
+            elif key == to:
+                reasons.append(f"from {step.key}: {yamlfiles.write_flow(step.old)}; {step.reason}")
+        return "; ".join(dict.fromkeys(reasons))
+
+    def overrides(self) -> list[Override]:
+        """The changes as overrides, except for keys that a run sets.
+
+        Raises:
+            UserError: the user has to decide settings; the error lists them.
+        """
+        if self.undecided:
+            first, *first.further = self.undecided
+            raise first
+        migrated: list[Override] = []
+        for key, change in self.changes().items():
+            if key not in merging.OF_THE_RUN:
+                migrated.append(MigratedOverride(key, change.value, place=self.old.place(key)))
+        return migrated
+
+    def refuse_errors(self, report: Report, composed: Composed) -> None:
+        """Refuse a config with errors; of a migrated one, also those that Axolotl finds.
+
+        Raises:
+            UserError: there are errors, each with its place in the old file.
+        """
+        if not self.old.is_current:
+            check.add_validation([report], None)
+        for finding in report.findings:
+            if finding.where == paths.shown(composed.recipe_file) and finding.line:  # perhaps a card's temporary file
+                finding.where = paths.shown(self.old.file)
+                finding.line += self.old.skipped
+        refuse_errors(report.findings)
+
+    def origins(self, name: str) -> list[str]:
+        """First lines of a variant's header; none for a YAML file, which the variant names as its original."""
+        if not self.old.skipped:
+            return []
+        card = paths.shown(self.old.file)
+        return [f"# {name}: from the model card {card}", "#", "# Changes   changed lines state the former value"]
+
+
+def _concerned(config: Config) -> dict[str, Config]:
+    """Rows of the table of keys that concern a config."""
+    rows = {}
+    for key, change in tables()["keys"].items():
+        value = config.get(key)
+        if key in config and value == change.get("only", value) and value == config.get(change.get("like", key)):
+            rows[key] = change
+    return rows
+
+
+def evidence(config: Config) -> dict[str, Version]:
+    """Keys of a config that are signs of its age, each with the last release that reads it."""
+    signs = {}
+    for key, change in _concerned(config).items():
+        # people copy empty keys for years, but releases since 0.9 have no examples with those of the other rows
+        if "last" in change and (config[key] or "to" not in change):
+            signs[key] = Version(change["last"])
+    for dataset in datafiles.datasets(config):
+        if _SHAREGPT.fullmatch(str(dataset.entry.get("type"))):
+            signs[f"{dataset.key}.type"] = _LAST_WITH_SHAREGPT
+    return signs
+
+
+def of_file(name: str, release: str | None) -> OldConfig:
+    """Config in a file, or of a recipe.
+
+    Args:
+        name: the file, a YAML file or a model card, or the name of a recipe.
+        release: the release from --axolotl.
+
+    Raises:
+        UserError: the card has no config, or --axolotl is given for a recipe of this project.
+    """
+    file = Path(name)
+    if file.suffix == ".md":
+        return read(file)
+    recipe, file = paths.find_recipe(name)
+    is_current = recipe in paths.recipe_names() or bool(merging.ancestors(file))
+    if is_current and release:
+        raise UserError(f"{recipe} is for this release of Axolotl already", key="--axolotl", remedy="leave it out")
+    old = read(file)
+    if is_current or not (release or evidence(old.config)):
+        return OldConfig(Path(name), is_current=True)
+    return old
+
+
+def migrate(old: OldConfig, release: str | None, overrides: Iterable[Override] = ()) -> Migration:
+    """Bring an old config to the supported release.
+
+    Args:
+        old: the config.
+        release: the release from --axolotl; without it, the card's, or else a guess from the keys.
+        overrides: the user's changes, which can decide what a migration cannot.
+
+    Raises:
+        UserError: the release is not a version, or an override cannot be set.
+    """
+    config = old.config
+    if not old.is_current:
+        for override in overrides:
+            config = merging.override(config, override.key, override.value)
+    migration = Migration(old, *_release(old, release), config, config)
+    migration.drop_empty()
+    migration.pack()
+    migration.use_profile()
+    migration.update_fsdp()
+    migration.replace_keys()
+    migration.list_tokens()
+    migration.leave_accounts()
+    migration.update_datasets()
+    migration.skip_evaluation()
+    migration.state_defaults()
+    return migration
+
+
+def _release(old: OldConfig, release: str | None) -> tuple[Version, str]:
+    """Release of Axolotl that a config was written for, and the key from which it is guessed, if it is not stated."""
+    stated = release or old.stated
+    if not stated:
+        signs = evidence(old.config) or {"no key of an older release": supported()}
+        sign = min(signs, key=signs.__getitem__)
+        return signs[sign], sign
+    try:
+        return Version(stated), ""
+    except InvalidVersion:
+        raise UserError(f"not a version: {stated}", key="--axolotl", remedy="give one, as in 0.4.0") from None
+
+
+def supported() -> Version:
+    """Release of Axolotl that this project supports."""
+    return Version(version("axolotl"))
+
+
+def as_changes(migration: Migration, model: OtherModel) -> OtherModel:
+    """Changes of a migration together with those for another base model, which win."""
+    if migration.old.is_current:
+        return model
+    release = f"# Axolotl   written for {migration.release}, migrated to {supported()} by `recipe new --from`"
+    return OtherModel({**migration.changes(), **model.changes}, [release, *model.header], model.notes)

@@ -1,0 +1,442 @@
+"""Configs of older releases of Axolotl, brought in by `recipe new --from` and `recipe study new --from`."""
+
+from pathlib import Path
+from typing import Any
+
+import old_configs
+import pytest
+from a_card import CARD
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from packaging.version import Version
+
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.yamlfiles import Config
+from qlora_recipes.writing import migrate
+from qlora_recipes.writing.migrate import OldConfig
+
+CHATML = migrate.tables()["conversations"]["chatml"]
+CHAT = {
+    "field_messages": "conversations",
+    "message_property_mappings": {"role": "from", "content": "value"},
+    "roles": {"user": ["human"], "assistant": ["gpt"], "system": ["system"]},
+    "type": "chat_template",
+    "chat_template": "jinja",
+    "chat_template_jinja": CHATML,
+}
+OF_2023 = """\
+base_model: models/llama
+base_model_config: models/llama
+load_in_4bit: true
+adapter: qlora
+lora_r: 8
+lora_alpha: 16
+lora_target_modules: [q_proj, v_proj]
+lora_fan_in_fan_out:
+datasets:
+  - {path: rows.jsonl, type: alpaca}
+dataset_prepared_path: last_run_prepared
+val_set_size: 0.1
+sequence_len: 512
+max_packed_sequence_len: 256
+wandb_project: theirs
+wandb_run_id:
+output_dir: ./qlora-out
+micro_batch_size: 2
+num_epochs: 1
+optimizer: paged_adamw_32bit
+lr_scheduler: cosine
+learning_rate: 0.0002
+bf16: true
+gradient_checkpointing: true
+xformers_attention: true
+flash_attention:
+gptq_groupsize:
+special_tokens: {pad_token: </s>}
+"""
+
+
+def changed(text: str, release: str) -> Config:
+    """Settings that a migration changes; None for removed ones."""
+    old = OldConfig(Path("old.yml"), text)
+    return {key: change.value for key, change in migrate.migrate(old, release).changes().items()}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        pytest.param("debug:", {"debug": None}, id="empty"),
+        pytest.param("base_model: x\nbase_model_config: x", {"base_model_config": None}, id="config-of-the-model"),
+        pytest.param("base_model: x\nbase_model_config: y", {}, id="config-of-another-model"),
+        pytest.param("strict: false", {"strict": None}, id="off"),
+        pytest.param("is_llama_derived_model: true", {"is_llama_derived_model": None}, id="without-effect"),
+        pytest.param(
+            "flash_attention: true", {"flash_attention": None, "attn_implementation": "flash_attention_2"}, id="flash"
+        ),
+        pytest.param("sdp_attention: true", {"sdp_attention": None, "attn_implementation": "sdpa"}, id="sdpa"),
+        pytest.param(
+            "flash_attention: true\nattn_implementation: eager", {"flash_attention": None}, id="new-key-decides"
+        ),
+        pytest.param(
+            "evaluation_strategy: epoch\nval_set_size: 1",
+            {"evaluation_strategy": None, "eval_strategy": "epoch"},
+            id="renamed",
+        ),
+        pytest.param(
+            "max_packed_sequence_len: 256\nsequence_len: 512",
+            {"max_packed_sequence_len": None, "sample_packing": True, "sequence_len": 256},
+            id="packed",
+        ),
+        pytest.param(
+            "relora_steps: 150\nrelora: true",
+            {"relora_steps": None, "jagged_restart_steps": 150},
+            id="relora",
+        ),
+        pytest.param(
+            "rope_scaling: {type: linear, factor: 2.0}",
+            {"rope_scaling": None, "overrides_of_model_config": {"rope_scaling": {"type": "linear", "factor": 2.0}}},
+            id="nested",
+        ),
+        pytest.param("optimizer: adamw_hf", {"optimizer": "adamw_torch"}, id="value"),
+        pytest.param("optimizer: adamw_bnb_8bit", {}, id="value-that-stays"),
+        pytest.param("tokens: <|im_start|>", {"tokens": ["<|im_start|>"]}, id="one-token"),
+        pytest.param("tokens: {a: , b: }", {"tokens": ["a", "b"]}, id="mapping-of-tokens"),
+        pytest.param("wandb_project: x\nhub_model_id: y", {"wandb_project": None, "hub_model_id": None}, id="account"),
+        pytest.param("dataset_prepared_path: x", {"dataset_prepared_path": None}, id="path"),
+        pytest.param("deepspeed: deepspeed/zero2.json", {"deepspeed": None}, id="deepspeed"),
+        pytest.param("evals_per_epoch: 4\nval_set_size: 0", {"evals_per_epoch": None}, id="nothing-to-evaluate"),
+        pytest.param(
+            "fsdp: [full_shard, auto_wrap, offload]\n"
+            "fsdp_config: {fsdp_use_orig_params: false, fsdp_transformer_layer_cls_to_wrap: LlamaDecoderLayer}",
+            {
+                "fsdp": None,
+                "fsdp_version": 2,
+                "fsdp_config": {
+                    "reshard_after_forward": True,
+                    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+                    "offload_params": True,
+                    "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+                },
+            },
+            id="fsdp",
+        ),
+        pytest.param(
+            "fsdp_config: {version: 2, reshard_after_forward: false}",
+            {"fsdp_version": 2, "fsdp_config": {"reshard_after_forward": False}},
+            id="version-of-fsdp",
+        ),
+        pytest.param("fsdp_version: 2\nfsdp_config: {offload_params: true}", {}, id="fsdp2"),
+        pytest.param(
+            "datasets: [{path: x, message_field_role: from, message_field_content: value}]",
+            {"datasets": [{"path": "x", "message_property_mappings": {"role": "from", "content": "value"}}]},
+            id="fields-of-messages",
+        ),
+        pytest.param(
+            "datasets: [{path: x, type: sharegpt, conversation: chatml, strict: false}]",
+            {"datasets": [{"path": "x"} | CHAT]},
+            id="sharegpt",
+        ),
+        pytest.param(
+            "chat_template: chatml\ndatasets: [{path: x, type: sharegpt_simple}]",
+            {"datasets": [{"path": "x"} | CHAT]},
+            id="sharegpt-by-the-template",
+        ),
+        pytest.param(
+            "datasets: [{path: x, type: sharegpt.load_guanaco, conversation: chatml, field_human: me}]",
+            {
+                "datasets": [
+                    {"path": "x"}
+                    | CHAT
+                    | {
+                        "message_property_mappings": {"role": "role", "content": "text"},
+                        "roles": {"user": ["me"], "assistant": ["assistant"], "system": ["system"]},
+                    }
+                ]
+            },
+            id="sharegpt-with-roles",
+        ),
+    ],
+)
+def test_a_setting_is_renamed_or_removed(text, expected):
+    assert changed(text, "0.21.0") == expected
+
+
+@pytest.mark.parametrize(
+    ("release", "text", "expected"),
+    [
+        pytest.param("0.10.1", "datasets: [{path: x}]", {"shuffle_merged_datasets": False}, id="split"),
+        pytest.param("0.11.0", "datasets: [{path: x}]", {}, id="split-after-a-shuffle"),
+        pytest.param("0.11.0.dev0", "datasets: [{path: x}]", {"shuffle_merged_datasets": False}, id="split-dev"),
+        pytest.param("0.10.1", "datasets: [{path: x}, {path: y}]", {}, id="two-data-sets"),
+        pytest.param("0.10.1", "datasets: [{path: x}]\nshuffle_merged_datasets: true", {}, id="split-stated"),
+        pytest.param("0.9.2", "val_set_size: 9", {"eval_strategy": "epoch"}, id="evaluation"),
+        pytest.param("0.9.2", "val_set_size: 9\neval_steps: 5", {}, id="evaluation-in-steps"),
+        pytest.param("0.10.0", "val_set_size: 9", {}, id="no-evaluation"),
+        pytest.param(
+            "0.11.0",
+            "relora_steps: 150",
+            {"relora_steps": None, "jagged_restart_steps": 150, "relora": True},
+            id="relora",
+        ),
+        pytest.param("0.9.0", "adapter: qlora", {"lora_mlp_kernel": False}, id="kernels"),
+        pytest.param("0.9.1", "adapter: qlora", {}, id="kernels-on"),
+    ],
+)
+def test_an_old_default_is_stated(release, text, expected):
+    settings = "optimizer: sgd\ntf32: false\nbf16: true\n"
+    assert changed(settings + text, release) == expected
+
+
+def test_defaults_of_optimizer_and_precision_are_stated():
+    assert changed("lora_r: 8", "0.4.0") == {"optimizer": "adamw_torch", "tf32": False, "bf16": False}
+
+
+@pytest.mark.parametrize(
+    ("text", "sign", "release"),
+    [
+        pytest.param(
+            "is_llama_derived_model: true\nflash_attention: true", "is_llama_derived_model", "0.4.1", id="oldest"
+        ),
+        pytest.param("datasets: [{path: x, type: sharegpt}]", "datasets.0.type", "0.4.1", id="sharegpt"),
+        pytest.param("flash_attention: true", "flash_attention", "0.16.0", id="newest"),
+        pytest.param("flash_attention: true\nstrict: false", "strict", "0.8.0", id="off"),
+        pytest.param("flash_attention: true\nmax_packed_sequence_len:", "flash_attention", "0.16.0", id="empty"),
+    ],
+)
+def test_the_release_is_guessed_from_the_keys(text, sign, release):
+    migration = migrate.migrate(OldConfig(Path("old.yml"), text), None)
+    assert (migration.sign, migration.release) == (sign, Version(release))
+
+
+def test_a_meaning_that_no_key_restores_is_told():
+    migration = migrate.migrate(OldConfig(Path("old.yml"), "gradient_accumulation_steps: 4"), "0.4.1")
+    assert migration.meanings() == [
+        "a step's loss was the mean over micro batches; now it is the mean over all tokens of a step"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "expected"),
+    [
+        pytest.param(
+            "chatml",
+            [("user", "a"), ("assistant", "b")],
+            "<s><|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\na<|im_end|>\n"
+            "<|im_start|>assistant\nb<|im_end|>\n</s>",
+            id="chatml",
+        ),
+        pytest.param(
+            "vicuna_v1.1",
+            [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")],
+            "<s>s USER: a ASSISTANT: b</s>USER: c ASSISTANT: d</s>",
+            id="vicuna",
+        ),
+        pytest.param(
+            "llama-2",
+            [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")],
+            "<s>[INST] <<SYS>>\ns\n<</SYS>>\n\na[/INST] b</s><s> [INST] c[/INST] d</s>",
+            id="llama-2",
+        ),
+        pytest.param(
+            "mistral",
+            [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")],
+            "<s>[INST] a[/INST] b</s>[INST] c[/INST] d</s>",
+            id="mistral",
+        ),
+    ],
+)
+def test_a_conversation_has_the_text_of_fastchat(name, messages, expected):
+    """The texts are those of fschat 0.2.34 with the get_turns of Axolotl 0.4.0, which adds EOS to an answer."""
+    template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(
+        migrate.tables()["conversations"][name]
+    )
+    turns = [{"role": role, "content": content} for role, content in messages]
+    assert template.render(messages=turns, bos_token="<s>", eos_token="</s>") == expected
+
+
+def write_rows(place: Path, count: int = 40) -> None:
+    rows = [f'{{"instruction": "Add {i} and 1.", "input": "", "output": "{i + 1}"}}' for i in range(count)]
+    (place / "rows.jsonl").write_text("\n".join(rows) + "\n")
+
+
+def test_a_config_of_2023_becomes_a_variant_that_passes_the_check(place, recipe):
+    write_rows(place)
+    (place / "old.yml").write_text(OF_2023)
+    done = recipe.ok("new", "mine", "--from", "old.yml")
+    assert done.stderr.splitlines()[0] == (
+        "Axolotl 0.3.0 is a guess, from base_model_config; the split of the rows and other defaults depend on it: "
+        "pass --axolotl VERSION if you know it"
+    )
+    config = yamlfiles.read_yaml(place / "variants/mine.yaml")
+    former = yamlfiles.read_yaml(place / "old.yml")
+    assert {key: config.get(key) for key in former | config if config.get(key) != former.get(key)} == {
+        "base_model_config": None,
+        "dataset_prepared_path": None,
+        "sequence_len": 256,
+        "max_packed_sequence_len": None,
+        "sample_packing": True,
+        "wandb_project": None,
+        "output_dir": "outputs/mine",
+        "xformers_attention": None,
+        "attn_implementation": "xformers",
+        "shuffle_merged_datasets": False,
+        "eval_strategy": "epoch",
+        "lora_mlp_kernel": False,
+        "tf32": False,
+    }
+    assert {finding["level"] for finding in recipe.json("check", "mine")[0]["findings"]} == {"warning", "note"}
+    assert yamlfiles.sources(place / "variants/mine.yaml")["eval_strategy"] == (
+        "variant, was not set; held-out rows were scored after each epoch (default before 0.10.0)"
+    )
+
+
+def test_the_users_settings_win(place, recipe):
+    write_rows(place)
+    (place / "old.yml").write_text(OF_2023 + "s2_attention: true\n")
+    recipe.ok(
+        "new", "mine", "--from", "old.yml", "--set", "s2_attention=null", "--set", "tf32=true", "--set", "lora_r=4"
+    )
+    config = yamlfiles.read_yaml(place / "variants/mine.yaml")
+    assert (config.get("s2_attention"), config["tf32"], config["lora_r"]) == (None, True, 4)
+
+
+def test_a_card_becomes_a_variant_and_a_profile(place, recipe):
+    write_rows(place)
+    (place / "README.md").write_text(CARD)
+    done = recipe.ok("new", "mine", "--from", "README.md")
+    assert done.stderr.splitlines()[-1] == "next: recipe check mine --profile zero2"
+    assert (place / "variants/mine.yaml").read_text().splitlines()[1:5] == [
+        "# mine: from the model card README.md",
+        "#",
+        "# Changes   changed lines state the former value",
+        "# Axolotl   written for 0.4.0, migrated to 0.21.0 by `recipe new --from`",
+    ]
+
+
+def test_a_card_becomes_a_study_with_its_last_eval_loss(place, recipe):
+    write_rows(place)
+    (place / "README.md").write_text(CARD)
+    recipe.ok("study", "new", "theirs", "--from", "README.md")
+    study = yamlfiles.read_yaml(place / "recipes/theirs/study.yaml")
+    assert study["published"] == {"theirs/as-published": {"scores": {"eval_loss": 1.2124}}}
+    assert study["differences"][0] == "Axolotl 0.4.0"
+    config = yamlfiles.read_yaml(place / "recipes/theirs/as-published.yaml")
+    assert (config["shuffle_merged_datasets"], config["output_dir"]) == (False, "outputs/theirs/as-published")
+    assert recipe.ok("study", "check", "theirs").stderr.splitlines()[1] == "theirs: errors: 0, warnings: 2"
+
+
+def test_the_check_of_an_old_file_names_the_command_that_migrates_it(place, recipe):
+    write_rows(place)
+    (place / "old.yml").write_text(OF_2023)
+    assert recipe("check", "old.yml", "--quick").stderr.splitlines()[0] == (
+        "old.yml: written for an older Axolotl; `recipe new NAME --from old.yml` migrates it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "arguments", "message"),
+    [
+        pytest.param(
+            "old.yml",
+            OF_2023 + "s2_attention: true\ndeepspeed: /home/me/ds.json\n",
+            [],
+            "old.yml:30: deepspeed: no such file: /home/me/ds.json; copy the file here, or delete the key and use "
+            "--profile zero1, zero2 or zero3\n"
+            "old.yml:29: s2_attention: Axolotl no longer has this feature; delete the key; train with "
+            "attn_implementation: flash_attention_2, for other results",
+            id="gone",
+        ),
+        pytest.param(
+            "old.yml",
+            OF_2023.replace("type: alpaca", "type: sharegpt, conversation: phoenix"),
+            [],
+            "old.yml:10: datasets.0.type: no counterpart of sharegpt with the conversation phoenix and these roles; "
+            "use type: chat_template with a template of your own; known conversations are chatml, vicuna_v1.1, "
+            "llama-2, mistral, llama3",
+            id="unknown-conversation",
+        ),
+        pytest.param(
+            "old.yml",
+            OF_2023 + "fsdp: [hybrid_shard, auto_wrap]\nfsdp_config: {}\n",
+            [],
+            "old.yml:30: fsdp_config: FSDP2 has no counterpart of hybrid_shard; delete fsdp and fsdp_config, and use "
+            "--profile fsdp2 or zero2",
+            id="unknown-sharding",
+        ),
+        pytest.param(
+            "old.yml",
+            OF_2023 + "early_stopping_patience: 3\n",
+            [],
+            "old.yml:29: error: early_stopping_patience: `early_stopping_patience` requires save_steps and eval_steps "
+            "to be set. eval_steps should evenly divide save_steps. [axolotl:early_stopping_patience]",
+            id="never-valid",
+        ),
+        pytest.param(
+            "README.md",
+            CARD.replace("lora_r: 32\n", "lora_r: 32\nlora_rr: 3\n"),
+            [],
+            "README.md:19: error: lora_rr: unknown to Axolotl; did you mean lora_r or lora_dropout? "
+            "[unknown-key:lora_rr]",
+            id="line-of-a-card",
+        ),
+        pytest.param(
+            "README.md",
+            "# A model\n",
+            [],
+            "README.md: no Axolotl config in this model card, as a block ```yaml with base_model; copy the config into "
+            "a YAML file, and give that to --from",
+            id="card-without-config",
+        ),
+        pytest.param(
+            "old.yml",
+            OF_2023,
+            ["--axolotl", "old"],
+            "--axolotl: not a version: old; give one, as in 0.4.0",
+            id="not-a-version",
+        ),
+        pytest.param("old.yml", "- a\n", [], "old.yml: not a mapping of keys to values", id="a-list"),
+        pytest.param("old.md", None, [], "old.md: No such file or directory", id="missing-card"),
+    ],
+)
+def test_what_the_user_has_to_decide_is_refused_with_its_line(place, recipe, file, text, arguments, message):
+    write_rows(place)
+    if text is not None:
+        (place / file).write_text(text)
+    assert recipe.fails("new", "mine", "--from", file, *arguments).stderr == f"recipe: {message}\n"
+    assert not (place / "variants").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(
+            ["new", "mine", "--from", "start/qlora", "--axolotl", "0.4.0"],
+            "--axolotl: start/qlora is for this release of Axolotl already; leave it out",
+            id="recipe-of-this-release",
+        ),
+        pytest.param(
+            ["study", "new", "theirs", "--from", "bare.md"],
+            "bare.md: no table of training results with the columns Step and Validation Loss; `recipe new NAME --from "
+            "CARD` takes its config alone",
+            id="card-without-results",
+        ),
+        pytest.param(
+            ["study", "new", "theirs", "--axolotl", "0.4.0"], "--axolotl: works only with --from", id="no-card"
+        ),
+    ],
+)
+def test_a_wrong_request_is_refused(place, recipe, arguments, message):
+    (place / "bare.md").write_text(CARD.partition("| Training")[0])
+    assert recipe.fails(*arguments).stderr == f"recipe: {message}\n"
+    assert not (place / "recipes").exists()
+
+
+def test_tables_name_keys_that_axolotl_has():
+    schema: dict[str, Any] = migrate.check.schema.load()["properties"]
+    new = [change["to"].partition(".")[0] for change in migrate.tables()["keys"].values() if "to" in change]
+    new += [default["key"] for default in migrate.tables()["defaults"]]
+    assert [key for key in new if key not in schema] == []
+
+
+def test_the_page_has_the_present_tables():
+    page = Path("docs/old-configs.md").read_text(encoding="utf-8")
+    assert old_configs.page(page) == page
