@@ -127,15 +127,9 @@ class Log(Strict):
         return self.rows is None and not self.settings
 
     def mistakes(self, at: Key, folder: Path) -> Iterator[Mistake]:
-        """Yield a missing file of learning rates, and notes on figures that the log lacks."""
+        """Yield a missing file of learning rates."""
         if self.learning_rates and not (folder / self.learning_rates).is_file():
             yield (*at, "learning_rates"), f"no such file beside study.yaml: {self.learning_rates}; add it"
-        if self.skipped_steps and not self.learning_rates:
-            yield (*at, "skipped_steps"), "needs learning_rates; add them, or delete the key"
-        for key, figures in {"unverified": self.unverified, "reasons": self.reasons}.items():
-            for figure in figures:
-                if getattr(self, figure) is None:
-                    yield (*at, key), f"the log has no {figure}; add it, or delete it here"
 
 
 class Texts(Strict):

@@ -18,7 +18,8 @@ import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from accelerate.utils import convert_outputs_to_fp32
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, prepare_model_for_kbit_training
+from safetensors.torch import save
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_iter
@@ -303,6 +304,15 @@ def trace(step: Step, shape: Shape) -> MemoryTrace:
         gc.unfreeze()
         gc.enable()
     return MemoryTrace(loaded, events, recorder.kinds, parameters, sizes, recorder.paged, expandable=step.axolotl)
+
+
+def adapter_bytes(step: Step) -> int:
+    """Size of adapter_model.safetensors, which PEFT writes for a model without weights; needs twice as much memory."""
+    with torch.device("meta"), catch_warnings(action="ignore"):  # warnings about embeddings in the file
+        model = get_peft_model(_base_model(step), _lora_config(step), autocast_adapter_dtype=step.fp32_adapters)
+        tensors = get_peft_model_state_dict(model)
+    content = {name: torch.empty_like(tensor, device="cpu") for name, tensor in tensors.items()}
+    return len(save(content, {"format": "pt"}))  # peft/peft_model.py, save_pretrained
 
 
 def _workspace(capability: tuple[int, int]) -> int:

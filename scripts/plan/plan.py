@@ -11,8 +11,10 @@ from ..config.finding import Finding, override_errors, refuse
 from ..config.gpus import ENGINE_KEYS, Gpu, engine_of, offloads
 from ..config.merging import merge
 from ..config.training_settings import TrainingSettings
+from ..data import studies
 from . import steps, work
 from .allocator import Counts, Usage
+from .published_log import Compared, ComparedLog, PlannedLog
 from .step_plan import (
     CONTEXT,
     GIB,
@@ -24,7 +26,7 @@ from .step_plan import (
     plan_step,
     required_gib,
 )
-from .work import Work
+from .work import TokenCount, Work
 
 SIZES = (8, 12, 16, 24, 40, 48, 80)
 """GPU memory sizes in GB, for a plan without a requested GPU."""
@@ -100,6 +102,7 @@ class Plan:
         changes: changes for a config that does not fit the requested GPU, mildest first.
         per_gpu: bytes on each of several GPUs, by engine.
         notes: limits of the figures.
+        log: published log of the recipe, beside a plan with the log's inputs.
     """
 
     model: str
@@ -115,6 +118,7 @@ class Plan:
     notes: list[str]
     changes: list[PlannedChange] = field(default_factory=list)
     work: Work | None = None
+    log: ComparedLog | None = None
 
 
 def plan_request(
@@ -140,7 +144,23 @@ def plan_request(
     override_errors(findings, request.force)
     _add_findings(planned, findings)
     planned.work = work.work(composed, step_plan, gpu, request.gpus, lengths)
+    planned.log = _log(composed, gpu, planned.work)
     return planned
+
+
+def _log(composed: Composed, gpu: Gpu | None, training: Work) -> ComparedLog | None:
+    """Published log of a recipe, beside a plan with the log's inputs; None without a log."""
+    study = studies.study_of(composed.origin)
+    planned = study and PlannedLog.of(study, composed.origin, composed.config, gpu)
+    if not planned:
+        return None
+    compared = planned.compared()
+    declared = work.published(composed)
+    if declared and planned.log.is_of_recipe:
+        tokens = training.tokens if training.tokens_are is TokenCount.COUNTED else None
+        equal = tokens == declared.tokens
+        compared.figures.append(Compared("tokens", tokens, declared.tokens, equal, "counted with --data"))
+    return compared
 
 
 def _add_findings(planned: Plan, findings: list[Finding]) -> None:

@@ -139,18 +139,17 @@ def _cost_cells(study: Study, row: StudyRow) -> Row:
 def _costs(row: StudyRow) -> dict[str, tuple[float | None, float | None]]:
     """Costs of the run, paired with the published costs."""
     ours, log = row.summary, row.log
-    costs: dict[str, float | None] = {
-        "trainable": ours.trainable_parameters,
-        "peak_gpu_memory_gib": ours.peak_memory if row.on_gpu else None,
-        "tokens_per_second": ours.tokens_per_second,
-        "train_seconds": ours.train_seconds if row.chosen else None,
+    peak = ours.peak_memory if row.on_gpu else None
+    seconds = ours.train_seconds if row.chosen else None
+    published_peak = None
+    if log.reserved_bytes:
+        published_peak = log.reserved_bytes / GIB
+    return {
+        "trainable": (ours.trainable_parameters, log.trainable),
+        "peak_gpu_memory_gib": (peak, published_peak),
+        "tokens_per_second": (ours.tokens_per_second, log.tokens_per_second),
+        "train_seconds": (seconds, log.train_seconds),
     }
-    published: dict[str, float | None] = {}
-    if log:
-        published = log.model_dump(include=set(costs))
-        if log.reserved_bytes:
-            published["peak_gpu_memory_gib"] = log.reserved_bytes / GIB
-    return {name: (cost, published.get(name)) for name, cost in costs.items()}
 
 
 def notes(study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:

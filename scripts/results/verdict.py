@@ -62,7 +62,7 @@ class StudyRow:
     Attributes:
         runs: the representative run, then its repeats; empty without a run.
         scores: results by metric.
-        log: other published figures, such as memory and speed; None if those of the recipe are unknown.
+        log: other published figures, such as memory and speed.
         gap: gap between the training loss and the published curve.
         gap_verdict: verdict on the gap.
         differs: settings that the paper states and the run changed.
@@ -73,7 +73,7 @@ class StudyRow:
     rehearsal: bool
     runs: list[RunResult]
     scores: dict[str, MetricRow]
-    log: Log | None
+    log: Log
     gap: CurveGap | None
     gap_verdict: str | None
     differs: list[str]
@@ -233,11 +233,10 @@ def _row_without_run(study: Study, recipe: str) -> StudyRow:
     return StudyRow(recipe, False, [], scores, _log_of_recipe(published), None, None, [], [])
 
 
-def _log_of_recipe(published: Published) -> Log | None:
-    """Published figures of a training with the recipe's settings and rows."""
-    if published.log and published.log.is_of_recipe:
-        return published.log
-    return None
+def _log_of_recipe(published: Published) -> Log:
+    """Published figures of a training with the recipe's settings and rows; an empty log without any."""
+    log = published.log
+    return log if log and log.is_of_recipe else Log(source="none")
 
 
 def _gap_verdict(study: Study, gap: CurveGap | None, state: State) -> str | None:

@@ -16,6 +16,7 @@ from .options import Force, Json, Names, Overrides, Profiles
 if TYPE_CHECKING:
     from ..config.gpus import Gpu
     from ..plan.plan import Fit, Plan, PlannedChange
+    from ..plan.published_log import Compared
     from ..plan.work import Work
 
 verbs = typer.Typer(rich_markup_mode=None)
@@ -95,6 +96,14 @@ def _print_plan(planned: "Plan") -> None:
     print()
     if planned.work:
         tables.print_table([{"work": name, "": text} for name, text in _work(planned.work)], below=[""])
+    if planned.log:
+        print()
+        tables.print_text(f"published log: {planned.log.source}")
+        inputs = {"rows": planned.log.rows, **planned.log.settings, "skipped_steps": planned.log.skipped_steps}
+        inputs = {key: value for key, value in inputs.items() if value}
+        if inputs:
+            tables.print_text(f"planned with its inputs: {yamlfiles.write_flow(inputs)}")
+        tables.print_table([_log_row(figure) for figure in planned.log.figures], below=["remark"])
     for note in planned.notes:
         tables.print_text(f"note: {note}")
 
@@ -163,6 +172,17 @@ def _work(work: "Work") -> Iterator[tuple[str, str]]:
     if work.hours:
         digits = 1 if work.hours >= 1 else 2
         yield "hours", f"{up_to}{work.hours:,.{digits}f} ({work.hours_are})"
+
+
+def _log_row(figure: "Compared") -> Row:
+    """Row of a published figure beside the planned one."""
+    row: Row = {"figure": figure.figure, "planned": None, "published": f"{figure.published:,}"}
+    if figure.planned is not None:
+        row |= {"planned": f"{figure.planned:,}", "difference": f"{figure.planned - figure.published:+,}"}
+    if figure.equal:
+        row["difference"] = "equal"
+    row |= {"largest of": figure.rates, "after step": figure.step, "of": figure.of_steps}
+    return row | {"remark": "published figure not verified" if figure.unverified else figure.reason or None}
 
 
 def _print_plans(plans: "list[tuple[str, Plan]]") -> None:

@@ -28,7 +28,7 @@ def not_matching(pattern: str, value: str) -> str:
     return f"String should match pattern '{pattern}', not {value}"
 
 
-UNVERIFIED = {"source": "a", "unverified": ["steps"]}  # a log
+UNREAD = {"source": "a", "learning_rates": "r.csv"}  # a log
 # fmt: off
 IN_STUDY_YAML = [
     pytest.param({"titel": "x"}, "titel", "unknown key; correct or delete it", id="unknown key"),
@@ -78,18 +78,15 @@ IN_STUDY_YAML = [
         "no such file beside study.yaml: c.csv; add it", id="missing curve"),
     pytest.param({f"{RESULTS} > log": {"steps": 3}}, f"published.{RECIPE}.log.source",
         "missing; add this key", id="log without a source"),
-    pytest.param({f"{RESULTS} > log": {"source": "a", "learning_rates": "r.csv"}},
+    pytest.param({f"{RESULTS} > log": UNREAD},
         f"published.{RECIPE}.log.learning_rates", "no such file beside study.yaml: r.csv; add it",
         id="missing learning rates"),
-    pytest.param({f"{RESULTS} > log": {"source": "a", "skipped_steps": [100]}},
-        f"published.{RECIPE}.log.skipped_steps", "needs learning_rates; add them, or delete the key",
-        id="skipped steps without learning rates"),
-    pytest.param({f"{RESULTS} > log": {"source": "a", "reasons": {"steps": "rounding"}}},
-        f"published.{RECIPE}.log.reasons", "the log has no steps; add it, or delete it here",
-        id="reason without a figure"),
-    pytest.param({"variants > a/b": {"of": RECIPE, "reproduces": True, "log": UNVERIFIED}},
-        "variants.a/b.log.unverified", "the log has no steps; add it, or delete it here",
-        id="variant with an unverified figure that its log lacks"),
+    pytest.param({f"{RESULTS} > log": {"source": "a", "reasons": {"step": "rounding"}}},
+        f"published.{RECIPE}.log.reasons.step", "Input should be 'steps', 'learning_rates', 'trainable', "
+        "'adapter_bytes' or 'reserved_bytes', not step", id="reason for an unknown figure"),
+    pytest.param({"variants > a/b": {"of": RECIPE, "reproduces": True, "log": UNREAD}},
+        "variants.a/b.log.learning_rates", "no such file beside study.yaml: r.csv; add it",
+        id="variant with missing learning rates"),
     pytest.param({f"{RESULTS} > repeats > bleu4": [5.0]}, "published.haider2024/llama-3.2-3b.repeats.bleu4",
         "List should have at least 2 items after validation, not 1, not [5.0]", id="a single repeat"),
     pytest.param({f"{RESULTS} > predictions > prediction > file": "test.csv"},

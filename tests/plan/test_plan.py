@@ -14,6 +14,7 @@ from qlora_recipes.base.errors import UserError
 from qlora_recipes.config import gpus
 from qlora_recipes.config.compose import Request
 from qlora_recipes.plan import plan, step_plan, steps, work
+from qlora_recipes.plan.published_log import Compared, ComparedLog
 from qlora_recipes.plan.step_plan import GIB
 from qlora_recipes.plan.work import TokenCount, Work
 from qlora_recipes.verbs.plan import _print_plan, _print_plans
@@ -424,6 +425,48 @@ def test_a_plan_is_printed_as_tables(capsys):
     work = Work(109, "the config's data", 446_464, TokenCount.UPPER_BOUND, 28, 1.5e10, 1300, 0.0954)
     _print_plan(planned_example(False, work))
     assert capsys.readouterr().out == PRINTED
+
+
+PRINTED_LOG = """\
+
+published log: On sums, table 2
+planned with its inputs: {rows: 150406, num_epochs: 5, skipped_steps: 37}
+figure             planned   published  difference  largest of  after step     of  remark
+learning_rates       4e-05       4e-05  equal              940         100  94000  –
+learning_rates       3e-07       2e-07  +1e-07             940       94000  94004  –
+steps               94,004      94,000  +4                   –           –      –  they rounded down
+trainable       83,886,080  83,886,080  equal                –           –      –  published figure not verified
+tokens                   –   4,198,051  –                    –           –      –  counted with --data
+note: a note
+"""
+PRINTED_SHORT_LOG = """\
+
+published log: On sums
+figure  planned  published  difference
+steps         5          5  equal
+note: a note
+"""
+
+
+def test_a_log_is_printed_beside_the_plan(capsys):
+    figures = [
+        Compared("learning_rates", 4e-05, 4e-05, True, rates=940, step=100, of_steps=94_000),
+        Compared("learning_rates", 3e-07, 2e-07, False, rates=940, step=94_000, of_steps=94_004),
+        Compared("steps", 94_004, 94_000, False, "they rounded down"),
+        Compared("trainable", 83_886_080, 83_886_080, True, unverified=True),
+        Compared("tokens", None, 4_198_051, False, "counted with --data"),
+    ]
+    planned = planned_example(True)
+    planned.log = ComparedLog("On sums, table 2", 150_406, {"num_epochs": 5}, 37, figures)
+    _print_plan(planned)
+    assert capsys.readouterr().out.endswith(PRINTED_LOG)
+
+
+def test_a_log_with_the_recipes_inputs_prints_none(capsys):
+    planned = planned_example(True)
+    planned.log = ComparedLog("On sums", None, {}, 0, [Compared("steps", 5, 5, True)])
+    _print_plan(planned)
+    assert capsys.readouterr().out.endswith(PRINTED_SHORT_LOG)
 
 
 def test_several_plans_are_printed_as_one_table(capsys):

@@ -1,0 +1,261 @@
+"""Published logs beside plans with their inputs."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import plans
+import pytest
+from conftest import config_with, recipe_config, train_runs
+
+from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.config import merging
+from qlora_recipes.config.compose import Request, compose
+from qlora_recipes.config.training_settings import TrainingSettings
+from qlora_recipes.data import published, studies
+from qlora_recipes.data.published import Log
+from qlora_recipes.plan import fake_step, plan, published_log, step_plan
+from qlora_recipes.plan.published_log import Compared, PlannedLog
+from qlora_recipes.plan.work import TokenCount, Work
+from qlora_recipes.run.rundir import PLUGIN, RunDir
+
+REFINEMENT = "haider2024/as-released/llama-3-8b"
+PEFTS = ("rank32", "rank64", "rank64-rslora", "rank32-dora", "rank10-target-mlp")
+# windows of 100 steps, by their last step, in which the log's rate falls less: one step was skipped by the scaler
+SKIPPED = [
+    *(4700, 5100, 11200, 13300, 13400, 17700, 20400, 22500, 24500, 24900, 26700, 33500, 33600, 37600, 39700, 41800),
+    *(42100, 45700, 49800, 51900, 54300, 56500, 58600, 59400, 63400, 65500, 67500, 69100, 72400, 75400, 79400, 81400),
+    *(81500, 85400, 89400, 90100, 93900),
+]
+
+
+def log_of(name: str) -> PlannedLog:
+    study = studies.study_of(name)
+    assert study
+    planned = PlannedLog.of(study, name, recipe_config(name))
+    assert planned
+    return planned
+
+
+@pytest.fixture(scope="module")
+def refinement() -> PlannedLog:
+    return log_of(REFINEMENT)
+
+
+def largest_difference(planned: PlannedLog, steps: int) -> float:
+    rate = published_log.learning_rate(planned.config, steps)
+    assert rate
+    return max(abs(rate(step - sum(end <= step for end in SKIPPED)) - logged) for step, logged in planned.points)
+
+
+def test_the_940_rates_of_the_refinement_are_its_formulas(refinement):
+    """Linear to 2e-4 within 500 steps, then to 0 at 94,000; a skipped step does not count."""
+    assert refinement.log.skipped_steps == SKIPPED
+    assert [step for step, _ in refinement.points] == list(range(100, 94_001, 100))
+    for step, logged in refinement.points:
+        taken = step - sum(end <= step for end in SKIPPED)
+        assert logged == 2e-4 * min(taken / 500, (94_000 - taken) / 93_500)
+
+
+def test_all_rates_are_planned_with_the_logs_steps_and_differ_with_todays(refinement):
+    from transformers import Trainer
+
+    trainer = SimpleNamespace(get_total_train_batch_size=lambda _: 8, get_sp_size=lambda: 1, num_examples=len)
+    arguments = SimpleNamespace(max_steps=-1, gradient_accumulation_steps=4, num_train_epochs=5)
+    *_, transformers_own = Trainer.set_initial_training_values(trainer, arguments, range(150_406 // 2))
+    assert (refinement.log.steps, refinement.steps, transformers_own) == (94_000, 94_004, 94_005)
+    assert largest_difference(refinement, 94_000) <= 1e-18
+    assert largest_difference(refinement, 94_004) == pytest.approx(8.552e-9, rel=1e-3)
+    assert largest_difference(refinement, 94_005) == pytest.approx(1.069e-8, rel=1e-3)
+    rates = [figure for figure in refinement.compute() if figure.figure == "learning_rates"]
+    assert [(figure.equal, figure.rates, figure.of_steps) for figure in rates] == [
+        (True, 940, 94_000),
+        (False, 940, 94_004),
+    ]
+    assert (rates[1].step, rates[1].published) == (94_000, 7.914438502673798e-08)
+
+
+def test_without_the_skipped_steps_the_rates_differ(refinement):
+    planned = PlannedLog(
+        Log(source="a", steps=94_000), refinement.config, refinement.step_plan, None, refinement.points
+    )
+    [rates] = [figure for figure in planned.compute() if figure.figure == "learning_rates"]
+    assert not rates.equal
+    assert rates.planned
+    assert rates.published - rates.planned == pytest.approx(37 * 2e-4 / 93_500)
+
+
+@pytest.mark.parametrize("name", PEFTS)
+def test_the_adapters_of_pefts_comparison_have_the_published_bytes(name):
+    planned = log_of(f"peft-metamathqa/lora-{name}")
+    figures = {figure.figure: (figure.planned, figure.equal) for figure in planned.compute()}
+    assert figures == {
+        "steps": (5000, True),
+        "trainable": (planned.log.trainable, True),
+        "adapter_bytes": (planned.log.adapter_bytes, True),
+    }
+
+
+def test_the_bytes_are_those_of_a_saved_adapter(tmp_path, tiny):
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = config_with({"base_model": str(tiny), "adapter": "lora", "load_in_4bit": False})
+    step = step_plan.plan_step(config, None)[0].step
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    get_peft_model(model, fake_step._lora_config(step)).save_pretrained(tmp_path)
+    assert fake_step.adapter_bytes(step) == (tmp_path / "adapter_model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        pytest.param({"warmup_steps": 10}, 7, id="more steps than there are"),
+        pytest.param({"warmup_steps": 0}, 100, id="no warm-up"),
+        pytest.param({"warmup_steps": 1}, 100, id="one step"),
+        pytest.param({"warmup_ratio": 0.1}, 5000, id="ratio"),
+        pytest.param({"warmup_ratio": 0.1}, 12, id="ratio of one step"),
+        pytest.param({"warmup_ratio": 0.03}, 781, id="ratio rounded down"),
+        pytest.param({}, 781, id="default"),
+        pytest.param({}, 90_000, id="highest default"),
+        pytest.param({"warmup_ratio": 0.1, "warmup_steps": 3}, 100, id="both"),
+    ],
+)
+def test_warm_up_steps_are_axolotls(changes, steps):
+    from axolotl.core.builders.base import TrainerBuilderBase
+    from axolotl.utils.dict import DictDefault
+
+    arguments: dict[str, Any] = {}
+    builder = SimpleNamespace(cfg=DictDefault(changes))
+    TrainerBuilderBase._configure_warmup_and_logging(builder, steps, arguments)
+    assert published_log.warmup_steps(changes, steps) == arguments["warmup_steps"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"lr_scheduler": "rex"}, id="rex"),
+        pytest.param({"lr_scheduler": "one_cycle"}, id="one_cycle"),
+        pytest.param({"lr_scheduler": "cosine", "cosine_min_lr_ratio": 0.1}, id="cosine_min_lr_ratio"),
+        pytest.param({"lr_scheduler": "cosine", "lr_quadratic_warmup": True}, id="lr_quadratic_warmup"),
+        pytest.param({"jagged_restart_steps": 3}, id="jagged_restart_steps"),
+        pytest.param({"lr_scheduler": "reduce_lr_on_plateau"}, id="follows the loss"),
+    ],
+)
+def test_a_schedule_that_is_not_transformers_is_unknown(changes):
+    assert published_log.learning_rate({"learning_rate": 1e-4} | changes, 10) is None
+
+
+def test_shipped_figures_are_those_of_new_computations():
+    logs = plans.logs()
+    remedy = "run `.venv/bin/python tools/plans.py`"
+    assert published_log.shipped().keys() == {log.key for log in logs}, remedy
+    assert [log.stored for log in logs] == [log.compute() for log in logs], remedy
+
+
+def test_a_log_is_planned_without_torch_as_the_recipe_is(recipe, monkeypatch):
+    def computed(self: PlannedLog) -> list[Compared]:
+        raise AssertionError(f"computed: {self.log}")
+
+    monkeypatch.setattr(PlannedLog, "compute", computed)
+    [planned] = recipe.json("plan", REFINEMENT, "--gpu", "T4")
+    log = planned["log"]
+    assert log["settings"] == {"num_epochs": 5, "micro_batch_size": 2, "gradient_accumulation_steps": 4}
+    assert (log["rows"], log["skipped_steps"]) == (150_406, 37)
+    assert [(figure["figure"], figure["equal"]) for figure in log["figures"]] == [
+        ("learning_rates", True),
+        ("learning_rates", False),
+        ("steps", False),
+        ("trainable", True),
+        ("reserved_bytes", False),
+    ]
+
+
+STATUSES = {
+    REFINEMENT: "schedule, parameters equal log",
+    **dict.fromkeys([f"peft-metamathqa/lora-{name}" for name in PEFTS], "steps, parameters, adapter equal log"),
+    "pissa-metamathqa/llama-2-7b-qlora": "steps equal log",
+    "qlora-guanaco/llama-7b": "steps equal log",  # its number of parameters is not verified
+    **dict.fromkeys(
+        [f"tinker-tulu3/llama-{size}-lora" for size in ("3.2-1b", "3.2-3b", "3.1-8b")], "steps, parameters equal log"
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "status"), STATUSES.items())
+def test_the_status_names_what_equals_the_log(name, status):
+    assert log_of(name).status == status
+    assert f"| {status} |" in row_of(name) or f"; {status} |" in row_of(name)
+
+
+def row_of(name: str) -> str:
+    """Row of a recipe in recipes/README.md."""
+    lines = (paths.RECIPES / "README.md").read_text().splitlines()
+    return next(line for line in lines if line.startswith(f"| [{name}]"))
+
+
+def test_another_log_has_no_status(refinement):
+    log = refinement.log.model_copy(update={"trainable": 1})
+    planned = PlannedLog(log, refinement.config, refinement.step_plan, refinement.steps, refinement.points)
+    assert planned.status == ""
+
+
+def test_learning_rates_that_cannot_be_read_are_refused(tmp_path):
+    (tmp_path / "r.csv").write_text("step,rate\n1,2\n")
+    with pytest.raises(UserError) as refused:
+        published.read_points(tmp_path / "r.csv", "learning_rate")
+    place = tmp_path / "r.csv"
+    expected = (
+        f"{place}: expected the columns step and learning_rate with a number in each row (KeyError('learning_rate'))"
+    )
+    assert str(refused.value) == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "origin", "expected"),
+    [
+        pytest.param(4_198_051, TokenCount.COUNTED, (4_198_051, True), id="equal"),
+        pytest.param(4_198_050, TokenCount.COUNTED, (4_198_050, False), id="one less"),
+        pytest.param(4_198_051, TokenCount.DECLARED, (None, False), id="not counted"),
+    ],
+)
+def test_counted_tokens_are_compared_with_those_of_the_study(tokens, origin, expected):
+    composed = compose(Request("peft-metamathqa/lora-rank32"))
+    log = plan._log(composed, None, Work(20_000, "", tokens, origin, 5000, 1e10, None, None))
+    assert log
+    [compared] = [figure for figure in log.figures if figure.figure == "tokens"]
+    assert (compared.planned, compared.equal) == expected
+    assert compared.published == 4_198_051
+
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "linear": {"lr_scheduler": "linear", "warmup_steps": 3},
+    "cosine": {"lr_scheduler": "cosine", "warmup_steps": None, "warmup_ratio": 0.3},
+    "default": {"lr_scheduler": None, "warmup_steps": None, "num_epochs": 2},
+    "constant": {"lr_scheduler": "constant_with_warmup", "warmup_steps": 2, "max_steps": 5},
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_profile: Path) -> dict[str, tuple[dict[str, Any], RunDir]]:
+    """Configs and real trainings with them, by name."""
+    base = merging.merge(recipe_config("haider2024/llama-2-7b"), yamlfiles.read_yaml(tiny_profile))
+    base |= {"save_strategy": "no", "saves_per_epoch": None, "num_epochs": 1, "logging_steps": 1, "plugins": [PLUGIN]}
+    configs = {name: merging.merge(base, changes) for name, changes in SCHEDULES.items()}
+    runs = train_runs(tmp_path_factory.mktemp("schedules"), configs)
+    return {name: (configs[name], run) for name, run in runs.items()}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_training_has_the_planned_learning_rates(trained, name):
+    config, run = trained[name]
+    records = run.read_metrics()
+    rows = next(record["training_rows"] for record in records if "training_rows" in record)
+    rates = [record["learning_rate"] for record in records if "loss" in record]
+    steps = TrainingSettings.of(config).steps(rows)
+    assert steps == len(rates) >= 5
+    rate = published_log.learning_rate(config, steps)
+    assert rate
+    assert rates == [rate(step) for step in range(steps)]
