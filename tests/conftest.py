@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import time
 import venv
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # each worker gets its share of t
 
 from qlora_recipes import cli
 from qlora_recipes.base import hub, paths, terminal
+from qlora_recipes.config import substitution
 from qlora_recipes.config.gpus import CPU_RANKS
 from qlora_recipes.config.merging import Override, parse_override
 from qlora_recipes.data import studies
@@ -259,6 +262,27 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     folder = tmp_path_factory.mktemp("tiny-llama")
     random_models.save_tiny_llama(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sentencepiece(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """A folder with a Llama's SentencePiece tokenizer, Mistral's, and the stand-in's config."""
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    package = find_spec("mistral_common")
+    assert package and package.origin
+    shutil.copy(Path(package.origin).with_name("data") / "tokenizer.model.v1", folder / "tokenizer.model")
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False}  # as Llama 2's
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | tokens))
+    config = json.loads((substitution.model_folder() / "config.json").read_text()) | {"vocab_size": 32000}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(params=["sentencepiece", "bpe"])
+def model(request: pytest.FixtureRequest, sentencepiece: Path) -> Path:
+    """A folder with a SentencePiece tokenizer, or one of BPE."""
+    return sentencepiece if request.param == "sentencepiece" else substitution.model_folder()
 
 
 @pytest.fixture(scope="session")

@@ -218,7 +218,9 @@ class EvaluationTask:
                 raise
             say(f"{error}; scoring without rows: {', '.join(self.columns)}")
             return NO_ROWS
-        return evaluation_rows.read_source(source, self.folder, self.run, self.cfg)
+        rows = evaluation_rows.read_source(source, self.folder, self.run, self.cfg)
+        self.columns = columns_of(self.run.origin, self.request.metrics, rows.references)
+        return rows
 
     def _row_limit(self) -> int | None:
         """Maximum number of evaluated rows; None for all."""

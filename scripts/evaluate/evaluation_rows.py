@@ -89,6 +89,11 @@ class EvaluationRows:
         """Names of the rows' groups."""
         return {str(row.content.get("group")) for row in self.rows}
 
+    @property
+    def references(self) -> list[str]:
+        """Expected answer of each row; empty if the row's type has no field for it."""
+        return [row_type(row.dataset.entry).answer_of(row.content) for row in self.rows]
+
     def sample(self, limit: int | None) -> "EvaluationRows":
         """Rows that a limit takes, see `sample_positions`."""
         return replace(self, rows=[self.rows[i] for i in sample_positions(len(self.rows), limit)])

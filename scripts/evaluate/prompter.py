@@ -150,7 +150,7 @@ class Prompter:
             if reference is None:
                 reference = self._decode(tokens.ids[start:end])
             if isinstance(kind, Chat):
-                answer = last_answer(kind, row)
+                answer = kind.answer_of(row).strip()
                 first_token = str(self.tokenizer.decode(tokens.ids[start : start + 1])).strip()
                 if answer and not answer.startswith(first_token):  # the token also has the end of the prompt
                     with_other_answer[number] = replace_answer(kind, row, NEUTRAL)
@@ -195,12 +195,6 @@ def text_of(tokenizer: Any, tokens: Sequence[int]) -> str | None:
     prefix = len(tokenizer("")["input_ids"])
     text = str(tokenizer.decode(tokens[prefix:], skip_special_tokens=False, clean_up_tokenization_spaces=False))
     return text if tokenizer(text)["input_ids"] == list(tokens) else None
-
-
-def last_answer(kind: Chat, row: Row) -> str:
-    """Text of a chat's last turn, which is its answer; empty without turns."""
-    turns = row.get(kind.messages) or [{}]
-    return str(turns[-1].get(kind.content) or "").strip()
 
 
 def replace_answer(kind: Chat, row: Row, answer: str) -> Row:

@@ -24,6 +24,7 @@ from ..metrics.metric import (
     ScorerRecord,
     ScoringInput,
 )
+from ..metrics.text import EXACT_MATCH
 from .scores_file import RowShares, Scores
 
 # Scorer model by column name; None leaves the column out.
@@ -39,15 +40,17 @@ class StandIn(ScorerModel):
         return substitution.SCORER
 
 
-def columns_of(recipe: str | None = None, requested: Iterable[str] = ()) -> dict[str, Column]:
+def columns_of(
+    recipe: str | None = None, requested: Iterable[str] = (), references: Sequence[str] = ()
+) -> dict[str, Column]:
     """Columns (metrics with their parameters) of the recipe's study and of --metric, by name.
 
-    The default metrics (`registry.DEFAULT`) apply if the study has no metrics, and --metric is
-    absent or names only benchmarks.
+    The default metrics apply if the study has no metrics, and --metric is absent or names only benchmarks.
 
     Args:
         recipe: name of the recipe, or of a variant's base recipe; None for predictions without a recipe.
         requested: values of --metric.
+        references: expected answers, which decide the default metrics, see `registry.default_columns`.
 
     Raises:
         UserError: a value is malformed or redefines a metric of the study, or a mean is of an unsuitable metric.
@@ -63,7 +66,9 @@ def columns_of(recipe: str | None = None, requested: Iterable[str] = ()) -> dict
             )
     columns = declared | additional
     if all(isinstance(column.metric, BenchmarkMetric) for column in columns.values()) and not declared:
-        columns = registry.columns(dict.fromkeys(registry.DEFAULT)) | additional
+        columns = registry.default_columns(references) | additional
+        if recipe is None:
+            del columns[registry.EVAL_LOSS.name]
     _require_averaged(columns)
     return columns
 
@@ -220,7 +225,7 @@ def with_scores(rows: Sequence[Row], columns: Mapping[str, Column], scorers: Map
         scorers: scorer models by column name.
     """
     pairs = [(row["reference"], row["prediction"]) for row in rows]
-    old = {*columns, *registry.DEFAULT, "exact"}
+    old = {*columns, *registry.OF_TEXT_ROWS, "exact"}
     scored = [{key: value for key, value in row.items() if key not in old} for row in rows]
     for name, column in columns.items():
         if isinstance(column.metric, RowMetric):
@@ -258,6 +263,8 @@ def score(
     data = replace(run, rows=scored, columns=computed, scorers=scorers)
     records = {name: column.metric.measure(column, data) for name, column in computed.items()}
     scores = Scores(scores=records, shares=_shares(scored))
+    if EXACT_MATCH.name in records:
+        scores.shares.exact = None  # the metric has an interval, too
     if 0 < len(rows) < FEWEST:
         scores.notes.append(f"rows: {len(rows)} are too few to compare scores")
     return scores, scored

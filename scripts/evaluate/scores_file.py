@@ -280,6 +280,15 @@ class Engine(Protocol):
         """
 
 
+TITLES = {
+    "sacrebleu_signature": "sacreBLEU signature",
+    "exact": "exact matches, share of rows",
+    "empty": "empty predictions, share of rows",
+    "repeated": "repeated predictions, share of rows",
+}
+"""Titles of details and shares."""
+
+
 class RowShares(BaseModel):
     """Number of scored rows, and shares of their predictions; the shares are None without rows.
 
@@ -318,6 +327,11 @@ class Scores(BaseModel):
     def columns(self) -> dict[str, Column]:
         """Scored metrics by name."""
         return registry.recorded(self.scores)
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """Titles of scores and shares, as in results and reports."""
+        return {column.name: heading for heading, column in registry.distinct(self.columns.values()).items()} | TITLES
 
     @property
     def all_notes(self) -> list[str]:

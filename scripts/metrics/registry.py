@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from pydantic import ValidationError
@@ -67,8 +68,14 @@ PERPLEXITY = LossMetric(
 _OF_RUNS = (EVAL_LOSS, PERPLEXITY, BENCHMARK)
 METRICS: dict[str, Metric] = {metric.name: metric for metric in (*OF_TEXTS, *OF_ANSWERS, bertscore.METRIC, *_OF_RUNS)}
 TASK, SCORER = "benchmark:", "bertscore:"  # prefixes in --metric
-DEFAULT = ("bleu4", "rouge_l", "bertscore_f1", "sacrebleu")
+OF_TEXT_ROWS = [metric.name for metric in (*OF_TEXTS, bertscore.METRIC)]
+"""Metrics that need nothing but texts."""
+DEFAULT: tuple[str, ...] = ("eval_loss", "exact_match")
 """Default metrics, for use if neither a study nor --metric names any."""
+DEFAULT_FOR_TEXTS = (*DEFAULT, "rouge_l", "sacrebleu")
+"""Default metrics for longer answers, of which a good one rarely equals the reference."""
+LONGER = 60
+"""Median number of characters from which answers are longer ones: about ten words, so two dozen n-grams for BLEU."""
 _NAME = re.compile("[A-Za-z][A-Za-z0-9_]*")
 _TAKEN = (
     *("rows", "intervals", "metrics", "notes", "exact", "empty", "repeated", "bertscore"),
@@ -114,6 +121,14 @@ def column(name: str, entry: Mapping[str, Any] | None = None) -> Column:
         names = ", ".join(metric.parameters.model_fields) or "no parameters"
         wrong_key = ".".join(map(str, mistake["loc"]))
         raise WrongMetric(wrong_key, f"{yamlfiles.in_words(mistake)}; {kind} takes {names}") from None
+
+
+def default_columns(references: Sequence[str]) -> dict[str, Column]:
+    """Default columns for answers."""
+    names = DEFAULT
+    if references and median(map(len, references)) >= LONGER:
+        names = DEFAULT_FOR_TEXTS
+    return columns(dict.fromkeys(names))
 
 
 def columns(declared: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Column]:

@@ -66,7 +66,8 @@ def score_sides(sides: Sequence[RunDir | Path], metrics: Sequence[str] = ()) -> 
     for side in sides:
         if isinstance(side, Path):
             rows = read_rows(side, ("reference", "prediction"))
-            scored[side] = _score_rows(rows, run_columns or columns_of(requested=metrics))
+            references = [row["reference"] for row in rows]
+            scored[side] = _score_rows(rows, run_columns or columns_of(None, metrics, references))
             _report(side, about_file(side))
     return [scored[side] for side in sides]
 

@@ -139,7 +139,7 @@ class RunResult:
         """Metrics of the study, and additional metrics of the evaluation."""
         recorded = self.evaluation.columns if self.evaluation else {}
         if self.study is None:
-            return recorded or columns_of()
+            return recorded or columns_of(self.run.origin)
         return self.study.columns | recorded | self.study.columns  # the study's come first, and replace recorded ones
 
     @cached_property

@@ -76,6 +76,10 @@ class RowType:
         texts = {name: row.get(name) for name in self.names or row if name != self.reference}
         return [(name, text) for name, text in texts.items() if text and isinstance(text, str)]
 
+    def answer_of(self, row: Row) -> str:
+        """Text that the model learns to answer; empty if the type has no field for it."""
+        return str(row.get(self.reference) or "")
+
     def mistakes(self, row: Row) -> Iterator[RowMistake]:
         """Mistakes in a row."""
         meant = misspelt(tuple(row), self.names)
@@ -202,6 +206,10 @@ class Chat(Tokenized):
         """Text fields, such as system; roles and texts of the messages before the last one, which is the answer."""
         turns = self.items_of(row)[:-1]
         return super().prompt_of(row) + [(str(turn.get(self.role)), str(turn.get(self.content))) for turn in turns]
+
+    def answer_of(self, row: Row) -> str:
+        turns = self.items_of(row) or [{}]
+        return str(turns[-1].get(self.content) or "")
 
     def further_mistakes(self, row: Row) -> Iterator[RowMistake]:
         messages = self.items_of(row)

@@ -139,9 +139,9 @@ def score_verb(
     from ..evaluate.scores_file import about_file
     from ..metrics.registry import requested_scorer
 
-    columns = columns_of(None, metric)
-    refuse_run_metrics(columns)
     rows = read_pairs(file, prediction_field, reference_field)
+    columns = columns_of(None, metric, [row["reference"] for row in rows])
+    refuse_run_metrics(columns)
     models = scorer_models(columns, requested_scorer(metric), report=True)
     with Bar("scoring", 1):
         scores, rows = score(rows, columns, models)
@@ -162,9 +162,12 @@ def print_scores(models: "dict[str, Scores]", json: bool, title: str | None = No
         columns[f"{model}, 95 %"] = flat["intervals"]
         notes += [f"{model}: {note}" for note in _notes(models[model])]
     first = next(iter(records))
+    titles = models[first].titles
     rows: list[Row] = []
     for name in columns[first]:
-        rows.append({"score": name} | {column: values.get(name) for column, values in columns.items()})
+        rows.append(
+            {"score": titles.get(name, name)} | {column: values.get(name) for column, values in columns.items()}
+        )
     tables.show(json, records if len(records) > 1 else records[first], [tables.Table(rows, title)], notes)
 
 

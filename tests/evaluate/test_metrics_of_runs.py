@@ -13,6 +13,7 @@ from qlora_recipes.data.studies import Decoding
 from qlora_recipes.evaluate import evaluate, score
 from qlora_recipes.evaluate.evaluate import EvaluationRequest
 from qlora_recipes.evaluate.scores_file import Completion, Evaluation, read_predictions
+from qlora_recipes.metrics import registry
 from qlora_recipes.run.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -63,8 +64,25 @@ def test_a_metric_of_the_study_is_not_declared_anew(run):
         evaluated(run, "bleu4: {metric: chrf}")
     with pytest.raises(UserError, match="--metric bleu: "):
         evaluated(run, "bleu")
-    assert list(score.columns_of("mine")) == list(score.columns_of())
     assert list(score.columns_of("mine", ["chrf"])) == ["chrf"]
+
+
+SHORT, LONG = "x" * (registry.LONGER - 1), "x" * registry.LONGER
+
+
+@pytest.mark.parametrize(
+    ("recipe", "references", "names"),
+    [
+        ("mine", [], ["eval_loss", "exact_match"]),
+        ("mine", [SHORT, SHORT, LONG], ["eval_loss", "exact_match"]),
+        ("mine", [SHORT, LONG, LONG], ["eval_loss", "exact_match", "rouge_l", "sacrebleu"]),
+        ("start/qlora", [LONG], ["eval_loss", "exact_match", "rouge_l", "sacrebleu"]),
+        (None, [LONG], ["exact_match", "rouge_l", "sacrebleu"]),  # predictions without a run
+        (None, [SHORT], ["exact_match"]),
+    ],
+)
+def test_the_length_of_answers_decides_the_default_metrics(recipe, references, names):
+    assert list(score.columns_of(recipe, references=references)) == names
 
 
 def test_a_further_decoding_is_evaluated_beside_the_usual_one(run, generated, monkeypatch):

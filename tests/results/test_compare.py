@@ -8,13 +8,13 @@ from run_folders import ADAPTER, a_run, evaluated
 
 from qlora_recipes.base.files import Row, write_rows
 from qlora_recipes.evaluate import intervals, score
-from qlora_recipes.evaluate.score import columns_of
+from qlora_recipes.metrics import registry
 from qlora_recipes.metrics.metric import ScorerRecord
 from qlora_recipes.results import compare
 from qlora_recipes.results.compare import ScoredRows
 from qlora_recipes.run.rundir import RunDir
 
-DEFAULT = columns_of()
+DEFAULT = registry.columns(dict.fromkeys(("bleu4", "rouge_l", "bertscore_f1")))
 PLAIN = {name: DEFAULT[name] for name in ("bleu4", "rouge_l")}
 LLAMA_2 = "haider2024/llama-2-7b"
 
@@ -96,7 +96,7 @@ def test_scores_that_a_file_brings_along_are_not_believed(tmp_path):
     write_rows(
         tmp_path / "a.jsonl", [{"reference": "a b c d", "prediction": "a b c d", "bleu4": 0.01, "bertscore_f1": 9}]
     )
-    (of_file,) = compare.score_sides([tmp_path / "a.jsonl"])
+    (of_file,) = compare.score_sides([tmp_path / "a.jsonl"], ["bleu4"])
     (row,) = of_file.rows
     assert row["bleu4"] == pytest.approx(100)
     assert "bertscore_f1" not in row
@@ -183,7 +183,8 @@ def test_what_is_left_out_is_logged(files, recipe, a, b, message):
 
 def test_several_metrics_are_compared_with_a_warning(files, recipe):
     message = "intervals and p values of 2 metrics are not corrected for multiple comparisons"
-    assert recipe.ok("results", "a.jsonl", "b.jsonl").stderr == f"{message}\n"
+    metrics = "--metric", "bleu4", "--metric", "rouge_l"
+    assert recipe.ok("results", "a.jsonl", "b.jsonl", *metrics).stderr == f"{message}\n"
 
 
 def test_a_run_and_a_file_are_compared_by_their_scores(files, recipe):

@@ -2,8 +2,6 @@
 
 import json
 import random
-import shutil
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +29,6 @@ def rows() -> list[dict[str, str]]:
     files = [paths.RECIPES / "loftq-gsm8k/sample/train.jsonl", SHARED / "gsm8k/train.jsonl"]
     lines = [line for file in files if file.is_file() for line in file.read_text().splitlines()[:ROWS]]
     return [json.loads(line) for line in lines]
-
-
-@pytest.fixture(scope="module")
-def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a Llama's SentencePiece tokenizer, Mistral's, and the stand-in's config."""
-    folder = tmp_path_factory.mktemp("sentencepiece")
-    package = find_spec("mistral_common")
-    assert package and package.origin
-    shutil.copy(Path(package.origin).with_name("data") / "tokenizer.model.v1", folder / "tokenizer.model")
-    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False}  # as Llama 2's
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | tokens))
-    config = json.loads((substitution.model_folder() / "config.json").read_text()) | {"vocab_size": 32000}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-@pytest.fixture(params=["sentencepiece", "bpe"])
-def model(request: pytest.FixtureRequest, sentencepiece: Path) -> Path:
-    return sentencepiece if request.param == "sentencepiece" else substitution.model_folder()
 
 
 def tokenizer_of(name: str, model: Path) -> Tokenizer:

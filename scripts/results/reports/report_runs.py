@@ -17,19 +17,12 @@ from ...base.yamlfiles import on_one_line
 from ...config import merging
 from ...config.merging import Difference
 from ...evaluate import evaluation_rows, scores_file
-from ...evaluate.scores_file import Evaluation, read_predictions
+from ...evaluate.scores_file import TITLES, Evaluation, read_predictions
 from ...metrics import registry
 from ...metrics.metric import Column, ScoreRecord
 from ...run import backends
 from ...run.rundir import RunDir
 from ..run_result import RunResult
-
-_TITLES = {
-    "sacrebleu_signature": "sacreBLEU signature",
-    "exact": "exact matches, share of rows",
-    "empty": "empty predictions, share of rows",
-    "repeated": "repeated predictions, share of rows",
-}
 
 
 @dataclass(frozen=True)
@@ -183,13 +176,13 @@ def _scores(evaluation: Evaluation, by_heading: Mapping[str, Column]) -> dict[st
             details[f"{column.label} by"] = record.scorer.model
         if record.signature:
             key = column.detail_key("sacrebleu_signature")
-            details[_TITLES.get(key, key)] = record.signature
+            details[TITLES.get(key, key)] = record.signature
     distance = evaluation.settings.distance
     if distance:
         texts["loss of reference answers"] = f"{distance.trained_loss:.3f} → {distance.loss:.3f}"
         texts["mean KL from the trained model"] = f"{distance.kl:.4f}"
     shares = evaluation.shares.model_dump(exclude={"rows"}, exclude_none=True)
-    return texts | details | {_TITLES[name]: tables.text_of(share) for name, share in shares.items()}
+    return texts | details | {TITLES[name]: tables.text_of(share) for name, share in shares.items()}
 
 
 def _with_interval(record: ScoreRecord) -> str | None:
