@@ -16,9 +16,10 @@ PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder
 
 # The lock of vLLM: for NVIDIA GPUs, or for CPUs if there is no GPU
 VLLM_LOCK = $(if $(shell nvidia-smi -L 2> /dev/null),requirements-vllm.lock,requirements-vllm-cpu.lock)
+CHECK := .venv/bin/check-jsonschema --default-filetype yaml --builtin-schema vendor.
 COMPILED = --universal --python-version 3.12 --generate-hashes --no-annotate --no-emit-index-url --quiet -o
 
-.PHONY: setup demo vllm sky test test-offline test-long verify coverage test-image lint lock upgrade audit \
+.PHONY: setup demo vllm sky test test-offline test-long verify coverage test-image lint lint-github lock upgrade audit \
 	benchmark compare-memory picture notebook
 
 setup: .venv/.complete  ## Install requirements.lock and the command recipe into .venv; CUDA=12.6 for an older driver
@@ -51,13 +52,20 @@ coverage: setup  ## Measure the branch coverage of scripts/, including child pro
 test-image:  ## Build the container image on Debian and use it; needs root, buildah and debootstrap
 	tools/build_image.sh
 
-lint: setup  ## Check style, types and the order of imports
+lint: setup $(if $(wildcard .github),lint-github)  ## Check style, types, order of imports, and GitHub's files
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-logo --no-cache
 	.venv/bin/python tools/words.py
 	.venv/bin/python tools/plain.py
+
+# With the schemas that check-jsonschema contains. The container has none of these files.
+lint-github: setup
+	$(CHECK)github-workflows .github/workflows/*.yml
+	$(CHECK)github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(CHECK)github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(CHECK)citation-file-format CITATION.cff
 
 benchmark: setup  ## Measure the speed; prints the table in CONTRIBUTING.md
 	PYTHONPATH=tests:tests/support .venv/bin/python tools/benchmark.py
