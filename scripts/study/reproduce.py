@@ -28,6 +28,7 @@ from ..data.studies import Study
 from ..evaluate import evaluate
 from ..evaluate.evaluate import EvaluationRequest
 from ..evaluate.score import declared_models, scorer_models
+from ..metrics.metric import RowMetric
 from ..metrics.registry import SCORER
 from ..plan import plan
 from ..plan.step_plan import GIB
@@ -203,7 +204,7 @@ def _evaluation_hours(study: Study, speed: float, length: int) -> float | None:
         length: maximum number of tokens in a prompt.
     """
     rows, decoding = study.data.scored_rows, study.decoding
-    if not rows or not study.generates:
+    if not rows or not any(isinstance(column.metric, RowMetric) for column in study.columns.values()):
         return None
     prompts = rows * length / (FORWARD_PASSES * speed)
     batches = math.ceil(rows * decoding.num_beams / SEQUENCES_PER_BATCH)
@@ -262,8 +263,9 @@ def _outlined_sources(data: Data, names: list[str]) -> list[str]:
     if to_copy:
         lines.append(f"{data.raw}: copy {', '.join(to_copy)} there; study.yaml has no address for it")
     if len(names) > len(to_copy):
-        megabytes = sum(data.sources[name].bytes or 0 for name in names) / 1e6
-        lines.append(f"{data.raw}: to be fetched, {megabytes:,.0f} MB or more from {data.source or data.name}")
+        size = sum(data.sources[name].bytes or 0 for name in names)
+        known = f"{size / 1e6:,.0f} MB or more" if size else "of unknown size,"
+        lines.append(f"{data.raw}: to be fetched, {known} from {data.source or data.name}")
     return lines
 
 
@@ -277,11 +279,12 @@ def show_outline(outlined: dict[str, Any], json: bool) -> None:
     rows, lines = outlined["recipes"], [f"data: {line}" for line in outlined["data"]]
     if sizes := outlined["models"]:
         lines.append(f"models: {', '.join(sizes)}: to be fetched, about {sum(sizes.values()):,.0f} GB")
-    total = ""
-    if hours := sum(row["hours"] or 0 for row in rows):
-        evaluation = sum(row["evaluation hours"] or 0 for row in rows)
-        total = f"; up to {hours:,.0f} hours of training and {evaluation:,.0f} of evaluation"
-    lines.append(f"runs: {len(rows)}, each trained and evaluated unless finished{total}")
+    totals = [f"runs: {len(rows)}, each trained and evaluated unless finished"]
+    for kind, key in {"training": "hours", "evaluation": "evaluation hours"}.items():
+        if hours := sum(row[key] or 0 for row in rows):
+            is_bound = key != "hours" or any(row["bound"] for row in rows)
+            totals.append(f"{_rounded(hours, is_bound)} hours of {kind} in total")
+    lines.append("; ".join(totals))
     shown = []
     for row in rows:
         cells = {"hours": _rounded(row["hours"], row["bound"]), "evaluation hours": _rounded(row["evaluation hours"])}

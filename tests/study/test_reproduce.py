@@ -108,7 +108,8 @@ def test_a_dry_run_rounds_hours_and_adds_up_downloads(capsys):
         "b       new       1.0        –",
         "data: data/raw: to be fetched",
         "models: owner/seven, owner/eight: to be fetched, about 30 GB",
-        "runs: 2, each trained and evaluated unless finished; up to 290 hours of training and 2 of evaluation",
+        "runs: 2, each trained and evaluated unless finished; up to 290 hours of training in total; up to 2.3 hours "
+        "of evaluation in total",
     ]
 
 
@@ -231,7 +232,7 @@ def test_an_adapter_that_a_recipe_starts_from_is_fetched_beside_its_rows(publish
     assert not Path("data/codereviewer-raw/init").exists()
     start = composed("llama-2-7b", overrides=typed("lora_model_dir=data/codereviewer-raw/init"))
     assert reproduce._outlined_data(published_data, start) == [
-        "data/codereviewer-raw: to be fetched, 0 MB or more from https://zenodo.org/records/6900648"
+        "data/codereviewer-raw: to be fetched, of unknown size, from https://zenodo.org/records/6900648"
     ]
     reproduce.have_data(published_data, start)
     assert Path("data/codereviewer-raw/init/adapter_config.json").read_text() == "{}"
