@@ -264,8 +264,8 @@ def _outlined_sources(data: Data, names: list[str]) -> list[str]:
         lines.append(f"{data.raw}: copy {', '.join(to_copy)} there; study.yaml has no address for it")
     if len(names) > len(to_copy):
         size = sum(data.sources[name].bytes or 0 for name in names)
-        known = f"{size / 1e6:,.0f} MB or more" if size else "of unknown size,"
-        lines.append(f"{data.raw}: to be fetched, {known} from {data.source or data.name}")
+        amount = f"{size / 1e6:,.0f} MB or more" if size else "of unknown size,"
+        lines.append(f"{data.raw}: to be fetched, {amount} from {data.source or data.name}")
     return lines
 
 
