@@ -347,7 +347,8 @@ class RawFile:
                     raise UserError(f"{self.where}: the row does not have the {len(names)} fields named in line 1")
                 yield row
         except UnicodeDecodeError:
-            remedy = f"convert it, as in `iconv -f WINDOWS-1252 -t UTF-8 {self.path.name} > utf8{self.path.suffix}`"
+            command = f"iconv -f WINDOWS-1252 -t UTF-8 {self.path.name} > utf8{self.path.suffix}"
+            remedy = f"save it as UTF-8, or convert it, as in `{command}`"
             raise UserError("not UTF-8", file=self.path, line=self._line, remedy=remedy) from None
         except csv.Error as error:  # an open quotation mark ends only with the file
             problem = f"not CSV: {error}; {self.read - self._before:,} complete rows precede"

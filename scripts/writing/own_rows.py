@@ -20,6 +20,7 @@ Type = Literal["chat", "plain"]
 """Prompts of questions: by the chat template, or without it."""
 HELD_OUT, HELD_OUT_OF_FEW = 0.05, 0.2
 """Shares of rows held out for the eval loss: if the recipe holds out none, and of fewer than `FEW` rows."""
+_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 FEW = 200
 """Number of rows of which 5 % are too few to compare scores."""
 
@@ -72,6 +73,8 @@ class OwnRows:
             raise UserError("has the rows of an earlier variant", file=paths.shown(self.copy), remedy=remedy)
         try:
             write_rows(self.copy, self._rows())
+            if self.copy.stat().st_size == 0:
+                raise UserError(f"no row has {' and '.join(self.form.fields)}", file=self.file)
             yield
         except BaseException:
             self.copy.unlink(missing_ok=True)
@@ -144,6 +147,9 @@ def recognize(file: Path, fields: Mapping[str, str], copy: Path) -> OwnRows:
     """
     if not file.is_file():
         raise UserError(f"--data {file}: no such file{paths.similar_paths(file)}")
+    if file.suffix.lower() not in _SUFFIXES:
+        suffixes = f"{', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}"
+        raise UserError(f"--data {file}: expected a file of {suffixes}; save it as CSV or JSON")
     row = next(RawFile(file).rows(), None)
     if not row:
         raise UserError("no rows", file=file)

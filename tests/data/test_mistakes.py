@@ -170,7 +170,7 @@ IN_ROWS = [
     pytest.param("question", "a.csv", b'question,answer\n1,"2\n',
         "a.csv:2: not CSV: unexpected end of data; 0 complete rows precede", id="quote in CSV without end"),
     pytest.param("question", "a.csv", b"question,answer\n1,\xff\n",
-        "a.csv:2: not UTF-8; convert it, as in `iconv -f WINDOWS-1252 -t UTF-8 a.csv > utf8.csv`",
+        "a.csv:2: not UTF-8; save it as UTF-8, or convert it, as in `iconv -f WINDOWS-1252 -t UTF-8 a.csv > utf8.csv`",
         id="not UTF-8 in CSV"),
     pytest.param("question", "a.json", b"[\n1", "a.json:2: not JSON: unexpected end of data", id="array cut"),
     pytest.param("question", "a.json", b"[" + QUESTION + b',{"question": "a"}]',

@@ -219,10 +219,21 @@ PAIRS = b"question,answer\na,b\n"
         ),
         pytest.param("rows.csv", b"question,answer\n", [], "rows.csv: no rows", id="no-rows"),
         pytest.param(
+            "rows.csv", b"question,answer\na,\n,b\n", [], "rows.csv: no row has question and answer", id="no-pairs"
+        ),
+        pytest.param(
+            "rows.xlsx",
+            b"PK\3\4",
+            [],
+            "--data rows.xlsx: expected a file of .jsonl, .json, .csv, .tsv, .txt or .parquet; save it as CSV or JSON",
+            id="spreadsheet",
+        ),
+        pytest.param(
             "rows.csv",
             b"Frage;Antwort\nja;sch\xf6n\n",
             COLUMNS,
-            "rows.csv:2: not UTF-8; convert it, as in `iconv -f WINDOWS-1252 -t UTF-8 rows.csv > utf8.csv`",
+            "rows.csv:2: not UTF-8; save it as UTF-8, or convert it, as in `iconv -f WINDOWS-1252 -t UTF-8 rows.csv > "
+            "utf8.csv`",
             id="not-utf-8",
         ),
         pytest.param(
