@@ -1,5 +1,7 @@
 """Writes plans of the shipped recipes and their logs, which `recipe plan` and `recipe check` show without a trace.
 
+It also writes recipes/hours.json, which `recipe list` and recipes/README.md show; then run `recipe render`.
+
 .venv/bin/python tools/plans.py          # traces the steps that the files lack, and drops those of no recipe
 .venv/bin/python tools/plans.py --all    # traces all of them again, in some minutes
 """
@@ -12,8 +14,9 @@ from qlora_recipes.base import paths
 from qlora_recipes.config import gpus
 from qlora_recipes.config.compose import Request, compose
 from qlora_recipes.data import studies
-from qlora_recipes.plan import published_log, step_plan
+from qlora_recipes.plan import plan, published_log, shipped_hours, step_plan
 from qlora_recipes.plan.published_log import PlannedLog
+from qlora_recipes.plan.shipped_hours import AT_MOST, PLANNED, PUBLISHED, Hours
 from qlora_recipes.plan.step_plan import StepPlan
 
 GENERATIONS = ("T4", "A100", "H100")
@@ -58,5 +61,51 @@ def write(again: bool) -> None:
     published_log.SHIPPED.write_text(f"{{\n{lines}\n}}\n")
 
 
+GPU = "A100 80GB"
+"""GPU of planned hours; all recipes fit on it."""
+
+
+def published_hours() -> dict[str, Hours]:
+    """Published hours by recipe: those of its log, whose settings can differ."""
+    hours = {}
+    for study in studies.load_all():
+        for name, results in study.published.items():
+            if results.log and results.log.train_seconds:
+                hours[name] = Hours(round(results.log.train_seconds / 3600, 4), PUBLISHED)
+    return hours
+
+
+def planned_hours(name: str) -> Hours | None:
+    work = plan.plan_request(Request(name), gpus.find(GPU)).work
+    if work is None or work.hours is None:
+        return None
+    return Hours(round(work.hours, 4), AT_MOST if work.at_most else PLANNED)
+
+
+def recipes_with_verdicts() -> set[str]:
+    """Recipes with a published score by their study's first metric, and something to judge a difference by."""
+    names = set()
+    for study in studies.load_all():
+        metric = study.first.name
+        for name, results in study.published.items():
+            score = results.scores.get(metric)
+            if score and (metric in study.tolerances or score.spread is not None or results.repeats.get(metric)):
+                names.add(name)
+    return names
+
+
+def write_hours() -> None:
+    """Write the hours of all recipes, and the recipe whose verdict takes the fewest."""
+    hours = published_hours()
+    for name in paths.recipe_names():
+        planned = None if name in hours else planned_hours(name)
+        if planned:
+            hours[name] = planned
+    cheapest = min(recipes_with_verdicts() & hours.keys(), key=lambda name: hours[name].hours)
+    content = {"gpu": GPU, "cheapest": cheapest, "recipes": dict(sorted(hours.items()))}
+    shipped_hours.FILE.write_text(json.dumps(content, indent=1) + "\n")
+
+
 if __name__ == "__main__":
     write("--all" in sys.argv[1:])
+    write_hours()

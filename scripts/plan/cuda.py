@@ -99,7 +99,11 @@ def _attention_backward(args: Any) -> int:
 
 
 # Functions from a kernel's arguments to its scratch bytes, allocated before or after the kernel's result.
-_BEFORE: dict[str, Callable[[Any], int]] = {"gemm_4bit": _dequantized}
+_BEFORE: dict[str, Callable[[Any], int]] = {
+    "gemm_4bit": _dequantized,
+    # the product in int32, and in fp16 (bitsandbytes/backends/cuda/ops.py, int8_mm_dequant)
+    "int8_scaled_mm": lambda args: args[0].shape[:-1].numel() * args[1].shape[0] * (4 + 2),
+}
 _AFTER: dict[str, Callable[[Any], int]] = {
     # grad * output (aten/src/ATen/native/cuda/SoftMax.cu)
     "_softmax_backward_data": lambda args: args[0].nbytes,

@@ -55,6 +55,7 @@ def _bitsandbytes_patches() -> list[AbstractContextManager[Any]]:
     return [
         # a Params4bit cannot hold a fake tensor, but a plain parameter with the same attributes can
         patch("bitsandbytes.nn.modules.Params4bit", lambda data, **_: nn.Parameter(data, requires_grad=False)),
+        patch("bitsandbytes.nn.modules.Int8Params", lambda data, **_: nn.Parameter(data, requires_grad=False)),
         # the original would compute 256 values with real tensors, and cache them for the process
         patch("bitsandbytes.functional.create_dynamic_map", lambda *_, **__: torch.empty(256)),
         patch.dict(bnb.functional.name2qmap),
@@ -85,7 +86,7 @@ def _model_patches(step: Step) -> list[AbstractContextManager[Any]]:
 def _build(step: Step, recorder: Recorder) -> Any:
     """Load the model: base weights one by one, then the adapters."""
     model = _base_model(step)
-    if step.adapter == "qlora":
+    if step.is_quantized:
         _quantize(step, model, recorder)
     for tensor in (*model.parameters(), *model.buffers()):
         recorder.add(tensor, "base weights")
@@ -117,14 +118,31 @@ def _base_model(step: Step) -> Any:
 
 
 def _quantize(step: Step, model: nn.Module, recorder: Recorder) -> None:
-    """Replace the linear layers except the output head by 4-bit layers."""
+    """Replace the linear layers except the output head by 4-bit or 8-bit layers."""
+    quantized = _in_8_bits if step.adapter == "lora" else _in_4_bits
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, nn.Linear) and name != "lm_head":
-                setattr(parent, name, _quantized(step, layer, recorder))
+                setattr(parent, name, quantized(step, layer, recorder))
 
 
-def _quantized(step: Step, layer: nn.Linear, recorder: Recorder) -> nn.Module:
+def _in_8_bits(_: Step, layer: nn.Linear, recorder: Recorder) -> nn.Module:
+    """Quantize a linear layer to 8 bits; without outliers, whose number depends on the values."""
+    quantized = bnb.nn.Linear8bitLt(
+        layer.in_features, layer.out_features, bias=layer.bias is not None, has_fp16_weights=False
+    )
+    recorder.kind = "quantization constants"
+    with recorder:
+        packed, constants, _ = bnb.functional.int8_vectorwise_quant(torch.empty_like(layer.weight, dtype=torch.float16))
+    recorder.kind = "activations"
+    recorder.add(packed, "base weights")
+    quantized.weight = nn.Parameter(packed, requires_grad=False)
+    vars(quantized.weight).update(CB=packed, SCB=constants)
+    quantized.bias = layer.bias
+    return quantized
+
+
+def _in_4_bits(step: Step, layer: nn.Linear, recorder: Recorder) -> nn.Module:
     """Quantize a linear layer during loading, as bitsandbytes does."""
     statistics = {"compress_statistics": step.double_quantization, "quant_type": step.quantization}
     quantized = bnb.nn.Linear4bit(
@@ -152,8 +170,9 @@ def _quantized(step: Step, layer: nn.Linear, recorder: Recorder) -> nn.Module:
 
 def _trainable(step: Step, model: Any) -> Any:
     """Prepare the model for training: adapters, dtypes and checkpointing."""
-    if step.adapter == "qlora":
-        model.is_loaded_in_4bit = model.is_quantized = True
+    if step.is_quantized:
+        model.is_loaded_in_4bit, model.is_loaded_in_8bit = step.adapter == "qlora", step.adapter == "lora"
+        model.is_quantized = True
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=bool(step.checkpointing))
     if step.axolotl:
         _convert_embeddings(step, model)

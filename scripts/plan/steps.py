@@ -20,6 +20,7 @@ OPTIMIZERS = {
     "paged_adamw_8bit",
     "paged_adamw_32bit",
 }
+INT8 = "int8"
 LOSSES = ("cut_cross_entropy", "liger_cross_entropy", "liger_fused_linear_cross_entropy", "chunked_cross_entropy")
 """Optimized losses; Axolotl accepts only one of them (check_cross_entropy_conflicts)."""
 _KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
@@ -46,6 +47,7 @@ class Step:
         saved_modules: modules that are fully trained beside LoRA.
         dora: also train the magnitude of each output (arXiv 2402.09353).
         fp32_adapters: adapters of a base in 16 bits are in fp32, as by default in PEFT.
+        quantization: data type of 4-bit weights, or `INT8`; without effect on other models.
         double_quantization: quantize the quantization constants.
         checkpointing: reentrant or non-reentrant recomputation of activations in the backward pass, or None.
         attention: sdpa, eager or flash_attention_2.
@@ -84,6 +86,11 @@ class Step:
     axolotl: bool
     capability: tuple[int, int] | None
 
+    @property
+    def is_quantized(self) -> bool:
+        """True for a base model in 4 bits (qlora) or 8 bits (lora)."""
+        return self.adapter == "qlora" or (self.adapter == "lora" and self.quantization == INT8)
+
 
 def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int, int]) -> tuple[Step, list[str]]:
     """Training step that Axolotl makes from a config, and notes on settings that it does not trace.
@@ -111,7 +118,7 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
         dora=bool(config.get("peft_use_dora")),
         fp32_adapters=config.get("peft_autocast_adapter_dtype") is not False,
         dropout=settings.dropout,
-        quantization=quantization.get("bnb_4bit_quant_type", "nf4"),
+        quantization=INT8 if config.get("load_in_8bit") else quantization.get("bnb_4bit_quant_type", "nf4"),
         double_quantization=quantization.get("bnb_4bit_use_double_quant", True),
         checkpointing=_checkpointing(config),
         attention=_attention(config),
@@ -192,8 +199,8 @@ def _has_window(architecture: dict[str, Any]) -> bool:
 def _refuse_unplannable(config: Config, settings: TrainingSettings, architecture: dict[str, Any]) -> None:
     if settings.adapter not in (None, "lora", "qlora"):
         raise UserError(f"adapter: {settings.adapter} cannot be planned; plans support lora, qlora or no adapter")
-    if config.get("load_in_8bit") or "quantization_config" in architecture:
-        raise UserError("base_model: an 8-bit or already quantized model cannot be planned")
+    if "quantization_config" in architecture:
+        raise UserError("base_model: an already quantized model cannot be planned")
     if config.get("rl"):
         raise UserError("rl: preference training cannot be planned")
 
@@ -229,6 +236,8 @@ def _untraced(config: Config, settings: TrainingSettings, architecture: dict[str
     """Notes on other settings whose effect on the memory is not traced: combinations, and certain values of keys."""
     if settings.targets == "all-linear" and {"embed_tokens", "lm_head"} & {*listed(config, "lora_target_modules")}:
         yield "lora_target_modules: planned only with the linear layers; training needs more memory"
+    if config.get("load_in_8bit"):
+        yield "load_in_8bit: traced without outliers; training needs a little more memory"
     if takes_varlen(config, architecture):
         yield "varlen_attn: planned as sdpa with a mask over packed rows; training needs less memory"
     if config.get("gradient_checkpointing") in ("offload", "offload_disk"):

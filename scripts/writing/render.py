@@ -19,6 +19,7 @@ from ..base.yamlfiles import Config
 from ..config import models
 from ..data import studies
 from ..data.studies import Study
+from ..plan import shipped_hours
 from ..plan.published_log import PlannedLog
 from ..results import score_records
 
@@ -200,8 +201,9 @@ class _Renderer:
         starts: list[Row] = []
         by_study: dict[str, tuple[Study, list[Row]]] = {}
         logs: dict[str, str] = {}  # figures that equal a published log, by recipe
+        hours = shipped_hours.read()
         for recipe in recipes:
-            row = recipe.content | {"name": recipe.name}
+            row = recipe.content | {"name": recipe.name, "hours": hours.recipes.get(recipe.name)}
             study = studies.study_of(recipe.name)
             if study:
                 by_study.setdefault(study.title, (study, []))[1].append(row)
@@ -211,7 +213,7 @@ class _Renderer:
             elif recipe.name.startswith("start/"):
                 starts.append(row)
         sections = [(study, rows, _statuses(study)) for study, rows in by_study.values()]
-        return self._text(f"{README}.j2", studies=sections, starts=starts, logs=logs)
+        return self._text(f"{README}.j2", studies=sections, starts=starts, logs=logs, hours=hours)
 
     def _text(self, template: str, **variables: Any) -> str:
         try:

@@ -98,6 +98,10 @@ NOTES = [
     ),
     ({"sample_packing": True}, "varlen_attn: planned as sdpa with a mask over packed rows; training needs less memory"),
     ({"gradient_checkpointing": "offload"}, f"gradient_checkpointing: offloading is {LESS}"),
+    (
+        {"adapter": "lora", "load_in_4bit": False, "load_in_8bit": True},
+        "load_in_8bit: traced without outliers; training needs a little more memory",
+    ),
     (OFFLOADED, "weights or optimizer state in main memory: not planned; training needs less GPU memory"),
     (
         {"eval_batch_size": 64},
@@ -117,10 +121,6 @@ def test_untraced_settings_are_noted(change, note):
         (
             {"adapter": "llama-adapter"},
             "adapter: llama-adapter cannot be planned; plans support lora, qlora or no adapter",
-        ),
-        (
-            {"load_in_8bit": True, "adapter": "lora"},
-            "base_model: an 8-bit or already quantized model cannot be planned",
         ),
         ({"rl": "dpo"}, "rl: preference training cannot be planned"),
     ],
@@ -237,6 +237,18 @@ def test_ranks_divide_what_their_engine_divides(small):
     for engine, change in engines.items():
         planned = plan.plan(small | change, gpus.find("T4"), gpus=4)[0]
         assert planned.gpus[0].free == pytest.approx(planned.gpus[0].usable - planned.per_gpu[engine])
+
+
+def test_a_base_model_in_8_bits_has_a_byte_a_weight(small):
+    lora = small | {"adapter": "lora", "load_in_4bit": False, "bf16": True, "fp16": False}
+    half, eight = (step_plan.plan_step(lora | {"load_in_8bit": bits}, gpus.find("A100"))[0].memory for bits in (0, 1))
+    linear = sum(count["frozen"] for kind, count in half.parameters.items() if kind.endswith("_proj"))
+    parts = eight.usage.parts
+    assert half.parameters == eight.parameters
+    assert half.usage.parts["base weights"] - parts["base weights"] == pytest.approx(linear, rel=0.01)
+    heads = SMALL["num_attention_heads"] + 2 * SMALL["num_key_value_heads"]
+    rows = heads * 64 + 2 * SMALL["hidden_size"] + 2 * SMALL["intermediate_size"]
+    assert parts["quantization constants"] == 4 * rows * SMALL["num_hidden_layers"]  # one in fp32 for each row
 
 
 FULL = {"adapter": None, "load_in_4bit": None, "optimizer": "adamw_torch_fused", "fp16": False, "bf16": True}
