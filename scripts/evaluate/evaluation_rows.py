@@ -22,7 +22,7 @@ from ..data.manifest import is_the_studys
 from ..run.rundir import RunDir
 from ..training.row_types import row_type
 from ..training.run_record import Run
-from .scores_file import Evaluation, RowsState, sample_positions
+from .scores_file import RowsState, sample_positions
 
 # File in a run folder: rows that only Axolotl can load, each with its data set. The first evaluation writes it.
 KEPT = "evaluation-rows.jsonl"
@@ -202,22 +202,6 @@ def require_reference(folder: RunDir, cfg: Config, source: RowSource | None) -> 
             "run"
         )
     return source
-
-
-def prompts(evaluation: Evaluation, folder: RunDir, run: Run, cfg: Config) -> dict[int, list[tuple[str, str]]]:
-    """Names and texts of the fields or messages before the answer, for each row of an evaluated source.
-
-    Raises:
-        UserError: the rows are missing on this machine, or have changed since the evaluation.
-    """
-    settings = evaluation.settings
-    source = default_source(run, cfg)
-    if source is None or source.data != settings.data:
-        source = source_of_file(Path(settings.data), cfg, Path(run.cwd))
-    rows = read_source(source, folder, run, cfg, loads=False)
-    if rows.sha256 != settings.data_sha256:
-        raise UserError("changed since the evaluation", file=settings.data)
-    return {row.position: row_type(row.dataset.entry).prompt_of(row.content) for row in rows.rows}
 
 
 def read_source(source: RowSource, folder: RunDir, run: Run, cfg: Config, loads: bool = True) -> EvaluationRows:

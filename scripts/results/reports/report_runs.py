@@ -22,6 +22,7 @@ from ...metrics import registry
 from ...metrics.metric import Column, ScoreRecord
 from ...run import backends
 from ...run.rundir import RunDir
+from ...training.row_types import row_type
 from ..run_result import RunResult
 
 
@@ -266,11 +267,16 @@ class TestFile:
         }
 
     def _prompts(self) -> dict[int, list[tuple[str, str]]] | None:
-        """Prompts by row number; None if they are missing or have changed since the evaluation."""
+        """Names and texts before the answer, by row number; None if rows are missing or have changed since."""
+        reported, settings = self.reported, self.evaluation.settings
         with suppress(OSError, UserError):
-            return evaluation_rows.prompts(
-                self.evaluation, self.reported.folder, self.reported.run, self.reported.config
-            )
+            source = evaluation_rows.default_source(reported.run, reported.config)
+            if source is None or source.data != settings.data:
+                file = Path(settings.data)
+                source = evaluation_rows.source_of_file(file, reported.config, Path(reported.run.cwd))
+            rows = evaluation_rows.read_source(source, reported.folder, reported.run, reported.config, loads=False)
+            if rows.sha256 == settings.data_sha256:
+                return {row.position: row_type(row.dataset.entry).prompt_of(row.content) for row in rows.rows}
         return None
 
 
