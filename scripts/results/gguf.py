@@ -39,9 +39,9 @@ def require_space(result: RunResult, tools: "GgufTools") -> None:
     Raises:
         UserError: the space is missing.
     """
-    bits = 16 + 16 + _OVERHEAD * len(tools.types)  # of the merged model and the f16 file
+    bits = 32.0  # of the merged model and the f16 file
     for name in tools.types:
-        bits += int(re.findall(r"\d+", name)[0])
+        bits += int(re.findall(r"\d+", name)[0]) + _OVERHEAD
     needed = models.weights_bytes(models.folder_of(result.config)) * bits / 16 / 1e9
     free = free_bytes(result.folder.output) / 1e9
     if free < needed:

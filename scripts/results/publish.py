@@ -111,8 +111,7 @@ def _merge(result: RunResult) -> Path:
     merged = folder.output / "merged"
 
     def make(part: Path) -> None:  # not the output folder, where Axolotl would replace the training log
-        words = ["merge-lora", str(folder.config_file.resolve()), "--lora-model-dir", str(folder.output.resolve())]
-        words += ["--output-dir", str(part.resolve())]
+        words = ["merge-lora", "--lora-model-dir", folder.output.resolve(), "--output-dir", part.resolve()]
         launch.convert(folder, result.run, words, part / "merged" / "*.safetensors", {})
         for file in (part / "merged").iterdir():
             file.rename(part / file.name)
@@ -122,19 +121,20 @@ def _merge(result: RunResult) -> Path:
             for file in folder.output.glob(pattern):
                 shutil.copy2(file, part)  # Axolotl copies the base model's tokenizer, without added tokens
 
-    return _made(merged, sha256(folder.output / ADAPTER), make)
+    return _made(merged, sha256(folder.output / ADAPTER), [], make)
 
 
-def _made(folder: Path, source: str, make: Callable[[Path], object]) -> Path:
+def _made(folder: Path, source: str, names: Sequence[str], make: Callable[[Path], object]) -> Path:
     """Folder of a model's files, made unless it was made from the same source.
 
     Args:
         folder: the folder; its file `MADE_FROM` holds the source.
         source: the adapter's hash, and settings.
+        names: files that must be in the folder.
         make: function that fills a temporary folder.
     """
     marker = folder / MADE_FROM
-    if marker.is_file() and marker.read_text() == source:
+    if marker.is_file() and marker.read_text() == source and all((folder / name).is_file() for name in names):
         say(f"{folder}: already made")
         return folder
 
@@ -159,14 +159,13 @@ def _export(result: RunResult, tools: "GgufTools") -> list[Path]:
     names = [pattern.format(ftype=name) for name in (*tools.types, "f16")]
 
     def make(part: Path) -> None:
-        words = ["export", str(folder.config_file.resolve()), "--model-dir", str((folder.output / "merged").resolve())]
-        words += ["--outfile", str(part.resolve() / pattern), "--outtype", "f16", "--quantize", types]
-        words += ["--llama-cpp-dir", str(tools.llama_cpp)]
+        words = ["export", "--model-dir", (folder.output / "merged").resolve(), "--llama-cpp-dir", tools.llama_cpp]
+        words += ["--outfile", part.resolve() / pattern, "--outtype", "f16", "--quantize", types]
         # the converter's package, which Python does not look for beside it: see start_child
         launch.convert(folder, result.run, words, part / names[0], {"PYTHONPATH": str(tools.llama_cpp)})
         write_atomically(part / SUMS, "".join(f"{sha256(part / name)}  {name}\n" for name in names))
 
-    gguf_folder = _made(folder.output / "gguf", f"{sha256(folder.output / ADAPTER)} {types}", make)
+    gguf_folder = _made(folder.output / "gguf", f"{sha256(folder.output / ADAPTER)} {types}", names, make)
     files = [gguf_folder / name for name in names]
     for file in files:
         say(f"{file}: {file.stat().st_size / 1e9:.2f} GB; its hash is in {SUMS}")

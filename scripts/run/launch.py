@@ -200,13 +200,13 @@ def preprocess(folder: RunDir, record: Run) -> None:
         raise _failed(folder, LaunchLog(folder.log), code)
 
 
-def convert(folder: RunDir, record: Run, words: Sequence[str], output: Path, environment: dict[str, str]) -> None:
+def convert(folder: RunDir, record: Run, words: Sequence[object], output: Path, environment: dict[str, str]) -> None:
     """Convert a trained model with a command of Axolotl; a rehearsal has no GPU and no network.
 
     Args:
         folder: the run folder; it gets the log, such as merge.log for merge-lora.
         record: content of run.json.
-        words: the command and its arguments.
+        words: the command and its options.
         output: pattern of the files that the command must write.
         environment: further environment variables.
 
@@ -214,14 +214,15 @@ def convert(folder: RunDir, record: Run, words: Sequence[str], output: Path, env
         WorkFailed: Axolotl failed; the message has the end of its output.
     """
     substitution.restore(folder.config)
-    verb = words[0].partition("-")[0]
+    verb = str(words[0]).partition("-")[0]
+    command = [AXOLOTL, *words, folder.config_file.resolve()]
     log = folder.path / f"{verb}.log"
     environment = {**os.environ, "AXOLOTL_DO_NOT_TRACK": "1", **environment}
     if record.rehearsal:
         environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     cwd = record.cwd if Path(record.cwd).is_dir() else None
     with opened(log, "wb") as stream:
-        child = start_child([str(AXOLOTL), *words], cwd=cwd, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+        child = start_child([*map(str, command)], cwd=cwd, env=environment, stdout=stream, stderr=subprocess.STDOUT)
         code = child.wait()
     if code or not any(output.parent.glob(output.name)):
         tail = log.read_text(errors="replace").splitlines()[-15:]

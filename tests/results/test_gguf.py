@@ -1,6 +1,7 @@
 """GGUF files and a Modelfile of a run: as Ollama fills it, its TEMPLATE gives the prompts of the training."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -188,7 +189,7 @@ def test_publish_exports_a_run_to_gguf_files_and_a_modelfile(trained, llama_cpp,
     ]
 
 
-def test_a_gguf_file_is_made_again_only_from_another_adapter_or_with_other_types(trained, llama_cpp):
+def test_gguf_files_are_made_again_if_adapter_types_or_files_differ(trained, llama_cpp):
     gguf_folder = trained.output / "gguf"
     publish.publish(trained, tools=GgufTools(["Q8_0"], llama_cpp))
     (gguf_folder / "llama-2-7b-f16.gguf").write_text("kept")
@@ -196,6 +197,9 @@ def test_a_gguf_file_is_made_again_only_from_another_adapter_or_with_other_types
     assert (gguf_folder / "llama-2-7b-f16.gguf").read_text() == "kept"
     publish.publish(trained, tools=GgufTools(["Q6_K"], llama_cpp))
     assert sorted(file.name for file in gguf_folder.glob("*.gguf")) == ["llama-2-7b-Q6_K.gguf", "llama-2-7b-f16.gguf"]
+    (gguf_folder / "llama-2-7b-f16.gguf").unlink()
+    publish.publish(trained, tools=GgufTools(["Q6_K"], llama_cpp))
+    assert (gguf_folder / "llama-2-7b-f16.gguf").read_text() == "f16"
     (gguf_folder / "llama-2-7b-f16.gguf").write_text("of the former adapter")
     save_file({"lora_A": np.zeros((8, 4), np.float32)}, trained.output / publish.ADAPTER)
     publish.publish(trained, tools=GgufTools(["Q6_K"], llama_cpp))
@@ -301,3 +305,43 @@ def test_missing_programs_and_types_are_named_before_a_merge(
 def test_gguf_files_are_not_pushed(recipe):
     done = recipe("publish", "latest", "--gguf", "q8_0", "--push", "owner/name")
     assert (done.returncode, done.stderr) == (2, "recipe: --gguf and --push: give only one of them\n")
+
+
+@pytest.mark.long
+@pytest.mark.skipif("LLAMA_CPP_DIR" not in os.environ, reason="needs llama.cpp in LLAMA_CPP_DIR, see docs/laptop.md")
+def test_llama_cpp_makes_files_of_the_merged_weights(run, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = substitution.model_folder()
+    base = AutoModelForCausalLM.from_pretrained(model)
+    # weights that are not zero at the start, as lora_B otherwise is
+    get_peft_model(base, LoraConfig(target_modules=["down_proj"], init_lora_weights=False)).save_pretrained(run.output)
+    AutoTokenizer.from_pretrained(model).save_pretrained(run.output)
+    chats = {"path": "mine.jsonl", "type": "chat_template", "field_messages": "messages"}
+    cfg = yamlfiles.read_yaml(run.config_file)
+    cfg |= {"base_model": str(model), "chat_template": "tokenizer_default", "datasets": [chats], "special_tokens": None}
+    run.config_file.write_text(yamlfiles.write_yaml(cfg))
+    record = run.read()
+    record.rehearsal = True
+    run.write(record)
+
+    publish.publish(run, tools=GgufTools.find("q8_0"))
+    merged = run.output / "merged"
+    monkeypatch.syspath_prepend(Path(os.environ["LLAMA_CPP_DIR"]) / "gguf-py")
+    from gguf import GGUFReader, dequantize
+
+    name = "model.layers.0.mlp.down_proj.weight"
+    weights = load_file(merged / "model.safetensors")[name].float().numpy()
+    original = load_file(model / "model.safetensors")[name].float().numpy()
+    largest = np.abs(weights).max()
+    assert np.abs(weights - original).max() > largest / 20
+    # f16 has 11 significant bits; q8_0 has 127 steps up to the largest weight of a block, and an f16 scale
+    for name, bound in (("f16", largest / 2**11), ("Q8_0", largest / 127 * 0.51)):
+        reader = GGUFReader(run.output / "gguf" / f"llama-2-7b-{name}.gguf")
+        (tensor,) = (tensor for tensor in reader.tensors if tensor.name == "blk.0.ffn_down.weight")
+        assert np.abs(dequantize(tensor.data, tensor.tensor_type) - weights).max() <= bound
+        template = reader.fields["tokenizer.chat_template"].contents()
+        assert template == (merged / "chat_template.jinja").read_text()
+    assert "You are a helpful AI assistant named SmolLM" in (run.output / "gguf" / "Modelfile").read_text()
