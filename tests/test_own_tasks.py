@@ -67,10 +67,10 @@ def test_a_task_of_ones_own_goes_the_whole_way(recipe, tmp_path, tiny):
     assert row["recipe"] == "mine"
     assert row["state"] == "finished"
     assert row["eval_loss"] == pytest.approx(losses[-1])
-    assert row["exact_match_published"] is None
+    assert row["bleu4_published"] is None
     assert row["test_set"] is None
     assert row["rows_evaluated"] == 8
-    assert row["exact_match"] is not None
+    assert row["bleu4"] is not None
     predicted = [orjson.loads(line) for line in (run / "predictions.jsonl").read_bytes().splitlines()]
     assert [prediction["reference"] for prediction in predicted] == ANSWERS[24:]
 

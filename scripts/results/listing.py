@@ -15,7 +15,6 @@ from ..run.rundir import RunDir, readable
 from ..training.run_record import Summary
 from .run_result import RunResult, RunScore
 
-FIRST_AND_LAST = "eval loss, first → last"
 AXOLOTL_EVAL_LOSS = "Axolotl's eval loss"  # shown without a loss per token
 REHEARSALS = "Rehearsals (small stand-in model, few rows; not comparable with any published score)"
 _BELOW = ("scored", "trouble", "changed", "variant of", "jobs", "predictions", "adapter", "not compared")
@@ -172,9 +171,9 @@ def _progress(summary: Summary) -> str:
 def _eval_losses(summary: Summary) -> Row:
     """Cells of the first and last eval loss per token, or else of Axolotl's eval loss."""
     if summary.eval_loss_per_token is None:
-        return {FIRST_AND_LAST: None, AXOLOTL_EVAL_LOSS: summary.eval_loss}
+        return {"eval loss": None, AXOLOTL_EVAL_LOSS: summary.eval_loss}
     first, last = map(tables.text_of, (summary.eval_loss_per_token_first, summary.eval_loss_per_token))
-    return {FIRST_AND_LAST: f"{first} → {last}", AXOLOTL_EVAL_LOSS: None}
+    return {"eval loss": f"{first} → {last}", AXOLOTL_EVAL_LOSS: None}
 
 
 def _costs(summary: Summary) -> Row:
