@@ -10,6 +10,7 @@ from ..data.studies import Study
 from ..evaluate.scores_file import about_rows
 from ..metrics import registry
 from ..metrics.metric import BenchmarkMetric, Column
+from ..metrics.registry import EVAL_LOSS
 from ..run import backends
 from ..run.rundir import RunDir, readable
 from ..training.run_record import Summary
@@ -93,6 +94,8 @@ def cells(result: RunResult, columns: Mapping[str, Column], jobs: Iterable[str])
         jobs: descriptions of jobs that have not ended.
     """
     run, summary = result.run, result.summary
+    if result.study is None:  # the course of the eval loss has a cell of its own
+        columns = {heading: column for heading, column in columns.items() if column.metric != EVAL_LOSS} or columns
     scores = {heading: _score(result, column) for heading, column in columns.items()}
     first, *further = columns
     row: Row = {

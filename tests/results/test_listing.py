@@ -45,6 +45,17 @@ def cells(runs: Path, summary: Summary, *headings: str) -> list[object]:
     return fields(listing.cells(RunResult(folder, folder.read()), columns, []), *headings)
 
 
+def test_runs_of_no_study_show_the_course_of_the_eval_loss_once(tmp_path, recipe):
+    summary = Summary(eval_loss_per_token_first=1.2, eval_loss_per_token=1.0)
+    scores = {"metrics": {name: {"metric": name} for name in ("eval_loss", "exact_match")}, "exact_match": 40.0}
+    a_run(tmp_path / "runs", "start/qlora", "a", 0, summary=summary, scores=scores)
+    _, head, *_ = recipe.ok("results").stdout.splitlines()
+    assert [heading for heading in re.split("  +", head) if "loss" in heading or "exact" in heading] == [
+        "exact match, %",
+        "eval loss",
+    ]
+
+
 def test_rehearsals_of_no_study_share_a_table_of_the_columns_with_values(tmp_path, recipe):
     a_run(tmp_path / "runs", "start/qlora", "a", 5.0, rehearsal=True)
     scores = {"number": 40.0, "metrics": {"accuracy": {"metric": "number"}}, "accuracy": 40.0}
