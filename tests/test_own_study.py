@@ -87,7 +87,8 @@ def write_capitals(folder: Path) -> Path:
 def test_the_skeleton_of_a_study_passes_every_check(recipe, tmp_path):
     done = recipe.ok("study", "new", "mine")
     assert [file for file in done.stdout.split() if not (tmp_path / file).is_file()] == []
-    recipe.ok("render", "--check")
+    rendered = recipe.ok("render", "--check")
+    assert rendered.stderr == f"rendering {paths.TEMPLATES}\nrendering templates\n"
     written = (tmp_path / "recipes" / "mine" / "llama-3.2-3b-mine.yaml").read_text()
     assert "\n# Run       recipe run mine/llama-3.2-3b-mine\n" in written  # from the project's parent of all templates
     schema = re.match(r"# yaml-language-server: \$schema=(\S+)\n", written)
@@ -95,6 +96,7 @@ def test_the_skeleton_of_a_study_passes_every_check(recipe, tmp_path):
     assert (tmp_path / "recipes" / "mine" / schema[1]).samefile(paths.RECIPES / "axolotl.schema.json")
     checked = recipe.ok("study", "check", "mine")
     assert {"error:", "warning:"} & {*checked.stdout.split()} == set()
+    assert checked.stderr.startswith("checking mine: recipes, data, and Axolotl's validation\n")
     recipe.ok("check", "mine/llama-3.2-3b-mine", "--rehearse")
     assert "haider2024" in recipe("show", "llama-3.2-3b").stdout  # a shipped recipe's short name stays its own
     again = recipe.fails("study", "new", "mine")

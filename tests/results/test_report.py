@@ -20,6 +20,7 @@ from qlora_recipes.base.files import digest, sha256, write_rows
 from qlora_recipes.config.datafiles import DataFile
 from qlora_recipes.config.merging import Difference, Override, Source
 from qlora_recipes.data import studies
+from qlora_recipes.evaluate import evaluation_rows
 from qlora_recipes.results.reports import report, report_figures, report_runs
 from qlora_recipes.run.rundir import RunDir, summarise
 from qlora_recipes.study.sweep import Sweep, SweepMember
@@ -209,8 +210,9 @@ def test_prompts_are_those_that_were_evaluated(tmp_path):
     assert shown["prompt"] is None
 
 
-def test_prompts_of_held_out_rows_are_read_from_the_evaluations_copy(tmp_path):
-    run = a_run(tmp_path)
+def test_prompts_of_held_out_rows_are_read_from_the_evaluations_copy(tmp_path, monkeypatch):
+    run, loaded = a_run(tmp_path), []
+    monkeypatch.setattr(evaluation_rows, "_load", loaded.append)
     rows = [{"dataset": "datasets.0", "row": row} for row in own_rows(40)]
     settings = {
         "data": "val_set_size 0.5 of mine.jsonl",
@@ -222,7 +224,8 @@ def test_prompts_of_held_out_rows_are_read_from_the_evaluations_copy(tmp_path):
     settings |= {"rows": 40, "test_set": None}
     evaluated(run, {"rows": 40, "bleu4": 1.0}, rehearsal=True, **settings)
     (shown,) = report_runs.reader(report_runs.reported_runs([run]))
-    assert shown["prompt"] is None  # Axolotl loads no rows for a report
+    assert shown["prompt"] is None
+    assert loaded == []  # Axolotl loads no rows for a report
     write_rows(run.path / "evaluation-rows.jsonl", rows)
     (shown,) = report_runs.reader(report_runs.reported_runs([run]))
     assert shown["prompt"][1] == [("question", "How much is 1 + 1?")]
