@@ -82,7 +82,7 @@ def write(name: str, migration: Migration) -> list[Path]:
 
 def _data(migration: Migration) -> Config:
     """Path of the first data set, and its declaration as a source in study.yaml."""
-    entry = next(iter(datafiles.training_sets(migration.config)), datafiles.NO_DATASET).entry
+    entry = datafiles.training_sets(migration.config)[0].entry
     path = str(entry.get("path"))
     source = {}
     if hub.NAME.fullmatch(path) and not Path(path).exists():

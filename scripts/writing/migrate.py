@@ -255,11 +255,9 @@ class Migration:
     def list_tokens(self) -> None:
         """Turn `tokens` into a list; of a mapping, older releases read the keys."""
         tokens = self.config.get("tokens")
-        if isinstance(tokens, list):
-            return
         if isinstance(tokens, str):
-            tokens = [tokens]
-        if tokens:
+            self.set("tokens", [tokens], "Axolotl reads a list")
+        elif isinstance(tokens, dict):
             self.set("tokens", list(tokens), "Axolotl reads a list")
 
     def leave_accounts(self) -> None:
@@ -277,7 +275,9 @@ class Migration:
             for key, new in tables()["datasets"].items():
                 value = dataset.entry.get(key)
                 if value:
-                    self.replace(Step(f"{dataset.key}.{key}", value, f"{dataset.key}.{new}", value, "renamed"))
+                    self.replace(
+                        Step(f"{dataset.key}.{key}", value, f"{dataset.key}.{new}", value, f"{key} was renamed")
+                    )
 
     def _chat_rows(self, dataset: DatasetRef, loader: str) -> None:
         """Turn a data set of type sharegpt into one of type chat_template with the same text."""
@@ -347,16 +347,11 @@ class Migration:
 
     def _reasons(self, key: str) -> str:
         """Reasons for the changes of a top-level key."""
-        reasons = []
+        reasons: dict[str, None] = {}
         for step in self.steps:
-            top, to = merging.top_key(step.key), merging.top_key(step.to)
-            if key == top == to:
-                reasons.append(step.reason)
-            elif key == top:
-                reasons.append(f"now {step.to}")
-            elif key == to:
-                reasons.append(f"from {step.key}: {yamlfiles.write_flow(step.old)}; {step.reason}")
-        return "; ".join(dict.fromkeys(reasons))
+            if key in (merging.top_key(step.key), merging.top_key(step.to)):
+                reasons[step.reason] = None
+        return "; ".join(reasons)
 
     def overrides(self) -> list[Override]:
         """The changes as overrides, except for keys that a run sets.
