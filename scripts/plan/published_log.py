@@ -12,6 +12,7 @@ from typing import Any
 
 import orjson
 
+from ..base.errors import UserError
 from ..base.files import read_json
 from ..base.hub import importing_axolotl
 from ..base.yamlfiles import Config
@@ -141,7 +142,7 @@ class PlannedLog:
         """Figures that a plan should equal; takes some seconds.
 
         Raises:
-            UserError: the step cannot be traced.
+            UserError: the step cannot be traced, or transformers refuses the schedule.
         """
         with importing_axolotl():
             figures = [*self._rates()]
@@ -196,6 +197,9 @@ def learning_rate(config: Config, steps: int) -> Rate | None:
     """Learning rate in a training of a number of steps, by transformers' scheduler.
 
     None for a schedule of Axolotl's own, and for one that follows the loss.
+
+    Raises:
+        UserError: transformers refuses the schedule, for example because `lr_scheduler_kwargs` lacks a key.
     """
     name = config.get("lr_scheduler") or "cosine"  # axolotl/core/builders/base.py, _configure_scheduler
     if name in ("one_cycle", "rex") or any(config.get(key) for key in _OWN_SCHEDULES):
@@ -205,7 +209,11 @@ def learning_rate(config: Config, steps: int) -> Rate | None:
 
     peak = float(config["learning_rate"])
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=peak)
-    scheduler = get_scheduler(name, optimizer, warmup_steps(config, steps), steps, config.get("lr_scheduler_kwargs"))
+    warmup, options = warmup_steps(config, steps), config.get("lr_scheduler_kwargs")
+    try:
+        scheduler = get_scheduler(name, optimizer, warmup, steps, options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"transformers refuses {name}: {error}", key="lr_scheduler") from None
     if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
         return None
     factor = scheduler.lr_lambdas[0]

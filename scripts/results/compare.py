@@ -11,8 +11,7 @@ from ..base.errors import UserError
 from ..base.files import Row, read_rows
 from ..base.terminal import say, say_once
 from ..config import merging
-from ..data.published import TRAIN_LOSS, Point, Published, read_points
-from ..data.studies import Study
+from ..data.published import Point
 from ..evaluate import intervals
 from ..evaluate.score import columns_of, declared_models, model_record, row_columns, with_scores
 from ..evaluate.scores_file import about_file, about_rows, changed, current, read_predictions, read_scores
@@ -264,17 +263,6 @@ def _settings(folder: RunDir, run: Run) -> dict[str, Any]:
     settings["ranks"] = run.ranks
     settings["resumed from"] = ", ".join(launch.resumed_from for launch in run.launches if launch.resumed_from)
     return settings
-
-
-def published_curve(study: Study, published: Published) -> list[Point]:
-    """Read the published curve of a recipe; empty without one.
-
-    Raises:
-        UserError: see `read_points`.
-    """
-    if not published.curve:
-        return []
-    return read_points(study.folder / published.curve, TRAIN_LOSS)
 
 
 @dataclass(frozen=True)

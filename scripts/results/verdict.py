@@ -12,7 +12,7 @@ from ..base.yamlfiles import on_one_line
 from ..config import merging
 from ..config.compose import REHEARSAL, TRACKERS
 from ..config.numerics import departures
-from ..data.published import ROUNDING, TRAIN_LOSS, Log, Published, PublishedScore, rounding
+from ..data.published import ROUNDING, TRAIN_LOSS, Log, Published, PublishedScore, read_points, rounding
 from ..data.studies import Study
 from ..evaluate.intervals import Interval
 from ..evaluate.score import model_record
@@ -203,9 +203,9 @@ def _row(study: Study, results: list[RunResult]) -> StudyRow:
         stated = study.stated_settings(study.origin(run.recipe))
         differs = _changed_settings(study, chosen, stated)
         open_settings = _open_settings(study, chosen, stated)
-    curve = compare.published_curve(study, published)
     gap = None
-    if curve:
+    if published.curve:
+        curve = read_points(study.folder / published.curve, TRAIN_LOSS)
         gap = compare.curve_gap(chosen.folder.read_metrics(), curve)
     return StudyRow(
         recipe=run.recipe,

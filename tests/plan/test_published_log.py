@@ -147,6 +147,13 @@ def test_a_schedule_that_is_not_transformers_is_unknown(changes):
     assert published_log.learning_rate({"learning_rate": 1e-4} | changes, 10) is None
 
 
+def test_a_schedule_that_lacks_a_setting_is_refused():
+    with pytest.raises(UserError) as refused:
+        published_log.learning_rate({"learning_rate": 1e-4, "lr_scheduler": "warmup_stable_decay"}, 10)
+    assert refused.value.key == "lr_scheduler"
+    assert refused.value.problem.startswith("transformers refuses warmup_stable_decay: ")
+
+
 def test_shipped_figures_are_those_of_new_computations():
     logs = plans.logs()
     remedy = "run `.venv/bin/python tools/plans.py`"

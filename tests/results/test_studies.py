@@ -10,7 +10,7 @@ from small_study import PLAIN, WIDE, row_of
 
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.data import studies
-from qlora_recipes.data.published import PublishedScore
+from qlora_recipes.data.published import TRAIN_LOSS, PublishedScore, read_points
 from qlora_recipes.evaluate.intervals import Interval, Origin
 from qlora_recipes.results import compare, listing, study_tables, verdict
 from qlora_recipes.results.compare import CurveGap
@@ -163,20 +163,18 @@ def test_notes_on_a_study(runs, run, tolerances, notes):
 
 
 def test_a_curve_is_compared_over_the_same_steps(runs):
-    study = small_study.read()
-    curve = compare.published_curve(study, study.published[PLAIN])
+    curve = read_points(small_study.read().folder / "plain.csv", TRAIN_LOSS)
     assert curve == [(2, 2.5), (4, 1.5)]
     metrics = [{"step": step, "loss": loss} for step, loss in ((1, 3.0), (2, 2.5), (3, 1.0))]
     metrics.insert(2, {"step": 2, "eval_loss": 9.0})
     assert compare.curve_gap(metrics, curve) == CurveGap(0.25, 0.25, 2)  # step 4 is not reached
-    assert compare.published_curve(study, study.published[WIDE]) == []
 
 
 def test_a_damaged_curve_is_refused(runs):
     file = small_study.read().folder / "plain.csv"
     file.write_text("step,loss\n1,2\n")
     with pytest.raises(UserError) as error:
-        compare.published_curve(small_study.read(), small_study.read().published[PLAIN])
+        read_points(file, TRAIN_LOSS)
     columns = "expected the columns step and train_loss with a number in each row"
     assert str(error.value) == f"{file}: {columns} (KeyError('train_loss'))"
 
