@@ -201,18 +201,24 @@ class Migration:
         if isinstance(packed, int) and isinstance(longest, int) and 0 < packed < longest:
             self.set("sequence_len", packed, "max_packed_sequence_len limited it")
 
+    def accumulate(self) -> None:
+        """Turn batch_size into gradient_accumulation_steps, which since v0.5.0 has a default that wins."""
+        batch, micro = self.config.get("batch_size"), self.config.get("micro_batch_size")
+        if self.release >= Version("0.5.0") or "gradient_accumulation_steps" in self.config:
+            return
+        if isinstance(batch, int) and isinstance(micro, int) and micro > 0:
+            reason = "Axolotl no longer divides batch_size by micro_batch_size"
+            self.replace(Step("batch_size", batch, "gradient_accumulation_steps", batch // micro, reason))
+
     def use_profile(self) -> None:
         """Replace a DeepSpeed file of Axolotl by this project's profile."""
         file = self.config.get("deepspeed")
         if not isinstance(file, str) or Path(file).is_file():
             return
         profile = tables()["deepspeed"].get(Path(file).stem)
-        if profile:
+        if profile:  # the check reports other files
             self.profiles.append(profile)
             self.set("deepspeed", None, f"a file of another machine; `--profile {profile}` has the same stage")
-        else:
-            remedy = "copy the file here, or delete the key and use --profile zero1, zero2 or zero3"
-            self.refuse("deepspeed", f"no such file: {file}", remedy)
 
     def update_fsdp(self) -> None:
         """Turn FSDP1's settings into FSDP2's; the list `fsdp` is removed later."""
@@ -287,9 +293,7 @@ class Migration:
         template = tables()["conversations"].get(name)
         if not rows or not template or "roles" in entry:
             problem = f"no counterpart of {entry['type']} with the conversation {name} and these roles"
-            names = ", ".join(tables()["conversations"])
-            remedy = f"use type: chat_template with a template of your own; known conversations are {names}"
-            self.refuse(f"{dataset.key}.type", problem, remedy)
+            self.refuse(f"{dataset.key}.type", problem, "use type: chat_template with a template of your own")
             return
         updated = entry | deepcopy(rows) | {"type": "chat_template", "chat_template": template}
         for role, key in _OF_ROLES.items():
@@ -454,6 +458,7 @@ def migrate(old: OldConfig, release: str | None, overrides: Iterable[Override] =
     migration = Migration(old, *_release(old, release), config, config)
     migration.drop_empty()
     migration.pack()
+    migration.accumulate()
     migration.use_profile()
     migration.update_fsdp()
     migration.replace_keys()

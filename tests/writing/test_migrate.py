@@ -179,6 +179,16 @@ def test_a_setting_is_renamed_or_removed(text, expected):
         ),
         pytest.param("0.9.0", "adapter: qlora", {"lora_mlp_kernel": False}, id="kernels"),
         pytest.param("0.9.1", "adapter: qlora", {}, id="kernels-on"),
+        pytest.param(
+            "0.15.0", "adapter: qlora\nlora_dropout: 0.1", {"lora_mlp_kernel": False}, id="kernels-and-dropout"
+        ),
+        pytest.param(
+            "0.4.1",
+            "batch_size: 8\nmicro_batch_size: 2",
+            {"batch_size": None, "gradient_accumulation_steps": 4},
+            id="batch",
+        ),
+        pytest.param("0.5.0", "batch_size: 8\nmicro_batch_size: 2", {}, id="batch-without-effect"),
     ],
 )
 def test_an_old_default_is_stated(release, text, expected):
@@ -337,12 +347,12 @@ def test_the_check_of_an_old_file_names_the_command_that_migrates_it(place, reci
     [
         pytest.param(
             "old.yml",
-            OF_2023 + "s2_attention: true\ndeepspeed: /home/me/ds.json\n",
+            OF_2023 + "s2_attention: true\nload_4bit: true\n",
             [],
-            "old.yml:30: deepspeed: no such file: /home/me/ds.json; copy the file here, or delete the key and use "
-            "--profile zero1, zero2 or zero3\n"
             "old.yml:29: s2_attention: Axolotl no longer has this feature; delete the key; train with "
-            "attn_implementation: flash_attention_2, for other results",
+            "attn_implementation: flash_attention_2, for other results\n"
+            "old.yml:30: load_4bit: Axolotl no longer has this feature; delete the key; use load_in_4bit and adapter: "
+            "qlora",
             id="gone",
         ),
         pytest.param(
@@ -350,8 +360,7 @@ def test_the_check_of_an_old_file_names_the_command_that_migrates_it(place, reci
             OF_2023.replace("type: alpaca", "type: sharegpt, conversation: phoenix"),
             [],
             "old.yml:10: datasets.0.type: no counterpart of sharegpt with the conversation phoenix and these roles; "
-            "use type: chat_template with a template of your own; known conversations are chatml, vicuna_v1.1, "
-            "llama-2, mistral, llama3",
+            "use type: chat_template with a template of your own",
             id="unknown-conversation",
         ),
         pytest.param(
