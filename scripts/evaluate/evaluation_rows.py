@@ -20,7 +20,7 @@ from ..config.datafiles import DatasetRef
 from ..data import manifest, studies
 from ..data.manifest import is_the_studys
 from ..run.rundir import RunDir
-from ..training.row_types import row_type
+from ..training.row_types import Chat, row_type
 from ..training.run_record import Run
 from .scores_file import RowsState, sample_positions
 
@@ -222,11 +222,15 @@ def read_source(source: RowSource, folder: RunDir, run: Run, cfg: Config, loads:
     """
     name = None
     if source.file:
-        reference = row_type(source.datasets[0].entry).reference
-        fields = (reference,) if reference else ()
+        kind = row_type(source.datasets[0].entry)
+        fields = (kind.reference,) if kind.reference else ()
         is_default = source == default_source(run, cfg)
         hint = "; `recipe data prepare --study STUDY` writes test.jsonl" if is_default else ""
-        pairs = [(source.datasets[0], row) for row in read_rows(source.file, fields, hint)]
+        contents = read_rows(source.file, fields, hint)
+        if isinstance(kind, Chat) and kind.messages not in contents[0]:
+            remedy = "`recipe new NAME --data FILE` writes questions and answers as chats to variants/NAME.jsonl"
+            raise UserError(f"the field {kind.messages} is missing", file=source.file, line=1, remedy=remedy)
+        pairs = [(source.datasets[0], row) for row in contents]
         states = [RowsState.of_rows(source.file, None)]
         sha256_of_rows = states[0].sha256
         name = test_set(source.file, sha256_of_rows)

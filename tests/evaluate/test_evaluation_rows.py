@@ -364,6 +364,18 @@ def test_rows_without_an_answer_are_named(own_run, tmp_path, form, rows, says):
         evaluate.evaluate(run, BASE)
 
 
+def test_questions_are_no_chats(own_run, tmp_path):
+    write_rows(tmp_path / "check.jsonl", [{"messages": chat} for chat in chats(3)])
+    write_rows(tmp_path / "test.jsonl", asked(3))
+    run = own_run(datasets=[{"path": "check.jsonl", **CHATML}])
+    with pytest.raises(UserError) as refused:
+        task(run, data=tmp_path / "test.jsonl")
+    assert str(refused.value) == (
+        f"{tmp_path}/test.jsonl:1: the field messages is missing; `recipe new NAME --data FILE` writes questions and "
+        "answers as chats to variants/NAME.jsonl"
+    )
+
+
 def test_data_that_is_gone_is_named(own_run, tmp_path):
     write_rows(tmp_path / "check.jsonl", alpaca(4))
     entry = {"path": "check.jsonl", "type": "alpaca"}
