@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import orjson
 
@@ -98,7 +98,7 @@ class PlannedLog:
 
     @classmethod
     def of(cls, study: Study, recipe: str, config: Config, gpu: Gpu | None = None) -> "PlannedLog | None":
-        """Plan with the inputs of a recipe's log; None without a log.
+        """Plan with the inputs of a recipe's log; None without a log of figures that a plan has.
 
         Args:
             study: study of the recipe.
@@ -110,7 +110,7 @@ class PlannedLog:
             UserError: the learning rates cannot be read, or planning does not support the config.
         """
         log = study.log(recipe)
-        if log is None:
+        if log is None or all(getattr(log, figure) is None for figure in get_args(Figure)):
             return None
         config = merge(config, log.settings)
         step_plan, _ = plan_step(config, gpu)

@@ -154,6 +154,14 @@ def test_a_schedule_that_lacks_a_setting_is_refused():
     assert refused.value.problem.startswith("transformers refuses warmup_stable_decay: ")
 
 
+def test_a_log_of_a_duration_alone_is_not_planned():
+    study = studies.study_of("peft-metamathqa/lora-rank32")
+    assert study
+    results = published.Published(log=Log(source="a", train_seconds=4304))
+    study = study.model_copy(update={"published": {"a/b": results}})
+    assert PlannedLog.of(study, "a/b", {}) is None
+
+
 def test_shipped_figures_are_those_of_new_computations():
     logs = plans.logs()
     remedy = "run `.venv/bin/python tools/plans.py`"
