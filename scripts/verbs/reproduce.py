@@ -88,7 +88,7 @@ def reproduce_verb(
     for option, value in later_options.items():
         refuse_without(option, value, f"a later stage than --from {from_}", False)
     evaluation = EvaluationRequest(metrics=metric)
-    backend = backend_of(on, request.rehearse, jobs)
+    backend = backend_of(on, request.rehearse, jobs, submits=not dry_run)
     if from_ == "predictions":
         _score_predictions(study, only, evaluation.scorer, json)
     elif dry_run:

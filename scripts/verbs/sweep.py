@@ -88,7 +88,7 @@ def sweep_verb(
         grid,
         requests,
         EvaluationRequest(limit=limit, metrics=metric),
-        backend_of(on, request.rehearse, jobs),
+        backend_of(on, request.rehearse, jobs, submits=not dry_run),
         seeds=seeds,
         gpu=gpu,
         dry_run=dry_run,

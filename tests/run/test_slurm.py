@@ -190,6 +190,10 @@ def test_a_dry_run_prints_the_scripts_without_slurm(recipe, tmp_path, monkeypatc
     (preparing,) = re.findall("set -- (.*) ;;", prepare)
     assert re.fullmatch(rf"resume runs/{NAME}/[0-9-]+-dry-run --trust", command)
     assert preparing == f"{command} --prepare"
+    (row,) = recipe.json("reproduce", "haider2024", "--only", "llama-3.2-3b", "--on", "slurm", "--dry-run")["recipes"]
+    assert row["training"] == "new"
+    (step,) = recipe.json("sweep", NAME, "--set", "lora_r=4", "--rehearse", "--on", "slurm", "--dry-run")["steps"]
+    assert step["member"] == "lora_r=4"
     assert not (tmp_path / "runs").exists()
 
 
