@@ -31,7 +31,7 @@ NOT_OF_ROWS = re.compile(
 )
 """Keys that do not affect the tokenized rows in Axolotl 0.21. Other keys may, unknown ones too."""
 NOT_OF_EVAL_TOKENS = re.compile(
-    f"{NOT_OF_ROWS.pattern}|deepspeed|fsdp|full_determinism|(eval_)?sample_packing|pad_to_|sdpa_varlen"
+    f"{NOT_OF_ROWS.pattern}|deepspeed|fsdp|full_determinism|(eval_)?sample_packing|multipack|pad_to_|sdpa_varlen"
     r"|datasets\.\d+\.path$"  # the hashes of the files decide
 )
 """Keys that do not affect the tokens behind an eval loss per token in Axolotl 0.21. Others may, unknown ones too."""

@@ -103,3 +103,56 @@ def test_an_eval_loss_that_is_no_mean_over_tokens_says_so(tmp_path):
     assert RunResult(folder, run).incomparable_loss == (
         "the scored tokens are unknown under tensor or context parallelism, and for streamed rows"
     )
+
+
+TRAINERS = "evolcodellama/codellama-7b-qlora"
+
+
+def a_trainers_loss(runs: Path, loss: float, *sets: str) -> RunResult:
+    """A finished run with other losses per token and of the Trainer."""
+    summary = Summary(eval_loss=loss, eval_loss_per_token=0.9, eval_tokens=OWN)
+    folder = a_run(runs, TRAINERS, "1", 0, scores={"rows": 0}, summary=summary)
+    (folder.path / "scores.json").unlink()
+    run = folder.read()
+    run.differences = compose(Request(TRAINERS, overrides=typed(*sets))).differences
+    folder.write(run)
+    return RunResult(folder, run)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        pytest.param("lora_r=8", None, id="the adapter"),
+        pytest.param("micro_batch_size=1", None, id="a batch in training, because eval_batch_size is set"),
+        pytest.param("eval_batch_size=1", "eval_batch_size", id="a batch"),
+        pytest.param("eval_sample_packing=false", "eval_sample_packing", id="packing"),
+        pytest.param("multipack_real_batches=true", "multipack_real_batches", id="packs of a batch"),
+    ],
+)
+def test_the_trainers_loss_needs_the_recipes_batches(tmp_path, change, key):
+    result = a_trainers_loss(tmp_path, 0.3797, change)
+    assert result.score(result.columns["trainer_loss"]) == 0.3797
+    if key is None:
+        assert result.incomparable_loss is None
+        assert result.scores["trainer_loss"].difference == pytest.approx(0.0001)
+    else:
+        reason = f"the Trainer's eval loss is a mean over batches, which differ from the recipe's by {key}"
+        assert result.incomparable_loss == reason
+        assert result.scores["trainer_loss"].difference is None
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        pytest.param(0.3798, verdict.WITHIN, id="near the repeats"),
+        pytest.param(0.3840, verdict.ACCEPTABLE, id="within the tolerance"),
+        pytest.param(0.3860, verdict.OFF, id="off"),
+    ],
+)
+def test_published_repeats_give_the_verdict_an_interval(tmp_path, loss, words):
+    a_trainers_loss(tmp_path, loss)
+    (row,) = [row for row in verdict.rows(studies.find("evolcodellama"), tmp_path, False) if row.chosen]
+    score = row.scores["trainer_loss"]
+    assert score.verdict == words
+    assert score.interval is not None
+    assert score.interval.method == "a borrowed spread of 5.8e-05 from 3 repeats, 0.3796 to 0.3797"
