@@ -126,6 +126,9 @@ else:
 def trained(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     """A finished run of the tiny Llama with an adapter; a program stands in for Axolotl."""
     save_file({"lora_A": np.ones((8, 4), np.float32)}, run.output / publish.ADAPTER)
+    write_rows(tmp_path / "own.jsonl", [ALPACA])
+    cfg = yamlfiles.read_yaml(run.config_file) | {"datasets": [{"path": str(tmp_path / "own.jsonl"), "type": "alpaca"}]}
+    run.config_file.write_text(yamlfiles.write_yaml(cfg))
     axolotl = tmp_path / "axolotl"
     axolotl.write_text(f"#!{sys.executable}\n{AXOLOTL}")
     axolotl.chmod(0o755)
