@@ -85,6 +85,9 @@ class Distance(BaseModel):
         difference: mean absolute difference of the tokens' log-probabilities, in nats.
         loss: mean loss of the file per token.
         trained_loss: mean loss of the trained model per token.
+        effect: part of the adapter's changes to these log-probabilities that the file has: 1 for the trained model, 0
+            for the base model.
+        effect_error: standard error of `effect`.
     """
 
     rows: int
@@ -93,12 +96,20 @@ class Distance(BaseModel):
     difference: float
     loss: float
     trained_loss: float
+    effect: float
+    effect_error: float
 
     def __str__(self) -> str:
         return (
-            f"loss {self.trained_loss:.3f} → {self.loss:.3f}, mean KL {self.kl:.4f}, mean difference of "
-            f"log-probabilities {self.difference:.3f}, on {self.tokens:,} tokens of {self.rows} rows"
+            f"loss {self.losses}, mean KL {self.kl:.4f}, mean difference of log-probabilities {self.difference:.3f}, "
+            f"{self.effect:.2f} ± {self.effect_error:.2f} of the adapter's effect, on {self.tokens:,} tokens of "
+            f"{self.rows} rows"
         )
+
+    @property
+    def losses(self) -> str:
+        """Losses of the trained model and of the file."""
+        return f"{self.trained_loss:.3f} → {self.loss:.3f}"
 
 
 @dataclass(frozen=True)

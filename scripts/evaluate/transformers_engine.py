@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Container, Iterator, Sequence, Set
+from contextlib import nullcontext
 from copy import deepcopy
 from itertools import batched, groupby
 from pathlib import Path
@@ -173,10 +174,14 @@ class Reference:
         return [until_end(answer, self.prompter.ends) for answer in answers]
 
     @torch.inference_mode()
-    def log_probabilities(self, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
-        """Log-probabilities of all tokens at each token of an answer, in float64, with shape (answer, vocabulary)."""
+    def log_probabilities(self, prompt: Sequence[int], answer: Sequence[int], adapted: bool = True) -> torch.Tensor:
+        """Log-probabilities of all tokens at each token of an answer, in float64, with shape (answer, vocabulary).
+
+        With `adapted` False, those of the base model without the adapter.
+        """
         tokens = torch.tensor([[*prompt, *answer[:-1]]], device=self.device)
-        logits = self.model(input_ids=tokens).logits[0, -len(answer) :]
+        with nullcontext() if adapted or not self.settings.adapter_sha256 else self.model.disable_adapter():
+            logits = self.model(input_ids=tokens).logits[0, -len(answer) :]
         return logits.double().log_softmax(-1).cpu()
 
     def free(self) -> None:

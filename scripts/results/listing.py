@@ -55,7 +55,7 @@ def _tables(results: Sequence[RunResult]) -> Iterator[Table]:
             yield Table(rows, f"{REHEARSALS if rehearsal else 'Runs'}: {name}", below=_BELOW)
             files = [*_files(group, columns)]
             if files:
-                yield Table(files, "GGUF files, each under the adapter that it was made of")
+                yield Table(files, "GGUF files, each below the adapter that it was made of")
             study = group[0].study
             if study and not rehearsal and not all(result.is_of_something_else for result in group):
                 yield baselines(study)
@@ -145,8 +145,7 @@ def _files(group: Sequence[RunResult], columns: Mapping[str, Column]) -> Iterato
                 row[heading] = result.served_scores(column.name).get(str(file))
             row["rows"] = evaluation.shares.rows
             if distance:
-                row["loss"] = f"{distance.trained_loss:.3f} → {distance.loss:.3f}"
-                row["mean KL"] = f"{distance.kl:.4f}"
+                row |= {"loss": distance.losses, "mean KL": f"{distance.kl:.4f}"}
             yield row
 
 

@@ -103,7 +103,10 @@ def test_equal_tokens_pass(capsys):
     )
 
 
-AGAIN = "\nexport the file again, with the tokenizer and the chat template in the run's folder"
+AGAIN = (
+    "\nexport the file again, with the tokenizer and the chat template in the run's folder, or start the server with "
+    "`--chat-template-file`"
+)
 FIRST = "m-f16.gguf: the prompt of row 1 differs from the training's from token"
 
 
@@ -113,22 +116,22 @@ FIRST = "m-f16.gguf: the prompt of row 1 differs from the training's from token"
         pytest.param(
             {"before": [1, 1]},
             f"""{FIRST} 2 on: the server adds a token in front, such as a second BOS
-  training: 1 '<s>', 32 '<', 96 '|', 87 's', 93 'y', 268 'st', 1014 'em', 96 '|', 34 '>', …
-  server:   1 '<s>', 1 '<s>', 32 '<', 96 '|', 87 's', 93 'y', 268 'st', 1014 'em', 96 '|', …{AGAIN}""",
+  training: 1 '<s>', 32 '<', 96 '|', 87 's', 93 'y', 268 'st', 1014 'em', 96 '|', 34 '>'
+  server:   1 '<s>', 1 '<s>', 32 '<', 96 '|', 87 's', 93 'y', 268 'st', 1014 'em', 96 '|'{AGAIN}""",
             id="BOS doubled",
         ),
         pytest.param(
             {"before": []},
             f"""{FIRST} 1 on: the server lacks the first token, such as BOS
-  training: 1 '<s>', 32 '<', 96 '|', 87 's', 93 'y', 268 'st', 1014 'em', 96 '|', …
-  server:   32 '<', 96 '|', 87 's', 93 'y', 268 'st', 1014 'em', 96 '|', 34 '>', …{AGAIN}""",
+  training: 1 '<s>', 32 '<', 96 '|', 87 's', 93 'y', 268 'st', 1014 'em', 96 '|'
+  server:   32 '<', 96 '|', 87 's', 93 'y', 268 'st', 1014 'em', 96 '|', 34 '>'{AGAIN}""",
             id="BOS lost",
         ),
         pytest.param(
             {"system": ""},
             f"""{FIRST} 11 on: another chat template, system prompt or tokenizer
-  training: …, 34 '>', 203 'Ċ', 38 'B', 73 'e', 555 'Ġsh', 446 'ort', 18 '.', 203 'Ċ', 32 '<', 96 '|', …
-  server:   …, 34 '>', 203 'Ċ', 203 'Ċ', 32 '<', 96 '|', 413 'us', 269 'er', 96 '|', 34 '>', 203 'Ċ', …{AGAIN}""",
+  training: 34 '>', 203 'Ċ', 38 'B', 73 'e', 555 'Ġsh', 446 'ort', 18 '.', 203 'Ċ', 32 '<', 96 '|'
+  server:   34 '>', 203 'Ċ', 203 'Ċ', 32 '<', 96 '|', 413 'us', 269 'er', 96 '|', 34 '>', 203 'Ċ'{AGAIN}""",
             id="system prompt lost",
         ),
         pytest.param(
@@ -162,21 +165,28 @@ def test_faults_are_refused_before_any_answer(fault, message):
     assert str(refused.value).replace(server.url, "URL") == message
 
 
+LOGITS = torch.linspace(0, 5, 1024).double()
+CHANGE = torch.cos(torch.arange(1024)).double()
+"""The adapter's change to the logits of the base model, which are `LOGITS`."""
+
+
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     """Logits of the trained model, which takes the place of the reference engine."""
-    logits = torch.linspace(0, 5, 1024).double()
 
     class Trained:
+        device = torch.device("meta")
+
         def __init__(self, prompter: Any): ...
 
-        def log_probabilities(self, prompt: list[int], answer: list[int]) -> torch.Tensor:
+        def log_probabilities(self, prompt: list[int], answer: list[int], adapted: bool = True) -> torch.Tensor:
+            logits = LOGITS + CHANGE if adapted else LOGITS
             return logits.log_softmax(-1).repeat(len(answer), 1)
 
         def free(self) -> None: ...
 
     monkeypatch.setattr(transformers_engine, "Reference", Trained)
-    return logits
+    return LOGITS + CHANGE
 
 
 def measured(logits: torch.Tensor, file: ServedFile = F16) -> Distance:
@@ -190,31 +200,55 @@ def test_a_right_file_has_no_distance(trained, capsys):
     assert (distance.rows, distance.tokens) == (3, 9)
     assert distance.kl == pytest.approx(0, abs=1e-9)
     assert distance.difference == pytest.approx(0, abs=1e-9)
-    assert distance.loss == pytest.approx(distance.trained_loss)
+    assert distance.effect == pytest.approx(1)
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "m-f16.gguf (F16, 16.0 bits): loss 10.167 → 10.167, mean KL 0.0000, mean difference of log-probabilities "
-        "0.000, on 9 tokens of 3 rows"
+        "m-f16.gguf (F16, 16.0 bits): loss 10.439 → 10.439, mean KL 0.0000, mean difference of log-probabilities "
+        "0.000, 1.00 ± 0.00 of the adapter's effect, on 9 tokens of 3 rows"
     )
 
 
-def test_other_weights_are_refused_unless_the_file_is_quantized(trained):
-    changed = trained.clone()
-    changed[-8:] += 0.5
+NOISE = 0.5 * torch.sin(100 * torch.arange(1024)).double()  # like that of quantized weights
+EXPORT = (
+    "; export it again with `recipe publish RUN --gguf f16`, which merges the adapter into the weights that it was "
+    "trained on"
+)
+
+
+@pytest.mark.parametrize(
+    ("logits", "problem"),
+    [
+        pytest.param(LOGITS, "has 0.00 times the adapter's effect (± 0.00), not once", id="adapter dropped"),
+        pytest.param(LOGITS + 2 * CHANGE, "has 2.16 times the adapter's effect (± 0.14), not once", id="scale doubled"),
+        pytest.param(
+            LOGITS + CHANGE + NOISE,
+            "its mean KL of 0.0211 is more than the 0.01 of a right file with 16-bit weights",
+            id="other weights",
+        ),
+    ],
+)
+def test_other_weights_are_refused(trained, logits, problem):
     with pytest.raises(UserError) as refused:
-        measured(changed)
-    assert str(refused.value) == (
-        "m-f16.gguf: differs from the trained model by a mean KL of 0.0054, more than the 0.003 of a right file with "
-        "16-bit weights; export it again with `recipe publish RUN --gguf f16`, which merges the adapter into the "
-        "weights that it was trained on"
-    )
-    quantized = measured(changed, ServedFile(name="m-q4_k_m.gguf", quantization="Q4_K - Medium", bits=4.9))
-    assert quantized.kl == pytest.approx(0.0054, abs=1e-4)
+        measured(logits)
+    assert str(refused.value) == f"m-f16.gguf: {problem}{EXPORT}"
+
+
+def test_quantized_files_may_differ_but_have_the_effect_of_the_adapter(trained):
+    quantized = ServedFile(name="m-q4_k_m.gguf", quantization="Q4_K - Medium", bits=4.9)
+    assert measured(LOGITS + CHANGE + NOISE, quantized).kl > llamas.MOST_KL
+    with pytest.raises(UserError) as refused:
+        measured(LOGITS + NOISE, quantized)
+    assert str(refused.value) == f"m-q4_k_m.gguf: has 0.16 times the adapter's effect (± 0.20), not once{EXPORT}"
 
 
 def test_divergence_counts_unlisted_tokens_as_one(trained):
     expected = trained.log_softmax(-1)
     changed = (trained + torch.linspace(1, 0, 1024)).log_softmax(-1)
-    all_listed = llamas.kl(expected, dict(enumerate(changed.tolist())))
-    assert all_listed == pytest.approx(float((expected.exp() * (expected - changed)).sum()), abs=1e-6)
-    first = {i: float(changed[i]) for i in changed.topk(64).indices.tolist()}
-    assert 0 < llamas.kl(expected, first) < all_listed
+    complete = llamas.kl(expected, token(changed, 1024))
+    assert complete == pytest.approx(float((expected.exp() * (expected - changed)).sum()), abs=1e-6)
+    assert 0 < llamas.kl(expected, token(changed, 64)) < complete
+
+
+def token(probabilities: torch.Tensor, listed: int) -> Any:
+    """Token of an answer, with as many probable tokens as are listed."""
+    top = [{"id": i, "logprob": float(probabilities[i])} for i in probabilities.topk(listed).indices.tolist()]
+    return llamas._Token.model_validate({"id": 0, "logprob": 0, "top_logprobs": top})

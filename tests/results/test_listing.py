@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from run_folders import a_run, fields
+from run_folders import a_gguf_file, a_run, fields
 
 from qlora_recipes.evaluate.score import columns_of
 from qlora_recipes.results import listing
@@ -77,3 +77,18 @@ def test_stale_evaluations_are_counted(tmp_path, recipe):
     a_run(tmp_path / "runs", LLAMA_2, "b", 5.0, adapter=resumed)
     command = f"`recipe evaluate runs/{LLAMA_2}/b`"
     assert recipe.ok("results").stderr == f"evaluations that are stale or edited: 1; for the last, run {command}\n"
+
+
+def test_gguf_files_stand_below_their_adapter(tmp_path, recipe):
+    run = a_run(tmp_path / "runs", LLAMA_2, "a", 5.0)
+    a_gguf_file(run, 4.5)
+    [file] = recipe.json("results", run.path)[0]["files"]
+    assert fields(file, "name", "quantization", "kl", "bleu4") == ["m-q4_k_m.gguf", "Q4_K - Medium", 0.056, 4.5]
+    shown = recipe.ok("results").stdout
+    table = shown[shown.index("GGUF files") :].splitlines()
+    title, head, adapter, file_row = table[:4]
+    assert title == "GGUF files, each below the adapter that it was made of"
+    assert re.split("  +", head)[:3] == ["run", "file", "BLEU-4"]
+    assert re.split("  +", adapter)[1:3] == ["adapter", "5.00"]
+    assert re.split("  +", file_row)[1:3] == ["m-q4_k_m.gguf (Q4_K - Medium, 4.9 bits)", "4.50"]
+    assert re.split("  +", file_row)[-2:] == ["0.772 → 0.821", "0.0560"]

@@ -573,3 +573,15 @@ def test_the_code_of_a_card_decodes_as_the_run_was_evaluated():
     sampled = Decoding(max_new_tokens=9, do_sample=True, temperature=0.1, top_k=40, top_p=0.95)
     assert model_card._arguments(greedy) == "max_new_tokens=9, do_sample=False"
     assert model_card._arguments(sampled) == "max_new_tokens=9, do_sample=True, temperature=0.1, top_p=0.95, top_k=40"
+
+
+def test_the_card_lists_gguf_files(run):
+    evaluated(run)
+    run_folders.a_gguf_file(run, 4.5)
+    text = published(run)[1]
+    row = next(line for line in text.splitlines() if "m-q4_k_m.gguf" in line)
+    assert [cell.strip() for cell in row.strip("|").split("|")][:2] == [
+        "`m-q4_k_m.gguf (Q4_K - Medium, 4.9 bits)`",
+        "5000",
+    ]
+    assert "| 0.772 → 0.821 | 0.056 |" in row

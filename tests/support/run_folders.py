@@ -106,6 +106,19 @@ def evaluated(folder: RunDir, scores: dict[str, Any], rehearsal: bool = False, *
     (folder.path / "scores.json").write_text(evaluation.model_dump_json())
 
 
+def a_gguf_file(run: RunDir, bleu4: float) -> None:
+    """An evaluation of a quantized file of a run's adapter."""
+    folder = RunDir(run.path / "evaluations" / "of-a-file")
+    folder.path.mkdir(parents=True)
+    distance = {"rows": 32, "tokens": 900, "kl": 0.056, "difference": 0.166, "loss": 0.821, "trained_loss": 0.772}
+    file = {"name": "m-q4_k_m.gguf", "quantization": "Q4_K - Medium", "bits": 4.9}
+    distance |= {"effect": 0.98, "effect_error": 0.02}
+    scores = {"rows": 5000, "bleu4": bleu4, "intervals": {}}
+    trained = run.read().adapter
+    sha256 = trained.sha256 if trained else "x"
+    evaluated(folder, scores, adapter_sha256=sha256, engine="server", model="m", file=file, distance=distance)
+
+
 def score_records(scores: dict[str, Any]) -> dict[str, ScoreRecord]:
     """Records of scores by name, from a dictionary as `--json` prints it."""
     records = {}

@@ -180,7 +180,7 @@ def _scores(evaluation: Evaluation, by_heading: Mapping[str, Column]) -> dict[st
             details[TITLES.get(key, key)] = record.signature
     distance = evaluation.settings.distance
     if distance:
-        texts["loss of reference answers"] = f"{distance.trained_loss:.3f} → {distance.loss:.3f}"
+        texts["loss of reference answers"] = distance.losses
         texts["mean KL from the trained model"] = f"{distance.kl:.4f}"
     shares = evaluation.shares.model_dump(exclude={"rows"}, exclude_none=True)
     return texts | details | {TITLES[name]: tables.text_of(share) for name, share in shares.items()}
