@@ -42,14 +42,14 @@ LEAST = 1e-6  # least probability of all unlisted tokens; the server's probabili
 MOST_KL = 0.01
 """Maximum mean KL, in nats, of a file with 16-bit weights.
 
-Right files of SmolLM2 and of random models of Llama's and Qwen's type had at most 0.0042, those of other base weights at
-least 0.24 (docs/evaluate.md).
+Right files of SmolLM2 and of random models of Llama's and Qwen's type had at most 0.0042, those with other base weights
+at least 0.24 (docs/laptop.md).
 """
 LEAST_EFFECT, MOST_EFFECT = 0.25, 1.5
 """Range of `Distance.effect`.
 
-Right files had 0.33 to 1.03, without the adapter -0.00 to 0.02, with its scale doubled at least 1.88. Weights in bf16 lose
-a part of an adapter after a training of a few steps.
+Right files had 0.33 to 1.03, without the adapter 0.00 to 0.02, with its scale doubled at least 1.88. Weights in bf16
+lose a part of an adapter after a training of a few steps.
 """
 
 
