@@ -313,7 +313,9 @@ def compare(reference: "Reference", examples: Sequence["Example"], rows: Sequenc
 
     if reference.device.type == "cpu":  # bf16 would change log-probabilities as much as a short training
         torch.nn.Module.float(reference.model)
-    trained, base, served, divergences = [], [], [], []
+    trained, base = [], []
+    served: list[float] = []
+    divergences: list[float] = []
     for example, tokens in zip(examples, rows, strict=True):
         ids = [token.id for token in tokens]
         expected = reference.log_probabilities(example.prompt, ids)
