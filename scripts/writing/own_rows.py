@@ -20,7 +20,7 @@ Type = Literal["chat", "plain"]
 """Prompts of questions: by the chat template, or without it."""
 HELD_OUT, HELD_OUT_OF_FEW = 0.05, 0.2
 """Shares of rows held out for the eval loss: if the recipe holds out none, and of fewer than `FEW` rows."""
-_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
+_SUFFIXES = ".jsonl, .json, .csv, .tsv, .txt, .parquet"
 FEW = 200
 """Number of rows of which 5 % are too few to compare scores."""
 
@@ -134,6 +134,22 @@ def parse_fields(text: str) -> dict[str, str]:
     return columns
 
 
+def _first_row(file: Path) -> Row:
+    """First row of a file.
+
+    Raises:
+        UserError: the file is missing, has no rows, or cannot be read.
+    """
+    if not file.is_file():
+        raise UserError(f"--data {file}: no such file{paths.similar_paths(file)}")
+    if file.suffix.lower() not in _SUFFIXES.split(", "):
+        raise UserError(f"--data {file}: not one of {_SUFFIXES}; save it as CSV or JSON")
+    row = next(RawFile(file).rows(), None)
+    if not row:
+        raise UserError("no rows", file=file)
+    return row
+
+
 def recognize(file: Path, fields: Mapping[str, str], copy: Path) -> OwnRows:
     """Recognize the form of a file's rows by the columns of the first one.
 
@@ -145,14 +161,7 @@ def recognize(file: Path, fields: Mapping[str, str], copy: Path) -> OwnRows:
     Raises:
         UserError: the file cannot be read, or its columns match no form.
     """
-    if not file.is_file():
-        raise UserError(f"--data {file}: no such file{paths.similar_paths(file)}")
-    if file.suffix.lower() not in _SUFFIXES:
-        suffixes = f"{', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}"
-        raise UserError(f"--data {file}: expected a file of {suffixes}; save it as CSV or JSON")
-    row = next(RawFile(file).rows(), None)
-    if not row:
-        raise UserError("no rows", file=file)
+    row = _first_row(file)
     for name, column in fields.items():
         if column not in row:
             raise UserError(f"--fields {name}={column}: the columns of {file} are {', '.join(row)}")

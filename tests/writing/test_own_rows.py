@@ -225,7 +225,7 @@ PAIRS = b"question,answer\na,b\n"
             "rows.xlsx",
             b"PK\3\4",
             [],
-            "--data rows.xlsx: expected a file of .jsonl, .json, .csv, .tsv, .txt or .parquet; save it as CSV or JSON",
+            "--data rows.xlsx: not one of .jsonl, .json, .csv, .tsv, .txt, .parquet; save it as CSV or JSON",
             id="spreadsheet",
         ),
         pytest.param(
