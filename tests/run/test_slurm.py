@@ -192,8 +192,8 @@ def test_a_dry_run_prints_the_scripts_without_slurm(recipe, tmp_path, monkeypatc
     assert preparing == f"{command} --prepare"
     (row,) = recipe.json("reproduce", "haider2024", "--only", "llama-3.2-3b", "--on", "slurm", "--dry-run")["recipes"]
     assert row["training"] == "new"
-    (step,) = recipe.json("sweep", NAME, "--set", "lora_r=4", "--rehearse", "--on", "slurm", "--dry-run")["steps"]
-    assert step["member"] == "lora_r=4"
+    steps = recipe.json("sweep", NAME, "--set", "lora_r=4,8", "--rehearse", "--on", "slurm", "--dry-run")["steps"]
+    assert [step["member"] for step in steps] == ["lora_r=4", "lora_r=8"]
     assert not (tmp_path / "runs").exists()
 
 
