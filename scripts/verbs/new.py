@@ -90,6 +90,7 @@ def _write(
     if data:
         decided.append(merging.Override("datasets", []))
     migration = migrate.migrate(old, release, decided)
+    migration.require_decided()
     changes = [*migration.overrides(), *replacement.overrides]
     other = migrate.as_changes(migration, replacement)
     composed = compose.compose(compose.Request(base, overrides=[*changes, *set_]))

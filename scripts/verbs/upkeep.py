@@ -86,7 +86,7 @@ def study_new_verb(
     for file in card_study.write(name, migration):
         print(paths.shown(file))
     report_migration(migration)
-    suggest("reproduce", name, "--rehearse")
+    suggest("study", "check", name)
 
 
 @study_verbs.command("check", cls=Verb, epilog="recipe study check haider2024")

@@ -7,9 +7,7 @@ from ..base import hub, paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import write_atomically
 from ..base.yamlfiles import Config
-from ..check import check
-from ..config import compose, datafiles
-from ..config.compose import Request
+from ..config import datafiles
 from ..data import studies
 from . import migrate, new, render
 from .migrate import Migration
@@ -51,14 +49,14 @@ def write(name: str, migration: Migration) -> list[Path]:
         The files.
 
     Raises:
-        UserError: the name is invalid or taken, the card has no eval loss, or its config has errors.
+        UserError: the name is invalid or taken, the card has no eval loss, or the user has to decide
+            settings. `recipe study check` lists other mistakes in the card's config.
     """
+    migration.require_decided()
     loss, step = last_result(migration.old.file)
     recipes, templates = render.free_folders(name)
     recipe = f"{name}/as-published"
     with migration.old.as_yaml() as base:
-        composed = compose.compose(Request(base, overrides=migration.overrides()))
-        migration.refuse_errors(check.check_config(composed), composed)
         changes = migrate.as_changes(migration, new.SAME_MODEL)
         text = new.variant(recipe, recipes, base, [], changes, migration.origins(recipe))
     declaration = paths.template_environment(paths.TEMPLATES / "skeleton").get_template("card-study.yaml.txt")

@@ -357,15 +357,18 @@ class Migration:
                 reasons[step.reason] = None
         return "; ".join(reasons)
 
-    def overrides(self) -> list[Override]:
-        """The changes as overrides, except for keys that a run sets.
+    def require_decided(self) -> None:
+        """Refuse settings that the user has to decide.
 
         Raises:
-            UserError: the user has to decide settings; the error lists them.
+            UserError: there are some; the error lists them.
         """
         if self.undecided:
             first, *first.further = self.undecided
             raise first
+
+    def overrides(self) -> list[Override]:
+        """The changes as overrides, except for keys that a run sets."""
         migrated: list[Override] = []
         for key, change in self.changes().items():
             if key not in merging.OF_THE_RUN:
