@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def rows() -> list[dict[str, str]]:
 def tokenizer_of(name: str, model: Path) -> Tokenizer:
     config = yamlfiles.read_yaml(paths.RECIPES / f"{name}.yaml") | {"base_model": str(model)}
     for key in ("revision_of_model", "special_tokens", "bf16"):  # the model's own, and what a CPU may lack
-        del config[key]
+        config.pop(key, None)
     return Tokenizer(config)
 
 
@@ -202,3 +203,56 @@ def test_doras_prompts_have_the_authors_bytes_and_tokens(model):
         assert prompt.ids == encoded(loaded.tokenizer, written(row, " ", "")) + answer
     assert loaded.cfg.sequence_len == 256
     assert loaded.cfg.excess_length_strategy == "truncate"
+
+
+TASK_WITH_INPUT = TASK.replace(". Write", ", paired with an input that provides further context. Write")
+
+
+def instruction(chance: random.Random) -> dict[str, str]:
+    """A row of Alpaca's form; half the rows have an input, and some are longer than 512 tokens."""
+    texts = [" ".join(chance.choices(WORDS, k=chance.choice((1, 9, 300)))) for _ in range(3)]
+    return {"instruction": texts[0], "input": chance.choice(("", texts[1])), "output": f"Yes{texts[2]}"}
+
+
+def alpacas_prompt(row: dict[str, str]) -> str:
+    """Alpaca's prompt, in Axolotl 0.4.0 (prompters.py) as in litgpt (prompts.py)."""
+    if row["input"]:
+        parts = (TASK_WITH_INPUT, f"### Instruction:\n{row['instruction']}", f"### Input:\n{row['input']}")
+    else:
+        parts = (TASK, f"### Instruction:\n{row['instruction']}")
+    return "\n\n".join((*parts, "### Response:\n"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "loss_on_prompt", "limit"),
+    [
+        pytest.param("evolcodellama/codellama-7b-qlora", False, None, id="Axolotl's"),
+        pytest.param("axolotl-alpaca2k/tinyllama-qlora", False, None, id="Axolotl's examples"),
+        pytest.param("litgpt-alpaca2k/llama-2-7b-lora", True, 512, id="litgpt's"),
+        pytest.param("litgpt-alpaca2k/llama-3.2-1b-lora", True, 512, id="litgpt's without BOS"),
+    ],
+)
+def test_alpacas_rows_have_their_authors_tokens_and_loss(model, recipe, loss_on_prompt, limit):
+    loaded = tokenizer_of(recipe, model)
+    study = studies.find(recipe.partition("/")[0])
+    without_bos = "3.2" in recipe
+    begin = []
+    if (model / "tokenizer.model").is_file() and not without_bos:
+        begin = [loaded.tokenizer.bos_token_id]  # the BPE tokenizer adds none
+    fields = {
+        name: text.replace("<|end_of_text|>", loaded.tokenizer.eos_token) for name, text in study.data.fields.items()
+    }
+    encode = partial(loaded.tokenizer.encode, add_special_tokens=False)
+    raw = [instruction(random.Random(seed)) for seed in range(200)]
+    maker = RowMaker(fields, {}, {}, "0")
+    tokenized = loaded.tokenize(FIRST, [maker.make(row)[0] for row in raw])
+    cut = 0
+    for row, tokens in zip(raw, tokenized, strict=True):
+        shown = row if "input" in fields else row | {"input": ""}
+        prompt = begin + encode(alpacas_prompt(shown))
+        answer = [*encode(row["output"]), loaded.tokenizer.eos_token_id]
+        ids, labels = prompt + answer, [MASKED] * len(prompt) + answer
+        assert tokens.ids[:limit] == ids[:limit]
+        assert tokens.labels[:limit] == (ids if loss_on_prompt else labels)[:limit]
+        cut += len(ids) > 512
+    assert 0 < cut < len(raw)
