@@ -32,7 +32,7 @@ def new_verb(
             metavar="BASE",
             callback=full_name,
             autocompletion=complete_recipes,
-            help="The recipe or YAML file to start from, or a model card with an Axolotl config, of any release.",
+            help="Recipe, YAML file of any Axolotl, or model card to start from.",
         ),
     ] = "start/qlora",
     axolotl: OldRelease = None,

@@ -208,7 +208,7 @@ OldRelease = Annotated[
     typer.Option(
         "--axolotl",
         metavar="VERSION",
-        help="Release of Axolotl that the file of --from was written for; default: the card's, or a guess.",
+        help="Axolotl's release of the file; default: the card's, or a guess.",
     ),
 ]
 Force = Annotated[

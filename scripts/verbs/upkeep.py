@@ -65,7 +65,7 @@ def study_new_verb(
         typer.Option(
             "--from",
             metavar="CARD",
-            help="Model card with an Axolotl config and training results, to reproduce its last eval loss.",
+            help="Model card with an Axolotl config, whose eval loss to reproduce.",
         ),
     ] = None,
     axolotl: OldRelease = None,
