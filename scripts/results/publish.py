@@ -1,15 +1,18 @@
 """Publish a run's adapter: model card, merged model, push to the hub."""
 
+import os
 import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..base import hub
 from ..base.errors import UserError, WorkFailed
-from ..base.files import sha256, tensor_shapes, write_atomically
-from ..base.processes import make_once
+from ..base.files import opened, sha256, tensor_shapes, write_atomically
+from ..base.processes import make_once, start_child
 from ..base.terminal import Bar, say
+from ..config import substitution
 from ..evaluate.scores_file import ADAPTER, about_rows
 from ..run import backends, launch, trust
 from ..run.rundir import RunDir
@@ -112,7 +115,7 @@ def _merge(result: RunResult) -> Path:
 
     def make(part: Path) -> None:  # not the output folder, where Axolotl would replace the training log
         words = ["merge-lora", "--lora-model-dir", folder.output.resolve(), "--output-dir", part.resolve()]
-        launch.convert(folder, result.run, words, part / "merged" / "*.safetensors", {})
+        _convert(folder, result.run, words, part / "merged" / "*.safetensors", {})
         for file in (part / "merged").iterdir():
             file.rename(part / file.name)
         (part / "merged").rmdir()
@@ -162,7 +165,7 @@ def _export(result: RunResult, tools: "GgufTools") -> list[Path]:
         words = ["export", "--model-dir", (folder.output / "merged").resolve(), "--llama-cpp-dir", tools.llama_cpp]
         words += ["--outfile", part.resolve() / pattern, "--outtype", "f16", "--quantize", types]
         # the converter's package, which Python does not look for beside it: see start_child
-        launch.convert(folder, result.run, words, part / names[0], {"PYTHONPATH": str(tools.llama_cpp)})
+        _convert(folder, result.run, words, part / names[0], {"PYTHONPATH": str(tools.llama_cpp)})
         write_atomically(part / SUMS, "".join(f"{sha256(part / name)}  {name}\n" for name in names))
 
     gguf_folder = _made(folder.output / "gguf", f"{sha256(folder.output / ADAPTER)} {types}", names, make)
@@ -170,6 +173,35 @@ def _export(result: RunResult, tools: "GgufTools") -> list[Path]:
     for file in files:
         say(f"{file}: {file.stat().st_size / 1e9:.2f} GB; its hash is in {SUMS}")
     return [*files, *gguf.write_modelfile(result, files[0])]
+
+
+def _convert(folder: RunDir, record: Run, words: Sequence[object], output: Path, environment: dict[str, str]) -> None:
+    """Convert a trained model with a command of Axolotl; a rehearsal has no GPU and no network.
+
+    Args:
+        folder: the run folder; it gets the log, such as merge.log for merge-lora.
+        record: content of run.json.
+        words: the command and its options.
+        output: pattern of the files that the command must write.
+        environment: further environment variables.
+
+    Raises:
+        WorkFailed: Axolotl failed; the message has the end of its output.
+    """
+    substitution.restore(folder.config)
+    verb = str(words[0]).partition("-")[0]
+    command = [launch.AXOLOTL, *words, folder.config_file.resolve()]
+    log = folder.path / f"{verb}.log"
+    environment = {**os.environ, "AXOLOTL_DO_NOT_TRACK": "1", **environment}
+    if record.rehearsal:
+        environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    cwd = record.cwd if Path(record.cwd).is_dir() else None
+    with opened(log, "wb") as stream:
+        child = start_child([*map(str, command)], cwd=cwd, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+        code = child.wait()
+    if code or not any(output.parent.glob(output.name)):
+        tail = log.read_text(errors="replace").splitlines()[-15:]
+        raise WorkFailed("\n".join([*tail, f"{folder.path}: Axolotl could not {verb}; complete log: {log}"]))
 
 
 def _refuse_push(folder: RunDir, run: Run, repository: str) -> None:

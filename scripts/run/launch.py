@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +21,7 @@ from ..base.files import Row, opened, reserved, where_full
 from ..base.processes import now, start_child, stop_requests
 from ..base.terminal import TrainingProgress, say, say_once
 from ..base.yamlfiles import Config
-from ..config import merging, substitution
+from ..config import merging
 from ..config.gpus import CPU_RANKS
 from ..training.run_record import Ended, FileState, Launch, Provenance, Run, State, collect
 from .rundir import RunDir, summarise, this_job
@@ -198,35 +197,6 @@ def preprocess(folder: RunDir, record: Run) -> None:
         raise WorkFailed(f"{folder.path}: interrupted")
     if code:
         raise _failed(folder, LaunchLog(folder.log), code)
-
-
-def convert(folder: RunDir, record: Run, words: Sequence[object], output: Path, environment: dict[str, str]) -> None:
-    """Convert a trained model with a command of Axolotl; a rehearsal has no GPU and no network.
-
-    Args:
-        folder: the run folder; it gets the log, such as merge.log for merge-lora.
-        record: content of run.json.
-        words: the command and its options.
-        output: pattern of the files that the command must write.
-        environment: further environment variables.
-
-    Raises:
-        WorkFailed: Axolotl failed; the message has the end of its output.
-    """
-    substitution.restore(folder.config)
-    verb = str(words[0]).partition("-")[0]
-    command = [AXOLOTL, *words, folder.config_file.resolve()]
-    log = folder.path / f"{verb}.log"
-    environment = {**os.environ, "AXOLOTL_DO_NOT_TRACK": "1", **environment}
-    if record.rehearsal:
-        environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    cwd = record.cwd if Path(record.cwd).is_dir() else None
-    with opened(log, "wb") as stream:
-        child = start_child([*map(str, command)], cwd=cwd, env=environment, stdout=stream, stderr=subprocess.STDOUT)
-        code = child.wait()
-    if code or not any(output.parent.glob(output.name)):
-        tail = log.read_text(errors="replace").splitlines()[-15:]
-        raise WorkFailed("\n".join([*tail, f"{folder.path}: Axolotl could not {verb}; complete log: {log}"]))
 
 
 def _axolotl_command(folder: RunDir, record: Run, checkpoint: Path | None) -> list[str]:
