@@ -116,22 +116,22 @@ FIRST = "m-f16.gguf: the prompt of row 1 differs from the training's from token"
         pytest.param(
             {"before": [1, 1]},
             f"""{FIRST} 2 on: the server adds a token in front, such as a second BOS
-  training: 1 '<s>', 32 '<', 96 '|', 87 's', 93 'y', 268 'st', 1014 'em', 96 '|', 34 '>'
-  server:   1 '<s>', 1 '<s>', 32 '<', 96 '|', 87 's', 93 'y', 268 'st', 1014 'em', 96 '|'{AGAIN}""",
+  training: 1 '<s>', 30 '<', 94 '|', 85 's', 91 'y', 85 's', 86 't', 71 'e', 79 'm'
+  server:   1 '<s>', 1 '<s>', 30 '<', 94 '|', 85 's', 91 'y', 85 's', 86 't', 71 'e'{AGAIN}""",
             id="BOS doubled",
         ),
         pytest.param(
             {"before": []},
             f"""{FIRST} 1 on: the server lacks the first token, such as BOS
-  training: 1 '<s>', 32 '<', 96 '|', 87 's', 93 'y', 268 'st', 1014 'em', 96 '|'
-  server:   32 '<', 96 '|', 87 's', 93 'y', 268 'st', 1014 'em', 96 '|', 34 '>'{AGAIN}""",
+  training: 1 '<s>', 30 '<', 94 '|', 85 's', 91 'y', 85 's', 86 't', 71 'e'
+  server:   30 '<', 94 '|', 85 's', 91 'y', 85 's', 86 't', 71 'e', 79 'm'{AGAIN}""",
             id="BOS lost",
         ),
         pytest.param(
             {"system": ""},
-            f"""{FIRST} 11 on: another chat template, system prompt or tokenizer
-  training: 34 '>', 203 'Ċ', 38 'B', 73 'e', 555 'Ġsh', 446 'ort', 18 '.', 203 'Ċ', 32 '<', 96 '|'
-  server:   34 '>', 203 'Ċ', 203 'Ċ', 32 '<', 96 '|', 413 'us', 269 'er', 96 '|', 34 '>', 203 'Ċ'{AGAIN}""",
+            f"""{FIRST} 13 on: another chat template, system prompt or tokenizer
+  training: 32 '>', 201 'Ċ', 36 'B', 71 'e', 223 'Ġ', 85 's', 74 'h', 81 'o', 84 'r', 86 't'
+  server:   32 '>', 201 'Ċ', 201 'Ċ', 30 '<', 94 '|', 87 'u', 85 's', 71 'e', 84 'r', 94 '|'{AGAIN}""",
             id="system prompt lost",
         ),
         pytest.param(
@@ -143,7 +143,7 @@ FIRST = "m-f16.gguf: the prompt of row 1 differs from the training's from token"
         pytest.param(
             {"context": 40},
             "--engine URL/v1/: the server has a context of 40 tokens for each of its 2 slots, and the longest row "
-            "needs 44; start it with `-c 88`",
+            "needs 63; start it with `-c 126`",
             id="context too small",
         ),
         pytest.param(
@@ -218,7 +218,11 @@ EXPORT = (
     ("logits", "problem"),
     [
         pytest.param(LOGITS, "has 0.00 times the adapter's effect (± 0.00), not once", id="adapter dropped"),
-        pytest.param(LOGITS + 2 * CHANGE, "has 2.16 times the adapter's effect (± 0.14), not once", id="scale doubled"),
+        pytest.param(
+            LOGITS + 2 * CHANGE,
+            "its mean KL of 0.0357 is more than the 0.01 of a right file with 16-bit weights",
+            id="scale doubled",
+        ),
         pytest.param(
             LOGITS + CHANGE + NOISE,
             "its mean KL of 0.0211 is more than the 0.01 of a right file with 16-bit weights",
@@ -235,9 +239,10 @@ def test_other_weights_are_refused(trained, logits, problem):
 def test_quantized_files_may_differ_but_have_the_effect_of_the_adapter(trained):
     quantized = ServedFile(name="m-q4_k_m.gguf", quantization="Q4_K - Medium", bits=4.9)
     assert measured(LOGITS + CHANGE + NOISE, quantized).kl > llamas.MOST_KL
+    assert measured(LOGITS + NOISE, quantized).effect < llamas.LEAST_EFFECT  # too noisy to tell
     with pytest.raises(UserError) as refused:
-        measured(LOGITS + NOISE, quantized)
-    assert str(refused.value) == f"m-q4_k_m.gguf: has 0.16 times the adapter's effect (± 0.20), not once{EXPORT}"
+        measured(LOGITS + NOISE / 5, quantized)
+    assert str(refused.value) == f"m-q4_k_m.gguf: has 0.03 times the adapter's effect (± 0.04), not once{EXPORT}"
 
 
 def test_divergence_counts_unlisted_tokens_as_one(trained):

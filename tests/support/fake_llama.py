@@ -1,11 +1,10 @@
-"""A fake of llama.cpp's server: chats in ChatML with a small tokenizer, and log-probabilities from a list of logits."""
+"""A fake of llama.cpp's server: chats in ChatML with a token per byte, and log-probabilities from a list of logits."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import random_models
 import torch
 from a_server import AServer, Reply, serving
 
@@ -17,6 +16,19 @@ def chatml(messages: Sequence[dict[str, str]], system: str = "Be short.") -> str
     if messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
     return "".join(f"<|{turn['role']}|>\n{turn['content']}\n" for turn in messages) + "<|assistant|>\n"
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer with a token per byte, the special tokens <unk>, <s> and </s>, and BOS in front."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokens = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    tokens.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokens, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 @dataclass
@@ -32,7 +44,7 @@ class FakeLlama:
         missing: endpoints that it does not have.
     """
 
-    tokenizer: Any = field(default_factory=random_models.tokenizer)
+    tokenizer: Any = field(default_factory=byte_tokenizer)
     ends: set[int] = field(default_factory=lambda: {2})
     before: list[int] = field(default_factory=lambda: [1])
     system: str = "Be short."
