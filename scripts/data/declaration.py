@@ -253,7 +253,9 @@ class Data(Strict):
 
     def title_of(self, test_set: str) -> str:
         """Description of a test set."""
-        return self.subsets[test_set].title if test_set in self.subsets else "the complete test set"
+        if test_set in self.subsets:
+            return self.subsets[test_set].title
+        return "the complete test set" if "test" in self.splits else "the rows that the recipes hold out"
 
     @property
     def scored_rows(self) -> int | None:
