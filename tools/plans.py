@@ -1,4 +1,4 @@
-"""Writes plans of the shipped recipes and their logs, which `recipe plan` and `recipe check` show without a trace.
+"""Writes plans of the shipped recipes, which `recipe plan` and `recipe check` show without a trace.
 
 It also writes recipes/hours.json, which `recipe list` and recipes/README.md show; then run `recipe render`.
 
@@ -14,7 +14,7 @@ from qlora_recipes.base import paths
 from qlora_recipes.config import gpus
 from qlora_recipes.config.compose import Request, compose
 from qlora_recipes.data import studies
-from qlora_recipes.plan import plan, published_log, shipped_hours, step_plan
+from qlora_recipes.plan import plan, shipped_hours, step_plan
 from qlora_recipes.plan.published_log import PlannedLog
 from qlora_recipes.plan.shipped_hours import AT_MOST, PLANNED, PUBLISHED, Hours
 from qlora_recipes.plan.step_plan import StepPlan
@@ -31,20 +31,21 @@ def step_plans(study: str = "") -> dict[str, StepPlan]:
             if name.startswith(study):
                 step, _ = step_plan.plan_step(compose(Request(name), gpu).config, gpu)
                 steps[step.key] = step
-        for log in logs(study, gpu):
+        for log in logs(study, gpu).values():
             if log.log.reserved_bytes:
                 steps[log.step_plan.key] = log.step_plan
     return steps
 
 
-def logs(study: str = "", gpu: gpus.Gpu | None = None) -> list[PlannedLog]:
+def logs(study: str = "", gpu: gpus.Gpu | None = None) -> dict[str, PlannedLog]:
     """Plans of the shipped recipes with the inputs of their logs, or those of one study's."""
-    plans = []
+    plans = {}
     for name in paths.recipe_names():
         of = studies.study_of(name)
-        if of and name.startswith(study):
-            plans.append(PlannedLog.of(of, name, compose(Request(name), gpu).config, gpu))
-    return [plan for plan in plans if plan]
+        log = of and name.startswith(study) and PlannedLog.of(of, name, compose(Request(name), gpu).config, gpu)
+        if log:
+            plans[name] = log
+    return plans
 
 
 def write(again: bool) -> None:
@@ -56,9 +57,6 @@ def write(again: bool) -> None:
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(figure)}" for key, figure in figures.items())
     versions = json.dumps(step_plan.packages())
     step_plan.SHIPPED.write_text(f'{{"versions": {versions},\n"plans": {{\n{lines}\n}}}}\n')
-    computed = {log.key: [asdict(figure) for figure in log.compute()] for log in logs()}
-    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(figure)}" for key, figure in sorted(computed.items()))
-    published_log.SHIPPED.write_text(f"{{\n{lines}\n}}\n")
 
 
 GPU = "A100 80GB"
@@ -82,6 +80,19 @@ def planned_hours(name: str) -> Hours | None:
     return Hours(round(work.hours, 4), AT_MOST if work.at_most else PLANNED)
 
 
+WORDS = {"learning_rates": "schedule", "steps": "steps", "trainable": "parameters", "adapter_bytes": "adapter"}
+"""Words for figures of a log."""
+
+
+def equal_to_log(planned: PlannedLog) -> str:
+    """Words for the figures without a remark that equal the log; empty if none does."""
+    words = []
+    for figure in planned.compared().figures:
+        if figure.equal and figure.figure in WORDS.keys() - planned.log.remarks.keys():
+            words.append(WORDS[figure.figure])
+    return ", ".join(dict.fromkeys(words))
+
+
 def recipes_with_verdicts() -> set[str]:
     """Recipes with a published score by their study's first metric, and something to judge a difference by."""
     names = set()
@@ -95,14 +106,20 @@ def recipes_with_verdicts() -> set[str]:
 
 
 def write_hours() -> None:
-    """Write the hours of all recipes, and the recipe whose verdict takes the fewest."""
+    """Write the hours of all recipes, the recipe whose verdict takes the fewest, and what equals the logs."""
     hours = published_hours()
     for name in paths.recipe_names():
         planned = None if name in hours else planned_hours(name)
         if planned:
             hours[name] = planned
     cheapest = min(recipes_with_verdicts() & hours.keys(), key=lambda name: hours[name].hours)
-    content = {"gpu": GPU, "cheapest": cheapest, "recipes": dict(sorted(hours.items()))}
+    equal = {name: equal_to_log(log) for name, log in logs().items()}
+    content = {
+        "gpu": GPU,
+        "cheapest": cheapest,
+        "recipes": dict(sorted(hours.items())),
+        "logs": {name: words for name, words in equal.items() if words},
+    }
     shipped_hours.FILE.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -103,8 +103,8 @@ class Log(Strict):
         adapter_bytes: size of adapter_model.safetensors.
         reserved_bytes: largest GPU memory that torch reserved in training.
         train_seconds, tokens_per_second: duration and speed of the training alone.
-        unverified: figures that were not read in the source.
-        reasons: known reasons for differences from the plan, by figure.
+        remarks: remarks on figures, such as a known reason for a difference from the plan. A figure that nobody has
+            read in the source needs one; no status names a figure with a remark.
     """
 
     source: Text
@@ -118,8 +118,7 @@ class Log(Strict):
     reserved_bytes: Count | None = None
     train_seconds: float | None = None
     tokens_per_second: float | None = None
-    unverified: list[Figure] = Field(default=[])
-    reasons: dict[Figure, Text] = Field(default={})
+    remarks: dict[Figure, Text] = Field(default={})
 
     @property
     def is_of_recipe(self) -> bool:

@@ -126,6 +126,7 @@ def plan_request(
     gpu: Gpu | None = None,
     vram: float | None = None,
     data: bool = False,
+    log: bool = False,
 ) -> Plan:
     """Plan a request: parameters, memory and work.
 
@@ -133,6 +134,7 @@ def plan_request(
         gpu: the GPU to plan for.
         vram: a memory size in GiB to plan for, instead of a GPU.
         data: tokenize all training data to count tokens.
+        log: compare the recipe's published log, which takes some seconds.
 
     Raises:
         UserError: the config has an error that prevents a plan, or planning does not support it.
@@ -144,7 +146,8 @@ def plan_request(
     override_errors(findings, request.force)
     _add_findings(planned, findings)
     planned.work = work.work(composed, step_plan, gpu, request.gpus, lengths)
-    planned.log = _log(composed, gpu, planned.work)
+    if log:
+        planned.log = _log(composed, gpu, planned.work)
     return planned
 
 
@@ -160,7 +163,7 @@ def _log(composed: Composed, gpu: Gpu | None, training: Work) -> ComparedLog | N
         tokens = training.tokens if training.tokens_are is TokenCount.COUNTED else None
         equal = tokens == declared.tokens
         compared.figures.append(Compared("tokens", tokens, declared.tokens, equal, "counted with --data"))
-    return compared
+    return compared if compared.figures else None
 
 
 def _add_findings(planned: Plan, findings: list[Finding]) -> None:

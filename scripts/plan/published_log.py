@@ -1,19 +1,13 @@
 """Published log of a training beside a plan with the log's inputs: schedule, adapter and memory.
 
-Figures of shipped logs are read from a file; for others, torch is imported, which takes some seconds.
+Learning rates and the size of an adapter need torch, whose import takes some seconds.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
-from typing import Any, get_args
-
-import orjson
+from dataclasses import dataclass
+from typing import Any
 
 from ..base.errors import UserError
-from ..base.files import read_json
 from ..base.hub import importing_axolotl
 from ..base.yamlfiles import Config
 from ..config.gpus import Gpu
@@ -21,10 +15,8 @@ from ..config.merging import merge
 from ..config.training_settings import TrainingSettings
 from ..data.published import Figure, Log, Point, read_points
 from ..data.studies import Study
-from .step_plan import StepPlan, packages, plan_step
+from .step_plan import StepPlan, plan_step
 
-SHIPPED = Path(__file__).with_name("logs.json")
-"""Figures of the shipped recipes' logs, by `PlannedLog.key`; tools/plans.py writes it."""
 TOLERANCE = 1e-18
 """Largest difference of equal learning rates; rounding makes some 1e-20."""
 _OWN_SCHEDULES = ("cosine_min_lr_ratio", "lr_quadratic_warmup", "jagged_restart_steps")
@@ -39,21 +31,14 @@ class Compared:
         figure: key of the figure in study.yaml.
         planned: None if it is unknown.
         equal: whether the two are equal; learning rates within `TOLERANCE`.
-        reason: known reason for a difference.
-        unverified: true if nobody has read the published figure in its source.
-        rates, step, of_steps: number of learning rates, the logged step after which they differ most, and the number of
-            steps of the planned schedule; `planned` and `published` are the rates after that step.
+        remark: known reason for a difference, or what the figures are; empty without a remark.
     """
 
     figure: str
     planned: float | None
     published: float
     equal: bool
-    reason: str = ""
-    unverified: bool = False
-    rates: int | None = None
-    step: int | None = None
-    of_steps: int | None = None
+    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,21 +46,12 @@ class ComparedLog:
     """Published log beside a plan with the log's inputs.
 
     Attributes:
-        rows, settings: inputs that are not the recipe's; see `Log`.
-        skipped_steps: number of skipped steps.
+        inputs: inputs that are not the recipe's: `rows` and settings of Axolotl; and the number of skipped steps.
     """
 
     source: str
-    rows: int | None
-    settings: Config
-    skipped_steps: int
+    inputs: Config
     figures: list[Compared]
-
-
-@cache
-def shipped() -> dict[str, Any]:
-    """Shipped figures by key; empty for a damaged file."""
-    return read_json(SHIPPED)
 
 
 @dataclass
@@ -98,7 +74,7 @@ class PlannedLog:
 
     @classmethod
     def of(cls, study: Study, recipe: str, config: Config, gpu: Gpu | None = None) -> "PlannedLog | None":
-        """Plan with the inputs of a recipe's log; None without a log of figures that a plan has.
+        """Plan with the inputs of a recipe's log; None without a log.
 
         Args:
             study: study of the recipe.
@@ -110,7 +86,7 @@ class PlannedLog:
             UserError: the learning rates cannot be read, or planning does not support the config.
         """
         log = study.log(recipe)
-        if log is None or all(getattr(log, figure) is None for figure in get_args(Figure)):
+        if log is None:
             return None
         config = merge(config, log.settings)
         step_plan, _ = plan_step(config, gpu)
@@ -120,61 +96,41 @@ class PlannedLog:
             points = read_points(study.folder / log.learning_rates, "learning_rate")
         return cls(log, config, step_plan, steps, points)
 
-    @property
-    def key(self) -> str:
-        """Hash of the inputs of `compute`."""
-        depends = [packages(), self.config, self.step_plan.step.model, self.log.model_dump(), self.steps, self.points]
-        return hashlib.sha256(orjson.dumps(depends, option=orjson.OPT_SORT_KEYS)).hexdigest()[:24]
-
-    @property
-    def stored(self) -> list[Compared]:
-        """Shipped figures; empty without any."""
-        return [Compared(**figure) for figure in shipped().get(self.key, [])]
-
-    @property
-    def status(self) -> str:
-        """Shipped figures that equal the log, in words; empty if none does."""
-        equal = [figure.figure for figure in self.stored if figure.equal and not figure.unverified]
-        words = dict.fromkeys(_WORDS[figure] for figure in equal)
-        return f"{', '.join(words)} equal log" if words else ""
-
-    def compute(self) -> list[Compared]:
-        """Figures that a plan should equal; takes some seconds.
+    def compared(self) -> ComparedLog:
+        """The log beside the plan.
 
         Raises:
             UserError: the step cannot be traced, or transformers refuses the schedule.
         """
+        log, memory = self.log, self.step_plan.memory
+        inputs: dict[str, Any] = {"rows": log.rows, **log.settings, "skipped_steps": len(log.skipped_steps)}
         with importing_axolotl():
             figures = [*self._rates()]
             figures += self._compared("steps", self.steps)
-            figures += self._compared("trainable", self.step_plan.memory.total("trainable"))
-            if self.log.adapter_bytes and self.step_plan.step.adapter:
+            figures += self._compared("trainable", memory.total("trainable"))
+            if log.adapter_bytes and self.step_plan.step.adapter:
                 from .fake_step import adapter_bytes
 
                 figures += self._compared("adapter_bytes", adapter_bytes(self.step_plan.step))
-        return figures
-
-    def compared(self) -> ComparedLog:
-        """The log beside the plan, with its memory; raises the errors of `compute`."""
-        log = self.log
-        figures = self.stored or self.compute()
-        figures += self._compared("reserved_bytes", self.step_plan.memory.usage.reserved)
-        return ComparedLog(log.source, log.rows, log.settings, len(log.skipped_steps), figures)
+        figures += self._compared("reserved_bytes", memory.usage.reserved)
+        return ComparedLog(log.source, {key: value for key, value in inputs.items() if value}, figures)
 
     def _compared(self, figure: Figure, planned: int | None) -> Iterator[Compared]:
         """Planned figure beside that of the log, if the log has it."""
         published = getattr(self.log, figure)
         if published is not None:
-            reason, unverified = self.log.reasons.get(figure, ""), figure in self.log.unverified
-            yield Compared(figure, planned, published, planned == published, reason, unverified)
+            yield Compared(figure, planned, published, planned == published, self.log.remarks.get(figure, ""))
 
     def _rates(self) -> Iterator[Compared]:
-        """Learning rates of a schedule with the log's number of steps, and of one with the planned number."""
+        """Learning rates of a schedule with the log's number of steps, and of one with the planned number.
+
+        For each schedule, the rates after the step after which they differ most.
+        """
         if not self.points:
             return
         for steps in dict.fromkeys((self.log.steps, self.steps)):
             rate = learning_rate(self.config, steps) if steps else None
-            if steps is None or rate is None:
+            if rate is None:
                 continue
             planned = {}
             for logged, _ in self.points:
@@ -182,12 +138,9 @@ class PlannedLog:
                 planned[logged] = rate(logged - skipped)
             step, published = max(self.points, key=lambda point: abs(planned[point[0]] - point[1]))
             equal = abs(planned[step] - published) <= TOLERANCE
-            gap = Compared("learning_rates", planned[step], published, equal)
-            yield replace(gap, rates=len(self.points), step=step, of_steps=steps)
+            remark = f"of {len(self.points)} rates, that which differs most, after step {step:,} of {steps:,}"
+            yield Compared("learning_rates", planned[step], published, equal, remark)
 
-
-_WORDS = {"learning_rates": "schedule", "steps": "steps", "trainable": "parameters", "adapter_bytes": "adapter"}
-"""Words for figures in a status."""
 
 Rate = Callable[[int], float]
 """Learning rate after a number of optimizer steps. Today's trainer logs the rate of a step, after one step fewer."""

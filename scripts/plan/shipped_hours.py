@@ -1,4 +1,4 @@
-"""Hours of the shipped recipes on one GPU, written by tools/plans.py and read without planning."""
+"""Hours of the shipped recipes on one GPU, and their logs, written by tools/plans.py and read without planning."""
 
 from typing import NamedTuple
 
@@ -32,11 +32,13 @@ class ShippedHours(NamedTuple):
         gpu: GPU of the planned hours.
         cheapest: recipe with the fewest hours among those whose runs get a verdict.
         recipes: hours by recipe.
+        logs: words for the figures that a plan and the published log have alike, by recipe.
     """
 
     gpu: str
     cheapest: str
     recipes: dict[str, Hours]
+    logs: dict[str, str]
 
     @property
     def note(self) -> str:
@@ -49,4 +51,4 @@ def read() -> ShippedHours:
     """Read the file."""
     content: Row = read_json(FILE)
     recipes = {name: Hours(*hours) for name, hours in content["recipes"].items()}
-    return ShippedHours(content["gpu"], content["cheapest"], recipes)
+    return ShippedHours(content["gpu"], content["cheapest"], recipes, content["logs"])

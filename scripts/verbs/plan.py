@@ -53,12 +53,13 @@ def plan_verb(
 
     targets = [_target(name) for name in gpu] or [(gpus.here(), None)]
     requests = [Request(name, profile, set_, gpus=gpu_count, force=force) for name in selected(names)]
+    log = json or len(requests) * len(targets) == 1
     plans = []
     with Bar("planning", len(requests)) as bar:
         for done, request in enumerate(requests, 1):
             bar.begin(f"planning {request.name}")
             for target, memory in targets:
-                plans.append((request.name, plan.plan_request(request, target, memory, data)))
+                plans.append((request.name, plan.plan_request(request, target, memory, data, log)))
             bar.update(done)
     if json:
         tables.print_json([{"recipe": name, **asdict(planned)} for name, planned in plans])
@@ -99,10 +100,8 @@ def _print_plan(planned: "Plan") -> None:
     if planned.log:
         print()
         tables.print_text(f"published log: {planned.log.source}")
-        inputs = {"rows": planned.log.rows, **planned.log.settings, "skipped_steps": planned.log.skipped_steps}
-        inputs = {key: value for key, value in inputs.items() if value}
-        if inputs:
-            tables.print_text(f"planned with its inputs: {yamlfiles.write_flow(inputs)}")
+        if planned.log.inputs:
+            tables.print_text(f"planned with its inputs: {yamlfiles.write_flow(planned.log.inputs)}")
         tables.print_table([_log_row(figure) for figure in planned.log.figures], below=["remark"])
     for note in planned.notes:
         tables.print_text(f"note: {note}")
@@ -181,8 +180,7 @@ def _log_row(figure: "Compared") -> Row:
         row |= {"planned": f"{figure.planned:,}", "difference": f"{figure.planned - figure.published:+,}"}
     if figure.equal:
         row["difference"] = "equal"
-    row |= {"largest of": figure.rates, "after step": figure.step, "of": figure.of_steps}
-    return row | {"remark": "published figure not verified" if figure.unverified else figure.reason or None}
+    return row | {"remark": figure.remark or None}
 
 
 def _print_plans(plans: "list[tuple[str, Plan]]") -> None:

@@ -20,7 +20,6 @@ from ..config import models
 from ..data import studies
 from ..data.studies import Study
 from ..plan import shipped_hours
-from ..plan.published_log import PlannedLog
 from ..results import score_records
 
 README = "README.md"
@@ -200,20 +199,16 @@ class _Renderer:
         """Text of README.md, with a table of recipes for each study."""
         starts: list[Row] = []
         by_study: dict[str, tuple[Study, list[Row]]] = {}
-        logs: dict[str, str] = {}  # figures that equal a published log, by recipe
         hours = shipped_hours.read()
         for recipe in recipes:
             row = recipe.content | {"name": recipe.name, "hours": hours.recipes.get(recipe.name)}
             study = studies.study_of(recipe.name)
             if study:
                 by_study.setdefault(study.title, (study, []))[1].append(row)
-                planned = PlannedLog.of(study, recipe.name, recipe.content)
-                if planned:
-                    logs[recipe.name] = planned.status
             elif recipe.name.startswith("start/"):
                 starts.append(row)
         sections = [(study, rows, _statuses(study)) for study, rows in by_study.values()]
-        return self._text(f"{README}.j2", studies=sections, starts=starts, logs=logs, hours=hours)
+        return self._text(f"{README}.j2", studies=sections, starts=starts, hours=hours)
 
     def _text(self, template: str, **variables: Any) -> str:
         try:

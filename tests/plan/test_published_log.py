@@ -15,8 +15,8 @@ from qlora_recipes.config.compose import Request, compose
 from qlora_recipes.config.training_settings import TrainingSettings
 from qlora_recipes.data import published, studies
 from qlora_recipes.data.published import Log
-from qlora_recipes.plan import fake_step, plan, published_log, step_plan
-from qlora_recipes.plan.published_log import Compared, PlannedLog
+from qlora_recipes.plan import fake_step, plan, published_log, shipped_hours, step_plan
+from qlora_recipes.plan.published_log import PlannedLog
 from qlora_recipes.plan.work import TokenCount, Work
 from qlora_recipes.run.rundir import PLUGIN, RunDir
 
@@ -68,19 +68,20 @@ def test_all_rates_are_planned_with_the_logs_steps_and_differ_with_todays(refine
     assert largest_difference(refinement, 94_000) <= 1e-18
     assert largest_difference(refinement, 94_004) == pytest.approx(8.552e-9, rel=1e-3)
     assert largest_difference(refinement, 94_005) == pytest.approx(1.069e-8, rel=1e-3)
-    rates = [figure for figure in refinement.compute() if figure.figure == "learning_rates"]
-    assert [(figure.equal, figure.rates, figure.of_steps) for figure in rates] == [
-        (True, 940, 94_000),
-        (False, 940, 94_004),
+    rates = [figure for figure in refinement.compared().figures if figure.figure == "learning_rates"]
+    most = "of 940 rates, that which differs most, after step"
+    assert [(figure.equal, figure.remark) for figure in rates] == [
+        (True, f"{most} 100 of 94,000"),
+        (False, f"{most} 94,000 of 94,004"),
     ]
-    assert (rates[1].step, rates[1].published) == (94_000, 7.914438502673798e-08)
+    assert rates[1].published == 7.914438502673798e-08
 
 
 def test_without_the_skipped_steps_the_rates_differ(refinement):
     planned = PlannedLog(
         Log(source="a", steps=94_000), refinement.config, refinement.step_plan, None, refinement.points
     )
-    [rates] = [figure for figure in planned.compute() if figure.figure == "learning_rates"]
+    [rates] = [figure for figure in planned.compared().figures if figure.figure == "learning_rates"]
     assert not rates.equal
     assert rates.planned
     assert rates.published - rates.planned == pytest.approx(37 * 2e-4 / 93_500)
@@ -89,7 +90,8 @@ def test_without_the_skipped_steps_the_rates_differ(refinement):
 @pytest.mark.parametrize("name", PEFTS)
 def test_the_adapters_of_pefts_comparison_have_the_published_bytes(name):
     planned = log_of(f"peft-metamathqa/lora-{name}")
-    figures = {figure.figure: (figure.planned, figure.equal) for figure in planned.compute()}
+    figures = {figure.figure: (figure.planned, figure.equal) for figure in planned.compared().figures}
+    assert figures.pop("reserved_bytes")[1] is False
     assert figures == {
         "steps": (5000, True),
         "trainable": (planned.log.trainable, True),
@@ -154,30 +156,26 @@ def test_a_schedule_that_lacks_a_setting_is_refused():
     assert refused.value.problem.startswith("transformers refuses warmup_stable_decay: ")
 
 
-def test_a_log_of_a_duration_alone_is_not_planned():
-    study = studies.study_of("peft-metamathqa/lora-rank32")
+def test_a_log_of_a_duration_alone_is_not_compared():
+    assert plan.plan_request(Request("evolcodellama/codellama-7b-qlora"), log=True).log is None
+
+
+def test_a_log_that_cannot_be_planned_prevents_no_other_plan(monkeypatch):
+    study = studies.study_of(REFINEMENT)
     assert study
-    results = published.Published(log=Log(source="a", train_seconds=4304))
-    study = study.model_copy(update={"published": {"a/b": results}})
-    assert PlannedLog.of(study, "a/b", {}) is None
+    log = Log(source="a", steps=10, learning_rates="study.yaml")
+    monkeypatch.setattr(study, "variants", {REFINEMENT: study.variants[REFINEMENT].model_copy(update={"log": log})})
+    assert plan.plan_request(Request(REFINEMENT)).log is None
+    with pytest.raises(UserError) as refused:
+        plan.plan_request(Request(REFINEMENT), log=True)
+    assert "expected the columns step and learning_rate" in refused.value.problem
 
 
-def test_shipped_figures_are_those_of_new_computations():
-    logs = plans.logs()
-    remedy = "run `.venv/bin/python tools/plans.py`"
-    assert published_log.shipped().keys() == {log.key for log in logs}, remedy
-    assert [log.stored for log in logs] == [log.compute() for log in logs], remedy
-
-
-def test_a_log_is_planned_without_torch_as_the_recipe_is(recipe, monkeypatch):
-    def computed(self: PlannedLog) -> list[Compared]:
-        raise AssertionError(f"computed: {self.log}")
-
-    monkeypatch.setattr(PlannedLog, "compute", computed)
+def test_a_plan_shows_the_log_with_its_inputs(recipe):
     [planned] = recipe.json("plan", REFINEMENT, "--gpu", "T4")
     log = planned["log"]
-    assert log["settings"] == {"num_epochs": 5, "micro_batch_size": 2, "gradient_accumulation_steps": 4}
-    assert (log["rows"], log["skipped_steps"]) == (150_406, 37)
+    settings = {"num_epochs": 5, "micro_batch_size": 2, "gradient_accumulation_steps": 4}
+    assert log["inputs"] == {"rows": 150_406, **settings, "skipped_steps": 37}
     assert [(figure["figure"], figure["equal"]) for figure in log["figures"]] == [
         ("learning_rates", True),
         ("learning_rates", False),
@@ -188,32 +186,32 @@ def test_a_log_is_planned_without_torch_as_the_recipe_is(recipe, monkeypatch):
 
 
 STATUSES = {
-    REFINEMENT: "schedule, parameters equal log",
-    **dict.fromkeys([f"peft-metamathqa/lora-{name}" for name in PEFTS], "steps, parameters, adapter equal log"),
-    "pissa-metamathqa/llama-2-7b-qlora": "steps equal log",
-    "qlora-guanaco/llama-7b": "steps equal log",  # its number of parameters is not verified
+    REFINEMENT: "schedule, parameters",
+    **dict.fromkeys([f"peft-metamathqa/lora-{name}" for name in PEFTS], "steps, parameters, adapter"),
+    "pissa-metamathqa/llama-2-7b-qlora": "steps",
+    "qlora-guanaco/llama-7b": "steps",  # its number of parameters is not verified
     **dict.fromkeys(
-        [f"tinker-tulu3/llama-{size}-lora" for size in ("3.2-1b", "3.2-3b", "3.1-8b")], "steps, parameters equal log"
+        [f"tinker-tulu3/llama-{size}-lora" for size in ("3.2-1b", "3.2-3b", "3.1-8b")], "steps, parameters"
     ),
 }
 
 
+def test_shipped_statuses_are_those_of_new_plans():
+    statuses = {name: plans.equal_to_log(log) for name, log in plans.logs().items()}
+    assert {name: status for name, status in statuses.items() if status} == STATUSES
+    assert shipped_hours.read().logs == STATUSES, "run `.venv/bin/python tools/plans.py` and `recipe render`"
+
+
 @pytest.mark.parametrize(("name", "status"), STATUSES.items())
-def test_the_status_names_what_equals_the_log(name, status):
-    assert log_of(name).status == status
-    assert f"| {status} |" in row_of(name) or f"; {status} |" in row_of(name)
+def test_the_list_of_recipes_names_what_equals_the_log(name, status):
+    cell = row_of(name).rstrip(" |").rpartition(" | ")[2]
+    assert cell.rpartition("; ")[2] == f"{status} equal log"
 
 
 def row_of(name: str) -> str:
     """Row of a recipe in recipes/README.md."""
     lines = (paths.RECIPES / "README.md").read_text().splitlines()
     return next(line for line in lines if line.startswith(f"| [{name}]"))
-
-
-def test_another_log_has_no_status(refinement):
-    log = refinement.log.model_copy(update={"trainable": 1})
-    planned = PlannedLog(log, refinement.config, refinement.step_plan, refinement.steps, refinement.points)
-    assert planned.status == ""
 
 
 def test_learning_rates_that_cannot_be_read_are_refused(tmp_path):
