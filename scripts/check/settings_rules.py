@@ -291,12 +291,11 @@ def no_batch_size(case: Case) -> Problems:
 
 
 @rule
-def does_not_divide(case: Case) -> Problems:
-    """Axolotl divides batch_size by micro_batch_size and silently rounds down."""
-    settings = TrainingSettings.of(case.config)
-    if settings.batch_size % settings.micro_batch_size:
-        problem = f"{settings.batch_size} is not a multiple of micro_batch_size, {settings.micro_batch_size}"
-        yield "error", "batch_size", problem, "set a multiple"
+def batch_size(case: Case) -> Problems:
+    """Axolotl counts steps of batch_size rows, but accumulates by the default of gradient_accumulation_steps (seen)."""
+    if case.is_set("batch_size"):
+        problem = "Axolotl counts steps by it, but does not accumulate by it, and so trains a part of the rows"
+        yield "error", "batch_size", problem, "set gradient_accumulation_steps to batch_size / micro_batch_size instead"
 
 
 @rule

@@ -12,7 +12,6 @@ from ..base.errors import UserError, meant
 from ..base.files import read_json
 from ..base.yamlfiles import Config
 from .merging import flatten, merge
-from .training_settings import TrainingSettings
 
 ENGINE_KEYS = ("deepspeed", "fsdp_version", "fsdp_config")  # keys of a config
 SIZE = re.compile(r"(\d{1,3}) ?Gi?B", re.IGNORECASE)  # a memory size, which `recipe plan` accepts in place of a GPU
@@ -150,14 +149,11 @@ def divided(config: Config, gpus: int, asked: str) -> Config:
     Raises:
         UserError: the rows of a step cannot be split evenly.
     """
-    counts = [config.get(key) or 1 for key in ("micro_batch_size", "gradient_accumulation_steps", "batch_size")]
-    if gpus == 1 or not all(isinstance(count, int) and count > 0 for count in counts):
-        return config  # the schema reports values that are not counts
-    settings = TrainingSettings.of(config)
-    key, count, unit = "gradient_accumulation_steps", settings.gradient_accumulation_steps, 1
-    if settings.batch_size:
-        key, count, unit = "batch_size", settings.batch_size, settings.micro_batch_size
-    if count % (gpus * unit) == 0:
+    key = "gradient_accumulation_steps"
+    count = config.get(key) or 1
+    if gpus == 1 or not isinstance(count, int):
+        return config  # the schema reports a value that is not a count
+    if count % gpus == 0:
         return merge(config, {key: count // gpus})
-    problem = f"{key} is {count}, not a multiple of {gpus * unit}"
+    problem = f"{key} is {count}, not a multiple of {gpus}"
     raise UserError(f"{asked}: {problem}; use --set to choose a multiple, and perhaps a smaller micro_batch_size")

@@ -14,7 +14,6 @@ class TrainingSettings:
     Attributes:
         micro_batch_size: rows per micro batch on one device.
         gradient_accumulation_steps: micro batches per optimizer step.
-        batch_size: rows per optimizer step on one device, in place of `gradient_accumulation_steps`; 0 if not set.
         max_steps: number of optimizer steps, in place of `num_epochs`; 0 if not set.
         sequence_len: maximum number of tokens per row.
         val_set_size: rows held out of the training data: their number, or below 1 their share.
@@ -26,7 +25,6 @@ class TrainingSettings:
 
     micro_batch_size: int
     gradient_accumulation_steps: int
-    batch_size: int
     num_epochs: float
     max_steps: int
     sequence_len: int
@@ -46,7 +44,6 @@ class TrainingSettings:
         return cls(
             micro_batch_size=_count(config, "micro_batch_size", 1),  # axolotl/utils/schemas/training.py
             gradient_accumulation_steps=_count(config, "gradient_accumulation_steps", 1),  # schemas/training.py
-            batch_size=_count(config, "batch_size", 0),  # schemas/training.py
             num_epochs=_number(config, "num_epochs", 1),  # schemas/training.py
             max_steps=_count(config, "max_steps", 0),  # schemas/config.py
             sequence_len=_count(config, "sequence_len", 512),  # schemas/config.py
@@ -64,7 +61,7 @@ class TrainingSettings:
     @property
     def rows_per_step(self) -> int:
         """Number of rows per optimizer step on one device."""
-        return self.batch_size or self.micro_batch_size * self.gradient_accumulation_steps
+        return self.micro_batch_size * self.gradient_accumulation_steps
 
     def steps(self, rows: int | None, gpus: int = 1) -> int | None:
         """Number of optimizer steps for a number of rows; None if unknown, as for packed rows.

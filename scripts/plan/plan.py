@@ -272,9 +272,7 @@ def _reductions(config: Config, step_plan: StepPlan, gpu: Gpu, gpus: int) -> Ite
     if step_plan.rows > 1:
         rows = max(settings.rows_per_step, step_plan.rows)
         # a run divides the number among the GPUs, as it divided the config's
-        single_rows: Config = {"micro_batch_size": 1, "gradient_accumulation_steps": rows * gpus}
-        if "batch_size" in config:
-            single_rows["batch_size"] = None
+        single_rows = {"micro_batch_size": 1, "gradient_accumulation_steps": rows * gpus}
         yield single_rows, "the same rows per step, one at a time"
     if step.adapter != "qlora" and not config.get("peft_use_dora"):  # its weight norms are not in a traced 4-bit layer
         yield _with_qlora(config), "a base model in 4 bits"

@@ -353,8 +353,9 @@ CASES: list[tuple[dict[str, Any], str]] = [
         "[missing-package:plugins]",
     ),
     (
-        {"batch_size": 7, "gradient_accumulation_steps": None},
-        "error: batch_size: 7 is not a multiple of micro_batch_size, 2; set a multiple [does-not-divide:batch_size]",
+        {"batch_size": 8},
+        "error: batch_size: Axolotl counts steps by it, but does not accumulate by it, and so trains a part of the "
+        "rows; set gradient_accumulation_steps to batch_size / micro_batch_size instead [batch-size:batch_size]",
     ),
     (
         {"full_determinism": True, "cut_cross_entropy": True},

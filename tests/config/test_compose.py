@@ -99,7 +99,6 @@ def test_a_rehearsal_shortens_a_warm_up_also_where_its_steps_are_not_known(place
         (2, [], "gradient_accumulation_steps", 2),
         (4, [], "gradient_accumulation_steps", 1),
         (8, ["micro_batch_size=1", "gradient_accumulation_steps=8"], "gradient_accumulation_steps", 1),
-        (2, ["gradient_accumulation_steps=null", "batch_size=8"], "batch_size", 4),
     ],
 )
 def test_steps_keep_their_rows_on_several_gpus(gpus, change, key, expected):
@@ -115,12 +114,6 @@ def test_steps_keep_their_rows_on_several_gpus(gpus, change, key, expected):
     [
         pytest.param(3, [], "gradient_accumulation_steps is 4, not a multiple of 3", id="3-gpus"),
         pytest.param(8, [], "gradient_accumulation_steps is 4, not a multiple of 8", id="8-gpus"),
-        pytest.param(
-            3,
-            ["gradient_accumulation_steps=null", "batch_size=4"],
-            "batch_size is 4, not a multiple of 6",
-            id="batch-size",
-        ),
     ],
 )
 def test_a_step_whose_rows_cannot_be_divided_is_refused(gpus, change, problem):

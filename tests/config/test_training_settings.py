@@ -7,7 +7,6 @@ from qlora_recipes.config.training_settings import TrainingSettings
 DEFAULTS = TrainingSettings(
     micro_batch_size=1,
     gradient_accumulation_steps=1,
-    batch_size=0,
     num_epochs=1,
     max_steps=0,
     sequence_len=512,
@@ -28,7 +27,7 @@ DEFAULTS = TrainingSettings(
     [
         pytest.param({}, id="missing"),
         pytest.param({"micro_batch_size": None, "num_epochs": None, "seed": None, "optimizer": None}, id="null"),
-        pytest.param({"micro_batch_size": 0, "max_steps": 0, "batch_size": 0, "adapter": ""}, id="empty"),
+        pytest.param({"micro_batch_size": 0, "max_steps": 0, "adapter": ""}, id="empty"),
         pytest.param({"micro_batch_size": "two", "sequence_len": 2.5, "lora_target_modules": 3}, id="refused"),
         pytest.param({"lora_dropout": 0, "val_set_size": False}, id="zero"),
     ],
