@@ -9,7 +9,7 @@ from ..base.files import write_atomically
 from ..base.yamlfiles import Config
 from ..config import datafiles
 from ..data import studies
-from . import migrate, new, render
+from . import new, render
 from .migrate import Migration
 
 _LOSS, _STEP = "Validation Loss", "Step"
@@ -28,7 +28,9 @@ def last_result(card: Path) -> tuple[str, str]:
         cells = [cell.strip() for cell in line.strip(" |").split("|")]
         if _LOSS in cells and _STEP in cells:
             head = cells
-        elif head and len(cells) == len(head):
+        elif len(cells) != len(head):
+            head = []  # the table's end
+        else:
             row = dict(zip(head, cells, strict=True))
             if row[_LOSS][:1].isdigit():
                 result = row[_LOSS], row[_STEP]
@@ -57,8 +59,7 @@ def write(name: str, migration: Migration) -> list[Path]:
     recipes, templates = render.free_folders(name)
     recipe = f"{name}/as-published"
     with migration.old.as_yaml() as base:
-        changes = migrate.as_changes(migration, new.SAME_MODEL)
-        text = new.variant(recipe, recipes, base, [], changes, migration.origins(recipe))
+        text = new.variant_text(recipe, recipes, base, [], new.of_migration(migration, recipe))
     declaration = paths.template_environment(paths.TEMPLATES / "skeleton").get_template("card-study.yaml.txt")
     study = declaration.render(
         schema=os.path.relpath(studies.SCHEMA, recipes),
@@ -79,8 +80,15 @@ def write(name: str, migration: Migration) -> list[Path]:
 
 
 def _data(migration: Migration) -> Config:
-    """Path of the first data set, and its declaration as a source in study.yaml."""
-    entry = datafiles.training_sets(migration.config)[0].entry
+    """Path of the first data set, and its declaration as a source in study.yaml.
+
+    Raises:
+        UserError: the config has no data set.
+    """
+    datasets = datafiles.training_sets(migration.config)
+    if not datasets:
+        raise UserError("no data set", file=migration.old.file, key="datasets", remedy="add it to the card's config")
+    entry = datasets[0].entry
     path = str(entry.get("path"))
     source = {}
     if hub.NAME.fullmatch(path) and not Path(path).exists():

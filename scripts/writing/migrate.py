@@ -21,13 +21,9 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row
 from ..base.yamlfiles import Config
-from ..check import check
-from ..check.check import Report
 from ..config import datafiles, merging
-from ..config.compose import Composed
 from ..config.datafiles import DatasetRef
 from ..config.merging import Override, Source
-from .new import Change, OtherModel, refuse_errors
 
 TABLES = paths.TEMPLATES / "old-axolotl.yaml"
 _CARDS_CONFIG = re.compile(r"^```ya?ml[ \t]*\n((?:(?!```).*\n)*?base_model:(?:(?!```).*\n)*)```", re.MULTILINE)
@@ -222,26 +218,31 @@ class Migration:
 
     def update_fsdp(self) -> None:
         """Turn FSDP1's settings into FSDP2's; the list `fsdp` is removed later."""
-        options = self.config.get("fsdp") or []
-        settings = self.config.get("fsdp_config") or {}
-        if not isinstance(settings, dict) or not (options or settings):
-            return
+        options, settings = self._fsdp_options(), self.config.get("fsdp_config") or {}
+        if not isinstance(settings, dict):
+            return  # the check reports it
         names = {key.removeprefix("fsdp_"): value for key, value in settings.items()}
-        if not options and names == settings and self.config.get("fsdp_version") == 2:
+        of_fsdp2 = names == settings and self.config.get("fsdp_version") == 2
+        if not options and (of_fsdp2 or not settings):
             return
-        if isinstance(options, str):
-            options = options.split()
         updated: Config = {}
         for option in (str(names.pop("sharding_strategy", "full_shard")).lower(), *options):
             if option not in tables()["fsdp"]:
                 remedy = "delete fsdp and fsdp_config, and use --profile fsdp2 or zero2"
                 self.refuse("fsdp_config", f"FSDP2 has no counterpart of {option}", remedy)
             updated |= tables()["fsdp"].get(option, {})
-        for name in tables()["fsdp_without_effect"]:
-            names.pop(name, None)
-        updated |= names
+        updated |= {name: names[name] for name in names if name not in tables()["fsdp_without_effect"]}
         self.set("fsdp_config", updated, "FSDP2's names; Axolotl has no FSDP1 any more")
         self.set("fsdp_version", 2, "Axolotl has no FSDP1 any more")
+
+    def _fsdp_options(self) -> list[str]:
+        """Options of the list `fsdp`, as transformers reads it."""
+        options = self.config.get("fsdp")
+        if options is True:
+            return ["full_shard"]
+        if isinstance(options, str):
+            return options.split()
+        return merging.listed(self.config, "fsdp")
 
     def replace_keys(self) -> None:
         """Rename and remove keys, and keep those that are gone for the user to decide."""
@@ -343,11 +344,11 @@ class Migration:
         """Changes since the config's release that no key undoes."""
         return [entry["text"] for entry in tables()["meanings"] if self._applies(entry)]
 
-    def changes(self) -> dict[str, Change]:
-        """Changes of the old config by top-level key, each with its reasons."""
+    def reasons(self) -> dict[str, str]:
+        """Reasons for the changes of the old config, by top-level key."""
         changed = [key for key in self.before if key not in self.config]
         changed += [merging.top_key(key) for key in merging.differences(self.before, self.config)]
-        return {key: Change(self.config.get(key), self._reasons(key)) for key in changed}
+        return {key: self._reasons(key) for key in changed}
 
     def _reasons(self, key: str) -> str:
         """Reasons for the changes of a top-level key."""
@@ -370,31 +371,10 @@ class Migration:
     def overrides(self) -> list[Override]:
         """The changes as overrides, except for keys that a run sets."""
         migrated: list[Override] = []
-        for key, change in self.changes().items():
+        for key in self.reasons():
             if key not in merging.OF_THE_RUN:
-                migrated.append(MigratedOverride(key, change.value, place=self.old.place(key)))
+                migrated.append(MigratedOverride(key, self.config.get(key), place=self.old.place(key)))
         return migrated
-
-    def refuse_errors(self, report: Report, composed: Composed) -> None:
-        """Refuse a config with errors; of a migrated one, also those that Axolotl finds.
-
-        Raises:
-            UserError: there are errors, each with its place in the old file.
-        """
-        if not self.old.is_current:
-            check.add_validation([report], None)
-        for finding in report.findings:
-            if finding.where == paths.shown(composed.recipe_file) and finding.line:  # perhaps a card's temporary file
-                finding.where = paths.shown(self.old.file)
-                finding.line += self.old.skipped
-        refuse_errors(report.findings)
-
-    def origins(self, name: str) -> list[str]:
-        """First lines of a variant's header; none for a YAML file, which the variant names as its original."""
-        if not self.old.skipped:
-            return []
-        card = paths.shown(self.old.file)
-        return [f"# {name}: from the model card {card}", "#", "# Changes   changed lines state the former value"]
 
 
 def _concerned(config: Config) -> dict[str, Config]:
@@ -476,6 +456,8 @@ def migrate(old: OldConfig, release: str | None, overrides: Iterable[Override] =
 def _release(old: OldConfig, release: str | None) -> tuple[Version, str]:
     """Release of Axolotl that a config was written for, and the key from which it is guessed, if it is not stated."""
     stated = release or old.stated
+    if old.is_current:
+        return supported(), ""
     if not stated:
         signs = evidence(old.config) or {"no key of an older release": supported()}
         sign = min(signs, key=signs.__getitem__)
@@ -489,11 +471,3 @@ def _release(old: OldConfig, release: str | None) -> tuple[Version, str]:
 def supported() -> Version:
     """Release of Axolotl that this project supports."""
     return Version(version("axolotl"))
-
-
-def as_changes(migration: Migration, model: OtherModel) -> OtherModel:
-    """Changes of a migration together with those for another base model, which win."""
-    if migration.old.is_current:
-        return model
-    release = f"# Axolotl   written for {migration.release}, migrated to {supported()} by `recipe new --from`"
-    return OtherModel({**migration.changes(), **model.changes}, [release, *model.header], model.notes)

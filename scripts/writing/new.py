@@ -1,9 +1,8 @@
-"""Variants written by `recipe new`: recipes with changed keys or another model."""
+"""Variants written by `recipe new`: recipes with changed keys, another model or a user's rows, and migrated configs."""
 
 import os
 import re
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import dropwhile
 from pathlib import Path
@@ -15,9 +14,15 @@ from ..base import hub, paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import write_atomically
 from ..base.yamlfiles import Config
-from ..config import datafiles, merging, models
-from ..config.finding import Finding, refuse
+from ..check import check
+from ..check.check import Report
+from ..config import compose, datafiles, merging, models
+from ..config.compose import Composed
+from ..config.finding import refuse
 from ..config.merging import Override
+from . import migrate, own_rows
+from .migrate import Migration, OldConfig
+from .own_rows import RowsRequest
 from .render import SPECIAL_TOKENS, ModelFacts, describe
 
 _ABSENT = re.compile(r"(?m)^# (variant, removed: )?(revision_of_model|special_tokens)( is not set)?: .*\n")
@@ -44,18 +49,20 @@ class Change:
 
 
 @dataclass
-class OtherModel:
-    """A new base model for a recipe.
+class Changes:
+    """Changes for a new base model, or of a migration.
 
     Attributes:
         changes: the changes by top-level key.
-        header: lines about the model for the variant's header.
+        header: lines for the variant's header.
         notes: lines about unknown facts, and about chat templates that stay those of the recipe.
+        origins: the first lines of the header; if empty, they name the original.
     """
 
     changes: dict[str, Change] = field(default_factory=dict)
     header: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    origins: list[str] = field(default_factory=list)
 
     @property
     def overrides(self) -> list[Override]:
@@ -63,11 +70,106 @@ class OtherModel:
         return [Override(key, change.value) for key, change in self.changes.items()]
 
 
-SAME_MODEL = OtherModel()
-"""No new base model."""
+NO_CHANGES = Changes()
 
 
-def for_model(base: str, name: str) -> OtherModel:
+@dataclass(frozen=True)
+class VariantRequest:
+    """Request for a variant, from `recipe new`.
+
+    Attributes:
+        name: the name of the variant.
+        base: the recipe, file or model card to change.
+        release: the release of Axolotl that `base` was written for; None if unknown.
+        model: another base model; None to keep it.
+        rows: rows to train on instead of the recipe's.
+        overrides: the user's changes.
+    """
+
+    name: str
+    base: str
+    release: str | None
+    model: str | None
+    rows: RowsRequest | None
+    overrides: list[Override]
+
+
+@dataclass
+class Variant:
+    """A written variant.
+
+    Attributes:
+        file: the variant.
+        migration: the migration of an old config; without steps for a recipe of this release.
+        notes: lines about the rows and the model.
+    """
+
+    file: Path
+    migration: Migration
+    notes: list[str] = field(default_factory=list)
+
+
+def create(request: VariantRequest) -> Variant:
+    """Check and write a variant; a refused one leaves no file.
+
+    Raises:
+        UserError: the name is taken, the user has to decide settings, or the variant or its rows have errors.
+    """
+    old = migrate.of_file(request.base, request.release)
+    file = free_file(request.name)
+    rows = None
+    with old.as_yaml() as base, ExitStack() as while_checked:
+        model = for_model(base, request.model) if request.model else NO_CHANGES
+        decided = [*model.overrides, *request.overrides]
+        if request.rows:
+            decided.append(Override("datasets", []))
+        migration = migrate.migrate(old, request.release, decided)
+        migration.require_decided()
+        changes = [*migration.overrides(), *model.overrides]
+        overrides = request.overrides
+        if request.rows:
+            rows = own_rows.recognize(request.rows, file.with_suffix(".jsonl"))
+            without_tests = [*changes, Override("test_datasets"), *overrides]
+            config = compose.compose(compose.Request(base, overrides=without_tests)).config
+            own_rows.set_prompts(rows, request.rows.type, config, overrides)
+            while_checked.enter_context(rows.copied())
+            overrides = [*own_rows.overrides(rows, config), *overrides]
+        composed = compose.compose(compose.Request(base, overrides=[*changes, *overrides]))
+        report = check.check_config(composed, data=rows is not None)
+        _refuse_errors(report, composed, old)
+        write(request.name, base, overrides, of_migration(migration, request.name, model))
+    variant = Variant(file, migration)
+    if rows:
+        unread: list[str] = next((read["unread_fields"] for read in report.data), [])
+        variant.notes += own_rows.explanations(rows, composed.config, unread)
+    variant.notes += model.notes
+    return variant
+
+
+def of_migration(migration: Migration, name: str, model: Changes = NO_CHANGES) -> Changes:
+    """Changes of a migration together with those for another base model, which win.
+
+    Args:
+        migration: the migration.
+        name: the name of the variant.
+        model: the changes for the base model.
+    """
+    if migration.old.is_current:
+        return model
+    migrated = {key: Change(migration.config.get(key), reasons) for key, reasons in migration.reasons().items()}
+    release = f"# Axolotl   written for {migration.release}, migrated to {migrate.supported()} by `recipe new --from`"
+    changes = Changes({**migrated, **model.changes}, [release, *model.header], model.notes)
+    if migration.old.skipped:  # of a YAML file, the header names the original
+        card = paths.shown(migration.old.file)
+        changes.origins = [
+            f"# {name}: from the model card {card}",
+            "#",
+            "# Changes   changed lines state the former value",
+        ]
+    return changes
+
+
+def for_model(base: str, name: str) -> Changes:
     """Changes that adapt a recipe or file to another base model.
 
     Args:
@@ -86,7 +188,7 @@ def for_model(base: str, name: str) -> OtherModel:
     entry = models.entry_of(name)
     folder = models.folder_of({"base_model": name, "revision_of_model": entry.get("revision")})
     facts = describe(entry, name, folder)
-    other = OtherModel(_model_changes(recipe, name, facts), [f"# Model     {facts.title}: {facts.about}"])
+    other = Changes(_model_changes(recipe, name, facts), [f"# Model     {facts.title}: {facts.about}"])
     foreign = _foreign_templates(recipe)
     if "chat_template" in foreign and (entry.get("chat") or models.chat_template(folder)):
         other.changes["chat_template"] = Change("tokenizer_default", "the model's template")
@@ -139,38 +241,41 @@ def _foreign_templates(recipe: Config) -> dict[str, str]:
     return {key: text for key, text in texts.items() if not text.startswith(("tokenizer_default", "jinja"))}
 
 
-def refuse_errors(findings: Iterable[Finding]) -> None:
+def _refuse_errors(report: Report, composed: Composed, old: OldConfig) -> None:
     """Refuse a variant with errors; foreign code and data matter only to a run.
 
+    Of a migrated config, the errors that Axolotl finds count, too.
+
     Raises:
-        UserError: there are errors.
+        UserError: there are errors, each with its place in the old file.
     """
-    refuse([finding for finding in findings if finding.scope != "code" and finding.rule != "not-prepared"])
+    if not old.is_current:
+        check.add_validation([report], None)
+    for finding in report.findings:
+        if finding.where == paths.shown(composed.recipe_file) and finding.line:  # perhaps a card's temporary file
+            finding.where = paths.shown(old.file)
+            finding.line += old.skipped
+    refuse([finding for finding in report.findings if finding.scope != "code" and finding.rule != "not-prepared"])
 
 
-def write(
-    name: str, base: str, overrides: list[Override], other: OtherModel = SAME_MODEL, origins: Sequence[str] = ()
-) -> Path:
+def write(name: str, base: str, overrides: list[Override], changes: Changes = NO_CHANGES) -> Path:
     """Write a variant of a recipe or file to variants/<name>.yaml.
 
     Args:
         name: the name of the variant.
         base: the recipe or file to change.
-        overrides: the changes.
-        other: the base model that replaces the recipe's.
-        origins: the first lines of the header; by default, they name the original.
+        overrides: the user's changes.
+        changes: changes for another base model, or of a migration.
 
     Raises:
         UserError: the name is taken or invalid, or a key cannot be changed.
     """
     file = free_file(name)
-    write_atomically(file, variant(name, file.parent, base, overrides, other, origins))
+    write_atomically(file, variant_text(name, file.parent, base, overrides, changes))
     return file
 
 
-def variant(
-    name: str, folder: Path, base: str, overrides: list[Override], other: OtherModel, origins: Sequence[str]
-) -> str:
+def variant_text(name: str, folder: Path, base: str, overrides: list[Override], other: Changes) -> str:
     """Text of a variant in a folder; for the other arguments, see `write`."""
     base_name, base_file = paths.find_recipe(base)
     if base_name not in (*paths.recipe_names(), *paths.variant_names()):
@@ -184,7 +289,7 @@ def variant(
         text = _ABSENT.sub("", text)
     for key, change in changes.items():
         text = edited(text, key, change, str(base_file))
-    header = origins or _origins(name, base_name, merging.origin_of(base_name, base_file) or base_name)
+    header = other.origins or _origins(name, base_name, merging.origin_of(base_name, base_file) or base_name)
     schema = os.path.relpath(paths.RECIPES / "axolotl.schema.json", folder)
     lines = [f"# yaml-language-server: $schema={schema}", *header, *other.header]
     return "\n".join(lines) + "\n" + text
@@ -206,7 +311,7 @@ def free_file(name: str) -> Path:
     return file
 
 
-def _merged_changes(overrides: list[Override], other: OtherModel) -> dict[str, Change]:
+def _merged_changes(overrides: list[Override], other: Changes) -> dict[str, Change]:
     """Changes for another model, and those of --set, which win.
 
     Raises:

@@ -1,7 +1,7 @@
 """A user's rows for `recipe new --data`: their columns, and chats made from questions and answers."""
 
 import csv
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +20,25 @@ Type = Literal["chat", "plain"]
 """Prompts of questions: by the chat template, or without it."""
 HELD_OUT, HELD_OUT_OF_FEW = 0.05, 0.2
 """Shares of rows held out for the eval loss: if the recipe holds out none, and of fewer than `FEW` rows."""
+_TYPE = ["datasets", "0", "type"]
 _SUFFIXES = ".jsonl, .json, .csv, .tsv, .txt, .parquet"
 FEW = 200
 """Number of rows of which 5 % are too few to compare scores."""
+
+
+@dataclass(frozen=True)
+class RowsRequest:
+    """Rows to train on, and options about them.
+
+    Attributes:
+        file: JSON lines, a JSON array, Parquet, or columns with any delimiter.
+        fields: columns by field, as in `question=Frage,answer=Antwort`; empty for the columns' own names.
+        type: the prompts of questions; None to choose by the base model.
+    """
+
+    file: Path
+    fields: str
+    type: Type | None
 
 
 @dataclass
@@ -35,6 +51,7 @@ class OwnRows:
         form: the form of the rows.
         fields: the field of each column that the form reads.
         entry: the data set entry, without path.
+        reason: the reason for the prompts; empty if the user sets them.
         left_out: places of rows without a question or an answer, after `copied`.
     """
 
@@ -43,6 +60,7 @@ class OwnRows:
     form: Form
     fields: dict[str, str]
     entry: Config
+    reason: str = ""
     left_out: list[str] = field(default_factory=list)
 
     @property
@@ -85,7 +103,8 @@ class OwnRows:
         source = RawFile(self.file)
         for raw in source.rows():
             row: Row = {}
-            for column, value in raw.items():
+            # columns that are read come last: another column can have a field's name
+            for column, value in sorted(raw.items(), key=lambda item: item[0] in self.fields):
                 if column in self.fields or isinstance(value, str):
                     row[self.fields.get(column, column)] = value
             if self.form.is_pair and not self._prepare(row, source.where):
@@ -150,93 +169,103 @@ def _first_row(file: Path) -> Row:
     return row
 
 
-def recognize(file: Path, fields: Mapping[str, str], copy: Path) -> OwnRows:
-    """Recognize the form of a file's rows by the columns of the first one.
+def recognize(request: RowsRequest, copy: Path) -> OwnRows:
+    """Recognize the form of rows by the columns of the first one.
 
     Args:
-        file: JSON lines, a JSON array, Parquet, or columns with any delimiter.
-        fields: columns by field, as the user names them.
+        request: the rows.
         copy: the file for a copy of the rows.
 
     Raises:
-        UserError: the file cannot be read, or its columns match no form.
+        UserError: the file cannot be read, its columns match no form, or the form lacks one of the user's fields.
     """
+    file, fields = request.file, parse_fields(request.fields)
     row = _first_row(file)
     for name, column in fields.items():
         if column not in row:
             raise UserError(f"--fields {name}={column}: the columns of {file} are {', '.join(row)}")
-    columns = {column.strip().lower(): column for column in row} | dict(fields)
+    columns = {column.strip().lower(): column for column in row} | fields
     form = datafiles.form_of(fields) or datafiles.form_of(columns)
     if form is None:
         forms = "; ".join(" and ".join(form.fields) for form in FORMS)
         remedy = "map columns to these, as in `--fields question=Frage,answer=Antwort`"
         raise UserError(f"unknown columns {', '.join(row)}; known are {forms}", file=file, remedy=remedy)
-    entry = form.entry
-    conversation = row.get(columns.get("conversations", ""))
-    if "0.from" in dict(merging.flatten(conversation)):  # ShareGPT's keys
-        entry = entry | {"message_property_mappings": {"role": "from", "content": "value"}}
     read = (*form.fields, "input", "system", "tools")
+    for name, column in fields.items():
+        if name not in read:
+            raise UserError(f"--fields {name}={column}: no field of the rows; they have {' and '.join(form.fields)}")
+    entry = form.entry
+    if "0.from" in dict(merging.flatten(row[columns[form.fields[0]]])):  # ShareGPT's keys of a message
+        entry = entry | {"message_property_mappings": {"role": "from", "content": "value"}}
     return OwnRows(file, copy, form, {columns[name]: name for name in read if name in columns}, entry)
 
 
-def set_prompts(rows: OwnRows, requested: Type | None, config: Config) -> str:
-    """Make chats of questions and answers if the user or the config's base model requires it; return the reason.
+def set_prompts(rows: OwnRows, requested: Type | None, config: Config, overrides: Sequence[Override]) -> None:
+    """Make chats of questions and answers if the user or the config's base model requires it, and give the reason.
 
     LLaMA-Factory and Unsloth, too, write questions and answers with the template of an instruct model.
+
+    Args:
+        rows: the rows.
+        requested: the prompts that the user requests.
+        config: the config, whose base model decides without a request.
+        overrides: the user's changes; one of the type leaves the rows as they are.
 
     Raises:
         UserError: the user requests a type for rows that are not pairs.
     """
+    if not requested and any(override.key.split(".")[:3] == _TYPE for override in overrides):
+        return
     if not rows.form.is_pair:
         if requested:
             raise UserError(f"--type: only for questions and answers; the rows have {rows.form.fields[0]}")
-        return "because of their fields; --set changes it"
-    is_chat, reason = requested == "chat", "as --type says"
+        rows.reason = "because of their fields; --set changes it"
+        return
+    is_chat, rows.reason = requested == "chat", "as --type says"
     if not requested:
         name, model = config.get("base_model"), models.find(config)
         is_chat = model.chat is not False
-        reason = f"because {name} is a base model; --type chat makes chats"
+        rows.reason = f"because {name} is a base model; --type chat makes chats"
         if is_chat:
-            reason = f"because {name} is an instruct model; --type plain omits its template"
+            rows.reason = f"because {name} is an instruct model; --type plain omits its template"
         if model.chat is None:
-            reason = f"because {name} may be an instruct model; for a base model, --type plain"
+            rows.reason = f"because {name} may be an instruct model; for a base model, --type plain"
     if is_chat:
         rows.entry = {"type": "chat_template"}
-    return reason
 
 
 def overrides(rows: OwnRows, config: Config) -> list[Override]:
-    """Overrides that train a config on rows, with a held-out share."""
-    changes = [Override("datasets", [{"path": str(rows.path)} | rows.entry])]
+    """Overrides that train a config on rows, with a held-out share unless the config has test rows of the user."""
+    changes = [Override("datasets", [{"path": str(rows.path)} | rows.entry]), Override("test_datasets", None)]
     if rows.entry["type"] != "chat_template":
         changes += [Override("chat_template", None), Override("chat_template_jinja", None)]
     elif not config.get("chat_template"):
         changes.append(Override("chat_template", "tokenizer_default"))
-    if not config.get("val_set_size"):
-        changes += [Override("test_datasets", None), Override("val_set_size", HELD_OUT)]
-    if datafiles.count_rows(rows.path) < FEW:
-        changes.append(Override("val_set_size", HELD_OUT_OF_FEW))
-    return changes
+    share = config.get("val_set_size") or HELD_OUT
+    if config.get("test_datasets"):
+        share = None
+    elif datafiles.count_rows(rows.path) < FEW:
+        share = HELD_OUT_OF_FEW
+    return [*changes, Override("val_set_size", share)]
 
 
-def reasons(rows: OwnRows, reason: str, config: Config, overridden: set[str], unread: list[str]) -> Iterator[str]:
+def explanations(rows: OwnRows, config: Config, unread: Sequence[str]) -> Iterator[str]:
     """Explain the settings that the rows require, one per line.
 
     Args:
         rows: the rows.
-        reason: the reason for the prompts.
         config: the variant's config.
-        overridden: top-level keys that the user sets; they are not explained.
         unread: text fields that Axolotl does not read.
     """
     if rows.path == rows.copy:
         yield f"rows: {datafiles.count_rows(rows.copy):,} of {rows.file}, copied to {paths.shown(rows.copy)}"
     if rows.left_out:
         yield f"left out: {len(rows.left_out):,} without question or answer, the first at {rows.left_out[0]}"
-    if "datasets" not in overridden:
-        yield f"prompts: {yamlfiles.write_flow(rows.entry)[1:-1]}, {reason}"
-    if "val_set_size" not in overridden:
-        size = f"val_set_size {config['val_set_size']}"
-        yield f"held out: {size}, for the eval loss and `recipe evaluate`; --set val_set_size=20 holds out 20 rows"
+    if rows.reason:
+        yield f"prompts: {yamlfiles.write_flow(rows.entry)[1:-1]}, {rows.reason}"
+    share = config.get("val_set_size")
+    if share:
+        use = "for the eval loss and `recipe evaluate`; --set val_set_size=20 holds out 20 rows"
+        yield f"held out: val_set_size {share}, {use}"
     if unread:
         yield f"not used: {' and '.join(unread)}; add the text to a field that is used"

@@ -11,6 +11,7 @@ from packaging.version import Version
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.yamlfiles import Config
+from qlora_recipes.check import schema
 from qlora_recipes.writing import migrate
 from qlora_recipes.writing.migrate import OldConfig
 
@@ -58,7 +59,8 @@ special_tokens: {pad_token: </s>}
 def changed(text: str, release: str) -> Config:
     """Settings that a migration changes; None for removed ones."""
     old = OldConfig(Path("old.yml"), text)
-    return {key: change.value for key, change in migrate.migrate(old, release).changes().items()}
+    migration = migrate.migrate(old, release)
+    return {key: migration.config.get(key) for key in migration.reasons()}
 
 
 @pytest.mark.parametrize(
@@ -118,6 +120,11 @@ def changed(text: str, release: str) -> Config:
                 },
             },
             id="fsdp",
+        ),
+        pytest.param(
+            "fsdp: true",
+            {"fsdp": None, "fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}},
+            id="fsdp-true",
         ),
         pytest.param(
             "fsdp_config: {version: 2, reshard_after_forward: false}",
@@ -324,7 +331,7 @@ def test_a_card_becomes_a_variant_and_a_profile(place, recipe):
 
 def test_a_card_becomes_a_study_with_its_last_eval_loss(place, recipe):
     write_rows(place)
-    (place / "README.md").write_text(CARD)
+    (place / "README.md").write_text(f"{CARD}\n| a | b | c | d |\n|--|--|--|--|\n| 1 | 2 | 3 | 4 |\n")
     recipe.ok("study", "new", "theirs", "--from", "README.md")
     study = yamlfiles.read_yaml(place / "recipes/theirs/study.yaml")
     assert study["published"] == {"theirs/as-published": {"scores": {"eval_loss": 1.2124}}}
@@ -429,21 +436,28 @@ def test_what_the_user_has_to_decide_is_refused_with_its_line(place, recipe, fil
             id="card-without-results",
         ),
         pytest.param(
+            ["study", "new", "theirs", "--from", "no-data.md"],
+            "no-data.md: datasets: no data set; add it to the card's config",
+            id="card-without-data",
+        ),
+        pytest.param(
             ["study", "new", "theirs", "--axolotl", "0.4.0"], "--axolotl: works only with --from", id="no-card"
         ),
     ],
 )
 def test_a_wrong_request_is_refused(place, recipe, arguments, message):
     (place / "bare.md").write_text(CARD.partition("| Training")[0])
+    no_data = CARD.replace("datasets:\n  - path: rows.jsonl\n    type: alpaca\n", "")
+    (place / "no-data.md").write_text(no_data)
     assert recipe.fails(*arguments).stderr == f"recipe: {message}\n"
     assert not (place / "recipes").exists()
 
 
 def test_tables_name_keys_that_axolotl_has():
-    schema: dict[str, Any] = migrate.check.schema.load()["properties"]
+    keys: dict[str, Any] = schema.load()["properties"]
     new = [change["to"].partition(".")[0] for change in migrate.tables()["keys"].values() if "to" in change]
     new += [default["key"] for default in migrate.tables()["defaults"]]
-    assert [key for key in new if key not in schema] == []
+    assert [key for key in new if key not in keys] == []
 
 
 def test_the_page_has_the_present_tables():

@@ -12,6 +12,7 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.files import read_rows, write_rows
 from qlora_recipes.config import datafiles
 from qlora_recipes.writing import own_rows
+from qlora_recipes.writing.own_rows import RowsRequest
 
 PAIR = {"question": "Was ist 2 + 3?", "answer": "5"}
 CHAT = {"messages": [{"role": "user", "content": "Was ist 2 + 3?"}, {"role": "assistant", "content": "5"}]}
@@ -46,6 +47,7 @@ def entry_of(file: Path) -> dict[str, Any]:
             {"conversations": [{"role": "user", "content": "a"}]},
             {"type": "chat_template", "field_messages": "conversations"},
         ),
+        ({"messages": [{"role": "user"}], "conversations": [{"from": "human"}]}, {"type": "chat_template"}),
         ({"instruction": "a", "output": "b", "text": "c"}, {"type": "alpaca"}),
         ({"segments": []}, {"type": "input_output"}),
         ({"question": "a", "answer": "b"}, {"type": PROMPTED}),
@@ -56,7 +58,7 @@ def test_the_fields_of_rows_decide_their_type(tmp_path, row, entry):
     file = tmp_path / "rows.jsonl"
     for before in (b"\n", codecs.BOM_UTF8):
         file.write_bytes(before + orjson.dumps(row))
-        rows = own_rows.recognize(file, {}, tmp_path / "copy.jsonl")
+        rows = own_rows.recognize(RowsRequest(file, "", None), tmp_path / "copy.jsonl")
         assert rows.entry == entry
         assert rows.path == file
         assert read_rows(file) == [row]
@@ -181,6 +183,12 @@ def test_parquet_and_json(recipe, place, name):
     assert read_rows(place / "variants" / "mine.jsonl") == [{"question": "2 + 3?", "answer": "5"}] * 9
 
 
+def test_a_column_with_the_name_of_a_field_does_not_replace_it(recipe, place):
+    write_rows(place / "rows.jsonl", [{"Frage": "2 + 3?", "question": "a title", "Antwort": "5"}] * 9)
+    recipe.ok("new", "mine", "--data", "rows.jsonl", *COLUMNS, "--type", "plain")
+    assert read_rows(place / "variants" / "mine.jsonl") == [{"question": "2 + 3?", "answer": "5"}] * 9
+
+
 def test_rows_without_an_answer_are_left_out_and_counted(recipe, place):
     (place / "rows.csv").write_text('question;answer\n"a\nb";c\n;\nd;\n' + "e;f\n" * 9)
     done = recipe.ok("new", "mine", "--data", "rows.csv")
@@ -216,6 +224,13 @@ PAIRS = b"question,answer\na,b\n"
             ["--fields", "question"],
             "--fields question: expected FIELD=COLUMN, as in question=Frage,answer=Antwort",
             id="malformed-fields",
+        ),
+        pytest.param(
+            "rows.csv",
+            PAIRS,
+            ["--fields", "title=answer"],
+            "--fields title=answer: no field of the rows; they have question and answer",
+            id="unknown-field",
         ),
         pytest.param("rows.csv", b"question,answer\n", [], "rows.csv: no rows", id="no-rows"),
         pytest.param(
@@ -326,6 +341,25 @@ def test_a_type_of_rows_that_is_set_is_not_explained(recipe, place):
     done = recipe.ok("new", "mine", "--data", "rows.jsonl", "--set", "datasets.0.type=alpaca")
     assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["held out", "next"]
     assert (place / "variants" / "mine.yaml").read_text().count("data/gsm8k") == 1  # as the former value only
+
+
+def test_a_type_of_chats_can_be_set(recipe, place):
+    write_rows(place / "rows.jsonl", [CHAT] * 9)
+    recipe.ok("new", "mine", "--data", "rows.jsonl", "--set", "datasets.0.type=chat_template.default")
+    assert entry_of(place / "rows.jsonl") == {"path": "rows.jsonl", "type": "chat_template.default"}
+
+
+def test_another_setting_of_the_rows_leaves_the_prompts_to_the_model(recipe, questions):
+    recipe.ok("new", "mine", "--data", "rows.jsonl", "--set", "datasets.0.split=train[:20]")
+    assert entry_of(questions) == {"path": "variants/mine.jsonl", "type": "chat_template", "split": "train[:20]"}
+
+
+def test_no_rows_are_held_out_beside_the_users_test_rows(recipe, questions):
+    tests = "test_datasets=[{path: tests.jsonl, type: alpaca, split: train}]"
+    write_rows(questions.parent / "tests.jsonl", [{"instruction": "a", "output": "b"}] * 9)
+    done = recipe.ok("new", "mine", "--data", "rows.jsonl", "--set", tests)
+    assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["rows", "prompts", "next"]
+    assert "val_set_size" not in yamlfiles.read_yaml(questions.parent / "variants" / "mine.yaml")
 
 
 @pytest.mark.parametrize(
