@@ -19,7 +19,6 @@ from ..config import datafiles, models
 from ..config.compose import MIRROR, Composed, Request
 from ..config.gpus import Gpu
 from ..config.merging import Override
-from ..config.training_settings import TrainingSettings
 from ..data import fetch, manifest, prepare
 from ..data.declaration import Data, PreparedFormat
 from ..data.published import Baseline, adapter_files
@@ -162,6 +161,7 @@ def outline(
     Returns:
         `data`: one line for each part of the data to fetch or prepare. `models`: size in GB of each base model that is
         not on this machine. `recipes`: one row per recipe, with the state of its training, required memory and time.
+        `evaluation hours`: upper bound of an evaluation's hours; None without a test set of known size.
 
     Raises:
         UserError: see `selected_recipes`.
@@ -175,43 +175,35 @@ def outline(
             row: Row = {"recipe": result.label, "training": "refused", "problem": result.problem}
             if result.label in pipelines:
                 pipeline = pipelines[result.label]
-                row |= _outlined(pipeline, study)
+                row |= _outlined(pipeline)
                 if size := row.pop("download GB", None):
                     sizes[str(pipeline.composed.config["base_model"])] = size
             rows.append(row)
             bar.update(len(rows))
     require_known(request.force, [*pipelines.values()], dry_run=True)
     data = _outlined_data(study, [pipeline.composed for pipeline in pipelines.values()])
-    return {"data": data, "models": sizes, "recipes": [dict.fromkeys(_OUTLINED) | row for row in rows]}
+    recipes = [dict.fromkeys(_OUTLINED) | row for row in rows]
+    evaluation_hours = None if request.rehearse else _evaluation_hours(study)
+    return {"data": data, "models": sizes, "recipes": recipes, "evaluation hours": evaluation_hours}
 
 
-_OUTLINED = ("recipe", "training", "steps", "needs GiB", "fits", "hours", "bound", "evaluation hours", "changes",
-             "problem")  # fmt: skip
-"""Columns of a preview; `bound` is true if `hours` is an upper bound, as `evaluation hours` always is."""
-SEQUENCES_PER_BATCH = 16  # answers in a batch; `evaluate` makes larger ones if memory suffices
+_OUTLINED = ("recipe", "training", "steps", "needs GiB", "fits", "hours", "bound", "changes", "problem")
+"""Columns of a preview; `bound` is true if `hours` is an upper bound."""
+ANSWERS_AT_ONCE = 16  # `evaluate` generates more at once if memory suffices
 SECONDS_PER_TOKEN = 0.1
-"""Assumed time in which a 7B model in 4 bits generates a token for each sequence of a batch; not measured."""
-FORWARD_PASSES = 3
-"""A training step costs at least as much as this number of forward passes, see `work.flops_of_token`."""
+"""Assumed time in which a 7B model in 4 bits generates a token for each of these answers; not measured."""
 
 
-def _evaluation_hours(study: Study, speed: float, length: int) -> float | None:
-    """Upper bound of an evaluation's hours, with prompts and answers of maximum length; None for an unknown test set.
-
-    Args:
-        study: the study.
-        speed: planned speed of training, in tokens per second.
-        length: maximum number of tokens in a prompt.
-    """
+def _evaluation_hours(study: Study) -> float | None:
+    """Hours to generate answers of maximum length to a study's test rows; None if none are scored or known."""
     rows, decoding = study.data.scored_rows, study.decoding
     if not rows or not any(isinstance(column.metric, RowMetric) for column in study.columns.values()):
         return None
-    prompts = rows * length / (FORWARD_PASSES * speed)
-    batches = math.ceil(rows * decoding.num_beams / SEQUENCES_PER_BATCH)
-    return (prompts + batches * decoding.max_new_tokens * SECONDS_PER_TOKEN) / 3600
+    batches = math.ceil(rows * decoding.num_beams / ANSWERS_AT_ONCE)
+    return batches * decoding.max_new_tokens * SECONDS_PER_TOKEN / 3600
 
 
-def _outlined(pipeline: Pipeline, study: Study) -> Row:
+def _outlined(pipeline: Pipeline) -> Row:
     """Preview of one recipe with a valid config; `hours` covers only training, `download GB` only a missing model."""
     changes = [str(change) for change in pipeline.composed.differences if change.source.kind == "override"]
     row: Row = {"training": "new", "changes": "; ".join(changes) or None}
@@ -224,10 +216,10 @@ def _outlined(pipeline: Pipeline, study: Study) -> Row:
         return row | {"training": "refused", "problem": pipeline.result.problem}
     if pipeline.request.rehearse:
         return row | {"steps": datafiles.training_steps(pipeline.composed.config)}
-    return row | _planned_cells(pipeline, study)
+    return row | _planned_cells(pipeline)
 
 
-def _planned_cells(pipeline: Pipeline, study: Study) -> Row:
+def _planned_cells(pipeline: Pipeline) -> Row:
     """Cells of a recipe's plan; if it cannot be planned, the reason."""
     try:
         planned = plan.plan_request(pipeline.request, pipeline.gpu)
@@ -240,9 +232,6 @@ def _planned_cells(pipeline: Pipeline, study: Study) -> Row:
         row["download GB"] = 2 * max(planned.frozen, planned.trainable) / 1e9  # 16 bits per weight of the base model
     if planned.work:
         row |= {"steps": planned.work.steps, "hours": planned.work.hours, "bound": planned.work.at_most}
-        if speed := planned.work.tokens_per_second:
-            length = TrainingSettings.of(pipeline.composed.config).sequence_len
-            row["evaluation hours"] = _evaluation_hours(study, speed, length)
     return row
 
 
@@ -280,15 +269,13 @@ def show_outline(outlined: dict[str, Any], json: bool) -> None:
     if sizes := outlined["models"]:
         lines.append(f"models: {', '.join(sizes)}: to be fetched, about {sum(sizes.values()):,.0f} GB")
     totals = [f"runs: {len(rows)}, each trained and evaluated unless finished"]
-    for kind, key in {"training": "hours", "evaluation": "evaluation hours"}.items():
-        if hours := sum(row[key] or 0 for row in rows):
-            is_bound = key != "hours" or any(row["bound"] for row in rows)
-            totals.append(f"{_rounded(hours, is_bound)} hours of {kind} in total")
+    if hours := sum(row["hours"] or 0 for row in rows):
+        totals.append(f"{_rounded(hours, any(row['bound'] for row in rows))} hours of training in total")
+    if hours := outlined["evaluation hours"]:
+        assumed = f"if {ANSWERS_AT_ONCE} answers at a time take {SECONDS_PER_TOKEN} s for each token"
+        totals.append(f"{_rounded(hours)} hours for each evaluation, {assumed}")
     lines.append("; ".join(totals))
-    shown = []
-    for row in rows:
-        cells = {"hours": _rounded(row["hours"], row["bound"]), "evaluation hours": _rounded(row["evaluation hours"])}
-        shown.append(row | cells | {"bound": None})
+    shown = [row | {"hours": _rounded(row["hours"], row["bound"]), "bound": None} for row in rows]
     tables.show(json, outlined, [tables.Table(shown, below=["changes", "problem"])], lines)
 
 
