@@ -9,7 +9,7 @@ from ..base import tables
 from ..base.errors import meant
 from ..base.terminal import Bar, say
 from .help import Verb, Verbs, suggest
-from .options import Json, complete_studies
+from .options import Json, complete_studies, repeatable_option, several_arguments
 
 verbs = typer.Typer(rich_markup_mode=None, suggest_commands=False)  # click suggests commands already
 data_verbs = typer.Typer(
@@ -38,9 +38,7 @@ def fetch_verb(
     ] = None,
     only: Annotated[
         list[str],
-        typer.Option(
-            default_factory=list,
-            show_default=False,
+        repeatable_option(
             metavar="SOURCE",
             help="Fetch only this file of the data (full or partial name). Repeatable.",
         ),
@@ -67,9 +65,7 @@ def prepare_verb(
     *,
     raw: Annotated[
         list[Path],
-        typer.Argument(
-            default_factory=list,
-            show_default=False,
+        several_arguments(
             metavar="[RAW]...",
             help="Raw files, or folders with them; default: those of `data fetch`.",
         ),

@@ -13,7 +13,7 @@ from ..base.terminal import harmless, say
 from ..plan import shipped_hours
 from ..plan.shipped_hours import Hours
 from .help import Verb, suggest
-from .options import Json, Name, complete_recipes, full_name
+from .options import Json, Name, complete_recipes, recipe_argument
 
 verbs = typer.Typer(rich_markup_mode=None)
 
@@ -152,20 +152,16 @@ def show_verb(name: Name, json: Json = False) -> None:
 def diff_verb(
     a: Annotated[
         str,
-        typer.Argument(
+        recipe_argument(
             metavar="A",
-            callback=full_name,
-            autocompletion=complete_recipes,
             help="Recipe name or YAML file, such as a run's config.yaml.",
         ),
     ],
     b: Annotated[
         str,
-        typer.Argument(
+        recipe_argument(
             metavar="[B]",
             show_default=False,
-            callback=full_name,
-            autocompletion=complete_recipes,
             help="Second recipe or file; default: the recipe that A is derived from.",
         ),
     ] = "",

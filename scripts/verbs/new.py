@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ..base import tables
+from ..base.errors import UserError
 from ..base.terminal import say
 from .help import Verb, override_options, suggest
-from .options import OldRelease, Overrides, complete_recipes, full_name, refuse_without
+from .options import OldRelease, Overrides, complete_recipes, full_name, refuse_without, settings_of
 
 if TYPE_CHECKING:
     from ..writing.migrate import Migration
@@ -61,7 +62,7 @@ def new_verb(
 
     refuse_without("--fields", fields, "--data", data)
     refuse_without("--type", type_, "--data", data)
-    rows = RowsRequest(data, fields, type_) if data else None
+    rows = RowsRequest(data, columns_by_field(fields), type_) if data else None
     variant = new.create(new.VariantRequest(name, from_, axolotl, model, rows, set_))
     print(variant.file)
     report_migration(variant.migration)
@@ -70,6 +71,21 @@ def new_verb(
     if not model and "base_model" in [override.key for override in set_]:
         say("revision, special tokens, layers and comments are still those of the former model; --model replaces them")
     suggest("check", name, *override_options(variant.migration.profiles, []))
+
+
+def columns_by_field(text: str) -> dict[str, str]:
+    """Columns by field, from --fields, such as `question=Frage,answer=Antwort`.
+
+    Raises:
+        UserError: the text is malformed.
+    """
+    columns = {}
+    for setting in filter(None, settings_of(text)):
+        name, _, column = setting.partition("=")
+        if not column:
+            raise UserError(f"--fields {text}: expected FIELD=COLUMN, as in question=Frage,answer=Antwort")
+        columns[name] = column
+    return columns
 
 
 def report_migration(migration: "Migration") -> None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -105,30 +106,27 @@ def complete_keys(incomplete: str) -> list[str]:
 
 
 WHERE = "Where it runs"
+repeatable_option = partial(typer.Option, default_factory=list, show_default=False)
+several_arguments = partial(typer.Argument, default_factory=list, show_default=False)
+recipe_argument = partial(typer.Argument, callback=full_name, autocompletion=complete_recipes)
 _PROFILES = sorted({file.stem for file in paths.PROFILES.glob("*.yaml")} - {"rehearsal"})  # --rehearse applies it
 Name = Annotated[
     str,
-    typer.Argument(
+    recipe_argument(
         metavar="NAME|FILE",
-        callback=full_name,
-        autocompletion=complete_recipes,
         help="Recipe name, partial name, or YAML file.",
     ),
 ]
 NameOrStudy = Annotated[
     str,
-    typer.Argument(
+    recipe_argument(
         metavar="NAME|FILE|STUDY",
-        callback=full_name,
-        autocompletion=complete_recipes,
         help="Recipe name, partial name, YAML file, or study.",
     ),
 ]
 Names = Annotated[
     list[str],
-    typer.Argument(
-        default_factory=list,
-        show_default=False,
+    several_arguments(
         metavar="[NAME|FILE|STUDY]...",
         callback=full_names,
         autocompletion=complete_recipes,
@@ -145,9 +143,7 @@ RunName = Annotated[
 ]
 Things = Annotated[
     list[str],
-    typer.Argument(
-        default_factory=list,
-        show_default=False,
+    several_arguments(
         metavar="[RUN|STUDY|SWEEP]...",
         autocompletion=complete_things,
         help="Runs (folder, partial name, recipe or latest), a study, or a sweep.",
@@ -182,10 +178,8 @@ SweepFile = Annotated[
 ]
 Profiles = Annotated[
     list[str],
-    typer.Option(
+    repeatable_option(
         "--profile",
-        default_factory=list,
-        show_default=False,
         metavar="P",
         autocompletion=complete_profiles,
         help=f"Merge in a YAML file, or a shipped profile: {', '.join(_PROFILES)}. Repeatable.",
@@ -193,11 +187,9 @@ Profiles = Annotated[
 ]
 Overrides = Annotated[
     list[Override],
-    typer.Option(
+    repeatable_option(
         "--set",
         parser=parse_override,
-        default_factory=list,
-        show_default=False,
         metavar="KEY=VALUE",
         autocompletion=complete_keys,
         help="Override a config key, or a nested key such as a.b.0.c. Repeatable.",
@@ -213,10 +205,8 @@ OldRelease = Annotated[
 ]
 Force = Annotated[
     list[str],
-    typer.Option(
+    repeatable_option(
         "--force",
-        default_factory=list,
-        show_default=False,
         metavar="FINDING",
         help="Override the `recipe check` error named FINDING. Repeatable.",
     ),
@@ -236,10 +226,8 @@ Seeds = Annotated[
 ]
 Metrics = Annotated[
     list[str],
-    typer.Option(
+    repeatable_option(
         "--metric",
-        default_factory=list,
-        show_default=False,
         metavar="NAME",
         help="Compute this metric besides the study's, or instead of the defaults. Repeatable.",
     ),
@@ -271,6 +259,11 @@ DecodingName = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Decode with the study's settings called NAME; scores get their own column."),
 ]
+
+
+def settings_of(text: str) -> list[str]:
+    """Split `KEY=VALUE,KEY=VALUE` at commas; a part without `=` continues the value before it: `nodelist=a,b`."""
+    return re.split(r",(?=[^,]*=)", text)
 
 
 def refuse_together(options: dict[str, object]) -> None:
@@ -318,8 +311,6 @@ def report_problems(problems: dict[str, str]) -> None:
 def backend_of(on: str, rehearsal: bool = False, jobs: int | None = None, submits: bool = True) -> "Backend":
     """Return the backend that --on names, with the options after the name.
 
-    Commas separate the options. A part without `=` continues the value before it: `nodelist=a,b` is one option.
-
     Args:
         on: value of --on.
         rehearsal: whether the runs are rehearsals.
@@ -333,7 +324,7 @@ def backend_of(on: str, rehearsal: bool = False, jobs: int | None = None, submit
 
     if on == "local":
         return Local(rehearsal, jobs)
-    name, *options = re.split(r",(?=[^,]*=)", on)
+    name, *options = settings_of(on)
     if name != "slurm":
         raise UserError(f"--on {on}: give local or slurm, with options as in slurm,partition=gpu,time=8:00:00")
     from ..run.backends.slurm import Slurm

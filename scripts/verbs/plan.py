@@ -11,7 +11,7 @@ from ..base.files import Row
 from ..base.paths import selected
 from ..base.terminal import Bar
 from .help import Verb, run_arguments, suggest
-from .options import Force, Json, Names, Overrides, Profiles
+from .options import Force, Json, Names, Overrides, Profiles, repeatable_option
 
 if TYPE_CHECKING:
     from ..config.gpus import Gpu
@@ -34,9 +34,7 @@ def plan_verb(
     set_: Overrides,
     gpu: Annotated[
         list[str],
-        typer.Option(
-            default_factory=list,
-            show_default=False,
+        repeatable_option(
             metavar="NAME",
             help="A GPU (T4) or its memory (24GB); default: this machine's. Repeatable.",
         ),

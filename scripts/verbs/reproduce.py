@@ -24,6 +24,7 @@ from .options import (
     complete_studies,
     end,
     refuse_without,
+    repeatable_option,
     report_problems,
 )
 
@@ -33,9 +34,7 @@ if TYPE_CHECKING:
 
 OnlyRecipes = Annotated[
     list[str],
-    typer.Option(
-        default_factory=list,
-        show_default=False,
+    repeatable_option(
         metavar="NAME",
         autocompletion=complete_recipes,
         help="Reproduce only this recipe, or a pattern such as 'llama-3*'. Repeatable.",

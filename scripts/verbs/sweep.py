@@ -24,6 +24,7 @@ from .options import (
     complete_keys,
     end,
     refuse_without,
+    repeatable_option,
 )
 
 if TYPE_CHECKING:
@@ -33,10 +34,8 @@ if TYPE_CHECKING:
 
 Tried = Annotated[
     list[str],
-    typer.Option(
+    repeatable_option(
         "--set",
-        default_factory=list,
-        show_default=False,
         metavar="KEY=V,V,V",
         autocompletion=complete_keys,
         help="Values to try for KEY. Repeatable; then all combinations are tried.",

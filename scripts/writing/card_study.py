@@ -1,11 +1,11 @@
 """Studies from model cards: the card's config as the recipe, its last eval loss as the published number."""
 
 import os
+import re
 from pathlib import Path
 
 from ..base import hub, paths, yamlfiles
 from ..base.errors import UserError
-from ..base.files import write_atomically
 from ..base.yamlfiles import Config
 from ..config import datafiles
 from ..data import studies
@@ -70,13 +70,8 @@ def write(name: str, migration: Migration) -> list[Path]:
         loss=loss,
         step=step,
     )
-    # raw, because the recipe can contain chat templates in Jinja
-    raw = "{% raw %}\n" + text + "{% endraw %}\n"
-    files = {recipes / "study.yaml": study, templates / "as-published.yaml.j2": raw}
-    for file, content in files.items():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, content)
-    return [*files, *render.write(render.rendered(templates.parent), recipes.parent)]
+    template = re.sub(r"\{[{%#]", r"{{ '\g<0>' }}", text)  # a card can contain chat templates in Jinja
+    return render.write_files({recipes / "study.yaml": study, templates / "as-published.yaml.j2": template})
 
 
 def _data(migration: Migration) -> Config:

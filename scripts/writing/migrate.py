@@ -154,8 +154,7 @@ class Migration:
     Attributes:
         release: the release of Axolotl that the config was written for.
         sign: the key from which the release is guessed; empty if it is stated.
-        before: the old config with the user's overrides.
-        config: the config so far.
+        config: the config so far, without keys that have no value.
         steps: the changes so far.
         undecided: what the user has to decide.
         profiles: the profile that replaces the config's DeepSpeed file, if there is one.
@@ -164,7 +163,6 @@ class Migration:
     old: OldConfig
     release: Version
     sign: str
-    before: Config
     config: Config
     steps: list[Step] = field(default_factory=list)
     undecided: list[UserError] = field(default_factory=list)
@@ -184,12 +182,6 @@ class Migration:
     def refuse(self, key: str, problem: str, remedy: str) -> None:
         """Note a setting that the user has to decide."""
         self.undecided.append(UserError(problem, file=self.old.place(key), key=key, remedy=remedy))
-
-    def drop_empty(self) -> None:
-        """Remove keys without a value, as `merging.override` does whenever it deletes a key."""
-        empty = [key for key, value in self.config.items() if value is None]
-        if empty:
-            self.replace(Step("keys without a value", None, "keys without a value", None, ", ".join(empty)))
 
     def pack(self) -> None:
         """Limit packed rows to max_packed_sequence_len, as its release did."""
@@ -345,18 +337,12 @@ class Migration:
         return [entry["text"] for entry in tables()["meanings"] if self._applies(entry)]
 
     def reasons(self) -> dict[str, str]:
-        """Reasons for the changes of the old config, by top-level key."""
-        changed = [key for key in self.before if key not in self.config]
-        changed += [merging.top_key(key) for key in merging.differences(self.before, self.config)]
-        return {key: self._reasons(key) for key in changed}
-
-    def _reasons(self, key: str) -> str:
-        """Reasons for the changes of a top-level key."""
-        reasons: dict[str, None] = {}
+        """Reasons for the changes of the old config, by top-level key; none for keys without a value, which go."""
+        reasons: dict[str, list[str]] = {key: [] for key, value in self.old.config.items() if value is None}
         for step in self.steps:
-            if key in (merging.top_key(step.key), merging.top_key(step.to)):
-                reasons[step.reason] = None
-        return "; ".join(reasons)
+            for key in dict.fromkeys((merging.top_key(step.key), merging.top_key(step.to))):
+                reasons.setdefault(key, []).append(step.reason)
+        return {key: "; ".join(dict.fromkeys(texts)) for key, texts in reasons.items()}
 
     def require_decided(self) -> None:
         """Refuse settings that the user has to decide.
@@ -434,12 +420,11 @@ def migrate(old: OldConfig, release: str | None, overrides: Iterable[Override] =
     Raises:
         UserError: the release is not a version, or an override cannot be set.
     """
-    config = old.config
+    config = {key: value for key, value in old.config.items() if value is not None}
     if not old.is_current:
         for override in overrides:
             config = merging.override(config, override.key, override.value)
-    migration = Migration(old, *_release(old, release), config, config)
-    migration.drop_empty()
+    migration = Migration(old, *_release(old, release), config)
     migration.pack()
     migration.accumulate()
     migration.use_profile()

@@ -1,6 +1,5 @@
 """A user's rows for `recipe new --data`: their columns, and chats made from questions and answers."""
 
-import csv
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,12 +31,12 @@ class RowsRequest:
 
     Attributes:
         file: JSON lines, a JSON array, Parquet, or columns with any delimiter.
-        fields: columns by field, as in `question=Frage,answer=Antwort`; empty for the columns' own names.
+        fields: columns by field; empty for columns with the names of fields.
         type: the prompts of questions; None to choose by the base model.
     """
 
     file: Path
-    fields: str
+    fields: dict[str, str]
     type: Type | None
 
 
@@ -71,7 +70,7 @@ class OwnRows:
     @property
     def path(self) -> Path:
         """File that Axolotl reads: the user's, or its copy."""
-        is_renamed = any(column != name for column, name in self.fields.items())
+        is_renamed = list(self.fields) != list(self.fields.values())
         if self.are_chats or is_renamed or self.file.suffix != ".jsonl":
             return self.copy
         return self.file
@@ -138,21 +137,6 @@ def _text(value: Any, where: str) -> str:
     raise UserError(f"{where} is not a text")
 
 
-def parse_fields(text: str) -> dict[str, str]:
-    """Columns by field, from --fields, such as `question=Frage,answer=Antwort`.
-
-    Raises:
-        UserError: the text is malformed.
-    """
-    columns = {}
-    for part in next(csv.reader([text]), []):  # a column's name with a comma can be in quotation marks
-        name, _, column = part.partition("=")
-        if not column:
-            raise UserError(f"--fields {text}: expected FIELD=COLUMN, as in question=Frage,answer=Antwort")
-        columns[name] = column
-    return columns
-
-
 def _first_row(file: Path) -> Row:
     """First row of a file.
 
@@ -179,7 +163,7 @@ def recognize(request: RowsRequest, copy: Path) -> OwnRows:
     Raises:
         UserError: the file cannot be read, its columns match no form, or the form lacks one of the user's fields.
     """
-    file, fields = request.file, parse_fields(request.fields)
+    file, fields = request.file, request.fields
     row = _first_row(file)
     for name, column in fields.items():
         if column not in row:

@@ -323,13 +323,20 @@ def write_study(name: str, base_model: str) -> list[Path]:
         "sample/train.jsonl": recipes / "sample" / "train.jsonl",
         "sample/test.jsonl": recipes / "sample" / "test.jsonl",
     }
+    files = {}
     for file, place in places.items():
         text = (paths.TEMPLATES / "skeleton" / f"{file}{_SKELETON}").read_text(encoding="utf-8")
         for placeholder, word in words.items():
             text = text.replace(placeholder, word)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(place, text)
-    return [*places.values(), *write(rendered(templates.parent), recipes.parent)]
+        files[place] = text
+    return write_files(files)
+
+
+def write_files(files: dict[Path, str]) -> list[Path]:
+    """Write the files of a study below recipes/ and templates/, and render its recipes; return all files."""
+    for file, text in files.items():
+        write_atomically(file, text)
+    return [*files, *write(rendered(Path("templates")), Path("recipes"))]
 
 
 def free_folders(name: str) -> tuple[Path, Path]:

@@ -329,15 +329,20 @@ def test_a_card_becomes_a_variant_and_a_profile(place, recipe):
     ]
 
 
+JINJA = "{% if a %}{{ b }}{# c #}{% endraw %}"
+
+
 def test_a_card_becomes_a_study_with_its_last_eval_loss(place, recipe):
     write_rows(place)
-    (place / "README.md").write_text(f"{CARD}\n| a | b | c | d |\n|--|--|--|--|\n| 1 | 2 | 3 | 4 |\n")
+    card = CARD.replace("lora_r: 32\n", f"lora_r: 32  # {JINJA}\n")
+    (place / "README.md").write_text(f"{card}\n| a | b | c | d |\n|--|--|--|--|\n| 1 | 2 | 3 | 4 |\n")
     recipe.ok("study", "new", "theirs", "--from", "README.md")
     study = yamlfiles.read_yaml(place / "recipes/theirs/study.yaml")
     assert study["published"] == {"theirs/as-published": {"scores": {"eval_loss": 1.2124}}}
     assert study["differences"][0] == "Axolotl 0.4.0"
     config = yamlfiles.read_yaml(place / "recipes/theirs/as-published.yaml")
     assert (config["shuffle_merged_datasets"], config["output_dir"]) == (False, "outputs/theirs/as-published")
+    assert yamlfiles.sources(place / "recipes/theirs/as-published.yaml")["lora_r"] == JINJA
     assert recipe.ok("study", "check", "theirs").stderr.splitlines()[1] == "theirs: errors: 0, warnings: 2"
 
 

@@ -58,7 +58,7 @@ def test_the_fields_of_rows_decide_their_type(tmp_path, row, entry):
     file = tmp_path / "rows.jsonl"
     for before in (b"\n", codecs.BOM_UTF8):
         file.write_bytes(before + orjson.dumps(row))
-        rows = own_rows.recognize(RowsRequest(file, "", None), tmp_path / "copy.jsonl")
+        rows = own_rows.recognize(RowsRequest(file, {}, None), tmp_path / "copy.jsonl")
         assert rows.entry == entry
         assert rows.path == file
         assert read_rows(file) == [row]
@@ -165,7 +165,7 @@ def write_table(file: Path, delimiter: str) -> None:
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|", "^", "~"])
 def test_columns_with_any_delimiter(recipe, place, delimiter):
     write_table(place / "rows.tsv", delimiter)
-    recipe.ok("new", "mine", "--data", "rows.tsv", "--fields", 'question=Frage,"answer=Antwort, kurz"')
+    recipe.ok("new", "mine", "--data", "rows.tsv", "--fields", "question=Frage,answer=Antwort, kurz")
     chats = [row["messages"] for row in read_rows(place / "variants" / "mine.jsonl")]
     assert [(question["content"], answer["content"]) for question, answer in chats] == GERMAN
 
