@@ -54,11 +54,11 @@ class OldConfig:
         text: the YAML.
         skipped: number of lines in the file before the YAML.
         stated: the release that a model card states; empty without one.
-        is_current: True for a recipe, a variant, or a file for the supported release, whose text is not read.
+        is_current: True for a recipe, a variant, or a file for the supported release, which stay as they are.
     """
 
     file: Path
-    text: str = "{}"
+    text: str
     skipped: int = 0
     stated: str = ""
     is_current: bool = False
@@ -154,7 +154,8 @@ class Migration:
     Attributes:
         release: the release of Axolotl that the config was written for.
         sign: the key from which the release is guessed; empty if it is stated.
-        config: the config so far, without keys that have no value.
+        config: the config so far.
+        empty: the top-level keys without a value, which go.
         steps: the changes so far.
         undecided: what the user has to decide.
         profiles: the profile that replaces the config's DeepSpeed file, if there is one.
@@ -164,6 +165,7 @@ class Migration:
     release: Version
     sign: str
     config: Config
+    empty: list[str] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     undecided: list[UserError] = field(default_factory=list)
     profiles: list[str] = field(default_factory=list)
@@ -337,8 +339,8 @@ class Migration:
         return [entry["text"] for entry in tables()["meanings"] if self._applies(entry)]
 
     def reasons(self) -> dict[str, str]:
-        """Reasons for the changes of the old config, by top-level key; none for keys without a value, which go."""
-        reasons: dict[str, list[str]] = {key: [] for key, value in self.old.config.items() if value is None}
+        """Reasons for the changes of the old config, by top-level key; no reason for empty keys."""
+        reasons: dict[str, list[str]] = {key: [] for key in self.empty}
         for step in self.steps:
             for key in dict.fromkeys((merging.top_key(step.key), merging.top_key(step.to))):
                 reasons.setdefault(key, []).append(step.reason)
@@ -405,7 +407,7 @@ def of_file(name: str, release: str | None) -> OldConfig:
         raise UserError(f"{recipe} is for this release of Axolotl already", key="--axolotl", remedy="leave it out")
     old = read(file)
     if is_current or not (release or evidence(old.config)):
-        return OldConfig(Path(name), is_current=True)
+        return OldConfig(Path(name), old.text, is_current=True)
     return old
 
 
@@ -420,11 +422,13 @@ def migrate(old: OldConfig, release: str | None, overrides: Iterable[Override] =
     Raises:
         UserError: the release is not a version, or an override cannot be set.
     """
-    config = {key: value for key, value in old.config.items() if value is not None}
-    if not old.is_current:
-        for override in overrides:
-            config = merging.override(config, override.key, override.value)
-    migration = Migration(old, *_release(old, release), config)
+    config = old.config
+    empty = [key for key, value in config.items() if value is None]
+    for override in [*map(Override, empty), *overrides]:
+        config = merging.override(config, override.key, override.value)
+    if old.is_current:
+        return Migration(old, supported(), "", config)
+    migration = Migration(old, *_release(old, release), config, empty)
     migration.pack()
     migration.accumulate()
     migration.use_profile()
@@ -441,8 +445,6 @@ def migrate(old: OldConfig, release: str | None, overrides: Iterable[Override] =
 def _release(old: OldConfig, release: str | None) -> tuple[Version, str]:
     """Release of Axolotl that a config was written for, and the key from which it is guessed, if it is not stated."""
     stated = release or old.stated
-    if old.is_current:
-        return supported(), ""
     if not stated:
         signs = evidence(old.config) or {"no key of an older release": supported()}
         sign = min(signs, key=signs.__getitem__)

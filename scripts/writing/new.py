@@ -106,7 +106,7 @@ class Variant:
 
     file: Path
     migration: Migration
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
 
 def create(request: VariantRequest) -> Variant:
@@ -120,30 +120,27 @@ def create(request: VariantRequest) -> Variant:
     rows = None
     with old.as_yaml() as base, ExitStack() as while_checked:
         model = for_model(base, request.model) if request.model else NO_CHANGES
-        decided = [*model.overrides, *request.overrides]
+        overrides = request.overrides
+        decided = [*model.overrides, *overrides]
         if request.rows:
-            decided.append(Override("datasets", []))
+            decided = [Override("test_datasets"), *decided, Override("datasets", [])]
         migration = migrate.migrate(old, request.release, decided)
         migration.require_decided()
-        changes = [*migration.overrides(), *model.overrides]
-        overrides = request.overrides
         if request.rows:
             rows = own_rows.recognize(request.rows, file.with_suffix(".jsonl"))
-            without_tests = [*changes, Override("test_datasets"), *overrides]
-            config = compose.compose(compose.Request(base, overrides=without_tests)).config
-            own_rows.set_prompts(rows, request.rows.type, config, overrides)
+            own_rows.set_prompts(rows, request.rows.type, migration.config, overrides)
             while_checked.enter_context(rows.copied())
-            overrides = [*own_rows.overrides(rows, config), *overrides]
-        composed = compose.compose(compose.Request(base, overrides=[*changes, *overrides]))
+            overrides = [*own_rows.overrides(rows, migration.config), *overrides]
+        changes = [*migration.overrides(), *model.overrides, *overrides]
+        composed = compose.compose(compose.Request(base, overrides=changes))
         report = check.check_config(composed, data=rows is not None)
         _refuse_errors(report, composed, old)
         write(request.name, base, overrides, of_migration(migration, request.name, model))
-    variant = Variant(file, migration)
+    notes = model.notes
     if rows:
         unread: list[str] = next((read["unread_fields"] for read in report.data), [])
-        variant.notes += own_rows.explanations(rows, composed.config, unread)
-    variant.notes += model.notes
-    return variant
+        notes = [*own_rows.explanations(rows, composed.config, unread), *notes]
+    return Variant(file, migration, notes)
 
 
 def of_migration(migration: Migration, name: str, model: Changes = NO_CHANGES) -> Changes:
@@ -252,9 +249,9 @@ def _refuse_errors(report: Report, composed: Composed, old: OldConfig) -> None:
     if not old.is_current:
         check.add_validation([report], None)
     for finding in report.findings:
-        if finding.where == paths.shown(composed.recipe_file) and finding.line:  # perhaps a card's temporary file
+        if old.skipped and finding.where == paths.shown(composed.recipe_file):  # the card's temporary file
             finding.where = paths.shown(old.file)
-            finding.line += old.skipped
+            finding.line = (finding.line or 0) + old.skipped
     refuse([finding for finding in report.findings if finding.scope != "code" and finding.rule != "not-prepared"])
 
 
