@@ -14,9 +14,8 @@ from qlora_recipes.base import paths
 from qlora_recipes.config import gpus
 from qlora_recipes.config.compose import Request, compose
 from qlora_recipes.data import studies
-from qlora_recipes.plan import plan, shipped_hours, step_plan
+from qlora_recipes.plan import plan, step_plan
 from qlora_recipes.plan.published_log import PlannedLog
-from qlora_recipes.plan.shipped_hours import AT_MOST, PLANNED, PUBLISHED, Hours
 from qlora_recipes.plan.step_plan import StepPlan
 
 GENERATIONS = ("T4", "A100", "H100")
@@ -63,13 +62,17 @@ GPU = "A100 80GB"
 """GPU of planned hours; all recipes fit on it."""
 
 
+Hours = tuple[float, str]
+"""Hours of a training, and their source: published, on the authors' GPU; or planned, at most with full rows."""
+
+
 def published_hours() -> dict[str, Hours]:
     """Published hours by recipe: those of its log, whose settings can differ."""
     hours = {}
     for study in studies.load_all():
         for name, results in study.published.items():
             if results.log and results.log.train_seconds:
-                hours[name] = Hours(round(results.log.train_seconds / 3600, 4), PUBLISHED)
+                hours[name] = results.log.train_seconds / 3600, "published"
     return hours
 
 
@@ -77,7 +80,7 @@ def planned_hours(name: str) -> Hours | None:
     work = plan.plan_request(Request(name), gpus.find(GPU)).work
     if work is None or work.hours is None:
         return None
-    return Hours(round(work.hours, 4), AT_MOST if work.at_most else PLANNED)
+    return work.hours, "planned, at most" if work.at_most else "planned"
 
 
 WORDS = {"learning_rates": "schedule", "steps": "steps", "trainable": "parameters", "adapter_bytes": "adapter"}
@@ -112,15 +115,18 @@ def write_hours() -> None:
         planned = None if name in hours else planned_hours(name)
         if planned:
             hours[name] = planned
-    cheapest = min(recipes_with_verdicts() & hours.keys(), key=lambda name: hours[name].hours)
+    cheapest = min(recipes_with_verdicts() & hours.keys(), key=lambda name: hours[name])
+    recipes = {}
+    for name, (number, source) in sorted(hours.items()):
+        recipes[name] = {"hours": round(number, 1 if number >= 1 else 2), "hours_are": source}
     equal = {name: equal_to_log(log) for name, log in logs().items()}
     content = {
         "gpu": GPU,
         "cheapest": cheapest,
-        "recipes": dict(sorted(hours.items())),
+        "recipes": recipes,
         "logs": {name: words for name, words in equal.items() if words},
     }
-    shipped_hours.FILE.write_text(json.dumps(content, indent=1) + "\n")
+    paths.HOURS.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

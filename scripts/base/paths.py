@@ -26,6 +26,8 @@ def _shipped(folder: str) -> Path:
 RECIPES = _shipped("recipes")
 TEMPLATES = _shipped("templates")
 PROFILES = RECIPES / "profiles"
+HOURS = RECIPES / "hours.json"
+"""Hours of the shipped recipes on one GPU, and what a plan and a published log have alike; tools/plans.py writes it."""
 RUNS = "QLORA_RUNS"
 VARIANTS = Path("variants")
 LOCK = _PACKAGE.parent / "requirements.lock"

@@ -141,8 +141,8 @@ def _files(group: Sequence[RunResult], columns: Mapping[str, Column]) -> Iterato
         for evaluation in result.served:
             file, distance = evaluation.settings.file, evaluation.settings.distance
             row: Row = {"run": result.folder.path.name, "file": str(file)}
-            for heading, column in columns.items():
-                row[heading] = result.served_scores(column.name).get(str(file))
+            served = result.scores_in(evaluation)
+            row |= {heading: served.get(column.name) for heading, column in columns.items()}
             row["rows"] = evaluation.shares.rows
             if distance:
                 row |= {"loss": distance.losses, "mean KL": f"{distance.kl:.4f}"}

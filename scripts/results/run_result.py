@@ -114,12 +114,9 @@ class RunResult:
         """Evaluations of GGUF files of the adapter."""
         return served_evaluations(self.folder.path, self.run)
 
-    def served_scores(self, name: str) -> dict[str, float | None]:
-        """Scores of the GGUF files by a metric, by file."""
-        scores = {}
-        for evaluation in self.served:
-            scores[str(evaluation.settings.file)] = _value(self.columns[name], evaluation)
-        return scores
+    def scores_in(self, evaluation: Evaluation) -> dict[str, float | None]:
+        """Scores of an evaluation by metric; None for a missing one."""
+        return {name: _value(column, evaluation) for name, column in self.columns.items()}
 
     @cached_property
     def decoded(self) -> dict[str, Evaluation | None]:
@@ -372,7 +369,7 @@ class RunResult:
         row: Row = {"rows_evaluated": settings.rows}
         for part in (settings.file, settings.distance):
             row |= part.model_dump() if part else {}
-        return row | {name: _value(column, evaluation) for name, column in self.columns.items()}
+        return row | self.scores_in(evaluation)
 
 
 def _contradicts(entry: Row, file: DataFile) -> bool:

@@ -267,7 +267,7 @@ def table_of(sweep: Sweep, rows: Sequence[SweepRow]) -> Table:
     title = f"{sweep.name}: {sweep.recipe}"
     if sweep.rehearsal:
         title += f". {REHEARSALS}"
-    keys = [key for key in sweep.keys if key != sweep.leading_key]
+    keys = [key for key in sweep.keys if not all(f"{key}=" in member.name for member in sweep.members)]
     return Table([_cells(row, keys) for row in rows], title, below=["scored"])
 
 

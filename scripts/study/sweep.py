@@ -77,14 +77,12 @@ class Sweep(BaseModel):
 
     Attributes:
         keys: keys with different values among the members.
-        leading_key: the key among them whose value begins every member's name, or None.
     """
 
     name: str
     recipe: str
     rehearsal: bool
     keys: list[str]
-    leading_key: str | None = None
     members: list[SweepMember]
     started: str = Field(default_factory=now)
 
@@ -209,15 +207,6 @@ class Grid:
                 keys.append(key)
         return keys
 
-    @property
-    def leading_key(self) -> str | None:
-        """Key whose value begins the name of every member, or None."""
-        keys = {self._leading_key(entry) for entry in self.entries}
-        return keys.pop() if len(keys) == 1 else None
-
-    def _leading_key(self, entry: dict[str, Any]) -> str | None:
-        return None if NAME in entry else next(iter([*entry, *self._varied]), None)
-
     def record(self, recipe: str, rehearsal: bool, members: list[SweepMember]) -> Sweep:
         """Record of a sweep over a recipe."""
         return Sweep(
@@ -225,7 +214,6 @@ class Grid:
             recipe=recipe,
             rehearsal=rehearsal,
             keys=self.keys(),
-            leading_key=self.leading_key,
             members=members,
         )
 

@@ -8,10 +8,8 @@ import typer
 
 from ..base import paths, tables, yamlfiles
 from ..base.errors import UserError
-from ..base.files import Row
+from ..base.files import Row, read_json
 from ..base.terminal import harmless, say
-from ..plan import shipped_hours
-from ..plan.shipped_hours import Hours
 from .help import Verb, suggest
 from .options import Json, Name, complete_recipes, recipe_argument
 
@@ -40,7 +38,9 @@ def list_verb(
     for row in rows:
         by_study.setdefault(row["study"] or "Without a study", []).append(_shown(row))
     studies = [tables.Table(table, study, ["variant of"]) for study, table in by_study.items()]
-    tables.show(json, rows, studies, [] if name else [shipped_hours.read().note])
+    shipped = read_json(paths.HOURS)
+    note = f"cheapest run with a verdict: {shipped['cheapest']}; planned hours are for one {shipped['gpu']}"
+    tables.show(json, rows, studies, [] if name else [note])
     suggest("run", rows[0]["recipe"] if name else "start/qlora", "--rehearse", json=json)
 
 
@@ -56,13 +56,14 @@ def _listed() -> list[Row]:
     Files that cannot be read are reported on stderr.
     """
     studies = {folder.name: _declared(folder) for folder in paths.studies()}
-    hours = shipped_hours.read().recipes
+    hours = read_json(paths.HOURS)["recipes"]
+    unknown = {"hours": None, "hours_are": None}
     recipes = {name: paths.recipe_file(name) for name in paths.recipe_names()}
     variants = {name: paths.VARIANTS / f"{name}.yaml" for name in paths.variant_names()}
     rows = []
     for name, file in (recipes | {name: file for name, file in variants.items() if name not in recipes}).items():
         try:
-            rows.append(_row(name, file, studies) | _hours(hours.get(name)))
+            rows.append(_row(name, file, studies) | hours.get(name, unknown))
         except UserError as error:
             say(str(error))
     return rows
@@ -85,11 +86,6 @@ def _row(name: str, file: Path, studies: dict[str, yamlfiles.Config]) -> Row:
         "variant_of": variant_of,
     }
     return row | _published(name, studies.get(study, {}))
-
-
-def _hours(hours: Hours | None) -> Row:
-    """Hours of a recipe on one GPU, and their source; see `Hours`."""
-    return {"hours": hours and hours.hours, "hours_are": hours and hours.source}
 
 
 def _published(recipe: str, study: yamlfiles.Config) -> Row:
@@ -122,7 +118,7 @@ def _shown(row: Row) -> Row:
         "recipe": row["recipe"],
         "epochs": row["epochs"],
         "optimizer": row["optimizer"],
-        "hours, one GPU": str(Hours(row["hours"], row["hours_are"])) if row["hours"] else None,
+        "hours, one GPU": f"{row['hours']}, {row['hours_are']}" if row["hours"] else None,
         **scores,
         "base model": row["base_model"],
         "variant of": row["variant_of"],

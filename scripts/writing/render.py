@@ -19,7 +19,6 @@ from ..base.yamlfiles import Config
 from ..config import models
 from ..data import studies
 from ..data.studies import Study
-from ..plan import shipped_hours
 from ..results import score_records
 
 README = "README.md"
@@ -199,16 +198,16 @@ class _Renderer:
         """Text of README.md, with a table of recipes for each study."""
         starts: list[Row] = []
         by_study: dict[str, tuple[Study, list[Row]]] = {}
-        hours = shipped_hours.read()
+        shipped = read_json(paths.HOURS)
         for recipe in recipes:
-            row = recipe.content | {"name": recipe.name, "hours": hours.recipes.get(recipe.name)}
+            row = recipe.content | {"name": recipe.name, "hours": shipped["recipes"].get(recipe.name)}
             study = studies.study_of(recipe.name)
             if study:
                 by_study.setdefault(study.title, (study, []))[1].append(row)
             elif recipe.name.startswith("start/"):
                 starts.append(row)
         sections = [(study, rows, _statuses(study)) for study, rows in by_study.values()]
-        return self._text(f"{README}.j2", studies=sections, starts=starts, hours=hours)
+        return self._text(f"{README}.j2", studies=sections, starts=starts, shipped=shipped)
 
     def _text(self, template: str, **variables: Any) -> str:
         try:

@@ -72,20 +72,6 @@ def test_a_list_is_several_values_if_the_key_takes_no_list(text, values):
 
 
 @pytest.mark.parametrize(
-    ("text", "leading_key"),
-    [
-        pytest.param("lora_r: [8, 16]\nseed: [1, 2]", "lora_r", id="values"),
-        pytest.param("_: [{lora_r: 8}, {lora_r: 16, seed: 1}]", "lora_r", id="entries"),
-        pytest.param("_: [{lora_r: 8}, {seed: 1}]", None, id="other keys"),
-        pytest.param("_: [{name: a, lora_r: 8}, {name: b, lora_r: 16}]", None, id="named entries"),
-        pytest.param("lora_r: [8]", None, id="one value"),
-    ],
-)
-def test_a_key_leads_if_its_value_begins_all_names(tmp_path, text, leading_key):
-    assert grid_of(tmp_path, text).leading_key == leading_key
-
-
-@pytest.mark.parametrize(
     ("text", "problem"),
     [
         pytest.param("lora_r: 16", ":1: lora_r: expected a list of values", id="no list"),

@@ -1,0 +1,46 @@
+"""Hours of the shipped recipes, in recipes/hours.json and in the tables that show them."""
+
+from typing import Any
+
+import pytest
+
+from qlora_recipes.base import paths
+from qlora_recipes.base.files import read_json
+from qlora_recipes.data import studies
+
+REMEDY = "run `.venv/bin/python tools/plans.py` and `recipe render`"
+
+
+@pytest.fixture
+def shipped() -> dict[str, Any]:
+    return read_json(paths.HOURS)
+
+
+def test_each_recipe_has_hours_and_the_published_ones_are_those_of_its_log(shipped):
+    hours = shipped["recipes"]
+    assert hours.keys() <= set(paths.recipe_names()), REMEDY
+    for study in studies.load_all():
+        for name, results in study.published.items():
+            if results.log and results.log.train_seconds:
+                expected = pytest.approx(results.log.train_seconds / 3600, abs=0.005, rel=0.05)
+                assert hours[name] == {"hours": expected, "hours_are": "published"}, REMEDY
+
+
+def test_the_readme_shows_the_shortest_training_of_each_study(shipped):
+    cells = {}
+    for line in (paths.RECIPES.parent / "README.md").read_text().splitlines():
+        if line.startswith("| `"):
+            cells[line.split("`")[1]] = line.rstrip(" |").rpartition(" | ")[2]
+    for study in paths.studies():
+        hours = [hours for name, hours in shipped["recipes"].items() if name.startswith(f"{study.name}/")]
+        shortest = min((row["hours"], row["hours_are"]) for row in hours)
+        assert cells[study.name] == "{}, {}".format(*shortest)
+
+
+def test_list_names_the_cheapest_run_with_a_verdict(recipe, shipped):
+    cheapest = shipped["cheapest"]
+    note = f"cheapest run with a verdict: {cheapest}; planned hours are for one A100 80GB"
+    assert recipe("list").stdout.splitlines()[-1] == note
+    (row,) = [row for row in recipe.json("list") if row["recipe"] == cheapest]
+    assert {key: row[key] for key in ("hours", "hours_are")} == shipped["recipes"][cheapest]
+    assert f"{cheapest}`" in (paths.RECIPES.parent / "docs/first-gpu-run.md").read_text()
