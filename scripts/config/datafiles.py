@@ -329,8 +329,7 @@ def _complete_rows(dataset: Config) -> int | None:
         return None
     if dataset.get("shards") or dataset.get("weight"):
         return None
+    rows = count_rows(files[0])
     if first is not None:
-        return min(count_rows(files[0]), first)
-    if dataset.get("split", "train") != "train":
-        return None
-    return count_rows(files[0])
+        return min(rows, first)
+    return rows if dataset.get("split", "train") == "train" else None

@@ -205,7 +205,9 @@ class Chat(Tokenized):
     def prompt_of(self, row: Row) -> list[tuple[str, str]]:
         """Text fields, such as system; roles and texts of the messages before the last one, which is the answer."""
         turns = self.items_of(row)[:-1]
-        return super().prompt_of(row) + [(str(turn.get(self.role)), str(turn.get(self.content))) for turn in turns]
+        return super().prompt_of(row) + [
+            (str(turn.get(self.role)), str(turn.get(self.content) or "")) for turn in turns
+        ]
 
     def answer_of(self, row: Row) -> str:
         turns = self.items_of(row) or [{}]

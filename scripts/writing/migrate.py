@@ -187,18 +187,23 @@ class Migration:
 
     def pack(self) -> None:
         """Limit packed rows to max_packed_sequence_len, as its release did."""
-        packed, longest = self.config.get("max_packed_sequence_len"), self.config.get("sequence_len")
-        if isinstance(packed, int) and isinstance(longest, int) and 0 < packed < longest:
+        packed = self._number("max_packed_sequence_len")
+        if 0 < packed < self._number("sequence_len"):
             self.set("sequence_len", packed, "max_packed_sequence_len limited it")
 
     def accumulate(self) -> None:
         """Turn batch_size into gradient_accumulation_steps, which since v0.5.0 has a default that wins."""
-        batch, micro = self.config.get("batch_size"), self.config.get("micro_batch_size")
         if self.release >= Version("0.5.0") or "gradient_accumulation_steps" in self.config:
             return
-        if isinstance(batch, int) and isinstance(micro, int) and micro > 0:
+        batch, micro = self._number("batch_size"), self._number("micro_batch_size")
+        if 0 < micro <= batch:
             reason = "Axolotl no longer divides batch_size by micro_batch_size"
             self.replace(Step("batch_size", batch, "gradient_accumulation_steps", batch // micro, reason))
+
+    def _number(self, key: str) -> int:
+        """Whole number at a key; 0 for other values, which the check reports."""
+        value = self.config.get(key)
+        return value if isinstance(value, int) else 0
 
     def use_profile(self) -> None:
         """Replace a DeepSpeed file of Axolotl by this project's profile."""

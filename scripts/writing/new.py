@@ -278,14 +278,16 @@ def variant_text(name: str, folder: Path, base: str, overrides: list[Override], 
     if base_name not in (*paths.recipe_names(), *paths.variant_names()):
         base_name = paths.shown(base_file)
     text = yamlfiles.read_text(base_file)
-    changes = _merged_changes(overrides, other)
-    if "output_dir" in yamlfiles.parse(text, str(base_file)):
-        changes["output_dir"] = Change(f"outputs/{name}")  # plain Axolotl keeps the base recipe's output
+    config, sources = yamlfiles.parse(text, str(base_file)), _sources(overrides, other)
+    if "output_dir" in config:  # plain Axolotl keeps the base recipe's output
+        overrides, sources["output_dir"] = [*overrides, Override("output_dir", f"outputs/{name}")], None
+    for override in [*other.overrides, *overrides]:
+        config = merging.override(config, override.key, override.value)
     text = "".join(dropwhile(lambda line: line.startswith("#"), f"{text.rstrip()}\n".splitlines(keepends=True)))
     if other.changes:
         text = _ABSENT.sub("", text)
-    for key, change in changes.items():
-        text = edited(text, key, change, str(base_file))
+    for key, source in sources.items():
+        text = edited(text, key, Change(config.get(key), source), str(base_file))
     header = other.origins or _origins(name, base_name, merging.origin_of(base_name, base_file) or base_name)
     schema = os.path.relpath(paths.RECIPES / "axolotl.schema.json", folder)
     lines = [f"# yaml-language-server: $schema={schema}", *header, *other.header]
@@ -308,25 +310,22 @@ def free_file(name: str) -> Path:
     return file
 
 
-def _merged_changes(overrides: list[Override], other: Changes) -> dict[str, Change]:
-    """Changes for another model, and those of --set, which win.
+def _sources(overrides: list[Override], other: Changes) -> dict[str, str | None]:
+    """New comments on the changed top-level keys; None keeps a comment.
 
     Raises:
-        UserError: both set the model, or a key cannot be set.
+        UserError: --set changes the base model that --model sets.
     """
-    changes = dict(other.changes)
+    sources = {key: change.source for key, change in other.changes.items()}
     for override in overrides:
-        top = merging.top_key(override.key)
-        if top == "base_model" and top in other.changes:
+        key = merging.top_key(override.key)
+        if key == "base_model" and key in other.changes:
             raise UserError("--set base_model: --model sets the model already; give only one")
-        if top in changes and changes[top].source:  # one line and one comment for both changes
-            value = merging.override({top: changes[top].value}, override.key, override.value).get(top)
-            changes[top] = Change(value, "chosen by --set")
-        elif override.key == "datasets":
-            changes["datasets"] = Change(override.value, "your rows")
+        if sources.get(key):  # one comment for both changes
+            sources[key] = "chosen by --set"
         else:
-            changes[override.key] = Change(override.value)
-    return changes
+            sources[key] = "your rows" if override.key == "datasets" else None
+    return sources
 
 
 def _origins(name: str, base: str, origin: str) -> list[str]:
@@ -344,9 +343,9 @@ def _origins(name: str, base: str, origin: str) -> list[str]:
 
 
 def edited(text: str, key: str, change: Change, where: str) -> str:
-    """Set or delete a dotted key in a config's text, and note the change in a comment.
+    """Set or delete a top-level key in a config's text, and note the change in a comment.
 
-    The lines of the top-level key become one line, whose comment gives the former value. Comments between them go.
+    The lines of the key become one line, whose comment gives the former value. Comments between them go.
 
     Args:
         text: the text.
@@ -355,32 +354,31 @@ def edited(text: str, key: str, change: Change, where: str) -> str:
         where: the name of the text in messages.
 
     Raises:
-        UserError: `merging.override` cannot set the key, or the key's lines cannot be edited.
+        UserError: the key's lines cannot be edited.
     """
     before = yamlfiles.parse(text, where)
     after, source = merging.override(before, key, change.value), change.source
     if not merging.differences(before, after) and (source is None or key not in before):
         return text
-    top = merging.top_key(key)
     document = yaml.compose(text, Loader=yaml.CSafeLoader)
     lines = text.split("\n")
     first = end = _last_line(document, lines) + 1
     was = "not set"
-    entry = yamlfiles.inside(document, top)
+    entry = yamlfiles.inside(document, key)
     if entry:
         name, node = entry
         first = name.start_mark.line
         end = max(_last_line(node, lines), first) + 1  # an alias has the lines of its anchor, which come earlier
         behind = node.end_mark if node.end_mark.line == first else name.end_mark
-        was = yamlfiles.write_flow(before[top])
+        was = yamlfiles.write_flow(before[key])
         source = source or lines[first][behind.column :].partition(" #")[2].strip()
     reason = f"; {source}" if source else ""
-    if top in after:
-        lines[first:end] = [f"{top}: {yamlfiles.write_flow(after[top])}  # variant, was {was}{reason}"]
-    elif before[top] is None:
+    if key in after:
+        lines[first:end] = [f"{key}: {yamlfiles.write_flow(after[key])}  # variant, was {was}{reason}"]
+    elif before[key] is None:
         del lines[first:end]  # an empty key was as good as absent
     else:
-        lines[first:end] = [f"# variant, removed: {top}: {was}{reason}"]
+        lines[first:end] = [f"# variant, removed: {key}: {was}{reason}"]
     changed = "\n".join(lines)
     with suppress(UserError):
         if not merging.differences(yamlfiles.parse(changed, where), after):

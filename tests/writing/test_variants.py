@@ -92,6 +92,13 @@ def test_a_variant_keeps_comments_on_settings_and_differs_in_just_what_was_chang
             assert line.startswith("#") or "  # variant, " in line
 
 
+def test_two_changes_below_a_key_state_the_former_value_once(place, recipe):
+    recipe.ok("new", "mine", "--set", "datasets.0.split=train[:9]", "--set", "datasets.0.shards=2")
+    assert yamlfiles.sources(place / "variants/mine.yaml")["datasets"] == (
+        "variant, was [{path: data/gsm8k/train.jsonl, type: chat_template}]; this project: an example"
+    )
+
+
 def test_a_variant_from_the_command_line_to_its_config(place, recipe):
     done = recipe.ok("new", "ideas/wide", "--from", BASE, "--set", "lora_r=64", "--set", "weight_decay=null")
     assert done.stdout == "variants/ideas/wide.yaml\n"
