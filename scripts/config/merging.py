@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -179,6 +179,13 @@ def override(config: Config, key: str, value: Any) -> Config:
         UserError: the key leads into a value without keys, or to a missing position in a list.
     """
     return _replaced(config, key, value, key)
+
+
+def apply(config: Config, overrides: Iterable[Override]) -> Config:
+    """Set the keys of overrides, one after the other; see `override`."""
+    for change in overrides:
+        config = override(config, change.key, change.value)
+    return config
 
 
 def _replaced(current: Any, path: str, value: Any, key: str) -> Any:

@@ -429,8 +429,7 @@ def migrate(old: OldConfig, release: str | None, overrides: Iterable[Override] =
     """
     config = old.config
     empty = [key for key, value in config.items() if value is None]
-    for override in [*map(Override, empty), *overrides]:
-        config = merging.override(config, override.key, override.value)
+    config = merging.apply(config, [*map(Override, empty), *overrides])
     if old.is_current:
         return Migration(old, supported(), "", config)
     migration = Migration(old, *_release(old, release), config, empty)

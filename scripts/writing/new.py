@@ -121,16 +121,17 @@ def create(request: VariantRequest) -> Variant:
     with old.as_yaml() as base, ExitStack() as while_checked:
         model = for_model(base, request.model) if request.model else NO_CHANGES
         overrides = request.overrides
-        decided = [*model.overrides, *overrides]
-        if request.rows:
-            decided = [Override("test_datasets"), *decided, Override("datasets", [])]
-        migration = migrate.migrate(old, request.release, decided)
-        migration.require_decided()
         if request.rows:
             rows = own_rows.recognize(request.rows, file.with_suffix(".jsonl"))
-            own_rows.set_prompts(rows, request.rows.type, migration.config, overrides)
+            config = merging.apply(old.config, [Override("test_datasets"), *model.overrides, *overrides])
+            own_rows.set_prompts(rows, request.rows.type, config, overrides)
             while_checked.enter_context(rows.copied())
-            overrides = [*own_rows.overrides(rows, migration.config), *overrides]
+            overrides = [*own_rows.overrides(rows, config), *overrides]
+        decided = [*model.overrides, *overrides]
+        if rows:
+            decided.append(Override("datasets", []))  # new rows need no migration
+        migration = migrate.migrate(old, request.release, decided)
+        migration.require_decided()
         changes = [*migration.overrides(), *model.overrides, *overrides]
         composed = compose.compose(compose.Request(base, overrides=changes))
         report = check.check_config(composed, data=rows is not None)
@@ -281,8 +282,7 @@ def variant_text(name: str, folder: Path, base: str, overrides: list[Override], 
     config, sources = yamlfiles.parse(text, str(base_file)), _sources(overrides, other)
     if "output_dir" in config:  # plain Axolotl keeps the base recipe's output
         overrides, sources["output_dir"] = [*overrides, Override("output_dir", f"outputs/{name}")], None
-    for override in [*other.overrides, *overrides]:
-        config = merging.override(config, override.key, override.value)
+    config = merging.apply(config, [*other.overrides, *overrides])
     text = "".join(dropwhile(lambda line: line.startswith("#"), f"{text.rstrip()}\n".splitlines(keepends=True)))
     if other.changes:
         text = _ABSENT.sub("", text)

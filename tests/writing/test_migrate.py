@@ -12,7 +12,7 @@ from packaging.version import Version
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.yamlfiles import Config
 from qlora_recipes.check import schema
-from qlora_recipes.writing import migrate
+from qlora_recipes.writing import migrate, own_rows
 from qlora_recipes.writing.migrate import OldConfig
 
 CHATML = migrate.tables()["conversations"]["chatml"]
@@ -314,6 +314,16 @@ def test_the_users_settings_win(place, recipe):
     )
     config = yamlfiles.read_yaml(place / "variants/mine.yaml")
     assert (config.get("s2_attention"), config["tf32"], config["lora_r"]) == (None, True, 4)
+
+
+def test_own_rows_replace_those_of_an_old_config(place, recipe):
+    write_rows(place)
+    (place / "old.yml").write_text(OF_2023.replace("alpaca", "sharegpt").replace("val_set_size: 0.1", "eval_steps: 5"))
+    recipe.ok("new", "mine", "--from", "old.yml", "--data", "rows.jsonl", "--type", "plain")
+    config = yamlfiles.read_yaml(place / "variants/mine.yaml")
+    assert config["datasets"] == [{"path": "rows.jsonl", "type": "alpaca"}]
+    assert (config["eval_steps"], config["val_set_size"]) == (5, own_rows.HELD_OUT_OF_FEW)
+    assert "shuffle_merged_datasets" not in config
 
 
 def test_a_card_becomes_a_variant_and_a_profile(place, recipe):
