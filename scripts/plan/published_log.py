@@ -10,6 +10,8 @@ from typing import Any
 from ..base.errors import UserError
 from ..base.hub import importing_axolotl
 from ..base.yamlfiles import Config
+from ..check import schema
+from ..config.finding import refuse
 from ..config.gpus import Gpu
 from ..config.merging import merge
 from ..config.training_settings import TrainingSettings
@@ -83,12 +85,16 @@ class PlannedLog:
             gpu: see `plan_step`.
 
         Raises:
-            UserError: the learning rates cannot be read, or planning does not support the config.
+            UserError: the learning rates cannot be read, a setting is wrong, or planning does not support the config.
         """
         log = study.log(recipe)
         if log is None:
             return None
         config = merge(config, log.settings)
+        wrong = [finding for finding in schema.findings(config) if finding.top_key in log.settings]
+        for finding in wrong:
+            finding.where = f"{study.folder.name}/study.yaml, log of {recipe}"
+        refuse(wrong)
         step_plan, _ = plan_step(config, gpu)
         steps = TrainingSettings.of(config).steps(log.rows or study.data.rows_of("train"))
         points: list[Point] = []
@@ -160,10 +166,10 @@ def learning_rate(config: Config, steps: int) -> Rate | None:
     import torch
     from transformers import get_scheduler
 
-    peak = float(config["learning_rate"])
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=peak)
     warmup, options = warmup_steps(config, steps), config.get("lr_scheduler_kwargs")
     try:
+        peak = float(config["learning_rate"])
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=peak)
         scheduler = get_scheduler(name, optimizer, warmup, steps, options)
     except (TypeError, ValueError) as error:
         raise UserError(f"transformers refuses {name}: {error}", key="lr_scheduler") from None

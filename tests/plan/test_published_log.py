@@ -15,7 +15,7 @@ from qlora_recipes.config import merging
 from qlora_recipes.config.compose import Request, compose
 from qlora_recipes.config.training_settings import TrainingSettings
 from qlora_recipes.data import published, studies
-from qlora_recipes.data.published import Log
+from qlora_recipes.data.published import Log, Variant
 from qlora_recipes.plan import fake_step, plan, published_log, step_plan
 from qlora_recipes.plan.published_log import PlannedLog
 from qlora_recipes.plan.work import TokenCount, Work
@@ -170,6 +170,24 @@ def test_a_log_that_cannot_be_planned_prevents_no_other_plan(monkeypatch):
     with pytest.raises(UserError) as refused:
         plan.plan_request(Request(REFINEMENT), log=True)
     assert "expected the columns step and learning_rate" in refused.value.problem
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        pytest.param({"warmup_steps": "a"}, "warmup_steps: a is not an integer [value:warmup_steps]", id="text"),
+        pytest.param({"learning_rate": None}, "learning_rate: missing; set it [missing-key:learning_rate]", id="none"),
+    ],
+)
+def test_a_wrong_setting_of_a_log_is_refused(settings, problem):
+    study = studies.study_of(REFINEMENT)
+    assert study
+    log = Log(source="a", steps=10, settings=settings)
+    study = study.model_copy(update={"variants": {REFINEMENT: Variant(of="a", reproduces=False, log=log)}})
+    with pytest.raises(UserError) as refused:
+        PlannedLog.of(study, REFINEMENT, recipe_config(REFINEMENT))
+    place = f"haider2024/study.yaml, log of {REFINEMENT}"
+    assert str(refused.value).splitlines()[0] == f"{place}: error: {problem}"
 
 
 def test_a_plan_shows_the_log_with_its_inputs(recipe):
