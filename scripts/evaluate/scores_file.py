@@ -78,16 +78,16 @@ class ServedFile(BaseModel):
 class Distance(BaseModel):
     """Distance of a served file from the trained model, on tokens of reference answers.
 
+    The trained model's weights are the base model and adapter, merged by Axolotl. Merging rounds them.
+
     Attributes:
         rows: number of compared rows.
         tokens: number of compared tokens.
-        kl: mean Kullback-Leibler divergence from the trained model, in nats per token; a lower bound, see `llama.kl`.
-        difference: mean absolute difference of the tokens' log-probabilities, in nats.
+        kl: mean Kullback-Leibler divergence from the merged weights, in nats per token; a lower bound, see `llama.kl`.
+        difference: mean absolute difference of the tokens' log-probabilities from the merged weights, in nats.
         loss: mean loss of the file per token.
-        trained_loss: mean loss of the trained model per token.
-        effect: part of the adapter's changes to these log-probabilities that the file has: 1 for the trained model, 0
-            for the base model.
-        effect_error: standard error of `effect`.
+        merged_loss: mean loss of the merged weights per token.
+        trained_loss: mean loss of base model and adapter per token.
     """
 
     rows: int
@@ -95,21 +95,19 @@ class Distance(BaseModel):
     kl: float
     difference: float
     loss: float
+    merged_loss: float
     trained_loss: float
-    effect: float
-    effect_error: float
 
     def __str__(self) -> str:
         return (
-            f"loss {self.losses}, mean KL {self.kl:.4f}, mean difference of log-probabilities {self.difference:.3f}, "
-            f"{self.effect:.2f} ± {self.effect_error:.2f} of the adapter's effect, on {self.tokens:,} tokens of "
-            f"{self.rows} rows"
+            f"loss {self.losses} (adapter → merged → file), mean KL from the merged weights {self.kl:.4f}, mean "
+            f"difference of log-probabilities {self.difference:.3f}, on {self.tokens:,} tokens of {self.rows} rows"
         )
 
     @property
     def losses(self) -> str:
-        """Losses of the trained model and of the file."""
-        return f"{self.trained_loss:.3f} → {self.loss:.3f}"
+        """Losses of the adapter, of the merged weights and of the file."""
+        return f"{self.trained_loss:.3f} → {self.merged_loss:.3f} → {self.loss:.3f}"
 
 
 @dataclass(frozen=True)

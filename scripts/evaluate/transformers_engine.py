@@ -2,7 +2,6 @@
 
 import gc
 from collections.abc import Container, Iterator, Sequence, Set
-from contextlib import nullcontext
 from copy import deepcopy
 from itertools import batched, groupby
 from pathlib import Path
@@ -56,7 +55,7 @@ class Reference:
         settings = prompter.settings
         self.settings = settings
         self.tokenizer = prompter.tokenizer
-        self.model = base_model(prompter)
+        self.model = base_model(prompter, getattr(torch, settings.dtype), prompter.quantization)
         self.device = self.model.device
         dtype = getattr(torch, settings.dtype)
         is_small = self.device.type == "cpu" and self.model.num_parameters() * dtype.itemsize < SMALL
@@ -64,16 +63,13 @@ class Reference:
             self.model = self.model.dequantize(dtype=dtype)
         # The model's published config would change the decoding. The harness ends answers by this config.
         self.model.generation_config = GenerationConfig(eos_token_id=sorted(prompter.ends))
-        self._add_embeddings()
-        if settings.adapter_sha256:
-            self.model = with_adapter(self.model, settings.adapter)
-        self.model.eval()
+        self._add_adapter()
         fits_batches_to_memory = (is_small or self.device.type == "cuda") and not settings.decoding.do_sample
         if settings.batch_tokens is None and fits_batches_to_memory:  # a resumed evaluation keeps its batches
             self.settings = settings.model_copy(update={"batch_tokens": self._room()})
 
-    def _add_embeddings(self) -> None:
-        """Add embeddings for tokens that training added.
+    def _add_adapter(self) -> None:
+        """Add the adapter, if any, and embeddings for tokens that training added.
 
         Axolotl adds rows for tokens that a config adds to the tokenizer (loaders/model.py). PEFT saves these rows with
         the adapter, but does not add rows to the model when it loads the adapter.
@@ -83,6 +79,9 @@ class Reference:
             rows = embedding_rows(Path(self.settings.adapter) / ADAPTER) or rows
         if rows > len(self.model.get_input_embeddings().weight):
             self.model.resize_token_embeddings(rows)
+        if self.settings.adapter_sha256:
+            self.model = with_adapter(self.model, self.settings.adapter)
+        self.model.eval()
 
     def decoding(self) -> GenerationConfig:
         """Decoding configuration from the settings, with the tokens that end an answer."""
@@ -174,15 +173,37 @@ class Reference:
         return [until_end(answer, self.prompter.ends) for answer in answers]
 
     @torch.inference_mode()
-    def log_probabilities(self, prompt: Sequence[int], answer: Sequence[int], adapted: bool = True) -> torch.Tensor:
-        """Log-probabilities of all tokens at each token of an answer, in float64, with shape (answer, vocabulary).
-
-        With `adapted` False, those of the base model without the adapter.
-        """
+    def log_probabilities(self, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
+        """Log-probabilities of all tokens at each token of an answer, in float64, with shape (answer, vocabulary)."""
         tokens = torch.tensor([[*prompt, *answer[:-1]]], device=self.device)
-        with nullcontext() if adapted or not self.settings.adapter_sha256 else self.model.disable_adapter():
-            logits = self.model(input_ids=tokens).logits[0, -len(answer) :]
+        logits = self.model(input_ids=tokens).logits[0, -len(answer) :]
         return logits.double().log_softmax(-1).cpu()
+
+    def merge(self) -> None:
+        """Replace base model and adapter by the merged weights that `axolotl merge-lora` writes.
+
+        In fp32, it adds the adapter to the base model's weights, after a round trip through 4 bits if the run trained
+        with 4-bit weights, and rounds the sums to the dtype of the base model's files.
+        """
+        self.free()
+        quantization = self.prompter.quantization if self.settings.adapter_sha256 else None
+        dtype = self.prompter.config.get_text_config().dtype or getattr(torch, self.settings.dtype)
+        if quantization and quantization.load_in_4bit:
+            self.model = base_model(self.prompter, dtype, quantization).dequantize(dtype=dtype)
+        else:
+            self.model = base_model(self.prompter, dtype, None)
+        self._add_adapter()
+        if self.settings.adapter_sha256:
+            self.model = self.model.merge_and_unload()
+        self.compute_in_fp32()
+
+    def compute_in_fp32(self) -> None:
+        """Compute in fp32 from now on, without new weights, if the memory allows it."""
+        free = psutil.virtual_memory().available
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info()[0]
+        if free > self.model.num_parameters() * torch.float32.itemsize:
+            torch.nn.Module.float(self.model)  # transformers refuses `float` for models that were quantized
 
     def free(self) -> None:
         """Free memory for another engine; this object is unusable afterwards."""
@@ -210,16 +231,16 @@ def batches(lengths: Sequence[int], most: int, tokens: int) -> Iterator[tuple[in
             yield room, list(batch)
 
 
-def base_model(prompter: Prompter) -> Any:
-    """Load the base model, configured and quantized as in training."""
+def base_model(prompter: Prompter, dtype: torch.dtype, quantization: BitsAndBytesConfig | None) -> Any:
+    """Load the base model, configured as in training."""
     settings, attention = prompter.settings, prompter.cfg.get("attn_implementation")
     return AutoModelForCausalLM.from_pretrained(
         settings.base_model,
         config=deepcopy(prompter.config),  # from_pretrained adds keys to the config
         revision=prompter.revision,
         trust_remote_code=prompter.remote_code,
-        dtype=getattr(torch, settings.dtype),
-        quantization_config=prompter.quantization,
+        dtype=dtype,
+        quantization_config=quantization,
         device_map="cuda" if torch.cuda.is_available() else "cpu",
         attn_implementation=None if attention in OF_AXOLOTL else attention,
     )
@@ -297,7 +318,8 @@ def weights_folder(prompter: Prompter) -> Path:
 
     def make(target: Path) -> None:
         say(f"dequantizing {model.name} once, to {folder}")
-        base_model(prompter).dequantize(dtype=getattr(torch, settings.dtype)).save_pretrained(target)
+        dtype = getattr(torch, settings.dtype)
+        base_model(prompter, dtype, prompter.quantization).dequantize(dtype=dtype).save_pretrained(target)
         prompter.config.save_pretrained(target)  # replaces the config.json written above, which has additional keys
         gc.collect()
         torch.cuda.empty_cache()  # vLLM needs the memory

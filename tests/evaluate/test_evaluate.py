@@ -479,7 +479,8 @@ def test_decoding_is_the_studys_and_not_the_models_own(run, tiny):
 def test_the_model_is_configured_as_in_training(run):
     def logits() -> torch.Tensor:
         with torch.inference_mode():
-            computed: torch.Tensor = base_model(prompter_of(run))(torch.arange(5, 205)[None]).logits
+            model = base_model(prompter_of(run), torch.float32, None)
+            computed: torch.Tensor = model(torch.arange(5, 205)[None]).logits
         return computed
 
     before = logits()

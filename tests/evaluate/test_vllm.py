@@ -129,7 +129,8 @@ def test_the_served_weights_are_those_that_the_reference_computes_with(run):
     prompter = Prompter(task.settings, task.cfg, run.output)
     folder = weights_folder(prompter)
     assert weights_folder(prompter) == folder
-    served, model = load_file(folder / "model.safetensors"), base_model(prompter)
+    served = load_file(folder / "model.safetensors")
+    model = base_model(prompter, torch.float32, prompter.quantization)
     for name, weight in model.named_parameters():
         quantized = getattr(weight, "quant_state", None)
         expected = dequantize_4bit(weight.data, quantized) if quantized else weight

@@ -91,4 +91,4 @@ def test_gguf_files_stand_below_their_adapter(tmp_path, recipe):
     assert re.split("  +", head)[:3] == ["run", "file", "BLEU-4"]
     assert re.split("  +", adapter)[1:3] == ["adapter", "5.00"]
     assert re.split("  +", file_row)[1:3] == ["m-q4_k_m.gguf (Q4_K - Medium, 4.9 bits)", "4.50"]
-    assert re.split("  +", file_row)[-2:] == ["0.772 → 0.821", "0.0560"]
+    assert re.split("  +", file_row)[-2:] == ["0.772 → 0.773 → 0.821", "0.0560"]

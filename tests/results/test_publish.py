@@ -520,7 +520,10 @@ def test_a_merge_by_axolotl_is_the_adapter_on_its_quantized_base(tmp_path, tiny,
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
     from peft import LoraConfig, PeftModel, get_peft_model
+    from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from qlora_recipes.evaluate.transformers_engine import Reference
 
     run = RunDir(tmp_path / "run")
     tokenizer = AutoTokenizer.from_pretrained(tiny, pad_token=pad_token)
@@ -557,6 +560,14 @@ def test_a_merge_by_axolotl_is_the_adapter_on_its_quantized_base(tmp_path, tiny,
     # the cards' own instructions work, and prompt as the training did
     evaluated(run, base_model=cfg["base_model"])
     prompter = Prompter(scores_file.read_scores(run.path).settings, cfg, run.output)
+    adapter = {"adapter": str(run.output), "adapter_sha256": "x", "quantized": True}
+    reference = Reference(Prompter(prompter.settings.model_copy(update=adapter), cfg, run.output))
+    reference.merge()
+    written = load_file(run.output / "merged" / "model.safetensors")
+    differing = [
+        name for name, weight in reference.model.state_dict().items() if not torch.equal(weight, written[name])
+    ]
+    assert differing == []
     row = orjson.loads((sample / "train.jsonl").read_bytes().splitlines()[0])
     for folder in (run.output, run.output / "merged"):
         snippet = blocks(card(folder)[1])["python"].replace(f'"{tiny.name}"', repr(str(tiny)))
@@ -584,4 +595,4 @@ def test_the_card_lists_gguf_files(run):
         "`m-q4_k_m.gguf (Q4_K - Medium, 4.9 bits)`",
         "5000",
     ]
-    assert "| 0.772 → 0.821 | 0.056 |" in row
+    assert "| 0.772 → 0.773 → 0.821 | 0.056 |" in row

@@ -112,7 +112,7 @@ def a_gguf_file(run: RunDir, bleu4: float) -> None:
     folder.path.mkdir(parents=True)
     distance = {"rows": 32, "tokens": 900, "kl": 0.056, "difference": 0.166, "loss": 0.821, "trained_loss": 0.772}
     file = {"name": "m-q4_k_m.gguf", "quantization": "Q4_K - Medium", "bits": 4.9}
-    distance |= {"effect": 0.98, "effect_error": 0.02}
+    distance |= {"merged_loss": 0.773}
     scores = {"rows": 5000, "bleu4": bleu4, "intervals": {}}
     trained = run.read().adapter
     sha256 = trained.sha256 if trained else "x"
