@@ -29,7 +29,7 @@ recipe results"""
 
 
 VERBS = {
-    "Recipes": {"list": "list", "show": "list", "diff": "list", "new": "new"},
+    "Recipes": {"list": "list", "show": "list", "diff": "list", "new": "list"},
     "Before a run": {"data": "data", "check": "check", "plan": "plan"},
     "Running": {"run": "run", "resume": "run", "sweep": "sweep", "reproduce": "reproduce", "cancel": "run"},
     "After": {

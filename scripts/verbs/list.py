@@ -1,8 +1,8 @@
-"""The verbs list, show and diff."""
+"""The verbs list, show, diff and new."""
 
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -10,8 +10,18 @@ from ..base import paths, tables, yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row, read_json
 from ..base.terminal import harmless, say
-from .help import Verb, suggest
-from .options import Json, Name, complete_recipes, recipe_argument
+from .help import Verb, override_options, suggest
+from .options import (
+    Json,
+    Name,
+    OldRelease,
+    Overrides,
+    columns_by_field,
+    complete_recipes,
+    full_name,
+    recipe_argument,
+    refuse_without,
+)
 
 verbs = typer.Typer(rich_markup_mode=None)
 
@@ -172,3 +182,61 @@ def diff_verb(
     elif rows:
         texts = [{column: yamlfiles.on_one_line(value) for column, value in row.items()} for row in rows]
         tables.print_table(texts, below=[*rows[0]][1:])
+
+
+@verbs.command(
+    "new",
+    cls=Verb,
+    epilog="recipe new mine --data mine.csv\nrecipe new wide --from llama-3.2-3b --set lora_r=64",
+)
+def new_verb(
+    *,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the variant, saved as variants/NAME.yaml.")],
+    from_: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            metavar="BASE",
+            callback=full_name,
+            autocompletion=complete_recipes,
+            help="Recipe, YAML file of any Axolotl, or model card to start from.",
+        ),
+    ] = "start/qlora",
+    axolotl: OldRelease = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="Another base model: owner/name on the hub, or a folder."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Your rows: JSON lines, JSON, CSV, TSV or Parquet."),
+    ] = None,
+    fields: Annotated[
+        dict[str, str] | None,
+        typer.Option(
+            parser=columns_by_field,
+            metavar="FIELD=COLUMN",
+            help="With --data: fields of columns, as in question=Frage,answer=Antwort.",
+        ),
+    ] = None,
+    type_: Annotated[
+        Literal["chat", "plain"] | None,
+        typer.Option("--type", help="With --data: the prompts; default: chat for an instruct model."),
+    ] = None,
+    set_: Overrides,
+) -> None:
+    """Write a variant of a recipe, with changed lines marked."""
+    from ..writing import migrate, new
+    from ..writing.own_rows import RowsRequest
+
+    refuse_without("--fields", fields, "--data", data)
+    refuse_without("--type", type_, "--data", data)
+    rows = RowsRequest(data, fields or {}, type_) if data else None
+    variant = new.create(new.VariantRequest(name, from_, axolotl, model, rows, set_))
+    print(variant.file)
+    migrate.report(variant.migration)
+    for note in variant.notes:
+        say(note)
+    if not model and "base_model" in [override.key for override in set_]:
+        say("revision, special tokens, layers and comments are still those of the former model; --model replaces them")
+    suggest("check", name, *override_options(variant.migration.profiles, []))

@@ -266,6 +266,21 @@ def settings_of(text: str) -> list[str]:
     return re.split(r",(?=[^,]*=)", text)
 
 
+def columns_by_field(text: str) -> dict[str, str]:
+    """Columns by field, from --fields, such as `question=Frage,answer=Antwort`.
+
+    Raises:
+        UserError: the text is malformed.
+    """
+    columns = {}
+    for setting in filter(None, settings_of(text)):
+        name, _, column = setting.partition("=")
+        if not column:
+            raise UserError(f"--fields {text}: expected FIELD=COLUMN, as in question=Frage,answer=Antwort")
+        columns[name] = column
+    return columns
+
+
 def refuse_together(options: dict[str, object]) -> None:
     """Refuse more than one of several options.
 

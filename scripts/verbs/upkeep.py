@@ -10,7 +10,6 @@ from ..base import paths, tables
 from ..base.errors import WorkFailed
 from ..base.terminal import Bar, say
 from .help import Verb, Verbs, suggest
-from .new import report_migration
 from .options import Force, Json, OldRelease, complete_studies, refuse_together, refuse_without
 
 _STARTER_MODEL = "meta-llama/Llama-3.2-3B"
@@ -85,7 +84,7 @@ def study_new_verb(
     migration = migrate.migrate(migrate.read(from_), axolotl)
     for file in card_study.write(name, migration):
         print(paths.shown(file))
-    report_migration(migration)
+    migrate.report(migration)
     suggest("study", "check", name)
 
 

@@ -20,6 +20,8 @@ from packaging.version import InvalidVersion, Version
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row
+from ..base.tables import print_table
+from ..base.terminal import say
 from ..base.yamlfiles import Config
 from ..config import datafiles, merging
 from ..config.datafiles import DatasetRef
@@ -462,3 +464,13 @@ def _release(old: OldConfig, release: str | None) -> tuple[Version, str]:
 def supported() -> Version:
     """Release of Axolotl that this project supports."""
     return Version(version("axolotl"))
+
+
+def report(migration: Migration) -> None:
+    """Print the changes of a migration, and log what they cannot undo."""
+    print_table([step.row() for step in migration.steps], below=["reason"])
+    if migration.sign:
+        guess = f"Axolotl {migration.release} is a guess, from {migration.sign}"
+        say(f"{guess}; the split of the rows and other defaults depend on it: pass --axolotl VERSION if you know it")
+    for meaning in migration.meanings():
+        say(f"since {migration.release}: {meaning}")
