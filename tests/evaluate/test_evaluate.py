@@ -78,11 +78,14 @@ def test_a_prompt_does_not_depend_on_the_beginning_of_the_answer(run):
     jinja = "{% for message in messages %}{{ message['content'] }}{% endfor %}{{ eos_token }}"
     template = {"chat_template": "jinja", "chat_template_jinja": jinja}
     configure(run, datasets=[{"path": "x.jsonl", "type": "chat_template"} | template], test_datasets=None)
-    prompter = prompter_of(run)
-    prompter.tokenizer.add_tokens([":The"])  # as in Llama 3, whose vocabulary has it
     answers = ("The end is 7", "7 is the end")
     chats = [[{"role": "user", "content": "Answer:"}, {"role": "assistant", "content": text}] for text in answers]
-    shared, apart = prompter.examples(rows_for(prompter, [{"messages": messages} for messages in chats]))
+    rows = [{"messages": messages} for messages in chats]
+    write_rows(run.path / "chats.jsonl", rows)
+    task = task_of(run, data=run.path / "chats.jsonl")
+    prompter = Prompter(task.settings, task.cfg, run.output)
+    prompter.tokenizer.add_tokens([":The"])  # as in Llama 3, whose vocabulary has it
+    shared, apart = prompter.examples(rows_for(prompter, rows))
     assert shared.prompt == apart.prompt != []
     assert (shared.reference, apart.reference) == answers
 
