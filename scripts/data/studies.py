@@ -136,12 +136,12 @@ class Study(Strict):
                 return self.published[name].repeats[metric]
         return []
 
-    def cell(self, recipe: str, settings: Mapping[str, Any], changes: Mapping[str, Any]) -> Cell | None:
+    def cell(self, recipe: str, changes: Mapping[str, Any]) -> Cell | None:
         """First published grid point that matches a recipe's settings with changes, and has every changed key."""
         published = self.published.get(self.origin(recipe))
-        if published is None:
+        if published is None or not published.cells:
             return None
-        changed = {**settings, **changes}
+        changed = {**yamlfiles.read_yaml(paths.recipe_file(recipe)), **changes}
         for cell in published.cells:
             if cell.values.items() <= changed.items() and changes.keys() <= cell.values.keys():
                 return cell

@@ -11,7 +11,7 @@ from typing import get_args
 import orjson
 from pydantic import ValidationError
 
-from ..base import paths, yamlfiles
+from ..base import paths
 from ..base.errors import UserError
 from ..base.files import Row, write_atomically
 from ..base.terminal import say
@@ -164,8 +164,7 @@ def _cell_values(run: Run, study: Study) -> Config:
     changes = _changes(run)
     if not changes:
         return {}
-    recipe = yamlfiles.read_yaml(paths.recipe_file(run.origin))
-    cell = study.cell(run.origin, recipe, changes)
+    cell = study.cell(run.origin, changes)
     return cell.values if cell else {}
 
 

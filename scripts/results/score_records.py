@@ -198,7 +198,7 @@ def _undeclared(record: Record, study: Study) -> Iterator[str]:
         yield f"of: {record.of} does not belong to the study {study.folder.name}"
     elif unknown := record.scores.keys() - study.columns.keys():
         yield f"scores: {', '.join(unknown)} is not a metric of the study"
-    elif record.values and not study.cell(record.of, {}, record.values):
+    elif record.values and not study.cell(record.of, record.values):
         yield f"values: {record.values} is not a published cell of {record.of}"
 
 

@@ -8,7 +8,7 @@ from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
 
-from ..base import paths, tables, yamlfiles
+from ..base import paths, tables
 from ..base.files import Row
 from ..base.tables import Table
 from ..base.yamlfiles import on_one_line
@@ -102,7 +102,7 @@ class SweepRow:
             return {}
         changes = run_result.other_settings(run)
         changes.pop(repeats.SEED, None)
-        cell = study.cell(run.origin, yamlfiles.read_yaml(paths.recipe_file(run.origin)), changes)
+        cell = study.cell(run.origin, changes)
         if cell is None:
             return {}
         return {name: fmean(scores) for name, scores in cell.scores.items()}

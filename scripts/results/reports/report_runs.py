@@ -80,6 +80,14 @@ class ReportedRun(RunResult):
         return dict.fromkeys(yamlfiles.read_yaml(file), "the recipe") | yamlfiles.sources(file)
 
     @property
+    def of_other_models(self) -> dict[str, Evaluation]:
+        """Evaluations of the base model alone and of GGUF files of the adapter, by name of the model."""
+        evaluations = {str(evaluation.settings.file): evaluation for evaluation in self.served}
+        if self.base_evaluation:
+            evaluations = {"base model alone": self.base_evaluation} | evaluations
+        return evaluations
+
+    @property
     def note(self) -> str:
         """Warning if the recipe file is missing or has changed since the run; otherwise empty."""
         file = self._recipe_file
@@ -149,11 +157,8 @@ def _score_columns(reported: ReportedRun, by_heading: Mapping[str, Column]) -> d
     """Columns of a run by heading: its scores, those with other decodings, the base model's, and published scores."""
     label = reported.label
     evaluations = {label: reported.evaluation}
-    for name, evaluation in reported.decoded.items():
+    for name, evaluation in (reported.decoded | reported.of_other_models).items():
         evaluations[f"{label}: {name}"] = evaluation
-    evaluations[f"{label}: base model alone"] = reported.base_evaluation
-    for evaluation in reported.served:
-        evaluations[f"{label}: {evaluation.settings.file}"] = evaluation
     columns = {name: _scores(evaluation, by_heading) for name, evaluation in evaluations.items() if evaluation}
     published: dict[str, str | None] = {}
     for name, score in reported.scores.items():
@@ -284,14 +289,11 @@ def reader(runs: Sequence[ReportedRun]) -> list[Row]:
     """References, prompts and each model's predictions, for each file of test rows."""
     files: dict[str, TestFile] = {}
     for reported in runs:
-        evaluations = [(reported.label, reported.folder.path, reported.evaluation)]
-        alone = reported.base_evaluation
-        if alone and len(runs) == 1:
-            evaluations.append(("the base model alone", alone.settings.folder(reported.folder.path), alone))
+        path = reported.folder.path
+        evaluations = [(reported.label, path, reported.evaluation)]
         if len(runs) == 1:
-            for served in reported.served:
-                folder = served.settings.folder(reported.folder.path)
-                evaluations.append((str(served.settings.file), folder, served))
+            for name, other in reported.of_other_models.items():
+                evaluations.append((name, other.settings.folder(path), other))
         for label, folder, evaluation in evaluations:
             rows = read_predictions(folder)
             if evaluation is None or not rows:
