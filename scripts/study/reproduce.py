@@ -168,23 +168,21 @@ def outline(
     """
     requested = _requested_runs(study, request, only, seeds)
     pipelines = {pipeline.result.label: pipeline for pipeline in pipelines_of(requested, evaluation, backend, gpu)}
-    rows, sizes = [], {}
+    rows: list[Row] = []
+    sizes: dict[str, float] = {}
     with Bar("planning", len(requested)) as bar:
         for result, _ in requested:
             bar.begin(f"planning {result.label}")
-            row: Row = {"recipe": result.label, "training": "refused", "problem": result.problem}
+            row: Row = dict.fromkeys(_OUTLINED) | {"recipe": result.label}
+            row |= {"training": "refused", "problem": result.problem}
             if result.label in pipelines:
-                pipeline = pipelines[result.label]
-                row |= _outlined(pipeline)
-                if size := row.pop("download GB", None):
-                    sizes[str(pipeline.composed.config["base_model"])] = size
+                row |= _outlined(pipelines[result.label], sizes)
             rows.append(row)
             bar.update(len(rows))
     require_known(request.force, [*pipelines.values()], dry_run=True)
     data = _outlined_data(study, [pipeline.composed for pipeline in pipelines.values()])
-    recipes = [dict.fromkeys(_OUTLINED) | row for row in rows]
     evaluation_hours = None if request.rehearse else _evaluation_hours(study)
-    return {"data": data, "models": sizes, "recipes": recipes, "evaluation hours": evaluation_hours}
+    return {"data": data, "models": sizes, "recipes": rows, "evaluation hours": evaluation_hours}
 
 
 _OUTLINED = ("recipe", "training", "steps", "needs GiB", "fits", "hours", "bound", "changes", "problem")
@@ -203,8 +201,8 @@ def _evaluation_hours(study: Study) -> float | None:
     return batches * decoding.max_new_tokens * SECONDS_PER_TOKEN / 3600
 
 
-def _outlined(pipeline: Pipeline) -> Row:
-    """Preview of one recipe with a valid config; `hours` covers only training, `download GB` only a missing model."""
+def _outlined(pipeline: Pipeline, sizes: dict[str, float]) -> Row:
+    """Preview of one recipe with a valid config; adds the size of a missing base model in GB to `sizes`."""
     changes = [str(change) for change in pipeline.composed.differences if change.source.kind == "override"]
     row: Row = {"training": "new", "changes": "; ".join(changes) or None}
     pipeline.look_up()
@@ -216,10 +214,10 @@ def _outlined(pipeline: Pipeline) -> Row:
         return row | {"training": "refused", "problem": pipeline.result.problem}
     if pipeline.request.rehearse:
         return row | {"steps": datafiles.training_steps(pipeline.composed.config)}
-    return row | _planned_cells(pipeline)
+    return row | _planned_cells(pipeline, sizes)
 
 
-def _planned_cells(pipeline: Pipeline) -> Row:
+def _planned_cells(pipeline: Pipeline, sizes: dict[str, float]) -> Row:
     """Cells of a recipe's plan; if it cannot be planned, the reason."""
     try:
         planned = plan.plan_request(pipeline.request, pipeline.gpu)
@@ -229,7 +227,7 @@ def _planned_cells(pipeline: Pipeline) -> Row:
     if pipeline.gpu and pipeline.gpu.memory:
         row["fits"] = f"{pipeline.gpu.name}: {planned.gpus[0].verdict}"
     if not models.find(pipeline.composed.config).weights_here:
-        row["download GB"] = 2 * max(planned.frozen, planned.trainable) / 1e9  # 16 bits per weight of the base model
+        sizes[planned.model] = 2 * max(planned.frozen, planned.trainable) / 1e9  # 16 bits per weight
     if planned.work:
         row |= {"steps": planned.work.steps, "hours": planned.work.hours, "bound": planned.work.at_most}
     return row
