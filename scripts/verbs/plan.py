@@ -16,7 +16,7 @@ from .options import Force, Json, Names, Overrides, Profiles, repeatable_option
 if TYPE_CHECKING:
     from ..config.gpus import Gpu
     from ..plan.plan import Fit, Plan, PlannedChange
-    from ..plan.published_log import Compared
+    from ..plan.published_log import Compared, ComparedLog
     from ..plan.work import Work
 
 verbs = typer.Typer(rich_markup_mode=None)
@@ -96,11 +96,7 @@ def _print_plan(planned: "Plan") -> None:
     if planned.work:
         tables.print_table([{"work": name, "": text} for name, text in _work(planned.work)], below=[""])
     if planned.log:
-        print()
-        tables.print_text(f"published log: {planned.log.source}")
-        if planned.log.inputs:
-            tables.print_text(f"planned with its inputs: {yamlfiles.write_flow(planned.log.inputs)}")
-        tables.print_table([_log_row(figure) for figure in planned.log.figures], below=["remark"])
+        _print_log(planned.log)
     for note in planned.notes:
         tables.print_text(f"note: {note}")
 
@@ -169,6 +165,15 @@ def _work(work: "Work") -> Iterator[tuple[str, str]]:
     if work.hours:
         digits = 1 if work.hours >= 1 else 2
         yield "hours", f"{up_to}{work.hours:,.{digits}f} ({work.hours_are})"
+
+
+def _print_log(log: "ComparedLog") -> None:
+    """Print the figures of a published log beside the planned ones."""
+    print()
+    tables.print_text(f"published log: {log.source}")
+    if log.inputs:
+        tables.print_text(f"planned with its inputs: {yamlfiles.write_flow(log.inputs)}")
+    tables.print_table([_log_row(figure) for figure in log.figures], below=["remark"])
 
 
 def _log_row(figure: "Compared") -> Row:

@@ -226,15 +226,21 @@ class Migration:
         of_fsdp2 = names == settings and self.config.get("fsdp_version") == 2
         if not options and (of_fsdp2 or not settings):
             return
-        updated: Config = {}
-        for option in (str(names.pop("sharding_strategy", "full_shard")).lower(), *options):
-            if option not in tables()["fsdp"]:
-                remedy = "delete fsdp and fsdp_config, and use --profile fsdp2 or zero2"
-                self.refuse("fsdp_config", f"FSDP2 has no counterpart of {option}", remedy)
-            updated |= tables()["fsdp"].get(option, {})
+        strategy = str(names.pop("sharding_strategy", "full_shard")).lower()
+        updated = self._fsdp2_settings([strategy, *options])
         updated |= {name: names[name] for name in names if name not in tables()["fsdp_without_effect"]}
         self.set("fsdp_config", updated, "FSDP2's names; Axolotl has no FSDP1 any more")
         self.set("fsdp_version", 2, "Axolotl has no FSDP1 any more")
+
+    def _fsdp2_settings(self, options: list[str]) -> Config:
+        """Settings of FSDP2 with the meaning of FSDP1's options."""
+        settings: Config = {}
+        for option in options:
+            if option not in tables()["fsdp"]:
+                remedy = "delete fsdp and fsdp_config, and use --profile fsdp2 or zero2"
+                self.refuse("fsdp_config", f"FSDP2 has no counterpart of {option}", remedy)
+            settings |= tables()["fsdp"].get(option, {})
+        return settings
 
     def _fsdp_options(self) -> list[str]:
         """Options of the list `fsdp`, as transformers reads it."""

@@ -153,6 +153,14 @@ def _first_row(file: Path) -> Row:
     return row
 
 
+def _columns(row: Row, request: RowsRequest) -> dict[str, str]:
+    """Columns by field: those that the user names, and those with the name of a field."""
+    for name, column in request.fields.items():
+        if column not in row:
+            raise UserError(f"--fields {name}={column}: the columns of {request.file} are {', '.join(row)}")
+    return {column.strip().lower(): column for column in row} | request.fields
+
+
 def recognize(request: RowsRequest, copy: Path) -> OwnRows:
     """Recognize the form of rows by the columns of the first one.
 
@@ -165,10 +173,7 @@ def recognize(request: RowsRequest, copy: Path) -> OwnRows:
     """
     file, fields = request.file, request.fields
     row = _first_row(file)
-    for name, column in fields.items():
-        if column not in row:
-            raise UserError(f"--fields {name}={column}: the columns of {file} are {', '.join(row)}")
-    columns = {column.strip().lower(): column for column in row} | fields
+    columns = _columns(row, request)
     form = datafiles.form_of(fields) or datafiles.form_of(columns)
     if form is None:
         forms = "; ".join(" and ".join(form.fields) for form in FORMS)
