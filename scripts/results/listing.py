@@ -7,7 +7,7 @@ from ..base.files import Row
 from ..base.tables import Table
 from ..base.terminal import say
 from ..data.studies import Study
-from ..evaluate.scores_file import about_rows
+from ..evaluate.scores_file import Evaluation, about_rows
 from ..metrics import registry
 from ..metrics.metric import BenchmarkMetric, Column
 from ..metrics.registry import EVAL_LOSS
@@ -27,8 +27,78 @@ def show(folders: Sequence[RunDir], json: bool) -> None:
     changed = [result.folder.path for result in results if result.changed]
     if changed:
         say(f"evaluations that are stale or edited: {len(changed)}; for the last, run `recipe evaluate {changed[-1]}`")
-    records = (result.as_json(_jobs(result)) for result in results)
+    records = (record(result, _jobs(result)) for result in results)
     tables.show(json, records, _tables(results))
+
+
+def record(result: RunResult, jobs: Iterable[str]) -> Row:
+    """JSON fields of a run and its results.
+
+    Args:
+        result: the run.
+        jobs: descriptions of jobs that have not ended.
+    """
+    run, summary = result.run, result.summary
+    row: Row = {
+        "run": str(result.folder.path),
+        "recipe": run.recipe,
+        "variant_of": run.variant_of,
+        "study": result.study and result.study.folder.name,
+        "rehearsal": run.rehearsal,
+        "state": run.state,
+        "published_adapter": run.published_adapter,
+        "jobs": "; ".join(jobs) or None,
+    }
+    row |= {
+        "step": summary.step,
+        "steps": summary.max_steps,
+        "ended": summary.ended,
+        "kept_step": summary.kept_step,
+        "trouble": result.trouble,
+        "eval_loss_first": summary.eval_loss_per_token_first,
+        "eval_loss": summary.eval_loss_per_token,
+        "eval_loss_axolotl": summary.eval_loss,
+        "eval_tokens": summary.eval_tokens,
+        "incomparable_loss": result.incomparable_loss,
+    }
+    row |= _evaluation_fields(result)
+    for name, score in result.scores.items():
+        row |= score.as_json(name)
+    return row | {
+        "peak_memory_gib": summary.peak_memory,
+        "memory_kind": summary.memory_kind,
+        "other_base_model": result.other_model,
+        "other_data": result.other_data,
+        "tokens_per_second": summary.tokens_per_second,
+        "train_seconds": summary.train_seconds,
+        "changed_keys": ", ".join(result.changed_keys),
+    }
+
+
+def _evaluation_fields(result: RunResult) -> Row:
+    """JSON fields of the evaluation, without scores."""
+    total = also_trained = test_set = None
+    if result.evaluation:
+        total = result.evaluation.settings.total_rows
+        also_trained = result.evaluation.also_trained
+        test_set = result.evaluation.settings.test_set
+    return {
+        "rows_evaluated": result.rows_evaluated,
+        "rows_total": total,
+        "rows_also_trained": also_trained,
+        "test_set": test_set,
+        "evaluation": result.changed,
+        "files": [_file_fields(result, evaluation) for evaluation in result.served],
+    }
+
+
+def _file_fields(result: RunResult, evaluation: Evaluation) -> Row:
+    """JSON fields of the evaluation of a GGUF file."""
+    settings = evaluation.settings
+    row: Row = {"rows_evaluated": settings.rows}
+    for part in (settings.file, settings.distance):
+        row |= part.model_dump() if part else {}
+    return row | result.scores_in(evaluation)
 
 
 def _jobs(result: RunResult) -> Iterator[str]:

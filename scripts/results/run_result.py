@@ -1,6 +1,5 @@
 """Results of a run beside published scores."""
 
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -304,72 +303,6 @@ class RunResult:
         Published scores then do not apply.
         """
         return bool(self.other_model) or self.other_data
-
-    def as_json(self, jobs: Iterable[str]) -> Row:
-        """JSON fields of the run and its results.
-
-        Args:
-            jobs: descriptions of jobs that have not ended.
-        """
-        run, summary = self.run, self.summary
-        row: Row = {
-            "run": str(self.folder.path),
-            "recipe": run.recipe,
-            "variant_of": run.variant_of,
-            "study": self.study and self.study.folder.name,
-            "rehearsal": run.rehearsal,
-            "state": run.state,
-            "published_adapter": run.published_adapter,
-            "jobs": "; ".join(jobs) or None,
-        }
-        row |= {
-            "step": summary.step,
-            "steps": summary.max_steps,
-            "ended": summary.ended,
-            "kept_step": summary.kept_step,
-            "trouble": self.trouble,
-            "eval_loss_first": summary.eval_loss_per_token_first,
-            "eval_loss": summary.eval_loss_per_token,
-            "eval_loss_axolotl": summary.eval_loss,
-            "eval_tokens": summary.eval_tokens,
-            "incomparable_loss": self.incomparable_loss,
-        }
-        row |= self._evaluation_as_json()
-        for name, score in self.scores.items():
-            row |= score.as_json(name)
-        return row | {
-            "peak_memory_gib": summary.peak_memory,
-            "memory_kind": summary.memory_kind,
-            "other_base_model": self.other_model,
-            "other_data": self.other_data,
-            "tokens_per_second": summary.tokens_per_second,
-            "train_seconds": summary.train_seconds,
-            "changed_keys": ", ".join(self.changed_keys),
-        }
-
-    def _evaluation_as_json(self) -> Row:
-        """JSON fields of the evaluation, without scores."""
-        total = also_trained = test_set = None
-        if self.evaluation:
-            total = self.evaluation.settings.total_rows
-            also_trained = self.evaluation.also_trained
-            test_set = self.evaluation.settings.test_set
-        return {
-            "rows_evaluated": self.rows_evaluated,
-            "rows_total": total,
-            "rows_also_trained": also_trained,
-            "test_set": test_set,
-            "evaluation": self.changed,
-            "files": [self._file_as_json(evaluation) for evaluation in self.served],
-        }
-
-    def _file_as_json(self, evaluation: Evaluation) -> Row:
-        """JSON fields of the evaluation of a GGUF file."""
-        settings = evaluation.settings
-        row: Row = {"rows_evaluated": settings.rows}
-        for part in (settings.file, settings.distance):
-            row |= part.model_dump() if part else {}
-        return row | self.scores_in(evaluation)
 
 
 def _contradicts(entry: Row, file: DataFile) -> bool:

@@ -31,7 +31,7 @@ from qlora_recipes.evaluate.scores_file import (
 )
 from qlora_recipes.evaluate.transformers_engine import Reference, base_model
 from qlora_recipes.metrics.metric import ScoreRecord
-from qlora_recipes.results import card
+from qlora_recipes.results import card, listing
 from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.run.rundir import RunDir
 from qlora_recipes.training.run_record import FileState, Launch
@@ -276,7 +276,7 @@ def scored(run: RunDir, sample: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir
 
 def listed(run: RunDir) -> tuple[str | None, bool]:
     """Note of a list on a run's evaluation, and whether it has a score."""
-    row = RunResult(run, run.read()).as_json([])
+    row = listing.record(RunResult(run, run.read()), [])
     return row["evaluation"], row["bleu4"] is not None
 
 

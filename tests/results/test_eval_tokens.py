@@ -10,7 +10,7 @@ from run_folders import a_run
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.config.compose import Request, compose
 from qlora_recipes.data import studies
-from qlora_recipes.results import export_records, study_tables, verdict
+from qlora_recipes.results import export_records, listing, study_tables, verdict
 from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.run.rundir import RunDir
 from qlora_recipes.training.run_record import Summary
@@ -79,7 +79,7 @@ def test_the_tokens_of_the_unchanged_recipe_decide(tmp_path, profile):
     assert difference(same) == pytest.approx(0.78 - 0.7763)
     assert difference(other) is None
     reason = "the eval loss covers 900 tokens, not those of the recipe"
-    assert RunResult(other, other.read()).as_json([])["incomparable_loss"] == reason
+    assert listing.record(RunResult(other, other.read()), [])["incomparable_loss"] == reason
     with pytest.raises(UserError) as raised:
         export_records.export_run(other)
     assert str(raised.value) == f"{other.path}: not exported: {reason}"

@@ -55,7 +55,7 @@ def test_only_a_run_on_the_recipes_model_and_data_is_set_beside_published_scores
     folder.write(run)
     (folder.output / scores_file.ADAPTER).parent.mkdir()
     (folder.output / scores_file.ADAPTER).write_bytes(b"")
-    listed, (member,) = RunResult(folder, run).as_json([]), report_runs.reported_runs([folder])
+    listed, (member,) = listing.record(RunResult(folder, run), []), report_runs.reported_runs([folder])
     assert listed["bleu4"] == 5.0
     assert listed["bleu4_published"] == (5.02 if same else None)
     assert row_of(tmp_path / "runs")["run"] == (str(folder.path) if same else None)

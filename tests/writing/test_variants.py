@@ -14,6 +14,7 @@ from qlora_recipes.check import check
 from qlora_recipes.config import compose, merging
 from qlora_recipes.config.compose import Request
 from qlora_recipes.config.merging import Override, Source
+from qlora_recipes.results import listing
 from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.run import run
 from qlora_recipes.run.rundir import RunDir
@@ -219,7 +220,7 @@ def test_a_run_of_a_variant_lists_its_differences_from_that(place):
         "lora_r": (32, 16),
         "lora_alpha": (16, 8),
     }
-    row = RunResult(RunDir(place / "r"), record).as_json([])
+    row = listing.record(RunResult(RunDir(place / "r"), record), [])
     assert row["variant_of"] == BASE
     assert row["changed_keys"] == "lora_r, lora_alpha"
     assert row["other_base_model"] == "Qwen/Qwen3-0.6B"  # of the study's
