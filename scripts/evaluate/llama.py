@@ -179,7 +179,7 @@ class LlamaServer(Server):
 
     async def _served_prompt(self, root: openai.AsyncOpenAI, example: "Example") -> list[int] | None:
         """Tokens that the server makes of a row's prompt; None if no text has the training's tokens."""
-        from .prompter import text_of
+        from ..training.tokens import text_of
 
         if len(example.prompt) >= self.prompter.longest:  # truncated
             return None
@@ -195,14 +195,9 @@ class LlamaServer(Server):
         """Error that shows two prompts from their first difference, token by token."""
         same = takewhile(bool, map(eq, expected, served))
         start = len([*same])
-        reason = "another chat template, system prompt or tokenizer"
-        if served[1:] == expected:
-            reason = "the server adds a token in front, such as a second BOS"
-        elif served == expected[1:]:
-            reason = "the server lacks the first token, such as BOS"
         return UserError(
-            f"{self.file.name}: the prompt of row {i + 1} differs from the training's from token {start + 1} on: "
-            f"{reason}\n  training: {self._shown(expected, start)}\n  server:   {self._shown(served, start)}\n"
+            f"{self.file.name}: the prompt of row {i + 1} differs from the training's from token {start + 1} on\n"
+            f"  training: {self._shown(expected, start)}\n  server:   {self._shown(served, start)}\n"
             "export the file again, with the tokenizer and the chat template in the run's folder, or start the server "
             "with `--chat-template-file`"
         )

@@ -27,6 +27,7 @@ NO_KEY = "none"  # the client requires a text
 TIMEOUT = 300.0  # seconds for an answer; all attempts of a request together may take twice as long
 LIST_TIMEOUT = 30.0  # seconds for the list of models
 MOST_BYTES = 1 << 24  # bytes of a response; an answer of 100,000 tokens takes 1 MB
+SENDING_TOKENS = ("vllm", "llamacpp")  # names of servers that send the tokens of their answers, as `owned_by`
 AT_ONCE = 16  # default number of simultaneous requests
 
 
@@ -118,17 +119,22 @@ class Api:
         """Raise UserError if the server lacks a model.
 
         Raises:
-            UserError: the server lacks the model, refuses the key, or does not use OpenAI's protocol.
+            UserError: the server lacks the model, refuses the key, is of another kind, or does not use OpenAI's
+                protocol.
         """
         try:
-            models = [model.id for model in asyncio.run(self.models())]
+            models = {model.id: model for model in asyncio.run(self.models())}
         except (openai.APIError, ValidationError, TimeoutError) as error:
             remedy = "start vLLM or llama.cpp's server there, or correct the address"
             if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
                 remedy = f"set {KEY} to the server's key"
             raise UserError(f"--engine {self.url}: {cause(error)}; {remedy}") from None
         if name in models:
-            return
+            owner = models[name].owned_by
+            if owner in SENDING_TOKENS:
+                return
+            problem = f"the server's name is {owner}; only vLLM and llama.cpp's server send the tokens of answers"
+            raise UserError(problem, key=f"--engine {self.url}", remedy="start one of these there")
         if name:
             problem = f"--model {name}: not a model of the server{did_you_mean(name, models)}"
         else:

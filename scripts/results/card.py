@@ -177,12 +177,12 @@ class Card:
 
     @cached_property
     def prompt(self) -> str | None:
-        """Code that sets `inputs` to a prompt; None if that is not possible, see `prompter.as_code`."""
+        """Code that sets `inputs` to a prompt; None if that is not possible, see `tokens.as_code`."""
         fields = self.constant_fields
         if fields:
             fields = fields | {"input": _PATCH}
         with importing_axolotl(offline=True):
-            from ..evaluate.prompter import as_code
+            from ..training.tokens import as_code
 
             return as_code(self.result.folder.config, self.result.folder.output, fields)
 

@@ -14,7 +14,7 @@ from .card import Card
 from .run_result import RunResult
 
 if TYPE_CHECKING:
-    from ..evaluate.prompter import PromptText
+    from ..training.tokens import PromptText
     from ..training.validation import GgufTools
 
 _OVERHEAD = 1.5  # bits a weight of the scales, and of layers that keep more bits than the type's name says
@@ -61,7 +61,7 @@ def write_modelfile(result: RunResult, file: Path) -> list[Path]:
     say(f"to serve it: llama-server -m {shlex.quote(str(file))} --alias {file.stem} -np 4 -c {4 * context}")
     say(f"to score it: recipe evaluate {result.folder.path} --engine http://localhost:8080 --model {file.stem}")
     with importing_axolotl(offline=True):
-        from ..evaluate.prompter import prompt_text
+        from ..training.tokens import prompt_text
 
         prompt = prompt_text(result.config, output, card.constant_fields)
     template = prompt and ollama_template(prompt)

@@ -2,6 +2,7 @@
 
 Importing this module imports Axolotl, which takes some 10 s."""
 
+import json
 import math
 import os
 import random
@@ -9,7 +10,8 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import batched, chain
+from itertools import batched, chain, islice
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
@@ -27,10 +29,11 @@ from axolotl.utils.samplers import MultipackBatchSampler
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from torch.utils.data import RandomSampler
+from transformers import AutoTokenizer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..base.errors import UserError
-from ..base.files import Row
+from ..base.files import Row, json_rows
 from ..base.processes import end_with_parent
 from ..base.terminal import Bar
 from ..base.yamlfiles import Config
@@ -38,6 +41,7 @@ from ..config import datafiles
 from ..config.datafiles import DatasetRef
 from ..config.training_settings import TrainingSettings
 from .losses import MASKED
+from .row_types import Chat, row_type
 from .validation import validated
 
 disable_progress_bar()
@@ -45,6 +49,12 @@ disable_progress_bar()
 os.register_at_fork(after_in_child=end_with_parent)
 
 _NO_LIMIT = 2**24  # tokens
+LOSS_ON_ANSWERS = {  # overrides keys of chat data sets that can put loss on more than the answers
+    "roles_to_train": ["assistant"],
+    "train_on_eos": "turn",
+    "message_field_training": None,
+    "message_field_training_detail": None,
+}
 
 
 @dataclass
@@ -279,3 +289,103 @@ def _in_training_order(cfg: Any, sizes: list[int]) -> list[int]:
     shuffled = sizes.copy()
     random.Random(cfg.seed).shuffle(shuffled)
     return shuffled
+
+
+def answer_of(labels: Sequence[int]) -> tuple[int, int]:
+    """Start and end of the last sequence of tokens with loss; (0, 0) if no token has loss."""
+    end = len(labels)
+    while end > 0 and labels[end - 1] == MASKED:
+        end -= 1
+    start = end
+    while start > 0 and labels[start - 1] != MASKED:
+        start -= 1
+    return start, end
+
+
+def text_of(tokenizer: Any, tokens: Sequence[int]) -> str | None:
+    """Text that the tokenizer turns into these tokens, without those that it adds to any text, such as BOS.
+
+    None if there is no such text.
+    """
+    prefix = len(tokenizer("")["input_ids"])
+    text = str(tokenizer.decode(tokens[prefix:], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return text if tokenizer(text)["input_ids"] == list(tokens) else None
+
+
+ANSWER = "An answer."
+_QUESTION = "question"  # placeholder of a chat's first turn
+
+
+@dataclass(frozen=True)
+class PromptText:
+    """Text of a training prompt.
+
+    Attributes:
+        text: the prompt with {placeholders}, without the tokens that the tokenizer adds before any text.
+        fields: names of the placeholders.
+        ends: texts of the tokens that end an answer in training.
+    """
+
+    text: str
+    fields: list[str]
+    ends: list[str]
+
+
+def as_code(cfg: Config, tokenizer: Path, texts: dict[str, str]) -> str | None:
+    """Python code that sets `inputs` to the tokens of a training prompt; for arguments and None, see `prompt_text`."""
+    prompt = prompt_text(cfg, tokenizer, texts)
+    if prompt is None:
+        return None
+    lines = "".join(f"    {json.dumps(line, ensure_ascii=False)}\n" for line in prompt.text.splitlines(keepends=True))
+    call = 'inputs = tokenizer(prompt, return_tensors="pt")'
+    return f"# replace each name in braces with a text\nprompt = (\n{lines})\n{call}"
+
+
+def prompt_text(cfg: Config, tokenizer: Path, texts: dict[str, str]) -> PromptText | None:
+    """Text of the prompt that Axolotl writes for a row whose fields are {placeholders}.
+
+    Returns None if tokenizing the text gives tokens that differ from Axolotl's, if the data set type is unknown, or if
+    there is no tokenizer.
+
+    Args:
+        cfg: the run's config.
+        tokenizer: folder of the training tokenizer.
+        texts: texts of some fields; all other fields stay placeholders.
+    """
+    first = next(iter(datafiles.training_sets(cfg)), datafiles.NO_DATASET)
+    row = _placeholders(first.entry)
+    if not row:
+        return None
+    cfg, dataset = DictDefault(cfg | {"train_on_inputs": False}), DictDefault(first.entry | LOSS_ON_ANSWERS)
+    row |= {name: text for name, text in texts.items() if name in row}
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+        (tokens,) = tokenize("its prompt", cfg, dataset, loaded, [row], 2**20)
+    except (OSError, ValueError, UserError):
+        return None
+    ids = tokens.ids[: answer_of(tokens.labels)[0]]
+    text = text_of(loaded, ids)
+    if text is None:
+        return None
+    fields = [name for name in (_QUESTION, *row) if f"{{{name}}}" in text]
+    return PromptText(text, fields, [str(loaded.decode([end])) for end in taught_ends(cfg, loaded)])
+
+
+def _placeholders(dataset: Config) -> Row:
+    """Row with {placeholders} in the fields that form the prompt; empty for an unknown data set type.
+
+    Optional fields are present if the first row of the data has them, because they can change the prompt's wording.
+    """
+    kind = row_type(dataset)
+    if isinstance(kind, Chat):
+        roles = {"user": ["user"], "assistant": ["assistant"]} | (dataset.get("roles") or {})
+        question = {kind.role: roles["user"][0], kind.content: f"{{{_QUESTION}}}"}
+        return {kind.messages: [question, {kind.role: roles["assistant"][0], kind.content: ANSWER}]}
+    if not kind.reference or len(kind.required) == 1:  # completion has no prompt
+        return {}
+    first: Row = {}
+    for file in datafiles.jsonl_files(dataset)[:1]:
+        with file.open("rb") as lines:
+            first = next(islice(json_rows(lines, file, ()), 1), {})
+    placeholders = {name: f"{{{name}}}" for name in kind.names if not first or first.get(name)}
+    return placeholders | {kind.reference: ANSWER}

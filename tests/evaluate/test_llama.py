@@ -116,21 +116,21 @@ FIRST = "m-f16.gguf: the prompt of row 1 differs from the training's from token"
     [
         pytest.param(
             {"before": [1, 1]},
-            f"""{FIRST} 2 on: the server adds a token in front, such as a second BOS
+            f"""{FIRST} 2 on
   training: 1 '<s>', 30 '<', 94 '|', 85 's', 91 'y', 85 's', 86 't', 71 'e', 79 'm'
   server:   1 '<s>', 1 '<s>', 30 '<', 94 '|', 85 's', 91 'y', 85 's', 86 't', 71 'e'{AGAIN}""",
             id="BOS doubled",
         ),
         pytest.param(
             {"before": []},
-            f"""{FIRST} 1 on: the server lacks the first token, such as BOS
+            f"""{FIRST} 1 on
   training: 1 '<s>', 30 '<', 94 '|', 85 's', 91 'y', 85 's', 86 't', 71 'e'
   server:   30 '<', 94 '|', 85 's', 91 'y', 85 's', 86 't', 71 'e', 79 'm'{AGAIN}""",
             id="BOS lost",
         ),
         pytest.param(
             {"system": ""},
-            f"""{FIRST} 13 on: another chat template, system prompt or tokenizer
+            f"""{FIRST} 13 on
   training: 32 '>', 201 'Ċ', 36 'B', 71 'e', 223 'Ġ', 85 's', 74 'h', 81 'o', 84 'r', 86 't'
   server:   32 '>', 201 'Ċ', 201 'Ċ', 30 '<', 94 '|', 87 'u', 85 's', 71 'e', 84 'r', 94 '|'{AGAIN}""",
             id="system prompt lost",

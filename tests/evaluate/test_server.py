@@ -140,6 +140,8 @@ def test_a_server_that_never_answers_is_given_up():
         (None, "n", "--model n: .* m, another"),
         (None, "anther", r"--model anther: .* another\?"),
         (None, None, "--model; .* m, another"),
+        (None, "another", "v1/: the server's name is None; only vLLM and llama"),
+        ((200, {"data": [{"id": "m", "owned_by": "library"}]}), "m", "name is library; .*; start one of these there"),
         ((200, b"<html>hello</html>"), "m", "<html>hello</html>"),
         ((404, {"error": "nothing here"}), "m", "404"),
         ((401, {"error": "who are you"}), "m", servers.KEY),

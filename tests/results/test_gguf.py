@@ -16,12 +16,11 @@ from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.base.files import sha256, write_rows
 from qlora_recipes.config import models, substitution
 from qlora_recipes.data.studies import Decoding
-from qlora_recipes.evaluate import prompter
-from qlora_recipes.evaluate.prompter import PromptText
 from qlora_recipes.results import gguf, publish
 from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.run import launch
 from qlora_recipes.run.rundir import RunDir
+from qlora_recipes.training.tokens import PromptText, answer_of, prompt_text, tokenize
 from qlora_recipes.training.validation import GgufTools
 
 
@@ -67,18 +66,16 @@ def test_ollama_prompts_with_the_tokens_of_the_training(tmp_path, tiny, model, t
     from axolotl.utils.dict import DictDefault
     from transformers import AutoTokenizer
 
-    from qlora_recipes.training.tokens import tokenize
-
     tokenizer = AutoTokenizer.from_pretrained(tiny if model == "tiny" else substitution.model_folder())
     if tokens:
         tokenizer.add_special_tokens({"additional_special_tokens": tokens, "eos_token": tokens[-1]})
     tokenizer.save_pretrained(tmp_path / "output")
     write_rows(tmp_path / "own.jsonl", [row])
     cfg = {"sequence_len": 512, **settings, "datasets": [{"path": str(tmp_path / "own.jsonl"), **dataset}]}
-    prompt = prompter.prompt_text(cfg, tmp_path / "output", {})
+    prompt = prompt_text(cfg, tmp_path / "output", {})
     template = gguf.ollama_template(prompt)
     (trained,) = tokenize("rows", DictDefault(cfg), DictDefault(cfg["datasets"][0]), tokenizer, [row], 4096)
-    expected = trained.ids[: prompter.answer_of(trained.labels)[0]]
+    expected = trained.ids[: answer_of(trained.labels)[0]]
     # Ollama adds the tokens that the tokenizer adds, as the converter has recorded them in the file
     assert tokenizer(filled(template, Prompt=ASK, System=system))["input_ids"] == expected
     assert prompt.ends == [tokenizer.eos_token]

@@ -21,7 +21,7 @@ class AServer(ThreadingHTTPServer):
         self.reply = reply
         self.requests: list[dict[str, Any]] = []  # bodies, each with its headers
         self.asked: list[dict[str, str]] = []  # headers of each GET
-        self.models: Reply = (200, {"data": [{"id": "m", "owned_by": "tests"}, {"id": "another"}]})
+        self.models: Reply = (200, {"data": [{"id": "m", "owned_by": "vllm"}, {"id": "another"}]})
         self.others: dict[str, Reply] = {}  # answers to GET by path
         self.headers = {"Retry-After-Ms": "10"}
 

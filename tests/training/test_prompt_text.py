@@ -8,7 +8,7 @@ import pytest
 
 from qlora_recipes.base.files import write_rows
 from qlora_recipes.config import substitution
-from qlora_recipes.evaluate import prompter
+from qlora_recipes.training import tokens
 
 CHAT = {"type": "chat_template", "field_messages": "talk"}
 SHAREGPT = {
@@ -58,7 +58,7 @@ def test_the_code_gives_the_tokens_of_the_training(dataset, row, values, tmp_pat
         "chat_template": "tokenizer_default",
         "datasets": [{"path": str(tmp_path / "own.jsonl")} | dataset],
     }
-    code = prompter.as_code(cfg, folder, {})
+    code = tokens.as_code(cfg, folder, {})
     assert code
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for name, text in {name: row[name] for name in values}.items() or [("question", "Why?")]:
@@ -71,9 +71,9 @@ def test_the_code_gives_the_tokens_of_the_training(dataset, row, values, tmp_pat
 
 def test_a_type_that_is_not_known_has_no_code(tmp_path):
     cfg = {"datasets": [{"path": "mine.jsonl", "type": "my_module.strategy"}]}
-    assert prompter.as_code(cfg, tmp_path, {}) is None
-    assert prompter.as_code({"datasets": [{"path": "mine.jsonl", "type": "completion"}]}, tmp_path, {}) is None
-    assert prompter.as_code({"datasets": [{"path": "mine.jsonl", "type": "alpaca"}]}, tmp_path, {}) is None
+    assert tokens.as_code(cfg, tmp_path, {}) is None
+    assert tokens.as_code({"datasets": [{"path": "mine.jsonl", "type": "completion"}]}, tmp_path, {}) is None
+    assert tokens.as_code({"datasets": [{"path": "mine.jsonl", "type": "alpaca"}]}, tmp_path, {}) is None
 
 
 def test_the_code_of_a_tokenizer_is_not_even_asked_about(tmp_path, monkeypatch):
@@ -81,4 +81,4 @@ def test_the_code_of_a_tokenizer_is_not_even_asked_about(tmp_path, monkeypatch):
     asks = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
     (tmp_path / "tokenizer_config.json").write_bytes(orjson.dumps(asks))
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    assert prompter.as_code({"datasets": [{"type": "alpaca"}]}, tmp_path, {}) is None
+    assert tokens.as_code({"datasets": [{"type": "alpaca"}]}, tmp_path, {}) is None
