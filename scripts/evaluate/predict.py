@@ -90,12 +90,12 @@ def start_engine(
     if settings.engine == SERVER:
         from .server import AT_ONCE, Server, api_at
 
-        at_once = settings.batch_size or AT_ONCE
+        api, at_once = api_at(str(server)), settings.batch_size or AT_ONCE
         if settings.file:
             from .llama import LlamaServer
 
-            return nullcontext(LlamaServer(prompter, api_at(str(server)), settings.file, at_once))
-        return nullcontext(Server(prompter, api_at(str(server)), str(settings.model), at_once))
+            return nullcontext(LlamaServer(prompter, api, settings.file, at_once))
+        return nullcontext(Server(prompter, api, str(settings.model), at_once))
     with Bar("loading the model"):
         from .transformers_engine import Reference
 

@@ -105,10 +105,9 @@ class Reference:
         `SMALL_CACHE`. The number of tokens is rounded down to a power of two, so that a resumed evaluation usually has
         the same number.
         """
-        if self.device.type == "cuda":
-            memory = torch.cuda.mem_get_info()[0] // 2
-        else:
-            memory = min(SMALL_CACHE, psutil.virtual_memory().available // 4)
+        memory = self._free_memory() // 2
+        if self.device.type == "cpu":
+            memory = min(SMALL_CACHE, memory // 2)
         model = self.prompter.config.get_text_config()
         heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
         width = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
@@ -199,11 +198,14 @@ class Reference:
 
     def compute_in_fp32(self) -> None:
         """Compute in fp32 from now on, without new weights, if the memory allows it."""
-        free = psutil.virtual_memory().available
-        if self.device.type == "cuda":
-            free = torch.cuda.mem_get_info()[0]
-        if free > self.model.num_parameters() * torch.float32.itemsize:
+        if self._free_memory() > self.model.num_parameters() * torch.float32.itemsize:
             torch.nn.Module.float(self.model)  # transformers refuses `float` for models that were quantized
+
+    def _free_memory(self) -> int:
+        """Free memory of the device, in bytes."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.mem_get_info()[0])
+        return int(psutil.virtual_memory().available)
 
     def free(self) -> None:
         """Free memory for another engine; this object is unusable afterwards."""
