@@ -109,11 +109,6 @@ class Study(Strict):
         return self.data.title_of(self.data.test_set)
 
     @property
-    def compared(self) -> list[Baseline]:
-        """Baselines to compare runs with."""
-        return [baseline for baseline in self.baselines if baseline.compared]
-
-    @property
     def default_sources(self) -> list[str]:
         """Default sources of `recipe data fetch`: all except published predictions and adapters."""
         extra = released(self.data, self.published, self.baselines)

@@ -267,7 +267,9 @@ def rounded(value: float | None) -> str | float | None:
 def baselines(study: Study) -> Table:
     """Table of a study's baselines, which are published scores of other methods."""
     rows = []
-    for baseline in study.compared:
+    for baseline in study.baselines:
+        if not baseline.compared:
+            continue
         row: Row = {"baseline": baseline.name}
         for name, column in study.table.items():
             row[column.label] = baseline.scores.get(name)

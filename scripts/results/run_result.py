@@ -46,16 +46,12 @@ class RunScore:
         """Gain over the base model."""
         return None if self.value is None or self.base_model is None else self.value - self.base_model
 
-    @property
-    def published_value(self) -> float | None:
-        return float(self.published.value) if self.published else None
-
     def as_json(self, name: str) -> Row:
         """JSON fields; their names begin with the metric's name."""
         fields = {
             name: self.value,
             f"{name}_base_model": self.base_model,
-            f"{name}_published": self.published_value,
+            f"{name}_published": float(self.published.value) if self.published else None,
             f"{name}_difference": self.difference,
         }
         for decoding, value in self.decodings.items():

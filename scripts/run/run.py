@@ -52,20 +52,15 @@ def compose_and_check(request: Request, backend: Backend) -> Composed:
 
             plan.add_memory_finding(report, gpu, request.ranks, trace=starts)
     if not starts:
-        _note_data_findings(report)
+        for finding in report.findings:
+            if finding.scope == "data":
+                finding.level = "note"
     _print(refuse(backends.relevant(backend, report.findings), request.force))
     if starts:
         if not _rows_are_soon_tokenized(composed, backend):
             _check_first_rows(composed, request)
         composed.data = datafiles.record(composed.config)
     return composed
-
-
-def _note_data_findings(report: check.Report) -> None:
-    """Turn findings about data into notes."""
-    for finding in report.findings:
-        if finding.scope == "data":
-            finding.level = "note"
 
 
 def _rows_are_soon_tokenized(composed: Composed, backend: Backend) -> bool:
