@@ -189,15 +189,16 @@ def _convert(folder: RunDir, record: Run, words: Sequence[object], output: Path,
         WorkFailed: Axolotl failed; the message has the end of its output.
     """
     substitution.restore(folder.config)
-    verb = str(words[0]).partition("-")[0]
-    command = [launch.AXOLOTL, *words, folder.config_file.resolve()]
+    command, *options = words
+    verb = str(command).partition("-")[0]
+    axolotl = [launch.AXOLOTL, command, folder.config_file.resolve(), *options]
     log = folder.path / f"{verb}.log"
     environment = {**os.environ, "AXOLOTL_DO_NOT_TRACK": "1", **environment}
     if record.rehearsal:
         environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     cwd = record.cwd if Path(record.cwd).is_dir() else None
     with opened(log, "wb") as stream:
-        child = start_child([*map(str, command)], cwd=cwd, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+        child = start_child([*map(str, axolotl)], cwd=cwd, env=environment, stdout=stream, stderr=subprocess.STDOUT)
         code = child.wait()
     if code or not any(output.parent.glob(output.name)):
         tail = log.read_text(errors="replace").splitlines()[-15:]
