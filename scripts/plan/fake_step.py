@@ -58,7 +58,7 @@ def _bitsandbytes_patches() -> list[AbstractContextManager[Any]]:
         patch("bitsandbytes.nn.modules.Int8Params", lambda data, **_: nn.Parameter(data, requires_grad=False)),
         # the original would compute 256 values with real tensors, and cache them for the process
         patch("bitsandbytes.functional.create_dynamic_map", lambda *_, **__: torch.empty(256)),
-        patch.dict(bnb.functional.name2qmap),
+        patch.dict(bnb.functional.name2qmap, clear=True),
     ]
 
 

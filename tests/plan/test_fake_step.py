@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import compare_memory
 import orjson
 import pytest
@@ -93,6 +94,13 @@ PARAMETERS = [
 @pytest.mark.parametrize(("step", "kind", "published"), PARAMETERS)
 def test_parameters_are_the_published_ones(step, kind, published):
     assert parameters(step)[kind] == published
+
+
+def test_a_plan_does_not_depend_on_what_the_process_quantized_before(monkeypatch):
+    step = replace(of_recipe("start/qlora"), model=json.dumps(SMALL))
+    fresh = usage(step)
+    monkeypatch.setitem(bnb.functional.name2qmap, "dynamic", torch.zeros(256))  # as by a quantization
+    assert usage(step) == fresh
 
 
 @pytest.mark.long
