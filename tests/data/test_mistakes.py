@@ -81,9 +81,9 @@ IN_STUDY_YAML = [
     pytest.param({f"{RESULTS} > log": UNREAD},
         f"published.{RECIPE}.log.learning_rates", "no such file beside study.yaml: r.csv; add it",
         id="missing learning rates"),
-    pytest.param({f"{RESULTS} > log": {"source": "a", "reasons": {"step": "rounding"}}},
-        f"published.{RECIPE}.log.reasons.step", "Input should be 'steps', 'learning_rates', 'trainable', "
-        "'adapter_bytes' or 'reserved_bytes', not step", id="reason for an unknown figure"),
+    pytest.param({f"{RESULTS} > log": {"source": "a", "remarks": {"step": "rounding"}}},
+        f"published.{RECIPE}.log.remarks.step", "Input should be 'steps', 'learning_rates', 'trainable', "
+        "'adapter_bytes' or 'reserved_bytes', not step", id="remark on an unknown figure"),
     pytest.param({"variants > a/b": {"of": RECIPE, "reproduces": True, "log": UNREAD}},
         "variants.a/b.log.learning_rates", "no such file beside study.yaml: r.csv; add it",
         id="variant with missing learning rates"),
