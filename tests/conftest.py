@@ -334,12 +334,18 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 
 
 def repeat_rows(file: Path, times: int) -> None:
-    """Repeat the rows of a file, each time with a different number at the end of the last text."""
+    """Repeat the rows of a file, each time with a different number at the end of the answer.
+
+    The answer is the last text, and also `output` if a row has the same texts as segments.
+    """
     lines = file.read_text().splitlines()
     with file.open("w") as stream:
         for i in range(times):
             for line in lines:
-                stream.write(re.sub(r'("\}|"\}\]\})$', rf" ({i})\1", line) + "\n")
+                numbered = re.sub(r'("\}|"\}\]\})$', rf" ({i})\1", line)
+                if '"segments"' in line:
+                    numbered = re.sub(r'("output": ?"(?:[^"\\]|\\.)*)', rf"\1 ({i})", numbered, count=1)
+                stream.write(numbered + "\n")
 
 
 def config_with(change: yamlfiles.Config, name: str = "haider2024/code-llama-7b") -> yamlfiles.Config:
