@@ -4,13 +4,13 @@ import csv
 from collections.abc import Collection, Iterator
 from decimal import Decimal
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator, with_config
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from ..base.errors import UserError
 from ..base.yamlfiles import Config
-from .declaration import Count, Data, FilePath, Key, Mistake, Name, Sha256, Strict, Text, undeclared
+from .declaration import Count, Data, FilePath, Key, Mistake, Name, Strict, Text, undeclared
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """Files of an adapter saved by PEFT."""
@@ -74,14 +74,6 @@ class PublishedScore(Strict):
 
     def __str__(self) -> str:
         return f"{self.value}" if self.spread is None else f"{self.value} ± {self.spread}"
-
-
-@with_config(extra="forbid", strict=True)
-class EvalTokens(TypedDict):
-    """Tokens behind an eval loss: their number and hash, see `losses.scored_tokens`."""
-
-    count: Count
-    sha256: Sha256
 
 
 Figure = Literal["steps", "learning_rates", "trainable", "adapter_bytes", "reserved_bytes"]
@@ -192,7 +184,6 @@ class Published(Strict):
         scores: scores by metric, in the metric's unit.
         repeats: scores of all repeated runs, including the reported run, by metric.
         cells: scores with changed settings, for comparison with sweeps.
-        eval_tokens: tokens of the published eval loss, as in the metrics.jsonl of a run.
         log: figures of the training.
         curve: CSV file beside study.yaml with the columns step and train_loss.
         adapter: folder of the adapter that the authors trained; its files are declared in the data's `sources`.
@@ -203,7 +194,6 @@ class Published(Strict):
     repeats: dict[str, Annotated[list[float], Field(min_length=2)]] = Field(default={})
     cells: list[Cell] = Field(default=[])
     trainer: str = "Axolotl"
-    eval_tokens: EvalTokens | None = None
     log: Log | None = None
     curve: FilePath | None = None
     predictions: PublishedPredictions | None = None

@@ -1,12 +1,10 @@
 """Results of a run beside published scores."""
 
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..base.errors import UserError
 from ..base.files import Row
 from ..base.yamlfiles import Config
 from ..config import merging, models
@@ -15,7 +13,7 @@ from ..config.datafiles import DataFile
 from ..config.merging import Difference, Source
 from ..data import manifest, studies
 from ..data.manifest import is_the_studys
-from ..data.published import EvalTokens, Published, PublishedScore
+from ..data.published import Published, PublishedScore
 from ..data.studies import Study
 from ..evaluate.score import by_declared_model, columns_of
 from ..evaluate.scores_file import BASE, Changed, Evaluation, changed, find_evaluation, read_scores, served_evaluations
@@ -164,15 +162,15 @@ class RunResult:
         """True if a score is comparable with a published one.
 
         The run must be finished, and evaluated with the same rows, decoding, metric and scorer model. The eval loss is
-        measured in training, and needs no evaluation, but the recipe's tokens and, if it is the Trainer's, the recipe's
-        batches. A benchmark needs neither the study's rows nor its decoding.
+        measured in training, and needs no evaluation, see `incomparable_loss`. A benchmark needs neither the study's
+        rows nor its decoding.
         """
         if self.study is None or self.run.state != "finished":
             return False
         if self.run.rehearsal or self.is_of_something_else:
             return False
         if isinstance(column.metric, LossMetric):
-            return self._other_tokens is None and not (is_of_trainer(column) and self._other_batches)
+            return self.incomparable_loss is None
         evaluation = self.evaluation
         if evaluation is None or evaluation.settings.limit is not None:
             return False
@@ -185,56 +183,40 @@ class RunResult:
         has_all_rows = evaluation.settings.test_set == self.study.data.test_set
         return has_all_rows and evaluation.settings.decoding == self.study.decoding
 
-    @property
-    def incomparable_loss(self) -> str | None:
-        """Reason not to compare the eval loss with the published one; None without a reason or a published one."""
-        return self._other_tokens or self._other_batches
-
     @cached_property
-    def _other_batches(self) -> str | None:
-        """Reason not to compare the Trainer's eval loss: settings that may put other rows into a batch; or None."""
-        if not any(is_of_trainer(self.columns[name]) for name in self.aim.scores):
+    def incomparable_loss(self) -> str | None:
+        """Reason not to compare the eval loss with the published one; None without a reason or a published one.
+
+        Its tokens must be the recipe's and, if it is the Trainer's, its batches, too.
+        """
+        losses = [self.columns[name] for name in self.aim.scores if isinstance(self.columns[name].metric, LossMetric)]
+        if not losses:
             return None
+        if self.summary.eval_loss_per_token is None and self.summary.eval_loss is not None:
+            return "the scored tokens are unknown under tensor or context parallelism, and for streamed rows"
+        if self._keys_of_tokens:
+            return f"the eval loss may cover other tokens than the recipe's, by {', '.join(self._keys_of_tokens)}"
+        if any(map(is_of_trainer, losses)) and self._keys_of_batches:
+            keys = ", ".join(self._keys_of_batches)
+            return f"the Trainer's eval loss is a mean over batches, which differ from the recipe's by {keys}"
+        return None
+
+    @property
+    def _keys_of_tokens(self) -> list[str]:
+        """Changed keys that may affect the tokens behind the eval loss."""
+        keys = [key for key in other_settings(self.run) if not merging.NOT_OF_EVAL_TOKENS.match(key)]
+        if "seed" in keys and not self.config.get("val_set_size"):
+            keys.remove("seed")  # it decides only which rows val_set_size holds out
+        return keys
+
+    @property
+    def _keys_of_batches(self) -> list[str]:
+        """Changed keys that may put other rows into a batch of the evaluation."""
         keys = [key for key in other_settings(self.run) if merging.OF_EVAL_BATCHES.match(key)]
         if "micro_batch_size" in keys and self.config.get("eval_batch_size"):
             keys.remove("micro_batch_size")  # the default of eval_batch_size
         if self.run.ranks > 1:
             keys.append("the number of GPUs")
-        if not keys:
-            return None
-        return f"the Trainer's eval loss is a mean over batches, which differ from the recipe's by {', '.join(keys)}"
-
-    @cached_property
-    def _other_tokens(self) -> str | None:
-        """Reason not to compare any eval loss with the published one; None without a reason or a published one.
-
-        The tokens behind both must be the same: those of a run of the unchanged recipe, or else those in study.yaml.
-        Without either, no setting may differ that may affect them.
-        """
-        study, aim = self.study, self.aim
-        if study is None or not any(isinstance(self.columns[name].metric, LossMetric) for name in aim.scores):
-            return None
-        if self.summary.eval_loss_per_token is None and self.summary.eval_loss is not None:
-            return "the scored tokens are unknown under tensor or context parallelism, and for streamed rows"
-        tokens = self.summary.eval_tokens
-        expected = (
-            _tokens_of_recipe(self.folder.runs(self.run.recipe), study.origin(self.run.origin)) or aim.eval_tokens
-        )
-        if tokens and expected:
-            if tokens == expected:
-                return None
-            return f"the eval loss covers {tokens['count']:,} tokens, not those of the recipe"
-        keys = self._keys_of_tokens
-        if keys:
-            return f"the eval loss may cover other tokens than the recipe's, by {', '.join(keys)}"
-        return None
-
-    @property
-    def _keys_of_tokens(self) -> list[str]:
-        """Keys that differ from the recipe's, and that may affect the tokens behind the eval loss."""
-        keys = [key for key in other_settings(self.run) if not merging.NOT_OF_EVAL_TOKENS.match(key)]
-        if "seed" in keys and not self.config.get("val_set_size"):
-            keys.remove("seed")  # it decides only which rows val_set_size holds out
         return keys
 
     @cached_property
@@ -343,25 +325,3 @@ def _is_negligible(change: Difference) -> bool:
     if change.source.kind == "gpus" or change.source == Source("profile", MIRROR):
         return True
     return change.key in merging.OF_THE_RUN or bool(merging.TRACKING.match(change.key))
-
-
-def _tokens_of_recipe(runs: Path, recipe: str) -> EvalTokens | None:
-    """Tokens behind the eval loss of the newest finished run of an unchanged recipe."""
-    for file in sorted((runs / recipe).glob("*/run.json"), reverse=True):
-        tokens = _tokens_if_unchanged(file.parent, file.stat().st_mtime_ns)
-        if tokens:
-            return tokens
-    return None
-
-
-@cache
-def _tokens_if_unchanged(folder: Path, _: int) -> EvalTokens | None:
-    """Tokens behind a finished run's eval loss; None if the run differs from its recipe or cannot be read."""
-    with suppress(UserError):
-        result = RunResult(RunDir(folder), RunDir(folder).read())
-        run = result.run
-        if run.state != "finished" or run.rehearsal:
-            return None
-        if not other_settings(run) and not result.other_data:
-            return run.summary.eval_tokens
-    return None

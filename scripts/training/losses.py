@@ -15,7 +15,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from ..data.published import EvalTokens
+from .run_record import EvalTokens
 
 MASKED = -100  # label of a token without loss
 NAME = "eval_loss_per_token"

@@ -26,10 +26,9 @@ from ..base.files import append_line
 from ..base.processes import LOCK_TIMEOUT, end_with_parent, held
 from ..config import models
 from ..config.gpus import CPU_RANKS, ENGINE_KEYS, engine_of
-from ..data.published import EvalTokens
 from . import losses
 from .checkpoints import step_of, write_manifest
-from .run_record import Ended
+from .run_record import Ended, EvalTokens
 
 GIB = 2**30
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # number of ranks, set by the launcher

@@ -17,7 +17,7 @@ from ..base.hardware import GpuInfo, cpu_name, torch_cuda, visible_gpus
 from ..base.processes import now, package_version
 from ..config.datafiles import DataFile
 from ..config.merging import Difference, Override, chained
-from ..data.published import EvalTokens
+from ..data.declaration import Count, Sha256
 from ..metrics.metric import EvalLosses
 
 VERSION = 1
@@ -26,6 +26,14 @@ VERSION = 1
 Ended = Literal["complete", "early stopping", "signal", "callback", "no batch"]
 """Reason for the end of training.
 `callback`: an Axolotl callback, such as the loss watchdog; `no batch`: the rows do not fill a batch."""
+
+
+@with_config(extra="forbid", strict=True)
+class EvalTokens(TypedDict):
+    """Tokens behind an eval loss: their number and hash, see `losses.scored_tokens`."""
+
+    count: Count
+    sha256: Sha256
 
 
 @with_config(strict=True, extra="allow")
