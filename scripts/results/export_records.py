@@ -1,7 +1,6 @@
 """Records of runs and of published predictions: `recipe results --export`."""
 
 import hashlib
-import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import groupby
@@ -15,11 +14,8 @@ from ..base import paths
 from ..base.errors import UserError
 from ..base.files import Row, write_atomically
 from ..base.terminal import say
-from ..base.yamlfiles import Config
-from ..config import gpus, merging
-from ..config.merging import Difference
+from ..config import gpus
 from ..config.training_settings import TrainingSettings
-from ..data import studies
 from ..data.studies import Study
 from ..evaluate.score import by_declared_model
 from ..evaluate.scores_file import REFERENCE
@@ -28,7 +24,7 @@ from ..run.rundir import RunDir
 from ..study import published_predictions
 from ..training.run_record import Provenance, Run, collect
 from . import score_records
-from .run_result import RunResult
+from .run_result import RunResult, other_training
 from .score_records import Package, Record, Score
 
 
@@ -106,15 +102,14 @@ def _written(record: Record, study_name: str) -> Path:
 
 def _refusal(result: RunResult) -> str | None:
     """Reason not to record a run, or None."""
-    run = result.run
-    study = studies.study_of(run.origin)
+    run, study = result.run, result.study
     if study is None or run.origin not in {*study.published, *study.variants}:
         return f"{run.origin} is not a recipe of a study"
     if run.rehearsal or run.state not in ("finished", "failed"):
         return f"a record needs a finished or failed run that is not a rehearsal; this one is {run.state}"
     if result.incomparable_loss:
         return result.incomparable_loss
-    if run.state == "finished" and not _has_comparable_scores(result, study):
+    if run.state == "finished" and not result.is_comparable(study.first):
         return (
             f"it needs the recipe's model and data, and a current evaluation of its adapter on {study.test_title}, "
             f"decoded as in study.yaml; run `recipe evaluate {result.folder.path}`"
@@ -123,15 +118,10 @@ def _refusal(result: RunResult) -> str | None:
         settings = result.evaluation.settings
         if not settings.stands_for(settings.model_copy(update={"engine": REFERENCE})):
             return f"its predictions were {settings.note}"
-    changes = _changes(run)
-    if changes and not _cell_values(run, study):
+    changes = other_training(run)
+    if changes and not result.cell:
         return f"it differs from the recipe in {', '.join(changes)}"
     return None
-
-
-def _has_comparable_scores(result: RunResult, study: Study) -> bool:
-    """True if a run's scores belong to a known adapter, and are comparable with the published ones."""
-    return result.is_comparable(study.first) and _adapter(result) is not None
 
 
 def _adapter(result: RunResult) -> str | None:
@@ -141,31 +131,6 @@ def _adapter(result: RunResult) -> str | None:
     if result.run.adapter:
         return result.run.adapter.sha256
     return None
-
-
-def _changes(run: Run) -> Config:
-    """Changed settings with the run's values, except those that leave the recipe's meaning."""
-    return {change.key: change.run for change in run.from_origin if not _leaves_meaning(change)}
-
-
-def _leaves_meaning(change: Difference) -> bool:
-    """True for a seed, a tracker, a path of data, and the settings of GPUs and of recorded profiles."""
-    if change.source.kind == "gpus":
-        return True
-    if change.source.kind == "profile" and change.source.name in score_records.PROFILES:
-        return True
-    if change.key == "seed" or merging.TRACKING.match(change.key):
-        return True
-    return re.fullmatch(r"(test_)?datasets\b.*\.path", change.key) is not None
-
-
-def _cell_values(run: Run, study: Study) -> Config:
-    """Settings of the published grid point that a run repeats; empty if it repeats none."""
-    changes = _changes(run)
-    if not changes:
-        return {}
-    cell = study.cell(run.origin, changes)
-    return cell.values if cell else {}
 
 
 def _revision(provenance: Provenance) -> str | None:
@@ -184,8 +149,9 @@ def record_of_run(result: RunResult) -> Record:
     """
     run = result.run
     assert result.study
+    moment = result.evaluation.created if result.evaluation else run.launches[-1].ended
     content: Row = {
-        "made": _moment(result)[:10],
+        "made": str(moment)[:10],
         "of": run.origin,
         "settings_sha256": score_records.settings_sha256(run.origin),
         "config_sha256": run.digest,
@@ -207,22 +173,12 @@ def record_of_run(result: RunResult) -> Record:
     if not run.published_adapter:
         content |= {
             "stage": "training",
-            "values": _cell_values(run, result.study),
+            "values": result.cell.values if result.cell and other_training(run) else {},
             "seed": TrainingSettings.of(result.config).seed,
             "seconds": result.summary.train_seconds,
             "peak_gib": result.summary.peak_memory,
         }
     return Record.model_validate(content)
-
-
-def _moment(result: RunResult) -> str:
-    """Time of the scoring; without one, of the end of the last launch, or of the run's creation."""
-    if result.evaluation:
-        return result.evaluation.created
-    launches = result.run.launches
-    if launches and launches[-1].ended:
-        return launches[-1].ended
-    return result.run.created
 
 
 def _packages(provenance: Provenance) -> dict[str, str]:
@@ -242,7 +198,7 @@ def _gpu(provenance: Provenance) -> str:
 
 def _outcome(run: Run) -> str:
     """Outcome of a run: finished, failed or out of memory."""
-    if run.state == "failed" and run.launches and run.launches[-1].out_of_memory:
+    if run.launches and run.launches[-1].out_of_memory:
         return "out of memory"
     return run.state
 

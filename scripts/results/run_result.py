@@ -1,5 +1,6 @@
 """Results of a run beside published scores."""
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,18 +9,21 @@ from typing import Any
 from ..base.files import Row
 from ..base.yamlfiles import Config
 from ..config import merging, models
-from ..config.compose import MIRROR, REHEARSAL
+from ..config.compose import REHEARSAL
 from ..config.datafiles import DataFile
 from ..config.merging import Difference, Source
 from ..data import manifest, studies
 from ..data.manifest import is_the_studys
-from ..data.published import Published, PublishedScore
+from ..data.published import Cell, Published, PublishedScore
 from ..data.studies import Study
 from ..evaluate.score import by_declared_model, columns_of
 from ..evaluate.scores_file import BASE, Changed, Evaluation, changed, find_evaluation, read_scores, served_evaluations
 from ..metrics.metric import BenchmarkMetric, Column, LossMetric, ScoreRecord, is_of_trainer
 from ..run.rundir import RunDir
 from ..training.run_record import Run, Summary
+from .score_records import PROFILES
+
+_SAME_TRAINING = re.compile(r"seed|(test_)?datasets\b.*\.path")  # keys; the hashes of data files are compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +279,13 @@ class RunResult:
         return False
 
     @property
+    def cell(self) -> Cell | None:
+        """Published grid point with the settings of the run; None for a rehearsal, or without one."""
+        if self.study is None or self.run.rehearsal:
+            return None
+        return self.study.cell(self.run.origin, other_training(self.run))
+
+    @property
     def is_of_something_else(self) -> bool:
         """True if base model or data differ from the recipe's.
 
@@ -297,9 +308,15 @@ def _value(column: Column, evaluation: Evaluation | None) -> float | None:
     return evaluation.scores[column.name].value
 
 
-def other_settings(run: Run) -> dict[str, Any]:
+def other_settings(run: Run) -> Config:
     """Settings that differ from the recipe's, except trackers, output, GPUs, and a copy of its model."""
     return {change.key: change.run for change in run.from_origin if not _is_negligible(change)}
+
+
+def other_training(run: Run) -> Config:
+    """`other_settings` without the seed and the paths of data."""
+    changes = other_settings(run)
+    return {key: value for key, value in changes.items() if not _SAME_TRAINING.fullmatch(key)}
 
 
 def trained_settings(cfg: Config) -> dict[str, Any]:
@@ -317,11 +334,11 @@ def _is_rehearsed(source: Source) -> bool:
 
 
 def _is_negligible(change: Difference) -> bool:
-    """True for another tracker, output or number of GPUs, and for a copy of the recipe's model."""
+    """True for another tracker, output or number of GPUs, a stated default, and a copy of the recipe's model."""
     if change.key in ("base_model", "tokenizer_config"):
         return models.is_copy(change.run, change.recipe)
-    if change.key == "seed":
-        return change.recipe is None  # Axolotl's default, see `compose`
-    if change.source.kind == "gpus" or change.source == Source("profile", MIRROR):
+    if change.source.kind in ("gpus", "default"):
+        return True
+    if change.source.kind == "profile" and change.source.name in PROFILES:
         return True
     return change.key in merging.OF_THE_RUN or bool(merging.TRACKING.match(change.key))

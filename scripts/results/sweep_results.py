@@ -20,7 +20,7 @@ from ..metrics.metric import Column
 from ..study.pipeline import existing_runs
 from ..study.sweep import Sweep, SweepMember, default_columns
 from ..training.run_record import Summary
-from . import repeats, run_result
+from . import repeats
 from .listing import REHEARSALS
 from .repeats import MeanScore
 from .run_result import RunResult
@@ -95,14 +95,7 @@ class SweepRow:
     @cached_property
     def published(self) -> dict[str, float]:
         """Published scores for the settings of the runs, by metric; empty without runs or published cells."""
-        if not self.runs:
-            return {}
-        study, run = self.runs[0].study, self.runs[0].run
-        if study is None or run.rehearsal:
-            return {}
-        changes = run_result.other_settings(run)
-        changes.pop(repeats.SEED, None)
-        cell = study.cell(run.origin, changes)
+        cell = self.runs[0].cell if self.runs else None
         if cell is None:
             return {}
         return {name: fmean(scores) for name, scores in cell.scores.items()}

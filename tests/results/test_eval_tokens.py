@@ -9,9 +9,10 @@ from run_folders import a_run
 
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.config.compose import Request, compose
+from qlora_recipes.config.merging import Difference, Source
 from qlora_recipes.data import studies
 from qlora_recipes.results import export_records, listing, study_tables, verdict
-from qlora_recipes.results.run_result import RunResult
+from qlora_recipes.results.run_result import RunResult, other_settings
 from qlora_recipes.run.rundir import RunDir
 from qlora_recipes.training.run_record import Summary
 
@@ -69,6 +70,15 @@ def test_another_seed_holds_out_other_rows(tmp_path):
     folder = a_loss(tmp_path, "1", OWN, ("seed=7",))
     folder.config_file.write_text(f"{folder.config_file.read_text()}val_set_size: 0.1\n")
     assert difference(folder) is None
+
+
+def test_a_seed_beside_a_recipe_without_one_is_a_setting(tmp_path):
+    run = a_loss(tmp_path, "1", OWN).read()
+    default, other = Source("default"), Source("override", "seed", "7")
+    run.differences = [Difference(key="seed", run=42, source=default)]
+    assert other_settings(run) == {}
+    run.differences = [Difference(key="seed", run=7, source=other)]
+    assert other_settings(run) == {"seed": 7}
 
 
 @pytest.mark.parametrize("profile", ["mirror", "mlflow"])
