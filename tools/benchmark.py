@@ -44,9 +44,10 @@ plan.plan(config, gpus.find("T4"))
 print(time.process_time() - imported, imported)
 """
 PREPARE = """
-import sys, time
-from qlora_recipes import cli
-cli.main(["data", "prepare", sys.argv[1], "--out", sys.argv[1] + ".out"])
+import pathlib, sys, time
+from qlora_recipes.data import prepare, studies
+file = pathlib.Path(sys.argv[1])
+prepare.prepare([file], file.with_suffix(".out"), studies.find("haider2024"), "diff")
 print(time.process_time(), open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 """
 

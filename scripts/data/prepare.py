@@ -56,9 +56,6 @@ def prepare(
             prepares data in the folder.
     """
     check_expressions(study)
-    for file in raw:
-        if file.resolve() in {(out / f"{name}.jsonl").resolve() for name in SPLITS}:
-            raise UserError("would be overwritten", file=file, remedy="write to another folder with --out")
     files = find_files(raw, study.data.raw_files)
     with held(out / PREPARE_LOCK, "another preparation is running", timeout), ExitStack() as stack:
         require_own(out, study, out / manifest.MANIFEST)
@@ -70,8 +67,8 @@ def prepare(
 def require_own(out: Path, study: Study, file: Path) -> None:
     """Raise UserError for an existing file that the study's manifest does not list."""
     if file.exists() and not manifest.lists(out, study, file):
-        owner = f"{study.folder.name}'s {manifest.MANIFEST} does not list it"
-        raise UserError(f"{file}: not replaced, because {owner}; move it away, or write to another folder with --out")
+        problem = f"not replaced, because {study.folder.name}'s {manifest.MANIFEST} does not list it"
+        raise UserError(problem, file=file, remedy="move it away")
 
 
 def check_expressions(study: Study) -> None:

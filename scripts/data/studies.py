@@ -296,11 +296,9 @@ def fetch_command(path: str) -> str | None:
 
 def prepare_commands(path: str) -> str | None:
     """Commands that write a file of prepared rows; None for other files."""
-    for study, name in prepared_formats(path):
-        if Path(path).name not in {f"{split}.jsonl" for split in (*study.data.splits, *study.data.subsets)}:
-            continue
-        option = "" if name == next(iter(study.data.formats)) else f" --input-format {name}"
-        return f"`recipe data fetch {study.data.key}` and `recipe data prepare --study {study.folder.name}{option}`"
+    for study, _ in prepared_formats(path):
+        if Path(path).name in {f"{split}.jsonl" for split in (*study.data.splits, *study.data.subsets)}:
+            return f"`recipe data fetch {study.data.key}` and `recipe data prepare --study {study.folder.name}`"
     return None
 
 

@@ -9,7 +9,7 @@ from ..base import tables
 from ..base.errors import meant
 from ..base.terminal import Bar, say
 from .help import Verb, Verbs, suggest
-from .options import Json, complete_studies, repeatable_option, several_arguments
+from .options import complete_studies, repeatable_option, several_arguments
 
 verbs = typer.Typer(rich_markup_mode=None, suggest_commands=False)  # click suggests commands already
 data_verbs = typer.Typer(
@@ -43,7 +43,6 @@ def fetch_verb(
             help="Fetch only this file of the data (full or partial name). Repeatable.",
         ),
     ],
-    json: Json = False,
 ) -> None:
     """Download a data set into data/DATA-raw and verify it; an interrupted download resumes."""
     from ..data import fetch, studies
@@ -52,8 +51,8 @@ def fetch_verb(
     data = study.data
     wanted = dict.fromkeys(meant(word, data.sources, "source", option="--only") for word in only)
     rows = fetch.fetch(data, data.raw, wanted or study.default_sources)
-    tables.show(json, rows, [tables.Table(rows)])
-    suggest("data", "prepare", "--study", study.folder.name, json=json)
+    tables.print_table(rows)
+    suggest("data", "prepare", "--study", study.folder.name)
 
 
 @data_verbs.command(
@@ -70,14 +69,6 @@ def prepare_verb(
             help="Raw files, or folders with them; default: those of `data fetch`.",
         ),
     ],
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Output folder; default: the one named in study.yaml for the input format."),
-    ] = None,
-    input_format: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Format of the model's input; default: the first in study.yaml."),
-    ] = None,
     study_name: Annotated[
         str | None,
         typer.Option(
@@ -87,28 +78,20 @@ def prepare_verb(
             help="Study; required if there are several.",
         ),
     ] = None,
-    json: Json = False,
 ) -> None:
-    """Make a study's training and test rows from its raw files."""
+    """Make a study's training and test rows from its raw files, in each of its formats."""
     from ..data import manifest, prepare, studies
     from ..data.raw_rows import fetched_files
 
     study = studies.find(study_name)
-    formats = study.data.formats
-    form = default = next(iter(formats))
-    if input_format is not None:
-        form = meant(input_format, formats, "format", "", "--input-format")
-    folder = out or Path(formats[form].folder)
-    with Bar(f"preparing {folder}", 1):
-        prepared = prepare.prepare(raw or fetched_files(study.data), folder, study, form)
-    if json:
-        tables.print_json(prepared)
-        return
-    for split in prepared["splits"].values():
-        for name, reason in split.get("left_out", {}).items():
-            say(f"{name}.jsonl: not written: {reason}")
-    tables.print_table(manifest.table(prepared), below=["left out"])
-    print(folder / manifest.MANIFEST)
-    recipes = [*study.published, *study.variants]
-    if recipes and form == default:
-        suggest("check", recipes[0], "--data")
+    files = raw or fetched_files(study.data)
+    for name, form in study.data.formats.items():
+        folder = Path(form.folder)
+        with Bar(f"preparing {folder}", 1):
+            prepared = prepare.prepare(files, folder, study, name)
+        for split in prepared["splits"].values():
+            for subset, reason in split.get("left_out", {}).items():
+                say(f"{subset}.jsonl: not written: {reason}")
+        tables.print_table(manifest.table(prepared), below=["left out"])
+        print(folder / manifest.MANIFEST)
+    suggest("check", next(iter(study.published)), "--data")

@@ -182,9 +182,7 @@ def test_data_that_are_not_prepared_yet_are_one_warning_of_a_check(recipe):
     finding = by_name["not-prepared:datasets.0.path"]
     assert finding["level"] == "warning"
     assert finding["problem"] == "data/codereviewer-tagged/train.jsonl is not prepared yet"
-    assert finding["remedy"] == (
-        "run `recipe data fetch codereviewer` and `recipe data prepare --study haider2024 --input-format tagged`"
-    )
+    assert finding["remedy"] == "run `recipe data fetch codereviewer` and `recipe data prepare --study haider2024`"
 
 
 def errors_of(output: str) -> list[str]:

@@ -20,8 +20,7 @@ def prepare_files(folder: Path) -> None:
     (folder / "twice.yaml").write_text("base_model: x\nlora_r: 1\nlora_r: 2\n")
     (folder / "typo.yaml").write_text(text.replace("weight_decay:", "weight_decai:"))
     (folder / "cycle.yaml").write_text("deepspeed: &a {b: *a}\n")
-    for name in ("train.jsonl", "good-train.jsonl"):
-        (folder / name).write_text('{"patch": "@@ -1 +1 @@\\n-a\\n+b", "msg": "a"}\n')
+    (folder / "good-train.jsonl").write_text('{"patch": "@@ -1 +1 @@\\n-a\\n+b", "msg": "a"}\n')
     (folder / "data").mkdir()
     (folder / "empty.jsonl").touch()
     (folder / "msg-train.jsonl").write_text('{"patch": "@@ -1 +1 @@", "msg": "a"}\n{"patch": "@@ -1 +1 @@"}\n')
@@ -90,15 +89,6 @@ MISTAKES = [
         "data prepare msg-train.jsonl --study haider2024",
         "msg-train.jsonl:2: output (msg): 'msg' is undefined; the row's fields: patch",
     ),
-    (
-        "data prepare train.jsonl --study haider2024 --out .",
-        "train.jsonl: would be overwritten; write to another folder with --out",
-    ),
-    (
-        "data prepare msg-train.jsonl --input-format taged --study haider2024",
-        "--input-format taged: no format of that name; did you mean tagged?",
-    ),
-    ("data prepare msg-train.jsonl --study haider2024 --out pairs.jsonl", "pairs.jsonl: File exists"),
     ("data prepare", f"name the study: there are {STUDIES}"),
     ("resume latest", "latest: no run of that name below runs/; `recipe run` starts one"),
     ("cancel nothing", f"nothing: no run, sweep, study or recipe of that name below runs/; there are {STUDIES}"),
@@ -185,9 +175,10 @@ def test_list_show_and_diff_print_data(recipe):
 
 def test_data_prepare_and_a_dry_run(recipe, tmp_path):
     done = recipe.ok("data", "prepare", SAMPLE, "--study", "haider2024")
-    _, train, *_, written = done.stdout.splitlines()
+    _, train, *_ = lines = done.stdout.splitlines()
     assert train.split() == ["train.jsonl", "109", "109", "none", "differs"]
-    assert written == "data/codereviewer/manifest.json"
+    written = [line for line in lines if line.endswith("manifest.json")]
+    assert written == ["data/codereviewer/manifest.json", "data/codereviewer-tagged/manifest.json"]
     assert {file.name for file in files(tmp_path)} == {"manifest.json", "test.jsonl", "train.jsonl", "valid.jsonl"}
     dry = recipe(
         "run", "haider2024/llama-2-7b", "--profile", "mirror", "--set", "fp16=false", "--set", "lora_r=8", "--dry-run"
