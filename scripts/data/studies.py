@@ -1,6 +1,6 @@
 """Study behind a folder of recipes: paper, data, metrics and published scores."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -235,14 +235,14 @@ def refusal(file: Path, mistakes: Iterable[Mistake]) -> UserError:
     return first
 
 
-def find(name: str | None) -> Study:
-    """Find a study by its folder's name or part of it; None finds the only study.
+def find(name: str) -> Study:
+    """Find a study by its folder's name or part of it.
 
     Raises:
         UserError: no study or several studies match.
     """
     folders = {folder.name: folder for folder in paths.studies()}
-    return load(folders[_only(name, folders, "study")])
+    return load(folders[meant(name, folders, "study")])
 
 
 def load_all() -> list[Study]:
@@ -259,8 +259,8 @@ def _loaded(folder: Path) -> Study | None:
         return None
 
 
-def find_by_data(key: str | None) -> Study:
-    """Find the first study that uses a data set; None finds the only data set.
+def find_by_data(key: str) -> Study:
+    """Find the first study that uses a data set.
 
     `key` is the data set's name, a part of it, or a study's name.
 
@@ -273,15 +273,7 @@ def find_by_data(key: str | None) -> Study:
     studies: dict[str, Study] = {}
     for study in load_all():
         studies.setdefault(study.data.key, study)
-    return studies[_only(key, studies, "data set")]
-
-
-def _only(name: str | None, choices: Collection[str], what: str) -> str:
-    if name is not None:
-        return meant(name, choices, what)
-    if len(choices) != 1:
-        raise UserError(f"name the {what}: there are {', '.join(choices)}")
-    return next(iter(choices))
+    return studies[meant(key, studies, "data set")]
 
 
 def fetch_command(path: str) -> str | None:

@@ -29,13 +29,9 @@ verbs.add_typer(data_verbs, name="data")
 def fetch_verb(
     *,
     name: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[DATA]",
-            autocompletion=complete_studies,
-            help="Data set, or a study that uses it.",
-        ),
-    ] = None,
+        str,
+        typer.Argument(metavar="DATA", autocompletion=complete_studies, help="Data set, or a study that uses it."),
+    ],
     only: Annotated[
         list[str],
         repeatable_option(
@@ -70,14 +66,9 @@ def prepare_verb(
         ),
     ],
     study_name: Annotated[
-        str | None,
-        typer.Option(
-            "--study",
-            metavar="S",
-            autocompletion=complete_studies,
-            help="Study; required if there are several.",
-        ),
-    ] = None,
+        str,
+        typer.Option("--study", metavar="S", autocompletion=complete_studies, help="Study, or part of its name."),
+    ],
 ) -> None:
     """Make a study's training and test rows from its raw files, in each of its formats."""
     from ..data import manifest, prepare, studies

@@ -76,9 +76,7 @@ def test_the_first_studys_sample_is_prepared_to_known_bytes():
         assert {file.stem: sha256(file)[:12] for file in folder.glob("*l")} == expected
 
 
-def test_with_several_studies_the_one_that_is_meant_is_named(recipes, recipe, tmp_path):
-    assert recipe.fails("data", "prepare").stderr == "recipe: name the study: there are haider2024, sums\n"
-    assert recipe.fails("data", "fetch").stderr == "recipe: name the data set: there are codereviewer, sums\n"
+def test_the_rows_of_a_users_study_are_prepared(recipes, recipe, tmp_path):
     assert recipe.fails("data", "prepare", "--study", "sums").stderr == (
         "recipe: data/sums-raw/train.jsonl: no such file; run `recipe data fetch sums`, or give its folder to `recipe "
         "data prepare --study STUDY`\n"

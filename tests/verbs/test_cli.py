@@ -89,7 +89,6 @@ MISTAKES = [
         "data prepare msg-train.jsonl --study haider2024",
         "msg-train.jsonl:2: output (msg): 'msg' is undefined; the row's fields: patch",
     ),
-    ("data prepare", f"name the study: there are {STUDIES}"),
     ("resume latest", "latest: no run of that name below runs/; `recipe run` starts one"),
     ("cancel nothing", f"nothing: no run, sweep, study or recipe of that name below runs/; there are {STUDIES}"),
     ("sweep haider2024/llama-2-7b --gpu T4 --set lora_r=1,2", "--gpu: works only with --dry-run"),
