@@ -189,7 +189,12 @@ def read_yaml(file: Path, loader: type[yaml.CSafeLoader] = _Loader) -> Config:
     Raises:
         UserError: the file cannot be read, is not YAML (with the line), or is not a mapping.
     """
-    content = parse(read_text(file), file, loader)
+    return parse_mapping(read_text(file), file, loader)
+
+
+def parse_mapping(text: str, file: Path, loader: type[yaml.CSafeLoader] = _Loader) -> Config:
+    """Parse a mapping from YAML text; see `read_yaml`."""
+    content = parse(text, file, loader)
     if not isinstance(content, dict):
         raise UserError("not a mapping of keys to values", file=file)
     return content

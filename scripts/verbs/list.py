@@ -14,7 +14,6 @@ from .help import Verb, override_options, suggest
 from .options import (
     Json,
     Name,
-    OldRelease,
     Overrides,
     columns_by_field,
     complete_recipes,
@@ -202,7 +201,10 @@ def new_verb(
             help="Recipe, YAML file of any Axolotl, or model card to start from.",
         ),
     ] = "start/qlora",
-    axolotl: OldRelease = None,
+    axolotl: Annotated[
+        str | None,
+        typer.Option(metavar="VERSION", help="Axolotl's release of the file; default: the card's, or a guess."),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option("--model", metavar="MODEL", help="Another base model: owner/name on the hub, or a folder."),

@@ -195,14 +195,6 @@ Overrides = Annotated[
         help="Override a config key, or a nested key such as a.b.0.c. Repeatable.",
     ),
 ]
-OldRelease = Annotated[
-    str | None,
-    typer.Option(
-        "--axolotl",
-        metavar="VERSION",
-        help="Axolotl's release of the file; default: the card's, or a guess.",
-    ),
-]
 Force = Annotated[
     list[str],
     repeatable_option(

@@ -10,7 +10,7 @@ from ..base import paths, tables
 from ..base.errors import WorkFailed
 from ..base.terminal import Bar, say
 from .help import Verb, Verbs, suggest
-from .options import Force, Json, OldRelease, complete_studies, refuse_together, refuse_without
+from .options import Force, Json, complete_studies, refuse_together
 
 _STARTER_MODEL = "meta-llama/Llama-3.2-3B"
 
@@ -67,13 +67,11 @@ def study_new_verb(
             help="Model card with an Axolotl config, whose eval loss to reproduce.",
         ),
     ] = None,
-    axolotl: OldRelease = None,
 ) -> None:
     """Create a runnable starter study, or a model card's, under recipes/ and templates/."""
     from ..writing import render
 
     refuse_together({"--model": model, "--from": from_})
-    refuse_without("--axolotl", axolotl, "--from", from_)
     if from_ is None:
         for file in render.write_study(name, model or _STARTER_MODEL):
             print(paths.shown(file))
@@ -81,7 +79,7 @@ def study_new_verb(
         return
     from ..writing import card_study, migrate
 
-    migration = migrate.migrate(migrate.read(from_), axolotl)
+    migration = migrate.migrate(migrate.read(from_))
     for file in card_study.write(name, migration):
         print(paths.shown(file))
     migrate.report(migration)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -55,23 +55,20 @@ class OldConfig:
         file: the YAML file or model card.
         text: the YAML.
         skipped: number of lines in the file before the YAML.
-        stated: the release that a model card states; empty without one.
+        release: the release from --axolotl, or the one that a model card states; empty without one.
         is_current: True for a recipe, a variant, or a file for the supported release, which stay as they are.
     """
 
     file: Path
     text: str
     skipped: int = 0
-    stated: str = ""
+    release: str = ""
     is_current: bool = False
 
     @property
     def config(self) -> Config:
         """Content of the YAML."""
-        content = yamlfiles.parse(self.text, self.file)
-        if not isinstance(content, dict):
-            raise UserError("not a mapping of keys to values", file=self.file)
-        return content
+        return yamlfiles.parse_mapping(self.text, self.file)
 
     def place(self, key: str) -> str:
         """File and line of a dotted key, or of its nearest existing parent."""
@@ -409,27 +406,24 @@ def of_file(name: str, release: str | None) -> OldConfig:
         release: the release from --axolotl.
 
     Raises:
-        UserError: the card has no config, or --axolotl is given for a recipe of this project.
+        UserError: there is no such file or recipe, or the card has no config.
     """
-    file = Path(name)
-    if file.suffix == ".md":
-        return read(file)
-    recipe, file = paths.find_recipe(name)
-    is_current = recipe in paths.recipe_names() or bool(merging.ancestors(file))
-    if is_current and release:
-        raise UserError(f"{recipe} is for this release of Axolotl already", key="--axolotl", remedy="leave it out")
-    old = read(file)
-    if is_current or not (release or evidence(old.config)):
-        return OldConfig(Path(name), old.text, is_current=True)
-    return old
+    if Path(name).suffix == ".md":
+        old = read(Path(name))
+    else:
+        recipe, file = paths.find_recipe(name)
+        old = read(file)
+        is_of_project = recipe in paths.recipe_names() or bool(merging.ancestors(file))
+        if not release and (is_of_project or not evidence(old.config)):
+            return OldConfig(Path(name), old.text, is_current=True)
+    return replace(old, release=release or old.release)
 
 
-def migrate(old: OldConfig, release: str | None, overrides: Iterable[Override] = ()) -> Migration:
+def migrate(old: OldConfig, overrides: Iterable[Override] = ()) -> Migration:
     """Bring an old config to the supported release.
 
     Args:
-        old: the config.
-        release: the release from --axolotl; without it, the card's, or else a guess from the keys.
+        old: the config; if it states no release, its keys decide.
         overrides: the user's changes, which can decide what a migration cannot.
 
     Raises:
@@ -440,7 +434,7 @@ def migrate(old: OldConfig, release: str | None, overrides: Iterable[Override] =
     config = merging.apply(config, [*map(Override, empty), *overrides])
     if old.is_current:
         return Migration(old, supported(), "", config)
-    migration = Migration(old, *_release(old, release), config, empty)
+    migration = Migration(old, *_release(old), config, empty)
     migration.pack()
     migration.accumulate()
     migration.use_profile()
@@ -454,17 +448,16 @@ def migrate(old: OldConfig, release: str | None, overrides: Iterable[Override] =
     return migration
 
 
-def _release(old: OldConfig, release: str | None) -> tuple[Version, str]:
+def _release(old: OldConfig) -> tuple[Version, str]:
     """Release of Axolotl that a config was written for, and the key from which it is guessed, if it is not stated."""
-    stated = release or old.stated
-    if not stated:
+    if not old.release:
         signs = evidence(old.config) or {"no key of an older release": supported()}
         sign = min(signs, key=signs.__getitem__)
         return signs[sign], sign
     try:
-        return Version(stated), ""
+        return Version(old.release), ""
     except InvalidVersion:
-        raise UserError(f"not a version: {stated}", key="--axolotl", remedy="give one, as in 0.4.0") from None
+        raise UserError(f"not a version: {old.release}", key="--axolotl", remedy="give one, as in 0.4.0") from None
 
 
 def supported() -> Version:
@@ -477,6 +470,7 @@ def report(migration: Migration) -> None:
     print_table([step.row() for step in migration.steps], below=["reason"])
     if migration.sign:
         guess = f"Axolotl {migration.release} is a guess, from {migration.sign}"
-        say(f"{guess}; the split of the rows and other defaults depend on it: pass --axolotl VERSION if you know it")
+        stated = "with --axolotl 0.4.0, or in a card as `axolotl version: 0.4.0`"
+        say(f"{guess}; the split of the rows and other defaults depend on it: if you know it, state it {stated}")
     for meaning in migration.meanings():
         say(f"since {migration.release}: {meaning}")

@@ -130,7 +130,7 @@ def create(request: VariantRequest) -> Variant:
         decided = [*model.overrides, *overrides]
         if rows:
             decided.append(Override("datasets", []))  # new rows need no migration
-        migration = migrate.migrate(old, request.release, decided)
+        migration = migrate.migrate(old, decided)
         migration.require_decided()
         changes = [*migration.overrides(), *model.overrides, *overrides]
         composed = compose.compose(compose.Request(base, overrides=changes))

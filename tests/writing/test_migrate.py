@@ -58,8 +58,7 @@ special_tokens: {pad_token: </s>}
 
 def changed(text: str, release: str) -> Config:
     """Settings that a migration changes; None for removed ones."""
-    old = OldConfig(Path("old.yml"), text)
-    migration = migrate.migrate(old, release)
+    migration = migrate.migrate(OldConfig(Path("old.yml"), text, release=release))
     return {key: migration.config.get(key) for key in migration.reasons()}
 
 
@@ -220,12 +219,12 @@ def test_defaults_of_optimizer_and_precision_are_stated():
     ],
 )
 def test_the_release_is_guessed_from_the_keys(text, sign, release):
-    migration = migrate.migrate(OldConfig(Path("old.yml"), text), None)
+    migration = migrate.migrate(OldConfig(Path("old.yml"), text))
     assert (migration.sign, migration.release) == (sign, Version(release))
 
 
 def test_a_meaning_that_no_key_restores_is_told():
-    migration = migrate.migrate(OldConfig(Path("old.yml"), "gradient_accumulation_steps: 4"), "0.4.1")
+    migration = migrate.migrate(OldConfig(Path("old.yml"), "gradient_accumulation_steps: 4", release="0.4.1"))
     assert migration.meanings() == [
         "a step's loss was the mean over micro batches; now it is the mean over all tokens of a step"
     ]
@@ -281,7 +280,7 @@ def test_a_config_of_2023_becomes_a_variant_that_passes_the_check(place, recipe)
     done = recipe.ok("new", "mine", "--from", "old.yml")
     assert done.stderr.splitlines()[0] == (
         "Axolotl 0.3.0 is a guess, from base_model_config; the split of the rows and other defaults depend on it: "
-        "pass --axolotl VERSION if you know it"
+        "if you know it, state it with --axolotl 0.4.0, or in a card as `axolotl version: 0.4.0`"
     )
     config = yamlfiles.read_yaml(place / "variants/mine.yaml")
     former = yamlfiles.read_yaml(place / "old.yml")
@@ -440,11 +439,6 @@ def test_what_the_user_has_to_decide_is_refused_with_its_line(place, recipe, fil
     ("arguments", "message"),
     [
         pytest.param(
-            ["new", "mine", "--from", "start/qlora", "--axolotl", "0.4.0"],
-            "--axolotl: start/qlora is for this release of Axolotl already; leave it out",
-            id="recipe-of-this-release",
-        ),
-        pytest.param(
             ["study", "new", "theirs", "--from", "bare.md"],
             "bare.md: no table of training results with the columns Step and Validation Loss; `recipe new NAME --from "
             "CARD` takes its config alone",
@@ -454,9 +448,6 @@ def test_what_the_user_has_to_decide_is_refused_with_its_line(place, recipe, fil
             ["study", "new", "theirs", "--from", "no-data.md"],
             "no-data.md: datasets: no data set; add it to the card's config",
             id="card-without-data",
-        ),
-        pytest.param(
-            ["study", "new", "theirs", "--axolotl", "0.4.0"], "--axolotl: works only with --from", id="no-card"
         ),
     ],
 )
