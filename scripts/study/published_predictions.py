@@ -20,8 +20,9 @@ def scores(study: Study, published: Baseline, models: ScorerModels) -> list[Row]
         models: scorer models by column name.
 
     Returns:
-        A row for each metric: `test_set`, `rows`, `metric`, `score`, the 95 % interval `low` and `high`, `published`,
-        the `difference`, and `agrees`: True if the difference is at most `margin` of the published score.
+        A row for each metric: `metric`, `score`, `published`, `agrees` (True if the `difference` is at most `margin` of
+        the published score), the 95 % interval `low` and `high`, `rows`, `test_set`, and `difference`. A terminal shows
+        as many of these columns as it has room for.
 
     Raises:
         UserError: a file is damaged, or its rows are not those of the test set.
@@ -35,15 +36,15 @@ def scores(study: Study, published: Baseline, models: ScorerModels) -> list[Row]
     for name in study.columns:
         record = records.scores.get(name)
         if record and record.value is not None:
-            row = {"test_set": published.test_set, "rows": len(rows), "metric": name}
-            table.append(row | _compared(record.value, record.interval, published.scores.get(name)))
+            row: Row = {"metric": name} | _compared(record.value, record.interval, published.scores.get(name))
+            table.append(row | {"rows": len(rows), "test_set": published.test_set})
     return table
 
 
 def _compared(score: float, interval: tuple[float, float] | None, published: PublishedScore | None) -> Row:
     """Score, its interval, and its difference from the published score, see `scores`."""
     low, high = interval or (None, None)
-    row: Row = {"score": score, "low": low, "high": high, "published": None, "difference": None, "agrees": None}
+    row: Row = {"score": score, "published": None, "agrees": None, "low": low, "high": high, "difference": None}
     if published:
         row["published"] = float(published.value)
         row["difference"] = score - float(published.value)

@@ -376,10 +376,12 @@ def score_predictions(
     if not any(published.predictions for published in predicted):
         raise _none_published(study, "predictions")
     models = scorer_models(study.columns, scorer, report=True)
+    without = [published.name for published in predicted if not published.predictions]
+    if without:
+        say(f"no predictions are published for {', '.join(without)}")
     rows, problems = [], {}
     for published in predicted:
         if published.predictions is None:
-            say(f"{published.name}: no predictions are published")
             continue
         try:
             verified = _fetch_verified(study.data, published.predictions.files)
