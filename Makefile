@@ -76,7 +76,7 @@ compare-memory: setup  ## Compare planned memory with published figures, and wit
 notebook: setup  ## Write docs/free-t4.ipynb from its page, and execute docs/qlora.ipynb in place, in ten minutes
 	.venv/bin/python tools/notebook.py
 
-picture: setup  ## Draw the README's terminal again
+picture: setup  ## Draw the README's pictures again, after `make demo`; needs chromium
 	.venv/bin/python tools/picture.py
 
 # The locks of vLLM ignore [tool.uv]: its environments include machines for which vLLM has no build, and its overrides
