@@ -1,3 +1,3 @@
 """Launches Axolotl recipes for QLoRA studies and gathers their results."""
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
