@@ -204,7 +204,8 @@ def _width() -> int:
 
 def print_json(value: Any) -> None:
     """Print JSON on stdout, without secrets."""
-    print(orjson.dumps(without_secrets(value), option=orjson.OPT_INDENT_2).decode())
+    # orjson refuses subclasses of float, such as Written
+    print(orjson.dumps(without_secrets(value), default=float, option=orjson.OPT_INDENT_2).decode())
 
 
 def show(json: bool, records: Any, tables: Iterable[Table], notes: Iterable[str] = ()) -> None:

@@ -188,6 +188,7 @@ class Published(Strict):
         curve: CSV file beside study.yaml with the columns step and train_loss.
         adapter: folder of the adapter that the authors trained; its files are declared in the data's `sources`.
         adapter_format: format of the adapter if PEFT did not save it.
+        note: remark that `recipe reproduce --dry-run` prints, such as the time on hardware that it does not plan.
     """
 
     scores: dict[str, PublishedScore] = Field(default={})
@@ -199,6 +200,7 @@ class Published(Strict):
     predictions: PublishedPredictions | None = None
     adapter: FilePath | None = None
     adapter_format: AdapterFormat | None = None
+    note: Text | None = None
 
     def mistakes(self, at: Key, metrics: list[str], data: Data, folder: Path) -> Iterator[Mistake]:
         """Yield undeclared names, and a missing curve."""

@@ -177,6 +177,8 @@ def outline(
             row |= {"training": "refused", "problem": result.problem}
             if result.label in pipelines:
                 row |= _outlined(pipelines[result.label], sizes)
+            if not request.rehearse:
+                row["note"] = study.aimed_at(result.recipe).note
             rows.append(row)
             bar.update(len(rows))
     require_known(request.force, [*pipelines.values()], dry_run=True)
@@ -185,7 +187,7 @@ def outline(
     return {"data": data, "models": sizes, "recipes": rows, "evaluation hours": evaluation_hours}
 
 
-_OUTLINED = ("recipe", "training", "steps", "needs GiB", "fits", "hours", "bound", "changes", "problem")
+_OUTLINED = ("recipe", "training", "steps", "needs GiB", "fits", "hours", "bound", "changes", "note", "problem")
 """Columns of a preview; `bound` is true if `hours` is an upper bound."""
 ANSWERS_AT_ONCE = 16  # `evaluate` generates more at once if memory suffices
 SECONDS_PER_TOKEN = 0.1
@@ -274,14 +276,19 @@ def show_outline(outlined: dict[str, Any], json: bool) -> None:
         totals.append(f"{_rounded(hours)} hours for each evaluation, {assumed}")
     lines.append("; ".join(totals))
     shown = [row | {"hours": _rounded(row["hours"], row["bound"]), "bound": None} for row in rows]
-    tables.show(json, outlined, [tables.Table(shown, below=["changes", "problem"])], lines)
+    tables.show(json, outlined, [tables.Table(shown, below=["changes", "note", "problem"])], lines)
 
 
 def _rounded(hours: float | None, is_bound: bool = True) -> str | None:
     """Hours for people; None if unknown."""
     if hours is None:
         return None
-    return f"{'up to ' if is_bound else ''}{hours:,.{0 if hours >= 10 else 1}f}"
+    digits = 2  # some runs take minutes
+    if hours >= 0.1:
+        digits = 1
+    if hours >= 10:
+        digits = 0
+    return f"{'up to ' if is_bound else ''}{hours:,.{digits}f}"
 
 
 def lock(name: str) -> Path:

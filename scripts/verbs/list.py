@@ -110,7 +110,7 @@ def _published(recipe: str, study: yamlfiles.Config) -> Row:
 
 def _declared(folder: Path) -> yamlfiles.Config:
     try:
-        return yamlfiles.read_yaml(folder / "study.yaml")
+        return yamlfiles.read_yaml(folder / "study.yaml", yamlfiles.WrittenLoader)
     except UserError as error:
         say(str(error))
         return {}
@@ -122,7 +122,10 @@ def _mapping(value: Any) -> Row:
 
 
 def _shown(row: Row) -> Row:
-    scores = {key.removeprefix("published_"): value for key, value in row.items() if key.startswith("published_")}
+    scores = {}
+    for key, value in row.items():
+        if key.startswith("published_"):
+            scores[key.removeprefix("published_")] = None if value is None else str(value)  # with all its digits
     return {
         "recipe": row["recipe"],
         "epochs": row["epochs"],

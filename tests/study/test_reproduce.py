@@ -101,15 +101,17 @@ def test_a_dry_run_plans_each_seed_and_writes_nothing(recipe, tmp_path, dry_run)
 def test_a_dry_run_rounds_hours_and_adds_up_downloads(capsys):
     row = {"recipe": "a", "training": "new", "hours": 288.93, "bound": True}
     other = {"recipe": "b", "training": "new", "hours": 1.02, "bound": False}
-    outline = {"data": ["data/raw: to be fetched"], "recipes": [row, other], "evaluation hours": 2.26}
+    quick = {"recipe": "c", "training": "new", "hours": 0.0083, "bound": False, "note": "9 hours without a GPU"}
+    outline = {"data": ["data/raw: to be fetched"], "recipes": [row, other, quick], "evaluation hours": 2.26}
     reproduce.show_outline(outline | {"models": {"owner/seven": 13.48, "owner/eight": 16.06}}, json=False)
     assert capsys.readouterr().out.splitlines() == [
-        "recipe  training  hours",
-        "a       new       up to 289",
-        "b       new       1.0",
+        "recipe  training  hours      note",
+        "a       new       up to 289  –",
+        "b       new       1.0        –",
+        "c       new       0.01       9 hours without a GPU",
         "data: data/raw: to be fetched",
         "models: owner/seven, owner/eight: to be fetched, about 30 GB",
-        "runs: 2, each trained and evaluated unless finished; up to 290 hours of training in total; up to 2.3 hours "
+        "runs: 3, each trained and evaluated unless finished; up to 290 hours of training in total; up to 2.3 hours "
         "for each evaluation, if 16 answers at a time take 0.1 s for each token",
     ]
 

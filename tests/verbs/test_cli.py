@@ -172,6 +172,15 @@ def test_list_show_and_diff_print_data(recipe):
     assert recipe.json("results") == []
 
 
+def test_list_shows_published_scores_with_all_their_digits(recipe):
+    _, _, *rows = recipe.ok("list", "axolotl-alpaca2k").stdout.splitlines()
+    scores = {row.split()[0]: row.split()[-2] for row in rows if row}
+    assert scores["axolotl-alpaca2k/openllama-3b-qlora"] == "1.1110"
+    assert scores["axolotl-alpaca2k/tinyllama-qlora"] == "1.2355"
+    (row,) = recipe.json("list", "axolotl-alpaca2k/tinyllama-qlora")
+    assert row["published_trainer_loss"] == 1.2355
+
+
 def test_data_prepare_and_a_dry_run(recipe, tmp_path):
     done = recipe.ok("data", "prepare", SAMPLE, "--study", "haider2024")
     _, train, *_ = lines = done.stdout.splitlines()
