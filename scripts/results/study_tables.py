@@ -14,8 +14,9 @@ from . import repeats, score_records, verdict
 from .compare import Comparison, Divergence
 from .listing import REHEARSALS, baselines, rounded
 from .score_records import Status
-from .verdict import StudyRow
+from .verdict import MetricRow, StudyRow
 
+Cell = float | list[float] | str | None
 GIB = 1 << 30
 RECORDS = "Published numbers: submitted records, and cells with other settings"
 COSTS = "Other scores, and costs of the runs"
@@ -110,10 +111,11 @@ def _metric_cells(row: StudyRow, column: Column) -> Row:
     """Table cells of a study's row for one metric."""
     score = row.scores[column.name]
     interval = score.interval
+    value, bounds = _with_published_digits(score)
     return {
         "recipe": row.recipe,
-        column.label: score.value,
-        "95 %": repeats.bounds(interval),
+        column.label: value,
+        "95 %": bounds,
         "published": score.published,
         "difference": score.difference,
         "verdict": score.verdict,
@@ -122,6 +124,23 @@ def _metric_cells(row: StudyRow, column: Column) -> Row:
         **score.decodings,
         "by": score.model,
     }
+
+
+def _with_published_digits(score: MetricRow) -> tuple[Cell, Cell]:
+    """Table cells of a score and its interval, with no fewer decimals than the published score.
+
+    Other numbers of 1 and more have two decimals, which hide the difference between two losses.
+    """
+    bounds = repeats.bounds(score.interval)
+    if score.value is None or score.published is None:
+        return score.value, bounds
+    decimals = -int(score.published.value.as_tuple().exponent)
+    if score.value < 1 or decimals <= 2:
+        return score.value, bounds
+    if bounds is None:
+        return f"{score.value:.{decimals}f}", None
+    low, high = bounds
+    return f"{score.value:.{decimals}f}", f"{low:.{decimals}f} to {high:.{decimals}f}"
 
 
 def _cost_cells(study: Study, row: StudyRow) -> Row:

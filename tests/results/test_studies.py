@@ -66,6 +66,25 @@ def test_a_published_number_keeps_the_digits_that_study_yaml_has(runs, recipe, p
     assert recipe.json("results", "sums2030")[1]["accuracy_published"] == value
 
 
+@pytest.mark.parametrize(
+    ("published", "value", "bounds"),
+    [
+        ("67.4", "66.00", "65.50 to 66.50"),
+        ("67.40", "66.00", "65.50 to 66.50"),
+        ("67.4000", "66.0000", "65.5000 to 66.5000"),
+    ],
+)
+def test_our_score_has_no_fewer_decimals_than_the_published(runs, recipe, published, value, bounds):
+    scores = {"accuracy": float(published)}
+    small_study.write(Path(), published={PLAIN: {"scores": scores}})
+    file = Path("recipes", "sums2030", "study.yaml")
+    file.write_text(file.read_text().replace("accuracy: 67.4\n", f"accuracy: {published}\n"))
+    studies._load.cache_clear()
+    small_study.ran(runs, PLAIN, "a", 66.0)
+    (line,) = [line for line in recipe.ok("results", "sums2030").stdout.splitlines() if bounds in line]
+    assert line.startswith(f"{PLAIN}  {value.rjust(11)}  {bounds}")
+
+
 def test_every_published_metric_has_a_verdict(runs):
     small_study.ran(runs, PLAIN, "a", 66.0, loss=1.1)
     row = row_of(runs)
