@@ -91,13 +91,15 @@ def a_machine(place: Path, name: str, fake_axolotl: Path) -> dict[str, str]:
 
 
 def a_session(place: Path, cells: Sequence[str], repository: Path, env: dict[str, str]) -> "subprocess.Popen[str]":
-    """Begin to run cells; the drive, the disk and the repository are in the test's folder."""
+    """Begin to run cells; the drive and the disk are in the test's folder, and the repository's path is typed in."""
     text = script(cells).replace("/tmp", str(place / "disk")).replace("/content", str(place / "content"))
-    text = text.replace("/kaggle", str(place / "kaggle")).replace("<this repository>", str(repository))
+    text = text.replace("/kaggle", str(place / "kaggle"))
+    (place / "typed").write_text(f"{repository}\n")
     shutil.rmtree(place / "disk", ignore_errors=True)
     (place / "disk").mkdir()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen([sys.executable, "-c", text], cwd=place, env=env, text=True, **pipes)
+    with (place / "typed").open() as typed:
+        return subprocess.Popen([sys.executable, "-c", text], cwd=place, env=env, text=True, stdin=typed, **pipes)
 
 
 def limited(session: "subprocess.Popen[str]") -> psutil.Process:

@@ -13,8 +13,8 @@ HEADING = "## All changes\n"
 
 
 def keys() -> list[Row]:
-    """A row for each renamed, removed or refused key."""
-    rows = []
+    """A row for each renamed, removed or refused key; neighbours with the same change share a row."""
+    rows: list[Row] = []
     for key, change in tables()["keys"].items():
         old = key
         if "only" in change:
@@ -26,6 +26,11 @@ def keys() -> list[Row]:
             new = f"`{change['to']}: {yamlfiles.write_flow(change['value'])}`"
         if "gone" in change:
             new, reason = "refused", change["gone"]
+        if reason == f"{key} was renamed":
+            reason = "renamed"
+        elif rows and (rows[-1]["new key"], rows[-1]["reason"]) == (new, reason):
+            rows[-1]["old key"] += f", `{old}`"
+            continue
         rows.append({"old key": f"`{old}`", "new key": new, "reason": reason})
     return rows
 

@@ -226,7 +226,7 @@ def test_the_release_is_guessed_from_the_keys(text, sign, release):
 def test_a_meaning_that_no_key_restores_is_told():
     migration = migrate.migrate(OldConfig(Path("old.yml"), "gradient_accumulation_steps: 4", release="0.4.1"))
     assert migration.meanings() == [
-        "a step's loss was the mean over micro batches; now it is the mean over all tokens of a step"
+        "a step's loss was the mean over micro batches; in 0.21 it is the mean over all tokens of the step"
     ]
 
 
@@ -370,8 +370,8 @@ def test_the_check_of_an_old_file_names_the_command_that_migrates_it(place, reci
             "old.yml",
             OF_2023 + "s2_attention: true\nload_4bit: true\n",
             [],
-            "old.yml:29: s2_attention: Axolotl no longer has this feature; delete the key; train with "
-            "attn_implementation: flash_attention_2, for other results\n"
+            "old.yml:29: s2_attention: Axolotl no longer has this feature; delete the key; use "
+            "attn_implementation: flash_attention_2; the results will differ\n"
             "old.yml:30: load_4bit: Axolotl no longer has this feature; delete the key; use load_in_4bit and adapter: "
             "qlora",
             id="gone",
