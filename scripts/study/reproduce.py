@@ -3,7 +3,6 @@
 With `recipe reproduce --from`, only published predictions are scored, or published adapters evaluated.
 """
 
-import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,6 @@ from ..data.studies import Study
 from ..evaluate import evaluate
 from ..evaluate.evaluate import EvaluationRequest
 from ..evaluate.score import declared_models, scorer_models
-from ..metrics.metric import RowMetric
 from ..metrics.registry import SCORER
 from ..plan import plan
 from ..plan.step_plan import GIB
@@ -161,7 +159,6 @@ def outline(
     Returns:
         `data`: one line for each part of the data to fetch or prepare. `models`: size in GB of each base model that is
         not on this machine. `recipes`: one row per recipe, with the state of its training, required memory and time.
-        `evaluation hours`: upper bound of an evaluation's hours; None without a test set of known size.
 
     Raises:
         UserError: see `selected_recipes`.
@@ -183,24 +180,11 @@ def outline(
             bar.update(len(rows))
     require_known(request.force, [*pipelines.values()], dry_run=True)
     data = _outlined_data(study, [pipeline.composed for pipeline in pipelines.values()])
-    evaluation_hours = None if request.rehearse else _evaluation_hours(study)
-    return {"data": data, "models": sizes, "recipes": rows, "evaluation hours": evaluation_hours}
+    return {"data": data, "models": sizes, "recipes": rows}
 
 
 _OUTLINED = ("recipe", "training", "steps", "needs GiB", "fits", "hours", "bound", "changes", "note", "problem")
 """Columns of a preview; `bound` is true if `hours` is an upper bound."""
-ANSWERS_AT_ONCE = 16  # `evaluate` generates more at once if memory suffices
-SECONDS_PER_TOKEN = 0.1
-"""Assumed time in which a 7B model in 4 bits generates a token for each of these answers; not measured."""
-
-
-def _evaluation_hours(study: Study) -> float | None:
-    """Hours to generate answers of maximum length to a study's test rows; None if none are scored or known."""
-    rows, decoding = study.data.scored_rows, study.decoding
-    if not rows or not any(isinstance(column.metric, RowMetric) for column in study.columns.values()):
-        return None
-    batches = math.ceil(rows * decoding.num_beams / ANSWERS_AT_ONCE)
-    return batches * decoding.max_new_tokens * SECONDS_PER_TOKEN / 3600
 
 
 def _outlined(pipeline: Pipeline, sizes: dict[str, float]) -> Row:
@@ -271,15 +255,12 @@ def show_outline(outlined: dict[str, Any], json: bool) -> None:
     totals = [f"runs: {len(rows)}, each trained and evaluated unless finished"]
     if hours := sum(row["hours"] or 0 for row in rows):
         totals.append(f"{_rounded(hours, any(row['bound'] for row in rows))} hours of training in total")
-    if hours := outlined["evaluation hours"]:
-        assumed = f"if {ANSWERS_AT_ONCE} answers at a time take {SECONDS_PER_TOKEN} s for each token"
-        totals.append(f"{_rounded(hours)} hours for each evaluation, {assumed}")
     lines.append("; ".join(totals))
     shown = [row | {"hours": _rounded(row["hours"], row["bound"]), "bound": None} for row in rows]
     tables.show(json, outlined, [tables.Table(shown, below=["changes", "note", "problem"])], lines)
 
 
-def _rounded(hours: float | None, is_bound: bool = True) -> str | None:
+def _rounded(hours: float | None, is_bound: bool) -> str | None:
     """Hours for people; None if unknown."""
     if hours is None:
         return None
