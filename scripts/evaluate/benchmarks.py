@@ -128,8 +128,7 @@ def _measure(columns: Mapping[str, Column], prompter: "Prompter", options: Measu
     model = HFLM(
         pretrained=Reference(prompter).model, tokenizer=prompter.tokenizer, batch_size=settings.batch_size or ROWS
     )
-    ends = sorted(prompter.ends)
-    model_hash = digest(base_weights(prompter) | {"adapter": settings.adapter_sha256, "ends": ends})
+    model_hash = digest(base_weights(prompter) | {"adapter": settings.adapter_sha256, "ends": prompter.ends})
     cache = paths.cache() / "benchmarks" / model_hash[:16]
     types = [dataset.entry.get("type") for dataset in datafiles.training_sets(prompter.cfg)]
     benchmarks = {}
@@ -155,7 +154,7 @@ def _measure(columns: Mapping[str, Column], prompter: "Prompter", options: Measu
                 continue
             remedy = "repeat the command to continue, with a smaller --batch-size if memory is short"
             raise WorkFailed(f"{problem}; predictions are kept; {remedy}") from error
-        benchmarks[name] = summarise(report, parameters, ends, options.limit, samples)
+        benchmarks[name] = summarise(report, parameters, prompter.ends, options.limit, samples)
     return benchmarks
 
 

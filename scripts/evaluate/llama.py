@@ -113,7 +113,6 @@ class LlamaServer(Server):
 
     def __init__(self, prompter: "Prompter", api: Api, file: ServedFile, at_once: int):
         super().__init__(prompter, api, str(prompter.settings.model), at_once)
-        self.prompter = prompter
         self.file = file
 
     def options(self, i: int) -> dict[str, object]:

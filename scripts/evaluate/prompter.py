@@ -27,7 +27,7 @@ from ..training.tokens import (
     tokenize,
 )
 from .evaluation_rows import EvaluationRow
-from .scores_file import EvaluationSettings
+from .scores_file import Completion, EvaluationSettings
 
 
 @dataclass
@@ -89,8 +89,8 @@ class Prompter:
         return int(self.config.get_text_config().max_position_embeddings - self.settings.decoding.max_new_tokens)
 
     @cached_property
-    def ends(self) -> set[int]:
-        """Tokens that end an answer: from training, and from the base model's config."""
+    def ends(self) -> list[int]:
+        """Tokens that end an answer, ascending: from training, and from the base model's config."""
         try:
             config = GenerationConfig.from_pretrained(self.settings.base_model, revision=self.revision)
         except OSError:  # the model has no generation config
@@ -100,7 +100,7 @@ class Prompter:
             ends.update(config.eos_token_id)
         elif config.eos_token_id is not None:
             ends.add(config.eos_token_id)
-        return ends
+        return sorted(ends)
 
     def examples(self, rows: Sequence[EvaluationRow]) -> list[Example]:
         """Prompt and reference of each row, written by Axolotl's code as in training.
@@ -145,7 +145,7 @@ class Prompter:
             start, end = answer_of(tokens.labels)
             reference = row.get(kind.reference)
             if reference is None:
-                reference = self._decode(tokens.ids[start:end])
+                reference = Completion.of(self.tokenizer, tokens.ids[start:end]).text
             if isinstance(kind, Chat):
                 answer = kind.answer_of(row).strip()
                 first_token = str(self.tokenizer.decode(tokens.ids[start : start + 1])).strip()
@@ -168,10 +168,6 @@ class Prompter:
             reference = examples[number].reference
             examples[number].answer = self.tokenizer(reference, add_special_tokens=False)["input_ids"]
         return examples
-
-    def _decode(self, tokens: Sequence[int]) -> str:
-        """Text of some tokens, without special tokens."""
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
 def _prompt_messages(strategy: Any, row: Row) -> list[Row] | None:

@@ -117,6 +117,11 @@ class Completion:
     text: str
     tokens: list[int]
 
+    @classmethod
+    def of(cls, tokenizer: Any, tokens: list[int]) -> "Completion":
+        """Answer with these tokens."""
+        return cls(str(tokenizer.decode(tokens, skip_special_tokens=True)).strip(), tokens)
+
 
 def until_end(tokens: list[int], ends: Container[int]) -> list[int]:
     """Tokens of an answer up to the first that ends it, without padding."""

@@ -179,12 +179,12 @@ class Server:
     """
 
     def __init__(self, prompter: "Prompter", api: Api, model: str, at_once: int):
+        self.prompter = prompter
         self.settings = prompter.settings
         self.tokenizer = prompter.tokenizer
         self.api = api
         self.model = model
         self.at_once = at_once
-        self.ends = sorted(prompter.ends)
         self.vocabulary = max(len(self.tokenizer), prompter.config.get_text_config().vocab_size)
 
     def generate(self, prompts: Sequence[list[int]], done: Container[int]) -> Iterator[dict[int, Completion]]:
@@ -229,12 +229,13 @@ class Server:
             except (openai.APIError, ValueError, TimeoutError) as error:
                 row = f"row {i + 1}, a prompt of {len(prompt):,} tokens"
                 raise WorkFailed(f"{self.api.url}: {row}: {cause(error)}") from None
-        return {i: Completion(str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip(), tokens)}
+        return {i: Completion.of(self.tokenizer, tokens)}
 
     def options(self, i: int) -> dict[str, object]:
         """Options of the request for a prompt, in addition to OpenAI's."""
         decoding = self.settings.decoding
-        options: dict[str, object] = {"stop_token_ids": self.ends, "return_token_ids": True, "repetition_penalty": 1.0}
+        options: dict[str, object] = {"stop_token_ids": self.prompter.ends, "return_token_ids": True}
+        options["repetition_penalty"] = 1.0
         if not decoding.do_sample:
             return options | {"temperature": 0}
         # vLLM takes missing values from the model's generation config; -1 is all tokens, also in old versions

@@ -62,7 +62,7 @@ class Reference:
         if is_small and _computes_in(prompter.quantization, dtype):
             self.model = self.model.dequantize(dtype=dtype)
         # The model's published config would change the decoding. The harness ends answers by this config.
-        self.model.generation_config = GenerationConfig(eos_token_id=sorted(prompter.ends))
+        self.model.generation_config = GenerationConfig(eos_token_id=prompter.ends)
         self._add_adapter()
         fits_batches_to_memory = (is_small or self.device.type == "cuda") and not settings.decoding.do_sample
         if settings.batch_tokens is None and fits_batches_to_memory:  # a resumed evaluation keeps its batches
@@ -93,7 +93,7 @@ class Reference:
             max_new_tokens=decoding.max_new_tokens,
             num_beams=decoding.num_beams,
             do_sample=decoding.do_sample,
-            eos_token_id=sorted(self.prompter.ends),
+            eos_token_id=self.prompter.ends,
             pad_token_id=self.tokenizer.pad_token_id,
             **sampling,
         )
@@ -142,8 +142,7 @@ class Reference:
                     fitting_rows = len(part) // 2
                     parts[:0] = batched(part, fitting_rows)
                     continue
-                texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-                yield {i: Completion(text.strip(), ids) for i, text, ids in zip(part, texts, answers, strict=True)}
+                yield {i: Completion.of(self.tokenizer, ids) for i, ids in zip(part, answers, strict=True)}
 
     def _batch_limits(self) -> tuple[int, int]:
         """Maximum numbers of rows and tokens in a batch."""

@@ -36,7 +36,7 @@ def engine(server: AServer, llama: FakeLlama, file: ServedFile = F16, **decoding
         tokenizer=llama.tokenizer,
         config=LlamaConfig(vocab_size=1024),
         cfg={},
-        ends={2},
+        ends=[2],
         longest=1000,
     )
     return LlamaServer(prompter, servers.Api(servers.api_at(server.url).url, timeout=5), file, at_once=2)

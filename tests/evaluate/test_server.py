@@ -36,7 +36,7 @@ def prompter(**decoding: Any) -> Any:
         tokenizer=random_models.tokenizer(),
         config=LlamaConfig(eos_token_id=[2, 77]),
         revision="main",
-        ends={2, 77},
+        ends=[2, 77],
     )
 
 
