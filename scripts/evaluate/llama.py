@@ -25,7 +25,7 @@ from pydantic import BaseModel, Field, ValidationError
 from ..base.errors import UserError, WorkFailed
 from ..base.files import parse_json
 from ..base.terminal import Bar, say
-from .scores_file import Distance, ServedFile, until_end
+from .scores_file import Distance, ServedFile, sampled, until_end
 from .server import RETRIES, Api, Server, api_at, cause
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from .prompter import Example, Prompter  # imports torch and Axolotl, which `served_file` does not need
     from .transformers_engine import Reference
 
-COMPARED_ROWS = 32  # maximum number of rows for the distance; they are evenly spaced
 COMPARED_TOKENS = 32  # maximum number of tokens per row, from the start of its answer; each is a request
 MOST_PROBABLE = 64  # tokens whose log-probabilities a response lists
 FORCING = 1000.0  # bias that makes a token certain
@@ -128,6 +127,11 @@ class LlamaServer(Server):
         """Implement `Server.tokens_of`; the server takes no stop tokens, so an answer can go on behind its end."""
         return until_end([token.id for token in _answer_of(content)], self.prompter.ends)
 
+    def check(self, examples: Sequence["Example"], reference_runs_here: bool) -> Distance | None:
+        """Implement `Engine.check`."""
+        self.require_tokens(examples)
+        return self.distance(examples) if reference_runs_here else None
+
     def require_tokens(self, examples: Sequence["Example"]) -> None:
         """Compare end tokens and prompts with the training's, before any answer is generated.
 
@@ -219,8 +223,7 @@ class LlamaServer(Server):
 
         from .transformers_engine import Reference
 
-        count = min(COMPARED_ROWS, len(examples))
-        chosen = [examples[i * len(examples) // count] for i in range(count)]
+        chosen = sampled(examples)
         with self._failures():
             rows = asyncio.run(self._forced_rows(chosen))
         with Bar("comparing with the adapter"):

@@ -5,7 +5,7 @@ of the reference engine. Different engines add numbers in different orders. Occa
 equal probability, and the answers differ from there on. With a wrong adapter or prompt, most answers differ early.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,17 +25,16 @@ from .scores_file import (
     VLLM,
     Agreement,
     Completion,
-    Distance,
     Engine,
     EvaluationSettings,
     Prediction,
+    sampled,
 )
 
 if TYPE_CHECKING:
-    from .prompter import Example, Prompter  # imports torch and Axolotl, which `require` does not need
+    from .prompter import Prompter  # imports torch and Axolotl, which `require` does not need
 
 OF_ENGINE = {"batch_tokens", "agreement", "distance"}  # settings that are known only after an engine has started
-COMPARED = 32  # number of rows to compare; they are evenly spaced, to cover all kinds of rows
 
 
 def as_row(position: int, row: Row, reference: str) -> Row:
@@ -136,27 +135,25 @@ def predict(
     on_gpu = not rehearsal and bool(gpus.here())
     require(settings, server, on_gpu)
     done, settings = read_part(part, settings, test.positions)
-    if len(done) == len(test.rows):
-        return [done[place] for place in range(len(test.rows))], settings
-    with Bar("tokenizing the prompts"):
-        from .prompter import Prompter
+    if len(done) < len(test.rows):
+        with Bar("tokenizing the prompts"):
+            from .prompter import Prompter
 
-        prompter = Prompter(settings, cfg, tokenizer)
-        examples = prompter.examples(test.rows)
-    prompts = [example.prompt for example in examples]
-    compares = _is_compared(settings, on_gpu or rehearsal)
-    expected = answers_of_reference(prompter, sampled(prompts)) if compares else []
-    with start_engine(prompter, prompts, server, part) as engine:
-        changes: dict[str, object] = {"batch_tokens": engine.settings.batch_tokens}
-        if compares:
-            changes["agreement"] = compare_answers(expected, engine, sampled(prompts))
-        if settings.file:
-            changes["distance"] = _distance(engine, examples, on_gpu or rehearsal)
-        settings = settings.model_copy(update=changes)
-        rows = []
-        for row, example in zip(test.rows, examples, strict=True):
-            rows.append(as_row(row.position, row.content, example.reference))
-        _generate(engine, prompts, rows, prompter.ends, done, part, settings_line(settings))
+            prompter = Prompter(settings, cfg, tokenizer)
+            examples = prompter.examples(test.rows)
+        prompts = [example.prompt for example in examples]
+        compares = _is_compared(settings, on_gpu or rehearsal)
+        expected = answers_of_reference(prompter, sampled(prompts)) if compares else []
+        with start_engine(prompter, prompts, server, part) as engine:
+            changes: dict[str, object] = {"batch_tokens": engine.settings.batch_tokens}
+            changes["distance"] = engine.check(examples, on_gpu or rehearsal)
+            if compares:
+                changes["agreement"] = compare_answers(expected, engine, sampled(prompts))
+            engine.settings = settings = settings.model_copy(update=changes)
+            rows = []
+            for row, example in zip(test.rows, examples, strict=True):
+                rows.append(as_row(row.position, row.content, example.reference))
+            _generate(engine, prompts, rows, done, part)
     return [done[place] for place in range(len(test.rows))], settings
 
 
@@ -167,15 +164,6 @@ def _is_compared(settings: EvaluationSettings, reference_runs_here: bool) -> boo
     if settings.engine == SERVER:  # its model can change between calls, so its answers are compared again
         return reference_runs_here
     return settings.engine == VLLM and settings.agreement is None
-
-
-def _distance(engine: Engine, examples: Sequence["Example"], reference_runs_here: bool) -> Distance | None:
-    """Check a GGUF file's tokens, and return its distance from the trained model; None if that cannot run here."""
-    from .llama import LlamaServer
-
-    assert isinstance(engine, LlamaServer)
-    engine.require_tokens(examples)
-    return engine.distance(examples) if reference_runs_here else None
 
 
 def settings_line(settings: EvaluationSettings) -> bytes:
@@ -227,22 +215,15 @@ def read_part(
 
 
 def _generate(
-    engine: Engine,
-    prompts: Sequence[list[int]],
-    rows: Sequence[Row],
-    ends: Container[int],
-    done: dict[int, Row],
-    part: Path,
-    first_line: bytes,
+    engine: Engine, prompts: Sequence[list[int]], rows: Sequence[Row], done: dict[int, Row], part: Path
 ) -> None:
-    """Generate missing predictions; add them to `done` and to the file `part`.
+    """Generate missing predictions; add them to `done` and to the file `part`, after the engine's settings.
 
-    `first_line` is written to `part` before the predictions. A prediction is marked as cut if it reaches the limit of
-    new tokens and does not end with a token in `ends`.
+    A prediction is marked as cut if it reaches the limit of new tokens and does not end with an end token.
     """
-    most = engine.settings.decoding.max_new_tokens
+    most, ends = engine.settings.decoding.max_new_tokens, engine.prompter.ends
     with Bar("evaluating", len(rows), len(done)) as bar, naming(part), opened(part, "ab") as stream:
-        stream.write(first_line)
+        stream.write(settings_line(engine.settings))
         try:
             for answers in engine.generate(prompts, done):
                 for i, answer in answers.items():
@@ -257,11 +238,6 @@ def _generate(
                 raise
             kept_rows = f"{len(done):,} of {len(rows):,} rows are kept; repeat the command to continue"
             raise WorkFailed(f"{error}\n{kept_rows}") from None
-
-
-def sampled(prompts: Sequence[list[int]]) -> list[list[int]]:
-    """Prompts of the compared rows."""
-    return [prompts[i] for i in sorted({i * len(prompts) // COMPARED for i in range(COMPARED)})]
 
 
 def answers_of_reference(prompter: "Prompter", prompts: Sequence[list[int]]) -> list[Completion]:

@@ -8,7 +8,7 @@ from functools import cached_property
 from heapq import nsmallest
 from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import orjson
 from pydantic import BaseModel, Field, TypeAdapter, field_validator
@@ -21,6 +21,9 @@ from ..metrics import registry
 from ..metrics.metric import Column, ScoreRecord
 from ..training.run_record import FileState, RecordVersion, Run
 
+if TYPE_CHECKING:
+    from .prompter import Example, Prompter  # imports torch and Axolotl, which `recipe results` does not need
+
 VERSION = 4
 """Version of scores.json and of the scoring code.
 
@@ -32,6 +35,7 @@ SCORES = "scores.json"
 ADAPTER = "adapter_model.safetensors"
 LOCK = ".evaluation.lock"
 BASE = "none"  # value of --adapter for the base model without an adapter
+COMPARED = 32  # number of rows in which an engine or a file is compared with the trained model
 REFERENCE, VLLM, SERVER = "transformers", "vllm", "server"
 # Settings that describe the choice of rows, and the engine.
 _SELECTION = ("data", "rows", "total_rows", "limit")
@@ -139,6 +143,11 @@ def sample_positions(total: int, limit: int | None) -> list[int]:
     if limit is None or limit >= total:
         return [*range(total)]
     return sorted(nsmallest(limit, range(total), key=_rank))
+
+
+def sampled[T](items: Sequence[T]) -> list[T]:
+    """At most `COMPARED` items; they are evenly spaced, to cover all kinds of rows."""
+    return [items[i] for i in sorted({i * len(items) // COMPARED for i in range(COMPARED)})]
 
 
 def _rank(position: int) -> bytes:
@@ -274,10 +283,24 @@ class Engine(Protocol):
     """Loaded model of a run, ready to answer.
 
     Attributes:
+        prompter: prompter of the run.
         settings: decoding and other settings, read at each call of `generate`.
     """
 
+    prompter: "Prompter"
     settings: EvaluationSettings
+
+    def check(self, examples: Sequence["Example"], reference_runs_here: bool) -> Distance | None:
+        """Check tokens and log-probabilities of the engine's own file before it answers, if it has one.
+
+        Returns:
+            Distance of the file from the trained model; None without a file, or if the reference does not run here.
+
+        Raises:
+            UserError: the file does not answer like the trained model.
+            WorkFailed: the check cannot continue.
+        """
+        return None
 
     def generate(self, prompts: Sequence[list[int]], done: Container[int]) -> Iterator[dict[int, Completion]]:
         """Generate missing answers, in groups.

@@ -15,7 +15,7 @@ import openai
 from pydantic import AnyHttpUrl, BaseModel, Field, ValidationError
 
 from ..base.errors import UserError, WorkFailed, did_you_mean
-from .scores_file import Completion
+from .scores_file import Completion, Engine
 
 if TYPE_CHECKING:
     from .prompter import Prompter  # imports torch and Axolotl, which `require` does not need
@@ -168,7 +168,7 @@ class _Limited(httpx.AsyncByteStream):
         await self._stream.aclose()
 
 
-class Server:
+class Server(Engine):
     """`Engine` on a server, started by this project or by a user.
 
     Args:

@@ -18,7 +18,7 @@ from ..base.files import digest, embedding_rows, tensor_shapes
 from ..base.processes import make_once
 from ..base.terminal import say
 from .prompter import Prompter
-from .scores_file import ADAPTER, Completion, until_end
+from .scores_file import ADAPTER, Completion, Engine, until_end
 
 disable_progress_bar()
 
@@ -43,7 +43,7 @@ SMALL_CACHE = 1_000_000_000
 OF_AXOLOTL = ("fp8", "sage", "varlen", "xformers")
 
 
-class Reference:
+class Reference(Engine):
     """`Engine` in this process: base model, with or without an adapter.
 
     Args:
