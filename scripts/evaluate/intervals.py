@@ -7,7 +7,6 @@ mean + a_i + b_j + e_ij: a two-way layout with random effects and one value in e
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from statistics import fmean, stdev, variance
 from typing import Any
 
@@ -63,29 +62,20 @@ EXACT = 500
 MANY = 1e6  # degrees of freedom of a variance that counts as known
 
 
-class Origin(Enum):
-    """Variation that an interval covers."""
-
-    ROWS = "rows"
-    RUNS = "runs"
-    ROWS_AND_RUNS = "rows and runs"
-    BORROWED_SPREAD = "rows, and the spread of published repeats"
-    BORROWED_RUNS = "the spread of published repeats"
-
-
 @dataclass(frozen=True)
 class Interval:
     """95 % interval of a mean score.
 
     Attributes:
+        over_rows: True if it covers other rows.
         runs: number of runs.
         one_seed: True if several runs have the same seed.
-        repeats: published scores of repeats, for a borrowed spread.
+        repeats: published scores of repeats, if a single run borrows their spread.
     """
 
     low: float
     high: float
-    origin: Origin
+    over_rows: bool = True
     runs: int = 1
     one_seed: bool = False
     repeats: tuple[float, ...] = ()
@@ -93,26 +83,19 @@ class Interval:
     @property
     def covers_seeds(self) -> bool:
         """True if the interval covers other seeds, by runs with several seeds."""
-        return self.origin in (Origin.ROWS_AND_RUNS, Origin.RUNS) and not self.one_seed
+        return self.runs > 1 and not self.one_seed
 
     @property
     def method(self) -> str:
         """Covered variation in words."""
-        if self.origin is Origin.ROWS:
+        if self.repeats:
+            count, lowest, highest = len(self.repeats), min(self.repeats), max(self.repeats)
+            runs = f"a borrowed spread of {stdev(self.repeats):.2g} from {count} repeats, {lowest:g} to {highest:g}"
+        elif self.runs > 1:
+            runs = f"{self.runs} runs of one seed" if self.one_seed else f"{self.runs} runs"
+        else:
             return "rows only"
-        if self.origin is Origin.BORROWED_SPREAD:
-            return f"rows, and a {self._borrowed}"
-        if self.origin is Origin.BORROWED_RUNS:
-            return f"a {self._borrowed}"
-        seeds = " of one seed" if self.one_seed else ""
-        runs = f"{self.runs} runs{seeds}"
-        return runs if self.origin is Origin.RUNS else f"rows and {runs}"
-
-    @property
-    def _borrowed(self) -> str:
-        """Spread of the published repeats in words."""
-        count, lowest, highest = len(self.repeats), min(self.repeats), max(self.repeats)
-        return f"borrowed spread of {stdev(self.repeats):.2g} from {count} repeats, {lowest:g} to {highest:g}"
+        return f"rows and {runs}" if self.over_rows else runs
 
 
 @dataclass(frozen=True)
@@ -202,20 +185,19 @@ def interval_of_mean(
         squares = mean_squares(by_row)
         if squares.knows_rows:
             half = squares.half_width()
-            return Interval(mean - half, mean + half, Origin.ROWS_AND_RUNS, runs)
+            return Interval(mean - half, mean + half, runs=runs)
     if not within:
         return None
     below = max(score - low for score, (low, _) in zip(scores, within, strict=True))
     above = max(high - score for score, (_, high) in zip(scores, within, strict=True))
-    if runs == 1 and not repeats:
-        return Interval(mean - below, mean + above, Origin.ROWS)
-    sample = scores if runs > 1 else repeats
+    borrowed = tuple(repeats) if runs == 1 else ()
+    sample = borrowed or scores
+    if len(sample) == 1:
+        return Interval(mean - below, mean + above)
     of_runs, df = variance(sample) / runs, len(sample) - 1
     low = mean - half_width(of_runs, (below / NORMAL) ** 2, df, MANY)
     high = mean + half_width(of_runs, (above / NORMAL) ** 2, df, MANY)
-    if runs > 1:
-        return Interval(low, high, Origin.ROWS_AND_RUNS, runs)
-    return Interval(low, high, Origin.BORROWED_SPREAD, repeats=tuple(repeats))
+    return Interval(low, high, runs=runs, repeats=borrowed)
 
 
 def interval_on_fixed_rows(scores: Sequence[float], repeats: Sequence[float] = ()) -> Interval | None:
@@ -228,10 +210,9 @@ def interval_on_fixed_rows(scores: Sequence[float], repeats: Sequence[float] = (
         repeats: published scores of repeated runs, whose spread a single run borrows; empty, or at least two.
     """
     mean, runs = fmean(scores), len(scores)
-    sample = scores if runs > 1 else repeats
+    borrowed = tuple(repeats) if runs == 1 else ()
+    sample = borrowed or scores
     if len(set(sample)) < 2:
         return None
     half = half_width(variance(sample) / runs, 0.0, len(sample) - 1, MANY)
-    if runs > 1:
-        return Interval(mean - half, mean + half, Origin.RUNS, runs)
-    return Interval(mean - half, mean + half, Origin.BORROWED_RUNS, repeats=tuple(repeats))
+    return Interval(mean - half, mean + half, over_rows=False, runs=runs, repeats=borrowed)

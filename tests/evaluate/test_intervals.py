@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from qlora_recipes.evaluate import intervals
-from qlora_recipes.evaluate.intervals import Interval, Origin
+from qlora_recipes.evaluate.intervals import Interval
 from qlora_recipes.metrics import answers
 from qlora_recipes.metrics.metric import wilson
 from qlora_recipes.metrics.registry import METRICS
@@ -162,7 +162,7 @@ def test_one_run_with_a_borrowed_spread_covers_the_truth(repeats):
         of_rows = [run.mean() - half, run.mean() + half]
         means = [other.mean() for other in other_runs]
         borrowed, rows = (intervals.interval_of_mean([run.mean()], None, [of_rows], of) for of in (means, ()))
-        assert borrowed and rows and rows.origin is Origin.ROWS
+        assert borrowed and rows and rows.method == "rows only"
         covered += borrowed.low <= 0 <= borrowed.high
         alone += rows.low <= 0 <= rows.high
     assert 0.93 <= covered / STUDIES <= 0.97
@@ -181,17 +181,12 @@ def test_the_mean_squares_are_those_of_a_two_way_layout():
 @pytest.mark.parametrize(
     ("interval", "words", "covers_seeds"),
     [
-        pytest.param(Interval(0, 1, Origin.ROWS), "rows only", False, id="rows"),
-        pytest.param(Interval(0, 1, Origin.ROWS_AND_RUNS, 2), "rows and 2 runs", True, id="runs"),
+        pytest.param(Interval(0, 1), "rows only", False, id="rows"),
+        pytest.param(Interval(0, 1, runs=2), "rows and 2 runs", True, id="runs"),
+        pytest.param(Interval(0, 1, runs=2, one_seed=True), "rows and 2 runs of one seed", False, id="one seed"),
         pytest.param(
-            Interval(0, 1, Origin.ROWS_AND_RUNS, 2, one_seed=True),
-            "rows and 2 runs of one seed",
-            False,
-            id="one seed",
-        ),
-        pytest.param(
-            Interval(0, 1, Origin.BORROWED_SPREAD, repeats=(48.0, 48.2, 49.14)),
-            "rows, and a borrowed spread of 0.61 from 3 repeats, 48 to 49.14",
+            Interval(0, 1, repeats=(48.0, 48.2, 49.14)),
+            "rows and a borrowed spread of 0.61 from 3 repeats, 48 to 49.14",
             False,
             id="borrowed",
         ),
@@ -205,18 +200,18 @@ def test_an_interval_says_which_variation_it_covers(interval, words, covers_seed
 def test_an_interval_covers_rows_runs_or_a_borrowed_spread():
     rows = [[1.0, 2.0, 3.0], [1.5, 2.0, 3.5]]
     two = intervals.interval_of_mean([2.0, 2.33], rows)
-    assert (two.origin, two.runs) == (Origin.ROWS_AND_RUNS, 2)
+    assert two.method == "rows and 2 runs"
     repeats = [47.84, 48.22, 49.05]
     for scores in ([5.0], [5.0, 5.0], [5.0, 5.3, 5.1]):
         assert intervals.interval_of_mean(scores, None) is intervals.interval_of_mean(scores, None, (), repeats) is None
     equal = intervals.interval_of_mean([5.0, 5.0], None, [[4.5, 5.6], [4.75, 5.5]])
     assert [equal.low, equal.high] == pytest.approx([4.5, 5.6])
-    assert (equal.origin, equal.runs) == (Origin.ROWS_AND_RUNS, 2)
+    assert equal.method == "rows and 2 runs"
     alone = intervals.interval_of_mean([5.0], None, [[4.5, 5.6]])
     assert [alone.low, alone.high] == pytest.approx([4.5, 5.6])
-    assert alone.origin is Origin.ROWS
+    assert alone.method == "rows only"
     borrowed = intervals.interval_of_mean([48.0], None, [[45.0, 50.0]], repeats)
-    assert borrowed.origin is Origin.BORROWED_SPREAD
+    assert borrowed.over_rows
     assert borrowed.repeats == tuple(repeats)
     assert borrowed.low < 45
     assert borrowed.high > 50

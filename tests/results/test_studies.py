@@ -11,7 +11,7 @@ from small_study import PLAIN, WIDE, row_of
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.data import studies
 from qlora_recipes.data.published import TRAIN_LOSS, PublishedScore, read_points
-from qlora_recipes.evaluate.intervals import Interval, Origin
+from qlora_recipes.evaluate.intervals import Interval
 from qlora_recipes.results import compare, listing, study_tables, verdict
 from qlora_recipes.results.compare import CurveGap
 from qlora_recipes.results.run_result import RunResult
@@ -42,7 +42,7 @@ LLAMA_2 = "haider2024/llama-2-7b"
     ],
 )
 def test_a_published_spread_widens_what_is_within(ours, interval, published, spread, tolerance, expected):
-    of_ours = Interval(*interval, Origin.ROWS) if interval else None
+    of_ours = Interval(*interval) if interval else None
     assert verdict.verdict(ours, of_ours, PublishedScore(value=published, spread=spread), tolerance) == expected
 
 
