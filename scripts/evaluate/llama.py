@@ -25,13 +25,13 @@ from pydantic import BaseModel, Field, ValidationError
 from ..base.errors import UserError, WorkFailed
 from ..base.files import parse_json
 from ..base.terminal import Bar, say
-from .scores_file import Distance, ServedFile, sampled, until_end
+from .scores_file import Distance, Example, ServedFile, sampled, until_end
 from .server import RETRIES, Api, Server, api_at, cause
 
 if TYPE_CHECKING:
     import torch
 
-    from .prompter import Example, Prompter  # imports torch and Axolotl, which `served_file` does not need
+    from .prompter import Prompter  # imports torch and Axolotl, which `served_file` does not need
     from .transformers_engine import Reference
 
 COMPARED_TOKENS = 32  # maximum number of tokens per row, from the start of its answer; each is a request
@@ -125,14 +125,14 @@ class LlamaServer(Server):
 
     def tokens_of(self, content: bytes) -> list[int]:
         """Implement `Server.tokens_of`; the server takes no stop tokens, so an answer can go on behind its end."""
-        return until_end([token.id for token in _answer_of(content)], self.prompter.ends)
+        return until_end([token.id for token in _answer_of(content)], self.ends)
 
-    def check(self, examples: Sequence["Example"], reference_runs_here: bool) -> Distance | None:
+    def check(self, examples: Sequence[Example], reference_runs_here: bool) -> Distance | None:
         """Implement `Engine.check`."""
         self.require_tokens(examples)
         return self.distance(examples) if reference_runs_here else None
 
-    def require_tokens(self, examples: Sequence["Example"]) -> None:
+    def require_tokens(self, examples: Sequence[Example]) -> None:
         """Compare end tokens and prompts with the training's, before any answer is generated.
 
         Raises:
@@ -143,7 +143,7 @@ class LlamaServer(Server):
         with self._failures():
             asyncio.run(self._require_tokens(examples))
 
-    async def _require_tokens(self, examples: Sequence["Example"]) -> None:
+    async def _require_tokens(self, examples: Sequence[Example]) -> None:
         compared = 0
         async with _root(self.api) as root:
             self._require_context(await _props(root), examples)
@@ -159,7 +159,7 @@ class LlamaServer(Server):
             about += "; its chat template was not compared, because the run did not train on chats"
         say(about)
 
-    def _require_context(self, props: dict[str, Any], examples: Sequence["Example"]) -> None:
+    def _require_context(self, props: dict[str, Any], examples: Sequence[Example]) -> None:
         longest = max(len(example.prompt) for example in examples) + self.settings.decoding.max_new_tokens
         context, slots = props["default_generation_settings"]["n_ctx"], props["total_slots"]
         if context < longest:
@@ -180,7 +180,7 @@ class LlamaServer(Server):
                     "export it again, with the tokenizer in the run's folder"
                 )
 
-    async def _served_prompt(self, root: openai.AsyncOpenAI, example: "Example") -> list[int] | None:
+    async def _served_prompt(self, root: openai.AsyncOpenAI, example: Example) -> list[int] | None:
         """Tokens that the server makes of a row's prompt; None if no text has the training's tokens."""
         from ..training.tokens import text_of
 
@@ -212,7 +212,7 @@ class LlamaServer(Server):
         pieces = self.tokenizer.convert_ids_to_tokens(shown)
         return ", ".join(f"{token} {piece!r}" for token, piece in zip(shown, pieces, strict=True))
 
-    def distance(self, examples: Sequence["Example"]) -> Distance:
+    def distance(self, examples: Sequence[Example]) -> Distance:
         """Distance of the file from the trained model, which is loaded here; log it.
 
         Raises:
@@ -240,7 +240,7 @@ class LlamaServer(Server):
             )
         return distance
 
-    async def _forced_rows(self, examples: Sequence["Example"]) -> list[list[_Token]]:
+    async def _forced_rows(self, examples: Sequence[Example]) -> list[list[_Token]]:
         """Answers that the server is forced to give, one at a time in each of its slots, which caches the prompt."""
         rows: list[list[_Token]] = []
         async with _root(self.api) as root:
@@ -252,7 +252,7 @@ class LlamaServer(Server):
                     bar.update(len(rows))
         return rows
 
-    async def _forced_row(self, root: openai.AsyncOpenAI, example: "Example", slot: int) -> list[_Token]:
+    async def _forced_row(self, root: openai.AsyncOpenAI, example: Example, slot: int) -> list[_Token]:
         tokens: list[_Token] = []
         for i, token in enumerate(example.answer[:COMPARED_TOKENS]):
             prompt = [*example.prompt, *example.answer[:i]]
@@ -295,7 +295,7 @@ def _answer_of(content: bytes) -> list[_Token]:
     return _Response.model_validate_json(content).choices[0].logprobs.content
 
 
-def compare(reference: "Reference", examples: Sequence["Example"], rows: Sequence[list[_Token]]) -> Distance:
+def compare(reference: "Reference", examples: Sequence[Example], rows: Sequence[list[_Token]]) -> Distance:
     """Compare a file's log-probabilities of reference answers with those of the trained model.
 
     Args:
@@ -327,7 +327,7 @@ def compare(reference: "Reference", examples: Sequence["Example"], rows: Sequenc
     )
 
 
-def _probabilities(reference: "Reference", example: "Example", row: Sequence[_Token]) -> "torch.Tensor":
+def _probabilities(reference: "Reference", example: Example, row: Sequence[_Token]) -> "torch.Tensor":
     """Log-probabilities by the reference at each token that the server was forced to give."""
     return reference.log_probabilities(example.prompt, [token.id for token in row])
 

@@ -221,7 +221,7 @@ def _generate(
 
     A prediction is marked as cut if it reaches the limit of new tokens and does not end with an end token.
     """
-    most, ends = engine.settings.decoding.max_new_tokens, engine.prompter.ends
+    most, ends = engine.settings.decoding.max_new_tokens, engine.ends
     with Bar("evaluating", len(rows), len(done)) as bar, naming(part), opened(part, "ab") as stream:
         stream.write(settings_line(engine.settings))
         try:

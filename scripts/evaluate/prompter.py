@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,24 +26,7 @@ from ..training.tokens import (
     tokenize,
 )
 from .evaluation_rows import EvaluationRow
-from .scores_file import Completion, EvaluationSettings
-
-
-@dataclass
-class Example:
-    """Prompt and expected answer of a test row.
-
-    Attributes:
-        prompt: tokens of the prompt.
-        reference: text of the answer.
-        answer: tokens of the answer, with the token that ends it if training puts loss on it.
-        messages: messages of the prompt, with `role` and `content`; None if the row is no chat, or calls tools.
-    """
-
-    prompt: list[int]
-    reference: str
-    answer: list[int]
-    messages: list[Row] | None = None
+from .scores_file import Completion, EvaluationSettings, Example
 
 
 class Prompter:

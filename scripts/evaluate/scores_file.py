@@ -8,7 +8,7 @@ from functools import cached_property
 from heapq import nsmallest
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import orjson
 from pydantic import BaseModel, Field, TypeAdapter, field_validator
@@ -20,9 +20,6 @@ from ..data.studies import Decoding
 from ..metrics import registry
 from ..metrics.metric import Column, ScoreRecord
 from ..training.run_record import FileState, RecordVersion, Run
-
-if TYPE_CHECKING:
-    from .prompter import Example, Prompter  # imports torch and Axolotl, which `recipe results` does not need
 
 VERSION = 4
 """Version of scores.json and of the scoring code.
@@ -112,6 +109,23 @@ class Distance(BaseModel):
     def losses(self) -> str:
         """Losses of the adapter, of the merged weights and of the file."""
         return f"{self.trained_loss:.3f} → {self.merged_loss:.3f} → {self.loss:.3f}"
+
+
+@dataclass
+class Example:
+    """Prompt and expected answer of a test row.
+
+    Attributes:
+        prompt: tokens of the prompt.
+        reference: text of the answer.
+        answer: tokens of the answer, with the token that ends it if training puts loss on it.
+        messages: messages of the prompt, with `role` and `content`; None if the row is no chat, or calls tools.
+    """
+
+    prompt: list[int]
+    reference: str
+    answer: list[int]
+    messages: list[Row] | None = None
 
 
 @dataclass(frozen=True)
@@ -283,14 +297,14 @@ class Engine(Protocol):
     """Loaded model of a run, ready to answer.
 
     Attributes:
-        prompter: prompter of the run.
+        ends: tokens that end an answer.
         settings: decoding and other settings, read at each call of `generate`.
     """
 
-    prompter: "Prompter"
+    ends: list[int]
     settings: EvaluationSettings
 
-    def check(self, examples: Sequence["Example"], reference_runs_here: bool) -> Distance | None:
+    def check(self, examples: Sequence[Example], reference_runs_here: bool) -> Distance | None:
         """Check tokens and log-probabilities of the engine's own file before it answers, if it has one.
 
         Returns:

@@ -180,6 +180,7 @@ class Server(Engine):
 
     def __init__(self, prompter: "Prompter", api: Api, model: str, at_once: int):
         self.prompter = prompter
+        self.ends = prompter.ends
         self.settings = prompter.settings
         self.tokenizer = prompter.tokenizer
         self.api = api
@@ -234,7 +235,7 @@ class Server(Engine):
     def options(self, i: int) -> dict[str, object]:
         """Options of the request for a prompt, in addition to OpenAI's."""
         decoding = self.settings.decoding
-        options: dict[str, object] = {"stop_token_ids": self.prompter.ends, "return_token_ids": True}
+        options: dict[str, object] = {"stop_token_ids": self.ends, "return_token_ids": True}
         options["repetition_penalty"] = 1.0
         if not decoding.do_sample:
             return options | {"temperature": 0}

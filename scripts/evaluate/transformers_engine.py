@@ -54,6 +54,7 @@ class Reference(Engine):
         self.prompter = prompter
         settings = prompter.settings
         self.settings = settings
+        self.ends = prompter.ends
         self.tokenizer = prompter.tokenizer
         self.model = base_model(prompter, getattr(torch, settings.dtype), prompter.quantization)
         self.device = self.model.device
@@ -62,7 +63,7 @@ class Reference(Engine):
         if is_small and _computes_in(prompter.quantization, dtype):
             self.model = self.model.dequantize(dtype=dtype)
         # The model's published config would change the decoding. The harness ends answers by this config.
-        self.model.generation_config = GenerationConfig(eos_token_id=prompter.ends)
+        self.model.generation_config = GenerationConfig(eos_token_id=self.ends)
         self._add_adapter()
         fits_batches_to_memory = (is_small or self.device.type == "cuda") and not settings.decoding.do_sample
         if settings.batch_tokens is None and fits_batches_to_memory:  # a resumed evaluation keeps its batches
@@ -93,7 +94,7 @@ class Reference(Engine):
             max_new_tokens=decoding.max_new_tokens,
             num_beams=decoding.num_beams,
             do_sample=decoding.do_sample,
-            eos_token_id=self.prompter.ends,
+            eos_token_id=self.ends,
             pad_token_id=self.tokenizer.pad_token_id,
             **sampling,
         )
@@ -168,7 +169,7 @@ class Reference(Engine):
         set_seed(self.settings.decoding.seed + number)
         output = self.model.generate(**batch, generation_config=self.decoding())
         answers = output[:, batch["input_ids"].shape[1] :].tolist()
-        return [until_end(answer, self.prompter.ends) for answer in answers]
+        return [until_end(answer, self.ends) for answer in answers]
 
     @torch.inference_mode()
     def log_probabilities(self, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:

@@ -23,7 +23,7 @@ class Changed(Engine):
 
     def __init__(self, reference: Any, change: Any = lambda answer: answer, rows: int = 10**6):
         self.reference, self.change, self.left = reference, change, rows
-        self.prompter = reference.prompter
+        self.ends = reference.ends
         self.settings = self.settings.model_copy(update={"engine": "server"})
 
     @property
