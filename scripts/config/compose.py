@@ -269,7 +269,7 @@ class _Composition:
         return adapted(fragment, self.config, incompatible)
 
     def _rehearsal_changes(self, fragment: Config) -> Config:
-        """Return the rehearsal profile's changes, except its keys for the sample; store those in `sample`."""
+        """Changes of the rehearsal profile; its keys about the shipped sample go to `sample` instead."""
         from ..data.prepare import default_sample  # only a rehearsal needs what prepares rows
 
         folders = {"stand_in": str(substitution.folder()), "sample": str(default_sample())}

@@ -169,7 +169,7 @@ def _token_bound(file: Path) -> int:
 
 
 def _sampled(datasets: list[DatasetRef], default: list[Config]) -> list[Config]:
-    """Data sets with rows of their studies' samples; `default` if a study has no sample, or without data sets."""
+    """Data sets with the samples of their studies as rows; `default` if one has no sample, or there are none."""
     from ..data.prepare import twin
 
     entries = []

@@ -132,7 +132,10 @@ class Study(Strict):
         return []
 
     def cell(self, recipe: str, changes: Mapping[str, Any]) -> Cell | None:
-        """First published grid point that matches a recipe's settings with changes, and has every changed key."""
+        """Published cell for a recipe with changed settings.
+
+        Its values must be those of the changed recipe, and cover every change.
+        """
         published = self.published.get(self.origin(recipe))
         if published is None or not published.cells:
             return None

@@ -295,7 +295,7 @@ def outdated(former: Evaluation, task: EvaluationTask, models: ScorerModels) -> 
         return "another test set"
     for name, model in models.items():
         record = model_record(task.columns[name], former.scores)
-        # earlier scores remain valid without their model, unless --metric names another model, or none
+        # without the model on this machine, its earlier scores still count; not if --metric asks for another
         if (model or task.request.scorer) and not is_recorded(model, record):
             return "another scorer model"
     for name, column in computable(task.columns, models).items():
@@ -445,12 +445,13 @@ def _scored(
 
 
 def _make_room(task: EvaluationTask) -> None:
-    """Keep predictions that are not stale, unless they are the first of the requested ones.
+    """Make room for new predictions without losing old ones.
 
-    Those of another decoding move to the folder of their settings, such as after another --max-new-tokens.
+    Stale predictions may be replaced, and a larger --limit continues those of a smaller one. Predictions with another
+    decoding, such as another --max-new-tokens, move to the folder of their settings.
 
     Raises:
-        UserError: existing predictions have other settings, more rows or another engine.
+        UserError: existing predictions have other settings, more rows or another engine; the user has to move them.
     """
     evaluation, settings = read_scores(task.where), task.settings
     if evaluation is None or evaluation.settings.rows == 0:

@@ -203,7 +203,7 @@ def interval_of_mean(
 def interval_on_fixed_rows(scores: Sequence[float], repeats: Sequence[float] = ()) -> Interval | None:
     """95 % interval of the mean score of repeated runs on the same rows, by Student's t.
 
-    None if no spread is known. Equal scores tell none: a spread below their last digit, or runs without randomness.
+    None if the spread between runs is unknown. Equal scores do not show it: they may be rounded, or not random.
 
     Args:
         scores: score of each run.

@@ -40,7 +40,7 @@ ORIGIN = ("batch_tokens", "engine", "model", "agreement", "distance")
 
 
 class Agreement(BaseModel):
-    """Agreement of an engine with the reference engine.
+    """Agreement of an engine with the reference engine, transformers.
 
     Attributes:
         rows: number of compared rows.

@@ -130,7 +130,7 @@ class PlannedLog:
     def _rates(self) -> Iterator[Compared]:
         """Learning rates of a schedule with the log's number of steps, and of one with the planned number.
 
-        For each schedule, the rates after the step after which they differ most.
+        Each is a row with the planned and the published rate after the step where the two differ most.
         """
         if not self.points:
             return
@@ -149,7 +149,7 @@ class PlannedLog:
 
 
 Rate = Callable[[int], float]
-"""Learning rate after a number of optimizer steps. Today's trainer logs the rate of a step, after one step fewer."""
+"""Learning rate after a number of optimizer steps. transformers 5 logs for a step the rate after the step before."""
 
 
 def learning_rate(config: Config, steps: int) -> Rate | None:

@@ -205,9 +205,9 @@ def per_gpu(step_plan: StepPlan, gpus: int) -> dict[str, float]:
     DDP keeps a second copy of the gradients in buckets.
 
     DeepSpeed's ZeRO (arXiv 1910.02054) holds trained weights and gradients in 16 bits, or without mixed precision in
-    fp32. The optimizer gets large partitions of a copy in fp32, so that bitsandbytes keeps no state in fp32, neither
-    for embeddings nor for small tensors. Stage 1 shards this copy and the state, stage 2 also the gradients, stage 3
-    also all weights.
+    fp32. The optimizer works on large partitions of a copy in fp32. So bitsandbytes' 8-bit state has no exceptions in
+    fp32, which it otherwise makes for embeddings and small tensors. Stage 1 shards this copy and the state, stage 2
+    also the gradients, stage 3 also all weights.
 
     FSDP shards everything. Axolotl's fsdp2_prepare_model keeps the dtype of trained weights, and Adam's state has the
     same dtype; bitsandbytes' optimizers do not work. Under QLoRA, embeddings and head are in fp32

@@ -126,7 +126,7 @@ def published(composed: Composed) -> Lengths | None:
 
 
 def _declared_model(composed: Composed) -> str | None:
-    """Base model with whose tokenizer the recipe's tokens were counted; None if a changed setting changes the count."""
+    """Base model under which study.yaml states the recipe's tokens; None if a changed setting changes their number."""
     name = composed.config["base_model"]
     changed = {change.key: change for change in composed.from_origin if _DECIDES_TOKENS.match(change.key)}
     model = changed.get("base_model")

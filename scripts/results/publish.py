@@ -128,7 +128,7 @@ def _merge(result: RunResult) -> Path:
 
 
 def _made(folder: Path, source: str, names: Sequence[str], make: Callable[[Path], object]) -> Path:
-    """Folder of a model's files, made unless it was made from the same source.
+    """Folder of a model's files; made again unless it already holds those of this source.
 
     Args:
         folder: the folder; its file `MADE_FROM` holds the source.

@@ -137,8 +137,8 @@ def scored_runs(column: Column, results: Sequence[RunResult]) -> list[ScoredRun]
 def mean_score(name: str, scored: Sequence[ScoredRun]) -> MeanScore:
     """Mean score of some runs of one recipe by a metric, with an interval.
 
-    The eval loss of runs on the same tokens varies by run only. Otherwise, there is no interval if a run has none over
-    its rows. The spread of published repeats counts only for a single run.
+    The interval of an eval loss covers the noise between runs only, because all were scored on the same tokens. That of
+    other metrics needs each run's interval over its rows. A single run borrows the spread of published repeats.
     """
     if not scored:
         return MeanScore(None, None)

@@ -191,10 +191,10 @@ def _compare_losses(table: Sequence[SweepRow]) -> None:
 
 
 def _pareto_front(costs: Collection[Costs]) -> list[Costs]:
-    """Costs for which no others are at most as high in both values."""
+    """Pareto front: costs that no other costs undercut or equal in both values."""
     front: list[Costs] = []
     for memory, loss in sorted(costs):
-        if not front or loss < front[-1][1]:  # no costs with less memory have so low a loss
+        if not front or loss < front[-1][1]:  # sorted by memory, so the loss must be lower than all before
             front.append((memory, loss))
     return front
 

@@ -64,9 +64,10 @@ def compose_and_check(request: Request, backend: Backend) -> Composed:
 
 
 def _rows_are_soon_tokenized(composed: Composed, backend: Backend) -> bool:
-    """True if Axolotl reports errors in rows soon after the start: in rehearsals and CPU training on this machine.
+    """True if training tokenizes the rows soon after its start, and so reports their errors without a check.
 
-    Otherwise it reports them after a wait in the queue, or after loading the model; with packed rows, it takes longer.
+    That is so for rehearsals and CPU training on this machine. Elsewhere, the queue or the loading of the model comes
+    first, and packing takes long.
     """
     if not backend.here or composed.config.get("sample_packing"):
         return False

@@ -42,7 +42,7 @@ def check_verb(
     ] = None,
     data: Annotated[
         bool,
-        typer.Option("--data", help="Also read every row, and tokenize it if the tokenizer is local."),
+        typer.Option("--data", help="Also read every row; tokenize it if the tokenizer is on disk."),
     ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out Axolotl's own validation (3 s).")] = False,
     show_tokens: Annotated[

@@ -37,7 +37,7 @@ Adapter = Annotated[
     str | None,
     typer.Option(
         metavar="DIR|HUB ID|none",
-        help="Evaluate another adapter (none: base model), of RUN or an untrained recipe.",
+        help="Use this adapter (none: base model); RUN may then be a recipe.",
     ),
 ]
 EngineName = Annotated[
@@ -128,7 +128,9 @@ def score_verb(
         str,
         typer.Option(metavar="FIELD", help="The field with the prediction; use dots for nested fields (answer.text)."),
     ] = "prediction",
-    reference_field: Annotated[str, typer.Option(metavar="FIELD", help="The field with the reference.")] = "reference",
+    reference_field: Annotated[
+        str, typer.Option(metavar="FIELD", help="The field with the expected answer.")
+    ] = "reference",
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write each row with its scores to a JSONL file.")
     ] = None,

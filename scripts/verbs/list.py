@@ -201,12 +201,12 @@ def new_verb(
             metavar="BASE",
             callback=full_name,
             autocompletion=complete_recipes,
-            help="Recipe, YAML file of any Axolotl, or model card to start from.",
+            help="Start from a recipe, Axolotl config of any release, or model card.",
         ),
     ] = "start/qlora",
     axolotl: Annotated[
         str | None,
-        typer.Option(metavar="VERSION", help="Axolotl's release of the file; default: the card's, or a guess."),
+        typer.Option(metavar="VERSION", help="Axolotl release of the file; default: as its card says, or guessed."),
     ] = None,
     model: Annotated[
         str | None,
@@ -221,12 +221,12 @@ def new_verb(
         typer.Option(
             parser=columns_by_field,
             metavar="FIELD=COLUMN",
-            help="With --data: fields of columns, as in question=Frage,answer=Antwort.",
+            help="With --data: your column for each field, as in question=Frage,answer=Antwort.",
         ),
     ] = None,
     type_: Annotated[
         Literal["chat", "plain"] | None,
-        typer.Option("--type", help="With --data: the prompts; default: chat for an instruct model."),
+        typer.Option("--type", help="With --data: train on chats or plain prompts; default: by the model."),
     ] = None,
     set_: Overrides,
 ) -> None:

@@ -221,7 +221,7 @@ Metrics = Annotated[
     repeatable_option(
         "--metric",
         metavar="NAME",
-        help="Compute this metric besides the study's, or instead of the defaults. Repeatable.",
+        help="Also compute this metric; without a study, only the named ones. Repeatable.",
     ),
 ]
 BatchSize = Annotated[
@@ -249,7 +249,7 @@ RehearsalsOfStudy = Annotated[
 ]
 DecodingName = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Decode with the study's settings called NAME; scores get their own column."),
+    typer.Option(metavar="NAME", help="Use the decoding that study.yaml calls NAME; scores get their own column."),
 ]
 
 

@@ -40,7 +40,7 @@ def plan_verb(
         ),
     ],
     gpu_count: Annotated[int, typer.Option("--gpus", metavar="N", min=1, help="Number of GPUs to train on.")] = 1,
-    data: Annotated[bool, typer.Option("--data", help="Also tokenize all rows, to count those trained on.")] = False,
+    data: Annotated[bool, typer.Option("--data", help="Also tokenize all rows, to count their tokens.")] = False,
     force: Force,
     json: Json = False,
 ) -> None:

@@ -42,7 +42,7 @@ def results_verb(
         typer.Option(
             metavar="RUN|STUDY",
             autocompletion=complete_runs,
-            help="Record the scores of a run, or of a study's published predictions.",
+            help="Write a record of a run, or of a study's published predictions.",
         ),
     ] = None,
     json: Json = False,

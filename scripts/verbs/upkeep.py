@@ -68,7 +68,7 @@ def study_new_verb(
         ),
     ] = None,
 ) -> None:
-    """Create a runnable starter study, or a model card's, under recipes/ and templates/."""
+    """Write a study to start from, or one for a model card, into recipes/ and templates/."""
     from ..writing import render
 
     refuse_together({"--model": model, "--from": from_})
