@@ -37,6 +37,7 @@ ON_CPU = {
     "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
 }
 _ENDS = "embed|lm_head"  # embedding and head can share a tensor; merging LoRA into either changes both
+_NOT_SERVED = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias")
 _PLAIN = (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
 
@@ -78,17 +79,14 @@ def for_cpu() -> bool:
 def _obstacle(adapter: Path) -> str | None:
     """Reason why vLLM cannot serve an adapter; None if it can."""
     config = read_json(adapter / "adapter_config.json")
-    if config.get("use_dora"):
-        return "whose weights are decomposed (DoRA)"
-    if config.get("modules_to_save"):
-        return "which holds complete layers (modules_to_save)"
-    if config.get("trainable_token_indices"):
-        return "which holds embeddings of single tokens"
+    for key in _NOT_SERVED:
+        if config.get(key):
+            return f"whose adapter_config.json has {key}"
     if embedding_rows(adapter / ADAPTER):
         return "which holds an embedding for added tokens"
     if config.get("peft_type") != "LORA":
         return "which is not a LoRA adapter"
-    if config.get("bias", "none") != "none" or config.get("lora_bias"):
+    if config.get("bias", "none") != "none":
         return "which has biases"
     if config.get("init_lora_weights", True) not in _PLAIN:
         return "which changes the base model's weights"

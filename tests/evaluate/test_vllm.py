@@ -144,11 +144,8 @@ def test_the_served_weights_are_those_that_the_reference_computes_with(run):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        pytest.param({"use_dora": True}, "whose weights are decomposed (DoRA)", id="DoRA"),
-        pytest.param(
-            {"modules_to_save": ["lm_head"]}, "which holds complete layers (modules_to_save)", id="complete layers"
-        ),
-        pytest.param({"trainable_token_indices": [3]}, "which holds embeddings of single tokens", id="tokens"),
+        pytest.param({"use_dora": True}, "whose adapter_config.json has use_dora", id="DoRA"),
+        pytest.param({"lora_bias": True}, "whose adapter_config.json has lora_bias", id="LoRA with biases"),
         pytest.param({"peft_type": "IA3"}, "which is not a LoRA adapter", id="not LoRA"),
         pytest.param({"bias": "all"}, "which has biases", id="biases"),
         pytest.param({"init_lora_weights": "pissa"}, "which changes the base model's weights", id="base weights"),
