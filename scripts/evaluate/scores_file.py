@@ -408,12 +408,8 @@ class Scores(BaseModel):
 
     def flat(self) -> Row:
         """Scores, intervals, details and shares side by side, as `--json` prints them."""
-        values: Row = {}
-        intervals: Row = {}
-        for name, record in self.scores.items():
-            values[name] = record.value
-            if record.interval or self.columns[name].metric.estimates_interval:
-                intervals[name] = record.interval and [*record.interval]
+        values = {name: record.value for name, record in self.scores.items()}
+        intervals = {name: record.interval and [*record.interval] for name, record in self.scores.items()}
         flat = {"rows": self.shares.rows, "intervals": intervals, **values, **self.details}
         flat |= self.shares.model_dump(exclude={"rows"}, exclude_none=True)
         flat["metrics"] = {name: record.declaration for name, record in self.scores.items()}

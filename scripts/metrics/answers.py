@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal, DecimalException
 from statistics import fmean, pvariance
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -206,8 +206,6 @@ class GroupParameters(Parameters):
 @dataclass(frozen=True, kw_only=True)
 class GroupMetric(Metric):
     """Unweighted mean over groups of another column's mean row scores."""
-
-    estimates_interval: ClassVar[bool] = True
 
     def measure(self, column: Column, data: ScoringInput) -> ScoreRecord:
         parameters = column.parameters

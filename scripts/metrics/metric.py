@@ -178,7 +178,6 @@ class Metric(ABC):
         higher_is_better: True if higher values are better.
         parameters: class of the parameters.
         scope: scored unit, for titles; may be empty.
-        estimates_interval: True if the metric estimates an interval, unless there are too few rows.
     """
 
     name: str
@@ -191,7 +190,6 @@ class Metric(ABC):
     higher_is_better: bool = True
     parameters: type[Parameters] = Parameters
     scope: ClassVar[str] = ""
-    estimates_interval: ClassVar[bool] = False
 
     @abstractmethod
     def measure(self, column: "Column", data: ScoringInput) -> ScoreRecord:
@@ -220,7 +218,6 @@ class RowMetric(Metric):
     notes: Callable[[Sequence[Pair], Any], list[str]] = no_notes
     all_or_nothing: bool = False
     scope: ClassVar[str] = "mean over rows"
-    estimates_interval: ClassVar[bool] = True
 
     def measure(self, column: "Column", data: ScoringInput) -> ScoreRecord:
         values = [row[column.name] for row in data.rows]
