@@ -215,25 +215,14 @@ class GroupMetric(Metric):
         groups: dict[str, list[float]] = {}
         for row in data.rows:
             groups.setdefault(str(row.get("group")), []).append(row[parameters.of])
-        missing = sorted(_required_groups(parameters, data) - groups.keys())
+        required = {*data.groups} if parameters.group is None else {parameters.group}
+        missing = sorted(required - groups.keys())
         if missing:
             note = f"no mean, because no row of {', '.join(missing)} was scored"
             return ScoreRecord(value=None, declaration=column.entry, notes=[note])
         scores = [scores for name, scores in groups.items() if parameters.group in (None, name)]
         value, interval = mean_of_groups(scores, averaged)
         return ScoreRecord(value=value, interval=interval, declaration=column.entry)
-
-
-def _required_groups(parameters: GroupParameters, data: ScoringInput) -> set[str]:
-    """Groups that a mean needs: its own, or else those of the data and those that other columns name."""
-    if parameters.group is not None:
-        return {parameters.group}
-    required = {*data.groups}
-    for column in data.columns.values():
-        other = column.parameters
-        if isinstance(other, GroupParameters) and other.of == parameters.of and other.group is not None:
-            required.add(other.group)
-    return required
 
 
 def mean_of_groups(groups: Sequence[Sequence[float]], averaged: RowMetric) -> tuple[float, Bounds | None]:
