@@ -257,6 +257,12 @@ class Data(Strict):
             return self.subsets[test_set].title
         return "the complete test set" if "test" in self.splits else "the rows that the recipes hold out"
 
+    @property
+    def scored_rows(self) -> int | None:
+        """Number of rows behind the published scores, if known."""
+        subset = self.subsets.get(self.test_set)
+        return subset.rows if subset else self.rows_of("test")
+
     def _origin(self, split: str) -> Split:
         """Split whose raw files, fields and filters apply: this one, or the one that its rows are sampled from."""
         declared = self.splits[split]
