@@ -10,16 +10,14 @@ import time
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path, PurePath
 
 import orjson
 import requests
 
-from .. import __version__
 from ..base.errors import UserError, WorkFailed
 from ..base.files import Row, naming, read_json, sha256, write_json
 from ..base.processes import held
@@ -32,7 +30,6 @@ PAUSES = (2, 5, 15, 30, 60)  # seconds before each retry
 CHUNK = 1 << 18  # bytes; a broken connection loses at most one chunk
 MOST_BYTES = 1 << 36  # bytes of a download, if study.yaml does not declare its size
 MOST_RATIO = 100  # times the size of a zip: size of a file in it, if study.yaml does not declare that
-RECORD = "fetched.json"
 DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, UnicodeError)  # errors that zipfile raises
 
 
@@ -40,12 +37,12 @@ class Rejected(Exception):
     """Content that contradicts study.yaml."""
 
 
-def fetch(data: Data, out: Path, wanted: Collection[str]) -> list[Row]:
-    """Fetch missing files of a data set, and record all files in fetched.json.
+def fetch(data: Data, out: Path, wanted: Iterable[str]) -> list[Row]:
+    """Fetch missing files of a data set; existing files are verified, and never replaced.
 
     The next call resumes an interrupted download from <file>.part, or from the hub's cache. A download from a web
-    address is renamed to <file>.rejected if it is damaged or contradicts study.yaml. The files of a source are replaced
-    only after all of them are verified.
+    address is renamed to <file>.rejected if it is damaged or contradicts study.yaml. The files of a source move into
+    place only after all of them are verified.
 
     Args:
         data: the study's data, with the sources.
@@ -64,18 +61,12 @@ def fetch(data: Data, out: Path, wanted: Collection[str]) -> list[Row]:
     _require_users_files(data, out, wanted)
     out.mkdir(parents=True, exist_ok=True)
     with held(out / ".fetch.lock", "another fetch is running"), naming(out):
-        recorded = _recorded(out)
-        rows = _complete(data, out, recorded)
-        missing = [name for name in wanted if name not in rows]
-        for name in missing:
-            _require_replaceable(out, data.sources[name].contents(name), recorded)
-        if not missing:
-            say(f"{out}: all files exist and are unchanged; nothing to fetch")
         for folder in out.glob(".fetching-*"):  # leftovers of a killed process
             shutil.rmtree(folder, ignore_errors=True)
-        for name in missing:
-            _fetch_source(name, data, out, rows)
-    return [row for name in wanted for row in rows[name]]
+        rows: list[Row] = []
+        for name in wanted:
+            rows += _fetch_source(name, data, out)
+    return rows
 
 
 def _require_users_files(data: Data, out: Path, wanted: Iterable[str]) -> None:
@@ -89,51 +80,29 @@ def _require_users_files(data: Data, out: Path, wanted: Iterable[str]) -> None:
                 raise UserError(problem, file=out / file, remedy=f"copy it there, or run {command}")
 
 
-def _complete(data: Data, out: Path, recorded: Mapping[str, str]) -> dict[str, list[Row]]:
-    """Table rows of the files of complete sources, by source."""
-    complete = {}
-    for name, source in data.sources.items():
-        contents = source.contents(name)
-        rows = [_row(file, out / file, facts) for file, facts in contents.items() if (out / file).is_file()]
-        expected = [facts.sha256 or recorded.get(file) for file, facts in contents.items()]
-        if [row["sha256"] for row in rows] == expected or (rows and source.is_own):
-            complete[name] = rows
-    return complete
+def _fetch_source(name: str, data: Data, out: Path) -> list[Row]:
+    """Fetch a source if files of it are missing; return the table rows of its files.
 
-
-def _require_replaceable(out: Path, files: Iterable[str], recorded: Mapping[str, str]) -> None:
-    """Raise UserError for an existing file that an earlier fetch did not write; log files to fetch again."""
-    for file in files:
-        if file not in recorded and (out / file).exists():
-            problem = f"not replaced, because {RECORD} does not list it"
-            raise UserError(problem, file=out / file, remedy="move it away")
-    fetched_before = [file for file in files if file in recorded]
-    if fetched_before:
-        say(f"{out}: fetching changed or incomplete files again: {', '.join(fetched_before)}")
-
-
-def _fetch_source(name: str, data: Data, out: Path, rows: dict[str, list[Row]]) -> None:
-    """Fetch a source, add its table rows to `rows`, record these, and move the files into place."""
-    with tempfile.TemporaryDirectory(dir=out, prefix=".fetching-") as staging:
-        files = _verified_files(name, data, out, Path(staging))
-        rows[name] = [row for row, _ in files]
-        all_rows = list(chain.from_iterable(rows.values()))
-        # before the files move into place: a killed process then leaves only files that the record lists
-        write_json(out / RECORD, {"made_by": f"qlora-recipes {__version__}", "files": all_rows})
-        for row, path in files:
-            (out / row["file"]).parent.mkdir(parents=True, exist_ok=True)
-            path.replace(out / row["file"])
+    Raises:
+        UserError: an existing file differs from study.yaml, or see `fetch`.
+    """
+    source = data.sources[name]
+    contents = source.contents(name)
+    missing = [file for file in contents if not (out / file).exists()]
+    if missing:
+        with tempfile.TemporaryDirectory(dir=out, prefix=".fetching-") as staging:
+            files = _verified_files(name, data, out, Path(staging))
+            for file in missing:
+                (out / file).parent.mkdir(parents=True, exist_ok=True)
+                files[file].replace(out / file)
     part = out / f"{name}.part"
     part.unlink(missing_ok=True)
     _version_file(part).unlink(missing_ok=True)
-
-
-def _recorded(out: Path) -> dict[str, str]:
-    """SHA-256 of each file in fetched.json; nothing from a damaged record."""
-    try:
-        return {row["file"]: row["sha256"] for row in read_json(out / RECORD).get("files", [])}
-    except (KeyError, TypeError):
-        return {}
+    rows = [_row(file, out / file, facts) for file, facts in contents.items()]
+    for row in rows:
+        if row["verified"] is False and not source.is_own:
+            raise UserError("differs from study.yaml", file=out / row["file"], remedy="move it away, and fetch again")
+    return rows
 
 
 def _row(name: str, file: Path, facts: SourceFile) -> Row:
@@ -142,26 +111,23 @@ def _row(name: str, file: Path, facts: SourceFile) -> Row:
     return {"file": name, "bytes": file.stat().st_size, "sha256": digest, "verified": verified}
 
 
-def _verified(name: str, file: Path, facts: SourceFile) -> Row:
-    """Table row of a verified file.
-
-    Raises:
-        Rejected: the size or checksum differs from study.yaml.
-    """
+def _verify(name: str, file: Path, facts: SourceFile) -> None:
+    """Raise Rejected if a file's size or checksum differs from study.yaml."""
     row = _row(name, file, facts)
     for key, expected in (("bytes", facts.bytes), ("sha256", facts.sha256)):
         if expected not in (None, row[key]):
             raise Rejected(f"{name} differs from study.yaml: {key} {expected} expected, {row[key]} found")
-    return row
 
 
-def _verified_files(name: str, data: Data, out: Path, staging: Path) -> list[tuple[Row, Path]]:
-    """Download a source; return table rows of its verified files, with the places where these are."""
+def _verified_files(name: str, data: Data, out: Path, staging: Path) -> dict[str, Path]:
+    """Download a source; return the paths of its verified files, in `staging` or the partial download."""
     source = data.sources[name]
     part = out / f"{name}.part"
     try:
-        paths = _download_source(name, source, part, staging)
-        return [(_verified(file, paths[file], facts), paths[file]) for file, facts in source.contents(name).items()]
+        files = _download_source(name, source, part, staging)
+        for file, facts in source.contents(name).items():
+            _verify(file, files[file], facts)
+        return files
     except (Rejected, RuntimeError, *DAMAGED_ZIP) as error:  # RuntimeError: unknown encryption or compression
         remedy = ""
         if part.exists():
@@ -211,7 +177,7 @@ def _download_from_hub(name: str, source: DataSource, file: Path) -> None:
 
 def _extracted(file: Path, source: DataSource, wanted: Mapping[str, SourceFile], staging: Path) -> dict[str, Path]:
     """Extract wanted files from a zip, by name without folders."""
-    _verified(file.name, file, SourceFile(sha256=source.sha256))
+    _verify(file.name, file, SourceFile(sha256=source.sha256))
     members: defaultdict[str, list[zipfile.ZipInfo]] = defaultdict(list)
     with zipfile.ZipFile(file) as archive:
         for member in archive.infolist():

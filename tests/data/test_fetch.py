@@ -1,6 +1,5 @@
 import hashlib
 import io
-import os
 import random
 import socket
 import stat
@@ -83,7 +82,7 @@ def wanted(out: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in out.glob("msg-*")}
 
 
-def test_the_files_are_put_in_place_and_recorded(tmp_path, server):
+def test_the_files_are_put_in_place_and_verified(tmp_path, server):
     out = tmp_path / "data" / "raw"
     rows = fetch_all(data(server.url), out)
     assert wanted(out) == FILES
@@ -93,8 +92,6 @@ def test_the_files_are_put_in_place_and_recorded(tmp_path, server):
         ("msg-test.jsonl", 400_000, True),
     ]
     assert [row["sha256"] for row in rows] == [digest(content) for content in FILES.values()]
-    record = orjson.loads((out / "fetched.json").read_bytes())
-    assert [{key: file[key] for key in rows[0]} for file in record["files"]] == rows
     assert not list(out.glob("Comment_Generation*"))
 
 
@@ -157,24 +154,30 @@ def test_without_a_network_the_way_by_hand_is_shown(tmp_path, server):
     assert wanted(tmp_path) == {}
 
 
-def test_what_is_there_as_recorded_is_not_fetched_again(tmp_path, server):
+def test_a_complete_source_is_not_fetched_again(tmp_path, server):
     rows = fetch_all(data(server.url), tmp_path)
-    os.utime(tmp_path / UNKNOWN)
     assert fetch_all(data(server.url), tmp_path) == rows
     assert len(server.seen) == 1
     (copied,) = fetch_all(data_of({UNKNOWN: {"sha256": digest(b"other")}}), tmp_path)
     assert copied["verified"] is False
 
 
-@pytest.mark.parametrize("content", [b"short", bytes(400_000), None])
-def test_a_file_that_is_not_as_recorded_is_fetched_again(tmp_path, server, capsys, content):
+def test_a_missing_file_is_fetched_without_replacing_the_others(tmp_path, server):
+    (tmp_path / UNKNOWN).write_text("mine")
+    (tmp_path / "msg-valid.jsonl").write_bytes(FILES["msg-valid.jsonl"])
+    fetch_all(data(server.url), tmp_path)
+    assert wanted(tmp_path) == FILES | {UNKNOWN: b"mine"}
+    assert len(server.seen) == 1
+
+
+def test_a_file_that_differs_from_the_study_is_refused(tmp_path, server):
     fetch_all(data(server.url), tmp_path)
     file = tmp_path / "msg-valid.jsonl"
-    file.write_bytes(content) if content else file.unlink()
-    fetch_all(data(server.url), tmp_path)
-    assert wanted(tmp_path) == FILES
-    assert file.name in capsys.readouterr().err
-    assert len(server.seen) == 2
+    file.write_text("mine")
+    refusal = f"{file}: differs from study.yaml; move it away, and fetch again"
+    assert message(UserError, data(server.url), tmp_path) == refusal
+    assert file.read_text() == "mine"
+    assert len(server.seen) == 1
 
 
 def test_a_wrong_checksum_is_reported_and_puts_the_download_aside(tmp_path, server):
@@ -257,21 +260,20 @@ def test_a_body_without_an_end_is_cut_off(tmp_path, monkeypatch, chunked, source
 
 @pytest.mark.parametrize("moved", [0, 1, 2])
 def test_after_a_kill_while_files_move_into_place_the_same_command_finishes(tmp_path, server, monkeypatch, moved):
-    replace, names = Path.replace, iter([fetching.RECORD, *FILES][: moved + 1])
+    replace, names = Path.replace, iter([*FILES][:moved])
 
     def killed(path: Path, file: Path) -> None:
         if path.parent.name.startswith(".fetching-") and next(names, None) is None:
             raise KeyboardInterrupt
         replace(path, file)
 
-    next(names)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "replace", killed)
         fetch_all(data(server.url), tmp_path)
     assert len([*tmp_path.glob("msg-*")]) == moved
     fetch_all(data(server.url), tmp_path)
     assert wanted(tmp_path) == FILES
-    assert {file.name for file in tmp_path.iterdir()} == {*FILES, "fetched.json", ".fetch.lock"}
+    assert {file.name for file in tmp_path.iterdir()} == {*FILES, ".fetch.lock"}
     assert server.asked_for() == [None]
 
 
@@ -289,7 +291,7 @@ def test_only_wanted_files_of_an_archive_are_extracted(tmp_path, server, member)
     fetch_all(data(server.url), tmp_path / "raw")
     assert wanted(tmp_path / "raw") == FILES
     assert [file.name for file in tmp_path.iterdir()] == ["raw"]
-    assert {file.name for file in (tmp_path / "raw").iterdir()} == {*FILES, "fetched.json", ".fetch.lock"}
+    assert {file.name for file in (tmp_path / "raw").iterdir()} == {*FILES, ".fetch.lock"}
 
 
 @contextmanager
@@ -365,22 +367,6 @@ def test_a_damaged_record_of_a_partial_download_starts_over(tmp_path, server, ch
     fetch_all(data(server.url), tmp_path)
     assert wanted(tmp_path) == FILES
     assert server.asked_for() == [None]
-
-
-@pytest.mark.parametrize("damaged", ["[]", '{"files": 3}', '{"files": [{}]}'])
-def test_a_damaged_record_of_fetched_files_lists_none(tmp_path, server, damaged):
-    (tmp_path / "fetched.json").write_text(damaged)
-    fetch_all(data(server.url), tmp_path)
-    assert wanted(tmp_path) == FILES
-
-
-def test_a_file_that_was_not_fetched_is_not_replaced(tmp_path, server):
-    (tmp_path / UNKNOWN).write_text("mine")
-    assert message(UserError, data(server.url), tmp_path) == (
-        f"{tmp_path / UNKNOWN}: not replaced, because fetched.json does not list it; move it away"
-    )
-    assert (tmp_path / UNKNOWN).read_text() == "mine"
-    assert server.seen == []
 
 
 def test_a_signed_address_is_used_but_neither_stored_nor_shown(tmp_path, server, capsys):

@@ -40,7 +40,7 @@ def test_a_plain_file_is_kept_as_it_is_and_verified(tmp_path, server):
     rows = fetch_all(data_of({"train.jsonl": plain(server.url)}), tmp_path)
     assert (tmp_path / "train.jsonl").read_bytes() == TRAIN
     assert rows == [{"file": "train.jsonl", "bytes": len(TRAIN), "sha256": digest(TRAIN), "verified": True}]
-    assert sorted(file.name for file in tmp_path.iterdir()) == [".fetch.lock", "fetched.json", "train.jsonl"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".fetch.lock", "train.jsonl"]
 
 
 def test_a_file_put_in_place_by_hand_is_verified_and_not_fetched(tmp_path):
@@ -73,7 +73,7 @@ def test_a_source_that_is_rejected_leaves_those_before_it_in_place(tmp_path, ser
     rows = fetch_all(several(server.url), tmp_path)
     assert [row["file"] for row in rows] == ["train.jsonl", "more/test.jsonl"]
     assert (tmp_path / "more" / "test.jsonl").read_bytes() == b"test"
-    assert len([path for path in server.paths if "rows.zip" in path]) == 1  # it is there, as recorded
+    assert len([path for path in server.paths if "rows.zip" in path]) == 1  # it is there
 
 
 MATHS = [{"query": f"{i}+1?", "response": str(i + 1), "parts": [i]} for i in range(2500)]

@@ -362,7 +362,7 @@ def test_data_is_fetched_without_what_authors_published_unless_that_is_named(rec
         for file in rows:
             archive.write(file, file.name)
     server.files["rows.zip"] = packed.read_bytes()
-    names = {file.name for file in rows} | {"fetched.json", ".fetch.lock"}
+    names = {file.name for file in rows} | {".fetch.lock"}
     folder = tmp_path / "data" / "reviews-raw"
     recipe.ok("data", "fetch", "reviews")
     assert {file.name for file in folder.iterdir()} == names
