@@ -310,17 +310,19 @@ def answering(answer: bytes) -> Iterator[tuple[str, list[bytes]]]:
 
         thread = threading.Thread(target=serve)
         thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/a.jsonl", asked
-        listening.shutdown(socket.SHUT_RDWR)
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}/a.jsonl", asked
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+            thread.join()
 
 
 MALFORMED = [
     *((f"HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n0123456789", length[:4])
-      for length in ("abc", "1e3", "10, 10", str(10**30), "-5", "")),
+      for length in ("abc", "1e3", "10, 10", "")),
     ("HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabc", "InvalidHeader|Content-Length"),
-    ("HTTP/1.1 302 Found\r\nLocation: http://[::1\r\nContent-Length: 0\r\n\r\n", "invalid address"),
-    ("HTTP/1.1 302 Found\r\nLocation: http://" + "a" * 70 + ".org/\r\n\r\n", "invalid address|InvalidURL"),
+    ("HTTP/1.1 302 Found\r\nLocation: http://[::1\r\nContent-Length: 0\r\n\r\n", "malformed"),
+    ("HTTP/1.1 302 Found\r\nLocation: http://" + "a" * 70 + ".org/\r\n\r\n", "malformed|InvalidURL"),
     ("HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\nContent-Length: 0\r\n\r\n", "InvalidSchema"),
     ("HTTP/1.1 204 No Content\r\n\r\n", "204 No Content"),
     ("HTTP/1.1 205 Reset Content\r\nContent-Length: 0\r\n\r\n", "205 Reset Content"),
@@ -354,14 +356,12 @@ def test_a_server_that_never_sends_the_file_is_left_after_the_last_try(tmp_path,
     assert 1 <= len(asked) <= 6
 
 
-@pytest.mark.parametrize("change", [{"bytes": None}, {"bytes": "x"}, {"version": 3}, {"url": None}])
-def test_a_damaged_record_of_a_partial_download_starts_over(tmp_path, server, change):
+def test_a_partial_download_of_another_address_starts_over(tmp_path, server):
     server.breaks_after = [100_000] * 6
     with pytest.raises(WorkFailed):
         fetch_all(data(server.url), tmp_path)
     record = tmp_path / f"{ARCHIVE_NAME}.part.json"
-    content = orjson.loads(record.read_bytes()) | change
-    record.write_bytes(orjson.dumps({key: value for key, value in content.items() if value is not None}))
+    record.write_bytes(orjson.dumps(orjson.loads(record.read_bytes()) | {"url": f"{server.url}?other"}))
     server.breaks_after = []
     server.seen.clear()
     fetch_all(data(server.url), tmp_path)
