@@ -76,17 +76,14 @@ def is_the_studys(entry: Row) -> bool:
 def how_made(study: Study, split: str, input_format: str) -> Row:
     """Part of a manifest entry that describes the preparation of a split."""
     data, declared = study.data, study.data.splits[split]
-    entry: Row = {
+    entry = {
         "input_format": input_format,
         "raw_files": {name: data.files[name].sha256 for name in data.raw_files_of(split)},
         "fields": data.fields_of(split, input_format),
         "filters": data.filters_of(split),
+        "extra_fields": data.extra_fields,
     }
-    if split == "test":
-        entry["extra_fields"] = data.extra_fields
-    chosen_by = {"sample", "seed", "shuffle", "sample_from"} if declared.sample else {"first"}
-    entry["sampled"] = declared.model_dump(include=chosen_by, exclude_none=True)
-    return entry | declared.model_dump(include={"shuffle", "order"})
+    return entry | declared.model_dump(include={"first", "sample", "seed", "sample_from", "shuffle", "order"})
 
 
 def how_chosen(subset: Subset, folder: Path) -> Row:

@@ -10,10 +10,12 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from ..base.errors import UserError
 from ..base.yamlfiles import Config
-from .declaration import Count, Data, FilePath, Key, Mistake, Name, Strict, Text, undeclared
+from .declaration import Count, Data, FilePath, Key, Mistake, Strict, Text, undeclared
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """Files of an adapter saved by PEFT."""
+FORK_WEIGHTS = "adapter_model.bin"
+"""File of weights that a fork of PEFT saved, by torch.save."""
 
 TRAIN_LOSS = "train_loss"  # column of a published curve; its tolerance limits the largest gap to a run's curve
 
@@ -167,12 +169,10 @@ class AdapterFormat(Strict):
     """Format of an adapter that a fork of PEFT saved.
 
     Attributes:
-        weights: file of weights, written by torch.save.
         names: replacements for parts of weight names, from the fork's to PEFT's.
         config: keys to override in adapter_config.json.
     """
 
-    weights: Name = "adapter_model.bin"
     names: dict[Text, str]
     config: Config = Field(default={})
 
@@ -216,7 +216,7 @@ class Published(Strict):
         if self.adapter:
             config, weights = ADAPTER_FILES
             if self.adapter_format:
-                weights = self.adapter_format.weights
+                weights = FORK_WEIGHTS
             for file in (config, weights):
                 yield from undeclared((*at, "adapter"), f"{self.adapter}/{file}", data.files)
         yield from undeclared_predictions(at, self.predictions, data)

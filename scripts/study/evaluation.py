@@ -17,7 +17,7 @@ from ..base.terminal import say
 from ..config import datafiles, models, substitution
 from ..config.compose import MIRROR, Composed, Request
 from ..config.merging import Override
-from ..data.published import AdapterFormat
+from ..data.published import FORK_WEIGHTS, AdapterFormat
 from ..evaluate import evaluate, evaluation_rows
 from ..evaluate.evaluate import EvaluationRequest, EvaluationTask
 from ..evaluate.predict import require
@@ -136,10 +136,10 @@ def convert_to_peft(folder: Path, form: AdapterFormat) -> Path:
     from safetensors.torch import save_file
 
     try:
-        fork_weights = torch.load(folder / form.weights, map_location="cpu", weights_only=True)
+        fork_weights = torch.load(folder / FORK_WEIGHTS, map_location="cpu", weights_only=True)
     except (EOFError, RuntimeError, UnpicklingError) as error:
         raise UserError(
-            f"{folder / form.weights}: damaged, or contains more than weights: {str(error).partition('\n')[0]}"
+            f"{folder / FORK_WEIGHTS}: damaged, or contains more than weights: {str(error).partition('\n')[0]}"
         ) from None
     weights = {}
     for name, tensor in fork_weights.items():
