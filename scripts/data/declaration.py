@@ -1,6 +1,5 @@
 """Declaration of a study's data in study.yaml: origin and preparation."""
 
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -54,13 +53,6 @@ class SourceFile(Strict):
     sha256: Sha256 | None = None
 
 
-_KEYS_OF = {
-    "url": {"url", "files", "rows", "bytes", "sha256"},
-    "dataset": {"hub", "kind", "config", "split", "revision", "rows", "bytes", "sha256"},
-    "model": {"hub", "kind", "file", "revision", "bytes", "sha256"},
-}
-
-
 class DataSource(SourceFile):
     """Source that `recipe data fetch` downloads, from a web address or the hub.
 
@@ -94,13 +86,9 @@ class DataSource(SourceFile):
         return self.files or {name: self}
 
     @model_validator(mode="after")
-    def _has_the_keys_of_its_kind(self) -> Self:
+    def _has_one_origin(self) -> Self:
         if self.url and self.hub:
             raise ValueError("give url or hub, not both; with neither, users copy the file to the raw folder")
-        kind = self.kind if self.hub else "url"
-        extra = self.model_fields_set - _KEYS_OF[kind]
-        if extra:
-            raise ValueError(f"{', '.join(sorted(extra))}: not a key for sources of kind {kind}; delete it")
         if self.hub and self.revision is None:
             raise ValueError("give a commit as revision, because branches change")
         return self
@@ -332,11 +320,12 @@ class Data(Strict):
 
     def mistakes(self, folder: Path) -> Iterator[Mistake]:
         """Yield contradictions in the declaration, and files missing from the study's folder."""
-        yield from self._mistakes_in_sources()
         for name, split in self.splits.items():
             yield from self._mistakes_in_split(name, split)
         yield from undeclared(("data", "test_set"), self.test_set, ["test", *self.subsets])
-        yield from self._mistakes_in_formats()
+        for name, form in self.input_formats.items():
+            for field in form.fields:
+                yield from undeclared(("data", "input_formats", name, "fields", field), field, self.fields)
         for field in sorted(self.fields.keys() & {*self.extra_fields, "idx"}):
             yield ("data", "fields", field), "scored rows have another field of this name; rename one"
         for name, subset in self.subsets.items():
@@ -344,15 +333,6 @@ class Data(Strict):
         if self.sample and not any((folder / self.sample / name).is_file() for name in self.raw_files):
             expected = " or ".join(f"{self.sample}/{name}" for name in self.raw_files)
             yield ("data", "sample"), f"no {expected} beside study.yaml; add a few rows, or delete the key"
-
-    def _mistakes_in_sources(self) -> Iterator[Mistake]:
-        """Files that several sources give."""
-        files: set[str] = set()
-        for name, source in self.sources.items():
-            contents = source.contents(name).keys()
-            for file in sorted(files & contents):
-                yield ("data", "sources"), f"several sources give a file {file}; rename one"
-            files |= contents
 
     def _mistakes_in_split(self, name: str, split: Split) -> Iterator[Mistake]:
         """Undeclared files and splits, and subsets of a split other than test."""
@@ -364,16 +344,6 @@ class Data(Strict):
         yield from undeclared((*at, "sample_from"), split.sample_from, complete)
         if split.subsets and name != "test":
             yield (*at, "subsets"), "only the split test can have subsets; delete them"
-
-    def _mistakes_in_formats(self) -> Iterator[Mistake]:
-        """Formats that share a folder, and undeclared fields."""
-        folders = Counter([self.raw, *(Path(form.folder) for form in self.input_formats.values())])
-        for name, form in self.input_formats.items():
-            at = ("data", "input_formats", name)
-            if folders[Path(form.folder)] > 1:
-                yield (*at, "folder"), "other files use this folder; choose another"
-            for field in form.fields:
-                yield from undeclared((*at, "fields", field), field, self.fields)
 
 
 def _mistakes_in_subset(name: str, subset: Subset, folder: Path) -> Iterator[Mistake]:

@@ -393,7 +393,7 @@ def fetched_files(data: Data) -> list[Path]:
     for name in data.raw_files:
         file = data.raw / name
         if not file.is_file():
-            [source] = data.sources_of([name])
+            source = data.sources_of([name])[0]
             remedy = "copy it there" if data.sources[source].is_own else f"run `recipe data fetch {data.key}`"
             remedy += ", or give its folder to `recipe data prepare --study STUDY`"
             raise UserError("no such file", file=file, remedy=remedy)

@@ -18,7 +18,7 @@ SOURCE = "data > sources > train.jsonl"
 FORMAT, SUBSET, RESULTS = "data > input_formats > a", f"{TEST} > subsets > a", f"published > {RECIPE}"
 ONE = {"title": "a", "rows": 1, "seed": 0}
 ORDER = f"{TRAIN} > order"
-INPUT, MORE, ZIP = "data > fields > input", "data > sources > more", "data > sources > a.zip"
+INPUT, MORE = "data > fields > input", "data > sources > more"
 
 _PART = r"[^/\\.\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*"
 FILE, FOLDER = rf"^({_PART}/)*{_PART}$", rf"^data(/{_PART})+$"
@@ -36,12 +36,8 @@ IN_STUDY_YAML = [
         "give url or hub, not both; with neither, users copy the file to the raw folder", id="source with url and hub"),
     pytest.param({MORE: {"hub": "a/b"}}, "data.sources.more",
         "give a commit as revision, because branches change", id="hub without revision"),
-    pytest.param({ZIP: {"url": URL, "files": {"test.csv": {}}}}, "data.sources",
-        "several sources give a file test.csv; rename one", id="two sources of a file"),
     pytest.param({"data > sources > ../x.jsonl": {"url": URL}}, "data.sources.../x.jsonl",
         not_matching(FILE, "../x.jsonl"), id="file outside the folder"),
-    pytest.param({f"{FORMAT} > folder": "data/sums-raw"}, "data.input_formats.a.folder",
-        "other files use this folder; choose another", id="format in the raw folder"),
     pytest.param({FORMAT: {"folder": "data/a", "fields": {"inptu": "sum"}}}, "data.input_formats.a.fields.inptu",
         "inptu is unknown; did you mean input?", id="unknown field"),
     pytest.param({"data > extra_fields > output": "answer"}, "data.fields.output",
