@@ -204,18 +204,16 @@ def _score(result: RunResult, column: Column) -> RunScore:
 def _files(group: Sequence[RunResult], columns: Mapping[str, Column]) -> Iterator[Row]:
     """Rows of runs with GGUF files: the adapter's scores, and below it those of each file."""
     for result in group:
-        if not result.served:
-            continue
-        scores = {heading: _score(result, column).value for heading, column in columns.items()}
-        yield {"run": result.folder.path.name, "file": "adapter"} | scores | {"rows": result.rows_evaluated}
-        for evaluation in result.served:
-            file, distance = evaluation.settings.file, evaluation.settings.distance
-            row: Row = {"run": result.folder.path.name, "file": str(file)}
-            served = result.scores_in(evaluation)
-            row |= {heading: served.get(column.name) for heading, column in columns.items()}
-            row["rows"] = evaluation.shares.rows
-            if distance:
-                row |= {"loss": distance.losses, "mean KL": f"{distance.kl:.4f}"}
+        evaluations = result.served
+        if evaluations and result.evaluation:
+            evaluations = [result.evaluation, *evaluations]
+        for evaluation in evaluations:
+            settings, scores = evaluation.settings, result.scores_in(evaluation)
+            row: Row = {"run": result.folder.path.name, "file": str(settings.file or "adapter")}
+            row |= {heading: scores.get(column.name) for heading, column in columns.items()}
+            row["rows"] = settings.rows
+            if settings.distance:
+                row |= {"loss": settings.distance.losses, "mean KL": f"{settings.distance.kl:.4f}"}
             yield row
 
 

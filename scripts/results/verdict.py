@@ -1,7 +1,7 @@
 """Verdicts on a study's runs, in comparison with published results."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -55,7 +55,7 @@ class MetricRow(RunScore):
         return float(self.published.spread)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StudyRow:
     """Runs of a recipe beside its published results.
 
@@ -74,10 +74,10 @@ class StudyRow:
     runs: list[RunResult]
     scores: dict[str, MetricRow]
     log: Log
-    gap: CurveGap | None
-    gap_verdict: str | None
-    differs: list[str]
-    open: list[str]
+    gap: CurveGap | None = None
+    gap_verdict: str | None = None
+    differs: list[str] = field(default_factory=list)
+    open: list[str] = field(default_factory=list)
 
     @property
     def chosen(self) -> RunResult | None:
@@ -167,9 +167,9 @@ def rows(
             candidates = [result for result in recipe_runs if result.folder.path == representatives[recipe]]
         if candidates:
             chosen = max(candidates, key=partial(_preference, study))
-            table.append(_row(study, repeats.with_repeats(chosen, recipe_runs)))
+            table.append(_row(study, recipe, rehearsal, repeats.with_repeats(chosen, recipe_runs)))
         elif recipe in study.published and not rehearsal:
-            table.append(_row_without_run(study, recipe))
+            table.append(_row(study, recipe, rehearsal, []))
     return table
 
 
@@ -191,46 +191,24 @@ def _preference(study: Study, result: RunResult) -> tuple[bool, bool, bool, bool
     return not run.published_adapter, is_done, result.is_scored, is_comparable, is_plain, has_recipe_seed, name
 
 
-def _row(study: Study, results: list[RunResult]) -> StudyRow:
-    """Row for a recipe's representative run and its repeats."""
+def _row(study: Study, recipe: str, rehearsal: bool, results: list[RunResult]) -> StudyRow:
+    """Row for a recipe's representative run and its repeats, if there are any."""
+    published = Published() if rehearsal else study.aimed_at(recipe)
+    scores = {}
+    for name, column in study.columns.items():
+        scores[name] = _metric_row(study, column, results, published.scores.get(name))
+    row = StudyRow(recipe, rehearsal, results, scores, _log_of_recipe(published))
+    if rehearsal or not results:
+        return row
     chosen = results[0]
-    run = chosen.run
-    published = Published()
-    differs: list[str] = []
-    open_settings: list[str] = []
-    if not run.rehearsal:
-        published = study.aimed_at(run.recipe)
-        stated = study.stated_settings(study.origin(run.recipe))
-        differs = _changed_settings(study, chosen, stated)
-        open_settings = _open_settings(study, chosen, stated)
-    gap = None
+    stated = study.stated_settings(study.origin(recipe))
+    row.differs = _changed_settings(study, chosen, stated)
+    row.open = _open_settings(study, chosen, stated)
     if published.curve:
         curve = read_points(study.folder / published.curve, TRAIN_LOSS)
-        gap = compare.curve_gap(chosen.folder.read_metrics(), curve)
-    return StudyRow(
-        recipe=run.recipe,
-        rehearsal=run.rehearsal,
-        runs=results,
-        scores={
-            name: _metric_row(study, column, results, published.scores.get(name))
-            for name, column in study.columns.items()
-        },
-        log=_log_of_recipe(published),
-        gap=gap,
-        gap_verdict=_gap_verdict(study, gap, run.state),
-        differs=differs,
-        open=open_settings,
-    )
-
-
-def _row_without_run(study: Study, recipe: str) -> StudyRow:
-    """Row for a published recipe without a run."""
-    published = study.published[recipe]
-    decodings = dict.fromkeys(study.decodings)
-    scores = {}
-    for name in study.columns:
-        scores[name] = MetricRow(None, None, published.scores.get(name), None, decodings, None, None, None)
-    return StudyRow(recipe, False, [], scores, _log_of_recipe(published), None, None, [], [])
+        row.gap = compare.curve_gap(chosen.folder.read_metrics(), curve)
+        row.gap_verdict = _gap_verdict(study, row.gap, chosen.run.state)
+    return row
 
 
 def _log_of_recipe(published: Published) -> Log:
@@ -251,8 +229,11 @@ def _gap_verdict(study: Study, gap: CurveGap | None, state: State) -> str | None
 def _metric_row(
     study: Study, column: Column, results: Sequence[RunResult], published: PublishedScore | None
 ) -> MetricRow:
-    """Results of a representative run and its repeats by one metric."""
-    name, chosen = column.name, results[0]
+    """Results of a representative run and its repeats by one metric; without a run, the published score."""
+    name, decodings = column.name, dict.fromkeys(study.decodings)
+    if not results:
+        return MetricRow(None, None, published, None, decodings, None, None, None)
+    chosen = results[0]
     mean, interval = repeats.mean_score(name, repeats.scored_runs(column, results))
     difference = metric_verdict = None
     is_comparable = chosen.scores[name].difference is not None
@@ -260,8 +241,7 @@ def _metric_row(
         assert mean is not None  # `chosen` has a score
         difference = mean - float(published.value)
         metric_verdict = verdict(mean, interval, published, study.tolerances.get(name))
-    decodings = {}
-    for decoding in study.decodings:
+    for decoding in decodings:
         decodings[decoding] = _mean(result.scores[name].decodings.get(decoding) for result in results)
     scorer = model_record(column, chosen.score_records)
     return MetricRow(
