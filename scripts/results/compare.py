@@ -76,7 +76,7 @@ def _score_run(folder: Path, requested: dict[str, Column]) -> ScoredRows:
     rows = read_predictions(folder)
     evaluation = read_scores(folder)
     problem = changed(folder, evaluation)
-    if evaluation is None or problem or (evaluation.settings.rows and not rows):
+    if evaluation is None or problem:
         raise UserError(f"{folder}: {problem or 'not evaluated'}; run `recipe evaluate {folder}` first")
     columns = evaluation.columns | requested
     scored = _score_rows(rows, columns)

@@ -103,8 +103,8 @@ def _written(record: Record, study_name: str) -> Path:
 def _refusal(result: RunResult) -> str | None:
     """Reason not to record a run, or None."""
     run, study = result.run, result.study
-    if study is None or run.origin not in {*study.published, *study.variants}:
-        return f"{run.origin} is not a recipe of a study"
+    if study is None or not study.aimed_at(run.origin).scores:
+        return f"{run.origin} has no published scores"
     if run.rehearsal or run.state not in ("finished", "failed"):
         return f"a record needs a finished or failed run that is not a rehearsal; this one is {run.state}"
     if result.incomparable_loss:

@@ -187,12 +187,10 @@ def scores_by_row(name: str, results: Sequence[RunResult]) -> list[list[float]] 
     """Scores of single rows, for each run; None if a row lacks a score, or if the runs were scored on other rows."""
     if not all(_evaluated_alike(results[0], result, _SAME_ROWS) for result in results):
         return None
-    predictions = [scores_file.read_predictions(result.folder.path) for result in results]
-    numbers = [row["row"] for row in predictions[0]]
     table: list[list[float]] = []
-    for rows in predictions:
-        scores: list[Any] = [row.get(name) for row in rows]
-        if not rows or None in scores or [row["row"] for row in rows] != numbers:
+    for result in results:
+        scores: list[Any] = [row.get(name) for row in scores_file.read_predictions(result.folder.path)]
+        if not scores or None in scores:
             return None
         table.append(scores)
     return table

@@ -10,7 +10,6 @@ from ..base.files import Row
 from ..base.yamlfiles import Config
 from ..config import merging, models
 from ..config.compose import REHEARSAL
-from ..config.datafiles import DataFile
 from ..config.merging import Difference, Source
 from ..data import manifest, studies
 from ..data.manifest import is_the_studys
@@ -149,8 +148,9 @@ class RunResult:
 
     @property
     def changed_keys(self) -> list[str]:
-        """Keys that the user changed."""
-        return [difference.key for difference in self.run.differences if not _is_rehearsed(difference.source)]
+        """Keys that the user changed, without those of trackers."""
+        keys = [difference.key for difference in self.run.differences if not _is_rehearsed(difference.source)]
+        return [key for key in keys if not merging.TRACKING.match(key)]
 
     @property
     def rows_evaluated(self) -> int | None:
@@ -169,16 +169,12 @@ class RunResult:
         measured in training, and needs no evaluation, see `incomparable_loss`. A benchmark needs neither the study's
         rows nor its decoding.
         """
-        if self.study is None or self.run.state != "finished":
-            return False
-        if self.run.rehearsal or self.is_of_something_else:
+        if self.study is None or not self.aim.scores or self.run.state != "finished":
             return False
         if isinstance(column.metric, LossMetric):
             return self.incomparable_loss is None
         evaluation = self.evaluation
-        if evaluation is None or evaluation.settings.limit is not None:
-            return False
-        if not column.same_scores(evaluation.columns.get(column.name)):
+        if evaluation is None or self.score(column) is None or evaluation.settings.limit is not None:
             return False
         if not by_declared_model(column, evaluation.scores):
             return False
@@ -268,11 +264,13 @@ class RunResult:
             return False
         verified = 0
         for file in self.run.data:
-            for entry in manifest.entries(Path(self.run.cwd, file.path).parent).values():
-                if _contradicts(entry, file):
+            path = Path(self.run.cwd, file.path)
+            for entry in manifest.entries(path.parent).values():
+                if entry.get("file") != path.name:
+                    continue
+                if entry.get("sha256") != file.sha256 or entry.get("is_the_study_file") is False:
                     return True
-                if entry.get("sha256") == file.sha256 and is_the_studys(entry):
-                    verified += 1
+                verified += is_the_studys(entry)
         for difference in self.run.from_origin:
             if merging.top_key(difference.key) == "datasets" and difference.key.endswith("path"):
                 return verified == 0 or verified < len(self.run.data)
@@ -292,13 +290,6 @@ class RunResult:
         Published scores then do not apply.
         """
         return bool(self.other_model) or self.other_data
-
-
-def _contradicts(entry: Row, file: DataFile) -> bool:
-    """True if an entry of a manifest shows that a data file is not the study's."""
-    if entry.get("file") != Path(file.path).name:
-        return False
-    return entry.get("sha256") != file.sha256 or entry.get("is_the_study_file") is False
 
 
 def _value(column: Column, evaluation: Evaluation | None) -> float | None:

@@ -10,7 +10,6 @@ from types import MappingProxyType
 from ..base import paths, yamlfiles
 from ..base.yamlfiles import on_one_line
 from ..config import merging
-from ..config.compose import REHEARSAL, TRACKERS
 from ..config.numerics import departures
 from ..data.published import ROUNDING, TRAIN_LOSS, Log, Published, PublishedScore, read_points, rounding
 from ..data.studies import Study
@@ -181,11 +180,9 @@ def _preference(study: Study, result: RunResult) -> tuple[bool, bool, bool, bool
     """
     run = result.run
     is_done = run.state == "finished" and result.is_scored
-    # an override that repeats the recipe's value, as in a sweep, is not among the differences
-    overridden = {difference.key for difference in run.differences if difference.source.kind == "override"}
-    has_changes = overridden - {repeats.SEED} or set(run.profiles) - {REHEARSAL, *TRACKERS}
-    is_plain = not has_changes and run.ranks == 1
-    has_recipe_seed = repeats.SEED not in {difference.key for difference in run.differences}
+    changed_keys = set(result.changed_keys)
+    is_plain = not changed_keys - {repeats.SEED} and run.ranks == 1
+    has_recipe_seed = repeats.SEED not in changed_keys
     is_comparable = result.is_comparable(study.first)
     name = result.folder.path.name
     return not run.published_adapter, is_done, result.is_scored, is_comparable, is_plain, has_recipe_seed, name
