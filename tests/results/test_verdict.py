@@ -139,11 +139,12 @@ def test_more_gpus_are_a_difference(tmp_path):
 def test_a_run_with_other_kernels_or_packed_rows_says_so(tmp_path):
     a_run(tmp_path / "none", LLAMA_2, "1", 5.1, profiles=["fast", "packed"])  # of which nothing fitted its card
     assert row_of(tmp_path / "none")["differs"] == []
-    a_run(tmp_path, LLAMA_2, "2", 5.1, set={"liger_rope": True, "sample_packing": True, "lora_o_kernel": False})
-    kernels, packed = row_of(tmp_path)["differs"]
+    runs = tmp_path / "two"
+    a_run(runs, LLAMA_2, "2", 5.1, set={"liger_rope": True, "sample_packing": True, "lora_o_kernel": False})
+    kernels, packed = row_of(runs)["differs"]
     assert "kernels" in kernels and "packed" in packed
-    plain = a_run(tmp_path, LLAMA_2, "0", 5.1)
-    assert row_of(tmp_path)["run"] == str(plain.path)  # it represents the recipe, though it is older
+    plain = a_run(runs, LLAMA_2, "0", 5.1)
+    assert row_of(runs)["run"] == str(plain.path)  # it represents the recipe, though it is older
 
 
 def test_what_differs_from_the_paper_and_what_it_leaves_open(tmp_path):
