@@ -76,7 +76,7 @@ def exit_code(results: list[TaskResult]) -> int:
 
 def _is_refused(result: TaskResult) -> bool:
     """True if a task failed its check or plan."""
-    return result.problem is not None and FAILED in (result.steps.get("check"), result.steps.get("plan"))
+    return FAILED in (result.steps.get("check"), result.steps.get("plan"))
 
 
 def validate_all(pipelines: Sequence["Pipeline"]) -> None:

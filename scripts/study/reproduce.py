@@ -42,9 +42,8 @@ def cancel(study: Study) -> list[str]:
     """Ask the commands that reproduce or sweep a study to stop, or else its runs; return messages."""
     name, runs = study.folder.name, paths.runs()
     sweeps = [sweep for sweep in recorded_sweeps().values() if paths.study_name(sweep.recipe) == name]
-    if messages := backends.stop_holders([lock(name), *(sweep.lock(runs) for sweep in sweeps)]):
-        return messages
-    return backends.cancel(folder for folder, run in readable(all_runs(runs)) if paths.study_name(run.origin) == name)
+    folders = [folder for folder, run in readable(all_runs(runs)) if paths.study_name(run.origin) == name]
+    return backends.cancel(folders, [lock(name), *(sweep.lock(runs) for sweep in sweeps)])
 
 
 def selected_recipes(study: Study, only: Sequence[str]) -> list[str]:
@@ -115,8 +114,7 @@ def _with_data(study: Study, pipelines: Sequence[Pipeline]) -> list[Pipeline]:
     runnable = [pipeline for pipeline in pipelines if pipeline.is_finished() or pipeline.check_config()]
     have_data(study, [pipeline.composed for pipeline in runnable])
     for pipeline in runnable:
-        if not pipeline.existing:
-            pipeline.look_up()  # `have_data` may have fetched the data that the digest needs
+        pipeline.look_up()  # `have_data` may have fetched the data that the digest needs
     return runnable
 
 
@@ -426,18 +424,16 @@ def evaluate_adapters(
         result = TaskResult(name)
         results.append(result)
         recipe_request = request_for(request, name)
+        step = "check"
         try:
             composed = compose_for_adapter(recipe_request, backend)
             folder = _fetch_adapter(study, name, composed)
-        except (UserError, WorkFailed) as error:
-            result.fail("check", str(error))
-            continue
-        try:
+            step = "evaluate"
             with adapter_run(composed, recipe_request, folder, adapter) as run:
                 evaluate.evaluate(run, evaluation)
             result.run, result.steps["evaluate"] = run.path, DONE
         except (UserError, WorkFailed) as error:
-            result.fail("evaluate", str(error))
+            result.fail(step, str(error))
     return results
 
 

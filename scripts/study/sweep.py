@@ -379,11 +379,9 @@ def _refuse_twins(pipelines: list[Pipeline]) -> None:
 
 def cancel(sweep: Sweep) -> list[str]:
     """Ask the command that carries out a sweep to stop, or else its runs; return a message per process or job."""
-    runs = paths.runs()
-    if messages := backends.stop_holders([sweep.lock(runs)]):  # it would start the next run
-        return messages
-    digests = {member.digest for member in sweep.members}
-    return backends.cancel(folder for folder, run in readable(all_runs(runs / sweep.recipe)) if run.digest in digests)
+    runs, digests = paths.runs(), {member.digest for member in sweep.members}
+    folders = [folder for folder, run in readable(all_runs(runs / sweep.recipe)) if run.digest in digests]
+    return backends.cancel(folders, [sweep.lock(runs)])
 
 
 def default_columns(recipe: str) -> dict[str, Column]:

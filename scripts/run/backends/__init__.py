@@ -249,11 +249,13 @@ def stop_holders(locks: Iterable[Path]) -> list[str]:
     return [f"process {pid} is asked to stop" for pid in pids]
 
 
-def cancel(folders: Iterable[RunDir]) -> list[str]:
-    """Ask runs to stop; return a message per process or job."""
+def cancel(folders: Iterable[RunDir], locks: Iterable[Path] = ()) -> list[str]:
+    """Ask the commands that hold a lock to stop, or else the runs; return a message per process or job."""
     from . import slurm_site
 
-    messages = []
+    messages = stop_holders(locks)
+    if messages:  # these commands stop their runs, and would otherwise start the next ones
+        return messages
     for folder in folders:
         # ask each run only once: a second request would stop training without a checkpoint
         asked = slurm_site.cancel(folder.jobs()) or stop_holders(folder.path.rglob("*lock"))
