@@ -114,12 +114,9 @@ class Card:
         return self._public(self.evaluation.model_dump() | {"scores": self.evaluation.flat()})
 
     @cached_property
-    def _base(self) -> Base:
-        return base_model(self.result.folder, self.result.run)
-
-    @property
     def base(self) -> Base:
-        return replace(self._base, name=self._public(self._base.name))
+        base = base_model(self.result.folder, self.result.run)
+        return replace(base, name=self._public(base.name))
 
     @property
     def title(self) -> str:
@@ -133,12 +130,7 @@ class Card:
 
     @cached_property
     def _about_base(self) -> Config:
-        return models.entry_of(self._base.name)
-
-    @cached_property
-    def published(self) -> dict[str, str]:
-        """Published scores by metric."""
-        return {name: str(score) for name, score in self.result.aim.scores.items()}
+        return models.entry_of(self.base.name)
 
     @cached_property
     def of_base(self) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Print the results of runs."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from ..base import tables
 from ..base.files import Row
@@ -27,17 +27,12 @@ def show(folders: Sequence[RunDir], json: bool) -> None:
     changed = [result.folder.path for result in results if result.changed]
     if changed:
         say(f"evaluations that are stale or edited: {len(changed)}; for the last, run `recipe evaluate {changed[-1]}`")
-    records = (record(result, _jobs(result)) for result in results)
+    records = (record(result) for result in results)
     tables.show(json, records, _tables(results))
 
 
-def record(result: RunResult, jobs: Iterable[str]) -> Row:
-    """JSON fields of a run and its results.
-
-    Args:
-        result: the run.
-        jobs: descriptions of jobs that have not ended.
-    """
+def record(result: RunResult) -> Row:
+    """JSON fields of a run and its results."""
     run, summary = result.run, result.summary
     row: Row = {
         "run": str(result.folder.path),
@@ -47,7 +42,7 @@ def record(result: RunResult, jobs: Iterable[str]) -> Row:
         "rehearsal": run.rehearsal,
         "state": run.state,
         "published_adapter": run.published_adapter,
-        "jobs": "; ".join(jobs) or None,
+        "jobs": result.jobs,
     }
     row |= {
         "step": summary.step,
@@ -101,17 +96,6 @@ def _file_fields(result: RunResult, evaluation: Evaluation) -> Row:
     return row | result.scores_in(evaluation)
 
 
-def _jobs(result: RunResult) -> Iterator[str]:
-    """Yield a text like `evaluate: queued` for each unfinished job of a run."""
-    is_trained = result.run.state == "finished"
-    for step, is_done in {"prepare": is_trained, "run": is_trained, "evaluate": result.evaluation}.items():
-        if is_done:
-            continue
-        state = backends.job_state(result.folder, step)
-        if state:
-            yield f"{step}: {state}"
-
-
 def _tables(results: Sequence[RunResult]) -> Iterator[Table]:
     """Tables of the runs of each study, and of runs of no study; rehearsals have separate tables.
 
@@ -121,7 +105,7 @@ def _tables(results: Sequence[RunResult]) -> Iterator[Table]:
         groups = _groups([result for result in results if result.run.rehearsal == rehearsal])
         for name, group in groups.items():
             columns = _columns(group)
-            rows = [cells(result, columns, _jobs(result)) for result in group]
+            rows = [cells(result, columns) for result in group]
             yield Table(rows, f"{REHEARSALS if rehearsal else 'Runs'}: {name}", below=_BELOW)
             files = [*_files(group, columns)]
             if files:
@@ -155,13 +139,12 @@ def _columns(group: Sequence[RunResult]) -> dict[str, Column]:
     return registry.distinct(shown)
 
 
-def cells(result: RunResult, columns: Mapping[str, Column], jobs: Iterable[str]) -> Row:
+def cells(result: RunResult, columns: Mapping[str, Column]) -> Row:
     """Table cells of a run; only the first metric has a published score and a difference.
 
     Args:
         result: the run.
         columns: metrics by heading.
-        jobs: descriptions of jobs that have not ended.
     """
     run, summary = result.run, result.summary
     if result.study is None:  # the course of the eval loss has a cell of its own
@@ -172,7 +155,7 @@ def cells(result: RunResult, columns: Mapping[str, Column], jobs: Iterable[str])
         "run": result.folder.path.name,
         "recipe": run.recipe,
         "state": run.state,
-        "jobs": "; ".join(jobs) or None,
+        "jobs": result.jobs,
     }
     row |= _first_cells(first, scores[first])
     row["step"] = _progress(summary)

@@ -196,12 +196,14 @@ def scores_by_row(name: str, results: Sequence[RunResult]) -> list[list[float]] 
     return table
 
 
-def bounds(interval: Interval | None) -> list[float] | None:
-    """Table cell of an interval."""
-    return [interval.low, interval.high] if interval else None
+def table_cells(interval: Interval | None) -> Row:
+    """Table cells of an interval."""
+    if interval is None:
+        return {"95 %": None, "95 % covers": None}
+    return {"95 %": [interval.low, interval.high], "95 % covers": interval.method}
 
 
-def interval_cells(name: str, interval: Interval | None) -> Row:
+def json_fields(name: str, interval: Interval | None) -> Row:
     """Fields of a record for the interval of a metric."""
     low = high = method = None
     if interval:

@@ -237,61 +237,48 @@ class Status:
 
     Attributes:
         of: the recipe or baseline.
-        cell: the settings of a cell in study.yaml, as --set options; None for the recipe's own settings.
-        metric: the metric's label.
-        published: the published number.
+        values: the settings of a cell in study.yaml; empty for the recipe's own settings.
+        metric: name of the metric.
+        published: the number as text, with its ± if known; or the numbers of several runs.
         status: the furthest stage with a valid score, its GPUs and seeds, failed runs, and invalidated records.
         here: the mean score at that stage; or a single score with its 95 % interval.
-    """
-
-    of: str
-    cell: str | None
-    metric: str
-    published: str
-    status: str
-    here: str | None
-
-
-@dataclass(frozen=True)
-class _Number:
-    """A published number.
-
-    Attributes:
-        of: the recipe or baseline.
-        values: the settings of a cell in study.yaml; empty for the recipe's own settings.
-        published: the number as text, with its ± if known; or the numbers of several runs.
     """
 
     of: str
     values: Config
     metric: str
     published: str
+    status: str = NOT_RUN
+    here: str | None = None
 
     @property
     def cell(self) -> str | None:
-        """The settings as --set options."""
+        """The settings as --set options; None for the recipe's own settings."""
         return " ".join(f"--set {key}={value}" for key, value in self.values.items()) or None
 
 
 def statuses(study: Study, records: Sequence[Record]) -> list[Status]:
     """Statuses of a study's published numbers."""
-    return [_status(study, records, number) for number in _numbers(study)]
+    numbers = list(_numbers(study))
+    for number in numbers:
+        _add_records(number, [record for record in records if study.reproduced(record.of) == number.of])
+    return numbers
 
 
-def _numbers(study: Study) -> Iterator[_Number]:
-    """Yield a study's published numbers."""
+def _numbers(study: Study) -> Iterator[Status]:
+    """Yield a study's published numbers, without records."""
     for name, published in study.published.items():
         for metric, score in published.scores.items():
-            yield _Number(name, {}, metric, str(score))
+            yield Status(name, {}, metric, str(score))
         settings = _settings(name)
         for cell in published.cells:
             if cell.values.items() <= settings.items():
                 continue
             for metric, scores in cell.scores.items():
-                yield _Number(name, cell.values, metric, ", ".join(map(str, scores)))
+                yield Status(name, cell.values, metric, ", ".join(map(str, scores)))
     for baseline in study.baselines:
         for metric, score in baseline.scores.items():
-            yield _Number(baseline.name, {}, metric, str(score))
+            yield Status(baseline.name, {}, metric, str(score))
 
 
 def _settings(recipe: str) -> Config:
@@ -302,30 +289,22 @@ def _settings(recipe: str) -> Config:
     return yamlfiles.read_yaml(file)
 
 
-def _status(study: Study, records: Sequence[Record], number: _Number) -> Status:
-    """Status of a published number, from the records of a study."""
+def _add_records(number: Status, records: Sequence[Record]) -> None:
+    """Add the records of a published number's recipe to its status."""
     scored, defects = [], []
     for record in records:
-        if study.reproduced(record.of) != number.of or record.values != number.values:
+        if record.values != number.values:
             continue
         defect = record.defect
         if defect:
             defects.append(defect)
         elif number.metric in record.scores:
             scored.append(record)
-    progress, mean = NOT_RUN, None
     if scored:
         scored = _furthest(scored)
-        progress = _progress(scored)
-        mean = _mean([record.scores[number.metric] for record in scored])
-    return Status(
-        of=number.of,
-        cell=number.cell,
-        metric=study.columns[number.metric].label,
-        published=number.published,
-        status="; ".join([progress, *defects]),
-        here=mean,
-    )
+        number.status = _progress(scored)
+        number.here = _mean([record.scores[number.metric] for record in scored])
+    number.status = "; ".join([number.status, *defects])
 
 
 def _furthest(records: Sequence[Record]) -> list[Record]:

@@ -16,7 +16,6 @@ from .listing import REHEARSALS, baselines, rounded
 from .score_records import Status
 from .verdict import MetricRow, StudyRow
 
-Cell = float | list[float] | str | None
 GIB = 1 << 30
 RECORDS = "Published numbers: submitted records, and cells with other settings"
 COSTS = "Other scores, and costs of the runs"
@@ -35,16 +34,13 @@ def show_study(study: Study, rows: Sequence[StudyRow], rehearsal: bool, json: bo
         say("no recipe of the study has been rehearsed yet; run `recipe reproduce` with --rehearse")
         return
     records = [record(row) for row in rows]
-    for fields in records:
-        fields["tuned"] = [best for best in tuned if best["recipe"] == fields["recipe"]]
-    shown = [*tables_of(study, rows, rehearsal)]
-    if rehearsal:
-        tables.show(json, records, shown)
-        return
-    numbers = score_records.statuses(study, score_records.records(study))
+    numbers = []
+    if not rehearsal:
+        numbers = score_records.statuses(study, score_records.records(study))
     for fields in records:
         fields["records"] = [asdict(number) for number in numbers if number.of == fields["recipe"]]
-    tables.show(json, records, [*shown, _records_table(numbers)], notes(study, rows))
+        fields["tuned"] = [best for best in tuned if best["recipe"] == fields["recipe"]]
+    tables.show(json, records, [*tables_of(study, rows, rehearsal), _records_table(study, numbers)], notes(study, rows))
 
 
 def record(row: StudyRow) -> Row:
@@ -59,7 +55,7 @@ def record(row: StudyRow) -> Row:
         "rows": None,
     }
     for name, score in row.scores.items():
-        fields |= score.as_json(name) | repeats.interval_cells(name, score.interval)
+        fields |= score.as_json(name) | repeats.json_fields(name, score.interval)
         fields |= {f"{name}_spread": score.spread, f"{name}_verdict": score.verdict, f"{name}_model": score.model}
     fields |= {"eval_loss": row.summary.eval_loss_per_token, "incomparable_loss": None}
     for key, (ours, published) in _costs(row).items():
@@ -79,9 +75,12 @@ def record(row: StudyRow) -> Row:
     return fields
 
 
-def _records_table(numbers: Sequence[Status]) -> Table:
+def _records_table(study: Study, numbers: Sequence[Status]) -> Table:
     """Table of the published numbers that are in no other table, and of those with records."""
-    rows = [asdict(number) for number in numbers if number.cell or number.status != score_records.NOT_RUN]
+    rows = []
+    for number in numbers:
+        if number.values or number.status != score_records.NOT_RUN:
+            rows.append(asdict(number) | {"values": number.cell, "metric": study.columns[number.metric].label})
     return Table(rows, RECORDS, below=["status"])
 
 
@@ -103,44 +102,39 @@ def _score_tables(study: Study, rows: Sequence[StudyRow], title: str) -> Iterato
     """One table per metric in `Study.table`; all but the first are named after their metric."""
     for column in study.table.values():
         if any(row.scores[column.name].is_known for row in rows):
-            yield Table([_metric_cells(row, column) for row in rows], title, below=["scored"])
+            yield Table([_metric_cells(row, column) for row in rows], title, below=["95 % covers", "scored"])
             title = column.label
 
 
 def _metric_cells(row: StudyRow, column: Column) -> Row:
     """Table cells of a study's row for one metric."""
     score = row.scores[column.name]
-    interval = score.interval
-    value, bounds = _with_published_digits(score)
     return {
         "recipe": row.recipe,
-        column.label: value,
-        "95 %": bounds,
+        column.label: score.value,
+        **repeats.table_cells(score.interval),
+        **_with_published_digits(column.label, score),
         "published": score.published,
         "difference": score.difference,
         "verdict": score.verdict,
-        "95 % covers": interval.method if interval else None,
         "scored": about_rows(row.evaluation),
         **score.decodings,
         "by": score.model,
     }
 
 
-def _with_published_digits(score: MetricRow) -> tuple[Cell, Cell]:
-    """Table cells of a score and its interval, with no fewer decimals than the published score.
+def _with_published_digits(label: str, score: MetricRow) -> Row:
+    """Table cells of a score and its interval with the decimals of the published score, at least two.
 
     Other numbers of 1 and more have two decimals, which hide the difference between two losses.
     """
-    bounds = repeats.bounds(score.interval)
-    if score.value is None or score.published is None:
-        return score.value, bounds
-    decimals = -int(score.published.value.as_tuple().exponent)
-    if score.value < 1 or decimals <= 2:
-        return score.value, bounds
-    if bounds is None:
-        return f"{score.value:.{decimals}f}", None
-    low, high = bounds
-    return f"{score.value:.{decimals}f}", f"{low:.{decimals}f} to {high:.{decimals}f}"
+    if score.value is None or score.value < 1 or score.published is None:
+        return {}
+    decimals = max(2, -int(score.published.value.as_tuple().exponent))
+    cells: Row = {label: f"{score.value:.{decimals}f}"}
+    if score.interval:
+        cells["95 %"] = f"{score.interval.low:.{decimals}f} to {score.interval.high:.{decimals}f}"
+    return cells
 
 
 def _cost_cells(study: Study, row: StudyRow) -> Row:

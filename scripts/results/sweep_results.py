@@ -56,6 +56,11 @@ class SweepRow:
         return [result for result in self.runs if result.run.state == "finished"]
 
     @property
+    def first(self) -> Column:
+        """First metric."""
+        return next(iter(self.columns.values()))
+
+    @property
     def states(self) -> list[str]:
         """States of the runs."""
         return [result.run.state for result in self.runs]
@@ -210,7 +215,7 @@ def record(row: SweepRow) -> Row:
         "states": row.states,
     }
     for name, score in row.scores.items():
-        fields |= {name: score.value} | repeats.interval_cells(name, score.interval)
+        fields |= {name: score.value} | repeats.json_fields(name, score.interval)
     fields |= {
         "eval_tokens": [*row.losses],
         "planned_gib": member.planned_gib,
@@ -242,17 +247,6 @@ def notes(rows: Sequence[SweepRow]) -> Iterator[str]:
         yield f"{repeats.OTHER_ROWS.capitalize()}; members are compared seed by seed."
     if any(row.member.planned_gib is not None for row in rows):
         yield "Planned memory is that of the recipe on a GPU, also in a rehearsal, whose measured memory is the CPU's."
-    methods = _interval_methods(rows)
-    if methods:
-        yield f"Intervals: {'; '.join(methods)}."
-
-
-def _interval_methods(rows: Sequence[SweepRow]) -> list[str]:
-    """Different methods of the intervals."""
-    methods: list[str] = []
-    for row in rows:
-        methods += [score.interval.method for score in row.scores.values() if score.interval]
-    return list(dict.fromkeys(methods))
 
 
 def table_of(sweep: Sweep, rows: Sequence[SweepRow]) -> Table:
@@ -281,7 +275,7 @@ def _cells(row: SweepRow, keys: Sequence[str]) -> Row:
         "planned GiB": member.planned_gib,
         "measured GiB": row.peak_memory_gib,
         "front": front,
-        "95 %": repeats.bounds(score.interval),
+        **repeats.table_cells(score.interval),
         "scored": row.scored_rows,
         "minutes": row.minutes,
     }
@@ -295,13 +289,11 @@ class BestRow:
     """Best member of a sweep.
 
     Attributes:
-        column: the study's first metric.
         finished: number of finished runs in the sweep.
         best: the member with the lowest eval loss; None if no eval loss may select a member.
     """
 
     sweep: Sweep
-    column: Column
     finished: int
     best: SweepRow | None
 
@@ -321,20 +313,20 @@ def best_rows(study: Study, sweeps: Iterable[Sweep], runs: Path) -> list[BestRow
     best = []
     for sweep in sweeps:
         if sweep.recipe in order:
-            row = _best_row(study, sweep, rows(sweep, runs))
+            row = _best_row(sweep, rows(sweep, runs))
             if row:
                 best.append(row)
     return sorted(best, key=lambda row: (row.sweep.name, order.index(row.sweep.recipe)))
 
 
-def _best_row(study: Study, sweep: Sweep, rows: Sequence[SweepRow]) -> BestRow | None:
+def _best_row(sweep: Sweep, rows: Sequence[SweepRow]) -> BestRow | None:
     """Best member of a sweep by eval loss; None if the sweep is left out, see `best_rows`."""
     finished = [*itertools.chain.from_iterable(row.finished for row in rows)]
     if not finished or any(result.is_of_something_else for result in finished):
         return None
     selectable = [row for row in rows if row.validated and row.compared_loss is not None]
     best = min(selectable, key=attrgetter("compared_loss"), default=None)
-    return BestRow(sweep, study.first, len(finished), best)
+    return BestRow(sweep, len(finished), best)
 
 
 def best_record(row: BestRow) -> Row:
@@ -365,12 +357,13 @@ def show_best(rows: Sequence[BestRow]) -> None:
 def _best_cells(row: BestRow) -> Row:
     cells: Row = {"recipe": row.sweep.recipe}
     if row.best:
-        score = row.best.scores[row.column.name]
+        column = row.best.first
+        score = row.best.scores[column.name]
         cells |= {
             "best": row.best.member.name,
             "eval loss": row.best.scores[LOSS].value,
-            row.column.label: score.value,
-            "95 %": repeats.bounds(score.interval),
+            column.label: score.value,
+            **repeats.table_cells(score.interval),
             "scored": row.best.scored_rows,
         }
     cells["finished"] = f"{row.finished} of {len(row.sweep.members)}"

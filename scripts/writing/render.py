@@ -244,8 +244,7 @@ class _Renderer:
 def _statuses(study: Study) -> dict[str, score_records.Status]:
     """Status of a study's first metric, by recipe."""
     statuses = score_records.statuses(study, score_records.shipped_records(study))
-    label = study.first.label
-    return {status.of: status for status in statuses if status.metric == label and not status.cell}
+    return {status.of: status for status in statuses if status.metric == study.first.name and not status.values}
 
 
 def _where(error: Exception, templates: Path, file: Path) -> str:

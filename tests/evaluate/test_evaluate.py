@@ -276,7 +276,7 @@ def scored(run: RunDir, sample: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir
 
 def listed(run: RunDir) -> tuple[str | None, bool]:
     """Note of a list on a run's evaluation, and whether it has a score."""
-    row = listing.record(RunResult(run, run.read()), [])
+    row = listing.record(RunResult(run, run.read()))
     return row["evaluation"], row["bleu4"] is not None
 
 

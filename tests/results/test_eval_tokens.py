@@ -89,7 +89,7 @@ def test_a_profile_that_leaves_the_settings_keeps_the_verdict(tmp_path, profile)
 def test_a_run_whose_loss_is_not_compared_has_no_record(tmp_path):
     folder = a_loss(tmp_path, "1", OWN, ("train_on_inputs=true",))
     reason = "the eval loss may cover other tokens than the recipe's, by train_on_inputs"
-    assert listing.record(RunResult(folder, folder.read()), [])["incomparable_loss"] == reason
+    assert listing.record(RunResult(folder, folder.read()))["incomparable_loss"] == reason
     with pytest.raises(UserError) as raised:
         export_records.export_run(folder)
     assert str(raised.value) == f"{folder.path}: not exported: {reason}"

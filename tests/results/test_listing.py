@@ -42,7 +42,7 @@ def test_the_eval_loss_per_token_goes_before_axolotls(tmp_path, summary, losses)
 def cells(runs: Path, summary: Summary, *headings: str) -> list[object]:
     folder = a_run(runs, LLAMA_2, "a", 5.0, summary=summary)
     columns = {column.label: column for column in columns_of(LLAMA_2).values()}
-    return fields(listing.cells(RunResult(folder, folder.read()), columns, []), *headings)
+    return fields(listing.cells(RunResult(folder, folder.read()), columns), *headings)
 
 
 def test_runs_of_no_study_show_the_course_of_the_eval_loss_once(tmp_path, recipe):

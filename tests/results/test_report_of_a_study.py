@@ -26,7 +26,7 @@ def test_runs_of_different_studies_share_no_column(runs):
     ours = small_study.ran(runs, PLAIN, "a", 66.0)
     other = a_run(runs, "haider2024/llama-2-7b", "b", 5.0)
     both = report_runs.reported_runs([ours, other])
-    first, second = (listing.cells(reported, report_runs.headings(both), []) for reported in both)
+    first, second = (listing.cells(reported, report_runs.headings(both)) for reported in both)
     shown = [row.get(heading) for row in (first, second) for heading in ("accuracy, %", "BLEU-4")]
     assert shown == [66, None, None, 5]
     rows = {row["score"]: row for row in report_runs.scores(both, report_runs.headings(both))}

@@ -35,7 +35,7 @@ def scores_read() -> list[float]:
     return [record.scores["accuracy"].value for record in score_records.records(small_study.read())]
 
 
-def status_of(name: str, metric: str = "accuracy, %") -> score_records.Status:
+def status_of(name: str, metric: str = "accuracy") -> score_records.Status:
     study = small_study.read()
     rows = score_records.statuses(study, score_records.records(study))
     (row,) = [row for row in rows if f"{row.of} {row.cell or ''}".strip() == name and row.metric == metric]
@@ -57,7 +57,7 @@ def test_a_record_is_exported_added_and_shown(recipe):
     shown = recipe("results", "sums2030").stdout
     assert "retrained on RTX 4090, seed 42  67 (66.5 to 67.5)\n" in shown
     plain, _ = recipe.json("results", "sums2030")
-    (number,) = [number for number in plain["records"] if number["metric"] == "accuracy, %"]
+    (number,) = [number for number in plain["records"] if number["metric"] == "accuracy"]
     assert number["published"] == "67.4 ± 1.0"
     assert number["here"] == "67 (66.5 to 67.5)"
 

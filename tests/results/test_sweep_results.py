@@ -172,7 +172,7 @@ def test_notes_on_a_sweep(tmp_path, tokens, planned, notes):
     sweep.members[0].planned_gib = planned
     score_tokens(tmp_path, dict(zip(["low-0", "low-1", "high-0", "high-1"], tokens, strict=True)))
     shown = sweep_results.notes(sweep_results.rows(sweep, tmp_path))
-    assert [*shown] == [*notes, "Intervals: rows and 2 runs of one seed."]
+    assert [*shown] == notes
 
 
 def test_members_are_compared_seed_by_seed_if_the_seed_holds_out_the_rows(tmp_path):

@@ -220,7 +220,7 @@ def test_a_run_of_a_variant_lists_its_differences_from_that(place):
         "lora_r": (32, 16),
         "lora_alpha": (16, 8),
     }
-    row = listing.record(RunResult(RunDir(place / "r"), record), [])
+    row = listing.record(RunResult(RunDir(place / "r"), record))
     assert row["variant_of"] == BASE
     assert row["changed_keys"] == "lora_r, lora_alpha"
     assert row["other_base_model"] == "Qwen/Qwen3-0.6B"  # of the study's

@@ -86,7 +86,7 @@ class Page:
 
     @cached_property
     def overview(self) -> Sequence[Row]:
-        rows = [listing.cells(reported, self._headings, []) | {"run": reported.label} for reported in self.runs]
+        rows = [listing.cells(reported, self._headings) | {"run": reported.label} for reported in self.runs]
         return _without_empty(Table(rows)).rows
 
     @cached_property
