@@ -42,7 +42,7 @@ def record(result: RunResult) -> Row:
         "rehearsal": run.rehearsal,
         "state": run.state,
         "published_adapter": run.published_adapter,
-        "jobs": result.jobs,
+        "jobs": _jobs(result),
     }
     row |= {
         "step": summary.step,
@@ -94,6 +94,17 @@ def _file_fields(result: RunResult, evaluation: Evaluation) -> Row:
     for part in (settings.file, settings.distance):
         row |= part.model_dump() if part else {}
     return row | result.scores_in(evaluation)
+
+
+def _jobs(result: RunResult) -> str | None:
+    """Unfinished jobs of a run, such as `evaluate: queued`."""
+    is_trained = result.run.state == "finished"
+    jobs = []
+    for step, is_done in {"prepare": is_trained, "run": is_trained, "evaluate": result.evaluation}.items():
+        state = None if is_done else backends.job_state(result.folder, step)
+        if state:
+            jobs.append(f"{step}: {state}")
+    return "; ".join(jobs) or None
 
 
 def _tables(results: Sequence[RunResult]) -> Iterator[Table]:
@@ -155,7 +166,7 @@ def cells(result: RunResult, columns: Mapping[str, Column]) -> Row:
         "run": result.folder.path.name,
         "recipe": run.recipe,
         "state": run.state,
-        "jobs": result.jobs,
+        "jobs": _jobs(result),
     }
     row |= _first_cells(first, scores[first])
     row["step"] = _progress(summary)
