@@ -210,7 +210,7 @@ def new_verb(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", metavar="MODEL", help="Another base model: owner/name on the hub, or a folder."),
+        typer.Option("--model", metavar="MODEL", help="Another base model: owner/name on Hugging Face, or a folder."),
     ] = None,
     data: Annotated[
         Path | None,
