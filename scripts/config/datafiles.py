@@ -176,28 +176,25 @@ class Form:
     Attributes:
         fields: the fields that a row must have; those of a question and its answer come in this order.
         entry: the data set entry, without path, with which Axolotl reads the rows.
+        is_pair: True for a question and its answer, without roles.
     """
 
     fields: tuple[str, ...]
     entry: Config
-
-    @property
-    def is_pair(self) -> bool:
-        """True for a question and its answer, without roles."""
-        return len(self.fields) == 2
+    is_pair: bool = False
 
 
 def _prompted(question: str, answer: str) -> Form:
     """Form of rows with a question and an answer, with a prompt of this project."""
     kind = {"field_instruction": question, "field_output": answer, "no_input_format": _PROMPT}
-    return Form((question, answer), {"type": kind})
+    return Form((question, answer), {"type": kind}, is_pair=True)
 
 
 FORMS = (
     Form(("messages",), {"type": "chat_template"}),
     Form(("conversations",), {"type": "chat_template", "field_messages": "conversations"}),
     Form(("segments",), {"type": "input_output"}),
-    Form(("instruction", "output"), {"type": "alpaca"}),
+    Form(("instruction", "output"), {"type": "alpaca"}, is_pair=True),
     _prompted("question", "answer"),
     _prompted("prompt", "completion"),
     _prompted("prompt", "response"),
