@@ -289,8 +289,6 @@ def outdated(former: Evaluation, task: EvaluationTask, models: ScorerModels) -> 
     """Reason to compute scores of existing predictions again, or None."""
     if former.version != VERSION:
         return "the scoring code has changed"
-    if former.settings.limit != task.settings.limit:
-        return "another --limit"
     if former.settings.test_set != task.settings.test_set:
         return "another test set"
     for name, model in models.items():
