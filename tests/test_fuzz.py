@@ -121,7 +121,7 @@ def a_run(place: Path) -> RunDir:
     of_base = scores.settings.model_copy(update={"adapter": "none", "adapter_sha256": None}).folder(folder.path)
     shutil.copytree(folder.path, place / "copied")
     shutil.copytree(place / "copied", of_base)
-    texts = {"reference": "a = 1", "prediction": "a = 2", "chrf": 2.0, "exact": False}
+    texts = {"reference": "a = 1", "prediction": "a = 2", "chrf": 2.0}
     for where in (folder.path, of_base, Path("runs", small_study.PLAIN, "two")):
         rows = [{"row": i, "idx": i, "lang": "go", "accuracy": i % 2 * 100.0} | texts for i in range(12)]
         write_rows(where / "predictions.jsonl", rows)

@@ -24,7 +24,6 @@ from ..metrics.metric import (
     ScorerRecord,
     ScoringInput,
 )
-from ..metrics.text import EXACT_MATCH
 from .scores_file import RowShares, Scores
 
 # Scorer model by column name; None leaves the column out.
@@ -215,9 +214,7 @@ def nested_value(row: Any, field: str) -> Any:
 
 
 def with_scores(rows: Sequence[Row], columns: Mapping[str, Column], scorers: Mapping[str, ScorerModel]) -> list[Row]:
-    """Add new row-level scores and `exact` to rows; remove older scores.
-
-    `exact` is True if prediction and reference are equal apart from surrounding space.
+    """Add new row-level scores to rows; remove older scores.
 
     Args:
         rows: each with `reference` and `prediction`.
@@ -225,15 +222,13 @@ def with_scores(rows: Sequence[Row], columns: Mapping[str, Column], scorers: Map
         scorers: scorer models by column name.
     """
     pairs = [(row["reference"], row["prediction"]) for row in rows]
-    old = {*columns, *registry.OF_TEXT_ROWS, "exact"}
+    old = {*columns, *registry.OF_TEXT_ROWS}
     scored = [{key: value for key, value in row.items() if key not in old} for row in rows]
     for name, column in columns.items():
         if isinstance(column.metric, RowMetric):
             values = column.metric.score_rows(pairs, scorers.get(name, column.parameters))
             for row, value in zip(scored, values, strict=True):
                 row[name] = value
-    for row, (reference, prediction) in zip(scored, pairs, strict=True):
-        row["exact"] = reference.strip() == prediction.strip()
     return scored
 
 
@@ -263,8 +258,6 @@ def score(
     data = replace(run, rows=scored, columns=computed, scorers=scorers)
     records = {name: column.metric.measure(column, data) for name, column in computed.items()}
     scores = Scores(scores=records, shares=_shares(scored))
-    if EXACT_MATCH.name in records:
-        scores.shares.exact = None  # the metric has an interval, too
     if 0 < len(rows) < FEWEST:
         scores.notes.append(f"rows: {len(rows)} are too few to compare scores")
     return scores, scored
@@ -286,12 +279,10 @@ def keep_scorer_scores(scores: Scores, rows: Sequence[Row], former: Scores, form
 
 
 def _shares(rows: Sequence[Row]) -> RowShares:
-    """Shares of exact, empty and repeated predictions."""
+    """Shares of empty and repeated predictions."""
     if not rows:
         return RowShares(rows=0)
     times = Counter(row["prediction"].strip() for row in rows)
-    exact = sum(row["exact"] for row in rows)
     empty = times.pop("", 0)
     repeated = sum(count for count in times.values() if count > 1)
-    total = len(rows)
-    return RowShares(rows=total, exact=exact / total, empty=empty / total, repeated=repeated / total)
+    return RowShares(rows=len(rows), empty=empty / len(rows), repeated=repeated / len(rows))

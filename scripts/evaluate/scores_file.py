@@ -21,7 +21,7 @@ from ..metrics import registry
 from ..metrics.metric import Column, ScoreRecord
 from ..training.run_record import FileState, RecordVersion, Run
 
-VERSION = 4
+VERSION = 5
 """Version of scores.json and of the scoring code.
 
 Increase it when a change gives the same texts different scores, or renames or removes a field. Scores of another
@@ -333,7 +333,6 @@ class Engine(Protocol):
 
 TITLES = {
     "sacrebleu_signature": "sacreBLEU signature",
-    "exact": "exact matches, share of rows",
     "empty": "empty predictions, share of rows",
     "repeated": "repeated predictions, share of rows",
 }
@@ -344,13 +343,11 @@ class RowShares(BaseModel):
     """Number of scored rows, and shares of their predictions; the shares are None without rows.
 
     Attributes:
-        exact: share of predictions that equal their reference apart from surrounding space.
         empty: share of empty predictions.
         repeated: share of predictions that also occur in another row.
     """
 
     rows: int
-    exact: float | None = None
     empty: float | None = None
     repeated: float | None = None
 
@@ -450,7 +447,6 @@ class Prediction(BaseModel, strict=True, extra="allow"):
     group: int | str | None = None
     reference: str
     prediction: str
-    exact: bool | None = None
     cut: bool | None = None
 
 

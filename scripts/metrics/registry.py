@@ -78,7 +78,7 @@ LONGER = 60
 """Median number of characters from which answers are longer ones: about ten words, so two dozen n-grams for BLEU."""
 _NAME = re.compile("[A-Za-z][A-Za-z0-9_]*")
 _TAKEN = (
-    *("rows", "intervals", "metrics", "notes", "exact", "empty", "repeated", "bertscore"),
+    *("rows", "intervals", "metrics", "notes", "empty", "repeated", "bertscore"),
     *("row", "idx", "lang", "group", "reference", "prediction", "prompt", "prompt_token_ids"),
     *("run", "recipe", "variant_of", "study", "state", "jobs", "step", "steps", "ended", "verdict", "differs", "open"),
     *("rehearsal", "test_set", "rows_evaluated", "memory", "time", "member", "values", "runs", "states", "seeds"),

@@ -96,15 +96,13 @@ def test_a_mean_of_groups_has_no_value_without_rows_of_each_group():
 
 
 def test_older_scores_of_rows_are_dropped():
-    before = [row | {"bertscore_f1": 0.5, "bleu4": 1.0, "exact": True} for row in ROWS[:2]]
+    before = [row | {"bertscore_f1": 0.5, "bleu4": 1.0} for row in ROWS[:2]]
     assert scored([*before, *ROWS[2:]]) == scored(ROWS)
 
 
-def test_shares_and_lengths():
-    scores, rows = scored(ROWS)
-    assert [row["exact"] for row in rows] == [False, True, False, False, False]
+def test_shares_of_empty_and_repeated_predictions():
+    scores, _ = scored(ROWS)
     assert scores.shares.rows == 5
-    assert scores.shares.exact == 0.2
     assert scores.shares.empty == 0.2
     assert scores.shares.repeated == 0.4
 

@@ -101,7 +101,7 @@ def test_scores_in_the_form_of_another_version_are_named_as_such(recipe, bad):
 
 @pytest.mark.parametrize("change", [{"row": None}, {"bleu4": "good"}, {"bleu4": 1e308}, {"prediction": 1}])
 def test_predictions_that_are_none_are_named(recipe, bad, change):
-    row = {"row": 1, "idx": 1, "lang": "go", "reference": "a", "prediction": "b", "bleu4": 1.0, "exact": False}
+    row = {"row": 1, "idx": 1, "lang": "go", "reference": "a", "prediction": "b", "bleu4": 1.0}
     write_rows(bad.path / "predictions.jsonl", [row, row | {"row": 2} | change])
     for words in (["results", "haider2024"], ["report", f"{NAME}/bad"]):
         recipe.ok(*words)

@@ -116,7 +116,7 @@ def record(tmp_path: Path, **changes: Any) -> Run:
 
 
 def evaluated(run: RunDir, **settings: Any) -> None:
-    scores = {"rows": 5000, "bleu4": 5.12345, "rouge_l": 0.1, "bertscore_f1": None, "bertscore": None, "exact": 0}
+    scores = {"rows": 5000, "bleu4": 5.12345, "rouge_l": 0.1, "bertscore_f1": None, "bertscore": None}
     scores |= {"intervals": {"bleu4": [4.9, 5.3]}, "sacrebleu": 1.5, "sacrebleu_signature": "nrefs:1|case:mixed"}
     default = {
         "base_model": BASE,

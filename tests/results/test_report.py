@@ -74,7 +74,7 @@ def a_run(
         text = ATTACKS[i] if i < len(ATTACKS) else f"Rename {row['output'][4:20]}"
         predictions.append(
             {"row": i, "idx": row["idx"], "lang": row["lang"], "reference": row["output"], "prediction": text}
-            | {"bleu4": score, "rouge_l": score / 100, "exact": False, "bertscore_f1": 0.8 + score / 1000}
+            | {"bleu4": score, "rouge_l": score / 100, "bertscore_f1": 0.8 + score / 1000}
         )
     means = {key: sum(row[key] for row in predictions) / len(predictions) for key in SCORES}
     intervals = {key: [0.9 * mean, 1.1 * mean] for key, mean in means.items()}

@@ -97,7 +97,7 @@ def evaluated(folder: RunDir, scores: dict[str, Any], rehearsal: bool = False, *
         created="2026-01-01T11:00:00+00:00",
         rehearsal=rehearsal,
         scores=score_records(scores),
-        shares=RowShares(rows=scores.get("rows", 5000), exact=scores.get("exact")),
+        shares=RowShares(rows=scores.get("rows", 5000)),
         version=VERSION,
         files={},
         data=[],
