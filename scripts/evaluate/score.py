@@ -8,12 +8,12 @@ from typing import Any
 
 from ..base.errors import UserError
 from ..base.files import Row, read_rows
-from ..base.terminal import Bar, say
+from ..base.terminal import Bar, say_once
 from ..config import substitution
 from ..data import studies
 from ..metrics import registry
 from ..metrics.answers import GroupParameters
-from ..metrics.bertscore import ScorerMetric, ScorerModel, layer_of
+from ..metrics.bertscore import ScorerMetric, ScorerModel, is_recorded, layer_of
 from ..metrics.metric import (
     FEWEST,
     BenchmarkMetric,
@@ -28,7 +28,6 @@ from .scores_file import RowShares, Scores
 
 # Scorer model by column name; None leaves the column out.
 ScorerModels = Mapping[str, ScorerModel | None]
-DEFAULT_SCORER = ScorerModel()
 
 
 class StandIn(ScorerModel):
@@ -113,9 +112,7 @@ def declared_models(columns: Mapping[str, Column]) -> dict[str, ScorerModel]:
     return {name: column.parameters for name, column in columns.items() if isinstance(column.parameters, ScorerModel)}
 
 
-def scorer_model(
-    requested: str | None, rehearsal: bool = False, declared: ScorerModel = DEFAULT_SCORER
-) -> ScorerModel | None:
+def scorer_model(declared: ScorerModel, requested: str | None, rehearsal: bool) -> ScorerModel | None:
     """Scorer model for BERTScore; None leaves BERTScore out.
 
     --metric (`requested`) has priority. Otherwise a rehearsal takes the stand-in. Any other run takes the declared
@@ -137,15 +134,13 @@ def scorer_model(
     return declared if is_cached else None
 
 
-def scorer_models(
-    columns: Mapping[str, Column], requested: str | None, rehearsal: bool = False, report: bool = False
-) -> ScorerModels:
-    """Scorer model for each column that declares one; if `report` is True, log missing models."""
+def scorer_models(columns: Mapping[str, Column], requested: str | None, rehearsal: bool = False) -> ScorerModels:
+    """Scorer model for each column that declares one; missing models are logged."""
     models = {}
     for name, declared in declared_models(columns).items():
-        models[name] = scorer_model(requested, rehearsal, declared)
-        if report and models[name] is None and requested is None:
-            say(
+        models[name] = scorer_model(declared, requested, rehearsal)
+        if models[name] is None and requested is None:
+            say_once(
                 f"{columns[name].label}: not computed, because {declared.model} is not on this machine; fetch it with "
                 f"`--metric bertscore:{declared.model}`"
             )
@@ -172,11 +167,7 @@ def model_record(column: Column, scores: Mapping[str, ScoreRecord]) -> ScorerRec
 def by_declared_model(column: Column, scores: Mapping[str, ScoreRecord]) -> bool:
     """True unless another scorer model, or another layer, than the declared one computed the scores."""
     declared, scorer = column.parameters, model_record(column, scores)
-    if scorer is None or not isinstance(declared, ScorerModel):
-        return True
-    if scorer.model not in (declared.model, declared.model.rpartition("/")[2]):
-        return False
-    return declared.layer in (None, scorer.layer)
+    return scorer is None or not isinstance(declared, ScorerModel) or is_recorded(declared, scorer)
 
 
 def read_pairs(file: Path, prediction: str = "prediction", reference: str = "reference") -> list[Row]:

@@ -49,11 +49,12 @@ class ScorerModel(Parameters):
 
 
 def is_recorded(by: ScorerModel | None, record: ScorerRecord | None) -> bool:
-    """True if the record describes this scorer model, or if both are None."""
+    """True if the record describes this scorer model or a local copy of it, or if both are None."""
     if by is None or record is None:
         return by is None and record is None
     same_weights = not by.is_local or by.local_revision() == record.revision
-    return by.name == record.model and by.layer in (None, record.layer) and same_weights
+    same_name = record.model in (by.name, by.model.rpartition("/")[2])
+    return same_name and by.layer in (None, record.layer) and same_weights
 
 
 def _config_of(by: ScorerModel) -> Any:

@@ -342,11 +342,8 @@ class Pipeline:
         if not self._generates():
             return SKIPPED
         folder = self.existing[0]
-        if self.state == "finished":
-            task = EvaluationTask(folder, self.evaluation)
-            models = scorer_models(task.columns, self.evaluation.scorer, self.request.rehearse)
-            if evaluate.complete_evaluation(task, models):
-                return SKIPPED
+        if self.state == "finished" and evaluate.is_complete(EvaluationTask(folder, self.evaluation)):
+            return SKIPPED
         job = backends.job_state(folder, "evaluate", self._evaluation_command(folder).words)
         return str(job) if job and (job.kind != "unknown" or not self.backend.here) else None
 

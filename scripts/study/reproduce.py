@@ -361,7 +361,7 @@ def score_predictions(
     predicted = _published_predictions(study, only)
     if not any(published.predictions for published in predicted):
         raise _none_published(study, "predictions")
-    models = scorer_models(study.columns, scorer, report=True)
+    models = scorer_models(study.columns, scorer)
     without = [published.name for published in predicted if not published.predictions]
     if without:
         say(f"no predictions are published for {', '.join(without)}")

@@ -144,7 +144,7 @@ def score_verb(
     rows = read_pairs(file, prediction_field, reference_field)
     columns = columns_of(None, metric, [row["reference"] for row in rows])
     refuse_run_metrics(columns)
-    models = scorer_models(columns, requested_scorer(metric), report=True)
+    models = scorer_models(columns, requested_scorer(metric))
     with Bar("scoring", 1):
         scores, rows = score(rows, columns, models)
     if about := about_file(file):

@@ -15,7 +15,7 @@ from qlora_recipes.base.files import Row, sha256, write_rows
 from qlora_recipes.config import substitution
 from qlora_recipes.config.datafiles import DataFile
 from qlora_recipes.data.studies import Decoding
-from qlora_recipes.evaluate import evaluate, predict, score
+from qlora_recipes.evaluate import evaluate, predict
 from qlora_recipes.evaluate.evaluate import EvaluationRequest, EvaluationTask
 from qlora_recipes.evaluate.prompter import Prompter
 from qlora_recipes.evaluate.scores_file import (
@@ -172,7 +172,7 @@ def test_the_reason_to_score_again_is_named(run, changes, metrics, reason):
         files={},
         data=[],
     )
-    assert evaluate.outdated(former, task, score.scorer_models(task.columns, task.request.scorer)) == reason
+    assert evaluate.outdated(former, task) == reason
 
 
 def test_the_runs_predictions_move_to_their_folder_unless_they_are_stale(run, tiny):

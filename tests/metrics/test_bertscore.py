@@ -50,7 +50,7 @@ def test_scores_are_the_librarys():
 
 
 def test_empty_texts_score_nothing_and_change_nothing():
-    judge = score.scorer_model(None, rehearsal=True)
+    judge = score.scorer_model(ScorerModel(), None, rehearsal=True)
     assert judge
     alone = bertscore.f1(PAIRS, judge)
     among = bertscore.f1([("", "a"), *PAIRS[:2], ("a", " \n"), *PAIRS[2:], ("", "")], judge)
@@ -122,20 +122,20 @@ def test_a_judge_is_told_by_its_weights_and_not_by_its_folders_name(roberta, tmp
     (other / "model.safetensors").write_bytes(b"others")
     assert not is_recorded(ScorerModel(model=str(other), layer=2), scorer_record)
     assert is_recorded(None, None) and not is_recorded(judge, None) and not is_recorded(None, scorer_record)
-    stand_in = score.scorer_model(None, rehearsal=True)
+    stand_in = score.scorer_model(ScorerModel(), None, rehearsal=True)
     assert stand_in and is_recorded(stand_in, bertscore.record(stand_in))
 
 
 def test_the_judge_is_the_default_only_where_it_is_here(tmp_path, monkeypatch):
-    assert score.scorer_model(None) is None
-    assert score.scorer_model("none", rehearsal=True) is None
+    assert score.scorer_model(ScorerModel(), None, rehearsal=False) is None
+    assert score.scorer_model(ScorerModel(), "none", rehearsal=True) is None
     declared = ScorerModel(model="some/model", layer=3)
-    assert score.scorer_model("some/model", declared=declared) == declared
-    assert score.scorer_model("another/model", declared=declared) == ScorerModel(model="another/model")
+    assert score.scorer_model(declared, "some/model", rehearsal=False) == declared
+    assert score.scorer_model(declared, "another/model", rehearsal=False) == ScorerModel(model="another/model")
     folder = tmp_path / "models--roberta-large"
     for name, content in (("refs/main", "abc"), ("snapshots/abc/config.json", "{}")):
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text(content)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path), raising=False)
-    assert score.scorer_model(None) == ScorerModel(model="roberta-large")
+    assert score.scorer_model(ScorerModel(), None, rehearsal=False) == ScorerModel(model="roberta-large")
