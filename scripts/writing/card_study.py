@@ -85,7 +85,8 @@ def _data(migration: Migration) -> Config:
         raise UserError("no data set", file=migration.old.file, key="datasets", remedy="add it to the card's config")
     entry = datasets[0].entry
     path = str(entry.get("path"))
-    source = {}
+    source = "{}"
     if hub.NAME.fullmatch(path) and not Path(path).exists():
-        source = {"hub": path, "revision": entry.get("revision", "main")}
-    return {"path": yamlfiles.write_flow(path), "source": yamlfiles.write_flow(source)}
+        source = yamlfiles.write_flow({"hub": path, "revision": entry.get("revision", "main")})
+        source += "  # write a commit here, and below datasets in the template"
+    return {"path": yamlfiles.write_flow(path), "source": source}
