@@ -310,7 +310,7 @@ def _place(finding: Finding, composed: Composed) -> None:
     file: Path | None = composed.recipe_file
     for difference in composed.differences:
         key, changed = f"{finding.key}.", f"{difference.key}."
-        if key.startswith(changed) or changed.startswith(key):  # one of them is the other, or a part of it
+        if key.startswith(changed) or changed.startswith(key):  # the same key, or one inside the other
             file = compose.profile_file(difference.source)
             finding.where = difference.without_secrets().source.text
     if file:

@@ -320,7 +320,7 @@ def _failed(folder: RunDir, log: LaunchLog, code: int) -> WorkFailed:
         problem = f"a rank was killed by signal 9 (SIGKILL); memory probably ran out: {_LESS_MEMORY}"
     elif log.refusals:
         problem = f"Axolotl refuses the config: {'; '.join(log.refusals)}"
-        tail = []  # has only the refusals
+        tail = []  # the log's last lines only repeat these errors
     else:
         problem = f"Axolotl failed{_signal(code)}"
     return WorkFailed("\n".join([*tail, f"{folder.path}: {problem}; the full log is {log.file}"]))

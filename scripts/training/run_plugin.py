@@ -260,7 +260,7 @@ class RunCallback(TrainerCallback):
         ended: dict[str, Any] = {"ended": self._how_it_ended(state, control)}
         if args.load_best_model_at_end and state.best_model_checkpoint:  # the trainer has loaded it
             ended["kept_step"] = step_of(Path(state.best_model_checkpoint))
-        if self.step_seconds:  # of steps behind the last multiple of logging_steps
+        if self.step_seconds:  # the steps since the last log entry
             ended |= self._measure_steps(args)
         self._append(state, ended)
         _note(args.output_dir, phase="saving the model")

@@ -98,7 +98,7 @@ class OwnRows:
             raise
 
     def _rows(self) -> Iterator[Row]:
-        """Rows as Axolotl reads them; of other columns, the texts stay, so that `recipe check` names them."""
+        """Rows as Axolotl reads them. They keep texts of other columns, for a note by `recipe check`."""
         source = RawFile(self.file)
         for raw in source.rows():
             row: Row = {}
