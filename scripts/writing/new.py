@@ -362,13 +362,14 @@ def edited(text: str, key: str, change: Change, where: str) -> str:
         return text
     document = yaml.compose(text, Loader=yaml.CSafeLoader)
     lines = text.split("\n")
-    first = end = _last_line(document, lines) + 1
+    first = end = _end(lines, 0, len(lines))
     was = "not set"
     entry = yamlfiles.inside(document, key)
     if entry:
         name, node = entry
         first = name.start_mark.line
-        end = max(_last_line(node, lines), first) + 1  # an alias has the lines of its anchor, which come earlier
+        later = [other.start_mark.line for other, _ in document.value if other.start_mark.line > first]
+        end = _end(lines, first + 1, min(later, default=len(lines)))
         behind = node.end_mark if node.end_mark.line == first else name.end_mark
         was = yamlfiles.write_flow(before[key])
         source = source or lines[first][behind.column :].partition(" #")[2].strip()
@@ -386,17 +387,9 @@ def edited(text: str, key: str, change: Change, where: str) -> str:
     raise UserError(f"--set {key}: cannot edit the lines of this key in {where}; edit a copy by hand")
 
 
-def _last_line(node: Any, lines: list[str]) -> int:
-    """Index of a node's last line.
-
-    Trailing comments, which come before the parser's end mark, are left out.
-    """
-    if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
-        last = node.value[-1]
-        return _last_line(last[1] if isinstance(last, tuple) else last, lines)
-    line: int = node.end_mark.line
-    if node.end_mark.column == 0:  # a block scalar ends at the start of the next line
-        line -= 1
-    while line > node.start_mark.line and not lines[line].strip():
-        line -= 1
-    return line
+def _end(lines: list[str], first: int, stop: int) -> int:
+    """Index after a key's last line, of those before `stop`; comments at the margin belong to the next key."""
+    end = stop
+    while end > first and (not lines[end - 1].strip() or lines[end - 1].startswith("#")):
+        end -= 1
+    return end
