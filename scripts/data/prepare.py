@@ -251,8 +251,7 @@ class _Preparation:
             elif len(chosen) < subset.rows and not subset.positions:
                 entry["left_out"][key] = f"only {len(chosen)} rows to sample from"
             else:
-                how = manifest.how_chosen(subset, self.study.folder)
-                entry["subsets"][key] = how | self._write(key, chosen)
+                entry["subsets"][key] = self._write(key, chosen)
         return entry
 
     def _write(self, name: str, rows: Iterable[PlacedRow]) -> Row:

@@ -165,9 +165,8 @@ class Study(Strict):
         yield from self._mistakes_in_metrics()
         yield from self.data.mistakes(self.folder)
         metrics = list(self.metrics)
-        curve = [TRAIN_LOSS] if any(published.curve for published in self.published.values()) else []
         for name in self.tolerances:
-            yield from undeclared(("tolerances", name), name, [*metrics, *curve])
+            yield from undeclared(("tolerances", name), name, [*metrics, TRAIN_LOSS])
         for i, name in enumerate(self.shown):
             yield from undeclared(("shown", str(i)), name, metrics)
         for name in self.decodings.keys() & _OF_SCORES:

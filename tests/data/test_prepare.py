@@ -91,7 +91,8 @@ def test_drawn_subsets_have_a_seed_and_are_left_out_where_rows_are_too_few(tmp_p
     raw = write(tmp_path / "raw", "msg-test.jsonl", *(row(str(i)) for i in range(20)))
     study = small_study(raw, few={"rows": 5, "seed": 1}, many={"rows": 50, "seed": 1})
     split = prepared([raw], tmp_path / "out", study)["splits"]["test"]
-    assert {name: (s["rows"], s["seed"]) for name, s in split["subsets"].items()} == {"few": (5, 1)}
+    assert {name: subset["rows"] for name, subset in split["subsets"].items()} == {"few": 5}
+    assert split["subset_rows"]["few"] == {"rows": 5, "seed": 1}
     assert list(split["left_out"]) == ["many"]
     assert "20" in split["left_out"]["many"]
     assert len({r["idx"] for r in read(tmp_path / "out" / "few.jsonl")}) == 5

@@ -267,8 +267,8 @@ def test_an_adapter_that_a_recipe_starts_from_is_fetched_beside_its_rows(publish
             id="other raw file",
         ),
         pytest.param(
-            lambda data: change(data, "test", left_out={}),
-            "test-subset-1.jsonl is missing or has different rows",
+            lambda data: change(data, "test", subset_rows={}),
+            "test.jsonl was prepared with another input format, other raw files, expressions or settings",
             id="other subset",
         ),
     ],
