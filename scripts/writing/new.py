@@ -362,14 +362,13 @@ def edited(text: str, key: str, change: Change, where: str) -> str:
         return text
     document = yaml.compose(text, Loader=yaml.CSafeLoader)
     lines = text.split("\n")
-    first = end = _end(lines, 0, len(lines))
+    first = end = _end(lines, len(lines))
     was = "not set"
     entry = yamlfiles.inside(document, key)
     if entry:
         name, node = entry
         first = name.start_mark.line
-        later = [other.start_mark.line for other, _ in document.value if other.start_mark.line > first]
-        end = _end(lines, first + 1, min(later, default=len(lines)))
+        end = _end(lines, _next_key(document, lines, first))
         behind = node.end_mark if node.end_mark.line == first else name.end_mark
         was = yamlfiles.write_flow(before[key])
         source = source or lines[first][behind.column :].partition(" #")[2].strip()
@@ -387,9 +386,14 @@ def edited(text: str, key: str, change: Change, where: str) -> str:
     raise UserError(f"--set {key}: cannot edit the lines of this key in {where}; edit a copy by hand")
 
 
-def _end(lines: list[str], first: int, stop: int) -> int:
-    """Index after a key's last line, of those before `stop`; comments at the margin belong to the next key."""
-    end = stop
-    while end > first and (not lines[end - 1].strip() or lines[end - 1].startswith("#")):
-        end -= 1
-    return end
+def _next_key(document: Any, lines: list[str], first: int) -> int:
+    """Index of the line of the first key after a line, or the number of lines."""
+    later = [name.start_mark.line for name, _ in document.value if name.start_mark.line > first]
+    return min(later, default=len(lines))
+
+
+def _end(lines: list[str], stop: int) -> int:
+    """Index after the last line before `stop` that is neither empty nor a comment at the margin."""
+    while not lines[stop - 1].strip() or lines[stop - 1].startswith("#"):
+        stop -= 1
+    return stop
