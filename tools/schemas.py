@@ -116,8 +116,9 @@ def axolotl_schema() -> str:
     _set_values(keys, "attn_implementation", sorted(CANONICAL_ATTN_IMPLS), "^[^/]+/[^/]+$")  # or a kernel on the hub
     _set_values(definitions["SFTDataset"]["properties"], "type", *_sft_types())
     _set_values(definitions["SFTDataset"]["properties"], "chat_template", templates)
-    for kind in ("dpo", "kto"):
-        _set_values(definitions[f"{kind.upper()}Dataset"]["properties"], "type", _preference_types(kind))
+    # Axolotl has no schema of its own for data sets of ORPO
+    _set_values(definitions["DPODataset"]["properties"], "type", _preference_types("dpo") + _preference_types("orpo"))
+    _set_values(definitions["KTODataset"]["properties"], "type", _preference_types("kto"))
     options = [name for name in inspect.signature(BitsAndBytesConfig).parameters if name != "kwargs"]
     keys["bnb_config_kwargs"]["anyOf"][0] |= {
         "properties": {key: {} for key in [*options, "blocksize"]} | {"bnb_4bit_quant_type": {"enum": ["nf4", "fp4"]}},
@@ -227,7 +228,7 @@ def _sft_types() -> tuple[list[str], str]:
 
 
 def _preference_types(kind: str) -> list[str]:
-    """The data set types for DPO or KTO: module.function, or a module alone for its function default."""
+    """The data set types for DPO, KTO or ORPO: module.function, or a module alone for its function default."""
     types = []
     for module, function in _strategies(importlib.import_module(f"{prompt_strategies.__name__}.{kind}"), "cfg"):
         types += [f"{module}.{function}", *([module] if function == "default" else [])]

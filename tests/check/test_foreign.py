@@ -99,6 +99,7 @@ def test_axolotls_own_and_this_projects_are_not_foreign():
     assert levels_by_name({"plugins": shipped, "trust_remote_code": False, "trl": {"reward_funcs": []}}) == {}
     assert levels_by_name({"attn_implementation": "kernels-community/flash-attn2@v1"}) == {}
     assert levels_by_name({"datasets": [ROWS | {"type": "chatml.intel"}], "rl": "dpo"}) == {}
+    assert levels_by_name({"datasets": [ROWS | {"type": "chat_template.argilla"}], "rl": "orpo"}) == {}
     assert levels_by_name({"datasets": [ROWS | {"ds_type": kind} for kind in datafiles.FORMATS]}) == {}
     harmless = {"attn_implementation": "sdpa", "use_safetensors": True, "low_cpu_mem_usage": True}
     rope = {"rope_scaling": {"type": "linear", "factor": 2}}

@@ -129,6 +129,7 @@ def test_a_missing_key_is_found():
         {"datasets": [{"path": "x", "type": "my_package.my_strategy"}]},
         {"datasets": [{"path": "x", "type": {"field_output": "msg"}}]},
         {"rl": "dpo", "datasets": [{"path": "x", "type": "chatml.intel"}]},
+        {"rl": "orpo", "datasets": [{"path": "x", "type": "chat_template.argilla"}]},
         {"learning_rate": "1e-4"},
         {"deepspeed": None, "wandb_project": None},  # keys left empty
     ],
