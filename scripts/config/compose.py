@@ -1,7 +1,5 @@
 """Composition of Axolotl's config: recipe, profiles, overrides, rehearsal."""
 
-import hashlib
-import json
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,6 +8,7 @@ from typing import Any
 
 from ..base import hardware, paths, processes, yamlfiles
 from ..base.errors import UserError
+from ..base.files import digest
 from ..base.yamlfiles import Config
 from . import datafiles, gpus, merging, models, numerics, substitution
 from .datafiles import DataFile
@@ -89,8 +88,7 @@ class Composed:
 
     def _hash(self, without: re.Pattern[str], *more: str | None) -> str:
         cfg = {key: value for key, value in self.config.items() if not without.match(key)}
-        content = [cfg, [file.sha256 for file in [*self.data, *datafiles.named_files(cfg)]], *more]
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+        return digest([cfg, [file.sha256 for file in [*self.data, *datafiles.named_files(cfg)]], *more])
 
 
 def compose(request: Request, gpu: Gpu | None = None) -> Composed:

@@ -3,7 +3,6 @@
 Reading a shipped or cached step does not import torch.
 """
 
-import hashlib
 import logging
 from collections import Counter
 from contextlib import suppress
@@ -14,11 +13,9 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-import orjson
-
 from ..base import paths
 from ..base.errors import UserError
-from ..base.files import read_json, write_atomically
+from ..base.files import digest, read_json, write_json
 from ..base.yamlfiles import Config
 from ..config import models
 from ..config.gpus import Gpu, engine_of
@@ -100,9 +97,7 @@ class StepPlan:
     @property
     def key(self) -> str:
         """Hash of the step, its shape, package versions and `VERSION`."""
-        depends = [VERSION, packages(), asdict(self.step), self.shape]
-        content = orjson.dumps(depends, default=str, option=orjson.OPT_SORT_KEYS)
-        return hashlib.sha256(content).hexdigest()[:24]
+        return digest([VERSION, packages(), asdict(self.step), self.shape])[:24]
 
     @property
     def file(self) -> Path:
@@ -128,7 +123,7 @@ class StepPlan:
             return self.stored
         memory = self.traced()
         with suppress(OSError):
-            write_atomically(self.file, orjson.dumps(asdict(memory)).decode())
+            write_json(self.file, asdict(memory))
         return memory
 
     @property

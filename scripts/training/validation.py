@@ -5,7 +5,6 @@ plugins 6 s.
 """
 
 import copy
-import hashlib
 import logging
 import re
 import sys
@@ -26,7 +25,7 @@ from pydantic import ValidationError
 
 from ..base import paths
 from ..base.errors import UserError
-from ..base.files import Row, read_json, write_json
+from ..base.files import Row, digest, read_json, write_json
 from ..base.hub import importing_axolotl
 from ..base.processes import package_version, start_child
 from ..base.yamlfiles import Config
@@ -73,8 +72,7 @@ def _cache_file(config: Config, gpu: Gpu) -> Path:
     """Cache file, keyed by config, GPUs and package versions."""
     packages = [package_version(name) for name in ("axolotl", "torch", "transformers")]
     depends = [VERSION, packages, str(gpu), str(gpus.here()), config, deepspeed_of(config)]
-    content = orjson.dumps(depends, option=orjson.OPT_SORT_KEYS)
-    return paths.cache() / "validated" / f"{hashlib.sha256(content).hexdigest()[:24]}.json"
+    return paths.cache() / "validated" / f"{digest(depends)[:24]}.json"
 
 
 def _ask_child(configs: Sequence[Config], gpu: Gpu) -> list[list[Row]]:
