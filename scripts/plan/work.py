@@ -18,10 +18,10 @@ UTILIZATION = 0.3
 """Assumed share of the GPU's peak rate."""
 
 _DECIDES_TOKENS = re.compile(
-    r"base_model|revision|trust_remote|datasets\b|dataset_exact|.*token|.*chat_template|default_system|"
+    r"trust_remote|datasets\b|dataset_exact|.*token|.*chat_template|default_system|"
     "train_on_inputs|sequence_len|min_sample_len|excess_length|val_set_size"
 )
-"""Prefixes of dotted keys that determine training rows and tokens, but not padding."""
+"""Prefixes of dotted keys that determine training rows and tokens, but not padding; apart from the base model."""
 
 
 class TokenCount(StrEnum):
@@ -127,14 +127,9 @@ def published(composed: Composed) -> Lengths | None:
 
 def _declared_model(composed: Composed) -> str | None:
     """Base model under which study.yaml states the recipe's tokens; None if a changed setting changes their number."""
-    name = composed.config["base_model"]
-    changed = {change.key: change for change in composed.from_origin if _DECIDES_TOKENS.match(change.key)}
-    model = changed.get("base_model")
-    if model and models.is_copy(model.run, model.recipe):
-        name = model.recipe
-        del changed["base_model"]
-        changed.pop("revision_of_model", None)
-    return None if changed else str(name)
+    if any(_DECIDES_TOKENS.match(change.key) for change in composed.from_origin):
+        return None
+    return str(models.original(composed.config["base_model"]))
 
 
 def work(composed: Composed, step_plan: StepPlan, gpu: Gpu | None, gpus: int, lengths: Lengths | None) -> Work:

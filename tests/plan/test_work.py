@@ -93,7 +93,7 @@ def test_hours_count_padding(recipe_file):
         *(
             ({"overrides": typed(change)}, None)
             for change in (
-                *("sequence_len=512", "base_model=meta-llama/Llama-2-7b-hf", "revision_of_model=main"),
+                *("sequence_len=512", "base_model=meta-llama/Llama-2-7b-hf"),
                 *("val_set_size=0.5", "datasets.0.path=mine.jsonl", "datasets.0.split=train[:100]"),
                 "special_tokens.bos_token=<s>",
             )
