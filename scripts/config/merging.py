@@ -331,23 +331,17 @@ def origin_of(name: str, file: Path) -> str | None:
 
 def parent_of(name: str, file: Path) -> str | None:
     """The recipe from which a variant derives directly; None if it has no parent."""
+    from ..data import studies
+
     if name in paths.recipe_names():
-        return _declared_parent(name)
+        study = studies.usable_study_of(name)
+        parent = study.origin(name) if study else name
+        return parent if parent != name else None
     existing = {*paths.recipe_names(), *paths.variant_names()}
     for original in ancestors(file):
         if original != name and (original in existing or Path(original).is_file()):
             return original
     return None
-
-
-def _declared_parent(recipe: str) -> str | None:
-    """The recipe of which a shipped recipe is a variant, in its study.yaml; None if it is not a variant."""
-    from ..data import studies
-
-    study = studies.usable_study_of(recipe)
-    if study is None or recipe not in study.variants:
-        return None
-    return study.variants[recipe].of
 
 
 def recipe_diff(a: str, b: str) -> list[Row]:
