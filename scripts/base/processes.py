@@ -65,20 +65,11 @@ def held(file: Path, otherwise: str, timeout: float = LOOK) -> Iterator[int]:
                     f"{file.parent}: the file system does not support locks (flock: {error.strerror}); "
                     "use a folder on another file system; --runs sets the folder for runs"
                 ) from None
-            if not _has_name(lock.fileno(), file):
-                continue  # the former holder deleted this file; others lock the next one
             with suppress(OSError):  # a full disk cannot record the holder
                 os.ftruncate(lock.fileno(), 0)
                 os.write(lock.fileno(), f"{platform.node()} {os.getpid()} {_started(os.getpid())}".encode())
             yield lock.fileno()
             return
-
-
-def _has_name(descriptor: int, file: Path) -> bool:
-    """True if a path still leads to an open file."""
-    with suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(descriptor), file.stat())
-    return False
 
 
 def is_held(file: Path) -> bool:

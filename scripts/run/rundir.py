@@ -236,8 +236,8 @@ def new_run(parent: Path, name: str) -> Iterator[tuple[RunDir, RunDir]]:
     Yields:
         The run folder, which appears at the end of the block; and a hidden folder, in which the block writes its files.
     """
-    part, lock = RunDir(parent / paths.NEW_RUN), parent / f"{paths.NEW_RUN}.lock"
-    with held(lock, "another process is creating a run", LOCK_TIMEOUT):
+    part = RunDir(parent / paths.NEW_RUN)
+    with held(parent / f"{paths.NEW_RUN}.lock", "another process is creating a run", LOCK_TIMEOUT):
         while (folder := parent / stamped(name)).exists():
             time.sleep(0.2)
         shutil.rmtree(part.path, ignore_errors=True)  # left by a killed process
@@ -247,7 +247,6 @@ def new_run(parent: Path, name: str) -> Iterator[tuple[RunDir, RunDir]]:
             part.path.rename(folder)
         finally:
             shutil.rmtree(part.path, ignore_errors=True)
-            lock.unlink(missing_ok=True)
 
 
 def is_evaluation(record: Row) -> bool:

@@ -1,6 +1,5 @@
 """The GPUs that CUDA shows, from a made-up driver (a T4, an A100, one in two parts); and processes that end."""
 
-import fcntl
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import pytest
 
 from qlora_recipes.base import hardware
-from qlora_recipes.base.processes import held, is_held, start_child
+from qlora_recipes.base.processes import start_child
 from qlora_recipes.config import gpus
 from qlora_recipes.run.backends import Local
 
@@ -104,16 +103,3 @@ def test_no_python_below_a_child_imports_from_the_working_directory(tmp_path, op
     script = f"import subprocess; raise SystemExit(subprocess.call({command}))"
     assert start_child(command, cwd=tmp_path, **options).wait() == 0
     assert start_child([sys.executable, "-c", script], cwd=tmp_path, **options).wait() == 0  # as of torchrun's ranks
-
-
-def test_a_lock_whose_file_was_deleted_before_it_was_locked_is_taken_again(tmp_path, monkeypatch):
-    file, flock = tmp_path / ".lock", fcntl.flock
-
-    def deletes_first(lock: Any, operation: int) -> None:
-        monkeypatch.setattr(fcntl, "flock", flock)
-        file.unlink()  # as the holder before does
-        flock(lock, operation)
-
-    monkeypatch.setattr(fcntl, "flock", deletes_first)
-    with held(file, "held by another"):
-        assert is_held(file)
