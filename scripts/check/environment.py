@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import orjson
-from packaging.requirements import Requirement
 
 from ..base import hardware, hub, paths, yamlfiles
 from ..base.files import free_bytes
@@ -31,8 +30,9 @@ except Exception as error:
     facts["problem"] = str(error).strip().partition("\\n")[0]
 print(json.dumps(facts | {"gpus": torch.cuda.device_count()}))
 """
-_OF_TORCH = re.compile(r"(nvidia|cuda)-(?!ml-py)")  # CUDA libraries that torch requires
-_SHOWN = 5  # maximum number of unmet requirements to list
+_LOCKED = re.compile(r"^(?!nvidia-|cuda-)([\w.-]+)==([^\s;]+)", re.MULTILINE)
+"""Packages of the lock, and their versions, without the CUDA libraries, which depend on the build of torch."""
+_SHOWN = 5  # maximum number of different packages to list
 _MODEL_GB = 20  # required free space; an 8B model takes 16
 
 Facts = dict[str, Any]
@@ -142,30 +142,20 @@ def check_lock() -> Iterator[Line]:
     """Compare the versions of the installed packages with requirements.lock, which only a checkout has."""
     if not paths.LOCK.is_file():
         return
-    required = list(_locked())
-    unmet = []
-    for requirement in required:
-        installed = package_version(requirement.name)
-        if installed is None or not requirement.specifier.contains(installed, prereleases=True):
-            unmet.append(f"{requirement} (installed: {installed or 'none'})")
-    if unmet:
-        differences = f"{len(unmet)} differ, such as {', '.join(unmet[:_SHOWN])}"
+    locked: dict[str, list[str]] = {}  # a package can have other versions for other releases of Python
+    for name, required in _LOCKED.findall(paths.LOCK.read_text(encoding="utf-8")):
+        locked.setdefault(name, []).append(required)
+    different = []
+    for name, versions in locked.items():
+        installed = package_version(name)
+        if installed and installed.partition("+")[0] not in versions:  # +cu126 is the tag of a build
+            different.append(f"{name}=={' or '.join(versions)} (installed: {installed})")
+    if different:
+        differences = f"{len(different)} differ, such as {', '.join(different[:_SHOWN])}"
         command = "touch requirements.lock && make setup"
         yield Line("lock", "wrong", differences, "install the required versions", command)
     else:
-        yield Line("lock", "ok", f"all {len(required)} packages match requirements.lock")
-
-
-def _locked() -> Iterator[Requirement]:
-    """Requirements of the lock that apply to this machine."""
-    other_cuda = "+" in (package_version("torch") or "")  # this torch requires other CUDA libraries than the lock
-    for line in paths.LOCK.read_text(encoding="utf-8").splitlines():
-        if not line[:1].isalnum():  # a comment, a hash, or blank
-            continue
-        requirement = Requirement(line.removesuffix("\\").strip())
-        applies = requirement.marker is None or requirement.marker.evaluate()
-        if applies and not (other_cuda and _OF_TORCH.match(requirement.name)):
-            yield requirement
+        yield Line("lock", "ok", "the installed packages match requirements.lock")
 
 
 def check_hub() -> Iterator[Line]:
