@@ -243,8 +243,7 @@ def has_tokenizer(composed: Composed) -> bool:
 
     This function first creates the small model of rehearsals, if the config names it.
     """
-    if substitution.stands_in(composed.config):
-        substitution.model_folder()
+    substitution.restore(composed.config)
     return models.find(composed.config).tokenizer_here
 
 

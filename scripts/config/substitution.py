@@ -11,7 +11,6 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 from ..base import paths
-from ..base.errors import UserError
 from ..base.hub import importing_axolotl
 from ..base.processes import make_once
 from ..base.terminal import say
@@ -258,18 +257,9 @@ def model_folder() -> Path:
 
 
 def restore(config: Config) -> None:
-    """Convert the stand-in model of a rehearsal's config again if the cache lacks it.
-
-    Raises:
-        UserError: the model is missing, and it is not the stand-in that this version of the project creates.
-    """
-    model = Path(str(config.get("base_model")))
+    """Convert the stand-in model if it is the base model of a config, and the cache lacks it."""
     if stands_in(config):
         model_folder()
-    elif model.parent == paths.cache() and not model.is_dir():
-        raise UserError(
-            f"{model}: the stand-in was deleted; its current version is {folder().name}; start a new rehearsal"
-        )
 
 
 def _convert(target: Path) -> None:

@@ -174,8 +174,7 @@ def resume(
             "code; if you trust the author, add --trust"
         )
     _record_force(folder, record, force, is_own, backend.here)
-    if record.rehearsal:
-        substitution.restore(folder.config)
+    substitution.restore(folder.config)
     if backend.here:
         _resume_here(folder, prepare_only, is_own)
         return folder
@@ -302,8 +301,7 @@ def create(composed: Composed, request: Request) -> RunDir:
         composed: the run's checked config.
         request: request from which the config was composed.
     """
-    if composed.rehearsal and substitution.stands_in(composed.config):
-        substitution.model_folder()
+    substitution.restore(composed.config)
     with new_run(paths.runs() / composed.recipe, composed.digest[:7]) as (folder, part):
         config = launch_config(composed, folder)
         for difference in composed.differences:  # record tracker keys with placeholders filled in
