@@ -9,7 +9,6 @@ checkpoint.
 import re
 import shlex
 import sys
-import time
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from getpass import getuser
@@ -80,9 +79,7 @@ class Slurm:
             gpus: number of GPUs per node.
             nodes: number of nodes.
         """
-        title = _file_name(training.result.recipe)
-        folder = paths.runs().absolute() / "slurm" / stamped(title)
-        batch = Batch(self.site, self.jobs, title, gpus, nodes, folder)
+        batch = Batch(self.site, self.jobs, _file_name(training.result.recipe), gpus, nodes)
         return batch.script("prepare", [_preparing(training)], 1) + batch.script("run", [training], 1)
 
     def submit(self, tasks: Sequence[Task], title: str) -> list[RunDir]:
@@ -167,7 +164,7 @@ class Batch:
         title: name of the submission, usable in file names.
         gpus: number of GPUs per node for each training.
         nodes: number of nodes for each training.
-        folder: folder of the scripts; None until the first script is written.
+        folder: folder of the scripts and logs, created with the first script.
         submitted: ids of the submitted jobs.
     """
 
@@ -176,8 +173,10 @@ class Batch:
     title: str
     gpus: int
     nodes: int
-    folder: Path | None = None
     submitted: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.folder = paths.runs().absolute() / "slurm" / stamped(self.title)
 
     def check(self, steps: Container[Step], tasks: int) -> None:
         """Test with sbatch whether SLURM would accept the jobs.
@@ -208,7 +207,6 @@ class Batch:
         """
         if not tasks:
             return None
-        self.folder = self.folder or _new_folder(self.title)
         file = (self.folder / f"{len(self.submitted) + 1}-{step}.sh").resolve()
         write_atomically(file, self.script(step, tasks, len(tasks)))
         waits = [f"--dependency={after}", "--kill-on-invalid-dep=yes"] if after else []
@@ -275,10 +273,9 @@ class Batch:
         array = f"0-{count - 1}"
         if self.jobs and step != "prepare":
             array += f"%{self.jobs}"
-        folder = self.folder or Path.cwd()
         options = {
             "job-name": f"{self.title}-{step}",
-            "output": str(folder / "%x-%A_%a.log"),
+            "output": str(self.folder / "%x-%A_%a.log"),
             "open-mode": "append",
             "array": array,
             "nodes": str(self._nodes(step)),
@@ -311,16 +308,3 @@ def _with_gpus(options: dict[str, str], gpus: int) -> dict[str, str]:
 
 def _request_gpus(options: dict[str, str]) -> bool:
     return not options.keys().isdisjoint(("gpus", "gpus-per-node", "gpus-per-task")) or "gpu" in options.get("gres", "")
-
-
-def _new_folder(title: str) -> Path:
-    """Create a unique folder <time>-<title> for the scripts of a submission."""
-    parent = paths.runs() / "slurm"
-    parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        folder = parent / stamped(title)
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            time.sleep(0.2)
