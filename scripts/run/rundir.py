@@ -261,7 +261,7 @@ def _order(record: Row) -> int:
     return 1 if is_evaluation(record) else 2
 
 
-_MEMORY = {"memory_reserved_gib": GPU_MEMORY, "rss_peak_gib": "resident"}
+_ON_GPU = "memory_reserved_gib"
 
 
 def summarise(metrics: list[Row]) -> Summary:
@@ -274,9 +274,10 @@ def summarise(metrics: list[Row]) -> Summary:
         return Summary()
     newest = metrics[-1]
     first, final = _first_and_final_evaluation(metrics)
-    memory = next((key for record in metrics for key in _MEMORY if key in record), "")
-    by_rank = _peaks_by_rank(metrics)
-    peaks = [record[memory] for record in metrics if memory in record] + by_rank
+    peaks = _peaks(metrics)
+    memory_kind = "resident" if peaks else None
+    if last(_ON_GPU):
+        memory_kind = GPU_MEMORY
     return Summary(
         step=newest["step"],
         max_steps=last("max_steps"),
@@ -291,12 +292,9 @@ def summarise(metrics: list[Row]) -> Summary:
         train_seconds=_seconds(metrics),
         tokens_per_second=_tokens_per_second(metrics),
         peak_memory=max(peaks, default=None),
-        memory_kind=_MEMORY.get(memory),
-        engine=last("engine"),
-        peak_memory_by_rank=by_rank or None,
+        memory_kind=memory_kind,
         training_rows=last("training_rows"),
         trainable_parameters=last("trainable_parameters"),
-        parameters=last("parameters"),
         trouble=_trouble(metrics),
         ended=newest.get("ended"),
     )
@@ -324,10 +322,14 @@ def _tokens_per_second(metrics: Sequence[Row]) -> float | None:
     return sum(record["tokens"] for record in counted) / seconds if seconds > 1e-6 else None
 
 
-def _peaks_by_rank(metrics: Sequence[Row]) -> list[float]:
-    """Peak memory of each rank in GiB; empty if it was not recorded. A resumed training counts its peaks anew."""
-    peaks = [record["peak_gib_by_rank"] for record in metrics if record.get("peak_gib_by_rank")]
-    return [max(of_rank) for of_rank in zip(*peaks, strict=False)]
+def _peaks(metrics: Sequence[Row]) -> list[float]:
+    """Peaks of memory in GiB, on the GPU or else resident, of all ranks; a resumed training counts them anew."""
+    peaks: list[float] = []
+    for record in metrics:
+        peak = record.get(_ON_GPU) or record.get("rss_peak_gib")
+        if peak:
+            peaks += record.get("peak_gib_by_rank") or [peak]
+    return peaks
 
 
 def _trouble(metrics: Sequence[Row]) -> str | None:

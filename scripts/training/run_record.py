@@ -55,10 +55,8 @@ class MetricsRecord(TypedDict, total=False):
     memory_reserved_gib: float
     rss_peak_gib: float
     peak_gib_by_rank: list[float] | None
-    engine: str
     training_rows: int
     trainable_parameters: int
-    parameters: int
     ended: Ended
     kept_step: int
 
@@ -195,7 +193,7 @@ class Summary(BaseModel):
         kept_step: step of the best checkpoint, if the trainer loaded its weights at the end; `eval_loss` and
             `eval_loss_per_token` then belong to this step.
         training_rows: number of rows after Axolotl held rows out and dropped long ones; None for streamed rows.
-        trainable_parameters, parameters: PEFT's counts; None without an adapter.
+        trainable_parameters: PEFT's count; None without an adapter.
     """
 
     step: int = 0
@@ -212,11 +210,8 @@ class Summary(BaseModel):
     tokens_per_second: float | None = None
     peak_memory: float | None = None
     memory_kind: str | None = None
-    engine: str | None = None  # as in `gpus.engine_of`; None for one process without an engine
-    peak_memory_by_rank: list[float] | None = None
     training_rows: int | None = None
     trainable_parameters: int | None = None
-    parameters: int | None = None
     trouble: str | None = None  # a message if the last losses are NaN
     ended: Ended | None = None  # None also after a kill
 
