@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import re
 import secrets
 import signal
 import socket
@@ -36,7 +35,6 @@ ON_CPU = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
 }
-_ENDS = "embed|lm_head"  # embedding and head can share a tensor; merging LoRA into either changes both
 _NOT_SERVED = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias")
 _PLAIN = (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
@@ -90,8 +88,6 @@ def _obstacle(adapter: Path) -> str | None:
         return "which has biases"
     if config.get("init_lora_weights", True) not in _PLAIN:
         return "which changes the base model's weights"
-    if for_cpu() and re.search(_ENDS, str(config.get("target_modules"))):
-        return "whose LoRA is on an embedding or head, which can be tied"
     if not 1 <= _rank(config) <= RANKS[-1]:
         return f"of rank {config.get('r')}"
     return None
