@@ -39,7 +39,6 @@ from .metric import (
     RowMetric,
     ScoreRecord,
     ScoringInput,
-    wilson,
 )
 
 MARKERS = {
@@ -237,8 +236,8 @@ def mean_of_groups(groups: Sequence[Sequence[float]], averaged: RowMetric) -> tu
     mean = fmean(map(fmean, groups))
     if min(map(len, groups)) < FEWEST:
         return mean, None
-    if averaged.all_or_nothing and len(groups) == 1:
-        return mean, wilson(mean, len(groups[0]))
+    if len(groups) == 1:
+        return mean, averaged.interval(groups[0])
     # shares of 0 and 100 % show no spread, so two right and two wrong rows are added (Agresti and Coull 1998)
     added = (0, 0, 100, 100) if averaged.all_or_nothing else ()
     variance = sum(pvariance([*scores, *added]) / (len(scores) + len(added)) for scores in groups)
