@@ -18,7 +18,6 @@ from ..config.datafiles import DatasetRef
 from ..training.row_types import Chat, row_type
 from ..training.tokens import (
     LOSS_ON_ANSWERS,
-    answer_of,
     as_trained,
     load_strategy,
     require_one_each,
@@ -118,38 +117,34 @@ class Prompter:
         data = self.settings.data
         cfg = DictDefault({**self.trained, "train_on_inputs": False})  # DictDefault's | would keep existing values
         dataset = DictDefault({**cfg[ref.section][ref.index], **LOSS_ON_ANSWERS})
-        tokenized = tokenize(data, cfg, dataset, self.tokenizer, rows, longest)
-        require_one_each(data, dataset, rows, tokenized)
         kind = row_type(dataset)
+        contents = [*rows]
+        if isinstance(kind, Chat):
+            contents += [kind.with_answer(row, NEUTRAL) for row in rows]
+        tokenized = tokenize(data, cfg, dataset, self.tokenizer, contents, longest)
+        require_one_each(data, dataset, contents, tokenized)
         examples: list[Example] = []
-        with_other_answer: dict[int, Row] = {}
-        for number, (row, tokens) in enumerate(zip(rows, tokenized, strict=True)):
-            start, end = answer_of(tokens.labels)
+        for row, tokens in zip(rows, tokenized, strict=False):
+            prompt, answer = tokens.parts()
             reference = row.get(kind.reference)
             if reference is None:
-                reference = Completion.of(self.tokenizer, tokens.ids[start:end]).text
-            if isinstance(kind, Chat):
-                answer = kind.answer_of(row).strip()
-                first_token = str(self.tokenizer.decode(tokens.ids[start : start + 1])).strip()
-                if answer and not answer.startswith(first_token):  # the token also has the end of the prompt
-                    with_other_answer[number] = replace_answer(kind, row, NEUTRAL)
-                    if reference.endswith(answer):
-                        reference = answer
-            reference = reference if start < end else ""
-            examples.append(Example(tokens.ids[:start][-longest:], reference, tokens.ids[start:end]))
+                reference = Completion.of(self.tokenizer, answer).text
+            examples.append(Example(prompt[-longest:], reference if answer else "", answer))
         if isinstance(kind, Chat):
             strategy = load_strategy("chat_template", self.tokenizer, cfg, dataset)
-            for row, example in zip(rows, examples, strict=True):
+            for row, example, neutral in zip(rows, examples, tokenized[len(rows) :], strict=True):
                 example.messages = _prompt_messages(strategy, row)
-        if not with_other_answer:
-            return examples
-        tokenized = tokenize(data, cfg, dataset, self.tokenizer, [*with_other_answer.values()], longest)
-        for number, tokens in zip(with_other_answer, tokenized, strict=True):
-            start, _ = answer_of(tokens.labels)
-            examples[number].prompt = tokens.ids[:start][-longest:]
-            reference = examples[number].reference
-            examples[number].answer = self.tokenizer(reference, add_special_tokens=False)["input_ids"]
+                text = kind.answer_of(row).strip()
+                if text and not text.startswith(Completion.of(self.tokenizer, example.answer[:1]).text):
+                    self._separate(example, text, neutral.parts()[0][-longest:])
         return examples
+
+    def _separate(self, example: Example, text: str, prompt: list[int]) -> None:
+        """Replace prompt and answer of an example whose answer begins with a token that holds the prompt's end, too."""
+        example.prompt = prompt
+        if example.reference.endswith(text):
+            example.reference = text
+        example.answer = self.tokenizer(example.reference, add_special_tokens=False)["input_ids"]
 
 
 def _prompt_messages(strategy: Any, row: Row) -> list[Row] | None:
@@ -160,12 +155,6 @@ def _prompt_messages(strategy: Any, row: Row) -> list[Row] | None:
     for turn in strategy.get_conversation_thread(row)[:-1]:
         messages.append({key: turn[key] for key in ("role", "content") if key in turn})
     return messages
-
-
-def replace_answer(kind: Chat, row: Row, answer: str) -> Row:
-    """Chat with another text in its last turn."""
-    *turns, last = row[kind.messages]
-    return row | {kind.messages: [*turns, last | {kind.content: answer}]}
 
 
 NEUTRAL = "0"  # tokenizers separate a digit from the text before it

@@ -213,6 +213,11 @@ class Chat(Tokenized):
         turns = self.items_of(row) or [{}]
         return str(turns[-1].get(self.content) or "")
 
+    def with_answer(self, row: Row, answer: str) -> Row:
+        """Row with another answer, in its last message."""
+        *turns, last = row[self.messages]
+        return row | {self.messages: [*turns, last | {self.content: answer}]}
+
     def further_mistakes(self, row: Row) -> Iterator[RowMistake]:
         messages = self.items_of(row)
         if not messages:

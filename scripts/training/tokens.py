@@ -69,6 +69,16 @@ class Tokens:
         """Number of tokens that carry loss."""
         return sum(label != MASKED for label in self.labels)
 
+    def parts(self) -> tuple[list[int], list[int]]:
+        """Prompt and answer: the last sequence of tokens with loss, and all before it; empty if no token has loss."""
+        end = len(self.labels)
+        while end > 0 and self.labels[end - 1] == MASKED:
+            end -= 1
+        start = end
+        while start > 0 and self.labels[start - 1] != MASKED:
+            start -= 1
+        return self.ids[:start], self.ids[start:end]
+
 
 def tokenize(where: str, cfg: Any, dataset: Any, tokenizer: Any, rows: Sequence[Row], longest: int) -> list[Tokens]:
     """Tokenize rows as Axolotl does, but keep rows that exceed the config's sequence_len.
@@ -291,17 +301,6 @@ def _in_training_order(cfg: Any, sizes: list[int]) -> list[int]:
     return shuffled
 
 
-def answer_of(labels: Sequence[int]) -> tuple[int, int]:
-    """Start and end of the last sequence of tokens with loss; (0, 0) if no token has loss."""
-    end = len(labels)
-    while end > 0 and labels[end - 1] == MASKED:
-        end -= 1
-    start = end
-    while start > 0 and labels[start - 1] != MASKED:
-        start -= 1
-    return start, end
-
-
 def text_of(tokenizer: Any, tokens: Sequence[int]) -> str | None:
     """Text that the tokenizer turns into these tokens, without those that it adds to any text, such as BOS.
 
@@ -363,8 +362,7 @@ def prompt_text(cfg: Config, tokenizer: Path, texts: dict[str, str]) -> PromptTe
         (tokens,) = tokenize("its prompt", cfg, dataset, loaded, [row], 2**20)
     except (OSError, ValueError, UserError):
         return None
-    ids = tokens.ids[: answer_of(tokens.labels)[0]]
-    text = text_of(loaded, ids)
+    text = text_of(loaded, tokens.parts()[0])
     if text is None:
         return None
     fields = [name for name in (_QUESTION, *row) if f"{{{name}}}" in text]

@@ -20,7 +20,7 @@ from qlora_recipes.results import gguf, publish
 from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.run import launch
 from qlora_recipes.run.rundir import RunDir
-from qlora_recipes.training.tokens import PromptText, answer_of, prompt_text, tokenize
+from qlora_recipes.training.tokens import PromptText, prompt_text, tokenize
 from qlora_recipes.training.validation import GgufTools
 
 
@@ -75,7 +75,7 @@ def test_ollama_prompts_with_the_tokens_of_the_training(tmp_path, tiny, model, t
     prompt = prompt_text(cfg, tmp_path / "output", {})
     template = gguf.ollama_template(prompt)
     (trained,) = tokenize("rows", DictDefault(cfg), DictDefault(cfg["datasets"][0]), tokenizer, [row], 4096)
-    expected = trained.ids[: answer_of(trained.labels)[0]]
+    expected = trained.parts()[0]
     # Ollama adds the tokens that the tokenizer adds, as the converter has recorded them in the file
     assert tokenizer(filled(template, Prompt=ASK, System=system))["input_ids"] == expected
     assert prompt.ends == [tokenizer.eos_token]
