@@ -56,11 +56,6 @@ class SweepRow:
         return [result for result in self.runs if result.run.state == "finished"]
 
     @property
-    def first(self) -> Column:
-        """First metric."""
-        return next(iter(self.columns.values()))
-
-    @property
     def states(self) -> list[str]:
         """States of the runs."""
         return [result.run.state for result in self.runs]
@@ -139,11 +134,6 @@ class SweepRow:
         return ", ".join(str(tokens)[:8] for tokens in self.losses) or None
 
     @property
-    def scored_rows(self) -> str | None:
-        """Note on the rows behind the scores, see `about_rows`."""
-        return about_rows(self.runs[0].evaluation) if self.runs else None
-
-    @property
     def minutes(self) -> str | None:
         return None if self.train_seconds is None else f"{self.train_seconds / 60:.1f}"
 
@@ -215,7 +205,8 @@ def record(row: SweepRow) -> Row:
         "states": row.states,
     }
     for name, score in row.scores.items():
-        fields |= {name: score.value} | repeats.json_fields(name, score.interval)
+        fields |= {name: score.value, f"{name}_published": row.published.get(name)}
+        fields |= repeats.json_fields(name, score.interval)
     fields |= {
         "eval_tokens": [*row.losses],
         "planned_gib": member.planned_gib,
@@ -224,10 +215,8 @@ def record(row: SweepRow) -> Row:
         "trainable": summary.trainable_parameters,
         "train_seconds": row.train_seconds,
         "tokens_per_second": summary.tokens_per_second,
+        "pareto": row.pareto,
     }
-    for name in row.scores:
-        fields[f"{name}_published"] = row.published.get(name)
-    fields["pareto"] = row.pareto
     return fields
 
 
@@ -276,7 +265,7 @@ def _cells(row: SweepRow, keys: Sequence[str]) -> Row:
         "measured GiB": row.peak_memory_gib,
         "front": front,
         **repeats.table_cells(score.interval),
-        "scored": row.scored_rows,
+        "scored": about_rows(row.runs[0].evaluation) if row.runs else None,
         "minutes": row.minutes,
     }
     for column in further:
@@ -345,7 +334,7 @@ def show_best(rows: Sequence[BestRow]) -> None:
     for name, group in itertools.groupby(rows, key=lambda row: row.sweep.name):
         cells = [_best_cells(row) for row in group]
         title = f"{name}: best member of each recipe by eval loss"
-        tables.print_table(cells, title, below=["best", "scored"])
+        tables.print_table(cells, title, below=["member", "scored"])
     without = [row.sweep.label for row in rows if row.best is None]
     if without:
         tables.print_text(
@@ -355,16 +344,8 @@ def show_best(rows: Sequence[BestRow]) -> None:
 
 
 def _best_cells(row: BestRow) -> Row:
-    cells: Row = {"recipe": row.sweep.recipe}
+    """Table cells of the best member of a sweep over a recipe."""
+    cells: Row = {"recipe": row.sweep.recipe, "finished": f"{row.finished} of {len(row.sweep.members)}"}
     if row.best:
-        column = row.best.first
-        score = row.best.scores[column.name]
-        cells |= {
-            "best": row.best.member.name,
-            "eval loss": row.best.scores[LOSS].value,
-            column.label: score.value,
-            **repeats.table_cells(score.interval),
-            "scored": row.best.scored_rows,
-        }
-    cells["finished"] = f"{row.finished} of {len(row.sweep.members)}"
+        cells |= _cells(row.best, [])
     return cells

@@ -76,7 +76,7 @@ class Sweep(BaseModel):
     """A sweep over a recipe.
 
     Attributes:
-        keys: keys with different values among the members.
+        keys: keys in which the members differ.
     """
 
     name: str
@@ -198,24 +198,11 @@ class Grid:
         return [key for key, values in self.values.items() if len(values) > 1]
 
     def keys(self) -> list[str]:
-        """Keys with different values among the members."""
-        members = self.members()
-        keys = []
-        for key in dict.fromkeys(key for member in members for key in member.values):
-            values = [member.values.get(key) for member in members]
-            if values.count(values[0]) < len(values):
-                keys.append(key)
-        return keys
-
-    def record(self, recipe: str, rehearsal: bool, members: list[SweepMember]) -> Sweep:
-        """Record of a sweep over a recipe."""
-        return Sweep(
-            name=self.name,
-            recipe=recipe,
-            rehearsal=rehearsal,
-            keys=self.keys(),
-            members=members,
-        )
+        """Keys in which the members differ."""
+        keys = self._varied
+        for entry in self.entries:
+            keys += entry
+        return [key for key in dict.fromkeys(keys) if key != NAME]
 
 
 def _has_several(key: str, value: Any) -> bool:
@@ -262,7 +249,8 @@ def sweep(
     requested: list[tuple[TaskResult, Request]] = []
     for request in requests:
         recipe, _ = find_recipe(request.name)
-        record = grid.record(recipe, request.rehearse, _seeded(members, request.name, seeds))
+        seeded = _seeded(members, request.name, seeds)
+        record = Sweep(name=grid.name, recipe=recipe, rehearsal=request.rehearse, keys=grid.keys(), members=seeded)
         records.append(record)
         for member in record.members:
             label = re.sub(r"[/\0]", "-", member.label)
@@ -372,8 +360,7 @@ def _refuse_errors(results: Sequence[TaskResult]) -> None:
 
 def _refuse_twins(pipelines: list[Pipeline]) -> None:
     for a, b in itertools.combinations(pipelines, 2):
-        same_recipe = a.result.recipe == b.result.recipe
-        if same_recipe and not merging.differences(a.composed.config, b.composed.config):
+        if (a.result.recipe, a.composed.config) == (b.result.recipe, b.composed.config):
             raise UserError(f"{a.result.label} and {b.result.label} have the same config; remove one of them")
 
 

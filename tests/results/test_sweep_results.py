@@ -46,7 +46,7 @@ def test_members_of_shipped_sweeps_are_clean_over_a_recipe_of_each_study(sweep, 
 def test_a_table_has_columns_for_the_keys_that_not_all_names_show(tmp_path):
     (tmp_path / "s.yaml").write_text("_: [{lora_r: 64, lora_alpha: 128}, {lora_alpha: 16}]")
     grid = Grid.from_file(tmp_path / "s.yaml")
-    sweep = grid.record(BASE, rehearsal=False, members=grid.members())
+    sweep = Sweep(name=grid.name, recipe=BASE, rehearsal=False, keys=grid.keys(), members=grid.members())
     table = sweep_results.table_of(sweep, sweep_results.rows(sweep, tmp_path))
     assert [row["lora_r"] for row in table.rows] == ["64", None]
     assert "lora_alpha" not in table.rows[0]
@@ -194,7 +194,7 @@ def published_beside(runs: Path, name: str, grid: Grid, profiles: list[str]) -> 
         run = folder.read()
         run.differences = compose.compose(Request(name, profiles, member.overrides)).differences
         folder.write(run)
-    sweep = grid.record(name, rehearsal=False, members=members)
+    sweep = Sweep(name=grid.name, recipe=name, rehearsal=False, keys=grid.keys(), members=members)
     return [row.published.get("nll") for row in sweep_results.rows(sweep, runs)]
 
 
@@ -243,8 +243,8 @@ def test_a_studys_recipes_compare_by_their_best_members(tmp_path, recipe):
     assert tuned[unvalidated]["best"] is None
     assert fields(tuned[unfinished], "finished", "members") == [1, 2]
     table = recipe("results", "haider2024").stdout
-    shown = re.findall(r"^(haider\S+) +([ab]) +(\S+)", table, re.MULTILINE)
-    assert shown == [(plain, "a", "1.00"), (BASE, "b", "1.10"), (unfinished, "b", "1.40")]
+    shown = re.findall(r"^(haider\S+) +(\d of \d) +([ab]) +finished\S* +(\S+)", table, re.MULTILINE)
+    assert shown == [(plain, "2 of 2", "a", "1.00"), (BASE, "3 of 3", "b", "1.10"), (unfinished, "1 of 2", "b", "1.40")]
     assert table.splitlines()[-1] == without_best(f"ranks/{unvalidated}")
 
 
