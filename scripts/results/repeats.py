@@ -22,9 +22,6 @@ _ALIKE = _SAME_ROWS | {"decoding", "quantized", "dtype", "engine"}
 OTHER_ROWS = "held-out rows differ by seed"
 
 
-ScoredRun = tuple[RunResult, float]  # with its score by a metric
-
-
 class MeanScore(NamedTuple):
     """Mean score of repeated runs by one metric, with its 95 % interval."""
 
@@ -121,40 +118,33 @@ def seed(result: RunResult) -> int:
     return TrainingSettings.of(result.config).seed
 
 
-def scored_runs(column: Column, results: Sequence[RunResult]) -> list[ScoredRun]:
-    """Runs with their scores by a metric, all from the first run's scorer model.
+def mean_score(column: Column, results: Sequence[RunResult]) -> MeanScore:
+    """Mean score of some runs of one recipe by a metric, with an interval.
 
-    Runs without a score, or with another scorer model, are left out.
+    Runs without a score, or with another scorer model than the first run's, are left out. The interval of an eval loss
+    covers the noise between runs only, because all were scored on the same tokens. That of other metrics needs each
+    run's interval over its rows. A single run borrows the spread of published repeats.
     """
-    scored = []
+    scored: list[RunResult] = []
+    scores: list[float] = []
     for result in results:
         score, scorer = result.score(column), model_record(column, result.score_records)
         if score is not None and scorer == model_record(column, results[0].score_records):
-            scored.append((result, score))
-    return scored
-
-
-def mean_score(name: str, scored: Sequence[ScoredRun]) -> MeanScore:
-    """Mean score of some runs of one recipe by a metric, with an interval.
-
-    The interval of an eval loss covers the noise between runs only, because all were scored on the same tokens. That of
-    other metrics needs each run's interval over its rows. A single run borrows the spread of published repeats.
-    """
-    if not scored:
+            scored.append(result)
+            scores.append(score)
+    if not scores:
         return MeanScore(None, None)
-    results = [result for result, _ in scored]
-    scores = [score for _, score in scored]
-    interval = _interval(name, results, scores)
-    if interval and len(scores) > 1 and len(set(map(seed, results))) == 1:
+    interval = _interval(column, scored, scores)
+    if interval and len(scores) > 1 and len(set(map(seed, scored))) == 1:
         interval = replace(interval, one_seed=True)
     return MeanScore(fmean(scores), interval)
 
 
-def _interval(name: str, results: list[RunResult], scores: list[float]) -> Interval | None:
+def _interval(column: Column, results: list[RunResult], scores: list[float]) -> Interval | None:
     """Interval of the mean score of some runs."""
+    name = column.name
     published = _published_repeats(name, results[0])
-    column = results[0].columns.get(name)
-    if column and isinstance(column.metric, LossMetric):
+    if isinstance(column.metric, LossMetric):
         if len(set(map(tokens, results))) > 1:
             return None
         return intervals.interval_on_fixed_rows(scores, published)

@@ -77,10 +77,7 @@ class SweepRow:
     def scores(self) -> dict[str, MeanScore]:
         """Mean over finished runs and 95 % interval by metric, including the eval loss."""
         columns = registry.columns({LOSS: None}) | self.columns
-        return {
-            name: repeats.mean_score(name, repeats.scored_runs(column, self.finished))
-            for name, column in columns.items()
-        }
+        return {name: repeats.mean_score(column, self.finished) for name, column in columns.items()}
 
     @cached_property
     def losses(self) -> dict[str | None, list[float]]:

@@ -231,7 +231,7 @@ def _metric_row(
     if not results:
         return MetricRow(None, None, published, None, decodings, None, None, None)
     chosen = results[0]
-    mean, interval = repeats.mean_score(name, repeats.scored_runs(column, results))
+    mean, interval = repeats.mean_score(column, results)
     difference = metric_verdict = None
     is_comparable = chosen.scores[name].difference is not None
     if published and is_comparable:

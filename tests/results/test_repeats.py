@@ -158,13 +158,13 @@ def test_a_further_decoding_is_the_mean_of_the_runs_that_have_it(runs):
 def test_scores_by_another_judge_are_not_averaged(runs):
     recipe_name = "haider2024/llama-2-7b"
     folders = []
-    for name, model in (("a", "roberta-large"), ("b", "other")):
-        scores = {"rows": 5000, "bleu4": 5.0, "bertscore_f1": 0.8, "bertscore": {"model": model}, "intervals": {}}
+    for name, model, value in (("a", "roberta-large", 0.8), ("b", "other", 0.9)):
+        scores = {"rows": 5000, "bleu4": 5.0, "bertscore_f1": value, "bertscore": {"model": model}, "intervals": {}}
         folders.append(a_run(runs, recipe_name, name, 0, scores=scores))
     one, other = (RunResult(folder, folder.read()) for folder in folders)
     columns = one.columns
-    assert repeats.scored_runs(columns["bleu4"], [one, other]) == [(one, 5.0), (other, 5.0)]
-    assert repeats.scored_runs(columns["bertscore_f1"], [one, other]) == [(one, 0.8)]
+    assert repeats.mean_score(columns["bleu4"], [one, other]) == (5.0, None)
+    assert repeats.mean_score(columns["bertscore_f1"], [one, other]) == (0.8, None)
 
 
 def test_the_gap_of_a_curve_is_shown(runs, recipe):
