@@ -249,7 +249,7 @@ def show_outline(outlined: dict[str, Any], json: bool) -> None:
     """Print the preview from `outline`."""
     rows, lines = outlined["recipes"], [f"data: {line}" for line in outlined["data"]]
     if sizes := outlined["models"]:
-        lines.append(f"models: {', '.join(sizes)}: to be fetched, about {sum(sizes.values()):,.0f} GB")
+        lines.append(f"models: {', '.join(sizes)}: to be fetched, about {sum(sizes.values()):,.0f} GB in 16 bits")
     totals = [f"runs: {len(rows)}, each trained and evaluated unless finished"]
     if hours := sum(row["hours"] or 0 for row in rows):
         totals.append(f"{_rounded(hours, any(row['bound'] for row in rows))} hours of training in total")

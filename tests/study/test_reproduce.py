@@ -109,7 +109,7 @@ def test_a_dry_run_rounds_hours_and_adds_up_downloads(capsys):
         "b       new       1.0        –",
         "c       new       0.01       9 hours without a GPU",
         "data: data/raw: to be fetched",
-        "models: owner/seven, owner/eight: to be fetched, about 30 GB",
+        "models: owner/seven, owner/eight: to be fetched, about 30 GB in 16 bits",
         "runs: 3, each trained and evaluated unless finished; up to 290 hours of training in total",
     ]
 
