@@ -6,10 +6,9 @@ from ..base import tables
 from ..base.files import Row
 from ..base.tables import Table
 from ..base.terminal import say
-from ..data.studies import Study
 from ..evaluate.scores_file import Evaluation, about_rows
 from ..metrics import registry
-from ..metrics.metric import BenchmarkMetric, Column
+from ..metrics.metric import Column
 from ..metrics.registry import EVAL_LOSS
 from ..run import backends
 from ..run.rundir import RunDir, readable
@@ -108,35 +107,25 @@ def _jobs(result: RunResult) -> str | None:
 
 
 def _tables(results: Sequence[RunResult]) -> Iterator[Table]:
-    """Tables of the runs of each study, and of runs of no study; rehearsals have separate tables.
-
-    After a study's real runs comes a table of its baselines.
-    """
-    for rehearsal in (False, True):
-        groups = _groups([result for result in results if result.run.rehearsal == rehearsal])
-        for name, group in groups.items():
-            columns = _columns(group)
-            rows = [cells(result, columns) for result in group]
-            yield Table(rows, f"{REHEARSALS if rehearsal else 'Runs'}: {name}", below=_BELOW)
-            files = [*_files(group, columns)]
-            if files:
-                yield Table(files, "GGUF files, each below the adapter that it was made of")
-            study = group[0].study
-            if study and not rehearsal and not all(result.is_of_something_else for result in group):
-                yield baselines(study)
+    """Tables of the runs of each study, and of runs of no study; rehearsals have separate tables."""
+    for title, group in _groups(results).items():
+        columns = _columns(group)
+        yield Table([cells(result, columns) for result in group], title, below=_BELOW)
+        yield Table([*_files(group, columns)], "GGUF files, each below the adapter that it was made of")
 
 
 def _groups(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
-    """Runs by study, and runs of no study."""
+    """Runs by the title of their table, the rehearsals last."""
     groups: dict[str, list[RunResult]] = {}
-    for result in results:
+    for result in sorted(results, key=lambda result: result.run.rehearsal):
+        kind = REHEARSALS if result.run.rehearsal else "Runs"
         name = result.study.folder.name if result.study else "of no study"
-        groups.setdefault(name, []).append(result)
+        groups.setdefault(f"{kind}: {name}", []).append(result)
     return groups
 
 
 def _columns(group: Sequence[RunResult]) -> dict[str, Column]:
-    """Metrics of a group's table, by heading: those of the study's tables, benchmarks, and additional metrics."""
+    """Metrics of a group's table, by heading: those of the study's tables, and additional metrics."""
     study = group[0].study
     declared: dict[str, Column] = {}
     shown: list[Column] = []
@@ -144,9 +133,7 @@ def _columns(group: Sequence[RunResult]) -> dict[str, Column]:
         declared = study.columns
         shown += study.table.values()
     for result in group:
-        for name, column in result.columns.items():
-            if isinstance(column.metric, BenchmarkMetric) or name not in declared:
-                shown.append(column)
+        shown += [column for name, column in result.columns.items() if name not in declared]
     return registry.distinct(shown)
 
 
@@ -172,10 +159,7 @@ def cells(result: RunResult, columns: Mapping[str, Column]) -> Row:
     row["step"] = _progress(summary)
     row |= _eval_losses(summary)
     for heading in further:
-        row[heading] = scores[heading].value
-    for heading, score in scores.items():
-        if isinstance(columns[heading].metric, BenchmarkMetric):
-            row[f"{heading}, gained"] = score.gain
+        row |= {heading: scores[heading].value, f"{heading}, base model": scores[heading].base_model}
     row |= {"rows": result.rows_evaluated, "scored": about_rows(result.evaluation)}
     row |= _costs(summary)
     return row | {
@@ -247,23 +231,3 @@ def _costs(summary: Summary) -> Row:
         "tokens/s": round(summary.tokens_per_second) if summary.tokens_per_second else None,
         "minutes": f"{summary.train_seconds / 60:.1f}",
     }
-
-
-def rounded(value: float | None) -> str | float | None:
-    """Format large numbers without decimals; return others unchanged."""
-    if value is None or value < 100:
-        return value
-    return f"{value:,.0f}"
-
-
-def baselines(study: Study) -> Table:
-    """Table of a study's baselines, which are published scores of other methods."""
-    rows = []
-    for baseline in study.baselines:
-        if not baseline.compared:
-            continue
-        row: Row = {"baseline": baseline.name}
-        for name, column in study.table.items():
-            row[column.label] = baseline.scores.get(name)
-        rows.append(row | {"on": baseline.test_set})
-    return Table(rows, "To compare with")

@@ -42,11 +42,6 @@ class RunScore:
     difference: float | None
     decodings: dict[str, float | None]
 
-    @property
-    def gain(self) -> float | None:
-        """Gain over the base model."""
-        return None if self.value is None or self.base_model is None else self.value - self.base_model
-
     def as_json(self, name: str) -> Row:
         """JSON fields; their names begin with the metric's name."""
         fields = {

@@ -12,7 +12,7 @@ from ..evaluate.scores_file import about_rows
 from ..metrics.metric import Column
 from . import repeats, score_records, verdict
 from .compare import Comparison, Divergence
-from .listing import REHEARSALS, baselines, rounded
+from .listing import REHEARSALS
 from .score_records import Status
 from .verdict import MetricRow, StudyRow
 
@@ -98,6 +98,19 @@ def tables_of(study: Study, rows: Sequence[StudyRow], rehearsal: bool) -> Iterat
         yield baselines(study)
 
 
+def baselines(study: Study) -> Table:
+    """Table of a study's baselines, which are published scores of other methods."""
+    rows = []
+    for baseline in study.baselines:
+        if not baseline.compared:
+            continue
+        row: Row = {"baseline": baseline.name}
+        for name, column in study.table.items():
+            row[column.label] = baseline.scores.get(name)
+        rows.append(row | {"on": baseline.test_set})
+    return Table(rows, "To compare with")
+
+
 def _score_tables(study: Study, rows: Sequence[StudyRow], title: str) -> Iterator[Table]:
     """One table per metric in `Study.table`; all but the first are named after their metric."""
     for column in study.table.values():
@@ -145,8 +158,15 @@ def _cost_cells(study: Study, row: StudyRow) -> Row:
             cells[column.label] = row.scores[name].value
     cells["eval loss"] = row.summary.eval_loss_per_token
     for key, (ours, published) in _costs(row).items():
-        cells |= {_HEADINGS[key]: rounded(ours), f"{_HEADINGS[key]}, published": rounded(published)}
+        cells |= {_HEADINGS[key]: _rounded(ours), f"{_HEADINGS[key]}, published": _rounded(published)}
     return cells | {"GPU hours": row.gpu_hours}
+
+
+def _rounded(value: float | None) -> str | float | None:
+    """Format large numbers without decimals; return others unchanged."""
+    if value is None or value < 100:
+        return value
+    return f"{value:,.0f}"
 
 
 def _costs(row: StudyRow) -> dict[str, tuple[float | None, float | None]]:

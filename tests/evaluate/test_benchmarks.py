@@ -163,7 +163,7 @@ def test_a_task_scores_as_by_the_harness_itself_also_when_resumed(tmp_path, fake
     assert sum(batches) == before + resumed
     (row,) = recipe.json("results")
     assert row["sums"] == scores["sums"] and row["sums_base_model"] is not None
-    assert "sums, %, gained" in recipe("results").stdout
+    assert "sums, %, base model" in recipe("results").stdout
 
 
 @pytest.mark.long
