@@ -176,12 +176,13 @@ def interval_of_mean(
 
     Args:
         scores: score of each run.
-        by_row: row scores of each run, in the same order; None if rows have no scores or differ between runs.
+        by_row: row scores of each run, in the same order; None for a single run, and if rows have no scores or differ
+            between runs.
         within: interval over rows of each run; empty if a run has none.
         repeats: published scores of repeated runs; empty, or at least two.
     """
     mean, runs = fmean(scores), len(scores)
-    if runs > 1 and by_row is not None:
+    if by_row is not None:
         squares = mean_squares(by_row)
         if squares.knows_rows:
             half = squares.half_width()
