@@ -66,8 +66,7 @@ class EvaluationRequest:
 
     Attributes:
         data: JSONL file of rows; `evaluation_rows.default_source` finds the default.
-        limit: number of rows to evaluate, see `sample_positions`; by default all, or `REHEARSED` in a rehearsal without
-            `data`.
+        limit: number of rows to evaluate, see `sample_positions`; by default all, or `REHEARSED` in a rehearsal.
         adapter: adapter folder, or `none` for the base model alone; by default the run's adapter.
         max_new_tokens: maximum number of tokens in an answer; by default the study's, or at most 96 in a rehearsal.
         batch_size: maximum number of rows in a batch, or of simultaneous server requests; None lets the engine choose.
@@ -113,7 +112,7 @@ class EvaluationRequest:
             "--max-new-tokens": self.max_new_tokens,
             "--batch-size": self.batch_size,
             "--decoding": self.decoding,
-            "--engine": None if self.engine == REFERENCE else self.engine,
+            "--engine": self.engine,
             "--model": self.model,
         }
         words = []
@@ -138,7 +137,7 @@ class EvaluationTask:
         rows: evaluated rows; empty if no metric needs predictions.
         settings: settings of the predictions.
         columns: metrics by name.
-        most_rows: maximum number of rows per benchmark task.
+        most_rows: maximum number of rows, of the data and of each benchmark task.
         where: folder for predictions and scores.
         files: states of the files `adapter` and `data` before generation; an entry is absent if there is no such file.
 
@@ -163,7 +162,7 @@ class EvaluationTask:
         self.most_rows = request.limit
         if self.run.rehearsal and not request.limit:
             self.most_rows = REHEARSED
-        self.rows = self.all_rows.sample(self._row_limit())
+        self.rows = self.all_rows.sample(self.most_rows if self.predicts else 0)
         self.settings = self._settings()
         has_default_rows = default is None or self.all_rows.data in (default.data, NO_ROWS.data)
         is_default = request.adapter is None and not request.decoding and not self.settings.file
@@ -226,12 +225,6 @@ class EvaluationTask:
         rows = evaluation_rows.read_source(source, self.folder, self.run, self.cfg)
         self.columns = columns_of(self.run.origin, self.request.metrics, rows.references)
         return rows
-
-    def _row_limit(self) -> int | None:
-        """Maximum number of evaluated rows; None for all."""
-        if not self.predicts:
-            return 0
-        return self.request.limit if self.request.data else self.most_rows
 
     def _settings(self) -> EvaluationSettings:
         """Settings for the predictions."""
@@ -298,9 +291,10 @@ def outdated(former: Evaluation, task: EvaluationTask) -> str | None:
         return "another test set"
     for name, model in task.models.items():
         record = model_record(task.columns[name], former.scores)
-        # without the model on this machine, its earlier scores still count; not if --metric asks for another
-        if (model or task.request.scorer) and not is_recorded(model, record):
+        if record and model and not is_recorded(model, record):
             return "another scorer model"
+        if record and task.request.scorer == "none":  # without the model on this machine, its scores still count
+            return "no scorer model"
     for name, column in computable(task.columns, task.models).items():
         if not column.same_scores(former.columns.get(name)):
             return f"metric {name} is new or has changed"

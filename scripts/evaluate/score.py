@@ -38,22 +38,20 @@ class StandIn(ScorerModel):
         return substitution.SCORER
 
 
-def columns_of(
-    recipe: str | None = None, requested: Iterable[str] = (), references: Sequence[str] = ()
-) -> dict[str, Column]:
+def columns_of(recipe: str, requested: Iterable[str] = (), references: Sequence[str] = ()) -> dict[str, Column]:
     """Columns (metrics with their parameters) of the recipe's study and of --metric, by name.
 
     The default metrics apply if the study has no metrics, and --metric is absent or names only benchmarks.
 
     Args:
-        recipe: name of the recipe, or of a variant's base recipe; None for predictions without a recipe.
+        recipe: name of the recipe, or of a variant's base recipe; empty for predictions without a recipe.
         requested: values of --metric.
         references: expected answers, which decide the default metrics, see `registry.default_columns`.
 
     Raises:
         UserError: a value is malformed or redefines a metric of the study, or a mean is of an unsuitable metric.
     """
-    study = studies.study_of(recipe) if recipe else None
+    study = studies.study_of(recipe)
     declared = study.columns if study else {}
     additional = registry.requested(requested)
     for name, column in additional.items():
@@ -65,7 +63,7 @@ def columns_of(
     columns = declared | additional
     if all(isinstance(column.metric, BenchmarkMetric) for column in columns.values()) and not declared:
         columns = registry.default_columns(references) | additional
-        if recipe is None:
+        if not recipe:
             del columns[registry.EVAL_LOSS.name]
     _require_averaged(columns)
     return columns

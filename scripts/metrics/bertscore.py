@@ -48,10 +48,8 @@ class ScorerModel(Parameters):
         )
 
 
-def is_recorded(by: ScorerModel | None, record: ScorerRecord | None) -> bool:
-    """True if the record describes this scorer model or a local copy of it, or if both are None."""
-    if by is None or record is None:
-        return by is None and record is None
+def is_recorded(by: ScorerModel, record: ScorerRecord) -> bool:
+    """True if the record describes this scorer model or a local copy of it."""
     same_weights = not by.is_local or by.local_revision() == record.revision
     same_name = record.model in (by.name, by.model.rpartition("/")[2])
     return same_name and by.layer in (None, record.layer) and same_weights

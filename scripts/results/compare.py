@@ -66,7 +66,7 @@ def score_sides(sides: Sequence[RunDir | Path], metrics: Sequence[str] = ()) -> 
         if isinstance(side, Path):
             rows = read_rows(side, ("reference", "prediction"))
             references = [row["reference"] for row in rows]
-            scored[side] = _score_rows(rows, run_columns or columns_of(None, metrics, references))
+            scored[side] = _score_rows(rows, run_columns or columns_of("", metrics, references))
             _report(side, about_file(side))
     return [scored[side] for side in sides]
 

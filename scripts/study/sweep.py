@@ -374,7 +374,8 @@ def cancel(sweep: Sweep) -> list[str]:
 def default_columns(recipe: str) -> dict[str, Column]:
     """Metrics of a recipe or variant, see `columns_of`."""
     file = file_of(recipe)
-    return columns_of(merging.origin_of(recipe, file) if file else recipe)
+    origin = merging.origin_of(recipe, file) if file else None
+    return columns_of(origin or recipe)
 
 
 def file_of(recipe: str) -> Path | None:

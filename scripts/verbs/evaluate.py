@@ -142,7 +142,7 @@ def score_verb(
     from ..metrics.registry import requested_scorer
 
     rows = read_pairs(file, prediction_field, reference_field)
-    columns = columns_of(None, metric, [row["reference"] for row in rows])
+    columns = columns_of("", metric, [row["reference"] for row in rows])
     refuse_run_metrics(columns)
     models = scorer_models(columns, requested_scorer(metric))
     with Bar("scoring", 1):

@@ -30,7 +30,7 @@ from qlora_recipes.evaluate.scores_file import (
     sample_positions,
 )
 from qlora_recipes.evaluate.transformers_engine import Reference, base_model
-from qlora_recipes.metrics.metric import ScoreRecord
+from qlora_recipes.metrics.metric import ScoreRecord, ScorerRecord
 from qlora_recipes.results import card, listing
 from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.run.rundir import RunDir
@@ -154,6 +154,7 @@ def test_a_complete_evaluation_is_not_done_again_but_another_is(run, monkeypatch
         ({"test_set": "test"}, [], "another test set"),
         ({}, ["chrf"], "metric chrf is new or has changed"),
         ({}, ["bertscore:some/model"], "another scorer model"),
+        ({}, ["bertscore:none"], "no scorer model"),
         ({}, ["benchmark:mmlu"], "metric mmlu is new or has changed"),
     ],
 )
@@ -162,10 +163,14 @@ def test_the_reason_to_score_again_is_named(run, changes, metrics, reason):
     task = task_of(run, limit=3, metrics=metrics)
     declared = {column.name: column.entry for column in task_of(run, limit=3).columns.values()}
     settings = {key: value for key, value in changes.items() if key != "version"}
+    scorer = ScorerRecord(model="roberta-large", layer=17, revision=None, hash="")
     former = Evaluation(
         created="",
         rehearsal=False,
-        scores={name: ScoreRecord(value=1.0, declaration=declaration) for name, declaration in declared.items()},
+        scores={
+            name: ScoreRecord(value=1.0, declaration=declaration, scorer=scorer if name == "bertscore_f1" else None)
+            for name, declaration in declared.items()
+        },
         shares=RowShares(rows=3),
         version=changes.get("version", VERSION),
         settings=task.settings.model_copy(update=settings),

@@ -77,8 +77,8 @@ SHORT, LONG = "x" * (registry.LONGER - 1), "x" * registry.LONGER
         ("mine", [SHORT, SHORT, LONG], ["eval_loss", "exact_match"]),
         ("mine", [SHORT, LONG, LONG], ["eval_loss", "exact_match", "rouge_l", "sacrebleu"]),
         ("start/qlora", [LONG], ["eval_loss", "exact_match", "rouge_l", "sacrebleu"]),
-        (None, [LONG], ["exact_match", "rouge_l", "sacrebleu"]),  # predictions without a run
-        (None, [SHORT], ["exact_match"]),
+        ("", [LONG], ["exact_match", "rouge_l", "sacrebleu"]),  # predictions without a run
+        ("", [SHORT], ["exact_match"]),
     ],
 )
 def test_the_length_of_answers_decides_the_default_metrics(recipe, references, names):
@@ -103,7 +103,7 @@ def test_a_further_decoding_is_evaluated_beside_the_usual_one(run, generated, mo
     with pytest.raises(UserError, match=r"--decoding smpled: .* has sampled$"):
         evaluated(run, decoding="smpled")
     words = EvaluationRequest(metrics=["chrf"], decoding="sampled").options()
-    assert words[-4:] == ["--decoding", "sampled", "--metric", "chrf"]
+    assert words == ["--decoding", "sampled", "--engine", "transformers", "--metric", "chrf"]
 
 
 def test_predictions_are_scored_by_other_fields(recipe, tmp_path):

@@ -75,7 +75,7 @@ def test_groups_of_rows_count_alike_in_their_mean():
     assert "average" not in scored_rows[0]
     for of in ("nope", "sacrebleu", "bertscore_f1"):
         with pytest.raises(UserError, match=of):
-            columns_of(None, ["sacrebleu", "bertscore_f1", f"m: {{metric: mean_of_groups, of: {of}}}"])
+            columns_of("", ["sacrebleu", "bertscore_f1", f"m: {{metric: mean_of_groups, of: {of}}}"])
 
 
 def test_a_mean_of_groups_has_no_value_without_rows_of_each_group():
