@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import Field, ValidationError
 from pydantic.json_schema import SkipJsonSchema
 
 from ..base import paths, yamlfiles
@@ -15,15 +15,10 @@ from ..base.yamlfiles import Config
 from ..metrics import registry
 from ..metrics.answers import GroupParameters
 from ..metrics.metric import Column, LossMetric
-from .declaration import Data, Mistake, Strict, undeclared
+from .declaration import Data, Mistake, Name, Strict, undeclared
 from .published import TRAIN_LOSS, Baseline, Cell, Log, Published, Variant, released
 
 SCHEMA = paths.RECIPES / "study.schema.json"
-_OF_SCORES = (
-    *("low", "high", "interval", "interval_method", "base_model", "published", "spread", "difference", "verdict"),
-    "model",
-)
-"""Suffixes of keys such as METRIC_low in results; names of decodings must differ from them."""
 
 
 class Decoding(Strict):
@@ -65,7 +60,7 @@ class Study(Strict):
     tags: list[str] = Field(default=[])
     data: Data
     decoding: Decoding = OF_NO_STUDY
-    decodings: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+$")], Decoding] = Field(default={})
+    decodings: dict[Name, Decoding] = Field(default={})
     metrics: dict[str, Config | None] = Field(min_length=1)
     published: dict[str, Published] = Field(min_length=1)
     variants: dict[str, Variant] = Field(default={})
@@ -169,8 +164,6 @@ class Study(Strict):
             yield from undeclared(("tolerances", name), name, [*metrics, TRAIN_LOSS])
         for i, name in enumerate(self.shown):
             yield from undeclared(("shown", str(i)), name, metrics)
-        for name in self.decodings.keys() & _OF_SCORES:
-            yield ("decodings", name), f"METRIC_{name} has another meaning in results; choose another name"
         for name, published in self.published.items():
             yield from published.mistakes(("published", name), metrics, self.data, self.folder)
         for name, variant in self.variants.items():

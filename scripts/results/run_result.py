@@ -44,15 +44,13 @@ class RunScore:
 
     def as_json(self, name: str) -> Row:
         """JSON fields; their names begin with the metric's name."""
-        fields = {
+        return {
             name: self.value,
             f"{name}_base_model": self.base_model,
             f"{name}_published": float(self.published.value) if self.published else None,
             f"{name}_difference": self.difference,
+            f"{name}_decodings": self.decodings,
         }
-        for decoding, value in self.decodings.items():
-            fields[f"{name}_{decoding}"] = value
-        return fields
 
 
 @dataclass(frozen=True)

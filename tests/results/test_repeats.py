@@ -152,7 +152,7 @@ def test_a_further_decoding_is_the_mean_of_the_runs_that_have_it(runs):
     one, other, _ = (with_seed(runs, seed, RIGHT) for seed in (42, 43, 44))
     small_study.decoded(one, 64.0)
     small_study.decoded(other, 66.0)
-    assert row_of(runs)["accuracy_greedy"] == 65
+    assert row_of(runs)["accuracy_decodings"] == {"greedy": 65}
 
 
 def test_scores_by_another_judge_are_not_averaged(runs):

@@ -200,10 +200,10 @@ def test_a_damaged_curve_is_refused(runs):
 
 def test_a_further_decoding_is_a_column_of_its_own(runs, recipe):
     folder = small_study.ran(runs, PLAIN, "a", 66.0)
-    assert row_of(runs)["accuracy_greedy"] is None
+    assert row_of(runs)["accuracy_decodings"] == {"greedy": None}
     small_study.decoded(folder, 64.5)
     row = row_of(runs)
-    assert fields(row, "accuracy", "accuracy_greedy") == [66, 64.5]
+    assert fields(row, "accuracy", "accuracy_decodings") == [66, {"greedy": 64.5}]
     assert row["accuracy_difference"] == pytest.approx(-1.4)
     for words in (["results"], ["results", "sums2030"]):
         table = recipe(*words).stdout
