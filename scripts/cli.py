@@ -148,12 +148,8 @@ def exit_code(command: Callable[[], object]) -> int:
         return _refused(str(error), 2)
     except WorkFailed as error:
         return _refused(str(error), 1)
-    except MemoryError as error:
-        return _out_of_memory(error)
-    except ImportError as error:
-        if "failed to map segment" not in str(error):  # glibc's words for a library that does not fit into memory
-            raise
-        return _out_of_memory(error)
+    except MemoryError:
+        return _refused("out of memory; free some, or raise the limit", 1)
     except OSError as error:
         return _report(error)
 
@@ -164,11 +160,6 @@ def _flushed(code: int | str | None) -> int:
     if isinstance(code, str):  # a message instead of a code
         return _refused(code, 1)
     return int(code or 0)
-
-
-def _out_of_memory(error: Exception) -> int:
-    detail = f": {error}" if str(error) else ""
-    return _refused(f"out of memory; free some, or raise the limit{detail}", 1)
 
 
 def _report(error: OSError) -> int:
