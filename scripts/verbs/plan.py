@@ -1,6 +1,6 @@
 """The verb plan."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -89,7 +89,7 @@ def _print_plan(planned: "Plan") -> None:
     print(f"{planned.trainable_share:.3%} trainable\n")
     tables.print_table([{"memory": name, "GiB": _gib(size)} for name, size in _memory(planned) if size])
     print()
-    tables.print_table([{heading: cell(fit) for heading, cell in _FIT_COLUMNS.items()} for fit in planned.gpus])
+    tables.print_table([_fit_row(fit) for fit in planned.gpus])
     for change in planned.changes:
         tables.print_text(_advice(change))
     print()
@@ -138,12 +138,8 @@ def _memory(planned: "Plan") -> Iterator[tuple[str, float]]:
         yield f"needed on each GPU with {engine}", size
 
 
-_FIT_COLUMNS: "dict[str, Callable[[Fit], str]]" = {
-    "GPU": lambda fit: fit.gpu,
-    "usable GiB": lambda fit: _gib(fit.usable),
-    "fits": lambda fit: fit.verdict,
-    "free GiB": lambda fit: _gib(fit.free),
-}
+def _fit_row(fit: "Fit") -> Row:
+    return {"GPU": fit.gpu, "usable GiB": _gib(fit.usable), "fits": fit.verdict, "free GiB": _gib(fit.free)}
 
 
 def _work(work: "Work") -> Iterator[tuple[str, str]]:
