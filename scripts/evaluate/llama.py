@@ -61,12 +61,15 @@ class _LogProbabilities(BaseModel):
     content: list[_Token]
 
 
-class _Choice(BaseModel):
+class _Answer(BaseModel):
+    """Answer with its log-probabilities; `finish_reason` is "stop" if its last token ends it."""
+
+    finish_reason: str
     logprobs: _LogProbabilities
 
 
 class _Response(BaseModel):
-    choices: list[_Choice] = Field(min_length=1)
+    choices: list[_Answer] = Field(min_length=1)
 
 
 def served_file(url: str, model: str | None) -> ServedFile | None:
@@ -124,8 +127,18 @@ class LlamaServer(Server):
         return options
 
     def tokens_of(self, content: bytes) -> list[int]:
-        """Implement `Server.tokens_of`; the server takes no stop tokens, so an answer can go on behind its end."""
-        return until_end([token.id for token in _answer_of(content)], self.ends)
+        """Implement `Server.tokens_of`; the server takes no stop tokens, so an answer can go on behind its end.
+
+        Raises:
+            ValueError: a token with a text ended the answer, but ends none in training.
+        """
+        answer = _answer_of(content)
+        tokens = until_end([token.id for token in answer.logprobs.content], self.ends)
+        if answer.finish_reason == "stop" and tokens[-1] not in self.ends:
+            text = self.tokenizer.decode(tokens[-1:], skip_special_tokens=True)
+            if text:
+                raise ValueError(f"the file wrongly ends answers at {text!r} (token {tokens[-1]}); export it again")
+        return tokens
 
     def check(self, examples: Sequence[Example], reference_runs_here: bool) -> Distance | None:
         """Implement `Engine.check`."""
@@ -149,11 +162,12 @@ class LlamaServer(Server):
             self._require_context(await _props(root), examples)
             await self._require_ends(root, examples[0].prompt)
             for batch in batched(enumerate(examples), self.at_once):
-                prompts = await asyncio.gather(*[self._served_prompt(root, example) for _, example in batch])
-                for (i, example), served in zip(batch, prompts, strict=True):
-                    if served is not None and served != example.prompt:
-                        raise self._differing(i, example.prompt, served)
-                    compared += served is not None
+                answers = await asyncio.gather(*[self._served_prompts(root, example) for _, example in batch])
+                for (i, example), prompts in zip(batch, answers, strict=True):
+                    for served in prompts:
+                        if served != example.prompt:
+                            raise self._differing(i, example.prompt, served)
+                    compared += bool(prompts)
         about = f"{self.file.name}: tokens of {compared:,} of {len(examples):,} prompts equal the training's"
         if examples[0].messages is None:
             about += "; its chat template was not compared, because the run did not train on chats"
@@ -173,26 +187,32 @@ class LlamaServer(Server):
         from ..training.tokens import taught_ends
 
         for end in sorted(taught_ends(self.prompter.cfg, self.tokenizer)):
-            if len(await self._forced(root, prompt, end, max_tokens=2, logprobs=1)) > 1:
+            if (await self._forced(root, prompt, end, logprobs=1)).finish_reason != "stop":
                 piece = self.tokenizer.convert_ids_to_tokens(end)
                 raise UserError(
                     f"{self.file.name}: does not end an answer at {piece!r} (token {end}), as the training does; "
                     "export it again, with the tokenizer in the run's folder"
                 )
 
-    async def _served_prompt(self, root: openai.AsyncOpenAI, example: Example) -> list[int] | None:
-        """Tokens that the server makes of a row's prompt; None if no text has the training's tokens."""
+    async def _served_prompts(self, root: openai.AsyncOpenAI, example: Example) -> list[list[int]]:
+        """Tokens that the server makes of a row's prompt: of its text, as Ollama sends it, and of its chat.
+
+        The text can show another use of BOS than the chat, because the server takes BOS from the start of a chat if the
+        file says that the tokenizer adds it. No text may have the training's tokens.
+        """
         from ..training.tokens import text_of
 
         if len(example.prompt) >= self.prompter.longest:  # truncated
-            return None
-        text = text_of(self.tokenizer, example.prompt)
+            return []
+        texts = [text_of(self.tokenizer, example.prompt)]
         if example.messages is not None:
-            text = (await _post(root, "apply-template", messages=example.messages))["prompt"]
-        if text is None:
-            return None
-        answer = await _post(root, "tokenize", content=text, add_special=True, parse_special=True)
-        return list(answer["tokens"])
+            texts.append((await _post(root, "apply-template", messages=example.messages))["prompt"])
+        prompts = []
+        for text in texts:
+            if text is not None:
+                answer = await _post(root, "tokenize", content=text, add_special=True, parse_special=True)
+                prompts.append(list(answer["tokens"]))
+        return prompts
 
     def _differing(self, i: int, expected: list[int], served: list[int]) -> UserError:
         """Error that shows two prompts from their first difference, token by token."""
@@ -256,21 +276,22 @@ class LlamaServer(Server):
         tokens: list[_Token] = []
         for i, token in enumerate(example.answer[:COMPARED_TOKENS]):
             prompt = [*example.prompt, *example.answer[:i]]
-            tokens += await self._forced(root, prompt, token, max_tokens=1, logprobs=MOST_PROBABLE, id_slot=slot)
+            answer = await self._forced(root, prompt, token, logprobs=MOST_PROBABLE, id_slot=slot)
+            tokens += answer.logprobs.content
         return tokens
 
-    async def _forced(self, root: openai.AsyncOpenAI, prompt: list[int], token: int, **options: object) -> list[_Token]:
-        """Answer that begins with a token.
+    async def _forced(self, root: openai.AsyncOpenAI, prompt: list[int], token: int, **options: object) -> _Answer:
+        """Answer of a given token.
 
         Raises:
             ValueError: the server does not force tokens by `logit_bias`.
         """
         body = {"model": self.model, "prompt": prompt, "temperature": 0, "samplers": ["temperature"]}
-        body |= {"logit_bias": [[token, FORCING]]} | options
-        tokens = _answer_of((await root.post("v1/completions", cast_to=str, body=body)).encode())
-        if not tokens or tokens[0].id != token:
+        body |= {"max_tokens": 1, "logit_bias": [[token, FORCING]]} | options
+        answer = _answer_of((await root.post("v1/completions", cast_to=str, body=body)).encode())
+        if [entry.id for entry in answer.logprobs.content] != [token]:
             raise ValueError("the server does not force tokens by logit_bias; use a newer llama.cpp")
-        return tokens
+        return answer
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
@@ -286,13 +307,13 @@ class LlamaServer(Server):
             raise WorkFailed(f"{self.api.url}: {cause(error)}") from None
 
 
-def _answer_of(content: bytes) -> list[_Token]:
-    """Tokens of an answer, from the body of a response.
+def _answer_of(content: bytes) -> _Answer:
+    """Answer in the body of a response.
 
     Raises:
         ValidationError: the response has no log-probabilities.
     """
-    return _Response.model_validate_json(content).choices[0].logprobs.content
+    return _Response.model_validate_json(content).choices[0]
 
 
 def compare(reference: "Reference", examples: Sequence[Example], rows: Sequence[list[_Token]]) -> Distance:

@@ -75,6 +75,16 @@ def test_answers_are_cut_at_the_ends_of_the_run():
     assert [request[key] for key in ("prompt", "samplers", "temperature")] == [[5, 6], ["temperature"], 0]
 
 
+def test_an_answer_that_ends_at_a_text_is_refused():
+    llama = FakeLlama(ends={2, 50}, answer=[7, 50])
+    with serving_llama(llama) as server, pytest.raises(WorkFailed) as refused:
+        [*engine(server, llama).generate([[5, 6]], ())]
+    assert str(refused.value).replace(server.url, "URL") == (
+        "URL/v1/: row 1, a prompt of 2 tokens: ValueError: the file wrongly ends answers at 'P' (token 50); export it "
+        "again"
+    )
+
+
 def test_samples_use_only_the_samplers_of_the_decoding():
     with serving_llama(FakeLlama()) as server:
         [*engine(server, FakeLlama(), do_sample=True, temperature=0.7, top_p=0.9, top_k=0, seed=3).generate([[5]], ())]

@@ -78,7 +78,8 @@ class FakeLlama:
             tokens = [forced] if forced in self.ends else [forced, 7]
         tokens = tokens[: body["max_tokens"]]
         content = [self._token(token, body["logprobs"]) for token in tokens]
-        return 200, {"choices": [{"text": "not this", "finish_reason": "length", "logprobs": {"content": content}}]}
+        reason = "stop" if tokens[-1] in self.ends else "length"
+        return 200, {"choices": [{"text": "not this", "finish_reason": reason, "logprobs": {"content": content}}]}
 
     def _token(self, token: int, listed: int) -> dict[str, Any]:
         probabilities = self.logits.double().log_softmax(-1)
