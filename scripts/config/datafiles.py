@@ -216,11 +216,22 @@ def record(config: Config) -> list[DataFile]:
     """
     files = {}
     for dataset in datasets(config):
-        for path in local_files(dataset.entry):
-            if not path.is_file():
-                raise UserError(f"{paths.shown(path)} does not exist", key=f"{dataset.key}.path")
+        for path in existing_files(dataset):
             files[path] = DataFile.from_file(path)
     return list(files.values())
+
+
+def existing_files(dataset: DatasetRef) -> list[Path]:
+    """Local files of a data set.
+
+    Raises:
+        UserError: a file does not exist.
+    """
+    files = local_files(dataset.entry)
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"{path.absolute()} does not exist{paths.similar_paths(path)}", key=f"{dataset.key}.path")
+    return files
 
 
 _NAME_FILES = ("base_model", "tokenizer_config", "lora_model_dir", "deepspeed", "chat_template_jinja")

@@ -12,7 +12,6 @@ import orjson
 from ..base.errors import UserError
 from ..base.files import Row, digest, json_rows, read_rows, sha256, write_rows
 from ..base.hub import importing_axolotl
-from ..base.paths import similar_paths
 from ..base.terminal import say
 from ..base.yamlfiles import Config
 from ..config import datafiles
@@ -305,9 +304,7 @@ def _load(source: RowSource, rows_file: Path, run: Run, cfg: Config) -> None:
     say(f"loading {source.data}")  # no progress bar: its thread can deadlock with forked processes
     with importing_axolotl(offline=run.rehearsal), chdir(run.cwd):
         for dataset in source.datasets:
-            for file in datafiles.local_files(dataset.entry):
-                if not file.is_file():
-                    raise UserError(f"{dataset.key}.path: {file.absolute()} does not exist{similar_paths(file)}")
+            datafiles.existing_files(dataset)
         from ..training.tokens import Tokenizer
 
         tokenizer = Tokenizer(cfg)
