@@ -46,7 +46,6 @@ from .scores_file import (
     VLLM,
     Evaluation,
     EvaluationSettings,
-    Prediction,
     Scores,
     ServedFile,
     changed,
@@ -278,7 +277,7 @@ class EvaluationTask:
         if request.engine != REFERENCE and decoding.num_beams > 1:
             raise UserError(f"--engine: decoding uses {decoding.num_beams} beams; only --engine {REFERENCE} has beams")
         most = decoding.max_new_tokens
-        if self.run.rehearsal and not request.decoding:  # a rehearsal's model rarely ends an answer
+        if self.run.rehearsal:  # its model rarely ends an answer
             most = min(most, studies.OF_NO_STUDY.max_new_tokens)
         return decoding.model_copy(update={"max_new_tokens": request.max_new_tokens or most})
 
@@ -381,12 +380,9 @@ def _score_again(task: EvaluationTask, former: Evaluation, reason: str) -> Evalu
     _require(task)
     say(f"{task.where / PREDICTIONS}: complete, with the same settings; computing new scores: {reason}")
     former_rows = read_predictions(task.where)
-    rows = []
-    for row in former_rows:
-        rows.append({key: row[key] for key in Prediction.model_fields if key in row})
     engine = former.settings.model_dump(include={"batch_size", *scores_file.ORIGIN})
     settings = EvaluationSettings.model_validate(task.settings.model_dump() | engine)
-    evaluation, rows = _scored(task, rows, settings, former)
+    evaluation, rows = _scored(task, former_rows, settings, former)
     if former.version == VERSION and task.request.scorer != "none":
         keep_scorer_scores(evaluation, rows, former, former_rows)
     write(task.where, evaluation, rows, None)  # the file `part` has predictions of more rows

@@ -81,7 +81,7 @@ def served_file(url: str, model: str | None) -> ServedFile | None:
 
 async def _served_file(api: Api, name: str | None) -> ServedFile | None:
     for model in await api.models():
-        if model.id == name and model.owned_by == "llamacpp" and model.meta:
+        if model.id == name and model.meta:  # which only llama.cpp's server sends
             async with _root(api) as root:
                 props = await _props(root)
             bits = round(8 * model.meta.size / model.meta.n_params, 2)

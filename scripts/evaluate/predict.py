@@ -20,7 +20,6 @@ from ..config import gpus
 from ..data.studies import Decoding
 from .evaluation_rows import EvaluationRows
 from .scores_file import (
-    REFERENCE,
     SERVER,
     VLLM,
     Agreement,
@@ -40,8 +39,7 @@ OF_ENGINE = {"batch_tokens", "agreement", "distance"}  # settings that are known
 def as_row(position: int, row: Row, reference: str) -> Row:
     """Row of predictions.jsonl without its prediction."""
     # user data can have other types in these fields; type() also rejects bool, which isinstance accepts as int
-    types: dict[str, tuple[type, ...]] = {"idx": (int, str), "lang": (str,), "group": (int, str)}
-    fields = {key: row[key] for key, expected in types.items() if type(row.get(key)) in expected}
+    fields = {key: row[key] for key in ("idx", "lang", "group") if type(row.get(key)) in (int, str)}
     return {"row": position} | fields | {"reference": reference}
 
 
@@ -174,7 +172,7 @@ def settings_line(settings: EvaluationSettings) -> bytes:
 def part_file(folder: Path, settings: EvaluationSettings) -> Path:
     """File of predictions during an evaluation, named after the settings that change its predictions."""
     identity = settings.identity() | settings.model_dump(include={"engine", "model"})
-    if settings.engine == REFERENCE and settings.decoding.do_sample:  # otherwise batches change only rounding
+    if settings.decoding.do_sample:  # otherwise batches change only rounding
         identity |= settings.model_dump(include={"rows", "batch_size"})
     return folder / f"predictions.{digest(identity)[:12]}.part.jsonl"
 

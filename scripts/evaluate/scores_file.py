@@ -154,7 +154,7 @@ def sample_positions(total: int, limit: int | None) -> list[int]:
 
     Their order is pseudo-random and fixed: a larger limit takes the rows of a smaller one, and further rows.
     """
-    if limit is None or limit >= total:
+    if limit is None:
         return [*range(total)]
     return sorted(nsmallest(limit, range(total), key=_rank))
 
@@ -443,7 +443,7 @@ class Prediction(BaseModel, strict=True, extra="allow"):
     __pydantic_extra__: dict[str, Annotated[float, Field(ge=-1e6, le=1e6)] | None] = Field(init=False)
     row: int
     idx: int | str | None = None
-    lang: str | None = None
+    lang: int | str | None = None
     group: int | str | None = None
     reference: str
     prediction: str
