@@ -249,6 +249,7 @@ def _cells(row: SweepRow, keys: Sequence[str]) -> Row:
     first, *further = row.columns.values()
     member, score = row.member, row.scores[first.name]
     front = "*" if row.pareto else None
+    scored = about_rows(row.runs[0].evaluation) if row.runs else None
     cells: Row = {"member": member.name}
     for key in keys:
         cells[key] = on_one_line(member.values.get(key))
@@ -262,7 +263,7 @@ def _cells(row: SweepRow, keys: Sequence[str]) -> Row:
         "measured GiB": row.peak_memory_gib,
         "front": front,
         **repeats.table_cells(score.interval),
-        "scored": about_rows(row.runs[0].evaluation) if row.runs else None,
+        "scored": scored,
         "minutes": row.minutes,
     }
     for column in further:

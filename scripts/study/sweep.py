@@ -273,6 +273,7 @@ def _plan(members: list[SweepMember], pipelines: list[Pipeline], starts: bool) -
         for done, (member, pipeline) in enumerate(zip(members, pipelines, strict=True), start=1):
             bar.begin(f"planning {pipeline.result.label}")
             member.digest = pipeline.digest()
+            pipeline.look_up()
             pipeline.plan()
             member.planned_gib = pipeline.needed_gib
             if not starts:
@@ -284,7 +285,6 @@ def _plan(members: list[SweepMember], pipelines: list[Pipeline], starts: bool) -
 
 def _skip_finished_steps(pipeline: Pipeline) -> None:
     """Record the steps that a member's existing run has finished."""
-    pipeline.look_up()
     if pipeline.state == "finished":
         remaining = pipeline.task().steps
         for step in ("run", "evaluate"):
@@ -301,10 +301,7 @@ def _carry_out(
             locks.enter_context(held(record.lock(runs), f"the sweep {record.label} is already running"))
         for record in records:
             record.write(runs)
-        fitting = [pipeline for pipeline in pipelines if not pipeline.result.problem]
-        for pipeline in fitting:
-            pipeline.look_up()
-        tasks = [pipeline.task() for pipeline in fitting]
+        tasks = [pipeline.task() for pipeline in pipelines if not pipeline.result.problem]
         require_scorer_models(tasks, default_columns(first.recipe), evaluation, first.rehearsal)
         backend.submit(tasks, first.name)
 
