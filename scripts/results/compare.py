@@ -13,10 +13,10 @@ from ..base.terminal import say, say_once
 from ..config import merging
 from ..data.published import Point
 from ..evaluate import intervals
-from ..evaluate.score import columns_of, declared_models, model_record, row_columns, with_scores
+from ..evaluate.score import columns_of, model_record, row_columns, with_scores
 from ..evaluate.scores_file import about_file, about_rows, changed, current, read_predictions, read_scores
 from ..metrics import registry
-from ..metrics.metric import Column, ScorerRecord
+from ..metrics.metric import Column, RowMetric, ScorerRecord
 from ..run.rundir import RunDir, find_run
 from ..training.run_record import Run
 from .run_result import trained_settings
@@ -28,7 +28,7 @@ class ScoredRows:
 
     Attributes:
         columns: metrics of the rows by name.
-        models: record of the scorer model, by name of the metric that uses it.
+        models: record of the scorer model by name of the metric; None for a metric without one.
     """
 
     rows: list[Row]
@@ -66,39 +66,32 @@ def score_sides(sides: Sequence[RunDir | Path], metrics: Sequence[str] = ()) -> 
         if isinstance(side, Path):
             rows = read_rows(side, ("reference", "prediction"))
             references = [row["reference"] for row in rows]
-            scored[side] = _score_rows(rows, run_columns or columns_of("", metrics, references))
+            columns = row_columns(run_columns or columns_of("", metrics, references))
+            scored[side] = ScoredRows(with_scores(rows, columns, {}), columns)
             _report(side, about_file(side))
     return [scored[side] for side in sides]
 
 
 def _score_run(folder: Path, requested: dict[str, Column]) -> ScoredRows:
-    """Score the rows of a run; scores by a scorer model come from its evaluation."""
-    rows = read_predictions(folder)
+    """Rows of a run with the scores of its evaluation, and with those of requested metrics."""
     evaluation = read_scores(folder)
     problem = changed(folder, evaluation)
     if evaluation is None or problem:
         raise UserError(f"{folder}: {problem or 'not evaluated'}; run `recipe evaluate {folder}` first")
-    columns = evaluation.columns | requested
-    scored = _score_rows(rows, columns)
     _report(folder, about_rows(evaluation))
-    for name in declared_models(columns):
-        scored.columns[name] = columns[name]
-        scored.models[name] = model_record(columns[name], evaluation.scores)
-        for scored_row, row in zip(scored.rows, rows, strict=True):
-            scored_row[name] = row.get(name)
-    return scored
+    rows = read_predictions(folder)
+    columns, models = {}, {}
+    for name, column in evaluation.columns.items():
+        if isinstance(column.metric, RowMetric):
+            columns[name], models[name] = column, model_record(column, evaluation.scores)
+    scored = [row | scores for row, scores in zip(rows, with_scores(rows, requested, {}), strict=True)]
+    return ScoredRows(scored, columns | requested, models)
 
 
 def _report(side: Path, note: str | None) -> None:
     """Log a note on the scored rows of a run or file, if there is one; only once for a run compared with itself."""
     if note:
         say_once(f"{side}: {note}")
-
-
-def _score_rows(rows: Sequence[Row], columns: dict[str, Column]) -> ScoredRows:
-    """Score rows with the row-level metrics that need no scorer model."""
-    columns = row_columns(columns)
-    return ScoredRows(with_scores(rows, columns, {}), columns)
 
 
 def pair(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row, Row]]:
@@ -152,11 +145,7 @@ def compare(a: ScoredRows, b: ScoredRows) -> list[Row]:
 
 def _is_comparable(name: str, a: ScoredRows, b: ScoredRows) -> bool:
     """True if both sides have a metric, and the same scorer model computed its scores, if it needs one."""
-    if not a.columns[name].same_scores(b.columns.get(name)):
-        return False
-    if name not in a.models:
-        return True
-    return a.models[name] is not None and a.models[name] == b.models.get(name)
+    return a.columns[name].same_scores(b.columns.get(name)) and a.models.get(name) == b.models.get(name)
 
 
 @dataclass(frozen=True)

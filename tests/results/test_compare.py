@@ -82,9 +82,7 @@ def test_rows_without_positions_are_compared_in_their_order():
 JUDGE, OTHER = (ScorerRecord(model="m", layer=9, revision=revision, hash="x") for revision in ("1", "2"))
 
 
-@pytest.mark.parametrize(
-    ("of_a", "of_b", "metrics"), [(JUDGE, JUDGE, 3), (JUDGE, OTHER, 2), (JUDGE, None, 2), (None, None, 2)]
-)
+@pytest.mark.parametrize(("of_a", "of_b", "metrics"), [(JUDGE, JUDGE, 3), (JUDGE, OTHER, 2), (JUDGE, None, 2)])
 def test_bertscores_are_compared_only_by_the_same_scorer_model(of_a, of_b, metrics):
     columns = PLAIN | {"bertscore_f1": DEFAULT["bertscore_f1"]}
     scored = [row | {"bertscore_f1": 0.8} for row in rows("x", "y")]
