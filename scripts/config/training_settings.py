@@ -1,6 +1,7 @@
 """Settings of a training, read from a config with Axolotl's defaults."""
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 
 from ..base.yamlfiles import Config
@@ -97,8 +98,9 @@ def _count(config: Config, key: str, default: int) -> int:
 
 
 def _seed(config: Config) -> int:
-    seed = config.get("seed")
-    return seed if isinstance(seed, int) else SEED
+    with suppress(ValueError):
+        return int(str(config.get("seed")))  # Axolotl takes text, too
+    return SEED
 
 
 def _targets(config: Config) -> tuple[str, ...] | str:

@@ -36,6 +36,10 @@ def test_missing_and_invalid_values_take_axolotls_defaults(config):
     assert TrainingSettings.of(config) == DEFAULTS
 
 
+def test_a_seed_can_be_text():
+    assert TrainingSettings.of({"seed": "7"}).seed == 7
+
+
 def test_defaults_are_those_of_axolotl():
     from axolotl.utils.schemas.config import AxolotlInputConfig
 
