@@ -111,10 +111,10 @@ def _scope(rule: str, key: str) -> Scope:
     return scope
 
 
-def is_about_data(name: str) -> bool:
-    """True for the name of a finding about a data file or its rows, see `Finding.name`."""
+def is_found_at_start(name: str) -> bool:
+    """True for the name of a finding about a data file, its rows or this machine, see `Finding.name`."""
     rule, _, key = name.partition(":")
-    return _scope(rule, key) == "data"
+    return _scope(rule, key) in ("data", "machine")
 
 
 @dataclass

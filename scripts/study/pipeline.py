@@ -13,7 +13,7 @@ from ..base.terminal import say, say_once
 from ..check import check
 from ..config import compose, datafiles
 from ..config.compose import Request
-from ..config.finding import Finding, is_about_data, unknown_force
+from ..config.finding import Finding, is_found_at_start, unknown_force
 from ..config.gpus import Gpu
 from ..config.training_settings import TrainingSettings
 from ..evaluate import benchmarks, evaluate
@@ -367,9 +367,10 @@ def pipelines_of(
 def require_known(force: Sequence[str], pipelines: Sequence[Pipeline], dry_run: bool = False) -> None:
     """Raise UserError if --force names a finding that no pipeline has.
 
-    A dry run does not read the rows. It therefore accepts the names of all findings about data files.
+    A dry run reads no rows and needs no GPU. It therefore accepts the names of all findings about data files and this
+    machine.
     """
-    names = [name for name in force if not is_about_data(name)] if dry_run else force
+    names = [name for name in force if not is_found_at_start(name)] if dry_run else force
     unknown_force(names, {TOO_BIG}.union(*(pipeline.forceable for pipeline in pipelines)))
 
 

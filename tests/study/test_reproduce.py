@@ -124,6 +124,17 @@ def test_a_dry_run_prints_a_warning_of_several_recipes_once(recipe):
     ]
 
 
+def test_a_dry_run_names_the_hours_without_a_gpu(recipe):
+    words = ("reproduce", "axolotl-alpaca2k", "--dry-run", "--only", "tinyllama-qlora")
+    (row,) = recipe.json(*words, "--force", "no-gpu")["recipes"]
+    assert row["training"] == "new"
+    assert row["note"] == (
+        "without a GPU, add --force no-gpu; it then takes a night, about 5 hours on two cores (docs/first-gpu-run.md)"
+    )
+    (row,) = recipe.json(*words, "--rehearse")["recipes"]
+    assert row["note"] is None
+
+
 def test_a_dry_run_of_several_seeds_lists_each(recipe, tmp_path):
     words = ("reproduce", "haider2024", "--dry-run", "--rehearse", "--only", "3.2-3b", "--seeds", "3")
     rows = recipe.json(*words)["recipes"]
