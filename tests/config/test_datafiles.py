@@ -51,7 +51,7 @@ def test_every_local_file_is_recorded(place, override, files):
 def test_missing_local_data_is_an_error(place, override, file):
     with pytest.raises(UserError) as refused:
         datafiles.record(with_data(override))
-    assert str(refused.value) == f"datasets.0.path: {file} does not exist"
+    assert str(refused.value) == f"datasets.0.path: {Path(file).absolute()} does not exist"
 
 
 def test_training_steps(place):
