@@ -189,7 +189,7 @@ class Data(Strict):
         fields: fields of a prepared row, each computed by an expression over the raw row.
         extra_fields: additional fields of test rows.
         filters: conditions for leaving out a row, by reason; expressions over the raw row and the prepared fields.
-        input_formats: formats of prepared rows by name, the default first.
+        input_formats: formats of prepared rows by name; `recipe data prepare` writes each.
         test_set: test set of the published scores: `test`, or one of the subsets.
         sample: folder beside study.yaml with a few rows for rehearsals, in files named like the raw files.
     """

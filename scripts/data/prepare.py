@@ -212,7 +212,7 @@ class _Preparation:
             yield from islice(rest, split.first)
             deque(rest, maxlen=0)
 
-    def _is_the_study_file(self, name: str, checksums: Sequence[str], rows: int) -> bool | None:
+    def _is_the_study_file(self, name: str, checksums: Iterable[str], rows: int) -> bool | None:
         """True if a split's raw files have the checksums in study.yaml; None if it has no checksum to compare.
 
         Without a checksum, another number of rows shows that they are other files.
@@ -230,11 +230,10 @@ class _Preparation:
 
     def _account(self, name: str, raw: RawFile) -> Row:
         counts = self.counts[name]
-        checksums = [sha256(path) for path in raw.paths]
+        checksums = {str(path): sha256(path) for path in raw.paths}
         return {
-            "source": ", ".join(map(str, raw.paths)),
-            "source_sha256": ", ".join(checksums),
-            "is_the_study_file": self._is_the_study_file(name, checksums, raw.read),
+            "sources": checksums,
+            "is_the_study_file": self._is_the_study_file(name, checksums.values(), raw.read),
             "read": raw.read,
             "kept": counts[""],
             "dropped": {reason: count for reason, count in counts.items() if reason},

@@ -52,7 +52,7 @@ def test_the_manifest_accounts_for_every_row(tmp_path):
     assert split["rows"] == 3
     assert split["read"] == split["rows"] + sum(split["dropped"].values())
     assert split["dropped"] == {"empty msg": 1, "empty patch": 1}
-    assert split["source_sha256"] == files.sha256(raw)
+    assert split["sources"] == {str(raw): files.sha256(raw)}
     assert split["sha256"] == files.sha256(tmp_path / "out" / "train.jsonl")
     assert split["is_the_study_file"] is False  # too few rows
     assert orjson.loads((tmp_path / "out" / "manifest.json").read_bytes()) == manifest

@@ -121,7 +121,7 @@ def test_a_split_of_another_data_set_has_expressions_of_its_own(tmp_path):
         {"input": "1+1", "output": "2", "idx": 0, "kind": ""},
         {"input": "2\n+2", "output": "4", "idx": 1, "kind": "a, b"},
     ]
-    assert split["source_sha256"] == files.sha256(tmp_path / "test.csv")
+    assert [*split["sources"].values()] == [files.sha256(tmp_path / "test.csv")]
 
 
 def test_a_split_of_several_files_has_their_rows_in_order_and_their_names(tmp_path):
