@@ -146,7 +146,8 @@ def study_name(recipe: str) -> str:
 def find_recipe(name: str) -> tuple[str, Path]:
     """Find a recipe or variant; return its name and file.
 
-    It is found by name, by part of its name (see `meant`), or by file. A YAML file elsewhere is named by its stem.
+    It is found by name, by part of its name (see `meant`), or by file: YAML, or a model card with a config. A file
+    elsewhere is named by its stem.
 
     Raises:
         UserError: the name matches no recipe, variant or file, or several, or has a control character.
@@ -154,7 +155,7 @@ def find_recipe(name: str) -> tuple[str, Path]:
     files = {variant: VARIANTS / f"{variant}.yaml" for variant in variant_names()}
     files |= {recipe: recipe_file(recipe) for recipe in recipe_names()}
     file = Path(name)
-    if file.suffix not in (".yaml", ".yml"):
+    if file.suffix not in (".yaml", ".yml", ".md"):
         recipe = meant(name, files, "recipe", "; `recipe list` shows them all")
         file = files[recipe]
     elif file.is_file():

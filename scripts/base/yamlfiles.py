@@ -179,8 +179,27 @@ def read_text(file: Path) -> str:
         raise UserError("not a text file in UTF-8", file=file) from None
 
 
+_CARDS_CONFIG = re.compile(r"^```ya?ml[ \t]*\n((?:(?!```).*\n)*?base_model:(?:(?!```).*\n)*)```", re.MULTILINE)
+
+
+def recipe_text(file: Path) -> str:
+    """A YAML file's content; of a model card, the config that Axolotl wrote into it, at the same lines.
+
+    Raises:
+        UserError: see `read_text`, or a card has no config.
+    """
+    text = read_text(file)
+    if file.suffix != ".md":
+        return text
+    block = _CARDS_CONFIG.search(text)
+    if block is None:
+        problem = "no Axolotl config in this model card, as a block ```yaml with base_model"
+        raise UserError(problem, file=file, remedy="copy the config into a YAML file, and give that")
+    return "\n" * text.count("\n", 0, block.start(1)) + block[1]
+
+
 def read_yaml(file: Path, loader: type[yaml.CSafeLoader] = _Loader) -> Config:
-    """The mapping in a YAML file.
+    """The mapping in a YAML file, or in a model card.
 
     Args:
         file: the file.
@@ -189,7 +208,7 @@ def read_yaml(file: Path, loader: type[yaml.CSafeLoader] = _Loader) -> Config:
     Raises:
         UserError: the file cannot be read, is not YAML (with the line), or is not a mapping.
     """
-    return parse_mapping(read_text(file), file, loader)
+    return parse_mapping(recipe_text(file), file, loader)
 
 
 def parse_mapping(text: str, file: Path, loader: type[yaml.CSafeLoader] = _Loader) -> Config:
@@ -207,7 +226,7 @@ def masked_yaml(file: Path) -> str:
         UserError: see `read_yaml`.
     """
     read_yaml(file)
-    text = read_text(file).removeprefix("\ufeff")
+    text = recipe_text(file).removeprefix("\ufeff")
     for start, end in sorted(set(_secret_parts(_composed(text))), reverse=True):
         ending = "\n" if text[start:end].endswith("\n") else ""
         text = text[:start] + MASK + ending + text[end:]
@@ -258,7 +277,7 @@ def line_of(file: Path, key: Sequence[str]) -> int:
         file: the file.
         key: the parts of the key, outermost first.
     """
-    return line_in(read_text(file), key)
+    return line_in(recipe_text(file), key)
 
 
 def line_in(text: str, key: Sequence[str]) -> int:

@@ -314,7 +314,7 @@ _ORIGINAL = re.compile(r"# (?:\S+: a variant of (\S+)|(\S+): .*)")
 def ancestors(file: Path) -> list[str]:
     """Originals of a variant or copy, nearest first, as listed in its header comments."""
     originals = []
-    for line in yamlfiles.read_text(file).splitlines():
+    for line in yamlfiles.recipe_text(file).splitlines():
         if line and not line.startswith("#"):
             break
         match = _ORIGINAL.fullmatch(line)
@@ -336,7 +336,8 @@ def parent_of(name: str, file: Path) -> str | None:
     if name in paths.recipe_names():
         study = studies.usable_study_of(name)
         parent = study.origin(name) if study else name
-        return parent if parent != name else None
+        if parent != name:
+            return parent
     existing = {*paths.recipe_names(), *paths.variant_names()}
     for original in ancestors(file):
         if original != name and (original in existing or Path(original).is_file()):

@@ -58,8 +58,7 @@ def write(name: str, migration: Migration) -> list[Path]:
     loss, step = last_result(migration.old.file)
     recipes, templates = render.free_folders(name)
     recipe = f"{name}/as-published"
-    with migration.old.as_yaml() as base:
-        text = new.variant_text(recipe, recipes, base, [], new.of_migration(migration, recipe))
+    text = new.variant_text(recipe, recipes, str(migration.old.file), [], new.of_migration(migration))
     declaration = paths.template_environment(paths.TEMPLATES / "skeleton").get_template("card-study.yaml.txt")
     study = declaration.render(
         schema=os.path.relpath(studies.SCHEMA, recipes),

@@ -4,14 +4,12 @@ templates/old-axolotl.yaml has the tables: renamed and removed keys, changed def
 """
 
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from textwrap import shorten
 from typing import Any
 
@@ -28,7 +26,6 @@ from ..config.datafiles import DatasetRef
 from ..config.merging import Override, Source
 
 TABLES = paths.TEMPLATES / "old-axolotl.yaml"
-_CARDS_CONFIG = re.compile(r"^```ya?ml[ \t]*\n((?:(?!```).*\n)*?base_model:(?:(?!```).*\n)*)```", re.MULTILINE)
 _CARDS_RELEASE = re.compile(r"axolotl version: `?([\w.+-]+)`?")  # as Axolotl writes it into a model card
 _OF_ACCOUNT = re.compile(rf"{merging.TRACKING.pattern}|hub_")
 _SHAREGPT = re.compile(r"sharegpt(?:_simple|:chat)?(?:\.(.*))?")
@@ -53,15 +50,13 @@ class OldConfig:
 
     Attributes:
         file: the YAML file or model card.
-        text: the YAML.
-        skipped: number of lines in the file before the YAML.
-        release: the release from --axolotl, or the one that a model card states; empty without one.
+        text: the YAML, at its lines in the file.
+        release: the release from --axolotl, or the one that the file states; empty without one.
         is_current: True for a recipe, a variant, or a file for the supported release, which stay as they are.
     """
 
     file: Path
     text: str
-    skipped: int = 0
     release: str = ""
     is_current: bool = False
 
@@ -73,18 +68,7 @@ class OldConfig:
     def place(self, key: str) -> str:
         """File and line of a dotted key, or of its nearest existing parent."""
         line = yamlfiles.line_in(self.text, key.split("."))
-        return f"{paths.shown(self.file)}:{self.skipped + line}"
-
-    @contextmanager
-    def as_yaml(self) -> Iterator[str]:
-        """Path of a file with only the YAML; for a model card, a temporary one."""
-        if not self.skipped:
-            yield str(self.file)
-            return
-        with TemporaryDirectory() as folder:
-            yaml = Path(folder, "card.yaml")
-            yaml.write_text(self.text, encoding="utf-8")
-            yield str(yaml)
+        return f"{paths.shown(self.file)}:{line}"
 
 
 def read(file: Path) -> OldConfig:
@@ -93,15 +77,8 @@ def read(file: Path) -> OldConfig:
     Raises:
         UserError: the file cannot be read, or is a card without a config.
     """
-    text = yamlfiles.read_text(file)
-    if file.suffix != ".md":
-        return OldConfig(file, text)
-    block = _CARDS_CONFIG.search(text)
-    if block is None:
-        problem = "no Axolotl config in this model card, as a block ```yaml with base_model"
-        raise UserError(problem, file=file, remedy="copy the config into a YAML file, and give that to --from")
-    release = _CARDS_RELEASE.search(text)
-    return OldConfig(file, block[1], text.count("\n", 0, block.start(1)), release[1] if release else "")
+    release = _CARDS_RELEASE.search(yamlfiles.read_text(file))
+    return OldConfig(file, yamlfiles.recipe_text(file), release[1] if release else "")
 
 
 @dataclass(frozen=True)
@@ -408,15 +385,13 @@ def of_file(name: str, release: str | None) -> OldConfig:
     Raises:
         UserError: there is no such file or recipe, or the card has no config.
     """
-    if Path(name).suffix == ".md":
-        old = read(Path(name))
-    else:
-        recipe, file = paths.find_recipe(name)
-        old = read(file)
-        is_of_project = recipe in paths.recipe_names() or bool(merging.ancestors(file))
-        if not release and (is_of_project or not evidence(old.config)):
-            return OldConfig(Path(name), old.text, is_current=True)
-    return replace(old, release=release or old.release)
+    recipe, file = paths.find_recipe(name)
+    old = read(file)
+    release = release or old.release
+    is_of_project = recipe in paths.recipe_names() or bool(merging.ancestors(file))
+    if not release and (is_of_project or not evidence(old.config)):
+        return OldConfig(file, old.text, is_current=True)
+    return replace(old, release=release)
 
 
 def migrate(old: OldConfig, overrides: Iterable[Override] = ()) -> Migration:

@@ -17,7 +17,6 @@ from ..base.yamlfiles import Config
 from ..check import check
 from ..check.check import Report
 from ..config import compose, datafiles, merging, models
-from ..config.compose import Composed
 from ..config.finding import refuse
 from ..config.merging import Override
 from . import migrate, own_rows
@@ -56,13 +55,11 @@ class Changes:
         changes: the changes by top-level key.
         header: lines for the variant's header.
         notes: lines about unknown facts, and about chat templates that stay those of the recipe.
-        origins: the first lines of the header; if empty, they name the original.
     """
 
     changes: dict[str, Change] = field(default_factory=dict)
     header: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    origins: list[str] = field(default_factory=list)
 
     @property
     def overrides(self) -> list[Override]:
@@ -118,8 +115,8 @@ def create(request: VariantRequest) -> Variant:
     old = migrate.of_file(request.base, request.release)
     file = free_file(request.name)
     rows = None
-    with old.as_yaml() as base, ExitStack() as while_checked:
-        model = for_model(base, request.model) if request.model else NO_CHANGES
+    with ExitStack() as while_checked:
+        model = for_model(request.base, request.model) if request.model else NO_CHANGES
         overrides = request.overrides
         if request.rows:
             rows = own_rows.recognize(request.rows, file.with_suffix(".jsonl"))
@@ -133,10 +130,10 @@ def create(request: VariantRequest) -> Variant:
         migration = migrate.migrate(old, decided)
         migration.require_decided()
         changes = [*migration.overrides(), *model.overrides, *overrides]
-        composed = compose.compose(compose.Request(base, overrides=changes))
+        composed = compose.compose(compose.Request(request.base, overrides=changes))
         report = check.check_config(composed, data=rows is not None)
-        _refuse_errors(report, composed, old)
-        write(request.name, base, overrides, of_migration(migration, request.name, model))
+        _refuse_errors(report, old)
+        write(request.name, request.base, overrides, of_migration(migration, model))
     notes = model.notes
     if rows:
         unread: list[str] = next((read["unread_fields"] for read in report.data), [])
@@ -144,27 +141,13 @@ def create(request: VariantRequest) -> Variant:
     return Variant(file, migration, notes)
 
 
-def of_migration(migration: Migration, name: str, model: Changes = NO_CHANGES) -> Changes:
-    """Changes of a migration together with those for another base model, which win.
-
-    Args:
-        migration: the migration.
-        name: the name of the variant.
-        model: the changes for the base model.
-    """
+def of_migration(migration: Migration, model: Changes = NO_CHANGES) -> Changes:
+    """Changes of a migration together with those for another base model, which win."""
     if migration.old.is_current:
         return model
     migrated = {key: Change(migration.config.get(key), reasons) for key, reasons in migration.reasons().items()}
     release = f"# Axolotl   written for {migration.release}, migrated to {migrate.supported()} by `recipe new --from`"
-    changes = Changes({**migrated, **model.changes}, [release, *model.header], model.notes)
-    if migration.old.skipped:  # of a YAML file, the header names the original
-        card = paths.shown(migration.old.file)
-        changes.origins = [
-            f"# {name}: from the model card {card}",
-            "#",
-            "# Changes   changed lines state the former value",
-        ]
-    return changes
+    return Changes({**migrated, **model.changes}, [release, *model.header], model.notes)
 
 
 def for_model(base: str, name: str) -> Changes:
@@ -239,7 +222,7 @@ def _foreign_templates(recipe: Config) -> dict[str, str]:
     return {key: text for key, text in texts.items() if not text.startswith(("tokenizer_default", "jinja"))}
 
 
-def _refuse_errors(report: Report, composed: Composed, old: OldConfig) -> None:
+def _refuse_errors(report: Report, old: OldConfig) -> None:
     """Refuse a variant with errors; foreign code and data matter only to a run.
 
     Of a migrated config, the errors that Axolotl finds count, too.
@@ -249,10 +232,6 @@ def _refuse_errors(report: Report, composed: Composed, old: OldConfig) -> None:
     """
     if not old.is_current:
         check.add_validation([report], None)
-    for finding in report.findings:
-        if old.skipped and finding.where == paths.shown(composed.recipe_file):  # the card's temporary file
-            finding.where = paths.shown(old.file)
-            finding.line = (finding.line or 0) + old.skipped
     refuse([finding for finding in report.findings if finding.scope != "code" and finding.rule != "not-prepared"])
 
 
@@ -278,17 +257,17 @@ def variant_text(name: str, folder: Path, base: str, overrides: list[Override], 
     base_name, base_file = paths.find_recipe(base)
     if base_name not in (*paths.recipe_names(), *paths.variant_names()):
         base_name = paths.shown(base_file)
-    text = yamlfiles.read_text(base_file)
+    text = yamlfiles.recipe_text(base_file)
     config, sources = yamlfiles.parse(text, str(base_file)), _sources(overrides, other)
     if "output_dir" in config:  # plain Axolotl keeps the base recipe's output
         overrides, sources["output_dir"] = [*overrides, Override("output_dir", f"outputs/{name}")], None
     config = merging.apply(config, [*other.overrides, *overrides])
-    text = "".join(dropwhile(lambda line: line.startswith("#"), f"{text.rstrip()}\n".splitlines(keepends=True)))
+    text = "".join(dropwhile(lambda line: line.startswith("#"), f"{text.strip()}\n".splitlines(keepends=True)))
     if other.changes:
         text = _ABSENT.sub("", text)
     for key, source in sources.items():
         text = edited(text, key, Change(config.get(key), source), str(base_file))
-    header = other.origins or _origins(name, base_name, merging.origin_of(base_name, base_file) or base_name)
+    header = _origins(name, base_name, merging.origin_of(base_name, base_file) or base_name)
     schema = os.path.relpath(paths.RECIPES / "axolotl.schema.json", folder)
     lines = [f"# yaml-language-server: $schema={schema}", *header, *other.header]
     return "\n".join(lines) + "\n" + text

@@ -331,11 +331,26 @@ def test_a_card_becomes_a_variant_and_a_profile(place, recipe):
     done = recipe.ok("new", "mine", "--from", "README.md")
     assert done.stderr.splitlines()[-1] == "next: recipe check mine --profile zero2"
     assert (place / "variants/mine.yaml").read_text().splitlines()[1:5] == [
-        "# mine: from the model card README.md",
+        "# mine: a variant of README.md",
         "#",
-        "# Changes   changed lines state the former value",
+        "# Changes   recipe diff mine lists them; changed lines state the former value",
         "# Axolotl   written for 0.4.0, migrated to 0.21.0 by `recipe new --from`",
     ]
+
+
+def test_a_card_is_shown_checked_and_compared_like_a_config(place, recipe):
+    write_rows(place)
+    (place / "README.md").write_text(CARD)
+    assert recipe.ok("show", "README.md").stdout.splitlines()[0] == "base_model: models/llama"
+    checked = recipe("check", "README.md", "--quick")
+    assert checked.stderr.splitlines()[0] == (
+        "README.md: written for an older Axolotl; `recipe new NAME --from README.md` migrates it"
+    )
+    assert checked.stdout.startswith("README.md:30: error: deepspeed: deepspeed_configs/zero2.json does not exist; ")
+    recipe.ok("new", "mine", "--from", "README.md")
+    assert {row["key"] for row in recipe.json("diff", "mine")} == {
+        *("strict", "flash_attention", "deepspeed", "attn_implementation", "shuffle_merged_datasets", "lora_mlp_kernel")
+    }
 
 
 JINJA = "{% if a %}{{ b }}{# c #}{% endraw %}"
@@ -413,7 +428,7 @@ def test_the_check_of_an_old_file_names_the_command_that_migrates_it(place, reci
             "# A model\n",
             [],
             "README.md: no Axolotl config in this model card, as a block ```yaml with base_model; copy the config into "
-            "a YAML file, and give that to --from",
+            "a YAML file, and give that",
             id="card-without-config",
         ),
         pytest.param(
@@ -424,7 +439,7 @@ def test_the_check_of_an_old_file_names_the_command_that_migrates_it(place, reci
             id="not-a-version",
         ),
         pytest.param("old.yml", "- a\n", [], "old.yml: not a mapping of keys to values", id="a-list"),
-        pytest.param("old.md", None, [], "old.md: No such file or directory", id="missing-card"),
+        pytest.param("old.md", None, [], "old.md: no such file", id="missing-card"),
     ],
 )
 def test_what_the_user_has_to_decide_is_refused_with_its_line(place, recipe, file, text, arguments, message):
