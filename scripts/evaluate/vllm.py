@@ -49,7 +49,7 @@ def require(settings: EvaluationSettings, on_gpu: bool) -> None:
     Raises:
         UserError: vLLM is not installed, is installed for another kind of machine, or cannot serve the adapter.
     """
-    if not (ENVIRONMENT / "bin" / "python").exists() or not list(ENVIRONMENT.glob(".*.lock")):
+    if not list(ENVIRONMENT.glob(".*.lock")):  # which `make vllm` writes last
         raise UserError(
             f"--engine vllm: vLLM is not installed in {ENVIRONMENT}; run `make vllm` in a checkout of this project, or "
             "start a vLLM server yourself, and name its address with --engine"
