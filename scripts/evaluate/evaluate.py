@@ -445,7 +445,7 @@ def _make_room(task: EvaluationTask) -> None:
     evaluation, settings = read_scores(task.where), task.settings
     if evaluation is None or evaluation.settings.rows == 0:
         return
-    if changed(task.where, evaluation, None if task.request.adapter else task.run) == "stale":
+    if changed(task.where, evaluation) == "stale":
         return
     former = evaluation.settings
     differing = former.differing_keys(settings)
