@@ -76,12 +76,10 @@ class Prompter:
             config = GenerationConfig.from_pretrained(self.settings.base_model, revision=self.revision)
         except OSError:  # the model has no generation config
             config = GenerationConfig.from_model_config(self.config)
-        ends = {*taught_ends(self.cfg, self.tokenizer)}
-        if isinstance(config.eos_token_id, list):
-            ends.update(config.eos_token_id)
-        elif config.eos_token_id is not None:
-            ends.add(config.eos_token_id)
-        return sorted(ends)
+        ends = config.eos_token_id
+        if not isinstance(ends, list):
+            ends = [ends]
+        return sorted(taught_ends(self.cfg, self.tokenizer).union(ends) - {None})
 
     def examples(self, rows: Sequence[EvaluationRow]) -> list[Example]:
         """Prompt and reference of each row, written by Axolotl's code as in training.

@@ -178,11 +178,10 @@ def choice(pairs: Sequence[Pair], parameters: ChoiceParameters) -> list[float]:
 
 def notes_on_numbers(pairs: Sequence[Pair], parameters: NumberParameters) -> list[str]:
     """Notes on texts without a number; a marker may be missing."""
-    references = [pair[0] for pair in pairs if number_of_reference(pair[0], parameters) is None]
-    predictions = [pair[1] for pair in pairs if number_of(pair[1], parameters) is None]
     markers = " or ".join(map(repr, parameters.sought))
     notes = []
-    for side, texts in (("references", references), ("predictions", predictions)):
+    for position, side, find in ((0, "references", number_of_reference), (1, "predictions", number_of)):
+        texts = [pair[position] for pair in pairs if find(pair[position], parameters) is None]
         if texts:
             example = f"as in {texts[0].rstrip()[-30:]!r}; the markers are {markers}"
             reason = f"{len(texts)} of {len(pairs)} {side} have no number, so their rows score 0 ({example})"
