@@ -55,6 +55,7 @@ def substitutions(config: Config, sample: Config, user_settings: Config) -> Iter
     yield from rehearsal.trackers()
     yield from rehearsal.padding()
     yield from rehearsal.held_out()
+    yield from rehearsal.last_batch()
     yield from rehearsal.steps()
 
 
@@ -148,6 +149,13 @@ class _Rehearsal:
         """Limit the number of held-out rows."""
         if TrainingSettings.of(self.config).val_set_size > _MOST_ROWS["test_datasets"]:
             yield {"val_set_size": 0.25}, "to keep enough training rows"
+
+    def last_batch(self) -> Iterator[tuple[Config, str]]:
+        """Evaluate on an incomplete batch, which Axolotl drops if only the training packs rows."""
+        config = self.config
+        packs_training_only = config.get("sample_packing") and config.get("eval_sample_packing") is False
+        if packs_training_only and config.get("dataloader_drop_last") is None:
+            yield {"dataloader_drop_last": False}, "an incomplete batch of the few held-out rows counts, too"
 
     def steps(self) -> Iterator[tuple[Config, str]]:
         """Replace numbers of steps by shares."""

@@ -1,6 +1,6 @@
 """Tables and JSON of studies' results, and of comparisons of runs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 
 from ..base import tables
@@ -35,12 +35,14 @@ def show_study(study: Study, rows: Sequence[StudyRow], rehearsal: bool, json: bo
         return
     records = [record(row) for row in rows]
     numbers = []
+    remarks: Iterable[str] = []
     if not rehearsal:
         numbers = score_records.statuses(study, score_records.records(study))
+        remarks = notes(study, rows)
     for fields in records:
         fields["records"] = [asdict(number) for number in numbers if number.of == fields["recipe"]]
         fields["tuned"] = [best for best in tuned if best["recipe"] == fields["recipe"]]
-    tables.show(json, records, [*tables_of(study, rows, rehearsal), _records_table(study, numbers)], notes(study, rows))
+    tables.show(json, records, [*tables_of(study, rows, rehearsal), _records_table(study, numbers)], remarks)
 
 
 def record(row: StudyRow) -> Row:

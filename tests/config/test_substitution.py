@@ -191,6 +191,19 @@ def test_only_packed_rows_are_padded_to_the_length():
         assert composed.config["pad_to_sequence_len"] is True
 
 
+@pytest.mark.parametrize(
+    ("packing", "expected"),
+    [
+        ({"sample_packing": True, "eval_sample_packing": False}, False),
+        ({"sample_packing": True, "eval_sample_packing": False, "dataloader_drop_last": True}, True),
+        ({"sample_packing": True}, None),
+        ({"sample_packing": False, "eval_sample_packing": False}, None),
+    ],
+)
+def test_a_batch_that_the_held_out_rows_do_not_fill_is_evaluated(packing, expected):
+    assert rehearsed(packing).config.get("dataloader_drop_last") is expected
+
+
 @pytest.mark.parametrize(("mib", "is_kept"), [(1, True), (1025, False)])
 def test_a_small_model_that_is_here_is_kept_with_what_belongs_to_it(mib, is_kept):
     Path("own").mkdir()

@@ -218,6 +218,13 @@ def test_a_table_of_a_group_needs_a_score(runs, recipe):
     assert re.findall(r"^recipe +(\S+)", table, re.MULTILINE)[:2] == ["average", "BoolQ,"]
 
 
+def test_no_difference_from_the_paper_is_listed_for_rehearsals(runs, recipe):
+    folder = small_study.ran(runs, PLAIN, "a", 66.0)
+    folder.write(folder.read().model_copy(update={"rehearsal": True}))
+    assert recipe.ok("results", "sums2030", "--rehearse").stdout.count("The authors tokenize") == 0
+    assert recipe.ok("results", "sums2030").stdout.count("The authors tokenize") == 1
+
+
 @pytest.mark.parametrize(
     ("rehearsal", "title"), [(True, listing.REHEARSALS), (False, "A. Nobody; published scores are on Test Subset 1")]
 )
