@@ -149,6 +149,9 @@ Things = Annotated[
         help="Runs (folder, partial name, recipe or latest), a study, or a sweep.",
     ),
 ]
+StudyName = Annotated[
+    str, typer.Argument(metavar="STUDY", autocompletion=complete_studies, help="Study, or part of its name.")
+]
 PlannedGpu = Annotated[
     gpus.Gpu | None,
     typer.Option(

@@ -19,9 +19,9 @@ from .options import (
     Profiles,
     RehearseAll,
     Seeds,
+    StudyName,
     backend_of,
     complete_recipes,
-    complete_studies,
     end,
     refuse_without,
     repeatable_option,
@@ -50,9 +50,7 @@ verbs = typer.Typer(rich_markup_mode=None)
 )
 def reproduce_verb(
     *,
-    name: Annotated[
-        str, typer.Argument(metavar="STUDY", autocompletion=complete_studies, help="Study, e.g. haider2024.")
-    ],
+    name: StudyName,
     from_: FromStage = "training",
     rehearse: RehearseAll = False,
     only: OnlyRecipes,

@@ -10,7 +10,7 @@ from ..base import paths, tables
 from ..base.errors import WorkFailed
 from ..base.terminal import Bar, say
 from .help import Verb, Verbs, suggest
-from .options import Force, Json, complete_studies, refuse_together
+from .options import Force, Json, StudyName, refuse_together
 
 _STARTER_MODEL = "meta-llama/Llama-3.2-3B"
 
@@ -89,10 +89,7 @@ def study_new_verb(
 @study_verbs.command("check", cls=Verb, epilog="recipe study check haider2024")
 def study_check_verb(
     *,
-    name: Annotated[
-        str,
-        typer.Argument(metavar="STUDY", autocompletion=complete_studies, help="Study, or part of its name."),
-    ],
+    name: StudyName,
     force: Force,
     json: Json = False,
 ) -> None:

@@ -390,7 +390,7 @@ def of_file(name: str, release: str | None) -> OldConfig:
     release = release or old.release
     is_of_project = recipe in paths.recipe_names() or bool(merging.ancestors(file))
     if not release and (is_of_project or not evidence(old.config)):
-        return OldConfig(file, old.text, is_current=True)
+        return replace(old, is_current=True)
     return replace(old, release=release)
 
 
