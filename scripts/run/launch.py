@@ -108,10 +108,8 @@ def _record_machine(record: Run) -> None:
 
 
 def _versions(provenance: Provenance) -> Config:
-    """Versions and GPU that a resumed run should share with its first launch."""
-    gpu = (provenance.get("gpus") or [{}])[0]
-    of_gpu = {"GPU": gpu.get("name"), "driver": gpu.get("driver"), "CUDA": provenance.get("cuda")}
-    return provenance.get("packages", {}) | of_gpu
+    """Versions and GPUs that a resumed run should share with its first launch."""
+    return {key: provenance.get(key) for key in ("packages", "cuda", "gpus")}
 
 
 def _error(folder: RunDir, record: Run, code: int, stopped: bool, log: "LaunchLog") -> WorkFailed:
