@@ -190,8 +190,7 @@ def sbatch(*arguments: str) -> str:
         UserError: sbatch is missing, fails, does not end in time, or prints no id.
     """
     output = ask("sbatch", "--parsable", *arguments)
-    lines = (re.fullmatch(r"(\d+)(;\S+)?", line.strip()) for line in output.splitlines())  # another program's text
-    ids = {line[1] for line in lines if line}
+    ids = set[str](re.findall(r"^(\d+)(?:;\S+)?\s*$", output, re.MULTILINE))  # another program's text
     if len(ids) == 1:
         return ids.pop()
     problem = f"printed {output[-200:]!r} instead of a job id; check with `squeue --me` whether the job is queued"
