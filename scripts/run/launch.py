@@ -35,16 +35,15 @@ _LESS_MEMORY = (
 LAST_SECONDS = 15  # time for the other ranks to exit after one has failed
 
 
-def require(cwd: Path) -> None:
-    """Check that Axolotl and the working directory of a run exist.
+def _require_cwd(record: Run) -> None:
+    """Check that the working directory of a run exists.
 
     Raises:
-        UserError: Axolotl or the working directory is missing.
+        UserError: it is missing.
     """
-    if not AXOLOTL.is_file():
-        raise UserError(f"{AXOLOTL}: not found; install axolotl in the same environment as this command")
-    if not cwd.is_dir():
-        raise UserError(f"{cwd}: not found, but the run was started in this folder; restore it with its contents")
+    if not Path(record.cwd).is_dir():
+        problem = "not found, but the run was started in this folder; restore it with its contents"
+        raise UserError(f"{record.cwd}: {problem}")
 
 
 def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None) -> None:
@@ -57,11 +56,11 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
         checkpoint: checkpoint to resume from; None to start from the beginning.
 
     Raises:
-        UserError: see `require`; nothing was recorded.
+        UserError: see `_require_cwd`; nothing was recorded.
         OSError: no disk space for the record of a launch; nothing was recorded.
         WorkFailed: Axolotl failed, or the run was interrupted.
     """
-    require(Path(record.cwd))
+    _require_cwd(record)
     _record_machine(record)
     _drop_half_prepared(folder, record)
     launch = Launch(command=_axolotl_command(folder, record, checkpoint), started=now())
@@ -185,10 +184,10 @@ def preprocess(folder: RunDir, record: Run) -> None:
     """Tokenize the rows of a run and fetch its base model, without a GPU.
 
     Raises:
-        UserError: see `require`.
+        UserError: see `_require_cwd`.
         WorkFailed: Axolotl failed, or was interrupted.
     """
-    require(Path(record.cwd))
+    _require_cwd(record)
     _drop_half_prepared(folder, record)
     code, stopped = _launch([str(AXOLOTL), "preprocess", str(folder.config_file.resolve())], folder, record, folder.log)
     if stopped:
@@ -264,7 +263,7 @@ def _drop_half_prepared(folder: RunDir, record: Run) -> None:
 
 
 class LaunchLog:
-    """Log of one launch: what torch, torchrun and pydantic report in it, in their wording.
+    """Log of one launch: what torch and torchrun report in it, in their wording.
 
     Args:
         file: file of the log.
@@ -295,12 +294,6 @@ class LaunchLog:
         """True if torchrun lost a rank to SIGKILL."""
         return re.search(r"exitcode\s*: -9\b", self._text) is not None
 
-    @property
-    def refusals(self) -> list[str]:
-        """Errors that pydantic found in the config."""
-        error = re.compile(r"^(?:([\w.]+)\n)?  (?:Value error, )?(.+?) \[type=\w+, input_value=", re.MULTILINE)
-        return [f"{key}: {problem}" if key else problem for key, problem in error.findall("\n".join(self.tail))]
-
 
 def _full_disk(folder: RunDir, log: LaunchLog) -> str | None:
     """File or folder without space that ended a launch, or None."""
@@ -310,18 +303,14 @@ def _full_disk(folder: RunDir, log: LaunchLog) -> str | None:
 
 def _failed(folder: RunDir, log: LaunchLog, code: int) -> WorkFailed:
     """Error for a failed launch, with the last lines of its log."""
-    tail = log.tail
     if log.out_of_gpu_memory:
         changes = f"`recipe plan {folder.config_file}` shows what needs memory, and which changes help"
         problem = f"out of GPU memory: {changes}; `nvidia-smi` lists other processes on the GPU"
     elif log.lost_rank:
         problem = f"a rank was killed by signal 9 (SIGKILL); memory probably ran out: {_LESS_MEMORY}"
-    elif log.refusals:
-        problem = f"Axolotl refuses the config: {'; '.join(log.refusals)}"
-        tail = []  # the log's last lines only repeat these errors
     else:
         problem = f"Axolotl failed{_signal(code)}"
-    return WorkFailed("\n".join([*tail, f"{folder.path}: {problem}; the full log is {log.file}"]))
+    return WorkFailed("\n".join([*log.tail, f"{folder.path}: {problem}; the full log is {log.file}"]))
 
 
 def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: int) -> tuple[int, bool]:

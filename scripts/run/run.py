@@ -108,7 +108,6 @@ def start(request: Request, backend: Backend) -> RunDir:
             nodes=request.nodes,
         )
         return backend.carry_out(task, composed.recipe)
-    launch.require(Path.cwd())
     folder = create(composed, request)
     with folder.held() as lock:
         launch.train(folder, folder.read(), lock)

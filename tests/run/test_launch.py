@@ -121,17 +121,6 @@ LAST = "step\n" * 14
             f"step\n{LAST}{{run}}: Axolotl failed by signal 11 (SIGSEGV){LOG}",
             id="crashed",
         ),
-        pytest.param(
-            f"{STEPS}pydantic_core._pydantic_core.ValidationError: 2 validation errors for AxolotlConfigWCapabilities\n"
-            "num_epochs\n  Input should be a valid number [type=float_parsing, input_value='x', input_type=str]\n"
-            "  Value error, not [so]. [type=value_error, input_value={'a': 1}, input_type=dict]\n"
-            "    For further information visit https://errors.pydantic.dev/2.13/v/value_error\n",
-            "exit 1",
-            None,
-            False,
-            "{run}: Axolotl refuses the config: num_epochs: Input should be a valid number; not [so]." + LOG,
-            id="refused config",
-        ),
     ],
 )
 def test_a_failed_launch_records_and_reports_its_cause(

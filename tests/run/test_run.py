@@ -144,31 +144,17 @@ def test_a_killed_training_goes_on_to_the_same_adapter(place, tiny_profile, undi
     check_resumed(run, undisturbed)
 
 
-@pytest.mark.parametrize(
-    ("missing", "problem"),
-    [
-        ("axolotl", "not found; install axolotl in the same environment as this command"),
-        ("cwd", "not found, but the run was started in this folder; restore it with its contents"),
-    ],
-)
-def test_without_axolotl_or_its_folder_no_run_is_resumed(recipe, tmp_path, tiny_profile, monkeypatch, missing, problem):
+def test_without_its_folder_no_run_is_resumed(recipe, tmp_path, tiny_profile, monkeypatch):
     (tmp_path / "cwd").mkdir()
-    (tmp_path / "axolotl").touch()
-    monkeypatch.setattr(launch, "AXOLOTL", tmp_path / "axolotl")
     with monkeypatch.context() as patch:
         patch.chdir(tmp_path / "cwd")
         request = Request(PAGED, profiles=[str(tiny_profile)])
         patch.setenv(paths.RUNS, str(tmp_path / "runs"))
         folder = run.create(compose.compose(request), request)
-    (tmp_path / missing).rename(tmp_path / "away")
-    assert recipe.fails("resume", folder.path).stderr == f"recipe: {tmp_path / missing}: {problem}\n"
+    (tmp_path / "cwd").rename(tmp_path / "away")
+    problem = "not found, but the run was started in this folder; restore it with its contents"
+    assert recipe.fails("resume", folder.path).stderr == f"recipe: {tmp_path / 'cwd'}: {problem}\n"
     assert folder.read().launches == []
-
-
-def test_without_axolotl_no_run_is_created(recipe, tmp_path, tiny_profile, monkeypatch):
-    monkeypatch.setattr(launch, "AXOLOTL", tmp_path / "axolotl")
-    recipe.fails("run", PAGED, "--profile", tiny_profile)
-    assert not (tmp_path / "runs").exists()
 
 
 STEPS_OF_A_LAUNCH = 45
