@@ -92,7 +92,7 @@ def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[li
     findings: list[Finding] = []
     measured = []
     for dataset in datafiles.datasets(content):
-        total = _count_rows(dataset)
+        total = datafiles.count_jsonl(dataset.entry)
         tokenized = _TokenizedSet(tokenizer, dataset)
         with Bar(f"tokenize {dataset.key}", most or total) as bar:
             for batch in batched(islice(_numbered(tokenizer, dataset), most), 1000):
@@ -107,13 +107,6 @@ def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[li
         if tokenizer.cfg.sample_packing and dataset.is_training and is_whole:
             findings += tokenized.packing_findings(gpus)
     return findings, measured
-
-
-def _count_rows(dataset: DatasetRef) -> int:
-    """Number of rows of a data set in JSONL files, up to the limit of its split."""
-    total = sum(datafiles.count_rows(file) for file in datafiles.jsonl_files(dataset.entry))
-    limit = datafiles.first_rows(dataset.entry)
-    return min(total, limit) if limit else total
 
 
 def _percentile(sizes: list[int], share: int) -> int:

@@ -310,6 +310,13 @@ def _count_rows(path: Path, mtime_ns: int, size: int) -> int:
         return sum(1 for line in stream if line.strip())
 
 
+def count_jsonl(dataset: Config) -> int:
+    """Number of a data set's rows in JSONL files, up to the limit of its split."""
+    total = sum(map(count_rows, jsonl_files(dataset)))
+    limit = first_rows(dataset)
+    return total if limit is None else min(total, limit)
+
+
 def training_steps(config: Config, gpus: int = 1) -> int | None:
     """Number of optimizer steps of a config; None if unknown, see `TrainingSettings.steps`."""
     return TrainingSettings.of(config).steps(training_rows(config), gpus)
@@ -332,12 +339,10 @@ def _complete_rows(dataset: Config) -> int | None:
     """Number of a data set's rows; None unless it is one local JSONL file of complete rows.
 
     Axolotl splits rows of the type completion into pieces."""
-    files, first = jsonl_files(dataset), first_rows(dataset)
-    if len(files) != 1 or dataset.get("type") == "completion":
+    if len(jsonl_files(dataset)) != 1 or dataset.get("type") == "completion":
         return None
     if dataset.get("shards") or dataset.get("weight"):
         return None
-    rows = count_rows(files[0])
-    if first is not None:
-        return min(rows, first)
-    return rows if dataset.get("split", "train") == "train" else None
+    if first_rows(dataset) is None and dataset.get("split", "train") != "train":
+        return None
+    return count_jsonl(dataset)
