@@ -321,11 +321,10 @@ def _git() -> Git | None:
     """Git state of the recipes' checkout; None if there is no checkout, or git fails."""
     if not paths.LOCK.is_file():
         return None  # installed from a wheel; a repository around it is a different project
-    # GIT_DIR and similar variables would select another repository; --no-optional-locks keeps the index unchanged
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    # --no-optional-locks keeps the index unchanged
     command = ["git", "--no-optional-locks", "-C", str(paths.RECIPES), "status", "--porcelain=v2", "--branch", "-uno"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     head, *lines = done.stdout.splitlines()
