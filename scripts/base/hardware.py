@@ -9,6 +9,8 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any, TypedDict
 
+GIB = 2**30
+
 
 class GpuInfo(TypedDict, total=False):
     """An NVIDIA GPU, or a MIG instance of one."""
@@ -103,7 +105,7 @@ def _gpu_info(handle: Any) -> GpuInfo:
     major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(gpu)
     return {
         "name": pynvml.nvmlDeviceGetName(handle),
-        "memory_gib": round(pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30, 1),
+        "memory_gib": round(pynvml.nvmlDeviceGetMemoryInfo(handle).total / GIB, 1),
         "compute_capability": f"{major}.{minor}",
         "driver": pynvml.nvmlSystemGetDriverVersion(),
     }

@@ -13,6 +13,7 @@ from typing import Any
 from ..base import hub, paths, yamlfiles
 from ..base.errors import UserError, did_you_mean
 from ..base.files import read_json
+from ..base.hardware import GIB
 from ..base.yamlfiles import Config
 from .merging import merge
 
@@ -232,7 +233,7 @@ def revision(config: Config) -> Any:
     return config.get("revision_of_model") or config.get("model_revision")  # model_revision is deprecated
 
 
-SMALL = 2**30
+SMALL = GIB
 """Maximum size of weights in a rehearsal, in bytes: half a billion parameters in 16 bits."""
 
 

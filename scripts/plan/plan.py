@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 
 from ..base.errors import UserError
+from ..base.hardware import GIB
 from ..base.yamlfiles import Config
 from ..check import check
 from ..config.compose import Composed, Request, compose
@@ -17,7 +18,6 @@ from .allocator import Counts, Usage
 from .published_log import Compared, ComparedLog, PlannedLog
 from .step_plan import (
     CONTEXT,
-    GIB,
     USABLE,
     StepPlan,
     least_capability,

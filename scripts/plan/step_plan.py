@@ -16,6 +16,7 @@ from typing import Any
 from ..base import paths
 from ..base.errors import UserError
 from ..base.files import digest, read_json, write_json
+from ..base.hardware import GIB
 from ..base.yamlfiles import Config
 from ..config import models
 from ..config.gpus import Gpu, engine_of
@@ -29,7 +30,6 @@ VERSION = 3
 """Version of the shipped and cached figures; raise it when the computation changes."""
 SHIPPED = Path(__file__).with_name("plans.json")
 """Memory of the shipped recipes' steps, by `StepPlan.key`; tools/plans.py writes it."""
-GIB = 2**30
 CONTEXT = 0.14 * GIB
 """Memory of the CUDA context: 133 to 147 MiB in fitcheck's published runs on a T4 (process minus allocator)."""
 ROUND = 64

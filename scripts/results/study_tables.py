@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 from ..base import tables
 from ..base.files import Row
+from ..base.hardware import GIB
 from ..base.tables import Table
 from ..base.terminal import say
 from ..data.studies import Study
@@ -16,7 +17,6 @@ from .listing import REHEARSALS
 from .score_records import Status
 from .verdict import MetricRow, StudyRow
 
-GIB = 1 << 30
 RECORDS = "Published numbers: submitted records, and cells with other settings"
 COSTS = "Other scores, and costs of the runs"
 CURVES = "Our training loss minus the published one: mean and largest gap, and its step"

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from ..base import paths, tables, yamlfiles
 from ..base.errors import UserError, WorkFailed, meant
 from ..base.files import Row
+from ..base.hardware import GIB
 from ..base.paths import find_recipe
 from ..base.processes import LOCK_TIMEOUT, held
 from ..base.terminal import Bar, say
@@ -28,7 +29,6 @@ from ..evaluate.evaluate import EvaluationRequest
 from ..evaluate.score import declared_models, scorer_models
 from ..metrics.registry import SCORER
 from ..plan import plan
-from ..plan.step_plan import GIB
 from ..run import backends
 from ..run.backends import DONE, Backend, TaskResult
 from ..run.rundir import all_runs, readable

@@ -23,6 +23,7 @@ from pynvml import NVMLError
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ..base.files import append_line
+from ..base.hardware import GIB
 from ..base.processes import LOCK_TIMEOUT, end_with_parent, held
 from ..config import models
 from ..config.gpus import CPU_RANKS, ENGINE_KEYS, engine_of
@@ -30,7 +31,6 @@ from . import losses
 from .checkpoints import step_of, write_manifest
 from .run_record import Ended, EvalTokens
 
-GIB = 2**30
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # number of ranks, set by the launcher
 
 

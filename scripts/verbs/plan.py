@@ -8,6 +8,7 @@ import typer
 
 from ..base import tables, yamlfiles
 from ..base.files import Row
+from ..base.hardware import GIB
 from ..base.paths import selected
 from ..base.terminal import Bar
 from .help import Verb, run_arguments, suggest
@@ -118,7 +119,7 @@ def _advice(change: "PlannedChange") -> str:
 
 def _gib(size: float) -> str:
     """Bytes as GiB."""
-    return f"{size / 2**30:.2f}"
+    return f"{size / GIB:.2f}"
 
 
 def _micro_batch(planned: "Plan") -> str:

@@ -11,11 +11,11 @@ from planned_memory import WEIGHTS, kept_by_rank
 
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
+from qlora_recipes.base.hardware import GIB
 from qlora_recipes.config import gpus
 from qlora_recipes.config.compose import Request
 from qlora_recipes.plan import plan, step_plan, steps, work
 from qlora_recipes.plan.published_log import Compared, ComparedLog
-from qlora_recipes.plan.step_plan import GIB
 from qlora_recipes.plan.work import TokenCount, Work
 from qlora_recipes.verbs.plan import _print_plan, _print_plans
 
