@@ -1,6 +1,5 @@
 """Schemas of run.json (with provenance), jobs.json, and the lines of metrics.jsonl."""
 
-import os
 import platform
 import subprocess
 from dataclasses import dataclass
@@ -8,7 +7,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal, Required, Self, TypedDict
 
-import psutil
 from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, with_config
 
 from ..base import paths
@@ -83,8 +81,6 @@ class Provenance(TypedDict, total=False):
     host: str
     os: str
     cpu: str
-    cores: int
-    memory_gib: float
     gpus: list[GpuInfo]
 
 
@@ -301,7 +297,6 @@ def collect() -> Provenance:
     """Provenance for run.json: git state, lock file, versions and machine."""
     lock_sha256 = sha256(paths.LOCK) if paths.LOCK.is_file() else None
     packages = {name: package_version(name) for name in PACKAGES}
-    memory = psutil.virtual_memory().total / 2**30
     return {
         "git": _git(),
         "lock_sha256": lock_sha256,
@@ -311,8 +306,6 @@ def collect() -> Provenance:
         "host": platform.node(),
         "os": platform.platform(),
         "cpu": cpu_name(),
-        "cores": os.cpu_count() or 1,
-        "memory_gib": round(memory, 1),
         "gpus": [*visible_gpus().values()],
     }
 

@@ -52,8 +52,6 @@ def completed(
         "host": HOST,
         "os": "Linux",
         "cpu": "Intel(R) Xeon(R) CPU @ 2.20GHz",
-        "cores": 8,
-        "memory_gib": 62.8,
         "gpus": list(gpus),
     }
     folder.write(run)
