@@ -49,12 +49,22 @@ def run_folders(folder: Path) -> Iterator[Path]:
 
 def cache() -> Path:
     """Cache directory; missing parts of its content are recreated."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-recipes"
+    return _of_user("XDG_CACHE_HOME", ".cache")
 
 
 def user_data() -> Path:
     """Per-user data directory."""
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "qlora-recipes"
+    return _of_user("XDG_DATA_HOME", ".local/share")
+
+
+def user_config() -> Path:
+    """Per-user folder of settings."""
+    return _of_user("XDG_CONFIG_HOME", ".config")
+
+
+def _of_user(variable: str, default: str) -> Path:
+    """This project's folder in one of the user's, which a variable or else a path below the home folder names."""
+    return Path(os.environ.get(variable) or Path.home() / default) / "qlora-recipes"
 
 
 def shown(file: Path) -> str:

@@ -1,6 +1,5 @@
 """A SLURM site: settings for jobs, SLURM commands, and job states in the queue."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -13,7 +12,7 @@ from typing import Annotated, Any, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, StringConstraints, ValidationError
 
-from ...base import yamlfiles
+from ...base import paths, yamlfiles
 from ...base.errors import UserError
 from ...base.secrets import is_secret
 from ...base.terminal import say_once
@@ -63,7 +62,7 @@ class Site(BaseModel):
 
 def settings_file() -> Path:
     """File with the user's SLURM settings."""
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "qlora-recipes" / "slurm.yaml"
+    return paths.user_config() / "slurm.yaml"
 
 
 def site_settings(overrides: Sequence[str]) -> Site:
