@@ -115,7 +115,7 @@ def takes_varlen(config: Config, model: Config) -> bool:
     width = _head_width(model)
     if width > 256 or model.get("v_head_dim"):
         return False
-    return not (_has_sliding_window(model) or _has_custom_scale(model, width) or model.get("attention_dropout"))
+    return not (has_sliding_window(model) or _has_custom_scale(model, width) or model.get("attention_dropout"))
 
 
 def _head_width(model: Config) -> int:
@@ -126,7 +126,7 @@ def _head_width(model: Config) -> int:
     return (model.get("hidden_size") or 0) // (model.get("num_attention_heads") or 1)
 
 
-def _has_sliding_window(model: Config) -> bool:
+def has_sliding_window(model: Config) -> bool:
     """True if a layer has a sliding window."""
     if not model.get("sliding_window") or model.get("use_sliding_window") is False:
         return False

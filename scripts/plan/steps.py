@@ -9,7 +9,7 @@ from ..base.errors import UserError
 from ..base.yamlfiles import Config
 from ..config.gpus import offloads
 from ..config.merging import listed
-from ..config.numerics import attention, precision, takes_varlen
+from ..config.numerics import attention, has_sliding_window, precision, takes_varlen
 from ..config.training_settings import OPTIMIZER, TrainingSettings
 
 OPTIMIZERS = {
@@ -173,7 +173,7 @@ def _layout(config: Config, settings: TrainingSettings, architecture: dict[str, 
         return "packed"
     if settings.micro_batch_size > 1 or config.get("pad_to_sequence_len"):
         return "padded"
-    if implementation == "sdpa" and _has_window(architecture):
+    if implementation == "sdpa" and has_sliding_window(architecture.get("text_config", architecture)):
         return "padded"
     return "plain"
 
@@ -188,12 +188,6 @@ def oldest_alike(capability: tuple[int, int]) -> tuple[int, int]:
     if capability[0] == 9:
         return (9, 0)
     return (8, 0)
-
-
-def _has_window(architecture: dict[str, Any]) -> bool:
-    """True for sliding-window attention; sdpa then needs a mask for long rows."""
-    text = architecture.get("text_config", architecture)
-    return bool(text.get("sliding_window") and text.get("use_sliding_window", True))
 
 
 def _refuse_unplannable(config: Config, settings: TrainingSettings, architecture: dict[str, Any]) -> None:
