@@ -107,7 +107,7 @@ def start(request: Request, backend: Backend) -> RunDir:
             gpus=_gpus_a_node(composed, request),
             nodes=request.nodes,
         )
-        return backend.carry_out(task, composed.recipe)
+        return backend.carry_out(task)
     folder = create(composed, request)
     with folder.held() as lock:
         launch.train(folder, folder.read(), lock)
@@ -185,7 +185,7 @@ def resume(
     gpus_a_node = 0 if record.rehearsal else record.gpus_used
     result = TaskResult(record.recipe)
     task = Task(result, lambda: [resume_command(folder, result)], gpus_a_node, record.nodes)
-    return backend.carry_out(task, record.recipe)
+    return backend.carry_out(task)
 
 
 def _record_force(folder: RunDir, record: Run, force: Sequence[str], is_own: bool, here: bool) -> None:

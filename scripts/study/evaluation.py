@@ -81,7 +81,7 @@ def start(folder: RunDir, request: EvaluationRequest, backend: Backend) -> Evalu
         raise UserError(f"this evaluation is already {job}", file=folder.path, remedy=remedy)
     gpus = 0 if record.rehearsal else 1
     task = Task(result, lambda: [evaluation], gpus, steps=["evaluate"])
-    return backend.carry_out(task, record.recipe)
+    return backend.carry_out(task)
 
 
 def _check_before_queueing(folder: RunDir, record: Run, request: EvaluationRequest) -> None:

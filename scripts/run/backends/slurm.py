@@ -60,13 +60,13 @@ class Slurm:
     def check_size(self, gpus: int, nodes: int) -> None:
         """Accept any size; sbatch tests it in `Batch.check`."""
 
-    def carry_out(self, task: Task, title: str) -> RunDir:
+    def carry_out(self, task: Task) -> RunDir:
         """Submit one task and return the run folder.
 
         Raises:
             UserError: SLURM refuses the task; nothing was submitted.
         """
-        folders = self.submit([task], title)
+        folders = self.submit([task], task.result.recipe)
         if not folders:
             raise UserError(str(task.result.problem))
         return folders[0]
