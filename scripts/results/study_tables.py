@@ -114,11 +114,13 @@ def baselines(study: Study) -> Table:
 
 
 def _score_tables(study: Study, rows: Sequence[StudyRow], title: str) -> Iterator[Table]:
-    """One table per metric in `Study.table`; all but the first are named after their metric."""
+    """Tables of scores, named after their metric; the first one also has the title."""
+    before = f"{title}: "
     for column in study.table.values():
         if any(row.scores[column.name].is_known for row in rows):
-            yield Table([_metric_cells(row, column) for row in rows], title, below=["95 % covers", "scored"])
-            title = column.label
+            cells = [_metric_cells(row, column) for row in rows]
+            yield Table(cells, f"{before}{column.label}", below=["95 % covers", "scored"])
+            before = ""
 
 
 def _metric_cells(row: StudyRow, column: Column) -> Row:

@@ -233,7 +233,8 @@ def test_a_studys_table_names_rehearsals_or_the_study(rehearsal, title, runs):
     folder.write(folder.read().model_copy(update={"rehearsal": rehearsal}))
     study = small_study.read()
     tables = [*study_tables.tables_of(study, verdict.rows(study, runs, rehearsal), rehearsal)]
-    assert tables[0].title == title
+    assert tables[0].title == f"{title}: accuracy, %"
+    assert tables[1].title == "perplexity"
     assert [table.title for table in tables].count(study_tables.baselines(study).title) == (0 if rehearsal else 1)
 
 
