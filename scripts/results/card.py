@@ -144,10 +144,8 @@ class Card:
         settings = self.evaluation.settings
         if self.study is None or settings.test_set is None:
             return f"{settings.data_name}, {settings.rows_in_words}"
-        data, title = self.study.data, "the test set"
-        if settings.test_set in data.subsets:
-            title = data.subsets[settings.test_set].title
-        return f"{data.name}, {title}, {settings.rows_in_words}"
+        data = self.study.data
+        return f"{data.name}, {data.title_of(settings.test_set)}, {settings.rows_in_words}"
 
     @property
     def command(self) -> str:
@@ -197,7 +195,12 @@ class Card:
     @property
     def generate_arguments(self) -> str:
         """Decoding as arguments for transformers' `generate`."""
-        return _arguments(self.decoding)
+        names = ["max_new_tokens", "do_sample"]
+        if self.decoding.num_beams > 1:
+            names.append("num_beams")
+        if self.decoding.do_sample:
+            names += ["temperature", "top_p", "top_k"]
+        return ", ".join(f"{name}={getattr(self.decoding, name)!r}" for name in names)
 
     @property
     def embedding_rows(self) -> int | None:
@@ -316,16 +319,6 @@ def is_private(key: str) -> bool:
 def _sets_private(override: Override) -> bool:
     """True if an override sets a private key, possibly a nested one."""
     return any(is_private(below) for below, _ in merging.flatten(override.value, override.key))
-
-
-def _arguments(decoding: studies.Decoding) -> str:
-    """Decoding settings as arguments for transformers' `generate`."""
-    names = ["max_new_tokens", "do_sample"]
-    if decoding.num_beams > 1:
-        names.append("num_beams")
-    if decoding.do_sample:
-        names += ["temperature", "top_p", "top_k"]
-    return ", ".join(f"{name}={getattr(decoding, name)!r}" for name in names)
 
 
 def base_model(folder: RunDir, run: Run) -> Base:
