@@ -116,33 +116,35 @@ class Prompter:
         cfg = DictDefault({**self.trained, "train_on_inputs": False})  # DictDefault's | would keep existing values
         dataset = DictDefault({**cfg[ref.section][ref.index], **LOSS_ON_ANSWERS})
         kind = row_type(dataset)
-        contents = [*rows]
-        if isinstance(kind, Chat):
-            contents += [kind.with_answer(row, NEUTRAL) for row in rows]
-        tokenized = tokenize(data, cfg, dataset, self.tokenizer, contents, longest)
-        require_one_each(data, dataset, contents, tokenized)
+        tokenized = tokenize(data, cfg, dataset, self.tokenizer, rows, longest)
+        require_one_each(data, dataset, rows, tokenized)
         examples: list[Example] = []
-        for row, tokens in zip(rows, tokenized, strict=False):
+        for row, tokens in zip(rows, tokenized, strict=True):
             prompt, answer = tokens.parts()
             reference = row.get(kind.reference)
             if reference is None:
                 reference = Completion.of(self.tokenizer, answer).text
             examples.append(Example(prompt[-longest:], reference if answer else "", answer))
-        if isinstance(kind, Chat):
-            strategy = load_strategy("chat_template", self.tokenizer, cfg, dataset)
-            for row, example, neutral in zip(rows, examples, tokenized[len(rows) :], strict=True):
-                example.messages = _prompt_messages(strategy, row)
-                text = kind.answer_of(row).strip()
-                if text and not text.startswith(Completion.of(self.tokenizer, example.answer[:1]).text):
-                    self._separate(example, text, neutral.parts()[0][-longest:])
+        if not isinstance(kind, Chat):
+            return examples
+        strategy = load_strategy("chat_template", self.tokenizer, cfg, dataset)
+        shared: list[Example] = []  # whose answer begins with a token that holds the prompt's end, too
+        neutral: list[Row] = []
+        for row, example in zip(rows, examples, strict=True):
+            example.messages = _prompt_messages(strategy, row)
+            text = kind.answer_of(row).strip()
+            if text and not text.startswith(Completion.of(self.tokenizer, example.answer[:1]).text):
+                shared.append(example)
+                neutral.append(kind.with_answer(row, NEUTRAL))
+                if example.reference.endswith(text):
+                    example.reference = text
+        if not shared:
+            return examples
+        tokenized = tokenize(data, cfg, dataset, self.tokenizer, neutral, longest)
+        for example, tokens in zip(shared, tokenized, strict=True):
+            example.prompt = tokens.parts()[0][-longest:]
+            example.answer = self.tokenizer(example.reference, add_special_tokens=False)["input_ids"]
         return examples
-
-    def _separate(self, example: Example, text: str, prompt: list[int]) -> None:
-        """Replace prompt and answer of an example whose answer begins with a token that holds the prompt's end, too."""
-        example.prompt = prompt
-        if example.reference.endswith(text):
-            example.reference = text
-        example.answer = self.tokenizer(example.reference, add_special_tokens=False)["input_ids"]
 
 
 def _prompt_messages(strategy: Any, row: Row) -> list[Row] | None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 from run_folders import a_tiny_run, other_evaluation
 
@@ -81,6 +82,11 @@ TYPES: dict[str, tuple[Config, list[dict[str, Any]], list[str]]] = {
     "alpaca with other names": ({"type": "alpaca_chat.load_qa"}, asked(2), [" 0, I say.", " 2, I say."]),
     "user-defined": ({"type": USER_DEFINED}, asked(2), [" 0, I say.", " 2, I say."]),
     "messages": (CHATML, [{"messages": chat} for chat in chats(2)], ["Answer 0 of chat 0.", "Answer 0 of chat 1."]),
+    "messages as JSON text": (
+        CHATML,
+        [{"messages": orjson.dumps(chat).decode()} for chat in chats(2)],
+        ["Answer 0 of chat 0.", "Answer 0 of chat 1."],
+    ),
     "messages of several turns": (CHATML, [{"messages": chat} for chat in chats(1, 3)], ["Answer 2 of chat 0."]),
     "loss on the first answer alone": (
         CHATML | {"roles_to_train": ["user"], "train_on_eos": "all"},
@@ -354,6 +360,7 @@ def test_where_there_is_nothing_to_score_that_is_said(own_run, tmp_path, changes
         (CHATML, [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": ""}]}],
          "row 1 has no answer;"),
         (CHATML, [{"messages": chats(1)[0]}, {"messages": chats(1)[0][:1]}], "row 2 "),
+        (CHATML, [{"messages": chats(1)[0]}, {"messages": []}], "Axolotl cannot tokenize these rows"),
         ({"type": "input_output"}, [{"segments": [{"label": True, "text": "All of it."}]}], "row 1 .*prompt"),
     ],
 )  # fmt: skip
