@@ -286,6 +286,8 @@ def outdated(former: Evaluation, task: EvaluationTask) -> str | None:
     """Reason to compute scores of existing predictions again, or None."""
     if former.version != VERSION:
         return "the scoring code has changed"
+    if former.settings.limit != task.settings.limit:  # of a benchmark that is no longer requested, for example
+        return "another --limit"
     if former.settings.test_set != task.settings.test_set:
         return "another test set"
     for name, model in task.models.items():

@@ -151,6 +151,7 @@ def test_a_complete_evaluation_is_not_done_again_but_another_is(run, monkeypatch
     [
         ({}, [], None),
         ({"version": 1}, [], "the scoring code has changed"),
+        ({"limit": 2}, [], "another --limit"),
         ({"test_set": "test"}, [], "another test set"),
         ({}, ["chrf"], "metric chrf is new or has changed"),
         ({}, ["bertscore:some/model"], "another scorer model"),
