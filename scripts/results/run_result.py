@@ -162,7 +162,9 @@ class RunResult:
         measured in training, and needs no evaluation, see `incomparable_loss`. A benchmark needs neither the study's
         rows nor its decoding.
         """
-        if self.study is None or not self.aim.scores or self.run.state != "finished":
+        if self.study is None or self.run.state != "finished":
+            return False
+        if self.run.rehearsal or self.is_of_something_else:
             return False
         if isinstance(column.metric, LossMetric):
             return self.incomparable_loss is None

@@ -21,6 +21,7 @@ from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.training.run_record import FileState, Summary
 
 LLAMA_2 = "haider2024/llama-2-7b"
+AS_RELEASED = "haider2024/as-released/llama-3-8b"
 
 
 def row_of(runs: Path, name: str = LLAMA_2, rehearsal: bool = False) -> dict[str, Any]:
@@ -124,6 +125,12 @@ def test_the_representative_run_is_evaluated_without_overrides_and_new(tmp_path)
     for representative, bleu4 in ((changed.path, 5.3), (None, None)):  # another run, or none, instead
         rows = verdict.rows(STUDY, tmp_path, False, {LLAMA_2: representative})
         assert [row.scores["bleu4"].value for row in rows if row.recipe == LLAMA_2] == [bleu4]
+
+
+def test_scores_of_all_rows_represent_a_recipe_without_published_scores(tmp_path):
+    expected = a_run(tmp_path, AS_RELEASED, "1", 5.1)
+    a_run(tmp_path, AS_RELEASED, "2", 5.2, settings={"limit": 20})
+    assert row_of(tmp_path, AS_RELEASED)["run"] == str(expected.path)
 
 
 def test_an_evaluation_of_another_adapter_speaks_no_more(tmp_path):
