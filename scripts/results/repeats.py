@@ -97,8 +97,8 @@ def _is_repeat(other: RunResult, result: RunResult) -> bool:
 
 
 def _is_trained_here(result: RunResult) -> bool:
-    """True for a finished training of our own."""
-    return result.run.state == "finished" and not result.run.published_adapter
+    """True for a finished training of our own whose config exists."""
+    return result.run.state == "finished" and not result.run.published_adapter and result.config != {}
 
 
 def _evaluated_alike(a: RunResult, b: RunResult, settings: set[str]) -> bool:

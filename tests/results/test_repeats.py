@@ -72,6 +72,12 @@ def test_a_repeat_differs_in_its_seed_output_and_trackers_only(runs, other, coun
     assert row_of(runs)["runs"] == 1
 
 
+def test_runs_that_lack_their_configs_are_no_repeats(runs):
+    for folder in (with_seed(runs, 42, RIGHT), with_seed(runs, 43, RIGHT, set={"lora_r": 64})):
+        folder.config_file.unlink()
+    assert row_of(runs)["runs"] == 1
+
+
 def test_one_more_run_of_a_seed_does_not_make_the_interval_narrower(runs):
     with_seed(runs, 42, RIGHT, "a")
     with_seed(runs, 43, [0.0, *RIGHT[1:]], "b")
