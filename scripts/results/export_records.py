@@ -149,7 +149,11 @@ def record_of_run(result: RunResult) -> Record:
     """
     run = result.run
     assert result.study
-    moment = result.evaluation.created if result.evaluation else run.launches[-1].ended
+    moment: str | None = run.created
+    if result.evaluation:
+        moment = result.evaluation.created
+    elif run.launches:
+        moment = run.launches[-1].ended
     content: Row = {
         "made": str(moment)[:10],
         "of": run.origin,

@@ -115,6 +115,14 @@ def test_a_run_that_ran_out_of_memory_is_recorded(recipe):
     assert status_of(PLAIN).status == "not run; out of memory on RTX 4090, seed 42"
 
 
+def test_a_run_that_failed_before_its_launch_is_recorded(recipe):
+    run = a_run("one", state="failed")
+    (run.path / "scores.json").unlink()
+    run.write(run.read().model_copy(update={"launches": [], "created": "2026-01-02T00:00:00+00:00"}))
+    _, content = exported(recipe, "one")
+    assert (content["outcome"], content["made"]) == ("failed", "2026-01-02")
+
+
 def test_a_cell_has_a_status_of_its_own():
     cells = [{"values": {"lora_r": r}, "scores": {"accuracy": [60 + r]}} for r in (4, 8)]
     published = yamlfiles.read_yaml(Path("recipes", "sums2030", "study.yaml"))["published"]
