@@ -388,7 +388,7 @@ def of_file(name: str, release: str | None) -> OldConfig:
     recipe, file = paths.find_recipe(name)
     old = read(file)
     release = release or old.release
-    is_of_project = recipe in paths.recipe_names() or bool(merging.ancestors(file))
+    is_of_project = recipe in paths.recipe_names() or bool(merging.parent_of(recipe, file))
     if not release and (is_of_project or not evidence(old.config)):
         return replace(old, is_current=True)
     return replace(old, release=release)

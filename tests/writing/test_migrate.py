@@ -223,6 +223,11 @@ def test_the_release_is_guessed_from_the_keys(text, sign, release):
     assert (migration.sign, migration.release) == (sign, Version(release))
 
 
+def test_a_comment_of_an_old_files_author_does_not_hide_its_age(place):
+    (place / "old.yml").write_text("# note: trained in 2023\nflash_attention: true\n")
+    assert migrate.of_file("old.yml", None).is_current is False
+
+
 def test_a_meaning_that_no_key_restores_is_told():
     migration = migrate.migrate(OldConfig(Path("old.yml"), "gradient_accumulation_steps: 4", release="0.4.1"))
     assert migration.meanings() == [
