@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import orjson
+from packaging.requirements import Requirement
 
 from ..base import hardware, hub, paths, yamlfiles
 from ..base.files import free_bytes
@@ -30,8 +31,8 @@ except Exception as error:
     facts["problem"] = str(error).strip().partition("\\n")[0]
 print(json.dumps(facts | {"gpus": torch.cuda.device_count()}))
 """
-_LOCKED = re.compile(r"^(?!nvidia-|cuda-)([\w.-]+)==([^\s;]+)", re.MULTILINE)
-"""Packages of the lock, and their versions, without the CUDA libraries, which depend on the build of torch."""
+_LOCKED = re.compile(r"^(?!nvidia-|cuda-)\w[^\\\n]+", re.MULTILINE)
+"""Requirements of the lock, without the CUDA libraries, which depend on the build of torch."""
 _SHOWN = 5  # maximum number of different packages to list
 _MODEL_GB = 20  # required free space; an 8B model takes 16
 
@@ -142,14 +143,13 @@ def check_lock() -> Iterator[Line]:
     """Compare the versions of the installed packages with requirements.lock, which only a checkout has."""
     if not paths.LOCK.is_file():
         return
-    locked: dict[str, list[str]] = {}  # a package can have other versions for other releases of Python
-    for name, required in _LOCKED.findall(paths.LOCK.read_text(encoding="utf-8")):
-        locked.setdefault(name, []).append(required)
     different = []
-    for name, versions in locked.items():
-        installed = package_version(name)
-        if installed and installed.partition("+")[0] not in versions:  # +cu126 is the tag of a build
-            different.append(f"{name}=={' or '.join(versions)} (installed: {installed})")
+    for requirement in map(Requirement, _LOCKED.findall(paths.LOCK.read_text(encoding="utf-8"))):
+        if requirement.marker and not requirement.marker.evaluate():
+            continue
+        installed = package_version(requirement.name)
+        if installed is None or not requirement.specifier.contains(installed, prereleases=True):
+            different.append(f"{requirement.name}{requirement.specifier} (installed: {installed or 'none'})")
     if different:
         differences = f"{len(different)} differ, such as {', '.join(different[:_SHOWN])}"
         command = "touch requirements.lock && make setup"

@@ -122,6 +122,7 @@ def test_torch_is_asked(monkeypatch):
             "torch==2.14.1\ntriton==3.0\nnvidia-nothing-cu13==13.0\n",
             "the installed packages match requirements.lock",
         ),
+        ("gone==1.0\n", "1 differ, such as gone==1.0 (installed: none)"),
         ("torch==2.14.1\ntriton==3.1\n", "1 differ, such as triton==3.1 (installed: 3.0)"),
     ],
 )
