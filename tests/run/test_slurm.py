@@ -251,6 +251,11 @@ def batch(site: slurm_site.Site, gpus: int = 1, nodes: int = 1) -> slurm_module.
     return slurm_module.Batch(site, None, "title", gpus, nodes)
 
 
+def test_submissions_of_one_title_in_one_second_have_folders_of_their_own(no_settings):
+    folders = {batch(slurm_site.site_settings([])).folder for _ in range(3)}
+    assert len(folders) == 3
+
+
 def command(folder: Path, *words: str) -> Command:
     return Command("run", RunDir(folder), list(words), TaskResult(NAME))
 

@@ -13,6 +13,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from getpass import getuser
 from pathlib import Path
+from secrets import token_hex
 from typing import Literal
 
 from ...base import paths
@@ -176,7 +177,8 @@ class Batch:
     submitted: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.folder = paths.runs().absolute() / "slurm" / stamped(self.title)
+        # two submissions in one second must not replace each other's scripts before sbatch reads them
+        self.folder = paths.runs().absolute() / "slurm" / f"{stamped(self.title)}-{token_hex(2)}"
 
     def check(self, steps: Container[Step], tasks: int) -> None:
         """Test with sbatch whether SLURM would accept the jobs.
