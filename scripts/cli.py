@@ -148,7 +148,10 @@ def exit_code(command: Callable[[], object]) -> int:
         return _refused(str(error), 2)
     except WorkFailed as error:
         return _refused(str(error), 1)
-    except MemoryError:
+    except (MemoryError, ImportError) as error:
+        # glibc's words for a library that does not fit below `ulimit -v`, as on login nodes of clusters
+        if isinstance(error, ImportError) and "failed to map segment" not in str(error):
+            raise
         return _refused("out of memory; free some, or raise the limit", 1)
     except OSError as error:
         return _report(error)

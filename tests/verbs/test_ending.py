@@ -46,9 +46,10 @@ def test_what_cannot_be_written_ends_with_code_1_and_one_message(place, line, me
     assert done.stderr == f"recipe: {message}\n"
 
 
-def test_too_little_memory_ends_with_a_message(capsys):
+@pytest.mark.parametrize("error", [MemoryError(), ImportError("libtorch.so: failed to map segment from shared object")])
+def test_too_little_memory_ends_with_a_message(capsys, error):
     def fill() -> None:
-        raise MemoryError
+        raise error
 
     assert cli.exit_code(fill) == 1
     assert capsys.readouterr().err == "recipe: out of memory; free some, or raise the limit\n"
