@@ -149,7 +149,7 @@ def show_verb(name: Name, json: Json = False) -> None:
         scores = published.model_dump(exclude_none=True) if published else None
         tables.print_json({"recipe": recipe, "config": yamlfiles.read_yaml(file), "published": scores})
     else:
-        print(harmless(yamlfiles.masked_yaml(file)).lstrip(), end="")
+        print(harmless(yamlfiles.masked_yaml(file)).lstrip("\n"), end="")
 
 
 @verbs.command(
