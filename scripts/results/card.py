@@ -195,12 +195,7 @@ class Card:
     @property
     def generate_arguments(self) -> str:
         """Decoding as arguments for transformers' `generate`."""
-        names = ["max_new_tokens", "do_sample"]
-        if self.decoding.num_beams > 1:
-            names.append("num_beams")
-        if self.decoding.do_sample:
-            names += ["temperature", "top_p", "top_k"]
-        return ", ".join(f"{name}={getattr(self.decoding, name)!r}" for name in names)
+        return _arguments(self.decoding)
 
     @property
     def embedding_rows(self) -> int | None:
@@ -319,6 +314,16 @@ def is_private(key: str) -> bool:
 def _sets_private(override: Override) -> bool:
     """True if an override sets a private key, possibly a nested one."""
     return any(is_private(below) for below, _ in merging.flatten(override.value, override.key))
+
+
+def _arguments(decoding: studies.Decoding) -> str:
+    """Decoding settings as arguments for transformers' `generate`."""
+    names = ["max_new_tokens", "do_sample"]
+    if decoding.num_beams > 1:
+        names.append("num_beams")
+    if decoding.do_sample:
+        names += ["temperature", "top_p", "top_k"]
+    return ", ".join(f"{name}={getattr(decoding, name)!r}" for name in names)
 
 
 def base_model(folder: RunDir, run: Run) -> Base:
