@@ -290,6 +290,8 @@ def padding(cfg: Any, sizes: list[int]) -> float:
 
 def _in_training_order(cfg: Any, sizes: list[int]) -> list[int]:
     """Lengths of rows in the order in which a training reads them."""
+    if cfg.curriculum_sampling:
+        return sizes  # the order of the file
     if cfg.group_by_length:
         order = torch.Generator().manual_seed(cfg.seed)
         step = TrainingSettings.of(cfg).rows_per_step

@@ -108,6 +108,17 @@ def test_the_text_of_a_row_shows_what_carries_loss(llama, tmp_path):
     assert "SEEN" in second["text"]  # a field that the first row has not
 
 
+def test_rows_in_the_order_of_the_file_are_padded_in_this_order():
+    from axolotl.utils.dict import DictDefault
+
+    from qlora_recipes.training.tokens import padding
+
+    sizes = [64, 64, 128, 128]
+    batches_of_two = {"micro_batch_size": 2, "seed": 1}
+    assert padding(DictDefault(batches_of_two | {"curriculum_sampling": True}), sizes) == 0
+    assert padding(DictDefault(batches_of_two), sizes) == 0.25
+
+
 def test_lengths(llama, sample):
     from qlora_recipes.check.token_lengths import lengths
 
