@@ -90,6 +90,22 @@ def test_a_prompt_does_not_depend_on_the_beginning_of_the_answer(run):
     assert (shared.reference, apart.reference) == answers
 
 
+def test_an_answer_without_text_keeps_its_tokens(run):
+    call = "{{ message['content'] or message['tool_calls'][0]['function']['name'] }}"
+    jinja = "{% for message in messages %}" + call + "{% endfor %}{{ eos_token }}"
+    configure(run, datasets=[{"path": "x.jsonl", "type": "chat_template", "chat_template": "jinja",
+                              "chat_template_jinja": jinja}], test_datasets=None)  # fmt: skip
+    calls = [{"type": "function", "function": {"name": "search", "arguments": {}}}]
+    answer = {"role": "assistant", "content": "", "tool_calls": calls}
+    rows = [{"messages": [{"role": "user", "content": "Find it."}, answer]}]
+    write_rows(run.path / "chats.jsonl", rows)
+    task = task_of(run, data=run.path / "chats.jsonl")
+    prompter = Prompter(task.settings, task.cfg, run.output)
+    (example,) = prompter.examples(rows_for(prompter, rows))
+    assert example.reference == "search"
+    assert prompter.tokenizer.decode(example.prompt + example.answer).endswith("search</s>")
+
+
 @pytest.mark.parametrize(("rehearsal", "asked", "most"), [(False, None, 1024), (True, None, 96), (True, 200, 200)])
 def test_a_rehearsal_ends_answers_early(run, rehearsal, asked, most):
     record(run, recipe="pissa-metamathqa/llama-2-7b-lora", variant_of=None, rehearsal=rehearsal)
