@@ -217,6 +217,7 @@ def test_a_rehearsal_lists_every_difference_and_keeps_the_rest(recipe):
             *({"test_datasets.0.path", "test_datasets.0.split"} if "test_datasets.0.path" in settings else ()),
             # litgpt's rows have their text twice, so that the sample's bound on tokens is the recipe's length
             *({"sequence_len"} if settings["sequence_len"] > 256 and "litgpt" not in name else ()),
+            *({"dataloader_drop_last"} if settings.get("eval_sample_packing") is False else ()),
             *({"warmup_steps", "warmup_ratio"} if settings.get("warmup_steps") else ()),
             *(key for key in ("fp16", "tf32", "chunked_cross_entropy") if settings.get(key)),
             *(key for key in ("max_steps", "eval_steps", "save_steps", "logging_steps") if settings.get(key, 1) > 1),
