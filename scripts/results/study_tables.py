@@ -126,6 +126,7 @@ def _score_tables(study: Study, rows: Sequence[StudyRow], title: str) -> Iterato
 def _metric_cells(row: StudyRow, column: Column) -> Row:
     """Table cells of a study's row for one metric."""
     score = row.scores[column.name]
+    decodings = {f"{column.label}, {name}": value for name, value in score.decodings.items()}
     return {
         "recipe": row.recipe,
         column.label: score.value,
@@ -135,7 +136,7 @@ def _metric_cells(row: StudyRow, column: Column) -> Row:
         "difference": score.difference,
         "verdict": score.verdict,
         "scored": about_rows(row.evaluation),
-        **score.decodings,
+        **decodings,
         "by": score.model,
     }
 

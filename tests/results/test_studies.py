@@ -207,7 +207,7 @@ def test_a_further_decoding_is_a_column_of_its_own(runs, recipe):
     assert row["accuracy_difference"] == pytest.approx(-1.4)
     for words in (["results"], ["results", "sums2030"]):
         table = recipe(*words).stdout
-        assert re.findall(r"greedy|64\.50", table) == ["greedy", "64.50"]
+        assert re.findall(r"accuracy, %, greedy|64\.50", table) == ["accuracy, %, greedy", "64.50"]
 
 
 def test_a_table_of_a_group_needs_a_score(runs, recipe):
