@@ -80,7 +80,8 @@ def _suggest_migration(names: list[str]) -> None:
 
     for name in names:
         with suppress(UserError):  # the check reports it
-            if not migrate.of_file(name, None).is_current:
+            old = migrate.of_file(name, None)
+            if not old.is_current and old.release != str(migrate.supported()):
                 say(f"{name}: written for an older Axolotl; `recipe new NAME --from {name}` migrates it")
 
 

@@ -358,6 +358,12 @@ def test_a_card_is_shown_checked_and_compared_like_a_config(place, recipe):
     }
 
 
+def test_a_card_of_this_release_is_not_called_old(place, recipe):
+    write_rows(place)
+    (place / "README.md").write_text(CARD.replace("0.4.0", str(migrate.supported())))
+    assert "older" not in recipe("check", "README.md", "--quick").stderr
+
+
 JINJA = "{% if a %}{{ b }}{# c #}{% endraw %}"
 
 
