@@ -461,8 +461,14 @@ def _make_room(task: EvaluationTask) -> None:
 
 
 def _move_away(folder: Path, settings: EvaluationSettings, differing: list[str]) -> None:
-    """Move predictions and scores to the folder of their settings, which differ from those requested."""
+    """Move predictions and scores to the folder of their settings, which differ from those requested.
+
+    They are left to be replaced if that folder has these rows and more.
+    """
     target = settings.folder(folder)
+    moved_before = read_scores(target)
+    if moved_before and moved_before.settings.rows > settings.rows:
+        return
     target.mkdir(parents=True, exist_ok=True)
     for file in (folder / PREDICTIONS, folder / SCORES):
         if file.is_file():

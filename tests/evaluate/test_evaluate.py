@@ -211,6 +211,13 @@ def test_the_runs_predictions_move_to_their_folder_unless_they_are_stale(run, ti
     assert [*run.path.glob("evaluations/*")] == [folder]
 
 
+def test_predictions_do_not_replace_those_of_more_rows(run, tiny):
+    save_adapter(tiny, run.output)
+    for limit, most in ((3, 4), (2, 5), (2, 4), (2, 5)):
+        evaluated(run, adapter=None, limit=limit, max_new_tokens=most)
+    assert {len(read_predictions(folder)) for folder in run.path.glob("evaluations/*")} == {2, 3}
+
+
 @pytest.fixture
 def reference(run: RunDir) -> Callable[..., Reference]:
     """A maker of references for the run's base model, in fp32."""
