@@ -269,7 +269,7 @@ def download(url: str, part: Path, most: int) -> None:
                 if error.response is not None:
                     answer = f"{error.response.status_code} {error.response.reason}"
                 raise UserError(answer, key=url) from None
-            except ValueError as error:  # an invalid size, or address of a redirect
+            except (ValueError, orjson.JSONEncodeError) as error:  # an invalid or huge size, or address of a redirect
                 raise UserError(f"the server's answer is malformed: {error}", key=url) from None
             if not problem:
                 return

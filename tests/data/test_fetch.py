@@ -320,6 +320,7 @@ def answering(answer: bytes) -> Iterator[tuple[str, list[bytes]]]:
 MALFORMED = [
     *((f"HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n0123456789", length[:4])
       for length in ("abc", "1e3", "10, 10", "")),
+    (f"HTTP/1.1 200 OK\r\nContent-Length: {10**30}\r\n\r\n0123456789", "malformed"),
     ("HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabc", "InvalidHeader|Content-Length"),
     ("HTTP/1.1 302 Found\r\nLocation: http://[::1\r\nContent-Length: 0\r\n\r\n", "malformed"),
     ("HTTP/1.1 302 Found\r\nLocation: http://" + "a" * 70 + ".org/\r\n\r\n", "malformed|InvalidURL"),
