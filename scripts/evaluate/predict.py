@@ -20,6 +20,7 @@ from ..config import gpus
 from ..data.studies import Decoding
 from .evaluation_rows import EvaluationRows
 from .scores_file import (
+    REFERENCE,
     SERVER,
     VLLM,
     Agreement,
@@ -172,7 +173,7 @@ def settings_line(settings: EvaluationSettings) -> bytes:
 def part_file(folder: Path, settings: EvaluationSettings) -> Path:
     """File of predictions during an evaluation, named after the settings that change its predictions."""
     identity = settings.identity() | settings.model_dump(include={"engine", "model"})
-    if settings.decoding.do_sample:  # otherwise batches change only rounding
+    if settings.engine == REFERENCE and settings.decoding.do_sample:  # otherwise batches change only rounding
         identity |= settings.model_dump(include={"rows", "batch_size"})
     return folder / f"predictions.{digest(identity)[:12]}.part.jsonl"
 
