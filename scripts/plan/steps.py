@@ -131,7 +131,7 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
         axolotl=True,
         capability=oldest_alike(capability),
     )
-    notes = [*_substitutions(config, settings), *_untraced_keys(config), *_untraced(config, settings, architecture)]
+    notes = [*_substitutions(step, config), *_untraced_keys(config), *_untraced(config, settings, architecture)]
     return step, notes
 
 
@@ -199,14 +199,15 @@ def _refuse_unplannable(config: Config, settings: TrainingSettings, architecture
         raise UserError("rl: preference training cannot be planned")
 
 
-def _substitutions(config: Config, settings: TrainingSettings) -> Iterator[str]:
+def _substitutions(step: Step, config: Config) -> Iterator[str]:
     """Notes on settings that are planned as others."""
-    if _weights(config, settings) != precision(config, on_gpu=True).weights:
+    if step.weights != precision(config, on_gpu=True).weights:
         yield "weights in fp32: the gradient scaler refuses gradients in fp16"
-    if settings.optimizer != _optimizer(settings):
-        yield f"optimizer {settings.optimizer}: planned as {OPTIMIZER}"
+    optimizer = TrainingSettings.of(config).optimizer
+    if step.optimizer != optimizer:
+        yield f"optimizer {optimizer}: planned as {OPTIMIZER}"
     implementation = attention(config) or "sdpa"
-    if implementation != _attention(config):
+    if step.attention != implementation:
         yield f"{implementation}: planned as flash_attention_2"
 
 
