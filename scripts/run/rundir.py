@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import orjson
 from pydantic import TypeAdapter, ValidationError
@@ -266,35 +265,34 @@ _ON_GPU = "memory_reserved_gib"
 
 def summarise(metrics: list[Row]) -> Summary:
     """Summary of a run's metrics."""
-
-    def last(key: str) -> Any:
-        return next((record[key] for record in reversed(metrics) if key in record), None)
-
     if not metrics:
         return Summary()
+    last: Row = {}
+    for record in metrics:
+        last |= record
     newest = metrics[-1]
     first, final = _first_and_final_evaluation(metrics)
     peaks = _peaks(metrics)
     memory_kind = "resident" if peaks else None
-    if last(_ON_GPU):
+    if _ON_GPU in last:
         memory_kind = GPU_MEMORY
     return Summary(
-        step=newest["step"],
-        max_steps=last("max_steps"),
-        epoch=last("epoch"),
-        loss=last("loss"),
+        step=last["step"],
+        max_steps=last.get("max_steps"),
+        epoch=last.get("epoch"),
+        loss=last.get("loss"),
         eval_loss_first=first.get("eval_loss"),
         eval_loss=final.get("eval_loss"),
         eval_loss_per_token_first=first.get("eval_loss_per_token"),
         eval_loss_per_token=final.get("eval_loss_per_token"),
-        eval_tokens=last("eval_tokens"),
+        eval_tokens=last.get("eval_tokens"),
         kept_step=newest.get("kept_step"),
         train_seconds=_seconds(metrics),
         tokens_per_second=_tokens_per_second(metrics),
         peak_memory=max(peaks, default=None),
         memory_kind=memory_kind,
-        training_rows=last("training_rows"),
-        trainable_parameters=last("trainable_parameters"),
+        training_rows=last.get("training_rows"),
+        trainable_parameters=last.get("trainable_parameters"),
         trouble=_trouble(metrics),
         ended=newest.get("ended"),
     )
