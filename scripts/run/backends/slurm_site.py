@@ -1,7 +1,6 @@
 """A SLURM site: settings for jobs, SLURM commands, and job states in the queue."""
 
 import re
-import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
@@ -115,8 +114,7 @@ def active(jobs: Sequence[Job]) -> dict[str, JobState] | None:
         return {}
     states = queue(job.user for job in jobs)
     if isinstance(states, UserError):
-        if shutil.which("squeue"):
-            say_once(str(states))
+        say_once(str(states))
         return None
     return {job.id: states[job.id, job.script] for job in jobs if (job.id, job.script) in states}
 
