@@ -87,8 +87,6 @@ def find(config: Config) -> Model:
         model.chat = entry.get("chat", False)
     elif model.tokenizer_here:
         model.chat = model.chat_template is not None
-    if Path(name).is_dir():
-        model.gated = False
     return model
 
 
