@@ -7,6 +7,7 @@ from bisect import bisect_left, insort
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import groupby
+from operator import attrgetter
 
 MIB = 2**20
 _ROUND = 512  # block sizes are multiples of this
@@ -28,6 +29,9 @@ class Block:
     after: "Block | None" = field(default=None, repr=False)
 
 
+_PLACE = attrgetter("size", "address")
+
+
 @dataclass
 class Pool:
     """Pool of free blocks.
@@ -35,31 +39,27 @@ class Pool:
     Attributes:
         segment: size of a new segment, or increment of a growing segment, in bytes.
         least: split a block only if at least this number of bytes is left over.
-        order: sizes and addresses of the blocks, smallest first; searching numbers is faster than searching blocks.
-        at: the blocks by address.
+        blocks: the blocks, smallest first; of one size, by address.
         last: the block at the end of a growing segment, free or not.
     """
 
     segment: int
     least: int
-    order: list[tuple[int, int]] = field(default_factory=list)
-    at: dict[int, Block] = field(default_factory=dict)
+    blocks: list[Block] = field(default_factory=list)
     last: Block | None = None
 
     def put(self, block: Block) -> None:
         """Add a free block."""
-        self.at[block.address] = block
-        insort(self.order, (block.size, block.address))
+        insort(self.blocks, block, key=_PLACE)
 
     def take(self, block: Block) -> None:
         """Remove a free block."""
-        self.order.pop(bisect_left(self.order, (block.size, block.address)))
-        del self.at[block.address]
+        del self.blocks[bisect_left(self.blocks, _PLACE(block), key=_PLACE)]
 
     def fitting(self, size: int) -> Block | None:
         """Remove and return the smallest free block of at least `size` bytes, or None."""
-        position = bisect_left(self.order, (size,))
-        return self.at.pop(self.order.pop(position)[1]) if position < len(self.order) else None
+        position = bisect_left(self.blocks, (size, 0), key=_PLACE)
+        return self.blocks.pop(position) if position < len(self.blocks) else None
 
 
 class Allocator:
@@ -112,7 +112,7 @@ class Allocator:
             if self.expandable:
                 self._shorten(pool)
                 continue
-            segments = [block for block in pool.at.values() if block.before is None and block.after is None]
+            segments = [block for block in pool.blocks if block.before is None and block.after is None]
             for segment in segments:
                 pool.take(segment)
                 self.reserved -= segment.size
