@@ -272,10 +272,10 @@ def summarise(metrics: list[Row]) -> Summary:
         last |= record
     newest = metrics[-1]
     first, final = _first_and_final_evaluation(metrics)
-    peaks = _peaks(metrics)
-    memory_kind = "resident" if peaks else None
+    memory, memory_kind = "rss_peak_gib", "resident"
     if _ON_GPU in last:
-        memory_kind = GPU_MEMORY
+        memory, memory_kind = _ON_GPU, GPU_MEMORY
+    peaks = _peaks(metrics, memory)
     return Summary(
         step=last["step"],
         max_steps=last.get("max_steps"),
@@ -290,7 +290,7 @@ def summarise(metrics: list[Row]) -> Summary:
         train_seconds=_seconds(metrics),
         tokens_per_second=_tokens_per_second(metrics),
         peak_memory=max(peaks, default=None),
-        memory_kind=memory_kind,
+        memory_kind=memory_kind if peaks else None,
         training_rows=last.get("training_rows"),
         trainable_parameters=last.get("trainable_parameters"),
         trouble=_trouble(metrics),
@@ -320,13 +320,12 @@ def _tokens_per_second(metrics: Sequence[Row]) -> float | None:
     return sum(record["tokens"] for record in counted) / seconds if seconds > 1e-6 else None
 
 
-def _peaks(metrics: Sequence[Row]) -> list[float]:
-    """Peaks of memory in GiB, on the GPU or else resident, of all ranks; a resumed training counts them anew."""
+def _peaks(metrics: Sequence[Row], memory: str) -> list[float]:
+    """Peaks of a kind of memory in GiB, of all ranks; a resumed training counts them anew."""
     peaks: list[float] = []
     for record in metrics:
-        peak = record.get(_ON_GPU) or record.get("rss_peak_gib")
-        if peak:
-            peaks += record.get("peak_gib_by_rank") or [peak]
+        if record.get(memory):
+            peaks += record.get("peak_gib_by_rank") or [record[memory]]
     return peaks
 
 

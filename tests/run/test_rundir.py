@@ -160,6 +160,19 @@ def test_a_run_that_was_resumed_from_before_its_newest_records_is_at_its_own_ste
     assert losses == [(1, 8.0), (2, 7.0), (3, 6.0), (3, None), (4, 1.0)]
 
 
+def test_peak_memory_of_a_run_that_goes_on_on_a_gpu_is_that_of_the_gpu(tmp_path):
+    run = a_run(tmp_path / "r", state="interrupted")
+    on_cpu = b'{"step":1,"loss":2.0,"rss_peak_gib":20.0}'
+    write_metrics(run, on_cpu)
+    summary = run.summary(run.read())
+    assert summary.peak_memory == 20
+    assert summary.memory_kind == "resident"
+    write_metrics(run, on_cpu, b'{"step":2,"loss":1.0,"memory_reserved_gib":6.0,"peak_gib_by_rank":[6.0,7.0]}')
+    summary = run.summary(run.read())
+    assert summary.peak_memory == 7
+    assert summary.memory_kind == "GPU, reserved"
+
+
 def test_steps_after_the_last_log_entry_of_a_launch_count_after_a_resume(tmp_path):
     run = a_run(tmp_path / "r", state="interrupted")
     ended = b'{"step":7,"ended":"signal","step_seconds":70.0,"tokens":700,"kept_step":5}'
