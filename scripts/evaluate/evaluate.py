@@ -277,7 +277,8 @@ class EvaluationTask:
         if request.engine != REFERENCE and decoding.num_beams > 1:
             raise UserError(f"--engine: decoding uses {decoding.num_beams} beams; only --engine {REFERENCE} has beams")
         most = decoding.max_new_tokens
-        if self.run.rehearsal:  # its model rarely ends an answer
+        # a rehearsal's model rarely ends an answer; results find those of another decoding by all of its settings
+        if self.run.rehearsal and not request.decoding:
             most = min(most, studies.OF_NO_STUDY.max_new_tokens)
         return decoding.model_copy(update={"max_new_tokens": request.max_new_tokens or most})
 

@@ -14,6 +14,7 @@ from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.base.files import Row, sha256, write_rows
 from qlora_recipes.config import substitution
 from qlora_recipes.config.datafiles import DataFile
+from qlora_recipes.data import studies
 from qlora_recipes.data.studies import Decoding
 from qlora_recipes.evaluate import evaluate, predict
 from qlora_recipes.evaluate.evaluate import EvaluationRequest, EvaluationTask
@@ -111,6 +112,13 @@ def test_a_rehearsal_ends_answers_early(run, rehearsal, asked, most):
     record(run, recipe="pissa-metamathqa/llama-2-7b-lora", variant_of=None, rehearsal=rehearsal)
     task = EvaluationTask(run, EvaluationRequest(adapter="none", max_new_tokens=asked))
     assert task.settings.decoding.max_new_tokens == most
+
+
+def test_a_rehearsal_evaluates_another_decoding_as_results_look_it_up(run):
+    record(run, recipe="loftq-gsm8k/llama-2-7b-qlora", variant_of=None, rehearsal=True)
+    declared = studies.find("loftq-gsm8k").decodings["greedy"]
+    task = EvaluationTask(run, EvaluationRequest(adapter="none", decoding="greedy"))
+    assert task.settings.decoding == declared
 
 
 def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run, monkeypatch):
