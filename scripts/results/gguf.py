@@ -49,8 +49,8 @@ def require_space(result: RunResult, tools: "GgufTools") -> None:
         raise UserError(problem, file=result.folder.output, remedy="delete other files there, or give fewer types")
 
 
-def write_modelfile(result: RunResult, file: Path) -> list[Path]:
-    """Write a Modelfile beside a GGUF file, and log how to serve the file.
+def write_modelfile(result: RunResult, file: Path, exact: Path) -> list[Path]:
+    """Write a Modelfile beside a GGUF file, and log how to compare the exact file of 16 bits.
 
     Returns:
         The Modelfile; nothing if Ollama cannot give the prompts of the run.
@@ -58,8 +58,8 @@ def write_modelfile(result: RunResult, file: Path) -> list[Path]:
     card, output = Card(result, merged=True, repository="."), result.folder.output
     decoding, modelfile = card.decoding, file.with_name("Modelfile")
     context = int(result.config.get("sequence_len") or 0) + decoding.max_new_tokens
-    say(f"to serve it: llama-server -m {shlex.quote(str(file))} --alias {file.stem} -np 4 -c {4 * context}")
-    say(f"to score it: recipe evaluate {result.folder.path} --engine http://localhost:8080 --model {file.stem}")
+    say(f"to serve f16: llama-server -m {shlex.quote(str(exact))} --alias {exact.stem} -np 4 -c {4 * context}")
+    say(f"to compare it: recipe evaluate {result.folder.path} --engine http://localhost:8080 --model {exact.stem}")
     with importing_axolotl(offline=True):
         from ..training.tokens import prompt_text
 

@@ -172,7 +172,7 @@ def _export(result: RunResult, tools: "GgufTools") -> list[Path]:
     files = [gguf_folder / name for name in names]
     for file in files:
         say(f"{file}: {file.stat().st_size / 1e9:.2f} GB; its hash is in {SUMS}")
-    return [*files, *gguf.write_modelfile(result, files[0])]
+    return [*files, *gguf.write_modelfile(result, files[0], files[-1])]
 
 
 def _convert(folder: RunDir, record: Run, words: Sequence[object], output: Path, environment: dict[str, str]) -> None:

@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(not (LLAMA / ".complete").is_file(), reason="needs llama.cpp: `make llama`"),
 ]
+FEW = ["--limit", "2", "--max-new-tokens", "8"]
 TRAINING = ["learning_rate=0.001", "gradient_accumulation_steps=1", "max_steps=4", "evals_per_epoch=1"]
 
 
@@ -50,12 +51,13 @@ def served(file: Path) -> Iterator[list[str]]:
         assert server.stdout
         try:
             url = server.stdout.readline().strip()
-            yield ["--engine", url, "--model", file.stem, "--limit", "2", "--max-new-tokens", "8"]
+            yield ["--engine", url, "--model", file.stem, *FEW]
         finally:
             server.kill()
 
 
 def test_files_are_compared_and_scored(run, recipe):
+    recipe.ok("evaluate", run.path, *FEW)
     for name in ("f16", "Q8_0", "Q4_K_M"):
         with served(run.output / "gguf" / f"qlora-{name}.gguf") as options:
             recipe.ok("evaluate", run.path, *options)
@@ -71,7 +73,7 @@ def test_files_are_compared_and_scored(run, recipe):
     assert 0.0005 < files["Q8_0"]["kl"] < 0.05
     for file in files.values():
         assert (file["rows"], file["tokens"], file["rows_evaluated"]) == (2, 64, 2)
-        assert 0 <= file["rouge_l"] <= 1
+    assert files["F16"]["rouge_l"] == pytest.approx(row["rouge_l"], abs=0.2)  # merging changes some answers
 
 
 NO_BOS, BOS = b"add_bos_token\x07\0\0\0\0", b"add_bos_token\x07\0\0\0\1"  # key, type of a bool, value

@@ -1,7 +1,6 @@
 """GGUF files and a Modelfile of a run: as Ollama fills it, its TEMPLATE gives the prompts of the training."""
 
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -180,11 +179,11 @@ def test_publish_exports_a_run_to_gguf_files_and_a_modelfile(trained, llama_cpp,
     assert sums == [f"{sha256(folder / name)}  {name}" for name in names]
     assert (folder / "Modelfile").read_text() == MODELFILE
     assert (trained.path / "export.log").read_text() == f"export {llama_cpp}\n"
-    file, modelfile = folder / names[0], folder / "Modelfile"
+    file, modelfile = folder / "llama-2-7b-f16.gguf", folder / "Modelfile"
     assert capsys.readouterr().err.splitlines()[-6:] == [
         *(f"{folder / name}: 0.00 GB; its hash is in SHA256SUMS" for name in names),
-        f"to serve it: llama-server -m {file} --alias llama-2-7b-Q4_K_M -np 4 -c 8576",
-        f"to score it: recipe evaluate {trained.path} --engine http://localhost:8080 --model llama-2-7b-Q4_K_M",
+        f"to serve f16: llama-server -m {file} --alias llama-2-7b-f16 -np 4 -c 8576",
+        f"to compare it: recipe evaluate {trained.path} --engine http://localhost:8080 --model llama-2-7b-f16",
         f"to chat: ollama create llama-2-7b-Q4_K_M -f {modelfile}; ollama run llama-2-7b-Q4_K_M",
     ]
 
@@ -222,7 +221,7 @@ SAMPLED = Decoding(max_new_tokens=9, do_sample=True, temperature=0.7, top_k=40, 
 
 def test_a_modelfile_samples_as_the_evaluation(trained, tmp_path, monkeypatch):
     monkeypatch.setattr("qlora_recipes.results.card.Card.decoding", SAMPLED)
-    (modelfile,) = gguf.write_modelfile(RunResult(trained, trained.read()), tmp_path / "x.gguf")
+    (modelfile,) = gguf.write_modelfile(RunResult(trained, trained.read()), tmp_path / "x.gguf", tmp_path / "f16.gguf")
     assert modelfile.read_text().splitlines()[-7:] == [
         "PARAMETER num_ctx 2057",
         "PARAMETER num_predict 9",
@@ -237,7 +236,7 @@ def test_a_modelfile_samples_as_the_evaluation(trained, tmp_path, monkeypatch):
 def test_a_prompt_that_ollama_cannot_give_has_no_modelfile(trained, tmp_path, capsys):
     cfg = yamlfiles.read_yaml(trained.config_file) | {"datasets": [{"path": "mine.jsonl", "type": "completion"}]}
     trained.config_file.write_text(yamlfiles.write_yaml(cfg))
-    assert gguf.write_modelfile(RunResult(trained, trained.read()), tmp_path / "x.gguf") == []
+    assert gguf.write_modelfile(RunResult(trained, trained.read()), tmp_path / "x.gguf", tmp_path / "f16.gguf") == []
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"{tmp_path}: no Modelfile, because no TEMPLATE of Ollama gives the prompts of this run"
     )
@@ -305,43 +304,3 @@ def test_missing_programs_and_types_are_named_before_a_merge(
 def test_gguf_files_are_not_pushed(recipe):
     done = recipe("publish", "latest", "--gguf", "q8_0", "--push", "owner/name")
     assert (done.returncode, done.stderr) == (2, "recipe: --gguf and --push: give only one of them\n")
-
-
-@pytest.mark.long
-@pytest.mark.skipif("LLAMA_CPP_DIR" not in os.environ, reason="needs llama.cpp in LLAMA_CPP_DIR, see docs/laptop.md")
-def test_llama_cpp_makes_files_of_the_merged_weights(run, monkeypatch):
-    from peft import LoraConfig, get_peft_model
-    from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = substitution.model_folder()
-    base = AutoModelForCausalLM.from_pretrained(model)
-    # weights that are not zero at the start, as lora_B otherwise is
-    get_peft_model(base, LoraConfig(target_modules=["down_proj"], init_lora_weights=False)).save_pretrained(run.output)
-    AutoTokenizer.from_pretrained(model).save_pretrained(run.output)
-    chats = {"path": "mine.jsonl", "type": "chat_template", "field_messages": "messages"}
-    cfg = yamlfiles.read_yaml(run.config_file)
-    cfg |= {"base_model": str(model), "chat_template": "tokenizer_default", "datasets": [chats], "special_tokens": None}
-    run.config_file.write_text(yamlfiles.write_yaml(cfg))
-    record = run.read()
-    record.rehearsal = True
-    run.write(record)
-
-    publish.publish(run, tools=GgufTools.find("q8_0"))
-    merged = run.output / "merged"
-    monkeypatch.syspath_prepend(Path(os.environ["LLAMA_CPP_DIR"]) / "gguf-py")
-    from gguf import GGUFReader, dequantize
-
-    name = "model.layers.0.mlp.down_proj.weight"
-    weights = load_file(merged / "model.safetensors")[name].float().numpy()
-    original = load_file(model / "model.safetensors")[name].float().numpy()
-    largest = np.abs(weights).max()
-    assert np.abs(weights - original).max() > largest / 20
-    # f16 has 11 significant bits; q8_0 has 127 steps up to the largest weight of a block, and an f16 scale
-    for name, bound in (("f16", largest / 2**11), ("Q8_0", largest / 127 * 0.51)):
-        reader = GGUFReader(run.output / "gguf" / f"llama-2-7b-{name}.gguf")
-        (tensor,) = (tensor for tensor in reader.tensors if tensor.name == "blk.0.ffn_down.weight")
-        assert np.abs(dequantize(tensor.data, tensor.tensor_type) - weights).max() <= bound
-        template = reader.fields["tokenizer.chat_template"].contents()
-        assert template == (merged / "chat_template.jinja").read_text()
-    assert "You are a helpful AI assistant named SmolLM" in (run.output / "gguf" / "Modelfile").read_text()
