@@ -161,13 +161,8 @@ class LlamaServer(Server):
         async with _root(self.api) as root:
             self._require_context(await _props(root), examples)
             await self._require_ends(root, examples[0].prompt)
-            for batch in batched(enumerate(examples), self.at_once):
-                answers = await asyncio.gather(*[self._served_prompts(root, example) for _, example in batch])
-                for (i, example), prompts in zip(batch, answers, strict=True):
-                    for served in prompts:
-                        if served != example.prompt:
-                            raise self._differing(i, example.prompt, served)
-                    compared += bool(prompts)
+            for i, example in enumerate(examples):
+                compared += await self._require_prompt(root, i, example)
         about = f"{self.file.name}: tokens of {compared:,} of {len(examples):,} prompts equal the training's"
         if examples[0].messages is None:
             about += "; its chat template was not compared, because the run did not train on chats"
@@ -194,25 +189,24 @@ class LlamaServer(Server):
                     "export it again, with the tokenizer in the run's folder"
                 )
 
-    async def _served_prompts(self, root: openai.AsyncOpenAI, example: Example) -> list[list[int]]:
-        """Tokens that the server makes of a row's prompt: of its text, as Ollama sends it, and of its chat.
+    async def _require_prompt(self, root: openai.AsyncOpenAI, i: int, example: Example) -> bool:
+        """Compare a row's prompt: its text, as Ollama sends it, and its chat; False if neither can be compared.
 
         The text can show another use of BOS than the chat, because the server takes BOS from the start of a chat if the
-        file says that the tokenizer adds it. No text may have the training's tokens.
+        file says that the tokenizer adds it.
         """
         from ..training.tokens import text_of
 
         if len(example.prompt) >= self.prompter.longest:  # truncated
-            return []
-        texts = [text_of(self.tokenizer, example.prompt)]
+            return False
+        texts = [text_of(self.tokenizer, example.prompt)]  # None if no text has the training's tokens
         if example.messages is not None:
             texts.append((await _post(root, "apply-template", messages=example.messages))["prompt"])
-        prompts = []
-        for text in texts:
-            if text is not None:
-                answer = await _post(root, "tokenize", content=text, add_special=True, parse_special=True)
-                prompts.append(list(answer["tokens"]))
-        return prompts
+        for text in filter(None, texts):
+            answer = await _post(root, "tokenize", content=text, add_special=True, parse_special=True)
+            if answer["tokens"] != example.prompt:
+                raise self._differing(i, example.prompt, answer["tokens"])
+        return any(texts)
 
     def _differing(self, i: int, expected: list[int], served: list[int]) -> UserError:
         """Error that shows two prompts from their first difference, token by token."""
@@ -324,22 +318,19 @@ def compare(reference: "Reference", examples: Sequence[Example], rows: Sequence[
         examples: the rows.
         rows: tokens of each row's answer by the file; all or the first.
     """
-    tokens = [token for row in rows for token in row]
-    trained: list[float] = []
     reference.compute_in_fp32()
-    for example, row in zip(examples, rows, strict=True):
-        trained += _of_tokens(_probabilities(reference, example, row), row)
+    trained = [float(expected[token.id]) for expected, token in _at_tokens(reference, examples, rows)]
     merged: list[float] = []
+    served: list[float] = []
     divergences: list[float] = []
     reference.merge()
-    for example, row in zip(examples, rows, strict=True):
-        expected = _probabilities(reference, example, row)
-        merged += _of_tokens(expected, row)
-        divergences += map(kl, expected, row)
-    served = [max(token.logprob, LOWEST) for token in tokens]
+    for expected, token in _at_tokens(reference, examples, rows):
+        merged.append(float(expected[token.id]))
+        served.append(max(token.logprob, LOWEST))
+        divergences.append(kl(expected, token))
     return Distance(
         rows=len(rows),
-        tokens=len(tokens),
+        tokens=len(served),
         kl=fmean(divergences),
         difference=fmean(map(abs, map(sub, served, merged))),
         loss=-fmean(served),
@@ -348,14 +339,13 @@ def compare(reference: "Reference", examples: Sequence[Example], rows: Sequence[
     )
 
 
-def _probabilities(reference: "Reference", example: Example, row: Sequence[_Token]) -> "torch.Tensor":
-    """Log-probabilities by the reference at each token that the server was forced to give."""
-    return reference.log_probabilities(example.prompt, [token.id for token in row])
-
-
-def _of_tokens(probabilities: "torch.Tensor", row: Sequence[_Token]) -> list[float]:
-    """Log-probability of each token."""
-    return [float(at_token[token.id]) for at_token, token in zip(probabilities, row, strict=True)]
+def _at_tokens(
+    reference: "Reference", examples: Sequence[Example], rows: Sequence[list[_Token]]
+) -> Iterator[tuple["torch.Tensor", _Token]]:
+    """Log-probabilities by the reference at each token that the server was forced to give, with that token."""
+    for example, row in zip(examples, rows, strict=True):
+        expected = reference.log_probabilities(example.prompt, [token.id for token in row])
+        yield from zip(expected, row, strict=True)
 
 
 def kl(trained: "torch.Tensor", token: _Token) -> float:
