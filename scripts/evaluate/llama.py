@@ -20,10 +20,10 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import openai
+import orjson
 from pydantic import BaseModel, Field, ValidationError
 
 from ..base.errors import UserError, WorkFailed
-from ..base.files import parse_json
 from ..base.terminal import Bar, say
 from .scores_file import Distance, Example, ServedFile, sampled, until_end
 from .server import RETRIES, Api, Server, api_at, cause
@@ -96,11 +96,11 @@ def _root(api: Api) -> openai.AsyncOpenAI:
 
 
 async def _props(root: openai.AsyncOpenAI) -> dict[str, Any]:
-    return dict(parse_json((await root.get("props", cast_to=str)).encode()))
+    return dict(orjson.loads(await root.get("props", cast_to=str)))
 
 
 async def _post(client: openai.AsyncOpenAI, endpoint: str, **body: object) -> dict[str, Any]:
-    return dict(parse_json((await client.post(endpoint, cast_to=str, body=body)).encode()))
+    return dict(orjson.loads(await client.post(endpoint, cast_to=str, body=body)))
 
 
 class LlamaServer(Server):
@@ -134,10 +134,9 @@ class LlamaServer(Server):
         """
         answer = _answer_of(content)
         tokens = until_end([token.id for token in answer.logprobs.content], self.ends)
-        if answer.finish_reason == "stop" and tokens[-1] not in self.ends:
-            text = self.tokenizer.decode(tokens[-1:], skip_special_tokens=True)
-            if text:
-                raise ValueError(f"the file wrongly ends answers at {text!r} (token {tokens[-1]}); export it again")
+        text = self.tokenizer.decode(tokens[-1:], skip_special_tokens=True)
+        if answer.finish_reason == "stop" and text and tokens[-1] not in self.ends:
+            raise ValueError(f"the file wrongly ends answers at {text!r} (token {tokens[-1]}); export it again")
         return tokens
 
     def check(self, examples: Sequence[Example], reference_runs_here: bool) -> Distance | None:
@@ -210,8 +209,7 @@ class LlamaServer(Server):
 
     def _differing(self, i: int, expected: list[int], served: list[int]) -> UserError:
         """Error that shows two prompts from their first difference, token by token."""
-        same = takewhile(bool, map(eq, expected, served))
-        start = len([*same])
+        start = len([*takewhile(bool, map(eq, expected, served))])
         return UserError(
             f"{self.file.name}: the prompt of row {i + 1} differs from the training's from token {start + 1} on\n"
             f"  training: {self._shown(expected, start)}\n  server:   {self._shown(served, start)}\n"
@@ -221,8 +219,7 @@ class LlamaServer(Server):
 
     def _shown(self, tokens: list[int], start: int) -> str:
         """Tokens around a difference, with their pieces."""
-        first = max(start - 2, 0)
-        shown = tokens[first : start + 8]
+        shown = tokens[max(start - 2, 0) : start + 8]
         pieces = self.tokenizer.convert_ids_to_tokens(shown)
         return ", ".join(f"{token} {piece!r}" for token, piece in zip(shown, pieces, strict=True))
 
@@ -280,9 +277,9 @@ class LlamaServer(Server):
         Raises:
             ValueError: the server does not force tokens by `logit_bias`.
         """
-        body = {"model": self.model, "prompt": prompt, "temperature": 0, "samplers": ["temperature"]}
-        body |= {"max_tokens": 1, "logit_bias": [[token, FORCING]]} | options
-        answer = _answer_of((await root.post("v1/completions", cast_to=str, body=body)).encode())
+        body = {"model": self.model, "prompt": prompt, "max_tokens": 1, "logit_bias": [[token, FORCING]]}
+        body |= {"samplers": ["temperature"], "temperature": 0} | options
+        answer = _answer_of(await root.post("v1/completions", cast_to=str, body=body))
         if [entry.id for entry in answer.logprobs.content] != [token]:
             raise ValueError("the server does not force tokens by logit_bias; use a newer llama.cpp")
         return answer
@@ -301,7 +298,7 @@ class LlamaServer(Server):
             raise WorkFailed(f"{self.api.url}: {cause(error)}") from None
 
 
-def _answer_of(content: bytes) -> _Answer:
+def _answer_of(content: bytes | str) -> _Answer:
     """Answer in the body of a response.
 
     Raises:

@@ -86,7 +86,7 @@ PROMPT = "faulty.gguf: the prompt of row 1 differs from the training's from toke
     [
         pytest.param([(NO_BOS, BOS)], f"{PROMPT} 2 on", id="BOS doubled"),
         pytest.param([(b"!= 'system'", b"== 'system'")], f"{PROMPT} 2 on", id="system prompt lost"),
-        pytest.param([(b"by Hugging Face", b"by someone else")], f"{PROMPT} 20 on", id="another system prompt"),
+        pytest.param([(b"by Hugging Face", b"by someone else")], f"{PROMPT} 17 on", id="another system prompt"),
         pytest.param(
             [(EOS, NO_EOS), (b"<|im_end|>", b"<|im_out|>")],  # the server also knows the latter by name
             "faulty.gguf: does not end an answer at '<|im_end|>' (token 2), as the training does; export it again, "
