@@ -34,10 +34,11 @@ SIZES = (8, 12, 16, 24, 40, 48, 80)
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A micro batch: number of rows, and tokens per row."""
+    """A micro batch: number of rows, tokens per row, and required bytes."""
 
     rows: int
     tokens: int
+    needed: float
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus
     planned = Plan(
         model=config["base_model"],
         adapter=step_plan.step.adapter,
-        micro_batch=MicroBatch(step_plan.rows, step_plan.length),
+        micro_batch=MicroBatch(step_plan.rows, step_plan.length, step_plan.required),
         parameters=memory.parameters,
         frozen=frozen,
         trainable=trainable,

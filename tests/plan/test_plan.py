@@ -375,7 +375,7 @@ def planned_example(fits: bool, work: Work | None = None) -> plan.Plan:
     return plan.Plan(
         model="a/b",
         adapter="qlora",
-        micro_batch=plan.MicroBatch(2, 2048),
+        micro_batch=plan.MicroBatch(2, 2048, 4.25 * GIB),
         parameters={"q_proj": {"frozen": 3000, "trainable": 1000}},
         frozen=3000,
         trainable=1000,
