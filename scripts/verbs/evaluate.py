@@ -45,7 +45,7 @@ EngineName = Annotated[
     typer.Option(
         "--engine",
         metavar="transformers|vllm|URL",
-        help="Generation engine; URL: a vLLM or llama.cpp server (docs/laptop.md). `make vllm` installs vllm.",
+        help="Engine; URL: a vLLM or llama.cpp server (docs/laptop.md). `make vllm` installs vllm.",
     ),
 ]
 ServersModel = Annotated[

@@ -224,7 +224,7 @@ Metrics = Annotated[
     repeatable_option(
         "--metric",
         metavar="NAME",
-        help="Also compute this metric; without a study, only the named ones. Repeatable.",
+        help="Add this metric; without a study, it replaces the default ones. Repeatable.",
     ),
 ]
 BatchSize = Annotated[
@@ -244,7 +244,7 @@ FromStage = Annotated[
     Literal["predictions", "adapter", "training"],
     typer.Option(
         "--from",
-        help="Start from published predictions, from published adapters, or by training.",
+        help="What to score: published predictions, published adapters, or adapters that you train.",
     ),
 ]
 RehearsalsOfStudy = Annotated[

@@ -37,7 +37,7 @@ def plan_verb(
         list[str],
         repeatable_option(
             metavar="NAME",
-            help="A GPU (T4) or its memory (24GB); default: this machine's. Repeatable.",
+            help="GPU (T4) or memory (24GB); default: this machine's, else all sizes. Repeatable.",
         ),
     ],
     gpu_count: Annotated[int, typer.Option("--gpus", metavar="N", min=1, help="Number of GPUs to train on.")] = 1,
