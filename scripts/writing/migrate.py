@@ -26,6 +26,7 @@ from ..config.datafiles import DatasetRef
 from ..config.merging import Override, Source
 
 TABLES = paths.TEMPLATES / "old-axolotl.yaml"
+_NO_SIGN = "no key of an older release"
 _CARDS_RELEASE = re.compile(r"axolotl version: `?([\w.+-]+)`?")  # as Axolotl writes it into a model card
 _OF_ACCOUNT = re.compile(rf"{merging.TRACKING.pattern}|hub_")
 _SHAREGPT = re.compile(r"sharegpt(?:_simple|:chat)?(?:\.(.*))?")
@@ -53,12 +54,14 @@ class OldConfig:
         text: the YAML, at its lines in the file.
         release: the release from --axolotl, or the one that the file states; empty without one.
         is_current: True for a recipe, a variant, or a file for the supported release, which stay as they are.
+        sign: the reason to take a file for one of the supported release; empty if that is certain.
     """
 
     file: Path
     text: str
     release: str = ""
     is_current: bool = False
+    sign: str = ""
 
     @property
     def config(self) -> Config:
@@ -389,8 +392,10 @@ def of_file(name: str, release: str | None) -> OldConfig:
     old = read(file)
     release = release or old.release
     is_of_project = recipe in paths.recipe_names() or bool(merging.parent_of(recipe, file))
-    if not release and (is_of_project or not evidence(old.config)):
+    if not release and is_of_project:
         return replace(old, is_current=True)
+    if not release and not evidence(old.config):
+        return replace(old, is_current=True, sign=_NO_SIGN)
     return replace(old, release=release)
 
 
@@ -408,7 +413,7 @@ def migrate(old: OldConfig, overrides: Iterable[Override] = ()) -> Migration:
     empty = [key for key, value in config.items() if value is None]
     config = merging.apply(config, [*map(Override, empty), *overrides])
     if old.is_current:
-        return Migration(old, supported(), "", config)
+        return Migration(old, supported(), old.sign, config)
     migration = Migration(old, *_release(old), config, empty)
     migration.pack()
     migration.accumulate()
@@ -426,7 +431,7 @@ def migrate(old: OldConfig, overrides: Iterable[Override] = ()) -> Migration:
 def _release(old: OldConfig) -> tuple[Version, str]:
     """Release of Axolotl that a config was written for, and the key from which it is guessed, if it is not stated."""
     if not old.release:
-        signs = evidence(old.config) or {"no key of an older release": supported()}
+        signs = evidence(old.config) or {_NO_SIGN: supported()}
         sign = min(signs, key=signs.__getitem__)
         return signs[sign], sign
     try:
@@ -445,7 +450,7 @@ def report(migration: Migration) -> None:
     print_table([step.row() for step in migration.steps], below=["reason"])
     if migration.sign:
         guess = f"Axolotl {migration.release} is a guess, from {migration.sign}"
-        stated = "with --axolotl 0.4.0, or in a card as `axolotl version: 0.4.0`"
-        say(f"{guess}; the split of the rows and other defaults depend on it: if you know it, state it {stated}")
+        stated = "add a line `# axolotl version: 0.4.0` to the file"
+        say(f"{guess}; the split of the rows and other defaults depend on it: if you know it, {stated}")
     for meaning in migration.meanings():
         say(f"since {migration.release}: {meaning}")

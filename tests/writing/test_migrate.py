@@ -285,7 +285,7 @@ def test_a_config_of_2023_becomes_a_variant_that_passes_the_check(place, recipe)
     done = recipe.ok("new", "mine", "--from", "old.yml")
     assert done.stderr.splitlines()[0] == (
         "Axolotl 0.3.0 is a guess, from base_model_config; the split of the rows and other defaults depend on it: "
-        "if you know it, state it with --axolotl 0.4.0, or in a card as `axolotl version: 0.4.0`"
+        "if you know it, add a line `# axolotl version: 0.4.0` to the file"
     )
     config = yamlfiles.read_yaml(place / "variants/mine.yaml")
     former = yamlfiles.read_yaml(place / "old.yml")
@@ -495,3 +495,15 @@ def test_tables_name_keys_that_axolotl_has():
 def test_the_page_has_the_present_tables():
     page = Path("docs/old-configs.md").read_text(encoding="utf-8")
     assert old_configs.page(page) == page
+
+
+def test_a_file_without_old_keys_counts_as_current_which_is_said(place, recipe):
+    write_rows(place)
+    old_keys = {"base_model_config", "max_packed_sequence_len", "xformers_attention", "gptq_groupsize"}
+    lines = [line for line in OF_2023.splitlines() if line.partition(":")[0] not in old_keys]
+    (place / "mine.yml").write_text("\n".join(lines))
+    done = recipe.ok("new", "mine", "--from", "mine.yml")
+    assert done.stderr.splitlines()[0] == (
+        f"Axolotl {migrate.supported()} is a guess, from no key of an older release; the split of the rows and other "
+        "defaults depend on it: if you know it, add a line `# axolotl version: 0.4.0` to the file"
+    )
