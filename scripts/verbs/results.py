@@ -30,7 +30,7 @@ verbs = typer.Typer(rich_markup_mode=None)
 @verbs.command(
     "results",
     cls=Verb,
-    epilog="recipe results haider2024\nrecipe results lora-tradeoffs\nrecipe results RUN_A RUN_B",
+    epilog="recipe results    # all runs\nrecipe results lora-tradeoffs\nrecipe results RUN_A RUN_B",
 )
 def results_verb(
     *,

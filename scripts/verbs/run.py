@@ -88,6 +88,8 @@ def resume_verb(
 @verbs.command("cancel", cls=Verb, epilog="recipe cancel latest\nrecipe cancel lora-tradeoffs")
 def cancel_verb(names: Things) -> None:
     """Save a checkpoint and stop active jobs; remove queued ones."""
+    if not names:
+        raise UserError("nothing is named; give a run, a study or a sweep, as in `recipe cancel latest`")
     messages = []
     for name in names:
         messages += _cancel(name)

@@ -90,6 +90,7 @@ MISTAKES = [
         "msg-train.jsonl:2: output (msg): 'msg' is undefined; the row's fields: patch",
     ),
     ("resume latest", "latest: no run of that name below runs/; `recipe run` starts one"),
+    ("cancel", "nothing is named; give a run, a study or a sweep, as in `recipe cancel latest`"),
     ("cancel nothing", f"nothing: no run, sweep, study or recipe of that name below runs/; there are {STUDIES}"),
     ("sweep haider2024/llama-2-7b --gpu T4 --set lora_r=1,2", "--gpu: works only with --dry-run"),
     ("reproduce other", f"other: no study of that name; there are {STUDIES}"),
