@@ -44,7 +44,7 @@ def check_verb(
         bool,
         typer.Option("--data", help="Also read every row; tokenize it if the tokenizer is on disk."),
     ] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Leave out Axolotl's own validation (3 s).")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out Axolotl's own validation; it takes 3 s.")] = False,
     show_tokens: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, help="Show N tokenized rows; mark the tokens that count in the loss."),

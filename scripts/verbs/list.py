@@ -206,7 +206,7 @@ def new_verb(
     ] = "start/qlora",
     axolotl: Annotated[
         str | None,
-        typer.Option(metavar="VERSION", help="Axolotl release of the file; default: as its card says, or guessed."),
+        typer.Option(metavar="VERSION", help="Axolotl release of BASE; default: as a model card states, or guessed."),
     ] = None,
     model: Annotated[
         str | None,

@@ -224,7 +224,7 @@ Metrics = Annotated[
     repeatable_option(
         "--metric",
         metavar="NAME",
-        help="Add this metric; without a study, it replaces the default ones. Repeatable.",
+        help="Add to the study's metrics; without a study, replace the defaults. Repeatable.",
     ),
 ]
 BatchSize = Annotated[

@@ -67,7 +67,7 @@ def sweep_verb(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan every run, but start none.")] = False,
     json: Json = False,
 ) -> None:
-    """Train and score a recipe or study with each combination of values. Completed steps are skipped."""
+    """Train and score a recipe or study with each combination of values. Finished runs and evaluations are skipped."""
     from ..config.compose import Request, is_rehearsal
     from ..data import studies
     from ..evaluate.evaluate import EvaluationRequest

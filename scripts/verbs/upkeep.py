@@ -64,11 +64,11 @@ def study_new_verb(
         typer.Option(
             "--from",
             metavar="CARD",
-            help="Model card with an Axolotl config, whose eval loss to reproduce.",
+            help="Model card with an Axolotl config; the study reproduces its eval loss.",
         ),
     ] = None,
 ) -> None:
-    """Write a study to start from, or one for a model card, into recipes/ and templates/."""
+    """Write a new study into recipes/ and templates/, from a skeleton or a model card."""
     from ..writing import render
 
     refuse_together({"--model": model, "--from": from_})
