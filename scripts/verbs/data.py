@@ -70,7 +70,7 @@ def prepare_verb(
         typer.Option("--study", metavar="S", autocompletion=complete_studies, help="Study, or part of its name."),
     ],
 ) -> None:
-    """Write a study's training and test rows, from its raw files; each row format gets a folder."""
+    """Write a study's training and test rows from its raw files, into a folder for each prompt format."""
     from ..data import manifest, prepare, studies
     from ..data.raw_rows import fetched_files
 

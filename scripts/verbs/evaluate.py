@@ -22,6 +22,7 @@ from .options import (
     backend_of,
     refuse_together,
     refuse_without,
+    repeatable_option,
 )
 
 if TYPE_CHECKING:
@@ -123,7 +124,10 @@ def evaluate_verb(
 def score_verb(
     *,
     file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="Rows with the fields reference and prediction.")],
-    metric: Metrics,
+    metric: Annotated[
+        list[str],
+        repeatable_option("--metric", metavar="NAME", help="Use this metric, not the defaults. Repeatable."),
+    ],
     prediction_field: Annotated[
         str,
         typer.Option(metavar="FIELD", help="The field with the prediction; use dots for nested fields (answer.text)."),
