@@ -359,10 +359,10 @@ def score_predictions(
         UserError: a name is wrong, or no predictions are published.
     """
     predicted = _published_predictions(study, only)
-    if not any(published.predictions for published in predicted):
+    without = [published.name for published in predicted if published.predictions is None]
+    if len(without) == len(predicted):
         raise _none_published(study, "predictions")
     models = scorer_models(study.columns, scorer)
-    without = [published.name for published in predicted if not published.predictions]
     if without:
         say(f"no predictions are published for {', '.join(without)}")
     rows, problems = [], {}

@@ -391,12 +391,13 @@ def of_file(name: str, release: str | None) -> OldConfig:
     recipe, file = paths.find_recipe(name)
     old = read(file)
     release = release or old.release
-    is_of_project = recipe in paths.recipe_names() or bool(merging.parent_of(recipe, file))
-    if not release and is_of_project:
+    if release:
+        return replace(old, release=release)
+    if recipe in paths.recipe_names() or merging.parent_of(recipe, file):
         return replace(old, is_current=True)
-    if not release and not evidence(old.config):
-        return replace(old, is_current=True, sign=_NO_SIGN)
-    return replace(old, release=release)
+    if evidence(old.config):
+        return old
+    return replace(old, is_current=True, sign=_NO_SIGN)
 
 
 def migrate(old: OldConfig, overrides: Iterable[Override] = ()) -> Migration:
