@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 def full_name(context: typer.Context, name: str) -> str:
     """Replace part of a recipe's name by the full name, and log it.
 
-    The name of a study or file stays, also a name that matches nothing, and any name during completion.
+    The name of a file stays, and so do an empty name and any name during completion.
+
+    Raises:
+        UserError: the name matches no recipe, variant or file, or several.
     """
-    if context.resilient_parsing or paths.is_study(name):
+    if context.resilient_parsing or not name:
         return name
-    try:
-        recipe, file = find_recipe(name)
-    except UserError:  # the verb reports this error
-        return name
+    recipe, file = find_recipe(name)
     if file == Path(name):
         return name
     if recipe != name:
@@ -38,9 +38,20 @@ def full_name(context: typer.Context, name: str) -> str:
     return recipe
 
 
+def study_or_full_name(context: typer.Context, name: str) -> str:
+    """Name of a study, or a recipe's full name; see `full_name`."""
+    return name if paths.is_study(name) else full_name(context, name)
+
+
 def full_names(context: typer.Context, names: list[str]) -> list[str]:
-    """Full names of several recipes; see `full_name`."""
-    return [full_name(context, name) for name in names]
+    """Full names of several recipes; studies, patterns and unknown names stay, for the verb to report."""
+    full = []
+    for name in names:
+        try:
+            full.append(study_or_full_name(context, name))
+        except UserError:
+            full.append(name)
+    return full
 
 
 def _beginning(incomplete: str, names: Sequence[str]) -> list[str]:
@@ -119,8 +130,10 @@ Name = Annotated[
 ]
 NameOrStudy = Annotated[
     str,
-    recipe_argument(
+    typer.Argument(
         metavar="NAME|FILE|STUDY",
+        callback=study_or_full_name,
+        autocompletion=complete_recipes,
         help="Recipe name, partial name, YAML file, or study.",
     ),
 ]

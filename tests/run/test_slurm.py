@@ -180,6 +180,13 @@ def test_without_slurm_nothing_is_queued(recipe, tmp_path, monkeypatch):
     assert done.stderr == f"recipe: --on slurm: squeue: {missing}\n"
 
 
+@pytest.mark.parametrize("words", [("run", "nosuch"), ("sweep", "nosuch", "--set", "lora_r=4,8")])
+def test_a_wrong_name_is_reported_before_missing_slurm(recipe, tmp_path, monkeypatch, words):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = recipe.fails(*words, "--on", "slurm")
+    assert done.stderr == "recipe: nosuch: no recipe of that name; `recipe list` shows them all\n"
+
+
 def test_a_dry_run_prints_the_scripts_without_slurm(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     done = recipe.ok("run", NAME, "--gpus", "2", "--on", "slurm,partition=a100,run.time=8:00:00", "--dry-run")
