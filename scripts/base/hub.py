@@ -49,6 +49,22 @@ def importing_axolotl(offline: bool = True) -> Iterator[None]:
         os.environ["HF_HUB_OFFLINE"] = variable
 
 
+@contextmanager
+def without(*packages: str) -> Iterator[None]:
+    """Hide optional packages from imports in the block, unless they are imported already.
+
+    transformers and PEFT import what is installed: scikit-learn to guess tokens ahead, torchao to quantize. Both take
+    a quarter of the imports' time. An entry None in sys.modules stands for a missing package.
+    """
+    hidden = [name for name in packages if name not in sys.modules]
+    sys.modules |= dict.fromkeys(hidden)
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+
+
 NAME = re.compile(r"[\w.-]+/[\w.-]+")  # a repository with its owner
 ANSWER_TIMEOUT = 5.0
 """Seconds to wait for the hub."""

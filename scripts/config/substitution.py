@@ -18,7 +18,7 @@ from ..base.yamlfiles import Config
 from . import datafiles, models
 from .datafiles import DatasetRef
 from .merging import listed, remote_trackers
-from .numerics import OLD_KEYS, attention
+from .numerics import OLD_KEYS, attention, quantized
 from .training_settings import TrainingSettings
 
 NAME = "SmolLM2-135M-Instruct"
@@ -51,6 +51,7 @@ def substitutions(config: Config, sample: Config, user_settings: Config) -> Iter
     yield from rehearsal.rows("test_datasets")
     yield from rehearsal.layers()
     yield from rehearsal.turn_ends()
+    yield from rehearsal.storage()
     yield from gpu_replacements(config)
     yield from rehearsal.trackers()
     yield from rehearsal.padding()
@@ -132,6 +133,18 @@ class _Rehearsal:
         if missing:
             names = dict(zip(map(str, UNUSED), missing, strict=False))
             yield {"added_tokens_overrides": names}, "the stand-in's tokenizer lacks these end-of-turn tokens"
+
+    def storage(self) -> Iterator[tuple[Config, str]]:
+        """Store 4-bit codes as bytes, which casts of the model keep.
+
+        Axolotl's default is bf16. On a processor without bf16, `axolotl inference` casts the model to fp32.
+        """
+        key = "bnb_4bit_quant_storage"
+        settings = self.config.get("bnb_config_kwargs") or {}
+        if not (self.config.get("load_in_4bit") and quantized(self.config) and isinstance(settings, dict)):
+            return
+        if f"bnb_config_kwargs.{key}" not in self.user_settings and settings.get(key) != "uint8":
+            yield {"bnb_config_kwargs": settings | {key: "uint8"}}, "bytes, which casts to a CPU's dtype keep"
 
     def trackers(self) -> Iterator[tuple[Config, str]]:
         """Turn off trackers, except those that store their data on this machine."""

@@ -249,6 +249,16 @@ def _uses_bitsandbytes(optimizer: str) -> bool:
     return "torch" not in optimizer
 
 
+def _allocate_state(step: Step, optimizer: Any, trained: list[torch.Tensor]) -> None:
+    """Create the state of torch's optimizer, as its first step does."""
+    if _uses_bitsandbytes(step.optimizer):
+        return
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def _run(step: Step, recorder: Recorder, model: Any, trained: list[torch.Tensor], optimizer: Any, shape: Shape) -> None:
     """Run one micro batch forward and backward, then the optimizer step."""
     forward = model.forward
@@ -306,8 +316,8 @@ def trace(step: Step, shape: Shape) -> MemoryTrace:
             recorder.kind = "activations"
             loaded = recorder.events
             recorder.events = []
-            with recorder:  # the first step also allocates lasting storages, such as optimizer state
-                _run(step, recorder, model, trained, optimizer, (1, 64))
+            with recorder:
+                _allocate_state(step, optimizer, trained)
             for value in tree_iter(list(optimizer.state.values())):
                 if isinstance(value, torch.Tensor):
                     recorder.add(value, "optimizer")
