@@ -69,7 +69,8 @@ class _Verbs(Verbs):
 app = typer.Typer(
     cls=_Verbs,
     help="Axolotl recipes for QLoRA studies: list, run, evaluate and compare them.\n\n"
-    "A recipe is an Axolotl config. A study is the recipes of a paper, with its data and published scores.",
+    "A recipe is an Axolotl config. A study is the recipes of a paper, or of other published runs, with their data and "
+    "scores.",
     no_args_is_help=True,
     epilog=FIRST_STEPS,
     rich_markup_mode=None,

@@ -260,7 +260,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def _changed_settings(study: Study, chosen: RunResult, stated: set[str]) -> list[str]:
-    """Stated settings that a run changed, and other differences from the paper's training."""
+    """Stated settings that a run changed, and other differences from the published training."""
     paper = yamlfiles.read_yaml(paths.recipe_file(study.origin(chosen.run.recipe)))
     differs = []
     for key, (before, after) in merging.differences(paper, chosen.config).items():
