@@ -182,7 +182,7 @@ def outline(
 
 
 _OUTLINED = ("recipe", "training", "steps", "needs GiB", "fits", "hours", "bound", "changes", "note", "problem")
-"""Columns of a preview; `bound` is true if `hours` is an upper bound."""
+"""Columns of a preview; `bound` is true if `hours` count every row as full."""
 
 
 def _outlined(pipeline: Pipeline, sizes: dict[str, float]) -> Row:

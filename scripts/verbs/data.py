@@ -40,7 +40,7 @@ def fetch_verb(
         ),
     ],
 ) -> None:
-    """Download a data set into data/DATA-raw and verify it; an interrupted download resumes."""
+    """Download a data set into data/DATA-raw and verify known checksums; an interrupted download resumes."""
     from ..data import fetch, studies
 
     study = studies.find_by_data(name)
