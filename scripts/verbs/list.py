@@ -1,6 +1,7 @@
 """The verbs list, show, diff and new."""
 
 from fnmatch import fnmatch
+from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -53,9 +54,12 @@ def list_verb(
     suggest("run", rows[0]["recipe"] if name else "start/qlora", "--rehearse", json=json)
 
 
-def _matches(row: Row, pattern: str) -> bool:
-    """True if a recipe's study and name contain a pattern."""
-    return fnmatch(f"{row['study'] or ''}/{row['recipe']}".lower(), f"*{pattern.lower()}*")
+def _matches(row: Row, name: str) -> bool:
+    """True if a recipe's study and name contain a word; a pattern has to match its name or the part after a slash."""
+    text = f"{row['study'] or ''}/{row['recipe']}".lower()
+    if has_magic(name):
+        return fnmatch(text, f"*/{name.lower()}")
+    return name.lower() in text
 
 
 def _listed() -> list[Row]:

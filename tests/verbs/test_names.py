@@ -108,3 +108,11 @@ def test_list_shows_the_variants_of_the_working_folder_by_the_names_that_run_tak
     for name, recipes in matching.items():
         listed = recipe.json("list", name.upper())
         assert {row["recipe"] for row in listed} == recipes != set()
+
+
+@pytest.mark.parametrize("pattern", ["llama-3*", "haider2024/llama-*", "w*r"])
+def test_list_takes_a_pattern_for_the_same_recipes_as_check(recipe, pattern):
+    recipe.ok("new", "more/wider", "--from", BASE, "--set", "num_epochs=1")
+    listed = {row["recipe"] for row in recipe.json("list", pattern)}
+    checked = {report["checked"] for report in recipe.json("check", pattern, "--quick")}
+    assert listed == checked != set()
