@@ -9,7 +9,7 @@ from ..base import tables
 from ..base.errors import meant
 from ..base.terminal import Bar, say
 from .help import Verb, Verbs, suggest
-from .options import complete_studies, repeatable_option, several_arguments
+from .options import Json, complete_studies, repeatable_option, several_arguments
 
 verbs = typer.Typer(rich_markup_mode=None, suggest_commands=False)  # click suggests commands already
 data_verbs = typer.Typer(
@@ -39,6 +39,7 @@ def fetch_verb(
             help="Fetch only this file of the data (full or partial name). Repeatable.",
         ),
     ],
+    json: Json = False,
 ) -> None:
     """Download a data set into data/DATA-raw and verify known checksums; an interrupted download resumes."""
     from ..data import fetch, studies
@@ -47,8 +48,8 @@ def fetch_verb(
     data = study.data
     wanted = dict.fromkeys(meant(word, data.sources, "source", option="--only") for word in only)
     rows = fetch.fetch(data, data.raw, wanted or study.default_sources)
-    tables.print_table(rows)
-    suggest("data", "prepare", "--study", study.folder.name)
+    tables.show(json, rows, [tables.Table(rows)])
+    suggest("data", "prepare", "--study", study.folder.name, json=json)
 
 
 @data_verbs.command(
@@ -69,6 +70,7 @@ def prepare_verb(
         str,
         typer.Option("--study", metavar="S", autocompletion=complete_studies, help="Study, or part of its name."),
     ],
+    json: Json = False,
 ) -> None:
     """Write a study's training and test rows from its raw files, into a folder for each prompt format."""
     from ..data import manifest, prepare, studies
@@ -76,13 +78,17 @@ def prepare_verb(
 
     study = studies.find(study_name)
     files = raw or fetched_files(study.data)
+    manifests = {}
     for name, form in study.data.formats.items():
         folder = Path(form.folder)
         with Bar(f"preparing {folder}", 1):
-            prepared = prepare.prepare(files, folder, study, name)
+            prepared = manifests[form.folder] = prepare.prepare(files, folder, study, name)
         for split in prepared["splits"].values():
             for subset, reason in split.get("left_out", {}).items():
                 say(f"{subset}.jsonl: not written: {reason}")
+        if json:
+            continue
         tables.print_table(manifest.table(prepared), below=["left out"])
         print(folder / manifest.MANIFEST)
-    suggest("check", next(iter(study.published)), "--data")
+    tables.show(json, manifests, [])
+    suggest("check", next(iter(study.published)), "--data", json=json)

@@ -90,6 +90,19 @@ def test_the_rows_of_a_users_study_are_prepared(recipes, recipe, tmp_path):
     assert commands == "`recipe data fetch sums` and `recipe data prepare --study sums`"
 
 
+def test_fetched_files_and_manifests_as_json(recipes, recipe, tmp_path):
+    (recipes / "sums" / "one.yaml").write_text("pretraining_dataset: []\n")
+    sums(recipes / "sums", {"data > sample": "few", "published > sums/one": {"trainer": "Axolotl"}})
+    raw = tmp_path / "data" / "sums-raw" / "train.jsonl"
+    raw.parent.mkdir(parents=True)
+    raw.write_bytes((recipes / "sums" / "few" / "train.jsonl").read_bytes())
+    row = {"file": "train.jsonl", "bytes": raw.stat().st_size, "sha256": sha256(raw), "verified": None}
+    assert recipe.json("data", "fetch", "sums", "--only", "train") == [row]
+    manifests = recipe.json("data", "prepare", raw.parent, "--study", "sums")
+    assert manifests == {"data/sums": orjson.loads((tmp_path / "data/sums/manifest.json").read_bytes())}
+    assert manifests["data/sums"]["splits"]["train"]["rows"] == 8
+
+
 def test_what_a_recipe_starts_from_is_fetched_and_not_in_a_rehearsal(recipes, recipe):
     model = {"hub": "owner/adapter", "kind": "model", "revision": "main", "file": "init/adapter_config.json"}
     sums(recipes / "sums", {"data > sample": "few", "data > sources > init/adapter_config.json": model})
