@@ -14,7 +14,7 @@ from ..base.terminal import say_once
 from ..base.yamlfiles import Config
 from ..metrics import registry
 from ..metrics.answers import GroupParameters
-from ..metrics.metric import Column, LossMetric
+from ..metrics.metric import BenchmarkMetric, Column, LossMetric
 from .declaration import Data, Mistake, Name, Strict, undeclared
 from .published import TRAIN_LOSS, Baseline, Cell, Log, Published, Variant, released
 
@@ -101,6 +101,8 @@ class Study(Strict):
     @property
     def test_title(self) -> str:
         """Description of the rows behind the published scores."""
+        if isinstance(self.first.metric, BenchmarkMetric):
+            return "the benchmark's own rows"
         return self.data.title_of(self.data.test_set)
 
     @property

@@ -362,6 +362,16 @@ def test_a_card_claims_no_more_than_the_run_was(run, tmp_path, changes, settings
     assert [word for word in unsaid if word in text or word in metadata["tags"]] == []
 
 
+def test_a_card_does_not_count_test_rows_as_the_rows_of_a_benchmark(run, tmp_path):
+    recipe = "qlora-guanaco/llama-7b"
+    run.write(record(tmp_path, recipe=recipe))
+    run.config_file.write_text(yamlfiles.write_yaml(recipe_config(recipe)))
+    adapter_for(run, "huggyllama/llama-7b")
+    evaluated(run, test_set="test")
+    assert "\nThe published scores are on the benchmark's own rows" in published(run)[1]
+    assert "1,024" not in published(run)[1]
+
+
 PUSH = {"push": "owner/model"}
 REFUSALS = [
     ({"state": "failed"}, {}, "{run}: the run is failed; wait until it ends, or run `recipe resume {run}`"),
