@@ -6,10 +6,11 @@ import pytest
 import yaml
 from conftest import SAMPLE, recipe_config
 
-from qlora_recipes.base import paths
+from qlora_recipes.base import hardware, paths
 from qlora_recipes.config.compose import Request, compose
 from qlora_recipes.config.merging import flatten
 
+STORAGE = "bnb_config_kwargs.bnb_4bit_quant_storage"
 NAME = "haider2024/code-llama-7b"
 
 
@@ -204,7 +205,9 @@ def test_data_prepare_and_a_dry_run(recipe, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_rehearsal_lists_every_difference_and_keeps_the_rest(recipe):
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_rehearsal_lists_every_difference_and_keeps_the_rest(recipe, monkeypatch, has_bf16):
+    monkeypatch.setattr(hardware, "cpu_has_bf16", lambda: has_bf16)
     for name in paths.recipe_names():
         composed = compose(Request(name, rehearse=True))
         changed = {difference.key for difference in composed.differences}
@@ -220,9 +223,11 @@ def test_a_rehearsal_lists_every_difference_and_keeps_the_rest(recipe):
             *({"sequence_len"} if settings["sequence_len"] > 256 and "litgpt" not in name else ()),
             *({"dataloader_drop_last"} if settings.get("eval_sample_packing") is False else ()),
             *({"warmup_steps", "warmup_ratio"} if settings.get("warmup_steps") else ()),
+            *({STORAGE} if settings.get("load_in_4bit") and settings.get(STORAGE) != "uint8" else ()),
             *(key for key in ("fp16", "tf32", "chunked_cross_entropy") if settings.get(key)),
             *(key for key in ("max_steps", "eval_steps", "save_steps", "logging_steps") if settings.get(key, 1) > 1),
         }
-        assert ("bf16" in changed) == (composed.config["bf16"] and not settings.get("bf16"))
+        assert composed.config["bf16"] is has_bf16
+        assert ("bf16" in changed) == (settings.get("bf16", False) is not has_bf16)
         assert not composed.config.get("warmup_steps")
         assert "max_steps" not in composed.config
