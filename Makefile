@@ -125,7 +125,8 @@ audit: setup $(filter .uv/%,$(UV))  ## List licences and advisories of the packa
 # installed without torch and its CUDA libraries. Finally, torch is installed with its dependencies; all other packages
 # keep the lock's versions. CUDA= reinstalls torch, because uv considers both builds the same version.
 .venv/.locked: requirements.lock $(filter .uv/%,$(UV))
-	@echo 'Installing $< into .venv: 4 GB to download, unless uv has them in its cache, and 9 GB on the disk'
+	@echo 'Installing $< into .venv: 4 GB to download, unless uv has them in its cache, and 9 GB on the disk.'
+	@echo 'After "Installed", uv compiles the packages to bytecode for one or two minutes, without a line.'
 	$(UV) venv --quiet --allow-existing --python '>=3.12,<3.14' .venv
 ifdef CUDA
 	$(UV) pip install --quiet --python .venv --dry-run --no-deps $(TORCH)
