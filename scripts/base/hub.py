@@ -12,7 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 # transformers and trl both call this on import; each search through the installed packages takes seconds
 _packages_distributions = cache(importlib.metadata.packages_distributions)
@@ -57,7 +57,7 @@ def without(*packages: str) -> Iterator[None]:
     a quarter of the imports' time. An entry None in sys.modules stands for a missing package.
     """
     hidden = [name for name in packages if name not in sys.modules]
-    sys.modules |= dict.fromkeys(hidden)
+    cast(dict[str, None], sys.modules).update(dict.fromkeys(hidden))
     try:
         yield
     finally:

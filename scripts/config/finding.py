@@ -47,6 +47,7 @@ _SCOPES: dict[str, Scope] = {
 
 
 TASK_CODE = "task-code"
+FIRST_LOSS = "first-loss"
 """Rule about the task files of benchmarks."""
 
 
@@ -178,10 +179,13 @@ def override_errors(findings: Iterable[Finding], force: Sequence[str]) -> None:
 
 
 def unknown_force(force: Sequence[str], names: set[str]) -> None:
-    """Raise UserError if --force names a finding that does not exist; task files are read only before an evaluation."""
+    """Raise UserError if --force names a finding that does not exist, and cannot arise later.
+
+    Task files are read only before an evaluation, and only training has a first loss.
+    """
     for name in force:
         rule = name.partition(":")[0]
-        if name not in names and rule != TASK_CODE:
+        if name not in names and rule not in (TASK_CODE, FIRST_LOSS):
             hint = did_you_mean(name, names) or "; errors show their names in brackets"
             raise UserError(f"--force {name}: this config has no such error{hint}")
 

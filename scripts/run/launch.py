@@ -22,8 +22,9 @@ from ..base.processes import now, start_child, stop_requests
 from ..base.terminal import TrainingProgress, say, say_once
 from ..base.yamlfiles import Config
 from ..config import merging
+from ..config.finding import FIRST_LOSS
 from ..config.gpus import CPU_RANKS
-from ..training.run_record import Ended, FileState, Launch, Provenance, Run, State, collect
+from ..training.run_record import ANY_FIRST_LOSS, Ended, FileState, Launch, Provenance, Run, State, collect
 from .rundir import RunDir, summarise, this_job
 
 AXOLOTL = Path(sys.executable).with_name("axolotl")
@@ -131,6 +132,10 @@ def _error(folder: RunDir, record: Run, code: int, stopped: bool, log: "LaunchLo
     if record.summary.ended == "callback":
         step = f"step {record.summary.step} of {record.summary.max_steps}"
         return WorkFailed(f"{folder.path}: a callback stopped the training at {step}; see {folder.log} for the reason")
+    if record.summary.ended == "first loss":
+        problem = "stopped: the base model is damaged, or its precision, quantization or tokenizer is wrong"
+        remedy = f"correct it; `recipe resume {folder.path} --force {FIRST_LOSS}` accepts the loss"
+        return WorkFailed(f"{folder.path}: {problem}; {remedy}")
     if record.summary.ended == "no batch":
         problem = "no step was trained, because the rows do not fill a batch; add rows or lower micro_batch_size"
         return WorkFailed(f"{folder.path}: {problem}")
@@ -232,6 +237,8 @@ def _environment(folder: RunDir, record: Run) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "PATH": f"{AXOLOTL.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",  # has torchrun
     }
+    if record.rehearsal or FIRST_LOSS in record.forced:
+        added[ANY_FIRST_LOSS] = "1"
     if record.rehearsal:
         added |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         added["TORCHDYNAMO_DISABLE"] = "1"  # bitsandbytes would import torch's compiler, which a CPU does not need
@@ -324,11 +331,14 @@ def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: 
     """
     with stop_requests() as stops, opened(log, "ab") as stream:
 
-        def report_nan(record: Row) -> None:
+        def report_loss(record: Row) -> None:
             if "loss" in record and record["loss"] is None:
                 say_once(f"  the loss is NaN; `recipe cancel {folder.path}` stops the run at a checkpoint")
+            if high := record.get("high_first_loss"):
+                loss = f"the first training loss is {high['loss']:.4g} over {high['tokens']:,} tokens"
+                say_once(f"  {loss}, but guessing gives {high['guessing']:.4g} [{FIRST_LOSS}]")
 
-        progress = TrainingProgress(folder.metrics, report_nan)  # created before the process writes metrics
+        progress = TrainingProgress(folder.metrics, report_loss)  # created before the process writes metrics
         child = start_child(
             command,
             cwd=record.cwd,

@@ -7,6 +7,7 @@ packing, batch size, row order and number of ranks. It is comparable only betwee
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from itertools import batched
 from typing import Any
@@ -121,6 +122,20 @@ def _collated(trainer: Any, rows: Sequence[dict[str, Any]], masked: bool) -> dic
         if not masked:
             batch["labels"][i, :end] = torch.as_tensor(row["labels"])
     return trainer._prepare_inputs(batch)
+
+
+def highest_first_loss(guessing: float, tokens: int) -> float:
+    """Highest mean loss that an undamaged model can have in its first step.
+
+    1.2 times the loss of random guessing, plus three standard errors of a mean over so many tokens. It assumes that the
+    losses of single tokens vary by at most the loss of guessing. Answers of a few tokens, such as a label and an end
+    token, which the model never saw in this form, start far above guessing (seen: 15.7 for 10.8).
+
+    Args:
+        guessing: loss of random guessing, in nats.
+        tokens: number of tokens with a label behind the mean.
+    """
+    return guessing * (1.2 + 3 / math.sqrt(tokens))
 
 
 def chunked_loss() -> Any:

@@ -29,7 +29,7 @@ from ..config import models
 from ..config.gpus import CPU_RANKS, ENGINE_KEYS, engine_of
 from . import losses
 from .checkpoints import step_of, write_manifest
-from .run_record import Ended, EvalTokens
+from .run_record import ANY_FIRST_LOSS, Ended, EvalTokens, HighFirstLoss
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # number of ranks, set by the launcher
 
@@ -150,7 +150,8 @@ class RunCallback(TrainerCallback):
     tokens_per_second. Only the first rank writes; peak_gib_by_rank has the memory of all ranks. The first record of a
     launch has engine, training_rows, trainable_parameters and parameters (including frozen ones). The last record
     has `ended` (see `run_record.Ended`), and kept_step if the trainer has loaded the best checkpoint. The first
-    evaluation of a launch adds a record with eval_tokens.
+    evaluation of a launch adds a record with eval_tokens. A first training loss that no undamaged model has adds a
+    record with high_first_loss; without `ANY_FIRST_LOSS`, it stops the training.
 
     SIGTERM to any rank ends training after the current step, with a checkpoint.
 
@@ -175,9 +176,10 @@ class RunCallback(TrainerCallback):
         self.engine = engine
         self.parameters = parameters
         self.vocabulary = vocabulary  # None after the check of the first loss
-        self.stop = self.stopped = False
+        self.stop = self.stopped = self.started_high = False
         self.step_started = self.step_seconds = 0.0
         self.tokens: Any = 0  # without padding, unlike Axolotl's count; a tensor, so that no step waits for the device
+        self.labels: Any = 0  # of the steps until the first loss
         self.process = psutil.Process()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -203,6 +205,8 @@ class RunCallback(TrainerCallback):
             self.tokens += (mask != 0).sum()
         else:
             self.tokens += ids.numel()
+        if self.vocabulary and inputs.get("labels") is not None:
+            self.labels += (inputs["labels"][..., 1:] != losses.MASKED).sum()
 
     def _stop(self, *_: Any) -> None:
         self.stop = True
@@ -245,8 +249,19 @@ class RunCallback(TrainerCallback):
             record |= self._measure_steps(args)
         self._append(state, record | usage | {"cpu_percent": self.process.cpu_percent()})
         if "loss" in logs and self.vocabulary:
-            require_sane(logs["loss"], self.vocabulary)
+            high = self._high_first_loss(logs["loss"], self.vocabulary, args)
             self.vocabulary = None
+            if high:
+                self._append(state, {"high_first_loss": high})
+                self.started_high = control.should_training_stop = ANY_FIRST_LOSS not in os.environ
+
+    def _high_first_loss(self, loss: float, vocabulary: int, args: Any) -> HighFirstLoss | None:
+        """A first loss that is too high for an undamaged model, or None."""
+        tokens = int(sum(gather(float(self.labels), args.device)))
+        guessing = math.log(vocabulary)
+        if not tokens or math.isnan(loss) or loss <= losses.highest_first_loss(guessing, tokens):
+            return None
+        return {"loss": loss, "guessing": guessing, "tokens": tokens}
 
     def _measure_steps(self, args: Any) -> dict[str, float]:
         """Time and tokens of the steps since the previous call."""
@@ -267,6 +282,8 @@ class RunCallback(TrainerCallback):
 
     def _how_it_ended(self, state: Any, control: Any) -> Ended:
         """Reason for the end; `complete` if nothing stopped the training, even after fewer steps than planned."""
+        if self.started_high:
+            return "first loss"
         if state.global_step >= state.max_steps or not control.should_training_stop:
             return "complete"
         if not state.global_step:  # transformers stops if an epoch has no batch
@@ -283,20 +300,6 @@ class RunCallback(TrainerCallback):
 def _has_stopped(callback: EarlyStoppingCallback) -> bool:
     """True if the eval loss has not improved for as many evaluations as a callback waits."""
     return callback.early_stopping_patience_counter >= callback.early_stopping_patience
-
-
-def require_sane(loss: float, vocabulary: int) -> None:
-    """Refuse a first training loss above 1.2 times the loss of random guessing.
-
-    Raises:
-        RuntimeError: the loss is above this limit.
-    """
-    guessing = math.log(vocabulary)
-    if loss > 1.2 * guessing:
-        raise RuntimeError(
-            f"the first training loss is {loss:.4g}, but guessing among {vocabulary:,} tokens gives {guessing:.4g}: "
-            "the base model is damaged; compare its precision, quantization and tokenizer with the recipe's"
-        )
 
 
 def use_cpu(engine: str) -> None:

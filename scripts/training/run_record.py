@@ -21,9 +21,10 @@ from ..metrics.metric import EvalLosses
 VERSION = 1
 """Version of run.json; increase it when a field is renamed, removed or has another meaning."""
 
-Ended = Literal["complete", "early stopping", "signal", "callback", "no batch"]
+Ended = Literal["complete", "early stopping", "signal", "callback", "no batch", "first loss"]
 """Reason for the end of training.
-`callback`: an Axolotl callback, such as the loss watchdog; `no batch`: the rows do not fill a batch."""
+`callback`: an Axolotl callback, such as the loss watchdog; `no batch`: the rows do not fill a batch; `first loss`: see
+`HighFirstLoss`."""
 
 
 @with_config(extra="forbid", strict=True)
@@ -32,6 +33,25 @@ class EvalTokens(TypedDict):
 
     count: Count
     sha256: Sha256
+
+
+ANY_FIRST_LOSS = "QLORA_RECIPES_ANY_FIRST_LOSS"
+"""Environment variable with which a training continues after a `HighFirstLoss`."""
+
+
+@with_config(extra="forbid", strict=True)
+class HighFirstLoss(TypedDict):
+    """A first training loss that no undamaged model has; see `losses.highest_first_loss`.
+
+    Attributes:
+        loss: the loss, in nats.
+        guessing: the loss of guessing among all tokens of the vocabulary.
+        tokens: number of tokens with a label behind the loss.
+    """
+
+    loss: float
+    guessing: float
+    tokens: int
 
 
 @with_config(strict=True, extra="allow")
@@ -55,6 +75,7 @@ class MetricsRecord(TypedDict, total=False):
     peak_gib_by_rank: list[float] | None
     training_rows: int
     trainable_parameters: int
+    high_first_loss: HighFirstLoss
     ended: Ended
     kept_step: int
 

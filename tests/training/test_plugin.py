@@ -132,6 +132,46 @@ def test_the_eval_loss_is_that_of_the_checkpoint_that_was_kept(tmp_path):
     assert summary.eval_loss_per_token == 5.1
 
 
+@pytest.mark.parametrize(
+    ("loss", "labels", "is_high"),
+    [
+        (10.9, 4000, False),
+        (15.69, 32, False),  # of labels and end tokens (seen)
+        (15.69, 4000, True),
+        (21.29, 4000, True),  # of damaged 4-bit weights (seen)
+        (math.nan, 4000, False),  # which `recipe` reports
+        (21.29, 0, False),  # rows without labels
+    ],
+)
+@pytest.mark.parametrize("accepted", [False, True])
+def test_a_first_loss_that_no_undamaged_model_has_ends_the_training(
+    tmp_path, monkeypatch, loss, labels, is_high, accepted
+):
+    if accepted:
+        monkeypatch.setenv(run_record.ANY_FIRST_LOSS, "1")
+    callback = RunCallback(tmp_path / "metrics.jsonl", TRAINER, None, vocabulary=49_152)
+    callback.labels = torch.tensor(labels)
+    control = SimpleNamespace(should_training_stop=False)
+    callback.on_log(SimpleNamespace(device="cpu"), state_at(1), control, logs={"loss": loss})
+    callback.on_log(SimpleNamespace(device="cpu"), state_at(2), control, logs={"loss": 99.0})  # not the first one
+    recorded = [record["high_first_loss"] for record in RunDir(tmp_path).read_metrics() if "high_first_loss" in record]
+    assert recorded == [{"loss": loss, "guessing": math.log(49_152), "tokens": labels}] * is_high
+    assert control.should_training_stop == (is_high and not accepted)
+    if control.should_training_stop:
+        assert callback._how_it_ended(state_at(1), control) == "first loss"
+
+
+def test_labels_are_counted_until_the_first_loss(tmp_path):
+    callback = RunCallback(tmp_path / "metrics.jsonl", TRAINER, None, vocabulary=49_152)
+    model = SimpleNamespace(training=True)
+    inputs = {"input_ids": torch.zeros(2, 4), "labels": torch.tensor([[7, -100, 8, 9], [-100, -100, -100, 5]])}
+    callback._count(model, None, inputs)
+    assert callback.labels == 3  # nothing predicts the first token of a row
+    callback.on_log(SimpleNamespace(device="cpu"), state_at(1), None, logs={"loss": 2.0})
+    callback._count(model, None, inputs)
+    assert callback.labels == 3
+
+
 @pytest.mark.parametrize(("step", "ended"), [(0, "no batch"), (3, "callback"), (8, "complete")])
 def test_a_training_without_a_step_had_no_batch(tmp_path, step, ended):
     assert RunCallback(tmp_path, TRAINER, None)._how_it_ended(state_at(step), STOPPING) == ended
