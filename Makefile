@@ -19,7 +19,7 @@ VLLM_LOCK = $(if $(shell nvidia-smi -L 2> /dev/null),requirements-vllm.lock,requ
 CHECK := .venv/bin/check-jsonschema --default-filetype yaml --builtin-schema vendor.
 COMPILED = --universal --python-version 3.12 --generate-hashes --no-annotate --no-emit-index-url --quiet -o
 
-.PHONY: setup demo vllm sky llama test test-offline test-long verify coverage test-image lint lint-github lock upgrade \
+.PHONY: setup demo vllm sky llama test test-programs test-long verify coverage test-image lint lint-github lock upgrade \
 	audit benchmark compare-memory picture notebook
 
 setup: .venv/.complete  ## Install requirements.lock and the command recipe into .venv; CUDA=12.6 for an older driver
@@ -37,9 +37,8 @@ vllm:  ## Install vLLM into .vllm, a separate environment, for recipe evaluate -
 test: setup  ## Run all tests except the long ones; needs no GPU and no network
 	.venv/bin/pytest $(PARALLEL)
 
-# With 127.0.0.1 as the only address, no name would be resolved, not even the machine's own.
-test-offline: setup  ## Run the same tests without a network; needs root
-	unshare --net sh -c 'ip link set lo up && ip address add 192.0.2.1 dev lo && $(MAKE) test'
+test-programs: setup  ## Run the tests that need Chromium, docker-compose, SLURM or mount; missing programs skip them
+	.venv/bin/pytest $(PARALLEL) -m 'program and not long'
 
 test-long: setup  ## Run the tests that take minutes: engines, real training runs, memory plans
 	.venv/bin/pytest $(PARALLEL) -m long

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import plain_environment  # noqa: F401 (first, because libraries read the environment when imported)
 import pytest
 from cluster import Cluster, running
 from hypothesis import HealthCheck, settings
@@ -96,20 +97,45 @@ LONGEST = (
 )
 
 
+PROGRAMS = {
+    "browser": ("chromium",),
+    "compose": ("docker-compose",),
+    "disk": ("mount", "umount"),
+    "slurm": ("slurmctld", "slurmd", "sbatch", "munged"),
+}
+"""Programs that a fixture needs, and that `make setup` does not install."""
+
+
+@pytest.fixture(scope="session")
+def programs() -> Callable[[str], None]:
+    """Skips a test if a program is missing that a fixture needs."""
+
+    def require(fixture: str) -> None:
+        missing = [program for program in PROGRAMS[fixture] if not shutil.which(program)]
+        if missing:
+            pytest.skip(f"not on this machine: {', '.join(missing)}; .ci/run installs it")
+
+    return require
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take minutes, so that no process still has one when the others have finished."""
+    """Mark what needs programs. Begin with the files that take minutes, so that no process has one at the end."""
+    for item in items:
+        if not PROGRAMS.keys().isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker("program")
     ranks = {f"test_{name}": rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Cache folder of the test session; xdist's processes share it, because converting the stand-in model takes half
-    a minute."""
+    """Cache folder of the test session, and an empty home; xdist's processes share the cache, because converting the
+    stand-in model takes half a minute."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
     folder.mkdir(exist_ok=True)
     os.environ |= {"XDG_CACHE_HOME": str(folder), "XDG_DATA_HOME": str(tmp_path_factory.mktemp("kept"))}
+    os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
     return folder
 
 
@@ -236,7 +262,8 @@ def with_fake_axolotl(recipe: Recipe, fake_axolotl: Path, monkeypatch: pytest.Mo
 
 
 @pytest.fixture(scope="session")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def slurm(tmp_path_factory: pytest.TempPathFactory, programs: Callable[[str], None]) -> Iterator[Cluster]:
+    programs("slurm")
     with running(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster
 

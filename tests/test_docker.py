@@ -1,17 +1,17 @@
 """The container's files: they pass their tools, and fit one another; `make test-image` builds the image and uses it."""
 
 import os
-import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
-COMPOSE = ["docker-compose"] if shutil.which("docker-compose") else ["docker", "compose"]
 TOOLS = Path(sys.executable).parent
 
 
@@ -39,20 +39,19 @@ def test_linters_find_nothing(command):
     assert done.stdout == ""
 
 
-def test_compose_accepts_its_file_which_fits_the_dockerfile():
-    command = [*COMPOSE, "-f", ROOT / "docker" / "compose.yaml", "config", "--format", "json"]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=os.environ | {"HF_TOKEN_FILE": "/some/token"}
-        )
-    except FileNotFoundError:
-        pytest.skip("needs docker-compose")
-    if "is not a docker command" in done.stderr:
-        pytest.skip("needs docker's plugin compose")
+@pytest.fixture
+def compose(programs: Callable[[str], None]) -> dict[str, Any]:
+    """The compose file as docker-compose reads it."""
+    programs("compose")
+    command = ["docker-compose", "-f", ROOT / "docker" / "compose.yaml", "config", "--format", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_TOKEN_FILE": "/some/token"})
     assert done.returncode == 0
     assert done.stderr == ""
-    config = orjson.loads(done.stdout)
-    service = config["services"]["recipe"]
+    return orjson.loads(done.stdout)
+
+
+def test_compose_accepts_its_file_which_fits_the_dockerfile(compose):
+    service = compose["services"]["recipe"]
     assert Path(service["build"]["context"], service["build"]["dockerfile"]) == DOCKERFILE
     (workdir,) = {words[0] for name, words in instructions() if name == "WORKDIR"}
     home = environment()["HOME"]
@@ -65,7 +64,7 @@ def test_compose_accepts_its_file_which_fits_the_dockerfile():
     }
     (secret,) = service["secrets"]
     assert service["environment"]["HF_TOKEN_PATH"] == secret.get("target", f"/run/secrets/{secret['source']}")
-    assert config["secrets"][secret["source"]]["file"] == "/some/token"
+    assert compose["secrets"][secret["source"]]["file"] == "/some/token"
     (device,) = service["deploy"]["resources"]["reservations"]["devices"]
     assert device["driver"] == "nvidia"
     assert device["count"] == -1

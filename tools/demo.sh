@@ -13,8 +13,7 @@ step() { # TITLE, then the words of a recipe command
 }
 
 # bf16=false: with bf16, which not every processor has, two steps change the loss by half as much.
-step "1 of 5: train (a minute)" run start/qlora --rehearse \
-    --set 'datasets.0.split=train[:14]' --set val_set_size=0.35 --set bf16=false
+step "1 of 5: train (a minute)" run start/qlora --rehearse --set 'datasets.0.split=train[:14]' --set val_set_size=0.35 --set bf16=false
 step "2 of 5: answer and score" evaluate latest --limit 4 --max-new-tokens 12 --metric bertscore:none > /dev/null
 step "3 of 5: write a report" report latest
 step "4 of 5: list the results" results latest

@@ -4,7 +4,7 @@ import math
 import random
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -316,13 +316,11 @@ def test_a_sweep_shows_its_trade_offs(recipe, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def browser(programs: Callable[[str], None]) -> Iterator[Any]:
+    programs("browser")
     sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
-    chromium = shutil.which("chromium")
-    if not chromium:
-        pytest.skip("chromium is not installed; on Debian, `apt-get install chromium`")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         yield browser
         browser.close()
 

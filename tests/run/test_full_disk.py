@@ -2,7 +2,7 @@
 
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,9 @@ FILES = {"config.yaml", "run.json", "metrics.jsonl", "train.log", "output", ".lo
 
 
 @pytest.fixture
-def disk(tmp_path: Path, with_fake_axolotl: Recipe) -> Iterator[Path]:
+def disk(tmp_path: Path, with_fake_axolotl: Recipe, programs: Callable[[str], None]) -> Iterator[Path]:
     """A disk with room for a part of a run, and an Axolotl that trains nothing."""
+    programs("disk")
     folder = tmp_path / "disk"
     folder.mkdir()
     if _mount(folder, "-o", "size=400k", "-t", "tmpfs", "tmpfs").returncode:

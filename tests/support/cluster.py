@@ -2,7 +2,6 @@
 
 import os
 import platform
-import shutil
 import socket
 import subprocess
 import time
@@ -36,7 +35,6 @@ GresTypes=gpu
 NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{second}] CPUs={cores} Gres=gpu:1
 PartitionName=main Nodes=ALL Default=YES State=UP
 """
-_COMMANDS = ("slurmctld", "slurmd", "sbatch", "munged")
 
 
 class Cluster:
@@ -63,9 +61,7 @@ def _free_ports() -> tuple[int, int, int]:
 
 @contextmanager
 def running(folder: Path) -> Iterator[Cluster]:
-    """Start it, and stop it and all its jobs in the end; skips where that cannot be done."""
-    if missing := [command for command in _COMMANDS if not shutil.which(command)]:
-        pytest.skip(f"no {', '.join(missing)} on this machine (Debian: slurmctld slurmd slurm-client munge)")
+    """Start it, and stop it and all its jobs in the end; only root can."""
     if os.geteuid() != 0:
         pytest.skip("starting SLURM takes root")
     if subprocess.run(["munge", "-n"], capture_output=True).returncode:

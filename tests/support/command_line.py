@@ -2,6 +2,8 @@
 
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
+from unittest.mock import patch
 
 import click
 import typer.main
@@ -29,8 +31,13 @@ COMMANDS = dict(commands())
 
 
 def parsed(line: str) -> click.Context:
-    """Parse a line that begins with `recipe`; the context of its verb."""
-    name, *words = shlex.split(line, comments=True)
+    """Parse a line that begins with `recipe`; the context of its verb. Recipes and files need not exist."""
+    with patch("qlora_recipes.verbs.options.find_recipe", lambda recipe: (recipe, Path(recipe))):
+        return _parsed(*shlex.split(line, comments=True))
+
+
+def _parsed(name: str, *arguments: str) -> click.Context:
+    words = list(arguments)
     command: click.Command = ALL
     while True:
         context = command.make_context(name, words)
