@@ -58,6 +58,11 @@ def checkout(tmp_path: Path, fake_axolotl: Path) -> Path:
     for stamp in (".locked", ".complete"):
         (environment / stamp).touch()
     subprocess.run(["make", "--question", "setup"], cwd=folder, check=True)  # it would change the tests' environment
+    programs = folder / "programs"
+    programs.mkdir()
+    for name in ("gcc", "sudo"):  # as if gcc were installed, so that the task installs nothing
+        (programs / name).write_text(f"#!/bin/sh\necho {name} $@ >> {folder / 'installed'}\n")
+        (programs / name).chmod(0o755)
     return folder
 
 
@@ -66,7 +71,8 @@ def begun(checkout: Path, section: str, **envs: str) -> "subprocess.Popen[bytes]
     task = yamlfiles.read_yaml(TASK)
     of_task = {name: value or "" for name, value in (task["envs"] | task["secrets"]).items()}
     job = {"SKYPILOT_TASK_ID": "sky-managed-1", "RUNS": str(checkout.parent / "storage")}
-    env = os.environ | of_task | job | {"MAKEFLAGS": ""} | envs
+    path = f"{checkout / 'programs'}:{os.environ['PATH']}"
+    env = os.environ | of_task | job | {"MAKEFLAGS": "", "PATH": path} | envs
     return subprocess.Popen(["bash", "-c", task[section]], cwd=checkout, env=env, stderr=subprocess.PIPE)
 
 
@@ -130,3 +136,4 @@ def test_mistakes_end_a_job_before_it_trains(checkout, tmp_path):
     code, said = done(checkout, "setup", STUDY="haider2023")
     assert code == 2
     assert "haider2023" in said
+    assert not (checkout / "installed").exists()

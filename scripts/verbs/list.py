@@ -159,7 +159,7 @@ def show_verb(name: Name, json: Json = False) -> None:
 @verbs.command(
     "diff",
     cls=Verb,
-    epilog="recipe diff llama-2-7b llama-3-8b\nrecipe diff runs/A/config.yaml runs/B/config.yaml",
+    epilog="recipe diff code-llama-7b llama-3.2-3b\nrecipe diff runs/A/config.yaml runs/B/config.yaml",
 )
 def diff_verb(
     a: Annotated[

@@ -9,6 +9,7 @@ import click
 import typer.main
 
 from qlora_recipes import cli
+from qlora_recipes.base import paths
 
 ALL = typer.main.get_command(cli.app)
 
@@ -31,9 +32,14 @@ COMMANDS = dict(commands())
 
 
 def parsed(line: str) -> click.Context:
-    """Parse a line that begins with `recipe`; the context of its verb. Recipes and files need not exist."""
-    with patch("qlora_recipes.verbs.options.find_recipe", lambda recipe: (recipe, Path(recipe))):
+    """Parse a line that begins with `recipe`; the context of its verb. Files and a user's recipes need not exist."""
+    with patch("qlora_recipes.verbs.options.find_recipe", _found):
         return _parsed(*shlex.split(line, comments=True))
+
+
+def _found(name: str) -> tuple[str, Path]:
+    is_part = any(name in recipe for recipe in paths.recipe_names())
+    return paths.find_recipe(name) if is_part else (name, Path(name))
 
 
 def _parsed(name: str, *arguments: str) -> click.Context:
