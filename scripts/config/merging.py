@@ -312,15 +312,23 @@ _ORIGINAL = re.compile(r"# (?:\S+: a variant of (\S+)|(\S+): .*)")
 
 
 def ancestors(file: Path) -> list[str]:
-    """Originals of a variant or copy, nearest first, as listed in its header comments."""
+    """Originals of a variant or copy, nearest first, as listed in its header comments.
+
+    A line counts as `recipe new` writes it or, in a copy, as the original recipe has it; other comments do not.
+    """
     originals = []
     for line in yamlfiles.recipe_text(file).splitlines():
         if line and not line.startswith("#"):
             break
         match = _ORIGINAL.fullmatch(line)
-        if match:
+        if match and (match[1] or _has_title(match[2], line)):
             originals.append(match[1] or match[2])
     return originals
+
+
+def _has_title(recipe: str, line: str) -> bool:
+    """True if a line is in the file of a shipped recipe."""
+    return recipe in paths.recipe_names() and line in yamlfiles.recipe_text(paths.recipe_file(recipe)).splitlines()
 
 
 def origin_of(name: str, file: Path) -> str | None:

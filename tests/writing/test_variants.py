@@ -210,6 +210,19 @@ def test_a_copy_edited_by_hand_is_known_by_the_recipe_in_its_header(place):
     assert compose.compose(Request("own.yaml")).differences == []
 
 
+@pytest.mark.parametrize(
+    "comment",
+    [f"{BASE}: I looked up the learning rate there", f"mine: a variant of {BASE}, more or less", f"{BASE}: a copy"],
+)
+def test_a_comment_on_a_recipe_makes_no_variant_of_it(place, recipe, comment):
+    (place / "variants").mkdir()
+    (place / "variants/own.yaml").write_text(f"# {comment}\n{yamlfiles.write_yaml(yamlfiles.parse(TEXT, ''))}")
+    composed = compose.compose(Request("own"))
+    row = listing.record(RunResult(RunDir(place / "r"), run.record_of(composed, Request("own"))))
+    assert (composed.origin, composed.of_variant, row["study"], row["variant_of"]) == ("own", [], None, None)
+    assert recipe.fails("diff", "own").stderr == "recipe: own: not a variant of another recipe; give a second recipe\n"
+
+
 def test_a_run_of_a_variant_lists_its_differences_from_that(place):
     new.write("mine", BASE, typed("base_model=Qwen/Qwen3-0.6B", "lora_r=8"))
     request = Request("mine", overrides=typed("lora_r=16", "lora_alpha=8"))
