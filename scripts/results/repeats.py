@@ -19,7 +19,6 @@ SEED = "seed"
 _SAME_ROWS = {"data_sha256", "rows"}
 # settings shared by evaluations whose scores are averaged
 _ALIKE = _SAME_ROWS | {"decoding", "quantized", "dtype", "engine"}
-OTHER_ROWS = "held-out rows differ by seed"
 
 
 class MeanScore(NamedTuple):
@@ -114,6 +113,12 @@ def tokens(result: RunResult) -> str | None:
     return eval_tokens["sha256"] if eval_tokens else None
 
 
+def cover_same_tokens(results: Sequence[RunResult]) -> bool:
+    """True if the eval losses of some runs are known to cover the same tokens; always for one loss, or without one."""
+    hashes = [tokens(result) for result in results if result.summary.eval_loss_per_token is not None]
+    return len(hashes) < 2 or (hashes[0] is not None and len(set(hashes)) == 1)
+
+
 def seed(result: RunResult) -> int:
     return TrainingSettings.of(result.config).seed
 
@@ -145,7 +150,7 @@ def _interval(column: Column, results: list[RunResult], scores: list[float]) -> 
     name = column.name
     published = _published_repeats(name, results[0])
     if isinstance(column.metric, LossMetric):
-        if len(set(map(tokens, results))) > 1:
+        if not cover_same_tokens(results):
             return None
         return intervals.interval_on_fixed_rows(scores, published)
     over_rows = _intervals_over_rows(name, results)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..base.files import Row
 from ..base.yamlfiles import Config
-from ..config import merging, models
+from ..config import datafiles, merging, models
 from ..config.compose import REHEARSAL
 from ..config.merging import Difference, Source
 from ..data import manifest, studies
@@ -200,9 +200,23 @@ class RunResult:
     def _keys_of_tokens(self) -> list[str]:
         """Changed keys that may affect the tokens behind the eval loss."""
         keys = [key for key in other_settings(self.run) if not merging.NOT_OF_EVAL_TOKENS.match(key)]
-        if "seed" in keys and not self.config.get("val_set_size"):
-            keys.remove("seed")  # it decides only which rows val_set_size holds out
+        if "seed" in keys and not self._seed_selects_rows:
+            keys.remove("seed")
         return keys
+
+    @property
+    def _seed_selects_rows(self) -> bool:
+        """True if the seed decides which rows the eval loss covers, as in Axolotl 0.21 (utils/data/sft.py)."""
+        evaluated = datafiles.test_sets(self.config) or datafiles.training_sets(self.config)
+        if any(dataset.entry.keys() & {"shards", "weight"} for dataset in evaluated):
+            return True
+        return bool(self.config.get("val_set_size")) and self._seed_orders_rows
+
+    @property
+    def _seed_orders_rows(self) -> bool:
+        """True if Axolotl 0.21 shuffles the rows by the seed before it holds some out (utils/data/shared.py)."""
+        is_merge_shuffled = self.config.get("shuffle_merged_datasets") is not False
+        return is_merge_shuffled or bool(self.config.get("shuffle_before_merging_datasets"))
 
     @property
     def _keys_of_batches(self) -> list[str]:
@@ -210,6 +224,8 @@ class RunResult:
         keys = [key for key in other_settings(self.run) if merging.OF_EVAL_BATCHES.match(key)]
         if "micro_batch_size" in keys and self.config.get("eval_batch_size"):
             keys.remove("micro_batch_size")  # the default of eval_batch_size
+        if "seed" in other_settings(self.run) and self._seed_orders_rows:
+            keys.append("seed")
         if self.run.ranks > 1:
             keys.append("the number of GPUs")
         return keys

@@ -72,7 +72,7 @@ def record(row: StudyRow) -> Row:
             "state": row.chosen.run.state,
             "published_adapter": row.chosen.run.published_adapter,
             "rows": row.chosen.rows_evaluated,
-            "incomparable_loss": row.chosen.incomparable_loss,
+            "incomparable_loss": row.incomparable_loss,
         }
     return fields
 
@@ -201,9 +201,9 @@ def notes(study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
 
 def _interval_notes(study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
     """Notes on limitations of the intervals behind verdicts, with remedies."""
-    differing = [row.recipe for row in rows if len(set(map(repeats.tokens, row.runs))) > 1]
+    differing = [row.recipe for row in rows if not repeats.cover_same_tokens(row.runs)]
     if differing:
-        yield f"{', '.join(differing)}: {repeats.OTHER_ROWS}."
+        yield f"{', '.join(differing)}: the runs' eval losses cover different or unknown tokens, and have no mean."
     if any(row.lacks_seeds for row in rows):
         command = f"`recipe reproduce {study.folder.name} --seeds 3`"
         yield f"Intervals of one run or one seed do not cover other seeds; {command} runs each recipe with three seeds."
@@ -215,8 +215,8 @@ def _row_notes(study: Study, row: StudyRow) -> Iterator[str]:
         return
     if row.chosen.run.published_adapter:
         yield f"{row.recipe}: scores of the adapter {row.chosen.run.published_adapter}, which was not trained here."
-    if row.chosen.incomparable_loss:
-        yield f"{row.recipe} is not compared with the published eval loss: {row.chosen.incomparable_loss}."
+    if row.incomparable_loss:
+        yield f"{row.recipe} is not compared with the published eval loss: {row.incomparable_loss}."
     if row.differs:
         yield f"{row.recipe} differs from the paper: {'; '.join(row.differs)}"
     off = [study.columns[name].label for name, score in row.scores.items() if score.verdict == verdict.OFF]

@@ -230,7 +230,7 @@ def notes(rows: Sequence[SweepRow]) -> Iterator[str]:
     if any(row.other_tokens for row in rows):
         yield "Members with other tokens are not comparable, so there is no Pareto front and no best member."
     if any(len(row.losses) > 1 for row in rows):
-        yield f"{repeats.OTHER_ROWS.capitalize()}; members are compared seed by seed."
+        yield "Held-out rows differ by seed; members are compared seed by seed."
     if any(row.member.planned_gib is not None for row in rows):
         yield "Planned memory is that of the recipe on a GPU, also in a rehearsal, whose measured memory is the CPU's."
 

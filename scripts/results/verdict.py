@@ -16,7 +16,7 @@ from ..data.studies import Study
 from ..evaluate.intervals import Interval
 from ..evaluate.score import model_record
 from ..evaluate.scores_file import Evaluation
-from ..metrics.metric import Column
+from ..metrics.metric import Column, LossMetric
 from ..training.run_record import GPU_MEMORY, State, Summary
 from . import compare, repeats
 from .compare import CurveGap
@@ -92,6 +92,11 @@ class StudyRow:
     def evaluation(self) -> Evaluation | None:
         """Evaluation of the representative run."""
         return self.chosen.evaluation if self.chosen else None
+
+    @property
+    def incomparable_loss(self) -> str | None:
+        """Reason not to compare the eval losses with the published one, see `RunResult.incomparable_loss`."""
+        return next(filter(None, (result.incomparable_loss for result in self.runs)), None)
 
     @property
     def is_published(self) -> bool:
@@ -226,16 +231,24 @@ def _gap_verdict(study: Study, gap: CurveGap | None, state: State) -> str | None
 def _metric_row(
     study: Study, column: Column, results: Sequence[RunResult], published: PublishedScore | None
 ) -> MetricRow:
-    """Results of a representative run and its repeats by one metric; without a run, the published score."""
+    """Results of a representative run and its repeats by one metric; without a run, the published score.
+
+    Eval losses of runs have a mean only if they cover the same tokens, and a verdict only if each of them is
+    comparable. For other metrics, repeats are comparable if the representative run is.
+    """
     name, decodings = column.name, dict.fromkeys(study.decodings)
     if not results:
         return MetricRow(None, None, published, None, decodings, None, None, None)
     chosen = results[0]
     mean, interval = repeats.mean_score(column, results)
     difference = metric_verdict = None
-    is_comparable = chosen.scores[name].difference is not None
-    if published and is_comparable:
-        assert mean is not None  # `chosen` has a score
+    compared = results[:1]
+    if isinstance(column.metric, LossMetric):
+        compared = results
+        if not repeats.cover_same_tokens(results):
+            mean = interval = None
+    is_comparable = all(result.scores[name].difference is not None for result in compared)
+    if published and is_comparable and mean is not None:
         difference = mean - float(published.value)
         metric_verdict = verdict(mean, interval, published, study.tolerances.get(name))
     for decoding in decodings:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from conftest import typed
-from run_folders import a_run
+from run_folders import a_run, configure
 
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.config.compose import Request, compose
@@ -66,10 +66,24 @@ def test_harmless_settings_keep_the_verdict(tmp_path, change):
     assert difference(a_loss(tmp_path, "1", OWN, (change,))) == pytest.approx(0.78 - 0.7763)
 
 
-def test_another_seed_holds_out_other_rows(tmp_path):
+HELD_OUT: dict[str, Any] = {"val_set_size": 0.1, "test_datasets": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_compared"),
+    [
+        pytest.param(HELD_OUT, True, id="the last rows"),
+        pytest.param(HELD_OUT | {"shuffle_merged_datasets": None}, False, id="shuffled by default"),
+        pytest.param(HELD_OUT | {"shuffle_before_merging_datasets": True}, False, id="shuffled one by one"),
+        pytest.param({"test_datasets": [{"path": "rows.jsonl", "shards": 4}]}, False, id="a shard"),
+        pytest.param({"test_datasets": [{"path": "rows.jsonl", "weight": 0.5}]}, False, id="a share"),
+        pytest.param({"datasets": [{"path": "rows.jsonl", "weight": 0.5}]}, True, id="a share of the training rows"),
+    ],
+)
+def test_another_seed_may_hold_out_other_rows(tmp_path, changes, is_compared):
     folder = a_loss(tmp_path, "1", OWN, ("seed=7",))
-    folder.config_file.write_text(f"{folder.config_file.read_text()}val_set_size: 0.1\n")
-    assert difference(folder) is None
+    configure(folder, **changes)
+    assert (difference(folder) is not None) == is_compared
 
 
 def test_a_seed_beside_a_recipe_without_one_is_a_setting(tmp_path):
@@ -132,6 +146,7 @@ def a_trainers_loss(runs: Path, loss: float, *sets: str) -> RunResult:
         pytest.param("eval_batch_size=1", "eval_batch_size", id="a batch"),
         pytest.param("eval_sample_packing=false", "eval_sample_packing", id="packing"),
         pytest.param("multipack_real_batches=true", "multipack_real_batches", id="packs of a batch"),
+        pytest.param("seed=7", None, id="a seed, because the rows keep their order"),
     ],
 )
 def test_the_trainers_loss_needs_the_recipes_batches(tmp_path, change, key):
@@ -144,6 +159,15 @@ def test_the_trainers_loss_needs_the_recipes_batches(tmp_path, change, key):
         reason = f"the Trainer's eval loss is a mean over batches, which differ from the recipe's by {key}"
         assert result.incomparable_loss == reason
         assert result.scores["trainer_loss"].difference is None
+
+
+def test_a_seed_that_orders_the_rows_puts_others_into_a_batch(tmp_path):
+    result = a_trainers_loss(tmp_path, 0.3797, "seed=7")
+    shuffled = {"val_set_size": None, "test_datasets": [{"path": "rows.jsonl"}], "shuffle_merged_datasets": True}
+    configure(result.folder, **shuffled)
+    assert result.incomparable_loss == (
+        "the Trainer's eval loss is a mean over batches, which differ from the recipe's by seed"
+    )
 
 
 @pytest.mark.parametrize(

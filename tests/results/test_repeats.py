@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 import small_study
-from run_folders import a_run, fields
+from run_folders import a_run, configure, fields
 from small_study import PLAIN, WIDE, row_of
 
 from qlora_recipes.base.files import write_rows
@@ -127,15 +127,37 @@ def test_an_interval_knows_what_it_covers(runs, seeds, method, lacks_seeds):
     assert row.lacks_seeds == lacks_seeds
 
 
-def test_held_out_rows_that_differ_by_seed_are_noted(runs):
-    for seed, letter in ((42, "a"), (43, "b")):
-        folder = with_seed(runs, seed, RIGHT)
+NO_MEAN = f"{PLAIN}: the runs' eval losses cover different or unknown tokens, and have no mean."
+
+
+@pytest.mark.parametrize("letters", ["abc", "aab", "aa-", "---"])
+def test_losses_over_other_tokens_have_neither_mean_nor_verdict(runs, letters):
+    for seed, letter, loss in zip((42, 43, 44), letters, (1.4, 0.9, 1.0), strict=True):
+        folder = with_seed(runs, seed, RIGHT, loss=loss)
         run = folder.read()
-        run.summary.eval_tokens = {"count": 9, "sha256": letter * 64}
+        run.summary.eval_tokens = None if letter == "-" else {"count": 9, "sha256": letter * 64}
         folder.write(run)
+    row = row_of(runs)
+    assert fields(row, "perplexity", "perplexity_difference", "perplexity_verdict") == [None, None, None]
+    assert fields(row, "runs", "eval_loss", "accuracy_verdict") == [3, 1.4, verdict.WITHIN]
     study = small_study.read()
-    notes = study_tables.notes(study, verdict.rows(study, runs, False))
-    assert f"{PLAIN}: held-out rows differ by seed." in [*notes]
+    assert NO_MEAN in [*study_tables.notes(study, verdict.rows(study, runs, False))]
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        pytest.param({}, "the eval loss may cover other tokens than the recipe's, by seed", id="shuffled"),
+        pytest.param({"shuffle_merged_datasets": False}, None, id="not shuffled"),
+    ],
+)
+def test_a_mean_of_losses_has_a_verdict_only_if_each_is_comparable(runs, config, reason):
+    for seed, loss in ((42, 1.05), (43, 1.1), (44, 1.15)):
+        configure(with_seed(runs, seed, RIGHT, loss=loss), val_set_size=0.1, test_datasets=None, **config)
+    row = row_of(runs)
+    words = verdict.WITHIN if reason is None else None
+    assert fields(row, "runs", "incomparable_loss", "perplexity_verdict") == [3, reason, words]
+    assert row["perplexity"] == pytest.approx(3.006, abs=1e-3)
 
 
 def test_one_run_borrows_the_spread_of_published_repeats(runs):

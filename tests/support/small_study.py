@@ -90,7 +90,8 @@ def ran(
     of_rows = None if within is None else [accuracy - within, accuracy + within]
     scores["intervals"] = {"accuracy": of_rows, "chrf": [20.0, 21.0]}
     measured = {"train_seconds": 600, "peak_memory": 19.5, "memory_kind": "GPU, reserved", "tokens_per_second": 7000.0}
-    summary = Summary(eval_loss_per_token=loss, trainable_parameters=9175040, **measured)
+    tokens = {"count": 9, "sha256": "a" * 64}
+    summary = Summary(eval_loss_per_token=loss, eval_tokens=tokens, trainable_parameters=9175040, **measured)
     decoding = Decoding.model_validate(more.pop("decoding", SAMPLED))
     settings = {"decoding": decoding} | more.pop("settings", {})
     folder = a_run(runs, recipe_name, name, 0, scores=scores, settings=settings, summary=summary, **more)
