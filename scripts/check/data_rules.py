@@ -19,8 +19,10 @@ def no_data(case: Case) -> Problems:
         yield "error", "pretraining_dataset", problem, "list the data under datasets, with type: completion"
     elif not case.is_set("datasets"):
         yield "error", "datasets", "the config has no training data", "list a data set with path and type"
-    if datafiles.training_rows(case.config) == 0:
-        yield "error", "val_set_size", f"{case['val_set_size']} leaves no rows for training", "lower it"
+    held_out = case["val_set_size"]
+    if held_out == 1 or datafiles.training_rows(case.config) == 0:  # Axolotl takes 1 as the share of all rows
+        remedy = "set a share below 1, or a lower number above 1"
+        yield "error", "val_set_size", f"{held_out} leaves no rows for training", remedy
 
 
 @rule

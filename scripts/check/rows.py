@@ -167,7 +167,7 @@ class _Reader:
     Attributes:
         paths: existing files of the data set.
         files: those that are JSONL.
-        unread: text fields of the rows that the type does not read, at most `Faults.MOST_SUBJECTS`.
+        unread: fields of the rows that the type does not read, at most `Faults.MOST_SUBJECTS`.
     """
 
     def __init__(self, dataset: DatasetRef, special: str | None, seen: dict[int, str]):
@@ -228,9 +228,8 @@ class _Reader:
                 return
             file.count(mistake, number)
         file.has_system = file.has_system or isinstance(row.get("system"), str)
-        for name, value in row.items():
-            is_unread = isinstance(value, str) and name not in self.type.names
-            if is_unread and len(self.unread) < Faults.MOST_SUBJECTS:
+        for name in row:
+            if name not in self.type.names and len(self.unread) < Faults.MOST_SUBJECTS:
                 self.unread.add(name)
         self._check_text(file, number, self.type.content_of(row))
 

@@ -17,7 +17,7 @@ class TrainingSettings:
         gradient_accumulation_steps: micro batches per optimizer step.
         max_steps: number of optimizer steps, in place of `num_epochs`; 0 if not set.
         sequence_len: maximum number of tokens per row.
-        val_set_size: rows held out of the training data: their number, or below 1 their share.
+        val_set_size: rows held out of the training data: their number, or up to 1 their share.
         adapter: qlora, lora, another adapter, or None for full fine-tuning.
         rank, dropout: of LoRA.
         targets: layers with LoRA, as in PEFT: their names, a regular expression, or all-linear.
@@ -76,11 +76,11 @@ class TrainingSettings:
         return math.ceil(rows * self.num_epochs / (self.rows_per_step * gpus))
 
     def rows_left(self, rows: int) -> int:
-        """Number of rows that `val_set_size` leaves for training."""
-        held_out = self.val_set_size
-        if held_out < 1:
-            held_out *= rows
-        return max(rows - math.ceil(held_out), 0)
+        """Number of rows that `val_set_size` leaves for training (axolotl/utils/data/sft.py)."""
+        held_out = int(self.val_set_size)
+        if self.val_set_size <= 1:
+            held_out = math.ceil(self.val_set_size * rows)
+        return max(rows - held_out, 0)
 
 
 SEED = 42  # axolotl/utils/schemas/validation.py

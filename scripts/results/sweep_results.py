@@ -128,7 +128,7 @@ class SweepRow:
         """Beginnings of the hashes in `losses`, if the eval losses are not comparable."""
         if self.compared_loss is not None:
             return None
-        return ", ".join(str(tokens)[:8] for tokens in self.losses) or None
+        return ", ".join(str(tokens or "unknown")[:8] for tokens in self.losses) or None
 
     @property
     def minutes(self) -> str | None:
@@ -175,7 +175,7 @@ def _compare_losses(table: Sequence[SweepRow]) -> None:
     measured = [row for row in table if row.losses]
     if not measured:
         return
-    shared = set.intersection(*(set(row.losses) for row in measured))
+    shared = set.intersection(*(set(row.losses) for row in measured)) - {None}
     if not shared:
         return
     for row in measured:
@@ -228,7 +228,7 @@ def notes(rows: Sequence[SweepRow]) -> Iterator[str]:
     if any(row.pareto for row in rows):
         yield f"front: on the Pareto front over peak memory and {LOSS}"
     if any(row.other_tokens for row in rows):
-        yield "Members with other tokens are not comparable, so there is no Pareto front and no best member."
+        yield "Members with other or unknown tokens are not comparable, so there is neither a front nor a best member."
     if any(len(row.losses) > 1 for row in rows):
         yield "Held-out rows differ by seed; members are compared seed by seed."
     if any(row.member.planned_gib is not None for row in rows):
@@ -336,8 +336,8 @@ def show_best(rows: Sequence[BestRow]) -> None:
     without = [row.sweep.label for row in rows if row.best is None]
     if without:
         tables.print_text(
-            "no eval loss on validation rows separate from the test rows, or eval losses over different tokens: "
-            f"{', '.join(without)}; add `--set val_set_size=0.05`, or test_datasets with other rows"
+            "no eval loss on validation rows separate from the test rows, or eval losses over different or unknown "
+            f"tokens: {', '.join(without)}; add `--set val_set_size=0.05`, or test_datasets with other rows"
         )
 
 

@@ -151,7 +151,10 @@ def _work(work: "Work") -> Iterator[tuple[str, str]]:
             "row lengths",
             "unknown; tokens and hours assume full rows; if rows and tokenizer are local, --data measures lengths",
         )
-    yield "rows", f"{work.rows:,} ({work.rows_are})" if work.rows else "unknown; the data is not local JSONL"
+    rows = "unknown; only complete rows in local JSONL files are counted"
+    if work.rows:
+        rows = f"{work.rows:,} ({work.rows_are})"
+    yield "rows", rows
     if work.tokens:
         yield "tokens in all epochs", f"{up_to}{work.tokens:,} ({work.tokens_are})"
     if work.steps:

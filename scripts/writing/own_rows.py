@@ -52,6 +52,7 @@ class OwnRows:
         entry: the data set entry, without path.
         reason: the reason for the prompts; empty if the user sets them.
         left_out: places of rows without a question or an answer, after `copied`.
+        dropped: columns that the copy lacks, after `copied`.
     """
 
     file: Path
@@ -61,6 +62,7 @@ class OwnRows:
     entry: Config
     reason: str = ""
     left_out: list[str] = field(default_factory=list)
+    dropped: set[str] = field(default_factory=set)
 
     @property
     def are_chats(self) -> bool:
@@ -98,7 +100,7 @@ class OwnRows:
             raise
 
     def _rows(self) -> Iterator[Row]:
-        """Rows as Axolotl reads them. They keep texts of other columns, for a note by `recipe check`."""
+        """Rows as Axolotl reads them. They keep texts of other columns, which a type set by the user can read."""
         source = RawFile(self.file)
         for raw in source.rows():
             row: Row = {}
@@ -106,6 +108,8 @@ class OwnRows:
             for column, value in sorted(raw.items(), key=lambda item: item[0] in self.fields):
                 if column in self.fields or isinstance(value, str):
                     row[self.fields.get(column, column)] = value
+                else:
+                    self.dropped.add(column)
             if self.form.is_pair and not self._prepare(row, source.where):
                 self.left_out.append(source.where)
             else:
@@ -244,7 +248,7 @@ def explanations(rows: OwnRows, config: Config, unread: Sequence[str]) -> Iterat
     Args:
         rows: the rows.
         config: the variant's config.
-        unread: text fields that Axolotl does not read.
+        unread: fields that Axolotl does not read.
     """
     if rows.path == rows.copy:
         yield f"rows: {datafiles.count_rows(rows.copy):,} of {rows.file}, copied to {paths.shown(rows.copy)}"
@@ -256,5 +260,6 @@ def explanations(rows: OwnRows, config: Config, unread: Sequence[str]) -> Iterat
     if share:
         use = "for the eval loss and `recipe evaluate`; --set val_set_size=20 holds out 20 rows"
         yield f"held out: val_set_size {share}, {use}"
-    if unread:
-        yield f"not used: {' and '.join(unread)}; add the text to a field that is used"
+    unused = sorted({*unread, *rows.dropped})
+    if unused:
+        yield f"not used: {', '.join(unused)}; add the content to a field that is used"

@@ -86,7 +86,13 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"test_datasets": None, "val_set_size": 2000},
-        "error: val_set_size: 2000 leaves no rows for training; lower it [no-data:val_set_size]",
+        "error: val_set_size: 2000 leaves no rows for training; set a share below 1, or a lower number above 1 "
+        "[no-data:val_set_size]",
+    ),
+    (
+        data(path="owner/rows-on-a-hub") | {"test_datasets": None, "val_set_size": 1},
+        "error: val_set_size: 1 leaves no rows for training; set a share below 1, or a lower number above 1 "
+        "[no-data:val_set_size]",
     ),
     (
         {"hub_model_id": "x", "wandb_api_key": "x"},

@@ -36,6 +36,14 @@ def test_missing_and_invalid_values_take_axolotls_defaults(config):
     assert TrainingSettings.of(config) == DEFAULTS
 
 
+@pytest.mark.parametrize(
+    ("val_set_size", "left"),
+    [(0.1, 27), (0.001, 29), (1, 0), (1.5, 29), (20.5, 10), (30, 0), (40, 0)],
+)
+def test_rows_are_held_out_as_axolotl_does(val_set_size, left):
+    assert TrainingSettings.of({"val_set_size": val_set_size}).rows_left(30) == left
+
+
 def test_a_seed_can_be_text():
     assert TrainingSettings.of({"seed": "7"}).seed == 7
 

@@ -439,6 +439,15 @@ def test_a_plan_is_printed_as_tables(capsys):
     assert capsys.readouterr().out == PRINTED
 
 
+def test_rows_that_are_not_counted_are_unknown(capsys):
+    _print_plan(planned_example(False, Work(None, "", None, TokenCount.UNKNOWN, None, 1.5e10, None, None)))
+    assert capsys.readouterr().out.splitlines()[-4:-1] == [
+        "work",
+        "rows                  unknown; only complete rows in local JSONL files are counted",
+        "operations per token  1.5e+10",
+    ]
+
+
 PRINTED_LOG = """\
 
 published log: On sums, table 2

@@ -99,7 +99,7 @@ def a_sweep(
                 memory_kind="GPU, reserved",
                 train_seconds=60,
                 trainable_parameters=240 << i,
-                parameters=48_000,
+                eval_tokens={"count": 100, "sha256": "a" * 64},
             )
             changed = {} if i == 2 else {"lora_r": 8 << i}
             folder = a_run(runs, of, f"2026-{digest}", bleu4, digest=digest, summary=summary, set=changed)
@@ -128,10 +128,21 @@ def score_tokens(runs: Path, letters: dict[str, str]) -> None:
         folder.write(run)
 
 
+def test_members_with_unknown_tokens_are_not_compared(tmp_path):
+    sweep = a_sweep(tmp_path, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)]})
+    for folder in rundir.all_runs(tmp_path):
+        run = folder.read()
+        run.summary.eval_tokens = None
+        folder.write(run)
+    rows = sweep_results.rows(sweep, tmp_path)
+    assert [(row.pareto, row.compared_loss, row.other_tokens) for row in rows] == [(False, None, "unknown")] * 2
+    assert [*sweep_results.notes(rows)] == [OTHER_TOKENS]
+
+
 def without_best(labels: str) -> str:
     """Note on sweeps without a best member."""
     return (
-        "no eval loss on validation rows separate from the test rows, or eval losses over different tokens: "
+        "no eval loss on validation rows separate from the test rows, or eval losses over different or unknown tokens: "
         f"{labels}; add `--set val_set_size=0.05`, or test_datasets with other rows"
     )
 
@@ -152,7 +163,7 @@ def test_members_with_other_tokens_have_neither_front_nor_best(tmp_path, recipe)
 
 
 FRONT = "front: on the Pareto front over peak memory and eval_loss"
-OTHER_TOKENS = "Members with other tokens are not comparable, so there is no Pareto front and no best member."
+OTHER_TOKENS = "Members with other or unknown tokens are not comparable, so there is neither a front nor a best member."
 BY_SEED = "Held-out rows differ by seed; members are compared seed by seed."
 PLANNED = "Planned memory is that of the recipe on a GPU, also in a rehearsal, whose measured memory is the CPU's."
 

@@ -368,13 +368,14 @@ def test_no_rows_are_held_out_beside_the_users_test_rows(recipe, questions):
         ([{"question": "a", "answer": "b", "context": "c"}], "context"),
         ([{"prompt": "a", "completion": "b", "response": "c"}], "response"),
         ([{"text": "a", "label": "b"}], "label"),
-        ([{"text": "a"}, {"text": "a", "title": "b", "length": 3, "id": "4"}], "id and title"),
+        ([{"text": "a"}, {"text": "a", "title": "b", "length": 3, "id": "4"}], "id, length, title"),
         ([{"messages": [{"role": "user", "content": "a"}], "source": "b", "tools": []}], "source"),
-        ([{"text": "a", "label": 3}], None),
+        ([{"text": "a", "label": 3}], "label"),
+        ([{"question": "a", "answer": "b", "level": 3, "tags": ["c"], "context": "d"}], "context, level, tags"),
         ([{"instruction": "a", "input": "b", "output": "c"}], None),
     ],
 )
-def test_text_fields_that_are_not_used_are_named(recipe, tmp_path, rows, unread):
+def test_fields_that_are_not_used_are_named(recipe, tmp_path, rows, unread):
     write_rows(tmp_path / "rows.jsonl", rows * 9)
     done = recipe.ok("new", "mine", "--data", "rows.jsonl")
     lines = [line for line in done.stderr.splitlines() if line.startswith("not used: ")]
