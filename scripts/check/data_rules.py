@@ -84,6 +84,17 @@ def _file_problems(key: str, entry: Config) -> Problems:
 
 
 @rule
+def trained_test_rows(case: Case) -> Problems:
+    """A model that has learned its test rows scores too well; only rows in JSONL files are compared one by one."""
+    for test in datafiles.test_sets(case.config):
+        for trained in datafiles.training_sets(case.config):
+            parts = {split for split in (test.split, trained.split) if "[" in split}
+            if test.source == trained.source and len(parts) < 2:
+                problem = f"has rows of {trained.key}, which are trained on: scores mean little"
+                yield "warning", f"{test.key}.path", problem, "name other rows, or delete it and set val_set_size"
+
+
+@rule
 def packing_leaks(case: Case) -> Problems:
     """Packed rows attend to each other unless the attention implementation separates them.
 

@@ -4,6 +4,7 @@ import codecs
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ def check_rows(config: Config, wrong: Collection[str] = ()) -> tuple[list[Findin
     """Find mistakes in local JSONL rows; also return each data set's size.
 
     Each file is streamed once. A hash of each row (some 100 bytes) stays in memory, to find rows that repeat within
-    the training data, or that the evaluation data shares with the training data.
+    the training data, or that the evaluation data and test.jsonl beside it share with the training data.
 
     Args:
         config: a config without the values that break the schema.
@@ -43,7 +44,19 @@ def check_rows(config: Config, wrong: Collection[str] = ()) -> tuple[list[Findin
         findings += reader.notes()
         if reader.paths:
             sizes.append(reader.size())
+    test = datafiles.test_file(config)
+    if test and [test] not in [size["files"] for size in sizes]:
+        findings += _leaked_rows(test, datafiles.training_sets(config)[0].entry, seen)
     return findings, sizes
+
+
+def _leaked_rows(test: str, entry: Config, seen: dict[int, str]) -> list[Finding]:
+    """Find training rows in a file of test rows that no data set names, in the format of a data set."""
+    reader = _Reader(DatasetRef("test_datasets", 0, entry | {"path": test, "split": None}), None, seen)
+    (file,) = reader.files
+    file.key = ""
+    reader.read(file)
+    return [finding for finding in file.findings() if finding.rule == "leaked-row"]
 
 
 def readable(kind: RowType, line: bytes) -> Row | None:
@@ -56,50 +69,53 @@ def readable(kind: RowType, line: bytes) -> Row | None:
     return None if is_unreadable else row
 
 
+Place = tuple[str, int]
+"""File and line."""
+
+
+def lines_of(file: Path) -> Iterator[tuple[Place, bytes]]:
+    """Lines of a file that are not blank, each with its place."""
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.removeprefix(codecs.BOM_UTF8).strip():
+                yield (str(file), number), line
+
+
 class Wording(NamedTuple):
-    """Words for rows with the same fault; in the problem, {n} is their number, {about} the fault's subject."""
+    """Words for rows with the same fault; in the problem, {n} is their number, {about} the fault's subject.
+
+    Attributes:
+        rule: name of the finding; by default the fault's.
+    """
 
     level: Level
-    rule: str
     problem: str
     remedy: str
+    rule: str = ""
 
-    def finding(self, key: str, about: str, rows: FaultyRows) -> Finding:
-        """Finding at the first of some faulty rows."""
+    def finding(self, key: str, fault: tuple[str, str], rows: FaultyRows) -> Finding:
+        """Finding at the first of some rows with a fault, given by rule and subject."""
+        rule, about = fault
         problem = self.problem.format(n=rows, about=about)
-        return Finding(self.level, self.rule, key, problem, self.remedy, *rows.place)
+        return Finding(self.level, self.rule or rule, key, problem, self.remedy, *rows.place)
 
 
 _WORDING = {
-    "bad-row": Wording("error", "bad-row", "{n}: {about}", "correct or drop these rows"),
+    "bad-row": Wording("error", "{n}: {about}", "correct or drop these rows"),
     "other-fields": Wording(
-        "error", "bad-row", "{n}: the type reads other fields: {about}", "correct or drop these rows"
+        "error", "{n}: the type reads other fields: {about}", "correct or drop these rows", rule="bad-row"
     ),
-    "empty-reference": Wording(
-        "warning", "empty-reference", "{n} with an empty {about}: the model learns nothing", "drop these rows"
-    ),
+    "empty-reference": Wording("warning", "{n} with an empty {about}: the model learns nothing", "drop these rows"),
     "lacks-system": Wording(
-        "error",
-        "lacks-system",
-        "{n} without the field system, which Axolotl fills with None",
-        'add it; it can be ""',
+        "error", "{n} without the field system, which Axolotl fills with None", 'add it; it can be ""'
     ),
     "no-format": Wording(
-        "error",
-        "no-format",
-        "{n} without {about}: Axolotl uses its own prompt instead of format",
-        "set no_input_format",
+        "error", "{n} without {about}: Axolotl uses its own prompt instead of format", "set no_input_format"
     ),
-    "misspelt-field": Wording("warning", "misspelt-field", "{n}: {about}", ""),
-    "special-token": Wording(
-        "warning", "special-token", "{n} with the text {about}, which the tokenizer reads as a special token", ""
-    ),
-    "repeated-row": Wording(
-        "warning", "repeated-row", "{n}: repeated", "`dataset_exact_deduplication: true` drops them"
-    ),
-    "leaked-row": Wording(
-        "warning", "leaked-row", "{n} also in the training data: scores mean little", "drop them from it"
-    ),
+    "misspelt-field": Wording("warning", "{n}: {about}", ""),
+    "special-token": Wording("warning", "{n} with the text {about}, which the tokenizer reads as a special token", ""),
+    "repeated-row": Wording("warning", "{n}: repeated", "`dataset_exact_deduplication: true` drops them"),
+    "leaked-row": Wording("warning", "{n} also in the training data: scores mean little", "drop them from it"),
 }
 
 
@@ -130,12 +146,13 @@ class _File:
         """A finding for each kind of mistake, at the mistake's first row."""
         if not self.rows and self.path.stat().st_size:  # another rule reports files of 0 bytes
             yield Finding("error", "bad-row", self.key, "no rows", where=str(self.path))
-        for (fault, about), rows in self.faults.items():
-            if fault == "lacks-system" and not self.has_system:
+        for fault, rows in self.faults.items():
+            rule = fault[0]
+            if rule == "lacks-system" and not self.has_system:
                 continue
-            finding = _WORDING[fault].finding(self.key, about, rows)
-            finding.problem += _example(fault, rows)
-            if fault == "other-fields" and rows.count == self.rows:  # the type is wrong, not the rows
+            finding = _WORDING[rule].finding(self.key, fault, rows)
+            finding.problem += _example(rule, rows)
+            if rule == "other-fields" and rows.count == self.rows:  # the type is wrong, not the rows
                 finding.remedy = _type_remedy(self.other_fields)
             yield finding
 
@@ -184,14 +201,9 @@ class _Reader:
 
     def read(self, file: _File) -> None:
         """Count a file's rows, up to the data set's limit, and their mistakes."""
-        limit = datafiles.first_rows(self.dataset.entry)
-        with file.path.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                if file.rows == limit:
-                    break
-                if line.removeprefix(codecs.BOM_UTF8).strip():
-                    file.rows += 1
-                    self._check_line(file, number, line)
+        for (_, number), line in islice(lines_of(file.path), datafiles.first_rows(self.dataset.entry)):
+            file.rows += 1
+            self._check_line(file, number, line)
 
     def notes(self) -> Iterator[Finding]:
         """Notes about files that are not JSONL."""

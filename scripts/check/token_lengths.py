@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import batched, chain, groupby, islice
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -20,19 +19,16 @@ from ..config.training_settings import TrainingSettings
 from ..training.losses import MASKED
 from ..training.row_types import row_type
 from ..training.tokens import Tokenizer, Tokens, packed_sequences, padding, taught_ends, unknown_roles
-from .rows import Wording, readable
+from .rows import Place, Wording, lines_of, readable
 
-Place = tuple[str, int]
-"""File and line."""
 _MOST_REFUSED = 20  # rows of a data set that Axolotl cannot tokenize; finding each takes ten calls or more
 
 
 _WORDING = {
-    "refused-row": Wording("error", "bad-row", "{n}: {about}", "correct the rows, the type or the template"),
-    "unknown-role": Wording("warning", "unknown-role", "{n} with the role {about}", "correct it, or add it to `roles`"),
+    "refused-row": Wording("error", "{n}: {about}", "correct the rows, the type or the template", rule="bad-row"),
+    "unknown-role": Wording("warning", "{n} with the role {about}", "correct it, or add it to `roles`"),
     "nothing-learnt": Wording(
         "warning",
-        "nothing-learnt",
         "{n} without tokens that carry loss (empty answer, or wrong role)",
         "correct or drop these rows",
     ),
@@ -234,9 +230,9 @@ class _TokenizedSet:
     def findings(self) -> Iterator[Finding]:
         """Findings about rows, each at the first row concerned, then about all rows together."""
         key = self.dataset.key
-        for (fault, about), rows in self.faults.items():
-            finding = _WORDING[fault].finding(f"{key}.path", about, rows)
-            if fault == "nothing-learnt" and rows.count == self.rows:
+        for fault, rows in self.faults.items():
+            finding = _WORDING[fault[0]].finding(f"{key}.path", fault, rows)
+            if finding.rule == "nothing-learnt" and rows.count == self.rows:
                 finding.level = "error"
             yield finding
         if self.is_given_up:
@@ -288,16 +284,9 @@ def _numbered(tokenizer: Tokenizer, dataset: DatasetRef) -> Iterator[tuple[Place
         for number, row in enumerate(tokenizer.load(dataset), start=1):
             yield (dataset.entry["path"], number), row
         return
-    lines = chain.from_iterable(map(_lines_of, files))
+    lines = chain.from_iterable(map(lines_of, files))
     kind = row_type(dataset.entry)
     for place, line in islice(lines, datafiles.first_rows(dataset.entry)):
         row = readable(kind, line)
         if row is not None:
             yield place, row
-
-
-def _lines_of(file: Path) -> Iterator[tuple[Place, bytes]]:
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield (str(file), number), line

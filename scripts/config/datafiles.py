@@ -67,6 +67,19 @@ class DatasetRef:
         """True for training data, False for evaluation data."""
         return self.section == "datasets"
 
+    @property
+    def split(self) -> str:
+        """Split of the data set; by default that of its section, or the only one of a file."""
+        is_file = Path(str(self.entry.get("path"))).is_file()
+        default = "train" if self.is_training or is_file else "test"
+        return str(self.entry.get("split") or default)
+
+    @property
+    def source(self) -> list[Any]:
+        """Settings that select the rows, without a part such as [:40] of the split."""
+        keys = ("path", "name", "data_files", "revision", "shards", "shards_idx")
+        return [self.split.partition("[")[0], *map(self.entry.get, keys)]
+
 
 NO_DATASET = DatasetRef("datasets", 0, {})
 """First data set of a config that lists none."""
@@ -139,6 +152,18 @@ def _local_path(name: Any) -> Path | None:
 def jsonl_files(dataset: Config) -> list[Path]:
     """A data set's existing local JSONL files."""
     return [file for file in local_files(dataset) if file.suffix == ".jsonl" and file.is_file()]
+
+
+def jsonl(entry: Config, folder: Path = Path()) -> Path | None:
+    """JSONL file of a data set; None if Axolotl must load the rows."""
+    file = Path(folder, str(entry.get("path")))
+    if file.suffix != ".jsonl" or not file.is_file():
+        return None
+    if any(entry.get(key) for key in ("shards", "weight", "preprocess_shards", "name", "ds_type")):
+        return None
+    if entry.get("split") not in (None, "train") and first_rows(entry) is None:
+        return None
+    return file
 
 
 def missing_files(dataset: Config) -> list[Path]:
@@ -280,16 +305,14 @@ def can_be_rehearsed(dataset: Config) -> bool:
 
 def at_most(dataset: DatasetRef, rows: int) -> Config:
     """Limit a data set to its first rows; leave splits such as `train[:10%]` unchanged."""
-    entry = dataset.entry
-    only_split = "train" if dataset.is_training or not Path(entry["path"]).is_dir() else "test"
-    match = re.fullmatch(r"(\w+)(?:\[(\d*):(\d*)\])?", str(entry.get("split") or only_split))
+    match = re.fullmatch(r"(\w+)(?:\[(\d*):(\d*)\])?", dataset.split)
     if not match:
-        return entry
+        return dataset.entry
     name, begin, end = match.groups(default="")
     last = int(begin or 0) + rows
     if end:
         last = min(last, int(end))
-    return entry | {"split": f"{name}[{begin}:{last}]"}
+    return dataset.entry | {"split": f"{name}[{begin}:{last}]"}
 
 
 def first_rows(dataset: Config) -> int | None:
@@ -323,26 +346,12 @@ def training_steps(config: Config, gpus: int = 1) -> int | None:
 
 
 def training_rows(config: Config) -> int | None:
-    """Number of training rows; None if there are none, or if a data set's rows cannot be counted."""
+    """Number of training rows; None if there are none, or unless each data set is a JSONL file of complete rows."""
     rows = 0
     for dataset in training_sets(config):
-        count = _complete_rows(dataset.entry)
-        if count is None:
+        if jsonl(dataset.entry) is None or dataset.entry.get("type") == "completion":  # which Axolotl splits
             return None
-        rows += count
+        rows += count_jsonl(dataset.entry)
     if rows == 0:
         return None
     return TrainingSettings.of(config).rows_left(rows)
-
-
-def _complete_rows(dataset: Config) -> int | None:
-    """Number of a data set's rows; None unless it is one local JSONL file of complete rows.
-
-    Axolotl splits rows of the type completion into pieces."""
-    if len(jsonl_files(dataset)) != 1 or dataset.get("type") == "completion":
-        return None
-    if dataset.get("shards") or dataset.get("weight"):
-        return None
-    if first_rows(dataset) is None and dataset.get("split", "train") != "train":
-        return None
-    return count_jsonl(dataset)

@@ -153,7 +153,7 @@ def _configured(cfg: Config, folder: Path) -> RowSource | None:
     if tests := datafiles.test_sets(cfg):
         file = None
         if len(tests) == 1 and not datafiles.first_rows(tests[0].entry):
-            file = jsonl(tests[0].entry, folder)
+            file = datafiles.jsonl(tests[0].entry, folder)
         return RowSource(str(file.resolve()) if file else _in_words(tests, folder), tests, file)
     if cfg.get("val_set_size"):
         trained = datafiles.training_sets(cfg)
@@ -246,7 +246,7 @@ def _read_datasets(
     source: RowSource, folder: RunDir, run: Run, cfg: Config, loads: bool
 ) -> tuple[list[tuple[DatasetRef, Row]], list[RowsState]]:
     """Rows of data sets, each with its data set, and the states of the files."""
-    files = [file for dataset in source.datasets if (file := jsonl(dataset.entry, Path(run.cwd)))]
+    files = [file for dataset in source.datasets if (file := datafiles.jsonl(dataset.entry, Path(run.cwd)))]
     if source.held_out or len(files) < len(source.datasets):
         rows_file = folder.path / KEPT
         if loads and not rows_file.is_file():
@@ -258,18 +258,6 @@ def _read_datasets(
         pairs += [(dataset, row) for row in read_rows(file)[:first]]
         states.append(RowsState.of_rows(file, first))
     return pairs, states
-
-
-def jsonl(entry: Config, folder: Path) -> Path | None:
-    """JSONL file of a data set; None if Axolotl must load the rows."""
-    file = Path(folder, str(entry.get("path")))
-    if file.suffix != ".jsonl" or not file.is_file():
-        return None
-    if any(entry.get(key) for key in ("shards", "weight", "preprocess_shards", "name", "ds_type")):
-        return None
-    if entry.get("split") not in (None, "train") and datafiles.first_rows(entry) is None:
-        return None
-    return file
 
 
 def _in_words(datasets: list[DatasetRef], folder: Path) -> str:
@@ -329,7 +317,7 @@ def trained_positions(test: EvaluationRows, run: Run, cfg: Config) -> list[int] 
         return None
     trained: set[int] = set()
     for dataset in datafiles.training_sets(cfg):
-        file = jsonl(dataset.entry, Path(run.cwd))
+        file = datafiles.jsonl(dataset.entry, Path(run.cwd))
         if file is None:
             return None
         kind = row_type(dataset.entry)

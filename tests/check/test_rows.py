@@ -184,6 +184,20 @@ def test_evaluation_rows_that_were_trained_on_are_found():
     assert [size["rows"] for size in sizes] == [2, 3]
 
 
+def test_test_rows_that_no_data_set_names_are_compared_with_the_training_rows():
+    write("train.jsonl", [GOOD, GOOD | {"output": "Another."}])
+    write("valid.jsonl", [GOOD | {"output": "New."}])
+    write("test.jsonl", [{"other": "fields"}, GOOD | {"id": 7}])
+    config = {"datasets": [{"path": "train.jsonl", "type": "alpaca", "split": "train[:1]"}]}
+    config["test_datasets"] = [{"path": "valid.jsonl", "type": "alpaca"}]
+    findings, sizes = rows.check_rows(config)
+    assert list(map(str, findings)) == [
+        "test.jsonl:2: warning: 1 row also in the training data: scores mean little (train.jsonl:1); drop them from it "
+        "[leaked-row]"
+    ]
+    assert [size["files"] for size in sizes] == [["train.jsonl"], ["valid.jsonl"]]
+
+
 def test_a_folder_is_read_file_by_file(place):
     (place / "rows").mkdir()
     for i in range(2):

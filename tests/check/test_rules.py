@@ -136,6 +136,19 @@ CASES: list[tuple[dict[str, Any], str]] = [
         "error: datasets.0.path: json does not exist; correct the path; only data_files of a folder can be a "
         "pattern [missing-file:datasets.0.path]",
     ),
+    *(
+        (
+            {"datasets": [DATA | trained], "test_datasets": [DATA | tested], "val_set_size": None},
+            "warning: test_datasets.0.path: has rows of datasets.0, which are trained on: scores mean little; name "
+            "other rows, or delete it and set val_set_size [trained-test-rows:test_datasets.0.path]",
+        )
+        for trained, tested in (
+            ({"path": "owner/rows"}, {"path": "owner/rows", "split": "train"}),
+            ({"path": "owner/rows", "revision": "v1"}, {"path": "owner/rows", "revision": "v1", "split": "train[:9]"}),
+            ({"path": "owner/rows", "split": "all[9:]"}, {"path": "owner/rows", "split": "all"}),
+            ({}, {}),  # a file
+        )
+    ),
     (
         {"deepspeed": "deepspeed_configs/zero2.json"},
         "error: deepspeed: deepspeed_configs/zero2.json does not exist; correct the path, or delete the key and add "
@@ -426,6 +439,8 @@ RIGHT: list[tuple[dict[str, Any], str | None]] = [
     ({"special_tokens": {"eos_token": "<|im_end|>"}, "lora_modules_to_save": ["embed_tokens", "lm_head"]}, None),
     ({"datasets": [{"path": "some/data-set", "type": "alpaca"}]}, None),
     (data(path="data", data_files="data/codereviewer/t*.jsonl"), None),
+    (data(path="owner/rows") | {"test_datasets": [DATA | {"path": "owner/rows"}]}, None),  # splits train and test
+    (data(split="train[:90%]") | {"test_datasets": [DATA | {"split": "train[90%:]"}]}, None),
     ({"plugins": [CCE], "cut_cross_entropy": False}, None),
     ({"fp16": False, "bf16": True, "tf32": True, "attn_implementation": "kernels-community/flash-attn3"}, "H100"),
     ({"fp16": True, "bf16": "auto"}, "T4"),  # Axolotl then leaves bf16 off
