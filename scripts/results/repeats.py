@@ -107,16 +107,15 @@ def _evaluated_alike(a: RunResult, b: RunResult, settings: set[str]) -> bool:
     return a.evaluation.settings.model_dump(include=settings) == b.evaluation.settings.model_dump(include=settings)
 
 
-def tokens(result: RunResult) -> str | None:
-    """Hash of the tokens behind a run's eval loss; None if it is unknown."""
+def tokens(result: RunResult) -> str:
+    """Hash of the tokens behind a run's eval loss; if they are unknown, a text that no other run has."""
     eval_tokens = result.summary.eval_tokens
-    return eval_tokens["sha256"] if eval_tokens else None
+    return eval_tokens["sha256"] if eval_tokens else f"unknown in {result.folder.path}"
 
 
 def cover_same_tokens(results: Sequence[RunResult]) -> bool:
-    """True if the eval losses of some runs are known to cover the same tokens; always for one loss, or without one."""
-    hashes = [tokens(result) for result in results if result.summary.eval_loss_per_token is not None]
-    return len(hashes) < 2 or (hashes[0] is not None and len(set(hashes)) == 1)
+    """True if the eval losses of some runs are known to cover the same tokens; always for less than two runs."""
+    return len(set(map(tokens, results))) < 2
 
 
 def seed(result: RunResult) -> int:

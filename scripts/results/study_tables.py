@@ -201,7 +201,8 @@ def notes(study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
 
 def _interval_notes(study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
     """Notes on limitations of the intervals behind verdicts, with remedies."""
-    differing = [row.recipe for row in rows if not repeats.cover_same_tokens(row.runs)]
+    measured = [row for row in rows if row.summary.eval_loss_per_token is not None]
+    differing = [row.recipe for row in measured if not repeats.cover_same_tokens(row.runs)]
     if differing:
         yield f"{', '.join(differing)}: the runs' eval losses cover different or unknown tokens, and have no mean."
     if any(row.lacks_seeds for row in rows):

@@ -80,9 +80,9 @@ class SweepRow:
         return {name: repeats.mean_score(column, self.finished) for name, column in columns.items()}
 
     @cached_property
-    def losses(self) -> dict[str | None, list[float]]:
-        """Eval losses of the finished runs, by hash of the tokens behind them."""
-        losses: dict[str | None, list[float]] = {}
+    def losses(self) -> dict[str, list[float]]:
+        """Eval losses of the finished runs, by the tokens behind them, see `repeats.tokens`."""
+        losses: dict[str, list[float]] = {}
         for result in self.finished:
             loss = result.summary.eval_loss_per_token
             if loss is not None:
@@ -111,9 +111,7 @@ class SweepRow:
 
     @cached_property
     def validated(self) -> bool:
-        """True if the eval loss may select a member: it is known, and comes from rows other than the test rows."""
-        if self.scores[LOSS].value is None:
-            return False
+        """True if the rows of the eval loss are not the test rows, so that it may select a member."""
         return all(evaluation_rows.validation(result.run, result.folder.config) for result in self.finished)
 
     @property
@@ -125,10 +123,10 @@ class SweepRow:
 
     @property
     def other_tokens(self) -> str | None:
-        """Beginnings of the hashes in `losses`, if the eval losses are not comparable."""
+        """Beginnings of the keys of `losses`, if the eval losses are not comparable."""
         if self.compared_loss is not None:
             return None
-        return ", ".join(str(tokens or "unknown")[:8] for tokens in self.losses) or None
+        return ", ".join(tokens[:8].strip() for tokens in self.losses) or None
 
     @property
     def minutes(self) -> str | None:
@@ -144,7 +142,7 @@ def rows(sweep: Sweep, runs: Path) -> list[SweepRow]:
     _compare_losses(table)
     front = _pareto_front({row.costs for row in table if row.costs})
     for row in table:
-        row.pareto = row.validated and row.costs in front
+        row.pareto = row.costs in front and row.validated
     return table
 
 
@@ -175,7 +173,7 @@ def _compare_losses(table: Sequence[SweepRow]) -> None:
     measured = [row for row in table if row.losses]
     if not measured:
         return
-    shared = set.intersection(*(set(row.losses) for row in measured)) - {None}
+    shared = set.intersection(*(set(row.losses) for row in measured))
     if not shared:
         return
     for row in measured:
@@ -311,7 +309,7 @@ def _best_row(sweep: Sweep, rows: Sequence[SweepRow]) -> BestRow | None:
     finished = [*itertools.chain.from_iterable(row.finished for row in rows)]
     if not finished or any(result.is_of_something_else for result in finished):
         return None
-    selectable = [row for row in rows if row.validated and row.compared_loss is not None]
+    selectable = [row for row in rows if row.compared_loss is not None and row.validated]
     best = min(selectable, key=attrgetter("compared_loss"), default=None)
     return BestRow(sweep, len(finished), best)
 

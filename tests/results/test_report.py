@@ -97,7 +97,7 @@ def a_run(
         record = {"time": 1.0 + step, "step": step, "max_steps": 30, "epoch": step / 15} | load
         if step % 10 == 0:
             loss = 4 * math.exp(-step / 60) + data.random() / 10
-            records.append(record | {"eval_loss": loss + 0.1, "eval_loss_per_token": loss})
+            records.append(record | {"eval_loss": loss + 0.1, "eval_loss_per_token": loss, "eval_tokens": TOKENS})
         if step:
             loss = 4 * math.exp(-step / 50) + data.random() / 5
             record |= {"loss": loss, "grad_norm": 1 + data.random(), "learning_rate": 2e-4 * (1 - step / 31)}
@@ -116,6 +116,9 @@ def a_run(
     }
     run.write(run.read().model_copy(update=changed | more))
     return run
+
+
+TOKENS = {"count": 900, "sha256": "a" * 64}
 
 
 def html_of(*runs: RunDir) -> str:
