@@ -10,7 +10,7 @@ from ..base.errors import UserError
 from ..base.files import Row, sha256, tensor_shapes
 from ..base.hub import importing_axolotl
 from ..base.processes import held, now
-from ..base.terminal import Bar, say
+from ..base.terminal import Bar, say, say_once
 from ..config import substitution
 from ..config.numerics import precision, quantized
 from ..data import studies
@@ -350,6 +350,8 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
     summary = task.summary  # of this moment, if the run is in training
     if task.run.state != "finished":
         say(f"{folder.path}: the run is {task.run.state} at step {summary.step} of {summary.max_steps}")
+    if task.run.recipe_note:
+        say_once(task.run.recipe_note)  # also with --base
     task.where.mkdir(parents=True, exist_ok=True)
     with held(task.where / scores_file.LOCK, "another evaluation is running"):
         part = part_file(task.where, task.settings)

@@ -17,7 +17,7 @@ from .run_result import RunResult, RunScore
 
 AXOLOTL_EVAL_LOSS = "Axolotl's eval loss"  # shown without a loss per token
 REHEARSALS = "Rehearsals (small stand-in model, few rows; not comparable with any published score)"
-_BELOW = ("scored", "trouble", "changed", "variant of", "jobs", "predictions", "adapter", "not compared")
+_BELOW = ("scored", "trouble", "changed", "variant of", "jobs", "predictions", "adapter", "not compared", "recipe file")
 
 
 def show(folders: Sequence[RunDir], json: bool) -> None:
@@ -66,6 +66,7 @@ def record(result: RunResult) -> Row:
         "tokens_per_second": summary.tokens_per_second,
         "train_seconds": summary.train_seconds,
         "changed_keys": ", ".join(result.changed_keys),
+        "recipe_note": run.recipe_note,
     }
 
 
@@ -167,6 +168,7 @@ def cells(result: RunResult, columns: Mapping[str, Column]) -> Row:
         "adapter": run.published_adapter,
         "trouble": result.trouble,
         "not compared": result.incomparable_loss,
+        "recipe file": run.recipe_note,
         "variant of": run.variant_of,
         "changed": ", ".join(result.changed_keys) or None,
     }

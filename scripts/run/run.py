@@ -172,6 +172,8 @@ def resume(
             f"{folder.path}: not created by you on this machine, or changed since; resuming it can run its author's "
             "code; if you trust the author, add --trust"
         )
+    if record.recipe_note:
+        say(record.recipe_note)
     _record_force(folder, record, force, is_own, backend.here)
     substitution.restore(folder.config)
     if backend.here:
@@ -250,7 +252,7 @@ def _findings(folder: RunDir, record: Run) -> list[Finding]:
     """Findings of a run's config on this machine."""
     from ..plan import plan
 
-    recipe_file = Path(record.recipe_file)
+    recipe_file = record.present_recipe
     composed = Composed(
         recipe=record.recipe,
         recipe_file=recipe_file if recipe_file.is_file() else folder.config_file,  # a run copied from another machine

@@ -284,6 +284,22 @@ class Run(RecordVersion):
         return None
 
     @property
+    def present_recipe(self) -> Path:
+        """File of the recipe as it is now; it may be missing."""
+        shipped = paths.recipe_file(self.recipe)
+        if shipped.is_file():
+            return shipped
+        return Path(self.cwd, self.recipe_file)
+
+    @property
+    def recipe_note(self) -> str | None:
+        """Note on a recipe file that is missing or has changed since the run began; None if it is unchanged."""
+        file = self.present_recipe
+        if file.is_file() and sha256(file) == self.recipe_sha256:
+            return None
+        return f"{self.recipe_file} is missing or has changed since the run began; the run keeps its own config"
+
+    @property
     def origin(self) -> str:
         """Shipped recipe that the run uses, or that its variant changes; determines the study."""
         return self.variant_of or self.recipe

@@ -457,6 +457,14 @@ def test_other_rows_are_evaluated_beside_the_usual_ones(run, sample, tmp_path):
     assert evaluated(run, limit=3) == default
 
 
+def test_an_evaluation_notes_that_the_recipe_has_changed(run, capsys):
+    record(run, recipe_sha256="of another file")
+    evaluated(run, limit=1)
+    assert capsys.readouterr().err.splitlines()[0] == (
+        "x is missing or has changed since the run began; the run keeps its own config"
+    )
+
+
 @pytest.mark.parametrize("state", ["interrupted", "queued"])
 def test_a_run_without_an_adapter_is_said_what_to_do_about(run, state):
     record(run, state=state)

@@ -160,6 +160,15 @@ def test_a_mean_of_losses_has_a_verdict_only_if_each_is_comparable(runs, config,
     assert row["perplexity"] == pytest.approx(3.006, abs=1e-3)
 
 
+def test_a_recipe_that_changed_since_its_run_is_noted(runs):
+    with_seed(runs, 42, RIGHT)
+    file = Path("recipes", f"{PLAIN}.yaml")
+    file.write_text(f"{file.read_text()}# another rate\n")
+    study = small_study.read()
+    note = f"{PLAIN}: f is missing or has changed since the run began; the run keeps its own config."
+    assert note in [*study_tables.notes(study, verdict.rows(study, runs, False))]
+
+
 def test_one_run_borrows_the_spread_of_published_repeats(runs):
     repeated = [67.4, 68.0, 66.9]
     published = {PLAIN: {"scores": {"accuracy": 67.4}, "repeats": {"accuracy": repeated}}, WIDE: {}}

@@ -134,6 +134,22 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(
     assert {file: file.stat().st_mtime_ns for file in run.path.rglob("*")} == before
 
 
+def test_a_recipe_that_changed_since_its_run_is_noted(tmp_path, with_fake_axolotl, tiny_profile):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(paths.recipe_file(PAGED).read_text())
+    with_fake_axolotl.ok("run", "mine.yaml", "--profile", tiny_profile)
+    (run,) = rundir.all_runs(tmp_path / "runs")
+    record = run.read()
+    record.state = "failed"
+    run.write(record)
+    assert with_fake_axolotl.json("results", run.path)[0]["recipe_note"] is None
+    mine.write_text(mine.read_text() + "\nlora_r: 8\n")
+    note = "mine.yaml is missing or has changed since the run began; the run keeps its own config"
+    assert with_fake_axolotl.json("results", run.path)[0]["recipe_note"] == note
+    assert note in with_fake_axolotl.ok("results").stdout.replace("\n", " ")
+    assert with_fake_axolotl.ok("resume", run.path).stderr.splitlines()[0] == note
+
+
 @pytest.mark.long
 def test_a_killed_training_goes_on_to_the_same_adapter(place, tiny_profile, undisturbed):
     """The same with real Axolotl, whose trainings the profile makes equal to the last bit."""

@@ -9,8 +9,8 @@ import torch
 from conftest import recipe_config
 from safetensors.torch import save_file
 
-from qlora_recipes.base import yamlfiles
-from qlora_recipes.base.files import Row
+from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.base.files import Row, sha256
 from qlora_recipes.config import merging
 from qlora_recipes.config.datafiles import training_sets
 from qlora_recipes.config.merging import Difference, Override
@@ -45,7 +45,7 @@ def a_run(runs: Path, recipe_name: str, name: str, bleu4: float, within: float =
         state=more.pop("state", "finished"),
         recipe=recipe_name,
         recipe_file="f",
-        recipe_sha256="x",
+        recipe_sha256=sha256(paths.recipe_file(recipe_name)),
         cwd="/",
         launches=[ended],
         summary=more.pop("summary", summary),
@@ -150,7 +150,7 @@ def a_tiny_run(place: Path, tiny: Path, profile: Path, sample: Path) -> RunDir:
             state="finished",
             recipe="haider2024/llama-2-7b",
             recipe_file="x",
-            recipe_sha256="x",
+            recipe_sha256=sha256(paths.recipe_file("haider2024/llama-2-7b")),
             cwd=str(place),
             test_data=str(sample / "test.jsonl"),
         )

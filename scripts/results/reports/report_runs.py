@@ -9,9 +9,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ...base import paths, tables, yamlfiles
+from ...base import tables, yamlfiles
 from ...base.errors import UserError
-from ...base.files import Row, sha256
+from ...base.files import Row
 from ...base.secrets import without_secrets
 from ...base.yamlfiles import on_one_line
 from ...config import merging
@@ -50,13 +50,6 @@ class ReportedRun(RunResult):
         return rows
 
     @cached_property
-    def _recipe_file(self) -> Path:
-        shipped = paths.recipe_file(self.run.recipe)
-        if shipped.is_file():
-            return shipped
-        return Path(self.run.cwd, self.run.recipe_file)
-
-    @cached_property
     def settings(self) -> list[Row]:
         """Settings with their sources."""
         rows = []
@@ -74,7 +67,7 @@ class ReportedRun(RunResult):
     @cached_property
     def _recipe_sources(self) -> dict[str, str]:
         """Sources of the recipe's keys."""
-        file = self._recipe_file
+        file = self.run.present_recipe
         if not file.is_file():
             return {}
         return dict.fromkeys(yamlfiles.read_yaml(file), "the recipe") | yamlfiles.sources(file)
@@ -86,14 +79,6 @@ class ReportedRun(RunResult):
         if self.base_evaluation:
             evaluations = {"base model alone": self.base_evaluation} | evaluations
         return evaluations
-
-    @property
-    def note(self) -> str:
-        """Warning if the recipe file is missing or has changed since the run; otherwise empty."""
-        file = self._recipe_file
-        if file.is_file() and sha256(file) == self.run.recipe_sha256:
-            return ""
-        return f"{self.run.recipe_file} is missing or has changed since the run; sources come from the present file."
 
     @property
     def records(self) -> dict[str, list[tuple[str, str | None]]]:
