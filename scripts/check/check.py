@@ -159,7 +159,7 @@ def check_config(
     gpu = None if composed.rehearsal else gpu
     of_schema = list(schema.findings(composed.config))
     usable, wrong = schema.usable(composed.config, of_schema)
-    case = Case(composed.config, usable, wrong, gpu, gpus, launching, ask_hub or launching)
+    case = Case(composed.config, usable, wrong, gpu, gpus, launching, ask_hub or launching, composed.differences)
     report = Report(composed.recipe, composed)
     report.add(placed([*of_schema, *rule_findings(case), *_run_findings(case, composed)], composed))
     if data:

@@ -1,7 +1,7 @@
-"""Rules about code from other sources than the installed packages.
+"""Rules about what somebody else's config can do: run code, write files, send data, and pass on a file's text.
 
-Such code is an error. It runs only after the user passes the finding's name to --force. The rules read the config as
-written, with values that break the schema: Axolotl would convert some of them, such as `trust_remote_code: 1`.
+The user accepts an error by passing the finding's name to --force. The rules read the config as written, with values
+that break the schema: Axolotl would convert some of them, such as `trust_remote_code: 1`.
 """
 
 import re
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..base.secrets import without_secrets
-from ..config import datafiles, models
+from ..base.yamlfiles import Config
+from ..config import consent, datafiles, models
 from ..config.finding import Case, Finding, Problems, rule, rule_findings
 from ..config.merging import flatten, last_key
 from ..config.models import ModelFiles
@@ -46,45 +47,66 @@ _PATTERNS = {
 }
 """Keys whose values are harmless if they match a pattern."""
 _PLAIN = """
-    adapter added_tokens_overrides.* axolotl_config_path base_model batch_flattening bench_split bf16 chat_template
-    chat_template_jinja chat_template_kwargs.* default_system_message device eot_tokens excess_length_strategy
-    experts_implementation fix_untrained_tokens fp32_norm_classes image_resize_algorithm image_size large_head_attention
-    model_quantization_config model_revision nf4_backend processor_kwargs.use_fast relora_prune_method revision_of_model
-    ring_attn_func sample_packing_mp_start_method special_tokens.* tf32 tokenizer_config tokens
+    adapter added_tokens_overrides.* batch_flattening bench_split bf16 chat_template chat_template_kwargs.*
+    default_system_message device eot_tokens excess_length_strategy experts_implementation fix_untrained_tokens
+    fp32_norm_classes image_resize_algorithm image_size large_head_attention model_quantization_config model_revision
+    nf4_backend processor_kwargs.use_fast relora_prune_method revision_of_model ring_attn_func role_boundaries.*
+    role_boundaries.end role_boundaries.role role_boundaries.start sample_packing_mp_start_method
+    special_tokens.additional_special_tokens special_tokens.bos_token special_tokens.eos_token
+    special_tokens.pad_token special_tokens.unk_token tf32 tokens
 
-    accelerator_config.* activation_offloading dpo_loss_* dynamic_checkpoint.* eval_strategy evaluation_strategy
-    flex_attn_compile_kwargs.dynamic flex_attn_compile_kwargs.mode gradient_checkpointing
-    gradient_checkpointing_kwargs.* learning_rate lisa_layers_attribute lr_groups.* lr_scheduler lr_scheduler_kwargs.*
-    metric_for_best_model optim_args optim_args.* optim_target_modules optimizer qgalore_proj_type rl save_strategy
-    pose_split_on_token_ids selective_checkpointing* torch_compile torch_compile_mode torch_compile_options.*
+    accelerator_config.* activation_offloading dpo_loss_type dpo_loss_weights dynamic_checkpoint.check_interval
+    dynamic_checkpoint.enabled eval_strategy evaluation_strategy flex_attn_compile_kwargs.dynamic
+    flex_attn_compile_kwargs.mode gradient_checkpointing gradient_checkpointing_kwargs.* learning_rate
+    lisa_layers_attribute lr_groups.lr lr_groups.modules lr_groups.name lr_scheduler lr_scheduler_kwargs.*
+    metric_for_best_model optim_args optim_args.* optim_target_modules optimizer pose_split_on_token_ids
+    qgalore_proj_type rl save_strategy selective_checkpointing selective_checkpointing.offload
+    selective_checkpointing.recompute_layer_types selective_checkpointing.save
+    selective_checkpointing.save_matmul_min_k selective_checkpointing.save_modules
+    selective_checkpointing.save_sliding_window torch_compile torch_compile_mode torch_compile_options.*
     unfrozen_parameters
 
-    bnb_config_kwargs.* lora_alpha_pattern.* lora_model_dir lora_modules_to_save lora_rank_pattern.* lora_target_modules
-    lora_target_parameters merge_method mora.* peft.* peft_init_lora_weights peft_layer_replication*
-    peft_layers_* peft_trainable_token_indices* qat.* quantization.*
+    bnb_config_kwargs.blocksize bnb_config_kwargs.bnb_4bit_compute_dtype bnb_config_kwargs.bnb_4bit_quant_storage
+    bnb_config_kwargs.bnb_4bit_quant_type bnb_config_kwargs.bnb_4bit_use_double_quant
+    bnb_config_kwargs.llm_int8_enable_fp32_cpu_offload bnb_config_kwargs.llm_int8_has_fp16_weight
+    bnb_config_kwargs.llm_int8_skip_modules bnb_config_kwargs.llm_int8_threshold bnb_config_kwargs.load_in_4bit
+    bnb_config_kwargs.load_in_8bit lora_alpha_pattern.* lora_modules_to_save lora_rank_pattern.* lora_target_modules
+    lora_target_parameters merge_method mora.* peft.* peft_init_lora_weights peft_layer_replication
+    peft_layers_pattern peft_layers_to_transform peft_trainable_token_indices* qat.* quantization.*
 
     context_parallel.* device_map device_map.* expert_parallel_backend fp8_config.* fsdp_config.*
-    fsdp_final_state_dict_type gpu_memory_limit max_memory.* resources_per_worker.CPU resources_per_worker.GPU
+    fsdp_config.fsdp_mixed_precision_policy fsdp_config.fsdp_transformer_layer_cls_to_wrap
+    fsdp_config.mixed_precision_policy fsdp_config.transformer_layer_cls_to_wrap fsdp_final_state_dict_type
+    gpu_memory_limit max_memory.* resources_per_worker.CPU resources_per_worker.GPU
 
-    comet_* cut_cross_entropy_c_grad_chunk_size dataset_prepared_path diffusion.* diffusion_lm.* gradio_server_name
-    gradio_title hub_model_id hub_revision hub_strategy liger_kernel_impl mlflow_* otel_metrics_host output_dir
-    push_dataset_to_hub ray_run_name spectrum_model_name swanlab_* trackio_* wandb_*
+    comet_api_key comet_experiment_config.* comet_experiment_key comet_mode comet_project_name
+    cut_cross_entropy_c_grad_chunk_size diffusion.* diffusion.mask_token_str diffusion_lm.*
+    diffusion_lm.mask_token_str gradio_title hub_revision hub_strategy liger_kernel_impl mlflow_experiment_name
+    mlflow_run_name ray_run_name swanlab_api_key swanlab_description swanlab_experiment_name swanlab_lark_secret
+    swanlab_mode swanlab_project trackio_project_name trackio_run_name wandb_log_model wandb_mode wandb_name
+    wandb_project wandb_run_id wandb_watch
 
-    datasets.chat_template datasets.chat_template_jinja datasets.conversation datasets.data_files datasets.field
-    datasets.field_* datasets.input_format datasets.logprobs_field datasets.message_* datasets.name datasets.path
-    datasets.revision datasets.roles.* datasets.roles_to_train datasets.split datasets.step_separator
-    datasets.template_thinking_key datasets.text_column datasets.train_on_* datasets.type.*
-    datasets.drop_system_message datasets.max_completion_length datasets.preprocess_shards datasets.shards*
-    datasets.skip datasets.split_thinking datasets.temperature datasets.trust_remote_code datasets.weight
-    role_boundaries.*
+    datasets.chat_template datasets.conversation datasets.drop_system_message datasets.field datasets.field_chosen
+    datasets.field_human datasets.field_messages datasets.field_model datasets.field_rejected datasets.field_thinking
+    datasets.field_tools datasets.input_format datasets.logprobs_field datasets.message_field_content
+    datasets.message_field_role datasets.message_field_training datasets.message_field_training_detail
+    datasets.message_property_mappings.* datasets.max_completion_length datasets.name datasets.preprocess_shards
+    datasets.revision datasets.roles.* datasets.roles_to_train datasets.shards* datasets.skip datasets.split
+    datasets.split_thinking datasets.step_separator datasets.temperature datasets.template_thinking_key
+    datasets.text_column datasets.train_on_* datasets.trust_remote_code datasets.weight datasets.type.chosen_format
+    datasets.type.completion_format datasets.type.field_chosen datasets.type.field_completion
+    datasets.type.field_input datasets.type.field_instruction datasets.type.field_label datasets.type.field_output
+    datasets.type.field_prompt datasets.type.field_rejected datasets.type.field_system datasets.type.format
+    datasets.type.no_input_format datasets.type.prompt_format datasets.type.rejected_format
+    datasets.type.system_format datasets.type.system_prompt
 
-    ebft.* trl.async_* trl.chat_template_kwargs.* trl.generation_batch_size
-    trl.generation_kwargs.max_tokens
-    trl.generation_kwargs.temperature trl.generation_kwargs.top_k trl.generation_kwargs.top_p
-    trl.importance_sampling_level trl.loss_type trl.multi_objective_aggregation trl.scale_rewards
-    trl.vllm_* trl.beta trl.entropy_* trl.epsilon* trl.log_* trl.max_completion_length trl.num_* trl.replay_*
-    trl.mask_* trl.min_p trl.off_* trl.prefetch_* trl.ref_* trl.repetition_penalty trl.reward_num_workers
-    trl.reward_weights trl.skip_* trl.streaming_* trl.sync_* trl.reroll_* trl.temperature trl.top_* trl.use_*
+    ebft.* trl.async_* trl.beta trl.chat_template_kwargs.* trl.entropy_* trl.epsilon* trl.generation_batch_size
+    trl.generation_kwargs.max_tokens trl.generation_kwargs.temperature trl.generation_kwargs.top_k
+    trl.generation_kwargs.top_p trl.importance_sampling_level trl.log_* trl.loss_type trl.mask_*
+    trl.max_completion_length trl.min_p trl.multi_objective_aggregation trl.num_* trl.off_* trl.prefetch_* trl.ref_*
+    trl.repetition_penalty trl.replay_* trl.reroll_* trl.reward_num_workers trl.reward_weights trl.scale_rewards
+    trl.skip_* trl.streaming_* trl.sync_* trl.temperature trl.top_* trl.use_* trl.vllm_*
+    trl.vllm_guided_decoding_regex
 
     overrides_of_model_config.attention_dropout overrides_of_model_config.bos_token_id
     overrides_of_model_config.eos_token_id overrides_of_model_config.max_position_embeddings
@@ -92,17 +114,17 @@ _PLAIN = """
     overrides_of_model_config.pad_token_id overrides_of_model_config.rope_*
     overrides_of_model_config.router_aux_loss_coef overrides_of_model_config.sliding_window
     overrides_of_model_config.tie_word_embeddings overrides_of_model_config.use_cache
-    overrides_of_model_config.vocab_size rope_scaling*
-    overrides_of_model_kwargs.device_map overrides_of_model_kwargs.dtype overrides_of_model_kwargs.low_cpu_mem_usage
-    overrides_of_model_kwargs.max_memory.* overrides_of_model_kwargs.torch_dtype overrides_of_model_kwargs.use_cache
+    overrides_of_model_config.vocab_size rope_scaling rope_scaling.* overrides_of_model_kwargs.device_map
+    overrides_of_model_kwargs.dtype overrides_of_model_kwargs.low_cpu_mem_usage overrides_of_model_kwargs.max_memory.*
+    overrides_of_model_kwargs.torch_dtype overrides_of_model_kwargs.use_cache
 
-    adapter_config.alora_invocation_tokens* adapter_config.alpha_pattern.* adapter_config.base_model_name_or_path
-    adapter_config.bias adapter_config.ensure_weight_tying adapter_config.eva_config.* adapter_config.exclude_modules
+    adapter_config.alora_invocation_tokens* adapter_config.alpha_pattern.* adapter_config.bias
+    adapter_config.ensure_weight_tying adapter_config.eva_config.* adapter_config.exclude_modules
     adapter_config.fan_in_fan_out adapter_config.inference_mode adapter_config.init_lora_weights
-    adapter_config.layer_replication* adapter_config.layers_* adapter_config.loftq_config.*
-    adapter_config.lora_alpha adapter_config.lora_bias adapter_config.lora_dropout adapter_config.modules_to_save
-    adapter_config.peft_version adapter_config.qalora_group_size adapter_config.r adapter_config.rank_pattern.*
-    adapter_config.revision adapter_config.target_modules adapter_config.target_parameters adapter_config.task_type
+    adapter_config.layer_replication* adapter_config.layers_* adapter_config.loftq_config.* adapter_config.lora_alpha
+    adapter_config.lora_bias adapter_config.lora_dropout adapter_config.modules_to_save adapter_config.peft_version
+    adapter_config.qalora_group_size adapter_config.r adapter_config.rank_pattern.* adapter_config.revision
+    adapter_config.target_modules adapter_config.target_parameters adapter_config.task_type
     adapter_config.trainable_token_indices* adapter_config.use_*
 
     deepspeed.activation_checkpointing.* deepspeed.aio.* deepspeed.bf16.* deepspeed.bfloat16.*
@@ -126,16 +148,42 @@ def foreign_code(case: Case) -> Problems:
     is listed here, or takes only numbers and switches. A plugin or prompt strategy is imported even to validate a
     config or to tokenize rows. PEFT imports and unpickles what an adapter_config.json names.
     """
-    written = dict(case.written)
-    if isinstance(engine := written.get("deepspeed"), str):
-        name = engine if Path(engine).is_file() else None  # a finding if not JSON: DeepSpeed reads more than JSON
-        written["deepspeed"] = ModelFiles([], lambda file: Path(file).read_bytes()).json(engine) or name
+    written = _with_engine(case.written)
     if isinstance(adapter := written.get("lora_model_dir"), str):
         written["adapter_config"] = ModelFiles.find(adapter, None, case.ask_hub).json("adapter_config.json")
     for key, value in leaves(written):
         if not _is_harmless(key, value):
             shown = without_secrets(value, key)
             yield "error", key, f"may run foreign code: {shown} is not on the list of what is harmless", READ_IT
+
+
+def _with_engine(config: Config) -> Config:
+    """Config with the content of its DeepSpeed file."""
+    engine = config.get("deepspeed")
+    if not isinstance(engine, str):
+        return dict(config)
+    name = engine if Path(engine).is_file() else None  # a finding if not JSON: DeepSpeed reads more than JSON
+    return config | {"deepspeed": ModelFiles([], lambda file: Path(file).read_bytes()).json(engine) or name}
+
+
+@rule
+def without_consent(case: Case) -> Problems:
+    """A path, host or account that the user did not set.
+
+    Axolotl deletes the file of dynamic_checkpoint, and saves any text as chat template beside the adapter (seen). It
+    copies trackers' hosts into the variables that their clients read, who send the user's token (seen with MLflow).
+    """
+    for key, value in leaves(_with_engine(case.written)):
+        entry = consent.required(key, value)
+        if entry and not any(f"{key}.".startswith(f"{change.key}.") for change in case.changes):
+            level = entry.get("level", "error")
+            yield level, key, f"a training would {entry['does']} {value}", _REMEDIES[level]
+
+
+_REMEDIES = {
+    "error": "delete the key, or pass the name in brackets to --force",
+    "note": "delete the key if this account is not yours",
+}
 
 
 def findings(case: Case) -> Iterator[Finding]:
@@ -161,13 +209,13 @@ def _is_harmless(key: str, value: Any) -> bool:
     keys = schema.load()["properties"]
     if first not in (*keys, "adapter_config"):
         return True  # Axolotl ignores other keys
-    if value in (None, {}) and not (dot and first in _PATTERNS):  # Axolotl also takes plugins from a mapping's keys
+    if value in (None, {}) and not key.startswith("plugins."):  # Axolotl also takes plugins from a mapping's keys
         return True
-    if first == "adapter_config" and isinstance(value, bool | int | float):
+    if first == "adapter_config" and isinstance(value, int | float):
         return True  # forks of PEFT write switches of their own
-    if not dot and {kind.get("type") for kind in keys[first].get("anyOf", [keys[first]])} <= _NUMBERS:
+    if key in keys and {kind.get("type") for kind in keys[key].get("anyOf", [keys[key]])} <= _NUMBERS:
         return True
-    return is_listed(f"{first}{dot}{rest}", value, _PLAIN, _patterns())
+    return bool(consent.entry_of(key)) or is_listed(f"{first}{dot}{rest}", value, _PLAIN, _patterns())
 
 
 def is_listed(key: str, value: Any, plain: str, patterns: Mapping[str, str]) -> bool:

@@ -9,9 +9,10 @@ from ..base.hardware import torch_cuda
 from ..base.processes import package_version
 from ..base.secrets import is_secret, names_secret, without_secrets
 from ..config import substitution
+from ..config.consent import remote_trackers
 from ..config.finding import Case, Level, Problems, rule
 from ..config.gpus import deepspeed_of
-from ..config.merging import flatten, remote_trackers
+from ..config.merging import flatten
 from ..config.numerics import AMPERE, precision, quantized, takes_varlen
 from ..config.training_settings import TrainingSettings
 

@@ -17,7 +17,7 @@ from ..base.errors import UserError, did_you_mean
 from ..base.yamlfiles import Config
 from . import datafiles, models
 from .gpus import Gpu
-from .merging import last_key, listed, top_key
+from .merging import Difference, last_key, listed, top_key
 from .numerics import AMPERE, OLD_KEYS, attention
 
 Level = Literal["error", "warning", "note"]
@@ -231,6 +231,7 @@ class Case:
         gpus: the number of GPUs.
         launching: a run is about to start here, so that anything missing on this machine is an error.
         ask_hub: rules may ask the hub about a model that is not on this machine.
+        changes: the changes by profiles, --set and a rehearsal.
     """
 
     written: Config
@@ -240,6 +241,7 @@ class Case:
     gpus: int = 1
     launching: bool = False
     ask_hub: bool = False
+    changes: Sequence[Difference] = ()
 
     def __getitem__(self, key: str) -> Any:
         return self.config.get(key)

@@ -1,6 +1,5 @@
 """Changes of configs: merging, overrides, differences by key, and the recipe that a variant changes."""
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -39,26 +38,6 @@ OF_EVAL_BATCHES = re.compile(
     "(micro_|eval_)?batch_size|(eval_)?sample_packing|multipack|dataloader_drop_last|batch_flattening|(eval_)?sequence_len"
 )
 """Keys that decide which rows share a batch in an evaluation by Axolotl 0.21, and so the Trainer's eval loss."""
-
-
-_TRACKERS = {  # keys that turn a tracker on (axolotl/utils/wandb_.py and others); key and values that keep it local
-    "wandb": (("use_wandb", "wandb_project"), "wandb_mode", "offline|disabled|dryrun"),
-    "comet": (("use_comet", "comet_project_name"), "comet_online", "False"),
-    "swanlab": (("use_swanlab", "swanlab_project"), "swanlab_mode", "local|offline|disabled"),
-    "mlflow": (("use_mlflow", "mlflow_experiment_name"), "mlflow_tracking_uri", "(?!http|databricks).*"),
-    "trackio": (("use_trackio", "trackio_project_name"), "trackio_space_id", ""),
-}
-
-
-def remote_trackers(config: Config) -> Iterator[tuple[str, list[str]]]:
-    """Trackers that send data to a server, by name, each with the keys of the config that turn it on."""
-    for name, (switches, key, local) in _TRACKERS.items():
-        on = [switch for switch in switches if config.get(switch)]
-        value = config.get(key)
-        if value is None:
-            value = os.environ.get(key.upper(), "")
-        if on and not re.fullmatch(local, str(value)):
-            yield name, on
 
 
 def merge(config: Config, changes: Config) -> Config:

@@ -15,9 +15,9 @@ from ..base.hub import importing_axolotl
 from ..base.processes import make_once
 from ..base.terminal import say
 from ..base.yamlfiles import Config
-from . import datafiles, models
+from . import consent, datafiles, models
 from .datafiles import DatasetRef
-from .merging import listed, remote_trackers
+from .merging import listed
 from .numerics import OLD_KEYS, attention, quantized
 from .training_settings import TrainingSettings
 
@@ -148,7 +148,7 @@ class _Rehearsal:
 
     def trackers(self) -> Iterator[tuple[Config, str]]:
         """Turn off trackers, except those that store their data on this machine."""
-        for name, keys in remote_trackers(self.config):
+        for name, keys in consent.remote_trackers(self.config):
             yield dict.fromkeys(keys) | {f"use_{name}": False}, f"a rehearsal sends nothing to {name}"
 
     def padding(self) -> Iterator[tuple[Config, str]]:

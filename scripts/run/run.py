@@ -258,7 +258,7 @@ def _findings(folder: RunDir, record: Run) -> list[Finding]:
         recipe_file=recipe_file if recipe_file.is_file() else folder.config_file,  # a run copied from another machine
         origin=record.origin,
         config=folder.config,
-        differences=[],
+        differences=record.differences,
         profiles=record.profiles,
         rehearsal=record.rehearsal,
     )

@@ -23,6 +23,7 @@ def place(place: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Path:
     (place / "data").symlink_to(prepared)
     (place / "empty.jsonl").touch()
     (place / "ds.json").write_text(json.dumps(OFFLOADED))
+    (place / "nvme.json").write_text('{"zero_optimization": {"offload_param": {"nvme_path": "/home/u"}}}')
     (place / "pickled").mkdir()
     (place / "pickled" / "adapter_model.bin").touch()
     monkeypatch.setenv("HF_TOKEN", "for the test")
@@ -100,9 +101,9 @@ CASES: list[tuple[dict[str, Any], str]] = [
         "instead [secret:wandb_api_key]",
     ),
     (
-        {"mlflow_tracking_uri": "https://x.org/?id=1"},
-        "error: mlflow_tracking_uri: a parameter of this address can be a secret, and would be stored in the "
-        "run's folder; download the file, and name its path [address-parameter:mlflow_tracking_uri]",
+        {"wandb_name": "https://x.org/?id=1"},
+        "error: wandb_name: a parameter of this address can be a secret, and would be stored in the "
+        "run's folder; download the file, and name its path [address-parameter:wandb_name]",
     ),
     (
         data(path="gone.jsonl"),
@@ -354,6 +355,33 @@ CASES: list[tuple[dict[str, Any], str]] = [
         {"wandb_project": "mine"},
         "warning: wandb_project: wandb has no login on this machine: a run would stop after loading the model; "
         "run `wandb login`, or delete wandb_project [no-login:wandb_project]",
+    ),
+    (
+        {"dynamic_checkpoint": {"enabled": True, "trigger_file_path": "/home/u/thesis.tex"}},
+        "error: dynamic_checkpoint.trigger_file_path: a training would delete /home/u/thesis.tex; delete the key, or "
+        "pass the name in brackets to --force [without-consent:dynamic_checkpoint.trigger_file_path]",
+    ),
+    (
+        {"deepspeed": "nvme.json"},
+        "error: deepspeed.zero_optimization.offload_param.nvme_path: a training would write and delete folders in "
+        "/home/u; delete the key, or pass the name in brackets to --force "
+        "[without-consent:deepspeed.zero_optimization.offload_param.nvme_path]",
+    ),
+    (
+        {"mlflow_tracking_uri": "HTTPS://theirs.org"},
+        "error: mlflow_tracking_uri: a training would write metrics, perhaps with your token, to HTTPS://theirs.org; "
+        "delete the key, or pass the name in brackets to --force [without-consent:mlflow_tracking_uri]",
+    ),
+    (
+        {"test_datasets": [DATA | {"chat_template_jinja": "ds.json"}]},
+        "error: test_datasets.0.chat_template_jinja: a training would use, as a chat template, the text of ds.json; "
+        "delete the key, or pass the name in brackets to --force "
+        "[without-consent:test_datasets.0.chat_template_jinja]",
+    ),
+    (
+        {"hub_model_id": "theirs/model"},
+        "note: hub_model_id: a training would upload the model, if your login may, to theirs/model; delete the key if "
+        "this account is not yours [without-consent:hub_model_id]",
     ),
     (
         {"optimizer": "came_pytorch"},

@@ -48,6 +48,14 @@ def test_consent_to_code_counts_in_a_run_of_ones_own_alone(tmp_path):
     assert refused(folder) == {PLUGIN, "foreign-code:trust_remote_code"}
 
 
+def test_what_the_user_set_needs_no_consent_again_when_the_job_starts(tmp_path):
+    hosts = {"mlflow_tracking_uri": "https://mine.org"}
+    folder = a_run(tmp_path, NAME, "20260101-000000-abcdef0", 5.0, set=hosts)
+    configure(folder, otel_metrics_host="0.0.0.0")
+    findings = [finding.name for finding in run._findings(folder, folder.read()) if finding.level == "error"]
+    assert [name for name in findings if "consent" in name] == ["without-consent:otel_metrics_host"]
+
+
 @pytest.mark.parametrize("words", [("evaluate",), ("publish", "--merge")])
 def test_no_verb_loads_a_strangers_model_unseen(tmp_path, recipe, words):
     folder = theirs(tmp_path / "runs", state="finished")
