@@ -33,6 +33,7 @@ _LESS_MEMORY = (
     "end other processes, request more memory for the job, or start a run with --set dataloader_num_workers=0 "
     "--set dataset_num_proc=1"
 )
+_NO_SERVER = "http://127.0.0.1:9"  # nothing listens there
 LAST_SECONDS = 15  # time for the other ranks to exit after one has failed
 
 
@@ -240,10 +241,16 @@ def _environment(folder: RunDir, record: Run) -> dict[str, str]:
     if record.rehearsal or FIRST_LOSS in record.forced:
         added[ANY_FIRST_LOSS] = "1"
     if record.rehearsal:
-        added |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        added["TORCHDYNAMO_DISABLE"] = "1"  # bitsandbytes would import torch's compiler, which a CPU does not need
-        # for few rows, importing torch in more processes takes longer than they save
-        added["AXOLOTL_DATASET_NUM_PROC"] = "0"
+        added |= {
+            "HF_HUB_OFFLINE": "1",
+            "http_proxy": _NO_SERVER,
+            "https_proxy": _NO_SERVER,
+            "no_proxy": "-",  # for no host
+            "CUDA_VISIBLE_DEVICES": "",
+            "TORCHDYNAMO_DISABLE": "1",  # bitsandbytes would import torch's compiler, which a CPU does not need
+            # for few rows, importing torch in more processes takes longer than they save
+            "AXOLOTL_DATASET_NUM_PROC": "0",
+        }
         if record.ranks > 1:
             threads = max((os.cpu_count() or 1) // record.gpus_used, 1)
             added |= {CPU_RANKS: "1", "OMP_NUM_THREADS": str(threads)}

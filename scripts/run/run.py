@@ -376,7 +376,7 @@ def _with_tracker_names(composed: Composed, folder: RunDir) -> Config:
     {project} is the name of the study, or of the recipe if it belongs to no study; rehearsals add a suffix. {run} is
     the path of the run folder below the project; `recipe` commands accept this path as a run's name. {runs} is the
     folder of all runs. Axolotl passes the value of each key to the tracker in the environment variable of the same
-    name, unless the user has set this variable.
+    name, unless the user has set this variable; a rehearsal ignores it, because it may name a server.
     """
     runs = folder.runs(composed.recipe)
     study = paths.study_name(composed.origin)
@@ -388,5 +388,5 @@ def _with_tracker_names(composed: Composed, folder: RunDir) -> Config:
         if re.match("(wandb|mlflow|trackio)_", key):
             text = filled(value, values)
             if text != value:
-                config[key] = None if key.upper() in os.environ else text
+                config[key] = None if key.upper() in os.environ and not composed.rehearsal else text
     return config

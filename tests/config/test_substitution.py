@@ -99,6 +99,13 @@ def test_the_sample_takes_the_place_of_rows_that_are_not_there(path):
     assert splits(more) == ["train[:48]"]
 
 
+def test_a_rehearsal_uploads_and_serves_nothing():
+    uploads = {"hub_model_id": "mine/model", "push_dataset_to_hub": "mine/rows", "use_otel_metrics": True}
+    composed = rehearsed(uploads)
+    assert uploads.keys() & composed.config.keys() == set()
+    assert source(composed, "hub_model_id") == Source("profile", "rehearsal")
+
+
 def test_rows_to_evaluate_on_are_its_own_too():
     composed = rehearsed({"test_datasets": [ROWS]})
     assert composed.config["test_datasets"] == [ROWS | {"split": "train[:8]"}]

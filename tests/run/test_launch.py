@@ -1,8 +1,10 @@
 """Messages and records of a failed training, by the end of its log."""
 
+import sys
 from pathlib import Path
 
 import pytest
+from file_server import serving
 from run_folders import a_run, shell_for_axolotl
 
 from qlora_recipes.base.errors import WorkFailed
@@ -39,6 +41,18 @@ def test_only_a_rehearsal_leaves_out_torchs_compiler(folder, tmp_path, monkeypat
     folder.write(folder.read().model_copy(update={"rehearsal": rehearsal}))
     fails(folder, monkeypatch, f"printf '%s' \"$TORCHDYNAMO_DISABLE\" > '{tmp_path}/disabled'; exit 1")
     assert (tmp_path / "disabled").read_text() == disabled
+
+
+@pytest.mark.parametrize(("rehearsal", "requests"), [(True, 0), (False, 1)])
+def test_a_rehearsal_reaches_no_server(folder, monkeypatch, rehearsal, requests):
+    folder.write(folder.read().model_copy(update={"rehearsal": rehearsal}))
+    with serving(monkeypatch) as server:
+        fails(
+            folder,
+            monkeypatch,
+            f"'{sys.executable}' -c 'import urllib.request as r; r.urlopen(\"{server.url}\")'; exit 1",
+        )
+    assert len(server.paths) == requests
 
 
 @pytest.mark.parametrize("before", ["0.0.1", None])

@@ -116,6 +116,7 @@ def test_what_the_user_says_of_a_tracker_holds(place, monkeypatch):
     assert launched("wandb", overrides=["wandb_name=a {b} {run}"])["wandb_name"] == "a {b} code-llama-7b/now"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://someone:password@example.org")
     assert launched("mlflow")["mlflow_tracking_uri"] is None
+    assert launched("mlflow", rehearse=True)["mlflow_tracking_uri"] == "sqlite:///runs/mlflow.db"
     of_override = launched("mlflow", overrides=["mlflow_tracking_uri=https://example.org"])
     assert of_override["mlflow_tracking_uri"] == "https://example.org"
 
