@@ -223,15 +223,17 @@ def _push(model: Path, repository: str, private: bool, recipe: str) -> str:
     from huggingface_hub import HfApi
 
     api = HfApi()
+    patterns = _PUSHED if (model / ADAPTER).is_file() else _PUSHED_MERGED
+    names = [file.name for file in sorted(filter(Path.is_file, model.iterdir())) if any(map(file.match, patterns))]
+    say(f"upload: {', '.join(names)}")
     try:
         # None leaves the decision to an organization's default; False would not
         address = api.create_repo(repository, private=private or None, exist_ok=True)
         if private and not api.repo_info(repository).private:
             problem = f"{repository} exists and is public"
             raise UserError(problem, key="--private", remedy="make it private on the hub first")
-        files = _PUSHED if (model / ADAPTER).is_file() else _PUSHED_MERGED
         api.upload_folder(
-            repo_id=repository, folder_path=model, allow_patterns=files, commit_message=f"Model of {recipe}"
+            repo_id=repository, folder_path=model, allow_patterns=names, commit_message=f"Model of {recipe}"
         )
     except UserError:
         raise

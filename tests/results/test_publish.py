@@ -456,11 +456,16 @@ def test_a_card_sets_scores_of_some_rows_beside_those_of_the_base_model_on_the_s
     assert scores["bleu4"] == ["5.12", "5.27"]
 
 
-def test_a_push_brings_the_adapter_its_tokenizer_and_its_card(run, hub):
+def test_a_push_lists_and_brings_the_adapter_its_tokenizer_and_its_card(run, hub, capsys):
+    (run.output / "tokenizer_notes").mkdir()
+    (run.output / "tokenizer_notes" / "credentials").touch()
     written = publish.publish(run, push="owner/model")
     assert written == [str(run.output / "README.md"), "https://hub/owner/model"]
     wanted = TOKENIZER | {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert hub.files == {name: (run.output / name).read_bytes() for name in wanted}
+    listed = "README.md, adapter_config.json, adapter_model.safetensors, chat_template.jinja, special_tokens_map.json"
+    listed += ", tokenizer.json, tokenizer_config.json"
+    assert f"upload: {listed}" in capsys.readouterr().err.splitlines()
     hub.create_repo.assert_called_once_with("owner/model", private=None, exist_ok=True)
     assert 'PeftModel.from_pretrained(base, "owner/model")' in card(run.output)[1]
 
