@@ -21,7 +21,7 @@ from ..base.files import Row
 from ..base.tables import print_table
 from ..base.terminal import say
 from ..base.yamlfiles import Config
-from ..config import datafiles, merging
+from ..config import consent, datafiles, merging
 from ..config.datafiles import DatasetRef
 from ..config.merging import Override, Source
 
@@ -251,11 +251,10 @@ class Migration:
         elif isinstance(tokens, dict):
             self.set("tokens", list(tokens), "Axolotl reads a list")
 
-    def leave_accounts(self) -> None:
-        """Remove the author's accounts and projects, on trackers and the hub."""
-        for key in list(self.config):
-            if _OF_ACCOUNT.match(key):
-                self.set(key, None, "the author's account or project; `--profile wandb`, `recipe publish` use yours")
+    def leave(self, keys: Iterable[str]) -> None:
+        """Remove keys with the author's accounts, projects and hosts."""
+        for key in keys:
+            self.set(key, None, "the author's account, project or host; `--profile wandb`, `recipe publish` use yours")
 
     def update_datasets(self) -> None:
         """Turn rows of type sharegpt, and renamed keys of data sets, into today's."""
@@ -411,10 +410,13 @@ def migrate(old: OldConfig, overrides: Iterable[Override] = ()) -> Migration:
         UserError: the release is not a version, or an override cannot be set.
     """
     config = old.config
+    if old.is_current:
+        migration = Migration(old, supported(), old.sign, config)
+        if old.sign:
+            migration.leave(key for key in config if consent.entry_of(key).get("kind") in ("account", "host"))
+        return migration
     empty = [key for key, value in config.items() if value is None]
     config = merging.apply(config, [*map(Override, empty), *overrides])
-    if old.is_current:
-        return Migration(old, supported(), old.sign, config)
     migration = Migration(old, *_release(old), config, empty)
     migration.pack()
     migration.accumulate()
@@ -422,7 +424,7 @@ def migrate(old: OldConfig, overrides: Iterable[Override] = ()) -> Migration:
     migration.update_fsdp()
     migration.replace_keys()
     migration.list_tokens()
-    migration.leave_accounts()
+    migration.leave(filter(_OF_ACCOUNT.match, migration.config))
     migration.update_datasets()
     migration.skip_evaluation()
     migration.state_defaults()

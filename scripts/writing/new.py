@@ -143,7 +143,7 @@ def create(request: VariantRequest) -> Variant:
 
 def of_migration(migration: Migration, model: Changes = NO_CHANGES) -> Changes:
     """Changes of a migration together with those for another base model, which win."""
-    if migration.old.is_current:
+    if migration.old.is_current and not migration.steps:
         return model
     migrated = {key: Change(migration.config.get(key), reasons) for key, reasons in migration.reasons().items()}
     release = f"# Axolotl   written for {migration.release}, migrated to {migrate.supported()} by `recipe new --from`"

@@ -310,6 +310,29 @@ def test_a_config_of_2023_becomes_a_variant_that_passes_the_check(place, recipe)
     )
 
 
+def test_a_config_of_this_release_loses_only_accounts_and_hosts(place, recipe):
+    write_rows(place)
+    config = {
+        "base_model": "models/llama",
+        "datasets": [{"path": "rows.jsonl", "type": "alpaca"}],
+        "wandb_project": "p",
+    }
+    config |= {
+        "adapter": "lora",
+        "lora_r": 8,
+        "lora_alpha": 16,
+        "lora_target_linear": True,
+        "micro_batch_size": 1,
+        "learning_rate": 0.1,
+    }
+    theirs = {"hub_model_id": "theirs/model", "mlflow_tracking_uri": "https://theirs.org", "wandb_entity": "theirs"}
+    (place / "new.yml").write_text(yamlfiles.write_yaml(config | theirs))
+    done = recipe.ok("new", "mine", "--from", "new.yml", "--set", "wandb_entity=mine", "--set", "num_epochs=2")
+    assert yamlfiles.read_yaml(place / "variants/mine.yaml") == config | {"wandb_entity": "mine", "num_epochs": 2}
+    rows = [line.replace("'", "").split()[:3] for line in done.stdout.splitlines() if "removed" in line]
+    assert rows == [[key, value, "removed"] for key, value in theirs.items()]
+
+
 def test_the_users_settings_win(place, recipe):
     write_rows(place)
     (place / "old.yml").write_text(OF_2023 + "s2_attention: true\n")
