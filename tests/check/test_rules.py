@@ -373,7 +373,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
         "delete the key, or pass the name in brackets to --force [without-consent:mlflow_tracking_uri]",
     ),
     (
-        {"test_datasets": [DATA | {"chat_template_jinja": "ds.json"}]},
+        {"test_datasets": [DATA | {"path": "data/codereviewer/valid.jsonl", "chat_template_jinja": "ds.json"}]},
         "error: test_datasets.0.chat_template_jinja: a training would use, as a chat template, the text of ds.json; "
         "delete the key, or pass the name in brackets to --force "
         "[without-consent:test_datasets.0.chat_template_jinja]",
