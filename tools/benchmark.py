@@ -163,7 +163,7 @@ def main() -> None:
     machine = f"{datetime.now(UTC):%Y-%m-%d}: {psutil.cpu_count()} cores, load {os.getloadavg()[0]:.0f}, {packages}"
     memory = f"{large / small:.2f} times the memory, {large:.0f} MiB; {sizes / many:.0f} MB/s"
     planned = statistics.median(plan / imports for plan, imports in plans)
-    plan_times = ", ".join(f"{plan:.1f} s" for plan, _ in plans)
+    plan_times = f"processor time: {', '.join(f'{plan:.1f} s' for plan, _ in plans)}"
     rows = [
         ("first plan of a model", "importing torch, transformers, PEFT, bitsandbytes", f"{planned:.2f}", plan_times),
         ("preparing a row, with 1,000,000 rows", "with 250,000 rows", f"{many / sizes / (few / size):.2f}", memory),
